@@ -160,7 +160,12 @@ impl Error {
     /// The message begins in lower case, has no full stop, and says what was being done and to
     /// what.
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), hint: None, source: None }
+        Self {
+            kind,
+            message: message.into(),
+            hint: None,
+            source: None,
+        }
     }
 
     pub fn internal(message: impl Into<String>) -> Self {
@@ -179,7 +184,11 @@ impl Error {
             _ => Kind::Host,
         };
         let error = Self::new(kind, doing).with_source(source);
-        if kind == Kind::DiskFull { error.hint("free some space (df -h), then try again") } else { error }
+        if kind == Kind::DiskFull {
+            error.hint("free some space (df -h), then try again")
+        } else {
+            error
+        }
     }
 
     /// Sets the hint: what the user can run or change. A caller that does not know the VM's name
@@ -191,7 +200,10 @@ impl Error {
     }
 
     #[must_use]
-    pub fn with_source(mut self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+    pub fn with_source(
+        mut self,
+        source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+    ) -> Self {
         self.source = Some(source.into().into());
         self
     }
@@ -206,7 +218,9 @@ impl Error {
     /// Replaces `{vm}` in the hint with the VM's name.
     #[must_use]
     pub fn of_vm(mut self, name: impl fmt::Display) -> Self {
-        self.hint = self.hint.map(|hint| hint.replace("{vm}", &name.to_string()));
+        self.hint = self
+            .hint
+            .map(|hint| hint.replace("{vm}", &name.to_string()));
         self
     }
 
@@ -229,7 +243,9 @@ impl Error {
     }
     /// The source, if it is a `T`. For callers that decide by it.
     pub fn source_as<T: std::error::Error + 'static>(&self) -> Option<&T> {
-        self.source.as_deref().and_then(|source| source.downcast_ref())
+        self.source
+            .as_deref()
+            .and_then(|source| source.downcast_ref())
     }
     pub fn hint_text(&self) -> Option<&str> {
         self.hint.as_deref()
@@ -272,19 +288,25 @@ mod tests {
         let names: HashSet<_> = Kind::ALL.iter().map(|k| k.name()).collect();
         assert_eq!(names.len(), Kind::ALL.len());
         for name in names {
-            assert!(name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_'), "{name}");
+            assert!(
+                name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_'),
+                "{name}"
+            );
         }
     }
 
     #[test]
     fn display_joins_the_chain_once() {
-        let e = Error::io("create tap fc-tap3", std::io::Error::other("nope")).context("start VM web");
+        let e =
+            Error::io("create tap fc-tap3", std::io::Error::other("nope")).context("start VM web");
         assert_eq!(e.to_string(), "start VM web: create tap fc-tap3: nope");
     }
 
     #[test]
     fn hint_names_its_vm() {
-        let e = Error::new(Kind::GuestLost, "it is gone").hint("fcctl logs {vm}").of_vm("web");
+        let e = Error::new(Kind::GuestLost, "it is gone")
+            .hint("fcctl logs {vm}")
+            .of_vm("web");
         assert_eq!(e.hint_text(), Some("fcctl logs web"));
     }
 

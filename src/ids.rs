@@ -16,11 +16,15 @@ fn name_is_valid(s: &str) -> bool {
         && bytes.len() <= NAME_LEN_MAX
         && bytes[0].is_ascii_lowercase()
         && bytes[bytes.len() - 1] != b'-'
-        && bytes.iter().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || *b == b'-')
+        && bytes
+            .iter()
+            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || *b == b'-')
 }
 
 fn id_is_valid(s: &str) -> bool {
-    s.len() == ID_LEN && s.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+    s.len() == ID_LEN
+        && s.bytes()
+            .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
 }
 
 fn random_id() -> String {
@@ -122,7 +126,20 @@ mod tests {
         for good in ["a", "web", "brave-otter", "a1", &"a".repeat(32)] {
             assert!(good.parse::<VmName>().is_ok(), "{good}");
         }
-        for bad in ["", "-a", "a-", "1a", "A", "a_b", "a.b", "a b", "a\n", "ä", "../x", &"a".repeat(33)] {
+        for bad in [
+            "",
+            "-a",
+            "a-",
+            "1a",
+            "A",
+            "a_b",
+            "a.b",
+            "a b",
+            "a\n",
+            "ä",
+            "../x",
+            &"a".repeat(33),
+        ] {
             assert!(bad.parse::<VmName>().is_err(), "{bad}");
         }
     }
@@ -139,7 +156,9 @@ mod tests {
     #[test]
     fn deserializing_validates() {
         assert!(serde_json::from_str::<VmName>("\"web\"").is_ok());
-        let e = serde_json::from_str::<VmName>("\"../x\"").unwrap_err().to_string();
+        let e = serde_json::from_str::<VmName>("\"../x\"")
+            .unwrap_err()
+            .to_string();
         assert!(e.contains("VM name"), "{e}");
     }
 }

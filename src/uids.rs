@@ -27,7 +27,9 @@ impl UidCounts {
 
     /// Subtracts one. Does nothing for a uid without objects.
     pub fn remove(&mut self, uid: u32) {
-        let Some(count) = self.counts.get_mut(&uid) else { return };
+        let Some(count) = self.counts.get_mut(&uid) else {
+            return;
+        };
         *count -= 1;
         self.total -= 1;
         if *count == 0 {
@@ -39,7 +41,9 @@ impl UidCounts {
     /// users cannot displace what root keeps.
     pub fn largest(&self) -> Option<u32> {
         let others = self.counts.iter().filter(|(uid, _)| **uid != 0);
-        let largest = others.max_by_key(|(uid, count)| (**count, Reverse(**uid))).map(|(uid, _)| *uid);
+        let largest = others
+            .max_by_key(|(uid, count)| (**count, Reverse(**uid)))
+            .map(|(uid, _)| *uid);
         largest.or_else(|| self.counts.contains_key(&0).then_some(0))
     }
 }
@@ -54,7 +58,10 @@ pub struct Retention {
 }
 
 /// The default limits.
-pub const RETENTION: Retention = Retention { per_uid_max: 500, total_max: 10_000 };
+pub const RETENTION: Retention = Retention {
+    per_uid_max: 500,
+    total_max: 10_000,
+};
 
 #[cfg(test)]
 mod tests {
@@ -66,7 +73,16 @@ mod tests {
         for uid in [7, 8, 7, 0] {
             counts.add(uid);
         }
-        assert_eq!((counts.of(7), counts.of(8), counts.of(0), counts.of(9), counts.total()), (2, 1, 1, 0, 4));
+        assert_eq!(
+            (
+                counts.of(7),
+                counts.of(8),
+                counts.of(0),
+                counts.of(9),
+                counts.total()
+            ),
+            (2, 1, 1, 0, 4)
+        );
         for uid in [7, 8, 7, 0, 9, 7] {
             counts.remove(uid);
         }

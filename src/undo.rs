@@ -1,7 +1,10 @@
 //! Rolls back unfinished work: [`Undo`] runs its steps in reverse order when it is dropped, unless
 //! the work was committed.
 
-type Step<'a> = (&'static str, Box<dyn FnOnce() -> crate::error::Result<()> + 'a>);
+type Step<'a> = (
+    &'static str,
+    Box<dyn FnOnce() -> crate::error::Result<()> + 'a>,
+);
 
 /// A stack of named undo steps, which run when it is dropped. A step that fails or panics is
 /// logged, and the remaining steps still run.
@@ -15,7 +18,11 @@ impl<'a> Undo<'a> {
         Self { steps: Vec::new() }
     }
 
-    pub fn push(&mut self, name: &'static str, step: impl FnOnce() -> crate::error::Result<()> + 'a) {
+    pub fn push(
+        &mut self,
+        name: &'static str,
+        step: impl FnOnce() -> crate::error::Result<()> + 'a,
+    ) {
         self.steps.push((name, Box::new(step)));
     }
 

@@ -45,13 +45,26 @@ pub struct Check {
 
 impl Check {
     pub fn ok(id: &str, found: impl Into<String>) -> Self {
-        Self { id: id.to_owned(), severity: Severity::Ok, found: found.into(), fix: None }
+        Self {
+            id: id.to_owned(),
+            severity: Severity::Ok,
+            found: found.into(),
+            fix: None,
+        }
     }
     pub fn warn(id: &str, found: impl Into<String>, fix: &str) -> Self {
-        Self { id: id.to_owned(), severity: Severity::Warn, found: found.into(), fix: Some(fix.to_owned()) }
+        Self {
+            id: id.to_owned(),
+            severity: Severity::Warn,
+            found: found.into(),
+            fix: Some(fix.to_owned()),
+        }
     }
     pub fn fail(id: &str, found: impl Into<String>, fix: &str) -> Self {
-        Self { severity: Severity::Fail, ..Self::warn(id, found, fix) }
+        Self {
+            severity: Severity::Fail,
+            ..Self::warn(id, found, fix)
+        }
     }
 }
 

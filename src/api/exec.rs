@@ -54,7 +54,10 @@ impl CommandWords {
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = self.workdir.clone().unwrap_or_default();
         bytes.extend(format!("\0{}\0", self.argv.len()).into_bytes());
-        let variables = self.env.iter().map(|(name, value)| [name.as_bytes(), b"=", value].concat());
+        let variables = self
+            .env
+            .iter()
+            .map(|(name, value)| [name.as_bytes(), b"=", value].concat());
         for word in self.argv.iter().cloned().chain(variables) {
             bytes.extend(word);
             bytes.push(0);
@@ -64,13 +67,19 @@ impl CommandWords {
 
     /// None if `bytes` are not in the form that [`CommandWords::encode`] produces.
     pub fn decode(bytes: &[u8]) -> Option<Self> {
-        let mut fields = bytes.strip_suffix(b"\0")?.split(|b| *b == 0).map(<[u8]>::to_vec);
+        let mut fields = bytes
+            .strip_suffix(b"\0")?
+            .split(|b| *b == 0)
+            .map(<[u8]>::to_vec);
         let workdir = fields.next().filter(|dir| !dir.is_empty());
         let count: usize = std::str::from_utf8(&fields.next()?).ok()?.parse().ok()?;
         let argv: Vec<Vec<u8>> = fields.by_ref().take(count).collect();
         let variable = |field: Vec<u8>| {
             let at = field.iter().position(|b| *b == b'=')?;
-            Some((String::from_utf8(field[..at].to_vec()).ok()?, field[at + 1..].to_vec()))
+            Some((
+                String::from_utf8(field[..at].to_vec()).ok()?,
+                field[at + 1..].to_vec(),
+            ))
         };
         let env = fields.map(variable).collect::<Option<_>>()?;
         (argv.len() == count).then_some(Self { argv, env, workdir })
@@ -124,7 +133,9 @@ impl Exit {
 
 /// The number of a signal on Linux for x86 and Arm (signal(7)), or 0 for an unknown name.
 pub fn signal_number(name: &str) -> u8 {
-    format!("SIG{name}").parse::<nix::sys::signal::Signal>().map_or(0, |s| s as i32 as u8)
+    format!("SIG{name}")
+        .parse::<nix::sys::signal::Signal>()
+        .map_or(0, |s| s as i32 as u8)
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -163,17 +174,33 @@ mod tests {
     fn command_words_round_trip() {
         let words = |argv: &[&[u8]], env: &[(&str, &[u8])], workdir: Option<&[u8]>| CommandWords {
             argv: argv.iter().map(|w| w.to_vec()).collect(),
-            env: env.iter().map(|(name, value)| ((*name).to_owned(), value.to_vec())).collect(),
+            env: env
+                .iter()
+                .map(|(name, value)| ((*name).to_owned(), value.to_vec()))
+                .collect(),
             workdir: workdir.map(<[u8]>::to_vec),
         };
         for one in [
             words(&[], &[], None),
             words(&[b""], &[("A", b"")], Some(b"/x\xff")),
-            words(&[b"", b"\xff\n", b"A=b"], &[("A", b"b=\xfe"), ("B", b"")], None),
+            words(
+                &[b"", b"\xff\n", b"A=b"],
+                &[("A", b"b=\xfe"), ("B", b"")],
+                None,
+            ),
         ] {
             assert_eq!(CommandWords::decode(&one.encode()), Some(one));
         }
-        for bad in [b"".as_slice(), b"x", b"\0", b"\0x\0", b"\x001\0", b"\0-1\0", b"\x000\0A\0", b"\x002\0a\0"] {
+        for bad in [
+            b"".as_slice(),
+            b"x",
+            b"\0",
+            b"\0x\0",
+            b"\x001\0",
+            b"\0-1\0",
+            b"\x000\0A\0",
+            b"\x002\0a\0",
+        ] {
             assert_eq!(CommandWords::decode(bad), None, "{bad:?}");
         }
     }

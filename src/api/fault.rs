@@ -53,9 +53,18 @@ mod tests {
     #[test]
     fn fault_says_by_its_kind_whether_a_retry_can_help() {
         let retryable = |kind| Fault::from(Error::new(kind, "it failed")).retryable;
-        let wrong: Vec<_> =
-            [Kind::HostKeyMismatch, Kind::GuestCommandFailed].into_iter().filter(|kind| retryable(*kind)).collect();
-        assert!(wrong.is_empty(), "retryable although nothing changes by itself: {wrong:?}");
-        assert!(retryable(Kind::GuestUnavailable) && retryable(Kind::PoolFull) && retryable(Kind::StreamIncomplete));
+        let wrong: Vec<_> = [Kind::HostKeyMismatch, Kind::GuestCommandFailed]
+            .into_iter()
+            .filter(|kind| retryable(*kind))
+            .collect();
+        assert!(
+            wrong.is_empty(),
+            "retryable although nothing changes by itself: {wrong:?}"
+        );
+        assert!(
+            retryable(Kind::GuestUnavailable)
+                && retryable(Kind::PoolFull)
+                && retryable(Kind::StreamIncomplete)
+        );
     }
 }

@@ -56,7 +56,10 @@ pub struct Notification {
 impl Notification {
     /// Renders the line that is sent, including its newline.
     pub fn line(note: Note) -> serde_json::Result<Vec<u8>> {
-        let mut line = serde_json::to_vec(&Self { jsonrpc: Version::V2, note })?;
+        let mut line = serde_json::to_vec(&Self {
+            jsonrpc: Version::V2,
+            note,
+        })?;
         line.push(b'\n');
         Ok(line)
     }
@@ -134,12 +137,19 @@ struct AnyLine<'a, R> {
 impl<R: DeserializeOwned> Line<R> {
     /// Parses one line. None for a note whose method this client does not know.
     pub fn parse(line: &[u8]) -> serde_json::Result<Option<Self>> {
-        const KNOWN: &[&str] = &["op", "progress", "created", "session", "ready", "log", "snapshot", "events", "lagged"];
+        const KNOWN: &[&str] = &[
+            "op", "progress", "created", "session", "ready", "log", "snapshot", "events", "lagged",
+        ];
         let any: AnyLine<'_, R> = serde_json::from_slice(line)?;
         match any.method {
             None => {
                 let id = any.id.unwrap_or_else(|| RawValue::NULL.to_owned());
-                Ok(Some(Line::Response(Response { jsonrpc: any.jsonrpc, id, result: any.result, error: any.error })))
+                Ok(Some(Line::Response(Response {
+                    jsonrpc: any.jsonrpc,
+                    id,
+                    result: any.result,
+                    error: any.error,
+                })))
             }
             Some(m) if KNOWN.contains(&m.as_ref()) => {
                 serde_json::from_slice::<Notification>(line).map(|n| Some(Line::Note(n.note)))

@@ -25,14 +25,19 @@ pub type RawPage = (Vec<Box<RawValue>>, Option<String>);
 ///
 /// # Errors
 /// `invalid_argument` for a `limit` of zero.
-pub fn fill<P: ToString, T: Serialize>(limit: Option<u32>, items: impl IntoIterator<Item = (P, T)>) -> Result<RawPage> {
+pub fn fill<P: ToString, T: Serialize>(
+    limit: Option<u32>,
+    items: impl IntoIterator<Item = (P, T)>,
+) -> Result<RawPage> {
     if limit == Some(0) {
-        return Err(Error::invalid("a page of 0 items was requested").hint("leave `limit` out, or set it to 1 or more"));
+        return Err(Error::invalid("a page of 0 items was requested")
+            .hint("leave `limit` out, or set it to 1 or more"));
     }
     let items_max = limit.map_or(PAGE_ITEMS_MAX, |limit| limit.min(PAGE_ITEMS_MAX)) as usize;
     let (mut page, mut bytes, mut last) = (Vec::new(), 0, None);
     for (place, item) in items {
-        let raw = to_raw_value(&item).map_err(|e| Error::internal("write an item of a list").with_source(e))?;
+        let raw = to_raw_value(&item)
+            .map_err(|e| Error::internal("write an item of a list").with_source(e))?;
         bytes += raw.get().len() + 1;
         if page.len() == items_max || (bytes > PAGE_BYTES_MAX && !page.is_empty()) {
             return Ok((page, last.as_ref().map(P::to_string)));
@@ -46,8 +51,10 @@ pub fn fill<P: ToString, T: Serialize>(limit: Option<u32>, items: impl IntoItera
 /// The error for an `after` that no page of this list returned as `next`.
 pub fn bad_cursor(after: &str) -> Error {
     let shown: String = after.chars().take(64).collect();
-    Error::invalid(format!("`after` is {shown:?}, which no page of this list returned as `next`"))
-        .hint("leave `after` out to list from the beginning")
+    Error::invalid(format!(
+        "`after` is {shown:?}, which no page of this list returned as `next`"
+    ))
+    .hint("leave `after` out to list from the beginning")
 }
 
 /// A call that returns a list in pages.
@@ -97,9 +104,14 @@ mod tests {
             let (page, next) = fill(limit, items).unwrap();
             let bytes: usize = page.iter().map(|raw| raw.get().len()).sum();
             assert!(bytes < FRAME_BYTES_MAX, "{bytes}");
-            seen.extend(page.iter().map(|raw| serde_json::from_str::<(u32, String)>(raw.get()).unwrap().0));
+            seen.extend(
+                page.iter()
+                    .map(|raw| serde_json::from_str::<(u32, String)>(raw.get()).unwrap().0),
+            );
             pages += 1;
-            let Some(next) = next else { return (seen, pages) };
+            let Some(next) = next else {
+                return (seen, pages);
+            };
             after = next.parse().unwrap();
         }
     }
@@ -125,6 +137,9 @@ mod tests {
 
     #[test]
     fn limit_of_zero_is_refused() {
-        assert_eq!(fill(Some(0), [(1, 1)]).unwrap_err().kind(), Kind::InvalidArgument);
+        assert_eq!(
+            fill(Some(0), [(1, 1)]).unwrap_err().kind(),
+            Kind::InvalidArgument
+        );
     }
 }

@@ -4,7 +4,9 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::net::Ipv4Addr;
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
 #[serde(rename_all = "snake_case")]
 pub enum Protocol {
     #[default]
@@ -45,14 +47,22 @@ impl Port {
     /// True if the host cannot forward both ports.
     pub fn overlaps(&self, other: &Port) -> bool {
         let any = self.host_addr.is_unspecified() || other.host_addr.is_unspecified();
-        self.protocol == other.protocol && self.host_port == other.host_port && (any || self.host_addr == other.host_addr)
+        self.protocol == other.protocol
+            && self.host_port == other.host_port
+            && (any || self.host_addr == other.host_addr)
     }
 }
 
 /// Formats the host's side, such as `127.0.0.1:8080/tcp`.
 impl fmt::Display for Port {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}/{}", self.host_addr, self.host_port, self.protocol.name())
+        write!(
+            f,
+            "{}:{}/{}",
+            self.host_addr,
+            self.host_port,
+            self.protocol.name()
+        )
     }
 }
 
@@ -62,10 +72,17 @@ mod tests {
 
     #[test]
     fn ports_overlap_on_the_same_or_any_address() {
-        let port =
-            |host_addr: [u8; 4], host_port, protocol| Port { host_addr: host_addr.into(), host_port, guest_port: 1, protocol };
+        let port = |host_addr: [u8; 4], host_port, protocol| Port {
+            host_addr: host_addr.into(),
+            host_port,
+            guest_port: 1,
+            protocol,
+        };
         let a = port([127, 0, 0, 1], 80, Protocol::Tcp);
-        assert!(a.overlaps(&port([127, 0, 0, 1], 80, Protocol::Tcp)) && a.overlaps(&port([0, 0, 0, 0], 80, Protocol::Tcp)));
+        assert!(
+            a.overlaps(&port([127, 0, 0, 1], 80, Protocol::Tcp))
+                && a.overlaps(&port([0, 0, 0, 0], 80, Protocol::Tcp))
+        );
         assert!(port([0, 0, 0, 0], 80, Protocol::Tcp).overlaps(&a));
         for other in [
             port([127, 0, 0, 1], 81, Protocol::Tcp),

@@ -30,7 +30,9 @@ fn broken(what: impl Into<String>) -> io::Error {
 /// [`Error::io`].
 pub fn error(doing: impl Into<String>, source: io::Error) -> Error {
     if source.get_ref().is_some_and(|inner| inner.is::<Broken>()) {
-        return Error::new(Kind::StreamIncomplete, doing).with_source(source).hint("run the command again");
+        return Error::new(Kind::StreamIncomplete, doing)
+            .with_source(source)
+            .hint("run the command again");
     }
     Error::io(doing, source)
 }
@@ -57,7 +59,11 @@ impl Encoder {
 
     /// The end of the stream: a chunk of length 0 and the trailer.
     pub fn end(self, entries: u64) -> (Vec<u8>, Trailer) {
-        let trailer = Trailer { entries, bytes: self.bytes, sha256: hex(&self.sha256.finalize()) };
+        let trailer = Trailer {
+            entries,
+            bytes: self.bytes,
+            sha256: hex(&self.sha256.finalize()),
+        };
         let mut bytes = vec![0; HEADER_BYTES];
         bytes.extend(serde_json::to_vec(&trailer).expect("a plain struct"));
         (bytes, trailer)
@@ -65,9 +71,16 @@ impl Encoder {
 }
 
 enum State {
-    Header { have: [u8; HEADER_BYTES], filled: usize },
-    Payload { left: usize },
-    Trailer { json: Vec<u8> },
+    Header {
+        have: [u8; HEADER_BYTES],
+        filled: usize,
+    },
+    Payload {
+        left: usize,
+    },
+    Trailer {
+        json: Vec<u8>,
+    },
     Finished(Trailer),
 }
 
@@ -81,7 +94,14 @@ pub struct Decoder {
 
 impl Default for Decoder {
     fn default() -> Self {
-        Self { state: State::Header { have: [0; HEADER_BYTES], filled: 0 }, sha256: Sha256::default(), bytes: 0 }
+        Self {
+            state: State::Header {
+                have: [0; HEADER_BYTES],
+                filled: 0,
+            },
+            sha256: Sha256::default(),
+            bytes: 0,
+        }
     }
 }
 
@@ -107,7 +127,9 @@ impl Decoder {
                 if *filled == HEADER_BYTES {
                     self.state = match u32::from_be_bytes(*have) as usize {
                         0 => State::Trailer { json: Vec::new() },
-                        n if n > CHUNK_BYTES_MAX => return Err(broken(format!("a chunk of {n} bytes exceeds the limit"))),
+                        n if n > CHUNK_BYTES_MAX => {
+                            return Err(broken(format!("a chunk of {n} bytes exceeds the limit")));
+                        }
                         left => State::Payload { left },
                     };
                 }
@@ -118,7 +140,10 @@ impl Decoder {
                 self.bytes += bytes.len() as u64;
                 *left -= bytes.len();
                 if *left == 0 {
-                    self.state = State::Header { have: [0; HEADER_BYTES], filled: 0 };
+                    self.state = State::Header {
+                        have: [0; HEADER_BYTES],
+                        filled: 0,
+                    };
                 }
                 Ok(true)
             }
@@ -136,8 +161,8 @@ impl Decoder {
     /// Checks at the end of file that the stream is complete. Idempotent.
     pub fn end(&mut self) -> io::Result<&Trailer> {
         if let State::Trailer { json } = &self.state {
-            let trailer: Trailer =
-                serde_json::from_slice(json).map_err(|e| broken(format!("the trailer after {} bytes: {e}", self.bytes)))?;
+            let trailer: Trailer = serde_json::from_slice(json)
+                .map_err(|e| broken(format!("the trailer after {} bytes: {e}", self.bytes)))?;
             let sha256 = hex(&self.sha256.clone().finalize());
             if trailer.bytes != self.bytes || trailer.sha256 != sha256 {
                 return Err(broken(format!(
@@ -149,7 +174,10 @@ impl Decoder {
         }
         match &self.state {
             State::Finished(trailer) => Ok(trailer),
-            _ => Err(broken(format!("the stream broke off after {} bytes", self.bytes))),
+            _ => Err(broken(format!(
+                "the stream broke off after {} bytes",
+                self.bytes
+            ))),
         }
     }
 
@@ -180,7 +208,11 @@ impl<W: Write> ChunkWriter<W> {
     pub fn new(inner: W) -> Self {
         let mut buffer = Vec::with_capacity(HEADER_BYTES + WRITER_CHUNK_BYTES);
         buffer.resize(HEADER_BYTES, 0);
-        Self { inner, encoder: Encoder::default(), buffer }
+        Self {
+            inner,
+            encoder: Encoder::default(),
+            buffer,
+        }
     }
 
     fn flush_chunk(&mut self) -> io::Result<()> {
@@ -233,7 +265,10 @@ pub struct ChunkReader<R: Read> {
 
 impl<R: Read> ChunkReader<R> {
     pub fn new(inner: R) -> Self {
-        Self { inner, decoder: Decoder::default() }
+        Self {
+            inner,
+            decoder: Decoder::default(),
+        }
     }
 
     /// The trailer, once the payload has been read completely.
@@ -340,13 +375,22 @@ mod tests {
         let long_chunk = ((CHUNK_BYTES_MAX + 1) as u32).to_be_bytes();
         let long_trailer = [vec![0; 4], vec![b' '; TRAILER_BYTES_MAX + 1]].concat();
         let after_the_end = [framed(b"x", 1), b"y".to_vec()].concat();
-        for stream in [&long_chunk[..], &long_trailer, &after_the_end, &[0, 0, 0, 0], &[]] {
+        for stream in [
+            &long_chunk[..],
+            &long_trailer,
+            &after_the_end,
+            &[0, 0, 0, 0],
+            &[],
+        ] {
             assert_eq!(kind_of(stream), Kind::StreamIncomplete);
         }
     }
 
     #[test]
     fn other_errors_keep_their_kind() {
-        assert_eq!(error("write", io::Error::from_raw_os_error(libc::ENOSPC)).kind(), Kind::DiskFull);
+        assert_eq!(
+            error("write", io::Error::from_raw_os_error(libc::ENOSPC)).kind(),
+            Kind::DiskFull
+        );
     }
 }

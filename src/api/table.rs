@@ -51,8 +51,9 @@ pub fn features() -> Vec<String> {
 
 /// The table for the protocol's documentation.
 pub fn markdown_table() -> String {
-    let mut out =
-        String::from("| method | who may call it | key | if the caller disconnects | descriptors |\n|---|---|---|---|---|\n");
+    let mut out = String::from(
+        "| method | who may call it | key | if the caller disconnects | descriptors |\n|---|---|---|---|---|\n",
+    );
     for call in calls() {
         let access = match call.access {
             Access::Anybody => "anybody",
@@ -71,7 +72,10 @@ pub fn markdown_table() -> String {
             Fds::TakesFds => "with the request",
             Fds::ReturnsFd => "with the reply",
         };
-        out += &format!("| `{}` | {access} | {key} | {on_disconnect} | {fds} |\n", call.method);
+        out += &format!(
+            "| `{}` | {access} | {key} | {on_disconnect} | {fds} |\n",
+            call.method
+        );
     }
     out
 }
@@ -86,7 +90,10 @@ mod tests {
         let methods: BTreeSet<&str> = calls().map(|call| call.method).collect();
         assert_eq!(methods.len(), calls().count());
         for method in methods {
-            assert!(AnyCall::parse(method, "1").is_some_and(|parsed| parsed.is_err()), "{method}");
+            assert!(
+                AnyCall::parse(method, "1").is_some_and(|parsed| parsed.is_err()),
+                "{method}"
+            );
         }
         assert!(find("vm.nothing").is_none() && AnyCall::parse("vm.nothing", "{}").is_none());
     }
@@ -94,13 +101,22 @@ mod tests {
     /// A retry of an operation without a key could begin it twice.
     #[test]
     fn every_operation_takes_a_key() {
-        let unkeyed = calls().filter(|call| call.on_disconnect.is_operation() && call.key == Key::Unkeyed);
+        let unkeyed =
+            calls().filter(|call| call.on_disconnect.is_operation() && call.key == Key::Unkeyed);
         assert_eq!(unkeyed.map(|call| call.method).collect::<Vec<_>>(), [""; 0]);
     }
 
     #[test]
     fn features_are_listed_once() {
-        let expected = ["vsock", "exec", "workspace", "snapshots", "image_build", "kernels", "events"];
+        let expected = [
+            "vsock",
+            "exec",
+            "workspace",
+            "snapshots",
+            "image_build",
+            "kernels",
+            "events",
+        ];
         assert_eq!(features(), expected);
     }
 }

@@ -100,7 +100,11 @@ pub struct RateLimits {
 
 impl RateLimits {
     /// Combines each limit with the one of the same name in `other`.
-    pub fn zip_with(&self, other: &Self, f: impl Fn(Option<u64>, Option<u64>) -> Option<u64>) -> Self {
+    pub fn zip_with(
+        &self,
+        other: &Self,
+        f: impl Fn(Option<u64>, Option<u64>) -> Option<u64>,
+    ) -> Self {
         Self {
             disk_bytes_per_s: f(self.disk_bytes_per_s, other.disk_bytes_per_s),
             disk_ops_per_s: f(self.disk_ops_per_s, other.disk_ops_per_s),
@@ -111,7 +115,9 @@ impl RateLimits {
 
     /// These limits after a request with `change`, in which 0 removes a limit.
     pub fn with(&self, change: &Self) -> Self {
-        self.zip_with(change, |now, change| change.map_or(now, |n| Some(n).filter(|n| *n > 0)))
+        self.zip_with(change, |now, change| {
+            change.map_or(now, |n| Some(n).filter(|n| *n > 0))
+        })
     }
 
     /// The limits of `self` that `other` does not have.
@@ -126,7 +132,10 @@ impl RateLimits {
 
     /// True if the guest's network is limited.
     pub fn limits_network(&self) -> bool {
-        [self.net_rx_bytes_per_s, self.net_tx_bytes_per_s].into_iter().flatten().any(|n| n > 0)
+        [self.net_rx_bytes_per_s, self.net_tx_bytes_per_s]
+            .into_iter()
+            .flatten()
+            .any(|n| n > 0)
     }
 
     pub fn is_empty(&self) -> bool {

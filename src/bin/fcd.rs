@@ -57,11 +57,17 @@ fn main() -> ExitCode {
     if let Err(e) = closed {
         log::warn!("{e}");
     }
-    let flags = Flags { config: args.config, state_dir: args.state_dir, socket: args.socket };
+    let flags = Flags {
+        config: args.config,
+        state_dir: args.state_dir,
+        socket: args.socket,
+    };
     let uid = nix::unistd::geteuid().as_raw();
-    let outcome = Config::load(&flags, uid, &|name| std::env::var(name).ok()).and_then(|config| match args.command {
-        Some(Command::Doctor { .. }) => fcd::server::print_doctor(&config),
-        None => fcd::server::run(config),
+    let outcome = Config::load(&flags, uid, &|name| std::env::var(name).ok()).and_then(|config| {
+        match args.command {
+            Some(Command::Doctor { .. }) => fcd::server::print_doctor(&config),
+            None => fcd::server::run(config),
+        }
     });
     match outcome {
         Ok(()) => {
@@ -69,7 +75,10 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(e) => {
-            let hint = e.hint_text().map(|hint| format!("\nhint: {hint}")).unwrap_or_default();
+            let hint = e
+                .hint_text()
+                .map(|hint| format!("\nhint: {hint}"))
+                .unwrap_or_default();
             fcd::host::log::say(&format!("fcd: {e}{hint}"));
             ExitCode::from(fcd::server::exit_status(&e))
         }

@@ -55,8 +55,10 @@ struct ChangedFile {
 
 pub fn run(ctx: &mut Context, interrupts: &Interrupts, args: Args) -> Result<u8> {
     let top = apply::top_of(&args.directory)?;
-    let spool =
-        tempfile::Builder::new().prefix("fcctl-apply-").tempdir().map_err(|e| Error::io("create a temporary directory", e))?;
+    let spool = tempfile::Builder::new()
+        .prefix("fcctl-apply-")
+        .tempdir()
+        .map_err(|e| Error::io("create a temporary directory", e))?;
     let mut left = LeftBehind::default();
     let patch = match (&args.vm, &args.patch) {
         (Some(vm), _) => {
@@ -68,34 +70,73 @@ pub fn run(ctx: &mut Context, interrupts: &Interrupts, args: Args) -> Result<u8>
         (None, None) => return Err(Error::internal("neither a VM nor a patch was given").into()),
     };
     if !patch.is_file() {
-        return Err(Error::new(Kind::PathNotFound, format!("{} is not a file", patch.display()))
-            .hint("name a patch that fcctl workspace export has written")
-            .into());
+        return Err(Error::new(
+            Kind::PathNotFound,
+            format!("{} is not a file", patch.display()),
+        )
+        .hint("name a patch that fcctl workspace export has written")
+        .into());
     }
-    let checked = apply::check(&top, &patch, &CallerEnv::from_process(), interrupts.cancel())?;
+    let checked = apply::check(
+        &top,
+        &patch,
+        &CallerEnv::from_process(),
+        interrupts.cancel(),
+    )?;
     if let Some(vm) = &args.vm {
         if checked.changes.is_empty() {
             ctx.note(&format!("nothing has changed in {vm}"));
         }
         report_left_behind(ctx, vm, &left);
     }
-    let changes = if args.dry_run { checked.changes } else { checked.apply_all()? };
+    let changes = if args.dry_run {
+        checked.changes
+    } else {
+        checked.apply_all()?
+    };
     report(ctx, top, &changes, left, !args.dry_run)?;
     Ok(0)
 }
 
 /// Exports the VM's changes into the file `spool` and returns what could not be exported.
-fn fetch(ctx: &mut Context, interrupts: &Interrupts, vm: &str, spool: &Path, args: &Args) -> Result<LeftBehind> {
+fn fetch(
+    ctx: &mut Context,
+    interrupts: &Interrupts,
+    vm: &str,
+    spool: &Path,
+    args: &Args,
+) -> Result<LeftBehind> {
     let mut client = ctx.connect()?;
     let to = ExportTo::Patch(spool.to_owned());
-    let fetched = Transfer { ctx, interrupts, client: &mut client, vm }.export(&to, args.bound, args.no_wait)?;
+    let fetched = Transfer {
+        ctx,
+        interrupts,
+        client: &mut client,
+        vm,
+    }
+    .export(&to, args.bound, args.no_wait)?;
     Ok(fetched.left_behind)
 }
 
-fn report(ctx: &mut Context, directory: PathBuf, changes: &[Change], left_behind: LeftBehind, applied: bool) -> Result<()> {
+fn report(
+    ctx: &mut Context,
+    directory: PathBuf,
+    changes: &[Change],
+    left_behind: LeftBehind,
+    applied: bool,
+) -> Result<()> {
     if ctx.json {
-        let files = changes.iter().map(|c| ChangedFile { path: encode(&c.path), lines_added: c.added, lines_removed: c.removed });
-        return ctx.document(&Document { applied, directory, files: files.collect(), left_behind });
+        let files = changes.iter().map(|c| ChangedFile {
+            path: encode(&c.path),
+            lines_added: c.added,
+            lines_removed: c.removed,
+        });
+        return ctx.document(&Document {
+            applied,
+            directory,
+            files: files.collect(),
+            left_behind,
+        });
     }
     if changes.is_empty() {
         return Ok(());
@@ -118,10 +159,14 @@ fn report(ctx: &mut Context, directory: PathBuf, changes: &[Change], left_behind
 /// Returns the command that applies a patch file to the tree `top` when it is run in the current
 /// directory.
 pub fn command_for(top: &Path, patch: &Path, cancel: &Cancel) -> String {
-    let by_hand =
-        std::env::current_dir().ok().and_then(|cwd| apply::by_hand(top, &cwd, patch, &CallerEnv::from_process(), cancel));
+    let by_hand = std::env::current_dir()
+        .ok()
+        .and_then(|cwd| apply::by_hand(top, &cwd, patch, &CallerEnv::from_process(), cancel));
     by_hand.unwrap_or_else(|| {
-        let (top, patch) = (quote(&top.display().to_string()), quote(&patch.display().to_string()));
+        let (top, patch) = (
+            quote(&top.display().to_string()),
+            quote(&patch.display().to_string()),
+        );
         format!("fcctl workspace apply -C {top} --patch {patch}")
     })
 }

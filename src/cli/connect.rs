@@ -24,11 +24,22 @@ pub struct Args {
 /// half-closed connection as closed, so whatever the guest has not sent yet would be lost (v1.16,
 /// src/vmm/src/devices/virtio/vsock/csm/connection.rs).
 pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
-    let request = VmConnectRequest { vm: args.vm, port: args.port };
+    let request = VmConnectRequest {
+        vm: args.vm,
+        port: args.port,
+    };
     let (_, socket) = ctx.connect()?.call_for_fd::<VmConnect>(&request)?;
     let socket = UnixStream::from(socket);
-    let dup = |file: &File| file.try_clone().map_err(|e| Error::io("duplicate a stream", e));
-    let (stdin, to) = (dup(&ctx.stdio.stdin)?, socket.try_clone().map_err(|e| Error::io("duplicate a stream", e))?);
+    let dup = |file: &File| {
+        file.try_clone()
+            .map_err(|e| Error::io("duplicate a stream", e))
+    };
+    let (stdin, to) = (
+        dup(&ctx.stdio.stdin)?,
+        socket
+            .try_clone()
+            .map_err(|e| Error::io("duplicate a stream", e))?,
+    );
     // Never joined: input that is still unread when the guest closes its side is dropped.
     thread::spawn("stdin", move || send(stdin, &to))?;
     receive(socket, dup(&ctx.stdio.stdout)?)?;
@@ -89,7 +100,14 @@ mod tests {
     fn connect_relays_both_ways_until_guest_hangs_up() {
         let fake = backwards(1 << 20);
         let sent: Vec<u8> = (0..1 << 20).map(|i: u32| (i % 251) as u8).collect();
-        let ran = fcctl_from(&fake, Start { stdin: file_with(&sent), ..Start::default() }, &["vm", "connect", "web", "5000"]);
+        let ran = fcctl_from(
+            &fake,
+            Start {
+                stdin: file_with(&sent),
+                ..Start::default()
+            },
+            &["vm", "connect", "web", "5000"],
+        );
         assert_eq!((ran.status, ran.err.as_str()), (0, ""));
         assert!(ran.out.iter().rev().eq(&sent));
         assert_eq!(fake.calls(), [r#"vm.connect {"port":5000,"vm":"web"}"#]);
@@ -97,7 +115,11 @@ mod tests {
 
     #[test]
     fn connect_refusal_shows_cause() {
-        let refuses = Fake::start(|r| r.fault(Error::new(Kind::GuestUnavailable, "connect to VM web: nothing").hint("start it")));
+        let refuses = Fake::start(|r| {
+            r.fault(
+                Error::new(Kind::GuestUnavailable, "connect to VM web: nothing").hint("start it"),
+            )
+        });
         check(
             &refuses,
             &["vm", "connect", "web", "1"],

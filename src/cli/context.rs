@@ -58,8 +58,21 @@ pub struct Context {
 
 impl Context {
     pub fn new(stdio: Stdio, signals: SignalSource, env: Env, now_s: u64) -> std::io::Result<Self> {
-        let (out, err) = (Out::new(stdio.stdout.try_clone()?), Out::new(stdio.stderr.try_clone()?));
-        Ok(Self { socket: PathBuf::new(), json: false, stdio, out, err, signals, env, now_s, warned: false })
+        let (out, err) = (
+            Out::new(stdio.stdout.try_clone()?),
+            Out::new(stdio.stderr.try_clone()?),
+        );
+        Ok(Self {
+            socket: PathBuf::new(),
+            json: false,
+            stdio,
+            out,
+            err,
+            signals,
+            env,
+            now_s,
+            warned: false,
+        })
     }
 
     /// Connects. A version difference between fcctl and fcd is reported only the first time.
@@ -75,7 +88,12 @@ impl Context {
 
     /// Runs an operation and shows its progress on stderr. `doing` is the prefix of each line, such
     /// as `start web`.
-    pub fn operate<C: Call>(&mut self, client: &mut Client, doing: &str, request: &C::Request) -> Result<C::Reply> {
+    pub fn operate<C: Call>(
+        &mut self,
+        client: &mut Client,
+        doing: &str,
+        request: &C::Request,
+    ) -> Result<C::Reply> {
         let mut progress = self.progress(doing);
         client.call_more::<C>(request, &[], &mut |note| {
             if let Note::Progress(p) = note {
@@ -103,12 +121,15 @@ impl Context {
     }
 
     pub fn bytes(&mut self, bytes: &[u8]) -> Result<()> {
-        self.out.bytes(bytes).map_err(|e| Error::io("write to stdout", e).into())
+        self.out
+            .bytes(bytes)
+            .map_err(|e| Error::io("write to stdout", e).into())
     }
 
     /// Prints the single JSON document of a command.
     pub fn document(&mut self, value: &impl Serialize) -> Result<()> {
-        let text = serde_json::to_string_pretty(value).map_err(|e| Error::internal("write JSON").with_source(e))?;
+        let text = serde_json::to_string_pretty(value)
+            .map_err(|e| Error::internal("write JSON").with_source(e))?;
         self.line(&text)
     }
 
@@ -131,10 +152,14 @@ impl Context {
         if self.json {
             let mut error = serde_json::to_value(fault).unwrap_or_default();
             error["exit_status"] = status.into();
-            let _ = self.err.line(&serde_json::json!({ "error": error }).to_string());
+            let _ = self
+                .err
+                .line(&serde_json::json!({ "error": error }).to_string());
             return;
         }
-        let _ = self.err.line(&format!("fcctl: {}", harmless_line(&fault.message)));
+        let _ = self
+            .err
+            .line(&format!("fcctl: {}", harmless_line(&fault.message)));
         for line in fault.hint.iter().flat_map(|h| h.lines()) {
             let _ = self.err.line(&format!("hint: {}", harmless_line(line)));
         }
@@ -142,7 +167,9 @@ impl Context {
 
     /// Prints clap's own message about a command line that it rejected.
     pub fn usage(&mut self, text: &str) {
-        let _ = self.err.bytes(text.replacen("error: ", "fcctl: ", 1).as_bytes());
+        let _ = self
+            .err
+            .bytes(text.replacen("error: ", "fcctl: ", 1).as_bytes());
     }
 
     /// Runs `each` for every target, and continues after failures. The status is that of the first
@@ -192,10 +219,18 @@ impl Context {
 
 /// Picks the socket if none was named. Root uses the system's. A user's own daemon comes first;
 /// without one, the user gets the system's socket if it is accessible.
-pub fn default_socket(uid: u32, env: &dyn Fn(&str) -> Option<String>, usable: &dyn Fn(&Path) -> bool) -> PathBuf {
+pub fn default_socket(
+    uid: u32,
+    env: &dyn Fn(&str) -> Option<String>,
+    usable: &dyn Fn(&Path) -> bool,
+) -> PathBuf {
     let own = crate::config::Places::for_user(uid, env).socket;
     let system = crate::config::Places::for_user(0, env).socket;
-    if uid != 0 && !usable(&own) && usable(&system) { system } else { own }
+    if uid != 0 && !usable(&own) && usable(&system) {
+        system
+    } else {
+        own
+    }
 }
 
 /// True if the socket exists and this user may connect to it, which takes write permission
@@ -213,7 +248,9 @@ mod tests {
         let env = |name: &str| (name == "XDG_RUNTIME_DIR").then(|| "/run/user/1000".to_owned());
         let pick = |uid, there: &[&str]| {
             let there: Vec<String> = there.iter().map(|s| (*s).to_owned()).collect();
-            default_socket(uid, &env, &|p| there.iter().any(|t| Path::new(t) == p)).display().to_string()
+            default_socket(uid, &env, &|p| there.iter().any(|t| Path::new(t) == p))
+                .display()
+                .to_string()
         };
         let (own, system) = ("/run/user/1000/fcd/fcd.sock", "/run/fcd/fcd.sock");
         assert_eq!(pick(0, &[own]), system);

@@ -35,9 +35,21 @@ fn lock_order(ctx: &mut Context) -> Result<u8> {
         return Ok(0);
     }
     let kind = |is_virtual| if is_virtual { "virtual" } else { "lock" }.to_owned();
-    let under = |names: &[&str]| if names.is_empty() { "nothing".to_owned() } else { names.join(", ") };
-    let rows: Vec<_> = order.iter().map(|r| vec![r.taken.to_owned(), kind(r.is_virtual), under(&r.under)]).collect();
-    ctx.text(&output::table(&["TAKEN", "KIND", "WHILE HOLDING ONLY"], &rows))?;
+    let under = |names: &[&str]| {
+        if names.is_empty() {
+            "nothing".to_owned()
+        } else {
+            names.join(", ")
+        }
+    };
+    let rows: Vec<_> = order
+        .iter()
+        .map(|r| vec![r.taken.to_owned(), kind(r.is_virtual), under(&r.under)])
+        .collect();
+    ctx.text(&output::table(
+        &["TAKEN", "KIND", "WHILE HOLDING ONLY"],
+        &rows,
+    ))?;
     Ok(0)
 }
 
@@ -48,8 +60,15 @@ fn locks(ctx: &mut Context) -> Result<u8> {
         return Ok(0);
     }
     let rows: Vec<_> = reply.locks.iter().flat_map(rows).collect();
-    ctx.text(&output::table(&["LOCK", "KEY", "WHO", "OPERATION", "FOR", "THREAD"], &rows))?;
-    let checked = if reply.checked { format!("{} so far", reply.violations) } else { "not counted in this build".to_owned() };
+    ctx.text(&output::table(
+        &["LOCK", "KEY", "WHO", "OPERATION", "FOR", "THREAD"],
+        &rows,
+    ))?;
+    let checked = if reply.checked {
+        format!("{} so far", reply.violations)
+    } else {
+        "not counted in this build".to_owned()
+    };
     ctx.line(&format!("lock-order violations: {checked}"))?;
     Ok(0)
 }
@@ -57,9 +76,20 @@ fn locks(ctx: &mut Context) -> Result<u8> {
 fn rows(lock: &LockRecord) -> Vec<Vec<String>> {
     let row = |who: &str, party: &LockParty| {
         let operation = party.operation.clone();
-        vec![lock.set.clone(), lock.key.clone(), who.to_owned(), operation, micros(party.for_us), party.thread.clone()]
+        vec![
+            lock.set.clone(),
+            lock.key.clone(),
+            who.to_owned(),
+            operation,
+            micros(party.for_us),
+            party.thread.clone(),
+        ]
     };
-    lock.holder.iter().map(|p| row("holds", p)).chain(lock.waiters.iter().map(|p| row("waits", p))).collect()
+    lock.holder
+        .iter()
+        .map(|p| row("holds", p))
+        .chain(lock.waiters.iter().map(|p| row("waits", p)))
+        .collect()
 }
 
 fn micros(us: u64) -> String {

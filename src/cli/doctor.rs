@@ -15,8 +15,16 @@ use std::time::Duration;
 /// The daemon probes KVM and runs a few programs, which takes a while on a busy host.
 const DEADLINE: Duration = Duration::from_secs(60);
 /// The variables by which `fcd` finds its directories.
-const PASSED: [&str; 8] =
-    ["HOME", "XDG_CONFIG_HOME", "XDG_STATE_HOME", "XDG_RUNTIME_DIR", "FCD_CONFIG", "FCD_STATE_DIR", "FCD_SOCKET", "PATH"];
+const PASSED: [&str; 8] = [
+    "HOME",
+    "XDG_CONFIG_HOME",
+    "XDG_STATE_HOME",
+    "XDG_RUNTIME_DIR",
+    "FCD_CONFIG",
+    "FCD_STATE_DIR",
+    "FCD_SOCKET",
+    "PATH",
+];
 
 #[derive(clap::Args, Debug)]
 pub struct Args {
@@ -38,7 +46,10 @@ pub fn run(ctx: &mut Context, args: &Args) -> Result<u8> {
     let mut checks = vec![];
     match ctx.connect() {
         Ok(mut client) => {
-            checks.push(Check::ok("daemon", format!("fcd answers on {}", ctx.socket.display())));
+            checks.push(Check::ok(
+                "daemon",
+                format!("fcd answers on {}", ctx.socket.display()),
+            ));
             let answer = client.call_raw("fcd.doctor", &empty(), DEADLINE)?;
             checks.extend(parse(answer.get().as_bytes())?.checks);
         }
@@ -68,7 +79,11 @@ fn empty() -> Box<serde_json::value::RawValue> {
 }
 
 fn parse(json: &[u8]) -> Result<<Doctor as crate::api::Call>::Reply> {
-    serde_json::from_slice(json).map_err(|e| Error::new(Kind::VersionMismatch, "read the daemon's checks").with_source(e).into())
+    serde_json::from_slice(json).map_err(|e| {
+        Error::new(Kind::VersionMismatch, "read the daemon's checks")
+            .with_source(e)
+            .into()
+    })
 }
 
 /// A missing daemon is only a warning, because it can be started. A daemon that refuses the caller
@@ -77,7 +92,11 @@ fn no_daemon(failure: &Failure) -> Check {
     let is_absent = failure.kind() == crate::client::ABSENT;
     Check {
         id: "daemon".to_owned(),
-        severity: if is_absent { Severity::Warn } else { Severity::Fail },
+        severity: if is_absent {
+            Severity::Warn
+        } else {
+            Severity::Fail
+        },
         found: failure.to_string(),
         fix: failure.fault.hint.clone(),
     }
@@ -85,13 +104,19 @@ fn no_daemon(failure: &Failure) -> Check {
 
 /// Runs `fcd doctor --json`. Prefers the fcd next to this program to the one in PATH.
 fn without_daemon(ctx: &Context) -> crate::error::Result<Vec<Check>> {
-    let neighbour = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join("fcd")));
-    let program = neighbour.filter(|p| p.is_file()).unwrap_or_else(|| PathBuf::from("fcd"));
+    let neighbour = std::env::current_exe()
+        .ok()
+        .and_then(|exe| Some(exe.parent()?.join("fcd")));
+    let program = neighbour
+        .filter(|p| p.is_file())
+        .unwrap_or_else(|| PathBuf::from("fcd"));
     checks_of(&program, ctx)
 }
 
 fn checks_of(program: &Path, ctx: &Context) -> crate::error::Result<Vec<Check>> {
-    let mut command = Command::new(program).args(["doctor", "--json"]).deadline(DEADLINE);
+    let mut command = Command::new(program)
+        .args(["doctor", "--json"])
+        .deadline(DEADLINE);
     for name in PASSED {
         if let Some(value) = (ctx.env)(name) {
             command = command.env(name, value);
@@ -99,28 +124,44 @@ fn checks_of(program: &Path, ctx: &Context) -> crate::error::Result<Vec<Check>> 
     }
     let cancel = Cancel::try_new().map_err(|e| Error::io("make a cancel token", e))?;
     let out = run_any_status(&command, &cancel, &mut |_| {}).map_err(|e| match e.kind() {
-        Kind::CommandMissing => Error::new(Kind::CommandMissing, "fcd is neither next to fcctl nor in PATH")
-            .hint("install it: cargo install --locked --path ., or scripts/quickstart"),
+        Kind::CommandMissing => Error::new(
+            Kind::CommandMissing,
+            "fcd is neither next to fcctl nor in PATH",
+        )
+        .hint("install it: cargo install --locked --path ., or scripts/quickstart"),
         _ => e,
     })?;
     // The exit status repeats what the checks say. If no checks can be read, stderr says what went
     // wrong.
-    serde_json::from_slice::<DoctorReply>(&out.stdout).map(|r| r.checks).map_err(|e| {
-        let stderr = String::from_utf8_lossy(&out.stderr);
-        let reason = stderr.lines().last().unwrap_or_default();
-        Error::new(Kind::CommandFailed, format!("{} doctor --json ended with status {}: {reason}", program.display(), out.status))
+    serde_json::from_slice::<DoctorReply>(&out.stdout)
+        .map(|r| r.checks)
+        .map_err(|e| {
+            let stderr = String::from_utf8_lossy(&out.stderr);
+            let reason = stderr.lines().last().unwrap_or_default();
+            Error::new(
+                Kind::CommandFailed,
+                format!(
+                    "{} doctor --json ended with status {}: {reason}",
+                    program.display(),
+                    out.status
+                ),
+            )
             .with_source(e)
-    })
+        })
 }
 
 /// Checks that only the client can do.
 fn own_checks(ctx: &Context) -> Vec<Check> {
     let mut checks = vec![];
-    for (program, why, fix) in
-        [("ssh", "for fcctl ssh", "apt install openssh-client"), ("git", "for sending repositories", "apt install git")]
-    {
+    for (program, why, fix) in [
+        ("ssh", "for fcctl ssh", "apt install openssh-client"),
+        ("git", "for sending repositories", "apt install git"),
+    ] {
         checks.push(match find_on_path(program, &*ctx.env) {
-            Some(path) => Check::ok(&format!("cli-{program}"), format!("{} {why}", path.display())),
+            Some(path) => Check::ok(
+                &format!("cli-{program}"),
+                format!("{} {why}", path.display()),
+            ),
             None => Check {
                 id: format!("cli-{program}"),
                 severity: Severity::Warn,
@@ -134,8 +175,11 @@ fn own_checks(ctx: &Context) -> Vec<Check> {
 
 fn find_on_path(program: &str, env: &dyn Fn(&str) -> Option<String>) -> Option<PathBuf> {
     let path = env("PATH")?;
-    let executable = |p: &PathBuf| p.is_file() && rustix::fs::access(p, rustix::fs::Access::EXEC_OK).is_ok();
-    std::env::split_paths(&path).map(|dir| dir.join(program)).find(executable)
+    let executable =
+        |p: &PathBuf| p.is_file() && rustix::fs::access(p, rustix::fs::Access::EXEC_OK).is_ok();
+    std::env::split_paths(&path)
+        .map(|dir| dir.join(program))
+        .find(executable)
 }
 
 fn report(ctx: &mut Context, checks: Vec<Check>) -> Result<u8> {
@@ -147,12 +191,23 @@ fn report(ctx: &mut Context, checks: Vec<Check>) -> Result<u8> {
         return Ok(status);
     }
     let colour = ctx.may_colour();
-    let width = checks.iter().map(|c| c.id.chars().count()).max().unwrap_or(0);
+    let width = checks
+        .iter()
+        .map(|c| c.id.chars().count())
+        .max()
+        .unwrap_or(0);
     let text: String = checks.iter().map(|c| render(c, width, colour)).collect();
-    let warnings = if warned > 0 { format!(", {}", count(warned, "warning")) } else { String::new() };
+    let warnings = if warned > 0 {
+        format!(", {}", count(warned, "warning"))
+    } else {
+        String::new()
+    };
     let all = count(checks.len() as u64, "check");
-    let verdict =
-        if failed > 0 { format!("not ready: {failed} of {all} failed{warnings}") } else { format!("ready: {all}{warnings}") };
+    let verdict = if failed > 0 {
+        format!("not ready: {failed} of {all} failed{warnings}")
+    } else {
+        format!("ready: {all}{warnings}")
+    };
     ctx.text(&format!("{text}{verdict}\n"))?;
     Ok(status)
 }
@@ -163,10 +218,27 @@ fn render(check: &Check, width: usize, colour: bool) -> String {
         Severity::Warn => ("WARN", 33),
         Severity::Fail => ("FAIL", 31),
     };
-    let word = if colour { format!("\u{1b}[{code}m{word}\u{1b}[0m") } else { word.to_owned() };
-    let mut text = format!("{word}  {:<width$}  {}\n", harmless_line(&check.id), harmless_line(&check.found));
-    for line in check.fix.iter().filter(|_| check.severity != Severity::Ok).flat_map(|f| f.lines()) {
-        text.push_str(&format!("      {:<width$}  fix: {}\n", "", harmless_line(line)));
+    let word = if colour {
+        format!("\u{1b}[{code}m{word}\u{1b}[0m")
+    } else {
+        word.to_owned()
+    };
+    let mut text = format!(
+        "{word}  {:<width$}  {}\n",
+        harmless_line(&check.id),
+        harmless_line(&check.found)
+    );
+    for line in check
+        .fix
+        .iter()
+        .filter(|_| check.severity != Severity::Ok)
+        .flat_map(|f| f.lines())
+    {
+        text.push_str(&format!(
+            "      {:<width$}  fix: {}\n",
+            "",
+            harmless_line(line)
+        ));
     }
     text
 }

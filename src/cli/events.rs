@@ -41,12 +41,20 @@ pub struct Args {
 pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     let mut client = ctx.connect()?;
     let stdout = StdoutWatcher::start(ctx, &client)?;
-    let mut screen = Screen { zone: zone(ctx), last: args.since, in_snapshot: false };
+    let mut screen = Screen {
+        zone: zone(ctx),
+        last: args.since,
+        in_snapshot: false,
+    };
     loop {
         let request = EventsWatchRequest { since: screen.last };
         let result = client.call_more::<EventsWatch>(&request, &[], &mut |note| {
             screen.show(ctx, note)?;
-            if ctx.is_unread() { Err(unread()) } else { Ok(()) }
+            if ctx.is_unread() {
+                Err(unread())
+            } else {
+                Ok(())
+            }
         });
         match result {
             // Either side was too slow and notes were dropped. The daemon may still have them, so
@@ -82,13 +90,25 @@ impl Screen {
                 self.in_snapshot = snapshot.more;
                 // Only a complete snapshot counts. If the connection breaks within one, the next
                 // call must get a new snapshot.
-                self.last = if snapshot.more { self.last } else { Some(snapshot.seq) };
+                self.last = if snapshot.more {
+                    self.last
+                } else {
+                    Some(snapshot.seq)
+                };
             }
             Note::Events(batch) => {
                 let known = batch.events.iter().filter(|e| e.what != What::Unknown);
                 // All events of a change go out in one write, so that a reader gets a change whole
                 // or not at all.
-                let text: Result<String> = known.map(|e| if ctx.json { json(e, None) } else { Ok(self.line(e)) }).collect();
+                let text: Result<String> = known
+                    .map(|e| {
+                        if ctx.json {
+                            json(e, None)
+                        } else {
+                            Ok(self.line(e))
+                        }
+                    })
+                    .collect();
                 ctx.text(&text?)?;
                 self.last = Some(batch.seq);
             }
@@ -111,11 +131,22 @@ impl Screen {
         }
         if snapshot.resync && !self.in_snapshot {
             let since = self.last.unwrap_or_default();
-            ctx.note(&format!("changes after {since} are no longer available; state after change {}:", snapshot.seq));
+            ctx.note(&format!(
+                "changes after {since} are no longer available; state after change {}:",
+                snapshot.seq
+            ));
         }
         let line = |vm: &Vm| {
-            let reason = vm.reason.as_ref().map(|r| format!(" ({r})")).unwrap_or_default();
-            self.words(snapshot.at, vm.name.as_str(), &format!("is {}{reason}", vm.state.name()))
+            let reason = vm
+                .reason
+                .as_ref()
+                .map(|r| format!(" ({r})"))
+                .unwrap_or_default();
+            self.words(
+                snapshot.at,
+                vm.name.as_str(),
+                &format!("is {}{reason}", vm.state.name()),
+            )
         };
         ctx.text(&snapshot.vms.iter().map(line).collect::<String>())
     }
@@ -125,23 +156,43 @@ impl Screen {
         let text = match &event.what {
             What::Created { .. } => "created".to_owned(),
             What::Deleted { .. } => "deleted".to_owned(),
-            What::State { from, to, reason, .. } => {
-                let reason = reason.as_ref().map(|r| format!(": {r}")).unwrap_or_default();
+            What::State {
+                from, to, reason, ..
+            } => {
+                let reason = reason
+                    .as_ref()
+                    .map(|r| format!(": {r}"))
+                    .unwrap_or_default();
                 format!("{} -> {}{reason}", from.name(), to.name())
             }
             What::Changed { set } => changed(set),
-            What::OpEnded { method, state, error, .. } => {
-                let why = error.as_ref().map(|fault| format!(": {fault}")).unwrap_or_default();
+            What::OpEnded {
+                method,
+                state,
+                error,
+                ..
+            } => {
+                let why = error
+                    .as_ref()
+                    .map(|fault| format!(": {fault}"))
+                    .unwrap_or_default();
                 format!("{method} {}{why}", op_state(*state))
             }
             What::Unknown => String::new(),
         };
         let name = event.name.as_ref().map_or("-", |name| name.as_str());
-        if text.is_empty() { text } else { self.words(event.at, name, &text) }
+        if text.is_empty() {
+            text
+        } else {
+            self.words(event.at, name, &text)
+        }
     }
 
     fn words(&self, at: u64, name: &str, text: &str) -> String {
-        let at = i64::try_from(at).ok().and_then(|at| Timestamp::from_second(at).ok()).unwrap_or_default();
+        let at = i64::try_from(at)
+            .ok()
+            .and_then(|at| Timestamp::from_second(at).ok())
+            .unwrap_or_default();
         let time = at.to_zoned(self.zone.clone()).strftime("%H:%M:%S");
         format!("{time}  {name}  {}\n", harmless_line(text))
     }
@@ -179,18 +230,35 @@ fn changed(set: &Members) -> String {
         Some(p) => format!("at next start: {}", settings(&p)),
         None => String::new(),
     });
-    let rm = member(set, "rm").map(|rm| if rm { "deleted when it stops" } else { "kept when it stops" }.to_owned());
+    let rm = member(set, "rm").map(|rm| {
+        if rm {
+            "deleted when it stops"
+        } else {
+            "kept when it stops"
+        }
+        .to_owned()
+    });
     let workspace = member::<Option<WorkspaceInfo>>(set, "workspace").map(|w| match w {
         Some(w) => format!("workspace {}", workspace_line(&w)),
         None => "no workspace".to_owned(),
     });
-    let answers =
-        member(set, "unresponsive").map(|hangs| if hangs { "VMM does not respond" } else { "VMM responds again" }.to_owned());
-    let paused = member(set, "paused").map(|is_paused| if is_paused { "paused" } else { "resumed" }.to_owned());
-    let balloon =
-        member::<Option<u64>>(set, "balloon_mib").flatten().map(|mib| format!("asked to keep {} of memory", size(mib << 20)));
-    let words =
-        [Some(now), pending, rm, workspace, answers, paused, balloon].into_iter().flatten().filter(|word| !word.is_empty());
+    let answers = member(set, "unresponsive").map(|hangs| {
+        if hangs {
+            "VMM does not respond"
+        } else {
+            "VMM responds again"
+        }
+        .to_owned()
+    });
+    let paused = member(set, "paused")
+        .map(|is_paused| if is_paused { "paused" } else { "resumed" }.to_owned());
+    let balloon = member::<Option<u64>>(set, "balloon_mib")
+        .flatten()
+        .map(|mib| format!("asked to keep {} of memory", size(mib << 20)));
+    let words = [Some(now), pending, rm, workspace, answers, paused, balloon]
+        .into_iter()
+        .flatten()
+        .filter(|word| !word.is_empty());
     words.collect::<Vec<_>>().join(", ")
 }
 
@@ -198,12 +266,18 @@ fn changed(set: &Members) -> String {
 /// one.
 fn json(value: &impl serde::Serialize, event: Option<&str>) -> Result<String> {
     let written = |e| Failure::from(Error::internal("write JSON").with_source(e));
-    let Some(event) = event else { return serde_json::to_string(value).map(|text| text + "\n").map_err(written) };
+    let Some(event) = event else {
+        return serde_json::to_string(value)
+            .map(|text| text + "\n")
+            .map_err(written);
+    };
     let mut members = Members::from_iter([("event".to_owned(), event.into())]);
     if let serde_json::Value::Object(own) = serde_json::to_value(value).map_err(written)? {
         members.extend(own);
     }
-    serde_json::to_string(&members).map(|text| text + "\n").map_err(written)
+    serde_json::to_string(&members)
+        .map(|text| text + "\n")
+        .map_err(written)
 }
 
 /// Watches whether the reader of stdout exits, even while no event arrives, and then hangs up.
@@ -216,13 +290,24 @@ struct StdoutWatcher {
 impl StdoutWatcher {
     fn start(ctx: &Context, client: &Client) -> Result<Self> {
         let stop = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
-        let stdout = ctx.stdio.stdout.try_clone().map_err(|e| Error::io("duplicate stdout", e))?;
-        let (hangup, reader_exited): (Hangup, _) = (client.hangup()?, Arc::new(AtomicBool::new(false)));
+        let stdout = ctx
+            .stdio
+            .stdout
+            .try_clone()
+            .map_err(|e| Error::io("duplicate stdout", e))?;
+        let (hangup, reader_exited): (Hangup, _) =
+            (client.hangup()?, Arc::new(AtomicBool::new(false)));
         let (flag, stopped) = (reader_exited.clone(), stop.clone());
         let body = move || {
             // No events are requested, so poll returns only for an error or a hang-up (poll(2): a
             // pipe without a reader).
-            let poll = || wait_any(&[(stdout.as_fd(), PollFlags::empty())], Instant::now() + POLL_TIMEOUT, &stopped);
+            let poll = || {
+                wait_any(
+                    &[(stdout.as_fd(), PollFlags::empty())],
+                    Instant::now() + POLL_TIMEOUT,
+                    &stopped,
+                )
+            };
             while let Ok(woken) = poll() {
                 match woken {
                     WaitResult::Deadline => {}
@@ -234,7 +319,11 @@ impl StdoutWatcher {
                 }
             }
         };
-        Ok(Self { reader_exited, stop, thread: Some(crate::host::thread::spawn("stdout", body)?) })
+        Ok(Self {
+            reader_exited,
+            stop,
+            thread: Some(crate::host::thread::spawn("stdout", body)?),
+        })
     }
 
     fn reader_exited(&self) -> bool {

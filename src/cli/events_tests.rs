@@ -17,11 +17,24 @@ fn op() -> OpId {
 
 fn event(seq: u64, name: &str, what: What) -> Event {
     let vm = vm(name, VmState::Running);
-    Event { seq, at: NOW_S + seq, vm: Some(vm.id), name: Some(vm.name), owner_uid: 1000, what }
+    Event {
+        seq,
+        at: NOW_S + seq,
+        vm: Some(vm.id),
+        name: Some(vm.name),
+        owner_uid: 1000,
+        what,
+    }
 }
 
 fn state(from: VmState, to: VmState, reason: Option<&str>) -> What {
-    State { from, to, reason: reason.map(str::to_owned), op: Some(op()), set: set(&json!({"state": to})) }
+    State {
+        from,
+        to,
+        reason: reason.map(str::to_owned),
+        op: Some(op()),
+        set: set(&json!({"state": to})),
+    }
 }
 use What::*;
 
@@ -30,28 +43,89 @@ fn set(members: &serde_json::Value) -> Members {
 }
 
 fn events_note(seq: u64, whats: Vec<What>) -> Note {
-    Note::Events(Events { seq, events: whats.into_iter().map(|what| event(seq, "web", what)).collect() })
+    Note::Events(Events {
+        seq,
+        events: whats
+            .into_iter()
+            .map(|what| event(seq, "web", what))
+            .collect(),
+    })
 }
 
 fn op_ended(state: OpState, error: Option<Error>) -> What {
-    OpEnded { op: op(), method: "vm.start".into(), state, error: error.map(Fault::from) }
+    OpEnded {
+        op: op(),
+        method: "vm.start".into(),
+        state,
+        error: error.map(Fault::from),
+    }
 }
 
 /// Sends one event of each kind, and then the daemon shuts down.
 fn one_of_everything(mut r: Request) {
     assert!(r.method == "events.watch" && r.more);
-    let part = |more, vms| Note::Snapshot(Snapshot { seq: 7, at: NOW_S, resync: false, more, vms });
+    let part = |more, vms| {
+        Note::Snapshot(Snapshot {
+            seq: 7,
+            at: NOW_S,
+            resync: false,
+            more,
+            vms,
+        })
+    };
     r.note(part(true, vec![vm("web", VmState::Running)]));
-    r.note(part(false, vec![Vm { reason: Some("the VMM died".into()), ..vm("db", VmState::Failed) }]));
-    r.note(events_note(8, vec![Created { set: set(&json!({"state": "created"})) }]));
-    r.note(events_note(9, vec![state(VmState::Created, VmState::Starting, None)]));
+    r.note(part(
+        false,
+        vec![Vm {
+            reason: Some("the VMM died".into()),
+            ..vm("db", VmState::Failed)
+        }],
+    ));
+    r.note(events_note(
+        8,
+        vec![Created {
+            set: set(&json!({"state": "created"})),
+        }],
+    ));
+    r.note(events_note(
+        9,
+        vec![state(VmState::Created, VmState::Starting, None)],
+    ));
     // Prints nothing: people do not care about process IDs.
-    r.note(events_note(10, vec![Changed { set: set(&json!({"pid": 7})) }]));
-    r.note(events_note(11, vec![state(VmState::Starting, VmState::Running, None), op_ended(OpState::Ok, None)]));
-    r.note(events_note(12, vec![state(VmState::Running, VmState::Failed, Some("the VMM died: \u{1b}[2J"))]));
+    r.note(events_note(
+        10,
+        vec![Changed {
+            set: set(&json!({"pid": 7})),
+        }],
+    ));
+    r.note(events_note(
+        11,
+        vec![
+            state(VmState::Starting, VmState::Running, None),
+            op_ended(OpState::Ok, None),
+        ],
+    ));
+    r.note(events_note(
+        12,
+        vec![state(
+            VmState::Running,
+            VmState::Failed,
+            Some("the VMM died: \u{1b}[2J"),
+        )],
+    ));
     let pending = json!({"vcpus": 2, "mem_mib": 2048, "disk_bytes": null});
-    r.note(events_note(13, vec![Changed { set: set(&json!({"pending": pending})) }]));
-    r.note(events_note(14, vec![Changed { set: set(&json!({"pending": null, "vcpus": 2, "mem_mib": 2048, "rm": true})) }]));
+    r.note(events_note(
+        13,
+        vec![Changed {
+            set: set(&json!({"pending": pending})),
+        }],
+    ));
+    r.note(events_note(
+        14,
+        vec![Changed {
+            set: set(&json!({"pending": null, "vcpus": 2, "mem_mib": 2048, "rm": true})),
+        }],
+    ));
     let workspace = WorkspaceInfo {
         guest_path: "/root/web".into(),
         workdir: "/root/web".into(),
@@ -61,17 +135,40 @@ fn one_of_everything(mut r: Request) {
         bytes: 0,
         prepared_at: NOW_S,
     };
-    r.note(events_note(15, vec![Changed { set: set(&json!({"workspace": workspace})) }]));
-    r.note(events_note(16, vec![Changed { set: set(&json!({"workspace": null})) }]));
+    r.note(events_note(
+        15,
+        vec![Changed {
+            set: set(&json!({"workspace": workspace})),
+        }],
+    ));
+    r.note(events_note(
+        16,
+        vec![Changed {
+            set: set(&json!({"workspace": null})),
+        }],
+    ));
     r.note(events_note(
         17,
-        vec![Deleted { op: Some(op()) }, op_ended(OpState::Failed, Some(Error::new(Kind::BootTimeout, "late")))],
+        vec![
+            Deleted { op: Some(op()) },
+            op_ended(OpState::Failed, Some(Error::new(Kind::BootTimeout, "late"))),
+        ],
     ));
-    let image = Event { vm: None, name: None, ..event(18, "web", op_ended(OpState::Cancelled, None)) };
-    r.note(Note::Events(Events { seq: 18, events: vec![image] }));
+    let image = Event {
+        vm: None,
+        name: None,
+        ..event(18, "web", op_ended(OpState::Cancelled, None))
+    };
+    r.note(Note::Events(Events {
+        seq: 18,
+        events: vec![image],
+    }));
     // An event from a newer daemon.
     r.raw(r#"{"jsonrpc":"2.0","method":"events","params":{"seq":19,"events":[{"seq":19,"at":1,"vm":null,"name":null,"owner_uid":0,"event":"disk.full","free":1}]}}"#);
-    r.fault(Error::new(Kind::ShuttingDown, "the daemon is shutting down"));
+    r.fault(Error::new(
+        Kind::ShuttingDown,
+        "the daemon is shutting down",
+    ));
 }
 
 #[test]
@@ -105,9 +202,15 @@ fn events_print_one_line_each() {
 #[test]
 fn events_json_prints_one_document_per_line() {
     let ran = fcctl(&Fake::start(one_of_everything), &["events", "--json"]);
-    let lines: Vec<serde_json::Value> =
-        ran.out.split_inclusive(|b| *b == b'\n').map(|l| serde_json::from_slice(l).unwrap()).collect();
-    let kinds: Vec<_> = lines.iter().map(|l| format!("{} {}", l["seq"], l["event"].as_str().unwrap())).collect();
+    let lines: Vec<serde_json::Value> = ran
+        .out
+        .split_inclusive(|b| *b == b'\n')
+        .map(|l| serde_json::from_slice(l).unwrap())
+        .collect();
+    let kinds: Vec<_> = lines
+        .iter()
+        .map(|l| format!("{} {}", l["seq"], l["event"].as_str().unwrap()))
+        .collect();
     expect![[r#"
         [
             "7 snapshot",
@@ -130,9 +233,18 @@ fn events_json_prints_one_document_per_line() {
     .assert_eq(&format!("{kinds:#?}\n"));
     let text = String::from_utf8(ran.out).unwrap();
     expect![[r#"{"seq":9,"at":1800000009,"vm":"000000776562","name":"web","owner_uid":1000,"event":"vm.state","from":"created","to":"starting","reason":null,"op":"0123456789ab","set":{"state":"starting"}}"#]].assert_eq(text.lines().nth(3).unwrap());
-    assert_eq!((lines[0]["more"].as_bool(), lines[1]["vms"][0]["name"].as_str()), (Some(true), Some("db")));
+    assert_eq!(
+        (
+            lines[0]["more"].as_bool(),
+            lines[1]["vms"][0]["name"].as_str()
+        ),
+        (Some(true), Some("db"))
+    );
     let error: serde_json::Value = serde_json::from_str(&ran.err).unwrap();
-    assert_eq!((ran.status, error["error"]["hint"].as_str()), (4, Some("once fcd runs again: fcctl events --since 19")));
+    assert_eq!(
+        (ran.status, error["error"]["hint"].as_str()),
+        (4, Some("once fcd runs again: fcctl events --since 19"))
+    );
 }
 
 #[test]
@@ -140,12 +252,26 @@ fn events_after_lag_resume_without_gap() {
     let lagging = || {
         Fake::start(|mut r: Request| match r.params["since"].as_u64() {
             Some(5) => {
-                r.note(events_note(6, vec![Created { set: Members::new() }]));
-                r.note(Note::Lagged(Lagged { dropped: 9, resume_seq: 6 }));
+                r.note(events_note(
+                    6,
+                    vec![Created {
+                        set: Members::new(),
+                    }],
+                ));
+                r.note(Note::Lagged(Lagged {
+                    dropped: 9,
+                    resume_seq: 6,
+                }));
                 r.result(json!({"resume_seq": 6}));
             }
             Some(6) => {
-                r.note(Note::Snapshot(Snapshot { seq: 90, at: NOW_S, resync: true, more: false, vms: vec![] }));
+                r.note(Note::Snapshot(Snapshot {
+                    seq: 90,
+                    at: NOW_S,
+                    resync: true,
+                    more: false,
+                    vms: vec![],
+                }));
                 r.hang_up();
             }
             other => panic!("{other:?}"),
@@ -170,13 +296,24 @@ fn events_after_lag_resume_without_gap() {
         {"dropped":9,"event":"lagged","resume_seq":6}
         {"at":1800000000,"event":"snapshot","more":false,"resync":true,"seq":90,"vms":[]}
     "#]]
-    .assert_eq(String::from_utf8(ran.out).unwrap().split_once('\n').unwrap().1);
+    .assert_eq(
+        String::from_utf8(ran.out)
+            .unwrap()
+            .split_once('\n')
+            .unwrap()
+            .1,
+    );
 }
 
 #[test]
 fn events_reader_exits_while_idle_ends_quietly() {
     let fake = Fake::start(|mut r: Request| {
-        r.note(events_note(6, vec![Created { set: Members::new() }]));
+        r.note(events_note(
+            6,
+            vec![Created {
+                set: Members::new(),
+            }],
+        ));
         // No further event arrives.
         r.wait_for_hangup();
     });
@@ -186,7 +323,10 @@ fn events_reader_exits_while_idle_ends_quietly() {
         reader.read_exact(&mut line).unwrap();
         String::from_utf8(line.to_vec()).unwrap()
     });
-    let start = Start { stdout: File::from(std::os::fd::OwnedFd::from(writer)), ..Start::default() };
+    let start = Start {
+        stdout: File::from(std::os::fd::OwnedFd::from(writer)),
+        ..Start::default()
+    };
     let ran = fcctl_from(&fake, start, &["events"]);
     assert_eq!((ran.status, ran.err.as_str()), (0, ""));
     assert_eq!(read.unwrap().join().unwrap(), "08:00:06  web  created\n");
@@ -194,13 +334,22 @@ fn events_reader_exits_while_idle_ends_quietly() {
 
 #[test]
 fn events_full_disk_fails() {
-    let start = Start { stdout: File::options().write(true).open("/dev/full").unwrap(), ..Start::default() };
+    let start = Start {
+        stdout: File::options().write(true).open("/dev/full").unwrap(),
+        ..Start::default()
+    };
     let ran = fcctl_from(&Fake::start(one_of_everything), start, &["events"]);
     assert_eq!(ran.status, 1, "{}", ran.err);
     // A regular file has no reader that could exit.
     let mut file = file_with(b"");
-    let start = Start { stdout: file.try_clone().unwrap(), ..Start::default() };
-    assert_eq!(fcctl_from(&Fake::start(one_of_everything), start, &["events"]).status, 4);
+    let start = Start {
+        stdout: file.try_clone().unwrap(),
+        ..Start::default()
+    };
+    assert_eq!(
+        fcctl_from(&Fake::start(one_of_everything), start, &["events"]).status,
+        4
+    );
     file.rewind().unwrap();
     assert!(std::io::read_to_string(file).unwrap().contains("deleted"));
 }

@@ -74,8 +74,12 @@ impl How {
         let on_terminal = ctx.stdio.stdin_is_terminal() && ctx.stdio.stdout_is_terminal();
         let is_shell = argv.is_empty();
         if is_shell && !on_terminal && !self.interactive {
-            let e = Error::invalid("no command was given, and a shell needs a terminal on stdin and stdout");
-            return Err(e.hint("give a command (-- CMD), or pass a script on stdin with -i").into());
+            let e = Error::invalid(
+                "no command was given, and a shell needs a terminal on stdin and stdout",
+            );
+            return Err(e
+                .hint("give a command (-- CMD), or pass a script on stdin with -i")
+                .into());
         }
         // A variable's value need not be UTF-8.
         let raw = |name: &str| std::env::var_os(name).filter(|value| value.to_str().is_none());
@@ -83,7 +87,14 @@ impl How {
         let env = values::environment(&self.env_file, &self.env, &own)?;
         let auto = is_shell && on_terminal;
         let (stdin, tty) = (self.interactive || auto, self.tty || auto);
-        Ok(Spec { argv, env, workdir: self.workdir, stdin, tty, no_wait_children: self.no_wait_children })
+        Ok(Spec {
+            argv,
+            env,
+            workdir: self.workdir,
+            stdin,
+            tty,
+            no_wait_children: self.no_wait_children,
+        })
     }
 }
 
@@ -103,7 +114,10 @@ pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     let mut client = ctx.connect()?;
     let outcome = execute(ctx, &interrupts, &mut client, &args.vm, spec)?;
     if interrupts.detached() {
-        ctx.note(&format!("detached from the command; VM {0} keeps running (fcctl exec {0}, fcctl stop {0})", args.vm));
+        ctx.note(&format!(
+            "detached from the command; VM {0} keeps running (fcctl exec {0}, fcctl stop {0})",
+            args.vm
+        ));
     } else if outcome == Outcome::Interrupted {
         ctx.note("interrupted");
     }
@@ -121,19 +135,31 @@ pub fn status_of(outcome: &Outcome, interrupts: &Interrupts) -> u8 {
 
 /// Runs a command until it has ended and all its output was written. Returns the daemon's errors,
 /// and errors of the caller's own streams.
-pub fn execute(ctx: &mut Context, interrupts: &Interrupts, client: &mut Client, vm: &str, spec: Spec) -> Result<Outcome> {
+pub fn execute(
+    ctx: &mut Context,
+    interrupts: &Interrupts,
+    client: &mut Client,
+    vm: &str,
+    spec: Spec,
+) -> Result<Outcome> {
     let _guard = match interrupts.guard(client) {
         Ok(guard) => guard,
         Err(_) => return Ok(Outcome::Interrupted),
     };
     // If nobody types into the pty, the caller's terminal stays in cooked mode, so that Ctrl-C
     // arrives here as a signal and is forwarded.
-    let raw =
-        if spec.tty && spec.stdin && ctx.stdio.stdin_is_terminal() { Some(RawMode::enter(&ctx.stdio.stdin)?) } else { None };
+    let raw = if spec.tty && spec.stdin && ctx.stdio.stdin_is_terminal() {
+        Some(RawMode::enter(&ctx.stdio.stdin)?)
+    } else {
+        None
+    };
     if spec.tty && !spec.stdin && ctx.stdio.stdin_is_terminal() {
         ctx.note("stdin is not passed to the command; add -i to type into it");
     }
-    let wanted = Wanted { stdin: spec.stdin, stderr: !spec.tty };
+    let wanted = Wanted {
+        stdin: spec.stdin,
+        stderr: !spec.tty,
+    };
     let mut relay = Relay::start(&ctx.stdio, wanted, interrupts.hang_up())?;
     let request = request(ctx, vm, spec, &mut relay)?;
     let result = converse(ctx, interrupts, client, request, &mut relay);
@@ -146,10 +172,20 @@ pub fn execute(ctx: &mut Context, interrupts: &Interrupts, client: &mut Client, 
 }
 
 fn request(ctx: &Context, vm: &str, spec: Spec, relay: &mut Relay) -> Result<ExecStartRequest> {
-    let size =
-        || terminal::size(&ctx.stdio.stdout).or_else(|| terminal::size(&ctx.stdio.stdin)).unwrap_or(terminal::DEFAULT_SIZE);
-    let term = || (ctx.env)("TERM").filter(|t| !t.is_empty()).unwrap_or_else(|| "xterm".to_owned());
-    let pty = spec.tty.then(|| Pty { size: size(), term: term() });
+    let size = || {
+        terminal::size(&ctx.stdio.stdout)
+            .or_else(|| terminal::size(&ctx.stdio.stdin))
+            .unwrap_or(terminal::DEFAULT_SIZE)
+    };
+    let term = || {
+        (ctx.env)("TERM")
+            .filter(|t| !t.is_empty())
+            .unwrap_or_else(|| "xterm".to_owned())
+    };
+    let pty = spec.tty.then(|| Pty {
+        size: size(),
+        term: term(),
+    });
     let no_wait_children = spec.no_wait_children;
     let text = match as_text(&spec) {
         Some(text) => text,
@@ -159,7 +195,15 @@ fn request(ctx: &Context, vm: &str, spec: Spec, relay: &mut Relay) -> Result<Exe
         }
     };
     let Text { argv, env, workdir } = text;
-    Ok(ExecStartRequest { vm: vm.to_owned(), argv, env, workdir, pty, streams: relay.streams().to_vec(), no_wait_children })
+    Ok(ExecStartRequest {
+        vm: vm.to_owned(),
+        argv,
+        env,
+        workdir,
+        pty,
+        streams: relay.streams().to_vec(),
+        no_wait_children,
+    })
 }
 
 #[derive(Default)]
@@ -177,7 +221,11 @@ fn as_text(spec: &Spec) -> Option<Text> {
         word.to_str().map(str::to_owned)
     };
     let argv = spec.argv.iter().map(&mut text).collect::<Option<_>>()?;
-    let env = spec.env.iter().map(|(name, value)| Some((name.clone(), text(value)?))).collect::<Option<_>>()?;
+    let env = spec
+        .env
+        .iter()
+        .map(|(name, value)| Some((name.clone(), text(value)?)))
+        .collect::<Option<_>>()?;
     let workdir = match &spec.workdir {
         Some(dir) => Some(text(dir)?),
         None => None,
@@ -188,7 +236,11 @@ fn as_text(spec: &Spec) -> Option<Text> {
 fn words(spec: Spec) -> CommandWords {
     CommandWords {
         argv: spec.argv.into_iter().map(OsString::into_vec).collect(),
-        env: spec.env.into_iter().map(|(name, value)| (name, value.into_vec())).collect(),
+        env: spec
+            .env
+            .into_iter()
+            .map(|(name, value)| (name, value.into_vec()))
+            .collect(),
         workdir: spec.workdir.map(OsString::into_vec),
     }
 }
@@ -206,9 +258,14 @@ fn converse(
         if let Note::Session { session } = note {
             let controls = interrupts.controls();
             interrupts.enter(Phase::Command { forwarded: 0 })?;
-            let tty = request.pty.as_ref().and_then(|_| ctx.stdio.stdout.try_clone().ok());
+            let tty = request
+                .pty
+                .as_ref()
+                .and_then(|_| ctx.stdio.stdout.try_clone().ok());
             let socket = ctx.socket.clone();
-            thread::spawn("controls", move || send_controls(&socket, &session, tty.as_ref(), &controls))?;
+            thread::spawn("controls", move || {
+                send_controls(&socket, &session, tty.as_ref(), &controls)
+            })?;
             // The window may have been resized since the request was sent.
             interrupts.resized();
         }
@@ -221,15 +278,22 @@ fn conclude(result: Result<Exit>, drained: Vec<Drained>) -> Result<Outcome> {
     let mut is_open = false;
     for (stream, drained) in ["stdout", "stderr"].iter().zip(drained) {
         match drained {
-            Drained::Failed(e) => return Err(Error::io(format!("write the command's {stream}"), e).into()),
-            Drained::ReaderGone if *stream == "stdout" && result.is_err() => return Ok(Outcome::ReaderGone),
+            Drained::Failed(e) => {
+                return Err(Error::io(format!("write the command's {stream}"), e).into());
+            }
+            Drained::ReaderGone if *stream == "stdout" && result.is_err() => {
+                return Ok(Outcome::ReaderGone);
+            }
             Drained::ReaderGone | Drained::Whole => {}
             Drained::Open => is_open = true,
         }
     }
     let exit = result?;
     if is_open {
-        let e = Error::new(Kind::StreamIncomplete, "the command ended, but its output was cut off: some of it may be missing");
+        let e = Error::new(
+            Kind::StreamIncomplete,
+            "the command ended, but its output was cut off: some of it may be missing",
+        );
         return Err(Failure::from(e).hint("run it again; if it happens again, restart fcd"));
     }
     Ok(Outcome::Exit(exit))

@@ -22,7 +22,11 @@ pub(crate) struct Guest {
 impl Guest {
     pub(crate) fn take(r: &mut Request) -> Self {
         let names: Vec<String> = serde_json::from_value(r.params["streams"].clone()).unwrap();
-        let mut guest = Guest { stdin: None, stdout: None, stderr: None };
+        let mut guest = Guest {
+            stdin: None,
+            stdout: None,
+            stderr: None,
+        };
         for (name, fd) in names.iter().zip(std::mem::take(&mut r.fds)) {
             let slot = match name.as_str() {
                 "stdin" => &mut guest.stdin,
@@ -38,7 +42,9 @@ impl Guest {
 pub(crate) fn begin(r: &mut Request) -> Guest {
     assert!(r.more);
     let guest = Guest::take(r);
-    r.note(Note::Session { session: "00000000abcd".parse().unwrap() });
+    r.note(Note::Session {
+        session: "00000000abcd".parse().unwrap(),
+    });
     guest
 }
 
@@ -47,7 +53,9 @@ pub(crate) fn status(n: u8) -> Value {
 }
 
 fn bytes(n: usize, seed: u32) -> Vec<u8> {
-    (0..n as u32).map(|i| (i.wrapping_mul(2_654_435_761).wrapping_add(seed) >> 13) as u8).collect()
+    (0..n as u32)
+        .map(|i| (i.wrapping_mul(2_654_435_761).wrapping_add(seed) >> 13) as u8)
+        .collect()
 }
 
 #[test]
@@ -65,7 +73,10 @@ fn exec_binary_streams_stay_separate_and_complete() {
         r.result(status(0));
     });
     let input = bytes(2_000_000, 2);
-    let start = Start { stdin: file_with(&input), ..Start::default() };
+    let start = Start {
+        stdin: file_with(&input),
+        ..Start::default()
+    };
     let ran = fcctl_from(&fake, start, &["exec", "web", "-i", "--", "cat"]);
     assert_eq!((ran.status, ran.err.as_str()), (0, "to stderr\n"));
     assert!(ran.out == [bytes(3_000_000, 1), input].concat());
@@ -95,7 +106,24 @@ fn exec_options_map_to_request() {
     let env = env.to_str().unwrap();
     check(
         &fake,
-        &["exec", "web", "-w", "/tmp", "-e", "A=b c", "-e", "MINE", "-e", "ABSENT", "--env-file", env, "--", "ls", "-la", "--x"],
+        &[
+            "exec",
+            "web",
+            "-w",
+            "/tmp",
+            "-e",
+            "A=b c",
+            "-e",
+            "MINE",
+            "-e",
+            "ABSENT",
+            "--env-file",
+            env,
+            "--",
+            "ls",
+            "-la",
+            "--x",
+        ],
         expect![[r#"
         > exec.start {"argv":["ls","-la","--x"],"env":[["FILE","1"],["A","b c"],["MINE","from me"]],"streams":["stdout","stderr"],"vm":"web","workdir":"/tmp"}
         status 0
@@ -144,7 +172,12 @@ fn exec_exits_with_command_status() {
     });
     let ran = fcctl(&fake, &["exec", "web", "--", "x"]);
     assert_eq!(ran.status, 125);
-    assert!(ran.err.contains("exec.start: the daemon closed the connection"), "{}", ran.err);
+    assert!(
+        ran.err
+            .contains("exec.start: the daemon closed the connection"),
+        "{}",
+        ran.err
+    );
 }
 
 #[test]
@@ -156,8 +189,14 @@ fn exec_without_i_leaves_stdin_unread() {
     let (reader, mut writer) = std::io::pipe().unwrap();
     writer.write_all(b"mine").unwrap();
     let mut kept = reader.try_clone().unwrap();
-    let start = Start { stdin: File::from(OwnedFd::from(reader)), ..Start::default() };
-    assert_eq!(fcctl_from(&fake, start, &["exec", "web", "--", "x"]).status, 0);
+    let start = Start {
+        stdin: File::from(OwnedFd::from(reader)),
+        ..Start::default()
+    };
+    assert_eq!(
+        fcctl_from(&fake, start, &["exec", "web", "--", "x"]).status,
+        0
+    );
     drop(writer);
     assert_eq!(std::io::read_to_string(&mut kept).unwrap(), "mine");
 }
@@ -169,8 +208,14 @@ fn exec_open_stdin_does_not_delay_exit() {
         r.result(status(3));
     });
     let (reader, writer) = std::io::pipe().unwrap();
-    let start = Start { stdin: File::from(OwnedFd::from(reader)), ..Start::default() };
-    assert_eq!(fcctl_from(&fake, start, &["exec", "web", "-i", "--", "x"]).status, 3);
+    let start = Start {
+        stdin: File::from(OwnedFd::from(reader)),
+        ..Start::default()
+    };
+    assert_eq!(
+        fcctl_from(&fake, start, &["exec", "web", "-i", "--", "x"]).status,
+        3
+    );
     drop(writer);
 }
 
@@ -185,7 +230,10 @@ fn exec_reader_exits_ends_command_quietly() {
     });
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
-    let start = Start { stdout: File::from(OwnedFd::from(writer)), ..Start::default() };
+    let start = Start {
+        stdout: File::from(OwnedFd::from(writer)),
+        ..Start::default()
+    };
     let ran = fcctl_from(&fake, start, &["exec", "web", "--", "yes"]);
     assert_eq!((ran.status, ran.err.as_str()), (141, ""));
 }
@@ -197,10 +245,18 @@ fn exec_full_disk_exits_125() {
         guest.stdout.take().unwrap().write_all(b"x").unwrap();
         r.wait_for_hangup();
     });
-    let start = Start { stdout: File::options().write(true).open("/dev/full").unwrap(), ..Start::default() };
+    let start = Start {
+        stdout: File::options().write(true).open("/dev/full").unwrap(),
+        ..Start::default()
+    };
     let ran = fcctl_from(&fake, start, &["exec", "web", "--", "x"]);
     assert_eq!(ran.status, 125);
-    assert!(ran.err.starts_with("fcctl: write the command's stdout: No space left"), "{}", ran.err);
+    assert!(
+        ran.err
+            .starts_with("fcctl: write the command's stdout: No space left"),
+        "{}",
+        ran.err
+    );
 }
 
 /// Returns a pty pair: the side of the person who types and reads, and the terminal of the program.
@@ -212,14 +268,22 @@ fn terminal(rows: u16, cols: u16) -> (File, File) {
 }
 
 fn resize(terminal: &File, rows: u16, cols: u16) {
-    let size = rustix::termios::Winsize { ws_row: rows, ws_col: cols, ws_xpixel: 0, ws_ypixel: 0 };
+    let size = rustix::termios::Winsize {
+        ws_row: rows,
+        ws_col: cols,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
     rustix::termios::tcsetwinsize(terminal, size).unwrap();
 }
 
 /// Runs a command on a terminal, and sends it `signals` once the first resize shows that the
 /// session exists. `after` decides how the command ends, and receives the signals that reached the
 /// session.
-fn signalled(signals: &'static [i32], after: impl Fn(Request, &Receiver<String>) + Send + Sync + 'static) -> (u8, String) {
+fn signalled(
+    signals: &'static [i32],
+    after: impl Fn(Request, &Receiver<String>) + Send + Sync + 'static,
+) -> (u8, String) {
     let (began_tx, began) = unbounded();
     let (control_tx, controls) = unbounded();
     let fake = Fake::start(move |mut r| match r.method.as_str() {
@@ -232,12 +296,18 @@ fn signalled(signals: &'static [i32], after: impl Fn(Request, &Receiver<String>)
             r.result(json!({}));
         }
         _ => {
-            control_tx.send(format!("{} {}", r.method, r.params)).unwrap();
+            control_tx
+                .send(format!("{} {}", r.method, r.params))
+                .unwrap();
             r.result(json!({}));
         }
     });
     let (_keyboard, stdout) = terminal(24, 80);
-    let start = Start { stdout, signals: send_after(began, signals), ..Start::default() };
+    let start = Start {
+        stdout,
+        signals: send_after(began, signals),
+        ..Start::default()
+    };
     let ran = fcctl_from(&fake, start, &["exec", "web", "-t", "--", "sleep", "9"]);
     (ran.status, ran.err)
 }
@@ -257,7 +327,10 @@ fn send_after(began: Receiver<()>, signals: &'static [i32]) -> Receiver<i32> {
 #[test]
 fn exec_signals_are_forwarded_and_status_returned() {
     let (status, err) = signalled(&[SIGINT, SIGTERM], |r, controls| {
-        let seen = [controls.recv_timeout(PATIENCE).unwrap(), controls.recv_timeout(PATIENCE).unwrap()];
+        let seen = [
+            controls.recv_timeout(PATIENCE).unwrap(),
+            controls.recv_timeout(PATIENCE).unwrap(),
+        ];
         assert_eq!(
             seen,
             [
@@ -274,7 +347,10 @@ fn exec_signals_are_forwarded_and_status_returned() {
 fn exec_third_signal_detaches() {
     let (status, err) = signalled(&[SIGINT, SIGINT, SIGINT], |mut r, _| r.wait_for_hangup());
     assert_eq!(status, 130);
-    assert_eq!(err, "fcctl: detached from the command; VM web keeps running (fcctl exec web, fcctl stop web)\n");
+    assert_eq!(
+        err,
+        "fcctl: detached from the command; VM web keeps running (fcctl exec web, fcctl stop web)\n"
+    );
 }
 
 #[test]
@@ -284,15 +360,26 @@ fn exec_signal_before_start_cancels() {
         asked.send(()).unwrap();
         r.wait_for_hangup();
     });
-    let start = Start { signals: send_after(began, &[SIGTERM]), ..Start::default() };
+    let start = Start {
+        signals: send_after(began, &[SIGTERM]),
+        ..Start::default()
+    };
     let ran = fcctl_from(&fake, start, &["exec", "web", "--", "x"]);
-    assert_eq!((ran.status, ran.err.as_str(), fake.methods().as_str()), (143, "fcctl: interrupted\n", "exec.start"));
+    assert_eq!(
+        (ran.status, ran.err.as_str(), fake.methods().as_str()),
+        (143, "fcctl: interrupted\n", "exec.start")
+    );
 }
 
 #[test]
 fn exec_terminal_is_raw_and_forwards_resizes() {
     use rustix::termios::{LocalModes, tcgetattr};
-    let is_raw = |t: &File| !tcgetattr(t).unwrap().local_modes.contains(LocalModes::ICANON);
+    let is_raw = |t: &File| {
+        !tcgetattr(t)
+            .unwrap()
+            .local_modes
+            .contains(LocalModes::ICANON)
+    };
     let (mut person, terminal) = terminal(50, 100);
     let (typist, window) = (person.try_clone().unwrap(), terminal.try_clone().unwrap());
     let (signals_tx, signals) = unbounded();
@@ -309,19 +396,39 @@ fn exec_terminal_is_raw_and_forwards_resizes() {
         // In raw mode Ctrl-C is an ordinary byte.
         (&typist).write_all(&[3]).unwrap();
         let mut typed = [0];
-        guest.stdin.as_mut().unwrap().read_exact(&mut typed).unwrap();
+        guest
+            .stdin
+            .as_mut()
+            .unwrap()
+            .read_exact(&mut typed)
+            .unwrap();
         assert_eq!(typed, [3]);
-        assert_eq!(resizes.recv_timeout(PATIENCE).unwrap(), json!({"rows": 50, "cols": 100}));
+        assert_eq!(
+            resizes.recv_timeout(PATIENCE).unwrap(),
+            json!({"rows": 50, "cols": 100})
+        );
         resize(&window, 10, 20);
         signals_tx.send(SIGWINCH).unwrap();
-        assert_eq!(resizes.recv_timeout(PATIENCE).unwrap(), json!({"rows": 10, "cols": 20}));
+        assert_eq!(
+            resizes.recv_timeout(PATIENCE).unwrap(),
+            json!({"rows": 10, "cols": 20})
+        );
         guest.stdout.take().unwrap().write_all(b"bye").unwrap();
         r.result(status(0));
     });
-    let start = Start { stdin: terminal.try_clone().unwrap(), stdout: terminal.try_clone().unwrap(), signals };
+    let start = Start {
+        stdin: terminal.try_clone().unwrap(),
+        stdout: terminal.try_clone().unwrap(),
+        signals,
+    };
     let ran = fcctl_from(&fake, start, &["exec", "web"]);
     assert_eq!((ran.status, ran.err.as_str()), (0, ""));
-    assert!(tcgetattr(&terminal).unwrap().local_modes.contains(LocalModes::ICANON | LocalModes::ECHO));
+    assert!(
+        tcgetattr(&terminal)
+            .unwrap()
+            .local_modes
+            .contains(LocalModes::ICANON | LocalModes::ECHO)
+    );
     let mut shown = [0; 16];
     let n = person.read(&mut shown).unwrap();
     assert_eq!(&shown[..n], b"bye");

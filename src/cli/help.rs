@@ -4,23 +4,74 @@ use std::ffi::OsString;
 
 /// The pages of `src/docs`: topic, summary, text.
 pub(super) const TOPICS: &[(&str, &str, &str)] = &[
-    ("workspaces", "what is sent to the guest, and how changes come back", include_str!("../docs/workspaces.md")),
-    ("networking", "user mode, the bridge, ports, names, vsock", include_str!("../docs/networking.md")),
-    ("limits", "disk and network rates, memory, quotas", include_str!("../docs/limits.md")),
-    ("snapshots", "pause, save, restore, clone", include_str!("../docs/snapshots.md")),
-    ("security", "what is isolated from what, and what is not", include_str!("../docs/security.md")),
-    ("firecracker", "how to run VMs on Firecracker", include_str!("../docs/firecracker.md")),
-    ("configuration", "the configuration file", include_str!("../docs/configuration.md")),
-    ("recovery", "what survives a crash, a reboot, a full disk", include_str!("../docs/recovery.md")),
-    ("event-stream", "following changes of VMs and operations", include_str!("../docs/event-stream.md")),
-    ("protocol", "the Unix socket, for scripts", include_str!("../docs/protocol.md")),
-    ("exit-statuses", "what fcctl's exit statuses mean", include_str!("../docs/exit-statuses.md")),
+    (
+        "workspaces",
+        "what is sent to the guest, and how changes come back",
+        include_str!("../docs/workspaces.md"),
+    ),
+    (
+        "networking",
+        "user mode, the bridge, ports, names, vsock",
+        include_str!("../docs/networking.md"),
+    ),
+    (
+        "limits",
+        "disk and network rates, memory, quotas",
+        include_str!("../docs/limits.md"),
+    ),
+    (
+        "snapshots",
+        "pause, save, restore, clone",
+        include_str!("../docs/snapshots.md"),
+    ),
+    (
+        "security",
+        "what is isolated from what, and what is not",
+        include_str!("../docs/security.md"),
+    ),
+    (
+        "firecracker",
+        "how to run VMs on Firecracker",
+        include_str!("../docs/firecracker.md"),
+    ),
+    (
+        "configuration",
+        "the configuration file",
+        include_str!("../docs/configuration.md"),
+    ),
+    (
+        "recovery",
+        "what survives a crash, a reboot, a full disk",
+        include_str!("../docs/recovery.md"),
+    ),
+    (
+        "event-stream",
+        "following changes of VMs and operations",
+        include_str!("../docs/event-stream.md"),
+    ),
+    (
+        "protocol",
+        "the Unix socket, for scripts",
+        include_str!("../docs/protocol.md"),
+    ),
+    (
+        "exit-statuses",
+        "what fcctl's exit statuses mean",
+        include_str!("../docs/exit-statuses.md"),
+    ),
 ];
 
 /// The list of topics that ends `fcctl --help`.
 pub fn topics() -> String {
-    let width = TOPICS.iter().map(|(name, _, _)| name.len()).max().unwrap_or(0);
-    let lines: Vec<String> = TOPICS.iter().map(|(name, about, _)| format!("  {name:width$}  {about}")).collect();
+    let width = TOPICS
+        .iter()
+        .map(|(name, _, _)| name.len())
+        .max()
+        .unwrap_or(0);
+    let lines: Vec<String> = TOPICS
+        .iter()
+        .map(|(name, about, _)| format!("  {name:width$}  {about}"))
+        .collect();
     format!("Topics (fcctl help TOPIC):\n{}", lines.join("\n"))
 }
 
@@ -28,7 +79,9 @@ pub fn topics() -> String {
 /// nothing about topics.
 pub fn page(args: &[OsString]) -> Option<String> {
     let [_, help, topic] = args else { return None };
-    let (_, _, page) = TOPICS.iter().find(|(name, _, _)| help == "help" && topic == name)?;
+    let (_, _, page) = TOPICS
+        .iter()
+        .find(|(name, _, _)| help == "help" && topic == name)?;
     // HTML comments only mark generated tables.
     let lines = page.lines().filter(|line| !line.starts_with("<!--"));
     Some(lines.map(|line| format!("{line}\n")).collect())
@@ -44,13 +97,24 @@ mod tests {
     fn help_pages_are_topics_and_in_readme() {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
         let readme = std::fs::read_to_string(root.join("README.md")).unwrap();
-        let file_name = |entry: std::io::Result<std::fs::DirEntry>| entry.unwrap().file_name().into_string().unwrap();
-        let files: BTreeSet<String> = std::fs::read_dir(root.join("src/docs")).unwrap().map(file_name).collect();
-        let topics: BTreeSet<String> = TOPICS.iter().map(|(name, _, _)| format!("{name}.md")).collect();
+        let file_name = |entry: std::io::Result<std::fs::DirEntry>| {
+            entry.unwrap().file_name().into_string().unwrap()
+        };
+        let files: BTreeSet<String> = std::fs::read_dir(root.join("src/docs"))
+            .unwrap()
+            .map(file_name)
+            .collect();
+        let topics: BTreeSet<String> = TOPICS
+            .iter()
+            .map(|(name, _, _)| format!("{name}.md"))
+            .collect();
         assert_eq!(files, topics);
         for (name, _, page) in TOPICS {
             assert!(page.starts_with("# ") && page.ends_with('\n'), "{name}");
-            assert!(readme.contains(&format!("`{name}`")), "the README does not list the topic {name}");
+            assert!(
+                readme.contains(&format!("`{name}`")),
+                "the README does not list the topic {name}"
+            );
         }
     }
 
@@ -66,8 +130,14 @@ mod tests {
     fn help_pages_refer_to_existing_topics() {
         for (name, _, page) in TOPICS {
             for reference in page.split("fcctl help ").skip(1) {
-                let topic: String = reference.chars().take_while(|c| c.is_ascii_lowercase() || *c == '-').collect();
-                assert!(TOPICS.iter().any(|(known, _, _)| *known == topic), "{name} refers to the topic {topic:?}");
+                let topic: String = reference
+                    .chars()
+                    .take_while(|c| c.is_ascii_lowercase() || *c == '-')
+                    .collect();
+                assert!(
+                    TOPICS.iter().any(|(known, _, _)| *known == topic),
+                    "{name} refers to the topic {topic:?}"
+                );
             }
         }
     }

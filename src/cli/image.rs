@@ -4,7 +4,9 @@ use super::context::Context;
 use super::output::{self, age, size};
 use super::signals::Interrupts;
 use crate::api::frame::Note;
-use crate::api::image::{Image, ImageBuild, ImageBuildRequest, ImageDelete, ImageList, ImageRequest};
+use crate::api::image::{
+    Image, ImageBuild, ImageBuildRequest, ImageDelete, ImageList, ImageRequest,
+};
 use crate::api::page::ListRequest;
 use crate::client::Result;
 use crate::ids::ImageRef;
@@ -105,7 +107,10 @@ fn list(ctx: &mut Context) -> Result<u8> {
         ]
     };
     let rows: Vec<_> = images.iter().map(row).collect();
-    ctx.text(&output::table(&["NAME", "OS", "KERNEL", "DISK", "ON HOST", "BUILT", "VMS"], &rows))?;
+    ctx.text(&output::table(
+        &["NAME", "OS", "KERNEL", "DISK", "ON HOST", "BUILT", "VMS"],
+        &rows,
+    ))?;
     Ok(0)
 }
 

@@ -2,7 +2,9 @@
 
 use super::context::Context;
 use super::output::{self, age, size};
-use crate::api::kernel::{Kernel, KernelDelete, KernelImport, KernelImportRequest, KernelList, KernelRequest, KernelShow};
+use crate::api::kernel::{
+    Kernel, KernelDelete, KernelImport, KernelImportRequest, KernelList, KernelRequest, KernelShow,
+};
 use crate::api::page::ListRequest;
 use crate::client::Result;
 use crate::error::Error;
@@ -34,7 +36,11 @@ pub enum Verb {
 
 pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
     match verb {
-        Verb::Import { path, name, modules } => import(ctx, path, name, modules),
+        Verb::Import {
+            path,
+            name,
+            modules,
+        } => import(ctx, path, name, modules),
         Verb::List => list(ctx),
         Verb::Show { kernel } => show(ctx, KernelRequest { kernel }),
         Verb::Delete { kernel } => delete(ctx, KernelRequest { kernel }),
@@ -45,10 +51,21 @@ fn absolute(path: PathBuf) -> Result<PathBuf> {
     std::path::absolute(&path).map_err(|e| Error::io(format!("find {}", path.display()), e).into())
 }
 
-fn import(ctx: &mut Context, path: PathBuf, name: Option<KernelName>, modules: Option<PathBuf>) -> Result<u8> {
-    let request = KernelImportRequest { path: absolute(path)?, name, modules: modules.map(absolute).transpose()? };
+fn import(
+    ctx: &mut Context,
+    path: PathBuf,
+    name: Option<KernelName>,
+    modules: Option<PathBuf>,
+) -> Result<u8> {
+    let request = KernelImportRequest {
+        path: absolute(path)?,
+        name,
+        modules: modules.map(absolute).transpose()?,
+    };
     let mut client = ctx.connect()?;
-    let kernel = ctx.operate::<KernelImport>(&mut client, "import kernel", &request)?.kernel;
+    let kernel = ctx
+        .operate::<KernelImport>(&mut client, "import kernel", &request)?
+        .kernel;
     if ctx.json {
         ctx.document(&kernel)?;
     } else {
@@ -73,7 +90,10 @@ fn list(ctx: &mut Context) -> Result<u8> {
         ]
     };
     let rows: Vec<_> = kernels.iter().map(row).collect();
-    ctx.text(&output::table(&["NAME", "VERSION", "ON HOST", "IMPORTED", "VMS"], &rows))?;
+    ctx.text(&output::table(
+        &["NAME", "VERSION", "ON HOST", "IMPORTED", "VMS"],
+        &rows,
+    ))?;
     Ok(0)
 }
 
@@ -83,7 +103,11 @@ fn show(ctx: &mut Context, request: KernelRequest) -> Result<u8> {
         ctx.document(&kernel)?;
         return Ok(0);
     }
-    let modules = if kernel.modules.is_empty() { "none: built in".to_owned() } else { kernel.modules.join(", ") };
+    let modules = if kernel.modules.is_empty() {
+        "none: built in".to_owned()
+    } else {
+        kernel.modules.join(", ")
+    };
     let facts = [
         ("name", kernel.name.to_string()),
         ("version", kernel.version),
@@ -92,7 +116,12 @@ fn show(ctx: &mut Context, request: KernelRequest) -> Result<u8> {
         ("on host", size(kernel.bytes)),
         ("vms", kernel.vms.to_string()),
     ];
-    ctx.text(&facts.iter().map(|(name, value)| format!("{name:<11} {}\n", output::harmless_line(value))).collect::<String>())?;
+    ctx.text(
+        &facts
+            .iter()
+            .map(|(name, value)| format!("{name:<11} {}\n", output::harmless_line(value)))
+            .collect::<String>(),
+    )?;
     Ok(0)
 }
 
@@ -128,14 +157,24 @@ mod tests {
             let reply = match r.method.as_str() {
                 "kernel.list" => json!({ "kernels": [kernel("linux", &[])] }),
                 "kernel.delete" => json!({ "deleted": "linux" }),
-                "kernel.show" => json!({ "kernel": kernel("linux", &["virtio.ko", "virtio_blk.ko"]) }),
+                "kernel.show" => {
+                    json!({ "kernel": kernel("linux", &["virtio.ko", "virtio_blk.ko"]) })
+                }
                 _ => json!({ "kernel": kernel("linux", &[]) }),
             };
             r.result(reply);
         });
         check(
             &fake,
-            &["kernel", "import", "/boot/vmlinuz", "--modules", "/m", "-n", "linux"],
+            &[
+                "kernel",
+                "import",
+                "/boot/vmlinuz",
+                "--modules",
+                "/m",
+                "-n",
+                "linux",
+            ],
             expect![[r#"
             > kernel.import {"modules":"/m","name":"linux","path":"/boot/vmlinuz"}
             linux

@@ -27,10 +27,18 @@ pub fn run(ctx: &mut Context, fix: bool, yes: bool) -> Result<u8> {
     if ctx.json {
         ctx.document(&left)?;
     } else {
-        ctx.line(&format!("{} removed", count((left.len() - remaining) as u64, "leftover")))?;
+        ctx.line(&format!(
+            "{} removed",
+            count((left.len() - remaining) as u64, "leftover")
+        ))?;
         for leak in left.iter().filter(|l| !l.removed) {
             let error = leak.error.as_deref().unwrap_or("not tried");
-            ctx.line(&format!("{} {} is still there: {}", leak.kind, harmless_line(&leak.name), harmless_line(error)))?;
+            ctx.line(&format!(
+                "{} {} is still there: {}",
+                leak.kind,
+                harmless_line(&leak.name),
+                harmless_line(error)
+            ))?;
         }
     }
     Ok(u8::from(remaining > 0))
@@ -47,7 +55,10 @@ fn tell(ctx: &mut Context, leaks: &[Leak]) -> Result<()> {
     if leaks.is_empty() {
         return ctx.line("fcd has left nothing behind on this host");
     }
-    let rows: Vec<_> = leaks.iter().map(|l| vec![l.kind.clone(), l.name.clone(), l.why.clone()]).collect();
+    let rows: Vec<_> = leaks
+        .iter()
+        .map(|l| vec![l.kind.clone(), l.name.clone(), l.why.clone()])
+        .collect();
     ctx.text(&output::table(&["KIND", "NAME", "WHY"], &rows))
 }
 
@@ -55,10 +66,17 @@ fn tell(ctx: &mut Context, leaks: &[Leak]) -> Result<()> {
 fn confirmed(ctx: &mut Context, number: usize) -> Result<bool> {
     if !ctx.stdio.stdin_is_terminal() {
         let e = Error::invalid("remove leftovers: there is no terminal to ask for confirmation");
-        return Err(e.hint("review the list (fcctl doctor --leaks), then add --yes").into());
+        return Err(e
+            .hint("review the list (fcctl doctor --leaks), then add --yes")
+            .into());
     }
-    ctx.note(&format!("remove {}? [y/N]", count(number as u64, "leftover")));
+    ctx.note(&format!(
+        "remove {}? [y/N]",
+        count(number as u64, "leftover")
+    ));
     let mut answer = String::new();
-    BufReader::new(&ctx.stdio.stdin).read_line(&mut answer).map_err(|e| Error::io("read the answer", e))?;
+    BufReader::new(&ctx.stdio.stdin)
+        .read_line(&mut answer)
+        .map_err(|e| Error::io("read the answer", e))?;
     Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
 }

@@ -21,17 +21,25 @@ pub struct Args {
 
 pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     if ctx.json && args.follow {
-        return Err(Error::invalid("--follow never ends, so it cannot be one JSON document")
-            .hint("leave out --json or --follow")
-            .into());
+        return Err(
+            Error::invalid("--follow never ends, so it cannot be one JSON document")
+                .hint("leave out --json or --follow")
+                .into(),
+        );
     }
     // A guest must not control the user's terminal. Files and pipes get the bytes unchanged.
     let is_terminal = ctx.stdio.stdout_is_terminal();
-    let request = VmLogsRequest { vm: args.vm.clone(), tail: args.tail, follow: args.follow };
+    let request = VmLogsRequest {
+        vm: args.vm.clone(),
+        tail: args.tail,
+        follow: args.follow,
+    };
     let mut client = ctx.connect()?;
     let mut kept = String::new();
     let result = client.call_more::<VmLogs>(&request, &[], &mut |note| {
-        let Note::Log(chunk) = note else { return Ok(()) };
+        let Note::Log(chunk) = note else {
+            return Ok(());
+        };
         if ctx.json {
             kept.push_str(&chunk.text);
             return Ok(());
@@ -42,12 +50,18 @@ pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
             ctx.text(&chunk.text)?
         }
         // With --follow, only this ends the call when the reader exits.
-        if ctx.is_unread() { Err(unread()) } else { Ok(()) }
+        if ctx.is_unread() {
+            Err(unread())
+        } else {
+            Ok(())
+        }
     });
     match result {
         Err(e) if is_unread(&e) => Ok(0),
         Err(e) => Err(e),
-        Ok(_) if ctx.json => ctx.document(&serde_json::json!({ "vm": args.vm, "text": kept })).map(|()| 0),
+        Ok(_) if ctx.json => ctx
+            .document(&serde_json::json!({ "vm": args.vm, "text": kept }))
+            .map(|()| 0),
         Ok(_) => Ok(0),
     }
 }

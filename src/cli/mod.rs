@@ -58,7 +58,13 @@ const USAGE: u8 = 2;
 #[command(after_help = help::topics())]
 struct Cli {
     /// Socket of the daemon
-    #[arg(long, global = true, env = "FCD_SOCKET", value_name = "S", hide_env_values = true)]
+    #[arg(
+        long,
+        global = true,
+        env = "FCD_SOCKET",
+        value_name = "S",
+        hide_env_values = true
+    )]
     socket: Option<PathBuf>,
     /// Print results as one JSON document, errors as JSON on stderr
     #[arg(long, global = true)]
@@ -122,8 +128,11 @@ enum Noun {
 pub fn main() -> u8 {
     let args: Vec<OsString> = std::env::args_os().collect();
     let env: Env = Box::new(|name| std::env::var(name).ok());
-    let now_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-    let context = Stdio::of_process().and_then(|stdio| Context::new(stdio, SignalSource::Process, env, now_s));
+    let now_s = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| d.as_secs());
+    let context = Stdio::of_process()
+        .and_then(|stdio| Context::new(stdio, SignalSource::Process, env, now_s));
     match context {
         Ok(mut ctx) => command(&mut ctx, &args),
         // The streams could not be duplicated, but stderr may still work.
@@ -147,11 +156,16 @@ fn command(ctx: &mut Context, args: &[OsString]) -> u8 {
     ctx.json = cli.json;
     let uid = nix::unistd::getuid().as_raw();
     let named = cli.socket.filter(|s| !s.as_os_str().is_empty());
-    ctx.socket = named.unwrap_or_else(|| context::default_socket(uid, &*ctx.env, &context::is_usable));
+    ctx.socket =
+        named.unwrap_or_else(|| context::default_socket(uid, &*ctx.env, &context::is_usable));
     match dispatch(ctx, cli.noun) {
         Ok(status) => status,
         Err(failure) => {
-            let status = if is_guests { OUR_FAILURE } else { failure.exit_status() };
+            let status = if is_guests {
+                OUR_FAILURE
+            } else {
+                failure.exit_status()
+            };
             ctx.fail(&failure, status);
             status
         }
@@ -208,18 +222,30 @@ fn runs_in_guest(args: &[OsString]) -> bool {
 /// Prints help and version to stdout, and reports parse errors the way all failures are reported.
 fn usage(ctx: &mut Context, args: &[OsString], e: &clap::Error, is_guests: bool) -> u8 {
     if !e.use_stderr() {
-        let text = if ctx.may_colour() { e.render().ansi().to_string() } else { e.render().to_string() };
+        let text = if ctx.may_colour() {
+            e.render().ansi().to_string()
+        } else {
+            e.render().to_string()
+        };
         return match ctx.text(&text) {
             Ok(()) => 0,
             Err(_) => 1,
         };
     }
     let status = if is_guests { OUR_FAILURE } else { USAGE };
-    ctx.json = args.iter().take_while(|a| *a != "--").any(|a| a == "--json");
+    ctx.json = args
+        .iter()
+        .take_while(|a| *a != "--")
+        .any(|a| a == "--json");
     let text = e.render().to_string();
     if ctx.json {
         let first = text.lines().next().unwrap_or_default();
-        ctx.fail(&Error::invalid(first.trim_start_matches("error: ")).hint("fcctl --help").into(), status);
+        ctx.fail(
+            &Error::invalid(first.trim_start_matches("error: "))
+                .hint("fcctl --help")
+                .into(),
+            status,
+        );
     } else {
         ctx.usage(&text);
     }

@@ -4,7 +4,10 @@ use super::context::Context;
 use super::output::{self, age, harmless_line, size};
 use super::values::{parse_duration, timeout_ms};
 use crate::api::frame::Note;
-use crate::api::op::{Op, OpCancel, OpList, OpListRequest, OpRequest, OpShow, OpState, OpWait, OpWaitRequest, Progress};
+use crate::api::op::{
+    Op, OpCancel, OpList, OpListRequest, OpRequest, OpShow, OpState, OpWait, OpWaitRequest,
+    Progress,
+};
 use crate::client::{Failure, Result};
 use crate::error::{Error, Kind};
 use std::time::Duration;
@@ -62,7 +65,10 @@ pub const fn name(state: OpState) -> &'static str {
 }
 
 fn list(ctx: &mut Context, all: bool, quiet: bool) -> Result<u8> {
-    let ops = ctx.connect()?.list::<OpList>(OpListRequest { all, ..Default::default() })?;
+    let ops = ctx.connect()?.list::<OpList>(OpListRequest {
+        all,
+        ..Default::default()
+    })?;
     let ids: Vec<&str> = ops.iter().map(|op| op.id.as_str()).collect();
     match (quiet, ctx.json) {
         (true, true) => ctx.document(&ids)?,
@@ -72,10 +78,20 @@ fn list(ctx: &mut Context, all: bool, quiet: bool) -> Result<u8> {
             let row = |op: &Op| {
                 let vm = op.vm.as_ref().map(ToString::to_string).unwrap_or_default();
                 let started = age(ctx.now_s, op.started_at);
-                vec![op.id.to_string(), op.method.clone(), vm, name(op.state).to_owned(), started, progress(&op.progress)]
+                vec![
+                    op.id.to_string(),
+                    op.method.clone(),
+                    vm,
+                    name(op.state).to_owned(),
+                    started,
+                    progress(&op.progress),
+                ]
             };
             let rows: Vec<_> = ops.iter().map(row).collect();
-            ctx.text(&output::table(&["ID", "METHOD", "VM", "STATE", "STARTED", "PROGRESS"], &rows))?;
+            ctx.text(&output::table(
+                &["ID", "METHOD", "VM", "STATE", "STARTED", "PROGRESS"],
+                &rows,
+            ))?;
         }
     }
     Ok(0)
@@ -83,11 +99,22 @@ fn list(ctx: &mut Context, all: bool, quiet: bool) -> Result<u8> {
 
 fn progress(progress: &Progress) -> String {
     let unit = progress.unit.as_deref().unwrap_or_default();
-    let show = |n: u64| if unit == "bytes" { size(n) } else { format!("{n} {unit}").trim_end().to_owned() };
+    let show = |n: u64| {
+        if unit == "bytes" {
+            size(n)
+        } else {
+            format!("{n} {unit}").trim_end().to_owned()
+        }
+    };
     match (progress.done, progress.total) {
         (Some(done), Some(total)) if total > 0 => {
             let percent = u128::from(done.min(total)) * 100 / u128::from(total);
-            format!("{}: {} of {} ({percent}%)", progress.stage, show(done), show(total))
+            format!(
+                "{}: {} of {} ({percent}%)",
+                progress.stage,
+                show(done),
+                show(total)
+            )
         }
         (Some(done), _) => format!("{}: {}", progress.stage, show(done)),
         _ => progress.stage.clone(),
@@ -95,18 +122,35 @@ fn progress(progress: &Progress) -> String {
 }
 
 fn sheet(op: &Op, now_s: u64) -> String {
-    let mut facts: Vec<(&str, String)> = vec![("id", op.id.to_string()), ("method", op.method.clone())];
+    let mut facts: Vec<(&str, String)> =
+        vec![("id", op.id.to_string()), ("method", op.method.clone())];
     let mut add = |name, value: Option<String>| facts.extend(value.map(|v| (name, v)));
     add("vm", op.vm.as_ref().map(ToString::to_string));
     add("state", Some(name(op.state).to_owned()));
-    add("progress", Some(progress(&op.progress)).filter(|p| !p.is_empty()));
-    add("cancel", (!op.state.has_ended()).then(|| if op.may_cancel { "possible" } else { "not possible" }.to_owned()));
+    add(
+        "progress",
+        Some(progress(&op.progress)).filter(|p| !p.is_empty()),
+    );
+    add(
+        "cancel",
+        (!op.state.has_ended()).then(|| {
+            if op.may_cancel {
+                "possible"
+            } else {
+                "not possible"
+            }
+            .to_owned()
+        }),
+    );
     add("owner", Some(format!("uid {}", op.owner_uid)));
     add("started", Some(age(now_s, op.started_at)));
     add("ended", op.ended_at.map(|at| age(now_s, at)));
     add("error", op.error.as_ref().map(ToString::to_string));
     add("hint", op.error.as_ref().and_then(|e| e.hint.clone()));
-    facts.iter().map(|(name, value)| format!("{name:<9} {}\n", harmless_line(value))).collect()
+    facts
+        .iter()
+        .map(|(name, value)| format!("{name:<9} {}\n", harmless_line(value)))
+        .collect()
 }
 
 fn show(ctx: &mut Context, ops: &[String]) -> Result<u8> {
@@ -123,7 +167,10 @@ fn wait(ctx: &mut Context, ops: &[String], timeout: Option<Duration>) -> Result<
     let mut worst = 0;
     let status = ctx.for_each(ops, |ctx, client, op| {
         let mut bar = ctx.progress(&format!("wait for {op}"));
-        let request = OpWaitRequest { op: op.to_owned(), timeout_ms: timeout_ms(timeout) };
+        let request = OpWaitRequest {
+            op: op.to_owned(),
+            timeout_ms: timeout_ms(timeout),
+        };
         let op = client
             .call_more::<OpWait>(&request, &[], &mut |note| {
                 if let Note::Progress(p) = note {
@@ -160,7 +207,9 @@ fn failure_of(op: &Op) -> Option<Failure> {
 
 fn cancel(ctx: &mut Context, ops: &[String]) -> Result<u8> {
     ctx.for_each(ops, |ctx, client, op| {
-        let op = client.call::<OpCancel>(&OpRequest { op: op.to_owned() })?.op;
+        let op = client
+            .call::<OpCancel>(&OpRequest { op: op.to_owned() })?
+            .op;
         if !ctx.json {
             ctx.line(&format!("{}: {}", op.id, name(op.state)))?;
         }
@@ -175,11 +224,19 @@ mod tests {
     #[test]
     fn op_progress_is_readable() {
         let shown = |done, total, unit: &str| {
-            progress(&Progress { stage: "copy".to_owned(), done, total, unit: Some(unit.to_owned()).filter(|u| !u.is_empty()) })
+            progress(&Progress {
+                stage: "copy".to_owned(),
+                done,
+                total,
+                unit: Some(unit.to_owned()).filter(|u| !u.is_empty()),
+            })
         };
         assert_eq!(shown(None, None, ""), "copy");
         assert_eq!(shown(Some(3), None, "files"), "copy: 3 files");
-        assert_eq!(shown(Some(1 << 20), Some(4 << 20), "bytes"), "copy: 1 MiB of 4 MiB (25%)");
+        assert_eq!(
+            shown(Some(1 << 20), Some(4 << 20), "bytes"),
+            "copy: 1 MiB of 4 MiB (25%)"
+        );
         assert_eq!(shown(Some(9), Some(4), ""), "copy: 9 of 4 (100%)");
         assert_eq!(shown(Some(9), Some(0), ""), "copy: 9");
     }

@@ -12,7 +12,10 @@ pub struct Out {
 
 impl Out {
     pub fn new(file: File) -> Self {
-        Self { file, is_broken: false }
+        Self {
+            file,
+            is_broken: false,
+        }
     }
 
     /// True if the reader has exited or the stream cannot be written.
@@ -29,7 +32,11 @@ impl Out {
             Ok(()) => Ok(()),
             Err(e) => {
                 self.is_broken = true;
-                if e.kind() == io::ErrorKind::BrokenPipe { Ok(()) } else { Err(e) }
+                if e.kind() == io::ErrorKind::BrokenPipe {
+                    Ok(())
+                } else {
+                    Err(e)
+                }
             }
         }
     }
@@ -64,7 +71,11 @@ struct Cell {
 
 impl Table {
     pub fn new(headers: &[&str]) -> Self {
-        let mut table = Self { text: String::new(), cells: Vec::new(), widths: vec![0; headers.len()] };
+        let mut table = Self {
+            text: String::new(),
+            cells: Vec::new(),
+            widths: vec![0; headers.len()],
+        };
         headers.iter().for_each(|header| table.cell(header));
         table
     }
@@ -81,7 +92,10 @@ impl Table {
         };
         let column = self.cells.len() % self.widths.len();
         self.widths[column] = self.widths[column].max(width);
-        self.cells.push(Cell { end: self.text.len(), width });
+        self.cells.push(Cell {
+            end: self.text.len(),
+            width,
+        });
     }
 
     pub fn render(&self) -> String {
@@ -131,13 +145,25 @@ pub fn size(bytes: u64) -> String {
     let whole = bytes >> (10 * unit);
     // One digit after the point unless it is 0, rounded down.
     let rest = bytes - (whole << (10 * unit));
-    let tenth = if unit == 0 { 0 } else { (u128::from(rest) * 10) >> (10 * unit) };
-    if tenth == 0 || whole >= 100 { format!("{whole} {}", UNITS[unit]) } else { format!("{whole}.{tenth} {}", UNITS[unit]) }
+    let tenth = if unit == 0 {
+        0
+    } else {
+        (u128::from(rest) * 10) >> (10 * unit)
+    };
+    if tenth == 0 || whole >= 100 {
+        format!("{whole} {}", UNITS[unit])
+    } else {
+        format!("{whole}.{tenth} {}", UNITS[unit])
+    }
 }
 
 /// Formats a number with its noun: `1 VM`, `3 VMs`.
 pub fn count(n: u64, one: &str) -> String {
-    if n == 1 { format!("1 {one}") } else { format!("{n} {one}s") }
+    if n == 1 {
+        format!("1 {one}")
+    } else {
+        format!("{n} {one}s")
+    }
 }
 
 /// Returns one line without control characters and without characters that change the reading
@@ -148,7 +174,11 @@ pub fn harmless_line(text: &str) -> String {
     }
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
-        if is_harmful(c) || c == '\n' || c == '\t' { out.push_str(&escape(c)) } else { out.push(c) }
+        if is_harmful(c) || c == '\n' || c == '\t' {
+            out.push_str(&escape(c))
+        } else {
+            out.push(c)
+        }
     }
     out
 }
@@ -174,10 +204,15 @@ pub fn harmless_text(text: &str) -> String {
 /// final byte, OSC and similar up to BEL or ST, else one character (ECMA-48, 5.4 and 5.6). It never
 /// skips past the end of the line.
 fn skip_escape(chars: &mut std::iter::Peekable<std::str::Chars<'_>>) {
-    let Some(kind) = chars.next_if(|c| *c != '\n') else { return };
+    let Some(kind) = chars.next_if(|c| *c != '\n') else {
+        return;
+    };
     match kind {
         '[' => {
-            while chars.next_if(|c| ('\u{20}'..='\u{3f}').contains(c)).is_some() {}
+            while chars
+                .next_if(|c| ('\u{20}'..='\u{3f}').contains(c))
+                .is_some()
+            {}
             chars.next_if(|c| ('\u{40}'..='\u{7e}').contains(c));
         }
         ']' | 'P' | 'X' | '^' | '_' => {
@@ -222,7 +257,13 @@ mod tests {
     #[test]
     fn table_is_aligned_and_harmless() {
         let row = |a: &str, b: &str, c: &str| vec![a.to_owned(), b.to_owned(), c.to_owned()];
-        let text = table(&["NAME", "STATE", "WHY"], &[row("web", "running", ""), row("brave-otter", "failed", "\u{1b}[31mx\ny")]);
+        let text = table(
+            &["NAME", "STATE", "WHY"],
+            &[
+                row("web", "running", ""),
+                row("brave-otter", "failed", "\u{1b}[31mx\ny"),
+            ],
+        );
         expect![[r"
             NAME         STATE    WHY
             web          running
@@ -237,8 +278,22 @@ mod tests {
         let spans: Vec<_> = [0, 59, 60, 3_599, 3_600, 172_799, 172_800].map(span).into();
         assert_eq!(spans, ["0s", "59s", "1m", "59m", "1h", "47h", "2d"]);
         assert_eq!(age(10, 20), "0s ago");
-        let sizes: Vec<_> = [0, 1023, 1024, 1536, 512 << 20, 3 << 29, 10 << 30, u64::MAX].map(size).into();
-        assert_eq!(sizes, ["0 B", "1023 B", "1 KiB", "1.5 KiB", "512 MiB", "1.5 GiB", "10 GiB", "16777215 TiB"]);
+        let sizes: Vec<_> = [0, 1023, 1024, 1536, 512 << 20, 3 << 29, 10 << 30, u64::MAX]
+            .map(size)
+            .into();
+        assert_eq!(
+            sizes,
+            [
+                "0 B",
+                "1023 B",
+                "1 KiB",
+                "1.5 KiB",
+                "512 MiB",
+                "1.5 GiB",
+                "10 GiB",
+                "16777215 TiB"
+            ]
+        );
     }
 
     #[test]

@@ -33,8 +33,13 @@ impl End {
     fn new(fd: OwnedFd, cancel: &Cancel) -> Result<Self> {
         let doing = "set up a pipe";
         let flags = rustix::fs::fcntl_getfl(&fd).map_err(|e| Error::io(doing, e))?;
-        rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK).map_err(|e| Error::io(doing, e))?;
-        Ok(Self { fd, cancel: cancel.clone(), is_unread: false })
+        rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK)
+            .map_err(|e| Error::io(doing, e))?;
+        Ok(Self {
+            fd,
+            cancel: cancel.clone(),
+            is_unread: false,
+        })
     }
 
     /// True once a write has found that the daemon closed its end.
@@ -47,7 +52,9 @@ impl Read for End {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         loop {
             match rustix::io::read(&self.fd, &mut *buffer) {
-                Err(rustix::io::Errno::AGAIN) => wait(self.fd.as_fd(), PollFlags::POLLIN, &self.cancel, None)?,
+                Err(rustix::io::Errno::AGAIN) => {
+                    wait(self.fd.as_fd(), PollFlags::POLLIN, &self.cancel, None)?
+                }
                 Err(rustix::io::Errno::INTR) => {}
                 other => return Ok(other?),
             }
@@ -59,7 +66,9 @@ impl Write for End {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         loop {
             match rustix::io::write(&self.fd, bytes) {
-                Err(rustix::io::Errno::AGAIN) => wait(self.fd.as_fd(), PollFlags::POLLOUT, &self.cancel, None)?,
+                Err(rustix::io::Errno::AGAIN) => {
+                    wait(self.fd.as_fd(), PollFlags::POLLOUT, &self.cancel, None)?
+                }
                 Err(rustix::io::Errno::INTR) => {}
                 Err(e) => {
                     self.is_unread |= e == rustix::io::Errno::PIPE;
@@ -82,7 +91,10 @@ pub struct Stoppable {
 
 impl Stoppable {
     pub fn new(file: std::fs::File, cancel: &Cancel) -> Self {
-        Self { file, cancel: cancel.clone() }
+        Self {
+            file,
+            cancel: cancel.clone(),
+        }
     }
 }
 
@@ -92,7 +104,11 @@ impl Read for Stoppable {
             wait(self.file.as_fd(), PollFlags::POLLIN, &self.cancel, None)?;
             match self.file.read(buffer) {
                 // Another process shares the description, made it non-blocking, and read first.
-                Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+                Err(e)
+                    if matches!(
+                        e.kind(),
+                        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+                    ) => {}
                 other => return other,
             }
         }
@@ -100,12 +116,20 @@ impl Read for Stoppable {
 }
 
 fn stopped(cancel: &Cancel) -> io::Error {
-    io::Error::new(io::ErrorKind::ConnectionAborted, cancel.cause().cloned().unwrap_or(CancelCause::CommandEnded))
+    io::Error::new(
+        io::ErrorKind::ConnectionAborted,
+        cancel.cause().cloned().unwrap_or(CancelCause::CommandEnded),
+    )
 }
 
 /// Waits until `fd` is ready. Fails with `ConnectionAborted` when the token fires and with
 /// `TimedOut` at the deadline.
-pub fn wait(fd: BorrowedFd<'_>, flags: PollFlags, cancel: &Cancel, deadline: Option<Instant>) -> io::Result<()> {
+pub fn wait(
+    fd: BorrowedFd<'_>,
+    flags: PollFlags,
+    cancel: &Cancel,
+    deadline: Option<Instant>,
+) -> io::Result<()> {
     loop {
         let timeout = match deadline {
             None => PollTimeout::NONE,
@@ -114,12 +138,17 @@ pub fn wait(fd: BorrowedFd<'_>, flags: PollFlags, cancel: &Cancel, deadline: Opt
                 PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
             }
         };
-        let mut fds = [PollFd::new(fd, flags), PollFd::new(cancel.fd(), PollFlags::POLLIN)];
+        let mut fds = [
+            PollFd::new(fd, flags),
+            PollFd::new(cancel.fd(), PollFlags::POLLIN),
+        ];
         match poll(&mut fds, timeout) {
             Err(nix::errno::Errno::EINTR) => {}
             Err(e) => return Err(e.into()),
             Ok(_) if cancel.is_cancelled() => return Err(stopped(cancel)),
-            Ok(0) if deadline.is_some_and(|at| Instant::now() >= at) => return Err(io::ErrorKind::TimedOut.into()),
+            Ok(0) if deadline.is_some_and(|at| Instant::now() >= at) => {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
             Ok(0) => {}
             Ok(_) => return Ok(()),
         }
@@ -136,10 +165,18 @@ mod tests {
         let (mut ours, _theirs) = from_daemon(&cancel).unwrap();
         let (mut full, _unread) = to_daemon(&cancel).unwrap();
         let token = cancel.clone();
-        let stopper = crate::host::thread::spawn("stopper", move || token.cancel(CancelCause::CommandEnded)).unwrap();
+        let stopper =
+            crate::host::thread::spawn("stopper", move || token.cancel(CancelCause::CommandEnded))
+                .unwrap();
         let e = full.write_all(&vec![0; 1 << 20]).unwrap_err();
-        assert_eq!((e.kind(), e.to_string().as_str()), (io::ErrorKind::ConnectionAborted, "the command has ended"));
-        assert_eq!(ours.read(&mut [0; 8]).unwrap_err().kind(), io::ErrorKind::ConnectionAborted);
+        assert_eq!(
+            (e.kind(), e.to_string().as_str()),
+            (io::ErrorKind::ConnectionAborted, "the command has ended")
+        );
+        assert_eq!(
+            ours.read(&mut [0; 8]).unwrap_err().kind(),
+            io::ErrorKind::ConnectionAborted
+        );
         stopper.join().unwrap();
     }
 

@@ -23,7 +23,10 @@ enum Shown {
 
 impl Progress {
     pub fn silent() -> Self {
-        Self { doing: String::new(), shown: Shown::Nothing }
+        Self {
+            doing: String::new(),
+            shown: Shown::Nothing,
+        }
     }
 
     pub fn new(doing: &str, stderr: &File) -> Self {
@@ -35,11 +38,17 @@ impl Progress {
             Shown::Bar(bar)
         } else {
             match stderr.try_clone() {
-                Ok(to) => Shown::Lines { to, stage: String::new() },
+                Ok(to) => Shown::Lines {
+                    to,
+                    stage: String::new(),
+                },
                 Err(_) => Shown::Nothing,
             }
         };
-        Self { doing: harmless_line(doing), shown }
+        Self {
+            doing: harmless_line(doing),
+            shown,
+        }
     }
 
     pub fn update(&mut self, progress: &op::Progress) {
@@ -62,8 +71,14 @@ fn show(bar: &ProgressBar, stage: String, progress: &op::Progress) {
     let is_bytes = progress.unit.as_deref() == Some("bytes");
     match (progress.done, progress.total) {
         (Some(done), Some(total)) if total > 0 => {
-            let figures = if is_bytes { "{bytes}/{total_bytes} {bytes_per_sec}" } else { "{pos}/{len}" };
-            bar.set_style(style(&format!("{{spinner}} {{prefix}} {{msg}} [{{bar:30}}] {figures}")));
+            let figures = if is_bytes {
+                "{bytes}/{total_bytes} {bytes_per_sec}"
+            } else {
+                "{pos}/{len}"
+            };
+            bar.set_style(style(&format!(
+                "{{spinner}} {{prefix}} {{msg}} [{{bar:30}}] {figures}"
+            )));
             bar.set_length(total);
             bar.set_position(done.min(total));
             bar.set_message(stage);
@@ -71,7 +86,11 @@ fn show(bar: &ProgressBar, stage: String, progress: &op::Progress) {
         (Some(done), _) => {
             bar.set_style(style("{spinner} {prefix} {msg} [{elapsed}]"));
             let unit = progress.unit.as_deref().unwrap_or_default();
-            let done = if is_bytes { size(done) } else { format!("{done} {unit}") };
+            let done = if is_bytes {
+                size(done)
+            } else {
+                format!("{done} {unit}")
+            };
             bar.set_message(format!("{stage}: {}", harmless_line(done.trim_end())));
         }
         _ => {
@@ -82,7 +101,9 @@ fn show(bar: &ProgressBar, stage: String, progress: &op::Progress) {
 }
 
 fn style(template: &str) -> ProgressStyle {
-    ProgressStyle::with_template(template).expect("a valid template").progress_chars("=> ")
+    ProgressStyle::with_template(template)
+        .expect("a valid template")
+        .progress_chars("=> ")
 }
 
 impl Drop for Progress {
@@ -103,8 +124,17 @@ mod tests {
     fn progress_without_terminal_prints_one_line_per_stage() {
         let mut file = tempfile::tempfile().unwrap();
         let mut progress = Progress::new("start web", &file);
-        for (stage, done) in [("boot", 1), ("boot", 2), ("wait for ssh", 1), ("wait for ssh\u{7}", 2)] {
-            progress.update(&op::Progress { stage: stage.to_owned(), done: Some(done), ..Default::default() });
+        for (stage, done) in [
+            ("boot", 1),
+            ("boot", 2),
+            ("wait for ssh", 1),
+            ("wait for ssh\u{7}", 2),
+        ] {
+            progress.update(&op::Progress {
+                stage: stage.to_owned(),
+                done: Some(done),
+                ..Default::default()
+            });
         }
         let mut text = String::new();
         file.rewind().unwrap();
@@ -120,11 +150,23 @@ mod tests {
     #[test]
     fn progress_templates_are_valid() {
         let bar = ProgressBar::hidden();
-        for (done, total, unit) in
-            [(None, None, None), (Some(1), None, Some("files")), (Some(1), Some(2), Some("bytes")), (Some(3), Some(2), None)]
-        {
+        for (done, total, unit) in [
+            (None, None, None),
+            (Some(1), None, Some("files")),
+            (Some(1), Some(2), Some("bytes")),
+            (Some(3), Some(2), None),
+        ] {
             let unit = unit.map(str::to_owned);
-            show(&bar, "x".to_owned(), &op::Progress { stage: "x".to_owned(), done, total, unit });
+            show(
+                &bar,
+                "x".to_owned(),
+                &op::Progress {
+                    stage: "x".to_owned(),
+                    done,
+                    total,
+                    unit,
+                },
+            );
         }
         assert_eq!(bar.position(), 2);
     }

@@ -22,12 +22,19 @@ pub struct Args {
 
 pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     let mut client = ctx.connect()?;
-    let request = VmListRequest { all: args.all, ..Default::default() };
+    let request = VmListRequest {
+        all: args.all,
+        ..Default::default()
+    };
     if ctx.json && !args.quiet {
         ctx.document(&client.list::<VmList>(request)?)?;
         return Ok(0);
     }
-    let request = VmListRequest { brief: true, limit: Some(PAGE_ITEMS), ..request };
+    let request = VmListRequest {
+        brief: true,
+        limit: Some(PAGE_ITEMS),
+        ..request
+    };
     if args.quiet {
         let vms = client.list::<VmListBrief>(request)?;
         let ids: Vec<&str> = vms.iter().map(|vm| vm.id.as_str()).collect();
@@ -38,9 +45,20 @@ pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
         }
         return Ok(0);
     }
-    let mut table = Table::new(&["NAME", "ID", "STATE", "IMAGE", "VCPUS", "MEMORY", "CREATED", "WORKSPACE"]);
+    let mut table = Table::new(&[
+        "NAME",
+        "ID",
+        "STATE",
+        "IMAGE",
+        "VCPUS",
+        "MEMORY",
+        "CREATED",
+        "WORKSPACE",
+    ]);
     let now_s = ctx.now_s;
-    client.list_pages::<VmListBrief>(request, &mut |vms| vms.iter().for_each(|vm| row(&mut table, vm, now_s)))?;
+    client.list_pages::<VmListBrief>(request, &mut |vms| {
+        vms.iter().for_each(|vm| row(&mut table, vm, now_s))
+    })?;
     ctx.text(&table.render())?;
     Ok(0)
 }
@@ -48,12 +66,22 @@ pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
 fn row(table: &mut Table, vm: &VmBrief<'_>, now_s: u64) {
     table.cell(vm.name.as_str());
     table.cell(vm.id.as_str());
-    table.cell(&state_text(vm.state, vm.reason.as_deref(), vm.paused, vm.unresponsive));
+    table.cell(&state_text(
+        vm.state,
+        vm.reason.as_deref(),
+        vm.paused,
+        vm.unresponsive,
+    ));
     table.cell(vm.image.as_str());
     table.cell(&vm.vcpus.to_string());
     table.cell(&size(vm.mem_mib << 20));
     table.cell(&age(now_s, vm.created_at));
-    table.cell(&vm.workspace.as_ref().map(workspace_line).unwrap_or_default());
+    table.cell(
+        &vm.workspace
+            .as_ref()
+            .map(workspace_line)
+            .unwrap_or_default(),
+    );
 }
 
 #[cfg(test)]
@@ -105,11 +133,17 @@ mod tests {
     #[test]
     fn list_failed_vm_shows_harmless_reason() {
         let fake = Fake::start(|r| {
-            let failed = Vm { reason: Some("the VMM died:\u{1b}[2J signal 9".to_owned()), ..vm("web", VmState::Failed) };
+            let failed = Vm {
+                reason: Some("the VMM died:\u{1b}[2J signal 9".to_owned()),
+                ..vm("web", VmState::Failed)
+            };
             r.result(json!({"vms": [failed]}));
         });
         let text = String::from_utf8(fcctl(&fake, &["ps", "-a"]).out).unwrap();
-        assert!(text.contains(r"failed (the VMM died:\u{1b}[2J signal 9)"), "{text}");
+        assert!(
+            text.contains(r"failed (the VMM died:\u{1b}[2J signal 9)"),
+            "{text}"
+        );
     }
 
     #[test]
@@ -118,14 +152,19 @@ mod tests {
         let ran = fcctl(&fake, &["ps", "--json"]);
         assert_eq!(fake.calls(), [r#"vm.list {"all":false}"#]);
         let vms: Vec<Vm> = serde_json::from_slice(&ran.out).unwrap();
-        assert_eq!(vms, [vm("web", VmState::Running), vm("db", VmState::Stopped)]);
+        assert_eq!(
+            vms,
+            [vm("web", VmState::Running), vm("db", VmState::Stopped)]
+        );
     }
 
     #[test]
     fn list_of_several_pages_is_one_table() {
         let fake = Fake::start(|r| match r.params["after"].as_str() {
             None => r.result(json!({"vms": [vm("web", VmState::Running)], "next": "1"})),
-            Some("1") => r.result(json!({"vms": [vm("longer-name", VmState::Running)], "next": "2"})),
+            Some("1") => {
+                r.result(json!({"vms": [vm("longer-name", VmState::Running)], "next": "2"}))
+            }
             _ => r.result(json!({"vms": []})),
         });
         check(

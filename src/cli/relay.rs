@@ -52,11 +52,24 @@ pub struct Relay {
 
 impl Relay {
     /// Starts the threads. `lost` is called for stdout if it can no longer be written.
-    pub fn start(stdio: &super::context::Stdio, wanted: Wanted, lost: impl Fn() + Send + Sync + 'static) -> Result<Self> {
+    pub fn start(
+        stdio: &super::context::Stdio,
+        wanted: Wanted,
+        lost: impl Fn() + Send + Sync + 'static,
+    ) -> Result<Self> {
         let cancel = || Cancel::try_new().map_err(|e| Error::io("make a cancel token", e));
         let (stdin_stop, ended) = (cancel()?, cancel()?);
-        let mut relay = Self { outputs: Vec::new(), stdin_stop, ended, fds: Vec::new(), streams: Vec::new() };
-        let dup = |file: &File| file.try_clone().map_err(|e| Error::io("duplicate a stream", e));
+        let mut relay = Self {
+            outputs: Vec::new(),
+            stdin_stop,
+            ended,
+            fds: Vec::new(),
+            streams: Vec::new(),
+        };
+        let dup = |file: &File| {
+            file.try_clone()
+                .map_err(|e| Error::io("duplicate a stream", e))
+        };
         if wanted.stdin {
             let (to, theirs) = pipes::to_daemon(&relay.stdin_stop)?;
             let from = Stoppable::new(dup(&stdio.stdin)?, &relay.stdin_stop);
@@ -85,7 +98,13 @@ impl Relay {
         self.streams.push(stream);
     }
 
-    fn output(&mut self, name: &str, stream: Stream, to: File, lost: impl Fn() + Send + 'static) -> Result<()> {
+    fn output(
+        &mut self,
+        name: &str,
+        stream: Stream,
+        to: File,
+        lost: impl Fn() + Send + 'static,
+    ) -> Result<()> {
         let (reader, writer) = io::pipe().map_err(|e| Error::io("make a pipe", e))?;
         let ended = self.ended.clone();
         self.outputs.push(thread::spawn(name, move || {
@@ -120,7 +139,13 @@ impl Relay {
         self.stdin_stop.cancel(CancelCause::CommandEnded);
         self.ended.cancel(CancelCause::CommandEnded);
         let joined = std::mem::take(&mut self.outputs).into_iter();
-        joined.map(|t| t.join().unwrap_or_else(|_| Drained::Failed(io::Error::other("a relay thread panicked")))).collect()
+        joined
+            .map(|t| {
+                t.join().unwrap_or_else(|_| {
+                    Drained::Failed(io::Error::other("a relay thread panicked"))
+                })
+            })
+            .collect()
     }
 }
 
@@ -170,7 +195,8 @@ fn wait_for_output(from: &io::PipeReader, ended: &Cancel) -> io::Result<()> {
     }
     let deadline = Instant::now() + DRAIN_DEADLINE;
     loop {
-        let left = PollTimeout::try_from(deadline.saturating_duration_since(Instant::now())).unwrap_or(PollTimeout::MAX);
+        let left = PollTimeout::try_from(deadline.saturating_duration_since(Instant::now()))
+            .unwrap_or(PollTimeout::MAX);
         match poll(&mut [PollFd::new(from.as_fd(), PollFlags::POLLIN)], left) {
             Err(nix::errno::Errno::EINTR) => {}
             Err(e) => return Err(e.into()),
@@ -188,7 +214,11 @@ pub(super) fn write_patiently(to: &mut File, mut bytes: &[u8]) -> io::Result<()>
             Ok(n) => bytes = &bytes[n..],
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                poll(&mut [PollFd::new(to.as_fd(), PollFlags::POLLOUT)], PollTimeout::NONE).map_err(io::Error::from)?;
+                poll(
+                    &mut [PollFd::new(to.as_fd(), PollFlags::POLLOUT)],
+                    PollTimeout::NONE,
+                )
+                .map_err(io::Error::from)?;
             }
             Err(e) => return Err(e),
         }

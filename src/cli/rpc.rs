@@ -19,13 +19,22 @@ pub struct Args {
 
 /// Prints the result as the daemon sent it, followed by a newline.
 pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
-    let params = RawValue::from_string(args.params)
-        .map_err(|e| Error::invalid("the parameters are not JSON").with_source(e).hint(r#"quote them: '{"vm":"web"}'"#))?;
+    let params = RawValue::from_string(args.params).map_err(|e| {
+        Error::invalid("the parameters are not JSON")
+            .with_source(e)
+            .hint(r#"quote them: '{"vm":"web"}'"#)
+    })?;
     let mut client = ctx.connect()?;
     let result = if args.more {
-        let mut notes = super::output::Out::new(ctx.stdio.stderr.try_clone().map_err(|e| Error::io("duplicate stderr", e))?);
+        let mut notes = super::output::Out::new(
+            ctx.stdio
+                .stderr
+                .try_clone()
+                .map_err(|e| Error::io("duplicate stderr", e))?,
+        );
         client.call_raw_more(&args.method, &params, &mut |note| {
-            let text = serde_json::to_string(&note).map_err(|e| Error::internal("write JSON").with_source(e))?;
+            let text = serde_json::to_string(&note)
+                .map_err(|e| Error::internal("write JSON").with_source(e))?;
             let _ = notes.line(&text);
             Ok(())
         })?

@@ -7,7 +7,10 @@ use super::transfer::{Bound, ExportTo, PrepareHow, Source, Transfer, report_left
 use super::vm::Shape;
 use super::workspace::report_exported;
 use crate::api::frame::Note;
-use crate::api::vm::{Vm, VmCreate, VmCreateRequest, VmDelete, VmDeleteRequest, VmRequest, VmSet, VmSetRequest, VmStart};
+use crate::api::vm::{
+    Vm, VmCreate, VmCreateRequest, VmDelete, VmDeleteRequest, VmRequest, VmSet, VmSetRequest,
+    VmStart,
+};
 use crate::client::{Client, Event, Failure, Result};
 use crate::error::{Error, Kind};
 use crate::ids::VmName;
@@ -60,18 +63,29 @@ fn run_in_new_vm(ctx: &mut Context, interrupts: &Interrupts, args: Args) -> Resu
     let source = match &args.path {
         Some(path) => Some(Source::tree(path, &args.workspace, interrupts.cancel())?),
         None if args.workspace.is_given() => {
-            return Err(Error::invalid("workspace options need a PATH").hint("for example: fcctl run . -- CMD").into());
+            return Err(Error::invalid("workspace options need a PATH")
+                .hint("for example: fcctl run . -- CMD")
+                .into());
         }
         None => None,
     };
-    let export = to.map(|to| Export { to, bound: args.bound, top: source.as_ref().and_then(Source::top).map(Path::to_owned) });
+    let export = to.map(|to| Export {
+        to,
+        bound: args.bound,
+        top: source.as_ref().and_then(Source::top).map(Path::to_owned),
+    });
     let mut new_vm = create(ctx, interrupts, args.name, args.shape, args.rm)?;
     ctx.note(&format!("VM {}", new_vm.vm.name));
     for port in &new_vm.vm.ports {
         ctx.note(&format!("port {}", super::vm_text::port_line(port)));
     }
     let vm = new_vm.vm.name.to_string();
-    let outcome = match boot(ctx, interrupts, &mut new_vm, source.map(|s| (s, args.workspace))) {
+    let outcome = match boot(
+        ctx,
+        interrupts,
+        &mut new_vm,
+        source.map(|s| (s, args.workspace)),
+    ) {
         Ok(()) => exec::execute(ctx, interrupts, &mut new_vm.client, &vm, spec),
         Err(e) => Err(e),
     };
@@ -96,7 +110,13 @@ struct NewVm {
     rm: bool,
 }
 
-fn create(ctx: &mut Context, interrupts: &Interrupts, name: Option<VmName>, shape: Shape, rm: bool) -> Result<NewVm> {
+fn create(
+    ctx: &mut Context,
+    interrupts: &Interrupts,
+    name: Option<VmName>,
+    shape: Shape,
+    rm: bool,
+) -> Result<NewVm> {
     let mut client = ctx.connect()?;
     let rates = shape.rates;
     let request = VmCreateRequest {
@@ -121,7 +141,9 @@ fn create(ctx: &mut Context, interrupts: &Interrupts, name: Option<VmName>, shap
         create_held(interrupts, &mut hold, &request).map(|vm| (vm, Some(hold)))
     } else {
         let _guard = interrupts.guard(&client)?;
-        client.call::<VmCreate>(&request).map(|reply| (reply.vm, None))
+        client
+            .call::<VmCreate>(&request)
+            .map(|reply| (reply.vm, None))
     };
     let (vm, hold) = result.map_err(|e| match name {
         Some(name) if e.is(Kind::NameTaken) => e.hint(format!(
@@ -131,12 +153,21 @@ fn create(ctx: &mut Context, interrupts: &Interrupts, name: Option<VmName>, shap
         )),
         _ => e,
     })?;
-    Ok(NewVm { vm, client, _hold: hold, rm })
+    Ok(NewVm {
+        vm,
+        client,
+        _hold: hold,
+        rm,
+    })
 }
 
 /// Creates a VM that is deleted when `hold` closes. The call stays in flight for as long as the VM
 /// exists.
-fn create_held(interrupts: &Interrupts, hold: &mut Client, request: &VmCreateRequest) -> Result<Vm> {
+fn create_held(
+    interrupts: &Interrupts,
+    hold: &mut Client,
+    request: &VmCreateRequest,
+) -> Result<Vm> {
     let _guard = interrupts.guard(hold)?;
     let mut in_flight = hold.begin::<VmCreate>(request, &[])?;
     loop {
@@ -144,22 +175,45 @@ fn create_held(interrupts: &Interrupts, hold: &mut Client, request: &VmCreateReq
             Event::Note(Note::Created(vm)) => return Ok(*vm),
             Event::Note(_) => {}
             Event::Reply(reply) => {
-                return Err(Error::internal(format!("VM {} was deleted right after it was created", reply.vm.name)).into());
+                return Err(Error::internal(format!(
+                    "VM {} was deleted right after it was created",
+                    reply.vm.name
+                ))
+                .into());
             }
         }
     }
 }
 
-fn boot(ctx: &mut Context, interrupts: &Interrupts, new_vm: &mut NewVm, source: Option<(Source, PrepareHow)>) -> Result<()> {
+fn boot(
+    ctx: &mut Context,
+    interrupts: &Interrupts,
+    new_vm: &mut NewVm,
+    source: Option<(Source, PrepareHow)>,
+) -> Result<()> {
     let vm = new_vm.vm.name.to_string();
     {
         let _guard = interrupts.guard(&new_vm.client)?;
-        ctx.operate::<VmStart>(&mut new_vm.client, &format!("start {vm}"), &VmRequest { vm: vm.clone() })?;
+        ctx.operate::<VmStart>(
+            &mut new_vm.client,
+            &format!("start {vm}"),
+            &VmRequest { vm: vm.clone() },
+        )?;
     }
     if let Some((source, how)) = source {
-        Transfer { ctx, interrupts, client: &mut new_vm.client, vm: &vm }.prepare(source, how)?;
+        Transfer {
+            ctx,
+            interrupts,
+            client: &mut new_vm.client,
+            vm: &vm,
+        }
+        .prepare(source, how)?;
     }
-    if interrupts.cause().is_some() { Err(interrupted()) } else { Ok(()) }
+    if interrupts.cause().is_some() {
+        Err(interrupted())
+    } else {
+        Ok(())
+    }
 }
 
 /// Exports the changes, then deletes the VM or says that it keeps running.
@@ -170,7 +224,8 @@ fn finish(
     outcome: Result<Outcome>,
     export: Option<Export>,
 ) -> Result<u8> {
-    let began = interrupts.command_began() || matches!(outcome, Ok(Outcome::Exit(_) | Outcome::ReaderGone));
+    let began =
+        interrupts.command_began() || matches!(outcome, Ok(Outcome::Exit(_) | Outcome::ReaderGone));
     let mut status = match &outcome {
         Ok(outcome) => exec::status_of(outcome, interrupts),
         Err(_) => interrupts.status().unwrap_or(OUR_FAILURE),
@@ -197,11 +252,18 @@ fn keep(ctx: &mut Context, new_vm: &mut NewVm) {
     if !new_vm.rm {
         return;
     }
-    let request = VmSetRequest { vm: new_vm.vm.id.to_string(), rm: Some(false), ..VmSetRequest::default() };
+    let request = VmSetRequest {
+        vm: new_vm.vm.id.to_string(),
+        rm: Some(false),
+        ..VmSetRequest::default()
+    };
     match Client::connect_again(&ctx.socket).and_then(|mut client| client.call::<VmSet>(&request)) {
         Ok(_) => {
             new_vm.rm = false;
-            ctx.note(&format!("VM {} is kept despite --rm, because it has changes that exist nowhere else", new_vm.vm.name));
+            ctx.note(&format!(
+                "VM {} is kept despite --rm, because it has changes that exist nowhere else",
+                new_vm.vm.name
+            ));
         }
         Err(e) => ctx.fail(&e.context("keep the VM with its changes"), OUR_FAILURE),
     }
@@ -221,18 +283,39 @@ fn report_outcome(ctx: &mut Context, interrupts: &Interrupts, outcome: &Result<O
 }
 
 /// Uses its own connection, because the command's may be broken. The error is the exit status.
-fn collect(ctx: &mut Context, interrupts: &Interrupts, new_vm: &NewVm, export: &Export) -> std::result::Result<(), u8> {
+fn collect(
+    ctx: &mut Context,
+    interrupts: &Interrupts,
+    new_vm: &NewVm,
+    export: &Export,
+) -> std::result::Result<(), u8> {
     let vm = new_vm.vm.name.as_str();
     let result = interrupts.enter(Phase::Collecting).and_then(|()| {
         let mut client = Client::connect_again(&ctx.socket)?;
-        Transfer { ctx, interrupts, client: &mut client, vm }.export(&export.to, export.bound, false)
+        Transfer {
+            ctx,
+            interrupts,
+            client: &mut client,
+            vm,
+        }
+        .export(&export.to, export.bound, false)
     });
     match result {
         Ok(fetched) => {
-            report_exported(ctx, interrupts, &export.to, &fetched.exported, export.top.as_deref());
+            report_exported(
+                ctx,
+                interrupts,
+                &export.to,
+                &fetched.exported,
+                export.top.as_deref(),
+            );
             report_left_behind(ctx, vm, &fetched.left_behind);
             // These changes exist only in the VM.
-            if new_vm.rm && fetched.left_behind.total > 0 { Err(OUR_FAILURE) } else { Ok(()) }
+            if new_vm.rm && fetched.left_behind.total > 0 {
+                Err(OUR_FAILURE)
+            } else {
+                Ok(())
+            }
         }
         Err(_) if interrupts.cause().is_some() => {
             ctx.note("interrupted");
@@ -251,16 +334,27 @@ fn remove(ctx: &mut Context, interrupts: &Interrupts, new_vm: &NewVm) {
     let _ = interrupts.enter(Phase::CleaningUp { asked: false });
     let name = new_vm.vm.name.as_str();
     // By ID, because another VM may have taken the name since.
-    let request = VmDeleteRequest { vm: new_vm.vm.id.to_string(), force: true, if_exists: true };
+    let request = VmDeleteRequest {
+        vm: new_vm.vm.id.to_string(),
+        force: true,
+        if_exists: true,
+    };
     let result: Result<()> = Client::connect_again(&ctx.socket).and_then(|mut client| {
         let _guard = interrupts.guard(&client)?;
         ctx.operate::<VmDelete>(&mut client, &format!("delete {name}"), &request)?;
         Ok(())
     });
     if let Err(e) = result {
-        let rest = if new_vm.rm { "fcd deletes it, at the latest when it starts again" } else { "it still exists" };
+        let rest = if new_vm.rm {
+            "fcd deletes it, at the latest when it starts again"
+        } else {
+            "it still exists"
+        };
         let failure: Failure = e.context(format!("delete VM {name} ({rest})"));
-        ctx.fail(&failure.hint(format!("check: fcctl ps -a, delete: fcctl rm -f {name}")), OUR_FAILURE);
+        ctx.fail(
+            &failure.hint(format!("check: fcctl ps -a, delete: fcctl rm -f {name}")),
+            OUR_FAILURE,
+        );
     }
 }
 

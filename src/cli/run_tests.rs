@@ -1,6 +1,8 @@
 use super::super::exec::tests::{begin, status};
 use super::super::tests::{Ran, Start, fcctl, fcctl_from, vm};
-use super::super::workspace::tests::{give_stream, give_stream_without, take_stream, with_workspace};
+use super::super::workspace::tests::{
+    give_stream, give_stream_without, take_stream, with_workspace,
+};
 use crate::api::frame::Note;
 use crate::api::vm::VmState;
 use crate::client::fake::{Fake, Request};
@@ -11,7 +13,8 @@ use signal_hook::consts::signal::SIGINT;
 use std::fs::File;
 use std::io::Write;
 
-const LAST_LINE: &str = "VM web keeps running. Enter: fcctl ssh web, stop: fcctl stop web, delete: fcctl rm -f web\n";
+const LAST_LINE: &str =
+    "VM web keeps running. Enter: fcctl ssh web, stop: fcctl stop web, delete: fcctl rm -f web\n";
 
 /// A daemon on which everything succeeds. `special` may handle a request itself.
 fn daemon(special: impl Fn(Request) -> Option<Request> + Send + Sync + 'static) -> Fake {
@@ -29,7 +32,12 @@ fn daemon(special: impl Fn(Request) -> Option<Request> + Send + Sync + 'static) 
             }
             "exec.start" => {
                 let mut guest = begin(&mut r);
-                guest.stdout.take().unwrap().write_all(b"from the guest\n").unwrap();
+                guest
+                    .stdout
+                    .take()
+                    .unwrap()
+                    .write_all(b"from the guest\n")
+                    .unwrap();
                 drop(guest);
                 r.result(status(7));
             }
@@ -64,7 +72,14 @@ fn interrupted_at(method: &'static str, args: &[&str]) -> (Ran, String) {
         r.wait_for_hangup();
         None
     });
-    let ran = fcctl_from(&fake, Start { signals, ..Start::default() }, args);
+    let ran = fcctl_from(
+        &fake,
+        Start {
+            signals,
+            ..Start::default()
+        },
+        args,
+    );
     (ran, fake.methods())
 }
 
@@ -78,12 +93,31 @@ fn tree() -> tempfile::TempDir {
 fn run_creates_copies_runs_and_keeps() {
     let fake = daemon(Some);
     let (dir, patch) = (tree(), fake.dir().join("p"));
-    let args = ["run", dir.path().to_str().unwrap(), "--export-patch", patch.to_str().unwrap(), "--", "make"];
+    let args = [
+        "run",
+        dir.path().to_str().unwrap(),
+        "--export-patch",
+        patch.to_str().unwrap(),
+        "--",
+        "make",
+    ];
     let ran = fcctl(&fake, &args);
-    assert_eq!((ran.status, ran.out.as_slice()), (7, &b"from the guest\n"[..]), "{}", ran.err);
-    assert_eq!(fake.methods(), "vm.create vm.start workspace.prepare exec.start workspace.export");
+    assert_eq!(
+        (ran.status, ran.out.as_slice()),
+        (7, &b"from the guest\n"[..]),
+        "{}",
+        ran.err
+    );
+    assert_eq!(
+        fake.methods(),
+        "vm.create vm.start workspace.prepare exec.start workspace.export"
+    );
     // The name is printed first, and how to continue last.
-    assert!(ran.err.starts_with("fcctl: VM web\n") && ran.err.ends_with(LAST_LINE), "{}", ran.err);
+    assert!(
+        ran.err.starts_with("fcctl: VM web\n") && ran.err.ends_with(LAST_LINE),
+        "{}",
+        ran.err
+    );
     assert_eq!(std::fs::read(patch).unwrap(), b"the patch");
 }
 
@@ -93,8 +127,14 @@ fn run_with_rm_deletes_vm() {
     let ran = fcctl(&fake, &["run", "--rm", "--name", "web", "--", "make"]);
     assert_eq!((ran.status, ran.err.as_str()), (7, "fcctl: VM web\n"));
     let calls = fake.calls();
-    assert_eq!(calls[0], r#"vm.create {"hold":true,"name":"web","rm":true}"#);
-    assert_eq!(calls.last().unwrap(), r#"vm.delete {"force":true,"if_exists":true,"vm":"000000776562"}"#);
+    assert_eq!(
+        calls[0],
+        r#"vm.create {"hold":true,"name":"web","rm":true}"#
+    );
+    assert_eq!(
+        calls.last().unwrap(),
+        r#"vm.delete {"force":true,"if_exists":true,"vm":"000000776562"}"#
+    );
 }
 
 #[test]
@@ -123,14 +163,21 @@ fn run_failure_before_command_deletes_vm() {
     for (method, methods) in [
         ("vm.create", "vm.create"),
         ("vm.start", "vm.create vm.start vm.delete"),
-        ("workspace.prepare", "vm.create vm.start workspace.prepare vm.delete"),
-        ("exec.start", "vm.create vm.start workspace.prepare exec.start vm.delete"),
+        (
+            "workspace.prepare",
+            "vm.create vm.start workspace.prepare vm.delete",
+        ),
+        (
+            "exec.start",
+            "vm.create vm.start workspace.prepare exec.start vm.delete",
+        ),
     ] {
         let fake = fail_at(method);
         let ran = fcctl(&fake, &["run", dir.path().to_str().unwrap(), "--", "make"]);
         assert_eq!((ran.status, fake.methods().as_str()), (125, methods));
         assert!(
-            ran.err.contains(&format!("fcctl: {method} did not work\n")) && !ran.err.contains("keeps running"),
+            ran.err.contains(&format!("fcctl: {method} did not work\n"))
+                && !ran.err.contains("keeps running"),
             "{}",
             ran.err
         );
@@ -142,14 +189,25 @@ fn run_interrupted_before_command_deletes_vm() {
     let dir = tree();
     for (method, methods) in [
         ("vm.start", "vm.create vm.start vm.delete"),
-        ("workspace.prepare", "vm.create vm.start workspace.prepare vm.delete"),
-        ("exec.start", "vm.create vm.start workspace.prepare exec.start vm.delete"),
+        (
+            "workspace.prepare",
+            "vm.create vm.start workspace.prepare vm.delete",
+        ),
+        (
+            "exec.start",
+            "vm.create vm.start workspace.prepare exec.start vm.delete",
+        ),
     ] {
         for rm in [&["--rm"][..], &[]] {
             let args = [&["run", dir.path().to_str().unwrap()], rm, &["--", "make"]].concat();
             let (ran, called) = interrupted_at(method, &args);
             assert_eq!((ran.status, called.as_str()), (130, methods), "{}", ran.err);
-            assert!(ran.err.ends_with("fcctl: interrupted\n") || ran.err.contains("fcctl: interrupted\n"), "{}", ran.err);
+            assert!(
+                ran.err.ends_with("fcctl: interrupted\n")
+                    || ran.err.contains("fcctl: interrupted\n"),
+                "{}",
+                ran.err
+            );
         }
     }
 }
@@ -158,7 +216,14 @@ fn run_interrupted_before_command_deletes_vm() {
 fn run_interrupted_during_export_keeps_vm() {
     let fake_dir = tempfile::tempdir().unwrap();
     let (dir, patch) = (tree(), fake_dir.path().join("p"));
-    let args = ["run", dir.path().to_str().unwrap(), "--export-patch", patch.to_str().unwrap(), "--", "make"];
+    let args = [
+        "run",
+        dir.path().to_str().unwrap(),
+        "--export-patch",
+        patch.to_str().unwrap(),
+        "--",
+        "make",
+    ];
     let (ran, _) = interrupted_at("workspace.export", &args);
     assert_eq!(ran.status, 130);
     assert!(ran.err.ends_with(LAST_LINE), "{}", ran.err);
@@ -176,18 +241,37 @@ fn run_lost_guest_keeps_vm_and_exits_125() {
         None
     });
     let ran = fcctl(&fake, &["run", "--", "make"]);
-    assert_eq!((ran.status, fake.methods().as_str()), (125, "vm.create vm.start exec.start"));
-    assert!(ran.err.contains("fcctl: the guest went away\n") && ran.err.ends_with(LAST_LINE), "{}", ran.err);
+    assert_eq!(
+        (ran.status, fake.methods().as_str()),
+        (125, "vm.create vm.start exec.start")
+    );
+    assert!(
+        ran.err.contains("fcctl: the guest went away\n") && ran.err.ends_with(LAST_LINE),
+        "{}",
+        ran.err
+    );
 }
 
 #[test]
 fn run_failed_export_exits_125() {
     let fake = fail_at("workspace.export");
     let (dir, patch) = (tree(), fake.dir().join("p"));
-    let args = ["run", dir.path().to_str().unwrap(), "--export-patch", patch.to_str().unwrap(), "--", "make"];
+    let args = [
+        "run",
+        dir.path().to_str().unwrap(),
+        "--export-patch",
+        patch.to_str().unwrap(),
+        "--",
+        "make",
+    ];
     let ran = fcctl(&fake, &args);
     assert_eq!(ran.status, 125);
-    assert!(ran.err.contains("fcctl: export the changes: workspace.export did not work\n"), "{}", ran.err);
+    assert!(
+        ran.err
+            .contains("fcctl: export the changes: workspace.export did not work\n"),
+        "{}",
+        ran.err
+    );
 }
 
 #[test]
@@ -201,9 +285,17 @@ fn run_name_taken_suggests_three_commands() {
     });
     let ran = fcctl(&fake, &["run", "--name", "web", "--", "make"]);
     assert_eq!(ran.status, 125);
-    let hints: Vec<&str> = ran.err.lines().filter(|l| l.starts_with("hint: ")).collect();
+    let hints: Vec<&str> = ran
+        .err
+        .lines()
+        .filter(|l| l.starts_with("hint: "))
+        .collect();
     assert_eq!(hints.len(), 3, "{}", ran.err);
-    for (hint, command) in hints.iter().zip(["fcctl exec web -- CMD", "fcctl rm -f web", "fcctl run --name web-2"]) {
+    for (hint, command) in hints.iter().zip([
+        "fcctl exec web -- CMD",
+        "fcctl rm -f web",
+        "fcctl run --name web-2",
+    ]) {
         assert!(hint.contains(command), "{hint}");
     }
 }
@@ -216,14 +308,22 @@ fn run_without_i_does_not_pass_stdin() {
         }
         let mut guest = begin(&mut r);
         let input = std::io::read_to_string(guest.stdin.take().expect("-i")).unwrap();
-        guest.stdout.take().unwrap().write_all(input.to_uppercase().as_bytes()).unwrap();
+        guest
+            .stdout
+            .take()
+            .unwrap()
+            .write_all(input.to_uppercase().as_bytes())
+            .unwrap();
         r.result(status(0));
         None
     });
     let (reader, mut writer) = std::io::pipe().unwrap();
     writer.write_all(b"piped").unwrap();
     drop(writer);
-    let start = Start { stdin: File::from(std::os::fd::OwnedFd::from(reader)), ..Start::default() };
+    let start = Start {
+        stdin: File::from(std::os::fd::OwnedFd::from(reader)),
+        ..Start::default()
+    };
     let ran = fcctl_from(&fake, start, &["run", "-i", "--", "tr"]);
     assert_eq!((ran.status, ran.out.as_slice()), (0, &b"PIPED"[..]));
 }
@@ -249,13 +349,36 @@ fn run_with_rm_keeps_vm_with_unexported_changes() {
     let fake = with_a_repository_in_the_guest();
     let (dir, patch) = (tree(), fake.dir().join("p"));
     let path = dir.path().to_str().unwrap();
-    let ran = fcctl(&fake, &["run", "--rm", path, "--export-patch", patch.to_str().unwrap(), "--", "make"]);
+    let ran = fcctl(
+        &fake,
+        &[
+            "run",
+            "--rm",
+            path,
+            "--export-patch",
+            patch.to_str().unwrap(),
+            "--",
+            "make",
+        ],
+    );
     assert_eq!(ran.status, 125, "{}", ran.err);
-    assert!(ran.err.contains("  svc/.git: ") && ran.err.contains("VM web is kept despite --rm"), "{}", ran.err);
+    assert!(
+        ran.err.contains("  svc/.git: ") && ran.err.contains("VM web is kept despite --rm"),
+        "{}",
+        ran.err
+    );
     assert!(ran.err.ends_with(LAST_LINE), "{}", ran.err);
     let calls = fake.calls();
-    assert!(calls.iter().any(|c| c == r#"vm.set {"rm":false,"vm":"000000776562"}"#), "{calls:?}");
-    assert!(!calls.iter().any(|c| c.starts_with("vm.delete")), "{calls:?}");
+    assert!(
+        calls
+            .iter()
+            .any(|c| c == r#"vm.set {"rm":false,"vm":"000000776562"}"#),
+        "{calls:?}"
+    );
+    assert!(
+        !calls.iter().any(|c| c.starts_with("vm.delete")),
+        "{calls:?}"
+    );
     assert_eq!(std::fs::read(patch).unwrap(), b"the patch");
 }
 
@@ -264,10 +387,27 @@ fn run_without_rm_or_export_exits_with_command_status() {
     let fake = with_a_repository_in_the_guest();
     let (dir, patch) = (tree(), fake.dir().join("p"));
     let path = dir.path().to_str().unwrap();
-    let ran = fcctl(&fake, &["run", path, "--export-patch", patch.to_str().unwrap(), "--", "make"]);
+    let ran = fcctl(
+        &fake,
+        &[
+            "run",
+            path,
+            "--export-patch",
+            patch.to_str().unwrap(),
+            "--",
+            "make",
+        ],
+    );
     assert_eq!(ran.status, 7, "{}", ran.err);
-    assert!(ran.err.contains("  svc/.git: ") && ran.err.ends_with(LAST_LINE), "{}", ran.err);
+    assert!(
+        ran.err.contains("  svc/.git: ") && ran.err.ends_with(LAST_LINE),
+        "{}",
+        ran.err
+    );
     let ran = fcctl(&fake, &["run", "--rm", path, "--", "make"]);
     assert_eq!(ran.status, 7, "{}", ran.err);
-    assert!(fake.calls().last().unwrap().starts_with("vm.delete"), "--rm alone always deletes");
+    assert!(
+        fake.calls().last().unwrap().starts_with("vm.delete"),
+        "--rm alone always deletes"
+    );
 }

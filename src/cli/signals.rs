@@ -51,14 +51,21 @@ pub enum Action {
 /// Returns the next phase and what to do. Pure, so that tests can read it as a transcript.
 pub fn on_signal(phase: Phase, signal: i32) -> (Phase, Action) {
     if signal == SIGWINCH {
-        let action = if matches!(phase, Phase::Command { .. }) { Action::Resize } else { Action::Nothing };
+        let action = if matches!(phase, Phase::Command { .. }) {
+            Action::Resize
+        } else {
+            Action::Nothing
+        };
         return (phase, action);
     }
     match phase {
         Phase::Working | Phase::Collecting => (phase, Action::Cancel),
-        Phase::Command { forwarded } if forwarded < FORWARDED_MAX => {
-            (Phase::Command { forwarded: forwarded + 1 }, Action::Forward(name(signal)))
-        }
+        Phase::Command { forwarded } if forwarded < FORWARDED_MAX => (
+            Phase::Command {
+                forwarded: forwarded + 1,
+            },
+            Action::Forward(name(signal)),
+        ),
         Phase::Command { .. } => (phase, Action::Detach),
         Phase::CleaningUp { asked: false } => (Phase::CleaningUp { asked: true }, Action::SayWait),
         Phase::CleaningUp { asked: true } => (phase, Action::Leave),
@@ -104,7 +111,8 @@ impl SignalSource {
                 let ignored = ignored_mask();
                 // Signals that the caller ignores (nohup, a background job) stay ignored.
                 let wanted = CAUGHT.into_iter().filter(|s| ignored & (1 << (s - 1)) == 0);
-                let mut signals = signal_hook::iterator::Signals::new(wanted).map_err(|e| Error::io("catch signals", e))?;
+                let mut signals = signal_hook::iterator::Signals::new(wanted)
+                    .map_err(|e| Error::io("catch signals", e))?;
                 let handle = signals.handle();
                 thread::spawn("signals", move || signals.forever().for_each(handler))?;
                 Ok(Watch(Some(handle), stop))
@@ -133,7 +141,9 @@ impl SignalSource {
 fn ignored_mask() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let field = status.lines().find_map(|l| l.strip_prefix("SigIgn:"));
-    field.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0)
+    field
+        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .unwrap_or(0)
 }
 
 /// What is sent to the session on a second connection.
@@ -164,12 +174,24 @@ pub struct Interrupts {
 impl Interrupts {
     pub fn start(source: &SignalSource, stderr: &File) -> Result<Self> {
         let cancel = Cancel::try_new().map_err(|e| Error::io("make a cancel token", e))?;
-        let state = State { phase: Phase::Working, hangup: None, controls: None, cause: None, detached: false };
+        let state = State {
+            phase: Phase::Working,
+            hangup: None,
+            controls: None,
+            cause: None,
+            detached: false,
+        };
         let state = Arc::new(Mutex::new(Rank::Connections, state));
-        let stderr = stderr.try_clone().map_err(|e| Error::io("duplicate stderr", e))?;
+        let stderr = stderr
+            .try_clone()
+            .map_err(|e| Error::io("duplicate stderr", e))?;
         let (shared, token) = (state.clone(), cancel.clone());
         let watch = source.watch(move |signal| act(&shared, &token, signal, &stderr))?;
-        Ok(Self { state, cancel, _watch: watch })
+        Ok(Self {
+            state,
+            cancel,
+            _watch: watch,
+        })
     }
 
     /// Fires when a signal ends the command. For waits outside a call.
@@ -233,7 +255,11 @@ impl Interrupts {
 
     /// Replaces the error of a call that a signal cut off with `interrupted`.
     pub fn or_interrupted<T>(&self, result: Result<T>) -> Result<T> {
-        if result.is_err() && self.cause().is_some() { Err(interrupted()) } else { result }
+        if result.is_err() && self.cause().is_some() {
+            Err(interrupted())
+        } else {
+            result
+        }
     }
 
     /// Calls `act` when a signal ends the command, or now if one already has. `act` must not block.
@@ -289,7 +315,8 @@ fn act(state: &Mutex<State>, cancel: &Cancel, signal: i32, stderr: &File) {
         }
         Action::SayWait => {
             drop(state);
-            let _ = (&mut &*stderr).write_all(b"fcctl: cleaning up; interrupt again to leave that to fcd\n");
+            let _ = (&mut &*stderr)
+                .write_all(b"fcctl: cleaning up; interrupt again to leave that to fcd\n");
         }
     }
 }
@@ -319,11 +346,15 @@ pub fn send_controls(
             },
         };
         let sent = match control {
-            Control::Signal(name) => {
-                fresh.call::<ExecSignal>(&ExecSignalRequest { session: session.clone(), signal: name.to_owned() })
-            }
+            Control::Signal(name) => fresh.call::<ExecSignal>(&ExecSignalRequest {
+                session: session.clone(),
+                signal: name.to_owned(),
+            }),
             Control::Resize => match tty.and_then(terminal::size) {
-                Some(size) => fresh.call::<ExecResize>(&ExecResizeRequest { session: session.clone(), size }),
+                Some(size) => fresh.call::<ExecResize>(&ExecResizeRequest {
+                    session: session.clone(),
+                    size,
+                }),
                 None => continue,
             },
         };

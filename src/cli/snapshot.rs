@@ -3,8 +3,8 @@
 use super::context::Context;
 use super::output::{self, age, size};
 use crate::api::snapshot::{
-    Snapshot, SnapshotCreate, SnapshotCreateRequest, SnapshotDelete, SnapshotList, SnapshotListRequest, SnapshotRequest,
-    SnapshotRestore, SnapshotRestoreRequest, SnapshotShow,
+    Snapshot, SnapshotCreate, SnapshotCreateRequest, SnapshotDelete, SnapshotList,
+    SnapshotListRequest, SnapshotRequest, SnapshotRestore, SnapshotRestoreRequest, SnapshotShow,
 };
 use crate::api::vm::Net;
 use crate::client::Result;
@@ -52,17 +52,27 @@ pub struct Targets {
 pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
     match verb {
         Verb::Create { vm, name } => create(ctx, SnapshotCreateRequest { vm, name }),
-        Verb::List { vm } => list(ctx, SnapshotListRequest { vm, ..Default::default() }),
+        Verb::List { vm } => list(
+            ctx,
+            SnapshotListRequest {
+                vm,
+                ..Default::default()
+            },
+        ),
         Verb::Show(args) => show(ctx, &args),
         Verb::Delete(args) => delete(ctx, &args),
-        Verb::Restore { snapshot, new_vm } => restore(ctx, SnapshotRestoreRequest { snapshot, new_vm }),
+        Verb::Restore { snapshot, new_vm } => {
+            restore(ctx, SnapshotRestoreRequest { snapshot, new_vm })
+        }
     }
 }
 
 fn create(ctx: &mut Context, request: SnapshotCreateRequest) -> Result<u8> {
     let mut client = ctx.connect()?;
     let doing = format!("save {}", output::harmless_line(&request.vm));
-    let snapshot = ctx.operate::<SnapshotCreate>(&mut client, &doing, &request)?.snapshot;
+    let snapshot = ctx
+        .operate::<SnapshotCreate>(&mut client, &doing, &request)?
+        .snapshot;
     if ctx.json {
         ctx.document(&snapshot)?;
     } else {
@@ -79,19 +89,37 @@ fn list(ctx: &mut Context, request: SnapshotListRequest) -> Result<u8> {
     }
     let row = |s: &Snapshot| {
         let (memory, taken) = (size(s.mem_mib << 20), size(s.bytes));
-        vec![s.name.to_string(), s.id.to_string(), s.vm_name.to_string(), memory, taken, age(ctx.now_s, s.created_at)]
+        vec![
+            s.name.to_string(),
+            s.id.to_string(),
+            s.vm_name.to_string(),
+            memory,
+            taken,
+            age(ctx.now_s, s.created_at),
+        ]
     };
     let rows: Vec<_> = snapshots.iter().map(row).collect();
-    ctx.text(&output::table(&["NAME", "ID", "VM", "MEMORY", "ON HOST", "CREATED"], &rows))?;
+    ctx.text(&output::table(
+        &["NAME", "ID", "VM", "MEMORY", "ON HOST", "CREATED"],
+        &rows,
+    ))?;
     Ok(0)
 }
 
 fn show(ctx: &mut Context, args: &Targets) -> Result<u8> {
     let mut is_first = true;
     ctx.for_each(&args.snapshots, |ctx, client, snapshot| {
-        let snapshot = client.call::<SnapshotShow>(&SnapshotRequest { snapshot: snapshot.to_owned() })?.snapshot;
+        let snapshot = client
+            .call::<SnapshotShow>(&SnapshotRequest {
+                snapshot: snapshot.to_owned(),
+            })?
+            .snapshot;
         if !ctx.json {
-            let gap = if std::mem::replace(&mut is_first, false) { "" } else { "\n" };
+            let gap = if std::mem::replace(&mut is_first, false) {
+                ""
+            } else {
+                "\n"
+            };
             ctx.text(&format!("{gap}{}", sheet(&snapshot, ctx.now_s)))?;
         }
         Ok(snapshot)
@@ -109,21 +137,35 @@ fn sheet(snapshot: &Snapshot, now_s: u64) -> String {
         ("image", snapshot.image.to_string()),
         (
             "driver",
-            snapshot.vmm_version.iter().fold(snapshot.driver.clone(), |driver, version| format!("{driver}, version {version}")),
+            snapshot
+                .vmm_version
+                .iter()
+                .fold(snapshot.driver.clone(), |driver, version| {
+                    format!("{driver}, version {version}")
+                }),
         ),
         ("vcpus", snapshot.vcpus.to_string()),
         ("memory", size(snapshot.mem_mib << 20)),
         ("disk", size(snapshot.disk_bytes)),
     ];
-    facts.extend(snapshot.work_disk_bytes.map(|bytes| ("work disk", size(bytes))));
+    facts.extend(
+        snapshot
+            .work_disk_bytes
+            .map(|bytes| ("work disk", size(bytes))),
+    );
     facts.extend((snapshot.net == Net::None).then(|| ("network", "none".to_owned())));
     facts.push(("on host", size(snapshot.bytes)));
-    facts.iter().map(|(name, value)| format!("{name:<11} {}\n", output::harmless_line(value))).collect()
+    facts
+        .iter()
+        .map(|(name, value)| format!("{name:<11} {}\n", output::harmless_line(value)))
+        .collect()
 }
 
 fn delete(ctx: &mut Context, args: &Targets) -> Result<u8> {
     ctx.for_each(&args.snapshots, |ctx, client, snapshot| {
-        let reply = client.call::<SnapshotDelete>(&SnapshotRequest { snapshot: snapshot.to_owned() })?;
+        let reply = client.call::<SnapshotDelete>(&SnapshotRequest {
+            snapshot: snapshot.to_owned(),
+        })?;
         if !ctx.json {
             ctx.line(&format!("{}: deleted", output::harmless_line(snapshot)))?;
         }
@@ -134,7 +176,9 @@ fn delete(ctx: &mut Context, args: &Targets) -> Result<u8> {
 fn restore(ctx: &mut Context, request: SnapshotRestoreRequest) -> Result<u8> {
     let mut client = ctx.connect()?;
     let doing = format!("restore {}", output::harmless_line(&request.snapshot));
-    let vm = ctx.operate::<SnapshotRestore>(&mut client, &doing, &request)?.vm;
+    let vm = ctx
+        .operate::<SnapshotRestore>(&mut client, &doing, &request)?
+        .vm;
     if ctx.json {
         ctx.document(&vm)?;
     } else {

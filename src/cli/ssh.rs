@@ -20,12 +20,26 @@ pub struct Args {
 }
 
 pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
-    let config = ctx.connect()?.call::<VmSshConfig>(&VmRequest { vm: args.vm })?;
+    let config = ctx
+        .connect()?
+        .call::<VmSshConfig>(&VmRequest { vm: args.vm })?;
     // Mode 0700, so only this user can read the key in it. Removed when dropped.
-    let dir = tempfile::Builder::new().prefix("fcctl-ssh-").tempdir().map_err(|e| Error::io("create a directory for ssh", e))?;
-    let io = |e| Error::io(format!("write ssh's configuration to {}", dir.path().display()), e);
+    let dir = tempfile::Builder::new()
+        .prefix("fcctl-ssh-")
+        .tempdir()
+        .map_err(|e| Error::io("create a directory for ssh", e))?;
+    let io = |e| {
+        Error::io(
+            format!("write ssh's configuration to {}", dir.path().display()),
+            e,
+        )
+    };
     write_private(&dir.path().join("key"), &with_newline(&config.private_key)).map_err(io)?;
-    write_private(&dir.path().join("known_hosts"), &format!("{} {}\n", config.name, config.host_key)).map_err(io)?;
+    write_private(
+        &dir.path().join("known_hosts"),
+        &format!("{} {}\n", config.name, config.host_key),
+    )
+    .map_err(io)?;
     let file = dir.path().join("config");
     write_private(&file, &render(&config, dir.path(), args.args.is_empty())).map_err(io)?;
     let mut argv: Vec<OsString> = vec!["-F".into(), file.into(), config.name.as_str().into()];
@@ -36,7 +50,11 @@ pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     crate::host::interactive::run("ssh", &argv, interrupts.cancel()).map_err(|e| {
         let is_missing = e.kind() == Kind::CommandMissing;
         let failure = Failure::from(e);
-        if is_missing { failure.hint("apt install openssh-client, or use fcctl exec") } else { failure }
+        if is_missing {
+            failure.hint("apt install openssh-client, or use fcctl exec")
+        } else {
+            failure
+        }
     })
 }
 
@@ -46,7 +64,12 @@ fn with_newline(key: &str) -> String {
 }
 
 fn write_private(path: &Path, text: &str) -> std::io::Result<()> {
-    std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?.write_all(text.as_bytes())
+    std::fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)?
+        .write_all(text.as_bytes())
 }
 
 /// Renders an `ssh_config(5)` in which the VM's key and host key are the only ones.
@@ -66,7 +89,11 @@ fn render(config: &SshConfigReply, dir: &Path, is_shell: bool) -> String {
     // A login shell starts in the workspace. For ssh, changing the directory is a command, and a
     // command gets no terminal unless one is requested; `yes` requests one if stdin is a terminal.
     // ssh expands `%`. A name with control characters cannot be written on one line.
-    if let Some(workdir) = config.workdir.as_ref().filter(|w| is_shell && !w.contains(char::is_control)) {
+    if let Some(workdir) = config
+        .workdir
+        .as_ref()
+        .filter(|w| is_shell && !w.contains(char::is_control))
+    {
         let quoted = format!("'{}'", workdir.replace('\'', r"'\''")).replace('%', "%%");
         text.push_str(&format!("  RequestTTY yes\n  RemoteCommand cd {quoted} 2>/dev/null; exec \"${{SHELL:-/bin/sh}}\" -l\n"));
     }
@@ -116,7 +143,9 @@ mod tests {
         "#]]
         .assert_eq(&render(&config("/root/it's 5%"), Path::new("/tmp/d"), true));
         for (workdir, is_shell) in [("/root/x", false), ("/root/x\nProxyCommand evil", true)] {
-            assert!(!render(&config(workdir), Path::new("/tmp/d"), is_shell).contains("RemoteCommand"));
+            assert!(
+                !render(&config(workdir), Path::new("/tmp/d"), is_shell).contains("RemoteCommand")
+            );
         }
     }
 
@@ -126,7 +155,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("config");
         write_private(&file, &render(&config("/root/a b"), dir.path(), true)).unwrap();
-        let command = crate::host::Command::new("ssh").arg("-G").arg("-F").arg(&file).arg("web");
+        let command = crate::host::Command::new("ssh")
+            .arg("-G")
+            .arg("-F")
+            .arg(&file)
+            .arg("web");
         let cancel = crate::locks::Cancel::try_new().unwrap();
         let out = crate::host::command::run_any_status(&command, &cancel, &mut |_| {}).unwrap();
         let text = String::from_utf8(out.stdout).unwrap();

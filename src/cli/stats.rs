@@ -24,12 +24,17 @@ pub struct Args {
 
 pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     if ctx.json && args.watch {
-        return Err(Error::invalid("--watch never ends, so it cannot be one JSON document")
-            .hint("leave out --json or --watch")
-            .into());
+        return Err(
+            Error::invalid("--watch never ends, so it cannot be one JSON document")
+                .hint("leave out --json or --watch")
+                .into(),
+        );
     }
     let mut client = ctx.connect()?;
-    let request = VmStatsRequest { vms: args.vms, ..Default::default() };
+    let request = VmStatsRequest {
+        vms: args.vms,
+        ..Default::default()
+    };
     let look = |client: &mut Client| {
         let mut stats = client.list::<VmStatsCall>(request.clone())?;
         if request.vms.is_empty() {
@@ -43,9 +48,14 @@ pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
         return Ok(0);
     }
     loop {
-        crate::host::wait::wait_uncancelled(&[], Instant::now() + PERIOD).map_err(|e| Error::io("wait a moment", e))?;
+        crate::host::wait::wait_uncancelled(&[], Instant::now() + PERIOD)
+            .map_err(|e| Error::io("wait a moment", e))?;
         let now = look(&mut client)?;
-        let clear = if args.watch && ctx.stdio.stdout_is_terminal() { CLEAR } else { "" };
+        let clear = if args.watch && ctx.stdio.stdout_is_terminal() {
+            CLEAR
+        } else {
+            ""
+        };
         ctx.text(&format!("{clear}{}", render(&before, &now)))?;
         if !args.watch || ctx.is_unread() {
             return Ok(0);
@@ -55,15 +65,32 @@ pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
 }
 
 fn render(before: &[VmStats], now: &[VmStats]) -> String {
-    let rows: Vec<_> = now.iter().map(|vm| row(before.iter().find(|b| b.vm == vm.vm), vm)).collect();
-    table(&["NAME", "CPU", "MEMORY", "OF", "DISK READ", "WRITTEN", "NET RECEIVED", "SENT"], &rows)
+    let rows: Vec<_> = now
+        .iter()
+        .map(|vm| row(before.iter().find(|b| b.vm == vm.vm), vm))
+        .collect();
+    table(
+        &[
+            "NAME",
+            "CPU",
+            "MEMORY",
+            "OF",
+            "DISK READ",
+            "WRITTEN",
+            "NET RECEIVED",
+            "SENT",
+        ],
+        &rows,
+    )
 }
 
 fn row(before: Option<&VmStats>, now: &VmStats) -> Vec<String> {
     let bytes = |count: Option<u64>| count.map_or_else(|| "-".to_owned(), size);
     vec![
         now.name.to_string(),
-        before.and_then(|b| share(b, now)).map_or_else(|| "-".to_owned(), |percent| format!("{percent}%")),
+        before
+            .and_then(|b| share(b, now))
+            .map_or_else(|| "-".to_owned(), |percent| format!("{percent}%")),
         size(now.memory_bytes),
         size(now.memory_max_bytes),
         bytes(now.disk_read_bytes),
@@ -106,7 +133,11 @@ mod tests {
         assert_eq!(share(&stats(1000, 0), &stats(2000, 1500)), Some(150));
         assert_eq!(share(&stats(1000, 0), &stats(2000, 4)), Some(0));
         assert_eq!(share(&stats(1000, 0), &stats(2000, 6)), Some(1));
-        assert_eq!(share(&stats(1000, 9), &stats(2000, 0)), None, "another process");
+        assert_eq!(
+            share(&stats(1000, 9), &stats(2000, 0)),
+            None,
+            "another process"
+        );
         assert_eq!(share(&stats(1000, 0), &stats(1000, 0)), None);
     }
 

@@ -14,7 +14,10 @@ pub fn size(file: &File) -> Option<PtySize> {
     if size.ws_row == 0 || size.ws_col == 0 {
         return Some(DEFAULT_SIZE);
     }
-    Some(PtySize { rows: size.ws_row, cols: size.ws_col })
+    Some(PtySize {
+        rows: size.ws_row,
+        cols: size.ws_col,
+    })
 }
 
 /// Raw mode until this is dropped, even by a panic. Nothing may call `process::exit` while one
@@ -52,7 +55,12 @@ mod tests {
     fn raw_mode_is_undone_by_panic() {
         let pty = nix::pty::openpty(None, None).unwrap();
         let terminal = File::from(pty.slave);
-        let is_raw = || !tcgetattr(&terminal).unwrap().local_modes.contains(LocalModes::ICANON);
+        let is_raw = || {
+            !tcgetattr(&terminal)
+                .unwrap()
+                .local_modes
+                .contains(LocalModes::ICANON)
+        };
         assert!(!is_raw());
         let caught = std::panic::catch_unwind(|| {
             let _raw = RawMode::enter(&terminal).unwrap();

@@ -37,13 +37,24 @@ pub(super) fn file_with(bytes: &[u8]) -> File {
 
 impl Default for Start {
     fn default() -> Self {
-        Self { stdin: file_with(b""), stdout: tempfile::tempfile().unwrap(), signals: crossbeam_channel::never() }
+        Self {
+            stdin: file_with(b""),
+            stdout: tempfile::tempfile().unwrap(),
+            signals: crossbeam_channel::never(),
+        }
     }
 }
 
 pub(super) fn fcctl_from(fake: &Fake, start: Start, args: &[&str]) -> Ran {
-    let mut read_back = [start.stdout.try_clone().unwrap(), tempfile::tempfile().unwrap()];
-    let stdio = Stdio { stdin: start.stdin, stdout: start.stdout, stderr: read_back[1].try_clone().unwrap() };
+    let mut read_back = [
+        start.stdout.try_clone().unwrap(),
+        tempfile::tempfile().unwrap(),
+    ];
+    let stdio = Stdio {
+        stdin: start.stdin,
+        stdout: start.stdout,
+        stderr: read_back[1].try_clone().unwrap(),
+    };
     let env = Box::new(|name: &str| match name {
         "PATH" => std::env::var("PATH").ok(),
         "MINE" => Some("from me".to_owned()),
@@ -65,7 +76,11 @@ pub(super) fn fcctl_from(fake: &Fake, start: Start, args: &[&str]) -> Ran {
         bytes
     });
     let hide = |text: String| text.replace(fake.dir().to_str().unwrap(), "DIR");
-    Ran { status, out, err: hide(String::from_utf8(err).unwrap()) }
+    Ran {
+        status,
+        out,
+        err: hide(String::from_utf8(err).unwrap()),
+    }
 }
 
 pub(super) fn fcctl(fake: &Fake, args: &[&str]) -> Ran {
@@ -77,14 +92,28 @@ pub(super) fn fcctl(fake: &Fake, args: &[&str]) -> Ran {
 pub(super) fn check(fake: &Fake, args: &[&str], expected: Expect) {
     let ran = fcctl(fake, args);
     let calls: String = fake.calls().iter().map(|c| format!("> {c}\n")).collect();
-    let out = String::from_utf8(ran.out).unwrap().replace(fake.dir().to_str().unwrap(), "DIR");
-    let mark = |text: &str, mark: &str| -> String { text.lines().map(|l| format!("{mark}{l}\n")).collect() };
-    expected.assert_eq(&format!("{calls}{}{}status {}\n", mark(&out, ""), mark(&ran.err, "! "), ran.status));
+    let out = String::from_utf8(ran.out)
+        .unwrap()
+        .replace(fake.dir().to_str().unwrap(), "DIR");
+    let mark = |text: &str, mark: &str| -> String {
+        text.lines().map(|l| format!("{mark}{l}\n")).collect()
+    };
+    expected.assert_eq(&format!(
+        "{calls}{}{}status {}\n",
+        mark(&out, ""),
+        mark(&ran.err, "! "),
+        ran.status
+    ));
 }
 
 pub(super) fn vm(name: &str, state: VmState) -> Vm {
     Vm {
-        id: format!("{:0>12.12}", name.bytes().map(|b| format!("{b:02x}")).collect::<String>()).parse().unwrap(),
+        id: format!(
+            "{:0>12.12}",
+            name.bytes().map(|b| format!("{b:02x}")).collect::<String>()
+        )
+        .parse()
+        .unwrap(),
         name: name.parse().unwrap(),
         owner_uid: 1000,
         state,
@@ -123,13 +152,17 @@ pub(super) fn vm(name: &str, state: VmState) -> Vm {
 pub(super) fn two_vms() -> Fake {
     Fake::start(|r: Request| {
         if r.method == "vm.list" {
-            return r.result(json!({"vms": [vm("web", VmState::Running), vm("db", VmState::Stopped)]}));
+            return r
+                .result(json!({"vms": [vm("web", VmState::Running), vm("db", VmState::Stopped)]}));
         }
         let name = r.params["vm"].as_str().unwrap_or_default().to_owned();
         if name != "web" && name != "db" {
-            return r.fault(Error::new(Kind::VmNotFound, format!("no VM {name}")).hint("fcctl ps -a"));
+            return r
+                .fault(Error::new(Kind::VmNotFound, format!("no VM {name}")).hint("fcctl ps -a"));
         }
-        r.result(json!({"vm": vm(&name, VmState::Stopped), "deleted": vm(&name, VmState::Stopped).id}));
+        r.result(
+            json!({"vm": vm(&name, VmState::Stopped), "deleted": vm(&name, VmState::Stopped).id}),
+        );
     })
 }
 
@@ -163,7 +196,13 @@ fn json_prints_one_document_and_json_errors() {
         .assert_eq(&error.to_string());
     // One target prints an object.
     let ran = fcctl(&fake, &["vm", "show", "web", "--json"]);
-    assert_eq!(serde_json::from_slice::<Vm>(&ran.out).unwrap().name.as_str(), "web");
+    assert_eq!(
+        serde_json::from_slice::<Vm>(&ran.out)
+            .unwrap()
+            .name
+            .as_str(),
+        "web"
+    );
     let ran = fcctl(&fake, &["--json", "rm", "-f", "nope"]);
     assert_eq!((ran.status, ran.out.as_slice()), (3, &b""[..]));
 }
@@ -183,13 +222,26 @@ fn usage_error_in_exec_and_run_exits_125() {
         (&["vm", "create", "--name", "Bad_Name"][..], 2),
     ] {
         let ran = fcctl(&fake, args);
-        assert_eq!((ran.status, ran.out.len()), (status, 0), "{args:?} {}", ran.err);
+        assert_eq!(
+            (ran.status, ran.out.len()),
+            (status, 0),
+            "{args:?} {}",
+            ran.err
+        );
         assert!(ran.err.starts_with("fcctl: "), "{}", ran.err);
     }
     assert_eq!(fake.methods(), "");
     let ran = fcctl(&fake, &["--json", "stop"]);
-    assert_eq!(serde_json::from_str::<serde_json::Value>(&ran.err).unwrap()["error"]["exit_status"], 2);
-    for args in [&["--help"][..], &["run", "--help"][..], &["--version"][..], &["completions", "bash"][..]] {
+    assert_eq!(
+        serde_json::from_str::<serde_json::Value>(&ran.err).unwrap()["error"]["exit_status"],
+        2
+    );
+    for args in [
+        &["--help"][..],
+        &["run", "--help"][..],
+        &["--version"][..],
+        &["completions", "bash"][..],
+    ] {
         let ran = fcctl(&fake, args);
         assert_eq!((ran.status, ran.err.as_str()), (0, ""), "{args:?}");
         assert!(String::from_utf8(ran.out).unwrap().contains("fcctl"));
@@ -199,13 +251,21 @@ fn usage_error_in_exec_and_run_exits_125() {
 #[test]
 fn absent_daemon_suggests_starting_it() {
     let fake = two_vms();
-    for (args, status) in [(&["ps"][..], 5), (&["stop", "web"][..], 5), (&["exec", "web", "--", "true"][..], 125)] {
+    for (args, status) in [
+        (&["ps"][..], 5),
+        (&["stop", "web"][..], 5),
+        (&["exec", "web", "--", "true"][..], 125),
+    ] {
         let mut words = args.to_vec();
         words.insert(0, "/nonexistent/fcd.sock");
         words.insert(0, "--socket");
         let ran = fcctl_other_socket(&words);
         assert_eq!(ran.status, status, "{args:?}");
-        assert!(ran.err.contains("no daemon at /nonexistent/fcd.sock") && ran.err.contains("\nhint: "), "{}", ran.err);
+        assert!(
+            ran.err.contains("no daemon at /nonexistent/fcd.sock") && ran.err.contains("\nhint: "),
+            "{}",
+            ran.err
+        );
     }
     drop(fake);
 }
@@ -213,20 +273,44 @@ fn absent_daemon_suggests_starting_it() {
 /// Like [`fcctl`], but with `--socket` among the words.
 fn fcctl_other_socket(words: &[&str]) -> Ran {
     let mut err = tempfile::tempfile().unwrap();
-    let stdio = Stdio { stdin: file_with(b""), stdout: tempfile::tempfile().unwrap(), stderr: err.try_clone().unwrap() };
-    let mut ctx = Context::new(stdio, SignalSource::Channel(crossbeam_channel::never()), Box::new(|_| None), NOW_S).unwrap();
+    let stdio = Stdio {
+        stdin: file_with(b""),
+        stdout: tempfile::tempfile().unwrap(),
+        stderr: err.try_clone().unwrap(),
+    };
+    let mut ctx = Context::new(
+        stdio,
+        SignalSource::Channel(crossbeam_channel::never()),
+        Box::new(|_| None),
+        NOW_S,
+    )
+    .unwrap();
     let words: Vec<OsString> = ["fcctl"].iter().chain(words).map(Into::into).collect();
     let status = super::command(&mut ctx, &words);
     err.rewind().unwrap();
-    Ran { status, out: vec![], err: std::io::read_to_string(err).unwrap() }
+    Ran {
+        status,
+        out: vec![],
+        err: std::io::read_to_string(err).unwrap(),
+    }
 }
 
 #[test]
 fn error_code_decides_exit_status() {
     for kind in Kind::ALL {
         let fake = Fake::start(move |r| r.fault(Error::new(*kind, "no")));
-        assert_eq!(fcctl(&fake, &["vm", "show", "x"]).status, kind.code().exit_status(), "{}", kind.name());
-        assert_eq!(fcctl(&fake, &["exec", "x", "--", "true"]).status, 125, "{}", kind.name());
+        assert_eq!(
+            fcctl(&fake, &["vm", "show", "x"]).status,
+            kind.code().exit_status(),
+            "{}",
+            kind.name()
+        );
+        assert_eq!(
+            fcctl(&fake, &["exec", "x", "--", "true"]).status,
+            125,
+            "{}",
+            kind.name()
+        );
     }
 }
 
@@ -235,18 +319,31 @@ fn stdout_reader_exits_without_error() {
     let fake = two_vms();
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
-    let start = Start { stdout: File::from(std::os::fd::OwnedFd::from(writer)), ..Start::default() };
+    let start = Start {
+        stdout: File::from(std::os::fd::OwnedFd::from(writer)),
+        ..Start::default()
+    };
     // The calls are made although nobody reads the output.
     let ran = fcctl_from(&fake, start, &["stop", "web", "db"]);
-    assert_eq!((ran.status, ran.err.as_str(), fake.methods().as_str()), (0, "", "vm.stop vm.stop"));
+    assert_eq!(
+        (ran.status, ran.err.as_str(), fake.methods().as_str()),
+        (0, "", "vm.stop vm.stop")
+    );
 }
 
 #[test]
 fn stdout_full_disk_fails() {
-    let start = Start { stdout: File::options().write(true).open("/dev/full").unwrap(), ..Start::default() };
+    let start = Start {
+        stdout: File::options().write(true).open("/dev/full").unwrap(),
+        ..Start::default()
+    };
     let ran = fcctl_from(&two_vms(), start, &["ps"]);
     assert_eq!(ran.status, 1);
-    assert!(ran.err.starts_with("fcctl: write to stdout: "), "{}", ran.err);
+    assert!(
+        ran.err.starts_with("fcctl: write to stdout: "),
+        "{}",
+        ran.err
+    );
 }
 
 #[test]
@@ -336,11 +433,20 @@ fn doctor_includes_daemons_checks() {
     let ran = fcctl(&fake, &["doctor"]);
     assert_eq!((ran.status, ran.err.as_str()), (1, ""));
     let text = String::from_utf8(ran.out).unwrap();
-    for line in ["PASS  daemon", "WARN  kvm ", "FAIL  qemu ", "fix: apt install qemu-system-x86", "not ready: 1 of "] {
+    for line in [
+        "PASS  daemon",
+        "WARN  kvm ",
+        "FAIL  qemu ",
+        "fix: apt install qemu-system-x86",
+        "not ready: 1 of ",
+    ] {
         assert!(text.contains(line), "{line}\n{text}");
     }
     let ran = fcctl(&fake, &["doctor", "--json"]);
-    assert_eq!(serde_json::from_slice::<serde_json::Value>(&ran.out).unwrap()["checks"][1]["id"], "kvm");
+    assert_eq!(
+        serde_json::from_slice::<serde_json::Value>(&ran.out).unwrap()["checks"][1]["id"],
+        "kvm"
+    );
 }
 
 #[test]
@@ -383,10 +489,20 @@ fn leaks_are_removed_only_when_asked() {
     "#]],
     );
     let unasked = fcctl(&fake, &["doctor", "--leaks", "--fix"]);
-    assert!(unasked.status == 2 && unasked.err.contains("--yes"), "{} {}", unasked.status, unasked.err);
+    assert!(
+        unasked.status == 2 && unasked.err.contains("--yes"),
+        "{} {}",
+        unasked.status,
+        unasked.err
+    );
     let fixed = fcctl(&fake, &["doctor", "--leaks", "--fix", "--yes"]);
     let said = String::from_utf8(fixed.out).unwrap();
-    assert!(fixed.status == 1 && said.contains("1 leftover removed") && said.contains("fc-1-2-4 is still there"), "{said}");
+    assert!(
+        fixed.status == 1
+            && said.contains("1 leftover removed")
+            && said.contains("fc-1-2-4 is still there"),
+        "{said}"
+    );
 }
 
 #[test]
@@ -394,21 +510,40 @@ fn lock_order_needs_no_daemon() {
     let fake = Fake::start(|r| r.result(json!({})));
     let table = fcctl(&fake, &["debug", "lock-order"]);
     let text = String::from_utf8(table.out).unwrap();
-    assert!(text.contains("vm_locks") && text.lines().count() == crate::locks::Rank::ALL.len() + 1, "{text}");
+    assert!(
+        text.contains("vm_locks") && text.lines().count() == crate::locks::Rank::ALL.len() + 1,
+        "{text}"
+    );
     let dot = String::from_utf8(fcctl(&fake, &["debug", "lock-order", "--dot"]).out).unwrap();
-    assert!(dot.starts_with("digraph locks {") && dot.contains("Vm -> Store;"), "{dot}");
-    let json: serde_json::Value = serde_json::from_slice(&fcctl(&fake, &["--json", "debug", "lock-order"]).out).unwrap();
-    assert_eq!((&json[1]["taken"], &json[1]["under"]), (&json!("vm_locks"), &json!([])));
+    assert!(
+        dot.starts_with("digraph locks {") && dot.contains("Vm -> Store;"),
+        "{dot}"
+    );
+    let json: serde_json::Value =
+        serde_json::from_slice(&fcctl(&fake, &["--json", "debug", "lock-order"]).out).unwrap();
+    assert_eq!(
+        (&json[1]["taken"], &json[1]["under"]),
+        (&json!("vm_locks"), &json!([]))
+    );
     assert_eq!(fake.methods(), "");
 }
 
 #[test]
 fn version_difference_is_reported_once() {
-    let fake = Fake::with_version(crate::api::VERSION_MAJOR, crate::api::VERSION_MINOR + 1, |r| {
-        r.result(json!({"vms": []}));
-    });
+    let fake = Fake::with_version(
+        crate::api::VERSION_MAJOR,
+        crate::api::VERSION_MINOR + 1,
+        |r| {
+            r.result(json!({"vms": []}));
+        },
+    );
     let ran = fcctl(&fake, &["ps"]);
-    assert_eq!((ran.status, ran.err.matches("warning: ").count()), (0, 1), "{}", ran.err);
+    assert_eq!(
+        (ran.status, ran.err.matches("warning: ").count()),
+        (0, 1),
+        "{}",
+        ran.err
+    );
     let fake = Fake::with_version(crate::api::VERSION_MAJOR + 1, 0, |_| unreachable!());
     assert_eq!(fcctl(&fake, &["ps"]).status, 5);
     assert_eq!(fcctl(&fake, &["exec", "x", "--", "true"]).status, 125);
@@ -417,7 +552,8 @@ fn version_difference_is_reported_once() {
 /// Splits a line of the README into words. Two spaces start its explanation, and quotes group
 /// words.
 fn commands(line: &str) -> Vec<Vec<String>> {
-    let (mut all, mut words, mut word, mut is_quoted) = (Vec::new(), Vec::new(), String::new(), false);
+    let (mut all, mut words, mut word, mut is_quoted) =
+        (Vec::new(), Vec::new(), String::new(), false);
     let line = line.trim_start().trim_start_matches("$ ");
     let shown = line.split("  ").next().unwrap_or_default();
     for c in shown.chars().chain([' ', ';']) {
@@ -438,11 +574,21 @@ fn commands(line: &str) -> Vec<Vec<String>> {
 #[test]
 fn commands_in_readme_and_help_pages_parse() {
     use clap::Parser;
-    let pages = super::help::TOPICS.iter().map(|(name, _, page)| (*name, *page));
+    let pages = super::help::TOPICS
+        .iter()
+        .map(|(name, _, page)| (*name, *page));
     let (mut count, mut wrong) = (0, Vec::new());
-    for (place, text) in [("README.md", include_str!("../../README.md"))].into_iter().chain(pages) {
-        let lines = text.lines().filter(|l| l.starts_with("    ") && !l.contains(": "));
-        for words in lines.flat_map(commands).filter(|words| words.first().is_some_and(|w| w == "fcctl")) {
+    for (place, text) in [("README.md", include_str!("../../README.md"))]
+        .into_iter()
+        .chain(pages)
+    {
+        let lines = text
+            .lines()
+            .filter(|l| l.starts_with("    ") && !l.contains(": "));
+        for words in lines
+            .flat_map(commands)
+            .filter(|words| words.first().is_some_and(|w| w == "fcctl"))
+        {
             if let Err(e) = super::Cli::try_parse_from(&words) {
                 wrong.push(format!("{place}: {}: {e}", words.join(" ")));
             }

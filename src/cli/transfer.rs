@@ -7,7 +7,9 @@ use super::signals::Interrupts;
 use crate::api::Call;
 use crate::api::frame::Note;
 use crate::api::stream::{self, ChunkReader, ChunkWriter};
-use crate::api::workspace::{ExportKind, ExportRequest, PrepareReply, PrepareRequest, WorkspaceExport, WorkspacePrepare};
+use crate::api::workspace::{
+    ExportKind, ExportRequest, PrepareReply, PrepareRequest, WorkspaceExport, WorkspacePrepare,
+};
 use crate::client::{Client, Result};
 use crate::error::{Error, Kind};
 use crate::host::shell::quote;
@@ -89,7 +91,9 @@ impl Source {
             allow_alternates: how.allow_alternate.clone(),
         };
         let plan = Plan::inspect(path, &options, cancel).map_err(|e| match e.kind() {
-            Kind::PathNotFound if e.hint_text().is_none() => e.hint("name an existing directory, or . for the current one"),
+            Kind::PathNotFound if e.hint_text().is_none() => {
+                e.hint("name an existing directory, or . for the current one")
+            }
             _ => e,
         })?;
         Ok(Source::Tree(Box::new(plan)))
@@ -105,7 +109,11 @@ impl Source {
 
     fn request(&self, vm: &str, how: PrepareHow) -> Result<PrepareRequest> {
         let (default, subdir, bytes_expected) = match self {
-            Source::Tree(plan) => (plan.guest_path(), plan.subdir().to_owned(), Some(plan.bytes_expected())),
+            Source::Tree(plan) => (
+                plan.guest_path(),
+                plan.subdir().to_owned(),
+                Some(plan.bytes_expected()),
+            ),
             Source::Tar(_) => (guest_path::default_for("workspace"), String::new(), None),
         };
         Ok(PrepareRequest {
@@ -138,7 +146,9 @@ impl Transfer<'_> {
     pub fn prepare(&mut self, source: Source, how: PrepareHow) -> Result<PrepareReply> {
         let request = source.request(self.vm, how)?;
         if let Source::Tree(plan) = &source {
-            plan.warnings().iter().for_each(|w| self.ctx.note(&format!("warning: {w}")));
+            plan.warnings()
+                .iter()
+                .for_each(|w| self.ctx.note(&format!("warning: {w}")));
         }
         let stop = self.stop()?;
         let (ours, theirs) = pipes::to_daemon(&stop)?;
@@ -147,20 +157,30 @@ impl Transfer<'_> {
             let result = pack(source, &mut ours, &keep, &token);
             // Our end is still open here, so `is_unread` cannot be a consequence of our own
             // failure.
-            (result.map_err(|e| e.of_vm(&vm)), token.is_cancelled() || ours.is_unread())
+            (
+                result.map_err(|e| e.of_vm(&vm)),
+                token.is_cancelled() || ours.is_unread(),
+            )
         });
         let mut packer: Option<TransferThread<Sent>> = None;
-        let reply = self.call::<WorkspacePrepare>(&format!("copy to {}", self.vm), &request, theirs, &mut |note| {
-            if let Note::Ready(ready) = note
-                && let Some(begin) = begin.take()
-            {
-                let keep = encode::decode_all(&ready.keep)?;
-                packer = Some(thread::spawn("pack", move || begin(keep))?);
-            }
-            Ok(())
-        });
+        let reply = self.call::<WorkspacePrepare>(
+            &format!("copy to {}", self.vm),
+            &request,
+            theirs,
+            &mut |note| {
+                if let Note::Ready(ready) = note
+                    && let Some(begin) = begin.take()
+                {
+                    let keep = encode::decode_all(&ready.keep)?;
+                    packer = Some(thread::spawn("pack", move || begin(keep))?);
+                }
+                Ok(())
+            },
+        );
         let (reply, sent) = conclude(reply, packer, &stop)?;
-        sent.into_iter().flat_map(|s| s.warnings).for_each(|w| self.ctx.note(&format!("warning: {w}")));
+        sent.into_iter()
+            .flat_map(|s| s.warnings)
+            .for_each(|w| self.ctx.note(&format!("warning: {w}")));
         self.report_kept(&reply.kept);
         Ok(reply)
     }
@@ -171,40 +191,68 @@ impl Transfer<'_> {
         }
         let files = count(kept.len() as u64, "file");
         self.ctx.note(&format!("kept {files} that changed in the guest since the last copy (--overwrite replaces them):"));
-        kept.iter().take(KEPT_SHOWN_MAX).for_each(|path| self.ctx.note(&format!("  {path}")));
+        kept.iter()
+            .take(KEPT_SHOWN_MAX)
+            .for_each(|path| self.ctx.note(&format!("  {path}")));
         if kept.len() > KEPT_SHOWN_MAX {
-            self.ctx.note(&format!("  and {} more", kept.len() - KEPT_SHOWN_MAX));
+            self.ctx
+                .note(&format!("  and {} more", kept.len() - KEPT_SHOWN_MAX));
         }
     }
 
     /// Exports into `to`, which is afterwards either complete or untouched.
     pub fn export(&mut self, to: &ExportTo, bound: Bound, no_wait: bool) -> Result<Fetched> {
         to.check()?;
-        let kind = if matches!(to, ExportTo::Tree(_)) { ExportKind::Tree } else { ExportKind::Patch };
-        let request = ExportRequest { vm: self.vm.to_owned(), kind, no_wait };
+        let kind = if matches!(to, ExportTo::Tree(_)) {
+            ExportKind::Tree
+        } else {
+            ExportKind::Patch
+        };
+        let request = ExportRequest {
+            vm: self.vm.to_owned(),
+            kind,
+            no_wait,
+        };
         let stop = self.stop()?;
         let (ours, theirs) = pipes::from_daemon(&stop)?;
         let (token, target) = (stop.clone(), to.clone());
         let receiver = thread::spawn("unpack", move || {
-            let mut stream = Incoming { chunks: ChunkReader::new(ours), is_broken: false };
+            let mut stream = Incoming {
+                chunks: ChunkReader::new(ours),
+                is_broken: false,
+            };
             let result = receive(&mut stream, &target, bound, &token);
             (result, token.is_cancelled() || stream.is_broken)
         })?;
-        let reply = self.call::<WorkspaceExport>(&format!("fetch from {}", self.vm), &request, theirs, &mut |_| Ok(()));
+        let reply = self.call::<WorkspaceExport>(
+            &format!("fetch from {}", self.vm),
+            &request,
+            theirs,
+            &mut |_| Ok(()),
+        );
         let (reply, received) = conclude(reply, Some(receiver), &stop)?;
         let Some((received, left_behind)) = received else {
             return Err(Error::internal("an export ended without its receiver").into());
         };
-        let patch = |patch: patch::Patch| Exported::Patch { files_changed: patch.files, bytes: patch.bytes };
+        let patch = |patch: patch::Patch| Exported::Patch {
+            files_changed: patch.files,
+            bytes: patch.bytes,
+        };
         let exported = match received {
-            Received::Staged(staged) => Exported::Tree { entries: staged.commit()?.entries, bytes: reply.bytes },
+            Received::Staged(staged) => Exported::Tree {
+                entries: staged.commit()?.entries,
+                bytes: reply.bytes,
+            },
             Received::Spooled(spool, spooled) => {
                 self.print(spool)?;
                 patch(spooled)
             }
             Received::Written(written) => patch(written),
         };
-        Ok(Fetched { exported, left_behind })
+        Ok(Fetched {
+            exported,
+            left_behind,
+        })
     }
 
     /// Called only once the whole patch has arrived, so that a partial one is never printed.
@@ -224,7 +272,8 @@ impl Transfer<'_> {
     fn stop(&self) -> Result<Cancel> {
         let stop = Cancel::try_new().map_err(|e| Error::io("make a cancel token", e))?;
         let fired = stop.clone();
-        self.interrupts.on_end(move || fired.cancel(CancelCause::Interrupted));
+        self.interrupts
+            .on_end(move || fired.cancel(CancelCause::Interrupted));
         Ok(stop)
     }
 
@@ -253,12 +302,20 @@ impl Transfer<'_> {
 
 /// Combines the results of both sides. The error is that of the side that failed first: the other
 /// saw only a broken pipe.
-fn conclude<R, T>(reply: Result<R>, thread: Option<TransferThread<T>>, stop: &Cancel) -> Result<(R, Option<T>)> {
+fn conclude<R, T>(
+    reply: Result<R>,
+    thread: Option<TransferThread<T>>,
+    stop: &Cancel,
+) -> Result<(R, Option<T>)> {
     if reply.is_err() {
         stop.cancel(CancelCause::CommandEnded);
     }
-    let Some(thread) = thread else { return Ok((reply?, None)) };
-    let (ours, is_consequence) = thread.join().map_err(|_| Error::internal("a transfer thread panicked"))?;
+    let Some(thread) = thread else {
+        return Ok((reply?, None));
+    };
+    let (ours, is_consequence) = thread
+        .join()
+        .map_err(|_| Error::internal("a transfer thread panicked"))?;
     match (reply, ours) {
         (Ok(reply), Ok(ours)) => Ok((reply, Some(ours))),
         (Err(theirs), Err(_)) if is_consequence => Err(theirs),
@@ -268,14 +325,28 @@ fn conclude<R, T>(reply: Result<R>, thread: Option<TransferThread<T>>, stop: &Ca
 }
 
 /// Writes the stream of an import. The trailer follows only if the whole payload was sent.
-fn pack(source: Source, to: &mut End, keep: &[Vec<u8>], stop: &Cancel) -> crate::error::Result<Sent> {
+fn pack(
+    source: Source,
+    to: &mut End,
+    keep: &[Vec<u8>],
+    stop: &Cancel,
+) -> crate::error::Result<Sent> {
     let mut writer = ChunkWriter::new(to);
     let sent = match source {
         Source::Tree(mut plan) => plan.send(&mut writer, keep, &mut |_, _| (), stop)?,
-        Source::Tar(file) => raw_tar::send(&mut pipes::Stoppable::new(file, stop), &mut writer, keep, &mut |_, _| (), stop)?,
+        Source::Tar(file) => raw_tar::send(
+            &mut pipes::Stoppable::new(file, stop),
+            &mut writer,
+            keep,
+            &mut |_, _| (),
+            stop,
+        )?,
     };
     writer.finish(sent.entries).map_err(|e| match e.kind() {
-        io::ErrorKind::BrokenPipe => Error::new(Kind::StreamIncomplete, "send the tree: the daemon stopped reading"),
+        io::ErrorKind::BrokenPipe => Error::new(
+            Kind::StreamIncomplete,
+            "send the tree: the daemon stopped reading",
+        ),
         _ => Error::io("send the tree", e),
     })?;
     Ok(sent)
@@ -293,7 +364,11 @@ pub enum ExportTo {
 
 impl ExportTo {
     pub fn patch(arg: PathBuf) -> Self {
-        if arg == Path::new("-") { ExportTo::PatchToStdout } else { ExportTo::Patch(arg) }
+        if arg == Path::new("-") {
+            ExportTo::PatchToStdout
+        } else {
+            ExportTo::Patch(arg)
+        }
     }
 
     /// Checks the target before the daemon is called. Fails with `target_exists` or
@@ -352,16 +427,26 @@ fn copy_error(doing: &str, e: io::Error) -> Error {
     }
 }
 
-fn receive(from: &mut Incoming, to: &ExportTo, bound: Bound, stop: &Cancel) -> crate::error::Result<(Received, LeftBehind)> {
+fn receive(
+    from: &mut Incoming,
+    to: &ExportTo,
+    bound: Bound,
+    stop: &Cancel,
+) -> crate::error::Result<(Received, LeftBehind)> {
     let left_behind = left::read(from)?;
     let received = match to {
-        ExportTo::Patch(path) => Received::Written(patch::receive(from, path, bound.max_bytes, stop)?),
+        ExportTo::Patch(path) => {
+            Received::Written(patch::receive(from, path, bound.max_bytes, stop)?)
+        }
         ExportTo::PatchToStdout => {
             let (spool, patch) = patch::spool(from, bound.max_bytes, stop)?;
             Received::Spooled(spool, patch)
         }
         ExportTo::Tree(path) => {
-            let limits = unpack::Limits { bytes: bound.max_bytes, ..unpack::Limits::default() };
+            let limits = unpack::Limits {
+                bytes: bound.max_bytes,
+                ..unpack::Limits::default()
+            };
             let staged = unpack::stage(from, path, &limits, stop)?;
             // Reads the rest after the archive, which ends with a valid trailer.
             io::copy(from, &mut io::sink()).map_err(|e| copy_error("receive the tree", e))?;
@@ -373,11 +458,17 @@ fn receive(from: &mut Incoming, to: &ExportTo, bound: Bound, stop: &Cancel) -> c
 
 /// Lists what belongs to the tree but exists only in the VM, and how to fetch it.
 pub fn report_left_behind(ctx: &mut Context, vm: &str, left: &LeftBehind) {
-    let Some(first) = left.named.first() else { return };
-    ctx.note(&format!("warning: not everything could be brought back; these exist only in VM {vm}:"));
+    let Some(first) = left.named.first() else {
+        return;
+    };
+    ctx.note(&format!(
+        "warning: not everything could be brought back; these exist only in VM {vm}:"
+    ));
     for Left { path, why } in left.named.iter().take(LEFT_SHOWN_MAX) {
         let why = match why {
-            Why::Repository => "the history of a repository created in the guest (its files were brought back)",
+            Why::Repository => {
+                "the history of a repository created in the guest (its files were brought back)"
+            }
             Why::Submodule => "files in a submodule, or in a repository that was not sent",
             Why::Name => "git does not allow this file name",
         };
@@ -388,6 +479,9 @@ pub fn report_left_behind(ctx: &mut Context, vm: &str, left: &LeftBehind) {
         ctx.note(&format!("  and {} more", left.total - shown));
     }
     if let Ok(path) = std::str::from_utf8(&first.path) {
-        ctx.note(&format!("to fetch them: fcctl exec {vm} -- tar c {} > left.tar", quote(path)));
+        ctx.note(&format!(
+            "to fetch them: fcctl exec {vm} -- tar c {} > left.tar",
+            quote(path)
+        ));
     }
 }

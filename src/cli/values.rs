@@ -24,18 +24,30 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
         "t" | "tb" | "tib" => 40,
         _ => return Err("a size is a number with K, M, G or T, such as 512M or 2G".to_owned()),
     };
-    let number: u64 = number.parse().map_err(|_| "a size is a number with K, M, G or T, such as 512M or 2G".to_owned())?;
-    number.checked_mul(1 << shift).ok_or_else(|| "that is too large".to_owned())
+    let number: u64 = number
+        .parse()
+        .map_err(|_| "a size is a number with K, M, G or T, such as 512M or 2G".to_owned())?;
+    number
+        .checked_mul(1 << shift)
+        .ok_or_else(|| "that is too large".to_owned())
 }
 
 /// Parses bytes per second, written as a size. `none` is 0.
 pub fn parse_rate(text: &str) -> Result<u64, String> {
-    if text == "none" { Ok(0) } else { parse_size(text.strip_suffix("/s").unwrap_or(text)) }
+    if text == "none" {
+        Ok(0)
+    } else {
+        parse_size(text.strip_suffix("/s").unwrap_or(text))
+    }
 }
 
 /// Parses operations per second. `none` is 0.
 pub fn parse_count_rate(text: &str) -> Result<u64, String> {
-    if text == "none" { Ok(0) } else { text.parse().map_err(|_| "use a number or none".to_owned()) }
+    if text == "none" {
+        Ok(0)
+    } else {
+        text.parse().map_err(|_| "use a number or none".to_owned())
+    }
 }
 
 /// Parses memory as a whole number of MiB: `512M`, `2G`.
@@ -50,7 +62,8 @@ pub fn parse_mem_mib(text: &str) -> Result<u64, String> {
 /// Parses `[[ADDR:]HOST:]GUEST[/tcp|udp]`, as docker does, except that ADDR defaults to this host
 /// alone. Without HOST, a free port is picked.
 pub fn parse_port(text: &str) -> Result<Port, String> {
-    let form = || "use [[ADDR:]HOST:]GUEST[/udp], such as 8080:80, 0.0.0.0:8080:80 or 80".to_owned();
+    let form =
+        || "use [[ADDR:]HOST:]GUEST[/udp], such as 8080:80, 0.0.0.0:8080:80 or 80".to_owned();
     let (rest, protocol) = match text.rsplit_once('/') {
         None | Some((_, "tcp")) => (text.trim_end_matches("/tcp"), Protocol::Tcp),
         Some((rest, "udp")) => (rest, Protocol::Udp),
@@ -62,10 +75,23 @@ pub fn parse_port(text: &str) -> Result<Port, String> {
     let (host_addr, host_port, guest_port) = match parts.as_slice() {
         [guest] => (loopback(), 0, number(guest)?),
         [port, guest] => (loopback(), number(port)?, number(guest)?),
-        [address, port, guest] => (address.parse().map_err(|_| form())?, host(port)?, number(guest)?),
+        [address, port, guest] => (
+            address.parse().map_err(|_| form())?,
+            host(port)?,
+            number(guest)?,
+        ),
         _ => return Err(form()),
     };
-    if guest_port == 0 { Err(form()) } else { Ok(Port { host_addr, host_port, guest_port, protocol }) }
+    if guest_port == 0 {
+        Err(form())
+    } else {
+        Ok(Port {
+            host_addr,
+            host_port,
+            guest_port,
+            protocol,
+        })
+    }
 }
 
 pub fn parse_net(text: &str) -> Result<Net, String> {
@@ -87,8 +113,13 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
         "h" => 3_600_000,
         _ => return Err("a duration is a number with ms, s, m or h, such as 30s".to_owned()),
     };
-    let number: u64 = number.parse().map_err(|_| "a duration is a number with ms, s, m or h, such as 30s".to_owned())?;
-    number.checked_mul(ms).map(Duration::from_millis).ok_or_else(|| "that is too long".to_owned())
+    let number: u64 = number
+        .parse()
+        .map_err(|_| "a duration is a number with ms, s, m or h, such as 30s".to_owned())?;
+    number
+        .checked_mul(ms)
+        .map(Duration::from_millis)
+        .ok_or_else(|| "that is too long".to_owned())
 }
 
 pub fn timeout_ms(timeout: Option<Duration>) -> Option<u64> {
@@ -97,14 +128,26 @@ pub fn timeout_ms(timeout: Option<Duration>) -> Option<u64> {
 
 /// Parses `K=V`, or `K` for the caller's own value. A variable that the caller does not have is
 /// left out.
-fn env_entry(entry: &OsStr, caller: &dyn Fn(&str) -> Option<OsString>) -> Result<Option<(String, OsString)>> {
+fn env_entry(
+    entry: &OsStr,
+    caller: &dyn Fn(&str) -> Option<OsString>,
+) -> Result<Option<(String, OsString)>> {
     let bytes = entry.as_bytes();
     let (key, value) = match bytes.iter().position(|b| *b == b'=') {
-        Some(at) => (String::from_utf8_lossy(&bytes[..at]), Some(OsStr::from_bytes(&bytes[at + 1..]).to_owned())),
+        Some(at) => (
+            String::from_utf8_lossy(&bytes[..at]),
+            Some(OsStr::from_bytes(&bytes[at + 1..]).to_owned()),
+        ),
         None => (String::from_utf8_lossy(bytes), None),
     };
     let key = key.as_ref();
-    let value = value.or_else(|| if bytes.contains(&b'=') { None } else { caller(key) });
+    let value = value.or_else(|| {
+        if bytes.contains(&b'=') {
+            None
+        } else {
+            caller(key)
+        }
+    });
     let plain = |b: u8| b.is_ascii_alphanumeric() || b == b'_';
     if key.is_empty() || !key.bytes().all(plain) || key.as_bytes()[0].is_ascii_digit() {
         let e = Error::invalid(format!("environment variable {key:?}: not a name"));
@@ -147,9 +190,13 @@ pub fn environment(
 fn read_env_file(path: &Path) -> Result<Vec<u8>> {
     let doing = || format!("read the environment file {}", path.display());
     let file = std::fs::File::open(path).map_err(|e| path_error(doing(), e))?;
-    let bytes = crate::host::command::read_bounded(file, ENV_FILE_BYTES_MAX + 1).map_err(|e| Error::io(doing(), e))?;
+    let bytes = crate::host::command::read_bounded(file, ENV_FILE_BYTES_MAX + 1)
+        .map_err(|e| Error::io(doing(), e))?;
     if bytes.len() as u64 > ENV_FILE_BYTES_MAX {
-        return Err(Error::invalid(format!("{}: it is larger than {ENV_FILE_BYTES_MAX} bytes", doing())));
+        return Err(Error::invalid(format!(
+            "{}: it is larger than {ENV_FILE_BYTES_MAX} bytes",
+            doing()
+        )));
     }
     Ok(bytes)
 }
@@ -157,7 +204,9 @@ fn read_env_file(path: &Path) -> Result<Vec<u8>> {
 /// The error for a file of the caller that cannot be used. A missing file has its own kind.
 pub fn path_error(doing: String, e: std::io::Error) -> Error {
     if e.kind() == std::io::ErrorKind::NotFound {
-        return Error::new(crate::error::Kind::PathNotFound, doing).with_source(e).hint("see what is there with ls -l");
+        return Error::new(crate::error::Kind::PathNotFound, doing)
+            .with_source(e)
+            .hint("see what is there with ls -l");
     }
     Error::io(doing, e)
 }
@@ -169,8 +218,14 @@ mod tests {
 
     #[test]
     fn sizes_parse_with_units() {
-        for (text, bytes) in [("0", 0), ("512M", 512 << 20), ("2G", 2 << 30), ("2gib", 2 << 30), ("7k", 7 << 10), ("1T", 1 << 40)]
-        {
+        for (text, bytes) in [
+            ("0", 0),
+            ("512M", 512 << 20),
+            ("2G", 2 << 30),
+            ("2gib", 2 << 30),
+            ("7k", 7 << 10),
+            ("1T", 1 << 40),
+        ] {
             assert_eq!(parse_size(text), Ok(bytes), "{text}");
         }
         for bad in ["", "G", "1.5G", "-1", "1X", "99999999999T", "1 G", "0x10"] {
@@ -187,9 +242,15 @@ mod tests {
         for (text, rate) in [("none", 0), ("0", 0), ("50M", 50 << 20), ("2G/s", 2 << 30)] {
             assert_eq!(parse_rate(text), Ok(rate), "{text}");
         }
-        assert_eq!((parse_count_rate("none"), parse_count_rate("1000")), (Ok(0), Ok(1000)));
+        assert_eq!(
+            (parse_count_rate("none"), parse_count_rate("1000")),
+            (Ok(0), Ok(1000))
+        );
         for bad in ["", "all", "-1", "50M/m", "/s"] {
-            assert!(parse_rate(bad).is_err() && parse_count_rate(bad).is_err(), "{bad}");
+            assert!(
+                parse_rate(bad).is_err() && parse_count_rate(bad).is_err(),
+                "{bad}"
+            );
         }
     }
 
@@ -206,17 +267,40 @@ mod tests {
         ] {
             assert_eq!(of(text), Ok((host.to_owned(), guest)), "{text}");
         }
-        for bad in
-            ["", "x", "0", "8080:0", "65536", "80:", ":80", "a:1:2", "1:2:3:4", "80/sctp", "80/", "::1:80:80", "-1:80", "/udp"]
-        {
+        for bad in [
+            "",
+            "x",
+            "0",
+            "8080:0",
+            "65536",
+            "80:",
+            ":80",
+            "a:1:2",
+            "1:2:3:4",
+            "80/sctp",
+            "80/",
+            "::1:80:80",
+            "-1:80",
+            "/udp",
+        ] {
             assert!(parse_port(bad).is_err(), "{bad}");
         }
     }
 
     #[test]
     fn durations_parse_with_units() {
-        for (text, ms) in [("250ms", 250), ("3", 3000), ("3s", 3000), ("2m", 120_000), ("1h", 3_600_000)] {
-            assert_eq!(parse_duration(text), Ok(Duration::from_millis(ms)), "{text}");
+        for (text, ms) in [
+            ("250ms", 250),
+            ("3", 3000),
+            ("3s", 3000),
+            ("2m", 120_000),
+            ("1h", 3_600_000),
+        ] {
+            assert_eq!(
+                parse_duration(text),
+                Ok(Duration::from_millis(ms)),
+                "{text}"
+            );
         }
         for bad in ["", "s", "1d", "-1", "1.5s", "99999999999999999999h"] {
             assert!(parse_duration(bad).is_err(), "{bad}");
@@ -226,7 +310,9 @@ mod tests {
     #[track_caller]
     fn check(files: &[&str], entries: &[&str], expected: Expect) {
         let dir = tempfile::tempdir().unwrap();
-        let paths: Vec<_> = (0..files.len()).map(|i| dir.path().join(i.to_string())).collect();
+        let paths: Vec<_> = (0..files.len())
+            .map(|i| dir.path().join(i.to_string()))
+            .collect();
         for (path, text) in paths.iter().zip(files) {
             std::fs::write(path, text).unwrap();
         }

@@ -15,13 +15,20 @@ pub fn run(ctx: &mut Context) -> Result<u8> {
     };
     if ctx.json {
         let api = serde_json::json!({ "major": VERSION_MAJOR, "minor": VERSION_MINOR });
-        ctx.document(&serde_json::json!({ "fcctl": { "version": ours, "api": api }, "fcd": daemon }))?;
+        ctx.document(
+            &serde_json::json!({ "fcctl": { "version": ours, "api": api }, "fcd": daemon }),
+        )?;
         return Ok(0);
     }
     let theirs = match daemon {
-        Some(info) => format!("fcd   {} (protocol {}.{}, pid {})", info.version, info.api.major, info.api.minor, info.pid),
+        Some(info) => format!(
+            "fcd   {} (protocol {}.{}, pid {})",
+            info.version, info.api.major, info.api.minor, info.pid
+        ),
         None => format!("fcd   is not running at {}", ctx.socket.display()),
     };
-    ctx.line(&format!("fcctl {ours} (protocol {VERSION_MAJOR}.{VERSION_MINOR})\n{theirs}"))?;
+    ctx.line(&format!(
+        "fcctl {ours} (protocol {VERSION_MAJOR}.{VERSION_MINOR})\n{theirs}"
+    ))?;
     Ok(0)
 }

@@ -2,13 +2,17 @@
 
 use super::context::Context;
 use super::output::{self, age, count, size};
-use super::values::{parse_count_rate, parse_duration, parse_mem_mib, parse_net, parse_port, parse_rate, parse_size, timeout_ms};
+use super::values::{
+    parse_count_rate, parse_duration, parse_mem_mib, parse_net, parse_port, parse_rate, parse_size,
+    timeout_ms,
+};
 use super::vm_text::{port_line, rates, settings, state_text, workspace_line};
 use crate::api::port::Port;
 use crate::api::vm::{
-    Net, Pending, RateLimits, Synced, Vm, VmBalloon, VmBalloonReply, VmBalloonRequest, VmCreate, VmCreateRequest, VmDelete,
-    VmDeleteReply, VmDeleteRequest, VmFork, VmForkRequest, VmKill, VmMetrics, VmPause, VmPrune, VmReply, VmRequest, VmRestart,
-    VmResume, VmSet, VmSetRequest, VmShow, VmStart, VmState, VmStop, VmStopRequest, VmWait, VmWaitRequest, WorkspaceState,
+    Net, Pending, RateLimits, Synced, Vm, VmBalloon, VmBalloonReply, VmBalloonRequest, VmCreate,
+    VmCreateRequest, VmDelete, VmDeleteReply, VmDeleteRequest, VmFork, VmForkRequest, VmKill,
+    VmMetrics, VmPause, VmPrune, VmReply, VmRequest, VmRestart, VmResume, VmSet, VmSetRequest,
+    VmShow, VmStart, VmState, VmStop, VmStopRequest, VmWait, VmWaitRequest, WorkspaceState,
 };
 use crate::api::{Call, Empty};
 use crate::client::Result;
@@ -223,7 +227,10 @@ pub struct WaitArgs {
 
 fn parse_state(text: &str) -> Result<VmState, String> {
     let names = VmState::ALL.map(VmState::name);
-    VmState::ALL.into_iter().find(|s| s.name() == text).ok_or_else(|| format!("a state is one of {}", names.join(", ")))
+    VmState::ALL
+        .into_iter()
+        .find(|s| s.name() == text)
+        .ok_or_else(|| format!("a state is one of {}", names.join(", ")))
 }
 
 pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
@@ -286,20 +293,35 @@ fn create(ctx: &mut Context, args: CreateArgs) -> Result<u8> {
 
 pub fn start(ctx: &mut Context, args: Targets) -> Result<u8> {
     ctx.for_each(&args.vms, |ctx, client, vm| {
-        let vm = ctx.operate::<VmStart>(client, &format!("start {vm}"), &VmRequest { vm: vm.to_owned() })?.vm;
+        let vm = ctx
+            .operate::<VmStart>(
+                client,
+                &format!("start {vm}"),
+                &VmRequest { vm: vm.to_owned() },
+            )?
+            .vm;
         say(ctx, &format!("{}: {}", vm.name, vm.state.name()))?;
         Ok(vm)
     })
 }
 
 fn stop_request(vm: &str, args: &StopArgs) -> VmStopRequest {
-    VmStopRequest { vm: vm.to_owned(), force: args.force, timeout_ms: timeout_ms(args.timeout) }
+    VmStopRequest {
+        vm: vm.to_owned(),
+        force: args.force,
+        timeout_ms: timeout_ms(args.timeout),
+    }
 }
 
 pub fn stop(ctx: &mut Context, args: StopArgs) -> Result<u8> {
     ctx.for_each(&args.targets.vms, |ctx, client, vm| {
-        let vm = ctx.operate::<VmStop>(client, &format!("stop {vm}"), &stop_request(vm, &args))?.vm;
-        say(ctx, &format!("{}: {}{}", vm.name, vm.state.name(), synced(vm.synced)))?;
+        let vm = ctx
+            .operate::<VmStop>(client, &format!("stop {vm}"), &stop_request(vm, &args))?
+            .vm;
+        say(
+            ctx,
+            &format!("{}: {}{}", vm.name, vm.state.name(), synced(vm.synced)),
+        )?;
         Ok(vm)
     })
 }
@@ -309,28 +331,47 @@ fn synced(synced: Option<Synced>) -> &'static str {
     match synced {
         Some(Synced::Yes) => ", the guest's data was synced",
         Some(Synced::No) => ", the guest's data was not synced",
-        Some(Synced::Timeout) => ", but the guest did not sync its data in time, so its last writes may be lost",
+        Some(Synced::Timeout) => {
+            ", but the guest did not sync its data in time, so its last writes may be lost"
+        }
         None => "",
     }
 }
 
 fn restart(ctx: &mut Context, args: StopArgs) -> Result<u8> {
     ctx.for_each(&args.targets.vms, |ctx, client, vm| {
-        let vm = ctx.operate::<VmRestart>(client, &format!("restart {vm}"), &stop_request(vm, &args))?.vm;
-        say(ctx, &format!("{}: {}{}", vm.name, vm.state.name(), synced(vm.synced)))?;
+        let vm = ctx
+            .operate::<VmRestart>(client, &format!("restart {vm}"), &stop_request(vm, &args))?
+            .vm;
+        say(
+            ctx,
+            &format!("{}: {}{}", vm.name, vm.state.name(), synced(vm.synced)),
+        )?;
         Ok(vm)
     })
 }
 
 fn kill(ctx: &mut Context, args: Targets) -> Result<u8> {
     ctx.for_each(&args.vms, |ctx, client, vm| {
-        let vm = ctx.operate::<VmKill>(client, &format!("kill {vm}"), &VmRequest { vm: vm.to_owned() })?.vm;
-        say(ctx, &format!("{}: {}{}", vm.name, vm.state.name(), synced(vm.synced)))?;
+        let vm = ctx
+            .operate::<VmKill>(
+                client,
+                &format!("kill {vm}"),
+                &VmRequest { vm: vm.to_owned() },
+            )?
+            .vm;
+        say(
+            ctx,
+            &format!("{}: {}{}", vm.name, vm.state.name(), synced(vm.synced)),
+        )?;
         Ok(vm)
     })
 }
 
-fn pause<C: Call<Request = VmRequest, Reply = VmReply>>(ctx: &mut Context, args: Targets) -> Result<u8> {
+fn pause<C: Call<Request = VmRequest, Reply = VmReply>>(
+    ctx: &mut Context,
+    args: Targets,
+) -> Result<u8> {
     ctx.for_each(&args.vms, |ctx, client, vm| {
         let vm = client.call::<C>(&VmRequest { vm: vm.to_owned() })?.vm;
         say(ctx, &format!("{}: {}", vm.name, state(&vm)))?;
@@ -340,8 +381,17 @@ fn pause<C: Call<Request = VmRequest, Reply = VmReply>>(ctx: &mut Context, args:
 
 fn fork(ctx: &mut Context, args: ForkArgs) -> Result<u8> {
     let mut client = ctx.connect()?;
-    let request = VmForkRequest { vm: args.vm, name: args.new };
-    let vm = ctx.operate::<VmFork>(&mut client, &format!("fork {}", output::harmless_line(&request.vm)), &request)?.vm;
+    let request = VmForkRequest {
+        vm: args.vm,
+        name: args.new,
+    };
+    let vm = ctx
+        .operate::<VmFork>(
+            &mut client,
+            &format!("fork {}", output::harmless_line(&request.vm)),
+            &request,
+        )?
+        .vm;
     if ctx.json {
         ctx.document(&vm)?;
     } else {
@@ -352,7 +402,11 @@ fn fork(ctx: &mut Context, args: ForkArgs) -> Result<u8> {
 
 pub fn delete(ctx: &mut Context, args: DeleteArgs) -> Result<u8> {
     ctx.for_each(&args.vms, |ctx, client, vm| {
-        let request = VmDeleteRequest { vm: vm.to_owned(), force: args.force, if_exists: args.force || args.if_exists };
+        let request = VmDeleteRequest {
+            vm: vm.to_owned(),
+            force: args.force,
+            if_exists: args.force || args.if_exists,
+        };
         let reply = ctx.operate::<VmDelete>(client, &format!("delete {vm}"), &request)?;
         say(ctx, &deleted(vm, &reply))?;
         Ok(reply)
@@ -360,7 +414,11 @@ pub fn delete(ctx: &mut Context, args: DeleteArgs) -> Result<u8> {
 }
 
 fn deleted(vm: &str, reply: &VmDeleteReply) -> String {
-    let what = if reply.deleted.is_some() { "deleted" } else { "did not exist" };
+    let what = if reply.deleted.is_some() {
+        "deleted"
+    } else {
+        "did not exist"
+    };
     format!("{}: {what}", output::harmless_line(vm))
 }
 
@@ -373,7 +431,11 @@ fn show(ctx: &mut Context, args: Targets) -> Result<u8> {
     ctx.for_each(&args.vms, |ctx, client, vm| {
         let vm = client.call::<VmShow>(&VmRequest { vm: vm.to_owned() })?.vm;
         if !ctx.json {
-            let gap = if std::mem::replace(&mut is_first, false) { "" } else { "\n" };
+            let gap = if std::mem::replace(&mut is_first, false) {
+                ""
+            } else {
+                "\n"
+            };
             ctx.text(&format!("{gap}{}", sheet(&vm, ctx.now_s)))?;
         }
         Ok(vm)
@@ -382,29 +444,65 @@ fn show(ctx: &mut Context, args: Targets) -> Result<u8> {
 
 /// Formats all details of a VM, one per line.
 fn sheet(vm: &Vm, now_s: u64) -> String {
-    let mut facts: Vec<(&str, String)> =
-        vec![("name", vm.name.to_string()), ("id", vm.id.to_string()), ("state", state(vm).into_owned())];
+    let mut facts: Vec<(&str, String)> = vec![
+        ("name", vm.name.to_string()),
+        ("id", vm.id.to_string()),
+        ("state", state(vm).into_owned()),
+    ];
     let mut add = |name, value: Option<String>| facts.extend(value.map(|v| (name, v)));
-    add("reason", vm.reason.clone().filter(|_| vm.state != VmState::Failed));
+    add(
+        "reason",
+        vm.reason.clone().filter(|_| vm.state != VmState::Failed),
+    );
     add("operation", vm.op.as_ref().map(ToString::to_string));
     add("owner", Some(format!("uid {}", vm.owner_uid)));
     add("image", Some(vm.image.to_string()));
     add("kernel", vm.kernel.as_ref().map(ToString::to_string));
     add("vcpus", Some(vm.vcpus.to_string()));
     add("memory", Some(size(vm.mem_mib << 20)));
-    add("disk", Some(size(vm.disk_bytes) + &vm.disk_driver.as_ref().map(|d| format!(" ({d})")).unwrap_or_default()));
+    add(
+        "disk",
+        Some(
+            size(vm.disk_bytes)
+                + &vm
+                    .disk_driver
+                    .as_ref()
+                    .map(|d| format!(" ({d})"))
+                    .unwrap_or_default(),
+        ),
+    );
     add("work disk", vm.work_disk_bytes.map(size));
-    add("rates", Some(rates(&vm.rates())).filter(|text| !text.is_empty()));
-    add("balloon", vm.balloon_mib.map(|mib| format!("asked to keep {} of its memory", size(mib << 20))));
+    add(
+        "rates",
+        Some(rates(&vm.rates())).filter(|text| !text.is_empty()),
+    );
+    add(
+        "balloon",
+        vm.balloon_mib
+            .map(|mib| format!("asked to keep {} of its memory", size(mib << 20))),
+    );
     add("next start", vm.pending.as_ref().map(settings));
     add("driver", vm.driver.clone());
     add("process", vm.pid.map(|pid| pid.to_string()));
     add("network", (vm.net == Net::None).then(|| "none".to_owned()));
-    add("ports", (!vm.ports.is_empty()).then(|| vm.ports.iter().map(port_line).collect::<Vec<_>>().join(", ")));
+    add(
+        "ports",
+        (!vm.ports.is_empty()).then(|| {
+            vm.ports
+                .iter()
+                .map(port_line)
+                .collect::<Vec<_>>()
+                .join(", ")
+        }),
+    );
     add("ssh", vm.ssh_addr.map(|a| a.to_string()));
     add("created", Some(age(now_s, vm.created_at)));
     add("started", vm.started_at.map(|at| age(now_s, at)));
-    add("removed", vm.rm.then(|| "when it stops or its creator disconnects".to_owned()));
+    add(
+        "removed",
+        vm.rm
+            .then(|| "when it stops or its creator disconnects".to_owned()),
+    );
     add(
         "synced",
         vm.synced.map(|s| match s {
@@ -416,13 +514,25 @@ fn sheet(vm: &Vm, now_s: u64) -> String {
     if let Some(w) = &vm.workspace {
         let readonly = if w.readonly { ", read-only" } else { "" };
         add("workspace", Some(workspace_line(w) + readonly));
-        add("starts in", Some(w.workdir.clone()).filter(|dir| *dir != w.guest_path));
+        add(
+            "starts in",
+            Some(w.workdir.clone()).filter(|dir| *dir != w.guest_path),
+        );
         if w.state == WorkspaceState::Complete {
             let what = if w.entries == 1 { "entry" } else { "entries" };
-            add("holds", Some(format!("{} {what}, {}, {}", w.entries, size(w.bytes), age(now_s, w.prepared_at))));
+            add(
+                "holds",
+                Some(format!(
+                    "{} {what}, {}, {}",
+                    w.entries,
+                    size(w.bytes),
+                    age(now_s, w.prepared_at)
+                )),
+            );
         }
     }
-    let line = |(name, value): &(&str, String)| format!("{name:<11} {}\n", output::harmless_line(value));
+    let line =
+        |(name, value): &(&str, String)| format!("{name:<11} {}\n", output::harmless_line(value));
     facts.iter().map(line).collect()
 }
 
@@ -431,8 +541,17 @@ fn ports(ctx: &mut Context, args: Targets) -> Result<u8> {
     ctx.for_each(&args.vms, |ctx, client, vm| {
         let vm = client.call::<VmShow>(&VmRequest { vm: vm.to_owned() })?.vm;
         if !ctx.json {
-            let name = if several { format!("{}: ", vm.name) } else { String::new() };
-            ctx.text(&vm.ports.iter().map(|port| format!("{name}{}\n", port_line(port))).collect::<String>())?;
+            let name = if several {
+                format!("{}: ", vm.name)
+            } else {
+                String::new()
+            };
+            ctx.text(
+                &vm.ports
+                    .iter()
+                    .map(|port| format!("{name}{}\n", port_line(port)))
+                    .collect::<String>(),
+            )?;
         }
         Ok(vm.ports)
     })
@@ -456,7 +575,12 @@ fn set(ctx: &mut Context, args: SetArgs) -> Result<u8> {
     if ctx.json {
         ctx.document(&vm)?;
     } else {
-        let what = settings(&Pending { vcpus: args.vcpus, mem_mib: args.memory, disk_bytes: args.disk, rates: wanted });
+        let what = settings(&Pending {
+            vcpus: args.vcpus,
+            mem_mib: args.memory,
+            disk_bytes: args.disk,
+            rates: wanted,
+        });
         let hint = if args.vcpus.is_some() || args.memory.is_some() || args.disk.is_some() {
             format!("; now: fcctl vm restart {}", vm.name)
         } else {
@@ -473,7 +597,10 @@ fn set(ctx: &mut Context, args: SetArgs) -> Result<u8> {
 }
 
 fn balloon(ctx: &mut Context, args: BalloonArgs) -> Result<u8> {
-    let reply = ctx.connect()?.call::<VmBalloon>(&VmBalloonRequest { vm: args.vm, keep_mib: args.keep })?;
+    let reply = ctx.connect()?.call::<VmBalloon>(&VmBalloonRequest {
+        vm: args.vm,
+        keep_mib: args.keep,
+    })?;
     if ctx.json {
         ctx.document(&reply)?;
     } else {
@@ -483,7 +610,9 @@ fn balloon(ctx: &mut Context, args: BalloonArgs) -> Result<u8> {
 }
 
 fn metrics(ctx: &mut Context, args: Target) -> Result<u8> {
-    let reply = ctx.connect()?.call::<VmMetrics>(&VmRequest { vm: args.vm })?;
+    let reply = ctx
+        .connect()?
+        .call::<VmMetrics>(&VmRequest { vm: args.vm })?;
     ctx.document(&reply)?;
     Ok(0)
 }
@@ -492,14 +621,27 @@ fn kept(reply: &VmBalloonReply) -> String {
     let mib = |mib: u64| size(mib << 20);
     let vm = &reply.vm;
     let goal = vm.balloon_mib.filter(|keep| *keep != reply.kept_mib);
-    let goal = goal.map(|keep| format!(", and is asked to keep {}", mib(keep))).unwrap_or_default();
-    format!("{}: keeps {} of {}{goal}", vm.name, mib(reply.kept_mib), mib(vm.mem_mib))
+    let goal = goal
+        .map(|keep| format!(", and is asked to keep {}", mib(keep)))
+        .unwrap_or_default();
+    format!(
+        "{}: keeps {} of {}{goal}",
+        vm.name,
+        mib(reply.kept_mib),
+        mib(vm.mem_mib)
+    )
 }
 
 fn wait(ctx: &mut Context, args: WaitArgs) -> Result<u8> {
     ctx.for_each(&args.targets.vms, |ctx, client, vm| {
-        let request = VmWaitRequest { vm: vm.to_owned(), state: args.state, timeout_ms: timeout_ms(args.timeout) };
-        let vm = client.call_more::<VmWait>(&request, &[], &mut |_| Ok(()))?.vm;
+        let request = VmWaitRequest {
+            vm: vm.to_owned(),
+            state: args.state,
+            timeout_ms: timeout_ms(args.timeout),
+        };
+        let vm = client
+            .call_more::<VmWait>(&request, &[], &mut |_| Ok(()))?
+            .vm;
         say(ctx, &format!("{}: {}", vm.name, state(&vm)))?;
         Ok(vm)
     })
@@ -507,12 +649,17 @@ fn wait(ctx: &mut Context, args: WaitArgs) -> Result<u8> {
 
 fn prune(ctx: &mut Context) -> Result<u8> {
     let mut client = ctx.connect()?;
-    let deleted = ctx.operate::<VmPrune>(&mut client, "prune", &Empty {})?.deleted;
+    let deleted = ctx
+        .operate::<VmPrune>(&mut client, "prune", &Empty {})?
+        .deleted;
     if ctx.json {
         ctx.document(&deleted)?;
     } else {
         let ids: String = deleted.iter().map(|id| format!("{id}\n")).collect();
-        ctx.text(&format!("{ids}{} deleted\n", count(deleted.len() as u64, "VM")))?;
+        ctx.text(&format!(
+            "{ids}{} deleted\n",
+            count(deleted.len() as u64, "VM")
+        ))?;
     }
     Ok(0)
 }

@@ -11,7 +11,11 @@ use serde_json::json;
 fn show_prints_all_details() {
     let fake = Fake::start(|r| {
         let full = Vm {
-            pending: Some(Pending { vcpus: Some(4), mem_mib: Some(2048), ..Pending::default() }),
+            pending: Some(Pending {
+                vcpus: Some(4),
+                mem_mib: Some(2048),
+                ..Pending::default()
+            }),
             disk_bytes_per_s: Some(50 << 20),
             disk_ops_per_s: Some(1000),
             net_rx_bytes_per_s: Some(3 << 20),
@@ -73,7 +77,9 @@ fn create_prints_the_name() {
     let fake = Fake::start(|r| r.result(json!({"vm": vm("brave-otter", VmState::Created)})));
     check(
         &fake,
-        &["vm", "create", "--cpus", "2", "--memory", "2G", "--disk", "10G"],
+        &[
+            "vm", "create", "--cpus", "2", "--memory", "2G", "--disk", "10G",
+        ],
         expect![[r#"
         > vm.create {"disk_bytes":10737418240,"hold":false,"mem_mib":2048,"rm":false,"vcpus":2}
         brave-otter
@@ -84,25 +90,42 @@ fn create_prints_the_name() {
 
 #[test]
 fn stop_says_whether_the_data_was_synced() {
-    for (synced, words) in
-        [(Synced::Yes, "was synced"), (Synced::No, "was not synced"), (Synced::Timeout, "did not sync its data in time")]
-    {
+    for (synced, words) in [
+        (Synced::Yes, "was synced"),
+        (Synced::No, "was not synced"),
+        (Synced::Timeout, "did not sync its data in time"),
+    ] {
         let fake = Fake::start(move |mut r| {
-            r.note(Note::Progress(Progress { stage: "sync".to_owned(), ..Progress::default() }));
+            r.note(Note::Progress(Progress {
+                stage: "sync".to_owned(),
+                ..Progress::default()
+            }));
             r.result(json!({"vm": Vm { synced: Some(synced), ..vm("web", VmState::Stopped) }}));
         });
         let ran = fcctl(&fake, &["stop", "-t", "5s", "web"]);
         let text = String::from_utf8(ran.out).unwrap();
-        assert!(text.starts_with("web: stopped, ") && text.contains(words), "{text}");
-        assert_eq!((ran.status, ran.err.as_str()), (0, "fcctl: stop web: sync\n"));
-        assert_eq!(fake.calls(), [r#"vm.stop {"force":false,"timeout_ms":5000,"vm":"web"}"#]);
+        assert!(
+            text.starts_with("web: stopped, ") && text.contains(words),
+            "{text}"
+        );
+        assert_eq!(
+            (ran.status, ran.err.as_str()),
+            (0, "fcctl: stop web: sync\n")
+        );
+        assert_eq!(
+            fake.calls(),
+            [r#"vm.stop {"force":false,"timeout_ms":5000,"vm":"web"}"#]
+        );
     }
 }
 
 #[test]
 fn set_says_when_it_applies() {
     let fake = Fake::start(|r| {
-        let pending = (r.params["vm"] == "web").then(|| Pending { vcpus: Some(4), ..Pending::default() });
+        let pending = (r.params["vm"] == "web").then(|| Pending {
+            vcpus: Some(4),
+            ..Pending::default()
+        });
         r.result(json!({"vm": Vm { pending, ..vm("web", VmState::Running) }}));
     });
     check(
@@ -116,7 +139,17 @@ fn set_says_when_it_applies() {
     );
     check(
         &fake,
-        &["vm", "set", "web", "--disk-bps", "50M", "--disk-iops", "none", "--net-tx-bps", "1M/s"],
+        &[
+            "vm",
+            "set",
+            "web",
+            "--disk-bps",
+            "50M",
+            "--disk-iops",
+            "none",
+            "--net-tx-bps",
+            "1M/s",
+        ],
         expect![[r#"
         > vm.set {"disk_bytes_per_s":52428800,"disk_ops_per_s":0,"net_tx_bytes_per_s":1048576,"vm":"web"}
         web: disk 50 MiB/s, disk operations unlimited, sends 1 MiB/s, applied at next start; now: --now, or fcctl vm restart web
@@ -125,7 +158,16 @@ fn set_says_when_it_applies() {
     );
     check(
         &fake,
-        &["vm", "set", "web", "--disk-bps", "0", "--net-rx-bps", "3G", "--now"],
+        &[
+            "vm",
+            "set",
+            "web",
+            "--disk-bps",
+            "0",
+            "--net-rx-bps",
+            "3G",
+            "--now",
+        ],
         expect![[r#"
         > vm.set {"disk_bytes_per_s":0,"net_rx_bytes_per_s":3221225472,"now":true,"vm":"web"}
         web: disk unlimited, receives 3 GiB/s, applied now
@@ -133,7 +175,10 @@ fn set_says_when_it_applies() {
     "#]],
     );
     assert_eq!(fcctl(&fake, &["vm", "set", "web", "--now"]).status, 2);
-    assert_eq!(fcctl(&fake, &["vm", "set", "web", "--disk-iops", "1K"]).status, 2);
+    assert_eq!(
+        fcctl(&fake, &["vm", "set", "web", "--disk-iops", "1K"]).status,
+        2
+    );
     check(
         &fake,
         &["vm", "set", "db", "--memory", "2G"],
@@ -149,7 +194,9 @@ fn set_says_when_it_applies() {
 fn balloon_takes_what_the_guest_keeps() {
     let fake = Fake::start(|r| {
         let balloon_mib = r.params["keep_mib"].as_u64();
-        r.result(json!({"vm": Vm { balloon_mib, ..vm("web", VmState::Running) }, "kept_mib": 1024}));
+        r.result(
+            json!({"vm": Vm { balloon_mib, ..vm("web", VmState::Running) }, "kept_mib": 1024}),
+        );
     });
     check(
         &fake,
@@ -229,31 +276,61 @@ fn wait_and_prune_call_the_daemon() {
         status 0
     "#]],
     );
-    assert!(fcctl(&fake, &["vm", "wait", "web", "--state", "asleep"]).err.contains("a state is one of created, starting"));
+    assert!(
+        fcctl(&fake, &["vm", "wait", "web", "--state", "asleep"])
+            .err
+            .contains("a state is one of created, starting")
+    );
 }
 
 #[test]
 fn logs_without_terminal_are_unchanged() {
     let fake = Fake::start(|mut r| {
-        r.note(Note::Log(LogChunk { text: "one \u{1b}[31mred\n".to_owned() }));
-        r.note(Note::Log(LogChunk { text: "two".to_owned() }));
+        r.note(Note::Log(LogChunk {
+            text: "one \u{1b}[31mred\n".to_owned(),
+        }));
+        r.note(Note::Log(LogChunk {
+            text: "two".to_owned(),
+        }));
         r.result(json!({"bytes": 3}));
     });
     let ran = fcctl(&fake, &["logs", "web", "-n", "5"]);
-    assert_eq!((ran.status, ran.out.as_slice()), (0, &b"one \x1b[31mred\ntwo"[..]));
-    assert_eq!(fake.calls(), [r#"vm.logs {"follow":false,"tail":5,"vm":"web"}"#]);
+    assert_eq!(
+        (ran.status, ran.out.as_slice()),
+        (0, &b"one \x1b[31mred\ntwo"[..])
+    );
+    assert_eq!(
+        fake.calls(),
+        [r#"vm.logs {"follow":false,"tail":5,"vm":"web"}"#]
+    );
     let ran = fcctl(&fake, &["logs", "web", "--json"]);
-    assert_eq!(serde_json::from_slice::<serde_json::Value>(&ran.out).unwrap()["text"], "one \u{1b}[31mred\ntwo");
+    assert_eq!(
+        serde_json::from_slice::<serde_json::Value>(&ran.out).unwrap()["text"],
+        "one \u{1b}[31mred\ntwo"
+    );
     assert_eq!(fcctl(&fake, &["logs", "-f", "web", "--json"]).status, 2);
 }
 
 #[test]
 fn logs_full_disk_fails() {
     let fake = Fake::start(|mut r| {
-        r.note(Note::Log(LogChunk { text: "hello\n".into() }));
+        r.note(Note::Log(LogChunk {
+            text: "hello\n".into(),
+        }));
         r.result(json!({"bytes": 6}));
     });
-    let start = Start { stdout: std::fs::File::options().write(true).open("/dev/full").unwrap(), ..Start::default() };
+    let start = Start {
+        stdout: std::fs::File::options()
+            .write(true)
+            .open("/dev/full")
+            .unwrap(),
+        ..Start::default()
+    };
     let ran = fcctl_from(&fake, start, &["logs", "web"]);
-    assert!(ran.status == 1 && ran.err.starts_with("fcctl: write to stdout: "), "{} {}", ran.status, ran.err);
+    assert!(
+        ran.status == 1 && ran.err.starts_with("fcctl: write to stdout: "),
+        "{} {}",
+        ran.status,
+        ran.err
+    );
 }

@@ -4,7 +4,9 @@ use super::apply;
 use super::context::Context;
 use super::output::{count, size};
 use super::signals::Interrupts;
-use super::transfer::{Bound, ExportTo, Exported, PrepareHow, Source, Transfer, report_left_behind};
+use super::transfer::{
+    Bound, ExportTo, Exported, PrepareHow, Source, Transfer, report_left_behind,
+};
 use super::values::path_error;
 use crate::client::Result;
 use crate::error::Error;
@@ -72,22 +74,46 @@ pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
 fn prepare_verb(ctx: &mut Context, interrupts: &Interrupts, args: PrepareArgs) -> Result<u8> {
     let source = match (&args.tar, &args.path) {
         (Some(tar), _) => Source::Tar(open_tar(ctx, tar)?),
-        (None, path) => Source::tree(path.as_deref().unwrap_or(Path::new(".")), &args.how, interrupts.cancel())?,
+        (None, path) => Source::tree(
+            path.as_deref().unwrap_or(Path::new(".")),
+            &args.how,
+            interrupts.cancel(),
+        )?,
     };
     let mut client = ctx.connect()?;
-    let reply = Transfer { ctx, interrupts, client: &mut client, vm: &args.vm }.prepare(source, args.how)?;
+    let reply = Transfer {
+        ctx,
+        interrupts,
+        client: &mut client,
+        vm: &args.vm,
+    }
+    .prepare(source, args.how)?;
     if ctx.json {
         ctx.document(&reply)?;
     } else if let Some(workspace) = &reply.vm.workspace {
-        let what = if reply.entries == 1 { "entry" } else { "entries" };
-        ctx.line(&format!("{}: {} {what}, {}, in {}", reply.vm.name, reply.entries, size(reply.bytes), workspace.guest_path))?;
+        let what = if reply.entries == 1 {
+            "entry"
+        } else {
+            "entries"
+        };
+        ctx.line(&format!(
+            "{}: {} {what}, {}, in {}",
+            reply.vm.name,
+            reply.entries,
+            size(reply.bytes),
+            workspace.guest_path
+        ))?;
     }
     Ok(0)
 }
 
 fn open_tar(ctx: &Context, tar: &Path) -> Result<File> {
     if tar == Path::new("-") {
-        return ctx.stdio.stdin.try_clone().map_err(|e| Error::io("duplicate stdin", e).into());
+        return ctx
+            .stdio
+            .stdin
+            .try_clone()
+            .map_err(|e| Error::io("duplicate stdin", e).into());
     }
     File::open(tar).map_err(|e| path_error(format!("open {}", tar.display()), e).into())
 }
@@ -99,13 +125,23 @@ fn export_verb(ctx: &mut Context, interrupts: &Interrupts, args: ExportArgs) -> 
         targets.push(ExportTo::PatchToStdout);
     }
     if ctx.json && targets.contains(&ExportTo::PatchToStdout) {
-        return Err(Error::invalid("a patch on stdout cannot be one JSON document").hint("name a file: --patch FILE").into());
+        return Err(
+            Error::invalid("a patch on stdout cannot be one JSON document")
+                .hint("name a file: --patch FILE")
+                .into(),
+        );
     }
     targets.iter().try_for_each(ExportTo::check)?;
     let mut client = ctx.connect()?;
     let mut all = vec![];
     for to in &targets {
-        let fetched = Transfer { ctx, interrupts, client: &mut client, vm: &args.vm }.export(to, args.bound, args.no_wait)?;
+        let fetched = Transfer {
+            ctx,
+            interrupts,
+            client: &mut client,
+            vm: &args.vm,
+        }
+        .export(to, args.bound, args.no_wait)?;
         if !ctx.json {
             report_exported(ctx, interrupts, to, &fetched.exported, None);
             report_left_behind(ctx, &args.vm, &fetched.left_behind);
@@ -123,9 +159,22 @@ fn export_verb(ctx: &mut Context, interrupts: &Interrupts, args: ExportArgs) -> 
 
 /// Reports on stderr, because stdout may be the patch. `top` is the tree that the patch is for;
 /// None is the tree of the current directory.
-pub fn report_exported(ctx: &mut Context, interrupts: &Interrupts, to: &ExportTo, exported: &Exported, top: Option<&Path>) {
+pub fn report_exported(
+    ctx: &mut Context,
+    interrupts: &Interrupts,
+    to: &ExportTo,
+    exported: &Exported,
+    top: Option<&Path>,
+) {
     let what = match exported {
-        Exported::Patch { files_changed, bytes } => format!("{} changed, {}", count(*files_changed, "file"), size(*bytes)),
+        Exported::Patch {
+            files_changed,
+            bytes,
+        } => format!(
+            "{} changed, {}",
+            count(*files_changed, "file"),
+            size(*bytes)
+        ),
         Exported::Tree { entries: 1, .. } => "1 entry".to_owned(),
         Exported::Tree { entries, .. } => format!("{entries} entries"),
     };
@@ -134,13 +183,18 @@ pub fn report_exported(ctx: &mut Context, interrupts: &Interrupts, to: &ExportTo
             ctx.note(&format!("nothing has changed; {} is empty", path.display()));
         }
         (ExportTo::Patch(path), _) => {
-            let here = || crate::workspace::apply::top_of(Path::new(".")).unwrap_or_else(|_| PathBuf::from("."));
+            let here = || {
+                crate::workspace::apply::top_of(Path::new("."))
+                    .unwrap_or_else(|_| PathBuf::from("."))
+            };
             let top = top.map_or_else(here, Path::to_owned);
             let command = apply::command_for(&top, path, interrupts.cancel());
             ctx.note(&format!("{what}: {command}"));
         }
         (ExportTo::PatchToStdout, _) => ctx.note(&what),
-        (ExportTo::Tree(path), _) => ctx.note(&format!("{} holds the tree, {what}", path.display())),
+        (ExportTo::Tree(path), _) => {
+            ctx.note(&format!("{} holds the tree, {what}", path.display()))
+        }
     }
 }
 

@@ -20,15 +20,22 @@ pub(crate) fn with_workspace(name: &str) -> Vm {
         bytes: 2048,
         prepared_at: NOW_S,
     };
-    Vm { workspace: Some(workspace), ..vm(name, VmState::Running) }
+    Vm {
+        workspace: Some(workspace),
+        ..vm(name, VmState::Running)
+    }
 }
 
 /// The daemon's side of a prepare: reads the stream to its end. Returns None if it was cut off.
 pub(crate) fn take_stream(r: &mut Request, keep: &[&str]) -> Option<(Vec<u8>, u64)> {
     // Notes of other kinds arrive first.
-    r.note(Note::Op { op: "0123456789ab".parse().unwrap() });
+    r.note(Note::Op {
+        op: "0123456789ab".parse().unwrap(),
+    });
     r.note(Note::Progress(crate::api::op::Progress::default()));
-    r.note(Note::Ready(Ready { keep: keep.iter().map(|k| (*k).to_owned()).collect() }));
+    r.note(Note::Ready(Ready {
+        keep: keep.iter().map(|k| (*k).to_owned()).collect(),
+    }));
     let mut reader = ChunkReader::new(File::from(r.fds.pop().expect("one descriptor")));
     let mut payload = Vec::new();
     reader.read_to_end(&mut payload).ok()?;
@@ -47,7 +54,9 @@ pub(crate) fn give_stream(r: &mut Request, payload: &[u8]) {
 pub(crate) fn give_stream_without(r: &mut Request, left: &[u8], payload: &[u8]) {
     let mut writer = ChunkWriter::new(File::from(r.fds.pop().expect("one descriptor")));
     let count = left.iter().filter(|b| **b == 0).count();
-    writer.write_all(format!("fcd-export 1 {count} {}\n", left.len()).as_bytes()).unwrap();
+    writer
+        .write_all(format!("fcd-export 1 {count} {}\n", left.len()).as_bytes())
+        .unwrap();
     writer.write_all(left).unwrap();
     writer.write_all(payload).unwrap();
     writer.finish(1).unwrap();
@@ -72,18 +81,37 @@ fn tree() -> tempfile::TempDir {
 #[test]
 fn prepare_skips_files_kept_by_guest() {
     let fake = Fake::start(|mut r| {
-        assert_eq!((r.params["guest_path"].as_str(), r.params["readonly"].as_bool()), (Some("/root/app"), Some(true)));
+        assert_eq!(
+            (
+                r.params["guest_path"].as_str(),
+                r.params["readonly"].as_bool()
+            ),
+            (Some("/root/app"), Some(true))
+        );
         let (payload, entries) = take_stream(&mut r, &["two.txt"]).unwrap();
         assert!(payload.starts_with(b"fcd-import 1 "));
         assert!(contains(&payload, b"the first file") && !contains(&payload, b"the second file"));
         r.result(prepare_reply(entries, &["two.txt"]));
     });
     let dir = tree();
-    let args = ["workspace", "prepare", "web", dir.path().to_str().unwrap(), "--guest-path", "/root/app", "--readonly"];
+    let args = [
+        "workspace",
+        "prepare",
+        "web",
+        dir.path().to_str().unwrap(),
+        "--guest-path",
+        "/root/app",
+        "--readonly",
+    ];
     let ran = fcctl(&fake, &args);
     assert_eq!(ran.status, 0, "{}", ran.err);
     assert!(ran.out.starts_with(b"web: ") && ran.out.ends_with(b"2 KiB, in /root/app\n"));
-    assert!(ran.err.contains("kept 1 file that changed in the guest") && ran.err.contains("  two.txt\n"), "{}", ran.err);
+    assert!(
+        ran.err.contains("kept 1 file that changed in the guest")
+            && ran.err.contains("  two.txt\n"),
+        "{}",
+        ran.err
+    );
 }
 
 #[test]
@@ -94,19 +122,38 @@ fn workspace_invalid_arguments_make_no_call() {
     let there = dir.path().join("one.txt").display().to_string();
     for (args, status) in [
         (vec!["workspace", "prepare", "web", "/nonexistent/x"], 3),
-        (vec!["workspace", "prepare", "web", path, "--guest-path", "/etc"], 2),
-        (vec!["workspace", "prepare", "web", path, "--guest-path", "../x"], 2),
-        (vec!["workspace", "prepare", "web", path, "--history", "some"], 2),
+        (
+            vec!["workspace", "prepare", "web", path, "--guest-path", "/etc"],
+            2,
+        ),
+        (
+            vec!["workspace", "prepare", "web", path, "--guest-path", "../x"],
+            2,
+        ),
+        (
+            vec!["workspace", "prepare", "web", path, "--history", "some"],
+            2,
+        ),
         (vec!["workspace", "prepare", "web"], 2),
-        (vec!["workspace", "prepare", "web", "--tar", "/nonexistent/x"], 3),
+        (
+            vec!["workspace", "prepare", "web", "--tar", "/nonexistent/x"],
+            3,
+        ),
         (vec!["workspace", "export", "web", "--patch", &there], 4),
-        (vec!["workspace", "export", "web", "--patch", "/nonexistent/x/p"], 3),
+        (
+            vec!["workspace", "export", "web", "--patch", "/nonexistent/x/p"],
+            3,
+        ),
         (vec!["workspace", "export", "web", "--tree", path], 4),
         (vec!["workspace", "export", "web", "--json"], 2),
     ] {
         let ran = fcctl(&fake, &args);
         assert_eq!(ran.status, status, "{args:?} {}", ran.err);
-        assert!(ran.err.starts_with("fcctl: ") || args.contains(&"--json"), "{}", ran.err);
+        assert!(
+            ran.err.starts_with("fcctl: ") || args.contains(&"--json"),
+            "{}",
+            ran.err
+        );
     }
     assert_eq!(fake.methods(), "");
 }
@@ -116,12 +163,21 @@ fn prepare_reports_daemons_error_not_broken_pipe() {
     let fake = Fake::start(|mut r| {
         r.note(Note::Ready(Ready::default()));
         r.fds.clear();
-        r.fault(Error::new(Kind::Cancelled, "VM web was stopped after 0 bytes"));
+        r.fault(Error::new(
+            Kind::Cancelled,
+            "VM web was stopped after 0 bytes",
+        ));
     });
     let dir = tree();
     std::fs::write(dir.path().join("big"), vec![1; 4 << 20]).unwrap();
-    let ran = fcctl(&fake, &["workspace", "prepare", "web", dir.path().to_str().unwrap()]);
-    assert_eq!((ran.status, ran.err.as_str()), (130, "fcctl: VM web was stopped after 0 bytes\n"));
+    let ran = fcctl(
+        &fake,
+        &["workspace", "prepare", "web", dir.path().to_str().unwrap()],
+    );
+    assert_eq!(
+        (ran.status, ran.err.as_str()),
+        (130, "fcctl: VM web was stopped after 0 bytes\n")
+    );
 }
 
 #[test]
@@ -137,7 +193,10 @@ fn prepare_reports_own_error_not_broken_stream() {
     header.set_cksum();
     tar.append_data(&mut header, "x", &[7; 2000][..]).unwrap();
     let whole = tar.into_inner().unwrap();
-    let start = Start { stdin: file_with(&whole[..1024]), ..Start::default() };
+    let start = Start {
+        stdin: file_with(&whole[..1024]),
+        ..Start::default()
+    };
     let ran = fcctl_from(&fake, start, &["workspace", "prepare", "web", "--tar", "-"]);
     assert_eq!(ran.status, 4, "{}", ran.err);
     assert!(ran.err.starts_with("fcctl: the tar"), "{}", ran.err);
@@ -146,7 +205,13 @@ fn prepare_reports_own_error_not_broken_stream() {
 #[test]
 fn prepare_tar_from_stdin_is_sent_unchanged() {
     let fake = Fake::start(|mut r| {
-        assert_eq!((r.params["raw_tar"].as_bool(), r.params["guest_path"].as_str()), (Some(true), Some("/root/workspace")));
+        assert_eq!(
+            (
+                r.params["raw_tar"].as_bool(),
+                r.params["guest_path"].as_str()
+            ),
+            (Some(true), Some("/root/workspace"))
+        );
         let (payload, entries) = take_stream(&mut r, &[]).unwrap();
         assert!(contains(&payload, b"seven"));
         r.result(prepare_reply(entries, &[]));
@@ -156,10 +221,20 @@ fn prepare_tar_from_stdin_is_sent_unchanged() {
     header.set_size(5);
     header.set_cksum();
     tar.append_data(&mut header, "x", &b"seven"[..]).unwrap();
-    let start = Start { stdin: file_with(&tar.into_inner().unwrap()), ..Start::default() };
-    let ran = fcctl_from(&fake, start, &["workspace", "prepare", "web", "--tar", "-", "--json"]);
+    let start = Start {
+        stdin: file_with(&tar.into_inner().unwrap()),
+        ..Start::default()
+    };
+    let ran = fcctl_from(
+        &fake,
+        start,
+        &["workspace", "prepare", "web", "--tar", "-", "--json"],
+    );
     assert_eq!(ran.status, 0, "{}", ran.err);
-    assert_eq!(serde_json::from_slice::<Value>(&ran.out).unwrap()["entries"], 1);
+    assert_eq!(
+        serde_json::from_slice::<Value>(&ran.out).unwrap()["entries"],
+        1
+    );
 }
 
 #[test]
@@ -173,9 +248,19 @@ fn prepare_stalled_ends_at_signal() {
     });
     let dir = tree();
     std::fs::write(dir.path().join("big"), vec![1; 4 << 20]).unwrap();
-    let start = Start { signals, ..Start::default() };
-    let ran = fcctl_from(&fake, start, &["workspace", "prepare", "web", dir.path().to_str().unwrap()]);
-    assert_eq!((ran.status, ran.err.as_str()), (130, "fcctl: interrupted\n"));
+    let start = Start {
+        signals,
+        ..Start::default()
+    };
+    let ran = fcctl_from(
+        &fake,
+        start,
+        &["workspace", "prepare", "web", dir.path().to_str().unwrap()],
+    );
+    assert_eq!(
+        (ran.status, ran.err.as_str()),
+        (130, "fcctl: interrupted\n")
+    );
 }
 
 #[test]
@@ -185,23 +270,40 @@ fn export_patch_is_complete() {
         give_stream(&mut r, b"diff --git a/x b/x\n\0binary");
         r.result(json!({"bytes": 26}));
     });
-    for args in [&["workspace", "export", "web"][..], &["workspace", "export", "web", "--patch", "-"][..]] {
+    for args in [
+        &["workspace", "export", "web"][..],
+        &["workspace", "export", "web", "--patch", "-"][..],
+    ] {
         let ran = fcctl(&fake, args);
-        assert_eq!((ran.status, ran.out.as_slice()), (0, &b"diff --git a/x b/x\n\0binary"[..]), "{}", ran.err);
+        assert_eq!(
+            (ran.status, ran.out.as_slice()),
+            (0, &b"diff --git a/x b/x\n\0binary"[..]),
+            "{}",
+            ran.err
+        );
         assert_eq!(ran.err, "fcctl: 1 file changed, 26 B\n");
     }
     let file = fake.dir().join("p.patch");
     fake.calls();
     check(
         &fake,
-        &["workspace", "export", "web", "--patch", file.to_str().unwrap()],
+        &[
+            "workspace",
+            "export",
+            "web",
+            "--patch",
+            file.to_str().unwrap(),
+        ],
         expect![[r#"
         > workspace.export {"kind":"patch","no_wait":false,"vm":"web"}
         ! fcctl: 1 file changed, 26 B: git --git-dir= apply DIR/p.patch
         status 0
     "#]],
     );
-    assert_eq!(std::fs::read(&file).unwrap(), b"diff --git a/x b/x\n\0binary");
+    assert_eq!(
+        std::fs::read(&file).unwrap(),
+        b"diff --git a/x b/x\n\0binary"
+    );
 }
 
 #[test]
@@ -213,8 +315,20 @@ fn export_truncated_patch_writes_nothing() {
         r.fault(Error::new(Kind::GuestLost, "the guest went away"));
     });
     let file = fake.dir().join("p.patch");
-    let ran = fcctl(&fake, &["workspace", "export", "web", "--patch", file.to_str().unwrap()]);
-    assert_eq!((ran.status, ran.err.as_str()), (1, "fcctl: the guest went away\n"));
+    let ran = fcctl(
+        &fake,
+        &[
+            "workspace",
+            "export",
+            "web",
+            "--patch",
+            file.to_str().unwrap(),
+        ],
+    );
+    assert_eq!(
+        (ran.status, ran.err.as_str()),
+        (1, "fcctl: the guest went away\n")
+    );
     assert_eq!(fcctl(&fake, &["workspace", "export", "web"]).out, b"");
     // Nothing but the socket is left.
     assert_eq!(std::fs::read_dir(fake.dir()).unwrap().count(), 1);
@@ -227,10 +341,23 @@ fn export_reply_without_complete_stream_fails() {
         r.result(json!({"bytes": 26}));
     });
     let target = fake.dir().join("new").display().to_string();
-    for args in [&["--patch", "-"][..], &["--patch", &target][..], &["--tree", &target][..]] {
+    for args in [
+        &["--patch", "-"][..],
+        &["--patch", &target][..],
+        &["--tree", &target][..],
+    ] {
         let ran = fcctl(&fake, &[&["workspace", "export", "web"], args].concat());
-        assert_eq!((ran.status, ran.out.as_slice()), (4, &b""[..]), "{args:?} {}", ran.err);
-        assert!(ran.err.contains("the stream broke off after 0 bytes"), "{}", ran.err);
+        assert_eq!(
+            (ran.status, ran.out.as_slice()),
+            (4, &b""[..]),
+            "{args:?} {}",
+            ran.err
+        );
+        assert!(
+            ran.err.contains("the stream broke off after 0 bytes"),
+            "{}",
+            ran.err
+        );
     }
     assert_eq!(std::fs::read_dir(fake.dir()).unwrap().count(), 1);
 }
@@ -248,12 +375,22 @@ fn export_tree_creates_directory() {
         r.result(json!({"bytes": 5}));
     });
     let target = fake.dir().join("out");
-    let ran = fcctl(&fake, &["workspace", "export", "web", "--tree", target.to_str().unwrap()]);
+    let ran = fcctl(
+        &fake,
+        &[
+            "workspace",
+            "export",
+            "web",
+            "--tree",
+            target.to_str().unwrap(),
+        ],
+    );
     assert_eq!(ran.status, 0, "{}", ran.err);
     assert_eq!(std::fs::read(target.join("x")).unwrap(), b"seven");
 }
 
-const NEW_FILE: &[u8] = b"diff --git a/x b/x\nnew file mode 100644\n--- /dev/null\n+++ b/x\n@@ -0,0 +1 @@\n+x\n";
+const NEW_FILE: &[u8] =
+    b"diff --git a/x b/x\nnew file mode 100644\n--- /dev/null\n+++ b/x\n@@ -0,0 +1 @@\n+x\n";
 
 #[test]
 fn export_counts_files_itself() {
@@ -264,7 +401,11 @@ fn export_counts_files_itself() {
     let file = fake.dir().join("p.patch");
     for args in [&["--patch", "-"][..], &["--patch", file.to_str().unwrap()]] {
         let ran = fcctl(&fake, &[&["workspace", "export", "web"], args].concat());
-        assert!(ran.err.starts_with("fcctl: 1 file changed, 79 B"), "{}", ran.err);
+        assert!(
+            ran.err.starts_with("fcctl: 1 file changed, 79 B"),
+            "{}",
+            ran.err
+        );
     }
 }
 
@@ -278,10 +419,17 @@ fn export_over_limit_fails_and_leaves_nothing() {
     });
     let target = fake.dir().join("new").display().to_string();
     for args in [&["--patch", "-"][..], &["--patch", &target]] {
-        let ran = fcctl(&fake, &[&["workspace", "export", "web", "--max-bytes", "3M"], args].concat());
+        let ran = fcctl(
+            &fake,
+            &[&["workspace", "export", "web", "--max-bytes", "3M"], args].concat(),
+        );
         let said = "fcctl: receive the patch: the guest sends more than 3145728 bytes\n\
                     hint: if you trust the guest, allow more with --max-bytes SIZE\n";
-        assert_eq!((ran.status, ran.out.as_slice(), ran.err.as_str()), (1, &b""[..], said), "{args:?}");
+        assert_eq!(
+            (ran.status, ran.out.as_slice(), ran.err.as_str()),
+            (1, &b""[..], said),
+            "{args:?}"
+        );
     }
     assert_eq!(std::fs::read_dir(fake.dir()).unwrap().count(), 1);
 }
@@ -291,29 +439,76 @@ fn export_over_limit_fails_and_leaves_nothing() {
 fn allow_alternate_reaches_the_plan() {
     let dir = tempfile::tempdir().unwrap();
     let git = |at: &Path, args: &[&str]| {
-        let c = crate::host::command::Command::new("git").args(args).cwd(at).env("HOME", dir.path());
-        let out = crate::host::command::run_any_status(&c, &crate::locks::Cancel::try_new().unwrap(), &mut |_| {}).unwrap();
+        let c = crate::host::command::Command::new("git")
+            .args(args)
+            .cwd(at)
+            .env("HOME", dir.path());
+        let out = crate::host::command::run_any_status(
+            &c,
+            &crate::locks::Cancel::try_new().unwrap(),
+            &mut |_| {},
+        )
+        .unwrap();
         assert_eq!(out.status, 0, "{}", String::from_utf8_lossy(&out.stderr));
     };
     git(dir.path(), &["init", "-q", "main"]);
     let main = dir.path().join("main");
-    git(&main, &["-c", "user.name=x", "-c", "user.email=x@y", "commit", "-q", "--allow-empty", "-m", "one"]);
+    git(
+        &main,
+        &[
+            "-c",
+            "user.name=x",
+            "-c",
+            "user.email=x@y",
+            "commit",
+            "-q",
+            "--allow-empty",
+            "-m",
+            "one",
+        ],
+    );
     git(dir.path(), &["clone", "-q", "--shared", "main", "clone"]);
     let clone = dir.path().join("clone");
     let clone = clone.to_str().unwrap();
     let none = Fake::start(|_| unreachable!());
-    for args in [&["workspace", "prepare", "web", clone][..], &["run", clone, "--", "true"]] {
+    for args in [
+        &["workspace", "prepare", "web", clone][..],
+        &["run", clone, "--", "true"],
+    ] {
         let ran = fcctl(&none, args);
-        assert!(ran.status != 0 && ran.err.contains("--allow-alternate "), "{}", ran.err);
+        assert!(
+            ran.status != 0 && ran.err.contains("--allow-alternate "),
+            "{}",
+            ran.err
+        );
         assert!(ran.err.contains("main/.git/objects"), "{}", ran.err);
     }
     let fake = Fake::start(|mut r| {
         let (_, entries) = take_stream(&mut r, &[]).unwrap();
         r.result(prepare_reply(entries, &[]));
     });
-    let ran = fcctl(&fake, &["workspace", "prepare", "web", clone, "--allow-alternate", main.to_str().unwrap()]);
+    let ran = fcctl(
+        &fake,
+        &[
+            "workspace",
+            "prepare",
+            "web",
+            clone,
+            "--allow-alternate",
+            main.to_str().unwrap(),
+        ],
+    );
     assert_eq!(ran.status, 0, "{}", ran.err);
-    let ran = fcctl(&none, &["run", "--allow-alternate", main.to_str().unwrap(), "--", "true"]);
+    let ran = fcctl(
+        &none,
+        &[
+            "run",
+            "--allow-alternate",
+            main.to_str().unwrap(),
+            "--",
+            "true",
+        ],
+    );
     assert!(ran.err.contains("need a PATH"), "{}", ran.err);
 }
 
@@ -326,7 +521,13 @@ fn export_lists_what_stayed_behind() {
     let file = fake.dir().join("p.patch");
     check(
         &fake,
-        &["workspace", "export", "web", "--patch", file.to_str().unwrap()],
+        &[
+            "workspace",
+            "export",
+            "web",
+            "--patch",
+            file.to_str().unwrap(),
+        ],
         expect![[r#"
             > workspace.export {"kind":"patch","no_wait":false,"vm":"web"}
             ! fcctl: nothing has changed; DIR/p.patch is empty
@@ -338,7 +539,17 @@ fn export_lists_what_stayed_behind() {
         "#]],
     );
     let other = fake.dir().join("q.patch");
-    let ran = fcctl(&fake, &["workspace", "export", "web", "--json", "--patch", other.to_str().unwrap()]);
+    let ran = fcctl(
+        &fake,
+        &[
+            "workspace",
+            "export",
+            "web",
+            "--json",
+            "--patch",
+            other.to_str().unwrap(),
+        ],
+    );
     let left = &serde_json::from_slice::<Value>(&ran.out).unwrap()["left_behind"];
     assert_eq!(
         *left,

@@ -7,8 +7,8 @@ use crate::api::limits::{FDS_MAX, FRAME_BYTES_MAX};
 use crate::error::{Error, Kind};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
-    SocketAddrUnix, SocketFlags, SocketType,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
 };
 use serde_json::value::RawValue;
 use std::io::{self, IoSlice, IoSliceMut, Write};
@@ -37,11 +37,21 @@ pub(super) struct Connection {
 impl Connection {
     pub(super) fn open(socket: &Path) -> Result<Self> {
         let stream = connect(socket).map_err(|e| unreachable_at(socket, &e))?;
-        Ok(Self { stream, buffer: Vec::new(), returned: 0, received: None, last_id: 0, deadline: None })
+        Ok(Self {
+            stream,
+            buffer: Vec::new(),
+            returned: 0,
+            received: None,
+            last_id: 0,
+            deadline: None,
+        })
     }
 
     pub(super) fn try_clone(&self) -> Result<UnixStream> {
-        Ok(self.stream.try_clone().map_err(|e| Error::io("duplicate a connection", e))?)
+        Ok(self
+            .stream
+            .try_clone()
+            .map_err(|e| Error::io("duplicate a connection", e))?)
     }
 
     pub(super) fn last_id(&self) -> u64 {
@@ -56,7 +66,9 @@ impl Connection {
     /// Sets how long each read may take.
     pub(super) fn set_deadline(&mut self, deadline: Option<Duration>) -> Result<()> {
         if self.deadline != deadline {
-            self.stream.set_read_timeout(deadline).map_err(|e| Error::io("set a deadline", e))?;
+            self.stream
+                .set_read_timeout(deadline)
+                .map_err(|e| Error::io("set a deadline", e))?;
             self.deadline = deadline;
         }
         Ok(())
@@ -67,26 +79,55 @@ impl Connection {
     }
 
     /// Sends one request. The descriptors accompany its first byte.
-    pub(super) fn send(&mut self, method: &str, params: &RawValue, more: bool, fds: &[BorrowedFd<'_>]) -> Result<()> {
+    pub(super) fn send(
+        &mut self,
+        method: &str,
+        params: &RawValue,
+        more: bool,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<()> {
         self.last_id += 1;
         let id = RawValue::from_string(self.last_id.to_string()).expect("a number");
-        let request = Request { jsonrpc: Version::V2, id: &id, method: method.into(), params: Some(params), more, key: None };
-        let mut line = serde_json::to_vec(&request).map_err(|e| Error::internal(format!("write {method}")).with_source(e))?;
+        let request = Request {
+            jsonrpc: Version::V2,
+            id: &id,
+            method: method.into(),
+            params: Some(params),
+            more,
+            key: None,
+        };
+        let mut line = serde_json::to_vec(&request)
+            .map_err(|e| Error::internal(format!("write {method}")).with_source(e))?;
         line.push(b'\n');
         if line.len() > FRAME_BYTES_MAX {
             let e = Error::new(
                 Kind::FrameTooLarge,
-                format!("{method}: the request has {} bytes, more than the limit of {FRAME_BYTES_MAX}", line.len()),
+                format!(
+                    "{method}: the request has {} bytes, more than the limit of {FRAME_BYTES_MAX}",
+                    line.len()
+                ),
             );
-            return Err(e.hint("pass less on the command line and the rest through stdin (-i)").into());
+            return Err(e
+                .hint("pass less on the command line and the rest through stdin (-i)")
+                .into());
         }
         match write_with_fds(&self.stream, &line, fds) {
             // The daemon may have sent an error before it closed the connection; the next read
             // finds out.
-            Err(e) if matches!(e.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => Ok(()),
+            Err(e)
+                if matches!(
+                    e.kind(),
+                    io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+                ) =>
+            {
+                Ok(())
+            }
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => Err(Error::new(
                 Kind::Timeout,
-                format!("{method}: the daemon did not take the request in {} s", SEND_DEADLINE.as_secs()),
+                format!(
+                    "{method}: the daemon did not take the request in {} s",
+                    SEND_DEADLINE.as_secs()
+                ),
             )
             .into()),
             Err(e) => Err(Error::io(format!("send {method}"), e).into()),
@@ -102,9 +143,10 @@ impl Connection {
             let end = end_of_line(&self.buffer[searched..]).map(|len| searched + len);
             if end.unwrap_or(self.buffer.len() + 1) > FRAME_BYTES_MAX {
                 self.hang_up();
-                return Err(
-                    Error::internal(format!("{method}: the daemon sent a line of more than {FRAME_BYTES_MAX} bytes")).into()
-                );
+                return Err(Error::internal(format!(
+                    "{method}: the daemon sent a line of more than {FRAME_BYTES_MAX} bytes"
+                ))
+                .into());
             }
             if let Some(end) = end {
                 self.returned = end;
@@ -112,7 +154,11 @@ impl Connection {
             }
             searched = self.buffer.len();
             self.buffer.resize(searched + READ_BYTES, 0);
-            let got = read_some(&self.stream, &mut self.received, &mut self.buffer[searched..]);
+            let got = read_some(
+                &self.stream,
+                &mut self.received,
+                &mut self.buffer[searched..],
+            );
             self.buffer.truncate(searched + *got.as_ref().unwrap_or(&0));
             match got {
                 Ok(0) => return Err(lost(method)),
@@ -122,17 +168,26 @@ impl Connection {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                     self.hang_up();
                     let waited = self.deadline.unwrap_or_default().as_secs();
-                    let e = Error::new(Kind::Timeout, format!("{method}: the daemon did not answer in {waited} s"));
+                    let e = Error::new(
+                        Kind::Timeout,
+                        format!("{method}: the daemon did not answer in {waited} s"),
+                    );
                     return Err(e.hint("see what it is doing: fcctl debug locks").into());
                 }
-                Err(e) => return Err(Error::io(format!("{method}: read from the daemon"), e).into()),
+                Err(e) => {
+                    return Err(Error::io(format!("{method}: read from the daemon"), e).into());
+                }
             }
         }
     }
 }
 
 /// Keeps the last descriptor that comes with it; there is never more than one on its way.
-fn read_some(stream: &UnixStream, received: &mut Option<OwnedFd>, piece: &mut [u8]) -> io::Result<usize> {
+fn read_some(
+    stream: &UnixStream,
+    received: &mut Option<OwnedFd>,
+    piece: &mut [u8],
+) -> io::Result<usize> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let mut pieces = [IoSliceMut::new(piece)];
@@ -163,7 +218,12 @@ fn lost(method: &str) -> Failure {
 /// Like `UnixStream::connect`, but with a timeout for a full backlog (`SO_SNDTIMEO`, unix(7)).
 fn connect(socket: &Path) -> io::Result<UnixStream> {
     let address = SocketAddrUnix::new(socket)?;
-    let fd = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    let fd = rustix::net::socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
     set_socket_timeout(&fd, Timeout::Send, Some(SEND_DEADLINE))?;
     rustix::io::retry_on_intr(|| rustix::net::connect(&fd, &address))?;
     Ok(UnixStream::from(fd))
@@ -177,9 +237,11 @@ fn unreachable_at(socket: &Path, e: &io::Error) -> Failure {
             format!("no daemon at {at}: the socket does not exist"),
             "start the daemon (fcd), or name its socket (--socket S or FCD_SOCKET)",
         ),
-        io::ErrorKind::ConnectionRefused => {
-            Failure::unreachable(failure::ABSENT, format!("no daemon at {at}: connection refused"), "start the daemon again: fcd")
-        }
+        io::ErrorKind::ConnectionRefused => Failure::unreachable(
+            failure::ABSENT,
+            format!("no daemon at {at}: connection refused"),
+            "start the daemon again: fcd",
+        ),
         io::ErrorKind::PermissionDenied => Failure::unreachable(
             failure::DENIED,
             format!("connect to {at}: permission denied"),
@@ -187,23 +249,39 @@ fn unreachable_at(socket: &Path, e: &io::Error) -> Failure {
         ),
         io::ErrorKind::WouldBlock => Failure::unreachable(
             failure::LOST,
-            format!("the daemon at {at} did not accept the connection in {} s", SEND_DEADLINE.as_secs()),
+            format!(
+                "the daemon at {at} did not accept the connection in {} s",
+                SEND_DEADLINE.as_secs()
+            ),
             "run fcctl doctor, or restart the daemon if it hangs",
         ),
-        _ => Failure::unreachable(failure::LOST, format!("connect to {at}: {e}"), "run fcctl doctor"),
+        _ => Failure::unreachable(
+            failure::LOST,
+            format!("connect to {at}: {e}"),
+            "run fcctl doctor",
+        ),
     }
 }
 
-pub(super) fn write_with_fds(mut stream: &UnixStream, line: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+pub(super) fn write_with_fds(
+    mut stream: &UnixStream,
+    line: &[u8],
+    fds: &[BorrowedFd<'_>],
+) -> io::Result<()> {
     let mut sent = 0;
     if !fds.is_empty() {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
         if !ancillary.push(SendAncillaryMessage::ScmRights(fds)) {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("more than {FDS_MAX} descriptors")));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("more than {FDS_MAX} descriptors"),
+            ));
         }
         let pieces = [IoSlice::new(line)];
-        sent = rustix::io::retry_on_intr(|| rustix::net::sendmsg(stream, &pieces, &mut ancillary, SendFlags::NOSIGNAL))?;
+        sent = rustix::io::retry_on_intr(|| {
+            rustix::net::sendmsg(stream, &pieces, &mut ancillary, SendFlags::NOSIGNAL)
+        })?;
     }
     stream.write_all(&line[sent..])
 }

@@ -36,17 +36,25 @@ impl Failure {
             retryable: kind != DENIED,
             op: None,
         };
-        Self { fault, unreachable: true }
+        Self {
+            fault,
+            unreachable: true,
+        }
     }
 
     /// Converts the error of a response. Errors of the JSON-RPC layer may have no data.
     pub fn from_rpc(error: RpcError) -> Self {
         if let Some(fault) = error.data {
-            return Self { fault, unreachable: false };
+            return Self {
+                fault,
+                unreachable: false,
+            };
         }
         let kind = match error.code {
             rpc_code::METHOD_NOT_FOUND => Kind::MethodNotFound,
-            rpc_code::PARSE | rpc_code::INVALID_REQUEST | rpc_code::INVALID_PARAMS => Kind::InvalidRequest,
+            rpc_code::PARSE | rpc_code::INVALID_REQUEST | rpc_code::INVALID_PARAMS => {
+                Kind::InvalidRequest
+            }
             _ => Kind::Internal,
         };
         Error::new(kind, error.message).into()
@@ -64,7 +72,11 @@ impl Failure {
     }
     /// The exit status of `fcctl`, except for `exec` and `run`.
     pub fn exit_status(&self) -> u8 {
-        if self.unreachable { UNREACHABLE_STATUS } else { self.fault.code.exit_status() }
+        if self.unreachable {
+            UNREACHABLE_STATUS
+        } else {
+            self.fault.code.exit_status()
+        }
     }
 
     /// Prefixes the message with what was being done: `doing: message`.
@@ -83,13 +95,19 @@ impl Failure {
 
 impl From<Error> for Failure {
     fn from(e: Error) -> Self {
-        Self { fault: e.into(), unreachable: false }
+        Self {
+            fault: e.into(),
+            unreachable: false,
+        }
     }
 }
 
 impl From<Fault> for Failure {
     fn from(fault: Fault) -> Self {
-        Self { fault, unreachable: false }
+        Self {
+            fault,
+            unreachable: false,
+        }
     }
 }
 

@@ -31,7 +31,11 @@ impl Request {
         let _ = self.stream.write_all(format!("{line}\n").as_bytes());
     }
     pub(crate) fn note(&mut self, note: Note) {
-        let line = serde_json::to_string(&Notification { jsonrpc: Version::V2, note }).unwrap();
+        let line = serde_json::to_string(&Notification {
+            jsonrpc: Version::V2,
+            note,
+        })
+        .unwrap();
         self.raw(&line);
     }
     pub(crate) fn result(mut self, result: impl Serialize) {
@@ -54,7 +58,11 @@ impl Request {
     }
     /// Blocks until the client hangs up.
     pub(crate) fn wait_for_hangup(&mut self) {
-        assert_eq!(self.stream.read(&mut [0]).unwrap_or(0), 0, "the client sent more");
+        assert_eq!(
+            self.stream.read(&mut [0]).unwrap_or(0),
+            0,
+            "the client sent more"
+        );
     }
 }
 
@@ -71,7 +79,11 @@ impl Fake {
         Self::with_version(VERSION_MAJOR, VERSION_MINOR, handler)
     }
 
-    pub(crate) fn with_version(major: u32, minor: u32, handler: impl Fn(Request) + Send + Sync + 'static) -> Self {
+    pub(crate) fn with_version(
+        major: u32,
+        minor: u32,
+        handler: impl Fn(Request) + Send + Sync + 'static,
+    ) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(dir.path().join("fcd.sock")).unwrap();
         let (sender, calls) = unbounded();
@@ -99,7 +111,11 @@ impl Fake {
     }
     /// The methods of the calls so far, without parameters.
     pub(crate) fn methods(&self) -> String {
-        let methods: Vec<_> = self.calls.try_iter().map(|c| c.split(' ').next().unwrap().to_owned()).collect();
+        let methods: Vec<_> = self
+            .calls
+            .try_iter()
+            .map(|c| c.split(' ').next().unwrap().to_owned())
+            .collect();
         methods.join(" ")
     }
 }
@@ -138,8 +154,13 @@ fn read_request(stream: &UnixStream) -> Option<(String, Vec<OwnedFd>)> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let mut byte = [0];
-        let got =
-            rustix::net::recvmsg(stream, &mut [IoSliceMut::new(&mut byte)], &mut ancillary, RecvFlags::CMSG_CLOEXEC).ok()?;
+        let got = rustix::net::recvmsg(
+            stream,
+            &mut [IoSliceMut::new(&mut byte)],
+            &mut ancillary,
+            RecvFlags::CMSG_CLOEXEC,
+        )
+        .ok()?;
         for message in ancillary.drain() {
             if let RecvAncillaryMessage::ScmRights(received) = message {
                 assert!(line.is_empty(), "descriptors come with the first byte");

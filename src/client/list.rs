@@ -14,7 +14,11 @@ impl Client {
 
     /// Passes the pages of a list to `on_page` one by one. The next page is requested before
     /// `on_page` gets the previous one, so that the daemon and the caller work at the same time.
-    pub fn list_pages<C: ListCall>(&mut self, mut request: C::Request, on_page: &mut dyn FnMut(Vec<C::Item>)) -> Result<()> {
+    pub fn list_pages<C: ListCall>(
+        &mut self,
+        mut request: C::Request,
+        on_page: &mut dyn FnMut(Vec<C::Item>),
+    ) -> Result<()> {
         self.ask::<C>(&request)?;
         loop {
             let (items, next) = C::into_page(self.answer::<C>()?);
@@ -23,7 +27,10 @@ impl Client {
                 return Ok(());
             };
             if items.is_empty() {
-                let text = format!("{}: the daemon sent an empty page that is not the last", C::METHOD);
+                let text = format!(
+                    "{}: the daemon sent an empty page that is not the last",
+                    C::METHOD
+                );
                 return Err(Error::internal(text).into());
             }
             C::start_after(&mut request, next);

@@ -85,14 +85,19 @@ impl Client {
         let mut client = Self::connect_again(socket)?;
         let params = RawValue::from_string("{}".to_owned()).expect("an object");
         let answer = client.call_raw("fcd.info", &params, HELLO_DEADLINE)?;
-        let hello: Hello = serde_json::from_str(answer.get()).map_err(|e| protocol("read the daemon's version", e))?;
+        let hello: Hello = serde_json::from_str(answer.get())
+            .map_err(|e| protocol("read the daemon's version", e))?;
         client.warning = compare(hello.api, &hello.version)?;
         Ok(client)
     }
 
     /// Opens a second connection to a daemon whose version has been checked before.
     pub fn connect_again(socket: &Path) -> Result<Self> {
-        Ok(Self { connection: Connection::open(socket)?, socket: socket.to_owned(), warning: None })
+        Ok(Self {
+            connection: Connection::open(socket)?,
+            socket: socket.to_owned(),
+            warning: None,
+        })
     }
 
     pub fn socket(&self) -> &Path {
@@ -128,7 +133,12 @@ impl Client {
     /// Like [`Client::call`], for a call whose answer comes with a descriptor.
     pub fn call_for_fd<C: Call>(&mut self, request: &C::Request) -> Result<(C::Reply, OwnedFd)> {
         let reply = self.call::<C>(request)?;
-        let missing = || Error::new(Kind::VersionMismatch, format!("{}: no descriptor came with the answer", C::METHOD));
+        let missing = || {
+            Error::new(
+                Kind::VersionMismatch,
+                format!("{}: no descriptor came with the answer", C::METHOD),
+            )
+        };
         let fd = self.connection.take_received().ok_or_else(missing)?;
         Ok((reply, fd))
     }
@@ -145,14 +155,23 @@ impl Client {
     }
 
     /// Sends a `more` call. [`InFlight::next_event`] reads its notes and its reply.
-    pub fn begin<C: Call>(&mut self, request: &C::Request, fds: &[BorrowedFd<'_>]) -> Result<InFlight<'_, C::Reply>> {
+    pub fn begin<C: Call>(
+        &mut self,
+        request: &C::Request,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<InFlight<'_, C::Reply>> {
         self.send(C::METHOD, &raw(request)?, true, fds)?;
         self.connection.set_deadline(None)?;
         Ok(self.flight(C::METHOD))
     }
 
     /// Calls any method with any parameters.
-    pub fn call_raw(&mut self, method: &str, params: &RawValue, deadline: Duration) -> Result<Box<RawValue>> {
+    pub fn call_raw(
+        &mut self,
+        method: &str,
+        params: &RawValue,
+        deadline: Duration,
+    ) -> Result<Box<RawValue>> {
         self.send(method, params, false, &[])?;
         self.connection.set_deadline(Some(deadline))?;
         self.flight::<Box<RawValue>>(method).finish(&mut |_| Ok(()))
@@ -171,10 +190,21 @@ impl Client {
     }
 
     fn flight<'a, R>(&'a mut self, method: &'a str) -> InFlight<'a, R> {
-        InFlight { id: self.connection.last_id(), client: self, method, reply: PhantomData }
+        InFlight {
+            id: self.connection.last_id(),
+            client: self,
+            method,
+            reply: PhantomData,
+        }
     }
 
-    fn send(&mut self, method: &str, params: &RawValue, more: bool, fds: &[BorrowedFd<'_>]) -> Result<()> {
+    fn send(
+        &mut self,
+        method: &str,
+        params: &RawValue,
+        more: bool,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<()> {
         self.connection.send(method, params, more, fds)
     }
 }
@@ -190,7 +220,9 @@ impl<R: serde::de::DeserializeOwned> InFlight<'_, R> {
             match Line::<R>::parse(line) {
                 Ok(None) => {}
                 Ok(Some(Line::Note(note))) => return Ok(Event::Note(note)),
-                Ok(Some(Line::Response(response))) => return self.accept(response).map(Event::Reply),
+                Ok(Some(Line::Response(response))) => {
+                    return self.accept(response).map(Event::Reply);
+                }
                 Err(e) => {
                     let line = line.to_owned();
                     return Err(self.unreadable(&line, e));
@@ -227,13 +259,18 @@ impl<R: serde::de::DeserializeOwned> InFlight<'_, R> {
     fn check_id<T>(&mut self, response: &Response<T>) -> Result<()> {
         // An error without an id concerns the connection: the request was not understood, or there
         // are too many connections.
-        let ours = response.id.get() == self.id.to_string() || (response.error.is_some() && response.id.get() == "null");
+        let ours = response.id.get() == self.id.to_string()
+            || (response.error.is_some() && response.id.get() == "null");
         if ours {
             return Ok(());
         }
         self.client.connection.hang_up();
         let id = response.id.get().chars().take(40).collect::<String>();
-        Err(Error::internal(format!("{}: the daemon answered another call ({id})", self.method)).into())
+        Err(Error::internal(format!(
+            "{}: the daemon answered another call ({id})",
+            self.method
+        ))
+        .into())
     }
 
     fn accept(&mut self, response: Response<R>) -> Result<R> {
@@ -241,12 +278,19 @@ impl<R: serde::de::DeserializeOwned> InFlight<'_, R> {
         if let Some(error) = response.error {
             return Err(Failure::from_rpc(error));
         }
-        response.result.ok_or_else(|| Error::internal(format!("{}: the daemon's answer has no result", self.method)).into())
+        response.result.ok_or_else(|| {
+            Error::internal(format!(
+                "{}: the daemon's answer has no result",
+                self.method
+            ))
+            .into()
+        })
     }
 }
 
 fn raw(request: &impl serde::Serialize) -> Result<Box<RawValue>> {
-    serde_json::value::to_raw_value(request).map_err(|e| Error::internal("write a request").with_source(e).into())
+    serde_json::value::to_raw_value(request)
+        .map_err(|e| Error::internal("write a request").with_source(e).into())
 }
 
 fn protocol(doing: &str, e: serde_json::Error) -> Failure {
@@ -268,7 +312,10 @@ fn compare(theirs: ApiVersion, package: &str) -> Result<Option<String>> {
             ),
         )
         .hint("install the same version of fcd and fcctl, then restart fcd");
-        return Err(Failure { unreachable: true, ..e.into() });
+        return Err(Failure {
+            unreachable: true,
+            ..e.into()
+        });
     }
     if theirs.minor != VERSION_MINOR || package != ours {
         return Ok(Some(format!(

@@ -12,7 +12,9 @@ use std::io::Write;
 use std::os::fd::AsFd;
 
 fn show(client: &mut Client) -> Result<crate::api::vm::VmReply> {
-    client.call::<VmShow>(&crate::api::vm::VmRequest { vm: "web".to_owned() })
+    client.call::<VmShow>(&crate::api::vm::VmRequest {
+        vm: "web".to_owned(),
+    })
 }
 
 /// Checks the failure of a call to a daemon that answers with `answer`.
@@ -21,7 +23,13 @@ fn check(answer: impl Fn(Request) + Send + Sync + 'static, expected: Expect) {
     let fake = Fake::start(answer);
     let mut client = Client::connect(&fake.socket()).unwrap();
     let e = show(&mut client).unwrap_err();
-    expected.assert_eq(&format!("{} {} {}\n{e}\nhint: {:?}\n", e.exit_status(), e.kind(), e.unreachable, e.fault.hint));
+    expected.assert_eq(&format!(
+        "{} {} {}\n{e}\nhint: {:?}\n",
+        e.exit_status(),
+        e.kind(),
+        e.unreachable,
+        e.fault.hint
+    ));
 }
 
 #[test]
@@ -53,7 +61,9 @@ fn kind_of_a_newer_daemon_is_kept() {
 #[test]
 fn error_about_the_connection_has_no_id() {
     check(
-        |mut r| r.raw(r#"{"jsonrpc":"2.0","id":null,"error":{"code":-32601,"message":"no method vm.show"}}"#),
+        |mut r| {
+            r.raw(r#"{"jsonrpc":"2.0","id":null,"error":{"code":-32601,"message":"no method vm.show"}}"#)
+        },
         expect![[r#"
             2 method_not_found false
             no method vm.show
@@ -113,7 +123,12 @@ fn malformed_line_hints_at_versions() {
 #[track_caller]
 fn refused(socket: &Path, expected: Expect) {
     let e = Client::connect(socket).err().expect("refused");
-    let text = format!("{} {}\n{e}\nhint: {}\n", e.exit_status(), e.kind(), e.fault.hint.clone().unwrap_or_default());
+    let text = format!(
+        "{} {}\n{e}\nhint: {}\n",
+        e.exit_status(),
+        e.kind(),
+        e.fault.hint.clone().unwrap_or_default()
+    );
     expected.assert_eq(&text.replace(socket.to_str().unwrap(), "SOCKET"));
 }
 
@@ -152,7 +167,12 @@ fn versions() {
 
     let fake = Fake::with_version(VERSION_MAJOR, VERSION_MINOR + 1, |_| unreachable!());
     let client = Client::connect(&fake.socket()).unwrap();
-    assert!(client.warning().unwrap().contains(&format!("protocol {VERSION_MAJOR}.{}", VERSION_MINOR + 1)));
+    assert!(
+        client
+            .warning()
+            .unwrap()
+            .contains(&format!("protocol {VERSION_MAJOR}.{}", VERSION_MINOR + 1))
+    );
 
     let fake = Fake::start(|_| unreachable!());
     assert_eq!(Client::connect(&fake.socket()).unwrap().warning(), None);
@@ -163,15 +183,25 @@ fn notes_arrive_in_order_and_unknown_ones_are_skipped() {
     let fake = Fake::start(|mut r| {
         assert!(r.more);
         r.raw(r#"{"jsonrpc":"2.0","method":"weather","params":{"sky":"blue"}}"#);
-        r.note(Note::Progress(Progress { stage: "boot".to_owned(), ..Progress::default() }));
-        r.note(Note::Progress(Progress { stage: "ssh".to_owned(), ..Progress::default() }));
+        r.note(Note::Progress(Progress {
+            stage: "boot".to_owned(),
+            ..Progress::default()
+        }));
+        r.note(Note::Progress(Progress {
+            stage: "ssh".to_owned(),
+            ..Progress::default()
+        }));
         r.fault(Error::new(Kind::BootTimeout, "late"));
     });
     let mut client = Client::connect(&fake.socket()).unwrap();
     let mut stages = vec![];
-    let request = crate::api::vm::VmRequest { vm: "web".to_owned() };
+    let request = crate::api::vm::VmRequest {
+        vm: "web".to_owned(),
+    };
     let result = client.call_more::<VmStart>(&request, &[], &mut |note| {
-        let Note::Progress(p) = note else { panic!("{note:?}") };
+        let Note::Progress(p) = note else {
+            panic!("{note:?}")
+        };
         stages.push(p.stage);
         Ok(())
     });
@@ -188,8 +218,16 @@ fn closure_error_hangs_up() {
         gone.send(()).unwrap();
     });
     let mut client = Client::connect(&fake.socket()).unwrap();
-    let request = crate::api::vm::VmRequest { vm: "web".to_owned() };
-    let e = client.call_more::<VmStart>(&request, &[], &mut |_| Err(Error::internal("enough").into())).unwrap_err();
+    let request = crate::api::vm::VmRequest {
+        vm: "web".to_owned(),
+    };
+    let e = client
+        .call_more::<VmStart>(
+            &request,
+            &[],
+            &mut |_| Err(Error::internal("enough").into()),
+        )
+        .unwrap_err();
     assert_eq!(e.to_string(), "enough");
     seen.recv_timeout(Duration::from_secs(10)).unwrap();
 }
@@ -207,7 +245,9 @@ fn another_thread_can_hang_up() {
         go.recv_timeout(Duration::from_secs(10)).unwrap();
         hangup.hang_up();
     });
-    let e = client.call_more::<DebugLocks>(&Empty {}, &[], &mut |_| Ok(())).unwrap_err();
+    let e = client
+        .call_more::<DebugLocks>(&Empty {}, &[], &mut |_| Ok(()))
+        .unwrap_err();
     assert_eq!(e.kind(), LOST);
     cutter.join().unwrap();
 }
@@ -217,7 +257,9 @@ fn large_request_carries_descriptors() {
     let fake = Fake::start(|mut r| {
         assert_eq!(r.params["argv"][0].as_str().unwrap().len(), 500_000);
         let fd = r.fds.pop().unwrap();
-        std::fs::File::from(fd).write_all(b"through the pipe").unwrap();
+        std::fs::File::from(fd)
+            .write_all(b"through the pipe")
+            .unwrap();
         r.result(json!({"exit": {"status": 7}}));
     });
     let mut client = Client::connect(&fake.socket()).unwrap();
@@ -231,15 +273,33 @@ fn large_request_carries_descriptors() {
         streams: vec![crate::api::exec::Stream::Stdout],
         no_wait_children: false,
     };
-    let reply = client.call_more::<ExecStart>(&request, &[writer.as_fd()], &mut |_| Ok(())).unwrap();
+    let reply = client
+        .call_more::<ExecStart>(&request, &[writer.as_fd()], &mut |_| Ok(()))
+        .unwrap();
     drop(writer);
     assert_eq!(reply.exit.shell_status(), 7);
-    assert_eq!(std::io::read_to_string(&mut reader).unwrap(), "through the pipe");
-    let too_long = ExecStartRequest { argv: vec!["x".repeat(1 << 20)], ..request };
-    let e = client.call_more::<ExecStart>(&too_long, &[], &mut |_| Ok(())).unwrap_err();
+    assert_eq!(
+        std::io::read_to_string(&mut reader).unwrap(),
+        "through the pipe"
+    );
+    let too_long = ExecStartRequest {
+        argv: vec!["x".repeat(1 << 20)],
+        ..request
+    };
+    let e = client
+        .call_more::<ExecStart>(&too_long, &[], &mut |_| Ok(()))
+        .unwrap_err();
     assert_eq!((e.kind(), e.exit_status()), ("frame_too_large", 2));
     // The connection can still be used.
-    assert!(client.call_raw("fcd.info", &RawValue::from_string("{}".to_owned()).unwrap(), CALL_DEADLINE).is_ok());
+    assert!(
+        client
+            .call_raw(
+                "fcd.info",
+                &RawValue::from_string("{}".to_owned()).unwrap(),
+                CALL_DEADLINE
+            )
+            .is_ok()
+    );
 }
 
 #[test]
@@ -247,7 +307,9 @@ fn silent_daemon_times_out() {
     let fake = Fake::start(|mut r| r.wait_for_hangup());
     let mut client = Client::connect(&fake.socket()).unwrap();
     let params = RawValue::from_string("{}".to_owned()).unwrap();
-    let e = client.call_raw(<Doctor as Call>::METHOD, &params, Duration::from_millis(50)).unwrap_err();
+    let e = client
+        .call_raw(<Doctor as Call>::METHOD, &params, Duration::from_millis(50))
+        .unwrap_err();
     assert_eq!((e.code(), e.exit_status()), (Code::Timeout, 124));
 }
 
@@ -260,7 +322,9 @@ fn list_requests_the_next_page_before_the_previous_one_is_used() {
     const SOON: Duration = Duration::from_secs(10);
     let (requested, requests) = crossbeam_channel::unbounded();
     let fake = Fake::start(move |r| {
-        let page: u64 = r.params["after"].as_str().map_or(0, |after| after.parse().unwrap());
+        let page: u64 = r.params["after"]
+            .as_str()
+            .map_or(0, |after| after.parse().unwrap());
         if page > 0 {
             requested.send(page).unwrap();
         }
@@ -273,10 +337,16 @@ fn list_requests_the_next_page_before_the_previous_one_is_used() {
         names.extend(vms.into_iter().map(|vm| vm.name.to_string()));
         let next = names.len() as u64;
         if next < 3 {
-            assert_eq!(requests.recv_timeout(SOON), Ok(next), "the page was not requested early");
+            assert_eq!(
+                requests.recv_timeout(SOON),
+                Ok(next),
+                "the page was not requested early"
+            );
         }
     };
-    client.list_pages::<VmListBrief>(VmListRequest::default(), &mut on_page).unwrap();
+    client
+        .list_pages::<VmListBrief>(VmListRequest::default(), &mut on_page)
+        .unwrap();
     assert_eq!(names, ["v0", "v1", "v2"]);
     assert!(requests.is_empty());
 }
@@ -285,15 +355,26 @@ fn list_requests_the_next_page_before_the_previous_one_is_used() {
 fn empty_page_that_is_not_the_last_is_an_error() {
     let fake = Fake::start(|r| r.result(json!({"vms": [], "next": "1"})));
     let mut client = Client::connect(&fake.socket()).unwrap();
-    let e = client.list::<VmListBrief>(VmListRequest::default()).unwrap_err();
-    assert!(e.is(Kind::Internal) && e.fault.message.contains("empty page"), "{e:?}");
+    let e = client
+        .list::<VmListBrief>(VmListRequest::default())
+        .unwrap_err();
+    assert!(
+        e.is(Kind::Internal) && e.fault.message.contains("empty page"),
+        "{e:?}"
+    );
 }
 
 #[test]
 fn lines_that_arrive_together_are_read_one_by_one() {
     let fake = Fake::start(|mut r| {
-        let note = |stage: &str| format!(r#"{{"jsonrpc":"2.0","method":"progress","params":{{"stage":"{stage}"}}}}"#);
-        r.raw(&format!("{}\n{}\n{{\"jsonrpc\":\"2.0\",\"id\":2,\"result\":{{}}}}", note("one"), note("two")));
+        let note = |stage: &str| {
+            format!(r#"{{"jsonrpc":"2.0","method":"progress","params":{{"stage":"{stage}"}}}}"#)
+        };
+        r.raw(&format!(
+            "{}\n{}\n{{\"jsonrpc\":\"2.0\",\"id\":2,\"result\":{{}}}}",
+            note("one"),
+            note("two")
+        ));
     });
     let mut client = Client::connect(&fake.socket()).unwrap();
     let mut stages = Vec::new();
@@ -304,6 +385,8 @@ fn lines_that_arrive_together_are_read_one_by_one() {
         }
         Ok(())
     };
-    let answer = client.call_raw_more("vm.start", &params, &mut on_note).unwrap();
+    let answer = client
+        .call_raw_more("vm.start", &params, &mut on_note)
+        .unwrap();
     assert_eq!((answer.get(), stages.len()), ("{}", 2));
 }

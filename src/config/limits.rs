@@ -72,6 +72,9 @@ impl Limits {
 
     /// How many finished operations are kept.
     pub fn retention(&self) -> Retention {
-        Retention { per_uid_max: self.operations_kept_per_uid, total_max: self.operations_kept_max }
+        Retention {
+            per_uid_max: self.operations_kept_per_uid,
+            total_max: self.operations_kept_max,
+        }
     }
 }

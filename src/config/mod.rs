@@ -73,10 +73,17 @@ impl Places {
         }
         let home = dir("HOME").unwrap_or_else(|| "/".into());
         let config = dir("XDG_CONFIG_HOME").unwrap_or_else(|| home.join(".config"));
-        let state_dir = dir("XDG_STATE_HOME").unwrap_or_else(|| home.join(".local/state")).join("fcd");
+        let state_dir = dir("XDG_STATE_HOME")
+            .unwrap_or_else(|| home.join(".local/state"))
+            .join("fcd");
         // The state directory is as private as a runtime directory would be.
-        let socket = dir("XDG_RUNTIME_DIR").map_or_else(|| state_dir.join("fcd.sock"), |d| d.join("fcd/fcd.sock"));
-        Self { config: config.join("fcd/config.toml"), state_dir, socket }
+        let socket = dir("XDG_RUNTIME_DIR")
+            .map_or_else(|| state_dir.join("fcd.sock"), |d| d.join("fcd/fcd.sock"));
+        Self {
+            config: config.join("fcd/config.toml"),
+            state_dir,
+            socket,
+        }
     }
 }
 
@@ -100,28 +107,60 @@ impl Config {
     /// be missing.
     pub fn load(flags: &Flags, uid: u32, env: &dyn Fn(&str) -> Option<String>) -> Result<Self> {
         let places = Places::for_user(uid, env);
-        let named = flags.config.clone().or_else(|| env("FCD_CONFIG").map(PathBuf::from));
+        let named = flags
+            .config
+            .clone()
+            .or_else(|| env("FCD_CONFIG").map(PathBuf::from));
         let path = named.clone().unwrap_or(places.config.clone());
         let file = match std::fs::read_to_string(&path) {
-            Ok(text) => parse(&text)
-                .map_err(|e| e.context(format!("read configuration {}", path.display())).hint("correct or remove that line"))?,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound && named.is_none() => File::default(),
+            Ok(text) => parse(&text).map_err(|e| {
+                e.context(format!("read configuration {}", path.display()))
+                    .hint("correct or remove that line")
+            })?,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound && named.is_none() => {
+                File::default()
+            }
             Err(e) => {
-                let e = Error::new(Kind::InvalidConfig, format!("read configuration {}", path.display())).with_source(e);
-                return Err(e.hint("name a file that can be read with --config or FCD_CONFIG, or leave both out"));
+                let e = Error::new(
+                    Kind::InvalidConfig,
+                    format!("read configuration {}", path.display()),
+                )
+                .with_source(e);
+                return Err(e.hint(
+                    "name a file that can be read with --config or FCD_CONFIG, or leave both out",
+                ));
             }
         };
         let pick = |flag: &Option<PathBuf>, name: &str, file: Option<PathBuf>, default: PathBuf| {
-            flag.clone().or_else(|| env(name).filter(|v| !v.is_empty()).map(PathBuf::from)).or(file).unwrap_or(default)
+            flag.clone()
+                .or_else(|| env(name).filter(|v| !v.is_empty()).map(PathBuf::from))
+                .or(file)
+                .unwrap_or(default)
         };
         // VMMs run in directories of their own, so a relative path would mean something else there.
         let absolute = |path: PathBuf| {
-            let e = |e| Error::new(Kind::InvalidConfig, format!("resolve path {}", path.display())).with_source(e);
+            let e = |e| {
+                Error::new(
+                    Kind::InvalidConfig,
+                    format!("resolve path {}", path.display()),
+                )
+                .with_source(e)
+            };
             std::path::absolute(&path).map_err(e)
         };
         let config = Config {
-            state_dir: absolute(pick(&flags.state_dir, "FCD_STATE_DIR", file.state_dir, places.state_dir))?,
-            socket: absolute(pick(&flags.socket, "FCD_SOCKET", file.socket, places.socket))?,
+            state_dir: absolute(pick(
+                &flags.state_dir,
+                "FCD_STATE_DIR",
+                file.state_dir,
+                places.state_dir,
+            ))?,
+            socket: absolute(pick(
+                &flags.socket,
+                "FCD_SOCKET",
+                file.socket,
+                places.socket,
+            ))?,
             limits: file.limits,
             vm: file.vm,
             vmm: file.vmm,
@@ -131,7 +170,9 @@ impl Config {
             network: file.network,
             sync: file.sync,
         };
-        config.validate().map_err(|e| e.hint(format!("change it in {}", path.display())))?;
+        config
+            .validate()
+            .map_err(|e| e.hint(format!("change it in {}", path.display())))?;
         Ok(config)
     }
 
@@ -145,10 +186,14 @@ impl Config {
             return bad("limits.pool_queue must be at least 1");
         }
         if l.operations_kept_per_uid == 0 || l.operations_kept_max < l.operations_kept_per_uid {
-            return bad("limits.operations_kept_per_uid must be at least 1 and at most operations_kept_max");
+            return bad(
+                "limits.operations_kept_per_uid must be at least 1 and at most operations_kept_max",
+            );
         }
         if l.connections_root_reserved >= l.connections_max || l.connections_per_uid_max == 0 {
-            return bad("limits.connections_max must be above connections_root_reserved, connections_per_uid_max above 0");
+            return bad(
+                "limits.connections_max must be above connections_root_reserved, connections_per_uid_max above 0",
+            );
         }
         if l.builds_max == 0 {
             return bad("limits.builds_max must be at least 1");
@@ -162,12 +207,20 @@ impl Config {
         if self.vm.vcpus == 0 || self.vm.mem_mib < MEM_MIB_MIN {
             return bad("vm.vcpus must be at least 1, vm.mem_mib at least 128");
         }
-        if self.qemu.uid_base < 1000 || self.qemu.uid_count == 0 || self.qemu.uid_base.checked_add(self.qemu.uid_count).is_none()
+        if self.qemu.uid_base < 1000
+            || self.qemu.uid_count == 0
+            || self
+                .qemu
+                .uid_base
+                .checked_add(self.qemu.uid_count)
+                .is_none()
         {
             return bad("qemu.uid_base must be at least 1000 and the range must fit 32 bits");
         }
         if self.network.is_bridge() && self.network.dns && self.qemu.uid_count < 2 {
-            return bad("qemu.uid_count must be at least 2 with a bridge: one uid is the name server's");
+            return bad(
+                "qemu.uid_count must be at least 2 with a bridge: one uid is the name server's",
+            );
         }
         sync::validate(&self.sync)?;
         vmm::validate(&self.vmm, self.network.is_bridge())?;
@@ -180,7 +233,9 @@ pub const MEM_MIB_MIN: u64 = 128;
 
 fn parse(text: &str) -> Result<File> {
     toml::from_str(text).map_err(|e| {
-        let line = e.span().map_or(1, |s| text[..s.start.min(text.len())].matches('\n').count() + 1);
+        let line = e.span().map_or(1, |s| {
+            text[..s.start.min(text.len())].matches('\n').count() + 1
+        });
         Error::new(Kind::InvalidConfig, format!("line {line}: {}", e.message()))
     })
 }
@@ -191,7 +246,9 @@ mod tests {
 
     #[test]
     fn config_unknown_key_is_rejected_with_its_line() {
-        let e = parse("[limits]\nboots_max = 2\nbots_max = 3\n").unwrap_err().to_string();
+        let e = parse("[limits]\nboots_max = 2\nbots_max = 3\n")
+            .unwrap_err()
+            .to_string();
         assert!(e.starts_with("line 3: unknown field `bots_max`"), "{e}");
     }
 
@@ -206,17 +263,36 @@ mod tests {
             _ => None,
         };
         let c = Config::load(&Flags::default(), 0, &env).unwrap();
-        assert_eq!((c.state_dir.to_str(), c.socket.to_str()), (Some("/file"), Some("/env.sock")));
-        let flags = Flags { socket: Some("/flag.sock".into()), ..Flags::default() };
-        assert_eq!(Config::load(&flags, 0, &env).unwrap().socket.to_str(), Some("/flag.sock"));
+        assert_eq!(
+            (c.state_dir.to_str(), c.socket.to_str()),
+            (Some("/file"), Some("/env.sock"))
+        );
+        let flags = Flags {
+            socket: Some("/flag.sock".into()),
+            ..Flags::default()
+        };
+        assert_eq!(
+            Config::load(&flags, 0, &env).unwrap().socket.to_str(),
+            Some("/flag.sock")
+        );
     }
 
     #[test]
     fn config_relative_path_is_resolved_from_working_directory() {
-        let flags = Flags { state_dir: Some("state".into()), socket: Some("./fcd.sock".into()), ..Flags::default() };
-        let c = Config::load(&flags, 1000, &|name| (name == "HOME").then(|| "/nonexistent".to_owned())).unwrap();
+        let flags = Flags {
+            state_dir: Some("state".into()),
+            socket: Some("./fcd.sock".into()),
+            ..Flags::default()
+        };
+        let c = Config::load(&flags, 1000, &|name| {
+            (name == "HOME").then(|| "/nonexistent".to_owned())
+        })
+        .unwrap();
         let here = std::env::current_dir().unwrap();
-        assert_eq!((c.state_dir, c.socket), (here.join("state"), here.join("fcd.sock")));
+        assert_eq!(
+            (c.state_dir, c.socket),
+            (here.join("state"), here.join("fcd.sock"))
+        );
     }
 
     #[test]
@@ -230,8 +306,14 @@ mod tests {
 
     #[test]
     fn config_named_file_must_exist() {
-        let flags = Flags { config: Some("/nonexistent/x.toml".into()), ..Flags::default() };
-        assert_eq!(Config::load(&flags, 0, &|_| None).unwrap_err().kind(), Kind::InvalidConfig);
+        let flags = Flags {
+            config: Some("/nonexistent/x.toml".into()),
+            ..Flags::default()
+        };
+        assert_eq!(
+            Config::load(&flags, 0, &|_| None).unwrap_err().kind(),
+            Kind::InvalidConfig
+        );
     }
 
     fn config(file: File) -> Config {
@@ -260,13 +342,20 @@ mod tests {
     fn name_server_has_a_uid_of_its_own_with_a_bridge() {
         let of = |driver, uid_count| {
             let mut file = File::default();
-            (file.network.driver, file.qemu.uid_base, file.qemu.uid_count) = (driver, 5000, uid_count);
+            (file.network.driver, file.qemu.uid_base, file.qemu.uid_count) =
+                (driver, 5000, uid_count);
             config(file)
         };
         let ten = of(NetworkDriver::Bridge, 10);
-        assert_eq!((ten.qemu.uids().last(), ten.qemu.name_server_uid()), (Some(5009), 5009));
+        assert_eq!(
+            (ten.qemu.uids().last(), ten.qemu.name_server_uid()),
+            (Some(5009), 5009)
+        );
         assert!(ten.validate().is_ok() && of(NetworkDriver::User, 1).validate().is_ok());
         let e = of(NetworkDriver::Bridge, 1).validate().unwrap_err();
-        assert!(e.to_string().contains("qemu.uid_count must be at least 2"), "{e}");
+        assert!(
+            e.to_string().contains("qemu.uid_count must be at least 2"),
+            "{e}"
+        );
     }
 }

@@ -59,8 +59,11 @@ impl Network {
         let is_plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
         let name = self.bridge.as_bytes();
         let begins_well = name.first().is_some_and(u8::is_ascii_lowercase);
-        if !begins_well || name.len() > INTERFACE_NAME_LEN_MAX || !name.iter().all(|b| is_plain(*b)) {
-            return bad("network.bridge must be 1 to 15 of a-z, 0-9 and -, beginning with a letter");
+        if !begins_well || name.len() > INTERFACE_NAME_LEN_MAX || !name.iter().all(|b| is_plain(*b))
+        {
+            return bad(
+                "network.bridge must be 1 to 15 of a-z, 0-9 and -, beginning with a letter",
+            );
         }
         if self.taps_ahead > TAPS_AHEAD_MAX {
             return bad("network.taps_ahead must be at most 64");
@@ -139,12 +142,19 @@ impl FromStr for Subnet {
     fn from_str(text: &str) -> Result<Self> {
         let bad = |why: &str| {
             let shown: String = text.chars().take(40).collect();
-            Error::new(Kind::InvalidConfig, format!("network.subnet {shown:?} is not valid: {why}"))
-                .hint("write it as 10.89.0.0/24")
+            Error::new(
+                Kind::InvalidConfig,
+                format!("network.subnet {shown:?} is not valid: {why}"),
+            )
+            .hint("write it as 10.89.0.0/24")
         };
-        let (base, prefix) = text.split_once('/').ok_or_else(|| bad("there is no / in it"))?;
+        let (base, prefix) = text
+            .split_once('/')
+            .ok_or_else(|| bad("there is no / in it"))?;
         let base: Ipv4Addr = base.parse().map_err(|_| bad("it has no IPv4 address"))?;
-        let prefix: u8 = prefix.parse().map_err(|_| bad("the length of the prefix is not a number"))?;
+        let prefix: u8 = prefix
+            .parse()
+            .map_err(|_| bad("the length of the prefix is not a number"))?;
         if !(PREFIX_MIN..=PREFIX_MAX).contains(&prefix) {
             return Err(bad("the prefix must be 16 to 29 bits long"));
         }
@@ -152,7 +162,10 @@ impl FromStr for Subnet {
         if !subnet.contains(base) {
             return Err(bad("the address has bits beyond the prefix"));
         }
-        let usable = !(base.is_loopback() || base.is_link_local() || base.is_multicast() || base.octets()[0] == 0)
+        let usable = !(base.is_loopback()
+            || base.is_link_local()
+            || base.is_multicast()
+            || base.octets()[0] == 0)
             && base.octets()[0] < 240;
         if !usable {
             return Err(bad("these addresses are set aside for something else"));
@@ -180,9 +193,15 @@ mod tests {
         assert_eq!(subnet.guest(0), Some(Ipv4Addr::new(10, 89, 0, 2)));
         assert_eq!(subnet.guest(252), Some(Ipv4Addr::new(10, 89, 0, 254)));
         assert_eq!((subnet.guest(253), subnet.guest(u32::MAX)), (None, None));
-        assert!(subnet.contains(Ipv4Addr::new(10, 89, 0, 255)) && !subnet.contains(Ipv4Addr::new(10, 89, 1, 0)));
+        assert!(
+            subnet.contains(Ipv4Addr::new(10, 89, 0, 255))
+                && !subnet.contains(Ipv4Addr::new(10, 89, 1, 0))
+        );
         let large: Subnet = "172.20.0.0/16".parse().unwrap();
-        assert_eq!(large.guest(large.guests_max() - 1), Some(Ipv4Addr::new(172, 20, 255, 254)));
+        assert_eq!(
+            large.guest(large.guests_max() - 1),
+            Some(Ipv4Addr::new(172, 20, 255, 254))
+        );
         assert_eq!("10.0.0.0/29".parse::<Subnet>().unwrap().guests_max(), 5);
     }
 
@@ -204,7 +223,11 @@ mod tests {
             "fd00::/64",
             "10.0.0.0/99999",
         ] {
-            assert_eq!(bad.parse::<Subnet>().unwrap_err().kind(), Kind::InvalidConfig, "{bad}");
+            assert_eq!(
+                bad.parse::<Subnet>().unwrap_err().kind(),
+                Kind::InvalidConfig,
+                "{bad}"
+            );
         }
     }
 
@@ -215,17 +238,38 @@ mod tests {
             let (base, prefix) = text.split_once('/').unwrap();
             subnet.overlaps(base.parse().unwrap(), prefix.parse().unwrap())
         };
-        assert!(overlaps("10.0.0.0/8") && overlaps("10.89.0.128/25") && overlaps("10.89.0.7/32") && overlaps("0.0.0.0/0"));
+        assert!(
+            overlaps("10.0.0.0/8")
+                && overlaps("10.89.0.128/25")
+                && overlaps("10.89.0.7/32")
+                && overlaps("0.0.0.0/0")
+        );
         assert!(!overlaps("10.89.1.0/24") && !overlaps("192.168.0.0/16"));
     }
 
     #[test]
     fn bridge_name_is_validated() {
-        let with = |name: &str| Network { bridge: name.to_owned(), ..Network::default() }.validate();
+        let with = |name: &str| {
+            Network {
+                bridge: name.to_owned(),
+                ..Network::default()
+            }
+            .validate()
+        };
         for good in ["fcbr0", "b", "a-b", &"b".repeat(15)] {
             with(good).unwrap();
         }
-        for bad in ["", "0", "-b", "a b", "a/b", "a\"b", "..", "ä", &"b".repeat(16)] {
+        for bad in [
+            "",
+            "0",
+            "-b",
+            "a b",
+            "a/b",
+            "a\"b",
+            "..",
+            "ä",
+            &"b".repeat(16),
+        ] {
             assert_eq!(with(bad).unwrap_err().kind(), Kind::InvalidConfig, "{bad}");
         }
     }

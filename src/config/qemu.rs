@@ -57,6 +57,7 @@ impl Qemu {
     /// The uid of the name server's helper process if the daemon has a bridge: the last of the
     /// range, which no VM gets then.
     pub fn name_server_uid(&self) -> u32 {
-        self.uid_base.saturating_add(self.uid_count.saturating_sub(1))
+        self.uid_base
+            .saturating_add(self.uid_count.saturating_sub(1))
     }
 }

@@ -53,7 +53,12 @@ fn section(name: &str, doc: &[&str], settings: &[Setting]) -> String {
 
 fn setting(setting: &Setting) -> String {
     let choices: String = setting.choices.iter().map(choice).collect();
-    format!("\n{}{choices}#{} = {}\n", comment("# ", "# ", setting.doc), setting.name, setting.default)
+    format!(
+        "\n{}{choices}#{} = {}\n",
+        comment("# ", "# ", setting.doc),
+        setting.name,
+        setting.default
+    )
 }
 
 fn choice(choice: &Choice) -> String {
@@ -88,14 +93,26 @@ mod tests {
 
     #[test]
     fn reference_with_every_setting_uncommented_is_the_default() {
-        let is_setting = |line: &str| line.starts_with('#') && !line.starts_with("# ") && line.len() > 1;
-        let uncommented = |line: &str| if is_setting(line) { line[1..].to_owned() } else { line.to_owned() };
+        let is_setting =
+            |line: &str| line.starts_with('#') && !line.starts_with("# ") && line.len() > 1;
+        let uncommented = |line: &str| {
+            if is_setting(line) {
+                line[1..].to_owned()
+            } else {
+                line.to_owned()
+            }
+        };
         let text: Vec<String> = reference().lines().map(uncommented).collect();
         let file = parse(&text.join("\n")).unwrap();
         assert_eq!(file.state_dir.as_deref(), Some("/var/lib/fcd".as_ref()));
         assert_eq!(file.socket.as_deref(), Some("/run/fcd/fcd.sock".as_ref()));
         assert_eq!((file.sync.len(), file.sync[0].mode()), (1, 0o644));
-        let rest = File { state_dir: None, socket: None, sync: Vec::new(), ..file };
+        let rest = File {
+            state_dir: None,
+            socket: None,
+            sync: Vec::new(),
+            ..file
+        };
         assert_eq!(rest, File::default());
     }
 
@@ -107,14 +124,20 @@ mod tests {
         assert!(names.len() > 5, "{refusal}");
         for name in names {
             let text = reference();
-            let is_there = ["[", "#[[", "#"].iter().any(|before| text.contains(&format!("\n{before}{name}")));
+            let is_there = ["[", "#[[", "#"]
+                .iter()
+                .any(|before| text.contains(&format!("\n{before}{name}")));
             assert!(is_there, "{name} is not in the reference");
         }
     }
 
     #[test]
     fn reference_choices_parse() {
-        for (section, settings) in [("vmm", Vmm::settings()), ("network", Network::settings()), ("disk", Disk::settings())] {
+        for (section, settings) in [
+            ("vmm", Vmm::settings()),
+            ("network", Network::settings()),
+            ("disk", Disk::settings()),
+        ] {
             let driver = settings.iter().find(|s| s.name == "driver").unwrap();
             assert!(driver.choices.len() > 2, "{section}");
             for choice in driver.choices {
@@ -131,6 +154,9 @@ mod tests {
         let long = "word ".repeat(40);
         let text = comment("#   auto: ", "#     ", &[&long]);
         assert!(text.lines().all(|line| line.len() <= LINE_WIDTH), "{text}");
-        assert!(text.starts_with("#   auto: word") && text.contains("\n#     word"), "{text}");
+        assert!(
+            text.starts_with("#   auto: word") && text.contains("\n#     word"),
+            "{text}"
+        );
     }
 }

@@ -54,7 +54,8 @@ section! {
 pub fn validate(vmm: &Vmm, network_is_bridge: bool) -> Result<()> {
     if vmm.driver == VmmDriver::Firecracker && !network_is_bridge {
         let message = "driver = \"firecracker\" under [vmm]: it has no user-mode network";
-        return Err(Error::new(Kind::InvalidConfig, message).hint("set driver = \"bridge\" under [network], as root"));
+        return Err(Error::new(Kind::InvalidConfig, message)
+            .hint("set driver = \"bridge\" under [network], as root"));
     }
     Ok(())
 }

@@ -19,16 +19,24 @@ impl Lifecycle {
             // What panicked may panic again, and the VM must get out of its transitional state
             // nevertheless.
             let settle = || catch_unwind(AssertUnwindSafe(|| lifecycle.fail_abandoned(&vm, &op)));
-            while let Err(e) = settle().unwrap_or_else(|_| Err(Error::internal("it panicked again"))) {
+            while let Err(e) =
+                settle().unwrap_or_else(|_| Err(Error::internal("it panicked again")))
+            {
                 log::error!("settle VM {vm} after an error in the daemon: {e}");
                 if lifecycle.core.sleep(ABANDON_RETRY) {
                     break;
                 }
             }
-            let failed = Error::internal(format!("VM {vm}: the operation failed because of an error in the daemon"))
-                .hint("see the daemon's log");
+            let failed = Error::internal(format!(
+                "VM {vm}: the operation failed because of an error in the daemon"
+            ))
+            .hint("see the daemon's log");
             lifecycle.core.end_op(op, Err(failed));
-            if lifecycle.core.row(&vm).is_ok_and(|row| row.rm && row.op.is_none()) {
+            if lifecycle
+                .core
+                .row(&vm)
+                .is_ok_and(|row| row.rm && row.op.is_none())
+            {
                 lifecycle.delete_unasked(&vm);
             }
         };
@@ -51,7 +59,9 @@ impl Lifecycle {
         let changed = self.core.change(true, |tx| {
             tx.update_vm(&guard, |r| {
                 r.state = VmState::Failed;
-                r.reason = Some("an operation failed because of an error in the daemon: see its log".to_owned());
+                r.reason = Some(
+                    "an operation failed because of an error in the daemon: see its log".to_owned(),
+                );
                 (r.op, r.intent, r.identity, r.ssh_addr) = (None, None, None, None);
             })
         });
@@ -59,7 +69,9 @@ impl Lifecycle {
         if let Some(s) = successor {
             self.core.end_op_soon(
                 s.op,
-                Err(Error::internal(format!("VM {vm}: an earlier operation failed because of an error in the daemon"))),
+                Err(Error::internal(format!(
+                    "VM {vm}: an earlier operation failed because of an error in the daemon"
+                ))),
             );
         }
         self.core.wait_durable(changed?.1)

@@ -45,7 +45,11 @@ pub fn find<'s>(state: &'s State, caller: &Caller, text: &'s str) -> Result<&'s 
     if !(PREFIX_LEN_MIN..ID_LEN).contains(&text.len()) {
         return Err(vm_not_found(text));
     }
-    let matches: Vec<_> = state.vms_by_id_prefix(text).filter(visible).take(AMBIGUOUS_SHOWN_MAX + 1).collect();
+    let matches: Vec<_> = state
+        .vms_by_id_prefix(text)
+        .filter(visible)
+        .take(AMBIGUOUS_SHOWN_MAX + 1)
+        .collect();
     match matches.as_slice() {
         [] => Err(vm_not_found(text)),
         [row] => Ok(row),
@@ -54,8 +58,19 @@ pub fn find<'s>(state: &'s State, caller: &Caller, text: &'s str) -> Result<&'s 
 }
 
 fn ambiguous(text: &str, matches: &[&Arc<VmRow>]) -> Error {
-    let ids: Vec<_> = matches.iter().take(AMBIGUOUS_SHOWN_MAX).map(|r| format!("{} ({})", r.id, r.name)).collect();
-    let more = if matches.len() > AMBIGUOUS_SHOWN_MAX { " and more" } else { "" };
-    Error::new(Kind::AmbiguousPrefix, format!("{text:?} matches several VMs: {}{more}", ids.join(", ")))
-        .hint("use the name or a longer part of the ID")
+    let ids: Vec<_> = matches
+        .iter()
+        .take(AMBIGUOUS_SHOWN_MAX)
+        .map(|r| format!("{} ({})", r.id, r.name))
+        .collect();
+    let more = if matches.len() > AMBIGUOUS_SHOWN_MAX {
+        " and more"
+    } else {
+        ""
+    };
+    Error::new(
+        Kind::AmbiguousPrefix,
+        format!("{text:?} matches several VMs: {}{more}", ids.join(", ")),
+    )
+    .hint("use the name or a longer part of the ID")
 }

@@ -32,7 +32,11 @@ impl Controls {
     /// network rate.
     pub(super) fn check_rates(&self, change: &RateLimits) -> Result<()> {
         let bytes = ("bytes", BYTES_PER_S_MIN..=BYTES_PER_S_MAX, "64K to 1T");
-        let ops = ("operations", OPS_PER_S_MIN..=OPS_PER_S_MAX, "10 to 1000000000");
+        let ops = (
+            "operations",
+            OPS_PER_S_MIN..=OPS_PER_S_MAX,
+            "10 to 1000000000",
+        );
         let packets = ("bytes", BYTES_PER_S_MIN..=NET_BYTES_PER_S_MAX, "64K to 16G");
         let checks = [
             (change.disk_bytes_per_s, &bytes),
@@ -42,9 +46,10 @@ impl Controls {
         ];
         for (rate, (what, bounds, shown)) in checks {
             if let Some(n) = rate.filter(|n| *n > 0 && !bounds.contains(n)) {
-                return Err(
-                    Error::invalid(format!("a rate of {n} {what} per second: use {shown}")).hint("0 or none removes the limit")
-                );
+                return Err(Error::invalid(format!(
+                    "a rate of {n} {what} per second: use {shown}"
+                ))
+                .hint("0 or none removes the limit"));
             }
         }
         if change.limits_network() && self.networks.net.is_none() {
@@ -54,36 +59,56 @@ impl Controls {
     }
 
     /// Checks that the change can be applied to the running guest.
-    pub(super) fn may_adjust_locked(&self, vm: &KeyGuard<'_, VmId>, row: &VmRow, request: &VmSetRequest) -> Result<()> {
+    pub(super) fn may_adjust_locked(
+        &self,
+        vm: &KeyGuard<'_, VmId>,
+        row: &VmRow,
+        request: &VmSetRequest,
+    ) -> Result<()> {
         if changes_size(request) {
-            let message = format!("set VM {} now: vCPUs, memory and disk size change only at a start", row.name);
-            return Err(
-                Error::new(Kind::WrongState, message).hint(format!("leave out --now, then fcctl vm restart {}", row.name))
+            let message = format!(
+                "set VM {} now: vCPUs, memory and disk size change only at a start",
+                row.name
             );
+            return Err(Error::new(Kind::WrongState, message).hint(format!(
+                "leave out --now, then fcctl vm restart {}",
+                row.name
+            )));
         }
         self.require_responsive_locked(vm, row)?;
-        if request.rates().limits_network() && row.tap.is_none() { Err(no_rate_in_user_mode()) } else { Ok(()) }
+        if request.rates().limits_network() && row.tap.is_none() {
+            Err(no_rate_in_user_mode())
+        } else {
+            Ok(())
+        }
     }
 
     fn require_responsive_locked(&self, vm: &KeyGuard<'_, VmId>, row: &VmRow) -> Result<()> {
         self.core.allow_locked(vm, row, Verb::Guest)?;
         if row.unresponsive {
-            return Err(Error::new(Kind::GuestUnavailable, format!("VM {}: its VMM does not respond", row.name))
-                .hint(format!("wait until it does (fcctl events), or end it with fcctl stop --force {}", row.name)));
+            return Err(Error::new(
+                Kind::GuestUnavailable,
+                format!("VM {}: its VMM does not respond", row.name),
+            )
+            .hint(format!(
+                "wait until it does (fcctl events), or end it with fcctl stop --force {}",
+                row.name
+            )));
         }
         Ok(())
     }
 
     /// Applies rates that the row has already. `before` is the row from before that change.
     pub(super) fn adjust_rates(&self, before: &VmRow, change: &RateLimits) -> Result<()> {
-        self.apply_rates(&before.id, before.generation).map_err(|e| {
-            self.undo_change(before, &|row| undo_rates(row, before, change));
-            // The driver may have applied a part of the change.
-            if let Err(again) = self.apply_rates(&before.id, before.generation) {
-                log::warn!("restore the rates of VM {}: {again}", before.name);
-            }
-            refused(e, before, format!("set VM {} now", before.name))
-        })
+        self.apply_rates(&before.id, before.generation)
+            .map_err(|e| {
+                self.undo_change(before, &|row| undo_rates(row, before, change));
+                // The driver may have applied a part of the change.
+                if let Err(again) = self.apply_rates(&before.id, before.generation) {
+                    log::warn!("restore the rates of VM {}: {again}", before.name);
+                }
+                refused(e, before, format!("set VM {} now", before.name))
+            })
     }
 
     fn undo_change(&self, before: &VmRow, undo: &dyn Fn(&mut VmRow)) {
@@ -109,14 +134,21 @@ impl Controls {
         let mut applied = None;
         loop {
             let row = self.core.row(vm)?;
-            let (true, Some(identity)) = (row.generation == generation && row.state == VmState::Running, &row.identity) else {
+            let (true, Some(identity)) = (
+                row.generation == generation && row.state == VmState::Running,
+                &row.identity,
+            ) else {
                 return Ok(());
             };
             let value = wanted(&row);
             if applied.as_ref() == Some(&value) {
                 return Ok(());
             }
-            apply(&self.specs.spec(&row, &self.images.get(&row.image)?), identity, &value)?;
+            apply(
+                &self.specs.spec(&row, &self.images.get(&row.image)?),
+                identity,
+                &value,
+            )?;
             applied = Some(value);
         }
     }
@@ -128,11 +160,18 @@ impl Controls {
             |row| row.rates,
             |spec, identity, rates| {
                 self.vmm.set_rates(spec, identity, &self.core.closing)?;
-                let (Some(net), GuestNetwork::Tap { .. }) = (&self.networks.net, &spec.network) else { return Ok(()) };
+                let (Some(net), GuestNetwork::Tap { .. }) = (&self.networks.net, &spec.network)
+                else {
+                    return Ok(());
+                };
                 if self.vmm.limits_network(Some(identity)) {
                     return Ok(());
                 }
-                net.set_rates(&spec.tag, rates.net_rx_bytes_per_s, rates.net_tx_bytes_per_s)
+                net.set_rates(
+                    &spec.tag,
+                    rates.net_rx_bytes_per_s,
+                    rates.net_tx_bytes_per_s,
+                )
             },
         )
     }
@@ -140,15 +179,23 @@ impl Controls {
     fn apply_balloon(&self, vm: &VmId, generation: u64) -> Result<()> {
         let keep_mib = |row: &VmRow| row.balloon_mib.unwrap_or(row.mem_mib);
         self.settle(vm, generation, keep_mib, |spec, identity, keep_mib| {
-            self.vmm.set_balloon(spec, identity, *keep_mib, &self.core.closing)
+            self.vmm
+                .set_balloon(spec, identity, *keep_mib, &self.core.closing)
         })
     }
 
     /// Applies rates and balloon to an adopted VM, because the earlier daemon may have died after
     /// it changed the row and before it called the driver.
     pub(super) fn adopt_adjusted(&self, row: &VmRow) {
-        let balloon = if row.has_balloon { self.apply_balloon(&row.id, row.generation) } else { Ok(()) };
-        for (what, done) in [("rates", self.apply_rates(&row.id, row.generation)), ("balloon", balloon)] {
+        let balloon = if row.has_balloon {
+            self.apply_balloon(&row.id, row.generation)
+        } else {
+            Ok(())
+        };
+        for (what, done) in [
+            ("rates", self.apply_rates(&row.id, row.generation)),
+            ("balloon", balloon),
+        ] {
             if let Err(e) = done {
                 log::warn!("set the {what} of VM {} again: {e}", row.name);
             }
@@ -159,15 +206,24 @@ impl Controls {
     /// now.
     pub fn balloon(&self, caller: &Caller, request: &VmBalloonRequest) -> Result<VmBalloonReply> {
         let row = self.core.resolve(caller, &request.vm)?;
-        self.unreconciled.ensure_reconciled(&row, Verb::Set, &self.core.closing)?;
+        self.unreconciled
+            .ensure_reconciled(&row, Verb::Set, &self.core.closing)?;
         let doing = format!("balloon of VM {}", row.name);
         let (row, ticket) = {
             let guard = self.core.locks.vm.lock(&row.id);
             let row = self.core.row(guard.key())?;
             self.require_responsive_locked(&guard, &row)?;
             check_balloon(&row, request.keep_mib)?;
-            let change = |keep_mib| self.core.change(false, |tx| tx.update_vm(&guard, |r| r.balloon_mib = Some(keep_mib)));
-            let ticket = request.keep_mib.map(change).transpose()?.map(|((), ticket)| ticket);
+            let change = |keep_mib| {
+                self.core.change(false, |tx| {
+                    tx.update_vm(&guard, |r| r.balloon_mib = Some(keep_mib))
+                })
+            };
+            let ticket = request
+                .keep_mib
+                .map(change)
+                .transpose()?
+                .map(|((), ticket)| ticket);
             (row, ticket)
         };
         if let Some(ticket) = ticket {
@@ -182,18 +238,33 @@ impl Controls {
             })?;
         }
         let now = self.core.row(&row.id)?;
-        let identity = now.identity.as_ref().filter(|_| now.generation == row.generation).ok_or_else(|| {
-            Error::new(Kind::WrongState, format!("{doing}: it ended meanwhile")).hint(format!("fcctl vm show {}", row.name))
-        })?;
+        let identity = now
+            .identity
+            .as_ref()
+            .filter(|_| now.generation == row.generation)
+            .ok_or_else(|| {
+                Error::new(Kind::WrongState, format!("{doing}: it ended meanwhile"))
+                    .hint(format!("fcctl vm show {}", row.name))
+            })?;
         let spec = self.specs.spec(&now, &self.images.get(&now.image)?);
-        let kept_mib = self.vmm.balloon_mib(&spec, identity, &self.core.closing).map_err(|e| refused(e, &row, doing))?;
-        Ok(VmBalloonReply { vm: self.views.view(&row.id)?, kept_mib })
+        let kept_mib = self
+            .vmm
+            .balloon_mib(&spec, identity, &self.core.closing)
+            .map_err(|e| refused(e, &row, doing))?;
+        Ok(VmBalloonReply {
+            vm: self.views.view(&row.id)?,
+            kept_mib,
+        })
     }
 }
 
 /// Adds what was being done, and a hint if it has none, to an error of the driver.
 fn refused(e: Error, row: &VmRow, doing: String) -> Error {
-    let e = if e.hint_text().is_some() { e } else { e.hint(format!("see its state: fcctl vm show {}", row.name)) };
+    let e = if e.hint_text().is_some() {
+        e
+    } else {
+        e.hint(format!("see its state: fcctl vm show {}", row.name))
+    };
     e.context(doing)
 }
 
@@ -201,12 +272,23 @@ fn refused(e: Error, row: &VmRow, doing: String) -> Error {
 fn undo_rates(row: &mut VmRow, before: &VmRow, change: &RateLimits) {
     // A limit is unchanged if the request names it and the row still has the requested value.
     let wanted = before.rates.with(change);
-    let changed_since = row.rates.zip_with(&wanted, |now, wanted| (now != wanted).then_some(1));
-    let unchanged = change.zip_with(&changed_since, |asked, since| asked.filter(|_| since.is_none()));
+    let changed_since = row
+        .rates
+        .zip_with(&wanted, |now, wanted| (now != wanted).then_some(1));
+    let unchanged = change.zip_with(&changed_since, |asked, since| {
+        asked.filter(|_| since.is_none())
+    });
     let keep = |unchanged: Option<u64>, old: Option<u64>| unchanged.and(old);
     let restored = unchanged.zip_with(&before.rates, keep);
-    row.rates = RateLimits::or(&restored, &row.rates.zip_with(&unchanged, |now, unchanged| now.filter(|_| unchanged.is_none())));
-    let Some(pending_before) = before.pending.as_ref().map(|p| p.rates) else { return };
+    row.rates = RateLimits::or(
+        &restored,
+        &row.rates.zip_with(&unchanged, |now, unchanged| {
+            now.filter(|_| unchanged.is_none())
+        }),
+    );
+    let Some(pending_before) = before.pending.as_ref().map(|p| p.rates) else {
+        return;
+    };
     let mut pending = row.pending.take().unwrap_or_default();
     pending.rates = pending.rates.or(&unchanged.zip_with(&pending_before, keep));
     row.pending = Some(pending).filter(|p| *p != Default::default());
@@ -214,15 +296,25 @@ fn undo_rates(row: &mut VmRow, before: &VmRow, change: &RateLimits) {
 
 fn check_balloon(row: &VmRow, keep_mib: Option<u64>) -> Result<()> {
     if !row.has_balloon {
-        let message = format!("balloon of VM {}: its image was built by an earlier fcd", row.name);
-        return Err(Error::new(Kind::Unsupported, message)
-            .hint(format!("build the image again (fcctl image build {}), then fcctl vm restart {}", row.image, row.name)));
+        let message = format!(
+            "balloon of VM {}: its image was built by an earlier fcd",
+            row.name
+        );
+        return Err(Error::new(Kind::Unsupported, message).hint(format!(
+            "build the image again (fcctl image build {}), then fcctl vm restart {}",
+            row.image, row.name
+        )));
     }
     match keep_mib {
         Some(mib) if !(MEM_MIB_MIN..=row.mem_mib).contains(&mib) => {
-            let message = format!("balloon of VM {}: it cannot keep {mib} MiB of its {}", row.name, row.mem_mib);
-            Err(Error::invalid(message)
-                .hint(format!("use {MEM_MIB_MIN}M to {}M; for more, raise its memory with fcctl vm set", row.mem_mib)))
+            let message = format!(
+                "balloon of VM {}: it cannot keep {mib} MiB of its {}",
+                row.name, row.mem_mib
+            );
+            Err(Error::invalid(message).hint(format!(
+                "use {MEM_MIB_MIN}M to {}M; for more, raise its memory with fcctl vm set",
+                row.mem_mib
+            )))
         }
         _ => Ok(()),
     }

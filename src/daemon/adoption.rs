@@ -80,7 +80,12 @@ impl Adoptions {
     fn await_answer(&self, vm: &VmId, closing: &Cancel) {
         let mut silent = self.silent.lock();
         let is_silent = |silent: &mut HashSet<VmId>| silent.contains(vm);
-        self.answered.wait_while_cancellable(&mut silent, Instant::now() + ANSWER_DEADLINE, closing, is_silent);
+        self.answered.wait_while_cancellable(
+            &mut silent,
+            Instant::now() + ANSWER_DEADLINE,
+            closing,
+            is_silent,
+        );
         silent.remove(vm);
     }
 }
@@ -111,14 +116,21 @@ pub(super) fn forget(tx: &mut Tx, vm: &VmId) {
 
 /// Reads the state that the previous daemon left, and sets the mark. Call it before any adoption.
 pub(super) fn open(store: &Store) -> Adoptions {
-    let (is_careful, has_running) =
-        store.read(|s| (s.meta(MARK).is_some(), s.vms().any(|row| row.state == VmState::Running && row.identity.is_some())));
+    let (is_careful, has_running) = store.read(|s| {
+        (
+            s.meta(MARK).is_some(),
+            s.vms()
+                .any(|row| row.state == VmState::Running && row.identity.is_some()),
+        )
+    });
     if has_running && !is_careful {
         let marked = store.change_essential(|tx| {
             tx.put_meta(MARK, "1");
             Ok(())
         });
-        if let Err(e) = marked.and_then(|((), ticket)| ticket.wait(Instant::now() + DURABLE_DEADLINE).map(drop)) {
+        if let Err(e) =
+            marked.and_then(|((), ticket)| ticket.wait(Instant::now() + DURABLE_DEADLINE).map(drop))
+        {
             log::warn!("record that VMs are being adopted: {e}");
         }
     }
@@ -156,7 +168,9 @@ impl Adopter {
 
     /// How many daemons have died while adopting this VM, including the previous one.
     pub(super) fn deaths(&self, vm: &VmId) -> u32 {
-        self.core.store.read(|s| records::read(s, &name(vm)).deaths_at_start())
+        self.core
+            .store
+            .read(|s| records::read(s, &name(vm)).deaths_at_start())
     }
 
     /// Begins the adoption of a VM. Call it before talking to a VMM that an earlier daemon started.
@@ -175,7 +189,15 @@ impl Adopter {
             self.adoptions.silent.lock().insert(row.id.clone());
         }
         let begun = self.core.change(true, |tx| {
-            records::write(tx, &name(&row.id), Record { deaths, is_under_way: true, is_left_alone: false });
+            records::write(
+                tx,
+                &name(&row.id),
+                Record {
+                    deaths,
+                    is_under_way: true,
+                    is_left_alone: false,
+                },
+            );
             Ok(())
         });
         if let Err(e) = begun.and_then(|((), ticket)| self.core.wait_durable(ticket)) {
@@ -191,7 +213,14 @@ impl Adopter {
         if record == Record::default() {
             return;
         }
-        let record = if is_adopted { Record::default() } else { Record { is_under_way: false, ..record } };
+        let record = if is_adopted {
+            Record::default()
+        } else {
+            Record {
+                is_under_way: false,
+                ..record
+            }
+        };
         let ended = self.core.change(true, |tx| {
             records::write(tx, &name(&row.id), record);
             Ok(())

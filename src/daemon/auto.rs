@@ -31,16 +31,25 @@ pub(super) struct Missing {
 
 impl Missing {
     fn new(what: impl Into<String>, fix: impl Into<String>) -> Self {
-        Self { what: what.into(), fix: fix.into() }
+        Self {
+            what: what.into(),
+            fix: fix.into(),
+        }
     }
 }
 
 /// The doctor check that explains the choice.
 pub(super) fn check(missing: Option<&Missing>) -> Check {
     match missing {
-        None => Check::ok(ID, "auto: VMs are started by Firecracker, which has everything it needs here"),
+        None => Check::ok(
+            ID,
+            "auto: VMs are started by Firecracker, which has everything it needs here",
+        ),
         Some(Missing { what, fix }) => {
-            let mut check = Check::ok(ID, format!("auto: VMs are started by QEMU, because for Firecracker {what}"));
+            let mut check = Check::ok(
+                ID,
+                format!("auto: VMs are started by QEMU, because for Firecracker {what}"),
+            );
             check.fix = Some(fix.clone());
             check
         }
@@ -54,19 +63,36 @@ pub(super) fn missing(config: &Config, firecracker: &dyn Driver, is_root: bool) 
         return Some(Missing::new("fcd must run as root", "run fcd as root"));
     }
     if !config.network.is_bridge() {
-        return Some(Missing::new("guests need a bridge", "driver = \"bridge\" under [network]"));
+        return Some(Missing::new(
+            "guests need a bridge",
+            "driver = \"bridge\" under [network]",
+        ));
     }
-    if let Some(check) = firecracker.checks().into_iter().find(|check| check.severity == Severity::Fail) {
-        return Some(Missing::new(format!("this is missing: {}", check.found), check.fix.unwrap_or_default()));
+    if let Some(check) = firecracker
+        .checks()
+        .into_iter()
+        .find(|check| check.severity == Severity::Fail)
+    {
+        return Some(Missing::new(
+            format!("this is missing: {}", check.found),
+            check.fix.unwrap_or_default(),
+        ));
     }
     let state_dir = existing(&config.state_dir);
-    let on_disk = require_mount(state_dir).and_then(|()| probe(&config.disk, firecracker, state_dir).map(drop));
+    let on_disk = require_mount(state_dir)
+        .and_then(|()| probe(&config.disk, firecracker, state_dir).map(drop));
     if let Err(e) = on_disk {
-        return Some(Missing::new(format!("this is missing: {e}"), e.hint_text().unwrap_or("another state_dir")));
+        return Some(Missing::new(
+            format!("this is missing: {e}"),
+            e.hint_text().unwrap_or("another state_dir"),
+        ));
     }
     if let Some(disk) = qcow2_disk(&config.state_dir) {
         let fix = "delete that VM, or keep QEMU with driver = \"qemu\" under [vmm]";
-        return Some(Missing::new(format!("disks must be raw, and {} is a qcow2 file", disk.display()), fix));
+        return Some(Missing::new(
+            format!("disks must be raw, and {} is a qcow2 file", disk.display()),
+            fix,
+        ));
     }
     kvm(config)
 }
@@ -75,25 +101,40 @@ fn kvm(config: &Config) -> Option<Missing> {
     let name = &config.vm.image;
     let kernel = crate::image::kernel_path(&config.state_dir, name);
     if !kernel.exists() {
-        let what = format!("KVM must run a stock kernel, and there is no image {name} yet to try it with");
+        let what =
+            format!("KVM must run a stock kernel, and there is no image {name} yet to try it with");
         return Some(Missing::new(what, "fcctl image build, then restart fcd"));
     }
     let why = match Cancel::try_new().map_err(|e| e.to_string()) {
-        Ok(cancel) => try_kvm(&config.qemu, &kernel, &cancel).unwrap_or_else(|e| Some(e.to_string())),
+        Ok(cancel) => {
+            try_kvm(&config.qemu, &kernel, &cancel).unwrap_or_else(|e| Some(e.to_string()))
+        }
         Err(e) => Some(e),
     };
-    why.map(|why| Missing::new(format!("KVM cannot run a stock kernel: {why}"), "use a host with working KVM"))
+    why.map(|why| {
+        Missing::new(
+            format!("KVM cannot run a stock kernel: {why}"),
+            "use a host with working KVM",
+        )
+    })
 }
 
 /// A root disk of an existing VM that only QEMU reads.
 fn qcow2_disk(state_dir: &Path) -> Option<PathBuf> {
-    let vms = std::fs::read_dir(state_dir.join(VMS_DIR)).into_iter().flatten().flatten();
+    let vms = std::fs::read_dir(state_dir.join(VMS_DIR))
+        .into_iter()
+        .flatten()
+        .flatten();
     let mut disks = vms.map(|vm| vm.path().join(DISK_FILE));
     disks.find(|disk| {
         let mut magic = [0; QCOW2_MAGIC.len()];
         // A directory entry that is not a plain file, such as a device node, must not be opened.
         let is_file = disk.symlink_metadata().is_ok_and(|meta| meta.is_file());
-        is_file && File::open(disk).and_then(|mut file| file.read_exact(&mut magic)).is_ok() && magic == QCOW2_MAGIC
+        is_file
+            && File::open(disk)
+                .and_then(|mut file| file.read_exact(&mut magic))
+                .is_ok()
+            && magic == QCOW2_MAGIC
     })
 }
 
@@ -107,13 +148,29 @@ mod tests {
 
     fn config(dir: &Path, text: &str) -> Config {
         let path = dir.join("config.toml");
-        std::fs::write(&path, format!("state_dir = \"{}/state\"\n[vmm]\ndriver = \"auto\"\n{text}", dir.display())).unwrap();
-        Config::load(&Flags { config: Some(path), ..Flags::default() }, 0, &|_| None).unwrap()
+        std::fs::write(
+            &path,
+            format!(
+                "state_dir = \"{}/state\"\n[vmm]\ndriver = \"auto\"\n{text}",
+                dir.display()
+            ),
+        )
+        .unwrap();
+        Config::load(
+            &Flags {
+                config: Some(path),
+                ..Flags::default()
+            },
+            0,
+            &|_| None,
+        )
+        .unwrap()
     }
 
     fn missing_with(config: &Config, is_root: bool) -> Missing {
         let consoles = Arc::new(Consoles::try_new().unwrap());
-        let firecracker = Firecracker::new(config.firecracker.clone(), config.qemu.uids(), consoles).unwrap();
+        let firecracker =
+            Firecracker::new(config.firecracker.clone(), config.qemu.uids(), consoles).unwrap();
         missing(config, &firecracker, is_root).expect("something is missing")
     }
 
@@ -123,12 +180,22 @@ mod tests {
         let user_mode = config(dir.path(), "");
         assert_eq!(missing_with(&user_mode, false).what, "fcd must run as root");
         assert_eq!(missing_with(&user_mode, true).what, "guests need a bridge");
-        let bridge = "[network]\ndriver = \"bridge\"\n[firecracker]\nbinary = \"no-such-firecracker\"\n";
+        let bridge =
+            "[network]\ndriver = \"bridge\"\n[firecracker]\nbinary = \"no-such-firecracker\"\n";
         let found = missing_with(&config(dir.path(), bridge), true);
-        assert!(found.what.contains("no-such-firecracker is not installed"), "{found:?}");
+        assert!(
+            found.what.contains("no-such-firecracker is not installed"),
+            "{found:?}"
+        );
         let check = check(Some(&found));
         assert_eq!(check.severity, Severity::Ok);
-        assert!(check.found.starts_with("auto: VMs are started by QEMU, because") && check.fix.is_some(), "{check:?}");
+        assert!(
+            check
+                .found
+                .starts_with("auto: VMs are started by QEMU, because")
+                && check.fix.is_some(),
+            "{check:?}"
+        );
     }
 
     #[test]

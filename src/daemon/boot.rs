@@ -45,20 +45,35 @@ impl Lifecycle {
             op.progress("end the VMM of an earlier start");
             self.vmms.kill_earlier(&row)?;
         }
-        self.resources.release_boot(&row.id, row.generation.saturating_sub(1))?;
+        self.resources
+            .release_boot(&row.id, row.generation.saturating_sub(1))?;
         let image = self.images.get(&row.image)?;
         if restore.is_none() {
             self.kernel_service.check_kernel(row.kernel.as_ref())?;
         }
         let spec = self.specs.boot_spec(restore, &row, &image);
         let (files, restore_seed, former_disks, running) = (Vec::new(), None, None, None);
-        let mut boot = Boot { op, cancel, restore, row, image: &image, spec, files, restore_seed, former_disks, running };
+        let mut boot = Boot {
+            op,
+            cancel,
+            restore,
+            row,
+            image: &image,
+            spec,
+            files,
+            restore_seed,
+            former_disks,
+            running,
+        };
         self.resources.acquire_all(&mut boot)?;
         self.finish_boot(&mut boot)
     }
 
     fn finish_boot(&self, boot: &mut Boot<'_>) -> Result<Running> {
-        let running = boot.running.take().ok_or_else(|| Error::internal("a boot acquired everything but a VMM"))?;
+        let running = boot
+            .running
+            .take()
+            .ok_or_else(|| Error::internal("a boot acquired everything but a VMM"))?;
         self.watch(&self.core.row(&boot.row.id)?, &running.identity)?;
         boot.op.progress("wait for the guest");
         self.wait_guest(boot, &running)?;
@@ -82,59 +97,101 @@ impl Lifecycle {
         ready.map_err(|e| match e.kind() {
             Kind::Timeout | Kind::BootTimeout => Error::new(
                 Kind::BootTimeout,
-                format!("the guest did not respond within {} s: {e}", self.core.limits.boot_timeout_s),
+                format!(
+                    "the guest did not respond within {} s: {e}",
+                    self.core.limits.boot_timeout_s
+                ),
             )
-            .hint(format!("see its console: fcctl logs {}; limits.boot_timeout_s sets the timeout", row.name)),
+            .hint(format!(
+                "see its console: fcctl logs {}; limits.boot_timeout_s sets the timeout",
+                row.name
+            )),
             _ => e,
         })
     }
 
     /// Mounts a read-only workspace again, because the mount ended with the last boot.
     fn restore_workspace(&self, boot: &Boot<'_>, running: &Running) -> Result<()> {
-        let Some(workspace) = self.core.store.read(|s| s.workspace(&boot.row.id).filter(|w| w.readonly).cloned()) else {
+        let Some(workspace) = self
+            .core
+            .store
+            .read(|s| s.workspace(&boot.row.id).filter(|w| w.readonly).cloned())
+        else {
             return Ok(());
         };
-        let target = self.guests.target_at(&self.core.row(&boot.row.id)?, running.ssh_addr)?;
+        let target = self
+            .guests
+            .target_at(&self.core.row(&boot.row.id)?, running.ssh_addr)?;
         let command = remote::status_command(&remote::GuestWorkspace::new(&workspace.guest_path));
         let deadline = Instant::now() + WORKSPACE_DEADLINE;
-        let script = Script { command: &command, stdin: &[], deadline, output_bytes_max: remote::ANSWER_BYTES_MAX };
+        let script = Script {
+            command: &command,
+            stdin: &[],
+            deadline,
+            output_bytes_max: remote::ANSWER_BYTES_MAX,
+        };
         let (exit, _, stderr) = run_script(self.transport.as_ref(), &target, &script, boot.cancel)?;
         match exit {
             Exit::Status(0) => Ok(()),
-            exit => Err(remote::failure("mount the read-only workspace again", &exit, &stderr)),
+            exit => Err(remote::failure(
+                "mount the read-only workspace again",
+                &exit,
+                &stderr,
+            )),
         }
     }
 
     /// Waits until the restored guest has applied its new seed, and then sets its clock.
     fn wait_rejoined(&self, boot: &Boot<'_>, running: &Running, seed: &RestoreSeed) -> Result<()> {
-        boot.op.progress("wait for the guest to apply its new identity");
-        let target = self.guests.target_at(&self.core.row(&boot.row.id)?, running.ssh_addr)?;
+        boot.op
+            .progress("wait for the guest to apply its new identity");
+        let target = self
+            .guests
+            .target_at(&self.core.row(&boot.row.id)?, running.ssh_addr)?;
         let deadline = Instant::now() + REJOIN_DEADLINE;
         let command = format!(
             "until read -r seen </run/fcd/rejoined && [ \"$seen\" = {} ]; do /usr/lib/fcd/busybox usleep 50000; done 2>/dev/null",
             seed.token
         );
         // The clock in the seed is too old by now, because loading the memory takes time.
-        let script = Script { command: &command, stdin: &[], deadline, output_bytes_max: OUTPUT_BYTES_MAX };
+        let script = Script {
+            command: &command,
+            stdin: &[],
+            deadline,
+            output_bytes_max: OUTPUT_BYTES_MAX,
+        };
         let (exit, _, stderr) = run_script(self.transport.as_ref(), &target, &script, boot.cancel)
             .map_err(|e| e.context("wait for the guest to apply its new identity"))?;
         match exit {
             Exit::Status(0) => {
                 let command = set_clock_command();
-                let script = Script { command: &command, ..script };
+                let script = Script {
+                    command: &command,
+                    ..script
+                };
                 run_script(self.transport.as_ref(), &target, &script, boot.cancel).map(drop)
             }
-            exit => Err(remote::failure("wait for the guest to apply its new identity", &exit, &stderr)),
+            exit => Err(remote::failure(
+                "wait for the guest to apply its new identity",
+                &exit,
+                &stderr,
+            )),
         }
     }
 
     /// Waits for a guest that was restored in another VM. For a moment it still has the keys of the
     /// old one.
-    fn wait_with_new_keys(&self, boot: &Boot<'_>, target: &Target, deadline: Instant) -> Result<()> {
+    fn wait_with_new_keys(
+        &self,
+        boot: &Boot<'_>,
+        target: &Target,
+        deadline: Instant,
+    ) -> Result<()> {
         loop {
             match self.transport.wait_ready(target, deadline, boot.cancel) {
                 Err(e) if e.kind() == Kind::HostKeyMismatch && Instant::now() < deadline => {
-                    crate::host::wait::sleep(REJOIN_PERIOD, boot.cancel).map_err(|e| Error::io("wait for the guest", e))?;
+                    crate::host::wait::sleep(REJOIN_PERIOD, boot.cancel)
+                        .map_err(|e| Error::io("wait for the guest", e))?;
                 }
                 other => return other,
             }

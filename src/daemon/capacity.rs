@@ -23,20 +23,26 @@ impl Capacity {
     pub(super) fn check_vcpus(&self, vcpus: u32) -> Result<()> {
         let max = self.core.limits.vcpus_max;
         if vcpus == 0 || vcpus > max {
-            return Err(Error::invalid(format!("{vcpus} vCPUs: use 1 to {max}")).hint("limits.vcpus_max sets the maximum"));
+            return Err(Error::invalid(format!("{vcpus} vCPUs: use 1 to {max}"))
+                .hint("limits.vcpus_max sets the maximum"));
         }
         Ok(())
     }
 
     pub(super) fn check_memory(&self, mem_mib: u64) -> Result<()> {
         if mem_mib < MEM_MIB_MIN {
-            return Err(Error::invalid(format!("{mem_mib} MiB of memory: a guest needs at least {MEM_MIB_MIN}"))
-                .hint("use for example --memory 1G"));
+            return Err(Error::invalid(format!(
+                "{mem_mib} MiB of memory: a guest needs at least {MEM_MIB_MIN}"
+            ))
+            .hint("use for example --memory 1G"));
         }
         let max = self.mem_mib_max;
         if mem_mib > max {
-            return Err(Error::new(Kind::MemoryLimit, format!("{mem_mib} MiB of memory: this host allows at most {max}"))
-                .hint("ask for less, or set limits.mem_mib_max"));
+            return Err(Error::new(
+                Kind::MemoryLimit,
+                format!("{mem_mib} MiB of memory: this host allows at most {max}"),
+            )
+            .hint("ask for less, or set limits.mem_mib_max"));
         }
         Ok(())
     }
@@ -49,15 +55,26 @@ impl Capacity {
                 size(bytes),
                 size(at_least)
             ))
-            .hint(format!("leave out --disk, or use at least --disk {}", size(at_least))));
+            .hint(format!(
+                "leave out --disk, or use at least --disk {}",
+                size(at_least)
+            )));
         }
         if !bytes.is_multiple_of(SIZE_UNIT_BYTES) {
-            return Err(Error::invalid(format!("a disk of {}: it must be a multiple of {}", size(bytes), size(SIZE_UNIT_BYTES)))
-                .hint("use whole MiB, for example --disk 4096M"));
+            return Err(Error::invalid(format!(
+                "a disk of {}: it must be a multiple of {}",
+                size(bytes),
+                size(SIZE_UNIT_BYTES)
+            ))
+            .hint("use whole MiB, for example --disk 4096M"));
         }
         if bytes > max {
-            return Err(Error::invalid(format!("a disk of {}: at most {}", size(bytes), size(max)))
-                .hint("limits.disk_bytes_max sets the maximum"));
+            return Err(Error::invalid(format!(
+                "a disk of {}: at most {}",
+                size(bytes),
+                size(max)
+            ))
+            .hint("limits.disk_bytes_max sets the maximum"));
         }
         Ok(())
     }
@@ -68,8 +85,11 @@ impl Capacity {
             return Ok(());
         }
         let (least, most) = (size(WORK_DISK_BYTES_MIN), size(max));
-        Err(Error::invalid(format!("a work disk of {}: use {least} to {most} in whole MiB", size(bytes)))
-            .hint("use for example --work-disk 20G; limits.disk_bytes_max sets the maximum"))
+        Err(Error::invalid(format!(
+            "a work disk of {}: use {least} to {most} in whole MiB",
+            size(bytes)
+        ))
+        .hint("use for example --work-disk 20G; limits.disk_bytes_max sets the maximum"))
     }
 
     /// Checks that there is memory for the VM. Called in the transaction of a claim, so the sum
@@ -79,13 +99,31 @@ impl Capacity {
             if used + row.mem_mib <= max {
                 return Ok(());
             }
-            Err(Error::new(Kind::MemoryLimit, format!("{} MiB more memory: {used} of {whose} {max} MiB are in use", row.mem_mib))
-                .hint(format!("stop another VM, give it less with fcctl vm set, or raise limits.{key}")))
+            Err(Error::new(
+                Kind::MemoryLimit,
+                format!(
+                    "{} MiB more memory: {used} of {whose} {max} MiB are in use",
+                    row.mem_mib
+                ),
+            )
+            .hint(format!(
+                "stop another VM, give it less with fcctl vm set, or raise limits.{key}"
+            )))
         };
-        check(reserved_mib(state, None, &row.id), self.mem_mib_max, "this host's", "mem_mib_max")?;
+        check(
+            reserved_mib(state, None, &row.id),
+            self.mem_mib_max,
+            "this host's",
+            "mem_mib_max",
+        )?;
         match self.core.limits.mem_mib_per_uid_max {
             0 => Ok(()),
-            max => check(reserved_mib(state, Some(row.owner_uid), &row.id), max, "the owner's", "mem_mib_per_uid_max"),
+            max => check(
+                reserved_mib(state, Some(row.owner_uid), &row.id),
+                max,
+                "the owner's",
+                "mem_mib_per_uid_max",
+            ),
         }
     }
 }
@@ -93,7 +131,11 @@ impl Capacity {
 /// Formats a size as `--disk` accepts it.
 fn size(bytes: u64) -> String {
     const MIB: u64 = 1 << 20;
-    if bytes.is_multiple_of(MIB) { format!("{}M", bytes / MIB) } else { format!("{bytes} bytes") }
+    if bytes.is_multiple_of(MIB) {
+        format!("{}M", bytes / MIB)
+    } else {
+        format!("{bytes} bytes")
+    }
 }
 
 /// The memory of all VMs that are starting, running or stopping, except `apart`, whose memory is
@@ -101,7 +143,12 @@ fn size(bytes: u64) -> String {
 fn reserved_mib(state: &State, owner_uid: Option<u32>, apart: &VmId) -> u64 {
     state
         .vms()
-        .filter(|r| matches!(r.state, VmState::Starting | VmState::Running | VmState::Stopping))
+        .filter(|r| {
+            matches!(
+                r.state,
+                VmState::Starting | VmState::Running | VmState::Stopping
+            )
+        })
         .filter(|r| r.id != *apart)
         .filter(|r| owner_uid.is_none_or(|uid| uid == r.owner_uid))
         .map(|r| r.mem_mib)

@@ -12,19 +12,45 @@ use crate::store::VmChange;
 use serde_json::Value;
 
 /// Members of a VM that its owner sets, and its workspace. All other members change with its state.
-const SETTINGS: [&str; 8] = ["name", "image", "vcpus", "mem_mib", "disk_bytes", "pending", "rm", "workspace"];
+const SETTINGS: [&str; 8] = [
+    "name",
+    "image",
+    "vcpus",
+    "mem_mib",
+    "disk_bytes",
+    "pending",
+    "rm",
+    "workspace",
+];
 
 /// The events of a change that the caller may see.
 pub(super) fn events_for(caller: &Caller, store_change: &StoreChange) -> Result<Vec<Event>> {
     let mut events = Vec::new();
-    for change in store_change.vms.iter().filter(|c| c.owner_uid().is_some_and(|uid| caller.may_see(uid))) {
-        let Some(seen) = change.after.as_ref().or(change.before.as_ref()) else { continue };
+    for change in store_change
+        .vms
+        .iter()
+        .filter(|c| c.owner_uid().is_some_and(|uid| caller.may_see(uid)))
+    {
+        let Some(seen) = change.after.as_ref().or(change.before.as_ref()) else {
+            continue;
+        };
         let (vm, name) = (Some(seen.row.id.clone()), Some(seen.row.name.clone()));
         let (seq, at, owner_uid) = (store_change.seq, store_change.at, seen.row.owner_uid);
-        let event = |what| Event { seq, at, vm: vm.clone(), name: name.clone(), owner_uid, what };
+        let event = |what| Event {
+            seq,
+            at,
+            vm: vm.clone(),
+            name: name.clone(),
+            owner_uid,
+            what,
+        };
         events.extend(vm_events(change)?.into_iter().map(event));
     }
-    for end in store_change.ended.iter().filter(|end| end.owners().any(|uid| caller.may_see(uid))) {
+    for end in store_change
+        .ended
+        .iter()
+        .filter(|end| end.owners().any(|uid| caller.may_see(uid)))
+    {
         events.push(Event {
             seq: store_change.seq,
             at: store_change.at,
@@ -40,19 +66,38 @@ pub(super) fn events_for(caller: &Caller, store_change: &StoreChange) -> Result<
 fn vm_events(change: &VmChange) -> Result<Vec<What>> {
     let (before, after) = match (&change.before, &change.after) {
         (None, None) => return Ok(vec![]),
-        (None, Some(after)) => return Ok(vec![What::Created { set: members(after)? }]),
-        (Some(before), None) => return Ok(vec![What::Deleted { op: before.row.op.clone() }]),
+        (None, Some(after)) => {
+            return Ok(vec![What::Created {
+                set: members(after)?,
+            }]);
+        }
+        (Some(before), None) => {
+            return Ok(vec![What::Deleted {
+                op: before.row.op.clone(),
+            }]);
+        }
         (Some(before), Some(after)) => (before, after),
     };
     let was = members(before)?;
-    let mut set: Members = members(after)?.into_iter().filter(|(name, value)| was.get(name) != Some(value)).collect();
+    let mut set: Members = members(after)?
+        .into_iter()
+        .filter(|(name, value)| was.get(name) != Some(value))
+        .collect();
     let mut events = Vec::new();
     let (from, to) = (before.row.state, after.row.state);
     if from != to || before.row.reason != after.row.reason {
-        let (settings, others) = set.into_iter().partition(|(name, _)| SETTINGS.contains(&name.as_str()));
+        let (settings, others) = set
+            .into_iter()
+            .partition(|(name, _)| SETTINGS.contains(&name.as_str()));
         set = settings;
         let op = after.row.op.clone().or_else(|| before.row.op.clone());
-        events.push(What::State { from, to, reason: after.row.reason.clone(), op, set: others });
+        events.push(What::State {
+            from,
+            to,
+            reason: after.row.reason.clone(),
+            op,
+            set: others,
+        });
     }
     if !set.is_empty() {
         events.push(What::Changed { set });
@@ -63,10 +108,17 @@ fn vm_events(change: &VmChange) -> Result<Vec<What>> {
 fn members(seen: &Seen) -> Result<Members> {
     match to_value(&view(&seen.row, seen.workspace.as_deref()))? {
         Value::Object(members) => Ok(members),
-        other => Err(Error::internal(format!("a VM is not a JSON object: {other}"))),
+        other => Err(Error::internal(format!(
+            "a VM is not a JSON object: {other}"
+        ))),
     }
 }
 
 fn ended(end: &OpEnd) -> What {
-    What::OpEnded { op: end.id.clone(), method: end.method.clone(), state: end.state, error: end.error.clone() }
+    What::OpEnded {
+        op: end.id.clone(),
+        method: end.method.clone(),
+        state: end.state,
+        error: end.error.clone(),
+    }
 }

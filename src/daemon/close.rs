@@ -21,12 +21,19 @@ pub struct Counted {
 
 impl Threads {
     pub fn new() -> Self {
-        Self { shared: Arc::new(Shared { running: Mutex::new(Rank::Runtimes, 0), idle: Condvar::new() }) }
+        Self {
+            shared: Arc::new(Shared {
+                running: Mutex::new(Rank::Runtimes, 0),
+                idle: Condvar::new(),
+            }),
+        }
     }
 
     pub fn enter(&self) -> Counted {
         *self.shared.running.lock() += 1;
-        Counted { shared: self.shared.clone() }
+        Counted {
+            shared: self.shared.clone(),
+        }
     }
 
     pub fn count(&self) -> usize {
@@ -36,7 +43,9 @@ impl Threads {
     /// Waits until no thread runs. Returns false at the deadline.
     pub fn wait_idle(&self, deadline: Instant) -> bool {
         let mut running = self.shared.running.lock();
-        self.shared.idle.wait_while(&mut running, deadline, |n| *n > 0)
+        self.shared
+            .idle
+            .wait_while(&mut running, deadline, |n| *n > 0)
     }
 }
 

@@ -72,24 +72,45 @@ impl Lifecycle {
         let (vm, verb, state) = (claim.vm.clone(), claim.verb, claim.state);
         let generation = self.core.row(&vm).map_or(0, |row| row.generation);
         let (replaced, warning, note) = (Vec::new(), None, self.recovery.recovery_note(&vm));
-        let mut settlement = Settlement { vm, verb, state, op, outcome, died: None, successor: None, replaced, note, warning };
+        let mut settlement = Settlement {
+            vm,
+            verb,
+            state,
+            op,
+            outcome,
+            died: None,
+            successor: None,
+            replaced,
+            note,
+            warning,
+        };
         loop {
             let written = {
                 let guard = self.core.locks.vm.lock(&settlement.vm);
                 let since = Instant::now();
                 let written = self.commit_locked(&guard, &mut settlement);
                 if let Ok(w) = &written {
-                    self.core.note(&w.row, Some(w.ticket.seq()), Some(since), || settlement.history_entry(w));
+                    self.core
+                        .note(&w.row, Some(w.ticket.seq()), Some(since), || {
+                            settlement.history_entry(w)
+                        });
                 }
                 written
             };
             for old in settlement.replaced.drain(..) {
-                self.core.end_op_soon(old.op, Err(Error::new(Kind::Superseded, "a later request replaced it")));
+                self.core.end_op_soon(
+                    old.op,
+                    Err(Error::new(Kind::Superseded, "a later request replaced it")),
+                );
             }
             if let Some(warning) = settlement.warning.take() {
                 log::warn!("{warning}");
             }
-            let durable = written.and_then(|w| self.core.wait_durable(w.ticket).map(|()| (w.result, w.step)));
+            let durable = written.and_then(|w| {
+                self.core
+                    .wait_durable(w.ticket)
+                    .map(|()| (w.result, w.step))
+            });
             match durable {
                 Ok((result, step)) => {
                     // The VMM died between the guest's first answer and the commit. Nothing else
@@ -131,7 +152,11 @@ impl Lifecycle {
     }
 
     /// Makes one attempt, in one transaction.
-    fn commit_locked(&self, vm: &KeyGuard<'_, VmId>, settlement: &mut Settlement) -> Result<Written> {
+    fn commit_locked(
+        &self,
+        vm: &KeyGuard<'_, VmId>,
+        settlement: &mut Settlement,
+    ) -> Result<Written> {
         let (died, successor) = self.runtimes.end(vm.key());
         settlement.died = settlement.died.take().or(died);
         if let Some(late) = successor
@@ -153,7 +178,8 @@ impl Lifecycle {
         let result = result.and_then(|()| self.views.vm_value(&row));
         // Make the rows first: the registry's lock is a leaf, so it cannot be taken under the
         // store's.
-        let ended = (!matches!(step, NextStep::Restart)).then(|| ended_row(settlement.op.op(), &result));
+        let ended =
+            (!matches!(step, NextStep::Restart)).then(|| ended_row(settlement.op.op(), &result));
         let begun = settlement.next(&step).map(|(op, ..)| op.op());
         let ((), ticket) = self.core.change(true, |tx| {
             for op in ended.into_iter().chain(begun) {
@@ -177,11 +203,23 @@ impl Lifecycle {
         if let Some((op, verb, to)) = settlement.next(&step) {
             self.arm_locked(vm, op, to, verb);
         }
-        Ok(Written { row, ticket, result, step })
+        Ok(Written {
+            row,
+            ticket,
+            result,
+            step,
+        })
     }
 
-    fn commit_deleted(&self, vm: &KeyGuard<'_, VmId>, settlement: &Settlement, row: VmRow) -> Result<Written> {
-        let result = to_value(&VmDeleteReply { deleted: Some(vm.key().clone()) });
+    fn commit_deleted(
+        &self,
+        vm: &KeyGuard<'_, VmId>,
+        settlement: &Settlement,
+        row: VmRow,
+    ) -> Result<Written> {
+        let result = to_value(&VmDeleteReply {
+            deleted: Some(vm.key().clone()),
+        });
         let op = ended_row(settlement.op.op(), &result);
         let ((), ticket) = self.core.change(true, |tx| {
             tx.put_op(op);
@@ -189,11 +227,21 @@ impl Lifecycle {
             tx.remove_vm(vm);
             Ok(())
         })?;
-        Ok(Written { row, ticket, result, step: NextStep::Gone })
+        Ok(Written {
+            row,
+            ticket,
+            result,
+            step: NextStep::Gone,
+        })
     }
 
     /// Decides what follows for the VM, and the result of its operation.
-    fn choose(&self, row: &mut VmRow, settlement: &mut Settlement, mut settled: Result<()>) -> (NextStep, Result<()>) {
+    fn choose(
+        &self,
+        row: &mut VmRow,
+        settlement: &mut Settlement,
+        mut settled: Result<()>,
+    ) -> (NextStep, Result<()>) {
         let restarting = row.intent.take() == Some(Intent::Restart);
         if settlement.successor.is_none() {
             if restarting && settled.is_ok() {
@@ -208,13 +256,23 @@ impl Lifecycle {
             }
             // A settled `rm` VM is deleted by an operation of the daemon. If its delete has failed,
             // it stays, because another delete would fail as well.
-            return match self.core.begin_own_op("vm.delete", Some(row.id.clone()), row.owner_uid) {
+            return match self
+                .core
+                .begin_own_op("vm.delete", Some(row.id.clone()), row.owner_uid)
+            {
                 Ok(op) => {
-                    settlement.successor = Some(Successor { verb: Verb::DeleteForce, op, timeout: None });
+                    settlement.successor = Some(Successor {
+                        verb: Verb::DeleteForce,
+                        op,
+                        timeout: None,
+                    });
                     (NextStep::Successor, settled)
                 }
                 Err(e) => {
-                    settlement.warning = Some(format!("delete VM {}, which is marked for deletion: {e}", row.name));
+                    settlement.warning = Some(format!(
+                        "delete VM {}, which is marked for deletion: {e}",
+                        row.name
+                    ));
                     (NextStep::Rest, settled)
                 }
             };
@@ -230,13 +288,23 @@ impl Lifecycle {
     fn room_for_restart(&self, row: &VmRow) -> Result<()> {
         let mut next = row.clone();
         take_pending(&mut next);
-        let room = self.core.store.read(|s| self.capacity.reserve_memory(s, &next));
+        let room = self
+            .core
+            .store
+            .read(|s| self.capacity.reserve_memory(s, &next));
         room.map_err(|e| e.context(format!("restart VM {}: it was stopped", row.name)))
     }
 
     /// Ends the operation and makes the claim to continue with.
-    fn finish(&self, settlement: Settlement, result: Result<Value>, step: &NextStep) -> Option<Claim> {
-        let Settlement { vm, op, successor, .. } = settlement;
+    fn finish(
+        &self,
+        settlement: Settlement,
+        result: Result<Value>,
+        step: &NextStep,
+    ) -> Option<Claim> {
+        let Settlement {
+            vm, op, successor, ..
+        } = settlement;
         let (op, verb, state, timeout) = match (step, successor) {
             (NextStep::Restart, _) => (op, Verb::Start, VmState::Starting, None),
             (NextStep::Successor, Some(s)) => {
@@ -253,7 +321,17 @@ impl Lifecycle {
             }
         };
         let cancel = op.cancel().clone();
-        Some(Claim { lifecycle: self.clone(), vm, op: Some(op), state, verb, timeout, restore: None, cancel, ticket: None })
+        Some(Claim {
+            lifecycle: self.clone(),
+            vm,
+            op: Some(op),
+            state,
+            verb,
+            timeout,
+            restore: None,
+            cancel,
+            ticket: None,
+        })
     }
 }
 
@@ -263,7 +341,9 @@ impl Settlement {
         let ending = match (&self.outcome, &self.died) {
             (Outcome::Booted(_), None) => history::CommitKind::Booted,
             (Outcome::Booted(_) | Outcome::BootFailed(_), Some(_)) => history::CommitKind::BootDied,
-            (Outcome::BootFailed(e), None) if e.kind() == Kind::Cancelled => history::CommitKind::BootCancelled,
+            (Outcome::BootFailed(e), None) if e.kind() == Kind::Cancelled => {
+                history::CommitKind::BootCancelled
+            }
             (Outcome::BootFailed(_), None) => history::CommitKind::BootFailed,
             (Outcome::Ended { .. }, _) => history::CommitKind::Ended,
             (Outcome::StillThere(_), _) => history::CommitKind::StillThere,
@@ -271,13 +351,20 @@ impl Settlement {
         };
         let state = (!matches!(written.step, NextStep::Gone)).then_some(written.row.state);
         let next = self.next(&written.step).map(|(op, ..)| op.id().clone());
-        What::Committed { op: self.op.id().clone(), ending, state, next }
+        What::Committed {
+            op: self.op.id().clone(),
+            ending,
+            state,
+            next,
+        }
     }
 
     /// Keeps the heavier of two successors and returns the other.
     fn take_heavier(&mut self, late: Successor) -> Option<Successor> {
         match &self.successor {
-            Some(early) if Successor::weight(early.verb) > Successor::weight(late.verb) => Some(late),
+            Some(early) if Successor::weight(early.verb) > Successor::weight(late.verb) => {
+                Some(late)
+            }
             _ => self.successor.replace(late),
         }
     }
@@ -315,7 +402,11 @@ fn settle(row: &mut VmRow, settlement: &Settlement, at: u64) -> Result<()> {
         }
         (Outcome::BootFailed(e), died) => {
             let was_cancelled = e.kind() == Kind::Cancelled;
-            let before = if row.started_at.is_none() { VmState::Created } else { VmState::Stopped };
+            let before = if row.started_at.is_none() {
+                VmState::Created
+            } else {
+                VmState::Stopped
+            };
             if let Some(how) = died {
                 rest(row, VmState::Failed, Some(how.to_string()));
                 return Err(died_booting(row, how));
@@ -324,7 +415,10 @@ fn settle(row: &mut VmRow, settlement: &Settlement, at: u64) -> Result<()> {
                 true => rest(row, before, None),
                 false => rest(row, VmState::Failed, Some(e.to_string())),
             }
-            Err(e.clone().context(format!("start VM {}", row.name)).of_vm(&row.name))
+            Err(e
+                .clone()
+                .context(format!("start VM {}", row.name))
+                .of_vm(&row.name))
         }
         (Outcome::Ended { synced }, _) => {
             rest(row, VmState::Stopped, settlement.note.clone());
@@ -334,7 +428,10 @@ fn settle(row: &mut VmRow, settlement: &Settlement, at: u64) -> Result<()> {
         (Outcome::StillThere(e), _) => {
             row.state = VmState::Failed;
             row.reason = Some(e.to_string());
-            Err(e.clone().context(format!("{} VM {}", settlement.verb.name(), row.name)).of_vm(&row.name))
+            Err(e
+                .clone()
+                .context(format!("{} VM {}", settlement.verb.name(), row.name))
+                .of_vm(&row.name))
         }
         (Outcome::Deleted, _) => Ok(()),
     }
@@ -345,5 +442,6 @@ fn died_booting(row: &VmRow, how: &BootEnd) -> Error {
         return Error::new(Kind::DiskFull, format!("start VM {}: {how}", row.name))
             .hint("free some disk space (df -h), then try again");
     }
-    Error::new(Kind::VmmFailed, format!("start VM {}: {how}", row.name)).hint(format!("fcctl logs {}", row.name))
+    Error::new(Kind::VmmFailed, format!("start VM {}: {how}", row.name))
+        .hint(format!("fcctl logs {}", row.name))
 }

@@ -26,9 +26,18 @@ impl Sessions {
         // A stop cancels the wait.
         let cancel = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
         let (row, _user) = self.join_guest(&found, Use::Session, &cancel)?;
-        let doing = |e: Error| e.context(format!("connect to VM {}", row.name)).of_vm(&row.name);
-        let identity = row.identity.as_ref().ok_or_else(|| doing(Error::internal("it is running without a VMM")))?;
-        let stream = self.vmm.connect(identity, request.port, &cancel).map_err(doing)?;
+        let doing = |e: Error| {
+            e.context(format!("connect to VM {}", row.name))
+                .of_vm(&row.name)
+        };
+        let identity = row
+            .identity
+            .as_ref()
+            .ok_or_else(|| doing(Error::internal("it is running without a VMM")))?;
+        let stream = self
+            .vmm
+            .connect(identity, request.port, &cancel)
+            .map_err(doing)?;
         Ok((self.views.view(&row.id)?, stream))
     }
 }

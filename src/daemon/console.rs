@@ -18,11 +18,15 @@ impl Sessions {
     ) -> Result<LogsReply> {
         let row = self.core.resolve(caller, &request.vm)?;
         // The first start makes the directory. Before that, nothing has been printed.
-        let is_there = self.core.vm_dir(&row.id).exists() || (request.follow && self.views.wait_directory(&row.id, reader)?);
+        let is_there = self.core.vm_dir(&row.id).exists()
+            || (request.follow && self.views.wait_directory(&row.id, reader)?);
         if !is_there {
             return Ok(LogsReply { bytes: 0 });
         }
-        let mut follower = self.vmm.consoles().follow(&self.core.vm_dir(&row.id), request.tail)?;
+        let mut follower = self
+            .vmm
+            .consoles()
+            .follow(&self.core.vm_dir(&row.id), request.tail)?;
         let mut bytes = 0;
         let gone = || Error::new(Kind::Cancelled, "the caller hung up");
         loop {

@@ -53,7 +53,9 @@ impl Deref for Core {
 
 /// Seconds since the epoch.
 pub(super) fn now_s() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| d.as_secs())
 }
 
 impl Core {
@@ -71,7 +73,9 @@ impl Core {
     /// # Errors
     /// `vm_not_found` if the VM has been deleted.
     pub(super) fn row(&self, id: &VmId) -> Result<VmRow> {
-        self.store.read(|s| s.vm(id).map(|r| (**r).clone())).ok_or_else(|| vm_not_found(id.as_str()))
+        self.store
+            .read(|s| s.vm(id).map(|r| (**r).clone()))
+            .ok_or_else(|| vm_not_found(id.as_str()))
     }
 
     /// True once `close` has been called.
@@ -99,14 +103,28 @@ impl Core {
 
     /// Runs one transaction of the store. An `essential` change (kill, delete, commit) is accepted
     /// even when the disk is full.
-    pub(super) fn change<T>(&self, essential: bool, change: impl FnOnce(&mut Tx) -> Result<T>) -> Result<(T, Ticket)> {
-        if essential { self.store.change_essential(change) } else { self.store.change(change) }
+    pub(super) fn change<T>(
+        &self,
+        essential: bool,
+        change: impl FnOnce(&mut Tx) -> Result<T>,
+    ) -> Result<(T, Ticket)> {
+        if essential {
+            self.store.change_essential(change)
+        } else {
+            self.store.change(change)
+        }
     }
 
     /// Changes a VM's row under its lock. The caller must not hold a lock.
-    pub(super) fn change_row(&self, vm: &VmId, essential: bool, change: impl FnOnce(&mut VmRow)) -> Result<Ticket> {
+    pub(super) fn change_row(
+        &self,
+        vm: &VmId,
+        essential: bool,
+        change: impl FnOnce(&mut VmRow),
+    ) -> Result<Ticket> {
         let guard = self.locks.vm.lock(vm);
-        self.change(essential, |tx| tx.update_vm(&guard, change)).map(|((), ticket)| ticket)
+        self.change(essential, |tx| tx.update_vm(&guard, change))
+            .map(|((), ticket)| ticket)
     }
 
     /// Waits until the change is on disk, for at most [`DURABLE_DEADLINE`].
@@ -121,7 +139,10 @@ impl Core {
         loop {
             match ticket.wait(Instant::now() + DURABLE_DEADLINE) {
                 Err(e) if e.kind() == Kind::Timeout && !self.closing.is_cancelled() => {
-                    log::warn!("a claim has waited for the disk for {} s", DURABLE_DEADLINE.as_secs());
+                    log::warn!(
+                        "a claim has waited for the disk for {} s",
+                        DURABLE_DEADLINE.as_secs()
+                    );
                 }
                 other => return other.map(drop),
             }
@@ -153,11 +174,23 @@ impl Core {
     /// Records what happened to a VM, for tests. `seq` is the change of the store that made it
     /// visible, or else the latest change. `since` is an instant before it became visible.
     #[inline]
-    pub(super) fn note(&self, row: &VmRow, seq: Option<u64>, since: Option<Instant>, what: impl FnOnce() -> What) {
+    pub(super) fn note(
+        &self,
+        row: &VmRow,
+        seq: Option<u64>,
+        since: Option<Instant>,
+        what: impl FnOnce() -> What,
+    ) {
         self.history.note(|| {
             let (seq, now) = (seq.unwrap_or_else(|| self.store.seq()), Instant::now());
             let between = (since.unwrap_or(now), now);
-            Event { vm: row.id.clone(), name: row.name.clone(), seq, between, what: what() }
+            Event {
+                vm: row.id.clone(),
+                name: row.name.clone(),
+                seq,
+                between,
+                what: what(),
+            }
         });
     }
 }

@@ -46,14 +46,25 @@ impl Creator {
 
     /// Like [`Self::create`], with an idempotency key. Key and row are written in one transaction,
     /// so the key never names a VM that does not exist.
-    pub fn create_keyed(&self, caller: &Caller, request: &VmCreateRequest, key: Option<&HeldKey>) -> Result<Vm> {
-        let image_name = request.image.clone().unwrap_or_else(|| self.defaults.image.clone());
+    pub fn create_keyed(
+        &self,
+        caller: &Caller,
+        request: &VmCreateRequest,
+        key: Option<&HeldKey>,
+    ) -> Result<Vm> {
+        let image_name = request
+            .image
+            .clone()
+            .unwrap_or_else(|| self.defaults.image.clone());
         // The image cannot be deleted before the row names it.
         let (image, _image) = self.image_service.use_image(&image_name)?;
         let row = VmRow {
             id: VmId::random(),
             // `insert` replaces it if none was given.
-            name: request.name.clone().unwrap_or_else(|| names::candidate(0, 0)),
+            name: request
+                .name
+                .clone()
+                .unwrap_or_else(|| names::candidate(0, 0)),
             owner_uid: caller.uid,
             state: VmState::Created,
             image: image_name,
@@ -92,20 +103,33 @@ impl Creator {
         self.capacity.check_vcpus(row.vcpus)?;
         self.capacity.check_memory(row.mem_mib)?;
         self.capacity.check_disk(row.disk_bytes, image.disk_bytes)?;
-        request.work_disk_bytes.map_or(Ok(()), |bytes| self.capacity.check_work_disk(bytes))?;
+        request
+            .work_disk_bytes
+            .map_or(Ok(()), |bytes| self.capacity.check_work_disk(bytes))?;
         self.networks.check_ports(caller, row.net, &request.ports)?;
         self.controls.check_rates(&request.rates())?;
         // The kernel cannot be deleted before the row names it.
-        let _kernel = row.kernel.as_ref().map(|name| self.kernel_service.use_kernel(name)).transpose()?;
+        let _kernel = row
+            .kernel
+            .as_ref()
+            .map(|name| self.kernel_service.use_kernel(name))
+            .transpose()?;
         let id = row.id.clone();
-        let op = key.map(|key| self.core.begin_own_op(key.method(), Some(id.clone()), caller.uid)).transpose()?;
+        let op = key
+            .map(|key| {
+                self.core
+                    .begin_own_op(key.method(), Some(id.clone()), caller.uid)
+            })
+            .transpose()?;
         let key_op = op.as_ref().map(OpHandle::op);
         let since = std::time::Instant::now();
         let made = self.insert_with_ports(&row, request, key.zip(key_op));
         if let Ok((_, ticket)) = &made
             && let Ok(row) = self.core.row(&id)
         {
-            self.core.note(&row, Some(ticket.seq()), Some(since), || super::history::What::Created);
+            self.core.note(&row, Some(ticket.seq()), Some(since), || {
+                super::history::What::Created
+            });
         }
         let vm = made.and_then(|(vm, ticket)| self.core.wait_durable(ticket).map(|()| vm));
         match (op, &vm) {
@@ -118,11 +142,19 @@ impl Creator {
 
     /// Only a socket can tell which ports are free, and under `create_vm` no file or socket may be
     /// used. So the ports are picked first, and picked again if another VM has taken one meanwhile.
-    fn insert_with_ports(&self, row: &VmRow, request: &VmCreateRequest, key: Option<(&HeldKey, Op)>) -> Result<(Vm, Ticket)> {
+    fn insert_with_ports(
+        &self,
+        row: &VmRow,
+        request: &VmCreateRequest,
+        key: Option<(&HeldKey, Op)>,
+    ) -> Result<(Vm, Ticket)> {
         let mut tries = 0;
         loop {
             tries += 1;
-            let row = VmRow { ports: self.networks.settle_ports(&request.ports)?, ..row.clone() };
+            let row = VmRow {
+                ports: self.networks.settle_ports(&request.ports)?,
+                ..row.clone()
+            };
             let made = {
                 let _names = self.core.locks.create_vm.lock(&());
                 self.insert_row(row, request.name.is_some(), key.clone())
@@ -135,7 +167,12 @@ impl Creator {
     }
 
     /// Call it with `create_vm` held.
-    fn insert_row(&self, row: VmRow, name_given: bool, key: Option<(&HeldKey, Op)>) -> Result<(Vm, Ticket)> {
+    fn insert_row(
+        &self,
+        row: VmRow,
+        name_given: bool,
+        key: Option<(&HeldKey, Op)>,
+    ) -> Result<(Vm, Ticket)> {
         self.core.store.change(|tx| {
             let row = self.insert(tx, row, name_given)?;
             // The view is made here, because the VM may be deleted before this is durable.
@@ -152,11 +189,18 @@ impl Creator {
         let owned = tx.vms().filter(|r| r.owner_uid == row.owner_uid).count();
         let max = self.core.limits.vms_per_uid_max;
         if owned >= max {
-            return Err(Error::new(Kind::VmLimit, format!("uid {} has {owned} VMs, which is the limit", row.owner_uid))
-                .hint("delete some (fcctl ps -a, fcctl rm NAME), or raise limits.vms_per_uid_max"));
+            return Err(Error::new(
+                Kind::VmLimit,
+                format!("uid {} has {owned} VMs, which is the limit", row.owner_uid),
+            )
+            .hint("delete some (fcctl ps -a, fcctl rm NAME), or raise limits.vms_per_uid_max"));
         }
         require_free(tx, &row.ports)?;
-        row.name = if name_given { free_name(tx, row.name)? } else { some_name(tx, &row.id)? };
+        row.name = if name_given {
+            free_name(tx, row.name)?
+        } else {
+            some_name(tx, &row.id)?
+        };
         row.slot = tx.free_slot(self.networks.slots_max())?;
         tx.insert_vm(row.clone())?;
         Ok(row)
@@ -177,5 +221,7 @@ fn some_name(state: &State, id: &VmId) -> Result<VmName> {
     (0..NAME_TRIES_MAX)
         .map(|n| names::candidate(seed, n))
         .find(|name| state.vm_by_name(name).is_none())
-        .ok_or_else(|| Error::new(Kind::Exhausted, "no free name was found").hint("choose one with --name"))
+        .ok_or_else(|| {
+            Error::new(Kind::Exhausted, "no free name was found").hint("choose one with --name")
+        })
 }

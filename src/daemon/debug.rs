@@ -8,14 +8,32 @@ impl Core {
     /// Lists the locks with their holders and waiters.
     pub fn debug_locks(&self) -> DebugLocksReply {
         let mut locks = Vec::new();
-        let keyed = [("vm_locks", self.locks.vm.records()), ("workspace_locks", self.locks.workspace.records())];
+        let keyed = [
+            ("vm_locks", self.locks.vm.records()),
+            ("workspace_locks", self.locks.workspace.records()),
+        ];
         for (name, records) in keyed {
-            locks.extend(records.into_iter().map(|(key, holder, waiters)| record(name, key, holder, waiters)));
+            locks.extend(
+                records
+                    .into_iter()
+                    .map(|(key, holder, waiters)| record(name, key, holder, waiters)),
+            );
         }
-        for (name, set) in [("create_vm", &self.locks.create_vm), ("image_ops", &self.locks.image_ops)] {
-            locks.extend(set.records().into_iter().map(|(_, holder, waiters)| record(name, String::new(), holder, waiters)));
+        for (name, set) in [
+            ("create_vm", &self.locks.create_vm),
+            ("image_ops", &self.locks.image_ops),
+        ] {
+            locks.extend(
+                set.records()
+                    .into_iter()
+                    .map(|(_, holder, waiters)| record(name, String::new(), holder, waiters)),
+            );
         }
-        DebugLocksReply { locks, violations: check::violations(), checked: cfg!(any(debug_assertions, feature = "lock-check")) }
+        DebugLocksReply {
+            locks,
+            violations: check::violations(),
+            checked: cfg!(any(debug_assertions, feature = "lock-check")),
+        }
     }
 }
 
@@ -25,7 +43,12 @@ fn record(set: &str, key: String, holder: Option<Party>, waiters: Vec<Party>) ->
         operation: p.operation.as_deref().unwrap_or_default().to_owned(),
         for_us: u64::try_from(p.since.elapsed().as_micros()).unwrap_or(u64::MAX),
     };
-    LockRecord { set: set.to_owned(), key, holder: holder.map(party), waiters: waiters.into_iter().map(party).collect() }
+    LockRecord {
+        set: set.to_owned(),
+        key,
+        holder: holder.map(party),
+        waiters: waiters.into_iter().map(party).collect(),
+    }
 }
 
 /// Counts of what is in progress. In an idle daemon all are 0.

@@ -54,19 +54,37 @@ impl Doctor {
     /// # Errors
     /// `busy` if another caller's run takes too long.
     pub fn doctor(&self, caller: &Caller) -> Result<DoctorReply> {
-        let freshness = if caller.is_privileged() { Freshness::New } else { Freshness::Recent };
-        let run = || checks(&self.config, self.vmm.as_ref(), self.commands.as_ref(), &self.core.closing);
-        let found = self.host_checks.get(freshness, Instant::now() + RUN_DEADLINE, run);
+        let freshness = if caller.is_privileged() {
+            Freshness::New
+        } else {
+            Freshness::Recent
+        };
+        let run = || {
+            checks(
+                &self.config,
+                self.vmm.as_ref(),
+                self.commands.as_ref(),
+                &self.core.closing,
+            )
+        };
+        let found = self
+            .host_checks
+            .get(freshness, Instant::now() + RUN_DEADLINE, run);
         let mut checks = found.map_err(|e| e.context("check this host"))?;
         // These read only files and memory, so they are never shared.
         checks.push(self.image_check());
         checks.push(self.recovery.recovery_check(caller));
         checks.extend(self.networks.name_server_check());
         checks.push(match self.core.store.read_only() {
-            None => Check::ok("store", format!("the store in {} is writable", self.core.state_dir.display())),
-            Some(e) => {
-                Check::fail("store", format!("the store is read-only: {e}"), e.hint_text().unwrap_or("free some disk space"))
-            }
+            None => Check::ok(
+                "store",
+                format!("the store in {} is writable", self.core.state_dir.display()),
+            ),
+            Some(e) => Check::fail(
+                "store",
+                format!("the store is read-only: {e}"),
+                e.hint_text().unwrap_or("free some disk space"),
+            ),
         });
         Ok(DoctorReply { checks })
     }
@@ -79,14 +97,23 @@ impl Doctor {
     /// in time.
     pub fn leaks(&self, fix: bool) -> Result<LeaksReply> {
         self.reconciler.wait_first_pass()?;
-        Ok(LeaksReply { leaks: self.resources.sweep(fix) })
+        Ok(LeaksReply {
+            leaks: self.resources.sweep(fix),
+        })
     }
 
     fn image_check(&self) -> Check {
         let name = &self.config.vm.image;
         match self.images.get(name) {
-            Ok(info) => Check::ok("image", format!("image {name}: {}, kernel {}", info.os, info.kernel_version)),
-            Err(_) => Check::warn("image", format!("there is no image {name}"), "fcctl image build"),
+            Ok(info) => Check::ok(
+                "image",
+                format!("image {name}: {}, kernel {}", info.os, info.kernel_version),
+            ),
+            Err(_) => Check::warn(
+                "image",
+                format!("there is no image {name}"),
+                "fcctl image build",
+            ),
         }
     }
 }
@@ -95,12 +122,26 @@ impl Doctor {
 pub fn host_checks(config: &Config, seams: &Seams) -> Result<Vec<Check>> {
     let cancel = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
     let mut all = checks(config, seams.vmm.as_ref(), seams.commands.as_ref(), &cancel);
-    all.push(Check::warn("daemon", format!("no daemon answers on {}", config.socket.display()), "start fcd"));
+    all.push(Check::warn(
+        "daemon",
+        format!("no daemon answers on {}", config.socket.display()),
+        "start fcd",
+    ));
     Ok(all)
 }
 
-fn checks(config: &Config, vmm: &dyn crate::vmm::Driver, commands: &dyn Commands, cancel: &Cancel) -> Vec<Check> {
-    let mut all = super::resources::checks(&super::host_view::HostView { config, vmm, commands, cancel });
+fn checks(
+    config: &Config,
+    vmm: &dyn crate::vmm::Driver,
+    commands: &dyn Commands,
+    cancel: &Cancel,
+) -> Vec<Check> {
+    let mut all = super::resources::checks(&super::host_view::HostView {
+        config,
+        vmm,
+        commands,
+        cancel,
+    });
     all.extend(crate::image::checks(commands, cancel));
     all
 }

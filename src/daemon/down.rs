@@ -27,7 +27,9 @@ impl Lifecycle {
         let Some(identity) = self.vmms.identity(&row) else {
             // The VMM is gone. If the first half of a restart ended it, the row says how.
             return match self.resources.release_boot(&row.id, row.generation) {
-                Ok(()) => Outcome::Ended { synced: row.synced.unwrap_or(Synced::No) },
+                Ok(()) => Outcome::Ended {
+                    synced: row.synced.unwrap_or(Synced::No),
+                },
                 Err(e) => Outcome::StillThere(e),
             };
         };
@@ -37,7 +39,11 @@ impl Lifecycle {
             self.shut_down_guest(claim, &row, &identity)
         };
         claim.op().progress("end the VMM");
-        match self.vmms.kill_vmm(&identity).and_then(|()| self.resources.release_boot(&row.id, row.generation)) {
+        match self
+            .vmms
+            .kill_vmm(&identity)
+            .and_then(|()| self.resources.release_boot(&row.id, row.generation))
+        {
             Ok(()) => Outcome::Ended { synced },
             Err(e) => Outcome::StillThere(e),
         }
@@ -45,7 +51,10 @@ impl Lifecycle {
 
     fn shut_down_guest(&self, claim: &Claim, row: &VmRow, identity: &Identity) -> Synced {
         if row.unresponsive {
-            log::info!("VM {} is not asked to shut down, because its VMM does not respond", row.name);
+            log::info!(
+                "VM {} is not asked to shut down, because its VMM does not respond",
+                row.name
+            );
             return Synced::No;
         }
         if let Some(why) = self.recovery.recovery_note(&row.id) {
@@ -53,18 +62,32 @@ impl Lifecycle {
             return Synced::No;
         }
         self.controls.resume_for_stop(row, identity);
-        let timeout = claim.timeout.unwrap_or(Duration::from_secs(self.core.limits.stop_timeout_s));
+        let timeout = claim
+            .timeout
+            .unwrap_or(Duration::from_secs(self.core.limits.stop_timeout_s));
         let now = Instant::now();
         let deadline = now + timeout;
         let takes_key = row.guest_version >= CTRL_ALT_DEL_SINCE;
         claim.op().progress("sync and shut down the guest");
-        if self.shut_down_over_ssh(claim, row, if takes_key { now + timeout / 2 } else { deadline }) {
+        if self.shut_down_over_ssh(
+            claim,
+            row,
+            if takes_key {
+                now + timeout / 2
+            } else {
+                deadline
+            },
+        ) {
             if let Err(e) = self.vmm.wait_exit(identity, deadline, &claim.cancel) {
                 log::warn!("wait for the VMM of {}: {e}", row.name);
             }
             return Synced::Yes;
         }
-        if takes_key && self.press_key(claim, row, identity, deadline) { Synced::Yes } else { Synced::Timeout }
+        if takes_key && self.press_key(claim, row, identity, deadline) {
+            Synced::Yes
+        } else {
+            Synced::Timeout
+        }
     }
 
     /// Runs the shutdown command over SSH. Returns true once the guest has reported that its data
@@ -72,8 +95,15 @@ impl Lifecycle {
     fn shut_down_over_ssh(&self, claim: &Claim, row: &VmRow, deadline: Instant) -> bool {
         let mut output = VecSink::new(OUTPUT_BYTES_MAX);
         let asked = self.guests.target(row).and_then(|target| {
-            let spec = ExecSpec { command: SHUTDOWN_COMMAND.to_owned(), deadline: Some(deadline), ..ExecSpec::default() };
-            let streams = Streams { stdout: Some(&mut output), ..Streams::default() };
+            let spec = ExecSpec {
+                command: SHUTDOWN_COMMAND.to_owned(),
+                deadline: Some(deadline),
+                ..ExecSpec::default()
+            };
+            let streams = Streams {
+                stdout: Some(&mut output),
+                ..Streams::default()
+            };
             self.transport.exec(&target, &spec, streams, &claim.cancel)
         });
         // The shutdown breaks the connection, so an error does not matter if the guest reported
@@ -87,7 +117,13 @@ impl Lifecycle {
 
     /// Presses Ctrl-Alt-Del, for a guest that cannot be reached over SSH: its init then syncs and
     /// shuts down. Returns true if the guest has shut down by the deadline.
-    fn press_key(&self, claim: &Claim, row: &VmRow, identity: &Identity, deadline: Instant) -> bool {
+    fn press_key(
+        &self,
+        claim: &Claim,
+        row: &VmRow,
+        identity: &Identity,
+        deadline: Instant,
+    ) -> bool {
         if claim.cancel.is_cancelled() {
             return false;
         }

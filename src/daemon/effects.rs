@@ -52,12 +52,17 @@ impl DieAt {
 
     pub fn from_env() -> Option<std::sync::Arc<Self>> {
         let file = std::env::var_os(Self::VARIABLE)?.into();
-        Some(std::sync::Arc::new(Self { file, left: 0.into() }))
+        Some(std::sync::Arc::new(Self {
+            file,
+            left: 0.into(),
+        }))
     }
 
     fn pass(&self, what: &str) {
         use std::sync::atomic::Ordering::SeqCst;
-        let Ok(text) = std::fs::read_to_string(&self.file) else { return self.left.store(0, SeqCst) };
+        let Ok(text) = std::fs::read_to_string(&self.file) else {
+            return self.left.store(0, SeqCst);
+        };
         let left = match self.left.load(SeqCst) {
             0 => text.trim().parse().unwrap_or(0),
             left => left,
@@ -65,7 +70,10 @@ impl DieAt {
         self.left.store(left.saturating_sub(1), SeqCst);
         if left == 1 {
             log::warn!("dies here: {what}");
-            let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+            let _ = rustix::process::kill_process(
+                rustix::process::getpid(),
+                rustix::process::Signal::KILL,
+            );
             loop {
                 std::thread::park();
             }

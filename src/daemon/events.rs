@@ -47,17 +47,35 @@ pub struct Watchers {
 impl Watchers {
     /// Sends events until the caller hangs up or reads too slowly. A slow caller gets the number at
     /// which it can resume.
-    pub fn watch_events(&self, caller: &Caller, request: &EventsWatchRequest, line: &dyn WatchLine) -> Result<EventsWatchReply> {
+    pub fn watch_events(
+        &self,
+        caller: &Caller,
+        request: &EventsWatchRequest,
+        line: &dyn WatchLine,
+    ) -> Result<EventsWatchReply> {
         let watcher = *caller;
-        let (mut listening, start) = self.core.store.subscribe(request.since, move |uid| watcher.may_see(uid))?;
+        let (mut listening, start) = self
+            .core
+            .store
+            .subscribe(request.since, move |uid| watcher.may_see(uid))?;
         let mut send = |note| line.send_note(note).map_err(send_error);
         match start {
             Start::Snapshot { seq, resync, vms } => send_snapshot(seq, resync, &vms, &mut send)?,
-            Start::Missed(missed) => missed.iter().try_for_each(|h| send_change(caller, h, &mut send))?,
+            Start::Missed(missed) => missed
+                .iter()
+                .try_for_each(|h| send_change(caller, h, &mut send))?,
         }
-        let outlet = line.socket().map(|socket| Arc::new(Outlet::new(watcher, socket)));
-        let register =
-            |outlet: &Arc<Outlet>| self.feeder.register(&self.core.store, &self.core.closing, listening.id(), outlet.clone());
+        let outlet = line
+            .socket()
+            .map(|socket| Arc::new(Outlet::new(watcher, socket)));
+        let register = |outlet: &Arc<Outlet>| {
+            self.feeder.register(
+                &self.core.store,
+                &self.core.closing,
+                listening.id(),
+                outlet.clone(),
+            )
+        };
         let registered = outlet.as_ref().and_then(register);
         if registered.is_some() {
             listening.lend();
@@ -68,8 +86,14 @@ impl Watchers {
             }
             match listening.next() {
                 Some(Next::Change(change)) => send_change(caller, &change, &mut send)?,
-                Some(Next::Lagged { dropped, resume_seq }) => {
-                    send(Note::Lagged(Lagged { dropped, resume_seq }))?;
+                Some(Next::Lagged {
+                    dropped,
+                    resume_seq,
+                }) => {
+                    send(Note::Lagged(Lagged {
+                        dropped,
+                        resume_seq,
+                    }))?;
                     return Ok(EventsWatchReply { resume_seq });
                 }
                 None if self.core.closing.is_cancelled() => {
@@ -78,11 +102,14 @@ impl Watchers {
                         continue;
                     }
                     return Err(
-                        Error::new(Kind::ShuttingDown, "the daemon is shutting down").hint("run the command again once fcd runs")
+                        Error::new(Kind::ShuttingDown, "the daemon is shutting down")
+                            .hint("run the command again once fcd runs"),
                     );
                 }
                 None => {
-                    let waited = line.hangup().wait(&[listening.fd(), self.core.closing.fd()], None);
+                    let waited = line
+                        .hangup()
+                        .wait(&[listening.fd(), self.core.closing.fd()], None);
                     listening.take_back();
                     waited.map_err(|Gone| gone())?;
                 }
@@ -97,7 +124,11 @@ fn gone() -> Error {
 
 fn send_error(e: io::Error) -> Error {
     // `InvalidData` means that the notification is too long. Everything else is a hang-up.
-    if e.kind() == io::ErrorKind::InvalidData { Error::internal("send a change to a watcher").with_source(e) } else { gone() }
+    if e.kind() == io::ErrorKind::InvalidData {
+        Error::internal("send a change to a watcher").with_source(e)
+    } else {
+        gone()
+    }
 }
 
 type Send<'a> = dyn FnMut(Note) -> Result<()> + 'a;
@@ -108,8 +139,17 @@ fn send_snapshot(seq: u64, resync: bool, vms: &[Seen], send: &mut Send<'_>) -> R
     let mut rest = vms;
     loop {
         let (now, later) = rest.split_at(rest.len().min(VMS_PER_NOTE_MAX));
-        let vms = now.iter().map(|seen| view(&seen.row, seen.workspace.as_deref())).collect();
-        send(Note::Snapshot(Snapshot { seq, at, resync, more: !later.is_empty(), vms }))?;
+        let vms = now
+            .iter()
+            .map(|seen| view(&seen.row, seen.workspace.as_deref()))
+            .collect();
+        send(Note::Snapshot(Snapshot {
+            seq,
+            at,
+            resync,
+            more: !later.is_empty(),
+            vms,
+        }))?;
         if later.is_empty() {
             return Ok(());
         }
@@ -119,5 +159,12 @@ fn send_snapshot(seq: u64, resync: bool, vms: &[Seen], send: &mut Send<'_>) -> R
 
 fn send_change(caller: &Caller, change: &StoreChange, send: &mut Send<'_>) -> Result<()> {
     let events = events_for(caller, change)?;
-    if events.is_empty() { Ok(()) } else { send(Note::Events(Events { seq: change.seq, events })) }
+    if events.is_empty() {
+        Ok(())
+    } else {
+        send(Note::Events(Events {
+            seq: change.seq,
+            events,
+        }))
+    }
 }

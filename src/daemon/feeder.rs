@@ -49,7 +49,11 @@ impl Unsent {
 
 impl Outlet {
     pub fn new(caller: Caller, socket: Arc<UnixStream>) -> Self {
-        Self { caller, socket, unsent: Mutex::new(Rank::Connections, None) }
+        Self {
+            caller,
+            socket,
+            unsent: Mutex::new(Rank::Connections, None),
+        }
     }
 
     pub fn take_unsent(&self) -> Option<Unsent> {
@@ -81,12 +85,21 @@ impl Drop for Registered<'_> {
 
 impl Feeder {
     pub fn new() -> Self {
-        Self { outlets: Arc::new(Mutex::new(Rank::Connections, HashMap::new())), started: OnceLock::new() }
+        Self {
+            outlets: Arc::new(Mutex::new(Rank::Connections, HashMap::new())),
+            started: OnceLock::new(),
+        }
     }
 
     /// Registers the outlet of a subscription, which is then lent to the thread. Returns `None` if
     /// the thread could not be started.
-    pub fn register(&self, store: &Store, closing: &Cancel, id: u64, outlet: Arc<Outlet>) -> Option<Registered<'_>> {
+    pub fn register(
+        &self,
+        store: &Store,
+        closing: &Cancel,
+        id: u64,
+        outlet: Arc<Outlet>,
+    ) -> Option<Registered<'_>> {
         if !self.started.get_or_init(|| self.start(store, closing)) {
             return None;
         }
@@ -96,8 +109,9 @@ impl Feeder {
 
     fn start(&self, store: &Store, closing: &Cancel) -> bool {
         let (outlets, closing) = (self.outlets.clone(), closing.clone());
-        let started =
-            store.feed().and_then(|feed| crate::host::thread::spawn("event-feed", move || run(feed, &outlets, &closing)));
+        let started = store.feed().and_then(|feed| {
+            crate::host::thread::spawn("event-feed", move || run(feed, &outlets, &closing))
+        });
         if let Err(e) = &started {
             log::warn!("start the event thread: {e}; each watcher uses its own thread");
         }
@@ -110,7 +124,11 @@ fn run(mut feed: Feed, outlets: &Outlets, closing: &Cancel) {
     while !closing.is_cancelled() {
         let mut due = feed.take();
         if due.is_empty() {
-            match wait_any(&[(feed.fd(), PollFlags::POLLIN)], Instant::now() + IDLE, closing) {
+            match wait_any(
+                &[(feed.fd(), PollFlags::POLLIN)],
+                Instant::now() + IDLE,
+                closing,
+            ) {
                 Ok(WaitResult::Ready | WaitResult::Deadline) => continue,
                 Ok(WaitResult::Cancelled) => return,
                 Err(e) => return log::error!("wait for events: {e}"),
@@ -128,7 +146,9 @@ fn run(mut feed: Feed, outlets: &Outlets, closing: &Cancel) {
 fn send_all(due: &mut [Due], outlets: &Outlets) {
     let found: Vec<_> = {
         let outlets = outlets.lock();
-        due.iter().map(|due| outlets.get(&due.id).cloned()).collect()
+        due.iter()
+            .map(|due| outlets.get(&due.id).cloned())
+            .collect()
     };
     let mut blocks = Blocks::default();
     for (due, outlet) in due.iter_mut().zip(found) {
@@ -144,11 +164,17 @@ fn send_all(due: &mut [Due], outlets: &Outlets) {
 
 /// Returns false if the watcher's own thread must continue.
 fn send_some(due: &mut Due, outlet: &Outlet, blocks: &mut Blocks) -> bool {
-    let Some(block) = blocks.next(&outlet.caller, due) else { return false };
+    let Some(block) = blocks.next(&outlet.caller, due) else {
+        return false;
+    };
     let mut sent = 0;
     // Some changes have no events for this caller.
     if !block.bytes.is_empty() {
-        match rustix::net::send(&*outlet.socket, &block.bytes, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
+        match rustix::net::send(
+            &*outlet.socket,
+            &block.bytes,
+            SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
+        ) {
             Ok(n) => sent = n,
             Err(Errno::INTR) => return true,
             Err(_) => return false,
@@ -156,7 +182,10 @@ fn send_some(due: &mut Due, outlet: &Outlet, blocks: &mut Blocks) -> bool {
     }
     due.changes.drain(..block.changes);
     if sent < block.bytes.len() {
-        *outlet.unsent.lock() = Some(Unsent { block: block.bytes, sent });
+        *outlet.unsent.lock() = Some(Unsent {
+            block: block.bytes,
+            sent,
+        });
         return false;
     }
     true
@@ -180,16 +209,25 @@ impl Blocks {
         let sees_only = (caller.uid != 0).then_some(caller.uid);
         let first = due.changes.front()?.seq;
         let block = self.0.entry((sees_only, first, due.changes.len()));
-        block.or_insert_with(|| render(caller, due.changes.iter())).clone()
+        block
+            .or_insert_with(|| render(caller, due.changes.iter()))
+            .clone()
     }
 }
 
-fn render<'a>(caller: &Caller, changes: impl Iterator<Item = &'a Arc<StoreChange>>) -> Option<Block> {
+fn render<'a>(
+    caller: &Caller,
+    changes: impl Iterator<Item = &'a Arc<StoreChange>>,
+) -> Option<Block> {
     let (mut count, mut bytes) = (0, Vec::new());
     for change in changes {
         let events = events_for(caller, change).ok()?;
         if !events.is_empty() {
-            let line = Notification::line(Note::Events(Events { seq: change.seq, events })).ok()?;
+            let line = Notification::line(Note::Events(Events {
+                seq: change.seq,
+                events,
+            }))
+            .ok()?;
             if line.len() > FRAME_BYTES_MAX {
                 // The frame is too large. Send what comes before it. The watcher's own thread will
                 // find the same and end the watch.
@@ -202,5 +240,8 @@ fn render<'a>(caller: &Caller, changes: impl Iterator<Item = &'a Arc<StoreChange
             break;
         }
     }
-    (count > 0).then(|| Block { changes: count, bytes: bytes.into() })
+    (count > 0).then(|| Block {
+        changes: count,
+        bytes: bytes.into(),
+    })
 }

@@ -14,11 +14,22 @@ impl Reconciler {
     /// does not talk to it.
     pub(super) fn leave_unadopted(&self, row: &VmRow, identity: &Identity) -> Result<()> {
         let deaths = self.adopter.deaths(&row.id);
-        let reason = format!("{}, so it is not adopted; a stop or a delete kills its VMM", adoption::times(deaths));
+        let reason = format!(
+            "{}, so it is not adopted; a stop or a delete kills its VMM",
+            adoption::times(deaths)
+        );
         log::error!("VM {}: {reason}", row.name);
         let guard = self.core.locks.vm.lock(&row.id);
         let ((), ticket) = self.core.change(true, |tx| {
-            records::write(tx, &adoption::name(&row.id), Record { deaths, is_under_way: false, is_left_alone: true });
+            records::write(
+                tx,
+                &adoption::name(&row.id),
+                Record {
+                    deaths,
+                    is_under_way: false,
+                    is_left_alone: true,
+                },
+            );
             tx.update_vm(&guard, |r| {
                 if (r.generation, r.state) == (row.generation, VmState::Running) {
                     (r.reason, r.unresponsive) = (Some(reason), true);
@@ -33,13 +44,18 @@ impl Reconciler {
     /// Gives up on a VM if its crash budget is used up. Returns true if so; then the VM must not be
     /// resumed.
     pub(super) fn gave_up(&self, row: &VmRow) -> Result<bool> {
-        let record = self.core.store.read(|s| records::read(s, &recovery::name(&row.id)));
+        let record = self
+            .core
+            .store
+            .read(|s| records::read(s, &recovery::name(&row.id)));
         let deaths = record.deaths_at_start();
         let gives_up = match row.state {
             VmState::Stopping => deaths > 1,
             // A delete does not ask the guest, so there is no gentler attempt to make.
             VmState::Deleting => deaths > 0,
-            VmState::Created | VmState::Stopped | VmState::Failed => record.is_under_way || record.is_left_alone,
+            VmState::Created | VmState::Stopped | VmState::Failed => {
+                record.is_under_way || record.is_left_alone
+            }
             VmState::Starting | VmState::Running => false,
         };
         if gives_up {
@@ -54,7 +70,11 @@ impl Reconciler {
         let reason = format!("{}, so it is not resumed again", recovery::times(deaths));
         log::error!("VM {}: {reason}", row.name);
         self.recovery.attempts.note(&row.id);
-        let record = Record { deaths, is_under_way: !leaves_alone, is_left_alone: leaves_alone };
+        let record = Record {
+            deaths,
+            is_under_way: !leaves_alone,
+            is_left_alone: leaves_alone,
+        };
         let guard = self.core.locks.vm.lock(&row.id);
         let ((), ticket) = self.core.change(true, |tx| {
             records::write(tx, &recovery::name(&row.id), record);

@@ -39,13 +39,20 @@ pub trait Installations: Send + Sync {
 }
 
 /// Finds what gone installations have left, and removes it if `fix` is set.
-pub(super) fn sweep(installations: &dyn Installations, commands: &Arc<dyn Commands>, fix: bool) -> Vec<Leak> {
+pub(super) fn sweep(
+    installations: &dyn Installations,
+    commands: &Arc<dyn Commands>,
+    fix: bool,
+) -> Vec<Leak> {
     let mut leaks = Vec::new();
     let visited = installations.visit_gone(&mut |gone| {
         let before = leaks.len();
         sweep_groups(gone, fix, &mut leaks);
         let is_complete = sweep_network(gone, commands, fix, &mut leaks).unwrap_or_else(|e| {
-            log::warn!("look for leftovers of the installation in {}: {e}", gone.state_dir.display());
+            log::warn!(
+                "look for leftovers of the installation in {}: {e}",
+                gone.state_dir.display()
+            );
             false
         });
         is_complete && leaks[before..].iter().all(|leak| leak.removed)
@@ -59,12 +66,22 @@ pub(super) fn sweep(installations: &dyn Installations, commands: &Arc<dyn Comman
 fn sweep_groups(gone: &GoneInstallation, fix: bool, leaks: &mut Vec<Leak>) {
     if let Some(group) = firecracker::empty_group(&gone.install_id) {
         let removed = fix.then(|| firecracker::remove_group(&group));
-        leaks.push(leak_of(gone, "control_group", &group.display().to_string(), removed.as_ref()));
+        leaks.push(leak_of(
+            gone,
+            "control_group",
+            &group.display().to_string(),
+            removed.as_ref(),
+        ));
     }
 }
 
 /// Returns false if the network is in use.
-fn sweep_network(gone: &GoneInstallation, commands: &Arc<dyn Commands>, fix: bool, leaks: &mut Vec<Leak>) -> Result<bool> {
+fn sweep_network(
+    gone: &GoneInstallation,
+    commands: &Arc<dyn Commands>,
+    fix: bool,
+    leaks: &mut Vec<Leak>,
+) -> Result<bool> {
     if !gone.has_network {
         return Ok(true);
     }
@@ -73,14 +90,29 @@ fn sweep_network(gone: &GoneInstallation, commands: &Arc<dyn Commands>, fix: boo
         Err(e) if e.kind() == Kind::CommandMissing => return Ok(true),
         found => found?,
     };
-    let found = [("tap", &left.taps), ("bridge", &left.bridges), ("table", &left.tables)];
-    let found: Vec<_> = found.into_iter().flat_map(|(kind, names)| names.iter().map(move |name| (kind, name))).collect();
+    let found = [
+        ("tap", &left.taps),
+        ("bridge", &left.bridges),
+        ("table", &left.tables),
+    ];
+    let found: Vec<_> = found
+        .into_iter()
+        .flat_map(|(kind, names)| names.iter().map(move |name| (kind, name)))
+        .collect();
     let removed = (fix && !found.is_empty()).then(|| net::gone::remove(&left, commands));
-    leaks.extend(found.into_iter().map(|(kind, name)| leak_of(gone, kind, name, removed.as_ref())));
+    leaks.extend(
+        found
+            .into_iter()
+            .map(|(kind, name)| leak_of(gone, kind, name, removed.as_ref())),
+    );
     Ok(!left.is_in_use)
 }
 
 fn leak_of(gone: &GoneInstallation, kind: &str, name: &str, removed: Option<&Result<()>>) -> Leak {
-    let why = format!("installation {} is gone (its state directory was {})", gone.install_id, gone.state_dir.display());
+    let why = format!(
+        "installation {} is gone (its state directory was {})",
+        gone.install_id,
+        gone.state_dir.display()
+    );
     leak(kind, name, &why, removed)
 }

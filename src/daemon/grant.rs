@@ -43,7 +43,11 @@ impl Core {
         verb: Verb,
         answered: std::result::Result<&Grant, &Error>,
     ) {
-        let seq = if let Ok(Grant::Claimed(claimed)) = answered { Some(claimed.ticket.seq()) } else { None };
+        let seq = if let Ok(Grant::Claimed(claimed)) = answered {
+            Some(claimed.ticket.seq())
+        } else {
+            None
+        };
         self.note(row, seq, None, || {
             let (answer, op) = match answered {
                 Ok(Grant::Claimed(claimed)) => (Answer::Claimed, Some(claimed.op.id())),
@@ -54,7 +58,13 @@ impl Core {
                 Err(_) => (Answer::Failed, None),
             };
             let (state, restarting) = (row.state, row.intent == Some(Intent::Restart));
-            What::Asked { verb, state, restarting, answer, op: op.cloned() }
+            What::Asked {
+                verb,
+                state,
+                restarting,
+                answer,
+                op: op.cloned(),
+            }
         });
     }
 }

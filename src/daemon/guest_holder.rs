@@ -26,7 +26,9 @@ pub(super) struct HoldGuard {
 impl Drop for HoldGuard {
     fn drop(&mut self) {
         self.holder.runtimes.hold(&self.vm, false);
-        let Err(e) = self.holder.resume(&self.vm, self.generation) else { return };
+        let Err(e) = self.holder.resume(&self.vm, self.generation) else {
+            return;
+        };
         log::warn!("resume VM {}: {e}; retrying", self.vm);
         let (holder, vm, generation) = (self.holder.clone(), self.vm.clone(), self.generation);
         let retried = self.holder.core.spawn(&format!("resume-{vm}"), move || {
@@ -57,9 +59,14 @@ pub(super) struct GuestHolder {
 impl GuestHolder {
     /// Pauses the guest until the guard is dropped, whatever its owner asks for.
     pub fn hold(&self, row: &VmRow) -> Result<HoldGuard> {
-        let held = HoldGuard { holder: self.clone(), vm: row.id.clone(), generation: row.generation };
+        let held = HoldGuard {
+            holder: self.clone(),
+            vm: row.id.clone(),
+            generation: row.generation,
+        };
         self.runtimes.hold(&row.id, true);
-        self.controls.apply_pause_by(&row.id, row.generation, &self.core.closing)?;
+        self.controls
+            .apply_pause_by(&row.id, row.generation, &self.core.closing)?;
         Ok(held)
     }
 
@@ -71,14 +78,21 @@ impl GuestHolder {
         let never = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
         let row = self.core.row(vm)?;
         match &row.identity {
-            Some(identity) if row.generation == generation && row.state == VmState::Stopping && !self.runtimes.is_paused(vm) => {
-                self.vmm.set_paused(&self.core.vm_dir(vm), identity, false, &never)
+            Some(identity)
+                if row.generation == generation
+                    && row.state == VmState::Stopping
+                    && !self.runtimes.is_paused(vm) =>
+            {
+                self.vmm
+                    .set_paused(&self.core.vm_dir(vm), identity, false, &never)
             }
             _ => self.controls.apply_pause_by(vm, generation, &never),
         }
     }
 
     fn vmm_is_alive(&self, vm: &VmId, generation: u64) -> bool {
-        self.core.row(vm).is_ok_and(|row| row.generation == generation && self.vmms.identity(&row).is_some())
+        self.core
+            .row(vm)
+            .is_ok_and(|row| row.generation == generation && self.vmms.identity(&row).is_some())
     }
 }

@@ -22,7 +22,10 @@ impl Guests {
     pub(super) fn target(&self, row: &VmRow) -> Result<Target> {
         match row.ssh_addr {
             Some(addr) => self.target_at(row, addr),
-            None => Err(Error::new(Kind::GuestUnavailable, format!("VM {} has no address", row.name))),
+            None => Err(Error::new(
+                Kind::GuestUnavailable,
+                format!("VM {} has no address", row.name),
+            )),
         }
     }
 
@@ -32,12 +35,22 @@ impl Guests {
             return Err(Error::internal(format!("VM {} has no host key", row.name)));
         };
         let private_key = self.private_key(row)?;
-        let owner = self.specs.credentials(row).map(|(uid, gid)| Owner { uid, gid });
-        Ok(Target { addr, user: GUEST_USER.to_owned(), private_key, host_key, owner })
+        let owner = self
+            .specs
+            .credentials(row)
+            .map(|(uid, gid)| Owner { uid, gid });
+        Ok(Target {
+            addr,
+            user: GUEST_USER.to_owned(),
+            private_key,
+            host_key,
+            owner,
+        })
     }
 
     fn private_key(&self, row: &VmRow) -> Result<String> {
         let path = self.core.vm_dir(&row.id).join(KEY_FILE);
-        std::fs::read_to_string(&path).map_err(|e| Error::io(format!("read the key of VM {}", row.name), e))
+        std::fs::read_to_string(&path)
+            .map_err(|e| Error::io(format!("read the key of VM {}", row.name), e))
     }
 }

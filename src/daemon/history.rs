@@ -77,7 +77,10 @@ pub struct History {
 
 impl Default for History {
     fn default() -> Self {
-        Self { on: AtomicBool::new(false), events: Mutex::new(Rank::Runtimes, Vec::new()) }
+        Self {
+            on: AtomicBool::new(false),
+            events: Mutex::new(Rank::Runtimes, Vec::new()),
+        }
     }
 }
 

@@ -13,10 +13,12 @@ impl Lifecycle {
     /// Waits until the VM is deleted. If the holder hangs up first, a VM with `rm` is deleted.
     pub fn hold(&self, vm: Vm, holder: Hangup<'_>) -> Result<VmReply> {
         let mut last = vm;
-        let ended = self.views.wait_vm(&last.id.clone(), holder, None, &mut |vm| {
-            last = vm.clone();
-            false
-        });
+        let ended = self
+            .views
+            .wait_vm(&last.id.clone(), holder, None, &mut |vm| {
+                last = vm.clone();
+                false
+            });
         match ended {
             Ok(_) => Err(Error::internal("a hold without a deadline ran into one")),
             Err(WaitEnd::VmGone) => Ok(VmReply { vm: last }),
@@ -33,11 +35,19 @@ impl Lifecycle {
 
 impl Views {
     /// Waits until the VM is in a state or deleted, or until the timeout.
-    pub fn wait_state(&self, caller: &Caller, request: &VmWaitRequest, waiter: Hangup<'_>) -> Result<VmReply> {
+    pub fn wait_state(
+        &self,
+        caller: &Caller,
+        request: &VmWaitRequest,
+        waiter: Hangup<'_>,
+    ) -> Result<VmReply> {
         let wanted = request.state.unwrap_or(VmState::Stopped);
         let row = self.core.resolve(caller, &request.vm)?;
-        let deadline = request.timeout_ms.map(|ms| Instant::now() + Duration::from_millis(ms));
-        let fulfils = |state| state == wanted || (wanted == VmState::Stopped && state == VmState::Failed);
+        let deadline = request
+            .timeout_ms
+            .map(|ms| Instant::now() + Duration::from_millis(ms));
+        let fulfils =
+            |state| state == wanted || (wanted == VmState::Stopped && state == VmState::Failed);
         let mut seen = None;
         let ended = self.wait_vm(&row.id, waiter, deadline, &mut |vm| {
             seen = Some(vm.clone());
@@ -47,7 +57,14 @@ impl Views {
             (Ok(true), Some(vm)) => Ok(VmReply { vm }),
             (Ok(_), vm) => {
                 let now = vm.map_or("gone", |vm| vm.state.name());
-                Err(Error::new(Kind::Timeout, format!("wait for VM {} to be {}: it is {now}", row.name, wanted.name())))
+                Err(Error::new(
+                    Kind::Timeout,
+                    format!(
+                        "wait for VM {} to be {}: it is {now}",
+                        row.name,
+                        wanted.name()
+                    ),
+                ))
             }
             (Err(WaitEnd::VmGone), _) => Err(super::access::vm_not_found(row.name.as_str())),
             (Err(WaitEnd::CallerGone), _) => Err(Error::new(Kind::Cancelled, "the caller hung up")),
@@ -74,7 +91,11 @@ impl Views {
         deadline: Option<Instant>,
         done: &mut dyn FnMut(&Vm) -> bool,
     ) -> Result<bool, WaitEnd> {
-        let changed = self.core.store.watch(Some(id.clone())).map_err(WaitEnd::Failed)?;
+        let changed = self
+            .core
+            .store
+            .watch(Some(id.clone()))
+            .map_err(WaitEnd::Failed)?;
         loop {
             changed.clear();
             match self.view(id) {
@@ -84,7 +105,10 @@ impl Views {
             }
             match waiter.wait(&[changed.fd(), self.core.closing.fd()], deadline) {
                 Ok(true) if self.core.closing.is_cancelled() => {
-                    return Err(WaitEnd::Failed(Error::new(Kind::ShuttingDown, "the daemon is shutting down")));
+                    return Err(WaitEnd::Failed(Error::new(
+                        Kind::ShuttingDown,
+                        "the daemon is shutting down",
+                    )));
                 }
                 Ok(true) => {}
                 Ok(false) => return Ok(false),

@@ -71,9 +71,17 @@ pub struct ImageService {
 impl ImageService {
     /// Begins to build an image. Any caller may do that.
     pub fn image_build(&self, caller: &Caller, request: &ImageBuildRequest) -> Result<CallOutcome> {
-        let name = request.name.clone().unwrap_or_else(|| self.default_image.clone());
+        let name = request
+            .name
+            .clone()
+            .unwrap_or_else(|| self.default_image.clone());
         let include = request.include.clone();
-        let spec = BuildSpec { name: name.clone(), include, disk_bytes: DISK_BYTES_DEFAULT, owner_uid: caller.uid };
+        let spec = BuildSpec {
+            name: name.clone(),
+            include,
+            disk_bytes: DISK_BYTES_DEFAULT,
+            owner_uid: caller.uid,
+        };
         let reserved = self.reserve_build(caller, name)?;
         let op = self.core.begin_op("image.build", None, caller.uid, true)?;
         if let Err(e) = self.core.persist_op(&op) {
@@ -83,7 +91,9 @@ impl ImageService {
         let (id, service) = (op.id().clone(), self.clone());
         self.core.spawn(&format!("op-{id}"), move || {
             let _label = crate::locks::operation_scope(format!("image.build {}", reserved.name));
-            let result = service.build_image(&op, &spec).and_then(|image| to_value(&ImageReply { image }));
+            let result = service
+                .build_image(&op, &spec)
+                .and_then(|image| to_value(&ImageReply { image }));
             drop(reserved);
             service.core.end_op(op, result);
         })?;
@@ -92,54 +102,100 @@ impl ImageService {
 
     fn reserve_build(&self, caller: &Caller, name: ImageRef) -> Result<Reserved> {
         // A damaged image also occupies its name.
-        if !self.images.get(&name).is_err_and(|e| e.kind() == Kind::ImageNotFound) {
-            return Err(Error::new(Kind::NameTaken, format!("the image {name} exists already"))
-                .hint("images never change, so choose another name: fcctl image build NAME"));
+        if !self
+            .images
+            .get(&name)
+            .is_err_and(|e| e.kind() == Kind::ImageNotFound)
+        {
+            return Err(
+                Error::new(Kind::NameTaken, format!("the image {name} exists already"))
+                    .hint("images never change, so choose another name: fcctl image build NAME"),
+            );
         }
-        let stored = if caller.is_privileged() { 0 } else { self.stored_images(caller.uid)? };
+        let stored = if caller.is_privileged() {
+            0
+        } else {
+            self.stored_images(caller.uid)?
+        };
         let limits = &self.core.limits;
         let _images = self.core.locks.image_ops.lock(&());
         let mut builds = self.builds.lock();
         let running = builds.by_uid.of(caller.uid);
         if running >= limits.builds_per_uid_max {
-            let text = format!("build image {name}: you have {running} builds in progress, which is the limit");
-            return Err(Error::new(Kind::Busy, text).hint("wait for one to end or cancel one (fcctl op list, fcctl op cancel)"));
+            let text = format!(
+                "build image {name}: you have {running} builds in progress, which is the limit"
+            );
+            return Err(Error::new(Kind::Busy, text)
+                .hint("wait for one to end or cancel one (fcctl op list, fcctl op cancel)"));
         }
         if stored + running >= limits.images_per_uid_max {
             let text = format!("build image {name}: you have {stored} images, which is the limit");
             return Err(Error::new(Kind::Exhausted, text).hint("delete one: fcctl image rm NAME"));
         }
         if !builds.names.insert(name.clone()) {
-            return Err(Error::new(Kind::Busy, format!("image {name} is being built")).hint("fcctl op list"));
+            return Err(
+                Error::new(Kind::Busy, format!("image {name} is being built"))
+                    .hint("fcctl op list"),
+            );
         }
         builds.by_uid.add(caller.uid);
-        Ok(Reserved { builds: self.builds.clone(), name, uid: caller.uid })
+        Ok(Reserved {
+            builds: self.builds.clone(),
+            name,
+            uid: caller.uid,
+        })
     }
 
     fn stored_images(&self, uid: u32) -> Result<usize> {
-        Ok(self.images.list()?.iter().filter(|info| info.owner_uid == Some(uid)).count())
+        Ok(self
+            .images
+            .list()?
+            .iter()
+            .filter(|info| info.owner_uid == Some(uid))
+            .count())
     }
 
     fn build_image(&self, op: &OpHandle, spec: &BuildSpec) -> Result<Image> {
-        let _admitted = self.build_admission.enter(op.cancel(), |ahead| match ahead {
-            0 => op.progress("wait for another build"),
-            ahead => op.progress(&format!("wait for {} other builds", ahead + 1)),
-        })?;
+        let _admitted = self
+            .build_admission
+            .enter(op.cancel(), |ahead| match ahead {
+                0 => op.progress("wait for another build"),
+                ahead => op.progress(&format!("wait for {} other builds", ahead + 1)),
+            })?;
         let reporter = op.reporter();
-        let info = crate::image::build(&self.images, self.commands.as_ref(), spec, op.cancel(), &mut |stage, done, total| {
-            reporter.progress(stage);
-            reporter.progress_units(done, Some(total), "steps");
-        })?;
+        let info = crate::image::build(
+            &self.images,
+            self.commands.as_ref(),
+            spec,
+            op.cancel(),
+            &mut |stage, done, total| {
+                reporter.progress(stage);
+                reporter.progress_units(done, Some(total), "steps");
+            },
+        )?;
         Ok(info.to_api(0))
     }
 
     pub fn image_list(&self, request: &ListRequest) -> Result<ImageListReply<Box<RawValue>>> {
         let mut vms: HashMap<ImageRef, u64> = HashMap::new();
-        self.core.store.read(|s| s.vms().for_each(|row| *vms.entry(row.image.clone()).or_default() += 1));
+        self.core.store.read(|s| {
+            s.vms()
+                .for_each(|row| *vms.entry(row.image.clone()).or_default() += 1)
+        });
         let mut infos = self.images.list()?;
         infos.sort_by(|a, b| a.name.cmp(&b.name));
-        let rest = infos.into_iter().filter(|info| request.after.as_deref().is_none_or(|after| info.name.as_str() > after));
-        let views = rest.map(|info| (info.name.to_string(), info.to_api(vms.get(&info.name).copied().unwrap_or(0))));
+        let rest = infos.into_iter().filter(|info| {
+            request
+                .after
+                .as_deref()
+                .is_none_or(|after| info.name.as_str() > after)
+        });
+        let views = rest.map(|info| {
+            (
+                info.name.to_string(),
+                info.to_api(vms.get(&info.name).copied().unwrap_or(0)),
+            )
+        });
         let (images, next) = page::fill(request.limit, views)?;
         Ok(ImageListReply { images, next })
     }
@@ -153,16 +209,30 @@ impl ImageService {
         self.check_owner(caller, name)?;
         let doing = format!("delete image {name}");
         let _delete_guard = self.uses.begin_delete(name).ok_or_else(|| {
-            Error::new(Kind::Busy, format!("{doing}: it is being deleted, or a VM is being created from it"))
-                .hint("try again in a moment: fcctl image list")
+            Error::new(
+                Kind::Busy,
+                format!("{doing}: it is being deleted, or a VM is being created from it"),
+            )
+            .hint("try again in a moment: fcctl image list")
         })?;
-        let snapshots = self.core.store.read(|s| s.snapshots().filter(|row| row.image == *name).count());
+        let snapshots = self
+            .core
+            .store
+            .read(|s| s.snapshots().filter(|row| row.image == *name).count());
         match (self.vms_of_image(name), snapshots) {
-            (0, 0) => self.images.delete(name).map(|()| ImageDeleteReply { deleted: name.clone() }),
-            (0, snapshots) => Err(Error::new(Kind::Conflict, format!("{doing}: it is used by {snapshots} snapshots"))
-                .hint("delete them first: fcctl snapshot list, fcctl snapshot delete")),
-            (vms, _) => Err(Error::new(Kind::Conflict, format!("{doing}: it is used by {vms} VMs"))
-                .hint("delete them first: fcctl ps -a, fcctl rm")),
+            (0, 0) => self.images.delete(name).map(|()| ImageDeleteReply {
+                deleted: name.clone(),
+            }),
+            (0, snapshots) => Err(Error::new(
+                Kind::Conflict,
+                format!("{doing}: it is used by {snapshots} snapshots"),
+            )
+            .hint("delete them first: fcctl snapshot list, fcctl snapshot delete")),
+            (vms, _) => Err(Error::new(
+                Kind::Conflict,
+                format!("{doing}: it is used by {vms} VMs"),
+            )
+            .hint("delete them first: fcctl ps -a, fcctl rm")),
         }
     }
 
@@ -170,12 +240,21 @@ impl ImageService {
         if caller.is_privileged() {
             return Ok(());
         }
-        let denied =
-            |whose: String| Err(Error::new(Kind::Denied, format!("delete image {name}: {whose}")).hint("ask root or its owner"));
+        let denied = |whose: String| {
+            Err(
+                Error::new(Kind::Denied, format!("delete image {name}: {whose}"))
+                    .hint("ask root or its owner"),
+            )
+        };
         match self.images.get(name) {
             Ok(info) if info.owner_uid == Some(caller.uid) => Ok(()),
-            Ok(ImageInfo { owner_uid: Some(uid), .. }) => denied(format!("uid {uid} built it")),
-            Ok(ImageInfo { owner_uid: None, .. }) => denied("it belongs to the host".to_owned()),
+            Ok(ImageInfo {
+                owner_uid: Some(uid),
+                ..
+            }) => denied(format!("uid {uid} built it")),
+            Ok(ImageInfo {
+                owner_uid: None, ..
+            }) => denied("it belongs to the host".to_owned()),
             Err(e) if e.kind() == Kind::ImageNotFound => Err(e),
             // Nobody knows who built a damaged image.
             Err(e) => denied(e.to_string()),
@@ -183,14 +262,20 @@ impl ImageService {
     }
 
     fn vms_of_image(&self, name: &ImageRef) -> u64 {
-        self.core.store.read(|s| s.vms().filter(|row| row.image == *name).count() as u64)
+        self.core
+            .store
+            .read(|s| s.vms().filter(|row| row.image == *name).count() as u64)
     }
 
     /// Returns the image. It cannot be deleted until the guard is dropped; before that, a row must
     /// name it.
     pub(super) fn use_image(&self, name: &ImageRef) -> Result<(ImageInfo, UseGuard<ImageRef>)> {
         let in_use = self.uses.begin_use(name).ok_or_else(|| {
-            Error::new(Kind::ImageNotFound, format!("image {name} is being deleted")).hint("choose another: fcctl image list")
+            Error::new(
+                Kind::ImageNotFound,
+                format!("image {name} is being deleted"),
+            )
+            .hint("choose another: fcctl image list")
         })?;
         Ok((self.images.get(name)?, in_use))
     }

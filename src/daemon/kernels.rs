@@ -5,7 +5,9 @@ use super::access::Caller;
 use super::call::{CallOutcome, to_value};
 use super::core::Core;
 use super::uses::{UseGuard, Uses};
-use crate::api::kernel::{Kernel, KernelDeleteReply, KernelImportRequest, KernelListReply, KernelReply};
+use crate::api::kernel::{
+    Kernel, KernelDeleteReply, KernelImportRequest, KernelListReply, KernelReply,
+};
 use crate::api::page::{self, ListRequest};
 use crate::error::{Error, Kind, Result};
 use crate::host::Commands;
@@ -28,26 +30,62 @@ pub struct KernelService {
 
 impl KernelService {
     /// Begins to import a kernel from files on the host.
-    pub fn kernel_import(&self, caller: &Caller, request: KernelImportRequest) -> Result<CallOutcome> {
-        let KernelImportRequest { path, name, modules } = request;
-        if let Some(bad) = std::iter::once(&path).chain(&modules).find(|path| !path.is_absolute()) {
-            return Err(Error::invalid(format!("import kernel {}: the path is not absolute", bad.display()))
-                .hint("use an absolute path, because the daemon has another working directory"));
+    pub fn kernel_import(
+        &self,
+        caller: &Caller,
+        request: KernelImportRequest,
+    ) -> Result<CallOutcome> {
+        let KernelImportRequest {
+            path,
+            name,
+            modules,
+        } = request;
+        if let Some(bad) = std::iter::once(&path)
+            .chain(&modules)
+            .find(|path| !path.is_absolute())
+        {
+            return Err(Error::invalid(format!(
+                "import kernel {}: the path is not absolute",
+                bad.display()
+            ))
+            .hint("use an absolute path, because the daemon has another working directory"));
         }
         if let Some(name) = name.as_ref().filter(|name| self.kernels.get(name).is_ok()) {
-            return Err(Error::new(Kind::NameTaken, format!("kernel {name} already exists")).hint("choose another with --name"));
+            return Err(
+                Error::new(Kind::NameTaken, format!("kernel {name} already exists"))
+                    .hint("choose another with --name"),
+            );
         }
-        let op = self.core.begin_op("kernel.import", None, caller.uid, true)?;
+        let op = self
+            .core
+            .begin_op("kernel.import", None, caller.uid, true)?;
         if let Err(e) = self.core.persist_op(&op) {
             op.finish(Err(e.clone()));
             return Err(e);
         }
-        let (id, service, spec) = (op.id().clone(), self.clone(), ImportSpec { path, name, modules });
+        let (id, service, spec) = (
+            op.id().clone(),
+            self.clone(),
+            ImportSpec {
+                path,
+                name,
+                modules,
+            },
+        );
         self.core.spawn(&format!("op-{id}"), move || {
             let _label = crate::locks::operation_scope("kernel.import".to_owned());
             op.progress("read the kernel");
-            let imported = service.kernels.import(&service.images, service.commands.as_ref(), &spec, op.cancel());
-            let result = imported.and_then(|info| to_value(&KernelReply { kernel: view(info, 0) }));
+            let imported = service.kernels.import(
+                &service.images,
+                service.commands.as_ref(),
+                &spec,
+                op.cancel(),
+            );
+            let result = imported.and_then(|info| {
+                to_value(&KernelReply {
+                    kernel: view(info, 0),
+                })
+            });
             service.core.end_op(op, result);
         })?;
         Ok(CallOutcome::Op(id))
@@ -56,7 +94,12 @@ impl KernelService {
     pub fn kernel_list(&self, request: &ListRequest) -> Result<KernelListReply<Box<RawValue>>> {
         let mut infos = self.kernels.list()?;
         infos.sort_by(|a, b| a.name.cmp(&b.name));
-        let rest = infos.into_iter().filter(|info| request.after.as_deref().is_none_or(|after| info.name.as_str() > after));
+        let rest = infos.into_iter().filter(|info| {
+            request
+                .after
+                .as_deref()
+                .is_none_or(|after| info.name.as_str() > after)
+        });
         let views = rest.map(|info| {
             let vms = self.vms_with_kernel(&info.name);
             (info.name.to_string(), view(info, vms))
@@ -66,36 +109,61 @@ impl KernelService {
     }
 
     pub fn kernel_show(&self, name: &KernelName) -> Result<KernelReply> {
-        Ok(KernelReply { kernel: view(self.kernels.get(name)?, self.vms_with_kernel(name)) })
+        Ok(KernelReply {
+            kernel: view(self.kernels.get(name)?, self.vms_with_kernel(name)),
+        })
     }
 
     /// Kernels belong to the host, so the server lets only privileged callers delete them.
     pub fn kernel_delete(&self, name: &KernelName) -> Result<KernelDeleteReply> {
         let _delete_guard = self.uses.begin_delete(name).ok_or_else(|| {
-            Error::new(Kind::Busy, format!("delete kernel {name}: it is being deleted, or a VM is being created with it"))
-                .hint("try again in a moment: fcctl kernel list")
+            Error::new(
+                Kind::Busy,
+                format!(
+                    "delete kernel {name}: it is being deleted, or a VM is being created with it"
+                ),
+            )
+            .hint("try again in a moment: fcctl kernel list")
         })?;
-        let snapshots = self.core.store.read(|s| s.snapshots().filter(|row| row.kernel.as_ref() == Some(name)).count());
+        let snapshots = self.core.store.read(|s| {
+            s.snapshots()
+                .filter(|row| row.kernel.as_ref() == Some(name))
+                .count()
+        });
         match (self.vms_with_kernel(name), snapshots) {
-            (0, 0) => self.kernels.delete(name).map(|()| KernelDeleteReply { deleted: name.clone() }),
-            (0, snapshots) => {
-                Err(Error::new(Kind::Conflict, format!("delete kernel {name}: it is used by {snapshots} snapshots"))
-                    .hint("delete them first: fcctl snapshot list, fcctl snapshot delete"))
-            }
-            (vms, _) => Err(Error::new(Kind::Conflict, format!("delete kernel {name}: it is used by {vms} VMs"))
-                .hint("delete them first: fcctl ps -a, fcctl rm")),
+            (0, 0) => self.kernels.delete(name).map(|()| KernelDeleteReply {
+                deleted: name.clone(),
+            }),
+            (0, snapshots) => Err(Error::new(
+                Kind::Conflict,
+                format!("delete kernel {name}: it is used by {snapshots} snapshots"),
+            )
+            .hint("delete them first: fcctl snapshot list, fcctl snapshot delete")),
+            (vms, _) => Err(Error::new(
+                Kind::Conflict,
+                format!("delete kernel {name}: it is used by {vms} VMs"),
+            )
+            .hint("delete them first: fcctl ps -a, fcctl rm")),
         }
     }
 
     fn vms_with_kernel(&self, name: &KernelName) -> u64 {
-        self.core.store.read(|s| s.vms().filter(|row| row.kernel.as_ref() == Some(name)).count() as u64)
+        self.core.store.read(|s| {
+            s.vms()
+                .filter(|row| row.kernel.as_ref() == Some(name))
+                .count() as u64
+        })
     }
 
     /// Checks that the kernel exists. It cannot be deleted until the guard is dropped; before that,
     /// a row must name it.
     pub(super) fn use_kernel(&self, name: &KernelName) -> Result<UseGuard<KernelName>> {
         let in_use = self.uses.begin_use(name).ok_or_else(|| {
-            Error::new(Kind::KernelNotFound, format!("kernel {name} is being deleted")).hint("choose another: fcctl kernel list")
+            Error::new(
+                Kind::KernelNotFound,
+                format!("kernel {name} is being deleted"),
+            )
+            .hint("choose another: fcctl kernel list")
         })?;
         self.kernels.get(name)?;
         Ok(in_use)
@@ -108,6 +176,19 @@ impl KernelService {
 }
 
 fn view(info: KernelInfo, vms: u64) -> Kernel {
-    let KernelInfo { name, version, modules, imported_at, bytes } = info;
-    Kernel { name, version, modules, imported_at, bytes, vms }
+    let KernelInfo {
+        name,
+        version,
+        modules,
+        imported_at,
+        bytes,
+    } = info;
+    Kernel {
+        name,
+        version,
+        modules,
+        imported_at,
+        bytes,
+        vms,
+    }
 }

@@ -28,7 +28,10 @@ pub(super) struct Beginning {
 
 impl Beginning {
     pub fn new() -> Self {
-        Self { keys: Mutex::new(Rank::Runtimes, HashSet::new()), freed: Condvar::new() }
+        Self {
+            keys: Mutex::new(Rank::Runtimes, HashSet::new()),
+            freed: Condvar::new(),
+        }
     }
     pub fn len(&self) -> usize {
         self.keys.lock().len()
@@ -73,38 +76,71 @@ impl Keys {
     /// # Errors
     /// `idempotency_conflict` for another method or other parameters; `operation_limit` if the
     /// caller has too many keys; `operation_not_found` if the operation is no longer kept; `busy`.
-    pub fn claim_key(&self, caller: &Caller, key: &str, method: &str, params: &str) -> Result<Keyed> {
-        let params: Value = serde_json::from_str(params).map_err(|e| Error::invalid("read the parameters").with_source(e))?;
+    pub fn claim_key(
+        &self,
+        caller: &Caller,
+        key: &str,
+        method: &str,
+        params: &str,
+    ) -> Result<Keyed> {
+        let params: Value = serde_json::from_str(params)
+            .map_err(|e| Error::invalid("read the parameters").with_source(e))?;
         // A `Value` sorts its members, so their order does not matter.
         let hash = Sha256::digest(format!("{method}\n{params}").as_bytes());
         let params_hash: String = hash.iter().map(|b| format!("{b:02x}")).collect();
         let held = self.hold_key(caller.uid, key, method, params_hash)?;
-        let Some(row) = self.core.store.read(|s| s.key(caller.uid, key).cloned()).filter(|row| row.expires_at > now_s()) else {
+        let Some(row) = self
+            .core
+            .store
+            .read(|s| s.key(caller.uid, key).cloned())
+            .filter(|row| row.expires_at > now_s())
+        else {
             // Check the limit now, because it is too late once the operation has begun.
-            self.core.store.read(|s| s.check_keys(caller.uid, Some(now_s())))?;
+            self.core
+                .store
+                .read(|s| s.check_keys(caller.uid, Some(now_s())))?;
             return Ok(Keyed::New(held));
         };
         if row.params_hash != held.params_hash {
-            return Err(Error::new(Kind::IdempotencyConflict, format!("the key {key:?} was used for a different call"))
-                .hint("use a new key for each call"));
+            return Err(Error::new(
+                Kind::IdempotencyConflict,
+                format!("the key {key:?} was used for a different call"),
+            )
+            .hint("use a new key for each call"));
         }
         match self.core.op_kept(&row.op) {
             Ok(op) => Ok(Keyed::Same(Box::new(op))),
-            Err(e) => Err(e.context(format!("the operation of the key {key:?} is no longer kept"))),
+            Err(e) => Err(e.context(format!(
+                "the operation of the key {key:?} is no longer kept"
+            ))),
         }
     }
 
     fn hold_key(&self, uid: u32, key: &str, method: &str, params_hash: String) -> Result<HeldKey> {
         let wanted = (uid, key.to_owned());
         let mut keys = self.beginning.keys.lock();
-        if !self.beginning.freed.wait_while(&mut keys, Instant::now() + HELD_DEADLINE, |k| k.contains(&wanted)) {
-            return Err(
-                Error::new(Kind::Busy, format!("a call with the key {key:?} is just starting")).hint("try again in a moment")
-            );
+        if !self
+            .beginning
+            .freed
+            .wait_while(&mut keys, Instant::now() + HELD_DEADLINE, |k| {
+                k.contains(&wanted)
+            })
+        {
+            return Err(Error::new(
+                Kind::Busy,
+                format!("a call with the key {key:?} is just starting"),
+            )
+            .hint("try again in a moment"));
         }
         keys.insert(wanted);
         drop(keys);
-        Ok(HeldKey { keys: self.clone(), uid, key: key.to_owned(), method: method.to_owned(), params_hash })
+        Ok(HeldKey {
+            keys: self.clone(),
+            uid,
+            key: key.to_owned(),
+            method: method.to_owned(),
+            params_hash,
+        })
     }
 }
 
@@ -114,7 +150,13 @@ impl HeldKey {
         let now = now_s();
         tx.expire_keys(now);
         let (key, params_hash) = (self.key.clone(), self.params_hash.clone());
-        tx.put_key(KeyRow { uid: self.uid, key, params_hash, op: op.clone(), expires_at: now + KEPT_S })
+        tx.put_key(KeyRow {
+            uid: self.uid,
+            key,
+            params_hash,
+            op: op.clone(),
+            expires_at: now + KEPT_S,
+        })
     }
 
     /// Records the outcome, durably. If that fails, the operation continues without the key.

@@ -11,5 +11,11 @@ pub(super) fn leak(kind: &str, name: &str, why: &str, removed: Option<&Result<()
         (Some(_), Some(e)) => log::warn!("a leftover could not be removed: {kind} {name}: {e}"),
         (None, _) => {}
     }
-    Leak { kind: kind.to_owned(), name: name.to_owned(), why: why.to_owned(), removed: removed.is_some_and(|r| r.is_ok()), error }
+    Leak {
+        kind: kind.to_owned(),
+        name: name.to_owned(),
+        why: why.to_owned(),
+        removed: removed.is_some_and(|r| r.is_ok()),
+        error,
+    }
 }

@@ -77,7 +77,9 @@ pub(super) struct Claim {
 
 impl Claim {
     pub fn op(&self) -> &OpHandle {
-        self.op.as_ref().expect("a claim has its operation until it is settled")
+        self.op
+            .as_ref()
+            .expect("a claim has its operation until it is settled")
     }
 }
 
@@ -113,13 +115,20 @@ pub struct Lifecycle {
 
 impl Lifecycle {
     /// Does what the transition table says. Returns at once; the work is done by another thread.
-    pub(super) fn request(&self, caller: &Caller, vm: &str, request: &LifecycleRequest) -> Result<CallOutcome> {
+    pub(super) fn request(
+        &self,
+        caller: &Caller,
+        vm: &str,
+        request: &LifecycleRequest,
+    ) -> Result<CallOutcome> {
         let found = self.core.resolve(caller, vm)?;
-        self.unreconciled.ensure_reconciled(&found, request.verb, &self.core.closing)?;
+        self.unreconciled
+            .ensure_reconciled(&found, request.verb, &self.core.closing)?;
         let guard = self.core.locks.vm.lock(&found.id);
         let row = self.core.row(&found.id)?;
         let granted = self.grant_locked(&guard, &row, request, caller.uid);
-        self.core.note_answer(&guard, &row, request.verb, granted.as_ref());
+        self.core
+            .note_answer(&guard, &row, request.verb, granted.as_ref());
         drop(guard);
         match granted? {
             Grant::Claimed(claimed) => {
@@ -127,11 +136,14 @@ impl Lifecycle {
                 self.unreconciled.skip(&claim.vm);
                 self.begin(claim)
             }
-            Grant::Nothing => CallOutcome::done(&VmReply { vm: self.views.view(&found.id)? }),
+            Grant::Nothing => CallOutcome::done(&VmReply {
+                vm: self.views.view(&found.id)?,
+            }),
             Grant::Joined(op) => Ok(CallOutcome::Joined(op)),
             Grant::Queued { op, replaced } => {
                 if let Some(old) = replaced {
-                    self.core.end_op_soon(old.op, Err(superseded(&row, old.verb)));
+                    self.core
+                        .end_op_soon(old.op, Err(superseded(&row, old.verb)));
                 }
                 Ok(CallOutcome::Op(op))
             }
@@ -139,9 +151,17 @@ impl Lifecycle {
     }
 
     /// Decides the answer to a request, and makes the changes for it.
-    fn grant_locked(&self, vm: &KeyGuard<'_, VmId>, row: &VmRow, request: &LifecycleRequest, uid: u32) -> Result<Grant> {
+    fn grant_locked(
+        &self,
+        vm: &KeyGuard<'_, VmId>,
+        row: &VmRow,
+        request: &LifecycleRequest,
+        uid: u32,
+    ) -> Result<Grant> {
         match decide(row.state, row.intent == Some(Intent::Restart), request.verb) {
-            Decision::Claim(to) => self.claim_locked(vm, row, request, to, uid).map(Grant::Claimed),
+            Decision::Claim(to) => self
+                .claim_locked(vm, row, request, to, uid)
+                .map(Grant::Claimed),
             Decision::Nothing | Decision::Allow => Ok(Grant::Nothing),
             Decision::Join => self.join_locked(vm, row, request),
             Decision::Escalate => {
@@ -164,10 +184,16 @@ impl Lifecycle {
         uid: u32,
     ) -> Result<ClaimedRow> {
         let op = match to {
-            VmState::Starting => self.core.begin_op(request.method, Some(row.id.clone()), uid, true)?,
+            VmState::Starting => {
+                self.core
+                    .begin_op(request.method, Some(row.id.clone()), uid, true)?
+            }
             _ => self.core.begin_end_op(request.method, &row.id, uid)?,
         };
-        let essential = matches!(request.verb, Verb::StopForce | Verb::Kill | Verb::Delete | Verb::DeleteForce);
+        let essential = matches!(
+            request.verb,
+            Verb::StopForce | Verb::Kill | Verb::Delete | Verb::DeleteForce
+        );
         let op_row = op.op();
         let changed = self.core.change(essential, |tx| {
             tx.update_vm(vm, |row| {
@@ -177,12 +203,20 @@ impl Lifecycle {
                 }
             })?;
             tx.put_op(op_row);
-            if to == VmState::Starting { self.intend_boot(vm, tx) } else { Ok(()) }
+            if to == VmState::Starting {
+                self.intend_boot(vm, tx)
+            } else {
+                Ok(())
+            }
         });
         match changed {
             Ok(((), ticket)) => {
                 self.arm_locked(vm, &op, to, request.verb);
-                Ok(ClaimedRow { op, state: to, ticket })
+                Ok(ClaimedRow {
+                    op,
+                    state: to,
+                    ticket,
+                })
             }
             Err(e) => {
                 let e = e.context(format!("{} VM {}", request.verb.name(), row.name));
@@ -194,14 +228,32 @@ impl Lifecycle {
 
     fn claim(&self, vm: VmId, request: &LifecycleRequest, claimed: ClaimedRow) -> Claim {
         let ClaimedRow { op, state, ticket } = claimed;
-        let (verb, timeout, restore, cancel) = (request.verb, request.timeout, request.restore.clone(), op.cancel().clone());
-        Claim { lifecycle: self.clone(), vm, op: Some(op), state, verb, timeout, restore, cancel, ticket: Some(ticket) }
+        let (verb, timeout, restore, cancel) = (
+            request.verb,
+            request.timeout,
+            request.restore.clone(),
+            op.cancel().clone(),
+        );
+        Claim {
+            lifecycle: self.clone(),
+            vm,
+            op: Some(op),
+            state,
+            verb,
+            timeout,
+            restore,
+            cancel,
+            ticket: Some(ticket),
+        }
     }
 
     /// Records with the claim what the boot needs: memory, and ledger rows for everything that it
     /// is about to acquire.
     fn intend_boot(&self, vm: &KeyGuard<'_, VmId>, tx: &mut Tx) -> Result<()> {
-        let row = tx.vm(vm.key()).cloned().ok_or_else(|| vm_not_found(vm.key().as_str()))?;
+        let row = tx
+            .vm(vm.key())
+            .cloned()
+            .ok_or_else(|| vm_not_found(vm.key().as_str()))?;
         self.capacity.reserve_memory(tx, &row)?;
         recovery::forget(tx, vm.key());
         resources::intend(&self.resources, tx, &row);
@@ -210,7 +262,13 @@ impl Lifecycle {
 
     /// Makes `op` the owner of the VM: registers its cancel token and cancels the users of the
     /// guest.
-    pub(super) fn arm_locked(&self, vm: &KeyGuard<'_, VmId>, op: &OpHandle, to: VmState, verb: Verb) {
+    pub(super) fn arm_locked(
+        &self,
+        vm: &KeyGuard<'_, VmId>,
+        op: &OpHandle,
+        to: VmState,
+        verb: Verb,
+    ) {
         if to == VmState::Starting {
             self.runtimes.begin_boot(vm.key(), op.cancel().clone());
         } else {
@@ -220,26 +278,52 @@ impl Lifecycle {
         }
     }
 
-    fn join_locked(&self, vm: &KeyGuard<'_, VmId>, row: &VmRow, request: &LifecycleRequest) -> Result<Grant> {
+    fn join_locked(
+        &self,
+        vm: &KeyGuard<'_, VmId>,
+        row: &VmRow,
+        request: &LifecycleRequest,
+    ) -> Result<Grant> {
         if request.verb == Verb::Start && self.runtimes.successor(vm.key()).is_some() {
-            return Err(refusal(row, request.verb, "wait until it has stopped: fcctl vm wait {vm}, then fcctl start {vm}"));
+            return Err(refusal(
+                row,
+                request.verb,
+                "wait until it has stopped: fcctl vm wait {vm}, then fcctl start {vm}",
+            ));
         }
         match &row.op {
             Some(op) => Ok(Grant::Joined(op.clone())),
-            None => Err(Error::internal(format!("VM {} is {} without an operation", row.name, row.state.name()))),
+            None => Err(Error::internal(format!(
+                "VM {} is {} without an operation",
+                row.name,
+                row.state.name()
+            ))),
         }
     }
 
     /// Sets the successor slot, and aborts or shortens the operation in progress.
-    fn queue_locked(&self, vm: &KeyGuard<'_, VmId>, row: &VmRow, request: &LifecycleRequest, uid: u32) -> Result<Grant> {
+    fn queue_locked(
+        &self,
+        vm: &KeyGuard<'_, VmId>,
+        row: &VmRow,
+        request: &LifecycleRequest,
+        uid: u32,
+    ) -> Result<Grant> {
         let weight = Successor::weight(request.verb);
         if let Some((verb, op)) = self.runtimes.successor(vm.key())
             && Successor::weight(verb) >= weight
         {
             if Successor::deletes(verb) && !Successor::deletes(request.verb) {
-                return Err(refusal(row, request.verb, "it is being deleted: create another one with fcctl vm create"));
+                return Err(refusal(
+                    row,
+                    request.verb,
+                    "it is being deleted: create another one with fcctl vm create",
+                ));
             }
-            if matches!(request.verb, Verb::StopForce | Verb::Kill | Verb::DeleteForce) {
+            if matches!(
+                request.verb,
+                Verb::StopForce | Verb::Kill | Verb::DeleteForce
+            ) {
                 self.runtimes.shorten_stop(vm.key());
             }
             return Ok(Grant::Joined(op));
@@ -257,10 +341,23 @@ impl Lifecycle {
                 return Err(e.context(format!("{} VM {}", request.verb.name(), row.name)));
             }
         }
-        let replaced = self.runtimes.set_successor(vm.key(), Successor { verb: request.verb, op, timeout: request.timeout });
+        let replaced = self.runtimes.set_successor(
+            vm.key(),
+            Successor {
+                verb: request.verb,
+                op,
+                timeout: request.timeout,
+            },
+        );
         match row.state {
             VmState::Starting => self.runtimes.cancel_boot(vm.key(), cause_for(request.verb)),
-            _ if matches!(request.verb, Verb::StopForce | Verb::Kill | Verb::DeleteForce) => self.runtimes.shorten_stop(vm.key()),
+            _ if matches!(
+                request.verb,
+                Verb::StopForce | Verb::Kill | Verb::DeleteForce
+            ) =>
+            {
+                self.runtimes.shorten_stop(vm.key())
+            }
             _ => {}
         }
         Ok(Grant::Queued { op: id, replaced })
@@ -271,13 +368,15 @@ impl Lifecycle {
     pub(super) fn begin(&self, claim: Claim) -> Result<CallOutcome> {
         let id = claim.op().id().clone();
         let lifecycle = self.clone();
-        self.core.spawn(&format!("op-{id}"), move || lifecycle.run_claim(claim))?;
+        self.core
+            .spawn(&format!("op-{id}"), move || lifecycle.run_claim(claim))?;
         Ok(CallOutcome::Op(id))
     }
 
     pub(super) fn run_claim(&self, mut claim: Claim) {
         loop {
-            let _label = crate::locks::operation_scope(format!("{} {}", claim.verb.name(), claim.vm));
+            let _label =
+                crate::locks::operation_scope(format!("{} {}", claim.verb.name(), claim.vm));
             // Nothing may change on the host before the claim is durable.
             if let Some(ticket) = claim.ticket.take()
                 && let Err(e) = self.core.wait_settled(&ticket)
@@ -306,7 +405,9 @@ impl Lifecycle {
 
     /// True if a failed boot left a VMM that could not be killed.
     fn has_vmm(&self, vm: &VmId) -> bool {
-        self.core.row(vm).is_ok_and(|row| self.vmms.identity(&row).is_some())
+        self.core
+            .row(vm)
+            .is_ok_and(|row| self.vmms.identity(&row).is_some())
     }
 
     /// Ends a claim that never became durable. The store has undone it, and the caller gets the
@@ -316,8 +417,15 @@ impl Lifecycle {
         let successor = {
             let guard = self.core.locks.vm.lock(&claim.vm);
             // If another operation has claimed the VM since, the runtime belongs to it.
-            let taken = self.core.row(guard.key()).is_ok_and(|row| row.op.is_some_and(|other| other != *op.id()));
-            if taken { None } else { self.runtimes.end(guard.key()).1 }
+            let taken = self
+                .core
+                .row(guard.key())
+                .is_ok_and(|row| row.op.is_some_and(|other| other != *op.id()));
+            if taken {
+                None
+            } else {
+                self.runtimes.end(guard.key()).1
+            }
         };
         if let Some(s) = successor {
             self.core.end_op_soon(s.op, Err(error.clone()));
@@ -331,8 +439,13 @@ impl Lifecycle {
                 Err(e) => e,
             };
         }
-        let name = self.core.row(&claim.vm).map_or_else(|_| claim.vm.to_string(), |row| row.name.to_string());
-        op.finish(Err(error.context(format!("{} VM {name}", claim.verb.name()))));
+        let name = self
+            .core
+            .row(&claim.vm)
+            .map_or_else(|_| claim.vm.to_string(), |row| row.name.to_string());
+        op.finish(Err(
+            error.context(format!("{} VM {name}", claim.verb.name()))
+        ));
     }
 
     fn kill_unrecorded(&self, vm: &VmId) -> Result<()> {

@@ -48,7 +48,14 @@ pub(super) struct VmScan<'a, F> {
 impl<'a, F: Fn(&VmRow) -> bool> VmScan<'a, F> {
     pub fn new(store: &'a Store, caller: &Caller, after: Option<Age>, shown: F) -> Self {
         let owner_uid = (caller.uid != 0).then_some(caller.uid);
-        Self { store, owner_uid, after, shown, found: VecDeque::new(), is_at_end: false }
+        Self {
+            store,
+            owner_uid,
+            after,
+            shown,
+            found: VecDeque::new(),
+            is_at_end: false,
+        }
     }
 
     fn read_more(&mut self) {
@@ -57,11 +64,18 @@ impl<'a, F: Fn(&VmRow) -> bool> VmScan<'a, F> {
             let (mut found, mut last, mut seen) = (VecDeque::new(), None, 0);
             for row in s.vms_by_age(owner_uid, after.as_ref()).take(SCAN_MAX) {
                 if shown(row) {
-                    found.push_back(Seen { row: row.clone(), workspace: s.workspace(&row.id).cloned() });
+                    found.push_back(Seen {
+                        row: row.clone(),
+                        workspace: s.workspace(&row.id).cloned(),
+                    });
                 }
                 (last, seen) = (Some(row), seen + 1);
             }
-            (found, last.map(|row| (row.created_at, row.id.clone())), seen)
+            (
+                found,
+                last.map(|row| (row.created_at, row.id.clone())),
+                seen,
+            )
         });
         // Do not read once more than needed: VMs that fit into one piece are then consistent.
         self.is_at_end = seen < SCAN_MAX;
@@ -89,9 +103,25 @@ mod tests {
     #[test]
     fn position_is_read_back_and_other_text_is_refused() {
         let position = Position(1764400000, "0123456789ab".parse::<VmId>().unwrap());
-        assert!(Position::parse(&position.to_string()).is_ok_and(|read: Position<VmId>| read == position));
-        for bad in ["", "-", "5", "5-", "5-web", "x-0123456789ab", "-1-0123456789ab", "5-0123456789ab-"] {
-            assert_eq!(Position::<VmId>::parse(bad).err().map(|e| e.kind()), Some(Kind::InvalidArgument), "{bad:?}");
+        assert!(
+            Position::parse(&position.to_string())
+                .is_ok_and(|read: Position<VmId>| read == position)
+        );
+        for bad in [
+            "",
+            "-",
+            "5",
+            "5-",
+            "5-web",
+            "x-0123456789ab",
+            "-1-0123456789ab",
+            "5-0123456789ab-",
+        ] {
+            assert_eq!(
+                Position::<VmId>::parse(bad).err().map(|e| e.kind()),
+                Some(Kind::InvalidArgument),
+                "{bad:?}"
+            );
         }
     }
 }

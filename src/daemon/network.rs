@@ -20,34 +20,65 @@ use crate::vmm::devices::{self, TUN};
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
-pub(super) fn open(config: &Config, store: &Store, commands: &Arc<dyn Commands>, cancel: &Cancel) -> Result<Option<Net>> {
+pub(super) fn open(
+    config: &Config,
+    store: &Store,
+    commands: &Arc<dyn Commands>,
+    cancel: &Cancel,
+) -> Result<Option<Net>> {
     if !config.network.is_bridge() {
         return Ok(None);
     }
     if !nix::unistd::geteuid().is_root() {
-        return Err(Error::new(Kind::InvalidConfig, "driver = \"bridge\" under [network] needs root")
-            .hint("set driver = \"user\", or run fcd as root"));
+        return Err(Error::new(
+            Kind::InvalidConfig,
+            "driver = \"bridge\" under [network] needs root",
+        )
+        .hint("set driver = \"user\", or run fcd as root"));
     }
-    Net::open(&config.network, store.install_id(), commands.clone(), cancel).map(Some)
+    Net::open(
+        &config.network,
+        store.install_id(),
+        commands.clone(),
+        cancel,
+    )
+    .map(Some)
 }
 
 pub(super) fn checks(host: &HostView<'_>) -> Vec<Check> {
     if !host.config.network.is_bridge() {
         return vec![user_mode(host.config.qemu.isolated)];
     }
-    let mut all = vec![tun(host.vmm.makes_device_nodes(), devices::exists(TUN), devices::access(TUN))];
-    all.extend(crate::net::checks(&host.config.network, host.commands, host.cancel));
+    let mut all = vec![tun(
+        host.vmm.makes_device_nodes(),
+        devices::exists(TUN),
+        devices::access(TUN),
+    )];
+    all.extend(crate::net::checks(
+        &host.config.network,
+        host.commands,
+        host.cancel,
+    ));
     all
 }
 
 /// If the jailer gives each VMM a device node, the mode of the host's node does not matter. Opening
 /// it to a group is safe, because a user can attach only to taps of their own uid.
-fn tun(vmms_have_own_nodes: bool, exists: std::result::Result<(), String>, access: devices::Access) -> Check {
+fn tun(
+    vmms_have_own_nodes: bool,
+    exists: std::result::Result<(), String>,
+    access: devices::Access,
+) -> Check {
     const ID: &str = "network_tun";
     match (exists, access) {
         (Err(why), _) => Check::fail(ID, why, "modprobe tun"),
-        (Ok(()), _) if vmms_have_own_nodes => Check::ok(ID, format!("{TUN} exists; each jail has its own node")),
-        (Ok(()), Ok(_)) => Check::ok(ID, format!("VMMs can open {TUN}; each VMM can attach only to its own tap")),
+        (Ok(()), _) if vmms_have_own_nodes => {
+            Check::ok(ID, format!("{TUN} exists; each jail has its own node"))
+        }
+        (Ok(()), Ok(_)) => Check::ok(
+            ID,
+            format!("VMMs can open {TUN}; each VMM can attach only to its own tap"),
+        ),
         (Ok(()), Err(why)) => Check::fail(ID, why, &devices::open_to_group(TUN)),
     }
 }
@@ -55,11 +86,18 @@ fn tun(vmms_have_own_nodes: bool, exists: std::result::Result<(), String>, acces
 fn user_mode(isolated: bool) -> Check {
     const ID: &str = "guest_network";
     if isolated {
-        return Check::ok(ID, "user-mode: guests are cut off from everything but their SSH port");
+        return Check::ok(
+            ID,
+            "user-mode: guests are cut off from everything but their SSH port",
+        );
     }
     let fix = "to cut guests off from every network: isolated = true under [qemu], or --net none for one VM; \
                as root, driver = \"bridge\" under [network] gives each VM an address and blocks its access to services of the host";
-    Check::warn(ID, "user-mode: a guest that connects to 10.0.2.2 reaches services on this host's loopback", fix)
+    Check::warn(
+        ID,
+        "user-mode: a guest that connects to 10.0.2.2 reaches services on this host's loopback",
+        fix,
+    )
 }
 
 /// Manages the networks of VMs. With user-mode networking, most methods do nothing.
@@ -79,13 +117,20 @@ pub struct Networks {
 impl Networks {
     /// The number of slots for VMs.
     pub(super) fn slots_max(&self) -> u32 {
-        if self.net.is_none() { self.vm_uids } else { self.vm_uids.min(self.config.subnet.guests_max()) }
+        if self.net.is_none() {
+            self.vm_uids
+        } else {
+            self.vm_uids.min(self.config.subnet.guests_max())
+        }
     }
 
     /// Describes the VM for the bridge.
     pub(super) fn guest(&self, row: &VmRow, net: &Net) -> Result<Guest> {
         // During a boot the row may still name the VMM of an earlier start.
-        let running = row.identity.as_ref().filter(|_| row.state != VmState::Starting);
+        let running = row
+            .identity
+            .as_ref()
+            .filter(|_| row.state != VmState::Starting);
         let limited_by_rules = !self.vmm.limits_network(running);
         let limit = |rate: Option<u64>| rate.filter(|_| limited_by_rules);
         Ok(Guest {
@@ -100,25 +145,48 @@ impl Networks {
     /// The network for the VM's VMM, as it was when the VM was started.
     pub(super) fn guest_network(&self, row: &VmRow) -> GuestNetwork {
         match &row.tap {
-            Some(tap) => {
-                GuestNetwork::Tap { name: tap.name.clone(), mac: Mac::of(tap.address).to_string(), address: tap.address }
-            }
-            None => GuestNetwork::UserMode { isolated: row.net == vm::Net::None, ports: row.ports.clone() },
+            Some(tap) => GuestNetwork::Tap {
+                name: tap.name.clone(),
+                mac: Mac::of(tap.address).to_string(),
+                address: tap.address,
+            },
+            None => GuestNetwork::UserMode {
+                isolated: row.net == vm::Net::None,
+                ports: row.ports.clone(),
+            },
         }
     }
 
     /// The network configuration for the seed drive of the next start.
     pub(super) fn seed_network(&self, row: &VmRow) -> Result<SeedNetwork> {
-        let Some(net) = &self.net else { return Ok(SeedNetwork::user_mode()) };
-        let Lease { address, prefix, gateway, .. } = net.lease(row.slot)?;
+        let Some(net) = &self.net else {
+            return Ok(SeedNetwork::user_mode());
+        };
+        let Lease {
+            address,
+            prefix,
+            gateway,
+            ..
+        } = net.lease(row.slot)?;
         let out = access(row) == Access::Nat;
-        let dns = if out && self.config.dns { vec![gateway.into()] } else { Vec::new() };
-        Ok(SeedNetwork { address: address.into(), prefix, gateway: out.then_some(gateway.into()), dns })
+        let dns = if out && self.config.dns {
+            vec![gateway.into()]
+        } else {
+            Vec::new()
+        };
+        Ok(SeedNetwork {
+            address: address.into(),
+            prefix,
+            gateway: out.then_some(gateway.into()),
+            dns,
+        })
     }
 
     /// Takes over the tap, rules and forwards of a running VM after a restart of the daemon.
     pub(super) fn adopt_guest(&self, row: &VmRow) {
-        let (Some(net), Some(tap)) = (&self.net, &row.tap) else { return };
+        let (Some(net), Some(tap)) = (&self.net, &row.tap) else {
+            return;
+        };
         let adopted = self.guest(row, net).and_then(|guest| {
             if guest.lease.address != tap.address {
                 let message = format!("it keeps the address {} until its next start", tap.address);
@@ -144,8 +212,13 @@ impl Networks {
     }
 
     pub(super) fn serve_names(&self) -> Result<()> {
-        let Some(net) = self.net.as_ref().filter(|_| self.config.dns) else { return Ok(()) };
-        let book = Book { store: self.core.store.clone(), gateway: self.config.subnet.gateway() };
+        let Some(net) = self.net.as_ref().filter(|_| self.config.dns) else {
+            return Ok(());
+        };
+        let book = Book {
+            store: self.core.store.clone(),
+            gateway: self.config.subnet.gateway(),
+        };
         let uid = self.name_server_uid;
         let server = net.serve_names(Arc::new(book), Owner { uid, gid: uid })?;
         *self.name_server.lock() = Some(server);
@@ -158,7 +231,11 @@ impl Networks {
         let trouble = self.name_server.lock().as_ref().map(dns::Server::trouble)?;
         Some(match trouble {
             None => Check::ok(ID, "the name server's helper process runs"),
-            Some(trouble) => Check::warn(ID, trouble, "see why in the daemon's log (name server: ...)"),
+            Some(trouble) => Check::warn(
+                ID,
+                trouble,
+                "see why in the daemon's log (name server: ...)",
+            ),
         })
     }
 
@@ -188,28 +265,53 @@ struct Book {
 }
 
 impl Book {
-    fn find(&self, asker: IpAddr, is_it: impl Fn(&VmRow, Ipv4Addr) -> bool) -> Option<(VmRow, Ipv4Addr)> {
+    fn find(
+        &self,
+        asker: IpAddr,
+        is_it: impl Fn(&VmRow, Ipv4Addr) -> bool,
+    ) -> Option<(VmRow, Ipv4Addr)> {
         let is_host = asker == IpAddr::from(self.gateway) || asker.is_loopback();
         self.store.read(|s| {
-            let owner = if is_host { None } else { Some(up(s).find(|(_, at)| IpAddr::from(*at) == asker)?.0.owner_uid) };
+            let owner = if is_host {
+                None
+            } else {
+                Some(
+                    up(s)
+                        .find(|(_, at)| IpAddr::from(*at) == asker)?
+                        .0
+                        .owner_uid,
+                )
+            };
             let mut seen = up(s).filter(|(row, _)| owner.is_none_or(|uid| uid == row.owner_uid));
-            seen.find(|(row, at)| is_it(row, *at)).map(|(row, at)| (row.clone(), at))
+            seen.find(|(row, at)| is_it(row, *at))
+                .map(|(row, at)| (row.clone(), at))
         })
     }
 }
 
 fn up(state: &State) -> impl Iterator<Item = (&VmRow, Ipv4Addr)> {
-    let is_up = |row: &&VmRow| matches!(row.state, VmState::Starting | VmState::Running | VmState::Stopping);
-    state.vms().map(|row| &**row).filter(is_up).filter_map(|row| Some((row, row.tap.as_ref()?.address)))
+    let is_up = |row: &&VmRow| {
+        matches!(
+            row.state,
+            VmState::Starting | VmState::Running | VmState::Stopping
+        )
+    };
+    state
+        .vms()
+        .map(|row| &**row)
+        .filter(is_up)
+        .filter_map(|row| Some((row, row.tap.as_ref()?.address)))
 }
 
 impl dns::Names for Book {
     fn address(&self, name: &str, asker: IpAddr) -> Option<Ipv4Addr> {
-        self.find(asker, |row, _| row.name.as_str() == name).map(|(_, address)| address)
+        self.find(asker, |row, _| row.name.as_str() == name)
+            .map(|(_, address)| address)
     }
 
     fn name(&self, address: Ipv4Addr, asker: IpAddr) -> Option<String> {
-        self.find(asker, |_, at| at == address).map(|(row, _)| row.name.to_string())
+        self.find(asker, |_, at| at == address)
+            .map(|(row, _)| row.name.to_string())
     }
 }
 
@@ -227,7 +329,10 @@ mod tests {
 
     #[test]
     fn user_mode_check_warns_of_host_loopback() {
-        assert_eq!((user_mode(false).severity, user_mode(true).severity), (Severity::Warn, Severity::Ok));
+        assert_eq!(
+            (user_mode(false).severity, user_mode(true).severity),
+            (Severity::Warn, Severity::Ok)
+        );
     }
 
     #[test]
@@ -236,8 +341,17 @@ mod tests {
         assert_eq!(tun(true, Ok(()), closed()).severity, Severity::Ok);
         let refused = tun(false, Ok(()), closed());
         assert_eq!(refused.severity, Severity::Fail);
-        assert!(refused.fix.as_ref().is_some_and(|fix| fix.contains("chmod 0660") && !fix.contains("666")), "{refused:?}");
+        assert!(
+            refused
+                .fix
+                .as_ref()
+                .is_some_and(|fix| fix.contains("chmod 0660") && !fix.contains("666")),
+            "{refused:?}"
+        );
         assert_eq!(tun(false, Ok(()), Ok(vec![108])).severity, Severity::Ok);
-        assert_eq!(tun(true, Err("there is none".into()), closed()).severity, Severity::Fail);
+        assert_eq!(
+            tun(true, Err("there is none".into()), closed()).severity,
+            Severity::Fail
+        );
     }
 }

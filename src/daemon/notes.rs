@@ -24,9 +24,14 @@ pub struct Notes {
 
 impl Notes {
     pub fn new() -> Result<Self> {
-        let event =
-            EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).map_err(|e| Error::io("make an eventfd", e))?;
-        Ok(Self { inner: Arc::new(Inner { queue: Mutex::new(Rank::Runtimes, VecDeque::new()), event }) })
+        let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+            .map_err(|e| Error::io("make an eventfd", e))?;
+        Ok(Self {
+            inner: Arc::new(Inner {
+                queue: Mutex::new(Rank::Runtimes, VecDeque::new()),
+                event,
+            }),
+        })
     }
 
     /// Queues a notification. If the queue is full, the oldest one is dropped. Never blocks.

@@ -17,10 +17,26 @@ const WRITABLE_DEADLINE: Duration = Duration::from_secs(1);
 
 impl Core {
     /// The cursor is the number of an operation, which stays the same while the daemon runs.
-    pub fn op_list(&self, caller: &Caller, request: &OpListRequest) -> Result<OpListReply<Box<RawValue>>> {
-        let after = request.after.as_deref().map(|text| text.parse::<u64>().map_err(|_| page::bad_cursor(text)));
-        let filter = Filter { owner: None, vm: None, all: request.all, after: after.transpose()? };
-        let seen = self.ops.list(&filter).into_iter().filter(|(_, op)| self.sees(caller, op));
+    pub fn op_list(
+        &self,
+        caller: &Caller,
+        request: &OpListRequest,
+    ) -> Result<OpListReply<Box<RawValue>>> {
+        let after = request
+            .after
+            .as_deref()
+            .map(|text| text.parse::<u64>().map_err(|_| page::bad_cursor(text)));
+        let filter = Filter {
+            owner: None,
+            vm: None,
+            all: request.all,
+            after: after.transpose()?,
+        };
+        let seen = self
+            .ops
+            .list(&filter)
+            .into_iter()
+            .filter(|(_, op)| self.sees(caller, op));
         let (ops, next) = page::fill(request.limit, seen)?;
         Ok(OpListReply { ops, next })
     }
@@ -28,12 +44,19 @@ impl Core {
     /// Finds an operation by its ID or by a unique prefix of it.
     pub fn op_find(&self, caller: &Caller, text: &str) -> Result<Op> {
         let found = self.ops.find(text, owner(caller));
-        if !found.as_ref().is_err_and(|e| e.kind() == Kind::OperationNotFound) {
+        if !found
+            .as_ref()
+            .is_err_and(|e| e.kind() == Kind::OperationNotFound)
+        {
             return found;
         }
         // The operation may belong to another user, root or the daemon, on a VM that the caller
         // owns.
-        let on_own_vm = text.parse::<OpId>().ok().and_then(|id| self.op_kept(&id).ok()).filter(|op| self.sees(caller, op));
+        let on_own_vm = text
+            .parse::<OpId>()
+            .ok()
+            .and_then(|id| self.op_kept(&id).ok())
+            .filter(|op| self.sees(caller, op));
         on_own_vm.map_or(found, Ok)
     }
 
@@ -41,7 +64,10 @@ impl Core {
     /// idempotency key longer than the registry does.
     pub fn op_kept(&self, id: &OpId) -> Result<Op> {
         self.ops.get(id).or_else(|e| {
-            let row = self.store.read(|s| s.op(id).cloned()).filter(|row| row.state.has_ended());
+            let row = self
+                .store
+                .read(|s| s.op(id).cloned())
+                .filter(|row| row.state.has_ended());
             row.map(|row| (*row).clone()).ok_or(e)
         })
     }
@@ -49,19 +75,38 @@ impl Core {
     /// True if the caller may see the operation: root, the user who began it, and the owner of its
     /// VM.
     fn sees(&self, caller: &Caller, op: &Op) -> bool {
-        let is_own_vm = |vm: &VmId| self.store.read(|s| s.vm(vm).is_some_and(|row| caller.may_see(row.owner_uid)));
+        let is_own_vm = |vm: &VmId| {
+            self.store
+                .read(|s| s.vm(vm).is_some_and(|row| caller.may_see(row.owner_uid)))
+        };
         caller.may_see(op.owner_uid) || op.vm.as_ref().is_some_and(is_own_vm)
     }
 
     /// Cancels the operation, and returns it as it is right after that.
     pub fn op_cancel(&self, caller: &Caller, text: &str) -> Result<OpReply> {
         let op = self.op_find(caller, text)?;
-        Ok(OpReply { op: self.ops.cancel(&op.id, CancelCause::Requested)? })
+        Ok(OpReply {
+            op: self.ops.cancel(&op.id, CancelCause::Requested)?,
+        })
     }
 
     /// Begins an operation of a caller, within the limits of its uid.
-    pub(super) fn begin_op(&self, method: &str, vm: Option<VmId>, uid: u32, may_cancel: bool) -> Result<OpHandle> {
-        self.ops.begin(method, vm, uid, may_cancel, Limits { per_uid_max: self.limits.operations_per_uid_max })
+    pub(super) fn begin_op(
+        &self,
+        method: &str,
+        vm: Option<VmId>,
+        uid: u32,
+        may_cancel: bool,
+    ) -> Result<OpHandle> {
+        self.ops.begin(
+            method,
+            vm,
+            uid,
+            may_cancel,
+            Limits {
+                per_uid_max: self.limits.operations_per_uid_max,
+            },
+        )
     }
 
     /// Begins an operation that ends something. No limit applies, because a VM has at most two of
@@ -72,8 +117,21 @@ impl Core {
 
     /// Begins an operation of the daemon itself, without a limit. It fails only if there are no
     /// descriptors left.
-    pub(super) fn begin_own_op(&self, method: &str, vm: Option<VmId>, uid: u32) -> Result<OpHandle> {
-        self.ops.begin(method, vm, uid, false, Limits { per_uid_max: usize::MAX })
+    pub(super) fn begin_own_op(
+        &self,
+        method: &str,
+        vm: Option<VmId>,
+        uid: u32,
+    ) -> Result<OpHandle> {
+        self.ops.begin(
+            method,
+            vm,
+            uid,
+            false,
+            Limits {
+                per_uid_max: usize::MAX,
+            },
+        )
     }
 
     /// Ends an operation that changes no VM's state: records the result, then reports it.
@@ -88,8 +146,13 @@ impl Core {
             written.and_then(|((), ticket)| self.wait_durable(ticket))
         };
         // The disk may accept the write a moment later. Waiters do not wait longer than that.
-        let written =
-            write().or_else(|e| if self.store.wait_writable(Instant::now() + WRITABLE_DEADLINE) { write() } else { Err(e) });
+        let written = write().or_else(|e| {
+            if self.store.wait_writable(Instant::now() + WRITABLE_DEADLINE) {
+                write()
+            } else {
+                Err(e)
+            }
+        });
         if let Err(e) = written {
             log::warn!("record the end of operation {}: {e}", op.id());
         }
@@ -138,8 +201,15 @@ pub(super) fn ended_row(mut op: Op, result: &Result<serde_json::Value>) -> Op {
     match result {
         Ok(value) => (op.state, op.result) = (OpState::Ok, Some(value.clone())),
         Err(error) => {
-            op.state = if error.kind() == Kind::Cancelled { OpState::Cancelled } else { OpState::Failed };
-            op.error = Some(Fault { op: Some(op.id.clone()), ..Fault::from(error) });
+            op.state = if error.kind() == Kind::Cancelled {
+                OpState::Cancelled
+            } else {
+                OpState::Failed
+            };
+            op.error = Some(Fault {
+                op: Some(op.id.clone()),
+                ..Fault::from(error)
+            });
         }
     }
     op.ended_at = Some(now_s());

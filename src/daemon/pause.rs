@@ -25,22 +25,35 @@ impl Controls {
 
     fn set_wanted(&self, caller: &Caller, vm: &str, is_paused: bool) -> Result<Vm> {
         let row = self.core.resolve(caller, vm)?;
-        self.unreconciled.ensure_reconciled(&row, Verb::Guest, &self.core.closing)?;
+        self.unreconciled
+            .ensure_reconciled(&row, Verb::Guest, &self.core.closing)?;
         let (row, ticket) = {
             let guard = self.core.locks.vm.lock(&row.id);
             let row = self.core.row(guard.key())?;
             self.core.allow_locked(&guard, &row, Verb::Guest)?;
             if row.unresponsive {
-                return Err(Error::new(Kind::GuestUnavailable, format!("VM {}: its VMM does not respond", row.name))
-                    .hint(format!("wait until it does (fcctl events), or end it with fcctl stop --force {}", row.name)));
+                return Err(Error::new(
+                    Kind::GuestUnavailable,
+                    format!("VM {}: its VMM does not respond", row.name),
+                )
+                .hint(format!(
+                    "wait until it does (fcctl events), or end it with fcctl stop --force {}",
+                    row.name
+                )));
             }
-            let ((), ticket) = self.core.change(false, |tx| tx.update_vm(&guard, |r| r.paused = is_paused))?;
+            let ((), ticket) = self
+                .core
+                .change(false, |tx| tx.update_vm(&guard, |r| r.paused = is_paused))?;
             (row, ticket)
         };
         self.core.wait_durable(ticket)?;
         if let Err(e) = self.apply_pause(&row.id, row.generation) {
             self.undo_pause(&row, is_paused);
-            return Err(e.context(format!("{} VM {}", if is_paused { "pause" } else { "resume" }, row.name)));
+            return Err(e.context(format!(
+                "{} VM {}",
+                if is_paused { "pause" } else { "resume" },
+                row.name
+            )));
         }
         self.views.view(&row.id)
     }
@@ -72,10 +85,15 @@ impl Controls {
         let mut applied = None;
         loop {
             let row = self.core.row(vm)?;
-            let (true, Some(identity)) = (row.generation == generation && row.state == VmState::Running, &row.identity) else {
+            let (true, Some(identity)) = (
+                row.generation == generation && row.state == VmState::Running,
+                &row.identity,
+            ) else {
                 // A stop has begun meanwhile. The guest must run so that it can shut down.
                 if applied == Some(true) && row.generation == generation {
-                    row.identity.as_ref().map_or(Ok(()), |i| self.vmm.set_paused(&self.core.vm_dir(vm), i, false, cancel))?;
+                    row.identity.as_ref().map_or(Ok(()), |i| {
+                        self.vmm.set_paused(&self.core.vm_dir(vm), i, false, cancel)
+                    })?;
                 }
                 return Ok(());
             };
@@ -83,7 +101,8 @@ impl Controls {
             if applied == Some(wanted) {
                 return Ok(());
             }
-            self.vmm.set_paused(&self.core.vm_dir(vm), identity, wanted, cancel)?;
+            self.vmm
+                .set_paused(&self.core.vm_dir(vm), identity, wanted, cancel)?;
             applied = Some(wanted);
         }
     }
@@ -105,7 +124,12 @@ impl Controls {
         if !(row.paused || self.runtimes.is_held(&row.id)) || self.runtimes.is_paused(&row.id) {
             return;
         }
-        if let Err(e) = self.vmm.set_paused(&self.core.vm_dir(&row.id), identity, false, &self.core.closing) {
+        if let Err(e) = self.vmm.set_paused(
+            &self.core.vm_dir(&row.id),
+            identity,
+            false,
+            &self.core.closing,
+        ) {
             log::warn!("resume VM {} so that it can shut down: {e}", row.name);
         }
     }

@@ -27,17 +27,21 @@ impl Networks {
     /// Makes the checks that do not depend on other VMs.
     pub(super) fn check_ports(&self, caller: &Caller, network: Net, ports: &[Port]) -> Result<()> {
         if ports.len() > PORTS_MAX {
-            return Err(
-                Error::invalid(format!("{} ports: a VM may have at most {PORTS_MAX}", ports.len())).hint("use -p less often")
-            );
+            return Err(Error::invalid(format!(
+                "{} ports: a VM may have at most {PORTS_MAX}",
+                ports.len()
+            ))
+            .hint("use -p less often"));
         }
         if !ports.is_empty() && network == Net::None {
-            return Err(Error::invalid("forward ports to a VM without a network").hint("leave out -p or --net none"));
+            return Err(Error::invalid("forward ports to a VM without a network")
+                .hint("leave out -p or --net none"));
         }
         for (i, port) in ports.iter().enumerate() {
             self.check_port(caller, port)?;
             if port.host_port != 0 && ports[..i].iter().any(|other| other.overlaps(port)) {
-                return Err(Error::invalid(format!("port {port} is given twice")).hint("use each host port once"));
+                return Err(Error::invalid(format!("port {port} is given twice"))
+                    .hint("use each host port once"));
             }
         }
         Ok(())
@@ -45,19 +49,29 @@ impl Networks {
 
     fn check_port(&self, caller: &Caller, port: &Port) -> Result<()> {
         if port.guest_port == 0 {
-            return Err(Error::invalid("guest port 0: use 1 to 65535").hint("for example -p 8080:80"));
+            return Err(
+                Error::invalid("guest port 0: use 1 to 65535").hint("for example -p 8080:80")
+            );
         }
         if port.host_addr.is_multicast() || port.host_addr.is_broadcast() {
-            return Err(Error::invalid(format!("{} is not an address of a host", port.host_addr))
-                .hint("for example -p 127.0.0.1:8080:80"));
+            return Err(
+                Error::invalid(format!("{} is not an address of a host", port.host_addr))
+                    .hint("for example -p 127.0.0.1:8080:80"),
+            );
         }
         let first = unprivileged_from();
         if port.host_port == 0 || port.host_port >= first {
             return Ok(());
         }
         if caller.uid != 0 {
-            return Err(Error::new(Kind::Denied, format!("forward port {port}: ports below {first} need root"))
-                .hint(format!("use one from {first} on, for example -p 8080:{}", port.guest_port)));
+            return Err(Error::new(
+                Kind::Denied,
+                format!("forward port {port}: ports below {first} need root"),
+            )
+            .hint(format!(
+                "use one from {first} on, for example -p 8080:{}",
+                port.guest_port
+            )));
         }
         if self.net.is_none() {
             return Err(Error::new(
@@ -72,7 +86,10 @@ impl Networks {
     /// Picks the ports that the request leaves open, and refuses those that belong to another VM.
     /// Another VM may still take one of them before the row exists: see [`require_free`].
     pub(super) fn settle_ports(&self, asked: &[Port]) -> Result<Vec<Port>> {
-        let taken: Vec<Port> = self.core.store.read(|s| s.vms().flat_map(|row| row.ports.clone()).collect());
+        let taken: Vec<Port> = self
+            .core
+            .store
+            .read(|s| s.vms().flat_map(|row| row.ports.clone()).collect());
         let is_taken = |port: &Port| taken.iter().any(|other| other.overlaps(port));
         if let Some(port) = asked.iter().find(|p| p.host_port != 0 && is_taken(p)) {
             return Err(taken_by_another(port));
@@ -80,7 +97,9 @@ impl Networks {
         let mut settled = asked.to_vec();
         for i in 0..settled.len() {
             if settled[i].host_port == 0 {
-                settled[i] = pick(&settled[i], &|port| is_taken(port) || settled.iter().any(|other| other.overlaps(port)))?;
+                settled[i] = pick(&settled[i], &|port| {
+                    is_taken(port) || settled.iter().any(|other| other.overlaps(port))
+                })?;
             }
         }
         Ok(settled)
@@ -89,13 +108,26 @@ impl Networks {
 
 /// Refuses ports that belong to a VM.
 pub(super) fn require_free(state: &State, ports: &[Port]) -> Result<()> {
-    let is_taken = |port: &&Port| state.vms().any(|row| row.ports.iter().any(|other| other.overlaps(port)));
-    ports.iter().find(is_taken).map_or(Ok(()), |port| Err(taken_by_another(port)))
+    let is_taken = |port: &&Port| {
+        state
+            .vms()
+            .any(|row| row.ports.iter().any(|other| other.overlaps(port)))
+    };
+    ports
+        .iter()
+        .find(is_taken)
+        .map_or(Ok(()), |port| Err(taken_by_another(port)))
 }
 
 fn taken_by_another(port: &Port) -> Error {
-    Error::new(Kind::PortTaken, format!("port {port} belongs to another VM"))
-        .hint(format!("use another one, or let fcd choose one: -p {}", port.guest_port))
+    Error::new(
+        Kind::PortTaken,
+        format!("port {port} belongs to another VM"),
+    )
+    .hint(format!(
+        "use another one, or let fcd choose one: -p {}",
+        port.guest_port
+    ))
 }
 
 fn pick(port: &Port, is_taken: &dyn Fn(&Port) -> bool) -> Result<Port> {
@@ -105,5 +137,9 @@ fn pick(port: &Port, is_taken: &dyn Fn(&Port) -> bool) -> Result<Port> {
             return Ok(free);
         }
     }
-    Err(Error::new(Kind::Exhausted, format!("find a free port of {}", port.host_addr)).hint("choose one, for example -p 8080:80"))
+    Err(Error::new(
+        Kind::Exhausted,
+        format!("find a free port of {}", port.host_addr),
+    )
+    .hint("choose one, for example -p 8080:80"))
 }

@@ -27,14 +27,21 @@ pub(super) struct RateFloor {
 
 impl RateFloor {
     pub fn new(window: Duration, bytes_per_s: u64) -> Self {
-        Self { window, bytes_min: bytes_per_s.saturating_mul(window.as_secs()), bytes_before: None }
+        Self {
+            window,
+            bytes_min: bytes_per_s.saturating_mul(window.as_secs()),
+            bytes_before: None,
+        }
     }
 
     /// Checks a window at its end, when `bytes` have been moved in all. The error is the number of
     /// bytes in this window if they are too few. The window in which the stream began does not
     /// count, because the stream may have begun near its end.
     fn check(&mut self, bytes: u64) -> std::result::Result<(), u64> {
-        let before = self.bytes_before.replace(bytes).filter(|before| *before > 0);
+        let before = self
+            .bytes_before
+            .replace(bytes)
+            .filter(|before| *before > 0);
         match before.map(|before| bytes - before) {
             Some(moved) if moved < self.bytes_min => Err(moved),
             _ => Ok(()),
@@ -46,14 +53,22 @@ impl RateFloor {
     ///
     /// # Errors
     /// The errors of the job; `transfer_idle` if it was too slow; `timeout` at the deadline.
-    pub fn wait<T>(mut self, job: &JobHandle<T>, moved: &Moved, cancel: &Cancel, deadline: Instant) -> Result<T> {
+    pub fn wait<T>(
+        mut self,
+        job: &JobHandle<T>,
+        moved: &Moved,
+        cancel: &Cancel,
+        deadline: Instant,
+    ) -> Result<T> {
         let mut slow = None;
         loop {
             let until = deadline.min(Instant::now() + self.window);
             match job.wait(until) {
                 // This window is over. The job's own error could also be a timeout, and its result
                 // can be taken only once.
-                Err(e) if e.kind() == Kind::Timeout && !job.is_done() && Instant::now() < deadline => {}
+                Err(e)
+                    if e.kind() == Kind::Timeout && !job.is_done() && Instant::now() < deadline => {
+                }
                 result => return result.map_err(|e| self.explain(e, slow, cancel)),
             }
             if slow.is_none()
@@ -67,11 +82,16 @@ impl RateFloor {
     }
 
     fn explain(&self, e: Error, slow: Option<u64>, cancel: &Cancel) -> Error {
-        let Some(bytes) = slow.filter(|_| e.kind() == Kind::Cancelled && cancel.cause() == Some(&CancelCause::TooSlow)) else {
+        let Some(bytes) = slow.filter(|_| {
+            e.kind() == Kind::Cancelled && cancel.cause() == Some(&CancelCause::TooSlow)
+        }) else {
             return e;
         };
-        let text =
-            format!("{bytes} bytes moved in the last {} s, at least {} are required", self.window.as_secs(), self.bytes_min);
+        let text = format!(
+            "{bytes} bytes moved in the last {} s, at least {} are required",
+            self.window.as_secs(),
+            self.bytes_min
+        );
         Error::new(Kind::TransferIdle, text)
             .hint("run it again with a faster sender and receiver, or lower limits.transfer_bytes_per_s_min")
     }
@@ -108,6 +128,10 @@ mod tests {
     #[test]
     fn floor_of_zero_allows_everything() {
         let mut floor = RateFloor::new(Duration::from_secs(10), 0);
-        assert!([1, 1, 1].into_iter().all(|bytes| floor.check(bytes).is_ok()));
+        assert!(
+            [1, 1, 1]
+                .into_iter()
+                .all(|bytes| floor.check(bytes).is_ok())
+        );
     }
 }

@@ -55,7 +55,9 @@ enum Next {
 
 /// The VMs with work or a VMM that an earlier daemon left, each with its generation.
 pub(super) fn unreconciled_vms(state: &State) -> HashMap<VmId, u64> {
-    let boot_rows = state.ledger().filter(|l| resources::ends_with_its_boot(&l.kind));
+    let boot_rows = state
+        .ledger()
+        .filter(|l| resources::ends_with_its_boot(&l.kind));
     let with_leftovers: HashSet<&VmId> = boot_rows.filter_map(|l| l.vm.as_ref()).collect();
     let is_unreconciled = |row: &VmRow| {
         row.rm
@@ -64,7 +66,11 @@ pub(super) fn unreconciled_vms(state: &State) -> HashMap<VmId, u64> {
             || !is_at_rest(row.state)
             || with_leftovers.contains(&row.id)
     };
-    state.vms().filter(|row| is_unreconciled(row)).map(|row| (row.id.clone(), row.generation)).collect()
+    state
+        .vms()
+        .filter(|row| is_unreconciled(row))
+        .map(|row| (row.id.clone(), row.generation))
+        .collect()
 }
 
 /// What must be done with a VM, the most urgent first.
@@ -79,7 +85,10 @@ enum Need {
 
 impl FirstPass {
     pub fn new() -> Self {
-        Self { is_done: Mutex::new(Rank::Runtimes, false), done: Condvar::new() }
+        Self {
+            is_done: Mutex::new(Rank::Runtimes, false),
+            done: Condvar::new(),
+        }
     }
 }
 
@@ -105,7 +114,9 @@ impl Reconciler {
     pub fn reconcile(&self) {
         for id in self.in_order_of_need() {
             // A call is reconciling it, or has done so.
-            let Some(guard) = self.unreconciled.begin(&id) else { continue };
+            let Some(guard) = self.unreconciled.begin(&id) else {
+                continue;
+            };
             self.reconcile_one(&id, guard);
         }
         drop(self.vmms.earlier_vmms.lock().take());
@@ -123,7 +134,12 @@ impl Reconciler {
             Some(VmState::Starting | VmState::Stopping | VmState::Deleting) => Need::Finish,
             _ => Need::Clean,
         };
-        let mut due: Vec<_> = self.unreconciled.due().into_iter().map(|id| (needs(&id), id)).collect();
+        let mut due: Vec<_> = self
+            .unreconciled
+            .due()
+            .into_iter()
+            .map(|id| (needs(&id), id))
+            .collect();
         due.sort();
         due.into_iter().map(|(_, id)| id).collect()
     }
@@ -132,11 +148,22 @@ impl Reconciler {
     pub(super) fn wait_first_pass(&self) -> Result<()> {
         let mut is_done = self.first_pass.is_done.lock();
         let deadline = Instant::now() + FIRST_PASS_DEADLINE;
-        match self.first_pass.done.wait_while_cancellable(&mut is_done, deadline, &self.core.closing, |is_done| !*is_done) {
+        match self.first_pass.done.wait_while_cancellable(
+            &mut is_done,
+            deadline,
+            &self.core.closing,
+            |is_done| !*is_done,
+        ) {
             Waited::Done => Ok(()),
-            Waited::TimedOut => Err(Error::new(Kind::Busy, "fcd is still cleaning up after an earlier run")
-                .hint("try again in a moment; the daemon's log says what takes so long")),
-            Waited::Cancelled => Err(Error::new(Kind::ShuttingDown, "the daemon is shutting down")),
+            Waited::TimedOut => Err(Error::new(
+                Kind::Busy,
+                "fcd is still cleaning up after an earlier run",
+            )
+            .hint("try again in a moment; the daemon's log says what takes so long")),
+            Waited::Cancelled => Err(Error::new(
+                Kind::ShuttingDown,
+                "the daemon is shutting down",
+            )),
         }
     }
 
@@ -154,13 +181,21 @@ impl Reconciler {
         self.networks.mend_network();
         let adoptions = &self.adopter.adoptions;
         for vm in adoptions.failures() {
-            let Some(row) = self.core.row(&vm).ok().filter(|row| adoptions.has_failed(row)) else {
+            let Some(row) = self
+                .core
+                .row(&vm)
+                .ok()
+                .filter(|row| adoptions.has_failed(row))
+            else {
                 adoptions.forget_failure(&vm);
                 continue;
             };
             match self.adopt_late(&row) {
                 Ok(()) => log::info!("VM {} has been adopted", row.name),
-                Err(e) => log::warn!("adopt the VMM of VM {}: {e}; retrying every minute", row.name),
+                Err(e) => log::warn!(
+                    "adopt the VMM of VM {}: {e}; retrying every minute",
+                    row.name
+                ),
             }
         }
     }
@@ -170,7 +205,10 @@ impl Reconciler {
         let _label = crate::locks::operation_scope(format!("reconcile {id}"));
         let row = self.core.row(id)?;
         // All operations of earlier daemons have ended, so one in progress belongs to this daemon.
-        let is_owned = row.op.as_ref().is_some_and(|op| self.core.ops.get(op).is_ok_and(|op| !op.state.has_ended()));
+        let is_owned = row
+            .op
+            .as_ref()
+            .is_some_and(|op| self.core.ops.get(op).is_ok_and(|op| !op.state.has_ended()));
         if is_owned || row.generation != generation {
             return Ok(Next::Nothing);
         }
@@ -181,11 +219,17 @@ impl Reconciler {
             VmState::Running => self.adopt_or_fail(&row)?,
             VmState::Starting => {
                 self.end_leftover(&row)?;
-                let before = if row.started_at.is_none() { VmState::Created } else { VmState::Stopped };
+                let before = if row.started_at.is_none() {
+                    VmState::Created
+                } else {
+                    VmState::Stopped
+                };
                 self.put_at_rest(&row, before, "fcd was restarted while the VM booted")?;
             }
             VmState::Stopping => return self.resume(&row, Verb::Stop).map(|()| Next::Nothing),
-            VmState::Deleting => return self.resume(&row, Verb::DeleteForce).map(|()| Next::Nothing),
+            VmState::Deleting => {
+                return self.resume(&row, Verb::DeleteForce).map(|()| Next::Nothing);
+            }
             VmState::Created | VmState::Stopped | VmState::Failed => self.end_leftover(&row)?,
         }
         // The connection of its holder died with the earlier daemon.
@@ -212,7 +256,10 @@ impl Reconciler {
         if !self.adopter.begin(row, false) {
             return self.leave_unadopted(row, &identity);
         }
-        let adopted = self.images.get(&row.image).and_then(|image| self.vmm.adopt(&self.specs.spec(row, &image), &identity));
+        let adopted = self
+            .images
+            .get(&row.image)
+            .and_then(|image| self.vmm.adopt(&self.specs.spec(row, &image), &identity));
         match adopted {
             Ok(running) => {
                 self.networks.adopt_guest(row);
@@ -226,7 +273,9 @@ impl Reconciler {
                     // This is the usual case, and it works even if the disk is full.
                     return Ok(());
                 }
-                let ticket = self.change_as_found(row, false, |r| (r.identity, r.ssh_addr, r.reason) = adopted)?;
+                let ticket = self.change_as_found(row, false, |r| {
+                    (r.identity, r.ssh_addr, r.reason) = adopted
+                })?;
                 self.core.wait_durable(ticket)
             }
             // The VMM is alive, so it is not killed. The user sees that it cannot be reached.
@@ -261,7 +310,12 @@ impl Reconciler {
     }
 
     /// Changes the row, unless an operation has claimed the VM since `found` was read.
-    fn change_as_found(&self, found: &VmRow, essential: bool, change: impl FnOnce(&mut VmRow)) -> Result<Ticket> {
+    fn change_as_found(
+        &self,
+        found: &VmRow,
+        essential: bool,
+        change: impl FnOnce(&mut VmRow),
+    ) -> Result<Ticket> {
         self.core.change_row(&found.id, essential, |row| {
             if (row.generation, row.state, &row.op) == (found.generation, found.state, &found.op) {
                 change(row);
@@ -271,9 +325,14 @@ impl Reconciler {
 
     /// Finishes a stop or delete that was in progress, as an operation of the daemon itself.
     fn resume(&self, row: &VmRow, verb: Verb) -> Result<()> {
-        let deaths = self.core.store.read(|s| recovery::deaths_at_start(s, &row.id));
+        let deaths = self
+            .core
+            .store
+            .read(|s| recovery::deaths_at_start(s, &row.id));
         self.recovery.attempts.note(&row.id);
-        let op = self.core.begin_own_op("reconcile", Some(row.id.clone()), row.owner_uid)?;
+        let op = self
+            .core
+            .begin_own_op("reconcile", Some(row.id.clone()), row.owner_uid)?;
         let guard = self.core.locks.vm.lock(&row.id);
         let (id, op_row) = (op.id().clone(), op.op());
         let ((), ticket) = self.core.change(true, |tx| {
@@ -291,7 +350,17 @@ impl Reconciler {
         drop(guard);
         let (vm, cancel) = (row.id.clone(), op.cancel().clone());
         let (lifecycle, state, ticket) = (self.lifecycle.clone(), row.state, Some(ticket));
-        let claim = Claim { lifecycle, vm, op: Some(op), state, verb, timeout: None, restore: None, cancel, ticket };
+        let claim = Claim {
+            lifecycle,
+            vm,
+            op: Some(op),
+            state,
+            verb,
+            timeout: None,
+            restore: None,
+            cancel,
+            ticket,
+        };
         self.lifecycle.begin(claim).map(drop)
     }
 }
@@ -311,7 +380,9 @@ impl VmReconciler for Reconciler {
     /// Adopts a VM that did not respond when the daemon started and does now.
     fn adopt_late(&self, row: &VmRow) -> Result<()> {
         let adoptions = &self.adopter.adoptions;
-        let (Some(identity), true) = (&row.identity, adoptions.has_failed(row)) else { return Ok(()) };
+        let (Some(identity), true) = (&row.identity, adoptions.has_failed(row)) else {
+            return Ok(());
+        };
         let image = self.images.get(&row.image)?;
         if !self.adopter.begin(row, true) {
             adoptions.forget_failure(&row.id);

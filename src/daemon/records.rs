@@ -28,7 +28,10 @@ impl Record {
 /// Reads a record.
 pub(super) fn read(state: &State, name: &str) -> Record {
     // If another version wrote it, one attempt too many is better than none.
-    state.meta(name).and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default()
+    state
+        .meta(name)
+        .and_then(|text| serde_json::from_str(text).ok())
+        .unwrap_or_default()
 }
 
 /// Writes a record. An empty one is removed.
@@ -44,7 +47,14 @@ pub(super) fn write(tx: &mut Tx, name: &str, record: Record) {
 /// Records that the daemon survived the attempt.
 pub(super) fn survive(tx: &mut Tx, name: &str) {
     let record = read(tx, name);
-    write(tx, name, Record { is_under_way: false, ..record });
+    write(
+        tx,
+        name,
+        Record {
+            is_under_way: false,
+            ..record
+        },
+    );
 }
 
 /// The VMs whose recovery or adoption this daemon has attempted. Clones share one set.

@@ -41,7 +41,15 @@ pub(super) fn deaths_at_start(state: &State, vm: &VmId) -> u32 {
 /// Records that an attempt begins.
 pub(super) fn begin(tx: &mut Tx, vm: &VmId) {
     let deaths = deaths_at_start(tx, vm);
-    write(tx, &name(vm), Record { deaths, is_under_way: true, is_left_alone: false });
+    write(
+        tx,
+        &name(vm),
+        Record {
+            deaths,
+            is_under_way: true,
+            is_left_alone: false,
+        },
+    );
 }
 
 /// Records that the daemon survived the attempt.
@@ -76,20 +84,30 @@ impl Recovery {
 
     /// Why the guest was not asked to shut down, if its record is the reason.
     pub(super) fn recovery_note(&self, vm: &VmId) -> Option<String> {
-        let why = match (self.recovery_deaths(vm), self.core.store.read(|s| adoption::left_alone(s, vm))) {
+        let why = match (
+            self.recovery_deaths(vm),
+            self.core.store.read(|s| adoption::left_alone(s, vm)),
+        ) {
             (0, None) => return None,
             (0, Some(deaths)) => adoption::times(deaths),
             (deaths, _) => times(deaths),
         };
-        Some(format!("its VMM was killed without asking the guest, because {why}"))
+        Some(format!(
+            "its VMM was killed without asking the guest, because {why}"
+        ))
     }
 
     /// Records at a normal exit that the attempts in progress did not kill the daemon.
     pub(super) fn end_all_attempts(&self) {
         self.adopter.end_all();
         let attempted = self.attempts.take();
-        let names = attempted.iter().flat_map(|vm| [name(vm), adoption::name(vm)]);
-        let in_progress: Vec<String> = self.core.store.read(|s| names.filter(|name| read(s, name).is_under_way).collect());
+        let names = attempted
+            .iter()
+            .flat_map(|vm| [name(vm), adoption::name(vm)]);
+        let in_progress: Vec<String> = self
+            .core
+            .store
+            .read(|s| names.filter(|name| read(s, name).is_under_way).collect());
         if in_progress.is_empty() {
             return;
         }
@@ -108,26 +126,49 @@ impl Recovery {
         const ID: &str = "recovery";
         let (resumed, adopted) = self.core.store.read(|s| {
             let shown = |vm: VmId, deaths: u32| {
-                let row = s.vm(&vm).filter(|row| deaths > 0 && caller.may_see(row.owner_uid))?;
+                let row = s
+                    .vm(&vm)
+                    .filter(|row| deaths > 0 && caller.may_see(row.owner_uid))?;
                 Some(format!("VM {} ({deaths})", row.name))
             };
-            let resumed = recorded(s).filter_map(|vm| shown(vm.clone(), deaths(s, &vm))).collect::<Vec<_>>();
+            let resumed = recorded(s)
+                .filter_map(|vm| shown(vm.clone(), deaths(s, &vm)))
+                .collect::<Vec<_>>();
             let adopted = s.metas().filter_map(adoption::vm_of);
-            (resumed, adopted.filter_map(|vm| shown(vm.clone(), adoption::deaths(s, &vm))).collect::<Vec<_>>())
+            (
+                resumed,
+                adopted
+                    .filter_map(|vm| shown(vm.clone(), adoption::deaths(s, &vm)))
+                    .collect::<Vec<_>>(),
+            )
         });
-        let named = |doing: &str, vms: &[String]| (!vms.is_empty()).then(|| format!("{doing} {}", vms.join(", ")));
-        let found = [named("resumed a stop or a delete of", &resumed), named("adopted", &adopted)];
+        let named = |doing: &str, vms: &[String]| {
+            (!vms.is_empty()).then(|| format!("{doing} {}", vms.join(", ")))
+        };
+        let found = [
+            named("resumed a stop or a delete of", &resumed),
+            named("adopted", &adopted),
+        ];
         let found: Vec<_> = found.into_iter().flatten().collect();
         if found.is_empty() {
             return Check::ok(ID, "recovery after a restart has never killed a daemon");
         }
-        let text = format!("daemons died while they {}", found.join(", and while they "));
-        Check::warn(ID, text, "see the daemon's log for the cause; delete the VM (fcctl rm -f NAME), or restart it")
+        let text = format!(
+            "daemons died while they {}",
+            found.join(", and while they ")
+        );
+        Check::warn(
+            ID,
+            text,
+            "see the daemon's log for the cause; delete the VM (fcctl rm -f NAME), or restart it",
+        )
     }
 }
 
 fn recorded(state: &State) -> impl Iterator<Item = VmId> {
-    state.metas().filter_map(|name| name.strip_prefix(PREFIX)?.parse().ok())
+    state
+        .metas()
+        .filter_map(|name| name.strip_prefix(PREFIX)?.parse().ok())
 }
 
 pub(super) fn times(deaths: u32) -> String {

@@ -42,17 +42,25 @@ const RESTORE_DEADLINE: Duration = Duration::from_secs(3600);
 impl Snapshots {
     /// Restores a snapshot. Its own VM must not be running. A new VM is deleted if the restore
     /// fails.
-    pub fn snapshot_restore(&self, caller: &Caller, request: SnapshotRestoreRequest) -> Result<CallOutcome> {
+    pub fn snapshot_restore(
+        &self,
+        caller: &Caller,
+        request: SnapshotRestoreRequest,
+    ) -> Result<CallOutcome> {
         const METHOD: &str = "snapshot.restore";
         let row = self.find_snapshot(caller, &request.snapshot)?;
         let Some(name) = request.new_vm else {
             let restore = self.restore_of(row, false)?;
             let vm = self.source_vm(caller, &restore.row)?;
-            return self.lifecycle.request(caller, vm.as_str(), &start_request(METHOD, &restore));
+            return self
+                .lifecycle
+                .request(caller, vm.as_str(), &start_request(METHOD, &restore));
         };
         let restore = self.restore_of(row, true)?;
         let vm = self.create_from(caller, &restore.row, Some(name))?;
-        self.run_in_new_vm(caller, METHOD, &vm, move |snapshots, op, vm| snapshots.start_from(op, vm, &restore))
+        self.run_in_new_vm(caller, METHOD, &vm, move |snapshots, op, vm| {
+            snapshots.start_from(op, vm, &restore)
+        })
     }
 
     /// Forks a VM, which keeps running.
@@ -60,14 +68,23 @@ impl Snapshots {
         const METHOD: &str = "vm.fork";
         let found = self.core.resolve(caller, &request.vm)?;
         self.core.allow(&found, Verb::Guest)?;
-        self.vmm.can_load(found.driver.as_deref().unwrap_or_default(), true)?;
+        self.vmm
+            .can_load(found.driver.as_deref().unwrap_or_default(), true)?;
         let vm = self.create_like(caller, &found, request.name)?;
         self.run_in_new_vm(caller, METHOD, &vm, move |snapshots, op, vm| {
-            let (row, user) = snapshots.sessions.join_guest(&found, Use::Transfer, op.cancel())?;
-            let captured = snapshots.capture(&row, op).map_err(|e| e.context(format!("save VM {}", row.name)))?;
+            let (row, user) = snapshots
+                .sessions
+                .join_guest(&found, Use::Transfer, op.cancel())?;
+            let captured = snapshots
+                .capture(&row, op)
+                .map_err(|e| e.context(format!("save VM {}", row.name)))?;
             drop(user);
-            let restore =
-                Restore { row: Arc::new(captured.row.clone()), files: captured.files.clone(), in_other_vm: true, _in_use: None };
+            let restore = Restore {
+                row: Arc::new(captured.row.clone()),
+                files: captured.files.clone(),
+                in_other_vm: true,
+                _in_use: None,
+            };
             let done = snapshots.start_from(op, vm, &restore);
             snapshots.discard(captured);
             done
@@ -82,22 +99,33 @@ impl Snapshots {
         vm: &Vm,
         work: impl FnOnce(&Self, &OpHandle, &VmId) -> Result<()> + Send + 'static,
     ) -> Result<CallOutcome> {
-        let op = self.core.begin_op(method, Some(vm.id.clone()), caller.uid, true);
+        let op = self
+            .core
+            .begin_op(method, Some(vm.id.clone()), caller.uid, true);
         let op = op.inspect_err(|_| self.lifecycle.delete_unasked(&vm.id))?;
         if let Err(e) = self.core.persist_op(&op) {
             op.finish(Err(e.clone()));
             self.lifecycle.delete_unasked(&vm.id);
             return Err(e);
         }
-        let (snapshots, id, vm, name) = (self.clone(), op.id().clone(), vm.id.clone(), vm.name.clone());
+        let (snapshots, id, vm, name) = (
+            self.clone(),
+            op.id().clone(),
+            vm.id.clone(),
+            vm.name.clone(),
+        );
         self.core.spawn(&format!("op-{id}"), move || {
             let _label = crate::locks::operation_scope(format!("{method} {vm}"));
-            let result =
-                work(&snapshots, &op, &vm).and_then(|()| snapshots.unmark_rm(&vm)).and_then(|vm| to_value(&VmReply { vm }));
+            let result = work(&snapshots, &op, &vm)
+                .and_then(|()| snapshots.unmark_rm(&vm))
+                .and_then(|vm| to_value(&VmReply { vm }));
             if result.is_err() {
                 snapshots.lifecycle.delete_unasked(&vm);
             }
-            snapshots.core.end_op(op, result.map_err(|e| e.context(format!("create VM {name}"))));
+            snapshots.core.end_op(
+                op,
+                result.map_err(|e| e.context(format!("create VM {name}"))),
+            );
         })?;
         Ok(CallOutcome::Op(id))
     }
@@ -137,10 +165,16 @@ impl Snapshots {
         let row = self.core.row(vm)?;
         if row.state == VmState::Deleting {
             // It stopped before the mark was removed.
-            return Err(Error::new(Kind::Superseded, "a later request stopped the new VM, so it was deleted")
-                .hint(format!("try again: VM {} has been deleted", row.name)));
+            return Err(Error::new(
+                Kind::Superseded,
+                "a later request stopped the new VM, so it was deleted",
+            )
+            .hint(format!("try again: VM {} has been deleted", row.name)));
         }
-        let ((), ticket) = self.core.store.change(|tx| tx.update_vm(&guard, |row| row.rm = false))?;
+        let ((), ticket) = self
+            .core
+            .store
+            .change(|tx| tx.update_vm(&guard, |row| row.rm = false))?;
         drop(guard);
         self.core.wait_durable(ticket)?;
         self.views.view(vm)
@@ -149,13 +183,28 @@ impl Snapshots {
     /// Starts the VM from the snapshot and waits until the start has ended.
     fn start_from(&self, op: &OpHandle, vm: &VmId, restore: &Restore) -> Result<()> {
         let owner = self.core.row(vm)?.owner_uid;
-        let caller = Caller { uid: owner, gid: 0, pid: 0 };
-        op.progress("start from the snapshot");
-        let start = match self.lifecycle.request(&caller, vm.as_str(), &start_request("snapshot.restore", restore))? {
-            CallOutcome::Op(start) | CallOutcome::Joined(start) => start,
-            CallOutcome::Done(_) => return Err(Error::internal(format!("VM {vm} is running before its start"))),
+        let caller = Caller {
+            uid: owner,
+            gid: 0,
+            pid: 0,
         };
-        let waited = self.core.ops.wait(&start, Instant::now() + RESTORE_DEADLINE, op.cancel());
+        op.progress("start from the snapshot");
+        let start = match self.lifecycle.request(
+            &caller,
+            vm.as_str(),
+            &start_request("snapshot.restore", restore),
+        )? {
+            CallOutcome::Op(start) | CallOutcome::Joined(start) => start,
+            CallOutcome::Done(_) => {
+                return Err(Error::internal(format!(
+                    "VM {vm} is running before its start"
+                )));
+            }
+        };
+        let waited = self
+            .core
+            .ops
+            .wait(&start, Instant::now() + RESTORE_DEADLINE, op.cancel());
         if waited.is_err() {
             self.end_start(&start);
         }
@@ -163,14 +212,20 @@ impl Snapshots {
         match (ended.state, ended.error) {
             (OpState::Ok, _) => Ok(()),
             (_, Some(fault)) => {
-                let kind = Kind::ALL.iter().copied().find(|k| k.name() == fault.kind).unwrap_or(Kind::VmmFailed);
+                let kind = Kind::ALL
+                    .iter()
+                    .copied()
+                    .find(|k| k.name() == fault.kind)
+                    .unwrap_or(Kind::VmmFailed);
                 let error = Error::new(kind, fault.message);
                 Err(match fault.hint {
                     Some(hint) => error.hint(hint),
                     None => error,
                 })
             }
-            (state, None) => Err(Error::internal(format!("the start ended as {state:?} without an error"))),
+            (state, None) => Err(Error::internal(format!(
+                "the start ended as {state:?} without an error"
+            ))),
         }
     }
 
@@ -185,43 +240,93 @@ impl Snapshots {
     fn restore_of(&self, row: SnapshotRow, in_other_vm: bool) -> Result<Restore> {
         self.vmm.can_load(&row.driver, in_other_vm)?;
         if row.on_bridge != self.networks.net.is_some() {
-            let (then, now) = if row.on_bridge { ("bridge", "user") } else { ("user", "bridge") };
-            let text =
-                format!("restore snapshot {}: it was made with {then} networking, and VMs now have {now} networking", row.name);
-            return Err(Error::new(Kind::Unsupported, text).hint(format!("set driver = \"{then}\" under [network]")));
+            let (then, now) = if row.on_bridge {
+                ("bridge", "user")
+            } else {
+                ("user", "bridge")
+            };
+            let text = format!(
+                "restore snapshot {}: it was made with {then} networking, and VMs now have {now} networking",
+                row.name
+            );
+            return Err(Error::new(Kind::Unsupported, text)
+                .hint(format!("set driver = \"{then}\" under [network]")));
         }
-        let gone =
-            || Error::new(Kind::SnapshotNotFound, format!("snapshot {} is being deleted", row.name)).hint("fcctl snapshot list");
-        let in_use = self.snapshot_registry.uses.begin_use(&row.id).map(Arc::new).ok_or_else(gone)?;
+        let gone = || {
+            Error::new(
+                Kind::SnapshotNotFound,
+                format!("snapshot {} is being deleted", row.name),
+            )
+            .hint("fcctl snapshot list")
+        };
+        let in_use = self
+            .snapshot_registry
+            .uses
+            .begin_use(&row.id)
+            .map(Arc::new)
+            .ok_or_else(gone)?;
         // It may have been deleted before the guard was taken.
         if self.core.store.read(|s| s.snapshot(&row.id).is_none()) {
             return Err(gone());
         }
-        Ok(Restore { files: self.snapshot_registry.files(&row.id), row: Arc::new(row), in_other_vm, _in_use: Some(in_use) })
+        Ok(Restore {
+            files: self.snapshot_registry.files(&row.id),
+            row: Arc::new(row),
+            in_other_vm,
+            _in_use: Some(in_use),
+        })
     }
 
     fn source_vm(&self, caller: &Caller, snapshot: &SnapshotRow) -> Result<VmId> {
-        let row = self.core.resolve(caller, snapshot.vm.as_str()).map_err(|e| match e.kind() {
-            Kind::VmNotFound => Error::new(
-                Kind::VmNotFound,
-                format!("VM {}, from which this snapshot was taken, has been deleted", snapshot.vm_name),
-            )
-            .hint(format!("restore it as a new VM: fcctl snapshot restore {} --as NAME", snapshot.name)),
-            _ => e,
-        })?;
-        if row.disk_driver.as_ref().is_some_and(|driver| *driver != snapshot.disk_driver) {
+        let row = self
+            .core
+            .resolve(caller, snapshot.vm.as_str())
+            .map_err(|e| match e.kind() {
+                Kind::VmNotFound => Error::new(
+                    Kind::VmNotFound,
+                    format!(
+                        "VM {}, from which this snapshot was taken, has been deleted",
+                        snapshot.vm_name
+                    ),
+                )
+                .hint(format!(
+                    "restore it as a new VM: fcctl snapshot restore {} --as NAME",
+                    snapshot.name
+                )),
+                _ => e,
+            })?;
+        if row
+            .disk_driver
+            .as_ref()
+            .is_some_and(|driver| *driver != snapshot.disk_driver)
+        {
             return Err(Error::new(
                 Kind::Conflict,
-                format!("VM {} has a different kind of disk than snapshot {}", row.name, snapshot.name),
+                format!(
+                    "VM {} has a different kind of disk than snapshot {}",
+                    row.name, snapshot.name
+                ),
             )
-            .hint(format!("restore it as a new VM: fcctl snapshot restore {} --as NAME", snapshot.name)));
+            .hint(format!(
+                "restore it as a new VM: fcctl snapshot restore {} --as NAME",
+                snapshot.name
+            )));
         }
         Ok(row.id)
     }
 }
 
 /// Image, kernel, vCPUs, memory, disk, work disk, network, rates.
-type Shape = (ImageRef, Option<KernelName>, u32, u64, u64, Option<u64>, Net, RateLimits);
+type Shape = (
+    ImageRef,
+    Option<KernelName>,
+    u32,
+    u64,
+    u64,
+    Option<u64>,
+    Net,
+    RateLimits,
+);
 
 fn request(
     name: Option<VmName>,
@@ -246,5 +351,10 @@ fn request(
 }
 
 fn start_request(method: &'static str, restore: &Restore) -> LifecycleRequest {
-    LifecycleRequest { verb: Verb::Restore, method, timeout: None, restore: Some(restore.clone()) }
+    LifecycleRequest {
+        verb: Verb::Restore,
+        method,
+        timeout: None,
+        restore: Some(restore.clone()),
+    }
 }

@@ -53,7 +53,11 @@ impl SpaceMonitor {
             if !rows.is_empty() {
                 self.check_snapshots(&rows, &mut monitored);
             }
-            if self.core.sleep(if rows.is_empty() { IDLE_PERIOD } else { CHECK_PERIOD }) {
+            if self.core.sleep(if rows.is_empty() {
+                IDLE_PERIOD
+            } else {
+                CHECK_PERIOD
+            }) {
                 return;
             }
         }
@@ -61,36 +65,63 @@ impl SpaceMonitor {
 
     fn rows_on_snapshots(&self) -> Vec<VmRow> {
         self.core.store.read(|s| {
-            let on_snapshot = |r: &VmRow| r.disk_driver.as_deref() == Some(Method::DmSnapshot.name());
-            let runs = |r: &VmRow| matches!(r.state, VmState::Running | VmState::Starting | VmState::Stopping);
-            s.vms().filter(|r| runs(r) && on_snapshot(r)).map(|r| (**r).clone()).collect()
+            let on_snapshot =
+                |r: &VmRow| r.disk_driver.as_deref() == Some(Method::DmSnapshot.name());
+            let runs = |r: &VmRow| {
+                matches!(
+                    r.state,
+                    VmState::Running | VmState::Starting | VmState::Stopping
+                )
+            };
+            s.vms()
+                .filter(|r| runs(r) && on_snapshot(r))
+                .map(|r| (**r).clone())
+                .collect()
         })
     }
 
     fn check_snapshots(&self, rows: &[VmRow], monitored: &mut Monitored) {
-        let fills = match snapshot::fill(self.commands.as_ref(), &self.core.tag_prefix(), &self.core.closing) {
+        let fills = match snapshot::fill(
+            self.commands.as_ref(),
+            &self.core.tag_prefix(),
+            &self.core.closing,
+        ) {
             Ok(fills) => fills,
             Err(e) if self.core.closing.is_cancelled() => return log::debug!("{e}"),
             Err(e) => return log::warn!("check how full the disks are: {e}"),
         };
         let tags: HashSet<String> = rows.iter().map(|row| self.core.tag(row)).collect();
-        for set in [&mut monitored.resumed, &mut monitored.paused, &mut monitored.lost] {
+        for set in [
+            &mut monitored.resumed,
+            &mut monitored.paused,
+            &mut monitored.lost,
+        ] {
             set.retain(|tag| tags.contains(tag));
         }
         for row in rows {
             match fills.iter().find(|(name, _)| *name == self.core.tag(row)) {
                 Some((tag, Fill::Used { bytes })) => self.make_room(row, tag, *bytes, monitored),
-                Some((tag, Fill::Lost(why))) if monitored.lost.insert(tag.clone()) => self.note_lost(row, why),
+                Some((tag, Fill::Lost(why))) if monitored.lost.insert(tag.clone()) => {
+                    self.note_lost(row, why)
+                }
                 _ => {}
             }
         }
     }
 
     fn make_room(&self, row: &VmRow, tag: &str, used_bytes: u64, monitored: &mut Monitored) {
-        let reserved = snapshot::reserve(&self.specs.disk_path(&row.id, Method::DmSnapshot), used_bytes);
-        let Some(identity) = &row.identity else { return };
+        let reserved = snapshot::reserve(
+            &self.specs.disk_path(&row.id, Method::DmSnapshot),
+            used_bytes,
+        );
+        let Some(identity) = &row.identity else {
+            return;
+        };
         let is_paused = monitored.paused.contains(tag);
-        let set = |to| self.vmm.set_paused(&self.core.vm_dir(&row.id), identity, to, &self.core.closing);
+        let set = |to| {
+            self.vmm
+                .set_paused(&self.core.vm_dir(&row.id), identity, to, &self.core.closing)
+        };
         match reserved {
             Err(e) if !is_paused && e.kind() == Kind::DiskFull => {
                 // Record it before pausing the guest, because a resume for its owner looks at the
@@ -103,13 +134,19 @@ impl SpaceMonitor {
                     }
                     Err(k) => {
                         self.runtimes.set_paused(&row.id, false);
-                        log::error!("VM {} may lose its disk: {e}; it could not be paused: {k}", row.name);
+                        log::error!(
+                            "VM {} may lose its disk: {e}; it could not be paused: {k}",
+                            row.name
+                        );
                     }
                 }
             }
             Err(e) if !is_paused => log::warn!("VM {}: {e}", row.name),
             // This is not done during a boot, in which the driver decides when the guest runs.
-            Ok(()) if row.state == VmState::Running && (is_paused || !monitored.resumed.contains(tag)) => {
+            Ok(())
+                if row.state == VmState::Running
+                    && (is_paused || !monitored.resumed.contains(tag)) =>
+            {
                 self.runtimes.set_paused(&row.id, false);
                 // This keeps the guest paused if its owner wants that.
                 match self.controls.apply_pause(&row.id, row.generation) {
@@ -132,9 +169,12 @@ impl SpaceMonitor {
     /// Records that the disk is lost. The guest gets I/O errors from now on, and its changes cannot
     /// be recovered.
     fn note_lost(&self, row: &VmRow, why: &str) {
-        let reason = format!("its disk is lost: the host had no room for the guest's changes ({why})");
+        let reason =
+            format!("its disk is lost: the host had no room for the guest's changes ({why})");
         log::error!("VM {}: {reason}", row.name);
-        let noted = self.core.change_row(&row.id, true, |r| r.reason = Some(reason));
+        let noted = self
+            .core
+            .change_row(&row.id, true, |r| r.reason = Some(reason));
         if let Err(e) = noted.map(Ticket::detach) {
             log::warn!("record that the disk of VM {} is lost: {e}", row.name);
         }

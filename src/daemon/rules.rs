@@ -20,7 +20,12 @@ impl Core {
     }
 
     /// Like [`Self::allow`], under the VM's lock, and records the answer in the history.
-    pub(super) fn allow_locked(&self, vm: &KeyGuard<'_, VmId>, row: &VmRow, verb: Verb) -> Result<()> {
+    pub(super) fn allow_locked(
+        &self,
+        vm: &KeyGuard<'_, VmId>,
+        row: &VmRow,
+        verb: Verb,
+    ) -> Result<()> {
         let allowed = self.allow(row, verb);
         self.note_answer(vm, row, verb, allowed.as_ref().map(|()| &Grant::Nothing));
         allowed
@@ -34,7 +39,12 @@ pub(super) fn is_at_rest(state: VmState) -> bool {
 
 /// Applies the settings that were waiting for the VM's next start.
 pub(super) fn take_pending(row: &mut VmRow) {
-    let Pending { vcpus, mem_mib, disk_bytes, rates } = row.pending.take().unwrap_or_default();
+    let Pending {
+        vcpus,
+        mem_mib,
+        disk_bytes,
+        rates,
+    } = row.pending.take().unwrap_or_default();
     row.vcpus = vcpus.unwrap_or(row.vcpus);
     row.mem_mib = mem_mib.unwrap_or(row.mem_mib);
     row.disk_bytes = disk_bytes.unwrap_or(row.disk_bytes);
@@ -61,14 +71,29 @@ pub(super) fn enter(row: &mut VmRow, to: VmState, op: &OpHandle, verb: Verb) {
 }
 
 pub(super) fn refusal(row: &VmRow, verb: Verb, hint: &str) -> Error {
-    Error::new(Kind::WrongState, format!("{} VM {}: it is {}", verb.name(), row.name, row.state.name()))
-        .hint(hint)
-        .of_vm(&row.name)
+    Error::new(
+        Kind::WrongState,
+        format!(
+            "{} VM {}: it is {}",
+            verb.name(),
+            row.name,
+            row.state.name()
+        ),
+    )
+    .hint(hint)
+    .of_vm(&row.name)
 }
 
 pub(super) fn superseded(row: &VmRow, verb: Verb) -> Error {
-    Error::new(Kind::Superseded, format!("{} VM {}: a later request replaced it", verb.name(), row.name))
-        .hint(format!("fcctl vm show {}", row.name))
+    Error::new(
+        Kind::Superseded,
+        format!(
+            "{} VM {}: a later request replaced it",
+            verb.name(),
+            row.name
+        ),
+    )
+    .hint(format!("fcctl vm show {}", row.name))
 }
 
 /// Why transfers, sessions and boots are cancelled by a verb.

@@ -52,7 +52,11 @@ impl Successor {
     }
     /// The state of the VM when the successor begins.
     pub fn target(&self) -> VmState {
-        if Self::deletes(self.verb) { VmState::Deleting } else { VmState::Stopping }
+        if Self::deletes(self.verb) {
+            VmState::Deleting
+        } else {
+            VmState::Stopping
+        }
     }
     /// A successor replaces a queued one of less weight: delete replaces stop, force replaces
     /// grace.
@@ -85,8 +89,13 @@ struct Runtime {
 
 impl Runtime {
     fn is_empty(&self) -> bool {
-        let nothing_under_way = self.boot.is_none() && self.grace.is_none() && self.successor.is_none();
-        nothing_under_way && self.died.is_none() && self.users.is_empty() && !self.is_paused && !self.is_held
+        let nothing_under_way =
+            self.boot.is_none() && self.grace.is_none() && self.successor.is_none();
+        nothing_under_way
+            && self.died.is_none()
+            && self.users.is_empty()
+            && !self.is_paused
+            && !self.is_held
     }
 }
 
@@ -98,7 +107,9 @@ pub struct Runtimes {
 
 impl Runtimes {
     pub fn new() -> Self {
-        Self { map: Arc::new(Mutex::new(Rank::Runtimes, HashMap::new())) }
+        Self {
+            map: Arc::new(Mutex::new(Rank::Runtimes, HashMap::new())),
+        }
     }
 
     fn with<T>(&self, vm: &VmId, change: impl FnOnce(&mut Runtime) -> T) -> T {
@@ -168,7 +179,9 @@ impl Runtimes {
 
     /// The operation in the successor slot, with its verb.
     pub fn successor(&self, vm: &VmId) -> Option<(Verb, OpId)> {
-        self.with(vm, |r| r.successor.as_ref().map(|s| (s.verb, s.op.id().clone())))
+        self.with(vm, |r| {
+            r.successor.as_ref().map(|s| (s.verb, s.op.id().clone()))
+        })
     }
 
     /// Puts a successor in the slot and returns the one that it replaces.
@@ -191,9 +204,15 @@ mod tests {
         let runtimes = Runtimes::new();
         let vm = VmId::random();
         let (a, b) = (Cancel::try_new().unwrap(), Cancel::try_new().unwrap());
-        let users = [runtimes.join(&vm, Use::Session, a.clone()), runtimes.join(&vm, Use::Transfer, b.clone())];
+        let users = [
+            runtimes.join(&vm, Use::Session, a.clone()),
+            runtimes.join(&vm, Use::Transfer, b.clone()),
+        ];
         runtimes.cancel_users(&vm, &CancelCause::VmStopped);
-        assert_eq!((a.cause(), b.cause()), (Some(&CancelCause::VmStopped), Some(&CancelCause::VmStopped)));
+        assert_eq!(
+            (a.cause(), b.cause()),
+            (Some(&CancelCause::VmStopped), Some(&CancelCause::VmStopped))
+        );
         drop(users);
         assert_eq!(runtimes.len(), 0);
     }
@@ -204,12 +223,18 @@ mod tests {
         let vm = VmId::random();
         let token = || Cancel::try_new().unwrap();
         let (session, transfer, boot) = (token(), token(), token());
-        let users = [runtimes.join(&vm, Use::Session, session.clone()), runtimes.join(&vm, Use::Transfer, transfer.clone())];
+        let users = [
+            runtimes.join(&vm, Use::Session, session.clone()),
+            runtimes.join(&vm, Use::Transfer, transfer.clone()),
+        ];
         runtimes.begin_boot(&vm, boot.clone());
         runtimes.set_paused(&vm, true);
         assert!(runtimes.is_paused(&vm));
         let full = Some(&CancelCause::HostDiskFull);
-        assert_eq!((session.cause(), transfer.cause(), boot.cause()), (None, full, full));
+        assert_eq!(
+            (session.cause(), transfer.cause(), boot.cause()),
+            (None, full, full)
+        );
         assert_eq!(runtimes.end(&vm).0, Some(BootEnd::HostDiskFull));
         drop(users);
         runtimes.set_paused(&vm, false);

@@ -39,12 +39,20 @@ impl Seams {
 fn drivers(config: &Config) -> Result<Drivers> {
     let consoles = Arc::new(Consoles::try_new()?);
     let qemu = Arc::new(Qemu::new(config.qemu.clone(), consoles.clone())?);
-    let firecracker = Arc::new(Firecracker::new(config.firecracker.clone(), config.qemu.uids(), consoles)?);
+    let firecracker = Arc::new(Firecracker::new(
+        config.firecracker.clone(),
+        config.qemu.uids(),
+        consoles,
+    )?);
     Ok(match config.vmm.driver {
         VmmDriver::Qemu => Drivers::new(qemu, vec![firecracker]),
         VmmDriver::Firecracker => Drivers::new(firecracker, vec![qemu]),
         VmmDriver::Auto => {
-            let missing = auto::missing(config, firecracker.as_ref(), nix::unistd::geteuid().is_root());
+            let missing = auto::missing(
+                config,
+                firecracker.as_ref(),
+                nix::unistd::geteuid().is_root(),
+            );
             let check = auto::check(missing.as_ref());
             log::info!("{}", check.found);
             match missing {

@@ -9,8 +9,8 @@ use super::transitions::Verb;
 use super::unreconciled::Unreconciled;
 use super::views::Views;
 use crate::api::exec::{
-    COMMAND_BYTES_MAX, COMMAND_STREAM_BYTES_MAX, CommandWords, ExecReply, ExecResizeRequest, ExecSignalRequest, ExecStartRequest,
-    Exit, Stream,
+    COMMAND_BYTES_MAX, COMMAND_STREAM_BYTES_MAX, CommandWords, ExecReply, ExecResizeRequest,
+    ExecSignalRequest, ExecStartRequest, Exit, Stream,
 };
 use crate::api::vm::SshConfigReply;
 use crate::api::vm::WorkspaceState;
@@ -19,7 +19,9 @@ use crate::guest::ControlSender;
 use crate::guest::Transport;
 use crate::guest::io::fifo::{self, Direction};
 use crate::guest::io::{BytesSource, FdSink, FdSource, VecSink, read_to_end};
-use crate::guest::{Control, ExecSpec, Sink, Source, Streams, Target, command_bytes, control_queue};
+use crate::guest::{
+    Control, ExecSpec, Sink, Source, Streams, Target, command_bytes, control_queue,
+};
 use crate::ids::SessionId;
 use crate::locks::Cancel;
 use crate::locks::CancelCause;
@@ -48,20 +50,37 @@ impl ExecIo {
     /// Takes one FIFO for each entry of `streams`, in its order.
     pub fn accept(streams: &[Stream], fds: Vec<OwnedFd>) -> Result<Self> {
         if streams.len() != fds.len() {
-            return Err(Error::invalid(format!("got {} descriptors for {} streams", fds.len(), streams.len()))
-                .hint("pass one FIFO for each entry of streams"));
+            return Err(Error::invalid(format!(
+                "got {} descriptors for {} streams",
+                fds.len(),
+                streams.len()
+            ))
+            .hint("pass one FIFO for each entry of streams"));
         }
         let mut io = Self::default();
         for (stream, fd) in streams.iter().zip(fds) {
             let taken = match stream {
-                Stream::Stdin => io.stdin.replace(FdSource::new(fifo::accept(fd, Direction::Read)?)).is_some(),
-                Stream::Stdout => io.stdout.replace(FdSink::new(fifo::accept(fd, Direction::Write)?)).is_some(),
-                Stream::Command => io.command.replace(FdSource::new(fifo::accept(fd, Direction::Read)?)).is_some(),
-                Stream::Stderr => io.stderr.replace(FdSink::new(fifo::accept(fd, Direction::Write)?)).is_some(),
+                Stream::Stdin => io
+                    .stdin
+                    .replace(FdSource::new(fifo::accept(fd, Direction::Read)?))
+                    .is_some(),
+                Stream::Stdout => io
+                    .stdout
+                    .replace(FdSink::new(fifo::accept(fd, Direction::Write)?))
+                    .is_some(),
+                Stream::Command => io
+                    .command
+                    .replace(FdSource::new(fifo::accept(fd, Direction::Read)?))
+                    .is_some(),
+                Stream::Stderr => io
+                    .stderr
+                    .replace(FdSink::new(fifo::accept(fd, Direction::Write)?))
+                    .is_some(),
             };
             if taken {
                 return Err(
-                    Error::invalid(format!("{stream:?} is named twice").to_lowercase()).hint("name each stream at most once")
+                    Error::invalid(format!("{stream:?} is named twice").to_lowercase())
+                        .hint("name each stream at most once"),
                 );
             }
         }
@@ -69,25 +88,52 @@ impl ExecIo {
     }
 
     /// Returns the command, from the request or from its FIFO.
-    fn command(&mut self, request: &ExecStartRequest, connection: BorrowedFd<'_>, cancel: &Cancel) -> Result<CommandWords> {
+    fn command(
+        &mut self,
+        request: &ExecStartRequest,
+        connection: BorrowedFd<'_>,
+        cancel: &Cancel,
+    ) -> Result<CommandWords> {
         let Some(mut from) = self.command.take() else {
             return Ok(CommandWords {
-                argv: request.argv.iter().map(|word| word.clone().into()).collect(),
-                env: request.env.iter().map(|(name, value)| (name.clone(), value.clone().into())).collect(),
+                argv: request
+                    .argv
+                    .iter()
+                    .map(|word| word.clone().into())
+                    .collect(),
+                env: request
+                    .env
+                    .iter()
+                    .map(|(name, value)| (name.clone(), value.clone().into()))
+                    .collect(),
                 workdir: request.workdir.clone().map(String::into_bytes),
             });
         };
         if !(request.argv.is_empty() && request.env.is_empty() && request.workdir.is_none()) {
-            return Err(Error::invalid("a command comes in the request or through a descriptor, not both")
-                .hint("leave argv, env and workdir out where streams has command"));
+            return Err(Error::invalid(
+                "a command comes in the request or through a descriptor, not both",
+            )
+            .hint("leave argv, env and workdir out where streams has command"));
         }
         let deadline = Instant::now() + COMMAND_DEADLINE;
-        let bytes = read_to_end(&mut from, COMMAND_STREAM_BYTES_MAX, deadline, connection, cancel).map_err(|e| {
+        let bytes = read_to_end(
+            &mut from,
+            COMMAND_STREAM_BYTES_MAX,
+            deadline,
+            connection,
+            cancel,
+        )
+        .map_err(|e| {
             let e = e.context("read the command");
-            if e.kind() == Kind::InvalidArgument { e.hint("pass long input through stdin (-i) or a file") } else { e }
+            if e.kind() == Kind::InvalidArgument {
+                e.hint("pass long input through stdin (-i) or a file")
+            } else {
+                e
+            }
         })?;
         CommandWords::decode(&bytes).ok_or_else(|| {
-            Error::invalid("the command in the descriptor is malformed").hint("fcctl help protocol describes its format")
+            Error::invalid("the command in the descriptor is malformed")
+                .hint("fcctl help protocol describes its format")
         })
     }
 }
@@ -118,23 +164,38 @@ impl Sessions {
     ) -> Result<ExecReply> {
         let cancel = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
         let found = self.core.resolve(caller, &request.vm)?;
-        let words = io.command(request, connection, &cancel).map_err(|e| e.context(format!("exec in VM {}", found.name)))?;
+        let words = io
+            .command(request, connection, &cancel)
+            .map_err(|e| e.context(format!("exec in VM {}", found.name)))?;
         let _label = crate::locks::operation_scope(format!("exec {}", found.id));
         let (row, _user) = self.join_guest(&found, Use::Session, &cancel)?;
-        let doing = |e: Error| e.context(format!("exec in VM {}", row.name)).of_vm(&row.name);
-        let workdir = words.workdir.or_else(|| self.workdir(&row).map(String::into_bytes));
+        let doing = |e: Error| {
+            e.context(format!("exec in VM {}", row.name))
+                .of_vm(&row.name)
+        };
+        let workdir = words
+            .workdir
+            .or_else(|| self.workdir(&row).map(String::into_bytes));
         let line = command_bytes(&words.argv, &words.env, workdir.as_deref()).map_err(doing)?;
         let target = self.guests.target(&row).map_err(doing)?;
         let command = match String::from_utf8(line) {
             Ok(line) if line.len() <= COMMAND_BYTES_MAX => line,
-            Ok(line) => self.upload_command(&target, line.into_bytes(), connection, &cancel).map_err(doing)?,
-            Err(e) => self.upload_command(&target, e.into_bytes(), connection, &cancel).map_err(doing)?,
+            Ok(line) => self
+                .upload_command(&target, line.into_bytes(), connection, &cancel)
+                .map_err(doing)?,
+            Err(e) => self
+                .upload_command(&target, e.into_bytes(), connection, &cancel)
+                .map_err(doing)?,
         };
         let (sender, mut controls) = control_queue()?;
         let session = self.registry.begin(caller.uid, row.id.clone(), sender);
         session_made(&session.id);
-        let spec =
-            ExecSpec { command, pty: request.pty.clone(), no_wait_children: request.no_wait_children, ..ExecSpec::default() };
+        let spec = ExecSpec {
+            command,
+            pty: request.pty.clone(),
+            no_wait_children: request.no_wait_children,
+            ..ExecSpec::default()
+        };
         let streams = Streams {
             stdin: io.stdin.as_mut().map(|s| s as &mut dyn Source),
             stdout: io.stdout.as_mut().map(|s| s as &mut dyn Sink),
@@ -142,15 +203,25 @@ impl Sessions {
             controls: Some(&mut controls),
             hangup: Some(connection),
         };
-        let exit = self.transport.exec(&target, &spec, streams, &cancel).map_err(doing)?;
+        let exit = self
+            .transport
+            .exec(&target, &spec, streams, &cancel)
+            .map_err(doing)?;
         Ok(ExecReply { exit })
     }
 
     /// Writes a command line that is too long for a packet, or not UTF-8, into a file in the guest,
     /// and returns the command line that runs it. The file is removed before the command begins.
-    fn upload_command(&self, target: &Target, line: Vec<u8>, connection: BorrowedFd<'_>, cancel: &Cancel) -> Result<String> {
+    fn upload_command(
+        &self,
+        target: &Target,
+        line: Vec<u8>,
+        connection: BorrowedFd<'_>,
+        cancel: &Cancel,
+    ) -> Result<String> {
         let file = format!("/tmp/.fcd-exec-{}", SessionId::random());
-        let mut stdin = BytesSource::new([format!("rm -f {file}; ").as_bytes(), &line, b"\n"].concat());
+        let mut stdin =
+            BytesSource::new([format!("rm -f {file}; ").as_bytes(), &line, b"\n"].concat());
         let mut stderr = VecSink::new(STDERR_BYTES_MAX);
         let spec = ExecSpec {
             // Fails if the file exists.
@@ -158,14 +229,24 @@ impl Sessions {
             idle: Some(Duration::from_secs(self.core.limits.transfer_idle_s)),
             ..ExecSpec::default()
         };
-        let streams =
-            Streams { stdin: Some(&mut stdin), stderr: Some(&mut stderr), hangup: Some(connection), ..Streams::default() };
+        let streams = Streams {
+            stdin: Some(&mut stdin),
+            stderr: Some(&mut stderr),
+            hangup: Some(connection),
+            ..Streams::default()
+        };
         match self.transport.exec(target, &spec, streams, cancel)? {
             Exit::Status(0) => Ok(format!(". {file}")),
             _ => {
-                let output = crate::host::command::printable(String::from_utf8_lossy(&stderr.bytes).trim());
-                let e =
-                    Error::new(Kind::GuestCommandFailed, format!("write a command of {} bytes to {file}: {output}", line.len()));
+                let output =
+                    crate::host::command::printable(String::from_utf8_lossy(&stderr.bytes).trim());
+                let e = Error::new(
+                    Kind::GuestCommandFailed,
+                    format!(
+                        "write a command of {} bytes to {file}: {output}",
+                        line.len()
+                    ),
+                );
                 Err(e.hint("see whether the guest's disk has room: fcctl exec VM -- df /tmp"))
             }
         }
@@ -173,8 +254,14 @@ impl Sessions {
 
     /// Checks that the guest can be used and adds the caller to the VM's cancel set, in one
     /// critical section.
-    pub(super) fn join_guest(&self, found: &VmRow, kind: Use, cancel: &Cancel) -> Result<(VmRow, User)> {
-        self.unreconciled.ensure_reconciled(found, Verb::Guest, &self.core.closing)?;
+    pub(super) fn join_guest(
+        &self,
+        found: &VmRow,
+        kind: Use,
+        cancel: &Cancel,
+    ) -> Result<(VmRow, User)> {
+        self.unreconciled
+            .ensure_reconciled(found, Verb::Guest, &self.core.closing)?;
         let guard = self.core.locks.vm.lock(&found.id);
         let row = self.core.row(guard.key())?;
         self.core.allow_locked(&guard, &row, Verb::Guest)?;
@@ -183,46 +270,74 @@ impl Sessions {
         if let Some(identity) = row.identity.clone()
             && !self.vmm.is_alive(&identity)
         {
-            return Err(Error::new(Kind::GuestUnavailable, format!("VM {}: its VMM has died", row.name))
-                .hint(format!("fcctl vm show {}", row.name)));
+            return Err(Error::new(
+                Kind::GuestUnavailable,
+                format!("VM {}: its VMM has died", row.name),
+            )
+            .hint(format!("fcctl vm show {}", row.name)));
         }
         if row.unresponsive {
-            return Err(Error::new(Kind::GuestUnavailable, format!("VM {}: its VMM does not respond", row.name))
-                .hint(format!("wait until it does (fcctl events), or end it with fcctl stop --force {}", row.name)));
+            return Err(Error::new(
+                Kind::GuestUnavailable,
+                format!("VM {}: its VMM does not respond", row.name),
+            )
+            .hint(format!(
+                "wait until it does (fcctl events), or end it with fcctl stop --force {}",
+                row.name
+            )));
         }
         if row.paused {
-            return Err(Error::new(Kind::WrongState, format!("VM {} is paused", row.name))
-                .hint(format!("resume it: fcctl vm resume {}", row.name)));
+            return Err(
+                Error::new(Kind::WrongState, format!("VM {} is paused", row.name))
+                    .hint(format!("resume it: fcctl vm resume {}", row.name)),
+            );
         }
         if self.runtimes.is_paused(&row.id) {
-            let error = Error::new(Kind::DiskFull, format!("VM {} is paused: {}", row.name, CancelCause::HostDiskFull));
+            let error = Error::new(
+                Kind::DiskFull,
+                format!("VM {} is paused: {}", row.name, CancelCause::HostDiskFull),
+            );
             return Err(error.hint(self.disk_full_hint()));
         }
         Ok((row, user))
     }
 
     pub(super) fn disk_full_hint(&self) -> String {
-        format!("free some space (df -h {}); the guest then resumes automatically", self.core.state_dir.display())
+        format!(
+            "free some space (df -h {}); the guest then resumes automatically",
+            self.core.state_dir.display()
+        )
     }
 
     /// The directory in which commands start: a complete workspace, or else the home directory.
     fn workdir(&self, row: &VmRow) -> Option<String> {
-        self.core.store.read(|s| s.workspace(&row.id).filter(|w| w.state == WorkspaceState::Complete).map(|w| w.workdir.clone()))
+        self.core.store.read(|s| {
+            s.workspace(&row.id)
+                .filter(|w| w.state == WorkspaceState::Complete)
+                .map(|w| w.workdir.clone())
+        })
     }
 
     pub fn exec_resize(&self, caller: &Caller, request: &ExecResizeRequest) -> Result<()> {
-        self.registry.find(&request.session, caller.uid)?.send(Control::Resize(request.size))
+        self.registry
+            .find(&request.session, caller.uid)?
+            .send(Control::Resize(request.size))
     }
 
     pub fn exec_signal(&self, caller: &Caller, request: &ExecSignalRequest) -> Result<()> {
-        self.registry.find(&request.session, caller.uid)?.send(Control::Signal(request.signal.clone()))
+        self.registry
+            .find(&request.session, caller.uid)?
+            .send(Control::Signal(request.signal.clone()))
     }
 
     pub fn ssh_config(&self, caller: &Caller, vm: &str) -> Result<SshConfigReply> {
         let row = self.core.resolve(caller, vm)?;
         self.core.allow(&row, Verb::Guest)?;
         let target = self.guests.target(&row)?;
-        let workdir = self.core.store.read(|s| s.workspace(&row.id).map(|w| w.workdir.clone()));
+        let workdir = self
+            .core
+            .store
+            .read(|s| s.workspace(&row.id).map(|w| w.workdir.clone()));
         let host_key = crate::disk::seed::public_line(&target.host_key)?;
         Ok(SshConfigReply {
             vm: row.id,

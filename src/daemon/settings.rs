@@ -13,26 +13,46 @@ impl Controls {
     /// apply at once if the request says so.
     pub fn set(&self, caller: &Caller, request: &VmSetRequest) -> Result<Vm> {
         let row = self.core.resolve(caller, &request.vm)?;
-        self.unreconciled.ensure_reconciled(&row, super::transitions::Verb::Set, &self.core.closing)?;
+        self.unreconciled.ensure_reconciled(
+            &row,
+            super::transitions::Verb::Set,
+            &self.core.closing,
+        )?;
         let rates = request.rates();
         if !changes_size(request) && request.rm.is_none() && rates.is_empty() {
-            return Err(Error::invalid(format!("set VM {}: nothing to set", row.name))
-                .hint("use --vcpus, --memory, --disk, or a rate such as --disk-bps"));
+            return Err(
+                Error::invalid(format!("set VM {}: nothing to set", row.name))
+                    .hint("use --vcpus, --memory, --disk, or a rate such as --disk-bps"),
+            );
         }
-        request.vcpus.map_or(Ok(()), |n| self.capacity.check_vcpus(n))?;
-        request.mem_mib.map_or(Ok(()), |n| self.capacity.check_memory(n))?;
+        request
+            .vcpus
+            .map_or(Ok(()), |n| self.capacity.check_vcpus(n))?;
+        request
+            .mem_mib
+            .map_or(Ok(()), |n| self.capacity.check_memory(n))?;
         self.check_rates(&rates)?;
         let (row, is_live, ticket) = {
             let guard = self.core.locks.vm.lock(&row.id);
             let row = self.core.row(guard.key())?;
-            self.core.allow_locked(&guard, &row, super::transitions::Verb::Set)?;
-            let disk_now = row.pending.as_ref().and_then(|p| p.disk_bytes).unwrap_or(row.disk_bytes);
-            request.disk_bytes.map_or(Ok(()), |n| self.capacity.check_disk(n, disk_now))?;
+            self.core
+                .allow_locked(&guard, &row, super::transitions::Verb::Set)?;
+            let disk_now = row
+                .pending
+                .as_ref()
+                .and_then(|p| p.disk_bytes)
+                .unwrap_or(row.disk_bytes);
+            request
+                .disk_bytes
+                .map_or(Ok(()), |n| self.capacity.check_disk(n, disk_now))?;
             let is_live = request.now && !is_at_rest(row.state);
             if is_live {
                 self.may_adjust_locked(&guard, &row, request)?;
             }
-            let ((), ticket) = self.core.store.change(|tx| tx.update_vm(&guard, |row| apply(row, request, is_live)))?;
+            let ((), ticket) = self
+                .core
+                .store
+                .change(|tx| tx.update_vm(&guard, |row| apply(row, request, is_live)))?;
             (row, is_live, ticket)
         };
         self.core.wait_durable(ticket)?;

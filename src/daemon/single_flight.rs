@@ -45,14 +45,29 @@ impl<T> Drop for Run<'_, T> {
 
 impl<T: Clone> SingleFlight<T> {
     pub fn new(kept: Duration) -> Self {
-        Self { kept, state: Mutex::new(Rank::Runtimes, State { is_running: false, last: None }), ended: Condvar::new() }
+        Self {
+            kept,
+            state: Mutex::new(
+                Rank::Runtimes,
+                State {
+                    is_running: false,
+                    last: None,
+                },
+            ),
+            ended: Condvar::new(),
+        }
     }
 
     /// Returns the result of the run in progress, of the last one, or of a new one on this thread.
     ///
     /// # Errors
     /// `busy` at the deadline, if another caller's run takes too long.
-    pub fn get(&self, freshness: Freshness, deadline: Instant, run: impl FnOnce() -> T) -> Result<T> {
+    pub fn get(
+        &self,
+        freshness: Freshness,
+        deadline: Instant,
+        run: impl FnOnce() -> T,
+    ) -> Result<T> {
         let called = Instant::now();
         let mut state = self.state.lock();
         loop {
@@ -66,15 +81,25 @@ impl<T: Clone> SingleFlight<T> {
             if !state.is_running {
                 break;
             }
-            if !self.ended.wait_while(&mut state, deadline, |s| s.is_running) {
-                return Err(Error::new(Kind::Busy, "another caller's run takes too long").hint("try again in a moment"));
+            if !self
+                .ended
+                .wait_while(&mut state, deadline, |s| s.is_running)
+            {
+                return Err(
+                    Error::new(Kind::Busy, "another caller's run takes too long")
+                        .hint("try again in a moment"),
+                );
             }
         }
         state.is_running = true;
         drop(state);
         let (ending, began) = (Run(self), Instant::now());
         let value = run();
-        let former = self.state.lock().last.replace(Finished { value: value.clone(), began, ended: Instant::now() });
+        let former = self.state.lock().last.replace(Finished {
+            value: value.clone(),
+            began,
+            ended: Instant::now(),
+        });
         drop((ending, former));
         Ok(value)
     }
@@ -98,7 +123,11 @@ mod tests {
         freshness: Freshness,
         runs: &'e AtomicUsize,
     ) -> std::thread::ScopedJoinHandle<'s, usize> {
-        scope.spawn(move || flight.get(freshness, soon(), || runs.fetch_add(1, Ordering::SeqCst)).unwrap())
+        scope.spawn(move || {
+            flight
+                .get(freshness, soon(), || runs.fetch_add(1, Ordering::SeqCst))
+                .unwrap()
+        })
     }
 
     #[test]
@@ -114,7 +143,9 @@ mod tests {
                 })
             });
             begun.wait();
-            let others: Vec<_> = (0..50).map(|_| ask(scope, &flight, Freshness::Recent, &runs)).collect();
+            let others: Vec<_> = (0..50)
+                .map(|_| ask(scope, &flight, Freshness::Recent, &runs))
+                .collect();
             may_end.wait();
             assert_eq!(first.join().unwrap().unwrap(), 7);
             assert!(others.into_iter().all(|t| t.join().unwrap() == 7));
@@ -128,8 +159,15 @@ mod tests {
         for (kept, expected) in [(LONG, [0, 0, 0]), (Duration::ZERO, [0, 1, 2])] {
             let flight = SingleFlight::new(kept);
             runs.store(0, Ordering::SeqCst);
-            let got: Vec<_> =
-                (0..3).map(|_| flight.get(Freshness::Recent, soon(), || runs.fetch_add(1, Ordering::SeqCst)).unwrap()).collect();
+            let got: Vec<_> = (0..3)
+                .map(|_| {
+                    flight
+                        .get(Freshness::Recent, soon(), || {
+                            runs.fetch_add(1, Ordering::SeqCst)
+                        })
+                        .unwrap()
+                })
+                .collect();
             assert_eq!(got, expected);
         }
     }
@@ -166,7 +204,9 @@ mod tests {
     fn wait_for_another_run_ends_at_deadline() {
         let flight = SingleFlight::new(LONG);
         flight.state.lock().is_running = true;
-        let e = flight.get(Freshness::Recent, Instant::now(), || 1).unwrap_err();
+        let e = flight
+            .get(Freshness::Recent, Instant::now(), || 1)
+            .unwrap_err();
         assert_eq!(e.kind(), Kind::Busy);
     }
 }

@@ -58,11 +58,18 @@ impl SnapshotRegistry {
         let id = SnapshotId::random();
         let mut in_progress = self.in_progress.lock();
         if in_progress.values().any(|vm| *vm == row.id) {
-            return Err(Error::new(Kind::Busy, format!("VM {} is being saved already", row.name)).hint("fcctl op list"));
+            return Err(Error::new(
+                Kind::Busy,
+                format!("VM {} is being saved already", row.name),
+            )
+            .hint("fcctl op list"));
         }
         in_progress.insert(id.clone(), row.id.clone());
         drop(in_progress);
-        Ok(CreateGuard { registry: self.clone(), id })
+        Ok(CreateGuard {
+            registry: self.clone(),
+            id,
+        })
     }
 
     pub fn dir(&self) -> &Path {
@@ -122,7 +129,11 @@ pub(super) struct Restore {
 
 impl Restore {
     pub fn saved(&self) -> Saved {
-        Saved { memory: self.files.memory.clone(), devices: self.files.devices.clone(), driver: self.row.driver.clone() }
+        Saved {
+            memory: self.files.memory.clone(),
+            devices: self.files.devices.clone(),
+            driver: self.row.driver.clone(),
+        }
     }
 
     /// Takes over what must be the same as in the snapshot. The disks follow during the boot.
@@ -141,7 +152,11 @@ pub(super) fn allocated_bytes(dir: &Path) -> u64 {
     use std::os::unix::fs::MetadataExt;
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
     // Files with other hard links are not counted, because they are shared.
-    entries.filter_map(|e| e.metadata().ok()).filter(|m| m.nlink() == 1).map(|m| m.blocks() * 512).sum()
+    entries
+        .filter_map(|e| e.metadata().ok())
+        .filter(|m| m.nlink() == 1)
+        .map(|m| m.blocks() * 512)
+        .sum()
 }
 
 /// How many bytes the disks in a VM's directory occupy, including those with several hard links.
@@ -149,8 +164,12 @@ pub(super) fn disk_bytes(dir: &Path) -> u64 {
     use std::os::unix::fs::MetadataExt;
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
     // The origin of device-mapper snapshots is not copied.
-    let own = entries.filter(|e| e.file_name() != "origin").filter_map(|e| e.metadata().ok());
-    own.filter(std::fs::Metadata::is_file).map(|m| m.blocks() * 512).sum()
+    let own = entries
+        .filter(|e| e.file_name() != "origin")
+        .filter_map(|e| e.metadata().ok());
+    own.filter(std::fs::Metadata::is_file)
+        .map(|m| m.blocks() * 512)
+        .sum()
 }
 
 /// Opens a finished file of a snapshot and makes it read-only. VMMs of any uid may read it through
@@ -162,6 +181,7 @@ pub(super) fn share_saved(path: &Path, credentials: Option<(u32, u32)>) -> Resul
         std::os::unix::fs::fchown(&file, Some(0), Some(0)).map_err(io)?;
     }
     let mode = if credentials.is_some() { 0o444 } else { 0o600 };
-    file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(mode)).map_err(io)?;
+    file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(mode))
+        .map_err(io)?;
     Ok(file)
 }

@@ -60,7 +60,12 @@ impl Specs {
     }
 
     /// Like [`Self::spec`], but for a boot, which may restore a snapshot.
-    pub(super) fn boot_spec(&self, restore: Option<&Restore>, row: &VmRow, image: &ImageInfo) -> VmmSpec {
+    pub(super) fn boot_spec(
+        &self,
+        restore: Option<&Restore>,
+        row: &VmRow,
+        image: &ImageInfo,
+    ) -> VmmSpec {
         let spec = self.spec(row, image);
         match restore {
             None => spec,
@@ -85,7 +90,11 @@ impl Specs {
 
     /// The file of a root disk made in this way, or of its changes.
     pub(super) fn disk_path(&self, vm: &VmId, method: Method) -> PathBuf {
-        self.core.vm_dir(vm).join(if method == Method::DmSnapshot { CHANGES_FILE } else { DISK_FILE })
+        self.core.vm_dir(vm).join(if method == Method::DmSnapshot {
+            CHANGES_FILE
+        } else {
+            DISK_FILE
+        })
     }
 
     /// The VMM's uid and gid, which no other VM has. `None` if the daemon is not root.

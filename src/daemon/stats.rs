@@ -15,22 +15,43 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 impl Views {
     /// Returns the stats of the named VMs, or of all running VMs of the caller.
-    pub fn stats(&self, caller: &Caller, request: &VmStatsRequest) -> Result<VmStatsReply<Box<RawValue>>> {
+    pub fn stats(
+        &self,
+        caller: &Caller,
+        request: &VmStatsRequest,
+    ) -> Result<VmStatsReply<Box<RawValue>>> {
         let named = |vm: &String| -> Result<VmStats> {
             let row = self.core.resolve(caller, vm)?;
-            self.stats_of(&row).map_err(|e| e.context(format!("stats of VM {}", row.name)))
+            self.stats_of(&row)
+                .map_err(|e| e.context(format!("stats of VM {}", row.name)))
         };
         if !request.vms.is_empty() {
             // The cursor is an index into the list in the request.
-            let after = request.after.as_deref().map(|text| text.parse::<usize>().map_err(|_| page::bad_cursor(text)));
-            let from = after.transpose()?.map_or(0, |after| after.saturating_add(1)).min(request.vms.len());
-            let stats = request.vms[from..].iter().map(named).collect::<Result<Vec<_>>>()?;
+            let after = request
+                .after
+                .as_deref()
+                .map(|text| text.parse::<usize>().map_err(|_| page::bad_cursor(text)));
+            let from = after
+                .transpose()?
+                .map_or(0, |after| after.saturating_add(1))
+                .min(request.vms.len());
+            let stats = request.vms[from..]
+                .iter()
+                .map(named)
+                .collect::<Result<Vec<_>>>()?;
             let (stats, next) = page::fill(request.limit, (from..).zip(stats))?;
             return Ok(VmStatsReply { stats, next });
         }
-        let after = request.after.as_deref().map(Position::parse).transpose()?.map(|Position(at, id)| (at, id));
+        let after = request
+            .after
+            .as_deref()
+            .map(Position::parse)
+            .transpose()?
+            .map(|Position(at, id)| (at, id));
         // VMs that do not run, and VMs that were deleted during the call, are left out.
-        let rows = VmScan::new(&self.core.store, caller, after, |row| row.identity.is_some());
+        let rows = VmScan::new(&self.core.store, caller, after, |row| {
+            row.identity.is_some()
+        });
         let all = rows.filter_map(|seen| {
             let stats = self.stats_of(&seen.row).ok()?;
             Some((Position(seen.row.created_at, seen.row.id.clone()), stats))
@@ -40,16 +61,27 @@ impl Views {
     }
 
     fn stats_of(&self, row: &VmRow) -> Result<VmStats> {
-        let identity =
-            row.identity.as_ref().filter(|_| matches!(row.state, VmState::Running | VmState::Stopping | VmState::Starting));
+        let identity = row.identity.as_ref().filter(|_| {
+            matches!(
+                row.state,
+                VmState::Running | VmState::Stopping | VmState::Starting
+            )
+        });
         let identity = identity.ok_or_else(|| {
             Error::new(Kind::WrongState, format!("it is {}", row.state.name()))
                 .hint(format!("start it first: fcctl start {}", row.name))
         })?;
-        let used = usage::of(identity).map_err(|e| e.hint(format!("see its state: fcctl vm show {}", row.name)))?;
+        let used = usage::of(identity)
+            .map_err(|e| e.hint(format!("see its state: fcctl vm show {}", row.name)))?;
         // The host sends what the guest receives.
-        let (sent, received) = row.tap.as_ref().and_then(|tap| crate::net::received_and_sent(&tap.name)).unzip();
-        let at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let (sent, received) = row
+            .tap
+            .as_ref()
+            .and_then(|tap| crate::net::received_and_sent(&tap.name))
+            .unzip();
+        let at = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
         Ok(VmStats {
             vm: row.id.clone(),
             name: row.name.clone(),
@@ -70,12 +102,27 @@ impl Controls {
     pub fn metrics(&self, caller: &Caller, vm: &str) -> Result<VmMetricsReply> {
         let row = self.core.resolve(caller, vm)?;
         let doing = || format!("metrics of VM {}", row.name);
-        let identity = row.identity.as_ref().filter(|_| row.state == VmState::Running).ok_or_else(|| {
-            Error::new(Kind::WrongState, format!("{}: it is {}", doing(), row.state.name()))
+        let identity = row
+            .identity
+            .as_ref()
+            .filter(|_| row.state == VmState::Running)
+            .ok_or_else(|| {
+                Error::new(
+                    Kind::WrongState,
+                    format!("{}: it is {}", doing(), row.state.name()),
+                )
                 .hint(format!("start it first: fcctl start {}", row.name))
-        })?;
+            })?;
         let spec = self.specs.spec(&row, &self.images.get(&row.image)?);
-        let metrics = self.vmm.metrics(&spec, identity, &self.core.closing).map_err(|e| e.context(doing()))?;
-        Ok(VmMetricsReply { vm: row.id.clone(), name: row.name.clone(), driver: row.driver.clone(), metrics })
+        let metrics = self
+            .vmm
+            .metrics(&spec, identity, &self.core.closing)
+            .map_err(|e| e.context(doing()))?;
+        Ok(VmMetricsReply {
+            vm: row.id.clone(),
+            name: row.name.clone(),
+            driver: row.driver.clone(),
+            metrics,
+        })
     }
 }

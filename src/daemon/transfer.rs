@@ -48,13 +48,28 @@ pub(super) struct Imported {
 
 impl Transfer {
     /// Runs an import: begin, receive, verify, finish.
-    pub fn import(self, cancel: &Cancel, request: &PrepareRequest, notes: &Notes) -> Result<Imported> {
+    pub fn import(
+        self,
+        cancel: &Cancel,
+        request: &PrepareRequest,
+        notes: &Notes,
+    ) -> Result<Imported> {
         self.reporter.progress("compare the guest's files");
-        let changed = remote::parse_begin(&self.script(&remote::begin_command(&self.workspace), "begin the import", cancel)?)?;
-        let keep = if request.overwrite { Vec::new() } else { encode::encode_all(&changed)? };
+        let changed = remote::parse_begin(&self.script(
+            &remote::begin_command(&self.workspace),
+            "begin the import",
+            cancel,
+        )?)?;
+        let keep = if request.overwrite {
+            Vec::new()
+        } else {
+            encode::encode_all(&changed)?
+        };
         notes.send(Note::Ready(Ready { keep }));
         let (fifo, bytes) = (&self.fifo, &self.moved.bytes);
-        let fifo = fifo.try_clone().map_err(|e| Error::io("take the stream", e))?;
+        let fifo = fifo
+            .try_clone()
+            .map_err(|e| Error::io("take the stream", e))?;
         let mut source = ImportSource {
             inner: ChunkSource::new(FdSource::new(fifo), bytes.clone()),
             reporter: &self.reporter,
@@ -65,29 +80,52 @@ impl Transfer {
         let trailer = self.receive(&mut source, request.overwrite, cancel)?;
         self.moved.is_over.store(true, Ordering::Relaxed);
         self.reporter.progress("record the copied files");
-        let finish = remote::Finish { overwrite: request.overwrite, readonly: request.readonly, subdir: &request.subdir };
-        let output = self.script(&remote::finish_command(&self.workspace, &finish), "finish the import", cancel)?;
-        Ok(Imported { trailer, kept: remote::parse_finish(&output)?.kept })
+        let finish = remote::Finish {
+            overwrite: request.overwrite,
+            readonly: request.readonly,
+            subdir: &request.subdir,
+        };
+        let output = self.script(
+            &remote::finish_command(&self.workspace, &finish),
+            "finish the import",
+            cancel,
+        )?;
+        Ok(Imported {
+            trailer,
+            kept: remote::parse_finish(&output)?.kept,
+        })
     }
 
     /// Sends the payload to the guest. It is valid only with a matching trailer.
-    fn receive(&self, source: &mut ImportSource<'_>, overwrite: bool, cancel: &Cancel) -> Result<Trailer> {
+    fn receive(
+        &self,
+        source: &mut ImportSource<'_>,
+        overwrite: bool,
+        cancel: &Cancel,
+    ) -> Result<Trailer> {
         let spec = ExecSpec {
             command: remote::receive_command(&self.workspace, overwrite),
             idle: Some(self.idle),
             ..ExecSpec::default()
         };
         let mut stderr = VecSink::new(STDERR_BYTES_MAX);
-        let streams = Streams { stdin: Some(source), stderr: Some(&mut stderr), ..Streams::default() };
+        let streams = Streams {
+            stdin: Some(source),
+            stderr: Some(&mut stderr),
+            ..Streams::default()
+        };
         let ended = self.transport.exec(&self.target, &spec, streams, cancel);
         let exit = ended.map_err(|e| self.with_progress(e))?;
         let trailer = source.inner.finished().cloned();
         match (exit, trailer) {
             (Exit::Status(0), Some(trailer)) => Ok(trailer),
             (Exit::Status(0), None) => Err(self.with_progress(
-                Error::new(Kind::StreamIncomplete, "the stream ended without a trailer").hint("run the import again"),
+                Error::new(Kind::StreamIncomplete, "the stream ended without a trailer")
+                    .hint("run the import again"),
             )),
-            (exit, _) => Err(self.with_progress(remote::failure("receive the tree", &exit, &stderr.bytes))),
+            (exit, _) => {
+                Err(self.with_progress(remote::failure("receive the tree", &exit, &stderr.bytes)))
+            }
         }
     }
 
@@ -98,25 +136,53 @@ impl Transfer {
             ExportKind::Patch => remote::export_patch_command(&self.workspace),
             ExportKind::Tree => remote::export_tree_command(&self.workspace),
         };
-        let fifo = self.fifo.try_clone().map_err(|e| Error::io("take the stream", e))?;
+        let fifo = self
+            .fifo
+            .try_clone()
+            .map_err(|e| Error::io("take the stream", e))?;
         let mut sink = ChunkSink::new(FdSink::new(fifo), self.moved.bytes.clone());
         let mut output = VecSink::new(STDERR_BYTES_MAX);
         // The guest sends nothing while it compares, so there is no idle limit.
-        let spec = ExecSpec { command, deadline: Some(Instant::now() + SCRIPT_DEADLINE), ..ExecSpec::default() };
-        let mut counting = ExportSink { inner: &mut sink, reporter: &self.reporter, bytes: &self.moved.bytes };
-        let streams = Streams { stdout: Some(&mut counting), stderr: Some(&mut output), ..Streams::default() };
-        let exit = self.transport.exec(&self.target, &spec, streams, cancel).map_err(|e| self.with_progress(e))?;
+        let spec = ExecSpec {
+            command,
+            deadline: Some(Instant::now() + SCRIPT_DEADLINE),
+            ..ExecSpec::default()
+        };
+        let mut counting = ExportSink {
+            inner: &mut sink,
+            reporter: &self.reporter,
+            bytes: &self.moved.bytes,
+        };
+        let streams = Streams {
+            stdout: Some(&mut counting),
+            stderr: Some(&mut output),
+            ..Streams::default()
+        };
+        let exit = self
+            .transport
+            .exec(&self.target, &spec, streams, cancel)
+            .map_err(|e| self.with_progress(e))?;
         if exit != Exit::Status(0) {
-            return Err(self.with_progress(remote::failure("compare the tree", &exit, &output.bytes)));
+            return Err(self.with_progress(remote::failure(
+                "compare the tree",
+                &exit,
+                &output.bytes,
+            )));
         }
         sink.finish(0, Instant::now() + TRAILER_DEADLINE, cancel)
     }
 
     fn script(&self, command: &str, doing: &str, cancel: &Cancel) -> Result<Vec<u8>> {
         let deadline = Instant::now() + SCRIPT_DEADLINE;
-        let script = Script { command, stdin: &[], deadline, output_bytes_max: remote::ANSWER_BYTES_MAX };
+        let script = Script {
+            command,
+            stdin: &[],
+            deadline,
+            output_bytes_max: remote::ANSWER_BYTES_MAX,
+        };
         let (exit, stdout, stderr) =
-            run_script(self.transport.as_ref(), &self.target, &script, cancel).map_err(|e| self.with_progress(e))?;
+            run_script(self.transport.as_ref(), &self.target, &script, cancel)
+                .map_err(|e| self.with_progress(e))?;
         match exit {
             Exit::Status(0) => Ok(stdout),
             exit => Err(self.with_progress(remote::failure(doing, &exit, &stderr))),
@@ -125,7 +191,10 @@ impl Transfer {
 
     /// Adds the number of bytes so far to an error.
     fn with_progress(&self, e: Error) -> Error {
-        e.context(format!("after {} bytes", self.moved.bytes.load(Ordering::Relaxed)))
+        e.context(format!(
+            "after {} bytes",
+            self.moved.bytes.load(Ordering::Relaxed)
+        ))
     }
 }
 
@@ -143,7 +212,8 @@ impl Source for ImportSource<'_> {
     }
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let n = self.inner.read(buffer)?;
-        self.reporter.progress_bytes(self.bytes.load(Ordering::Relaxed), self.expected);
+        self.reporter
+            .progress_bytes(self.bytes.load(Ordering::Relaxed), self.expected);
         Ok(n)
     }
 }
@@ -161,7 +231,8 @@ impl Sink for ExportSink<'_> {
     }
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let n = self.inner.write(bytes)?;
-        self.reporter.progress_bytes(self.bytes.load(Ordering::Relaxed), None);
+        self.reporter
+            .progress_bytes(self.bytes.load(Ordering::Relaxed), None);
         Ok(n)
     }
 }

@@ -37,7 +37,10 @@ impl Verb {
 
     /// True if the verb ends the guest of a running VM.
     pub const fn ends_guest(self) -> bool {
-        matches!(self, Verb::Stop | Verb::StopForce | Verb::Kill | Verb::Restart | Verb::DeleteForce)
+        matches!(
+            self,
+            Verb::Stop | Verb::StopForce | Verb::Kill | Verb::Restart | Verb::DeleteForce
+        )
     }
 
     pub const fn name(self) -> &'static str {
@@ -78,26 +81,33 @@ pub enum Decision {
 use Decision::{Allow, Claim, Escalate, Join, Nothing, Queue, Refuse};
 
 const START_FIRST: &str = "start it first: fcctl start {vm}";
-const FORCE: &str = "stop it first: fcctl stop {vm}, or delete it while it runs: fcctl rm --force {vm}";
+const FORCE: &str =
+    "stop it first: fcctl stop {vm}, or delete it while it runs: fcctl rm --force {vm}";
 const STOP_FIRST: &str = "stop it first: fcctl stop {vm}";
 const NOT_RUNNING: &str = "it is not running: see fcctl vm show {vm}";
 const BEING_DELETED: &str = "it is being deleted: create another one with fcctl vm create";
 const WAIT_STOPPED: &str = "wait until it has stopped: fcctl vm wait {vm}, then fcctl start {vm}";
-const WAIT_RUNNING: &str = "wait until it is running: fcctl vm wait --state running {vm}, then try again";
+const WAIT_RUNNING: &str =
+    "wait until it is running: fcctl vm wait --state running {vm}, then try again";
 
 /// Decides what `verb` does to a VM in `state`. `restarting` is true for a `stopping` VM whose row
 /// says that a start follows.
 pub const fn decide(state: VmState, restarting: bool, verb: Verb) -> Decision {
     use VmState::{Created, Deleting, Failed, Running, Starting, Stopped, Stopping};
     match (state, verb) {
-        (Created | Stopped | Failed, Verb::Start | Verb::Restart | Verb::Restore) => Claim(Starting),
+        (Created | Stopped | Failed, Verb::Start | Verb::Restart | Verb::Restore) => {
+            Claim(Starting)
+        }
         (Created | Stopped | Failed, Verb::Stop | Verb::StopForce) => Nothing,
         (Created | Stopped | Failed, Verb::Kill) => Refuse(NOT_RUNNING),
         (Created | Stopped | Failed, Verb::Delete | Verb::DeleteForce) => Claim(Deleting),
         (Created | Stopped | Failed, Verb::Guest) => Refuse(START_FIRST),
 
         (Starting, Verb::Start) => Join,
-        (Starting, Verb::Stop | Verb::StopForce | Verb::Kill | Verb::Delete | Verb::DeleteForce) => Queue,
+        (
+            Starting,
+            Verb::Stop | Verb::StopForce | Verb::Kill | Verb::Delete | Verb::DeleteForce,
+        ) => Queue,
         (Starting | Running | Stopping, Verb::Restore) => Refuse(STOP_FIRST),
         (Starting, Verb::Restart | Verb::Guest) => Refuse(WAIT_RUNNING),
 
@@ -137,7 +147,11 @@ pub fn markdown_table() -> String {
         [Some((*s, false)), second].into_iter().flatten()
     });
     for (state, restarting) in rows {
-        let label = if restarting { "stopping (restart)" } else { state.name() };
+        let label = if restarting {
+            "stopping (restart)"
+        } else {
+            state.name()
+        };
         out += &format!("\n| {label} |");
         for verb in Verb::ALL {
             let cell = match decide(state, restarting, verb) {
@@ -183,8 +197,14 @@ mod tests {
         for state in VmState::ALL {
             for verb in Verb::ALL {
                 if let Claim(to) = decide(state, false, verb) {
-                    assert!(matches!(to, VmState::Starting | VmState::Stopping | VmState::Deleting));
-                    assert!(!matches!(state, VmState::Starting | VmState::Stopping | VmState::Deleting));
+                    assert!(matches!(
+                        to,
+                        VmState::Starting | VmState::Stopping | VmState::Deleting
+                    ));
+                    assert!(!matches!(
+                        state,
+                        VmState::Starting | VmState::Stopping | VmState::Deleting
+                    ));
                 }
             }
         }

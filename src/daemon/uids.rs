@@ -21,8 +21,15 @@ pub(super) fn for_vms(config: &Config) -> u32 {
 /// # Errors
 /// `invalid_config`.
 pub(super) fn require(config: &Config, state: &State) -> Result<()> {
-    let Some(last) = state.vms().max_by_key(|row| row.slot) else { return Ok(()) };
-    check(&config.qemu, has_name_server(config), last.name.as_str(), last.slot)
+    let Some(last) = state.vms().max_by_key(|row| row.slot) else {
+        return Ok(());
+    };
+    check(
+        &config.qemu,
+        has_name_server(config),
+        last.name.as_str(),
+        last.slot,
+    )
 }
 
 /// Checks the VM with the highest slot.
@@ -31,10 +38,22 @@ fn check(qemu: &Qemu, has_name_server: bool, name: &str, slot: u32) -> Result<()
     if slot.saturating_add(kept) < count {
         return Ok(());
     }
-    let (uid, enough) = (qemu.uid_base.saturating_add(slot), slot.saturating_add(kept + 1));
-    let whose = if slot < count { "which is the name server's" } else { "which is outside of the range" };
-    Err(Error::new(Kind::InvalidConfig, format!("qemu.uid_count = {count} is too small: VM {name} has uid {uid}, {whose}"))
-        .hint(format!("set uid_count = {enough} or more under [qemu], or delete the VM with the earlier settings")))
+    let (uid, enough) = (
+        qemu.uid_base.saturating_add(slot),
+        slot.saturating_add(kept + 1),
+    );
+    let whose = if slot < count {
+        "which is the name server's"
+    } else {
+        "which is outside of the range"
+    };
+    Err(Error::new(
+        Kind::InvalidConfig,
+        format!("qemu.uid_count = {count} is too small: VM {name} has uid {uid}, {whose}"),
+    )
+    .hint(format!(
+        "set uid_count = {enough} or more under [qemu], or delete the VM with the earlier settings"
+    )))
 }
 
 #[cfg(test)]
@@ -43,14 +62,31 @@ mod tests {
 
     #[test]
     fn vm_never_has_the_uid_of_the_name_server() {
-        let qemu = Qemu { uid_base: 5000, uid_count: 10, ..Qemu::default() };
+        let qemu = Qemu {
+            uid_base: 5000,
+            uid_count: 10,
+            ..Qemu::default()
+        };
         assert_eq!(qemu.name_server_uid(), 5009);
         assert!(check(&qemu, true, "web", 8).is_ok());
         let e = check(&qemu, true, "web", 9).unwrap_err();
-        assert_eq!(e.to_string(), "qemu.uid_count = 10 is too small: VM web has uid 5009, which is the name server's");
-        assert!(e.hint_text().unwrap().starts_with("set uid_count = 11 or more under [qemu]"), "{e:?}");
+        assert_eq!(
+            e.to_string(),
+            "qemu.uid_count = 10 is too small: VM web has uid 5009, which is the name server's"
+        );
+        assert!(
+            e.hint_text()
+                .unwrap()
+                .starts_with("set uid_count = 11 or more under [qemu]"),
+            "{e:?}"
+        );
         assert!(check(&qemu, false, "web", 9).is_ok());
         let e = check(&qemu, false, "web", 10).unwrap_err();
-        assert!(e.kind() == Kind::InvalidConfig && e.to_string().ends_with("uid 5010, which is outside of the range"), "{e}");
+        assert!(
+            e.kind() == Kind::InvalidConfig
+                && e.to_string()
+                    .ends_with("uid 5010, which is outside of the range"),
+            "{e}"
+        );
     }
 }

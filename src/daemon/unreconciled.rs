@@ -65,9 +65,21 @@ impl Drop for ReconcileGuard<'_> {
 impl Unreconciled {
     /// Takes the VMs with their generations.
     pub fn new(due: impl IntoIterator<Item = (VmId, u64)>) -> Self {
-        let due_at = |(vm, generation)| (vm, Due { progress: Progress::Due, generation });
+        let due_at = |(vm, generation)| {
+            (
+                vm,
+                Due {
+                    progress: Progress::Due,
+                    generation,
+                },
+            )
+        };
         let left = due.into_iter().map(due_at).collect();
-        Self { left: Mutex::new(Rank::Runtimes, left), ended: Condvar::new(), reconciler: OnceLock::new() }
+        Self {
+            left: Mutex::new(Rank::Runtimes, left),
+            ended: Condvar::new(),
+            reconciler: OnceLock::new(),
+        }
     }
 
     pub fn set_reconciler(&self, reconciler: Weak<dyn VmReconciler>) {
@@ -90,7 +102,9 @@ impl Unreconciled {
             return Ok(());
         }
         let guard = self.begin_or_wait(&row.id, closing);
-        if let Some(guard) = guard.map_err(|e| e.context(format!("{} VM {}", verb.name(), row.name)))? {
+        if let Some(guard) =
+            guard.map_err(|e| e.context(format!("{} VM {}", verb.name(), row.name)))?
+        {
             self.reconciler()?.reconcile_one(&row.id, guard);
         }
         Ok(())
@@ -112,9 +126,15 @@ impl Unreconciled {
     /// Returns `None` if the VM is reconciled or another thread is doing that.
     pub fn begin(&self, vm: &VmId) -> Option<ReconcileGuard<'_>> {
         let mut left = self.left.lock();
-        let due = left.get_mut(vm).filter(|due| due.progress == Progress::Due)?;
+        let due = left
+            .get_mut(vm)
+            .filter(|due| due.progress == Progress::Due)?;
         due.progress = Progress::InProgress;
-        Some(ReconcileGuard { unreconciled: self, vm: vm.clone(), generation: due.generation })
+        Some(ReconcileGuard {
+            unreconciled: self,
+            vm: vm.clone(),
+            generation: due.generation,
+        })
     }
 
     /// Waits while another thread reconciles the VM, and then returns `None`. Returns a guard if
@@ -125,11 +145,22 @@ impl Unreconciled {
         }
         let mut left = self.left.lock();
         let is_left = |left: &mut HashMap<VmId, Due>| left.contains_key(vm);
-        match self.ended.wait_while_cancellable(&mut left, Instant::now() + RECONCILE_DEADLINE, closing, is_left) {
+        match self.ended.wait_while_cancellable(
+            &mut left,
+            Instant::now() + RECONCILE_DEADLINE,
+            closing,
+            is_left,
+        ) {
             Waited::Done => Ok(None),
-            Waited::Cancelled => Err(Error::new(Kind::ShuttingDown, "the daemon is shutting down")),
-            Waited::TimedOut => Err(Error::new(Kind::Busy, "fcd was restarted and is still reconciling the VM")
-                .hint("try again in a moment; stop --force and rm -f do not wait for this")),
+            Waited::Cancelled => Err(Error::new(
+                Kind::ShuttingDown,
+                "the daemon is shutting down",
+            )),
+            Waited::TimedOut => Err(Error::new(
+                Kind::Busy,
+                "fcd was restarted and is still reconciling the VM",
+            )
+            .hint("try again in a moment; stop --force and rm -f do not wait for this")),
         }
     }
 
@@ -137,7 +168,10 @@ impl Unreconciled {
     /// thread that is already reconciling it continues and sees that.
     pub fn skip(&self, vm: &VmId) {
         let mut left = self.left.lock();
-        if left.get(vm).is_some_and(|due| due.progress == Progress::Due) {
+        if left
+            .get(vm)
+            .is_some_and(|due| due.progress == Progress::Due)
+        {
             left.remove(vm);
         }
     }
@@ -154,20 +188,34 @@ pub(super) struct EarlierVmms {
 
 impl EarlierVmms {
     pub fn new(generations: HashMap<VmId, u64>) -> Self {
-        Self { generations, tags: OnceLock::new() }
+        Self {
+            generations,
+            tags: OnceLock::new(),
+        }
     }
 
     /// True if the VMM with this tag is known to be gone. `list` is called at most once.
-    pub fn is_gone(&self, tag: &str, list: impl FnOnce() -> Result<Vec<crate::vmm::Tagged>>) -> bool {
+    pub fn is_gone(
+        &self,
+        tag: &str,
+        list: impl FnOnce() -> Result<Vec<crate::vmm::Tagged>>,
+    ) -> bool {
         let mut parts = tag.rsplit('-');
-        let boot = parts.next().and_then(|generation| generation.parse::<u64>().ok());
+        let boot = parts
+            .next()
+            .and_then(|generation| generation.parse::<u64>().ok());
         let vm = parts.next().and_then(|id| id.parse::<VmId>().ok());
-        let is_earlier = |boot, vm: &VmId| self.generations.get(vm).is_some_and(|last| boot <= *last);
+        let is_earlier =
+            |boot, vm: &VmId| self.generations.get(vm).is_some_and(|last| boot <= *last);
         if !boot.zip(vm).is_some_and(|(boot, vm)| is_earlier(boot, &vm)) {
             return false;
         }
         let tags = self.tags.get_or_init(|| match list() {
-            Ok(all) => Some(all.into_iter().map(|vmm| (vmm.tag, vmm.identity.pid)).collect()),
+            Ok(all) => Some(
+                all.into_iter()
+                    .map(|vmm| (vmm.tag, vmm.identity.pid))
+                    .collect(),
+            ),
             Err(e) => {
                 log::warn!("look for the VMMs of an earlier daemon: {e}");
                 None
@@ -191,7 +239,8 @@ mod tests {
         unreconciled.skip(&vm);
         assert!(unreconciled.is_due(&vm), "it is being reconciled");
         std::thread::scope(|scope| {
-            let waits = scope.spawn(|| unreconciled.begin_or_wait(&vm, &closing).unwrap().is_none());
+            let waits =
+                scope.spawn(|| unreconciled.begin_or_wait(&vm, &closing).unwrap().is_none());
             drop(guard);
             assert!(waits.join().unwrap());
         });
@@ -210,12 +259,24 @@ mod tests {
     fn only_vmms_of_earlier_boots_are_known_to_be_gone() {
         let (vm, other) = (VmId::random(), VmId::random());
         let earlier = EarlierVmms::new(HashMap::from([(vm.clone(), 3)]));
-        let identity = Identity { pid: 7, start_time: 1, boot_id: "boot".into() };
-        let list = || Ok(vec![Tagged { tag: format!("fc-x-{vm}-2"), identity: identity.clone() }]);
+        let identity = Identity {
+            pid: 7,
+            start_time: 1,
+            boot_id: "boot".into(),
+        };
+        let list = || {
+            Ok(vec![Tagged {
+                tag: format!("fc-x-{vm}-2"),
+                identity: identity.clone(),
+            }])
+        };
         let is_gone = |tag: String| earlier.is_gone(&tag, list);
         assert!(is_gone(format!("fc-x-{vm}-3")));
         assert!(!is_gone(format!("fc-x-{vm}-2")), "it runs");
-        assert!(!is_gone(format!("fc-x-{vm}-4")), "this daemon may have started it");
+        assert!(
+            !is_gone(format!("fc-x-{vm}-4")),
+            "this daemon may have started it"
+        );
         assert!(!is_gone(format!("fc-x-{other}-1")) && !is_gone("fc-x".into()));
         let blind = EarlierVmms::new(HashMap::from([(vm.clone(), 3)]));
         assert!(!blind.is_gone(&format!("fc-x-{vm}-3"), || Err(Error::internal("no /proc"))));

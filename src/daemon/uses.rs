@@ -31,14 +31,21 @@ pub(super) struct DeleteGuard<K: Eq + Hash + Clone> {
 
 impl<K: Eq + Hash + Clone> Clone for Uses<K> {
     fn clone(&self) -> Self {
-        Self { known: self.known.clone() }
+        Self {
+            known: self.known.clone(),
+        }
     }
 }
 
 impl<K: Eq + Hash + Clone> Uses<K> {
     pub fn new() -> Self {
-        let known = Known { used: HashMap::new(), deleting: HashSet::new() };
-        Self { known: Arc::new(Mutex::new(Rank::Runtimes, known)) }
+        let known = Known {
+            used: HashMap::new(),
+            deleting: HashSet::new(),
+        };
+        Self {
+            known: Arc::new(Mutex::new(Rank::Runtimes, known)),
+        }
     }
 
     /// Returns `None` while the thing is being deleted.
@@ -48,7 +55,10 @@ impl<K: Eq + Hash + Clone> Uses<K> {
             return None;
         }
         *known.used.entry(key.clone()).or_default() += 1;
-        Some(UseGuard { uses: self.clone(), key: key.clone() })
+        Some(UseGuard {
+            uses: self.clone(),
+            key: key.clone(),
+        })
     }
 
     /// Returns `None` while the thing is in use or being deleted.
@@ -57,7 +67,10 @@ impl<K: Eq + Hash + Clone> Uses<K> {
         if known.used.contains_key(key) || !known.deleting.insert(key.clone()) {
             return None;
         }
-        Some(DeleteGuard { uses: self.clone(), key: key.clone() })
+        Some(DeleteGuard {
+            uses: self.clone(),
+            key: key.clone(),
+        })
     }
 }
 
@@ -96,7 +109,9 @@ mod tests {
         assert!(uses.begin_delete(&1).is_none());
         drop(second);
         let deleting = uses.begin_delete(&1);
-        assert!(deleting.is_some() && uses.begin_delete(&1).is_none() && uses.begin_use(&1).is_none());
+        assert!(
+            deleting.is_some() && uses.begin_delete(&1).is_none() && uses.begin_use(&1).is_none()
+        );
         assert!(uses.begin_use(&2).is_some());
         drop(deleting);
         assert!(uses.begin_use(&1).is_some());

@@ -14,31 +14,86 @@ const STOP_TIMEOUT_MAX: Duration = Duration::from_secs(3600);
 
 impl Lifecycle {
     pub fn start(&self, caller: &Caller, vm: &str) -> Result<CallOutcome> {
-        self.request(caller, vm, &LifecycleRequest { verb: Verb::Start, method: "vm.start", timeout: None, restore: None })
+        self.request(
+            caller,
+            vm,
+            &LifecycleRequest {
+                verb: Verb::Start,
+                method: "vm.start",
+                timeout: None,
+                restore: None,
+            },
+        )
     }
 
     pub fn stop(&self, caller: &Caller, request: &VmStopRequest) -> Result<CallOutcome> {
-        let verb = if request.force { Verb::StopForce } else { Verb::Stop };
+        let verb = if request.force {
+            Verb::StopForce
+        } else {
+            Verb::Stop
+        };
         self.request(
             caller,
             &request.vm,
-            &LifecycleRequest { verb, method: "vm.stop", timeout: grace(request.timeout_ms), restore: None },
+            &LifecycleRequest {
+                verb,
+                method: "vm.stop",
+                timeout: grace(request.timeout_ms),
+                restore: None,
+            },
         )
     }
 
     pub fn restart(&self, caller: &Caller, request: &VmStopRequest) -> Result<CallOutcome> {
-        let timeout = if request.force { Some(Duration::ZERO) } else { grace(request.timeout_ms) };
-        self.request(caller, &request.vm, &LifecycleRequest { verb: Verb::Restart, method: "vm.restart", timeout, restore: None })
+        let timeout = if request.force {
+            Some(Duration::ZERO)
+        } else {
+            grace(request.timeout_ms)
+        };
+        self.request(
+            caller,
+            &request.vm,
+            &LifecycleRequest {
+                verb: Verb::Restart,
+                method: "vm.restart",
+                timeout,
+                restore: None,
+            },
+        )
     }
 
     pub fn kill(&self, caller: &Caller, vm: &str) -> Result<CallOutcome> {
-        self.request(caller, vm, &LifecycleRequest { verb: Verb::Kill, method: "vm.kill", timeout: None, restore: None })
+        self.request(
+            caller,
+            vm,
+            &LifecycleRequest {
+                verb: Verb::Kill,
+                method: "vm.kill",
+                timeout: None,
+                restore: None,
+            },
+        )
     }
 
     pub fn delete(&self, caller: &Caller, request: &VmDeleteRequest) -> Result<CallOutcome> {
-        let verb = if request.force { Verb::DeleteForce } else { Verb::Delete };
-        match self.request(caller, &request.vm, &LifecycleRequest { verb, method: "vm.delete", timeout: None, restore: None }) {
-            Err(e) if request.if_exists && e.kind() == Kind::VmNotFound => CallOutcome::done(&VmDeleteReply { deleted: None }),
+        let verb = if request.force {
+            Verb::DeleteForce
+        } else {
+            Verb::Delete
+        };
+        match self.request(
+            caller,
+            &request.vm,
+            &LifecycleRequest {
+                verb,
+                method: "vm.delete",
+                timeout: None,
+                restore: None,
+            },
+        ) {
+            Err(e) if request.if_exists && e.kind() == Kind::VmNotFound => {
+                CallOutcome::done(&VmDeleteReply { deleted: None })
+            }
             other => other,
         }
     }
@@ -49,13 +104,22 @@ impl Lifecycle {
         let settled: Vec<VmId> = self.core.store.read(|s| {
             s.vms()
                 .filter(|r| r.owner_uid == caller.uid)
-                .filter(|r| matches!(r.state, VmState::Created | VmState::Stopped | VmState::Failed))
+                .filter(|r| {
+                    matches!(
+                        r.state,
+                        VmState::Created | VmState::Stopped | VmState::Failed
+                    )
+                })
                 .map(|r| r.id.clone())
                 .collect()
         });
         let (mut deleted, mut outcomes) = (Vec::new(), Vec::new());
         for id in settled {
-            let request = VmDeleteRequest { vm: id.to_string(), force: false, if_exists: true };
+            let request = VmDeleteRequest {
+                vm: id.to_string(),
+                force: false,
+                if_exists: true,
+            };
             match self.delete(caller, &request) {
                 Ok(outcome) => {
                     outcomes.push(outcome);

@@ -27,8 +27,12 @@ pub struct Views {
 impl Views {
     /// The VM as its owner sees it.
     pub(super) fn view(&self, id: &VmId) -> Result<Vm> {
-        let seen = self.core.store.read(|s| s.vm(id).map(|row| view_of(s, row)));
-        seen.map(|vm| self.with_pause(vm)).ok_or_else(|| vm_not_found(id.as_str()))
+        let seen = self
+            .core
+            .store
+            .read(|s| s.vm(id).map(|row| view_of(s, row)));
+        seen.map(|vm| self.with_pause(vm))
+            .ok_or_else(|| vm_not_found(id.as_str()))
     }
 
     /// Adds that a guest is paused because the disk of the host is full. This is not in the row,
@@ -46,18 +50,41 @@ impl Views {
 
     fn brief<'a>(&self, seen: &'a Seen) -> VmBrief<'a> {
         let brief = vm_view::brief(seen);
-        let reason = self.pause_reason(seen.row.state, &seen.row.id).map(Cow::Owned);
-        VmBrief { reason: reason.or(brief.reason), ..brief }
+        let reason = self
+            .pause_reason(seen.row.state, &seen.row.id)
+            .map(Cow::Owned);
+        VmBrief {
+            reason: reason.or(brief.reason),
+            ..brief
+        }
     }
 
     /// One page of the VMs that the caller may see.
-    pub fn list(&self, caller: &Caller, request: &VmListRequest) -> Result<VmListReply<Box<RawValue>>> {
-        let shown = |state: VmState| request.all || !matches!(state, VmState::Created | VmState::Stopped | VmState::Failed);
-        let after = request.after.as_deref().map(Position::parse).transpose()?.map(|Position(at, id)| (at, id));
+    pub fn list(
+        &self,
+        caller: &Caller,
+        request: &VmListRequest,
+    ) -> Result<VmListReply<Box<RawValue>>> {
+        let shown = |state: VmState| {
+            request.all || !matches!(state, VmState::Created | VmState::Stopped | VmState::Failed)
+        };
+        let after = request
+            .after
+            .as_deref()
+            .map(Position::parse)
+            .transpose()?
+            .map(|Position(at, id)| (at, id));
         let rows = VmScan::new(&self.core.store, caller, after, move |row| shown(row.state));
         let views = rows.map(|seen| {
             let position = Position(seen.row.created_at, seen.row.id.clone());
-            (position, Listed { views: self, seen, is_brief: request.brief })
+            (
+                position,
+                Listed {
+                    views: self,
+                    seen,
+                    is_brief: request.brief,
+                },
+            )
         });
         let (vms, next) = page::fill(request.limit, views)?;
         Ok(VmListReply { vms, next })
@@ -65,13 +92,20 @@ impl Views {
 
     /// One VM.
     pub fn show(&self, caller: &Caller, vm: &str) -> Result<VmReply> {
-        let vm = self.core.store.read(|s| access::find(s, caller, vm).map(|row| view_of(s, row)))?;
-        Ok(VmReply { vm: self.with_pause(vm) })
+        let vm = self
+            .core
+            .store
+            .read(|s| access::find(s, caller, vm).map(|row| view_of(s, row)))?;
+        Ok(VmReply {
+            vm: self.with_pause(vm),
+        })
     }
 
     /// The reply of a lifecycle operation: the row as its commit is about to write it.
     pub(super) fn vm_value(&self, row: &VmRow) -> Result<Value> {
-        to_value(&VmReply { vm: self.core.store.read(|s| view_of(s, row)) })
+        to_value(&VmReply {
+            vm: self.core.store.read(|s| view_of(s, row)),
+        })
     }
 }
 
@@ -88,6 +122,8 @@ impl Serialize for Listed<'_> {
         if self.is_brief {
             return self.views.brief(&self.seen).serialize(serializer);
         }
-        self.views.with_pause(view(&self.seen.row, self.seen.workspace.as_deref())).serialize(serializer)
+        self.views
+            .with_pause(view(&self.seen.row, self.seen.workspace.as_deref()))
+            .serialize(serializer)
     }
 }

@@ -28,7 +28,9 @@ pub struct Vmms {
 impl Vmms {
     /// Kills every VMM of this VM, whichever boot started it.
     pub(super) fn kill_earlier(&self, row: &VmRow) -> Result<()> {
-        let all = self.vmm.list(&format!("{}{}-", self.core.tag_prefix(), row.id))?;
+        let all = self
+            .vmm
+            .list(&format!("{}{}-", self.core.tag_prefix(), row.id))?;
         all.iter().try_for_each(|vmm| self.kill_vmm(&vmm.identity))
     }
 
@@ -37,7 +39,8 @@ impl Vmms {
         let known = row.identity.clone();
         if let Some(identity) = known
             && (self.runs_as_it(row, &identity)
-                || self.vmm.is_ours(&identity, &self.core.tag(row)) && self.has_its_uid(row, &identity))
+                || self.vmm.is_ours(&identity, &self.core.tag(row))
+                    && self.has_its_uid(row, &identity))
         {
             return Some(identity);
         }
@@ -52,14 +55,18 @@ impl Vmms {
     /// may overwrite its arguments, and must be killed nevertheless.
     fn runs_as_it(&self, row: &VmRow, identity: &Identity) -> bool {
         let its = self.specs.credentials(row).map(|(uid, _)| uid);
-        its.is_some() && its == crate::host::process::uid(identity.pid) && self.vmm.is_alive(identity)
+        its.is_some()
+            && its == crate::host::process::uid(identity.pid)
+            && self.vmm.is_alive(identity)
     }
 
     /// True if the process runs under the VM's own uid. A compromised VMM can copy another VM's
     /// arguments, but not its uid. Root is allowed because a jailer starts as root.
     fn has_its_uid(&self, row: &VmRow, identity: &Identity) -> bool {
         let its = self.specs.credentials(row).map(|(uid, _)| uid);
-        its.is_none_or(|its| crate::host::process::uid(identity.pid).is_none_or(|uid| uid == its || uid == 0))
+        its.is_none_or(|its| {
+            crate::host::process::uid(identity.pid).is_none_or(|uid| uid == its || uid == 0)
+        })
     }
 
     /// Kills the VMM and waits until it is gone.
@@ -71,7 +78,9 @@ impl Vmms {
     /// VMM of an earlier daemon.
     pub(super) fn find_vmm(&self, tag: &str) -> Result<Option<Identity>> {
         let earlier = self.earlier_vmms.lock().clone();
-        if earlier.is_some_and(|earlier| earlier.is_gone(tag, || self.vmm.list(&self.core.tag_prefix()))) {
+        if earlier
+            .is_some_and(|earlier| earlier.is_gone(tag, || self.vmm.list(&self.core.tag_prefix())))
+        {
             return Ok(None);
         }
         self.vmm.find(tag)
@@ -82,11 +91,16 @@ impl Vmms {
     pub(super) fn unseen_end(&self, row: &VmRow) -> Option<End> {
         let dir = self.core.vm_dir(&row.id);
         let end = end_from_files(&dir);
-        if end.as_ref().is_some_and(|end| *end != End::GuestResetUnrecorded) {
+        if end
+            .as_ref()
+            .is_some_and(|end| *end != End::GuestResetUnrecorded)
+        {
             return end;
         }
         // A guest that reboots cleanly is reset as well. Its disk shows the difference.
-        let Some(method) = row.disk_driver.as_deref().and_then(Method::from_name) else { return end };
+        let Some(method) = row.disk_driver.as_deref().and_then(Method::from_name) else {
+            return end;
+        };
         match disk::is_unmounted(&dir.join(DISK_FILE), method) {
             Ok(true) => Some(End::GuestUnmounted),
             Ok(false) => end,

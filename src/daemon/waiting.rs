@@ -41,8 +41,14 @@ impl Hangup<'_> {
 
 /// Waits until one of `fds` is readable, or until the deadline.
 pub fn poll_until(fds: &[BorrowedFd<'_>], deadline: Instant) {
-    let mut set: Vec<_> = fds.iter().map(|fd| PollFd::new(*fd, PollFlags::POLLIN)).collect();
-    while matches!(poll(&mut set, timeout_until(Some(deadline))), Ok(0) | Err(Errno::EINTR)) {
+    let mut set: Vec<_> = fds
+        .iter()
+        .map(|fd| PollFd::new(*fd, PollFlags::POLLIN))
+        .collect();
+    while matches!(
+        poll(&mut set, timeout_until(Some(deadline))),
+        Ok(0) | Err(Errno::EINTR)
+    ) {
         if Instant::now() >= deadline {
             return;
         }

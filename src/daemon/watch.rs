@@ -23,9 +23,12 @@ impl Lifecycle {
         let report = Box::new(move |event| match event {
             GuestEvent::Paused(is_paused) => lifecycle.runtimes.set_paused(&vm, is_paused),
             GuestEvent::Answered => lifecycle.recovery.adopter.adoptions.note_answer(&vm),
-            GuestEvent::Unresponsive(is_unresponsive) => lifecycle.set_responsive(&vm, generation, !is_unresponsive),
+            GuestEvent::Unresponsive(is_unresponsive) => {
+                lifecycle.set_responsive(&vm, generation, !is_unresponsive)
+            }
         });
-        self.vmm.watch_guest(&self.core.vm_dir(&row.id), identity, report)?;
+        self.vmm
+            .watch_guest(&self.core.vm_dir(&row.id), identity, report)?;
         self.watch_end(row, identity)
     }
 
@@ -38,7 +41,9 @@ impl Lifecycle {
             Box::new(move |end| {
                 // The driver's thread must not wait for a lock or a disk.
                 let inner = lifecycle.clone();
-                if let Err(e) = lifecycle.core.spawn(&format!("died-{vm}"), move || inner.vmm_died(&vm, generation, &end)) {
+                if let Err(e) = lifecycle.core.spawn(&format!("died-{vm}"), move || {
+                    inner.vmm_died(&vm, generation, &end)
+                }) {
                     log::error!("start a thread for the death of a VMM: {e}");
                 }
             }),
@@ -60,22 +65,46 @@ impl Lifecycle {
 
     fn record_responsive(&self, vm: &VmId, generation: u64, responds: bool) -> Result<()> {
         let guard = self.core.locks.vm.lock(vm);
-        let Some(row) = self.core.store.read(|s| s.vm(vm).map(|r| (**r).clone())) else { return Ok(()) };
+        let Some(row) = self.core.store.read(|s| s.vm(vm).map(|r| (**r).clone())) else {
+            return Ok(());
+        };
         // A VMM cannot respond while it saves its guest.
         let is_saved = !responds && self.runtimes.is_held(vm);
-        if is_saved || row.generation != generation || row.state != VmState::Running || row.unresponsive != responds {
+        if is_saved
+            || row.generation != generation
+            || row.state != VmState::Running
+            || row.unresponsive != responds
+        {
             return Ok(());
         }
-        let ((), ticket) = self.core.change(true, |tx| tx.update_vm(&guard, |r| r.unresponsive = !responds))?;
+        let ((), ticket) = self.core.change(true, |tx| {
+            tx.update_vm(&guard, |r| r.unresponsive = !responds)
+        })?;
         drop(guard);
-        log::warn!("the VMM of VM {} {}", row.name, if responds { "responds again" } else { "does not respond" });
+        log::warn!(
+            "the VMM of VM {} {}",
+            row.name,
+            if responds {
+                "responds again"
+            } else {
+                "does not respond"
+            }
+        );
         self.core.wait_durable(ticket)?;
-        if responds { self.unreconciled.adopt_late(&row) } else { Ok(()) }
+        if responds {
+            self.unreconciled.adopt_late(&row)
+        } else {
+            Ok(())
+        }
     }
 
     fn vmm_died(&self, vm: &VmId, generation: u64, end: &End) {
         let _label = crate::locks::operation_scope(format!("VMM died {vm}"));
-        let row = self.core.row(vm).ok().filter(|row| end.is_unseen() && row.generation == generation);
+        let row = self
+            .core
+            .row(vm)
+            .ok()
+            .filter(|row| end.is_unseen() && row.generation == generation);
         let by_disk = row.and_then(|row| self.vmms.unseen_end(&row));
         let end = by_disk.as_ref().unwrap_or(end);
         loop {
@@ -97,28 +126,41 @@ impl Lifecycle {
     /// Records the death. Returns true if the VM must be deleted now.
     fn record_death(&self, vm: &VmId, generation: u64, end: &End) -> Result<bool> {
         let guard = self.core.locks.vm.lock(vm);
-        let Some(row) = self.core.store.read(|s| s.vm(vm).map(|r| (**r).clone())) else { return Ok(false) };
+        let Some(row) = self.core.store.read(|s| s.vm(vm).map(|r| (**r).clone())) else {
+            return Ok(false);
+        };
         if row.generation != generation {
             return Ok(false);
         }
         match row.state {
             VmState::Starting => {
-                self.runtimes.boot_died(guard.key(), BootEnd::VmmDied(end.clone()));
+                self.runtimes
+                    .boot_died(guard.key(), BootEnd::VmmDied(end.clone()));
                 return Ok(false);
             }
             VmState::Running => {}
             // A stop or delete is in progress and expects the death.
             _ => return Ok(false),
         }
-        let state = if end.is_orderly() { VmState::Stopped } else { VmState::Failed };
-        let (rm, reason, cause) = (row.rm, end.to_string(), CancelCause::VmmEnded(end.to_string()));
+        let state = if end.is_orderly() {
+            VmState::Stopped
+        } else {
+            VmState::Failed
+        };
+        let (rm, reason, cause) = (
+            row.rm,
+            end.to_string(),
+            CancelCause::VmmEnded(end.to_string()),
+        );
         let ((), ticket) = self.core.change(true, |tx| {
             tx.update_vm(&guard, |row| {
                 (row.state, row.reason) = (state, Some(reason));
                 (row.identity, row.ssh_addr) = (None, None);
             })
         })?;
-        self.core.note(&row, Some(ticket.seq()), None, || super::history::What::Died { state });
+        self.core.note(&row, Some(ticket.seq()), None, || {
+            super::history::What::Died { state }
+        });
         self.runtimes.cancel_users(guard.key(), &cause);
         drop(guard);
         self.core.wait_durable(ticket)?;
@@ -131,8 +173,17 @@ impl Lifecycle {
 
     /// Deletes an `rm` VM without a request. Another operation may be doing so already.
     pub(super) fn delete_unasked(&self, vm: &VmId) {
-        let root = Caller { uid: 0, gid: 0, pid: 0 };
-        let request = LifecycleRequest { verb: Verb::DeleteForce, method: "vm.delete", timeout: None, restore: None };
+        let root = Caller {
+            uid: 0,
+            gid: 0,
+            pid: 0,
+        };
+        let request = LifecycleRequest {
+            verb: Verb::DeleteForce,
+            method: "vm.delete",
+            timeout: None,
+            restore: None,
+        };
         if let Err(e) = self.request(&root, vm.as_str(), &request) {
             log::info!("delete VM {vm}, which is marked for deletion: {e}");
         }

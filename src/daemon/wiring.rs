@@ -116,7 +116,8 @@ fn open_ops(store: &Store, retention: Retention, mut rows: Vec<crate::api::op::O
         }
         Ok(())
     });
-    match written.and_then(|((), ticket)| ticket.wait(Instant::now() + DURABLE_DEADLINE).map(drop)) {
+    match written.and_then(|((), ticket)| ticket.wait(Instant::now() + DURABLE_DEADLINE).map(drop))
+    {
         // A daemon must start even if the disk is full, so that VMs can be deleted. The next daemon
         // tries again.
         Err(e) if matches!(e.kind(), Kind::DiskFull | Kind::StoreReadOnly) => {
@@ -139,7 +140,10 @@ fn open_pool(limits: &Limits) -> Result<Pool> {
 fn open_core(config: &Config) -> Result<Core> {
     // VMMs with uids of their own reach their files below these directories.
     for name in [VMS_DIR, SNAPSHOTS_DIR] {
-        drop(crate::host::fs::create_dir(&config.state_dir.join(name), 0o711)?);
+        drop(crate::host::fs::create_dir(
+            &config.state_dir.join(name),
+            0o711,
+        )?);
     }
     let store = Store::open_keeping(&config.state_dir, config.limits.retention())?;
     store.read(|s| uids::require(config, s))?;
@@ -182,7 +186,9 @@ impl Daemon {
     /// seconds at most.
     pub fn warm_up(&self) {
         if let Ok(image) = self.lifecycle.images.get(&self.config.vm.image) {
-            self.lifecycle.vmm.warm_up(&image.kernel, &self.core.closing);
+            self.lifecycle
+                .vmm
+                .warm_up(&image.kernel, &self.core.closing);
         }
     }
 
@@ -198,7 +204,9 @@ impl Daemon {
             log::info!("cancelling everything in progress");
         }
         // Sessions run on the threads of their callers.
-        self.lifecycle.runtimes.cancel_everything(&CancelCause::DaemonStops);
+        self.lifecycle
+            .runtimes
+            .cancel_everything(&CancelCause::DaemonStops);
         self.core.threads.wait_idle(deadline);
         self.transfers.pool.close(deadline);
         self.networks.close_network();
@@ -254,16 +262,33 @@ impl Base {
     fn new(core: Core, config: &Config, seams: &Seams, left: HashMap<VmId, u64>) -> Result<Self> {
         let (vmm, commands, limits) = (seams.vmm.clone(), seams.commands.clone(), &config.limits);
         let runtimes = Runtimes::new();
-        let (images, kernels) = (Images::open(&config.state_dir)?, Kernels::open(&config.state_dir)?);
+        let (images, kernels) = (
+            Images::open(&config.state_dir)?,
+            Kernels::open(&config.state_dir)?,
+        );
         let networks = open_networks(&core, config, seams)?;
-        let disk_probe = Arc::new(disk_probe::probe(&config.disk, vmm.as_ref(), &config.state_dir));
+        let disk_probe = Arc::new(disk_probe::probe(
+            &config.disk,
+            vmm.as_ref(),
+            &config.state_dir,
+        ));
         let uid_base = config.qemu.uid_base;
-        let specs = Specs { core: core.clone(), networks: networks.clone(), kernels: kernels.clone(), disk_probe, uid_base };
+        let specs = Specs {
+            core: core.clone(),
+            networks: networks.clone(),
+            kernels: kernels.clone(),
+            disk_probe,
+            uid_base,
+        };
         let earlier = Some(Arc::new(EarlierVmms::new(left.clone())));
         let earlier_vmms = Arc::new(Mutex::new(Rank::Runtimes, earlier));
         let attempts = Attempts::new();
         let adoptions = Arc::new(adoption::open(&core.store));
-        let adopter = Adopter { core: core.clone(), adoptions, attempts: attempts.clone() };
+        let adopter = Adopter {
+            core: core.clone(),
+            adoptions,
+            attempts: attempts.clone(),
+        };
         let image_service = ImageService {
             core: core.clone(),
             commands: commands.clone(),
@@ -273,15 +298,38 @@ impl Base {
             build_admission: Admission::new("builds", limits.builds_max),
             default_image: config.vm.image.clone(),
         };
-        let kernel_service =
-            KernelService { core: core.clone(), commands: commands.clone(), images: images.clone(), kernels, uses: Uses::new() };
+        let kernel_service = KernelService {
+            core: core.clone(),
+            commands: commands.clone(),
+            images: images.clone(),
+            kernels,
+            uses: Uses::new(),
+        };
         Ok(Self {
-            views: Views { core: core.clone(), runtimes: runtimes.clone() },
-            vmms: Vmms { core: core.clone(), specs: specs.clone(), vmm: vmm.clone(), earlier_vmms },
-            guests: Guests { core: core.clone(), specs: specs.clone() },
+            views: Views {
+                core: core.clone(),
+                runtimes: runtimes.clone(),
+            },
+            vmms: Vmms {
+                core: core.clone(),
+                specs: specs.clone(),
+                vmm: vmm.clone(),
+                earlier_vmms,
+            },
+            guests: Guests {
+                core: core.clone(),
+                specs: specs.clone(),
+            },
             unreconciled: Arc::new(Unreconciled::new(left)),
-            capacity: Capacity { core: core.clone(), mem_mib_max: mem_mib_max(limits)? },
-            recovery: Recovery { core: core.clone(), adopter: adopter.clone(), attempts },
+            capacity: Capacity {
+                core: core.clone(),
+                mem_mib_max: mem_mib_max(limits)?,
+            },
+            recovery: Recovery {
+                core: core.clone(),
+                adopter: adopter.clone(),
+                attempts,
+            },
             snapshot_registry: SnapshotRegistry::new(&config.state_dir),
             transport: seams.transport.clone(),
             core,
@@ -324,7 +372,11 @@ impl Base {
         }
     }
 
-    fn resources(&self, config: &Config, installations: Option<Arc<dyn Installations>>) -> Resources {
+    fn resources(
+        &self,
+        config: &Config,
+        installations: Option<Arc<dyn Installations>>,
+    ) -> Resources {
         Resources {
             core: self.core.clone(),
             networks: self.networks.clone(),
@@ -376,7 +428,12 @@ impl Base {
         }
     }
 
-    fn snapshots(&self, creator: &Creator, sessions: &Sessions, lifecycle: &Lifecycle) -> Snapshots {
+    fn snapshots(
+        &self,
+        creator: &Creator,
+        sessions: &Sessions,
+        lifecycle: &Lifecycle,
+    ) -> Snapshots {
         let holder = GuestHolder {
             core: self.core.clone(),
             controls: lifecycle.controls.clone(),
@@ -446,7 +503,12 @@ impl Base {
         }
     }
 
-    fn doctor(&self, config: Config, resources: &Resources, reconciler: &Arc<Reconciler>) -> Doctor {
+    fn doctor(
+        &self,
+        config: Config,
+        resources: &Resources,
+        reconciler: &Arc<Reconciler>,
+    ) -> Doctor {
         Doctor {
             core: self.core.clone(),
             config,
@@ -476,7 +538,12 @@ fn open_networks(core: &Core, config: &Config, seams: &Seams) -> Result<Networks
 
 impl Parts {
     /// Builds each part from those it uses, from the bottom up.
-    fn assemble(core: Core, config: Config, seams: Seams, left: HashMap<VmId, u64>) -> Result<Self> {
+    fn assemble(
+        core: Core,
+        config: Config,
+        seams: Seams,
+        left: HashMap<VmId, u64>,
+    ) -> Result<Self> {
         let base = Base::new(core.clone(), &config, &seams, left)?;
         let (controls, sessions) = (base.controls(), base.sessions());
         let resources = base.resources(&config, seams.installations);
@@ -488,8 +555,14 @@ impl Parts {
             transfers: base.transfers(&sessions)?,
             space_monitor: base.space_monitor(&controls),
             doctor: base.doctor(config.clone(), &resources, &reconciler),
-            watchers: Watchers { core: core.clone(), feeder: Feeder::new() },
-            keys: Keys { core: core.clone(), beginning: Arc::new(Beginning::new()) },
+            watchers: Watchers {
+                core: core.clone(),
+                feeder: Feeder::new(),
+            },
+            keys: Keys {
+                core: core.clone(),
+                beginning: Arc::new(Beginning::new()),
+            },
             views: base.views,
             images: base.image_service,
             kernels: base.kernel_service,

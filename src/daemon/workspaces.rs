@@ -70,34 +70,81 @@ impl Transfers {
 
     /// Begins an import. The stream comes through the one FIFO; `notes` carries the `ready`
     /// notification.
-    pub fn prepare(&self, caller: &Caller, mut request: PrepareRequest, fds: Vec<OwnedFd>, notes: &Notes) -> Result<CallOutcome> {
+    pub fn prepare(
+        &self,
+        caller: &Caller,
+        mut request: PrepareRequest,
+        fds: Vec<OwnedFd>,
+        notes: &Notes,
+    ) -> Result<CallOutcome> {
         request.guest_path = guest_path::validate(&request.guest_path)?;
         guest_path::validate_subdir(&request.subdir)?;
         let method = "workspace.prepare";
-        let admitted = self.admit(caller, &request.vm, method, request.no_wait, (fds, Direction::Read))?;
+        let admitted = self.admit(
+            caller,
+            &request.vm,
+            method,
+            request.no_wait,
+            (fds, Direction::Read),
+        )?;
         let (id, transfers, notes) = (admitted.op.id().clone(), self.clone(), notes.clone());
         self.core.spawn(&format!("op-{id}"), move || {
             let _label = crate::locks::operation_scope(format!("{method} {}", admitted.row.id));
-            let Admitted { row, op, fifo, slot, no_wait, _user } = admitted;
+            let Admitted {
+                row,
+                op,
+                fifo,
+                slot,
+                no_wait,
+                _user,
+            } = admitted;
             let doing = format!("import into VM {}", row.name);
             let result = transfers.run_prepare(&row, &op, fifo, slot, no_wait, (&request, notes));
-            let result = result.map_err(|e| transfers.explain_full_disk(&op, e).context(doing).of_vm(&row.name));
+            let result = result.map_err(|e| {
+                transfers
+                    .explain_full_disk(&op, e)
+                    .context(doing)
+                    .of_vm(&row.name)
+            });
             transfers.core.end_op(op, result);
         })?;
         Ok(CallOutcome::Op(id))
     }
 
     /// Begins an export into the one FIFO. It waits for an import in progress.
-    pub fn export(&self, caller: &Caller, request: ExportRequest, fds: Vec<OwnedFd>) -> Result<CallOutcome> {
+    pub fn export(
+        &self,
+        caller: &Caller,
+        request: ExportRequest,
+        fds: Vec<OwnedFd>,
+    ) -> Result<CallOutcome> {
         let method = "workspace.export";
-        let admitted = self.admit(caller, &request.vm, method, request.no_wait, (fds, Direction::Write))?;
+        let admitted = self.admit(
+            caller,
+            &request.vm,
+            method,
+            request.no_wait,
+            (fds, Direction::Write),
+        )?;
         let (id, transfers) = (admitted.op.id().clone(), self.clone());
         self.core.spawn(&format!("op-{id}"), move || {
             let _label = crate::locks::operation_scope(format!("{method} {}", admitted.row.id));
-            let Admitted { row, op, fifo, slot, no_wait, _user } = admitted;
+            let Admitted {
+                row,
+                op,
+                fifo,
+                slot,
+                no_wait,
+                _user,
+            } = admitted;
             let doing = format!("export from VM {}", row.name);
             let result = transfers.run_export(&row, &op, fifo, slot, no_wait, &request);
-            let result = result.map_err(|e| transfers.explain_full_disk(&op, e).context(doing).of_vm(&row.name));
+            let result = result.map_err(|e| {
+                transfers
+                    .explain_full_disk(&op, e)
+                    .context(doing)
+                    .of_vm(&row.name)
+            });
             transfers.core.end_op(op, result);
         })?;
         Ok(CallOutcome::Op(id))
@@ -114,22 +161,35 @@ impl Transfers {
         (fds, direction): (Vec<OwnedFd>, Direction),
     ) -> Result<Admitted> {
         let [fd] = <[OwnedFd; 1]>::try_from(fds).map_err(|fds| {
-            Error::new(Kind::InvalidRequest, format!("{method} takes one descriptor, but got {}", fds.len()))
-                .hint("pass one end of a FIFO")
+            Error::new(
+                Kind::InvalidRequest,
+                format!("{method} takes one descriptor, but got {}", fds.len()),
+            )
+            .hint("pass one end of a FIFO")
         })?;
         let fifo = fifo::accept(fd, direction)?;
         let found = self.core.resolve(caller, vm)?;
-        let op = self.core.begin_op(method, Some(found.id.clone()), caller.uid, true)?;
+        let op = self
+            .core
+            .begin_op(method, Some(found.id.clone()), caller.uid, true)?;
         let joined = self.sessions.join_guest(&found, Use::Transfer, op.cancel());
-        let (row, _user, slot) = match joined.and_then(|(row, user)| Ok((row, user, self.pool.reserve(caller.uid)?))) {
-            Ok(joined) => joined,
-            Err(e) => {
-                op.refuse(&e);
-                return Err(e);
-            }
-        };
+        let (row, _user, slot) =
+            match joined.and_then(|(row, user)| Ok((row, user, self.pool.reserve(caller.uid)?))) {
+                Ok(joined) => joined,
+                Err(e) => {
+                    op.refuse(&e);
+                    return Err(e);
+                }
+            };
         match self.core.persist_op(&op) {
-            Ok(()) => Ok(Admitted { row, op, fifo, slot, no_wait, _user }),
+            Ok(()) => Ok(Admitted {
+                row,
+                op,
+                fifo,
+                slot,
+                no_wait,
+                _user,
+            }),
             Err(e) => {
                 op.finish(Err(e.clone()));
                 Err(e)
@@ -139,8 +199,14 @@ impl Transfers {
 
     /// Reports a transfer that was cancelled because of a full disk as `disk_full`.
     fn explain_full_disk(&self, op: &OpHandle, e: Error) -> Error {
-        let is_paused = e.kind() == Kind::Cancelled && op.cancel().cause() == Some(&CancelCause::HostDiskFull);
-        if is_paused { e.with_kind(Kind::DiskFull).hint(self.sessions.disk_full_hint()) } else { e }
+        let is_paused =
+            e.kind() == Kind::Cancelled && op.cancel().cause() == Some(&CancelCause::HostDiskFull);
+        if is_paused {
+            e.with_kind(Kind::DiskFull)
+                .hint(self.sessions.disk_full_hint())
+        } else {
+            e
+        }
     }
 
     fn run_prepare(
@@ -158,16 +224,28 @@ impl Transfers {
         let transfer = self.transfer(&guard.key().0, op, fifo, &request.guest_path)?;
         let row_at_start = self.mark_incomplete(&transfer.row, request)?;
         let (wanted, moved) = (request.clone(), transfer.moved.clone());
-        let job = slot.submit(&format!("workspace.prepare {}", row.name), op.cancel(), move |cancel| {
-            transfer.import(cancel, &wanted, &notes)
-        });
-        let imported = self.rate_floor().wait(&job, &moved, op.cancel(), Instant::now() + TRANSFER_DEADLINE)?;
+        let job = slot.submit(
+            &format!("workspace.prepare {}", row.name),
+            op.cancel(),
+            move |cancel| transfer.import(cancel, &wanted, &notes),
+        );
+        let imported = self.rate_floor().wait(
+            &job,
+            &moved,
+            op.cancel(),
+            Instant::now() + TRANSFER_DEADLINE,
+        )?;
         // The workspace lock is still held, so nothing else has changed the row.
         self.mark_complete(&row_at_start, &imported)?;
         drop(guard);
         let kept = encode::encode_some(imported.kept.iter());
         let (entries, bytes) = (imported.trailer.entries, imported.trailer.bytes);
-        to_value(&PrepareReply { vm: self.views.view(&row.id)?, kept, entries, bytes })
+        to_value(&PrepareReply {
+            vm: self.views.view(&row.id)?,
+            kept,
+            entries,
+            bytes,
+        })
     }
 
     fn run_export(
@@ -180,37 +258,67 @@ impl Transfers {
         request: &ExportRequest,
     ) -> Result<Value> {
         let guard = self.lock_workspace(op, row, no_wait)?;
-        let workspace = self.core.store.read(|s| s.workspace(&guard.key().0).cloned()).ok_or_else(|| {
-            Error::new(Kind::WorkspaceNotFound, "it has no workspace").hint(format!("fcctl workspace prepare {} PATH", row.name))
-        })?;
+        let workspace = self
+            .core
+            .store
+            .read(|s| s.workspace(&guard.key().0).cloned())
+            .ok_or_else(|| {
+                Error::new(Kind::WorkspaceNotFound, "it has no workspace")
+                    .hint(format!("fcctl workspace prepare {} PATH", row.name))
+            })?;
         if workspace.state == WorkspaceState::Incomplete {
-            return Err(Error::new(Kind::WorkspaceIncomplete, "its workspace is incomplete: an import was interrupted")
-                .hint(format!("import it again: fcctl workspace prepare {} PATH", row.name)));
+            return Err(Error::new(
+                Kind::WorkspaceIncomplete,
+                "its workspace is incomplete: an import was interrupted",
+            )
+            .hint(format!(
+                "import it again: fcctl workspace prepare {} PATH",
+                row.name
+            )));
         }
         let transfer = self.transfer(&guard.key().0, op, fifo, &workspace.guest_path)?;
         let (kind, moved) = (request.kind, transfer.moved.clone());
-        let job =
-            slot.submit(&format!("workspace.export {}", row.name), op.cancel(), move |cancel| transfer.export(cancel, kind));
-        let trailer = self.rate_floor().wait(&job, &moved, op.cancel(), Instant::now() + TRANSFER_DEADLINE)?;
+        let job = slot.submit(
+            &format!("workspace.export {}", row.name),
+            op.cancel(),
+            move |cancel| transfer.export(cancel, kind),
+        );
+        let trailer = self.rate_floor().wait(
+            &job,
+            &moved,
+            op.cancel(),
+            Instant::now() + TRANSFER_DEADLINE,
+        )?;
         drop(guard);
-        to_value(&ExportReply { bytes: trailer.bytes })
+        to_value(&ExportReply {
+            bytes: trailer.bytes,
+        })
     }
 
     fn rate_floor(&self) -> RateFloor {
         let limits = &self.core.limits;
-        RateFloor::new(Duration::from_secs(limits.transfer_rate_window_s), limits.transfer_bytes_per_s_min)
+        RateFloor::new(
+            Duration::from_secs(limits.transfer_rate_window_s),
+            limits.transfer_bytes_per_s_min,
+        )
     }
 
     /// Locks the workspace, in order of arrival. A waiting transfer occupies no worker and can be
     /// cancelled.
-    fn lock_workspace<'a>(&'a self, op: &OpHandle, row: &VmRow, no_wait: bool) -> Result<KeyGuard<'a, WorkspaceOf>> {
+    fn lock_workspace<'a>(
+        &'a self,
+        op: &OpHandle,
+        row: &VmRow,
+        no_wait: bool,
+    ) -> Result<KeyGuard<'a, WorkspaceOf>> {
         let workspace = WorkspaceOf(row.id.clone());
         if let Some(guard) = self.core.locks.workspace.try_lock(&workspace) {
             return Ok(guard);
         }
         if no_wait {
             return Err(
-                Error::new(Kind::Busy, "another import or export is in progress").hint("leave out --no-wait to wait for it")
+                Error::new(Kind::Busy, "another import or export is in progress")
+                    .hint("leave out --no-wait to wait for it"),
             );
         }
         op.progress("wait for another import or export of this VM");
@@ -223,13 +331,23 @@ impl Transfers {
 
     /// Prepares the transfer with the VM's present address, keys and generation, because it may
     /// have been restarted while this one waited.
-    fn transfer(&self, vm: &VmId, op: &OpHandle, fifo: OwnedFd, guest_path: &str) -> Result<Transfer> {
+    fn transfer(
+        &self,
+        vm: &VmId,
+        op: &OpHandle,
+        fifo: OwnedFd,
+        guest_path: &str,
+    ) -> Result<Transfer> {
         let row = self.core.row(vm)?;
         if let Err(refused) = self.core.allow(&row, super::transitions::Verb::Guest) {
             // A stop has claimed the VM since the transfer joined its cancel set, and is about to
             // cancel it with the reason.
             super::waiting::poll_until(&[op.cancel().fd()], Instant::now() + CAUSE_DEADLINE);
-            return Err(if op.cancel().is_cancelled() { cancelled_by(op.cancel()) } else { refused });
+            return Err(if op.cancel().is_cancelled() {
+                cancelled_by(op.cancel())
+            } else {
+                refused
+            });
         }
         Ok(Transfer {
             transport: self.transport.clone(),
@@ -261,7 +379,10 @@ impl Transfers {
             prepared_at: now_s(),
             generation: row.generation,
         };
-        let ((), ticket) = self.core.store.change(|tx| tx.put_workspace(row_at_start.clone()))?;
+        let ((), ticket) = self
+            .core
+            .store
+            .change(|tx| tx.put_workspace(row_at_start.clone()))?;
         self.core.wait_durable(ticket)?;
         Ok(row_at_start)
     }
@@ -270,9 +391,12 @@ impl Transfers {
     /// since. Compares and writes in one transaction.
     fn mark_complete(&self, row_at_start: &WorkspaceRow, imported: &Imported) -> Result<()> {
         let ((), ticket) = self.core.store.change(|tx| {
-            let same_vm = tx.vm(&row_at_start.vm).is_some_and(|row| row.generation == row_at_start.generation);
+            let same_vm = tx
+                .vm(&row_at_start.vm)
+                .is_some_and(|row| row.generation == row_at_start.generation);
             if !same_vm || tx.workspace(&row_at_start.vm).map(|w| &**w) != Some(row_at_start) {
-                return Err(Error::new(Kind::Conflict, "the VM was restarted meanwhile").hint("run the import again"));
+                return Err(Error::new(Kind::Conflict, "the VM was restarted meanwhile")
+                    .hint("run the import again"));
             }
             tx.put_workspace(WorkspaceRow {
                 state: WorkspaceState::Complete,

@@ -14,7 +14,12 @@ const PUNCH_BYTES: usize = 64 << 10;
 
 /// Copies the data of `from` to `to`, which must be empty. `progress` receives the position and the
 /// file's length.
-pub fn copy_sparse(from: &File, to: &File, cancel: &Cancel, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
+pub fn copy_sparse(
+    from: &File,
+    to: &File,
+    cancel: &Cancel,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<()> {
     let io = |e: std::io::Error| Error::io("copy a disk", e);
     let len = from.metadata().map_err(io)?.len();
     to.set_len(len).map_err(io)?;
@@ -50,7 +55,13 @@ fn copy_step(from: &File, to: &File, at: u64, bytes: u64) -> std::io::Result<u64
     use std::os::unix::fs::FileExt;
     let (mut offset_in, mut offset_out) = (at, at);
     let wanted = usize::try_from(bytes).unwrap_or(usize::MAX);
-    match copy_file_range(from, Some(&mut offset_in), to, Some(&mut offset_out), wanted) {
+    match copy_file_range(
+        from,
+        Some(&mut offset_in),
+        to,
+        Some(&mut offset_out),
+        wanted,
+    ) {
         Ok(0) => Err(std::io::ErrorKind::UnexpectedEof.into()),
         Ok(copied) => Ok(copied as u64),
         // copy_file_range(2) does not work between these file systems.
@@ -79,9 +90,14 @@ pub fn punch_zeroes(file: &File, cancel: &Cancel) -> Result<u64> {
         at = start;
         while at < end {
             if cancel.is_cancelled() {
-                return Err(crate::host::wait::cancelled("free the blocks of zeroes in a file", cancel));
+                return Err(crate::host::wait::cancelled(
+                    "free the blocks of zeroes in a file",
+                    cancel,
+                ));
             }
-            let wanted = usize::try_from(end - at).unwrap_or(usize::MAX).min(PUNCH_BYTES);
+            let wanted = usize::try_from(end - at)
+                .unwrap_or(usize::MAX)
+                .min(PUNCH_BYTES);
             let read = file.read_at(&mut block[..wanted], at).map_err(io)?;
             if read == 0 {
                 return Ok(freed);
@@ -109,8 +125,15 @@ mod tests {
 
     fn files() -> (tempfile::TempDir, File, File) {
         let dir = tempfile::tempdir().unwrap();
-        let open =
-            |name: &str| File::options().read(true).write(true).create(true).truncate(true).open(dir.path().join(name)).unwrap();
+        let open = |name: &str| {
+            File::options()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .open(dir.path().join(name))
+                .unwrap()
+        };
         let (from, to) = (open("from"), open("to"));
         (dir, from, to)
     }
@@ -123,11 +146,24 @@ mod tests {
             from.write_all_at(&[byte; 4096], at).unwrap();
         }
         let mut reported = Vec::new();
-        copy_sparse(&from, &to, &Cancel::try_new().unwrap(), &mut |done, of| reported.push((done, of))).unwrap();
+        copy_sparse(&from, &to, &Cancel::try_new().unwrap(), &mut |done, of| {
+            reported.push((done, of))
+        })
+        .unwrap();
         assert_eq!(to.metadata().unwrap().len(), 256 << 20);
-        assert!(to.metadata().unwrap().blocks() * 512 < 4 << 20, "{}", to.metadata().unwrap().blocks());
+        assert!(
+            to.metadata().unwrap().blocks() * 512 < 4 << 20,
+            "{}",
+            to.metadata().unwrap().blocks()
+        );
         let mut byte = [0];
-        for (at, expected) in [(0, 1), (4095, 1), (4096, 0), (64 << 20, 2), ((256 << 20) - 1, 3)] {
+        for (at, expected) in [
+            (0, 1),
+            (4095, 1),
+            (4096, 0),
+            (64 << 20, 2),
+            ((256 << 20) - 1, 3),
+        ] {
             to.read_exact_at(&mut byte, at).unwrap();
             assert_eq!(byte, [expected], "{at}");
         }
@@ -147,17 +183,37 @@ mod tests {
         }
         file.sync_all().unwrap();
         let never = Cancel::try_new().unwrap();
-        assert_eq!(punch_zeroes(&file, &never).unwrap(), (8 << 20) - 3 * (64 << 10));
-        assert!(file.metadata().unwrap().blocks() * 512 < 1 << 20, "{}", file.metadata().unwrap().blocks());
+        assert_eq!(
+            punch_zeroes(&file, &never).unwrap(),
+            (8 << 20) - 3 * (64 << 10)
+        );
+        assert!(
+            file.metadata().unwrap().blocks() * 512 < 1 << 20,
+            "{}",
+            file.metadata().unwrap().blocks()
+        );
         assert_eq!(file.metadata().unwrap().len(), 8 << 20);
         let mut byte = [0];
-        for (at, expected) in [(0, 1), (1, 0), ((3 << 20) + 5, 2), (5 << 20, 0), ((8 << 20) - 1, 3)] {
+        for (at, expected) in [
+            (0, 1),
+            (1, 0),
+            ((3 << 20) + 5, 2),
+            (5 << 20, 0),
+            ((8 << 20) - 1, 3),
+        ] {
             file.read_exact_at(&mut byte, at).unwrap();
             assert_eq!(byte, [expected], "{at}");
         }
-        assert_eq!(punch_zeroes(&file, &never).unwrap(), 0, "a second time there is nothing to free");
+        assert_eq!(
+            punch_zeroes(&file, &never).unwrap(),
+            0,
+            "a second time there is nothing to free"
+        );
         never.cancel(crate::locks::CancelCause::VmDeleted);
-        assert_eq!(punch_zeroes(&file, &never).unwrap_err().kind(), Kind::Cancelled);
+        assert_eq!(
+            punch_zeroes(&file, &never).unwrap_err().kind(),
+            Kind::Cancelled
+        );
     }
 
     #[test]
@@ -167,7 +223,13 @@ mod tests {
         assert_eq!(to.metadata().unwrap().len(), 0);
         from.set_len(1 << 20).unwrap();
         copy_sparse(&from, &to, &Cancel::try_new().unwrap(), &mut |_, _| {}).unwrap();
-        assert_eq!((to.metadata().unwrap().len(), to.metadata().unwrap().blocks()), (1 << 20, 0));
+        assert_eq!(
+            (
+                to.metadata().unwrap().len(),
+                to.metadata().unwrap().blocks()
+            ),
+            (1 << 20, 0)
+        );
     }
 
     #[test]
@@ -176,7 +238,8 @@ mod tests {
         from.write_all_at(&vec![1; 1 << 20], 0).unwrap();
         let cancel = Cancel::try_new().unwrap();
         cancel.cancel(crate::locks::CancelCause::VmDeleted);
-        let e = copy_sparse(&from, &to, &cancel, &mut |_, _| panic!("nothing is copied")).unwrap_err();
+        let e =
+            copy_sparse(&from, &to, &cancel, &mut |_, _| panic!("nothing is copied")).unwrap_err();
         assert_eq!(e.kind(), Kind::Cancelled);
     }
 }

@@ -46,7 +46,13 @@ pub fn copy(
     cancel: &Cancel,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Copied> {
-    let doing = |e: Error| e.context(format!("copy disk {} to {}", source.path.display(), to.display()));
+    let doing = |e: Error| {
+        e.context(format!(
+            "copy disk {} to {}",
+            source.path.display(),
+            to.display()
+        ))
+    };
     let from = open_nofollow(source.path).map_err(doing)?;
     let draft = Draft::new(to)?;
     let file = new_file(&draft.path).map_err(doing)?;
@@ -57,7 +63,11 @@ pub fn copy(
     if let Some(method) = source.method.filter(|m| m.needs_image()) {
         let (base, there) = (origin(source.path, source.base), origin(to, to));
         // The existing disk may have the same base. Keep its link, so that it is never without one.
-        let origin = if is_same_file(&base, &there) { there } else { link_origin(&base, to).map_err(doing)? };
+        let origin = if is_same_file(&base, &there) {
+            there
+        } else {
+            link_origin(&base, to).map_err(doing)?
+        };
         if method == Method::Qcow2 {
             let rebased = commands.run(&rebase_qcow2(&origin, &draft.path), cancel, &mut |_| {});
             rebased.map_err(|e| doing(with_qemu_img_hint(e)))?;
@@ -69,7 +79,11 @@ pub fn copy(
 }
 
 fn is_same_file(a: &Path, b: &Path) -> bool {
-    let known = |path: &Path| std::fs::symlink_metadata(path).ok().map(|m| (m.dev(), m.ino()));
+    let known = |path: &Path| {
+        std::fs::symlink_metadata(path)
+            .ok()
+            .map(|m| (m.dev(), m.ino()))
+    };
     known(a).is_some_and(|a| known(b) == Some(a))
 }
 
@@ -93,17 +107,39 @@ mod tests {
         std::fs::create_dir(at("b")).unwrap();
         std::fs::write(at("base"), vec![7u8; 8192]).unwrap();
         let (method, base, from, to) = (Method::Qcow2, at("base"), at("a/disk"), at("b/disk"));
-        let spec = RootSpec { method, base: &base, path: &from, size_bytes: 16384, owner: None };
+        let spec = RootSpec {
+            method,
+            base: &base,
+            path: &from,
+            size_bytes: 16384,
+            owner: None,
+        };
         make_root(&HostCommands, &spec, &cancel(), &mut |_, _| {}).unwrap();
-        let source = Source { method: Some(method), path: &from, base: &base };
+        let source = Source {
+            method: Some(method),
+            path: &from,
+            base: &base,
+        };
         // The second copy replaces the first, which never lacks its base.
-        copy(&HostCommands, &source, &to, None, &cancel(), &mut |_, _| {}).unwrap().publish().unwrap();
+        copy(&HostCommands, &source, &to, None, &cancel(), &mut |_, _| {})
+            .unwrap()
+            .publish()
+            .unwrap();
         let linked = std::fs::metadata(at("b/origin")).unwrap().ctime_nsec();
-        copy(&HostCommands, &source, &to, None, &cancel(), &mut |_, _| {}).unwrap().publish().unwrap();
-        assert_eq!(std::fs::metadata(at("b/origin")).unwrap().ctime_nsec(), linked);
+        copy(&HostCommands, &source, &to, None, &cancel(), &mut |_, _| {})
+            .unwrap()
+            .publish()
+            .unwrap();
+        assert_eq!(
+            std::fs::metadata(at("b/origin")).unwrap().ctime_nsec(),
+            linked
+        );
         std::fs::remove_dir_all(at("a")).unwrap();
         std::fs::remove_file(&base).unwrap();
-        let convert = Command::new("qemu-img").args(["convert", "-f", "qcow2", "-O", "raw"]).arg(&to).arg(at("raw"));
+        let convert = Command::new("qemu-img")
+            .args(["convert", "-f", "qcow2", "-O", "raw"])
+            .arg(&to)
+            .arg(at("raw"));
         crate::host::Commands::run(&HostCommands, &convert, &cancel(), &mut |_| {}).unwrap();
         let raw = std::fs::read(at("raw")).unwrap();
         assert_eq!((raw.len(), raw[8191], raw[8192]), (16384, 7, 0));
@@ -118,16 +154,26 @@ mod tests {
         file.set_len(1 << 20).unwrap();
         file.write_all_at(b"new", 4096).unwrap();
         std::fs::write(&to, "old").unwrap();
-        let source = Source { method: None, path: &from, base: &from };
+        let source = Source {
+            method: None,
+            path: &from,
+            base: &from,
+        };
         let copied = copy(&HostCommands, &source, &to, None, &cancel(), &mut |_, _| {}).unwrap();
         assert_eq!(std::fs::read(&to).unwrap(), b"old");
         drop(copied);
         assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 2);
-        copy(&HostCommands, &source, &to, None, &cancel(), &mut |_, _| {}).unwrap().publish().unwrap();
+        copy(&HostCommands, &source, &to, None, &cancel(), &mut |_, _| {})
+            .unwrap()
+            .publish()
+            .unwrap();
         let bytes = std::fs::read(&to).unwrap();
         assert_eq!((bytes.len(), &bytes[4096..4099]), (1 << 20, &b"new"[..]));
         std::os::unix::fs::symlink("from", dir.path().join("link")).unwrap();
-        let source = Source { path: &dir.path().join("link"), ..source };
+        let source = Source {
+            path: &dir.path().join("link"),
+            ..source
+        };
         assert!(copy(&HostCommands, &source, &to, None, &cancel(), &mut |_, _| {}).is_err());
     }
 }

@@ -5,7 +5,10 @@ use super::unmounted::{ReadAt, look};
 
 impl ReadAt for &[u8] {
     fn read_at(&self, buffer: &mut [u8], at: u64) -> std::io::Result<usize> {
-        let rest = usize::try_from(at).ok().and_then(|at| self.get(at..)).unwrap_or_default();
+        let rest = usize::try_from(at)
+            .ok()
+            .and_then(|at| self.get(at..))
+            .unwrap_or_default();
         let len = rest.len().min(buffer.len());
         buffer[..len].copy_from_slice(&rest[..len]);
         Ok(len)

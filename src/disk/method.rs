@@ -57,22 +57,37 @@ pub struct Probe {
 /// `unsupported`, with the reasons, if the wanted method or every method does not work.
 pub fn probe(dir: &Path, wanted: Option<Method>, reads_qcow2: bool) -> Result<Probe> {
     let mut refused = Vec::new();
-    for method in wanted.map_or_else(|| vec![Method::Reflink, Method::Qcow2, Method::DmSnapshot], |m| vec![m]) {
+    for method in wanted.map_or_else(
+        || vec![Method::Reflink, Method::Qcow2, Method::DmSnapshot],
+        |m| vec![m],
+    ) {
         match can(dir, method, reads_qcow2)? {
             Ok(reason) => {
                 refused.push(format!("{}: {reason}", method.name()));
-                return Ok(Probe { method, reason: refused.join("; ") });
+                return Ok(Probe {
+                    method,
+                    reason: refused.join("; "),
+                });
             }
             Err(why) => refused.push(format!("{}: {why}", method.name())),
         }
     }
-    let message = format!("choose a method for root disks in {}: {}", dir.display(), refused.join("; "));
-    Err(Error::new(Kind::Unsupported, message)
-        .hint("set driver = \"copy\" under [disk] in the configuration to copy the image for each VM"))
+    let message = format!(
+        "choose a method for root disks in {}: {}",
+        dir.display(),
+        refused.join("; ")
+    );
+    Err(Error::new(Kind::Unsupported, message).hint(
+        "set driver = \"copy\" under [disk] in the configuration to copy the image for each VM",
+    ))
 }
 
 /// Checks one method. Returns why it works, or why it does not.
-fn can(dir: &Path, method: Method, reads_qcow2: bool) -> Result<std::result::Result<String, String>> {
+fn can(
+    dir: &Path,
+    method: Method,
+    reads_qcow2: bool,
+) -> Result<std::result::Result<String, String>> {
     Ok(match method {
         Method::Reflink => match try_clone(dir)? {
             Cloned::Yes => Ok("the file system shares blocks between files".to_owned()),
@@ -80,7 +95,9 @@ fn can(dir: &Path, method: Method, reads_qcow2: bool) -> Result<std::result::Res
         },
         Method::Qcow2 if reads_qcow2 => Ok("the VMM supports it".to_owned()),
         Method::Qcow2 => Err("the VMM does not support it".to_owned()),
-        Method::DmSnapshot => snapshot::probe(dir).map(|()| "the host has device-mapper".to_owned()),
+        Method::DmSnapshot => {
+            snapshot::probe(dir).map(|()| "the host has device-mapper".to_owned())
+        }
         Method::Copy => Ok("the configuration asks for it".to_owned()),
     })
 }
@@ -109,12 +126,21 @@ mod tests {
     #[test]
     fn wanted_method_is_used_or_refused_with_reason() {
         let dir = tempfile::tempdir().unwrap();
-        assert_eq!(probe(dir.path(), Some(Method::Copy), false).unwrap().method, Method::Copy);
+        assert_eq!(
+            probe(dir.path(), Some(Method::Copy), false).unwrap().method,
+            Method::Copy
+        );
         let e = probe(dir.path(), Some(Method::Qcow2), false).unwrap_err();
-        assert_eq!((e.kind(), e.hint_text().is_some()), (Kind::Unsupported, true));
+        assert_eq!(
+            (e.kind(), e.hint_text().is_some()),
+            (Kind::Unsupported, true)
+        );
         assert!(e.message().contains("the VMM does not support it"), "{e}");
         let best = probe(dir.path(), None, true).unwrap();
-        assert!(matches!(best.method, Method::Reflink | Method::Qcow2), "{best:?}");
+        assert!(
+            matches!(best.method, Method::Reflink | Method::Qcow2),
+            "{best:?}"
+        );
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 

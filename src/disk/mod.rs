@@ -87,9 +87,15 @@ pub fn draft(target: &Path) -> PathBuf {
 impl Draft {
     /// Removes the leftover of an earlier attempt.
     fn new(target: &Path) -> Result<Self> {
-        let draft = Self { path: draft(target), target: target.to_owned(), published: false };
+        let draft = Self {
+            path: draft(target),
+            target: target.to_owned(),
+            published: false,
+        };
         match std::fs::remove_file(&draft.path) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(format!("remove {}", draft.path.display()), e)),
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                Err(Error::io(format!("remove {}", draft.path.display()), e))
+            }
             _ => Ok(draft),
         }
     }
@@ -105,7 +111,11 @@ impl Draft {
         }
         file.sync_all().map_err(io)?;
         std::fs::rename(&self.path, &self.target).map_err(io)?;
-        let dir = self.target.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let dir = self
+            .target
+            .parent()
+            .filter(|d| !d.as_os_str().is_empty())
+            .unwrap_or(Path::new("."));
         File::open(dir).and_then(|d| d.sync_all()).map_err(io)?;
         self.published = true;
         Ok(())

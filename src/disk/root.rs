@@ -46,24 +46,38 @@ pub fn make_root(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<()> {
     let doing = |e: Error| e.context(format!("create root disk {}", spec.path.display()));
-    let base = File::open(spec.base).map_err(|e| Error::io(format!("open image {}", spec.base.display()), e)).map_err(doing)?;
-    let base_bytes = base.metadata().map_err(|e| Error::io("read its size", e)).map_err(doing)?.len();
+    let base = File::open(spec.base)
+        .map_err(|e| Error::io(format!("open image {}", spec.base.display()), e))
+        .map_err(doing)?;
+    let base_bytes = base
+        .metadata()
+        .map_err(|e| Error::io("read its size", e))
+        .map_err(doing)?
+        .len();
     check_size(base_bytes, spec.size_bytes).map_err(doing)?;
     let draft = Draft::new(spec.path)?;
-    let origin = if spec.method.needs_image() { link_origin(spec.base, spec.path).map_err(doing)? } else { PathBuf::new() };
+    let origin = if spec.method.needs_image() {
+        link_origin(spec.base, spec.path).map_err(doing)?
+    } else {
+        PathBuf::new()
+    };
     let made = match spec.method {
         Method::Reflink => clone_file(&base, &draft.path, spec.size_bytes),
         Method::Qcow2 => {
             let command = create_qcow2(&origin, &draft.path, spec.size_bytes);
-            let made = commands.run(&command, cancel, &mut |_| {}).map_err(with_qemu_img_hint);
+            let made = commands
+                .run(&command, cancel, &mut |_| {})
+                .map_err(with_qemu_img_hint);
             made.and_then(|_| set_private(&draft.path))
         }
         Method::DmSnapshot => new_file(&draft.path).and_then(|file| {
-            snapshot::size_store(&file, spec.size_bytes).map_err(|e| Error::io("allocate space for changes", e))
+            snapshot::size_store(&file, spec.size_bytes)
+                .map_err(|e| Error::io("allocate space for changes", e))
         }),
         Method::Copy => new_file(&draft.path).and_then(|file| {
             copy_sparse(&base, &file, cancel, progress)?;
-            file.set_len(spec.size_bytes).map_err(|e| Error::io("set its size", e))
+            file.set_len(spec.size_bytes)
+                .map_err(|e| Error::io("set its size", e))
         }),
     };
     // The kernel writes a snapshot's store; the VMM must not have access to it.
@@ -80,7 +94,12 @@ pub fn make_root(
 pub(super) fn link_origin(base: &Path, disk: &Path) -> Result<PathBuf> {
     use rustix::io::Errno;
     let origin = origin_path(disk);
-    let io = |e: std::io::Error| Error::io(format!("link {} to {}", origin.display(), base.display()), e);
+    let io = |e: std::io::Error| {
+        Error::io(
+            format!("link {} to {}", origin.display(), base.display()),
+            e,
+        )
+    };
     match std::fs::remove_file(&origin) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(io(e)),
         _ => {}
@@ -99,18 +118,34 @@ fn origin_path(disk: &Path) -> PathBuf {
 /// The file on which the disk at `path` is based: the hard link of [`make_root`], or else `base`.
 pub fn origin(path: &Path, base: &Path) -> PathBuf {
     let origin = origin_path(path);
-    if origin.exists() { origin } else { base.to_owned() }
+    if origin.exists() {
+        origin
+    } else {
+        base.to_owned()
+    }
 }
 
 /// Enlarges a disk. The VMM must not be running.
 ///
 /// # Errors
 /// `invalid_argument` for a smaller size. The same size is not an error.
-pub fn grow(commands: &dyn Commands, path: &Path, method: Method, size_bytes: u64, cancel: &Cancel) -> Result<()> {
+pub fn grow(
+    commands: &dyn Commands,
+    path: &Path,
+    method: Method,
+    size_bytes: u64,
+    cancel: &Cancel,
+) -> Result<()> {
     let doing = |e: Error| e.context(format!("grow disk {}", path.display()));
-    let open = || OpenOptions::new().write(true).open(path).map_err(|e| doing(Error::io("open it", e)));
+    let open = || {
+        OpenOptions::new()
+            .write(true)
+            .open(path)
+            .map_err(|e| doing(Error::io("open it", e)))
+    };
     if method == Method::DmSnapshot {
-        return snapshot::size_store(&open()?, size_bytes).map_err(|e| doing(Error::io("set its size", e)));
+        return snapshot::size_store(&open()?, size_bytes)
+            .map_err(|e| doing(Error::io("set its size", e)));
     }
     let now = disk_size(path, method).map_err(doing)?;
     check_size(now, size_bytes).map_err(doing)?;
@@ -124,7 +159,9 @@ pub fn grow(commands: &dyn Commands, path: &Path, method: Method, size_bytes: u6
             .map_err(|e| doing(with_qemu_img_hint(e)));
     }
     let file = open()?;
-    file.set_len(size_bytes).and_then(|()| file.sync_all()).map_err(|e| doing(Error::io("set its size", e)))
+    file.set_len(size_bytes)
+        .and_then(|()| file.sync_all())
+        .map_err(|e| doing(Error::io("set its size", e)))
 }
 
 /// The virtual size in bytes of a disk that is a file.
@@ -133,11 +170,19 @@ pub fn disk_size(path: &Path, method: Method) -> Result<u64> {
     let mut file = File::open(path).map_err(io)?;
     match method {
         Method::Reflink | Method::Copy => Ok(file.metadata().map_err(io)?.len()),
-        Method::DmSnapshot => Err(Error::internal(format!("{} is only part of a disk", path.display()))),
+        Method::DmSnapshot => Err(Error::internal(format!(
+            "{} is only part of a disk",
+            path.display()
+        ))),
         Method::Qcow2 => {
             let mut header = [0; 32];
             file.read_exact(&mut header).map_err(io)?;
-            qcow2_size(&header).ok_or_else(|| Error::new(Kind::Host, format!("{} is not a qcow2 file", path.display())))
+            qcow2_size(&header).ok_or_else(|| {
+                Error::new(
+                    Kind::Host,
+                    format!("{} is not a qcow2 file", path.display()),
+                )
+            })
         }
     }
 }
@@ -147,23 +192,36 @@ fn clone_file(base: &File, path: &Path, size_bytes: u64) -> Result<()> {
     let file = new_file(path)?;
     match ficlone(&file, base).map_err(io)? {
         Cloned::Yes => file.set_len(size_bytes).map_err(io),
-        Cloned::No(why) => Err(Error::new(Kind::Unsupported, format!("clone the image to {}: {why}", path.display()))
-            .hint("set driver = \"auto\" under [disk] in the configuration, and see fcctl doctor")),
+        Cloned::No(why) => Err(Error::new(
+            Kind::Unsupported,
+            format!("clone the image to {}: {why}", path.display()),
+        )
+        .hint("set driver = \"auto\" under [disk] in the configuration, and see fcctl doctor")),
     }
 }
 
 pub(super) fn new_file(path: &Path) -> Result<File> {
-    let options = OpenOptions::new().write(true).create_new(true).mode(0o600).clone();
-    options.open(path).map_err(|e| Error::io(format!("create {}", path.display()), e))
+    let options = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .clone();
+    options
+        .open(path)
+        .map_err(|e| Error::io(format!("create {}", path.display()), e))
 }
 
 fn check_size(now: u64, wanted: u64) -> Result<()> {
     if wanted < now {
         let text = format!("the disk cannot shrink from {now} to {wanted} bytes");
-        return Err(Error::invalid(text).hint(format!("ask for at least {}M", now.div_ceil(1 << 20))));
+        return Err(
+            Error::invalid(text).hint(format!("ask for at least {}M", now.div_ceil(1 << 20)))
+        );
     }
     if !wanted.is_multiple_of(SIZE_UNIT_BYTES) {
-        return Err(Error::invalid(format!("disk size {wanted} is not a multiple of {SIZE_UNIT_BYTES} bytes")));
+        return Err(Error::invalid(format!(
+            "disk size {wanted} is not a multiple of {SIZE_UNIT_BYTES} bytes"
+        )));
     }
     Ok(())
 }
@@ -179,7 +237,9 @@ fn qcow2_size(header: &[u8; 32]) -> Option<u64> {
     if header[..4] != QCOW2_MAGIC {
         return None;
     }
-    Some(u64::from_be_bytes(header[24..32].try_into().expect("eight bytes")))
+    Some(u64::from_be_bytes(
+        header[24..32].try_into().expect("eight bytes"),
+    ))
 }
 
 fn create_qcow2(base: &Path, path: &Path, size_bytes: u64) -> Command {
@@ -212,9 +272,9 @@ pub(super) fn with_qemu_img_hint(e: Error) -> Error {
     match e.kind() {
         Kind::CommandMissing => e.hint("sudo apt-get install qemu-utils"),
         // qemu-img ends with status 1 whatever failed, and prints the `strerror` (QEMU 7.2).
-        Kind::CommandFailed if strerror::says_disk_full(Complaint::of(&e)) => {
-            e.with_kind(Kind::DiskFull).hint("free some space (df -h), then try again")
-        }
+        Kind::CommandFailed if strerror::says_disk_full(Complaint::of(&e)) => e
+            .with_kind(Kind::DiskFull)
+            .hint("free some space (df -h), then try again"),
         _ => e,
     }
 }
@@ -239,44 +299,70 @@ mod tests {
 
     #[track_caller]
     fn check(command: &Command, expected: Expect) {
-        let words: Vec<_> = std::iter::once(&command.program).chain(&command.args).map(|a| a.to_string_lossy()).collect();
+        let words: Vec<_> = std::iter::once(&command.program)
+            .chain(&command.args)
+            .map(|a| a.to_string_lossy())
+            .collect();
         expected.assert_eq(&words.join(" "));
     }
 
     #[test]
     fn argv() {
         let create = create_qcow2(Path::new("/i/rootfs.ext4"), Path::new("/v/.disk.new"), 8192);
-        check(&create, expect!["qemu-img create -q -f qcow2 -F raw -b /i/rootfs.ext4 /v/.disk.new 8192"]);
+        check(
+            &create,
+            expect!["qemu-img create -q -f qcow2 -F raw -b /i/rootfs.ext4 /v/.disk.new 8192"],
+        );
         check(
             &rebase_qcow2(Path::new("/v/origin"), Path::new("/v/.disk.new")),
             expect!["qemu-img rebase -q -u -f qcow2 -F raw -b /v/origin /v/.disk.new"],
         );
-        check(&resize_qcow2(Path::new("/v/disk"), 12288), expect!["qemu-img resize -q -f qcow2 /v/disk 12288"]);
+        check(
+            &resize_qcow2(Path::new("/v/disk"), 12288),
+            expect!["qemu-img resize -q -f qcow2 /v/disk 12288"],
+        );
     }
 
     fn spec<'a>(method: Method, base: &'a Path, path: &'a Path, size_bytes: u64) -> RootSpec<'a> {
-        RootSpec { method, base, path, size_bytes, owner: None }
+        RootSpec {
+            method,
+            base,
+            path,
+            size_bytes,
+            owner: None,
+        }
     }
 
     fn names(dir: &Path) -> Vec<String> {
-        let mut names: Vec<_> = std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        let mut names: Vec<_> = std::fs::read_dir(dir)
+            .unwrap()
+            .map(|e| e.unwrap().file_name().into_string().unwrap())
+            .collect();
         names.sort();
         names
     }
 
     #[test]
     fn disk_grows_and_never_shrinks() {
-        let best = probe(tempfile::tempdir().unwrap().path(), None, true).unwrap().method;
+        let best = probe(tempfile::tempdir().unwrap().path(), None, true)
+            .unwrap()
+            .method;
         for method in [best, Method::Qcow2, Method::Copy] {
             let dir = tempfile::tempdir().unwrap();
             let (base, path) = (base(dir.path()), dir.path().join("disk"));
             let uid = nix::unistd::getuid().as_raw();
             let owner = Some((uid, nix::unistd::getgid().as_raw()));
-            let spec = RootSpec { owner, ..spec(method, &base, &path, 1 << 20) };
+            let spec = RootSpec {
+                owner,
+                ..spec(method, &base, &path, 1 << 20)
+            };
             make_root(&HostCommands, &spec, &cancel(), &mut |_, _| {}).unwrap();
             assert_eq!(disk_size(&path, method).unwrap(), 1 << 20);
             let meta = std::fs::metadata(&path).unwrap();
-            assert_eq!((meta.permissions().mode() & 0o777, meta.uid()), (0o600, uid));
+            assert_eq!(
+                (meta.permissions().mode() & 0o777, meta.uid()),
+                (0o600, uid)
+            );
 
             for _ in 0..2 {
                 grow(&HostCommands, &path, method, 2 << 20, &cancel()).unwrap();
@@ -284,7 +370,11 @@ mod tests {
             assert_eq!(disk_size(&path, method).unwrap(), 2 << 20);
             let e = grow(&HostCommands, &path, method, 1 << 20, &cancel()).unwrap_err();
             assert_eq!(e.kind(), Kind::InvalidArgument);
-            let all = if method.needs_image() { &["base", "disk", "origin"][..] } else { &["base", "disk"] };
+            let all = if method.needs_image() {
+                &["base", "disk", "origin"][..]
+            } else {
+                &["base", "disk"]
+            };
             assert_eq!(names(dir.path()), all, "{method:?}");
         }
     }
@@ -294,24 +384,48 @@ mod tests {
     fn disk_survives_deletion_of_its_image() {
         let dir = tempfile::tempdir().unwrap();
         let (base, path) = (base(dir.path()), dir.path().join("disk"));
-        make_root(&HostCommands, &spec(Method::Qcow2, &base, &path, 8192), &cancel(), &mut |_, _| {}).unwrap();
+        make_root(
+            &HostCommands,
+            &spec(Method::Qcow2, &base, &path, 8192),
+            &cancel(),
+            &mut |_, _| {},
+        )
+        .unwrap();
         std::fs::remove_file(&base).unwrap();
         std::fs::write(&base, vec![8u8; 8192]).unwrap();
         let raw = dir.path().join("raw");
-        let convert = Command::new("qemu-img").args(["convert", "-f", "qcow2", "-O", "raw"]).arg(&path).arg(&raw);
+        let convert = Command::new("qemu-img")
+            .args(["convert", "-f", "qcow2", "-O", "raw"])
+            .arg(&path)
+            .arg(&raw);
         HostCommands.run(&convert, &cancel(), &mut |_| {}).unwrap();
         assert_eq!(std::fs::read(raw).unwrap(), vec![7u8; 8192]);
-        assert_eq!(std::fs::read(origin(&path, &base)).unwrap(), vec![7u8; 8192]);
+        assert_eq!(
+            std::fs::read(origin(&path, &base)).unwrap(),
+            vec![7u8; 8192]
+        );
     }
 
     #[test]
     fn snapshot_store_has_room_for_the_whole_disk() {
         let dir = tempfile::tempdir().unwrap();
         let (base, path) = (base(dir.path()), dir.path().join("changes"));
-        make_root(&HostCommands, &spec(Method::DmSnapshot, &base, &path, 8192), &cancel(), &mut |_, _| {}).unwrap();
-        assert_eq!(std::fs::metadata(&path).unwrap().len(), snapshot::store_bytes(8192));
+        make_root(
+            &HostCommands,
+            &spec(Method::DmSnapshot, &base, &path, 8192),
+            &cancel(),
+            &mut |_, _| {},
+        )
+        .unwrap();
+        assert_eq!(
+            std::fs::metadata(&path).unwrap().len(),
+            snapshot::store_bytes(8192)
+        );
         grow(&HostCommands, &path, Method::DmSnapshot, 1 << 30, &cancel()).unwrap();
-        assert_eq!(std::fs::metadata(&path).unwrap().len(), snapshot::store_bytes(1 << 30));
+        assert_eq!(
+            std::fs::metadata(&path).unwrap().len(),
+            snapshot::store_bytes(1 << 30)
+        );
     }
 
     #[test]
@@ -327,7 +441,13 @@ mod tests {
     fn disk_smaller_than_its_image_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let (base, path) = (base(dir.path()), dir.path().join("disk"));
-        let e = make_root(&HostCommands, &spec(Method::Copy, &base, &path, 4096), &cancel(), &mut |_, _| {}).unwrap_err();
+        let e = make_root(
+            &HostCommands,
+            &spec(Method::Copy, &base, &path, 4096),
+            &cancel(),
+            &mut |_, _| {},
+        )
+        .unwrap_err();
         assert_eq!(e.kind(), Kind::InvalidArgument);
         assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 1);
     }
@@ -336,16 +456,28 @@ mod tests {
     fn cancelled_or_failed_command_leaves_no_file() {
         struct Fails;
         impl Commands for Fails {
-            fn run(&self, command: &Command, _: &Cancel, _: &mut dyn FnMut(&str)) -> Result<crate::host::Output> {
+            fn run(
+                &self,
+                command: &Command,
+                _: &Cancel,
+                _: &mut dyn FnMut(&str),
+            ) -> Result<crate::host::Output> {
                 std::fs::write(&command.args[command.args.len() - 2], "half").unwrap();
-                Err(Error::new(Kind::CommandFailed, "qemu-img failed with status 1")
-                    .with_source(Complaint("No space left on device".to_owned())))
+                Err(
+                    Error::new(Kind::CommandFailed, "qemu-img failed with status 1")
+                        .with_source(Complaint("No space left on device".to_owned())),
+                )
             }
         }
         let dir = tempfile::tempdir().unwrap();
         let (base, path) = (base(dir.path()), dir.path().join("disk"));
         let spec = spec(Method::Qcow2, &base, &path, 8192);
-        assert_eq!(make_root(&Fails, &spec, &cancel(), &mut |_, _| {}).unwrap_err().kind(), Kind::DiskFull);
+        assert_eq!(
+            make_root(&Fails, &spec, &cancel(), &mut |_, _| {})
+                .unwrap_err()
+                .kind(),
+            Kind::DiskFull
+        );
         assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 1);
     }
 

@@ -100,7 +100,8 @@ impl Seed<'_> {
             .mode(0o600)
             .open(&draft.path)
             .map_err(|e| Error::io(format!("create seed drive {}", path.display()), e))?;
-        file.write_all(&bytes).map_err(|e| Error::io(format!("write seed drive {}", path.display()), e))?;
+        file.write_all(&bytes)
+            .map_err(|e| Error::io(format!("write seed drive {}", path.display()), e))?;
         draft.publish(owner)
     }
 
@@ -117,22 +118,37 @@ impl Seed<'_> {
         let mut tar = tar::Builder::new(Vec::new());
         for (name, mode, text) in [
             ("config", 0o644, self.config()),
-            ("host_key", 0o600, self.host_key.private_openssh().to_owned()),
+            (
+                "host_key",
+                0o600,
+                self.host_key.private_openssh().to_owned(),
+            ),
             ("authorized_keys", 0o600, keys),
         ] {
             append(&mut tar, Path::new(name), mode, 0, text.as_bytes())?;
         }
         if !self.files.is_empty() {
-            append(&mut tar, Path::new("files.tar"), 0o600, 0, &files_tar(self.files)?)?;
+            append(
+                &mut tar,
+                Path::new("files.tar"),
+                0o600,
+                0,
+                &files_tar(self.files)?,
+            )?;
         }
-        let mut bytes = tar.into_inner().map_err(|e| Error::io("pack the seed drive", e))?;
+        let mut bytes = tar
+            .into_inner()
+            .map_err(|e| Error::io("pack the seed drive", e))?;
         bytes.resize(bytes.len().next_multiple_of(UNIT_BYTES), 0);
         Ok(bytes)
     }
 
     fn config(&self) -> String {
         let net = self.network;
-        let mut text = format!("host_name={}\naddress={}/{}\n", self.host_name, net.address, net.prefix);
+        let mut text = format!(
+            "host_name={}\naddress={}/{}\n",
+            self.host_name, net.address, net.prefix
+        );
         if let Some(gateway) = net.gateway {
             let _ = writeln!(text, "gateway={gateway}");
         }
@@ -142,23 +158,39 @@ impl Seed<'_> {
         if let Some(path) = self.work_disk {
             let _ = writeln!(text, "work_disk={path}");
         }
-        if let Some(RestoreSeed { token, now_s, random, mac, machine_id }) = self.restore {
+        if let Some(RestoreSeed {
+            token,
+            now_s,
+            random,
+            mac,
+            machine_id,
+        }) = self.restore
+        {
             let _ = writeln!(text, "wake={token}\nnow={now_s}\nrandom={random}");
             mac.iter().for_each(|mac| text += &format!("mac={mac}\n"));
-            machine_id.iter().for_each(|id| text += &format!("machine_id={id}\n"));
+            machine_id
+                .iter()
+                .for_each(|id| text += &format!("machine_id={id}\n"));
         }
         text
     }
 }
 
-fn append(tar: &mut tar::Builder<Vec<u8>>, name: &Path, mode: u32, mtime_s: u64, bytes: &[u8]) -> Result<()> {
+fn append(
+    tar: &mut tar::Builder<Vec<u8>>,
+    name: &Path,
+    mode: u32,
+    mtime_s: u64,
+    bytes: &[u8],
+) -> Result<()> {
     let mut header = tar::Header::new_gnu();
     header.set_size(bytes.len() as u64);
     header.set_mode(mode);
     header.set_uid(0);
     header.set_gid(0);
     header.set_mtime(mtime_s);
-    tar.append_data(&mut header, name, bytes).map_err(|e| Error::io("pack the seed drive", e))
+    tar.append_data(&mut header, name, bytes)
+        .map_err(|e| Error::io("pack the seed drive", e))
 }
 
 /// Packs files without entries for directories, so that the guest's directories keep their owner
@@ -166,11 +198,14 @@ fn append(tar: &mut tar::Builder<Vec<u8>>, name: &Path, mode: u32, mtime_s: u64,
 fn files_tar(files: &[SeedFile]) -> Result<Vec<u8>> {
     let mut tar = tar::Builder::new(Vec::new());
     for file in files {
-        let name =
-            file.path.strip_prefix("/").map_err(|_| Error::internal(format!("{} is not absolute", file.path.display())))?;
+        let name = file
+            .path
+            .strip_prefix("/")
+            .map_err(|_| Error::internal(format!("{} is not absolute", file.path.display())))?;
         append(&mut tar, name, file.mode, file.mtime_s, &file.bytes)?;
     }
-    tar.into_inner().map_err(|e| Error::io("pack the seed drive", e))
+    tar.into_inner()
+        .map_err(|e| Error::io("pack the seed drive", e))
 }
 
 /// An Ed25519 key pair. `Debug` does not print the private key.
@@ -191,7 +226,8 @@ impl KeyPair {
 
     /// Parses the text that [`KeyPair::private_openssh`] returns.
     pub fn from_private_openssh(text: &str) -> Result<Self> {
-        let key = PrivateKey::from_openssh(text).map_err(|e| Error::new(Kind::Host, "read a private key").with_source(e))?;
+        let key = PrivateKey::from_openssh(text)
+            .map_err(|e| Error::new(Kind::Host, "read a private key").with_source(e))?;
         Self::of(&key)
     }
 
@@ -228,7 +264,10 @@ impl std::fmt::Debug for KeyPair {
 /// Formats a raw public key as `ssh-ed25519 AAAA...`.
 pub fn public_line(blob: &[u8]) -> Result<String> {
     let bad = |e: ssh_key::Error| Error::internal("write a public key").with_source(e);
-    ssh_key::PublicKey::from_bytes(blob).map_err(bad)?.to_openssh().map_err(bad)
+    ssh_key::PublicKey::from_bytes(blob)
+        .map_err(bad)?
+        .to_openssh()
+        .map_err(bad)
 }
 
 #[cfg(test)]
@@ -265,7 +304,11 @@ mod tests {
         for entry in archive.entries().unwrap() {
             let mut entry = entry.unwrap();
             let header = entry.header();
-            let (mode, uid, mtime) = (header.mode().unwrap(), header.uid().unwrap(), header.mtime().unwrap());
+            let (mode, uid, mtime) = (
+                header.mode().unwrap(),
+                header.uid().unwrap(),
+                header.mtime().unwrap(),
+            );
             let name = entry.path().unwrap().display().to_string();
             let mut text = String::new();
             std::io::Read::read_to_string(&mut entry, &mut text).unwrap();
@@ -292,8 +335,16 @@ mod tests {
     #[test]
     fn seed_contains_files_and_work_disk() {
         let (name, key) = ("web".parse().unwrap(), KeyPair::generate("").unwrap());
-        let long = format!("/{}/x", ["a".repeat(90), "b".repeat(90), "c".repeat(90)].join("/"));
-        let file = |path: &str, bytes: &[u8]| SeedFile { path: path.into(), mode: 0o600, mtime_s: 7, bytes: bytes.to_vec() };
+        let long = format!(
+            "/{}/x",
+            ["a".repeat(90), "b".repeat(90), "c".repeat(90)].join("/")
+        );
+        let file = |path: &str, bytes: &[u8]| SeedFile {
+            path: path.into(),
+            mode: 0o600,
+            mtime_s: 7,
+            bytes: bytes.to_vec(),
+        };
         let files = [file("/etc/a", b"one"), file(&long, b"two")];
         let network = Network::user_mode();
         let seed = Seed {
@@ -310,10 +361,16 @@ mod tests {
         std::fs::write(dir.path().join("seed"), seed.tar().unwrap()).unwrap();
         let line = "tar -xf seed && mkdir -m 700 etc && tar -xf files.tar && stat -c %a:%Y etc/a a*/b*/c*/x && cat a*/b*/c*/x";
         let command = Command::new("sh").args(["-ec", line]).cwd(dir.path());
-        let out = HostCommands.run(&command, &Cancel::try_new().unwrap(), &mut |_| {}).unwrap();
+        let out = HostCommands
+            .run(&command, &Cancel::try_new().unwrap(), &mut |_| {})
+            .unwrap();
         assert_eq!(String::from_utf8(out.stdout).unwrap(), "600:7\n600:7\ntwo");
         let etc = std::fs::metadata(dir.path().join("etc")).unwrap();
-        assert_eq!(etc.permissions().mode() & 0o777, 0o700, "a directory that is there stays as it is");
+        assert_eq!(
+            etc.permissions().mode() & 0o777,
+            0o700,
+            "a directory that is there stays as it is"
+        );
     }
 
     #[test]
@@ -339,7 +396,10 @@ mod tests {
             restore: None,
         };
         seed.write(&path, None).unwrap();
-        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(
+            std::fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+            0o600
+        );
         assert_eq!(std::fs::read(&path).unwrap(), seed.tar().unwrap());
     }
 
@@ -357,8 +417,13 @@ mod tests {
         std::fs::write(&path, pair.private_openssh()).unwrap();
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
         let command = Command::new("ssh-keygen").args(["-y", "-f"]).arg(&path);
-        let out = HostCommands.run(&command, &Cancel::try_new().unwrap(), &mut |_| {}).unwrap();
-        assert_eq!(String::from_utf8(out.stdout).unwrap().trim_end(), pair.public_line());
+        let out = HostCommands
+            .run(&command, &Cancel::try_new().unwrap(), &mut |_| {})
+            .unwrap();
+        assert_eq!(
+            String::from_utf8(out.stdout).unwrap().trim_end(),
+            pair.public_line()
+        );
     }
 
     #[test]

@@ -52,7 +52,8 @@ impl ReadAt for File {
 /// wrote to it. No VMM may run. What is not as the guest's ext4 should be counts as mounted.
 pub fn is_unmounted(path: &Path, method: Method) -> Result<bool> {
     let file = open_nofollow(path)?;
-    look(&file, method).map_err(|e| Error::io(format!("look whether {} was unmounted", path.display()), e))
+    look(&file, method)
+        .map_err(|e| Error::io(format!("look whether {} was unmounted", path.display()), e))
 }
 
 /// The same of a disk that is open. Its bytes may be anything.
@@ -61,16 +62,28 @@ pub(super) fn look(disk: &impl ReadAt, method: Method) -> std::io::Result<bool> 
         Method::Reflink | Method::Copy | Method::DmSnapshot => Some(0),
         Method::Qcow2 => first_cluster(disk)?,
     };
-    let Some(begins_at) = begins_at else { return Ok(false) };
+    let Some(begins_at) = begins_at else {
+        return Ok(false);
+    };
     let mut superblock = [0; SUPERBLOCK_BYTES];
-    read(disk, &mut superblock, begins_at.saturating_add(SUPERBLOCK_AT))?;
+    read(
+        disk,
+        &mut superblock,
+        begins_at.saturating_add(SUPERBLOCK_AT),
+    )?;
     Ok(says_unmounted(&superblock))
 }
 
 fn says_unmounted(superblock: &[u8; SUPERBLOCK_BYTES]) -> bool {
     let u16_at = |at: usize| u16::from_le_bytes([superblock[at], superblock[at + 1]]);
-    let incompat = u32::from_le_bytes(superblock[INCOMPAT_AT..INCOMPAT_AT + 4].try_into().unwrap_or_default());
-    u16_at(MAGIC_AT) == MAGIC && u16_at(STATE_AT) & STATE_VALID != 0 && incompat & INCOMPAT_RECOVER == 0
+    let incompat = u32::from_le_bytes(
+        superblock[INCOMPAT_AT..INCOMPAT_AT + 4]
+            .try_into()
+            .unwrap_or_default(),
+    );
+    u16_at(MAGIC_AT) == MAGIC
+        && u16_at(STATE_AT) & STATE_VALID != 0
+        && incompat & INCOMPAT_RECOVER == 0
 }
 
 /// Where in a qcow2 file the disk's begin is; none where the guest has not written it, which it
@@ -80,9 +93,14 @@ fn first_cluster(file: &impl ReadAt) -> std::io::Result<Option<u64>> {
     read(file, &mut header, 0)?;
     let u32_at = |at: usize| u32::from_be_bytes(header[at..at + 4].try_into().unwrap_or_default());
     let u64_at = |at: usize| u64::from_be_bytes(header[at..at + 8].try_into().unwrap_or_default());
-    let (version, cluster_bits, l1_entries, l1_at) = (u32_at(4), u32_at(20), u32_at(36), u64_at(40));
+    let (version, cluster_bits, l1_entries, l1_at) =
+        (u32_at(4), u32_at(20), u32_at(36), u64_at(40));
     let features = if version >= 3 { u64_at(72) } else { 0 };
-    if header[..4] != QCOW2_MAGIC || !CLUSTER_BITS.contains(&cluster_bits) || l1_entries == 0 || features & INCOMPATIBLE != 0 {
+    if header[..4] != QCOW2_MAGIC
+        || !CLUSTER_BITS.contains(&cluster_bits)
+        || l1_entries == 0
+        || features & INCOMPATIBLE != 0
+    {
         return Ok(None);
     }
     let entry = |at: u64| -> std::io::Result<u64> {
@@ -126,16 +144,32 @@ mod tests {
 
     fn run(program: &str, args: &[&str]) {
         let command = Command::new(program).args(args);
-        let out = crate::host::command::run_any_status(&command, &Cancel::try_new().unwrap(), &mut |_| {}).unwrap();
-        assert_eq!(out.status, 0, "{program} {args:?}: {}", String::from_utf8_lossy(&out.stderr));
+        let out = crate::host::command::run_any_status(
+            &command,
+            &Cancel::try_new().unwrap(),
+            &mut |_| {},
+        )
+        .unwrap();
+        assert_eq!(
+            out.status,
+            0,
+            "{program} {args:?}: {}",
+            String::from_utf8_lossy(&out.stderr)
+        );
     }
 
     /// An ext4, and whether its superblock is to say that it is mounted.
     fn ext4(path: &Path, is_mounted: bool) {
         File::create(path).unwrap().set_len(16 << 20).unwrap();
-        run("mke2fs", &["-q", "-F", "-t", "ext4", path.to_str().unwrap()]);
+        run(
+            "mke2fs",
+            &["-q", "-F", "-t", "ext4", path.to_str().unwrap()],
+        );
         if is_mounted {
-            run("debugfs", &["-w", "-R", "feature needs_recovery", path.to_str().unwrap()]);
+            run(
+                "debugfs",
+                &["-w", "-R", "feature needs_recovery", path.to_str().unwrap()],
+            );
         }
     }
 
@@ -148,16 +182,35 @@ mod tests {
             ext4(&raw, is_mounted);
             assert_eq!(is_unmounted(&raw, Method::Copy).unwrap(), !is_mounted);
             let [from, to] = [&raw, &qcow2].map(|p| p.to_str().unwrap());
-            run("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", from, to]);
+            run(
+                "qemu-img",
+                &["convert", "-f", "raw", "-O", "qcow2", from, to],
+            );
             assert_eq!(is_unmounted(&qcow2, Method::Qcow2).unwrap(), !is_mounted);
-            run("qemu-img", &["convert", "-c", "-f", "raw", "-O", "qcow2", from, to]);
-            assert!(!is_unmounted(&qcow2, Method::Qcow2).unwrap(), "no guest of ours compresses");
+            run(
+                "qemu-img",
+                &["convert", "-c", "-f", "raw", "-O", "qcow2", from, to],
+            );
+            assert!(
+                !is_unmounted(&qcow2, Method::Qcow2).unwrap(),
+                "no guest of ours compresses"
+            );
         }
         // The guest has written nothing yet.
         let on_top = path("on-top");
         run(
             "qemu-img",
-            &["create", "-q", "-f", "qcow2", "-F", "raw", "-b", path("raw").to_str().unwrap(), on_top.to_str().unwrap()],
+            &[
+                "create",
+                "-q",
+                "-f",
+                "qcow2",
+                "-F",
+                "raw",
+                "-b",
+                path("raw").to_str().unwrap(),
+                on_top.to_str().unwrap(),
+            ],
         );
         assert!(!is_unmounted(&on_top, Method::Qcow2).unwrap());
     }
@@ -175,7 +228,10 @@ mod tests {
         for bytes in [&b""[..], b"QFI\xfb", &[0xff; 4096], &header, &at_the_end] {
             File::create(&path).unwrap().write_all(bytes).unwrap();
             for method in [Method::Copy, Method::Qcow2] {
-                assert!(!is_unmounted(&path, method).unwrap(), "{method:?}: {bytes:x?}");
+                assert!(
+                    !is_unmounted(&path, method).unwrap(),
+                    "{method:?}: {bytes:x?}"
+                );
             }
         }
         std::fs::rename(&path, dir.path().join("other")).unwrap();

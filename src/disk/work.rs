@@ -21,7 +21,13 @@ const MKFS_DEADLINE: Duration = Duration::from_secs(120);
 ///
 /// # Errors
 /// `command_missing` without e2fsprogs.
-pub fn make(commands: &dyn Commands, path: &Path, size_bytes: u64, owner: Option<(u32, u32)>, cancel: &Cancel) -> Result<()> {
+pub fn make(
+    commands: &dyn Commands,
+    path: &Path,
+    size_bytes: u64,
+    owner: Option<(u32, u32)>,
+    cancel: &Cancel,
+) -> Result<()> {
     let doing = || format!("create work disk {}", path.display());
     let draft = Draft::new(path)?;
     let file = OpenOptions::new()
@@ -34,10 +40,14 @@ pub fn make(commands: &dyn Commands, path: &Path, size_bytes: u64, owner: Option
     file?;
     // See mke2fs(8). The disk belongs to the guest's root, and no blocks are reserved.
     let options = "root_owner=0:0,lazy_itable_init=1,lazy_journal_init=1,nodiscard";
-    let command = Command::new(MKFS).args(["-q", "-F", "-L", "work", "-m", "0", "-E", options]).arg(&draft.path);
+    let command = Command::new(MKFS)
+        .args(["-q", "-F", "-L", "work", "-m", "0", "-E", options])
+        .arg(&draft.path);
     match commands.run(&command.deadline(MKFS_DEADLINE), cancel, &mut |_| {}) {
         Ok(_) => draft.publish(owner),
-        Err(e) if e.kind() == Kind::CommandMissing => Err(e.context(doing()).hint("apt install e2fsprogs")),
+        Err(e) if e.kind() == Kind::CommandMissing => {
+            Err(e.context(doing()).hint("apt install e2fsprogs"))
+        }
         Err(e) => Err(e.context(doing())),
     }
 }
@@ -56,7 +66,10 @@ mod tests {
         let stat = std::fs::metadata(&path).unwrap();
         assert_eq!((stat.len(), stat.mode() & 0o777), (1 << 30, 0o600));
         assert!(stat.blocks() * 512 < 64 << 20, "{} blocks", stat.blocks());
-        let check = Command::new("e2fsck").args(["-f", "-n"]).arg(&path).deadline(MKFS_DEADLINE);
+        let check = Command::new("e2fsck")
+            .args(["-f", "-n"])
+            .arg(&path)
+            .deadline(MKFS_DEADLINE);
         HostCommands.run(&check, &cancel, &mut |_| {}).unwrap();
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
     }
@@ -65,7 +78,10 @@ mod tests {
     fn failed_work_disk_leaves_no_file() {
         let dir = tempfile::tempdir().unwrap();
         let (path, cancel) = (dir.path().join("work"), Cancel::try_new().unwrap());
-        assert!(make(&HostCommands, &path, 1024, None, &cancel).is_err(), "too small for a file system");
+        assert!(
+            make(&HostCommands, &path, 1024, None, &cancel).is_err(),
+            "too small for a file system"
+        );
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 }

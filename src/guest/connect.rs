@@ -30,14 +30,26 @@ const REFUSALS_MAX: u32 = 5;
 
 /// Builds the error of a session that could not be established.
 pub fn unavailable(what: impl std::fmt::Display, target: &Target) -> Error {
-    Error::new(Kind::GuestUnavailable, format!("reach the guest at {}: {what}", target.addr))
-        .hint("check that the VM still runs (fcctl ps) and read its console (fcctl logs {vm})")
+    Error::new(
+        Kind::GuestUnavailable,
+        format!("reach the guest at {}: {what}", target.addr),
+    )
+    .hint("check that the VM still runs (fcctl ps) and read its console (fcctl logs {vm})")
 }
 
 /// Starts to connect. The socket becomes writable when it is connected or has failed.
 fn begin_connect(addr: SocketAddr) -> std::io::Result<TcpStream> {
-    let family = if addr.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
-    let fd = rustix::net::socket_with(family, SocketType::STREAM, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC, None)?;
+    let family = if addr.is_ipv4() {
+        AddressFamily::INET
+    } else {
+        AddressFamily::INET6
+    };
+    let fd = rustix::net::socket_with(
+        family,
+        SocketType::STREAM,
+        SocketFlags::NONBLOCK | SocketFlags::CLOEXEC,
+        None,
+    )?;
     match rustix::net::connect(&fd, &addr) {
         Ok(()) | Err(rustix::io::Errno::INPROGRESS) => {}
         Err(e) => return Err(e.into()),
@@ -75,13 +87,18 @@ struct Probe {
 
 /// Probes the guest until it answers and `log_in` succeeds. At the deadline, returns `boot_timeout`
 /// with the last obstacle.
-pub fn wait_ready(target: &Target, wait: &Wait<'_>, log_in: &mut dyn FnMut(TcpStream) -> Result<LogIn>) -> Result<()> {
+pub fn wait_ready(
+    target: &Target,
+    wait: &Wait<'_>,
+    log_in: &mut dyn FnMut(TcpStream) -> Result<LogIn>,
+) -> Result<()> {
     let mut last = "it does not answer".to_owned();
     match probe_until_ready(target, wait, log_in, &mut last) {
-        Err(e) if e.kind() == Kind::Timeout => {
-            Err(Error::new(Kind::BootTimeout, format!("wait for the guest's SSH server at {}: {last}", target.addr))
-                .hint("read the guest's console: fcctl logs {vm}"))
-        }
+        Err(e) if e.kind() == Kind::Timeout => Err(Error::new(
+            Kind::BootTimeout,
+            format!("wait for the guest's SSH server at {}: {last}", target.addr),
+        )
+        .hint("read the guest's console: fcctl logs {vm}")),
         other => other,
     }
 }
@@ -141,15 +158,28 @@ fn probe_until_ready(
 }
 
 /// Waits for a probe whose server has sent something, or that has failed. Removes it from `probes`.
-fn poll_probes(probes: &mut Vec<Probe>, wait: &Wait<'_>, until: Option<Instant>) -> Result<Option<Result<TcpStream, String>>> {
-    let fds: Vec<_> = probes.iter().map(|p| PollFd::new(p.socket.as_fd(), PollFlags::POLLIN)).collect();
+fn poll_probes(
+    probes: &mut Vec<Probe>,
+    wait: &Wait<'_>,
+    until: Option<Instant>,
+) -> Result<Option<Result<TcpStream, String>>> {
+    let fds: Vec<_> = probes
+        .iter()
+        .map(|p| PollFd::new(p.socket.as_fd(), PollFlags::POLLIN))
+        .collect();
     let ready = wait.poll(&fds, until)?;
-    let Some(at) = ready.iter().position(|ready| *ready) else { return Ok(None) };
+    let Some(at) = ready.iter().position(|ready| *ready) else {
+        return Ok(None);
+    };
     let probe = probes.remove(at);
     // Checks only that a byte has arrived and leaves it in the socket.
     let (peeked, _) = match rustix::net::recv(&probe.socket, &mut [0u8; 1][..], RecvFlags::PEEK) {
         Ok(peeked) => peeked,
         Err(e) => return Ok(Some(Err(std::io::Error::from(e).to_string()))),
     };
-    Ok(Some(if peeked > 0 { Ok(probe.socket) } else { Err("it hung up before sending its banner".to_owned()) }))
+    Ok(Some(if peeked > 0 {
+        Ok(probe.socket)
+    } else {
+        Err("it hung up before sending its banner".to_owned())
+    }))
 }

@@ -34,7 +34,10 @@ pub struct ControlReceiver(Arc<Queue>);
 pub fn control_queue() -> Result<(ControlSender, ControlReceiver)> {
     let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
         .map_err(|e| Error::io("create an eventfd for a session's controls", e))?;
-    let queue = Arc::new(Queue { event, waiting: Mutex::new(Rank::Sessions, Waiting::default()) });
+    let queue = Arc::new(Queue {
+        event,
+        waiting: Mutex::new(Rank::Sessions, Waiting::default()),
+    });
     Ok((ControlSender(queue.clone()), ControlReceiver(queue)))
 }
 
@@ -50,14 +53,23 @@ impl ControlSender {
         if let Control::Signal(name) = &control
             && signal_number(name) == 0
         {
-            return Err(Error::invalid(format!("{:?} is not a signal", name.chars().take(32).collect::<String>()))
-                .hint("use a name such as INT, TERM or USR1"));
+            return Err(Error::invalid(format!(
+                "{:?} is not a signal",
+                name.chars().take(32).collect::<String>()
+            ))
+            .hint("use a name such as INT, TERM or USR1"));
         }
-        if matches!((waiting.controls.back(), &control), (Some(Control::Resize(_)), Control::Resize(_))) {
+        if matches!(
+            (waiting.controls.back(), &control),
+            (Some(Control::Resize(_)), Control::Resize(_))
+        ) {
             waiting.controls.pop_back();
         }
         if waiting.controls.len() >= QUEUE_MAX {
-            return Err(Error::new(Kind::Busy, format!("{QUEUE_MAX} signals are already queued for the session")));
+            return Err(Error::new(
+                Kind::Busy,
+                format!("{QUEUE_MAX} signals are already queued for the session"),
+            ));
         }
         waiting.controls.push_back(control);
         // The counter cannot overflow, because it is reset whenever the queue is emptied.
@@ -95,7 +107,12 @@ mod tests {
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
     fn is_ready(receiver: &ControlReceiver) -> bool {
-        poll(&mut [PollFd::new(receiver.fd(), PollFlags::POLLIN)], PollTimeout::ZERO).unwrap() == 1
+        poll(
+            &mut [PollFd::new(receiver.fd(), PollFlags::POLLIN)],
+            PollTimeout::ZERO,
+        )
+        .unwrap()
+            == 1
     }
 
     #[test]
@@ -123,11 +140,24 @@ mod tests {
         for _ in 0..QUEUE_MAX {
             sender.send(Control::Signal("INT".into())).unwrap();
         }
-        assert_eq!(sender.send(Control::Signal("INT".into())).unwrap_err().kind(), Kind::Busy);
+        assert_eq!(
+            sender
+                .send(Control::Signal("INT".into()))
+                .unwrap_err()
+                .kind(),
+            Kind::Busy
+        );
         for bad in ["", "SIGINT", "9", "INT; reboot", "int"] {
-            assert_eq!(sender.send(Control::Signal(bad.into())).unwrap_err().kind(), Kind::InvalidArgument, "{bad}");
+            assert_eq!(
+                sender.send(Control::Signal(bad.into())).unwrap_err().kind(),
+                Kind::InvalidArgument,
+                "{bad}"
+            );
         }
         drop(receiver);
-        assert_eq!(sender.send(size(1)).unwrap_err().kind(), Kind::SessionNotFound);
+        assert_eq!(
+            sender.send(size(1)).unwrap_err().kind(),
+            Kind::SessionNotFound
+        );
     }
 }

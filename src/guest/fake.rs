@@ -63,13 +63,21 @@ pub struct Answer {
 
 impl Default for Answer {
     fn default() -> Self {
-        Self { exit: Exit::Status(0), stdout: Vec::new(), stderr: Vec::new(), hold: None }
+        Self {
+            exit: Exit::Status(0),
+            stdout: Vec::new(),
+            stderr: Vec::new(),
+            hold: None,
+        }
     }
 }
 
 impl Answer {
     pub fn status(status: u8) -> Self {
-        Self { exit: Exit::Status(status), ..Self::default() }
+        Self {
+            exit: Exit::Status(status),
+            ..Self::default()
+        }
     }
     #[must_use]
     pub fn stdout(mut self, bytes: impl Into<Vec<u8>>) -> Self {
@@ -136,7 +144,9 @@ impl Default for FakeTransport {
 
 impl FakeTransport {
     pub fn new() -> Self {
-        Self { state: Arc::new(Mutex::new(Rank::Sessions, State::default())) }
+        Self {
+            state: Arc::new(Mutex::new(Rank::Sessions, State::default())),
+        }
     }
 
     fn guest<T>(&self, addr: SocketAddr, change: impl FnOnce(&mut Guest) -> T) -> T {
@@ -171,7 +181,10 @@ impl FakeTransport {
     /// Sets the answer of commands that begin with `prefix`. The latest match wins. By default a
     /// command prints nothing and exits with status 0.
     pub fn on(&self, prefix: &str, respond: impl Fn(&Call) -> Answer + Send + Sync + 'static) {
-        self.state.lock().answers.push((prefix.to_owned(), Arc::new(respond)));
+        self.state
+            .lock()
+            .answers
+            .push((prefix.to_owned(), Arc::new(respond)));
     }
     /// Number of commands that are running, including those that are still dialing.
     pub fn live(&self, addr: SocketAddr) -> usize {
@@ -209,17 +222,27 @@ impl Transport for FakeTransport {
             Readiness::Fails(kind, message) => Err(Error::new(kind, message)),
             Readiness::Gated(gate) => {
                 while !gate.is_open() {
-                    wait.poll(&[gate.poll_fd()], None).map_err(|e| match e.kind() {
-                        Kind::Timeout => Error::new(Kind::BootTimeout, "wait for the guest's SSH server: it does not answer"),
-                        _ => e,
-                    })?;
+                    wait.poll(&[gate.poll_fd()], None)
+                        .map_err(|e| match e.kind() {
+                            Kind::Timeout => Error::new(
+                                Kind::BootTimeout,
+                                "wait for the guest's SSH server: it does not answer",
+                            ),
+                            _ => e,
+                        })?;
                 }
                 Ok(())
             }
         }
     }
 
-    fn exec(&self, target: &Target, spec: &ExecSpec, streams: Streams<'_>, cancel: &Cancel) -> Result<Exit> {
+    fn exec(
+        &self,
+        target: &Target,
+        spec: &ExecSpec,
+        streams: Streams<'_>,
+        cancel: &Cancel,
+    ) -> Result<Exit> {
         let _blocking = region(Rank::GuestIo);
         let guest = self.guest(target.addr, |g| {
             g.live += 1;
@@ -227,13 +250,32 @@ impl Transport for FakeTransport {
             g.clone()
         });
         let _live = Live(self, target.addr);
-        let wait = Wait::new(cancel).deadline(spec.deadline).hangup(streams.hangup).idle(spec.idle);
+        let wait = Wait::new(cancel)
+            .deadline(spec.deadline)
+            .hangup(streams.hangup)
+            .idle(spec.idle);
         wait.check()?;
         if guest.unreachable {
-            return Err(Error::new(Kind::GuestUnavailable, format!("reach the guest at {}: connection refused", target.addr)));
+            return Err(Error::new(
+                Kind::GuestUnavailable,
+                format!("reach the guest at {}: connection refused", target.addr),
+            ));
         }
-        let call = Call { addr: target.addr, command: spec.command.clone(), stdin: Vec::new(), stdin_bytes: 0 };
-        Run { fake: self, guest, wait, call, streams, signalled: None }.run()
+        let call = Call {
+            addr: target.addr,
+            command: spec.command.clone(),
+            stdin: Vec::new(),
+            stdin_bytes: 0,
+        };
+        Run {
+            fake: self,
+            guest,
+            wait,
+            call,
+            streams,
+            signalled: None,
+        }
+        .run()
     }
 }
 
@@ -257,18 +299,30 @@ impl Run<'_, '_, '_> {
         let respond = {
             let mut state = self.fake.state.lock();
             state.calls.push(self.call.clone());
-            state.answers.iter().rev().find(|(prefix, _)| self.call.command.starts_with(prefix)).map(|(_, r)| r.clone())
+            state
+                .answers
+                .iter()
+                .rev()
+                .find(|(prefix, _)| self.call.command.starts_with(prefix))
+                .map(|(_, r)| r.clone())
         };
         let answer = match respond {
             Some(respond) => self.answer(respond)?,
             None => Answer::default(),
         };
-        for (sink, bytes) in [(self.streams.stdout.take(), answer.stdout), (self.streams.stderr.take(), answer.stderr)] {
+        for (sink, bytes) in [
+            (self.streams.stdout.take(), answer.stdout),
+            (self.streams.stderr.take(), answer.stderr),
+        ] {
             if let Some(sink) = sink {
                 self.write_all(sink, &bytes)?;
             }
         }
-        while let Some(gate) = answer.hold.as_ref().filter(|gate| !gate.is_open() && self.signalled.is_none()) {
+        while let Some(gate) = answer
+            .hold
+            .as_ref()
+            .filter(|gate| !gate.is_open() && self.signalled.is_none())
+        {
             self.step(Some(gate.poll_fd()))?;
         }
         Ok(self.signalled.map_or(answer.exit, Exit::Signal))
@@ -279,17 +333,33 @@ impl Run<'_, '_, '_> {
     fn answer(&self, respond: Respond) -> Result<Answer> {
         let call = self.call.clone();
         let guest = crate::host::thread::spawn("fake-guest", move || respond(&call))?;
-        guest.join().map_err(|panic| std::panic::resume_unwind(panic))
+        guest
+            .join()
+            .map_err(|panic| std::panic::resume_unwind(panic))
     }
 
     /// Polls once, over `fd` and everything that can end the wait.
     fn step(&mut self, fd: Option<PollFd<'_>>) -> Result<()> {
-        let lost = self.guest.lost.as_ref().expect("made when the command began");
-        let controls = self.streams.controls.as_ref().map(|c| PollFd::new(c.fd(), PollFlags::POLLIN));
-        let fds: Vec<_> = [Some(lost.poll_fd()), controls, fd].into_iter().flatten().collect();
+        let lost = self
+            .guest
+            .lost
+            .as_ref()
+            .expect("made when the command began");
+        let controls = self
+            .streams
+            .controls
+            .as_ref()
+            .map(|c| PollFd::new(c.fd(), PollFlags::POLLIN));
+        let fds: Vec<_> = [Some(lost.poll_fd()), controls, fd]
+            .into_iter()
+            .flatten()
+            .collect();
         self.wait.poll(&fds, None)?;
         if lost.is_open() {
-            return Err(Error::new(Kind::GuestLost, "the connection to the guest broke"));
+            return Err(Error::new(
+                Kind::GuestLost,
+                "the connection to the guest broke",
+            ));
         }
         while let Some(control) = self.streams.controls.as_mut().and_then(|c| c.next()) {
             match control {
@@ -309,12 +379,16 @@ impl Run<'_, '_, '_> {
         while self.signalled.is_none() {
             self.wait.check()?;
             let stall = self.guest.stall.clone().filter(|(_, gate)| !gate.is_open());
-            let room = stall.as_ref().map_or(u64::MAX, |(after, _)| after.saturating_sub(self.call.stdin_bytes));
+            let room = stall.as_ref().map_or(u64::MAX, |(after, _)| {
+                after.saturating_sub(self.call.stdin_bytes)
+            });
             if let Some((_, gate)) = stall.filter(|_| room == 0) {
                 self.step(Some(gate.poll_fd()))?;
                 continue;
             }
-            let max = buffer.len().min(usize::try_from(room).unwrap_or(usize::MAX));
+            let max = buffer
+                .len()
+                .min(usize::try_from(room).unwrap_or(usize::MAX));
             match source.read(&mut buffer[..max]) {
                 Ok(0) => return Ok(()),
                 Ok(n) => {
@@ -363,14 +437,24 @@ mod tests {
 
     fn target() -> Target {
         let addr = "127.0.0.1:1".parse().unwrap();
-        Target { addr, user: "root".into(), private_key: String::new(), host_key: Vec::new(), owner: None }
+        Target {
+            addr,
+            user: "root".into(),
+            private_key: String::new(),
+            host_key: Vec::new(),
+            owner: None,
+        }
     }
     fn cancel() -> Cancel {
         Cancel::try_new().unwrap()
     }
     fn spec(command: &str) -> ExecSpec {
         let deadline = Some(Instant::now() + Duration::from_secs(10));
-        ExecSpec { command: command.into(), deadline, ..ExecSpec::default() }
+        ExecSpec {
+            command: command.into(),
+            deadline,
+            ..ExecSpec::default()
+        }
     }
     fn pipe() -> (OwnedFd, OwnedFd) {
         pipe_with(PipeFlags::CLOEXEC).unwrap()
@@ -379,7 +463,9 @@ mod tests {
     #[test]
     fn fake_answers_by_prefix_with_the_input() {
         let fake = FakeTransport::new();
-        fake.on("cat", |call| Answer::status(3).stdout(call.stdin.clone()).stderr("e"));
+        fake.on("cat", |call| {
+            Answer::status(3).stdout(call.stdin.clone()).stderr("e")
+        });
         let script = crate::guest::Script {
             command: "cat -u",
             stdin: b"hello",
@@ -389,8 +475,16 @@ mod tests {
         let output = run_script(&fake, &target(), &script, &cancel()).unwrap();
         assert_eq!(output, (Exit::Status(3), b"hello".to_vec(), b"e".to_vec()));
         assert_eq!(fake.calls()[0].stdin_bytes, 5);
-        let cut = crate::guest::Script { output_bytes_max: 2, ..script };
-        assert_eq!(run_script(&fake, &target(), &cut, &cancel()).unwrap_err().kind(), Kind::GuestCommandFailed);
+        let cut = crate::guest::Script {
+            output_bytes_max: 2,
+            ..script
+        };
+        assert_eq!(
+            run_script(&fake, &target(), &cut, &cancel())
+                .unwrap_err()
+                .kind(),
+            Kind::GuestCommandFailed
+        );
     }
 
     #[test]
@@ -398,13 +492,23 @@ mod tests {
         let (fake, gate, cancel) = (FakeTransport::new(), Gate::closed(), cancel());
         fake.set_readiness(target().addr, Readiness::Gated(gate.clone()));
         let soon = Instant::now() + Duration::from_millis(20);
-        assert_eq!(fake.wait_ready(&target(), soon, &cancel).unwrap_err().kind(), Kind::BootTimeout);
+        assert_eq!(
+            fake.wait_ready(&target(), soon, &cancel)
+                .unwrap_err()
+                .kind(),
+            Kind::BootTimeout
+        );
         gate.open();
         let later = Instant::now() + Duration::from_secs(10);
         fake.wait_ready(&target(), later, &cancel).unwrap();
         fake.set_readiness(target().addr, Readiness::Gated(Gate::closed()));
         cancel.cancel(crate::locks::CancelCause::VmStopped);
-        assert_eq!(fake.wait_ready(&target(), later, &cancel).unwrap_err().kind(), Kind::Cancelled);
+        assert_eq!(
+            fake.wait_ready(&target(), later, &cancel)
+                .unwrap_err()
+                .kind(),
+            Kind::Cancelled
+        );
     }
 
     #[test]
@@ -413,17 +517,40 @@ mod tests {
         let gate = fake.stall_reads(target().addr, 3);
         let run = |spec: &ExecSpec, hangup: Option<BorrowedFd<'_>>, cancel: &Cancel| {
             let mut stdin = BytesSource::new("hello");
-            fake.exec(&target(), spec, Streams { stdin: Some(&mut stdin), hangup, ..Streams::default() }, cancel)
+            fake.exec(
+                &target(),
+                spec,
+                Streams {
+                    stdin: Some(&mut stdin),
+                    hangup,
+                    ..Streams::default()
+                },
+                cancel,
+            )
         };
-        let idle = ExecSpec { idle: Some(Duration::from_millis(20)), ..spec("x") };
-        assert_eq!(run(&idle, None, &cancel).unwrap_err().kind(), Kind::TransferIdle);
+        let idle = ExecSpec {
+            idle: Some(Duration::from_millis(20)),
+            ..spec("x")
+        };
+        assert_eq!(
+            run(&idle, None, &cancel).unwrap_err().kind(),
+            Kind::TransferIdle
+        );
         let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
         drop(theirs);
-        assert_eq!(run(&spec("x"), Some(ours.as_fd()), &cancel).unwrap_err().kind(), Kind::Cancelled);
+        assert_eq!(
+            run(&spec("x"), Some(ours.as_fd()), &cancel)
+                .unwrap_err()
+                .kind(),
+            Kind::Cancelled
+        );
         gate.open();
         assert_eq!(run(&spec("x"), None, &cancel).unwrap(), Exit::Status(0));
         cancel.cancel(crate::locks::CancelCause::VmStopped);
-        assert_eq!(run(&spec("x"), None, &cancel).unwrap_err().to_string(), "cancelled: the VM was stopped");
+        assert_eq!(
+            run(&spec("x"), None, &cancel).unwrap_err().to_string(),
+            "cancelled: the VM was stopped"
+        );
         assert_eq!(fake.live_total(), 0);
     }
 
@@ -431,14 +558,21 @@ mod tests {
     fn fake_running_commands_are_counted_signalled_and_lost() {
         let fake = FakeTransport::new();
         let addr = target().addr;
-        fake.on("sleep", |_| Answer::default().stdout("x").hold(&Gate::closed()));
+        fake.on("sleep", |_| {
+            Answer::default().stdout("x").hold(&Gate::closed())
+        });
         for end in ["signal", "lose"] {
             let (sender, mut receiver) = control_queue().unwrap();
             let (r, w) = pipe();
             let there = fake.clone();
             let thread = crate::host::thread::spawn("exec", move || {
-                let mut stdout = crate::guest::io::FdSink::new(accept(w, Direction::Write).unwrap());
-                let streams = Streams { stdout: Some(&mut stdout), controls: Some(&mut receiver), ..Streams::default() };
+                let mut stdout =
+                    crate::guest::io::FdSink::new(accept(w, Direction::Write).unwrap());
+                let streams = Streams {
+                    stdout: Some(&mut stdout),
+                    controls: Some(&mut receiver),
+                    ..Streams::default()
+                };
                 there.exec(&target(), &spec("sleep 9"), streams, &cancel())
             })
             .unwrap();
@@ -452,7 +586,10 @@ mod tests {
                 assert_eq!(thread.join().unwrap().unwrap_err().kind(), Kind::GuestLost);
             }
         }
-        assert_eq!((fake.live(addr), fake.signals()), (0, vec!["TERM".to_owned()]));
+        assert_eq!(
+            (fake.live(addr), fake.signals()),
+            (0, vec!["TERM".to_owned()])
+        );
     }
 
     #[test]
@@ -461,8 +598,20 @@ mod tests {
         let (r, _w) = pipe();
         let mut stdin = FdSource::new(accept(r, Direction::Read).unwrap());
         let mut stdout = VecSink::new(10);
-        let spec = ExecSpec { deadline: Some(Instant::now() + Duration::from_millis(20)), ..spec("x") };
-        let streams = Streams { stdin: Some(&mut stdin), stdout: Some(&mut stdout), ..Streams::default() };
-        assert_eq!(fake.exec(&target(), &spec, streams, &cancel()).unwrap_err().kind(), Kind::Timeout);
+        let spec = ExecSpec {
+            deadline: Some(Instant::now() + Duration::from_millis(20)),
+            ..spec("x")
+        };
+        let streams = Streams {
+            stdin: Some(&mut stdin),
+            stdout: Some(&mut stdout),
+            ..Streams::default()
+        };
+        assert_eq!(
+            fake.exec(&target(), &spec, streams, &cancel())
+                .unwrap_err()
+                .kind(),
+            Kind::Timeout
+        );
     }
 }

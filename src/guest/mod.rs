@@ -123,5 +123,11 @@ pub trait Transport: Send + Sync {
     /// Dials, runs one command to its end and hangs up. Errors: `guest_unavailable` (cannot dial),
     /// `host_key_mismatch`, `guest_lost` (the connection broke; never reported as an exit status),
     /// `cancelled` with the token's cause, `transfer_idle`, `timeout`. Opens `Rank::GuestIo`.
-    fn exec(&self, target: &Target, spec: &ExecSpec, streams: Streams<'_>, cancel: &Cancel) -> Result<Exit>;
+    fn exec(
+        &self,
+        target: &Target,
+        spec: &ExecSpec,
+        streams: Streams<'_>,
+        cancel: &Cancel,
+    ) -> Result<Exit>;
 }

@@ -10,7 +10,8 @@ pub const CANNOT_ENTER: &str = "fcd: cannot enter the directory ";
 /// Starts a subshell for the command and waits for it. sshd reports few signals by name and none by
 /// number, so the shell stays and exits with 128+n. It ignores signals sent to its process group,
 /// and prints no messages of its own (`Bus error`).
-const WAIT: &str = "exec 3>&2 2>/dev/null; trap : 1 2 3 4 5 6 7 8 10 11 12 13 14 15 16 24 25 26 27 29 30 31; (";
+const WAIT: &str =
+    "exec 3>&2 2>/dev/null; trap : 1 2 3 4 5 6 7 8 10 11 12 13 14 15 16 24 25 26 27 29 30 31; (";
 const WAIT_END: &str = " 2>&3 3>&-); exit $?";
 
 /// Quotes a word for a POSIX shell. It must not contain NUL.
@@ -32,14 +33,30 @@ fn quote_bytes(word: &[u8]) -> Vec<u8> {
 /// `argv` runs the login shell. The exit status is the command's, or 128+n after a signal. The
 /// guest's shell produces 126 and 127; [`CANNOT_ENTER_STATUS`] means that `workdir` cannot be
 /// entered. `invalid_argument`: a NUL, or a bad variable name.
-pub fn command_bytes(argv: &[Vec<u8>], env: &[(String, Vec<u8>)], workdir: Option<&[u8]>) -> Result<Vec<u8>> {
+pub fn command_bytes(
+    argv: &[Vec<u8>],
+    env: &[(String, Vec<u8>)],
+    workdir: Option<&[u8]>,
+) -> Result<Vec<u8>> {
     let mut line = Vec::new();
     if let Some(dir) = workdir.filter(|d| !d.is_empty()) {
         // The prefix keeps `cd` from taking the name as an option, as `-` for the previous
         // directory, or as a search through CDPATH.
-        let path = if dir.starts_with(b"/") { dir.to_vec() } else { [b"./", dir].concat() };
+        let path = if dir.starts_with(b"/") {
+            dir.to_vec()
+        } else {
+            [b"./", dir].concat()
+        };
         let complaint = quote_bytes(&[CANNOT_ENTER.as_bytes(), dir].concat());
-        line.extend([b"cd ".as_slice(), &quote_bytes(&path), b" 2>/dev/null || { printf '%s\\n' ", &complaint].concat());
+        line.extend(
+            [
+                b"cd ".as_slice(),
+                &quote_bytes(&path),
+                b" 2>/dev/null || { printf '%s\\n' ",
+                &complaint,
+            ]
+            .concat(),
+        );
         line.extend(format!(" >&2; exit {CANNOT_ENTER_STATUS}; }}; ").into_bytes());
     }
     if !argv.is_empty() {
@@ -58,7 +75,9 @@ pub fn command_bytes(argv: &[Vec<u8>], env: &[(String, Vec<u8>)], workdir: Optio
         line.extend(WAIT_END.as_bytes());
     }
     if line.contains(&0) {
-        return Err(Error::invalid("a command, its environment and its directory cannot hold a NUL"));
+        return Err(Error::invalid(
+            "a command, its environment and its directory cannot hold a NUL",
+        ));
     }
     Ok(line)
 }
@@ -67,7 +86,10 @@ fn program(argv: &[Vec<u8>], after_env: bool) -> Vec<u8> {
     let Some(first) = argv.first() else {
         return br#" sh -c '[ -x "$SHELL" ] || SHELL=/bin/sh; exec "$SHELL" -l'"#.to_vec();
     };
-    let words: Vec<u8> = argv.iter().flat_map(|word| [b" ".to_vec(), quote_bytes(word)].concat()).collect();
+    let words: Vec<u8> = argv
+        .iter()
+        .flat_map(|word| [b" ".to_vec(), quote_bytes(word)].concat())
+        .collect();
     // Some shells' `exec` takes `-x` as an option of its own, and env(1) takes `a=b` as a variable.
     if first.starts_with(b"-") || (after_env && first.contains(&b'=')) {
         return [br#" sh -c '"$@"' sh"#.as_slice(), &words].concat();
@@ -77,21 +99,35 @@ fn program(argv: &[Vec<u8>], after_env: bool) -> Vec<u8> {
 
 fn check_name(name: &str) -> Result<()> {
     let mut bytes = name.bytes();
-    let first_is_good = bytes.next().is_some_and(|b| b.is_ascii_alphabetic() || b == b'_');
+    let first_is_good = bytes
+        .next()
+        .is_some_and(|b| b.is_ascii_alphabetic() || b == b'_');
     if first_is_good && bytes.all(|b| b.is_ascii_alphanumeric() || b == b'_') {
         return Ok(());
     }
     let shown: String = name.chars().take(64).collect();
-    Err(Error::invalid(format!("{shown:?} is not a valid environment variable name"))
-        .hint("use A-Z, a-z, 0-9 and _, as in -e NAME=VALUE"))
+    Err(Error::invalid(format!(
+        "{shown:?} is not a valid environment variable name"
+    ))
+    .hint("use A-Z, a-z, 0-9 and _, as in -e NAME=VALUE"))
 }
 
 /// Like [`command_bytes`], but for text.
 #[cfg(test)]
-pub fn command_line(argv: &[String], env: &[(String, String)], workdir: Option<&str>) -> Result<String> {
+pub fn command_line(
+    argv: &[String],
+    env: &[(String, String)],
+    workdir: Option<&str>,
+) -> Result<String> {
     let argv: Vec<Vec<u8>> = argv.iter().map(|word| word.clone().into()).collect();
-    let env: Vec<(String, Vec<u8>)> = env.iter().map(|(name, value)| (name.clone(), value.clone().into())).collect();
-    Ok(String::from_utf8(command_bytes(&argv, &env, workdir.map(str::as_bytes))?).expect("it is UTF-8"))
+    let env: Vec<(String, Vec<u8>)> = env
+        .iter()
+        .map(|(name, value)| (name.clone(), value.clone().into()))
+        .collect();
+    Ok(
+        String::from_utf8(command_bytes(&argv, &env, workdir.map(str::as_bytes))?)
+            .expect("it is UTF-8"),
+    )
 }
 
 #[cfg(test)]
@@ -107,7 +143,10 @@ mod tests {
 
     /// Runs a line as sshd does, with the login shell's `-c`.
     fn run(shell: &str, line: &str) -> Output {
-        let command = Command::new(shell).args(["-c", line]).env("SHELL", shell).env("CDPATH", "/");
+        let command = Command::new(shell)
+            .args(["-c", line])
+            .env("SHELL", shell)
+            .env("CDPATH", "/");
         run_any_status(&command, &Cancel::try_new().unwrap(), &mut |_| {}).unwrap()
     }
 
@@ -116,12 +155,22 @@ mod tests {
     const PRINTER: &str = r#"for a in "$@"; do printf '%s\0' "$a"; done"#;
 
     fn check_round_trip(words: &[String], env: &[(String, String)], dir: Option<&str>) {
-        let argv: Vec<String> = strings(&["sh", "-c", PRINTER, "x"]).into_iter().chain(words.iter().cloned()).collect();
+        let argv: Vec<String> = strings(&["sh", "-c", PRINTER, "x"])
+            .into_iter()
+            .chain(words.iter().cloned())
+            .collect();
         let line = command_line(&argv, env, dir).unwrap();
-        let wanted: Vec<u8> = words.iter().flat_map(|w| [w.as_bytes(), b"\0"].concat()).collect();
+        let wanted: Vec<u8> = words
+            .iter()
+            .flat_map(|w| [w.as_bytes(), b"\0"].concat())
+            .collect();
         for shell in SHELLS {
             let output = run(shell, &line);
-            assert_eq!((output.status, &output.stdout), (0, &wanted), "{shell}: {line}");
+            assert_eq!(
+                (output.status, &output.stdout),
+                (0, &wanted),
+                "{shell}: {line}"
+            );
         }
     }
 
@@ -144,7 +193,8 @@ mod tests {
     #[test]
     fn quote_awkward_words_survive() {
         let words = strings(&[
-            "", "-n", "--", "a b", "it's", "''", "\\", "\\'", "\n", "a\nb", "$HOME", "`id`", "*", "~", "!!", "é", "a=b", "#",
+            "", "-n", "--", "a b", "it's", "''", "\\", "\\'", "\n", "a\nb", "$HOME", "`id`", "*",
+            "~", "!!", "é", "a=b", "#",
         ]);
         check_round_trip(&words, &[("A".into(), "x y".into())], Some("/"));
     }
@@ -160,7 +210,11 @@ mod tests {
             let relative = format!("cd {}; {relative}", quote(dir.path().to_str().unwrap()));
             for (shell, line) in SHELLS.iter().flat_map(|s| [(s, &absolute), (s, &relative)]) {
                 let output = run(shell, line);
-                assert_eq!(String::from_utf8(output.stdout).unwrap().strip_suffix('\n'), path.to_str(), "{shell}: {line}");
+                assert_eq!(
+                    String::from_utf8(output.stdout).unwrap().strip_suffix('\n'),
+                    path.to_str(),
+                    "{shell}: {line}"
+                );
             }
         }
     }
@@ -173,16 +227,24 @@ mod tests {
         let some_env = [("A".to_owned(), "b".to_owned())];
         for shell in SHELLS {
             for env in [&[][..], &some_env] {
-                let status = |argv: &[&str], dir| run(shell, &command_line(&strings(argv), env, dir).unwrap()).status;
+                let status = |argv: &[&str], dir| {
+                    run(shell, &command_line(&strings(argv), env, dir).unwrap()).status
+                };
                 assert_eq!(status(&["sh", "-c", "exit 7"], None), 7);
                 assert_eq!(status(&["no-such-command"], None), 127);
                 assert_eq!(status(&["-no-such-command"], None), 127);
                 assert_eq!(status(&["no=such"], None), 127);
                 assert_eq!(status(&[file.to_str().unwrap()], None), 126);
             }
-            let output = run(shell, &command_line(&strings(&["pwd"]), &[], Some("/no/such dir")).unwrap());
+            let output = run(
+                shell,
+                &command_line(&strings(&["pwd"]), &[], Some("/no/such dir")).unwrap(),
+            );
             assert_eq!(output.status, i32::from(CANNOT_ENTER_STATUS));
-            assert_eq!(String::from_utf8(output.stderr).unwrap(), format!("{CANNOT_ENTER}/no/such dir\n"));
+            assert_eq!(
+                String::from_utf8(output.stderr).unwrap(),
+                format!("{CANNOT_ENTER}/no/such dir\n")
+            );
         }
     }
 
@@ -190,17 +252,27 @@ mod tests {
     fn command_line_without_words_runs_the_login_shell() {
         let line = command_line(&[], &[("A".into(), "b".into())], None).unwrap();
         for shell in SHELLS {
-            let command = Command::new(shell).args(["-c", &line]).env("SHELL", shell).env("HOME", "/nonexistent");
+            let command = Command::new(shell)
+                .args(["-c", &line])
+                .env("SHELL", shell)
+                .env("HOME", "/nonexistent");
             let command = command.stdin("echo $A; echo $0; exit 3\n");
-            let output = run_any_status(&command, &Cancel::try_new().unwrap(), &mut |_| {}).unwrap();
-            assert_eq!((output.status, String::from_utf8(output.stdout).unwrap()), (3, format!("b\n{shell}\n")));
+            let output =
+                run_any_status(&command, &Cancel::try_new().unwrap(), &mut |_| {}).unwrap();
+            assert_eq!(
+                (output.status, String::from_utf8(output.stdout).unwrap()),
+                (3, format!("b\n{shell}\n"))
+            );
         }
     }
 
     #[test]
     fn command_line_with_invalid_input_is_rejected() {
         for name in ["", "1A", "A B", "A=B", "A-B", "é", "A\0"] {
-            assert!(command_line(&[], &[(name.into(), String::new())], None).is_err(), "{name:?}");
+            assert!(
+                command_line(&[], &[(name.into(), String::new())], None).is_err(),
+                "{name:?}"
+            );
         }
         assert!(command_line(&strings(&["a\0b"]), &[], None).is_err());
         assert!(command_line(&[], &[], Some("\0")).is_err());
@@ -209,12 +281,35 @@ mod tests {
     /// Covers signals that sshd has no name for. The shell must not print anything either.
     #[test]
     fn command_line_maps_signals_to_shell_statuses() {
-        let all = [("BUS", 135), ("SYS", 159), ("TRAP", 133), ("XCPU", 152), ("STKFLT", 144), ("35", 163), ("64", 192)];
-        for (signal, status) in all.into_iter().chain([("TERM", 143), ("KILL", 137), ("SEGV", 139), ("INT", 130), ("HUP", 129)]) {
-            let line = command_line(&strings(&["bash", "-c", &format!("ulimit -c 0; kill -{signal} $$")]), &[], None).unwrap();
+        let all = [
+            ("BUS", 135),
+            ("SYS", 159),
+            ("TRAP", 133),
+            ("XCPU", 152),
+            ("STKFLT", 144),
+            ("35", 163),
+            ("64", 192),
+        ];
+        for (signal, status) in all.into_iter().chain([
+            ("TERM", 143),
+            ("KILL", 137),
+            ("SEGV", 139),
+            ("INT", 130),
+            ("HUP", 129),
+        ]) {
+            let line = command_line(
+                &strings(&["bash", "-c", &format!("ulimit -c 0; kill -{signal} $$")]),
+                &[],
+                None,
+            )
+            .unwrap();
             for shell in SHELLS {
                 let output = run(shell, &line);
-                assert_eq!((output.status, output.stderr), (status, vec![]), "{shell} {signal}");
+                assert_eq!(
+                    (output.status, output.stderr),
+                    (status, vec![]),
+                    "{shell} {signal}"
+                );
             }
         }
     }
@@ -225,15 +320,27 @@ mod tests {
         let words = |argv: &[&[u8]]| argv.iter().map(|w| w.to_vec()).collect::<Vec<_>>();
         let dir = tempfile::tempdir().unwrap();
         let at = [dir.path().as_os_str().as_encoded_bytes(), b"/\xff'\xfe"].concat();
-        std::fs::create_dir(<std::ffi::OsStr as std::os::unix::ffi::OsStrExt>::from_bytes(&at)).unwrap();
+        std::fs::create_dir(<std::ffi::OsStr as std::os::unix::ffi::OsStrExt>::from_bytes(&at))
+            .unwrap();
         let script = b"pwd; printf '%s' \"$1$A\"";
-        let line = command_bytes(&words(&[b"sh", b"-c", script, b"x", &raw]), &[("A".into(), raw.clone())], Some(&at)).unwrap();
+        let line = command_bytes(
+            &words(&[b"sh", b"-c", script, b"x", &raw]),
+            &[("A".into(), raw.clone())],
+            Some(&at),
+        )
+        .unwrap();
         let wanted = [at.as_slice(), b"\n", &raw, &raw].concat();
         let line = <std::ffi::OsString as std::os::unix::ffi::OsStringExt>::from_vec(line);
         for shell in SHELLS {
             let command = Command::new(shell).arg("-c").arg(line.clone());
-            let output = run_any_status(&command, &Cancel::try_new().unwrap(), &mut |_| {}).unwrap();
-            assert_eq!((output.status, output.stdout == wanted), (0, true), "{shell}: {:?}", output.stdout);
+            let output =
+                run_any_status(&command, &Cancel::try_new().unwrap(), &mut |_| {}).unwrap();
+            assert_eq!(
+                (output.status, output.stdout == wanted),
+                (0, true),
+                "{shell}: {:?}",
+                output.stdout
+            );
         }
     }
 }

@@ -29,11 +29,23 @@ pub fn run_script(
     let mut stdin = BytesSource::new(script.stdin);
     let mut stdout = VecSink::new(script.output_bytes_max);
     let mut stderr = VecSink::new(script.output_bytes_max);
-    let spec = ExecSpec { command: script.command.to_owned(), deadline: Some(script.deadline), ..ExecSpec::default() };
-    let streams = Streams { stdin: Some(&mut stdin), stdout: Some(&mut stdout), stderr: Some(&mut stderr), ..Streams::default() };
+    let spec = ExecSpec {
+        command: script.command.to_owned(),
+        deadline: Some(script.deadline),
+        ..ExecSpec::default()
+    };
+    let streams = Streams {
+        stdin: Some(&mut stdin),
+        stdout: Some(&mut stdout),
+        stderr: Some(&mut stderr),
+        ..Streams::default()
+    };
     let exit = transport.exec(target, &spec, streams, cancel)?;
     if stdout.truncated {
-        let message = format!("a command in the guest printed more than {} bytes", script.output_bytes_max);
+        let message = format!(
+            "a command in the guest printed more than {} bytes",
+            script.output_bytes_max
+        );
         return Err(Error::new(Kind::GuestCommandFailed, message));
     }
     Ok((exit, stdout.bytes, stderr.bytes))

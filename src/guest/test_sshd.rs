@@ -40,9 +40,15 @@ impl Sshd {
             path.display().to_string()
         };
         let host_key = file("host", &host.to_openssh(LineEnding::LF).expect("encode"));
-        let authorized = file("authorized", &client.public_key().to_openssh().expect("encode"));
+        let authorized = file(
+            "authorized",
+            &client.public_key().to_openssh().expect("encode"),
+        );
         // The port is free now, and nothing else on this machine is likely to take it.
-        let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).and_then(|l| l.local_addr()).expect("a port").port();
+        let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
+            .and_then(|l| l.local_addr())
+            .expect("a port")
+            .port();
         file(
             "config",
             &format!(
@@ -55,15 +61,26 @@ impl Sshd {
         if nix::unistd::getuid().is_root() {
             std::fs::create_dir_all("/run/sshd").expect("make /run/sshd");
         }
-        let user = nix::unistd::User::from_uid(nix::unistd::getuid()).ok().flatten().expect("a user").name;
+        let user = nix::unistd::User::from_uid(nix::unistd::getuid())
+            .ok()
+            .flatten()
+            .expect("a user")
+            .name;
         let target = Target {
             addr: SocketAddr::from((Ipv4Addr::LOCALHOST, port)),
             user,
-            private_key: client.to_openssh(LineEnding::LF).expect("encode").to_string(),
+            private_key: client
+                .to_openssh(LineEnding::LF)
+                .expect("encode")
+                .to_string(),
             host_key: host.public_key().to_bytes().expect("encode"),
             owner: None,
         };
-        Self { child: None, dir, target }
+        Self {
+            child: None,
+            dir,
+            target,
+        }
     }
 
     #[allow(clippy::disallowed_methods)] // host::command waits for the end of a command; this server keeps running.

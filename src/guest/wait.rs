@@ -22,7 +22,14 @@ pub struct Wait<'a> {
 
 impl<'a> Wait<'a> {
     pub fn new(cancel: &'a Cancel) -> Self {
-        Self { cancel, hangup: None, deadline: None, idle: None, progressed: Instant::now(), is_tightened: false }
+        Self {
+            cancel,
+            hangup: None,
+            deadline: None,
+            idle: None,
+            progressed: Instant::now(),
+            is_tightened: false,
+        }
     }
     #[must_use]
     pub fn deadline(mut self, deadline: Option<Instant>) -> Self {
@@ -45,7 +52,11 @@ impl<'a> Wait<'a> {
     pub fn tighten(&self, deadline: Instant) -> Self {
         let is_nearer = self.deadline.is_none_or(|d| deadline < d);
         Self {
-            deadline: Some(if is_nearer { deadline } else { self.deadline.unwrap_or(deadline) }),
+            deadline: Some(if is_nearer {
+                deadline
+            } else {
+                self.deadline.unwrap_or(deadline)
+            }),
             is_tightened: is_nearer,
             ..self.clone()
         }
@@ -76,9 +87,17 @@ impl<'a> Wait<'a> {
         if self.deadline.is_some_and(|d| d <= now) {
             return Err(Error::new(Kind::Timeout, "the deadline passed"));
         }
-        if let Some(idle) = self.idle.filter(|i| now.duration_since(self.progressed) >= *i) {
-            return Err(Error::new(Kind::TransferIdle, format!("not a byte moved for {} s", idle.as_secs_f32()))
-                .hint("check that both the client and the guest still read and write, then try again"));
+        if let Some(idle) = self
+            .idle
+            .filter(|i| now.duration_since(self.progressed) >= *i)
+        {
+            return Err(Error::new(
+                Kind::TransferIdle,
+                format!("not a byte moved for {} s", idle.as_secs_f32()),
+            )
+            .hint(
+                "check that both the client and the guest still read and write, then try again",
+            ));
         }
         Ok(())
     }
@@ -91,17 +110,27 @@ impl<'a> Wait<'a> {
         // Requesting no events still reports POLLHUP and POLLERR, but not a half-close (POLLRDHUP).
         all.extend(self.hangup.map(|fd| PollFd::new(fd, PollFlags::empty())));
         let ends = [self.deadline, self.idle.map(|i| self.progressed + i), until];
-        let timeout = ends.into_iter().flatten().min().map_or(PollTimeout::NONE, timeout_until);
+        let timeout = ends
+            .into_iter()
+            .flatten()
+            .min()
+            .map_or(PollTimeout::NONE, timeout_until);
         match poll(&mut all, timeout) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(e) => return Err(Error::io("wait for the guest", e)),
         }
         self.check()?;
-        let has_hung_up = |fd: &PollFd<'_>| fd.revents().is_some_and(|r| r.intersects(PollFlags::POLLHUP | PollFlags::POLLERR));
+        let has_hung_up = |fd: &PollFd<'_>| {
+            fd.revents()
+                .is_some_and(|r| r.intersects(PollFlags::POLLHUP | PollFlags::POLLERR))
+        };
         if self.hangup.is_some() && all.last().is_some_and(has_hung_up) {
             return Err(hung_up());
         }
-        Ok(all[..fds.len()].iter().map(|fd| fd.any().unwrap_or(true)).collect())
+        Ok(all[..fds.len()]
+            .iter()
+            .map(|fd| fd.any().unwrap_or(true))
+            .collect())
     }
 }
 
@@ -143,10 +172,16 @@ mod tests {
         let wait = Wait::new(&cancel).hangup(Some(ours.as_fd()));
         let (started, until) = (Instant::now(), soon(40));
         wait.poll(&[], until).unwrap();
-        assert!(started.elapsed() >= Duration::from_millis(40), "it came back at once");
+        assert!(
+            started.elapsed() >= Duration::from_millis(40),
+            "it came back at once"
+        );
         drop(theirs);
         let e = wait.poll(&[], soon(10_000)).unwrap_err();
-        assert_eq!((e.kind(), e.to_string().as_str()), (Kind::Cancelled, "cancelled: the caller hung up"));
+        assert_eq!(
+            (e.kind(), e.to_string().as_str()),
+            (Kind::Cancelled, "cancelled: the caller hung up")
+        );
         assert!(is_hang_up(&e) && is_hang_up(&e.context("run a command")));
     }
 
@@ -161,6 +196,12 @@ mod tests {
         let e = wait.poll(&[], None).unwrap_err();
         assert_eq!(e.to_string(), "cancelled: the VM was deleted");
         // Only the source decides, whatever a message says.
-        assert!(!is_hang_up(&e) && !is_hang_up(&Error::new(Kind::Cancelled, "cancelled: the caller hung up")));
+        assert!(
+            !is_hang_up(&e)
+                && !is_hang_up(&Error::new(
+                    Kind::Cancelled,
+                    "cancelled: the caller hung up"
+                ))
+        );
     }
 }

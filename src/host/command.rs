@@ -56,7 +56,10 @@ impl Command {
         Self {
             program: program.as_ref().to_owned(),
             args: Vec::new(),
-            env: vec![("PATH".into(), PATH.into()), ("LC_ALL".into(), "C.UTF-8".into())],
+            env: vec![
+                ("PATH".into(), PATH.into()),
+                ("LC_ALL".into(), "C.UTF-8".into()),
+            ],
             cwd: None,
             credentials: None,
             file_bytes_max: None,
@@ -72,12 +75,14 @@ impl Command {
     }
     #[must_use]
     pub fn args<S: AsRef<OsStr>>(mut self, args: impl IntoIterator<Item = S>) -> Self {
-        self.args.extend(args.into_iter().map(|a| a.as_ref().to_owned()));
+        self.args
+            .extend(args.into_iter().map(|a| a.as_ref().to_owned()));
         self
     }
     #[must_use]
     pub fn env(mut self, key: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Self {
-        self.env.push((key.as_ref().to_owned(), value.as_ref().to_owned()));
+        self.env
+            .push((key.as_ref().to_owned(), value.as_ref().to_owned()));
         self
     }
     #[must_use]
@@ -122,7 +127,9 @@ pub struct Complaint(pub String);
 impl Complaint {
     /// Empty if the error does not come from a program.
     pub fn of(error: &Error) -> &str {
-        error.source_as::<Self>().map_or("", |complaint| &complaint.0)
+        error
+            .source_as::<Self>()
+            .map_or("", |complaint| &complaint.0)
     }
 }
 
@@ -140,13 +147,23 @@ pub trait Commands: Send + Sync {
     ///
     /// # Errors
     /// `command_failed`, with the end of stderr, if the exit status is not 0.
-    fn run(&self, command: &Command, cancel: &Cancel, on_line: &mut dyn FnMut(&str)) -> Result<Output>;
+    fn run(
+        &self,
+        command: &Command,
+        cancel: &Cancel,
+        on_line: &mut dyn FnMut(&str),
+    ) -> Result<Output>;
 }
 
 pub struct HostCommands;
 
 impl Commands for HostCommands {
-    fn run(&self, command: &Command, cancel: &Cancel, on_line: &mut dyn FnMut(&str)) -> Result<Output> {
+    fn run(
+        &self,
+        command: &Command,
+        cancel: &Cancel,
+        on_line: &mut dyn FnMut(&str),
+    ) -> Result<Output> {
         let output = run_any_status(command, cancel, on_line)?;
         if output.status == 0 {
             return Ok(output);
@@ -165,12 +182,24 @@ fn last_lines(bytes: &[u8]) -> String {
 
 /// Escapes the control characters of an untrusted text, for an error or a log line.
 pub fn printable(text: &str) -> String {
-    text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
+    text.chars()
+        .flat_map(|c| {
+            if c.is_control() {
+                c.escape_default().collect()
+            } else {
+                vec![c]
+            }
+        })
+        .collect()
 }
 
 /// Runs a command to its end and returns its output whatever its status is (128+n if signal n
 /// killed it). Processes that it leaves behind in its process group are killed.
-pub fn run_any_status(command: &Command, cancel: &Cancel, on_line: &mut dyn FnMut(&str)) -> Result<Output> {
+pub fn run_any_status(
+    command: &Command,
+    cancel: &Cancel,
+    on_line: &mut dyn FnMut(&str),
+) -> Result<Output> {
     let _blocking = region(Rank::HostCmd);
     let mut child = start(command)?;
     let group = Pid::from_raw(child.id().cast_signed());
@@ -181,26 +210,47 @@ pub fn run_any_status(command: &Command, cancel: &Cancel, on_line: &mut dyn FnMu
     }
     // This cannot hit another group: the group's id is not reused while its leader is unreaped.
     let _ = killpg(group, Signal::SIGKILL);
-    let status = child.wait().map_err(|e| Error::io(format!("run {}", command.shown()), e))?;
+    let status = child
+        .wait()
+        .map_err(|e| Error::io(format!("run {}", command.shown()), e))?;
     let (stdout, stderr) = result?;
-    Ok(Output { status: status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0)), stdout, stderr })
+    Ok(Output {
+        status: status
+            .code()
+            .unwrap_or_else(|| 128 + status.signal().unwrap_or(0)),
+        stdout,
+        stderr,
+    })
 }
 
 fn pidfd(child: &std::process::Child) -> std::io::Result<OwnedFd> {
     let pid = rustix::process::Pid::from_raw(child.id().cast_signed()).expect("a child has a pid");
-    Ok(rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?)
+    Ok(rustix::process::pidfd_open(
+        pid,
+        rustix::process::PidfdFlags::empty(),
+    )?)
 }
 
 fn wait_exited(child: &std::process::Child, patience: Duration) -> std::io::Result<WaitResult> {
     let exited = pidfd(child)?;
-    wait_uncancelled(&[(exited.as_fd(), PollFlags::POLLIN)], Instant::now() + patience)
+    wait_uncancelled(
+        &[(exited.as_fd(), PollFlags::POLLIN)],
+        Instant::now() + patience,
+    )
 }
 
 #[allow(clippy::disallowed_methods)] // One of the few places that may start processes.
 pub(super) fn start(command: &Command) -> Result<std::process::Child> {
     let mut c = std::process::Command::new(&command.program);
-    c.args(&command.args).env_clear().envs(command.env.iter().cloned()).process_group(0);
-    c.stdin(if command.stdin.is_empty() { Stdio::null() } else { Stdio::piped() });
+    c.args(&command.args)
+        .env_clear()
+        .envs(command.env.iter().cloned())
+        .process_group(0);
+    c.stdin(if command.stdin.is_empty() {
+        Stdio::null()
+    } else {
+        Stdio::piped()
+    });
     c.stdout(Stdio::piped()).stderr(Stdio::piped());
     limit(&mut c, command.file_bytes_max);
     if let Some(dir) = &command.cwd {
@@ -210,8 +260,14 @@ pub(super) fn start(command: &Command) -> Result<std::process::Child> {
         c.uid(uid).gid(gid);
     }
     c.spawn().map_err(|e| {
-        if e.kind() == std::io::ErrorKind::NotFound && command.cwd.as_ref().is_none_or(|dir| dir.is_dir()) {
-            Error::new(Kind::CommandMissing, format!("{} is not installed", command.shown())).hint("run fcctl doctor")
+        if e.kind() == std::io::ErrorKind::NotFound
+            && command.cwd.as_ref().is_none_or(|dir| dir.is_dir())
+        {
+            Error::new(
+                Kind::CommandMissing,
+                format!("{} is not installed", command.shown()),
+            )
+            .hint("run fcctl doctor")
         } else {
             Error::io(format!("run {}", command.shown()), e)
         }
@@ -228,9 +284,18 @@ fn limit(command: &mut std::process::Command, file_bytes_max: Option<u64>) {
     unsafe {
         command.pre_exec(move || {
             libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-            let Some(bytes) = file_bytes_max else { return Ok(()) };
-            let most = libc::rlimit { rlim_cur: bytes, rlim_max: bytes };
-            if libc::setrlimit(libc::RLIMIT_FSIZE, &raw const most) == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+            let Some(bytes) = file_bytes_max else {
+                return Ok(());
+            };
+            let most = libc::rlimit {
+                rlim_cur: bytes,
+                rlim_max: bytes,
+            };
+            if libc::setrlimit(libc::RLIMIT_FSIZE, &raw const most) == 0 {
+                Ok(())
+            } else {
+                Err(std::io::Error::last_os_error())
+            }
         });
     }
 }
@@ -243,7 +308,11 @@ struct Stream {
 
 impl Stream {
     fn new(fd: OwnedFd) -> Self {
-        Self { fd: Some(fd), kept: Vec::new(), line: Vec::new() }
+        Self {
+            fd: Some(fd),
+            kept: Vec::new(),
+            line: Vec::new(),
+        }
     }
     fn take(&mut self, on_line: &mut dyn FnMut(&str)) -> std::io::Result<()> {
         let Some(fd) = &self.fd else { return Ok(()) };
@@ -290,18 +359,32 @@ fn collect_output(
     if let Some((pipe, _)) = &input {
         set_nonblocking(pipe).map_err(io)?;
     }
-    let mut streams =
-        [Stream::new(child.stdout.take().expect("piped").into()), Stream::new(child.stderr.take().expect("piped").into())];
+    let mut streams = [
+        Stream::new(child.stdout.take().expect("piped").into()),
+        Stream::new(child.stderr.take().expect("piped").into()),
+    ];
     loop {
         let has_exited = is_readable(&exited);
         if has_exited && streams.iter().all(|s| s.fd.is_none()) {
             break;
         }
-        let until = if has_exited { deadline.min(Instant::now() + PIPES_GRACE) } else { deadline };
-        let mut fds: Vec<_> = streams.iter().filter_map(|s| s.fd.as_ref()).map(|fd| (fd.as_fd(), PollFlags::POLLIN)).collect();
+        let until = if has_exited {
+            deadline.min(Instant::now() + PIPES_GRACE)
+        } else {
+            deadline
+        };
+        let mut fds: Vec<_> = streams
+            .iter()
+            .filter_map(|s| s.fd.as_ref())
+            .map(|fd| (fd.as_fd(), PollFlags::POLLIN))
+            .collect();
         if !has_exited {
             fds.push((exited.as_fd(), PollFlags::POLLIN));
-            fds.extend(input.as_ref().map(|(pipe, _)| (pipe.as_fd(), PollFlags::POLLOUT)));
+            fds.extend(
+                input
+                    .as_ref()
+                    .map(|(pipe, _)| (pipe.as_fd(), PollFlags::POLLOUT)),
+            );
         }
         match wait_any(&fds, until, cancel).map_err(io)? {
             WaitResult::Ready => {}
@@ -310,7 +393,11 @@ fn collect_output(
             WaitResult::Deadline => {
                 return Err(Error::new(
                     Kind::Timeout,
-                    format!("{}: not finished after {} s", doing(), command.deadline.as_secs()),
+                    format!(
+                        "{}: not finished after {} s",
+                        doing(),
+                        command.deadline.as_secs()
+                    ),
                 ));
             }
         }
@@ -325,11 +412,23 @@ fn collect_output(
     Ok((out.kept, err.kept))
 }
 
-pub(super) fn feed(input: &mut Option<(std::process::ChildStdin, usize)>, bytes: &[u8]) -> std::io::Result<()> {
-    let Some((pipe, sent)) = input else { return Ok(()) };
+pub(super) fn feed(
+    input: &mut Option<(std::process::ChildStdin, usize)>,
+    bytes: &[u8],
+) -> std::io::Result<()> {
+    let Some((pipe, sent)) = input else {
+        return Ok(());
+    };
     match pipe.write(&bytes[*sent..]) {
         Ok(n) => *sent += n,
-        Err(e) if matches!(e.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::Interrupted) => return Ok(()),
+        Err(e)
+            if matches!(
+                e.kind(),
+                std::io::ErrorKind::WouldBlock | std::io::ErrorKind::Interrupted
+            ) =>
+        {
+            return Ok(());
+        }
         // The command has closed its stdin.
         Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => *sent = bytes.len(),
         Err(e) => return Err(e),
@@ -350,11 +449,15 @@ pub(super) fn set_nonblocking(fd: impl AsFd) -> std::io::Result<()> {
 /// up in [`Command`]'s search path.
 pub fn find_program(name: &std::path::Path) -> Option<PathBuf> {
     use std::os::unix::fs::PermissionsExt;
-    let runs = |p: &PathBuf| std::fs::metadata(p).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0);
+    let runs = |p: &PathBuf| {
+        std::fs::metadata(p).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
+    };
     if name.as_os_str().as_encoded_bytes().contains(&b'/') {
         return Some(name.to_owned()).filter(runs);
     }
-    PATH.split(':').map(|dir| std::path::Path::new(dir).join(name)).find(runs)
+    PATH.split(':')
+        .map(|dir| std::path::Path::new(dir).join(name))
+        .find(runs)
 }
 
 /// Reads up to `max` bytes.
@@ -374,10 +477,15 @@ mod tests {
 
     #[test]
     fn command_reads_input_and_returns_output_and_status() {
-        let c = Command::new("sh").args(["-c", "cat; echo err >&2; exit 3"]).stdin("in\n");
+        let c = Command::new("sh")
+            .args(["-c", "cat; echo err >&2; exit 3"])
+            .stdin("in\n");
         let mut lines = Vec::new();
         let out = run_any_status(&c, &cancel(), &mut |l| lines.push(l.to_owned())).unwrap();
-        assert_eq!((out.status, out.stdout.as_slice(), out.stderr.as_slice()), (3, &b"in\n"[..], &b"err\n"[..]));
+        assert_eq!(
+            (out.status, out.stdout.as_slice(), out.stderr.as_slice()),
+            (3, &b"in\n"[..], &b"err\n"[..])
+        );
         lines.sort();
         assert_eq!(lines, ["err", "in"]);
     }
@@ -425,22 +533,39 @@ mod tests {
     fn cancelled_command_with_grace_can_clean_up() {
         let dir = tempfile::tempdir().unwrap();
         let script = "trap 'echo cleaned > done; exit' TERM; echo ready; sleep 1000 & wait";
-        let c = Command::new("sh").args(["-c", script]).cwd(dir.path()).term_grace(Duration::from_secs(20));
+        let c = Command::new("sh")
+            .args(["-c", script])
+            .cwd(dir.path())
+            .term_grace(Duration::from_secs(20));
         let cancel = cancel();
-        let e = run_any_status(&c, &cancel, &mut |_| cancel.cancel(crate::locks::CancelCause::Requested)).unwrap_err();
+        let e = run_any_status(&c, &cancel, &mut |_| {
+            cancel.cancel(crate::locks::CancelCause::Requested)
+        })
+        .unwrap_err();
         assert_eq!(e.to_string(), "run sh: cancelled: op cancel was asked for");
-        assert_eq!(std::fs::read_to_string(dir.path().join("done")).unwrap(), "cleaned\n");
+        assert_eq!(
+            std::fs::read_to_string(dir.path().join("done")).unwrap(),
+            "cleaned\n"
+        );
     }
 
     #[test]
     fn missing_program_is_command_missing() {
-        let e = run_any_status(&Command::new("no-such-program"), &cancel(), &mut |_| {}).unwrap_err();
+        let e =
+            run_any_status(&Command::new("no-such-program"), &cancel(), &mut |_| {}).unwrap_err();
         assert_eq!(e.kind(), Kind::CommandMissing);
     }
 
     #[test]
     fn command_past_its_deadline_is_ended() {
-        let c = Command::new("sleep").arg("1000").deadline(Duration::from_millis(50));
-        assert_eq!(run_any_status(&c, &cancel(), &mut |_| {}).unwrap_err().kind(), Kind::Timeout);
+        let c = Command::new("sleep")
+            .arg("1000")
+            .deadline(Duration::from_millis(50));
+        assert_eq!(
+            run_any_status(&c, &cancel(), &mut |_| {})
+                .unwrap_err()
+                .kind(),
+            Kind::Timeout
+        );
     }
 }

@@ -22,21 +22,33 @@ pub struct Space {
 pub fn open_dir(path: &Path) -> Result<OwnedFd> {
     crate::locks::require_memory_only("file access");
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    rustix::fs::open(path, flags, Mode::empty()).map_err(|e| Error::io(format!("open directory {}", path.display()), e))
+    rustix::fs::open(path, flags, Mode::empty())
+        .map_err(|e| Error::io(format!("open directory {}", path.display()), e))
 }
 
 /// Opens `name` in `dir`, never through a link. `O_NOFOLLOW` and `O_CLOEXEC` are added to `flags`.
-pub fn open_at(dir: impl AsFd, name: impl AsRef<OsStr>, flags: OFlags, mode: RawMode) -> std::io::Result<File> {
+pub fn open_at(
+    dir: impl AsFd,
+    name: impl AsRef<OsStr>,
+    flags: OFlags,
+    mode: RawMode,
+) -> std::io::Result<File> {
     crate::locks::require_memory_only("file access");
     let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    Ok(File::from(rustix::fs::openat(dir, name.as_ref(), flags, Mode::from_raw_mode(mode))?))
+    Ok(File::from(rustix::fs::openat(
+        dir,
+        name.as_ref(),
+        flags,
+        Mode::from_raw_mode(mode),
+    )?))
 }
 
 /// Opens a file for reading. Fails if the last component is a link.
 pub fn open_nofollow(path: &Path) -> Result<File> {
     crate::locks::require_memory_only("file access");
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let fd = rustix::fs::open(path, flags, Mode::empty()).map_err(|e| Error::io(format!("open {}", path.display()), e))?;
+    let fd = rustix::fs::open(path, flags, Mode::empty())
+        .map_err(|e| Error::io(format!("open {}", path.display()), e))?;
     Ok(File::from(fd))
 }
 
@@ -58,8 +70,14 @@ pub fn create_dir(path: &Path, mode: RawMode) -> Result<OwnedFd> {
     let stat = rustix::fs::fstat(&dir).map_err(|e| Error::io(doing(), e))?;
     let me = rustix::process::geteuid().as_raw();
     if stat.st_uid != me {
-        let message = format!("{}: it belongs to uid {}, not to {me}", doing(), stat.st_uid);
-        return Err(Error::new(Kind::Denied, message).hint(format!("look at ls -ld {}", path.display())));
+        let message = format!(
+            "{}: it belongs to uid {}, not to {me}",
+            doing(),
+            stat.st_uid
+        );
+        return Err(
+            Error::new(Kind::Denied, message).hint(format!("look at ls -ld {}", path.display()))
+        );
     }
     if Mode::from_raw_mode(stat.st_mode).as_raw_mode() & 0o7777 != mode {
         rustix::fs::fchmod(&dir, Mode::from_raw_mode(mode)).map_err(|e| Error::io(doing(), e))?;
@@ -77,13 +95,23 @@ pub fn create_private_dir(path: &Path) -> Result<OwnedFd> {
 pub fn write_durable(path: &Path, bytes: &[u8], mode: RawMode) -> Result<()> {
     crate::locks::require_memory_only("file access");
     let doing = || format!("write {}", path.display());
-    let name = path.file_name().ok_or_else(|| Error::invalid(format!("{}: it has no file name", doing())))?;
-    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let name = path
+        .file_name()
+        .ok_or_else(|| Error::invalid(format!("{}: it has no file name", doing())))?;
+    let parent = path
+        .parent()
+        .filter(|p| !p.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
     // Links in the parent's path may be followed: only the last component is ours.
     let dir = File::open(parent).map_err(|e| Error::io(doing(), e))?;
     let temporary = temporary_name(name);
     let written = (|| -> std::io::Result<()> {
-        let mut file = open_at(&dir, &temporary, OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL, mode)?;
+        let mut file = open_at(
+            &dir,
+            &temporary,
+            OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL,
+            mode,
+        )?;
         // The umask applied to the mode of the open.
         rustix::fs::fchmod(&file, Mode::from_raw_mode(mode))?;
         file.write_all(bytes)?;
@@ -155,7 +183,10 @@ const NAMES_MAX: usize = 1024;
 fn some_names(dir: &OwnedFd) -> std::io::Result<Vec<std::ffi::CString>> {
     let entries = rustix::fs::Dir::read_from(dir)?;
     let names = entries.map(|entry| entry.map(|e| e.file_name().to_owned()));
-    let others = names.filter(|name| name.as_ref().map_or(true, |n| !matches!(n.to_bytes(), b"." | b"..")));
+    let others = names.filter(|name| {
+        name.as_ref()
+            .map_or(true, |n| !matches!(n.to_bytes(), b"." | b".."))
+    });
     Ok(others.take(NAMES_MAX).collect::<Result<_, Errno>>()?)
 }
 
@@ -195,7 +226,8 @@ fn lift(top: &OwnedFd, name: &std::ffi::CStr, lifted: &mut u64) -> std::io::Resu
 /// The space on the file system of `path`.
 pub fn space(path: &Path) -> Result<Space> {
     crate::locks::require_memory_only("file access");
-    let stat = rustix::fs::statvfs(path).map_err(|e| Error::io(format!("read the free space at {}", path.display()), e))?;
+    let stat = rustix::fs::statvfs(path)
+        .map_err(|e| Error::io(format!("read the free space at {}", path.display()), e))?;
     Ok(Space {
         free_bytes: stat.f_bavail.saturating_mul(stat.f_frsize),
         total_bytes: stat.f_blocks.saturating_mul(stat.f_frsize),
@@ -213,7 +245,11 @@ mod tests {
     use std::os::unix::fs::{PermissionsExt, symlink};
 
     fn mode(path: &Path) -> u32 {
-        std::fs::symlink_metadata(path).unwrap().permissions().mode() & 0o7777
+        std::fs::symlink_metadata(path)
+            .unwrap()
+            .permissions()
+            .mode()
+            & 0o7777
     }
 
     #[test]

@@ -13,8 +13,14 @@ const FIRST: RawFd = 3;
 pub fn close_descriptors(env: &dyn Fn(&str) -> Option<String>) -> Result<()> {
     let kept = listen_fds(env, std::process::id());
     let closed = close_range(FIRST + kept, RawFd::MAX, 0);
-    let marked = if kept > 0 { close_range(FIRST, FIRST + kept - 1, libc::CLOSE_RANGE_CLOEXEC) } else { Ok(()) };
-    closed.and(marked).map_err(|e| Error::io("close the inherited descriptors", e))
+    let marked = if kept > 0 {
+        close_range(FIRST, FIRST + kept - 1, libc::CLOSE_RANGE_CLOEXEC)
+    } else {
+        Ok(())
+    };
+    closed
+        .and(marked)
+        .map_err(|e| Error::io("close the inherited descriptors", e))
 }
 
 /// How many descriptors systemd passes to the process `pid`; the first one is [`FIRST`].
@@ -23,7 +29,10 @@ fn listen_fds(env: &dyn Fn(&str) -> Option<String>, pid: u32) -> RawFd {
     if number("LISTEN_PID") != Some(pid) {
         return 0;
     }
-    number("LISTEN_FDS").and_then(|n| RawFd::try_from(n).ok()).filter(|n| *n <= RawFd::MAX - FIRST).unwrap_or(0)
+    number("LISTEN_FDS")
+        .and_then(|n| RawFd::try_from(n).ok())
+        .filter(|n| *n <= RawFd::MAX - FIRST)
+        .unwrap_or(0)
 }
 
 #[allow(unsafe_code)]
@@ -31,7 +40,11 @@ fn close_range(first: RawFd, last: RawFd, flags: u32) -> std::io::Result<()> {
     // SAFETY: the call takes no pointers, and the program has not yet opened a descriptor that it
     // owns.
     let done = unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) };
-    if done == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+    if done == 0 {
+        Ok(())
+    } else {
+        Err(std::io::Error::last_os_error())
+    }
 }
 
 /// True if the process ignores `signal`, as `nohup` arranges for SIGHUP.
@@ -62,9 +75,15 @@ mod tests {
             listen_fds(&env, 42)
         };
         assert_eq!(with("42", "2"), 2);
-        for (pid, fds) in
-            [("41", "2"), ("", "2"), ("x", "2"), ("42", ""), ("42", "-1"), ("42", "4294967295"), ("42", "2147483647")]
-        {
+        for (pid, fds) in [
+            ("41", "2"),
+            ("", "2"),
+            ("x", "2"),
+            ("42", ""),
+            ("42", "-1"),
+            ("42", "4294967295"),
+            ("42", "2147483647"),
+        ] {
             assert_eq!(with(pid, fds), 0, "LISTEN_PID={pid} LISTEN_FDS={fds}");
         }
         assert_eq!(listen_fds(&|_| None, 42), 0);

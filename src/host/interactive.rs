@@ -18,17 +18,23 @@ use std::os::unix::process::ExitStatusExt;
 #[allow(clippy::disallowed_methods)] // One of the few places that may start processes.
 pub fn run(program: &str, args: &[OsString], cancel: &Cancel) -> Result<u8> {
     let io = |e: std::io::Error| Error::io(format!("run {program}"), e);
-    let mut child = std::process::Command::new(program).args(args).spawn().map_err(|e| {
-        if e.kind() == std::io::ErrorKind::NotFound {
-            Error::new(Kind::CommandMissing, format!("{program} is not installed"))
-        } else {
-            io(e)
-        }
-    })?;
+    let mut child = std::process::Command::new(program)
+        .args(args)
+        .spawn()
+        .map_err(|e| {
+            if e.kind() == std::io::ErrorKind::NotFound {
+                Error::new(Kind::CommandMissing, format!("{program} is not installed"))
+            } else {
+                io(e)
+            }
+        })?;
     let pid = Pid::from_raw(child.id().cast_signed()).expect("a child has a pid");
     let exited = pidfd_open(pid, PidfdFlags::empty()).map_err(|e| io(e.into()))?;
     loop {
-        let mut fds = [PollFd::new(exited.as_fd(), PollFlags::POLLIN), PollFd::new(cancel.fd(), PollFlags::POLLIN)];
+        let mut fds = [
+            PollFd::new(exited.as_fd(), PollFlags::POLLIN),
+            PollFd::new(cancel.fd(), PollFlags::POLLIN),
+        ];
         match poll(&mut fds, PollTimeout::NONE) {
             Err(nix::errno::Errno::EINTR) => continue,
             Err(e) => return Err(io(e.into())),
@@ -41,7 +47,9 @@ pub fn run(program: &str, args: &[OsString], cancel: &Cancel) -> Result<u8> {
         break;
     }
     let status = child.wait().map_err(io)?;
-    let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
+    let code = status
+        .code()
+        .unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
     Ok(u8::try_from(code).unwrap_or(u8::MAX))
 }
 
@@ -56,7 +64,10 @@ mod tests {
         assert_eq!(sh("exit 3").unwrap(), 3);
         // A signal that no parent can have set to be ignored, as nohup(1) does with SIGHUP.
         assert_eq!(sh("kill -KILL $$").unwrap(), 128 + 9);
-        assert_eq!(run("no-such-program", &[], &cancel).unwrap_err().kind(), Kind::CommandMissing);
+        assert_eq!(
+            run("no-such-program", &[], &cancel).unwrap_err().kind(),
+            Kind::CommandMissing
+        );
         cancel.cancel(crate::locks::CancelCause::Requested);
         assert_eq!(sh("exec sleep 1000").unwrap(), 128 + 15);
     }

@@ -47,16 +47,28 @@ struct Queue {
 impl Queue {
     fn new(lines_max: usize) -> (Self, Receiver<Item>) {
         let (sender, receiver) = bounded(lines_max);
-        (Self { sender, dropped: Arc::default() }, receiver)
+        (
+            Self {
+                sender,
+                dropped: Arc::default(),
+            },
+            receiver,
+        )
     }
 
     /// Never waits.
     fn put(&self, line: &[u8]) {
         let line = match line.len().checked_sub(LINE_BYTES_MAX) {
             None | Some(0) => line.to_vec(),
-            Some(cut) => [&line[..LINE_BYTES_MAX], format!("... ({cut} more bytes)\n").as_bytes()].concat(),
+            Some(cut) => [
+                &line[..LINE_BYTES_MAX],
+                format!("... ({cut} more bytes)\n").as_bytes(),
+            ]
+            .concat(),
         };
-        if let Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) = self.sender.try_send(Item::Line(line)) {
+        if let Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) =
+            self.sender.try_send(Item::Line(line))
+        {
             self.dropped.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -64,7 +76,10 @@ impl Queue {
     /// Waits until all lines so far are written. Returns false at the deadline.
     fn flush(&self, deadline: Instant) -> bool {
         let (done, written) = bounded(1);
-        self.sender.send_deadline(Item::Flush(done), deadline).is_ok() && written.recv_deadline(deadline).is_ok()
+        self.sender
+            .send_deadline(Item::Flush(done), deadline)
+            .is_ok()
+            && written.recv_deadline(deadline).is_ok()
     }
 }
 
@@ -90,7 +105,11 @@ fn write_all_of(receiver: &Receiver<Item>, dropped: &AtomicU64, mut out: impl Wr
         // Reported after the next line, so that the reader sees roughly where the gap is.
         let lost = dropped.swap(0, Ordering::Relaxed);
         if lost > 0 {
-            write_line(&mut out, format!("fcd: {lost} lines of this log were dropped: nobody read it in time\n").as_bytes());
+            write_line(
+                &mut out,
+                format!("fcd: {lost} lines of this log were dropped: nobody read it in time\n")
+                    .as_bytes(),
+            );
         }
     }
 }
@@ -110,7 +129,10 @@ fn write_line(out: &mut (impl Write + AsFd), line: &[u8]) {
 }
 
 fn wait_writable(fd: BorrowedFd<'_>) {
-    let _ = poll(&mut [PollFd::new(fd, PollFlags::POLLOUT)], PollTimeout::NONE);
+    let _ = poll(
+        &mut [PollFd::new(fd, PollFlags::POLLOUT)],
+        PollTimeout::NONE,
+    );
 }
 
 /// Passes records to `env_logger` after the lock checker has checked the call.
@@ -135,12 +157,18 @@ impl log::Log for Logger {
 pub fn init() -> Result<()> {
     let (queue, receiver) = Queue::new(LINES_MAX);
     let dropped = queue.dropped.clone();
-    crate::host::thread::spawn("log", move || write_all_of(&receiver, &dropped, std::io::stderr()))?;
+    crate::host::thread::spawn("log", move || {
+        write_all_of(&receiver, &dropped, std::io::stderr())
+    })?;
     let filter = env_logger::Env::default().default_filter_or(DEFAULT_FILTER);
     let pipe = env_logger::Target::Pipe(Box::new(queue.clone()));
     let inner = env_logger::Builder::from_env(filter).target(pipe).build();
     // With the lock checker, calls that the filter would skip are checked as well.
-    let level = if crate::locks::check::IS_ON { log::LevelFilter::Trace } else { inner.filter() };
+    let level = if crate::locks::check::IS_ON {
+        log::LevelFilter::Trace
+    } else {
+        inner.filter()
+    };
     let twice = || Error::internal("set up the log: there is one already");
     LOG.set(queue).map_err(|_| twice())?;
     log::set_boxed_logger(Box::new(Logger(inner))).map_err(|_| twice())?;
@@ -152,7 +180,10 @@ pub fn init() -> Result<()> {
             std::backtrace::BacktraceStatus::Captured => Cow::Owned(format!("\n{backtrace}")),
             _ => Cow::Borrowed(""),
         };
-        say_within(&format!("thread '{name}': {panic}{backtrace}"), PANIC_FLUSH_MAX);
+        say_within(
+            &format!("thread '{name}': {panic}{backtrace}"),
+            PANIC_FLUSH_MAX,
+        );
     }));
     Ok(())
 }
@@ -200,9 +231,14 @@ mod tests {
         (queue, receiver, reader, writer)
     }
 
-    fn begin(queue: &Queue, receiver: Receiver<Item>, writer: PipeWriter) -> std::thread::JoinHandle<()> {
+    fn begin(
+        queue: &Queue,
+        receiver: Receiver<Item>,
+        writer: PipeWriter,
+    ) -> std::thread::JoinHandle<()> {
         let dropped = queue.dropped.clone();
-        crate::host::thread::spawn("log", move || write_all_of(&receiver, &dropped, writer)).unwrap()
+        crate::host::thread::spawn("log", move || write_all_of(&receiver, &dropped, writer))
+            .unwrap()
     }
 
     fn stalled() -> Stalled {
@@ -214,21 +250,35 @@ mod tests {
         while !queue.sender.is_empty() {
             std::thread::yield_now();
         }
-        Stalled { queue, reader, writer }
+        Stalled {
+            queue,
+            reader,
+            writer,
+        }
     }
 
     #[test]
     fn full_queue_drops_counts_and_reports_lines() {
-        let Stalled { queue, reader, writer } = stalled();
+        let Stalled {
+            queue,
+            reader,
+            writer,
+        } = stalled();
         for n in 0..LINES + 3 {
             queue.put(format!("line {n}\n").as_bytes());
         }
-        assert!(!queue.flush(Instant::now()), "nobody reads, so nothing can be flushed");
+        assert!(
+            !queue.flush(Instant::now()),
+            "nobody reads, so nothing can be flushed"
+        );
         let mut reader = BufReader::new(reader);
         reader.read_exact(&mut [0; LINE_BYTES_MAX]).unwrap();
         let mut lines = reader.lines();
         let mut next = || lines.next().unwrap().unwrap();
-        assert_eq!(next(), "fcd: 3 lines of this log were dropped: nobody read it in time");
+        assert_eq!(
+            next(),
+            "fcd: 3 lines of this log were dropped: nobody read it in time"
+        );
         for n in 0..LINES {
             assert_eq!(next(), format!("line {n}"));
         }
@@ -238,10 +288,16 @@ mod tests {
 
     #[test]
     fn flush_waits_for_earlier_lines_until_its_deadline() {
-        let Stalled { queue, reader, writer } = stalled();
+        let Stalled {
+            queue,
+            reader,
+            writer,
+        } = stalled();
         queue.put(b"the last line\n");
         assert!(!queue.flush(Instant::now() + Duration::from_millis(10)));
-        let all = crate::host::thread::spawn("reader", move || std::io::read_to_string(reader).unwrap()).unwrap();
+        let all =
+            crate::host::thread::spawn("reader", move || std::io::read_to_string(reader).unwrap())
+                .unwrap();
         assert!(queue.flush(Instant::now() + Duration::from_secs(20)));
         drop(queue);
         writer.join().unwrap();

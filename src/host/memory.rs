@@ -14,7 +14,10 @@ const MAPPED_BYTES_MIN: libc::c_int = 128 * 1024;
 /// stays.
 pub fn bound_allocator() {
     #[cfg(target_env = "gnu")]
-    for (option, value) in [(libc::M_ARENA_MAX, ARENAS_MAX), (libc::M_MMAP_THRESHOLD, MAPPED_BYTES_MIN)] {
+    for (option, value) in [
+        (libc::M_ARENA_MAX, ARENAS_MAX),
+        (libc::M_MMAP_THRESHOLD, MAPPED_BYTES_MIN),
+    ] {
         #[allow(unsafe_code)]
         // SAFETY: mallopt takes two numbers and locks the allocator itself.
         let is_set = unsafe { libc::mallopt(option, value) };

@@ -15,7 +15,11 @@ pub struct Flags {
 impl Flags {
     /// The options that were set, as mount(8) names them.
     pub fn names(self) -> Vec<&'static str> {
-        [("nodev", self.nodev), ("noexec", self.noexec)].into_iter().filter(|(_, is_set)| *is_set).map(|(name, _)| name).collect()
+        [("nodev", self.nodev), ("noexec", self.noexec)]
+            .into_iter()
+            .filter(|(_, is_set)| *is_set)
+            .map(|(name, _)| name)
+            .collect()
     }
 }
 
@@ -23,7 +27,10 @@ pub fn flags(path: &Path) -> std::io::Result<Flags> {
     let set = rustix::fs::statvfs(path)?.f_flag;
     // rustix names only some of the flags of statvfs(3).
     let has = |flag: u64| set.bits() & flag != 0;
-    Ok(Flags { nodev: has(nix::libc::ST_NODEV), noexec: has(nix::libc::ST_NOEXEC) })
+    Ok(Flags {
+        nodev: has(nix::libc::ST_NODEV),
+        noexec: has(nix::libc::ST_NOEXEC),
+    })
 }
 
 /// The highest directory on the same file system. Bind mounts within a file system are not
@@ -31,7 +38,11 @@ pub fn flags(path: &Path) -> std::io::Result<Flags> {
 pub fn point(path: &Path) -> PathBuf {
     let device = |p: &Path| std::fs::metadata(p).map(|m| m.dev()).ok();
     let own = device(path);
-    path.ancestors().take_while(|p| device(p) == own).last().unwrap_or(path).to_owned()
+    path.ancestors()
+        .take_while(|p| device(p) == own)
+        .last()
+        .unwrap_or(path)
+        .to_owned()
 }
 
 #[cfg(test)]
@@ -46,7 +57,14 @@ mod tests {
 
     #[test]
     fn flags_are_named_as_mount_names_them() {
-        assert_eq!(Flags { nodev: true, noexec: true }.names(), ["nodev", "noexec"]);
+        assert_eq!(
+            Flags {
+                nodev: true,
+                noexec: true
+            }
+            .names(),
+            ["nodev", "noexec"]
+        );
         assert_eq!(Flags::default().names(), [""; 0]);
         assert_eq!(flags(Path::new("/bin/sh")).unwrap(), Flags::default());
     }

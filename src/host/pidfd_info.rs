@@ -32,8 +32,13 @@ nix::ioctl_readwrite!(get_info, 0xff, 11, PidfdInfo);
 /// it. Unknown on an older kernel.
 pub fn wait_exit(process: &Process) -> Exit {
     // Requesting no events still reports POLLHUP, which follows the reaping.
-    let reaped = wait_uncancelled(&[(process.fd(), PollFlags::empty())], Instant::now() + REAP_DEADLINE);
-    let status = matches!(reaped, Ok(WaitResult::Ready)).then(|| wait_status(process.fd())).flatten();
+    let reaped = wait_uncancelled(
+        &[(process.fd(), PollFlags::empty())],
+        Instant::now() + REAP_DEADLINE,
+    );
+    let status = matches!(reaped, Ok(WaitResult::Ready))
+        .then(|| wait_status(process.fd()))
+        .flatten();
     let status = status.map(ExitStatus::from_raw);
     match status.map(|status| (status.code(), status.signal())) {
         Some((Some(code), _)) => Exit::Status(code),
@@ -44,7 +49,10 @@ pub fn wait_exit(process: &Process) -> Exit {
 
 #[allow(unsafe_code)]
 fn wait_status(fd: BorrowedFd<'_>) -> Option<i32> {
-    let mut info = PidfdInfo { mask: PIDFD_INFO_EXIT, ..PidfdInfo::default() };
+    let mut info = PidfdInfo {
+        mask: PIDFD_INFO_EXIT,
+        ..PidfdInfo::default()
+    };
     // SAFETY: the kernel writes at most the size that is part of the request's number, and the
     // descriptor is borrowed.
     unsafe { get_info(fd.as_raw_fd(), &raw mut info) }.ok()?;
@@ -63,7 +71,10 @@ mod tests {
 
     fn kernel() -> (u32, u32) {
         let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
-        let mut numbers = release.trim().split(['.', '-', '+']).map(|part| part.parse().unwrap());
+        let mut numbers = release
+            .trim()
+            .split(['.', '-', '+'])
+            .map(|part| part.parse().unwrap());
         (numbers.next().unwrap(), numbers.next().unwrap())
     }
 
@@ -95,6 +106,9 @@ mod tests {
         let has_it = kernel() >= SINCE;
         let expected = |exit| if has_it { exit } else { Exit::Unknown };
         assert_eq!(end("", Signal::KILL), expected(Exit::Signal(9)));
-        assert_eq!(end("trap \"exit 7\" TERM;", Signal::TERM), expected(Exit::Status(7)));
+        assert_eq!(
+            end("trap \"exit 7\" TERM;", Signal::TERM),
+            expected(Exit::Status(7))
+        );
     }
 }

@@ -22,7 +22,11 @@ const TICK: Duration = Duration::from_millis(50);
 ///
 /// # Errors
 /// `command_missing`, `cancelled`, `timeout`, `host`, or the closure's error.
-pub fn run_piped(command: &Command, cancel: &Cancel, on_stdout: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<Output> {
+pub fn run_piped(
+    command: &Command,
+    cancel: &Cancel,
+    on_stdout: &mut dyn FnMut(&[u8]) -> Result<()>,
+) -> Result<Output> {
     let _blocking = region(Rank::HostCmd);
     let mut child = command::start(command)?;
     let pid = Pid::from_raw(child.id() as i32);
@@ -44,7 +48,9 @@ struct Streams {
 impl Streams {
     fn take(&mut self, on_stdout: &mut dyn FnMut(&[u8]) -> Result<()>, doing: &str) -> Result<()> {
         if let Some(pipe) = self.out.as_mut().filter(|p| readable(p.as_fd())) {
-            let n = pipe.read(&mut self.buffer).map_err(|e| Error::io(doing, e))?;
+            let n = pipe
+                .read(&mut self.buffer)
+                .map_err(|e| Error::io(doing, e))?;
             if n == 0 {
                 self.out = None;
             } else {
@@ -52,7 +58,9 @@ impl Streams {
             }
         }
         if let Some(pipe) = self.err.as_mut().filter(|p| readable(p.as_fd())) {
-            let n = pipe.read(&mut self.buffer).map_err(|e| Error::io(doing, e))?;
+            let n = pipe
+                .read(&mut self.buffer)
+                .map_err(|e| Error::io(doing, e))?;
             if n == 0 {
                 self.err = None;
             }
@@ -76,30 +84,71 @@ fn pump_output(
         command::set_nonblocking(pipe).map_err(|e| Error::io(&doing, e))?;
     }
     let (out, err) = (child.stdout.take(), child.stderr.take());
-    let mut streams = Streams { out, err, kept: Vec::new(), buffer: vec![0; PIECE_BYTES] };
+    let mut streams = Streams {
+        out,
+        err,
+        kept: Vec::new(),
+        buffer: vec![0; PIECE_BYTES],
+    };
     loop {
         if let Some(cause) = cancel.cause() {
-            return Err(Error::new(Kind::Cancelled, format!("{doing}: cancelled: {cause}")));
+            return Err(Error::new(
+                Kind::Cancelled,
+                format!("{doing}: cancelled: {cause}"),
+            ));
         }
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            return Err(Error::new(Kind::Timeout, format!("{doing}: not finished after {} s", command.deadline.as_secs())));
+            return Err(Error::new(
+                Kind::Timeout,
+                format!(
+                    "{doing}: not finished after {} s",
+                    command.deadline.as_secs()
+                ),
+            ));
         }
         if streams.out.is_none()
             && streams.err.is_none()
             && let Some(status) = child.try_wait().map_err(|e| Error::io(&doing, e))?
         {
-            let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
-            return Ok(Output { status: code, stdout: Vec::new(), stderr: streams.kept });
+            let code = status
+                .code()
+                .unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
+            return Ok(Output {
+                status: code,
+                stdout: Vec::new(),
+                stderr: streams.kept,
+            });
         }
         let mut fds = vec![PollFd::new(cancel.fd(), PollFlags::POLLIN)];
-        fds.extend(streams.out.as_ref().map(|p| PollFd::new(p.as_fd(), PollFlags::POLLIN)));
-        fds.extend(streams.err.as_ref().map(|p| PollFd::new(p.as_fd(), PollFlags::POLLIN)));
-        fds.extend(input.as_ref().map(|(p, _)| PollFd::new(p.as_fd(), PollFlags::POLLOUT)));
+        fds.extend(
+            streams
+                .out
+                .as_ref()
+                .map(|p| PollFd::new(p.as_fd(), PollFlags::POLLIN)),
+        );
+        fds.extend(
+            streams
+                .err
+                .as_ref()
+                .map(|p| PollFd::new(p.as_fd(), PollFlags::POLLIN)),
+        );
+        fds.extend(
+            input
+                .as_ref()
+                .map(|(p, _)| PollFd::new(p.as_fd(), PollFlags::POLLOUT)),
+        );
         // Both streams are closed, so the command is about to exit, but no descriptor here reports
         // that.
-        let tick = if fds.len() == 1 { Duration::from_millis(1) } else { TICK };
-        match poll(&mut fds, PollTimeout::try_from(left.min(tick)).unwrap_or(PollTimeout::MAX)) {
+        let tick = if fds.len() == 1 {
+            Duration::from_millis(1)
+        } else {
+            TICK
+        };
+        match poll(
+            &mut fds,
+            PollTimeout::try_from(left.min(tick)).unwrap_or(PollTimeout::MAX),
+        ) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(e) => return Err(Error::io(doing, e)),
         }
@@ -129,13 +178,20 @@ mod tests {
         assert_eq!((out.status, out.stderr.as_slice()), (3, &b"oops\n"[..]));
         let text = String::from_utf8(seen).unwrap();
         assert!(text.len() > 2 * 1024 * 1024);
-        assert!(text.lines().enumerate().all(|(i, l)| l == (i + 1).to_string()));
+        assert!(
+            text.lines()
+                .enumerate()
+                .all(|(i, l)| l == (i + 1).to_string())
+        );
     }
 
     #[test]
     fn closure_error_ends_the_command() {
         let c = Command::new("yes");
-        let e = run_piped(&c, &Cancel::try_new().unwrap(), &mut |_| Err(Error::internal("enough"))).unwrap_err();
+        let e = run_piped(&c, &Cancel::try_new().unwrap(), &mut |_| {
+            Err(Error::internal("enough"))
+        })
+        .unwrap_err();
         assert_eq!(e.message(), "enough");
     }
 }

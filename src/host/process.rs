@@ -75,7 +75,8 @@ impl fmt::Display for Exit {
 
 /// Our children by start time and pid; `None` until they are reaped. The first thread that sees a
 /// child exit reaps it and records its exit here for the others.
-static CHILDREN: Mutex<BTreeMap<(u64, u32), Option<Exit>>> = Mutex::new(Rank::Consoles, BTreeMap::new());
+static CHILDREN: Mutex<BTreeMap<(u64, u32), Option<Exit>>> =
+    Mutex::new(Rank::Consoles, BTreeMap::new());
 /// How many exits are remembered. The oldest is dropped first.
 const EXITS_MAX: usize = 4096;
 
@@ -94,7 +95,9 @@ impl Process {
         if identity.boot_id != boot_id()? {
             return Ok(None);
         }
-        let Some(pid) = i32::try_from(identity.pid).ok().and_then(Pid::from_raw) else { return Ok(None) };
+        let Some(pid) = i32::try_from(identity.pid).ok().and_then(Pid::from_raw) else {
+            return Ok(None);
+        };
         let fd = match rustix::process::pidfd_open(pid, PidfdFlags::empty()) {
             Ok(fd) => fd,
             Err(rustix::io::Errno::SRCH) => return Ok(None),
@@ -103,7 +106,10 @@ impl Process {
         // Compare the start time after opening the pidfd: if the pid had been reused before, it
         // would differ.
         match read_stat(identity.pid) {
-            Some(stat) if stat.start_time == identity.start_time => Ok(Some(Self { identity: identity.clone(), fd })),
+            Some(stat) if stat.start_time == identity.start_time => Ok(Some(Self {
+                identity: identity.clone(),
+                fd,
+            })),
             _ => Ok(None),
         }
     }
@@ -127,7 +133,10 @@ impl Process {
         match rustix::process::pidfd_send_signal(&self.fd, signal) {
             Ok(()) => Ok(true),
             Err(rustix::io::Errno::SRCH) => Ok(false),
-            Err(e) => Err(Error::io(format!("signal process {}", self.identity.pid), e)),
+            Err(e) => Err(Error::io(
+                format!("signal process {}", self.identity.pid),
+                e,
+            )),
         }
     }
 
@@ -138,7 +147,9 @@ impl Process {
     /// `cancelled` if the token fires first.
     pub fn wait(&self, deadline: Instant, cancel: &Cancel) -> Result<bool> {
         let doing = || format!("wait for process {} to exit", self.identity.pid);
-        match wait_any(&[(self.fd(), PollFlags::POLLIN)], deadline, cancel).map_err(|e| Error::io(doing(), e))? {
+        match wait_any(&[(self.fd(), PollFlags::POLLIN)], deadline, cancel)
+            .map_err(|e| Error::io(doing(), e))?
+        {
             WaitResult::Ready => {
                 self.exit();
                 Ok(true)
@@ -162,7 +173,10 @@ impl Process {
     pub fn exit(&self) -> Option<Exit> {
         let key = (self.identity.start_time, self.identity.pid);
         let mut children = CHILDREN.lock();
-        match rustix::process::waitid(WaitId::PidFd(self.fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG) {
+        match rustix::process::waitid(
+            WaitId::PidFd(self.fd()),
+            WaitIdOptions::EXITED | WaitIdOptions::NOHANG,
+        ) {
             Ok(None) => None,
             Ok(Some(status)) => {
                 let exit = match (status.exit_status(), status.terminating_signal()) {
@@ -172,21 +186,35 @@ impl Process {
                 };
                 children.insert(key, Some(exit));
                 if children.len() > EXITS_MAX {
-                    let oldest = children.iter().find(|(_, exit)| exit.is_some()).map(|(key, _)| *key);
+                    let oldest = children
+                        .iter()
+                        .find(|(_, exit)| exit.is_some())
+                        .map(|(key, _)| *key);
                     oldest.and_then(|key| children.remove(&key));
                 }
                 Some(exit)
             }
             // It is not our child, or it has been reaped already; see `pidfd_info`.
             Err(_) if self.is_alive() => None,
-            Err(_) => Some(children.get(&key).copied().flatten().unwrap_or(Exit::Unknown)),
+            Err(_) => Some(
+                children
+                    .get(&key)
+                    .copied()
+                    .flatten()
+                    .unwrap_or(Exit::Unknown),
+            ),
         }
     }
 }
 
 /// How a process that no longer exists ended, if that is still remembered.
 pub fn exit_of_gone(identity: &Identity) -> Exit {
-    CHILDREN.lock().get(&(identity.start_time, identity.pid)).copied().flatten().unwrap_or(Exit::Unknown)
+    CHILDREN
+        .lock()
+        .get(&(identity.start_time, identity.pid))
+        .copied()
+        .flatten()
+        .unwrap_or(Exit::Unknown)
 }
 
 /// True if the process is running. A zombie is not, and is reaped if it is our child.
@@ -195,7 +223,8 @@ pub fn is_alive(identity: &Identity) -> bool {
         Ok(Some(process)) => process.exit().is_none() && process.is_alive(),
         Ok(None) => false,
         // Fall back to /proc, for example when no descriptor is left.
-        Err(_) => read_stat(identity.pid).is_some_and(|s| s.start_time == identity.start_time && !s.is_dead()),
+        Err(_) => read_stat(identity.pid)
+            .is_some_and(|s| s.start_time == identity.start_time && !s.is_dead()),
     }
 }
 
@@ -207,10 +236,17 @@ pub fn is_alive(identity: &Identity) -> bool {
 pub fn spawn(spec: Spawn) -> Result<Process> {
     let shown = spec.program.display().to_string();
     let mut command = std::process::Command::new(&spec.program);
-    command.args(&spec.args).env_clear().envs(spec.env).current_dir(&spec.cwd).stdin(Stdio::null());
+    command
+        .args(&spec.args)
+        .env_clear()
+        .envs(spec.env)
+        .current_dir(&spec.cwd)
+        .stdin(Stdio::null());
     match spec.output {
         Some(file) => {
-            let both = file.try_clone().map_err(|e| Error::io(format!("run {shown}"), e))?;
+            let both = file
+                .try_clone()
+                .map_err(|e| Error::io(format!("run {shown}"), e))?;
             command.stdout(file).stderr(both);
         }
         None => {
@@ -218,13 +254,21 @@ pub fn spawn(spec: Spawn) -> Result<Process> {
         }
     }
     detach(&mut command, spec.credentials);
-    let child = command.spawn().map_err(|e| spawn_error(&shown, &spec.cwd, e))?;
+    let child = command
+        .spawn()
+        .map_err(|e| spawn_error(&shown, &spec.cwd, e))?;
     // The child's pid cannot be reused before we reap it, and nothing does before it is in
     // CHILDREN.
     let open = || -> Result<Process> {
-        let stat = read_stat(child.id()).ok_or_else(|| Error::new(Kind::Host, format!("run {shown}: no /proc entry")))?;
-        let identity = Identity { pid: child.id(), start_time: stat.start_time, boot_id: boot_id()?.to_owned() };
-        Process::open(&identity)?.ok_or_else(|| Error::new(Kind::Host, format!("run {shown}: the process has vanished")))
+        let stat = read_stat(child.id())
+            .ok_or_else(|| Error::new(Kind::Host, format!("run {shown}: no /proc entry")))?;
+        let identity = Identity {
+            pid: child.id(),
+            start_time: stat.start_time,
+            boot_id: boot_id()?.to_owned(),
+        };
+        Process::open(&identity)?
+            .ok_or_else(|| Error::new(Kind::Host, format!("run {shown}: the process has vanished")))
     };
     let process = open().inspect_err(|_| {
         // For example, no descriptor is left. The child is unreaped, so the pid still names it.
@@ -232,7 +276,9 @@ pub fn spawn(spec: Spawn) -> Result<Process> {
         let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
         let _ = nix::sys::wait::waitpid(pid, None);
     })?;
-    CHILDREN.lock().insert((process.identity.start_time, process.identity.pid), None);
+    CHILDREN
+        .lock()
+        .insert((process.identity.start_time, process.identity.pid), None);
     Ok(process)
 }
 
@@ -245,15 +291,19 @@ pub fn spawn_in_own_pids(spec: Spawn) -> Result<Process> {
     // this one.
     let spawned = super::thread::spawn("own-pids", move || {
         let doing = || format!("create a PID namespace for {}", spec.program.display());
-        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWPID).map_err(|e| Error::io(doing(), std::io::Error::from(e)))?;
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWPID)
+            .map_err(|e| Error::io(doing(), std::io::Error::from(e)))?;
         spawn(spec)
     })?;
-    spawned.join().unwrap_or_else(|_| Err(Error::internal("start a process: its thread panicked")))
+    spawned
+        .join()
+        .unwrap_or_else(|_| Err(Error::internal("start a process: its thread panicked")))
 }
 
 fn spawn_error(shown: &str, cwd: &Path, e: std::io::Error) -> Error {
     if e.kind() == std::io::ErrorKind::NotFound && cwd.is_dir() {
-        return Error::new(Kind::CommandMissing, format!("{shown} is not installed")).hint("run fcctl doctor");
+        return Error::new(Kind::CommandMissing, format!("{shown} is not installed"))
+            .hint("run fcctl doctor");
     }
     Error::io(format!("run {shown}"), e)
 }
@@ -264,15 +314,29 @@ fn detach(command: &mut std::process::Command, credentials: Option<Credentials>)
     // on memory that was allocated before the fork.
     unsafe {
         command.pre_exec(move || {
-            let ok = |result: libc::c_int| if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) };
+            let ok = |result: libc::c_int| {
+                if result == 0 {
+                    Ok(())
+                } else {
+                    Err(std::io::Error::last_os_error())
+                }
+            };
             if libc::setsid() < 0 {
                 return Err(std::io::Error::last_os_error());
             }
-            let no_core = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+            let no_core = libc::rlimit {
+                rlim_cur: 0,
+                rlim_max: 0,
+            };
             ok(libc::setrlimit(libc::RLIMIT_CORE, &no_core))?;
             // Our own descriptors are close-on-exec; this catches those of a library that forgot
             // it.
-            ok(libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) as libc::c_int)?;
+            ok(libc::syscall(
+                libc::SYS_close_range,
+                3,
+                libc::c_uint::MAX,
+                libc::CLOSE_RANGE_CLOEXEC,
+            ) as libc::c_int)?;
             if let Some(c) = &credentials {
                 ok(libc::setgroups(c.groups.len(), c.groups.as_ptr()))?;
                 ok(libc::setresgid(c.gid, c.gid, c.gid))?;
@@ -286,7 +350,10 @@ fn detach(command: &mut std::process::Command, credentials: Option<Credentials>)
 /// Finds running processes that have exactly `argument` as an argument. Root finds processes of all
 /// users; others only their own.
 pub fn find_by_argument(argument: &str) -> Result<Vec<Identity>> {
-    Ok(scan(|a| a == argument.as_bytes())?.into_iter().map(|(_, identity)| identity).collect())
+    Ok(scan(|a| a == argument.as_bytes())?
+        .into_iter()
+        .map(|(_, identity)| identity)
+        .collect())
 }
 
 /// Finds running processes with an argument that begins with `prefix`, and returns each with that
@@ -301,18 +368,37 @@ fn scan(fits: impl Fn(&[u8]) -> bool) -> Result<Vec<(String, Identity)>> {
     let mut found = Vec::new();
     let entries = std::fs::read_dir("/proc").map_err(|e| Error::io("read /proc", e))?;
     for entry in entries.flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
-        let Some(argument) = arguments(pid).into_iter().find(|a| fits(a)).and_then(|a| String::from_utf8(a).ok()) else {
+        let Some(pid) = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse::<u32>().ok())
+        else {
+            continue;
+        };
+        let Some(argument) = arguments(pid)
+            .into_iter()
+            .find(|a| fits(a))
+            .and_then(|a| String::from_utf8(a).ok())
+        else {
             continue;
         };
         if me != 0 && uid(pid) != Some(me) {
             continue;
         }
-        let Some(before) = read_stat(pid).filter(|stat| !stat.is_dead()) else { continue };
+        let Some(before) = read_stat(pid).filter(|stat| !stat.is_dead()) else {
+            continue;
+        };
         // Read again after the stat: if the pid was reused in between, the identity is another
         // process's.
         if arguments(pid).iter().any(|a| *a == argument.as_bytes()) {
-            found.push((argument, Identity { pid, start_time: before.start_time, boot_id: boot_id()?.to_owned() }));
+            found.push((
+                argument,
+                Identity {
+                    pid,
+                    start_time: before.start_time,
+                    boot_id: boot_id()?.to_owned(),
+                },
+            ));
         }
     }
     Ok(found)
@@ -322,21 +408,35 @@ fn scan(fits: impl Fn(&[u8]) -> bool) -> Result<Vec<(String, Identity)>> {
 pub fn arguments(pid: u32) -> Vec<Vec<u8>> {
     crate::locks::require_memory_only("look at a process");
     const CMDLINE_BYTES_MAX: u64 = 256 * 1024;
-    let Ok(file) = File::open(format!("/proc/{pid}/cmdline")) else { return Vec::new() };
-    let Ok(bytes) = super::command::read_bounded(file, CMDLINE_BYTES_MAX) else { return Vec::new() };
+    let Ok(file) = File::open(format!("/proc/{pid}/cmdline")) else {
+        return Vec::new();
+    };
+    let Ok(bytes) = super::command::read_bounded(file, CMDLINE_BYTES_MAX) else {
+        return Vec::new();
+    };
     bytes.split(|b| *b == 0).map(<[u8]>::to_vec).collect()
 }
 
 /// The path of the executable, without the ` (deleted)` that the kernel appends if it was replaced.
 pub fn executable(pid: u32) -> Option<PathBuf> {
     let path = std::fs::read_link(format!("/proc/{pid}/exe")).ok()?;
-    Some(path.to_str().and_then(|p| p.strip_suffix(" (deleted)")).map_or(path.clone(), PathBuf::from))
+    Some(
+        path.to_str()
+            .and_then(|p| p.strip_suffix(" (deleted)"))
+            .map_or(path.clone(), PathBuf::from),
+    )
 }
 
 /// The real uid of a process.
 pub fn uid(pid: u32) -> Option<u32> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    status.lines().find_map(|l| l.strip_prefix("Uid:"))?.split_whitespace().next()?.parse().ok()
+    status
+        .lines()
+        .find_map(|l| l.strip_prefix("Uid:"))?
+        .split_whitespace()
+        .next()?
+        .parse()
+        .ok()
 }
 
 /// The kernel's id of the current boot.
@@ -370,7 +470,9 @@ fn read_stat(pid: u32) -> Option<Stat> {
 /// the last parenthesis ends it.
 fn parse_stat(stat: &[u8]) -> Option<Stat> {
     let end = stat.iter().rposition(|b| *b == b')')?;
-    let mut fields = stat[end + 1..].split(|b| b.is_ascii_whitespace()).filter(|f| !f.is_empty());
+    let mut fields = stat[end + 1..]
+        .split(|b| b.is_ascii_whitespace())
+        .filter(|f| !f.is_empty());
     let state = *fields.next()?.first()?;
     // The state is field 3, the start time field 22.
     let start_time = std::str::from_utf8(fields.nth(18)?).ok()?.parse().ok()?;
@@ -394,7 +496,10 @@ mod tests {
     }
 
     fn sleep(tag: &str) -> Spawn {
-        Spawn { args: ["-c", "exec sleep 1000", tag].map(OsString::from).to_vec(), ..stopped(tag) }
+        Spawn {
+            args: ["-c", "exec sleep 1000", tag].map(OsString::from).to_vec(),
+            ..stopped(tag)
+        }
     }
 
     fn in_10_s() -> Instant {
@@ -403,13 +508,24 @@ mod tests {
 
     fn end(process: &Process) {
         process.signal(Signal::KILL).unwrap();
-        assert!(process.wait(in_10_s(), &Cancel::try_new().unwrap()).unwrap());
+        assert!(
+            process
+                .wait(in_10_s(), &Cancel::try_new().unwrap())
+                .unwrap()
+        );
     }
 
     #[test]
     fn stat_name_with_parentheses_is_parsed() {
-        let line = b"42 (a) R 1 (b) ) S 1 42 42 0 -1 4194304 1 2 3 4 5 6 7 8 20 0 1 0 987654 1000 2 0\n";
-        assert_eq!(parse_stat(line), Some(Stat { state: b'S', start_time: 987_654 }));
+        let line =
+            b"42 (a) R 1 (b) ) S 1 42 42 0 -1 4194304 1 2 3 4 5 6 7 8 20 0 1 0 987654 1000 2 0\n";
+        assert_eq!(
+            parse_stat(line),
+            Some(Stat {
+                state: b'S',
+                start_time: 987_654
+            })
+        );
         assert_eq!(parse_stat(b"42 (x) S 1 2"), None);
         assert_eq!(parse_stat(b""), None);
     }
@@ -422,13 +538,28 @@ mod tests {
         let script = "echo ready; kill -STOP $$";
         let args = ["-c", script].map(OsString::from).to_vec();
         let output = Some(File::from(OwnedFd::from(output)));
-        let process = spawn(Spawn { args, output, ..sleep("") }).unwrap();
+        let process = spawn(Spawn {
+            args,
+            output,
+            ..sleep("")
+        })
+        .unwrap();
         // Once the shell prints this, the loader has closed the files that it opened.
         std::io::Read::read_exact(&mut said, &mut [0; 6]).unwrap();
         let pid = process.identity().pid;
-        assert_eq!(nix::unistd::getsid(Some(nix::unistd::Pid::from_raw(pid as i32))).unwrap().as_raw() as u32, pid);
+        assert_eq!(
+            nix::unistd::getsid(Some(nix::unistd::Pid::from_raw(pid as i32)))
+                .unwrap()
+                .as_raw() as u32,
+            pid
+        );
         let target = |fd: &str| std::fs::read_link(format!("/proc/{pid}/fd/{fd}")).unwrap();
-        assert_eq!(std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count(), 3);
+        assert_eq!(
+            std::fs::read_dir(format!("/proc/{pid}/fd"))
+                .unwrap()
+                .count(),
+            3
+        );
         assert_eq!(target("0"), PathBuf::from("/dev/null"));
         assert!(target("1").to_string_lossy().starts_with("pipe:["));
         assert_eq!(target("1"), target("2"));
@@ -436,7 +567,10 @@ mod tests {
         assert_eq!(environment, b"PATH=/usr/bin:/bin\0");
         let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
         let core = limits.lines().find(|l| l.starts_with("Max core")).unwrap();
-        assert!(core.split_whitespace().skip(4).take(2).all(|v| v == "0"), "{core}");
+        assert!(
+            core.split_whitespace().skip(4).take(2).all(|v| v == "0"),
+            "{core}"
+        );
         end(&process);
         drop(leak);
     }
@@ -452,14 +586,28 @@ mod tests {
         assert_eq!(other.exit(), Some(Exit::Signal(9)));
         assert!(!is_alive(process.identity()) && !other.is_alive());
         assert!(!other.signal(Signal::TERM).unwrap());
-        assert_eq!(read_stat(process.identity().pid).map(|s| s.start_time == process.identity().start_time), None);
+        assert_eq!(
+            read_stat(process.identity().pid)
+                .map(|s| s.start_time == process.identity().start_time),
+            None
+        );
     }
 
     #[test]
     fn zombie_is_not_alive() {
-        let process = spawn(Spawn { program: "true".into(), args: vec![], ..sleep("") }).unwrap();
+        let process = spawn(Spawn {
+            program: "true".into(),
+            args: vec![],
+            ..sleep("")
+        })
+        .unwrap();
         assert_eq!(
-            wait_any(&[(process.fd(), PollFlags::POLLIN)], in_10_s(), &Cancel::try_new().unwrap()).unwrap(),
+            wait_any(
+                &[(process.fd(), PollFlags::POLLIN)],
+                in_10_s(),
+                &Cancel::try_new().unwrap()
+            )
+            .unwrap(),
             WaitResult::Ready
         );
         assert!(read_stat(process.identity().pid).unwrap().is_dead());
@@ -485,7 +633,10 @@ mod tests {
     fn process_is_found_by_its_whole_argument() {
         let tag = format!("fc-test-{}-1", std::process::id());
         let process = spawn(stopped(&tag)).unwrap();
-        assert_eq!(find_by_argument(&tag).unwrap(), std::slice::from_ref(process.identity()));
+        assert_eq!(
+            find_by_argument(&tag).unwrap(),
+            std::slice::from_ref(process.identity())
+        );
         assert_eq!(find_by_argument(&tag[..tag.len() - 1]).unwrap(), []);
         end(&process);
         assert_eq!(find_by_argument(&tag).unwrap(), []);
@@ -495,17 +646,32 @@ mod tests {
     fn wait_ends_at_deadline_and_on_cancel() {
         let process = spawn(sleep("x")).unwrap();
         let cancel = Cancel::try_new().unwrap();
-        assert!(!process.wait(Instant::now() + Duration::from_millis(5), &cancel).unwrap());
+        assert!(
+            !process
+                .wait(Instant::now() + Duration::from_millis(5), &cancel)
+                .unwrap()
+        );
         cancel.cancel(crate::locks::CancelCause::Requested);
-        assert_eq!(process.wait(in_10_s(), &cancel).unwrap_err().kind(), Kind::Cancelled);
+        assert_eq!(
+            process.wait(in_10_s(), &cancel).unwrap_err().kind(),
+            Kind::Cancelled
+        );
         end(&process);
     }
 
     #[test]
     fn spawn_failure_has_its_kind() {
-        let e = spawn(Spawn { program: "no-such-program".into(), ..sleep("") }).unwrap_err();
+        let e = spawn(Spawn {
+            program: "no-such-program".into(),
+            ..sleep("")
+        })
+        .unwrap_err();
         assert_eq!(e.kind(), Kind::CommandMissing);
-        let e = spawn(Spawn { cwd: "/nonexistent".into(), ..sleep("") }).unwrap_err();
+        let e = spawn(Spawn {
+            cwd: "/nonexistent".into(),
+            ..sleep("")
+        })
+        .unwrap_err();
         assert_eq!(e.kind(), Kind::Host);
     }
 
@@ -521,8 +687,14 @@ mod tests {
         let pid = sleeper.identity().pid;
         assert_ne!(namespace(&pid.to_string()), namespace("self"));
         let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-        let numbers = status.lines().find_map(|l| l.strip_prefix("NSpid:")).unwrap();
-        assert_eq!(numbers.split_whitespace().collect::<Vec<_>>(), [pid.to_string().as_str(), "1"]);
+        let numbers = status
+            .lines()
+            .find_map(|l| l.strip_prefix("NSpid:"))
+            .unwrap();
+        assert_eq!(
+            numbers.split_whitespace().collect::<Vec<_>>(),
+            [pid.to_string().as_str(), "1"]
+        );
         end(&sleeper);
         assert_eq!(sleeper.exit(), Some(Exit::Signal(9)));
         // Its children end with it, and its exit status is known.
@@ -530,11 +702,18 @@ mod tests {
         let parent = spawn_in_own_pids(Spawn { args, ..sleep("") }).unwrap();
         assert!(parent.wait(in_10_s(), &Cancel::try_new().unwrap()).unwrap());
         assert_eq!(parent.exit(), Some(Exit::Status(7)));
-        let e = spawn_in_own_pids(Spawn { program: "no-such-program".into(), ..sleep("") }).unwrap_err();
+        let e = spawn_in_own_pids(Spawn {
+            program: "no-such-program".into(),
+            ..sleep("")
+        })
+        .unwrap_err();
         assert_eq!(e.kind(), Kind::CommandMissing);
         // A process started later is in the host's namespace again.
         let other = spawn(sleep("x")).unwrap();
-        assert_eq!(namespace(&other.identity().pid.to_string()), namespace("self"));
+        assert_eq!(
+            namespace(&other.identity().pid.to_string()),
+            namespace("self")
+        );
         end(&other);
     }
 
@@ -542,15 +721,40 @@ mod tests {
     fn spawn_as_root_drops_to_the_given_credentials() {
         if !rustix::process::geteuid().is_root() {
             // Without privilege the call must fail instead of running as another user.
-            let credentials = Some(Credentials { uid: 1_900_000_001, gid: 1_900_000_001, groups: vec![] });
-            assert!(spawn(Spawn { credentials, ..sleep("") }).is_err());
+            let credentials = Some(Credentials {
+                uid: 1_900_000_001,
+                gid: 1_900_000_001,
+                groups: vec![],
+            });
+            assert!(
+                spawn(Spawn {
+                    credentials,
+                    ..sleep("")
+                })
+                .is_err()
+            );
             return;
         }
-        let credentials = Some(Credentials { uid: 1_900_000_001, gid: 1_900_000_002, groups: vec![1_900_000_003] });
-        let process = spawn(Spawn { credentials, ..sleep("") }).unwrap();
-        let status = std::fs::read_to_string(format!("/proc/{}/status", process.identity().pid)).unwrap();
+        let credentials = Some(Credentials {
+            uid: 1_900_000_001,
+            gid: 1_900_000_002,
+            groups: vec![1_900_000_003],
+        });
+        let process = spawn(Spawn {
+            credentials,
+            ..sleep("")
+        })
+        .unwrap();
+        let status =
+            std::fs::read_to_string(format!("/proc/{}/status", process.identity().pid)).unwrap();
         let field = |name: &str| {
-            status.lines().find_map(|l| l.strip_prefix(name)).unwrap().split_whitespace().collect::<Vec<_>>().join(" ")
+            status
+                .lines()
+                .find_map(|l| l.strip_prefix(name))
+                .unwrap()
+                .split_whitespace()
+                .collect::<Vec<_>>()
+                .join(" ")
         };
         assert_eq!(field("Uid:"), ["1900000001"; 4].join(" "));
         assert_eq!(field("Gid:"), ["1900000002"; 4].join(" "));

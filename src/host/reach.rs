@@ -54,7 +54,9 @@ pub fn state_dir_fix(closed: &dyn std::fmt::Display) -> String {
 }
 
 fn components(path: &Path) -> VecDeque<OsString> {
-    let named = path.components().filter(|c| matches!(c, Component::Normal(_) | Component::ParentDir));
+    let named = path
+        .components()
+        .filter(|c| matches!(c, Component::Normal(_) | Component::ParentDir));
     named.map(|c| c.as_os_str().to_owned()).collect()
 }
 
@@ -91,7 +93,14 @@ mod tests {
         check("open", None);
         // The mode of the last component does not matter; it is only needed for entries below it.
         check("shut", None);
-        for path in ["shut/state", "shut/not/yet", "open/link", "open/link/vms", "open/absolute/state", "open/../shut/state"] {
+        for path in [
+            "shut/state",
+            "shut/not/yet",
+            "open/link",
+            "open/link/vms",
+            "open/absolute/state",
+            "open/../shut/state",
+        ] {
             check(path, Some("shut"));
         }
         check("open/loop/x", None);

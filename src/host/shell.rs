@@ -13,7 +13,11 @@ pub fn quote(word: &str) -> String {
     let mut out = String::with_capacity(word.len() + 2);
     out.push('\'');
     for c in word.chars().filter(|c| *c != '\0') {
-        if c == '\'' { out.push_str("'\\''") } else { out.push(c) }
+        if c == '\'' {
+            out.push_str("'\\''")
+        } else {
+            out.push(c)
+        }
     }
     out.push('\'');
     out
@@ -27,11 +31,28 @@ mod tests {
 
     #[test]
     fn quoted_words_are_read_back_unchanged_by_a_shell() {
-        let words =
-            ["", "a", "a b", "it's", "'", "''", "$(x) `y` \\ \" * ? ~ # ! & ; | < >", "-rf", "a\nb\tc", "\u{1b}[0m", "é", "%s"];
+        let words = [
+            "",
+            "a",
+            "a b",
+            "it's",
+            "'",
+            "''",
+            "$(x) `y` \\ \" * ? ~ # ! & ; | < >",
+            "-rf",
+            "a\nb\tc",
+            "\u{1b}[0m",
+            "é",
+            "%s",
+        ];
         let line: Vec<String> = words.iter().map(|w| quote(w)).collect();
         let script = format!("printf '%s\\0' {}", line.join(" "));
-        let out = run_any_status(&Command::new("sh").args(["-c", &script]), &Cancel::try_new().unwrap(), &mut |_| {}).unwrap();
+        let out = run_any_status(
+            &Command::new("sh").args(["-c", &script]),
+            &Cancel::try_new().unwrap(),
+            &mut |_| {},
+        )
+        .unwrap();
         let back: Vec<&[u8]> = out.stdout.split(|b| *b == 0).collect();
         assert_eq!(back[..words.len()], words.map(str::as_bytes));
     }

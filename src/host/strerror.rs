@@ -39,11 +39,18 @@ mod tests {
     fn texts_are_those_of_the_hosts_programs() {
         let complaint = |args: &[&str]| {
             let cancel = Cancel::try_new().unwrap();
-            let ran = HostCommands.run(&Command::new(args[0]).args(&args[1..]), &cancel, &mut |_| {});
+            let ran = HostCommands.run(
+                &Command::new(args[0]).args(&args[1..]),
+                &cancel,
+                &mut |_| {},
+            );
             ran.unwrap_err().to_string()
         };
         let missing = complaint(&["cat", "/no/such/file"]);
-        assert!(says_not_found(&missing) && !says_busy(&missing) && !says_disk_full(&missing), "{missing}");
+        assert!(
+            says_not_found(&missing) && !says_busy(&missing) && !says_disk_full(&missing),
+            "{missing}"
+        );
         let full = complaint(&["cp", "/etc/passwd", "/dev/full"]);
         assert!(says_disk_full(&full) && !says_not_found(&full), "{full}");
     }

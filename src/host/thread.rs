@@ -6,7 +6,10 @@ pub const STACK_BYTES: usize = 512 * 1024;
 
 /// Starts a named thread.
 #[allow(clippy::disallowed_methods)] // The only place that may call it.
-pub fn spawn<T: Send + 'static>(name: &str, body: impl FnOnce() -> T + Send + 'static) -> Result<std::thread::JoinHandle<T>> {
+pub fn spawn<T: Send + 'static>(
+    name: &str,
+    body: impl FnOnce() -> T + Send + 'static,
+) -> Result<std::thread::JoinHandle<T>> {
     std::thread::Builder::new()
         .name(name.to_owned())
         .stack_size(STACK_BYTES)

@@ -21,17 +21,27 @@ pub struct Usage {
 /// # Errors
 /// `vmm_failed` if it has exited.
 pub fn of(identity: &Identity) -> Result<Usage> {
-    let gone = || Error::new(Kind::VmmFailed, format!("read the usage of process {}: it has exited", identity.pid));
+    let gone = || {
+        Error::new(
+            Kind::VmmFailed,
+            format!("read the usage of process {}: it has exited", identity.pid),
+        )
+    };
     let process = Process::open(identity)?.ok_or_else(gone)?;
     let read = |name: &str| std::fs::read_to_string(format!("/proc/{}/{name}", identity.pid)).ok();
-    let usage = read("stat").and_then(|stat| cpu_ns(&stat)).zip(read("statm").and_then(|statm| memory_bytes(&statm)));
+    let usage = read("stat")
+        .and_then(|stat| cpu_ns(&stat))
+        .zip(read("statm").and_then(|statm| memory_bytes(&statm)));
     let io = read("io");
     let count = |name: &str| io.as_deref().and_then(|io| counter(io, name));
     // If the process still lives, its pid was not reused and the numbers are its own.
     match usage {
-        Some((cpu_ns, memory_bytes)) if process.is_alive() => {
-            Ok(Usage { cpu_ns, memory_bytes, disk_read_bytes: count("read_bytes"), disk_written_bytes: count("write_bytes") })
-        }
+        Some((cpu_ns, memory_bytes)) if process.is_alive() => Ok(Usage {
+            cpu_ns,
+            memory_bytes,
+            disk_read_bytes: count("read_bytes"),
+            disk_written_bytes: count("write_bytes"),
+        }),
         _ => Err(gone()),
     }
 }
@@ -40,8 +50,14 @@ pub fn of(identity: &Identity) -> Result<Usage> {
 /// fields are counted from the last parenthesis.
 fn cpu_ns(stat: &str) -> Option<u64> {
     let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
-    let ticks = fields.get(11)?.parse::<u64>().ok()?.checked_add(fields.get(12)?.parse().ok()?)?;
-    let per_s = u64::try_from(sysconf(SysconfVar::CLK_TCK).ok()??).ok().filter(|n| *n > 0)?;
+    let ticks = fields
+        .get(11)?
+        .parse::<u64>()
+        .ok()?
+        .checked_add(fields.get(12)?.parse().ok()?)?;
+    let per_s = u64::try_from(sysconf(SysconfVar::CLK_TCK).ok()??)
+        .ok()
+        .filter(|n| *n > 0)?;
     ticks.checked_mul(1_000_000_000 / per_s)
 }
 
@@ -52,7 +68,13 @@ fn memory_bytes(statm: &str) -> Option<u64> {
 }
 
 fn counter(io: &str, name: &str) -> Option<u64> {
-    io.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": ")?.trim().parse().ok())
+    io.lines().find_map(|line| {
+        line.strip_prefix(name)?
+            .strip_prefix(": ")?
+            .trim()
+            .parse()
+            .ok()
+    })
 }
 
 #[cfg(test)]
@@ -66,18 +88,40 @@ mod tests {
     fn usage_fields_are_parsed() {
         let stat = "7 (a) b (c) S 1 7 7 0 -1 4194560 1 2 3 4 150 50 0 0 20 0 1 0 99 1 1";
         assert_eq!(cpu_ns(stat), Some(2_000_000_000), "at 100 ticks a second");
-        for bad in ["", "7 (a", "7 (a) S 1", "7 (a) S 1 7 7 0 -1 4194560 1 2 3 4 x 50 0"] {
+        for bad in [
+            "",
+            "7 (a",
+            "7 (a) S 1",
+            "7 (a) S 1 7 7 0 -1 4194560 1 2 3 4 x 50 0",
+        ] {
             assert_eq!(cpu_ns(bad), None, "{bad}");
         }
-        assert_eq!((memory_bytes("9 2 1 1 0 1 0\n"), memory_bytes("9")), (Some(8192), None));
+        assert_eq!(
+            (memory_bytes("9 2 1 1 0 1 0\n"), memory_bytes("9")),
+            (Some(8192), None)
+        );
         let io = "rchar: 1\nread_bytes: 4096\nwrite_bytes: 8192\ncancelled_write_bytes: 1\n";
-        assert_eq!((counter(io, "read_bytes"), counter(io, "write_bytes"), counter(io, "x")), (Some(4096), Some(8192), None));
+        assert_eq!(
+            (
+                counter(io, "read_bytes"),
+                counter(io, "write_bytes"),
+                counter(io, "x")
+            ),
+            (Some(4096), Some(8192), None)
+        );
     }
 
     #[test]
     fn busy_process_uses_cpu_and_exited_one_fails() {
         let args = ["-c", "while :; do :; done"].map(Into::into).to_vec();
-        let spec = Spawn { program: "/bin/sh".into(), args, env: vec![], cwd: "/".into(), output: None, credentials: None };
+        let spec = Spawn {
+            program: "/bin/sh".into(),
+            args,
+            env: vec![],
+            cwd: "/".into(),
+            output: None,
+            credentials: None,
+        };
         let process = spawn(spec).unwrap();
         let first = of(process.identity()).unwrap();
         let deadline = Instant::now() + Duration::from_secs(60);

@@ -25,18 +25,32 @@ pub fn timeout_until(deadline: Instant) -> PollTimeout {
 
 /// Waits until one of the descriptors is ready. A fired token takes precedence over a ready
 /// descriptor.
-pub fn wait_any(fds: &[(BorrowedFd<'_>, PollFlags)], deadline: Instant, cancel: &Cancel) -> io::Result<WaitResult> {
+pub fn wait_any(
+    fds: &[(BorrowedFd<'_>, PollFlags)],
+    deadline: Instant,
+    cancel: &Cancel,
+) -> io::Result<WaitResult> {
     wait(fds, deadline, Some(cancel))
 }
 
 /// Like [`wait_any`], but ignores cancellation. For cleaning up.
-pub fn wait_uncancelled(fds: &[(BorrowedFd<'_>, PollFlags)], deadline: Instant) -> io::Result<WaitResult> {
+pub fn wait_uncancelled(
+    fds: &[(BorrowedFd<'_>, PollFlags)],
+    deadline: Instant,
+) -> io::Result<WaitResult> {
     wait(fds, deadline, None)
 }
 
-fn wait(fds: &[(BorrowedFd<'_>, PollFlags)], deadline: Instant, cancel: Option<&Cancel>) -> io::Result<WaitResult> {
+fn wait(
+    fds: &[(BorrowedFd<'_>, PollFlags)],
+    deadline: Instant,
+    cancel: Option<&Cancel>,
+) -> io::Result<WaitResult> {
     loop {
-        let mut polled: Vec<_> = cancel.map(|c| PollFd::new(c.fd(), PollFlags::POLLIN)).into_iter().collect();
+        let mut polled: Vec<_> = cancel
+            .map(|c| PollFd::new(c.fd(), PollFlags::POLLIN))
+            .into_iter()
+            .collect();
         polled.extend(fds.iter().map(|(fd, flags)| PollFd::new(*fd, *flags)));
         let ready = match poll(&mut polled, timeout_until(deadline)) {
             Ok(n) => n,
@@ -88,7 +102,13 @@ mod tests {
     fn wait_reports_what_ended_it() {
         let cancel = Cancel::try_new().unwrap();
         let (reader, writer) = std::io::pipe().unwrap();
-        let wait = |ms| wait_any(&[(reader.as_fd(), PollFlags::POLLIN)], Instant::now() + Duration::from_millis(ms), &cancel);
+        let wait = |ms| {
+            wait_any(
+                &[(reader.as_fd(), PollFlags::POLLIN)],
+                Instant::now() + Duration::from_millis(ms),
+                &cancel,
+            )
+        };
         assert_eq!(wait(5).unwrap(), WaitResult::Deadline);
         assert!(!is_readable(&reader));
         drop(writer);
@@ -97,6 +117,9 @@ mod tests {
         cancel.cancel(crate::locks::CancelCause::Requested);
         assert_eq!(wait(10_000).unwrap(), WaitResult::Cancelled);
         assert!(!sleep(Duration::from_secs(10), &cancel).unwrap());
-        assert_eq!(cancelled("wait for x", &cancel).to_string(), "wait for x: cancelled: op cancel was asked for");
+        assert_eq!(
+            cancelled("wait for x", &cancel).to_string(),
+            "wait for x: cancelled: op cancel was asked for"
+        );
     }
 }

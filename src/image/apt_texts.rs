@@ -13,5 +13,6 @@ pub fn is_unknown_package(line: &str) -> bool {
 
 /// The reason in a line of output, if it has one.
 pub fn reason(line: &str) -> Option<&str> {
-    line.strip_prefix("E: ").filter(|text| !OWN_FAILURES.iter().any(|own| text.starts_with(own)))
+    line.strip_prefix("E: ")
+        .filter(|text| !OWN_FAILURES.iter().any(|own| text.starts_with(own)))
 }

@@ -113,29 +113,45 @@ pub fn build(
     let host = Host::this();
     host.ready(commands, cancel).map_err(doing)?;
     let suite = write_inputs(staging.path(), commands, cancel).map_err(doing)?;
-    let command = script_command(host.is_root(), staging.path(), &suite, &packages, spec.disk_bytes);
+    let command = script_command(
+        host.is_root(),
+        staging.path(),
+        &suite,
+        &packages,
+        spec.disk_bytes,
+    );
     run_script(commands, &command, cancel, &mut report).map_err(doing)?;
 
     report(STAGE_INITRAMFS);
     let out = staging.path().join("out");
-    let built_at = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    let built_at = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| d.as_secs());
     let mut metadata = Metadata::new(&spec.name, &packages, built_at);
     metadata.owner_uid = Some(spec.owner_uid);
     metadata.os = read_line(&out, "os")?;
     metadata.kernel_version = read_line(&out, "kernel-version")?;
     unpack_kernel(commands, &out, cancel).map_err(doing)?;
     write_initrd(&out, &metadata.kernel_version).map_err(doing)?;
-    std::fs::remove_dir_all(out.join("modules")).map_err(|e| doing(Error::io("remove modules", e)))?;
+    std::fs::remove_dir_all(out.join("modules"))
+        .map_err(|e| doing(Error::io("remove modules", e)))?;
     for name in ["vmlinuz", "busybox", "os", "kernel-version"] {
-        std::fs::remove_file(out.join(name)).map_err(|e| doing(Error::io(format!("remove {name}"), e)))?;
+        std::fs::remove_file(out.join(name))
+            .map_err(|e| doing(Error::io(format!("remove {name}"), e)))?;
     }
 
     report(STAGE_PUBLISH);
     for name in [KERNEL, INITRD, ROOTFS] {
-        metadata.files.push(record(&out, name, cancel).map_err(doing)?);
+        metadata
+            .files
+            .push(record(&out, name, cancel).map_err(doing)?);
     }
     let info = images.publish(&out, &metadata)?;
-    progress(STAGES[STAGE_PUBLISH].0, STAGES.len() as u64, STAGES.len() as u64);
+    progress(
+        STAGES[STAGE_PUBLISH].0,
+        STAGES.len() as u64,
+        STAGES.len() as u64,
+    );
     Ok(info)
 }
 
@@ -143,7 +159,9 @@ pub fn build(
 /// option of mmdebstrap or apt.
 fn package_list(include: &[String]) -> Result<Vec<String>> {
     if include.len() > INCLUDE_MAX {
-        return Err(Error::invalid(format!("more than {INCLUDE_MAX} packages to include")));
+        return Err(Error::invalid(format!(
+            "more than {INCLUDE_MAX} packages to include"
+        )));
     }
     for name in include {
         let good = name.len() >= 2
@@ -154,11 +172,17 @@ fn package_list(include: &[String]) -> Result<Vec<String>> {
         // The exception is a package whose real name ends with a sign.
         if !good && name != "g++" {
             let shown: String = name.chars().take(64).collect();
-            return Err(Error::invalid(format!("package name {shown:?} is not valid"))
-                .hint("name packages of the distribution, such as gcc"));
+            return Err(
+                Error::invalid(format!("package name {shown:?} is not valid"))
+                    .hint("name packages of the distribution, such as gcc"),
+            );
         }
     }
-    let mut packages: Vec<String> = PACKAGES.iter().map(|p| (*p).to_owned()).chain(include.iter().cloned()).collect();
+    let mut packages: Vec<String> = PACKAGES
+        .iter()
+        .map(|p| (*p).to_owned())
+        .chain(include.iter().cloned())
+        .collect();
     packages.sort();
     packages.dedup();
     Ok(packages)
@@ -169,14 +193,20 @@ fn write_inputs(stage: &Path, commands: &dyn Commands, cancel: &Cancel) -> Resul
     let root = Path::new("/");
     let os = sources::os(&std::fs::read_to_string(root.join("etc/os-release")).unwrap_or_default());
     if os.id != "debian" || os.codename.is_empty() {
-        let text = format!("images are built from Debian's archive, but this host runs {:?} {:?}", os.id, os.codename);
-        return Err(Error::new(Kind::Unsupported, text).hint("build the image on Debian 12 or newer and copy its directory"));
+        let text = format!(
+            "images are built from Debian's archive, but this host runs {:?} {:?}",
+            os.id, os.codename
+        );
+        return Err(Error::new(Kind::Unsupported, text)
+            .hint("build the image on Debian 12 or newer and copy its directory"));
     }
     let sources = sources::sources_list(&source_files(root), &os.codename);
     if sources.is_empty() {
         let text = format!("/etc/apt has no source for {} main", os.codename);
-        return Err(Error::new(Kind::Unsupported, text)
-            .hint(format!("add to /etc/apt/sources.list, with your mirror of Debian: deb MIRROR {} main", os.codename)));
+        return Err(Error::new(Kind::Unsupported, text).hint(format!(
+            "add to /etc/apt/sources.list, with your mirror of Debian: deb MIRROR {} main",
+            os.codename
+        )));
     }
     let dump = commands.run(&Command::new("apt-config").arg("dump"), cancel, &mut |_| {})?;
     let conf = sources::apt_conf(&String::from_utf8_lossy(&dump.stdout));
@@ -184,18 +214,32 @@ fn write_inputs(stage: &Path, commands: &dyn Commands, cancel: &Cancel) -> Resul
     for dir in ["in", "work", "out"] {
         std::fs::create_dir(stage.join(dir)).map_err(io)?;
     }
-    for (name, text) in INPUTS.into_iter().chain([("sources.list", sources.as_str()), ("apt.conf", &conf)]) {
+    for (name, text) in INPUTS
+        .into_iter()
+        .chain([("sources.list", sources.as_str()), ("apt.conf", &conf)])
+    {
         std::fs::write(stage.join("in").join(name), text).map_err(io)?;
     }
     Ok(os.codename)
 }
 
-fn script_command(root: bool, stage: &Path, suite: &str, packages: &[String], disk_bytes: u64) -> Command {
+fn script_command(
+    root: bool,
+    stage: &Path,
+    suite: &str,
+    packages: &[String],
+    disk_bytes: u64,
+) -> Command {
     let mut command = namespace(root)
         .arg("sh")
         .arg(stage.join("in/build.sh"))
         .arg(stage)
-        .args([suite, &packages.join(","), &disk_bytes.to_string(), &TREE_BYTES_MAX.to_string()])
+        .args([
+            suite,
+            &packages.join(","),
+            &disk_bytes.to_string(),
+            &TREE_BYTES_MAX.to_string(),
+        ])
         .deadline(BUILD_DEADLINE);
     for key in ["http_proxy", "https_proxy", "no_proxy"] {
         if let Some(value) = std::env::var_os(key) {
@@ -205,7 +249,12 @@ fn script_command(root: bool, stage: &Path, suite: &str, packages: &[String], di
     command
 }
 
-fn run_script(commands: &dyn Commands, command: &Command, cancel: &Cancel, report: &mut dyn FnMut(usize)) -> Result<()> {
+fn run_script(
+    commands: &dyn Commands,
+    command: &Command,
+    cancel: &Cancel,
+    report: &mut dyn FnMut(usize),
+) -> Result<()> {
     let mut errors: Vec<String> = Vec::new();
     let ran = commands.run(command, cancel, &mut |line| {
         log::debug!("image build: {}", line.escape_debug());
@@ -222,41 +271,80 @@ fn run_script(commands: &dyn Commands, command: &Command, cancel: &Cancel, repor
     if e.kind() != Kind::CommandFailed {
         return Err(e);
     }
-    if strerror::says_disk_full(Complaint::of(&e)) || errors.iter().any(|line| strerror::says_disk_full(line)) {
-        return Err(e.with_kind(Kind::DiskFull).hint("free some space (df -h) and memory (free -h), then try again"));
+    if strerror::says_disk_full(Complaint::of(&e))
+        || errors.iter().any(|line| strerror::says_disk_full(line))
+    {
+        return Err(e
+            .with_kind(Kind::DiskFull)
+            .hint("free some space (df -h) and memory (free -h), then try again"));
     }
-    if let Some(line) = errors.iter().find(|line| apt_texts::is_unknown_package(line)) {
-        return Err(Error::invalid(line.to_lowercase()).hint("search for the name: apt-cache search TEXT"));
+    if let Some(line) = errors
+        .iter()
+        .find(|line| apt_texts::is_unknown_package(line))
+    {
+        return Err(
+            Error::invalid(line.to_lowercase()).hint("search for the name: apt-cache search TEXT")
+        );
     }
-    if errors.is_empty() { Err(e) } else { Err(Error::new(Kind::CommandFailed, format!("mmdebstrap: {}", errors.join("; ")))) }
+    if errors.is_empty() {
+        Err(e)
+    } else {
+        Err(Error::new(
+            Kind::CommandFailed,
+            format!("mmdebstrap: {}", errors.join("; ")),
+        ))
+    }
 }
 
 fn stage_of(line: &str) -> Option<usize> {
-    STAGES.iter().position(|(_, mark)| !mark.is_empty() && line.starts_with(mark))
+    STAGES
+        .iter()
+        .position(|(_, mark)| !mark.is_empty() && line.starts_with(mark))
 }
 
 fn read_line(dir: &Path, name: &str) -> Result<String> {
-    let text = std::fs::read_to_string(dir.join(name)).map_err(|e| Error::io(format!("read {name}"), e))?;
+    let text = std::fs::read_to_string(dir.join(name))
+        .map_err(|e| Error::io(format!("read {name}"), e))?;
     Ok(text.trim().to_owned())
 }
 
 /// Unpacks `vmlinuz` to `vmlinux`.
 fn unpack_kernel(commands: &dyn Commands, out: &Path, cancel: &Cancel) -> Result<()> {
-    let image = std::fs::read(out.join("vmlinuz")).map_err(|e| Error::io("read the kernel image", e))?;
+    let image =
+        std::fs::read(out.join("vmlinuz")).map_err(|e| Error::io("read the kernel image", e))?;
     unpack(commands, &kernel::payload(&image)?, out, cancel)
 }
 
 /// Unpacks a bzImage's payload to `out/vmlinux`.
-pub(super) fn unpack(commands: &dyn Commands, payload: &kernel::Payload<'_>, out: &Path, cancel: &Cancel) -> Result<()> {
+pub(super) fn unpack(
+    commands: &dyn Commands,
+    payload: &kernel::Payload<'_>,
+    out: &Path,
+    cancel: &Cancel,
+) -> Result<()> {
     let packed = out.join(format!("vmlinux.{}", payload.compression.program().1));
-    std::fs::write(&packed, payload.bytes).map_err(|e| Error::io("write the kernel's payload", e))?;
-    unpack_file(commands, payload.compression, (&packed, &out.join(KERNEL)), payload.unpacked_bytes.into(), cancel)?;
-    let file = File::open(out.join(KERNEL)).map_err(|e| Error::io("open the unpacked kernel", e))?;
+    std::fs::write(&packed, payload.bytes)
+        .map_err(|e| Error::io("write the kernel's payload", e))?;
+    unpack_file(
+        commands,
+        payload.compression,
+        (&packed, &out.join(KERNEL)),
+        payload.unpacked_bytes.into(),
+        cancel,
+    )?;
+    let file =
+        File::open(out.join(KERNEL)).map_err(|e| Error::io("open the unpacked kernel", e))?;
     let mut magic = [0; 4];
     let is_elf = file.read_exact_at(&mut magic, 0).is_ok() && magic == *b"\x7fELF";
-    let bytes = file.metadata().map_err(|e| Error::io("read the unpacked kernel's size", e))?.len();
+    let bytes = file
+        .metadata()
+        .map_err(|e| Error::io("read the unpacked kernel's size", e))?
+        .len();
     if !is_elf || bytes != u64::from(payload.unpacked_bytes) {
-        return Err(Error::new(Kind::Unsupported, "the unpacked kernel is not a complete ELF file"));
+        return Err(Error::new(
+            Kind::Unsupported,
+            "the unpacked kernel is not a complete ELF file",
+        ));
     }
     Ok(())
 }
@@ -272,19 +360,30 @@ pub(super) fn unpack_file(
     cancel: &Cancel,
 ) -> Result<()> {
     let command = unpack_command(compression, packed, to).file_bytes_max(bytes_max);
-    commands.run(&command, cancel, &mut |_| {}).map_err(|e| match e.kind() {
-        Kind::CommandMissing => e.hint(format!("sudo apt-get install {}", compression.program().0)),
-        Kind::CommandFailed => e.hint(format!("it is damaged, or larger than {bytes_max} bytes when unpacked")),
-        _ => e,
-    })?;
+    commands
+        .run(&command, cancel, &mut |_| {})
+        .map_err(|e| match e.kind() {
+            Kind::CommandMissing => {
+                e.hint(format!("sudo apt-get install {}", compression.program().0))
+            }
+            Kind::CommandFailed => e.hint(format!(
+                "it is damaged, or larger than {bytes_max} bytes when unpacked"
+            )),
+            _ => e,
+        })?;
     match std::fs::remove_file(packed) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(format!("remove {}", packed.display()), e)),
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(Error::io(format!("remove {}", packed.display()), e))
+        }
         _ => Ok(()),
     }
 }
 
 fn unpack_command(compression: Compression, packed: &Path, to: &Path) -> Command {
-    let command = Command::new(compression.program().0).args(["-d", "-f", "-q"]).arg(packed).deadline(UNPACK_DEADLINE);
+    let command = Command::new(compression.program().0)
+        .args(["-d", "-f", "-q"])
+        .arg(packed)
+        .deadline(UNPACK_DEADLINE);
     match compression {
         Compression::Lz4 => command.arg(to),
         Compression::Zstd => command.arg("-o").arg(to),
@@ -296,7 +395,8 @@ fn unpack_command(compression: Compression, packed: &Path, to: &Path) -> Command
 /// Writes `initrd`, the initramfs, from the files `busybox` and `modules`.
 fn write_initrd(out: &Path, kernel_version: &str) -> Result<()> {
     let read = |path: &Path| {
-        let file = File::open(path).and_then(|f| crate::host::command::read_bounded(f, PART_BYTES_MAX));
+        let file =
+            File::open(path).and_then(|f| crate::host::command::read_bounded(f, PART_BYTES_MAX));
         file.map_err(|e| Error::io(format!("read {}", path.display()), e))
     };
     let mut modules = Vec::new();
@@ -305,14 +405,25 @@ fn write_initrd(out: &Path, kernel_version: &str) -> Result<()> {
     for entry in std::fs::read_dir(out.join("modules")).map_err(io)? {
         let entry = entry.map_err(io)?;
         let bytes = read(&entry.path())?;
-        match entry.file_name().into_string().ok().filter(|n| n != "modules.dep") {
+        match entry
+            .file_name()
+            .into_string()
+            .ok()
+            .filter(|n| n != "modules.dep")
+        {
             Some(name) => modules.push((name, bytes)),
             None => modules_dep = String::from_utf8_lossy(&bytes).into_owned(),
         }
     }
     modules.sort();
     let busybox = read(&out.join("busybox"))?;
-    let bytes = initrd(&busybox, &modules, &modules_dep, kernel_version, INITRD_MODULES);
+    let bytes = initrd(
+        &busybox,
+        &modules,
+        &modules_dep,
+        kernel_version,
+        INITRD_MODULES,
+    );
     std::fs::write(out.join(INITRD), bytes).map_err(|e| Error::io("write the initramfs", e))
 }
 
@@ -325,19 +436,40 @@ pub(super) fn initrd(
 ) -> Vec<u8> {
     let mut cpio = Cpio::new();
     let modules_dir = format!("lib/modules/{kernel_version}");
-    for dir in ["bin", "dev", "proc", "sys", "root", "lib", "lib/modules", &modules_dir] {
+    for dir in [
+        "bin",
+        "dev",
+        "proc",
+        "sys",
+        "root",
+        "lib",
+        "lib/modules",
+        &modules_dir,
+    ] {
         cpio.dir(dir, 0o755);
     }
-    cpio.file("init", 0o755, INITRD_INIT.replace("@MODULES@", wanted).as_bytes());
+    cpio.file(
+        "init",
+        0o755,
+        INITRD_INIT.replace("@MODULES@", wanted).as_bytes(),
+    );
     cpio.file("bin/busybox", 0o755, busybox);
     for applet in BUSYBOX_APPLETS {
         cpio.symlink(&format!("bin/{applet}"), "busybox");
     }
     for (name, bytes) in modules {
-        cpio.file(&format!("{modules_dir}/{name}"), 0o644, kernel::without_signature(bytes));
+        cpio.file(
+            &format!("{modules_dir}/{name}"),
+            0o644,
+            kernel::without_signature(bytes),
+        );
     }
     let names: Vec<_> = modules.iter().map(|(name, _)| name.clone()).collect();
-    cpio.file(&format!("{modules_dir}/modules.dep"), 0o644, kernel::flat_modules_dep(modules_dep, &names).as_bytes());
+    cpio.file(
+        &format!("{modules_dir}/modules.dep"),
+        0o644,
+        kernel::flat_modules_dep(modules_dep, &names).as_bytes(),
+    );
     cpio.finish()
 }
 
@@ -354,7 +486,10 @@ fn record(dir: &Path, name: &str, cancel: &Cancel) -> Result<FileRecord> {
     let mut at = 0;
     while at < bytes {
         if let Some(cause) = cancel.cause() {
-            return Err(Error::new(Kind::Cancelled, format!("hash {name}: cancelled: {cause}")));
+            return Err(Error::new(
+                Kind::Cancelled,
+                format!("hash {name}: cancelled: {cause}"),
+            ));
         }
         if sparse {
             match rustix::fs::seek(file.as_fd(), rustix::fs::SeekFrom::Data(at)) {
@@ -368,7 +503,11 @@ fn record(dir: &Path, name: &str, cancel: &Cancel) -> Result<FileRecord> {
             break;
         }
         if sparse {
-            for (i, block) in buffer[..n].chunks(BLOCK).enumerate().filter(|(_, b)| b.iter().any(|byte| *byte != 0)) {
+            for (i, block) in buffer[..n]
+                .chunks(BLOCK)
+                .enumerate()
+                .filter(|(_, b)| b.iter().any(|byte| *byte != 0))
+            {
                 hash.update((at / BLOCK as u64 + i as u64).to_le_bytes());
                 hash.update(block);
             }
@@ -378,7 +517,11 @@ fn record(dir: &Path, name: &str, cancel: &Cancel) -> Result<FileRecord> {
         at += n as u64;
     }
     let sha256 = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
-    Ok(FileRecord { name: name.to_owned(), bytes, sha256 })
+    Ok(FileRecord {
+        name: name.to_owned(),
+        bytes,
+        sha256,
+    })
 }
 
 #[cfg(test)]
@@ -388,7 +531,10 @@ mod tests {
 
     #[track_caller]
     fn check(command: &Command, expected: Expect) {
-        let words: Vec<_> = std::iter::once(&command.program).chain(&command.args).map(|a| a.to_string_lossy()).collect();
+        let words: Vec<_> = std::iter::once(&command.program)
+            .chain(&command.args)
+            .map(|a| a.to_string_lossy())
+            .collect();
         expected.assert_eq(&words.join(" "));
     }
 
@@ -416,29 +562,72 @@ mod tests {
     fn payload_of_every_compression_is_unpacked() {
         let text = b"\x7fELF and so on".repeat(10);
         let cancel = Cancel::try_new().unwrap();
-        for compression in [Compression::Lz4, Compression::Zstd, Compression::Xz, Compression::Gzip] {
+        for compression in [
+            Compression::Lz4,
+            Compression::Zstd,
+            Compression::Xz,
+            Compression::Gzip,
+        ] {
             let dir = tempfile::tempdir().unwrap();
             let (program, suffix) = compression.program();
-            let (plain, packed) = (dir.path().join("vmlinux"), dir.path().join(format!("vmlinux.{suffix}")));
+            let (plain, packed) = (
+                dir.path().join("vmlinux"),
+                dir.path().join(format!("vmlinux.{suffix}")),
+            );
             std::fs::write(&plain, &text).unwrap();
             // The kernel's build uses lz4's legacy frame (-l).
-            let pack = Command::new(program).args(if program == "lz4" { &["-q", "-l"][..] } else { &["-q"][..] }).arg(&plain);
-            let pack = if program == "lz4" { pack.arg(&packed) } else { pack };
-            crate::host::HostCommands.run(&pack, &cancel, &mut |_| {}).unwrap();
+            let pack = Command::new(program)
+                .args(if program == "lz4" {
+                    &["-q", "-l"][..]
+                } else {
+                    &["-q"][..]
+                })
+                .arg(&plain);
+            let pack = if program == "lz4" {
+                pack.arg(&packed)
+            } else {
+                pack
+            };
+            crate::host::HostCommands
+                .run(&pack, &cancel, &mut |_| {})
+                .unwrap();
             let _ = std::fs::remove_file(&plain);
             let command = unpack_command(compression, &packed, &plain);
-            crate::host::HostCommands.run(&command, &cancel, &mut |_| {}).unwrap();
+            crate::host::HostCommands
+                .run(&command, &cancel, &mut |_| {})
+                .unwrap();
             assert_eq!(std::fs::read(&plain).unwrap(), text, "{program}");
         }
     }
 
     #[test]
     fn package_names() {
-        let list = package_list(&["gcc".to_owned(), "g++".to_owned(), "git".to_owned(), "libc6-dev".to_owned()]).unwrap();
+        let list = package_list(&[
+            "gcc".to_owned(),
+            "g++".to_owned(),
+            "git".to_owned(),
+            "libc6-dev".to_owned(),
+        ])
+        .unwrap();
         assert_eq!(list.len(), PACKAGES.len() + 3);
         assert!(list.is_sorted());
-        for bad in ["", "a", "--help", "a,b", "a b", "gcc-", "A1", "git=1", "../x", "?essential"] {
-            assert_eq!(package_list(&[bad.to_owned()]).unwrap_err().kind(), Kind::InvalidArgument, "{bad}");
+        for bad in [
+            "",
+            "a",
+            "--help",
+            "a,b",
+            "a b",
+            "gcc-",
+            "A1",
+            "git=1",
+            "../x",
+            "?essential",
+        ] {
+            assert_eq!(
+                package_list(&[bad.to_owned()]).unwrap_err().kind(),
+                Kind::InvalidArgument,
+                "{bad}"
+            );
         }
     }
 
@@ -446,7 +635,10 @@ mod tests {
     fn script_announces_its_stages() {
         let script = include_str!("build.sh");
         for (name, mark) in STAGES.iter().filter(|(_, m)| m.starts_with("fcd-stage ")) {
-            assert!(script.contains(&format!("stage {}\n", &mark["fcd-stage ".len()..])), "{name}");
+            assert!(
+                script.contains(&format!("stage {}\n", &mark["fcd-stage ".len()..])),
+                "{name}"
+            );
         }
         assert_eq!(stage_of("I: downloading packages with apt..."), Some(2));
         assert_eq!(stage_of("anything"), None);
@@ -456,33 +648,69 @@ mod tests {
     fn failed_build_shows_its_error_lines() {
         struct Fails(&'static [&'static str]);
         impl Commands for Fails {
-            fn run(&self, _: &Command, _: &Cancel, on_line: &mut dyn FnMut(&str)) -> Result<crate::host::Output> {
+            fn run(
+                &self,
+                _: &Command,
+                _: &Cancel,
+                on_line: &mut dyn FnMut(&str),
+            ) -> Result<crate::host::Output> {
                 self.0.iter().for_each(|l| on_line(l));
-                Err(Error::new(Kind::CommandFailed, "setpriv failed with status 1").with_source(Complaint("bye".to_owned())))
+                Err(
+                    Error::new(Kind::CommandFailed, "setpriv failed with status 1")
+                        .with_source(Complaint("bye".to_owned())),
+                )
             }
         }
         let run = |lines| {
             let mut seen = Vec::new();
             let cancel = Cancel::try_new().unwrap();
-            let e = run_script(&Fails(lines), &Command::new("x"), &cancel, &mut |s| seen.push(s)).unwrap_err();
+            let e = run_script(&Fails(lines), &Command::new("x"), &cancel, &mut |s| {
+                seen.push(s)
+            })
+            .unwrap_err();
             (e.kind(), e.to_string(), seen)
         };
-        let (kind, text, seen) = run(&["I: extracting archives...", "E: broken", "E: very", "E: setup failed: E: apt"]);
+        let (kind, text, seen) = run(&[
+            "I: extracting archives...",
+            "E: broken",
+            "E: very",
+            "E: setup failed: E: apt",
+        ]);
         assert_eq!((kind, seen), (Kind::CommandFailed, vec![3]));
         assert_eq!(text, "mmdebstrap: broken; very");
-        assert_eq!(run(&["E: Unable to locate package foo"]).0, Kind::InvalidArgument);
-        assert_eq!(run(&["E: write: No space left on device"]).0, Kind::DiskFull);
+        assert_eq!(
+            run(&["E: Unable to locate package foo"]).0,
+            Kind::InvalidArgument
+        );
+        assert_eq!(
+            run(&["E: write: No space left on device"]).0,
+            Kind::DiskFull
+        );
         assert!(run(&[]).1.contains("bye"));
     }
 
     #[test]
     fn initramfs_is_complete_and_reproducible() {
         let modules = [("a.ko".to_owned(), b"module".to_vec())];
-        let make = || initrd(b"busybox", &modules, "kernel/x/a.ko:\n", "6.1", INITRD_MODULES);
+        let make = || {
+            initrd(
+                b"busybox",
+                &modules,
+                "kernel/x/a.ko:\n",
+                "6.1",
+                INITRD_MODULES,
+            )
+        };
         let bytes = make();
         assert_eq!(bytes, make());
         let text = String::from_utf8_lossy(&bytes);
-        for part in ["lib/modules/6.1/a.ko", "lib/modules/6.1/modules.dep", "bin/modprobe", INITRD_MODULES, "TRAILER!!!"] {
+        for part in [
+            "lib/modules/6.1/a.ko",
+            "lib/modules/6.1/modules.dep",
+            "bin/modprobe",
+            INITRD_MODULES,
+            "TRAILER!!!",
+        ] {
             assert!(text.contains(part), "{part}");
         }
         assert!(!text.contains("@MODULES@"));

@@ -32,8 +32,15 @@ pub(super) struct Host {
 impl Host {
     pub(super) fn this() -> Self {
         let uid = nix::unistd::geteuid();
-        let user = nix::unistd::User::from_uid(uid).ok().flatten().map_or_else(|| uid.to_string(), |u| u.name);
-        Self { uid: uid.as_raw(), user, root: "/".into() }
+        let user = nix::unistd::User::from_uid(uid)
+            .ok()
+            .flatten()
+            .map_or_else(|| uid.to_string(), |u| u.name);
+        Self {
+            uid: uid.as_raw(),
+            user,
+            root: "/".into(),
+        }
     }
 
     pub(super) fn is_root(&self) -> bool {
@@ -41,8 +48,16 @@ impl Host {
     }
 
     fn has(&self, program: &str) -> bool {
-        const DIRS: [&str; 6] = ["usr/local/sbin", "usr/local/bin", "usr/sbin", "usr/bin", "sbin", "bin"];
-        DIRS.iter().any(|dir| self.root.join(dir).join(program).exists())
+        const DIRS: [&str; 6] = [
+            "usr/local/sbin",
+            "usr/local/bin",
+            "usr/sbin",
+            "usr/bin",
+            "sbin",
+            "bin",
+        ];
+        DIRS.iter()
+            .any(|dir| self.root.join(dir).join(program).exists())
     }
 
     fn read(&self, path: &str) -> String {
@@ -51,17 +66,29 @@ impl Host {
 
     /// The first program that is missing, with its package.
     fn missing(&self) -> Option<(&'static str, &'static str)> {
-        let extra = if self.is_root() { None } else { Some(NEWUIDMAP) };
-        PROGRAMS.into_iter().chain(extra).find(|(program, _)| !self.has(program))
+        let extra = if self.is_root() {
+            None
+        } else {
+            Some(NEWUIDMAP)
+        };
+        PROGRAMS
+            .into_iter()
+            .chain(extra)
+            .find(|(program, _)| !self.has(program))
     }
 
     fn lacks_subids(&self) -> bool {
         !self.is_root()
-            && ["etc/subuid", "etc/subgid"].iter().any(|file| subids(&self.read(file), &self.user, self.uid) < SUBIDS_MIN)
+            && ["etc/subuid", "etc/subgid"]
+                .iter()
+                .any(|file| subids(&self.read(file), &self.user, self.uid) < SUBIDS_MIN)
     }
 
     fn subid_fix(&self) -> String {
-        format!("sudo usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {}", self.user)
+        format!(
+            "sudo usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {}",
+            self.user
+        )
     }
 
     /// The command that allows ordinary users to create user namespaces, if the host forbids it.
@@ -86,19 +113,31 @@ impl Host {
     /// a hint that fixes it.
     pub(super) fn ready(&self, commands: &dyn Commands, cancel: &Cancel) -> Result<()> {
         if let Some((program, package)) = self.missing() {
-            return Err(Error::new(Kind::CommandMissing, format!("{program} is not installed"))
-                .hint(format!("sudo apt-get install {package}")));
+            return Err(
+                Error::new(Kind::CommandMissing, format!("{program} is not installed"))
+                    .hint(format!("sudo apt-get install {package}")),
+            );
         }
         if self.lacks_subids() {
-            let text = format!("user {} has no subordinate uids and gids, which a root file system needs", self.user);
+            let text = format!(
+                "user {} has no subordinate uids and gids, which a root file system needs",
+                self.user
+            );
             return Err(Error::new(Kind::Unsupported, text).hint(self.subid_fix()));
         }
-        let command = namespace(self.is_root()).args(["mount", "-t", "tmpfs", "fcd-probe", "/tmp"]).deadline(NAMESPACE_DEADLINE);
+        let command = namespace(self.is_root())
+            .args(["mount", "-t", "tmpfs", "fcd-probe", "/tmp"])
+            .deadline(NAMESPACE_DEADLINE);
         match commands.run(&command, cancel, &mut |_| {}) {
             Ok(_) => Ok(()),
             Err(e) if e.kind() == Kind::CommandFailed => {
-                let text = format!("user {} may not create the namespaces that a build needs", self.user);
-                Err(Error::new(Kind::Denied, text).with_source(e).hint(self.namespace_fix()))
+                let text = format!(
+                    "user {} may not create the namespaces that a build needs",
+                    self.user
+                );
+                Err(Error::new(Kind::Denied, text)
+                    .with_source(e)
+                    .hint(self.namespace_fix()))
             }
             Err(e) => Err(e),
         }
@@ -110,8 +149,19 @@ impl Host {
 /// program as root of a user namespace.
 pub(super) fn namespace(root: bool) -> Command {
     let command = Command::new("setpriv").args(["--pdeathsig", "KILL", "unshare"]);
-    let command = if root { command } else { command.args(["--user", "--map-root-user", "--map-auto"]) };
-    command.args(["--mount", "--propagation", "private", "--pid", "--fork", "--kill-child"])
+    let command = if root {
+        command
+    } else {
+        command.args(["--user", "--map-root-user", "--map-auto"])
+    };
+    command.args([
+        "--mount",
+        "--propagation",
+        "private",
+        "--pid",
+        "--fork",
+        "--kill-child",
+    ])
 }
 
 /// The size of the largest range that `text` (subuid(5)) assigns to the user, by name or by number.
@@ -133,21 +183,52 @@ pub fn checks(commands: &dyn Commands, cancel: &Cancel) -> Vec<Check> {
 
 fn checks_of(host: &Host, commands: &dyn Commands, cancel: &Cancel) -> Vec<Check> {
     let (severity, found, fix) = match host.ready(commands, cancel) {
-        Ok(()) if host.is_root() => (Severity::Ok, "images can be built, as root".to_owned(), None),
-        Ok(()) => (Severity::Ok, format!("images can be built, as user {} in a user namespace", host.user), None),
+        Ok(()) if host.is_root() => (
+            Severity::Ok,
+            "images can be built, as root".to_owned(),
+            None,
+        ),
+        Ok(()) => (
+            Severity::Ok,
+            format!(
+                "images can be built, as user {} in a user namespace",
+                host.user
+            ),
+            None,
+        ),
         // This is only a warning, because VMs run without it once there is an image.
-        Err(e) => (Severity::Warn, format!("images cannot be built: {e}"), e.hint_text().map(str::to_owned)),
+        Err(e) => (
+            Severity::Warn,
+            format!("images cannot be built: {e}"),
+            e.hint_text().map(str::to_owned),
+        ),
     };
-    vec![Check { id: "image.build".to_owned(), severity, found, fix }]
+    vec![Check {
+        id: "image.build".to_owned(),
+        severity,
+        found,
+        fix,
+    }]
 }
 
 /// The names and contents of the host's apt sources, in both formats.
 pub(super) fn source_files(root: &Path) -> Vec<(String, String)> {
-    let parts = std::fs::read_dir(root.join("etc/apt/sources.list.d")).into_iter().flatten().flatten().map(|e| e.path());
-    let mut paths: Vec<_> = parts.filter(|p| p.extension().is_some_and(|e| e == "list" || e == "sources")).collect();
+    let parts = std::fs::read_dir(root.join("etc/apt/sources.list.d"))
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|e| e.path());
+    let mut paths: Vec<_> = parts
+        .filter(|p| p.extension().is_some_and(|e| e == "list" || e == "sources"))
+        .collect();
     paths.sort();
     paths.insert(0, root.join("etc/apt/sources.list"));
-    let read = |path: &PathBuf| Some((path.display().to_string(), std::fs::read_to_string(path).ok()?));
+    let read = |path: &PathBuf| {
+        Some((
+            path.display().to_string(),
+            std::fs::read_to_string(path).ok()?,
+        ))
+    };
     paths.iter().filter_map(read).collect()
 }
 
@@ -160,7 +241,14 @@ mod tests {
     impl Commands for Namespaces {
         fn run(&self, command: &Command, _: &Cancel, _: &mut dyn FnMut(&str)) -> Result<Output> {
             assert!(command.args.iter().any(|a| a == "--map-auto"));
-            if self.0 { Ok(Output::default()) } else { Err(Error::new(Kind::CommandFailed, "unshare failed with status 1")) }
+            if self.0 {
+                Ok(Output::default())
+            } else {
+                Err(Error::new(
+                    Kind::CommandFailed,
+                    "unshare failed with status 1",
+                ))
+            }
         }
     }
 
@@ -170,14 +258,27 @@ mod tests {
         for program in programs {
             std::fs::write(root.join("usr/bin").join(program), "").unwrap();
         }
-        Host { uid: 1000, user: "ann".to_owned(), root: root.to_owned() }
+        Host {
+            uid: 1000,
+            user: "ann".to_owned(),
+            root: root.to_owned(),
+        }
     }
 
-    const ALL: [&str; 6] = ["mmdebstrap", "mkfs.ext4", "unshare", "setpriv", "lz4", "newuidmap"];
+    const ALL: [&str; 6] = [
+        "mmdebstrap",
+        "mkfs.ext4",
+        "unshare",
+        "setpriv",
+        "lz4",
+        "newuidmap",
+    ];
 
     #[track_caller]
     fn refusal(host: &Host, namespaces: bool) -> (Kind, String) {
-        let e = host.ready(&Namespaces(namespaces), &Cancel::try_new().unwrap()).unwrap_err();
+        let e = host
+            .ready(&Namespaces(namespaces), &Cancel::try_new().unwrap())
+            .unwrap_err();
         (e.kind(), e.hint_text().unwrap().to_owned())
     }
 
@@ -186,25 +287,51 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path();
         let ann = host(root, &ALL[..5]);
-        assert_eq!(refusal(&ann, true), (Kind::CommandMissing, "sudo apt-get install uidmap".to_owned()));
+        assert_eq!(
+            refusal(&ann, true),
+            (
+                Kind::CommandMissing,
+                "sudo apt-get install uidmap".to_owned()
+            )
+        );
         let ann = host(root, &ALL);
         let fix = "sudo usermod --add-subuids 100000-165535 --add-subgids 100000-165535 ann";
         assert_eq!(refusal(&ann, true), (Kind::Unsupported, fix.to_owned()));
         std::fs::write(root.join("etc/subuid"), "bob:1:65536\nann:100000:65536\n").unwrap();
         assert_eq!(refusal(&ann, true).0, Kind::Unsupported);
         std::fs::write(root.join("etc/subgid"), "1000:100000:65536\n").unwrap();
-        assert!(ann.ready(&Namespaces(true), &Cancel::try_new().unwrap()).is_ok());
+        assert!(
+            ann.ready(&Namespaces(true), &Cancel::try_new().unwrap())
+                .is_ok()
+        );
         assert_eq!(refusal(&ann, false).0, Kind::Denied);
         std::fs::create_dir_all(root.join("proc/sys/kernel")).unwrap();
-        std::fs::write(root.join("proc/sys/kernel/apparmor_restrict_unprivileged_userns"), "1\n").unwrap();
-        assert_eq!(refusal(&ann, false).1, "sudo sysctl -w kernel.apparmor_restrict_unprivileged_userns=0");
+        std::fs::write(
+            root.join("proc/sys/kernel/apparmor_restrict_unprivileged_userns"),
+            "1\n",
+        )
+        .unwrap();
+        assert_eq!(
+            refusal(&ann, false).1,
+            "sudo sysctl -w kernel.apparmor_restrict_unprivileged_userns=0"
+        );
         let checks = checks_of(&ann, &Namespaces(false), &Cancel::try_new().unwrap());
-        assert_eq!((checks[0].severity, checks[0].fix.is_some()), (Severity::Warn, true));
+        assert_eq!(
+            (checks[0].severity, checks[0].fix.is_some()),
+            (Severity::Warn, true)
+        );
     }
 
     #[test]
     fn largest_range_of_subordinate_ids_is_found() {
         let text = "ann:100000:10\nann:200000:65536\n1000:1:70000\nbob:x:y\nbroken\n";
-        assert_eq!((subids(text, "ann", 7), subids(text, "x", 1000), subids(text, "bob", 8)), (65536, 70000, 0));
+        assert_eq!(
+            (
+                subids(text, "ann", 7),
+                subids(text, "x", 1000),
+                subids(text, "bob", 8)
+            ),
+            (65536, 70000, 0)
+        );
     }
 }

@@ -52,7 +52,8 @@ impl Cpio {
         let fields = [inode, mode, 0, 0, links, 0, size, 0, 0, 0, 0, name_size, 0];
         self.bytes.extend_from_slice(b"070701");
         for field in fields {
-            self.bytes.extend_from_slice(format!("{field:08X}").as_bytes());
+            self.bytes
+                .extend_from_slice(format!("{field:08X}").as_bytes());
         }
         self.bytes.extend_from_slice(path.as_bytes());
         self.bytes.push(0);
@@ -81,8 +82,12 @@ pub fn find<'a>(archive: &'a [u8], path: &str) -> Option<&'a [u8]> {
         }
         let (mode, size, name_size) = (field(1)?, field(6)? as usize, field(11)? as usize);
         let name_at = at + HEAD_BYTES;
-        let name = archive.get(name_at..name_at.checked_add(name_size)?)?.strip_suffix(&[0])?;
-        let content_at = name_at.checked_add(name_size)?.checked_next_multiple_of(4)?;
+        let name = archive
+            .get(name_at..name_at.checked_add(name_size)?)?
+            .strip_suffix(&[0])?;
+        let content_at = name_at
+            .checked_add(name_size)?
+            .checked_next_multiple_of(4)?;
         let content = archive.get(content_at..content_at.checked_add(size)?)?;
         if name == path.as_bytes() && mode & TYPE == FILE {
             return Some(content);
@@ -109,7 +114,10 @@ mod tests {
         cpio.file("bin/tool", 0o755, b"12345");
         let bytes = cpio.finish();
         assert_eq!(find(&bytes, "bin/tool"), Some(&b"12345"[..]));
-        assert_eq!((find(&bytes, "bin/sh"), find(&bytes, "none"), find(b"", "x")), (None, None, None));
+        assert_eq!(
+            (find(&bytes, "bin/sh"), find(&bytes, "none"), find(b"", "x")),
+            (None, None, None)
+        );
         let end = bytes.windows(5).position(|w| w == b"12345").unwrap();
         assert!((0..end + 5).all(|len| find(&bytes[..len], "bin/tool").is_none()));
     }
@@ -122,8 +130,13 @@ mod tests {
         cpio.symlink("bin/sh", "tool");
         let bytes = cpio.finish();
         assert_eq!(bytes.len() % 4, 0);
-        let command = Command::new("cpio").args(["-itv", "--quiet", "--numeric-uid-gid"]).env("TZ", "UTC").stdin(bytes);
-        let out = HostCommands.run(&command, &Cancel::try_new().unwrap(), &mut |_| {}).unwrap();
+        let command = Command::new("cpio")
+            .args(["-itv", "--quiet", "--numeric-uid-gid"])
+            .env("TZ", "UTC")
+            .stdin(bytes);
+        let out = HostCommands
+            .run(&command, &Cancel::try_new().unwrap(), &mut |_| {})
+            .unwrap();
         expect![[r#"
             drwxr-xr-x   2 0        0               0 Jan  1  1970 bin
             -rwxr-xr-x   1 0        0               5 Jan  1  1970 bin/tool

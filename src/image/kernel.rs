@@ -43,7 +43,10 @@ impl Compression {
             (&[0xfd, b'7', b'z', b'X', b'Z', 0], Compression::Xz),
             (&[0x1f, 0x8b, 0x08], Compression::Gzip),
         ];
-        MAGICS.iter().find(|(magic, _)| bytes.starts_with(magic)).map(|(_, c)| *c)
+        MAGICS
+            .iter()
+            .find(|(magic, _)| bytes.starts_with(magic))
+            .map(|(_, c)| *c)
     }
 
     /// The program that unpacks it, and the suffix that the program expects.
@@ -69,15 +72,22 @@ pub struct Payload<'a> {
 /// Finds the payload. The last four bytes of the field are the unpacked length, little-endian.
 pub fn payload(image: &[u8]) -> Result<Payload<'_>> {
     let bad = |what: &str| Error::new(Kind::Unsupported, format!("read the kernel image: {what}"));
-    let u32_at = |at: usize| image.get(at..at + 4).map(|b| u32::from_le_bytes(b.try_into().expect("four bytes")));
+    let u32_at = |at: usize| {
+        image
+            .get(at..at + 4)
+            .map(|b| u32::from_le_bytes(b.try_into().expect("four bytes")))
+    };
     if image.get(MAGIC_AT..MAGIC_AT + 4) != Some(b"HdrS") {
         return Err(bad("it is not a bzImage"));
     }
-    let version = image.get(VERSION_AT..VERSION_AT + 2).map(|b| u16::from_le_bytes([b[0], b[1]]));
+    let version = image
+        .get(VERSION_AT..VERSION_AT + 2)
+        .map(|b| u16::from_le_bytes([b[0], b[1]]));
     if version.is_none_or(|v| v < VERSION_MIN) {
         return Err(bad("its boot protocol is too old"));
     }
-    let (Some(offset), Some(length)) = (u32_at(PAYLOAD_OFFSET_AT), u32_at(PAYLOAD_LENGTH_AT)) else {
+    let (Some(offset), Some(length)) = (u32_at(PAYLOAD_OFFSET_AT), u32_at(PAYLOAD_LENGTH_AT))
+    else {
         return Err(bad("it is truncated"));
     };
     // 0 means 4 sectors.
@@ -86,39 +96,65 @@ pub fn payload(image: &[u8]) -> Result<Payload<'_>> {
         n => usize::from(n),
     };
     let start = (sectors + 1) * SECTOR + offset as usize;
-    let field = start.checked_add(length as usize).and_then(|end| image.get(start..end)).ok_or_else(|| bad("it is truncated"))?;
-    let (bytes, unpacked) = field.split_last_chunk::<4>().ok_or_else(|| bad("its payload is empty"))?;
+    let field = start
+        .checked_add(length as usize)
+        .and_then(|end| image.get(start..end))
+        .ok_or_else(|| bad("it is truncated"))?;
+    let (bytes, unpacked) = field
+        .split_last_chunk::<4>()
+        .ok_or_else(|| bad("its payload is empty"))?;
     let unpacked_bytes = u32::from_le_bytes(*unpacked);
     if unpacked_bytes == 0 || unpacked_bytes > VMLINUX_BYTES_MAX {
         return Err(bad("its payload has an impossible length"));
     }
-    let compression = Compression::of(bytes).ok_or_else(|| bad("its payload has an unknown compression"))?;
-    Ok(Payload { compression, bytes, unpacked_bytes })
+    let compression =
+        Compression::of(bytes).ok_or_else(|| bad("its payload has an unknown compression"))?;
+    Ok(Payload {
+        compression,
+        bytes,
+        unpacked_bytes,
+    })
 }
 
 /// The version in a bzImage's header. `kernel_version` is the offset of a text, counted from the
 /// second sector.
 pub fn version(image: &[u8]) -> Option<String> {
-    let at = image.get(KERNEL_VERSION_AT..KERNEL_VERSION_AT + 2).map(|b| usize::from(u16::from_le_bytes([b[0], b[1]])))?;
-    let version = if at == 0 { None } else { image.get(at + SECTOR..).and_then(word) };
+    let at = image
+        .get(KERNEL_VERSION_AT..KERNEL_VERSION_AT + 2)
+        .map(|b| usize::from(u16::from_le_bytes([b[0], b[1]])))?;
+    let version = if at == 0 {
+        None
+    } else {
+        image.get(at + SECTOR..).and_then(word)
+    };
     version.filter(|version| version.starts_with(|c: char| c.is_ascii_digit()))
 }
 
 /// The first word of a text, up to a blank or a NUL. None if it cannot be a version because of its
 /// characters or its length (`__NEW_UTS_LEN`).
 pub fn word(text: &[u8]) -> Option<String> {
-    let end = text.iter().take(VERSION_LEN_MAX + 1).position(|b| *b == b' ' || *b == 0)?;
+    let end = text
+        .iter()
+        .take(VERSION_LEN_MAX + 1)
+        .position(|b| *b == b' ' || *b == 0)?;
     let is_plain = |b: &u8| b.is_ascii_alphanumeric() || b"._+~-".contains(b);
-    (end > 0 && text[..end].iter().all(is_plain)).then(|| String::from_utf8_lossy(&text[..end]).into_owned())
+    (end > 0 && text[..end].iter().all(is_plain))
+        .then(|| String::from_utf8_lossy(&text[..end]).into_owned())
 }
 
 /// Strips the signature from a module, if it has one. The guest then does not verify it, which
 /// saves an RSA computation per module on a slow guest.
 pub fn without_signature(module: &[u8]) -> &[u8] {
-    let Some(rest) = module.strip_suffix(SIGNATURE_MARK) else { return module };
-    let Some((body, info)) = rest.split_last_chunk::<SIGNATURE_STRUCT>() else { return module };
+    let Some(rest) = module.strip_suffix(SIGNATURE_MARK) else {
+        return module;
+    };
+    let Some((body, info)) = rest.split_last_chunk::<SIGNATURE_STRUCT>() else {
+        return module;
+    };
     let length = u32::from_be_bytes(info[8..].try_into().expect("four bytes")) as usize;
-    body.len().checked_sub(length).map_or(module, |end| &body[..end])
+    body.len()
+        .checked_sub(length)
+        .map_or(module, |end| &body[..end])
 }
 
 /// Reduces `modules.dep` to the modules in `names`, with file names instead of paths, for modules
@@ -127,14 +163,22 @@ pub fn flat_modules_dep(modules_dep: &str, names: &[String]) -> String {
     let file = |path: &str| path.rsplit('/').next().unwrap_or(path).to_owned();
     let mut lines = BTreeMap::new();
     for line in modules_dep.lines() {
-        let Some((path, needs)) = line.split_once(':') else { continue };
+        let Some((path, needs)) = line.split_once(':') else {
+            continue;
+        };
         let name = file(path);
         if names.contains(&name) {
-            let needs: String = needs.split_whitespace().map(|n| format!(" {}", file(n))).collect();
+            let needs: String = needs
+                .split_whitespace()
+                .map(|n| format!(" {}", file(n)))
+                .collect();
             lines.insert(name, needs);
         }
     }
-    lines.iter().map(|(name, needs)| format!("{name}:{needs}\n")).collect()
+    lines
+        .iter()
+        .map(|(name, needs)| format!("{name}:{needs}\n"))
+        .collect()
 }
 
 #[cfg(test)]
@@ -160,7 +204,14 @@ mod tests {
         bytes.extend_from_slice(&1000u32.to_le_bytes());
         let image = bzimage(&bytes, 11);
         let found = payload(&image).unwrap();
-        assert_eq!(found, Payload { compression: Compression::Zstd, bytes: &bytes[..7], unpacked_bytes: 1000 });
+        assert_eq!(
+            found,
+            Payload {
+                compression: Compression::Zstd,
+                bytes: &bytes[..7],
+                unpacked_bytes: 1000
+            }
+        );
     }
 
     #[test]
@@ -175,7 +226,10 @@ mod tests {
             (bzimage(&good, u32::MAX), "truncated"),
             (bzimage(&good, 3), "empty"),
             (bzimage(&[1, 2, 3, 4, 1, 0, 0, 0], 8), "unknown compression"),
-            (bzimage(&[0x1f, 0x8b, 0x08, 0, 0, 0, 0, 0xff], 8), "impossible length"),
+            (
+                bzimage(&[0x1f, 0x8b, 0x08, 0, 0, 0, 0, 0xff], 8),
+                "impossible length",
+            ),
         ] {
             let e = payload(&image).unwrap_err().to_string();
             assert!(e.contains(why), "{e}");
@@ -196,7 +250,8 @@ mod tests {
 
     #[test]
     fn dependencies_are_flattened() {
-        let dep = "kernel/b/x.ko: kernel/a/y.ko kernel/c/z.ko\nkernel/a/y.ko:\nkernel/q/other.ko:\n";
+        let dep =
+            "kernel/b/x.ko: kernel/a/y.ko kernel/c/z.ko\nkernel/a/y.ko:\nkernel/q/other.ko:\n";
         let names = ["x.ko".to_owned(), "y.ko".to_owned()];
         assert_eq!(flat_modules_dep(dep, &names), "x.ko: y.ko z.ko\ny.ko:\n");
     }

@@ -101,11 +101,18 @@ impl Kernels {
         let dir = state_dir.join(KERNELS_DIR);
         let io = |e| Error::io(format!("open kernel registry {}", dir.display()), e);
         // VMMs run under their own uids and have to read kernels.
-        std::fs::DirBuilder::new().recursive(true).mode(0o755).create(&dir).map_err(io)?;
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o755)
+            .create(&dir)
+            .map_err(io)?;
         std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o755)).map_err(io)?;
         for entry in std::fs::read_dir(&dir).map_err(io)?.flatten() {
             let (name, path) = (entry.file_name(), entry.path());
-            if [IMPORTING, DELETING].iter().any(|prefix| name.as_encoded_bytes().starts_with(prefix.as_bytes())) {
+            if [IMPORTING, DELETING]
+                .iter()
+                .any(|prefix| name.as_encoded_bytes().starts_with(prefix.as_bytes()))
+            {
                 log::info!("removing the unfinished kernel import {}", path.display());
                 if let Err(e) = std::fs::remove_dir_all(&path) {
                     log::warn!("remove {}: {e}", path.display());
@@ -131,27 +138,40 @@ impl Kernels {
         let file = match File::open(dir.join(METADATA)) {
             Ok(file) => file,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-                return Err(Error::new(Kind::KernelNotFound, format!("there is no kernel {name}")).hint("run fcctl kernel list"));
+                return Err(
+                    Error::new(Kind::KernelNotFound, format!("there is no kernel {name}"))
+                        .hint("run fcctl kernel list"),
+                );
             }
             Err(e) => return Err(Error::io(format!("read kernel {name}"), e)),
         };
         let damaged = |what: String| {
-            Error::new(Kind::Host, format!("kernel {name} is damaged: {what}"))
-                .hint(format!("run fcctl kernel delete {name}, then import it again"))
+            Error::new(Kind::Host, format!("kernel {name} is damaged: {what}")).hint(format!(
+                "run fcctl kernel delete {name}, then import it again"
+            ))
         };
         let bytes = read_bounded(file, METADATA_BYTES_MAX).map_err(|e| damaged(e.to_string()))?;
-        let mut info: KernelInfo = serde_json::from_slice(&bytes).map_err(|e| damaged(e.to_string()))?;
+        let mut info: KernelInfo =
+            serde_json::from_slice(&bytes).map_err(|e| damaged(e.to_string()))?;
         for file in [KERNEL, INITRD] {
-            info.bytes += std::fs::metadata(dir.join(file)).map_err(|e| damaged(format!("{file}: {e}")))?.blocks() * 512;
+            info.bytes += std::fs::metadata(dir.join(file))
+                .map_err(|e| damaged(format!("{file}: {e}")))?
+                .blocks()
+                * 512;
         }
         Ok(info)
     }
 
     /// All kernels, sorted by name. Damaged ones are logged and omitted.
     pub fn list(&self) -> Result<Vec<KernelInfo>> {
-        let entries = std::fs::read_dir(&self.dir).map_err(|e| Error::io("read the kernel registry", e))?;
-        let names = entries.flatten().filter_map(|e| e.file_name().to_str()?.parse::<KernelName>().ok());
-        let mut all: Vec<KernelInfo> = names.filter_map(|name| self.get(&name).inspect_err(|e| log::warn!("{e}")).ok()).collect();
+        let entries =
+            std::fs::read_dir(&self.dir).map_err(|e| Error::io("read the kernel registry", e))?;
+        let names = entries
+            .flatten()
+            .filter_map(|e| e.file_name().to_str()?.parse::<KernelName>().ok());
+        let mut all: Vec<KernelInfo> = names
+            .filter_map(|name| self.get(&name).inspect_err(|e| log::warn!("{e}")).ok())
+            .collect();
         all.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(all)
     }
@@ -168,7 +188,8 @@ impl Kernels {
             .prefix(DELETING)
             .tempdir_in(&self.dir)
             .map_err(|e| Error::io(format!("delete kernel {name}"), e))?;
-        std::fs::rename(&dir, gone.path().join("gone")).map_err(|e| Error::io(format!("delete kernel {name}"), e))
+        std::fs::rename(&dir, gone.path().join("gone"))
+            .map_err(|e| Error::io(format!("delete kernel {name}"), e))
     }
 
     /// Imports a kernel. The busybox of its initramfs comes from an image, so there must be one. An
@@ -177,7 +198,13 @@ impl Kernels {
     /// # Errors
     /// `name_taken`, `unsupported` (not a kernel for a guest), `path_not_found`, `image_not_found`,
     /// `command_missing`, `cancelled`.
-    pub fn import(&self, images: &Images, commands: &dyn Commands, spec: &ImportSpec, cancel: &Cancel) -> Result<KernelInfo> {
+    pub fn import(
+        &self,
+        images: &Images,
+        commands: &dyn Commands,
+        spec: &ImportSpec,
+        cancel: &Cancel,
+    ) -> Result<KernelInfo> {
         let doing = |e: Error| e.context(format!("import kernel {}", spec.path.display()));
         let staging = Staging::new(&self.dir, IMPORTING)?;
         let out = staging.path();
@@ -189,31 +216,62 @@ impl Kernels {
         let modules = find_modules(commands, spec, &version, out, cancel).map_err(doing)?;
         let busybox = busybox(images).map_err(doing)?;
         let wanted: Vec<&str> = WANTED.iter().map(|(name, _)| *name).collect();
-        let bytes = initrd(&busybox, &modules.files, &modules.dependencies, &version, &wanted.join(" "));
-        std::fs::write(out.join(INITRD), bytes).map_err(|e| doing(Error::io("write the initramfs", e)))?;
-        let imported_at = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+        let bytes = initrd(
+            &busybox,
+            &modules.files,
+            &modules.dependencies,
+            &version,
+            &wanted.join(" "),
+        );
+        std::fs::write(out.join(INITRD), bytes)
+            .map_err(|e| doing(Error::io("write the initramfs", e)))?;
+        let imported_at = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |d| d.as_secs());
         let names = modules.files.iter().map(|(name, _)| name.clone()).collect();
-        self.publish(&staging, &KernelInfo { name, version, modules: names, imported_at, bytes: 0 })
+        self.publish(
+            &staging,
+            &KernelInfo {
+                name,
+                version,
+                modules: names,
+                imported_at,
+                bytes: 0,
+            },
+        )
     }
 
     fn publish(&self, staging: &Staging, info: &KernelInfo) -> Result<KernelInfo> {
         let (name, files) = (&info.name, staging.path());
         let io = |e: std::io::Error| Error::io(format!("publish kernel {name}"), e);
-        std::fs::write(files.join(METADATA), serde_json::to_vec_pretty(info).map_err(|e| io(e.into()))?).map_err(io)?;
+        std::fs::write(
+            files.join(METADATA),
+            serde_json::to_vec_pretty(info).map_err(|e| io(e.into()))?,
+        )
+        .map_err(io)?;
         for file in [KERNEL, INITRD, METADATA] {
             let file = File::open(files.join(file)).map_err(io)?;
-            file.set_permissions(std::fs::Permissions::from_mode(0o444)).map_err(io)?;
+            file.set_permissions(std::fs::Permissions::from_mode(0o444))
+                .map_err(io)?;
             file.sync_all().map_err(io)?;
         }
         std::fs::set_permissions(files, std::fs::Permissions::from_mode(0o755)).map_err(io)?;
         File::open(files).and_then(|d| d.sync_all()).map_err(io)?;
         let to = self.dir.join(name.as_str());
-        match rustix::fs::renameat_with(rustix::fs::CWD, files, rustix::fs::CWD, &to, rustix::fs::RenameFlags::NOREPLACE) {
+        match rustix::fs::renameat_with(
+            rustix::fs::CWD,
+            files,
+            rustix::fs::CWD,
+            &to,
+            rustix::fs::RenameFlags::NOREPLACE,
+        ) {
             Ok(()) => {}
             Err(rustix::io::Errno::EXIST | rustix::io::Errno::NOTEMPTY) => return Err(taken(name)),
             Err(e) => return Err(io(e.into())),
         }
-        File::open(&self.dir).and_then(|d| d.sync_all()).map_err(io)?;
+        File::open(&self.dir)
+            .and_then(|d| d.sync_all())
+            .map_err(io)?;
         self.get(name)
     }
 }
@@ -225,19 +283,31 @@ fn taken(name: &KernelName) -> Error {
 
 /// The default name for a version, such as `linux-6-1-0-56-cloud-amd64`.
 fn name_of(version: &str) -> Result<KernelName> {
-    let plain: String = version.to_lowercase().chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
+    let plain: String = version
+        .to_lowercase()
+        .chars()
+        .map(|c| if c.is_ascii_alphanumeric() { c } else { '-' })
+        .collect();
     let mut name = format!("linux-{plain}");
     name.truncate(NAME_LEN_MAX);
-    name.trim_end_matches('-').parse::<KernelName>().map_err(|e| e.hint("give it a name: --name"))
+    name.trim_end_matches('-')
+        .parse::<KernelName>()
+        .map_err(|e| e.hint("give it a name: --name"))
 }
 
 /// Writes `out/vmlinux` and returns the kernel's version.
-fn take_kernel(commands: &dyn Commands, path: &Path, out: &Path, cancel: &Cancel) -> Result<String> {
+fn take_kernel(
+    commands: &dyn Commands,
+    path: &Path,
+    out: &Path,
+    cancel: &Cancel,
+) -> Result<String> {
     let bytes = read_file(path, u64::from(VMLINUX_BYTES_MAX))?;
     if bytes.starts_with(b"\x7fELF") {
         check_elf(&bytes)?;
         std::fs::write(out.join(KERNEL), &bytes).map_err(|e| Error::io("write the kernel", e))?;
-        return version_in(&bytes).ok_or_else(|| Error::new(Kind::Unsupported, "it does not contain a Linux version"));
+        return version_in(&bytes)
+            .ok_or_else(|| Error::new(Kind::Unsupported, "it does not contain a Linux version"));
     }
     let payload = kernel::payload(&bytes)?;
     unpack(commands, &payload, out, cancel)?;
@@ -251,7 +321,10 @@ fn take_kernel(commands: &dyn Commands, path: &Path, out: &Path, cancel: &Cancel
 /// Reads a regular file of at most `bytes_max` bytes.
 fn read_file(path: &Path, bytes_max: u64) -> Result<Vec<u8>> {
     // O_NONBLOCK, because opening a FIFO would otherwise wait for a writer.
-    let opened = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path);
+    let opened = File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(path);
     read_opened(opened, path, bytes_max)
 }
 
@@ -262,11 +335,20 @@ fn read_below(dir: &OwnedFd, shown_dir: &Path, path: &Path, bytes_max: u64) -> R
     let within = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
     let shown = shown_dir.join(path);
     match rustix::fs::openat2(dir, path, flags, Mode::empty(), within) {
-        Err(Errno::XDEV | Errno::LOOP) => {
-            Err(Error::new(Kind::Unsupported, format!("{} points outside of {}", shown.display(), shown_dir.display()))
-                .hint("name a directory that contains the modules themselves: --modules DIR"))
-        }
-        opened => read_opened(opened.map(File::from).map_err(std::io::Error::from), &shown, bytes_max),
+        Err(Errno::XDEV | Errno::LOOP) => Err(Error::new(
+            Kind::Unsupported,
+            format!(
+                "{} points outside of {}",
+                shown.display(),
+                shown_dir.display()
+            ),
+        )
+        .hint("name a directory that contains the modules themselves: --modules DIR")),
+        opened => read_opened(
+            opened.map(File::from).map_err(std::io::Error::from),
+            &shown,
+            bytes_max,
+        ),
     }
 }
 
@@ -275,21 +357,29 @@ fn read_opened(opened: std::io::Result<File>, path: &Path, bytes_max: u64) -> Re
     let io = |e| Error::io(format!("read {shown}"), e);
     let file = opened.map_err(|e| match e.kind() {
         std::io::ErrorKind::NotFound => {
-            Error::new(Kind::PathNotFound, format!("{shown} does not exist")).hint(format!("ls -l {shown}"))
+            Error::new(Kind::PathNotFound, format!("{shown} does not exist"))
+                .hint(format!("ls -l {shown}"))
         }
         _ => io(e),
     })?;
     let stat = file.metadata().map_err(io)?;
     if !stat.is_file() || stat.len() > bytes_max {
-        return Err(Error::new(Kind::Unsupported, format!("{shown} is not a file of at most {} MiB", bytes_max >> 20))
-            .hint(format!("ls -lL {shown}")));
+        return Err(Error::new(
+            Kind::Unsupported,
+            format!("{shown} is not a file of at most {} MiB", bytes_max >> 20),
+        )
+        .hint(format!("ls -lL {shown}")));
     }
     read_bounded(file, bytes_max).map_err(io)
 }
 
 /// True if it is an ELF file of one of these types for x86-64.
 fn is_elf(bytes: &[u8], types: &[u16]) -> bool {
-    let u16_at = |at: usize| bytes.get(at..at + 2).map(|b| u16::from_le_bytes([b[0], b[1]]));
+    let u16_at = |at: usize| {
+        bytes
+            .get(at..at + 2)
+            .map(|b| u16::from_le_bytes([b[0], b[1]]))
+    };
     let is_ours = bytes.starts_with(b"\x7fELF\x02\x01") && u16_at(18) == Some(EM_X86_64);
     is_ours && u16_at(16).is_some_and(|t| types.contains(&t)) && bytes.len() > EHDR_BYTES
 }
@@ -303,13 +393,18 @@ fn is_whole(elf: &[u8]) -> bool {
     let headers = || {
         let (table, size, count) = (number(32, 8)?, number(54, 2)?, number(56, 2)?);
         (size == PHDR_BYTES && count > 0).then_some(())?;
-        (0..count).map(|n| table.checked_add(n * PHDR_BYTES)).collect::<Option<Vec<usize>>>()
+        (0..count)
+            .map(|n| table.checked_add(n * PHDR_BYTES))
+            .collect::<Option<Vec<usize>>>()
     };
     let ends = |at: usize| {
         let header = elf.get(at..at.checked_add(PHDR_BYTES)?).map(|_| at)?;
         number(header + 8, 8)?.checked_add(number(header + 32, 8)?)
     };
-    headers().is_some_and(|all| all.into_iter().all(|at| ends(at).is_some_and(|end| end <= elf.len())))
+    headers().is_some_and(|all| {
+        all.into_iter()
+            .all(|at| ends(at).is_some_and(|end| end <= elf.len()))
+    })
 }
 
 fn check_elf(bytes: &[u8]) -> Result<()> {
@@ -317,12 +412,18 @@ fn check_elf(bytes: &[u8]) -> Result<()> {
         return if is_whole(bytes) {
             Ok(())
         } else {
-            Err(Error::new(Kind::Unsupported, "the kernel is truncated: a loadable segment is not in the file")
-                .hint("copy or download the file again"))
+            Err(Error::new(
+                Kind::Unsupported,
+                "the kernel is truncated: a loadable segment is not in the file",
+            )
+            .hint("copy or download the file again"))
         };
     }
-    Err(Error::new(Kind::Unsupported, "it is not a kernel for x86-64 (vmlinux or bzImage)")
-        .hint("use a distribution's /boot/vmlinuz-VERSION"))
+    Err(Error::new(
+        Kind::Unsupported,
+        "it is not a kernel for x86-64 (vmlinux or bzImage)",
+    )
+    .hint("use a distribution's /boot/vmlinuz-VERSION"))
 }
 
 /// The version, which follows the banner.
@@ -333,7 +434,10 @@ fn version_in(bytes: &[u8]) -> Option<String> {
         rest = &rest[at..];
         if let Some(text) = rest.strip_prefix(BANNER) {
             let version = kernel::word(text);
-            if version.as_ref().is_some_and(|v| v.starts_with(|c: char| c.is_ascii_digit())) {
+            if version
+                .as_ref()
+                .is_some_and(|v| v.starts_with(|c: char| c.is_ascii_digit()))
+            {
                 return version;
             }
         }
@@ -349,19 +453,33 @@ struct Modules {
     dependencies: String,
 }
 
-fn find_modules(commands: &dyn Commands, spec: &ImportSpec, version: &str, out: &Path, cancel: &Cancel) -> Result<Modules> {
-    let dir = spec.modules.clone().unwrap_or_else(|| Path::new(MODULES_DIR).join(version));
+fn find_modules(
+    commands: &dyn Commands,
+    spec: &ImportSpec,
+    version: &str,
+    out: &Path,
+    cancel: &Cancel,
+) -> Result<Modules> {
+    let dir = spec
+        .modules
+        .clone()
+        .unwrap_or_else(|| Path::new(MODULES_DIR).join(version));
     if !dir.is_dir() {
         if let Some(given) = &spec.modules {
-            return Err(Error::new(Kind::PathNotFound, format!("there is no directory {}", given.display()))
-                .hint("name the directory that contains the kernel's modules.dep"));
+            return Err(Error::new(
+                Kind::PathNotFound,
+                format!("there is no directory {}", given.display()),
+            )
+            .hint("name the directory that contains the kernel's modules.dep"));
         }
         return built_in(&out.join(KERNEL), &dir);
     }
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let below = rustix::fs::open(&dir, flags, Mode::empty()).map_err(|e| Error::io(format!("open {}", dir.display()), e))?;
+    let below = rustix::fs::open(&dir, flags, Mode::empty())
+        .map_err(|e| Error::io(format!("open {}", dir.display()), e))?;
     let list = |name: &str| {
-        read_below(&below, &dir, Path::new(name), LIST_BYTES_MAX).map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+        read_below(&below, &dir, Path::new(name), LIST_BYTES_MAX)
+            .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
     };
     let (dep, builtin) = (list("modules.dep")?, list("modules.builtin")?);
     let paths = needed(&dep, &builtin)?;
@@ -372,8 +490,16 @@ fn find_modules(commands: &dyn Commands, spec: &ImportSpec, version: &str, out: 
     }
     modules.files.sort();
     // The names without the suffixes of their compression.
-    modules.dependencies =
-        dep.lines().map(|line| line.split_whitespace().map(unpacked_name).collect::<Vec<_>>().join(" ") + "\n").collect();
+    modules.dependencies = dep
+        .lines()
+        .map(|line| {
+            line.split_whitespace()
+                .map(unpacked_name)
+                .collect::<Vec<_>>()
+                .join(" ")
+                + "\n"
+        })
+        .collect();
     Ok(modules)
 }
 
@@ -382,11 +508,19 @@ fn find_modules(commands: &dyn Commands, spec: &ImportSpec, version: &str, out: 
 fn built_in(vmlinux: &Path, modules: &Path) -> Result<Modules> {
     let bytes = read_file(vmlinux, u64::from(VMLINUX_BYTES_MAX))?;
     let has = |name: &str| has_word(&bytes, name.as_bytes());
-    if has("virtio_blk") && has("virtio_net") && has("ext4") && (has("virtio-mmio") || has("virtio-pci")) {
+    if has("virtio_blk")
+        && has("virtio_net")
+        && has("ext4")
+        && (has("virtio-mmio") || has("virtio-pci"))
+    {
         return Ok(Modules::default());
     }
-    let text = format!("it has no built-in virtio drivers, and {} does not exist", modules.display());
-    Err(Error::new(Kind::Unsupported, text).hint("name the directory of its modules: --modules DIR"))
+    let text = format!(
+        "it has no built-in virtio drivers, and {} does not exist",
+        modules.display()
+    );
+    Err(Error::new(Kind::Unsupported, text)
+        .hint("name the directory of its modules: --modules DIR"))
 }
 
 /// True if `bytes` contain `word` as a complete C string.
@@ -410,8 +544,13 @@ fn module_of(path: &str) -> String {
 
 /// The path without the suffix of its compression.
 fn unpacked_name(path: &str) -> String {
-    let (path, colon) = path.strip_suffix(':').map_or((path, ""), |path| (path, ":"));
-    let plain = [".xz", ".zst", ".gz"].iter().find_map(|suffix| path.strip_suffix(suffix)).unwrap_or(path);
+    let (path, colon) = path
+        .strip_suffix(':')
+        .map_or((path, ""), |path| (path, ":"));
+    let plain = [".xz", ".zst", ".gz"]
+        .iter()
+        .find_map(|suffix| path.strip_suffix(suffix))
+        .unwrap_or(path);
     format!("{plain}{colon}")
 }
 
@@ -421,19 +560,36 @@ fn needed(dep: &str, builtin: &str) -> Result<BTreeSet<String>> {
     let mut paths = BTreeSet::new();
     let mut missing = BTreeSet::new();
     for (name, is_optional) in WANTED {
-        let line = dep.lines().filter_map(|line| line.split_once(':')).find(|(path, _)| module_of(path) == name);
+        let line = dep
+            .lines()
+            .filter_map(|line| line.split_once(':'))
+            .find(|(path, _)| module_of(path) == name);
         match line {
-            Some((path, needs)) => paths.extend(std::iter::once(path).chain(needs.split_whitespace()).map(str::to_owned)),
+            Some((path, needs)) => paths.extend(
+                std::iter::once(path)
+                    .chain(needs.split_whitespace())
+                    .map(str::to_owned),
+            ),
             None if built_in.contains(name) => {}
             None => drop(missing.insert(name).then_some(is_optional)),
         }
     }
-    let needs: Vec<&str> =
-        WANTED.iter().filter(|(name, is_optional)| !is_optional && missing.contains(name)).map(|(name, _)| *name).collect();
+    let needs: Vec<&str> = WANTED
+        .iter()
+        .filter(|(name, is_optional)| !is_optional && missing.contains(name))
+        .map(|(name, _)| *name)
+        .collect();
     if !needs.is_empty() || (missing.contains("virtio_pci") && missing.contains("virtio_mmio")) {
-        let what = if needs.is_empty() { "virtio_pci or virtio_mmio".to_owned() } else { needs.join(", ") };
-        return Err(Error::new(Kind::Unsupported, format!("the kernel has no {what}, either built in or as a module"))
-            .hint("use another kernel; a distribution's cloud kernel has them"));
+        let what = if needs.is_empty() {
+            "virtio_pci or virtio_mmio".to_owned()
+        } else {
+            needs.join(", ")
+        };
+        return Err(Error::new(
+            Kind::Unsupported,
+            format!("the kernel has no {what}, either built in or as a module"),
+        )
+        .hint("use another kernel; a distribution's cloud kernel has them"));
     }
     Ok(paths)
 }
@@ -451,17 +607,29 @@ fn read_module(
         if is_elf(&bytes, &ET_MODULE) {
             return Ok((name, bytes));
         }
-        let text = format!("{} is not a kernel module for x86-64", dir.join(path).display());
-        Err(Error::new(Kind::Unsupported, text).hint("name the directory of this kernel's modules: --modules DIR"))
+        let text = format!(
+            "{} is not a kernel module for x86-64",
+            dir.join(path).display()
+        );
+        Err(Error::new(Kind::Unsupported, text)
+            .hint("name the directory of this kernel's modules: --modules DIR"))
     };
     let name = unpacked_name(path.rsplit('/').next().unwrap_or(path));
-    let Some(compression) = Compression::of(&bytes).filter(|_| name.len() < path.rsplit('/').next().unwrap_or(path).len()) else {
+    let Some(compression) = Compression::of(&bytes)
+        .filter(|_| name.len() < path.rsplit('/').next().unwrap_or(path).len())
+    else {
         return checked(name, bytes);
     };
     let packed = out.join(format!("module.{}", compression.program().1));
     let unpacked = out.join("module");
     std::fs::write(&packed, &bytes).map_err(|e| Error::io("write a module", e))?;
-    super::build::unpack_file(commands, compression, (&packed, &unpacked), PART_BYTES_MAX, cancel)?;
+    super::build::unpack_file(
+        commands,
+        compression,
+        (&packed, &unpacked),
+        PART_BYTES_MAX,
+        cancel,
+    )?;
     let bytes = read_file(&unpacked, PART_BYTES_MAX)?;
     std::fs::remove_file(&unpacked).map_err(|e| Error::io("remove a module", e))?;
     checked(name, bytes)
@@ -470,12 +638,17 @@ fn read_module(
 /// A static busybox, taken from any image's initramfs.
 fn busybox(images: &Images) -> Result<Vec<u8>> {
     let none = || {
-        Error::new(Kind::ImageNotFound, "no image exists from which to take the initramfs's busybox")
-            .hint("run fcctl image build")
+        Error::new(
+            Kind::ImageNotFound,
+            "no image exists from which to take the initramfs's busybox",
+        )
+        .hint("run fcctl image build")
     };
     let image = images.list()?.into_iter().next().ok_or_else(none)?;
     let initrd = read_file(&image.initrd, PART_BYTES_MAX)?;
-    cpio::find(&initrd, "bin/busybox").map(<[u8]>::to_vec).ok_or_else(none)
+    cpio::find(&initrd, "bin/busybox")
+        .map(<[u8]>::to_vec)
+        .ok_or_else(none)
 }
 
 #[cfg(test)]
@@ -490,27 +663,53 @@ mod tests {
     fn modules_not_built_in_are_taken_with_dependencies() {
         let paths = needed(DEP, "kernel/fs/ext4/ext4.ko\n").unwrap();
         let names: Vec<String> = paths.iter().map(|p| module_of(p)).collect();
-        assert_eq!(names, ["virtio_blk", "virtio_net", "virtio_pci", "virtio", "virtio_ring", "failover"]);
+        assert_eq!(
+            names,
+            [
+                "virtio_blk",
+                "virtio_net",
+                "virtio_pci",
+                "virtio",
+                "virtio_ring",
+                "failover"
+            ]
+        );
         let all = "kernel/a/virtio_mmio.ko\nkernel/a/virtio_blk.ko\nkernel/a/virtio_net.ko\nkernel/a/ext4.ko\n";
         assert_eq!(needed("", all).unwrap().len(), 0);
-        for (builtin, what) in
-            [(all.replace("ext4", "xfs"), "ext4"), (all.replace("virtio_mmio", "x"), "virtio_pci or virtio_mmio")]
-        {
+        for (builtin, what) in [
+            (all.replace("ext4", "xfs"), "ext4"),
+            (all.replace("virtio_mmio", "x"), "virtio_pci or virtio_mmio"),
+        ] {
             let e = needed("", &builtin).unwrap_err();
-            assert!(e.kind() == Kind::Unsupported && e.to_string().contains(what), "{e}");
+            assert!(
+                e.kind() == Kind::Unsupported && e.to_string().contains(what),
+                "{e}"
+            );
         }
     }
 
     #[test]
     fn names_and_versions_are_parsed() {
-        assert_eq!(name_of("6.1.0-56-cloud-amd64").unwrap().as_str(), "linux-6-1-0-56-cloud-amd64");
-        assert_eq!(name_of(&"9".repeat(90)).unwrap().as_str().len(), NAME_LEN_MAX);
-        assert_eq!(module_of("kernel/drivers/virtio/virtio-mmio.ko.zst"), "virtio_mmio");
+        assert_eq!(
+            name_of("6.1.0-56-cloud-amd64").unwrap().as_str(),
+            "linux-6-1-0-56-cloud-amd64"
+        );
+        assert_eq!(
+            name_of(&"9".repeat(90)).unwrap().as_str().len(),
+            NAME_LEN_MAX
+        );
+        assert_eq!(
+            module_of("kernel/drivers/virtio/virtio-mmio.ko.zst"),
+            "virtio_mmio"
+        );
         assert_eq!(unpacked_name("a/b.ko.zst:"), "a/b.ko:");
         let text = b"\0Linux version %s\0LLinux version 6.1.9-x (gcc)\0";
         assert_eq!(version_in(text).as_deref(), Some("6.1.9-x"));
         assert_eq!(version_in(b"Linux version "), None);
-        assert!(has_word(b"xvirtio_blk\0", b"virtio_blk") && !has_word(b"virtio_blk_x\0", b"virtio_blk"));
+        assert!(
+            has_word(b"xvirtio_blk\0", b"virtio_blk")
+                && !has_word(b"virtio_blk_x\0", b"virtio_blk")
+        );
     }
 
     #[test]
@@ -523,16 +722,36 @@ mod tests {
         (elf[32], elf[54], elf[56]) = (64, 56, 1);
         (elf[64 + 8], elf[64 + 32]) = (120, 8);
         check_elf(&elf).unwrap();
-        assert!(check_elf(&elf[..127]).unwrap_err().to_string().contains("truncated"));
-        for (at, byte) in [(32, 73), (54, 55), (56, 0), (56, 2), (64 + 8, 121), (64 + 15, 0xff)] {
+        assert!(
+            check_elf(&elf[..127])
+                .unwrap_err()
+                .to_string()
+                .contains("truncated")
+        );
+        for (at, byte) in [
+            (32, 73),
+            (54, 55),
+            (56, 0),
+            (56, 2),
+            (64 + 8, 121),
+            (64 + 15, 0xff),
+        ] {
             let mut bad = elf.clone();
             bad[at] = byte;
-            assert_eq!(check_elf(&bad).unwrap_err().kind(), Kind::Unsupported, "{at}");
+            assert_eq!(
+                check_elf(&bad).unwrap_err().kind(),
+                Kind::Unsupported,
+                "{at}"
+            );
         }
         for (at, byte) in [(4, 1), (5, 2), (16, 1), (18, 183)] {
             let mut bad = elf.clone();
             bad[at] = byte;
-            assert_eq!(check_elf(&bad).unwrap_err().kind(), Kind::Unsupported, "{at}");
+            assert_eq!(
+                check_elf(&bad).unwrap_err().kind(),
+                Kind::Unsupported,
+                "{at}"
+            );
         }
         assert!(check_elf(&elf[..20]).is_err() && check_elf(b"\x7fELF").is_err());
     }
@@ -550,27 +769,67 @@ mod tests {
             std::fs::write(at(name), &module).unwrap();
         }
         std::fs::write(at("m/none.ko"), "root:*:").unwrap();
-        for (to, name) in [("/etc/passwd", "m/abs.ko"), ("../x.ko", "m/up.ko"), ("..", "m/dir"), ("good.ko", "m/beside.ko")] {
+        for (to, name) in [
+            ("/etc/passwd", "m/abs.ko"),
+            ("../x.ko", "m/up.ko"),
+            ("..", "m/dir"),
+            ("good.ko", "m/beside.ko"),
+        ] {
             std::os::unix::fs::symlink(to, at(name)).unwrap();
         }
-        rustix::fs::mknodat(rustix::fs::CWD, at("m/pipe.ko"), rustix::fs::FileType::Fifo, Mode::RUSR, 0).unwrap();
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            at("m/pipe.ko"),
+            rustix::fs::FileType::Fifo,
+            Mode::RUSR,
+            0,
+        )
+        .unwrap();
         let dir = at("m");
         let below = OwnedFd::from(File::open(&dir).unwrap());
-        let read = |path: &str| read_module(&crate::host::HostCommands, (&below, &dir), path, temp.path(), &never);
+        let read = |path: &str| {
+            read_module(
+                &crate::host::HostCommands,
+                (&below, &dir),
+                path,
+                temp.path(),
+                &never,
+            )
+        };
         for path in ["good.ko", "beside.ko"] {
             assert_eq!(read(path).unwrap(), (path.to_owned(), module.clone()));
         }
         // A small file that would unpack to more than the disk.
         let bomb = File::create(at("m/bomb.ko")).unwrap();
         bomb.set_len(PART_BYTES_MAX + 1).unwrap();
-        let packed = crate::host::Command::new("gzip").arg("-1").arg(at("m/bomb.ko"));
-        crate::host::HostCommands.run(&packed, &never, &mut |_| {}).unwrap();
+        let packed = crate::host::Command::new("gzip")
+            .arg("-1")
+            .arg(at("m/bomb.ko"));
+        crate::host::HostCommands
+            .run(&packed, &never, &mut |_| {})
+            .unwrap();
         let e = read("bomb.ko.gz").unwrap_err();
-        assert!(e.kind() == Kind::CommandFailed && e.hint_text().is_some(), "{e}");
+        assert!(
+            e.kind() == Kind::CommandFailed && e.hint_text().is_some(),
+            "{e}"
+        );
         assert!(!at("module").exists());
-        for path in ["../x.ko", "/etc/passwd", "a/../../x.ko", "abs.ko", "up.ko", "dir/x.ko", "pipe.ko", "none.ko"] {
+        for path in [
+            "../x.ko",
+            "/etc/passwd",
+            "a/../../x.ko",
+            "abs.ko",
+            "up.ko",
+            "dir/x.ko",
+            "pipe.ko",
+            "none.ko",
+        ] {
             let e = read(path).unwrap_err();
-            assert!(matches!(e.kind(), Kind::Unsupported | Kind::PathNotFound) && e.hint_text().is_some(), "{path}: {e}");
+            assert!(
+                matches!(e.kind(), Kind::Unsupported | Kind::PathNotFound)
+                    && e.hint_text().is_some(),
+                "{path}: {e}"
+            );
         }
     }
 
@@ -579,7 +838,13 @@ mod tests {
         let state = tempfile::tempdir().unwrap();
         let kernels = Kernels::open(state.path()).unwrap();
         let name: KernelName = "mine".parse().unwrap();
-        let info = KernelInfo { name: name.clone(), version: "6.1".into(), modules: vec![], imported_at: 7, bytes: 0 };
+        let info = KernelInfo {
+            name: name.clone(),
+            version: "6.1".into(),
+            modules: vec![],
+            imported_at: 7,
+            bytes: 0,
+        };
         let publish = || {
             let staging = Staging::new(&kernels.dir, ".importing-").unwrap();
             for file in [KERNEL, INITRD] {
@@ -594,7 +859,14 @@ mod tests {
         std::fs::write(kernels.dir.join(".nfs0001"), "somebody else's").unwrap();
         let kernels = Kernels::open(state.path()).unwrap();
         kernels.delete(&name).unwrap();
-        assert_eq!(kernels.delete(&name).unwrap_err().kind(), Kind::KernelNotFound);
-        assert_eq!(std::fs::read_dir(&kernels.dir).unwrap().count(), 1, "files of others are kept");
+        assert_eq!(
+            kernels.delete(&name).unwrap_err().kind(),
+            Kind::KernelNotFound
+        );
+        assert_eq!(
+            std::fs::read_dir(&kernels.dir).unwrap().count(),
+            1,
+            "files of others are kept"
+        );
     }
 }

@@ -26,8 +26,15 @@ pub use registry::{BALLOON_SINCE, CTRL_ALT_DEL_SINCE, ImageInfo, Images, kernel_
 /// Kernel arguments for every VMM, in addition to those for the console and the clock. They skip
 /// the self-tests of the crypto modules (0.2 s under emulation), take entropy from the processor,
 /// and end the VM immediately after a panic.
-pub const BOOT_ARGS: &[&str] =
-    &["quiet", "panic=-1", "reboot=t", "net.ifnames=0", "cryptomgr.notests", "random.trust_cpu=on", "audit=0"];
+pub const BOOT_ARGS: &[&str] = &[
+    "quiet",
+    "panic=-1",
+    "reboot=t",
+    "net.ifnames=0",
+    "cryptomgr.notests",
+    "random.trust_cpu=on",
+    "audit=0",
+];
 
 /// The default virtual size of an image's root disk. The file is sparse.
 pub const DISK_BYTES_DEFAULT: u64 = 8 << 30;

@@ -130,14 +130,27 @@ impl Images {
         let dir = state_dir.join(IMAGES_DIR);
         let io = |e| Error::io(format!("open image registry {}", dir.display()), e);
         // VMMs run under their own uids and have to read images.
-        std::fs::DirBuilder::new().recursive(true).mode(0o755).create(&dir).map_err(io)?;
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o755)
+            .create(&dir)
+            .map_err(io)?;
         std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o755)).map_err(io)?;
         for entry in std::fs::read_dir(&dir).map_err(io)? {
             let entry = entry.map_err(io)?;
-            let is = |prefix: &str| entry.file_name().as_encoded_bytes().starts_with(prefix.as_bytes());
+            let is = |prefix: &str| {
+                entry
+                    .file_name()
+                    .as_encoded_bytes()
+                    .starts_with(prefix.as_bytes())
+            };
             if is(STAGING_PREFIX) || is(DELETING_PREFIX) {
-                log::info!("removing the leftover image directory {}", entry.path().display());
-                std::fs::remove_dir_all(entry.path()).map_err(|e| Error::io(format!("remove {}", entry.path().display()), e))?;
+                log::info!(
+                    "removing the leftover image directory {}",
+                    entry.path().display()
+                );
+                std::fs::remove_dir_all(entry.path())
+                    .map_err(|e| Error::io(format!("remove {}", entry.path().display()), e))?;
             }
         }
         Ok(Self { dir })
@@ -149,7 +162,9 @@ impl Images {
         let mut images = Vec::new();
         for entry in std::fs::read_dir(&self.dir).map_err(io)? {
             let name = entry.map_err(io)?.file_name();
-            let Some(name) = name.to_str().and_then(|n| n.parse::<ImageRef>().ok()) else { continue };
+            let Some(name) = name.to_str().and_then(|n| n.parse::<ImageRef>().ok()) else {
+                continue;
+            };
             match self.get(&name) {
                 Ok(info) => images.push(info),
                 Err(e) => log::warn!("{e}"),
@@ -168,27 +183,41 @@ impl Images {
         crate::locks::require_memory_only("file access");
         let dir = self.path(name);
         let damaged = |what: String| {
-            Error::new(Kind::Host, format!("image {name} is damaged: {what}"))
-                .hint(format!("move {} away, then build it again with fcctl image build", dir.display()))
+            Error::new(Kind::Host, format!("image {name} is damaged: {what}")).hint(format!(
+                "move {} away, then build it again with fcctl image build",
+                dir.display()
+            ))
         };
         let file = match File::open(dir.join(METADATA)) {
             Ok(file) => file,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound && !dir.exists() => return Err(not_found(name)),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound && !dir.exists() => {
+                return Err(not_found(name));
+            }
             Err(e) => return Err(damaged(format!("{METADATA}: {e}"))),
         };
-        let bytes = crate::host::command::read_bounded(file, METADATA_BYTES_MAX).map_err(|e| damaged(e.to_string()))?;
-        let metadata: Metadata = serde_json::from_slice(&bytes).map_err(|e| damaged(format!("{METADATA}: {e}")))?;
+        let bytes = crate::host::command::read_bounded(file, METADATA_BYTES_MAX)
+            .map_err(|e| damaged(e.to_string()))?;
+        let metadata: Metadata =
+            serde_json::from_slice(&bytes).map_err(|e| damaged(format!("{METADATA}: {e}")))?;
         if metadata.format != FORMAT || metadata.name != *name {
-            return Err(damaged(format!("{METADATA} belongs to another image or another version of fcd")));
+            return Err(damaged(format!(
+                "{METADATA} belongs to another image or another version of fcd"
+            )));
         }
         let mut allocated_bytes = 0;
         let mut size = |wanted: &str| {
             let record = metadata.files.iter().find(|f| f.name == wanted);
-            let record = record.ok_or_else(|| damaged(format!("{METADATA} does not name {wanted}")))?;
-            let found = std::fs::metadata(dir.join(wanted)).map_err(|e| damaged(format!("{wanted}: {e}")))?;
+            let record =
+                record.ok_or_else(|| damaged(format!("{METADATA} does not name {wanted}")))?;
+            let found = std::fs::metadata(dir.join(wanted))
+                .map_err(|e| damaged(format!("{wanted}: {e}")))?;
             allocated_bytes += found.blocks() * 512;
             if found.len() != record.bytes {
-                return Err(damaged(format!("{wanted} has {} bytes instead of {}", found.len(), record.bytes)));
+                return Err(damaged(format!(
+                    "{wanted} has {} bytes instead of {}",
+                    found.len(),
+                    record.bytes
+                )));
             }
             Ok(record.bytes)
         };
@@ -248,19 +277,30 @@ impl Images {
         std::fs::write(files.join(METADATA), text).map_err(io)?;
         for file in [KERNEL, INITRD, ROOTFS, METADATA] {
             let file = File::open(files.join(file)).map_err(io)?;
-            file.set_permissions(std::fs::Permissions::from_mode(0o444)).map_err(io)?;
+            file.set_permissions(std::fs::Permissions::from_mode(0o444))
+                .map_err(io)?;
             file.sync_all().map_err(io)?;
         }
         std::fs::set_permissions(files, std::fs::Permissions::from_mode(0o755)).map_err(io)?;
         File::open(files).and_then(|d| d.sync_all()).map_err(io)?;
         let to = self.path(name);
         // If two builds use the same name, the first one wins.
-        match rustix::fs::renameat_with(rustix::fs::CWD, files, rustix::fs::CWD, &to, rustix::fs::RenameFlags::NOREPLACE) {
+        match rustix::fs::renameat_with(
+            rustix::fs::CWD,
+            files,
+            rustix::fs::CWD,
+            &to,
+            rustix::fs::RenameFlags::NOREPLACE,
+        ) {
             Ok(()) => {}
-            Err(rustix::io::Errno::EXIST | rustix::io::Errno::NOTEMPTY) => return Err(name_taken(name)),
+            Err(rustix::io::Errno::EXIST | rustix::io::Errno::NOTEMPTY) => {
+                return Err(name_taken(name));
+            }
             Err(e) => return Err(io(e.into())),
         }
-        File::open(&self.dir).and_then(|d| d.sync_all()).map_err(io)?;
+        File::open(&self.dir)
+            .and_then(|d| d.sync_all())
+            .map_err(io)?;
         self.get(name)
     }
 }
@@ -293,9 +333,14 @@ impl Drop for Staging {
         const PAUSE: std::time::Duration = std::time::Duration::from_millis(50);
         for last in (0..TRIES).rev() {
             match std::fs::remove_dir_all(&self.dir) {
-                Err(e) if e.kind() != std::io::ErrorKind::NotFound && last > 0 => std::thread::sleep(PAUSE),
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound && last > 0 => {
+                    std::thread::sleep(PAUSE)
+                }
                 Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                    log::warn!("remove {}: {e}; fcd will retry at its next start", self.dir.display());
+                    log::warn!(
+                        "remove {}: {e}; fcd will retry at its next start",
+                        self.dir.display()
+                    );
                 }
                 _ => return,
             }
@@ -304,12 +349,18 @@ impl Drop for Staging {
 }
 
 fn not_found(name: &ImageRef) -> Error {
-    let build = if name.as_str() == "default" { "fcctl image build".to_owned() } else { "fcctl image list".to_owned() };
-    Error::new(Kind::ImageNotFound, format!("there is no image {name}")).hint(format!("run {build}"))
+    let build = if name.as_str() == "default" {
+        "fcctl image build".to_owned()
+    } else {
+        "fcctl image list".to_owned()
+    };
+    Error::new(Kind::ImageNotFound, format!("there is no image {name}"))
+        .hint(format!("run {build}"))
 }
 
 fn name_taken(name: &ImageRef) -> Error {
-    Error::new(Kind::NameTaken, format!("image {name} already exists")).hint("run fcctl image list, or choose another name")
+    Error::new(Kind::NameTaken, format!("image {name} already exists"))
+        .hint("run fcctl image list, or choose another name")
 }
 
 #[cfg(test)]
@@ -327,7 +378,11 @@ mod tests {
         let mut metadata = Metadata::new(&name(), &[], 7);
         for (file, bytes) in [(KERNEL, 3), (INITRD, 2), (ROOTFS, 8192)] {
             std::fs::write(files.join(file), vec![1; bytes]).unwrap();
-            metadata.files.push(FileRecord { name: file.into(), bytes: bytes as u64, sha256: String::new() });
+            metadata.files.push(FileRecord {
+                name: file.into(),
+                bytes: bytes as u64,
+                sha256: String::new(),
+            });
         }
         images.publish(&files, &metadata)
     }
@@ -339,24 +394,44 @@ mod tests {
         assert_eq!(images.get(&name()).unwrap_err().kind(), Kind::ImageNotFound);
         let info = publish(&images).unwrap();
         assert_eq!((info.disk_bytes, info.built_at), (8192, 7));
-        assert_eq!(std::fs::metadata(&info.rootfs).unwrap().permissions().mode() & 0o777, 0o444);
+        assert_eq!(
+            std::fs::metadata(&info.rootfs)
+                .unwrap()
+                .permissions()
+                .mode()
+                & 0o777,
+            0o444
+        );
         assert_eq!(publish(&images).unwrap_err().kind(), Kind::NameTaken);
         let again = Images::open(state.path()).unwrap();
         assert_eq!(again.list().unwrap(), [info]);
-        assert_eq!(std::fs::read_dir(state.path().join("images")).unwrap().count(), 1);
+        assert_eq!(
+            std::fs::read_dir(state.path().join("images"))
+                .unwrap()
+                .count(),
+            1
+        );
     }
 
     #[test]
     fn deleted_image_is_gone_but_hard_links_remain() {
         let state = tempfile::tempdir().unwrap();
         let images = Images::open(state.path()).unwrap();
-        assert_eq!(images.delete(&name()).unwrap_err().kind(), Kind::ImageNotFound);
+        assert_eq!(
+            images.delete(&name()).unwrap_err().kind(),
+            Kind::ImageNotFound
+        );
         let info = publish(&images).unwrap();
         let disk = state.path().join("disk");
         std::fs::hard_link(&info.rootfs, &disk).unwrap();
         images.delete(&name()).unwrap();
         assert_eq!(images.get(&name()).unwrap_err().kind(), Kind::ImageNotFound);
-        assert_eq!(std::fs::read_dir(state.path().join("images")).unwrap().count(), 0);
+        assert_eq!(
+            std::fs::read_dir(state.path().join("images"))
+                .unwrap()
+                .count(),
+            0
+        );
         assert_eq!(std::fs::read(disk).unwrap(), vec![1; 8192]);
         // A damaged image can be deleted, too.
         std::fs::remove_file(publish(&images).unwrap().kernel).unwrap();
@@ -370,9 +445,19 @@ mod tests {
         let images = Images::open(state.path()).unwrap();
         std::mem::forget(images.stage(&name()).unwrap());
         std::mem::forget(Staging::new(&state.path().join("images"), DELETING_PREFIX).unwrap());
-        assert_eq!(std::fs::read_dir(state.path().join("images")).unwrap().count(), 2);
+        assert_eq!(
+            std::fs::read_dir(state.path().join("images"))
+                .unwrap()
+                .count(),
+            2
+        );
         let images = Images::open(state.path()).unwrap();
-        assert_eq!(std::fs::read_dir(state.path().join("images")).unwrap().count(), 0);
+        assert_eq!(
+            std::fs::read_dir(state.path().join("images"))
+                .unwrap()
+                .count(),
+            0
+        );
         assert!(images.list().unwrap().is_empty());
     }
 

@@ -24,16 +24,24 @@ pub struct Os {
 
 pub fn os(os_release: &str) -> Os {
     let value = |key: &str| {
-        let line = os_release.lines().find_map(|l| l.strip_prefix(key)?.strip_prefix('='));
+        let line = os_release
+            .lines()
+            .find_map(|l| l.strip_prefix(key)?.strip_prefix('='));
         line.unwrap_or_default().trim_matches('"').to_owned()
     };
-    Os { id: value("ID"), codename: value("VERSION_CODENAME") }
+    Os {
+        id: value("ID"),
+        codename: value("VERSION_CODENAME"),
+    }
 }
 
 /// An apt.conf for a build: the needed lines of `apt-config dump`, and no translations.
 pub fn apt_conf(dump: &str) -> String {
     let mut conf = String::from("Acquire::Languages \"none\";\n");
-    for line in dump.lines().filter(|l| CONFIG_KEPT.iter().any(|key| l.starts_with(key))) {
+    for line in dump
+        .lines()
+        .filter(|l| CONFIG_KEPT.iter().any(|key| l.starts_with(key)))
+    {
         // Empty groups have no effect.
         if !line.ends_with(" \"\";") {
             conf.push_str(line);
@@ -49,7 +57,11 @@ pub fn apt_conf(dump: &str) -> String {
 pub fn sources_list(files: &[(String, String)], codename: &str) -> String {
     let mut lines = Vec::new();
     for (name, text) in files {
-        if name.ends_with(".sources") { deb822(text, codename, &mut lines) } else { one_line(text, codename, &mut lines) }
+        if name.ends_with(".sources") {
+            deb822(text, codename, &mut lines)
+        } else {
+            one_line(text, codename, &mut lines)
+        }
     }
     let mut seen = std::collections::HashSet::new();
     lines.retain(|l| seen.insert(l.clone()));
@@ -63,7 +75,12 @@ fn is_ours(suite: &str, codename: &str) -> bool {
 
 fn one_line(text: &str, codename: &str, lines: &mut Vec<String>) {
     for line in text.lines().map(str::trim) {
-        let Some(rest) = line.strip_prefix("deb ").or_else(|| line.strip_prefix("deb\t")) else { continue };
+        let Some(rest) = line
+            .strip_prefix("deb ")
+            .or_else(|| line.strip_prefix("deb\t"))
+        else {
+            continue;
+        };
         let rest = rest.trim_start();
         let (options, rest) = match rest.strip_prefix('[').and_then(|r| r.split_once(']')) {
             Some((options, rest)) => (options.trim(), rest),
@@ -71,7 +88,9 @@ fn one_line(text: &str, codename: &str, lines: &mut Vec<String>) {
         };
         let rest = rest.split(" #").next().unwrap_or(rest);
         let mut words = rest.split_whitespace();
-        let (Some(uri), Some(suite)) = (words.next(), words.next()) else { continue };
+        let (Some(uri), Some(suite)) = (words.next(), words.next()) else {
+            continue;
+        };
         let components: Vec<_> = words.collect();
         if is_ours(suite, codename) && components.contains(&"main") {
             lines.push(entry(options, uri, suite, &components));
@@ -82,16 +101,31 @@ fn one_line(text: &str, codename: &str, lines: &mut Vec<String>) {
 fn deb822(text: &str, codename: &str, lines: &mut Vec<String>) {
     let text = text.replace('\r', "");
     // A stanza may contain comments between its fields.
-    let text: String = text.lines().filter(|l| !l.starts_with('#')).map(|l| format!("{l}\n")).collect();
+    let text: String = text
+        .lines()
+        .filter(|l| !l.starts_with('#'))
+        .map(|l| format!("{l}\n"))
+        .collect();
     for stanza in text.split("\n\n") {
         let fields = stanza_fields(stanza);
-        let words = |key: &str| fields.get(key).map(|v| v.split_whitespace().collect::<Vec<_>>()).unwrap_or_default();
+        let words = |key: &str| {
+            fields
+                .get(key)
+                .map(|v| v.split_whitespace().collect::<Vec<_>>())
+                .unwrap_or_default()
+        };
         let components = words("components");
-        if !words("types").contains(&"deb") || fields.get("enabled").is_some_and(|v| v == "no") || !components.contains(&"main") {
+        if !words("types").contains(&"deb")
+            || fields.get("enabled").is_some_and(|v| v == "no")
+            || !components.contains(&"main")
+        {
             continue;
         }
         // A key inside the stanza has no one-line form, so the keyring has to contain it.
-        let key = words("signed-by").first().filter(|w| w.starts_with('/')).map(|w| format!("signed-by={w}"));
+        let key = words("signed-by")
+            .first()
+            .filter(|w| w.starts_with('/'))
+            .map(|w| format!("signed-by={w}"));
         let trusted = words("trusted").first().map(|v| format!("trusted={v}"));
         let options: Vec<_> = key.into_iter().chain(trusted).collect();
         for uri in words("uris") {
@@ -119,7 +153,11 @@ fn stanza_fields(stanza: &str) -> BTreeMap<String, String> {
 }
 
 fn entry(options: &str, uri: &str, suite: &str, components: &[&str]) -> String {
-    let options = if options.is_empty() { String::new() } else { format!("[{options}] ") };
+    let options = if options.is_empty() {
+        String::new()
+    } else {
+        format!("[{options}] ")
+    };
     format!("deb {options}{uri} {suite} {}", components.join(" "))
 }
 
@@ -130,7 +168,10 @@ mod tests {
 
     #[track_caller]
     fn check(name: &str, text: &str, expected: Expect) {
-        expected.assert_eq(&sources_list(&[(name.to_owned(), text.to_owned())], "bookworm"));
+        expected.assert_eq(&sources_list(
+            &[(name.to_owned(), text.to_owned())],
+            "bookworm",
+        ));
     }
 
     #[test]
@@ -184,6 +225,12 @@ mod tests {
     #[test]
     fn host_distribution_is_read_from_os_release() {
         let text = "PRETTY_NAME=\"Debian\"\nVERSION_CODENAME=bookworm\nID=debian\n";
-        assert_eq!(os(text), Os { id: "debian".into(), codename: "bookworm".into() });
+        assert_eq!(
+            os(text),
+            Os {
+                id: "debian".into(),
+                codename: "bookworm".into()
+            }
+        );
     }
 }

@@ -35,7 +35,14 @@ impl Cancel {
     pub fn try_new() -> std::io::Result<Self> {
         let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         let (cause, wakers) = (OnceLock::new(), raw::Mutex::new(Wakers::default()));
-        Ok(Self { inner: Arc::new(Inner { cause, event, wakers, returned: raw::Condvar::new() }) })
+        Ok(Self {
+            inner: Arc::new(Inner {
+                cause,
+                event,
+                wakers,
+                returned: raw::Condvar::new(),
+            }),
+        })
     }
 
     /// Fires the token, unless it has already fired. The wakers run in this call, while no lock of
@@ -49,11 +56,15 @@ impl Cancel {
         let _ = self.inner.event.write(1);
         loop {
             let mut wakers = self.inner.wakers.lock();
-            let Some((id, waker)) = wakers.waiting.pop() else { return };
+            let Some((id, waker)) = wakers.waiting.pop() else {
+                return;
+            };
             wakers.running = Some((id, raw::current().id()));
             drop(wakers);
             // The panic hook reports it. Nothing is logged here, because the caller may hold locks.
-            drop(std::panic::catch_unwind(std::panic::AssertUnwindSafe(waker)));
+            drop(std::panic::catch_unwind(std::panic::AssertUnwindSafe(
+                waker,
+            )));
             self.inner.wakers.lock().running = None;
             self.inner.returned.notify_all();
         }
@@ -85,13 +96,19 @@ impl Cancel {
         if self.is_cancelled() {
             drop(wakers);
             waker();
-            return Subscription { cancel: self.clone(), id: 0 };
+            return Subscription {
+                cancel: self.clone(),
+                id: 0,
+            };
         }
         wakers.last_id += 1;
         let id = wakers.last_id;
         wakers.waiting.push((id, Box::new(waker)));
         drop(wakers);
-        Subscription { cancel: self.clone(), id }
+        Subscription {
+            cancel: self.clone(),
+            id,
+        }
     }
 }
 
@@ -122,7 +139,10 @@ impl Drop for Subscription {
             return;
         }
         let me = raw::current().id();
-        while wakers.running.is_some_and(|(id, thread)| id == self.id && thread != me) {
+        while wakers
+            .running
+            .is_some_and(|(id, thread)| id == self.id && thread != me)
+        {
             inner.returned.wait(&mut wakers);
         }
     }

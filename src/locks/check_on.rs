@@ -16,7 +16,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-#[cfg(feature = "shuttle")] // Its tasks run on one OS thread, so with std's macro they would share one list.
+#[cfg(feature = "shuttle")]
+// Its tasks run on one OS thread, so with std's macro they would share one list.
 use shuttle::thread_local;
 
 /// Whether this build checks locks.
@@ -75,9 +76,15 @@ impl Usage {
     fn now() -> Self {
         use nix::sys::resource::{UsageWho, getrusage};
         use nix::time::{ClockId, clock_gettime};
-        let cpu = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from);
-        let switches = getrusage(UsageWho::RUSAGE_THREAD).map_or(0, |u| u.voluntary_context_switches());
-        Self { cpu, switches: u64::try_from(switches).unwrap_or(0), contended: CONTENDED.with(Cell::get) }
+        let cpu =
+            clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from);
+        let switches =
+            getrusage(UsageWho::RUSAGE_THREAD).map_or(0, |u| u.voluntary_context_switches());
+        Self {
+            cpu,
+            switches: u64::try_from(switches).unwrap_or(0),
+            contended: CONTENDED.with(Cell::get),
+        }
     }
 }
 
@@ -106,7 +113,11 @@ impl Local {
         #[cfg(any(test, feature = "fakes"))]
         check_log_calls();
         let thread = super::raw::current().name().unwrap_or("?").to_owned();
-        let list = Arc::new(Mutex::new(HeldList { thread, last_id: 0, held: Vec::new() }));
+        let list = Arc::new(Mutex::new(HeldList {
+            thread,
+            last_id: 0,
+            held: Vec::new(),
+        }));
         THREADS.lock().push(list.clone());
         Self(list)
     }
@@ -200,7 +211,10 @@ impl Drop for Token {
 
 fn measure(since: Usage, at: Site) {
     let now = Usage::now();
-    let (cpu, switches) = (now.cpu.saturating_sub(since.cpu), now.switches.saturating_sub(since.switches));
+    let (cpu, switches) = (
+        now.cpu.saturating_sub(since.cpu),
+        now.switches.saturating_sub(since.switches),
+    );
     let mut holds = HOLDS.lock();
     let holds = holds.get_or_insert_default();
     holds.count += 1;
@@ -240,15 +254,35 @@ pub fn acquire(tag: &Tag, want: Request<'_>) -> Token {
         }
     }
     let key = want.key.map(|k| format!("{k:?}"));
-    let wanted = Held { since: None, id: 0, rank, key, instance: want.instance as usize, at, taken: want.instance.is_null() };
+    let wanted = Held {
+        since: None,
+        id: 0,
+        rank,
+        key,
+        instance: want.instance as usize,
+        at,
+        taken: want.instance.is_null(),
+    };
     // Judge under the list's mutex, but report and record outside it, because both may call other
     // code.
     let judged = LOCAL.with(|local| {
         let list = &mut *local.0.lock();
-        if let Some(bad) = list.held.iter().position(|h| !allowed(h, &wanted, want.sorted)) {
-            return Err((report(&list.thread, &list.held, bad, &wanted), hangs(&list.held[bad], &wanted) && want.blocks));
+        if let Some(bad) = list
+            .held
+            .iter()
+            .position(|h| !allowed(h, &wanted, want.sorted))
+        {
+            return Err((
+                report(&list.thread, &list.held, bad, &wanted),
+                hangs(&list.held[bad], &wanted) && want.blocks,
+            ));
         }
-        let edges: Vec<_> = list.held.iter().filter(|h| is_new(h.rank, rank)).map(|h| (h.rank, h.at)).collect();
+        let edges: Vec<_> = list
+            .held
+            .iter()
+            .filter(|h| is_new(h.rank, rank))
+            .map(|h| (h.rank, h.at))
+            .collect();
         list.last_id += 1;
         let id = list.last_id;
         list.held.push(Held { id, ..wanted });
@@ -270,13 +304,28 @@ pub fn acquire(tag: &Tag, want: Request<'_>) -> Token {
 #[track_caller]
 pub fn check_wait(region: Rank, except: &Token) {
     let at = Location::caller();
-    let wanted = Held { since: None, id: 0, rank: region, key: None, instance: 0, at, taken: true };
+    let wanted = Held {
+        since: None,
+        id: 0,
+        rank: region,
+        key: None,
+        instance: 0,
+        at,
+        taken: true,
+    };
     let judged = LOCAL.with(|local| {
         let list = local.0.lock();
         let others = || list.held.iter().filter(|h| h.id != except.id);
-        match list.held.iter().position(|h| h.id != except.id && !allowed(h, &wanted, false)) {
+        match list
+            .held
+            .iter()
+            .position(|h| h.id != except.id && !allowed(h, &wanted, false))
+        {
             Some(bad) => Err(report(&list.thread, &list.held, bad, &wanted)),
-            None => Ok(others().filter(|h| is_new(h.rank, region)).map(|h| (h.rank, h.at)).collect()),
+            None => Ok(others()
+                .filter(|h| is_new(h.rank, region))
+                .map(|h| (h.rank, h.at))
+                .collect()),
         }
     });
     match judged {
@@ -295,7 +344,14 @@ pub fn require_memory_only(what: &str) {
 
 /// Checks a log call in the same way, because it may block on the reader of the log.
 pub fn log_call(record: &log::Record<'_>) {
-    require_none("log call", &format_args!("{}:{}", record.file().unwrap_or("?"), record.line().unwrap_or(0)));
+    require_none(
+        "log call",
+        &format_args!(
+            "{}:{}",
+            record.file().unwrap_or("?"),
+            record.line().unwrap_or(0)
+        ),
+    );
 }
 
 fn require_none(what: &str, at: &dyn std::fmt::Display) {
@@ -306,9 +362,16 @@ fn require_none(what: &str, at: &dyn std::fmt::Display) {
     let judged = LOCAL.try_with(|local| {
         let list = local.0.lock();
         let bad = list.held.iter().position(|h| h.rank.is_memory_only())?;
-        let mut out = format!("{what} with locks held in thread '{}'\n  {what} at {at}\n", list.thread);
+        let mut out = format!(
+            "{what} with locks held in thread '{}'\n  {what} at {at}\n",
+            list.thread
+        );
         list_held(&mut out, &list.held, bad);
-        let _ = write!(out, "  rule    under {} there is only memory (src/locks/rank.rs)", list.held[bad].rank.name());
+        let _ = write!(
+            out,
+            "  rule    under {} there is only memory (src/locks/rank.rs)",
+            list.held[bad].rank.name()
+        );
         Some(out)
     });
     if let Ok(Some(report)) = judged {
@@ -349,7 +412,11 @@ pub fn set_chaos(hook: Option<fn(Rank)>) {
 
 /// The declared edges that occurred in this process.
 pub fn observed() -> Vec<Edge> {
-    SITES.lock().iter().map(|(&(from, to), &first)| Edge { from, to, first }).collect()
+    SITES
+        .lock()
+        .iter()
+        .map(|(&(from, to), &first)| Edge { from, to, first })
+        .collect()
 }
 
 /// The table as a Graphviz graph, with the edges observed so far.
@@ -365,10 +432,20 @@ pub fn dump() -> String {
         let list = list.lock();
         for h in &list.held {
             let verb = if h.taken { "holds" } else { "awaits" };
-            let _ = writeln!(out, "thread '{}' {verb} {} at {}", list.thread, label(h), h.at);
+            let _ = writeln!(
+                out,
+                "thread '{}' {verb} {} at {}",
+                list.thread,
+                label(h),
+                h.at
+            );
         }
     }
-    if out.is_empty() { "no thread holds a lock\n".to_owned() } else { out }
+    if out.is_empty() {
+        "no thread holds a lock\n".to_owned()
+    } else {
+        out
+    }
 }
 
 /// From here on, this thread's edges are not recorded and its violations are counted as expected.
@@ -418,7 +495,12 @@ fn report(thread: &str, held: &[Held], bad: usize, wanted: &Held) -> String {
     let mut out = format!("{} in thread '{thread}'\n", head(&held[bad], wanted));
     let _ = writeln!(out, "  wanted  {:<28} at {}", label(wanted), wanted.at);
     list_held(&mut out, held, bad);
-    let _ = write!(out, "  rule    {} may be taken only under: {} (src/locks/rank.rs)", wanted.rank.name(), rule(wanted.rank));
+    let _ = write!(
+        out,
+        "  rule    {} may be taken only under: {} (src/locks/rank.rs)",
+        wanted.rank.name(),
+        rule(wanted.rank)
+    );
     out
 }
 
@@ -435,23 +517,31 @@ fn fail(report: &str, hangs: bool) {
     static ABORT: OnceLock<bool> = OnceLock::new();
     let counted = RECORDING.with(Cell::get);
     if counted { &VIOLATIONS } else { &EXPECTED }.fetch_add(1, Ordering::SeqCst);
-    let aborts = counted && *ABORT.get_or_init(|| std::env::var_os("FCD_LOCK_ABORT").is_some_and(|v| v == "1"));
+    let aborts = counted
+        && *ABORT.get_or_init(|| std::env::var_os("FCD_LOCK_ABORT").is_some_and(|v| v == "1"));
     let unwinding = std::thread::panicking();
     if aborts || (unwinding && hangs) {
         eprintln!("{report}"); // Not through the log, which may be off or locked by this thread.
         std::process::abort();
     }
-    if unwinding { eprintln!("{report}") } else { panic!("{report}") }
+    if unwinding {
+        eprintln!("{report}")
+    } else {
+        panic!("{report}")
+    }
 }
 
 fn is_new(from: Rank, to: Rank) -> bool {
     let bit = 1 << to as u32;
-    EDGES[from as usize].load(Ordering::Relaxed) & bit == 0 && from != to && RECORDING.with(Cell::get)
+    EDGES[from as usize].load(Ordering::Relaxed) & bit == 0
+        && from != to
+        && RECORDING.with(Cell::get)
 }
 
 fn record(to: Rank, to_at: Site, edges: Vec<(Rank, Site)>) {
     for (from, from_at) in edges {
-        if EDGES[from as usize].fetch_or(1 << to as u32, Ordering::Relaxed) & (1 << to as u32) == 0 {
+        if EDGES[from as usize].fetch_or(1 << to as u32, Ordering::Relaxed) & (1 << to as u32) == 0
+        {
             SITES.lock().insert((from, to), (from_at, to_at));
             append_edge(from, to);
         }
@@ -462,7 +552,11 @@ fn append_edge(from: Rank, to: Rank) {
     static FILE: OnceLock<Option<std::fs::File>> = OnceLock::new();
     let file = FILE.get_or_init(|| {
         let path = std::env::var_os("FCD_LOCK_EDGES")?;
-        std::fs::OpenOptions::new().create(true).append(true).open(path).ok()
+        std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(path)
+            .ok()
     });
     if let Some(mut file) = file.as_ref() {
         // One write per line, so that lines of processes that share the file do not mix.

@@ -35,7 +35,11 @@ pub use rank::Rank;
 pub use record::{OperationScope, Party, operation_scope};
 pub use set::{KeyGuard, LockSet, WaitCancelled};
 
-#[cfg(all(test, not(feature = "shuttle"), any(debug_assertions, feature = "lock-check")))]
+#[cfg(all(
+    test,
+    not(feature = "shuttle"),
+    any(debug_assertions, feature = "lock-check")
+))]
 mod tests;
 #[cfg(all(test, not(feature = "shuttle")))]
 mod tests_set;

@@ -21,16 +21,31 @@ pub struct MutexGuard<'a, T> {
 
 impl<T> Mutex<T> {
     pub const fn new(rank: Rank, value: T) -> Self {
-        Self { tag: check::Tag::new(rank), inner: parking_lot::Mutex::new(value) }
+        Self {
+            tag: check::Tag::new(rank),
+            inner: parking_lot::Mutex::new(value),
+        }
     }
     #[cfg_attr(any(debug_assertions, feature = "lock-check"), track_caller)]
     #[inline]
     pub fn lock(&self) -> MutexGuard<'_, T> {
         let instance = std::ptr::from_ref(self).cast();
-        let token = check::acquire(&self.tag, check::Request { key: None, instance, sorted: false, blocks: true });
+        let token = check::acquire(
+            &self.tag,
+            check::Request {
+                key: None,
+                instance,
+                sorted: false,
+                blocks: true,
+            },
+        );
         let inner = check::lock_beneath(&self.inner);
         token.taken();
-        MutexGuard { inner, token, _not_send: PhantomData }
+        MutexGuard {
+            inner,
+            token,
+            _not_send: PhantomData,
+        }
     }
 }
 impl<T> Deref for MutexGuard<'_, T> {
@@ -67,7 +82,10 @@ pub struct Condvar {
 
 impl Condvar {
     pub const fn new() -> Self {
-        Self { inner: parking_lot::Condvar::new(), parked: parking_lot::Mutex::new(Vec::new()) }
+        Self {
+            inner: parking_lot::Condvar::new(),
+            parked: parking_lot::Mutex::new(Vec::new()),
+        }
     }
 
     /// Waits while `condition` holds. Returns false if it still holds at the deadline.
@@ -80,7 +98,11 @@ impl Condvar {
     ) -> bool {
         check::check_wait(Rank::CondWait, &guard.token);
         while condition(guard) {
-            if self.inner.wait_until(&mut guard.inner, deadline).timed_out() {
+            if self
+                .inner
+                .wait_until(&mut guard.inner, deadline)
+                .timed_out()
+            {
                 return !condition(guard);
             }
         }
@@ -112,7 +134,9 @@ impl Condvar {
                 return Waited::TimedOut;
             }
             self.parked.lock().push(me.clone());
-            parking_lot::MutexGuard::unlocked(&mut guard.inner, || std::thread::park_timeout(deadline - now));
+            parking_lot::MutexGuard::unlocked(&mut guard.inner, || {
+                std::thread::park_timeout(deadline - now)
+            });
             self.parked.lock().retain(|t| t.id() != me.id());
         }
     }
@@ -135,8 +159,16 @@ pub struct Region {
 #[cfg_attr(any(debug_assertions, feature = "lock-check"), track_caller)]
 #[inline]
 pub fn region(rank: Rank) -> Region {
-    let want = check::Request { key: None, instance: std::ptr::null(), sorted: false, blocks: false };
-    Region { _token: check::acquire(&check::Tag::new(rank), want), _not_send: PhantomData }
+    let want = check::Request {
+        key: None,
+        instance: std::ptr::null(),
+        sorted: false,
+        blocks: false,
+    };
+    Region {
+        _token: check::acquire(&check::Tag::new(rank), want),
+        _not_send: PhantomData,
+    }
 }
 
 // The disabled checker costs nothing: the sizes are those of parking_lot, and `scripts/lock-code`
@@ -145,6 +177,8 @@ pub fn region(rank: Rank) -> Region {
 const _: () = {
     assert!(size_of::<Mutex<u64>>() == size_of::<parking_lot::Mutex<u64>>());
     assert!(size_of::<Mutex<[u8; 3]>>() == size_of::<parking_lot::Mutex<[u8; 3]>>());
-    assert!(size_of::<MutexGuard<'static, u64>>() == size_of::<parking_lot::MutexGuard<'static, u64>>());
+    assert!(
+        size_of::<MutexGuard<'static, u64>>() == size_of::<parking_lot::MutexGuard<'static, u64>>()
+    );
     assert!(size_of::<Region>() == 0 && !std::mem::needs_drop::<Region>());
 };

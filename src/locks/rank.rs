@@ -68,7 +68,11 @@ impl RankSet {
 
 /// The feature `one-lock` is the benchmark's negative control: an import then holds its VM's lock
 /// throughout, so the table has to allow that.
-const ONE_LOCK: RankSet = if cfg!(feature = "one-lock") { RankSet::of(&[Vm]) } else { RankSet::EMPTY };
+const ONE_LOCK: RankSet = if cfg!(feature = "one-lock") {
+    RankSet::of(&[Vm])
+} else {
+    RankSet::EMPTY
+};
 
 impl Rank {
     pub const ALL: [Rank; 20] = [
@@ -116,7 +120,10 @@ impl Rank {
 
     /// A virtual rank is not a lock; it states what the thread is doing.
     pub const fn is_virtual(self) -> bool {
-        matches!(self, Job | JobWait | GuestIo | VmmApi | HostCmd | DurableWait | CondWait)
+        matches!(
+            self,
+            Job | JobWait | GuestIo | VmmApi | HostCmd | DurableWait | CondWait
+        )
     }
 
     /// A thread that holds such a lock may touch memory only: no file, socket, process or log line.
@@ -155,8 +162,14 @@ impl Rank {
 const _: () = {
     let mut i = 0;
     while i < Rank::ALL.len() {
-        assert!(Rank::ALL[i] as usize == i, "Rank::ALL must list every rank in order");
-        assert!(Rank::ALL[i].under().0 >> i == 0, "a rank may be taken only under ranks listed before it");
+        assert!(
+            Rank::ALL[i] as usize == i,
+            "Rank::ALL must list every rank in order"
+        );
+        assert!(
+            Rank::ALL[i].under().0 >> i == 0,
+            "a rank may be taken only under ranks listed before it"
+        );
         i += 1;
     }
 };
@@ -175,12 +188,18 @@ pub struct Edge {
 
 /// Every pair (held, taken) that the table allows.
 pub fn declared() -> impl Iterator<Item = (Rank, Rank)> {
-    Rank::ALL.into_iter().flat_map(|to| to.under().iter().map(move |from| (from, to)))
+    Rank::ALL
+        .into_iter()
+        .flat_map(|to| to.under().iter().map(move |from| (from, to)))
 }
 
 fn names(ranks: impl Iterator<Item = Rank>) -> String {
     let names: Vec<_> = ranks.map(Rank::name).collect();
-    if names.is_empty() { "nothing".to_owned() } else { names.join(", ") }
+    if names.is_empty() {
+        "nothing".to_owned()
+    } else {
+        names.join(", ")
+    }
 }
 
 /// The rule for one rank, as violation reports and the table print it.
@@ -193,8 +212,17 @@ pub fn markdown_table() -> String {
     let mut out = String::from("| taken | kind | while holding only |\n|---|---|---|\n");
     let alike = |a: &Rank, b: &Rank| a.under() == b.under() && a.is_virtual() == b.is_virtual();
     for group in Rank::ALL.chunk_by(alike) {
-        let kind = if group[0].is_virtual() { "virtual" } else { "lock" };
-        let _ = writeln!(out, "| {} | {kind} | {} |", names(group.iter().copied()), rule(group[0]));
+        let kind = if group[0].is_virtual() {
+            "virtual"
+        } else {
+            "lock"
+        };
+        let _ = writeln!(
+            out,
+            "| {} | {kind} | {} |",
+            names(group.iter().copied()),
+            rule(group[0])
+        );
     }
     out
 }
@@ -210,7 +238,11 @@ pub struct Rule {
 
 /// The table, outermost first.
 pub fn order() -> Vec<Rule> {
-    let rule = |r: Rank| Rule { taken: r.name(), is_virtual: r.is_virtual(), under: r.under().iter().map(Rank::name).collect() };
+    let rule = |r: Rank| Rule {
+        taken: r.name(),
+        is_virtual: r.is_virtual(),
+        under: r.under().iter().map(Rank::name).collect(),
+    };
     Rank::ALL.into_iter().map(rule).collect()
 }
 
@@ -220,13 +252,19 @@ pub fn dot(observed: Option<&[Edge]>) -> String {
     let mut out = String::from("digraph locks {\n");
     for rank in Rank::ALL {
         let shape = if rank.is_virtual() { "ellipse" } else { "box" };
-        let _ = writeln!(out, "  {rank:?} [label=\"{}\", shape={shape}];", rank.name());
+        let _ = writeln!(
+            out,
+            "  {rank:?} [label=\"{}\", shape={shape}];",
+            rank.name()
+        );
     }
     for (from, to) in declared() {
         let seen = observed.map(|edges| edges.iter().find(|e| (e.from, e.to) == (from, to)));
         let _ = match seen {
             None => writeln!(out, "  {from:?} -> {to:?};"),
-            Some(Some(Edge { first: (a, b), .. })) => writeln!(out, "  {from:?} -> {to:?} [tooltip=\"{a} -> {b}\"];"),
+            Some(Some(Edge { first: (a, b), .. })) => {
+                writeln!(out, "  {from:?} -> {to:?} [tooltip=\"{a} -> {b}\"];")
+            }
             Some(None) => writeln!(out, "  {from:?} -> {to:?} [style=dotted];"),
         };
     }

@@ -30,20 +30,34 @@ pub(super) struct PartyRecord {
 
 impl PartyRecord {
     pub(super) fn now() -> Self {
-        let operation = OPERATION.try_with(|o| o.borrow().clone()).unwrap_or_default();
-        Self { thread: raw::current(), operation, since: Instant::now() }
+        let operation = OPERATION
+            .try_with(|o| o.borrow().clone())
+            .unwrap_or_default();
+        Self {
+            thread: raw::current(),
+            operation,
+            since: Instant::now(),
+        }
     }
 
     /// The same thread and operation, with the time set to now.
     pub(super) fn renewed(&self) -> Self {
-        Self { thread: self.thread.clone(), operation: self.operation.clone(), since: Instant::now() }
+        Self {
+            thread: self.thread.clone(),
+            operation: self.operation.clone(),
+            since: Instant::now(),
+        }
     }
 }
 
 impl From<&PartyRecord> for Party {
     fn from(here: &PartyRecord) -> Self {
         let thread = here.thread.name().unwrap_or("?").to_owned();
-        Self { thread, operation: here.operation.clone(), since: here.since }
+        Self {
+            thread,
+            operation: here.operation.clone(),
+            since: here.since,
+        }
     }
 }
 
@@ -51,7 +65,10 @@ impl From<&PartyRecord> for Party {
 /// dropped. Scopes nest.
 pub fn operation_scope(label: impl Into<Arc<str>>) -> OperationScope {
     let outer = OPERATION.with(|o| o.borrow_mut().replace(label.into()));
-    OperationScope { outer, _not_send: PhantomData }
+    OperationScope {
+        outer,
+        _not_send: PhantomData,
+    }
 }
 
 /// Restores the outer label on drop.

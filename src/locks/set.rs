@@ -29,7 +29,10 @@ pub struct KeyGuard<'a, K: Eq + Hash> {
 
 impl<K: Clone + Ord + Hash + Debug> LockSet<K> {
     pub fn new(rank: Rank) -> Self {
-        Self { tag: check::Tag::new(rank), slots: Slots::new() }
+        Self {
+            tag: check::Tag::new(rank),
+            slots: Slots::new(),
+        }
     }
 
     /// Waits for the lock, without a deadline. Use [`LockSet::lock_cancellable`] for locks that may
@@ -47,7 +50,11 @@ impl<K: Clone + Ord + Hash + Debug> LockSet<K> {
 
     /// Waits for the lock until `cancel` fires, and then returns within 100 ms.
     #[cfg_attr(any(debug_assertions, feature = "lock-check"), track_caller)]
-    pub fn lock_cancellable(&self, key: &K, cancel: &Cancel) -> Result<KeyGuard<'_, K>, WaitCancelled> {
+    pub fn lock_cancellable(
+        &self,
+        key: &K,
+        cancel: &Cancel,
+    ) -> Result<KeyGuard<'_, K>, WaitCancelled> {
         let token = self.check(key, false, true);
         if cancel.is_cancelled() {
             return Err(WaitCancelled);
@@ -107,12 +114,25 @@ impl<K: Clone + Ord + Hash + Debug> LockSet<K> {
     #[inline]
     fn check(&self, key: &K, sorted: bool, blocks: bool) -> check::Token {
         let instance = std::ptr::from_ref(self).cast();
-        check::acquire(&self.tag, check::Request { key: Some(key), instance, sorted, blocks })
+        check::acquire(
+            &self.tag,
+            check::Request {
+                key: Some(key),
+                instance,
+                sorted,
+                blocks,
+            },
+        )
     }
 
     fn guard(&self, key: K, token: check::Token) -> KeyGuard<'_, K> {
         token.taken();
-        KeyGuard { set: self, key, _token: token, _not_send: PhantomData }
+        KeyGuard {
+            set: self,
+            key,
+            _token: token,
+            _not_send: PhantomData,
+        }
     }
 }
 

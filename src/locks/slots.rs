@@ -37,11 +37,17 @@ impl<K: Clone + Ord + Hash + Debug> Slots<K> {
         let here = PartyRecord::now();
         match self.lock().entry(key.clone()) {
             Entry::Vacant(entry) => {
-                entry.insert(Slot { holder: here, waiters: VecDeque::new() });
+                entry.insert(Slot {
+                    holder: here,
+                    waiters: VecDeque::new(),
+                });
                 None
             }
             Entry::Occupied(mut entry) => {
-                let waiter = Arc::new(Waiter { granted: raw::AtomicBool::new(false), here });
+                let waiter = Arc::new(Waiter {
+                    granted: raw::AtomicBool::new(false),
+                    here,
+                });
                 entry.get_mut().waiters.push_back(waiter.clone());
                 Some(waiter)
             }
@@ -52,7 +58,10 @@ impl<K: Clone + Ord + Hash + Debug> Slots<K> {
     pub fn enter_if_free(&self, key: &K) -> bool {
         match self.lock().entry(key.clone()) {
             Entry::Occupied(_) => return false,
-            Entry::Vacant(entry) => entry.insert(Slot { holder: PartyRecord::now(), waiters: VecDeque::new() }),
+            Entry::Vacant(entry) => entry.insert(Slot {
+                holder: PartyRecord::now(),
+                waiters: VecDeque::new(),
+            }),
         };
         true
     }
@@ -60,7 +69,9 @@ impl<K: Clone + Ord + Hash + Debug> Slots<K> {
     /// False if the lock was granted in the meantime; the caller then holds it, cancelled or not.
     pub fn leave_queue(&self, key: &K, waiter: &Arc<Waiter>) -> bool {
         let mut slots = self.lock();
-        let Some(slot) = slots.get_mut(key) else { return false };
+        let Some(slot) = slots.get_mut(key) else {
+            return false;
+        };
         let before = slot.waiters.len();
         slot.waiters.retain(|w| !Arc::ptr_eq(w, waiter));
         slot.waiters.len() < before
@@ -105,7 +116,9 @@ impl<K: Eq + Hash> Slots<K> {
     /// Hands the lock to the first waiter, or frees it.
     pub fn release(&self, key: &K) {
         let mut slots = self.lock();
-        let Some(slot) = slots.get_mut(key) else { return };
+        let Some(slot) = slots.get_mut(key) else {
+            return;
+        };
         if let Some(next) = slot.waiters.pop_front() {
             slot.holder = next.here.renewed();
             next.granted.store(true, Ordering::Release);

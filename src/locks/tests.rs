@@ -31,7 +31,10 @@ fn report(f: impl FnOnce()) -> String {
     QUIET.with(|q| q.set(false));
     match result {
         Ok(()) => String::new(),
-        Err(panic) => panic.downcast_ref::<String>().expect("a report is a String").clone(),
+        Err(panic) => panic
+            .downcast_ref::<String>()
+            .expect("a report is a String")
+            .clone(),
     }
 }
 
@@ -41,7 +44,15 @@ fn check_report(f: impl FnOnce(), expected: Expect) {
     let lines: Vec<_> = report(f)
         .lines()
         .map(|line| match line.find(" at src/locks/tests.rs:") {
-            Some(i) => format!("{} at HERE{}", &line[..i], if line.ends_with("<- conflict") { " <- conflict" } else { "" }),
+            Some(i) => format!(
+                "{} at HERE{}",
+                &line[..i],
+                if line.ends_with("<- conflict") {
+                    " <- conflict"
+                } else {
+                    ""
+                }
+            ),
             None => line.replace(std::thread::current().name().unwrap_or("?"), "T"),
         })
         .collect();
@@ -53,10 +64,23 @@ fn check_report(f: impl FnOnce(), expected: Expect) {
 #[cfg(not(feature = "one-lock"))]
 fn table_allows_no_more_than_the_design() {
     use Rank::*;
-    let leaves = [Store, Ops, Pool, Admission, Sessions, Runtimes, Consoles, Connections, Taps];
+    let leaves = [
+        Store,
+        Ops,
+        Pool,
+        Admission,
+        Sessions,
+        Runtimes,
+        Consoles,
+        Connections,
+        Taps,
+    ];
     let allowed = |to: Rank, from: &[Rank]| {
         let beyond: Vec<_> = to.under().iter().filter(|r| !from.contains(r)).collect();
-        assert!(beyond.is_empty(), "{to:?} must not be taken under {beyond:?}");
+        assert!(
+            beyond.is_empty(),
+            "{to:?} must not be taken under {beyond:?}"
+        );
     };
     for outermost in [Job, Vm, Workspace] {
         allowed(outermost, &[]);
@@ -69,7 +93,10 @@ fn table_allows_no_more_than_the_design() {
         allowed(blocking, &[Job, Workspace]);
     }
     for leaf in leaves {
-        let above: Vec<_> = Rank::ALL.into_iter().filter(|r| !leaves.contains(r) && *r != CondWait).collect();
+        let above: Vec<_> = Rank::ALL
+            .into_iter()
+            .filter(|r| !leaves.contains(r) && *r != CondWait)
+            .collect();
         allowed(leaf, &above);
     }
     // The guard that the wait releases is not in the table.
@@ -79,8 +106,18 @@ fn table_allows_no_more_than_the_design() {
 
 #[test]
 fn one_lock_feature_allows_vm_lock_during_import() {
-    for rank in [Rank::Workspace, Rank::JobWait, Rank::DurableWait, Rank::CondWait, Rank::Pool] {
-        assert_eq!(rank.under().contains(Rank::Vm), cfg!(feature = "one-lock"), "{rank:?}");
+    for rank in [
+        Rank::Workspace,
+        Rank::JobWait,
+        Rank::DurableWait,
+        Rank::CondWait,
+        Rank::Pool,
+    ] {
+        assert_eq!(
+            rank.under().contains(Rank::Vm),
+            cfg!(feature = "one-lock"),
+            "{rank:?}"
+        );
     }
 }
 
@@ -89,7 +126,11 @@ fn every_pair_and_triple_of_ranks_is_judged_by_the_table() {
     for a in Rank::ALL {
         for b in Rank::ALL {
             let said = report(|| drop((region(a), region(b))));
-            assert_eq!(said.is_empty(), b.under().contains(a), "{a:?} then {b:?}: {said}");
+            assert_eq!(
+                said.is_empty(),
+                b.under().contains(a),
+                "{a:?} then {b:?}: {said}"
+            );
             for c in Rank::ALL {
                 let may = b.under().contains(a) && c.under().contains(a) && c.under().contains(b);
                 // Dropped outermost first, because any order must be possible.
@@ -165,11 +206,20 @@ fn order_violation_report_names_both_locks() {
     let twice = report(|| drop((store.lock(), store.lock())));
     assert!(twice.starts_with("lock taken twice"), "{twice}");
     let two = report(|| drop((store.lock(), store2.lock())));
-    assert!(two.starts_with("two locks of one rank"), "other instances do not hang: {two}");
+    assert!(
+        two.starts_with("two locks of one rank"),
+        "other instances do not hang: {two}"
+    );
     let tried = report(|| drop((vm.lock(&"vm-3"), vm.try_lock(&"vm-4"))));
-    assert!(tried.starts_with("two locks of one rank"), "a try is checked as a lock: {tried}");
+    assert!(
+        tried.starts_with("two locks of one rank"),
+        "a try is checked as a lock: {tried}"
+    );
     let under_a_tried = report(|| drop((vm.try_lock(&"vm-3"), vm.lock(&"vm-4"))));
-    assert!(under_a_tried.starts_with("two locks of one rank"), "a tried lock is recorded: {under_a_tried}");
+    assert!(
+        under_a_tried.starts_with("two locks of one rank"),
+        "a tried lock is recorded: {under_a_tried}"
+    );
 }
 
 #[test]
@@ -233,7 +283,10 @@ fn allowed_nesting_passes() {
     drop((guard, held));
     drop(vm.lock_many(&[3, 1, 2, 1]));
     let second = report(|| drop((vm.lock(&9), vm.lock_many(&[3, 1]))));
-    assert!(second.starts_with("two locks of one rank"), "only a sorted many holds several: {second}");
+    assert!(
+        second.starts_with("two locks of one rank"),
+        "only a sorted many holds several: {second}"
+    );
     assert_eq!(check::held(), 0);
 }
 
@@ -256,7 +309,9 @@ fn violation_is_counted_before_it_blocks() {
 fn aborts(test: &str, env: &[(&str, &str)]) -> String {
     use std::os::unix::process::ExitStatusExt;
     let mut command = std::process::Command::new(std::env::current_exe().unwrap());
-    command.args(["--exact", "--nocapture", &format!("locks::tests::{test}")]).env("FCD_TEST_CHILD", "1");
+    command
+        .args(["--exact", "--nocapture", &format!("locks::tests::{test}")])
+        .env("FCD_TEST_CHILD", "1");
     let output = command.envs(env.iter().copied()).output().unwrap();
     let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.signal(), Some(libc::SIGABRT), "{stderr}");
@@ -306,7 +361,10 @@ fn lock_taken_twice_while_unwinding_aborts() {
 #[test]
 fn abort_variable_aborts_on_first_violation() {
     if !is_child() {
-        let stderr = aborts("abort_variable_aborts_on_first_violation", &[("FCD_LOCK_ABORT", "1")]);
+        let stderr = aborts(
+            "abort_variable_aborts_on_first_violation",
+            &[("FCD_LOCK_ABORT", "1")],
+        );
         assert!(stderr.contains("two locks of one rank"), "{stderr}");
         return;
     }
@@ -322,11 +380,19 @@ fn dump_shows_holders_and_waiters() {
     std::thread::scope(|s| {
         let waiter = std::thread::Builder::new().name("the-waiter".into());
         #[allow(clippy::disallowed_methods)]
-        waiter.spawn_scoped(s, || drop(set.lock(&"dumped"))).unwrap();
+        waiter
+            .spawn_scoped(s, || drop(set.lock(&"dumped")))
+            .unwrap();
         super::tests_set::wait_for(|| set.records().iter().any(|r| r.2.len() == 1));
         let dump = check::dump();
-        assert!(dump.contains("'the-waiter' awaits workspace_locks[\"dumped\"] at src/locks/tests.rs"), "{dump}");
-        assert!(dump.contains("holds workspace_locks[\"dumped\"] at src/locks/tests.rs"), "{dump}");
+        assert!(
+            dump.contains("'the-waiter' awaits workspace_locks[\"dumped\"] at src/locks/tests.rs"),
+            "{dump}"
+        );
+        assert!(
+            dump.contains("holds workspace_locks[\"dumped\"] at src/locks/tests.rs"),
+            "{dump}"
+        );
         drop(held);
     });
 }
@@ -335,25 +401,46 @@ fn dump_shows_holders_and_waiters() {
 fn observed_edge_has_its_first_sites_in_the_graph() {
     // A new thread, because only its edges are recorded.
     std::thread::scope(|s| {
-        s.spawn(|| drop((LockSet::new(Rank::ImageOps).lock(&1), Mutex::new(Rank::Runtimes, ()).lock())));
+        s.spawn(|| {
+            drop((
+                LockSet::new(Rank::ImageOps).lock(&1),
+                Mutex::new(Rank::Runtimes, ()).lock(),
+            ))
+        });
     });
-    let edge = check::observed().into_iter().find(|e| (e.from, e.to) == (Rank::ImageOps, Rank::Runtimes)).unwrap();
+    let edge = check::observed()
+        .into_iter()
+        .find(|e| (e.from, e.to) == (Rank::ImageOps, Rank::Runtimes))
+        .unwrap();
     assert!(edge.first.1.file().ends_with("tests.rs"), "{edge:?}");
     let dot = check::dot();
-    assert!(dot.contains("ImageOps -> Runtimes [tooltip=\"src/locks/tests.rs"), "{dot}");
+    assert!(
+        dot.contains("ImageOps -> Runtimes [tooltip=\"src/locks/tests.rs"),
+        "{dot}"
+    );
     assert!(dot.starts_with("digraph locks {\n") && dot.ends_with("}\n"));
     assert!(rank::dot(Some(&[])).contains("Vm -> Ops [style=dotted];"));
-    assert_eq!(rank::declared().count(), rank::dot(Some(&[])).matches(" -> ").count());
+    assert_eq!(
+        rank::declared().count(),
+        rank::dot(Some(&[])).matches(" -> ").count()
+    );
 }
 
 #[test]
 fn markdown_table_names_every_rank_once() {
     let table = rank::markdown_table();
     for rank in Rank::ALL {
-        let lines = table.lines().filter(|l| l.split('|').nth(1).is_some_and(|c| c.split(',').any(|n| n.trim() == rank.name())));
+        let lines = table.lines().filter(|l| {
+            l.split('|')
+                .nth(1)
+                .is_some_and(|c| c.split(',').any(|n| n.trim() == rank.name()))
+        });
         assert_eq!(lines.count(), 1, "{rank:?} in {table}");
     }
-    assert!(table.contains("| pool job | virtual | nothing |"), "{table}");
+    assert!(
+        table.contains("| pool job | virtual | nothing |"),
+        "{table}"
+    );
 }
 
 #[test]

@@ -27,7 +27,10 @@ const _: fn() = || {
 pub(super) fn wait_for(mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(20);
     while !condition() {
-        assert!(Instant::now() < deadline, "the condition has not come true in time");
+        assert!(
+            Instant::now() < deadline,
+            "the condition has not come true in time"
+        );
         std::thread::yield_now();
     }
 }
@@ -46,9 +49,14 @@ fn contended_keys_have_one_owner_at_a_time() {
     // The tokens of waits in progress, which another thread fires.
     let (tokens, to_fire) = mpsc::sync_channel::<Cancel>(64);
     std::thread::scope(|s| {
-        s.spawn(move || to_fire.into_iter().for_each(|token: Cancel| token.cancel(crate::locks::CancelCause::Requested)));
+        s.spawn(move || {
+            to_fire
+                .into_iter()
+                .for_each(|token: Cancel| token.cancel(crate::locks::CancelCause::Requested))
+        });
         for thread in 0..8u64 {
-            let (set, owners, had, cancelled, tokens) = (&set, &owners, &had, &cancelled, tokens.clone());
+            let (set, owners, had, cancelled, tokens) =
+                (&set, &owners, &had, &cancelled, tokens.clone());
             s.spawn(move || {
                 let mut x = thread * 7919 + 1;
                 for _ in 0..ROUNDS {
@@ -69,7 +77,11 @@ fn contended_keys_have_one_owner_at_a_time() {
                         _ => vec![set.lock(&key)],
                     };
                     for g in &guards {
-                        assert_eq!(owners[*g.key() as usize].fetch_add(1, Ordering::SeqCst), 0, "two owners of a key");
+                        assert_eq!(
+                            owners[*g.key() as usize].fetch_add(1, Ordering::SeqCst),
+                            0,
+                            "two owners of a key"
+                        );
                         had.fetch_add(1, Ordering::Relaxed);
                     }
                     if x % 16 == 0 {
@@ -102,14 +114,21 @@ fn first_come_first_served_past_a_waiter_that_leaves() {
                     assert_eq!(set.lock_cancellable(&1, &cancel).err(), Some(WaitCancelled));
                     return;
                 }
-                let _guard = if i == 4 { set.lock_many(&[1]).remove(0) } else { set.lock(&1) };
+                let _guard = if i == 4 {
+                    set.lock_many(&[1]).remove(0)
+                } else {
+                    set.lock(&1)
+                };
                 order.send(i).unwrap();
             });
             wait_for(|| waiters(set) == i as usize + 1);
         }
         cancel.cancel(crate::locks::CancelCause::Requested);
         wait_for(|| waiters(&set) == 5);
-        assert!(s.spawn(|| set.try_lock(&2).is_some()).join().unwrap(), "another key is free");
+        assert!(
+            s.spawn(|| set.try_lock(&2).is_some()).join().unwrap(),
+            "another key is free"
+        );
         drop(held);
     });
     drop(order);
@@ -132,7 +151,10 @@ fn waiter_is_never_overtaken() {
             drop(held);
             // The release granted the lock to the waiter, even if that has not run yet.
             let tried = set.try_lock(&1);
-            assert!(tried.is_none() || had.load(Ordering::SeqCst), "a try overtook a waiter");
+            assert!(
+                tried.is_none() || had.load(Ordering::SeqCst),
+                "a try overtook a waiter"
+            );
             drop(tried);
             drop(set.lock(&1));
             assert!(had.load(Ordering::SeqCst), "a lock overtook a waiter");
@@ -161,7 +183,11 @@ fn cancelled_waiter_leaves_immediately() {
         assert_eq!(waiters(&set), 0);
         assert_eq!(set.len(), 1, "the holder is not disturbed");
         drop(held);
-        assert_eq!(set.lock_cancellable(&1, &cancel).map(drop), Err(WaitCancelled), "fired before");
+        assert_eq!(
+            set.lock_cancellable(&1, &cancel).map(drop),
+            Err(WaitCancelled),
+            "fired before"
+        );
         assert!(set.is_empty());
     }
 }
@@ -201,24 +227,40 @@ fn records_hold_operation_thread_and_time() {
     drop(scope);
     std::thread::scope(|s| {
         #[allow(clippy::disallowed_methods)]
-        let waiter = std::thread::Builder::new().name("conn-7".into()).spawn_scoped(s, || {
-            let _scope = operation_scope(Arc::<str>::from("vm.delete 9b1c"));
-            let guard = set.lock(&7);
-            (set.records(), guard.key().to_owned())
-        });
+        let waiter = std::thread::Builder::new()
+            .name("conn-7".into())
+            .spawn_scoped(s, || {
+                let _scope = operation_scope(Arc::<str>::from("vm.delete 9b1c"));
+                let guard = set.lock(&7);
+                (set.records(), guard.key().to_owned())
+            });
         wait_for(|| waiters(&set) == 1);
         let records = set.records();
-        let [(key, Some(holder), waiting)] = records.as_slice() else { panic!("{records:?}") };
-        assert_eq!((key.as_str(), holder.operation.as_deref()), ("7", Some("vm.stop 3f2a")));
+        let [(key, Some(holder), waiting)] = records.as_slice() else {
+            panic!("{records:?}")
+        };
+        assert_eq!(
+            (key.as_str(), holder.operation.as_deref()),
+            ("7", Some("vm.stop 3f2a"))
+        );
         assert_eq!(Some(holder.thread.as_str()), std::thread::current().name());
         assert!(holder.since >= before && holder.since <= Instant::now());
-        assert_eq!((waiting[0].thread.as_str(), waiting[0].operation.as_deref()), ("conn-7", Some("vm.delete 9b1c")));
+        assert_eq!(
+            (waiting[0].thread.as_str(), waiting[0].operation.as_deref()),
+            ("conn-7", Some("vm.delete 9b1c"))
+        );
         let (handed, queued) = (Instant::now(), waiting[0].since);
         drop(held);
         let (records, key) = waiter.unwrap().join().unwrap();
         let holder = records[0].1.as_ref().unwrap();
-        assert_eq!((key, holder.operation.as_deref()), (7, Some("vm.delete 9b1c")));
-        assert!(holder.since >= handed && holder.since > queued, "a holder's time begins with the hand-over");
+        assert_eq!(
+            (key, holder.operation.as_deref()),
+            (7, Some("vm.delete 9b1c"))
+        );
+        assert!(
+            holder.since >= handed && holder.since > queued,
+            "a holder's time begins with the hand-over"
+        );
     });
     assert!(set.is_empty());
 }

@@ -18,10 +18,17 @@ struct World {
 
 impl World {
     fn new() -> Arc<Self> {
-        Arc::new(Self { set: LockSet::new(Rank::Vm), owners: [AtomicUsize::new(0), AtomicUsize::new(0)] })
+        Arc::new(Self {
+            set: LockSet::new(Rank::Vm),
+            owners: [AtomicUsize::new(0), AtomicUsize::new(0)],
+        })
     }
     fn own(&self, key: u32) {
-        assert_eq!(self.owners[key as usize].fetch_add(1, Ordering::SeqCst), 0, "two owners of a key");
+        assert_eq!(
+            self.owners[key as usize].fetch_add(1, Ordering::SeqCst),
+            0,
+            "two owners of a key"
+        );
         thread::yield_now();
         self.owners[key as usize].fetch_sub(1, Ordering::SeqCst);
     }
@@ -84,7 +91,11 @@ fn dropped_subscription_never_runs() {
             let (calls2, gone2) = (calls.clone(), gone.clone());
             let subscription = cancel.on_cancel(move || {
                 thread::yield_now();
-                assert_eq!(gone2.load(Ordering::SeqCst), 0, "ran after its subscription was dropped");
+                assert_eq!(
+                    gone2.load(Ordering::SeqCst),
+                    0,
+                    "ran after its subscription was dropped"
+                );
                 calls2.fetch_add(1, Ordering::SeqCst);
             });
             drop(subscription);
@@ -102,7 +113,12 @@ fn dropped_subscription_never_runs() {
 fn violation_of_one_task_is_found() {
     shuttle::check_random(
         || {
-            let other = thread::spawn(|| drop((LockSet::new(Rank::CreateVm).lock(&()), LockSet::new(Rank::Vm).lock(&1))));
+            let other = thread::spawn(|| {
+                drop((
+                    LockSet::new(Rank::CreateVm).lock(&()),
+                    LockSet::new(Rank::Vm).lock(&1),
+                ))
+            });
             drop(LockSet::new(Rank::Vm).lock(&1));
             other.join().unwrap();
         },

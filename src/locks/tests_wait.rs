@@ -11,7 +11,12 @@ const SOON: Duration = Duration::from_millis(100);
 const LATE: Duration = Duration::from_secs(20);
 
 fn is_readable(cancel: &Cancel) -> bool {
-    poll(&mut [PollFd::new(cancel.fd(), PollFlags::POLLIN)], PollTimeout::ZERO).unwrap() == 1
+    poll(
+        &mut [PollFd::new(cancel.fd(), PollFlags::POLLIN)],
+        PollTimeout::ZERO,
+    )
+    .unwrap()
+        == 1
 }
 
 #[test]
@@ -59,7 +64,12 @@ fn waker_may_use_the_token_and_may_panic() {
         // Subscribing within a waker calls the new one immediately; dropping it does not wait for
         // itself.
         drop(inner.on_cancel(move || said2.send("nested").unwrap()));
-        said.send(if inner.is_cancelled() { "fired" } else { "not fired" }).unwrap();
+        said.send(if inner.is_cancelled() {
+            "fired"
+        } else {
+            "not fired"
+        })
+        .unwrap();
     });
     let second = cancel.on_cancel(|| panic!("a bad waker"));
     let own: Arc<Mutex<Option<super::Subscription>>> = Arc::new(Mutex::new(Rank::Runtimes, None));
@@ -92,7 +102,10 @@ fn dropping_a_subscription_waits_for_its_running_waker() {
         drop(cancel.on_cancel(|| {}));
         let dropping = s.spawn(|| {
             drop(subscription);
-            assert!(is_over.load(Ordering::SeqCst), "the waker still ran when its subscription was gone");
+            assert!(
+                is_over.load(Ordering::SeqCst),
+                "the waker still ran when its subscription was gone"
+            );
         });
         std::thread::yield_now();
         assert!(!dropping.is_finished());
@@ -108,10 +121,18 @@ fn wait_ends_on_condition_deadline_or_cancel() {
     let soon = || Instant::now() + Duration::from_millis(5);
     assert!(!condvar.wait_while(&mut mutex.lock(), soon(), |v| *v == 0));
     assert!(condvar.wait_while(&mut mutex.lock(), Instant::now(), |v| *v != 0));
-    assert_eq!(condvar.wait_while_cancellable(&mut mutex.lock(), soon(), &cancel, |v| *v == 0), Waited::TimedOut);
+    assert_eq!(
+        condvar.wait_while_cancellable(&mut mutex.lock(), soon(), &cancel, |v| *v == 0),
+        Waited::TimedOut
+    );
     std::thread::scope(|s| {
-        let plain = s.spawn(|| condvar.wait_while(&mut mutex.lock(), Instant::now() + LATE, |v| *v == 0));
-        let parked = s.spawn(|| condvar.wait_while_cancellable(&mut mutex.lock(), Instant::now() + LATE, &cancel, |v| *v == 0));
+        let plain =
+            s.spawn(|| condvar.wait_while(&mut mutex.lock(), Instant::now() + LATE, |v| *v == 0));
+        let parked = s.spawn(|| {
+            condvar.wait_while_cancellable(&mut mutex.lock(), Instant::now() + LATE, &cancel, |v| {
+                *v == 0
+            })
+        });
         *mutex.lock() = 1;
         condvar.notify_all();
         assert!(plain.join().unwrap());
@@ -134,7 +155,8 @@ fn wait_ends_on_condition_deadline_or_cancel() {
         assert!(fired.elapsed() < SOON, "{:?}", fired.elapsed());
     });
     assert!(started.elapsed() < LATE);
-    let done = condvar.wait_while_cancellable(&mut mutex.lock(), Instant::now(), &cancel, |_| false);
+    let done =
+        condvar.wait_while_cancellable(&mut mutex.lock(), Instant::now(), &cancel, |_| false);
     assert_eq!(done, Waited::Done, "what is done is done, cancelled or not");
 }
 
@@ -144,8 +166,14 @@ fn cancellable_wait_loses_no_wake_up() {
     for round in 0..2000 {
         let cancel = Cancel::try_new().unwrap();
         std::thread::scope(|s| {
-            let waiter =
-                s.spawn(|| condvar.wait_while_cancellable(&mut mutex.lock(), Instant::now() + LATE, &cancel, |v| *v == round));
+            let waiter = s.spawn(|| {
+                condvar.wait_while_cancellable(
+                    &mut mutex.lock(),
+                    Instant::now() + LATE,
+                    &cancel,
+                    |v| *v == round,
+                )
+            });
             if round % 2 == 0 {
                 cancel.cancel(crate::locks::CancelCause::Requested);
                 assert_eq!(waiter.join().unwrap(), Waited::Cancelled);

@@ -25,23 +25,38 @@ pub fn is_ours(names: &Names, link: &Link) -> bool {
 ///
 /// # Errors
 /// `conflict`, with the settings to change.
-pub fn require_free(names: &Names, config: &Config, links: &[Link], routes: &[Route]) -> Result<()> {
+pub fn require_free(
+    names: &Names,
+    config: &Config,
+    links: &[Link],
+    routes: &[Route],
+) -> Result<()> {
     let (name, subnet) = (&config.bridge, config.subnet);
     let found = links.iter().find(|l| l.name == *name);
     let foreign = found.filter(|l| !is_ours(names, l));
     let is_in_it = |r: &&Route| r.prefix >= subnet.prefix() && subnet.overlaps(r.base, r.prefix);
     let is_ours = |r: &&Route| foreign.is_none() && r.dev == *name;
     let has_it = routes.iter().filter(is_ours).any(|r| is_in_it(&r));
-    let taken = routes.iter().find(|r| is_in_it(r) && !is_ours(r)).filter(|_| !has_it);
+    let taken = routes
+        .iter()
+        .find(|r| is_in_it(r) && !is_ours(r))
+        .filter(|_| !has_it);
     if foreign.is_none() && taken.is_none() {
         return Ok(());
     }
     let whose = foreign.map(|link| {
         let what = link.linkinfo.info_kind.as_deref().unwrap_or("device");
-        format!("fcd did not create the existing {what} {name} (alias {:?})", link.alias())
+        format!(
+            "fcd did not create the existing {what} {name} (alias {:?})",
+            link.alias()
+        )
     });
-    let where_to =
-        taken.map(|r| format!("the guests' subnet {subnet} contains {}/{}, which is routed to {}", r.base, r.prefix, r.dev));
+    let where_to = taken.map(|r| {
+        format!(
+            "the guests' subnet {subnet} contains {}/{}, which is routed to {}",
+            r.base, r.prefix, r.dev
+        )
+    });
     let why: Vec<_> = whose.into_iter().chain(where_to).collect();
     let set = match (foreign.is_some(), taken.is_some()) {
         (true, false) => "another name: bridge = ...",
@@ -56,29 +71,50 @@ pub fn require_free(names: &Names, config: &Config, links: &[Link], routes: &[Ro
 ///
 /// # Errors
 /// `conflict` if an interface of this name is not ours.
-pub fn ensure(names: &Names, config: &Config, links: &[Link], tools: &Tools, cancel: &Cancel) -> Result<Vec<String>> {
+pub fn ensure(
+    names: &Names,
+    config: &Config,
+    links: &[Link],
+    tools: &Tools,
+    cancel: &Cancel,
+) -> Result<Vec<String>> {
     let (name, alias) = (&config.bridge, names.bridge());
     let doing = || format!("create bridge {name}");
     let mut done = Vec::new();
     let found = links.iter().find(|l| l.name == *name);
     if let Some(link) = found.filter(|l| !is_ours(names, l)) {
         let what = link.linkinfo.info_kind.as_deref().unwrap_or("device");
-        let message = format!("{}: fcd did not create the existing {what} {name} (alias {:?})", doing(), link.alias());
-        return Err(Error::new(Kind::Conflict, message).hint("set another name: bridge = ... under [network]"));
+        let message = format!(
+            "{}: fcd did not create the existing {what} {name} (alias {:?})",
+            doing(),
+            link.alias()
+        );
+        return Err(Error::new(Kind::Conflict, message)
+            .hint("set another name: bridge = ... under [network]"));
     }
     if found.is_none() {
-        let line = format!("link add name {name} address {} type bridge forward_delay 0 stp_state 0", names.bridge_mac());
-        tools.ip_batch(&[line], cancel).map_err(|e| e.context(doing()))?;
+        let line = format!(
+            "link add name {name} address {} type bridge forward_delay 0 stp_state 0",
+            names.bridge_mac()
+        );
+        tools
+            .ip_batch(&[line], cancel)
+            .map_err(|e| e.context(doing()))?;
         done.push(format!("created bridge {name}"));
     }
     let address = format!("{}/{}", config.subnet.gateway(), config.subnet.prefix());
     let mut lines = Vec::new();
     if found.is_none_or(|l| l.alias() != alias) {
-        lines.push(format!("link set dev {name} alias {alias} addrgenmode none"));
+        lines.push(format!(
+            "link set dev {name} alias {alias} addrgenmode none"
+        ));
     }
     let json = tools.ip_json(&["-4", "address", "show", "dev", name], cancel)?;
     let has = parse_addresses(&json)?;
-    for (other, prefix) in has.iter().filter(|a| **a != (config.subnet.gateway(), config.subnet.prefix())) {
+    for (other, prefix) in has
+        .iter()
+        .filter(|a| **a != (config.subnet.gateway(), config.subnet.prefix()))
+    {
         lines.push(format!("address delete {other}/{prefix} dev {name}"));
         done.push(format!("removed {other}/{prefix} from bridge {name}"));
     }
@@ -92,7 +128,9 @@ pub fn ensure(names: &Names, config: &Config, links: &[Link], tools: &Tools, can
     }
     if !lines.is_empty() {
         no_ipv6(name);
-        tools.ip_batch(&lines, cancel).map_err(|e| e.context(doing()))?;
+        tools
+            .ip_batch(&lines, cancel)
+            .map_err(|e| e.context(doing()))?;
     }
     Ok(done)
 }
@@ -109,7 +147,8 @@ fn no_ipv6(bridge: &str) {
 
 /// True if this host forwards IPv4 packets.
 pub fn forwards() -> Result<bool> {
-    let text = std::fs::read_to_string(FORWARDING).map_err(|e| Error::io(format!("read {FORWARDING}"), e))?;
+    let text = std::fs::read_to_string(FORWARDING)
+        .map_err(|e| Error::io(format!("read {FORWARDING}"), e))?;
     Ok(text.trim() != "0")
 }
 
@@ -119,7 +158,8 @@ pub fn ensure_forwarding() -> Result<bool> {
         return Ok(false);
     }
     std::fs::write(FORWARDING, "1").map_err(|e| {
-        Error::io(format!("turn on IPv4 forwarding: write {FORWARDING}"), e).hint("sysctl -w net.ipv4.ip_forward=1")
+        Error::io(format!("turn on IPv4 forwarding: write {FORWARDING}"), e)
+            .hint("sysctl -w net.ipv4.ip_forward=1")
     })?;
     Ok(true)
 }

@@ -21,7 +21,10 @@ const LEGACY_DEADLINE: Duration = Duration::from_secs(10);
 /// Runs the checks for a configuration with bridged networking. A daemon need not be running.
 pub fn checks(config: &Config, commands: &dyn Commands, cancel: &Cancel) -> Vec<Check> {
     let mut all = vec![rights(config)];
-    let missing: Vec<_> = ["ip", "nft"].into_iter().filter(|p| find_program(Path::new(p)).is_none()).collect();
+    let missing: Vec<_> = ["ip", "nft"]
+        .into_iter()
+        .filter(|p| find_program(Path::new(p)).is_none())
+        .collect();
     if !missing.is_empty() {
         all.push(Check::fail(
             "network_tools",
@@ -30,12 +33,24 @@ pub fn checks(config: &Config, commands: &dyn Commands, cancel: &Cancel) -> Vec<
         ));
         return all;
     }
-    let host = Host { config, commands, cancel };
-    let looks = [("network_bridge", host.bridge()), ("network_subnet", host.subnet()), ("network_forwarding", host.forwarding())];
+    let host = Host {
+        config,
+        commands,
+        cancel,
+    };
+    let looks = [
+        ("network_bridge", host.bridge()),
+        ("network_subnet", host.subnet()),
+        ("network_forwarding", host.forwarding()),
+    ];
     for (id, looked) in looks {
-        all.extend(
-            looked.unwrap_or_else(|e| vec![Check::fail(id, e.to_string(), e.hint_text().unwrap_or("run fcctl doctor as root"))]),
-        );
+        all.extend(looked.unwrap_or_else(|e| {
+            vec![Check::fail(
+                id,
+                e.to_string(),
+                e.hint_text().unwrap_or("run fcctl doctor as root"),
+            )]
+        }));
     }
     all.extend(names(config));
     all
@@ -43,14 +58,25 @@ pub fn checks(config: &Config, commands: &dyn Commands, cancel: &Cancel) -> Vec<
 
 /// True if systemd-resolved runs on this host and can be configured with `resolvectl`.
 pub fn has_resolved() -> bool {
-    Path::new("/run/systemd/resolve/stub-resolv.conf").exists() && find_program(Path::new("resolvectl")).is_some()
+    Path::new("/run/systemd/resolve/stub-resolv.conf").exists()
+        && find_program(Path::new("resolvectl")).is_some()
 }
 
 fn rights(config: &Config) -> Check {
     if nix::unistd::geteuid().is_root() {
-        return Check::ok("network", format!("bridge {}, guests in {}, masqueraded by nftables", config.bridge, config.subnet));
+        return Check::ok(
+            "network",
+            format!(
+                "bridge {}, guests in {}, masqueraded by nftables",
+                config.bridge, config.subnet
+            ),
+        );
     }
-    Check::fail("network", "the configured bridge driver needs fcd to run as root", "driver = \"user\" under [network]")
+    Check::fail(
+        "network",
+        "the configured bridge driver needs fcd to run as root",
+        "driver = \"user\" under [network]",
+    )
 }
 
 struct Host<'a> {
@@ -70,7 +96,9 @@ impl Host<'_> {
     }
 
     fn subnet(&self) -> Result<Vec<Check>> {
-        let routes = parse_routes(&self.run(&ip_json(&["-4", "-details", "route", "show", "table", "all"]))?)?;
+        let routes = parse_routes(&self.run(&ip_json(&[
+            "-4", "-details", "route", "show", "table", "all",
+        ]))?)?;
         Ok(vec![subnet_check(self.config, &routes)])
     }
 
@@ -78,7 +106,10 @@ impl Host<'_> {
         const ID: &str = "network_forwarding";
         let mut all = Vec::new();
         if !bridge::forwards()? {
-            all.push(Check::ok(ID, "IPv4 forwarding is off; fcd turns it on when it starts"));
+            all.push(Check::ok(
+                ID,
+                "IPv4 forwarding is off; fcd turns it on when it starts",
+            ));
         }
         let chains = parse_chains(&self.run(&nft_json(&["list", "chains"]))?)?;
         let mut text_of = |family: &str, table: &str| {
@@ -90,7 +121,10 @@ impl Host<'_> {
         }
         all.extend(self.legacy());
         if all.is_empty() {
-            all.push(Check::ok(ID, "IPv4 forwarding is on, and no rules were found that drop guests' packets"));
+            all.push(Check::ok(
+                ID,
+                "IPv4 forwarding is on, and no rules were found that drop guests' packets",
+            ));
         }
         Ok(all)
     }
@@ -99,12 +133,29 @@ impl Host<'_> {
         let tables = std::fs::read_to_string(LEGACY_TABLES).ok()?;
         tables.lines().find(|t| *t == "filter")?;
         find_program(Path::new("iptables-legacy"))?;
-        let out = self.run(&Command::new("iptables-legacy").arg("-S").deadline(LEGACY_DEADLINE)).ok()?;
-        let (bridge, rules) = (&self.config.bridge, String::from_utf8_lossy(&out).into_owned());
-        let drops = rules.lines().any(|l| matches!(l, "-P FORWARD DROP" | "-P FORWARD REJECT"));
-        let fix = format!("iptables-legacy -I FORWARD -i {bridge} -j ACCEPT; iptables-legacy -I FORWARD -o {bridge} -j ACCEPT");
+        let out = self
+            .run(
+                &Command::new("iptables-legacy")
+                    .arg("-S")
+                    .deadline(LEGACY_DEADLINE),
+            )
+            .ok()?;
+        let (bridge, rules) = (
+            &self.config.bridge,
+            String::from_utf8_lossy(&out).into_owned(),
+        );
+        let drops = rules
+            .lines()
+            .any(|l| matches!(l, "-P FORWARD DROP" | "-P FORWARD REJECT"));
+        let fix = format!(
+            "iptables-legacy -I FORWARD -i {bridge} -j ACCEPT; iptables-legacy -I FORWARD -o {bridge} -j ACCEPT"
+        );
         (drops && !rules.contains(bridge.as_str())).then(|| {
-            Check::warn("network_forwarding", "iptables-legacy drops forwarded packets, including those of guests", &fix)
+            Check::warn(
+                "network_forwarding",
+                "iptables-legacy drops forwarded packets, including those of guests",
+                &fix,
+            )
         })
     }
 }
@@ -113,12 +164,17 @@ fn bridge_check(name: &str, links: &[Link]) -> Check {
     const ID: &str = "network_bridge";
     match links.iter().find(|l| l.name == name) {
         None => Check::ok(ID, format!("fcd will create bridge {name} when it starts")),
-        Some(l) if l.is_kind("bridge") && (l.alias().starts_with("fc-") || l.alias().is_empty()) => {
+        Some(l)
+            if l.is_kind("bridge") && (l.alias().starts_with("fc-") || l.alias().is_empty()) =>
+        {
             Check::ok(ID, format!("bridge {name} exists"))
         }
         Some(l) => {
             let kind = l.linkinfo.info_kind.as_deref().unwrap_or("device");
-            let found = format!("fcd did not create the existing {kind} {name} (alias {:?})", l.alias());
+            let found = format!(
+                "fcd did not create the existing {kind} {name} (alias {:?})",
+                l.alias()
+            );
             Check::fail(ID, found, "set another name: bridge = ... under [network]")
         }
     }
@@ -126,9 +182,18 @@ fn bridge_check(name: &str, links: &[Link]) -> Check {
 
 fn subnet_check(config: &Config, routes: &[Route]) -> Check {
     const ID: &str = "network_subnet";
-    let other = routes.iter().find(|r| r.dev != config.bridge && config.subnet.overlaps(r.base, r.prefix));
+    let other = routes
+        .iter()
+        .find(|r| r.dev != config.bridge && config.subnet.overlaps(r.base, r.prefix));
     match other {
-        None => Check::ok(ID, format!("{} is free for guests: room for {} VMs", config.subnet, config.subnet.guests_max())),
+        None => Check::ok(
+            ID,
+            format!(
+                "{} is free for guests: room for {} VMs",
+                config.subnet,
+                config.subnet.guests_max()
+            ),
+        ),
         Some(r) => {
             let found = format!(
                 "{} overlaps {}/{} on {}: guests or that network are unreachable",
@@ -161,43 +226,89 @@ fn parse_chains(json: &[u8]) -> Result<Vec<Chain>> {
     struct All {
         nftables: Vec<Item>,
     }
-    let all: All =
-        serde_json::from_slice(json).map_err(|e| Error::new(Kind::Host, "read the chains of nftables").with_source(e))?;
-    Ok(all.nftables.into_iter().filter_map(|item| item.chain).collect())
+    let all: All = serde_json::from_slice(json)
+        .map_err(|e| Error::new(Kind::Host, "read the chains of nftables").with_source(e))?;
+    Ok(all
+        .nftables
+        .into_iter()
+        .filter_map(|item| item.chain)
+        .collect())
 }
 
 type TextOf<'a> = dyn FnMut(&str, &str) -> Result<String> + 'a;
 
 /// Finds chains in other tables that drop by default and do not mention the bridge. Returns what
 /// was found and how to fix it.
-fn blockers(chains: &[Chain], bridge: &str, text_of: &mut TextOf<'_>) -> Result<Vec<(String, String)>> {
+fn blockers(
+    chains: &[Chain],
+    bridge: &str,
+    text_of: &mut TextOf<'_>,
+) -> Result<Vec<(String, String)>> {
     let mut found = Vec::new();
-    for chain in chains.iter().filter(|c| matches!(c.family.as_str(), "ip" | "inet")) {
-        let Some(hook @ ("forward" | "input")) = chain.hook.as_deref() else { continue };
+    for chain in chains
+        .iter()
+        .filter(|c| matches!(c.family.as_str(), "ip" | "inet"))
+    {
+        let Some(hook @ ("forward" | "input")) = chain.hook.as_deref() else {
+            continue;
+        };
         // firewalld rejects in its last rule, not by its policy.
         let drops = chain.policy.as_deref() == Some("drop") || chain.table == "firewalld";
-        if chain.table.starts_with("fcd_") || !drops || text_of(&chain.family, &chain.table)?.contains(&format!("\"{bridge}\"")) {
+        if chain.table.starts_with("fcd_")
+            || !drops
+            || text_of(&chain.family, &chain.table)?.contains(&format!("\"{bridge}\""))
+        {
             continue;
         }
-        let of_table = |prefix: &str| chains.iter().any(|c| c.table == chain.table && c.name.starts_with(prefix));
-        let what = if hook == "forward" { "what guests send to the world" } else { "what guests ask the name server" };
-        let Chain { family, table, name, .. } = chain;
+        let of_table = |prefix: &str| {
+            chains
+                .iter()
+                .any(|c| c.table == chain.table && c.name.starts_with(prefix))
+        };
+        let what = if hook == "forward" {
+            "what guests send to the world"
+        } else {
+            "what guests ask the name server"
+        };
+        let Chain {
+            family,
+            table,
+            name,
+            ..
+        } = chain;
         let (who, fix) = if chain.table == "firewalld" {
-            let fix = format!("firewall-cmd --permanent --zone=trusted --add-interface={bridge}; firewall-cmd --reload");
+            let fix = format!(
+                "firewall-cmd --permanent --zone=trusted --add-interface={bridge}; firewall-cmd --reload"
+            );
             ("firewalld".to_owned(), fix)
         } else if of_table("ufw-") && hook == "forward" {
-            ("ufw".to_owned(), format!("ufw route allow in on {bridge}; ufw route allow out on {bridge}"))
+            (
+                "ufw".to_owned(),
+                format!("ufw route allow in on {bridge}; ufw route allow out on {bridge}"),
+            )
         } else if of_table("ufw-") {
             ("ufw".to_owned(), format!("ufw allow in on {bridge}"))
         } else if of_table("DOCKER-USER") && hook == "forward" {
             let accept = |way: &str| format!("iptables -I DOCKER-USER {way} {bridge} -j ACCEPT");
-            ("docker".to_owned(), format!("{}; {}", accept("-i"), accept("-o")))
+            (
+                "docker".to_owned(),
+                format!("{}; {}", accept("-i"), accept("-o")),
+            )
         } else {
-            let accept = |way: &str| format!("nft insert rule {family} {table} {name} {way} {bridge} accept");
-            let fix = if hook == "forward" { format!("{}; {}", accept("iifname"), accept("oifname")) } else { accept("iifname") };
+            let accept = |way: &str| {
+                format!("nft insert rule {family} {table} {name} {way} {bridge} accept")
+            };
+            let fix = if hook == "forward" {
+                format!("{}; {}", accept("iifname"), accept("oifname"))
+            } else {
+                accept("iifname")
+            };
             ("a firewall".to_owned(), fix)
         };
-        let entry = (format!("{who} drops {what}: chain {name} of table {family} {table}"), fix);
+        let entry = (
+            format!("{who} drops {what}: chain {name} of table {family} {table}"),
+            fix,
+        );
         if !found.contains(&entry) {
             found.push(entry);
         }
@@ -211,11 +322,18 @@ fn names(config: &Config) -> Option<Check> {
         return None;
     }
     if has_resolved() {
-        return Some(Check::ok("network_names", format!("systemd-resolved sends queries for NAME.vm to {gateway}")));
+        return Some(Check::ok(
+            "network_names",
+            format!("systemd-resolved sends queries for NAME.vm to {gateway}"),
+        ));
     }
-    let mut check =
-        Check::ok("network_names", format!("{gateway} resolves NAME.vm for guests; this host is not configured to use it"));
-    check.fix = Some(format!("install systemd-resolved, or in dnsmasq: server=/vm/{gateway}"));
+    let mut check = Check::ok(
+        "network_names",
+        format!("{gateway} resolves NAME.vm for guests; this host is not configured to use it"),
+    );
+    check.fix = Some(format!(
+        "install systemd-resolved, or in dnsmasq: server=/vm/{gateway}"
+    ));
     Some(check)
 }
 
@@ -227,19 +345,31 @@ mod tests {
 
     fn chain(family: &str, table: &str, name: &str, hook: Option<&str>, policy: &str) -> Chain {
         let own = str::to_owned;
-        Chain { family: own(family), table: own(table), name: own(name), hook: hook.map(own), policy: Some(own(policy)) }
+        Chain {
+            family: own(family),
+            table: own(table),
+            name: own(name),
+            hook: hook.map(own),
+            policy: Some(own(policy)),
+        }
     }
 
     #[track_caller]
     fn check(chains: &[Chain], text: &str, expected: Expect) {
         let found = blockers(chains, "fcbr0", &mut |_, _| Ok(text.to_owned())).unwrap();
-        let lines: Vec<_> = found.into_iter().map(|(found, fix)| format!("{found}\n{fix}\n")).collect();
+        let lines: Vec<_> = found
+            .into_iter()
+            .map(|(found, fix)| format!("{found}\n{fix}\n"))
+            .collect();
         expected.assert_eq(&lines.concat());
     }
 
     #[test]
     fn blocker_of_forwarding_is_reported_with_owner_and_fix() {
-        let docker = [chain("ip", "filter", "FORWARD", Some("forward"), "drop"), chain("ip", "filter", "DOCKER-USER", None, "")];
+        let docker = [
+            chain("ip", "filter", "FORWARD", Some("forward"), "drop"),
+            chain("ip", "filter", "DOCKER-USER", None, ""),
+        ];
         check(
             &docker,
             "",
@@ -265,7 +395,13 @@ mod tests {
         "#]],
         );
         check(
-            &[chain("inet", "firewalld", "filter_FORWARD", Some("forward"), "accept")],
+            &[chain(
+                "inet",
+                "firewalld",
+                "filter_FORWARD",
+                Some("forward"),
+                "accept",
+            )],
             "",
             expect![[r#"
                 firewalld drops what guests send to the world: chain filter_FORWARD of table inet firewalld
@@ -291,8 +427,15 @@ mod tests {
     #[test]
     fn subnet_used_by_other_device_warns() {
         let config = Config::default();
-        let route = |dev: &str| Route { base: [10, 0, 0, 0].into(), prefix: 8, dev: dev.into() };
-        assert_eq!(subnet_check(&config, &[route("fcbr0")]).severity, Severity::Ok);
+        let route = |dev: &str| Route {
+            base: [10, 0, 0, 0].into(),
+            prefix: 8,
+            dev: dev.into(),
+        };
+        assert_eq!(
+            subnet_check(&config, &[route("fcbr0")]).severity,
+            Severity::Ok
+        );
         let taken = subnet_check(&config, &[route("wg0")]);
         assert_eq!(taken.severity, Severity::Warn);
         assert!(taken.found.contains("10.0.0.0/8 on wg0"), "{}", taken.found);
@@ -303,11 +446,20 @@ mod tests {
         let link = |alias: &str| Link {
             name: "fcbr0".into(),
             alias: Some(alias.into()),
-            linkinfo: super::super::links::Info { info_kind: Some("bridge".into()), ..Default::default() },
+            linkinfo: super::super::links::Info {
+                info_kind: Some("bridge".into()),
+                ..Default::default()
+            },
             ..Link::default()
         };
         assert_eq!(bridge_check("fcbr0", &[]).severity, Severity::Ok);
-        assert_eq!(bridge_check("fcbr0", &[link("fc-1a2b3c4d")]).severity, Severity::Ok);
-        assert_eq!(bridge_check("fcbr0", &[link("mine")]).severity, Severity::Fail);
+        assert_eq!(
+            bridge_check("fcbr0", &[link("fc-1a2b3c4d")]).severity,
+            Severity::Ok
+        );
+        assert_eq!(
+            bridge_check("fcbr0", &[link("mine")]).severity,
+            Severity::Fail
+        );
     }
 }

@@ -8,7 +8,8 @@ use crate::error::{Error, Result};
 use crate::locks::{Rank, region};
 use nix::sys::socket::sockopt::ReceiveTimeout;
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, connect, recv, send, setsockopt, socket,
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, connect, recv, send,
+    setsockopt, socket,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
 use std::net::Ipv4Addr;
@@ -64,7 +65,9 @@ pub struct Flow {
 
 impl Flow {
     pub fn is_of(&self, address: Ipv4Addr) -> bool {
-        [self.original, self.reply].iter().any(|t| t.source == address || t.destination == address)
+        [self.original, self.reply]
+            .iter()
+            .any(|t| t.source == address || t.destination == address)
     }
 }
 
@@ -76,14 +79,22 @@ pub fn forget(is_stale: &dyn Fn(&Flow) -> bool) -> Result<usize> {
     let _blocking = region(Rank::HostCmd);
     let socket = open().map_err(io)?;
     let mut stale = Vec::new();
-    ask(&socket, &message(CT_GET, NLM_F_DUMP, &[]), &mut |attributes| {
-        if read_flow(attributes).is_some_and(|flow| is_stale(&flow)) {
-            stale.push(which(attributes));
-        }
-    })
+    ask(
+        &socket,
+        &message(CT_GET, NLM_F_DUMP, &[]),
+        &mut |attributes| {
+            if read_flow(attributes).is_some_and(|flow| is_stale(&flow)) {
+                stale.push(which(attributes));
+            }
+        },
+    )
     .map_err(io)?;
     for attributes in &stale {
-        match ask(&socket, &message(CT_DELETE, NLM_F_ACK, attributes), &mut |_| {}) {
+        match ask(
+            &socket,
+            &message(CT_DELETE, NLM_F_ACK, attributes),
+            &mut |_| {},
+        ) {
             // The connection ended in the meantime.
             Ok(()) | Err(nix::Error::ENOENT) => {}
             Err(e) => return Err(io(e)),
@@ -93,7 +104,12 @@ pub fn forget(is_stale: &dyn Fn(&Flow) -> bool) -> Result<usize> {
 }
 
 fn open() -> nix::Result<OwnedFd> {
-    let socket = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkNetFilter)?;
+    let socket = socket(
+        AddressFamily::Netlink,
+        SockType::Raw,
+        SockFlag::SOCK_CLOEXEC,
+        SockProtocol::NetlinkNetFilter,
+    )?;
     setsockopt(&socket, ReceiveTimeout, &TimeVal::seconds(ANSWER_S))?;
     connect(socket.as_raw_fd(), &NetlinkAddr::new(0, 0))?;
     Ok(socket)
@@ -110,8 +126,14 @@ fn ask(socket: &OwnedFd, question: &[u8], each: &mut dyn FnMut(&[u8])) -> nix::R
             match kind {
                 NLMSG_DONE => return Ok(()),
                 NLMSG_ERROR => {
-                    let code = body.get(..4).map_or(libc::EBADMSG, |b| -i32::from_ne_bytes([b[0], b[1], b[2], b[3]]));
-                    return if code == 0 { Ok(()) } else { Err(nix::Error::from_raw(code)) };
+                    let code = body.get(..4).map_or(libc::EBADMSG, |b| {
+                        -i32::from_ne_bytes([b[0], b[1], b[2], b[3]])
+                    });
+                    return if code == 0 {
+                        Ok(())
+                    } else {
+                        Err(nix::Error::from_raw(code))
+                    };
                 }
                 CT_NEW => each(body.get(GENERIC.len()..).unwrap_or_default()),
                 _ => {}
@@ -138,7 +160,11 @@ fn next_message(bytes: &[u8]) -> Option<(u16, &[u8], &[u8])> {
     let len = u32::from_ne_bytes(bytes.get(..4)?.try_into().ok()?) as usize;
     let kind = u16::from_ne_bytes(bytes.get(4..6)?.try_into().ok()?);
     let body = bytes.get(HEADER..len)?;
-    Some((kind, body, bytes.get(len.next_multiple_of(4)..).unwrap_or_default()))
+    Some((
+        kind,
+        body,
+        bytes.get(len.next_multiple_of(4)..).unwrap_or_default(),
+    ))
 }
 
 struct Attribute<'a> {
@@ -167,7 +193,9 @@ fn attributes(bytes: &[u8]) -> impl Iterator<Item = Attribute<'_>> {
 }
 
 fn find(bytes: &[u8], wanted: u16) -> Option<&[u8]> {
-    attributes(bytes).find(|a| a.kind == wanted).map(|a| a.value)
+    attributes(bytes)
+        .find(|a| a.kind == wanted)
+        .map(|a| a.value)
 }
 
 /// Returns the attributes that identify an entry in a delete request.
@@ -177,13 +205,22 @@ fn which(flow: &[u8]) -> Vec<u8> {
 }
 
 fn read_flow(bytes: &[u8]) -> Option<Flow> {
-    Some(Flow { original: read_tuple(find(bytes, CTA_TUPLE_ORIG)?)?, reply: read_tuple(find(bytes, CTA_TUPLE_REPLY)?)? })
+    Some(Flow {
+        original: read_tuple(find(bytes, CTA_TUPLE_ORIG)?)?,
+        reply: read_tuple(find(bytes, CTA_TUPLE_REPLY)?)?,
+    })
 }
 
 fn read_tuple(bytes: &[u8]) -> Option<Tuple> {
     let (ip, protocol) = (find(bytes, CTA_TUPLE_IP)?, find(bytes, CTA_TUPLE_PROTO)?);
-    let address = |kind| find(ip, kind).and_then(|v| <[u8; 4]>::try_from(v).ok()).map(Ipv4Addr::from);
-    let port = find(protocol, CTA_PROTO_DST_PORT).and_then(|v| <[u8; 2]>::try_from(v).ok()).map_or(0, u16::from_be_bytes);
+    let address = |kind| {
+        find(ip, kind)
+            .and_then(|v| <[u8; 4]>::try_from(v).ok())
+            .map(Ipv4Addr::from)
+    };
+    let port = find(protocol, CTA_PROTO_DST_PORT)
+        .and_then(|v| <[u8; 2]>::try_from(v).ok())
+        .map_or(0, u16::from_be_bytes);
     Some(Tuple {
         source: address(CTA_IP_V4_SRC)?,
         destination: address(CTA_IP_V4_DST)?,
@@ -205,12 +242,24 @@ mod tests {
     }
 
     fn tuple(kind: u16, source: [u8; 4], destination: [u8; 4], port: u16) -> Vec<u8> {
-        let ip = [attribute(CTA_IP_V4_SRC, &source), attribute(CTA_IP_V4_DST, &destination)].concat();
-        let protocol = [attribute(CTA_PROTO_NUM, &[17]), attribute(CTA_PROTO_DST_PORT, &port.to_be_bytes())].concat();
+        let ip = [
+            attribute(CTA_IP_V4_SRC, &source),
+            attribute(CTA_IP_V4_DST, &destination),
+        ]
+        .concat();
+        let protocol = [
+            attribute(CTA_PROTO_NUM, &[17]),
+            attribute(CTA_PROTO_DST_PORT, &port.to_be_bytes()),
+        ]
+        .concat();
         // The kernel marks attributes that hold other attributes with this bit.
         attribute(
             kind | 0x8000,
-            &[attribute(CTA_TUPLE_IP | 0x8000, &ip), attribute(CTA_TUPLE_PROTO | 0x8000, &protocol)].concat(),
+            &[
+                attribute(CTA_TUPLE_IP | 0x8000, &ip),
+                attribute(CTA_TUPLE_PROTO | 0x8000, &protocol),
+            ]
+            .concat(),
         )
     }
 
@@ -221,20 +270,37 @@ mod tests {
         let id = attribute(CTA_ID, &[1, 2, 3, 4]);
         let bytes = [original.clone(), reply, attribute(3, &[0; 4]), id.clone()].concat();
         let flow = read_flow(&bytes).unwrap();
-        assert_eq!((flow.original.destination_port, flow.original.protocol), (8080, 17));
-        assert!(flow.is_of([10, 89, 0, 5].into()) && flow.is_of([192, 0, 2, 2].into()) && !flow.is_of([10, 89, 0, 6].into()));
+        assert_eq!(
+            (flow.original.destination_port, flow.original.protocol),
+            (8080, 17)
+        );
+        assert!(
+            flow.is_of([10, 89, 0, 5].into())
+                && flow.is_of([192, 0, 2, 2].into())
+                && !flow.is_of([10, 89, 0, 6].into())
+        );
         assert_eq!(which(&bytes), [original, id].concat());
     }
 
     #[test]
     fn truncated_messages_are_rejected() {
-        let whole = [tuple(CTA_TUPLE_ORIG, [1; 4], [2; 4], 1), tuple(CTA_TUPLE_REPLY, [2; 4], [1; 4], 1)].concat();
+        let whole = [
+            tuple(CTA_TUPLE_ORIG, [1; 4], [2; 4], 1),
+            tuple(CTA_TUPLE_REPLY, [2; 4], [1; 4], 1),
+        ]
+        .concat();
         for len in 0..whole.len() {
             assert_eq!(read_flow(&whole[..len]), None, "{len}");
         }
         let sent = message(CT_GET, NLM_F_DUMP, &[]);
-        assert_eq!(next_message(&sent).map(|(kind, body, _)| (kind, body.len())), Some((CT_GET, 4)));
+        assert_eq!(
+            next_message(&sent).map(|(kind, body, _)| (kind, body.len())),
+            Some((CT_GET, 4))
+        );
         assert!((0..sent.len()).all(|len| next_message(&sent[..len]).is_none()));
-        assert!(next_attribute(&[2, 0, 1, 0]).is_none(), "shorter than its head");
+        assert!(
+            next_attribute(&[2, 0, 1, 0]).is_none(),
+            "shorter than its head"
+        );
     }
 }

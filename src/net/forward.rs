@@ -25,7 +25,10 @@ pub(super) struct Forwards {
 /// # Errors
 /// `port_taken`, `denied`, or `invalid_argument` if the address does not belong to this host.
 pub fn reserve(ports: &[Port]) -> Result<Vec<OwnedFd>> {
-    ports.iter().map(|port| bind(port, false).map(|(fd, _)| fd)).collect()
+    ports
+        .iter()
+        .map(|port| bind(port, false).map(|(fd, _)| fd))
+        .collect()
 }
 
 /// Checks that a server could listen on these ports now. Connections that have just ended do not
@@ -39,7 +42,13 @@ pub fn require_free_ports(ports: &[Port]) -> Result<()> {
 
 /// Returns this port with a number that is free on the host.
 pub fn free_port(port: &Port) -> Result<Port> {
-    let (_, host_port) = bind(&Port { host_port: 0, ..*port }, false)?;
+    let (_, host_port) = bind(
+        &Port {
+            host_port: 0,
+            ..*port
+        },
+        false,
+    )?;
     Ok(Port { host_port, ..*port })
 }
 
@@ -51,7 +60,8 @@ fn bind(port: &Port, as_server: bool) -> Result<(OwnedFd, u16)> {
         Protocol::Tcp => SocketType::STREAM,
         Protocol::Udp => SocketType::DGRAM,
     };
-    let socket = rustix::net::socket_with(AddressFamily::INET, kind, SocketFlags::CLOEXEC, None).map_err(io)?;
+    let socket = rustix::net::socket_with(AddressFamily::INET, kind, SocketFlags::CLOEXEC, None)
+        .map_err(io)?;
     if as_server && port.protocol == Protocol::Tcp {
         // See socket(7). Reserved ports must not have this option: two sockets with it may share a
         // port.
@@ -60,8 +70,9 @@ fn bind(port: &Port, as_server: bool) -> Result<(OwnedFd, u16)> {
     let at = SocketAddr::V4(SocketAddrV4::new(port.host_addr, port.host_port));
     rustix::net::bind(&socket, &at).map_err(|e| refused(port, e))?;
     let bound = rustix::net::getsockname(&socket).map_err(io)?;
-    let number =
-        SocketAddr::try_from(bound).map_err(|_| Error::internal(format!("{}: the socket has no address", doing())))?.port();
+    let number = SocketAddr::try_from(bound)
+        .map_err(|_| Error::internal(format!("{}: the socket has no address", doing())))?
+        .port();
     Ok((socket, number))
 }
 
@@ -70,15 +81,30 @@ fn refused(port: &Port, e: rustix::io::Errno) -> Error {
     let doing = format!("forward port {port} to the guest");
     match e {
         Errno::ADDRINUSE => {
-            let list = if port.protocol == Protocol::Tcp { "-tanp" } else { "-uanp" };
-            Error::new(Kind::PortTaken, format!("{doing}: a program on this host uses it"))
-                .hint(format!("find it with ss {list} sport = :{}", port.host_port))
+            let list = if port.protocol == Protocol::Tcp {
+                "-tanp"
+            } else {
+                "-uanp"
+            };
+            Error::new(
+                Kind::PortTaken,
+                format!("{doing}: a program on this host uses it"),
+            )
+            .hint(format!(
+                "find it with ss {list} sport = :{}",
+                port.host_port
+            ))
         }
-        Errno::ADDRNOTAVAIL => Error::invalid(format!("{doing}: {} is not an address of this host", port.host_addr))
-            .hint("list the addresses with ip -4 address, or use 0.0.0.0 for all of them"),
-        Errno::ACCESS => {
-            Error::new(Kind::Denied, format!("{doing}: fcd is not allowed to bind it")).hint("use a port from 1024 up")
-        }
+        Errno::ADDRNOTAVAIL => Error::invalid(format!(
+            "{doing}: {} is not an address of this host",
+            port.host_addr
+        ))
+        .hint("list the addresses with ip -4 address, or use 0.0.0.0 for all of them"),
+        Errno::ACCESS => Error::new(
+            Kind::Denied,
+            format!("{doing}: fcd is not allowed to bind it"),
+        )
+        .hint("use a port from 1024 up"),
         e => Error::io(doing, std::io::Error::from(e)),
     }
 }
@@ -92,14 +118,25 @@ impl Net {
         self.allow_loopback(ports)?;
         let published = published(guest, ports);
         // Remove other elements with the same ports, such as those of an earlier daemon.
-        let stale = self.published()?.into_iter().filter(|p| published.iter().any(|new| new.port.overlaps(&p.port)));
+        let stale = self
+            .published()?
+            .into_iter()
+            .filter(|p| published.iter().any(|new| new.port.overlaps(&p.port)));
         let mut script: String = stale.map(|p| self.sets.unpublish(&p)).collect();
         script.extend(published.iter().map(|p| self.sets.publish(p)));
-        self.tools.nft(&script, cancel).map_err(|e| e.context(format!("forward ports to {}", guest.tag)))?;
+        self.tools
+            .nft(&script, cancel)
+            .map_err(|e| e.context(format!("forward ports to {}", guest.tag)))?;
         // Packets of existing connections to these ports are not translated until their conntrack
         // entries are deleted.
         forget_flows(&|flow| ports.iter().any(|port| goes_to(flow, port)));
-        self.forwards.lock().insert(guest.tag.clone(), Forwards { published, _sockets: sockets });
+        self.forwards.lock().insert(
+            guest.tag.clone(),
+            Forwards {
+                published,
+                _sockets: sockets,
+            },
+        );
         Ok(())
     }
 
@@ -110,7 +147,13 @@ impl Net {
             log::warn!("network: {}: {e}", guest.tag);
             Vec::new()
         });
-        self.forwards.lock().insert(guest.tag.clone(), Forwards { published: published(guest, ports), _sockets: sockets });
+        self.forwards.lock().insert(
+            guest.tag.clone(),
+            Forwards {
+                published: published(guest, ports),
+                _sockets: sockets,
+            },
+        );
     }
 
     /// Removes the published ports of the VM with this tag. Succeeds if there are none. Ignores
@@ -118,18 +161,32 @@ impl Net {
     pub fn unforward(&self, tag: &str) -> Result<()> {
         drop(self.forwards.lock().remove(tag));
         if !self.names.is_tag(tag) {
-            return Err(Error::internal(format!("unpublish ports: {tag:?} is not a VM's tag")));
+            return Err(Error::internal(format!(
+                "unpublish ports: {tag:?} is not a VM's tag"
+            )));
         }
-        let script: String = self.published()?.iter().filter(|p| p.tag == tag).map(|p| self.sets.unpublish(p)).collect();
+        let script: String = self
+            .published()?
+            .iter()
+            .filter(|p| p.tag == tag)
+            .map(|p| self.sets.unpublish(p))
+            .collect();
         if script.is_empty() {
             return Ok(());
         }
-        self.tools.nft(&script, self.tools.never()).map_err(|e| e.context(format!("unpublish the ports of {tag}")))
+        self.tools
+            .nft(&script, self.tools.never())
+            .map_err(|e| e.context(format!("unpublish the ports of {tag}")))
     }
 
     /// The tags of the VMs that have published ports.
     pub fn forwarded(&self) -> Result<Vec<String>> {
-        let mut tags: Vec<_> = self.published()?.into_iter().map(|p| p.tag).filter(|tag| self.names.is_tag(tag)).collect();
+        let mut tags: Vec<_> = self
+            .published()?
+            .into_iter()
+            .map(|p| p.tag)
+            .filter(|tag| self.names.is_tag(tag))
+            .collect();
         tags.sort();
         tags.dedup();
         Ok(tags)
@@ -147,7 +204,12 @@ impl Net {
 
     /// Restores missing port rules. Returns what it repaired.
     pub(super) fn mend_forwards(&self) -> Result<Vec<String>> {
-        let wanted: Vec<Published> = self.forwards.lock().values().flat_map(|f| f.published.clone()).collect();
+        let wanted: Vec<Published> = self
+            .forwards
+            .lock()
+            .values()
+            .flat_map(|f| f.published.clone())
+            .collect();
         if wanted.is_empty() {
             return Ok(Vec::new());
         }
@@ -160,12 +222,24 @@ impl Net {
         let script: String = missing.iter().map(|p| self.sets.publish(p)).collect();
         self.tools.nft(&script, self.tools.never())?;
         // `unforward` may have run in the meantime. Then these rules have to go again.
-        let current: Vec<Published> = self.forwards.lock().values().flat_map(|f| f.published.clone()).collect();
-        let late: String = missing.iter().filter(|p| !current.contains(p)).map(|p| self.sets.unpublish(p)).collect();
+        let current: Vec<Published> = self
+            .forwards
+            .lock()
+            .values()
+            .flat_map(|f| f.published.clone())
+            .collect();
+        let late: String = missing
+            .iter()
+            .filter(|p| !current.contains(p))
+            .map(|p| self.sets.unpublish(p))
+            .collect();
         if !late.is_empty() {
             self.tools.nft(&late, self.tools.never())?;
         }
-        Ok(missing.iter().map(|p| format!("restored the forwarding of port {} to {}", p.port, p.tag)).collect())
+        Ok(missing
+            .iter()
+            .map(|p| format!("restored the forwarding of port {} to {}", p.port, p.tag))
+            .collect())
     }
 
     /// Lets packets that the host sends from 127.0.0.1 leave by the bridge, where they are
@@ -176,8 +250,12 @@ impl Net {
         if !ports.iter().any(|port| needs(port.host_addr)) {
             return Ok(());
         }
-        let path = format!("/proc/sys/net/ipv4/conf/{}/route_localnet", self.config.bridge);
-        std::fs::write(&path, "1").map_err(|e| Error::io(format!("forward loopback ports to guests: write {path}"), e))
+        let path = format!(
+            "/proc/sys/net/ipv4/conf/{}/route_localnet",
+            self.config.bridge
+        );
+        std::fs::write(&path, "1")
+            .map_err(|e| Error::io(format!("forward loopback ports to guests: write {path}"), e))
     }
 }
 
@@ -193,7 +271,14 @@ fn goes_to(flow: &Flow, port: &Port) -> bool {
 }
 
 fn published(guest: &Guest, ports: &[Port]) -> Vec<Published> {
-    ports.iter().map(|&port| Published { tag: guest.tag.clone(), address: guest.lease.address, port }).collect()
+    ports
+        .iter()
+        .map(|&port| Published {
+            tag: guest.tag.clone(),
+            address: guest.lease.address,
+            port,
+        })
+        .collect()
 }
 
 #[cfg(test)]
@@ -202,17 +287,35 @@ mod tests {
     use std::net::{TcpListener, UdpSocket};
 
     fn port(host_port: u16, protocol: Protocol) -> Port {
-        Port { host_addr: Ipv4Addr::LOCALHOST, host_port, guest_port: 80, protocol }
+        Port {
+            host_addr: Ipv4Addr::LOCALHOST,
+            host_port,
+            guest_port: 80,
+            protocol,
+        }
     }
 
     #[test]
     fn reserve_taken_port_fails_and_names_it() {
-        let (tcp, udp) = (TcpListener::bind("127.0.0.1:0").unwrap(), UdpSocket::bind("127.0.0.1:0").unwrap());
-        for (taken, protocol) in [(tcp.local_addr(), Protocol::Tcp), (udp.local_addr(), Protocol::Udp)] {
+        let (tcp, udp) = (
+            TcpListener::bind("127.0.0.1:0").unwrap(),
+            UdpSocket::bind("127.0.0.1:0").unwrap(),
+        );
+        for (taken, protocol) in [
+            (tcp.local_addr(), Protocol::Tcp),
+            (udp.local_addr(), Protocol::Udp),
+        ] {
             let taken = port(taken.unwrap().port(), protocol);
             let e = reserve(&[taken]).unwrap_err();
-            assert_eq!((e.kind(), require_free_ports(&[taken]).unwrap_err().kind()), (Kind::PortTaken, Kind::PortTaken));
-            assert!(e.to_string().contains(&taken.to_string()) && e.hint_text().unwrap().starts_with("find it with ss -"), "{e}");
+            assert_eq!(
+                (e.kind(), require_free_ports(&[taken]).unwrap_err().kind()),
+                (Kind::PortTaken, Kind::PortTaken)
+            );
+            assert!(
+                e.to_string().contains(&taken.to_string())
+                    && e.hint_text().unwrap().starts_with("find it with ss -"),
+                "{e}"
+            );
         }
     }
 
@@ -234,7 +337,11 @@ mod tests {
 
     #[test]
     fn reserve_foreign_address_is_rejected() {
-        let e = reserve(&[Port { host_addr: [192, 0, 2, 77].into(), ..port(8080, Protocol::Tcp) }]).unwrap_err();
+        let e = reserve(&[Port {
+            host_addr: [192, 0, 2, 77].into(),
+            ..port(8080, Protocol::Tcp)
+        }])
+        .unwrap_err();
         assert_eq!(e.kind(), Kind::InvalidArgument);
     }
 }

@@ -34,33 +34,65 @@ pub fn look(install: &str, commands: &Arc<dyn Commands>) -> Result<Leftovers> {
         return Ok(left);
     }
     let tables = tools.run(&nft_json(&["list", "tables"]), tools.never())?;
-    Ok(Leftovers { tables: parse_tables(&tables, &names.table())?, ..left })
+    Ok(Leftovers {
+        tables: parse_tables(&tables, &names.table())?,
+        ..left
+    })
 }
 
 /// Removes what [`look`] found. Rules go last, so that no tap exists without them.
 pub fn remove(left: &Leftovers, commands: &Arc<dyn Commands>) -> Result<()> {
     let tools = Tools::new(commands.clone())?;
-    let links: Vec<String> = left.taps.iter().chain(&left.bridges).map(|name| format!("link delete dev {name}")).collect();
+    let links: Vec<String> = left
+        .taps
+        .iter()
+        .chain(&left.bridges)
+        .map(|name| format!("link delete dev {name}"))
+        .collect();
     if !links.is_empty() {
         tools.ip_batch_all(&links)?;
     }
-    let tables: String = left.tables.iter().map(|table| format!("add table {table}\ndelete table {table}\n")).collect();
-    if tables.is_empty() { Ok(()) } else { tools.nft(&tables, tools.never()) }
+    let tables: String = left
+        .tables
+        .iter()
+        .map(|table| format!("add table {table}\ndelete table {table}\n"))
+        .collect();
+    if tables.is_empty() {
+        Ok(())
+    } else {
+        tools.nft(&tables, tools.never())
+    }
 }
 
 fn of_links(names: &Names, links: &[Link]) -> Leftovers {
-    let has_our_alias = |l: &Link| l.alias().is_empty() || l.alias() == names.spare() || names.is_tag(l.alias());
-    let is_tap = |l: &Link| l.is_kind("tun") && names.tap_number(&l.name).is_some() && has_our_alias(l);
+    let has_our_alias =
+        |l: &Link| l.alias().is_empty() || l.alias() == names.spare() || names.is_tag(l.alias());
+    let is_tap =
+        |l: &Link| l.is_kind("tun") && names.tap_number(&l.name).is_some() && has_our_alias(l);
     let taps: Vec<&Link> = links.iter().filter(|l| is_tap(l)).collect();
     let bridges: Vec<&Link> = links.iter().filter(|l| bridge::is_ours(names, l)).collect();
-    let is_port = |l: &Link| l.master.as_ref().is_some_and(|master| bridges.iter().any(|bridge| bridge.name == *master));
-    let is_in_use =
-        taps.iter().any(|l| l.flags.iter().any(|f| f == HAS_CARRIER)) || links.iter().any(|l| is_port(l) && !is_tap(l));
+    let is_port = |l: &Link| {
+        l.master
+            .as_ref()
+            .is_some_and(|master| bridges.iter().any(|bridge| bridge.name == *master))
+    };
+    let is_in_use = taps
+        .iter()
+        .any(|l| l.flags.iter().any(|f| f == HAS_CARRIER))
+        || links.iter().any(|l| is_port(l) && !is_tap(l));
     if is_in_use {
-        return Leftovers { is_in_use, ..Leftovers::default() };
+        return Leftovers {
+            is_in_use,
+            ..Leftovers::default()
+        };
     }
     let named = |links: Vec<&Link>| links.into_iter().map(|l| l.name.clone()).collect();
-    Leftovers { taps: named(taps), bridges: named(bridges), tables: Vec::new(), is_in_use }
+    Leftovers {
+        taps: named(taps),
+        bridges: named(bridges),
+        tables: Vec::new(),
+        is_in_use,
+    }
 }
 
 #[derive(Deserialize)]
@@ -81,10 +113,16 @@ struct Table {
 
 /// Returns the tables with this name from the output of `nft --json list tables`.
 fn parse_tables(json: &[u8], name: &str) -> Result<Vec<String>> {
-    let listing: Listing =
-        serde_json::from_slice(json).map_err(|e| Error::new(Kind::Host, "read the tables of this host").with_source(e))?;
-    let ours = listing.nftables.into_iter().filter_map(|item| item.table).filter(|table| table.name == name);
-    Ok(ours.map(|table| format!("{} {}", table.family, table.name)).collect())
+    let listing: Listing = serde_json::from_slice(json)
+        .map_err(|e| Error::new(Kind::Host, "read the tables of this host").with_source(e))?;
+    let ours = listing
+        .nftables
+        .into_iter()
+        .filter_map(|item| item.table)
+        .filter(|table| table.name == name);
+    Ok(ours
+        .map(|table| format!("{} {}", table.family, table.name))
+        .collect())
 }
 
 #[cfg(test)]
@@ -103,8 +141,14 @@ mod tests {
         let json = br#"{"nftables": [{"metainfo": {"version": "1.0.6"}}, {"table": {"family": "bridge", "name": "fcd_0000000b", "handle": 3}},
             {"table": {"family": "inet", "name": "fcd_0000000b", "handle": 4}}, {"table": {"family": "inet", "name": "fcd_0000000bc", "handle": 5}},
             {"table": {"family": "ip", "name": "filter", "handle": 6}}]}"#;
-        assert_eq!(parse_tables(json, "fcd_0000000b").unwrap(), ["bridge fcd_0000000b", "inet fcd_0000000b"]);
-        assert_eq!(parse_tables(b"no json", "x").unwrap_err().kind(), Kind::Host);
+        assert_eq!(
+            parse_tables(json, "fcd_0000000b").unwrap(),
+            ["bridge fcd_0000000b", "inet fcd_0000000b"]
+        );
+        assert_eq!(
+            parse_tables(b"no json", "x").unwrap_err().kind(),
+            Kind::Host
+        );
     }
 
     /// Another installation in the same network namespace must not be affected.
@@ -119,17 +163,39 @@ mod tests {
         lab.take(&guest);
         lab.await_taps(2);
         let commands: Arc<dyn Commands> = Arc::new(HostCommands);
-        let other =
-            crate::config::Network { bridge: "fcbr1".into(), subnet: "10.90.0.0/24".parse().unwrap(), taps_ahead: 0, ..config() };
-        let net = lab.host.run(|| Net::open(&other, OTHER, commands.clone(), &Cancel::try_new().unwrap())).unwrap();
+        let other = crate::config::Network {
+            bridge: "fcbr1".into(),
+            subnet: "10.90.0.0/24".parse().unwrap(),
+            taps_ahead: 0,
+            ..config()
+        };
+        let net = lab
+            .host
+            .run(|| Net::open(&other, OTHER, commands.clone(), &Cancel::try_new().unwrap()))
+            .unwrap();
         let tag = format!("fc-{OTHER}-0123456789ab-1");
-        let lost = crate::net::Guest { tag, lease: net.lease(0).unwrap(), ..guest };
-        let tap = lab.host.run(|| net.take(&lost, 4711, &Cancel::try_new().unwrap())).unwrap();
+        let lost = crate::net::Guest {
+            tag,
+            lease: net.lease(0).unwrap(),
+            ..guest
+        };
+        let tap = lab
+            .host
+            .run(|| net.take(&lost, 4711, &Cancel::try_new().unwrap()))
+            .unwrap();
         // Kill its daemon and its VM.
         std::mem::forget(net);
-        let all =
-            || lab.host.sh("ip -o link show type tun | cut -d: -f2; ip -o link show type bridge | cut -d: -f2; nft list ruleset");
-        let census = || (lab.census().replace(" fcbr1", "").replace(&format!("{} ", tap.name), ""), lab.elements());
+        let all = || {
+            lab.host.sh("ip -o link show type tun | cut -d: -f2; ip -o link show type bridge | cut -d: -f2; nft list ruleset")
+        };
+        let census = || {
+            (
+                lab.census()
+                    .replace(" fcbr1", "")
+                    .replace(&format!("{} ", tap.name), ""),
+                lab.elements(),
+            )
+        };
         let (everything, ours) = (all(), census());
         let look = || lab.host.run(|| look(OTHER, &commands)).unwrap();
         let found = Leftovers {
@@ -138,12 +204,16 @@ mod tests {
             tables: vec![format!("bridge fcd_{OTHER}"), format!("inet fcd_{OTHER}")],
             is_in_use: false,
         };
-        let in_use = Leftovers { is_in_use: true, ..Leftovers::default() };
+        let in_use = Leftovers {
+            is_in_use: true,
+            ..Leftovers::default()
+        };
         // In use: a VMM that is attached to a tap, or a bridge port that somebody else added.
         let vmm = lab.host.run(|| tun::connect(&tap.name)).unwrap();
         assert_eq!(look(), in_use);
         drop(vmm);
-        lab.host.sh("ip link add mine type veth peer name yours; ip link set mine master fcbr1");
+        lab.host
+            .sh("ip link add mine type veth peer name yours; ip link set mine master fcbr1");
         assert_eq!(look(), in_use);
         lab.host.sh("ip link delete mine");
         let sorted = |mut left: Leftovers| {

@@ -51,10 +51,19 @@ impl Lease {
     /// `exhausted` when the subnet has no address for this slot.
     pub fn of(subnet: Subnet, slot: u32) -> Result<Self> {
         let address = subnet.guest(slot).ok_or_else(|| {
-            let message = format!("lease an address: network {subnet} has room for only {} VMs", subnet.guests_max());
-            Error::new(Kind::Exhausted, message).hint("delete VMs (fcctl rm), or set a larger subnet under [network]")
+            let message = format!(
+                "lease an address: network {subnet} has room for only {} VMs",
+                subnet.guests_max()
+            );
+            Error::new(Kind::Exhausted, message)
+                .hint("delete VMs (fcctl rm), or set a larger subnet under [network]")
         })?;
-        Ok(Self { address, prefix: subnet.prefix(), gateway: subnet.gateway(), mac: Mac::of(address) })
+        Ok(Self {
+            address,
+            prefix: subnet.prefix(),
+            gateway: subnet.gateway(),
+            mac: Mac::of(address),
+        })
     }
 }
 
@@ -79,7 +88,10 @@ mod tests {
         let subnet: Subnet = "10.89.0.0/24".parse().unwrap();
         let lease = Lease::of(subnet, 3).unwrap();
         assert_eq!(lease.address, Ipv4Addr::new(10, 89, 0, 5));
-        assert_eq!((lease.gateway, lease.prefix), (Ipv4Addr::new(10, 89, 0, 1), 24));
+        assert_eq!(
+            (lease.gateway, lease.prefix),
+            (Ipv4Addr::new(10, 89, 0, 1), 24)
+        );
         assert_eq!(lease.mac.to_string(), "02:fc:0a:59:00:05");
         assert_eq!(Lease::of(subnet, 253).unwrap_err().kind(), Kind::Exhausted);
     }
@@ -90,7 +102,11 @@ mod tests {
         let mut seen = std::collections::HashSet::new();
         for slot in 0..subnet.guests_max() {
             let lease = Lease::of(subnet, slot).unwrap();
-            assert!(seen.insert(lease.mac) && subnet.contains(lease.address) && lease.address != lease.gateway);
+            assert!(
+                seen.insert(lease.mac)
+                    && subnet.contains(lease.address)
+                    && lease.address != lease.gateway
+            );
             assert_eq!(lease.mac.0[0] & 3, 2, "unicast and locally administered");
         }
     }

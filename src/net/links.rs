@@ -109,14 +109,22 @@ struct RouteLine {
 pub fn parse_routes(json: &[u8]) -> Result<Vec<Route>> {
     let lines: Vec<RouteLine> = parse("the routes", json)?;
     let route = |line: RouteLine| {
-        if line.r#type.as_deref().is_some_and(|t| !matches!(t, "unicast" | "local")) {
+        if line
+            .r#type
+            .as_deref()
+            .is_some_and(|t| !matches!(t, "unicast" | "local"))
+        {
             return None;
         }
         let (base, prefix) = match line.dst.split_once('/') {
             Some((base, prefix)) => (base.parse().ok()?, prefix.parse().ok()?),
             None => (line.dst.parse().ok()?, 32),
         };
-        (prefix > 0).then(|| Route { base, prefix, dev: line.dev.unwrap_or_default() })
+        (prefix > 0).then(|| Route {
+            base,
+            prefix,
+            dev: line.dev.unwrap_or_default(),
+        })
     };
     Ok(lines.into_iter().filter_map(route).collect())
 }
@@ -125,20 +133,29 @@ fn parse<T: DeserializeOwned + Default>(what: &str, json: &[u8]) -> Result<T> {
     if json.trim_ascii().is_empty() {
         return Ok(T::default());
     }
-    serde_json::from_slice(json).map_err(|e| Error::new(Kind::Host, format!("read {what} of this host")).with_source(e))
+    serde_json::from_slice(json)
+        .map_err(|e| Error::new(Kind::Host, format!("read {what} of this host")).with_source(e))
 }
 
 /// Returns the bytes that an interface has received and sent. Sysfs does not help here: it shows
 /// the network namespace in which it was mounted.
 pub fn received_and_sent(interface: &str) -> Option<(u64, u64)> {
-    parse_counters(&std::fs::read_to_string("/proc/thread-self/net/dev").ok()?, interface)
+    parse_counters(
+        &std::fs::read_to_string("/proc/thread-self/net/dev").ok()?,
+        interface,
+    )
 }
 
 /// Returns the first and the ninth number of the interface's line in /proc/net/dev.
 fn parse_counters(dev: &str, interface: &str) -> Option<(u64, u64)> {
-    let line = dev.lines().find_map(|line| line.trim_start().strip_prefix(interface)?.strip_prefix(':'))?;
+    let line = dev
+        .lines()
+        .find_map(|line| line.trim_start().strip_prefix(interface)?.strip_prefix(':'))?;
     let numbers: Vec<&str> = line.split_whitespace().collect();
-    Some((numbers.first()?.parse().ok()?, numbers.get(8)?.parse().ok()?))
+    Some((
+        numbers.first()?.parse().ok()?,
+        numbers.get(8)?.parse().ok()?,
+    ))
 }
 
 #[cfg(test)]
@@ -157,7 +174,10 @@ mod tests {
         assert!(links[0].is_up() && !links[0].is_kind("tun") && links[0].alias().is_empty());
         let tap = &links[1];
         assert!(tap.is_kind("tun") && tap.is_up() && tap.linkinfo.info_slave_data.isolated);
-        assert_eq!((tap.alias(), tap.master.as_deref()), ("fc-1a2b3c4d-tap", Some("fcbr0")));
+        assert_eq!(
+            (tap.alias(), tap.master.as_deref()),
+            ("fc-1a2b3c4d-tap", Some("fcbr0"))
+        );
         assert_eq!(parse_links(b"").unwrap(), []);
         assert_eq!(parse_links(b"no json").unwrap_err().kind(), Kind::Host);
     }
@@ -166,7 +186,10 @@ mod tests {
     fn addresses_are_parsed() {
         let json =
             br#"[{"ifname":"fcbr0","addr_info":[{"family":"inet","local":"10.89.0.1","prefixlen":24,"scope":"global"}]},{}]"#;
-        assert_eq!(parse_addresses(json).unwrap(), [(Ipv4Addr::new(10, 89, 0, 1), 24)]);
+        assert_eq!(
+            parse_addresses(json).unwrap(),
+            [(Ipv4Addr::new(10, 89, 0, 1), 24)]
+        );
     }
 
     #[test]
@@ -175,14 +198,27 @@ mod tests {
             {"type":"unicast","dst":"10.0.0.0/8","dev":"wg0"},{"type":"local","dst":"192.0.2.7","dev":"eth0","table":"local"},
             {"type":"broadcast","dst":"10.255.255.255","dev":"wg0"},{"dst":"172.17.0.0/16","dev":"docker0"}]"#;
         let routes = parse_routes(json).unwrap();
-        let shown: Vec<_> = routes.iter().map(|r| format!("{}/{} {}", r.base, r.prefix, r.dev)).collect();
-        assert_eq!(shown, ["10.0.0.0/8 wg0", "192.0.2.7/32 eth0", "172.17.0.0/16 docker0"]);
+        let shown: Vec<_> = routes
+            .iter()
+            .map(|r| format!("{}/{} {}", r.base, r.prefix, r.dev))
+            .collect();
+        assert_eq!(
+            shown,
+            [
+                "10.0.0.0/8 wg0",
+                "192.0.2.7/32 eth0",
+                "172.17.0.0/16 docker0"
+            ]
+        );
     }
 
     #[test]
     fn counters_are_parsed() {
         let dev = "Inter-|   Receive\n face |bytes    packets\n    lo: 1 2 3 4 5 6 7 8 9 10\nfc1a2b3c4d-1:  11 2 3 4 5 6 7 8 99 10 11\n";
         assert_eq!(parse_counters(dev, "fc1a2b3c4d-1"), Some((11, 99)));
-        assert_eq!((parse_counters(dev, "lo"), parse_counters(dev, "fc1a2b3c4d")), (Some((1, 9)), None));
+        assert_eq!(
+            (parse_counters(dev, "lo"), parse_counters(dev, "fc1a2b3c4d")),
+            (Some((1, 9)), None)
+        );
     }
 }

@@ -83,8 +83,12 @@ pub struct Tap {
 fn forget_flows(is_stale: &dyn Fn(&conntrack::Flow) -> bool) {
     match conntrack::forget(is_stale) {
         Ok(0) => {}
-        Ok(count) => log::debug!("network: deleted {count} conntrack entries of an earlier guest or port"),
-        Err(e) => log::warn!("network: {e}; packets of old connections may reach a new guest until the entries expire"),
+        Ok(count) => {
+            log::debug!("network: deleted {count} conntrack entries of an earlier guest or port")
+        }
+        Err(e) => log::warn!(
+            "network: {e}; packets of old connections may reach a new guest until the entries expire"
+        ),
     }
 }
 
@@ -110,28 +114,58 @@ impl Net {
     /// # Errors
     /// `conflict` if the bridge's name or the subnet is used by something else; nothing has been
     /// created then. Also `command_missing`, `command_failed` and `host`.
-    pub fn open(config: &Config, install: &str, commands: Arc<dyn Commands>, cancel: &Cancel) -> Result<Self> {
+    pub fn open(
+        config: &Config,
+        install: &str,
+        commands: Arc<dyn Commands>,
+        cancel: &Cancel,
+    ) -> Result<Self> {
         let names = Names::of(install)?;
         let tools = Tools::new(commands)?;
         let (rules, sets) = (Rules::new(&names, config), Sets::new(&names));
         let links = all_links(&tools, cancel)?;
         let routes = tools.ip_json(&["-4", "-details", "route", "show", "table", "all"], cancel)?;
         bridge::require_free(&names, config, &links, &links::parse_routes(&routes)?)?;
-        let last = links.iter().filter_map(|l| names.tap_number(&l.name)).max().unwrap_or(0);
+        let last = links
+            .iter()
+            .filter_map(|l| names.tap_number(&l.name))
+            .max()
+            .unwrap_or(0);
         let pool = Pool::new(names.clone(), tools.clone(), config.taps_ahead, last)?;
         let guests = Mutex::new(Rank::Taps, HashMap::new());
         let forwards = Mutex::new(Rank::Taps, HashMap::new());
-        let net = Self { config: config.clone(), names, rules, sets, tools, pool, guests, forwards };
+        let net = Self {
+            config: config.clone(),
+            names,
+            rules,
+            sets,
+            tools,
+            pool,
+            guests,
+            forwards,
+        };
         // A tap without an alias is left from a daemon that ended before it could set one.
-        let is_leftover = |l: &&Link| l.alias() == net.names.spare() || (l.alias().is_empty() && is_our_tap(&net.names, l));
-        net.pool.remove(&links.iter().filter(is_leftover).map(|l| l.name.clone()).collect::<Vec<_>>());
+        let is_leftover = |l: &&Link| {
+            l.alias() == net.names.spare() || (l.alias().is_empty() && is_our_tap(&net.names, l))
+        };
+        net.pool.remove(
+            &links
+                .iter()
+                .filter(is_leftover)
+                .map(|l| l.name.clone())
+                .collect::<Vec<_>>(),
+        );
         // Rules come first, so that no guest is ever on the bridge without them.
-        net.tools.nft(&net.rules.apply(), cancel).map_err(|e| e.context("set the rules of guests"))?;
+        net.tools
+            .nft(&net.rules.apply(), cancel)
+            .map_err(|e| e.context("set the rules of guests"))?;
         for done in bridge::ensure(&net.names, config, &links, &net.tools, cancel)? {
             log::info!("network: {done}");
         }
         if bridge::ensure_forwarding()? {
-            log::info!("network: turned IPv4 forwarding on because guests need it to reach the outside");
+            log::info!(
+                "network: turned IPv4 forwarding on because guests need it to reach the outside"
+            );
         }
         net.pool.refill();
         Ok(net)
@@ -154,38 +188,52 @@ impl Net {
     ///
     /// Runs host commands, so no lock may be held.
     pub fn take(&self, guest: &Guest, uid: u32, cancel: &Cancel) -> Result<Tap> {
-        let taken = self.try_take(guest, uid, cancel).map_err(|e| e.context(format!("give {} a tap", guest.tag)));
+        let taken = self
+            .try_take(guest, uid, cancel)
+            .map_err(|e| e.context(format!("give {} a tap", guest.tag)));
         self.pool.refill();
         taken
     }
 
     fn try_take(&self, guest: &Guest, uid: u32, cancel: &Cancel) -> Result<Tap> {
         if !self.names.is_tag(&guest.tag) || !self.config.subnet.contains(guest.lease.address) {
-            return Err(Error::internal(format!("{guest:?} is not a guest of this network")));
+            return Err(Error::internal(format!(
+                "{guest:?} is not a guest of this network"
+            )));
         }
         let links = all_links(&self.tools, cancel)?;
         if links.iter().any(|l| l.alias() == guest.tag) {
             self.release(&guest.tag)?;
         }
         // Skip spare taps that somebody removed or changed in the meantime.
-        let is_fresh = |name: &String| links.iter().any(|l| l.name == *name && l.alias() == self.names.spare());
+        let is_fresh = |name: &String| {
+            links
+                .iter()
+                .any(|l| l.name == *name && l.alias() == self.names.spare())
+        };
         let name = match std::iter::from_fn(|| self.pool.pop()).find(is_fresh) {
             Some(name) => name,
             None => self.pool.make(cancel)?,
         };
-        self.guests.lock().insert(guest.tag.clone(), (name.clone(), guest.clone()));
+        self.guests
+            .lock()
+            .insert(guest.tag.clone(), (name.clone(), guest.clone()));
         let mut undo = Undo::new();
         undo.push("remove the tap", || {
             // `release` finds a tap by its alias, so a tap without one must be removed by name.
             self.pool.remove(std::slice::from_ref(&name));
             self.release(&guest.tag)
         });
-        self.tools.ip_batch(&[format!("link set dev {name} alias {}", guest.tag)], cancel)?;
+        self.tools.ip_batch(
+            &[format!("link set dev {name} alias {}", guest.tag)],
+            cancel,
+        )?;
         tun::set_owner(&name, uid)?;
         self.tools.nft(&self.sets.add(&name, guest), cancel)?;
         // Drop the conntrack entries of the previous holder of this address.
         forget_flows(&|flow| flow.is_of(guest.lease.address));
-        self.tools.ip_batch(&self.joining(&name, &guest.lease), cancel)?;
+        self.tools
+            .ip_batch(&self.joining(&name, &guest.lease), cancel)?;
         undo.commit();
         Ok(Tap { name })
     }
@@ -194,12 +242,19 @@ impl Net {
     /// connection an ARP exchange, and keeps other guests from answering for this address.
     fn joining(&self, tap: &str, lease: &Lease) -> Vec<String> {
         let bridge = &self.config.bridge;
-        let isolated = if self.config.allow_between_vms { "off" } else { "on" };
+        let isolated = if self.config.allow_between_vms {
+            "off"
+        } else {
+            "on"
+        };
         vec![
             format!("link set dev {tap} master {bridge}"),
             format!("link set dev {tap} type bridge_slave isolated {isolated}"),
             format!("link set dev {tap} up"),
-            format!("neighbour replace {} lladdr {} dev {bridge} nud permanent", lease.address, lease.mac),
+            format!(
+                "neighbour replace {} lladdr {} dev {bridge} nud permanent",
+                lease.address, lease.mac
+            ),
         ]
     }
 
@@ -208,9 +263,12 @@ impl Net {
     pub fn release(&self, tag: &str) -> Result<()> {
         self.guests.lock().remove(tag);
         if !self.names.is_tag(tag) {
-            return Err(Error::internal(format!("release a tap: {tag:?} is not a VM's tag")));
+            return Err(Error::internal(format!(
+                "release a tap: {tag:?} is not a VM's tag"
+            )));
         }
-        self.remove_taps(&|l| l.alias() == tag).map_err(|e| e.context(format!("remove the tap of {tag}")))
+        self.remove_taps(&|l| l.alias() == tag)
+            .map_err(|e| e.context(format!("remove the tap of {tag}")))
     }
 
     /// Removes the taps that `which` selects, and the rules of taps that do not exist.
@@ -221,30 +279,54 @@ impl Net {
         // a rule whose tap is missing from the list of links, read after the rules, is stale. A
         // guest is in `guests`
         // before its rules are set, so `guests` is read last.
-        let nat = self.tools.nft_list(&self.sets.list_nat())?.map_or(Ok(vec![]), |json| sets::parse_nat(&json))?;
-        let elements = self.tools.nft_list(&self.sets.list_guests())?.map_or(Ok(vec![]), |json| sets::parse_guests(&json))?;
+        let nat = self
+            .tools
+            .nft_list(&self.sets.list_nat())?
+            .map_or(Ok(vec![]), |json| sets::parse_nat(&json))?;
+        let elements = self
+            .tools
+            .nft_list(&self.sets.list_guests())?
+            .map_or(Ok(vec![]), |json| sets::parse_guests(&json))?;
         let links = all_links(&self.tools, never)?;
         let (gone, left): (Vec<&Link>, Vec<&Link>) = links.iter().partition(|l| which(l));
-        let delete: Vec<_> = gone.iter().map(|l| format!("link delete dev {}", l.name)).collect();
-        if let Some(e) = Some(&delete).filter(|d| !d.is_empty()).and_then(|d| self.tools.ip_batch_all(d).err()) {
+        let delete: Vec<_> = gone
+            .iter()
+            .map(|l| format!("link delete dev {}", l.name))
+            .collect();
+        if let Some(e) = Some(&delete)
+            .filter(|d| !d.is_empty())
+            .and_then(|d| self.tools.ip_batch_all(d).err())
+        {
             // Fine if somebody else has removed them.
             let is_left = |l: &Link| gone.iter().any(|g| g.name == l.name);
             if all_links(&self.tools, never)?.iter().any(is_left) {
                 return Err(e);
             }
         }
-        let (live, stale): (Vec<Element>, Vec<Element>) =
-            elements.into_iter().partition(|e| left.iter().any(|l| l.name == e.tap));
-        let known: Vec<Ipv4Addr> = self.guests.lock().values().map(|(_, guest)| guest.lease.address).collect();
-        let is_used = |address: &Ipv4Addr| known.contains(address) || live.iter().any(|e| e.address == *address);
+        let (live, stale): (Vec<Element>, Vec<Element>) = elements
+            .into_iter()
+            .partition(|e| left.iter().any(|l| l.name == e.tap));
+        let known: Vec<Ipv4Addr> = self
+            .guests
+            .lock()
+            .values()
+            .map(|(_, guest)| guest.lease.address)
+            .collect();
+        let is_used = |address: &Ipv4Addr| {
+            known.contains(address) || live.iter().any(|e| e.address == *address)
+        };
         let nat: Vec<_> = nat.into_iter().filter(|a| !is_used(a)).collect();
         if !stale.is_empty() || !nat.is_empty() {
             self.tools.nft(&self.sets.remove(&stale, &nat), never)?;
         }
         // A neighbour entry that cannot be deleted is harmless: the next guest with this address
         // gets the same one.
-        let forget = bridge::neighbours(&self.config.bridge, &self.tools)?.into_iter().filter(|a| !is_used(a));
-        let forget: Vec<_> = forget.map(|a| format!("neighbour delete {a} dev {}", self.config.bridge)).collect();
+        let forget = bridge::neighbours(&self.config.bridge, &self.tools)?
+            .into_iter()
+            .filter(|a| !is_used(a));
+        let forget: Vec<_> = forget
+            .map(|a| format!("neighbour delete {a} dev {}", self.config.bridge))
+            .collect();
         if !forget.is_empty() {
             let _ = self.tools.ip_batch_all(&forget);
         }
@@ -254,7 +336,12 @@ impl Net {
     /// The tags of all VMs' taps on the host, without the spare taps.
     pub fn list(&self) -> Result<Vec<String>> {
         let links = all_links(&self.tools, self.tools.never())?;
-        let mut tags: Vec<_> = links.iter().map(Link::alias).filter(|a| self.names.is_tag(a)).map(str::to_owned).collect();
+        let mut tags: Vec<_> = links
+            .iter()
+            .map(Link::alias)
+            .filter(|a| self.names.is_tag(a))
+            .map(str::to_owned)
+            .collect();
         tags.sort();
         tags.dedup();
         Ok(tags)
@@ -267,7 +354,9 @@ impl Net {
         for guest in guests {
             match links.iter().find(|l| l.alias() == guest.tag) {
                 Some(link) => {
-                    self.guests.lock().insert(guest.tag.clone(), (link.name.clone(), guest.clone()));
+                    self.guests
+                        .lock()
+                        .insert(guest.tag.clone(), (link.name.clone(), guest.clone()));
                 }
                 None => log::warn!("network: the tap of {} is gone", guest.tag),
             }
@@ -302,14 +391,24 @@ impl Net {
         }
         self.tools.nft(&script, never)?;
         let links = all_links(&self.tools, never)?;
-        done.extend(bridge::ensure(&self.names, &self.config, &links, &self.tools, never)?);
+        done.extend(bridge::ensure(
+            &self.names,
+            &self.config,
+            &links,
+            &self.tools,
+            never,
+        )?);
         if bridge::ensure_forwarding()? {
             done.push("turned IPv4 forwarding on".to_owned());
         }
         done.extend(self.mend_forwards()?);
         for (tap, guest) in &guests {
             let is_off = |l: &Link| l.master.as_deref() != Some(&self.config.bridge) || !l.is_up();
-            let is_there = |links: &[Link]| links.iter().any(|l| l.name == *tap && l.alias() == guest.tag && is_off(l));
+            let is_there = |links: &[Link]| {
+                links
+                    .iter()
+                    .any(|l| l.name == *tap && l.alias() == guest.tag && is_off(l))
+            };
             if !is_there(&links) {
                 continue;
             }
@@ -329,7 +428,12 @@ impl Net {
     /// are dropped.
     ///
     /// Runs host commands, so no lock may be held.
-    pub fn set_rates(&self, tag: &str, rx_bytes_per_s: Option<u64>, tx_bytes_per_s: Option<u64>) -> Result<()> {
+    pub fn set_rates(
+        &self,
+        tag: &str,
+        rx_bytes_per_s: Option<u64>,
+        tx_bytes_per_s: Option<u64>,
+    ) -> Result<()> {
         let doing = || format!("limit the network of {tag}");
         let guest = {
             let mut guests = self.guests.lock();
@@ -338,8 +442,11 @@ impl Net {
                 (tap.clone(), guest.clone())
             })
         };
-        let (tap, guest) = guest.ok_or_else(|| Error::new(Kind::Host, format!("{}: its tap is gone", doing())))?;
-        self.tools.nft(&self.sets.rates(&tap, &guest), self.tools.never()).map_err(|e| e.context(doing()))
+        let (tap, guest) =
+            guest.ok_or_else(|| Error::new(Kind::Host, format!("{}: its tap is gone", doing())))?;
+        self.tools
+            .nft(&self.sets.rates(&tap, &guest), self.tools.never())
+            .map_err(|e| e.context(doing()))
     }
 
     /// The number of spare taps.
@@ -361,10 +468,14 @@ impl Net {
             owner: Some(owner),
         })?;
         if checks::has_resolved() {
-            for args in
-                [vec!["dns", bridge, &gateway.to_string()], vec!["domain", bridge, "~vm"], vec!["default-route", bridge, "no"]]
-            {
-                let command = Command::new("resolvectl").args(args).deadline(RESOLVED_DEADLINE);
+            for args in [
+                vec!["dns", bridge, &gateway.to_string()],
+                vec!["domain", bridge, "~vm"],
+                vec!["default-route", bridge, "no"],
+            ] {
+                let command = Command::new("resolvectl")
+                    .args(args)
+                    .deadline(RESOLVED_DEADLINE);
                 if let Err(e) = self.tools.run(&command, self.tools.never()) {
                     log::warn!("network: configure systemd-resolved for .vm: {e}");
                 }
@@ -384,10 +495,20 @@ impl Net {
         self.close();
         self.guests.lock().clear();
         self.forwards.lock().clear();
-        self.remove_taps(&|l| self.names.is_tag(l.alias()) || l.alias() == self.names.spare() || is_our_tap(&self.names, l))?;
+        self.remove_taps(&|l| {
+            self.names.is_tag(l.alias())
+                || l.alias() == self.names.spare()
+                || is_our_tap(&self.names, l)
+        })?;
         let links = all_links(&self.tools, self.tools.never())?;
-        let bridges: Vec<_> = links.iter().filter(|l| bridge::is_ours(&self.names, l)).collect();
-        let delete: Vec<_> = bridges.iter().map(|l| format!("link delete dev {}", l.name)).collect();
+        let bridges: Vec<_> = links
+            .iter()
+            .filter(|l| bridge::is_ours(&self.names, l))
+            .collect();
+        let delete: Vec<_> = bridges
+            .iter()
+            .map(|l| format!("link delete dev {}", l.name))
+            .collect();
         if !delete.is_empty() {
             self.tools.ip_batch(&delete, self.tools.never())?;
         }

@@ -17,9 +17,13 @@ impl Names {
     pub fn of(install: &str) -> Result<Self> {
         let is_hex = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
         if install.len() != INSTALL_LEN || !install.bytes().all(is_hex) {
-            return Err(Error::internal(format!("name the network's parts: {install:?} is not an installation's id")));
+            return Err(Error::internal(format!(
+                "name the network's parts: {install:?} is not an installation's id"
+            )));
         }
-        Ok(Self { install: install.to_owned() })
+        Ok(Self {
+            install: install.to_owned(),
+        })
     }
 
     /// The bridge's alias.
@@ -43,7 +47,10 @@ impl Names {
     /// True if an alias is the tag of a VM of this installation.
     pub fn is_tag(&self, alias: &str) -> bool {
         let is_plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
-        let rest = alias.strip_prefix("fc-").and_then(|a| a.strip_prefix(&self.install)).and_then(|a| a.strip_prefix('-'));
+        let rest = alias
+            .strip_prefix("fc-")
+            .and_then(|a| a.strip_prefix(&self.install))
+            .and_then(|a| a.strip_prefix('-'));
         rest.is_some_and(|rest| !rest.is_empty() && rest != "tap" && rest.bytes().all(is_plain))
     }
 
@@ -75,22 +82,38 @@ mod tests {
     #[test]
     fn names_contain_installation_id() {
         let names = Names::of("1a2b3c4d").unwrap();
-        assert_eq!((names.bridge().as_str(), names.spare().as_str()), ("fc-1a2b3c4d", "fc-1a2b3c4d-tap"));
+        assert_eq!(
+            (names.bridge().as_str(), names.spare().as_str()),
+            ("fc-1a2b3c4d", "fc-1a2b3c4d-tap")
+        );
         assert_eq!(names.bridge_mac().to_string(), "06:fc:1a:2b:3c:4d");
         assert_eq!(names.tap(9999).len(), INTERFACE_NAME_LEN_MAX);
         assert_eq!(names.tap_number(&names.tap(17)), Some(17));
         assert_eq!(names.tap_number("fc1a2b3c4e-17"), None);
         assert!(names.is_tag("fc-1a2b3c4d-0123456789ab-1"));
-        for other in
-            ["fc-1a2b3c4d", "fc-1a2b3c4d-", "fc-1a2b3c4d-tap", "fc-1a2b3c4e-x-1", "", "fc-1a2b3c4d-a b", "fc-1a2b3c4d-a\n"]
-        {
+        for other in [
+            "fc-1a2b3c4d",
+            "fc-1a2b3c4d-",
+            "fc-1a2b3c4d-tap",
+            "fc-1a2b3c4e-x-1",
+            "",
+            "fc-1a2b3c4d-a b",
+            "fc-1a2b3c4d-a\n",
+        ] {
             assert!(!names.is_tag(other), "{other}");
         }
     }
 
     #[test]
     fn installation_id_malformed_is_rejected() {
-        for bad in ["", "1a2b3c4", "1a2b3c4d5", "1A2B3C4D", "../../..", "1a2b3c4\""] {
+        for bad in [
+            "",
+            "1a2b3c4",
+            "1a2b3c4d5",
+            "1A2B3C4D",
+            "../../..",
+            "1a2b3c4\"",
+        ] {
             assert!(Names::of(bad).is_err(), "{bad}");
         }
     }

@@ -48,10 +48,22 @@ impl Rules {
         script
     }
 
-    fn chain(&self, script: &mut String, family: &str, name: &str, hook: Option<&str>, rules: &[String]) {
+    fn chain(
+        &self,
+        script: &mut String,
+        family: &str,
+        name: &str,
+        hook: Option<&str>,
+        rules: &[String],
+    ) {
         let table = &self.table;
-        let hook = hook.map(|h| format!(" {{ type {h}; policy accept; }}")).unwrap_or_default();
-        let _ = writeln!(script, "add chain {family} {table} {name}{hook}\nflush chain {family} {table} {name}");
+        let hook = hook
+            .map(|h| format!(" {{ type {h}; policy accept; }}"))
+            .unwrap_or_default();
+        let _ = writeln!(
+            script,
+            "add chain {family} {table} {name}{hook}\nflush chain {family} {table} {name}"
+        );
         for rule in rules {
             let _ = writeln!(script, "add rule {family} {table} {name} {rule}");
         }
@@ -60,12 +72,18 @@ impl Rules {
     fn bridge_table(&self, script: &mut String) {
         let (table, taps) = (&self.table, &self.tap_prefix);
         let _ = writeln!(script, "add table bridge {table}");
-        let _ = writeln!(script, "add set bridge {table} {GUESTS} {{ type ifname . ether_addr . ipv4_addr; }}");
+        let _ = writeln!(
+            script,
+            "add set bridge {table} {GUESTS} {{ type ifname . ether_addr . ipv4_addr; }}"
+        );
         let _ = writeln!(script, "add set bridge {table} {OPEN} {{ type ifname; }}");
         for set in [RECEIVING, SENDING] {
             // nft requires a default limit for the set. It is never used, because every element has
             // its own.
-            let _ = writeln!(script, "add set bridge {table} {set} {{ type ifname; limit rate over 1 bytes/second; }}");
+            let _ = writeln!(
+                script,
+                "add set bridge {table} {set} {{ type ifname; limit rate over 1 bytes/second; }}"
+            );
         }
         let from_tap = [
             format!("iifname @{SENDING} drop"),
@@ -82,15 +100,36 @@ impl Rules {
         let between = format!("iifname \"{taps}*\" oifname \"{taps}*\"");
         let mut forward = vec![format!("{between} drop")];
         if self.allow_between_vms {
-            forward.insert(0, format!("{between} iifname @{OPEN} oifname @{OPEN} accept"));
+            forward.insert(
+                0,
+                format!("{between} iifname @{OPEN} oifname @{OPEN} accept"),
+            );
         }
-        self.chain(script, "bridge", "between", Some("filter hook forward priority -200"), &forward);
+        self.chain(
+            script,
+            "bridge",
+            "between",
+            Some("filter hook forward priority -200"),
+            &forward,
+        );
         // This runs before any other table sees the frame. A spare tap is in no set, so nothing
         // passes it.
         let hook = "filter hook prerouting priority -400";
-        self.chain(script, "bridge", "ports", Some(hook), &[format!("iifname \"{taps}*\" jump from_tap")]);
+        self.chain(
+            script,
+            "bridge",
+            "ports",
+            Some(hook),
+            &[format!("iifname \"{taps}*\" jump from_tap")],
+        );
         let hook = "filter hook postrouting priority 0";
-        self.chain(script, "bridge", "to_tap", Some(hook), &[format!("oifname @{RECEIVING} drop")]);
+        self.chain(
+            script,
+            "bridge",
+            "to_tap",
+            Some(hook),
+            &[format!("oifname @{RECEIVING} drop")],
+        );
     }
 
     fn inet_table(&self, script: &mut String) {
@@ -98,11 +137,18 @@ impl Rules {
         let gateway = subnet.gateway();
         let _ = writeln!(script, "add table inet {table}");
         let _ = writeln!(script, "add set inet {table} {NAT} {{ type ipv4_addr; }}");
-        let _ =
-            writeln!(script, "add set inet {table} asking {{ type ipv4_addr; flags dynamic,timeout; timeout 60s; size 65536; }}");
+        let _ = writeln!(
+            script,
+            "add set inet {table} asking {{ type ipv4_addr; flags dynamic,timeout; timeout 60s; size 65536; }}"
+        );
         let text = |rules: &[&str]| rules.iter().map(|r| (*r).to_owned()).collect::<Vec<_>>();
-        let mut of_host = vec![format!("meta l4proto {{ tcp, udp }} th dport 53 ip daddr {gateway} accept")];
-        of_host.extend([format!("icmp type echo-request ip daddr {gateway} accept"), "drop".to_owned()]);
+        let mut of_host = vec![format!(
+            "meta l4proto {{ tcp, udp }} th dport 53 ip daddr {gateway} accept"
+        )];
+        of_host.extend([
+            format!("icmp type echo-request ip daddr {gateway} accept"),
+            "drop".to_owned(),
+        ]);
         self.chain(script, "inet", "of_host", None, &of_host);
         let from_guest = [
             "meta nfproto ipv6 drop",
@@ -119,16 +165,34 @@ impl Rules {
         // This runs after connection tracking but before any address translation, so that the
         // rules see the destination that the guest chose and not what another table made of it.
         let hook = "filter hook prerouting priority -150";
-        self.chain(script, "inet", "arriving", Some(hook), &[format!("iifname \"{bridge}\" jump from_guest")]);
+        self.chain(
+            script,
+            "inet",
+            "arriving",
+            Some(hook),
+            &[format!("iifname \"{bridge}\" jump from_guest")],
+        );
         let to_host = [
             // Only guests and this host may use the name server.
-            format!("iifname != {{ \"lo\", \"{bridge}\" }} ip daddr {gateway} meta l4proto {{ tcp, udp }} th dport 53 drop"),
+            format!(
+                "iifname != {{ \"lo\", \"{bridge}\" }} ip daddr {gateway} meta l4proto {{ tcp, udp }} th dport 53 drop"
+            ),
             format!("iifname != \"{bridge}\" accept"),
             "ct state established,related ct direction reply accept".to_owned(),
             "jump of_host".to_owned(),
         ];
-        self.chain(script, "inet", "to_host", Some("filter hook input priority 0"), &to_host);
-        let between = if self.allow_between_vms { "ip saddr @nat ip daddr @nat accept" } else { "drop" };
+        self.chain(
+            script,
+            "inet",
+            "to_host",
+            Some("filter hook input priority 0"),
+            &to_host,
+        );
+        let between = if self.allow_between_vms {
+            "ip saddr @nat ip daddr @nat accept"
+        } else {
+            "drop"
+        };
         let forward = [
             format!("iifname \"{bridge}\" oifname \"{bridge}\" {between}"),
             format!("iifname \"{bridge}\" oifname \"{bridge}\" drop"),
@@ -139,7 +203,13 @@ impl Rules {
             format!("oifname \"{bridge}\" ip daddr @{NAT} ct status dnat accept"),
             format!("oifname \"{bridge}\" drop"),
         ];
-        self.chain(script, "inet", "forward", Some("filter hook forward priority 0"), &forward);
+        self.chain(
+            script,
+            "inet",
+            "forward",
+            Some("filter hook forward priority 0"),
+            &forward,
+        );
         self.published(script);
         let leaving = [
             format!("oifname != \"{bridge}\" ip saddr @{NAT} masquerade"),
@@ -147,7 +217,13 @@ impl Rules {
             // 127.0.0.1.
             format!("oifname \"{bridge}\" ip saddr 127.0.0.0/8 ct status dnat masquerade"),
         ];
-        self.chain(script, "inet", "leaving", Some("nat hook postrouting priority 100"), &leaving);
+        self.chain(
+            script,
+            "inet",
+            "leaving",
+            Some("nat hook postrouting priority 100"),
+            &leaving,
+        );
     }
 
     /// The maps and rules of published ports, for packets that arrive and for those that the host
@@ -155,8 +231,14 @@ impl Rules {
     fn published(&self, script: &mut String) {
         let table = &self.table;
         let (key, target) = ("inet_proto . inet_service", "ipv4_addr . inet_service");
-        let _ = writeln!(script, "add map inet {table} {PUBLISHED} {{ type ipv4_addr . {key} : {target}; }}");
-        let _ = writeln!(script, "add map inet {table} {PUBLISHED_ANY} {{ type {key} : {target}; }}");
+        let _ = writeln!(
+            script,
+            "add map inet {table} {PUBLISHED} {{ type ipv4_addr . {key} : {target}; }}"
+        );
+        let _ = writeln!(
+            script,
+            "add map inet {table} {PUBLISHED_ANY} {{ type {key} : {target}; }}"
+        );
         let rules = [
             format!("dnat ip to ip daddr . meta l4proto . th dport map @{PUBLISHED}"),
             format!("fib daddr type local dnat ip to meta l4proto . th dport map @{PUBLISHED_ANY}"),
@@ -166,14 +248,27 @@ impl Rules {
         // their destination is still a loopback address, so they must not be translated here.
         let not_from_outside = ["iifname != \"lo\" ip daddr 127.0.0.0/8 return".to_owned()];
         let arriving = [&not_from_outside[..], &rules].concat();
-        self.chain(script, "inet", "published_in", Some("nat hook prerouting priority -100"), &arriving);
-        self.chain(script, "inet", "published_own", Some("nat hook output priority -100"), &rules);
+        self.chain(
+            script,
+            "inet",
+            "published_in",
+            Some("nat hook prerouting priority -100"),
+            &arriving,
+        );
+        self.chain(
+            script,
+            "inet",
+            "published_own",
+            Some("nat hook output priority -100"),
+            &rules,
+        );
     }
 
     /// Removes both tables. Missing tables are not an error.
     pub fn remove_all(&self) -> String {
         let table = &self.table;
-        let of = |family: &str| format!("add table {family} {table}\ndelete table {family} {table}\n");
+        let of =
+            |family: &str| format!("add table {family} {table}\ndelete table {family} {table}\n");
         of("bridge") + &of("inet")
     }
 }
@@ -186,13 +281,22 @@ mod tests {
     use expect_test::expect;
 
     fn rules(allow_between_vms: bool) -> Rules {
-        let config = Config { allow_between_vms, ..Config::default() };
+        let config = Config {
+            allow_between_vms,
+            ..Config::default()
+        };
         Rules::new(&Names::of("1a2b3c4d").unwrap(), &config)
     }
 
     fn guest(access: Access) -> Guest {
         let lease = Lease::of(Config::default().subnet, 3).unwrap();
-        Guest { tag: "fc-1a2b3c4d-0123456789ab-1".into(), lease, access, rx_bytes_per_s: None, tx_bytes_per_s: None }
+        Guest {
+            tag: "fc-1a2b3c4d-0123456789ab-1".into(),
+            lease,
+            access,
+            rx_bytes_per_s: None,
+            tx_bytes_per_s: None,
+        }
     }
 
     #[test]
@@ -275,12 +379,18 @@ mod tests {
     #[test]
     fn no_table_but_ours_is_named() {
         let sets = Sets::new(&Names::of("1a2b3c4d").unwrap());
-        for script in [rules(true).apply(), rules(true).remove_all(), sets.add("fc1a2b3c4d-7", &guest(Access::Nat))] {
+        for script in [
+            rules(true).apply(),
+            rules(true).remove_all(),
+            sets.add("fc1a2b3c4d-7", &guest(Access::Nat)),
+        ] {
             for line in script.lines() {
                 let words: Vec<_> = line.split(' ').collect();
                 assert_eq!(words[3], "fcd_1a2b3c4d", "{line}");
                 assert!(
-                    !line.contains("flush table") && !line.contains("flush ruleset") && words[0] != "flush"
+                    !line.contains("flush table")
+                        && !line.contains("flush ruleset")
+                        && words[0] != "flush"
                         || words[1] == "chain"
                 );
             }
@@ -289,7 +399,15 @@ mod tests {
 
     #[test]
     fn between_vms() {
-        assert!(rules(false).apply().contains("iifname \"fcbr0\" oifname \"fcbr0\" drop"));
-        assert!(rules(true).apply().contains("iifname \"fcbr0\" oifname \"fcbr0\" ip saddr @nat ip daddr @nat accept"));
+        assert!(
+            rules(false)
+                .apply()
+                .contains("iifname \"fcbr0\" oifname \"fcbr0\" drop")
+        );
+        assert!(
+            rules(true)
+                .apply()
+                .contains("iifname \"fcbr0\" oifname \"fcbr0\" ip saddr @nat ip daddr @nat accept")
+        );
     }
 }

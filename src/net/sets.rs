@@ -48,7 +48,11 @@ pub struct Published {
 
 impl Element {
     pub fn of(tap: &str, guest: &Guest) -> Self {
-        Self { tap: tap.to_owned(), mac: guest.lease.mac.to_string(), address: guest.lease.address }
+        Self {
+            tap: tap.to_owned(),
+            mac: guest.lease.mac.to_string(),
+            address: guest.lease.address,
+        }
     }
 }
 
@@ -60,7 +64,9 @@ pub struct Sets {
 
 impl Sets {
     pub fn new(names: &Names) -> Self {
-        Self { table: names.table() }
+        Self {
+            table: names.table(),
+        }
     }
 
     /// Adds a guest's elements. Adding them twice is not an error.
@@ -101,7 +107,9 @@ impl Sets {
             script += &self.element("delete", element);
             script += &self.open("add", &element.tap);
             script += &self.open("delete", &element.tap);
-            script += &[RECEIVING, SENDING].map(|set| self.no_rate(set, &element.tap)).concat();
+            script += &[RECEIVING, SENDING]
+                .map(|set| self.no_rate(set, &element.tap))
+                .concat();
         }
         for address in nat {
             script += &self.nat("add", *address);
@@ -111,11 +119,17 @@ impl Sets {
     }
 
     fn element(&self, verb: &str, e: &Element) -> String {
-        format!("{verb} element bridge {} {GUESTS} {{ \"{}\" . {} . {} }}\n", self.table, e.tap, e.mac, e.address)
+        format!(
+            "{verb} element bridge {} {GUESTS} {{ \"{}\" . {} . {} }}\n",
+            self.table, e.tap, e.mac, e.address
+        )
     }
 
     fn open(&self, verb: &str, tap: &str) -> String {
-        format!("{verb} element bridge {} {OPEN} {{ \"{tap}\" }}\n", self.table)
+        format!(
+            "{verb} element bridge {} {OPEN} {{ \"{tap}\" }}\n",
+            self.table
+        )
     }
 
     fn nat(&self, verb: &str, address: Ipv4Addr) -> String {
@@ -126,7 +140,10 @@ impl Sets {
     pub fn publish(&self, p: &Published) -> String {
         let (map, key) = Self::key(&p.port);
         let Port { guest_port, .. } = p.port;
-        format!("add element inet {} {map} {{ {key} comment \"{}\" : {} . {guest_port} }}\n", self.table, p.tag, p.address)
+        format!(
+            "add element inet {} {map} {{ {key} comment \"{}\" : {} . {guest_port} }}\n",
+            self.table, p.tag, p.address
+        )
     }
 
     /// Fails if the port is not published.
@@ -137,7 +154,11 @@ impl Sets {
 
     fn key(port: &Port) -> (&'static str, String) {
         let rest = format!("{} . {}", port.protocol.name(), port.host_port);
-        if port.host_addr.is_unspecified() { (PUBLISHED_ANY, rest) } else { (PUBLISHED, format!("{} . {rest}", port.host_addr)) }
+        if port.host_addr.is_unspecified() {
+            (PUBLISHED_ANY, rest)
+        } else {
+            (PUBLISHED, format!("{} . {rest}", port.host_addr))
+        }
     }
 
     pub fn list_published(&self) -> [[&str; 5]; 2] {
@@ -157,42 +178,83 @@ impl Sets {
 pub fn parse_guests(json: &[u8]) -> Result<Vec<Element>> {
     let element = |value: &Value| {
         let parts = value.get("concat")?.as_array()?;
-        let [tap, mac, address] = parts.as_slice() else { return None };
-        Some(Element { tap: tap.as_str()?.into(), mac: mac.as_str()?.into(), address: address.as_str()?.parse().ok()? })
+        let [tap, mac, address] = parts.as_slice() else {
+            return None;
+        };
+        Some(Element {
+            tap: tap.as_str()?.into(),
+            mac: mac.as_str()?.into(),
+            address: address.as_str()?.parse().ok()?,
+        })
     };
     Ok(elements(json)?.iter().filter_map(element).collect())
 }
 
 /// The elements in the answer to [`Sets::list_nat`].
 pub fn parse_nat(json: &[u8]) -> Result<Vec<Ipv4Addr>> {
-    Ok(elements(json)?.iter().filter_map(|v| v.as_str()?.parse().ok()).collect())
+    Ok(elements(json)?
+        .iter()
+        .filter_map(|v| v.as_str()?.parse().ok())
+        .collect())
 }
 
 /// The elements in one of the answers to [`Sets::list_published`].
 pub fn parse_published(json: &[u8]) -> Result<Vec<Published>> {
     let element = |pair: &Value| {
-        let [key, target] = pair.as_array()?.as_slice() else { return None };
-        let tag = key.pointer("/elem/comment").and_then(Value::as_str).unwrap_or_default().to_owned();
-        let key = key.pointer("/elem/val").unwrap_or(key).get("concat")?.as_array()?;
+        let [key, target] = pair.as_array()?.as_slice() else {
+            return None;
+        };
+        let tag = key
+            .pointer("/elem/comment")
+            .and_then(Value::as_str)
+            .unwrap_or_default()
+            .to_owned();
+        let key = key
+            .pointer("/elem/val")
+            .unwrap_or(key)
+            .get("concat")?
+            .as_array()?;
         let (host_addr, rest) = match key.as_slice() {
             [address, rest @ ..] if rest.len() == 2 => (address.as_str()?.parse().ok()?, rest),
             rest => (Ipv4Addr::UNSPECIFIED, rest),
         };
-        let [protocol, host_port] = rest else { return None };
-        let [address, guest_port] = target.get("concat")?.as_array()?.as_slice() else { return None };
+        let [protocol, host_port] = rest else {
+            return None;
+        };
+        let [address, guest_port] = target.get("concat")?.as_array()?.as_slice() else {
+            return None;
+        };
         let number = |v: &Value| v.as_u64().and_then(|n| u16::try_from(n).ok());
-        let protocol = [Protocol::Tcp, Protocol::Udp].into_iter().find(|p| protocol.as_str() == Some(p.name()))?;
-        let port = Port { host_addr, host_port: number(host_port)?, guest_port: number(guest_port)?, protocol };
-        Some(Published { tag, address: address.as_str()?.parse().ok()?, port })
+        let protocol = [Protocol::Tcp, Protocol::Udp]
+            .into_iter()
+            .find(|p| protocol.as_str() == Some(p.name()))?;
+        let port = Port {
+            host_addr,
+            host_port: number(host_port)?,
+            guest_port: number(guest_port)?,
+            protocol,
+        };
+        Some(Published {
+            tag,
+            address: address.as_str()?.parse().ok()?,
+            port,
+        })
     };
     Ok(elements(json)?.iter().filter_map(element).collect())
 }
 
 fn elements(json: &[u8]) -> Result<Vec<Value>> {
-    let bad = |e: serde_json::Error| Error::new(Kind::Host, "read a set of nftables").with_source(e);
+    let bad =
+        |e: serde_json::Error| Error::new(Kind::Host, "read a set of nftables").with_source(e);
     let value: Value = serde_json::from_slice(json).map_err(bad)?;
-    let all = value.get("nftables").and_then(Value::as_array).into_iter().flatten();
-    let set = all.filter_map(|v| v.get("set").or_else(|| v.get("map"))).find_map(|set| set.get("elem"));
+    let all = value
+        .get("nftables")
+        .and_then(Value::as_array)
+        .into_iter()
+        .flatten();
+    let set = all
+        .filter_map(|v| v.get("set").or_else(|| v.get("map")))
+        .find_map(|set| set.get("elem"));
     Ok(set.and_then(Value::as_array).cloned().unwrap_or_default())
 }
 
@@ -209,7 +271,13 @@ mod tests {
 
     fn guest(access: Access) -> Guest {
         let lease = Lease::of(Config::default().subnet, 3).unwrap();
-        Guest { tag: "fc-1a2b3c4d-0123456789ab-1".into(), lease, access, rx_bytes_per_s: None, tx_bytes_per_s: None }
+        Guest {
+            tag: "fc-1a2b3c4d-0123456789ab-1".into(),
+            lease,
+            access,
+            rx_bytes_per_s: None,
+            tx_bytes_per_s: None,
+        }
     }
 
     #[test]
@@ -226,8 +294,17 @@ mod tests {
         "#]]
         .assert_eq(&nat);
         let none = sets().add("fc1a2b3c4d-7", &guest(Access::None));
-        assert!(none.starts_with(nat.lines().next().unwrap()) && !none.contains(" open ") && !none.contains(" inet "), "{none}");
-        let limited = Guest { tx_bytes_per_s: Some(50 << 20), rx_bytes_per_s: Some(65_536), ..guest(Access::None) };
+        assert!(
+            none.starts_with(nat.lines().next().unwrap())
+                && !none.contains(" open ")
+                && !none.contains(" inet "),
+            "{none}"
+        );
+        let limited = Guest {
+            tx_bytes_per_s: Some(50 << 20),
+            rx_bytes_per_s: Some(65_536),
+            ..guest(Access::None)
+        };
         expect![[r#"
             add element bridge fcd_1a2b3c4d receiving { "fc1a2b3c4d-7" }
             delete element bridge fcd_1a2b3c4d receiving { "fc1a2b3c4d-7" }
@@ -256,8 +333,11 @@ mod tests {
             address: [10, 89, 0, 5].into(),
             port: port([127, 0, 0, 1], 8080, 80, Protocol::Tcp),
         };
-        let second =
-            Published { tag: String::new(), address: [10, 89, 0, 6].into(), port: port([0, 0, 0, 0], 53, 5353, Protocol::Udp) };
+        let second = Published {
+            tag: String::new(),
+            address: [10, 89, 0, 6].into(),
+            port: port([0, 0, 0, 0], 53, 5353, Protocol::Udp),
+        };
         assert_eq!(parse_published(json).unwrap(), [first.clone(), second]);
         let sets = sets();
         expect![[r#"
@@ -273,11 +353,20 @@ mod tests {
             br#"{"nftables": [{"metainfo": {"version": "1.0.6"}}, {"set": {"family": "bridge", "name": "guests", "table": "t",
             "type": ["ifname", "ether_addr", "ipv4_addr"], "handle": 1,
             "elem": [{"concat": ["fc1a2b3c4d-1", "02:fc:0a:59:00:05", "10.89.0.5"]}, {"concat": ["x"]}, 7]}}]}"#;
-        let element =
-            Element { tap: "fc1a2b3c4d-1".into(), mac: "02:fc:0a:59:00:05".into(), address: Ipv4Addr::new(10, 89, 0, 5) };
+        let element = Element {
+            tap: "fc1a2b3c4d-1".into(),
+            mac: "02:fc:0a:59:00:05".into(),
+            address: Ipv4Addr::new(10, 89, 0, 5),
+        };
         assert_eq!(parse_guests(json).unwrap(), [element]);
-        assert_eq!(parse_guests(br#"{"nftables": [{"set": {"name": "guests"}}]}"#).unwrap(), []);
-        assert_eq!(parse_nat(br#"{"nftables": [{"set": {"elem": ["10.89.0.5"]}}]}"#).unwrap(), [Ipv4Addr::new(10, 89, 0, 5)]);
+        assert_eq!(
+            parse_guests(br#"{"nftables": [{"set": {"name": "guests"}}]}"#).unwrap(),
+            []
+        );
+        assert_eq!(
+            parse_nat(br#"{"nftables": [{"set": {"elem": ["10.89.0.5"]}}]}"#).unwrap(),
+            [Ipv4Addr::new(10, 89, 0, 5)]
+        );
         assert!(parse_nat(b"").is_err());
     }
 }

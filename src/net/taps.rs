@@ -38,8 +38,20 @@ impl Pool {
     /// `last` is the highest number of the taps on the host.
     pub fn new(names: Names, tools: Tools, target: usize, last: u32) -> Result<Arc<Self>> {
         let closing = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
-        let state = Mutex::new(Rank::Taps, State { last, ..State::default() });
-        Ok(Arc::new(Self { names, tools, target, closing, state }))
+        let state = Mutex::new(
+            Rank::Taps,
+            State {
+                last,
+                ..State::default()
+            },
+        );
+        Ok(Arc::new(Self {
+            names,
+            tools,
+            target,
+            closing,
+            state,
+        }))
     }
 
     /// Takes a tap that is ready.
@@ -60,16 +72,24 @@ impl Pool {
             if !tun::create(&name)? {
                 continue;
             }
-            let tagged =
-                self.tools.ip_batch(&[format!("link set dev {name} alias {} addrgenmode none", self.names.spare())], cancel);
+            let tagged = self.tools.ip_batch(
+                &[format!(
+                    "link set dev {name} alias {} addrgenmode none",
+                    self.names.spare()
+                )],
+                cancel,
+            );
             if let Err(e) = tagged {
                 self.remove(&[name]);
                 return Err(e.context("tag a tap"));
             }
             return Ok(name);
         }
-        Err(Error::new(Kind::Exhausted, format!("create a tap: all {NUMBER_MAX} names are in use"))
-            .hint("run fcctl doctor --leaks"))
+        Err(Error::new(
+            Kind::Exhausted,
+            format!("create a tap: all {NUMBER_MAX} names are in use"),
+        )
+        .hint("run fcctl doctor --leaks"))
     }
 
     fn next_number(&self) -> u32 {
@@ -144,7 +164,10 @@ impl Pool {
         if names.is_empty() {
             return;
         }
-        let lines: Vec<_> = names.iter().map(|name| format!("link delete dev {name}")).collect();
+        let lines: Vec<_> = names
+            .iter()
+            .map(|name| format!("link delete dev {name}"))
+            .collect();
         if let Err(e) = self.tools.ip_batch_all(&lines) {
             log::warn!("remove taps: {e}");
         }
@@ -155,7 +178,10 @@ impl Pool {
         let (makers, ready) = {
             let mut state = self.state.lock();
             state.is_closed = true;
-            (std::mem::take(&mut state.makers), std::mem::take(&mut state.ready))
+            (
+                std::mem::take(&mut state.makers),
+                std::mem::take(&mut state.ready),
+            )
         };
         self.closing.cancel(CancelCause::Finished);
         for maker in makers {

@@ -38,19 +38,28 @@ impl Tools {
 
     /// Runs `ip -batch` with these lines. Stops at the first that fails.
     pub fn ip_batch(&self, lines: &[String], cancel: &Cancel) -> Result<()> {
-        let command = Command::new("ip").args(["-batch", "-"]).stdin(text(lines)).deadline(DEADLINE);
+        let command = Command::new("ip")
+            .args(["-batch", "-"])
+            .stdin(text(lines))
+            .deadline(DEADLINE);
         self.run(&command, cancel).map(drop)
     }
 
     /// Runs `ip -batch` with all of these lines, and fails at the end if one of them failed.
     pub fn ip_batch_all(&self, lines: &[String]) -> Result<()> {
-        let command = Command::new("ip").args(["-force", "-batch", "-"]).stdin(text(lines)).deadline(DEADLINE);
+        let command = Command::new("ip")
+            .args(["-force", "-batch", "-"])
+            .stdin(text(lines))
+            .deadline(DEADLINE);
         self.run(&command, &self.never).map(drop)
     }
 
     /// Runs a script as one transaction, which is applied as a whole or not at all.
     pub fn nft(&self, script: &str, cancel: &Cancel) -> Result<()> {
-        let command = Command::new("nft").args(["-f", "-"]).stdin(script).deadline(DEADLINE);
+        let command = Command::new("nft")
+            .args(["-f", "-"])
+            .stdin(script)
+            .deadline(DEADLINE);
         self.run(&command, cancel).map(drop)
     }
 
@@ -73,11 +82,17 @@ fn text(lines: &[String]) -> String {
 }
 
 pub fn ip_json(args: &[&str]) -> Command {
-    Command::new("ip").arg("-json").args(args).deadline(DEADLINE)
+    Command::new("ip")
+        .arg("-json")
+        .args(args)
+        .deadline(DEADLINE)
 }
 
 pub fn nft_json(args: &[&str]) -> Command {
-    Command::new("nft").arg("--json").args(args).deadline(DEADLINE)
+    Command::new("nft")
+        .arg("--json")
+        .args(args)
+        .deadline(DEADLINE)
 }
 
 pub fn run(commands: &dyn Commands, command: &Command, cancel: &Cancel) -> Result<Vec<u8>> {

@@ -37,7 +37,11 @@ pub fn set_owner(name: &str, uid: u32) -> Result<()> {
 #[cfg(test)]
 pub fn connect(name: &str) -> std::io::Result<File> {
     use std::os::unix::fs::OpenOptionsExt;
-    let tun = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(DEVICE)?;
+    let tun = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(DEVICE)?;
     attach(&tun, name, 0)?;
     Ok(tun)
 }
@@ -51,12 +55,15 @@ fn open_error(e: std::io::Error) -> Error {
         std::io::ErrorKind::NotFound => "modprobe tun",
         _ => "run fcd as root, or set driver = \"user\" under [network]",
     };
-    Error::new(Kind::Host, format!("open {DEVICE}")).with_source(e).hint(hint)
+    Error::new(Kind::Host, format!("open {DEVICE}"))
+        .with_source(e)
+        .hint(hint)
 }
 
 #[allow(unsafe_code)]
 fn attach(tun: &File, name: &str, more_flags: libc::c_int) -> std::io::Result<()> {
-    if name.is_empty() || name.len() >= libc::IFNAMSIZ || name.bytes().any(|b| b == 0 || b == b'%') {
+    if name.is_empty() || name.len() >= libc::IFNAMSIZ || name.bytes().any(|b| b == 0 || b == b'%')
+    {
         return Err(std::io::Error::from_raw_os_error(libc::EINVAL));
     }
     // SAFETY: zeroed plain data.
@@ -69,12 +76,20 @@ fn attach(tun: &File, name: &str, more_flags: libc::c_int) -> std::io::Result<()
     request.ifr_ifru.ifru_flags = u16::try_from(flags).unwrap_or_default().cast_signed();
     // SAFETY: TUNSETIFF reads and writes one ifreq, which lives across the call.
     let status = unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
-    if status < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+    if status < 0 {
+        Err(std::io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
 
 #[allow(unsafe_code)]
 fn set(tun: &File, request: libc::Ioctl, value: libc::c_ulong) -> std::io::Result<()> {
     // SAFETY: TUNSETOWNER and TUNSETPERSIST take a number, not a pointer.
     let status = unsafe { libc::ioctl(tun.as_raw_fd(), request, value) };
-    if status < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+    if status < 0 {
+        Err(std::io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }

@@ -28,7 +28,10 @@ impl Reporter {
         self.update(|p| {
             let is_new = p.stage != stage || p.done.is_some();
             if is_new {
-                *p = Progress { stage: stage.to_owned(), ..Progress::default() };
+                *p = Progress {
+                    stage: stage.to_owned(),
+                    ..Progress::default()
+                };
             }
             is_new
         });
@@ -51,7 +54,9 @@ impl Reporter {
 
     fn update(&self, change: impl FnOnce(&mut Progress) -> bool) {
         let mut state = self.ops.shared.state.lock();
-        let Some(entry) = state.entries.get_mut(&self.id) else { return };
+        let Some(entry) = state.entries.get_mut(&self.id) else {
+            return;
+        };
         if !entry.op.state.has_ended() && change(&mut entry.op.progress) {
             entry.changed();
         }
@@ -60,7 +65,11 @@ impl Reporter {
 
 impl OpHandle {
     pub(super) fn new(ops: Ops, id: OpId, cancel: Cancel) -> Self {
-        Self { reporter: Reporter { ops, id }, cancel, is_finished: false }
+        Self {
+            reporter: Reporter { ops, id },
+            cancel,
+            is_finished: false,
+        }
     }
 
     pub fn id(&self) -> &OpId {
@@ -74,7 +83,10 @@ impl OpHandle {
     }
     /// The operation's current state.
     pub fn op(&self) -> Op {
-        self.reporter.ops.get(self.id()).expect("an operation under way is never pruned")
+        self.reporter
+            .ops
+            .get(self.id())
+            .expect("an operation under way is never pruned")
     }
 
     /// See [`Reporter::progress`].
@@ -89,7 +101,8 @@ impl OpHandle {
     /// Ends the operation as `ok`, as `cancelled` if the error has that kind, or as `failed`. Wakes
     /// all threads that wait for it.
     pub fn finish(mut self, result: Result<serde_json::Value>) -> EndedOp {
-        self.end(result).expect("an operation under way is never pruned")
+        self.end(result)
+            .expect("an operation under way is never pruned")
     }
 
     /// Removes an operation that was refused before it did anything, so that refused calls do not
@@ -107,7 +120,10 @@ impl OpHandle {
     fn end(&mut self, result: Result<serde_json::Value>) -> Option<EndedOp> {
         self.is_finished = true;
         let shared = &self.reporter.ops.shared;
-        shared.state.lock().end(&self.reporter.id, result, shared.retention)
+        shared
+            .state
+            .lock()
+            .end(&self.reporter.id, result, shared.retention)
     }
 }
 
@@ -116,7 +132,11 @@ impl Drop for OpHandle {
         if self.is_finished {
             return;
         }
-        let why = if std::thread::panicking() { "the operation panicked" } else { "the operation ended without a result" };
+        let why = if std::thread::panicking() {
+            "the operation panicked"
+        } else {
+            "the operation ended without a result"
+        };
         if let Some(ended) = self.end(Err(Error::internal(why).hint("see the daemon's log"))) {
             (self.reporter.ops.shared.on_dropped)(ended);
         }

@@ -90,7 +90,15 @@ pub struct EndedOp {
 
 impl Entry {
     fn new(op: Op, cancel: Option<Cancel>, number: u64) -> Self {
-        Self { op, cancel, number, changes: 0, ended: Arc::default(), waiting: 0, watchers: Vec::new() }
+        Self {
+            op,
+            cancel,
+            number,
+            changes: 0,
+            ended: Arc::default(),
+            waiting: 0,
+            watchers: Vec::new(),
+        }
     }
 
     /// The operation as callers see it. It shows as cancelling if something else, such as a stop of
@@ -111,13 +119,17 @@ impl Entry {
     fn changed(&mut self) {
         self.changes += 1;
         let has_ended = self.op.state.has_ended();
-        self.watchers.iter_mut().for_each(|notifier| notifier.notify(has_ended));
+        self.watchers
+            .iter_mut()
+            .for_each(|notifier| notifier.notify(has_ended));
     }
 }
 
 impl State {
     fn entry(&mut self, id: &OpId) -> Result<&mut Entry> {
-        self.entries.get_mut(id).ok_or_else(|| not_found(id.as_str()))
+        self.entries
+            .get_mut(id)
+            .ok_or_else(|| not_found(id.as_str()))
     }
 
     fn insert(&mut self, op: Op, cancel: Option<Cancel>) {
@@ -125,16 +137,24 @@ impl State {
         if op.state.has_ended() {
             self.add_ended(op.owner_uid, op.id.clone());
         }
-        self.entries.insert(op.id.clone(), Entry::new(op, cancel, self.last_number));
+        self.entries
+            .insert(op.id.clone(), Entry::new(op, cancel, self.last_number));
     }
 
     fn check_limit(&self, uid: u32, limits: Limits) -> Result<()> {
-        let running = self.entries.values().filter(|e| e.op.owner_uid == uid && !e.op.state.has_ended()).count();
+        let running = self
+            .entries
+            .values()
+            .filter(|e| e.op.owner_uid == uid && !e.op.state.has_ended())
+            .count();
         if running < limits.per_uid_max {
             return Ok(());
         }
-        Err(Error::new(Kind::OperationLimit, format!("you have {running} operations in progress, which is the limit"))
-            .hint("wait for one to finish or cancel one (fcctl op list, fcctl op cancel)"))
+        Err(Error::new(
+            Kind::OperationLimit,
+            format!("you have {running} operations in progress, which is the limit"),
+        )
+        .hint("wait for one to finish or cancel one (fcctl op list, fcctl op cancel)"))
     }
 
     fn add_ended(&mut self, uid: u32, id: OpId) {
@@ -152,14 +172,26 @@ impl State {
         is_unseen
     }
 
-    fn end(&mut self, id: &OpId, result: Result<serde_json::Value>, retention: Retention) -> Option<EndedOp> {
+    fn end(
+        &mut self,
+        id: &OpId,
+        result: Result<serde_json::Value>,
+        retention: Retention,
+    ) -> Option<EndedOp> {
         let entry = self.entries.get_mut(id)?;
         let op = &mut entry.op;
         match result {
             Ok(value) => (op.state, op.result) = (OpState::Ok, Some(value)),
             Err(error) => {
-                op.state = if error.kind() == Kind::Cancelled { OpState::Cancelled } else { OpState::Failed };
-                op.error = Some(Fault { op: Some(id.clone()), ..Fault::from(error) });
+                op.state = if error.kind() == Kind::Cancelled {
+                    OpState::Cancelled
+                } else {
+                    OpState::Failed
+                };
+                op.error = Some(Fault {
+                    op: Some(id.clone()),
+                    ..Fault::from(error)
+                });
             }
         }
         op.ended_at = Some(now());
@@ -176,11 +208,19 @@ impl State {
     fn prune(&mut self, uid: u32, retention: Retention) -> Vec<OpId> {
         let mut pruned = Vec::new();
         while self.ended_counts.of(uid) > retention.per_uid_max {
-            let Some(id) = self.forget_oldest(uid) else { break };
+            let Some(id) = self.forget_oldest(uid) else {
+                break;
+            };
             pruned.push(id);
         }
         while self.ended_counts.total() > retention.total_max {
-            let Some(id) = self.ended_counts.largest().and_then(|uid| self.forget_oldest(uid)) else { break };
+            let Some(id) = self
+                .ended_counts
+                .largest()
+                .and_then(|uid| self.forget_oldest(uid))
+            else {
+                break;
+            };
             pruned.push(id);
         }
         pruned
@@ -189,7 +229,9 @@ impl State {
     /// Removes the oldest ended operation of this uid that no thread waits for or watches.
     fn forget_oldest(&mut self, uid: u32) -> Option<OpId> {
         let theirs = self.ended.get_mut(&uid)?;
-        let at = theirs.iter().position(|id| self.entries.get(id).is_none_or(Entry::is_unseen))?;
+        let at = theirs
+            .iter()
+            .position(|id| self.entries.get(id).is_none_or(Entry::is_unseen))?;
         let id = theirs.remove(at)?;
         if theirs.is_empty() {
             self.ended.remove(&uid);
@@ -205,14 +247,27 @@ impl Ops {
     /// panic; they end as `internal`. It runs on the dropping thread, without the registry's lock.
     pub fn new(retention: Retention, on_dropped: impl Fn(EndedOp) + Send + Sync + 'static) -> Self {
         let state = Mutex::new(Rank::Ops, State::default());
-        Self { shared: Arc::new(Shared { state, retention, on_dropped: Box::new(on_dropped) }) }
+        Self {
+            shared: Arc::new(Shared {
+                state,
+                retention,
+                on_dropped: Box::new(on_dropped),
+            }),
+        }
     }
 
     /// Begins an operation.
     ///
     /// # Errors
     /// `operation_limit`, or `host` if no descriptor is left for its cancel token.
-    pub fn begin(&self, method: &str, vm: Option<VmId>, uid: u32, may_cancel: bool, limits: Limits) -> Result<OpHandle> {
+    pub fn begin(
+        &self,
+        method: &str,
+        vm: Option<VmId>,
+        uid: u32,
+        may_cancel: bool,
+        limits: Limits,
+    ) -> Result<OpHandle> {
         let cancel = new_token(method)?;
         let mut state = self.shared.state.lock();
         state.check_limit(uid, limits)?;
@@ -255,7 +310,9 @@ impl Ops {
                 state.prune(uid, self.shared.retention);
                 continue;
             }
-            let error = Error::internal("the daemon was restarted").with_kind(Kind::Host).hint("start the operation again");
+            let error = Error::internal("the daemon was restarted")
+                .with_kind(Kind::Host)
+                .hint("start the operation again");
             broken.extend(state.end(&id, Err(error), self.shared.retention));
         }
         Ok(broken)
@@ -267,7 +324,9 @@ impl Ops {
         let id = op.id.clone();
         let mut state = self.shared.state.lock();
         if op.state.has_ended() || state.entries.contains_key(&id) {
-            return Err(Error::internal(format!("resume operation {id}: it has ended or is already in progress")));
+            return Err(Error::internal(format!(
+                "resume operation {id}: it has ended or is already in progress"
+            )));
         }
         op.state = OpState::Running;
         state.insert(op, Some(cancel.clone()));
@@ -288,7 +347,12 @@ impl Ops {
                 && filter.after.is_none_or(|after| e.number > after)
         };
         let state = self.shared.state.lock();
-        let mut found: Vec<_> = state.entries.values().filter(fits).map(|e| (e.number, e.snapshot())).collect();
+        let mut found: Vec<_> = state
+            .entries
+            .values()
+            .filter(fits)
+            .map(|e| (e.number, e.snapshot()))
+            .collect();
         drop(state);
         found.sort_by_key(|(number, _)| *number);
         found
@@ -296,7 +360,13 @@ impl Ops {
 
     /// The number of operations in progress.
     pub fn running(&self) -> usize {
-        self.shared.state.lock().entries.values().filter(|e| !e.op.state.has_ended()).count()
+        self.shared
+            .state
+            .lock()
+            .entries
+            .values()
+            .filter(|e| !e.op.state.has_ended())
+            .count()
     }
 
     /// Finds an operation by its id or an unambiguous prefix of it. `owner` is as in [`Filter`].
@@ -306,12 +376,17 @@ impl Ops {
     pub fn find(&self, prefix: &str, owner: Option<u32>) -> Result<Op> {
         let state = self.shared.state.lock();
         let visible = |e: &&Entry| owner.is_none_or(|uid| uid == e.op.owner_uid);
-        let mut fits = state.entries.values().filter(visible).filter(|e| e.op.id.as_str().starts_with(prefix));
+        let mut fits = state
+            .entries
+            .values()
+            .filter(visible)
+            .filter(|e| e.op.id.as_str().starts_with(prefix));
         match (fits.next(), fits.next()) {
             (Some(entry), None) if !prefix.is_empty() => Ok(entry.snapshot()),
             (Some(_), Some(_)) if !prefix.is_empty() => {
                 let text = format!("more than one operation has an id that begins with {prefix}");
-                Err(Error::new(Kind::AmbiguousPrefix, text).hint("give more of the id (fcctl op list --all)"))
+                Err(Error::new(Kind::AmbiguousPrefix, text)
+                    .hint("give more of the id (fcctl op list --all)"))
             }
             _ => Err(not_found(prefix)),
         }
@@ -326,7 +401,9 @@ impl Ops {
         let mut state = self.shared.state.lock();
         let entry = state.entry(id)?;
         let why_not = match entry.op.state {
-            OpState::Running | OpState::Cancelling if !entry.op.may_cancel => Some("it cannot be cancelled"),
+            OpState::Running | OpState::Cancelling if !entry.op.may_cancel => {
+                Some("it cannot be cancelled")
+            }
             OpState::Running | OpState::Cancelling => None,
             OpState::Ok | OpState::Failed | OpState::Cancelled => Some("it has ended"),
         };
@@ -363,7 +440,10 @@ impl Ops {
         let doing = || format!("wait for operation {id}");
         match waited {
             Waited::Done => Ok(entry.snapshot()),
-            Waited::TimedOut => Err(Error::new(Kind::Timeout, format!("{}: it is still in progress", doing()))),
+            Waited::TimedOut => Err(Error::new(
+                Kind::Timeout,
+                format!("{}: it is still in progress", doing()),
+            )),
             Waited::Cancelled => Err(cancelled(&doing(), cancel)),
         }
     }
@@ -380,9 +460,15 @@ fn new_token(method: &str) -> Result<Cancel> {
 }
 
 fn not_found(what: &str) -> Error {
-    Error::new(Kind::OperationNotFound, format!("there is no operation {what:?}")).hint("run fcctl op list --all")
+    Error::new(
+        Kind::OperationNotFound,
+        format!("there is no operation {what:?}"),
+    )
+    .hint("run fcctl op list --all")
 }
 
 fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| d.as_secs())
 }

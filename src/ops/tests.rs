@@ -10,8 +10,13 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 const LIMITS: Limits = Limits { per_uid_max: 2 };
-const MANY: Limits = Limits { per_uid_max: usize::MAX };
-const RETENTION: Retention = Retention { per_uid_max: 20, total_max: 50 };
+const MANY: Limits = Limits {
+    per_uid_max: usize::MAX,
+};
+const RETENTION: Retention = Retention {
+    per_uid_max: 20,
+    total_max: 50,
+};
 const LATE: Duration = Duration::from_secs(20);
 
 fn ops() -> Ops {
@@ -27,27 +32,51 @@ fn cancelled(cause: &str) -> Error {
     Error::new(Kind::Cancelled, format!("start VM web: cancelled: {cause}"))
 }
 fn is_readable(watcher: &Watcher, within: Duration) -> bool {
-    poll(&mut [PollFd::new(watcher.fd(), PollFlags::POLLIN)], PollTimeout::try_from(within).unwrap()).unwrap() == 1
+    poll(
+        &mut [PollFd::new(watcher.fd(), PollFlags::POLLIN)],
+        PollTimeout::try_from(within).unwrap(),
+    )
+    .unwrap()
+        == 1
 }
 
 #[test]
 fn operation_reports_progress_until_it_ends() {
     let ops = ops();
     let vm = VmId::random();
-    let handle = ops.begin("vm.start", Some(vm.clone()), 7, true, LIMITS).unwrap();
+    let handle = ops
+        .begin("vm.start", Some(vm.clone()), 7, true, LIMITS)
+        .unwrap();
     let row = handle.op();
-    assert_eq!((row.state, row.owner_uid, row.vm.as_ref(), row.ended_at), (OpState::Running, 7, Some(&vm), None));
+    assert_eq!(
+        (row.state, row.owner_uid, row.vm.as_ref(), row.ended_at),
+        (OpState::Running, 7, Some(&vm), None)
+    );
     assert_eq!((ops.running(), ops.get(&row.id).unwrap()), (1, row.clone()));
     handle.progress("wait for ssh");
     handle.progress_bytes(10, Some(100));
     let seen = ops.get(&row.id).unwrap().progress;
-    let expected = Progress { stage: "wait for ssh".into(), done: Some(10), total: Some(100), unit: Some("bytes".into()) };
+    let expected = Progress {
+        stage: "wait for ssh".into(),
+        done: Some(10),
+        total: Some(100),
+        unit: Some("bytes".into()),
+    };
     assert_eq!(seen, expected);
     handle.progress("mount");
-    assert_eq!(ops.get(&row.id).unwrap().progress, Progress { stage: "mount".into(), ..Progress::default() });
+    assert_eq!(
+        ops.get(&row.id).unwrap().progress,
+        Progress {
+            stage: "mount".into(),
+            ..Progress::default()
+        }
+    );
     let reporter = handle.reporter();
     let EndedOp { op, pruned } = handle.finish(Ok(json!({"pid": 1})));
-    assert_eq!((op.state, op.result.as_ref(), op.error.as_ref()), (OpState::Ok, Some(&json!({"pid": 1})), None));
+    assert_eq!(
+        (op.state, op.result.as_ref(), op.error.as_ref()),
+        (OpState::Ok, Some(&json!({"pid": 1})), None)
+    );
     assert!(op.ended_at >= Some(op.started_at) && pruned.is_empty());
     reporter.progress("too late");
     assert_eq!(ops.get(&op.id).unwrap(), op, "an end is the end");
@@ -57,11 +86,24 @@ fn operation_reports_progress_until_it_ends() {
 #[test]
 fn error_kind_decides_how_the_operation_ended() {
     let ops = ops();
-    let failed = begin(&ops, 1).finish(Err(Error::new(Kind::BootTimeout, "boot VM web").hint("fcctl logs web"))).op;
+    let failed = begin(&ops, 1)
+        .finish(Err(
+            Error::new(Kind::BootTimeout, "boot VM web").hint("fcctl logs web")
+        ))
+        .op;
     let fault = failed.error.unwrap();
-    assert_eq!((failed.state, fault.code, fault.kind.as_str()), (OpState::Failed, Code::Timeout, "boot_timeout"));
-    assert_eq!((fault.op, fault.hint.as_deref()), (Some(failed.id), Some("fcctl logs web")));
-    assert_eq!(begin(&ops, 1).finish(Err(cancelled("x"))).op.state, OpState::Cancelled);
+    assert_eq!(
+        (failed.state, fault.code, fault.kind.as_str()),
+        (OpState::Failed, Code::Timeout, "boot_timeout")
+    );
+    assert_eq!(
+        (fault.op, fault.hint.as_deref()),
+        (Some(failed.id), Some("fcctl logs web"))
+    );
+    assert_eq!(
+        begin(&ops, 1).finish(Err(cancelled("x"))).op.state,
+        OpState::Cancelled
+    );
 }
 
 #[test]
@@ -81,12 +123,18 @@ fn limit_counts_operations_in_progress_per_uid() {
 fn dropped_handle_ends_as_internal_and_is_reported() {
     let (reported, heard) = mpsc::channel();
     let ops = Ops::new(RETENTION, {
-        let reported = std::sync::Arc::new(crate::locks::Mutex::new(crate::locks::Rank::Store, reported));
+        let reported = std::sync::Arc::new(crate::locks::Mutex::new(
+            crate::locks::Rank::Store,
+            reported,
+        ));
         move |ended| reported.lock().send(ended).unwrap()
     });
     let id = begin(&ops, 1).id().clone();
     let ended = heard.try_recv().unwrap().op;
-    assert_eq!((ended.id.clone(), ended.state, ended.error.unwrap().code), (id, OpState::Failed, Code::Internal));
+    assert_eq!(
+        (ended.id.clone(), ended.state, ended.error.unwrap().code),
+        (id, OpState::Failed, Code::Internal)
+    );
     let thread = std::thread::scope(|s| {
         s.spawn(|| {
             let _handle = begin(&ops, 1);
@@ -104,24 +152,54 @@ fn dropped_handle_ends_as_internal_and_is_reported() {
 fn cancel_fires_the_token_once_if_allowed() {
     let ops = ops();
     let handle = begin(&ops, 1);
-    assert_eq!(ops.cancel(handle.id(), CancelCause::Requested).unwrap().state, OpState::Cancelling);
+    assert_eq!(
+        ops.cancel(handle.id(), CancelCause::Requested)
+            .unwrap()
+            .state,
+        OpState::Cancelling
+    );
     assert_eq!(handle.cancel().cause(), Some(&CancelCause::Requested));
-    assert_eq!(ops.cancel(handle.id(), CancelCause::Interrupted).unwrap().state, OpState::Cancelling);
+    assert_eq!(
+        ops.cancel(handle.id(), CancelCause::Interrupted)
+            .unwrap()
+            .state,
+        OpState::Cancelling
+    );
     assert_eq!(handle.cancel().cause(), Some(&CancelCause::Requested));
     let id = handle.id().clone();
-    assert_eq!(handle.finish(Err(cancelled("ctrl-c"))).op.state, OpState::Cancelled);
-    assert_eq!(ops.cancel(&id, CancelCause::Requested).unwrap_err().kind(), Kind::WrongState);
+    assert_eq!(
+        handle.finish(Err(cancelled("ctrl-c"))).op.state,
+        OpState::Cancelled
+    );
+    assert_eq!(
+        ops.cancel(&id, CancelCause::Requested).unwrap_err().kind(),
+        Kind::WrongState
+    );
     let stop = ops.begin("vm.stop", None, 1, false, LIMITS).unwrap();
     let error = ops.cancel(stop.id(), CancelCause::Requested).unwrap_err();
-    assert!(error.message().ends_with("(vm.stop): it cannot be cancelled"), "{error}");
+    assert!(
+        error
+            .message()
+            .ends_with("(vm.stop): it cannot be cancelled"),
+        "{error}"
+    );
     assert!(!stop.cancel().is_cancelled());
     // Something else may fire the token, such as a stop of the VM.
     let started = begin(&ops, 1);
     started.cancel().cancel(CancelCause::VmStopped);
     assert_eq!(ops.get(started.id()).unwrap().state, OpState::Cancelling);
-    assert_eq!(ops.cancel(&OpId::random(), CancelCause::Requested).unwrap_err().kind(), Kind::OperationNotFound);
+    assert_eq!(
+        ops.cancel(&OpId::random(), CancelCause::Requested)
+            .unwrap_err()
+            .kind(),
+        Kind::OperationNotFound
+    );
     stop.finish(Ok(json!(null)));
-    assert_eq!(started.finish(Ok(json!(null))).op.state, OpState::Ok, "it was faster than the cancel");
+    assert_eq!(
+        started.finish(Ok(json!(null))).op.state,
+        OpState::Ok,
+        "it was faster than the cancel"
+    );
 }
 
 #[test]
@@ -130,11 +208,17 @@ fn wait_ends_with_operation_deadline_or_own_token() {
     let handle = begin(&ops, 1);
     let (id, mine) = (handle.id().clone(), Cancel::try_new().unwrap());
     let soon = Instant::now() + Duration::from_millis(5);
-    assert_eq!(ops.wait(&id, soon, &mine).unwrap_err().kind(), Kind::Timeout);
+    assert_eq!(
+        ops.wait(&id, soon, &mine).unwrap_err().kind(),
+        Kind::Timeout
+    );
     std::thread::scope(|s| {
         let given_up = s.spawn(|| ops.wait(&id, late(), &mine));
         mine.cancel(CancelCause::CallerHungUp);
-        assert_eq!(given_up.join().unwrap().unwrap_err().kind(), Kind::Cancelled);
+        assert_eq!(
+            given_up.join().unwrap().unwrap_err().kind(),
+            Kind::Cancelled
+        );
         let other = Cancel::try_new().unwrap();
         let waiters: Vec<_> = (0..3)
             .map(|_| {
@@ -149,7 +233,11 @@ fn wait_ends_with_operation_deadline_or_own_token() {
             assert_eq!(waiter.join().unwrap().unwrap().state, OpState::Ok);
         }
     });
-    assert_eq!(ops.wait(&id, Instant::now(), &mine).unwrap().state, OpState::Ok, "an ended one at once");
+    assert_eq!(
+        ops.wait(&id, Instant::now(), &mine).unwrap().state,
+        OpState::Ok,
+        "an ended one at once"
+    );
     assert_eq!(ops.shared.state.lock().entry(&id).unwrap().waiting, 0);
 }
 
@@ -157,22 +245,64 @@ fn wait_ends_with_operation_deadline_or_own_token() {
 fn list_and_find_show_visible_operations() {
     let ops = ops();
     let vm = VmId::random();
-    let mut all: Vec<_> =
-        (0..3).map(|i| ops.begin("vm.start", (i == 1).then(|| vm.clone()), i % 2, true, MANY).unwrap()).collect();
+    let mut all: Vec<_> = (0..3)
+        .map(|i| {
+            ops.begin("vm.start", (i == 1).then(|| vm.clone()), i % 2, true, MANY)
+                .unwrap()
+        })
+        .collect();
     let ids: Vec<_> = all.iter().map(|h| h.id().clone()).collect();
     all.remove(2).finish(Ok(json!(null)));
-    let list = |filter: Filter| ops.list(&filter).into_iter().map(|(_, op)| op.id).collect::<Vec<_>>();
-    assert_eq!(list(Filter { all: true, ..Filter::default() }), ids);
+    let list = |filter: Filter| {
+        ops.list(&filter)
+            .into_iter()
+            .map(|(_, op)| op.id)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(
+        list(Filter {
+            all: true,
+            ..Filter::default()
+        }),
+        ids
+    );
     assert_eq!(list(Filter::default()), ids[..2]);
-    assert_eq!(list(Filter { owner: Some(1), ..Filter::default() }), ids[1..2]);
-    assert_eq!(list(Filter { owner: Some(0), all: true, ..Filter::default() }), [ids[0].clone(), ids[2].clone()]);
-    assert_eq!(list(Filter { vm: Some(vm), ..Filter::default() }), ids[1..2]);
+    assert_eq!(
+        list(Filter {
+            owner: Some(1),
+            ..Filter::default()
+        }),
+        ids[1..2]
+    );
+    assert_eq!(
+        list(Filter {
+            owner: Some(0),
+            all: true,
+            ..Filter::default()
+        }),
+        [ids[0].clone(), ids[2].clone()]
+    );
+    assert_eq!(
+        list(Filter {
+            vm: Some(vm),
+            ..Filter::default()
+        }),
+        ids[1..2]
+    );
     for id in &ids {
         assert_eq!(&ops.find(id.as_str(), None).unwrap().id, id);
     }
-    assert_eq!(ops.find(ids[0].as_str(), Some(1)).unwrap_err().kind(), Kind::OperationNotFound, "another's");
-    assert_eq!(ops.find("", None).unwrap_err().kind(), Kind::OperationNotFound);
-    all.into_iter().for_each(|h| drop(h.finish(Ok(json!(null)))));
+    assert_eq!(
+        ops.find(ids[0].as_str(), Some(1)).unwrap_err().kind(),
+        Kind::OperationNotFound,
+        "another's"
+    );
+    assert_eq!(
+        ops.find("", None).unwrap_err().kind(),
+        Kind::OperationNotFound
+    );
+    all.into_iter()
+        .for_each(|h| drop(h.finish(Ok(json!(null)))));
 }
 
 #[test]
@@ -185,12 +315,26 @@ fn ambiguous_prefix_is_refused() {
     };
     let mut foreign = known("ab0000000003");
     foreign.owner_uid = 2;
-    ops.restore(vec![known("ab0000000001"), known("ac0000000002"), foreign]).unwrap();
-    assert_eq!(ops.find("ab", Some(1)).unwrap().id.as_str(), "ab0000000001", "another user's operation does not matter");
-    assert_eq!(ops.find("ab", None).unwrap_err().kind(), Kind::AmbiguousPrefix);
-    assert_eq!(ops.find("a", Some(1)).unwrap_err().kind(), Kind::AmbiguousPrefix);
+    ops.restore(vec![known("ab0000000001"), known("ac0000000002"), foreign])
+        .unwrap();
+    assert_eq!(
+        ops.find("ab", Some(1)).unwrap().id.as_str(),
+        "ab0000000001",
+        "another user's operation does not matter"
+    );
+    assert_eq!(
+        ops.find("ab", None).unwrap_err().kind(),
+        Kind::AmbiguousPrefix
+    );
+    assert_eq!(
+        ops.find("a", Some(1)).unwrap_err().kind(),
+        Kind::AmbiguousPrefix
+    );
     assert_eq!(ops.find("ac", Some(1)).unwrap().id.as_str(), "ac0000000002");
-    assert_eq!(ops.find("x", Some(1)).unwrap_err().kind(), Kind::OperationNotFound);
+    assert_eq!(
+        ops.find("x", Some(1)).unwrap_err().kind(),
+        Kind::OperationNotFound
+    );
 }
 
 #[test]
@@ -203,14 +347,22 @@ fn watcher_reports_progress_and_the_end() {
     assert!(!is_readable(&watcher, Duration::ZERO) && watcher.next().is_none());
     handle.progress("boot");
     assert!(is_readable(&watcher, LATE));
-    let Some(Change::Progress(p)) = watcher.next() else { panic!("no progress") };
+    let Some(Change::Progress(p)) = watcher.next() else {
+        panic!("no progress")
+    };
     assert_eq!(p.stage, "boot");
     let ended = handle.finish(Ok(json!(null))).op;
-    assert!(is_readable(&watcher, Duration::from_millis(50)), "the end is reported without delay");
+    assert!(
+        is_readable(&watcher, Duration::from_millis(50)),
+        "the end is reported without delay"
+    );
     assert_eq!(watcher.next(), Some(Change::Ended(Box::new(ended.clone()))));
     assert!(is_readable(&watcher, Duration::ZERO), "and stays");
     assert_eq!(watcher.next(), Some(Change::Ended(Box::new(ended.clone()))));
-    assert_eq!(ops.watch(&ended.id).unwrap().next_before(late()).unwrap(), Some(Change::Ended(Box::new(ended))));
+    assert_eq!(
+        ops.watch(&ended.id).unwrap().next_before(late()).unwrap(),
+        Some(Change::Ended(Box::new(ended)))
+    );
     assert!(ops.watch(&OpId::random()).is_err());
 }
 
@@ -239,7 +391,11 @@ fn progress_is_rate_limited_and_the_last_is_reported() {
         }
     });
     let most = started.elapsed().as_millis() / 100 + 2;
-    assert!(u128::from(reported) <= most, "{reported} times in {:?}", started.elapsed());
+    assert!(
+        u128::from(reported) <= most,
+        "{reported} times in {:?}",
+        started.elapsed()
+    );
     assert!(reported >= 2, "{reported}");
     handle.finish(Ok(json!(null)));
 }
@@ -259,7 +415,17 @@ fn old_operations_are_pruned_unless_watched() {
         pruned.extend(begin(&ops, 1).finish(Ok(json!(null))).pruned);
     }
     assert_eq!(pruned[0], first_id, "the oldest but for the watched one");
-    assert_eq!((pruned.len(), ops.list(&Filter { all: true, ..Filter::default() }).len()), (2, RETENTION.per_uid_max + 1));
+    assert_eq!(
+        (
+            pruned.len(),
+            ops.list(&Filter {
+                all: true,
+                ..Filter::default()
+            })
+            .len()
+        ),
+        (2, RETENTION.per_uid_max + 1)
+    );
     assert!(matches!(watcher.next(), Some(Change::Ended(_))));
     drop(watcher);
     let pruned = begin(&ops, 1).finish(Ok(json!(null))).pruned;
@@ -278,8 +444,14 @@ fn restored_operations_fail_or_are_resumed() {
     let going_on = ops.resume(resumed_row.clone()).unwrap();
     let broken = ops.restore(rows.clone()).unwrap();
     assert_eq!(broken.len(), 1);
-    assert_eq!((&broken[0].op.id, broken[0].op.state), (&rows[1].id, OpState::Failed));
-    assert_eq!(broken[0].op.error.as_ref().unwrap().message, "the daemon was restarted");
+    assert_eq!(
+        (&broken[0].op.id, broken[0].op.state),
+        (&rows[1].id, OpState::Failed)
+    );
+    assert_eq!(
+        broken[0].op.error.as_ref().unwrap().message,
+        "the daemon was restarted"
+    );
     assert_eq!(ops.get(&rows[0].id).unwrap(), rows[0]);
     assert_eq!((going_on.op(), ops.running()), (resumed_row.clone(), 1));
     assert!(ops.resume(resumed_row).is_err() && ops.resume(rows[0].clone()).is_err());
@@ -290,11 +462,22 @@ fn restored_operations_fail_or_are_resumed() {
 #[test]
 fn ended_operations_are_limited_per_uid_and_in_total() {
     let ops = ops();
-    let count = |uid| ops.list(&Filter { owner: Some(uid), all: true, ..Filter::default() }).len();
+    let count = |uid| {
+        ops.list(&Filter {
+            owner: Some(uid),
+            all: true,
+            ..Filter::default()
+        })
+        .len()
+    };
     let end = |uid| begin(&ops, uid).finish(Ok(json!(null))).pruned;
     (0..3).for_each(|_| drop(end(2)));
     (0..100).for_each(|_| drop(end(1)));
-    assert_eq!((count(1), count(2)), (20, 3), "another's are not pushed out");
+    assert_eq!(
+        (count(1), count(2)),
+        (20, 3),
+        "another's are not pushed out"
+    );
     (0..20).for_each(|_| drop(end(0)));
     // 43 of 50: seven more fit. Then the uids that have the most lose theirs, but root does not.
     for uid in 3..13 {
@@ -308,11 +491,22 @@ fn refused_operation_leaves_no_trace_unless_watched() {
     let ops = ops();
     let refusal = Error::new(Kind::WrongState, "it does not run");
     begin(&ops, 1).refuse(&refusal);
-    assert_eq!(ops.list(&Filter { all: true, ..Filter::default() }), []);
+    assert_eq!(
+        ops.list(&Filter {
+            all: true,
+            ..Filter::default()
+        }),
+        []
+    );
     let handle = begin(&ops, 1);
     let mut watcher = ops.watch(handle.id()).unwrap();
     handle.refuse(&refusal);
-    let Some(Change::Ended(op)) = watcher.next() else { panic!("it has ended") };
-    assert_eq!((op.state, op.error.unwrap().kind.as_str()), (OpState::Failed, "wrong_state"));
+    let Some(Change::Ended(op)) = watcher.next() else {
+        panic!("it has ended")
+    };
+    assert_eq!(
+        (op.state, op.error.unwrap().kind.as_str()),
+        (OpState::Failed, "wrong_state")
+    );
     assert_eq!(ops.running(), 0);
 }

@@ -32,9 +32,21 @@ impl Notifier {
         if self.is_set && !urgent {
             return;
         }
-        let after = if urgent { IMMEDIATELY } else { self.due.saturating_duration_since(Instant::now()).max(IMMEDIATELY) };
-        let set = self.timer.set(Expiration::OneShot(after.into()), TimerSetTimeFlags::empty());
-        debug_assert!(set.is_ok(), "a time in range and an open descriptor: {set:?}");
+        let after = if urgent {
+            IMMEDIATELY
+        } else {
+            self.due
+                .saturating_duration_since(Instant::now())
+                .max(IMMEDIATELY)
+        };
+        let set = self.timer.set(
+            Expiration::OneShot(after.into()),
+            TimerSetTimeFlags::empty(),
+        );
+        debug_assert!(
+            set.is_ok(),
+            "a time in range and an open descriptor: {set:?}"
+        );
         self.is_set = true;
     }
 }
@@ -65,11 +77,22 @@ impl Watcher {
         let mut state = ops.shared.state.lock();
         state.last_watcher += 1;
         let id = state.last_watcher;
-        let mut notifier = Notifier { id, timer: timer.clone(), is_set: false, due: Instant::now() };
+        let mut notifier = Notifier {
+            id,
+            timer: timer.clone(),
+            is_set: false,
+            due: Instant::now(),
+        };
         notifier.notify(true);
         state.entry(op)?.watchers.push(notifier);
         drop(state);
-        Ok(Self { ops, op: op.clone(), id, timer, seen: None })
+        Ok(Self {
+            ops,
+            op: op.clone(),
+            id,
+            timer,
+            seen: None,
+        })
     }
 
     /// A descriptor that is readable when [`Watcher::next`] should be called. Never read from it.
@@ -106,7 +129,8 @@ impl Watcher {
         use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let timeout = PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
+            let timeout =
+                PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
             match poll(&mut [PollFd::new(self.fd(), PollFlags::POLLIN)], timeout) {
                 Ok(0) if left.is_zero() => return Ok(None),
                 Ok(0) | Err(nix::errno::Errno::EINTR) => {}

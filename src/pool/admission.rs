@@ -68,8 +68,18 @@ impl Admission {
     /// Creates `max` permits, at least one. `what` names what is limited in messages, such as
     /// `boots`.
     pub fn new(what: &'static str, max: usize) -> Self {
-        let state = State { free: max.max(1), last_ticket: 0, line: VecDeque::new() };
-        Self { shared: Arc::new(Shared { what, state: Mutex::new(Rank::Admission, state), moved: Condvar::new() }) }
+        let state = State {
+            free: max.max(1),
+            last_ticket: 0,
+            line: VecDeque::new(),
+        };
+        Self {
+            shared: Arc::new(Shared {
+                what,
+                state: Mutex::new(Rank::Admission, state),
+                moved: Condvar::new(),
+            }),
+        }
     }
 
     /// Waits for a permit. `on_wait` is called with the number of waiters ahead, first if no permit
@@ -91,11 +101,16 @@ impl Admission {
             let mut state = shared.state.lock();
             // Checked before taking a permit, so that a cancelled operation never boots.
             if let Some(cause) = cancel.cause() {
-                return Err(Error::new(Kind::Cancelled, format!("wait for other {}: cancelled: {cause}", shared.what)));
+                return Err(Error::new(
+                    Kind::Cancelled,
+                    format!("wait for other {}: cancelled: {cause}", shared.what),
+                ));
             }
             if state.may_enter(number) {
                 state.free -= 1;
-                return Ok(Permit { shared: self.shared.clone() });
+                return Ok(Permit {
+                    shared: self.shared.clone(),
+                });
             }
             let ahead = state.ahead_of(number);
             if reported != Some(ahead) {
@@ -106,10 +121,15 @@ impl Admission {
             }
             let waited = shared
                 .moved
-                .wait_while_cancellable(&mut state, deadline, cancel, |s| !s.may_enter(number) && s.ahead_of(number) == ahead);
+                .wait_while_cancellable(&mut state, deadline, cancel, |s| {
+                    !s.may_enter(number) && s.ahead_of(number) == ahead
+                });
             if waited == Waited::TimedOut {
                 let hours = WAIT_MAX.as_secs() / 3600;
-                let text = format!("wait for other {}: none has finished for {hours} hours", shared.what);
+                let text = format!(
+                    "wait for other {}: none has finished for {hours} hours",
+                    shared.what
+                );
                 return Err(Error::new(Kind::Timeout, text).hint("run fcctl op list"));
             }
         }

@@ -2,7 +2,9 @@
 
 use super::Shared;
 use crate::error::{Error, Kind, Result};
-use crate::locks::{Cancel, Condvar, Mutex, Rank, Waited, assert_none_held, operation_scope, region};
+use crate::locks::{
+    Cancel, Condvar, Mutex, Rank, Waited, assert_none_held, operation_scope, region,
+};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Instant;
@@ -56,7 +58,10 @@ pub(super) fn new<T: Send + 'static>(
     job: impl FnOnce(&Cancel) -> Result<T> + Send + 'static,
 ) -> (JobHandle<T>, QueuedJob) {
     let label: Arc<str> = label.into();
-    let slot = Arc::new(Slot { outcome: Mutex::new(Rank::Pool, Outcome::Pending), done: Condvar::new() });
+    let slot = Arc::new(Slot {
+        outcome: Mutex::new(Rank::Pool, Outcome::Pending),
+        done: Condvar::new(),
+    });
     let run = {
         let (slot, label, cancel) = (slot.clone(), label.clone(), cancel.clone());
         Box::new(move |start: Start<'_>| match start {
@@ -73,8 +78,21 @@ pub(super) fn new<T: Send + 'static>(
             }
         })
     };
-    let queued = QueuedJob { uid, label: label.clone(), cancel: cancel.clone(), run };
-    (JobHandle { shared, slot, label, cancel: cancel.clone() }, queued)
+    let queued = QueuedJob {
+        uid,
+        label: label.clone(),
+        cancel: cancel.clone(),
+        run,
+    };
+    (
+        JobHandle {
+            shared,
+            slot,
+            label,
+            cancel: cancel.clone(),
+        },
+        queued,
+    )
 }
 
 /// Runs a job on a worker thread, which survives the job's panics.
@@ -88,7 +106,10 @@ fn run<T>(label: &Arc<str>, cancel: &Cancel, job: impl FnOnce(&Cancel) -> Result
         result
     });
     catch_unwind(guarded).unwrap_or_else(|panic| {
-        let said = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+        let said = panic
+            .downcast_ref::<&str>()
+            .copied()
+            .or_else(|| panic.downcast_ref::<String>().map(String::as_str));
         log::error!("job {label} panicked: {}", said.unwrap_or("no message"));
         Err(Error::internal(format!("{label}: the job panicked")).hint("see the daemon's log"))
     })
@@ -106,7 +127,10 @@ impl<T> JobHandle<T> {
         let _waiting = region(Rank::JobWait);
         let pending = |o: &mut Outcome<T>| matches!(o, Outcome::Pending);
         let mut outcome = self.slot.outcome.lock();
-        let mut ended = self.slot.done.wait_while_cancellable(&mut outcome, deadline, &self.cancel, pending);
+        let mut ended =
+            self.slot
+                .done
+                .wait_while_cancellable(&mut outcome, deadline, &self.cancel, pending);
         if ended == Waited::Cancelled {
             drop(outcome);
             self.shared.purge();
@@ -115,11 +139,17 @@ impl<T> JobHandle<T> {
             ended = if done { Waited::Done } else { Waited::TimedOut };
         }
         if ended == Waited::TimedOut {
-            return Err(Error::new(Kind::Timeout, format!("{}: the job did not finish in time", self.label)));
+            return Err(Error::new(
+                Kind::Timeout,
+                format!("{}: the job did not finish in time", self.label),
+            ));
         }
         match std::mem::replace(&mut *outcome, Outcome::Taken) {
             Outcome::Ready(result) => result,
-            _ => Err(Error::internal(format!("{}: the result has already been taken", self.label))),
+            _ => Err(Error::internal(format!(
+                "{}: the result has already been taken",
+                self.label
+            ))),
         }
     }
 

@@ -76,10 +76,19 @@ impl State {
     /// The queue index of the next job that may run: the oldest job of the uid with the fewest
     /// running jobs. A cancelled job may leave the queue in any case.
     fn next(&self, running_per_uid_max: usize) -> Option<usize> {
-        let weight = |queued: &QueuedJob| if queued.cancel.is_cancelled() { 0 } else { self.running.of(queued.uid) };
+        let weight = |queued: &QueuedJob| {
+            if queued.cancel.is_cancelled() {
+                0
+            } else {
+                self.running.of(queued.uid)
+            }
+        };
         let may_run = |(_, weight): &(usize, usize)| *weight < running_per_uid_max;
         let weights = self.queue.iter().map(weight).enumerate();
-        weights.filter(may_run).min_by_key(|(at, weight)| (*weight, *at)).map(|(at, _)| at)
+        weights
+            .filter(may_run)
+            .min_by_key(|(at, weight)| (*weight, *at))
+            .map(|(at, _)| at)
     }
 
     fn take_next(&mut self, running_per_uid_max: usize) -> Option<QueuedJob> {
@@ -99,8 +108,19 @@ impl Pool {
     /// # Errors
     /// `exhausted` if a thread cannot be started.
     pub fn new(bounds: Bounds) -> Result<Self> {
-        let (state, work, idle) = (Mutex::new(Rank::Pool, State::default()), Condvar::new(), Condvar::new());
-        let pool = Self { shared: Arc::new(Shared { state, work, idle, bounds }) };
+        let (state, work, idle) = (
+            Mutex::new(Rank::Pool, State::default()),
+            Condvar::new(),
+            Condvar::new(),
+        );
+        let pool = Self {
+            shared: Arc::new(Shared {
+                state,
+                work,
+                idle,
+                bounds,
+            }),
+        };
         for i in 0..bounds.workers {
             let shared = pool.shared.clone();
             // On failure, dropping the pool ends the workers that have started.
@@ -121,8 +141,11 @@ impl Pool {
         }
         let (mine, all) = (state.places.of(uid), state.places.total());
         let full = |whose: &str, n: usize| {
-            Error::new(Kind::PoolFull, format!("{whose} queue for guest transfers is full ({n} waiting)"))
-                .hint("wait for one to finish (fcctl op list), then try again")
+            Error::new(
+                Kind::PoolFull,
+                format!("{whose} queue for guest transfers is full ({n} waiting)"),
+            )
+            .hint("wait for one to finish (fcctl op list), then try again")
         };
         if all >= self.shared.bounds.queue_max {
             return Err(full("the", all));
@@ -132,7 +155,10 @@ impl Pool {
         }
         state.places.add(uid);
         drop(state);
-        Ok(QueueSlot { shared: Some(self.shared.clone()), uid })
+        Ok(QueueSlot {
+            shared: Some(self.shared.clone()),
+            uid,
+        })
     }
 
     /// [`Pool::reserve`] followed by [`QueueSlot::submit`].
@@ -149,7 +175,11 @@ impl Pool {
     pub fn counts(&self) -> Counts {
         self.shared.purge();
         let state = self.shared.state.lock();
-        Counts { running: state.running.total(), queued: state.queue.len(), places: state.places.total() }
+        Counts {
+            running: state.running.total(),
+            queued: state.queue.len(),
+            places: state.places.total(),
+        }
     }
 
     /// Accepts no more jobs and waits for the present ones. Jobs that are still queued at the
@@ -160,7 +190,9 @@ impl Pool {
         let mut state = self.shared.state.lock();
         state.is_closing = true;
         self.shared.work.notify_all();
-        let drained = self.shared.idle.wait_while(&mut state, deadline, |s| s.running.total() > 0 || !s.queue.is_empty());
+        let drained = self.shared.idle.wait_while(&mut state, deadline, |s| {
+            s.running.total() > 0 || !s.queue.is_empty()
+        });
         drop(state);
         if !drained {
             self.shared.refuse_all();
@@ -223,7 +255,10 @@ impl Shared {
         let most = self.bounds.running_per_uid_max;
         loop {
             let mut state = self.state.lock();
-            self.work.wait_while(&mut state, Instant::now() + IDLE_WAIT, |s| s.must_wait(most));
+            self.work
+                .wait_while(&mut state, Instant::now() + IDLE_WAIT, |s| {
+                    s.must_wait(most)
+                });
             let Some(queued) = state.take_next(most) else {
                 if state.is_closing && state.queue.is_empty() {
                     return;

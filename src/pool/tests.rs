@@ -11,7 +11,13 @@ const SOON: Duration = Duration::from_millis(100);
 
 /// A pool that does not limit how many jobs of one uid run.
 fn pool(workers: usize, queue_max: usize, queue_per_uid_max: usize) -> Pool {
-    Pool::new(Bounds { workers, running_per_uid_max: workers, queue_max, queue_per_uid_max }).unwrap()
+    Pool::new(Bounds {
+        workers,
+        running_per_uid_max: workers,
+        queue_max,
+        queue_per_uid_max,
+    })
+    .unwrap()
 }
 
 fn late() -> Instant {
@@ -24,12 +30,18 @@ fn token() -> Cancel {
 
 /// A job that runs until it is released. Returns the job, a receiver that reports its start, and a
 /// sender that releases it.
-fn gate() -> (impl FnOnce(&Cancel) -> Result<u32> + Send + 'static, mpsc::Receiver<()>, mpsc::Sender<u32>) {
+fn gate() -> (
+    impl FnOnce(&Cancel) -> Result<u32> + Send + 'static,
+    mpsc::Receiver<()>,
+    mpsc::Sender<u32>,
+) {
     let (running, is_running) = mpsc::channel();
     let (end, ending) = mpsc::channel();
     let job = move |_: &Cancel| {
         running.send(()).unwrap();
-        ending.recv_timeout(LATE).map_err(|_| Error::internal("nobody ended the job"))
+        ending
+            .recv_timeout(LATE)
+            .map_err(|_| Error::internal("nobody ended the job"))
     };
     (job, is_running, end)
 }
@@ -37,13 +49,31 @@ fn gate() -> (impl FnOnce(&Cancel) -> Result<u32> + Send + 'static, mpsc::Receiv
 #[test]
 fn job_runs_on_a_worker_and_its_result_is_taken_once() {
     let pool = pool(2, 4, 4);
-    let handle =
-        pool.try_submit(1, "name it", &token(), |_| Ok(std::thread::current().name().unwrap_or_default().to_owned())).unwrap();
+    let handle = pool
+        .try_submit(1, "name it", &token(), |_| {
+            Ok(std::thread::current().name().unwrap_or_default().to_owned())
+        })
+        .unwrap();
     assert!(handle.wait(late()).unwrap().starts_with("pool-"));
-    assert_eq!(handle.wait(late()).unwrap_err().kind(), Kind::Internal, "an outcome is had once");
-    let failed = pool.try_submit(1, "fail", &token(), |_| Err::<(), _>(Error::new(Kind::GuestLost, "lost"))).unwrap();
+    assert_eq!(
+        handle.wait(late()).unwrap_err().kind(),
+        Kind::Internal,
+        "an outcome is had once"
+    );
+    let failed = pool
+        .try_submit(1, "fail", &token(), |_| {
+            Err::<(), _>(Error::new(Kind::GuestLost, "lost"))
+        })
+        .unwrap();
     assert_eq!(failed.wait(late()).unwrap_err().kind(), Kind::GuestLost);
-    assert_eq!(pool.counts(), Counts { running: 0, queued: 0, places: 0 });
+    assert_eq!(
+        pool.counts(),
+        Counts {
+            running: 0,
+            queued: 0,
+            places: 0
+        }
+    );
     assert!(pool.close(late()));
 }
 
@@ -59,23 +89,62 @@ fn full_queue_refuses_immediately_and_frees_its_slots() {
     let mine = pool.reserve(1).map(drop).unwrap_err();
     assert_eq!(
         (mine.kind(), mine.message()),
-        (Kind::PoolFull, "your share of the queue for guest transfers is full (2 waiting)")
+        (
+            Kind::PoolFull,
+            "your share of the queue for guest transfers is full (2 waiting)"
+        )
     );
     let other = pool.reserve(2).unwrap();
-    let all = pool.try_submit(3, "x", &token(), |_| Ok(())).map(drop).unwrap_err();
-    assert_eq!((all.kind(), all.message()), (Kind::PoolFull, "the queue for guest transfers is full (3 waiting)"));
-    assert_eq!(pool.counts(), Counts { running: 1, queued: 1, places: 3 });
+    let all = pool
+        .try_submit(3, "x", &token(), |_| Ok(()))
+        .map(drop)
+        .unwrap_err();
+    assert_eq!(
+        (all.kind(), all.message()),
+        (
+            Kind::PoolFull,
+            "the queue for guest transfers is full (3 waiting)"
+        )
+    );
+    assert_eq!(
+        pool.counts(),
+        Counts {
+            running: 1,
+            queued: 1,
+            places: 3
+        }
+    );
     drop(other);
     // A cancelled job leaves the queue although the only worker is busy and nothing waits for the
     // job.
     cancel.cancel(CancelCause::VmStopped);
-    assert_eq!(pool.counts(), Counts { running: 1, queued: 0, places: 1 });
+    assert_eq!(
+        pool.counts(),
+        Counts {
+            running: 1,
+            queued: 0,
+            places: 1
+        }
+    );
     let error = queued.wait(late()).unwrap_err();
-    assert_eq!((error.kind(), error.to_string().as_str()), (Kind::Cancelled, "queued: cancelled: the VM was stopped"));
+    assert_eq!(
+        (error.kind(), error.to_string().as_str()),
+        (Kind::Cancelled, "queued: cancelled: the VM was stopped")
+    );
     let last = place.submit("last", &token(), |_| Ok(5));
     end.send(4).unwrap();
-    assert_eq!((running.wait(late()).unwrap(), last.wait(late()).unwrap()), (4, 5));
-    assert_eq!(pool.counts(), Counts { running: 0, queued: 0, places: 0 });
+    assert_eq!(
+        (running.wait(late()).unwrap(), last.wait(late()).unwrap()),
+        (4, 5)
+    );
+    assert_eq!(
+        pool.counts(),
+        Counts {
+            running: 0,
+            queued: 0,
+            places: 0
+        }
+    );
 }
 
 #[test]
@@ -97,10 +166,17 @@ fn cancel_of_queued_job_wakes_its_waiter_immediately() {
         let fired = Instant::now();
         cancel.cancel(CancelCause::VmDeleted);
         let (error, heard) = waiter.join().unwrap();
-        assert_eq!((error.kind(), error.to_string().as_str()), (Kind::Cancelled, "queued: cancelled: the VM was deleted"));
+        assert_eq!(
+            (error.kind(), error.to_string().as_str()),
+            (Kind::Cancelled, "queued: cancelled: the VM was deleted")
+        );
         assert!(heard - fired < SOON, "{:?}", heard - fired);
     });
-    assert_eq!(is_dropped.recv_timeout(LATE), Err(mpsc::RecvTimeoutError::Disconnected), "what the job owns is gone");
+    assert_eq!(
+        is_dropped.recv_timeout(LATE),
+        Err(mpsc::RecvTimeoutError::Disconnected),
+        "what the job owns is gone"
+    );
     assert_eq!(pool.counts().queued, 0);
     end.send(0).unwrap();
     running.wait(late()).unwrap();
@@ -113,23 +189,38 @@ fn cancelled_running_job_is_still_waited_for() {
     let cancel = token();
     let handle = pool.try_submit(1, "run", &cancel, job).unwrap();
     is_running.recv_timeout(LATE).unwrap();
-    let early = handle.wait(Instant::now() + Duration::from_millis(5)).unwrap_err();
+    let early = handle
+        .wait(Instant::now() + Duration::from_millis(5))
+        .unwrap_err();
     assert_eq!(early.kind(), Kind::Timeout);
     cancel.cancel(CancelCause::Requested);
-    let early = handle.wait(Instant::now() + Duration::from_millis(5)).unwrap_err();
+    let early = handle
+        .wait(Instant::now() + Duration::from_millis(5))
+        .unwrap_err();
     assert_eq!(early.kind(), Kind::Timeout, "it still runs");
     end.send(9).unwrap();
-    assert_eq!(handle.wait(late()).unwrap(), 9, "what it achieved is not thrown away");
+    assert_eq!(
+        handle.wait(late()).unwrap(),
+        9,
+        "what it achieved is not thrown away"
+    );
 }
 
 #[test]
 fn job_panic_does_not_end_the_worker() {
     let pool = pool(1, 4, 4);
-    let panicking = pool.try_submit(1, "bad", &token(), |_| -> Result<()> { panic!("oh no") }).unwrap();
+    let panicking = pool
+        .try_submit(1, "bad", &token(), |_| -> Result<()> { panic!("oh no") })
+        .unwrap();
     let error = panicking.wait(late()).unwrap_err();
-    assert_eq!((error.kind(), error.message()), (Kind::Internal, "bad: the job panicked"));
+    assert_eq!(
+        (error.kind(), error.message()),
+        (Kind::Internal, "bad: the job panicked")
+    );
     assert_eq!(pool.counts().running, 0);
-    let next = pool.try_submit(1, "good", &token(), |_| Ok(check::held())).unwrap();
+    let next = pool
+        .try_submit(1, "good", &token(), |_| Ok(check::held()))
+        .unwrap();
     let held = next.wait(late()).unwrap();
     // With the lock checker there is one: the region of the job itself.
     assert!(held <= 1, "{held} held at the start of a job");
@@ -145,13 +236,19 @@ fn jobs_run_in_order_of_submission() {
     let handles: Vec<_> = (0..20)
         .map(|i| {
             let order = order.clone();
-            pool.try_submit(i % 3, "next", &token(), move |_| order.send(i).map_err(|_| Error::internal("gone"))).unwrap()
+            pool.try_submit(i % 3, "next", &token(), move |_| {
+                order.send(i).map_err(|_| Error::internal("gone"))
+            })
+            .unwrap()
         })
         .collect();
     end.send(0).unwrap();
     first.wait(late()).unwrap();
     handles.iter().for_each(|h| h.wait(late()).unwrap());
-    assert_eq!(seen.try_iter().collect::<Vec<_>>(), (0..20).collect::<Vec<_>>());
+    assert_eq!(
+        seen.try_iter().collect::<Vec<_>>(),
+        (0..20).collect::<Vec<_>>()
+    );
 }
 
 #[test]
@@ -162,14 +259,34 @@ fn close_waits_for_running_and_refuses_queued_jobs() {
     is_running.recv_timeout(LATE).unwrap();
     let queued = pool.try_submit(1, "queued", &token(), |_| Ok(())).unwrap();
     let place = pool.reserve(1).unwrap();
-    assert!(!pool.close(Instant::now() + Duration::from_millis(5)), "a job still runs");
+    assert!(
+        !pool.close(Instant::now() + Duration::from_millis(5)),
+        "a job still runs"
+    );
     assert_eq!(queued.wait(late()).unwrap_err().kind(), Kind::ShuttingDown);
-    assert_eq!(pool.reserve(1).map(drop).unwrap_err().kind(), Kind::ShuttingDown);
-    assert_eq!(place.submit("late", &token(), |_| Ok(())).wait(late()).unwrap_err().kind(), Kind::ShuttingDown);
+    assert_eq!(
+        pool.reserve(1).map(drop).unwrap_err().kind(),
+        Kind::ShuttingDown
+    );
+    assert_eq!(
+        place
+            .submit("late", &token(), |_| Ok(()))
+            .wait(late())
+            .unwrap_err()
+            .kind(),
+        Kind::ShuttingDown
+    );
     end.send(3).unwrap();
     assert_eq!(running.wait(late()).unwrap(), 3);
     assert!(pool.close(late()));
-    assert_eq!(pool.counts(), Counts { running: 0, queued: 0, places: 0 });
+    assert_eq!(
+        pool.counts(),
+        Counts {
+            running: 0,
+            queued: 0,
+            places: 0
+        }
+    );
 }
 
 #[test]
@@ -225,7 +342,14 @@ fn concurrent_submits_and_cancels_lose_no_job() {
     });
     assert_eq!(outcomes.iter().flatten().sum::<usize>(), 8 * 300);
     assert!(outcomes.iter().map(|o| o[0]).sum::<usize>() > 0);
-    assert_eq!(pool.counts(), Counts { running: 0, queued: 0, places: 0 });
+    assert_eq!(
+        pool.counts(),
+        Counts {
+            running: 0,
+            queued: 0,
+            places: 0
+        }
+    );
     assert!(pool.close(late()));
 }
 
@@ -235,9 +359,19 @@ fn job_waiter_may_hold_a_workspace_lock() {
     let pool = pool(1, 4, 4);
     let workspaces = LockSet::new(Rank::Workspace);
     let held = workspaces.lock(&1);
-    let ranks = pool.try_submit(1, "ranks", &token(), |_| Ok(check::dump())).unwrap().wait(late()).unwrap();
-    assert!(ranks.contains("holds pool job at src/pool/job.rs"), "{ranks}");
-    assert!(ranks.contains("holds wait for a pool job") || ranks.contains("holds workspace_locks[1]"), "{ranks}");
+    let ranks = pool
+        .try_submit(1, "ranks", &token(), |_| Ok(check::dump()))
+        .unwrap()
+        .wait(late())
+        .unwrap();
+    assert!(
+        ranks.contains("holds pool job at src/pool/job.rs"),
+        "{ranks}"
+    );
+    assert!(
+        ranks.contains("holds wait for a pool job") || ranks.contains("holds workspace_locks[1]"),
+        "{ranks}"
+    );
     drop(held);
 }
 
@@ -270,7 +404,10 @@ fn admission_grants_its_permits_in_order() {
     drop((order, second));
     for (i, (who, told)) in seen.into_iter().enumerate() {
         assert_eq!(who, i, "first come, first served");
-        assert!(told.first() == Some(&i) && told.windows(2).all(|w| w[0] > w[1]), "{told:?}");
+        assert!(
+            told.first() == Some(&i) && told.windows(2).all(|w| w[0] > w[1]),
+            "{told:?}"
+        );
     }
     assert_eq!(admission.counts(), (2, 0));
 }
@@ -284,23 +421,48 @@ fn cancelled_boot_leaves_the_queue_immediately() {
         let (waits, is_waiting) = mpsc::channel();
         let (waits2, admission, cancel, others) = (waits.clone(), &admission, &cancel, &others);
         let leaver = s.spawn(move || {
-            let error = admission.enter(cancel, |_| waits.send(()).unwrap()).map(drop).unwrap_err();
+            let error = admission
+                .enter(cancel, |_| waits.send(()).unwrap())
+                .map(drop)
+                .unwrap_err();
             (error, Instant::now())
         });
         is_waiting.recv_timeout(LATE).unwrap();
-        let stayer = s.spawn(move || admission.enter(others, |_| waits2.send(()).unwrap()).map(drop));
+        let stayer = s.spawn(move || {
+            admission
+                .enter(others, |_| waits2.send(()).unwrap())
+                .map(drop)
+        });
         is_waiting.recv_timeout(LATE).unwrap();
         let fired = Instant::now();
         cancel.cancel(CancelCause::VmDeleted);
         let (error, left) = leaver.join().unwrap();
-        assert_eq!((error.kind(), error.message()), (Kind::Cancelled, "wait for other boots: cancelled: the VM was deleted"));
+        assert_eq!(
+            (error.kind(), error.message()),
+            (
+                Kind::Cancelled,
+                "wait for other boots: cancelled: the VM was deleted"
+            )
+        );
         assert!(left - fired < SOON, "{:?}", left - fired);
-        assert_eq!(is_waiting.recv_timeout(LATE), Ok(()), "the one behind moves up and hears of it");
+        assert_eq!(
+            is_waiting.recv_timeout(LATE),
+            Ok(()),
+            "the one behind moves up and hears of it"
+        );
         drop(permit);
         stayer.join().unwrap().unwrap();
     });
     assert_eq!(admission.counts(), (1, 0));
-    assert_eq!(admission.enter(&cancel, |_| ()).map(drop).unwrap_err().kind(), Kind::Cancelled, "fired before");
+    assert_eq!(
+        admission
+            .enter(&cancel, |_| ())
+            .map(drop)
+            .unwrap_err()
+            .kind(),
+        Kind::Cancelled,
+        "fired before"
+    );
     assert_eq!(admission.counts(), (1, 0));
 }
 
@@ -314,7 +476,11 @@ struct Held {
 impl Held {
     fn submit(pool: &Pool, uid: u32) -> Self {
         let (job, is_running, end) = gate();
-        Self { handle: pool.try_submit(uid, "hold", &token(), job).unwrap(), is_running, end }
+        Self {
+            handle: pool.try_submit(uid, "hold", &token(), job).unwrap(),
+            is_running,
+            end,
+        }
     }
     fn await_running(&self) {
         self.is_running.recv_timeout(LATE).unwrap();
@@ -329,7 +495,13 @@ impl Held {
 }
 
 fn shared_pool(workers: usize, running_per_uid_max: usize) -> Pool {
-    Pool::new(Bounds { workers, running_per_uid_max, queue_max: 64, queue_per_uid_max: 32 }).unwrap()
+    Pool::new(Bounds {
+        workers,
+        running_per_uid_max,
+        queue_max: 64,
+        queue_per_uid_max: 32,
+    })
+    .unwrap()
 }
 
 #[test]
@@ -339,7 +511,14 @@ fn one_uid_never_holds_every_worker() {
     theirs[..3].iter().for_each(Held::await_running);
     let other = Held::submit(&pool, 2);
     other.await_running();
-    assert_eq!(pool.counts(), Counts { running: 4, queued: 7, places: 7 });
+    assert_eq!(
+        pool.counts(),
+        Counts {
+            running: 4,
+            queued: 7,
+            places: 7
+        }
+    );
     // A free worker takes another job of the same uid only if that is below its bound.
     other.end();
     assert_eq!((pool.counts().running, theirs[3].runs()), (3, false));
@@ -356,7 +535,10 @@ fn free_worker_takes_job_of_uid_with_fewest_running() {
     let pool = shared_pool(3, 3);
     let mut running: Vec<_> = (0..3).map(|_| Held::submit(&pool, 1)).collect();
     running.iter().for_each(Held::await_running);
-    let mut queued: Vec<_> = [1, 1, 2, 0].into_iter().map(|uid| Held::submit(&pool, uid)).collect();
+    let mut queued: Vec<_> = [1, 1, 2, 0]
+        .into_iter()
+        .map(|uid| Held::submit(&pool, uid))
+        .collect();
     // Uid 1 still runs two; of the others uid 2 has waited longer than root.
     running.remove(0).end();
     queued[2].await_running();
@@ -391,6 +573,13 @@ fn cancelled_job_of_uid_at_its_bound_leaves_queue() {
     let queued = pool.try_submit(1, "queued", &cancel, |_| Ok(())).unwrap();
     cancel.cancel(CancelCause::VmStopped);
     assert_eq!(queued.wait(late()).unwrap_err().kind(), Kind::Cancelled);
-    assert_eq!(pool.counts(), Counts { running: 1, queued: 0, places: 0 });
+    assert_eq!(
+        pool.counts(),
+        Counts {
+            running: 1,
+            queued: 0,
+            places: 0
+        }
+    );
     running.end();
 }

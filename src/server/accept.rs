@@ -34,15 +34,29 @@ pub(super) struct Acceptor {
 }
 
 impl Acceptor {
-    pub(super) fn new(socket: Socket, registry: Arc<Registry>, handler: Arc<dyn Handler>, stop: Cancel) -> Result<Self> {
+    pub(super) fn new(
+        socket: Socket,
+        registry: Arc<Registry>,
+        handler: Arc<dyn Handler>,
+        stop: Cancel,
+    ) -> Result<Self> {
         let spare = Some(spare().map_err(|e| Error::io("keep a descriptor in reserve", e))?);
-        Ok(Self { socket, registry, handler, stop, spare, warned_at: None })
+        Ok(Self {
+            socket,
+            registry,
+            handler,
+            stop,
+            spare,
+            warned_at: None,
+        })
     }
 
     pub(super) fn run(mut self) {
         while !self.stop.is_cancelled() {
-            let mut fds =
-                [PollFd::new(self.stop.fd(), PollFlags::POLLIN), PollFd::new(self.socket.listener.as_fd(), PollFlags::POLLIN)];
+            let mut fds = [
+                PollFd::new(self.stop.fd(), PollFlags::POLLIN),
+                PollFd::new(self.socket.listener.as_fd(), PollFlags::POLLIN),
+            ];
             match poll(&mut fds, PollTimeout::NONE) {
                 Ok(_) | Err(nix::errno::Errno::EINTR) => {}
                 Err(e) => {
@@ -85,7 +99,10 @@ impl Acceptor {
         let started = Peer::of(&stream).and_then(|peer| {
             let slot = self.registry.enter(&stream, peer.uid)?;
             let (handler, socket) = (self.handler.clone(), stream.clone());
-            thread::spawn("connection", move || connection::serve(slot, socket, peer, &*handler)).map(drop)
+            thread::spawn("connection", move || {
+                connection::serve(slot, socket, peer, &*handler)
+            })
+            .map(drop)
         });
         started.map_err(|e| (stream, e))
     }
@@ -93,7 +110,11 @@ impl Acceptor {
     fn turn_one_away(&mut self) {
         self.spare = None;
         if let Ok((stream, _)) = self.socket.listener.accept() {
-            let error = Error::new(Kind::ConnectionLimit, "the daemon has no file descriptor left").hint("try again later");
+            let error = Error::new(
+                Kind::ConnectionLimit,
+                "the daemon has no file descriptor left",
+            )
+            .hint("try again later");
             self.refuse(&stream, &error);
         }
         self.spare = spare().ok();

@@ -65,7 +65,10 @@ impl Claim {
             pid: std::process::id(),
             uid_base: config.qemu.uid_base,
             uid_count: config.qemu.uid_count,
-            subnet: config.network.is_bridge().then(|| config.network.subnet.to_string()),
+            subnet: config
+                .network
+                .is_bridge()
+                .then(|| config.network.subnet.to_string()),
             netns,
             install_id: None,
             former: Vec::new(),
@@ -83,13 +86,18 @@ impl Claim {
         self.install_id = Some(id.to_owned());
         self.former.retain(|former| former != id);
         self.former.dedup();
-        self.former.drain(..self.former.len().saturating_sub(FORMER_MAX));
+        self.former
+            .drain(..self.former.len().saturating_sub(FORMER_MAX));
     }
 
     /// The name of the claim's file. It depends only on the state directory.
     fn file_name(&self) -> String {
         let hash = Sha256::digest(self.state_dir.as_os_str().as_encoded_bytes());
-        hash.iter().take(8).map(|b| format!("{b:02x}")).collect::<String>() + ".json"
+        hash.iter()
+            .take(8)
+            .map(|b| format!("{b:02x}"))
+            .collect::<String>()
+            + ".json"
     }
 
     fn shares_uids(&self, other: &Self) -> bool {
@@ -106,7 +114,11 @@ impl Claim {
     }
 
     fn conflict(&self, other: &Self) -> Option<Error> {
-        let uids = format!("uids {} to {}", other.uid_base, other.uid_base.saturating_add(other.uid_count) - 1);
+        let uids = format!(
+            "uids {} to {}",
+            other.uid_base,
+            other.uid_base.saturating_add(other.uid_count) - 1
+        );
         let subnet = other.subnet.clone().unwrap_or_default();
         let set_uids = "other uids for VMs: uid_base = ... and uid_count = ... under [qemu]";
         let set_subnet = "another subnet: subnet = ... under [network]";
@@ -114,11 +126,22 @@ impl Claim {
             (false, false) => return None,
             (true, false) => (uids, set_uids.to_owned()),
             (false, true) => (format!("subnet {subnet}"), set_subnet.to_owned()),
-            (true, true) => (format!("{uids} and subnet {subnet}"), format!("{set_uids}, and {set_subnet}")),
+            (true, true) => (
+                format!("{uids} and subnet {subnet}"),
+                format!("{set_uids}, and {set_subnet}"),
+            ),
         };
-        let whose = format!("another fcd (process {}, state directory {})", other.pid, other.state_dir.display());
-        let text = format!("claim uids and subnet for VMs: {what} are in use by {whose} or its VMs");
-        Some(Error::new(Kind::Conflict, text).hint(format!("stop that daemon and its VMs, or set {set}")))
+        let whose = format!(
+            "another fcd (process {}, state directory {})",
+            other.pid,
+            other.state_dir.display()
+        );
+        let text =
+            format!("claim uids and subnet for VMs: {what} are in use by {whose} or its VMs");
+        Some(
+            Error::new(Kind::Conflict, text)
+                .hint(format!("stop that daemon and its VMs, or set {set}")),
+        )
     }
 }
 
@@ -131,7 +154,8 @@ pub(super) fn take(config: &Config, dir: &Path) -> Result<Held> {
     let mut claim = Claim::of(config)?;
     let _lock = lock(dir)?;
     let own = claim.file_name();
-    let entries = std::fs::read_dir(dir).map_err(|e| Error::io(format!("read {}", dir.display()), e))?;
+    let entries =
+        std::fs::read_dir(dir).map_err(|e| Error::io(format!("read {}", dir.display()), e))?;
     for entry in entries.flatten() {
         let name = entry.file_name();
         if name.as_encoded_bytes().ends_with(b".json") && name != *own {
@@ -146,7 +170,11 @@ pub(super) fn take(config: &Config, dir: &Path) -> Result<Held> {
         claim.inherit(earlier);
     }
     write(&file, &claim)?;
-    Ok(Held { dir: dir.to_owned(), _file: file, claim })
+    Ok(Held {
+        dir: dir.to_owned(),
+        _file: file,
+        claim,
+    })
 }
 
 /// Fails if a valid claim in another file conflicts with this one.
@@ -155,9 +183,15 @@ fn check_conflict(claim: &Claim, path: &Path) -> Result<()> {
     let is_held = is_held(&file);
     // An incomplete file was cut off while being written, before anything was created, so it claims
     // nothing.
-    let Some(other) = read(&file, path)? else { return Ok(()) };
+    let Some(other) = read(&file, path)? else {
+        return Ok(());
+    };
     let ids = other.install_id.iter().chain(&other.former);
-    if is_held || has_vms(ids)? { claim.conflict(&other).map_or(Ok(()), Err) } else { Ok(()) }
+    if is_held || has_vms(ids)? {
+        claim.conflict(&other).map_or(Ok(()), Err)
+    } else {
+        Ok(())
+    }
 }
 
 /// True if a daemon holds this claim. If not, no daemon can take it before `file` is closed.
@@ -167,13 +201,16 @@ fn is_held(file: &File) -> bool {
 
 fn read(mut file: &File, path: &Path) -> Result<Option<Claim>> {
     let mut text = String::new();
-    let read = file.rewind().and_then(|()| file.take(CLAIM_BYTES_MAX).read_to_string(&mut text));
+    let read = file
+        .rewind()
+        .and_then(|()| file.take(CLAIM_BYTES_MAX).read_to_string(&mut text));
     read.map_err(|e| Error::io(format!("read {}", path.display()), e))?;
     Ok(serde_json::from_str(&text).ok())
 }
 
 fn write(mut file: &File, claim: &Claim) -> Result<()> {
-    let text = serde_json::to_vec(claim).map_err(|e| Error::internal("write a claim").with_source(e))?;
+    let text =
+        serde_json::to_vec(claim).map_err(|e| Error::internal("write a claim").with_source(e))?;
     let mut write = || {
         file.set_len(0)?;
         file.rewind()?;
@@ -211,18 +248,28 @@ impl Registry {
     fn visit_own(&self, visit: &mut dyn FnMut(&GoneInstallation) -> bool) -> Result<()> {
         let path = self.dir.join(&self.own);
         let file = open(&path)?;
-        let Some(mut claim) = read(&file, &path)? else { return Ok(()) };
+        let Some(mut claim) = read(&file, &path)? else {
+            return Ok(());
+        };
         // It is not known yet which installation uses the directory now.
         if claim.install_id.is_none() {
             return Ok(());
         }
         let before = claim.former.len();
         self.visit_former(&mut claim, visit)?;
-        if claim.former.len() == before { Ok(()) } else { write(&file, &claim) }
+        if claim.former.len() == before {
+            Ok(())
+        } else {
+            write(&file, &claim)
+        }
     }
 
     /// Calls `visit` for former installations, and forgets those of which nothing is left.
-    fn visit_former(&self, claim: &mut Claim, visit: &mut dyn FnMut(&GoneInstallation) -> bool) -> Result<()> {
+    fn visit_former(
+        &self,
+        claim: &mut Claim,
+        visit: &mut dyn FnMut(&GoneInstallation) -> bool,
+    ) -> Result<()> {
         for id in std::mem::take(&mut claim.former) {
             if has_vms([&id])? || !visit(&self.gone(claim, &id)) {
                 claim.former.push(id);
@@ -233,15 +280,25 @@ impl Registry {
 
     fn gone(&self, claim: &Claim, id: &str) -> GoneInstallation {
         // It may have had a bridge even if the current configuration has none.
-        GoneInstallation { install_id: id.to_owned(), state_dir: claim.state_dir.clone(), has_network: claim.netns == self.netns }
+        GoneInstallation {
+            install_id: id.to_owned(),
+            state_dir: claim.state_dir.clone(),
+            has_network: claim.netns == self.netns,
+        }
     }
 
-    fn visit_other(&self, path: &Path, visit: &mut dyn FnMut(&GoneInstallation) -> bool) -> Result<()> {
+    fn visit_other(
+        &self,
+        path: &Path,
+        visit: &mut dyn FnMut(&GoneInstallation) -> bool,
+    ) -> Result<()> {
         let file = open(path)?;
         if is_held(&file) {
             return Ok(());
         }
-        let Some(mut claim) = read(&file, path)? else { return Ok(()) };
+        let Some(mut claim) = read(&file, path)? else {
+            return Ok(());
+        };
         if !is_missing(&claim.state_dir) {
             return Ok(());
         }
@@ -249,7 +306,8 @@ impl Registry {
         claim.former.extend(claim.install_id.take());
         self.visit_former(&mut claim, visit)?;
         if claim.former.is_empty() && before.netns == self.netns {
-            return std::fs::remove_file(path).map_err(|e| Error::io(format!("remove {}", path.display()), e));
+            return std::fs::remove_file(path)
+                .map_err(|e| Error::io(format!("remove {}", path.display()), e));
         }
         Ok(())
     }
@@ -267,8 +325,9 @@ impl Installations for Registry {
         let _lock = lock(&self.dir)?;
         let path = self.dir.join(&self.own);
         let file = open(&path)?;
-        let mut claim =
-            read(&file, &path)?.ok_or_else(|| Error::internal(format!("read {}: it is not a claim", path.display())))?;
+        let mut claim = read(&file, &path)?.ok_or_else(|| {
+            Error::internal(format!("read {}: it is not a claim", path.display()))
+        })?;
         claim.become_installation(install_id);
         write(&file, &claim)
     }
@@ -277,8 +336,12 @@ impl Installations for Registry {
     fn visit_gone(&self, visit: &mut dyn FnMut(&GoneInstallation) -> bool) -> Result<()> {
         let _lock = lock(&self.dir)?;
         self.visit_own(visit)?;
-        let entries = std::fs::read_dir(&self.dir).map_err(|e| Error::io(format!("read {}", self.dir.display()), e))?;
-        for name in entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()) {
+        let entries = std::fs::read_dir(&self.dir)
+            .map_err(|e| Error::io(format!("read {}", self.dir.display()), e))?;
+        for name in entries
+            .flatten()
+            .filter_map(|entry| entry.file_name().into_string().ok())
+        {
             if name.ends_with(".json") && name != self.own {
                 self.visit_other(&self.dir.join(&name), visit)?;
             }
@@ -290,15 +353,19 @@ impl Installations for Registry {
 fn open(path: &Path) -> Result<File> {
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     let fd = rustix::fs::open(path, flags, rustix::fs::Mode::from_raw_mode(0o600));
-    fd.map(File::from).map_err(|e| Error::io(format!("open {}", path.display()), e))
+    fd.map(File::from)
+        .map_err(|e| Error::io(format!("open {}", path.display()), e))
 }
 
 fn flock(file: &File, path: &Path) -> Result<()> {
     let deadline = Instant::now() + LOCK_DEADLINE;
     while rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive).is_err() {
         if Instant::now() > deadline {
-            return Err(Error::new(Kind::Busy, format!("lock {}: another process holds it", path.display()))
-                .hint(format!("find it with fuser -v {}", path.display())));
+            return Err(Error::new(
+                Kind::Busy,
+                format!("lock {}: another process holds it", path.display()),
+            )
+            .hint(format!("find it with fuser -v {}", path.display())));
         }
         std::thread::sleep(LOCK_PERIOD);
     }
@@ -308,7 +375,11 @@ fn flock(file: &File, path: &Path) -> Result<()> {
 impl Held {
     /// The registry of claims, for a daemon that is about to find out which installation it is.
     pub(super) fn registry(&self) -> Registry {
-        Registry { dir: self.dir.clone(), own: self.claim.file_name(), netns: self.claim.netns.clone() }
+        Registry {
+            dir: self.dir.clone(),
+            own: self.claim.file_name(),
+            netns: self.claim.netns.clone(),
+        }
     }
 }
 
@@ -319,11 +390,15 @@ mod tests {
 
     fn config(state_dir: &str, uids: (u32, u32), subnet: Option<&str>) -> Config {
         let nobody = |name: &str| (name == "HOME").then(|| "/nonexistent".to_owned());
-        let flags = Flags { state_dir: Some(state_dir.into()), ..Flags::default() };
+        let flags = Flags {
+            state_dir: Some(state_dir.into()),
+            ..Flags::default()
+        };
         let mut config = Config::load(&flags, 1000, &nobody).unwrap();
         (config.qemu.uid_base, config.qemu.uid_count) = uids;
         if let Some(subnet) = subnet {
-            (config.network.driver, config.network.subnet) = (NetworkDriver::Bridge, subnet.parse().unwrap());
+            (config.network.driver, config.network.subnet) =
+                (NetworkDriver::Bridge, subnet.parse().unwrap());
         }
         config
     }
@@ -332,8 +407,14 @@ mod tests {
     fn refused(config: &Config, dir: &Path, hints: &[&str], others: &[&str]) {
         let e = take(config, dir).map(drop).unwrap_err();
         let hint = e.hint_text().unwrap();
-        assert_eq!((e.kind(), super::super::exit_status(&e)), (Kind::Conflict, super::super::run::EXIT_REFUSED));
-        assert!(hints.iter().all(|h| hint.contains(h)) && !others.iter().any(|h| hint.contains(h)), "{hint}");
+        assert_eq!(
+            (e.kind(), super::super::exit_status(&e)),
+            (Kind::Conflict, super::super::run::EXIT_REFUSED)
+        );
+        assert!(
+            hints.iter().all(|h| hint.contains(h)) && !others.iter().any(|h| hint.contains(h)),
+            "{hint}"
+        );
     }
 
     #[test]
@@ -341,10 +422,25 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let first = take(&config("/a", (5000, 100), Some("10.89.0.0/24")), dir.path()).unwrap();
         for base in [4901, 5000, 5050, 5099] {
-            refused(&config("/b", (base, 100), None), dir.path(), &["uid_base"], &["subnet"]);
+            refused(
+                &config("/b", (base, 100), None),
+                dir.path(),
+                &["uid_base"],
+                &["subnet"],
+            );
         }
-        refused(&config("/b", (6000, 100), Some("10.89.0.0/16")), dir.path(), &["subnet = "], &["uid_base"]);
-        refused(&config("/b", (5000, 1), Some("10.89.0.128/25")), dir.path(), &["subnet = ", "uid_base"], &[]);
+        refused(
+            &config("/b", (6000, 100), Some("10.89.0.0/16")),
+            dir.path(),
+            &["subnet = "],
+            &["uid_base"],
+        );
+        refused(
+            &config("/b", (5000, 1), Some("10.89.0.128/25")),
+            dir.path(),
+            &["subnet = ", "uid_base"],
+            &[],
+        );
         let beside = take(&config("/b", (5100, 100), Some("10.90.0.0/24")), dir.path()).unwrap();
         let before = take(&config("/c", (4900, 100), None), dir.path()).unwrap();
         // The same state directory again, after the first daemon has exited.
@@ -364,16 +460,30 @@ mod tests {
         drop(first);
         let vmm = crate::host::process::spawn(crate::host::process::Spawn {
             program: "sh".into(),
-            args: ["-c", "kill -STOP $$", &format!("fc-{install}-0123456789ab-1")].map(Into::into).to_vec(),
+            args: [
+                "-c",
+                "kill -STOP $$",
+                &format!("fc-{install}-0123456789ab-1"),
+            ]
+            .map(Into::into)
+            .to_vec(),
             env: vec![("PATH".into(), "/usr/bin:/bin".into())],
             cwd: "/".into(),
             output: None,
             credentials: None,
         })
         .unwrap();
-        refused(&config("/b", (5000, 100), None), dir.path(), &["uid_base"], &[]);
+        refused(
+            &config("/b", (5000, 100), None),
+            dir.path(),
+            &["uid_base"],
+            &[],
+        );
         vmm.signal(rustix::process::Signal::KILL).unwrap();
-        assert!(vmm.wait_uncancelled(Instant::now() + Duration::from_secs(20)).unwrap());
+        assert!(
+            vmm.wait_uncancelled(Instant::now() + Duration::from_secs(20))
+                .unwrap()
+        );
         take(&config("/b", (5000, 100), None), dir.path()).unwrap();
     }
 
@@ -394,7 +504,11 @@ mod tests {
         let (dir, states) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let state = |name: &str| states.path().join(name);
         let claim = |name: &str, base, id: &str| {
-            let held = take(&config(state(name).to_str().unwrap(), (base, 100), None), dir.path()).unwrap();
+            let held = take(
+                &config(state(name).to_str().unwrap(), (base, 100), None),
+                dir.path(),
+            )
+            .unwrap();
             held.registry().set_own(id).unwrap();
             held
         };
@@ -411,17 +525,31 @@ mod tests {
         let files = || std::fs::read_dir(dir.path()).unwrap().count();
         assert_eq!(files(), 5, "a lock and four claims");
         for _ in 0..2 {
-            assert_eq!(gone(&registry, false), [("00000004".to_owned(), state("gone"))], "it was not forgotten");
+            assert_eq!(
+                gone(&registry, false),
+                [("00000004".to_owned(), state("gone"))],
+                "it was not forgotten"
+            );
         }
         assert_eq!(gone(&registry, true).len(), 1);
-        assert_eq!((gone(&registry, true).len(), files()), (0, 4), "it was forgotten");
+        assert_eq!(
+            (gone(&registry, true).len(), files()),
+            (0, 4),
+            "it was forgotten"
+        );
         // A disk with a state directory is unmounted and mounted again.
         std::fs::remove_dir(state("stopped")).unwrap();
-        assert_eq!(gone(&registry, false), [("00000003".to_owned(), state("stopped"))]);
+        assert_eq!(
+            gone(&registry, false),
+            [("00000003".to_owned(), state("stopped"))]
+        );
         std::fs::create_dir(state("stopped")).unwrap();
         assert_eq!(gone(&registry, false), []);
         drop(live);
-        assert_eq!(gone(&registry, true), [("00000002".to_owned(), state("live"))]);
+        assert_eq!(
+            gone(&registry, true),
+            [("00000002".to_owned(), state("live"))]
+        );
     }
 
     #[test]
@@ -430,7 +558,11 @@ mod tests {
         let config = config(state.path().to_str().unwrap(), (5000, 100), None);
         let claim = |id: &str| {
             let held = take(&config, dir.path()).unwrap();
-            assert_eq!(gone(&held.registry(), true), [], "the current installation is not known yet");
+            assert_eq!(
+                gone(&held.registry(), true),
+                [],
+                "the current installation is not known yet"
+            );
             held.registry().set_own(id).unwrap();
             held
         };
@@ -439,7 +571,10 @@ mod tests {
         drop(claim("00000002"));
         let held = claim("00000003");
         let former = |id: &str| (id.to_owned(), state.path().to_owned());
-        assert_eq!(gone(&held.registry(), false), [former("00000001"), former("00000002")]);
+        assert_eq!(
+            gone(&held.registry(), false),
+            [former("00000001"), former("00000002")]
+        );
         assert_eq!(gone(&held.registry(), true).len(), 2);
         assert_eq!(gone(&held.registry(), true), []);
     }

@@ -3,7 +3,9 @@
 use super::line::{Descriptors, Incoming, LineReader};
 use super::peer::Peer;
 use super::registry::ConnectionSlot;
-use super::request::{CallError, CallResult, IncomingCall, error_line, parse, response_line, shown};
+use super::request::{
+    CallError, CallResult, IncomingCall, error_line, parse, response_line, shown,
+};
 use super::{FDS_MAX, FRAME_BYTES_MAX, Handler, Limits};
 use crate::api::frame::{Note, Notification, Request};
 use crate::error::{Error, Kind};
@@ -93,23 +95,40 @@ impl Connection<'_> {
 }
 
 fn send_some(socket: &UnixStream, bytes: &[u8], fd: Option<&OwnedFd>) -> rustix::io::Result<usize> {
-    let Some(fd) = fd else { return rustix::net::send(socket, bytes, SendFlags::NOSIGNAL) };
+    let Some(fd) = fd else {
+        return rustix::net::send(socket, bytes, SendFlags::NOSIGNAL);
+    };
     let fds = [fd.as_fd()];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     ancillary.push(SendAncillaryMessage::ScmRights(&fds));
-    rustix::net::sendmsg(socket, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL)
+    rustix::net::sendmsg(
+        socket,
+        &[IoSlice::new(bytes)],
+        &mut ancillary,
+        SendFlags::NOSIGNAL,
+    )
 }
 
 /// Runs a connection's thread. `slot` is the first parameter and therefore dropped last.
-pub(super) fn serve(slot: ConnectionSlot, socket: Arc<UnixStream>, peer: Peer, handler: &dyn Handler) {
+pub(super) fn serve(
+    slot: ConnectionSlot,
+    socket: Arc<UnixStream>,
+    peer: Peer,
+    handler: &dyn Handler,
+) {
     let limits = slot.limits().clone();
     // Accepted sockets do not inherit O_NONBLOCK on Linux (accept(2)).
     if let Err(e) = socket.set_write_timeout(Some(limits.write_stall)) {
         log::warn!("server: connection of uid {}: {e}", peer.uid);
         return;
     }
-    let connection = Connection { socket: &socket, peer, broken: Cell::new(false), passed: Cell::new(None) };
+    let connection = Connection {
+        socket: &socket,
+        peer,
+        broken: Cell::new(false),
+        passed: Cell::new(None),
+    };
     let mut reader = LineReader::new(&socket);
     loop {
         let last = match reader.next(&limits) {
@@ -123,7 +142,9 @@ pub(super) fn serve(slot: ConnectionSlot, socket: Arc<UnixStream>, peer: Peer, h
                 return;
             }
             Incoming::End | Incoming::Idle => return,
-            Incoming::Broken(e) => return log::debug!("server: connection of uid {}: {e}", peer.uid),
+            Incoming::Broken(e) => {
+                return log::debug!("server: connection of uid {}: {e}", peer.uid);
+            }
             other => line_error(&other, &limits),
         };
         let _ = connection.send(&error_line(&last), None);
@@ -134,31 +155,58 @@ pub(super) fn serve(slot: ConnectionSlot, socket: Arc<UnixStream>, peer: Peer, h
 /// The error for a line that was not completed.
 fn line_error(incoming: &Incoming, limits: &Limits) -> CallError {
     let error = match incoming {
-        Incoming::TooLong => Error::new(Kind::FrameTooLarge, format!("a request is longer than {FRAME_BYTES_MAX} bytes"))
-            .hint("pass bulk data through a pipe"),
-        Incoming::Late => Error::new(Kind::InvalidRequest, format!("a request did not end within {:?}", limits.line)),
-        _ => Error::new(Kind::InvalidRequest, "the connection ended within a request").hint("end each request with a newline"),
+        Incoming::TooLong => Error::new(
+            Kind::FrameTooLarge,
+            format!("a request is longer than {FRAME_BYTES_MAX} bytes"),
+        )
+        .hint("pass bulk data through a pipe"),
+        Incoming::Late => Error::new(
+            Kind::InvalidRequest,
+            format!("a request did not end within {:?}", limits.line),
+        ),
+        _ => Error::new(
+            Kind::InvalidRequest,
+            "the connection ended within a request",
+        )
+        .hint("end each request with a newline"),
     };
     CallError::from(error)
 }
 
-fn answer(line: &[u8], descriptors: Descriptors, connection: &Connection<'_>, handler: &dyn Handler, stopping: bool) -> Vec<u8> {
+fn answer(
+    line: &[u8],
+    descriptors: Descriptors,
+    connection: &Connection<'_>,
+    handler: &dyn Handler,
+    stopping: bool,
+) -> Vec<u8> {
     let request = match parse(line) {
         Ok(request) => request,
         Err(refused) => return response_line(refused.id.as_deref(), Err(refused.error)),
     };
     let result = if descriptors.wrong {
-        let text = format!("a request may have at most {FDS_MAX} descriptors, and only with its first byte");
+        let text = format!(
+            "a request may have at most {FDS_MAX} descriptors, and only with its first byte"
+        );
         Err(Error::new(Kind::InvalidRequest, text).into())
     } else if stopping {
-        Err(Error::new(Kind::ShuttingDown, "the daemon is shutting down").hint("try again when it has restarted").into())
+        Err(
+            Error::new(Kind::ShuttingDown, "the daemon is shutting down")
+                .hint("try again when it has restarted")
+                .into(),
+        )
     } else {
         call(&request, descriptors, connection, handler)
     };
     response_line(Some(request.id), result)
 }
 
-fn call(request: &Request<'_>, descriptors: Descriptors, connection: &Connection<'_>, handler: &dyn Handler) -> CallResult {
+fn call(
+    request: &Request<'_>,
+    descriptors: Descriptors,
+    connection: &Connection<'_>,
+    handler: &dyn Handler,
+) -> CallResult {
     let incoming = IncomingCall {
         method: &request.method,
         params: request.params.map_or("{}", |p| p.get()),
@@ -167,14 +215,22 @@ fn call(request: &Request<'_>, descriptors: Descriptors, connection: &Connection
         fds: descriptors.fds,
         peer: connection.peer,
     };
-    let result = catch_unwind(AssertUnwindSafe(|| handler.call(incoming, connection))).unwrap_or_else(|_| {
-        let text = format!("call {} panicked", shown(&request.method));
-        log::error!("server: {text}");
-        Err(Error::internal(text).hint("report this bug with the daemon's log").into())
-    });
+    let result = catch_unwind(AssertUnwindSafe(|| handler.call(incoming, connection)))
+        .unwrap_or_else(|_| {
+            let text = format!("call {} panicked", shown(&request.method));
+            log::error!("server: {text}");
+            Err(Error::internal(text)
+                .hint("report this bug with the daemon's log")
+                .into())
+        });
     if let Err(e) = &result {
         connection.passed.take();
-        log::debug!("server: uid {}: {}: {}", connection.peer.uid, shown(&request.method), shown(&e.fault.message));
+        log::debug!(
+            "server: uid {}: {}: {}",
+            connection.peer.uid,
+            shown(&request.method),
+            shown(&e.fault.message)
+        );
     }
     result
 }

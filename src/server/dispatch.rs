@@ -34,15 +34,30 @@ impl Dispatch {
     }
 
     /// Checks what needs no parameters.
-    fn check(&self, info: &CallInfo, caller: &Caller, call: &mut IncomingCall<'_>) -> std::result::Result<(), CallError> {
+    fn check(
+        &self,
+        info: &CallInfo,
+        caller: &Caller,
+        call: &mut IncomingCall<'_>,
+    ) -> std::result::Result<(), CallError> {
         if info.fds != Fds::TakesFds {
             call.take_fds::<0>()?;
         }
         if self.daemon.core.is_closing() {
-            return Err(Error::new(Kind::ShuttingDown, "the daemon is shutting down").hint("try again when it is back").into());
+            return Err(
+                Error::new(Kind::ShuttingDown, "the daemon is shutting down")
+                    .hint("try again when it is back")
+                    .into(),
+            );
         }
         if info.access == Access::Privileged && !caller.is_privileged() {
-            let e = Error::new(Kind::Denied, format!("{}: only root and the user who runs fcd may do this", info.method));
+            let e = Error::new(
+                Kind::Denied,
+                format!(
+                    "{}: only root and the user who runs fcd may do this",
+                    info.method
+                ),
+            );
             return Err(e.hint("run it as root or as the user who runs fcd").into());
         }
         if info.key == Key::Unkeyed && call.key.is_some() {
@@ -57,25 +72,46 @@ impl Handler for Dispatch {
         let method = call.method;
         let unknown = || CallError::unknown_method(method);
         let info = table::find(method).ok_or_else(unknown)?;
-        let caller = Caller { uid: call.peer.uid, gid: call.peer.gid, pid: call.peer.pid };
+        let caller = Caller {
+            uid: call.peer.uid,
+            gid: call.peer.gid,
+            pid: call.peer.pid,
+        };
         self.check(info, &caller, &mut call)?;
         let parsed = AnyCall::parse(method, call.params).ok_or_else(unknown)?;
         let request = parsed.map_err(|e| call.invalid_params(e))?;
         let fds = std::mem::take(&mut call.fds);
 
-        let wait = OpWait { core: &self.daemon.core, connection, more: call.more };
+        let wait = OpWait {
+            core: &self.daemon.core,
+            connection,
+            more: call.more,
+        };
         let mut key = None;
         if let Some(text) = call.key {
-            match self.daemon.keys.claim_key(&caller, text, method, call.params)? {
+            match self
+                .daemon
+                .keys
+                .claim_key(&caller, text, method, call.params)?
+            {
                 Keyed::Same(op) if info.on_disconnect.is_operation() => {
                     // An earlier call began the operation, so this one does not cancel it.
-                    return wait.follow(CallOutcome::Joined(op.id), OnDisconnect::FinishOperation, None);
+                    return wait.follow(
+                        CallOutcome::Joined(op.id),
+                        OnDisconnect::FinishOperation,
+                        None,
+                    );
                 }
                 Keyed::Same(op) => return ended(*op),
                 Keyed::New(held) => key = Some(held),
             }
         }
-        let context = CallContext { daemon: &self.daemon, caller, connection, wait: &wait };
+        let context = CallContext {
+            daemon: &self.daemon,
+            caller,
+            connection,
+            wait: &wait,
+        };
         let handled = context.handle(request, fds, &mut key)?;
         debug_assert_eq!(
             matches!(handled, HandlerReply::Operation(..)),
@@ -85,13 +121,18 @@ impl Handler for Dispatch {
         match handled {
             HandlerReply::Value(reply) => {
                 if let Some(held) = key {
-                    let value = serde_json::from_str(reply.get()).map_err(|e| Error::internal("read a reply").with_source(e))?;
+                    let value = serde_json::from_str(reply.get())
+                        .map_err(|e| Error::internal("read a reply").with_source(e))?;
                     held.record(CallOutcome::Done(value));
                 }
                 Ok(reply)
             }
             HandlerReply::Operation(outcome, notes) => {
-                let outcome = if let Some(held) = key { held.record(outcome) } else { outcome };
+                let outcome = if let Some(held) = key {
+                    held.record(outcome)
+                } else {
+                    outcome
+                };
                 wait.follow(outcome, info.on_disconnect, notes.as_ref())
             }
         }
@@ -130,15 +171,29 @@ impl CallContext<'_> {
         match call {
             AnyCall::Vm(call) => self.vm(call, key),
             AnyCall::Exec(Exec::ExecStart(r)) => self.exec(&r, fds),
-            AnyCall::Exec(Exec::ExecResize(r)) => reply(d.sessions.exec_resize(c, &r).map(|()| Empty {})),
-            AnyCall::Exec(Exec::ExecSignal(r)) => reply(d.sessions.exec_signal(c, &r).map(|()| Empty {})),
+            AnyCall::Exec(Exec::ExecResize(r)) => {
+                reply(d.sessions.exec_resize(c, &r).map(|()| Empty {}))
+            }
+            AnyCall::Exec(Exec::ExecSignal(r)) => {
+                reply(d.sessions.exec_signal(c, &r).map(|()| Empty {}))
+            }
             AnyCall::Workspace(Workspace::WorkspacePrepare(r)) => self.prepare(r, fds),
-            AnyCall::Workspace(Workspace::WorkspaceExport(r)) => operation(d.transfers.export(c, r, fds)),
-            AnyCall::Snapshot(Snapshot::SnapshotCreate(r)) => operation(d.snapshots.snapshot_create(c, r)),
+            AnyCall::Workspace(Workspace::WorkspaceExport(r)) => {
+                operation(d.transfers.export(c, r, fds))
+            }
+            AnyCall::Snapshot(Snapshot::SnapshotCreate(r)) => {
+                operation(d.snapshots.snapshot_create(c, r))
+            }
             AnyCall::Snapshot(Snapshot::SnapshotList(r)) => reply(d.snapshots.snapshot_list(c, &r)),
-            AnyCall::Snapshot(Snapshot::SnapshotShow(r)) => reply(d.snapshots.snapshot_show(c, &r.snapshot)),
-            AnyCall::Snapshot(Snapshot::SnapshotDelete(r)) => reply(d.snapshots.snapshot_delete(c, &r.snapshot)),
-            AnyCall::Snapshot(Snapshot::SnapshotRestore(r)) => operation(d.snapshots.snapshot_restore(c, r)),
+            AnyCall::Snapshot(Snapshot::SnapshotShow(r)) => {
+                reply(d.snapshots.snapshot_show(c, &r.snapshot))
+            }
+            AnyCall::Snapshot(Snapshot::SnapshotDelete(r)) => {
+                reply(d.snapshots.snapshot_delete(c, &r.snapshot))
+            }
+            AnyCall::Snapshot(Snapshot::SnapshotRestore(r)) => {
+                operation(d.snapshots.snapshot_restore(c, r))
+            }
             AnyCall::Image(Image::ImageBuild(r)) => operation(d.images.image_build(c, &r)),
             AnyCall::Image(Image::ImageList(r)) => reply(d.images.image_list(&r)),
             AnyCall::Image(Image::ImageDelete(r)) => reply(d.images.image_delete(c, &r.image)),
@@ -177,9 +232,9 @@ impl CallContext<'_> {
             Vm::VmResume(r) => reply(d.controls.resume_vm(c, &r.vm).map(|vm| VmReply { vm })),
             Vm::VmSet(r) => reply(d.controls.set(c, &r).map(|vm| VmReply { vm })),
             Vm::VmBalloon(r) => reply(d.controls.balloon(c, &r)),
-            Vm::VmLogs(r) => {
-                reply(d.sessions.logs(c, &r, self.wait.hangup(), &mut |chunk| self.connection.notify(Note::Log(chunk))))
-            }
+            Vm::VmLogs(r) => reply(d.sessions.logs(c, &r, self.wait.hangup(), &mut |chunk| {
+                self.connection.notify(Note::Log(chunk))
+            })),
             Vm::VmWait(r) => reply(d.views.wait_state(c, &r, self.wait.hangup())),
             Vm::VmPrune(Empty {}) => self.prune(),
             Vm::VmSshConfig(r) => reply(d.sessions.ssh_config(c, &r.vm)),
@@ -190,7 +245,12 @@ impl CallContext<'_> {
         if !request.hold {
             // The VM and its key are recorded in one change of the store.
             let key = key.take();
-            return reply(self.daemon.creator.create_keyed(&self.caller, request, key.as_ref()).map(|vm| VmReply { vm }));
+            return reply(
+                self.daemon
+                    .creator
+                    .create_keyed(&self.caller, request, key.as_ref())
+                    .map(|vm| VmReply { vm }),
+            );
         }
         self.require_more("vm.create with hold")?;
         if key.is_some() {
@@ -219,32 +279,51 @@ impl CallContext<'_> {
     fn exec(&self, request: &ExecStartRequest, fds: Vec<OwnedFd>) -> HandlerResult {
         let io = ExecIo::accept(&request.streams, fds)?;
         let mut session_made = |session: &SessionId| {
-            let _ = self.connection.notify(Note::Session { session: session.clone() });
+            let _ = self.connection.notify(Note::Session {
+                session: session.clone(),
+            });
         };
-        reply(self.daemon.sessions.exec(&self.caller, request, io, self.connection.fd(), &mut session_made))
+        reply(self.daemon.sessions.exec(
+            &self.caller,
+            request,
+            io,
+            self.connection.fd(),
+            &mut session_made,
+        ))
     }
 
     fn prepare(&self, request: PrepareRequest, fds: Vec<OwnedFd>) -> HandlerResult {
         let notes = Notes::new()?;
-        let outcome = self.daemon.transfers.prepare(&self.caller, request, fds, &notes)?;
+        let outcome = self
+            .daemon
+            .transfers
+            .prepare(&self.caller, request, fds, &notes)?;
         Ok(HandlerReply::Operation(outcome, Some(notes)))
     }
 
     fn events(&self, request: &EventsWatchRequest) -> HandlerResult {
         self.require_more("events.watch")?;
-        reply(self.daemon.watchers.watch_events(&self.caller, request, self.connection))
+        reply(
+            self.daemon
+                .watchers
+                .watch_events(&self.caller, request, self.connection),
+        )
     }
 
     fn require_more(&self, call: &str) -> Result<()> {
         if self.wait.more {
             return Ok(());
         }
-        Err(Error::invalid(format!("{call} must be called with more")).hint("call it with \"more\": true"))
+        Err(Error::invalid(format!("{call} must be called with more"))
+            .hint("call it with \"more\": true"))
     }
 
     fn info(&self) -> InfoReply {
         InfoReply {
-            api: ApiVersion { major: VERSION_MAJOR, minor: VERSION_MINOR },
+            api: ApiVersion {
+                major: VERSION_MAJOR,
+                minor: VERSION_MINOR,
+            },
             version: env!("CARGO_PKG_VERSION").to_owned(),
             features: table::features(),
             pid: std::process::id(),

@@ -48,7 +48,11 @@ pub(super) enum Incoming {
 
 impl<'a> LineReader<'a> {
     pub(super) fn new(socket: &'a UnixStream) -> Self {
-        Self { socket, buffer: Vec::new(), timeout: None }
+        Self {
+            socket,
+            buffer: Vec::new(),
+            timeout: None,
+        }
     }
 
     pub(super) fn line(&self) -> &[u8] {
@@ -66,7 +70,13 @@ impl<'a> LineReader<'a> {
             }
             let begun = !self.buffer.is_empty();
             match self.read_some(deadline, &mut descriptors) {
-                Ok(0) => return if begun { Incoming::CutOff } else { Incoming::End },
+                Ok(0) => {
+                    return if begun {
+                        Incoming::CutOff
+                    } else {
+                        Incoming::End
+                    };
+                }
                 Ok(_) if self.buffer.last() == Some(&b'\n') => {
                     self.buffer.pop();
                     return Incoming::Line(descriptors);
@@ -74,7 +84,11 @@ impl<'a> LineReader<'a> {
                 Ok(_) if !begun => deadline = Instant::now() + limits.line,
                 Ok(_) => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    return if begun { Incoming::Late } else { Incoming::Idle };
+                    return if begun {
+                        Incoming::Late
+                    } else {
+                        Incoming::Idle
+                    };
                 }
                 Err(e) => return Incoming::Broken(e),
             }
@@ -97,7 +111,12 @@ impl<'a> LineReader<'a> {
         got
     }
 
-    fn fill(&mut self, old: usize, deadline: Instant, descriptors: &mut Descriptors) -> io::Result<usize> {
+    fn fill(
+        &mut self,
+        old: usize,
+        deadline: Instant,
+        descriptors: &mut Descriptors,
+    ) -> io::Result<usize> {
         let space = &mut self.buffer[old..];
         let seen = loop {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -106,7 +125,10 @@ impl<'a> LineReader<'a> {
             }
             // Set the timeout again only if it is too long or far too short, so that most calls
             // need no extra system call.
-            if self.timeout.is_none_or(|set| set > left + SLACK || set < left / 2) {
+            if self
+                .timeout
+                .is_none_or(|set| set > left + SLACK || set < left / 2)
+            {
                 self.socket.set_read_timeout(Some(left))?;
                 self.timeout = Some(left);
             }
@@ -118,7 +140,10 @@ impl<'a> LineReader<'a> {
                 Err(e) => return Err(e.into()),
             }
         };
-        let wanted = space[..seen].iter().position(|b| *b == b'\n').map_or(seen, |at| at + 1);
+        let wanted = space[..seen]
+            .iter()
+            .position(|b| *b == b'\n')
+            .map_or(seen, |at| at + 1);
         if wanted == 0 {
             return Ok(0);
         }
@@ -127,7 +152,12 @@ impl<'a> LineReader<'a> {
 }
 
 /// Reads at most `space` bytes, which are known to be available.
-fn take(socket: &UnixStream, space: &mut [u8], first: bool, descriptors: &mut Descriptors) -> io::Result<usize> {
+fn take(
+    socket: &UnixStream,
+    space: &mut [u8],
+    first: bool,
+    descriptors: &mut Descriptors,
+) -> io::Result<usize> {
     let mut control = [MaybeUninit::<u8>::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
     let mut control = RecvAncillaryBuffer::new(&mut control);
     let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;

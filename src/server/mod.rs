@@ -101,11 +101,16 @@ impl Server {
     /// `host`.
     pub fn bind(path: &Path, limits: Limits, handler: Arc<dyn Handler>) -> Result<Server> {
         let socket = socket::bind(path)?;
-        let stop = Cancel::try_new().map_err(|e| Error::io(format!("listen on {}", path.display()), e))?;
+        let stop =
+            Cancel::try_new().map_err(|e| Error::io(format!("listen on {}", path.display()), e))?;
         let registry = Arc::new(Registry::new(limits));
         let acceptor = accept::Acceptor::new(socket, registry.clone(), handler, stop.clone())?;
         let thread = thread::spawn("accept", move || acceptor.run())?;
-        Ok(Server { registry, stop, acceptor: Mutex::new(Rank::Connections, Some(thread)) })
+        Ok(Server {
+            registry,
+            stop,
+            acceptor: Mutex::new(Rank::Connections, Some(thread)),
+        })
     }
 
     /// Removes the socket, ends idle connections, and answers further calls with `shutting_down`.

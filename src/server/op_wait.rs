@@ -45,7 +45,12 @@ impl OpWait<'_> {
 
     /// Answers a call that has begun an operation: at once without `more`, and otherwise when the
     /// operation has ended.
-    pub fn follow(&self, outcome: CallOutcome, on_disconnect: OnDisconnect, notes: Option<&Notes>) -> CallResult {
+    pub fn follow(
+        &self,
+        outcome: CallOutcome,
+        on_disconnect: OnDisconnect,
+        notes: Option<&Notes>,
+    ) -> CallResult {
         let (id, owned) = match outcome {
             CallOutcome::Done(value) => return raw(&value),
             CallOutcome::Op(id) => (id, true),
@@ -53,7 +58,9 @@ impl OpWait<'_> {
         };
         if !self.more {
             // The operation may fail at once because its start could not be recorded.
-            self.core.wait_begun().map_err(|e| CallError::from(e).with_op(id.clone()))?;
+            self.core
+                .wait_begun()
+                .map_err(|e| CallError::from(e).with_op(id.clone()))?;
             return raw(&OpStarted { op: id });
         }
         let _ = self.connection.notify(Note::Op { op: id.clone() });
@@ -87,7 +94,9 @@ impl OpWait<'_> {
     /// Answers `op.wait`.
     pub fn op_wait(&self, caller: &Caller, request: &OpWaitRequest) -> CallResult {
         let op = self.core.op_find(caller, &request.op)?;
-        let deadline = request.timeout_ms.map(|ms| Instant::now() + Duration::from_millis(ms));
+        let deadline = request
+            .timeout_ms
+            .map(|ms| Instant::now() + Duration::from_millis(ms));
         let mut notify = |note| {
             if self.more {
                 let _ = self.connection.notify(note);
@@ -95,9 +104,11 @@ impl OpWait<'_> {
         };
         match self.wait(&op.id, deadline, None, &mut notify) {
             Ok(Some(op)) => raw(&OpReply { op }),
-            Ok(None) => {
-                Err(CallError::from(Error::new(Kind::Timeout, format!("operation {} is still running", op.id))).with_op(op.id))
-            }
+            Ok(None) => Err(CallError::from(Error::new(
+                Kind::Timeout,
+                format!("operation {} is still running", op.id),
+            ))
+            .with_op(op.id)),
             Err(Gone) => Err(gone().into()),
         }
     }
@@ -110,7 +121,9 @@ impl OpWait<'_> {
         notes: Option<&Notes>,
         notify: &mut dyn FnMut(Note),
     ) -> Result<Option<Op>, Gone> {
-        let Ok(mut watcher) = self.core.ops.watch(id) else { return Ok(self.core.op_kept(id).ok()) };
+        let Ok(mut watcher) = self.core.ops.watch(id) else {
+            return Ok(self.core.op_kept(id).ok());
+        };
         loop {
             for note in notes.map(Notes::take).unwrap_or_default() {
                 notify(note);
@@ -135,14 +148,21 @@ fn gone() -> Error {
 }
 
 pub(super) fn raw(reply: &impl Serialize) -> CallResult {
-    to_raw_value(reply).map_err(|e| CallError::from(Error::internal("write a reply").with_source(e)))
+    to_raw_value(reply)
+        .map_err(|e| CallError::from(Error::internal("write a reply").with_source(e)))
 }
 
 /// Turns an operation that has ended into the answer of its call.
 pub(super) fn ended(op: Op) -> CallResult {
     match (op.result, op.error) {
-        (_, Some(fault)) => Err(CallError { code: rpc_code::DOMAIN, fault }.with_op(op.id)),
+        (_, Some(fault)) => Err(CallError {
+            code: rpc_code::DOMAIN,
+            fault,
+        }
+        .with_op(op.id)),
         (Some(result), None) => raw(&result),
-        (None, None) => Err(CallError::from(Error::internal("the operation has no result")).with_op(op.id)),
+        (None, None) => {
+            Err(CallError::from(Error::internal("the operation has no result")).with_op(op.id))
+        }
     }
 }

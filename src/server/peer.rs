@@ -15,7 +15,12 @@ pub struct Peer {
 
 impl Peer {
     pub(super) fn of(socket: &UnixStream) -> Result<Peer> {
-        let c = getsockopt(socket, PeerCredentials).map_err(|e| Error::io("read the credentials of a caller", e))?;
-        Ok(Peer { uid: c.uid(), gid: c.gid(), pid: c.pid() })
+        let c = getsockopt(socket, PeerCredentials)
+            .map_err(|e| Error::io("read the credentials of a caller", e))?;
+        Ok(Peer {
+            uid: c.uid(),
+            gid: c.gid(),
+            pid: c.pid(),
+        })
     }
 }

@@ -85,31 +85,60 @@ impl ConnectionSlot {
 impl Registry {
     pub(super) fn new(limits: Limits) -> Self {
         let connected = Mutex::new(Rank::Connections, Connected::default());
-        Self { limits, connected, left: Condvar::new(), stopping: AtomicBool::new(false) }
+        Self {
+            limits,
+            connected,
+            left: Condvar::new(),
+            stopping: AtomicBool::new(false),
+        }
     }
 
-    pub(super) fn enter(self: &Arc<Self>, socket: &Arc<UnixStream>, uid: u32) -> Result<ConnectionSlot> {
+    pub(super) fn enter(
+        self: &Arc<Self>,
+        socket: &Arc<UnixStream>,
+        uid: u32,
+    ) -> Result<ConnectionSlot> {
         let mut connected = self.connected.lock();
-        let kept_back = if uid == 0 { 0 } else { self.limits.connections_root_reserved };
-        let (all, theirs) = (connected.sockets.len(), connected.per_uid.get(&uid).copied().unwrap_or(0));
-        let limit =
-            |text: String| Err(Error::new(Kind::ConnectionLimit, text).hint("close other connections, or try again later"));
+        let kept_back = if uid == 0 {
+            0
+        } else {
+            self.limits.connections_root_reserved
+        };
+        let (all, theirs) = (
+            connected.sockets.len(),
+            connected.per_uid.get(&uid).copied().unwrap_or(0),
+        );
+        let limit = |text: String| {
+            Err(Error::new(Kind::ConnectionLimit, text)
+                .hint("close other connections, or try again later"))
+        };
         if all + kept_back >= self.limits.connections_max {
             return limit(format!("all {all} connections are in use"));
         }
         if theirs >= self.limits.connections_per_uid_max {
-            return limit(format!("uid {uid} has {theirs} connections open, which is the limit"));
+            return limit(format!(
+                "uid {uid} has {theirs} connections open, which is the limit"
+            ));
         }
         connected.last_id += 1;
         let id = connected.last_id;
         connected.sockets.insert(id, Arc::downgrade(socket));
         connected.peak = connected.peak.max(connected.sockets.len());
         *connected.per_uid.entry(uid).or_insert(0) += 1;
-        Ok(ConnectionSlot { registry: self.clone(), id, uid })
+        Ok(ConnectionSlot {
+            registry: self.clone(),
+            id,
+            uid,
+        })
     }
 
     fn all_sockets(&self) -> Vec<Arc<UnixStream>> {
-        self.connected.lock().sockets.values().filter_map(Weak::upgrade).collect()
+        self.connected
+            .lock()
+            .sockets
+            .values()
+            .filter_map(Weak::upgrade)
+            .collect()
     }
 
     /// Ends connections that wait for a request. A request that has already arrived is still
@@ -130,7 +159,8 @@ impl Registry {
 
     pub(super) fn wait_empty(&self, deadline: Instant) -> usize {
         let mut connected = self.connected.lock();
-        self.left.wait_while(&mut connected, deadline, |c| !c.sockets.is_empty());
+        self.left
+            .wait_while(&mut connected, deadline, |c| !c.sockets.is_empty());
         connected.sockets.len()
     }
 

@@ -34,8 +34,12 @@ impl IncomingCall<'_> {
     /// The error for invalid params (-32602, kind `invalid_argument`): a wrong type, an unknown or
     /// duplicate member, or too much nesting.
     pub(super) fn invalid_params(&self, source: serde_json::Error) -> CallError {
-        let error = Error::invalid(format!("parameters of {}", shown(self.method))).with_source(source);
-        CallError { code: rpc_code::INVALID_PARAMS, fault: Fault::from(error.hint("see fcctl rpc --help")) }
+        let error =
+            Error::invalid(format!("parameters of {}", shown(self.method))).with_source(source);
+        CallError {
+            code: rpc_code::INVALID_PARAMS,
+            fault: Fault::from(error.hint("see fcctl rpc --help")),
+        }
     }
 
     /// Takes exactly `N` descriptors.
@@ -46,7 +50,10 @@ impl IncomingCall<'_> {
         let fds = std::mem::take(&mut self.fds);
         let had = fds.len();
         fds.try_into().map_err(|_| {
-            let text = format!("{} takes {N} descriptors, but got {had}", shown(self.method));
+            let text = format!(
+                "{} takes {N} descriptors, but got {had}",
+                shown(self.method)
+            );
             CallError::from(Error::new(Kind::InvalidRequest, text))
         })
     }
@@ -65,7 +72,9 @@ pub struct CallError {
 impl CallError {
     /// The error for an unknown method.
     pub fn unknown_method(method: &str) -> Self {
-        Error::new(Kind::MethodNotFound, format!("no method {}", shown(method))).hint("see fcctl version on both sides").into()
+        Error::new(Kind::MethodNotFound, format!("no method {}", shown(method)))
+            .hint("see fcctl version on both sides")
+            .into()
     }
 
     /// Adds the operation that failed.
@@ -84,7 +93,10 @@ impl From<&Error> for CallError {
             Kind::Internal => rpc_code::INTERNAL,
             _ => rpc_code::DOMAIN,
         };
-        Self { code, fault: Fault::from(e) }
+        Self {
+            code,
+            fault: Fault::from(e),
+        }
     }
 }
 
@@ -97,7 +109,11 @@ impl From<Error> for CallError {
 /// The fault of a failed operation.
 impl From<Fault> for CallError {
     fn from(fault: Fault) -> Self {
-        let code = if fault.code == crate::error::Code::Internal { rpc_code::INTERNAL } else { rpc_code::DOMAIN };
+        let code = if fault.code == crate::error::Code::Internal {
+            rpc_code::INTERNAL
+        } else {
+            rpc_code::DOMAIN
+        };
         Self { code, fault }
     }
 }
@@ -119,21 +135,36 @@ pub(super) struct Refused {
 pub(super) fn parse(line: &[u8]) -> Result<Request<'_>, Box<Refused>> {
     let bad_json = |text: String| {
         let error = Error::new(Kind::InvalidRequest, text).hint("send one JSON object on one line");
-        Box::new(Refused { id: None, error: CallError { code: rpc_code::PARSE, fault: Fault::from(error) } })
+        Box::new(Refused {
+            id: None,
+            error: CallError {
+                code: rpc_code::PARSE,
+                fault: Fault::from(error),
+            },
+        })
     };
-    let text = std::str::from_utf8(line).map_err(|e| bad_json(format!("the request is not UTF-8: {e}")))?;
+    let text = std::str::from_utf8(line)
+        .map_err(|e| bad_json(format!("the request is not UTF-8: {e}")))?;
     let text = text.trim_matches([' ', '\t', '\r', '\n']);
     if text.is_empty() {
         return Err(bad_json("the request is empty".into()));
     }
     let refused = |text: String| {
-        let error = Error::new(Kind::InvalidRequest, text).hint("see JSON-RPC 2.0 and fcctl rpc --help");
-        Box::new(Refused { id: usable_id(line), error: error.into() })
+        let error =
+            Error::new(Kind::InvalidRequest, text).hint("see JSON-RPC 2.0 and fcctl rpc --help");
+        Box::new(Refused {
+            id: usable_id(line),
+            error: error.into(),
+        })
     };
     let is_json = || serde_json::from_str::<serde::de::IgnoredAny>(text).is_ok();
     // serde's derived deserializers also accept an array for a struct.
     if !text.starts_with('{') && is_json() {
-        let what = if text.starts_with('[') { "batches are not supported" } else { "it is not an object" };
+        let what = if text.starts_with('[') {
+            "batches are not supported"
+        } else {
+            "it is not an object"
+        };
         return Err(refused(format!("invalid request: {what}")));
     }
     let request: Request<'_> = serde_json::from_str(text).map_err(|e| match e.classify() {
@@ -141,20 +172,29 @@ pub(super) fn parse(line: &[u8]) -> Result<Request<'_>, Box<Refused>> {
         _ => bad_json(format!("the request is not JSON: {e}")),
     })?;
     if !id_is_usable(request.id) {
-        return Err(refused(format!("invalid request: the id must be a number or a string of at most {ID_LEN_MAX} bytes")));
+        return Err(refused(format!(
+            "invalid request: the id must be a number or a string of at most {ID_LEN_MAX} bytes"
+        )));
     }
     if request.params.is_some_and(|p| !p.get().starts_with('{')) {
         return Err(refused("invalid request: params must be an object".into()));
     }
-    if request.key.as_ref().is_some_and(|k| k.is_empty() || k.len() > KEY_LEN_MAX) {
-        return Err(refused(format!("invalid request: the key must have 1 to {KEY_LEN_MAX} bytes")));
+    if request
+        .key
+        .as_ref()
+        .is_some_and(|k| k.is_empty() || k.len() > KEY_LEN_MAX)
+    {
+        return Err(refused(format!(
+            "invalid request: the key must have 1 to {KEY_LEN_MAX} bytes"
+        )));
     }
     Ok(request)
 }
 
 fn id_is_usable(id: &RawValue) -> bool {
     let text = id.get();
-    text.len() <= ID_LEN_MAX && text.starts_with(|c: char| c == '"' || c == '-' || c.is_ascii_digit())
+    text.len() <= ID_LEN_MAX
+        && text.starts_with(|c: char| c == '"' || c == '-' || c.is_ascii_digit())
 }
 
 /// Finds the id of a request that is otherwise invalid.
@@ -166,7 +206,10 @@ fn usable_id(line: &[u8]) -> Option<Box<RawValue>> {
     if !line.trim_ascii_start().starts_with(b"{") {
         return None;
     }
-    serde_json::from_slice::<OnlyId>(line).ok().map(|o| o.id).filter(|id| id_is_usable(id))
+    serde_json::from_slice::<OnlyId>(line)
+        .ok()
+        .map(|o| o.id)
+        .filter(|id| id_is_usable(id))
 }
 
 /// Formats a response line, which always fits into a frame.
@@ -175,8 +218,16 @@ pub(super) fn response_line(id: Option<&RawValue>, result: CallResult) -> Vec<u8
     if line.len() <= FRAME_BYTES_MAX {
         return line;
     }
-    let text = format!("the answer has {} bytes, but a line may have only {FRAME_BYTES_MAX}", line.len());
-    encode(id, Err(Error::new(Kind::Exhausted, text).hint("request less data").into()))
+    let text = format!(
+        "the answer has {} bytes, but a line may have only {FRAME_BYTES_MAX}",
+        line.len()
+    );
+    encode(
+        id,
+        Err(Error::new(Kind::Exhausted, text)
+            .hint("request less data")
+            .into()),
+    )
 }
 
 /// Formats an error that answers no request.
@@ -191,11 +242,24 @@ fn encode(id: Option<&RawValue>, result: CallResult) -> Vec<u8> {
     let id = id.map_or_else(|| RawValue::NULL.to_owned(), RawValue::to_owned);
     let (result, error) = match result {
         Ok(value) => (Some(value), None),
-        Err(e) => (None, Some(RpcError { code: e.code, message: e.fault.message.clone(), data: Some(e.fault) })),
+        Err(e) => (
+            None,
+            Some(RpcError {
+                code: e.code,
+                message: e.fault.message.clone(),
+                data: Some(e.fault),
+            }),
+        ),
     };
-    let response = Response { jsonrpc: Version::V2, id, result, error };
+    let response = Response {
+        jsonrpc: Version::V2,
+        id,
+        result,
+        error,
+    };
     // Reserve the size at once. Otherwise a growing buffer would copy a long list about ten times.
-    let mut line = Vec::with_capacity(response.result.as_ref().map_or(0, |r| r.get().len()) + ENVELOPE_BYTES);
+    let mut line =
+        Vec::with_capacity(response.result.as_ref().map_or(0, |r| r.get().len()) + ENVELOPE_BYTES);
     serde_json::to_writer(&mut line, &response).expect("a response has only maps with string keys");
     line.push(b'\n');
     line

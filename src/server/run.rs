@@ -47,7 +47,9 @@ pub fn exit_status(error: &Error) -> u8 {
 /// Serves until SIGTERM, SIGINT or SIGHUP. VMs keep running.
 pub fn run(config: Config) -> Result<()> {
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
-    crate::host::limits::raise_open_files(config.limits.connections_max as u64 + OPEN_FILES_RESERVE)?;
+    crate::host::limits::raise_open_files(
+        config.limits.connections_max as u64 + OPEN_FILES_RESERVE,
+    )?;
     let mut signals = watch_signals()?;
     // Everybody may search the state directory, so that VMMs can reach their files below it.
     drop(crate::host::fs::create_dir(&config.state_dir, 0o711)?);
@@ -76,10 +78,18 @@ pub fn run(config: Config) -> Result<()> {
     })?;
     let space_monitor = daemon.space_monitor.clone();
     let roomed = crate::host::thread::spawn("room", move || space_monitor.run())?;
-    log::info!("fcd {} serves {} from {}", env!("CARGO_PKG_VERSION"), config.socket.display(), config.state_dir.display());
+    log::info!(
+        "fcd {} serves {} from {}",
+        env!("CARGO_PKG_VERSION"),
+        config.socket.display(),
+        config.state_dir.display()
+    );
 
     let first = signals.forever().next().unwrap_or(SIGTERM);
-    log::info!("{}: draining", signal_hook::low_level::signal_name(first).unwrap_or("signal"));
+    log::info!(
+        "{}: draining",
+        signal_hook::low_level::signal_name(first).unwrap_or("signal")
+    );
     crate::host::thread::spawn("second-signal", move || {
         // A closing terminal sends SIGHUP, and so does its shell. Only a deliberate second signal
         // cuts the drain short.
@@ -94,7 +104,12 @@ pub fn run(config: Config) -> Result<()> {
         }
     })?;
     let begun = Instant::now();
-    drain(&server, &daemon, begun + TRANSFERS_GRACE, begun + EXIT_DEADLINE);
+    drain(
+        &server,
+        &daemon,
+        begun + TRANSFERS_GRACE,
+        begun + EXIT_DEADLINE,
+    );
     drop((reconciled, roomed));
     log::info!("done; VMs keep running");
     Ok(())
@@ -125,7 +140,12 @@ fn watch_signals() -> Result<Signals> {
 
 /// Shuts down: stops accepting calls, waits until operations have ended and are answered, and then
 /// closes all connections. Returns how many connections are left.
-pub fn drain(server: &Server, daemon: &Daemon, transfers_until: Instant, deadline: Instant) -> usize {
+pub fn drain(
+    server: &Server,
+    daemon: &Daemon,
+    transfers_until: Instant,
+    deadline: Instant,
+) -> usize {
     server.stop_accepting();
     daemon.close(transfers_until, deadline);
     // Callers that waited for the operations are being answered now.
@@ -154,14 +174,23 @@ fn hold(state_dir: &Path) -> Result<File> {
     let deadline = Instant::now() + HELD_BY_NOBODY_GRACE;
     while rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
         let mut holder = String::new();
-        let _ = file.rewind().and_then(|()| (&file).take(32).read_to_string(&mut holder));
+        let _ = file
+            .rewind()
+            .and_then(|()| (&file).take(32).read_to_string(&mut holder));
         // A daemon that was killed while starting a process leaves its lock to that process until
         // its exec.
-        let is_dead = holder.trim().parse().is_ok_and(|pid| crate::host::process::arguments(pid).is_empty());
+        let is_dead = holder
+            .trim()
+            .parse()
+            .is_ok_and(|pid| crate::host::process::arguments(pid).is_empty());
         if !is_dead || Instant::now() > deadline {
             return Err(Error::new(
                 Kind::Busy,
-                format!("lock the state directory {}: another fcd holds it, process {}", state_dir.display(), holder.trim()),
+                format!(
+                    "lock the state directory {}: another fcd holds it, process {}",
+                    state_dir.display(),
+                    holder.trim()
+                ),
             )
             .hint("stop that process, or start this one with another --state-dir and --socket"));
         }
@@ -203,7 +232,11 @@ mod tests {
         let held = hold(dir.path()).unwrap();
         let e = hold(dir.path()).unwrap_err();
         assert_eq!(exit_status(&e), EXIT_HELD);
-        assert!(e.to_string().ends_with(&format!("process {}", std::process::id())), "{e}");
+        assert!(
+            e.to_string()
+                .ends_with(&format!("process {}", std::process::id())),
+            "{e}"
+        );
         drop(held);
         hold(dir.path()).unwrap();
     }

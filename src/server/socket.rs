@@ -43,14 +43,20 @@ fn inode(path: &Path) -> std::io::Result<(u64, u64)> {
 pub(super) fn bind(path: &Path) -> Result<Socket> {
     let shown = path.display();
     let dir = path.parent().filter(|d| !d.as_os_str().is_empty());
-    let dir = dir.ok_or_else(|| Error::invalid(format!("socket {shown} has no directory")).hint("use an absolute path"))?;
+    let dir = dir.ok_or_else(|| {
+        Error::invalid(format!("socket {shown} has no directory")).hint("use an absolute path")
+    })?;
     make_dir(dir)?;
     check_dir(dir)?;
     remove_stale(path)?;
     let listener = UnixListener::bind(path).map_err(|e| {
         let too_long = e.kind() == std::io::ErrorKind::InvalidInput;
         let error = Error::io(format!("listen on {shown}"), e);
-        if too_long { error.hint("use a shorter --socket: a socket's path has at most 107 bytes") } else { error }
+        if too_long {
+            error.hint("use a shorter --socket: a socket's path has at most 107 bytes")
+        } else {
+            error
+        }
     })?;
     let doing = |e| Error::io(format!("set the mode and group of socket {shown}"), e);
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660)).map_err(doing)?;
@@ -61,7 +67,11 @@ pub(super) fn bind(path: &Path) -> Result<Socket> {
     }
     listener.set_nonblocking(true).map_err(doing)?;
     let inode = inode(path).map_err(doing)?;
-    Ok(Socket { listener, path: path.to_owned(), inode })
+    Ok(Socket {
+        listener,
+        path: path.to_owned(),
+        inode,
+    })
 }
 
 /// Looks up the group whose members may connect. If that fails, only root can connect, and the log
@@ -76,31 +86,46 @@ fn socket_gid() -> Option<u32> {
 /// Runs getent(1), because the name service may load modules that are foreign code, and the daemon
 /// would keep them in memory. Returns `None` if there is no such group.
 fn gid_of(group: &str) -> Result<Option<u32>> {
-    let command = Command::new("getent").args(["group", group]).deadline(GETENT_DEADLINE);
+    let command = Command::new("getent")
+        .args(["group", group])
+        .deadline(GETENT_DEADLINE);
     let cancel = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
     let output = run_any_status(&command, &cancel, &mut |_| {})?;
     match output.status {
         0 => Ok(gid_in(&output.stdout)),
         GETENT_NOT_FOUND => Ok(None),
-        status => Err(Error::new(Kind::CommandFailed, format!("getent failed with status {status}"))),
+        status => Err(Error::new(
+            Kind::CommandFailed,
+            format!("getent failed with status {status}"),
+        )),
     }
 }
 
 /// The third field of a line as in group(5).
 fn gid_in(line: &[u8]) -> Option<u32> {
-    std::str::from_utf8(line).ok()?.split(':').nth(2)?.parse().ok()
+    std::str::from_utf8(line)
+        .ok()?
+        .split(':')
+        .nth(2)?
+        .parse()
+        .ok()
 }
 
 /// Creates the directory. Root's is readable for everybody, because the socket's own mode decides.
 /// That of a user is private.
 fn make_dir(dir: &Path) -> Result<()> {
-    let mode = if rustix::process::geteuid().is_root() { 0o755 } else { 0o700 };
+    let mode = if rustix::process::geteuid().is_root() {
+        0o755
+    } else {
+        0o700
+    };
     match rustix::fs::mkdirat(CWD, dir, Mode::from_raw_mode(mode)) {
         // The umask may have removed bits.
         Ok(()) => std::fs::set_permissions(dir, std::fs::Permissions::from_mode(mode))
             .map_err(|e| Error::io(format!("set the mode of {}", dir.display()), e)),
         Err(rustix::io::Errno::EXIST) => Ok(()),
-        Err(e) => Err(Error::io(format!("create directory {}", dir.display()), e).hint(format!("mkdir -p {}", dir.display()))),
+        Err(e) => Err(Error::io(format!("create directory {}", dir.display()), e)
+            .hint(format!("mkdir -p {}", dir.display()))),
     }
 }
 
@@ -109,13 +134,17 @@ fn check_dir(dir: &Path) -> Result<()> {
     let shown = dir.display();
     let stat = rustix::fs::stat(dir).map_err(|e| Error::io(format!("stat {shown}"), e))?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
-        return Err(Error::new(Kind::Host, format!("{shown} is not a directory")).hint("use another --socket"));
+        return Err(
+            Error::new(Kind::Host, format!("{shown} is not a directory"))
+                .hint("use another --socket"),
+        );
     }
     let ours = stat.st_uid == 0 || stat.st_uid == rustix::process::geteuid().as_raw();
     let sticky = stat.st_mode & 0o1000 != 0;
     if !ours || (stat.st_mode & 0o022 != 0 && !sticky) {
         let text = format!("other users could replace a socket in {shown}");
-        return Err(Error::new(Kind::Host, text).hint(format!("chmod go-w {shown}, or use another --socket")));
+        return Err(Error::new(Kind::Host, text)
+            .hint(format!("chmod go-w {shown}, or use another --socket")));
     }
     Ok(())
 }
@@ -128,9 +157,13 @@ fn remove_stale(path: &Path) -> Result<()> {
         Err(rustix::io::Errno::NOENT) => return Ok(()),
         Err(e) => return Err(Error::io(format!("stat {shown}"), e)),
     };
-    if FileType::from_raw_mode(stat.st_mode) != FileType::Socket || stat.st_uid != rustix::process::geteuid().as_raw() {
+    if FileType::from_raw_mode(stat.st_mode) != FileType::Socket
+        || stat.st_uid != rustix::process::geteuid().as_raw()
+    {
         let text = format!("{shown} exists and is not a socket of this user");
-        return Err(Error::new(Kind::TargetExists, text).hint(format!("look at it with stat {shown}, or use another --socket")));
+        return Err(Error::new(Kind::TargetExists, text).hint(format!(
+            "look at it with stat {shown}, or use another --socket"
+        )));
     }
     if is_listened_on(path)? {
         let text = format!("another process listens on {shown}");
@@ -140,7 +173,12 @@ fn remove_stale(path: &Path) -> Result<()> {
 }
 
 fn is_listened_on(path: &Path) -> Result<bool> {
-    let doing = |e: nix::Error| Error::io(format!("check whether something listens on {}", path.display()), e);
+    let doing = |e: nix::Error| {
+        Error::io(
+            format!("check whether something listens on {}", path.display()),
+            e,
+        )
+    };
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let probe = socket(AddressFamily::Unix, SockType::Stream, flags, None).map_err(doing)?;
     match connect(probe.as_raw_fd(), &UnixAddr::new(path).map_err(doing)?) {

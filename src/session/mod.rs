@@ -34,14 +34,26 @@ impl<H: Clone> Default for Registry<H> {
 
 impl<H: Clone> Registry<H> {
     pub fn new() -> Self {
-        Self { sessions: Arc::new(Mutex::new(Rank::Sessions, HashMap::new())) }
+        Self {
+            sessions: Arc::new(Mutex::new(Rank::Sessions, HashMap::new())),
+        }
     }
 
     /// Registers a session. The caller must keep the result for as long as the command runs.
     pub fn begin(&self, owner_uid: u32, vm: VmId, handle: H) -> Session<H> {
         let id = SessionId::random();
-        self.sessions.lock().insert(id.clone(), Entry { owner_uid, vm, handle });
-        Session { id, sessions: self.sessions.clone() }
+        self.sessions.lock().insert(
+            id.clone(),
+            Entry {
+                owner_uid,
+                vm,
+                handle,
+            },
+        );
+        Session {
+            id,
+            sessions: self.sessions.clone(),
+        }
     }
 
     /// Returns a session's handle to its owner and to root. For anyone else the session does not
@@ -49,15 +61,25 @@ impl<H: Clone> Registry<H> {
     /// lock.
     pub fn find(&self, id: &SessionId, caller_uid: u32) -> Result<H> {
         let sessions = self.sessions.lock();
-        match sessions.get(id).filter(|e| caller_uid == 0 || caller_uid == e.owner_uid) {
+        match sessions
+            .get(id)
+            .filter(|e| caller_uid == 0 || caller_uid == e.owner_uid)
+        {
             Some(entry) => Ok(entry.handle.clone()),
-            None => Err(Error::new(Kind::SessionNotFound, format!("session {id} does not exist or its command has ended"))),
+            None => Err(Error::new(
+                Kind::SessionNotFound,
+                format!("session {id} does not exist or its command has ended"),
+            )),
         }
     }
 
     /// Number of sessions in a VM.
     pub fn count(&self, vm: &VmId) -> usize {
-        self.sessions.lock().values().filter(|e| e.vm == *vm).count()
+        self.sessions
+            .lock()
+            .values()
+            .filter(|e| e.vm == *vm)
+            .count()
     }
 
     pub fn len(&self) -> usize {
@@ -88,11 +110,23 @@ mod tests {
         let id = session.id.clone();
         assert_eq!(registry.find(&id, 1000).unwrap(), "handle");
         assert_eq!(registry.find(&id, 0).unwrap(), "handle");
-        assert_eq!(registry.find(&id, 1001).unwrap_err().kind(), Kind::SessionNotFound);
-        assert_eq!(registry.find(&SessionId::random(), 0).unwrap_err().kind(), Kind::SessionNotFound);
-        assert_eq!((registry.count(&vm), registry.count(&VmId::random())), (1, 0));
+        assert_eq!(
+            registry.find(&id, 1001).unwrap_err().kind(),
+            Kind::SessionNotFound
+        );
+        assert_eq!(
+            registry.find(&SessionId::random(), 0).unwrap_err().kind(),
+            Kind::SessionNotFound
+        );
+        assert_eq!(
+            (registry.count(&vm), registry.count(&VmId::random())),
+            (1, 0)
+        );
         drop(session);
-        assert_eq!(registry.find(&id, 1000).unwrap_err().kind(), Kind::SessionNotFound);
+        assert_eq!(
+            registry.find(&id, 1000).unwrap_err().kind(),
+            Kind::SessionNotFound
+        );
         assert!(registry.is_empty());
     }
 

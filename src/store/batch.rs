@@ -44,16 +44,31 @@ impl Failure {
     pub(super) fn from_error(e: &Error, dir: &Path) -> Self {
         let shown = dir.display();
         if e.kind() != Kind::DiskFull {
-            let hint = "see dmesg and fcctl doctor; fcd recovers automatically once it can write".to_owned();
-            return Self { kind: Kind::StoreReadOnly, text: format!("write the store in {shown}: {e}"), hint };
+            let hint = "see dmesg and fcctl doctor; fcd recovers automatically once it can write"
+                .to_owned();
+            return Self {
+                kind: Kind::StoreReadOnly,
+                text: format!("write the store in {shown}: {e}"),
+                hint,
+            };
         }
         let needed = (RESERVE_BYTES + PROBE_FREE_BYTES) >> 20;
-        let hint = format!("free at least {needed} MiB (df -h {shown}); fcd then recovers automatically; deletes work even now");
-        Self { kind: Kind::DiskFull, text: format!("write the store in {shown}: {e}"), hint }
+        let hint = format!(
+            "free at least {needed} MiB (df -h {shown}); fcd then recovers automatically; deletes work even now"
+        );
+        Self {
+            kind: Kind::DiskFull,
+            text: format!("write the store in {shown}: {e}"),
+            hint,
+        }
     }
 
     pub(super) fn closed() -> Self {
-        Self { kind: Kind::ShuttingDown, text: "the store is closed".into(), hint: "try again once fcd runs".into() }
+        Self {
+            kind: Kind::ShuttingDown,
+            text: "the store is closed".into(),
+            hint: "try again once fcd runs".into(),
+        }
     }
 
     pub(super) fn to_error(&self) -> Error {
@@ -70,7 +85,10 @@ pub(super) struct Outcome {
 
 impl Default for Outcome {
     fn default() -> Self {
-        Self { settled: Mutex::new(Rank::Store, None), changed: Condvar::new() }
+        Self {
+            settled: Mutex::new(Rank::Store, None),
+            changed: Condvar::new(),
+        }
     }
 }
 
@@ -99,8 +117,15 @@ struct Pending {
 
 impl Ticket {
     pub(super) fn new(seq: u64, inner: &Arc<Inner>, outcome: Option<Arc<Outcome>>) -> Self {
-        let pending = |outcome| Pending { inner: inner.clone(), outcome, is_asked_for: AtomicBool::new(false) };
-        Self { seq, pending: outcome.map(pending) }
+        let pending = |outcome| Pending {
+            inner: inner.clone(),
+            outcome,
+            is_asked_for: AtomicBool::new(false),
+        };
+        Self {
+            seq,
+            pending: outcome.map(pending),
+        }
     }
 
     /// The change's position in the order of all changes, also across restarts of the daemon.
@@ -118,18 +143,24 @@ impl Ticket {
     /// too. `timeout` if it is not known yet whether it will be written.
     pub fn wait(&self, deadline: Instant) -> Result<u64> {
         let _waiting = region(Rank::DurableWait);
-        let Some(pending) = &self.pending else { return Ok(self.seq) };
+        let Some(pending) = &self.pending else {
+            return Ok(self.seq);
+        };
         let outcome = &pending.outcome;
         pending.is_asked_for.store(true, Ordering::Relaxed);
         pending.inner.write_or_ask(outcome, deadline);
         let mut settled = outcome.settled.lock();
-        outcome.changed.wait_while(&mut settled, deadline, |s| s.is_none());
+        outcome
+            .changed
+            .wait_while(&mut settled, deadline, |s| s.is_none());
         match &*settled {
             Some(Ok(())) => Ok(self.seq),
             Some(Err(failure)) => Err(failure.to_error()),
-            None => {
-                Err(Error::new(Kind::Timeout, format!("wait for change {} to be on disk", self.seq)).hint("run fcctl doctor"))
-            }
+            None => Err(Error::new(
+                Kind::Timeout,
+                format!("wait for change {} to be on disk", self.seq),
+            )
+            .hint("run fcctl doctor")),
         }
     }
 

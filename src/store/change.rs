@@ -19,7 +19,10 @@ impl Store {
 
     /// Like [`Store::change`], for changes that free room, such as those of a delete. They are
     /// tried even while the store is read-only, and on a full disk with the reserve.
-    pub fn change_essential<T>(&self, change: impl FnOnce(&mut Tx) -> Result<T>) -> Result<(T, Ticket)> {
+    pub fn change_essential<T>(
+        &self,
+        change: impl FnOnce(&mut Tx) -> Result<T>,
+    ) -> Result<(T, Ticket)> {
         self.enqueue(true, change)
     }
 
@@ -30,7 +33,11 @@ impl Store {
         Ok(value)
     }
 
-    fn enqueue<T>(&self, essential: bool, change: impl FnOnce(&mut Tx) -> Result<T>) -> Result<(T, Ticket)> {
+    fn enqueue<T>(
+        &self,
+        essential: bool,
+        change: impl FnOnce(&mut Tx) -> Result<T>,
+    ) -> Result<(T, Ticket)> {
         let inner = &self.0.inner;
         let mut guard = inner.core.lock();
         let core = &mut *guard;
@@ -40,13 +47,24 @@ impl Store {
         let steps = tx.finish();
         if steps.is_empty() {
             // It has nothing to write, so it is durable when all earlier changes are.
-            let before = if core.queue.is_empty() { core.in_flight.clone() } else { Some(core.queue.outcome.clone()) };
+            let before = if core.queue.is_empty() {
+                core.in_flight.clone()
+            } else {
+                Some(core.queue.outcome.clone())
+            };
             return Ok((value, Ticket::new(core.seq, inner, before)));
         }
         core.watchers.notify(&steps);
         core.seq += 1;
-        core.queue.changes.push(Change { seq: core.seq, essential, steps });
-        Ok((value, Ticket::new(core.seq, inner, Some(core.queue.outcome.clone()))))
+        core.queue.changes.push(Change {
+            seq: core.seq,
+            essential,
+            steps,
+        });
+        Ok((
+            value,
+            Ticket::new(core.seq, inner, Some(core.queue.outcome.clone())),
+        ))
     }
 
     /// Returns a ticket for all changes made so far.
@@ -68,7 +86,9 @@ impl Core {
         }
         if self.queue.changes.len() >= QUEUE_CHANGES_MAX {
             let text = format!("{QUEUE_CHANGES_MAX} changes wait for the disk");
-            return Err(Error::new(Kind::Busy, text).hint("try again in a moment; see fcctl doctor"));
+            return Err(
+                Error::new(Kind::Busy, text).hint("try again in a moment; see fcctl doctor")
+            );
         }
         Ok(())
     }

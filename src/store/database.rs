@@ -54,7 +54,9 @@ impl Database {
     /// Makes the next write restore this row, unless an earlier failure has already determined what
     /// it has to be.
     pub fn restore(&mut self, row: &Image) {
-        self.repair.entry(row.row_key()).or_insert_with(|| row.clone());
+        self.repair
+            .entry(row.row_key())
+            .or_insert_with(|| row.clone());
     }
 
     pub fn needs_repair(&self) -> bool {
@@ -83,7 +85,12 @@ impl Database {
     }
 
     /// Writes the rows to repair and then `images`, in one transaction.
-    pub fn write(&mut self, inner: &Inner, images: &[Image], seq: u64) -> std::result::Result<(), Failure> {
+    pub fn write(
+        &mut self,
+        inner: &Inner,
+        images: &[Image],
+        seq: u64,
+    ) -> std::result::Result<(), Failure> {
         let attempt = catch_unwind(AssertUnwindSafe(|| self.try_write(inner, images, seq)));
         let error = match attempt {
             Ok(Ok(())) => {
@@ -101,7 +108,11 @@ impl Database {
     fn failed(&mut self, mut error: Error) -> Failure {
         if error.kind() != Kind::DiskFull {
             self.connection = None;
-            if self.reserve.free_bytes().is_some_and(|free| free < PROBE_FREE_BYTES) {
+            if self
+                .reserve
+                .free_bytes()
+                .is_some_and(|free| free < PROBE_FREE_BYTES)
+            {
                 // If the file system allocates blocks late, a full disk shows as a failed sync.
                 error = error.with_kind(Kind::DiskFull);
             }
@@ -115,17 +126,29 @@ impl Database {
     pub fn fold_log(&mut self, inner: &Inner) -> std::result::Result<(), Failure> {
         // After a failure the next commit counts them again.
         let frames = self.log_frames.swap(0, Ordering::Relaxed);
-        let Some(c) = self.connection.as_ref().filter(|_| frames >= schema::LOG_FRAMES) else { return Ok(()) };
+        let Some(c) = self
+            .connection
+            .as_ref()
+            .filter(|_| frames >= schema::LOG_FRAMES)
+        else {
+            return Ok(());
+        };
         #[cfg(any(test, feature = "fakes"))]
         let folded = inner.faults.fold().and_then(|()| schema::fold_log(c));
         #[cfg(not(any(test, feature = "fakes")))]
         let folded = schema::fold_log(c);
-        folded.map_err(|e| self.failed(sqlite_error(&e).context("fold the write-ahead log into the database")))
+        folded.map_err(|e| {
+            self.failed(sqlite_error(&e).context("fold the write-ahead log into the database"))
+        })
     }
 
     /// Makes the log longer, if the disk has room for that and more.
     pub fn extend_log(&self) {
-        if self.reserve.free_bytes().is_some_and(|free| free < PROBE_FREE_BYTES + schema::LOG_BYTES) {
+        if self
+            .reserve
+            .free_bytes()
+            .is_some_and(|free| free < PROBE_FREE_BYTES + schema::LOG_BYTES)
+        {
             return;
         }
         if let Err(e) = schema::extend_log(&self.dir) {
@@ -136,7 +159,8 @@ impl Database {
     fn try_write(&mut self, inner: &Inner, images: &[Image], seq: u64) -> crate::error::Result<()> {
         if self.connection.is_none() {
             let connection = schema::reopen(&self.dir)?;
-            self.use_connection(connection).map_err(|e| sqlite_error(&e))?;
+            self.use_connection(connection)
+                .map_err(|e| sqlite_error(&e))?;
         }
         let c = self.connection.as_ref().expect("opened above");
         #[cfg(any(test, feature = "fakes"))]

@@ -74,20 +74,32 @@ pub struct StoreChange {
 
 impl VmChange {
     pub fn owner_uid(&self) -> Option<u32> {
-        self.after.as_ref().or(self.before.as_ref()).map(|s| s.row.owner_uid)
+        self.after
+            .as_ref()
+            .or(self.before.as_ref())
+            .map(|s| s.row.owner_uid)
     }
 }
 
 impl OpEnd {
     /// The user who began it, and the owner of its VM.
     pub fn owners(&self) -> impl Iterator<Item = u32> {
-        [Some(self.owner_uid), self.vm.as_ref().map(|row| row.owner_uid)].into_iter().flatten()
+        [
+            Some(self.owner_uid),
+            self.vm.as_ref().map(|row| row.owner_uid),
+        ]
+        .into_iter()
+        .flatten()
     }
 }
 
 impl StoreChange {
     fn concerns(&self, sees: &dyn Fn(u32) -> bool) -> bool {
-        self.vms.iter().filter_map(VmChange::owner_uid).chain(self.ended.iter().flat_map(OpEnd::owners)).any(sees)
+        self.vms
+            .iter()
+            .filter_map(VmChange::owner_uid)
+            .chain(self.ended.iter().flat_map(OpEnd::owners))
+            .any(sees)
     }
 }
 
@@ -96,7 +108,11 @@ impl StoreChange {
 pub enum Start {
     /// All VMs. `resync` is true if the listener asked for changes that are no longer kept or never
     /// existed.
-    Snapshot { seq: u64, resync: bool, vms: Vec<Seen> },
+    Snapshot {
+        seq: u64,
+        resync: bool,
+        vms: Vec<Seen>,
+    },
     /// All changes that it missed.
     Missed(Vec<Arc<StoreChange>>),
 }
@@ -172,7 +188,10 @@ pub(super) struct Bus {
 
 impl Bus {
     pub(super) fn new(state: &State, seq: u64) -> Self {
-        let seen = |row: &Arc<VmRow>| Seen { row: row.clone(), workspace: state.workspace(&row.id).cloned() };
+        let seen = |row: &Arc<VmRow>| Seen {
+            row: row.clone(),
+            workspace: state.workspace(&row.id).cloned(),
+        };
         let published = Published {
             vms: state.vms().map(|row| (row.id.clone(), seen(row))).collect(),
             seq,
@@ -182,7 +201,9 @@ impl Bus {
             last_listener: 0,
             feed: None,
         };
-        Self { published: Mutex::new(Rank::Store, published) }
+        Self {
+            published: Mutex::new(Rank::Store, published),
+        }
     }
 
     #[cfg(test)]
@@ -192,7 +213,9 @@ impl Bus {
 
     /// Publishes changes that are on disk. Only the writer calls this, one batch after the other.
     pub(super) fn publish(&self, changes: &[Change]) {
-        let at = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+        let at = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |d| d.as_secs());
         let mut published = self.published.lock();
         for change in changes {
             let change = published.apply(change, at);
@@ -221,7 +244,13 @@ impl Published {
             match &step.after {
                 Image::Vm(id, Some(row)) => {
                     let workspace = self.vms.get(id).and_then(|seen| seen.workspace.clone());
-                    self.vms.insert(id.clone(), Seen { row: row.clone(), workspace });
+                    self.vms.insert(
+                        id.clone(),
+                        Seen {
+                            row: row.clone(),
+                            workspace,
+                        },
+                    );
                 }
                 Image::Vm(id, None) => drop(self.vms.remove(id)),
                 Image::Workspace(id, workspace) => {
@@ -232,23 +261,61 @@ impl Published {
                 _ => {}
             }
         }
-        let ended = change.steps.iter().filter_map(|step| self.op_end(&step.before, &step.after, &touched)).collect();
-        let whole = |(id, before): (VmId, Option<Seen>)| VmChange { after: self.vms.get(&id).cloned(), before };
-        let vms = touched.into_iter().map(whole).filter(|c| c.before != c.after).collect();
-        StoreChange { seq: change.seq, at, vms, ended }
+        let ended = change
+            .steps
+            .iter()
+            .filter_map(|step| self.op_end(&step.before, &step.after, &touched))
+            .collect();
+        let whole = |(id, before): (VmId, Option<Seen>)| VmChange {
+            after: self.vms.get(&id).cloned(),
+            before,
+        };
+        let vms = touched
+            .into_iter()
+            .map(whole)
+            .filter(|c| c.before != c.after)
+            .collect();
+        StoreChange {
+            seq: change.seq,
+            at,
+            vms,
+            ended,
+        }
     }
 
-    fn op_end(&self, before: &Image, after: &Image, touched: &[(VmId, Option<Seen>)]) -> Option<OpEnd> {
-        let (Image::Op(_, before), Image::Op(_, Some(op))) = (before, after) else { return None };
+    fn op_end(
+        &self,
+        before: &Image,
+        after: &Image,
+        touched: &[(VmId, Option<Seen>)],
+    ) -> Option<OpEnd> {
+        let (Image::Op(_, before), Image::Op(_, Some(op))) = (before, after) else {
+            return None;
+        };
         if !op.state.has_ended() || before.as_ref().is_some_and(|b| b.state.has_ended()) {
             return None;
         }
         let vm = op.vm.as_ref().and_then(|id| {
-            let removed = || touched.iter().find(|(touched, _)| touched == id).and_then(|(_, before)| before.as_ref());
-            self.vms.get(id).or_else(removed).map(|seen| seen.row.clone())
+            let removed = || {
+                touched
+                    .iter()
+                    .find(|(touched, _)| touched == id)
+                    .and_then(|(_, before)| before.as_ref())
+            };
+            self.vms
+                .get(id)
+                .or_else(removed)
+                .map(|seen| seen.row.clone())
         });
         let (id, method, state) = (op.id.clone(), op.method.clone(), op.state);
-        Some(OpEnd { id, method, state, error: op.error.clone(), owner_uid: op.owner_uid, vm })
+        Some(OpEnd {
+            id,
+            method,
+            state,
+            error: op.error.clone(),
+            owner_uid: op.owner_uid,
+            vm,
+        })
     }
 
     fn keep(&mut self, change: Arc<StoreChange>) {
@@ -264,7 +331,11 @@ impl Published {
     /// The descriptors of all threads that have something to take. The feed has one descriptor for
     /// all lent queues.
     fn to_wake(&self) -> Vec<Arc<EventFd>> {
-        let (own, lent): (Vec<_>, Vec<_>) = self.listeners.values().filter(|l| l.has_more()).partition(|l| l.taker == Taker::Own);
+        let (own, lent): (Vec<_>, Vec<_>) = self
+            .listeners
+            .values()
+            .filter(|l| l.has_more())
+            .partition(|l| l.taker == Taker::Own);
         let feed = self.feed.iter().filter(|_| !lent.is_empty());
         own.iter().map(|l| &l.fd).chain(feed).cloned().collect()
     }
@@ -274,11 +345,26 @@ impl Published {
             // A number that was never assigned comes from another database.
             Some(since) if (self.floor..=self.seq).contains(&since) => {
                 let from = self.kept.partition_point(|h| h.seq <= since);
-                Start::Missed(self.kept.range(from..).filter(|h| h.concerns(sees)).cloned().collect())
+                Start::Missed(
+                    self.kept
+                        .range(from..)
+                        .filter(|h| h.concerns(sees))
+                        .cloned()
+                        .collect(),
+                )
             }
             _ => {
-                let vms = self.vms.values().filter(|seen| sees(seen.row.owner_uid)).cloned().collect();
-                Start::Snapshot { seq: self.seq, resync: since.is_some(), vms }
+                let vms = self
+                    .vms
+                    .values()
+                    .filter(|seen| sees(seen.row.owner_uid))
+                    .cloned()
+                    .collect();
+                Start::Snapshot {
+                    seq: self.seq,
+                    resync: since.is_some(),
+                    vms,
+                }
             }
         }
     }
@@ -309,10 +395,24 @@ impl Subscription {
         let start = published.start(since, &*sees);
         published.last_listener += 1;
         let id = published.last_listener;
-        let listener = Listener { sees, queue: VecDeque::new(), lag: None, taker: Taker::Own, fd: fd.clone() };
+        let listener = Listener {
+            sees,
+            queue: VecDeque::new(),
+            lag: None,
+            taker: Taker::Own,
+            fd: fd.clone(),
+        };
         published.listeners.insert(id, listener);
         drop(published);
-        Ok((Self { inner, id, lends: false, fd }, start))
+        Ok((
+            Self {
+                inner,
+                id,
+                lends: false,
+                fd,
+            },
+            start,
+        ))
     }
 
     /// The unique number of this subscription.
@@ -345,13 +445,19 @@ impl Subscription {
     pub fn next(&mut self) -> Option<Next> {
         let mut published = self.inner.events.published.lock();
         let has_feed = published.feed.is_some();
-        let listener = published.listeners.get_mut(&self.id).filter(|l| l.taker == Taker::Own)?;
+        let listener = published
+            .listeners
+            .get_mut(&self.id)
+            .filter(|l| l.taker == Taker::Own)?;
         if let Some(change) = listener.queue.pop_front() {
             return Some(Next::Change(change));
         }
         if let Some((dropped, resume_seq)) = listener.lag {
             drop(published.listeners.remove(&self.id));
-            return Some(Next::Lagged { dropped, resume_seq });
+            return Some(Next::Lagged {
+                dropped,
+                resume_seq,
+            });
         }
         if self.lends && has_feed {
             listener.taker = Taker::Feed;
@@ -367,7 +473,9 @@ impl Subscription {
     pub fn take_back(&mut self) {
         loop {
             let mut published = self.inner.events.published.lock();
-            let Some(listener) = published.listeners.get_mut(&self.id) else { return };
+            let Some(listener) = published.listeners.get_mut(&self.id) else {
+                return;
+            };
             let Taker::FeedAtWork { is_claimed } = &mut listener.taker else {
                 listener.taker = Taker::Own;
                 return;
@@ -382,7 +490,13 @@ impl Subscription {
 
 impl Drop for Subscription {
     fn drop(&mut self) {
-        let removed = self.inner.events.published.lock().listeners.remove(&self.id);
+        let removed = self
+            .inner
+            .events
+            .published
+            .lock()
+            .listeners
+            .remove(&self.id);
         // Dropped outside the lock, because it may hold the last pointers to many rows.
         drop(removed);
     }

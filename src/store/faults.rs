@@ -41,7 +41,10 @@ pub struct Faults {
 
 impl Default for Faults {
     fn default() -> Self {
-        Self { plan: Mutex::new(Rank::Store, Plan::default()), changed: Condvar::new() }
+        Self {
+            plan: Mutex::new(Rank::Store, Plan::default()),
+            changed: Condvar::new(),
+        }
     }
 }
 
@@ -78,7 +81,8 @@ impl Faults {
         let mut plan = self.plan.lock();
         plan.waiting = true;
         self.changed.notify_all();
-        self.changed.wait_while(&mut plan, Instant::now() + GATE_TIME_MAX, |p| p.gates > 0);
+        self.changed
+            .wait_while(&mut plan, Instant::now() + GATE_TIME_MAX, |p| p.gates > 0);
         plan.waiting = false;
     }
 
@@ -88,14 +92,19 @@ impl Faults {
             return Ok(());
         }
         plan.failing_folds -= 1;
-        Err(rusqlite::Error::SqliteFailure(ffi::Error::new(ffi::SQLITE_IOERR), None))
+        Err(rusqlite::Error::SqliteFailure(
+            ffi::Error::new(ffi::SQLITE_IOERR),
+            None,
+        ))
     }
 
     pub(super) fn commit(&self, tx: Transaction<'_>) -> rusqlite::Result<()> {
         let fault = {
             let mut plan = self.plan.lock();
             let fault = plan.fault.map(|(fault, _)| fault);
-            plan.fault = plan.fault.and_then(|(f, left)| (left > 1).then_some((f, left - 1)));
+            plan.fault = plan
+                .fault
+                .and_then(|(f, left)| (left > 1).then_some((f, left - 1)));
             fault
         };
         let hook = self.plan.lock().hook.clone();
@@ -115,7 +124,9 @@ impl Gate<'_> {
     /// Waits until the writer has reached the gate with a batch. Returns false at the deadline.
     pub fn wait_for_writer(&self, deadline: Instant) -> bool {
         let mut plan = self.0.plan.lock();
-        self.0.changed.wait_while(&mut plan, deadline, |p| !p.waiting)
+        self.0
+            .changed
+            .wait_while(&mut plan, deadline, |p| !p.waiting)
     }
 }
 

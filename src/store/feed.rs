@@ -56,10 +56,18 @@ impl Feed {
         // means that nothing has arrived.
         let _ = self.fd.read();
         let mut published = self.inner.events.published.lock();
-        let due = published.listeners.iter_mut().filter(|(_, l)| l.taker == Taker::Feed && l.has_more()).map(|(id, l)| {
-            l.taker = Taker::FeedAtWork { is_claimed: false };
-            Due { id: *id, changes: std::mem::take(&mut l.queue), is_returned: false }
-        });
+        let due = published
+            .listeners
+            .iter_mut()
+            .filter(|(_, l)| l.taker == Taker::Feed && l.has_more())
+            .map(|(id, l)| {
+                l.taker = Taker::FeedAtWork { is_claimed: false };
+                Due {
+                    id: *id,
+                    changes: std::mem::take(&mut l.queue),
+                    is_returned: false,
+                }
+            });
         due.collect()
     }
 
@@ -68,10 +76,13 @@ impl Feed {
         let mut to_wake = Vec::new();
         let mut published = self.inner.events.published.lock();
         for mut due in done {
-            let Some(listener) = published.listeners.get_mut(&due.id) else { continue };
+            let Some(listener) = published.listeners.get_mut(&due.id) else {
+                continue;
+            };
             let is_claimed = matches!(listener.taker, Taker::FeedAtWork { is_claimed: true });
             // A lagging subscription is ended by its own thread.
-            let is_returned = is_claimed || due.is_returned || !due.changes.is_empty() || listener.lag.is_some();
+            let is_returned =
+                is_claimed || due.is_returned || !due.changes.is_empty() || listener.lag.is_some();
             due.changes.append(&mut listener.queue);
             listener.queue = due.changes;
             listener.taker = if is_returned { Taker::Own } else { Taker::Feed };
@@ -89,7 +100,11 @@ impl Drop for Feed {
         let mut to_wake = Vec::new();
         let mut published = self.inner.events.published.lock();
         published.feed = None;
-        for listener in published.listeners.values_mut().filter(|l| l.taker != Taker::Own) {
+        for listener in published
+            .listeners
+            .values_mut()
+            .filter(|l| l.taker != Taker::Own)
+        {
             listener.taker = Taker::Own;
             to_wake.push(listener.fd.clone());
         }

@@ -27,7 +27,8 @@ impl PartialEq for OpHistory {
     fn eq(&self, other: &Self) -> bool {
         let ids = |history: &Self| -> BTreeSet<(u32, OpId)> {
             let all = history.free.iter();
-            all.flat_map(|(uid, theirs)| theirs.values().map(|id| (*uid, id.clone()))).collect()
+            all.flat_map(|(uid, theirs)| theirs.values().map(|id| (*uid, id.clone())))
+                .collect()
         };
         self.keyed == other.keyed && ids(self) == ids(other)
     }
@@ -41,13 +42,20 @@ impl OpHistory {
         }
         self.added += 1;
         let order = (row.ended_at.unwrap_or(row.started_at), self.added);
-        self.free.entry(row.owner_uid).or_default().insert(order, row.id.clone());
+        self.free
+            .entry(row.owner_uid)
+            .or_default()
+            .insert(order, row.id.clone());
         self.orders.insert(row.id.clone(), order);
     }
 
     pub(super) fn remove(&mut self, row: &OpRow) {
-        let Some(order) = self.orders.remove(&row.id) else { return };
-        let Some(theirs) = self.free.get_mut(&row.owner_uid) else { return };
+        let Some(order) = self.orders.remove(&row.id) else {
+            return;
+        };
+        let Some(theirs) = self.free.get_mut(&row.owner_uid) else {
+            return;
+        };
         theirs.remove(&order);
         if theirs.is_empty() {
             self.free.remove(&row.owner_uid);
@@ -64,7 +72,9 @@ impl OpHistory {
 
     /// Removes a key that refers to the operation.
     pub(super) fn key_removed(&mut self, op: &OpId, row: Option<&OpRow>) {
-        let Some(keys) = self.keyed.get_mut(op) else { return };
+        let Some(keys) = self.keyed.get_mut(op) else {
+            return;
+        };
         *keys -= 1;
         if *keys == 0 {
             self.keyed.remove(op);
@@ -78,14 +88,20 @@ impl OpHistory {
     /// make room only for those of root.
     pub(super) fn to_prune(&self, uid: u32, retention: Retention) -> Option<&OpId> {
         let oldest = |uid: u32| self.free.get(&uid)?.first_key_value().map(|(_, id)| id);
-        if self.free.get(&uid).is_some_and(|theirs| theirs.len() > retention.per_uid_max) {
+        if self
+            .free
+            .get(&uid)
+            .is_some_and(|theirs| theirs.len() > retention.per_uid_max)
+        {
             return oldest(uid);
         }
         if self.orders.len() <= retention.total_max {
             return None;
         }
         let others = self.free.iter().filter(|(uid, _)| **uid != 0);
-        let largest = others.max_by_key(|(_, theirs)| theirs.len()).map_or(0, |(uid, _)| *uid);
+        let largest = others
+            .max_by_key(|(_, theirs)| theirs.len())
+            .map_or(0, |(uid, _)| *uid);
         oldest(largest)
     }
 }
@@ -119,7 +135,10 @@ mod tests {
         ids.reverse();
         let mut history = OpHistory::default();
         ids.iter().for_each(|id| history.add(&ended(id.clone())));
-        let retention = Retention { per_uid_max: 5, total_max: 100 };
+        let retention = Retention {
+            per_uid_max: 5,
+            total_max: 100,
+        };
         assert_eq!(history.to_prune(1, retention), ids.first());
     }
 }

@@ -21,12 +21,20 @@ pub struct KeyRow {
     pub expires_at: u64,
 }
 
-pub(super) const CREATE: &str =
-    "CREATE TABLE idempotency (uid INTEGER NOT NULL, key TEXT NOT NULL, body TEXT NOT NULL, PRIMARY KEY (uid, key)) STRICT;";
+pub(super) const CREATE: &str = "CREATE TABLE idempotency (uid INTEGER NOT NULL, key TEXT NOT NULL, body TEXT NOT NULL, PRIMARY KEY (uid, key)) STRICT;";
 
-pub(super) fn save(c: &Connection, uid: u32, key: &str, row: Option<&KeyRow>) -> rusqlite::Result<()> {
+pub(super) fn save(
+    c: &Connection,
+    uid: u32,
+    key: &str,
+    row: Option<&KeyRow>,
+) -> rusqlite::Result<()> {
     let Some(row) = row else {
-        return sql::delete(c, "DELETE FROM idempotency WHERE uid = ?1 AND key = ?2", params![uid, key]);
+        return sql::delete(
+            c,
+            "DELETE FROM idempotency WHERE uid = ?1 AND key = ?2",
+            params![uid, key],
+        );
     };
     c.prepare_cached(
         "INSERT INTO idempotency (uid, key, body) VALUES (?1, ?2, ?3) ON CONFLICT (uid, key) DO UPDATE SET body = excluded.body",
@@ -36,5 +44,9 @@ pub(super) fn save(c: &Connection, uid: u32, key: &str, row: Option<&KeyRow>) ->
 }
 
 pub(super) fn load(c: &Connection) -> crate::error::Result<Vec<KeyRow>> {
-    sql::load(c, "idempotency", "SELECT key, body FROM idempotency ORDER BY uid, key")
+    sql::load(
+        c,
+        "idempotency",
+        "SELECT key, body FROM idempotency ORDER BY uid, key",
+    )
 }

@@ -21,18 +21,29 @@ pub struct LedgerRow {
     pub facts: Option<serde_json::Value>,
 }
 
-pub(super) const CREATE: &str = "CREATE TABLE ledger (id INTEGER PRIMARY KEY, vm TEXT, body TEXT NOT NULL) STRICT;";
+pub(super) const CREATE: &str =
+    "CREATE TABLE ledger (id INTEGER PRIMARY KEY, vm TEXT, body TEXT NOT NULL) STRICT;";
 
 pub(super) fn save(c: &Connection, id: u64, row: Option<&LedgerRow>) -> rusqlite::Result<()> {
-    let Some(row) = row else { return sql::delete(c, "DELETE FROM ledger WHERE id = ?1", [id as i64]) };
+    let Some(row) = row else {
+        return sql::delete(c, "DELETE FROM ledger WHERE id = ?1", [id as i64]);
+    };
     c.prepare_cached(
         "INSERT INTO ledger (id, vm, body) VALUES (?1, ?2, ?3)
          ON CONFLICT (id) DO UPDATE SET vm = excluded.vm, body = excluded.body",
     )?
-    .execute(params![id as i64, row.vm.as_ref().map(VmId::as_str), json(row)?])
+    .execute(params![
+        id as i64,
+        row.vm.as_ref().map(VmId::as_str),
+        json(row)?
+    ])
     .map(drop)
 }
 
 pub(super) fn load(c: &Connection) -> crate::error::Result<Vec<LedgerRow>> {
-    sql::load(c, "ledger", "SELECT CAST(id AS TEXT), body FROM ledger ORDER BY id")
+    sql::load(
+        c,
+        "ledger",
+        "SELECT CAST(id AS TEXT), body FROM ledger ORDER BY id",
+    )
 }

@@ -50,7 +50,9 @@ mod workspace;
 mod writer;
 
 pub use batch::Ticket;
-pub use events::{KEPT_MAX, Next, OpEnd, QUEUE_MAX, Seen, Start, StoreChange, Subscription, VmChange};
+pub use events::{
+    KEPT_MAX, Next, OpEnd, QUEUE_MAX, Seen, Start, StoreChange, Subscription, VmChange,
+};
 pub use feed::{Due, Feed};
 pub use key::{KEYS_PER_UID_MAX, KeyRow};
 pub use ledger::LedgerRow;
@@ -177,8 +179,8 @@ impl Store {
     /// Those of [`Store::open`].
     pub fn open_keeping(dir: &Path, retention: Retention) -> Result<Store> {
         let connection = schema::open(dir, &schema::migrations())?;
-        let (state, install_id, seq) =
-            load(&connection).map_err(|e| e.context(format!("open the store in {}", dir.display())))?;
+        let (state, install_id, seq) = load(&connection)
+            .map_err(|e| e.context(format!("open the store in {}", dir.display())))?;
         let events = events::Bus::new(&state, seq);
         let core = Core {
             ledger_next: state.ledger_last() + 1,
@@ -206,12 +208,16 @@ impl Store {
             #[cfg(any(test, feature = "fakes"))]
             faults: faults::Faults::default(),
         });
-        let mut writer = Writer::new(dir, connection).map_err(|e| schema::refuse(&dir.join(schema::FILE_NAME), e))?;
+        let mut writer = Writer::new(dir, connection)
+            .map_err(|e| schema::refuse(&dir.join(schema::FILE_NAME), e))?;
         writer.begin(&inner);
         inner.core.lock().writer = Some(Box::new(writer));
         let writing = inner.clone();
         let thread = thread::spawn("store-writer", move || writing.write_until_closed())?;
-        Ok(Store(Arc::new(Handle { inner, writer: Mutex::new(Rank::Store, Some(thread)) })))
+        Ok(Store(Arc::new(Handle {
+            inner,
+            writer: Mutex::new(Rank::Store, Some(thread)),
+        })))
     }
 
     /// The ID of this state directory, which is made once and is part of every name on the host.
@@ -238,7 +244,11 @@ impl Store {
     ///
     /// # Errors
     /// `exhausted` when there is no descriptor for it.
-    pub fn subscribe(&self, since: Option<u64>, sees: impl Fn(u32) -> bool + Send + 'static) -> Result<(Subscription, Start)> {
+    pub fn subscribe(
+        &self,
+        since: Option<u64>,
+        sees: impl Fn(u32) -> bool + Send + 'static,
+    ) -> Result<(Subscription, Start)> {
         Subscription::new(self.0.inner.clone(), since, Box::new(sees))
     }
 
@@ -267,7 +277,9 @@ impl Store {
         let mut core = inner.core.lock();
         core.probe_now = core.mode.is_read_only();
         inner.wake.notify_all();
-        inner.mode_changed.wait_while(&mut core, deadline, |c| c.mode.is_read_only() && !c.closing);
+        inner
+            .mode_changed
+            .wait_while(&mut core, deadline, |c| c.mode.is_read_only() && !c.closing);
         !core.mode.is_read_only()
     }
 
@@ -320,11 +332,15 @@ impl Drop for Handle {
 }
 
 fn load(c: &rusqlite::Connection) -> Result<(State, String, u64)> {
-    let info = |name: &str| schema::info(c, name).map_err(|e| sql::refused(format!("read {name}")).with_source(e));
+    let info = |name: &str| {
+        schema::info(c, name).map_err(|e| sql::refused(format!("read {name}")).with_source(e))
+    };
     let state = State::load(c)?;
     let install_id = info("install_id")?.filter(|id| id.len() == INSTALL_ID_LEN);
     let install_id = install_id.ok_or_else(|| sql::refused("the database has no install id"))?;
     let seq = info("seq")?.unwrap_or_else(|| "0".into());
-    let seq = seq.parse().map_err(|e| sql::refused(format!("read seq {seq:?}")).with_source(e))?;
+    let seq = seq
+        .parse()
+        .map_err(|e| sql::refused(format!("read seq {seq:?}")).with_source(e))?;
     Ok((state, install_id, seq))
 }

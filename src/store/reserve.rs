@@ -19,7 +19,10 @@ pub(super) struct Reserve {
 
 impl Reserve {
     pub(super) fn new(dir: &Path) -> Self {
-        Self { dir: dir.to_owned(), held: false }
+        Self {
+            dir: dir.to_owned(),
+            held: false,
+        }
     }
 
     /// Reserves the blocks, unless they are held already.
@@ -35,7 +38,16 @@ impl Reserve {
             self.release();
         }
         self.held = taken.is_ok();
-        taken.map_err(|e| Error::io(format!("keep {} MiB of {} in reserve", RESERVE_BYTES >> 20, self.dir.display()), e))
+        taken.map_err(|e| {
+            Error::io(
+                format!(
+                    "keep {} MiB of {} in reserve",
+                    RESERVE_BYTES >> 20,
+                    self.dir.display()
+                ),
+                e,
+            )
+        })
     }
 
     fn fill(&self) -> std::io::Result<()> {
@@ -68,7 +80,11 @@ impl Reserve {
     /// The free bytes of the file system. `None` if it does not tell.
     pub(super) fn free_bytes(&self) -> Option<u64> {
         let stat = rustix::fs::statvfs(&self.dir).ok()?;
-        let blocks = if rustix::process::geteuid().is_root() { stat.f_bfree } else { stat.f_bavail };
+        let blocks = if rustix::process::geteuid().is_root() {
+            stat.f_bfree
+        } else {
+            stat.f_bavail
+        };
         Some(blocks.saturating_mul(stat.f_frsize))
     }
 }

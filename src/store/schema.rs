@@ -31,7 +31,16 @@ pub const INSTALL_ID_LEN: usize = 8;
 /// entry. Never change one.
 pub(super) fn migrations() -> Vec<String> {
     let info = "CREATE TABLE store_info (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;";
-    let first = [info, vm::CREATE, workspace::CREATE, op::CREATE, ledger::CREATE, key::CREATE, meta::CREATE].concat();
+    let first = [
+        info,
+        vm::CREATE,
+        workspace::CREATE,
+        op::CREATE,
+        ledger::CREATE,
+        key::CREATE,
+        meta::CREATE,
+    ]
+    .concat();
     let later = [
         vm::ADD_NETWORK,
         vm::ADD_UNRESPONSIVE,
@@ -41,7 +50,9 @@ pub(super) fn migrations() -> Vec<String> {
         vm::ADD_KERNEL,
         snapshot::ADD_VMM_VERSION,
     ];
-    std::iter::once(first).chain(later.map(str::to_owned)).collect()
+    std::iter::once(first)
+        .chain(later.map(str::to_owned))
+        .collect()
 }
 
 /// Opens `dir/fcd.db`, and creates it if it does not exist.
@@ -59,10 +70,16 @@ pub(super) fn open(dir: &Path, migrations: &[String]) -> Result<Connection> {
     let wal_was_there = path_exists(&wal_path(&path))?;
     let mut c = connect(&path)?;
     check_contents(&c, &path, migrations.len())?;
-    let open: String = info(&c, "open").map_err(|e| refuse(&path, e))?.unwrap_or_default();
+    let open: String = info(&c, "open")
+        .map_err(|e| refuse(&path, e))?
+        .unwrap_or_default();
     if open == "1" && !wal_was_there {
-        let text = format!("open database {}: its write-ahead log {FILE_NAME}-wal is missing", path.display());
-        return Err(refused(text).hint("the last changes were in it: restore it, or restore both files from a backup"));
+        let text = format!(
+            "open database {}: its write-ahead log {FILE_NAME}-wal is missing",
+            path.display()
+        );
+        return Err(refused(text)
+            .hint("the last changes were in it: restore it, or restore both files from a backup"));
     }
     migrate(&mut c, &path, migrations)?;
     Ok(c)
@@ -106,7 +123,12 @@ impl Drop for Transaction<'_> {
 
 pub(super) fn info(c: &Connection, name: &str) -> rusqlite::Result<Option<String>> {
     use rusqlite::OptionalExtension;
-    c.query_row("SELECT value FROM store_info WHERE name = ?1", [name], |r| r.get(0)).optional()
+    c.query_row(
+        "SELECT value FROM store_info WHERE name = ?1",
+        [name],
+        |r| r.get(0),
+    )
+    .optional()
 }
 
 pub(super) fn set_info(c: &Connection, name: &str, value: &str) -> rusqlite::Result<()> {
@@ -133,7 +155,11 @@ pub(super) fn close(c: Connection) -> rusqlite::Result<()> {
 /// follows the last frame of a log.
 pub(super) fn extend_log(dir: &Path) -> std::io::Result<()> {
     let flags = OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let mut file = std::fs::File::from(rustix::fs::open(wal_path(&dir.join(FILE_NAME)), flags, Mode::empty())?);
+    let mut file = std::fs::File::from(rustix::fs::open(
+        wal_path(&dir.join(FILE_NAME)),
+        flags,
+        Mode::empty(),
+    )?);
     let len = file.seek(std::io::SeekFrom::End(0))?;
     let zeros = vec![0; LOG_BYTES.saturating_sub(len) as usize];
     if zeros.is_empty() {
@@ -149,20 +175,27 @@ pub(super) fn extend_log(dir: &Path) -> std::io::Result<()> {
 
 /// Copies the log's changes into the database file. The next commit starts the log again.
 pub(super) fn fold_log(c: &Connection) -> rusqlite::Result<()> {
-    c.prepare_cached("PRAGMA wal_checkpoint(PASSIVE)")?.query_row([], |_| Ok(()))
+    c.prepare_cached("PRAGMA wal_checkpoint(PASSIVE)")?
+        .query_row([], |_| Ok(()))
 }
 
 /// The error for a database that cannot be used, with a hint.
 pub(super) fn refuse(path: &Path, e: rusqlite::Error) -> Error {
     let shown = path.display();
     let hint = match e.sqlite_error_code() {
-        Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => format!("see which process has it open: fuser -v {shown}"),
+        Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => {
+            format!("see which process has it open: fuser -v {shown}")
+        }
         Some(ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt) => {
-            format!("the file was not changed: move it away together with {shown}-wal, or restore a backup")
+            format!(
+                "the file was not changed: move it away together with {shown}-wal, or restore a backup"
+            )
         }
         _ => "run fcctl doctor".to_owned(),
     };
-    refused(format!("open database {shown}")).hint(hint).with_source(e)
+    refused(format!("open database {shown}"))
+        .hint(hint)
+        .with_source(e)
 }
 
 fn wal_path(path: &Path) -> PathBuf {
@@ -183,15 +216,19 @@ fn path_exists(path: &Path) -> Result<bool> {
 /// checked.
 fn check_dir(dir: &Path) -> Result<()> {
     let shown = dir.display();
-    let stat = rustix::fs::stat(dir).map_err(|e| refused(format!("open state directory {shown}")).with_source(e))?;
+    let stat = rustix::fs::stat(dir)
+        .map_err(|e| refused(format!("open state directory {shown}")).with_source(e))?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
-        return Err(refused(format!("state directory {shown} is not a directory")));
+        return Err(refused(format!(
+            "state directory {shown} is not a directory"
+        )));
     }
     if stat.st_uid != rustix::process::geteuid().as_raw() {
         let text = format!("state directory {shown} belongs to uid {}", stat.st_uid);
-        return Err(
-            refused(text).hint(format!("chown {} {shown}, or use another --state-dir", rustix::process::geteuid().as_raw()))
-        );
+        return Err(refused(text).hint(format!(
+            "chown {} {shown}, or use another --state-dir",
+            rustix::process::geteuid().as_raw()
+        )));
     }
     if stat.st_mode & 0o022 != 0 {
         let text = format!("state directory {shown} is writable by others");
@@ -205,15 +242,28 @@ fn check_file(path: &Path) -> Result<()> {
     let shown = path.display();
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
     let fd = rustix::fs::open(path, flags, Mode::empty()).map_err(|e| {
-        let why = if e == rustix::io::Errno::LOOP { " (a symbolic link)" } else { "" };
-        refused(format!("open database {shown}{why}")).hint("run fcctl doctor").with_source(e)
+        let why = if e == rustix::io::Errno::LOOP {
+            " (a symbolic link)"
+        } else {
+            ""
+        };
+        refused(format!("open database {shown}{why}"))
+            .hint("run fcctl doctor")
+            .with_source(e)
     })?;
-    let stat = rustix::fs::fstat(&fd).map_err(|e| refused(format!("inspect database {shown}")).with_source(e))?;
+    let stat = rustix::fs::fstat(&fd)
+        .map_err(|e| refused(format!("inspect database {shown}")).with_source(e))?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile || stat.st_nlink != 1 {
-        return Err(refused(format!("database {shown} is not a regular file with one link")).hint(format!("stat {shown}")));
+        return Err(refused(format!(
+            "database {shown} is not a regular file with one link"
+        ))
+        .hint(format!("stat {shown}")));
     }
     if stat.st_uid != rustix::process::geteuid().as_raw() {
-        return Err(refused(format!("database {shown} belongs to uid {}", stat.st_uid)).hint(format!("stat {shown}")));
+        return Err(
+            refused(format!("database {shown} belongs to uid {}", stat.st_uid))
+                .hint(format!("stat {shown}")),
+        );
     }
     if stat.st_size == 0 {
         let hint = format!("fcd never leaves it empty: restore a backup, or move {shown} away");
@@ -221,8 +271,9 @@ fn check_file(path: &Path) -> Result<()> {
     }
     if stat.st_mode & 0o077 != 0 {
         log::warn!("database {shown} was accessible to others; its mode is now 0600");
-        rustix::fs::fchmod(&fd, Mode::RUSR | Mode::WUSR)
-            .map_err(|e| refused(format!("restrict the mode of database {shown}")).with_source(e))?;
+        rustix::fs::fchmod(&fd, Mode::RUSR | Mode::WUSR).map_err(|e| {
+            refused(format!("restrict the mode of database {shown}")).with_source(e)
+        })?;
     }
     Ok(())
 }
@@ -252,23 +303,33 @@ fn connect(path: &Path) -> Result<Connection> {
 
 fn check_contents(c: &Connection, path: &Path, newest: usize) -> Result<()> {
     let shown = path.display();
-    let number = |name: &str| c.pragma_query_value(None, name, |r| r.get::<_, i64>(0)).map_err(|e| refuse(path, e));
+    let number = |name: &str| {
+        c.pragma_query_value(None, name, |r| r.get::<_, i64>(0))
+            .map_err(|e| refuse(path, e))
+    };
     if number("application_id")? != i64::from(APPLICATION_ID) {
-        let hint = format!("the file was not changed: move {shown} away, or use another --state-dir");
+        let hint =
+            format!("the file was not changed: move {shown} away, or use another --state-dir");
         return Err(refused(format!("database {shown} was not made by fcd")).hint(hint));
     }
     let version = number("user_version")?;
     if version < 1 || version > newest as i64 {
-        let text = format!("database {shown} has version {version}, but this fcd only supports versions up to {newest}");
-        return Err(refused(text).hint("install the newer fcd again, because a database cannot be downgraded"));
+        let text = format!(
+            "database {shown} has version {version}, but this fcd only supports versions up to {newest}"
+        );
+        return Err(refused(text)
+            .hint("install the newer fcd again, because a database cannot be downgraded"));
     }
-    let verdict: String = c.query_row("PRAGMA quick_check(1)", [], |r| r.get(0)).map_err(|e| refuse(path, e))?;
+    let verdict: String = c
+        .query_row("PRAGMA quick_check(1)", [], |r| r.get(0))
+        .map_err(|e| refuse(path, e))?;
     if verdict != "ok" {
         let hint = format!("the file was not changed: restore a backup (ls {shown}.v*.bak)");
         return Err(refused(format!("database {shown} is damaged: {verdict}")).hint(hint));
     }
     if c.is_readonly("main").map_err(|e| refuse(path, e))? {
-        return Err(refused(format!("database {shown} cannot be written")).hint(format!("stat {shown}; findmnt -T {shown}")));
+        return Err(refused(format!("database {shown} cannot be written"))
+            .hint(format!("stat {shown}; findmnt -T {shown}")));
     }
     Ok(())
 }
@@ -276,8 +337,13 @@ fn check_contents(c: &Connection, path: &Path, newest: usize) -> Result<()> {
 /// Makes the file under another name first, so that `fcd.db` is either complete or missing.
 fn create(dir: &Path, path: &Path, migrations: &[String]) -> Result<()> {
     if path_exists(&wal_path(path))? {
-        let text = format!("database {} is missing, but its write-ahead log exists", path.display());
-        return Err(refused(text).hint(format!("restore the database; to start without it, move {FILE_NAME}-wal away")));
+        let text = format!(
+            "database {} is missing, but its write-ahead log exists",
+            path.display()
+        );
+        return Err(refused(text).hint(format!(
+            "restore the database; to start without it, move {FILE_NAME}-wal away"
+        )));
     }
     let fresh = dir.join("fcd.db.new");
     for suffix in ["", "-wal", "-shm", "-journal"] {
@@ -299,10 +365,14 @@ fn create(dir: &Path, path: &Path, migrations: &[String]) -> Result<()> {
         c.close().map_err(|(_, e)| e)
     };
     fill().map_err(|e| match e.sqlite_error_code() {
-        Some(ErrorCode::DiskFull) => Error::io(doing(), std::io::Error::from_raw_os_error(libc::ENOSPC)),
+        Some(ErrorCode::DiskFull) => {
+            Error::io(doing(), std::io::Error::from_raw_os_error(libc::ENOSPC))
+        }
         _ => Error::new(crate::error::Kind::Host, doing()).with_source(e),
     })?;
-    std::fs::rename(&fresh, path).and_then(|()| sync_dir(dir)).map_err(|e| Error::io(doing(), e))
+    std::fs::rename(&fresh, path)
+        .and_then(|()| sync_dir(dir))
+        .map_err(|e| Error::io(doing(), e))
 }
 
 /// Creates a file with mode 0600. Fails if the name exists.
@@ -322,7 +392,9 @@ fn random_install_id() -> String {
 }
 
 fn migrate(c: &mut Connection, path: &Path, migrations: &[String]) -> Result<()> {
-    let version: i64 = c.pragma_query_value(None, "user_version", |r| r.get(0)).map_err(|e| refuse(path, e))?;
+    let version: i64 = c
+        .pragma_query_value(None, "user_version", |r| r.get(0))
+        .map_err(|e| refuse(path, e))?;
     for (from, sql) in migrations.iter().enumerate().skip(version as usize) {
         back_up(c, path, from)?;
         let step = |c: &mut Connection| -> rusqlite::Result<()> {
@@ -332,12 +404,23 @@ fn migrate(c: &mut Connection, path: &Path, migrations: &[String]) -> Result<()>
             tx.commit()
         };
         step(c).map_err(|e| {
-            let text = format!("migrate database {} from version {from} to {}", path.display(), from + 1);
+            let text = format!(
+                "migrate database {} from version {from} to {}",
+                path.display(),
+                from + 1
+            );
             refused(text)
-                .hint(format!("it was not changed: run the older fcd; a backup is in {}.v{from}.bak", path.display()))
+                .hint(format!(
+                    "it was not changed: run the older fcd; a backup is in {}.v{from}.bak",
+                    path.display()
+                ))
                 .with_source(e)
         })?;
-        log::info!("database {} now has version {}; the old one is in {FILE_NAME}.v{from}.bak", path.display(), from + 1);
+        log::info!(
+            "database {} now has version {}; the old one is in {FILE_NAME}.v{from}.bak",
+            path.display(),
+            from + 1
+        );
     }
     Ok(())
 }
@@ -357,7 +440,13 @@ fn back_up(c: &Connection, path: &Path, version: usize) -> Result<()> {
         set_info(&to, "open", "0")?;
         to.close().map_err(|(_, e)| e)
     };
-    copy_all().map_err(|e| refused(doing()).hint("check the free space (df -h), then start fcd again").with_source(e))?;
+    copy_all().map_err(|e| {
+        refused(doing())
+            .hint("check the free space (df -h), then start fcd again")
+            .with_source(e)
+    })?;
     std::fs::rename(&fresh, &copy).map_err(|e| Error::io(doing(), e))?;
-    path.parent().map_or(Ok(()), sync_dir).map_err(|e| Error::io(doing(), e))
+    path.parent()
+        .map_or(Ok(()), sync_dir)
+        .map_err(|e| Error::io(doing(), e))
 }

@@ -45,14 +45,20 @@ pub struct SnapshotRow {
 }
 
 /// Schema version 5.
-pub(super) const CREATE: &str =
-    "CREATE TABLE snapshots (id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, body TEXT NOT NULL) STRICT;";
+pub(super) const CREATE: &str = "CREATE TABLE snapshots (id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, body TEXT NOT NULL) STRICT;";
 
 /// A later schema version.
-pub(super) const ADD_VMM_VERSION: &str = "UPDATE snapshots SET body = json_set(body, '$.vmm_version', json('null'));";
+pub(super) const ADD_VMM_VERSION: &str =
+    "UPDATE snapshots SET body = json_set(body, '$.vmm_version', json('null'));";
 
-pub(super) fn save(c: &Connection, id: &SnapshotId, row: Option<&SnapshotRow>) -> rusqlite::Result<()> {
-    let Some(row) = row else { return sql::delete(c, "DELETE FROM snapshots WHERE id = ?1", [id.as_str()]) };
+pub(super) fn save(
+    c: &Connection,
+    id: &SnapshotId,
+    row: Option<&SnapshotRow>,
+) -> rusqlite::Result<()> {
+    let Some(row) = row else {
+        return sql::delete(c, "DELETE FROM snapshots WHERE id = ?1", [id.as_str()]);
+    };
     c.prepare_cached(
         "INSERT INTO snapshots (id, name, body) VALUES (?1, ?2, ?3)
          ON CONFLICT (id) DO UPDATE SET name = excluded.name, body = excluded.body",

@@ -20,12 +20,15 @@ pub(super) fn delete(c: &Connection, sql: &str, key: impl Params) -> rusqlite::R
 /// Reads the bodies of one table. `sql` selects key and body as text.
 pub(super) fn load<T: DeserializeOwned>(c: &Connection, table: &str, sql: &str) -> Result<Vec<T>> {
     let read = || -> rusqlite::Result<Vec<(String, String)>> {
-        c.prepare(sql)?.query_map([], |r| Ok((r.get(0)?, r.get(1)?)))?.collect()
+        c.prepare(sql)?
+            .query_map([], |r| Ok((r.get(0)?, r.get(1)?)))?
+            .collect()
     };
     let rows = read().map_err(|e| refused(format!("read table {table}")).with_source(e))?;
     rows.into_iter()
         .map(|(key, body)| {
-            serde_json::from_str(&body).map_err(|e| refused(format!("read row {key:?} of table {table}")).with_source(e))
+            serde_json::from_str(&body)
+                .map_err(|e| refused(format!("read row {key:?} of table {table}")).with_source(e))
         })
         .collect()
 }

@@ -130,7 +130,11 @@ impl State {
     }
 
     pub fn ledger_of(&self, vm: &VmId) -> impl DoubleEndedIterator<Item = &Arc<LedgerRow>> {
-        self.ledger_by_vm.get(vm).into_iter().flatten().filter_map(|id| self.ledger.get(id))
+        self.ledger_by_vm
+            .get(vm)
+            .into_iter()
+            .flatten()
+            .filter_map(|id| self.ledger.get(id))
     }
 
     pub fn meta(&self, name: &str) -> Option<&str> {
@@ -179,7 +183,10 @@ impl State {
                     self.names.insert(r.name.clone(), id.clone());
                     self.slots.insert(r.slot);
                     self.ages.insert(age(r), r.clone());
-                    self.owners.entry(r.owner_uid).or_default().insert(age(r), r.clone());
+                    self.owners
+                        .entry(r.owner_uid)
+                        .or_default()
+                        .insert(age(r), r.clone());
                 }
                 Image::Vm(id, before)
             }
@@ -193,7 +200,9 @@ impl State {
                 }
                 Image::Op(id, before)
             }
-            Image::Workspace(vm, row) => Image::Workspace(vm.clone(), set(&mut self.workspaces, vm, row)),
+            Image::Workspace(vm, row) => {
+                Image::Workspace(vm.clone(), set(&mut self.workspaces, vm, row))
+            }
             Image::Ledger(id, row) => {
                 let before = set(&mut self.ledger, id, row.clone());
                 if let Some(vm) = before.as_ref().and_then(|b| b.vm.clone())
@@ -214,15 +223,19 @@ impl State {
                 // Add the new key before removing the old one, so that an operation of both is not
                 // removable in between.
                 if let Some(r) = &row {
-                    self.history.key_added(&r.op, self.ops.get(&r.op).map(|op| &**op));
+                    self.history
+                        .key_added(&r.op, self.ops.get(&r.op).map(|op| &**op));
                 }
                 if let Some(b) = &before {
-                    self.history.key_removed(&b.op, self.ops.get(&b.op).map(|op| &**op));
+                    self.history
+                        .key_removed(&b.op, self.ops.get(&b.op).map(|op| &**op));
                 }
                 Image::Key(key, before)
             }
             Image::Meta(name, value) => Image::Meta(name.clone(), set(&mut self.meta, name, value)),
-            Image::Snapshot(id, row) => Image::Snapshot(id.clone(), set(&mut self.snapshots, id, row)),
+            Image::Snapshot(id, row) => {
+                Image::Snapshot(id.clone(), set(&mut self.snapshots, id, row))
+            }
         }
     }
 
@@ -231,13 +244,19 @@ impl State {
         let mut state = State::default();
         for row in vm::load(c)? {
             if state.names.contains_key(&row.name) || state.slots.contains(&row.slot) {
-                return Err(super::sql::refused(format!("two VMs have the name {} or the slot {}", row.name, row.slot)));
+                return Err(super::sql::refused(format!(
+                    "two VMs have the name {} or the slot {}",
+                    row.name, row.slot
+                )));
             }
             state.apply(Image::Vm(row.id.clone(), Some(row.into())));
         }
         for row in workspace::load(c)? {
             if !state.vms.contains_key(&row.vm) {
-                return Err(super::sql::refused(format!("a workspace belongs to VM {}, which does not exist", row.vm)));
+                return Err(super::sql::refused(format!(
+                    "a workspace belongs to VM {}, which does not exist",
+                    row.vm
+                )));
             }
             state.apply(Image::Workspace(row.vm.clone(), Some(row.into())));
         }
@@ -255,7 +274,10 @@ impl State {
         }
         for row in snapshot::load(c)? {
             if state.snapshot_by_name(&row.name).is_some() {
-                return Err(super::sql::refused(format!("two snapshots have the name {}", row.name)));
+                return Err(super::sql::refused(format!(
+                    "two snapshots have the name {}",
+                    row.name
+                )));
             }
             state.apply(Image::Snapshot(row.id.clone(), Some(row.into())));
         }

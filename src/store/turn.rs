@@ -45,7 +45,9 @@ impl Turn<'_> {
 
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
-        let Some(writer) = self.writer.take() else { return };
+        let Some(writer) = self.writer.take() else {
+            return;
+        };
         let mut core = self.inner.core.lock();
         core.writer = Some(writer);
         // The state after a panic is unknown, so the store closes.
@@ -61,8 +63,11 @@ impl Drop for Turn<'_> {
 impl Core {
     /// True if the store's thread has something to do now.
     fn has_work(&self) -> bool {
-        let is_asked = self.closing || self.probe_now || (self.is_thread_wanted && !self.queue.is_empty());
-        self.writer.as_ref().is_some_and(|writer| is_asked || writer.has_chores())
+        let is_asked =
+            self.closing || self.probe_now || (self.is_thread_wanted && !self.queue.is_empty());
+        self.writer
+            .as_ref()
+            .is_some_and(|writer| is_asked || writer.has_chores())
     }
 
     fn waits_to_probe(&self) -> bool {
@@ -81,7 +86,8 @@ impl Core {
     /// that callers do not do.
     fn take_writer(&mut self) -> Option<Box<Writer>> {
         let is_free = !self.closing && !self.mode.is_read_only();
-        self.writer.take_if(|writer| is_free && !writer.has_chores())
+        self.writer
+            .take_if(|writer| is_free && !writer.has_chores())
     }
 }
 
@@ -103,7 +109,12 @@ impl Inner {
         }
         let batch = core.begin_batch();
         drop(core);
-        Turn { inner: self, writer }.writer().commit(self, batch);
+        Turn {
+            inner: self,
+            writer,
+        }
+        .writer()
+        .commit(self, batch);
     }
 
     /// The loop of the store's thread, until the store is closed.
@@ -124,24 +135,40 @@ impl Inner {
         let mut core = self.core.lock();
         loop {
             let waits_to_probe = core.waits_to_probe();
-            let probe_at = core.writer.as_ref().filter(|_| waits_to_probe).map(|writer| writer.probe_at());
+            let probe_at = core
+                .writer
+                .as_ref()
+                .filter(|_| waits_to_probe)
+                .map(|writer| writer.probe_at());
             let until = probe_at.unwrap_or_else(|| Instant::now() + IDLE);
-            self.wake.wait_while(&mut core, until, |c| !c.has_work() && c.waits_to_probe() == waits_to_probe);
-            let Some(writer) = core.writer.take() else { continue };
+            self.wake.wait_while(&mut core, until, |c| {
+                !c.has_work() && c.waits_to_probe() == waits_to_probe
+            });
+            let Some(writer) = core.writer.take() else {
+                continue;
+            };
             let work = if writer.has_chores() {
                 Work::Chores
             } else if !core.queue.is_empty() {
                 Work::Batch(core.begin_batch())
             } else if core.closing {
                 Work::Close
-            } else if (std::mem::take(&mut core.probe_now) || Instant::now() >= writer.probe_at()) && core.mode.is_read_only() {
+            } else if (std::mem::take(&mut core.probe_now) || Instant::now() >= writer.probe_at())
+                && core.mode.is_read_only()
+            {
                 Work::Probe
             } else {
                 core.writer = Some(writer);
                 continue;
             };
             drop(core);
-            return (Turn { inner: self, writer: Some(writer) }, work);
+            return (
+                Turn {
+                    inner: self,
+                    writer: Some(writer),
+                },
+                work,
+            );
         }
     }
 }

@@ -48,8 +48,17 @@ pub(super) fn revert(state: &mut State, steps: &mut Vec<Step>) {
 }
 
 impl<'a> Tx<'a> {
-    pub(super) fn new(state: &'a mut State, ledger_next: &'a mut u64, retention: Retention) -> Self {
-        Self { state, ledger_next, retention, steps: Vec::new() }
+    pub(super) fn new(
+        state: &'a mut State,
+        ledger_next: &'a mut u64,
+        retention: Retention,
+    ) -> Self {
+        Self {
+            state,
+            ledger_next,
+            retention,
+            steps: Vec::new(),
+        }
     }
 
     pub(super) fn finish(mut self) -> Vec<Step> {
@@ -65,10 +74,23 @@ impl<'a> Tx<'a> {
 
     /// Records that a host resource may exist from now on. Wait for the change before acquiring the
     /// resource. IDs are never reused while the daemon lives.
-    pub fn intend(&mut self, vm: Option<&VmId>, generation: u64, kind: &str, name: impl Into<String>) -> u64 {
+    pub fn intend(
+        &mut self,
+        vm: Option<&VmId>,
+        generation: u64,
+        kind: &str,
+        name: impl Into<String>,
+    ) -> u64 {
         let id = *self.ledger_next;
         *self.ledger_next += 1;
-        let row = LedgerRow { id, vm: vm.cloned(), generation, kind: kind.to_owned(), name: name.into(), facts: None };
+        let row = LedgerRow {
+            id,
+            vm: vm.cloned(),
+            generation,
+            kind: kind.to_owned(),
+            name: name.into(),
+            facts: None,
+        };
         self.apply(Image::Ledger(id, Some(Arc::new(row))));
         id
     }
@@ -81,7 +103,10 @@ impl<'a> Tx<'a> {
         let Some(row) = self.ledger_row(id) else {
             return Err(Error::internal(format!("ledger row {id} does not exist")));
         };
-        let row = LedgerRow { facts: Some(facts), ..LedgerRow::clone(row) };
+        let row = LedgerRow {
+            facts: Some(facts),
+            ..LedgerRow::clone(row)
+        };
         self.apply(Image::Ledger(id, Some(Arc::new(row))));
         Ok(())
     }
@@ -96,7 +121,10 @@ impl<'a> Tx<'a> {
     /// # Errors
     /// `name_taken`.
     pub fn put_snapshot(&mut self, row: SnapshotRow) -> Result<()> {
-        if self.snapshot_by_name(&row.name).is_some_and(|other| other.id != row.id) {
+        if self
+            .snapshot_by_name(&row.name)
+            .is_some_and(|other| other.id != row.id)
+        {
             let text = format!("the snapshot name {} is taken", row.name);
             return Err(Error::new(Kind::NameTaken, text).hint("choose another with --name"));
         }

@@ -97,11 +97,15 @@ unsafe extern "C" fn open(
     flags: c_int,
     out: *mut c_int,
 ) -> c_int {
-    let Some(default) = DEFAULT.get() else { return ffi::SQLITE_CANTOPEN };
+    let Some(default) = DEFAULT.get() else {
+        return ffi::SQLITE_CANTOPEN;
+    };
     // SAFETY: SQLite gives `szOsFile` bytes at `file`, which is what the default VFS needs and a
     // `Log`.
     unsafe {
-        let Some(open) = (*default.0).xOpen else { return ffi::SQLITE_CANTOPEN };
+        let Some(open) = (*default.0).xOpen else {
+            return ffi::SQLITE_CANTOPEN;
+        };
         if flags & ffi::SQLITE_OPEN_WAL == 0 {
             return open(default.0, name, file, flags, out);
         }
@@ -109,9 +113,16 @@ unsafe extern "C" fn open(
         (*file).pMethods = std::ptr::null();
         let status = open(default.0, name, beneath(file), flags, out);
         if status == ffi::SQLITE_OK {
-            let piece = Piece { offset: 0, bytes: Vec::new() };
-            file.cast::<Log>()
-                .write(Log { base: sqlite3_file { pMethods: &raw const METHODS }, piece: Box::into_raw(Box::new(piece)) });
+            let piece = Piece {
+                offset: 0,
+                bytes: Vec::new(),
+            };
+            file.cast::<Log>().write(Log {
+                base: sqlite3_file {
+                    pMethods: &raw const METHODS,
+                },
+                piece: Box::into_raw(Box::new(piece)),
+            });
         }
         status
     }
@@ -139,7 +150,11 @@ unsafe fn after_flush(
     unsafe {
         let piece = &mut *(*file.cast::<Log>()).piece;
         let status = flush(file, piece);
-        if status != ffi::SQLITE_OK { status } else { directly(file, call) }
+        if status != ffi::SQLITE_OK {
+            status
+        } else {
+            directly(file, call)
+        }
     }
 }
 
@@ -147,7 +162,10 @@ unsafe fn after_flush(
 ///
 /// # Safety
 /// `file` is an open [`Log`].
-unsafe fn directly(file: *mut sqlite3_file, call: impl FnOnce(&sqlite3_io_methods, *mut sqlite3_file) -> Option<c_int>) -> c_int {
+unsafe fn directly(
+    file: *mut sqlite3_file,
+    call: impl FnOnce(&sqlite3_io_methods, *mut sqlite3_file) -> Option<c_int>,
+) -> c_int {
     // SAFETY: an open log has an open file beneath, and an open file has methods.
     unsafe {
         let file = beneath(file);
@@ -167,14 +185,24 @@ unsafe fn flush(file: *mut sqlite3_file, piece: &mut Piece) -> c_int {
     // SAFETY: the bytes live until the call returns.
     let status = unsafe {
         directly(file, |methods, beneath| {
-            Some((methods.xWrite?)(beneath, piece.bytes.as_ptr().cast(), piece.bytes.len() as c_int, piece.offset))
+            Some((methods.xWrite?)(
+                beneath,
+                piece.bytes.as_ptr().cast(),
+                piece.bytes.len() as c_int,
+                piece.offset,
+            ))
         })
     };
     piece.bytes.clear();
     status
 }
 
-unsafe extern "C" fn write(file: *mut sqlite3_file, bytes: *const c_void, len: c_int, offset: sqlite3_int64) -> c_int {
+unsafe extern "C" fn write(
+    file: *mut sqlite3_file,
+    bytes: *const c_void,
+    len: c_int,
+    offset: sqlite3_int64,
+) -> c_int {
     // SAFETY: SQLite gives `len` bytes, and calls the methods of one file one after the other.
     unsafe {
         let piece = &mut *(*file.cast::<Log>()).piece;
@@ -201,56 +229,109 @@ unsafe extern "C" fn close(file: *mut sqlite3_file) -> c_int {
         let flushed = flush(file, &mut piece);
         let closed = directly(file, |methods, beneath| Some((methods.xClose?)(beneath)));
         (*file).pMethods = std::ptr::null();
-        if flushed != ffi::SQLITE_OK { flushed } else { closed }
+        if flushed != ffi::SQLITE_OK {
+            flushed
+        } else {
+            closed
+        }
     }
 }
 
-unsafe extern "C" fn read(file: *mut sqlite3_file, into: *mut c_void, len: c_int, offset: sqlite3_int64) -> c_int {
+unsafe extern "C" fn read(
+    file: *mut sqlite3_file,
+    into: *mut c_void,
+    len: c_int,
+    offset: sqlite3_int64,
+) -> c_int {
     // SAFETY: the arguments come from SQLite.
-    unsafe { after_flush(file, |methods, beneath| Some((methods.xRead?)(beneath, into, len, offset))) }
+    unsafe {
+        after_flush(file, |methods, beneath| {
+            Some((methods.xRead?)(beneath, into, len, offset))
+        })
+    }
 }
 
 unsafe extern "C" fn truncate(file: *mut sqlite3_file, size: sqlite3_int64) -> c_int {
     // SAFETY: as in `read`.
-    unsafe { after_flush(file, |methods, beneath| Some((methods.xTruncate?)(beneath, size))) }
+    unsafe {
+        after_flush(file, |methods, beneath| {
+            Some((methods.xTruncate?)(beneath, size))
+        })
+    }
 }
 
 unsafe extern "C" fn sync(file: *mut sqlite3_file, flags: c_int) -> c_int {
     // SAFETY: as in `read`.
-    unsafe { after_flush(file, |methods, beneath| Some((methods.xSync?)(beneath, flags))) }
+    unsafe {
+        after_flush(file, |methods, beneath| {
+            Some((methods.xSync?)(beneath, flags))
+        })
+    }
 }
 
 unsafe extern "C" fn file_size(file: *mut sqlite3_file, size: *mut sqlite3_int64) -> c_int {
     // SAFETY: as in `read`.
-    unsafe { after_flush(file, |methods, beneath| Some((methods.xFileSize?)(beneath, size))) }
+    unsafe {
+        after_flush(file, |methods, beneath| {
+            Some((methods.xFileSize?)(beneath, size))
+        })
+    }
 }
 
 unsafe extern "C" fn lock(file: *mut sqlite3_file, level: c_int) -> c_int {
     // SAFETY: as in `read`.
-    unsafe { directly(file, |methods, beneath| Some((methods.xLock?)(beneath, level))) }
+    unsafe {
+        directly(file, |methods, beneath| {
+            Some((methods.xLock?)(beneath, level))
+        })
+    }
 }
 
 unsafe extern "C" fn unlock(file: *mut sqlite3_file, level: c_int) -> c_int {
     // SAFETY: as in `read`.
-    unsafe { directly(file, |methods, beneath| Some((methods.xUnlock?)(beneath, level))) }
+    unsafe {
+        directly(file, |methods, beneath| {
+            Some((methods.xUnlock?)(beneath, level))
+        })
+    }
 }
 
 unsafe extern "C" fn check_reserved_lock(file: *mut sqlite3_file, is_locked: *mut c_int) -> c_int {
     // SAFETY: as in `read`.
-    unsafe { directly(file, |methods, beneath| Some((methods.xCheckReservedLock?)(beneath, is_locked))) }
+    unsafe {
+        directly(file, |methods, beneath| {
+            Some((methods.xCheckReservedLock?)(beneath, is_locked))
+        })
+    }
 }
 
-unsafe extern "C" fn file_control(file: *mut sqlite3_file, operation: c_int, argument: *mut c_void) -> c_int {
+unsafe extern "C" fn file_control(
+    file: *mut sqlite3_file,
+    operation: c_int,
+    argument: *mut c_void,
+) -> c_int {
     // SAFETY: as in `read`.
-    unsafe { after_flush(file, |methods, beneath| Some((methods.xFileControl?)(beneath, operation, argument))) }
+    unsafe {
+        after_flush(file, |methods, beneath| {
+            Some((methods.xFileControl?)(beneath, operation, argument))
+        })
+    }
 }
 
 unsafe extern "C" fn sector_size(file: *mut sqlite3_file) -> c_int {
     // SAFETY: as in `read`.
-    unsafe { directly(file, |methods, beneath| Some((methods.xSectorSize?)(beneath))) }
+    unsafe {
+        directly(file, |methods, beneath| {
+            Some((methods.xSectorSize?)(beneath))
+        })
+    }
 }
 
 unsafe extern "C" fn device_characteristics(file: *mut sqlite3_file) -> c_int {
     // SAFETY: as in `read`.
-    unsafe { directly(file, |methods, beneath| Some((methods.xDeviceCharacteristics?)(beneath))) }
+    unsafe {
+        directly(file, |methods, beneath| {
+            Some((methods.xDeviceCharacteristics?)(beneath))
+        })
+    }
 }

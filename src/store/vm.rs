@@ -85,27 +85,33 @@ pub(super) const CREATE: &str = "CREATE TABLE vms (
     id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, slot INTEGER NOT NULL UNIQUE, body TEXT NOT NULL) STRICT;";
 
 /// Schema version 2: `net` and `tap`.
-pub(super) const ADD_NETWORK: &str = "UPDATE vms SET body = json_set(body, '$.net', 'nat', '$.tap', json('null'));";
+pub(super) const ADD_NETWORK: &str =
+    "UPDATE vms SET body = json_set(body, '$.net', 'nat', '$.tap', json('null'));";
 
 /// Schema version 3: `unresponsive`.
-pub(super) const ADD_UNRESPONSIVE: &str = "UPDATE vms SET body = json_set(body, '$.unresponsive', json('false'));";
+pub(super) const ADD_UNRESPONSIVE: &str =
+    "UPDATE vms SET body = json_set(body, '$.unresponsive', json('false'));";
 
 /// Schema version 4: `work_disk_bytes`, `ports`, `guest_version`, `paused`.
 pub(super) const ADD_CAPABILITIES: &str = "UPDATE vms SET body = json_set(body, '$.work_disk_bytes', json('null'), '$.ports', json('[]'), '$.guest_version', 0, '$.paused', json('false'));";
 
 /// Schema version 6: `rates`, `has_balloon`, `balloon_mib`.
-pub(super) const ADD_RATES: &str =
-    "UPDATE vms SET body = json_set(body, '$.rates', json('{}'), '$.has_balloon', json('false'), '$.balloon_mib', json('null'));";
+pub(super) const ADD_RATES: &str = "UPDATE vms SET body = json_set(body, '$.rates', json('{}'), '$.has_balloon', json('false'), '$.balloon_mib', json('null'));";
 
 /// Schema version 7: `kernel`.
-pub(super) const ADD_KERNEL: &str = "UPDATE vms SET body = json_set(body, '$.kernel', json('null'));";
+pub(super) const ADD_KERNEL: &str =
+    "UPDATE vms SET body = json_set(body, '$.kernel', json('null'));";
 
 pub(super) fn save(c: &Connection, id: &VmId, row: Option<&VmRow>) -> rusqlite::Result<()> {
-    let Some(row) = row else { return sql::delete(c, "DELETE FROM vms WHERE id = ?1", [id.as_str()]) };
+    let Some(row) = row else {
+        return sql::delete(c, "DELETE FROM vms WHERE id = ?1", [id.as_str()]);
+    };
     let body = json(row)?;
     let columns = params![id.as_str(), row.name.as_str(), row.slot, body];
     // Most changes keep the name and the slot. An upsert would write their indexes again anyway.
-    let updated = c.prepare_cached("UPDATE vms SET body = ?4 WHERE id = ?1 AND name = ?2 AND slot = ?3")?.execute(columns)?;
+    let updated = c
+        .prepare_cached("UPDATE vms SET body = ?4 WHERE id = ?1 AND name = ?2 AND slot = ?3")?
+        .execute(columns)?;
     if updated > 0 {
         return Ok(());
     }

@@ -42,8 +42,11 @@ impl Watchers {
 
     pub(super) fn notify<'a>(&self, steps: impl IntoIterator<Item = &'a Step> + Clone) {
         for event in self.0.iter().filter_map(Weak::upgrade) {
-            let concerns =
-                |s: &Step| event.vm.is_none() || s.before.vm() == event.vm.as_ref() || s.after.vm() == event.vm.as_ref();
+            let concerns = |s: &Step| {
+                event.vm.is_none()
+                    || s.before.vm() == event.vm.as_ref()
+                    || s.after.vm() == event.vm.as_ref()
+            };
             if steps.clone().into_iter().any(concerns) {
                 // This fails only after 2^64 - 1 writes, and then the descriptor is readable
                 // anyway.

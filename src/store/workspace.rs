@@ -24,15 +24,22 @@ pub struct WorkspaceRow {
     pub generation: u64,
 }
 
-pub(super) const CREATE: &str = "CREATE TABLE workspaces (vm TEXT PRIMARY KEY, body TEXT NOT NULL) STRICT;";
+pub(super) const CREATE: &str =
+    "CREATE TABLE workspaces (vm TEXT PRIMARY KEY, body TEXT NOT NULL) STRICT;";
 
 pub(super) fn save(c: &Connection, vm: &VmId, row: Option<&WorkspaceRow>) -> rusqlite::Result<()> {
-    let Some(row) = row else { return sql::delete(c, "DELETE FROM workspaces WHERE vm = ?1", [vm.as_str()]) };
+    let Some(row) = row else {
+        return sql::delete(c, "DELETE FROM workspaces WHERE vm = ?1", [vm.as_str()]);
+    };
     c.prepare_cached("INSERT INTO workspaces (vm, body) VALUES (?1, ?2) ON CONFLICT (vm) DO UPDATE SET body = excluded.body")?
         .execute(params![vm.as_str(), json(row)?])
         .map(drop)
 }
 
 pub(super) fn load(c: &Connection) -> crate::error::Result<Vec<WorkspaceRow>> {
-    sql::load(c, "workspaces", "SELECT vm, body FROM workspaces ORDER BY vm")
+    sql::load(
+        c,
+        "workspaces",
+        "SELECT vm, body FROM workspaces ORDER BY vm",
+    )
 }

@@ -92,7 +92,11 @@ impl Writer {
     }
 
     fn write_with_reserve(&mut self, inner: &Inner, batch: &Batch) -> Written {
-        let images: Vec<Image> = batch.changes.iter().flat_map(|c| c.steps.iter().map(|s| s.after.clone())).collect();
+        let images: Vec<Image> = batch
+            .changes
+            .iter()
+            .flat_map(|c| c.steps.iter().map(|s| s.after.clone()))
+            .collect();
         let failure = match self.database.write(inner, &images, batch.last_seq()) {
             Ok(()) => return Ok(false),
             Err(failure) => failure,
@@ -101,7 +105,9 @@ impl Writer {
         if failure.kind != Kind::DiskFull || !essential || !self.database.reserve.release() {
             return Err(failure);
         }
-        self.database.write(inner, &images, batch.last_seq()).map(|()| true)
+        self.database
+            .write(inner, &images, batch.last_seq())
+            .map(|()| true)
     }
 
     /// Fails all callers of the batch and of later changes, and returns memory to what is on disk.
@@ -136,9 +142,20 @@ impl Writer {
 
     /// Probes the store by a real commit, with the reserve held and some free space in addition.
     fn probe(&mut self, inner: &Inner) -> std::result::Result<(), Failure> {
-        self.database.reserve.take().map_err(|e| self.database.failure(&e))?;
-        if self.database.reserve.free_bytes().is_some_and(|free| free < PROBE_FREE_BYTES) {
-            let full = Error::io("keep room for changes", std::io::Error::from_raw_os_error(libc::ENOSPC));
+        self.database
+            .reserve
+            .take()
+            .map_err(|e| self.database.failure(&e))?;
+        if self
+            .database
+            .reserve
+            .free_bytes()
+            .is_some_and(|free| free < PROBE_FREE_BYTES)
+        {
+            let full = Error::io(
+                "keep room for changes",
+                std::io::Error::from_raw_os_error(libc::ENOSPC),
+            );
             return Err(self.database.failure(&full));
         }
         let seq = inner.core.lock().seq;
@@ -176,6 +193,7 @@ impl Writer {
 impl Inner {
     fn count(&self, batch: &Batch) {
         self.batches.fetch_add(1, Ordering::Relaxed);
-        self.changes.fetch_add(batch.changes.len() as u64, Ordering::Relaxed);
+        self.changes
+            .fetch_add(batch.changes.len() as u64, Ordering::Relaxed);
     }
 }

@@ -30,7 +30,9 @@ pub const VMM_LOG_BYTES_MAX: u64 = 256 * 1024;
 const TICK: Duration = Duration::from_secs(10);
 
 fn event() -> io::Result<EventFd> {
-    Ok(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?)
+    Ok(EventFd::from_flags(
+        EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK,
+    )?)
 }
 
 fn set_nonblocking(fd: impl AsFd) -> rustix::io::Result<()> {
@@ -99,7 +101,12 @@ impl Consoles {
     /// Fails with the eventfd's error (EMFILE, ENFILE).
     pub fn try_new() -> Result<Self> {
         let wake = event().map_err(|e| Error::io("create an eventfd for the consoles", e))?;
-        Ok(Self { shared: Arc::new(Shared { state: Mutex::new(Rank::Consoles, State::default()), wake }) })
+        Ok(Self {
+            shared: Arc::new(Shared {
+                state: Mutex::new(Rank::Consoles, State::default()),
+                wake,
+            }),
+        })
     }
 
     /// Hands a console to the thread, which reads it until it ends. Does not block.
@@ -108,7 +115,9 @@ impl Consoles {
         let mut state = self.shared.state.lock();
         if state.thread.is_none() {
             let shared = self.shared.clone();
-            state.thread = Some(crate::host::thread::spawn("consoles", move || Reader::new(shared).run())?);
+            state.thread = Some(crate::host::thread::spawn("consoles", move || {
+                Reader::new(shared).run()
+            })?);
         }
         *state.attached.entry(console.dir.clone()).or_default() += 1;
         state.incoming.push(console);
@@ -122,11 +131,25 @@ impl Consoles {
     pub fn follow(&self, dir: &Path, tail: Option<u64>) -> Result<Follower> {
         let doing = || format!("read the console log in {}", dir.display());
         let fd = event().map_err(|e| Error::io(doing(), e))?;
-        let event = Arc::new(Event { fd, is_ended: AtomicBool::new(false) });
+        let event = Arc::new(Event {
+            fd,
+            is_ended: AtomicBool::new(false),
+        });
         // Register before opening the log, so that no change is missed.
-        self.shared.state.lock().followers.entry(dir.to_owned()).or_default().push(event.clone());
-        let mut follower =
-            Follower { shared: self.shared.clone(), dir: dir.to_owned(), event, reader: None, partial: Vec::new() };
+        self.shared
+            .state
+            .lock()
+            .followers
+            .entry(dir.to_owned())
+            .or_default()
+            .push(event.clone());
+        let mut follower = Follower {
+            shared: self.shared.clone(),
+            dir: dir.to_owned(),
+            event,
+            reader: None,
+            partial: Vec::new(),
+        };
         // The directory of a VM that has never run does not exist yet.
         if dir.exists() {
             follower.reader = Some(LogReader::open(dir, tail).map_err(|e| Error::io(doing(), e))?);
@@ -141,7 +164,15 @@ impl Consoles {
 
     /// Ends all followers of this log, because the VM has been deleted.
     pub fn forget(&self, dir: &Path) {
-        for event in self.shared.state.lock().followers.get(dir).into_iter().flatten() {
+        for event in self
+            .shared
+            .state
+            .lock()
+            .followers
+            .get(dir)
+            .into_iter()
+            .flatten()
+        {
             event.is_ended.store(true, Ordering::SeqCst);
             let _ = event.fd.write(1);
         }
@@ -206,9 +237,13 @@ impl Follower {
         }
         if self.reader.is_none() && self.dir.exists() {
             let opened = LogReader::open(&self.dir, None);
-            self.reader = Some(opened.map_err(|e| Error::io(format!("read the console log in {}", self.dir.display()), e))?);
+            self.reader = Some(opened.map_err(|e| {
+                Error::io(format!("read the console log in {}", self.dir.display()), e)
+            })?);
         }
-        let Some(reader) = &mut self.reader else { return Ok(None) };
+        let Some(reader) = &mut self.reader else {
+            return Ok(None);
+        };
         let mut bytes = std::mem::take(&mut self.partial);
         let kept = bytes.len();
         bytes.resize(CHUNK_BYTES_MAX, 0);
@@ -232,7 +267,9 @@ impl Follower {
     /// Waits until there may be more. Fails with `cancelled` when `cancel` fires.
     pub fn wait(&self, deadline: Instant, cancel: &Cancel) -> Result<FollowerState> {
         let doing = "follow a console log";
-        match wait_any(&[(self.fd(), PollFlags::POLLIN)], deadline, cancel).map_err(|e| Error::io(doing, e))? {
+        match wait_any(&[(self.fd(), PollFlags::POLLIN)], deadline, cancel)
+            .map_err(|e| Error::io(doing, e))?
+        {
             WaitResult::Cancelled => Err(cancelled(doing, cancel)),
             WaitResult::Deadline => Ok(FollowerState::Deadline),
             WaitResult::Ready if self.is_ended() => Ok(FollowerState::Ended),
@@ -264,7 +301,11 @@ pub(super) fn whole_characters(bytes: &[u8]) -> usize {
             0x80..=0xBF => continue,
             _ => break,
         };
-        return if bytes.len() - i < need { i } else { bytes.len() };
+        return if bytes.len() - i < need {
+            i
+        } else {
+            bytes.len()
+        };
     }
     bytes.len()
 }
@@ -293,7 +334,13 @@ struct Reader {
 impl Reader {
     fn new(shared: Arc<Shared>) -> Self {
         let next_tick = Instant::now() + TICK;
-        Self { shared, consoles: Vec::new(), logs: HashMap::new(), buffer: vec![0; CHUNK_BYTES_MAX], next_tick }
+        Self {
+            shared,
+            consoles: Vec::new(),
+            logs: HashMap::new(),
+            buffer: vec![0; CHUNK_BYTES_MAX],
+            next_tick,
+        }
     }
 
     fn run(mut self) {
@@ -328,8 +375,16 @@ impl Reader {
     /// Returns the indexes of the consoles that are ready.
     fn poll(&self) -> Vec<usize> {
         let mut fds = vec![PollFd::new(self.shared.wake.as_fd(), PollFlags::POLLIN)];
-        fds.extend(self.consoles.iter().map(|c| PollFd::new(c.from.as_fd(), PollFlags::POLLIN)));
-        let timeout = if self.consoles.is_empty() { PollTimeout::MAX } else { crate::host::wait::timeout_until(self.next_tick) };
+        fds.extend(
+            self.consoles
+                .iter()
+                .map(|c| PollFd::new(c.from.as_fd(), PollFlags::POLLIN)),
+        );
+        let timeout = if self.consoles.is_empty() {
+            PollTimeout::MAX
+        } else {
+            crate::host::wait::timeout_until(self.next_tick)
+        };
         match poll(&mut fds, timeout) {
             Ok(_) => {}
             Err(nix::errno::Errno::EINTR) => return Vec::new(),
@@ -344,18 +399,37 @@ impl Reader {
         if has(&fds[0]) {
             let _ = self.shared.wake.read();
         }
-        fds[1..].iter().enumerate().filter(|(_, fd)| has(fd)).map(|(i, _)| i).collect()
+        fds[1..]
+            .iter()
+            .enumerate()
+            .filter(|(_, fd)| has(fd))
+            .map(|(i, _)| i)
+            .collect()
     }
 
     fn begin(&mut self, attach: Attach) {
-        let log = self.logs.entry(attach.dir.clone()).or_insert(Log { writer: None, bytes_max: 0, lost: 0 });
+        let log = self.logs.entry(attach.dir.clone()).or_insert(Log {
+            writer: None,
+            bytes_max: 0,
+            lost: 0,
+        });
         if log.bytes_max != attach.bytes_max {
-            *log = Log { writer: None, bytes_max: attach.bytes_max, lost: log.lost };
+            *log = Log {
+                writer: None,
+                bytes_max: attach.bytes_max,
+                lost: log.lost,
+            };
         }
         log.append(&attach.dir, Some(&attach.mark), &[]);
         self.shared.notify(&attach.dir);
-        let vmm_log = open_dir(&attach.dir).ok().and_then(|dir| open_at(dir, VMM_LOG, OFlags::WRONLY, 0).ok());
-        self.consoles.push(Console { dir: attach.dir, from: attach.from, vmm_log });
+        let vmm_log = open_dir(&attach.dir)
+            .ok()
+            .and_then(|dir| open_at(dir, VMM_LOG, OFlags::WRONLY, 0).ok());
+        self.consoles.push(Console {
+            dir: attach.dir,
+            from: attach.from,
+            vmm_log,
+        });
     }
 
     /// Reads from a console. Returns false at its end.
@@ -364,7 +438,14 @@ impl Reader {
         let n = match console.from.read(&mut self.buffer) {
             Ok(0) => return false,
             Ok(n) => n,
-            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => return true,
+            Err(e)
+                if matches!(
+                    e.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+                ) =>
+            {
+                return true;
+            }
             Err(_) => return false,
         };
         if let Some(log) = self.logs.get_mut(&console.dir) {

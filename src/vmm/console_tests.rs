@@ -10,13 +10,22 @@ struct Fixture {
 
 impl Fixture {
     fn new() -> Self {
-        Self { dir: tempfile::tempdir().unwrap(), consoles: Consoles::try_new().unwrap(), cancel: Cancel::try_new().unwrap() }
+        Self {
+            dir: tempfile::tempdir().unwrap(),
+            consoles: Consoles::try_new().unwrap(),
+            cancel: Cancel::try_new().unwrap(),
+        }
     }
     fn attach(&self, mark: &str, bytes_max: u64) -> UnixStream {
         let (ours, guests) = UnixStream::pair().unwrap();
         let dir = self.dir.path().to_owned();
         self.consoles
-            .attach(Attach { dir, bytes_max, from: std::os::fd::OwnedFd::from(ours).into(), mark: mark.into() })
+            .attach(Attach {
+                dir,
+                bytes_max,
+                from: std::os::fd::OwnedFd::from(ours).into(),
+                mark: mark.into(),
+            })
             .unwrap();
         guests
     }
@@ -35,7 +44,11 @@ impl Fixture {
             if seen.ends_with(end) {
                 return seen;
             }
-            assert_eq!(follower.wait(deadline, &self.cancel).unwrap(), FollowerState::More, "{seen:?}");
+            assert_eq!(
+                follower.wait(deadline, &self.cancel).unwrap(),
+                FollowerState::More,
+                "{seen:?}"
+            );
         }
     }
 }
@@ -47,7 +60,10 @@ fn guest_output_reaches_log_and_followers() {
     assert_eq!(early.next_chunk().unwrap(), None);
     let mut guest = f.attach("started x", 1 << 20);
     guest.write_all(b"hello\n").unwrap();
-    assert_eq!(f.until(&mut early, "hello\n"), "--- fcd: started x ---\r\nhello\n");
+    assert_eq!(
+        f.until(&mut early, "hello\n"),
+        "--- fcd: started x ---\r\nhello\n"
+    );
     let mut late = f.follow(Some(1));
     assert_eq!(f.until(&mut late, "hello\n"), "hello\n");
     guest.write_all(b"world\n").unwrap();
@@ -68,7 +84,10 @@ fn reattached_console_continues_same_log() {
     let mut again = f.attach("reconnected", 1 << 20);
     drop(guest);
     again.write_all(b"two\n").unwrap();
-    assert_eq!(f.until(&mut follower, "two\n"), "\r\n--- fcd: reconnected ---\r\ntwo\n");
+    assert_eq!(
+        f.until(&mut follower, "two\n"),
+        "\r\n--- fcd: reconnected ---\r\ntwo\n"
+    );
 }
 
 #[test]
@@ -86,7 +105,10 @@ fn flood_is_bounded() {
     let seen = f.until(&mut follower, "the end\n");
     writer.join().unwrap();
     assert!(seen.len() <= 64 * 16 * 1024 + 100);
-    let sizes: u64 = std::fs::read_dir(f.dir.path()).unwrap().map(|e| e.unwrap().metadata().unwrap().len()).sum();
+    let sizes: u64 = std::fs::read_dir(f.dir.path())
+        .unwrap()
+        .map(|e| e.unwrap().metadata().unwrap().len())
+        .sum();
     assert!(sizes <= 8192, "{sizes}");
     assert!(read(f.dir.path(), None).unwrap().ends_with("the end\n"));
 }
@@ -126,11 +148,23 @@ fn unwritable_log_blocks_nobody_and_gap_is_marked() {
 fn wait_ends_by_cancel_deadline_and_deletion() {
     let f = Fixture::new();
     let follower = f.follow(None);
-    assert_eq!(follower.wait(Instant::now() + Duration::from_millis(5), &f.cancel).unwrap(), FollowerState::Deadline);
+    assert_eq!(
+        follower
+            .wait(Instant::now() + Duration::from_millis(5), &f.cancel)
+            .unwrap(),
+        FollowerState::Deadline
+    );
     f.consoles.forget(f.dir.path());
-    assert_eq!(follower.wait(Instant::now() + Duration::from_secs(10), &f.cancel).unwrap(), FollowerState::Ended);
+    assert_eq!(
+        follower
+            .wait(Instant::now() + Duration::from_secs(10), &f.cancel)
+            .unwrap(),
+        FollowerState::Ended
+    );
     f.cancel.cancel(crate::locks::CancelCause::Requested);
-    let e = follower.wait(Instant::now() + Duration::from_secs(10), &f.cancel).unwrap_err();
+    let e = follower
+        .wait(Instant::now() + Duration::from_secs(10), &f.cancel)
+        .unwrap_err();
     assert_eq!(e.kind(), crate::error::Kind::Cancelled);
 }
 
@@ -162,12 +196,19 @@ fn vmm_log_over_its_bound_is_truncated() {
     let f = Fixture::new();
     let path = f.dir.path().join(VMM_LOG);
     let size = || std::fs::metadata(&path).unwrap().len();
-    for (bytes, expected) in [(VMM_LOG_BYTES_MAX, VMM_LOG_BYTES_MAX), (VMM_LOG_BYTES_MAX + 1, 0)] {
+    for (bytes, expected) in [
+        (VMM_LOG_BYTES_MAX, VMM_LOG_BYTES_MAX),
+        (VMM_LOG_BYTES_MAX + 1, 0),
+    ] {
         std::fs::write(&path, vec![b'x'; bytes as usize]).unwrap();
         let vmm_log = Some(std::fs::OpenOptions::new().write(true).open(&path).unwrap());
         let (from, _guest) = UnixStream::pair().unwrap();
         let from = std::os::fd::OwnedFd::from(from).into();
-        bound_vmm_log(&Console { dir: f.dir.path().to_owned(), from, vmm_log });
+        bound_vmm_log(&Console {
+            dir: f.dir.path().to_owned(),
+            from,
+            vmm_log,
+        });
         assert_eq!(size(), expected);
     }
 }

@@ -25,8 +25,16 @@ pub fn access_as(device: &str, has_other_uid: bool) -> Access {
     if has_other_uid {
         return access_by_mode(device, stat.permissions().mode(), stat.gid());
     }
-    let may = rustix::fs::access(device, rustix::fs::Access::READ_OK | rustix::fs::Access::WRITE_OK).is_ok();
-    if may { Ok(Vec::new()) } else { Err(format!("this user may not open {device}")) }
+    let may = rustix::fs::access(
+        device,
+        rustix::fs::Access::READ_OK | rustix::fs::Access::WRITE_OK,
+    )
+    .is_ok();
+    if may {
+        Ok(Vec::new())
+    } else {
+        Err(format!("this user may not open {device}"))
+    }
 }
 
 fn access_by_mode(device: &str, mode: u32, gid: u32) -> Access {
@@ -36,7 +44,9 @@ fn access_by_mode(device: &str, mode: u32, gid: u32) -> Access {
         Ok(vec![gid])
     } else {
         let mode = mode & 0o777;
-        Err(format!("{device} has mode {mode:04o}: only root may open it, and VMMs do not run as root"))
+        Err(format!(
+            "{device} has mode {mode:04o}: only root may open it, and VMMs do not run as root"
+        ))
     }
 }
 
@@ -65,21 +75,33 @@ mod tests {
         assert_eq!(by_mode(0o20660, 108), Ok(vec![108]));
         // Membership in the group root would give access to much more than this device.
         for (mode, gid) in [(0o20660, 0), (0o20600, 0), (0o20640, 108), (0o20604, 0)] {
-            assert!(by_mode(mode, gid).is_err_and(|why| why.contains(TUN)), "{mode:o}");
+            assert!(
+                by_mode(mode, gid).is_err_and(|why| why.contains(TUN)),
+                "{mode:o}"
+            );
         }
     }
 
     #[test]
     fn advice_never_opens_a_device_to_everybody() {
         for device in [KVM, TUN] {
-            assert!(!open_to_group(device).contains("666") && open_to_group(device).contains("chmod 0660"));
+            assert!(
+                !open_to_group(device).contains("666")
+                    && open_to_group(device).contains("chmod 0660")
+            );
         }
     }
 
     #[test]
     fn missing_device_differs_from_a_plain_file() {
         exists("/dev/null").unwrap();
-        assert_eq!(exists("/dev/no-such").unwrap_err(), "there is no /dev/no-such");
-        assert_eq!(exists("/etc/passwd").unwrap_err(), "/etc/passwd is not a device");
+        assert_eq!(
+            exists("/dev/no-such").unwrap_err(),
+            "there is no /dev/no-such"
+        );
+        assert_eq!(
+            exists("/etc/passwd").unwrap_err(),
+            "/etc/passwd is not a device"
+        );
     }
 }

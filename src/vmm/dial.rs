@@ -25,7 +25,12 @@ pub struct Deadline<'a> {
 /// Connects to a socket in the VMM's `run/` directory once it exists. Checks that the VMM listens
 /// on it, so that a symbolic link made by a guest that took over the VMM leads nowhere. Returns
 /// None if the process has exited.
-pub fn connect(dir: &OwnedFd, name: &str, process: &Process, deadline: Deadline<'_>) -> Result<Option<UnixStream>> {
+pub fn connect(
+    dir: &OwnedFd,
+    name: &str,
+    process: &Process,
+    deadline: Deadline<'_>,
+) -> Result<Option<UnixStream>> {
     let doing = || format!("connect to {name} of the VMM");
     // This path stays below the limit of 108 bytes, and no directory above can be replaced.
     let path = format!("/proc/self/fd/{}/{name}", dir.as_raw_fd());
@@ -34,17 +39,21 @@ pub fn connect(dir: &OwnedFd, name: &str, process: &Process, deadline: Deadline<
     let begun = Instant::now();
     loop {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let socket =
-            rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(|e| Error::io(doing(), e))?;
+        let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+            .map_err(|e| Error::io(doing(), e))?;
         use rustix::io::Errno;
         match rustix::net::connect(&socket, &address) {
             Ok(()) => {
-                let peer = rustix::net::sockopt::socket_peercred(&socket).map_err(|e| Error::io(doing(), e))?;
+                let peer = rustix::net::sockopt::socket_peercred(&socket)
+                    .map_err(|e| Error::io(doing(), e))?;
                 let pid = peer.pid.as_raw_nonzero().get();
                 if pid.cast_unsigned() == process.identity().pid {
                     return Ok(Some(socket.into()));
                 }
-                return Err(Error::new(Kind::Denied, format!("{}: process {pid} listens there", doing())));
+                return Err(Error::new(
+                    Kind::Denied,
+                    format!("{}: process {pid} listens there", doing()),
+                ));
             }
             // The socket does not exist yet, is left from an earlier start, or its queue is full.
             Err(Errno::NOENT | Errno::CONNREFUSED | Errno::AGAIN | Errno::INTR) => {}
@@ -53,11 +62,16 @@ pub fn connect(dir: &OwnedFd, name: &str, process: &Process, deadline: Deadline<
         // Wait for a tenth of the time that has passed, which keeps the added delay small.
         retry = retry.max(begun.elapsed() / 10).min(RETRY_MAX);
         let until = deadline.at.min(Instant::now() + retry);
-        match wait_any(&[(process.fd(), PollFlags::POLLIN)], until, deadline.cancel).map_err(|e| Error::io(doing(), e))? {
+        match wait_any(&[(process.fd(), PollFlags::POLLIN)], until, deadline.cancel)
+            .map_err(|e| Error::io(doing(), e))?
+        {
             WaitResult::Ready => return Ok(None),
             WaitResult::Cancelled => return Err(cancelled(&doing(), deadline.cancel)),
             WaitResult::Deadline if until == deadline.at => {
-                return Err(Error::new(Kind::Timeout, format!("{}: the deadline has passed", doing())));
+                return Err(Error::new(
+                    Kind::Timeout,
+                    format!("{}: the deadline has passed", doing()),
+                ));
             }
             WaitResult::Deadline => {}
         }

@@ -22,19 +22,29 @@ pub struct Drivers {
 impl Drivers {
     pub fn new(starts: Arc<dyn Driver>, others: Vec<Arc<dyn Driver>>) -> Self {
         let all = std::iter::once(starts.clone()).chain(others).collect();
-        Self { starts, all, choice: None }
+        Self {
+            starts,
+            all,
+            choice: None,
+        }
     }
 
     pub fn with_check(self, choice: Check) -> Self {
-        Self { choice: Some(choice), ..self }
+        Self {
+            choice: Some(choice),
+            ..self
+        }
     }
 
     /// Returns the driver whose process this is.
     fn of(&self, identity: &Identity) -> Result<&dyn Driver> {
         let driver = self.all.iter().find(|driver| driver.runs(identity));
-        driver
-            .map(|d| &**d)
-            .ok_or_else(|| Error::new(Kind::VmmFailed, format!("talk to the VMM {}: it has exited", identity.pid)))
+        driver.map(|d| &**d).ok_or_else(|| {
+            Error::new(
+                Kind::VmmFailed,
+                format!("talk to the VMM {}: it has exited", identity.pid),
+            )
+        })
     }
 }
 
@@ -52,11 +62,22 @@ impl Driver for Drivers {
         self.starts.consoles()
     }
 
-    fn start(&self, spec: &VmmSpec, cancel: &Cancel, spawned: &mut dyn FnMut(&Identity)) -> Result<Running> {
+    fn start(
+        &self,
+        spec: &VmmSpec,
+        cancel: &Cancel,
+        spawned: &mut dyn FnMut(&Identity),
+    ) -> Result<Running> {
         self.starts.start(spec, cancel, spawned)
     }
 
-    fn save(&self, spec: &VmmSpec, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<String> {
+    fn save(
+        &self,
+        spec: &VmmSpec,
+        identity: &Identity,
+        to: SaveTo<'_>,
+        cancel: &Cancel,
+    ) -> Result<String> {
         self.of(identity)?.save(spec, identity, to, cancel)
     }
 
@@ -109,32 +130,59 @@ impl Driver for Drivers {
         self.starts.watch(dir, identity, died)
     }
 
-    fn watch_guest(&self, dir: &Path, identity: &Identity, on_event: Box<dyn Fn(GuestEvent) + Send>) -> Result<()> {
+    fn watch_guest(
+        &self,
+        dir: &Path,
+        identity: &Identity,
+        on_event: Box<dyn Fn(GuestEvent) + Send>,
+    ) -> Result<()> {
         // If the VMM has already exited, there are no events to report.
-        self.of(identity).map_or(Ok(()), |driver| driver.watch_guest(dir, identity, on_event))
+        self.of(identity)
+            .map_or(Ok(()), |driver| driver.watch_guest(dir, identity, on_event))
     }
 
-    fn set_paused(&self, dir: &Path, identity: &Identity, is_paused: bool, cancel: &Cancel) -> Result<()> {
-        self.of(identity)?.set_paused(dir, identity, is_paused, cancel)
+    fn set_paused(
+        &self,
+        dir: &Path,
+        identity: &Identity,
+        is_paused: bool,
+        cancel: &Cancel,
+    ) -> Result<()> {
+        self.of(identity)?
+            .set_paused(dir, identity, is_paused, cancel)
     }
 
     fn limits_network(&self, running: Option<&Identity>) -> bool {
-        running.map_or(Ok(&*self.starts), |identity| self.of(identity)).is_ok_and(|driver| driver.limits_network(running))
+        running
+            .map_or(Ok(&*self.starts), |identity| self.of(identity))
+            .is_ok_and(|driver| driver.limits_network(running))
     }
 
     fn set_rates(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<()> {
         self.of(identity)?.set_rates(spec, identity, cancel)
     }
 
-    fn set_balloon(&self, spec: &VmmSpec, identity: &Identity, keep_mib: u64, cancel: &Cancel) -> Result<()> {
-        self.of(identity)?.set_balloon(spec, identity, keep_mib, cancel)
+    fn set_balloon(
+        &self,
+        spec: &VmmSpec,
+        identity: &Identity,
+        keep_mib: u64,
+        cancel: &Cancel,
+    ) -> Result<()> {
+        self.of(identity)?
+            .set_balloon(spec, identity, keep_mib, cancel)
     }
 
     fn balloon_mib(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<u64> {
         self.of(identity)?.balloon_mib(spec, identity, cancel)
     }
 
-    fn metrics(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<Vec<serde_json::Value>> {
+    fn metrics(
+        &self,
+        spec: &VmmSpec,
+        identity: &Identity,
+        cancel: &Cancel,
+    ) -> Result<Vec<serde_json::Value>> {
         self.of(identity)?.metrics(spec, identity, cancel)
     }
 
@@ -151,7 +199,9 @@ impl Driver for Drivers {
     }
 
     fn clear(&self, dir: &Path, tag: &str) -> Result<()> {
-        self.all.iter().try_for_each(|driver| driver.clear(dir, tag))
+        self.all
+            .iter()
+            .try_for_each(|driver| driver.clear(dir, tag))
     }
 
     fn remains(&self, vms: &Path, tag_prefix: &str) -> Result<Vec<String>> {
@@ -171,6 +221,10 @@ impl Driver for Drivers {
     }
 
     fn checks(&self) -> Vec<Check> {
-        self.choice.iter().cloned().chain(self.starts.checks()).collect()
+        self.choice
+            .iter()
+            .cloned()
+            .chain(self.starts.checks())
+            .collect()
     }
 }

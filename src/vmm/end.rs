@@ -82,7 +82,10 @@ impl Notes {
     /// The error of an eventfd (EMFILE, ENFILE).
     pub fn open(&self, identity: &Identity) -> Result<Arc<Note>> {
         let over = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
-        let note = Arc::new(Note { cause: Mutex::new(Rank::Consoles, None), over });
+        let note = Arc::new(Note {
+            cause: Mutex::new(Rank::Consoles, None),
+            over,
+        });
         let earlier = self.0.lock().insert(identity.clone(), note.clone());
         drop(earlier);
         Ok(note)
@@ -113,7 +116,10 @@ impl Note {
 impl End {
     /// True if the guest ended cleanly.
     pub fn is_orderly(&self) -> bool {
-        matches!(self, End::GuestShutDown | End::GuestRebooted | End::GuestUnmounted)
+        matches!(
+            self,
+            End::GuestShutDown | End::GuestRebooted | End::GuestUnmounted
+        )
     }
 
     /// True if nobody saw how it ended.
@@ -145,7 +151,9 @@ impl fmt::Display for End {
 /// Finds out how the VMM in `dir` ended. `cause` is the reason that it gave. Waits for the rest of
 /// its console.
 pub(super) fn of(exit: Exit, cause: Option<Cause>, consoles: &Consoles, dir: &Path) -> End {
-    let (Exit::Status(0) | Exit::Unknown) = exit else { return End::Vmm(exit) };
+    let (Exit::Status(0) | Exit::Unknown) = exit else {
+        return End::Vmm(exit);
+    };
     let cause = cause.or_else(|| vmm_log::cause(dir));
     match cause {
         Some(Cause::GuestShutdown) => return End::GuestShutDown,
@@ -153,7 +161,9 @@ pub(super) fn of(exit: Exit, cause: Option<Cause>, consoles: &Consoles, dir: &Pa
         Some(Cause::GuestReset | Cause::GuestPanic) | None => {}
     }
     last_words(consoles, dir).unwrap_or_else(|| match (cause, exit) {
-        (Some(Cause::GuestPanic), _) => End::GuestPanicked("its console does not say why".to_owned()),
+        (Some(Cause::GuestPanic), _) => {
+            End::GuestPanicked("its console does not say why".to_owned())
+        }
         (None, Exit::Unknown) => End::Vmm(exit),
         _ => End::GuestReset,
     })
@@ -170,7 +180,9 @@ pub fn from_files(dir: &Path) -> Option<End> {
 }
 
 fn from_console(dir: &Path) -> Option<End> {
-    console::read(dir, Some(LAST_LINES)).ok().and_then(|text| parse(&text))
+    console::read(dir, Some(LAST_LINES))
+        .ok()
+        .and_then(|text| parse(&text))
 }
 
 fn last_words(consoles: &Consoles, dir: &Path) -> Option<End> {
@@ -195,12 +207,17 @@ fn last_words(consoles: &Consoles, dir: &Path) -> Option<End> {
 /// Finds the newest line that shows an end since the VM was started.
 fn parse(text: &str) -> Option<End> {
     const PANIC: &str = "Kernel panic - not syncing: ";
-    let this_boot = text.lines().rev().take_while(|line| !line.starts_with(MARK));
+    let this_boot = text
+        .lines()
+        .rev()
+        .take_while(|line| !line.starts_with(MARK));
     this_boot.into_iter().find_map(|line| {
         let says = |words: &str| line.contains(words);
         if let Some((_, message)) = line.split_once(PANIC) {
             let message = message.trim_end().trim_end_matches(" ]---");
-            return Some(End::GuestPanicked(printable(&message.chars().take(PANIC_CHARS_MAX).collect::<String>())));
+            return Some(End::GuestPanicked(printable(
+                &message.chars().take(PANIC_CHARS_MAX).collect::<String>(),
+            )));
         }
         if says("reboot: Power down") || says("reboot: System halted") || says("fcd-init: disk ") {
             return Some(End::GuestShutDown);
@@ -218,8 +235,7 @@ mod tests {
     use std::os::fd::OwnedFd;
     use std::sync::Arc;
 
-    const OFF: &str =
-        "fcd-init: shutting down\r\nfcd-init: disk is clean\r\n[    9.1] sysrq: Power Off\r\n[    9.2] reboot: Power down\r\n";
+    const OFF: &str = "fcd-init: shutting down\r\nfcd-init: disk is clean\r\n[    9.1] sysrq: Power Off\r\n[    9.2] reboot: Power down\r\n";
     const PANIC: &str = "[    4.2] sysrq: Trigger a crash\r\n[    4.2] Kernel panic - not syncing: sysrq triggered crash\r\n\
                          [    4.2] CPU: 0 PID: 1 Comm: sh\r\n[    4.3] ---[ end Kernel panic - not syncing: sysrq triggered crash ]---\r\n";
 
@@ -228,20 +244,37 @@ mod tests {
         let panicked = || Some(End::GuestPanicked("sysrq triggered crash".to_owned()));
         for (text, end) in [
             (OFF, Some(End::GuestShutDown)),
-            ("[ 1.0] reboot: Restarting system\r\n", Some(End::GuestRebooted)),
+            (
+                "[ 1.0] reboot: Restarting system\r\n",
+                Some(End::GuestRebooted),
+            ),
             // Our init ends a Firecracker guest with a reset.
-            ("fcd-init: disk is clean\r\n[ 2.0] sysrq: Resetting\r\n", Some(End::GuestShutDown)),
+            (
+                "fcd-init: disk is clean\r\n[ 2.0] sysrq: Resetting\r\n",
+                Some(End::GuestShutDown),
+            ),
             (PANIC, panicked()),
             (&format!("{OFF}--- fcd: started ---\r\n{PANIC}"), panicked()),
-            (&format!("{PANIC}--- fcd: started ---\r\n{OFF}"), Some(End::GuestShutDown)),
-            (&format!("{OFF}--- fcd: started ---\r\n[ 0.0] Linux\r\n"), None),
+            (
+                &format!("{PANIC}--- fcd: started ---\r\n{OFF}"),
+                Some(End::GuestShutDown),
+            ),
+            (
+                &format!("{OFF}--- fcd: started ---\r\n[ 0.0] Linux\r\n"),
+                None,
+            ),
             ("[ 2.0] sysrq: Resetting\r\n", None),
             ("", None),
         ] {
             assert_eq!(parse(text), end, "{text}");
         }
-        let long = format!("Kernel panic - not syncing: \u{1b}[2J{}\r\n", "x".repeat(1000));
-        let Some(End::GuestPanicked(message)) = parse(&long) else { panic!("not parsed as a panic") };
+        let long = format!(
+            "Kernel panic - not syncing: \u{1b}[2J{}\r\n",
+            "x".repeat(1000)
+        );
+        let Some(End::GuestPanicked(message)) = parse(&long) else {
+            panic!("not parsed as a panic")
+        };
         assert!(message.starts_with("\\u{1b}[2J") && message.len() < 2 * PANIC_CHARS_MAX);
     }
 
@@ -256,9 +289,17 @@ mod tests {
         let consoles = Arc::new(Consoles::try_new().unwrap());
         let (reader, mut writer) = std::io::pipe().unwrap();
         let from = File::from(OwnedFd::from(reader));
-        consoles.attach(Attach { dir: dir.path().into(), bytes_max: 1 << 16, from, mark: "started".into() }).unwrap();
+        consoles
+            .attach(Attach {
+                dir: dir.path().into(),
+                bytes_max: 1 << 16,
+                from,
+                mark: "started".into(),
+            })
+            .unwrap();
         let text = text.to_owned();
-        let guest = crate::host::thread::spawn("guest", move || writer.write_all(text.as_bytes())).unwrap();
+        let guest =
+            crate::host::thread::spawn("guest", move || writer.write_all(text.as_bytes())).unwrap();
         let cause = cause.map(|name| Cause::parse(name).unwrap());
         let end = of(exit, cause, &consoles, dir.path());
         guest.join().unwrap().unwrap();
@@ -269,7 +310,10 @@ mod tests {
     fn clean_exit_is_explained_by_console() {
         assert_eq!(end(Exit::Status(0), OFF), End::GuestShutDown);
         assert!(matches!(end(Exit::Status(0), PANIC), End::GuestPanicked(_)));
-        assert_eq!(end(Exit::Status(0), "[ 0.1] Linux version\r\n"), End::GuestReset);
+        assert_eq!(
+            end(Exit::Status(0), "[ 0.1] Linux version\r\n"),
+            End::GuestReset
+        );
     }
 
     #[test]
@@ -286,13 +330,22 @@ mod tests {
             let end = |cause, text| end_because(exit, Some(cause), text);
             assert_eq!(end("guest-shutdown", ""), End::GuestShutDown);
             assert_eq!(end("guest-shutdown", PANIC), End::GuestShutDown);
-            assert_eq!(end("guest-reset", "[ 0.1] Linux version\r\n"), End::GuestReset);
-            assert_eq!(end("guest-reset", "[ 1.0] reboot: Restarting system\r\n"), End::GuestRebooted);
+            assert_eq!(
+                end("guest-reset", "[ 0.1] Linux version\r\n"),
+                End::GuestReset
+            );
+            assert_eq!(
+                end("guest-reset", "[ 1.0] reboot: Restarting system\r\n"),
+                End::GuestRebooted
+            );
             assert!(matches!(end("guest-reset", PANIC), End::GuestPanicked(_)));
             assert!(matches!(end("guest-panic", ""), End::GuestPanicked(_)));
             assert_eq!(end("host-signal", OFF), End::HostRequest("host-signal"));
         }
-        assert_eq!(end_because(Exit::Signal(9), Some("guest-shutdown"), OFF), End::Vmm(Exit::Signal(9)));
+        assert_eq!(
+            end_because(Exit::Signal(9), Some("guest-shutdown"), OFF),
+            End::Vmm(Exit::Signal(9))
+        );
         assert_eq!(Cause::parse("none"), None);
         assert_eq!(Cause::parse("snapshot-load"), None);
     }
@@ -300,7 +353,11 @@ mod tests {
     #[test]
     fn note_waits_for_monitor_and_is_taken_once() {
         let notes = Arc::new(Notes::new());
-        let identity = Identity { pid: 1, start_time: 2, boot_id: "of a test".into() };
+        let identity = Identity {
+            pid: 1,
+            start_time: 2,
+            boot_id: "of a test".into(),
+        };
         assert_eq!(notes.take(&identity), None);
         let note = notes.open(&identity).unwrap();
         let (theirs, whose) = (notes.clone(), identity.clone());
@@ -314,6 +371,9 @@ mod tests {
     #[test]
     fn killed_vmm_died_whatever_console_shows() {
         assert_eq!(end(Exit::Signal(9), OFF), End::Vmm(Exit::Signal(9)));
-        assert_eq!(end(Exit::Status(1), OFF).to_string(), "the VMM died: exit status 1");
+        assert_eq!(
+            end(Exit::Status(1), OFF).to_string(),
+            "the VMM died: exit status 1"
+        );
     }
 }

@@ -108,30 +108,53 @@ pub struct Fake {
 impl Fake {
     pub fn new() -> Result<Self> {
         let state = Mutex::new(Rank::Consoles, State::default());
-        Ok(Self { state, changed: Condvar::new(), consoles: Consoles::try_new()? })
+        Ok(Self {
+            state,
+            changed: Condvar::new(),
+            consoles: Consoles::try_new()?,
+        })
     }
 
     /// Reports an event of the live VMM of this VM. Returns false if there is none.
     pub fn report(&self, vm: &VmId, event: GuestEvent) -> bool {
         let mut state = self.state.lock();
-        let live = state.vmms.iter_mut().find(|v| v.spec.vm == *vm && v.end.is_none());
-        let Some(on_event) = live.and_then(|v| v.on_event.take()) else { return false };
+        let live = state
+            .vmms
+            .iter_mut()
+            .find(|v| v.spec.vm == *vm && v.end.is_none());
+        let Some(on_event) = live.and_then(|v| v.on_event.take()) else {
+            return false;
+        };
         drop(state);
         on_event(event);
         let mut state = self.state.lock();
-        if let Some(vmm) = state.vmms.iter_mut().find(|v| v.spec.vm == *vm && v.end.is_none()) {
+        if let Some(vmm) = state
+            .vmms
+            .iter_mut()
+            .find(|v| v.spec.vm == *vm && v.end.is_none())
+        {
             vmm.on_event.get_or_insert(on_event);
         }
         true
     }
 
-    fn change(&self, identity: &Identity, doing: &str, cancel: &Cancel, change: impl FnOnce(&mut Vmm)) -> Result<()> {
+    fn change(
+        &self,
+        identity: &Identity,
+        doing: &str,
+        cancel: &Cancel,
+        change: impl FnOnce(&mut Vmm),
+    ) -> Result<()> {
         let gate = self.state.lock().change_gate.clone();
         let _blocking = region(Rank::VmmApi);
         if let Some(gate) = gate {
             self.state.lock().changes_held += 1;
             self.changed.notify_all();
-            let woken = wait_any(&[(gate.fd(), PollFlags::POLLIN)], Instant::now() + GATE_DEADLINE, cancel);
+            let woken = wait_any(
+                &[(gate.fd(), PollFlags::POLLIN)],
+                Instant::now() + GATE_DEADLINE,
+                cancel,
+            );
             self.state.lock().changes_held -= 1;
             if woken.map_err(|e| Error::io("wait at the gate", e))? != WaitResult::Ready {
                 return Err(cancelled(doing, cancel));
@@ -142,10 +165,13 @@ impl Fake {
             (!failures.is_empty()).then(|| failures.remove(0))
         };
         if let Some(message) = failure {
-            return Err(Error::new(Kind::VmmFailed, format!("{doing}: {message}")).hint("see the VM's vmm.log"));
+            return Err(Error::new(Kind::VmmFailed, format!("{doing}: {message}"))
+                .hint("see the VM's vmm.log"));
         }
         let gone = || Error::new(Kind::VmmFailed, format!("{doing}: its VMM has exited"));
-        self.with(identity, |vmm| vmm.end.is_none().then(|| change(vmm))).flatten().ok_or_else(gone)
+        self.with(identity, |vmm| vmm.end.is_none().then(|| change(vmm)))
+            .flatten()
+            .ok_or_else(gone)
     }
 
     /// Ends the VMM of this VM in this way. Returns false if it is not alive.
@@ -156,9 +182,17 @@ impl Fake {
     /// The guest of this VM writes to its console.
     pub fn guest_says(&self, vm: &VmId, text: &str) {
         let state = self.state.lock();
-        let console = state.vmms.iter().rev().find(|vmm| &vmm.spec.vm == vm).and_then(|vmm| vmm.console.as_ref());
+        let console = state
+            .vmms
+            .iter()
+            .rev()
+            .find(|vmm| &vmm.spec.vm == vm)
+            .and_then(|vmm| vmm.console.as_ref());
         // A few lines always fit into the socket's buffer.
-        console.map(|mut console| console.write_all(text.as_bytes())).transpose().expect("the console is read");
+        console
+            .map(|mut console| console.write_all(text.as_bytes()))
+            .transpose()
+            .expect("the console is read");
     }
 
     /// Drops watchers and consoles, as if the daemon were killed. The VMMs live on.
@@ -173,19 +207,36 @@ impl Fake {
 
     fn end(&self, which: impl Fn(&Vmm) -> bool, how: &End) -> bool {
         let mut state = self.state.lock();
-        let Some(vmm) = state.vmms.iter_mut().find(|vmm| vmm.end.is_none() && which(vmm)) else { return false };
+        let Some(vmm) = state
+            .vmms
+            .iter_mut()
+            .find(|vmm| vmm.end.is_none() && which(vmm))
+        else {
+            return false;
+        };
         vmm.end = Some(how.clone());
         vmm.console = None;
-        let (gone, watchers, on_event) = (vmm.gone.clone(), std::mem::take(&mut vmm.watchers), vmm.on_event.take());
+        let (gone, watchers, on_event) = (
+            vmm.gone.clone(),
+            std::mem::take(&mut vmm.watchers),
+            vmm.on_event.take(),
+        );
         drop(state);
         drop(on_event);
         gone.cancel(CancelCause::Finished);
-        watchers.into_iter().for_each(|died| report(how.clone(), died));
+        watchers
+            .into_iter()
+            .for_each(|died| report(how.clone(), died));
         true
     }
 
     fn with<T>(&self, identity: &Identity, f: impl FnOnce(&mut Vmm) -> T) -> Option<T> {
-        self.state.lock().vmms.iter_mut().find(|vmm| vmm.identity == *identity).map(f)
+        self.state
+            .lock()
+            .vmms
+            .iter_mut()
+            .find(|vmm| vmm.identity == *identity)
+            .map(f)
     }
 
     fn pass_gate(&self, stage: Stage, cancel: &Cancel) -> Result<()> {
@@ -197,26 +248,47 @@ impl Fake {
         self.changed.notify_all();
         let woken = {
             let _blocking = region(Rank::VmmApi);
-            wait_any(&[(gate.fd(), PollFlags::POLLIN)], Instant::now() + GATE_DEADLINE, cancel)
+            wait_any(
+                &[(gate.fd(), PollFlags::POLLIN)],
+                Instant::now() + GATE_DEADLINE,
+                cancel,
+            )
         };
         self.state.lock().waiting -= 1;
         match woken.map_err(|e| Error::io("wait at the gate", e))? {
             WaitResult::Ready => Ok(()),
             WaitResult::Cancelled => Err(cancelled("start the VMM", cancel)),
-            WaitResult::Deadline => Err(Error::new(Kind::Timeout, "start the VMM: the test did not open the gate")),
+            WaitResult::Deadline => Err(Error::new(
+                Kind::Timeout,
+                "start the VMM: the test did not open the gate",
+            )),
         }
     }
 
     fn spawn(&self, spec: &VmmSpec) -> Result<Identity> {
         let gone = Cancel::try_new().map_err(|e| Error::io("make a fake VMM", e))?;
         let mut state = self.state.lock();
-        if state.vmms.iter().any(|vmm| vmm.end.is_none() && vmm.spec.disk == spec.disk) {
+        if state
+            .vmms
+            .iter()
+            .any(|vmm| vmm.end.is_none() && vmm.spec.disk == spec.disk)
+        {
             state.clashes += 1;
-            return Err(Error::new(Kind::VmmFailed, format!("start the VMM: {} is in use by another VMM", spec.disk.display())));
+            return Err(Error::new(
+                Kind::VmmFailed,
+                format!(
+                    "start the VMM: {} is in use by another VMM",
+                    spec.disk.display()
+                ),
+            ));
         }
         state.starts += 1;
         let pid = PID_BASE + u32::try_from(state.starts).expect("few starts");
-        let identity = Identity { pid, start_time: state.starts, boot_id: process::boot_id()?.to_owned() };
+        let identity = Identity {
+            pid,
+            start_time: state.starts,
+            boot_id: process::boot_id()?.to_owned(),
+        };
         let ssh_addr = state.ssh_addrs.get(&spec.vm).copied().or(state.ssh_addr);
         let ssh_addr = ssh_addr.unwrap_or_else(|| SocketAddr::from((Ipv4Addr::LOCALHOST, 9)));
         let spec = spec.clone();
@@ -257,27 +329,44 @@ impl Fake {
             (!failures.is_empty()).then(|| failures.remove(0))
         };
         if let Some(message) = failure {
-            return Err(Error::new(Kind::VmmFailed, format!("start the VMM: {message}")));
+            return Err(Error::new(
+                Kind::VmmFailed,
+                format!("start the VMM: {message}"),
+            ));
         }
         if let Some(saved) = &spec.saved {
-            let read = std::fs::read(&saved.memory).and_then(|memory| Ok((memory, std::fs::read(&saved.devices)?)));
+            let read = std::fs::read(&saved.memory)
+                .and_then(|memory| Ok((memory, std::fs::read(&saved.devices)?)));
             let (memory, devices) = read.map_err(|e| Error::io("load the saved guest", e))?;
             if memory.is_empty() || memory != devices {
-                return Err(Error::new(Kind::VmmFailed, "load the saved guest: the files do not hold a saved guest"));
+                return Err(Error::new(
+                    Kind::VmmFailed,
+                    "load the saved guest: the files do not hold a saved guest",
+                ));
             }
         }
         self.open_console(spec, identity, format!("started {}", spec.tag))?;
         let end = self.with(identity, |vmm| (vmm.end.clone(), vmm.ssh_addr));
         match end {
-            Some((None, ssh_addr)) => Ok(Running { identity: identity.clone(), ssh_addr }),
-            Some((Some(how), _)) => Err(Error::new(Kind::VmmFailed, format!("start the VMM: it ended with {how}"))),
+            Some((None, ssh_addr)) => Ok(Running {
+                identity: identity.clone(),
+                ssh_addr,
+            }),
+            Some((Some(how), _)) => Err(Error::new(
+                Kind::VmmFailed,
+                format!("start the VMM: it ended with {how}"),
+            )),
             None => Err(Error::internal("the fake VMM is not in the table")),
         }
     }
 }
 
 fn check(cancel: &Cancel) -> Result<()> {
-    if cancel.is_cancelled() { Err(cancelled("start the VMM", cancel)) } else { Ok(()) }
+    if cancel.is_cancelled() {
+        Err(cancelled("start the VMM", cancel))
+    } else {
+        Ok(())
+    }
 }
 
 /// Calls `died` on a thread of its own, like the real watcher.
@@ -296,13 +385,21 @@ impl Driver for Fake {
         &self.consoles
     }
 
-    fn start(&self, spec: &VmmSpec, cancel: &Cancel, spawned: &mut dyn FnMut(&Identity)) -> Result<Running> {
+    fn start(
+        &self,
+        spec: &VmmSpec,
+        cancel: &Cancel,
+        spawned: &mut dyn FnMut(&Identity),
+    ) -> Result<Running> {
         self.pass_gate(Stage::BeforeSpawn, cancel)?;
         let identity = self.spawn(spec)?;
         // From here on, an error, a cancel or a panic must not leave a VMM.
         let mut undo = crate::undo::Undo::new();
         undo.push("kill the VMM", || {
-            self.end(|vmm| vmm.identity == identity, &End::Vmm(process::Exit::Signal(9)));
+            self.end(
+                |vmm| vmm.identity == identity,
+                &End::Vmm(process::Exit::Signal(9)),
+            );
             Ok(())
         });
         spawned(&identity);
@@ -314,14 +411,26 @@ impl Driver for Fake {
     fn find(&self, tag: &str) -> Result<Option<Identity>> {
         let mut state = self.state.lock();
         state.finds += 1;
-        Ok(state.vmms.iter().find(|vmm| vmm.end.is_none() && vmm.spec.tag == tag).map(|vmm| vmm.identity.clone()))
+        Ok(state
+            .vmms
+            .iter()
+            .find(|vmm| vmm.end.is_none() && vmm.spec.tag == tag)
+            .map(|vmm| vmm.identity.clone()))
     }
 
     fn list(&self, tag_prefix: &str) -> Result<Vec<Tagged>> {
         let mut state = self.state.lock();
         state.lists += 1;
-        let live = state.vmms.iter().filter(|vmm| vmm.end.is_none() && vmm.spec.tag.starts_with(tag_prefix));
-        Ok(live.map(|vmm| Tagged { tag: vmm.spec.tag.clone(), identity: vmm.identity.clone() }).collect())
+        let live = state
+            .vmms
+            .iter()
+            .filter(|vmm| vmm.end.is_none() && vmm.spec.tag.starts_with(tag_prefix));
+        Ok(live
+            .map(|vmm| Tagged {
+                tag: vmm.spec.tag.clone(),
+                identity: vmm.identity.clone(),
+            })
+            .collect())
     }
 
     fn adopt(&self, spec: &VmmSpec, identity: &Identity) -> Result<Running> {
@@ -330,16 +439,26 @@ impl Driver for Fake {
         if let Some(message) = self.state.lock().adopt_failures.pop() {
             return Err(Error::new(Kind::Timeout, message));
         }
-        let ssh_addr = self.with(identity, |vmm| (vmm.end.is_none() && vmm.spec.tag == spec.tag).then_some(vmm.ssh_addr));
+        let ssh_addr = self.with(identity, |vmm| {
+            (vmm.end.is_none() && vmm.spec.tag == spec.tag).then_some(vmm.ssh_addr)
+        });
         let gone = || Error::new(Kind::VmmFailed, "adopt the VMM: it has exited");
         let ssh_addr = ssh_addr.flatten().ok_or_else(gone)?;
         self.state.lock().adoptions.push(spec.vm.clone());
-        self.open_console(spec, identity, "reconnected; output since fcd stopped is lost".to_owned())?;
-        Ok(Running { identity: identity.clone(), ssh_addr })
+        self.open_console(
+            spec,
+            identity,
+            "reconnected; output since fcd stopped is lost".to_owned(),
+        )?;
+        Ok(Running {
+            identity: identity.clone(),
+            ssh_addr,
+        })
     }
 
     fn is_alive(&self, identity: &Identity) -> bool {
-        self.with(identity, |vmm| vmm.end.is_none()).unwrap_or(false)
+        self.with(identity, |vmm| vmm.end.is_none())
+            .unwrap_or(false)
     }
 
     fn runs(&self, identity: &Identity) -> bool {
@@ -347,11 +466,14 @@ impl Driver for Fake {
     }
 
     fn is_ours(&self, identity: &Identity, tag: &str) -> bool {
-        self.with(identity, |vmm| vmm.end.is_none() && vmm.spec.tag == tag).unwrap_or(false)
+        self.with(identity, |vmm| vmm.end.is_none() && vmm.spec.tag == tag)
+            .unwrap_or(false)
     }
 
     fn wait_exit(&self, identity: &Identity, deadline: Instant, cancel: &Cancel) -> Result<bool> {
-        let Some(gone) = self.with(identity, |vmm| vmm.gone.clone()) else { return Ok(true) };
+        let Some(gone) = self.with(identity, |vmm| vmm.gone.clone()) else {
+            return Ok(true);
+        };
         let _blocking = region(Rank::VmmApi);
         let woken = wait_any(&[(gone.fd(), PollFlags::POLLIN)], deadline, cancel);
         Ok(woken.map_err(|e| Error::io("wait for a fake VMM", e))? == WaitResult::Ready)
@@ -368,44 +490,92 @@ impl Driver for Fake {
         };
         let _blocking = region(Rank::VmmApi);
         if !is_unkillable {
-            self.end(|vmm| vmm.identity == *identity, &End::Vmm(process::Exit::Signal(9)));
+            self.end(
+                |vmm| vmm.identity == *identity,
+                &End::Vmm(process::Exit::Signal(9)),
+            );
         }
-        let Some(gone) = self.with(identity, |vmm| vmm.gone.clone()) else { return Ok(()) };
-        let woken = wait_uncancelled(&[(gone.fd(), PollFlags::POLLIN)], deadline).map_err(|e| Error::io("kill a fake VMM", e))?;
+        let Some(gone) = self.with(identity, |vmm| vmm.gone.clone()) else {
+            return Ok(());
+        };
+        let woken = wait_uncancelled(&[(gone.fd(), PollFlags::POLLIN)], deadline)
+            .map_err(|e| Error::io("kill a fake VMM", e))?;
         if woken == WaitResult::Ready {
             return Ok(());
         }
-        Err(Error::new(Kind::Timeout, format!("kill the VMM: process {} is still running", identity.pid)))
+        Err(Error::new(
+            Kind::Timeout,
+            format!("kill the VMM: process {} is still running", identity.pid),
+        ))
     }
 
-    fn set_paused(&self, _dir: &Path, identity: &Identity, is_paused: bool, _cancel: &Cancel) -> Result<()> {
+    fn set_paused(
+        &self,
+        _dir: &Path,
+        identity: &Identity,
+        is_paused: bool,
+        _cancel: &Cancel,
+    ) -> Result<()> {
         let _blocking = region(Rank::VmmApi);
         let gone = || Error::new(Kind::VmmFailed, "pause the guest: its VMM has exited");
-        self.with(identity, |vmm| vmm.is_paused = is_paused).ok_or_else(gone)
+        self.with(identity, |vmm| vmm.is_paused = is_paused)
+            .ok_or_else(gone)
     }
 
-    fn save(&self, _spec: &VmmSpec, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<String> {
+    fn save(
+        &self,
+        _spec: &VmmSpec,
+        identity: &Identity,
+        to: SaveTo<'_>,
+        cancel: &Cancel,
+    ) -> Result<String> {
         let doing = "save the guest";
         self.pass_gate(Stage::Save, cancel)?;
         let _blocking = region(Rank::VmmApi);
         let gone = || Error::new(Kind::VmmFailed, format!("{doing}: its VMM has exited"));
-        let saved = self.with(identity, |vmm| (vmm.end.is_none() && vmm.is_paused).then(|| vmm.spec.vm.to_string()));
-        let saved = saved.ok_or_else(gone)?.ok_or_else(|| Error::new(Kind::VmmFailed, format!("{doing}: it is not paused")))?;
-        let write = |path: &Path| std::fs::OpenOptions::new().write(true).open(path)?.write_all(saved.as_bytes());
-        write(to.memory).and_then(|()| write(to.devices)).map_err(|e| Error::io(doing, e))?;
+        let saved = self.with(identity, |vmm| {
+            (vmm.end.is_none() && vmm.is_paused).then(|| vmm.spec.vm.to_string())
+        });
+        let saved = saved
+            .ok_or_else(gone)?
+            .ok_or_else(|| Error::new(Kind::VmmFailed, format!("{doing}: it is not paused")))?;
+        let write = |path: &Path| {
+            std::fs::OpenOptions::new()
+                .write(true)
+                .open(path)?
+                .write_all(saved.as_bytes())
+        };
+        write(to.memory)
+            .and_then(|()| write(to.devices))
+            .map_err(|e| Error::io(doing, e))?;
         Ok("1.0".to_owned())
     }
 
     fn can_load(&self, driver: &str, _elsewhere: bool) -> Result<()> {
-        let refused = || Error::new(Kind::Unsupported, format!("restore a saved guest: it was saved by {driver}"));
-        if driver == "fake" { Ok(()) } else { Err(refused()) }
+        let refused = || {
+            Error::new(
+                Kind::Unsupported,
+                format!("restore a saved guest: it was saved by {driver}"),
+            )
+        };
+        if driver == "fake" {
+            Ok(())
+        } else {
+            Err(refused())
+        }
     }
 
     fn watch_guest(&self, _dir: &Path, identity: &Identity, on_event: OnEvent) -> Result<()> {
         on_event(GuestEvent::Answered);
         let mut on_event = Some(on_event);
         // An earlier callback is dropped after the lock, with everything that it owns.
-        let _earlier = self.with(identity, |vmm| if vmm.end.is_none() { vmm.on_event.replace(on_event.take()?) } else { None });
+        let _earlier = self.with(identity, |vmm| {
+            if vmm.end.is_none() {
+                vmm.on_event.replace(on_event.take()?)
+            } else {
+                None
+            }
+        });
         Ok(())
     }
 
@@ -418,7 +588,10 @@ impl Driver for Fake {
             vmm.end.clone()
         });
         if let Some(died) = died {
-            report(end.flatten().unwrap_or(End::Vmm(process::Exit::Unknown)), died);
+            report(
+                end.flatten().unwrap_or(End::Vmm(process::Exit::Unknown)),
+                died,
+            );
         }
         Ok(())
     }
@@ -428,32 +601,71 @@ impl Driver for Fake {
     }
 
     fn set_rates(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<()> {
-        self.change(identity, "limit the guest's devices", cancel, |vmm| vmm.rates = spec.rates)
+        self.change(identity, "limit the guest's devices", cancel, |vmm| {
+            vmm.rates = spec.rates
+        })
     }
 
-    fn set_balloon(&self, _spec: &VmmSpec, identity: &Identity, keep_mib: u64, cancel: &Cancel) -> Result<()> {
-        self.change(identity, "set the balloon", cancel, |vmm| vmm.keep_mib = keep_mib)
+    fn set_balloon(
+        &self,
+        _spec: &VmmSpec,
+        identity: &Identity,
+        keep_mib: u64,
+        cancel: &Cancel,
+    ) -> Result<()> {
+        self.change(identity, "set the balloon", cancel, |vmm| {
+            vmm.keep_mib = keep_mib
+        })
     }
 
     fn balloon_mib(&self, _spec: &VmmSpec, identity: &Identity, _cancel: &Cancel) -> Result<u64> {
         let _blocking = region(Rank::VmmApi);
-        let gone = || Error::new(Kind::VmmFailed, "read the size of the balloon: its VMM has exited");
+        let gone = || {
+            Error::new(
+                Kind::VmmFailed,
+                "read the size of the balloon: its VMM has exited",
+            )
+        };
         self.with(identity, |vmm| vmm.keep_mib).ok_or_else(gone)
     }
 
-    fn metrics(&self, _spec: &VmmSpec, identity: &Identity, _cancel: &Cancel) -> Result<Vec<serde_json::Value>> {
+    fn metrics(
+        &self,
+        _spec: &VmmSpec,
+        identity: &Identity,
+        _cancel: &Cancel,
+    ) -> Result<Vec<serde_json::Value>> {
         let _blocking = region(Rank::VmmApi);
         let gone = || Error::new(Kind::VmmFailed, "read the VMM's metrics: it has exited");
-        self.with(identity, |vmm| vec![serde_json::json!({ "keep_mib": vmm.keep_mib })]).ok_or_else(gone)
+        self.with(identity, |vmm| {
+            vec![serde_json::json!({ "keep_mib": vmm.keep_mib })]
+        })
+        .ok_or_else(gone)
     }
 
     fn connect(&self, identity: &Identity, port: u32, _cancel: &Cancel) -> Result<UnixStream> {
         let doing = "connect to the guest's vsock";
         let _blocking = region(Rank::VmmApi);
         let gone = || Error::new(Kind::VmmFailed, format!("{doing}: its VMM has exited"));
-        let vm = self.with(identity, |vmm| vmm.end.is_none().then(|| vmm.spec.vm.clone())).flatten().ok_or_else(gone)?;
-        let refused = || Error::new(Kind::GuestUnavailable, format!("nothing in the guest listens on vsock port {port}"));
-        let listening = self.state.lock().vsock.get(&(vm, port)).cloned().ok_or_else(refused)?;
+        let vm = self
+            .with(identity, |vmm| {
+                vmm.end.is_none().then(|| vmm.spec.vm.clone())
+            })
+            .flatten()
+            .ok_or_else(gone)?;
+        let refused = || {
+            Error::new(
+                Kind::GuestUnavailable,
+                format!("nothing in the guest listens on vsock port {port}"),
+            )
+        };
+        let listening = self
+            .state
+            .lock()
+            .vsock
+            .get(&(vm, port))
+            .cloned()
+            .ok_or_else(refused)?;
         let (ours, guests) = UnixStream::pair().map_err(|e| Error::io(doing, e))?;
         listening.send(guests).map_err(|_| refused())?;
         Ok(ours)
@@ -461,7 +673,9 @@ impl Driver for Fake {
 
     fn press_ctrl_alt_del(&self, identity: &Identity, _cancel: &Cancel) -> Result<bool> {
         let _blocking = region(Rank::VmmApi);
-        let Some(keyboard) = self.state.lock().keyboard else { return Ok(false) };
+        let Some(keyboard) = self.state.lock().keyboard else {
+            return Ok(false);
+        };
         self.state.lock().presses += 1;
         if keyboard == Keyboard::Heard {
             self.end(|vmm| vmm.identity == *identity, &End::GuestShutDown);
@@ -491,7 +705,12 @@ impl Driver for Fake {
 
     fn checks(&self) -> Vec<Check> {
         self.state.lock().checks += 1;
-        vec![Check { id: "fake".into(), severity: Severity::Ok, found: "VMs are simulated".into(), fix: None }]
+        vec![Check {
+            id: "fake".into(),
+            severity: Severity::Ok,
+            found: "VMs are simulated".into(),
+            fix: None,
+        }]
     }
 }
 
@@ -511,7 +730,10 @@ pub fn spec(vm: VmId, tag: &str, state_dir: &Path) -> VmmSpec {
         vcpus: 1,
         mem_mib: 128,
         credentials: None,
-        network: super::GuestNetwork::UserMode { isolated: false, ports: Vec::new() },
+        network: super::GuestNetwork::UserMode {
+            isolated: false,
+            ports: Vec::new(),
+        },
         rates: crate::api::vm::RateLimits::default(),
         has_balloon: true,
         console_bytes_max: 1 << 20,
@@ -537,7 +759,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let spec = spec(VmId::random(), "fc-test-1", dir.path());
         std::fs::create_dir(&spec.dir).unwrap();
-        Fixture { fake: Arc::new(Fake::new().unwrap()), spec, cancel: Cancel::try_new().unwrap(), _dir: dir }
+        Fixture {
+            fake: Arc::new(Fake::new().unwrap()),
+            spec,
+            cancel: Cancel::try_new().unwrap(),
+            _dir: dir,
+        }
     }
 
     impl Fixture {
@@ -546,7 +773,8 @@ mod tests {
         }
         fn start_aside(&self) -> std::thread::JoinHandle<Result<Running>> {
             let (fake, spec, cancel) = (self.fake.clone(), self.spec.clone(), self.cancel.clone());
-            crate::host::thread::spawn("start", move || fake.start(&spec, &cancel, &mut |_| {})).unwrap()
+            crate::host::thread::spawn("start", move || fake.start(&spec, &cancel, &mut |_| {}))
+                .unwrap()
         }
     }
 
@@ -567,12 +795,27 @@ mod tests {
         assert_eq!(f.fake.clashes(), 1);
         let (sender, ends) = channel();
         let again = sender.clone();
-        f.fake.watch(&f.spec.dir, id, Box::new(move |how| sender.send(how).unwrap())).unwrap();
+        f.fake
+            .watch(
+                &f.spec.dir,
+                id,
+                Box::new(move |how| sender.send(how).unwrap()),
+            )
+            .unwrap();
         assert!(f.fake.die(&f.spec.vm, &End::GuestReset));
         assert!(!f.fake.die(&f.spec.vm, &End::GuestReset));
-        f.fake.watch(&f.spec.dir, id, Box::new(move |how| again.send(how).unwrap())).unwrap();
+        f.fake
+            .watch(
+                &f.spec.dir,
+                id,
+                Box::new(move |how| again.send(how).unwrap()),
+            )
+            .unwrap();
         for _ in 0..2 {
-            assert_eq!(ends.recv_timeout(Duration::from_secs(10)).unwrap(), End::GuestReset);
+            assert_eq!(
+                ends.recv_timeout(Duration::from_secs(10)).unwrap(),
+                End::GuestReset
+            );
         }
         assert!(f.fake.wait_exit(id, soon(), &f.cancel).unwrap());
         assert!(!f.fake.is_alive(id) && f.fake.live().is_empty());
@@ -604,7 +847,10 @@ mod tests {
     fn failed_start_leaves_nothing() {
         let f = fixture();
         f.fake.fail_next_start("no such disk");
-        assert_eq!(f.start().unwrap_err().to_string(), "start the VMM: no such disk");
+        assert_eq!(
+            f.start().unwrap_err().to_string(),
+            "start the VMM: no such disk"
+        );
         assert!(f.fake.live().is_empty());
         f.start().unwrap();
         assert_eq!(f.fake.starts(), 2);
@@ -615,7 +861,10 @@ mod tests {
         let f = fixture();
         let id = f.start().unwrap().identity;
         f.fake.set_unkillable(true);
-        let e = f.fake.kill(&id, Instant::now() + Duration::from_millis(5)).unwrap_err();
+        let e = f
+            .fake
+            .kill(&id, Instant::now() + Duration::from_millis(5))
+            .unwrap_err();
         assert_eq!(e.kind(), Kind::Timeout);
         assert!(f.fake.is_alive(&id));
         f.fake.set_unkillable(false);
@@ -634,7 +883,10 @@ mod tests {
             while !seen.ends_with(end) {
                 match follower.next_chunk().unwrap() {
                     Some(text) => seen += &text,
-                    None => assert_eq!(follower.wait(soon(), &f.cancel).unwrap(), super::super::console::FollowerState::More),
+                    None => assert_eq!(
+                        follower.wait(soon(), &f.cancel).unwrap(),
+                        super::super::console::FollowerState::More
+                    ),
                 }
             }
             seen
@@ -645,7 +897,13 @@ mod tests {
         assert_eq!(f.fake.adopt(&f.spec, &id).unwrap().identity, id);
         f.fake.guest_says(&f.spec.vm, "two\n");
         assert!(until("two\n").contains("reconnected"));
-        let other = VmmSpec { tag: "fc-test-2".into(), ..f.spec.clone() };
-        assert_eq!(f.fake.adopt(&other, &id).unwrap_err().kind(), Kind::VmmFailed);
+        let other = VmmSpec {
+            tag: "fc-test-2".into(),
+            ..f.spec.clone()
+        };
+        assert_eq!(
+            f.fake.adopt(&other, &id).unwrap_err().kind(),
+            Kind::VmmFailed
+        );
     }
 }

@@ -19,7 +19,11 @@ const TEXT_CHARS_MAX: usize = 4096;
 /// Messages of QEMU's monitor.
 pub fn qmp(input: &[u8]) {
     let whole = read_qmp(input, READ_BYTES_MAX);
-    assert_eq!(whole, read_qmp(input, small_piece(input)), "the result depends on the pieces");
+    assert_eq!(
+        whole,
+        read_qmp(input, small_piece(input)),
+        "the result depends on the pieces"
+    );
     for message in &whole.0 {
         let _ = message.shutdown_cause();
         if let Some(refusal) = &message.error {
@@ -43,7 +47,11 @@ fn read_qmp(input: &[u8], piece: usize) -> (Vec<Message>, bool) {
                 Err(_) => return (messages, false),
             }
         }
-        assert!(incoming.buffered() <= qmp::LINE_BYTES_MAX, "{} bytes are buffered", incoming.buffered());
+        assert!(
+            incoming.buffered() <= qmp::LINE_BYTES_MAX,
+            "{} bytes are buffered",
+            incoming.buffered()
+        );
     }
     (messages, true)
 }
@@ -51,9 +59,16 @@ fn read_qmp(input: &[u8], piece: usize) -> (Vec<Message>, bool) {
 /// Answers of Firecracker's API server.
 pub fn firecracker_http(input: &[u8]) {
     let whole = read_http(input, READ_BYTES_MAX);
-    assert_eq!(whole, read_http(input, small_piece(input)), "the result depends on the pieces");
+    assert_eq!(
+        whole,
+        read_http(input, small_piece(input)),
+        "the result depends on the pieces"
+    );
     for answer in &whole.0 {
-        assert!(answer.body.len() <= http::BODY_BYTES_MAX && http::STATUSES.contains(&answer.status), "{answer:?}");
+        assert!(
+            answer.body.len() <= http::BODY_BYTES_MAX && http::STATUSES.contains(&answer.status),
+            "{answer:?}"
+        );
         let _ = serde_json::from_slice::<Instance>(&answer.body);
         let _ = serde_json::from_slice::<BalloonStatistics>(&answer.body);
         check_text(&refusal::refused("ask the VMM", answer.status, &answer.body).to_string());
@@ -76,7 +91,10 @@ fn read_http(input: &[u8], piece: usize) -> (Vec<Answer>, bool) {
             }
         }
         let buffered = incoming.buffered();
-        assert!(buffered <= http::HEAD_BYTES_MAX + http::BODY_BYTES_MAX + READ_BYTES_MAX, "{buffered} bytes are buffered");
+        assert!(
+            buffered <= http::HEAD_BYTES_MAX + http::BODY_BYTES_MAX + READ_BYTES_MAX,
+            "{buffered} bytes are buffered"
+        );
     }
     (answers, true)
 }
@@ -99,17 +117,27 @@ pub fn console(input: &[u8]) {
         text.push_str(&String::from_utf8_lossy(&piece));
     }
     text.push_str(&String::from_utf8_lossy(&partial));
-    assert_eq!(text, String::from_utf8_lossy(input), "the result depends on the pieces");
+    assert_eq!(
+        text,
+        String::from_utf8_lossy(input),
+        "the result depends on the pieces"
+    );
 }
 
 /// Returns a small size that depends on the input.
 fn small_piece(input: &[u8]) -> usize {
-    1 + input.iter().fold(input.len(), |sum, b| sum.wrapping_mul(31).wrapping_add(usize::from(*b))) % 61
+    1 + input.iter().fold(input.len(), |sum, b| {
+        sum.wrapping_mul(31).wrapping_add(usize::from(*b))
+    }) % 61
 }
 
 #[track_caller]
 fn check_text(text: &str) {
-    assert!(text.chars().count() <= TEXT_CHARS_MAX, "{} characters", text.chars().count());
+    assert!(
+        text.chars().count() <= TEXT_CHARS_MAX,
+        "{} characters",
+        text.chars().count()
+    );
     assert!(!text.chars().any(char::is_control), "{text:?}");
 }
 
@@ -121,7 +149,10 @@ mod tests {
     fn parsers_survive_truncated_and_mutated_conversations() {
         let qmp_seed = include_bytes!("../../tests/fuzz/seeds/qmp/boot");
         let http_seed = include_bytes!("../../tests/fuzz/seeds/firecracker-http/boot");
-        for (target, seed) in [(qmp as fn(&[u8]), &qmp_seed[..]), (firecracker_http, &http_seed[..])] {
+        for (target, seed) in [
+            (qmp as fn(&[u8]), &qmp_seed[..]),
+            (firecracker_http, &http_seed[..]),
+        ] {
             for at in 0..seed.len() {
                 target(&seed[at..]);
                 let mut changed = seed.to_vec();

@@ -30,13 +30,24 @@ impl LogWriter {
     /// `bytes_max` limits the size of both files together.
     pub fn open(dir: &Path, bytes_max: u64) -> io::Result<Self> {
         let dir = open_dir(dir).map_err(io::Error::other)?;
-        let file = open_at(&dir, CURRENT, OFlags::RDWR | OFlags::APPEND | OFlags::CREATE, MODE)?;
+        let file = open_at(
+            &dir,
+            CURRENT,
+            OFlags::RDWR | OFlags::APPEND | OFlags::CREATE,
+            MODE,
+        )?;
         let size = file.metadata()?.len();
         let mut last = *b"\n";
         if size > 0 {
             file.read_exact_at(&mut last, size - 1)?;
         }
-        Ok(Self { dir, file, size, half: (bytes_max / 2).max(1), is_at_line_start: last == *b"\n" })
+        Ok(Self {
+            dir,
+            file,
+            size,
+            half: (bytes_max / 2).max(1),
+            is_at_line_start: last == *b"\n",
+        })
     }
 
     /// Appends a line from fcd, which begins a new line.
@@ -65,7 +76,12 @@ impl LogWriter {
 
     fn rotate(&mut self) -> io::Result<()> {
         rustix::fs::renameat(&self.dir, CURRENT, &self.dir, OLDER)?;
-        self.file = open_at(&self.dir, CURRENT, OFlags::WRONLY | OFlags::APPEND | OFlags::CREATE, MODE)?;
+        self.file = open_at(
+            &self.dir,
+            CURRENT,
+            OFlags::WRONLY | OFlags::APPEND | OFlags::CREATE,
+            MODE,
+        )?;
         self.size = self.file.metadata()?.len();
         Ok(())
     }
@@ -85,7 +101,11 @@ impl LogReader {
     /// empty.
     pub fn open(dir: &Path, tail: Option<u64>) -> io::Result<Self> {
         let dir = open_dir(dir).map_err(io::Error::other)?;
-        let mut reader = Self { dir, at: None, offset: 0 };
+        let mut reader = Self {
+            dir,
+            at: None,
+            offset: 0,
+        };
         let (older, current) = (reader.open_file(OLDER)?, reader.open_file(CURRENT)?);
         let Some(lines) = tail else {
             reader.at = older.or(current);
@@ -119,7 +139,9 @@ impl LogReader {
     }
 
     fn ino_of(&self, name: &str) -> Option<u64> {
-        rustix::fs::statat(&self.dir, name, AtFlags::SYMLINK_NOFOLLOW).ok().map(|s| s.st_ino)
+        rustix::fs::statat(&self.dir, name, AtFlags::SYMLINK_NOFOLLOW)
+            .ok()
+            .map(|s| s.st_ino)
     }
 
     /// Reads the next bytes. Returns 0 if there is nothing new.
@@ -147,7 +169,11 @@ impl LogReader {
             if n > 0 || is_current {
                 return Ok(n);
             }
-            let next = if self.ino_of(OLDER) == Some(*ino) { CURRENT } else { OLDER };
+            let next = if self.ino_of(OLDER) == Some(*ino) {
+                CURRENT
+            } else {
+                OLDER
+            };
             self.at = self.open_file(next)?;
             self.offset = 0;
         }
@@ -210,7 +236,10 @@ mod tests {
         log.append(&[b'x'; 500]).unwrap();
         log.append(b"\nend\n").unwrap();
         let text = all(&mut LogReader::open(dir.path(), None).unwrap());
-        assert!(text.len() >= 32 && text.len() <= 64 && text.ends_with("x\nend\n"), "{text}");
+        assert!(
+            text.len() >= 32 && text.len() <= 64 && text.ends_with("x\nend\n"),
+            "{text}"
+        );
         let again = LogWriter::open(dir.path(), 64).unwrap();
         assert_eq!(again.size, log.size);
     }
@@ -225,7 +254,11 @@ mod tests {
                     std::fs::write(dir.path().join(name), text).unwrap();
                 }
             }
-            assert_eq!(all(&mut LogReader::open(dir.path(), lines).unwrap()), expected, "{older:?} {current:?} {lines:?}");
+            assert_eq!(
+                all(&mut LogReader::open(dir.path(), lines).unwrap()),
+                expected,
+                "{older:?} {current:?} {lines:?}"
+            );
         };
         check(None, None, None, "");
         check(None, None, Some(3), "");
@@ -241,7 +274,12 @@ mod tests {
         check(Some("a\nb\n"), None, Some(1), "b\n");
         check(Some("a\n"), Some("b\n"), None, "a\nb\n");
         let long = "y".repeat(3 * BLOCK_BYTES as usize);
-        check(None, Some(&format!("a\n{long}\nz\n")), Some(2), &format!("{long}\nz\n"));
+        check(
+            None,
+            Some(&format!("a\n{long}\nz\n")),
+            Some(2),
+            &format!("{long}\nz\n"),
+        );
     }
 
     #[test]

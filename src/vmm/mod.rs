@@ -63,7 +63,11 @@ pub enum GuestNetwork {
     /// reach it.
     UserMode { isolated: bool, ports: Vec<Port> },
     /// A tap owned by the VMM's uid: its name, the guest's MAC address, and the guest's address.
-    Tap { name: String, mac: String, address: Ipv4Addr },
+    Tap {
+        name: String,
+        mac: String,
+        address: Ipv4Addr,
+    },
 }
 
 /// Everything a driver needs to run one VM once. All paths are absolute.
@@ -178,7 +182,12 @@ pub trait Driver: Send + Sync {
     /// Starts a VMM, and returns once the guest runs. The guest is still booting then. `spawned` is
     /// called with the process's identity before the process is asked for anything. After an error
     /// or a cancel the process has been killed.
-    fn start(&self, spec: &VmmSpec, cancel: &Cancel, spawned: &mut dyn FnMut(&Identity)) -> Result<Running>;
+    fn start(
+        &self,
+        spec: &VmmSpec,
+        cancel: &Cancel,
+        spawned: &mut dyn FnMut(&Identity),
+    ) -> Result<Running>;
 
     /// Finds the live process with this tag.
     fn find(&self, tag: &str) -> Result<Option<Identity>>;
@@ -215,14 +224,31 @@ pub trait Driver: Send + Sync {
 
     /// Calls `on_event` from a thread of the driver for each [`GuestEvent`]. A last `Paused(false)`
     /// comes when the thread ends.
-    fn watch_guest(&self, dir: &Path, identity: &Identity, on_event: Box<dyn Fn(GuestEvent) + Send>) -> Result<()>;
+    fn watch_guest(
+        &self,
+        dir: &Path,
+        identity: &Identity,
+        on_event: Box<dyn Fn(GuestEvent) + Send>,
+    ) -> Result<()>;
 
     /// Pauses or resumes the guest of the VM in `dir`. Succeeds if it is already in that state.
-    fn set_paused(&self, dir: &Path, identity: &Identity, is_paused: bool, cancel: &Cancel) -> Result<()>;
+    fn set_paused(
+        &self,
+        dir: &Path,
+        identity: &Identity,
+        is_paused: bool,
+        cancel: &Cancel,
+    ) -> Result<()>;
 
     /// Saves the memory and the devices of a paused guest, which stays paused. When this returns,
     /// everything that the guest wrote to its disks is in their files. Returns the VMM's version.
-    fn save(&self, spec: &VmmSpec, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<String>;
+    fn save(
+        &self,
+        spec: &VmmSpec,
+        identity: &Identity,
+        to: SaveTo<'_>,
+        cancel: &Cancel,
+    ) -> Result<String>;
 
     /// Checks that this driver can restore a guest that was saved by `driver`. `elsewhere` is true
     /// if it has to be restored in another VM's directory.
@@ -236,13 +262,24 @@ pub trait Driver: Send + Sync {
     fn set_rates(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<()>;
 
     /// Asks a running guest to keep `keep_mib` of its memory and to return the rest.
-    fn set_balloon(&self, spec: &VmmSpec, identity: &Identity, keep_mib: u64, cancel: &Cancel) -> Result<()>;
+    fn set_balloon(
+        &self,
+        spec: &VmmSpec,
+        identity: &Identity,
+        keep_mib: u64,
+        cancel: &Cancel,
+    ) -> Result<()>;
 
     /// Returns how much memory the guest keeps now.
     fn balloon_mib(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<u64>;
 
     /// Returns the VMM's metrics in its own format, the oldest first. The last value is current.
-    fn metrics(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<Vec<serde_json::Value>>;
+    fn metrics(
+        &self,
+        spec: &VmmSpec,
+        identity: &Identity,
+        cancel: &Cancel,
+    ) -> Result<Vec<serde_json::Value>>;
 
     /// Connects to a port of the guest's vsock. The stream outlives the daemon and ends with the
     /// VMM.

@@ -25,15 +25,27 @@ pub struct Processes {
 
 impl Processes {
     /// Fails with the eventfd's error (EMFILE, ENFILE).
-    pub fn try_new(uids: Range<u32>, is_program: Box<dyn Fn(&Path) -> bool + Send + Sync>) -> Result<Self> {
-        Ok(Self { watcher: Watcher::try_new()?, notes: Arc::new(end::Notes::new()), uids, is_program })
+    pub fn try_new(
+        uids: Range<u32>,
+        is_program: Box<dyn Fn(&Path) -> bool + Send + Sync>,
+    ) -> Result<Self> {
+        Ok(Self {
+            watcher: Watcher::try_new()?,
+            notes: Arc::new(end::Notes::new()),
+            uids,
+            is_program,
+        })
     }
 
     /// Returns the process if it is alive and one of our VMMs with this tag.
     pub fn verify(&self, identity: &Identity, tag: &str) -> Result<Option<Process>> {
-        let Some(process) = Process::open(identity)?.filter(Process::is_alive) else { return Ok(None) };
+        let Some(process) = Process::open(identity)?.filter(Process::is_alive) else {
+            return Ok(None);
+        };
         let is_ours = self.runs(identity)
-            && process::arguments(identity.pid).iter().any(|a| a == tag.as_bytes())
+            && process::arguments(identity.pid)
+                .iter()
+                .any(|a| a == tag.as_bytes())
             && process::uid(identity.pid).is_some_and(|uid| self.may_be_ours(uid));
         Ok((is_ours && process.is_alive()).then_some(process))
     }
@@ -60,12 +72,30 @@ impl Processes {
 
     pub fn list(&self, tag_prefix: &str) -> Result<Vec<Tagged>> {
         let found = process::find_by_prefix(tag_prefix)?;
-        let all = found.into_iter().map(|(tag, identity)| Tagged { tag, identity });
-        Ok(all.filter(|vmm| self.verify(&vmm.identity, &vmm.tag).is_ok_and(|process| process.is_some())).collect())
+        let all = found
+            .into_iter()
+            .map(|(tag, identity)| Tagged { tag, identity });
+        Ok(all
+            .filter(|vmm| {
+                self.verify(&vmm.identity, &vmm.tag)
+                    .is_ok_and(|process| process.is_some())
+            })
+            .collect())
     }
 
-    pub fn watch(&self, dir: &Path, consoles: &Arc<Consoles>, identity: &Identity, died: Died) -> Result<()> {
-        let (dir, consoles, notes, whose) = (dir.to_owned(), consoles.clone(), self.notes.clone(), identity.clone());
+    pub fn watch(
+        &self,
+        dir: &Path,
+        consoles: &Arc<Consoles>,
+        identity: &Identity,
+        died: Died,
+    ) -> Result<()> {
+        let (dir, consoles, notes, whose) = (
+            dir.to_owned(),
+            consoles.clone(),
+            self.notes.clone(),
+            identity.clone(),
+        );
         // The watcher calls this on a thread of its own, so it may wait for the console.
         let died = Box::new(move |exit| died(end::of(exit, notes.take(&whose), &consoles, &dir)));
         match Process::open(identity)? {
@@ -79,7 +109,9 @@ impl Processes {
 }
 
 pub fn wait_exit(identity: &Identity, deadline: Instant, cancel: &Cancel) -> Result<bool> {
-    let Some(process) = Process::open(identity)? else { return Ok(true) };
+    let Some(process) = Process::open(identity)? else {
+        return Ok(true);
+    };
     let _blocking = region(Rank::VmmApi);
     match process.wait(deadline, cancel) {
         Err(e) if e.kind() == Kind::Cancelled => Ok(false),
@@ -88,11 +120,16 @@ pub fn wait_exit(identity: &Identity, deadline: Instant, cancel: &Cancel) -> Res
 }
 
 pub fn kill(identity: &Identity, deadline: Instant) -> Result<()> {
-    let Some(process) = Process::open(identity)? else { return Ok(()) };
+    let Some(process) = Process::open(identity)? else {
+        return Ok(());
+    };
     process.signal(Signal::KILL)?;
     let _blocking = region(Rank::VmmApi);
     if process.wait_uncancelled(deadline)? {
         return Ok(());
     }
-    Err(Error::new(Kind::Timeout, format!("kill the VMM: process {} is still running", identity.pid)))
+    Err(Error::new(
+        Kind::Timeout,
+        format!("kill the VMM: process {} is still running", identity.pid),
+    ))
 }

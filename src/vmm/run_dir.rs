@@ -48,36 +48,52 @@ pub fn make(dir: &OwnedFd, files: &[&str], credentials: Option<(u32, u32)>) -> R
 /// Opens the existing `run/`.
 pub fn open(dir: &Path, doing: &str) -> Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY;
-    Ok(OwnedFd::from(open_at(open_dir(dir)?, RUN_DIR, flags, 0).map_err(|e| Error::io(doing, e))?))
+    Ok(OwnedFd::from(
+        open_at(open_dir(dir)?, RUN_DIR, flags, 0).map_err(|e| Error::io(doing, e))?,
+    ))
 }
 
 /// Opens an empty log for the VMM's own output.
 pub fn open_log(dir: &OwnedFd, spec: &VmmSpec) -> Result<File> {
     let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::CREATE | OFlags::TRUNC;
-    open_at(dir, VMM_LOG, flags, 0o600).map_err(|e| Error::io(format!("open {}", spec.dir.join(VMM_LOG).display()), e))
+    open_at(dir, VMM_LOG, flags, 0o600)
+        .map_err(|e| Error::io(format!("open {}", spec.dir.join(VMM_LOG).display()), e))
 }
 
 /// True if the VMM exits soon. A VMM that hangs up is usually about to exit, and then its output is
 /// a better error than the hang-up.
 pub fn is_exiting(process: &Process) -> bool {
-    process.wait_uncancelled(Instant::now() + EXIT_GRACE).unwrap_or(false)
+    process
+        .wait_uncancelled(Instant::now() + EXIT_GRACE)
+        .unwrap_or(false)
 }
 
 /// The error for a VMM that exited during its start, with the last lines of its output.
 pub fn exited_early(program: &str, spec: &VmmSpec, process: &Process) -> Error {
     let exit = process.exit().unwrap_or(Exit::Unknown);
     let said = last_said(&spec.dir).map_or_else(String::new, |said| format!(": {said}"));
-    Error::new(Kind::VmmFailed, format!("start the VMM: {program} ended with {exit}{said}"))
-        .hint(format!("see {}, or run fcctl doctor", spec.dir.join(VMM_LOG).display()))
+    Error::new(
+        Kind::VmmFailed,
+        format!("start the VMM: {program} ended with {exit}{said}"),
+    )
+    .hint(format!(
+        "see {}, or run fcctl doctor",
+        spec.dir.join(VMM_LOG).display()
+    ))
 }
 
 fn last_said(dir: &Path) -> Option<String> {
     let mut file = open_at(open_dir(dir).ok()?, VMM_LOG, OFlags::RDONLY, 0).ok()?;
     let size = file.metadata().ok()?.len();
-    file.seek(SeekFrom::Start(size.saturating_sub(SAID_BYTES_MAX))).ok()?;
+    file.seek(SeekFrom::Start(size.saturating_sub(SAID_BYTES_MAX)))
+        .ok()?;
     let bytes = read_bounded(file, SAID_BYTES_MAX).ok()?;
     let text = String::from_utf8_lossy(&bytes);
-    let lines: Vec<_> = text.lines().map(str::trim).filter(|l| !l.is_empty()).collect();
+    let lines: Vec<_> = text
+        .lines()
+        .map(str::trim)
+        .filter(|l| !l.is_empty())
+        .collect();
     let last = lines[lines.len().saturating_sub(2)..].join("; ");
     (!last.is_empty()).then(|| printable(&last))
 }
@@ -94,7 +110,10 @@ mod tests {
         std::fs::write(temp.path().join("victim"), "x").unwrap();
         std::os::unix::fs::symlink("../victim", temp.path().join("run/x.sock")).unwrap();
         make(&dir, &["x.sock"], None).unwrap();
-        assert_eq!(std::fs::read_dir(temp.path().join("run")).unwrap().count(), 0);
+        assert_eq!(
+            std::fs::read_dir(temp.path().join("run")).unwrap().count(),
+            0
+        );
         assert!(temp.path().join("victim").exists());
         std::fs::remove_dir(temp.path().join("run")).unwrap();
         std::os::unix::fs::symlink("/tmp", temp.path().join("run")).unwrap();

@@ -13,12 +13,21 @@ pub(super) enum Cause {
 impl Cause {
     /// Returns None for causes that do not end the VMM.
     pub fn parse(name: &str) -> Option<Self> {
-        const OF_HOST: [&str; 5] = ["host-error", "host-qmp-quit", "host-qmp-system-reset", "host-signal", "host-ui"];
+        const OF_HOST: [&str; 5] = [
+            "host-error",
+            "host-qmp-quit",
+            "host-qmp-system-reset",
+            "host-signal",
+            "host-ui",
+        ];
         match name {
             "guest-shutdown" => Some(Cause::GuestShutdown),
             "guest-reset" => Some(Cause::GuestReset),
             "guest-panic" => Some(Cause::GuestPanic),
-            _ => OF_HOST.into_iter().find(|known| *known == name).map(Cause::Host),
+            _ => OF_HOST
+                .into_iter()
+                .find(|known| *known == name)
+                .map(Cause::Host),
         }
     }
 

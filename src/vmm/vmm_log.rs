@@ -24,8 +24,11 @@ const TAIL_BYTES_MAX: u64 = 4096;
 pub(super) fn cause(dir: &Path) -> Option<Cause> {
     let mut file = open_at(open_dir(dir).ok()?, VMM_LOG, OFlags::RDONLY, 0).ok()?;
     let size = file.metadata().ok()?.len();
-    file.seek(SeekFrom::Start(size.saturating_sub(TAIL_BYTES_MAX))).ok()?;
-    parse(&String::from_utf8_lossy(&read_bounded(file, TAIL_BYTES_MAX).ok()?))
+    file.seek(SeekFrom::Start(size.saturating_sub(TAIL_BYTES_MAX)))
+        .ok()?;
+    parse(&String::from_utf8_lossy(
+        &read_bounded(file, TAIL_BYTES_MAX).ok()?,
+    ))
 }
 
 /// A power-off and an end from outside are requested, and QEMU traces the request. It does not
@@ -37,11 +40,16 @@ fn parse(text: &str) -> Option<Cause> {
     if text.lines().any(|line| line.contains(SIGNAL)) {
         return Cause::parse("host-signal");
     }
-    let request = text.lines().rev().find_map(|line| line.strip_prefix(REQUEST));
+    let request = text
+        .lines()
+        .rev()
+        .find_map(|line| line.strip_prefix(REQUEST));
     if let Some(reason) = request {
         return Cause::from_number(reason.trim().parse().ok()?);
     }
-    let stops = text.lines().any(|line| line.starts_with(STOPS) && line.trim_end().ends_with("(shutdown)"));
+    let stops = text
+        .lines()
+        .any(|line| line.starts_with(STOPS) && line.trim_end().ends_with("(shutdown)"));
     stops.then_some(Cause::GuestReset)
 }
 
@@ -58,11 +66,23 @@ mod tests {
         let signal = "qemu-system-x86_64: terminating on signal 15 from pid 5081 (timeout)\n";
         for (text, cause) in [
             (format!("{RUNS}{STOPS}"), Some(Cause::GuestReset)),
-            (format!("{RUNS}{signal}{STOPS}"), Some(Cause::Host("host-signal"))),
-            (format!("{RUNS}qemu_system_shutdown_request reason=6\n{STOPS}"), Some(Cause::GuestShutdown)),
-            (format!("{RUNS}qemu_system_shutdown_request reason=2\n{STOPS}"), Some(Cause::Host("host-qmp-quit"))),
+            (
+                format!("{RUNS}{signal}{STOPS}"),
+                Some(Cause::Host("host-signal")),
+            ),
+            (
+                format!("{RUNS}qemu_system_shutdown_request reason=6\n{STOPS}"),
+                Some(Cause::GuestShutdown),
+            ),
+            (
+                format!("{RUNS}qemu_system_shutdown_request reason=2\n{STOPS}"),
+                Some(Cause::Host("host-qmp-quit")),
+            ),
             // The log also shows no cause after a pause, or if the VMM was killed.
-            (format!("{RUNS}vm_state_notify running 0 reason 4 (paused)\n"), None),
+            (
+                format!("{RUNS}vm_state_notify running 0 reason 4 (paused)\n"),
+                None,
+            ),
             (RUNS.to_owned(), None),
             (String::new(), None),
         ] {

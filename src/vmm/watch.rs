@@ -34,7 +34,12 @@ impl Watcher {
     pub fn try_new() -> Result<Self> {
         let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
             .map_err(|e| Error::io("create an eventfd for the process watcher", e))?;
-        Ok(Self { shared: Arc::new(Shared { state: Mutex::new(Rank::Consoles, State::default()), wake }) })
+        Ok(Self {
+            shared: Arc::new(Shared {
+                state: Mutex::new(Rank::Consoles, State::default()),
+                wake,
+            }),
+        })
     }
 
     /// Calls `died` from a thread of its own once the process has exited.
@@ -42,7 +47,9 @@ impl Watcher {
         let mut state = self.shared.state.lock();
         if state.thread.is_none() {
             let shared = self.shared.clone();
-            state.thread = Some(crate::host::thread::spawn("vmm-watch", move || run(&shared))?);
+            state.thread = Some(crate::host::thread::spawn("vmm-watch", move || {
+                run(&shared)
+            })?);
         }
         state.incoming.push((process, died));
         drop(state);
@@ -69,7 +76,11 @@ fn run(shared: &Shared) {
     let mut watched: Vec<(Process, Died)> = Vec::new();
     loop {
         let mut fds = vec![PollFd::new(shared.wake.as_fd(), PollFlags::POLLIN)];
-        fds.extend(watched.iter().map(|(p, _)| PollFd::new(p.fd(), PollFlags::POLLIN)));
+        fds.extend(
+            watched
+                .iter()
+                .map(|(p, _)| PollFd::new(p.fd(), PollFlags::POLLIN)),
+        );
         match poll(&mut fds, PollTimeout::NONE) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(e) => {
@@ -86,14 +97,20 @@ fn run(shared: &Shared) {
             return;
         }
         watched.extend(incoming);
-        let (living, dead): (Vec<_>, Vec<_>) =
-            watched.into_iter().map(|(p, died)| (p.exit(), p, died)).partition(|(exit, ..)| exit.is_none());
+        let (living, dead): (Vec<_>, Vec<_>) = watched
+            .into_iter()
+            .map(|(p, died)| (p.exit(), p, died))
+            .partition(|(exit, ..)| exit.is_none());
         watched = living.into_iter().map(|(_, p, died)| (p, died)).collect();
         for (exit, process, died) in dead {
             // Asked on the thread that reports it, because the answer may take a
             // moment.
             let ask = Box::new(move |exit| {
-                died(if exit == Exit::Unknown { pidfd_info::wait_exit(&process) } else { exit });
+                died(if exit == Exit::Unknown {
+                    pidfd_info::wait_exit(&process)
+                } else {
+                    exit
+                });
             });
             report(exit.unwrap_or(Exit::Unknown), ask);
         }
@@ -126,7 +143,15 @@ mod tests {
 
     fn process(program: &str, args: &[&str]) -> Process {
         let args = args.iter().map(Into::into).collect();
-        spawn(Spawn { program: program.into(), args, env: vec![], cwd: "/".into(), output: None, credentials: None }).unwrap()
+        spawn(Spawn {
+            program: program.into(),
+            args,
+            env: vec![],
+            cwd: "/".into(),
+            output: None,
+            credentials: None,
+        })
+        .unwrap()
     }
 
     #[test]
@@ -140,13 +165,27 @@ mod tests {
             ("false", process("/bin/false", &[])),
         ] {
             let sender = sender.clone();
-            watcher.add(p, Box::new(move |how| sender.send((name, how.to_string())).unwrap())).unwrap();
+            watcher
+                .add(
+                    p,
+                    Box::new(move |how| sender.send((name, how.to_string())).unwrap()),
+                )
+                .unwrap();
         }
         let next = || exits.recv_timeout(Duration::from_secs(10)).unwrap();
         let mut first = [next(), next()];
         first.sort();
-        assert_eq!(first, [("false", "exit status 1".to_owned()), ("true", "exit status 0".to_owned())]);
-        assert_eq!(exits.recv_timeout(Duration::from_millis(20)), Err(RecvTimeoutError::Timeout));
+        assert_eq!(
+            first,
+            [
+                ("false", "exit status 1".to_owned()),
+                ("true", "exit status 0".to_owned())
+            ]
+        );
+        assert_eq!(
+            exits.recv_timeout(Duration::from_millis(20)),
+            Err(RecvTimeoutError::Timeout)
+        );
         sleeper.signal(rustix::process::Signal::KILL).unwrap();
         assert_eq!(next(), ("sleep", "signal 9 (SIGKILL)".to_owned()));
     }
@@ -157,12 +196,25 @@ mod tests {
         let (sender, exits) = channel();
         let sleeper = process("/bin/sleep", &["1000"]);
         let same = Process::open(sleeper.identity()).unwrap().unwrap();
-        watcher.add(same, Box::new(move |how| sender.send(how.to_string()).unwrap())).unwrap();
+        watcher
+            .add(
+                same,
+                Box::new(move |how| sender.send(how.to_string()).unwrap()),
+            )
+            .unwrap();
         drop(watcher);
         sleeper.signal(rustix::process::Signal::KILL).unwrap();
-        assert_eq!(exits.recv_timeout(Duration::from_secs(10)), Err(RecvTimeoutError::Disconnected));
+        assert_eq!(
+            exits.recv_timeout(Duration::from_secs(10)),
+            Err(RecvTimeoutError::Disconnected)
+        );
         assert!(
-            sleeper.wait(std::time::Instant::now() + Duration::from_secs(10), &crate::locks::Cancel::try_new().unwrap()).unwrap()
+            sleeper
+                .wait(
+                    std::time::Instant::now() + Duration::from_secs(10),
+                    &crate::locks::Cancel::try_new().unwrap()
+                )
+                .unwrap()
         );
     }
 }

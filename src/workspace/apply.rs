@@ -35,7 +35,8 @@ const ASK_DEADLINE: Duration = Duration::from_secs(30);
 const LIST_BYTES_MAX: usize = 1024 * 1024 * 1024;
 /// Maximum number of reasons that an error quotes.
 const NAMED_MAX: usize = 5;
-const UNCHANGED: &str = "nothing was changed; move or commit your files, then run the command again";
+const UNCHANGED: &str =
+    "nothing was changed; move or commit your files, then run the command again";
 /// How much of the patch is searched for the first object name.
 const PROBE_BYTES_MAX: u64 = 64 * 1024 * 1024;
 /// Disables every conversion, whatever the tree's own attributes say. The guest's private
@@ -65,13 +66,19 @@ pub struct Checked {
 /// there is none.
 pub fn top_of(dir: &Path) -> Result<PathBuf> {
     let real = std::fs::canonicalize(dir).map_err(|e| match e.kind() {
-        std::io::ErrorKind::NotFound => Error::new(Kind::PathNotFound, format!("{} does not exist", dir.display()))
-            .hint("pass the directory of the repository"),
+        std::io::ErrorKind::NotFound => Error::new(
+            Kind::PathNotFound,
+            format!("{} does not exist", dir.display()),
+        )
+        .hint("pass the directory of the repository"),
         _ => Error::io(format!("inspect {}", dir.display()), e),
     })?;
     if !real.is_dir() {
-        return Err(Error::new(Kind::PathNotFound, format!("{} is not a directory", dir.display()))
-            .hint("pass the directory of the repository"));
+        return Err(Error::new(
+            Kind::PathNotFound,
+            format!("{} is not a directory", dir.display()),
+        )
+        .hint("pass the directory of the repository"));
     }
     Ok(find_top(&real)?.unwrap_or(real))
 }
@@ -84,10 +91,22 @@ pub fn check(top: &Path, patch: &Path, env: &CallerEnv, cancel: &Cancel) -> Resu
     let patch = std::fs::canonicalize(patch).map_err(|e| Error::io(doing(), e))?;
     let file = File::open(&patch).map_err(|e| Error::io(doing(), e))?;
     let is_empty = file.metadata().map_err(|e| Error::io(doing(), e))?.len() == 0;
-    let format = if is_sha256(file).map_err(|e| Error::io(doing(), e))? { "sha256" } else { "sha1" };
-    let scratch =
-        tempfile::Builder::new().prefix("fcctl-apply-").tempdir().map_err(|e| Error::io("create a temporary directory", e))?;
-    let mut checked = Checked { scratch, top: top.to_owned(), patch, env: env.clone(), changes: Vec::new() };
+    let format = if is_sha256(file).map_err(|e| Error::io(doing(), e))? {
+        "sha256"
+    } else {
+        "sha1"
+    };
+    let scratch = tempfile::Builder::new()
+        .prefix("fcctl-apply-")
+        .tempdir()
+        .map_err(|e| Error::io("create a temporary directory", e))?;
+    let mut checked = Checked {
+        scratch,
+        top: top.to_owned(),
+        patch,
+        env: env.clone(),
+        changes: Vec::new(),
+    };
     if !is_empty {
         checked.make_repository(format, cancel)?;
         let (output, list) = checked.apply(&["--check", "--numstat", "-z"], cancel)?;
@@ -111,9 +130,10 @@ impl Checked {
         let (output, _) = self.apply(&[], &cancel)?;
         if output.status != 0 {
             let e = self.refusal(&output);
-            return Err(
-                e.hint(format!("the tree has changed since the check; inspect it with: git -C {} status", shown(&self.top)))
-            );
+            return Err(e.hint(format!(
+                "the tree has changed since the check; inspect it with: git -C {} status",
+                shown(&self.top)
+            )));
         }
         Ok(self.changes)
     }
@@ -137,7 +157,11 @@ impl Checked {
 
     fn make_repository(&self, format: &str, cancel: &Cancel) -> Result<()> {
         let scratch = self.scratch.path();
-        let init = self.git().args(["init", "-q", "--bare", "--template="]).arg(format!("--object-format={format}")).arg(scratch);
+        let init = self
+            .git()
+            .args(["init", "-q", "--bare", "--template="])
+            .arg(format!("--object-format={format}"))
+            .arg(scratch);
         let output = run_piped(&init, cancel, &mut |_| Ok(()))?;
         if output.status != 0 {
             return Err(self.refusal(&output));
@@ -155,14 +179,24 @@ impl Checked {
             .arg(self.scratch.path())
             .arg("--work-tree")
             .arg(&self.top)
-            .args(["-c", "core.bare=false", "-c", "core.autocrlf=false", "-c", "core.attributesFile=/dev/null"])
+            .args([
+                "-c",
+                "core.bare=false",
+                "-c",
+                "core.autocrlf=false",
+                "-c",
+                "core.attributesFile=/dev/null",
+            ])
             .args(["apply", "--whitespace=nowarn"])
             .args(options)
             .arg(&self.patch);
         let mut list = Vec::new();
         let output = run_piped(&command, cancel, &mut |piece| {
             if list.len() + piece.len() > LIST_BYTES_MAX {
-                return Err(Error::new(Kind::InvalidTree, "the patch has too many files"));
+                return Err(Error::new(
+                    Kind::InvalidTree,
+                    "the patch has too many files",
+                ));
             }
             list.extend_from_slice(piece);
             Ok(())
@@ -178,18 +212,27 @@ impl Checked {
         let mut looked_at = HashSet::new();
         for change in &self.changes {
             if let Some(cause) = cancel.cause() {
-                return Err(Error::new(Kind::Cancelled, format!("apply the patch: cancelled: {cause}")));
+                return Err(Error::new(
+                    Kind::Cancelled,
+                    format!("apply the patch: cancelled: {cause}"),
+                ));
             }
             for (at, _) in change.path.iter().enumerate().filter(|(_, b)| **b == b'/') {
                 let above = &change.path[..at];
                 // If the patch changes a path and also has files below it, the patch removes the
                 // file at that path.
-                if looked_at.insert(above) && !touched.contains(above) && self.is(above, |m| !m.is_dir()) {
+                if looked_at.insert(above)
+                    && !touched.contains(above)
+                    && self.is(above, |m| !m.is_dir())
+                {
                     return Err(self.conflict(above, "is a file here and a directory in the patch"));
                 }
             }
             if self.is(&change.path, |m| m.is_dir()) && self.stays(&change.path, &touched)? {
-                return Err(self.conflict(&change.path, "is a directory here, with content that the patch does not remove"));
+                return Err(self.conflict(
+                    &change.path,
+                    "is a directory here, with content that the patch does not remove",
+                ));
             }
             self.look_at_rights(&change.path)?;
         }
@@ -197,7 +240,10 @@ impl Checked {
     }
 
     fn is(&self, path: &[u8], what: impl Fn(&std::fs::Metadata) -> bool) -> bool {
-        self.top.join(OsStr::from_bytes(path)).symlink_metadata().is_ok_and(|m| what(&m))
+        self.top
+            .join(OsStr::from_bytes(path))
+            .symlink_metadata()
+            .is_ok_and(|m| what(&m))
     }
 
     /// True if a directory remains after the `touched` files in it are gone. git removes
@@ -206,7 +252,8 @@ impl Checked {
         let mut pending = vec![dir.to_vec()];
         while let Some(at) = pending.pop() {
             let doing = || format!("read directory {}", encode(&at));
-            let items = std::fs::read_dir(self.top.join(OsStr::from_bytes(&at))).map_err(|e| Error::io(doing(), e))?;
+            let items = std::fs::read_dir(self.top.join(OsStr::from_bytes(&at)))
+                .map_err(|e| Error::io(doing(), e))?;
             let mut is_empty = true;
             for item in items {
                 let item = item.map_err(|e| Error::io(doing(), e))?;
@@ -230,29 +277,57 @@ impl Checked {
     fn look_at_rights(&self, path: &[u8]) -> Result<()> {
         use rustix::fs::{Access, AtFlags, CWD, accessat};
         let full = self.top.join(OsStr::from_bytes(path));
-        let closest = full.ancestors().skip(1).find(|a| a.is_dir()).unwrap_or(&self.top);
-        match accessat(CWD, closest, Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS) {
+        let closest = full
+            .ancestors()
+            .skip(1)
+            .find(|a| a.is_dir())
+            .unwrap_or(&self.top);
+        match accessat(
+            CWD,
+            closest,
+            Access::WRITE_OK | Access::EXEC_OK,
+            AtFlags::EACCESS,
+        ) {
             Ok(()) => Ok(()),
-            Err(e) => Err(Error::io(format!("write to {} in {}", encode(path), closest.display()), e)
-                .hint("nothing was changed; you need write permission for that directory")),
+            Err(e) => Err(Error::io(
+                format!("write to {} in {}", encode(path), closest.display()),
+                e,
+            )
+            .hint("nothing was changed; you need write permission for that directory")),
         }
     }
 
     fn conflict(&self, path: &[u8], why: &str) -> Error {
-        Error::new(Kind::Conflict, format!("apply the patch to {}: {} {why}", self.top.display(), encode(path))).hint(UNCHANGED)
+        Error::new(
+            Kind::Conflict,
+            format!(
+                "apply the patch to {}: {} {why}",
+                self.top.display(),
+                encode(path)
+            ),
+        )
+        .hint(UNCHANGED)
     }
 
     /// Builds the error from git's first few reasons, on one line.
     fn refusal(&self, output: &Output) -> Error {
         let stderr = String::from_utf8_lossy(&output.stderr);
-        let said = stderr.lines().filter_map(|l| l.strip_prefix("error: ").or_else(|| l.strip_prefix("fatal: ")));
+        let said = stderr.lines().filter_map(|l| {
+            l.strip_prefix("error: ")
+                .or_else(|| l.strip_prefix("fatal: "))
+        });
         // git reports each failure twice: first where the first hunk fails, then that the file does
         // not apply. Skip the first.
-        let said: Vec<String> = said.filter(|l| !git_texts::is_hunk(l)).map(|l| l.escape_debug().to_string()).collect();
+        let said: Vec<String> = said
+            .filter(|l| !git_texts::is_hunk(l))
+            .map(|l| l.escape_debug().to_string())
+            .collect();
         let doing = format!("apply the patch to {}", self.top.display());
         if git_texts::is_disk_full(&stderr) {
-            return Error::new(Kind::DiskFull, format!("{doing}: the disk is full"))
-                .hint(format!("inspect what was written with: git -C {} status", shown(&self.top)));
+            return Error::new(Kind::DiskFull, format!("{doing}: the disk is full")).hint(format!(
+                "inspect what was written with: git -C {} status",
+                shown(&self.top)
+            ));
         }
         let more = match said.len().saturating_sub(NAMED_MAX) {
             0 => String::new(),
@@ -272,7 +347,12 @@ fn shown(path: &Path) -> String {
 
 /// Parses records `<added> TAB <removed> TAB <path> NUL`. A binary file has two dashes.
 fn parse_changes(list: &[u8]) -> Result<Vec<Change>> {
-    let bad = || Error::new(Kind::CommandFailed, "git: unexpected form of its list of changed files");
+    let bad = || {
+        Error::new(
+            Kind::CommandFailed,
+            "git: unexpected form of its list of changed files",
+        )
+    };
     let mut out = Vec::new();
     for record in list.split(|b| *b == 0).filter(|r| !r.is_empty()) {
         let mut fields = record.splitn(3, |b| *b == b'\t');
@@ -284,7 +364,11 @@ fn parse_changes(list: &[u8]) -> Result<Vec<Change>> {
         };
         let (added, removed) = (number()?, number()?);
         let path = fields.next().ok_or_else(bad)?.to_vec();
-        out.push(Change { path, added, removed });
+        out.push(Change {
+            path,
+            added,
+            removed,
+        });
     }
     Ok(out)
 }
@@ -308,7 +392,13 @@ fn is_sha256(patch: impl Read) -> std::io::Result<bool> {
 /// Builds the shell command that applies a patch file to `top` from `cwd` without a repository. It
 /// disables each conversion that the caller has configured for all repositories. Returns `None` if
 /// only fcctl can apply the patch.
-pub fn by_hand(top: &Path, cwd: &Path, patch: &Path, env: &CallerEnv, cancel: &Cancel) -> Option<String> {
+pub fn by_hand(
+    top: &Path,
+    cwd: &Path,
+    patch: &Path,
+    env: &CallerEnv,
+    cancel: &Cancel,
+) -> Option<String> {
     if File::open(patch).and_then(is_sha256).ok()? {
         return None;
     }
@@ -339,7 +429,11 @@ pub fn by_hand(top: &Path, cwd: &Path, patch: &Path, env: &CallerEnv, cancel: &C
         words.push("--no-ignore-whitespace".to_owned());
     }
     // git changes to `top` before it opens the file.
-    let patch = if is_here { patch.to_owned() } else { std::path::absolute(patch).ok()? };
+    let patch = if is_here {
+        patch.to_owned()
+    } else {
+        std::path::absolute(patch).ok()?
+    };
     words.push(shown(&patch));
     Some(words.join(" "))
 }
@@ -351,7 +445,14 @@ fn settings(env: &CallerEnv, cancel: &Cancel) -> Option<Vec<String>> {
     for (key, value) in env.for_config() {
         c = c.env(key, value);
     }
-    let c = c.args(["--git-dir=", "config", "--null", "--name-only", "--get-regexp", keys]);
+    let c = c.args([
+        "--git-dir=",
+        "config",
+        "--null",
+        "--name-only",
+        "--get-regexp",
+        keys,
+    ]);
     let mut list = Vec::new();
     let output = run_piped(&c, cancel, &mut |piece| {
         list.extend_from_slice(piece);
@@ -361,5 +462,9 @@ fn settings(env: &CallerEnv, cancel: &Cancel) -> Option<Vec<String>> {
     if !matches!(output.ok()?.status, 0 | 1) {
         return None;
     }
-    Some(list.split(|b| *b == 0).map(|k| String::from_utf8_lossy(k).into_owned()).collect())
+    Some(
+        list.split(|b| *b == 0)
+            .map(|k| String::from_utf8_lossy(k).into_owned())
+            .collect(),
+    )
 }

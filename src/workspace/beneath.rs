@@ -8,7 +8,9 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-const RESOLVE: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
+const RESOLVE: ResolveFlags = ResolveFlags::BENEATH
+    .union(ResolveFlags::NO_SYMLINKS)
+    .union(ResolveFlags::NO_MAGICLINKS);
 /// How often to retry openat2(2), which fails with EAGAIN if something is renamed during the
 /// lookup.
 const TRIES: usize = 64;
@@ -33,7 +35,11 @@ impl Beneath {
     /// Opens the directory at the relative `path`. An empty path is the root itself.
     pub fn open_dir(&self, path: &[u8]) -> io::Result<OwnedFd> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-        let path = if path.is_empty() { b".".as_slice() } else { path };
+        let path = if path.is_empty() {
+            b".".as_slice()
+        } else {
+            path
+        };
         self.openat2(path, flags)
     }
 
@@ -49,7 +55,9 @@ impl Beneath {
 
     /// Returns the open directory that contains `path`, and the last component.
     pub fn parent<'p>(&mut self, path: &'p [u8]) -> io::Result<(BorrowedFd<'_>, &'p [u8])> {
-        let Some(slash) = path.iter().rposition(|b| *b == b'/') else { return Ok((self.root.as_fd(), path)) };
+        let Some(slash) = path.iter().rposition(|b| *b == b'/') else {
+            return Ok((self.root.as_fd(), path));
+        };
         let (dir, name) = (&path[..slash], &path[slash + 1..]);
         if self.cached.as_ref().is_none_or(|(known, _)| known != dir) {
             self.cached = Some((dir.to_vec(), self.open_dir(dir)?));
@@ -67,9 +75,15 @@ impl Beneath {
     /// Opens a file for reading. It follows no link and does not wait for a FIFO's writer, so the
     /// caller must check the type of what was opened.
     pub fn open_file(&mut self, path: &[u8]) -> io::Result<File> {
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+        let flags =
+            OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
         let (dir, name) = self.parent(path)?;
-        Ok(File::from(rustix::fs::openat(dir, name, flags, Mode::empty())?))
+        Ok(File::from(rustix::fs::openat(
+            dir,
+            name,
+            flags,
+            Mode::empty(),
+        )?))
     }
 
     pub fn read_link(&mut self, path: &[u8]) -> io::Result<Vec<u8>> {
@@ -90,5 +104,8 @@ impl Beneath {
 
 /// True if nothing exists at the path, or only beyond a link or a file.
 pub(super) fn is_absent(e: &io::Error) -> bool {
-    matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR | libc::ELOOP))
+    matches!(
+        e.raw_os_error(),
+        Some(libc::ENOENT | libc::ENOTDIR | libc::ELOOP)
+    )
 }

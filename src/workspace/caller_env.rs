@@ -32,14 +32,22 @@ impl CallerEnv {
                 b"HOME" => env.home = Some(value.into()),
                 b"XDG_CONFIG_HOME" if !value.is_empty() => env.config_home = Some(value.into()),
                 b"SUDO_UID" => env.sudo_uid = Some(value),
-                b"GIT_CONFIG_GLOBAL" | b"GIT_CONFIG_SYSTEM" | b"GIT_CONFIG_NOSYSTEM" => env.git.push((key, value)),
+                b"GIT_CONFIG_GLOBAL" | b"GIT_CONFIG_SYSTEM" | b"GIT_CONFIG_NOSYSTEM" => {
+                    env.git.push((key, value))
+                }
                 // CI systems set safe.directory with GIT_CONFIG_COUNT, GIT_CONFIG_KEY_0 and
                 // GIT_CONFIG_VALUE_0.
                 b"GIT_CONFIG_COUNT" => env.git.push((key, value)),
-                name if name.starts_with(b"GIT_CONFIG_KEY_") || name.starts_with(b"GIT_CONFIG_VALUE_") => {
+                name if name.starts_with(b"GIT_CONFIG_KEY_")
+                    || name.starts_with(b"GIT_CONFIG_VALUE_") =>
+                {
                     env.git.push((key, value));
                 }
-                b"EMAIL" | b"GIT_AUTHOR_NAME" | b"GIT_AUTHOR_EMAIL" | b"GIT_COMMITTER_NAME" | b"GIT_COMMITTER_EMAIL" => {
+                b"EMAIL"
+                | b"GIT_AUTHOR_NAME"
+                | b"GIT_AUTHOR_EMAIL"
+                | b"GIT_COMMITTER_NAME"
+                | b"GIT_COMMITTER_EMAIL" => {
                     env.identity.insert(key, value);
                 }
                 _ => {}
@@ -50,7 +58,9 @@ impl CallerEnv {
 
     pub(super) fn for_config(&self) -> Vec<(OsString, OsString)> {
         let mut out = self.git.clone();
-        let mut add = |key: &str, value: Option<OsString>| out.extend(value.map(|v| (OsString::from(key), v)));
+        let mut add = |key: &str, value: Option<OsString>| {
+            out.extend(value.map(|v| (OsString::from(key), v)))
+        };
         add("PATH", self.path.clone());
         add("HOME", self.home.clone().map(Into::into));
         add("XDG_CONFIG_HOME", self.config_home.clone().map(Into::into));
@@ -78,7 +88,10 @@ impl CallerEnv {
     }
 
     fn default_file(&self, name: &str) -> Option<PathBuf> {
-        let base = self.config_home.clone().or_else(|| Some(self.home.as_ref()?.join(".config")))?;
+        let base = self
+            .config_home
+            .clone()
+            .or_else(|| Some(self.home.as_ref()?.join(".config")))?;
         Some(base.join(name)).filter(|p| p.is_file())
     }
 }

@@ -96,7 +96,10 @@ mod tests {
         let many = vec![vec![b'\n'; 300]; 2000];
         assert_eq!(encode_all(&many).unwrap_err().kind(), Kind::Exhausted);
         let some = encode_some(many.iter());
-        assert_eq!(*some.last().unwrap(), format!("... and {} more", 2000 - (some.len() - 1)));
+        assert_eq!(
+            *some.last().unwrap(),
+            format!("... and {} more", 2000 - (some.len() - 1))
+        );
         assert_eq!(encode_some(many[..3].iter()).len(), 3);
     }
 }

@@ -53,7 +53,11 @@ pub(super) struct Head {
 /// Finds the top of the repository that contains `path`: the closest ancestor with a `.git`, on the
 /// same file system.
 pub(super) fn find_top(path: &Path) -> Result<Option<PathBuf>> {
-    let device = |p: &Path| std::fs::metadata(p).map(|m| m.dev()).map_err(|e| Error::io(format!("inspect {}", p.display()), e));
+    let device = |p: &Path| {
+        std::fs::metadata(p)
+            .map(|m| m.dev())
+            .map_err(|e| Error::io(format!("inspect {}", p.display()), e))
+    };
     let first = device(path)?;
     for dir in path.ancestors() {
         if device(dir)? != first {
@@ -62,7 +66,12 @@ pub(super) fn find_top(path: &Path) -> Result<Option<PathBuf>> {
         match std::fs::symlink_metadata(dir.join(".git")) {
             Ok(_) => return Ok(Some(dir.to_owned())),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-            Err(e) => return Err(Error::io(format!("inspect {}", dir.join(".git").display()), e)),
+            Err(e) => {
+                return Err(Error::io(
+                    format!("inspect {}", dir.join(".git").display()),
+                    e,
+                ));
+            }
         }
     }
     Ok(None)
@@ -90,28 +99,52 @@ impl Git {
 
     /// The text of the caller's attributes file.
     pub fn global_attributes(&self, config: &Config) -> Vec<u8> {
-        let file = self.attributes_path(config).and_then(|path| std::fs::File::open(path).ok());
-        file.and_then(|f| crate::host::command::read_bounded(f, RULES_BYTES_MAX).ok()).unwrap_or_default()
+        let file = self
+            .attributes_path(config)
+            .and_then(|path| std::fs::File::open(path).ok());
+        file.and_then(|f| crate::host::command::read_bounded(f, RULES_BYTES_MAX).ok())
+            .unwrap_or_default()
     }
 
     pub fn head(&self) -> Result<Head> {
-        let (status, name) = self.commands.ask_status(&self.commands.command(&["symbolic-ref", "-q", "HEAD"]), &[0, 1])?;
+        let (status, name) = self.commands.ask_status(
+            &self.commands.command(&["symbolic-ref", "-q", "HEAD"]),
+            &[0, 1],
+        )?;
         let branch = (status == 0).then(|| name.trim_ascii_end().to_vec());
-        let (status, _) = self.commands.ask_status(&self.commands.command(&["rev-parse", "-q", "--verify", "HEAD"]), &[0, 1])?;
+        let (status, _) = self.commands.ask_status(
+            &self
+                .commands
+                .command(&["rev-parse", "-q", "--verify", "HEAD"]),
+            &[0, 1],
+        )?;
         if status == 1 {
             if branch.is_none() {
-                return Err(self.commands.refused(Error::new(Kind::InvalidTree, "its HEAD does not name a commit")));
+                return Err(self.commands.refused(Error::new(
+                    Kind::InvalidTree,
+                    "its HEAD does not name a commit",
+                )));
             }
             return Ok(Head { branch, oid: None });
         }
-        let oid = self.commands.text(&["rev-parse", "-q", "--verify", "HEAD^{commit}"]).map_err(|e| self.commands.refused(e))?;
-        Ok(Head { branch, oid: Some(oid) })
+        let oid = self
+            .commands
+            .text(&["rev-parse", "-q", "--verify", "HEAD^{commit}"])
+            .map_err(|e| self.commands.refused(e))?;
+        Ok(Head {
+            branch,
+            oid: Some(oid),
+        })
     }
 
     /// Names the operations in progress, such as a merge. Their state is not sent.
     pub fn operations_in_progress(&self) -> Vec<&'static str> {
         let is_there = |name: &str| self.layout.git_dir.join(name).symlink_metadata().is_ok();
-        IN_PROGRESS.iter().filter(|(file, _)| is_there(file)).map(|(_, what)| *what).collect()
+        IN_PROGRESS
+            .iter()
+            .filter(|(file, _)| is_there(file))
+            .map(|(_, what)| *what)
+            .collect()
     }
 
     /// Returns `sha1` or `sha256`.
@@ -131,7 +164,12 @@ impl Git {
     /// Lists tracked paths, including deleted ones, and untracked paths that are not ignored. A
     /// nested repository ends with a slash. Sorted, without duplicates.
     pub fn listed(&self) -> Result<Vec<Vec<u8>>> {
-        let mut paths = parse::paths(&self.commands.ask(&["ls-files", "-z", "-co", "--exclude-standard"])?);
+        let mut paths =
+            parse::paths(
+                &self
+                    .commands
+                    .ask(&["ls-files", "-z", "-co", "--exclude-standard"])?,
+            );
         paths.sort_unstable();
         paths.dedup();
         Ok(paths)
@@ -144,10 +182,29 @@ impl Git {
             "sha256" => "6ef19b41225c5369f1c104d45d8d85efa9b057b53b14b4b9b939dd74decc5321",
             _ => "4b825dc642cb6eb9a060e54bf8d69288fbee4904",
         };
-        let ita = if visible { "--ita-visible-in-index" } else { "--ita-invisible-in-index" };
+        let ita = if visible {
+            "--ita-visible-in-index"
+        } else {
+            "--ita-invisible-in-index"
+        };
         let tree = head.oid.as_deref().unwrap_or(empty);
-        let args = ["diff-index", "--cached", "--raw", "-z", "--no-renames", "--no-abbrev", "--no-ext-diff", ita, tree];
-        parse::raw_diff(&self.commands.ask(&args).map_err(|e| self.commands.refused(e))?)
+        let args = [
+            "diff-index",
+            "--cached",
+            "--raw",
+            "-z",
+            "--no-renames",
+            "--no-abbrev",
+            "--no-ext-diff",
+            ita,
+            tree,
+        ];
+        parse::raw_diff(
+            &self
+                .commands
+                .ask(&args)
+                .map_err(|e| self.commands.refused(e))?,
+        )
     }
 
     /// Returns the ignore rules that are not in the tree, and a warning if some are not sent. The
@@ -160,9 +217,13 @@ impl Git {
             // is not sent.
             let foreign = matches!(&config.excludes_file, Some((_, true)));
             if foreign {
-                note = Some(format!("ignore rules of {} were applied here but are not sent", file.display()));
+                note = Some(format!(
+                    "ignore rules of {} were applied here but are not sent",
+                    file.display()
+                ));
             } else if let Ok(file) = std::fs::File::open(file) {
-                rules = crate::host::command::read_bounded(file, RULES_BYTES_MAX).unwrap_or_default();
+                rules =
+                    crate::host::command::read_bounded(file, RULES_BYTES_MAX).unwrap_or_default();
                 rules.push(b'\n');
             }
         }
@@ -177,7 +238,11 @@ impl Git {
 
     /// Reads the sparse-checkout patterns. Each work tree has its own.
     pub fn sparse_patterns(&self) -> Result<Vec<u8>> {
-        read_own(&self.layout.git_dir, "info/sparse-checkout", RULES_BYTES_MAX)
+        read_own(
+            &self.layout.git_dir,
+            "info/sparse-checkout",
+            RULES_BYTES_MAX,
+        )
     }
 
     /// Reads up to `bytes_max` bytes of a file in the repository. Returns nothing if it is missing
@@ -190,7 +255,8 @@ impl Git {
 fn read_own(dir: &Path, name: &str, bytes_max: u64) -> Result<Vec<u8>> {
     match Beneath::open(dir).and_then(|mut dir| dir.open_file(name.as_bytes())) {
         Ok(file) if file.metadata().is_ok_and(|m| m.is_file()) => {
-            crate::host::command::read_bounded(file, bytes_max).map_err(|e| Error::io(format!("read {name}"), e))
+            crate::host::command::read_bounded(file, bytes_max)
+                .map_err(|e| Error::io(format!("read {name}"), e))
         }
         _ => Ok(Vec::new()),
     }

@@ -20,7 +20,9 @@ pub fn is_dubious_ownership(said: &str) -> bool {
 
 /// The directory that git could not read, as git names it.
 pub fn unreadable_dir(stderr: &str) -> Option<&str> {
-    stderr.lines().find_map(|line| line.strip_prefix(UNREADABLE_DIR))
+    stderr
+        .lines()
+        .find_map(|line| line.strip_prefix(UNREADABLE_DIR))
 }
 
 pub fn is_disk_full(stderr: &str) -> bool {

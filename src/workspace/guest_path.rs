@@ -12,8 +12,10 @@ const RESERVED: &[&str] = &[".git", ".ssh"];
 const NAME_BYTES_MAX: usize = 64;
 
 fn refuse(path: &str, why: &str) -> Error {
-    Error::new(Kind::InvalidGuestPath, format!("guest path {path:?} {why}"))
-        .hint(format!("give an absolute path below one of {}, such as /root/project", ROOTS.join(", ")))
+    Error::new(Kind::InvalidGuestPath, format!("guest path {path:?} {why}")).hint(format!(
+        "give an absolute path below one of {}, such as /root/project",
+        ROOTS.join(", ")
+    ))
 }
 
 /// Checks a path from the caller and removes a trailing slash. Returns `invalid_guest_path` if it
@@ -21,13 +23,20 @@ fn refuse(path: &str, why: &str) -> Error {
 pub fn validate(path: &str) -> Result<String> {
     let trimmed = path.trim_end_matches('/');
     if path.len() > GUEST_PATH_BYTES_MAX {
-        return Err(refuse(path, &format!("is longer than {GUEST_PATH_BYTES_MAX} bytes")));
+        return Err(refuse(
+            path,
+            &format!("is longer than {GUEST_PATH_BYTES_MAX} bytes"),
+        ));
     }
     if !trimmed.starts_with('/') {
         return Err(refuse(path, "is not absolute"));
     }
     check_components(&trimmed[1..]).map_err(|why| refuse(path, &why))?;
-    let inside = |root: &&str| trimmed.strip_prefix(*root).is_some_and(|rest| rest.starts_with('/'));
+    let inside = |root: &&str| {
+        trimmed
+            .strip_prefix(*root)
+            .is_some_and(|rest| rest.starts_with('/'))
+    };
     if !ROOTS.iter().any(inside) && trimmed != "/workspace" {
         return Err(refuse(path, "is not where a workspace may be"));
     }
@@ -41,7 +50,10 @@ pub fn validate_subdir(subdir: &str) -> Result<()> {
         return Ok(());
     }
     if subdir.len() > super::PATH_BYTES_MAX {
-        return Err(Error::invalid(format!("subdirectory is longer than {} bytes", super::PATH_BYTES_MAX)));
+        return Err(Error::invalid(format!(
+            "subdirectory is longer than {} bytes",
+            super::PATH_BYTES_MAX
+        )));
     }
     check_components(subdir).map_err(|why| Error::invalid(format!("subdirectory {subdir:?} {why}")))
 }
@@ -54,7 +66,9 @@ fn check_components(path: &str) -> Result<(), String> {
         match part {
             "" => return Err("has an empty component".into()),
             "." | ".." => return Err(format!("has a component {part:?}")),
-            _ if RESERVED.iter().any(|r| part.eq_ignore_ascii_case(r)) => return Err(format!("has a component {part:?}")),
+            _ if RESERVED.iter().any(|r| part.eq_ignore_ascii_case(r)) => {
+                return Err(format!("has a component {part:?}"));
+            }
             _ if part.len() > 255 => return Err("has a component longer than 255 bytes".into()),
             _ => {}
         }
@@ -70,11 +84,21 @@ pub fn default_for(name: &str) -> String {
 /// Turns a name into a component that [`validate`] accepts: ASCII letters, digits, `.`, `_` and
 /// `-`, at most 64 bytes.
 pub fn sanitise(name: &[u8]) -> String {
-    let plain = |b: &u8| if b.is_ascii_alphanumeric() || b"._-".contains(b) { *b as char } else { '-' };
+    let plain = |b: &u8| {
+        if b.is_ascii_alphanumeric() || b"._-".contains(b) {
+            *b as char
+        } else {
+            '-'
+        }
+    };
     let text: String = name.iter().map(plain).collect();
     let text = text.trim_start_matches(['.', '-']);
     let text = &text[..text.len().min(NAME_BYTES_MAX)];
-    if text.is_empty() { "workspace".into() } else { text.into() }
+    if text.is_empty() {
+        "workspace".into()
+    } else {
+        text.into()
+    }
 }
 
 #[cfg(test)]
@@ -128,7 +152,17 @@ mod tests {
 
     #[test]
     fn default_path_of_any_name_is_valid() {
-        for name in ["fcd", "", ".git", "-rf", "a b\n", "...", "é", &"y".repeat(300), ".ssh"] {
+        for name in [
+            "fcd",
+            "",
+            ".git",
+            "-rf",
+            "a b\n",
+            "...",
+            "é",
+            &"y".repeat(300),
+            ".ssh",
+        ] {
             validate(&default_for(name)).unwrap();
         }
         assert_eq!(default_for("My Repo"), "/root/My-Repo");

@@ -47,8 +47,11 @@ fn encoded<S: serde::Serializer>(path: &[u8], to: S) -> Result<S::Ok, S::Error> 
 }
 
 fn unknown() -> Error {
-    Error::new(Kind::GuestCommandFailed, format!("{DOING}: the guest's answer has an unknown form"))
-        .hint("a login script in the guest may print text; check with: fcctl exec {vm} -- true")
+    Error::new(
+        Kind::GuestCommandFailed,
+        format!("{DOING}: the guest's answer has an unknown form"),
+    )
+    .hint("a login script in the guest may print text; check with: fcctl exec {vm} -- true")
 }
 
 /// Reads the list at the beginning of an export's payload. The patch or the tree follows it.
@@ -56,14 +59,18 @@ pub fn read(from: &mut dyn Read) -> Result<LeftBehind> {
     let mut line = Vec::new();
     loop {
         let mut byte = [0];
-        from.read_exact(&mut byte).map_err(|e| stream_error(DOING, e))?;
+        from.read_exact(&mut byte)
+            .map_err(|e| stream_error(DOING, e))?;
         match byte {
             [b'\n'] => break,
             _ if line.len() == LINE_BYTES_MAX => return Err(unknown()),
             [byte] => line.push(byte),
         }
     }
-    let numbers = std::str::from_utf8(&line).ok().and_then(|l| l.strip_prefix("fcd-export 1 ")).ok_or_else(unknown)?;
+    let numbers = std::str::from_utf8(&line)
+        .ok()
+        .and_then(|l| l.strip_prefix("fcd-export 1 "))
+        .ok_or_else(unknown)?;
     let (total, bytes) = numbers.split_once(' ').ok_or_else(unknown)?;
     let number = |text: &str| text.parse::<u64>().map_err(|_| unknown());
     let (total, bytes) = (number(total)?, number(bytes)?);
@@ -71,10 +78,15 @@ pub fn read(from: &mut dyn Read) -> Result<LeftBehind> {
         return Err(unknown());
     }
     let mut list = vec![0; bytes as usize];
-    from.read_exact(&mut list).map_err(|e| stream_error(DOING, e))?;
+    from.read_exact(&mut list)
+        .map_err(|e| stream_error(DOING, e))?;
     // The guest may have truncated the last record.
     list.truncate(list.iter().rposition(|b| *b == 0).map_or(0, |at| at + 1));
-    let named = list.split(|b| *b == 0).filter(|r| !r.is_empty()).map(record).collect::<Result<Vec<_>>>()?;
+    let named = list
+        .split(|b| *b == 0)
+        .filter(|r| !r.is_empty())
+        .map(record)
+        .collect::<Result<Vec<_>>>()?;
     let total = total.max(named.len() as u64);
     Ok(LeftBehind { named, total })
 }
@@ -90,7 +102,10 @@ fn record(record: &[u8]) -> Result<Left> {
     if path.is_empty() || path.len() > PATH_BYTES_MAX {
         return Err(unknown());
     }
-    Ok(Left { path: path.to_vec(), why })
+    Ok(Left {
+        path: path.to_vec(),
+        why,
+    })
 }
 
 #[cfg(test)]
@@ -101,10 +116,23 @@ mod tests {
     fn read_list_leaves_the_payload_unread() {
         let mut payload = &b"fcd-export 1 3 20\nr a\nb/.git\0s sub\0n xdiff --git"[..];
         let left = read(&mut payload).unwrap();
-        let named: Vec<_> = left.named.iter().map(|l| (l.path.as_slice(), l.why)).collect();
-        assert_eq!(named, [(&b"a\nb/.git"[..], Why::Repository), (b"sub", Why::Submodule)]);
+        let named: Vec<_> = left
+            .named
+            .iter()
+            .map(|l| (l.path.as_slice(), l.why))
+            .collect();
+        assert_eq!(
+            named,
+            [
+                (&b"a\nb/.git"[..], Why::Repository),
+                (b"sub", Why::Submodule)
+            ]
+        );
         assert_eq!((left.total, payload), (3, &b"diff --git"[..]));
-        assert_eq!(read(&mut &b"fcd-export 1 0 0\n"[..]).unwrap(), LeftBehind::default());
+        assert_eq!(
+            read(&mut &b"fcd-export 1 0 0\n"[..]).unwrap(),
+            LeftBehind::default()
+        );
     }
 
     #[test]
@@ -121,10 +149,16 @@ mod tests {
             &long,
             &name,
         ] {
-            assert_eq!(read(&mut &bad[..]).unwrap_err().kind(), Kind::GuestCommandFailed);
+            assert_eq!(
+                read(&mut &bad[..]).unwrap_err().kind(),
+                Kind::GuestCommandFailed
+            );
         }
         for cut in [&b""[..], b"fcd-export", b"fcd-export 1 1 4\nr "] {
-            assert_eq!(read(&mut &cut[..]).unwrap_err().kind(), Kind::StreamIncomplete);
+            assert_eq!(
+                read(&mut &cut[..]).unwrap_err().kind(),
+                Kind::StreamIncomplete
+            );
         }
     }
 }

@@ -15,7 +15,10 @@ const OCTAL_MAX: i64 = 0o77777777777;
 
 impl Mtime {
     pub fn of(stat: &rustix::fs::Stat) -> Self {
-        Self { seconds: stat.st_mtime, nanoseconds: stat.st_mtime_nsec as u32 }
+        Self {
+            seconds: stat.st_mtime,
+            nanoseconds: stat.st_mtime_nsec as u32,
+        }
     }
 
     /// The seconds, clamped to what a header's octal field can hold.
@@ -32,8 +35,16 @@ impl Mtime {
     pub fn decimal(self) -> String {
         let (seconds, nanoseconds) = (i128::from(self.seconds), i128::from(self.nanoseconds));
         let total = seconds * i128::from(SECOND) + nanoseconds;
-        let (sign, total) = if total < 0 { ("-", -total) } else { ("", total) };
-        let text = format!("{sign}{}.{:09}", total / i128::from(SECOND), total % i128::from(SECOND));
+        let (sign, total) = if total < 0 {
+            ("-", -total)
+        } else {
+            ("", total)
+        };
+        let text = format!(
+            "{sign}{}.{:09}",
+            total / i128::from(SECOND),
+            total % i128::from(SECOND)
+        );
         text.trim_end_matches('0').trim_end_matches('.').to_owned()
     }
 
@@ -48,8 +59,13 @@ impl Mtime {
         if whole.is_empty() || !all_digits(whole) || !all_digits(fraction) {
             return None;
         }
-        let nanoseconds: String = fraction.chars().chain("000000000".chars()).take(9).collect();
-        let total = i128::from(whole.parse::<u64>().ok()?) * i128::from(SECOND) + nanoseconds.parse::<i128>().ok()?;
+        let nanoseconds: String = fraction
+            .chars()
+            .chain("000000000".chars())
+            .take(9)
+            .collect();
+        let total = i128::from(whole.parse::<u64>().ok()?) * i128::from(SECOND)
+            + nanoseconds.parse::<i128>().ok()?;
         let total = if is_negative { -total } else { total };
         Some(Self {
             seconds: i64::try_from(total.div_euclid(i128::from(SECOND))).ok()?,
@@ -59,8 +75,14 @@ impl Mtime {
 
     /// Returns the time for `futimens` and `utimensat`, as both access and modification time.
     pub fn timestamps(self) -> rustix::fs::Timestamps {
-        let time = rustix::fs::Timespec { tv_sec: self.seconds, tv_nsec: self.nanoseconds.into() };
-        rustix::fs::Timestamps { last_access: time, last_modification: time }
+        let time = rustix::fs::Timespec {
+            tv_sec: self.seconds,
+            tv_nsec: self.nanoseconds.into(),
+        };
+        rustix::fs::Timestamps {
+            last_access: time,
+            last_modification: time,
+        }
     }
 }
 
@@ -70,7 +92,10 @@ mod tests {
 
     #[track_caller]
     fn check(seconds: i64, nanoseconds: u32, text: &str) {
-        let time = Mtime { seconds, nanoseconds };
+        let time = Mtime {
+            seconds,
+            nanoseconds,
+        };
         assert_eq!(time.decimal(), text);
         assert_eq!(Mtime::parse(text), Some(time));
     }
@@ -90,10 +115,28 @@ mod tests {
 
     #[test]
     fn parse_text_that_is_not_a_time_is_rejected() {
-        for bad in ["", "-", ".5", "1e3", " 1", "1 ", "+1", "--1", "1.2.3", "0x1", "99999999999999999999", "-9223372036854775809"]
-        {
+        for bad in [
+            "",
+            "-",
+            ".5",
+            "1e3",
+            " 1",
+            "1 ",
+            "+1",
+            "--1",
+            "1.2.3",
+            "0x1",
+            "99999999999999999999",
+            "-9223372036854775809",
+        ] {
             assert_eq!(Mtime::parse(bad), None, "{bad:?}");
         }
-        assert_eq!(Mtime::parse("1.0000000019"), Some(Mtime { seconds: 1, nanoseconds: 1 }));
+        assert_eq!(
+            Mtime::parse("1.0000000019"),
+            Some(Mtime {
+                seconds: 1,
+                nanoseconds: 1
+            })
+        );
     }
 }

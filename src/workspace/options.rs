@@ -34,8 +34,10 @@ impl FromStr for History {
             "none" => Ok(History::None),
             _ => match text.parse() {
                 Ok(depth @ 1..=HISTORY_MAX) => Ok(History::Depth(depth)),
-                _ => Err(Error::invalid(format!("history {text:?} is not a number of commits, full or none"))
-                    .hint("use --history 50, --history full or --history none")),
+                _ => Err(Error::invalid(format!(
+                    "history {text:?} is not a number of commits, full or none"
+                ))
+                .hint("use --history 50, --history full or --history none")),
             },
         }
     }
@@ -54,10 +56,11 @@ impl Options {
     pub(super) fn allowed_alternates(&self) -> Result<Vec<PathBuf>> {
         let real = |path: &PathBuf| {
             std::fs::canonicalize(path).map_err(|e| match e.kind() {
-                std::io::ErrorKind::NotFound => {
-                    Error::new(Kind::PathNotFound, format!("--allow-alternate {} does not exist", path.display()))
-                        .hint("pass the directory of objects, or leave the option out")
-                }
+                std::io::ErrorKind::NotFound => Error::new(
+                    Kind::PathNotFound,
+                    format!("--allow-alternate {} does not exist", path.display()),
+                )
+                .hint("pass the directory of objects, or leave the option out"),
                 _ => Error::io(format!("inspect {}", path.display()), e),
             })
         };

@@ -27,18 +27,26 @@ pub fn check_target(path: &Path) -> Result<()> {
     }
     let dir = dir_of(path);
     if !dir.is_dir() {
-        return Err(Error::new(Kind::PathNotFound, format!("{} is not a directory", dir.display())));
+        return Err(Error::new(
+            Kind::PathNotFound,
+            format!("{} is not a directory", dir.display()),
+        ));
     }
     Ok(())
 }
 
 fn exists(path: &Path) -> Error {
-    Error::new(Kind::TargetExists, format!("{} already exists", path.display()))
-        .hint("choose another name or move the existing one away: nothing is overwritten")
+    Error::new(
+        Kind::TargetExists,
+        format!("{} already exists", path.display()),
+    )
+    .hint("choose another name or move the existing one away: nothing is overwritten")
 }
 
 fn dir_of(path: &Path) -> &Path {
-    path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
+    path.parent()
+        .filter(|p| !p.as_os_str().is_empty())
+        .unwrap_or(Path::new("."))
 }
 
 /// Copies all of `from` to a new file at `path`. `from` must return an error if the stream lacks a
@@ -51,19 +59,28 @@ pub fn receive(from: &mut dyn Read, path: &Path, bytes_max: u64, cancel: &Cancel
         .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666))
         .tempfile_in(dir_of(path))
         .map_err(|e| Error::io(doing(), e))?;
-    let patch = copy(from, file.as_file_mut(), Room::new(dir_of(path), bytes_max), cancel)?;
-    file.as_file().sync_all().map_err(|e| Error::io(doing(), e))?;
-    file.persist_noclobber(path).map_err(|e| match e.error.kind() {
-        std::io::ErrorKind::AlreadyExists => exists(path),
-        _ => Error::io(doing(), e.error),
-    })?;
+    let patch = copy(
+        from,
+        file.as_file_mut(),
+        Room::new(dir_of(path), bytes_max),
+        cancel,
+    )?;
+    file.as_file()
+        .sync_all()
+        .map_err(|e| Error::io(doing(), e))?;
+    file.persist_noclobber(path)
+        .map_err(|e| match e.error.kind() {
+            std::io::ErrorKind::AlreadyExists => exists(path),
+            _ => Error::io(doing(), e.error),
+        })?;
     Ok(patch)
 }
 
 /// Like [`receive`], but into an unnamed file. Used for stdout, which must not get half a patch.
 pub fn spool(from: &mut dyn Read, bytes_max: u64, cancel: &Cancel) -> Result<(File, Patch)> {
     let dir = std::env::temp_dir();
-    let mut file = tempfile::tempfile_in(&dir).map_err(|e| Error::io(format!("make a file in {}", dir.display()), e))?;
+    let mut file = tempfile::tempfile_in(&dir)
+        .map_err(|e| Error::io(format!("make a file in {}", dir.display()), e))?;
     let patch = copy(from, &mut file, Room::new(&dir, bytes_max), cancel)?;
     Ok((file, patch))
 }
@@ -73,18 +90,26 @@ fn copy(from: &mut dyn Read, to: &mut File, mut room: Room, cancel: &Cancel) -> 
     let (mut bytes, mut counter) = (0, Counter::default());
     loop {
         if let Some(cause) = cancel.cause() {
-            return Err(Error::new(Kind::Cancelled, format!("receive the patch: cancelled: {cause}")));
+            return Err(Error::new(
+                Kind::Cancelled,
+                format!("receive the patch: cancelled: {cause}"),
+            ));
         }
         let n = match from.read(&mut buffer) {
             Err(e) if e.kind() == std::io::ErrorKind::Interrupted => continue,
             other => other.map_err(|e| super::unpack::stream_error("receive the patch", e))?,
         };
         if n == 0 {
-            return Ok(Patch { bytes, files: counter.finish() });
+            return Ok(Patch {
+                bytes,
+                files: counter.finish(),
+            });
         }
-        room.take(n as u64).map_err(|e| e.context("receive the patch"))?;
+        room.take(n as u64)
+            .map_err(|e| e.context("receive the patch"))?;
         counter.push(&buffer[..n]);
-        to.write_all(&buffer[..n]).map_err(|e| Error::io("write the patch", e))?;
+        to.write_all(&buffer[..n])
+            .map_err(|e| Error::io("write the patch", e))?;
         bytes += n as u64;
     }
 }
@@ -108,7 +133,10 @@ mod tests {
         let mut broken = b"half".chain(Broken);
         assert!(receive(&mut broken, &target, 100, &cancel).is_err());
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
-        assert_eq!(receive(&mut &b"whole"[..], &target, 100, &cancel).unwrap(), Patch { bytes: 5, files: 0 });
+        assert_eq!(
+            receive(&mut &b"whole"[..], &target, 100, &cancel).unwrap(),
+            Patch { bytes: 5, files: 0 }
+        );
         assert_eq!(std::fs::read(&target).unwrap(), b"whole");
         let e = receive(&mut &b"other"[..], &target, 100, &cancel).unwrap_err();
         assert_eq!(e.kind(), Kind::TargetExists);
@@ -124,9 +152,17 @@ mod tests {
         let e = receive(&mut std::io::repeat(b'x'), &target, 5 << 20, &cancel).unwrap_err();
         assert_eq!(
             (e.kind(), e.to_string().as_str()),
-            (Kind::Exhausted, "receive the patch: the guest sends more than 5242880 bytes")
+            (
+                Kind::Exhausted,
+                "receive the patch: the guest sends more than 5242880 bytes"
+            )
         );
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
-        assert_eq!(spool(&mut std::io::repeat(b'x'), 5 << 20, &cancel).unwrap_err().kind(), Kind::Exhausted);
+        assert_eq!(
+            spool(&mut std::io::repeat(b'x'), 5 << 20, &cancel)
+                .unwrap_err()
+                .kind(),
+            Kind::Exhausted
+        );
     }
 }

@@ -65,12 +65,18 @@ impl Plan {
     /// `cancelled`, `host`.
     pub fn inspect(path: &Path, options: &Options, cancel: &Cancel) -> Result<Self> {
         let real = std::fs::canonicalize(path).map_err(|e| match e.kind() {
-            std::io::ErrorKind::NotFound => Error::new(Kind::PathNotFound, format!("{} does not exist", path.display()))
-                .hint("pass an existing directory, as in fcctl run . -- CMD"),
+            std::io::ErrorKind::NotFound => Error::new(
+                Kind::PathNotFound,
+                format!("{} does not exist", path.display()),
+            )
+            .hint("pass an existing directory, as in fcctl run . -- CMD"),
             _ => Error::io(format!("inspect {}", path.display()), e),
         })?;
         if !real.is_dir() {
-            let e = Error::new(Kind::InvalidTree, format!("{} is not a directory", path.display()));
+            let e = Error::new(
+                Kind::InvalidTree,
+                format!("{} is not a directory", path.display()),
+            );
             return Err(e.hint("pass the directory of the project; for a tar use --tar -"));
         }
         match git::find_top(&real)? {
@@ -84,9 +90,16 @@ impl Plan {
         walk.everything()?;
         // There was no repository a moment ago. Sending it as files would skip the checks for
         // repositories.
-        if walk.entries.iter().any(|entry| entry.path == b".git" || entry.path.starts_with(b".git/")) {
-            return Err(Error::new(Kind::Conflict, format!("{} became a repository while it was read", root.display()))
-                .hint("wait until nothing writes to it, then run the command again"));
+        if walk
+            .entries
+            .iter()
+            .any(|entry| entry.path == b".git" || entry.path.starts_with(b".git/"))
+        {
+            return Err(Error::new(
+                Kind::Conflict,
+                format!("{} became a repository while it was read", root.display()),
+            )
+            .hint("wait until nothing writes to it, then run the command again"));
         }
         let mut plan = Self {
             kind: TreeKind::Plain,
@@ -106,24 +119,37 @@ impl Plan {
     fn of_repository(top: &Path, path: &Path, options: &Options, cancel: &Cancel) -> Result<Self> {
         let below = path.strip_prefix(top).unwrap_or(Path::new(""));
         if below.starts_with(".git") {
-            return Err(Error::new(Kind::InvalidTree, format!("{} is inside git's own directory", path.display()))
-                .hint(format!("pass the repository: {}", top.display())));
+            return Err(Error::new(
+                Kind::InvalidTree,
+                format!("{} is inside git's own directory", path.display()),
+            )
+            .hint(format!("pass the repository: {}", top.display())));
         }
         let (git, config) = Git::open(top, options, cancel)?;
         let (mut repo, blobs, mut warnings) = Repo::look(&git, &config)?;
         let listed = git.listed()?;
         let mut walk = Walk::new(open_root(top)?, cancel);
-        let submodules =
-            repo.index.iter().filter(|e| e.mode == IndexEntry::GITLINK).map(|e| (e.path.as_slice(), e.oid.as_str())).collect();
+        let submodules = repo
+            .index
+            .iter()
+            .filter(|e| e.mode == IndexEntry::GITLINK)
+            .map(|e| (e.path.as_slice(), e.oid.as_str()))
+            .collect();
         walk.listed(&listed, &submodules)?;
         if options.history != History::None {
-            let files: Vec<&[u8]> =
-                walk.entries.iter().filter(|e| e.kind == EntryKind::File).map(|e| e.path.as_slice()).collect();
+            let files: Vec<&[u8]> = walk
+                .entries
+                .iter()
+                .filter(|e| e.kind == EntryKind::File)
+                .map(|e| e.path.as_slice())
+                .collect();
             repo.filtered = git.filtered(&files, &config.filters, &mut walk.beneath)?;
             warnings.extend(filter_warning(&repo.filtered));
             repo.pack_up(&git, options.history, &blobs)?;
             for what in git.operations_in_progress() {
-                warnings.push(format!("{what} is in progress here: its state is not sent, so finish it here"));
+                warnings.push(format!(
+                    "{what} is in progress here: its state is not sent, so finish it here"
+                ));
             }
         }
         warnings.append(&mut walk.warnings);
@@ -134,7 +160,11 @@ impl Plan {
                 String::new()
             }
         };
-        let kind = if options.history == History::None { TreeKind::GitFiles } else { TreeKind::Git };
+        let kind = if options.history == History::None {
+            TreeKind::GitFiles
+        } else {
+            TreeKind::Git
+        };
         let mut plan = Self {
             kind,
             root: top.to_owned(),
@@ -184,11 +214,23 @@ impl Plan {
 
     fn estimate(&self) -> u64 {
         const BLOCK: u64 = super::tar_writer::BLOCK;
-        let tree: u64 = self.entries.iter().map(|e| BLOCK + e.bytes.next_multiple_of(BLOCK) + e.path.len() as u64).sum();
+        let tree: u64 = self
+            .entries
+            .iter()
+            .map(|e| BLOCK + e.bytes.next_multiple_of(BLOCK) + e.path.len() as u64)
+            .sum();
         let repo = self.repo.as_ref().map_or(0, |repo| {
             let size = |f: &std::fs::File| f.metadata().map_or(0, |m| m.len());
-            let index: u64 = repo.index.iter().map(|e| 2 * (e.path.len() as u64 + 60)).sum();
-            index + repo.pack.as_ref().map_or(0, |p| size(&p.pack) + size(&p.idx))
+            let index: u64 = repo
+                .index
+                .iter()
+                .map(|e| 2 * (e.path.len() as u64 + 60))
+                .sum();
+            index
+                + repo
+                    .pack
+                    .as_ref()
+                    .map_or(0, |p| size(&p.pack) + size(&p.idx))
         });
         tree + repo
     }
@@ -213,7 +255,9 @@ fn filter_warning(filtered: &git::Filtered) -> Option<String> {
 
 fn open_root(root: &Path) -> Result<Beneath> {
     Beneath::open(root).map_err(|e| match e.kind() {
-        std::io::ErrorKind::PermissionDenied => walk::unreadable(&encode::encode(root.as_os_str().as_bytes())),
+        std::io::ErrorKind::PermissionDenied => {
+            walk::unreadable(&encode::encode(root.as_os_str().as_bytes()))
+        }
         _ => Error::io(format!("open {}", root.display()), e),
     })
 }
@@ -225,8 +269,13 @@ impl Repo {
         let (head, format, index) = (git.head()?, git.object_format()?, git.index()?);
         let staged = git.staged(&head, &format, false)?;
         let is_blob = |mode: u32| mode != 0 && mode != IndexEntry::GITLINK;
-        let conflicts = index.iter().filter(|e| e.stage > 0 && is_blob(e.mode)).map(|e| e.oid.clone());
-        let added = staged.iter().filter(|r| is_blob(r.new_mode) && r.new_oid.bytes().any(|b| b != b'0'));
+        let conflicts = index
+            .iter()
+            .filter(|e| e.stage > 0 && is_blob(e.mode))
+            .map(|e| e.oid.clone());
+        let added = staged
+            .iter()
+            .filter(|r| is_blob(r.new_mode) && r.new_oid.bytes().any(|b| b != b'0'));
         let blobs = added.map(|r| r.new_oid.clone()).chain(conflicts).collect();
         let intent_to_add = Self::intents(git, &head, &format, &index, &staged)?;
         let (exclude, note) = git.exclude_rules(config)?;
@@ -246,7 +295,11 @@ impl Repo {
             attributes: git.info_file("attributes")?,
             global_attributes: git.global_attributes(config),
             filtered: git::Filtered::default(),
-            sparse: if config.is_sparse() { git.sparse_patterns()? } else { Vec::new() },
+            sparse: if config.is_sparse() {
+                git.sparse_patterns()?
+            } else {
+                Vec::new()
+            },
             partial: config.partial_clone,
         };
         Ok((repo, blobs, warnings))
@@ -254,30 +307,59 @@ impl Repo {
 
     /// Finds paths from `git add --intent-to-add`. They look like empty files in the index, and a
     /// diff shows them only on request.
-    fn intents(git: &Git, head: &Head, format: &str, index: &[IndexEntry], staged: &[git::Record]) -> Result<HashSet<Vec<u8>>> {
-        const EMPTY: [&str; 2] =
-            ["e69de29bb2d1d6434b8b29ae775ad8c2e48c5391", "473a0f4c3be8a93681a267e3b1e9a7dcda1185436fe141f7749120a303721813"];
-        let empty: HashSet<&[u8]> =
-            index.iter().filter(|e| e.stage == 0 && EMPTY.contains(&e.oid.as_str())).map(|e| e.path.as_slice()).collect();
+    fn intents(
+        git: &Git,
+        head: &Head,
+        format: &str,
+        index: &[IndexEntry],
+        staged: &[git::Record],
+    ) -> Result<HashSet<Vec<u8>>> {
+        const EMPTY: [&str; 2] = [
+            "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391",
+            "473a0f4c3be8a93681a267e3b1e9a7dcda1185436fe141f7749120a303721813",
+        ];
+        let empty: HashSet<&[u8]> = index
+            .iter()
+            .filter(|e| e.stage == 0 && EMPTY.contains(&e.oid.as_str()))
+            .map(|e| e.path.as_slice())
+            .collect();
         if empty.is_empty() {
             return Ok(HashSet::new());
         }
-        let known: HashMap<&[u8], u32> = staged.iter().map(|r| (r.path.as_slice(), r.new_mode)).collect();
+        let known: HashMap<&[u8], u32> = staged
+            .iter()
+            .map(|r| (r.path.as_slice(), r.new_mode))
+            .collect();
         let visible = git.staged(head, format, true)?;
-        let only_visible = visible.iter().filter(|r| r.new_mode != 0 && known.get(r.path.as_slice()).is_none_or(|m| *m == 0));
+        let only_visible = visible
+            .iter()
+            .filter(|r| r.new_mode != 0 && known.get(r.path.as_slice()).is_none_or(|m| *m == 0));
         // A path that was removed from the index and added again with intent shows as a deletion of
         // a path that the index has.
         let again = staged.iter().filter(|r| r.new_mode == 0);
-        Ok(only_visible.chain(again).filter(|r| empty.contains(r.path.as_slice())).map(|r| r.path.clone()).collect())
+        Ok(only_visible
+            .chain(again)
+            .filter(|r| empty.contains(r.path.as_slice()))
+            .map(|r| r.path.clone())
+            .collect())
     }
 
     fn pack_up(&mut self, git: &Git, depth: History, blobs: &HashSet<String>) -> Result<()> {
         if let Some(head) = &self.head.oid {
             self.history = git.history(head, depth)?;
         }
-        let dir =
-            tempfile::Builder::new().prefix("fcctl-pack-").tempdir().map_err(|e| Error::io("create a temporary directory", e))?;
-        self.pack = git::pack(git, self.head.oid.as_deref(), &self.history, blobs, self.partial, dir.path())?;
+        let dir = tempfile::Builder::new()
+            .prefix("fcctl-pack-")
+            .tempdir()
+            .map_err(|e| Error::io("create a temporary directory", e))?;
+        self.pack = git::pack(
+            git,
+            self.head.oid.as_deref(),
+            &self.history,
+            blobs,
+            self.partial,
+            dir.path(),
+        )?;
         Ok(())
     }
 }

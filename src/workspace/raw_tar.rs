@@ -65,16 +65,38 @@ impl Watch {
             return Err(bad("one block of zeros, then more data"));
         }
         let header = tar::Header::from_byte_slice(block);
-        let sum: u32 = block.iter().enumerate().map(|(i, b)| if (148..156).contains(&i) { 32 } else { u32::from(*b) }).sum();
+        let sum: u32 = block
+            .iter()
+            .enumerate()
+            .map(|(i, b)| {
+                if (148..156).contains(&i) {
+                    32
+                } else {
+                    u32::from(*b)
+                }
+            })
+            .sum();
         if header.cksum().ok() != Some(sum) {
-            return Err(bad(if self.entries == 0 { "this is not a tar" } else { "a header is damaged" }));
+            return Err(bad(if self.entries == 0 {
+                "this is not a tar"
+            } else {
+                "a header is damaged"
+            }));
         }
         let kind = header.entry_type();
         // In some archives these types have a size, but they never have data.
         let bodyless = kind.is_dir() || kind.is_symlink() || kind.is_hard_link() || kind.is_fifo();
-        let size = if bodyless { 0 } else { header.entry_size().map_err(|_| bad("a header has no size"))? };
-        self.skip =
-            size.div_ceil(BLOCK as u64).checked_mul(BLOCK as u64).ok_or_else(|| bad("a header has an impossible size"))?;
+        let size = if bodyless {
+            0
+        } else {
+            header
+                .entry_size()
+                .map_err(|_| bad("a header has no size"))?
+        };
+        self.skip = size
+            .div_ceil(BLOCK as u64)
+            .checked_mul(BLOCK as u64)
+            .ok_or_else(|| bad("a header has an impossible size"))?;
         self.extended = kind.is_gnu_sparse() && block[482] != 0;
         if !(kind.is_gnu_longname()
             || kind.is_gnu_longlink()
@@ -111,8 +133,14 @@ pub fn send(
 ) -> Result<super::plan::Sent> {
     if let Some(first) = keep.first() {
         let shown = super::encode::encode(first);
-        return Err(Error::new(Kind::Conflict, format!("the guest has changed {} files, including {shown}", keep.len()))
-            .hint("export them with fcctl workspace export, or replace them with --overwrite"));
+        return Err(Error::new(
+            Kind::Conflict,
+            format!(
+                "the guest has changed {} files, including {shown}",
+                keep.len()
+            ),
+        )
+        .hint("export them with fcctl workspace export, or replace them with --overwrite"));
     }
     let mut meta = TarWriter::new(Vec::new(), cancel);
     meta.data(b"kind", b"raw\n")?;
@@ -139,12 +167,19 @@ pub fn send(
     if !watch.has_ended() {
         return Err(Error::new(
             Kind::StreamIncomplete,
-            format!("the tar ends after {} entries without an end-of-archive mark", watch.entries()),
+            format!(
+                "the tar ends after {} entries without an end-of-archive mark",
+                watch.entries()
+            ),
         )
         .hint("the tar is truncated; create it again"));
     }
     out.flush().map_err(|e| Error::io("send the tree", e))?;
-    Ok(super::plan::Sent { entries: watch.entries(), bytes, warnings: Vec::new() })
+    Ok(super::plan::Sent {
+        entries: watch.entries(),
+        bytes,
+        warnings: Vec::new(),
+    })
 }
 
 #[cfg(test)]
@@ -160,7 +195,13 @@ mod tests {
     }
 
     fn run(tar: &[u8]) -> Result<super::super::plan::Sent> {
-        send(&mut &tar[..], &mut Vec::new(), &[], &mut |_, _| {}, &Cancel::try_new().unwrap())
+        send(
+            &mut &tar[..],
+            &mut Vec::new(),
+            &[],
+            &mut |_, _| {},
+            &Cancel::try_new().unwrap(),
+        )
     }
 
     #[test]
@@ -179,8 +220,16 @@ mod tests {
         let tar = sample();
         // Two blocks of zeros end a tar, so it is truncated at every point before the end of the
         // second block.
-        for cut in (0..tar.len()).step_by(64).chain([tar.len() - 512, tar.len() - 1]) {
-            assert_eq!(run(&tar[..cut]).unwrap_err().kind(), Kind::StreamIncomplete, "{cut} of {}", tar.len());
+        for cut in (0..tar.len())
+            .step_by(64)
+            .chain([tar.len() - 512, tar.len() - 1])
+        {
+            assert_eq!(
+                run(&tar[..cut]).unwrap_err().kind(),
+                Kind::StreamIncomplete,
+                "{cut} of {}",
+                tar.len()
+            );
         }
     }
 
@@ -191,7 +240,13 @@ mod tests {
 
     #[test]
     fn tar_conflicts_with_guest_changes() {
-        let e = send(&mut &sample()[..], &mut Vec::new(), &[b"x".to_vec()], &mut |_, _| {}, &Cancel::try_new().unwrap());
+        let e = send(
+            &mut &sample()[..],
+            &mut Vec::new(),
+            &[b"x".to_vec()],
+            &mut |_, _| {},
+            &Cancel::try_new().unwrap(),
+        );
         assert_eq!(e.unwrap_err().kind(), Kind::Conflict);
     }
 }

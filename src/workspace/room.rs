@@ -31,7 +31,13 @@ impl Room {
     pub fn new(dir: &Path, bytes_max: u64) -> Self {
         let target = dir.to_owned();
         let free = Box::new(move || space(&target));
-        Self { target: dir.to_owned(), free, bytes_max, bytes: 0, until_look: LOOK_BYTES }
+        Self {
+            target: dir.to_owned(),
+            free,
+            bytes_max,
+            bytes: 0,
+            until_look: LOOK_BYTES,
+        }
     }
 
     /// Accounts for `bytes` that are about to be written.
@@ -49,11 +55,16 @@ impl Room {
     /// # Errors
     /// `exhausted`.
     pub fn check_bound(&self, bytes: u64) -> Result<()> {
-        if self.bytes.checked_add(bytes).is_some_and(|sum| sum <= self.bytes_max) {
+        if self
+            .bytes
+            .checked_add(bytes)
+            .is_some_and(|sum| sum <= self.bytes_max)
+        {
             return Ok(());
         }
         let what = format!("the guest sends more than {} bytes", self.bytes_max);
-        Err(Error::new(Kind::Exhausted, what).hint("if you trust the guest, allow more with --max-bytes SIZE"))
+        Err(Error::new(Kind::Exhausted, what)
+            .hint("if you trust the guest, allow more with --max-bytes SIZE"))
     }
 
     /// Accounts for a file, a link or a directory that is about to be created.
@@ -76,8 +87,13 @@ impl Room {
             return Ok(());
         }
         let target = self.target.display();
-        let what = format!("an export must leave {floor} bytes free at {target}, but only {} are left", space.free_bytes);
-        Err(Error::new(Kind::DiskFull, what).hint(format!("free some space (df -h {target}), or write to another file system")))
+        let what = format!(
+            "an export must leave {floor} bytes free at {target}, but only {} are left",
+            space.free_bytes
+        );
+        Err(Error::new(Kind::DiskFull, what).hint(format!(
+            "free some space (df -h {target}), or write to another file system"
+        )))
     }
 }
 
@@ -89,8 +105,16 @@ mod tests {
 
     fn room(free: &Arc<AtomicU64>, total_bytes: u64, bytes_max: u64) -> Room {
         let free = free.clone();
-        let look = move || Ok(Space { free_bytes: free.load(Ordering::Relaxed), total_bytes });
-        Room { free: Box::new(look), ..Room::new(Path::new("/out"), bytes_max) }
+        let look = move || {
+            Ok(Space {
+                free_bytes: free.load(Ordering::Relaxed),
+                total_bytes,
+            })
+        };
+        Room {
+            free: Box::new(look),
+            ..Room::new(Path::new("/out"), bytes_max)
+        }
     }
 
     #[test]
@@ -99,7 +123,10 @@ mod tests {
         room.take(4).unwrap();
         room.take(6).unwrap();
         let e = room.take(1).unwrap_err();
-        assert_eq!((e.kind(), e.to_string().as_str()), (Kind::Exhausted, "the guest sends more than 10 bytes"));
+        assert_eq!(
+            (e.kind(), e.to_string().as_str()),
+            (Kind::Exhausted, "the guest sends more than 10 bytes")
+        );
         assert!(e.hint_text().unwrap().contains("--max-bytes"));
         assert_eq!(room.take(u64::MAX).unwrap_err().kind(), Kind::Exhausted);
     }
@@ -113,13 +140,18 @@ mod tests {
         free.store(FREE_BYTES_MIN, Ordering::Relaxed);
         let e = room.take(1).unwrap_err();
         assert_eq!(e.kind(), Kind::DiskFull);
-        assert!(e.to_string().contains("at /out") && e.hint_text().unwrap().contains("df -h /out"), "{e}");
+        assert!(
+            e.to_string().contains("at /out") && e.hint_text().unwrap().contains("df -h /out"),
+            "{e}"
+        );
     }
 
     #[test]
     fn room_is_checked_while_empty_files_are_created() {
         let mut room = room(&Arc::new(AtomicU64::new(0)), 1 << 40, u64::MAX);
-        let made = (0..1_000_000).take_while(|_| room.take_entry().is_ok()).count() as u64;
+        let made = (0..1_000_000)
+            .take_while(|_| room.take_entry().is_ok())
+            .count() as u64;
         assert_eq!(made, LOOK_BYTES / ENTRY_BYTES);
     }
 

@@ -41,7 +41,13 @@ pub(super) struct TarWriter<'a, W: Write> {
 
 impl<'a, W: Write> TarWriter<'a, W> {
     pub fn new(out: W, cancel: &'a Cancel) -> Self {
-        Self { out, bytes: 0, entries: 0, cancel, buffer: vec![0; PIECE_BYTES] }
+        Self {
+            out,
+            bytes: 0,
+            entries: 0,
+            cancel,
+            buffer: vec![0; PIECE_BYTES],
+        }
     }
 
     fn put(&mut self, bytes: &[u8]) -> Result<()> {
@@ -57,7 +63,14 @@ impl<'a, W: Write> TarWriter<'a, W> {
 
     /// Writes a header. Long names and link targets precede it in entries of their own (GNU `L` and
     /// `K`).
-    fn header(&mut self, kind: tar::EntryType, path: &[u8], link: &[u8], meta: Meta, size: u64) -> Result<()> {
+    fn header(
+        &mut self,
+        kind: tar::EntryType,
+        path: &[u8],
+        link: &[u8],
+        meta: Meta,
+        size: u64,
+    ) -> Result<()> {
         self.long(b'K', link)?;
         self.long(b'L', path)?;
         self.exact_time(meta.mtime)?;
@@ -72,8 +85,14 @@ impl<'a, W: Write> TarWriter<'a, W> {
         if value.len() < 100 {
             return Ok(());
         }
-        let mut header =
-            new_header(tar::EntryType::new(kind), Meta { mode: 0o644, mtime: Mtime::default() }, value.len() as u64 + 1);
+        let mut header = new_header(
+            tar::EntryType::new(kind),
+            Meta {
+                mode: 0o644,
+                mtime: Mtime::default(),
+            },
+            value.len() as u64 + 1,
+        );
         set_bytes(&mut gnu(&mut header).name, b"././@LongLink");
         header.set_cksum();
         self.put(header.as_bytes())?;
@@ -88,7 +107,10 @@ impl<'a, W: Write> TarWriter<'a, W> {
             return Ok(());
         }
         let record = posix_record("mtime", &mtime.decimal());
-        let meta = Meta { mode: 0o644, mtime: Mtime::default() };
+        let meta = Meta {
+            mode: 0o644,
+            mtime: Mtime::default(),
+        };
         let mut header = new_header(tar::EntryType::XHeader, meta, record.len() as u64);
         set_bytes(&mut gnu(&mut header).name, b"././@PaxHeader");
         header.set_cksum();
@@ -112,7 +134,10 @@ impl<'a, W: Write> TarWriter<'a, W> {
     /// Writes a file whose content is in memory.
     pub fn data(&mut self, path: &[u8], data: &[u8]) -> Result<()> {
         self.entries += 1;
-        let meta = Meta { mode: 0o644, mtime: Mtime::default() };
+        let meta = Meta {
+            mode: 0o644,
+            mtime: Mtime::default(),
+        };
         self.header(tar::EntryType::Regular, path, b"", meta, data.len() as u64)?;
         self.put(data)?;
         self.pad(data.len() as u64)
@@ -120,13 +145,25 @@ impl<'a, W: Write> TarWriter<'a, W> {
 
     /// Writes a file with the size that it has now. A file that becomes shorter while it is read is
     /// `conflict`. `progress` gets the size of every piece.
-    pub fn file(&mut self, path: &[u8], file: &mut File, mode: u32, progress: &mut dyn FnMut(u64)) -> Result<ReadOutcome> {
+    pub fn file(
+        &mut self,
+        path: &[u8],
+        file: &mut File,
+        mode: u32,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<ReadOutcome> {
         self.file_with_time(path, file, mode, true, progress)
     }
 
     /// Writes a file without its modification time, so that the size of the entry is known in
     /// advance.
-    pub fn plain_file(&mut self, path: &[u8], file: &mut File, mode: u32, progress: &mut dyn FnMut(u64)) -> Result<ReadOutcome> {
+    pub fn plain_file(
+        &mut self,
+        path: &[u8],
+        file: &mut File,
+        mode: u32,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<ReadOutcome> {
         self.file_with_time(path, file, mode, false, progress)
     }
 
@@ -141,9 +178,17 @@ impl<'a, W: Write> TarWriter<'a, W> {
         let shown = super::encode::encode(path);
         let doing = || format!("read {shown}");
         let before = rustix::fs::fstat(&*file).map_err(|e| Error::io(doing(), e))?;
-        let mtime = if timed { Mtime::of(&before) } else { Mtime::default() };
+        let mtime = if timed {
+            Mtime::of(&before)
+        } else {
+            Mtime::default()
+        };
         let (size, meta) = (before.st_size as u64, Meta { mode, mtime });
-        let holes = if (before.st_blocks as u64) * 512 < size { segments(file, size) } else { None };
+        let holes = if (before.st_blocks as u64) * 512 < size {
+            segments(file, size)
+        } else {
+            None
+        };
         match holes {
             Some(segments) => self.sparse(path, file, &segments, size, meta, progress)?,
             None => {
@@ -154,9 +199,13 @@ impl<'a, W: Write> TarWriter<'a, W> {
             }
         }
         let after = rustix::fs::fstat(&*file).map_err(|e| Error::io(doing(), e))?;
-        let same =
-            (before.st_size, before.st_mtime, before.st_mtime_nsec) == (after.st_size, after.st_mtime, after.st_mtime_nsec);
-        Ok(if same { ReadOutcome::Same } else { ReadOutcome::Changed })
+        let same = (before.st_size, before.st_mtime, before.st_mtime_nsec)
+            == (after.st_size, after.st_mtime, after.st_mtime_nsec);
+        Ok(if same {
+            ReadOutcome::Same
+        } else {
+            ReadOutcome::Changed
+        })
     }
 
     /// Writes GNU's old sparse format: four segments in the header, 21 in each extension, then the
@@ -180,7 +229,10 @@ impl<'a, W: Write> TarWriter<'a, W> {
         set_bytes(&mut gnu(&mut header).name, path);
         let (first, rest) = listed.split_at(listed.len().min(4));
         let g = gnu(&mut header);
-        first.iter().zip(&mut g.sparse).for_each(|(s, slot)| set_segment(slot, *s));
+        first
+            .iter()
+            .zip(&mut g.sparse)
+            .for_each(|(s, slot)| set_segment(slot, *s));
         g.isextended = [u8::from(!rest.is_empty())];
         set_octal(&mut g.realsize, size);
         header.set_cksum();
@@ -188,20 +240,30 @@ impl<'a, W: Write> TarWriter<'a, W> {
         let mut chunks = rest.chunks(21).peekable();
         while let Some(chunk) = chunks.next() {
             let mut ext = tar::GnuExtSparseHeader::new();
-            chunk.iter().zip(&mut ext.sparse).for_each(|(s, slot)| set_segment(slot, *s));
+            chunk
+                .iter()
+                .zip(&mut ext.sparse)
+                .for_each(|(s, slot)| set_segment(slot, *s));
             ext.isextended = [u8::from(chunks.peek().is_some())];
             let bytes = *ext.as_bytes();
             self.put(&bytes)?;
         }
         let shown = super::encode::encode(path);
         for (offset, len) in segments {
-            file.seek(SeekFrom::Start(*offset)).map_err(|e| Error::io(format!("read {shown}"), e))?;
+            file.seek(SeekFrom::Start(*offset))
+                .map_err(|e| Error::io(format!("read {shown}"), e))?;
             self.copy(file, *len, &shown, progress)?;
         }
         self.pad(data)
     }
 
-    fn copy(&mut self, file: &mut File, len: u64, shown: &str, progress: &mut dyn FnMut(u64)) -> Result<()> {
+    fn copy(
+        &mut self,
+        file: &mut File,
+        len: u64,
+        shown: &str,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<()> {
         let mut left = len;
         let mut buffer = std::mem::take(&mut self.buffer);
         let result = (|| {
@@ -212,8 +274,11 @@ impl<'a, W: Write> TarWriter<'a, W> {
                     other => other.map_err(|e| Error::io(format!("read {shown}"), e))?,
                 };
                 if n == 0 {
-                    return Err(Error::new(Kind::Conflict, format!("read {shown}: it became shorter while it was read"))
-                        .hint("stop the program that writes to it, then run the command again"));
+                    return Err(Error::new(
+                        Kind::Conflict,
+                        format!("read {shown}: it became shorter while it was read"),
+                    )
+                    .hint("stop the program that writes to it, then run the command again"));
                 }
                 self.put(&buffer[..n])?;
                 progress(n as u64);
@@ -235,10 +300,16 @@ impl<'a, W: Write> TarWriter<'a, W> {
 /// Writes all of `bytes`, unless the token is cancelled. A broken pipe is `stream_incomplete`.
 pub(super) fn write_all(out: &mut impl Write, bytes: &[u8], cancel: &Cancel) -> Result<()> {
     if let Some(cause) = cancel.cause() {
-        return Err(Error::new(Kind::Cancelled, format!("send the tree: cancelled: {cause}")));
+        return Err(Error::new(
+            Kind::Cancelled,
+            format!("send the tree: cancelled: {cause}"),
+        ));
     }
     out.write_all(bytes).map_err(|e| match e.kind() {
-        std::io::ErrorKind::BrokenPipe => Error::new(Kind::StreamIncomplete, "send the tree: the daemon stopped reading"),
+        std::io::ErrorKind::BrokenPipe => Error::new(
+            Kind::StreamIncomplete,
+            "send the tree: the daemon stopped reading",
+        ),
         _ => Error::io("send the tree", e),
     })
 }

@@ -39,7 +39,10 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { entries: ENTRIES_MAX, bytes: BYTES_MAX_DEFAULT }
+        Self {
+            entries: ENTRIES_MAX,
+            bytes: BYTES_MAX_DEFAULT,
+        }
     }
 }
 
@@ -65,8 +68,8 @@ pub struct Staged {
 pub fn check_target(target: &Path) -> Result<()> {
     match std::fs::symlink_metadata(target) {
         Ok(m) if m.is_dir() => {
-            let mut items =
-                std::fs::read_dir(target).map_err(|e| Error::io(format!("read directory {}", target.display()), e))?;
+            let mut items = std::fs::read_dir(target)
+                .map_err(|e| Error::io(format!("read directory {}", target.display()), e))?;
             if items.next().is_some() {
                 return Err(taken(target));
             }
@@ -75,35 +78,54 @@ pub fn check_target(target: &Path) -> Result<()> {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
             let parent = parent_of(target);
             if !parent.is_dir() {
-                return Err(Error::new(Kind::PathNotFound, format!("{} is not a directory", parent.display())));
+                return Err(Error::new(
+                    Kind::PathNotFound,
+                    format!("{} is not a directory", parent.display()),
+                ));
             }
         }
         Err(e) => return Err(Error::io(format!("inspect {}", target.display()), e)),
     }
     if target.file_name().is_none() {
-        return Err(Error::invalid(format!("{} has no final component to unpack to", target.display())));
+        return Err(Error::invalid(format!(
+            "{} has no final component to unpack to",
+            target.display()
+        )));
     }
     Ok(())
 }
 
 fn taken(target: &Path) -> Error {
-    Error::new(Kind::TargetExists, format!("{} exists and is not an empty directory", target.display()))
-        .hint("choose a directory that does not exist yet: nothing is overwritten")
+    Error::new(
+        Kind::TargetExists,
+        format!("{} exists and is not an empty directory", target.display()),
+    )
+    .hint("choose a directory that does not exist yet: nothing is overwritten")
 }
 
 fn parent_of(target: &Path) -> &Path {
-    target.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
+    target
+        .parent()
+        .filter(|p| !p.as_os_str().is_empty())
+        .unwrap_or(Path::new("."))
 }
 
 /// Unpacks all of `from` into a staging directory beside `target`. `from` must return an error if
 /// its stream lacks a matching trailer. Errors: `invalid_tree` (names the offending entry),
 /// `stream_incomplete`, `target_exists`, `exhausted` (over `limits`), `cancelled`, `host`. An error
 /// leaves nothing behind.
-pub fn stage(from: &mut dyn Read, target: &Path, limits: &Limits, cancel: &Cancel) -> Result<Staged> {
+pub fn stage(
+    from: &mut dyn Read,
+    target: &Path,
+    limits: &Limits,
+    cancel: &Cancel,
+) -> Result<Staged> {
     check_target(target)?;
     let doing = || format!("make a staging directory beside {}", target.display());
-    let staging =
-        tempfile::Builder::new().prefix(".fcctl-tree-").tempdir_in(parent_of(target)).map_err(|e| Error::io(doing(), e))?;
+    let staging = tempfile::Builder::new()
+        .prefix(".fcctl-tree-")
+        .tempdir_in(parent_of(target))
+        .map_err(|e| Error::io(doing(), e))?;
     let tree = staging.path().join(TREE);
     std::fs::create_dir(&tree).map_err(|e| Error::io(doing(), e))?;
     let mut writer = Writer {
@@ -117,12 +139,19 @@ pub fn stage(from: &mut dyn Read, target: &Path, limits: &Limits, cancel: &Cance
     let mut reader = TarReader::new(from);
     while let Some(item) = reader.next()? {
         if let Some(cause) = cancel.cause() {
-            return Err(Error::new(Kind::Cancelled, format!("unpack the tree: cancelled: {cause}")));
+            return Err(Error::new(
+                Kind::Cancelled,
+                format!("unpack the tree: cancelled: {cause}"),
+            ));
         }
         writer.write(&item, &mut reader)?;
     }
     writer.set_times_of_directories()?;
-    Ok(Staged { staging, target: target.to_owned(), unpacked: writer.done })
+    Ok(Staged {
+        staging,
+        target: target.to_owned(),
+        unpacked: writer.done,
+    })
 }
 
 impl Staged {
@@ -133,7 +162,10 @@ impl Staged {
         match rustix::fs::rename(&tree, &self.target) {
             Ok(()) => Ok(self.unpacked),
             Err(Errno::NOTEMPTY | Errno::EXIST | Errno::NOTDIR) => Err(taken(&self.target)),
-            Err(e) => Err(Error::io(format!("move the tree to {}", self.target.display()), e)),
+            Err(e) => Err(Error::io(
+                format!("move the tree to {}", self.target.display()),
+                e,
+            )),
         }
     }
 }
@@ -144,7 +176,9 @@ pub(super) fn stream_error(doing: &str, e: std::io::Error) -> Error {
     let kind = e.kind();
     match e.downcast::<Error>() {
         Ok(inner) => inner.context(doing),
-        Err(e) if kind == std::io::ErrorKind::UnexpectedEof => Error::new(Kind::StreamIncomplete, doing).with_source(e),
+        Err(e) if kind == std::io::ErrorKind::UnexpectedEof => {
+            Error::new(Kind::StreamIncomplete, doing).with_source(e)
+        }
         Err(e) => Error::io(doing, e),
     }
 }
@@ -178,14 +212,22 @@ impl Writer {
         check_path(&item.path)?;
         self.done.entries += 1;
         if self.done.entries > self.entries_max {
-            return Err(Error::new(Kind::Exhausted, format!("the guest's tree has more than {} entries", self.entries_max)));
+            return Err(Error::new(
+                Kind::Exhausted,
+                format!(
+                    "the guest's tree has more than {} entries",
+                    self.entries_max
+                ),
+            ));
         }
         self.room.take_entry()?;
         self.ensure_parent(&item.path)?;
         match &item.data {
             EntryData::Dir => self.dir(item),
             EntryData::Symlink(target) => self.symlink(item, target),
-            EntryData::File { size, segments } => self.file(item, *size, segments.as_deref(), reader),
+            EntryData::File { size, segments } => {
+                self.file(item, *size, segments.as_deref(), reader)
+            }
         }
     }
 
@@ -196,13 +238,19 @@ impl Writer {
             Err(e) => return Err(self.wrong(path, e)),
         }
         for at in (0..path.len()).filter(|at| path[*at] == b'/') {
-            let (dir, name) = self.beneath.parent(&path[..at]).map_err(|e| wrong(path, e))?;
+            let (dir, name) = self
+                .beneath
+                .parent(&path[..at])
+                .map_err(|e| wrong(path, e))?;
             match rustix::fs::mkdirat(dir, name, Mode::from_raw_mode(0o777)) {
                 Ok(()) | Err(Errno::EXIST) => {}
                 Err(e) => return Err(wrong(path, e.into())),
             }
         }
-        self.beneath.parent(path).map(drop).map_err(|e| wrong(path, e))
+        self.beneath
+            .parent(path)
+            .map(drop)
+            .map_err(|e| wrong(path, e))
     }
 
     fn wrong(&self, path: &[u8], e: std::io::Error) -> Error {
@@ -210,14 +258,21 @@ impl Writer {
     }
 
     fn dir(&mut self, item: &Item) -> Result<()> {
-        let (dir, name) = self.beneath.parent(&item.path).map_err(|e| wrong(&item.path, e))?;
+        let (dir, name) = self
+            .beneath
+            .parent(&item.path)
+            .map_err(|e| wrong(&item.path, e))?;
         // Add owner permissions, so that we can write into the directory and remove it again.
         match rustix::fs::mkdirat(dir, name, Mode::from_raw_mode(item.mode | 0o700)) {
             Ok(()) => {
                 self.dirs.push((item.path.clone(), item.mtime));
                 Ok(())
             }
-            Err(Errno::EXIST) => self.beneath.open_dir(&item.path).map(drop).map_err(|_| refuse(&item.path, "it occurs twice")),
+            Err(Errno::EXIST) => self
+                .beneath
+                .open_dir(&item.path)
+                .map(drop)
+                .map_err(|_| refuse(&item.path, "it occurs twice")),
             Err(e) => Err(wrong(&item.path, e.into())),
         }
     }
@@ -226,13 +281,23 @@ impl Writer {
         if target.is_empty() {
             return Err(refuse(&item.path, "its link has no target"));
         }
-        let (dir, name) = self.beneath.parent(&item.path).map_err(|e| wrong(&item.path, e))?;
+        let (dir, name) = self
+            .beneath
+            .parent(&item.path)
+            .map_err(|e| wrong(&item.path, e))?;
         rustix::fs::symlinkat(target, dir, name).map_err(|e| wrong(&item.path, e.into()))?;
         let times = item.mtime.timestamps();
-        rustix::fs::utimensat(dir, name, &times, AtFlags::SYMLINK_NOFOLLOW).map_err(|e| wrong(&item.path, e.into()))
+        rustix::fs::utimensat(dir, name, &times, AtFlags::SYMLINK_NOFOLLOW)
+            .map_err(|e| wrong(&item.path, e.into()))
     }
 
-    fn file(&mut self, item: &Item, size: u64, segments: Option<&[(u64, u64)]>, reader: &mut TarReader<'_>) -> Result<()> {
+    fn file(
+        &mut self,
+        item: &Item,
+        size: u64,
+        segments: Option<&[(u64, u64)]>,
+        reader: &mut TarReader<'_>,
+    ) -> Result<()> {
         let path = &item.path;
         let content = segments.map_or(size, |s| s.iter().map(|(_, len)| len).sum());
         self.room.check_bound(content)?;
@@ -241,8 +306,10 @@ impl Writer {
             return Err(refuse(path, "its size is impossible"));
         }
         let (dir, name) = self.beneath.parent(path).map_err(|e| wrong(path, e))?;
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let fd = rustix::fs::openat(dir, name, flags, Mode::from_raw_mode(item.mode)).map_err(|e| wrong(path, e.into()))?;
+        let flags =
+            OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let fd = rustix::fs::openat(dir, name, flags, Mode::from_raw_mode(item.mode))
+            .map_err(|e| wrong(path, e.into()))?;
         let file = File::from(fd);
         let whole = [(0, size)];
         for (offset, len) in segments.unwrap_or(&whole) {
@@ -256,13 +323,21 @@ impl Writer {
         rustix::fs::futimens(&file, &item.mtime.timestamps()).map_err(|e| Error::io(doing(), e))
     }
 
-    fn copy(&mut self, file: &File, offset: u64, len: u64, reader: &mut TarReader<'_>, path: &[u8]) -> Result<()> {
+    fn copy(
+        &mut self,
+        file: &File,
+        offset: u64,
+        len: u64,
+        reader: &mut TarReader<'_>,
+        path: &[u8],
+    ) -> Result<()> {
         let mut at = 0;
         while at < len {
             let want = (len - at).min(self.buffer.len() as u64) as usize;
             let n = reader.data(&mut self.buffer[..want])?;
             self.room.take(n as u64)?;
-            file.write_all_at(&self.buffer[..n], offset + at).map_err(|e| Error::io(format!("write {}", encode(path)), e))?;
+            file.write_all_at(&self.buffer[..n], offset + at)
+                .map_err(|e| Error::io(format!("write {}", encode(path)), e))?;
             at += n as u64;
         }
         Ok(())
@@ -274,21 +349,33 @@ impl Writer {
 fn wrong(path: &[u8], e: std::io::Error) -> Error {
     match e.raw_os_error() {
         Some(libc::EEXIST) => refuse(path, "it occurs twice"),
-        Some(libc::ELOOP | libc::ENOTDIR | libc::EXDEV) => refuse(path, "it leads through something that is not a directory"),
-        Some(libc::ENAMETOOLONG | libc::EINVAL | libc::EILSEQ) => refuse(path, "this host does not support such a name"),
+        Some(libc::ELOOP | libc::ENOTDIR | libc::EXDEV) => {
+            refuse(path, "it leads through something that is not a directory")
+        }
+        Some(libc::ENAMETOOLONG | libc::EINVAL | libc::EILSEQ) => {
+            refuse(path, "this host does not support such a name")
+        }
         _ => Error::io(format!("write {}", encode(path)), e),
     }
 }
 
 fn check_path(path: &[u8]) -> Result<()> {
     if path.is_empty() || path.len() > PATH_BYTES_MAX {
-        return Err(refuse(&path[..path.len().min(80)], "it is empty or too long"));
+        return Err(refuse(
+            &path[..path.len().min(80)],
+            "it is empty or too long",
+        ));
     }
     if path[0] == b'/' {
         return Err(refuse(path, "it is absolute"));
     }
     for part in path.split(|b| *b == b'/') {
-        if part.is_empty() || part == b"." || part == b".." || part.len() > NAME_BYTES_MAX || part.contains(&0) {
+        if part.is_empty()
+            || part == b"."
+            || part == b".."
+            || part.len() > NAME_BYTES_MAX
+            || part.contains(&0)
+        {
             return Err(refuse(path, "it has an invalid component"));
         }
     }

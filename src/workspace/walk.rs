@@ -86,12 +86,20 @@ impl<'a> Walk<'a> {
     /// link or a directory.
     fn look(&mut self, path: &[u8]) -> Result<Option<Entry>> {
         if let Some(cause) = self.cancel.cause() {
-            return Err(Error::new(Kind::Cancelled, format!("look at the tree: cancelled: {cause}")));
+            return Err(Error::new(
+                Kind::Cancelled,
+                format!("look at the tree: cancelled: {cause}"),
+            ));
         }
         if path.len() > PATH_BYTES_MAX {
             let start = encode(&path[..80]);
-            return Err(Error::new(Kind::InvalidTree, format!("{start}... is longer than {PATH_BYTES_MAX} bytes"))
-                .hint("such a path cannot be created in the guest: shorten it or add it to .gitignore"));
+            return Err(Error::new(
+                Kind::InvalidTree,
+                format!("{start}... is longer than {PATH_BYTES_MAX} bytes"),
+            )
+            .hint(
+                "such a path cannot be created in the guest: shorten it or add it to .gitignore",
+            ));
         }
         let stat = match self.beneath.stat(path) {
             Ok(stat) => stat,
@@ -108,7 +116,11 @@ impl<'a> Walk<'a> {
             FileType::Directory => EntryKind::Dir,
             other => {
                 if self.skipped.insert(path.to_vec()) {
-                    self.warnings.push(format!("left out {}: it is a {}", encode(path), name_of(other)));
+                    self.warnings.push(format!(
+                        "left out {}: it is a {}",
+                        encode(path),
+                        name_of(other)
+                    ));
                 }
                 return Ok(None);
             }
@@ -117,7 +129,13 @@ impl<'a> Walk<'a> {
             EntryKind::File => (stat.st_size as u64).min(stat.st_blocks as u64 * 512 + 512),
             _ => 0,
         };
-        Ok(Some(Entry { path: path.to_vec(), kind, mode: stat.st_mode & 0o777, mtime: Mtime::of(&stat), bytes }))
+        Ok(Some(Entry {
+            path: path.to_vec(),
+            kind,
+            mode: stat.st_mode & 0o777,
+            mtime: Mtime::of(&stat),
+            bytes,
+        }))
     }
 
     fn add(&mut self, entry: Entry) -> Result<()> {
@@ -133,7 +151,10 @@ impl<'a> Walk<'a> {
             }
         }
         if self.entries.len() as u64 >= ENTRIES_MAX {
-            return Err(Error::new(Kind::InvalidTree, format!("the tree has more than {ENTRIES_MAX} entries")));
+            return Err(Error::new(
+                Kind::InvalidTree,
+                format!("the tree has more than {ENTRIES_MAX} entries"),
+            ));
         }
         self.entries.push(entry);
         Ok(())
@@ -151,22 +172,41 @@ impl<'a> Walk<'a> {
     pub fn listed(&mut self, paths: &[Vec<u8>], submodules: &HashMap<&[u8], &str>) -> Result<()> {
         for path in paths {
             if let Some(inner) = path.strip_suffix(b"/") {
-                self.warnings.push(format!("left out {}: it is a repository of its own", encode(inner)));
-                self.apart.push(Apart { path: inner.to_vec(), commit: None, has_files: true });
+                self.warnings.push(format!(
+                    "left out {}: it is a repository of its own",
+                    encode(inner)
+                ));
+                self.apart.push(Apart {
+                    path: inner.to_vec(),
+                    commit: None,
+                    has_files: true,
+                });
                 continue;
             }
             if let Some(like_git) = git_dir_of(path) {
                 if self.skipped.insert(like_git.to_vec()) {
-                    self.warnings.push(format!("left out {}: git does not allow such a name", encode(like_git)));
+                    self.warnings.push(format!(
+                        "left out {}: git does not allow such a name",
+                        encode(like_git)
+                    ));
                 }
                 continue;
             }
-            let Some(entry) = self.look(path)? else { continue };
+            let Some(entry) = self.look(path)? else {
+                continue;
+            };
             match (entry.kind, submodules.get(path.as_slice())) {
                 (EntryKind::Dir, Some(commit)) => {
                     let has_files = !self.names(path)?.is_empty();
-                    self.apart.push(Apart { path: path.clone(), commit: Some((*commit).to_owned()), has_files });
-                    self.warnings.push(format!("submodule {}: its commit is recorded, its files are not sent", encode(path)));
+                    self.apart.push(Apart {
+                        path: path.clone(),
+                        commit: Some((*commit).to_owned()),
+                        has_files,
+                    });
+                    self.warnings.push(format!(
+                        "submodule {}: its commit is recorded, its files are not sent",
+                        encode(path)
+                    ));
                     self.add(entry)?;
                 }
                 // A directory has replaced a tracked file. Git lists its content separately.
@@ -182,11 +222,17 @@ impl<'a> Walk<'a> {
         let mut pending = vec![Vec::new()];
         while let Some(dir) = pending.pop() {
             for name in self.names(&dir)? {
-                let path = if dir.is_empty() { name } else { [&dir[..], b"/", &name[..]].concat() };
+                let path = if dir.is_empty() {
+                    name
+                } else {
+                    [&dir[..], b"/", &name[..]].concat()
+                };
                 if git_dir_of(&path) == Some(&path) {
                     self.repositories.push(path.clone());
                 }
-                let Some(entry) = self.look(&path)? else { continue };
+                let Some(entry) = self.look(&path)? else {
+                    continue;
+                };
                 if entry.kind == EntryKind::Dir {
                     pending.push(path);
                 }
@@ -196,17 +242,31 @@ impl<'a> Walk<'a> {
         self.entries.sort_unstable_by(|a, b| a.path.cmp(&b.path));
         self.repositories.sort_unstable();
         for path in self.repositories.iter().take(NAMED_MAX) {
-            self.warnings.push(format!("{} is sent, but is never part of an exported patch or tree", encode(path)));
+            self.warnings.push(format!(
+                "{} is sent, but is never part of an exported patch or tree",
+                encode(path)
+            ));
         }
         if self.repositories.len() > NAMED_MAX {
             let more = self.repositories.len() - NAMED_MAX;
-            self.warnings.push(format!("{more} more git directories are sent, but are never exported"));
+            self.warnings.push(format!(
+                "{more} more git directories are sent, but are never exported"
+            ));
         }
         self.settle()
     }
 
     fn names(&mut self, dir: &[u8]) -> Result<Vec<Vec<u8>>> {
-        let shown = || format!("read directory {}", if dir.is_empty() { ".".into() } else { encode(dir) });
+        let shown = || {
+            format!(
+                "read directory {}",
+                if dir.is_empty() {
+                    ".".into()
+                } else {
+                    encode(dir)
+                }
+            )
+        };
         let fd = match self.beneath.open_dir(dir) {
             Ok(fd) => fd,
             Err(e) if is_absent(&e) => return Ok(Vec::new()),
@@ -269,5 +329,6 @@ pub(super) fn inside_git_dir(path: &[u8]) -> bool {
 }
 
 pub(super) fn unreadable(what: &str) -> Error {
-    Error::new(Kind::InvalidTree, format!("cannot read {what}")).hint("make it readable or add it to .gitignore, then try again")
+    Error::new(Kind::InvalidTree, format!("cannot read {what}"))
+        .hint("make it readable or add it to .gitignore, then try again")
 }

@@ -22,7 +22,10 @@ pub fn through_parking_lot(counter: &parking_lot::Mutex<u64>) -> u64 {
 /// Names that only the checker knows. Keyed sets are excluded because `fcctl debug locks` names
 /// them in every build, and so are single words, because they may be part of another text.
 fn ranks() -> impl Iterator<Item = &'static str> {
-    fcd::locks::rank::order().into_iter().map(|rule| rule.taken).filter(|name| name.contains(' '))
+    fcd::locks::rank::order()
+        .into_iter()
+        .map(|rule| rule.taken)
+        .filter(|name| name.contains(' '))
 }
 
 fn main() {
@@ -31,5 +34,9 @@ fn main() {
     }
     let ours = fcd::locks::Mutex::new(fcd::locks::Rank::Store, 0);
     let theirs = parking_lot::Mutex::new(0);
-    println!("{} {}", through_ours(black_box(&ours)), through_parking_lot(black_box(&theirs)));
+    println!(
+        "{} {}",
+        through_ours(black_box(&ours)),
+        through_parking_lot(black_box(&theirs))
+    );
 }

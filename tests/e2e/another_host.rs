@@ -8,8 +8,16 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const NAME: &str = "test-host";
-const PACKAGES: [&str; 8] =
-    ["dmsetup", "qemu-system-x86", "qemu-utils", "nftables", "iproute2", "lz4", "procps", "openssh-client"];
+const PACKAGES: [&str; 8] = [
+    "dmsetup",
+    "qemu-system-x86",
+    "qemu-utils",
+    "nftables",
+    "iproute2",
+    "lz4",
+    "procps",
+    "openssh-client",
+];
 /// A host that runs a service manager, though not as its first process. Starting that takes a
 /// minute or more under emulation.
 const NAME_WITH_SYSTEMD: &str = "systemd-host";
@@ -29,10 +37,15 @@ impl TestHost {
     fn boot_from(image: &str, more: &[&str]) -> Self {
         let outer = Host::with_config("");
         outer.add_image(&cached_image(image, &[&PACKAGES[..], more].concat()));
-        outer.ok(&["vm", "create", "--name", NAME, "--image", image, "--memory", "3G"]);
+        outer.ok(&[
+            "vm", "create", "--name", NAME, "--image", image, "--memory", "3G",
+        ]);
         outer.ok(&["start", NAME]);
         let host = Self(outer);
-        host.0.sh(NAME, &format!("mkdir -p {PLACE}/bin {PLACE}/state/images && chmod 755 {PLACE}"));
+        host.0.sh(
+            NAME,
+            &format!("mkdir -p {PLACE}/bin {PLACE}/state/images && chmod 755 {PLACE}"),
+        );
         host.sh("modprobe -a loop dm_snapshot kvm_amd tun && chmod 666 /dev/kvm");
         host
     }
@@ -40,36 +53,74 @@ impl TestHost {
     /// Runs a line of shell, with our programs in PATH and the daemon's socket in the environment.
     #[track_caller]
     pub fn sh(&self, line: &str) -> String {
-        let script = format!("export PATH={PLACE}/bin:$PATH FCD_SOCKET={PLACE}/fcd.sock; cd {PLACE}; {line}");
-        self.0.ok(&["exec", NAME, "--", "timeout", &DEADLINE_S.to_string(), "bash", "-ec", &script])
+        let script = format!(
+            "export PATH={PLACE}/bin:$PATH FCD_SOCKET={PLACE}/fcd.sock; cd {PLACE}; {line}"
+        );
+        self.0.ok(&[
+            "exec",
+            NAME,
+            "--",
+            "timeout",
+            &DEADLINE_S.to_string(),
+            "bash",
+            "-ec",
+            &script,
+        ])
     }
 
     /// Pipes the output of a shell here to a shell in the test host.
     pub fn pipe(&self, from: &str, to: &str) {
         let socket = self.0.socket();
-        let line = format!("{from} | '{FCCTL}' --socket '{}' exec -i {NAME} -- sh -ec '{to}'", socket.display());
-        let status = Command::new("bash").args(["-o", "pipefail", "-c", &line]).status().unwrap();
+        let line = format!(
+            "{from} | '{FCCTL}' --socket '{}' exec -i {NAME} -- sh -ec '{to}'",
+            socket.display()
+        );
+        let status = Command::new("bash")
+            .args(["-o", "pipefail", "-c", &line])
+            .status()
+            .unwrap();
         assert!(status.success(), "{line}");
     }
 
     pub fn bring_programs(&self) {
         let dir = tempfile::tempdir().unwrap();
-        for (from, name) in [(Path::new(FCD), "fcd"), (Path::new(FCCTL), "fcctl"), (&integration_tests(), "it")] {
-            let status = Command::new("strip").arg("-o").arg(dir.path().join(name)).arg(from).status();
+        for (from, name) in [
+            (Path::new(FCD), "fcd"),
+            (Path::new(FCCTL), "fcctl"),
+            (&integration_tests(), "it"),
+        ] {
+            let status = Command::new("strip")
+                .arg("-o")
+                .arg(dir.path().join(name))
+                .arg(from)
+                .status();
             assert!(status.unwrap().success(), "strip {}", from.display());
         }
-        self.pipe(&format!("tar -C {} -c .", dir.path().display()), &format!("tar -C {PLACE}/bin -x"));
+        self.pipe(
+            &format!("tar -C {} -c .", dir.path().display()),
+            &format!("tar -C {PLACE}/bin -x"),
+        );
     }
 
     pub fn bring_image(&self) {
         // Copy the image, because other tests link and unlink its file, which tar reports as a
         // change.
         let dir = tempfile::tempdir().unwrap();
-        let status = Command::new("cp").args(["-r", "--sparse=always"]).arg(image()).arg(dir.path()).status();
+        let status = Command::new("cp")
+            .args(["-r", "--sparse=always"])
+            .arg(image())
+            .arg(dir.path())
+            .status();
         assert!(status.unwrap().success(), "cp {}", image().display());
-        let from =
-            format!("tar -C {} -S -c {} | lz4 -1 -c", dir.path().display(), image().file_name().unwrap().to_str().unwrap());
-        self.pipe(&from, &format!("lz4 -dc | tar -C {PLACE}/state/images -x -S"));
+        let from = format!(
+            "tar -C {} -S -c {} | lz4 -1 -c",
+            dir.path().display(),
+            image().file_name().unwrap().to_str().unwrap()
+        );
+        self.pipe(
+            &from,
+            &format!("lz4 -dc | tar -C {PLACE}/state/images -x -S"),
+        );
     }
 
     fn start_daemon(&self) {
@@ -96,20 +147,48 @@ impl TestHost {
 impl Drop for TestHost {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            let look = format!("cd {PLACE}; tail -n 50 fcd.log state/vms/*/*.log; dmsetup status; df .; dmesg | tail -n 20");
+            let look = format!(
+                "cd {PLACE}; tail -n 50 fcd.log state/vms/*/*.log; dmsetup status; df .; dmesg | tail -n 20"
+            );
             let seen = self.0.fcctl(&["exec", NAME, "--", "sh", "-c", &look]);
-            eprintln!("--- in the test host\n{}", String::from_utf8_lossy(&seen.stdout));
+            eprintln!(
+                "--- in the test host\n{}",
+                String::from_utf8_lossy(&seen.stdout)
+            );
         }
     }
 }
 
 /// The binary of the integration tests, as built here.
 fn integration_tests() -> PathBuf {
-    let args = ["test", "--locked", "--features", "fakes", "--test", "it", "--no-run", "--message-format=json", "--quiet"];
-    let out = Command::new(env!("CARGO")).args(args).current_dir(env!("CARGO_MANIFEST_DIR")).output().unwrap();
-    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-    let messages = out.stdout.split(|b| *b == b'\n').filter_map(|line| serde_json::from_slice::<serde_json::Value>(line).ok());
-    let mut of_it = messages.filter(|m| m["target"]["name"] == "it").filter_map(|m| m["executable"].as_str().map(PathBuf::from));
+    let args = [
+        "test",
+        "--locked",
+        "--features",
+        "fakes",
+        "--test",
+        "it",
+        "--no-run",
+        "--message-format=json",
+        "--quiet",
+    ];
+    let out = Command::new(env!("CARGO"))
+        .args(args)
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .unwrap();
+    assert!(
+        out.status.success(),
+        "{}",
+        String::from_utf8_lossy(&out.stderr)
+    );
+    let messages = out
+        .stdout
+        .split(|b| *b == b'\n')
+        .filter_map(|line| serde_json::from_slice::<serde_json::Value>(line).ok());
+    let mut of_it = messages
+        .filter(|m| m["target"]["name"] == "it")
+        .filter_map(|m| m["executable"].as_str().map(PathBuf::from));
     of_it.next_back().expect("cargo names the binary")
 }
 
@@ -124,15 +203,23 @@ fn root_disks_are_snapshots_in_a_test_host() {
     a_daemon_that_is_killed_finds_its_guest(&host);
     guest_is_paused_before_host_disk_is_full(&host);
     a_device_in_use_is_waited_for(&host);
-    assert_eq!(host.sh("fcctl doctor --leaks"), "fcd has left nothing behind on this host\n");
+    assert_eq!(
+        host.sh("fcctl doctor --leaks"),
+        "fcd has left nothing behind on this host\n"
+    );
 }
 
 /// Runs the integration test with this name, with root disks on real devices.
 fn fake_vmms(host: &TestHost, test: &str) {
-    let ran = host.sh(&format!("FCD_TEST_DM_SNAPSHOT=1 it --include-ignored --nocapture --exact {test}"));
+    let ran = host.sh(&format!(
+        "FCD_TEST_DM_SNAPSHOT=1 it --include-ignored --nocapture --exact {test}"
+    ));
     assert!(ran.contains("1 passed"), "{ran}");
     let figures = &ran[ran.find("Figures").expect("its figures")..];
-    println!("in the test host, {test}: {}", figures.lines().next().unwrap());
+    println!(
+        "in the test host, {test}: {}",
+        figures.lines().next().unwrap()
+    );
     assert_eq!(host.devices(), "", "left over");
 }
 
@@ -141,23 +228,38 @@ fn fake_vmms(host: &TestHost, test: &str) {
 fn every_crash_point_of_two_operations_in_a_test_host() {
     let host = TestHost::boot();
     host.bring_programs();
-    fake_vmms(&host, "crash::crash_at_any_point_of_second_operation_recovers");
+    fake_vmms(
+        &host,
+        "crash::crash_at_any_point_of_second_operation_recovers",
+    );
     fake_vmms(&host, "crash::failure_of_any_effect_is_undone");
 }
 
 fn data_is_kept_and_the_disk_grows(host: &TestHost) {
     host.sh("fcctl vm create --name a && fcctl start a");
     let shown = host.sh("fcctl vm show a");
-    assert!(shown.contains("(dm-snapshot)") && shown.contains("qemu (kvm, q35)"), "{shown}");
+    assert!(
+        shown.contains("(dm-snapshot)") && shown.contains("qemu (kvm, q35)"),
+        "{shown}"
+    );
     assert!(host.sh("dmsetup table").contains(" snapshot "));
     host.sh("fcctl exec a -- sh -c 'echo kept > /root/kept; dd if=/dev/urandom of=/root/big bs=1M count=8; sha256sum /root/big > /root/sum'");
     host.sh("fcctl stop a");
     assert_eq!(host.devices(), "", "a stopped VM has none");
     host.sh("fcctl vm set a --disk 9G && fcctl start a");
-    assert!(host.sh("dmsetup table").contains(" zero"), "what the image is too short for");
-    assert_eq!(host.sh("fcctl exec a -- sh -ec 'cat /root/kept; sha256sum --quiet -c /root/sum'"), "kept\n");
+    assert!(
+        host.sh("dmsetup table").contains(" zero"),
+        "what the image is too short for"
+    );
+    assert_eq!(
+        host.sh("fcctl exec a -- sh -ec 'cat /root/kept; sha256sum --quiet -c /root/sum'"),
+        "kept\n"
+    );
     let size = host.sh("fcctl exec a -- df --output=size -B1M / | tail -n 1");
-    assert!(size.trim().parse::<u32>().unwrap() > 8500, "the guest has grown its own file system: {size}");
+    assert!(
+        size.trim().parse::<u32>().unwrap() > 8500,
+        "the guest has grown its own file system: {size}"
+    );
 }
 
 fn a_daemon_that_is_killed_finds_its_guest(host: &TestHost) {
@@ -170,11 +272,16 @@ fn a_daemon_that_is_killed_finds_its_guest(host: &TestHost) {
 /// loses nothing.
 fn guest_is_paused_before_host_disk_is_full(host: &TestHost) {
     // The daemon is root there, so it can use root's reserve.
-    host.sh("free=$(stat -f -c %f .); fallocate -l $(((free - 8192) * $(stat -f -c %S .))) fill; df .");
+    host.sh(
+        "free=$(stat -f -c %f .); fallocate -l $(((free - 8192) * $(stat -f -c %S .))) fill; df .",
+    );
     host.sh("fcctl exec a -- sh -c 'dd if=/dev/urandom of=/root/more bs=1M count=60; sync' & \
              until fcctl vm show a | grep -q 'disk is full'; do sleep 0.2; done; kill %1 || true; rm fill");
     host.sh("until ! fcctl vm show a | grep -q 'disk is full'; do sleep 0.2; done");
-    assert_eq!(host.sh("fcctl exec a -- sh -ec 'cat /root/kept; sha256sum --quiet -c /root/sum'"), "kept\n");
+    assert_eq!(
+        host.sh("fcctl exec a -- sh -ec 'cat /root/kept; sha256sum --quiet -c /root/sum'"),
+        "kept\n"
+    );
     assert!(!host.sh("dmsetup status").contains("Invalid"));
 }
 
@@ -211,10 +318,16 @@ fn names_by_resolved(host: &TestHost, systemd: &dyn Fn(&str) -> String) {
              until fcctl rpc fcd.info > /dev/null 2>&1; do sleep 0.2; done
              fcctl rm -f a; fcctl vm create --name named; fcctl start named",
     );
-    let link = systemd("resolvectl domain fcbr0; resolvectl dns fcbr0; resolvectl default-route fcbr0");
-    assert!(link.contains("~vm") && link.contains("10.89.0.1") && link.contains("no"), "{link}");
+    let link =
+        systemd("resolvectl domain fcbr0; resolvectl dns fcbr0; resolvectl default-route fcbr0");
+    assert!(
+        link.contains("~vm") && link.contains("10.89.0.1") && link.contains("no"),
+        "{link}"
+    );
     let found = systemd("resolvectl query --legend=no named.vm");
-    let address = systemd("fcctl --json vm show named | tr , \"\\n\" | grep -oE \"10[.]89[.]0[.][0-9]+\" | head -n 1");
+    let address = systemd(
+        "fcctl --json vm show named | tr , \"\\n\" | grep -oE \"10[.]89[.]0[.][0-9]+\" | head -n 1",
+    );
     assert!(found.contains(address.trim()), "{found} is {address}");
     systemd("fcctl rm -f named");
 }
@@ -227,22 +340,43 @@ fn vms_outlive_what_systemd_does_to_the_unit() {
     host.bring_programs();
     host.bring_image();
     let unit = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/fcd.service");
-    host.pipe(&format!("cat {unit}"), "cat > /etc/systemd/system/fcd.service");
-    host.sh("cp bin/fcd bin/fcctl /usr/local/bin; mkdir -p /etc/fcd; mv state/images /var/lib/fcd/
-             printf '[qemu]\\naccel = \"kvm\"\\n' > /etc/fcd/config.toml");
+    host.pipe(
+        &format!("cat {unit}"),
+        "cat > /etc/systemd/system/fcd.service",
+    );
+    host.sh(
+        "cp bin/fcd bin/fcctl /usr/local/bin; mkdir -p /etc/fcd; mv state/images /var/lib/fcd/
+             printf '[qemu]\\naccel = \"kvm\"\\n' > /etc/fcd/config.toml",
+    );
     host.sh(START_SYSTEMD);
-    let systemd = |line: &str| host.sh(&format!("unset FCD_SOCKET; bash in-systemd bash -ec '{line}'"));
+    let systemd = |line: &str| {
+        host.sh(&format!(
+            "unset FCD_SOCKET; bash in-systemd bash -ec '{line}'"
+        ))
+    };
     let answers = "until fcctl rpc fcd.info > /dev/null 2>&1; do sleep 0.2; done";
-    systemd(&format!("systemctl start fcd; {answers}; fcctl vm create --name a; fcctl start a"));
+    systemd(&format!(
+        "systemctl start fcd; {answers}; fcctl vm create --name a; fcctl start a"
+    ));
     let vmm = "fcctl --json vm show a | tr , \"\\n\" | grep -E \"^ *.pid.:\"";
     let before = systemd(vmm);
     let is_same = |what: &str| {
-        assert_eq!(systemd(&format!("{answers}; {vmm}")), before, "after {what}");
-        assert_eq!(systemd("fcctl exec a -- echo well"), "well\n", "after {what}");
+        assert_eq!(
+            systemd(&format!("{answers}; {vmm}")),
+            before,
+            "after {what}"
+        );
+        assert_eq!(
+            systemd("fcctl exec a -- echo well"),
+            "well\n",
+            "after {what}"
+        );
     };
     systemd("systemctl restart fcd");
     is_same("a restart");
-    systemd("systemctl stop fcd; ! systemctl is-active -q fcd; pgrep -f qemu-system-x86 > /dev/null; systemctl start fcd");
+    systemd(
+        "systemctl stop fcd; ! systemctl is-active -q fcd; pgrep -f qemu-system-x86 > /dev/null; systemctl start fcd",
+    );
     is_same("a stop and a start");
     systemd(
         "before=$(systemctl show -P MainPID fcd); kill -KILL $before
@@ -255,5 +389,8 @@ fn vms_outlive_what_systemd_does_to_the_unit() {
              until systemctl is-failed -q fcd; do sleep 0.2; done; systemctl show -P NRestarts fcd | grep -qx 0",
     );
     names_by_resolved(&host, &systemd);
-    println!("systemd in the test host: {}", systemd("systemctl --version | head -n 1"));
+    println!(
+        "systemd in the test host: {}",
+        systemd("systemctl --version | head -n 1")
+    );
 }

@@ -22,12 +22,19 @@ fn a_large_file_and_holes_arrive_as_they_are() {
         sparse.write_all_at(b"data", i * 1_000_000).unwrap();
     }
     sparse.set_len(24 * MIB).unwrap();
-    fs::File::create(site.path("hole")).unwrap().set_len(16 * MIB).unwrap();
+    fs::File::create(site.path("hole"))
+        .unwrap()
+        .set_len(16 * MIB)
+        .unwrap();
     site.prepare();
     site.assert_same_tree();
     assert!(site.assert_same_status().contains("?? big\0"));
     for name in ["sparse", "hole"] {
-        let on_disk: u64 = site.said_in_guest(&format!("echo $(($(stat -c %b {name}) * 512))")).trim().parse().unwrap();
+        let on_disk: u64 = site
+            .said_in_guest(&format!("echo $(($(stat -c %b {name}) * 512))"))
+            .trim()
+            .parse()
+            .unwrap();
         assert!(on_disk < MIB, "{name} takes {on_disk} bytes in the guest");
     }
 }

@@ -20,7 +20,11 @@ const PORT: u16 = 9000;
 #[track_caller]
 fn sh(line: &str) -> String {
     let out = Command::new("sh").args(["-ec", line]).output().unwrap();
-    assert!(out.status.success(), "{line}: {}", String::from_utf8_lossy(&out.stderr));
+    assert!(
+        out.status.success(),
+        "{line}: {}",
+        String::from_utf8_lossy(&out.stderr)
+    );
     String::from_utf8(out.stdout).unwrap()
 }
 
@@ -31,7 +35,10 @@ fn own_namespace() -> File {
 /// Moves this thread into a network namespace next to another one, which is the outside. A server
 /// in each namespace answers `who` with the name of its side.
 pub fn enter_a_host_with_an_outside() {
-    assert!(nix::unistd::geteuid().is_root(), "makes network namespaces: run the tests as root");
+    assert!(
+        nix::unistd::geteuid().is_root(),
+        "makes network namespaces: run the tests as root"
+    );
     // The image is built from packages, which can be downloaded only from the original namespace.
     host::image();
     let outside = std::thread::spawn(|| {
@@ -42,7 +49,9 @@ pub fn enter_a_host_with_an_outside() {
     unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).unwrap();
     // udev creates it with this mode on Debian (50-udev-default.rules). Without udev only root
     // could open it.
-    sh("mount --make-rprivate /; mkdir -p /dev/net; mount -t tmpfs fcd-test /dev/net; mknod -m 666 /dev/net/tun c 10 200");
+    sh(
+        "mount --make-rprivate /; mkdir -p /dev/net; mount -t tmpfs fcd-test /dev/net; mknod -m 666 /dev/net/tun c 10 200",
+    );
     let ns = format!("/proc/{}/fd/{}", std::process::id(), outside.as_raw_fd());
     sh(&format!(
         "ip link set lo up; ip link add up0 type veth peer name down0; ip link set down0 netns {ns}
@@ -73,31 +82,56 @@ fn serve(there: Option<File>, who: &'static str) {
 
 /// What a guest receives from this address. None if nothing arrives within a moment.
 fn ask(host: &Host, vm: &str, address: &str, port: u16) -> Option<String> {
-    let script = format!("timeout 5 bash -c 'exec 3<>/dev/tcp/{address}/{port} && head -n 1 <&3' || echo no");
+    let script = format!(
+        "timeout 5 bash -c 'exec 3<>/dev/tcp/{address}/{port} && head -n 1 <&3' || echo no"
+    );
     Some(host.sh(vm, &script).trim().to_owned()).filter(|said| said != "no")
 }
 
 /// The numbers of VMs' taps and of addresses that may reach the outside.
 pub fn on_the_bridge() -> (usize, usize) {
-    let taps = sh("ip -o link show master fcbr0 | wc -l").trim().parse().unwrap();
-    let elements = sh("nft list ruleset | grep -o '\"fc[0-9a-f]*-[0-9]*\" \\. ' | wc -l").trim().parse().unwrap();
+    let taps = sh("ip -o link show master fcbr0 | wc -l")
+        .trim()
+        .parse()
+        .unwrap();
+    let elements = sh("nft list ruleset | grep -o '\"fc[0-9a-f]*-[0-9]*\" \\. ' | wc -l")
+        .trim()
+        .parse()
+        .unwrap();
     (taps, elements)
 }
 
 /// The number of published ports.
 pub fn published() -> usize {
-    sh("nft list ruleset | grep -o 'comment \"fc-' | wc -l").trim().parse().unwrap()
+    sh("nft list ruleset | grep -o 'comment \"fc-' | wc -l")
+        .trim()
+        .parse()
+        .unwrap()
 }
 
 fn address(host: &Host, vm: &str) -> String {
-    host.show(vm, "ssh_addr").as_str().unwrap().strip_suffix(":22").expect("the guest's own SSH port").to_owned()
+    host.show(vm, "ssh_addr")
+        .as_str()
+        .unwrap()
+        .strip_suffix(":22")
+        .expect("the guest's own SSH port")
+        .to_owned()
 }
 
 #[test]
 fn guests_reach_what_they_may_and_nothing_else() {
     enter_a_host_with_an_outside();
     let mut host = Host::with_config("[network]\ndriver = \"bridge\"\n");
-    host.ok(&["vm", "create", "--name", "a", "-p", "1022:22", "-p", "0.0.0.0:1023:22"]);
+    host.ok(&[
+        "vm",
+        "create",
+        "--name",
+        "a",
+        "-p",
+        "1022:22",
+        "-p",
+        "0.0.0.0:1023:22",
+    ]);
     host.ok(&["start", "a"]);
     host.boot("b");
     host.ok(&["vm", "create", "--name", "cut-off", "--net", "none"]);
@@ -108,13 +142,23 @@ fn guests_reach_what_they_may_and_nothing_else() {
     // The guest reaches the outside and nothing else. The host's server does answer the host
     // itself.
     for at in [GATEWAY, HOST] {
-        assert!(sh(&format!("bash -c 'head -n 1 </dev/tcp/{at}/{PORT}'")).starts_with("the host sees "));
+        assert!(
+            sh(&format!("bash -c 'head -n 1 </dev/tcp/{at}/{PORT}'")).starts_with("the host sees ")
+        );
     }
     let seen_outside = || Some(format!("the outside sees {HOST}"));
     assert_eq!(ask(&host, "a", OUTSIDE, PORT), seen_outside());
     assert_eq!(ask(&host, "a", &b, 22), None, "another guest");
-    assert_eq!(ask(&host, "a", GATEWAY, PORT), None, "the host by the bridge's address");
-    assert_eq!(ask(&host, "a", HOST, PORT), None, "the host by its outer address");
+    assert_eq!(
+        ask(&host, "a", GATEWAY, PORT),
+        None,
+        "the host by the bridge's address"
+    );
+    assert_eq!(
+        ask(&host, "a", HOST, PORT),
+        None,
+        "the host by its outer address"
+    );
     assert_eq!(ask(&host, "cut-off", OUTSIDE, PORT), None);
     assert_eq!(host.sh("cut-off", "hostname").trim(), "cut-off");
     assert_eq!(host.show("cut-off", "net"), "none");
@@ -122,9 +166,18 @@ fn guests_reach_what_they_may_and_nothing_else() {
     // From outside, only published ports are reachable.
     let ssh_of_a = |at: &str| {
         let line = format!("timeout 60 bash -c 'head -n 1 </dev/tcp/{at}'");
-        Command::new("sh").args(["-c", &line]).output().unwrap().stdout.starts_with(b"SSH-2.0")
+        Command::new("sh")
+            .args(["-c", &line])
+            .output()
+            .unwrap()
+            .stdout
+            .starts_with(b"SSH-2.0")
     };
-    let here = || ssh_of_a("127.0.0.1/1022") && ssh_of_a("127.0.0.1/1023") && ssh_of_a(&format!("{HOST}/1023"));
+    let here = || {
+        ssh_of_a("127.0.0.1/1022")
+            && ssh_of_a("127.0.0.1/1023")
+            && ssh_of_a(&format!("{HOST}/1023"))
+    };
     assert!(here() && !ssh_of_a(&format!("{HOST}/1022")));
     assert_eq!(published(), 2);
     assert_eq!(ask(&host, "b", GATEWAY, 1023), None, "another guest");
@@ -148,12 +201,24 @@ fn guests_reach_what_they_may_and_nothing_else() {
     };
     let feed = |host: &Host| {
         let begun = Instant::now();
-        let out = host.feed(&["exec", "b", "-i", "--", "sh", "-c", "cat > /dev/null"], &vec![7; 5 << 20]);
+        let out = host.feed(
+            &["exec", "b", "-i", "--", "sh", "-c", "cat > /dev/null"],
+            &vec![7; 5 << 20],
+        );
         assert!(out.status.success(), "{out:?}");
         begun.elapsed()
     };
     assert_eq!(rates(), "0\n");
-    let said = host.ok(&["vm", "set", "b", "--net-rx-bps", "1M", "--net-tx-bps", "1M", "--now"]);
+    let said = host.ok(&[
+        "vm",
+        "set",
+        "b",
+        "--net-rx-bps",
+        "1M",
+        "--net-tx-bps",
+        "1M",
+        "--now",
+    ]);
     assert_eq!(said, "b: receives 1 MiB/s, sends 1 MiB/s, applied now\n");
     assert_eq!(rates(), "2\n");
     let took = feed(&host);
@@ -161,9 +226,14 @@ fn guests_reach_what_they_may_and_nothing_else() {
     host.kill_daemon();
     sh("nft flush ruleset");
     host.relaunch();
-    wait_for("the rates are set again", || (rates() == "2\n").then_some(()));
+    wait_for("the rates are set again", || {
+        (rates() == "2\n").then_some(())
+    });
     wait_for("b is looked at", || {
-        host.fcctl(&["vm", "set", "b", "--net-rx-bps", "none", "--now"]).status.success().then_some(())
+        host.fcctl(&["vm", "set", "b", "--net-rx-bps", "none", "--now"])
+            .status
+            .success()
+            .then_some(())
     });
     assert_eq!(rates(), "1\n");
     host.ok(&["vm", "set", "b", "--net-tx-bps", "none", "--now"]);
@@ -171,11 +241,20 @@ fn guests_reach_what_they_may_and_nothing_else() {
     feed(&host);
 
     // Name resolution.
-    let resolved = |vm: &str, name: &str| host.sh(vm, &format!("getent ahostsv4 {name} | cut -d' ' -f1 | head -n 1"));
+    let resolved = |vm: &str, name: &str| {
+        host.sh(
+            vm,
+            &format!("getent ahostsv4 {name} | cut -d' ' -f1 | head -n 1"),
+        )
+    };
     assert_eq!(resolved("a", "b.vm").trim(), b);
     assert_eq!(resolved("b", "A.VM").trim(), a);
     assert_eq!(resolved("a", "nobody.vm").trim(), "");
-    assert_eq!(host.sh("a", &format!("getent hosts {b} | tr -s ' '")).trim(), format!("{b} b.vm"));
+    assert_eq!(
+        host.sh("a", &format!("getent hosts {b} | tr -s ' '"))
+            .trim(),
+        format!("{b} b.vm")
+    );
 
     // A tree is copied to the guest and back.
     {
@@ -192,12 +271,17 @@ fn guests_reach_what_they_may_and_nothing_else() {
     host.kill_daemon();
     sh("nft flush ruleset");
     host.relaunch();
-    wait_for("the rules are back", || (on_the_bridge() == (3, 3)).then_some(()));
+    wait_for("the rules are back", || {
+        (on_the_bridge() == (3, 3)).then_some(())
+    });
     assert_eq!(ask(&host, "a", OUTSIDE, PORT), seen_outside());
     assert_eq!(ask(&host, "a", &b, 22), None);
     wait_for("the ports are back", || here().then_some(()));
     assert_eq!(address(&host, "a"), a);
-    assert_eq!(host.json(&["doctor", "--leaks"]).as_array().map(Vec::len), Some(0));
+    assert_eq!(
+        host.json(&["doctor", "--leaks"]).as_array().map(Vec::len),
+        Some(0)
+    );
 
     // Nothing is left of a stopped VM, and it gets the same address again.
     host.ok(&["stop", "a"]);
@@ -218,20 +302,28 @@ fn a_boot_that_is_cut_off_leaves_no_tap() {
     let mut host = Host::with_config("[network]\ndriver = \"bridge\"\n");
     host.ok(&["vm", "create", "--name", "a"]);
     let mut start = host.spawn(&["start", "a"]);
-    wait_for("a tap on the bridge", || (on_the_bridge() == (1, 1)).then_some(()));
+    wait_for("a tap on the bridge", || {
+        (on_the_bridge() == (1, 1)).then_some(())
+    });
     host.ok(&["rm", "-f", "a"]);
     start.end();
     assert_eq!(on_the_bridge(), (0, 0));
 
     host.ok(&["vm", "create", "--name", "b"]);
     let mut start = host.spawn(&["start", "b"]);
-    wait_for("a tap on the bridge", || (on_the_bridge() == (1, 1)).then_some(()));
+    wait_for("a tap on the bridge", || {
+        (on_the_bridge() == (1, 1)).then_some(())
+    });
     host.kill_daemon();
     start.end();
     assert_eq!(on_the_bridge(), (1, 1), "nobody has cleaned up yet");
     host.relaunch();
-    wait_for("the tap is gone", || (on_the_bridge() == (0, 0)).then_some(()));
-    wait_for("it is as before its start", || (host.show("b", "state") == "created").then_some(()));
+    wait_for("the tap is gone", || {
+        (on_the_bridge() == (0, 0)).then_some(())
+    });
+    wait_for("it is as before its start", || {
+        (host.show("b", "state") == "created").then_some(())
+    });
     host.ok(&["start", "b"]);
     assert_eq!(host.sh("b", "echo up").trim(), "up");
 }
@@ -243,7 +335,12 @@ fn start_beside(host: &Host, name: &str) -> std::process::Child {
     std::fs::write(at(".toml"), config).unwrap();
     let log = std::fs::File::create(at(".log")).unwrap();
     let daemon = Command::new(host::FCD)
-        .args(["--config".as_ref(), at(".toml").as_os_str(), "--state-dir".as_ref(), at("").as_os_str()])
+        .args([
+            "--config".as_ref(),
+            at(".toml").as_os_str(),
+            "--state-dir".as_ref(),
+            at("").as_os_str(),
+        ])
         .args(["--socket".as_ref(), at(".sock").as_os_str()])
         .env("FCD_TEST_CLAIMS", host.path().join("claims"))
         .stdin(std::process::Stdio::null())
@@ -251,7 +348,12 @@ fn start_beside(host: &Host, name: &str) -> std::process::Child {
         .spawn()
         .unwrap();
     wait_for("the second daemon answers", || {
-        host::fcctl_at(&at(".sock"), &["rpc", "fcd.info"]).output().unwrap().status.success().then_some(())
+        host::fcctl_at(&at(".sock"), &["rpc", "fcd.info"])
+            .output()
+            .unwrap()
+            .status
+            .success()
+            .then_some(())
     });
     daemon
 }
@@ -267,7 +369,9 @@ fn what_a_gone_installation_has_left_is_named_and_removed_and_a_live_one_stays()
     let links = || sh("ip -o link show type bridge | cut -d: -f2; nft list tables");
     let ours = links();
     // The exit status says whether there are leaks.
-    let leaks = |args: &[&str]| String::from_utf8(host.fcctl(&[&["doctor", "--leaks"], args].concat()).stdout).unwrap();
+    let leaks = |args: &[&str]| {
+        String::from_utf8(host.fcctl(&[&["doctor", "--leaks"], args].concat()).stdout).unwrap()
+    };
     const NONE: &str = "fcd has left nothing behind on this host\n";
     let mut second = start_beside(&host, "second");
     let state = host.path().join("second");
@@ -300,7 +404,11 @@ fn what_a_gone_installation_has_left_is_named_and_removed_and_a_live_one_stays()
     }
     let mut third = start_beside(&host, "second");
     // Its bridge has the same name as theirs.
-    assert_eq!(sh("nft list tables | grep -c fcd_").trim(), "4", "two of each daemon that runs");
+    assert_eq!(
+        sh("nft list tables | grep -c fcd_").trim(),
+        "4",
+        "two of each daemon that runs"
+    );
     third.kill().unwrap();
     third.wait().unwrap();
     std::fs::remove_dir_all(&state).unwrap();

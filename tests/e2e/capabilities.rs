@@ -22,8 +22,15 @@ fn banner(at: &str) -> Option<String> {
 fn is_idle(pid: u64) -> bool {
     let ticks = || {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-        let fields: Vec<u64> =
-            stat.rsplit_once(')').unwrap().1.split_whitespace().skip(11).take(2).map(|f| f.parse().unwrap()).collect();
+        let fields: Vec<u64> = stat
+            .rsplit_once(')')
+            .unwrap()
+            .1
+            .split_whitespace()
+            .skip(11)
+            .take(2)
+            .map(|f| f.parse().unwrap())
+            .collect();
         fields.iter().sum::<u64>()
     };
     let mut last = ticks();
@@ -45,32 +52,68 @@ fn a_guest_has_its_ports_its_work_disk_and_the_hosts_files() {
     let files = tempfile::tempdir().unwrap();
     let file = files.path().join("ca.crt");
     std::fs::write(&file, "one\n").unwrap();
-    let sync = format!("[[sync]]\nfrom = {file:?}\nto = \"/root/.config/tool/ca.crt\"\nmode = \"0640\"\n");
+    let sync =
+        format!("[[sync]]\nfrom = {file:?}\nto = \"/root/.config/tool/ca.crt\"\nmode = \"0640\"\n");
     let host = Host::with_config(&sync);
-    host.ok(&["vm", "create", "--name", "a", "-p", "22", "-p", "0.0.0.0::7000/udp", "--work-disk", "2G"]);
+    host.ok(&[
+        "vm",
+        "create",
+        "--name",
+        "a",
+        "-p",
+        "22",
+        "-p",
+        "0.0.0.0::7000/udp",
+        "--work-disk",
+        "2G",
+    ]);
     let ports = host.ok(&["vm", "ports", "a"]);
     let mut lines = ports.lines();
-    let ssh = lines.next().unwrap().strip_prefix("22/tcp -> ").unwrap().to_owned();
-    assert!(ssh.starts_with("127.0.0.1:") && !ssh.ends_with(":0"), "{ports}");
-    assert!(lines.next().unwrap().starts_with("7000/udp -> 0.0.0.0:"), "{ports}");
+    let ssh = lines
+        .next()
+        .unwrap()
+        .strip_prefix("22/tcp -> ")
+        .unwrap()
+        .to_owned();
+    assert!(
+        ssh.starts_with("127.0.0.1:") && !ssh.ends_with(":0"),
+        "{ports}"
+    );
+    assert!(
+        lines.next().unwrap().starts_with("7000/udp -> 0.0.0.0:"),
+        "{ports}"
+    );
 
     // If a program on the host uses the port, the error names it. The VM starts once the program
     // has exited.
     let listener = TcpListener::bind(&ssh).unwrap();
     let (status, said) = host.fails(&["start", "a"]);
-    assert!(status == 4 && said.contains(&ssh) && said.contains("ss -tanp"), "{status}: {said}");
+    assert!(
+        status == 4 && said.contains(&ssh) && said.contains("ss -tanp"),
+        "{status}: {said}"
+    );
     drop(listener);
     host.ok(&["start", "a"]);
     assert_eq!(banner(&ssh).as_deref(), Some("SSH-2.0"));
 
     // The work disk belongs to this guest, has the requested size, and is kept over a stop.
-    let size: u64 = host.sh("a", "df --output=size -BM /work | tail -n 1 | tr -d ' M'").trim().parse().unwrap();
+    let size: u64 = host
+        .sh("a", "df --output=size -BM /work | tail -n 1 | tr -d ' M'")
+        .trim()
+        .parse()
+        .unwrap();
     assert!((1800..=2048).contains(&size), "{size} MiB");
     assert_eq!(
-        host.sh("a", "stat -c %U:%a /work; ls /work; stat -c %U:%a:%s /root/.config/tool/ca.crt"),
+        host.sh(
+            "a",
+            "stat -c %U:%a /work; ls /work; stat -c %U:%a:%s /root/.config/tool/ca.crt"
+        ),
         "root:755\nlost+found\nroot:640:4\n"
     );
-    host.sh("a", "echo kept > /work/file; cat /sys/block/vd?/serial > /work/disks");
+    host.sh(
+        "a",
+        "echo kept > /work/file; cat /sys/block/vd?/serial > /work/disks",
+    );
     assert_eq!(host.sh("a", "cat /work/disks"), "rootseedwork");
     // The guest is paused and resumed, and its process continues where it was.
     host.sh(
@@ -79,35 +122,65 @@ fn a_guest_has_its_ports_its_work_disk_and_the_hosts_files() {
     );
     assert_eq!(host.ok(&["vm", "pause", "a"]), "a: running (paused)\n");
     let (status, said) = host.fails(&["exec", "a", "--", "true"]);
-    assert!(status == 125 && said.contains("is paused") && said.contains("vm resume a"), "{status}: {said}");
+    assert!(
+        status == 125 && said.contains("is paused") && said.contains("vm resume a"),
+        "{status}: {said}"
+    );
     let pid = host.show("a", "pid").as_u64().unwrap();
     assert!(is_idle(pid), "a paused guest takes CPU time");
     assert_eq!(host.ok(&["vm", "resume", "a"]), "a: running\n");
-    let ticks = || host.sh("a", "wc -l < /root/ticks").trim().parse::<u64>().unwrap();
+    let ticks = || {
+        host.sh("a", "wc -l < /root/ticks")
+            .trim()
+            .parse::<u64>()
+            .unwrap()
+    };
     let before = ticks();
     wait_for("the guest continues", || (ticks() > before).then_some(()));
     host.ok(&["vm", "pause", "a"]);
 
     // A second VM cannot get a port of the first one.
-    let (status, said) = host.fails(&["vm", "create", "--name", "b", "-p", &format!("{}:22", &ssh["127.0.0.1:".len()..])]);
-    assert!(status == 4 && said.contains("another VM"), "{status}: {said}");
+    let (status, said) = host.fails(&[
+        "vm",
+        "create",
+        "--name",
+        "b",
+        "-p",
+        &format!("{}:22", &ssh["127.0.0.1:".len()..]),
+    ]);
+    assert!(
+        status == 4 && said.contains("another VM"),
+        "{status}: {said}"
+    );
 
     std::fs::write(&file, "another\n").unwrap();
     host.ok(&["stop", "a"]);
     let console = host.ok(&["logs", "a"]);
-    assert!(console.contains("disk is clean") && !console.contains("still in use"), "{console}");
+    assert!(
+        console.contains("disk is clean") && !console.contains("still in use"),
+        "{console}"
+    );
     assert!(TcpStream::connect(&ssh).is_err());
     host.ok(&["start", "a"]);
-    assert_eq!(host.sh("a", "cat /work/file /root/.config/tool/ca.crt"), "kept\nanother\n");
+    assert_eq!(
+        host.sh("a", "cat /work/file /root/.config/tool/ca.crt"),
+        "kept\nanother\n"
+    );
     assert_eq!(banner(&ssh).as_deref(), Some("SSH-2.0"));
 
     // A missing file makes the start fail with its name, and `doctor` reports it.
     host.ok(&["stop", "a"]);
     std::fs::remove_file(&file).unwrap();
     let (status, said) = host.fails(&["start", "a"]);
-    assert!(status == 1 && said.contains(file.to_str().unwrap()), "{status}: {said}");
+    assert!(
+        status == 1 && said.contains(file.to_str().unwrap()),
+        "{status}: {said}"
+    );
     let (doctor, _) = text(&host.fcctl(&["doctor"]));
     assert!(doctor.contains(file.to_str().unwrap()), "{doctor}");
     host.ok(&["rm", "-f", "a"]);
-    assert_eq!(host.json(&["doctor", "--leaks"]).as_array().map(Vec::len), Some(0));
+    assert_eq!(
+        host.json(&["doctor", "--leaks"]).as_array().map(Vec::len),
+        Some(0)
+    );
 }

@@ -32,8 +32,21 @@ fn trees_go_again_and_in_other_ways() {
 
 fn every_kind_of_name_and_file(host: &Host) {
     let site = Site::unborn(host, "box", "names");
-    let names =
-        ["a b", "new\nline", "-rf", "--", "tab\there", "$(x)", "quote'\"", "é", "back\\slash", "*", "%41", "trailing ", " x"];
+    let names = [
+        "a b",
+        "new\nline",
+        "-rf",
+        "--",
+        "tab\there",
+        "$(x)",
+        "quote'\"",
+        "é",
+        "back\\slash",
+        "*",
+        "%41",
+        "trailing ",
+        " x",
+    ];
     for name in names {
         site.write(name, name);
         site.write(format!("in {name}/{name}"), name);
@@ -49,18 +62,37 @@ fn every_kind_of_name_and_file(host: &Host) {
         site.write(name, "#!/bin/sh\n");
         site.chmod(name, mode);
     }
-    for (target, name) in [("nowhere/at all", "dangling"), ("/etc/passwd", "absolute"), ("loop", "loop"), ("pong", "ping")] {
+    for (target, name) in [
+        ("nowhere/at all", "dangling"),
+        ("/etc/passwd", "absolute"),
+        ("loop", "loop"),
+        ("pong", "ping"),
+    ] {
         site.link(target, name);
     }
     site.link("ping", "pong");
     site.link("in a b", "to-directory");
     site.link(&"t".repeat(300), "long-target");
-    site.git(&["add", "--", "a b", "-rf", "empty", "run", "loop", "in new\nline", "in -rf"]);
+    site.git(&[
+        "add",
+        "--",
+        "a b",
+        "-rf",
+        "empty",
+        "run",
+        "loop",
+        "in new\nline",
+        "in -rf",
+    ]);
     site.git(&["commit", "-qm", "some"]);
     site.prepare();
     site.assert_same_tree();
     site.assert_same_status();
-    assert!(site.said_in_guest("ls -d nothing 2>&1 || true").contains("No such file"), "git sees no empty directories");
+    assert!(
+        site.said_in_guest("ls -d nothing 2>&1 || true")
+            .contains("No such file"),
+        "git sees no empty directories"
+    );
     // Copy all of it back.
     let back = site.beside("back");
     site.export(&["--tree", back.to_str().unwrap()]);
@@ -98,18 +130,36 @@ fn a_repository_with_everything_at_once(host: &Host) {
     site.write("build/out", "ignored");
     site.prepare();
     let status = site.assert_same_status();
-    for line in ["MM a\n", " M b\n", "M  dir/b\n", " D gone\n", "D  gone-staged\n", "R  renamed -> renamed2\n", " M run\n"] {
+    for line in [
+        "MM a\n",
+        " M b\n",
+        "M  dir/b\n",
+        " D gone\n",
+        "D  gone-staged\n",
+        "R  renamed -> renamed2\n",
+        " M run\n",
+    ] {
         assert!(status.contains(line), "{line:?} in {status}");
     }
-    for line in [" A intended\n", "A  staged-new\n", "?? untracked/\n", "A  forced.o\n"] {
+    for line in [
+        " A intended\n",
+        "A  staged-new\n",
+        "?? untracked/\n",
+        "A  forced.o\n",
+    ] {
         assert!(status.contains(line), "{line:?} in {status}");
     }
-    site.assert_same_output("git diff; git diff --cached; git log --format='%H %an %s'; git symbolic-ref HEAD");
+    site.assert_same_output(
+        "git diff; git diff --cached; git log --format='%H %an %s'; git symbolic-ref HEAD",
+    );
     // Ignored files have been kept. Without them the trees are equal.
     site.git(&["clean", "-fdXq"]);
     site.assert_same_tree();
     site.in_guest("git fsck --strict --no-dangling; git add -A; git commit -qm 'in the guest'; test -z \"$(git status -s)\"");
-    assert_eq!(site.said_in_guest("git log -1 --format='%an %ae'"), "U Ser u@example.org\n");
+    assert_eq!(
+        site.said_in_guest("git log -1 --format='%an %ae'"),
+        "U Ser u@example.org\n"
+    );
 }
 
 fn no_commits_yet(host: &Host) {
@@ -144,12 +194,23 @@ fn a_subdirectory_brings_all(host: &Host) {
     site.write("dir/in it/x", "x");
     site.commit("first");
     site.write("dir/new", "x");
-    let args = ["workspace", "prepare", "box", "dir/in it", "--guest-path", &site.guest];
+    let args = [
+        "workspace",
+        "prepare",
+        "box",
+        "dir/in it",
+        "--guest-path",
+        &site.guest,
+    ];
     let out = site.fcctl(&args);
     assert!(out.status.success(), "{:?}", text(&out));
     site.assert_same_tree();
     site.assert_same_status();
-    assert_eq!(host.ok(&["exec", "box", "--", "pwd"]), "/root/sub/dir/in it\n", "commands start there");
+    assert_eq!(
+        host.ok(&["exec", "box", "--", "pwd"]),
+        "/root/sub/dir/in it\n",
+        "commands start there"
+    );
 }
 
 fn a_tree_that_is_no_repository(host: &Host) {
@@ -164,16 +225,30 @@ fn a_tree_that_is_no_repository(host: &Host) {
     site.chmod("sub", 0o750);
     site.prepare();
     site.assert_same_tree();
-    assert!(site.said_in_guest("git status 2>&1 || true").contains("not a git repository"));
+    assert!(
+        site.said_in_guest("git status 2>&1 || true")
+            .contains("not a git repository")
+    );
 }
 
 fn a_second_prepare(host: &Host) {
     let site = Site::unborn(host, "box", "again");
-    for name in ["host-edits", "host-deletes", "guest-edits", "both-edit", "guest-deletes", "same", "dir/deep"] {
+    for name in [
+        "host-edits",
+        "host-deletes",
+        "guest-edits",
+        "both-edit",
+        "guest-deletes",
+        "same",
+        "dir/deep",
+    ] {
         site.write(name, format!("{name}\n"));
     }
     site.commit("first");
-    assert!(!site.prepare().contains("kept"), "the first one finds nothing of the guest");
+    assert!(
+        !site.prepare().contains("kept"),
+        "the first one finds nothing of the guest"
+    );
     site.write("host-edits", "edited on the host\n");
     site.write("both-edit", "by the host\n");
     site.write("host-new", "new\n");
@@ -183,14 +258,27 @@ fn a_second_prepare(host: &Host) {
     site.in_guest("echo guest > guest-edits; echo guest > both-edit; rm guest-deletes; echo guest > guest-new");
     let said = site.prepare();
     for name in ["guest-edits", "both-edit", "guest-deletes", "guest-new"] {
-        assert_eq!(said.lines().filter(|l| l.trim_start_matches("fcctl: ").trim() == name).count(), 1, "{name} in {said}");
+        assert_eq!(
+            said.lines()
+                .filter(|l| l.trim_start_matches("fcctl: ").trim() == name)
+                .count(),
+            1,
+            "{name} in {said}"
+        );
     }
-    assert!(said.contains("kept 4 files") && said.contains("--overwrite"), "{said}");
+    assert!(
+        said.contains("kept 4 files") && said.contains("--overwrite"),
+        "{said}"
+    );
     // Files that only the guest has are kept as well.
     let now = "cat host-edits guest-edits both-edit host-new guest-new; ls -d host-deletes guest-deletes dir 2>/dev/null || true";
-    assert_eq!(site.said_in_guest(now), "edited on the host\nguest\nguest\nnew\nguest\n");
     assert_eq!(
-        site.said_in_guest("git log --format=%s; git status --porcelain").replace('\n', "|"),
+        site.said_in_guest(now),
+        "edited on the host\nguest\nguest\nnew\nguest\n"
+    );
+    assert_eq!(
+        site.said_in_guest("git log --format=%s; git status --porcelain")
+            .replace('\n', "|"),
         "second|first| M both-edit| D guest-deletes| M guest-edits|?? guest-new|"
     );
     assert!(!site.prepare_with(&["--overwrite"]).contains("kept"));
@@ -204,15 +292,18 @@ fn history_is_as_deep_as_asked(host: &Host) {
     site.write("a", "x");
     site.commit("the first");
     site.on_host("for i in $(seq 59); do echo $i > a; git commit -qam \"number $i\"; done");
-    for (name, args, commits) in
-        [("default", &[][..], "50"), ("three", &["--history", "3"], "3"), ("all", &["--history", "full"], "60")]
-    {
+    for (name, args, commits) in [
+        ("default", &[][..], "50"),
+        ("three", &["--history", "3"], "3"),
+        ("all", &["--history", "full"], "60"),
+    ] {
         site.guest = format!("/root/history-{name}");
         site.prepare_with(args);
         let script = "git fsck --strict; git log --format=%s | tail -n 1 > /dev/null; git rev-list --count HEAD
             echo x >> a; git commit -qam 'in the guest'; git log -2 --format=%s; git diff --stat HEAD~1 HEAD | tail -n 1";
         let said = site.said_in_guest(script);
-        let expected = format!("{commits}\nin the guest\nnumber 59\n 1 file changed, 1 insertion(+)\n");
+        let expected =
+            format!("{commits}\nin the guest\nnumber 59\n 1 file changed, 1 insertion(+)\n");
         assert_eq!(said, expected, "--history {name}");
     }
     site.guest = "/root/history-none".into();
@@ -230,30 +321,58 @@ fn nothing_of_a_hostile_repository_runs(host: &Host) {
     site.write("a", "x\n");
     site.write(".gitattributes", "* filter=x diff=x\n");
     site.commit("first");
-    for hook in ["post-index-change", "pre-auto-gc", "reference-transaction", "post-checkout", "pre-applypatch"] {
+    for hook in [
+        "post-index-change",
+        "pre-auto-gc",
+        "reference-transaction",
+        "post-checkout",
+        "pre-applypatch",
+    ] {
         site.write(format!(".git/hooks/{hook}"), &script);
         site.chmod(&format!(".git/hooks/{hook}"), 0o755);
     }
     let evil = site.path("evil");
     let evil = evil.to_str().unwrap();
-    for key in ["core.fsmonitor", "filter.x.clean", "filter.x.smudge", "filter.x.process", "diff.x.textconv"] {
+    for key in [
+        "core.fsmonitor",
+        "filter.x.clean",
+        "filter.x.smudge",
+        "filter.x.process",
+        "diff.x.textconv",
+    ] {
         site.git(&["config", key, evil]);
     }
-    for key in ["diff.external", "core.pager", "core.sshCommand", "core.alternateRefsCommand", "uploadpack.packObjectsHook"] {
+    for key in [
+        "diff.external",
+        "core.pager",
+        "core.sshCommand",
+        "core.alternateRefsCommand",
+        "uploadpack.packObjectsHook",
+    ] {
         site.git(&["config", key, evil]);
     }
     site.write("a", "touched, so that its filter would be asked\n");
     // Check that the trap works: git itself, run by the user, triggers it.
     let _ = fs::remove_file(&canary);
-    let _ = Command::new("timeout").args(["10", "git", "status"]).current_dir(site.root()).output().unwrap();
-    assert!(canary.exists(), "the hostile repository runs nothing at all");
+    let _ = Command::new("timeout")
+        .args(["10", "git", "status"])
+        .current_dir(site.root())
+        .output()
+        .unwrap();
+    assert!(
+        canary.exists(),
+        "the hostile repository runs nothing at all"
+    );
     fs::remove_file(&canary).unwrap();
     site.prepare();
     site.in_guest("echo guest >> a");
     site.export(&["--patch", site.beside("p").to_str().unwrap()]);
     site.export(&["--tree", site.beside("t").to_str().unwrap()]);
     assert!(!canary.exists(), "ran: {:?}", fs::read_to_string(&canary));
-    assert_eq!(site.said_in_guest("ls .git/hooks 2>/dev/null || true; grep -c evil .git/config || true"), "pre-commit\n0\n");
+    assert_eq!(
+        site.said_in_guest("ls .git/hooks 2>/dev/null || true; grep -c evil .git/config || true"),
+        "pre-commit\n0\n"
+    );
 }
 
 fn readonly(host: &Host) {
@@ -265,7 +384,10 @@ fn readonly(host: &Host) {
     site.assert_same_status();
     for attempt in ["echo y > a", "touch new", "rm a", "touch .git/x"] {
         let (_, stderr) = text(&site.in_guest_out(attempt));
-        assert!(stderr.contains("Read-only file system"), "{attempt}: {stderr}");
+        assert!(
+            stderr.contains("Read-only file system"),
+            "{attempt}: {stderr}"
+        );
     }
     site.write("a", "y");
     site.prepare_with(&["--readonly"]);
@@ -292,12 +414,18 @@ fn a_tar_from_stdin(host: &Host) {
     site.write("deep/er/x", "");
     site.link("nowhere", "link");
     fs::create_dir(site.path("empty")).unwrap();
-    pipeline(&site, "tar c . | $FCCTL workspace prepare box --tar - --guest-path /root/tarred");
+    pipeline(
+        &site,
+        "tar c . | $FCCTL workspace prepare box --tar - --guest-path /root/tarred",
+    );
     site.assert_same_tree();
     site.in_guest("echo more >> run");
     let (patch, _) = site.export(&[]);
     let patch = String::from_utf8(patch).unwrap();
-    assert!(patch.contains("+more") && patch.matches("diff --git").count() == 1, "{patch}");
+    assert!(
+        patch.contains("+more") && patch.matches("diff --git").count() == 1,
+        "{patch}"
+    );
 }
 
 fn a_tar_through_exec(host: &Host) {
@@ -306,6 +434,9 @@ fn a_tar_through_exec(host: &Host) {
     site.write(b"raw\xff", vec![0xa5; 3_000_000]);
     site.link("nowhere", "link");
     host.ok(&["exec", "box", "--", "mkdir", "/root/piped"]);
-    pipeline(&site, "tar c . | $FCCTL exec box -i -w /root/piped -- tar x");
+    pipeline(
+        &site,
+        "tar c . | $FCCTL exec box -i -w /root/piped -- tar x",
+    );
     site.assert_same_tree();
 }

@@ -34,21 +34,54 @@ struct Operation {
 }
 
 const OPERATIONS: [Operation; 6] = [
-    Operation { args: &["start"], before: "stopped", after: "running", between: "stopped" },
-    Operation { args: &["stop"], before: "running", after: "stopped", between: "running" },
-    Operation { args: &["vm", "restart"], before: "running", after: "running", between: "stopped" },
-    Operation { args: &["vm", "set", "--vcpus", "1"], before: "running", after: "running", between: "running" },
-    Operation { args: &["snapshot", "create"], before: "running", after: "running", between: "running" },
-    Operation { args: &["rm", "-f"], before: "running", after: "gone", between: "running" },
+    Operation {
+        args: &["start"],
+        before: "stopped",
+        after: "running",
+        between: "stopped",
+    },
+    Operation {
+        args: &["stop"],
+        before: "running",
+        after: "stopped",
+        between: "running",
+    },
+    Operation {
+        args: &["vm", "restart"],
+        before: "running",
+        after: "running",
+        between: "stopped",
+    },
+    Operation {
+        args: &["vm", "set", "--vcpus", "1"],
+        before: "running",
+        after: "running",
+        between: "running",
+    },
+    Operation {
+        args: &["snapshot", "create"],
+        before: "running",
+        after: "running",
+        between: "running",
+    },
+    Operation {
+        args: &["rm", "-f"],
+        before: "running",
+        after: "gone",
+        between: "running",
+    },
 ];
 
 impl Trial<'_> {
     fn state(&self) -> String {
         wait_for("the VM rests", || {
             let all = self.host.json(&["ps", "-a"]);
-            let Some(vm) = all.as_array().unwrap().first() else { return Some("gone".to_owned()) };
+            let Some(vm) = all.as_array().unwrap().first() else {
+                return Some("gone".to_owned());
+            };
             let state = vm["state"].as_str().unwrap();
-            let rests = vm["op"].is_null() && !["starting", "stopping", "deleting"].contains(&state);
+            let rests =
+                vm["op"].is_null() && !["starting", "stopping", "deleting"].contains(&state);
             rests.then(|| state.to_owned())
         })
     }
@@ -56,11 +89,25 @@ impl Trial<'_> {
     /// Brings the VM into its initial state, running or stopped, with a mark on its disk.
     fn set_the_scene(&self) {
         if self.state() == "gone" {
-            self.host.ok(&["vm", "create", "--name", "web", "-p", "1022:22", "--work-disk", "64M"]);
+            self.host.ok(&[
+                "vm",
+                "create",
+                "--name",
+                "web",
+                "-p",
+                "1022:22",
+                "--work-disk",
+                "64M",
+            ]);
             self.host.ok(&["start", "web"]);
-            self.host.sh("web", "echo kept | tee /root/mark /work/mark; sync");
+            self.host
+                .sh("web", "echo kept | tee /root/mark /work/mark; sync");
         }
-        let verb = if self.operation.before == "running" { "start" } else { "stop" };
+        let verb = if self.operation.before == "running" {
+            "start"
+        } else {
+            "stop"
+        };
         self.host.ok(&[verb, "web"]);
     }
 
@@ -70,7 +117,12 @@ impl Trial<'_> {
         self.set_the_scene();
         let pid = self.host.show("web", "pid");
         self.host.arm(n);
-        let Operation { args, before, after, between } = *self.operation;
+        let Operation {
+            args,
+            before,
+            after,
+            between,
+        } = *self.operation;
         let args = [args, &["web"]].concat();
         let ended = self.host.fcctl(&args);
         if !self.host.disarm(ended.status.code() == Some(UNREACHABLE)) {
@@ -82,23 +134,44 @@ impl Trial<'_> {
         let at = format!("{args:?}, killed at point {n}");
         let state = self.state();
         // I5: what was acknowledged has happened.
-        let may_be = if ended.status.success() { vec![after] } else { vec![before, after, between] };
-        assert!(may_be.contains(&state.as_str()), "{at}: {ended:?}, and it is {state}");
+        let may_be = if ended.status.success() {
+            vec![after]
+        } else {
+            vec![before, after, between]
+        };
+        assert!(
+            may_be.contains(&state.as_str()),
+            "{at}: {ended:?}, and it is {state}"
+        );
         // I1 and I2.
-        let on_host = if state == "running" { ((1, 1), 1) } else { ((0, 0), 0) };
-        wait_for("rules and taps agree", || ((on_the_bridge(), published()) == on_host).then_some(()));
+        let on_host = if state == "running" {
+            ((1, 1), 1)
+        } else {
+            ((0, 0), 0)
+        };
+        wait_for("rules and taps agree", || {
+            ((on_the_bridge(), published()) == on_host).then_some(())
+        });
         let leaks = self.host.json(&["doctor", "--leaks"]);
         assert_eq!(leaks.as_array().map(Vec::len), Some(0), "{at}: {leaks}");
-        if self.operation.before == "running" && state == "running" && self.host.show("web", "pid") == pid {
+        if self.operation.before == "running"
+            && state == "running"
+            && self.host.show("web", "pid") == pid
+        {
             figures.survived += 1;
         }
         for snapshot in self.host.json(&["snapshot", "list"]).as_array().unwrap() {
-            self.host.ok(&["snapshot", "delete", snapshot["id"].as_str().unwrap()]);
+            self.host
+                .ok(&["snapshot", "delete", snapshot["id"].as_str().unwrap()]);
         }
         if state != "gone" {
             // I6: the same disks are used.
             self.host.ok(&["start", "web"]);
-            assert_eq!(self.host.sh("web", "cat /root/mark /work/mark"), "kept\nkept\n", "{at}");
+            assert_eq!(
+                self.host.sh("web", "cat /root/mark /work/mark"),
+                "kept\nkept\n",
+                "{at}"
+            );
         }
         true
     }
@@ -109,12 +182,22 @@ fn go_through(step: u64) {
     let mut host = Host::with_config("[network]\ndriver = \"bridge\"\n");
     let mut figures = Figures::default();
     for operation in &OPERATIONS {
-        let mut trial = Trial { host: &mut host, operation };
+        let mut trial = Trial {
+            host: &mut host,
+            operation,
+        };
         // Begin with the first point: a guest certainly survives that of `vm set`.
         let mut points = (1..POINTS_MAX).step_by(usize::try_from(step).unwrap());
-        assert!(points.any(|n| !trial.at_point(n, &mut figures)), "{:?} has more than {POINTS_MAX} points", operation.args);
+        assert!(
+            points.any(|n| !trial.at_point(n, &mut figures)),
+            "{:?} has more than {POINTS_MAX} points",
+            operation.args
+        );
     }
-    assert!(figures.survived > 0, "no guest outlived its daemon: {figures:?}");
+    assert!(
+        figures.survived > 0,
+        "no guest outlived its daemon: {figures:?}"
+    );
     println!("real guests: {figures:?}, leftovers: 0");
     host.fcctl(&["rm", "-f", "web"]);
     assert_eq!((on_the_bridge(), published()), ((0, 0), 0));

@@ -46,16 +46,32 @@ const ENDS: [End; 3] = [
 impl End {
     /// Makes the guest end after the delay, independently of this connection.
     fn order(&self, host: &Host) {
-        let script = format!("(sleep {DELAY_S}; {}) > /dev/null 2>&1 < /dev/null &", self.script);
+        let script = format!(
+            "(sleep {DELAY_S}; {}) > /dev/null 2>&1 < /dev/null &",
+            self.script
+        );
         host.ok(&["exec", self.name, "--", "setsid", "sh", "-c", &script]);
     }
 
     #[track_caller]
     fn is_reported(&self, host: &Host, reason: &str) {
-        wait_for("the VM comes to rest", || (host.show(self.name, "state") != "running").then_some(()));
-        let reported = (host.show(self.name, "state"), host.show(self.name, "reason"));
-        let fits = reported.0 == self.state && reported.1.as_str().is_some_and(|reported| reported.contains(reason));
-        assert!(fits, "{}: {reported:?}, not {} because {reason:?}", self.name, self.state);
+        wait_for("the VM comes to rest", || {
+            (host.show(self.name, "state") != "running").then_some(())
+        });
+        let reported = (
+            host.show(self.name, "state"),
+            host.show(self.name, "reason"),
+        );
+        let fits = reported.0 == self.state
+            && reported
+                .1
+                .as_str()
+                .is_some_and(|reported| reported.contains(reason));
+        assert!(
+            fits,
+            "{}: {reported:?}, not {} because {reason:?}",
+            self.name, self.state
+        );
     }
 }
 
@@ -73,7 +89,8 @@ fn reason_of_ended_guest_is_reported() {
     for end in &ENDS {
         end.order(&host);
     }
-    ENDS.iter().for_each(|end| end.is_reported(&host, end.reason));
+    ENDS.iter()
+        .for_each(|end| end.is_reported(&host, end.reason));
 }
 
 #[test]
@@ -83,10 +100,16 @@ fn reason_of_guest_ended_after_daemon_restart_is_reported() {
     host.kill_daemon();
     host.relaunch();
     for end in &ENDS {
-        wait_for("it was looked at", || host.fcctl(&["exec", end.name, "--", "true"]).status.success().then_some(()));
+        wait_for("it was looked at", || {
+            host.fcctl(&["exec", end.name, "--", "true"])
+                .status
+                .success()
+                .then_some(())
+        });
         end.order(&host);
     }
-    ENDS.iter().for_each(|end| end.is_reported(&host, end.reason));
+    ENDS.iter()
+        .for_each(|end| end.is_reported(&host, end.reason));
 }
 
 #[test]
@@ -97,9 +120,12 @@ fn guest_that_ends_while_no_daemon_runs_is_judged_by_disk_and_log() {
         end.order(&host);
     }
     host.kill_daemon();
-    wait_for("all have ended", || vmm_processes(&host.state()).is_empty().then_some(()));
+    wait_for("all have ended", || {
+        vmm_processes(&host.state()).is_empty().then_some(())
+    });
     host.relaunch();
-    ENDS.iter().for_each(|end| end.is_reported(&host, end.unseen));
+    ENDS.iter()
+        .for_each(|end| end.is_reported(&host, end.unseen));
 }
 
 #[test]
@@ -107,10 +133,17 @@ fn vmm_ended_from_host_is_not_reported_as_guest_reset() {
     let host = Host::start();
     host.boot("box");
     signal(vmm_processes(&host.state())[0], "TERM");
-    wait_for("the VM comes to rest", || (host.show("box", "state") != "running").then_some(()));
+    wait_for("the VM comes to rest", || {
+        (host.show("box", "state") != "running").then_some(())
+    });
     let reported = (host.show("box", "state"), host.show("box", "reason"));
     assert!(
-        reported.0 == "failed" && reported.1.as_str().unwrap().contains("the VMM was ended from the host (host-signal)"),
+        reported.0 == "failed"
+            && reported
+                .1
+                .as_str()
+                .unwrap()
+                .contains("the VMM was ended from the host (host-signal)"),
         "{reported:?}"
     );
 }

@@ -15,10 +15,29 @@ const BLOB_BYTES: usize = 20 << 20;
 #[test]
 fn commands_in_a_guest() {
     let host = Host::start();
-    let out = host.feed(&["run", "--name", "box", "-i", "--", "sh", "-c", "cat; echo reported >&2; exit 4"], b"piped\0in");
+    let out = host.feed(
+        &[
+            "run",
+            "--name",
+            "box",
+            "-i",
+            "--",
+            "sh",
+            "-c",
+            "cat; echo reported >&2; exit 4",
+        ],
+        b"piped\0in",
+    );
     let (stdout, stderr) = text(&out);
-    assert_eq!((out.status.code(), stdout.as_str()), (Some(4), "piped\0in"), "{stderr}");
-    assert!(stderr.contains("reported\n") && stderr.contains("keeps running"), "{stderr}");
+    assert_eq!(
+        (out.status.code(), stdout.as_str()),
+        (Some(4), "piped\0in"),
+        "{stderr}"
+    );
+    assert!(
+        stderr.contains("reported\n") && stderr.contains("keeps running"),
+        "{stderr}"
+    );
     streams_are_apart_and_binary_safe(&host);
     stdin_is_read_only_when_asked(&host);
     statuses(&host);
@@ -35,9 +54,16 @@ fn commands_in_a_guest() {
 }
 
 fn many_at_once_and_long_ones(host: &Host) {
-    let mut all: Vec<_> = (0..12).map(|n| host.spawn(&["exec", "box", "--", "echo", &format!("number {n}")])).collect();
+    let mut all: Vec<_> = (0..12)
+        .map(|n| host.spawn(&["exec", "box", "--", "echo", &format!("number {n}")]))
+        .collect();
     for (n, one) in all.iter_mut().enumerate() {
-        assert_eq!((one.end().0, one.stdout()), (Some(0), format!("number {n}\n")), "{}", one.stderr());
+        assert_eq!(
+            (one.end().0, one.stdout()),
+            (Some(0), format!("number {n}\n")),
+            "{}",
+            one.stderr()
+        );
     }
     let long = "x".repeat(16 << 10);
     assert_eq!(host.ok(&["exec", "box", "--", "printf", "%s", &long]), long);
@@ -55,19 +81,54 @@ fn long_commands(host: &Host) {
     let wanted = format!("{}\n", 13 * string.len() + (100 << 10));
     assert_eq!(host.ok(&args), wanted);
     args.insert(2, "-t");
-    assert_eq!(host.ok(&args), wanted.replace('\n', "\r\n"), "with a terminal, which takes no such input");
-    let small = "x".repeat(100 << 10);
-    assert_eq!(host.ok(&["exec", "box", "--", "printf", "%s", &small]), small);
     assert_eq!(
-        text(&host.feed(&["exec", "-i", "box", "--", "sh", "-c", "cat; echo ${#1}", "x", &small], b"in ")).0,
+        host.ok(&args),
+        wanted.replace('\n', "\r\n"),
+        "with a terminal, which takes no such input"
+    );
+    let small = "x".repeat(100 << 10);
+    assert_eq!(
+        host.ok(&["exec", "box", "--", "printf", "%s", &small]),
+        small
+    );
+    assert_eq!(
+        text(&host.feed(
+            &[
+                "exec",
+                "-i",
+                "box",
+                "--",
+                "sh",
+                "-c",
+                "cat; echo ${#1}",
+                "x",
+                &small
+            ],
+            b"in "
+        ))
+        .0,
         "in 102400\n"
     );
-    assert_eq!(host.sh("box", "ls -A /tmp | grep -c fcd-exec || true"), "0\n", "nothing is left in the guest");
+    assert_eq!(
+        host.sh("box", "ls -A /tmp | grep -c fcd-exec || true"),
+        "0\n",
+        "nothing is left in the guest"
+    );
     // The guest's shell reports what Linux does not accept.
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), format!("A={}\n", "x".repeat(200 << 10))).unwrap();
-    let (status, said) = host.fails(&["exec", "box", "--env-file", file.path().to_str().unwrap(), "--", "true"]);
-    assert!(status == 126 && said.contains("rgument list too long"), "{status} {said}");
+    let (status, said) = host.fails(&[
+        "exec",
+        "box",
+        "--env-file",
+        file.path().to_str().unwrap(),
+        "--",
+        "true",
+    ]);
+    assert!(
+        status == 126 && said.contains("rgument list too long"),
+        "{status} {said}"
+    );
 }
 
 /// Names on Linux are arbitrary bytes.
@@ -78,24 +139,61 @@ fn bytes_that_are_no_text(host: &Host) {
     let run = |how: &[OsString], argv: &[&[u8]]| {
         let argv: Vec<OsString> = argv.iter().map(|bytes| word(bytes)).collect();
         let mut command = host.command(&["exec", "box"]);
-        command.args(how).arg("--").args(argv).env("OWN", word(b"\xfd")).output().unwrap()
+        command
+            .args(how)
+            .arg("--")
+            .args(argv)
+            .env("OWN", word(b"\xfd"))
+            .output()
+            .unwrap()
     };
     assert!(run(&[], &[b"mkdir", dir.as_bytes()]).status.success());
     let variable = word(&[b"A=".as_slice(), &raw].concat());
-    let how = ["-w".into(), dir.clone(), "-e".into(), variable, "-e".into(), "OWN".into()];
-    let out = run(&how, &[b"sh", b"-c", b"pwd; printf %s \"$1$A$OWN\"", b"x", &raw]);
-    assert_eq!(out.stdout, [dir.as_bytes(), b"\n", &raw, &raw, b"\xfd"].concat(), "{:?}", text(&out));
+    let how = [
+        "-w".into(),
+        dir.clone(),
+        "-e".into(),
+        variable,
+        "-e".into(),
+        "OWN".into(),
+    ];
+    let out = run(
+        &how,
+        &[b"sh", b"-c", b"pwd; printf %s \"$1$A$OWN\"", b"x", &raw],
+    );
+    assert_eq!(
+        out.stdout,
+        [dir.as_bytes(), b"\n", &raw, &raw, b"\xfd"].concat(),
+        "{:?}",
+        text(&out)
+    );
     assert!(run(&[], &[b"rmdir", dir.as_bytes()]).status.success());
     let out = run(&["-w".into(), dir], &[b"true"]);
-    assert!(out.status.code() == Some(125) && text(&out).1.contains("cannot enter"), "{:?}", text(&out));
+    assert!(
+        out.status.code() == Some(125) && text(&out).1.contains("cannot enter"),
+        "{:?}",
+        text(&out)
+    );
 }
 
 /// A program that is left in the background keeps the output open, as with ssh. A caller that does
 /// not want to wait uses `--no-wait-children`, or signals fcctl.
 fn children_that_hold_the_output(host: &Host) {
     let script = "sleep 4322 & echo last words $$; exit 3";
-    let out = host.fcctl(&["exec", "--no-wait-children", "box", "--", "sh", "-c", script]);
-    assert!(out.status.code() == Some(3) && text(&out).0.starts_with("last words"), "{:?}", text(&out));
+    let out = host.fcctl(&[
+        "exec",
+        "--no-wait-children",
+        "box",
+        "--",
+        "sh",
+        "-c",
+        script,
+    ]);
+    assert!(
+        out.status.code() == Some(3) && text(&out).0.starts_with("last words"),
+        "{:?}",
+        text(&out)
+    );
     // All output of the command itself must arrive, however much it is.
     let much = format!("sleep 4322 & head -c {BLOB_BYTES} /dev/zero");
     let out = host.fcctl(&["exec", "--no-wait-children", "box", "--", "sh", "-c", &much]);
@@ -103,10 +201,23 @@ fn children_that_hold_the_output(host: &Host) {
     for signal in ["TERM", "INT"] {
         let mut one = host.spawn(&["exec", "box", "--", "sh", "-c", script]);
         one.says("last words");
-        let pid = wait_for("its number", || one.stdout().trim().rsplit(' ').next().and_then(|pid| pid.parse::<u32>().ok()));
-        wait_for("its end", || (host.sh("box", &format!("test -e /proc/{pid} || echo gone")) == "gone\n").then_some(()));
+        let pid = wait_for("its number", || {
+            one.stdout()
+                .trim()
+                .rsplit(' ')
+                .next()
+                .and_then(|pid| pid.parse::<u32>().ok())
+        });
+        wait_for("its end", || {
+            (host.sh("box", &format!("test -e /proc/{pid} || echo gone")) == "gone\n").then_some(())
+        });
         one.signal(signal);
-        assert_eq!(one.end().0, Some(3), "one {signal} ends it: {}", one.stderr());
+        assert_eq!(
+            one.end().0,
+            Some(3),
+            "one {signal} ends it: {}",
+            one.stderr()
+        );
     }
     host.sh("box", "pkill -x sleep || kill $(pidof sleep)");
 }
@@ -123,41 +234,93 @@ fn what_ends_a_command(host: &Host) {
     let mut killed = sleeping();
     killed.signal("KILL");
     killed.end();
-    wait_for("its end in the guest", || (host.sh("box", "pidof sleep | wc -w") == "0\n").then_some(()));
+    wait_for("its end in the guest", || {
+        (host.sh("box", "pidof sleep | wc -w") == "0\n").then_some(())
+    });
     let mut stopped = sleeping();
     let mut stop = host.spawn(&["stop", "box"]);
     let (status, took) = stopped.end();
-    assert!(status == Some(125) && took.as_secs() < 2, "{status:?} {took:?}");
-    assert!(stopped.stderr().contains("the VM was stopped"), "{}", stopped.stderr());
+    assert!(
+        status == Some(125) && took.as_secs() < 2,
+        "{status:?} {took:?}"
+    );
+    assert!(
+        stopped.stderr().contains("the VM was stopped"),
+        "{}",
+        stopped.stderr()
+    );
     assert_eq!(stop.end().0, Some(0));
     // A guest that shuts itself down is stopped, not failed.
     host.ok(&["start", "box"]);
     let mut left = sleeping();
     host.fcctl(&["exec", "box", "--", "kill", "-TERM", "1"]);
     host.ok(&["vm", "wait", "--timeout", "20s", "box"]);
-    assert_eq!((host.show("box", "state"), host.show("box", "reason")), ("stopped".into(), "the guest shut itself down".into()));
+    assert_eq!(
+        (host.show("box", "state"), host.show("box", "reason")),
+        ("stopped".into(), "the guest shut itself down".into())
+    );
     assert_eq!(left.end().0, Some(125), "{}", left.stderr());
 }
 
 fn streams_are_apart_and_binary_safe(host: &Host) {
-    let out = host.fcctl(&["exec", "box", "--", "sh", "-c", "printf 'a\\000\\377'; printf 'b\\r\\n' >&2"]);
-    assert_eq!((out.status.code(), &out.stdout[..], &out.stderr[..]), (Some(0), &b"a\0\xff"[..], &b"b\r\n"[..]));
+    let out = host.fcctl(&[
+        "exec",
+        "box",
+        "--",
+        "sh",
+        "-c",
+        "printf 'a\\000\\377'; printf 'b\\r\\n' >&2",
+    ]);
+    assert_eq!(
+        (out.status.code(), &out.stdout[..], &out.stderr[..]),
+        (Some(0), &b"a\0\xff"[..], &b"b\r\n"[..])
+    );
     let mut blob = vec![0; BLOB_BYTES];
-    File::open("/dev/urandom").unwrap().read_exact(&mut blob).unwrap();
-    let sum: String = Sha256::digest(&blob).iter().map(|b| format!("{b:02x}")).collect();
-    let out = host.feed(&["exec", "box", "-i", "--", "sh", "-c", "tee /root/blob | sha256sum"], &blob);
+    File::open("/dev/urandom")
+        .unwrap()
+        .read_exact(&mut blob)
+        .unwrap();
+    let sum: String = Sha256::digest(&blob)
+        .iter()
+        .map(|b| format!("{b:02x}"))
+        .collect();
+    let out = host.feed(
+        &[
+            "exec",
+            "box",
+            "-i",
+            "--",
+            "sh",
+            "-c",
+            "tee /root/blob | sha256sum",
+        ],
+        &blob,
+    );
     assert!(text(&out).0.starts_with(&sum), "{:?}", text(&out));
     let out = host.fcctl(&["exec", "box", "--", "cat", "/root/blob"]);
-    assert!(out.status.success() && out.stdout == blob, "{} bytes came back", out.stdout.len());
+    assert!(
+        out.status.success() && out.stdout == blob,
+        "{} bytes came back",
+        out.stdout.len()
+    );
     // The command does not read its input.
-    assert_eq!(host.feed(&["exec", "box", "-i", "--", "true"], &blob[..1 << 20]).status.code(), Some(0));
+    assert_eq!(
+        host.feed(&["exec", "box", "-i", "--", "true"], &blob[..1 << 20])
+            .status
+            .code(),
+        Some(0)
+    );
 }
 
 fn stdin_is_read_only_when_asked(host: &Host) {
     let mut input = tempfile::tempfile().unwrap();
     input.write_all(b"mine").unwrap();
     input.rewind().unwrap();
-    let out = host.command(&["exec", "box", "--", "wc", "-c"]).stdin(input.try_clone().unwrap()).output().unwrap();
+    let out = host
+        .command(&["exec", "box", "--", "wc", "-c"])
+        .stdin(input.try_clone().unwrap())
+        .output()
+        .unwrap();
     assert_eq!(text(&out).0, "0\n");
     assert_eq!(input.stream_position().unwrap(), 0);
     let (status, said) = host.fails(&["exec", "box"]);
@@ -166,11 +329,29 @@ fn stdin_is_read_only_when_asked(host: &Host) {
 
 fn statuses(host: &Host) {
     // Also with signals that sshd has no name for.
-    for (signal, status) in
-        [("BUS", 135), ("SYS", 159), ("TRAP", 133), ("XCPU", 152), ("STKFLT", 144), ("35", 163), ("64", 192), ("SEGV", 139)]
-    {
-        let out = host.fcctl(&["exec", "box", "--", "bash", "-c", &format!("kill -{signal} $$")]);
-        assert_eq!((out.status.code(), text(&out).1.as_str()), (Some(status), ""), "{signal}");
+    for (signal, status) in [
+        ("BUS", 135),
+        ("SYS", 159),
+        ("TRAP", 133),
+        ("XCPU", 152),
+        ("STKFLT", 144),
+        ("35", 163),
+        ("64", 192),
+        ("SEGV", 139),
+    ] {
+        let out = host.fcctl(&[
+            "exec",
+            "box",
+            "--",
+            "bash",
+            "-c",
+            &format!("kill -{signal} $$"),
+        ]);
+        assert_eq!(
+            (out.status.code(), text(&out).1.as_str()),
+            (Some(status), ""),
+            "{signal}"
+        );
     }
     let cases: [(&[&str], i32); 9] = [
         (&["true"], 0),
@@ -186,37 +367,83 @@ fn statuses(host: &Host) {
     ];
     for (argv, status) in cases {
         let out = host.fcctl(&[&["exec", "box", "--"], argv].concat());
-        assert_eq!(out.status.code(), Some(status), "{argv:?}: {:?}", text(&out));
+        assert_eq!(
+            out.status.code(),
+            Some(status),
+            "{argv:?}: {:?}",
+            text(&out)
+        );
     }
     host.ok(&["vm", "create", "--name", "idle"]);
     for (vm, hint) in [("nope", "fcctl ps"), ("idle", "fcctl start")] {
         let (status, said) = host.fails(&["exec", vm, "--", "true"]);
-        assert!(status == 125 && said.contains("hint: ") && said.contains(hint), "{status} {said}");
+        assert!(
+            status == 125 && said.contains("hint: ") && said.contains(hint),
+            "{status} {said}"
+        );
     }
     host.ok(&["rm", "idle"]);
     assert_eq!(host.fails(&["exec", "box", "--no-such-flag"]).0, 125);
 }
 
 fn options(host: &Host) {
-    assert_eq!(host.ok(&["exec", "box", "-w", "/usr/share", "--", "pwd"]), "/usr/share\n");
+    assert_eq!(
+        host.ok(&["exec", "box", "-w", "/usr/share", "--", "pwd"]),
+        "/usr/share\n"
+    );
     let (status, said) = host.fails(&["exec", "box", "-w", "/not/there", "--", "pwd"]);
-    assert!(status != 0 && said.contains("/not/there"), "{status} {said}");
+    assert!(
+        status != 0 && said.contains("/not/there"),
+        "{status} {said}"
+    );
     let file = tempfile::NamedTempFile::new().unwrap();
-    std::fs::write(file.path(), "# a comment\nA=from the file\nB=b ' \" $HOME\n").unwrap();
+    std::fs::write(
+        file.path(),
+        "# a comment\nA=from the file\nB=b ' \" $HOME\n",
+    )
+    .unwrap();
     let file = file.path().to_str().unwrap();
     let script = "printf '%s|' \"$A\" \"$B\" \"$OURS\"";
-    let args = ["exec", "box", "--env-file", file, "-e", "A=x=y", "-e", "OURS", "--", "sh", "-c", script];
-    let out = host.command(&args).env("OURS", "caller's").output().unwrap();
+    let args = [
+        "exec",
+        "box",
+        "--env-file",
+        file,
+        "-e",
+        "A=x=y",
+        "-e",
+        "OURS",
+        "--",
+        "sh",
+        "-c",
+        script,
+    ];
+    let out = host
+        .command(&args)
+        .env("OURS", "caller's")
+        .output()
+        .unwrap();
     assert_eq!(text(&out).0, "x=y|b ' \" $HOME|caller's|");
-    assert_eq!(host.fails(&["exec", "box", "-e", "1=2", "--", "true"]).0, 125);
+    assert_eq!(
+        host.fails(&["exec", "box", "-e", "1=2", "--", "true"]).0,
+        125
+    );
 }
 
 /// `yes | head -1` ends without an error message.
 fn a_reader_that_goes(host: &Host) {
-    let line = format!("'{FCCTL}' --socket '{}' exec box -- yes | head -n 1", host.socket().display());
+    let line = format!(
+        "'{FCCTL}' --socket '{}' exec box -- yes | head -n 1",
+        host.socket().display()
+    );
     let out = Command::new("sh").args(["-c", &line]).output().unwrap();
     assert_eq!(text(&out), ("y\n".to_owned(), String::new()));
-    wait_for("the guest's end of it", || host.fcctl(&["exec", "box", "--", "pidof", "yes"]).stdout.is_empty().then_some(()));
+    wait_for("the guest's end of it", || {
+        host.fcctl(&["exec", "box", "--", "pidof", "yes"])
+            .stdout
+            .is_empty()
+            .then_some(())
+    });
 }
 
 fn a_tree_through_pipes(host: &Host) {
@@ -226,8 +453,17 @@ fn a_tree_through_pipes(host: &Host) {
          {fcctl} exec box -w /tmp -- tar -c ./a ./link | tar -C out -x; diff -r in out; readlink out/link"
     );
     let dir = tempfile::tempdir().unwrap();
-    let out = Command::new("sh").args(["-c", &script]).current_dir(dir.path()).output().unwrap();
-    assert_eq!((out.status.code(), text(&out).0.as_str()), (Some(0), "a\n"), "{:?}", text(&out));
+    let out = Command::new("sh")
+        .args(["-c", &script])
+        .current_dir(dir.path())
+        .output()
+        .unwrap();
+    assert_eq!(
+        (out.status.code(), text(&out).0.as_str()),
+        (Some(0), "a\n"),
+        "{:?}",
+        text(&out)
+    );
 }
 
 /// A person at a terminal, with the keyboard, the screen and the terminal itself.
@@ -243,25 +479,50 @@ impl Person {
         let keyboard = File::from(pty.master);
         let flags = rustix::fs::fcntl_getfl(&keyboard).unwrap();
         rustix::fs::fcntl_setfl(&keyboard, flags | rustix::fs::OFlags::NONBLOCK).unwrap();
-        let person = Self { keyboard, terminal: File::from(pty.slave), seen: String::new() };
+        let person = Self {
+            keyboard,
+            terminal: File::from(pty.slave),
+            seen: String::new(),
+        };
         person.resize(rows, cols);
         person
     }
 
     fn resize(&self, rows: u16, cols: u16) {
-        tcsetwinsize(&self.terminal, Winsize { ws_row: rows, ws_col: cols, ws_xpixel: 0, ws_ypixel: 0 }).unwrap();
+        tcsetwinsize(
+            &self.terminal,
+            Winsize {
+                ws_row: rows,
+                ws_col: cols,
+                ws_xpixel: 0,
+                ws_ypixel: 0,
+            },
+        )
+        .unwrap();
     }
 
     fn is_raw(&self) -> bool {
-        !tcgetattr(&self.terminal).unwrap().local_modes.contains(LocalModes::ICANON)
+        !tcgetattr(&self.terminal)
+            .unwrap()
+            .local_modes
+            .contains(LocalModes::ICANON)
     }
 
     /// Starts `fcctl` in a session of its own with this terminal.
     fn fcctl(&self, host: &Host, args: &[&str]) -> std::process::Child {
         let end = || Stdio::from(self.terminal.try_clone().unwrap());
         let mut command = Command::new("setsid");
-        command.args(["--ctty", FCCTL, "--socket"]).arg(host.socket()).args(args).env("TERM", "vt100");
-        command.stdin(end()).stdout(end()).stderr(end()).spawn().unwrap()
+        command
+            .args(["--ctty", FCCTL, "--socket"])
+            .arg(host.socket())
+            .args(args)
+            .env("TERM", "vt100");
+        command
+            .stdin(end())
+            .stdout(end())
+            .stderr(end())
+            .spawn()
+            .unwrap()
     }
 
     fn type_in(&mut self, keys: &str) {
@@ -301,7 +562,9 @@ fn a_terminal(host: &Host) {
     person.type_in("echo sle\"\"eping; sleep 1000\n");
     person.sees("sleeping");
     // Until the command runs in the foreground, the signal would go to the shell.
-    wait_for("the command in the foreground", || (host.sh("box", "pidof sleep | wc -w") == "1\n").then_some(()));
+    wait_for("the command in the foreground", || {
+        (host.sh("box", "pidof sleep | wc -w") == "1\n").then_some(())
+    });
     // Ctrl-C is sent as a byte here, and the guest's terminal turns it into a signal.
     person.type_in("\x03");
     person.type_in("echo status=$?\n");
@@ -315,7 +578,18 @@ fn a_terminal(host: &Host) {
 /// With `-t` alone, Ctrl-C is a signal on our side, and fcctl forwards it to the guest.
 fn a_command_in_a_terminal_without_stdin(host: &Host) {
     let mut person = Person::sit_down(24, 80);
-    let mut child = person.fcctl(host, &["exec", "-t", "box", "--", "sh", "-c", "test -t 1 && echo here; exec sleep 1000"]);
+    let mut child = person.fcctl(
+        host,
+        &[
+            "exec",
+            "-t",
+            "box",
+            "--",
+            "sh",
+            "-c",
+            "test -t 1 && echo here; exec sleep 1000",
+        ],
+    );
     person.sees("here");
     person.type_in("\x03");
     let status = wait_for("the command's end", || child.try_wait().unwrap());
@@ -328,7 +602,10 @@ fn a_command_in_a_terminal_without_stdin(host: &Host) {
 
 fn the_systems_ssh(host: &Host) {
     let out = host.fcctl(&["ssh", "box", "--", "echo out; echo err >&2; exit 5"]);
-    assert_eq!((out.status.code(), text(&out)), (Some(5), ("out\n".to_owned(), "err\n".to_owned())));
+    assert_eq!(
+        (out.status.code(), text(&out)),
+        (Some(5), ("out\n".to_owned(), "err\n".to_owned()))
+    );
     assert_eq!(host.fails(&["ssh", "nope", "--", "true"]).0, 3);
     a_shell_in_the_workspace(host);
 }
@@ -345,5 +622,10 @@ fn a_shell_in_the_workspace(host: &Host) {
     let status = wait_for("the shell's end", || child.try_wait().unwrap());
     assert_eq!(status.code(), Some(6));
     let out = host.feed(&["ssh", "box"], b"tty; cat hello.txt; exit 7\n");
-    assert_eq!((out.status.code(), text(&out).0.as_str()), (Some(7), "not a tty\nhello\n"), "{:?}", text(&out));
+    assert_eq!(
+        (out.status.code(), text(&out).0.as_str()),
+        (Some(7), "not a tty\nhello\n"),
+        "{:?}",
+        text(&out)
+    );
 }

@@ -35,7 +35,15 @@ ln -sf a file-to-link
 if [ -e .git ]; then git add 'moved b'; git rm -q --cached plain; fi";
 
 fn fill(site: &Site) {
-    for name in ["dir/b", "gone", "plain", "file-to-dir", "dir-to-file/inside", "file-to-link", "later"] {
+    for name in [
+        "dir/b",
+        "gone",
+        "plain",
+        "file-to-dir",
+        "dir-to-file/inside",
+        "file-to-link",
+        "later",
+    ] {
         site.write(name, format!("{name}\n"));
     }
     site.write("a", "one\ntwo\n");
@@ -49,7 +57,13 @@ fn fill(site: &Site) {
 
 /// The names of the files in a patch, as git writes them.
 fn touched(patch: &str) -> Vec<&str> {
-    patch.lines().filter_map(|l| l.strip_prefix("diff --git a/").or_else(|| l.strip_prefix("diff --git \"a/"))).collect()
+    patch
+        .lines()
+        .filter_map(|l| {
+            l.strip_prefix("diff --git a/")
+                .or_else(|| l.strip_prefix("diff --git \"a/"))
+        })
+        .collect()
 }
 
 /// Copies a tree to the guest, works there, and checks the exported patch. The user has changed the
@@ -59,32 +73,54 @@ fn there_and_back(site: &Site, has_git: bool, users: &[&str]) {
     site.prepare();
     site.assert_same_tree();
     let (patch, said) = site.export(&[]);
-    assert_eq!(String::from_utf8_lossy(&patch), "", "nothing that the user had already");
+    assert_eq!(
+        String::from_utf8_lossy(&patch),
+        "",
+        "nothing that the user had already"
+    );
     assert!(said.contains("0 files changed"), "{said}");
     site.in_guest(WORK);
     let before = has_git.then(|| site.repository());
     let file = site.beside("guest.patch");
     let (file, tree) = (file.to_str().unwrap(), site.beside("tree"));
     site.export(&["--patch", file, "--tree", tree.to_str().unwrap()]);
-    assert_eq!(has_git.then(|| site.repository()), before, "the export changed the guest's repository");
+    assert_eq!(
+        has_git.then(|| site.repository()),
+        before,
+        "the export changed the guest's repository"
+    );
     site.assert_is_guests(&tree);
 
     let patch = fs::read(file).unwrap();
     let text = String::from_utf8_lossy(&patch);
-    assert_eq!(text.matches("GIT binary patch").count(), 2, "a new binary and a changed one");
-    for what in
-        ["old mode 100755\nnew mode 100644", "old mode 100644\nnew mode 100755", "deleted file mode", "new file mode 120000"]
-    {
+    assert_eq!(
+        text.matches("GIT binary patch").count(),
+        2,
+        "a new binary and a changed one"
+    );
+    for what in [
+        "old mode 100755\nnew mode 100644",
+        "old mode 100644\nnew mode 100755",
+        "deleted file mode",
+        "new file mode 120000",
+    ] {
         assert!(text.contains(what), "{what:?} in {text}");
     }
     for name in users {
-        assert!(!touched(&text).iter().any(|line| line.starts_with(name)), "{name}, which the user changed, is in {text}");
+        assert!(
+            !touched(&text).iter().any(|line| line.starts_with(name)),
+            "{name}, which the user changed, is in {text}"
+        );
     }
     let host_index = has_git.then(|| site.git(&["ls-files", "-s"]));
     let out = site.fcctl(&["workspace", "apply", site.vm]);
     assert!(out.status.success(), "{:?}", crate::host::text(&out));
     site.assert_same_tree();
-    assert_eq!(has_git.then(|| site.git(&["ls-files", "-s"])), host_index, "apply is for the files only");
+    assert_eq!(
+        has_git.then(|| site.git(&["ls-files", "-s"])),
+        host_index,
+        "apply is for the files only"
+    );
 
     refuses_what_is_there(site, file, &patch, tree.to_str().unwrap());
 }
@@ -97,7 +133,11 @@ fn refuses_what_is_there(site: &Site, file: &str, patch: &[u8], tree: &str) {
         assert_eq!(out.status.code(), Some(4), "{said}");
         assert!(said.contains(args[1]) && said.contains("hint: "), "{said}");
     }
-    assert_eq!(fs::read(file).unwrap(), patch, "the file that was there is as it was");
+    assert_eq!(
+        fs::read(file).unwrap(),
+        patch,
+        "the file that was there is as it was"
+    );
     site.assert_is_guests(tree.as_ref());
 }
 
@@ -180,7 +220,11 @@ fn from_a_tree_that_git_converts(host: &Host) {
         printf 'lf\n' > new.dos; echo TWO >> a.loud; echo lower > new.loud",
     );
     let out = site.fcctl(&["workspace", "apply", site.vm, "--dry-run"]);
-    assert!(out.status.success() && text(&out).0.contains("8 files would change"), "{:?}", text(&out));
+    assert!(
+        out.status.success() && text(&out).0.contains("8 files would change"),
+        "{:?}",
+        text(&out)
+    );
     assert!(!site.path("new.rc").exists());
     let out = site.fcctl(&["workspace", "apply", site.vm]);
     assert!(out.status.success(), "{:?}", text(&out));
@@ -196,12 +240,19 @@ fn a_repository_made_in_the_guest(host: &Host) {
     site.prepare();
     site.in_guest("mkdir -p svc/deep; echo work > svc/deep/main.go; cd svc; git init -q; git add -A; git -c user.name=g -c user.email=g@g commit -qm inner");
     let out = site.fcctl(&["workspace", "apply", site.vm]);
-    assert!(out.status.success() && text(&out).1.contains("  svc/.git: "), "{:?}", text(&out));
+    assert!(
+        out.status.success() && text(&out).1.contains("  svc/.git: "),
+        "{:?}",
+        text(&out)
+    );
     site.write("svc/deep/main.go", "changed here\n");
     site.in_guest("echo 'changed there' > svc/deep/main.go; git init -q tool");
     site.write("tool", "a file here\n");
     let said = site.prepare();
-    assert!(said.contains("  svc/.git\n") && said.contains("  tool\n"), "{said}");
+    assert!(
+        said.contains("  svc/.git\n") && said.contains("  tool\n"),
+        "{said}"
+    );
     assert_eq!(
         site.said_in_guest("cat svc/deep/main.go; git -C svc log --format=%s; ls -d tool/.git"),
         "changed there\ninner\ntool/.git\n"
@@ -212,14 +263,32 @@ fn a_repository_made_in_the_guest(host: &Host) {
     site.commit("all");
     let file = site.beside("kept.patch");
     let script = "git init -q svc; echo work > svc/main.go";
-    let args = ["run", ".", "--rm", "--name", "kept", "--export-patch", file.to_str().unwrap(), "--", "sh", "-c", script];
+    let args = [
+        "run",
+        ".",
+        "--rm",
+        "--name",
+        "kept",
+        "--export-patch",
+        file.to_str().unwrap(),
+        "--",
+        "sh",
+        "-c",
+        script,
+    ];
     let out = site.fcctl(&args);
     assert_eq!(out.status.code(), Some(125), "{:?}", text(&out));
-    assert!(text(&out).1.contains("VM kept is kept despite --rm"), "{:?}", text(&out));
+    assert!(
+        text(&out).1.contains("VM kept is kept despite --rm"),
+        "{:?}",
+        text(&out)
+    );
     assert!(fs::read_to_string(&file).unwrap().contains("+work"));
     assert_eq!(host.ok(&["exec", "kept", "--", "ls", "svc"]), "main.go\n");
     let script = "git init -q svc";
-    let out = site.fcctl(&["run", ".", "--rm", "--name", "gone", "--", "sh", "-c", script]);
+    let out = site.fcctl(&[
+        "run", ".", "--rm", "--name", "gone", "--", "sh", "-c", script,
+    ]);
     assert_eq!(out.status.code(), Some(0), "{:?}", text(&out));
     assert!(!host.ok(&["ps", "-aq", "--json"]).contains("gone"));
 }
@@ -240,9 +309,20 @@ fn files_under_a_filter(host: &Host) {
     assert!(said.contains("crypt (1 file)"), "{said}");
     assert_eq!(site.said_in_guest("git status --porcelain"), "");
     let out = site.in_guest_out("echo 'of the guest' > secret/key; git add secret/key");
-    assert!(!out.status.success() && text(&out).1.contains("its filter (crypt) does not run in this VM"), "{:?}", text(&out));
+    assert!(
+        !out.status.success()
+            && text(&out)
+                .1
+                .contains("its filter (crypt) does not run in this VM"),
+        "{:?}",
+        text(&out)
+    );
     site.in_guest("echo two >> a; git add a; git commit -qm work");
-    assert!(site.fcctl(&["workspace", "apply", site.vm]).status.success());
+    assert!(
+        site.fcctl(&["workspace", "apply", site.vm])
+            .status
+            .success()
+    );
     site.assert_same_tree();
 }
 
@@ -252,11 +332,30 @@ fn run_with_export_patch(host: &Host) {
     fill(&site);
     site.commit("all");
     let file = site.beside("run.patch");
-    let args = ["run", ".", "--rm", "--export-patch", file.to_str().unwrap(), "--", "sh", "-c", "echo from the guest >> a"];
+    let args = [
+        "run",
+        ".",
+        "--rm",
+        "--export-patch",
+        file.to_str().unwrap(),
+        "--",
+        "sh",
+        "-c",
+        "echo from the guest >> a",
+    ];
     let out = site.fcctl(&args);
     assert!(out.status.success(), "{:?}", text(&out));
-    assert!(text(&out).1.contains(&format!("git --git-dir= apply {}", file.display())), "{:?}", text(&out));
+    assert!(
+        text(&out)
+            .1
+            .contains(&format!("git --git-dir= apply {}", file.display())),
+        "{:?}",
+        text(&out)
+    );
     site.git(&["--git-dir=", "apply", file.to_str().unwrap()]);
-    assert_eq!(fs::read_to_string(site.path("a")).unwrap(), "one\ntwo\nfrom the guest\n");
+    assert_eq!(
+        fs::read_to_string(site.path("a")).unwrap(),
+        "one\ntwo\nfrom the guest\n"
+    );
     assert_eq!(host.ok(&["ps", "-aq"]).lines().count(), 1, "its VM is gone");
 }

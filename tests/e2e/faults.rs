@@ -23,9 +23,14 @@ const RSS_KIB_MAX: u64 = 128 << 10;
 #[track_caller]
 fn refused(out: &Output, status: i32, kinds: &[&str]) {
     let (stdout, stderr) = text(out);
-    let error: Value = serde_json::from_str(&stderr).unwrap_or_else(|_| panic!("{:?} {stdout}{stderr}", out.status));
+    let error: Value = serde_json::from_str(&stderr)
+        .unwrap_or_else(|_| panic!("{:?} {stdout}{stderr}", out.status));
     let kind = error["error"]["kind"].as_str().unwrap();
-    assert!(out.status.code() == Some(status) && kinds.contains(&kind), "{:?} {stderr}", out.status);
+    assert!(
+        out.status.code() == Some(status) && kinds.contains(&kind),
+        "{:?} {stderr}",
+        out.status
+    );
     assert!(error["error"]["hint"].is_string(), "{stderr}");
 }
 
@@ -63,11 +68,26 @@ fn the_state_directory_becomes_read_only() {
     host.boot("a");
     host.ok(&["vm", "create", "--name", "b"]);
     host.disk().break_ext4();
-    refused(&host.fcctl(&["--json", "vm", "create", "--name", "c"]), 1, &["store_read_only", "host"]);
-    refused(&host.fcctl(&["--json", "vm", "set", "b", "--vcpus", "2"]), 1, &["store_read_only", "host"]);
-    refused(&host.fcctl(&["--json", "start", "b"]), 1, &["store_read_only", "host"]);
+    refused(
+        &host.fcctl(&["--json", "vm", "create", "--name", "c"]),
+        1,
+        &["store_read_only", "host"],
+    );
+    refused(
+        &host.fcctl(&["--json", "vm", "set", "b", "--vcpus", "2"]),
+        1,
+        &["store_read_only", "host"],
+    );
+    refused(
+        &host.fcctl(&["--json", "start", "b"]),
+        1,
+        &["store_read_only", "host"],
+    );
     let listed = host.ok(&["ps", "-a"]);
-    assert!(listed.contains(" a ") || listed.contains("\na ") && !listed.contains("\nc "), "{listed}");
+    assert!(
+        listed.contains(" a ") || listed.contains("\na ") && !listed.contains("\nc "),
+        "{listed}"
+    );
     assert_eq!(host.show("b", "vcpus"), 1);
     let doctor = text(&host.fcctl(&["doctor"])).0;
     assert!(doctor.contains("the store is read-only"), "{doctor}");
@@ -75,10 +95,14 @@ fn the_state_directory_becomes_read_only() {
     for pid in vmm_processes(&host.state()) {
         crate::host::signal(pid, "KILL");
     }
-    wait_for("the disk is nobody's", || vmm_processes(&host.state()).is_empty().then_some(()));
+    wait_for("the disk is nobody's", || {
+        vmm_processes(&host.state()).is_empty().then_some(())
+    });
     host.disk().mend_ext4();
     host.relaunch();
-    wait_for("it is seen that the guest is gone", || (host.show("a", "state") == "failed").then_some(()));
+    wait_for("it is seen that the guest is gone", || {
+        (host.show("a", "state") == "failed").then_some(())
+    });
     assert_eq!(host.show("b", "state"), "created");
     begins_again(&host, "a");
     begins_again(&host, "b");
@@ -91,11 +115,21 @@ fn a_daemon_does_not_start_where_it_cannot_write() {
     host.stop_daemon();
     host.disk().set_read_only(true);
     let mut fcd = Command::new("timeout");
-    fcd.args(["30", crate::host::FCD, "--state-dir"]).arg(host.state()).arg("--socket").arg(host.path().join("other.sock"));
+    fcd.args(["30", crate::host::FCD, "--state-dir"])
+        .arg(host.state())
+        .arg("--socket")
+        .arg(host.path().join("other.sock"));
     let out = fcd.stdin(Stdio::null()).output().unwrap();
     let said = text(&out).1;
-    assert!(matches!(out.status.code(), Some(1 | 78)), "{:?} {said}", out.status);
-    assert!(said.contains("Read-only file system") && said.contains(host.state().to_str().unwrap()), "{said}");
+    assert!(
+        matches!(out.status.code(), Some(1 | 78)),
+        "{:?} {said}",
+        out.status
+    );
+    assert!(
+        said.contains("Read-only file system") && said.contains(host.state().to_str().unwrap()),
+        "{said}"
+    );
     host.disk().set_read_only(false);
     host.relaunch();
     begins_again(&host, "a");
@@ -103,14 +137,20 @@ fn a_daemon_does_not_start_where_it_cannot_write() {
 
 /// Sets a soft limit of the daemon (prlimit(1)).
 fn limit(host: &Host, name: &str, value: &str) {
-    let status = Command::new("prlimit").arg(format!("--pid={}", host.pid())).arg(format!("--{name}={value}:")).status();
+    let status = Command::new("prlimit")
+        .arg(format!("--pid={}", host.pid()))
+        .arg(format!("--{name}={value}:"))
+        .status();
     assert!(status.unwrap().success());
 }
 
 /// The soft limit of open files that the daemon has set for itself.
 fn open_files_max(host: &Host) -> String {
     let limits = fs::read_to_string(format!("/proc/{}/limits", host.pid())).unwrap();
-    let line = limits.lines().find_map(|l| l.strip_prefix("Max open files")).unwrap();
+    let line = limits
+        .lines()
+        .find_map(|l| l.strip_prefix("Max open files"))
+        .unwrap();
     line.split_whitespace().next().unwrap().to_owned()
 }
 
@@ -121,13 +161,23 @@ fn open_files(pid: u32) -> usize {
 fn status_kib(pid: u32, name: &str) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status.lines().find_map(|l| l.strip_prefix(name)).unwrap();
-    line.trim_start_matches(':').trim().trim_end_matches(" kB").trim().parse().unwrap()
+    line.trim_start_matches(':')
+        .trim()
+        .trim_end_matches(" kB")
+        .trim()
+        .parse()
+        .unwrap()
 }
 
 /// The CPU time of a process in clock ticks (proc(5), stat: utime and stime).
 fn cpu_ticks(pid: u32) -> u64 {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+    let fields: Vec<&str> = stat
+        .rsplit_once(')')
+        .unwrap()
+        .1
+        .split_whitespace()
+        .collect();
     fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
 }
 
@@ -141,12 +191,25 @@ fn no_descriptor_and_no_memory_is_left() {
     // guest, whose VMM inherits the limit. A daemon without memory would be aborted by its
     // allocator, like every Rust program.
     let little = (status_kib(host.pid(), "VmSize") << 10) + LITTLE_BYTES;
-    for (name, few) in [("nofile", (at_rest + 3).to_string()), ("as", little.to_string())] {
+    for (name, few) in [
+        ("nofile", (at_rest + 3).to_string()),
+        ("as", little.to_string()),
+    ] {
         limit(&host, name, &few);
         let out = host.fcctl(&["--json", "start", "a"]);
         assert!(!out.status.success(), "{name}: {:?}", text(&out));
-        limit(&host, name, if name == "as" { "unlimited" } else { &files_max });
-        wait_for("what was begun is undone", || vmm_processes(&host.state()).is_empty().then_some(()));
+        limit(
+            &host,
+            name,
+            if name == "as" {
+                "unlimited"
+            } else {
+                &files_max
+            },
+        );
+        wait_for("what was begun is undone", || {
+            vmm_processes(&host.state()).is_empty().then_some(())
+        });
         assert!(["created", "failed"].contains(&host.show("a", "state").as_str().unwrap()));
     }
     // Callers for which there is no descriptor get an error at once, and cost nothing.
@@ -154,7 +217,9 @@ fn no_descriptor_and_no_memory_is_left() {
     let answers: Vec<String> = (0..20)
         .map(|_| {
             let mut stream = UnixStream::connect(host.socket()).unwrap();
-            stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+            stream
+                .set_read_timeout(Some(Duration::from_secs(20)))
+                .unwrap();
             // A refused connection is already closed.
             let _ = stream.write_all(b"{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"fcd.info\"}\n");
             let mut answer = [0; 4096];
@@ -162,9 +227,14 @@ fn no_descriptor_and_no_memory_is_left() {
             String::from_utf8_lossy(&answer[..len]).into_owned()
         })
         .collect();
-    assert!(answers.iter().all(|a| a.contains("\"jsonrpc\"")), "{answers:?}");
+    assert!(
+        answers.iter().all(|a| a.contains("\"jsonrpc\"")),
+        "{answers:?}"
+    );
     let (begun, ticks) = (Instant::now(), cpu_ticks(host.pid()));
-    wait_for("a second has passed", || (begun.elapsed() > Duration::from_secs(1)).then_some(()));
+    wait_for("a second has passed", || {
+        (begun.elapsed() > Duration::from_secs(1)).then_some(())
+    });
     let busy = cpu_ticks(host.pid()) - ticks;
     assert!(busy < 30, "{busy} clock ticks in a second: it spins");
     limit(&host, "nofile", &files_max);
@@ -180,11 +250,28 @@ fn a_vmm_that_hides_its_arguments_is_ended() {
         let pid = host.show("a", "pid");
         // The address of its arguments in its own memory (proc(5)).
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-        let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+        let fields: Vec<&str> = stat
+            .rsplit_once(')')
+            .unwrap()
+            .1
+            .split_whitespace()
+            .collect();
         let [start, end] = [45, 46].map(|n: usize| fields[n].parse::<u64>().unwrap());
-        let memory = fs::File::options().write(true).open(format!("/proc/{pid}/mem")).unwrap();
-        std::os::unix::fs::FileExt::write_all_at(&memory, &vec![0; usize::try_from(end - start).unwrap()], start).unwrap();
-        assert!(!fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap().contains("fc-"));
+        let memory = fs::File::options()
+            .write(true)
+            .open(format!("/proc/{pid}/mem"))
+            .unwrap();
+        std::os::unix::fs::FileExt::write_all_at(
+            &memory,
+            &vec![0; usize::try_from(end - start).unwrap()],
+            start,
+        )
+        .unwrap();
+        assert!(
+            !fs::read_to_string(format!("/proc/{pid}/cmdline"))
+                .unwrap()
+                .contains("fc-")
+        );
         pid
     };
     let is_gone = |pid: &Value| {
@@ -198,7 +285,12 @@ fn a_vmm_that_hides_its_arguments_is_ended() {
     let pid = hide(&host);
     host.kill_daemon();
     host.relaunch();
-    wait_for("it may be removed", || host.fcctl(&["rm", "-f", "a"]).status.success().then_some(()));
+    wait_for("it may be removed", || {
+        host.fcctl(&["rm", "-f", "a"])
+            .status
+            .success()
+            .then_some(())
+    });
     assert!(is_gone(&pid));
 }
 
@@ -210,7 +302,15 @@ fn a_stored_pid_is_somebody_elses() {
     let vmm = vmm_processes(&host.state());
     let mut bystander = Command::new("sleep").arg("1000").spawn().unwrap();
     let stat = fs::read_to_string(format!("/proc/{}/stat", bystander.id())).unwrap();
-    let started: u64 = stat.rsplit_once(')').unwrap().1.split_whitespace().nth(19).unwrap().parse().unwrap();
+    let started: u64 = stat
+        .rsplit_once(')')
+        .unwrap()
+        .1
+        .split_whitespace()
+        .nth(19)
+        .unwrap()
+        .parse()
+        .unwrap();
     let db = host.state().join("fcd.db");
     // A record with the bystander's pid, with and without its start time. Its program and arguments
     // show that it is not ours.
@@ -219,25 +319,49 @@ fn a_stored_pid_is_somebody_elses() {
         for pid in vmm_processes(&host.state()) {
             crate::host::signal(pid, "KILL");
         }
-        wait_for("the VMM is gone", || vmm_processes(&host.state()).is_empty().then_some(()));
+        wait_for("the VMM is gone", || {
+            vmm_processes(&host.state()).is_empty().then_some(())
+        });
         let c = rusqlite::Connection::open(&db).unwrap();
         // Changes that are not in the database file yet stay in the log, as after a crash.
-        c.set_db_config(rusqlite::config::DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true).unwrap();
-        let (id, body): (String, String) = c.query_row("SELECT id, body FROM vms", [], |r| Ok((r.get(0)?, r.get(1)?))).unwrap();
+        c.set_db_config(
+            rusqlite::config::DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE,
+            true,
+        )
+        .unwrap();
+        let (id, body): (String, String) = c
+            .query_row("SELECT id, body FROM vms", [], |r| {
+                Ok((r.get(0)?, r.get(1)?))
+            })
+            .unwrap();
         let mut row: Value = serde_json::from_str(&body).unwrap();
         assert_eq!(id, shown["id"].as_str().unwrap());
         row["identity"]["pid"] = bystander.id().into();
         if own_start {
             row["identity"]["start_time"] = started.into();
         }
-        c.execute("UPDATE vms SET body = ?1 WHERE id = ?2", [row.to_string(), id]).unwrap();
+        c.execute(
+            "UPDATE vms SET body = ?1 WHERE id = ?2",
+            [row.to_string(), id],
+        )
+        .unwrap();
         drop(c);
         host.relaunch();
-        wait_for("it is seen to be gone", || (host.show("a", "state") == "failed").then_some(()));
+        wait_for("it is seen to be gone", || {
+            (host.show("a", "state") == "failed").then_some(())
+        });
         host.ok(&["stop", "a"]);
-        assert_eq!(bystander.try_wait().unwrap(), None, "own start: {own_start}");
+        assert_eq!(
+            bystander.try_wait().unwrap(),
+            None,
+            "own start: {own_start}"
+        );
         host.ok(&["start", "a"]);
-        assert_eq!(bystander.try_wait().unwrap(), None, "own start: {own_start}");
+        assert_eq!(
+            bystander.try_wait().unwrap(),
+            None,
+            "own start: {own_start}"
+        );
     }
     host.ok(&["rm", "-f", "a"]);
     assert_eq!(bystander.try_wait().unwrap(), None);
@@ -252,18 +376,36 @@ fn links_in_a_vms_directory_lead_nowhere() {
     let host = Host::start();
     host.boot("a");
     host.ok(&["stop", "a"]);
-    let dir = host.state().join("vms").join(host.show("a", "id").as_str().unwrap());
+    let dir = host
+        .state()
+        .join("vms")
+        .join(host.show("a", "id").as_str().unwrap());
     let canary = host.path().join("canary");
     fs::write(&canary, "sings").unwrap();
     let is_well = |at: &str| {
         let meta = fs::metadata(&canary).unwrap();
-        assert_eq!((fs::read_to_string(&canary).unwrap().as_str(), meta.uid(), meta.nlink()), ("sings", 0, 1), "{at}");
+        assert_eq!(
+            (
+                fs::read_to_string(&canary).unwrap().as_str(),
+                meta.uid(),
+                meta.nlink()
+            ),
+            ("sings", 0, 1),
+            "{at}"
+        );
         assert_eq!(meta.mode() & 0o777, 0o644 & meta.mode(), "{at}");
     };
     let before = fs::metadata(&canary).unwrap().mode();
-    for name in
-        ["console.log", "vmm.log", "seed", "run/qmp.sock", "run/control.sock", "run/console.sock", ".seed.new", ".disk.new"]
-    {
+    for name in [
+        "console.log",
+        "vmm.log",
+        "seed",
+        "run/qmp.sock",
+        "run/control.sock",
+        "run/console.sock",
+        ".seed.new",
+        ".disk.new",
+    ] {
         let path = dir.join(name);
         let _ = fs::remove_file(&path);
         symlink(&canary, &path).unwrap();
@@ -271,7 +413,13 @@ fn links_in_a_vms_directory_lead_nowhere() {
         is_well(name);
         if !out.status.success() {
             // The start is refused, and the error names the link.
-            assert!(text(&out).1.contains(Path::new(name).file_name().unwrap().to_str().unwrap()), "{name}: {:?}", text(&out));
+            assert!(
+                text(&out)
+                    .1
+                    .contains(Path::new(name).file_name().unwrap().to_str().unwrap()),
+                "{name}: {:?}",
+                text(&out)
+            );
             let _ = fs::remove_file(&path);
         }
         host.ok(&["stop", "--force", "a"]);
@@ -285,7 +433,12 @@ fn links_in_a_vms_directory_lead_nowhere() {
 /// and all of it costs little.
 #[test]
 fn ten_thousand_idle_callers() {
-    nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE, 2 * IDLE as u64, 2 * IDLE as u64).unwrap();
+    nix::sys::resource::setrlimit(
+        nix::sys::resource::Resource::RLIMIT_NOFILE,
+        2 * IDLE as u64,
+        2 * IDLE as u64,
+    )
+    .unwrap();
     let host = Host::start();
     host.ok(&["vm", "create", "--name", "a"]);
     let files = open_files(host.pid());
@@ -293,7 +446,10 @@ fn ten_thousand_idle_callers() {
         let mut took: Vec<Duration> = (0..CALLS)
             .map(|_| {
                 let begun = Instant::now();
-                assert_eq!(host.rpc("vm.show", serde_json::json!({"vm": "a"}))["result"]["vm"]["name"], "a");
+                assert_eq!(
+                    host.rpc("vm.show", serde_json::json!({"vm": "a"}))["result"]["vm"]["name"],
+                    "a"
+                );
                 begun.elapsed()
             })
             .collect();
@@ -309,22 +465,47 @@ fn ten_thousand_idle_callers() {
          print scalar(@s), \"\\n\"; close STDOUT; <STDIN>"
     );
     let mut idle = Command::new("setpriv")
-        .args(["--reuid=65534", "--regid=65534", "--clear-groups", "perl", "-e", &connect])
+        .args([
+            "--reuid=65534",
+            "--regid=65534",
+            "--clear-groups",
+            "perl",
+            "-e",
+            &connect,
+        ])
         .arg(host.socket())
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
     let mut connected = String::new();
-    idle.stdout.take().unwrap().read_to_string(&mut connected).unwrap();
+    idle.stdout
+        .take()
+        .unwrap()
+        .read_to_string(&mut connected)
+        .unwrap();
     let beside = p50();
     let held = open_files(host.pid()) - files;
     let rss = status_kib(host.pid(), "VmRSS");
-    println!("{} connected, {held} held, {rss} KiB; a call takes {alone:?} alone, {beside:?} beside", connected.trim());
-    assert!(connected.trim().parse::<usize>().unwrap() > IDLE / 2, "{connected}");
-    assert!(held < 1200 && rss < RSS_KIB_MAX, "{held} descriptors more, {rss} KiB");
-    assert!(beside < alone * 10 + Duration::from_millis(10), "{alone:?} alone, {beside:?} beside them");
+    println!(
+        "{} connected, {held} held, {rss} KiB; a call takes {alone:?} alone, {beside:?} beside",
+        connected.trim()
+    );
+    assert!(
+        connected.trim().parse::<usize>().unwrap() > IDLE / 2,
+        "{connected}"
+    );
+    assert!(
+        held < 1200 && rss < RSS_KIB_MAX,
+        "{held} descriptors more, {rss} KiB"
+    );
+    assert!(
+        beside < alone * 10 + Duration::from_millis(10),
+        "{alone:?} alone, {beside:?} beside them"
+    );
     drop(idle.stdin.take());
     idle.wait().unwrap();
-    wait_for("they are gone", || (open_files(host.pid()) <= files + 2).then_some(()));
+    wait_for("they are gone", || {
+        (open_files(host.pid()) <= files + 2).then_some(())
+    });
 }

@@ -21,7 +21,9 @@ const CONFIG: &str = "[vmm]\ndriver = \"firecracker\"\n[firecracker]\nbinary = \
                       [network]\ndriver = \"bridge\"\n[disk]\ndriver = \"dm-snapshot\"\n[limits]\ntransfer_idle_s = 3600\n";
 
 fn binary() -> PathBuf {
-    std::env::var_os("FCD_FIRECRACKER").expect("FCD_FIRECRACKER names the binary: scripts/test says how").into()
+    std::env::var_os("FCD_FIRECRACKER")
+        .expect("FCD_FIRECRACKER names the binary: scripts/test says how")
+        .into()
 }
 
 /// The jailer of the same release.
@@ -54,10 +56,25 @@ fn dies_at(host: &TestHost, n: u64) {
     ));
     host.start_daemon_with(CONFIG);
     host.sh("until fcctl vm show a | grep -qE '^state +(stopped|running)$'; do sleep 0.1; done");
-    let (state, leaks) = (host.sh("fcctl vm show a | grep ^state"), host.sh("fcctl doctor --leaks"));
-    assert_eq!(leaks, "fcd has left nothing behind on this host\n", "killed at point {n}");
-    let jails = host.sh("ls -d /sys/fs/cgroup/fcd-*/fc-* state/vms/*/jail/*/* 2> /dev/null | wc -l");
-    assert_eq!(jails, if state.contains("running") { "2\n" } else { "0\n" }, "killed at point {n}: {state}");
+    let (state, leaks) = (
+        host.sh("fcctl vm show a | grep ^state"),
+        host.sh("fcctl doctor --leaks"),
+    );
+    assert_eq!(
+        leaks, "fcd has left nothing behind on this host\n",
+        "killed at point {n}"
+    );
+    let jails =
+        host.sh("ls -d /sys/fs/cgroup/fcd-*/fc-* state/vms/*/jail/*/* 2> /dev/null | wc -l");
+    assert_eq!(
+        jails,
+        if state.contains("running") {
+            "2\n"
+        } else {
+            "0\n"
+        },
+        "killed at point {n}: {state}"
+    );
     host.sh("fcctl start a");
     assert_eq!(host.sh("fcctl exec a -- cat /root/mark"), "kept\n");
     host.sh("fcctl stop a");
@@ -92,7 +109,10 @@ fn greeting(host: &TestHost, vm: &str) -> String {
 fn goes_without_ssh(host: &TestHost) {
     host.sh("fcctl exec a -- sh -c 'echo late > /root/late; (sleep 1; /usr/lib/fcd/bin/ip link set eth0 down) > /dev/null 2>&1 < /dev/null &'
              until ! timeout 2 fcctl exec a -- true 2> /dev/null; do sleep 0.2; done");
-    assert_eq!(host.sh("fcctl stop --timeout 40s a"), "a: stopped, the guest's data was synced\n");
+    assert_eq!(
+        host.sh("fcctl stop --timeout 40s a"),
+        "a: stopped, the guest's data was synced\n"
+    );
     assert!(host.sh("fcctl logs --tail 3 a").contains("disk is clean"));
     host.sh("fcctl start a");
     assert_eq!(host.sh("fcctl exec a -- cat /root/late"), "late\n");
@@ -113,14 +133,30 @@ fn real_guests_end() {
             "fcctl start a > /dev/null; fcctl exec a -- setsid sh -c '(sleep 3; {script}) > /dev/null 2>&1 < /dev/null &'"
         ));
     };
-    let end_daemon = || host.sh("pkill -KILL -x fcd; until ! pgrep -x fcd > /dev/null; do sleep 0.1; done");
+    let end_daemon =
+        || host.sh("pkill -KILL -x fcd; until ! pgrep -x fcd > /dev/null; do sleep 0.1; done");
     let ends = |state: &str, reason: &str| {
         let shown = host.sh("until ! fcctl vm show a | grep -q '^state *running'; do sleep 0.2; done; fcctl vm show a");
-        let has = |fact: &str, value: &str| shown.lines().any(|l| l.starts_with(fact) && l.contains(value));
-        assert!(has("state", state) && shown.contains(reason), "not {state} because {reason}: {shown}");
+        let has = |fact: &str, value: &str| {
+            shown
+                .lines()
+                .any(|l| l.starts_with(fact) && l.contains(value))
+        };
+        assert!(
+            has("state", state) && shown.contains(reason),
+            "not {state} because {reason}: {shown}"
+        );
     };
-    let [off, panic, reset] = ["kill -TERM 1", "echo c > /proc/sysrq-trigger", "echo b > /proc/sysrq-trigger"];
-    for (script, state, reason) in [(off, "stopped", OFF), (panic, "failed", PANIC), (reset, "failed", RESET)] {
+    let [off, panic, reset] = [
+        "kill -TERM 1",
+        "echo c > /proc/sysrq-trigger",
+        "echo b > /proc/sysrq-trigger",
+    ];
+    for (script, state, reason) in [
+        (off, "stopped", OFF),
+        (panic, "failed", PANIC),
+        (reset, "failed", RESET),
+    ] {
         order(script);
         ends(state, reason);
     }
@@ -165,13 +201,27 @@ fn restores_snapshots(host: &TestHost) {
     assert_eq!(host.sh("fcctl snapshot restore one"), "s: running\n");
     assert_eq!(state("s"), then);
     counts("s");
-    assert_eq!(host.sh("fcctl vm fork s twin; fcctl snapshot restore one --as third"), "twin\nthird: running\n");
+    assert_eq!(
+        host.sh("fcctl vm fork s twin; fcctl snapshot restore one --as third"),
+        "twin\nthird: running\n"
+    );
     for vm in ["s", "twin", "third"] {
         assert_eq!(state(vm), then, "{vm}");
         counts(vm);
-        assert_eq!(greeting(host, vm), format!("{vm} got hello\n"), "the server keeps listening");
-        assert_eq!(host.sh(&format!("fcctl exec {vm} -- sh -c 'hostname; echo {vm} > /root/mark; sync'")), format!("{vm}\n"));
-        let off = host.sh(&format!("echo $(( $(fcctl exec {vm} -- date +%s) - $(date +%s) ))"));
+        assert_eq!(
+            greeting(host, vm),
+            format!("{vm} got hello\n"),
+            "the server keeps listening"
+        );
+        assert_eq!(
+            host.sh(&format!(
+                "fcctl exec {vm} -- sh -c 'hostname; echo {vm} > /root/mark; sync'"
+            )),
+            format!("{vm}\n")
+        );
+        let off = host.sh(&format!(
+            "echo $(( $(fcctl exec {vm} -- date +%s) - $(date +%s) ))"
+        ));
         assert!(off.trim().parse::<i64>().unwrap().abs() < 30, "{vm}: {off}");
     }
     for what in [
@@ -188,8 +238,15 @@ fn restores_snapshots(host: &TestHost) {
     // behind.
     let broken = host.sh("fcctl stop s > /dev/null; for f in state/snapshots/*/private/devices; do echo broken > $f; done; fcctl snapshot restore one 2>&1 || true");
     assert!(broken.contains("load the saved guest"), "{broken}");
-    assert_eq!(host.sh("fcctl start s > /dev/null; fcctl exec s -- cat /root/mark"), "s\n", "it has its own disk again");
-    assert_eq!(host.sh("fcctl exec twin -- echo on; fcctl snapshot delete one; ls state/snapshots"), "on\none: deleted\n");
+    assert_eq!(
+        host.sh("fcctl start s > /dev/null; fcctl exec s -- cat /root/mark"),
+        "s\n",
+        "it has its own disk again"
+    );
+    assert_eq!(
+        host.sh("fcctl exec twin -- echo on; fcctl snapshot delete one; ls state/snapshots"),
+        "on\none: deleted\n"
+    );
     host.sh("fcctl rm -f s twin third");
 }
 
@@ -199,17 +256,28 @@ fn real_guests() {
     let host = boot();
     host.sh("fcctl vm create --name a -p 1022:22 --work-disk 64M --disk-bps 200M --net-tx-bps 100M && fcctl start a");
     let shown = host.sh("fcctl vm show a");
-    assert!(shown.contains("firecracker (kvm, jailed)") && shown.contains("(dm-snapshot)"), "{shown}");
+    assert!(
+        shown.contains("firecracker (kvm, jailed)") && shown.contains("(dm-snapshot)"),
+        "{shown}"
+    );
     assert_eq!(
         host.sh("fcctl exec a -- sh -c 'echo kept | tee /root/mark /work/mark; exit 7' || echo status $?"),
         "kept\nstatus 7\n"
     );
-    assert!(host.sh("head -c 7 < /dev/tcp/127.0.0.1/1022").starts_with("SSH-2.0"));
+    assert!(
+        host.sh("head -c 7 < /dev/tcp/127.0.0.1/1022")
+            .starts_with("SSH-2.0")
+    );
     assert!(host.sh("fcctl logs a").contains("ssh is up"));
     // Copy a repository to the guest, and export its changes.
     host.sh("mkdir repo && cd repo && echo hello > greeting && fcctl workspace prepare a . --guest-path /root/repo");
-    assert_eq!(host.sh("fcctl exec a -- cat /root/repo/greeting"), "hello\n");
-    host.sh("fcctl exec a -- sh -c 'echo changed > /root/repo/greeting; echo new > /root/repo/new'");
+    assert_eq!(
+        host.sh("fcctl exec a -- cat /root/repo/greeting"),
+        "hello\n"
+    );
+    host.sh(
+        "fcctl exec a -- sh -c 'echo changed > /root/repo/greeting; echo new > /root/repo/new'",
+    );
     host.sh("fcctl workspace export a --patch out.patch && cd repo && git init -q . && git apply ../out.patch");
     assert_eq!(host.sh("cat repo/greeting repo/new"), "changed\nnew\n");
     // The VMM has inherited no descriptor from the daemon.
@@ -229,32 +297,61 @@ fn real_guests() {
             "/vmlinux",
             "/initrd",
         ];
-        let is_log = target.starts_with(&format!("{PLACE}/state/vms/")) && target.ends_with("/vmm.log");
-        assert!(is_log || own.iter().any(|o| target.starts_with(o)), "{target} in {open}");
+        let is_log =
+            target.starts_with(&format!("{PLACE}/state/vms/")) && target.ends_with("/vmm.log");
+        assert!(
+            is_log || own.iter().any(|o| target.starts_with(o)),
+            "{target} in {open}"
+        );
     }
     // The jailed VMM has no privileges, sees only its own files, and has limits.
     let status = host.sh("grep -E '^(Uid|CapEff|Seccomp):' /proc/$(pgrep -x firecracker)/status | tr -s '\\t ' ' '; ls /proc/$(pgrep -x firecracker)/root/");
-    assert!(status.contains("CapEff: 0000000000000000") && status.contains("Seccomp: 2"), "{status}");
-    assert!(!status.contains("Uid: 0 ") && status.contains("disk\n") && !status.contains("srv"), "{status}");
+    assert!(
+        status.contains("CapEff: 0000000000000000") && status.contains("Seccomp: 2"),
+        "{status}"
+    );
+    assert!(
+        !status.contains("Uid: 0 ") && status.contains("disk\n") && !status.contains("srv"),
+        "{status}"
+    );
     let limits =
         host.sh("cd /sys/fs/cgroup/fcd-*/fc-*-1; cat memory.max pids.max cpu.max; grep -cx $(pgrep -x firecracker) cgroup.procs");
-    assert_eq!(limits, format!("{}\n17\n200000 100000\n1\n", (1024_u64 << 20) + (256 << 20)));
+    assert_eq!(
+        limits,
+        format!("{}\n17\n200000 100000\n1\n", (1024_u64 << 20) + (256 << 20))
+    );
     // It is the first process of its own PID namespace.
-    assert_eq!(host.sh("sed -n 's/^NSpid:.*\\t//p' /proc/$(pgrep -x firecracker)/status"), "1\n");
+    assert_eq!(
+        host.sh("sed -n 's/^NSpid:.*\\t//p' /proc/$(pgrep -x firecracker)/status"),
+        "1\n"
+    );
     adjusts(&host);
     let nobody = host.sh("fcctl vm connect a 1 2>&1 || true");
-    assert!(nobody.contains("nothing in the guest listens on vsock port 1") || nobody.contains("does not answer"), "{nobody}");
+    assert!(
+        nobody.contains("nothing in the guest listens on vsock port 1")
+            || nobody.contains("does not answer"),
+        "{nobody}"
+    );
     greets(&host, "a");
     // Pause and resume it.
     assert_eq!(host.sh("fcctl vm pause a"), "a: running (paused)\n");
-    assert!(host.sh("fcctl exec a -- true 2>&1 || true").contains("is paused"));
-    assert_eq!(host.sh("fcctl vm resume a; fcctl exec a -- echo on"), "a: running\non\n");
+    assert!(
+        host.sh("fcctl exec a -- true 2>&1 || true")
+            .contains("is paused")
+    );
+    assert_eq!(
+        host.sh("fcctl vm resume a; fcctl exec a -- echo on"),
+        "a: running\non\n"
+    );
     assert_eq!(greeting(&host, "a"), "a got hello\n", "also by vsock");
     // The daemon is killed, and the next one adopts the guest.
     let pid = host.sh("pgrep -x firecracker");
     host.sh("pkill -KILL -x fcd; until ! pgrep -x fcd; do sleep 0.1; done");
     host.start_daemon_with(CONFIG);
-    assert_eq!(host.sh("fcctl exec a -- cat /root/mark /work/mark"), "kept\nkept\n");
+    assert_eq!(
+        host.sh("fcctl exec a -- cat /root/mark /work/mark"),
+        "kept\nkept\n"
+    );
     assert_eq!(host.sh("pgrep -x firecracker"), pid);
     // A stop syncs and ends the guest even if a process in it hangs. The next start has the data.
     let import = "{ head -c 100000 /dev/zero; exec sleep 3600; } | fcctl workspace prepare a --tar - --guest-path /root/stalled";
@@ -265,9 +362,15 @@ fn real_guests() {
     assert_eq!(host.sh("cat import.status"), "failed\n");
     assert!(stopped.contains("synced"), "{stopped}");
     assert_eq!(host.devices(), "");
-    assert_eq!(host.sh("ls -d /sys/fs/cgroup/fcd-*/fc-* state/vms/*/jail 2> /dev/null || true"), "");
+    assert_eq!(
+        host.sh("ls -d /sys/fs/cgroup/fcd-*/fc-* state/vms/*/jail 2> /dev/null || true"),
+        ""
+    );
     host.sh("fcctl start a");
-    assert_eq!(host.sh("fcctl exec a -- cat /root/mark /work/mark"), "kept\nkept\n");
+    assert_eq!(
+        host.sh("fcctl exec a -- cat /root/mark /work/mark"),
+        "kept\nkept\n"
+    );
     goes_without_ssh(&host);
     host.sh("fcctl stop a");
     for n in [3, 7, 11, 15] {
@@ -279,7 +382,10 @@ fn real_guests() {
              fcctl rm -f b; wait $! || true");
     host.sh("fcctl rm -f a");
     assert_eq!(host.devices(), "");
-    assert_eq!(host.sh("fcctl ps -aq; fcctl doctor --leaks"), "fcd has left nothing behind on this host\n");
+    assert_eq!(
+        host.sh("fcctl ps -aq; fcctl doctor --leaks"),
+        "fcd has left nothing behind on this host\n"
+    );
 }
 
 /// The VMM and its control group apply the rates, and the metrics show it. The guest returns memory
@@ -288,20 +394,42 @@ fn adjusts(host: &TestHost) {
     let io_max = || host.sh("cut -d' ' -f2- /sys/fs/cgroup/fcd-*/fc-*-1/io.max");
     let both = |rate: &str| format!("{rate}\n").repeat(2);
     // The device of the snapshot, and the one with the work disk.
-    assert_eq!(io_max(), both("rbps=419430400 wbps=419430400 riops=max wiops=max"));
+    assert_eq!(
+        io_max(),
+        both("rbps=419430400 wbps=419430400 riops=max wiops=max")
+    );
     assert_eq!(
         host.sh("fcctl vm set a --disk-bps 1M --disk-iops 1000 --net-tx-bps none --now"),
         "a: disk 1 MiB/s, disk operations 1000/s, sends unlimited, applied now\n"
     );
-    assert_eq!(io_max(), both("rbps=4194304 wbps=4194304 riops=2000 wiops=2000"));
+    assert_eq!(
+        io_max(),
+        both("rbps=4194304 wbps=4194304 riops=2000 wiops=2000")
+    );
     // Two of the six MiB pass at once.
     let begun = Instant::now();
-    host.sh("fcctl exec a -- dd if=/dev/vda of=/dev/null bs=64k count=96 iflag=direct 2> /dev/null");
-    assert!(begun.elapsed() > Duration::from_millis(3500), "{:?}", begun.elapsed());
+    host.sh(
+        "fcctl exec a -- dd if=/dev/vda of=/dev/null bs=64k count=96 iflag=direct 2> /dev/null",
+    );
+    assert!(
+        begun.elapsed() > Duration::from_millis(3500),
+        "{:?}",
+        begun.elapsed()
+    );
     // The metrics may be from this minute or an earlier one.
     let metrics: serde_json::Value = serde_json::from_str(&host.sh("fcctl vm metrics a")).unwrap();
-    let disks: Vec<_> = metrics["metrics"].as_array().unwrap().iter().map(|m| &m["block_root"]).collect();
-    assert!(disks.iter().any(|d| d["rate_limiter_throttled_events"].as_u64().unwrap() > 0), "{disks:?}");
+    let disks: Vec<_> = metrics["metrics"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|m| &m["block_root"])
+        .collect();
+    assert!(
+        disks
+            .iter()
+            .any(|d| d["rate_limiter_throttled_events"].as_u64().unwrap() > 0),
+        "{disks:?}"
+    );
     host.sh("fcctl vm set a --disk-bps none --disk-iops none --now");
     assert_eq!(io_max(), "");
     assert_eq!(host.sh("fcctl vm balloon a 768M > /dev/null; until fcctl vm balloon a | grep -q 'keeps 768 MiB of 1 GiB$'; do sleep 0.2; done; fcctl vm balloon a 1G > /dev/null
@@ -312,7 +440,10 @@ fn adjusts(host: &TestHost) {
 fn control_plane_spec(dir: &Path, kernel: &Path) -> VmmSpec {
     let vm = dir.join("vm");
     for name in ["disk", "seed"] {
-        std::fs::File::create(vm.join(name)).unwrap().set_len(1 << 20).unwrap();
+        std::fs::File::create(vm.join(name))
+            .unwrap()
+            .set_len(1 << 20)
+            .unwrap();
     }
     // A tag that no other process has now.
     let tag = format!("fc-{:08x}-0123456789ab-1", std::process::id());
@@ -322,14 +453,21 @@ fn control_plane_spec(dir: &Path, kernel: &Path) -> VmmSpec {
         boot_args: "root=/dev/vda".into(),
         disk: vm.join("disk"),
         seed: vm.join("seed"),
-        network: GuestNetwork::Tap { name: "fctest0".into(), mac: "02:fc:0a:59:00:05".into(), address: [10, 89, 0, 5].into() },
+        network: GuestNetwork::Tap {
+            name: "fctest0".into(),
+            mac: "02:fc:0a:59:00:05".into(),
+            address: [10, 89, 0, 5].into(),
+        },
         dir: vm,
         ..fcd::vmm::fake::spec("0123456789ab".parse().unwrap(), &tag, dir)
     }
 }
 
 fn new_driver() -> Firecracker {
-    let config = fcd::config::Firecracker { binary: binary(), ..Default::default() };
+    let config = fcd::config::Firecracker {
+        binary: binary(),
+        ..Default::default()
+    };
     Firecracker::new(config, 0..0, Arc::new(Consoles::try_new().unwrap())).unwrap()
 }
 
@@ -353,37 +491,74 @@ fn the_control_plane_on_this_hosts_kvm() {
     let tag = spec(image).tag;
     let first = new_driver();
     // A file that it cannot boot is refused with the reason, and leaves nothing behind.
-    let e = first.start(&spec(&image.join("initrd")), &never, &mut |_| {}).unwrap_err();
-    assert!(e.kind() == Kind::Unsupported && e.to_string().contains("Invalid Elf magic number"), "{e}");
+    let e = first
+        .start(&spec(&image.join("initrd")), &never, &mut |_| {})
+        .unwrap_err();
+    assert!(
+        e.kind() == Kind::Unsupported && e.to_string().contains("Invalid Elf magic number"),
+        "{e}"
+    );
     assert_eq!(first.find(&tag).unwrap(), None);
     let spec = spec(&image.join("vmlinux"));
     let running = first.start(&spec, &never, &mut |_| {}).unwrap();
     // A second VMM cannot use the same tap.
-    let second = VmmSpec { tag: format!("{tag}2"), dir: dir.path().join("other"), ..spec.clone() };
+    let second = VmmSpec {
+        tag: format!("{tag}2"),
+        dir: dir.path().join("other"),
+        ..spec.clone()
+    };
     std::fs::create_dir(&second.dir).unwrap();
     let e = first.start(&second, &never, &mut |_| {}).unwrap_err();
-    assert!(e.kind() == Kind::Conflict && e.to_string().contains("(os error 16)"), "{e}");
+    assert!(
+        e.kind() == Kind::Conflict && e.to_string().contains("(os error 16)"),
+        "{e}"
+    );
     for is_paused in [true, true, false, false, true] {
-        first.set_paused(&vm, &running.identity, is_paused, &never).unwrap();
+        first
+            .set_paused(&vm, &running.identity, is_paused, &never)
+            .unwrap();
     }
     // Limits can be set while it runs and while it is paused. This guest never loads a balloon's
     // driver.
-    let with = |rates| VmmSpec { rates, ..spec.clone() };
+    let with = |rates| VmmSpec {
+        rates,
+        ..spec.clone()
+    };
     let none = RateLimits::default();
-    let bytes = RateLimits { disk_bytes_per_s: Some(1 << 20), net_rx_bytes_per_s: Some(4 << 20), ..none };
-    let operations = RateLimits { disk_ops_per_s: Some(100), net_tx_bytes_per_s: Some(3 << 20), ..none };
-    for (rates, shown) in
-        [(bytes, ["2097152", "null", "4194304", "null"]), (operations, ["null", "100", "null", "3145728"]), (none, ["null"; 4])]
-    {
-        first.set_rates(&with(rates), &running.identity, &never).unwrap();
+    let bytes = RateLimits {
+        disk_bytes_per_s: Some(1 << 20),
+        net_rx_bytes_per_s: Some(4 << 20),
+        ..none
+    };
+    let operations = RateLimits {
+        disk_ops_per_s: Some(100),
+        net_tx_bytes_per_s: Some(3 << 20),
+        ..none
+    };
+    for (rates, shown) in [
+        (bytes, ["2097152", "null", "4194304", "null"]),
+        (operations, ["null", "100", "null", "3145728"]),
+        (none, ["null"; 4]),
+    ] {
+        first
+            .set_rates(&with(rates), &running.identity, &never)
+            .unwrap();
         let config = vm_config(&vm.join("run/api.sock"));
         let size = |of: &serde_json::Value, bucket: &str| of[bucket]["size"].to_string();
         // The drives are in no particular order.
         let limiter = |id: &str| {
-            let drive = config["drives"].as_array().unwrap().iter().find(|d| d["drive_id"] == id);
+            let drive = config["drives"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .find(|d| d["drive_id"] == id);
             &drive.unwrap_or_else(|| panic!("{config}"))["rate_limiter"]
         };
-        let (drive, seed, net) = (limiter("root"), limiter("seed"), &config["network-interfaces"][0]);
+        let (drive, seed, net) = (
+            limiter("root"),
+            limiter("seed"),
+            &config["network-interfaces"][0],
+        );
         let found = [
             size(drive, "bandwidth"),
             size(drive, "ops"),
@@ -397,19 +572,39 @@ fn the_control_plane_on_this_hosts_kvm() {
     for _ in 0..2 {
         let metrics = first.metrics(&spec, &running.identity, &never).unwrap();
         let last = metrics.last().unwrap();
-        assert!(last["utc_timestamp_ms"].as_u64().unwrap() > 0 && last["block_root"].is_object(), "{last}");
+        assert!(
+            last["utc_timestamp_ms"].as_u64().unwrap() > 0 && last["block_root"].is_object(),
+            "{last}"
+        );
     }
     // The socket exists, but nothing in the guest listens.
-    assert_eq!(first.connect(&running.identity, 5000, &never).unwrap_err().kind(), Kind::Timeout);
+    assert_eq!(
+        first
+            .connect(&running.identity, 5000, &never)
+            .unwrap_err()
+            .kind(),
+        Kind::Timeout
+    );
     assert!(first.press_ctrl_alt_del(&running.identity, &never).unwrap());
-    assert_eq!(first.balloon_mib(&spec, &running.identity, &never).unwrap(), 128);
-    let e = first.set_balloon(&spec, &running.identity, 128, &never).unwrap_err();
-    assert!(e.kind() == Kind::Busy && e.to_string().contains("not activated"), "{e}");
+    assert_eq!(
+        first.balloon_mib(&spec, &running.identity, &never).unwrap(),
+        128
+    );
+    let e = first
+        .set_balloon(&spec, &running.identity, 128, &never)
+        .unwrap_err();
+    assert!(
+        e.kind() == Kind::Busy && e.to_string().contains("not activated"),
+        "{e}"
+    );
     let (memory, devices) = (dir.path().join("memory"), dir.path().join("devices"));
     for path in [&memory, &devices] {
         std::fs::write(path, "").unwrap();
     }
-    let to = SaveTo { memory: &memory, devices: &devices };
+    let to = SaveTo {
+        memory: &memory,
+        devices: &devices,
+    };
     first.save(&spec, &running.identity, to, &never).unwrap();
     let saved = std::fs::metadata(&memory).unwrap();
     assert_eq!(saved.len(), spec.mem_mib << 20);
@@ -421,19 +616,42 @@ fn the_control_plane_on_this_hosts_kvm() {
     let next = new_driver();
     assert_eq!(next.adopt(&spec, &running.identity).unwrap(), running);
     let (died, deaths) = std::sync::mpsc::channel();
-    next.watch(&spec.dir, &running.identity, Box::new(move |how| died.send(how).unwrap())).unwrap();
-    next.kill(&running.identity, Instant::now() + Duration::from_secs(30)).unwrap();
+    next.watch(
+        &spec.dir,
+        &running.identity,
+        Box::new(move |how| died.send(how).unwrap()),
+    )
+    .unwrap();
+    next.kill(&running.identity, Instant::now() + Duration::from_secs(30))
+        .unwrap();
     assert!(deaths.recv_timeout(Duration::from_secs(30)).is_ok());
     assert_eq!(next.find(&tag).unwrap(), None);
     // Restore it with another tap. A damaged copy is refused and leaves nothing behind.
-    let network = GuestNetwork::Tap { name: "fctest1".into(), mac: "02:fc:0a:59:00:06".into(), address: [10, 89, 0, 6].into() };
-    let saved = Saved { memory, devices: devices.clone(), driver: next.describe() };
-    let spec = VmmSpec { tag: format!("{tag}3"), network, saved: Some(saved), ..spec };
+    let network = GuestNetwork::Tap {
+        name: "fctest1".into(),
+        mac: "02:fc:0a:59:00:06".into(),
+        address: [10, 89, 0, 6].into(),
+    };
+    let saved = Saved {
+        memory,
+        devices: devices.clone(),
+        driver: next.describe(),
+    };
+    let spec = VmmSpec {
+        tag: format!("{tag}3"),
+        network,
+        saved: Some(saved),
+        ..spec
+    };
     let again = next.start(&spec, &never, &mut |_| {}).unwrap();
-    next.kill(&again.identity, Instant::now() + Duration::from_secs(30)).unwrap();
+    next.kill(&again.identity, Instant::now() + Duration::from_secs(30))
+        .unwrap();
     std::fs::write(&devices, "damaged").unwrap();
     let e = next.start(&spec, &never, &mut |_| {}).unwrap_err();
-    assert!(e.kind() == Kind::VmmFailed && e.to_string().contains("Load snapshot error"), "{e}");
+    assert!(
+        e.kind() == Kind::VmmFailed && e.to_string().contains("Load snapshot error"),
+        "{e}"
+    );
     assert_eq!(next.find(&spec.tag).unwrap(), None);
 }
 
@@ -481,12 +699,18 @@ fn bare_start(dir: &Path, calls: &[(String, String)]) -> Duration {
         }
     };
     for (path, body) in calls {
-        let request =
-            format!("PUT {path} HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+        let request = format!(
+            "PUT {path} HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        );
         api.write_all(request.as_bytes()).unwrap();
         let mut answer = [0; 4096];
         let len = api.read(&mut answer).unwrap();
-        assert!(answer.starts_with(b"HTTP/1.1 204"), "{path}: {}", String::from_utf8_lossy(&answer[..len]));
+        assert!(
+            answer.starts_with(b"HTTP/1.1 204"),
+            "{path}: {}",
+            String::from_utf8_lossy(&answer[..len])
+        );
     }
     let took = begun.elapsed();
     vmm.kill().unwrap();
@@ -550,7 +774,9 @@ fn bench_boot() {
         let begun = Instant::now();
         let running = driver.start(&spec, &never, &mut |_| {}).unwrap();
         ours.push(begun.elapsed());
-        driver.kill(&running.identity, Instant::now() + Duration::from_secs(30)).unwrap();
+        driver
+            .kill(&running.identity, Instant::now() + Duration::from_secs(30))
+            .unwrap();
     }
     for p in [50, 90] {
         let (bare, ours) = (percentile(&mut bare, p), percentile(&mut ours, p));

@@ -7,7 +7,11 @@ use std::process::Command;
 pub fn repository(dir: &std::path::Path) {
     let script = "git init -q -b main && git config user.name T && git config user.email t@example.invalid \
         && printf 'all:\\n\\ttrue\\n' > Makefile && echo hello > hello.txt && git add -A && git commit -qm 'First commit'";
-    let status = Command::new("sh").args(["-c", script]).current_dir(dir).status().unwrap();
+    let status = Command::new("sh")
+        .args(["-c", script])
+        .current_dir(dir)
+        .status()
+        .unwrap();
     assert!(status.success());
 }
 
@@ -17,10 +21,24 @@ fn a_repository_goes_in_a_command_runs_and_its_status_comes_back() {
     let repo = tempfile::tempdir().unwrap();
     repository(repo.path());
     let path = repo.path().to_str().unwrap();
-    let out = host.fcctl(&["run", "--rm", path, "--", "sh", "-c", "git log --oneline | head -3; ls; exit 7"]);
-    let (stdout, stderr) = (String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
+    let out = host.fcctl(&[
+        "run",
+        "--rm",
+        path,
+        "--",
+        "sh",
+        "-c",
+        "git log --oneline | head -3; ls; exit 7",
+    ]);
+    let (stdout, stderr) = (
+        String::from_utf8_lossy(&out.stdout),
+        String::from_utf8_lossy(&out.stderr),
+    );
     assert_eq!(out.status.code(), Some(7), "{stdout}{stderr}{}", host.log());
-    assert!(stdout.contains("First commit") && stdout.contains("hello.txt"), "{stdout}");
+    assert!(
+        stdout.contains("First commit") && stdout.contains("hello.txt"),
+        "{stdout}"
+    );
     assert_eq!(host.census(), Vec::<String>::new());
 }
 
@@ -34,7 +52,10 @@ fn a_running_vm_outlives_the_daemon() {
     assert_eq!(vmm_processes(&host.state()), before);
     host.relaunch();
     crate::host::wait_for("the VM was looked at", || {
-        host.fcctl(&["exec", "survivor", "--", "true"]).status.success().then_some(())
+        host.fcctl(&["exec", "survivor", "--", "true"])
+            .status
+            .success()
+            .then_some(())
     });
     assert_eq!(host.json(&["vm", "show", "survivor"])["state"], "running");
     assert_eq!(host.sh("survivor", "echo $((6*7))"), "42\n");

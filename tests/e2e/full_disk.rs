@@ -15,10 +15,18 @@ const MIB: u64 = 1 << 20;
 fn full(out: &Output, status: i32) {
     let (stdout, stderr) = text(out);
     assert_eq!(out.status.code(), Some(status), "{stdout}{stderr}");
-    let error: serde_json::Value = serde_json::from_str(&stderr).unwrap_or_else(|e| panic!("{e}: {stderr}"));
-    assert_eq!((&error["error"]["code"], &error["error"]["kind"]), (&"host".into(), &"disk_full".into()), "{error}");
+    let error: serde_json::Value =
+        serde_json::from_str(&stderr).unwrap_or_else(|e| panic!("{e}: {stderr}"));
+    assert_eq!(
+        (&error["error"]["code"], &error["error"]["kind"]),
+        (&"host".into(), &"disk_full".into()),
+        "{error}"
+    );
     for part in ["message", "hint"] {
-        assert!(error["error"][part].as_str().is_some_and(|s| !s.is_empty()), "{part}: {error}");
+        assert!(
+            error["error"][part].as_str().is_some_and(|s| !s.is_empty()),
+            "{part}: {error}"
+        );
     }
     println!("{} ({})", error["error"]["message"], error["error"]["hint"]);
 }
@@ -42,13 +50,23 @@ fn census(host: &Host) -> (Vec<String>, Vec<String>, Vec<PathBuf>) {
     files_below(&host.state(), &mut files);
     files.sort();
     let vms = host.json(&["ps", "-a"]);
-    let rows = vms.as_array().unwrap().iter().map(|vm| format!("{} {}", vm["name"], vm["state"])).collect();
+    let rows = vms
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|vm| format!("{} {}", vm["name"], vm["state"]))
+        .collect();
     (rows, host.census(), files)
 }
 
 /// Waits until the daemon has noticed that there is room again.
 fn writable(host: &Host) {
-    wait_for("changes are taken again", || host.fcctl(&["vm", "create", "--name", "probe"]).status.success().then_some(()));
+    wait_for("changes are taken again", || {
+        host.fcctl(&["vm", "create", "--name", "probe"])
+            .status
+            .success()
+            .then_some(())
+    });
     host.ok(&["rm", "probe"]);
 }
 
@@ -67,8 +85,14 @@ fn a_full_disk_on_the_host() {
     let refused = |host: &Host| {
         full(&host.fcctl(&["--json", "start", "other"]), 1);
         full(&host.fcctl(&["--json", "image", "build", "second"]), 1);
-        full(&host.fcctl(&["--json", "workspace", "prepare", "box", path]), 1);
-        full(&host.fcctl(&["--json", "run", "--rm", path, "--", "true"]), 125);
+        full(
+            &host.fcctl(&["--json", "workspace", "prepare", "box", path]),
+            1,
+        );
+        full(
+            &host.fcctl(&["--json", "run", "--rm", path, "--", "true"]),
+            125,
+        );
         // The import made the guest write, so QEMU has paused it.
         full(&host.fcctl(&["--json", "exec", "box", "--", "true"]), 125);
     };
@@ -84,23 +108,41 @@ fn a_full_disk_on_the_host() {
     host.relaunch();
     wait_for("both VMs were looked at", || {
         let looked = |vm| text(&host.fcctl(&["--json", "start", vm])).1;
-        (!["box", "other"].into_iter().any(|vm| looked(vm).contains("\"busy\""))).then_some(())
+        (!["box", "other"]
+            .into_iter()
+            .any(|vm| looked(vm).contains("\"busy\"")))
+        .then_some(())
     });
     refused(&host);
-    assert_eq!(host.fcctl(&["vm", "show", "third"]).status.success(), created.status.success());
+    assert_eq!(
+        host.fcctl(&["vm", "show", "third"]).status.success(),
+        created.status.success()
+    );
     host.ok(&["rm", "other"]);
     host.ok(&["rm", "--force", "third"]);
     assert_eq!(census(&host), before);
     host.disk().free();
     writable(&host);
-    wait_for("the guest resumes", || host.fcctl(&["exec", "box", "--", "true"]).status.success().then_some(()));
+    wait_for("the guest resumes", || {
+        host.fcctl(&["exec", "box", "--", "true"])
+            .status
+            .success()
+            .then_some(())
+    });
     host.ok(&["vm", "create", "--name", "other"]);
     host.ok(&["workspace", "prepare", "box", path]);
     host.ok(&["start", "other"]);
     assert_eq!(host.sh("other", "echo served"), "served\n");
     host.ok(&["stop", "other", "box"]);
     host.ok(&["rm", "other"]);
-    assert_eq!(census(&host).1, before.1.into_iter().filter(|f| !f.starts_with("process")).collect::<Vec<_>>());
+    assert_eq!(
+        census(&host).1,
+        before
+            .1
+            .into_iter()
+            .filter(|f| !f.starts_with("process"))
+            .collect::<Vec<_>>()
+    );
 }
 
 /// There is little space. Guests are paused when they write, and resumed when there is space again.
@@ -118,20 +160,33 @@ fn a_disk_on_the_host_that_fills_up() {
     assert_eq!(census(&host), before);
 
     let tree = tempfile::tempdir().unwrap();
-    let bytes: Vec<u8> = (0..12 * MIB as u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    let bytes: Vec<u8> = (0..12 * MIB as u32)
+        .map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8)
+        .collect();
     fs::write(tree.path().join("big"), bytes).unwrap();
     let path = tree.path().to_str().unwrap();
     host.disk().free();
     writable(&host);
     host.disk().fill(4 * MIB);
-    full(&host.fcctl(&["--json", "workspace", "prepare", "box", path]), 1);
+    full(
+        &host.fcctl(&["--json", "workspace", "prepare", "box", path]),
+        1,
+    );
     assert_eq!(host.show("box", "workspace")["state"], "incomplete");
-    assert_eq!(host.show("box", "reason"), "paused: the host's disk is full");
+    assert_eq!(
+        host.show("box", "reason"),
+        "paused: the host's disk is full"
+    );
     full(&host.fcctl(&["--json", "exec", "box", "--", "true"]), 125);
     assert_eq!((census(&host).0, host.census()), (before.0, before.1));
 
     host.disk().free();
-    wait_for("the guest resumes", || host.fcctl(&["exec", "box", "--", "true"]).status.success().then_some(()));
+    wait_for("the guest resumes", || {
+        host.fcctl(&["exec", "box", "--", "true"])
+            .status
+            .success()
+            .then_some(())
+    });
     assert!(host.show("box", "reason").is_null());
     // The guest has not been restarted.
     host.sh("box", "kill $(cat /dev/shm/ticker)");
@@ -139,7 +194,13 @@ fn a_disk_on_the_host_that_fills_up() {
     host.ok(&["workspace", "prepare", "box", path]);
     assert_eq!(host.show("box", "workspace")["state"], "complete");
     let sum = |dir: &str| host.sh("box", &format!("sha256sum <{dir}/big"));
-    let ours = std::process::Command::new("sha256sum").stdin(fs::File::open(tree.path().join("big")).unwrap()).output().unwrap();
+    let ours = std::process::Command::new("sha256sum")
+        .stdin(fs::File::open(tree.path().join("big")).unwrap())
+        .output()
+        .unwrap();
     assert_eq!(sum("."), text(&ours).0);
-    assert!(host.ok(&["stop", "box"]).contains("the guest's data was synced"));
+    assert!(
+        host.ok(&["stop", "box"])
+            .contains("the guest's data was synced")
+    );
 }

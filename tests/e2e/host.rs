@@ -49,13 +49,20 @@ pub fn wait_for<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
 }
 
 /// The same, with a failure message that contains the last text of the probe.
-pub fn wait_for_or<T>(what: &str, said: &mut String, mut probe: impl FnMut(&mut String) -> Option<T>) -> T {
+pub fn wait_for_or<T>(
+    what: &str,
+    said: &mut String,
+    mut probe: impl FnMut(&mut String) -> Option<T>,
+) -> T {
     let deadline = Instant::now() + DEADLINE;
     loop {
         if let Some(found) = probe(said) {
             return found;
         }
-        assert!(Instant::now() < deadline, "{what}: not within {DEADLINE:?}: {said}");
+        assert!(
+            Instant::now() < deadline,
+            "{what}: not within {DEADLINE:?}: {said}"
+        );
         std::thread::park_timeout(Duration::from_millis(20));
     }
 }
@@ -77,14 +84,27 @@ pub fn cached_image(name: &str, packages: &[&str]) -> PathBuf {
     let image = state.join("images").join(name);
     if !image.join("image.json").exists() {
         let _ = fs::remove_dir_all(&state);
-        let mut host =
-            Host { disk: None, dir: tempfile::tempdir_in(base()).unwrap(), fcd: None, config: String::new(), unread_log: None };
+        let mut host = Host {
+            disk: None,
+            dir: tempfile::tempdir_in(base()).unwrap(),
+            fcd: None,
+            config: String::new(),
+            unread_log: None,
+        };
         host.launch(&state);
         let include = packages.join(",");
         let mut args = vec!["image", "build", name];
-        args.extend(["--include", &include].into_iter().filter(|_| !packages.is_empty()));
+        args.extend(
+            ["--include", &include]
+                .into_iter()
+                .filter(|_| !packages.is_empty()),
+        );
         let built = host.fcctl(&args);
-        assert!(built.status.success(), "image build: {}", String::from_utf8_lossy(&built.stderr));
+        assert!(
+            built.status.success(),
+            "image build: {}",
+            String::from_utf8_lossy(&built.stderr)
+        );
         host.stop_daemon();
     }
     image
@@ -100,7 +120,11 @@ fn image_key(packages: &[&str]) -> String {
     while let Some(dir) = dirs.pop() {
         for entry in fs::read_dir(dir).unwrap() {
             let path = entry.unwrap().path();
-            if path.is_dir() { dirs.push(path) } else { files.push(path) }
+            if path.is_dir() {
+                dirs.push(path)
+            } else {
+                files.push(path)
+            }
         }
     }
     files.sort();
@@ -160,7 +184,13 @@ impl Host {
         let image = image();
         let dir = tempfile::tempdir_in(base()).unwrap();
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
-        let mut host = Self { disk: None, dir, fcd: None, config: config.to_owned(), unread_log: None };
+        let mut host = Self {
+            disk: None,
+            dir,
+            fcd: None,
+            config: config.to_owned(),
+            unread_log: None,
+        };
         host.disk = disk.map(|mount| mount(host.state()));
         host.add_image(image);
         let state = host.state();
@@ -173,13 +203,19 @@ impl Host {
         let own = self.state().join("images").join(image.file_name().unwrap());
         fs::create_dir_all(&own).unwrap();
         fs::set_permissions(self.state(), fs::Permissions::from_mode(0o711)).unwrap();
-        fs::set_permissions(self.state().join("images"), fs::metadata(image.parent().unwrap()).unwrap().permissions()).unwrap();
+        fs::set_permissions(
+            self.state().join("images"),
+            fs::metadata(image.parent().unwrap()).unwrap().permissions(),
+        )
+        .unwrap();
         fs::set_permissions(&own, fs::metadata(image).unwrap().permissions()).unwrap();
         for entry in fs::read_dir(image).unwrap() {
             let from = entry.unwrap().path();
             let to = own.join(from.file_name().unwrap());
             if self.disk.is_some() {
-                run(Command::new("cp").args(["-p", "--sparse=always"]).args([&from, &to]));
+                run(Command::new("cp")
+                    .args(["-p", "--sparse=always"])
+                    .args([&from, &to]));
             } else {
                 fs::hard_link(&from, to).unwrap();
             }
@@ -212,14 +248,23 @@ impl Host {
     fn launch(&mut self, state: &Path) {
         let config = self.dir.path().join("config.toml");
         fs::write(&config, &self.config).unwrap();
-        let log = fs::File::options().create(true).append(true).open(self.dir.path().join("fcd.log")).unwrap();
+        let log = fs::File::options()
+            .create(true)
+            .append(true)
+            .open(self.dir.path().join("fcd.log"))
+            .unwrap();
         self.launch_into(state, log);
     }
 
     fn launch_into(&mut self, state: &Path, log: fs::File) {
         let config = self.dir.path().join("config.toml");
         let child = Command::new(FCD)
-            .args(["--config".as_ref(), config.as_os_str(), "--state-dir".as_ref(), state.as_os_str()])
+            .args([
+                "--config".as_ref(),
+                config.as_os_str(),
+                "--state-dir".as_ref(),
+                state.as_os_str(),
+            ])
             .args(["--socket".as_ref(), self.socket().as_os_str()])
             // A violation of the lock order must end the daemon even where panics are caught.
             .env("FCD_LOCK_ABORT", "1")
@@ -235,7 +280,10 @@ impl Host {
         wait_for("the daemon answers", || {
             let ended = self.fcd.as_mut().unwrap().try_wait().unwrap();
             assert!(ended.is_none(), "fcd ended: {ended:?}\n{}", self.log());
-            self.fcctl(&["rpc", "fcd.info"]).status.success().then_some(())
+            self.fcctl(&["rpc", "fcd.info"])
+                .status
+                .success()
+                .then_some(())
         });
     }
 
@@ -257,9 +305,15 @@ impl Host {
     pub fn disarm(&mut self, has_hung_up: bool) -> bool {
         fs::remove_file(self.die_at()).unwrap();
         let mut fcd = self.fcd.take().expect("a daemon runs");
-        let end = if has_hung_up { Some(fcd.wait().unwrap()) } else { fcd.try_wait().unwrap() };
+        let end = if has_hung_up {
+            Some(fcd.wait().unwrap())
+        } else {
+            fcd.try_wait().unwrap()
+        };
         assert!(
-            end.is_none_or(|status| std::os::unix::process::ExitStatusExt::signal(&status) == Some(9)),
+            end.is_none_or(
+                |status| std::os::unix::process::ExitStatusExt::signal(&status) == Some(9)
+            ),
             "{end:?}\n{}",
             self.log()
         );
@@ -318,7 +372,10 @@ impl Host {
     pub fn fails(&self, args: &[&str]) -> (i32, String) {
         let out = self.fcctl(args);
         assert!(!out.status.success(), "fcctl {args:?} did not fail");
-        (out.status.code().unwrap(), String::from_utf8_lossy(&out.stderr).into_owned())
+        (
+            out.status.code().unwrap(),
+            String::from_utf8_lossy(&out.stderr).into_owned(),
+        )
     }
 
     pub fn json(&self, args: &[&str]) -> serde_json::Value {
@@ -357,7 +414,8 @@ impl Host {
     /// whole answer.
     pub fn rpc(&self, method: &str, params: serde_json::Value) -> serde_json::Value {
         let mut stream = std::os::unix::net::UnixStream::connect(self.socket()).unwrap();
-        let line = serde_json::json!({"jsonrpc": "2.0", "id": 1, "method": method, "params": params});
+        let line =
+            serde_json::json!({"jsonrpc": "2.0", "id": 1, "method": method, "params": params});
         std::io::Write::write_all(&mut stream, format!("{line}\n").as_bytes()).unwrap();
         let mut answer = String::new();
         std::io::BufRead::read_line(&mut std::io::BufReader::new(stream), &mut answer).unwrap();
@@ -372,14 +430,26 @@ impl Host {
 
     /// The consoles of all guests.
     fn consoles(&self) -> Vec<(PathBuf, String)> {
-        let dirs = fs::read_dir(self.state().join("vms")).into_iter().flatten().flatten();
+        let dirs = fs::read_dir(self.state().join("vms"))
+            .into_iter()
+            .flatten()
+            .flatten();
         let logs = dirs.map(|e| e.path().join("console.log"));
-        logs.filter_map(|log| Some((log.clone(), String::from_utf8_lossy(&fs::read(log).ok()?).into_owned()))).collect()
+        logs.filter_map(|log| {
+            Some((
+                log.clone(),
+                String::from_utf8_lossy(&fs::read(log).ok()?).into_owned(),
+            ))
+        })
+        .collect()
     }
 
     /// Everything on the host that belongs to this daemon: VMM processes and the files of its VMs.
     pub fn census(&self) -> Vec<String> {
-        let mut found: Vec<String> = vmm_processes(&self.state()).into_iter().map(|p| format!("process {p}")).collect();
+        let mut found: Vec<String> = vmm_processes(&self.state())
+            .into_iter()
+            .map(|p| format!("process {p}"))
+            .collect();
         if let Ok(entries) = fs::read_dir(self.state().join("vms")) {
             found.extend(entries.map(|e| format!("directory {}", e.unwrap().path().display())));
         }
@@ -391,7 +461,11 @@ impl Host {
 /// An `fcctl` command with these arguments for the daemon with this socket.
 pub fn fcctl_at(socket: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(FCCTL);
-    command.arg("--socket").arg(socket).args(args).stdin(Stdio::null());
+    command
+        .arg("--socket")
+        .arg(socket)
+        .args(args)
+        .stdin(Stdio::null());
     command
 }
 
@@ -400,14 +474,20 @@ impl Drop for Host {
         if self.fcd.is_none() {
             return;
         }
-        let consoles = if std::thread::panicking() { self.consoles() } else { Vec::new() };
+        let consoles = if std::thread::panicking() {
+            self.consoles()
+        } else {
+            Vec::new()
+        };
         let all = self.fcctl(&["ps", "-aq"]);
         for id in String::from_utf8_lossy(&all.stdout).split_whitespace() {
             let _ = self.fcctl(&["rm", "-f", id]);
         }
         if std::thread::panicking() {
             eprintln!("--- fcd.log\n{}", self.log());
-            consoles.iter().for_each(|(path, text)| eprintln!("--- {}\n{text}", path.display()));
+            consoles
+                .iter()
+                .for_each(|(path, text)| eprintln!("--- {}\n{text}", path.display()));
             let _ = self.fcd.take().map(|mut c| c.kill());
             return;
         }
@@ -426,17 +506,37 @@ const EXT4_BYTES: u64 = 2 << 30;
 
 impl SmallDisk {
     fn in_memory(at: PathBuf, size_mib: u64) -> Self {
-        Self::mount(at, &["-t", "tmpfs", "-o", &format!("size={size_mib}M,mode=711"), "fcd-test"])
+        Self::mount(
+            at,
+            &[
+                "-t",
+                "tmpfs",
+                "-o",
+                &format!("size={size_mib}M,mode=711"),
+                "fcd-test",
+            ],
+        )
     }
 
     fn of_few_inodes(at: PathBuf, count: u64) -> Self {
-        Self::mount(at, &["-t", "tmpfs", "-o", &format!("size=1G,nr_inodes={count},mode=711"), "fcd-test"])
+        Self::mount(
+            at,
+            &[
+                "-t",
+                "tmpfs",
+                "-o",
+                &format!("size=1G,nr_inodes={count},mode=711"),
+                "fcd-test",
+            ],
+        )
     }
 
     fn xfs(at: PathBuf) -> Self {
         let file = at.with_extension("xfs");
         fs::File::create(&file).unwrap().set_len(XFS_BYTES).unwrap();
-        run(Command::new("mkfs.xfs").args(["-q", "-m", "reflink=1"]).arg(&file));
+        run(Command::new("mkfs.xfs")
+            .args(["-q", "-m", "reflink=1"])
+            .arg(&file));
         let mounted = Self::mount(at, &["-t", "xfs", "-o", "loop", file.to_str().unwrap()]);
         fs::set_permissions(&mounted.0, fs::Permissions::from_mode(0o711)).unwrap();
         mounted
@@ -444,33 +544,76 @@ impl SmallDisk {
 
     fn ext4(at: PathBuf) -> Self {
         let file = at.with_extension("ext4");
-        fs::File::create(&file).unwrap().set_len(EXT4_BYTES).unwrap();
+        fs::File::create(&file)
+            .unwrap()
+            .set_len(EXT4_BYTES)
+            .unwrap();
         run(Command::new("mkfs.ext4").args(["-q", "-F"]).arg(&file));
-        let mounted = Self::mount(at, &["-t", "ext4", "-o", "loop,errors=remount-ro", file.to_str().unwrap()]);
+        let mounted = Self::mount(
+            at,
+            &[
+                "-t",
+                "ext4",
+                "-o",
+                "loop,errors=remount-ro",
+                file.to_str().unwrap(),
+            ],
+        );
         fs::set_permissions(&mounted.0, fs::Permissions::from_mode(0o711)).unwrap();
         mounted
     }
 
     /// Triggers an error in the file system, which is read-only from then on, even for open files.
     pub fn break_ext4(&self) {
-        let out = Command::new("findmnt").args(["-no", "SOURCE"]).arg(&self.0).output().unwrap();
+        let out = Command::new("findmnt")
+            .args(["-no", "SOURCE"])
+            .arg(&self.0)
+            .output()
+            .unwrap();
         let device = String::from_utf8(out.stdout).unwrap();
         let device = Path::new(device.trim()).file_name().unwrap().to_owned();
-        fs::write(Path::new("/sys/fs/ext4").join(device).join("trigger_fs_error"), "1").unwrap();
+        fs::write(
+            Path::new("/sys/fs/ext4")
+                .join(device)
+                .join("trigger_fs_error"),
+            "1",
+        )
+        .unwrap();
     }
 
     /// Repairs the file system, as an administrator does after a reboot.
     pub fn mend_ext4(&self) {
         // The processes with open files on it have just been killed.
-        wait_for("it is unmounted", || Command::new("umount").arg(&self.0).status().unwrap().success().then_some(()));
+        wait_for("it is unmounted", || {
+            Command::new("umount")
+                .arg(&self.0)
+                .status()
+                .unwrap()
+                .success()
+                .then_some(())
+        });
         let file = self.0.with_extension("ext4");
-        let status = Command::new("e2fsck").args(["-f", "-y"]).arg(&file).stdout(Stdio::null()).stderr(Stdio::null()).status();
-        assert!(matches!(status.unwrap().code(), Some(0 | 1)), "e2fsck(8): errors were corrected, or there were none");
-        run(Command::new("mount").args(["-t", "ext4", "-o", "loop"]).arg(&file).arg(&self.0));
+        let status = Command::new("e2fsck")
+            .args(["-f", "-y"])
+            .arg(&file)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status();
+        assert!(
+            matches!(status.unwrap().code(), Some(0 | 1)),
+            "e2fsck(8): errors were corrected, or there were none"
+        );
+        run(Command::new("mount")
+            .args(["-t", "ext4", "-o", "loop"])
+            .arg(&file)
+            .arg(&self.0));
     }
 
     fn mount(at: PathBuf, args: &[&str]) -> Self {
-        assert!(nix::unistd::geteuid().is_root(), "mounts a file system: run the tests as root");
+        assert!(
+            nix::unistd::geteuid().is_root(),
+            "mounts a file system: run the tests as root"
+        );
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
         run(Command::new("mount").args(["--make-rprivate", "/"]));
         fs::create_dir_all(&at).unwrap();
@@ -482,8 +625,15 @@ impl SmallDisk {
     pub fn fill(&self, leave_bytes: u64) {
         let stat = nix::sys::statvfs::statvfs(&self.0).unwrap();
         let free = stat.blocks_free() * stat.fragment_size();
-        let file = fs::File::options().create(true).append(true).open(self.0.join("fill")).unwrap();
-        let (from, more) = (file.metadata().unwrap().len(), free.saturating_sub(leave_bytes));
+        let file = fs::File::options()
+            .create(true)
+            .append(true)
+            .open(self.0.join("fill"))
+            .unwrap();
+        let (from, more) = (
+            file.metadata().unwrap().len(),
+            free.saturating_sub(leave_bytes),
+        );
         if more > 0 {
             nix::fcntl::posix_fallocate(&file, from as i64, more as i64).unwrap();
         }
@@ -493,7 +643,10 @@ impl SmallDisk {
     pub fn fill_inodes(&self) {
         let dir = self.0.join("inodes");
         fs::create_dir(&dir).unwrap();
-        let made = (0..).map(|n| fs::File::create(dir.join(format!("{n}")))).find_map(Result::err).unwrap();
+        let made = (0..)
+            .map(|n| fs::File::create(dir.join(format!("{n}"))))
+            .find_map(Result::err)
+            .unwrap();
         assert_eq!(made.kind(), std::io::ErrorKind::StorageFull);
     }
 
@@ -503,7 +656,9 @@ impl SmallDisk {
 
     /// Makes the file system read-only or writable.
     pub fn set_read_only(&self, is_so: bool) {
-        run(Command::new("mount").args(["-o", if is_so { "remount,ro" } else { "remount,rw" }]).arg(&self.0));
+        run(Command::new("mount")
+            .args(["-o", if is_so { "remount,ro" } else { "remount,rw" }])
+            .arg(&self.0));
     }
 
     pub fn free(&self) {
@@ -528,7 +683,13 @@ pub fn vmm_processes(state: &Path) -> Vec<u32> {
     let needle = state.join("vms").display().to_string();
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").unwrap().flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse::<u32>().ok()) else { continue };
+        let Some(pid) = entry
+            .file_name()
+            .to_str()
+            .and_then(|n| n.parse::<u32>().ok())
+        else {
+            continue;
+        };
         let mut line = String::new();
         if let Ok(mut file) = fs::File::open(entry.path().join("cmdline")) {
             let _ = file.read_to_string(&mut line);
@@ -550,7 +711,10 @@ pub fn signal(pid: u32, name: &str) {
 
 /// Returns stdout and stderr as text.
 pub fn text(out: &Output) -> (String, String) {
-    (String::from_utf8_lossy(&out.stdout).into_owned(), String::from_utf8_lossy(&out.stderr).into_owned())
+    (
+        String::from_utf8_lossy(&out.stdout).into_owned(),
+        String::from_utf8_lossy(&out.stderr).into_owned(),
+    )
 }
 
 /// A process with its output in files, so that a test can read it while the process runs, and the
@@ -563,8 +727,15 @@ pub struct Spawned {
 
 impl Spawned {
     pub fn start(command: &mut Command) -> Self {
-        let (out, err) = (tempfile::NamedTempFile::new().unwrap(), tempfile::NamedTempFile::new().unwrap());
-        let child = command.stdout(out.reopen().unwrap()).stderr(err.reopen().unwrap()).spawn().unwrap();
+        let (out, err) = (
+            tempfile::NamedTempFile::new().unwrap(),
+            tempfile::NamedTempFile::new().unwrap(),
+        );
+        let child = command
+            .stdout(out.reopen().unwrap())
+            .stderr(err.reopen().unwrap())
+            .spawn()
+            .unwrap();
         Self { child, out, err }
     }
 
@@ -586,7 +757,12 @@ impl Spawned {
                 return Some(());
             }
             let ended = self.child.try_wait().unwrap();
-            assert!(ended.is_none() || self.stdout().contains(text), "{ended:?}: {}{}", self.stdout(), self.stderr());
+            assert!(
+                ended.is_none() || self.stdout().contains(text),
+                "{ended:?}: {}{}",
+                self.stdout(),
+                self.stderr()
+            );
             None
         });
     }

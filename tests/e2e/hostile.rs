@@ -19,7 +19,10 @@ const STRANGER: u32 = 65534;
 fn refused(out: &Output, status: i32, said: &str) {
     let (stdout, stderr) = text(out);
     assert_eq!(out.status.code(), Some(status), "{stdout}{stderr}");
-    assert!(stderr.starts_with("fcctl: ") && stderr.contains(said), "{said:?} in: {stderr}");
+    assert!(
+        stderr.starts_with("fcctl: ") && stderr.contains(said),
+        "{said:?} in: {stderr}"
+    );
     assert!(stderr.contains("hint: ") || status == 2, "{stderr}");
 }
 
@@ -47,7 +50,11 @@ fn bad_requests_change_nothing() {
     check(&["run", "--image", "nope", tree, "--", "true"], 125, "nope");
     check(&["run", "--memory", "900T", "--", "true"], 125, "memory");
     check(&["run", "/not/there", "--", "true"], 125, "/not/there");
-    check(&["workspace", "prepare", "taken", "/not/there"], 3, "/not/there");
+    check(
+        &["workspace", "prepare", "taken", "/not/there"],
+        3,
+        "/not/there",
+    );
     check(&["workspace", "prepare", "taken", tree], 1, "start");
     check(&["workspace", "export", "taken"], 1, "start");
     check(&["op", "show", "abcdef012345"], 3, "abcdef012345");
@@ -70,10 +77,20 @@ fn bad_requests_change_nothing() {
 
 /// Twenty calls create a VM with the same name, and exactly one succeeds.
 fn racing_creates(host: &Host) {
-    let mut all: Vec<_> = (0..20).map(|_| host.spawn(&["vm", "create", "--name", "wanted"])).collect();
+    let mut all: Vec<_> = (0..20)
+        .map(|_| host.spawn(&["vm", "create", "--name", "wanted"]))
+        .collect();
     let statuses: Vec<_> = all.iter_mut().map(|c| c.end().0.unwrap()).collect();
-    assert_eq!(statuses.iter().filter(|s| **s == 0).count(), 1, "{statuses:?}");
-    assert_eq!(statuses.iter().filter(|s| **s == 4).count(), 19, "{statuses:?}");
+    assert_eq!(
+        statuses.iter().filter(|s| **s == 0).count(),
+        1,
+        "{statuses:?}"
+    );
+    assert_eq!(
+        statuses.iter().filter(|s| **s == 4).count(),
+        19,
+        "{statuses:?}"
+    );
     host.ok(&["rm", "wanted"]);
 }
 
@@ -84,14 +101,26 @@ fn as_stranger(host: &Host, args: &[&str]) -> Output {
     // Run it by descriptor, because the user may be unable to enter the directories above it.
     let fcctl = fs::File::open(FCCTL).unwrap();
     let mut command = Command::new(format!("/proc/self/fd/{}", fcctl.as_raw_fd()));
-    command.uid(STRANGER).gid(STRANGER).arg("--socket").arg(host.socket());
-    command.args(args).env("HOME", "/nonexistent").stdin(std::process::Stdio::null()).output().unwrap()
+    command
+        .uid(STRANGER)
+        .gid(STRANGER)
+        .arg("--socket")
+        .arg(host.socket());
+    command
+        .args(args)
+        .env("HOME", "/nonexistent")
+        .stdin(std::process::Stdio::null())
+        .output()
+        .unwrap()
 }
 
 /// A tree is read with the caller's rights, and a VM exists only for its owner and root.
 #[test]
 fn a_caller_reads_and_sees_what_is_its_own() {
-    assert!(nix::unistd::geteuid().is_root(), "as root only: run the tests as root");
+    assert!(
+        nix::unistd::geteuid().is_root(),
+        "as root only: run the tests as root"
+    );
     let host = Host::start();
     host.ok(&["vm", "create", "--name", "roots"]);
     let before = everything(&host);
@@ -102,23 +131,41 @@ fn a_caller_reads_and_sees_what_is_its_own() {
     fs::write(tree.path().join("open"), "x").unwrap();
     fs::write(tree.path().join("shut"), "x").unwrap();
     fs::set_permissions(tree.path().join("shut"), fs::Permissions::from_mode(0o600)).unwrap();
-    refused(&as_stranger(&host, &["run", tree.path().to_str().unwrap(), "--", "true"]), 125, "shut");
+    refused(
+        &as_stranger(&host, &["run", tree.path().to_str().unwrap(), "--", "true"]),
+        125,
+        "shut",
+    );
     assert_eq!(everything(&host), before);
 
     assert_eq!(text(&as_stranger(&host, &["ps", "-aq"])).0, "");
     let id = host.show("roots", "id").as_str().unwrap().to_owned();
     for vm in ["roots", &id, &id[..4]] {
-        for verb in [&["vm", "show"][..], &["start"], &["rm", "-f"], &["logs"], &["vm", "kill"]] {
+        for verb in [
+            &["vm", "show"][..],
+            &["start"],
+            &["rm", "-f"],
+            &["logs"],
+            &["vm", "kill"],
+        ] {
             let out = as_stranger(&host, &[verb, &[vm]].concat());
             // `rm -f` of a VM that does not exist succeeds.
             let expected = if verb[0] == "rm" { 0 } else { 3 };
-            assert_eq!(out.status.code(), Some(expected), "{verb:?} {:?}", text(&out));
+            assert_eq!(
+                out.status.code(),
+                Some(expected),
+                "{verb:?} {:?}",
+                text(&out)
+            );
         }
     }
     assert_eq!(everything(&host), before);
     let out = as_stranger(&host, &["vm", "create", "--name", "strangers"]);
     assert!(out.status.success(), "{:?}", text(&out));
-    assert_eq!(text(&as_stranger(&host, &["ps", "-aq"])).0.lines().count(), 1);
+    assert_eq!(
+        text(&as_stranger(&host, &["ps", "-aq"])).0.lines().count(),
+        1
+    );
     assert_eq!(host.show("strangers", "owner_uid"), 65534);
 }
 
@@ -146,27 +193,69 @@ fn a_full_disk(host: &Host, tree: &str) {
         "box",
         "set -- $(df -k / | tail -n 1); fallocate -l $(($2 - $3 - 4096))K /root/fill; fallocate -l 1G /root/more; true",
     );
-    let out = host.fcctl(&["workspace", "prepare", "box", tree, "--guest-path", "/root/tree"]);
+    let out = host.fcctl(&[
+        "workspace",
+        "prepare",
+        "box",
+        tree,
+        "--guest-path",
+        "/root/tree",
+    ]);
     refused(&out, 1, "o space left");
     assert_eq!(host.show("box", "workspace")["state"], "incomplete");
     host.sh("box", "rm -f /root/fill /root/more");
-    host.ok(&["workspace", "prepare", "box", tree, "--guest-path", "/root/tree"]);
+    host.ok(&[
+        "workspace",
+        "prepare",
+        "box",
+        tree,
+        "--guest-path",
+        "/root/tree",
+    ]);
     assert_eq!(host.show("box", "workspace")["state"], "complete");
-    assert_eq!(host.sh("box", "pwd; stat -c %s big"), format!("/root/tree\n{}\n", 8 << 20));
+    assert_eq!(
+        host.sh("box", "pwd; stat -c %s big"),
+        format!("/root/tree\n{}\n", 8 << 20)
+    );
 }
 
 fn a_dead_vmm(host: &Host) {
-    let mut sleeping = host.spawn(&["exec", "box", "--", "sh", "-c", "echo ready; exec sleep 1000"]);
+    let mut sleeping = host.spawn(&[
+        "exec",
+        "box",
+        "--",
+        "sh",
+        "-c",
+        "echo ready; exec sleep 1000",
+    ]);
     sleeping.says("ready");
     crate::host::signal(vmm_processes(&host.state())[0], "KILL");
     let begun = Instant::now();
-    wait_for("the VM has failed", || (host.show("box", "state") == "failed").then_some(()));
-    assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
-    assert!(host.ok(&["ps", "-a"]).contains("failed (the VMM died: "), "{}", host.ok(&["ps", "-a"]));
+    wait_for("the VM has failed", || {
+        (host.show("box", "state") == "failed").then_some(())
+    });
+    assert!(
+        begun.elapsed() < Duration::from_secs(3),
+        "{:?}",
+        begun.elapsed()
+    );
+    assert!(
+        host.ok(&["ps", "-a"]).contains("failed (the VMM died: "),
+        "{}",
+        host.ok(&["ps", "-a"])
+    );
     let (status, within) = sleeping.end();
-    assert!(status == Some(125) && within < Duration::from_secs(2), "{status:?} {within:?} {}", sleeping.stderr());
+    assert!(
+        status == Some(125) && within < Duration::from_secs(2),
+        "{status:?} {within:?} {}",
+        sleeping.stderr()
+    );
     refused(&host.fcctl(&["exec", "box", "--", "true"]), 125, "failed");
-    refused(&host.fcctl(&["workspace", "prepare", "box", "/tmp"]), 1, "failed");
+    refused(
+        &host.fcctl(&["workspace", "prepare", "box", "/tmp"]),
+        1,
+        "failed",
+    );
     host.ok(&["start", "box"]);
 }
 
@@ -175,22 +264,53 @@ fn a_hung_vmm(host: &Host) {
     let vmm = vmm_processes(&host.state())[0];
     let mut events = host.spawn(&["events"]);
     crate::host::signal(vmm, "STOP");
-    wait_for("it is unresponsive", || host.show("box", "unresponsive").as_bool().unwrap().then_some(()));
-    assert!(host.ok(&["ps"]).contains("running (unresponsive)"), "{}", host.ok(&["ps"]));
-    refused(&host.fcctl(&["exec", "box", "--", "true"]), 125, "fcctl stop --force box");
-    refused(&host.fcctl(&["workspace", "prepare", "box", "/tmp"]), 1, "does not respond");
+    wait_for("it is unresponsive", || {
+        host.show("box", "unresponsive")
+            .as_bool()
+            .unwrap()
+            .then_some(())
+    });
+    assert!(
+        host.ok(&["ps"]).contains("running (unresponsive)"),
+        "{}",
+        host.ok(&["ps"])
+    );
+    refused(
+        &host.fcctl(&["exec", "box", "--", "true"]),
+        125,
+        "fcctl stop --force box",
+    );
+    refused(
+        &host.fcctl(&["workspace", "prepare", "box", "/tmp"]),
+        1,
+        "does not respond",
+    );
     crate::host::signal(vmm, "CONT");
-    wait_for("it answers again", || (!host.show("box", "unresponsive").as_bool().unwrap()).then_some(()));
+    wait_for("it answers again", || {
+        (!host.show("box", "unresponsive").as_bool().unwrap()).then_some(())
+    });
     assert_eq!(host.sh("box", "echo well"), "well\n");
     events.says("VMM does not respond");
     events.says("VMM responds again");
 
     crate::host::signal(vmm, "STOP");
-    wait_for("it is unresponsive", || host.show("box", "unresponsive").as_bool().unwrap().then_some(()));
+    wait_for("it is unresponsive", || {
+        host.show("box", "unresponsive")
+            .as_bool()
+            .unwrap()
+            .then_some(())
+    });
     let begun = Instant::now();
     host.ok(&["stop", "box"]);
-    assert!(begun.elapsed() < Duration::from_secs(5), "no grace for who does not answer: {:?}", begun.elapsed());
-    assert_eq!((host.show("box", "state"), host.show("box", "synced")), ("stopped".into(), "no".into()));
+    assert!(
+        begun.elapsed() < Duration::from_secs(5),
+        "no grace for who does not answer: {:?}",
+        begun.elapsed()
+    );
+    assert_eq!(
+        (host.show("box", "state"), host.show("box", "synced")),
+        ("stopped".into(), "no".into())
+    );
     assert_eq!(vmm_processes(&host.state()), Vec::<u32>::new());
     host.ok(&["start", "box"]);
 }
@@ -203,12 +323,17 @@ fn another_host_key(host: &Host) {
     let said = wait_for("its sshd has the other key", || {
         let out = host.fcctl(&["--json", "exec", "box", "--", "true"]);
         let error: serde_json::Value = serde_json::from_slice(&out.stderr).unwrap_or_default();
-        (out.status.code() == Some(125) && error["error"]["kind"] == "host_key_mismatch").then_some(error)
+        (out.status.code() == Some(125) && error["error"]["kind"] == "host_key_mismatch")
+            .then_some(error)
     });
     assert_eq!(said["error"]["code"], "guest_unavailable", "{said}");
     assert!(said["error"]["hint"].is_string(), "{said}");
     let out = host.fcctl(&["stop", "box"]);
-    assert!(text(&out).0.contains("stopped, but the guest did not sync"), "{:?}", text(&out));
+    assert!(
+        text(&out).0.contains("stopped, but the guest did not sync"),
+        "{:?}",
+        text(&out)
+    );
     // The seed restores the right key.
     host.ok(&["start", "box"]);
     assert_eq!(host.sh("box", "echo back"), "back\n");
@@ -221,14 +346,27 @@ fn stop_and_delete_answer_while_nobody_reads_the_log_and_the_vmm_hangs() {
         host.fcctl(&["vm", "create", "--name", "box"]);
         host.ok(&["start", "box"]);
         crate::host::signal(vmm_processes(&host.state())[0], "STOP");
-        wait_for("it is unresponsive", || host.show("box", "unresponsive").as_bool().unwrap().then_some(()));
+        wait_for("it is unresponsive", || {
+            host.show("box", "unresponsive")
+                .as_bool()
+                .unwrap()
+                .then_some(())
+        });
         let begun = Instant::now();
         host.ok(verb);
-        assert!(begun.elapsed() < PROMPT, "{verb:?} took {:?}", begun.elapsed());
+        assert!(
+            begun.elapsed() < PROMPT,
+            "{verb:?} took {:?}",
+            begun.elapsed()
+        );
     }
     assert_eq!(vmm_processes(&host.state()), Vec::<u32>::new());
     // The daemon's exit does not wait for a reader either.
     let begun = Instant::now();
     host.stop_daemon();
-    assert!(begun.elapsed() < PROMPT, "the end of the daemon took {:?}", begun.elapsed());
+    assert!(
+        begun.elapsed() < PROMPT,
+        "the end of the daemon took {:?}",
+        begun.elapsed()
+    );
 }

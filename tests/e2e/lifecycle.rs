@@ -12,7 +12,11 @@ const DRAIN_DEADLINE: Duration = Duration::from_secs(16);
 /// them.
 fn shape(host: &Host, vm: &str) -> (u64, u64, u64) {
     let script = "nproc; awk '/MemTotal/ {print int($2/1024)}' /proc/meminfo; df -m / | awk 'NR == 2 {print $2}'";
-    let numbers: Vec<u64> = host.sh(vm, script).lines().map(|l| l.trim().parse().unwrap()).collect();
+    let numbers: Vec<u64> = host
+        .sh(vm, script)
+        .lines()
+        .map(|l| l.trim().parse().unwrap())
+        .collect();
     (numbers[0], numbers[1], numbers[2])
 }
 
@@ -25,34 +29,74 @@ fn data_outlives_a_stop_and_settings_hold_from_the_next_start() {
     host.sh("keeper", "echo precious > /root/kept");
 
     let disk = host.show("keeper", "disk_bytes").as_u64().unwrap() + (1 << 30);
-    let said = host.ok(&["vm", "set", "keeper", "--vcpus", "2", "--memory", "768M", "--disk", &disk.to_string()]);
-    assert!(said.contains("applied at next start; now: fcctl vm restart keeper"), "{said}");
-    assert!(host.ok(&["vm", "show", "keeper"]).contains("next start  2 vCPUs, 768 MiB of memory, "));
+    let said = host.ok(&[
+        "vm",
+        "set",
+        "keeper",
+        "--vcpus",
+        "2",
+        "--memory",
+        "768M",
+        "--disk",
+        &disk.to_string(),
+    ]);
+    assert!(
+        said.contains("applied at next start; now: fcctl vm restart keeper"),
+        "{said}"
+    );
+    assert!(
+        host.ok(&["vm", "show", "keeper"])
+            .contains("next start  2 vCPUs, 768 MiB of memory, ")
+    );
     assert_eq!(shape(&host, "keeper"), before);
     let (status, said) = host.fails(&["vm", "set", "keeper", "--disk", "1G"]);
-    assert!(status == 2 && said.contains("cannot shrink"), "{status} {said}");
+    assert!(
+        status == 2 && said.contains("cannot shrink"),
+        "{status} {said}"
+    );
 
-    assert_eq!(host.ok(&["stop", "keeper"]), "keeper: stopped, the guest's data was synced\n");
+    assert_eq!(
+        host.ok(&["stop", "keeper"]),
+        "keeper: stopped, the guest's data was synced\n"
+    );
     assert_eq!(vmm_processes(&host.state()), Vec::<u32>::new());
     host.ok(&["stop", "keeper"]);
     assert_eq!(host.ok(&["start", "keeper"]), "keeper: running\n");
     assert_eq!(host.sh("keeper", "cat /root/kept"), "precious\n");
     let after = shape(&host, "keeper");
-    assert!(after.0 == 2 && (600..=768).contains(&after.1) && after.2 > before.2 + 900, "{before:?} {after:?}");
+    assert!(
+        after.0 == 2 && (600..=768).contains(&after.1) && after.2 > before.2 + 900,
+        "{before:?} {after:?}"
+    );
 
-    let boot_id = host.sh("keeper", "echo again > /root/kept; cat /proc/sys/kernel/random/boot_id");
+    let boot_id = host.sh(
+        "keeper",
+        "echo again > /root/kept; cat /proc/sys/kernel/random/boot_id",
+    );
     let said = host.ok(&["vm", "restart", "keeper"]);
     assert!(said.starts_with("keeper: running"), "{said}");
-    assert_ne!(host.sh("keeper", "cat /proc/sys/kernel/random/boot_id"), boot_id);
+    assert_ne!(
+        host.sh("keeper", "cat /proc/sys/kernel/random/boot_id"),
+        boot_id
+    );
     assert_eq!(host.sh("keeper", "cat /root/kept"), "again\n");
 
-    assert_eq!(host.ok(&["vm", "kill", "keeper"]), "keeper: stopped, the guest's data was not synced\n");
+    assert_eq!(
+        host.ok(&["vm", "kill", "keeper"]),
+        "keeper: stopped, the guest's data was not synced\n"
+    );
     let (status, said) = host.fails(&["vm", "kill", "keeper"]);
     assert!(status == 1 && said.contains("hint: "), "{said}");
     // The console log of a stopped VM contains all of its boots.
     let log = host.ok(&["logs", "keeper"]);
     assert!(log.matches("fcd-init: ssh is up").count() >= 3, "{log}");
-    assert_eq!(host.ok(&["logs", "--tail", "1", "keeper"]).trim_end().lines().count(), 1);
+    assert_eq!(
+        host.ok(&["logs", "--tail", "1", "keeper"])
+            .trim_end()
+            .lines()
+            .count(),
+        1
+    );
     assert_eq!(host.ok(&["rm", "keeper"]), "keeper: deleted\n");
     assert_eq!(host.census(), Vec::<String>::new());
 }
@@ -61,7 +105,10 @@ fn data_outlives_a_stop_and_settings_hold_from_the_next_start() {
 fn verbs_take_several_vms_and_continue_after_error() {
     let host = Host::start();
     for name in ["alpha", "beta", "gamma"] {
-        assert_eq!(host.ok(&["vm", "create", "--name", name]), format!("{name}\n"));
+        assert_eq!(
+            host.ok(&["vm", "create", "--name", name]),
+            format!("{name}\n")
+        );
     }
     let mut events = host.spawn(&["events"]);
     events.says("alpha  is created");
@@ -71,14 +118,20 @@ fn verbs_take_several_vms_and_continue_after_error() {
     let mut following = host.spawn(&["logs", "-f", "alpha"]);
     let mut in_vain = host.spawn(&["logs", "-f", "gamma"]);
     let (status, said) = host.fails(&["start", "alpha", "nope", "beta"]);
-    assert!(status == 3 && said.contains("no VM \"nope\"") && said.contains("hint: "), "{said}");
+    assert!(
+        status == 3 && said.contains("no VM \"nope\"") && said.contains("hint: "),
+        "{said}"
+    );
     let id = host.show("alpha", "id").as_str().unwrap().to_owned();
     assert_eq!(host.show(&id[..11], "name"), "alpha");
     assert_eq!(host.ok(&["ps", "-q"]).lines().count(), 2);
     assert_eq!(host.ok(&["ps", "-aq"]).lines().count(), 3);
 
     let (status, said) = host.fails(&["rm", "alpha"]);
-    assert!(status == 1 && said.contains("fcctl rm --force alpha"), "{said}");
+    assert!(
+        status == 1 && said.contains("fcctl rm --force alpha"),
+        "{said}"
+    );
     assert_eq!(host.show("alpha", "state"), "running");
     run_on_a_taken_name(&host);
     let (status, _) = host.fails(&["vm", "wait", "--timeout", "100ms", "beta"]);
@@ -92,7 +145,13 @@ fn verbs_take_several_vms_and_continue_after_error() {
     let out = host.fcctl(&["stop", "alpha", "nope", "beta"]);
     let (stdout, stderr) = text(&out);
     assert_eq!(out.status.code(), Some(3), "{stdout}{stderr}");
-    assert_eq!(stdout.matches(": stopped, the guest's data was synced").count(), 2, "{stdout}{stderr}");
+    assert_eq!(
+        stdout
+            .matches(": stopped, the guest's data was synced")
+            .count(),
+        2,
+        "{stdout}{stderr}"
+    );
     assert_eq!(waiting.end().0, Some(0));
     assert_eq!(waiting.stdout(), "alpha: stopped\n");
     following.says("shutting down");
@@ -100,13 +159,38 @@ fn verbs_take_several_vms_and_continue_after_error() {
     events.signal("INT");
     // It was ended by the signal, which a shell reports as 130.
     assert_eq!(events.end().0, None, "{}", events.stderr());
-    let line = events.stdout().lines().find(|l| l.contains("alpha  starting -> running")).map(str::len);
-    assert_eq!(line, Some("12:01:02  alpha  starting -> running".len()), "{}", events.stdout());
+    let line = events
+        .stdout()
+        .lines()
+        .find(|l| l.contains("alpha  starting -> running"))
+        .map(str::len);
+    assert_eq!(
+        line,
+        Some("12:01:02  alpha  starting -> running".len()),
+        "{}",
+        events.stdout()
+    );
 
-    let all = format!("'{0}' --socket '{1}' rm -f $('{0}' --socket '{1}' ps -aq)", crate::host::FCCTL, host.socket().display());
-    assert!(Command::new("sh").args(["-c", &all]).status().unwrap().success());
+    let all = format!(
+        "'{0}' --socket '{1}' rm -f $('{0}' --socket '{1}' ps -aq)",
+        crate::host::FCCTL,
+        host.socket().display()
+    );
+    assert!(
+        Command::new("sh")
+            .args(["-c", &all])
+            .status()
+            .unwrap()
+            .success()
+    );
     assert_eq!(following.end().0, Some(0), "{}", following.stderr());
-    assert!(Command::new("sh").args(["-c", &all]).status().unwrap().success());
+    assert!(
+        Command::new("sh")
+            .args(["-c", &all])
+            .status()
+            .unwrap()
+            .success()
+    );
     assert_eq!(host.census(), Vec::<String>::new());
 }
 
@@ -114,7 +198,11 @@ fn run_on_a_taken_name(host: &Host) {
     let before = host.census();
     let (status, said) = host.fails(&["run", "--name", "alpha", "--", "true"]);
     assert_eq!(status, 125, "{said}");
-    for command in ["fcctl exec alpha", "fcctl rm -f alpha", "fcctl run --name alpha-2"] {
+    for command in [
+        "fcctl exec alpha",
+        "fcctl rm -f alpha",
+        "fcctl run --name alpha-2",
+    ] {
         assert!(said.contains(command), "{said}");
     }
     assert_eq!(host.census(), before);
@@ -149,11 +237,22 @@ fn without_rm_a_vm_runs_on_and_signals_go_to_the_guests_command() {
     stubborn.says("one more\none more");
     stubborn.signal("INT");
     assert_eq!(stubborn.end().0, Some(130));
-    assert!(stubborn.stderr().contains("detached"), "{}", stubborn.stderr());
+    assert!(
+        stubborn.stderr().contains("detached"),
+        "{}",
+        stubborn.stderr()
+    );
 
     // SIGTERM drains: a command in a guest may run for some seconds and is then ended. The VM keeps
     // running.
-    let mut endless = host.spawn(&["exec", &name, "--", "sh", "-c", "echo ready; exec sleep 1000"]);
+    let mut endless = host.spawn(&[
+        "exec",
+        &name,
+        "--",
+        "sh",
+        "-c",
+        "echo ready; exec sleep 1000",
+    ]);
     endless.says("ready");
     let before = vmm_processes(&host.state());
     assert_eq!(before.len(), 1);
@@ -163,7 +262,12 @@ fn without_rm_a_vm_runs_on_and_signals_go_to_the_guests_command() {
     assert_eq!(endless.end().0, Some(125), "{}", endless.stderr());
     assert_eq!(vmm_processes(&host.state()), before);
     host.relaunch();
-    wait_for("the VM was looked at", || host.fcctl(&["exec", &name, "--", "true"]).status.success().then_some(()));
+    wait_for("the VM was looked at", || {
+        host.fcctl(&["exec", &name, "--", "true"])
+            .status
+            .success()
+            .then_some(())
+    });
     assert_eq!(vmm_processes(&host.state()), before);
 }
 
@@ -172,12 +276,20 @@ fn a_daemon_that_is_killed_finishes_or_takes_back_what_it_was_at() {
     let mut host = Host::start();
     host.ok(&["vm", "create", "--name", "box"]);
     let mut start = host.spawn(&["start", "box"]);
-    wait_for("its VMM runs", || (vmm_processes(&host.state()).len() == 1).then_some(()));
+    wait_for("its VMM runs", || {
+        (vmm_processes(&host.state()).len() == 1).then_some(())
+    });
     host.kill_daemon();
     assert_eq!(start.end().0, Some(5), "{}", start.stderr());
     host.relaunch();
-    wait_for("the boot is taken back", || vmm_processes(&host.state()).is_empty().then_some(()));
-    let looked_at = |host: &Host| wait_for("a look", || host.fcctl(&["start", "box"]).status.success().then_some(()));
+    wait_for("the boot is taken back", || {
+        vmm_processes(&host.state()).is_empty().then_some(())
+    });
+    let looked_at = |host: &Host| {
+        wait_for("a look", || {
+            host.fcctl(&["start", "box"]).status.success().then_some(())
+        })
+    };
     looked_at(&host);
 
     let mut stop = host.spawn(&["stop", "box"]);
@@ -186,16 +298,31 @@ fn a_daemon_that_is_killed_finishes_or_takes_back_what_it_was_at() {
     stop.end();
     host.relaunch();
     host.ok(&["vm", "wait", "--timeout", "30s", "box"]);
-    assert_eq!((host.show("box", "state"), vmm_processes(&host.state()).len()), ("stopped".into(), 0));
+    assert_eq!(
+        (
+            host.show("box", "state"),
+            vmm_processes(&host.state()).len()
+        ),
+        ("stopped".into(), 0)
+    );
 
     // The VMM dies while no daemon runs.
     looked_at(&host);
     host.kill_daemon();
     signal(vmm_processes(&host.state())[0], "KILL");
-    wait_for("it is dead", || vmm_processes(&host.state()).is_empty().then_some(()));
+    wait_for("it is dead", || {
+        vmm_processes(&host.state()).is_empty().then_some(())
+    });
     host.relaunch();
     wait_one(&host, "failed");
-    assert!(host.show("box", "reason").as_str().unwrap().contains("died"), "{}", host.show("box", "reason"));
+    assert!(
+        host.show("box", "reason")
+            .as_str()
+            .unwrap()
+            .contains("died"),
+        "{}",
+        host.show("box", "reason")
+    );
     host.ok(&["rm", "box"]);
     assert_eq!(host.census(), Vec::<String>::new());
 }
@@ -209,7 +336,9 @@ fn wait_one(host: &Host, state: &str) {
 }
 
 fn wait_empty(host: &Host) {
-    wait_for("nothing left", || (host.census().is_empty() && host.fcctl(&["ps", "-aq"]).stdout.is_empty()).then_some(()));
+    wait_for("nothing left", || {
+        (host.census().is_empty() && host.fcctl(&["ps", "-aq"]).stdout.is_empty()).then_some(())
+    });
 }
 
 #[test]
@@ -220,7 +349,11 @@ fn an_interrupt_before_the_command_cleans_up() {
         wait_one(&host, "starting");
         run.signal("INT");
         assert_eq!(run.end().0, Some(130), "{}", run.stderr());
-        assert!(!run.stdout().contains("began") && run.stderr().contains("interrupted"), "{}", run.stderr());
+        assert!(
+            !run.stdout().contains("began") && run.stderr().contains("interrupted"),
+            "{}",
+            run.stderr()
+        );
         assert_eq!(host.ok(&["ps", "-aq"]), "");
         assert_eq!(host.census(), Vec::<String>::new());
     }
@@ -229,7 +362,14 @@ fn an_interrupt_before_the_command_cleans_up() {
 #[test]
 fn rm_is_kept_after_killing_client_or_daemon() {
     let mut host = Host::start();
-    let sleeper = ["run", "--rm", "--", "sh", "-c", "echo ready; exec sleep 1000"];
+    let sleeper = [
+        "run",
+        "--rm",
+        "--",
+        "sh",
+        "-c",
+        "echo ready; exec sleep 1000",
+    ];
     let mut run = host.spawn(&sleeper);
     run.says("ready");
     run.signal("KILL");

@@ -15,8 +15,17 @@ use std::process::{Command, Output, Stdio};
 /// Runs an `fcd` that is expected to exit on its own.
 fn fcd(dir: &Path, args: &[&str]) -> Output {
     let mut command = Command::new("timeout");
-    command.args(["-k", "5", "30", FCD, "--state-dir"]).arg(dir.join("state")).arg("--socket").arg(dir.join("other.sock"));
-    command.args(args).env("FCD_TEST_CLAIMS", dir.join("claims")).stdin(Stdio::null()).output().unwrap()
+    command
+        .args(["-k", "5", "30", FCD, "--state-dir"])
+        .arg(dir.join("state"))
+        .arg("--socket")
+        .arg(dir.join("other.sock"));
+    command
+        .args(args)
+        .env("FCD_TEST_CLAIMS", dir.join("claims"))
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
 }
 
 #[track_caller]
@@ -29,33 +38,60 @@ fn refuses(out: &Output, status: i32, said: &str) {
 #[test]
 fn a_daemon_refuses_what_it_cannot_serve() {
     let mut host = Host::start();
-    refuses(&fcd(host.path(), &[]), 75, &format!("process {}", host.pid()));
+    refuses(
+        &fcd(host.path(), &[]),
+        75,
+        &format!("process {}", host.pid()),
+    );
     let mut command = Command::new("timeout");
-    command.args(["30", FCD]).env("FCD_STATE_DIR", host.state()).env("FCD_SOCKET", host.path().join("other.sock"));
-    refuses(&command.output().unwrap(), 75, &format!("process {}", host.pid()));
-    assert_eq!(fs::metadata(host.socket()).unwrap().permissions().mode() & 0o7777, 0o660);
+    command
+        .args(["30", FCD])
+        .env("FCD_STATE_DIR", host.state())
+        .env("FCD_SOCKET", host.path().join("other.sock"));
+    refuses(
+        &command.output().unwrap(),
+        75,
+        &format!("process {}", host.pid()),
+    );
+    assert_eq!(
+        fs::metadata(host.socket()).unwrap().permissions().mode() & 0o7777,
+        0o660
+    );
     host.stop_daemon();
     assert!(!host.socket().exists(), "the socket goes with its daemon");
 
     let dir = host.path().to_owned();
     let config = dir.join("bad.toml");
     fs::write(&config, "[limits]\nboots_max = 2\n\nbots_max = 3\n").unwrap();
-    refuses(&fcd(&dir, &["--config", config.to_str().unwrap()]), 78, "line 4: unknown field `bots_max`");
-    let out = Command::new(FCD).env("FCD_CONFIG", dir.join("none.toml")).output().unwrap();
+    refuses(
+        &fcd(&dir, &["--config", config.to_str().unwrap()]),
+        78,
+        "line 4: unknown field `bots_max`",
+    );
+    let out = Command::new(FCD)
+        .env("FCD_CONFIG", dir.join("none.toml"))
+        .output()
+        .unwrap();
     refuses(&out, 78, "none.toml");
 
     let db = host.state().join("fcd.db");
     let kept = fs::read(&db).unwrap();
     let newer = |version: i64| {
         let c = rusqlite::Connection::open(&db).unwrap();
-        let old: i64 = c.query_row("PRAGMA user_version", [], |r| r.get(0)).unwrap();
+        let old: i64 = c
+            .query_row("PRAGMA user_version", [], |r| r.get(0))
+            .unwrap();
         c.pragma_update(None, "user_version", version).unwrap();
         old
     };
     let old = newer(99);
     refuses(&fcd(&dir, &[]), 78, "newer");
     newer(old);
-    fs::write(&db, [&kept[..4096], &[0xa5; 4096], &kept[8192.min(kept.len())..]].concat()).unwrap();
+    fs::write(
+        &db,
+        [&kept[..4096], &[0xa5; 4096], &kept[8192.min(kept.len())..]].concat(),
+    )
+    .unwrap();
     refuses(&fcd(&dir, &[]), 78, "fcd.db");
     fs::write(&db, &kept).unwrap();
 
@@ -102,25 +138,51 @@ fn scripts_can_rely_on_it() {
     for shell in ["bash", "zsh", "fish"] {
         assert!(host.ok(&["completions", shell]).contains("fcctl"));
     }
-    let shown: Value = serde_json::from_str(&host.ok(&["rpc", "vm.show", r#"{"vm":"box"}"#])).unwrap();
-    assert_eq!((&shown["vm"]["name"], &shown["vm"]["mem_mib"]), (&json!("box"), &json!(512)));
+    let shown: Value =
+        serde_json::from_str(&host.ok(&["rpc", "vm.show", r#"{"vm":"box"}"#])).unwrap();
+    assert_eq!(
+        (&shown["vm"]["name"], &shown["vm"]["mem_mib"]),
+        (&json!("box"), &json!(512))
+    );
     assert_eq!(host.fails(&["rpc", "vm.fly"]).0, 2);
     assert_eq!(host.fails(&["rpc", "vm.show", "{"]).0, 2);
-    assert!(host.ok(&["debug", "locks"]).contains("lock-order violations: 0 so far"));
+    assert!(
+        host.ok(&["debug", "locks"])
+            .contains("lock-order violations: 0 so far")
+    );
 
     let (status, said) = host.fails(&["--json", "vm", "show", "nope"]);
     let error: Value = serde_json::from_str(&said).unwrap();
-    assert_eq!((status, &error["error"]["code"], &error["error"]["exit_status"]), (3, &json!("not_found"), &json!(3)));
+    assert_eq!(
+        (
+            status,
+            &error["error"]["code"],
+            &error["error"]["exit_status"]
+        ),
+        (3, &json!("not_found"), &json!(3))
+    );
     let (status, said) = host.fails(&["--json", "vm", "fly"]);
-    assert_eq!((status, serde_json::from_str::<Value>(&said).unwrap()["error"]["exit_status"].clone()), (2, json!(2)));
+    assert_eq!(
+        (
+            status,
+            serde_json::from_str::<Value>(&said).unwrap()["error"]["exit_status"].clone()
+        ),
+        (2, json!(2))
+    );
 
     let line = json!({"jsonrpc": "2.0", "id": 1, "method": "vm.list", "params": {"all": true}});
-    let socat = format!("printf '%s\\n' '{line}' | socat -t 5 - UNIX-CONNECT:'{}'", host.socket().display());
+    let socat = format!(
+        "printf '%s\\n' '{line}' | socat -t 5 - UNIX-CONNECT:'{}'",
+        host.socket().display()
+    );
     let out = Command::new("sh").args(["-c", &socat]).output().unwrap();
     let answer: Value = serde_json::from_slice(&out.stdout).unwrap();
     assert_eq!(answer["result"]["vms"][0]["name"], "box", "{answer}");
 
-    let script = format!("'{FCCTL}' --socket '{}' ps -a | head -n 0; echo ${{PIPESTATUS[0]}}", host.socket().display());
+    let script = format!(
+        "'{FCCTL}' --socket '{}' ps -a | head -n 0; echo ${{PIPESTATUS[0]}}",
+        host.socket().display()
+    );
     let out = Command::new("bash").args(["-c", &script]).output().unwrap();
     assert_eq!(text(&out), ("0\n".to_owned(), String::new()));
     wrong_descriptors(&host);
@@ -130,10 +192,20 @@ fn scripts_can_rely_on_it() {
 /// Sends one request with descriptors and returns the answer.
 fn call_with(host: &Host, method: &str, params: Value, fds: &[&OwnedFd]) -> Value {
     let stream = UnixStream::connect(host.socket()).unwrap();
-    let line = format!("{}\n", json!({"jsonrpc": "2.0", "id": 1, "method": method, "params": params}));
+    let line = format!(
+        "{}\n",
+        json!({"jsonrpc": "2.0", "id": 1, "method": method, "params": params})
+    );
     let raw: Vec<_> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
     let control = [ControlMessage::ScmRights(&raw)];
-    sendmsg::<()>(stream.as_raw_fd(), &[IoSlice::new(line.as_bytes())], &control, MsgFlags::empty(), None).unwrap();
+    sendmsg::<()>(
+        stream.as_raw_fd(),
+        &[IoSlice::new(line.as_bytes())],
+        &control,
+        MsgFlags::empty(),
+        None,
+    )
+    .unwrap();
     let mut answer = String::new();
     BufReader::new(stream).read_line(&mut answer).unwrap();
     serde_json::from_str(&answer).unwrap()
@@ -147,7 +219,11 @@ fn wrong_descriptors(host: &Host) {
     let null = OwnedFd::from(File::open("/dev/null").unwrap());
     let prepare = json!({"vm": "box", "guest_path": "/root/t"});
     let exec = json!({"vm": "box", "argv": ["true"], "env": [], "streams": ["stdout"]});
-    let open = || fs::read_dir(format!("/proc/{}/fd", host.pid())).unwrap().count();
+    let open = || {
+        fs::read_dir(format!("/proc/{}/fd", host.pid()))
+            .unwrap()
+            .count()
+    };
     let before = open();
     for (method, params, fds) in [
         ("workspace.prepare", &prepare, vec![&socket]),
@@ -161,7 +237,10 @@ fn wrong_descriptors(host: &Host) {
         ("vm.list", &json!({}), vec![&read_end]),
     ] {
         let answer = call_with(host, method, params.clone(), &fds);
-        assert_eq!(answer["error"]["data"]["code"], "invalid_argument", "{method} {fds:?}: {answer}");
+        assert_eq!(
+            answer["error"]["data"]["code"], "invalid_argument",
+            "{method} {fds:?}: {answer}"
+        );
     }
     crate::host::wait_for("they are closed", || (open() <= before).then_some(()));
 }
@@ -173,9 +252,19 @@ fn a_daemon_that_is_away(host: &mut Host) {
     assert_eq!(host.fails(&["exec", "box", "--", "true"]).0, 125);
     assert!(host.ok(&["version"]).contains("is not running"));
     // Without a daemon, `doctor` runs the checks of the fcd next to fcctl.
-    let out = host.command(&["--json", "doctor"]).env("FCD_STATE_DIR", host.state()).output().unwrap();
+    let out = host
+        .command(&["--json", "doctor"])
+        .env("FCD_STATE_DIR", host.state())
+        .output()
+        .unwrap();
     let checks: Value = serde_json::from_slice(&out.stdout).unwrap();
-    let ids: Vec<_> = checks["checks"].as_array().or(checks.as_array()).unwrap().iter().map(|c| c["id"].clone()).collect();
+    let ids: Vec<_> = checks["checks"]
+        .as_array()
+        .or(checks.as_array())
+        .unwrap()
+        .iter()
+        .map(|c| c["id"].clone())
+        .collect();
     assert!(ids.len() > 3 && ids.contains(&json!("daemon")), "{checks}");
     host.relaunch();
 }
@@ -184,19 +273,41 @@ fn a_daemon_that_is_away(host: &mut Host) {
 fn status_line(pid: u32, name: &str) -> String {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status.lines().find(|l| l.starts_with(name)).unwrap();
-    line.split_whitespace().skip(1).collect::<Vec<_>>().join(" ")
+    line.split_whitespace()
+        .skip(1)
+        .collect::<Vec<_>>()
+        .join(" ")
 }
 
 /// Lists what a process has open.
 fn descriptors(pid: u32) -> Vec<String> {
     let entries = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
-    entries.map(|e| fs::read_link(e.path()).unwrap_or_default().display().to_string()).collect()
+    entries
+        .map(|e| {
+            fs::read_link(e.path())
+                .unwrap_or_default()
+                .display()
+                .to_string()
+        })
+        .collect()
 }
 
 /// True if a VMM may have this open.
 fn is_allowed(target: &str, dir: &str, image: &str) -> bool {
-    let anonymous = ["anon_inode:[eventfd]", "anon_inode:[eventpoll]", "anon_inode:[timerfd]", "anon_inode:[signalfd]"];
-    let kinds = ["socket:[", "pipe:[", "/memfd:", "/dev/shm/", "/dev/zero", "/dev/urandom"];
+    let anonymous = [
+        "anon_inode:[eventfd]",
+        "anon_inode:[eventpoll]",
+        "anon_inode:[timerfd]",
+        "anon_inode:[signalfd]",
+    ];
+    let kinds = [
+        "socket:[",
+        "pipe:[",
+        "/memfd:",
+        "/dev/shm/",
+        "/dev/zero",
+        "/dev/urandom",
+    ];
     target == "/dev/null"
         || target == "/dev/kvm"
         || anonymous.contains(&target)
@@ -207,39 +318,73 @@ fn is_allowed(target: &str, dir: &str, image: &str) -> bool {
 
 #[test]
 fn a_vmm_is_confined() {
-    assert!(nix::unistd::geteuid().is_root(), "as root only: run the tests as root");
+    assert!(
+        nix::unistd::geteuid().is_root(),
+        "as root only: run the tests as root"
+    );
     let host = Host::start();
     host.ok(&["vm", "create", "--name", "one"]);
     host.ok(&["vm", "create", "--name", "two", "--net", "none"]);
     let mut both = [host.spawn(&["start", "one"]), host.spawn(&["start", "two"])];
-    both.iter_mut().for_each(|start| assert_eq!(start.end().0, Some(0), "{}", start.stderr()));
+    both.iter_mut()
+        .for_each(|start| assert_eq!(start.end().0, Some(0), "{}", start.stderr()));
     let pids = vmm_processes(&host.state());
     assert_eq!(pids.len(), 2);
-    let uids: Vec<u32> = pids.iter().map(|p| fs::metadata(format!("/proc/{p}/status")).unwrap().uid()).collect();
+    let uids: Vec<u32> = pids
+        .iter()
+        .map(|p| fs::metadata(format!("/proc/{p}/status")).unwrap().uid())
+        .collect();
     assert_ne!(uids[0], uids[1]);
     let image = host.state().join("images");
     for vm in ["one", "two"] {
         let shown = host.json(&["vm", "show", vm]);
         let pid = u32::try_from(shown["pid"].as_u64().unwrap()).unwrap();
         let uid = status_line(pid, "Uid:");
-        assert!(uid.split(' ').all(|u| u.parse::<u32>().unwrap() >= 1_900_000_000), "{uid}");
+        assert!(
+            uid.split(' ')
+                .all(|u| u.parse::<u32>().unwrap() >= 1_900_000_000),
+            "{uid}"
+        );
         assert_eq!(status_line(pid, "Gid:"), uid, "a group of its own, too");
-        assert_eq!((status_line(pid, "Groups:").as_str(), status_line(pid, "CapEff:").as_str()), ("", "0000000000000000"));
+        assert_eq!(
+            (
+                status_line(pid, "Groups:").as_str(),
+                status_line(pid, "CapEff:").as_str()
+            ),
+            ("", "0000000000000000")
+        );
         // 2 means that a seccomp filter is active (proc(5)).
-        assert_eq!((status_line(pid, "Seccomp:").as_str(), status_line(pid, "NoNewPrivs:").as_str()), ("2", "1"));
+        assert_eq!(
+            (
+                status_line(pid, "Seccomp:").as_str(),
+                status_line(pid, "NoNewPrivs:").as_str()
+            ),
+            ("2", "1")
+        );
         let dir = host.state().join("vms").join(shown["id"].as_str().unwrap());
         let ours = descriptors(host.pid());
         for target in descriptors(pid) {
-            assert!(is_allowed(&target, dir.to_str().unwrap(), image.to_str().unwrap()), "{vm}: {target}");
+            assert!(
+                is_allowed(&target, dir.to_str().unwrap(), image.to_str().unwrap()),
+                "{vm}: {target}"
+            );
             // The two ends of a socket have different numbers. A number in both processes means
             // that the descriptor was inherited.
-            let is_shared = ["socket:[", "pipe:["].iter().any(|k| target.starts_with(k)) && ours.contains(&target);
+            let is_shared = ["socket:[", "pipe:["].iter().any(|k| target.starts_with(k))
+                && ours.contains(&target);
             assert!(!is_shared, "{vm} has the daemon's {target}");
         }
         let environment = fs::read(format!("/proc/{pid}/environ")).unwrap();
         for variable in environment.split(|b| *b == 0).filter(|v| !v.is_empty()) {
-            let name = String::from_utf8_lossy(variable).split('=').next().unwrap().to_owned();
-            assert!(["PATH", "LC_ALL", "LANG", "HOME", "TMPDIR"].contains(&name.as_str()), "{name}");
+            let name = String::from_utf8_lossy(variable)
+                .split('=')
+                .next()
+                .unwrap()
+                .to_owned();
+            assert!(
+                ["PATH", "LC_ALL", "LANG", "HOME", "TMPDIR"].contains(&name.as_str()),
+                "{name}"
+            );
         }
         // Only the daemon may read the VM's key.
         let key = fs::metadata(dir.join("key")).unwrap();
@@ -254,8 +399,15 @@ fn a_vmm_is_confined() {
 fn only_a_vm_with_a_network_reaches_the_host(host: &Host) {
     let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
     let port = listener.local_addr().unwrap().port();
-    std::thread::spawn(move || listener.incoming().flatten().for_each(|mut stream| drop(stream.write_all(b"the host\n"))));
-    let script = format!("timeout 5 bash -c 'exec 3<>/dev/tcp/10.0.2.2/{port} && head -n 1 <&3' || echo nobody");
+    std::thread::spawn(move || {
+        listener
+            .incoming()
+            .flatten()
+            .for_each(|mut stream| drop(stream.write_all(b"the host\n")))
+    });
+    let script = format!(
+        "timeout 5 bash -c 'exec 3<>/dev/tcp/10.0.2.2/{port} && head -n 1 <&3' || echo nobody"
+    );
     assert_eq!(host.sh("one", &script), "the host\n");
     assert_eq!(host.sh("two", &script), "nobody\n");
 }
@@ -264,7 +416,11 @@ fn operations(host: &Host) {
     let mut restart = host.spawn(&["vm", "restart", "one"]);
     let op = crate::host::wait_for("its operation", || {
         let ops = host.json(&["op", "list"]);
-        ops.as_array().unwrap().iter().find(|op| op["method"] == "vm.restart").map(|op| op["id"].as_str().unwrap().to_owned())
+        ops.as_array()
+            .unwrap()
+            .iter()
+            .find(|op| op["method"] == "vm.restart")
+            .map(|op| op["id"].as_str().unwrap().to_owned())
     });
     assert_eq!(host.json(&["op", "show", &op])["state"], "running");
     let (status, _) = host.fails(&["op", "wait", "--timeout", "50ms", &op]);
@@ -277,12 +433,19 @@ fn operations(host: &Host) {
     let mut start = host.spawn(&["start", "one"]);
     let op = crate::host::wait_for("its operation", || {
         let ops = host.json(&["op", "list"]);
-        ops.as_array().unwrap().iter().find(|op| op["method"] == "vm.start").map(|op| op["id"].as_str().unwrap().to_owned())
+        ops.as_array()
+            .unwrap()
+            .iter()
+            .find(|op| op["method"] == "vm.start")
+            .map(|op| op["id"].as_str().unwrap().to_owned())
     });
     host.ok(&["op", "cancel", &op]);
     assert_ne!(start.end().0, Some(0));
     let (status, said) = host.fails(&["op", "wait", &op]);
-    assert!(status == 130 && said.contains("cancelled"), "{status} {said}");
+    assert!(
+        status == 130 && said.contains("cancelled"),
+        "{status} {said}"
+    );
     assert_eq!(vmm_processes(&host.state()).len(), 1);
 }
 
@@ -290,11 +453,17 @@ fn operations(host: &Host) {
 /// starts, and so do `doctor` and the start of a VM, each with a command that helps.
 #[test]
 fn state_directory_below_a_closed_one_is_named_at_every_turn() {
-    assert!(nix::unistd::geteuid().is_root(), "as root only: run the tests as root");
+    assert!(
+        nix::unistd::geteuid().is_root(),
+        "as root only: run the tests as root"
+    );
     let mut host = Host::start();
     let set = |mode| fs::set_permissions(host.path(), fs::Permissions::from_mode(mode)).unwrap();
     let place = host.path().display().to_string();
-    let (named, fix) = (format!("may not enter {place},"), format!("chmod o+x {place}"));
+    let (named, fix) = (
+        format!("may not enter {place},"),
+        format!("chmod o+x {place}"),
+    );
     host.ok(&["vm", "create", "--name", "box"]);
     assert!(!host.log().contains(&named), "{}", host.log());
     set(0o700);
@@ -304,10 +473,16 @@ fn state_directory_below_a_closed_one_is_named_at_every_turn() {
     assert!(log.contains(&named) && log.contains(&fix), "{log}");
     let doctor = host.fcctl(&["doctor"]);
     let (said, _) = text(&doctor);
-    assert!(said.contains("FAIL  state-dir") && said.contains(&named) && said.contains(&fix), "{said}");
+    assert!(
+        said.contains("FAIL  state-dir") && said.contains(&named) && said.contains(&fix),
+        "{said}"
+    );
     let start = host.fcctl(&["start", "box"]);
     let (_, said) = text(&start);
-    assert!(!start.status.success() && said.contains(&named) && said.contains(&fix), "{said}");
+    assert!(
+        !start.status.success() && said.contains(&named) && said.contains(&fix),
+        "{said}"
+    );
     // The printed command helps.
     fs::set_permissions(&place, fs::Permissions::from_mode(0o711)).unwrap();
     host.ok(&["start", "box"]);

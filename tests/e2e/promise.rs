@@ -27,7 +27,10 @@ fn timed(host: &Host, method: &str, params: Value) -> (Value, Duration) {
 
 #[track_caller]
 fn answers_at_once(host: &Host, vm: &str) {
-    for (method, params) in [("vm.show", json!({"vm": vm})), ("vm.list", json!({"all": true}))] {
+    for (method, params) in [
+        ("vm.show", json!({"vm": vm})),
+        ("vm.list", json!({"all": true})),
+    ] {
         let (answer, took) = timed(host, method, params);
         assert!(answer["result"].is_object(), "{answer}");
         assert!(took < AT_ONCE, "{method} took {took:?}");
@@ -36,7 +39,15 @@ fn answers_at_once(host: &Host, vm: &str) {
 
 /// Starts an import of a tar whose only file never ends. Its bytes come from `stdin`.
 fn endless_import(host: &Host, vm: &str) -> (Spawned, ChildStdin) {
-    let args = ["workspace", "prepare", vm, "--guest-path", "/root/t", "--tar", "-"];
+    let args = [
+        "workspace",
+        "prepare",
+        vm,
+        "--guest-path",
+        "/root/t",
+        "--tar",
+        "-",
+    ];
     let mut import = Spawned::start(host.command(&args).stdin(Stdio::piped()));
     let mut stdin = import.child.stdin.take().unwrap();
     let mut header = tar::Header::new_gnu();
@@ -51,8 +62,14 @@ fn endless_import(host: &Host, vm: &str) -> (Spawned, ChildStdin) {
 /// How many bytes the import has transferred.
 fn gone_in(host: &Host) -> u64 {
     let ops = host.json(&["op", "list"]);
-    let import = ops.as_array().unwrap().iter().find(|op| op["method"] == "workspace.prepare");
-    import.and_then(|op| op["progress"]["done"].as_u64()).unwrap_or(0)
+    let import = ops
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|op| op["method"] == "workspace.prepare");
+    import
+        .and_then(|op| op["progress"]["done"].as_u64())
+        .unwrap_or(0)
 }
 
 /// Checks that the import has failed because of what happened to its VM, and that it reports its
@@ -64,7 +81,11 @@ fn ended_because(import: &mut Spawned, cause: &str, since: Instant) {
     let said = import.stderr();
     assert!(!matches!(status, Some(0) | None), "{status:?} {said}");
     assert!(said.contains(cause), "{said}");
-    let bytes = said.split("after ").nth(1).and_then(|rest| rest.split(" bytes").next()).and_then(|n| n.parse::<u64>().ok());
+    let bytes = said
+        .split("after ")
+        .nth(1)
+        .and_then(|rest| rest.split(" bytes").next())
+        .and_then(|n| n.parse::<u64>().ok());
     assert!(bytes.is_some_and(|n| n > 0), "{said}");
     assert!(took < SOON, "{took:?}: {said}");
 }
@@ -81,9 +102,14 @@ fn stalled_import_delays_nothing() {
     // The client stops writing.
     let (mut import, mut stdin) = endless_import(&host, "box");
     stdin.write_all(&vec![0; 2 * MIB]).unwrap();
-    wait_for("the first bytes are in the guest", || (gone_in(&host) > MIB as u64).then_some(()));
+    wait_for("the first bytes are in the guest", || {
+        (gone_in(&host) > MIB as u64).then_some(())
+    });
     // tar writes whole records, and the last one is never complete.
-    host.sh("box", "while [ $(stat -c %s /root/t/file) -lt 2000000 ]; do sleep 0.1; done");
+    host.sh(
+        "box",
+        "while [ $(stat -c %s /root/t/file) -lt 2000000 ]; do sleep 0.1; done",
+    );
     answers_at_once(&host, "box");
     let mut waiting = behind_it(&host);
     let begun = Instant::now();
@@ -91,10 +117,18 @@ fn stalled_import_delays_nothing() {
     ended_because(&mut import, "the VM was stopped", begun);
     assert_eq!(stop.end().0, Some(0), "{}", stop.stderr());
     let took = begun.elapsed();
-    assert!(stop.stdout().contains("the guest's data was synced"), "{}", stop.stdout());
+    assert!(
+        stop.stdout().contains("the guest's data was synced"),
+        "{}",
+        stop.stdout()
+    );
     let silent = took;
     assert_eq!(host.show("box", "workspace")["state"], "incomplete");
-    assert!(!matches!(waiting.end().0, Some(0)) && waiting.stderr().contains("the VM was stopped"), "{}", waiting.stderr());
+    assert!(
+        !matches!(waiting.end().0, Some(0)) && waiting.stderr().contains("the VM was stopped"),
+        "{}",
+        waiting.stderr()
+    );
     drop(stdin);
 
     // The guest stops reading. The import uses the worker that the first one has released.
@@ -106,15 +140,24 @@ fn stalled_import_delays_nothing() {
     ended_because(&mut import, "the VM was stopped", begun);
     assert_eq!(stop.end().0, Some(0), "{}", stop.stderr());
     let unread = begun.elapsed();
-    assert!(stop.stdout().contains("the guest's data was synced"), "{}", stop.stdout());
+    assert!(
+        stop.stdout().contains("the guest's data was synced"),
+        "{}",
+        stop.stdout()
+    );
     feeder.join().unwrap();
 
     // The time must be that of an idle VM, measured before and after.
     host.ok(&["start", "box"]);
     let after = idle_stop(&host);
-    println!("stop: idle {before:?} {after:?}, a client that does not write {silent:?}, a guest that does not read {unread:?}");
+    println!(
+        "stop: idle {before:?} {after:?}, a client that does not write {silent:?}, a guest that does not read {unread:?}"
+    );
     let most = before.max(after) * 3 / 2 + NOISE;
-    assert!(silent < most && unread < most, "{silent:?} {unread:?}, idle {before:?} {after:?}");
+    assert!(
+        silent < most && unread < most,
+        "{silent:?} {unread:?}, idle {before:?} {after:?}"
+    );
 
     host.ok(&["start", "box"]);
     let (mut import, feeder) = unread_import(&host);
@@ -140,7 +183,9 @@ fn idle_stop(host: &Host) -> Duration {
 fn unread_import(host: &Host) -> (Spawned, std::thread::JoinHandle<()>) {
     let (import, stdin) = endless_import(host, "box");
     let feeder = feed(stdin);
-    wait_for("bytes go into the guest", || (gone_in(host) > 4 * MIB as u64).then_some(()));
+    wait_for("bytes go into the guest", || {
+        (gone_in(host) > 4 * MIB as u64).then_some(())
+    });
     host.sh("box", "pkill -STOP -x tar");
     let mut last = 0;
     wait_for("no more bytes go in", || {
@@ -158,10 +203,14 @@ fn unread_import(host: &Host) -> (Spawned, std::thread::JoinHandle<()>) {
 fn cut_off(host: &Host) {
     let (mut import, mut stdin) = endless_import(host, "box");
     stdin.write_all(&vec![0; 2 * MIB]).unwrap();
-    wait_for("the first bytes are in the guest", || (gone_in(host) > MIB as u64).then_some(()));
+    wait_for("the first bytes are in the guest", || {
+        (gone_in(host) > MIB as u64).then_some(())
+    });
     import.signal("KILL");
     import.end();
-    wait_for("the import has ended", || host.ok(&["op", "list", "-q"]).is_empty().then_some(()));
+    wait_for("the import has ended", || {
+        host.ok(&["op", "list", "-q"]).is_empty().then_some(())
+    });
     assert_eq!(host.show("box", "workspace")["state"], "incomplete");
     let (status, said) = host.fails(&["workspace", "export", "box"]);
     assert!(status == 1 && said.contains("incomplete"), "{said}");
@@ -170,7 +219,11 @@ fn cut_off(host: &Host) {
     stdin.write_all(&[0; 512]).unwrap();
     drop(stdin);
     let status = import.end().0;
-    assert!(status == Some(4) && import.stderr().contains("without an end-of-archive mark"), "{status:?} {}", import.stderr());
+    assert!(
+        status == Some(4) && import.stderr().contains("without an end-of-archive mark"),
+        "{status:?} {}",
+        import.stderr()
+    );
     assert_eq!(host.show("box", "workspace")["state"], "incomplete");
 }
 
@@ -178,16 +231,27 @@ fn cut_off(host: &Host) {
 /// cancelled, and a full queue is reported. Returns the stalled import.
 fn behind_it(host: &Host) -> Spawned {
     let tree = tempfile::tempdir().unwrap();
-    let prepare = ["workspace", "prepare", "box", tree.path().to_str().unwrap(), "--guest-path", "/root/t"];
+    let prepare = [
+        "workspace",
+        "prepare",
+        "box",
+        tree.path().to_str().unwrap(),
+        "--guest-path",
+        "/root/t",
+    ];
     let (status, said) = host.fails(&[&prepare[..], &["--no-wait"]].concat());
-    assert!(status == 4 && said.contains("in progress") && said.contains("hint: "), "{status} {said}");
+    assert!(
+        status == 4 && said.contains("in progress") && said.contains("hint: "),
+        "{status} {said}"
+    );
     let mut queued: Vec<Spawned> = Vec::new();
     let full = loop {
         let waiting = host.ok(&["op", "list", "-q"]).lines().count();
         let mut next = host.spawn(&prepare);
         let ended = wait_for("it waits or is refused", || {
             let ended = next.child.try_wait().unwrap();
-            (ended.is_some() || host.ok(&["op", "list", "-q"]).lines().count() > waiting).then_some(ended)
+            (ended.is_some() || host.ok(&["op", "list", "-q"]).lines().count() > waiting)
+                .then_some(ended)
         });
         match ended {
             Some(status) => break (status.code(), next.stderr()),
@@ -200,7 +264,11 @@ fn behind_it(host: &Host) -> Spawned {
     for mut other in queued {
         other.signal("INT");
         let (status, took) = other.end();
-        assert!(status == Some(130) && took < SOON, "{status:?} {took:?} {}", other.stderr());
+        assert!(
+            status == Some(130) && took < SOON,
+            "{status:?} {took:?} {}",
+            other.stderr()
+        );
     }
     last
 }
@@ -227,18 +295,29 @@ fn booting(host: &Host, vm: &str) -> Spawned {
 fn a_vm_that_boots_is_stopped_and_deleted_at_once() {
     let host = Host::start();
     host.ok(&["vm", "create", "--name", "box"]);
-    for (method, params) in
-        [("vm.stop", json!({"vm": "box"})), ("vm.kill", json!({"vm": "box"})), ("vm.delete", json!({"vm": "box"}))]
-    {
+    for (method, params) in [
+        ("vm.stop", json!({"vm": "box"})),
+        ("vm.kill", json!({"vm": "box"})),
+        ("vm.delete", json!({"vm": "box"})),
+    ] {
         let mut start = booting(&host, "box");
         answers_at_once(&host, "box");
         let (answer, took) = timed(&host, method, params);
         let begun = Instant::now();
-        assert!(answer["result"]["op"].is_string() && took < AT_ONCE, "{method}: {took:?} {answer}");
-        wait_for("the VMM is gone", || vmm_processes(&host.state()).is_empty().then_some(()));
+        assert!(
+            answer["result"]["op"].is_string() && took < AT_ONCE,
+            "{method}: {took:?} {answer}"
+        );
+        wait_for("the VMM is gone", || {
+            vmm_processes(&host.state()).is_empty().then_some(())
+        });
         assert!(begun.elapsed() < SOON, "{method}: {:?}", begun.elapsed());
         let status = start.end().0;
-        assert!(status != Some(0) && start.stderr().contains("cancelled"), "{status:?} {}", start.stderr());
+        assert!(
+            status != Some(0) && start.stderr().contains("cancelled"),
+            "{status:?} {}",
+            start.stderr()
+        );
         if method != "vm.delete" {
             host.ok(&["vm", "wait", "box", "--timeout", "10s"]);
         }
@@ -257,17 +336,33 @@ fn races_end_in_one_sane_state() {
         assert_eq!(stop.end().0, Some(0), "{}", stop.stderr());
     }
     assert_ne!(start.end().0, Some(0));
-    assert_eq!((host.show("box", "state"), vmm_processes(&host.state()).len()), (json!("stopped"), 0));
+    assert_eq!(
+        (
+            host.show("box", "state"),
+            vmm_processes(&host.state()).len()
+        ),
+        (json!("stopped"), 0)
+    );
 
     let mut pair = [host.spawn(&["start", "box"]), host.spawn(&["stop", "box"])];
     let statuses = pair.each_mut().map(|p| p.end().0);
     let state = host.show("box", "state");
     let expected = usize::from(state == "running");
-    assert!(state == "running" || state == "stopped", "{statuses:?} {state}");
-    assert_eq!(vmm_processes(&host.state()).len(), expected, "{statuses:?} {state}");
+    assert!(
+        state == "running" || state == "stopped",
+        "{statuses:?} {state}"
+    );
+    assert_eq!(
+        vmm_processes(&host.state()).len(),
+        expected,
+        "{statuses:?} {state}"
+    );
 
     host.ok(&["stop", "--force", "box"]);
-    let mut pair = [host.spawn(&["vm", "delete", "--force", "box"]), host.spawn(&["start", "box"])];
+    let mut pair = [
+        host.spawn(&["vm", "delete", "--force", "box"]),
+        host.spawn(&["start", "box"]),
+    ];
     assert_eq!(pair[0].end().0, Some(0), "{}", pair[0].stderr());
     assert_ne!(pair[1].end().0, Some(0));
     assert_eq!(host.ok(&["ps", "-aq"]), "");

@@ -14,21 +14,32 @@ const STATE: &str = "cat /root/mark /dev/shm/mark; cat /proc/sys/kernel/random/b
 const CLOCK_OFF_MAX: u64 = 8;
 
 fn count(host: &Host, vm: &str) -> u64 {
-    host.sh(vm, "cat /dev/shm/count").trim().parse().unwrap_or(0)
+    host.sh(vm, "cat /dev/shm/count")
+        .trim()
+        .parse()
+        .unwrap_or(0)
 }
 
 /// Checks that the process that counted still counts.
 #[track_caller]
 pub fn counts_on(host: &Host, vm: &str) {
-    assert_eq!(host.sh(vm, "kill -0 $(cat /dev/shm/counter) && echo lives"), "lives\n");
+    assert_eq!(
+        host.sh(vm, "kill -0 $(cat /dev/shm/counter) && echo lives"),
+        "lives\n"
+    );
     let from = count(host, vm);
-    wait_for("the process counts on", || (count(host, vm) > from).then_some(()));
+    wait_for("the process counts on", || {
+        (count(host, vm) > from).then_some(())
+    });
 }
 
 #[track_caller]
 fn clock_is_right(host: &Host, vm: &str) {
     let guests: u64 = host.sh(vm, "date +%s").trim().parse().unwrap();
-    let ours = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    let ours = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap()
+        .as_secs();
     assert!(guests.abs_diff(ours) < CLOCK_OFF_MAX, "{guests} and {ours}");
 }
 
@@ -36,7 +47,10 @@ fn clock_is_right(host: &Host, vm: &str) {
 fn refused(host: &Host, args: &[&str], kind: &str) {
     let out = host.fcctl(&[&["--json"], args].concat());
     let (_, stderr) = text(&out);
-    assert!(!out.status.success() && stderr.contains(&format!("\"kind\":\"{kind}\"")), "{args:?}: {stderr}");
+    assert!(
+        !out.status.success() && stderr.contains(&format!("\"kind\":\"{kind}\"")),
+        "{args:?}: {stderr}"
+    );
 }
 
 /// Tests everything that a snapshot can do, with whatever driver the host has.
@@ -51,11 +65,18 @@ pub fn go_through(host: &Host) {
     host.ok(&["snapshot", "create", "box", "--name", "one"]);
     host.ok(&["snapshot", "delete", "zero"]);
     counts_on(host, "box");
-    refused(host, &["snapshot", "create", "box", "--name", "one"], "name_taken");
+    refused(
+        host,
+        &["snapshot", "create", "box", "--name", "one"],
+        "name_taken",
+    );
     refused(host, &["snapshot", "restore", "one"], "wrong_state");
     refused(host, &["snapshot", "show", "none"], "snapshot_not_found");
 
-    host.sh("box", "echo later >/root/mark; echo later >/work/mark; echo later >/dev/shm/mark; sync");
+    host.sh(
+        "box",
+        "echo later >/root/mark; echo later >/work/mark; echo later >/dev/shm/mark; sync",
+    );
     host.ok(&["stop", "box"]);
     host.ok(&["snapshot", "restore", "one"]);
     assert_eq!(host.sh("box", STATE), then);
@@ -71,31 +92,59 @@ pub fn go_through(host: &Host) {
         assert_eq!(host.sh(vm, STATE), then, "{vm}");
         counts_on(host, vm);
         clock_is_right(host, vm);
-        assert_eq!(host.sh(vm, "cat /work/mark; hostname; cat /etc/hostname"), format!("work\n{vm}\n{vm}\n"));
-        host.sh(vm, &format!("echo {vm} >/root/mark; echo {vm} >/work/mark; sync"));
+        assert_eq!(
+            host.sh(vm, "cat /work/mark; hostname; cat /etc/hostname"),
+            format!("work\n{vm}\n{vm}\n")
+        );
+        host.sh(
+            vm,
+            &format!("echo {vm} >/root/mark; echo {vm} >/work/mark; sync"),
+        );
     }
-    for what in ["cat /etc/machine-id", "cat /run/fcd/seed/host_key", "head -c 32 /dev/urandom | od -An -tx1"] {
+    for what in [
+        "cat /etc/machine-id",
+        "cat /run/fcd/seed/host_key",
+        "head -c 32 /dev/urandom | od -An -tx1",
+    ] {
         let mut said: Vec<String> = all.iter().map(|vm| host.sh(vm, what)).collect();
         said.sort();
         said.dedup();
         assert_eq!(said.len(), 3, "{what}");
     }
     for vm in all {
-        assert_eq!(host.sh(vm, "cat /root/mark /work/mark"), format!("{vm}\n{vm}\n"));
+        assert_eq!(
+            host.sh(vm, "cat /root/mark /work/mark"),
+            format!("{vm}\n{vm}\n")
+        );
         assert_eq!(host.show(vm, "rm"), false);
     }
 
     // A snapshot outlives its VM, and guests restored from it outlive both.
     host.ok(&["rm", "-f", "box"]);
     refused(host, &["snapshot", "restore", "one"], "vm_not_found");
-    refused(host, &["snapshot", "restore", "one", "--as", "twin"], "name_taken");
+    refused(
+        host,
+        &["snapshot", "restore", "one", "--as", "twin"],
+        "name_taken",
+    );
     host.ok(&["vm", "restart", "third"]);
-    assert_eq!(host.sh("third", "cat /root/mark /work/mark"), "third\nthird\n");
+    assert_eq!(
+        host.sh("third", "cat /root/mark /work/mark"),
+        "third\nthird\n"
+    );
     host.ok(&["snapshot", "delete", "one"]);
     counts_on(host, "twin");
     host.ok(&["rm", "-f", "twin", "third"]);
-    assert_eq!(std::fs::read_dir(host.state().join("snapshots")).unwrap().count(), 0);
-    assert_eq!(host.json(&["doctor", "--leaks"]).as_array().map(Vec::len), Some(0));
+    assert_eq!(
+        std::fs::read_dir(host.state().join("snapshots"))
+            .unwrap()
+            .count(),
+        0
+    );
+    assert_eq!(
+        host.json(&["doctor", "--leaks"]).as_array().map(Vec::len),
+        Some(0)
+    );
 }
 
 /// On the bridge each VM has its own address, which a restored guest takes over.
@@ -121,16 +170,38 @@ fn a_save_that_is_given_up_leaves_a_guest_that_runs() {
     host.sh("box", "head -c 400M /dev/urandom >/dev/shm/ballast");
     let saving = host.spawn(&["snapshot", "create", "box"]);
     let memory = || {
-        let dir = std::fs::read_dir(host.state().join("snapshots")).unwrap().flatten().next()?;
+        let dir = std::fs::read_dir(host.state().join("snapshots"))
+            .unwrap()
+            .flatten()
+            .next()?;
         std::fs::metadata(dir.path().join("private/memory")).ok()
     };
-    wait_for("some of the memory is saved", || (memory()?.len() > 8 << 20).then_some(()));
+    wait_for("some of the memory is saved", || {
+        (memory()?.len() > 8 << 20).then_some(())
+    });
     saving.signal("KILL");
-    wait_for("nothing is under way", || host.json(&["op", "list"]).as_array().unwrap().is_empty().then_some(()));
-    assert_eq!(host.sh("box", "for i in 1 2 3 4 5; do sleep 1; done; echo on"), "on\n");
+    wait_for("nothing is under way", || {
+        host.json(&["op", "list"])
+            .as_array()
+            .unwrap()
+            .is_empty()
+            .then_some(())
+    });
+    assert_eq!(
+        host.sh("box", "for i in 1 2 3 4 5; do sleep 1; done; echo on"),
+        "on\n"
+    );
     counts_on(&host, "box");
-    assert_eq!(std::fs::read_dir(host.state().join("snapshots")).unwrap().count(), 0);
+    assert_eq!(
+        std::fs::read_dir(host.state().join("snapshots"))
+            .unwrap()
+            .count(),
+        0
+    );
     host.ok(&["snapshot", "create", "box", "--name", "one"]);
     counts_on(&host, "box");
-    assert_eq!(host.ok(&["stop", "box"]), "box: stopped, the guest's data was synced\n");
+    assert_eq!(
+        host.ok(&["stop", "box"]),
+        "box: stopped, the guest's data was synced\n"
+    );
 }

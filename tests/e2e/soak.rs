@@ -55,13 +55,21 @@ impl Worker<'_> {
     /// Waits until the VM is in no transition. The daemon may die and come back in the meantime.
     fn settled(&self) -> Option<Seen> {
         wait_for(&format!("{} is at rest", self.name), || {
-            let out = fcctl_at(&self.socket, &["--json", "vm", "show", &self.name]).output().unwrap();
+            let out = fcctl_at(&self.socket, &["--json", "vm", "show", &self.name])
+                .output()
+                .unwrap();
             match out.status.code() {
                 Some(0) => {
                     let vm: Value = serde_json::from_slice(&out.stdout).unwrap();
                     let state = vm["state"].as_str().unwrap().to_owned();
-                    let is_moving = matches!(&*state, "starting" | "stopping" | "deleting") || !vm["op"].is_null();
-                    (!is_moving).then(|| Some(Seen { state, pid: vm["pid"].as_u64() }))
+                    let is_moving = matches!(&*state, "starting" | "stopping" | "deleting")
+                        || !vm["op"].is_null();
+                    (!is_moving).then(|| {
+                        Some(Seen {
+                            state,
+                            pid: vm["pid"].as_u64(),
+                        })
+                    })
                 }
                 Some(NOT_FOUND) => Some(None),
                 _ => None,
@@ -78,7 +86,11 @@ impl Worker<'_> {
             (Known::Open(_), Some(seen)) => seen.state != "failed",
             _ => false,
         };
-        assert!(fits, "{}: known is {:?}, and there is {seen:?}", self.name, self.known);
+        assert!(
+            fits,
+            "{}: known is {:?}, and there is {seen:?}",
+            self.name, self.known
+        );
         self.known = seen.map_or(Known::Gone, Known::Is);
     }
 
@@ -89,7 +101,11 @@ impl Worker<'_> {
         let status = out.status.code().expect("fcctl is not killed");
         let said = String::from_utf8_lossy(&out.stderr);
         // The daemon was killed, or it has not reconciled the VM since.
-        assert!(matches!(status, 0 | BUSY | UNREACHABLE), "{args:?} {}: {said}", self.name);
+        assert!(
+            matches!(status, 0 | BUSY | UNREACHABLE),
+            "{args:?} {}: {said}",
+            self.name
+        );
         status
     }
 
@@ -97,7 +113,10 @@ impl Worker<'_> {
     fn act(&mut self) {
         let is_running = matches!(&self.known, Known::Is(seen) if seen.state == "running");
         let (args, became): (&[&str], _) = match (&self.known, is_running, self.random.one_in(8)) {
-            (Known::Gone, ..) => (&["vm", "create", "-p", "22", "--work-disk", "64M", "--name"], Known::Became("created")),
+            (Known::Gone, ..) => (
+                &["vm", "create", "-p", "22", "--work-disk", "64M", "--name"],
+                Known::Became("created"),
+            ),
             (_, _, true) => (&["rm", "-f"], Known::Gone),
             (_, false, _) => (&["start"], Known::Became("running")),
             (_, true, _) => match self.random.below(7) {
@@ -127,10 +146,22 @@ impl Worker<'_> {
         std::fs::write(self.tree.path().join("tag"), &tag).unwrap();
         self.tag = None;
         let tree = self.tree.path().to_str().unwrap();
-        let prepare = ["workspace", "prepare", &self.name, tree, "--guest-path", "/root/tree", "--overwrite"];
+        let prepare = [
+            "workspace",
+            "prepare",
+            &self.name,
+            tree,
+            "--guest-path",
+            "/root/tree",
+            "--overwrite",
+        ];
         let out = fcctl_at(&self.socket, &prepare).output().unwrap();
         let (status, said) = (out.status.code(), String::from_utf8_lossy(&out.stderr));
-        assert!(matches!(status, Some(0 | BUSY | UNREACHABLE)), "import into {}: {status:?} {said}", self.name);
+        assert!(
+            matches!(status, Some(0 | BUSY | UNREACHABLE)),
+            "import into {}: {status:?} {said}",
+            self.name
+        );
         if out.status.success() {
             self.acknowledged.fetch_add(1, Ordering::Relaxed);
             self.tag = Some(tag);
@@ -140,10 +171,20 @@ impl Worker<'_> {
     /// Checks that the imported data is there.
     fn read(&mut self) {
         let Some(tag) = &self.tag else { return };
-        let out = fcctl_at(&self.socket, &["exec", &self.name, "--", "cat", "/root/tree/tag"]).output().unwrap();
+        let out = fcctl_at(
+            &self.socket,
+            &["exec", &self.name, "--", "cat", "/root/tree/tag"],
+        )
+        .output()
+        .unwrap();
         if out.status.success() {
             self.acknowledged.fetch_add(1, Ordering::Relaxed);
-            assert_eq!(&String::from_utf8_lossy(&out.stdout), tag, "what was imported last into {}", self.name);
+            assert_eq!(
+                &String::from_utf8_lossy(&out.stdout),
+                tag,
+                "what was imported last into {}",
+                self.name
+            );
         }
     }
 
@@ -170,7 +211,10 @@ impl Kills {
     fn count(&mut self, host: &Host) {
         let json = |args: &[&str]| -> Vec<Value> {
             let out = fcctl_at(&host.socket(), args).output().unwrap();
-            assert!(out.status.success() || out.status.code() == Some(UNREACHABLE), "{args:?}");
+            assert!(
+                out.status.success() || out.status.code() == Some(UNREACHABLE),
+                "{args:?}"
+            );
             serde_json::from_slice(&out.stdout).unwrap_or_default()
         };
         let vms = json(&["--json", "ps", "-a"]);
@@ -180,19 +224,25 @@ impl Kills {
         self.running += has("running");
         self.stopping += has("stopping") | has("deleting");
         let ops = json(&["--json", "op", "list"]);
-        self.importing += u64::from(ops.iter().any(|op| op["method"] == "workspace.prepare" && op["state"] == "running"));
+        self.importing += u64::from(
+            ops.iter()
+                .any(|op| op["method"] == "workspace.prepare" && op["state"] == "running"),
+        );
     }
 }
 
 fn env(name: &str) -> Option<u64> {
-    std::env::var(name).ok().map(|n| n.parse().unwrap_or_else(|_| panic!("{name} is a number")))
+    std::env::var(name)
+        .ok()
+        .map(|n| n.parse().unwrap_or_else(|_| panic!("{name} is a number")))
 }
 
 #[test]
 #[ignore = "takes as long as requested: scripts/soak"]
 fn killed_again_and_again() {
     let seconds = env("FCD_SOAK_SECONDS").unwrap_or(SECONDS_DEFAULT);
-    let seed = env("FCD_SOAK_SEED").unwrap_or_else(|| std::time::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64);
+    let seed = env("FCD_SOAK_SEED")
+        .unwrap_or_else(|| std::time::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64);
     println!("soak: {seconds} s; draw the same again with FCD_SOAK_SEED={seed}");
     enter_a_host_with_an_outside();
     let mut host = Host::with_config("[network]\ndriver = \"bridge\"\n");
@@ -200,10 +250,19 @@ fn killed_again_and_again() {
     let mut kills = Kills::default();
     let begun = Instant::now();
     std::thread::scope(|s| {
-        let workers: Vec<_> = (0..CLIENTS).map(|n| worker(&host.socket(), n, seed, &acknowledged)).collect();
-        let workers: Vec<_> = workers.into_iter().map(|w| s.spawn(|| w.work(&is_over))).collect();
+        let workers: Vec<_> = (0..CLIENTS)
+            .map(|n| worker(&host.socket(), n, seed, &acknowledged))
+            .collect();
+        let workers: Vec<_> = workers
+            .into_iter()
+            .map(|w| s.spawn(|| w.work(&is_over)))
+            .collect();
         let mut random = Random::new(seed, CLIENTS);
-        while begun.elapsed().as_secs() < seconds && !workers.iter().any(std::thread::ScopedJoinHandle::is_finished) {
+        while begun.elapsed().as_secs() < seconds
+            && !workers
+                .iter()
+                .any(std::thread::ScopedJoinHandle::is_finished)
+        {
             let share = random.below(1 << 20) as f64 / f64::from(1 << 20);
             let ms = KILL_MS.0 * (KILL_MS.1 / KILL_MS.0).powf(share);
             std::thread::park_timeout(Duration::from_millis(ms as u64));

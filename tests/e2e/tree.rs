@@ -19,21 +19,33 @@ find . -mindepth 1 -path ./.git -prune -o -type f -printf 'f %m %s %P\0' -o -typ
 find . -path ./.git -prune -o -type f -print0 | sort -z | xargs -0 -r b2sum -bz
 ";
 /// Everything in the guest's repository: index, refs, objects and settings.
-const REPOSITORY: &str = "export GIT_OPTIONAL_LOCKS=0; git for-each-ref; git rev-parse HEAD; git count-objects -v
+const REPOSITORY: &str =
+    "export GIT_OPTIONAL_LOCKS=0; git for-each-ref; git rev-parse HEAD; git count-objects -v
     find .git -type f -print0 | sort -z | xargs -0 -r sha256sum";
 
 /// Compares two listings. On a difference, the message shows the first few records that are on one
 /// side only.
 #[track_caller]
 fn assert_same(host: &[u8], guest: &[u8]) {
-    assert!(host.contains(&0), "the host's tree is empty: nothing is compared");
+    assert!(
+        host.contains(&0),
+        "the host's tree is empty: nothing is compared"
+    );
     let lacks = |a: &[u8], b: &[u8]| {
         let b: std::collections::HashSet<_> = b.split(|c| *c == 0).collect();
         let missing = a.split(|c| *c == 0).filter(|record| !b.contains(record));
-        missing.take(5).map(|record| record.escape_ascii().to_string()).collect::<Vec<_>>()
+        missing
+            .take(5)
+            .map(|record| record.escape_ascii().to_string())
+            .collect::<Vec<_>>()
     };
     // Formatted only on a difference, because a large listing takes half a minute.
-    assert!(host == guest, "on the host only: {:#?}\nin the guest only: {:#?}", lacks(host, guest), lacks(guest, host));
+    assert!(
+        host == guest,
+        "on the host only: {:#?}\nin the guest only: {:#?}",
+        lacks(host, guest),
+        lacks(guest, host)
+    );
 }
 
 pub struct Site<'a> {
@@ -52,13 +64,26 @@ impl<'a> Site<'a> {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir_all(dir.path().join("repo")).unwrap();
         fs::create_dir_all(dir.path().join("home")).unwrap();
-        Self { host, vm, guest: format!("/root/{name}"), dir, has_dirs: true }
+        Self {
+            host,
+            vm,
+            guest: format!("/root/{name}"),
+            dir,
+            has_dirs: true,
+        }
     }
 
     /// A repository without a commit. Like git, it ignores empty directories.
     pub fn unborn(host: &'a Host, vm: &'a str, name: &str) -> Self {
-        let site = Self { has_dirs: false, ..Self::plain(host, vm, name) };
-        fs::write(site.dir.path().join("home/.gitconfig"), "[user]\n\tname = U Ser\n\temail = u@example.org\n").unwrap();
+        let site = Self {
+            has_dirs: false,
+            ..Self::plain(host, vm, name)
+        };
+        fs::write(
+            site.dir.path().join("home/.gitconfig"),
+            "[user]\n\tname = U Ser\n\temail = u@example.org\n",
+        )
+        .unwrap();
         site.git(&["init", "-q", "-b", "trunk"]);
         site
     }
@@ -86,13 +111,23 @@ impl<'a> Site<'a> {
 
     /// Runs a command with the settings of the site's user, and with no repository above.
     fn as_user(&self, command: &mut Command) -> Output {
-        let command = command.env("HOME", self.beside("home")).env("GIT_CONFIG_NOSYSTEM", "1");
-        command.env("GIT_CEILING_DIRECTORIES", self.dir.path()).env("LC_ALL", "C").output().unwrap()
+        let command = command
+            .env("HOME", self.beside("home"))
+            .env("GIT_CONFIG_NOSYSTEM", "1");
+        command
+            .env("GIT_CEILING_DIRECTORIES", self.dir.path())
+            .env("LC_ALL", "C")
+            .output()
+            .unwrap()
     }
 
     #[track_caller]
     pub fn on_host(&self, script: &str) -> Vec<u8> {
-        let out = self.as_user(Command::new("sh").args(["-ec", script]).current_dir(self.root()));
+        let out = self.as_user(
+            Command::new("sh")
+                .args(["-ec", script])
+                .current_dir(self.root()),
+        );
         assert!(out.status.success(), "{script}: {:?}", text(&out));
         out.stdout
     }
@@ -108,13 +143,27 @@ impl<'a> Site<'a> {
     }
 
     pub fn in_guest_out(&self, script: &str) -> Output {
-        self.host.fcctl(&["exec", self.vm, "-w", &self.guest, "--", "sh", "-ec", script])
+        self.host.fcctl(&[
+            "exec",
+            self.vm,
+            "-w",
+            &self.guest,
+            "--",
+            "sh",
+            "-ec",
+            script,
+        ])
     }
     /// Runs a script in the guest's copy and returns its stdout.
     #[track_caller]
     pub fn in_guest(&self, script: &str) -> Vec<u8> {
         let out = self.in_guest_out(script);
-        assert!(out.status.success(), "in the guest: {script}: {} {:?}", out.status, text(&out));
+        assert!(
+            out.status.success(),
+            "in the guest: {script}: {} {:?}",
+            out.status,
+            text(&out)
+        );
         out.stdout
     }
     #[track_caller]
@@ -129,7 +178,18 @@ impl<'a> Site<'a> {
     /// Runs `workspace prepare` on the tree and returns its stderr.
     #[track_caller]
     pub fn prepare_with(&self, more: &[&str]) -> String {
-        let args = [&["workspace", "prepare", self.vm, ".", "--guest-path", &self.guest], more].concat();
+        let args = [
+            &[
+                "workspace",
+                "prepare",
+                self.vm,
+                ".",
+                "--guest-path",
+                &self.guest,
+            ],
+            more,
+        ]
+        .concat();
         let begun = std::time::Instant::now();
         let out = self.fcctl(&args);
         assert!(out.status.success(), "{args:?}: {:?}", text(&out));
@@ -150,7 +210,14 @@ impl<'a> Site<'a> {
     }
 
     fn list_script(&self) -> String {
-        LIST.replace("DIRS", if self.has_dirs { r"-printf 'd %m %P\0'" } else { "" })
+        LIST.replace(
+            "DIRS",
+            if self.has_dirs {
+                r"-printf 'd %m %P\0'"
+            } else {
+                ""
+            },
+        )
     }
     #[track_caller]
     pub fn assert_same_tree(&self) {
@@ -165,14 +232,21 @@ impl<'a> Site<'a> {
     }
     #[track_caller]
     pub fn assert_same_status(&self) -> String {
-        self.assert_same_output("git status --porcelain -z --untracked-files=all; git status --porcelain")
+        self.assert_same_output(
+            "git status --porcelain -z --untracked-files=all; git status --porcelain",
+        )
     }
     /// Runs a script about the repository on both sides, which must print the same, and returns its
     /// output.
     #[track_caller]
     pub fn assert_same_output(&self, script: &str) -> String {
         let (host, guest) = (self.on_host(script), self.in_guest(script));
-        assert!(host == guest, "{script}: {}\nin the guest: {}", host.escape_ascii(), guest.escape_ascii());
+        assert!(
+            host == guest,
+            "{script}: {}\nin the guest: {}",
+            host.escape_ascii(),
+            guest.escape_ascii()
+        );
         String::from_utf8_lossy(&host).into_owned()
     }
     /// The guest's repository, for a later comparison with itself.

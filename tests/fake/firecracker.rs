@@ -19,7 +19,14 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 const PAYLOAD_BYTES_MAX: usize = 51_200;
-const MACHINE_CONFIG: [&str; 6] = ["vcpu_count", "mem_size_mib", "smt", "cpu_template", "track_dirty_pages", "huge_pages"];
+const MACHINE_CONFIG: [&str; 6] = [
+    "vcpu_count",
+    "mem_size_mib",
+    "smt",
+    "cpu_template",
+    "track_dirty_pages",
+    "huge_pages",
+];
 const BEFORE: &str = "The requested operation is not supported before starting the microVM.";
 const NO_BALLOON: &str = "Balloon config error: No balloon device found.";
 const AFTER: &str = "The requested operation is not supported after starting the microVM.";
@@ -63,7 +70,8 @@ impl Vmm {
         if body.is_empty() {
             return Err(format!("Empty {method} request."));
         }
-        let body: Value = serde_json::from_slice(body).map_err(|e| deserializing(&e.to_string()))?;
+        let body: Value =
+            serde_json::from_slice(body).map_err(|e| deserializing(&e.to_string()))?;
         match (method, parts.as_slice()) {
             ("PATCH", ["vm"]) => self.set_state(&body),
             ("PUT", ["actions"]) => self.act(&body),
@@ -73,15 +81,25 @@ impl Vmm {
             ("PATCH", ["balloon"]) => self.set_balloon(&body),
             (
                 "PUT",
-                ["machine-config" | "boot-source" | "serial" | "metrics" | "entropy" | "vsock" | "balloon"]
+                [
+                    "machine-config" | "boot-source" | "serial" | "metrics" | "entropy" | "vsock"
+                    | "balloon",
+                ]
                 | ["drives" | "network-interfaces", _],
             ) => {
                 if self.state != State::NotStarted {
-                    return Err(if parts[0] == "drives" { "PCI is not enabled".to_owned() } else { AFTER.to_owned() });
+                    return Err(if parts[0] == "drives" {
+                        "PCI is not enabled".to_owned()
+                    } else {
+                        AFTER.to_owned()
+                    });
                 }
                 self.configure(&parts, &body)
             }
-            _ => Err(format!("Invalid request method and/or path: {method} {}.", parts[0])),
+            _ => Err(format!(
+                "Invalid request method and/or path: {method} {}.",
+                parts[0]
+            )),
         }
     }
 
@@ -93,15 +111,24 @@ impl Vmm {
                     State::Running => "Running",
                     State::Paused => "Paused",
                 };
-                Ok(Some(json!({"id": self.id, "state": state, "vmm_version": self.version, "app_name": "Firecracker"})))
+                Ok(Some(
+                    json!({"id": self.id, "state": state, "vmm_version": self.version, "app_name": "Firecracker"}),
+                ))
             }
             ["balloon", "statistics"] => {
                 let mib = self.balloon_mib.ok_or(NO_BALLOON)?;
-                Ok(Some(json!({"target_pages": mib * 256, "actual_pages": mib * 256, "target_mib": mib, "actual_mib": mib})))
+                Ok(Some(
+                    json!({"target_pages": mib * 256, "actual_pages": mib * 256, "target_mib": mib, "actual_mib": mib}),
+                ))
             }
             ["vm", "config"] => {
-                let kernel = self.kernel.as_ref().map(|path| path.display().to_string()).unwrap_or_default();
-                let source = json!({"kernel_image_path": kernel, "initrd_path": null, "boot_args": null});
+                let kernel = self
+                    .kernel
+                    .as_ref()
+                    .map(|path| path.display().to_string())
+                    .unwrap_or_default();
+                let source =
+                    json!({"kernel_image_path": kernel, "initrd_path": null, "boot_args": null});
                 Ok(Some(json!({"boot-source": source, "drives": []})))
             }
             ["version"] => Ok(Some(json!({ "firecracker_version": self.version }))),
@@ -116,9 +143,14 @@ impl Vmm {
             ["boot-source"] => {
                 for (field, what) in [
                     ("kernel_image_path", "The kernel file cannot be opened: "),
-                    ("initrd_path", "The initrd file cannot be opened due to invalid path or invalid permissions. "),
+                    (
+                        "initrd_path",
+                        "The initrd file cannot be opened due to invalid path or invalid permissions. ",
+                    ),
                 ] {
-                    let Some(path) = body[field].as_str() else { continue };
+                    let Some(path) = body[field].as_str() else {
+                        continue;
+                    };
                     File::open(path).map_err(|e| format!("Boot source error: {what}{e}"))?;
                 }
                 self.kernel = body["kernel_image_path"].as_str().map(PathBuf::from);
@@ -143,7 +175,9 @@ impl Vmm {
             }
             ["balloon"] => {
                 if body["deflate_on_oom"].as_bool().is_none() {
-                    return Err(deserializing("missing field `deflate_on_oom` at line 1 column 16."));
+                    return Err(deserializing(
+                        "missing field `deflate_on_oom` at line 1 column 16.",
+                    ));
                 }
                 self.balloon_mib = body["amount_mib"].as_u64();
             }
@@ -162,15 +196,27 @@ impl Vmm {
         if self.state == State::NotStarted {
             return Err(BEFORE.to_owned());
         }
-        for bucket in limiters.iter().flat_map(|l| ["bandwidth", "ops"].map(|b| &body[*l][b])).filter(|b| !b.is_null()) {
+        for bucket in limiters
+            .iter()
+            .flat_map(|l| ["bandwidth", "ops"].map(|b| &body[*l][b]))
+            .filter(|b| !b.is_null())
+        {
             for member in ["size", "refill_time"] {
-                bucket[member]
-                    .as_u64()
-                    .ok_or_else(|| deserializing(&format!("missing field `{member}` at line 1 column 60.")))?;
+                bucket[member].as_u64().ok_or_else(|| {
+                    deserializing(&format!("missing field `{member}` at line 1 column 60."))
+                })?;
             }
         }
-        let mut known = self.drives.iter().map(|(known, _)| known).chain(self.networks.iter().map(|(known, _)| known));
-        if known.any(|known| known == id) { Ok(None) } else { Err(format!("Invalid device ID: {id}")) }
+        let mut known = self
+            .drives
+            .iter()
+            .map(|(known, _)| known)
+            .chain(self.networks.iter().map(|(known, _)| known));
+        if known.any(|known| known == id) {
+            Ok(None)
+        } else {
+            Err(format!("Invalid device ID: {id}"))
+        }
     }
 
     fn set_balloon(&mut self, body: &Value) -> Outcome {
@@ -178,7 +224,9 @@ impl Vmm {
             return Err(BEFORE.to_owned());
         }
         let mib = self.balloon_mib.as_mut().ok_or(NO_BALLOON)?;
-        *mib = body["amount_mib"].as_u64().ok_or_else(|| deserializing("missing field `amount_mib` at line 1 column 2."))?;
+        *mib = body["amount_mib"]
+            .as_u64()
+            .ok_or_else(|| deserializing("missing field `amount_mib` at line 1 column 2."))?;
         Ok(None)
     }
 
@@ -200,19 +248,35 @@ impl Vmm {
 
     fn network(&mut self, id: &str, body: &Value) -> Result<(), String> {
         check_id(id, &body["iface_id"])?;
-        let (device, mac) = (body["host_dev_name"].as_str().unwrap_or_default(), body["guest_mac"].as_str().unwrap_or_default());
+        let (device, mac) = (
+            body["host_dev_name"].as_str().unwrap_or_default(),
+            body["guest_mac"].as_str().unwrap_or_default(),
+        );
         if device.len() > 15 {
             return Err(
                 "Network config error: Could not create the network device: Open tap device failed: Invalid interface name"
                     .into(),
             );
         }
-        if mac.split(':').filter(|p| u8::from_str_radix(p, 16).is_ok()).count() != 6 {
-            return Err(deserializing("The provided MAC address is invalid. at line 1 column 76."));
+        if mac
+            .split(':')
+            .filter(|p| u8::from_str_radix(p, 16).is_ok())
+            .count()
+            != 6
+        {
+            return Err(deserializing(
+                "The provided MAC address is invalid. at line 1 column 76.",
+            ));
         }
         let mac = mac.to_lowercase();
-        if self.networks.iter().any(|(other, used)| other != id && *used == mac) {
-            return Err(format!("Network config error: The MAC address is already in use: {mac}"));
+        if self
+            .networks
+            .iter()
+            .any(|(other, used)| other != id && *used == mac)
+        {
+            return Err(format!(
+                "Network config error: The MAC address is already in use: {mac}"
+            ));
         }
         self.networks.push((id.to_owned(), mac));
         Ok(())
@@ -223,7 +287,10 @@ impl Vmm {
             Some("Paused") => State::Paused,
             Some("Resumed") => State::Running,
             other => {
-                return Err(deserializing(&format!("unknown variant `{}`, expected `Paused` or `Resumed`", other.unwrap_or(""))));
+                return Err(deserializing(&format!(
+                    "unknown variant `{}`, expected `Paused` or `Resumed`",
+                    other.unwrap_or("")
+                )));
             }
         };
         if self.state == State::NotStarted {
@@ -243,21 +310,35 @@ impl Vmm {
             State::Paused => {}
         }
         let opened = |field: &str| {
-            let path =
-                body[field].as_str().ok_or_else(|| deserializing(&format!("missing field `{field}` at line 1 column 2.")))?;
-            let file = File::options().write(true).create(true).truncate(true).open(path);
-            file.map_err(|e| format!("Create snapshot error: Cannot perform open on the snapshot backing file: {e}"))
+            let path = body[field].as_str().ok_or_else(|| {
+                deserializing(&format!("missing field `{field}` at line 1 column 2."))
+            })?;
+            let file = File::options()
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .open(path);
+            file.map_err(|e| {
+                format!(
+                    "Create snapshot error: Cannot perform open on the snapshot backing file: {e}"
+                )
+            })
         };
         let saved = (&self.paths, &self.drives, &self.networks, &self.vsock);
         for field in ["snapshot_path", "mem_file_path"] {
-            serde_json::to_writer(opened(field)?, &saved).map_err(|e| format!("Create snapshot error: {e}"))?;
+            serde_json::to_writer(opened(field)?, &saved)
+                .map_err(|e| format!("Create snapshot error: {e}"))?;
         }
         Ok(None)
     }
 
     /// Loads a snapshot. A failure ends the process after it was answered.
     fn load(&mut self, body: &Value) -> Outcome {
-        let failed = |why: String| Err(format!("Load snapshot error: Failed to restore from snapshot: {why}"));
+        let failed = |why: String| {
+            Err(format!(
+                "Load snapshot error: Failed to restore from snapshot: {why}"
+            ))
+        };
         if self.state != State::NotStarted {
             return Err(AFTER.to_owned());
         }
@@ -267,19 +348,36 @@ impl Vmm {
             );
         }
         self.is_ending = true;
-        let (state, memory) = (body["snapshot_path"].as_str(), body["mem_backend"]["backend_path"].as_str());
-        let (disks, drives, networks, vsock): (Vec<String>, _, _, Option<String>) = match File::open(state.unwrap_or_default())
-            .map_err(|e| e.to_string())
-            .and_then(|file| serde_json::from_reader(file).map_err(|e| e.to_string()))
-        {
-            Ok(saved) => saved,
-            Err(e) => return failed(format!("Failed to get snapshot state from file: Failed to open snapshot file: {e}")),
-        };
+        let (state, memory) = (
+            body["snapshot_path"].as_str(),
+            body["mem_backend"]["backend_path"].as_str(),
+        );
+        let (disks, drives, networks, vsock): (Vec<String>, _, _, Option<String>) =
+            match File::open(state.unwrap_or_default())
+                .map_err(|e| e.to_string())
+                .and_then(|file| serde_json::from_reader(file).map_err(|e| e.to_string()))
+            {
+                Ok(saved) => saved,
+                Err(e) => {
+                    return failed(format!(
+                        "Failed to get snapshot state from file: Failed to open snapshot file: {e}"
+                    ));
+                }
+            };
         if let Err(e) = File::open(memory.unwrap_or_default()) {
-            return failed(format!("Failed to load guest memory: Error creating guest memory from file: {e}"));
+            return failed(format!(
+                "Failed to load guest memory: Error creating guest memory from file: {e}"
+            ));
         }
-        if body["network_overrides"].as_array().into_iter().flatten().any(|net| net["iface_id"] != "eth0") {
-            return failed("Failed to get snapshot state from file: Unknown Network Device.".into());
+        if body["network_overrides"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .any(|net| net["iface_id"] != "eth0")
+        {
+            return failed(
+                "Failed to get snapshot state from file: Unknown Network Device.".into(),
+            );
         }
         for disk in disks {
             if let Err(e) = File::open(&disk) {
@@ -295,7 +393,11 @@ impl Vmm {
         }
         (self.drives, self.networks, self.vsock) = (drives, networks, vsock);
         self.is_ending = false;
-        self.state = if body["resume_vm"] == true { State::Running } else { State::Paused };
+        self.state = if body["resume_vm"] == true {
+            State::Running
+        } else {
+            State::Paused
+        };
         self.say("the guest resumes\n");
         Ok(None)
     }
@@ -320,9 +422,15 @@ impl Vmm {
             }
             (Some("FlushMetrics"), _) => {
                 self.flushes += 1;
-                let line = format!("{}\n", json!({"utc_timestamp_ms": 7, "flushes": self.flushes}));
+                let line = format!(
+                    "{}\n",
+                    json!({"utc_timestamp_ms": 7, "flushes": self.flushes})
+                );
                 // The real program also drops metrics that do not fit.
-                let _ = self.metrics.as_mut().map(|metrics| metrics.write_all(line.as_bytes()));
+                let _ = self
+                    .metrics
+                    .as_mut()
+                    .map(|metrics| metrics.write_all(line.as_bytes()));
                 Ok(None)
             }
             (other, _) => Err(deserializing(&format!(
@@ -334,7 +442,10 @@ impl Vmm {
 
     fn start(&mut self) -> Outcome {
         let Some(kernel) = &self.kernel else {
-            return Err("Start microvm error: Cannot start microvm without kernel configuration.".to_owned());
+            return Err(
+                "Start microvm error: Cannot start microvm without kernel configuration."
+                    .to_owned(),
+            );
         };
         let mut magic = [0; 4];
         let read = File::open(kernel).and_then(|mut file| file.read_exact(&mut magic));
@@ -348,10 +459,15 @@ impl Vmm {
 }
 
 fn machine(body: &Value) -> Result<(), String> {
-    let unknown = body.as_object().and_then(|o| o.keys().find(|key| !MACHINE_CONFIG.contains(&key.as_str())));
+    let unknown = body
+        .as_object()
+        .and_then(|o| o.keys().find(|key| !MACHINE_CONFIG.contains(&key.as_str())));
     if let Some(key) = unknown {
         let known: Vec<String> = MACHINE_CONFIG.iter().map(|k| format!("`{k}`")).collect();
-        return Err(deserializing(&format!("unknown field `{key}`, expected one of {} at line 1 column 42.", known.join(", "))));
+        return Err(deserializing(&format!(
+            "unknown field `{key}`, expected one of {} at line 1 column 42.",
+            known.join(", ")
+        )));
     }
     if !(1..=32).contains(&body["vcpu_count"].as_u64().unwrap_or(0)) {
         return Err("Machine config error: The number of vCPUs must be greater than 0, less than 32 and must be 1 or an even number if SMT is enabled.".into());
@@ -367,9 +483,15 @@ fn machine(body: &Value) -> Result<(), String> {
 
 fn check_id(id: &str, in_body: &Value) -> Result<(), String> {
     if !id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_') {
-        return Err("API Resource IDs can only contain alphanumeric characters and underscores.".to_owned());
+        return Err(
+            "API Resource IDs can only contain alphanumeric characters and underscores.".to_owned(),
+        );
     }
-    if in_body != id { Err("The id from the path does not match the id from the body!".to_owned()) } else { Ok(()) }
+    if in_body != id {
+        Err("The id from the path does not match the id from the body!".to_owned())
+    } else {
+        Ok(())
+    }
 }
 
 fn deserializing(what: &str) -> String {
@@ -377,7 +499,13 @@ fn deserializing(what: &str) -> String {
 }
 
 fn open_serial(path: &Path) -> std::io::Result<File> {
-    File::options().custom_flags(libc::O_NONBLOCK).create(true).truncate(false).read(true).write(true).open(path)
+    File::options()
+        .custom_flags(libc::O_NONBLOCK)
+        .create(true)
+        .truncate(false)
+        .read(true)
+        .write(true)
+        .open(path)
 }
 
 /// Serves vsock connections. The guest echoes on port 7 and stays silent on port 8. Nothing listens
@@ -425,8 +553,13 @@ fn read_request(stream: &mut UnixStream, buffer: &mut Vec<u8>) -> Option<Result<
         let mut headers = [httparse::EMPTY_HEADER; 32];
         let mut parsed = httparse::Request::new(&mut headers);
         if let Ok(httparse::Status::Complete(len)) = parsed.parse(buffer) {
-            let length = parsed.headers.iter().find(|h| h.name.eq_ignore_ascii_case("content-length"));
-            let length = length.and_then(|h| std::str::from_utf8(h.value).ok()?.parse().ok()).unwrap_or(0);
+            let length = parsed
+                .headers
+                .iter()
+                .find(|h| h.name.eq_ignore_ascii_case("content-length"));
+            let length = length
+                .and_then(|h| std::str::from_utf8(h.value).ok()?.parse().ok())
+                .unwrap_or(0);
             if length > PAYLOAD_BYTES_MAX {
                 return Some(Err(length));
             }
@@ -446,14 +579,22 @@ fn read_request(stream: &mut UnixStream, buffer: &mut Vec<u8>) -> Option<Result<
 }
 
 fn respond(stream: &mut UnixStream, outcome: &Outcome) {
-    let head = |status: u16| format!("HTTP/1.1 {status} \r\nServer: Firecracker API\r\nConnection: keep-alive\r\n");
+    let head = |status: u16| {
+        format!("HTTP/1.1 {status} \r\nServer: Firecracker API\r\nConnection: keep-alive\r\n")
+    };
     let with = |status, body: String| {
-        format!("{}Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}", head(status), body.len())
+        format!(
+            "{}Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+            head(status),
+            body.len()
+        )
     };
     let text = match outcome {
         Ok(None) => head(204) + "\r\n",
         Ok(Some(body)) => with(200, body.to_string()),
-        Err(message) if message.contains('\n') => with(400, format!("{{ \"error\": \"{message}\" }}")),
+        Err(message) if message.contains('\n') => {
+            with(400, format!("{{ \"error\": \"{message}\" }}"))
+        }
         Err(message) => with(400, json!({ "fault_message": message }).to_string()),
     };
     let _ = stream.write_all(text.as_bytes());
@@ -465,7 +606,12 @@ fn fault(program_dir: &Path, method: &str, path: &str) -> Option<(String, String
     script.lines().find_map(|line| {
         let mut words = line.splitn(4, ' ');
         let is_it = words.next() == Some(method) && words.next() == Some(path);
-        is_it.then(|| (words.next().unwrap_or_default().to_owned(), words.next().unwrap_or_default().to_owned()))
+        is_it.then(|| {
+            (
+                words.next().unwrap_or_default().to_owned(),
+                words.next().unwrap_or_default().to_owned(),
+            )
+        })
     })
 }
 
@@ -478,13 +624,27 @@ fn serve(mut stream: UnixStream, vmm: &Mutex<Vmm>, program_dir: &Path) {
                 let what = format!(
                     "Request payload with size {length} is larger than the limit of {PAYLOAD_BYTES_MAX} allowed by server."
                 );
-                return respond(&mut stream, &Err(format!("{what}\nAll previous unanswered requests will be dropped.")));
+                return respond(
+                    &mut stream,
+                    &Err(format!(
+                        "{what}\nAll previous unanswered requests will be dropped."
+                    )),
+                );
             }
         };
         let mut vmm = vmm.lock().unwrap();
-        let line = format!("{} {} {}\n", request.method, request.path, String::from_utf8_lossy(&request.body));
-        let log = File::options().create(true).append(true).open(program_dir.join("requests"));
-        log.and_then(|mut log| log.write_all(line.as_bytes())).unwrap();
+        let line = format!(
+            "{} {} {}\n",
+            request.method,
+            request.path,
+            String::from_utf8_lossy(&request.body)
+        );
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(program_dir.join("requests"));
+        log.and_then(|mut log| log.write_all(line.as_bytes()))
+            .unwrap();
         let outcome = match fault(program_dir, &request.method, &request.path) {
             Some((what, argument)) => match what.as_str() {
                 "hang" => loop {
@@ -517,12 +677,25 @@ fn serve(mut stream: UnixStream, vmm: &Mutex<Vmm>, program_dir: &Path) {
 }
 
 fn main() {
-    let program_dir = std::env::current_exe().unwrap().parent().unwrap().to_owned();
+    let program_dir = std::env::current_exe()
+        .unwrap()
+        .parent()
+        .unwrap()
+        .to_owned();
     let script = std::fs::read_to_string(program_dir.join("script")).unwrap_or_default();
-    let said = |word: &str| script.lines().find_map(|line| line.strip_prefix(word).map(|rest| rest.trim().to_owned()));
+    let said = |word: &str| {
+        script
+            .lines()
+            .find_map(|line| line.strip_prefix(word).map(|rest| rest.trim().to_owned()))
+    };
     let version = said("VERSION").unwrap_or_else(|| "1.16.1".to_owned());
     let args: Vec<String> = std::env::args().collect();
-    let value = |name: &str| args.iter().position(|a| a == name).and_then(|i| args.get(i + 1)).cloned();
+    let value = |name: &str| {
+        args.iter()
+            .position(|a| a == name)
+            .and_then(|i| args.get(i + 1))
+            .cloned()
+    };
     if args.iter().any(|a| a == "--version") {
         println!("Firecracker v{version}\n");
         return;

@@ -62,7 +62,12 @@ const TARGETS: [Target; 9] = [
             "\\u0000",
         ],
     },
-    Target { name: "root-disk", run: fcd::disk::fuzz::root_disk, memory_max: 1 << 20, words: &["QFI", "\u{0}\u{0}\u{0}\u{10}"] },
+    Target {
+        name: "root-disk",
+        run: fcd::disk::fuzz::root_disk,
+        memory_max: 1 << 20,
+        words: &["QFI", "\u{0}\u{0}\u{0}\u{10}"],
+    },
     Target {
         name: "firecracker-http",
         run: fcd::vmm::fuzz::firecracker_http,
@@ -88,19 +93,41 @@ const TARGETS: [Target; 9] = [
         name: "console",
         run: fcd::vmm::fuzz::console,
         memory_max: 16 << 20,
-        words: &["\r\n", "\u{e9}", "\u{1f600}", "Kernel panic - not syncing: ", "--- fcd: "],
+        words: &[
+            "\r\n",
+            "\u{e9}",
+            "\u{1f600}",
+            "Kernel panic - not syncing: ",
+            "--- fcd: ",
+        ],
     },
     Target {
         name: "helper-replies",
         run: fcd::guest::helper::fuzz::replies,
         memory_max: 1 << 20,
-        words: &["\u{1}", "\u{2}", "\u{4}\u{4}", "\u{0}\u{0}\u{0}", "\u{1b}[2J", "\u{202e}", "TERM"],
+        words: &[
+            "\u{1}",
+            "\u{2}",
+            "\u{4}\u{4}",
+            "\u{0}\u{0}\u{0}",
+            "\u{1b}[2J",
+            "\u{202e}",
+            "TERM",
+        ],
     },
     Target {
         name: "helper-orders",
         run: fcd::guest::helper::fuzz::orders,
         memory_max: 1 << 20,
-        words: &["\u{1}", "\u{2}", "\u{3}", "\u{4}\u{0}\u{0}\u{0}", "root", "xterm", "USR1"],
+        words: &[
+            "\u{1}",
+            "\u{2}",
+            "\u{3}",
+            "\u{4}\u{0}\u{0}\u{0}",
+            "root",
+            "xterm",
+            "USR1",
+        ],
     },
     Target {
         name: "dns-packets",
@@ -134,7 +161,9 @@ fn main() -> ExitCode {
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let (name, seconds, seed) = match args.as_slice() {
         ["--list"] => {
-            TARGETS.iter().for_each(|target| println!("{}", target.name));
+            TARGETS
+                .iter()
+                .for_each(|target| println!("{}", target.name));
             return ExitCode::SUCCESS;
         }
         [name, "--input", file] => return replay(name, Path::new(file)),
@@ -142,7 +171,9 @@ fn main() -> ExitCode {
         [name, seconds, seed] => (*name, seconds.parse(), seed.parse()),
         _ => return usage(),
     };
-    let (Some(target), Ok(seconds), Ok(seed)) = (find(name), seconds, seed) else { return usage() };
+    let (Some(target), Ok(seconds), Ok(seed)) = (find(name), seconds, seed) else {
+        return usage();
+    };
     fuzz(target, Duration::from_secs(seconds), seed)
 }
 
@@ -156,7 +187,9 @@ fn find(name: &str) -> Option<&'static Target> {
 }
 
 fn replay(name: &str, file: &Path) -> ExitCode {
-    let Some(target) = find(name) else { return usage() };
+    let Some(target) = find(name) else {
+        return usage();
+    };
     match std::fs::read(file).map(|input| execute(target, &input)) {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(why)) => {
@@ -205,18 +238,41 @@ fn fuzz(target: &Target, time: Duration, seed: u64) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-fn report(target: &Target, begun: Instant, (executions, seed): (u64, u64), corpus: &[Vec<u8>], seen: &Coverage) {
-    let edges = seen.edges().map_or_else(|| "no coverage".to_owned(), |edges| format!("{edges} edges"));
+fn report(
+    target: &Target,
+    begun: Instant,
+    (executions, seed): (u64, u64),
+    corpus: &[Vec<u8>],
+    seen: &Coverage,
+) {
+    let edges = seen.edges().map_or_else(
+        || "no coverage".to_owned(),
+        |edges| format!("{edges} edges"),
+    );
     let seconds = begun.elapsed().as_secs();
-    println!("{}: {executions} executions in {seconds} s, {edges}, {} inputs, seed {seed}", target.name, corpus.len());
+    println!(
+        "{}: {executions} executions in {seconds} s, {edges}, {} inputs, seed {seed}",
+        target.name,
+        corpus.len()
+    );
 }
 
 fn seeds(name: &str) -> Vec<Vec<u8>> {
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/seeds").join(name);
-    let mut files: Vec<PathBuf> = std::fs::read_dir(&dir).into_iter().flatten().flatten().map(|item| item.path()).collect();
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/fuzz/seeds")
+        .join(name);
+    let mut files: Vec<PathBuf> = std::fs::read_dir(&dir)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|item| item.path())
+        .collect();
     // Sorted, so that a run can be repeated.
     files.sort();
-    let seeds: Vec<_> = files.iter().filter_map(|file| std::fs::read(file).ok()).collect();
+    let seeds: Vec<_> = files
+        .iter()
+        .filter_map(|file| std::fs::read(file).ok())
+        .collect();
     assert!(!seeds.is_empty(), "no seeds in {}", dir.display());
     seeds
 }
@@ -230,11 +286,19 @@ fn execute(target: &Target, input: &[u8]) -> Result<(), String> {
     let held = allocations::peak_since(before);
     if let Err(panic) = result {
         let text = panic.downcast_ref::<String>().cloned();
-        let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default();
-        return Err(format!("panicked: {}", text.chars().take(400).collect::<String>()));
+        let text = text
+            .or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()))
+            .unwrap_or_default();
+        return Err(format!(
+            "panicked: {}",
+            text.chars().take(400).collect::<String>()
+        ));
     }
     if held > target.memory_max {
-        return Err(format!("held {held} bytes, more than {}", target.memory_max));
+        return Err(format!(
+            "held {held} bytes, more than {}",
+            target.memory_max
+        ));
     }
     let took = begun.elapsed();
     if took > EXECUTION_MAX {
@@ -248,10 +312,21 @@ fn failed(target: &Target, input: Vec<u8>, why: &str, executions: u64, seed: u64
     let file = std::env::var_os("FCD_FUZZ_FOUND").map_or_else(std::env::temp_dir, PathBuf::from);
     let file = file.join(format!("fuzz-{}-{seed}-{executions}", target.name));
     let written = std::fs::write(&file, &small);
-    eprintln!("fuzz {}: FOUND after {executions} executions, seed {seed}: {why}", target.name);
-    eprintln!("input of {} bytes: {:?}", small.len(), String::from_utf8_lossy(&small[..small.len().min(200)]));
+    eprintln!(
+        "fuzz {}: FOUND after {executions} executions, seed {seed}: {why}",
+        target.name
+    );
+    eprintln!(
+        "input of {} bytes: {:?}",
+        small.len(),
+        String::from_utf8_lossy(&small[..small.len().min(200)])
+    );
     match written {
-        Ok(()) => eprintln!("repeat: scripts/fuzz {} --input {}", target.name, file.display()),
+        Ok(()) => eprintln!(
+            "repeat: scripts/fuzz {} --input {}",
+            target.name,
+            file.display()
+        ),
         Err(e) => eprintln!("write {}: {e}", file.display()),
     }
     ExitCode::FAILURE

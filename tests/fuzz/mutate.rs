@@ -7,7 +7,18 @@ pub struct Mutator {
 }
 
 /// Numbers at which arithmetic often fails.
-const NUMBERS: [&str; 10] = ["0", "-1", "1", "127", "255", "65535", "65537", "2147483648", "4294967296", "18446744073709551616"];
+const NUMBERS: [&str; 10] = [
+    "0",
+    "-1",
+    "1",
+    "127",
+    "255",
+    "65535",
+    "65537",
+    "2147483648",
+    "4294967296",
+    "18446744073709551616",
+];
 /// The most changes made to one input.
 const CHANGES_MAX: usize = 8;
 /// How often a piece may be repeated. Repetition is how inputs become long.
@@ -15,7 +26,11 @@ const REPEATS_MAX: usize = 2000;
 
 impl Mutator {
     pub fn new(seed: u64, words: &'static [&'static str], bytes_max: usize) -> Self {
-        Self { random: seed, words, bytes_max }
+        Self {
+            random: seed,
+            words,
+            bytes_max,
+        }
     }
 
     /// Returns a mutated copy of a corpus entry.
@@ -44,7 +59,11 @@ impl Mutator {
     /// Picks a piece of an input of `len` bytes. Short pieces are more likely.
     fn piece(&mut self, len: usize) -> std::ops::Range<usize> {
         let start = self.below(len);
-        let most = if self.below(4) == 0 { len - start } else { (len - start).min(16) };
+        let most = if self.below(4) == 0 {
+            len - start
+        } else {
+            (len - start).min(16)
+        };
         start..start + self.below(most + 1)
     }
 
@@ -84,12 +103,17 @@ impl Mutator {
 
     /// Replaces a number with another one.
     fn number(&mut self, input: &mut Vec<u8>) {
-        let digits: Vec<usize> = (0..input.len()).filter(|at| input[*at].is_ascii_digit()).collect();
+        let digits: Vec<usize> = (0..input.len())
+            .filter(|at| input[*at].is_ascii_digit())
+            .collect();
         if digits.is_empty() {
             return;
         }
         let start = digits[self.below(digits.len())];
-        let len = input[start..].iter().take_while(|b| b.is_ascii_digit()).count();
+        let len = input[start..]
+            .iter()
+            .take_while(|b| b.is_ascii_digit())
+            .count();
         let number = match self.below(NUMBERS.len() + 2) {
             n if n < NUMBERS.len() => NUMBERS[n].to_owned(),
             n if n == NUMBERS.len() => self.random().to_string(),

@@ -17,5 +17,10 @@ pub fn run_in_own_process(test: &str, stderr: impl Into<Stdio>) {
         .stderr(stderr)
         .output()
         .unwrap();
-    assert!(out.status.success(), "{:?}: {}", out.status, String::from_utf8_lossy(&out.stdout));
+    assert!(
+        out.status.success(),
+        "{:?}: {}",
+        out.status,
+        String::from_utf8_lossy(&out.stdout)
+    );
 }

@@ -29,7 +29,12 @@ pub fn line<T: Serialize + DeserializeOwned>(message: &T) -> String {
 
 #[track_caller]
 pub fn call<C: Call>(request: C::Request, reply: C::Reply, golden: Expect) {
-    golden.assert_eq(&format!("{}\n{}\n{}\n", C::METHOD, line(&request), line(&reply)));
+    golden.assert_eq(&format!(
+        "{}\n{}\n{}\n",
+        C::METHOD,
+        line(&request),
+        line(&reply)
+    ));
 }
 
 pub fn id<T: std::str::FromStr<Err = Error>>() -> T {
@@ -88,7 +93,10 @@ pub fn vm() -> Vm {
             guest_port: 80,
             protocol: fcd::api::port::Protocol::Tcp,
         }],
-        pending: Some(Pending { vcpus: Some(2), ..Pending::default() }),
+        pending: Some(Pending {
+            vcpus: Some(2),
+            ..Pending::default()
+        }),
         rm: false,
         created_at: 1,
         started_at: Some(2),
@@ -114,11 +122,19 @@ pub fn vm() -> Vm {
 }
 
 pub fn fault() -> Fault {
-    Fault { op: Some(id()), ..Fault::from(Error::new(Kind::PoolFull, "the queue is full").hint("try again")) }
+    Fault {
+        op: Some(id()),
+        ..Fault::from(Error::new(Kind::PoolFull, "the queue is full").hint("try again"))
+    }
 }
 
 fn progress() -> Progress {
-    Progress { stage: "copy".into(), done: Some(1), total: Some(2), unit: Some("bytes".into()) }
+    Progress {
+        stage: "copy".into(),
+        done: Some(1),
+        total: Some(2),
+        unit: Some("bytes".into()),
+    }
 }
 
 fn op() -> Op {
@@ -154,10 +170,20 @@ fn request() -> VmRequest {
     VmRequest { vm: "web".into() }
 }
 fn stop() -> VmStopRequest {
-    VmStopRequest { vm: "web".into(), force: true, timeout_ms: Some(7) }
+    VmStopRequest {
+        vm: "web".into(),
+        force: true,
+        timeout_ms: Some(7),
+    }
 }
 fn reply() -> VmReply {
-    VmReply { vm: Vm { workspace: None, pending: None, ..vm() } }
+    VmReply {
+        vm: Vm {
+            workspace: None,
+            pending: None,
+            ..vm()
+        },
+    }
 }
 
 #[test]
@@ -232,8 +258,14 @@ fn vm_goldens() {
         net_sent_bytes: None,
     };
     call::<VmStatsCall>(
-        VmStatsRequest { vms: vec!["web".into()], ..Default::default() },
-        VmStatsReply { stats: vec![stats], next: None },
+        VmStatsRequest {
+            vms: vec!["web".into()],
+            ..Default::default()
+        },
+        VmStatsReply {
+            stats: vec![stats],
+            next: None,
+        },
         expect![[r#"
         vm.stats
         {"vms":["web"]}
@@ -268,8 +300,14 @@ fn vm_goldens() {
         "#]],
     );
     call::<VmDelete>(
-        VmDeleteRequest { vm: "web".into(), force: true, if_exists: true },
-        VmDeleteReply { deleted: Some(id()) },
+        VmDeleteRequest {
+            vm: "web".into(),
+            force: true,
+            if_exists: true,
+        },
+        VmDeleteReply {
+            deleted: Some(id()),
+        },
         expect![[r#"
             vm.delete
             {"vm":"web","force":true,"if_exists":true}
@@ -277,8 +315,14 @@ fn vm_goldens() {
         "#]],
     );
     call::<VmList>(
-        VmListRequest { all: true, ..Default::default() },
-        VmListReply { vms: vec![], next: Some("1763800000-0123456789ab".into()) },
+        VmListRequest {
+            all: true,
+            ..Default::default()
+        },
+        VmListReply {
+            vms: vec![],
+            next: Some("1763800000-0123456789ab".into()),
+        },
         expect![[r#"
             vm.list
             {"all":true}
@@ -286,8 +330,24 @@ fn vm_goldens() {
         "#]],
     );
     call::<VmListBrief>(
-        VmListRequest { all: true, brief: true, limit: Some(500), ..Default::default() },
-        VmListReply { vms: vec![brief(), VmBrief { reason: None, workspace: None, paused: false, ..brief() }], next: None },
+        VmListRequest {
+            all: true,
+            brief: true,
+            limit: Some(500),
+            ..Default::default()
+        },
+        VmListReply {
+            vms: vec![
+                brief(),
+                VmBrief {
+                    reason: None,
+                    workspace: None,
+                    paused: false,
+                    ..brief()
+                },
+            ],
+            next: None,
+        },
         expect![[r#"
             vm.list
             {"all":true,"brief":true,"limit":500}
@@ -335,8 +395,17 @@ fn vm_goldens() {
         "#]],
     );
     call::<VmConnect>(
-        VmConnectRequest { vm: "web".into(), port: 5000 },
-        VmReply { vm: Vm { pending: None, workspace: None, ..vm() } },
+        VmConnectRequest {
+            vm: "web".into(),
+            port: 5000,
+        },
+        VmReply {
+            vm: Vm {
+                pending: None,
+                workspace: None,
+                ..vm()
+            },
+        },
         expect![[r#"
             vm.connect
             {"vm":"web","port":5000}
@@ -344,8 +413,14 @@ fn vm_goldens() {
         "#]],
     );
     call::<VmBalloon>(
-        VmBalloonRequest { vm: "web".into(), keep_mib: Some(512) },
-        VmBalloonReply { vm: vm(), kept_mib: 1024 },
+        VmBalloonRequest {
+            vm: "web".into(),
+            keep_mib: Some(512),
+        },
+        VmBalloonReply {
+            vm: vm(),
+            kept_mib: 1024,
+        },
         expect![[r#"
             vm.balloon
             {"vm":"web","keep_mib":512}
@@ -353,7 +428,11 @@ fn vm_goldens() {
         "#]],
     );
     call::<VmLogs>(
-        VmLogsRequest { vm: "web".into(), tail: Some(3), follow: true },
+        VmLogsRequest {
+            vm: "web".into(),
+            tail: Some(3),
+            follow: true,
+        },
         LogsReply { bytes: 4 },
         expect![[r#"
         vm.logs
@@ -362,7 +441,11 @@ fn vm_goldens() {
     "#]],
     );
     call::<VmWait>(
-        VmWaitRequest { vm: "web".into(), state: Some(VmState::Stopped), timeout_ms: Some(5) },
+        VmWaitRequest {
+            vm: "web".into(),
+            state: Some(VmState::Stopped),
+            timeout_ms: Some(5),
+        },
         reply(),
         expect![[r#"
             vm.wait
@@ -372,7 +455,9 @@ fn vm_goldens() {
     );
     call::<VmPrune>(
         Empty {},
-        VmPruneReply { deleted: vec![id()] },
+        VmPruneReply {
+            deleted: vec![id()],
+        },
         expect![[r#"
         vm.prune
         {}
@@ -407,11 +492,21 @@ fn exec_goldens() {
             argv: vec!["ls".into()],
             env: vec![("A".into(), "b".into())],
             workdir: Some("/".into()),
-            pty: Some(Pty { size, term: "xterm".into() }),
-            streams: vec![Stream::Stdin, Stream::Stdout, Stream::Stderr, Stream::Command],
+            pty: Some(Pty {
+                size,
+                term: "xterm".into(),
+            }),
+            streams: vec![
+                Stream::Stdin,
+                Stream::Stdout,
+                Stream::Stderr,
+                Stream::Command,
+            ],
             no_wait_children: true,
         },
-        ExecReply { exit: Exit::Status(3) },
+        ExecReply {
+            exit: Exit::Status(3),
+        },
         expect![[r#"
             exec.start
             {"vm":"web","argv":["ls"],"env":[["A","b"]],"workdir":"/","pty":{"size":{"rows":24,"cols":80},"term":"xterm"},"streams":["stdin","stdout","stderr","command"],"no_wait_children":true}
@@ -419,7 +514,10 @@ fn exec_goldens() {
         "#]],
     );
     call::<ExecResize>(
-        ExecResizeRequest { session: id(), size },
+        ExecResizeRequest {
+            session: id(),
+            size,
+        },
         Empty {},
         expect![[r#"
         exec.resize
@@ -428,7 +526,10 @@ fn exec_goldens() {
     "#]],
     );
     call::<ExecSignal>(
-        ExecSignalRequest { session: id(), signal: "INT".into() },
+        ExecSignalRequest {
+            session: id(),
+            signal: "INT".into(),
+        },
         Empty {},
         expect![[r#"
         exec.signal
@@ -452,7 +553,12 @@ fn workspace_goldens() {
             bytes_expected: Some(1),
             raw_tar: true,
         },
-        PrepareReply { vm: reply().vm, kept: vec!["a%20b".into()], entries: 1, bytes: 2 },
+        PrepareReply {
+            vm: reply().vm,
+            kept: vec!["a%20b".into()],
+            entries: 1,
+            bytes: 2,
+        },
         expect![[r#"
             workspace.prepare
             {"vm":"web","guest_path":"/root/x","subdir":"y","readonly":true,"overwrite":true,"no_wait":true,"bytes_expected":1,"raw_tar":true}
@@ -460,7 +566,11 @@ fn workspace_goldens() {
         "#]],
     );
     call::<WorkspaceExport>(
-        ExportRequest { vm: "web".into(), kind: ExportKind::Patch, no_wait: true },
+        ExportRequest {
+            vm: "web".into(),
+            kind: ExportKind::Patch,
+            no_wait: true,
+        },
         ExportReply { bytes: 2 },
         expect![[r#"
             workspace.export
@@ -479,8 +589,14 @@ fn workspace_goldens() {
 fn operation_goldens() {
     let one = || OpRequest { op: "0123".into() };
     call::<OpList>(
-        OpListRequest { all: true, ..Default::default() },
-        OpListReply { ops: vec![op()], next: None },
+        OpListRequest {
+            all: true,
+            ..Default::default()
+        },
+        OpListReply {
+            ops: vec![op()],
+            next: None,
+        },
         expect![[r#"
         op.list
         {"all":true}
@@ -497,7 +613,10 @@ fn operation_goldens() {
     "#]],
     );
     call::<OpWait>(
-        OpWaitRequest { op: "0123".into(), timeout_ms: Some(1) },
+        OpWaitRequest {
+            op: "0123".into(),
+            timeout_ms: Some(1),
+        },
         OpReply { op: op() },
         expect![[r#"
         op.wait
@@ -519,7 +638,10 @@ fn operation_goldens() {
 
 #[test]
 fn image_goldens() {
-    let build = ImageBuildRequest { name: Some(name("default")), include: vec!["make".into()] };
+    let build = ImageBuildRequest {
+        name: Some(name("default")),
+        include: vec!["make".into()],
+    };
     call::<ImageBuild>(
         build,
         ImageReply { image: image() },
@@ -531,7 +653,10 @@ fn image_goldens() {
     );
     call::<ImageList>(
         Default::default(),
-        ImageListReply { images: vec![image()], next: None },
+        ImageListReply {
+            images: vec![image()],
+            next: None,
+        },
         expect![[r#"
         image.list
         {}
@@ -539,8 +664,12 @@ fn image_goldens() {
     "#]],
     );
     call::<ImageDelete>(
-        ImageRequest { image: name("default") },
-        ImageDeleteReply { deleted: name("default") },
+        ImageRequest {
+            image: name("default"),
+        },
+        ImageDeleteReply {
+            deleted: name("default"),
+        },
         expect![[r#"
         image.delete
         {"image":"default"}
@@ -570,17 +699,30 @@ fn daemon_goldens() {
         {"api":{"major":1,"minor":0},"version":"0.1.0","features":["exec"],"pid":1,"uid":2,"state_dir":"/var/lib/fcd","uptime_s":3,"guest_roots":["/root"]}
     "#]],
     );
-    let check = Check { id: "kvm".into(), severity: Severity::Warn, found: "none".into(), fix: Some("do".into()) };
+    let check = Check {
+        id: "kvm".into(),
+        severity: Severity::Warn,
+        found: "none".into(),
+        fix: Some("do".into()),
+    };
     call::<Doctor>(
         Empty {},
-        DoctorReply { checks: vec![check] },
+        DoctorReply {
+            checks: vec![check],
+        },
         expect![[r#"
         fcd.doctor
         {}
         {"checks":[{"id":"kvm","severity":"warn","found":"none","fix":"do"}]}
     "#]],
     );
-    let leak = Leak { kind: "process".into(), name: "fc-1-2-3".into(), why: "w".into(), removed: false, error: Some("e".into()) };
+    let leak = Leak {
+        kind: "process".into(),
+        name: "fc-1-2-3".into(),
+        why: "w".into(),
+        removed: false,
+        error: Some("e".into()),
+    };
     call::<Leaks>(
         LeaksRequest { fix: true },
         LeaksReply { leaks: vec![leak] },
@@ -590,9 +732,22 @@ fn daemon_goldens() {
         {"leaks":[{"kind":"process","name":"fc-1-2-3","why":"w","removed":false,"error":"e"}]}
     "#]],
     );
-    let party = |thread: &str| LockParty { thread: thread.into(), operation: "vm.stop".into(), for_us: 5 };
-    let record = LockRecord { set: "vm_locks".into(), key: "0123".into(), holder: Some(party("a")), waiters: vec![party("b")] };
-    let locks = DebugLocksReply { locks: vec![record], violations: 0, checked: true };
+    let party = |thread: &str| LockParty {
+        thread: thread.into(),
+        operation: "vm.stop".into(),
+        for_us: 5,
+    };
+    let record = LockRecord {
+        set: "vm_locks".into(),
+        key: "0123".into(),
+        holder: Some(party("a")),
+        waiters: vec![party("b")],
+    };
+    let locks = DebugLocksReply {
+        locks: vec![record],
+        violations: 0,
+        checked: true,
+    };
     call::<DebugLocks>(
         Empty {},
         locks,
@@ -614,10 +769,18 @@ fn kernel_goldens() {
         bytes: 2,
         vms: 3,
     };
-    let named = KernelRequest { kernel: "linux".parse().unwrap() };
+    let named = KernelRequest {
+        kernel: "linux".parse().unwrap(),
+    };
     call::<KernelImport>(
-        KernelImportRequest { path: "/boot/vmlinuz".into(), name: Some("linux".parse().unwrap()), modules: Some("/m".into()) },
-        KernelReply { kernel: kernel.clone() },
+        KernelImportRequest {
+            path: "/boot/vmlinuz".into(),
+            name: Some("linux".parse().unwrap()),
+            modules: Some("/m".into()),
+        },
+        KernelReply {
+            kernel: kernel.clone(),
+        },
         expect![[r#"
             kernel.import
             {"path":"/boot/vmlinuz","name":"linux","modules":"/m"}
@@ -626,7 +789,10 @@ fn kernel_goldens() {
     );
     call::<KernelList>(
         Default::default(),
-        KernelListReply { kernels: vec![kernel.clone()], next: None },
+        KernelListReply {
+            kernels: vec![kernel.clone()],
+            next: None,
+        },
         expect![[r#"
         kernel.list
         {}
@@ -644,7 +810,9 @@ fn kernel_goldens() {
     );
     call::<KernelDelete>(
         named,
-        KernelDeleteReply { deleted: "linux".parse().unwrap() },
+        KernelDeleteReply {
+            deleted: "linux".parse().unwrap(),
+        },
         expect![[r#"
         kernel.delete
         {"kernel":"linux"}
@@ -672,10 +840,17 @@ fn snapshot_goldens() {
         vmm_version: Some("7.2.22".into()),
         bytes: 7,
     };
-    let named = SnapshotRequest { snapshot: "one".into() };
+    let named = SnapshotRequest {
+        snapshot: "one".into(),
+    };
     call::<SnapshotCreate>(
-        SnapshotCreateRequest { vm: "web".into(), name: Some("one".parse().unwrap()) },
-        SnapshotReply { snapshot: snapshot.clone() },
+        SnapshotCreateRequest {
+            vm: "web".into(),
+            name: Some("one".parse().unwrap()),
+        },
+        SnapshotReply {
+            snapshot: snapshot.clone(),
+        },
         expect![[r#"
             snapshot.create
             {"vm":"web","name":"one"}
@@ -683,8 +858,14 @@ fn snapshot_goldens() {
         "#]],
     );
     call::<SnapshotList>(
-        SnapshotListRequest { vm: Some("web".into()), ..Default::default() },
-        SnapshotListReply { snapshots: vec![snapshot.clone()], next: None },
+        SnapshotListRequest {
+            vm: Some("web".into()),
+            ..Default::default()
+        },
+        SnapshotListReply {
+            snapshots: vec![snapshot.clone()],
+            next: None,
+        },
         expect![[r#"
             snapshot.list
             {"vm":"web"}
@@ -710,7 +891,10 @@ fn snapshot_goldens() {
     "#]],
     );
     call::<SnapshotRestore>(
-        SnapshotRestoreRequest { snapshot: "one".into(), new_vm: Some("twin".parse().unwrap()) },
+        SnapshotRestoreRequest {
+            snapshot: "one".into(),
+            new_vm: Some("twin".parse().unwrap()),
+        },
         reply(),
         expect![[r#"
             snapshot.restore
@@ -719,7 +903,10 @@ fn snapshot_goldens() {
         "#]],
     );
     call::<VmFork>(
-        VmForkRequest { vm: "web".into(), name: Some("twin".parse().unwrap()) },
+        VmForkRequest {
+            vm: "web".into(),
+            name: Some("twin".parse().unwrap()),
+        },
         reply(),
         expect![[r#"
             vm.fork
@@ -737,11 +924,18 @@ fn frame_goldens() {
         Note::Progress(progress()),
         Note::Created(Box::new(reply().vm)),
         Note::Session { session: id() },
-        Note::Ready(Ready { keep: vec!["a".into()] }),
-        Note::Log(LogChunk { text: "hello\n".into() }),
+        Note::Ready(Ready {
+            keep: vec!["a".into()],
+        }),
+        Note::Log(LogChunk {
+            text: "hello\n".into(),
+        }),
     ];
     for note in notes {
-        let text = line(&Notification { jsonrpc: Version::V2, note: note.clone() });
+        let text = line(&Notification {
+            jsonrpc: Version::V2,
+            note: note.clone(),
+        });
         match Line::<Box<serde_json::value::RawValue>>::parse(text.as_bytes()).unwrap() {
             Some(Line::Note(back)) => assert_eq!(back, note),
             other => panic!("{other:?}"),
@@ -759,12 +953,39 @@ fn frame_goldens() {
         key: Some("k".into()),
     };
     writeln!(all, "{}", serde_json::to_string(&request).unwrap()).unwrap();
-    let error = RpcError { code: rpc_code::DOMAIN, message: "the queue is full".into(), data: Some(fault()) };
-    writeln!(all, "{}", line(&Response::<()> { jsonrpc: Version::V2, id: id.clone(), result: None, error: Some(error) }))
-        .unwrap();
-    writeln!(all, "{}", line(&Response { jsonrpc: Version::V2, id, result: Some(params), error: None })).unwrap();
+    let error = RpcError {
+        code: rpc_code::DOMAIN,
+        message: "the queue is full".into(),
+        data: Some(fault()),
+    };
+    writeln!(
+        all,
+        "{}",
+        line(&Response::<()> {
+            jsonrpc: Version::V2,
+            id: id.clone(),
+            result: None,
+            error: Some(error)
+        })
+    )
+    .unwrap();
+    writeln!(
+        all,
+        "{}",
+        line(&Response {
+            jsonrpc: Version::V2,
+            id,
+            result: Some(params),
+            error: None
+        })
+    )
+    .unwrap();
     assert!(
-        Line::<Box<serde_json::value::RawValue>>::parse(br#"{"jsonrpc":"2.0","method":"newer","params":{}}"#).unwrap().is_none()
+        Line::<Box<serde_json::value::RawValue>>::parse(
+            br#"{"jsonrpc":"2.0","method":"newer","params":{}}"#
+        )
+        .unwrap()
+        .is_none()
     );
     expect![[r#"
         {"jsonrpc":"2.0","method":"op","params":{"op":"0123456789ab"}}
@@ -797,7 +1018,14 @@ fn kind_table_golden() {
         let code = kind.code();
         let shown = serde_json::to_value(code).unwrap();
         let again = if kind.retryable() { "yes" } else { "" };
-        writeln!(table, "| {} | {} | {} | {again} |", kind.name(), shown.as_str().unwrap(), code.exit_status()).unwrap();
+        writeln!(
+            table,
+            "| {} | {} | {} | {again} |",
+            kind.name(),
+            shown.as_str().unwrap(),
+            code.exit_status()
+        )
+        .unwrap();
     }
     expect![[r#"
         | kind | code | exit | try again |

@@ -30,7 +30,10 @@ const DONE: Duration = Duration::from_secs(1);
 fn in_time(accepted: Vec<Duration>, done: Vec<Duration>) {
     let (accepted, done) = (median(accepted), median(done));
     println!("accepted within {accepted:?}, done within {done:?}");
-    assert!(accepted < ACCEPTED && done < DONE, "accepted within {accepted:?}, done within {done:?}");
+    assert!(
+        accepted < ACCEPTED && done < DONE,
+        "accepted within {accepted:?}, done within {done:?}"
+    );
 }
 
 struct Booting {
@@ -43,7 +46,8 @@ struct Booting {
 
 /// Creates a VM whose boot is held at this step.
 fn booting(at: At) -> Booting {
-    let world = World::with(|c| c.limits.boots_max = if matches!(at, At::Admission) { 1 } else { 8 });
+    let world =
+        World::with(|c| c.limits.boots_max = if matches!(at, At::Admission) { 1 } else { 8 });
     let vm = world.create("web");
     let addr = world.place(&vm.id);
     let mut first = None;
@@ -56,7 +60,9 @@ fn booting(at: At) -> Booting {
         }
         At::BeforeSpawn => world.vmm.hold_starts(Stage::BeforeSpawn),
         At::AfterSpawn => world.vmm.hold_starts(Stage::AfterSpawn),
-        At::Guest => world.guest.set_readiness(addr, Readiness::Gated(Gate::closed())),
+        At::Guest => world
+            .guest
+            .set_readiness(addr, Readiness::Gated(Gate::closed())),
     }
     let start = world.begin::<VmStart>(request("web"), vec![]);
     match at {
@@ -65,12 +71,21 @@ fn booting(at: At) -> Booting {
         _ => assert!(world.vmm.await_held(1, soon())),
     }
     assert_eq!(world.state("web"), VmState::Starting);
-    Booting { world, start, vm, _first: first }
+    Booting {
+        world,
+        start,
+        vm,
+        _first: first,
+    }
 }
 
 impl Booting {
     fn has_vmm(&self) -> bool {
-        self.world.vmm.live().iter().any(|tag| tag.contains(self.vm.id.as_str()))
+        self.world
+            .vmm
+            .live()
+            .iter()
+            .any(|tag| tag.contains(self.vm.id.as_str()))
     }
     /// Releases whatever held the boot and waits until nothing is running.
     fn end(self) {
@@ -82,7 +97,10 @@ impl Booting {
 #[track_caller]
 fn cancelled(result: Result<VmReply, Failure>, cause: &str) {
     let e = result.unwrap_err();
-    assert!(e.is(Kind::Cancelled) && e.fault.message.contains(cause), "{e:?}");
+    assert!(
+        e.is(Kind::Cancelled) && e.fault.message.contains(cause),
+        "{e:?}"
+    );
 }
 
 #[test]
@@ -92,7 +110,13 @@ fn stop_of_booting_vm_is_prompt() {
         for force in [false, true] {
             let mut b = booting(at);
             let begun = Instant::now();
-            let mut stop = b.world.begin::<VmStop>(VmStopRequest { force, ..stop("web") }, vec![]);
+            let mut stop = b.world.begin::<VmStop>(
+                VmStopRequest {
+                    force,
+                    ..stop("web")
+                },
+                vec![],
+            );
             stop.op();
             accepted.push(begun.elapsed());
             assert_eq!(stop.finish(PROMPT).unwrap().vm.state, VmState::Stopped);
@@ -113,14 +137,27 @@ fn delete_of_booting_vm_is_prompt() {
         for force in [false, true] {
             let mut b = booting(at);
             let begun = Instant::now();
-            let mut gone = b.world.begin::<VmDelete>(VmDeleteRequest { force, ..delete("web") }, vec![]);
+            let mut gone = b.world.begin::<VmDelete>(
+                VmDeleteRequest {
+                    force,
+                    ..delete("web")
+                },
+                vec![],
+            );
             gone.op();
             accepted.push(begun.elapsed());
             assert_eq!(gone.finish(PROMPT).unwrap().deleted, Some(b.vm.id.clone()));
             done.push(begun.elapsed());
             cancelled(b.start.finish(PROMPT), "the VM was deleted");
             assert!(!b.has_vmm());
-            assert!(b.world.census().iter().all(|thing| !thing.contains(b.vm.id.as_str())), "{:#?}", b.world.census());
+            assert!(
+                b.world
+                    .census()
+                    .iter()
+                    .all(|thing| !thing.contains(b.vm.id.as_str())),
+                "{:#?}",
+                b.world.census()
+            );
             b.end();
         }
     }
@@ -132,7 +169,9 @@ fn start_cancelled_leaves_vm_unchanged() {
     for at in PLACES {
         let mut b = booting(at);
         let op = b.world.show("web").unwrap().op.unwrap();
-        b.world.call::<OpCancel>(&OpRequest { op: op.to_string() }).unwrap();
+        b.world
+            .call::<OpCancel>(&OpRequest { op: op.to_string() })
+            .unwrap();
         cancelled(b.start.finish(PROMPT), "op cancel was asked for");
         assert_eq!(b.world.op(&op).state, OpState::Cancelled);
         assert_eq!(b.world.state("web"), VmState::Created);
@@ -162,7 +201,10 @@ fn stop_hang_up_does_not_cancel() {
     stop.stage("sync and shut down");
     stop.hang_up();
     world.vmm.die(&vm.id, &fcd::vmm::End::GuestShutDown);
-    assert_eq!(world.await_state("web", VmState::Stopped).synced, Some(Synced::Yes));
+    assert_eq!(
+        world.await_state("web", VmState::Stopped).synced,
+        Some(Synced::Yes)
+    );
 }
 
 /// A delete replaces a stop, force replaces a graceful stop, and the replaced call fails as
@@ -178,18 +220,31 @@ fn successor_replaces_weaker_successor() {
     assert_eq!(again.op(), stop_op, "a second stop joins the first");
     let mut kill = b.world.begin::<VmKill>(request("web"), vec![]);
     assert_ne!(kill.op(), stop_op);
-    assert!(stop_.finish(PROMPT).unwrap_err().is(Kind::Superseded), "force replaces grace");
+    assert!(
+        stop_.finish(PROMPT).unwrap_err().is(Kind::Superseded),
+        "force replaces grace"
+    );
     let mut gone = b.world.begin::<VmDelete>(delete("web"), vec![]);
     let gone_op = gone.op();
-    assert!(kill.finish(PROMPT).unwrap_err().is(Kind::Superseded), "delete replaces stop");
+    assert!(
+        kill.finish(PROMPT).unwrap_err().is(Kind::Superseded),
+        "delete replaces stop"
+    );
     let e = b.world.stop("web").unwrap_err();
     assert!(e.is(Kind::WrongState) && e.fault.hint.is_some(), "{e:?}");
     let e = b.world.start("web").unwrap_err();
     assert!(e.is(Kind::WrongState) && e.fault.hint.is_some(), "{e:?}");
-    assert_eq!(b.world.begin::<VmDelete>(delete("web"), vec![]).op(), gone_op);
+    assert_eq!(
+        b.world.begin::<VmDelete>(delete("web"), vec![]).op(),
+        gone_op
+    );
     // Now the process can end.
     b.world.vmm.set_unkillable(false);
-    assert!(b.world.vmm.die(&b.vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9))));
+    assert!(
+        b.world
+            .vmm
+            .die(&b.vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9)))
+    );
     gone.finish(SOON).unwrap();
     assert!(b.start.finish(SOON).is_err());
     b.end();
@@ -199,7 +254,9 @@ fn successor_replaces_weaker_successor() {
 fn lingering() -> (World, Vm) {
     let world = World::new();
     let (vm, _) = world.running("web");
-    world.guest.on(fcd::image::SHUTDOWN_COMMAND, |_| Answer::status(0).stdout("synced\n"));
+    world.guest.on(fcd::image::SHUTDOWN_COMMAND, |_| {
+        Answer::status(0).stdout("synced\n")
+    });
     (world, vm)
 }
 
@@ -217,7 +274,11 @@ fn stop_joins_running_stop() {
         let vm = stop.finish(SOON).unwrap().vm;
         assert_eq!((vm.state, vm.synced), (VmState::Stopped, Some(Synced::Yes)));
     }
-    assert_eq!(world.stop("web").unwrap().state, VmState::Stopped, "stopped already: ok");
+    assert_eq!(
+        world.stop("web").unwrap().state,
+        VmState::Stopped,
+        "stopped already: ok"
+    );
 }
 
 #[test]
@@ -227,7 +288,13 @@ fn kill_shortens_stop() {
         let mut graceful = world.begin::<VmStop>(stop("web"), vec![]);
         let op = graceful.op();
         let mut kill = match by_stop {
-            true => world.begin::<VmStop>(VmStopRequest { force: true, ..stop("web") }, vec![]),
+            true => world.begin::<VmStop>(
+                VmStopRequest {
+                    force: true,
+                    ..stop("web")
+                },
+                vec![],
+            ),
             false => world.begin::<VmKill>(request("web"), vec![]),
         };
         assert_eq!(kill.op(), op);
@@ -243,7 +310,13 @@ fn delete_waits_for_stop_unless_forced() {
         let (world, vm) = lingering();
         let mut graceful = world.begin::<VmStop>(stop("web"), vec![]);
         graceful.stage("sync and shut down");
-        let mut gone = world.begin::<VmDelete>(VmDeleteRequest { force, ..delete("web") }, vec![]);
+        let mut gone = world.begin::<VmDelete>(
+            VmDeleteRequest {
+                force,
+                ..delete("web")
+            },
+            vec![],
+        );
         gone.op();
         if !force {
             assert!(!gone.has_ended());
@@ -261,7 +334,13 @@ fn forced_delete_shortens_stop_before_delete() {
     let (world, _) = lingering();
     let graceful = world.begin::<VmStop>(stop("web"), vec![]);
     graceful.stage("sync and shut down");
-    let mut patient = world.begin::<VmDelete>(VmDeleteRequest { force: false, ..delete("web") }, vec![]);
+    let mut patient = world.begin::<VmDelete>(
+        VmDeleteRequest {
+            force: false,
+            ..delete("web")
+        },
+        vec![],
+    );
     let op = patient.op();
     let mut forced = world.begin::<VmDelete>(delete("web"), vec![]);
     assert_eq!(forced.op(), op);
@@ -275,7 +354,10 @@ fn restart_is_one_operation() {
     let mut restart = world.begin::<VmRestart>(stop("web"), vec![]);
     let op = restart.op();
     restart.stage("sync and shut down");
-    for mut joined in [world.begin::<VmStart>(request("web"), vec![]), world.begin::<VmRestart>(stop("web"), vec![])] {
+    for mut joined in [
+        world.begin::<VmStart>(request("web"), vec![]),
+        world.begin::<VmRestart>(stop("web"), vec![]),
+    ] {
         assert_eq!(joined.op(), op);
         assert!(!joined.has_ended());
     }
@@ -293,13 +375,22 @@ fn stop_during_restart_leaves_vm_stopped() {
         let (world, vm) = lingering();
         let mut restart = world.begin::<VmRestart>(stop("web"), vec![]);
         restart.stage("sync and shut down");
-        let mut end = world.begin::<VmStop>(VmStopRequest { force: kill, ..stop("web") }, vec![]);
+        let mut end = world.begin::<VmStop>(
+            VmStopRequest {
+                force: kill,
+                ..stop("web")
+            },
+            vec![],
+        );
         end.op();
         if !kill {
             assert!(world.vmm.die(&vm.id, &fcd::vmm::End::GuestShutDown));
         }
         let after = end.finish(PROMPT).unwrap().vm;
-        assert_eq!((after.state, after.synced), (VmState::Stopped, Some(Synced::Yes)));
+        assert_eq!(
+            (after.state, after.synced),
+            (VmState::Stopped, Some(Synced::Yes))
+        );
         assert!(restart.finish(PROMPT).unwrap_err().is(Kind::Superseded));
         assert_eq!(world.vmm.starts(), 1);
     }
@@ -308,9 +399,16 @@ fn stop_during_restart_leaves_vm_stopped() {
 #[test]
 fn boot_with_dying_vmm_fails() {
     let mut b = booting(At::Guest);
-    assert!(b.world.vmm.die(&b.vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(11))));
+    assert!(
+        b.world
+            .vmm
+            .die(&b.vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(11)))
+    );
     let e = b.start.finish(PROMPT).unwrap_err();
-    assert!(e.is(Kind::VmmFailed) && e.fault.message.contains("SIGSEGV"), "{e:?}");
+    assert!(
+        e.is(Kind::VmmFailed) && e.fault.message.contains("SIGSEGV"),
+        "{e:?}"
+    );
     assert!(e.fault.hint.is_some_and(|h| h.contains("logs")));
     let vm = b.world.show("web").unwrap();
     assert_eq!(vm.state, VmState::Failed);
@@ -324,7 +422,12 @@ fn failed_start_reports_cause_and_can_be_retried() {
     world.create("web");
     world.vmm.fail_next_start("no such machine");
     let e = world.start("web").unwrap_err();
-    assert!(e.is(Kind::VmmFailed) && e.fault.message.contains("no such machine") && e.fault.op.is_some(), "{e:?}");
+    assert!(
+        e.is(Kind::VmmFailed)
+            && e.fault.message.contains("no such machine")
+            && e.fault.op.is_some(),
+        "{e:?}"
+    );
     let vm = world.show("web").unwrap();
     assert_eq!(vm.state, VmState::Failed);
     assert!(vm.reason.unwrap().contains("no such machine"));
@@ -336,7 +439,9 @@ fn failed_start_reports_cause_and_can_be_retried() {
 fn boot_of_silent_guest_times_out() {
     let world = World::with(|c| c.limits.boot_timeout_s = 1);
     let vm = world.create("web");
-    world.guest.set_readiness(world.place(&vm.id), Readiness::Gated(Gate::closed()));
+    world
+        .guest
+        .set_readiness(world.place(&vm.id), Readiness::Gated(Gate::closed()));
     let e = world.start("web").unwrap_err();
     assert!(e.is(Kind::BootTimeout) && e.fault.hint.is_some(), "{e:?}");
     assert!(world.vmm.live().is_empty());
@@ -344,9 +449,13 @@ fn boot_of_silent_guest_times_out() {
 
 #[test]
 fn vmm_death_ends_calls_that_use_guest() {
-    for (how, state) in
-        [(fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9)), VmState::Failed), (fcd::vmm::End::GuestShutDown, VmState::Stopped)]
-    {
+    for (how, state) in [
+        (
+            fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9)),
+            VmState::Failed,
+        ),
+        (fcd::vmm::End::GuestShutDown, VmState::Stopped),
+    ] {
         let world = World::new();
         let (vm, _) = world.running("web");
         let mut import = world.import("web");
@@ -372,9 +481,12 @@ fn concurrent_calls_end_in_valid_state() {
             for thread in 0..THREADS {
                 let world = &world;
                 scope.spawn(move || {
-                    let mut random = (seed * THREADS + thread + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+                    let mut random =
+                        (seed * THREADS + thread + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
                     for _ in 0..CALLS {
-                        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                        random = random
+                            .wrapping_mul(6_364_136_223_846_793_005)
+                            .wrapping_add(1_442_695_040_888_963_407);
                         check_answer(any_verb(world, random >> 33));
                     }
                 });
@@ -384,14 +496,24 @@ fn concurrent_calls_end_in_valid_state() {
         let vm = world.show("web").unwrap();
         let settled = [VmState::Created, VmState::Running, VmState::Stopped];
         assert!(settled.contains(&vm.state) && vm.op.is_none(), "{vm:?}");
-        assert_eq!(world.vmm.live().len(), usize::from(vm.state == VmState::Running));
+        assert_eq!(
+            world.vmm.live().len(),
+            usize::from(vm.state == VmState::Running)
+        );
         let mut last = world.begin::<VmDelete>(delete("web"), vec![]);
         let start = world.begin::<VmStart>(request("web"), vec![]);
         last.finish(SOON).unwrap();
         drop(start);
         world.await_rest();
         assert!(world.vmm.live().is_empty());
-        assert!(world.census().iter().all(|thing| !thing.contains(vm.id.as_str())), "{:#?}", world.census());
+        assert!(
+            world
+                .census()
+                .iter()
+                .all(|thing| !thing.contains(vm.id.as_str())),
+            "{:#?}",
+            world.census()
+        );
     }
 }
 
@@ -399,7 +521,13 @@ fn any_verb(world: &World, random: u64) -> Result<VmReply, Failure> {
     let mut call = match random % 6 {
         0 | 1 => world.begin::<VmStart>(request("web"), vec![]),
         2 => world.begin::<VmStop>(stop("web"), vec![]),
-        3 => world.begin::<VmStop>(VmStopRequest { force: true, ..stop("web") }, vec![]),
+        3 => world.begin::<VmStop>(
+            VmStopRequest {
+                force: true,
+                ..stop("web")
+            },
+            vec![],
+        ),
         4 => world.begin::<VmKill>(request("web"), vec![]),
         _ => world.begin::<VmRestart>(stop("web"), vec![]),
     };
@@ -426,10 +554,20 @@ fn concurrent_delete_and_start_leave_no_vm() {
         let mut gone = world.begin::<VmDelete>(delete("web"), vec![]);
         gone.finish(SOON).unwrap();
         if let Err(e) = start.finish(SOON) {
-            let expected = [Kind::VmNotFound, Kind::Superseded, Kind::Cancelled, Kind::WrongState];
+            let expected = [
+                Kind::VmNotFound,
+                Kind::Superseded,
+                Kind::Cancelled,
+                Kind::WrongState,
+            ];
             assert!(expected.iter().any(|k| e.is(*k)), "{e:?}");
         }
         assert!(world.vmm.live().is_empty());
-        assert!(world.census().iter().all(|thing| !thing.contains(vm.id.as_str())));
+        assert!(
+            world
+                .census()
+                .iter()
+                .all(|thing| !thing.contains(vm.id.as_str()))
+        );
     }
 }

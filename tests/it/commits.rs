@@ -7,9 +7,25 @@ const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/commits");
 
 fn git(dir: &Path, args: &[&str]) -> String {
     let mut git = Command::new("git");
-    git.args(["-c", "user.name=n", "-c", "user.email=n@localhost", "-c", "commit.gpgsign=false"]);
-    let out = git.args(args).current_dir(dir).env("GIT_CONFIG_GLOBAL", "/dev/null").output().unwrap();
-    assert!(out.status.success(), "git {args:?}: {}", String::from_utf8_lossy(&out.stderr));
+    git.args([
+        "-c",
+        "user.name=n",
+        "-c",
+        "user.email=n@localhost",
+        "-c",
+        "commit.gpgsign=false",
+    ]);
+    let out = git
+        .args(args)
+        .current_dir(dir)
+        .env("GIT_CONFIG_GLOBAL", "/dev/null")
+        .output()
+        .unwrap();
+    assert!(
+        out.status.success(),
+        "git {args:?}: {}",
+        String::from_utf8_lossy(&out.stderr)
+    );
     String::from_utf8(out.stdout).unwrap().trim().to_owned()
 }
 
@@ -32,16 +48,32 @@ fn commit(dir: &Path, message: &str, lines: usize) {
 }
 
 fn check(dir: &Path, range: &[&str]) -> Output {
-    Command::new(dir.join("scripts/commits")).args(range).env("GIT_CONFIG_GLOBAL", "/dev/null").output().unwrap()
+    Command::new(dir.join("scripts/commits"))
+        .args(range)
+        .env("GIT_CONFIG_GLOBAL", "/dev/null")
+        .output()
+        .unwrap()
 }
 
 #[test]
 fn commits_in_the_format_are_accepted() {
     let dir = repository();
-    commit(dir.path(), "store: Reject a database newer than this build", 20);
-    commit(dir.path(), "api, docs: Describe the command pipe\n\nNobody could guess it.", 30);
+    commit(
+        dir.path(),
+        "store: Reject a database newer than this build",
+        20,
+    );
+    commit(
+        dir.path(),
+        "api, docs: Describe the command pipe\n\nNobody could guess it.",
+        30,
+    );
     let out = check(dir.path(), &["HEAD~2..HEAD"]);
-    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    assert!(
+        out.status.success(),
+        "{}",
+        String::from_utf8_lossy(&out.stderr)
+    );
 }
 
 #[test]
@@ -59,7 +91,10 @@ fn each_commit_out_of_format_is_named() {
         commit(dir.path(), message, lines);
         let out = check(dir.path(), &["HEAD~1..HEAD"]);
         let complaint = String::from_utf8_lossy(&out.stderr);
-        assert!(!out.status.success() && complaint.contains(message) && complaint.contains(why), "{message}: {complaint}");
+        assert!(
+            !out.status.success() && complaint.contains(message) && complaint.contains(why),
+            "{message}: {complaint}"
+        );
     }
 }
 
@@ -68,5 +103,8 @@ fn clone_without_the_first_commit_is_not_checked() {
     let dir = repository();
     commit(dir.path(), "Fix the store", 0);
     let out = check(dir.path(), &[]);
-    assert!(out.status.success() && String::from_utf8_lossy(&out.stdout).contains("not checked"), "{out:?}");
+    assert!(
+        out.status.success() && String::from_utf8_lossy(&out.stdout).contains("not checked"),
+        "{out:?}"
+    );
 }

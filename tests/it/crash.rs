@@ -38,9 +38,12 @@ enum Verb {
     Forget,
 }
 use Verb::{
-    Adjust, Balloon, Create, Delete, Forget, Fork, Kill, Prepare, Restart, Restore, RestoreAs, Set, Snapshot, Start, Stop,
+    Adjust, Balloon, Create, Delete, Forget, Fork, Kill, Prepare, Restart, Restore, RestoreAs, Set,
+    Snapshot, Start, Stop,
 };
-const VERBS: [Verb; 9] = [Start, Stop, Kill, Restart, Delete, Set, Adjust, Balloon, Prepare];
+const VERBS: [Verb; 9] = [
+    Start, Stop, Kill, Restart, Delete, Set, Adjust, Balloon, Prepare,
+];
 
 /// Operations on snapshots, each after the ones that make it possible.
 const SNAPSHOT_SEQUENCES: [&[Verb]; 9] = [
@@ -66,8 +69,15 @@ enum Call {
 }
 
 fn begin(world: &World, verb: Verb) -> Call {
-    let create = VmCreateRequest { name: Some("web".parse().unwrap()), ..Default::default() };
-    let set = VmSetRequest { vm: "web".into(), vcpus: Some(2), ..Default::default() };
+    let create = VmCreateRequest {
+        name: Some("web".parse().unwrap()),
+        ..Default::default()
+    };
+    let set = VmSetRequest {
+        vm: "web".into(),
+        vcpus: Some(2),
+        ..Default::default()
+    };
     match verb {
         Create => Call::Vm(world.begin::<VmCreate>(create, vec![])),
         Start => Call::Vm(world.begin::<VmStart>(request("web"), vec![])),
@@ -78,10 +88,21 @@ fn begin(world: &World, verb: Verb) -> Call {
         Set => Call::Vm(world.begin::<VmSet>(set, vec![])),
         Adjust => {
             let (vm, disk_bytes_per_s) = ("web".into(), Some(1 << 20));
-            let adjust = VmSetRequest { vm, disk_bytes_per_s, now: true, ..Default::default() };
+            let adjust = VmSetRequest {
+                vm,
+                disk_bytes_per_s,
+                now: true,
+                ..Default::default()
+            };
             Call::Vm(world.begin::<VmSet>(adjust, vec![]))
         }
-        Balloon => Call::Balloon(world.begin::<VmBalloon>(VmBalloonRequest { vm: "web".into(), keep_mib: Some(512) }, vec![])),
+        Balloon => Call::Balloon(world.begin::<VmBalloon>(
+            VmBalloonRequest {
+                vm: "web".into(),
+                keep_mib: Some(512),
+            },
+            vec![],
+        )),
         Prepare => {
             let (read, write) = pipe();
             // The payload fits into the pipe.
@@ -89,18 +110,35 @@ fn begin(world: &World, verb: Verb) -> Call {
             Call::Prepare(world.begin::<WorkspacePrepare>(prepare("web"), vec![read]))
         }
         Snapshot => {
-            let request = SnapshotCreateRequest { vm: "web".into(), name: Some("one".parse().unwrap()) };
+            let request = SnapshotCreateRequest {
+                vm: "web".into(),
+                name: Some("one".parse().unwrap()),
+            };
             Call::Snapshot(world.begin::<SnapshotCreate>(request, vec![]))
         }
         Restore | RestoreAs => {
             let new_vm = (verb == RestoreAs).then(|| "twin".parse().unwrap());
-            Call::Vm(world.begin::<SnapshotRestore>(SnapshotRestoreRequest { snapshot: "one".into(), new_vm }, vec![]))
+            Call::Vm(world.begin::<SnapshotRestore>(
+                SnapshotRestoreRequest {
+                    snapshot: "one".into(),
+                    new_vm,
+                },
+                vec![],
+            ))
         }
         Fork => {
-            let request = VmForkRequest { vm: "web".into(), name: Some("twin".parse().unwrap()) };
+            let request = VmForkRequest {
+                vm: "web".into(),
+                name: Some("twin".parse().unwrap()),
+            };
             Call::Vm(world.begin::<VmFork>(request, vec![]))
         }
-        Forget => Call::Forget(world.begin::<SnapshotDelete>(SnapshotRequest { snapshot: "one".into() }, vec![])),
+        Forget => Call::Forget(world.begin::<SnapshotDelete>(
+            SnapshotRequest {
+                snapshot: "one".into(),
+            },
+            vec![],
+        )),
     }
 }
 
@@ -118,7 +156,11 @@ fn end(world: &World, call: Call) -> Option<Result<(), Failure>> {
 }
 
 fn row_of(world: &World, name: &str) -> Option<fcd::store::VmRow> {
-    world.daemon().core.store.read(|s| s.vms().find(|r| r.name.as_str() == name).map(|r| (**r).clone()))
+    world.daemon().core.store.read(|s| {
+        s.vms()
+            .find(|r| r.name.as_str() == name)
+            .map(|r| (**r).clone())
+    })
 }
 
 fn now(world: &World) -> Option<VmState> {
@@ -149,23 +191,55 @@ fn agrees(world: &World, at: &str) {
     let install = world.daemon().core.store.install_id().to_owned();
     let tag = |r: &fcd::store::VmRow| format!("fc-{install}-{}-{}", r.id, r.generation);
     let (running, ids, processes, directories) = world.daemon().core.store.read(|s| {
-        let of = |kind: &'static str| s.ledger().filter(move |l| l.kind == kind).map(|l| l.name.clone()).collect::<BTreeSet<_>>();
-        let running: BTreeSet<String> = s.vms().filter(|r| r.state == VmState::Running).map(|r| tag(r)).collect();
+        let of = |kind: &'static str| {
+            s.ledger()
+                .filter(move |l| l.kind == kind)
+                .map(|l| l.name.clone())
+                .collect::<BTreeSet<_>>()
+        };
+        let running: BTreeSet<String> = s
+            .vms()
+            .filter(|r| r.state == VmState::Running)
+            .map(|r| tag(r))
+            .collect();
         for row in s.vms() {
-            let rests = matches!(row.state, VmState::Created | VmState::Stopped | VmState::Running | VmState::Failed);
+            let rests = matches!(
+                row.state,
+                VmState::Created | VmState::Stopped | VmState::Running | VmState::Failed
+            );
             assert!(rests && row.op.is_none(), "{at}: {row:?}");
         }
-        (running, s.vms().map(|r| r.id.to_string()).collect::<BTreeSet<_>>(), of("process"), of("directory"))
+        (
+            running,
+            s.vms().map(|r| r.id.to_string()).collect::<BTreeSet<_>>(),
+            of("process"),
+            of("directory"),
+        )
     });
-    let rows = world.daemon().core.store.read(|s| s.vms().map(|r| (**r).clone()).collect::<Vec<_>>());
+    let rows = world
+        .daemon()
+        .core
+        .store
+        .read(|s| s.vms().map(|r| (**r).clone()).collect::<Vec<_>>());
     for row in rows.iter().filter(|row| row.state == VmState::Running) {
         let wanted = (row.rates, row.balloon_mib.unwrap_or(row.mem_mib));
-        assert_eq!(world.vmm.adjusted(&row.id), Some(wanted), "{at}: what the guest may, what the row says");
+        assert_eq!(
+            world.vmm.adjusted(&row.id),
+            Some(wanted),
+            "{at}: what the guest may, what the row says"
+        );
     }
     assert_eq!(live, running, "{at}: VMMs that live, rows that run");
-    assert_eq!(processes, running, "{at}: processes in the ledger, rows that run");
+    assert_eq!(
+        processes, running,
+        "{at}: processes in the ledger, rows that run"
+    );
     if std::env::var_os(REAL_DISKS).is_some() {
-        let devices: BTreeSet<String> = world.devices().into_iter().filter(|d| d.starts_with("fc-")).collect();
+        let devices: BTreeSet<String> = world
+            .devices()
+            .into_iter()
+            .filter(|d| d.starts_with("fc-"))
+            .collect();
         assert_eq!(devices, running, "{at}: snapshot devices, rows that run");
     }
     // A new VM either exists and runs, or does not exist. No guest stays paused, and every snapshot
@@ -175,18 +249,40 @@ fn agrees(world: &World, at: &str) {
     }
     let (rows, snapshots) = world.daemon().core.store.read(|s| {
         let rows: Vec<_> = s.vms().cloned().collect();
-        (rows, s.snapshots().map(|r| r.id.to_string()).collect::<BTreeSet<_>>())
+        (
+            rows,
+            s.snapshots()
+                .map(|r| r.id.to_string())
+                .collect::<BTreeSet<_>>(),
+        )
     });
     assert!(rows.iter().all(|row| !world.vmm.is_paused(&row.id)), "{at}");
     let dir = world.config.state_dir.join("snapshots");
-    let on_host: BTreeSet<String> =
-        std::fs::read_dir(&dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
-    assert_eq!(on_host, snapshots, "{at}: snapshots on the host, in the store");
+    let on_host: BTreeSet<String> = std::fs::read_dir(&dir)
+        .unwrap()
+        .map(|e| e.unwrap().file_name().into_string().unwrap())
+        .collect();
+    assert_eq!(
+        on_host, snapshots,
+        "{at}: snapshots on the host, in the store"
+    );
     let vms = world.config.state_dir.join("vms");
-    let on_host: BTreeSet<String> = std::fs::read_dir(&vms).unwrap().map(|e| e.unwrap().path().display().to_string()).collect();
-    assert!(on_host.is_subset(&directories), "{at}: {on_host:?} on the host, {directories:?} in the ledger");
-    let owned: BTreeSet<String> = ids.iter().map(|id| vms.join(id).display().to_string()).collect();
-    assert!(on_host.is_subset(&owned) && directories.is_subset(&owned), "{at}: {on_host:?} {directories:?} {owned:?}");
+    let on_host: BTreeSet<String> = std::fs::read_dir(&vms)
+        .unwrap()
+        .map(|e| e.unwrap().path().display().to_string())
+        .collect();
+    assert!(
+        on_host.is_subset(&directories),
+        "{at}: {on_host:?} on the host, {directories:?} in the ledger"
+    );
+    let owned: BTreeSet<String> = ids
+        .iter()
+        .map(|id| vms.join(id).display().to_string())
+        .collect();
+    assert!(
+        on_host.is_subset(&owned) && directories.is_subset(&owned),
+        "{at}: {on_host:?} {directories:?} {owned:?}"
+    );
 }
 
 /// I6: the next operation works and leaves everything as it was before the first.
@@ -198,8 +294,16 @@ fn comes_to_nothing(world: &World, empty: &BTreeSet<String>, at: &str) {
             Err(e) => assert!(e.is(Kind::VmNotFound), "{at}: {e:?}"),
         }
     }
-    for snapshot in world.call::<SnapshotList>(&SnapshotListRequest::default()).unwrap().snapshots {
-        world.call::<SnapshotDelete>(&SnapshotRequest { snapshot: snapshot.id.to_string() }).unwrap();
+    for snapshot in world
+        .call::<SnapshotList>(&SnapshotListRequest::default())
+        .unwrap()
+        .snapshots
+    {
+        world
+            .call::<SnapshotDelete>(&SnapshotRequest {
+                snapshot: snapshot.id.to_string(),
+            })
+            .unwrap();
     }
     world.await_rest();
     assert_eq!(world.census(), *empty, "{at}");
@@ -229,7 +333,12 @@ const MARK: &[u8] = b"mine";
 /// Writes a mark to the VM's disk before it is restored. No snapshot contains the mark.
 fn mark_disk(world: &World, verb: Verb) -> Option<(std::path::PathBuf, Vec<u8>)> {
     let row = row_of(world, "web").filter(|r| verb == Restore && r.state != VmState::Running)?;
-    let path = world.config.state_dir.join("vms").join(row.id.as_str()).join("disk");
+    let path = world
+        .config
+        .state_dir
+        .join("vms")
+        .join(row.id.as_str())
+        .join("disk");
     let mut mine = std::fs::read(&path).ok()?;
     mine.extend(MARK);
     std::fs::write(&path, &mine).unwrap();
@@ -266,10 +375,16 @@ fn crash_everywhere(world: &mut World, verbs: &[Verb], figures: &mut Figures) {
         if matches!(ended, Some(Ok(()))) {
             // I5: the reply was sent before the daemon died.
             let done = may_be(*last, before).pop().unwrap();
-            assert!(after == done || *last == Restart, "{at}: acknowledged, yet {after:?}");
+            assert!(
+                after == done || *last == Restart,
+                "{at}: acknowledged, yet {after:?}"
+            );
         }
         let reason = row_of(world, "web").and_then(|r| r.reason);
-        assert!(may_be(*last, before).contains(&after), "{at}: was {before:?}, is {after:?} ({reason:?})");
+        assert!(
+            may_be(*last, before).contains(&after),
+            "{at}: was {before:?}, is {after:?} ({reason:?})"
+        );
         agrees(world, &at);
         if let Some((path, mine)) = mine {
             // The disk is entirely the VM's or entirely the snapshot's. If the guest runs, it is
@@ -277,11 +392,21 @@ fn crash_everywhere(world: &mut World, verbs: &[Verb], figures: &mut Figures) {
             let mut saved = mine.clone();
             saved.truncate(mine.len() - MARK.len());
             let is = std::fs::read(&path).unwrap();
-            assert!(is == saved || is == mine && after != Some(VmState::Running), "{at}: whose disk it has");
-            assert!(!path.with_file_name("former").exists() && !path.with_file_name(".disk.new").exists(), "{at}");
+            assert!(
+                is == saved || is == mine && after != Some(VmState::Running),
+                "{at}: whose disk it has"
+            );
+            assert!(
+                !path.with_file_name("former").exists()
+                    && !path.with_file_name(".disk.new").exists(),
+                "{at}"
+            );
         }
         if before == Some(VmState::Running)
-            && matches!(last, Set | Adjust | Balloon | Prepare | Start | Snapshot | Fork | RestoreAs)
+            && matches!(
+                last,
+                Set | Adjust | Balloon | Prepare | Start | Snapshot | Fork | RestoreAs
+            )
         {
             let lives = |tag: &String| world.vmm.live().contains(tag);
             assert!(vmms.iter().all(lives), "{at}: I3");
@@ -311,14 +436,24 @@ fn fail_everywhere(world: &World, verbs: &[Verb], mode: Mode, figures: &mut Figu
         let ended = end(world, begin(world, *last)).expect("nobody dies here");
         world.await_rest();
         // Also wait for commits that no call waits for, because they may be what fails.
-        let _ = world.daemon().core.store.barrier().and_then(|ticket| ticket.wait(soon()));
+        let _ = world
+            .daemon()
+            .core
+            .store
+            .barrier()
+            .and_then(|ticket| ticket.wait(soon()));
         let hit = world.points.hit();
         world.points.disarm();
-        let Some(hit) = hit else { return comes_to_nothing(world, &empty, &format!("{verbs:?}")) };
+        let Some(hit) = hit else {
+            return comes_to_nothing(world, &empty, &format!("{verbs:?}"));
+        };
         figures.points += 1;
         let at = format!("{verbs:?}, point {n} ({hit}) failed: {ended:?}");
         assert!(world.daemon().core.store.wait_writable(soon()), "{at}");
-        let leaks = world.call::<Leaks>(&LeaksRequest { fix: true }).unwrap().leaks;
+        let leaks = world
+            .call::<Leaks>(&LeaksRequest { fix: true })
+            .unwrap()
+            .leaks;
         assert!(leaks.iter().all(|l| l.removed), "{at}: {leaks:?}");
         agrees(world, &at);
         comes_to_nothing(world, &empty, &at);
@@ -327,7 +462,11 @@ fn fail_everywhere(world: &World, verbs: &[Verb], mode: Mode, figures: &mut Figu
 }
 
 fn sequences(length: usize) -> Vec<Vec<Verb>> {
-    (0..length).fold(vec![vec![]], |all, _| all.iter().flat_map(|s| VERBS.map(|v| [&s[..], &[v]].concat())).collect())
+    (0..length).fold(vec![vec![]], |all, _| {
+        all.iter()
+            .flat_map(|s| VERBS.map(|v| [&s[..], &[v]].concat()))
+            .collect()
+    })
 }
 
 #[test]
@@ -343,14 +482,18 @@ fn crash_at_any_point_of_operation_recovers() {
 #[test]
 fn crash_at_any_point_of_second_operation_recovers() {
     let (mut world, mut figures) = (World::new(), Figures::default());
-    sequences(2).iter().for_each(|verbs| crash_everywhere(&mut world, verbs, &mut figures));
+    sequences(2)
+        .iter()
+        .for_each(|verbs| crash_everywhere(&mut world, verbs, &mut figures));
     println!("{figures:?}");
 }
 
 #[test]
 fn crash_at_any_point_of_snapshot_recovers() {
     let (mut world, mut figures) = (World::new(), Figures::default());
-    SNAPSHOT_SEQUENCES.iter().for_each(|verbs| crash_everywhere(&mut world, verbs, &mut figures));
+    SNAPSHOT_SEQUENCES
+        .iter()
+        .for_each(|verbs| crash_everywhere(&mut world, verbs, &mut figures));
     println!("{figures:?}");
 }
 
@@ -358,7 +501,9 @@ fn crash_at_any_point_of_snapshot_recovers() {
 #[ignore = "minutes: scripts/test --long"]
 fn a_daemon_killed_at_any_point_of_the_third_operation() {
     let (mut world, mut figures) = (World::new(), Figures::default());
-    sequences(3).iter().for_each(|verbs| crash_everywhere(&mut world, verbs, &mut figures));
+    sequences(3)
+        .iter()
+        .for_each(|verbs| crash_everywhere(&mut world, verbs, &mut figures));
     println!("{figures:?}");
 }
 

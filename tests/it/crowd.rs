@@ -26,11 +26,17 @@ const MISDEEDS: [Misdeed; 5] = [
     },
     |s| s.write_all(&[b"[".repeat(100_000), b"\n".to_vec()].concat()),
     // Sends one byte per packet.
-    |s| b"{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"fcd.info\",\"params\":{}}\n".iter().try_for_each(|b| s.write_all(&[*b])),
+    |s| {
+        b"{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"fcd.info\",\"params\":{}}\n"
+            .iter()
+            .try_for_each(|b| s.write_all(&[*b]))
+    },
 ];
 
 fn misbehave(world: &World, n: usize) {
-    let Ok(mut stream) = UnixStream::connect(&world.config.socket) else { return };
+    let Ok(mut stream) = UnixStream::connect(&world.config.socket) else {
+        return;
+    };
     stream.set_read_timeout(Some(SOON)).unwrap();
     stream.set_write_timeout(Some(SOON)).unwrap();
     // The daemon may hang up or answer, or this side hangs up in the middle.
@@ -50,7 +56,9 @@ fn a_thousand_idle_and_some_bad_callers_slow_nobody_down() {
         c.limits.connections_per_uid_max = 2 * IDLE;
     });
     world.create("web");
-    let idle: Vec<_> = (0..IDLE).map(|_| UnixStream::connect(&world.config.socket).unwrap()).collect();
+    let idle: Vec<_> = (0..IDLE)
+        .map(|_| UnixStream::connect(&world.config.socket).unwrap())
+        .collect();
     let (done, misdeeds) = (AtomicBool::new(false), AtomicU64::new(0));
     let mut took = std::thread::scope(|scope| {
         for first in 0..2 {
@@ -72,7 +80,9 @@ fn a_thousand_idle_and_some_bad_callers_slow_nobody_down() {
                 begun.elapsed()
             })
             .collect();
-        await_that("every kind of misdeed was done", || misdeeds.load(Ordering::SeqCst) >= MISDEEDS.len() as u64);
+        await_that("every kind of misdeed was done", || {
+            misdeeds.load(Ordering::SeqCst) >= MISDEEDS.len() as u64
+        });
         done.store(true, Ordering::SeqCst);
         took
     });
@@ -87,7 +97,8 @@ fn a_thousand_idle_and_some_bad_callers_slow_nobody_down() {
     // The idle connections are still served.
     let mut last = idle.last().unwrap();
     last.set_read_timeout(Some(SOON)).unwrap();
-    last.write_all(b"{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"fcd.info\",\"params\":{}}\n").unwrap();
+    last.write_all(b"{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"fcd.info\",\"params\":{}}\n")
+        .unwrap();
     assert!(last.read(&mut [0; 16]).unwrap() > 0);
     drop(idle);
 }

@@ -9,7 +9,14 @@ use fcd::api::vm::{Vm, VmState};
 use serde_json::json;
 
 fn event(what: What) -> Event {
-    Event { seq: 7, at: 1, vm: Some(id()), name: Some(name("web")), owner_uid: 1000, what }
+    Event {
+        seq: 7,
+        at: 1,
+        vm: Some(id()),
+        name: Some(name("web")),
+        owner_uid: 1000,
+        what,
+    }
 }
 
 fn set(members: serde_json::Value) -> Members {
@@ -34,26 +41,60 @@ fn events_watch_goldens() {
         op: Some(id()),
         set: set(json!({"state": "failed", "reason": "why"})),
     };
-    let ended = What::OpEnded { op: id(), method: "vm.start".into(), state: OpState::Failed, error: Some(fault()) };
-    let well = What::OpEnded { op: id(), method: "image.build".into(), state: OpState::Ok, error: None };
+    let ended = What::OpEnded {
+        op: id(),
+        method: "vm.start".into(),
+        state: OpState::Failed,
+        error: Some(fault()),
+    };
+    let well = What::OpEnded {
+        op: id(),
+        method: "image.build".into(),
+        state: OpState::Ok,
+        error: None,
+    };
     let whats = [
-        What::Created { set: set(json!({"vcpus": 1})) },
-        What::Changed { set: set(json!({"vcpus": 2})) },
+        What::Created {
+            set: set(json!({"vcpus": 1})),
+        },
+        What::Changed {
+            set: set(json!({"vcpus": 2})),
+        },
         state,
         What::Deleted { op: None },
         ended,
     ];
     let mut events: Vec<_> = whats.into_iter().map(event).collect();
-    events.push(Event { vm: None, name: None, ..event(well) });
-    let vms = vec![Vm { workspace: None, pending: None, ..vm() }];
+    events.push(Event {
+        vm: None,
+        name: None,
+        ..event(well)
+    });
+    let vms = vec![Vm {
+        workspace: None,
+        pending: None,
+        ..vm()
+    }];
     let notes = [
-        Note::Snapshot(Snapshot { seq: 7, at: 1, resync: true, more: false, vms }),
+        Note::Snapshot(Snapshot {
+            seq: 7,
+            at: 1,
+            resync: true,
+            more: false,
+            vms,
+        }),
         Note::Events(Events { seq: 7, events }),
-        Note::Lagged(Lagged { dropped: 3, resume_seq: 9 }),
+        Note::Lagged(Lagged {
+            dropped: 3,
+            resume_seq: 9,
+        }),
     ];
     let mut all = String::new();
     for note in notes {
-        let text = line(&Notification { jsonrpc: Version::V2, note: note.clone() });
+        let text = line(&Notification {
+            jsonrpc: Version::V2,
+            note: note.clone(),
+        });
         match Line::<Box<serde_json::value::RawValue>>::parse(text.as_bytes()).unwrap() {
             Some(Line::Note(back)) => assert_eq!(back, note),
             other => panic!("{other:?}"),
@@ -74,6 +115,10 @@ fn events_watch_goldens() {
         {"jsonrpc":"2.0","method":"lagged","params":{"dropped":3,"resume_seq":9}}
     "#]].assert_eq(&all);
     // An event that a newer daemon may send.
-    let newer = r#"{"seq":7,"at":1,"vm":null,"name":null,"owner_uid":0,"event":"disk.full","free":1}"#;
-    assert_eq!(serde_json::from_str::<Event>(newer).unwrap().what, What::Unknown);
+    let newer =
+        r#"{"seq":7,"at":1,"vm":null,"name":null,"owner_uid":0,"event":"disk.full","free":1}"#;
+    assert_eq!(
+        serde_json::from_str::<Event>(newer).unwrap().what,
+        What::Unknown
+    );
 }

@@ -41,7 +41,9 @@ struct Mirror {
 }
 
 fn members(vm: &Vm) -> Members {
-    let Value::Object(members) = serde_json::to_value(vm).unwrap() else { panic!("{vm:?}") };
+    let Value::Object(members) = serde_json::to_value(vm).unwrap() else {
+        panic!("{vm:?}")
+    };
     members
 }
 
@@ -58,10 +60,19 @@ impl Mirror {
                 }
                 assert!(snapshot.seq >= self.seq);
                 self.seq = snapshot.seq;
-                self.vms.extend(snapshot.vms.iter().map(|vm| (vm.id.to_string(), members(vm))));
+                self.vms.extend(
+                    snapshot
+                        .vms
+                        .iter()
+                        .map(|vm| (vm.id.to_string(), members(vm))),
+                );
             }
             Note::Events(told) => {
-                assert!(told.seq > self.seq && !told.events.is_empty(), "after {}: {told:?}", self.seq);
+                assert!(
+                    told.seq > self.seq && !told.events.is_empty(),
+                    "after {}: {told:?}",
+                    self.seq
+                );
                 self.seq = told.seq;
                 told.events.iter().for_each(|e| self.event(told.seq, e));
             }
@@ -73,17 +84,32 @@ impl Mirror {
     fn event(&mut self, seq: u64, event: &Event) {
         assert!(event.seq == seq && event.at > 1_700_000_000, "{event:?}");
         let name = event.name.as_ref().map_or("-", |n| n.as_str());
-        let id = event.vm.as_ref().map(ToString::to_string).unwrap_or_default();
+        let id = event
+            .vm
+            .as_ref()
+            .map(ToString::to_string)
+            .unwrap_or_default();
         let text = match &event.what {
             What::Created { set } => {
-                assert!(self.vms.insert(id, set.clone()).is_none(), "made twice: {event:?}");
+                assert!(
+                    self.vms.insert(id, set.clone()).is_none(),
+                    "made twice: {event:?}"
+                );
                 "created".to_owned()
             }
             What::Changed { set } => {
-                self.vms.get_mut(&id).expect("it is there").extend(set.clone());
-                format!("changed {}", set.keys().cloned().collect::<Vec<_>>().join(" "))
+                self.vms
+                    .get_mut(&id)
+                    .expect("it is there")
+                    .extend(set.clone());
+                format!(
+                    "changed {}",
+                    set.keys().cloned().collect::<Vec<_>>().join(" ")
+                )
             }
-            What::State { from, to, set, op, .. } => {
+            What::State {
+                from, to, set, op, ..
+            } => {
                 let vm = self.vms.get_mut(&id).expect("it is there");
                 assert_eq!(vm["state"], from.name(), "{event:?}");
                 assert!(op.is_some() || *from == VmState::Running, "{event:?}");
@@ -95,7 +121,12 @@ impl Mirror {
                 self.vms.remove(&id).expect("it was there");
                 "deleted".to_owned()
             }
-            What::OpEnded { method, state, error, .. } => {
+            What::OpEnded {
+                method,
+                state,
+                error,
+                ..
+            } => {
                 assert_eq!(error.is_some(), *state != OpState::Ok, "{event:?}");
                 format!("{method} {state:?}")
             }
@@ -106,9 +137,20 @@ impl Mirror {
 
     /// Listens until this member of the VM has this value.
     #[track_caller]
-    fn follow(&mut self, call: &Running<EventsWatchReply>, vm: &str, member: &str, value: impl Into<Value>) {
+    fn follow(
+        &mut self,
+        call: &Running<EventsWatchReply>,
+        vm: &str,
+        member: &str,
+        value: impl Into<Value>,
+    ) {
         let value = value.into();
-        while self.in_snapshot || !self.vms.values().any(|m| m["name"] == vm && m[member] == value) {
+        while self.in_snapshot
+            || !self
+                .vms
+                .values()
+                .any(|m| m["name"] == vm && m[member] == value)
+        {
             self.apply(&call.note(|note| Some(note.clone())));
         }
     }
@@ -116,14 +158,29 @@ impl Mirror {
     /// Checks that the mirror equals what the daemon reports.
     #[track_caller]
     fn check(&self, world: &World) {
-        let vms = world.call::<VmList>(&VmListRequest { all: true, ..Default::default() }).unwrap().vms;
-        let truth: BTreeMap<_, _> = vms.iter().map(|vm| (vm.id.to_string(), members(vm))).collect();
+        let vms = world
+            .call::<VmList>(&VmListRequest {
+                all: true,
+                ..Default::default()
+            })
+            .unwrap()
+            .vms;
+        let truth: BTreeMap<_, _> = vms
+            .iter()
+            .map(|vm| (vm.id.to_string(), members(vm)))
+            .collect();
         assert_eq!(self.vms, truth);
     }
 }
 
 fn set_vcpus(world: &World, vm: &str, vcpus: u32) {
-    world.call::<VmSet>(&VmSetRequest { vm: vm.into(), vcpus: Some(vcpus), ..Default::default() }).unwrap();
+    world
+        .call::<VmSet>(&VmSetRequest {
+            vm: vm.into(),
+            vcpus: Some(vcpus),
+            ..Default::default()
+        })
+        .unwrap();
 }
 
 #[test]
@@ -138,7 +195,9 @@ fn watch_reports_whole_life_of_vm() {
     world.stop("web").unwrap();
     world.place(&vm.id);
     world.start("web").unwrap();
-    world.vmm.die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9)));
+    world
+        .vmm
+        .die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9)));
     world.await_state("web", VmState::Failed);
     world.delete("web").unwrap();
     world.create("end");
@@ -200,12 +259,26 @@ fn watch_through_a_thousand_changes_matches_daemon() {
     world.create("end");
     mirror.follow(&call, "end", "state", "created");
     mirror.check(&world);
-    assert!(world.daemon().core.store.stats().changes >= 1000, "{:?}", world.daemon().core.store.stats());
-    assert_eq!((mirror.vms.len(), mirror.snapshots), (2 + WORKERS * ROUNDS / 5, 1));
+    assert!(
+        world.daemon().core.store.stats().changes >= 1000,
+        "{:?}",
+        world.daemon().core.store.stats()
+    );
+    assert_eq!(
+        (mirror.vms.len(), mirror.snapshots),
+        (2 + WORKERS * ROUNDS / 5, 1)
+    );
     // One start and one kill of each VM has succeeded.
     let count = |line: &str| mirror.lines.iter().filter(|l| l.ends_with(line)).count();
     let all = WORKERS * ROUNDS;
-    assert_eq!((count(" vm.start Ok"), count(" vm.kill Ok"), count(" deleted")), (all, all, all * 4 / 5));
+    assert_eq!(
+        (
+            count(" vm.start Ok"),
+            count(" vm.kill Ok"),
+            count(" deleted")
+        ),
+        (all, all, all * 4 / 5)
+    );
 }
 
 #[test]
@@ -217,17 +290,34 @@ fn watch_since_resumes_without_gap() {
     set_vcpus(&world, "a", 2);
     world.create("b");
     // Resuming delivers the rest and nothing else.
-    let (mut second, again) =
-        (Mirror { vms: first.vms.clone(), seq: first.seq, ..Mirror::default() }, watch(&world, Some(first.seq)));
+    let (mut second, again) = (
+        Mirror {
+            vms: first.vms.clone(),
+            seq: first.seq,
+            ..Mirror::default()
+        },
+        watch(&world, Some(first.seq)),
+    );
     second.follow(&again, "b", "state", "created");
-    assert_eq!((second.lines.as_slice(), second.snapshots), (&["a changed vcpus".to_owned(), "b created".to_owned()][..], 0));
+    assert_eq!(
+        (second.lines.as_slice(), second.snapshots),
+        (
+            &["a changed vcpus".to_owned(), "b created".to_owned()][..],
+            0
+        )
+    );
     first.follow(&call, "b", "state", "created");
     assert_eq!((&first.vms, first.seq), (&second.vms, second.seq));
     first.check(&world);
     // A sequence number that was never assigned.
     let note = watch(&world, Some(u64::MAX)).note(|note| Some(note.clone()));
-    let Note::Snapshot(snapshot) = note else { panic!("{note:?}") };
-    assert!(snapshot.resync && snapshot.seq == first.seq && snapshot.vms.len() == 2, "{snapshot:?}");
+    let Note::Snapshot(snapshot) = note else {
+        panic!("{note:?}")
+    };
+    assert!(
+        snapshot.resync && snapshot.seq == first.seq && snapshot.vms.len() == 2,
+        "{snapshot:?}"
+    );
 }
 
 #[test]
@@ -237,19 +327,34 @@ fn watch_resumes_after_daemon_restart() {
     world.await_rest();
     let (mut mirror, mut call) = watch_from_snapshot(&world);
     set_vcpus(&world, "web", 2);
-    mirror.follow(&call, "web", "pending", serde_json::to_value(Pending { vcpus: Some(2), ..Default::default() }).unwrap());
+    mirror.follow(
+        &call,
+        "web",
+        "pending",
+        serde_json::to_value(Pending {
+            vcpus: Some(2),
+            ..Default::default()
+        })
+        .unwrap(),
+    );
     let before = mirror.seq;
     world.reopen();
     assert!(call.finish(SOON).unwrap_err().is(Kind::ShuttingDown));
     // The VMM died while no daemon ran. Reconciling reports it.
-    world.vmm.die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9)));
+    world
+        .vmm
+        .die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9)));
     world.daemon().reconciler.reconcile();
     let again = watch(&world, Some(before));
     mirror.follow(&again, "web", "state", "failed");
     set_vcpus(&world, "web", 3);
     mirror.follow(&again, "web", "vcpus", 3);
     mirror.check(&world);
-    assert_eq!((mirror.snapshots, mirror.resyncs), (1, 0), "it had all and missed nothing");
+    assert_eq!(
+        (mirror.snapshots, mirror.resyncs),
+        (1, 0),
+        "it had all and missed nothing"
+    );
     // A listener that had not seen everything before the restart gets a new snapshot.
     let late = watch(&world, Some(before - 1));
     mirror.follow(&late, "web", "vcpus", 3);
@@ -286,10 +391,22 @@ impl WatchLine for Ours {
 }
 
 fn listen(world: &World, uid: u32) -> Listener {
-    let (daemon, (peer, theirs), (send, notes)) = (world.daemon().clone(), UnixStream::pair().unwrap(), channel());
+    let (daemon, (peer, theirs), (send, notes)) = (
+        world.daemon().clone(),
+        UnixStream::pair().unwrap(),
+        channel(),
+    );
     let body = move || {
-        let caller = Caller { uid, gid: uid, pid: 0 };
-        daemon.watchers.watch_events(&caller, &EventsWatchRequest::default(), &Ours(Arc::new(theirs)))
+        let caller = Caller {
+            uid,
+            gid: uid,
+            pid: 0,
+        };
+        daemon.watchers.watch_events(
+            &caller,
+            &EventsWatchRequest::default(),
+            &Ours(Arc::new(theirs)),
+        )
     };
     let ended = fcd::host::thread::spawn("listener", body).unwrap();
     let mut lines = BufReader::new(peer.try_clone().unwrap());
@@ -303,7 +420,12 @@ fn listen(world: &World, uid: u32) -> Listener {
     fcd::host::thread::spawn("reader", read).unwrap();
     let mut mirror = Mirror::default();
     mirror.apply(&notes.recv_timeout(SOON).expect("a snapshot"));
-    Listener { mirror, notes, peer, ended }
+    Listener {
+        mirror,
+        notes,
+        peer,
+        ended,
+    }
 }
 
 /// Reads one line, or `None` at the end of the connection.
@@ -311,7 +433,11 @@ fn read_line(from: &mut impl BufRead) -> Option<Line> {
     let mut line = String::new();
     from.read_line(&mut line).unwrap();
     let parsed = || Line::<Box<serde_json::value::RawValue>>::parse(line.as_bytes());
-    (!line.is_empty()).then(|| parsed().unwrap_or_else(|e| panic!("{line:?}: {e}")).expect("known"))
+    (!line.is_empty()).then(|| {
+        parsed()
+            .unwrap_or_else(|e| panic!("{line:?}: {e}"))
+            .expect("known")
+    })
 }
 
 impl Listener {
@@ -319,14 +445,32 @@ impl Listener {
     #[track_caller]
     fn lines_until(self, vm: &str, vcpus: u32) -> Vec<String> {
         let mut mirror = self.mirror;
-        while !mirror.vms.values().any(|m| m["name"] == vm && m["vcpus"] == vcpus) {
-            mirror.apply(&self.notes.recv_timeout(SOON).expect("there is another event"));
+        while !mirror
+            .vms
+            .values()
+            .any(|m| m["name"] == vm && m["vcpus"] == vcpus)
+        {
+            mirror.apply(
+                &self
+                    .notes
+                    .recv_timeout(SOON)
+                    .expect("there is another event"),
+            );
         }
-        assert!(mirror.vms.values().all(|m| m["name"] == vm || vm == "common"), "{mirror:?}");
+        assert!(
+            mirror
+                .vms
+                .values()
+                .all(|m| m["name"] == vm || vm == "common"),
+            "{mirror:?}"
+        );
         self.peer.shutdown(std::net::Shutdown::Both).unwrap();
         // The daemon must notice the hang-up.
         await_that("it ends", || self.ended.is_finished());
-        assert_eq!(self.ended.join().unwrap().unwrap_err().kind(), Kind::Cancelled);
+        assert_eq!(
+            self.ended.join().unwrap().unwrap_err().kind(),
+            Kind::Cancelled
+        );
         mirror.lines
     }
 }
@@ -335,8 +479,22 @@ impl Listener {
 fn watch_shows_owner_own_vms_and_root_all() {
     let world = World::new();
     let create = |name: &str, uid| {
-        let request = VmCreateRequest { name: Some(name.parse().unwrap()), ..Default::default() };
-        world.daemon().creator.create(&Caller { uid, gid: uid, pid: 0 }, &request).unwrap()
+        let request = VmCreateRequest {
+            name: Some(name.parse().unwrap()),
+            ..Default::default()
+        };
+        world
+            .daemon()
+            .creator
+            .create(
+                &Caller {
+                    uid,
+                    gid: uid,
+                    pid: 0,
+                },
+                &request,
+            )
+            .unwrap()
     };
     let mine = create("mine", 1000);
     let listeners = [1000, 2000, 0].map(|uid| listen(&world, uid));
@@ -356,11 +514,26 @@ fn watch_shows_owner_own_vms_and_root_all() {
     set_vcpus(&world, "mine", 6);
     let [mine, theirs, root] = listeners;
     let mine = mine.lines_until("mine", 6);
-    assert!(mine.iter().all(|l| l.starts_with("mine ")) && mine.contains(&"mine vm.start Ok".to_owned()), "{mine:?}");
+    assert!(
+        mine.iter().all(|l| l.starts_with("mine "))
+            && mine.contains(&"mine vm.start Ok".to_owned()),
+        "{mine:?}"
+    );
     let theirs = theirs.lines_until("theirs", 6);
-    assert_eq!(theirs, ["theirs created", "theirs changed vcpus", "theirs changed vcpus"]);
+    assert_eq!(
+        theirs,
+        [
+            "theirs created",
+            "theirs changed vcpus",
+            "theirs changed vcpus"
+        ]
+    );
     let root = root.lines_until("common", 5);
-    assert!(theirs[..2].iter().all(|l| root.contains(l)) && root.contains(&"mine vm.kill Ok".to_owned()), "{root:?}");
+    assert!(
+        theirs[..2].iter().all(|l| root.contains(l))
+            && root.contains(&"mine vm.kill Ok".to_owned()),
+        "{root:?}"
+    );
 }
 
 /// A client that works on lines and reads only when the test does.
@@ -376,7 +549,9 @@ impl Plain {
     }
 
     fn ask(&mut self, params: &str, more: bool) {
-        let call = format!(r#"{{"jsonrpc":"2.0","id":1,"method":"events.watch","params":{params},"more":{more}}}"#);
+        let call = format!(
+            r#"{{"jsonrpc":"2.0","id":1,"method":"events.watch","params":{params},"more":{more}}}"#
+        );
         writeln!(self.0.get_mut(), "{call}").unwrap();
     }
 
@@ -391,11 +566,17 @@ fn watch_slow_reader_delays_nobody_and_loses_nothing() {
     let world = World::new();
     world.create("web");
     let mut slow = Plain::watch(&world, "{}");
-    let Line::Note(Note::Snapshot(_)) = slow.next() else { panic!("no snapshot") };
+    let Line::Note(Note::Snapshot(_)) = slow.next() else {
+        panic!("no snapshot")
+    };
     let (mut fast, call) = watch_from_snapshot(&world);
     let id = world.show("web").unwrap().id;
     for n in 1..=CHANGES {
-        let change = world.daemon().core.store.change(|tx| tx.update_vm_unlocked(&id, |r| r.mem_mib = u64::from(n)));
+        let change = world
+            .daemon()
+            .core
+            .store
+            .change(|tx| tx.update_vm_unlocked(&id, |r| r.mem_mib = u64::from(n)));
         change.unwrap().1.detach();
         if n % 250 == 0 {
             // One listener reads nothing and the other gets every event, while calls are answered.
@@ -414,15 +595,22 @@ fn watch_slow_reader_delays_nobody_and_loses_nothing() {
             Line::Note(Note::Lagged(lagged)) => {
                 lags += 1;
                 assert_eq!(lagged.dropped, u64::from(CHANGES) - heard.len() as u64);
-                let Line::Response(response) = slow.next() else { panic!("a lag ends it") };
-                let reply: EventsWatchReply = serde_json::from_str(response.result.unwrap().get()).unwrap();
+                let Line::Response(response) = slow.next() else {
+                    panic!("a lag ends it")
+                };
+                let reply: EventsWatchReply =
+                    serde_json::from_str(response.result.unwrap().get()).unwrap();
                 assert_eq!(reply.resume_seq, lagged.resume_seq);
                 slow.ask(&format!(r#"{{"since":{}}}"#, lagged.resume_seq), true);
             }
             other => panic!("{other:?}"),
         }
     }
-    assert_eq!(heard, (1..=u64::from(CHANGES)).collect::<Vec<_>>(), "each once and in order");
+    assert_eq!(
+        heard,
+        (1..=u64::from(CHANGES)).collect::<Vec<_>>(),
+        "each once and in order"
+    );
     assert!(lags == 1 && CHANGES as usize > QUEUE_MAX, "{lags}");
 }
 
@@ -430,10 +618,18 @@ fn watch_slow_reader_delays_nobody_and_loses_nothing() {
 fn watch_on_half_closed_connection_continues() {
     let world = World::new();
     let mut plain = Plain::watch(&world, "{}");
-    plain.0.get_mut().shutdown(std::net::Shutdown::Write).unwrap();
-    let Line::Note(Note::Snapshot(_)) = plain.next() else { panic!("no snapshot") };
+    plain
+        .0
+        .get_mut()
+        .shutdown(std::net::Shutdown::Write)
+        .unwrap();
+    let Line::Note(Note::Snapshot(_)) = plain.next() else {
+        panic!("no snapshot")
+    };
     world.create("web");
-    let Line::Note(Note::Events(told)) = plain.next() else { panic!("no events") };
+    let Line::Note(Note::Events(told)) = plain.next() else {
+        panic!("no events")
+    };
     assert_eq!(told.events[0].name.as_ref().unwrap().as_str(), "web");
 }
 
@@ -442,8 +638,13 @@ fn watch_with_invalid_parameters_keeps_connection_open() {
     let world = World::new();
     let mut plain = Plain::watch(&world, r#"{"sinse":1}"#);
     for _ in 0..2 {
-        let Line::Response(response) = plain.next() else { panic!("no answer") };
-        assert_eq!(response.error.unwrap().data.unwrap().kind, Kind::InvalidArgument.name());
+        let Line::Response(response) = plain.next() else {
+            panic!("no answer")
+        };
+        assert_eq!(
+            response.error.unwrap().data.unwrap().kind,
+            Kind::InvalidArgument.name()
+        );
         plain.ask("{}", false);
     }
 }
@@ -469,16 +670,34 @@ impl Tail {
     /// Watches until it receives this change, and watches again after every lag.
     fn until(self, last: &[(u32, u64)]) -> Tailed {
         let is_seen = |owner: u32| self.uid == 0 || self.uid == owner;
-        let last = last.iter().filter(|(owner, _)| is_seen(*owner)).map(|(_, mem)| *mem).max().unwrap();
-        let mut tailed = Tailed { after: self.since.unwrap_or_default(), changes: vec![], lags: 0 };
+        let last = last
+            .iter()
+            .filter(|(owner, _)| is_seen(*owner))
+            .map(|(_, mem)| *mem)
+            .max()
+            .unwrap();
+        let mut tailed = Tailed {
+            after: self.since.unwrap_or_default(),
+            changes: vec![],
+            lags: 0,
+        };
         let (mut since, mut is_over) = (self.since, false);
         loop {
             let (peer, ours) = UnixStream::pair().unwrap();
             peer.set_read_timeout(Some(SOON)).unwrap();
-            let (daemon, caller) = (self.daemon.clone(), Caller { uid: self.uid, gid: self.uid, pid: 0 });
+            let (daemon, caller) = (
+                self.daemon.clone(),
+                Caller {
+                    uid: self.uid,
+                    gid: self.uid,
+                    pid: 0,
+                },
+            );
             let watch = fcd::host::thread::spawn("watch", move || {
                 let ours = Ours(Arc::new(ours));
-                daemon.watchers.watch_events(&caller, &EventsWatchRequest { since }, &ours)
+                daemon
+                    .watchers
+                    .watch_events(&caller, &EventsWatchRequest { since }, &ours)
             });
             let mut lines = BufReader::new(peer.try_clone().unwrap());
             since = loop {
@@ -495,12 +714,18 @@ impl Tail {
                 }
                 if is_over || tailed.changes.last().is_some_and(|(_, mem)| *mem == last) {
                     peer.shutdown(std::net::Shutdown::Both).unwrap();
-                    assert_eq!(watch.unwrap().join().unwrap().unwrap_err().kind(), Kind::Cancelled);
+                    assert_eq!(
+                        watch.unwrap().join().unwrap().unwrap_err().kind(),
+                        Kind::Cancelled
+                    );
                     return tailed;
                 }
             };
             tailed.lags += 1;
-            assert_eq!(watch.unwrap().join().unwrap().unwrap().resume_seq, since.unwrap());
+            assert_eq!(
+                watch.unwrap().join().unwrap().unwrap().resume_seq,
+                since.unwrap()
+            );
         }
     }
 
@@ -512,9 +737,14 @@ impl Tail {
 impl Tailed {
     #[track_caller]
     fn take(&mut self, told: &Events) {
-        let [event] = told.events.as_slice() else { panic!("{told:?}") };
-        let What::Changed { set } = &event.what else { panic!("{event:?}") };
-        self.changes.push((told.seq, set["mem_mib"].as_u64().unwrap()));
+        let [event] = told.events.as_slice() else {
+            panic!("{told:?}")
+        };
+        let What::Changed { set } = &event.what else {
+            panic!("{event:?}")
+        };
+        self.changes
+            .push((told.seq, set["mem_mib"].as_u64().unwrap()));
     }
 }
 
@@ -525,15 +755,55 @@ fn watchers_that_join_and_lag_under_load_see_what_store_has() {
     const JOIN_EVERY: u64 = 900;
     let world = World::new();
     let vms = [1000, 2000].map(|uid| {
-        let request = VmCreateRequest { name: Some(format!("of-{uid}").parse().unwrap()), ..Default::default() };
-        (uid, world.daemon().creator.create(&Caller { uid, gid: uid, pid: 0 }, &request).unwrap().id)
+        let request = VmCreateRequest {
+            name: Some(format!("of-{uid}").parse().unwrap()),
+            ..Default::default()
+        };
+        (
+            uid,
+            world
+                .daemon()
+                .creator
+                .create(
+                    &Caller {
+                        uid,
+                        gid: uid,
+                        pid: 0,
+                    },
+                    &request,
+                )
+                .unwrap()
+                .id,
+        )
     });
-    let last = vms.each_ref().map(|(uid, _)| (*uid, if *uid == 1000 { 10_000 + CHANGES } else { 9_999 + CHANGES }));
+    let last = vms.each_ref().map(|(uid, _)| {
+        (
+            *uid,
+            if *uid == 1000 {
+                10_000 + CHANGES
+            } else {
+                9_999 + CHANGES
+            },
+        )
+    });
     let (mut truth, mut tails, mut stutterers, mut sleepers) = (vec![], vec![], vec![], vec![]);
     for n in 1..=CHANGES {
         if n % JOIN_EVERY == 1 {
-            let now = world.daemon().core.store.barrier().unwrap().wait(soon()).unwrap();
-            for (uid, since) in [(0, None), (1000, None), (2000, None), (0, Some(now)), (2000, Some(now))] {
+            let now = world
+                .daemon()
+                .core
+                .store
+                .barrier()
+                .unwrap()
+                .wait(soon())
+                .unwrap();
+            for (uid, since) in [
+                (0, None),
+                (1000, None),
+                (2000, None),
+                (0, Some(now)),
+                (2000, Some(now)),
+            ] {
                 for kind in 0..3 {
                     let (permit, permits) = channel();
                     match kind {
@@ -541,7 +811,12 @@ fn watchers_that_join_and_lag_under_load_see_what_store_has() {
                         1 => stutterers.push(permit),
                         _ => sleepers.push(permit),
                     }
-                    let tail = Tail { daemon: world.daemon().clone(), uid, since, permits };
+                    let tail = Tail {
+                        daemon: world.daemon().clone(),
+                        uid,
+                        since,
+                        permits,
+                    };
                     let body = move || (uid, tail.until(&last));
                     tails.push(fcd::host::thread::spawn("tail", body).unwrap());
                 }
@@ -549,7 +824,12 @@ fn watchers_that_join_and_lag_under_load_see_what_store_has() {
         }
         let (owner, id) = &vms[usize::from(n % 2 == 1)];
         let mem = 10_000 + n;
-        let ((), ticket) = world.daemon().core.store.change(|tx| tx.update_vm_unlocked(id, |r| r.mem_mib = mem)).unwrap();
+        let ((), ticket) = world
+            .daemon()
+            .core
+            .store
+            .change(|tx| tx.update_vm_unlocked(id, |r| r.mem_mib = mem))
+            .unwrap();
         truth.push((*owner, ticket.seq(), mem));
         if n % 50 == 0 {
             ticket.wait(soon()).unwrap();
@@ -563,8 +843,14 @@ fn watchers_that_join_and_lag_under_load_see_what_store_has() {
     let mut lags = 0;
     for tail in tails {
         let (uid, tailed) = tail.join().unwrap();
-        let theirs = truth.iter().filter(|(owner, seq, _)| (uid == 0 || *owner == uid) && *seq > tailed.after);
-        assert_eq!(tailed.changes, theirs.map(|(_, seq, mem)| (*seq, *mem)).collect::<Vec<_>>(), "of uid {uid}");
+        let theirs = truth
+            .iter()
+            .filter(|(owner, seq, _)| (uid == 0 || *owner == uid) && *seq > tailed.after);
+        assert_eq!(
+            tailed.changes,
+            theirs.map(|(_, seq, mem)| (*seq, *mem)).collect::<Vec<_>>(),
+            "of uid {uid}"
+        );
         lags += tailed.lags;
     }
     assert!(lags > 0, "nobody was slow enough");

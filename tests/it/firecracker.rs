@@ -37,13 +37,21 @@ impl Bench {
         // open for writing when another test forked cannot be executed.
         std::fs::hard_link(PROGRAM, dir.path().join("firecracker")).unwrap();
         std::fs::create_dir(dir.path().join("vm")).unwrap();
-        for (name, bytes) in
-            [("vmlinux", b"\x7fELF".as_slice()), ("initrd", b"x"), ("vm/disk", b"x"), ("vm/seed", b"x"), ("vm/work", b"x")]
-        {
+        for (name, bytes) in [
+            ("vmlinux", b"\x7fELF".as_slice()),
+            ("initrd", b"x"),
+            ("vm/disk", b"x"),
+            ("vm/seed", b"x"),
+            ("vm/work", b"x"),
+        ] {
             std::fs::write(dir.path().join(name), bytes).unwrap();
         }
         let prefix = format!("fc-{}-", &fcd::ids::VmId::random().as_str()[..8]);
-        let bench = Self { driver: driver(dir.path()), dir, prefix };
+        let bench = Self {
+            driver: driver(dir.path()),
+            dir,
+            prefix,
+        };
         bench.script(script);
         bench
     }
@@ -58,7 +66,11 @@ impl Bench {
 
     fn spec(&self) -> VmmSpec {
         let path = |name: &str| self.dir.path().join(name);
-        let base = fcd::vmm::fake::spec("0123456789ab".parse().unwrap(), &self.tag(), self.dir.path());
+        let base = fcd::vmm::fake::spec(
+            "0123456789ab".parse().unwrap(),
+            &self.tag(),
+            self.dir.path(),
+        );
         VmmSpec {
             dir: path("vm"),
             kernel: path("vmlinux"),
@@ -79,12 +91,16 @@ impl Bench {
     /// Returns the result and the process that the driver reported.
     fn start(&self, cancel: &Cancel) -> (fcd::error::Result<Running>, Option<Identity>) {
         let mut reported = None;
-        let started = self.driver.start(&self.spec(), cancel, &mut |identity| reported = Some(identity.clone()));
+        let started = self.driver.start(&self.spec(), cancel, &mut |identity| {
+            reported = Some(identity.clone())
+        });
         (started, reported)
     }
 
     fn running(&self) -> Running {
-        self.start(&Cancel::try_new().unwrap()).0.unwrap_or_else(|e| panic!("{e}"))
+        self.start(&Cancel::try_new().unwrap())
+            .0
+            .unwrap_or_else(|e| panic!("{e}"))
     }
 
     /// Checks that the start fails and leaves no process.
@@ -111,7 +127,11 @@ impl Bench {
     fn await_console(&self, text: &str) {
         let deadline = soon();
         while !self.console().contains(text) {
-            assert!(Instant::now() < deadline, "{text:?} is not in {:?}", self.console());
+            assert!(
+                Instant::now() < deadline,
+                "{text:?} is not in {:?}",
+                self.console()
+            );
             std::thread::yield_now();
         }
     }
@@ -127,8 +147,13 @@ impl Drop for Bench {
 }
 
 fn driver(dir: &Path) -> Firecracker {
-    let config = fcd::config::Firecracker { binary: dir.join("firecracker"), ..Default::default() };
-    Firecracker::new(config, 0..0, Arc::new(Consoles::try_new().unwrap())).unwrap().without_kvm()
+    let config = fcd::config::Firecracker {
+        binary: dir.join("firecracker"),
+        ..Default::default()
+    };
+    Firecracker::new(config, 0..0, Arc::new(Consoles::try_new().unwrap()))
+        .unwrap()
+        .without_kvm()
 }
 
 /// The requests of a start, in order.
@@ -170,18 +195,38 @@ fn start_configures_vm_and_runs_guest() {
     "#]]
     .assert_eq(&bench.requests());
     bench.await_console("the guest runs");
-    assert_eq!(bench.driver.find(&bench.tag()).unwrap().as_ref(), Some(&running.identity));
-    assert!(bench.driver.is_ours(&running.identity, &bench.tag()) && !bench.driver.is_ours(&running.identity, "fc-other-x-1"));
+    assert_eq!(
+        bench.driver.find(&bench.tag()).unwrap().as_ref(),
+        Some(&running.identity)
+    );
+    assert!(
+        bench.driver.is_ours(&running.identity, &bench.tag())
+            && !bench.driver.is_ours(&running.identity, "fc-other-x-1")
+    );
     // The VMM has its output, socket, console and connections open, and none of our descriptors.
-    for fd in std::fs::read_dir(format!("/proc/{}/fd", running.identity.pid)).unwrap().flatten() {
-        let Ok(target) = std::fs::read_link(fd.path()) else { continue };
-        let (target, dir) = (target.display().to_string(), bench.dir.path().display().to_string());
-        assert!(target == "/dev/null" || target.starts_with("socket:") || target.starts_with(&dir), "{target}");
+    for fd in std::fs::read_dir(format!("/proc/{}/fd", running.identity.pid))
+        .unwrap()
+        .flatten()
+    {
+        let Ok(target) = std::fs::read_link(fd.path()) else {
+            continue;
+        };
+        let (target, dir) = (
+            target.display().to_string(),
+            bench.dir.path().display().to_string(),
+        );
+        assert!(
+            target == "/dev/null" || target.starts_with("socket:") || target.starts_with(&dir),
+            "{target}"
+        );
     }
     bench.driver.kill(&running.identity, soon()).unwrap();
     assert_eq!(bench.driver.find(&bench.tag()).unwrap(), None);
     // Files of the previous run do not prevent a start.
-    bench.driver.kill(&bench.running().identity, soon()).unwrap();
+    bench
+        .driver
+        .kill(&bench.running().identity, soon())
+        .unwrap();
 }
 
 #[test]
@@ -191,19 +236,34 @@ fn start_with_fault_at_any_request_leaves_nothing() {
     for (method, path) in REQUESTS {
         bench.script(&format!("{method} {path} die"));
         let e = bench.fails(&never);
-        assert!(e.kind() == Kind::VmmFailed && e.to_string().contains("firecracker ended with signal 6"), "{path}: {e}");
+        assert!(
+            e.kind() == Kind::VmmFailed
+                && e.to_string().contains("firecracker ended with signal 6"),
+            "{path}: {e}"
+        );
         for fault in ["hangup", "garbage"] {
             bench.script(&format!("{method} {path} {fault}"));
             let e = bench.fails(&never);
-            assert!(e.kind() == Kind::VmmFailed && e.hint_text().is_none_or(|h| !h.is_empty()), "{path}: {e}");
+            assert!(
+                e.kind() == Kind::VmmFailed && e.hint_text().is_none_or(|h| !h.is_empty()),
+                "{path}: {e}"
+            );
         }
         bench.script(&format!(
             "{method} {path} refuse Error manipulating the backing file: No such file or directory (os error 2)"
         ));
         let e = bench.fails(&never);
-        assert!(e.kind() == Kind::VmmFailed && e.to_string().contains("backing file") && e.hint_text().is_some(), "{path}: {e}");
+        assert!(
+            e.kind() == Kind::VmmFailed
+                && e.to_string().contains("backing file")
+                && e.hint_text().is_some(),
+            "{path}: {e}"
+        );
         bench.script(&format!("{method} {path} slow 30"));
-        bench.driver.kill(&bench.running().identity, soon()).unwrap();
+        bench
+            .driver
+            .kill(&bench.running().identity, soon())
+            .unwrap();
     }
 }
 
@@ -215,7 +275,9 @@ fn hanging_start_is_cancelled_at_once() {
         std::thread::scope(|s| {
             s.spawn(|| {
                 let deadline = soon();
-                let asked = || std::fs::read_to_string(bench.dir.path().join("requests")).unwrap_or_default();
+                let asked = || {
+                    std::fs::read_to_string(bench.dir.path().join("requests")).unwrap_or_default()
+                };
                 while !asked().contains(&format!("{method} {path} ")) {
                     assert!(Instant::now() < deadline, "it is not asked for {path}");
                     std::thread::yield_now();
@@ -238,29 +300,59 @@ fn refusals_have_hints() {
         assert!(e.hint_text().is_some(), "{e}");
         (e.kind(), e.to_string())
     };
-    let (no_elf, said) = kind(&|b| std::fs::write(b.dir.path().join("vmlinux"), "MZ, a bzImage").unwrap());
-    assert!(no_elf == Kind::Unsupported && said.contains("Invalid Elf magic number"), "{said}");
+    let (no_elf, said) =
+        kind(&|b| std::fs::write(b.dir.path().join("vmlinux"), "MZ, a bzImage").unwrap());
+    assert!(
+        no_elf == Kind::Unsupported && said.contains("Invalid Elf magic number"),
+        "{said}"
+    );
     let (no_disk, said) = kind(&|b| std::fs::remove_file(b.dir.path().join("vm/disk")).unwrap());
-    assert!(no_disk == Kind::VmmFailed && said.contains("add disk root"), "{said}");
+    assert!(
+        no_disk == Kind::VmmFailed && said.contains("add disk root"),
+        "{said}"
+    );
     let (too_old, said) = kind(&|b| b.script("VERSION 1.13.1"));
-    assert!(too_old == Kind::Unsupported && said.contains("1.13.1") && said.contains("1.14"), "{said}");
+    assert!(
+        too_old == Kind::Unsupported && said.contains("1.13.1") && said.contains("1.14"),
+        "{said}"
+    );
     let (ends, said) = kind(&|b| b.script("EXIT the seccomp filter cannot be loaded"));
-    assert!(ends == Kind::VmmFailed && said.contains("exit status 1: the seccomp filter cannot be loaded"), "{said}");
-    let (missing, said) = kind(&|b| std::fs::remove_file(b.dir.path().join("firecracker")).unwrap());
+    assert!(
+        ends == Kind::VmmFailed
+            && said.contains("exit status 1: the seccomp filter cannot be loaded"),
+        "{said}"
+    );
+    let (missing, said) =
+        kind(&|b| std::fs::remove_file(b.dir.path().join("firecracker")).unwrap());
     assert_eq!(missing, Kind::CommandMissing, "{said}");
     let (not_executable, said) = kind(&|b| {
         let program = b.dir.path().join("firecracker");
         std::fs::remove_file(&program).unwrap();
         std::fs::write(&program, "x").unwrap();
     });
-    assert!(not_executable == Kind::Unsupported && said.contains("mode 0644"), "{said}");
+    assert!(
+        not_executable == Kind::Unsupported && said.contains("mode 0644"),
+        "{said}"
+    );
     // Networks and disks that only QEMU supports.
     let bench = Bench::new("");
-    let user_mode = VmmSpec { network: GuestNetwork::UserMode { isolated: false, ports: Vec::new() }, ..bench.spec() };
-    let qcow2 = VmmSpec { disk_format: fcd::vmm::DiskFormat::Qcow2, ..bench.spec() };
+    let user_mode = VmmSpec {
+        network: GuestNetwork::UserMode {
+            isolated: false,
+            ports: Vec::new(),
+        },
+        ..bench.spec()
+    };
+    let qcow2 = VmmSpec {
+        disk_format: fcd::vmm::DiskFormat::Qcow2,
+        ..bench.spec()
+    };
     for spec in [user_mode, qcow2] {
         let e = bench.driver.start(&spec, &never, &mut |_| {}).unwrap_err();
-        assert!(e.kind() == Kind::Unsupported && e.hint_text().is_some(), "{e}");
+        assert!(
+            e.kind() == Kind::Unsupported && e.hint_text().is_some(),
+            "{e}"
+        );
         assert_eq!(bench.driver.list(&bench.prefix).unwrap(), []);
     }
 }
@@ -271,29 +363,63 @@ fn adopt_by_next_daemon_continues() {
     let running = bench.running();
     bench.await_console("the guest runs");
     bench.driver = driver(bench.dir.path());
-    assert_eq!(bench.driver.adopt(&bench.spec(), &running.identity).unwrap(), running);
+    assert_eq!(
+        bench
+            .driver
+            .adopt(&bench.spec(), &running.identity)
+            .unwrap(),
+        running
+    );
     bench.await_console("reconnected");
     // New console output reaches the log again.
     std::fs::write(bench.dir.path().join("vm/run/console"), "and says more\n").unwrap();
     bench.await_console("and says more");
-    let other = VmmSpec { tag: format!("{}0123456789ab-2", bench.prefix), ..bench.spec() };
-    assert_eq!(bench.driver.adopt(&other, &running.identity).unwrap_err().kind(), Kind::VmmFailed);
+    let other = VmmSpec {
+        tag: format!("{}0123456789ab-2", bench.prefix),
+        ..bench.spec()
+    };
+    assert_eq!(
+        bench
+            .driver
+            .adopt(&other, &running.identity)
+            .unwrap_err()
+            .kind(),
+        Kind::VmmFailed
+    );
     bench.driver.kill(&running.identity, soon()).unwrap();
-    assert_eq!(bench.driver.adopt(&bench.spec(), &running.identity).unwrap_err().kind(), Kind::VmmFailed);
+    assert_eq!(
+        bench
+            .driver
+            .adopt(&bench.spec(), &running.identity)
+            .unwrap_err()
+            .kind(),
+        Kind::VmmFailed
+    );
 }
 
 #[test]
 fn pause_and_resume_guest() {
     let bench = Bench::new("");
-    let (running, dir, never) = (bench.running(), bench.dir.path().join("vm"), Cancel::try_new().unwrap());
+    let (running, dir, never) = (
+        bench.running(),
+        bench.dir.path().join("vm"),
+        Cancel::try_new().unwrap(),
+    );
     for is_paused in [true, true, false, false] {
-        bench.driver.set_paused(&dir, &running.identity, is_paused, &never).unwrap();
+        bench
+            .driver
+            .set_paused(&dir, &running.identity, is_paused, &never)
+            .unwrap();
     }
     let asked = bench.requests();
     assert_eq!(asked.matches("PATCH /vm {\"state\":\"Paused\"}").count(), 2);
     // Only a paused guest is resumed. Its vsock accepts new streams again because the guest was
     // notified that the old ones have ended.
-    let requests: Vec<_> = asked.lines().skip_while(|l| !l.contains("Paused")).filter(|l| !l.starts_with("GET")).collect();
+    let requests: Vec<_> = asked
+        .lines()
+        .skip_while(|l| !l.contains("Paused"))
+        .filter(|l| !l.starts_with("GET"))
+        .collect();
     expect![[r#"
         PATCH /vm {"state":"Paused"}
         PATCH /vm {"state":"Paused"}
@@ -301,20 +427,44 @@ fn pause_and_resume_guest() {
         PATCH /vm {"state":"Resumed"}"#]]
     .assert_eq(&requests.join("\n"));
     bench.driver.kill(&running.identity, soon()).unwrap();
-    let e = bench.driver.set_paused(&dir, &running.identity, true, &never).unwrap_err();
-    assert!(e.kind() == Kind::VmmFailed && e.to_string().contains("has exited"), "{e}");
+    let e = bench
+        .driver
+        .set_paused(&dir, &running.identity, true, &never)
+        .unwrap_err();
+    assert!(
+        e.kind() == Kind::VmmFailed && e.to_string().contains("has exited"),
+        "{e}"
+    );
 }
 
 /// Only 1.16 needs the workaround. Earlier versions do not hold data back, and 1.17 fixed it.
 #[test]
 fn vsock_is_reset_at_resume_only_in_versions_that_need_it() {
-    for (version, resets) in [("1.15.1", 0), ("1.16.0", 1), ("1.16.1", 1), ("1.17.0", 0), ("2.0.0", 0)] {
+    for (version, resets) in [
+        ("1.15.1", 0),
+        ("1.16.0", 1),
+        ("1.16.1", 1),
+        ("1.17.0", 0),
+        ("2.0.0", 0),
+    ] {
         let bench = Bench::new(&format!("VERSION {version}"));
         let (running, never) = (bench.running(), Cancel::try_new().unwrap());
         for is_paused in [true, false] {
-            bench.driver.set_paused(&bench.dir.path().join("vm"), &running.identity, is_paused, &never).unwrap();
+            bench
+                .driver
+                .set_paused(
+                    &bench.dir.path().join("vm"),
+                    &running.identity,
+                    is_paused,
+                    &never,
+                )
+                .unwrap();
         }
-        assert_eq!(bench.requests().matches("PUT /snapshot/create").count(), resets, "{version}");
+        assert_eq!(
+            bench.requests().matches("PUT /snapshot/create").count(),
+            resets,
+            "{version}"
+        );
         bench.driver.kill(&running.identity, soon()).unwrap();
     }
 }
@@ -323,7 +473,10 @@ fn vsock_is_reset_at_resume_only_in_versions_that_need_it() {
 fn rates_apply_at_start_and_while_running() {
     let bench = Bench::new("");
     let never = Cancel::try_new().unwrap();
-    let spec = |rates| VmmSpec { rates, ..bench.spec() };
+    let spec = |rates| VmmSpec {
+        rates,
+        ..bench.spec()
+    };
     let some = spec(RateLimits {
         disk_bytes_per_s: Some(2 << 20),
         disk_ops_per_s: Some(100),
@@ -331,10 +484,25 @@ fn rates_apply_at_start_and_while_running() {
         net_tx_bytes_per_s: None,
     });
     let running = bench.driver.start(&some, &never, &mut |_| {}).unwrap();
-    let other = spec(RateLimits { disk_ops_per_s: Some(200), net_tx_bytes_per_s: Some(1 << 20), ..RateLimits::default() });
-    bench.driver.set_rates(&other, &running.identity, &never).unwrap();
-    bench.driver.set_rates(&spec(RateLimits::default()), &running.identity, &never).unwrap();
-    let limits: Vec<_> = bench.requests().lines().filter(|l| l.contains("rate_limiter")).map(str::to_owned).collect();
+    let other = spec(RateLimits {
+        disk_ops_per_s: Some(200),
+        net_tx_bytes_per_s: Some(1 << 20),
+        ..RateLimits::default()
+    });
+    bench
+        .driver
+        .set_rates(&other, &running.identity, &never)
+        .unwrap();
+    bench
+        .driver
+        .set_rates(&spec(RateLimits::default()), &running.identity, &never)
+        .unwrap();
+    let limits: Vec<_> = bench
+        .requests()
+        .lines()
+        .filter(|l| l.contains("rate_limiter"))
+        .map(str::to_owned)
+        .collect();
     expect![[r#"
         PUT /drives/root {"drive_id":"root","path_on_host":"DIR/vm/disk","is_root_device":true,"is_read_only":false,"cache_type":"Writeback","rate_limiter":{"bandwidth":{"size":2097152,"refill_time":1000},"ops":{"size":100,"refill_time":1000}}}
         PUT /drives/work {"drive_id":"work","path_on_host":"DIR/vm/work","is_root_device":false,"is_read_only":false,"cache_type":"Writeback","rate_limiter":{"bandwidth":{"size":2097152,"refill_time":1000},"ops":{"size":100,"refill_time":1000}}}
@@ -347,11 +515,25 @@ fn rates_apply_at_start_and_while_running() {
         PATCH /network-interfaces/eth0 {"iface_id":"eth0","rx_rate_limiter":{"bandwidth":{"size":0,"refill_time":0}},"tx_rate_limiter":{"bandwidth":{"size":0,"refill_time":0}}}"#]].assert_eq(&limits.join("\n"));
     // A refusal carries its text and a hint, and so does a VMM that is gone.
     bench.script("PATCH /drives/work refuse The requested operation is not supported before starting the microVM.");
-    let e = bench.driver.set_rates(&some, &running.identity, &never).unwrap_err();
-    assert!(e.kind() == Kind::WrongState && e.to_string().contains("limit disk work") && e.hint_text().is_some(), "{e}");
+    let e = bench
+        .driver
+        .set_rates(&some, &running.identity, &never)
+        .unwrap_err();
+    assert!(
+        e.kind() == Kind::WrongState
+            && e.to_string().contains("limit disk work")
+            && e.hint_text().is_some(),
+        "{e}"
+    );
     bench.driver.kill(&running.identity, soon()).unwrap();
-    let e = bench.driver.set_rates(&some, &running.identity, &never).unwrap_err();
-    assert!(e.kind() == Kind::VmmFailed && e.to_string().contains("has exited"), "{e}");
+    let e = bench
+        .driver
+        .set_rates(&some, &running.identity, &never)
+        .unwrap_err();
+    assert!(
+        e.kind() == Kind::VmmFailed && e.to_string().contains("has exited"),
+        "{e}"
+    );
 }
 
 #[test]
@@ -371,15 +553,30 @@ fn vsock_connects_to_listener_in_guest() {
     writer.join().unwrap();
     assert_eq!(echo, vec![7; 1 << 20]);
     let e = connect(9).unwrap_err();
-    assert!(e.kind() == Kind::GuestUnavailable && e.to_string().contains("port 9") && e.hint_text().is_some(), "{e}");
+    assert!(
+        e.kind() == Kind::GuestUnavailable
+            && e.to_string().contains("port 9")
+            && e.hint_text().is_some(),
+        "{e}"
+    );
     // Nobody answers, so the caller gives up.
     let enough = Cancel::try_new().unwrap();
     enough.cancel(CancelCause::VmStopped);
-    assert_eq!(bench.driver.connect(&running.identity, 8, &enough).unwrap_err().kind(), Kind::Cancelled);
+    assert_eq!(
+        bench
+            .driver
+            .connect(&running.identity, 8, &enough)
+            .unwrap_err()
+            .kind(),
+        Kind::Cancelled
+    );
     // A VM that an earlier fcd started, without this socket.
     std::fs::remove_file(bench.dir.path().join("vm/run/vsock")).unwrap();
     let e = connect(7).unwrap_err();
-    assert!(e.kind() == Kind::Unsupported && e.hint_text().is_some(), "{e}");
+    assert!(
+        e.kind() == Kind::Unsupported && e.hint_text().is_some(),
+        "{e}"
+    );
     bench.driver.kill(&running.identity, soon()).unwrap();
     assert_eq!(connect(7).unwrap_err().kind(), Kind::VmmFailed);
 }
@@ -388,32 +585,73 @@ fn vsock_connects_to_listener_in_guest() {
 fn ctrl_alt_del_shuts_guest_down() {
     let bench = Bench::new("KEYBOARD");
     let (running, never) = (bench.running(), Cancel::try_new().unwrap());
-    assert!(bench.driver.press_ctrl_alt_del(&running.identity, &never).unwrap());
-    assert!(bench.driver.wait_exit(&running.identity, soon(), &never).unwrap());
-    assert!(bench.requests().ends_with("PUT /actions {\"action_type\":\"SendCtrlAltDel\"}\n"));
-    assert_eq!(bench.driver.press_ctrl_alt_del(&running.identity, &never).unwrap_err().kind(), Kind::VmmFailed);
+    assert!(
+        bench
+            .driver
+            .press_ctrl_alt_del(&running.identity, &never)
+            .unwrap()
+    );
+    assert!(
+        bench
+            .driver
+            .wait_exit(&running.identity, soon(), &never)
+            .unwrap()
+    );
+    assert!(
+        bench
+            .requests()
+            .ends_with("PUT /actions {\"action_type\":\"SendCtrlAltDel\"}\n")
+    );
+    assert_eq!(
+        bench
+            .driver
+            .press_ctrl_alt_del(&running.identity, &never)
+            .unwrap_err()
+            .kind(),
+        Kind::VmmFailed
+    );
 }
 
 #[test]
 fn balloon_takes_the_remaining_memory() {
     let bench = Bench::new("");
     let (running, spec, never) = (bench.running(), bench.spec(), Cancel::try_new().unwrap());
-    let kept = || bench.driver.balloon_mib(&spec, &running.identity, &never).unwrap();
+    let kept = || {
+        bench
+            .driver
+            .balloon_mib(&spec, &running.identity, &never)
+            .unwrap()
+    };
     assert_eq!(kept(), 128);
     for keep_mib in [96, 128] {
-        bench.driver.set_balloon(&spec, &running.identity, keep_mib, &never).unwrap();
+        bench
+            .driver
+            .set_balloon(&spec, &running.identity, keep_mib, &never)
+            .unwrap();
         assert_eq!(kept(), keep_mib);
     }
     bench.script("PATCH /balloon refuse Balloon update error: Balloon: Device not activated yet.");
-    let e = bench.driver.set_balloon(&spec, &running.identity, 96, &never).unwrap_err();
+    let e = bench
+        .driver
+        .set_balloon(&spec, &running.identity, 96, &never)
+        .unwrap_err();
     assert!(e.kind() == Kind::Busy && e.hint_text().is_some(), "{e}");
     bench.script("");
     bench.driver.kill(&running.identity, soon()).unwrap();
     // An image whose initramfs has no balloon driver.
-    let without = VmmSpec { has_balloon: false, ..bench.spec() };
+    let without = VmmSpec {
+        has_balloon: false,
+        ..bench.spec()
+    };
     let running = bench.driver.start(&without, &never, &mut |_| {}).unwrap();
-    let e = bench.driver.set_balloon(&without, &running.identity, 96, &never).unwrap_err();
-    assert!(e.kind() == Kind::Unsupported && e.hint_text().is_some(), "{e}");
+    let e = bench
+        .driver
+        .set_balloon(&without, &running.identity, 96, &never)
+        .unwrap_err();
+    assert!(
+        e.kind() == Kind::Unsupported && e.hint_text().is_some(),
+        "{e}"
+    );
 }
 
 #[test]
@@ -421,8 +659,13 @@ fn metrics_are_read_line_by_line() {
     let bench = Bench::new("");
     let (running, spec, never) = (bench.running(), bench.spec(), Cancel::try_new().unwrap());
     let flushes = || -> Vec<u64> {
-        let all = bench.driver.metrics(&spec, &running.identity, &never).unwrap();
-        all.iter().map(|line| line["flushes"].as_u64().unwrap()).collect()
+        let all = bench
+            .driver
+            .metrics(&spec, &running.identity, &never)
+            .unwrap();
+        all.iter()
+            .map(|line| line["flushes"].as_u64().unwrap())
+            .collect()
     };
     assert_eq!((flushes(), flushes()), (vec![1], vec![2]));
     // A line that the VMM printed unasked, and garbage.
@@ -431,16 +674,34 @@ fn metrics_are_read_line_by_line() {
     assert_eq!(flushes(), [77, 3]);
     // The pipe is full. Reading makes room for the requested line.
     let line = format!("{{\"flushes\":78,\"x\":\"{}\"}}\n", "x".repeat(8000));
-    let mut full = std::fs::File::options().custom_flags(nix::libc::O_NONBLOCK).write(true).open(&pipe).unwrap();
+    let mut full = std::fs::File::options()
+        .custom_flags(nix::libc::O_NONBLOCK)
+        .write(true)
+        .open(&pipe)
+        .unwrap();
     while full.write_all(line.as_bytes()).is_ok() {}
     let all = flushes();
-    assert!(all.len() > 5 && all[..all.len() - 1].iter().all(|n| *n == 78), "{all:?}");
+    assert!(
+        all.len() > 5 && all[..all.len() - 1].iter().all(|n| *n == 78),
+        "{all:?}"
+    );
     assert_eq!(flushes(), [5]);
     // The next daemon continues to read.
-    assert_eq!(driver(bench.dir.path()).metrics(&spec, &running.identity, &never).unwrap()[0]["flushes"], 6);
+    assert_eq!(
+        driver(bench.dir.path())
+            .metrics(&spec, &running.identity, &never)
+            .unwrap()[0]["flushes"],
+        6
+    );
     bench.driver.kill(&running.identity, soon()).unwrap();
-    let e = bench.driver.metrics(&spec, &running.identity, &never).unwrap_err();
-    assert!(e.kind() == Kind::VmmFailed && e.to_string().contains("has exited"), "{e}");
+    let e = bench
+        .driver
+        .metrics(&spec, &running.identity, &never)
+        .unwrap_err();
+    assert!(
+        e.kind() == Kind::VmmFailed && e.to_string().contains("has exited"),
+        "{e}"
+    );
 }
 
 #[test]
@@ -449,14 +710,31 @@ fn watch_reports_death_and_silence() {
     let running = bench.running();
     let (sender, reports) = std::sync::mpsc::channel();
     let (died, deaths) = std::sync::mpsc::channel();
-    bench.driver.watch(&bench.spec().dir, &running.identity, Box::new(move |how| died.send(how).unwrap())).unwrap();
+    bench
+        .driver
+        .watch(
+            &bench.spec().dir,
+            &running.identity,
+            Box::new(move |how| died.send(how).unwrap()),
+        )
+        .unwrap();
     let dir = bench.dir.path().join("vm");
-    bench.driver.watch_guest(&dir, &running.identity, Box::new(move |what| sender.send(what).unwrap_or_default())).unwrap();
+    bench
+        .driver
+        .watch_guest(
+            &dir,
+            &running.identity,
+            Box::new(move |what| sender.send(what).unwrap_or_default()),
+        )
+        .unwrap();
     let process = Process::open(&running.identity).unwrap().unwrap();
     process.signal(rustix::process::Signal::STOP).unwrap();
     // It may have answered once before it was stopped.
-    let next =
-        || std::iter::repeat_with(|| reports.recv_timeout(SOON).unwrap()).find(|report| *report != GuestEvent::Answered).unwrap();
+    let next = || {
+        std::iter::repeat_with(|| reports.recv_timeout(SOON).unwrap())
+            .find(|report| *report != GuestEvent::Answered)
+            .unwrap()
+    };
     for _ in 0..2 {
         assert_eq!(next(), GuestEvent::Unresponsive(true));
     }
@@ -464,7 +742,10 @@ fn watch_reports_death_and_silence() {
     let heard = || (next() == GuestEvent::Unresponsive(false)).then_some(());
     assert!((0..3).any(|_| heard().is_some()), "that it answers again");
     process.signal(rustix::process::Signal::KILL).unwrap();
-    assert_eq!(deaths.recv_timeout(SOON).unwrap(), fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9)));
+    assert_eq!(
+        deaths.recv_timeout(SOON).unwrap(),
+        fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9))
+    );
 }
 
 struct SavedFiles {
@@ -474,7 +755,10 @@ struct SavedFiles {
 
 impl Bench {
     fn saved_files(&self) -> SavedFiles {
-        let (memory, devices) = (self.dir.path().join("memory"), self.dir.path().join("devices"));
+        let (memory, devices) = (
+            self.dir.path().join("memory"),
+            self.dir.path().join("devices"),
+        );
         for path in [&memory, &devices] {
             std::fs::write(path, "").unwrap();
         }
@@ -482,28 +766,52 @@ impl Bench {
     }
 
     fn save(&self, running: &Running, files: &SavedFiles) -> fcd::error::Result<String> {
-        let to = SaveTo { memory: &files.memory, devices: &files.devices };
-        self.driver.save(&self.spec(), &running.identity, to, &Cancel::try_new().unwrap())
+        let to = SaveTo {
+            memory: &files.memory,
+            devices: &files.devices,
+        };
+        self.driver.save(
+            &self.spec(),
+            &running.identity,
+            to,
+            &Cancel::try_new().unwrap(),
+        )
     }
 
     /// The requested types, in order.
     fn snapshot_types(&self) -> Vec<String> {
         let requests = self.requests();
-        let bodies = requests.lines().filter_map(|line| line.strip_prefix("PUT /snapshot/create "));
-        let of =
-            |body: &str| serde_json::from_str::<serde_json::Value>(body).unwrap()["snapshot_type"].as_str().map(str::to_owned);
+        let bodies = requests
+            .lines()
+            .filter_map(|line| line.strip_prefix("PUT /snapshot/create "));
+        let of = |body: &str| {
+            serde_json::from_str::<serde_json::Value>(body).unwrap()["snapshot_type"]
+                .as_str()
+                .map(str::to_owned)
+        };
         bodies.filter_map(of).collect()
     }
 
     fn load(&self, files: &SavedFiles) -> fcd::error::Result<Running> {
-        let saved = Saved { memory: files.memory.clone(), devices: files.devices.clone(), driver: self.driver.describe() };
-        let spec = VmmSpec { tag: format!("{}0123456789ab-2", self.prefix), saved: Some(saved), ..self.spec() };
-        self.driver.start(&spec, &Cancel::try_new().unwrap(), &mut |_| {})
+        let saved = Saved {
+            memory: files.memory.clone(),
+            devices: files.devices.clone(),
+            driver: self.driver.describe(),
+        };
+        let spec = VmmSpec {
+            tag: format!("{}0123456789ab-2", self.prefix),
+            saved: Some(saved),
+            ..self.spec()
+        };
+        self.driver
+            .start(&spec, &Cancel::try_new().unwrap(), &mut |_| {})
     }
 
     fn pause(&self, running: &Running) {
         let never = Cancel::try_new().unwrap();
-        self.driver.set_paused(&self.dir.path().join("vm"), &running.identity, true, &never).unwrap();
+        self.driver
+            .set_paused(&self.dir.path().join("vm"), &running.identity, true, &never)
+            .unwrap();
     }
 }
 
@@ -511,7 +819,11 @@ impl Bench {
 fn save_and_restore_guest() {
     let bench = Bench::new("");
     let (running, files) = (bench.running(), bench.saved_files());
-    assert_eq!(bench.save(&running, &files).unwrap_err().kind(), Kind::Internal, "it runs");
+    assert_eq!(
+        bench.save(&running, &files).unwrap_err().kind(),
+        Kind::Internal,
+        "it runs"
+    );
     bench.pause(&running);
     // A link that the VMM has put in place of the file is not followed.
     let decoy = bench.dir.path().join("decoy");
@@ -522,8 +834,15 @@ fn save_and_restore_guest() {
     for path in [&files.memory, &files.devices] {
         assert!(std::fs::metadata(path).unwrap().len() > 0);
     }
-    assert_eq!(bench.snapshot_types(), ["Diff", "Diff"], "refused while it ran, then saved");
-    assert!(!bench.dir.path().join("vm/run/memory").exists() && !bench.dir.path().join("vm/run/devices").exists());
+    assert_eq!(
+        bench.snapshot_types(),
+        ["Diff", "Diff"],
+        "refused while it ran, then saved"
+    );
+    assert!(
+        !bench.dir.path().join("vm/run/memory").exists()
+            && !bench.dir.path().join("vm/run/devices").exists()
+    );
     bench.driver.kill(&running.identity, soon()).unwrap();
     std::fs::remove_file(bench.dir.path().join("requests")).unwrap();
     let again = bench.load(&files).unwrap();
@@ -540,13 +859,25 @@ fn save_and_restore_guest() {
     // The rest of the memory is in the file that it was restored from, so saving only touched pages
     // is not enough.
     bench.pause(&again);
-    let spec = VmmSpec { tag: format!("{}0123456789ab-2", bench.prefix), ..bench.spec() };
-    let again_files = SavedFiles { memory: bench.dir.path().join("memory2"), devices: bench.dir.path().join("devices2") };
+    let spec = VmmSpec {
+        tag: format!("{}0123456789ab-2", bench.prefix),
+        ..bench.spec()
+    };
+    let again_files = SavedFiles {
+        memory: bench.dir.path().join("memory2"),
+        devices: bench.dir.path().join("devices2"),
+    };
     for path in [&again_files.memory, &again_files.devices] {
         std::fs::write(path, "").unwrap();
     }
-    let to = SaveTo { memory: &again_files.memory, devices: &again_files.devices };
-    bench.driver.save(&spec, &again.identity, to, &Cancel::try_new().unwrap()).unwrap();
+    let to = SaveTo {
+        memory: &again_files.memory,
+        devices: &again_files.devices,
+    };
+    bench
+        .driver
+        .save(&spec, &again.identity, to, &Cancel::try_new().unwrap())
+        .unwrap();
     assert_eq!(bench.snapshot_types(), ["Full"]);
     bench.driver.kill(&again.identity, soon()).unwrap();
 }
@@ -561,12 +892,27 @@ fn refused_load_reports_cause_and_leaves_nothing() {
     bench.driver.kill(&running.identity, soon()).unwrap();
     std::fs::write(&files.devices, "no such thing").unwrap();
     let e = bench.load(&files).unwrap_err();
-    assert!(e.kind() == Kind::VmmFailed && e.to_string().contains("Failed to get snapshot state from file"), "{e}");
+    assert!(
+        e.kind() == Kind::VmmFailed
+            && e.to_string()
+                .contains("Failed to get snapshot state from file"),
+        "{e}"
+    );
     assert!(e.hint_text().is_some_and(|h| h.contains("snapshot")), "{e}");
     assert_eq!(bench.driver.list(&bench.prefix).unwrap(), []);
     // There was nothing either that could be loaded elsewhere.
-    assert_eq!(bench.driver.can_load("qemu (tcg, microvm)", false).unwrap_err().kind(), Kind::Unsupported);
-    bench.driver.can_load(&bench.driver.describe(), false).unwrap();
+    assert_eq!(
+        bench
+            .driver
+            .can_load("qemu (tcg, microvm)", false)
+            .unwrap_err()
+            .kind(),
+        Kind::Unsupported
+    );
+    bench
+        .driver
+        .can_load(&bench.driver.describe(), false)
+        .unwrap();
 }
 
 #[test]
@@ -575,7 +921,10 @@ fn failing_save_ends() {
         ("die", Kind::VmmFailed),
         ("hangup", Kind::VmmFailed),
         ("garbage", Kind::VmmFailed),
-        ("refuse No space left on device (os error 28)", Kind::DiskFull),
+        (
+            "refuse No space left on device (os error 28)",
+            Kind::DiskFull,
+        ),
     ] {
         let bench = Bench::new(&format!("PUT /snapshot/create {fault}\n"));
         let (running, files) = (bench.running(), bench.saved_files());
@@ -591,14 +940,26 @@ fn failing_save_ends() {
     let canceller = cancel.clone();
     let log = bench.dir.path().join("requests");
     let waiting = std::thread::spawn(move || {
-        while !std::fs::read_to_string(&log).unwrap_or_default().contains("/snapshot/create") {
+        while !std::fs::read_to_string(&log)
+            .unwrap_or_default()
+            .contains("/snapshot/create")
+        {
             std::thread::yield_now();
         }
         canceller.cancel(CancelCause::VmStopped);
     });
-    let to = SaveTo { memory: &files.memory, devices: &files.devices };
-    let e = bench.driver.save(&bench.spec(), &running.identity, to, &cancel).unwrap_err();
+    let to = SaveTo {
+        memory: &files.memory,
+        devices: &files.devices,
+    };
+    let e = bench
+        .driver
+        .save(&bench.spec(), &running.identity, to, &cancel)
+        .unwrap_err();
     waiting.join().unwrap();
-    assert!(e.kind() == Kind::Cancelled && e.to_string().contains("the VM was stopped"), "{e}");
+    assert!(
+        e.kind() == Kind::Cancelled && e.to_string().contains("the VM was stopped"),
+        "{e}"
+    );
     bench.driver.kill(&running.identity, soon()).unwrap();
 }

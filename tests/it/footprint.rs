@@ -22,7 +22,11 @@ const SETTLE: Duration = Duration::from_secs(1);
 
 fn percentiles(mut took: Vec<Duration>) -> (Duration, Duration, Duration) {
     took.sort();
-    (took[took.len() / 10], took[took.len() / 2], took[took.len() * 9 / 10])
+    (
+        took[took.len() / 10],
+        took[took.len() / 2],
+        took[took.len() * 9 / 10],
+    )
 }
 
 fn timed(body: impl FnOnce()) -> Duration {
@@ -36,7 +40,11 @@ fn timed(body: impl FnOnce()) -> Duration {
 fn durable_write() {
     let world = World::new();
     let vm = world.create("web");
-    let row = world.daemon().core.store.read(|state| state.vm(&vm.id).unwrap().as_ref().clone());
+    let row = world
+        .daemon()
+        .core
+        .store
+        .read(|state| state.vm(&vm.id).unwrap().as_ref().clone());
     // The state directories of tests are in memory, where a sync costs nothing.
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let store = fcd::store::Store::open(dir.path()).unwrap();
@@ -49,7 +57,8 @@ fn durable_write() {
     for n in 0..ROUNDS + WARM_UP {
         let at = (n * COMMIT_BYTES) % (FLOOR_FILE_BYTES - COMMIT_BYTES);
         let synced = timed(|| {
-            file.write_all_at(&bytes[..COMMIT_BYTES], at as u64).unwrap();
+            file.write_all_at(&bytes[..COMMIT_BYTES], at as u64)
+                .unwrap();
             file.sync_data().unwrap();
         });
         let op = Op {
@@ -105,23 +114,38 @@ fn connections() {
     let process = Process::start(|command| {
         let config = command.get_args().nth(1).unwrap().to_owned();
         let max = 2 * CONNECTIONS;
-        std::fs::write(config, format!("[limits]\nconnections_max = {max}\nconnections_per_uid_max = {max}\n")).unwrap();
+        std::fs::write(
+            config,
+            format!("[limits]\nconnections_max = {max}\nconnections_per_uid_max = {max}\n"),
+        )
+        .unwrap();
     });
     std::thread::sleep(SETTLE);
     let idle = memory(&process);
-    let mut all: Vec<_> = (0..CONNECTIONS).map(|_| BufReader::new(UnixStream::connect(process.socket()).unwrap())).collect();
+    let mut all: Vec<_> = (0..CONNECTIONS)
+        .map(|_| BufReader::new(UnixStream::connect(process.socket()).unwrap()))
+        .collect();
     let unknown = "x".repeat(LONG_REQUEST_BYTES);
     for method in ["fcd.info", "vm.list", "op.list", &unknown, "fcd.info"] {
-        let line = format!("{{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"{method}\",\"params\":{{}}}}\n");
-        all.iter_mut().for_each(|c| c.get_mut().write_all(line.as_bytes()).unwrap());
-        all.iter_mut().for_each(|c| assert!(c.read_line(&mut String::new()).unwrap() > 0));
+        let line =
+            format!("{{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"{method}\",\"params\":{{}}}}\n");
+        all.iter_mut()
+            .for_each(|c| c.get_mut().write_all(line.as_bytes()).unwrap());
+        all.iter_mut()
+            .for_each(|c| assert!(c.read_line(&mut String::new()).unwrap() > 0));
     }
     let during = memory(&process);
     drop(all);
     std::thread::sleep(SETTLE);
     let after = memory(&process);
-    println!("memory (VmRSS, of it anonymous): idle {:.1} MB, {:.1} (target 8)", idle.0, idle.1);
-    println!("memory with {CONNECTIONS} connections open: {:.1} MB, {:.1}", during.0, during.1);
+    println!(
+        "memory (VmRSS, of it anonymous): idle {:.1} MB, {:.1} (target 8)",
+        idle.0, idle.1
+    );
+    println!(
+        "memory with {CONNECTIONS} connections open: {:.1} MB, {:.1}",
+        during.0, during.1
+    );
     println!(
         "memory {SETTLE:?} after {CONNECTIONS} connections: {:.1} MB, {:.1}; {:.1} MB above idle (target 4)",
         after.0,

@@ -26,7 +26,8 @@ impl Sshd {
     fn start() -> Self {
         confine::set_program(env!("CARGO_BIN_EXE_fcd"));
         let dir = tempfile::tempdir().unwrap();
-        let [host, client] = [(); 2].map(|()| PrivateKey::random(&mut OsRng, Algorithm::Ed25519).unwrap());
+        let [host, client] =
+            [(); 2].map(|()| PrivateKey::random(&mut OsRng, Algorithm::Ed25519).unwrap());
         let file = |name: &str, text: &str| {
             let path = dir.path().join(name);
             std::fs::write(&path, text).unwrap();
@@ -35,7 +36,11 @@ impl Sshd {
         };
         let host_key = file("host", &host.to_openssh(LineEnding::LF).unwrap());
         let authorized = file("authorized", &client.public_key().to_openssh().unwrap());
-        let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port();
+        let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .port();
         let config = format!(
             "Port {port}\nListenAddress 127.0.0.1\nHostKey {host_key}\nAuthorizedKeysFile {authorized}\nStrictModes no\nUsePAM no\n\
              PidFile none\nPermitRootLogin yes\n"
@@ -44,22 +49,50 @@ impl Sshd {
         if nix::unistd::getuid().is_root() {
             std::fs::create_dir_all("/run/sshd").unwrap();
         }
-        let child = Command::new("/usr/sbin/sshd").args(["-D", "-f", &config]).stderr(Stdio::null()).spawn().unwrap();
+        let child = Command::new("/usr/sbin/sshd")
+            .args(["-D", "-f", &config])
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
         let addr = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
         while TcpStream::connect(addr).is_err() {
             std::thread::sleep(Duration::from_millis(10));
         }
-        let user = nix::unistd::User::from_uid(nix::unistd::getuid()).unwrap().unwrap().name;
-        let owner = nix::unistd::geteuid().is_root().then_some(confine::Owner { uid: 1_900_000_078, gid: 1_900_000_078 });
+        let user = nix::unistd::User::from_uid(nix::unistd::getuid())
+            .unwrap()
+            .unwrap()
+            .name;
+        let owner = nix::unistd::geteuid().is_root().then_some(confine::Owner {
+            uid: 1_900_000_078,
+            gid: 1_900_000_078,
+        });
         let private_key = client.to_openssh(LineEnding::LF).unwrap().to_string();
-        let target = Target { addr, user, private_key, host_key: host.public_key().to_bytes().unwrap(), owner };
-        Self { child, target, _dir: dir }
+        let target = Target {
+            addr,
+            user,
+            private_key,
+            host_key: host.public_key().to_bytes().unwrap(),
+            owner,
+        };
+        Self {
+            child,
+            target,
+            _dir: dir,
+        }
     }
 
     fn exec(&self, transport: &dyn Transport, stdin: &mut dyn Source) -> Result<Duration> {
-        let spec = ExecSpec { command: "exec cat >/dev/null".into(), idle: Some(Duration::from_secs(60)), ..ExecSpec::default() };
+        let spec = ExecSpec {
+            command: "exec cat >/dev/null".into(),
+            idle: Some(Duration::from_secs(60)),
+            ..ExecSpec::default()
+        };
         let begun = Instant::now();
-        let streams = Streams { stdin: Some(stdin), stderr: Some(&mut Nothing), ..Streams::default() };
+        let streams = Streams {
+            stdin: Some(stdin),
+            stderr: Some(&mut Nothing),
+            ..Streams::default()
+        };
         transport.exec(&self.target, &spec, streams, &Cancel::try_new().unwrap())?;
         Ok(begun.elapsed())
     }
@@ -110,7 +143,8 @@ fn median(mut took: Vec<Duration>) -> Duration {
 #[test]
 #[ignore = "measures: scripts/bench helper"]
 fn bench() {
-    let rounds: usize = std::env::var("FCD_BENCH_ROUNDS").map_or(100, |n| n.parse().expect("a number"));
+    let rounds: usize =
+        std::env::var("FCD_BENCH_ROUNDS").map_or(100, |n| n.parse().expect("a number"));
     let sshd = Sshd::start();
     let mut before = Vec::new();
     let mut after = Vec::new();
@@ -119,15 +153,24 @@ fn bench() {
         after.push(sshd.exec(&SshTransport, &mut BytesSource::new("")).unwrap());
     }
     let (before, after) = (median(before), median(after));
-    println!("exec, p50 of {rounds}: in process {before:?}, in a helper {after:?}, {:?} more", after.saturating_sub(before));
+    println!(
+        "exec, p50 of {rounds}: in process {before:?}, in a helper {after:?}, {:?} more",
+        after.saturating_sub(before)
+    );
     let mut before = Vec::new();
     let mut after = Vec::new();
-    let stream = || Hashed { left: STREAM_BYTES, digest: sha2::Digest::new() };
+    let stream = || Hashed {
+        left: STREAM_BYTES,
+        digest: sha2::Digest::new(),
+    };
     for _ in 0..rounds.div_ceil(10) {
         before.push(sshd.exec(&InProcess, &mut stream()).unwrap());
         after.push(sshd.exec(&SshTransport, &mut stream()).unwrap());
     }
     let rate = |took: Duration| STREAM_BYTES as f64 / took.as_secs_f64() / 1e6;
     let (before, after) = (rate(median(before)), rate(median(after)));
-    println!("stream, p50: in process {before:.0} MB/s, in a helper {after:.0} MB/s, {:.2} of it", after / before);
+    println!(
+        "stream, p50: in process {before:.0} MB/s, in a helper {after:.0} MB/s, {:.2} of it",
+        after / before
+    );
 }

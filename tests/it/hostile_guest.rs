@@ -42,7 +42,8 @@ impl HostileGuest {
         // The helper is fcd itself, and the test's executable is not.
         confine::set_program(env!("CARGO_BIN_EXE_fcd"));
         let dir = tempfile::tempdir().unwrap();
-        let [host, client] = [(); 2].map(|()| PrivateKey::random(&mut OsRng, Algorithm::Ed25519).unwrap());
+        let [host, client] =
+            [(); 2].map(|()| PrivateKey::random(&mut OsRng, Algorithm::Ed25519).unwrap());
         let host_file = dir.path().join("host");
         std::fs::write(&host_file, host.to_openssh(LineEnding::LF).unwrap()).unwrap();
         std::fs::set_permissions(&host_file, std::fs::Permissions::from_mode(0o600)).unwrap();
@@ -57,21 +58,37 @@ impl HostileGuest {
             .spawn()
             .expect("start /usr/bin/python3");
         let mut port = String::new();
-        BufReader::new(server.stdout.take().unwrap()).read_line(&mut port).unwrap();
-        let port = port.trim().parse().expect("a port (apt-get install python3-paramiko)");
+        BufReader::new(server.stdout.take().unwrap())
+            .read_line(&mut port)
+            .unwrap();
+        let port = port
+            .trim()
+            .parse()
+            .expect("a port (apt-get install python3-paramiko)");
         let target = Target {
             addr: SocketAddr::from((Ipv4Addr::LOCALHOST, port)),
             user: "root".into(),
             private_key: client.to_openssh(LineEnding::LF).unwrap().to_string(),
             host_key: host.public_key().to_bytes().unwrap(),
-            owner: nix::unistd::geteuid().is_root().then_some(confine::Owner { uid: 1_900_000_077, gid: 1_900_000_077 }),
+            owner: nix::unistd::geteuid().is_root().then_some(confine::Owner {
+                uid: 1_900_000_077,
+                gid: 1_900_000_077,
+            }),
         };
-        Self { server, target, _dir: dir }
+        Self {
+            server,
+            target,
+            _dir: dir,
+        }
     }
 
     /// Has no deadline, like a user's own command. The token is the test's timeout.
     fn exec(&self, deadline: Option<Instant>, cancel: &Cancel) -> Result<Exit> {
-        let spec = ExecSpec { command: "true".into(), deadline, ..ExecSpec::default() };
+        let spec = ExecSpec {
+            command: "true".into(),
+            deadline,
+            ..ExecSpec::default()
+        };
         SshTransport.exec(&self.target, &spec, Streams::default(), cancel)
     }
 }
@@ -96,7 +113,10 @@ fn patience() -> Cancel {
 
 fn memory_kib() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:")).unwrap();
+    let line = status
+        .lines()
+        .find_map(|l| l.strip_prefix("VmRSS:"))
+        .unwrap();
     line.trim().trim_end_matches("kB").trim().parse().unwrap()
 }
 
@@ -106,7 +126,11 @@ fn flood_without_deadline_is_guest_lost() {
         let guest = HostileGuest::start(mode, env);
         let e = guest.exec(None, &patience()).unwrap_err();
         assert_eq!(e.kind(), Kind::GuestLost, "{mode} {env:?}: {e}");
-        assert!(e.to_string().starts_with("the connection to the guest broke: "), "{mode} {env:?}: {e}");
+        assert!(
+            e.to_string()
+                .starts_with("the connection to the guest broke: "),
+            "{mode} {env:?}: {e}"
+        );
         assert!(e.hint_text().is_some());
     }
 }
@@ -115,7 +139,10 @@ fn flood_without_deadline_is_guest_lost() {
 fn guest_that_only_sends_keepalives_is_ended_by_caller() {
     let guest = HostileGuest::start("drip", &[]);
     let deadline = Some(Instant::now() + Duration::from_secs(3));
-    assert_eq!(guest.exec(deadline, &patience()).unwrap_err().kind(), Kind::Timeout);
+    assert_eq!(
+        guest.exec(deadline, &patience()).unwrap_err().kind(),
+        Kind::Timeout
+    );
 }
 
 /// One VM's guest is hostile and real. The others are fakes.
@@ -135,7 +162,13 @@ impl Transport for OneHostile {
     fn wait_ready(&self, target: &Target, deadline: Instant, cancel: &Cancel) -> Result<()> {
         self.others.wait_ready(target, deadline, cancel)
     }
-    fn exec(&self, target: &Target, spec: &ExecSpec, streams: Streams<'_>, cancel: &Cancel) -> Result<Exit> {
+    fn exec(
+        &self,
+        target: &Target,
+        spec: &ExecSpec,
+        streams: Streams<'_>,
+        cancel: &Cancel,
+    ) -> Result<Exit> {
         if self.is_hostile(target) {
             return SshTransport.exec(&self.hostile, spec, streams, cancel);
         }
@@ -150,11 +183,17 @@ fn world(guest: &HostileGuest) -> World {
     // Exactly this command reaches the guest. A shutdown is an `exec` as well and must end its
     // guest.
     let harmless = command_bytes(&[b"true".to_vec()], &[], None).unwrap();
-    world.guest.on(&String::from_utf8(harmless).unwrap(), |_| Answer::status(0));
+    world
+        .guest
+        .on(&String::from_utf8(harmless).unwrap(), |_| Answer::status(0));
     world.running("web");
     let db = world.create("db");
     world.place(&db.id);
-    world.transport = Arc::new(OneHostile { others: world.guest.clone(), addr, hostile: guest.target.clone() });
+    world.transport = Arc::new(OneHostile {
+        others: world.guest.clone(),
+        addr,
+        hostile: guest.target.clone(),
+    });
     world.reopen();
     world.daemon().reconciler.reconcile();
     world
@@ -162,7 +201,15 @@ fn world(guest: &HostileGuest) -> World {
 
 fn exec_request(vm: &str) -> ExecStartRequest {
     let argv = vec!["true".to_owned()];
-    ExecStartRequest { vm: vm.into(), argv, env: vec![], workdir: None, pty: None, streams: vec![], no_wait_children: false }
+    ExecStartRequest {
+        vm: vm.into(),
+        argv,
+        env: vec![],
+        workdir: None,
+        pty: None,
+        streams: vec![],
+        no_wait_children: false,
+    }
 }
 
 /// Everyday calls on VMs with healthy guests.
@@ -174,9 +221,13 @@ fn verbs(world: &World) -> Vec<(&'static str, Duration)> {
     };
     vec![
         timed("show", &|| drop(world.show("web").unwrap())),
-        timed("list operations", &|| drop(world.call::<OpList>(&OpListRequest::default()).unwrap())),
+        timed("list operations", &|| {
+            drop(world.call::<OpList>(&OpListRequest::default()).unwrap())
+        }),
         timed("start", &|| drop(world.start("db").unwrap())),
-        timed("exec", &|| drop(world.run::<ExecStart>(exec_request("db")).unwrap())),
+        timed("exec", &|| {
+            drop(world.run::<ExecStart>(exec_request("db")).unwrap())
+        }),
         timed("stop", &|| drop(world.stop("db").unwrap())),
     ]
 }
@@ -188,7 +239,12 @@ fn daemon_serves_other_vms_during_attack_and_stops_attacker() {
     let mut attack = world.begin::<ExecStart>(exec_request("evil"), vec![]);
     verbs(&world);
     let failure = attack.finish(SOON * 3).unwrap_err();
-    assert!(failure.to_string().contains("the connection to the guest broke"), "{failure}");
+    assert!(
+        failure
+            .to_string()
+            .contains("the connection to the guest broke"),
+        "{failure}"
+    );
     world.stop("evil").unwrap();
     world.delete("evil").unwrap();
     verbs(&world);
@@ -198,7 +254,10 @@ fn daemon_serves_other_vms_during_attack_and_stops_attacker() {
 #[ignore = "measures: scripts/bench hostile"]
 fn bench() {
     let modes = FLOODS.iter().copied().chain([("drip", &[][..])]);
-    println!("{:>9} {:>26} {:>7} {:>9} {:>9} {:>9} {:>12}", "mode", "environment", "verbs", "p50", "p99", "max", "memory");
+    println!(
+        "{:>9} {:>26} {:>7} {:>9} {:>9} {:>9} {:>12}",
+        "mode", "environment", "verbs", "p50", "p99", "max", "memory"
+    );
     for (mode, env) in modes {
         let guest = HostileGuest::start(mode, env);
         let world = world(&guest);
@@ -225,6 +284,10 @@ fn bench() {
             at(100).as_micros(),
             grown
         );
-        assert!(at(99) < Duration::from_millis(50), "{mode}: the slowest verb of a hundred took {:?}", at(99));
+        assert!(
+            at(99) < Duration::from_millis(50),
+            "{mode}: the slowest verb of a hundred took {:?}",
+            at(99)
+        );
     }
 }

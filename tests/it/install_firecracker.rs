@@ -12,7 +12,9 @@ struct Made {
 
 impl Made {
     fn new() -> Self {
-        Self { dir: tempfile::tempdir().unwrap() }
+        Self {
+            dir: tempfile::tempdir().unwrap(),
+        }
     }
 
     fn place(&self) -> PathBuf {
@@ -31,18 +33,31 @@ impl Made {
             std::fs::set_permissions(&path, PermissionsExt::from_mode(0o666)).unwrap();
         }
         let tarball = self.dir.path().join(format!("{version}.tgz"));
-        let script =
-            "cd \"$1\" && tar --owner=1000 --group=1000 -czf \"$2\" \"release-v$3-x86_64\" && sha256sum \"$2\" | cut -c-64";
+        let script = "cd \"$1\" && tar --owner=1000 --group=1000 -czf \"$2\" \"release-v$3-x86_64\" && sha256sum \"$2\" | cut -c-64";
         let mut made = Command::new("sh");
-        made.args(["-c", script, "sh"]).args([self.dir.path(), &tarball]).arg(version);
+        made.args(["-c", script, "sh"])
+            .args([self.dir.path(), &tarball])
+            .arg(version);
         let out = made.output().unwrap();
-        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-        (tarball, String::from_utf8(out.stdout).unwrap().trim().to_owned())
+        assert!(
+            out.status.success(),
+            "{}",
+            String::from_utf8_lossy(&out.stderr)
+        );
+        (
+            tarball,
+            String::from_utf8(out.stdout).unwrap().trim().to_owned(),
+        )
     }
 
     fn install(&self, version: &str, tarball: &Path, sum: &str) -> Output {
         let mut command = Command::new(SCRIPT);
-        command.arg(version).arg("--from").arg(tarball).args(["--sha256", sum, "--into"]).arg(self.place());
+        command
+            .arg(version)
+            .arg("--from")
+            .arg(tarball)
+            .args(["--sha256", sum, "--into"])
+            .arg(self.place());
         command.output().unwrap()
     }
 
@@ -50,7 +65,10 @@ impl Made {
     fn refuses(&self, version: &str, tarball: &Path, sum: &str, said: &str) {
         let out = self.install(version, tarball, sum);
         let stderr = String::from_utf8_lossy(&out.stderr).into_owned();
-        assert!(out.status.code() == Some(1) && stderr.contains(said), "{said:?} in {stderr:?}");
+        assert!(
+            out.status.code() == Some(1) && stderr.contains(said),
+            "{said:?} in {stderr:?}"
+        );
         let left = std::fs::read_dir(self.place()).map_or(0, |entries| entries.flatten().count());
         assert_eq!(left, 0, "it leaves nothing");
     }
@@ -63,7 +81,9 @@ fn is_root() -> bool {
 #[test]
 fn install_keeps_versions_side_by_side_owned_by_root() {
     if !is_root() {
-        eprintln!("NOT RUN, because it is not run by root: install_keeps_versions_side_by_side_owned_by_root");
+        eprintln!(
+            "NOT RUN, because it is not run by root: install_keeps_versions_side_by_side_owned_by_root"
+        );
         return;
     }
     let made = Made::new();
@@ -72,17 +92,37 @@ fn install_keeps_versions_side_by_side_owned_by_root() {
         // A second run succeeds.
         for said in ["installed", "is there already"] {
             let out = made.install(version, &tarball, &sum.to_uppercase());
-            let (stdout, stderr) = (String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
-            assert!(out.status.success() && stdout.contains(said), "{stdout}{stderr}");
-            assert!(stdout.contains(&format!("binary = \"{}/v{version}/firecracker\"", made.place().display())), "{stdout}");
+            let (stdout, stderr) = (
+                String::from_utf8_lossy(&out.stdout),
+                String::from_utf8_lossy(&out.stderr),
+            );
+            assert!(
+                out.status.success() && stdout.contains(said),
+                "{stdout}{stderr}"
+            );
+            assert!(
+                stdout.contains(&format!(
+                    "binary = \"{}/v{version}/firecracker\"",
+                    made.place().display()
+                )),
+                "{stdout}"
+            );
         }
     }
-    let mut found: Vec<_> = std::fs::read_dir(made.place()).unwrap().flatten().map(|e| e.file_name()).collect();
+    let mut found: Vec<_> = std::fs::read_dir(made.place())
+        .unwrap()
+        .flatten()
+        .map(|e| e.file_name())
+        .collect();
     found.sort();
     assert_eq!(found, ["v1.16.0", "v1.16.1"]);
     for path in ["v1.16.1", "v1.16.1/firecracker", "v1.16.1/jailer"] {
         let stat = std::fs::metadata(made.place().join(path)).unwrap();
-        assert_eq!((stat.uid(), stat.gid(), stat.mode() & 0o7777), (0, 0, 0o755), "{path}");
+        assert_eq!(
+            (stat.uid(), stat.gid(), stat.mode() & 0o7777),
+            (0, 0, 0o755),
+            "{path}"
+        );
     }
     // Another archive does not replace what is installed.
     let (tarball, sum) = made.release("1.16.1", "v1.16.1'; echo 'more");
@@ -100,12 +140,27 @@ fn install_of_wrong_archive_is_refused() {
     let (tarball, sum) = made.release("1.16.1", "v1.16.1");
     made.refuses("1.16.1", &tarball, &"0".repeat(64), &sum);
     made.refuses("1.16.1", &tarball, "123", "is not a SHA-256 sum");
-    made.refuses("1.16.2", &tarball, &sum, "has no firecracker of version 1.16.2");
+    made.refuses(
+        "1.16.2",
+        &tarball,
+        &sum,
+        "has no firecracker of version 1.16.2",
+    );
     made.refuses("../1.16.1", &tarball, &sum, "is not a version");
-    made.refuses("1.16.1", &made.dir.path().join("none.tgz"), &sum, "there is no file");
+    made.refuses(
+        "1.16.1",
+        &made.dir.path().join("none.tgz"),
+        &sum,
+        "there is no file",
+    );
     let (lying, sum) = made.release("1.15.0", "v1.14.0");
     made.refuses("1.15.0", &lying, &sum, "not version 1.15.0");
     // Neither the archive nor its checksum has a default.
-    let out = Command::new(SCRIPT).arg("1.16.1").arg("--from").arg(&tarball).output().unwrap();
+    let out = Command::new(SCRIPT)
+        .arg("1.16.1")
+        .arg("--from")
+        .arg(&tarball)
+        .output()
+        .unwrap();
     assert_eq!(out.status.code(), Some(2));
 }

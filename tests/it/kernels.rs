@@ -8,7 +8,11 @@ use fcd::error::Kind;
 use std::path::PathBuf;
 
 fn request(path: PathBuf) -> KernelImportRequest {
-    KernelImportRequest { path, name: None, modules: None }
+    KernelImportRequest {
+        path,
+        name: None,
+        modules: None,
+    }
 }
 
 #[test]
@@ -16,9 +20,19 @@ fn kernel_import_of_invalid_file_leaves_nothing() {
     let world = World::new();
     let empty = world.census();
     world.open_to_everybody();
-    let denied = as_uid(4_000_000, || world.run::<KernelImport>(request("/boot/vmlinuz".into())).map(drop).unwrap_err());
+    let denied = as_uid(4_000_000, || {
+        world
+            .run::<KernelImport>(request("/boot/vmlinuz".into()))
+            .map(drop)
+            .unwrap_err()
+    });
     assert!(denied.is(Kind::Denied), "{denied:?}");
-    let import = |path: PathBuf| world.run::<KernelImport>(request(path)).map(drop).unwrap_err();
+    let import = |path: PathBuf| {
+        world
+            .run::<KernelImport>(request(path))
+            .map(drop)
+            .unwrap_err()
+    };
     assert!(import("vmlinuz".into()).is(Kind::InvalidArgument));
     assert!(import("/no/such/file".into()).is(Kind::PathNotFound));
     let file = tempfile::NamedTempFile::new().unwrap();
@@ -36,7 +50,13 @@ fn kernel_import_of_invalid_file_leaves_nothing() {
     }
     world.await_rest();
     assert_eq!(world.census(), empty);
-    assert_eq!(world.call::<KernelList>(&Default::default()).unwrap().kernels, []);
+    assert_eq!(
+        world
+            .call::<KernelList>(&Default::default())
+            .unwrap()
+            .kernels,
+        []
+    );
 }
 
 /// Creates the files that an import leaves.
@@ -47,7 +67,8 @@ fn make_kernel(world: &World) -> PathBuf {
     for file in ["vmlinux", "initrd"] {
         std::fs::write(draft.join(file), "x").unwrap();
     }
-    let about = serde_json::json!({"name": "mine", "version": "6.1", "modules": [], "imported_at": 7});
+    let about =
+        serde_json::json!({"name": "mine", "version": "6.1", "modules": [], "imported_at": 7});
     std::fs::write(draft.join("kernel.json"), about.to_string()).unwrap();
     std::fs::rename(&draft, &dir).unwrap();
     dir
@@ -61,10 +82,15 @@ fn kernel_in_use_by_create_is_not_deleted() {
     for round in 0..ROUNDS {
         let dir = make_kernel(&world);
         let name = format!("web-{round}");
-        let create = VmCreateRequest { name: Some(name.parse().unwrap()), kernel: Some(kernel()), ..Default::default() };
+        let create = VmCreateRequest {
+            name: Some(name.parse().unwrap()),
+            kernel: Some(kernel()),
+            ..Default::default()
+        };
         let (created, deleted) = std::thread::scope(|scope| {
             let creates = scope.spawn(|| world.call::<VmCreate>(&create));
-            let deletes = scope.spawn(|| world.call::<KernelDelete>(&KernelRequest { kernel: kernel() }));
+            let deletes =
+                scope.spawn(|| world.call::<KernelDelete>(&KernelRequest { kernel: kernel() }));
             (creates.join().unwrap(), deletes.join().unwrap())
         });
         match (&created, &deleted) {
@@ -75,7 +101,9 @@ fn kernel_in_use_by_create_is_not_deleted() {
         assert_eq!(dir.exists(), created.is_ok());
         if created.is_ok() {
             world.delete(&name).unwrap();
-            world.call::<KernelDelete>(&KernelRequest { kernel: kernel() }).unwrap();
+            world
+                .call::<KernelDelete>(&KernelRequest { kernel: kernel() })
+                .unwrap();
         }
     }
 }
@@ -84,23 +112,51 @@ fn kernel_in_use_by_create_is_not_deleted() {
 fn kernel_in_use_by_vm_is_not_deleted() {
     let world = World::new();
     let name = || Some("mine".parse().unwrap());
-    let create =
-        || world.call::<VmCreate>(&VmCreateRequest { name: Some("web".parse().unwrap()), kernel: name(), ..Default::default() });
+    let create = || {
+        world.call::<VmCreate>(&VmCreateRequest {
+            name: Some("web".parse().unwrap()),
+            kernel: name(),
+            ..Default::default()
+        })
+    };
     assert!(create().unwrap_err().is(Kind::KernelNotFound));
     let dir = make_kernel(&world);
     let vm = create().unwrap().vm;
     world.place(&vm.id);
     world.start("web").unwrap();
     let spec = world.vmm.last_spec(&vm.id).unwrap();
-    assert_eq!((spec.kernel, spec.initrd), (dir.join("vmlinux"), dir.join("initrd")));
-    let named = || KernelRequest { kernel: "mine".parse().unwrap() };
+    assert_eq!(
+        (spec.kernel, spec.initrd),
+        (dir.join("vmlinux"), dir.join("initrd"))
+    );
+    let named = || KernelRequest {
+        kernel: "mine".parse().unwrap(),
+    };
     assert_eq!(world.call::<KernelShow>(&named()).unwrap().kernel.vms, 1);
-    assert!(world.call::<KernelDelete>(&named()).unwrap_err().is(Kind::Conflict));
+    assert!(
+        world
+            .call::<KernelDelete>(&named())
+            .unwrap_err()
+            .is(Kind::Conflict)
+    );
     world.open_to_everybody();
-    assert!(as_uid(4_000_000, || world.call::<KernelDelete>(&named()).unwrap_err().is(Kind::Denied)));
+    assert!(as_uid(4_000_000, || world
+        .call::<KernelDelete>(&named())
+        .unwrap_err()
+        .is(Kind::Denied)));
     // The kernel's files were removed. The running VM is not affected, but it cannot start again.
     std::fs::remove_dir_all(&dir).unwrap();
-    assert!(world.run::<VmRestart>(stop("web")).unwrap_err().is(Kind::KernelNotFound));
+    assert!(
+        world
+            .run::<VmRestart>(stop("web"))
+            .unwrap_err()
+            .is(Kind::KernelNotFound)
+    );
     world.delete("web").unwrap();
-    assert!(world.call::<KernelDelete>(&named()).unwrap_err().is(Kind::KernelNotFound));
+    assert!(
+        world
+            .call::<KernelDelete>(&named())
+            .unwrap_err()
+            .is(Kind::KernelNotFound)
+    );
 }

@@ -25,7 +25,13 @@ pub fn rust_files(dir: &Path, into: &mut Vec<PathBuf>) {
 /// Returns the module of a file: `src/store/tx.rs` belongs to `store`, `src/ids.rs` to `ids`.
 fn module_of(path: &Path) -> Option<String> {
     let below = path.strip_prefix(root().join("src")).unwrap();
-    let first = below.components().next()?.as_os_str().to_str()?.trim_end_matches(".rs").to_owned();
+    let first = below
+        .components()
+        .next()?
+        .as_os_str()
+        .to_str()?
+        .trim_end_matches(".rs")
+        .to_owned();
     (first != "lib" && first != "bin").then_some(first)
 }
 
@@ -34,13 +40,19 @@ pub fn is_test(path: &Path) -> bool {
     let below = path.strip_prefix(root().join("src")).unwrap();
     below.components().any(|c| {
         let name = c.as_os_str().to_str().unwrap_or_default();
-        name == "tests" || name == "tests.rs" || name.ends_with("_tests.rs") || name.starts_with("test_")
+        name == "tests"
+            || name == "tests.rs"
+            || name.ends_with("_tests.rs")
+            || name.starts_with("test_")
     })
 }
 
 /// Every `crate::<module>` in the text, except in comments.
 fn imports(text: &str) -> BTreeSet<String> {
-    let code: Vec<&str> = text.lines().map(|l| l.split("//").next().unwrap_or("")).collect();
+    let code: Vec<&str> = text
+        .lines()
+        .map(|l| l.split("//").next().unwrap_or(""))
+        .collect();
     let code = code.join("\n");
     let mut found = BTreeSet::new();
     for part in code.split("crate::").skip(1) {
@@ -62,7 +74,11 @@ fn imports(text: &str) -> BTreeSet<String> {
                 found.insert(item.trim().split("::").next().unwrap_or("").to_owned());
             }
         } else {
-            found.insert(part.chars().take_while(|c| c.is_ascii_alphanumeric() || *c == '_').collect());
+            found.insert(
+                part.chars()
+                    .take_while(|c| c.is_ascii_alphanumeric() || *c == '_')
+                    .collect(),
+            );
         }
     }
     found.retain(|m| !m.is_empty());
@@ -72,8 +88,18 @@ fn imports(text: &str) -> BTreeSet<String> {
 /// Reads the rows `| modules | what they may import |`. Each cell is a list of names in backticks.
 fn table() -> BTreeMap<String, BTreeSet<String>> {
     let text = std::fs::read_to_string(root().join("ARCHITECTURE.md")).expect("ARCHITECTURE.md");
-    let section = text.split(BEGIN).nth(1).and_then(|t| t.split(END).next()).expect("the layer table");
-    let names = |cell: &str| -> BTreeSet<String> { cell.split('`').skip(1).step_by(2).map(str::to_owned).collect() };
+    let section = text
+        .split(BEGIN)
+        .nth(1)
+        .and_then(|t| t.split(END).next())
+        .expect("the layer table");
+    let names = |cell: &str| -> BTreeSet<String> {
+        cell.split('`')
+            .skip(1)
+            .step_by(2)
+            .map(str::to_owned)
+            .collect()
+    };
     let mut table = BTreeMap::new();
     for row in section.lines().filter(|l| l.starts_with("| `")) {
         let cells: Vec<&str> = row.split('|').collect();
@@ -92,7 +118,9 @@ fn modules_import_only_what_the_table_allows() {
     let mut wrong = Vec::new();
     let mut seen = BTreeSet::new();
     for path in files {
-        let Some(module) = module_of(&path) else { continue };
+        let Some(module) = module_of(&path) else {
+            continue;
+        };
         seen.insert(module.clone());
         if is_test(&path) {
             continue;
@@ -104,10 +132,13 @@ fn modules_import_only_what_the_table_allows() {
         let text = std::fs::read_to_string(&path).unwrap();
         for import in imports(&text) {
             // Other names are macros of this crate, or paths within the module.
-            let is_module =
-                root().join("src").join(&import).is_dir() || root().join("src").join(format!("{import}.rs")).is_file();
+            let is_module = root().join("src").join(&import).is_dir()
+                || root().join("src").join(format!("{import}.rs")).is_file();
             if is_module && import != module && !allowed.contains(&import) {
-                wrong.push(format!("{} imports crate::{import}; {module} may not", path.strip_prefix(root()).unwrap().display()));
+                wrong.push(format!(
+                    "{} imports crate::{import}; {module} may not",
+                    path.strip_prefix(root()).unwrap().display()
+                ));
             }
         }
     }
@@ -131,13 +162,22 @@ fn op_level_ranks_are_named_in_locks_and_daemon_only() {
     for path in files {
         let module = module_of(&path);
         // Tests of a mechanism act as the daemon.
-        let is_test =
-            path.strip_prefix(root()).unwrap().components().any(|c| c.as_os_str().to_string_lossy().starts_with("tests"));
+        let is_test = path
+            .strip_prefix(root())
+            .unwrap()
+            .components()
+            .any(|c| c.as_os_str().to_string_lossy().starts_with("tests"));
         if is_test || matches!(module.as_deref(), Some("locks" | "daemon")) {
             continue;
         }
         let text = std::fs::read_to_string(&path).unwrap();
-        for rank in ["Rank::Vm)", "Rank::Vm,", "Rank::Workspace", "Rank::CreateVm", "Rank::ImageOps"] {
+        for rank in [
+            "Rank::Vm)",
+            "Rank::Vm,",
+            "Rank::Workspace",
+            "Rank::CreateVm",
+            "Rank::ImageOps",
+        ] {
             assert!(!text.contains(rank), "{} names {rank}", path.display());
         }
     }
@@ -149,7 +189,8 @@ fn named_by(word: &str) -> BTreeSet<String> {
     rust_files(&root().join("src"), &mut files);
     let names = |path: &PathBuf| {
         let text = std::fs::read_to_string(path).unwrap();
-        text.lines().any(|l| l.split("//").next().unwrap_or("").contains(word))
+        text.lines()
+            .any(|l| l.split("//").next().unwrap_or("").contains(word))
     };
     let below = |path: PathBuf| path.strip_prefix(root()).unwrap().display().to_string();
     files.into_iter().filter(names).map(below).collect()
@@ -158,28 +199,53 @@ fn named_by(word: &str) -> BTreeSet<String> {
 #[test]
 fn ssh_is_used_by_helper_process_only() {
     for library in ["ssh2::", "libssh2_sys"] {
-        let outside: Vec<_> = named_by(library).into_iter().filter(|path| !path.starts_with("src/guest/ssh/")).collect();
-        assert!(outside.is_empty(), "{library} parses what a guest sends, and is named by {outside:?}");
+        let outside: Vec<_> = named_by(library)
+            .into_iter()
+            .filter(|path| !path.starts_with("src/guest/ssh/"))
+            .collect();
+        assert!(
+            outside.is_empty(),
+            "{library} parses what a guest sends, and is named by {outside:?}"
+        );
     }
     // `mod.rs` only declares the module.
     for way in ["guest::ssh", "super::ssh", "ssh::{"] {
-        let ways: Vec<_> = named_by(way).into_iter().filter(|path| !path.starts_with("src/guest/ssh/")).collect();
-        assert!(ways.iter().all(|path| path == "src/guest/helper/serve.rs"), "{way}: {ways:?}");
+        let ways: Vec<_> = named_by(way)
+            .into_iter()
+            .filter(|path| !path.starts_with("src/guest/ssh/"))
+            .collect();
+        assert!(
+            ways.iter().all(|path| path == "src/guest/helper/serve.rs"),
+            "{way}: {ways:?}"
+        );
     }
     // Only the list of helpers runs that.
-    assert_eq!(named_by("serve::run"), BTreeSet::from(["src/daemon/helpers.rs".to_owned()]));
+    assert_eq!(
+        named_by("serve::run"),
+        BTreeSet::from(["src/daemon/helpers.rs".to_owned()])
+    );
 }
 
 #[test]
 fn dns_is_parsed_by_the_helper_process_alone() {
-    let is_outside = |path: &String| !path.starts_with("src/net/dns/helper/") && !path.starts_with("src/net/dns/tests/");
+    let is_outside = |path: &String| {
+        !path.starts_with("src/net/dns/helper/") && !path.starts_with("src/net/dns/tests/")
+    };
     // `fuzz.rs` is not part of the daemon.
     for parser in ["packet::", "zone::", "Query::parse", "is_answer"] {
-        let parses = |path: &String| path.starts_with("src/net/") && is_outside(path) && path != "src/net/dns/fuzz.rs";
+        let parses = |path: &String| {
+            path.starts_with("src/net/") && is_outside(path) && path != "src/net/dns/fuzz.rs"
+        };
         let outside: Vec<_> = named_by(parser).into_iter().filter(parses).collect();
-        assert!(outside.is_empty(), "{parser} parses what a guest sends, and is named by {outside:?}");
+        assert!(
+            outside.is_empty(),
+            "{parser} parses what a guest sends, and is named by {outside:?}"
+        );
     }
     // Nothing but the list of helpers runs it.
-    let ways: Vec<_> = named_by("dns::helper::").into_iter().filter(is_outside).collect();
+    let ways: Vec<_> = named_by("dns::helper::")
+        .into_iter()
+        .filter(is_outside)
+        .collect();
     assert_eq!(ways, ["src/daemon/helpers.rs"]);
 }

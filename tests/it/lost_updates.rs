@@ -24,7 +24,10 @@ fn widen_windows() {
 
 #[test]
 fn concurrent_row_changes_are_all_kept() {
-    run_in_own_process("lost_updates::with_wide_windows_in_own_process", Stdio::piped());
+    run_in_own_process(
+        "lost_updates::with_wide_windows_in_own_process",
+        Stdio::piped(),
+    );
 }
 
 #[test]
@@ -38,23 +41,37 @@ fn with_wide_windows_in_own_process() {
         a_fork_that_is_kept_stays_after_a_stop(&world, round);
     }
     assert_eq!(world.state("web"), VmState::Running);
-    world.vmm.die(&web.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9)));
+    world
+        .vmm
+        .die(&web.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9)));
     world.await_state("web", VmState::Failed);
 }
 
 /// A fork is marked as kept while another thread stops the new VM.
 fn a_fork_that_is_kept_stays_after_a_stop(world: &World, round: u32) {
     let name = format!("twin-{round}");
-    let request = VmForkRequest { vm: "web".into(), name: Some(name.parse().unwrap()) };
+    let request = VmForkRequest {
+        vm: "web".into(),
+        name: Some(name.parse().unwrap()),
+    };
     let mut fork = world.begin::<VmFork>(request, vec![]);
-    world.await_change(|s| s.vms().any(|r| r.name.as_str() == name && r.state == VmState::Running));
+    world.await_change(|s| {
+        s.vms()
+            .any(|r| r.name.as_str() == name && r.state == VmState::Running)
+    });
     // The guest cannot be reached, so the stop must not wait for it.
-    let stopped = world.run::<VmStop>(VmStopRequest { timeout_ms: Some(1), ..stop(&name) });
+    let stopped = world.run::<VmStop>(VmStopRequest {
+        timeout_ms: Some(1),
+        ..stop(&name)
+    });
     let kept = fork.finish(SOON);
     if kept.is_ok() {
         world.await_rest();
         let shown = world.show(&name);
-        assert!(shown.is_ok(), "round {round}: the fork was kept, and a stop deleted it: {stopped:?}, {shown:?}");
+        assert!(
+            shown.is_ok(),
+            "round {round}: the fork was kept, and a stop deleted it: {stopped:?}, {shown:?}"
+        );
         world.delete(&name).unwrap();
     }
     world.await_rest();

@@ -47,7 +47,12 @@ impl Driver for Panics {
     fn consoles(&self) -> &Consoles {
         self.inner.consoles()
     }
-    fn start(&self, spec: &VmmSpec, cancel: &Cancel, spawned: &mut dyn FnMut(&Identity)) -> Result<Running> {
+    fn start(
+        &self,
+        spec: &VmmSpec,
+        cancel: &Cancel,
+        spawned: &mut dyn FnMut(&Identity),
+    ) -> Result<Running> {
         self.pass("start");
         let running = self.inner.start(spec, cancel, spawned)?;
         self.pass("started");
@@ -74,13 +79,24 @@ impl Driver for Panics {
     fn set_rates(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<()> {
         self.inner.set_rates(spec, identity, cancel)
     }
-    fn set_balloon(&self, spec: &VmmSpec, identity: &Identity, keep_mib: u64, cancel: &Cancel) -> Result<()> {
+    fn set_balloon(
+        &self,
+        spec: &VmmSpec,
+        identity: &Identity,
+        keep_mib: u64,
+        cancel: &Cancel,
+    ) -> Result<()> {
         self.inner.set_balloon(spec, identity, keep_mib, cancel)
     }
     fn balloon_mib(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<u64> {
         self.inner.balloon_mib(spec, identity, cancel)
     }
-    fn metrics(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<Vec<serde_json::Value>> {
+    fn metrics(
+        &self,
+        spec: &VmmSpec,
+        identity: &Identity,
+        cancel: &Cancel,
+    ) -> Result<Vec<serde_json::Value>> {
         self.inner.metrics(spec, identity, cancel)
     }
     fn connect(&self, identity: &Identity, port: u32, cancel: &Cancel) -> Result<UnixStream> {
@@ -118,17 +134,34 @@ impl Driver for Panics {
     fn watch(&self, dir: &Path, identity: &Identity, died: fcd::vmm::Died) -> Result<()> {
         self.inner.watch(dir, identity, died)
     }
-    fn watch_guest(&self, dir: &Path, identity: &Identity, told: Box<dyn Fn(GuestEvent) + Send>) -> Result<()> {
+    fn watch_guest(
+        &self,
+        dir: &Path,
+        identity: &Identity,
+        told: Box<dyn Fn(GuestEvent) + Send>,
+    ) -> Result<()> {
         self.inner.watch_guest(dir, identity, told)
     }
-    fn save(&self, spec: &VmmSpec, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<String> {
+    fn save(
+        &self,
+        spec: &VmmSpec,
+        identity: &Identity,
+        to: SaveTo<'_>,
+        cancel: &Cancel,
+    ) -> Result<String> {
         self.pass("save");
         self.inner.save(spec, identity, to, cancel)
     }
     fn can_load(&self, driver: &str, elsewhere: bool) -> Result<()> {
         self.inner.can_load(driver, elsewhere)
     }
-    fn set_paused(&self, dir: &Path, identity: &Identity, is_paused: bool, cancel: &Cancel) -> Result<()> {
+    fn set_paused(
+        &self,
+        dir: &Path,
+        identity: &Identity,
+        is_paused: bool,
+        cancel: &Cancel,
+    ) -> Result<()> {
         self.inner.set_paused(dir, identity, is_paused, cancel)
     }
     fn checks(&self) -> Vec<Check> {
@@ -139,7 +172,17 @@ impl Driver for Panics {
 
 fn world() -> (World, Arc<Panics>) {
     let mut driver = None;
-    let world = World::with_driver(|inner| driver.insert(Arc::new(Panics { inner, at: Mutex::default() })).clone(), |_| {});
+    let world = World::with_driver(
+        |inner| {
+            driver
+                .insert(Arc::new(Panics {
+                    inner,
+                    at: Mutex::default(),
+                }))
+                .clone()
+        },
+        |_| {},
+    );
     (world, driver.unwrap())
 }
 
@@ -176,7 +219,9 @@ fn panic_in_stop_and_delete_fails_vm() {
     let (world, driver) = world();
     world.running("web");
     driver.at("kill");
-    world.guest.on(fcd::image::SHUTDOWN_COMMAND, |_| panic!("a panic of the test's in the shutdown"));
+    world.guest.on(fcd::image::SHUTDOWN_COMMAND, |_| {
+        panic!("a panic of the test's in the shutdown")
+    });
     assert!(world.stop("web").unwrap_err().is(Kind::Internal));
     world.await_state("web", VmState::Failed);
     world.await_rest();
@@ -213,7 +258,11 @@ fn panic_is_reported_to_successor() {
 #[test]
 fn panic_of_rm_vm_still_removes_it() {
     let (world, driver) = world();
-    let request_ = VmCreateRequest { name: Some("web".parse().unwrap()), rm: true, ..Default::default() };
+    let request_ = VmCreateRequest {
+        name: Some("web".parse().unwrap()),
+        rm: true,
+        ..Default::default()
+    };
     world.call::<VmCreate>(&request_).unwrap();
     driver.at("start");
     assert!(world.start("web").unwrap_err().is(Kind::Internal));
@@ -225,9 +274,10 @@ fn panic_of_rm_vm_still_removes_it() {
 fn panic_in_job_frees_worker() {
     let (world, _) = world();
     world.running("web");
-    world
-        .guest
-        .on(&remote::receive_command(&GuestWorkspace::new(GUEST_PATH), false), |_| panic!("a panic of the test's in a job"));
+    world.guest.on(
+        &remote::receive_command(&GuestWorkspace::new(GUEST_PATH), false),
+        |_| panic!("a panic of the test's in a job"),
+    );
     for _ in 0..4 {
         let Import { mut call, stream } = world.import("web");
         write_payload(stream, b"x");
@@ -235,7 +285,10 @@ fn panic_in_job_frees_worker() {
         assert!(e.is(Kind::Internal), "{e:?}");
     }
     world.await_rest();
-    assert_eq!(world.workspace_state("web"), Some(WorkspaceState::Incomplete));
+    assert_eq!(
+        world.workspace_state("web"),
+        Some(WorkspaceState::Incomplete)
+    );
     assert_eq!(world.stop("web").unwrap().state, VmState::Stopped);
 }
 
@@ -245,11 +298,24 @@ fn panic_in_snapshot_resumes_guest() {
     let (world, driver) = world();
     let (vm, _) = world.running("web");
     driver.at("save");
-    let e = world.run::<SnapshotCreate>(SnapshotCreateRequest { vm: "web".into(), name: None }).unwrap_err();
+    let e = world
+        .run::<SnapshotCreate>(SnapshotCreateRequest {
+            vm: "web".into(),
+            name: None,
+        })
+        .unwrap_err();
     assert!(e.is(Kind::Internal), "{e:?}");
     world.await_rest();
     assert!(!world.vmm.is_paused(&vm.id));
-    let leaks = world.call::<Leaks>(&LeaksRequest { fix: true }).unwrap().leaks;
+    let leaks = world
+        .call::<Leaks>(&LeaksRequest { fix: true })
+        .unwrap()
+        .leaks;
     assert!(leaks.len() == 1 && leaks[0].removed, "{leaks:?}");
-    world.run::<SnapshotCreate>(SnapshotCreateRequest { vm: "web".into(), name: None }).unwrap();
+    world
+        .run::<SnapshotCreate>(SnapshotCreateRequest {
+            vm: "web".into(),
+            name: None,
+        })
+        .unwrap();
 }

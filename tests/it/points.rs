@@ -90,14 +90,22 @@ impl Points {
         match self.is_it(what) {
             None => Ok(()),
             Some(Mode::Crash) => Err(dead()),
-            Some(_) => Err(Error::new(Kind::Host, format!("{what}: a fault of the test's"))),
+            Some(_) => Err(Error::new(
+                Kind::Host,
+                format!("{what}: a fault of the test's"),
+            )),
         }
     }
 
     /// A point without an effect on the host, which is not counted. Only [`Points::die_at`] uses
     /// it.
     pub fn reach(&self, what: &str) -> Result<()> {
-        if self.last.lock().unwrap().is_some_and(|last| what.contains(last)) {
+        if self
+            .last
+            .lock()
+            .unwrap()
+            .is_some_and(|last| what.contains(last))
+        {
             self.die();
         }
         if self.is_dead() { Err(dead()) } else { Ok(()) }
@@ -137,12 +145,18 @@ impl Driver for PointDriver {
     fn consoles(&self) -> &Consoles {
         self.0.consoles()
     }
-    fn start(&self, spec: &VmmSpec, cancel: &Cancel, spawned: &mut dyn FnMut(&Identity)) -> Result<Running> {
+    fn start(
+        &self,
+        spec: &VmmSpec,
+        cancel: &Cancel,
+        spawned: &mut dyn FnMut(&Identity),
+    ) -> Result<Running> {
         self.1.pass("spawn the VMM")?;
         let mut is_dead = false;
         let running = self.0.start(spec, cancel, &mut |identity| {
             // A daemon that dies here has a process that is recorded nowhere.
-            is_dead = self.1.is_dead() || matches!(self.1.is_it("the VMM was spawned"), Some(Mode::Crash));
+            is_dead = self.1.is_dead()
+                || matches!(self.1.is_it("the VMM was spawned"), Some(Mode::Crash));
             if !is_dead {
                 spawned(identity);
             }
@@ -178,14 +192,32 @@ impl Driver for PointDriver {
     fn watch(&self, dir: &Path, identity: &Identity, died: fcd::vmm::Died) -> Result<()> {
         self.0.watch(dir, identity, died)
     }
-    fn watch_guest(&self, dir: &Path, identity: &Identity, told: Box<dyn Fn(GuestEvent) + Send>) -> Result<()> {
-        self.1.reach(&format!("listen to the VMM in {}", dir.display()))?;
+    fn watch_guest(
+        &self,
+        dir: &Path,
+        identity: &Identity,
+        told: Box<dyn Fn(GuestEvent) + Send>,
+    ) -> Result<()> {
+        self.1
+            .reach(&format!("listen to the VMM in {}", dir.display()))?;
         self.0.watch_guest(dir, identity, told)
     }
-    fn set_paused(&self, dir: &Path, identity: &Identity, is_paused: bool, cancel: &Cancel) -> Result<()> {
+    fn set_paused(
+        &self,
+        dir: &Path,
+        identity: &Identity,
+        is_paused: bool,
+        cancel: &Cancel,
+    ) -> Result<()> {
         self.0.set_paused(dir, identity, is_paused, cancel)
     }
-    fn save(&self, spec: &VmmSpec, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<String> {
+    fn save(
+        &self,
+        spec: &VmmSpec,
+        identity: &Identity,
+        to: SaveTo<'_>,
+        cancel: &Cancel,
+    ) -> Result<String> {
         self.0.save(spec, identity, to, cancel)
     }
     fn can_load(&self, driver: &str, elsewhere: bool) -> Result<()> {
@@ -198,14 +230,25 @@ impl Driver for PointDriver {
         self.1.pass("limit the guest's devices")?;
         self.0.set_rates(spec, identity, cancel)
     }
-    fn set_balloon(&self, spec: &VmmSpec, identity: &Identity, keep_mib: u64, cancel: &Cancel) -> Result<()> {
+    fn set_balloon(
+        &self,
+        spec: &VmmSpec,
+        identity: &Identity,
+        keep_mib: u64,
+        cancel: &Cancel,
+    ) -> Result<()> {
         self.1.pass("set the balloon")?;
         self.0.set_balloon(spec, identity, keep_mib, cancel)
     }
     fn balloon_mib(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<u64> {
         self.0.balloon_mib(spec, identity, cancel)
     }
-    fn metrics(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<Vec<serde_json::Value>> {
+    fn metrics(
+        &self,
+        spec: &VmmSpec,
+        identity: &Identity,
+        cancel: &Cancel,
+    ) -> Result<Vec<serde_json::Value>> {
         self.0.metrics(spec, identity, cancel)
     }
     fn connect(&self, identity: &Identity, port: u32, cancel: &Cancel) -> Result<UnixStream> {
@@ -242,7 +285,13 @@ impl Transport for PointTransport {
     fn wait_ready(&self, target: &Target, deadline: Instant, cancel: &Cancel) -> Result<()> {
         self.0.wait_ready(target, deadline, cancel)
     }
-    fn exec(&self, target: &Target, spec: &ExecSpec, streams: Streams<'_>, cancel: &Cancel) -> Result<Exit> {
+    fn exec(
+        &self,
+        target: &Target,
+        spec: &ExecSpec,
+        streams: Streams<'_>,
+        cancel: &Cancel,
+    ) -> Result<Exit> {
         self.1.pass("run a command in the guest")?;
         self.0.exec(target, spec, streams, cancel)
     }
@@ -251,7 +300,12 @@ impl Transport for PointTransport {
 pub struct PointCommands<C>(pub C, pub Arc<Points>);
 
 impl<C: Commands> Commands for PointCommands<C> {
-    fn run(&self, command: &Command, cancel: &Cancel, on_line: &mut dyn FnMut(&str)) -> Result<Output> {
+    fn run(
+        &self,
+        command: &Command,
+        cancel: &Cancel,
+        on_line: &mut dyn FnMut(&str),
+    ) -> Result<Output> {
         self.1.pass("run a host command")?;
         self.0.run(command, cancel, on_line)
     }

@@ -27,9 +27,15 @@ impl Process {
         command.args(["--state-dir".as_ref(), dir.path().join("state").as_os_str()]);
         command.args(["--socket".as_ref(), dir.path().join("fcd.sock").as_os_str()]);
         command.env("FCD_TEST_CLAIMS", dir.path().join("claims"));
-        command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
+        command
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log);
         before(&mut command);
-        let mut process = Self { child: command.spawn().unwrap(), dir };
+        let mut process = Self {
+            child: command.spawn().unwrap(),
+            dir,
+        };
         await_that("the daemon serves", || {
             let ended = process.child.try_wait().unwrap();
             assert!(ended.is_none(), "{ended:?}: {}", process.log());
@@ -55,7 +61,11 @@ impl Process {
         loop {
             match self.child.try_wait().unwrap() {
                 Some(status) => return status,
-                None => assert!(Instant::now() < deadline, "the daemon has not ended: {}", self.log()),
+                None => assert!(
+                    Instant::now() < deadline,
+                    "the daemon has not ended: {}",
+                    self.log()
+                ),
             }
             std::thread::yield_now();
         }
@@ -63,7 +73,13 @@ impl Process {
 
     /// What the daemon's descriptor with this number refers to.
     fn descriptor(&self, fd: i32) -> Option<PathBuf> {
-        fs::read_link(Path::new("/proc").join(self.child.id().to_string()).join("fd").join(fd.to_string())).ok()
+        fs::read_link(
+            Path::new("/proc")
+                .join(self.child.id().to_string())
+                .join("fd")
+                .join(fd.to_string()),
+        )
+        .ok()
     }
 }
 
@@ -76,13 +92,29 @@ impl Drop for Process {
 
 #[test]
 fn sighup_drains_daemon_as_sigterm_does() {
-    for signal in [nix::sys::signal::SIGHUP, nix::sys::signal::SIGTERM, nix::sys::signal::SIGINT] {
+    for signal in [
+        nix::sys::signal::SIGHUP,
+        nix::sys::signal::SIGTERM,
+        nix::sys::signal::SIGINT,
+    ] {
         let mut process = Process::start(|_| {});
         process.signal(signal);
         let status = process.end();
-        assert_eq!((status.code(), status.signal()), (Some(0), None), "{signal}: {}", process.log());
-        assert!(!process.socket().exists(), "{signal}: the socket is removed");
-        assert!(process.log().contains("done; VMs keep running"), "{signal}: {}", process.log());
+        assert_eq!(
+            (status.code(), status.signal()),
+            (Some(0), None),
+            "{signal}: {}",
+            process.log()
+        );
+        assert!(
+            !process.socket().exists(),
+            "{signal}: the socket is removed"
+        );
+        assert!(
+            process.log().contains("done; VMs keep running"),
+            "{signal}: {}",
+            process.log()
+        );
     }
 }
 
@@ -109,12 +141,21 @@ fn sighup_ignored_at_start_stays_ignored() {
 
 /// Makes the command start the daemon from a shell script.
 fn through_shell(command: &mut Command, script: &str) {
-    let args: Vec<_> = command.get_args().map(|a| a.to_str().unwrap().to_owned()).collect();
+    let args: Vec<_> = command
+        .get_args()
+        .map(|a| a.to_str().unwrap().to_owned())
+        .collect();
     let dir = Path::new(&args[1]).parent().unwrap();
     let log = File::options().append(true).open(dir.join("log")).unwrap();
     *command = Command::new("sh");
-    command.args(["-c", script, "sh", env!("CARGO_BIN_EXE_fcd")]).args(&args).env("FCD_TEST_CLAIMS", dir.join("claims"));
-    command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
+    command
+        .args(["-c", script, "sh", env!("CARGO_BIN_EXE_fcd")])
+        .args(&args)
+        .env("FCD_TEST_CLAIMS", dir.join("claims"));
+    command
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().unwrap())
+        .stderr(log);
 }
 
 /// Passes `file` on as descriptor `to`.
@@ -123,7 +164,13 @@ fn inherit(command: &mut Command, file: &File, to: i32) {
     // SAFETY: dup2(2) may be called between fork and exec.
     #[allow(unsafe_code)]
     unsafe {
-        command.pre_exec(move || if libc::dup2(from, to) < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) });
+        command.pre_exec(move || {
+            if libc::dup2(from, to) < 0 {
+                Err(std::io::Error::last_os_error())
+            } else {
+                Ok(())
+            }
+        });
     }
 }
 
@@ -132,9 +179,17 @@ fn inherited_descriptors_are_closed_at_start() {
     let file = tempfile::NamedTempFile::new().unwrap();
     // Numbers that neither this process nor the daemon uses.
     let numbers = [857, 863, 1000];
-    let process = Process::start(|command| numbers.iter().for_each(|n| inherit(command, file.as_file(), *n)));
+    let process = Process::start(|command| {
+        numbers
+            .iter()
+            .for_each(|n| inherit(command, file.as_file(), *n))
+    });
     for fd in numbers {
-        assert_eq!(process.descriptor(fd), None, "descriptor {fd} is still open");
+        assert_eq!(
+            process.descriptor(fd),
+            None,
+            "descriptor {fd} is still open"
+        );
     }
     assert!(process.descriptor(1).is_some() && process.descriptor(2).is_some());
 }
@@ -148,14 +203,24 @@ fn descriptors_of_socket_activation_are_kept() {
     let with = |pid: &str| {
         let pid = pid.to_owned();
         Process::start(|command| {
-            through_shell(command, &format!("export LISTEN_PID={pid} LISTEN_FDS={}; exec \"$@\"", last - 2));
+            through_shell(
+                command,
+                &format!(
+                    "export LISTEN_PID={pid} LISTEN_FDS={}; exec \"$@\"",
+                    last - 2
+                ),
+            );
             (last - 4..last + 5).for_each(|n| inherit(command, file.as_file(), n));
         })
     };
     let process = with("$$");
     assert_eq!(process.descriptor(last), Some(file.path().to_owned()));
     assert_eq!(process.descriptor(last + 1), None, "it is not among those");
-    assert_eq!(with("1").descriptor(last), None, "they are another process's");
+    assert_eq!(
+        with("1").descriptor(last),
+        None,
+        "they are another process's"
+    );
 }
 
 /// Two daemons running as root with two state directories would give their VMs the same uids.
@@ -167,15 +232,28 @@ fn second_root_daemon_is_refused_before_it_makes_anything() {
     let second = |text: &str| {
         fs::write(&config, text).unwrap();
         let mut command = Command::new("timeout");
-        command.args(["30", env!("CARGO_BIN_EXE_fcd"), "--config"]).arg(&config);
-        command.arg("--state-dir").arg(dir.path().join("state")).arg("--socket").arg(dir.path().join("fcd.sock"));
-        command.env("FCD_TEST_CLAIMS", first.dir.path().join("claims")).output().unwrap()
+        command
+            .args(["30", env!("CARGO_BIN_EXE_fcd"), "--config"])
+            .arg(&config);
+        command
+            .arg("--state-dir")
+            .arg(dir.path().join("state"))
+            .arg("--socket")
+            .arg(dir.path().join("fcd.sock"));
+        command
+            .env("FCD_TEST_CLAIMS", first.dir.path().join("claims"))
+            .output()
+            .unwrap()
     };
     let refused = second("");
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert_eq!(refused.status.code(), Some(78), "{said}");
     let state = first.dir.path().join("state");
-    assert!(said.contains(state.to_str().unwrap()) && said.contains("uid_base = ... and uid_count = ..."), "{said}");
+    assert!(
+        said.contains(state.to_str().unwrap())
+            && said.contains("uid_base = ... and uid_count = ..."),
+        "{said}"
+    );
     assert!(!dir.path().join("state/fcd.db").exists() && !dir.path().join("fcd.sock").exists());
     // It starts if it has a range of uids of its own.
     let mut other = Process::start(|command| {

@@ -51,7 +51,10 @@ fn ended(world: &World, mut import: Import, cause: &str, since: Instant) -> Dura
     let e = result.unwrap_err();
     assert!(e.is(Kind::Cancelled), "{e:?}");
     let said = e.fault.message;
-    assert!(said.contains(cause) && said.contains(&format!("{BYTES} bytes")), "{said}");
+    assert!(
+        said.contains(cause) && said.contains(&format!("{BYTES} bytes")),
+        "{said}"
+    );
     world.await_rest();
     assert_eq!(world.daemon().transfers.pool.counts().running, 0);
     assert_eq!(world.guest.live_total(), 0);
@@ -62,7 +65,9 @@ fn ended(world: &World, mut import: Import, cause: &str, since: Instant) -> Dura
 #[track_caller]
 fn in_time(round: impl Fn() -> Duration) {
     let took = median((0..ROUNDS).map(|_| round()).collect());
-    println!("the import ended {took:?} after the call that ended it was sent (median of {ROUNDS})");
+    println!(
+        "the import ended {took:?} after the call that ended it was sent (median of {ROUNDS})"
+    );
     assert!(took < IMPORT_ENDS, "the import took {took:?} to end");
 }
 
@@ -73,11 +78,24 @@ fn show_and_list(stall: Stall) {
     for _ in 0..50 {
         let begun = Instant::now();
         assert_eq!(world.state("web"), VmState::Running);
-        assert_eq!(world.call::<VmList>(&VmListRequest { all: true, ..Default::default() }).unwrap().vms.len(), 1);
+        assert_eq!(
+            world
+                .call::<VmList>(&VmListRequest {
+                    all: true,
+                    ..Default::default()
+                })
+                .unwrap()
+                .vms
+                .len(),
+            1
+        );
         assert!(begun.elapsed() < PROMPT);
     }
     assert!(!import.call.has_ended());
-    assert_eq!(world.workspace_state("web"), Some(WorkspaceState::Incomplete));
+    assert_eq!(
+        world.workspace_state("web"),
+        Some(WorkspaceState::Incomplete)
+    );
 }
 
 fn stopped(stall: Stall, force: bool) -> Duration {
@@ -85,11 +103,27 @@ fn stopped(stall: Stall, force: bool) -> Duration {
     let (_, addr) = world.running("web");
     let import = stalled(&world, addr, stall);
     let begun = Instant::now();
-    let vm = world.begin::<VmStop>(VmStopRequest { force, ..stop("web") }, vec![]).finish(PROMPT).unwrap().vm;
+    let vm = world
+        .begin::<VmStop>(
+            VmStopRequest {
+                force,
+                ..stop("web")
+            },
+            vec![],
+        )
+        .finish(PROMPT)
+        .unwrap()
+        .vm;
     assert_eq!(vm.state, VmState::Stopped);
-    assert_eq!(vm.synced, Some(if force { Synced::No } else { Synced::Yes }));
+    assert_eq!(
+        vm.synced,
+        Some(if force { Synced::No } else { Synced::Yes })
+    );
     let took = ended(&world, import, "the VM was stopped", begun);
-    assert_eq!(world.workspace_state("web"), Some(WorkspaceState::Incomplete));
+    assert_eq!(
+        world.workspace_state("web"),
+        Some(WorkspaceState::Incomplete)
+    );
     assert!(world.vmm.live().is_empty());
     took
 }
@@ -100,7 +134,10 @@ fn deleted(stall: Stall) -> Duration {
     let (_, addr) = world.running("web");
     let import = stalled(&world, addr, stall);
     let begun = Instant::now();
-    world.begin::<VmDelete>(delete("web"), vec![]).finish(PROMPT).unwrap();
+    world
+        .begin::<VmDelete>(delete("web"), vec![])
+        .finish(PROMPT)
+        .unwrap();
     let took = ended(&world, import, "the VM was deleted", begun);
     assert_eq!(world.census(), empty);
     took
@@ -152,7 +189,10 @@ fn import_does_not_slow_calls() {
     let import = stalled(&world, addr, Stall::Guest);
     let under = measure();
     println!("vm.show, connection included: idle {idle:?}, under a stalled import {under:?}");
-    assert!(under < 2 * idle + Duration::from_millis(5), "idle {idle:?}, under a stalled import {under:?}");
+    assert!(
+        under < 2 * idle + Duration::from_millis(5),
+        "idle {idle:?}, under a stalled import {under:?}"
+    );
     import.call.hang_up();
     world.await_rest();
 }
@@ -167,23 +207,54 @@ fn prepares_on_one_vm_run_one_at_a_time_and_an_export_waits() {
     let third = world.queue_import("web");
     third.call.stage("wait for another import");
     let (out, into) = pipe();
-    let request = ExportRequest { vm: "web".into(), kind: ExportKind::Patch, no_wait: false };
+    let request = ExportRequest {
+        vm: "web".into(),
+        kind: ExportKind::Patch,
+        no_wait: false,
+    };
     let mut export = world.begin::<WorkspaceExport>(request.clone(), vec![into]);
     export.stage("wait for another import");
-    assert_eq!(world.guest.live_total(), 1, "only the first is in the guest");
-    assert_eq!(world.daemon().transfers.pool.counts().running, 1, "who waits costs no worker");
+    assert_eq!(
+        world.guest.live_total(),
+        1,
+        "only the first is in the guest"
+    );
+    assert_eq!(
+        world.daemon().transfers.pool.counts().running,
+        1,
+        "who waits costs no worker"
+    );
     assert_eq!(world.daemon().core.locks.workspace.len(), 1);
     // A transfer with `no_wait` fails instead.
     let (_out, into) = pipe();
-    let mut hasty = world.begin::<WorkspaceExport>(ExportRequest { no_wait: true, ..request }, vec![into]);
+    let mut hasty = world.begin::<WorkspaceExport>(
+        ExportRequest {
+            no_wait: true,
+            ..request
+        },
+        vec![into],
+    );
     assert!(hasty.finish(SOON).unwrap_err().is(Kind::Busy));
     // A queued transfer that is cancelled leaves the queue at once. The others stay.
-    let queued = world.call::<fcd::api::op::OpList>(&Default::default()).unwrap().ops;
-    let prepares: Vec<_> = queued.iter().filter(|op| op.method == "workspace.prepare").collect();
+    let queued = world
+        .call::<fcd::api::op::OpList>(&Default::default())
+        .unwrap()
+        .ops;
+    let prepares: Vec<_> = queued
+        .iter()
+        .filter(|op| op.method == "workspace.prepare")
+        .collect();
     assert_eq!(prepares.len(), 3, "{queued:?}");
-    world.call::<OpCancel>(&OpRequest { op: prepares[1].id.to_string() }).unwrap();
+    world
+        .call::<OpCancel>(&OpRequest {
+            op: prepares[1].id.to_string(),
+        })
+        .unwrap();
     let e = second.call.finish(PROMPT).unwrap_err();
-    assert!(e.is(Kind::Cancelled) && e.fault.message.contains("op cancel was asked for"), "{e}");
+    assert!(
+        e.is(Kind::Cancelled) && e.fault.message.contains("op cancel was asked for"),
+        "{e}"
+    );
     assert_eq!(world.op(&prepares[1].id).state, OpState::Cancelled);
     // Each one continues when the one before it has ended.
     let Import { mut call, stream } = first;
@@ -197,7 +268,9 @@ fn prepares_on_one_vm_run_one_at_a_time_and_an_export_waits() {
     let reply = export.finish(SOON).unwrap();
     assert_eq!(reply.bytes, 7);
     let mut patch = Vec::new();
-    fcd::api::stream::ChunkReader::new(std::fs::File::from(out)).read_to_end(&mut patch).unwrap();
+    fcd::api::stream::ChunkReader::new(std::fs::File::from(out))
+        .read_to_end(&mut patch)
+        .unwrap();
     assert_eq!(patch, b"a patch");
     assert_eq!(world.workspace_state("web"), Some(WorkspaceState::Complete));
     assert_eq!(world.show("web").unwrap().id, vm.id);
@@ -213,12 +286,25 @@ fn import_of_killed_client_is_incomplete() {
     import.call.hang_up();
     drop(import);
     world.await_rest();
-    assert_eq!(world.workspace_state("web"), Some(WorkspaceState::Incomplete));
+    assert_eq!(
+        world.workspace_state("web"),
+        Some(WorkspaceState::Incomplete)
+    );
     // The incomplete workspace is not taken for a complete one.
     let (_out, into) = pipe();
-    let request = ExportRequest { vm: "web".into(), kind: ExportKind::Patch, no_wait: false };
-    let e = world.begin::<WorkspaceExport>(request, vec![into]).finish(SOON).unwrap_err();
-    assert!(e.is(Kind::WorkspaceIncomplete) && e.fault.hint.is_some(), "{e:?}");
+    let request = ExportRequest {
+        vm: "web".into(),
+        kind: ExportKind::Patch,
+        no_wait: false,
+    };
+    let e = world
+        .begin::<WorkspaceExport>(request, vec![into])
+        .finish(SOON)
+        .unwrap_err();
+    assert!(
+        e.is(Kind::WorkspaceIncomplete) && e.fault.hint.is_some(),
+        "{e:?}"
+    );
     world.import_all("web");
     assert_eq!(world.workspace_state("web"), Some(WorkspaceState::Complete));
 }
@@ -228,14 +314,23 @@ fn import_of_killed_client_is_incomplete() {
 fn import_cut_at_block_boundary_is_incomplete() {
     let world = World::new();
     world.running("web");
-    let Import { mut call, mut stream } = world.import("web");
+    let Import {
+        mut call,
+        mut stream,
+    } = world.import("web");
     let mut chunk = 1024u32.to_be_bytes().to_vec();
     chunk.resize(4 + 1024, 0);
     stream.write_all(&chunk).unwrap();
     drop(stream);
     let e = call.finish(SOON).unwrap_err();
-    assert!(e.is(Kind::StreamIncomplete) && e.fault.message.contains("1024 bytes"), "{e:?}");
-    assert_eq!(world.workspace_state("web"), Some(WorkspaceState::Incomplete));
+    assert!(
+        e.is(Kind::StreamIncomplete) && e.fault.message.contains("1024 bytes"),
+        "{e:?}"
+    );
+    assert_eq!(
+        world.workspace_state("web"),
+        Some(WorkspaceState::Incomplete)
+    );
 }
 
 #[test]

@@ -13,12 +13,28 @@ use fcd::vmm::GuestEvent;
 use fcd::vmm::fake::Stage;
 
 fn rm(name: &str) -> VmCreateRequest {
-    VmCreateRequest { name: Some(name.parse().unwrap()), rm: true, ..Default::default() }
+    VmCreateRequest {
+        name: Some(name.parse().unwrap()),
+        rm: true,
+        ..Default::default()
+    }
 }
 
 fn held(world: &World, name: &str) -> (Running<VmReply>, Vm) {
-    let hold = world.begin::<VmCreate>(VmCreateRequest { hold: true, ..rm(name) }, vec![]);
-    let vm = hold.note(|n| if let Note::Created(vm) = n { Some((**vm).clone()) } else { None });
+    let hold = world.begin::<VmCreate>(
+        VmCreateRequest {
+            hold: true,
+            ..rm(name)
+        },
+        vec![],
+    );
+    let vm = hold.note(|n| {
+        if let Note::Created(vm) = n {
+            Some((**vm).clone())
+        } else {
+            None
+        }
+    });
     (hold, vm)
 }
 
@@ -54,7 +70,11 @@ fn rm_vm_is_deleted_when_it_stops_or_dies() {
         }
         match how {
             "stop" => assert_eq!(world.stop("web").unwrap().synced, Some(Synced::Yes)),
-            "die" => assert!(world.vmm.die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9)))),
+            "die" => assert!(
+                world
+                    .vmm
+                    .die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9)))
+            ),
             "shut down" => assert!(world.vmm.die(&vm.id, &fcd::vmm::End::GuestShutDown)),
             _ => {}
         }
@@ -70,23 +90,43 @@ fn unresponsive_vmm_is_not_used_and_stops_at_once() {
     let (vm, _) = world.running("web");
     let exec = || {
         let (vm, argv) = ("web".to_owned(), vec!["true".to_owned()]);
-        let request =
-            ExecStartRequest { vm, argv, env: vec![], workdir: None, pty: None, streams: vec![], no_wait_children: false };
+        let request = ExecStartRequest {
+            vm,
+            argv,
+            env: vec![],
+            workdir: None,
+            pty: None,
+            streams: vec![],
+            no_wait_children: false,
+        };
         world.begin::<ExecStart>(request, vec![]).finish(SOON)
     };
     assert!(world.vmm.report(&vm.id, GuestEvent::Unresponsive(true)));
-    await_that("it is unresponsive", || world.show("web").unwrap().unresponsive);
+    await_that("it is unresponsive", || {
+        world.show("web").unwrap().unresponsive
+    });
     let refused = exec().unwrap_err();
-    assert!(refused.is(Kind::GuestUnavailable) && refused.to_string().contains("does not respond"), "{refused}");
+    assert!(
+        refused.is(Kind::GuestUnavailable) && refused.to_string().contains("does not respond"),
+        "{refused}"
+    );
     assert!(world.vmm.report(&vm.id, GuestEvent::Unresponsive(false)));
     await_that("it answers", || !world.show("web").unwrap().unresponsive);
     exec().unwrap();
 
     assert!(world.vmm.report(&vm.id, GuestEvent::Unresponsive(true)));
-    await_that("it is unresponsive", || world.show("web").unwrap().unresponsive);
+    await_that("it is unresponsive", || {
+        world.show("web").unwrap().unresponsive
+    });
     let stopped = world.stop("web").unwrap();
-    assert_eq!((stopped.state, stopped.synced, stopped.unresponsive), (VmState::Stopped, Some(Synced::No), false));
-    assert!(!world.start("web").unwrap().unresponsive, "the next VMM is another");
+    assert_eq!(
+        (stopped.state, stopped.synced, stopped.unresponsive),
+        (VmState::Stopped, Some(Synced::No), false)
+    );
+    assert!(
+        !world.start("web").unwrap().unresponsive,
+        "the next VMM is another"
+    );
 }
 
 #[test]
@@ -98,10 +138,23 @@ fn paused_guest_stays_paused_after_daemon_restart() {
     assert!(pause(&world).unwrap().paused && pause(&world).unwrap().paused);
     assert!(world.vmm.is_paused(&vm.id));
     let (argv, name) = (vec!["true".to_owned()], "web".to_owned());
-    let exec =
-        ExecStartRequest { vm: name, argv, env: vec![], workdir: None, pty: None, streams: vec![], no_wait_children: false };
-    let refused = world.begin::<ExecStart>(exec, vec![]).finish(SOON).unwrap_err();
-    assert!(refused.is(Kind::WrongState) && refused.to_string().contains("is paused"), "{refused}");
+    let exec = ExecStartRequest {
+        vm: name,
+        argv,
+        env: vec![],
+        workdir: None,
+        pty: None,
+        streams: vec![],
+        no_wait_children: false,
+    };
+    let refused = world
+        .begin::<ExecStart>(exec, vec![])
+        .finish(SOON)
+        .unwrap_err();
+    assert!(
+        refused.is(Kind::WrongState) && refused.to_string().contains("is paused"),
+        "{refused}"
+    );
     // The daemon was killed after writing the row and before telling the driver. The next one tells
     // the driver.
     world.reopen();
@@ -117,7 +170,10 @@ fn paused_guest_stays_paused_after_daemon_restart() {
     // A stop resumes the guest so that it can shut down. After the next start it runs.
     assert_eq!(world.stop("web").unwrap().synced, Some(Synced::Yes));
     let refused = pause(&world).unwrap_err();
-    assert!(refused.is(Kind::WrongState) && refused.fault.hint.is_some(), "{refused}");
+    assert!(
+        refused.is(Kind::WrongState) && refused.fault.hint.is_some(),
+        "{refused}"
+    );
     world.place(&vm.id);
     assert!(!world.start("web").unwrap().paused && !world.vmm.is_paused(&vm.id));
 }
@@ -141,7 +197,10 @@ fn concurrent_pauses_and_resumes_match_row() {
             });
         }
     });
-    assert_eq!(world.vmm.is_paused(&vm.id), world.show("web").unwrap().paused);
+    assert_eq!(
+        world.vmm.is_paused(&vm.id),
+        world.show("web").unwrap().paused
+    );
 }
 
 #[test]
@@ -150,7 +209,10 @@ fn rm_vm_survives_restart() {
     let (hold, vm) = held(&world, "web");
     world.place(&vm.id);
     world.start("web").unwrap();
-    assert_eq!(world.run::<VmRestart>(stop("web")).unwrap().vm.state, VmState::Running);
+    assert_eq!(
+        world.run::<VmRestart>(stop("web")).unwrap().vm.state,
+        VmState::Running
+    );
     hold.hang_up();
     world.await_gone("web");
 }
@@ -206,14 +268,25 @@ fn running_vm_is_adopted() {
     let (vm, _) = world.running("web");
     world.import_all("web");
     world.reopen();
-    assert_eq!(world.state("web"), VmState::Running, "reads are served before it was looked at");
+    assert_eq!(
+        world.state("web"),
+        VmState::Running,
+        "reads are served before it was looked at"
+    );
     world.daemon().reconciler.reconcile();
     let again = world.show("web").unwrap();
-    assert_eq!((again.pid, again.ssh_addr, again.state), (vm.pid, vm.ssh_addr, VmState::Running));
+    assert_eq!(
+        (again.pid, again.ssh_addr, again.state),
+        (vm.pid, vm.ssh_addr, VmState::Running)
+    );
     assert_eq!(world.vmm.kills(), 0);
     world.import_all("web");
     // The new daemon sees when it dies.
-    assert!(world.vmm.die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9))));
+    assert!(
+        world
+            .vmm
+            .die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9)))
+    );
     world.await_state("web", VmState::Failed);
 }
 
@@ -232,12 +305,35 @@ fn stop_and_delete_after_restart_do_not_wait_for_reconciler() {
             assert!(world.vmm.await_held(1, soon()));
             // Whichever VM the reconciler hangs at, the call is answered.
             for name in ["first", "web"] {
-                let forced = VmStopRequest { force: verb == "stop --force", ..stop(name) };
+                let forced = VmStopRequest {
+                    force: verb == "stop --force",
+                    ..stop(name)
+                };
                 match verb {
-                    "kill" => drop(world.begin::<VmKill>(request(name), vec![]).finish(PROMPT).unwrap()),
-                    "restart" => drop(world.begin::<VmRestart>(forced, vec![]).finish(PROMPT).unwrap()),
-                    "rm -f" => drop(world.begin::<VmDelete>(delete(name), vec![]).finish(PROMPT).unwrap()),
-                    _ => drop(world.begin::<VmStop>(forced, vec![]).finish(PROMPT).unwrap()),
+                    "kill" => drop(
+                        world
+                            .begin::<VmKill>(request(name), vec![])
+                            .finish(PROMPT)
+                            .unwrap(),
+                    ),
+                    "restart" => drop(
+                        world
+                            .begin::<VmRestart>(forced, vec![])
+                            .finish(PROMPT)
+                            .unwrap(),
+                    ),
+                    "rm -f" => drop(
+                        world
+                            .begin::<VmDelete>(delete(name), vec![])
+                            .finish(PROMPT)
+                            .unwrap(),
+                    ),
+                    _ => drop(
+                        world
+                            .begin::<VmStop>(forced, vec![])
+                            .finish(PROMPT)
+                            .unwrap(),
+                    ),
                 }
             }
             world.vmm.release_starts();
@@ -251,9 +347,16 @@ fn stop_and_delete_after_restart_do_not_wait_for_reconciler() {
             _ => Some(VmState::Stopped),
         };
         assert_eq!(state, wanted, "{verb}");
-        assert_eq!(world.vmm.live().len(), if verb == "restart" { 2 } else { 0 }, "{verb}");
+        assert_eq!(
+            world.vmm.live().len(),
+            if verb == "restart" { 2 } else { 0 },
+            "{verb}"
+        );
         if verb == "restart" {
-            assert!(!world.vmm.adoptions().iter().skip(1).any(|id| *id == vm.id), "adopted what this daemon has started");
+            assert!(
+                !world.vmm.adoptions().iter().skip(1).any(|id| *id == vm.id),
+                "adopted what this daemon has started"
+            );
         }
     }
 }
@@ -266,11 +369,17 @@ fn calls_that_need_guest_adopt_it() {
     world.import_all("web");
     assert_eq!(world.vmm.adoptions(), std::slice::from_ref(&vm.id));
     world.reopen();
-    assert!(world.call::<VmPause>(&request("web")).unwrap().vm.paused && world.vmm.is_paused(&vm.id));
+    assert!(
+        world.call::<VmPause>(&request("web")).unwrap().vm.paused && world.vmm.is_paused(&vm.id)
+    );
     // The reconciler has nothing left to do.
     world.daemon().reconciler.reconcile();
     assert_eq!(world.vmm.adoptions().len(), 2);
-    assert!(world.vmm.die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9))));
+    assert!(
+        world
+            .vmm
+            .die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9)))
+    );
     world.await_state("web", VmState::Failed);
 }
 
@@ -278,11 +387,17 @@ fn calls_that_need_guest_adopt_it() {
 fn stop_continues_stop_of_earlier_daemon() {
     let mut world = World::new();
     let (vm, _) = world.running("web");
-    world.edit_rows(|tx| tx.update_vm_unlocked(&vm.id, |r| r.state = VmState::Stopping).unwrap());
+    world.edit_rows(|tx| {
+        tx.update_vm_unlocked(&vm.id, |r| r.state = VmState::Stopping)
+            .unwrap()
+    });
     world.reopen();
     assert_eq!(world.stop("web").unwrap().state, VmState::Stopped);
     world.daemon().reconciler.reconcile();
-    assert_eq!((world.state("web"), world.vmm.kills()), (VmState::Stopped, 0));
+    assert_eq!(
+        (world.state("web"), world.vmm.kills()),
+        (VmState::Stopped, 0)
+    );
 }
 
 #[test]
@@ -300,7 +415,11 @@ fn stopped_vms_are_usable_at_once_without_host_scan() {
     world.reopen();
     let before = world.vmm.scans();
     for name in ["made-0", "rests-0"] {
-        let set = VmSetRequest { vm: name.into(), vcpus: Some(2), ..Default::default() };
+        let set = VmSetRequest {
+            vm: name.into(),
+            vcpus: Some(2),
+            ..Default::default()
+        };
         world.call::<VmSet>(&set).unwrap();
     }
     assert_eq!(world.vmm.scans(), before);
@@ -313,15 +432,25 @@ fn stopped_vms_are_usable_at_once_without_host_scan() {
 fn host_is_scanned_once_for_all_missing_vmms() {
     const VMS: usize = 10;
     let mut world = World::new();
-    let vms: Vec<_> = (0..VMS).map(|n| world.running(&format!("vm-{n}")).0).collect();
+    let vms: Vec<_> = (0..VMS)
+        .map(|n| world.running(&format!("vm-{n}")).0)
+        .collect();
     world.shut();
     for vm in &vms[1..] {
-        assert!(world.vmm.die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(7))));
+        assert!(
+            world
+                .vmm
+                .die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(7)))
+        );
     }
     world.reopen();
     let before = world.vmm.scans();
     world.daemon().reconciler.reconcile();
-    assert_eq!(world.vmm.scans(), before + 2, "one for all VMs, and the sweep's");
+    assert_eq!(
+        world.vmm.scans(),
+        before + 2,
+        "one for all VMs, and the sweep's"
+    );
     assert_eq!(world.state("vm-0"), VmState::Running);
     assert!((1..VMS).all(|n| world.state(&format!("vm-{n}")) == VmState::Failed));
 }
@@ -330,11 +459,14 @@ fn host_is_scanned_once_for_all_missing_vmms() {
 fn running_vms_are_reconciled_first() {
     let mut world = World::new();
     // In order of their IDs, a running VM would come first by chance now and then.
-    let boots: Vec<_> = (0..8).map(|n| world.running(&format!("boots-{n}")).0).collect();
+    let boots: Vec<_> = (0..8)
+        .map(|n| world.running(&format!("boots-{n}")).0)
+        .collect();
     let (vm, _) = world.running("runs");
     world.edit_rows(|tx| {
         for vm in &boots {
-            tx.update_vm_unlocked(&vm.id, |r| r.state = VmState::Starting).unwrap();
+            tx.update_vm_unlocked(&vm.id, |r| r.state = VmState::Starting)
+                .unwrap();
         }
     });
     world.reopen();
@@ -361,7 +493,11 @@ fn running_vm_without_image_is_adopted() {
     let again = world.show("web").unwrap();
     assert_eq!((again.pid, again.state), (vm.pid, VmState::Running));
     assert!(again.reason.is_some_and(|r| r.contains("image")));
-    assert!(world.vmm.die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9))));
+    assert!(
+        world
+            .vmm
+            .die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9)))
+    );
     world.await_state("web", VmState::Failed);
 }
 
@@ -370,7 +506,11 @@ fn vmm_that_died_between_daemons_is_failed() {
     let mut world = World::new();
     let (vm, _) = world.running("web");
     world.shut();
-    assert!(world.vmm.die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9))));
+    assert!(
+        world
+            .vmm
+            .die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9)))
+    );
     world.reopen();
     world.daemon().reconciler.reconcile();
     let vm = world.show("web").unwrap();
@@ -384,8 +524,17 @@ fn vm_after_host_reboot_is_stopped() {
     let mut world = World::new();
     let (vm, _) = world.running("web");
     world.shut();
-    assert!(world.vmm.die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(7))));
-    world.edit_rows(|tx| tx.update_vm_unlocked(&vm.id, |r| r.identity.as_mut().unwrap().boot_id = "another".into()).unwrap());
+    assert!(
+        world
+            .vmm
+            .die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(7)))
+    );
+    world.edit_rows(|tx| {
+        tx.update_vm_unlocked(&vm.id, |r| {
+            r.identity.as_mut().unwrap().boot_id = "another".into()
+        })
+        .unwrap()
+    });
     world.reopen();
     world.daemon().reconciler.reconcile();
     assert_eq!(world.state("web"), VmState::Stopped);
@@ -413,7 +562,11 @@ fn every_state_is_reconciled() {
         let (vm, _) = world.running("web");
         world.shut();
         if !lives {
-            assert!(world.vmm.die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9))));
+            assert!(
+                world
+                    .vmm
+                    .die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9)))
+            );
         }
         let op = fcd::api::op::Op {
             id: OpId::random(),
@@ -431,7 +584,10 @@ fn every_state_is_reconciled() {
         let owned = matches!(state, Starting | Stopping | Deleting).then(|| op.id.clone());
         world.edit_rows(|tx| {
             tx.put_op(op.clone());
-            tx.update_vm_unlocked(&vm.id, |r| (r.state, r.intent, r.op) = (state, intent, owned)).unwrap();
+            tx.update_vm_unlocked(&vm.id, |r| {
+                (r.state, r.intent, r.op) = (state, intent, owned)
+            })
+            .unwrap();
         });
         world.reopen();
         world.daemon().reconciler.reconcile();
@@ -441,7 +597,10 @@ fn every_state_is_reconciled() {
         let running = usize::from(wanted == Some(Running));
         assert_eq!(world.vmm.live().len(), running, "{what}");
         let ended = world.op(&op.id);
-        assert!(ended.state == OpState::Failed && ended.error.is_some(), "{what}: {ended:?}");
+        assert!(
+            ended.state == OpState::Failed && ended.error.is_some(),
+            "{what}: {ended:?}"
+        );
         let once = world.census();
         world.reopen();
         world.daemon().reconciler.reconcile();
@@ -455,7 +614,10 @@ fn every_state_is_reconciled() {
 fn interrupted_first_start_is_undone() {
     let mut world = World::new();
     let vm = world.create("web");
-    world.edit_rows(|tx| tx.update_vm_unlocked(&vm.id, |r| r.state = VmState::Starting).unwrap());
+    world.edit_rows(|tx| {
+        tx.update_vm_unlocked(&vm.id, |r| r.state = VmState::Starting)
+            .unwrap()
+    });
     world.reopen();
     world.daemon().reconciler.reconcile();
     let vm = world.show("web").unwrap();
@@ -486,7 +648,10 @@ fn leftover_directories_are_removed() {
     std::fs::create_dir(vms.join("not ours")).unwrap();
     world.reopen();
     world.daemon().reconciler.reconcile();
-    let mut left: Vec<_> = std::fs::read_dir(&vms).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    let mut left: Vec<_> = std::fs::read_dir(&vms)
+        .unwrap()
+        .map(|e| e.unwrap().file_name().into_string().unwrap())
+        .collect();
     left.sort();
     let mut wanted = vec![vm.id.to_string(), "not ours".to_owned()];
     wanted.sort();
@@ -506,7 +671,9 @@ fn close_during_operations_ends_in_time() {
     let mut start = world.begin::<VmStart>(request("boots"), vec![]);
     assert!(world.vmm.await_held(1, soon()));
     let gate = fcd::guest::fake::Gate::closed();
-    world.guest.on("", move |_| fcd::guest::fake::Answer::default().hold(&gate));
+    world
+        .guest
+        .on("", move |_| fcd::guest::fake::Answer::default().hold(&gate));
     let exec = ExecStartRequest {
         vm: "web".into(),
         argv: vec!["cat".into()],
@@ -518,7 +685,14 @@ fn close_during_operations_ends_in_time() {
     };
     let mut session = world.begin::<ExecStart>(exec, vec![]);
     session.note(|n| matches!(n, Note::Session { .. }).then_some(()));
-    let mut wait = world.begin::<VmWait>(VmWaitRequest { vm: "web".into(), state: None, timeout_ms: None }, vec![]);
+    let mut wait = world.begin::<VmWait>(
+        VmWaitRequest {
+            vm: "web".into(),
+            state: None,
+            timeout_ms: None,
+        },
+        vec![],
+    );
     world.shut();
     let e = import.call.finish(SOON).unwrap_err();
     assert!(e.fault.message.contains("shutting down"), "{e:?}");
@@ -531,8 +705,14 @@ fn close_during_operations_ends_in_time() {
     world.vmm.release_starts();
     world.reopen();
     world.daemon().reconciler.reconcile();
-    assert_eq!((world.state("web"), world.state("boots")), (VmState::Running, VmState::Created));
-    assert_eq!(world.workspace_state("web"), Some(WorkspaceState::Incomplete));
+    assert_eq!(
+        (world.state("web"), world.state("boots")),
+        (VmState::Running, VmState::Created)
+    );
+    assert_eq!(
+        world.workspace_state("web"),
+        Some(WorkspaceState::Incomplete)
+    );
 }
 
 /// A VMM that could not be killed is remembered until a later start has killed it.
@@ -541,7 +721,9 @@ fn start_kills_vmm_of_earlier_start() {
     let world = World::new();
     let (vm, _) = world.running("web");
     let store = &world.daemon().core.store;
-    store.change_durable(|tx| tx.update_vm_unlocked(&vm.id, |r| r.state = VmState::Failed)).unwrap();
+    store
+        .change_durable(|tx| tx.update_vm_unlocked(&vm.id, |r| r.state = VmState::Failed))
+        .unwrap();
     let again = world.start("web").unwrap();
     assert_eq!(again.state, VmState::Running);
     assert_ne!(again.pid, vm.pid);
@@ -554,7 +736,12 @@ fn delete_with_pending_console_output_succeeds() {
     let world = World::new();
     for _ in 0..10 {
         let (vm, _) = world.running("web");
-        let log = world.config.state_dir.join("vms").join(vm.id.as_str()).join("console.log");
+        let log = world
+            .config
+            .state_dir
+            .join("vms")
+            .join(vm.id.as_str())
+            .join("console.log");
         let until = std::time::Instant::now() + std::time::Duration::from_millis(100);
         let writer = fcd::host::thread::spawn("writer", move || {
             while std::time::Instant::now() < until {
@@ -564,31 +751,57 @@ fn delete_with_pending_console_output_succeeds() {
         world.delete("web").unwrap();
         writer.unwrap().join().unwrap();
     }
-    assert_eq!(std::fs::read_dir(world.config.state_dir.join("vms")).unwrap().count(), 0);
+    assert_eq!(
+        std::fs::read_dir(world.config.state_dir.join("vms"))
+            .unwrap()
+            .count(),
+        0
+    );
 }
 
 /// An earlier daemon wrote the guest's last words to the log, and died before it saw the VMM exit.
 #[test]
 fn missing_vmm_is_judged_by_guests_last_words() {
     for (words, state, reason) in [
-        ("[    9.2] reboot: Power down\r\n", VmState::Stopped, "the guest shut itself down"),
+        (
+            "[    9.2] reboot: Power down\r\n",
+            VmState::Stopped,
+            "the guest shut itself down",
+        ),
         (
             "[    4.2] Kernel panic - not syncing: sysrq triggered crash\r\n",
             VmState::Failed,
             "while fcd was not running: the guest's kernel panicked: sysrq triggered crash",
         ),
-        ("", VmState::Failed, "the VMM ended while fcd was not running, for an unknown reason"),
+        (
+            "",
+            VmState::Failed,
+            "the VMM ended while fcd was not running, for an unknown reason",
+        ),
     ] {
         let mut world = World::new();
         let (vm, _) = world.running("web");
         world.shut();
-        assert!(world.vmm.die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Unknown)));
-        let log = world.config.state_dir.join("vms").join(vm.id.as_str()).join("console.log");
+        assert!(
+            world
+                .vmm
+                .die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Unknown))
+        );
+        let log = world
+            .config
+            .state_dir
+            .join("vms")
+            .join(vm.id.as_str())
+            .join("console.log");
         std::fs::write(log, format!("--- fcd: started ---\r\n{words}")).unwrap();
         world.reopen();
         world.daemon().reconciler.reconcile();
         let vm = world.show("web").unwrap();
-        assert_eq!((vm.state, vm.reason.as_deref()), (state, Some(reason)), "{words}");
+        assert_eq!(
+            (vm.state, vm.reason.as_deref()),
+            (state, Some(reason)),
+            "{words}"
+        );
     }
 }
 
@@ -597,21 +810,42 @@ fn missing_vmm_is_judged_by_guests_last_words() {
 fn missing_vmm_is_judged_by_its_own_log() {
     const RESET: &str = "while fcd was not running: the guest was reset, as its VMM's log says";
     for (log, state, reason) in [
-        ("qemu_system_shutdown_request reason=6\n", VmState::Stopped, "the guest shut itself down"),
-        ("vm_state_notify running 0 reason 11 (shutdown)\n", VmState::Failed, RESET),
-        ("qemu: terminating on signal 15 from pid 1 (init)\n", VmState::Failed, "the VMM was ended from the host (host-signal)"),
+        (
+            "qemu_system_shutdown_request reason=6\n",
+            VmState::Stopped,
+            "the guest shut itself down",
+        ),
+        (
+            "vm_state_notify running 0 reason 11 (shutdown)\n",
+            VmState::Failed,
+            RESET,
+        ),
+        (
+            "qemu: terminating on signal 15 from pid 1 (init)\n",
+            VmState::Failed,
+            "the VMM was ended from the host (host-signal)",
+        ),
     ] {
         let mut world = World::new();
         let (vm, _) = world.running("web");
         world.shut();
-        assert!(world.vmm.die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Unknown)));
+        assert!(
+            world
+                .vmm
+                .die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Unknown))
+        );
         let dir = world.config.state_dir.join("vms").join(vm.id.as_str());
         std::fs::write(dir.join("console.log"), "--- fcd: started ---\r\n").unwrap();
         std::fs::write(dir.join("vmm.log"), log).unwrap();
         world.reopen();
         world.daemon().reconciler.reconcile();
         let vm = world.show("web").unwrap();
-        assert!(vm.state == state && vm.reason.as_ref().unwrap().contains(reason), "{log}: {:?} {:?}", vm.state, vm.reason);
+        assert!(
+            vm.state == state && vm.reason.as_ref().unwrap().contains(reason),
+            "{log}: {:?} {:?}",
+            vm.state,
+            vm.reason
+        );
     }
 }
 
@@ -624,13 +858,19 @@ fn vmm_that_could_not_be_adopted_is_retried() {
     world.reopen();
     world.daemon().reconciler.reconcile();
     let reason = world.show("web").unwrap().reason.unwrap();
-    assert!(reason.contains("could not be adopted") && reason.contains("no answer in time"), "{reason}");
+    assert!(
+        reason.contains("could not be adopted") && reason.contains("no answer in time"),
+        "{reason}"
+    );
     world.vmm.fail_next_adopt("no answer in time");
     world.daemon().reconciler.sweep_once();
     assert!(world.show("web").unwrap().reason.is_some());
     world.daemon().reconciler.sweep_once();
     let adopted = world.show("web").unwrap();
-    assert_eq!((adopted.state, adopted.reason, adopted.ssh_addr), (VmState::Running, None, Some(addr)));
+    assert_eq!(
+        (adopted.state, adopted.reason, adopted.ssh_addr),
+        (VmState::Running, None, Some(addr))
+    );
     world.vmm.guest_says(&vm.id, "on again\n");
     assert_eq!(world.stop("web").unwrap().synced, Some(Synced::Yes));
 }

@@ -23,7 +23,10 @@ impl Hostile {
         let (vm, _) = world.running("evil");
         world.edit_rows(|tx| tx.update_vm_unlocked(&vm.id, |r| r.state = state).unwrap());
         world.reopen();
-        Self { world, asked: Arc::default() }
+        Self {
+            world,
+            asked: Arc::default(),
+        }
     }
 
     /// Makes the current daemon die when it asks the guest.
@@ -71,7 +74,10 @@ impl Hostile {
 
     fn doctor_says(&self) -> (Severity, String) {
         let checks = self.world.call::<Doctor>(&Empty {}).unwrap().checks;
-        let check = checks.into_iter().find(|c| c.id == "recovery").expect("doctor looks at recovery");
+        let check = checks
+            .into_iter()
+            .find(|c| c.id == "recovery")
+            .expect("doctor looks at recovery");
         (check.severity, check.found)
     }
 }
@@ -85,11 +91,17 @@ fn stop_that_killed_daemon_is_resumed_without_asking_guest() {
     hostile.world.daemon().reconciler.reconcile();
     hostile.world.await_rest();
     let vm = hostile.shown();
-    assert_eq!((hostile.asked(), vm.state, vm.synced), (1, VmState::Stopped, Some(Synced::No)));
+    assert_eq!(
+        (hostile.asked(), vm.state, vm.synced),
+        (1, VmState::Stopped, Some(Synced::No))
+    );
     assert!(vm.reason.unwrap().contains("without asking the guest"));
     assert!(hostile.world.vmm.live().is_empty());
     let (severity, found) = hostile.doctor_says();
-    assert!(severity == Severity::Warn && found.contains("VM evil (1)"), "{found}");
+    assert!(
+        severity == Severity::Warn && found.contains("VM evil (1)"),
+        "{found}"
+    );
     // A new start begins with a new record.
     hostile.world.place(&vm.id);
     hostile.world.start("evil").unwrap();
@@ -109,7 +121,11 @@ fn stop_that_killed_three_daemons_is_not_resumed() {
     hostile.dies_killing();
     let why = events.note(|note| match note {
         Note::Events(told) => told.events.iter().find_map(|event| match &event.what {
-            What::State { to: VmState::Failed, reason, .. } => reason.clone(),
+            What::State {
+                to: VmState::Failed,
+                reason,
+                ..
+            } => reason.clone(),
             _ => None,
         }),
         _ => None,
@@ -123,14 +139,24 @@ fn stop_that_killed_three_daemons_is_not_resumed() {
     let vm = hostile.shown();
     assert_eq!((hostile.asked(), vm.state), (1, VmState::Failed));
     assert!(vm.reason.unwrap().contains("died 3 times"));
-    assert_eq!(hostile.world.vmm.live().len(), 1, "nobody touches it on the daemon's own account");
+    assert_eq!(
+        hostile.world.vmm.live().len(),
+        1,
+        "nobody touches it on the daemon's own account"
+    );
     let (severity, found) = hostile.doctor_says();
-    assert!(severity == Severity::Warn && found.contains("VM evil (3)"), "{found}");
+    assert!(
+        severity == Severity::Warn && found.contains("VM evil (3)"),
+        "{found}"
+    );
     // Other VMs are not affected, and the next daemon leaves this VM alone as well.
     hostile.world.running("well");
     hostile.next_daemon();
     hostile.world.daemon().reconciler.reconcile();
-    assert_eq!((hostile.world.state("well"), hostile.world.state("evil")), (VmState::Running, VmState::Failed));
+    assert_eq!(
+        (hostile.world.state("well"), hostile.world.state("evil")),
+        (VmState::Running, VmState::Failed)
+    );
     // Its owner can delete it.
     hostile.world.delete("evil").unwrap();
     assert_eq!(hostile.world.vmm.live().len(), 1);
@@ -159,7 +185,10 @@ fn record_survives_daemon_that_never_reached_vm() {
     hostile.next_daemon();
     hostile.world.daemon().reconciler.reconcile();
     hostile.world.await_rest();
-    assert_eq!((hostile.asked(), hostile.shown().state), (1, VmState::Stopped));
+    assert_eq!(
+        (hostile.asked(), hostile.shown().state),
+        (1, VmState::Stopped)
+    );
 }
 
 #[test]
@@ -167,28 +196,47 @@ fn orderly_exit_during_resumed_stop_is_not_counted() {
     let mut hostile = Hostile::in_state(VmState::Stopping);
     let gate = fcd::guest::fake::Gate::closed();
     let held = gate.clone();
-    hostile.world.guest.on(fcd::image::SHUTDOWN_COMMAND, move |_| Answer::status(0).stdout("synced\n").hold(&held));
+    hostile
+        .world
+        .guest
+        .on(fcd::image::SHUTDOWN_COMMAND, move |_| {
+            Answer::status(0).stdout("synced\n").hold(&held)
+        });
     hostile.world.daemon().reconciler.reconcile();
-    await_that("the stop is resumed", || hostile.world.daemon().leftovers().threads == 1);
+    await_that("the stop is resumed", || {
+        hostile.world.daemon().leftovers().threads == 1
+    });
     // This is the end of a drain whose deadline the stop exceeds.
     let daemon = hostile.world.daemon().clone();
     let id = hostile.shown().id;
     let record = format!("recovery/{id}");
     daemon.close(std::time::Instant::now(), std::time::Instant::now());
-    assert_eq!(daemon.core.store.read(|s| s.meta(&record).map(str::to_owned)), None);
+    assert_eq!(
+        daemon
+            .core
+            .store
+            .read(|s| s.meta(&record).map(str::to_owned)),
+        None
+    );
     gate.open();
     hostile.world.points.die();
     hostile.world.crash();
     hostile.world.reopen();
     let vmm = hostile.world.vmm.clone();
-    hostile.world.guest.on(fcd::image::SHUTDOWN_COMMAND, move |_| {
-        vmm.die(&id, &fcd::vmm::End::GuestShutDown);
-        Answer::status(0).stdout("synced\n")
-    });
+    hostile
+        .world
+        .guest
+        .on(fcd::image::SHUTDOWN_COMMAND, move |_| {
+            vmm.die(&id, &fcd::vmm::End::GuestShutDown);
+            Answer::status(0).stdout("synced\n")
+        });
     hostile.world.daemon().reconciler.reconcile();
     hostile.world.await_rest();
     let vm = hostile.shown();
-    assert_eq!((vm.state, vm.synced, hostile.doctor_says().0), (VmState::Stopped, Some(Synced::Yes), Severity::Ok));
+    assert_eq!(
+        (vm.state, vm.synced, hostile.doctor_says().0),
+        (VmState::Stopped, Some(Synced::Yes), Severity::Ok)
+    );
 }
 
 /// A running VM, along with another one, whose VMM kills a daemon that adopts it.
@@ -238,38 +286,64 @@ fn adoption_that_killed_three_daemons_is_not_retried() {
         let evil = hostile.world.show("evil").unwrap();
         let reason = evil.reason.clone().unwrap_or_default();
         assert!(
-            evil.state == VmState::Running && evil.unresponsive && reason.contains("died 2 times while it adopted"),
+            evil.state == VmState::Running
+                && evil.unresponsive
+                && reason.contains("died 2 times while it adopted"),
             "{evil:?}"
         );
         let well = hostile.world.show("well").unwrap();
-        assert_eq!((well.state, well.reason, well.unresponsive), (VmState::Running, None, false));
+        assert_eq!(
+            (well.state, well.reason, well.unresponsive),
+            (VmState::Running, None, false)
+        );
         let checks = hostile.world.call::<Doctor>(&Empty {}).unwrap().checks;
         let check = checks.into_iter().find(|c| c.id == "recovery").unwrap();
-        assert!(check.severity == Severity::Warn && check.found.contains("while they adopted VM evil (2)"), "{}", check.found);
+        assert!(
+            check.severity == Severity::Warn
+                && check.found.contains("while they adopted VM evil (2)"),
+            "{}",
+            check.found
+        );
         // The periodic check does not try again, and neither does the next daemon.
         hostile.world.daemon().reconciler.sweep_once();
         assert!(!hostile.world.points.is_dead());
         hostile.world.reopen();
     }
-    assert_eq!(hostile.world.vmm.adoptions().len(), adopted_before + 2, "the other VM was adopted by each daemon");
+    assert_eq!(
+        hostile.world.vmm.adoptions().len(),
+        adopted_before + 2,
+        "the other VM was adopted by each daemon"
+    );
     hostile.world.daemon().reconciler.reconcile();
     let asked: Arc<AtomicU32> = Arc::default();
     let asks = asked.clone();
-    hostile.world.guest.on(fcd::image::SHUTDOWN_COMMAND, move |_| {
-        asks.fetch_add(1, Ordering::SeqCst);
-        Answer::status(0).stdout("synced\n")
-    });
+    hostile
+        .world
+        .guest
+        .on(fcd::image::SHUTDOWN_COMMAND, move |_| {
+            asks.fetch_add(1, Ordering::SeqCst);
+            Answer::status(0).stdout("synced\n")
+        });
     let stopped = hostile.world.stop("evil").unwrap();
-    assert_eq!((stopped.state, stopped.synced, asked.load(Ordering::SeqCst)), (VmState::Stopped, Some(Synced::No), 0));
+    assert_eq!(
+        (stopped.state, stopped.synced, asked.load(Ordering::SeqCst)),
+        (VmState::Stopped, Some(Synced::No), 0)
+    );
     assert_eq!(hostile.world.vmm.live().len(), 1);
     // A new start begins with a new record.
     hostile.world.place(&stopped.id);
     let started = hostile.world.start("evil").unwrap();
-    assert_eq!((started.state, started.unresponsive), (VmState::Running, false));
+    assert_eq!(
+        (started.state, started.unresponsive),
+        (VmState::Running, false)
+    );
     hostile.world.reopen();
     hostile.world.daemon().reconciler.reconcile();
     let evil = hostile.world.show("evil").unwrap();
-    assert_eq!((evil.state, evil.reason, evil.unresponsive), (VmState::Running, None, false));
+    assert_eq!(
+        (evil.state, evil.reason, evil.unresponsive),
+        (VmState::Running, None, false)
+    );
 }
 
 /// It answers the daemon that adopts it, and kills it when that listens to what it says by itself.
@@ -281,10 +355,16 @@ fn vm_that_kills_who_listens_to_it_is_left_alone_as_well() {
     }
     hostile.world.points.die_at(hostile.point);
     hostile.world.daemon().reconciler.reconcile();
-    assert!(!hostile.world.points.is_dead(), "it was listened to once more");
+    assert!(
+        !hostile.world.points.is_dead(),
+        "it was listened to once more"
+    );
     assert!(hostile.world.show("evil").unwrap().unresponsive);
     let well = hostile.world.show("well").unwrap();
-    assert_eq!((well.state, well.reason, well.unresponsive), (VmState::Running, None, false));
+    assert_eq!(
+        (well.state, well.reason, well.unresponsive),
+        (VmState::Running, None, false)
+    );
 }
 
 #[test]
@@ -295,7 +375,10 @@ fn record_is_cleared_by_successful_adoption() {
     }
     hostile.world.daemon().reconciler.reconcile();
     let evil = hostile.world.show("evil").unwrap();
-    assert_eq!((evil.state, evil.reason, evil.unresponsive), (VmState::Running, None, false));
+    assert_eq!(
+        (evil.state, evil.reason, evil.unresponsive),
+        (VmState::Running, None, false)
+    );
     hostile.world.reopen();
     // It has as many attempts as at first.
     for _ in 0..3 {

@@ -23,7 +23,11 @@ pub struct Running<R> {
 }
 
 impl<R: serde::de::DeserializeOwned + Send + 'static> Running<R> {
-    pub fn begin<C: Call<Reply = R>>(mut client: Client, request: C::Request, fds: Vec<OwnedFd>) -> Self
+    pub fn begin<C: Call<Reply = R>>(
+        mut client: Client,
+        request: C::Request,
+        fds: Vec<OwnedFd>,
+    ) -> Self
     where
         C::Request: Send + 'static,
     {
@@ -50,13 +54,21 @@ impl<R: serde::de::DeserializeOwned + Send + 'static> Running<R> {
             }
         })
         .unwrap();
-        Self { events, hangup, ended: None, method: C::METHOD }
+        Self {
+            events,
+            hangup,
+            ended: None,
+            method: C::METHOD,
+        }
     }
 }
 
 impl<R> Running<R> {
     fn next(&self, deadline: Instant) -> Option<Told<R>> {
-        match self.events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+        match self
+            .events
+            .recv_timeout(deadline.saturating_duration_since(Instant::now()))
+        {
             Ok(told) => Some(told),
             Err(RecvTimeoutError::Timeout) => None,
             Err(RecvTimeoutError::Disconnected) => panic!("{}: its reader died", self.method),
@@ -74,7 +86,9 @@ impl<R> Running<R> {
                         return found;
                     }
                 }
-                Some(Told::Ended(Err(e), _)) => panic!("{} ended before the note: {e}", self.method),
+                Some(Told::Ended(Err(e), _)) => {
+                    panic!("{} ended before the note: {e}", self.method)
+                }
                 Some(Told::Ended(Ok(_), _)) => panic!("{} ended well before the note", self.method),
                 None => panic!("{}: the note did not come", self.method),
             }
@@ -83,7 +97,13 @@ impl<R> Running<R> {
 
     #[track_caller]
     pub fn op(&self) -> OpId {
-        self.note(|n| if let Note::Op { op } = n { Some(op.clone()) } else { None })
+        self.note(|n| {
+            if let Note::Op { op } = n {
+                Some(op.clone())
+            } else {
+                None
+            }
+        })
     }
     #[track_caller]
     pub fn ready(&self) {
@@ -113,7 +133,11 @@ impl<R> Running<R> {
             match self.next(Instant::now() + LOOK) {
                 Some(Told::Ended(result, _)) => return Some(result),
                 _ if is_over() => return None,
-                _ => assert!(Instant::now() < deadline, "{} has not ended in time", self.method),
+                _ => assert!(
+                    Instant::now() < deadline,
+                    "{} has not ended in time",
+                    self.method
+                ),
             }
         }
     }

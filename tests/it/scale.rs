@@ -20,7 +20,13 @@ struct Others(Vec<Child>);
 
 impl Others {
     fn start() -> Self {
-        let sleep = || Command::new("sleep").arg("1000").stdin(Stdio::null()).spawn().unwrap();
+        let sleep = || {
+            Command::new("sleep")
+                .arg("1000")
+                .stdin(Stdio::null())
+                .spawn()
+                .unwrap()
+        };
         Self((0..OTHER_PROCESSES).map(|_| sleep()).collect())
     }
 }
@@ -36,7 +42,8 @@ impl Drop for Others {
 
 fn cpu() -> Duration {
     let used = getrusage(UsageWho::RUSAGE_SELF).unwrap();
-    let time = |t: nix::sys::time::TimeVal| Duration::new(t.tv_sec() as u64, t.tv_usec() as u32 * 1000);
+    let time =
+        |t: nix::sys::time::TimeVal| Duration::new(t.tv_sec() as u64, t.tv_usec() as u32 * 1000);
     time(used.user_time()) + time(used.system_time())
 }
 
@@ -51,15 +58,26 @@ fn many(config: &mut Config, vms: usize) {
 fn at_rest(vms: usize) -> World {
     let mut world = World::with(|config| many(config, vms));
     for n in 0..vms {
-        let create = VmCreateRequest { name: Some(format!("vm-{n}").parse().unwrap()), ..Default::default() };
+        let create = VmCreateRequest {
+            name: Some(format!("vm-{n}").parse().unwrap()),
+            ..Default::default()
+        };
         world.daemon().creator.create(&root(), &create).unwrap();
     }
     let vms_dir = world.config.state_dir.join("vms");
     world.edit_rows(|tx| {
         let ids: Vec<_> = tx.vms().map(|row| row.id.clone()).collect();
         for id in &ids {
-            tx.update_vm_unlocked(id, |row| (row.state, row.generation) = (VmState::Stopped, 1)).unwrap();
-            tx.intend(Some(id), 1, "directory", vms_dir.join(id.as_str()).display().to_string());
+            tx.update_vm_unlocked(id, |row| {
+                (row.state, row.generation) = (VmState::Stopped, 1)
+            })
+            .unwrap();
+            tx.intend(
+                Some(id),
+                1,
+                "directory",
+                vms_dir.join(id.as_str()).display().to_string(),
+            );
             std::fs::create_dir(vms_dir.join(id.as_str())).unwrap();
         }
     });
@@ -77,7 +95,17 @@ fn usable_after(config: &Config, vms: usize) -> (Duration, Duration, Duration) {
     };
     for n in 0..CHANGED {
         let vm = format!("vm-{}", n * (vms - 1) / (CHANGED - 1));
-        daemon.controls.set(&root(), &VmSetRequest { vm, vcpus: Some(2), ..Default::default() }).unwrap();
+        daemon
+            .controls
+            .set(
+                &root(),
+                &VmSetRequest {
+                    vm,
+                    vcpus: Some(2),
+                    ..Default::default()
+                },
+            )
+            .unwrap();
     }
     let usable = begun.elapsed();
     reconciler.join().unwrap();
@@ -89,11 +117,17 @@ fn usable_after(config: &Config, vms: usize) -> (Duration, Duration, Duration) {
 
 fn resting(vms: usize) {
     let world = at_rest(vms);
-    let rounds: Vec<_> = (0..ROUNDS).map(|_| usable_after(&world.config, vms)).collect();
-    let of = |pick: fn(&(Duration, Duration, Duration)) -> Duration| median(rounds.iter().map(pick).collect());
+    let rounds: Vec<_> = (0..ROUNDS)
+        .map(|_| usable_after(&world.config, vms))
+        .collect();
+    let of = |pick: fn(&(Duration, Duration, Duration)) -> Duration| {
+        median(rounds.iter().map(pick).collect())
+    };
     let (opened, usable, used) = (of(|r| r.0), of(|r| r.1), of(|r| r.2));
     let least = rounds.iter().map(|r| r.1).min().unwrap();
-    println!("{vms:>6} resting VMs: open {opened:?}, usable {usable:?} (least {least:?}), CPU until reconciled {used:?}");
+    println!(
+        "{vms:>6} resting VMs: open {opened:?}, usable {usable:?} (least {least:?}), CPU until reconciled {used:?}"
+    );
 }
 
 /// Only the daemon's own part: the VMMs are fakes that answer at once.
@@ -110,7 +144,10 @@ fn running(vms: usize) {
         rounds.push(begun.elapsed());
     }
     let took = median(rounds);
-    println!("{vms:>6} running VMs: adopted in {took:?}, {:?} each", took / u32::try_from(vms).unwrap());
+    println!(
+        "{vms:>6} running VMs: adopted in {took:?}, {:?} each",
+        took / u32::try_from(vms).unwrap()
+    );
     for n in 0..vms {
         world.delete(&format!("vm-{n}")).unwrap();
     }
@@ -120,7 +157,14 @@ fn running(vms: usize) {
 #[ignore = "measures: scripts/bench scale"]
 fn bench_restart() {
     let others = Others::start();
-    println!("{} processes on the host", std::fs::read_dir("/proc").unwrap().flatten().filter(is_process).count());
+    println!(
+        "{} processes on the host",
+        std::fs::read_dir("/proc")
+            .unwrap()
+            .flatten()
+            .filter(is_process)
+            .count()
+    );
     resting(1_000);
     resting(10_000);
     running(100);
@@ -128,5 +172,9 @@ fn bench_restart() {
 }
 
 fn is_process(entry: &std::fs::DirEntry) -> bool {
-    entry.file_name().to_string_lossy().bytes().all(|b| b.is_ascii_digit())
+    entry
+        .file_name()
+        .to_string_lossy()
+        .bytes()
+        .all(|b| b.is_ascii_digit())
 }

@@ -53,7 +53,12 @@ impl Watchers {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).unwrap();
         let sockets: Vec<_> = (0..count).map(|_| watching(socket)).collect();
         for (n, socket) in sockets.iter().enumerate() {
-            epoll.add(socket, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, n as u64)).unwrap();
+            epoll
+                .add(
+                    socket,
+                    EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, n as u64),
+                )
+                .unwrap();
         }
         Self { epoll, sockets }
     }
@@ -68,7 +73,10 @@ impl Watchers {
             let now = Instant::now();
             assert!(ready > 0, "{left} watchers got no event");
             for event in &events[..ready] {
-                left -= usize::from(!std::mem::replace(&mut is_told[event.data() as usize], true));
+                left -= usize::from(!std::mem::replace(
+                    &mut is_told[event.data() as usize],
+                    true,
+                ));
             }
             if left == 0 {
                 return self.sockets.iter_mut().all(drain).then_some(now);
@@ -80,7 +88,11 @@ impl Watchers {
 /// A watcher that has its snapshot.
 fn watching(socket: &Path) -> UnixStream {
     let mut stream = UnixStream::connect(socket).unwrap();
-    writeln!(stream, r#"{{"jsonrpc":"2.0","id":1,"method":"events.watch","params":{{}},"more":true}}"#).unwrap();
+    writeln!(
+        stream,
+        r#"{{"jsonrpc":"2.0","id":1,"method":"events.watch","params":{{}},"more":true}}"#
+    )
+    .unwrap();
     let mut line = vec![0; 64 * 1024];
     let mut read = 0;
     while !line[..read].ends_with(b"\n") {
@@ -117,15 +129,29 @@ impl Watched {
         let client = world.client();
         let mut watchers = Watchers::connect(&world.config.socket, watchers);
         let (send, last_told) = channel();
-        let body = move || while watchers.await_all().is_some_and(|last| send.send(last).is_ok()) {};
+        let body = move || {
+            while watchers
+                .await_all()
+                .is_some_and(|last| send.send(last).is_ok())
+            {}
+        };
         fcd::host::thread::spawn("watchers", body).unwrap();
-        Self { _world: world, client, last_told, vcpus: 1 }
+        Self {
+            _world: world,
+            client,
+            last_told,
+            vcpus: 1,
+        }
     }
 
     /// From the answer to a change until the last watcher can read of it, and from the call.
     fn change(&mut self) -> (Duration, Duration) {
         self.vcpus = 3 - self.vcpus;
-        let request = VmSetRequest { vm: "vm-0".into(), vcpus: Some(self.vcpus), ..Default::default() };
+        let request = VmSetRequest {
+            vm: "vm-0".into(),
+            vcpus: Some(self.vcpus),
+            ..Default::default()
+        };
         let called = Instant::now();
         self.client.call::<VmSet>(&request).unwrap();
         let answered = Instant::now();
@@ -167,12 +193,21 @@ fn watchers() {
 fn ps(world: &World, vms: usize) -> Duration {
     let begun = Instant::now();
     let out = Command::new(env!("CARGO_BIN_EXE_fcctl"))
-        .args(["--socket", world.config.socket.to_str().unwrap(), "ps", "-a"])
+        .args([
+            "--socket",
+            world.config.socket.to_str().unwrap(),
+            "ps",
+            "-a",
+        ])
         .stdin(Stdio::null())
         .output()
         .unwrap();
     let took = begun.elapsed();
-    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    assert!(
+        out.status.success(),
+        "{}",
+        String::from_utf8_lossy(&out.stderr)
+    );
     assert_eq!(out.stdout.iter().filter(|b| **b == b'\n').count(), vms + 1);
     took
 }
@@ -190,24 +225,41 @@ fn lists(worlds: &[(usize, World)]) {
             took.push(ps(world, *vms));
         }
     }
-    let issue = ["what the process costs by itself", "issue: 8.0 ms, target 4 ms", "target 40 ms"];
+    let issue = [
+        "what the process costs by itself",
+        "issue: 8.0 ms, target 4 ms",
+        "target 40 ms",
+    ];
     for (((vms, _), took), issue) in worlds.iter().zip(&mut took).zip(issue) {
-        println!("{vms:>6} VMs: fcctl ps -a p50 {:?}, least {:?} ({issue})", percentile(took, 50), percentile(took, 0));
+        println!(
+            "{vms:>6} VMs: fcctl ps -a p50 {:?}, least {:?} ({issue})",
+            percentile(took, 50),
+            percentile(took, 0)
+        );
     }
 }
 
 fn shows(worlds: &[(usize, World)]) {
-    let mut clients: Vec<_> = worlds.iter().map(|(vms, world)| (vms, world.client(), Vec::new())).collect();
+    let mut clients: Vec<_> = worlds
+        .iter()
+        .map(|(vms, world)| (vms, world.client(), Vec::new()))
+        .collect();
     for _ in 0..SHOWS {
         for (_, client, took) in &mut clients {
             took.push(show(client));
         }
     }
-    let p50: Vec<_> = clients.iter_mut().map(|(vms, _, took)| (*vms, percentile(took, 50))).collect();
+    let p50: Vec<_> = clients
+        .iter_mut()
+        .map(|(vms, _, took)| (*vms, percentile(took, 50)))
+        .collect();
     for (vms, p50) in &p50 {
         println!("{vms:>6} VMs: vm.show p50 {p50:?}");
     }
-    println!("       at the most VMs {:.2} times that at one (target 1.3)", ratio(p50[p50.len() - 1].1, p50[0].1));
+    println!(
+        "       at the most VMs {:.2} times that at one (target 1.3)",
+        ratio(p50[p50.len() - 1].1, p50[0].1)
+    );
 }
 
 #[test]

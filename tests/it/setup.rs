@@ -9,10 +9,35 @@ use std::process::{Command, Output};
 
 const SETUP: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/setup");
 /// Programs that the script itself runs.
-const TOOLS: &[&str] = &["apt-cache", "apt-get", "awk", "bash", "cut", "dirname", "dpkg", "env", "head", "sed", "sort", "wc"];
+const TOOLS: &[&str] = &[
+    "apt-cache",
+    "apt-get",
+    "awk",
+    "bash",
+    "cut",
+    "dirname",
+    "dpkg",
+    "env",
+    "head",
+    "sed",
+    "sort",
+    "wc",
+];
 /// Programs that it looks for, except the archive's QEMU.
-const PRESENT: &[&str] =
-    &["cc", "git", "lz4", "make", "mkfs.ext4", "mmdebstrap", "perl", "pkg-config", "setpriv", "ssh", "unshare", "zstd"];
+const PRESENT: &[&str] = &[
+    "cc",
+    "git",
+    "lz4",
+    "make",
+    "mkfs.ext4",
+    "mmdebstrap",
+    "perl",
+    "pkg-config",
+    "setpriv",
+    "ssh",
+    "unshare",
+    "zstd",
+];
 const OLD: &str = "1:7.2-1";
 const NEW: &str = "1:10.0-1~bpo1";
 
@@ -21,9 +46,21 @@ struct Lab(tempfile::TempDir);
 impl Lab {
     /// An archive with an old QEMU, and nothing installed. `bpo` has the newer version.
     fn new() -> Self {
-        assert!(nix::unistd::geteuid().is_root(), "dpkg installs as root only: run the tests as root");
+        assert!(
+            nix::unistd::geteuid().is_root(),
+            "dpkg installs as root only: run the tests as root"
+        );
         let lab = Self(tempfile::tempdir().unwrap());
-        for dir in ["bin", "home", "root/usr/bin", "root/var/lib/dpkg/info", "root/var/lib/dpkg/updates", "etc", "log", "pool"] {
+        for dir in [
+            "bin",
+            "home",
+            "root/usr/bin",
+            "root/var/lib/dpkg/info",
+            "root/var/lib/dpkg/updates",
+            "etc",
+            "log",
+            "pool",
+        ] {
             fs::create_dir_all(lab.path(dir)).unwrap();
         }
         for dir in ["state/lists/partial", "cache/archives/partial"] {
@@ -48,10 +85,22 @@ impl Lab {
         for (suite, version) in [("main", OLD), ("bpo", NEW)] {
             lab.add(suite, "qemu-system-common", version, "", &[]);
             let same = format!("Depends: qemu-system-common (= {version})\n");
-            lab.add(suite, "qemu-system-x86", version, &same, &["qemu-system-x86_64"]);
+            lab.add(
+                suite,
+                "qemu-system-x86",
+                version,
+                &same,
+                &["qemu-system-x86_64"],
+            );
         }
         lab.add("main", "qemu-utils", OLD, "", &["qemu-img"]);
-        lab.add("bpo", "qemu-utils", NEW, "Breaks: qemu-system-common (<< 1:8)\n", &["qemu-img"]);
+        lab.add(
+            "bpo",
+            "qemu-utils",
+            NEW,
+            "Breaks: qemu-system-common (<< 1:8)\n",
+            &["qemu-img"],
+        );
         lab.offer(&["main", "bpo"]);
         lab
     }
@@ -63,8 +112,14 @@ impl Lab {
     fn link(&self, tool: &str) {
         let path = std::env::var_os("PATH").unwrap();
         let dirs = std::env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]);
-        let found = dirs.map(|dir: PathBuf| dir.join(tool)).find(|file| file.exists());
-        symlink(found.unwrap_or_else(|| panic!("{tool} is not installed: run scripts/setup --test")), self.bin(tool)).unwrap();
+        let found = dirs
+            .map(|dir: PathBuf| dir.join(tool))
+            .find(|file| file.exists());
+        symlink(
+            found.unwrap_or_else(|| panic!("{tool} is not installed: run scripts/setup --test")),
+            self.bin(tool),
+        )
+        .unwrap();
     }
 
     fn script(&self, name: &str, body: &str) {
@@ -84,27 +139,42 @@ impl Lab {
         fs::create_dir_all(tree.join("usr/bin")).unwrap();
         for program in programs {
             fs::write(tree.join("usr/bin").join(program), "#!/bin/sh\n").unwrap();
-            fs::set_permissions(tree.join("usr/bin").join(program), fs::Permissions::from_mode(0o755)).unwrap();
+            fs::set_permissions(
+                tree.join("usr/bin").join(program),
+                fs::Permissions::from_mode(0o755),
+            )
+            .unwrap();
         }
         // dpkg forgets a package that has no file of its own.
         let doc = tree.join("usr/share/doc").join(name);
         fs::create_dir_all(&doc).unwrap();
         fs::write(doc.join("copyright"), version).unwrap();
-        let control =
-            format!("Package: {name}\nVersion: {version}\nArchitecture: all\nMaintainer: t <t@t>\n{relations}Description: t\n");
+        let control = format!(
+            "Package: {name}\nVersion: {version}\nArchitecture: all\nMaintainer: t <t@t>\n{relations}Description: t\n"
+        );
         fs::write(tree.join("DEBIAN/control"), &control).unwrap();
         let file = format!("pool/{suite}-{name}.deb");
-        ok(Command::new("dpkg-deb").args(["--root-owner-group", "-Znone", "-b"]).arg(&tree).arg(self.path(&file)));
+        ok(Command::new("dpkg-deb")
+            .args(["--root-owner-group", "-Znone", "-b"])
+            .arg(&tree)
+            .arg(self.path(&file)));
         let dir = self.path(format!("dists/{suite}/main/binary-{}", architecture()));
         fs::create_dir_all(&dir).unwrap();
-        let stanza = format!("{control}Filename: {file}\n{}\n", self.sums(&self.path(&file)));
+        let stanza = format!(
+            "{control}Filename: {file}\n{}\n",
+            self.sums(&self.path(&file))
+        );
         let packages = fs::read_to_string(dir.join("Packages")).unwrap_or_default();
         fs::write(dir.join("Packages"), packages + &stanza).unwrap();
     }
 
     fn sums(&self, file: &Path) -> String {
         let sum = ok(Command::new("sha256sum").arg(file));
-        format!("Size: {}\nSHA256: {}\n", fs::metadata(file).unwrap().len(), &sum[..64])
+        format!(
+            "Size: {}\nSHA256: {}\n",
+            fs::metadata(file).unwrap().len(),
+            &sum[..64]
+        )
     }
 
     /// Sets the contents of sources.list and updates the package lists.
@@ -113,15 +183,25 @@ impl Lab {
         for suite in suites {
             let index = format!("main/binary-{}/Packages", architecture());
             let packages = self.path(format!("dists/{suite}/{index}"));
-            let (sum, size) = (ok(Command::new("sha256sum").arg(&packages)), fs::metadata(&packages).unwrap().len());
-            let automatic = if *suite == "bpo" { "NotAutomatic: yes\nButAutomaticUpgrades: yes\n" } else { "" };
+            let (sum, size) = (
+                ok(Command::new("sha256sum").arg(&packages)),
+                fs::metadata(&packages).unwrap().len(),
+            );
+            let automatic = if *suite == "bpo" {
+                "NotAutomatic: yes\nButAutomaticUpgrades: yes\n"
+            } else {
+                ""
+            };
             let release = format!(
                 "Suite: {suite}\nCodename: {suite}\nComponents: main\nArchitectures: {}\n{automatic}SHA256:\n {} {size} {index}\n",
                 architecture(),
                 &sum[..64]
             );
             fs::write(self.path(format!("dists/{suite}/Release")), release).unwrap();
-            sources += &format!("deb [trusted=yes] file:{} {suite} main\n", self.0.path().display());
+            sources += &format!(
+                "deb [trusted=yes] file:{} {suite} main\n",
+                self.0.path().display()
+            );
         }
         fs::write(self.path("etc/sources.list"), sources).unwrap();
         ok(self.command("apt-get").args(["-q", "update"]));
@@ -129,13 +209,24 @@ impl Lab {
 
     fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = Command::new(program);
-        let path = format!("{}:{}", self.path("bin").display(), self.path("root/usr/bin").display());
-        command.env_clear().env("PATH", path).env("APT_CONFIG", self.path("apt.conf")).env("HOME", self.path("home"));
+        let path = format!(
+            "{}:{}",
+            self.path("bin").display(),
+            self.path("root/usr/bin").display()
+        );
+        command
+            .env_clear()
+            .env("PATH", path)
+            .env("APT_CONFIG", self.path("apt.conf"))
+            .env("HOME", self.path("home"));
         command
     }
 
     fn install(&self, packages: &[&str]) {
-        ok(self.command("apt-get").args(["-q", "-y", "install"]).args(packages));
+        ok(self
+            .command("apt-get")
+            .args(["-q", "-y", "install"])
+            .args(packages));
     }
 
     /// Runs the script. Returns its status and its output.
@@ -146,14 +237,22 @@ impl Lab {
 
     fn installed(&self) -> Vec<String> {
         let mut query = Command::new("dpkg-query");
-        query.arg(format!("--admindir={}", self.path("root/var/lib/dpkg").display()));
+        query.arg(format!(
+            "--admindir={}",
+            self.path("root/var/lib/dpkg").display()
+        ));
         let all = ok(query.args(["-W", "-f", "${db:Status-Abbrev}${Package} ${Version}\n"]));
-        all.lines().filter_map(|line| line.strip_prefix("ii ")).map(str::to_owned).collect()
+        all.lines()
+            .filter_map(|line| line.strip_prefix("ii "))
+            .map(str::to_owned)
+            .collect()
     }
 }
 
 fn architecture() -> String {
-    ok(Command::new("dpkg").arg("--print-architecture")).trim().to_owned()
+    ok(Command::new("dpkg").arg("--print-architecture"))
+        .trim()
+        .to_owned()
 }
 
 fn text(out: &Output) -> String {
@@ -176,9 +275,14 @@ fn setup_newer_needed_package_is_replaced_in_the_same_transaction() {
     lab.offer(&["main"]);
     let (status, said) = lab.setup(&[]);
     assert_eq!(status, Some(0), "{said}");
-    let expected = ["qemu-system-common", "qemu-system-x86", "qemu-utils"].map(|name| format!("{name} {OLD}"));
+    let expected =
+        ["qemu-system-common", "qemu-system-x86", "qemu-utils"].map(|name| format!("{name} {OLD}"));
     assert_eq!(lab.installed(), expected);
-    assert_eq!(lab.setup(&[]), (Some(0), String::new()), "nothing is left to do");
+    assert_eq!(
+        lab.setup(&[]),
+        (Some(0), String::new()),
+        "nothing is left to do"
+    );
 }
 
 #[test]
@@ -187,7 +291,8 @@ fn setup_newer_needed_package_is_kept_where_its_archive_is_known() {
     lab.install(&[&format!("qemu-utils={NEW}")]);
     let (status, said) = lab.setup(&[]);
     assert_eq!(status, Some(0), "{said}");
-    let expected = ["qemu-system-common", "qemu-system-x86", "qemu-utils"].map(|name| format!("{name} {NEW}"));
+    let expected =
+        ["qemu-system-common", "qemu-system-x86", "qemu-utils"].map(|name| format!("{name} {NEW}"));
     assert_eq!(lab.installed(), expected);
 }
 
@@ -199,15 +304,27 @@ fn setup_removal_of_another_package_stops_before_anything_is_done() {
     lab.install(&["precious"]);
     let (status, said) = lab.setup(&[]);
     assert_eq!(status, Some(1), "{said}");
-    assert!(said.contains("installing qemu-system-x86 qemu-utils would remove precious"), "{said}");
-    assert!(said.contains("hint: ") && said.contains("run scripts/setup again"), "{said}");
+    assert!(
+        said.contains("installing qemu-system-x86 qemu-utils would remove precious"),
+        "{said}"
+    );
+    assert!(
+        said.contains("hint: ") && said.contains("run scripts/setup again"),
+        "{said}"
+    );
     assert_eq!(lab.installed(), ["precious 3"]);
 }
 
 #[test]
 fn setup_package_that_needs_the_newer_version_is_not_removed() {
     let lab = Lab::new();
-    lab.add("main", "precious", "3", "Depends: qemu-utils (>= 1:9)\n", &[]);
+    lab.add(
+        "main",
+        "precious",
+        "3",
+        "Depends: qemu-utils (>= 1:9)\n",
+        &[],
+    );
     lab.offer(&["main", "bpo"]);
     lab.install(&["precious", &format!("qemu-utils={NEW}")]);
     lab.offer(&["main"]);
@@ -223,14 +340,23 @@ fn setup_held_package_is_not_changed() {
     let lab = Lab::new();
     lab.install(&[&format!("qemu-utils={NEW}")]);
     lab.offer(&["main"]);
-    let set = format!("echo qemu-utils hold | dpkg --root={} --set-selections", lab.path("root").display());
+    let set = format!(
+        "echo qemu-utils hold | dpkg --root={} --set-selections",
+        lab.path("root").display()
+    );
     ok(Command::new("sh").args(["-c", &set]));
     let (status, said) = lab.setup(&[]);
     assert_eq!(status, Some(1), "{said}");
     assert!(said.contains("qemu-utils"), "{said}");
     let mut query = Command::new("dpkg-query");
-    query.arg(format!("--admindir={}", lab.path("root/var/lib/dpkg").display()));
-    assert_eq!(ok(query.args(["-W", "-f", "${Package} ${Version}\n"])), format!("qemu-utils {NEW}\n"));
+    query.arg(format!(
+        "--admindir={}",
+        lab.path("root/var/lib/dpkg").display()
+    ));
+    assert_eq!(
+        ok(query.args(["-W", "-f", "${Package} ${Version}\n"])),
+        format!("qemu-utils {NEW}\n")
+    );
 }
 
 /// What counts is which programs exist afterwards, whatever apt-get printed.
@@ -240,7 +366,10 @@ fn setup_program_that_does_not_appear_is_an_error() {
     lab.script("apt-get", "exit 0");
     let (status, said) = lab.setup(&[]);
     assert_eq!(status, Some(1), "{said}");
-    assert!(said.contains("qemu-system-x86 qemu-utils did not bring what is missing"), "{said}");
+    assert!(
+        said.contains("qemu-system-x86 qemu-utils did not bring what is missing"),
+        "{said}"
+    );
 }
 
 #[test]
@@ -257,7 +386,10 @@ fn setup_by_an_ordinary_user_lists_everything_at_once() {
     let lab = Lab::new();
     lab.install(&[&format!("qemu-utils={NEW}")]);
     lab.offer(&["main"]);
-    lab.script("id", "case $1 in -u) echo 4000000000;; *) echo nobody-here;; esac");
+    lab.script(
+        "id",
+        "case $1 in -u) echo 4000000000;; *) echo nobody-here;; esac",
+    );
     for gone in ["cargo", "lz4"] {
         fs::remove_file(lab.bin(gone)).unwrap();
     }
@@ -266,7 +398,14 @@ fn setup_by_an_ordinary_user_lists_everything_at_once() {
     lab.offer(&["main"]);
     let (status, said) = lab.setup(&["--check"]);
     assert_eq!(status, Some(1), "{said}");
-    let all = ["qemu-system-x86_64 ", "lz4 ", "newuidmap ", "Rust 1.", "nobody-here in /etc/subuid", "in /etc/subgid"];
+    let all = [
+        "qemu-system-x86_64 ",
+        "lz4 ",
+        "newuidmap ",
+        "Rust 1.",
+        "nobody-here in /etc/subuid",
+        "in /etc/subgid",
+    ];
     for thing in all {
         assert!(said.contains(thing), "{thing}: {said}");
     }
@@ -276,8 +415,9 @@ fn setup_by_an_ordinary_user_lists_everything_at_once() {
     for thing in all {
         assert!(said.contains(thing), "{thing}: {said}");
     }
-    let command =
-        format!("apt-get install --no-install-recommends --allow-downgrades qemu-system-x86 lz4 uidmap qemu-utils={OLD}");
+    let command = format!(
+        "apt-get install --no-install-recommends --allow-downgrades qemu-system-x86 lz4 uidmap qemu-utils={OLD}"
+    );
     assert!(said.contains(&command), "{said}");
     assert_eq!(lab.installed(), [format!("qemu-utils {NEW}")]);
 }
@@ -299,6 +439,9 @@ fn setup_installs_rust_of_no_distribution_and_says_so() {
     lab.script("cargo", "echo cargo 1.63.0");
     let (status, said) = lab.setup(&[]);
     assert_eq!(status, Some(1), "{said}");
-    assert!(said.contains("this is 1.63.0: rustup update stable"), "{said}");
+    assert!(
+        said.contains("this is 1.63.0: rustup update stable"),
+        "{said}"
+    );
     assert_eq!(lab.installed().len(), 3, "what could be installed is");
 }

@@ -14,8 +14,14 @@ type Graph = BTreeMap<String, BTreeSet<String>>;
 
 /// The source without comments, and without a test module at its end.
 fn code_of(text: &str) -> String {
-    let text = text.split("#[cfg(test)]\nmod tests {").next().unwrap_or(text);
-    text.lines().map(|line| line.split("//").next().unwrap_or("")).collect::<Vec<_>>().join("\n")
+    let text = text
+        .split("#[cfg(test)]\nmod tests {")
+        .next()
+        .unwrap_or(text);
+    text.lines()
+        .map(|line| line.split("//").next().unwrap_or(""))
+        .collect::<Vec<_>>()
+        .join("\n")
 }
 
 /// The first name of each path in `code` that begins with `prefix`, in groups too:
@@ -50,7 +56,11 @@ fn first_names(code: &str, prefix: &str) -> BTreeSet<String> {
 }
 
 fn first_name(path: &str) -> Option<String> {
-    path.trim().split([':', ' ']).next().filter(|name| !name.is_empty()).map(str::to_owned)
+    path.trim()
+        .split([':', ' '])
+        .next()
+        .filter(|name| !name.is_empty())
+        .map(str::to_owned)
 }
 
 /// Which entries of a directory import which others. An entry is a file, or a directory with all
@@ -59,10 +69,18 @@ fn graph_of(dir: &Path) -> Graph {
     let mut graph = Graph::new();
     let mut files = Vec::new();
     rust_files(dir, &mut files);
-    let path_of = dir.strip_prefix(root().join("src")).unwrap().display().to_string().replace('/', "::");
+    let path_of = dir
+        .strip_prefix(root().join("src"))
+        .unwrap()
+        .display()
+        .to_string()
+        .replace('/', "::");
     for file in files.iter().filter(|file| !is_test(file)) {
         let below = file.strip_prefix(dir).unwrap();
-        let parts: Vec<String> = below.components().map(|c| c.as_os_str().to_string_lossy().into_owned()).collect();
+        let parts: Vec<String> = below
+            .components()
+            .map(|c| c.as_os_str().to_string_lossy().into_owned())
+            .collect();
         let entry = parts[0].trim_end_matches(".rs").to_owned();
         if entry == "mod" {
             continue;
@@ -75,7 +93,9 @@ fn graph_of(dir: &Path) -> Graph {
         graph.entry(entry).or_default().extend(names);
     }
     let entries: BTreeSet<String> = graph.keys().cloned().collect();
-    graph.values_mut().for_each(|names| names.retain(|name| entries.contains(name)));
+    graph
+        .values_mut()
+        .for_each(|names| names.retain(|name| entries.contains(name)));
     graph
 }
 
@@ -129,15 +149,29 @@ fn imports_in_a_directory_run_one_way() {
             Some((below, circle(&graph_of(dir))?.join(" -> ")))
         })
         .collect();
-    assert!(found.is_empty(), "files that import each other in a circle: {found:#?}");
+    assert!(
+        found.is_empty(),
+        "files that import each other in a circle: {found:#?}"
+    );
 }
 
 #[test]
 fn circle_is_found() {
     let graph = |edges: &[(&str, &[&str])]| -> Graph {
-        edges.iter().map(|(from, to)| ((*from).to_owned(), to.iter().map(|to| (*to).to_owned()).collect())).collect()
+        edges
+            .iter()
+            .map(|(from, to)| {
+                (
+                    (*from).to_owned(),
+                    to.iter().map(|to| (*to).to_owned()).collect(),
+                )
+            })
+            .collect()
     };
-    assert_eq!(circle(&graph(&[("a", &["b", "c"]), ("b", &["c"]), ("c", &[])])), None);
+    assert_eq!(
+        circle(&graph(&[("a", &["b", "c"]), ("b", &["c"]), ("c", &[])])),
+        None
+    );
     let found = circle(&graph(&[("a", &["b"]), ("b", &["c"]), ("c", &["b"])])).unwrap();
     assert_eq!(found, ["b", "c", "b"]);
 }
@@ -145,7 +179,10 @@ fn circle_is_found() {
 #[test]
 fn first_names_are_read_from_paths_and_groups() {
     let code = "use super::{a::{B, C}, d};\nlet x = super::e::f(super::super::g);\nuse crate::daemon::h::I;";
-    assert_eq!(Vec::from_iter(first_names(code, "super::")), ["a", "d", "e", "super"]);
+    assert_eq!(
+        Vec::from_iter(first_names(code, "super::")),
+        ["a", "d", "e", "super"]
+    );
     assert_eq!(Vec::from_iter(first_names(code, "crate::daemon::")), ["h"]);
 }
 
@@ -153,7 +190,10 @@ fn first_names_are_read_from_paths_and_groups() {
 #[test]
 fn root_of_daemon_has_no_items_of_its_own() {
     let code = code_of(&std::fs::read_to_string(root().join("src/daemon/mod.rs")).unwrap());
-    let items: Vec<&str> = code.lines().filter(|line| line.contains("fn ") || line.contains("struct ")).collect();
+    let items: Vec<&str> = code
+        .lines()
+        .filter(|line| line.contains("fn ") || line.contains("struct "))
+        .collect();
     assert_eq!(items, [""; 0], "move these into a file of their own");
 }
 
@@ -162,20 +202,39 @@ fn methods(text: &str) -> BTreeMap<String, usize> {
     let (mut counts, mut of): (BTreeMap<String, usize>, Option<String>) = (BTreeMap::new(), None);
     for line in code_of(text).lines() {
         if line.starts_with("impl") {
-            let head = line.split(" for ").last().unwrap_or(line).trim_start_matches("impl").trim();
-            let head = if head.starts_with('<') { head.split_once("> ").map_or(head, |(_, rest)| rest) } else { head };
+            let head = line
+                .split(" for ")
+                .last()
+                .unwrap_or(line)
+                .trim_start_matches("impl")
+                .trim();
+            let head = if head.starts_with('<') {
+                head.split_once("> ").map_or(head, |(_, rest)| rest)
+            } else {
+                head
+            };
             // An implementation of a trait has as many methods as the trait.
-            of = (!line.contains(" for ")).then(|| head.split(['<', ' ', '{']).next().unwrap_or_default().to_owned());
+            of = (!line.contains(" for ")).then(|| {
+                head.split(['<', ' ', '{'])
+                    .next()
+                    .unwrap_or_default()
+                    .to_owned()
+            });
         } else if line == "}" {
             of = None;
         } else if let Some(of) = &of {
             let item = line.strip_prefix("    ").unwrap_or_default();
-            let item = item.strip_prefix("pub ").unwrap_or_else(|| match item.strip_prefix("pub(") {
-                Some(rest) => rest.split_once(") ").map_or(item, |(_, rest)| rest),
-                None => item,
-            });
-            *counts.entry(of.clone()).or_default() +=
-                usize::from(item.starts_with("fn ") || item.starts_with("const fn ") || item.starts_with("unsafe fn "));
+            let item =
+                item.strip_prefix("pub ")
+                    .unwrap_or_else(|| match item.strip_prefix("pub(") {
+                        Some(rest) => rest.split_once(") ").map_or(item, |(_, rest)| rest),
+                        None => item,
+                    });
+            *counts.entry(of.clone()).or_default() += usize::from(
+                item.starts_with("fn ")
+                    || item.starts_with("const fn ")
+                    || item.starts_with("unsafe fn "),
+            );
         }
     }
     counts
@@ -190,16 +249,29 @@ fn types_stay_small() {
         for (name, count) in methods(&std::fs::read_to_string(file).unwrap()) {
             of_daemon += if name == "Daemon" { count } else { 0 };
             if count > METHODS_PER_FILE_MAX {
-                large.insert(format!("{}: {name}", file.strip_prefix(root()).unwrap().display()));
+                large.insert(format!(
+                    "{}: {name}",
+                    file.strip_prefix(root()).unwrap().display()
+                ));
             }
         }
     }
-    assert_eq!(large, BTreeSet::new(), "types with more than {METHODS_PER_FILE_MAX} methods in one file");
-    assert!(of_daemon <= DAEMON_METHODS_MAX, "Daemon has {of_daemon} methods, at most {DAEMON_METHODS_MAX} are allowed");
+    assert_eq!(
+        large,
+        BTreeSet::new(),
+        "types with more than {METHODS_PER_FILE_MAX} methods in one file"
+    );
+    assert!(
+        of_daemon <= DAEMON_METHODS_MAX,
+        "Daemon has {of_daemon} methods, at most {DAEMON_METHODS_MAX} are allowed"
+    );
 }
 
 #[test]
 fn methods_are_counted_per_type() {
     let text = "impl<'a> A<'a> {\n    fn a() {}\n    pub(super) fn b() {\n        fn inner() {}\n    }\n}\nimpl T for A {\n    fn c() {}\n}\nimpl B {\n    pub const fn d() {}\n}\n";
-    assert_eq!(Vec::from_iter(methods(text)), [("A".to_owned(), 2), ("B".to_owned(), 1)]);
+    assert_eq!(
+        Vec::from_iter(methods(text)),
+        [("A".to_owned(), 2), ("B".to_owned(), 1)]
+    );
 }

@@ -12,24 +12,42 @@ use fcd::guest::fake::Answer;
 use fcd::vmm::fake::Stage;
 
 fn save(vm: &str, name: &str) -> SnapshotCreateRequest {
-    SnapshotCreateRequest { vm: vm.into(), name: Some(name.parse().unwrap()) }
+    SnapshotCreateRequest {
+        vm: vm.into(),
+        name: Some(name.parse().unwrap()),
+    }
 }
 
 fn create(world: &World, vm: &str, name: &str) -> Result<Snapshot, Failure> {
-    world.run::<SnapshotCreate>(save(vm, name)).map(|r| r.snapshot)
+    world
+        .run::<SnapshotCreate>(save(vm, name))
+        .map(|r| r.snapshot)
 }
 
 fn restore(world: &World, snapshot: &str, new_vm: Option<&str>) -> Result<Vm, Failure> {
     let new_vm = new_vm.map(|name| name.parse().unwrap());
-    world.run::<SnapshotRestore>(SnapshotRestoreRequest { snapshot: snapshot.into(), new_vm }).map(|r| r.vm)
+    world
+        .run::<SnapshotRestore>(SnapshotRestoreRequest {
+            snapshot: snapshot.into(),
+            new_vm,
+        })
+        .map(|r| r.vm)
 }
 
 fn fork(world: &World, vm: &str, name: &str) -> Result<Vm, Failure> {
-    world.run::<VmFork>(VmForkRequest { vm: vm.into(), name: Some(name.parse().unwrap()) }).map(|r| r.vm)
+    world
+        .run::<VmFork>(VmForkRequest {
+            vm: vm.into(),
+            name: Some(name.parse().unwrap()),
+        })
+        .map(|r| r.vm)
 }
 
 fn list(world: &World) -> Vec<String> {
-    let all = world.call::<SnapshotList>(&SnapshotListRequest::default()).unwrap().snapshots;
+    let all = world
+        .call::<SnapshotList>(&SnapshotListRequest::default())
+        .unwrap()
+        .snapshots;
     all.into_iter().map(|s| s.name.to_string()).collect()
 }
 
@@ -40,29 +58,89 @@ fn snapshot_is_created_shown_restored_and_deleted() {
     world.import_all("web");
     let workspace = world.show("web").unwrap().workspace.unwrap();
     let made = create(&world, "web", "one").unwrap();
-    assert_eq!((&made.vm, made.vm_name.as_str(), made.driver.as_str()), (&vm.id, "web", "fake"));
-    let unnamed = world.run::<SnapshotCreate>(SnapshotCreateRequest { vm: "web".into(), name: None }).unwrap().snapshot;
+    assert_eq!(
+        (&made.vm, made.vm_name.as_str(), made.driver.as_str()),
+        (&vm.id, "web", "fake")
+    );
+    let unnamed = world
+        .run::<SnapshotCreate>(SnapshotCreateRequest {
+            vm: "web".into(),
+            name: None,
+        })
+        .unwrap()
+        .snapshot;
     assert_eq!(unnamed.name.as_str(), "web-1");
     assert!(!world.vmm.is_paused(&vm.id));
     for text in ["one", made.id.as_str(), &made.id.as_str()[..11]] {
-        let found = world.call::<SnapshotShow>(&SnapshotRequest { snapshot: text.into() }).unwrap().snapshot;
+        let found = world
+            .call::<SnapshotShow>(&SnapshotRequest {
+                snapshot: text.into(),
+            })
+            .unwrap()
+            .snapshot;
         assert_eq!(found, made, "{text}");
     }
-    let of = |vm: &str| world.call::<SnapshotList>(&SnapshotListRequest { vm: Some(vm.into()), ..Default::default() });
+    let of = |vm: &str| {
+        world.call::<SnapshotList>(&SnapshotListRequest {
+            vm: Some(vm.into()),
+            ..Default::default()
+        })
+    };
     assert_eq!(of("web").unwrap().snapshots.len(), 2);
     assert!(of("other").unwrap_err().is(Kind::VmNotFound));
     // For anyone but its owner and root it does not exist.
-    let stranger = Caller { uid: 4_000_000, gid: 0, pid: 0 };
-    assert_eq!(world.daemon().snapshots.snapshot_show(&stranger, "one").unwrap_err().kind(), Kind::SnapshotNotFound);
-    assert_eq!(world.daemon().snapshots.snapshot_delete(&stranger, "one").unwrap_err().kind(), Kind::SnapshotNotFound);
-    assert!(world.daemon().snapshots.snapshot_list(&stranger, &SnapshotListRequest::default()).unwrap().snapshots.is_empty());
+    let stranger = Caller {
+        uid: 4_000_000,
+        gid: 0,
+        pid: 0,
+    };
+    assert_eq!(
+        world
+            .daemon()
+            .snapshots
+            .snapshot_show(&stranger, "one")
+            .unwrap_err()
+            .kind(),
+        Kind::SnapshotNotFound
+    );
+    assert_eq!(
+        world
+            .daemon()
+            .snapshots
+            .snapshot_delete(&stranger, "one")
+            .unwrap_err()
+            .kind(),
+        Kind::SnapshotNotFound
+    );
+    assert!(
+        world
+            .daemon()
+            .snapshots
+            .snapshot_list(&stranger, &SnapshotListRequest::default())
+            .unwrap()
+            .snapshots
+            .is_empty()
+    );
 
     // The settings of the snapshot are restored. A pending change of memory is dropped.
-    world.call::<VmSet>(&VmSetRequest { vm: "web".into(), mem_mib: Some(2048), ..Default::default() }).unwrap();
-    assert!(restore(&world, "one", None).unwrap_err().is(Kind::WrongState));
+    world
+        .call::<VmSet>(&VmSetRequest {
+            vm: "web".into(),
+            mem_mib: Some(2048),
+            ..Default::default()
+        })
+        .unwrap();
+    assert!(
+        restore(&world, "one", None)
+            .unwrap_err()
+            .is(Kind::WrongState)
+    );
     world.stop("web").unwrap();
     let back = restore(&world, "one", None).unwrap();
-    assert_eq!((&back.id, back.state, back.mem_mib, &back.workspace), (&vm.id, VmState::Running, 1024, &Some(workspace)));
+    assert_eq!(
+        (&back.id, back.state, back.mem_mib, &back.workspace),
+        (&vm.id, VmState::Running, 1024, &Some(workspace))
+    );
     let spec = world.vmm.last_spec(&vm.id).unwrap();
     assert_eq!(spec.saved.unwrap().driver, "fake");
     // The next start boots it.
@@ -72,14 +150,29 @@ fn snapshot_is_created_shown_restored_and_deleted() {
 
     world.delete("web").unwrap();
     let e = restore(&world, "one", None).unwrap_err();
-    assert!(e.is(Kind::VmNotFound) && e.fault.hint.as_ref().is_some_and(|h| h.contains("--as")), "{e:?}");
+    assert!(
+        e.is(Kind::VmNotFound) && e.fault.hint.as_ref().is_some_and(|h| h.contains("--as")),
+        "{e:?}"
+    );
     let other = restore(&world, "one", Some("other")).unwrap();
-    assert!(other.id != vm.id && other.state == VmState::Running && !other.rm, "{other:?}");
+    assert!(
+        other.id != vm.id && other.state == VmState::Running && !other.rm,
+        "{other:?}"
+    );
     for name in ["one", "web-1"] {
-        world.call::<SnapshotDelete>(&SnapshotRequest { snapshot: name.into() }).unwrap();
+        world
+            .call::<SnapshotDelete>(&SnapshotRequest {
+                snapshot: name.into(),
+            })
+            .unwrap();
     }
     assert_eq!(list(&world), [""; 0]);
-    assert_eq!(std::fs::read_dir(world.config.state_dir.join("snapshots")).unwrap().count(), 0);
+    assert_eq!(
+        std::fs::read_dir(world.config.state_dir.join("snapshots"))
+            .unwrap()
+            .count(),
+        0
+    );
     assert_eq!(world.state("other"), VmState::Running);
 }
 
@@ -90,7 +183,15 @@ fn snapshots_survive_daemon_restart() {
     let made = create(&world, "web", "one").unwrap();
     world.reopen();
     world.daemon().reconciler.reconcile();
-    assert_eq!(world.call::<SnapshotShow>(&SnapshotRequest { snapshot: "one".into() }).unwrap().snapshot, made);
+    assert_eq!(
+        world
+            .call::<SnapshotShow>(&SnapshotRequest {
+                snapshot: "one".into()
+            })
+            .unwrap()
+            .snapshot,
+        made
+    );
     world.stop("web").unwrap();
     assert_eq!(restore(&world, "one", None).unwrap().id, vm.id);
 }
@@ -110,10 +211,19 @@ fn stop_during_save_ends_guest_immediately() {
         world.call::<VmResume>(&request("web")).unwrap();
         assert!(world.vmm.is_paused(&vm.id));
         assert!(create(&world, "web", "two").unwrap_err().is(Kind::Busy));
-        let stopped = world.run::<VmStop>(VmStopRequest { force, ..stop("web") }).unwrap().vm;
+        let stopped = world
+            .run::<VmStop>(VmStopRequest {
+                force,
+                ..stop("web")
+            })
+            .unwrap()
+            .vm;
         assert_eq!(stopped.state, VmState::Stopped);
         let e = saving.finish(SOON).unwrap_err();
-        assert!(e.is(Kind::Cancelled) && e.fault.message.contains("the VM was stopped"), "{e:?}");
+        assert!(
+            e.is(Kind::Cancelled) && e.fault.message.contains("the VM was stopped"),
+            "{e:?}"
+        );
         world.vmm.release_starts();
         assert_eq!(list(&world), [""; 0]);
         world.delete("web").unwrap();
@@ -134,15 +244,28 @@ fn guest_is_resumed_after_save_or_failure() {
     world.vmm.release_starts();
     saving.finish(SOON).unwrap();
     assert!(world.vmm.is_paused(&vm.id));
-    assert!(create(&world, "web", "two").unwrap_err().is(Kind::WrongState), "a paused guest cannot prepare itself");
+    assert!(
+        create(&world, "web", "two")
+            .unwrap_err()
+            .is(Kind::WrongState),
+        "a paused guest cannot prepare itself"
+    );
     world.call::<VmResume>(&request("web")).unwrap();
     assert!(!world.vmm.is_paused(&vm.id));
 
     world.vmm.hold_starts(Stage::Save);
     let mut saving = world.begin::<SnapshotCreate>(save("web", "two"), vec![]);
     assert!(world.vmm.await_held(1, soon()));
-    let op = saving.note(|n| if let fcd::api::frame::Note::Op { op } = n { Some(op.clone()) } else { None });
-    world.call::<OpCancel>(&OpRequest { op: op.to_string() }).unwrap();
+    let op = saving.note(|n| {
+        if let fcd::api::frame::Note::Op { op } = n {
+            Some(op.clone())
+        } else {
+            None
+        }
+    });
+    world
+        .call::<OpCancel>(&OpRequest { op: op.to_string() })
+        .unwrap();
     assert!(saving.finish(SOON).unwrap_err().is(Kind::Cancelled));
     world.vmm.release_starts();
     assert!(!world.vmm.is_paused(&vm.id));
@@ -153,11 +276,20 @@ fn guest_is_resumed_after_save_or_failure() {
 fn snapshot_of_unprepared_guest_does_not_pause_it() {
     let world = World::new();
     let (vm, _) = world.running("web");
-    world.guest.on("/usr/lib/fcd/busybox sh -c", |_| Answer::status(1).stderr("no such thing"));
+    world.guest.on("/usr/lib/fcd/busybox sh -c", |_| {
+        Answer::status(1).stderr("no such thing")
+    });
     let e = create(&world, "web", "one").unwrap_err();
-    assert!(e.is(Kind::GuestCommandFailed) && e.fault.message.contains("no such thing"), "{e:?}");
+    assert!(
+        e.is(Kind::GuestCommandFailed) && e.fault.message.contains("no such thing"),
+        "{e:?}"
+    );
     assert!(!world.vmm.is_paused(&vm.id));
-    assert!(fork(&world, "web", "twin").unwrap_err().is(Kind::GuestCommandFailed));
+    assert!(
+        fork(&world, "web", "twin")
+            .unwrap_err()
+            .is(Kind::GuestCommandFailed)
+    );
     world.await_gone("twin");
 }
 
@@ -167,10 +299,17 @@ fn fork_is_complete_or_absent() {
     let (vm, _) = world.running("web");
     let before = world.census();
     assert!(fork(&world, "web", "web").unwrap_err().is(Kind::NameTaken));
-    assert!(fork(&world, "nobody", "twin").unwrap_err().is(Kind::VmNotFound));
+    assert!(
+        fork(&world, "nobody", "twin")
+            .unwrap_err()
+            .is(Kind::VmNotFound)
+    );
     world.vmm.fail_next_start("no such machine");
     let e = fork(&world, "web", "twin").unwrap_err();
-    assert!(e.is(Kind::VmmFailed) && e.fault.message.contains("no such machine"), "{e:?}");
+    assert!(
+        e.is(Kind::VmmFailed) && e.fault.message.contains("no such machine"),
+        "{e:?}"
+    );
     world.await_gone("twin");
     world.await_rest();
     assert_eq!(world.census(), before);
@@ -178,11 +317,28 @@ fn fork_is_complete_or_absent() {
     // A cancellation at any stage leaves nothing.
     for stage in [Stage::Save, Stage::BeforeSpawn, Stage::AfterSpawn] {
         world.vmm.hold_starts(stage);
-        let mut forking = world.begin::<VmFork>(VmForkRequest { vm: "web".into(), name: Some("twin".parse().unwrap()) }, vec![]);
+        let mut forking = world.begin::<VmFork>(
+            VmForkRequest {
+                vm: "web".into(),
+                name: Some("twin".parse().unwrap()),
+            },
+            vec![],
+        );
         assert!(world.vmm.await_held(1, soon()));
-        let op = forking.note(|n| if let fcd::api::frame::Note::Op { op } = n { Some(op.clone()) } else { None });
-        world.call::<OpCancel>(&OpRequest { op: op.to_string() }).unwrap();
-        assert!(forking.finish(SOON).unwrap_err().is(Kind::Cancelled), "{stage:?}");
+        let op = forking.note(|n| {
+            if let fcd::api::frame::Note::Op { op } = n {
+                Some(op.clone())
+            } else {
+                None
+            }
+        });
+        world
+            .call::<OpCancel>(&OpRequest { op: op.to_string() })
+            .unwrap();
+        assert!(
+            forking.finish(SOON).unwrap_err().is(Kind::Cancelled),
+            "{stage:?}"
+        );
         world.vmm.release_starts();
         world.await_gone("twin");
         world.await_rest();
@@ -191,7 +347,10 @@ fn fork_is_complete_or_absent() {
     }
 
     let twin = fork(&world, "web", "twin").unwrap();
-    assert!(twin.state == VmState::Running && !twin.rm && twin.ports.is_empty(), "{twin:?}");
+    assert!(
+        twin.state == VmState::Running && !twin.rm && twin.ports.is_empty(),
+        "{twin:?}"
+    );
     assert_eq!(list(&world), [""; 0], "what it began with is gone");
     // Original and clone are independent.
     world.delete("web").unwrap();
@@ -204,7 +363,11 @@ fn failed_restore_leaves_startable_vm() {
     world.running("web");
     let made = create(&world, "web", "one").unwrap();
     world.stop("web").unwrap();
-    let dir = world.config.state_dir.join("snapshots").join(made.id.as_str());
+    let dir = world
+        .config
+        .state_dir
+        .join("snapshots")
+        .join(made.id.as_str());
     // The snapshot's memory is missing, which is noticed before the VM's own disk is touched.
     let disk = world.vmm.last_spec(&made.vm).unwrap().disk;
     let mut mine = std::fs::read(&disk).unwrap();
@@ -213,9 +376,16 @@ fn failed_restore_leaves_startable_vm() {
     let memory = std::fs::read(dir.join("private/memory")).unwrap();
     std::fs::write(dir.join("private/memory"), "").unwrap();
     let e = restore(&world, "one", None).unwrap_err();
-    assert!(e.is(Kind::Host) && e.fault.message.contains("damaged"), "{e:?}");
+    assert!(
+        e.is(Kind::Host) && e.fault.message.contains("damaged"),
+        "{e:?}"
+    );
     assert_eq!(world.state("web"), VmState::Failed);
-    assert!(restore(&world, "one", Some("twin")).unwrap_err().is(Kind::Host));
+    assert!(
+        restore(&world, "one", Some("twin"))
+            .unwrap_err()
+            .is(Kind::Host)
+    );
     world.await_gone("twin");
     assert_eq!(std::fs::read(&disk).unwrap(), mine);
     world.start("web").unwrap();
@@ -226,19 +396,34 @@ fn failed_restore_leaves_startable_vm() {
     let aside = disk.with_file_name("former");
     world.vmm.fail_next_start("another version made it");
     let e = restore(&world, "one", None).unwrap_err();
-    assert!(e.is(Kind::VmmFailed) && e.fault.message.contains("another version"), "{e:?}");
+    assert!(
+        e.is(Kind::VmmFailed) && e.fault.message.contains("another version"),
+        "{e:?}"
+    );
     world.await_rest();
-    assert_eq!((std::fs::read(&disk).unwrap(), aside.exists()), (mine.clone(), false));
+    assert_eq!(
+        (std::fs::read(&disk).unwrap(), aside.exists()),
+        (mine.clone(), false)
+    );
     // A stop in the middle of a restore.
     world.vmm.hold_starts(Stage::AfterSpawn);
-    let mut restoring = world.begin::<SnapshotRestore>(SnapshotRestoreRequest { snapshot: "one".into(), new_vm: None }, vec![]);
+    let mut restoring = world.begin::<SnapshotRestore>(
+        SnapshotRestoreRequest {
+            snapshot: "one".into(),
+            new_vm: None,
+        },
+        vec![],
+    );
     assert!(world.vmm.await_held(1, soon()));
     assert!(aside.join("disk").exists() && std::fs::read(&disk).unwrap() != mine);
     world.stop("web").unwrap();
     world.vmm.release_starts();
     assert!(restoring.finish(SOON).is_err());
     world.await_rest();
-    assert_eq!((std::fs::read(&disk).unwrap(), aside.exists()), (mine.clone(), false));
+    assert_eq!(
+        (std::fs::read(&disk).unwrap(), aside.exists()),
+        (mine.clone(), false)
+    );
     world.start("web").unwrap();
     world.stop("web").unwrap();
     // A successful restore leaves nothing behind.
@@ -260,9 +445,19 @@ fn snapshot_in_use_is_not_deleted() {
     create(&world, "web", "one").unwrap();
     world.stop("web").unwrap();
     world.vmm.hold_starts(Stage::BeforeSpawn);
-    let mut restoring = world.begin::<SnapshotRestore>(SnapshotRestoreRequest { snapshot: "one".into(), new_vm: None }, vec![]);
+    let mut restoring = world.begin::<SnapshotRestore>(
+        SnapshotRestoreRequest {
+            snapshot: "one".into(),
+            new_vm: None,
+        },
+        vec![],
+    );
     assert!(world.vmm.await_held(1, soon()));
-    let delete = || world.call::<SnapshotDelete>(&SnapshotRequest { snapshot: "one".into() });
+    let delete = || {
+        world.call::<SnapshotDelete>(&SnapshotRequest {
+            snapshot: "one".into(),
+        })
+    };
     let e = delete().unwrap_err();
     assert!(e.is(Kind::Busy) && e.fault.hint.is_some(), "{e:?}");
     world.vmm.release_starts();

@@ -59,7 +59,11 @@ struct Load {
 impl Load {
     /// Each import has its own worker.
     const fn of(others: usize) -> Self {
-        Self { others, workers: others + 2, queue: 2 * others + 64 }
+        Self {
+            others,
+            workers: others + 2,
+            queue: 2 * others + 64,
+        }
     }
 }
 
@@ -77,9 +81,16 @@ impl Stage {
             c.limits.mem_mib_max = many as u64 * c.vm.mem_mib;
             c.limits.transfer_idle_s = STALL.as_secs();
         });
-        let others = (0..load.others).map(|n| Self::start_other_import(&world, load, n)).collect();
+        let others = (0..load.others)
+            .map(|n| Self::start_other_import(&world, load, n))
+            .collect();
         let client = world.client();
-        Self { world, client, others, is_held_first: false }
+        Self {
+            world,
+            client,
+            others,
+            is_held_first: false,
+        }
     }
 
     /// Starts another VM with an import that is stalled or waits for a worker.
@@ -112,7 +123,8 @@ impl Stage {
 
     /// Starts its import. If the pool is full, the import waits for a worker.
     fn stall(&self, name: &str, fault: Fault) -> Import {
-        let runs = self.world.daemon().transfers.pool.counts().running < self.world.config.limits.pool_workers;
+        let runs = self.world.daemon().transfers.pool.counts().running
+            < self.world.config.limits.pool_workers;
         if !runs {
             return self.world.queue_import(name);
         }
@@ -130,7 +142,14 @@ impl Stage {
         let begun = Instant::now();
         match verb {
             Verb::Show => drop(self.client.call::<VmShow>(&request(name)).unwrap()),
-            Verb::List => drop(self.client.call::<VmList>(&VmListRequest { all: true, ..Default::default() }).unwrap()),
+            Verb::List => drop(
+                self.client
+                    .call::<VmList>(&VmListRequest {
+                        all: true,
+                        ..Default::default()
+                    })
+                    .unwrap(),
+            ),
             Verb::Exec => {
                 let (vm, argv) = (name.to_owned(), vec!["true".to_owned()]);
                 let request = ExecStartRequest {
@@ -142,13 +161,28 @@ impl Stage {
                     streams: vec![],
                     no_wait_children: false,
                 };
-                drop(self.client.call_more::<ExecStart>(&request, &[], &mut |_| Ok(())).unwrap());
+                drop(
+                    self.client
+                        .call_more::<ExecStart>(&request, &[], &mut |_| Ok(()))
+                        .unwrap(),
+                );
             }
             Verb::Stop => {
-                let request = VmStopRequest { timeout_ms: Some(GRACE_MS), ..stop(name) };
-                drop(self.client.call_more::<VmStop>(&request, &[], &mut |_| Ok(())).unwrap());
+                let request = VmStopRequest {
+                    timeout_ms: Some(GRACE_MS),
+                    ..stop(name)
+                };
+                drop(
+                    self.client
+                        .call_more::<VmStop>(&request, &[], &mut |_| Ok(()))
+                        .unwrap(),
+                );
             }
-            Verb::Delete => drop(self.client.call_more::<VmDelete>(&delete(name), &[], &mut |_| Ok(())).unwrap()),
+            Verb::Delete => drop(
+                self.client
+                    .call_more::<VmDelete>(&delete(name), &[], &mut |_| Ok(()))
+                    .unwrap(),
+            ),
         }
         begun.elapsed()
     }
@@ -172,7 +206,10 @@ impl Stage {
         } else {
             (self.time(verb, "idle"), self.time(verb, "held"))
         };
-        assert!(held < STALL / 2, "{verb:?} of a VM took {held:?} under {fault:?}: it waited for the import");
+        assert!(
+            held < STALL / 2,
+            "{verb:?} of a VM took {held:?} under {fault:?}: it waited for the import"
+        );
         drop(import.stream);
         import.call.hang_up();
         for name in ["idle", "held"] {
@@ -192,11 +229,23 @@ impl Stage {
         let mut second = self.world.queue_import("held");
         let op = second.call.op();
         second.call.stage("wait");
-        let ops = self.client.call::<OpList>(&OpListRequest { all: false, ..Default::default() }).unwrap().ops;
-        let shown = ops.iter().find(|o| o.id == op).expect("the second import is listed");
+        let ops = self
+            .client
+            .call::<OpList>(&OpListRequest {
+                all: false,
+                ..Default::default()
+            })
+            .unwrap()
+            .ops;
+        let shown = ops
+            .iter()
+            .find(|o| o.id == op)
+            .expect("the second import is listed");
         assert!(shown.progress.stage.contains("wait"), "{shown:?}");
         let begun = Instant::now();
-        self.client.call::<OpCancel>(&OpRequest { op: op.to_string() }).unwrap();
+        self.client
+            .call::<OpCancel>(&OpRequest { op: op.to_string() })
+            .unwrap();
         assert!(second.call.finish(SOON).unwrap_err().is(Kind::Cancelled));
         let took = begun.elapsed();
         drop((first.stream, second.stream));
@@ -244,15 +293,29 @@ fn the_gate() {
     const SETS_MAX: usize = 3;
     let fits = |(idle, held): &(Duration, Duration)| *held <= idle.mul_f64(1.2) + SLACK;
     // One other import, and then a pool whose workers and queue are full.
-    for load in [Load::of(1), Load { others: 4, workers: 2, queue: 4 }] {
+    for load in [
+        Load::of(1),
+        Load {
+            others: 4,
+            workers: 2,
+            queue: 4,
+        },
+    ] {
         let mut stage = Stage::new(load);
-        for (fault, verb) in [Silent, Unread, Cut].iter().flat_map(|f| verbs(*f).iter().map(|v| (*f, *v))) {
+        for (fault, verb) in [Silent, Unread, Cut]
+            .iter()
+            .flat_map(|f| verbs(*f).iter().map(|v| (*f, *v)))
+        {
             let mut sets = Vec::new();
             while sets.len() < SETS_MAX && !sets.last().is_some_and(fits) {
-                let (idle, held): (Vec<_>, Vec<_>) = (0..ROUNDS).map(|_| stage.round(verb, fault)).unzip();
+                let (idle, held): (Vec<_>, Vec<_>) =
+                    (0..ROUNDS).map(|_| stage.round(verb, fault)).unzip();
                 sets.push((median(idle), median(held)));
             }
-            assert!(sets.last().is_some_and(fits), "{verb:?} under {fault:?} with {load:?}: idle and held {sets:?}");
+            assert!(
+                sets.last().is_some_and(fits),
+                "{verb:?} under {fault:?} with {load:?}: idle and held {sets:?}"
+            );
         }
         if load.queue > load.others {
             stage.a_second_import_waits_visibly();
@@ -272,7 +335,10 @@ fn with_one_lock_a_stop_waits() {
         stage.vm(name, Silent);
     }
     let import = stage.stall("held", Silent);
-    let (idle, held) = (stage.time(Verb::Stop, "idle"), stage.time(Verb::Stop, "held"));
+    let (idle, held) = (
+        stage.time(Verb::Stop, "idle"),
+        stage.time(Verb::Stop, "held"),
+    );
     println!("with one lock: stop of an idle VM {idle:?}, under a stalled import {held:?}");
     assert!(held > idle * TIMES_MIN, "idle {idle:?}, held {held:?}");
     drop(import.stream);
@@ -286,17 +352,35 @@ fn bench() {
     let rounds = std::env::var("FCD_BENCH_ROUNDS").map_or(40, |n| n.parse().expect("a number"));
     println!(
         "{:>9} {:>7} {:>7} {:>9} {:>9} {:>6} {:>9} {:>9} {:>6}",
-        "imports", "fault", "verb", "idle p50", "held p50", "ratio", "idle p99", "held p99", "ratio"
+        "imports",
+        "fault",
+        "verb",
+        "idle p50",
+        "held p50",
+        "ratio",
+        "idle p99",
+        "held p99",
+        "ratio"
     );
-    let full = Load { others: 8, workers: 2, queue: 8 };
-    for (label, load) in
-        [("1", Load::of(1)), ("8", Load::of(8)), ("64", Load::of(64)), ("1000", Load::of(1000)), ("pool full", full)]
-    {
+    let full = Load {
+        others: 8,
+        workers: 2,
+        queue: 8,
+    };
+    for (label, load) in [
+        ("1", Load::of(1)),
+        ("8", Load::of(8)),
+        ("64", Load::of(64)),
+        ("1000", Load::of(1000)),
+        ("pool full", full),
+    ] {
         let mut stage = Stage::new(load);
         for fault in [Silent, Unread, Cut] {
             for verb in verbs(fault) {
-                let (idle, held): (Vec<_>, Vec<_>) = (0..rounds).map(|_| stage.round(*verb, fault)).unzip();
-                let ratio = |p| percentile(&held, p).as_secs_f64() / percentile(&idle, p).as_secs_f64();
+                let (idle, held): (Vec<_>, Vec<_>) =
+                    (0..rounds).map(|_| stage.round(*verb, fault)).unzip();
+                let ratio =
+                    |p| percentile(&held, p).as_secs_f64() / percentile(&idle, p).as_secs_f64();
                 let us = |took: &[Duration], p| percentile(took, p).as_micros();
                 println!(
                     "{label:>9} {:>7} {:>7} {:>7}us {:>7}us {:>6.2} {:>7}us {:>7}us {:>6.2}",
@@ -312,7 +396,10 @@ fn bench() {
             }
         }
         if load.queue > load.others {
-            println!("{label:>9} a second import waits visibly; cancelled within {:?}", stage.a_second_import_waits_visibly());
+            println!(
+                "{label:>9} a second import waits visibly; cancelled within {:?}",
+                stage.a_second_import_waits_visibly()
+            );
         }
         stage.end();
     }

@@ -42,14 +42,33 @@ fn with_full_stderr_in_own_process() {
 
     // The watcher records under the VM's lock that the VMM does not respond, and logs it.
     assert!(world.vmm.report(&web.id, GuestEvent::Unresponsive(true)));
-    await_that("the row says that the VMM is silent", || world.show("web").unwrap().unresponsive);
-    let forced = VmStopRequest { force: true, ..stop("web") };
-    assert_eq!(world.begin::<VmStop>(forced, vec![]).finish(PROMPT).unwrap().vm.state, VmState::Stopped);
-    world.begin::<VmDelete>(delete("web"), vec![]).finish(PROMPT).unwrap();
+    await_that("the row says that the VMM is silent", || {
+        world.show("web").unwrap().unresponsive
+    });
+    let forced = VmStopRequest {
+        force: true,
+        ..stop("web")
+    };
+    assert_eq!(
+        world
+            .begin::<VmStop>(forced, vec![])
+            .finish(PROMPT)
+            .unwrap()
+            .vm
+            .state,
+        VmState::Stopped
+    );
+    world
+        .begin::<VmDelete>(delete("web"), vec![])
+        .finish(PROMPT)
+        .unwrap();
 
     // The store's writer logs that a commit failed, and answers the waiting calls.
     world.daemon().core.store.faults().fail(Fault::Io, 1);
-    let refused = world.begin::<VmDelete>(delete("rests"), vec![]).finish(PROMPT).unwrap_err();
+    let refused = world
+        .begin::<VmDelete>(delete("rests"), vec![])
+        .finish(PROMPT)
+        .unwrap_err();
     assert!(refused.is(Kind::StoreReadOnly), "{refused}");
     assert!(world.daemon().core.store.wait_writable(soon()));
 
@@ -58,9 +77,23 @@ fn with_full_stderr_in_own_process() {
         log::warn!("line {n} of a storm");
     }
     let panicked = fcd::host::thread::spawn("panics", || panic!("nobody reads this")).unwrap();
-    await_that("the thread that panics has ended", || panicked.is_finished());
-    assert!(world.vmm.die(&other.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9))));
-    await_that("the death is recorded", || world.state("other") == VmState::Failed);
-    world.begin::<VmDelete>(delete("other"), vec![]).finish(PROMPT).unwrap();
-    world.begin::<VmDelete>(delete("rests"), vec![]).finish(PROMPT).unwrap();
+    await_that("the thread that panics has ended", || {
+        panicked.is_finished()
+    });
+    assert!(
+        world
+            .vmm
+            .die(&other.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9)))
+    );
+    await_that("the death is recorded", || {
+        world.state("other") == VmState::Failed
+    });
+    world
+        .begin::<VmDelete>(delete("other"), vec![])
+        .finish(PROMPT)
+        .unwrap();
+    world
+        .begin::<VmDelete>(delete("rests"), vec![])
+        .finish(PROMPT)
+        .unwrap();
 }

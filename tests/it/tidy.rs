@@ -39,7 +39,13 @@ const PHRASES: &[(&str, &str)] = &[
 ];
 
 /// These are fine: they contain one of the phrases.
-const ALLOWED: &[&str] = &["here is no ", "here are no ", "are no longer", "is no longer", "in so many "];
+const ALLOWED: &[&str] = &[
+    "here is no ",
+    "here are no ",
+    "are no longer",
+    "is no longer",
+    "in so many ",
+];
 
 /// First words that make a comment a fragment.
 const FRAGMENTS: &[&str] = &["Of ", "That ", "So ", "Whoever ", "As "];
@@ -60,7 +66,16 @@ const COMMENT_WIDTH: usize = 100;
 const VM_WORDS: &[&str] = &["vm", "vms", "vmm", "vmms", "vm's", "vmm's"];
 
 /// Texts that begin with one of these are the arguments of `fcctl`, shell, or SQL.
-const COMMANDS: &[&str] = &["vm set", "vm resume", "for vm in", "SELECT ", "UPDATE ", "DELETE ", "INSERT ", "CREATE "];
+const COMMANDS: &[&str] = &[
+    "vm set",
+    "vm resume",
+    "for vm in",
+    "SELECT ",
+    "UPDATE ",
+    "DELETE ",
+    "INSERT ",
+    "CREATE ",
+];
 
 /// Markdown that is written by hand and has lines of prose.
 const MARKDOWN: &[&str] = &["README.md", "ARCHITECTURE.md", "src/docs"];
@@ -88,8 +103,17 @@ fn pieces(source: &str) -> Vec<(usize, Piece)> {
         if in_string.is_none()
             && let Some(comment) = trimmed.strip_prefix("//")
         {
-            let text = comment.trim_start_matches(['/', '!']).trim_start().to_owned();
-            found.push((number + 1, Piece::Comment { text, is_first: !after_comment }));
+            let text = comment
+                .trim_start_matches(['/', '!'])
+                .trim_start()
+                .to_owned();
+            found.push((
+                number + 1,
+                Piece::Comment {
+                    text,
+                    is_first: !after_comment,
+                },
+            ));
             after_comment = true;
             continue;
         }
@@ -98,7 +122,10 @@ fn pieces(source: &str) -> Vec<(usize, Piece)> {
             is_test = true;
         }
         if is_test && let Some(rest) = trimmed.strip_prefix("fn ") {
-            let name: String = rest.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
+            let name: String = rest
+                .chars()
+                .take_while(|c| c.is_alphanumeric() || *c == '_')
+                .collect();
             found.push((number + 1, Piece::TestName(name.replace('_', " ") + " ")));
             is_test = false;
         }
@@ -152,27 +179,43 @@ fn findings(piece: &Piece) -> Vec<String> {
     for (phrase, better) in PHRASES.iter().filter(|(phrase, _)| plain.contains(phrase)) {
         found.push(format!("\"{}\": write \"{better}\"", phrase.trim()));
     }
-    for word in FRAGMENTS.iter().filter(|word| is_first && text.starts_with(**word)) {
-        found.push(format!("a comment begins with \"{}\": write a sentence with a subject and a verb", word.trim()));
+    for word in FRAGMENTS
+        .iter()
+        .filter(|word| is_first && text.starts_with(**word))
+    {
+        found.push(format!(
+            "a comment begins with \"{}\": write a sentence with a subject and a verb",
+            word.trim()
+        ));
     }
     found
 }
 
 /// `src/cli` of `src/cli/vm.rs`.
 fn module(path: &Path) -> String {
-    let parts: Vec<_> = path.components().take(2).map(|part| part.as_os_str().to_string_lossy()).collect();
+    let parts: Vec<_> = path
+        .components()
+        .take(2)
+        .map(|part| part.as_os_str().to_string_lossy())
+        .collect();
     parts.join("/")
 }
 
 /// The words of a text that must be in capitals. JSON members, paths and identifiers are not words,
 /// and neither are the arguments of `fcctl` and the names of tables.
 fn lower_case_vms(text: &str) -> Vec<&str> {
-    if !text.contains(' ') || COMMANDS.iter().any(|command| text.trim_start().starts_with(command)) {
+    if !text.contains(' ')
+        || COMMANDS
+            .iter()
+            .any(|command| text.trim_start().starts_with(command))
+    {
         return Vec::new();
     }
     let (mut found, mut is_command, mut before) = (Vec::new(), false, "");
     for token in text.split_whitespace() {
-        let word = token.trim_start_matches('(').trim_end_matches([')', ',', ';', ':', '.', '!', '?']);
+        let word = token
+            .trim_start_matches('(')
+            .trim_end_matches([')', ',', ';', ':', '.', '!', '?']);
         is_command = (is_command || word == "fcctl") && word == token;
         if !is_command && before != "table" && VM_WORDS.contains(&word) {
             found.push(word);
@@ -188,23 +231,34 @@ struct Findings(BTreeMap<String, Vec<String>>);
 
 impl Findings {
     fn add(&mut self, path: &Path, line: usize, finding: &str) {
-        self.0.entry(module(path)).or_default().push(format!("{}:{line}: {finding}", path.display()));
+        self.0
+            .entry(module(path))
+            .or_default()
+            .push(format!("{}:{line}: {finding}", path.display()));
     }
 
     /// Compares the findings with the numbers that are allowed, which must be exact.
     fn compare(&self, list: &str, remaining: &[(&str, usize)]) -> Vec<String> {
         let mut wrong = Vec::new();
         for (module, found) in &self.0 {
-            let allowed = remaining.iter().find(|(name, _)| name == module).map_or(0, |(_, count)| *count);
+            let allowed = remaining
+                .iter()
+                .find(|(name, _)| name == module)
+                .map_or(0, |(_, count)| *count);
             if found.len() > allowed {
                 let all = found.join("\n  ");
-                wrong.push(format!("{module} has {} findings, {list} allows {allowed}:\n  {all}", found.len()));
+                wrong.push(format!(
+                    "{module} has {} findings, {list} allows {allowed}:\n  {all}",
+                    found.len()
+                ));
             }
         }
         for (module, count) in remaining {
             let now = self.0.get(*module).map_or(0, Vec::len);
             if now < *count {
-                wrong.push(format!("{module} has only {now} findings left: lower its number in {list} from {count}"));
+                wrong.push(format!(
+                    "{module} has only {now} findings left: lower its number in {list} from {count}"
+                ));
             }
         }
         wrong
@@ -216,9 +270,16 @@ fn for_each_source(mut each: impl FnMut(&Path, &str, &[(usize, Piece)])) {
     for dir in ["src", "tests"] {
         let mut paths = Vec::new();
         rust_files(&root().join(dir), &mut paths);
-        for path in paths.into_iter().filter(|path| !path.ends_with("it/tidy.rs")) {
+        for path in paths
+            .into_iter()
+            .filter(|path| !path.ends_with("it/tidy.rs"))
+        {
             let source = std::fs::read_to_string(&path).unwrap();
-            each(path.strip_prefix(root()).unwrap(), &source, &pieces(&source));
+            each(
+                path.strip_prefix(root()).unwrap(),
+                &source,
+                &pieces(&source),
+            );
         }
     }
 }
@@ -228,7 +289,9 @@ fn code_reads_as_plain_english() {
     let mut all = Findings::default();
     for_each_source(|path, _, pieces| {
         for (line, piece) in pieces {
-            findings(piece).iter().for_each(|finding| all.add(path, *line, finding));
+            findings(piece)
+                .iter()
+                .for_each(|finding| all.add(path, *line, finding));
         }
     });
     let wrong = all.compare("REMAINING", REMAINING);
@@ -242,7 +305,11 @@ fn texts_write_vm_in_capitals() {
         for (line, piece) in pieces {
             let Piece::Text(text) = piece else { continue };
             for word in lower_case_vms(text) {
-                all.add(path, *line, &format!("\"{word}\" in \"{text}\": write it in capitals"));
+                all.add(
+                    path,
+                    *line,
+                    &format!("\"{word}\" in \"{text}\": write it in capitals"),
+                );
             }
         }
     });
@@ -253,9 +320,15 @@ fn texts_write_vm_in_capitals() {
 /// The comment lines of a source that are too long. Tables may be longer.
 fn wide_comments(source: &str, pieces: &[(usize, Piece)]) -> Vec<usize> {
     let lines: Vec<&str> = source.lines().collect();
-    let is_prose = |piece: &Piece| matches!(piece, Piece::Comment { text, .. } if !text.starts_with('|'));
-    let comments = pieces.iter().filter(|(_, piece)| is_prose(piece)).map(|(line, _)| *line);
-    comments.filter(|line| lines[line - 1].chars().count() > COMMENT_WIDTH).collect()
+    let is_prose =
+        |piece: &Piece| matches!(piece, Piece::Comment { text, .. } if !text.starts_with('|'));
+    let comments = pieces
+        .iter()
+        .filter(|(_, piece)| is_prose(piece))
+        .map(|(line, _)| *line);
+    comments
+        .filter(|line| lines[line - 1].chars().count() > COMMENT_WIDTH)
+        .collect()
 }
 
 #[test]
@@ -263,7 +336,11 @@ fn comments_fit_their_width() {
     let mut all = Findings::default();
     for_each_source(|path, source, pieces| {
         for line in wide_comments(source, pieces) {
-            all.add(path, line, &format!("a comment of more than {COMMENT_WIDTH} columns"));
+            all.add(
+                path,
+                line,
+                &format!("a comment of more than {COMMENT_WIDTH} columns"),
+            );
         }
     });
     let wrong = all.compare("REMAINING_WIDTH", REMAINING_WIDTH);
@@ -286,7 +363,11 @@ fn prose(text: &str) -> Vec<(usize, &str)> {
     for (number, line) in text.lines().enumerate() {
         if line.starts_with("```") {
             is_fenced = !is_fenced;
-        } else if !is_fenced && !line.starts_with("    ") && !line.starts_with('|') && !line.starts_with("<!--") {
+        } else if !is_fenced
+            && !line.starts_with("    ")
+            && !line.starts_with('|')
+            && !line.starts_with("<!--")
+        {
             lines.push((number + 1, line));
         }
     }
@@ -301,13 +382,26 @@ fn markdown_reads_as_plain_english() {
         let place = path.strip_prefix(root()).unwrap().display();
         for (number, line) in prose(&text) {
             let piece = Piece::Text(line.to_owned());
-            wrong.extend(findings(&piece).into_iter().map(|finding| format!("{place}:{number}: {finding}")));
+            wrong.extend(
+                findings(&piece)
+                    .into_iter()
+                    .map(|finding| format!("{place}:{number}: {finding}")),
+            );
             if line.chars().count() > MARKDOWN_WIDTH {
-                wrong.push(format!("{place}:{number}: more than {MARKDOWN_WIDTH} columns"));
+                wrong.push(format!(
+                    "{place}:{number}: more than {MARKDOWN_WIDTH} columns"
+                ));
             }
-            for named in line.split('`').skip(1).step_by(2).filter(|named| is_repository_path(named)) {
+            for named in line
+                .split('`')
+                .skip(1)
+                .step_by(2)
+                .filter(|named| is_repository_path(named))
+            {
                 if !root().join(named.trim_end_matches('/')).exists() {
-                    wrong.push(format!("{place}:{number}: {named} is not in the repository"));
+                    wrong.push(format!(
+                        "{place}:{number}: {named} is not in the repository"
+                    ));
                 }
             }
         }
@@ -317,7 +411,9 @@ fn markdown_reads_as_plain_english() {
 
 /// Whether a piece of code in Markdown names a file of this repository.
 fn is_repository_path(text: &str) -> bool {
-    ["src/", "tests/", "scripts/"].iter().any(|dir| text.starts_with(dir))
+    ["src/", "tests/", "scripts/"]
+        .iter()
+        .any(|dir| text.starts_with(dir))
         && !text.contains([' ', '*', '<', '{'])
         && !text.contains("NAME")
         && !text.contains("NOUN")
@@ -325,9 +421,14 @@ fn is_repository_path(text: &str) -> bool {
 
 #[test]
 fn mutants_of_lower_case_vm_are_found() {
-    for text in
-        ["start vm {name}", "no vm web", "the vmm died: {exit}", "vms are paused", "stop it (with its vm)", "fcctl: no vm"]
-    {
+    for text in [
+        "start vm {name}",
+        "no vm web",
+        "the vmm died: {exit}",
+        "vms are paused",
+        "stop it (with its vm)",
+        "fcctl: no vm",
+    ] {
         assert_eq!(lower_case_vms(text).len(), 1, "{text}");
     }
     for text in [
@@ -365,8 +466,11 @@ fn a_guest_stands_still() {}
 let long = \"one \\
     told\";
 ";
-    let wrong: Vec<(usize, usize)> =
-        pieces(source).iter().map(|(line, piece)| (*line, findings(piece).len())).filter(|(_, count)| *count > 0).collect();
+    let wrong: Vec<(usize, usize)> = pieces(source)
+        .iter()
+        .map(|(line, piece)| (*line, findings(piece).len()))
+        .filter(|(_, count)| *count > 0)
+        .collect();
     assert_eq!(wrong, [(1, 1), (2, 1), (4, 1), (6, 1), (8, 1)]);
 }
 
@@ -412,34 +516,56 @@ fn is_phrase(literal: &str) -> bool {
 /// The literal at the beginning of `code`, without its quotes. Byte strings belong to formats of
 /// files.
 fn literal(code: &str) -> Option<&str> {
-    code.trim_start_matches("Some(").trim_start_matches('&').strip_prefix('"').and_then(|rest| rest.split('"').next())
+    code.trim_start_matches("Some(")
+        .trim_start_matches('&')
+        .strip_prefix('"')
+        .and_then(|rest| rest.split('"').next())
 }
 
 /// The part of a source file that is not its tests.
 fn production(source: &str) -> &str {
-    source.split("#[cfg(test)]\nmod tests {").next().unwrap_or(source)
+    source
+        .split("#[cfg(test)]\nmod tests {")
+        .next()
+        .unwrap_or(source)
 }
 
 /// The names of constants whose value is a phrase.
 fn phrase_names(source: &str) -> BTreeSet<String> {
-    let constants =
-        production(source).lines().filter_map(|line| line.trim_start().trim_start_matches("pub ").strip_prefix("const "));
-    let phrases = constants.filter(|rest| rest.split_once("= ").and_then(|(_, value)| literal(value)).is_some_and(is_phrase));
-    phrases.filter_map(|rest| rest.split(':').next().map(str::to_owned)).collect()
+    let constants = production(source).lines().filter_map(|line| {
+        line.trim_start()
+            .trim_start_matches("pub ")
+            .strip_prefix("const ")
+    });
+    let phrases = constants.filter(|rest| {
+        rest.split_once("= ")
+            .and_then(|(_, value)| literal(value))
+            .is_some_and(is_phrase)
+    });
+    phrases
+        .filter_map(|rest| rest.split(':').next().map(str::to_owned))
+        .collect()
 }
 
 /// The lines of production code that decide by a text for people, which may have one of `names`.
 fn decisions_by_text(source: &str, names: &BTreeSet<String>) -> Vec<usize> {
     let mut found = Vec::new();
     for (number, line) in production(source).lines().enumerate() {
-        let line = if line.trim_start().starts_with("//") { "" } else { line };
+        let line = if line.trim_start().starts_with("//") {
+            ""
+        } else {
+            line
+        };
         let decides = COMPARISONS.iter().any(|comparison| {
             line.match_indices(comparison).any(|(at, _)| {
-                let (before, after) = (line[..at].trim_end_matches('.'), &line[at + comparison.len()..]);
+                let (before, after) = (
+                    line[..at].trim_end_matches('.'),
+                    &line[at + comparison.len()..],
+                );
                 let is_name = |name: &String| {
-                    after
-                        .strip_prefix(name.as_str())
-                        .is_some_and(|rest| !rest.starts_with(|c: char| c.is_alphanumeric() || c == '_'))
+                    after.strip_prefix(name.as_str()).is_some_and(|rest| {
+                        !rest.starts_with(|c: char| c.is_alphanumeric() || c == '_')
+                    })
                 };
                 FOR_PEOPLE.iter().any(|text| before.ends_with(text))
                     || literal(after).is_some_and(is_phrase)
@@ -460,9 +586,18 @@ fn no_decision_depends_on_a_text_for_people() {
     let mut paths = Vec::new();
     rust_files(&root().join("src"), &mut paths);
     paths.retain(|path| !is_test(path) && !path.ends_with("fake.rs"));
-    let sources: Vec<_> = paths.iter().map(|path| (path, std::fs::read_to_string(path).unwrap())).collect();
-    let names = sources.iter().flat_map(|(_, source)| phrase_names(source)).collect();
-    let (mut wrong, mut unused) = (Vec::new(), BTreeMap::from_iter(FOREIGN_TEXTS.iter().copied()));
+    let sources: Vec<_> = paths
+        .iter()
+        .map(|path| (path, std::fs::read_to_string(path).unwrap()))
+        .collect();
+    let names = sources
+        .iter()
+        .flat_map(|(_, source)| phrase_names(source))
+        .collect();
+    let (mut wrong, mut unused) = (
+        Vec::new(),
+        BTreeMap::from_iter(FOREIGN_TEXTS.iter().copied()),
+    );
     for (path, source) in &sources {
         let short = path.strip_prefix(root()).unwrap().display().to_string();
         let lines = decisions_by_text(source, &names);
@@ -471,8 +606,15 @@ fn no_decision_depends_on_a_text_for_people() {
         }
         wrong.extend(lines.into_iter().map(|line| format!("{short}:{line}")));
     }
-    assert!(wrong.is_empty(), "these lines decide by a text for people:\n{}", wrong.join("\n"));
-    assert!(unused.is_empty(), "these files decide by no text any more, so remove them from FOREIGN_TEXTS: {unused:?}");
+    assert!(
+        wrong.is_empty(),
+        "these lines decide by a text for people:\n{}",
+        wrong.join("\n")
+    );
+    assert!(
+        unused.is_empty(),
+        "these files decide by no text any more, so remove them from FOREIGN_TEXTS: {unused:?}"
+    );
 }
 
 #[test]
@@ -490,5 +632,8 @@ mod tests {
     fn f() { assert!(e.to_string().contains("the VM was stopped")); }
 }
 "#;
-    assert_eq!(decisions_by_text(source, &phrase_names(source)), [3, 4, 5, 6, 7]);
+    assert_eq!(
+        decisions_by_text(source, &phrase_names(source)),
+        [3, 4, 5, 6, 7]
+    );
 }

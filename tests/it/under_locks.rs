@@ -18,7 +18,11 @@ fn bound_guard(line: &str) -> Option<&str> {
     let value = value.trim_end().trim_end_matches(';').trim_end_matches('?');
     let is_guard = [".lock(", ".try_lock(", ".lock_cancellable("]
         .iter()
-        .any(|call| value.rsplit_once(call).is_some_and(|(_, args)| args.find(')').is_some_and(|end| end + 1 == args.len())));
+        .any(|call| {
+            value
+                .rsplit_once(call)
+                .is_some_and(|(_, args)| args.find(')').is_some_and(|end| end + 1 == args.len()))
+        });
     is_guard.then(|| name.trim_start_matches("mut ").trim_start_matches('_'))
 }
 
@@ -29,8 +33,12 @@ fn opens_section(line: &str) -> bool {
     if !line.ends_with('{') {
         return false;
     }
-    let holds_temporary = ["match ", "if let ", "while let ", "for "].iter().any(|head| line.starts_with(head));
-    line.ends_with("|tx| {") || line.ends_with(".read(|s| {") || (holds_temporary && line.contains(".lock()"))
+    let holds_temporary = ["match ", "if let ", "while let ", "for "]
+        .iter()
+        .any(|head| line.starts_with(head));
+    line.ends_with("|tx| {")
+        || line.ends_with(".read(|s| {")
+        || (holds_temporary && line.contains(".lock()"))
 }
 
 /// The lines, counted from 1, that use something forbidden while a guard is in scope.
@@ -47,7 +55,10 @@ fn offences(text: &str) -> Vec<usize> {
             found.push(number + 1);
         }
         if let Some(name) = bound_guard(code) {
-            guards.push(Guard { name: name.to_owned(), ends_below: depth });
+            guards.push(Guard {
+                name: name.to_owned(),
+                ends_below: depth,
+            });
         }
         for c in code.chars() {
             depth += match c {
@@ -58,16 +69,24 @@ fn offences(text: &str) -> Vec<usize> {
             guards.retain(|guard| depth >= guard.ends_below);
         }
         if opens_section(code) {
-            guards.push(Guard { name: String::new(), ends_below: depth });
+            guards.push(Guard {
+                name: String::new(),
+                ends_below: depth,
+            });
         }
         if code.trim_end().ends_with('{') {
             // A guard as a parameter is evidence that its lock is held.
             if signature.contains("fn ") && signature.contains("&KeyGuard<") {
-                guards.push(Guard { name: String::new(), ends_below: depth });
+                guards.push(Guard {
+                    name: String::new(),
+                    ends_below: depth,
+                });
             }
             signature.clear();
         }
-        guards.retain(|guard| guard.name.is_empty() || !code.contains(&format!("drop({})", guard.name)));
+        guards.retain(|guard| {
+            guard.name.is_empty() || !code.contains(&format!("drop({})", guard.name))
+        });
     }
     found
 }
@@ -77,13 +96,24 @@ fn no_log_call_with_guard_in_scope() {
     let mut files = Vec::new();
     rust_files(&root().join("src"), &mut files);
     let mut wrong = Vec::new();
-    for path in files.iter().filter(|path| !is_test(path) && !path.starts_with(root().join("src/locks"))) {
+    for path in files
+        .iter()
+        .filter(|path| !is_test(path) && !path.starts_with(root().join("src/locks")))
+    {
         let text = std::fs::read_to_string(path).unwrap();
         let code = text.split("#[cfg(test)]\nmod ").next().unwrap();
         let shown = path.strip_prefix(root()).unwrap().display();
-        wrong.extend(offences(code).into_iter().map(|line| format!("{shown}:{line}")));
+        wrong.extend(
+            offences(code)
+                .into_iter()
+                .map(|line| format!("{shown}:{line}")),
+        );
     }
-    assert!(wrong.is_empty(), "log calls under a lock, which may block on the reader of the log:\n{}", wrong.join("\n"));
+    assert!(
+        wrong.is_empty(),
+        "log calls under a lock, which may block on the reader of the log:\n{}",
+        wrong.join("\n")
+    );
 }
 
 #[test]
@@ -92,12 +122,36 @@ fn scan_finds_guards_sections_and_evidence() {
     fn check(body: &str, expected: &[usize]) {
         assert_eq!(offences(body), expected, "{body}");
     }
-    check("fn f() {\nlet guard = self.locks.vm.lock(&id);\nlog::warn!();\n}\n", &[3]);
-    check("fn f() {\nlet mut guard = self.locks.vm.lock(id);\nlog::warn!();\n}\n", &[3]);
-    check("fn f() {\nlet guard = self.locks.vm.lock(&id);\ndrop(guard);\nlog::warn!();\n}\n", &[]);
-    check("fn f() {\n{\nlet mut state = self.state.lock();\n}\nlog::warn!();\n}\n", &[]);
-    check("fn f() {\nlet n = self.state.lock().len();\nlog::warn!();\n}\n", &[]);
-    check("fn f() {\nself.change(true, |tx| {\nlog::warn!();\n})?;\nlog::warn!();\n}\n", &[3]);
-    check("fn f() {\nmatch &mut *self.state.lock() {\nA => log::warn!(),\n}\nlog::warn!();\n}\n", &[3]);
-    check("fn f(\nvm: &KeyGuard<'_, VmId>,\n) {\nlog::warn!();\n}\nfn g() {\nlog::warn!();\n}\n", &[4]);
+    check(
+        "fn f() {\nlet guard = self.locks.vm.lock(&id);\nlog::warn!();\n}\n",
+        &[3],
+    );
+    check(
+        "fn f() {\nlet mut guard = self.locks.vm.lock(id);\nlog::warn!();\n}\n",
+        &[3],
+    );
+    check(
+        "fn f() {\nlet guard = self.locks.vm.lock(&id);\ndrop(guard);\nlog::warn!();\n}\n",
+        &[],
+    );
+    check(
+        "fn f() {\n{\nlet mut state = self.state.lock();\n}\nlog::warn!();\n}\n",
+        &[],
+    );
+    check(
+        "fn f() {\nlet n = self.state.lock().len();\nlog::warn!();\n}\n",
+        &[],
+    );
+    check(
+        "fn f() {\nself.change(true, |tx| {\nlog::warn!();\n})?;\nlog::warn!();\n}\n",
+        &[3],
+    );
+    check(
+        "fn f() {\nmatch &mut *self.state.lock() {\nA => log::warn!(),\n}\nlog::warn!();\n}\n",
+        &[3],
+    );
+    check(
+        "fn f(\nvm: &KeyGuard<'_, VmId>,\n) {\nlog::warn!();\n}\nfn g() {\nlog::warn!();\n}\n",
+        &[4],
+    );
 }

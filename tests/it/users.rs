@@ -22,9 +22,15 @@ fn doctor_of_other_user_is_run_once_for_many_calls() {
     const CALLS: u64 = 100;
     let world = World::new();
     world.open_to_everybody();
-    as_uid(ALICE, || (0..CALLS).for_each(|_| assert!(!world.call::<Doctor>(&Empty {}).unwrap().checks.is_empty())));
+    as_uid(ALICE, || {
+        (0..CALLS)
+            .for_each(|_| assert!(!world.call::<Doctor>(&Empty {}).unwrap().checks.is_empty()))
+    });
     let runs = world.vmm.checks_run();
-    assert!((1..CALLS / 4).contains(&runs), "{runs} runs for {CALLS} calls");
+    assert!(
+        (1..CALLS / 4).contains(&runs),
+        "{runs} runs for {CALLS} calls"
+    );
     // Root sees the host as it is at the time of the call.
     world.call::<Doctor>(&Empty {}).unwrap();
     assert_eq!(world.vmm.checks_run(), runs + 1);
@@ -35,9 +41,17 @@ fn refused_calls(world: &World, calls: usize) {
     as_uid(ALICE, || {
         world.create("of-alice");
         let mut client = world.client();
-        let request = SnapshotCreateRequest { vm: "of-alice".into(), name: None };
+        let request = SnapshotCreateRequest {
+            vm: "of-alice".into(),
+            name: None,
+        };
         for _ in 0..calls {
-            assert!(client.call::<SnapshotCreate>(&request).unwrap_err().is(Kind::WrongState));
+            assert!(
+                client
+                    .call::<SnapshotCreate>(&request)
+                    .unwrap_err()
+                    .is(Kind::WrongState)
+            );
         }
     });
 }
@@ -46,14 +60,32 @@ fn refused_calls(world: &World, calls: usize) {
 fn refused_calls_leave_others_history_and_keys_alone() {
     let world = World::new();
     world.open_to_everybody();
-    let bobs_call = || as_uid(BOB, || crate::keys::call(&world, "vm.create", r#"{"name":"of-bob"}"#, "k", false));
+    let bobs_call = || {
+        as_uid(BOB, || {
+            crate::keys::call(&world, "vm.create", r#"{"name":"of-bob"}"#, "k", false)
+        })
+    };
     let made = crate::keys::vm(&bobs_call());
-    let bobs_ops = || as_uid(BOB, || world.call::<OpList>(&OpListRequest { all: true, ..Default::default() }).unwrap().ops);
+    let bobs_ops = || {
+        as_uid(BOB, || {
+            world
+                .call::<OpList>(&OpListRequest {
+                    all: true,
+                    ..Default::default()
+                })
+                .unwrap()
+                .ops
+        })
+    };
     let before = bobs_ops();
     assert_eq!(before.len(), 1);
     refused_calls(&world, 1300);
     assert_eq!(bobs_ops(), before, "Bob's history");
-    assert_eq!(crate::keys::vm(&bobs_call()), made, "the answer to Bob's key");
+    assert_eq!(
+        crate::keys::vm(&bobs_call()),
+        made,
+        "the answer to Bob's key"
+    );
 }
 
 #[test]
@@ -61,7 +93,10 @@ fn refused_call_is_not_recorded() {
     let world = World::new();
     world.open_to_everybody();
     refused_calls(&world, 3);
-    let ops = world.daemon().core.ops.list(&fcd::ops::Filter { all: true, ..Default::default() });
+    let ops = world.daemon().core.ops.list(&fcd::ops::Filter {
+        all: true,
+        ..Default::default()
+    });
     assert_eq!(ops, [], "nothing was done");
 }
 
@@ -71,24 +106,57 @@ fn operations_of_one_user_push_out_only_their_own() {
     world.open_to_everybody();
     let key = || crate::keys::call(&world, "vm.create", r#"{"name":"of-bob"}"#, "k", false);
     let made = as_uid(BOB, || crate::keys::vm(&key()));
-    as_uid(BOB, || (0..3).for_each(|_| drop(crate::keys::call(&world, "vm.create", "{}", &random_key(), false))));
+    as_uid(BOB, || {
+        (0..3).for_each(|_| {
+            drop(crate::keys::call(
+                &world,
+                "vm.create",
+                "{}",
+                &random_key(),
+                false,
+            ))
+        })
+    });
     // Alice's own keys pin their answers. Operations without a key are kept up to the limit.
     as_uid(ALICE, || {
         world.create("of-alice");
         for _ in 0..50 {
-            world.run::<VmDelete>(VmDeleteRequest { vm: "of-alice".into(), force: true, if_exists: false }).unwrap();
+            world
+                .run::<VmDelete>(VmDeleteRequest {
+                    vm: "of-alice".into(),
+                    force: true,
+                    if_exists: false,
+                })
+                .unwrap();
             world.create("of-alice");
         }
     });
     let count = |world: &World, uid: u32| {
-        let ops = world.daemon().core.ops.list(&fcd::ops::Filter { owner: Some(uid), all: true, ..Default::default() });
-        (ops.len(), world.daemon().core.store.read(|s| s.ops().filter(|op| op.owner_uid == uid).count()))
+        let ops = world.daemon().core.ops.list(&fcd::ops::Filter {
+            owner: Some(uid),
+            all: true,
+            ..Default::default()
+        });
+        (
+            ops.len(),
+            world
+                .daemon()
+                .core
+                .store
+                .read(|s| s.ops().filter(|op| op.owner_uid == uid).count()),
+        )
     };
-    assert_eq!((count(&world, ALICE), count(&world, BOB)), ((20, 20), (4, 4)));
+    assert_eq!(
+        (count(&world, ALICE), count(&world, BOB)),
+        ((20, 20), (4, 4))
+    );
     world.reopen();
     world.daemon().reconciler.reconcile();
     world.open_to_everybody();
-    assert_eq!((count(&world, ALICE), count(&world, BOB)), ((20, 20), (4, 4)));
+    assert_eq!(
+        (count(&world, ALICE), count(&world, BOB)),
+        ((20, 20), (4, 4))
+    );
     let key = || crate::keys::call(&world, "vm.create", r#"{"name":"of-bob"}"#, "k", false);
     assert_eq!(as_uid(BOB, || crate::keys::vm(&key())), made);
 }
@@ -97,7 +165,9 @@ fn operations_of_one_user_push_out_only_their_own() {
 #[test]
 fn answer_of_key_outlives_retention() {
     let mut world = World::with(|config| config.limits.operations_kept_per_uid = 5);
-    let key = |world: &World, more| crate::keys::call(world, "vm.create", r#"{"name":"first"}"#, "k", more);
+    let key = |world: &World, more| {
+        crate::keys::call(world, "vm.create", r#"{"name":"first"}"#, "k", more)
+    };
     let made = crate::keys::vm(&key(&world, false));
     for n in 0..20 {
         world.create(&format!("vm{n}"));
@@ -129,7 +199,14 @@ fn user_with_too_many_keys_is_refused_before_anything_begins() {
     world.edit_rows(|tx| {
         for n in 0..keys {
             let (key, params_hash, op) = (n.to_string(), String::new(), fcd::ids::OpId::random());
-            tx.put_key(fcd::store::KeyRow { uid, key, params_hash, op, expires_at: u64::MAX }).unwrap();
+            tx.put_key(fcd::store::KeyRow {
+                uid,
+                key,
+                params_hash,
+                op,
+                expires_at: u64::MAX,
+            })
+            .unwrap();
         }
     });
     world.reopen();
@@ -142,7 +219,12 @@ fn user_with_too_many_keys_is_refused_before_anything_begins() {
 /// Alice's transfers are stalled. Bob's complete meanwhile.
 #[test]
 fn transfers_of_one_user_leave_workers_to_others() {
-    let world = World::with(|config| (config.limits.pool_workers, config.limits.pool_workers_per_uid_max) = (4, 0));
+    let world = World::with(|config| {
+        (
+            config.limits.pool_workers,
+            config.limits.pool_workers_per_uid_max,
+        ) = (4, 0)
+    });
     world.open_to_everybody();
     let names: Vec<_> = (0..5).map(|n| format!("alice{n}")).collect();
     let mut stalled = as_uid(ALICE, || {
@@ -173,7 +255,10 @@ fn transfers_of_one_user_leave_workers_to_others() {
 #[test]
 fn transfer_below_minimum_rate_ends() {
     let world = World::with(|config| {
-        (config.limits.transfer_bytes_per_s_min, config.limits.transfer_rate_window_s) = (1 << 40, 1);
+        (
+            config.limits.transfer_bytes_per_s_min,
+            config.limits.transfer_rate_window_s,
+        ) = (1 << 40, 1);
     });
     world.running("web");
     let Import { mut call, stream } = world.import("web");
@@ -181,12 +266,18 @@ fn transfer_below_minimum_rate_ends() {
     std::io::Write::write_all(&mut writer, &[7; 100_000]).unwrap();
     std::io::Write::flush(&mut writer).unwrap();
     let e = call.finish(SOON).unwrap_err();
-    assert!(e.is(Kind::TransferIdle) && e.fault.message.contains("bytes moved in the last 1 s"), "{e:?}");
+    assert!(
+        e.is(Kind::TransferIdle) && e.fault.message.contains("bytes moved in the last 1 s"),
+        "{e:?}"
+    );
     assert!(e.fault.hint.is_some());
 }
 
 fn build(world: &World, name: &str) -> Running<ImageReply> {
-    let request = ImageBuildRequest { name: Some(name.parse().unwrap()), include: vec![] };
+    let request = ImageBuildRequest {
+        name: Some(name.parse().unwrap()),
+        include: vec![],
+    };
     world.begin::<ImageBuild>(request, vec![])
 }
 
@@ -201,11 +292,19 @@ fn held_builds() -> World {
 fn builds_of_one_user_are_limited_and_one_runs_at_a_time() {
     let world = held_builds();
     let first = as_uid(ALICE, || build(&world, "a"));
-    await_that("the build runs", || world.builds.running.load(Ordering::SeqCst) == 1);
-    let mut others: Vec<_> = as_uid(ALICE, || (1..64).map(|n| build(&world, &format!("a{n}"))).collect());
-    let refused = |call: &mut Running<ImageReply>| call.finish_unless(|| world.builds.running.load(Ordering::SeqCst) > 1);
+    await_that("the build runs", || {
+        world.builds.running.load(Ordering::SeqCst) == 1
+    });
+    let mut others: Vec<_> = as_uid(ALICE, || {
+        (1..64).map(|n| build(&world, &format!("a{n}"))).collect()
+    });
+    let refused = |call: &mut Running<ImageReply>| {
+        call.finish_unless(|| world.builds.running.load(Ordering::SeqCst) > 1)
+    };
     for call in &mut others {
-        let e = refused(call).expect("more than one build runs").unwrap_err();
+        let e = refused(call)
+            .expect("more than one build runs")
+            .unwrap_err();
         assert!(e.is(Kind::Busy) && e.fault.hint.is_some(), "{e:?}");
     }
     // Other builds wait and report that they do. A hang-up removes them from the queue.
@@ -234,12 +333,22 @@ fn images_of_one_user_are_limited() {
     (0..2).for_each(|n| make_image_of(&world.config.state_dir, &format!("a{n}"), Some(ALICE)));
     let mut refused = as_uid(ALICE, || build(&world, "more"));
     let e = refused.finish(SOON).unwrap_err();
-    assert!(e.is(Kind::Exhausted) && e.fault.hint.as_deref().unwrap().contains("image rm"), "{e:?}");
-    let delete = |name: &str| world.call::<ImageDelete>(&ImageRequest { image: name.parse().unwrap() });
+    assert!(
+        e.is(Kind::Exhausted) && e.fault.hint.as_deref().unwrap().contains("image rm"),
+        "{e:?}"
+    );
+    let delete = |name: &str| {
+        world.call::<ImageDelete>(&ImageRequest {
+            image: name.parse().unwrap(),
+        })
+    };
     as_uid(ALICE, || delete("a0").unwrap());
     for uid in [ALICE, BOB] {
         let mut call = as_uid(uid, || build(&world, "more"));
-        assert!(call.finish(SOON).unwrap_err().is(Kind::CommandFailed), "it was begun");
+        assert!(
+            call.finish(SOON).unwrap_err().is(Kind::CommandFailed),
+            "it was begun"
+        );
     }
 }
 
@@ -248,7 +357,11 @@ fn image_is_deleted_by_its_builder_and_root_only() {
     let world = World::new();
     world.open_to_everybody();
     let make = |name: &str, uid| make_image_of(&world.config.state_dir, name, uid);
-    let delete = |name: &str| world.call::<ImageDelete>(&ImageRequest { image: name.parse().unwrap() });
+    let delete = |name: &str| {
+        world.call::<ImageDelete>(&ImageRequest {
+            image: name.parse().unwrap(),
+        })
+    };
     make("of-alice", Some(ALICE));
     make("of-bob", Some(BOB));
     make("of-host", None);
@@ -263,23 +376,48 @@ fn image_is_deleted_by_its_builder_and_root_only() {
     for name in ["of-bob", "of-host"] {
         delete(name).unwrap();
     }
-    let left: Vec<_> =
-        world.call::<ImageList>(&Default::default()).unwrap().images.into_iter().map(|i| i.name.to_string()).collect();
+    let left: Vec<_> = world
+        .call::<ImageList>(&Default::default())
+        .unwrap()
+        .images
+        .into_iter()
+        .map(|i| i.name.to_string())
+        .collect();
     assert_eq!(left, ["default"]);
 }
 
 #[test]
 fn image_in_use_stays_until_last_vm_and_snapshot_are_gone() {
     let world = World::new();
-    let delete = || world.call::<ImageDelete>(&ImageRequest { image: "default".parse().unwrap() });
+    let delete = || {
+        world.call::<ImageDelete>(&ImageRequest {
+            image: "default".parse().unwrap(),
+        })
+    };
     world.running("web");
-    let saved = world.run::<SnapshotCreate>(SnapshotCreateRequest { vm: "web".into(), name: None }).unwrap().snapshot;
+    let saved = world
+        .run::<SnapshotCreate>(SnapshotCreateRequest {
+            vm: "web".into(),
+            name: None,
+        })
+        .unwrap()
+        .snapshot;
     let e = delete().unwrap_err();
-    assert!(e.is(Kind::Conflict) && e.fault.message.contains("1 VMs"), "{e:?}");
+    assert!(
+        e.is(Kind::Conflict) && e.fault.message.contains("1 VMs"),
+        "{e:?}"
+    );
     world.delete("web").unwrap();
     let e = delete().unwrap_err();
-    assert!(e.is(Kind::Conflict) && e.fault.message.contains("1 snapshots"), "{e:?}");
-    world.call::<SnapshotDelete>(&SnapshotRequest { snapshot: saved.id.to_string() }).unwrap();
+    assert!(
+        e.is(Kind::Conflict) && e.fault.message.contains("1 snapshots"),
+        "{e:?}"
+    );
+    world
+        .call::<SnapshotDelete>(&SnapshotRequest {
+            snapshot: saved.id.to_string(),
+        })
+        .unwrap();
     delete().unwrap();
     let create = world.call::<VmCreate>(&VmCreateRequest::default());
     assert!(create.unwrap_err().is(Kind::ImageNotFound));
@@ -291,7 +429,10 @@ fn create_and_image_rm_at_once_never_leave_vm_without_image() {
     let world = World::new();
     for n in 0..40 {
         make_image(&world.config.state_dir, "raced");
-        let request = VmCreateRequest { image: Some("raced".parse().unwrap()), ..VmCreateRequest::default() };
+        let request = VmCreateRequest {
+            image: Some("raced".parse().unwrap()),
+            ..VmCreateRequest::default()
+        };
         let barrier = std::sync::Barrier::new(2);
         let (made, deleted) = std::thread::scope(|scope| {
             let made = scope.spawn(|| {
@@ -299,12 +440,20 @@ fn create_and_image_rm_at_once_never_leave_vm_without_image() {
                 world.call::<VmCreate>(&request)
             });
             barrier.wait();
-            let deleted = world.call::<ImageDelete>(&ImageRequest { image: "raced".parse().unwrap() });
+            let deleted = world.call::<ImageDelete>(&ImageRequest {
+                image: "raced".parse().unwrap(),
+            });
             (made.join().unwrap(), deleted)
         });
-        assert!(made.is_err() || deleted.is_err(), "run {n}: the VM has lost its image");
+        assert!(
+            made.is_err() || deleted.is_err(),
+            "run {n}: the VM has lost its image"
+        );
         let Ok(made) = made else { continue };
-        assert!(world.config.state_dir.join("images/raced/vmlinux").exists(), "run {n}");
+        assert!(
+            world.config.state_dir.join("images/raced/vmlinux").exists(),
+            "run {n}"
+        );
         world.delete(made.vm.name.as_str()).unwrap();
     }
 }
@@ -331,7 +480,12 @@ fn uid_count_that_leaves_a_vm_outside_is_refused() {
         installations: None,
     };
     let e = Daemon::open(config, seams).err().expect("it is refused");
-    assert!(e.kind() == Kind::InvalidConfig && e.to_string().starts_with("qemu.uid_count = 1 is too small: VM two"), "{e}");
+    assert!(
+        e.kind() == Kind::InvalidConfig
+            && e.to_string()
+                .starts_with("qemu.uid_count = 1 is too small: VM two"),
+        "{e}"
+    );
     world.reopen();
     assert_eq!(world.show("two").unwrap().state, VmState::Created);
 }
@@ -343,7 +497,9 @@ fn of_root(method: &str, op: &str) -> String {
         "vm.connect" => r#"{"vm":"web","port":1}"#.into(),
         "exec.resize" => r#"{"session":"0123456789ab","size":{"rows":1,"cols":1}}"#.into(),
         "exec.signal" => r#"{"session":"0123456789ab","signal":"TERM"}"#.into(),
-        "snapshot.show" | "snapshot.delete" | "snapshot.restore" => r#"{"snapshot":"saved"}"#.into(),
+        "snapshot.show" | "snapshot.delete" | "snapshot.restore" => {
+            r#"{"snapshot":"saved"}"#.into()
+        }
         "image.delete" => r#"{"image":"default"}"#.into(),
         _ if method.starts_with("op.") => format!(r#"{{"op":"{op}"}}"#),
         _ => r#"{"vm":"web"}"#.into(),
@@ -357,20 +513,46 @@ fn calls_are_open_to_those_whom_the_table_names() {
     let web = world.create("web");
     world.place(&web.id);
     world.start("web").unwrap();
-    world.run::<SnapshotCreate>(SnapshotCreateRequest { vm: "web".into(), name: Some("saved".parse().unwrap()) }).unwrap();
-    let op = world.call::<OpList>(&OpListRequest { all: true, ..Default::default() }).unwrap().ops.remove(0).id;
+    world
+        .run::<SnapshotCreate>(SnapshotCreateRequest {
+            vm: "web".into(),
+            name: Some("saved".parse().unwrap()),
+        })
+        .unwrap();
+    let op = world
+        .call::<OpList>(&OpListRequest {
+            all: true,
+            ..Default::default()
+        })
+        .unwrap()
+        .ops
+        .remove(0)
+        .id;
     let before = world.show("web").unwrap();
     for row in fcd::api::table::calls() {
-        let kind = |params: &str| as_uid(ALICE, || crate::keys::kind(&crate::keys::send(&world, row.method, params, None, true)));
+        let kind = |params: &str| {
+            as_uid(ALICE, || {
+                crate::keys::kind(&crate::keys::send(&world, row.method, params, None, true))
+            })
+        };
         match row.access {
             Access::Privileged => assert_eq!(kind("{}"), Kind::Denied.name(), "{}", row.method),
             // It is only refused because it has this parameter.
-            Access::Anybody => assert_eq!(kind(r#"{"nothing":1}"#), Kind::InvalidArgument.name(), "{}", row.method),
+            Access::Anybody => assert_eq!(
+                kind(r#"{"nothing":1}"#),
+                Kind::InvalidArgument.name(),
+                "{}",
+                row.method
+            ),
             // These look at their descriptors first.
             Access::Owner if row.fds == Fds::TakesFds => {}
             Access::Owner => {
                 let kind = kind(&of_root(row.method, op.as_str()));
-                assert!(kind.ends_with("_not_found") || kind == Kind::Denied.name(), "{}: {kind}", row.method);
+                assert!(
+                    kind.ends_with("_not_found") || kind == Kind::Denied.name(),
+                    "{}: {kind}",
+                    row.method
+                );
             }
         }
     }

@@ -22,7 +22,16 @@ fn set_applies_at_next_start() {
     let world = World::new();
     let vm = world.create("web");
     let set = |vcpus, mem_mib, disk_bytes| {
-        world.call::<VmSet>(&VmSetRequest { vm: "web".into(), vcpus, mem_mib, disk_bytes, ..Default::default() }).unwrap().vm
+        world
+            .call::<VmSet>(&VmSetRequest {
+                vm: "web".into(),
+                vcpus,
+                mem_mib,
+                disk_bytes,
+                ..Default::default()
+            })
+            .unwrap()
+            .vm
     };
     // A stopped VM changes at once.
     let now = set(Some(2), None, None);
@@ -31,15 +40,30 @@ fn set_applies_at_next_start() {
     world.start("web").unwrap();
     let now = set(None, Some(2048), Some(2 * ROOTFS_BYTES));
     assert_eq!((now.mem_mib, now.disk_bytes), (1024, ROOTFS_BYTES));
-    assert_eq!(now.pending, Some(Pending { mem_mib: Some(2048), disk_bytes: Some(2 * ROOTFS_BYTES), ..Pending::default() }));
+    assert_eq!(
+        now.pending,
+        Some(Pending {
+            mem_mib: Some(2048),
+            disk_bytes: Some(2 * ROOTFS_BYTES),
+            ..Pending::default()
+        })
+    );
     let now = set(Some(3), None, None);
     assert_eq!(
         now.pending,
-        Some(Pending { vcpus: Some(3), mem_mib: Some(2048), disk_bytes: Some(2 * ROOTFS_BYTES), ..Pending::default() })
+        Some(Pending {
+            vcpus: Some(3),
+            mem_mib: Some(2048),
+            disk_bytes: Some(2 * ROOTFS_BYTES),
+            ..Pending::default()
+        })
     );
     assert_eq!(world.vmm.last_spec(&vm.id).unwrap().vcpus, 2);
     let now = world.run::<VmRestart>(stop("web")).unwrap().vm;
-    assert_eq!((now.vcpus, now.mem_mib, now.disk_bytes, now.pending), (3, 2048, 2 * ROOTFS_BYTES, None));
+    assert_eq!(
+        (now.vcpus, now.mem_mib, now.disk_bytes, now.pending),
+        (3, 2048, 2 * ROOTFS_BYTES, None)
+    );
     let spec = world.vmm.last_spec(&vm.id).unwrap();
     assert_eq!((spec.vcpus, spec.mem_mib), (3, 2048));
     let disk = fcd::disk::root::disk_size(&spec.disk, fcd::disk::Method::Qcow2).unwrap();
@@ -57,11 +81,18 @@ fn set_during_boot_loses_nothing() {
         let mut start = world.begin::<VmStart>(request(&name), vec![]);
         let mut client = world.client();
         for n in 0..20 {
-            let set = VmSetRequest { vm: name.clone(), vcpus: Some(1 + n % 4), ..Default::default() };
+            let set = VmSetRequest {
+                vm: name.clone(),
+                vcpus: Some(1 + n % 4),
+                ..Default::default()
+            };
             client.call::<VmSet>(&set).unwrap();
         }
         let vm = start.finish(SOON).unwrap().vm;
-        assert!(vm.pid.is_some() && vm.driver.is_some() && vm.disk_driver.is_some(), "{vm:?}");
+        assert!(
+            vm.pid.is_some() && vm.driver.is_some() && vm.disk_driver.is_some(),
+            "{vm:?}"
+        );
         world.call::<VmSshConfig>(&request(&name)).unwrap();
     }
 }
@@ -71,14 +102,27 @@ fn wait_ends_at_state() {
     let world = World::new();
     let vm = world.create("web");
     world.place(&vm.id);
-    let wait = |state, timeout_ms| VmWaitRequest { vm: "web".into(), state, timeout_ms };
-    assert!(world.run::<VmWait>(wait(Some(VmState::Running), Some(1))).unwrap_err().is(Kind::Timeout));
+    let wait = |state, timeout_ms| VmWaitRequest {
+        vm: "web".into(),
+        state,
+        timeout_ms,
+    };
+    assert!(
+        world
+            .run::<VmWait>(wait(Some(VmState::Running), Some(1)))
+            .unwrap_err()
+            .is(Kind::Timeout)
+    );
     let mut running = world.begin::<VmWait>(wait(Some(VmState::Running), None), vec![]);
     world.start("web").unwrap();
     assert_eq!(running.finish(SOON).unwrap().vm.state, VmState::Running);
     // A failed VM satisfies a wait for its end.
     let mut end = world.begin::<VmWait>(wait(None, Some(u64::MAX)), vec![]);
-    assert!(world.vmm.die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9))));
+    assert!(
+        world
+            .vmm
+            .die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9)))
+    );
     assert_eq!(end.finish(SOON).unwrap().vm.state, VmState::Failed);
     let mut gone = world.begin::<VmWait>(wait(Some(VmState::Running), None), vec![]);
     world.delete("web").unwrap();
@@ -90,24 +134,61 @@ fn operations_are_listed_shown_awaited_and_kept() {
     let mut world = World::new();
     world.running("web");
     let import = world.import("web");
-    let running = world.call::<OpList>(&OpListRequest { all: false, ..Default::default() }).unwrap().ops;
+    let running = world
+        .call::<OpList>(&OpListRequest {
+            all: false,
+            ..Default::default()
+        })
+        .unwrap()
+        .ops;
     assert_eq!(running.len(), 1);
     let op = &running[0];
-    assert_eq!((op.method.as_str(), op.state, op.may_cancel), ("workspace.prepare", OpState::Running, true));
-    let shown = world.call::<OpShow>(&OpRequest { op: op.id.as_str()[..6].to_owned() }).unwrap().op;
+    assert_eq!(
+        (op.method.as_str(), op.state, op.may_cancel),
+        ("workspace.prepare", OpState::Running, true)
+    );
+    let shown = world
+        .call::<OpShow>(&OpRequest {
+            op: op.id.as_str()[..6].to_owned(),
+        })
+        .unwrap()
+        .op;
     assert_eq!(shown.id, op.id);
-    let wait = |timeout_ms| OpWaitRequest { op: op.id.to_string(), timeout_ms };
+    let wait = |timeout_ms| OpWaitRequest {
+        op: op.id.to_string(),
+        timeout_ms,
+    };
     let e = world.run::<OpWait>(wait(Some(1))).unwrap_err();
-    assert!(e.is(Kind::Timeout) && e.fault.op.as_ref() == Some(&op.id), "{e:?}");
+    assert!(
+        e.is(Kind::Timeout) && e.fault.op.as_ref() == Some(&op.id),
+        "{e:?}"
+    );
     let mut waiting = world.begin::<OpWait>(wait(None), vec![]);
-    let cancelling = world.call::<OpCancel>(&OpRequest { op: op.id.to_string() }).unwrap().op;
+    let cancelling = world
+        .call::<OpCancel>(&OpRequest {
+            op: op.id.to_string(),
+        })
+        .unwrap()
+        .op;
     assert_eq!(cancelling.state, OpState::Cancelling);
     assert_eq!(waiting.finish(SOON).unwrap().op.state, OpState::Cancelled);
-    let e = world.call::<OpCancel>(&OpRequest { op: op.id.to_string() }).unwrap_err();
+    let e = world
+        .call::<OpCancel>(&OpRequest {
+            op: op.id.to_string(),
+        })
+        .unwrap_err();
     assert!(e.is(Kind::WrongState) && e.fault.hint.is_some(), "{e:?}");
     drop(import);
     world.await_rest();
-    let all = |world: &World| world.call::<OpList>(&OpListRequest { all: true, ..Default::default() }).unwrap().ops;
+    let all = |world: &World| {
+        world
+            .call::<OpList>(&OpListRequest {
+                all: true,
+                ..Default::default()
+            })
+            .unwrap()
+            .ops
+    };
     let before = all(&world);
     assert_eq!(before.len(), 2, "the start and the import");
     world.reopen();
@@ -115,7 +196,9 @@ fn operations_are_listed_shown_awaited_and_kept() {
     let sorted = |mut ops: Vec<Op>| {
         ops.sort_by(|a, b| a.id.cmp(&b.id));
         // Progress is not compared, because it changes all the time.
-        ops.into_iter().map(|op| (op.id, op.state, op.result, op.error)).collect::<Vec<_>>()
+        ops.into_iter()
+            .map(|op| (op.id, op.state, op.result, op.error))
+            .collect::<Vec<_>>()
     };
     assert_eq!(sorted(all(&world)), sorted(before));
 }
@@ -125,10 +208,14 @@ fn operations_are_listed_shown_awaited_and_kept() {
 fn stop_cannot_be_cancelled() {
     let world = World::new();
     let (vm, _) = world.running("web");
-    world.guest.on(fcd::image::SHUTDOWN_COMMAND, |_| Answer::status(0).stdout("synced\n"));
+    world.guest.on(fcd::image::SHUTDOWN_COMMAND, |_| {
+        Answer::status(0).stdout("synced\n")
+    });
     let mut down = world.begin::<VmStop>(stop("web"), vec![]);
     let op = down.op();
-    let e = world.call::<OpCancel>(&OpRequest { op: op.to_string() }).unwrap_err();
+    let e = world
+        .call::<OpCancel>(&OpRequest { op: op.to_string() })
+        .unwrap_err();
     assert!(e.is(Kind::WrongState), "{e:?}");
     assert!(world.vmm.die(&vm.id, &fcd::vmm::End::GuestShutDown));
     assert_eq!(down.finish(SOON).unwrap().vm.state, VmState::Stopped);
@@ -143,7 +230,13 @@ fn call_without_more_returns_operation() {
     let params = serde_json::value::to_raw_value(&request("web")).unwrap();
     let answer = world.client().call_raw("vm.start", &params, SOON).unwrap();
     let OpStarted { op } = serde_json::from_str(answer.get()).unwrap();
-    let ended = world.run::<OpWait>(OpWaitRequest { op: op.to_string(), timeout_ms: None }).unwrap().op;
+    let ended = world
+        .run::<OpWait>(OpWaitRequest {
+            op: op.to_string(),
+            timeout_ms: None,
+        })
+        .unwrap()
+        .op;
     assert_eq!(ended.state, OpState::Ok);
     let VmReply { vm } = serde_json::from_value(ended.result.unwrap()).unwrap();
     assert_eq!(vm.state, VmState::Running);
@@ -156,8 +249,17 @@ fn prune_deletes_vms_that_do_not_run() {
     world.running("runs");
     let deleted = world.run::<VmPrune>(Empty {}).unwrap().deleted;
     assert_eq!(deleted.len(), 1);
-    let left: Vec<_> = world.call::<VmList>(&VmListRequest { all: true, ..Default::default() }).unwrap().vms;
-    assert_eq!(left.iter().map(|vm| vm.name.as_str()).collect::<Vec<_>>(), ["runs"]);
+    let left: Vec<_> = world
+        .call::<VmList>(&VmListRequest {
+            all: true,
+            ..Default::default()
+        })
+        .unwrap()
+        .vms;
+    assert_eq!(
+        left.iter().map(|vm| vm.name.as_str()).collect::<Vec<_>>(),
+        ["runs"]
+    );
 }
 
 #[test]
@@ -165,7 +267,11 @@ fn logs_follow_until_the_vm_is_deleted() {
     let world = World::new();
     let (vm, _) = world.running("web");
     world.vmm.guest_says(&vm.id, "hello\r\n");
-    let logs = VmLogsRequest { vm: "web".into(), tail: None, follow: true };
+    let logs = VmLogsRequest {
+        vm: "web".into(),
+        tail: None,
+        follow: true,
+    };
     let mut follow = world.begin::<VmLogs>(logs, vec![]);
     follow.note(|n| matches!(n, Note::Log(c) if c.text.contains("hello")).then_some(()));
     world.vmm.guest_says(&vm.id, "again\r\n");
@@ -173,8 +279,16 @@ fn logs_follow_until_the_vm_is_deleted() {
     world.delete("web").unwrap();
     assert!(follow.finish(SOON).unwrap().bytes > 0);
     world.create("still");
-    let logs = VmLogsRequest { vm: "still".into(), tail: Some(3), follow: false };
-    assert_eq!(world.run::<VmLogs>(logs).unwrap().bytes, 0, "one that never ran has an empty log");
+    let logs = VmLogsRequest {
+        vm: "still".into(),
+        tail: Some(3),
+        follow: false,
+    };
+    assert_eq!(
+        world.run::<VmLogs>(logs).unwrap().bytes,
+        0,
+        "one that never ran has an empty log"
+    );
 }
 
 fn exec(vm: &str, streams: Vec<Stream>) -> ExecStartRequest {
@@ -193,7 +307,9 @@ fn exec(vm: &str, streams: Vec<Stream>) -> ExecStartRequest {
 fn exec_relays_its_streams() {
     let world = World::new();
     world.running("web");
-    world.guest.on("", |call| Answer::status(7).stdout(call.stdin.clone()).stderr("oops"));
+    world.guest.on("", |call| {
+        Answer::status(7).stdout(call.stdin.clone()).stderr("oops")
+    });
     let ((stdin, to), (from, stdout), (errors, stderr)) = (pipe(), pipe(), pipe());
     let streams = vec![Stream::Stdin, Stream::Stdout, Stream::Stderr];
     let mut call = world.begin::<ExecStart>(exec("web", streams), vec![stdin, stdout, stderr]);
@@ -206,7 +322,10 @@ fn exec_relays_its_streams() {
         std::fs::File::from(fd).read_to_end(&mut bytes).unwrap();
         bytes
     };
-    assert_eq!((read(from).as_slice(), read(errors).as_slice()), (&b"a\0b"[..], &b"oops"[..]));
+    assert_eq!(
+        (read(from).as_slice(), read(errors).as_slice()),
+        (&b"a\0b"[..], &b"oops"[..])
+    );
 }
 
 #[test]
@@ -215,7 +334,9 @@ fn exec_is_signalled_resized_and_ended() {
     let (_, addr) = world.running("web");
     let gate = Gate::closed();
     let hold = gate.clone();
-    world.guest.on("exec", move |_| Answer::default().hold(&hold));
+    world
+        .guest
+        .on("exec", move |_| Answer::default().hold(&hold));
     world.guest.on("cd", {
         let hold = gate.clone();
         move |_| Answer::default().hold(&hold)
@@ -226,17 +347,40 @@ fn exec_is_signalled_resized_and_ended() {
     });
     let begin = || {
         let call = world.begin::<ExecStart>(exec("web", vec![]), vec![]);
-        let session = call.note(|n| if let Note::Session { session } = n { Some(session.clone()) } else { None });
+        let session = call.note(|n| {
+            if let Note::Session { session } = n {
+                Some(session.clone())
+            } else {
+                None
+            }
+        });
         (call, session)
     };
     let (mut call, session) = begin();
     let size = PtySize { rows: 5, cols: 9 };
-    world.call::<ExecResize>(&ExecResizeRequest { session: session.clone(), size }).unwrap();
+    world
+        .call::<ExecResize>(&ExecResizeRequest {
+            session: session.clone(),
+            size,
+        })
+        .unwrap();
     await_that("it is resized", || world.guest.resizes() == [size]);
-    world.call::<ExecSignal>(&ExecSignalRequest { session: session.clone(), signal: "INT".into() }).unwrap();
+    world
+        .call::<ExecSignal>(&ExecSignalRequest {
+            session: session.clone(),
+            signal: "INT".into(),
+        })
+        .unwrap();
     assert_eq!(call.finish(SOON).unwrap().exit, Exit::Signal("INT".into()));
-    await_that("its session is gone", || world.daemon().leftovers().sessions == 0);
-    let e = world.call::<ExecSignal>(&ExecSignalRequest { session, signal: "INT".into() }).unwrap_err();
+    await_that("its session is gone", || {
+        world.daemon().leftovers().sessions == 0
+    });
+    let e = world
+        .call::<ExecSignal>(&ExecSignalRequest {
+            session,
+            signal: "INT".into(),
+        })
+        .unwrap_err();
     assert!(e.is(Kind::SessionNotFound), "{e:?}");
     // The caller is killed.
     let (call, _) = begin();
@@ -253,11 +397,17 @@ fn exec_is_signalled_resized_and_ended() {
     await_that("it runs", || world.guest.live(addr) == 1);
     world.stop("web").unwrap();
     let e = call.finish(PROMPT).unwrap_err();
-    assert!(e.is(Kind::Cancelled) && e.fault.message.contains("the VM was stopped"), "{e:?}");
+    assert!(
+        e.is(Kind::Cancelled) && e.fault.message.contains("the VM was stopped"),
+        "{e:?}"
+    );
 }
 
 fn connect(world: &World, port: u32) -> Result<UnixStream, Failure> {
-    let request = VmConnectRequest { vm: "web".into(), port };
+    let request = VmConnectRequest {
+        vm: "web".into(),
+        port,
+    };
     let (reply, fd) = world.client().call_for_fd::<VmConnect>(&request)?;
     assert_eq!(reply.vm.name.as_str(), "web");
     Ok(fd.into())
@@ -287,7 +437,10 @@ fn vsock_without_listener_is_refused() {
     let (vm, _) = world.running("web");
     let kind = |port| {
         let e = connect(&world, port).unwrap_err();
-        assert!(e.fault.hint.is_some() || e.is(Kind::GuestUnavailable), "{e:?}");
+        assert!(
+            e.fault.hint.is_some() || e.is(Kind::GuestUnavailable),
+            "{e:?}"
+        );
         e.kind().to_owned()
     };
     assert_eq!(kind(u32::MAX), "invalid_argument");
@@ -297,8 +450,22 @@ fn vsock_without_listener_is_refused() {
     world.call::<VmPause>(&request("web")).unwrap();
     assert_eq!(kind(1), "wrong_state");
     world.call::<VmResume>(&request("web")).unwrap();
-    let somebody = Caller { uid: 4242, gid: 4242, pid: 1 };
-    let e = world.daemon().sessions.connect(&somebody, &VmConnectRequest { vm: "web".into(), port: 1 }).unwrap_err();
+    let somebody = Caller {
+        uid: 4242,
+        gid: 4242,
+        pid: 1,
+    };
+    let e = world
+        .daemon()
+        .sessions
+        .connect(
+            &somebody,
+            &VmConnectRequest {
+                vm: "web".into(),
+                port: 1,
+            },
+        )
+        .unwrap_err();
     assert_eq!(e.kind(), Kind::VmNotFound);
     world.stop("web").unwrap();
     assert_eq!(kind(1), "wrong_state");
@@ -324,14 +491,28 @@ fn stop_of_deaf_guest_kills_at_deadline_or_by_force() {
     let world = World::new();
     out_of_reach(&world);
     world.vmm.set_keyboard(Keyboard::Ignored);
-    let soon = VmStopRequest { timeout_ms: Some(50), ..stop("web") };
-    assert_eq!(world.run::<VmStop>(soon).unwrap().vm.synced, Some(Synced::Timeout));
+    let soon = VmStopRequest {
+        timeout_ms: Some(50),
+        ..stop("web")
+    };
+    assert_eq!(
+        world.run::<VmStop>(soon).unwrap().vm.synced,
+        Some(Synced::Timeout)
+    );
     assert_eq!((world.vmm.presses(), world.vmm.kills()), (1, 1));
     world.start("web").unwrap();
-    let never = VmStopRequest { timeout_ms: Some(3_600_000), ..stop("web") };
+    let never = VmStopRequest {
+        timeout_ms: Some(3_600_000),
+        ..stop("web")
+    };
     let mut down = world.begin::<VmStop>(never, vec![]);
     await_that("it is asked", || world.vmm.presses() == 2);
-    world.run::<VmStop>(VmStopRequest { force: true, ..stop("web") }).unwrap();
+    world
+        .run::<VmStop>(VmStopRequest {
+            force: true,
+            ..stop("web")
+        })
+        .unwrap();
     assert_eq!(down.finish(SOON).unwrap().vm.state, VmState::Stopped);
 }
 
@@ -341,7 +522,11 @@ fn stop_presses_no_keys_for_old_image() {
     let world = World::new();
     let path = world.config.state_dir.join("images/default/image.json");
     let text = std::fs::read_to_string(&path).unwrap();
-    std::fs::write(&path, text.replace("\"guest_version\":3", "\"guest_version\":2")).unwrap();
+    std::fs::write(
+        &path,
+        text.replace("\"guest_version\":3", "\"guest_version\":2"),
+    )
+    .unwrap();
     out_of_reach(&world);
     world.vmm.set_keyboard(Keyboard::Heard);
     assert_eq!(world.stop("web").unwrap().synced, Some(Synced::Timeout));
@@ -353,7 +538,10 @@ fn info_describes_daemon() {
     let world = World::new();
     world.running("web");
     let info = world.call::<Info>(&Empty {}).unwrap();
-    assert_eq!((info.version.as_str(), info.pid), (env!("CARGO_PKG_VERSION"), std::process::id()));
+    assert_eq!(
+        (info.version.as_str(), info.pid),
+        (env!("CARGO_PKG_VERSION"), std::process::id())
+    );
     let images = world.call::<ImageList>(&Default::default()).unwrap().images;
     assert_eq!((images[0].name.as_str(), images[0].vms), ("default", 1));
     let checks = world.call::<Doctor>(&Empty {}).unwrap().checks;
@@ -362,8 +550,17 @@ fn info_describes_daemon() {
     }
     let import = world.import("web");
     let debug = world.call::<DebugLocks>(&Empty {}).unwrap();
-    let held = debug.locks.iter().find(|l| l.set == "workspace_locks").expect("the import's");
-    assert!(held.holder.as_ref().is_some_and(|h| h.operation.contains("workspace.prepare")), "{held:?}");
+    let held = debug
+        .locks
+        .iter()
+        .find(|l| l.set == "workspace_locks")
+        .expect("the import's");
+    assert!(
+        held.holder
+            .as_ref()
+            .is_some_and(|h| h.operation.contains("workspace.prepare")),
+        "{held:?}"
+    );
     assert_eq!(debug.violations, 0);
     import.call.hang_up();
     world.await_rest();

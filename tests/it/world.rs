@@ -66,11 +66,19 @@ impl Builds {
     fn run(&self, cancel: &Cancel) -> fcd::error::Result<Output> {
         let running = self.running.fetch_add(1, Ordering::SeqCst) + 1;
         self.peak.fetch_max(running, Ordering::SeqCst);
-        await_that("the build may end", || !self.are_held.load(Ordering::SeqCst) || cancel.is_cancelled());
+        await_that("the build may end", || {
+            !self.are_held.load(Ordering::SeqCst) || cancel.is_cancelled()
+        });
         self.running.fetch_sub(1, Ordering::SeqCst);
         match cancel.cause() {
-            Some(cause) => Err(Error::new(Kind::Cancelled, format!("build: cancelled: {cause}"))),
-            None => Err(Error::new(Kind::CommandFailed, "there is no archive in a test")),
+            Some(cause) => Err(Error::new(
+                Kind::Cancelled,
+                format!("build: cancelled: {cause}"),
+            )),
+            None => Err(Error::new(
+                Kind::CommandFailed,
+                "there is no archive in a test",
+            )),
         }
     }
 }
@@ -80,18 +88,29 @@ impl Builds {
 pub struct FakeCommands(pub Arc<Builds>);
 
 impl Commands for FakeCommands {
-    fn run(&self, command: &Command, cancel: &Cancel, on_line: &mut dyn FnMut(&str)) -> fcd::error::Result<Output> {
+    fn run(
+        &self,
+        command: &Command,
+        cancel: &Cancel,
+        on_line: &mut dyn FnMut(&str),
+    ) -> fcd::error::Result<Output> {
         if command.program == "dmsetup" && std::env::var_os(REAL_DISKS).is_some() {
             return fcd::host::HostCommands.run(command, cancel, on_line);
         }
         // Blocks like the real one, and its output is passed on meanwhile.
         let _blocking = fcd::locks::region(fcd::locks::Rank::HostCmd);
         on_line("a line of the command's");
-        let args: Vec<_> = command.args.iter().map(|a| a.to_string_lossy().into_owned()).collect();
+        let args: Vec<_> = command
+            .args
+            .iter()
+            .map(|a| a.to_string_lossy().into_owned())
+            .collect();
         if command.program == "mkfs.ext4" {
             return Ok(Output::default());
         }
-        if command.program == "apt-config" || (command.program == "setpriv" && args.iter().any(|a| a == "fcd-probe")) {
+        if command.program == "apt-config"
+            || (command.program == "setpriv" && args.iter().any(|a| a == "fcd-probe"))
+        {
             return Ok(Output::default());
         }
         if command.program == "setpriv" {
@@ -100,12 +119,17 @@ impl Commands for FakeCommands {
             return self.0.run(cancel);
         }
         if command.program != "qemu-img" {
-            return Err(Error::new(Kind::CommandMissing, format!("run {}: it is not there", command.program.to_string_lossy())));
+            return Err(Error::new(
+                Kind::CommandMissing,
+                format!("run {}: it is not there", command.program.to_string_lossy()),
+            ));
         }
         if args.iter().any(|a| a == "rebase") {
             return Ok(Output::default());
         }
-        let [.., path, size] = args.as_slice() else { panic!("{args:?}") };
+        let [.., path, size] = args.as_slice() else {
+            panic!("{args:?}")
+        };
         let mut header = [0u8; 32];
         header[..4].copy_from_slice(b"QFI\xfb");
         header[24..].copy_from_slice(&size.parse::<u64>().unwrap().to_be_bytes());
@@ -136,7 +160,10 @@ pub struct World {
 /// Runs `body` on a thread with another uid. The daemon's socket sees a client in it as that user
 /// (SO_PEERCRED). Needs root.
 pub fn as_uid<T: Send>(uid: u32, body: impl FnOnce() -> T + Send) -> T {
-    assert!(nix::unistd::geteuid().is_root(), "as root only: run the tests as root");
+    assert!(
+        nix::unistd::geteuid().is_root(),
+        "as root only: run the tests as root"
+    );
     let alone = || {
         // SAFETY: the raw system calls change only this thread, unlike those of the C library.
         #[allow(unsafe_code)]
@@ -145,10 +172,16 @@ pub fn as_uid<T: Send>(uid: u32, body: impl FnOnce() -> T + Send) -> T {
                 | libc::syscall(libc::SYS_setresgid, uid, uid, uid)
                 | libc::syscall(libc::SYS_setresuid, uid, uid, uid)
         };
-        assert_eq!(done, 0, "become uid {uid}: {}", std::io::Error::last_os_error());
+        assert_eq!(
+            done,
+            0,
+            "become uid {uid}: {}",
+            std::io::Error::last_os_error()
+        );
         body()
     };
-    std::thread::scope(|scope| scope.spawn(alone).join()).unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    std::thread::scope(|scope| scope.spawn(alone).join())
+        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 /// In memory if possible, because no test depends on the disk's speed.
@@ -157,11 +190,19 @@ fn temp_dir() -> tempfile::TempDir {
         // This directory contains device nodes, which a tmpfs for tests may not allow.
         return tempfile::tempdir().unwrap();
     }
-    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
+    tempfile::tempdir_in("/dev/shm")
+        .or_else(|_| tempfile::tempdir())
+        .unwrap()
 }
 
 fn limits() -> Limits {
-    Limits { pool_workers: 2, pool_workers_per_uid_max: usize::MAX, mem_mib_max: 64 * 1024, boots_max: 8, ..Limits::default() }
+    Limits {
+        pool_workers: 2,
+        pool_workers_per_uid_max: usize::MAX,
+        mem_mib_max: 64 * 1024,
+        boots_max: 8,
+        ..Limits::default()
+    }
 }
 
 /// Creates an empty image as the registry expects it.
@@ -192,7 +233,10 @@ impl World {
         Self::with_driver(|fake| fake, change)
     }
 
-    pub fn with_driver<D: Driver + 'static>(around: impl FnOnce(Arc<Fake>) -> Arc<D>, change: impl FnOnce(&mut Config)) -> Self {
+    pub fn with_driver<D: Driver + 'static>(
+        around: impl FnOnce(Arc<Fake>) -> Arc<D>,
+        change: impl FnOnce(&mut Config),
+    ) -> Self {
         let dir = temp_dir();
         let mut config = Config {
             state_dir: dir.path().join("state"),
@@ -246,12 +290,21 @@ impl World {
             }
             Answer::status(0).stdout("synced\n")
         });
-        self.guest.on("/usr/lib/fcd/busybox sh -c", |_| Answer::status(0).stdout("ready\n"));
+        self.guest.on("/usr/lib/fcd/busybox sh -c", |_| {
+            Answer::status(0).stdout("ready\n")
+        });
         let place = GuestWorkspace::new(GUEST_PATH);
-        self.guest.on(&remote::begin_command(&place), |_| Answer::status(0).stdout("fcd-begin 1\n"));
+        self.guest.on(&remote::begin_command(&place), |_| {
+            Answer::status(0).stdout("fcd-begin 1\n")
+        });
         let finish = remote::Finish::default();
-        self.guest.on(&remote::finish_command(&place, &finish), |_| Answer::status(0).stdout("fcd-finish 1 3\n"));
-        self.guest.on(&remote::export_patch_command(&place), |_| Answer::status(0).stdout("a patch"));
+        self.guest
+            .on(&remote::finish_command(&place, &finish), |_| {
+                Answer::status(0).stdout("fcd-finish 1 3\n")
+            });
+        self.guest.on(&remote::export_patch_command(&place), |_| {
+            Answer::status(0).stdout("a patch")
+        });
     }
 
     fn open(&mut self) {
@@ -259,7 +312,10 @@ impl World {
         let seams = Seams {
             vmm: Arc::new(PointDriver(self.driver.clone(), points.clone())),
             transport: Arc::new(PointTransport(self.transport.clone(), points.clone())),
-            commands: Arc::new(PointCommands(FakeCommands(self.builds.clone()), points.clone())),
+            commands: Arc::new(PointCommands(
+                FakeCommands(self.builds.clone()),
+                points.clone(),
+            )),
             installations: None,
         };
         let daemon = Daemon::open(self.config.clone(), seams).unwrap();
@@ -267,7 +323,14 @@ impl World {
         daemon.core.store.faults().ask(points.clone());
         self.points = points;
         let dispatch = Arc::new(Dispatch::new(daemon.clone()));
-        self.server = Some(Server::bind(&self.config.socket, fcd::server::Limits::from(&self.config.limits), dispatch).unwrap());
+        self.server = Some(
+            Server::bind(
+                &self.config.socket,
+                fcd::server::Limits::from(&self.config.limits),
+                dispatch,
+            )
+            .unwrap(),
+        );
         self.daemon = Some(daemon);
     }
 
@@ -277,15 +340,32 @@ impl World {
 
     /// Drains as SIGTERM does. Returns the state that was in memory.
     pub fn shut(&mut self) -> State {
-        let (daemon, server) = (self.daemon.take().expect("open"), self.server.take().expect("open"));
-        let left = fcd::server::drain(&server, &daemon, Instant::now() + Duration::from_millis(50), soon());
+        let (daemon, server) = (
+            self.daemon.take().expect("open"),
+            self.server.take().expect("open"),
+        );
+        let left = fcd::server::drain(
+            &server,
+            &daemon,
+            Instant::now() + Duration::from_millis(50),
+            soon(),
+        );
         assert_eq!(left, 0, "connections are left");
         // The end of the last VMM is reported on a thread that finds nothing to do.
-        await_that("nothing is left", || daemon.leftovers() == Leftovers::default());
+        await_that("nothing is left", || {
+            daemon.leftovers() == Leftovers::default()
+        });
         let state = daemon.core.store.read(State::clone);
-        for (_, op) in daemon.core.ops.list(&fcd::ops::Filter { all: true, ..Default::default() }) {
+        for (_, op) in daemon.core.ops.list(&fcd::ops::Filter {
+            all: true,
+            ..Default::default()
+        }) {
             if let Some(row) = state.op(&op.id) {
-                assert_eq!(row.state, op.state, "operation {} ({}) in the store and in memory", op.id, op.method);
+                assert_eq!(
+                    row.state, op.state,
+                    "operation {} ({}) in the store and in memory",
+                    op.id, op.method
+                );
             }
         }
         self.vmm.forget_watchers();
@@ -295,12 +375,17 @@ impl World {
     /// Waits for the threads of a daemon that is dead (see [`Points`]), and drops it.
     pub fn crash(&mut self) {
         assert!(self.points.is_dead());
-        let (daemon, server) = (self.daemon.take().expect("open"), self.server.take().expect("open"));
+        let (daemon, server) = (
+            self.daemon.take().expect("open"),
+            self.server.take().expect("open"),
+        );
         server.stop_accepting();
         daemon.close(Instant::now(), soon());
         server.hang_up();
         assert_eq!(server.drain(soon()), 0, "connections are left");
-        await_that("the dead daemon's threads end", || daemon.core.thread_count() == 0);
+        await_that("the dead daemon's threads end", || {
+            daemon.core.thread_count() == 0
+        });
         self.vmm.forget_watchers();
     }
 
@@ -331,7 +416,9 @@ impl World {
     /// Lets every uid connect: see [`as_uid`].
     pub fn open_to_everybody(&self) {
         use std::os::unix::fs::PermissionsExt;
-        let set = |path: &Path, mode| std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+        let set = |path: &Path, mode| {
+            std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap()
+        };
         set(self._dir.path(), 0o755);
         set(&self.config.socket, 0o666);
     }
@@ -363,7 +450,12 @@ impl World {
     }
 
     pub fn create(&self, name: &str) -> Vm {
-        self.call::<VmCreate>(&VmCreateRequest { name: Some(name.parse().unwrap()), ..Default::default() }).unwrap().vm
+        self.call::<VmCreate>(&VmCreateRequest {
+            name: Some(name.parse().unwrap()),
+            ..Default::default()
+        })
+        .unwrap()
+        .vm
     }
 
     /// Gives this VM's next guest an address of its own, and returns it.
@@ -380,7 +472,10 @@ impl World {
     pub fn running(&self, name: &str) -> (Vm, SocketAddr) {
         let vm = self.create(name);
         let addr = self.place(&vm.id);
-        (self.start(name).unwrap_or_else(|e| panic!("start: {e}")), addr)
+        (
+            self.start(name).unwrap_or_else(|e| panic!("start: {e}")),
+            addr,
+        )
     }
 
     pub fn start(&self, name: &str) -> Result<Vm, Failure> {
@@ -396,15 +491,23 @@ impl World {
         self.call::<VmShow>(&request(name)).map(|r| r.vm)
     }
     pub fn state(&self, name: &str) -> VmState {
-        self.show(name).unwrap_or_else(|e| panic!("show {name}: {e}")).state
+        self.show(name)
+            .unwrap_or_else(|e| panic!("show {name}: {e}"))
+            .state
     }
 
     /// Waits until the VM has this state.
     #[track_caller]
     pub fn await_state(&self, name: &str, state: VmState) -> Vm {
         let timeout_ms = Some(SOON.as_millis() as u64);
-        let waited = self.run::<VmWait>(VmWaitRequest { vm: name.into(), state: Some(state), timeout_ms });
-        let vm = waited.unwrap_or_else(|e| panic!("wait for {name} to be {state:?}: {e}")).vm;
+        let waited = self.run::<VmWait>(VmWaitRequest {
+            vm: name.into(),
+            state: Some(state),
+            timeout_ms,
+        });
+        let vm = waited
+            .unwrap_or_else(|e| panic!("wait for {name} to be {state:?}: {e}"))
+            .vm;
         assert_eq!(vm.state, state);
         vm
     }
@@ -412,8 +515,11 @@ impl World {
     /// Waits until the VM is deleted.
     #[track_caller]
     pub fn await_gone(&self, name: &str) {
-        let request =
-            VmWaitRequest { vm: name.into(), state: Some(VmState::Deleting), timeout_ms: Some(SOON.as_millis() as u64) };
+        let request = VmWaitRequest {
+            vm: name.into(),
+            state: Some(VmState::Deleting),
+            timeout_ms: Some(SOON.as_millis() as u64),
+        };
         loop {
             match self.run::<VmWait>(request.clone()) {
                 Err(e) if e.is(Kind::VmNotFound) => return,
@@ -434,7 +540,11 @@ impl World {
                 return;
             }
             let left = deadline.saturating_duration_since(Instant::now());
-            assert!(!left.is_zero(), "the state never came: {:#?}", self.daemon().core.store.read(State::clone));
+            assert!(
+                !left.is_zero(),
+                "the state never came: {:#?}",
+                self.daemon().core.store.read(State::clone)
+            );
             poll(&watch, left);
         }
     }
@@ -442,18 +552,31 @@ impl World {
     /// Waits until nothing is in progress.
     #[track_caller]
     pub fn await_rest(&self) {
-        await_that("nothing is under way", || self.daemon().leftovers() == Leftovers::default());
+        await_that("nothing is under way", || {
+            self.daemon().leftovers() == Leftovers::default()
+        });
     }
 
     pub fn op(&self, id: &OpId) -> fcd::api::op::Op {
-        self.call::<OpShow>(&OpRequest { op: id.to_string() }).unwrap().op
+        self.call::<OpShow>(&OpRequest { op: id.to_string() })
+            .unwrap()
+            .op
     }
 
     /// The files, VMMs and rows that a failed call must leave unchanged.
     pub fn census(&self) -> BTreeSet<String> {
-        let mut all: BTreeSet<String> = self.vmm.live().into_iter().map(|tag| format!("VMM {tag}")).collect();
+        let mut all: BTreeSet<String> = self
+            .vmm
+            .live()
+            .into_iter()
+            .map(|tag| format!("VMM {tag}"))
+            .collect();
         files(&self.config.state_dir, &mut all);
-        all.extend(self.devices().into_iter().map(|device| format!("device {device}")));
+        all.extend(
+            self.devices()
+                .into_iter()
+                .map(|device| format!("device {device}")),
+        );
         self.daemon().core.store.read(|s| {
             all.extend(s.vms().map(|r| format!("VM {r:?}")));
             all.extend(s.workspaces().map(|r| format!("workspace {r:?}")));
@@ -467,12 +590,21 @@ impl World {
     pub fn devices(&self) -> BTreeSet<String> {
         let install = self.daemon().core.store.install_id().to_owned();
         let state = self.config.state_dir.display().to_string();
-        let blocks = std::fs::read_dir("/sys/block").into_iter().flatten().flatten();
-        let read = |path: PathBuf| std::fs::read_to_string(path).ok().map(|s| s.trim_end().to_owned());
+        let blocks = std::fs::read_dir("/sys/block")
+            .into_iter()
+            .flatten()
+            .flatten();
+        let read = |path: PathBuf| {
+            std::fs::read_to_string(path)
+                .ok()
+                .map(|s| s.trim_end().to_owned())
+        };
         let ours = |dir: PathBuf| {
             read(dir.join("dm/name"))
                 .filter(|name| name.contains(&install))
-                .or_else(|| read(dir.join("loop/backing_file")).filter(|file| file.starts_with(&state)))
+                .or_else(|| {
+                    read(dir.join("loop/backing_file")).filter(|file| file.starts_with(&state))
+                })
         };
         blocks.filter_map(|entry| ours(entry.path())).collect()
     }
@@ -488,7 +620,10 @@ impl World {
     pub fn queue_import(&self, name: &str) -> Import {
         let (read, write) = pipe();
         let call = self.begin::<WorkspacePrepare>(prepare(name), vec![read]);
-        Import { call, stream: std::fs::File::from(write) }
+        Import {
+            call,
+            stream: std::fs::File::from(write),
+        }
     }
 
     /// Runs a complete import.
@@ -533,7 +668,8 @@ fn files(dir: &Path, into: &mut BTreeSet<String>) {
 
 fn poll(watch: &fcd::store::Watch, left: Duration) {
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-    let timeout = PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
+    let timeout =
+        PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
     poll(&mut [PollFd::new(watch.fd(), PollFlags::POLLIN)], timeout).unwrap();
 }
 
@@ -548,16 +684,28 @@ pub fn await_that(what: &str, mut is_so: impl FnMut() -> bool) {
 }
 
 pub fn root() -> Caller {
-    Caller { uid: 0, gid: 0, pid: 0 }
+    Caller {
+        uid: 0,
+        gid: 0,
+        pid: 0,
+    }
 }
 pub fn request(vm: &str) -> VmRequest {
     VmRequest { vm: vm.into() }
 }
 pub fn stop(vm: &str) -> VmStopRequest {
-    VmStopRequest { vm: vm.into(), force: false, timeout_ms: None }
+    VmStopRequest {
+        vm: vm.into(),
+        force: false,
+        timeout_ms: None,
+    }
 }
 pub fn delete(vm: &str) -> VmDeleteRequest {
-    VmDeleteRequest { vm: vm.into(), force: true, if_exists: false }
+    VmDeleteRequest {
+        vm: vm.into(),
+        force: true,
+        if_exists: false,
+    }
 }
 pub fn prepare(vm: &str) -> PrepareRequest {
     PrepareRequest {
@@ -590,7 +738,12 @@ impl Drop for World {
         if self.daemon.is_some() {
             let memory = self.shut();
             let store = Store::open(&self.config.state_dir).unwrap();
-            store.read(|disk| assert!(*disk == memory, "on disk:\n{disk:#?}\nin memory:\n{memory:#?}"));
+            store.read(|disk| {
+                assert!(
+                    *disk == memory,
+                    "on disk:\n{disk:#?}\nin memory:\n{memory:#?}"
+                )
+            });
             store.close();
         }
         assert_eq!(self.vmm.clashes(), 0, "two VMMs on one disk");

@@ -56,7 +56,10 @@ impl Resource for Directory {
             match crate::host::fs::remove_tree(dir) {
                 Ok(()) => return Ok(()),
                 // The last output of the guest is still being written to its log.
-                Err(e) if e.kind() == std::io::ErrorKind::DirectoryNotEmpty && tries < REMOVE_TRIES_MAX => {
+                Err(e)
+                    if e.kind() == std::io::ErrorKind::DirectoryNotEmpty
+                        && tries < REMOVE_TRIES_MAX =>
+                {
                     resources.core.sleep(REMOVE_PERIOD);
                 }
                 Err(e) => return Err(Error::io(format!("remove {}", dir.display()), e)),
@@ -72,8 +75,13 @@ impl Resource for Directory {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
             Err(e) => return Err(Error::io(format!("list {}", vms.display()), e)),
         };
-        let is_id = |name: &std::ffi::OsStr| name.to_str().is_some_and(|n| n.parse::<VmId>().is_ok());
-        Ok(entries.flatten().filter(|e| is_id(&e.file_name())).map(|e| e.path().display().to_string()).collect())
+        let is_id =
+            |name: &std::ffi::OsStr| name.to_str().is_some_and(|n| n.parse::<VmId>().is_ok());
+        Ok(entries
+            .flatten()
+            .filter(|e| is_id(&e.file_name()))
+            .map(|e| e.path().display().to_string())
+            .collect())
     }
 
     fn checks(&self, host: &HostView<'_>) -> Vec<Check> {
@@ -93,22 +101,40 @@ pub(super) fn reach_check(config: &Config) -> Option<Check> {
     // The daemon sets the mode of the state directory itself when it starts.
     let closed = reach::closed_to_others(&config.state_dir)?;
     let (closed, state_dir) = (closed.display(), config.state_dir.display());
-    let found =
-        format!("no VM can start: VMMs do not run as root and may not enter {closed}, where the state directory {state_dir} is");
-    Some(Check::fail("state-dir", found, &reach::state_dir_fix(&closed)))
+    let found = format!(
+        "no VM can start: VMMs do not run as root and may not enter {closed}, where the state directory {state_dir} is"
+    );
+    Some(Check::fail(
+        "state-dir",
+        found,
+        &reach::state_dir_fix(&closed),
+    ))
 }
 
 fn space_check(state_dir: &Path) -> Check {
     match crate::host::fs::space(super::existing(state_dir)) {
-        Ok(s) if s.free_bytes >= SPACE_BYTES_WARN => {
-            Check::ok("disk-space", format!("{} MiB free for {}", s.free_bytes >> 20, state_dir.display()))
-        }
+        Ok(s) if s.free_bytes >= SPACE_BYTES_WARN => Check::ok(
+            "disk-space",
+            format!(
+                "{} MiB free for {}",
+                s.free_bytes >> 20,
+                state_dir.display()
+            ),
+        ),
         Ok(s) => Check::warn(
             "disk-space",
-            format!("only {} MiB free for {}", s.free_bytes >> 20, state_dir.display()),
+            format!(
+                "only {} MiB free for {}",
+                s.free_bytes >> 20,
+                state_dir.display()
+            ),
             "fcctl vm prune, or free some space",
         ),
-        Err(e) => Check::fail("disk-space", e.to_string(), "check the directory's permissions"),
+        Err(e) => Check::fail(
+            "disk-space",
+            e.to_string(),
+            "check the directory's permissions",
+        ),
     }
 }
 
@@ -116,7 +142,8 @@ impl Resources {
     /// Returns the host key and the user key. They are made at the first start, and the VM keeps
     /// them across restarts.
     pub(super) fn keys(&self, row: &VmRow, spec: &VmmSpec) -> Result<(KeyPair, KeyPair)> {
-        self.read_keys(row, spec)?.map_or_else(|| self.make_keys(row, spec), Ok)
+        self.read_keys(row, spec)?
+            .map_or_else(|| self.make_keys(row, spec), Ok)
     }
 
     /// Returns `None` if a key is missing or does not match the row. Then the VM has never been
@@ -133,13 +160,22 @@ impl Resources {
     }
 
     fn make_keys(&self, row: &VmRow, spec: &VmmSpec) -> Result<(KeyPair, KeyPair)> {
-        let (host, user) = (KeyPair::generate(row.name.as_str())?, KeyPair::generate(USER_KEY_COMMENT)?);
+        let (host, user) = (
+            KeyPair::generate(row.name.as_str())?,
+            KeyPair::generate(USER_KEY_COMMENT)?,
+        );
         self.core.effects.before("write the keys")?;
         for (name, key) in [(KEY_FILE, &user), (HOST_KEY_FILE, &host)] {
-            crate::host::fs::write_durable(&spec.dir.join(name), key.private_openssh().as_bytes(), 0o600)?;
+            crate::host::fs::write_durable(
+                &spec.dir.join(name),
+                key.private_openssh().as_bytes(),
+                0o600,
+            )?;
         }
         let blob = host.public_blob().to_vec();
-        let ticket = self.core.change_row(&row.id, false, |r| r.host_key = Some(blob))?;
+        let ticket = self
+            .core
+            .change_row(&row.id, false, |r| r.host_key = Some(blob))?;
         self.core.wait_durable(ticket)?;
         Ok((host, user))
     }
@@ -159,8 +195,12 @@ mod tests {
             return;
         }
         let dir = tempfile::tempdir().unwrap();
-        let chmod = |mode| std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(mode)).unwrap();
-        let flags = Flags { state_dir: Some(dir.path().join("state")), ..Flags::default() };
+        let chmod =
+            |mode| std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(mode)).unwrap();
+        let flags = Flags {
+            state_dir: Some(dir.path().join("state")),
+            ..Flags::default()
+        };
         let mut config = Config::load(&flags, 1000, &|_| None).unwrap();
         chmod(0o755);
         assert_eq!(reach_check(&config).map(|c| c.found), None);
@@ -168,10 +208,21 @@ mod tests {
         let check = reach_check(&config).unwrap();
         assert_eq!(check.severity, Severity::Fail);
         let path = dir.path().display().to_string();
-        assert!(check.found.contains(&format!("may not enter {path},")), "{}", check.found);
+        assert!(
+            check.found.contains(&format!("may not enter {path},")),
+            "{}",
+            check.found
+        );
         let fix = check.fix.unwrap();
-        assert!(fix.contains("--state-dir") && fix.ends_with(&format!("chmod o+x {path}")), "{fix}");
+        assert!(
+            fix.contains("--state-dir") && fix.ends_with(&format!("chmod o+x {path}")),
+            "{fix}"
+        );
         config.vmm.driver = VmmDriver::Firecracker;
-        assert_eq!(reach_check(&config).map(|c| c.found), None, "a jailed VMM has another root");
+        assert_eq!(
+            reach_check(&config).map(|c| c.found),
+            None,
+            "a jailed VMM has another root"
+        );
     }
 }

@@ -34,7 +34,9 @@ impl Resource for Disk {
         resources.prepare_disk(boot)?;
         // The row now says how the disk was made.
         boot.row = resources.core.row(&boot.row.id)?;
-        boot.spec = resources.specs.boot_spec(boot.restore, &boot.row, boot.image);
+        boot.spec = resources
+            .specs
+            .boot_spec(boot.restore, &boot.row, boot.image);
         Ok(())
     }
 
@@ -54,8 +56,19 @@ fn disk_check(host: &HostView<'_>) -> Check {
     let config = host.config;
     let dir = config.state_dir.display();
     match probe(&config.disk, host.vmm, super::existing(&config.state_dir)) {
-        Ok(probe) => Check::ok("root-disk", format!("root disks in {dir}: {} ({})", probe.method.name(), probe.reason)),
-        Err(e) => Check::fail("root-disk", e.to_string(), e.hint_text().unwrap_or("check the directory's permissions")),
+        Ok(probe) => Check::ok(
+            "root-disk",
+            format!(
+                "root disks in {dir}: {} ({})",
+                probe.method.name(),
+                probe.reason
+            ),
+        ),
+        Err(e) => Check::fail(
+            "root-disk",
+            e.to_string(),
+            e.hint_text().unwrap_or("check the directory's permissions"),
+        ),
     }
 }
 
@@ -66,20 +79,31 @@ impl Resources {
     fn probe_again(&self) -> Result<Method> {
         let now = probe(&self.disk, self.vmm.as_ref(), &self.core.state_dir)?.method;
         match self.specs.disk_probe.as_ref() {
-            Err(e) if now == Method::DmSnapshot => Err(e.clone().hint("restart fcd, which can make root disks now")),
+            Err(e) if now == Method::DmSnapshot => {
+                Err(e.clone().hint("restart fcd, which can make root disks now"))
+            }
             _ => Ok(now),
         }
     }
 
     fn prepare_disk(&self, boot: &Boot<'_>) -> Result<()> {
         let (row, image, commands) = (&boot.row, boot.image, self.commands.as_ref());
-        let method = self.specs.disk_method(row).map_or_else(|| self.probe_again(), Ok)?;
+        let method = self
+            .specs
+            .disk_method(row)
+            .map_or_else(|| self.probe_again(), Ok)?;
         let path = self.specs.disk_path(&row.id, method);
         if row.disk_driver.is_some() && path.exists() {
             return disk::grow(commands, &path, method, row.disk_bytes, boot.cancel);
         }
         let owner = boot.spec.credentials;
-        let wanted = RootSpec { method, base: &image.rootfs, path: &path, size_bytes: row.disk_bytes, owner };
+        let wanted = RootSpec {
+            method,
+            base: &image.rootfs,
+            path: &path,
+            size_bytes: row.disk_bytes,
+            owner,
+        };
         let reporter = boot.op.reporter();
         let report = &mut |done, total| reporter.progress_units(done, Some(total), "bytes");
         disk::make_root(commands, &wanted, boot.cancel, report)?;

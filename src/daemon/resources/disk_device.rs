@@ -19,7 +19,8 @@ impl Resource for DiskDevice {
         Span::Boot
     }
     fn intent(&self, resources: &Resources, row: &VmRow) -> Option<String> {
-        (resources.specs.disk_method(row) == Some(Method::DmSnapshot)).then(|| resources.core.tag(row))
+        (resources.specs.disk_method(row) == Some(Method::DmSnapshot))
+            .then(|| resources.core.tag(row))
     }
     fn stage(&self) -> Option<&'static str> {
         Some("make the disk's device")
@@ -44,8 +45,16 @@ impl Resource for DiskDevice {
     /// Uses a cancel token of its own, because clean-up continues while the daemon closes.
     fn release(&self, resources: &Resources, name: &str) -> Result<()> {
         let cancel = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
-        let vm = name.rsplit('-').nth(1).and_then(|id| id.parse::<VmId>().ok());
-        let node = vm.map(|vm| resources.core.vm_dir(&vm).join(crate::daemon::vm_dir::DISK_FILE));
+        let vm = name
+            .rsplit('-')
+            .nth(1)
+            .and_then(|id| id.parse::<VmId>().ok());
+        let node = vm.map(|vm| {
+            resources
+                .core
+                .vm_dir(&vm)
+                .join(crate::daemon::vm_dir::DISK_FILE)
+        });
         snapshot::deactivate(resources.commands.as_ref(), name, node.as_deref(), &cancel)
     }
 

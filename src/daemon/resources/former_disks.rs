@@ -46,7 +46,10 @@ impl Resource for FormerDisks {
         let restore = || -> std::io::Result<()> {
             for file in FILES {
                 ignore_absent(std::fs::remove_file(crate::disk::draft(&dir.join(file))))?;
-                ignore_absent(std::fs::rename(dir.join(FORMER_DIR).join(file), dir.join(file)))?;
+                ignore_absent(std::fs::rename(
+                    dir.join(FORMER_DIR).join(file),
+                    dir.join(file),
+                ))?;
             }
             ignore_absent(File::open(&dir).and_then(|dir| dir.sync_all()))?;
             ignore_absent(std::fs::remove_dir(dir.join(FORMER_DIR)))
@@ -79,7 +82,8 @@ impl Resource for ReplacedDisks {
 
     fn release(&self, resources: &Resources, name: &str) -> Result<()> {
         let path = dir_of(resources, name)?.join(FORMER_DIR);
-        crate::host::fs::remove_tree(&path).map_err(|e| Error::io(format!("remove {}", path.display()), e))
+        crate::host::fs::remove_tree(&path)
+            .map_err(|e| Error::io(format!("remove {}", path.display()), e))
     }
 
     fn found(&self, _resources: &Resources) -> Result<Vec<String>> {
@@ -96,12 +100,15 @@ pub(in crate::daemon) fn intend(tx: &mut Tx, row: &VmRow, tag: &str) -> u64 {
 /// Moves the disks away, so that others can take their names.
 pub(in crate::daemon) fn set_aside(dir: &Path) -> Result<()> {
     let former = dir.join(FORMER_DIR);
-    let io = |e: std::io::Error| Error::io(format!("set aside the disks in {}", former.display()), e);
+    let io =
+        |e: std::io::Error| Error::io(format!("set aside the disks in {}", former.display()), e);
     drop(crate::host::fs::create_private_dir(&former)?);
     for file in FILES {
         ignore_absent(std::fs::rename(dir.join(file), former.join(file))).map_err(io)?;
     }
-    File::open(&former).and_then(|dir| dir.sync_all()).map_err(io)
+    File::open(&former)
+        .and_then(|dir| dir.sync_all())
+        .map_err(io)
 }
 
 /// The guest runs, so the former disks are no longer restored but removed. Call it in the
@@ -114,16 +121,31 @@ pub(in crate::daemon) fn mark_replaced(tx: &mut Tx, former: u64, row: &VmRow, ta
 /// Removes the replaced disks. Call it after that transaction. If this fails, it is retried when
 /// the VM has stopped.
 pub(in crate::daemon) fn remove(resources: &Resources, row: &VmRow, tag: &str, replaced: u64) {
-    let (vm, kind, name) = (Some(row.id.clone()), ReplacedDisks.kind().to_owned(), tag.to_owned());
-    let ledger = LedgerRow { id: replaced, vm, generation: row.generation, kind, name, facts: None };
+    let (vm, kind, name) = (
+        Some(row.id.clone()),
+        ReplacedDisks.kind().to_owned(),
+        tag.to_owned(),
+    );
+    let ledger = LedgerRow {
+        id: replaced,
+        vm,
+        generation: row.generation,
+        kind,
+        name,
+        facts: None,
+    };
     if let Err(e) = resources.release_row(&ReplacedDisks, &ledger) {
         log::warn!("{e}; retried when VM {} has stopped", row.name);
     }
 }
 
 fn dir_of(resources: &Resources, tag: &str) -> Result<PathBuf> {
-    let vm = tag.rsplit('-').nth(1).and_then(|id| id.parse::<VmId>().ok());
-    vm.map(|vm| resources.core.vm_dir(&vm)).ok_or_else(|| Error::internal(format!("{tag:?} is not a VM's tag")))
+    let vm = tag
+        .rsplit('-')
+        .nth(1)
+        .and_then(|id| id.parse::<VmId>().ok());
+    vm.map(|vm| resources.core.vm_dir(&vm))
+        .ok_or_else(|| Error::internal(format!("{tag:?} is not a VM's tag")))
 }
 
 fn ignore_absent(result: std::io::Result<()>) -> std::io::Result<()> {

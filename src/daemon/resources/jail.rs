@@ -20,7 +20,10 @@ impl Resource for Jail {
         Span::Boot
     }
     fn intent(&self, resources: &Resources, row: &VmRow) -> Option<String> {
-        resources.vmm.leaves_remains().then(|| resources.core.tag(row))
+        resources
+            .vmm
+            .leaves_remains()
+            .then(|| resources.core.tag(row))
     }
     fn stage(&self) -> Option<&'static str> {
         None
@@ -36,7 +39,9 @@ impl Resource for Jail {
             .rsplit('-')
             .nth(1)
             .and_then(|id| id.parse().ok())
-            .ok_or_else(|| Error::internal(format!("remove the jail of {name:?}: it is not a VM's tag")))?;
+            .ok_or_else(|| {
+                Error::internal(format!("remove the jail of {name:?}: it is not a VM's tag"))
+            })?;
         resources.vmm.clear(&resources.core.vm_dir(&vm), name)
     }
 
@@ -46,12 +51,22 @@ impl Resource for Jail {
             return Vec::new();
         }
         vec![match crate::vmm::firecracker::require_mount(dir) {
-            Ok(()) => Check::ok("jail-mount", format!("jails can be made below {}", dir.display())),
-            Err(e) => Check::fail("jail-mount", e.to_string(), e.hint_text().unwrap_or("another state_dir")),
+            Ok(()) => Check::ok(
+                "jail-mount",
+                format!("jails can be made below {}", dir.display()),
+            ),
+            Err(e) => Check::fail(
+                "jail-mount",
+                e.to_string(),
+                e.hint_text().unwrap_or("another state_dir"),
+            ),
         }]
     }
 
     fn found(&self, resources: &Resources) -> Result<Vec<String>> {
-        resources.vmm.remains(&resources.core.state_dir.join(VMS_DIR), &resources.core.tag_prefix())
+        resources.vmm.remains(
+            &resources.core.state_dir.join(VMS_DIR),
+            &resources.core.tag_prefix(),
+        )
     }
 }

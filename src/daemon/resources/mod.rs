@@ -122,7 +122,9 @@ pub(super) trait Resource: Send + Sync {
 
 /// The checks of all kinds.
 pub(super) fn checks(host: &HostView<'_>) -> Vec<Check> {
-    ALL.into_iter().flat_map(|resource| resource.checks(host)).collect()
+    ALL.into_iter()
+        .flat_map(|resource| resource.checks(host))
+        .collect()
 }
 
 /// Explains why no VM can start from this state directory, if so, with a fix.
@@ -132,7 +134,9 @@ pub(crate) fn state_dir_check(config: &Config) -> Option<Check> {
 
 /// The nearest ancestor that exists, because the state directory may not exist yet.
 pub(super) fn existing(path: &Path) -> &Path {
-    path.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"))
+    path.ancestors()
+        .find(|p| p.exists())
+        .unwrap_or(Path::new("/"))
 }
 
 fn of_kind(kind: &str) -> Option<&'static dyn Resource> {
@@ -147,8 +151,13 @@ pub(super) fn ends_with_its_boot(kind: &str) -> bool {
 /// Writes into the ledger what the next boot of `row` is about to acquire.
 pub(super) fn intend(resources: &Resources, tx: &mut Tx, row: &VmRow) {
     for resource in ALL {
-        let Some(name) = resource.intent(resources, row) else { continue };
-        if !tx.ledger_of(&row.id).any(|l| l.kind == resource.kind() && l.name == name) {
+        let Some(name) = resource.intent(resources, row) else {
+            continue;
+        };
+        if !tx
+            .ledger_of(&row.id)
+            .any(|l| l.kind == resource.kind() && l.name == name)
+        {
             tx.intend(Some(&row.id), row.generation, resource.kind(), name);
         }
     }
@@ -156,11 +165,16 @@ pub(super) fn intend(resources: &Resources, tx: &mut Tx, row: &VmRow) {
 
 /// True if the thing in this ledger row should be gone.
 fn is_leftover(state: &State, row: &LedgerRow) -> bool {
-    let Some(vm) = row.vm.as_ref().and_then(|id| state.vm(id)) else { return true };
+    let Some(vm) = row.vm.as_ref().and_then(|id| state.vm(id)) else {
+        return true;
+    };
     if recovery::is_left_alone(state, &vm.id) {
         return false;
     }
-    let at_rest = matches!(vm.state, VmState::Created | VmState::Stopped | VmState::Failed);
+    let at_rest = matches!(
+        vm.state,
+        VmState::Created | VmState::Stopped | VmState::Failed
+    );
     match of_kind(&row.kind).map(Resource::span) {
         Some(Span::Start) => vm.state != VmState::Starting || row.generation < vm.generation,
         Some(Span::Boot) => at_rest || row.generation < vm.generation,
@@ -171,13 +185,25 @@ fn is_leftover(state: &State, row: &LedgerRow) -> bool {
 /// Removes the directory of a snapshot that has no row and is not being made, and its ledger row.
 pub(super) fn discard_snapshot(resources: &Resources, id: &SnapshotId, ledger: u64) -> Result<()> {
     let (vm, kind, name) = (None, snapshot::KIND.to_owned(), id.to_string());
-    resources.release_row(&snapshot::Snapshot, &LedgerRow { id: ledger, vm, generation: 0, kind, name, facts: None })
+    resources.release_row(
+        &snapshot::Snapshot,
+        &LedgerRow {
+            id: ledger,
+            vm,
+            generation: 0,
+            kind,
+            name,
+            facts: None,
+        },
+    )
 }
 
 /// Removes the directory of a VM that has no ledger row for it.
 pub(super) fn forget_directory(resources: &Resources, row: &VmRow) -> Result<()> {
     let directory = directory::Directory;
-    directory.intent(resources, row).map_or(Ok(()), |name| directory.release(resources, &name))
+    directory
+        .intent(resources, row)
+        .map_or(Ok(()), |name| directory.release(resources, &name))
 }
 
 /// A boot in progress: what its steps need, and what they have made so far.
@@ -205,8 +231,12 @@ impl Boot<'_> {
         if self.row.guest_version >= 1 {
             return Ok(());
         }
-        let message = format!("give VM {} {what}: its image was built by an earlier fcd", self.row.name);
-        Err(Error::new(Kind::Unsupported, message).hint("build the image again (fcctl image build) and create a new VM from it"))
+        let message = format!(
+            "give VM {} {what}: its image was built by an earlier fcd",
+            self.row.name
+        );
+        Err(Error::new(Kind::Unsupported, message)
+            .hint("build the image again (fcctl image build) and create a new VM from it"))
     }
 }
 
@@ -247,8 +277,11 @@ impl Resources {
     /// # Errors
     /// Fails if the VMM could not be killed. Then nothing else is released, because it is in use.
     pub(super) fn release_boot(&self, vm: &VmId, generation: u64) -> Result<()> {
-        let left = self.release(vm, |resource, row| resource.span() != Span::Life && row.generation <= generation)?;
-        left.iter().for_each(|e| log::warn!("clean up after VM {vm}: {e}; retrying every minute"));
+        let left = self.release(vm, |resource, row| {
+            resource.span() != Span::Life && row.generation <= generation
+        })?;
+        left.iter()
+            .for_each(|e| log::warn!("clean up after VM {vm}: {e}; retrying every minute"));
         Ok(())
     }
 
@@ -262,11 +295,17 @@ impl Resources {
     }
 
     /// Releases resources and collects the errors. Releases nothing that a running VMM uses.
-    fn release(&self, vm: &VmId, which: impl Fn(&dyn Resource, &LedgerRow) -> bool) -> Result<Vec<Error>> {
+    fn release(
+        &self,
+        vm: &VmId,
+        which: impl Fn(&dyn Resource, &LedgerRow) -> bool,
+    ) -> Result<Vec<Error>> {
         let mut left = Vec::new();
         for resource in ALL.into_iter().rev() {
             let rows: Vec<LedgerRow> = self.core.store.read(|s| {
-                let rows_of_kind = s.ledger_of(vm).filter(|l| l.kind == resource.kind() && which(resource, l));
+                let rows_of_kind = s
+                    .ledger_of(vm)
+                    .filter(|l| l.kind == resource.kind() && which(resource, l));
                 rows_of_kind.map(|l| LedgerRow::clone(l)).collect()
             });
             for row in rows {
@@ -311,29 +350,58 @@ impl Resources {
                 let rows_of_kind = || s.ledger().filter(|l| l.kind == resource.kind());
                 (
                     rows_of_kind().map(|l| l.name.clone()).collect(),
-                    rows_of_kind().filter(|l| is_leftover(s, l)).map(|l| (**l).clone()).collect(),
+                    rows_of_kind()
+                        .filter(|l| is_leftover(s, l))
+                        .map(|l| (**l).clone())
+                        .collect(),
                 )
             });
-            let mut unknown: Vec<String> = found.into_iter().filter(|name| !known.contains(name)).collect();
+            let mut unknown: Vec<String> = found
+                .into_iter()
+                .filter(|name| !known.contains(name))
+                .collect();
             if !unknown.is_empty() {
                 let intended = self.intended_by_all(resource);
                 unknown.retain(|name| !intended.contains(name) && !resource.is_in_use(self, name));
             }
             for name in unknown {
-                let removed = if fix { Some(resource.release(self, &name)) } else { None };
-                leaks.push(leak(resource.kind(), &name, "it is not in the ledger", removed.as_ref()));
+                let removed = if fix {
+                    Some(resource.release(self, &name))
+                } else {
+                    None
+                };
+                leaks.push(leak(
+                    resource.kind(),
+                    &name,
+                    "it is not in the ledger",
+                    removed.as_ref(),
+                ));
             }
-            let is_free = |row: &LedgerRow| !stuck.contains(&row.vm) && !resource.is_in_use(self, &row.name);
+            let is_free =
+                |row: &LedgerRow| !stuck.contains(&row.vm) && !resource.is_in_use(self, &row.name);
             for row in leftover.into_iter().filter(is_free).collect::<Vec<_>>() {
-                let removed = if fix { Some(self.release_row(resource, &row)) } else { None };
+                let removed = if fix {
+                    Some(self.release_row(resource, &row))
+                } else {
+                    None
+                };
                 if matches!(removed, Some(Err(_))) && resource.blocks_release() {
                     stuck.push(row.vm.clone());
                 }
-                leaks.push(leak(resource.kind(), &row.name, "nothing uses it any more", removed.as_ref()));
+                leaks.push(leak(
+                    resource.kind(),
+                    &row.name,
+                    "nothing uses it any more",
+                    removed.as_ref(),
+                ));
             }
         }
         if let Some(installations) = &self.installations {
-            leaks.extend(super::gone::sweep(installations.as_ref(), &self.commands, fix));
+            leaks.extend(super::gone::sweep(
+                installations.as_ref(),
+                &self.commands,
+                fix,
+            ));
         }
         leaks
     }
@@ -341,7 +409,12 @@ impl Resources {
     /// The names of the resources of all VMs, for VMs that were started by an earlier version,
     /// which had no ledger.
     fn intended_by_all(&self, resource: &dyn Resource) -> HashSet<String> {
-        let rows = self.core.store.read(|s| s.vms().cloned().collect::<Vec<_>>());
-        rows.iter().filter_map(|row| resource.intent(self, row)).collect()
+        let rows = self
+            .core
+            .store
+            .read(|s| s.vms().cloned().collect::<Vec<_>>());
+        rows.iter()
+            .filter_map(|row| resource.intent(self, row))
+            .collect()
     }
 }

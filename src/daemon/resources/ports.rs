@@ -18,7 +18,12 @@ impl Resource for Ports {
         Span::Boot
     }
     fn intent(&self, resources: &Resources, row: &VmRow) -> Option<String> {
-        resources.networks.net.as_ref().filter(|_| !row.ports.is_empty()).map(|_| resources.core.tag(row))
+        resources
+            .networks
+            .net
+            .as_ref()
+            .filter(|_| !row.ports.is_empty())
+            .map(|_| resources.core.tag(row))
     }
     fn stage(&self) -> Option<&'static str> {
         Some("forward the ports")
@@ -41,13 +46,20 @@ impl Resource for Ports {
     fn release(&self, resources: &Resources, name: &str) -> Result<()> {
         match &resources.networks.net {
             Some(net) => net.unforward(name),
-            None => Err(Error::new(Kind::Host, format!("remove the ports of {name}: fcd now uses user-mode networking"))
-                .hint("start fcd once with driver = \"bridge\" under [network]")),
+            None => Err(Error::new(
+                Kind::Host,
+                format!("remove the ports of {name}: fcd now uses user-mode networking"),
+            )
+            .hint("start fcd once with driver = \"bridge\" under [network]")),
         }
     }
 
     fn found(&self, resources: &Resources) -> Result<Vec<String>> {
-        resources.networks.net.as_ref().map_or_else(|| Ok(Vec::new()), |net| net.forwarded())
+        resources
+            .networks
+            .net
+            .as_ref()
+            .map_or_else(|| Ok(Vec::new()), |net| net.forwarded())
     }
 
     fn checks(&self, host: &HostView<'_>) -> Vec<Check> {
@@ -58,6 +70,9 @@ impl Resource for Ports {
             (true, _) => format!("; those below {first} only by root"),
             (false, _) => format!("; those below {first} need the bridge"),
         };
-        vec![Check::ok(ID, format!("ports of this host can be forwarded to guests (-p){below}"))]
+        vec![Check::ok(
+            ID,
+            format!("ports of this host can be forwarded to guests (-p){below}"),
+        )]
     }
 }

@@ -35,11 +35,16 @@ impl Resource for VmmProcess {
     fn release(&self, resources: &Resources, name: &str) -> Result<()> {
         // There is more than one only if a compromised VMM pretends to be another.
         for _ in 0..PRETENDERS_MAX {
-            let Some(identity) = resources.vmms.find_vmm(name)? else { return Ok(()) };
+            let Some(identity) = resources.vmms.find_vmm(name)? else {
+                return Ok(());
+            };
             resources.vmms.kill_vmm(&identity)?;
         }
-        Err(Error::new(Kind::VmmFailed, format!("kill the VMM with tag {name}: new ones keep appearing"))
-            .hint("ps ax | grep fc-"))
+        Err(Error::new(
+            Kind::VmmFailed,
+            format!("kill the VMM with tag {name}: new ones keep appearing"),
+        )
+        .hint("ps ax | grep fc-"))
     }
 
     fn blocks_release(&self) -> bool {
@@ -47,7 +52,12 @@ impl Resource for VmmProcess {
     }
 
     fn found(&self, resources: &Resources) -> Result<Vec<String>> {
-        Ok(resources.vmm.list(&resources.core.tag_prefix())?.into_iter().map(|vmm| vmm.tag).collect())
+        Ok(resources
+            .vmm
+            .list(&resources.core.tag_prefix())?
+            .into_iter()
+            .map(|vmm| vmm.tag)
+            .collect())
     }
 
     fn checks(&self, host: &HostView<'_>) -> Vec<Check> {

@@ -33,7 +33,10 @@ impl Resource for Seed {
     fn acquire(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
         let (row, spec) = (&boot.row, &boot.spec);
         let (host, user) = resources.keys(row, spec)?;
-        boot.restore_seed = boot.restore.map(|restore| resources.restore_seed(row, restore)).transpose()?;
+        boot.restore_seed = boot
+            .restore
+            .map(|restore| resources.restore_seed(row, restore))
+            .transpose()?;
         let seed = Drive {
             host_name: &row.name,
             network: &resources.networks.seed_network(row)?,
@@ -62,7 +65,12 @@ impl Resources {
             now_s: now_s(),
             random: random_hex(RANDOM_BYTES)?,
             // The tap is made later, but its address is known.
-            mac: self.networks.net.as_ref().map(|net| net.lease(row.slot).map(|l| Mac::of(l.address).to_string())).transpose()?,
+            mac: self
+                .networks
+                .net
+                .as_ref()
+                .map(|net| net.lease(row.slot).map(|l| Mac::of(l.address).to_string()))
+                .transpose()?,
             machine_id: restore.in_other_vm.then(|| random_hex(16)).transpose()?,
         })
     }
@@ -72,7 +80,10 @@ fn random_hex(bytes: usize) -> Result<String> {
     let mut random = vec![0u8; bytes];
     let mut filled = 0;
     while filled < bytes {
-        filled += match rustix::rand::getrandom(&mut random[filled..], rustix::rand::GetRandomFlags::empty()) {
+        filled += match rustix::rand::getrandom(
+            &mut random[filled..],
+            rustix::rand::GetRandomFlags::empty(),
+        ) {
             Ok(n) => n,
             Err(rustix::io::Errno::INTR) => 0,
             Err(e) => return Err(Error::io("take random numbers", std::io::Error::from(e))),

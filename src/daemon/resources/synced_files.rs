@@ -53,8 +53,15 @@ impl Resource for SyncedFiles {
         const ID: &str = "sync";
         match read_all(&host.config.sync) {
             Ok(files) if files.is_empty() => Vec::new(),
-            Ok(files) => vec![Check::ok(ID, format!("{} files for every guest ([[sync]])", files.len()))],
-            Err(e) => vec![Check::fail(ID, e.to_string(), e.hint_text().unwrap_or("correct it under [[sync]]"))],
+            Ok(files) => vec![Check::ok(
+                ID,
+                format!("{} files for every guest ([[sync]])", files.len()),
+            )],
+            Err(e) => vec![Check::fail(
+                ID,
+                e.to_string(),
+                e.hint_text().unwrap_or("correct it under [[sync]]"),
+            )],
         }
     }
 }
@@ -63,21 +70,36 @@ fn read_all(all: &[SyncedFile]) -> Result<Vec<SeedFile>> {
     let files: Vec<SeedFile> = all.iter().map(read).collect::<Result<_>>()?;
     let bytes: u64 = files.iter().map(|f| f.bytes.len() as u64).sum();
     if bytes > ALL_BYTES_MAX {
-        let message = format!("the files of [[sync]] have {bytes} bytes, but the limit is {ALL_BYTES_MAX}");
-        return Err(
-            Error::new(Kind::InvalidConfig, message).hint("put large files into an image, or copy them with fcctl workspace")
-        );
+        let message =
+            format!("the files of [[sync]] have {bytes} bytes, but the limit is {ALL_BYTES_MAX}");
+        return Err(Error::new(Kind::InvalidConfig, message)
+            .hint("put large files into an image, or copy them with fcctl workspace"));
     }
     Ok(files)
 }
 
 fn read(file: &SyncedFile) -> Result<SeedFile> {
     let from = file.from.display();
-    let hint = format!("create the file, or remove it from [[sync]]: from = {from:?}", from = file.from);
-    let io = |e| Error::io(format!("read {from} for {} in the guest", file.to.display()), e).hint(hint.clone());
-    let bad = |what: String| Err(Error::new(Kind::InvalidConfig, format!("sync {from}: {what}")).hint(hint.clone()));
+    let hint = format!(
+        "create the file, or remove it from [[sync]]: from = {from:?}",
+        from = file.from
+    );
+    let io = |e| {
+        Error::io(
+            format!("read {from} for {} in the guest", file.to.display()),
+            e,
+        )
+        .hint(hint.clone())
+    };
+    let bad = |what: String| {
+        Err(Error::new(Kind::InvalidConfig, format!("sync {from}: {what}")).hint(hint.clone()))
+    };
     // `O_NONBLOCK`, so that opening a FIFO does not block.
-    let opened = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&file.from).map_err(io)?;
+    let opened = File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(&file.from)
+        .map_err(io)?;
     let stat = opened.metadata().map_err(io)?;
     if !stat.is_file() {
         return bad("it is not a regular file".to_owned());
@@ -86,7 +108,12 @@ fn read(file: &SyncedFile) -> Result<SeedFile> {
     if bytes.len() as u64 > FILE_BYTES_MAX {
         return bad(format!("it has more than {FILE_BYTES_MAX} bytes"));
     }
-    Ok(SeedFile { path: file.to.clone(), mode: file.mode(), mtime_s: u64::try_from(stat.mtime()).unwrap_or(0), bytes })
+    Ok(SeedFile {
+        path: file.to.clone(),
+        mode: file.mode(),
+        mtime_s: u64::try_from(stat.mtime()).unwrap_or(0),
+        bytes,
+    })
 }
 
 #[cfg(test)]
@@ -105,7 +132,10 @@ mod tests {
         std::os::unix::fs::symlink(&path, &link).unwrap();
         // The administrator controls the configuration, so a symbolic link is followed.
         let read = read_all(&[entry(&link)]).unwrap();
-        assert_eq!((read[0].bytes.as_slice(), read[0].mode), (b"hello".as_slice(), 0o600));
+        assert_eq!(
+            (read[0].bytes.as_slice(), read[0].mode),
+            (b"hello".as_slice(), 0o600)
+        );
     }
 
     #[test]

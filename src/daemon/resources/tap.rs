@@ -17,7 +17,11 @@ impl Resource for Tap {
         Span::Boot
     }
     fn intent(&self, resources: &Resources, row: &VmRow) -> Option<String> {
-        resources.networks.net.as_ref().map(|_| resources.core.tag(row))
+        resources
+            .networks
+            .net
+            .as_ref()
+            .map(|_| resources.core.tag(row))
     }
     fn stage(&self) -> Option<&'static str> {
         Some("connect the network")
@@ -27,9 +31,15 @@ impl Resource for Tap {
         let fact = match &resources.networks.net {
             Some(net) => {
                 let guest = resources.networks.guest(&boot.row, net)?;
-                let uid = boot.spec.credentials.map_or_else(|| nix::unistd::geteuid().as_raw(), |(uid, _)| uid);
+                let uid = boot
+                    .spec
+                    .credentials
+                    .map_or_else(|| nix::unistd::geteuid().as_raw(), |(uid, _)| uid);
                 let tap = net.take(&guest, uid, boot.cancel)?;
-                Some(TapFact { name: tap.name, address: guest.lease.address })
+                Some(TapFact {
+                    name: tap.name,
+                    address: guest.lease.address,
+                })
             }
             None if boot.row.rates.limits_network() => {
                 return Err(crate::daemon::network::no_rate_in_user_mode());
@@ -38,22 +48,34 @@ impl Resource for Tap {
             None => None,
         };
         // This is not waited for: the change that follows it cannot be durable without it.
-        resources.core.change_row(&boot.row.id, false, |r| r.tap = fact)?.detach();
+        resources
+            .core
+            .change_row(&boot.row.id, false, |r| r.tap = fact)?
+            .detach();
         boot.row = resources.core.row(&boot.row.id)?;
-        boot.spec = resources.specs.boot_spec(boot.restore, &boot.row, boot.image);
+        boot.spec = resources
+            .specs
+            .boot_spec(boot.restore, &boot.row, boot.image);
         Ok(())
     }
 
     fn release(&self, resources: &Resources, name: &str) -> Result<()> {
         match &resources.networks.net {
             Some(net) => net.release(name),
-            None => Err(Error::new(Kind::Host, format!("remove the tap of {name}: fcd now uses user-mode networking"))
-                .hint("start fcd once with driver = \"bridge\" under [network]")),
+            None => Err(Error::new(
+                Kind::Host,
+                format!("remove the tap of {name}: fcd now uses user-mode networking"),
+            )
+            .hint("start fcd once with driver = \"bridge\" under [network]")),
         }
     }
 
     fn found(&self, resources: &Resources) -> Result<Vec<String>> {
-        resources.networks.net.as_ref().map_or_else(|| Ok(Vec::new()), |net| net.list())
+        resources
+            .networks
+            .net
+            .as_ref()
+            .map_or_else(|| Ok(Vec::new()), |net| net.list())
     }
 
     fn checks(&self, host: &HostView<'_>) -> Vec<Check> {

@@ -25,12 +25,20 @@ impl Resource for WorkDisk {
     }
 
     fn acquire(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
-        let (Some(path), Some(bytes)) = (&boot.spec.work_disk, boot.row.work_disk_bytes) else { return Ok(()) };
+        let (Some(path), Some(bytes)) = (&boot.spec.work_disk, boot.row.work_disk_bytes) else {
+            return Ok(());
+        };
         boot.needs_guest("a work disk")?;
         if path.exists() {
             return Ok(());
         }
-        work::make(resources.commands.as_ref(), path, bytes, boot.spec.credentials, boot.cancel)
+        work::make(
+            resources.commands.as_ref(),
+            path,
+            bytes,
+            boot.spec.credentials,
+            boot.cancel,
+        )
     }
 
     fn release(&self, _resources: &Resources, _name: &str) -> Result<()> {
@@ -43,8 +51,18 @@ impl Resource for WorkDisk {
     fn checks(&self, _host: &HostView<'_>) -> Vec<Check> {
         const ID: &str = "work-disk";
         if crate::host::command::find_program(work::MKFS.as_ref()).is_some() {
-            return vec![Check::ok(ID, format!("work disks can be made ({})", work::MKFS))];
+            return vec![Check::ok(
+                ID,
+                format!("work disks can be made ({})", work::MKFS),
+            )];
         }
-        vec![Check::warn(ID, format!("{} is not installed, so VMs cannot have a work disk", work::MKFS), "apt install e2fsprogs")]
+        vec![Check::warn(
+            ID,
+            format!(
+                "{} is not installed, so VMs cannot have a work disk",
+                work::MKFS
+            ),
+            "apt install e2fsprogs",
+        )]
     }
 }

@@ -14,7 +14,12 @@ impl Runtimes {
         }
         self.boot_died(vm, BootEnd::HostDiskFull);
         let transfers = |r: &mut Runtime| -> Vec<Cancel> {
-            r.users.values().rev().filter(|(kind, _)| *kind == Use::Transfer).map(|(_, token)| token.clone()).collect()
+            r.users
+                .values()
+                .rev()
+                .filter(|(kind, _)| *kind == Use::Transfer)
+                .map(|(_, token)| token.clone())
+                .collect()
         };
         for token in self.with(vm, transfers) {
             token.cancel(CancelCause::HostDiskFull);

@@ -36,14 +36,24 @@ impl Runtimes {
             r.users.insert(r.next_user, (kind, cancel));
             r.next_user
         });
-        User { runtimes: self.clone(), vm: vm.clone(), id }
+        User {
+            runtimes: self.clone(),
+            vm: vm.clone(),
+            id,
+        }
     }
 
     /// Ends every transfer and session of the VM.
     pub fn cancel_users(&self, vm: &VmId, cause: &CancelCause) {
         // The youngest comes first. A user that waits for another one must be cancelled before its
         // turn comes.
-        let tokens: Vec<_> = self.with(vm, |r| r.users.values().rev().map(|(_, token)| token.clone()).collect());
+        let tokens: Vec<_> = self.with(vm, |r| {
+            r.users
+                .values()
+                .rev()
+                .map(|(_, token)| token.clone())
+                .collect()
+        });
         for token in tokens {
             token.cancel(cause.clone());
         }
@@ -54,7 +64,14 @@ impl Runtimes {
         let tokens: Vec<_> = {
             let map = self.map.lock();
             map.values()
-                .flat_map(|r| r.users.values().map(|(_, token)| token).chain(&r.boot).cloned().collect::<Vec<_>>())
+                .flat_map(|r| {
+                    r.users
+                        .values()
+                        .map(|(_, token)| token)
+                        .chain(&r.boot)
+                        .cloned()
+                        .collect::<Vec<_>>()
+                })
                 .collect()
         };
         for token in tokens {

@@ -3,7 +3,9 @@
 //! `losetup` cannot create such devices.
 
 use crate::error::{Error, Kind, Result};
-use linux_raw_sys::loop_device::{LO_FLAGS_AUTOCLEAR, LO_FLAGS_READ_ONLY, LOOP_CONFIGURE, LOOP_CTL_GET_FREE, loop_config};
+use linux_raw_sys::loop_device::{
+    LO_FLAGS_AUTOCLEAR, LO_FLAGS_READ_ONLY, LOOP_CONFIGURE, LOOP_CTL_GET_FREE, loop_config,
+};
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
@@ -26,10 +28,20 @@ pub struct LoopDevice {
 pub fn attach(path: &Path, is_readonly: bool) -> Result<LoopDevice> {
     let doing = || format!("attach {} to a loop device", path.display());
     let io = |e: std::io::Error| Error::io(doing(), e);
-    let file = OpenOptions::new().read(true).write(!is_readonly).open(path).map_err(io)?;
-    let control = OpenOptions::new().read(true).write(true).open(CONTROL).map_err(|e| {
-        Error::new(Kind::Host, format!("{}: open {CONTROL}", doing())).with_source(e).hint("modprobe loop, and run fcd as root")
-    })?;
+    let file = OpenOptions::new()
+        .read(true)
+        .write(!is_readonly)
+        .open(path)
+        .map_err(io)?;
+    let control = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(CONTROL)
+        .map_err(|e| {
+            Error::new(Kind::Host, format!("{}: open {CONTROL}", doing()))
+                .with_source(e)
+                .hint("modprobe loop, and run fcd as root")
+        })?;
     for _ in 0..TRIES_MAX {
         let device = open_free(&control, is_readonly).map_err(io)?;
         match configure(&device, &file, is_readonly) {
@@ -38,8 +50,11 @@ pub fn attach(path: &Path, is_readonly: bool) -> Result<LoopDevice> {
             Err(e) => return Err(io(e)),
         }
     }
-    Err(Error::new(Kind::Host, format!("{}: other processes took every free device", doing()))
-        .hint("try again; losetup -l lists the devices"))
+    Err(Error::new(
+        Kind::Host,
+        format!("{}: other processes took every free device", doing()),
+    )
+    .hint("try again; losetup -l lists the devices"))
 }
 
 fn finish(device: File) -> std::io::Result<LoopDevice> {
@@ -61,7 +76,10 @@ fn open_free(control: &File, is_readonly: bool) -> std::io::Result<File> {
     if number < 0 {
         return Err(std::io::Error::last_os_error());
     }
-    OpenOptions::new().read(true).write(!is_readonly).open(format!("/dev/loop{number}"))
+    OpenOptions::new()
+        .read(true)
+        .write(!is_readonly)
+        .open(format!("/dev/loop{number}"))
 }
 
 #[allow(unsafe_code)]
@@ -69,10 +87,25 @@ fn configure(device: &File, file: &File, is_readonly: bool) -> std::io::Result<(
     // SAFETY: loop_config is plain data, for which all zeroes are valid.
     let mut config: loop_config = unsafe { std::mem::zeroed() };
     config.fd = file.as_raw_fd().cast_unsigned();
-    config.info.lo_flags = LO_FLAGS_AUTOCLEAR as u32 | if is_readonly { LO_FLAGS_READ_ONLY as u32 } else { 0 };
+    config.info.lo_flags = LO_FLAGS_AUTOCLEAR as u32
+        | if is_readonly {
+            LO_FLAGS_READ_ONLY as u32
+        } else {
+            0
+        };
     // SAFETY: LOOP_CONFIGURE reads one loop_config, which outlives the call.
-    let status = unsafe { libc::ioctl(device.as_raw_fd(), libc::Ioctl::from(LOOP_CONFIGURE), &raw const config) };
-    if status < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+    let status = unsafe {
+        libc::ioctl(
+            device.as_raw_fd(),
+            libc::Ioctl::from(LOOP_CONFIGURE),
+            &raw const config,
+        )
+    };
+    if status < 0 {
+        Err(std::io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -82,7 +115,9 @@ mod tests {
     use std::os::unix::fs::FileExt;
 
     fn backing(number: &str) -> Option<String> {
-        std::fs::read_to_string(format!("/sys/dev/block/{number}/loop/backing_file")).ok().map(|s| s.trim().to_owned())
+        std::fs::read_to_string(format!("/sys/dev/block/{number}/loop/backing_file"))
+            .ok()
+            .map(|s| s.trim().to_owned())
     }
 
     #[test]
@@ -96,12 +131,21 @@ mod tests {
         std::fs::write(&path, vec![7; 8192]).unwrap();
         let device = attach(&path, false).unwrap();
         assert_eq!(device.sectors().unwrap(), 16);
-        assert_eq!(backing(&device.number).unwrap(), path.canonicalize().unwrap().display().to_string());
+        assert_eq!(
+            backing(&device.number).unwrap(),
+            path.canonicalize().unwrap().display().to_string()
+        );
         device.device.write_all_at(&[9; 512], 0).unwrap();
         device.device.sync_all().unwrap();
-        assert_eq!(std::fs::read(&path).unwrap()[..513], [vec![9; 512], vec![7]].concat());
+        assert_eq!(
+            std::fs::read(&path).unwrap()[..513],
+            [vec![9; 512], vec![7]].concat()
+        );
         let number = device.number.clone();
-        let other = OpenOptions::new().read(true).open(format!("/dev/loop{}", number.split(':').nth(1).unwrap())).unwrap();
+        let other = OpenOptions::new()
+            .read(true)
+            .open(format!("/dev/loop{}", number.split(':').nth(1).unwrap()))
+            .unwrap();
         drop(device);
         assert!(backing(&number).is_some(), "somebody has it open");
         drop(other);

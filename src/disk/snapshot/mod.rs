@@ -89,13 +89,25 @@ pub fn size_store(file: &File, size_bytes: u64) -> std::io::Result<()> {
 /// # Errors
 /// `disk_full` if the host has no space left. The guest has not lost anything at that point.
 pub fn reserve(store: &Path, used_bytes: u64) -> Result<()> {
-    let doing = |e: std::io::Error| Error::io(format!("allocate space for a guest's changes in {}", store.display()), e);
+    let doing = |e: std::io::Error| {
+        Error::io(
+            format!(
+                "allocate space for a guest's changes in {}",
+                store.display()
+            ),
+            e,
+        )
+    };
     let file = OpenOptions::new().write(true).open(store).map_err(doing)?;
-    let wanted = used_bytes.saturating_add(AHEAD_BYTES).min(file.metadata().map_err(doing)?.len());
+    let wanted = used_bytes
+        .saturating_add(AHEAD_BYTES)
+        .min(file.metadata().map_err(doing)?.len());
     match rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::KEEP_SIZE, 0, wanted) {
         Ok(()) => Ok(()),
         // The file system cannot allocate space, so only check that enough is free.
-        Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => has_room(&file).map_err(doing),
+        Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => {
+            has_room(&file).map_err(doing)
+        }
         Err(e) => Err(doing(e.into())),
     }
 }
@@ -111,7 +123,9 @@ fn has_room(file: &File) -> std::io::Result<()> {
 /// Writes everything that a guest has written to the device back to the store.
 pub fn flush(node: &Path) -> Result<()> {
     let device = crate::host::fs::open_nofollow(node)?;
-    device.sync_all().map_err(|e| Error::io(format!("write back {}", node.display()), e))
+    device
+        .sync_all()
+        .map_err(|e| Error::io(format!("write back {}", node.display()), e))
 }
 
 /// Creates the device and its node. Leaves nothing behind on errors.
@@ -124,7 +138,8 @@ pub fn activate(commands: &dyn Commands, spec: &DeviceSpec<'_>, cancel: &Cancel)
     let made = make_devices(commands, spec, cancel).and_then(|()| make_node(spec));
     made.map_err(|e| {
         let undone = Cancel::try_new().map_err(|e| Error::io("create an eventfd", e));
-        if let Err(left) = undone.and_then(|cancel| deactivate(commands, spec.name, None, &cancel)) {
+        if let Err(left) = undone.and_then(|cancel| deactivate(commands, spec.name, None, &cancel))
+        {
             log::warn!("{left}");
         }
         doing(e)
@@ -136,13 +151,30 @@ fn make_devices(commands: &dyn Commands, spec: &DeviceSpec<'_>, cancel: &Cancel)
     let origin = loop_device::attach(spec.origin, true)?;
     let store = loop_device::attach(spec.store, false)?;
     let (size, origin_size) = (spec.size_bytes / SECTOR_BYTES, origin.sectors()?);
-    let run = |command| commands.run(&command, cancel, &mut |_| {}).map(drop).map_err(with_install_hint);
+    let run = |command| {
+        commands
+            .run(&command, cancel, &mut |_| {})
+            .map(drop)
+            .map_err(with_install_hint)
+    };
     if size <= origin_size {
-        return run(create(spec.name, &snapshot_table(size, &origin.number, &store.number), false));
+        return run(create(
+            spec.name,
+            &snapshot_table(size, &origin.number, &store.number),
+            false,
+        ));
     }
     let base = format!("{}{BASE_SUFFIX}", spec.name);
-    run(create(&base, &base_table(size, origin_size, &origin.number), true))?;
-    run(create(spec.name, &snapshot_table(size, &number(&base)?, &store.number), false))
+    run(create(
+        &base,
+        &base_table(size, origin_size, &origin.number),
+        true,
+    ))?;
+    run(create(
+        spec.name,
+        &snapshot_table(size, &number(&base)?, &store.number),
+        false,
+    ))
 }
 
 fn snapshot_table(size: u64, origin: &str, store: &str) -> String {
@@ -150,7 +182,10 @@ fn snapshot_table(size: u64, origin: &str, store: &str) -> String {
 }
 
 fn base_table(size: u64, origin_size: u64, origin: &str) -> String {
-    format!("0 {origin_size} linear {origin} 0\n{origin_size} {} zero\n", size - origin_size)
+    format!(
+        "0 {origin_size} linear {origin} 0\n{origin_size} {} zero\n",
+        size - origin_size
+    )
 }
 
 /// Creates the device node, which only the VMM's uid can open.
@@ -160,7 +195,14 @@ fn make_node(spec: &DeviceSpec<'_>) -> Result<()> {
     remove_file(spec.node).map_err(io)?;
     let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
     let kind = rustix::fs::FileType::BlockDevice;
-    rustix::fs::mknodat(rustix::fs::CWD, spec.node, kind, mode, rustix::fs::makedev(major, minor)).map_err(|e| io(e.into()))?;
+    rustix::fs::mknodat(
+        rustix::fs::CWD,
+        spec.node,
+        kind,
+        mode,
+        rustix::fs::makedev(major, minor),
+    )
+    .map_err(|e| io(e.into()))?;
     if let Some((uid, gid)) = spec.owner {
         std::os::unix::fs::lchown(spec.node, Some(uid), Some(gid)).map_err(io)?;
     }
@@ -168,7 +210,12 @@ fn make_node(spec: &DeviceSpec<'_>) -> Result<()> {
 }
 
 /// Removes the device, and `node` if it belongs to the device. Succeeds if neither exists.
-pub fn deactivate(commands: &dyn Commands, name: &str, node: Option<&Path>, cancel: &Cancel) -> Result<()> {
+pub fn deactivate(
+    commands: &dyn Commands,
+    name: &str,
+    node: Option<&Path>,
+    cancel: &Cancel,
+) -> Result<()> {
     if let (Some(node), Ok((major, minor))) = (node, numbers(name))
         && is_node_of(node, rustix::fs::makedev(major, minor))
     {
@@ -179,7 +226,8 @@ pub fn deactivate(commands: &dyn Commands, name: &str, node: Option<&Path>, canc
 }
 
 fn is_node_of(node: &Path, rdev: u64) -> bool {
-    std::fs::symlink_metadata(node).is_ok_and(|m| m.file_type().is_block_device() && m.rdev() == rdev)
+    std::fs::symlink_metadata(node)
+        .is_ok_and(|m| m.file_type().is_block_device() && m.rdev() == rdev)
 }
 
 /// Removes the device. Retries for a while if it is busy.
@@ -187,10 +235,14 @@ fn remove(commands: &dyn Commands, name: &str, cancel: &Cancel) -> Result<()> {
     let deadline = Instant::now() + BUSY_DEADLINE;
     while find(name).is_some() {
         let command = dmsetup(["remove", "--noudevsync", name]);
-        match commands.run(&command, cancel, &mut |_| {}).map_err(with_install_hint) {
+        match commands
+            .run(&command, cancel, &mut |_| {})
+            .map_err(with_install_hint)
+        {
             Ok(_) => {}
             Err(e) if is_busy(&e) && Instant::now() < deadline && !cancel.is_cancelled() => {
-                crate::host::wait::sleep(BUSY_PERIOD, cancel).map_err(|e| Error::io(format!("remove {name}"), e))?;
+                crate::host::wait::sleep(BUSY_PERIOD, cancel)
+                    .map_err(|e| Error::io(format!("remove {name}"), e))?;
             }
             Err(_) if find(name).is_none() => {}
             Err(e) => return Err(e.context(format!("remove snapshot device {name}"))),
@@ -208,7 +260,11 @@ fn is_busy(e: &Error) -> bool {
 /// The names of the snapshots that begin with `prefix`, each once even if it consists of two
 /// devices.
 pub fn list(prefix: &str) -> Result<Vec<String>> {
-    let mut names: Vec<String> = devices()?.into_iter().map(|(name, _)| name).filter(|n| n.starts_with(prefix)).collect();
+    let mut names: Vec<String> = devices()?
+        .into_iter()
+        .map(|(name, _)| name)
+        .filter(|n| n.starts_with(prefix))
+        .collect();
     for name in &mut names {
         name.truncate(name.strip_suffix(BASE_SUFFIX).map_or(name.len(), str::len));
     }
@@ -219,18 +275,36 @@ pub fn list(prefix: &str) -> Result<Vec<String>> {
 
 /// How full the snapshots are whose names begin with `prefix`.
 pub fn fill(commands: &dyn Commands, prefix: &str, cancel: &Cancel) -> Result<Vec<(String, Fill)>> {
-    let out = commands.run(&dmsetup(["status", "--target", "snapshot"]), cancel, &mut |_| {}).map_err(with_install_hint)?;
+    let out = commands
+        .run(
+            &dmsetup(["status", "--target", "snapshot"]),
+            cancel,
+            &mut |_| {},
+        )
+        .map_err(with_install_hint)?;
     let text = String::from_utf8_lossy(&out.stdout).into_owned();
-    Ok(text.lines().filter_map(parse_status).filter(|(name, _)| name.starts_with(prefix)).collect())
+    Ok(text
+        .lines()
+        .filter_map(parse_status)
+        .filter(|(name, _)| name.starts_with(prefix))
+        .collect())
 }
 
 /// Parses `NAME: 0 131072 snapshot 8392/65536 48`. An invalid snapshot has a word instead of the
 /// numbers.
 fn parse_status(line: &str) -> Option<(String, Fill)> {
     let (name, rest) = line.split_once(": ")?;
-    let state = rest.split_whitespace().skip_while(|w| *w != "snapshot").nth(1)?;
-    let fill = match state.split_once('/').and_then(|(used, _)| used.parse::<u64>().ok()) {
-        Some(sectors) => Fill::Used { bytes: sectors * SECTOR_BYTES },
+    let state = rest
+        .split_whitespace()
+        .skip_while(|w| *w != "snapshot")
+        .nth(1)?;
+    let fill = match state
+        .split_once('/')
+        .and_then(|(used, _)| used.parse::<u64>().ok())
+    {
+        Some(sectors) => Fill::Used {
+            bytes: sectors * SECTOR_BYTES,
+        },
         None => Fill::Lost(state.to_owned()),
     };
     Some((name.to_owned(), fill))
@@ -241,9 +315,17 @@ pub fn probe(dir: &Path) -> std::result::Result<(), String> {
     if !nix::unistd::geteuid().is_root() {
         return Err("device-mapper needs root".to_owned());
     }
-    OpenOptions::new().read(true).write(true).open(CONTROL).map_err(|e| format!("{CONTROL}: {e}"))?;
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(CONTROL)
+        .map_err(|e| format!("{CONTROL}: {e}"))?;
     let loops = "/dev/loop-control";
-    OpenOptions::new().read(true).write(true).open(loops).map_err(|e| format!("{loops}: {e}"))?;
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(loops)
+        .map_err(|e| format!("{loops}: {e}"))?;
     let space = rustix::fs::statvfs(dir).map_err(|e| format!("{}: {e}", dir.display()))?;
     if space.f_flag.contains(rustix::fs::StatVfsMountFlags::NODEV) {
         return Err(format!("{} is mounted nodev", dir.display()));
@@ -252,18 +334,31 @@ pub fn probe(dir: &Path) -> std::result::Result<(), String> {
 }
 
 fn find(name: &str) -> Option<String> {
-    devices().ok()?.into_iter().find(|(n, _)| n == name).map(|(_, number)| number)
+    devices()
+        .ok()?
+        .into_iter()
+        .find(|(n, _)| n == name)
+        .map(|(_, number)| number)
 }
 
 /// The `major:minor` of a device.
 fn number(name: &str) -> Result<String> {
-    find(name).ok_or_else(|| Error::new(Kind::Host, format!("device {name} does not exist")).hint("dmsetup ls"))
+    find(name).ok_or_else(|| {
+        Error::new(Kind::Host, format!("device {name} does not exist")).hint("dmsetup ls")
+    })
 }
 
 fn numbers(name: &str) -> Result<(u32, u32)> {
     let number = number(name)?;
-    let parsed = number.split_once(':').and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
-    parsed.ok_or_else(|| Error::new(Kind::Host, format!("device {name} has the malformed number {number:?}")))
+    let parsed = number
+        .split_once(':')
+        .and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
+    parsed.ok_or_else(|| {
+        Error::new(
+            Kind::Host,
+            format!("device {name} has the malformed number {number:?}"),
+        )
+    })
 }
 
 /// The name and number of every device-mapper device.
@@ -273,7 +368,8 @@ fn devices() -> Result<Vec<(String, String)>> {
     for entry in std::fs::read_dir(SYS_BLOCK).map_err(io)? {
         let dir = entry.map_err(io)?.path();
         // A device may be removed while the list is read.
-        let read = |file: &str| std::fs::read_to_string(dir.join(file)).map(|s| s.trim_end().to_owned());
+        let read =
+            |file: &str| std::fs::read_to_string(dir.join(file)).map(|s| s.trim_end().to_owned());
         if let (Ok(name), Ok(number)) = (read("dm/name"), read("dev")) {
             devices.push((name, number));
         }
@@ -288,13 +384,19 @@ fn sectors(mut device: &File) -> std::io::Result<u64> {
 
 fn create(name: &str, table: &str, is_readonly: bool) -> Command {
     let command = dmsetup(["create", "--noudevsync", "--noudevrules"]);
-    let command = if is_readonly { command.arg("--readonly") } else { command };
+    let command = if is_readonly {
+        command.arg("--readonly")
+    } else {
+        command
+    };
     // A table of several lines has to come from stdin; an argument can have only one line.
     command.arg(name).stdin(table)
 }
 
 fn dmsetup<'a>(args: impl IntoIterator<Item = &'a str>) -> Command {
-    Command::new("dmsetup").args(args).deadline(DMSETUP_DEADLINE)
+    Command::new("dmsetup")
+        .args(args)
+        .deadline(DMSETUP_DEADLINE)
 }
 
 fn remove_file(path: &Path) -> std::io::Result<()> {
@@ -323,7 +425,10 @@ mod tests {
             let areas = chunks.div_ceil(EXCEPTIONS_PER_AREA);
             let needed = (1 + areas + chunks) * CHUNK_BYTES;
             let has = store_bytes(size);
-            assert!(has >= needed && has < needed + 3 * (EXCEPTIONS_PER_AREA + 1) * CHUNK_BYTES, "{size}: {has} {needed}");
+            assert!(
+                has >= needed && has < needed + 3 * (EXCEPTIONS_PER_AREA + 1) * CHUNK_BYTES,
+                "{size}: {has} {needed}"
+            );
         }
     }
 
@@ -341,7 +446,10 @@ mod tests {
     #[test]
     fn snapshot_status_is_parsed() {
         let used = |bytes| Some(("fc-1-2-3".to_owned(), Fill::Used { bytes }));
-        assert_eq!(parse_status("fc-1-2-3: 0 131072 snapshot 8392/65536 48"), used(8392 * 512));
+        assert_eq!(
+            parse_status("fc-1-2-3: 0 131072 snapshot 8392/65536 48"),
+            used(8392 * 512)
+        );
         for word in ["Invalid", "Overflow", "Unknown"] {
             let lost = Some(("a".to_owned(), Fill::Lost(word.to_owned())));
             assert_eq!(parse_status(&format!("a: 0 131072 snapshot {word}")), lost);
@@ -361,7 +469,11 @@ mod tests {
         reserve(&path, 0).unwrap();
         let meta = file.metadata().unwrap();
         assert_eq!(meta.len(), len);
-        assert!(meta.blocks() * SECTOR_BYTES >= len, "{} blocks", meta.blocks());
+        assert!(
+            meta.blocks() * SECTOR_BYTES >= len,
+            "{} blocks",
+            meta.blocks()
+        );
         // The store grows with its disk and never shrinks.
         size_store(&file, 4096).unwrap();
         assert_eq!(file.metadata().unwrap().len(), len);

@@ -11,10 +11,19 @@ const TEXT_SHOWN_BYTES_MAX: usize = 10 * FROM_HELPER_BYTES_MAX;
 pub fn replies(message: &[u8]) {
     match Reply::decode(message) {
         Some(Reply::Failed(_, text)) => {
-            assert!(text.len() <= TEXT_SHOWN_BYTES_MAX, "a text of {} bytes", text.len());
-            assert!(text.chars().all(|c| !c.is_control() && c != '\u{202e}'), "a text that a terminal would obey");
+            assert!(
+                text.len() <= TEXT_SHOWN_BYTES_MAX,
+                "a text of {} bytes",
+                text.len()
+            );
+            assert!(
+                text.chars().all(|c| !c.is_control() && c != '\u{202e}'),
+                "a text that a terminal would obey"
+            );
         }
-        Some(Reply::Exited(Exit::Signal(name))) => assert!(name.bytes().all(|b| b.is_ascii_alphanumeric()), "{name:?}"),
+        Some(Reply::Exited(Exit::Signal(name))) => {
+            assert!(name.bytes().all(|b| b.is_ascii_alphanumeric()), "{name:?}")
+        }
         Some(other) => assert_eq!(Reply::decode(&other.encode()), Some(other)),
         None => {}
     }

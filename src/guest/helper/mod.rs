@@ -46,12 +46,22 @@ impl Transport for SshTransport {
     fn wait_ready(&self, target: &Target, deadline: Instant, cancel: &Cancel) -> Result<()> {
         let _blocking = region(Rank::GuestIo);
         let wait = Wait::new(cancel).deadline(Some(deadline));
-        connect::wait_ready(target, &wait, &mut |socket| Session::log_in(target, socket, &wait))
+        connect::wait_ready(target, &wait, &mut |socket| {
+            Session::log_in(target, socket, &wait)
+        })
     }
 
-    fn exec(&self, target: &Target, spec: &ExecSpec, streams: Streams<'_>, cancel: &Cancel) -> Result<Exit> {
+    fn exec(
+        &self,
+        target: &Target,
+        spec: &ExecSpec,
+        streams: Streams<'_>,
+        cancel: &Cancel,
+    ) -> Result<Exit> {
         let _blocking = region(Rank::GuestIo);
-        let wait = Wait::new(cancel).deadline(spec.deadline).hangup(streams.hangup);
+        let wait = Wait::new(cancel)
+            .deadline(spec.deadline)
+            .hangup(streams.hangup);
         wait.check()?;
         Session::start(target, spec, streams, wait)?.run()
     }

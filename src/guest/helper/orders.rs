@@ -38,7 +38,9 @@ impl Orders<'_> {
     /// Turns the caller's controls into orders, as long as the helper accepts them.
     pub fn take_controls(&mut self, channel: &Channel) {
         while self.queue.is_empty() {
-            let Some(control) = self.controls.as_mut().and_then(|c| c.next()) else { return };
+            let Some(control) = self.controls.as_mut().and_then(|c| c.next()) else {
+                return;
+            };
             let order = match control {
                 Control::Resize(size) => Order::Resize(size),
                 Control::Signal(name) => Order::Signal(name),

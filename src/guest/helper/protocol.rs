@@ -63,7 +63,10 @@ pub struct Passed<'a> {
 
 impl<'a> Passed<'a> {
     pub fn list(&self) -> Vec<BorrowedFd<'a>> {
-        [Some(self.socket), self.stdin, self.stdout, self.stderr].into_iter().flatten().collect()
+        [Some(self.socket), self.stdin, self.stdout, self.stderr]
+            .into_iter()
+            .flatten()
+            .collect()
     }
 }
 
@@ -126,23 +129,39 @@ const BY_SIGNAL: u8 = 3;
 const FAILED: u8 = 4;
 
 fn size(r: &mut Reader<'_>) -> Option<PtySize> {
-    Some(PtySize { rows: r.short()?, cols: r.short()? })
+    Some(PtySize {
+        rows: r.short()?,
+        cols: r.short()?,
+    })
 }
 
 impl Job {
     pub fn encode(&self) -> Vec<u8> {
-        let w = Writer::new(JOB).bytes(self.user.as_bytes()).bytes(self.private_key.as_bytes()).bytes(&self.host_key);
-        let Some(command) = &self.command else { return w.byte(0).finish() };
+        let w = Writer::new(JOB)
+            .bytes(self.user.as_bytes())
+            .bytes(self.private_key.as_bytes())
+            .bytes(&self.host_key);
+        let Some(command) = &self.command else {
+            return w.byte(0).finish();
+        };
         let input = match command.stdin {
             Input::Empty => 0,
             Input::Direct => 1,
             Input::Pumped => 2,
         };
         let w = w.byte(1).bytes(&command.line).byte(input);
-        let w = w.byte(command.has_stdout.into()).byte(command.has_stderr.into()).byte(command.no_wait_children.into());
+        let w = w
+            .byte(command.has_stdout.into())
+            .byte(command.has_stderr.into())
+            .byte(command.no_wait_children.into());
         match &command.pty {
             None => w.byte(0).finish(),
-            Some(pty) => w.byte(1).bytes(pty.term.as_bytes()).short(pty.size.rows).short(pty.size.cols).finish(),
+            Some(pty) => w
+                .byte(1)
+                .bytes(pty.term.as_bytes())
+                .short(pty.size.rows)
+                .short(pty.size.cols)
+                .finish(),
         }
     }
 
@@ -152,9 +171,18 @@ impl Job {
             return None;
         }
         let (user, private_key, host_key) = (r.text()?, r.text()?, r.bytes()?.to_vec());
-        let command = if r.flag()? { Some(Command::decode(&mut r)?) } else { None };
+        let command = if r.flag()? {
+            Some(Command::decode(&mut r)?)
+        } else {
+            None
+        };
         r.end()?;
-        Some(Self { user, private_key, host_key, command })
+        Some(Self {
+            user,
+            private_key,
+            host_key,
+            command,
+        })
     }
 }
 
@@ -169,15 +197,32 @@ impl Command {
         };
         let (has_stdout, has_stderr) = (r.flag()?, r.flag()?);
         let no_wait_children = r.flag()?;
-        let pty = if r.flag()? { Some(Pty { term: r.text()?, size: size(r)? }) } else { None };
-        Some(Self { line, pty, stdin, has_stdout, has_stderr, no_wait_children })
+        let pty = if r.flag()? {
+            Some(Pty {
+                term: r.text()?,
+                size: size(r)?,
+            })
+        } else {
+            None
+        };
+        Some(Self {
+            line,
+            pty,
+            stdin,
+            has_stdout,
+            has_stderr,
+            no_wait_children,
+        })
     }
 }
 
 impl Order {
     pub fn encode(&self) -> Vec<u8> {
         match self {
-            Order::Resize(size) => Writer::new(RESIZE).short(size.rows).short(size.cols).finish(),
+            Order::Resize(size) => Writer::new(RESIZE)
+                .short(size.rows)
+                .short(size.cols)
+                .finish(),
             Order::Signal(name) => Writer::new(SIGNAL).bytes(name.as_bytes()).finish(),
             Order::InputEnded => Writer::new(INPUT_ENDED).finish(),
             Order::HangUp => Writer::new(HANG_UP).finish(),
@@ -203,10 +248,15 @@ impl Reply {
         match self {
             Reply::Started => Writer::new(STARTED).finish(),
             Reply::Exited(Exit::Status(status)) => Writer::new(STATUS).byte(*status).finish(),
-            Reply::Exited(Exit::Signal(name)) => Writer::new(BY_SIGNAL).bytes(name.as_bytes()).finish(),
+            Reply::Exited(Exit::Signal(name)) => {
+                Writer::new(BY_SIGNAL).bytes(name.as_bytes()).finish()
+            }
             Reply::Failed(failure, text) => {
                 let cut = text.floor_char_boundary(TEXT_BYTES_MAX);
-                Writer::new(FAILED).byte(*failure as u8).bytes(&text.as_bytes()[..cut]).finish()
+                Writer::new(FAILED)
+                    .byte(*failure as u8)
+                    .bytes(&text.as_bytes()[..cut])
+                    .finish()
             }
         }
     }
@@ -234,7 +284,9 @@ impl Reply {
 }
 
 fn signal_name(bytes: &[u8]) -> Option<String> {
-    let is_name = !bytes.is_empty() && bytes.len() <= SIGNAL_BYTES_MAX && bytes.iter().all(u8::is_ascii_alphanumeric);
+    let is_name = !bytes.is_empty()
+        && bytes.len() <= SIGNAL_BYTES_MAX
+        && bytes.iter().all(u8::is_ascii_alphanumeric);
     is_name.then(|| String::from_utf8_lossy(bytes).into_owned())
 }
 
@@ -243,7 +295,12 @@ mod tests {
     use super::*;
 
     fn job(command: Option<Command>) -> Job {
-        Job { user: "root".into(), private_key: "a key".into(), host_key: vec![0, 1, 255], command }
+        Job {
+            user: "root".into(),
+            private_key: "a key".into(),
+            host_key: vec![0, 1, 255],
+            command,
+        }
     }
 
     fn command(pty: Option<Pty>) -> Command {
@@ -259,15 +316,35 @@ mod tests {
 
     #[test]
     fn message_round_trips_and_wrong_lengths_are_rejected() {
-        let size = PtySize { rows: 24, cols: 500 };
-        let pty = Pty { size, term: "xterm".into() };
-        for job in [job(None), job(Some(command(None))), job(Some(command(Some(pty))))] {
+        let size = PtySize {
+            rows: 24,
+            cols: 500,
+        };
+        let pty = Pty {
+            size,
+            term: "xterm".into(),
+        };
+        for job in [
+            job(None),
+            job(Some(command(None))),
+            job(Some(command(Some(pty)))),
+        ] {
             check(&job.encode(), Job::decode, &job);
         }
-        for order in [Order::Resize(size), Order::Signal("USR1".into()), Order::InputEnded, Order::HangUp] {
+        for order in [
+            Order::Resize(size),
+            Order::Signal("USR1".into()),
+            Order::InputEnded,
+            Order::HangUp,
+        ] {
             check(&order.encode(), Order::decode, &order);
         }
-        let exits = [Exit::Status(0), Exit::Status(255), Exit::Signal("TERM".into())].map(Reply::Exited);
+        let exits = [
+            Exit::Status(0),
+            Exit::Status(255),
+            Exit::Signal("TERM".into()),
+        ]
+        .map(Reply::Exited);
         let failures = Failure::ALL.map(|f| Reply::Failed(f, "it's \"so\"".into()));
         for reply in exits.into_iter().chain(failures).chain([Reply::Started]) {
             check(&reply.encode(), Reply::decode, &reply);
@@ -275,7 +352,11 @@ mod tests {
     }
 
     #[track_caller]
-    fn check<T: PartialEq + std::fmt::Debug>(message: &[u8], decode: impl Fn(&[u8]) -> Option<T>, wanted: &T) {
+    fn check<T: PartialEq + std::fmt::Debug>(
+        message: &[u8],
+        decode: impl Fn(&[u8]) -> Option<T>,
+        wanted: &T,
+    ) {
         assert_eq!(decode(message).as_ref(), Some(wanted));
         for len in 0..message.len() {
             assert_eq!(decode(&message[..len]), None, "the first {len} bytes");
@@ -286,14 +367,23 @@ mod tests {
     #[test]
     fn reply_text_is_bounded_and_printable() {
         let text = "a\x1b[2J\u{202e}b".to_owned() + &"é".repeat(1000);
-        let Some(Reply::Failed(Failure::Lost, shown)) = Reply::decode(&Reply::Failed(Failure::Lost, text).encode()) else {
+        let Some(Reply::Failed(Failure::Lost, shown)) =
+            Reply::decode(&Reply::Failed(Failure::Lost, text).encode())
+        else {
             panic!("not read back");
         };
-        assert!(shown.starts_with("a\\u{1b}[2J\\u{202e}bé") && shown.len() < 1024, "{shown}");
+        assert!(
+            shown.starts_with("a\\u{1b}[2J\\u{202e}bé") && shown.len() < 1024,
+            "{shown}"
+        );
         let long = [&[FAILED, 0][..], &600u32.to_le_bytes(), &[b'x'; 600]].concat();
         assert_eq!(Reply::decode(&long), None);
         for name in ["", "TERM\n", "A-NAME-OF-SEVENTEEN", "../x"] {
-            assert_eq!(Reply::decode(&Reply::Exited(Exit::Signal(name.into())).encode()), None, "{name:?}");
+            assert_eq!(
+                Reply::decode(&Reply::Exited(Exit::Signal(name.into())).encode()),
+                None,
+                "{name:?}"
+            );
         }
     }
 }

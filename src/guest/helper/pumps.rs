@@ -29,7 +29,10 @@ pub(super) struct Turn {
 
 impl Turn {
     pub fn and(self, other: Turn) -> Turn {
-        Turn { progress: self.progress || other.progress, has_more: self.has_more || other.has_more }
+        Turn {
+            progress: self.progress || other.progress,
+            has_more: self.has_more || other.has_more,
+        }
     }
 }
 
@@ -57,7 +60,17 @@ impl<'a> Inward<'a> {
     /// Creates a feed. Also returns the end that the helper reads.
     pub fn new(source: &'a mut dyn Source) -> Result<(Self, OwnedFd)> {
         let (r, w) = pipe()?;
-        Ok((Self { source, pipe: Some(w), buffer: Vec::new(), at: 0, has_ended: false, in_pipe: 0 }, r))
+        Ok((
+            Self {
+                source,
+                pipe: Some(w),
+                buffer: Vec::new(),
+                at: 0,
+                has_ended: false,
+                in_pipe: 0,
+            },
+            r,
+        ))
     }
 
     /// True if the source has ended and everything it gave is in the pipe. The pipe stays open,
@@ -91,7 +104,9 @@ impl<'a> Inward<'a> {
                 }
                 continue;
             }
-            let Some(pipe) = &self.pipe else { return Ok(turn) };
+            let Some(pipe) = &self.pipe else {
+                return Ok(turn);
+            };
             match rustix::io::write(pipe, &self.buffer[self.at..]) {
                 Ok(n) => {
                     self.at += n;
@@ -139,7 +154,15 @@ impl<'a> Outward<'a> {
     /// Creates a drain. Also returns the end that the helper writes.
     pub fn new(sink: &'a mut dyn Sink) -> Result<(Self, OwnedFd)> {
         let (r, w) = pipe()?;
-        Ok((Self { sink: Some(sink), pipe: Some(r), buffer: Vec::new(), at: 0 }, w))
+        Ok((
+            Self {
+                sink: Some(sink),
+                pipe: Some(r),
+                buffer: Vec::new(),
+                at: 0,
+            },
+            w,
+        ))
     }
 
     /// True if everything that the helper wrote has been delivered.
@@ -163,7 +186,9 @@ impl<'a> Outward<'a> {
                 }
                 continue;
             }
-            let Some(pipe) = &self.pipe else { return Ok(turn) };
+            let Some(pipe) = &self.pipe else {
+                return Ok(turn);
+            };
             self.at = 0;
             self.buffer.resize(PIECE_BYTES, 0);
             let result = rustix::io::read(pipe, &mut self.buffer);
@@ -225,7 +250,9 @@ impl<'a> Pumps<'a> {
         may_pass: bool,
         helper_ends: &mut HelperEnds,
     ) -> Result<Input> {
-        let Some(source) = source else { return Ok(Input::Empty) };
+        let Some(source) = source else {
+            return Ok(Input::Empty);
+        };
         if let Some(pipe) = source.pipe().filter(|_| may_pass) {
             helper_ends.stdin = Some(clone(pipe)?);
             return Ok(Input::Direct);
@@ -236,7 +263,11 @@ impl<'a> Pumps<'a> {
         Ok(Input::Pumped)
     }
 
-    pub fn take_output(&mut self, sink: Option<&'a mut dyn Sink>, may_pass: bool) -> Result<Option<OwnedFd>> {
+    pub fn take_output(
+        &mut self,
+        sink: Option<&'a mut dyn Sink>,
+        may_pass: bool,
+    ) -> Result<Option<OwnedFd>> {
         let Some(sink) = sink else { return Ok(None) };
         if let Some(pipe) = sink.pipe().filter(|_| may_pass) {
             return Ok(Some(clone(pipe)?));
@@ -249,11 +280,15 @@ impl<'a> Pumps<'a> {
     /// Delivers output from before the session broke, as far as the caller accepts it now.
     pub fn deliver_rest(&mut self) {
         for output in &mut self.outputs {
-            while output.turn().is_ok_and(|turn| turn.progress || turn.has_more) {}
+            while output
+                .turn()
+                .is_ok_and(|turn| turn.progress || turn.has_more)
+            {}
         }
     }
 }
 
 fn clone(fd: std::os::fd::BorrowedFd<'_>) -> Result<OwnedFd> {
-    fd.try_clone_to_owned().map_err(|e| Error::io("pass a stream to the helper process of a guest", e))
+    fd.try_clone_to_owned()
+        .map_err(|e| Error::io("pass a stream to the helper process of a guest", e))
 }

@@ -1,6 +1,8 @@
 //! The helper's side: drops its privileges, takes one job, speaks SSH for it, and exits.
 
-use super::protocol::{FROM_HELPER_BYTES_MAX, Failure, Input, Job, Order, Reply, TO_HELPER_BYTES_MAX};
+use super::protocol::{
+    FROM_HELPER_BYTES_MAX, Failure, Input, Job, Order, Reply, TO_HELPER_BYTES_MAX,
+};
 use crate::error::Kind;
 use crate::guest::io::{FdSink, FdSource};
 use crate::guest::ssh::{Identity, LogInError, Pump, log_in, start};
@@ -35,7 +37,10 @@ const PROFILE: Profile = Profile {
 pub fn run(asked: &Asked) -> ExitCode {
     let channel = Arc::new(Channel::inherited());
     if let Err(e) = asked.confine(&PROFILE) {
-        let _ = say(&channel, &Reply::Failed(Failure::Confinement, e.to_string()));
+        let _ = say(
+            &channel,
+            &Reply::Failed(Failure::Confinement, e.to_string()),
+        );
         return ExitCode::FAILURE;
     }
     match serve(&channel) {
@@ -59,18 +64,36 @@ fn serve(channel: &Arc<Channel>) -> Result<Reply, NoReply> {
     // The daemon enforces the deadlines by killing this process.
     let wait = Wait::new(&cancel);
     let socket = TcpStream::from(fds.next().ok_or(NoReply)?);
-    let who = Identity { user: &job.user, private_key: &job.private_key, host_key: &job.host_key };
+    let who = Identity {
+        user: &job.user,
+        private_key: &job.private_key,
+        host_key: &job.host_key,
+    };
     let shared = match log_in(socket, &who, &wait) {
         Ok(shared) => shared,
         Err(e) => return failed(e),
     };
-    let Some(command) = &job.command else { return Ok(Reply::Started) };
+    let Some(command) = &job.command else {
+        return Ok(Reply::Started);
+    };
     let ended = Arc::new(AtomicBool::new(command.stdin == Input::Direct));
-    let mut next = |is_there: bool| if is_there { fds.next().ok_or(NoReply).map(Some) } else { Ok(None) };
-    let mut stdin = next(command.stdin != Input::Empty)?.map(|fd| PipeSource { inner: FdSource::new(fd), ended: ended.clone() });
+    let mut next = |is_there: bool| {
+        if is_there {
+            fds.next().ok_or(NoReply).map(Some)
+        } else {
+            Ok(None)
+        }
+    };
+    let mut stdin = next(command.stdin != Input::Empty)?.map(|fd| PipeSource {
+        inner: FdSource::new(fd),
+        ended: ended.clone(),
+    });
     let mut stdout = next(command.has_stdout)?.map(FdSink::new);
     let mut stderr = next(command.has_stderr)?.map(FdSink::new);
-    let mut controls = Orders { channel: channel.clone(), ended };
+    let mut controls = Orders {
+        channel: channel.clone(),
+        ended,
+    };
     let channel_to_command = match start(&shared, command.pty.as_ref(), &command.line, &wait) {
         Ok(started) => started,
         Err(e) => return failed(e),
@@ -83,7 +106,13 @@ fn serve(channel: &Arc<Channel>) -> Result<Reply, NoReply> {
         controls: Some(&mut controls),
         hangup: None,
     };
-    let pump = Pump::new(shared, channel_to_command, command.pty.is_some(), streams, wait);
+    let pump = Pump::new(
+        shared,
+        channel_to_command,
+        command.pty.is_some(),
+        streams,
+        wait,
+    );
     match pump.no_wait_children(command.no_wait_children).run() {
         Ok(exit) => Ok(Reply::Exited(exit)),
         Err(e) => match e.kind() {
@@ -119,7 +148,9 @@ fn wait_for(channel: &Channel, events: PollFlags) {
 fn say(channel: &Channel, reply: &Reply) -> io::Result<()> {
     loop {
         match channel.send(&reply.encode(), &[]) {
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => wait_for(channel, PollFlags::POLLOUT),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                wait_for(channel, PollFlags::POLLOUT)
+            }
             sent => return sent,
         }
     }

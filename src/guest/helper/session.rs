@@ -2,7 +2,9 @@
 
 use super::NAME;
 use super::orders::Orders;
-use super::protocol::{Command, FROM_HELPER_BYTES_MAX, Failure, Job, Order, Passed, Reply, TO_HELPER_BYTES_MAX};
+use super::protocol::{
+    Command, FROM_HELPER_BYTES_MAX, Failure, Job, Order, Passed, Reply, TO_HELPER_BYTES_MAX,
+};
 use super::pumps::{HelperEnds, Inward, Outward, Pumps, Turn};
 use crate::api::exec::Exit;
 use crate::error::{Error, Kind, Result};
@@ -36,26 +38,50 @@ pub(super) struct Session<'w, 'a> {
 }
 
 fn lost(what: impl std::fmt::Display) -> Error {
-    Error::new(Kind::GuestLost, format!("the connection to the guest broke: {what}"))
-        .hint("check that the VM still runs (fcctl ps) and read its console (fcctl logs {vm})")
+    Error::new(
+        Kind::GuestLost,
+        format!("the connection to the guest broke: {what}"),
+    )
+    .hint("check that the VM still runs (fcctl ps) and read its console (fcctl logs {vm})")
 }
 
 fn job(target: &Target, command: Option<Command>) -> Job {
-    let Target { user, private_key, host_key, .. } = target.clone();
-    Job { user, private_key, host_key, command }
+    let Target {
+        user,
+        private_key,
+        host_key,
+        ..
+    } = target.clone();
+    Job {
+        user,
+        private_key,
+        host_key,
+        command,
+    }
 }
 
 /// Builds the error for a failure that the helper reported.
 fn error_of(failure: Failure, text: &str, target: &Target) -> Error {
     match failure {
-        Failure::Confinement => {
-            Error::new(Kind::Host, format!("confine the helper process for the guest: {text}")).hint("run fcctl doctor")
-        }
+        Failure::Confinement => Error::new(
+            Kind::Host,
+            format!("confine the helper process for the guest: {text}"),
+        )
+        .hint("run fcctl doctor"),
         Failure::Unavailable => unavailable(text, target),
-        Failure::KeyRefused => unavailable(format!("log in as {}: its SSH server refuses our key ({text})", target.user), target),
+        Failure::KeyRefused => unavailable(
+            format!(
+                "log in as {}: its SSH server refuses our key ({text})",
+                target.user
+            ),
+            target,
+        ),
         Failure::HostKeyMismatch => Error::new(
             Kind::HostKeyMismatch,
-            format!("the guest at {} has a different host key than its VM was given", target.addr),
+            format!(
+                "the guest at {} has a different host key than its VM was given",
+                target.addr
+            ),
         )
         .hint("restart the VM to give the guest its own key again: fcctl restart {vm}"),
         Failure::Lost => lost(text.trim_start_matches("the connection to the guest broke: ")),
@@ -83,7 +109,12 @@ impl<'w, 'a> Session<'w, 'a> {
     /// Logs in over a connected socket and does nothing else.
     pub fn log_in(target: &'w Target, socket: TcpStream, wait: &Wait<'w>) -> Result<LogIn> {
         let mut session = Self::new(confine::spawn(NAME, target.owner)?, target, wait.clone());
-        let passed = Passed { socket: socket.as_fd(), stdin: None, stdout: None, stderr: None };
+        let passed = Passed {
+            socket: socket.as_fd(),
+            stdin: None,
+            stdout: None,
+            stderr: None,
+        };
         session.send_job(&job(target, None), &passed)?;
         drop(socket);
         let ended = loop {
@@ -99,15 +130,26 @@ impl<'w, 'a> Session<'w, 'a> {
             }
         };
         match ended {
-            Ok(_) => Ok(LogIn::Refused(lost("its helper process sent an unexpected reply"))),
-            Err(e) if e.kind() == Kind::GuestLost || session.is_key_refused => Ok(LogIn::Refused(e)),
-            Err(e) if matches!(e.kind(), Kind::GuestUnavailable | Kind::Timeout) => Ok(LogIn::NotYet(e)),
+            Ok(_) => Ok(LogIn::Refused(lost(
+                "its helper process sent an unexpected reply",
+            ))),
+            Err(e) if e.kind() == Kind::GuestLost || session.is_key_refused => {
+                Ok(LogIn::Refused(e))
+            }
+            Err(e) if matches!(e.kind(), Kind::GuestUnavailable | Kind::Timeout) => {
+                Ok(LogIn::NotYet(e))
+            }
             Err(e) => Err(e),
         }
     }
 
     /// Connects and gives the helper its job.
-    pub fn start(target: &'w Target, spec: &ExecSpec, streams: Streams<'a>, wait: Wait<'w>) -> Result<Self> {
+    pub fn start(
+        target: &'w Target,
+        spec: &ExecSpec,
+        streams: Streams<'a>,
+        wait: Wait<'w>,
+    ) -> Result<Self> {
         // The helper starts up while the connection is established.
         let helper = confine::spawn(NAME, target.owner)?;
         Self::start_with(helper, target, spec, streams, wait)
@@ -123,12 +165,20 @@ impl<'w, 'a> Session<'w, 'a> {
         let mut session = Self::new(helper, target, wait);
         let socket = connect(target, &session.dial).map_err(|e| session.at_dial(e))?;
         let mut helper_ends = HelperEnds::default();
-        let Streams { stdin, stdout, stderr, controls, hangup: _ } = streams;
+        let Streams {
+            stdin,
+            stdout,
+            stderr,
+            controls,
+            hangup: _,
+        } = streams;
         session.orders.controls = controls;
         session.idle = spec.idle;
         // With an idle limit the daemon must see every byte, so descriptors cannot be passed on.
         let may_pass = spec.idle.is_none();
-        let input = session.pumps.take_stdin(stdin, may_pass, &mut helper_ends)?;
+        let input = session
+            .pumps
+            .take_stdin(stdin, may_pass, &mut helper_ends)?;
         helper_ends.stdout = session.pumps.take_output(stdout, may_pass)?;
         helper_ends.stderr = session.pumps.take_output(stderr, may_pass)?;
         let command = Command {
@@ -152,7 +202,10 @@ impl<'w, 'a> Session<'w, 'a> {
     fn send_job(&mut self, job: &Job, passed: &Passed<'_>) -> Result<()> {
         let message = job.encode();
         if message.len() > TO_HELPER_BYTES_MAX {
-            let text = format!("a command of {} bytes with its environment is too long", message.len());
+            let text = format!(
+                "a command of {} bytes with its environment is too long",
+                message.len()
+            );
             return Err(Error::invalid(text).hint("pass less on the command line"));
         }
         // This is the first message in an empty channel, so it fails only if the helper has died.
@@ -179,7 +232,9 @@ impl<'w, 'a> Session<'w, 'a> {
                 self.wait.progress();
             }
             match &self.result {
-                Some(Ok(exit)) if self.pumps.outputs.iter().all(Outward::is_finished) => return Ok(exit.clone()),
+                Some(Ok(exit)) if self.pumps.outputs.iter().all(Outward::is_finished) => {
+                    return Ok(exit.clone());
+                }
                 Some(Err(e)) => {
                     let e = e.clone();
                     self.pumps.deliver_rest();
@@ -228,12 +283,19 @@ impl<'w, 'a> Session<'w, 'a> {
             Some(exit) => exit.to_string(),
             None => "it still runs".to_owned(),
         };
-        lost(format!("the helper process that speaks SSH with it died ({how})"))
+        lost(format!(
+            "the helper process that speaks SSH with it died ({how})"
+        ))
     }
 
     fn move_streams(&mut self) -> Result<Turn> {
         let mut turn = Turn::default();
-        if let Some(stdin) = self.pumps.stdin.as_mut().filter(|_| self.is_started && self.result.is_none()) {
+        if let Some(stdin) = self
+            .pumps
+            .stdin
+            .as_mut()
+            .filter(|_| self.is_started && self.result.is_none())
+        {
             turn = stdin.turn()?;
             if stdin.is_finished() && self.orders.is_empty() {
                 self.orders.push(Order::InputEnded, &self.helper.channel);
@@ -263,14 +325,25 @@ impl<'w, 'a> Session<'w, 'a> {
         let takes_controls = self.is_started && self.orders.is_empty() && self.result.is_none();
         let controls = self.orders.controls.as_ref().filter(|_| takes_controls);
         fds.extend(controls.map(|c| PollFd::new(c.fd(), PollFlags::POLLIN)));
-        let stdin = self.pumps.stdin.as_ref().filter(|_| self.is_started && self.result.is_none());
+        let stdin = self
+            .pumps
+            .stdin
+            .as_ref()
+            .filter(|_| self.is_started && self.result.is_none());
         fds.extend(stdin.and_then(Inward::poll_fd));
         fds.extend(self.pumps.outputs.iter().filter_map(Outward::poll_fd));
         let until = turn.has_more.then(Instant::now);
-        let polled = if self.is_started { self.wait.poll(&fds, until) } else { self.dial.poll(&fds, until) };
+        let polled = if self.is_started {
+            self.wait.poll(&fds, until)
+        } else {
+            self.dial.poll(&fds, until)
+        };
         match polled {
             Ok(_) => Ok(()),
-            Err(e) if e.kind() == Kind::TransferIdle && self.pumps.stdin.as_mut().is_some_and(Inward::has_drained) => {
+            Err(e)
+                if e.kind() == Kind::TransferIdle
+                    && self.pumps.stdin.as_mut().is_some_and(Inward::has_drained) =>
+            {
                 self.wait.progress();
                 Ok(())
             }
@@ -281,9 +354,10 @@ impl<'w, 'a> Session<'w, 'a> {
 
     fn at_dial(&self, e: Error) -> Error {
         match e.kind() {
-            Kind::Timeout if self.dial.is_tightened() => {
-                unavailable(format!("no answer within {} s", DIAL_TIMEOUT.as_secs()), self.target)
-            }
+            Kind::Timeout if self.dial.is_tightened() => unavailable(
+                format!("no answer within {} s", DIAL_TIMEOUT.as_secs()),
+                self.target,
+            ),
             _ => e,
         }
     }
@@ -300,8 +374,12 @@ impl<'w, 'a> Session<'w, 'a> {
         let wait = self.wait.without_ends(Instant::now() + HANGUP_TIMEOUT);
         loop {
             self.orders.send(&self.helper.channel);
-            let channel = (!self.orders.is_empty()).then(|| PollFd::new(self.helper.channel.fd(), PollFlags::POLLOUT));
-            let fds: Vec<_> = [PollFd::new(self.helper.exited(), PollFlags::POLLIN)].into_iter().chain(channel).collect();
+            let channel = (!self.orders.is_empty())
+                .then(|| PollFd::new(self.helper.channel.fd(), PollFlags::POLLOUT));
+            let fds: Vec<_> = [PollFd::new(self.helper.exited(), PollFlags::POLLIN)]
+                .into_iter()
+                .chain(channel)
+                .collect();
             match wait.poll(&fds, None) {
                 Ok(ready) if !ready[0] => {}
                 _ => return,

@@ -25,7 +25,9 @@ pub fn run() -> ExitCode {
     let channel = Channel::inherited();
     let mut buffer = vec![0; TO_HELPER_BYTES_MAX];
     wait_for_message(&channel);
-    let Ok(received) = channel.receive_with_fds(&mut buffer) else { return ExitCode::FAILURE };
+    let Ok(received) = channel.receive_with_fds(&mut buffer) else {
+        return ExitCode::FAILURE;
+    };
     let job = super::protocol::Job::decode(&buffer[..received.len]).expect("a job");
     let command = job.command.expect("a command").line;
     let say = |reply: Reply| channel.send(&reply.encode(), &[]).expect("say something");
@@ -34,14 +36,24 @@ pub fn run() -> ExitCode {
         b"garbage" => channel.send(&[0xff; 100], &[]).expect("say something"),
         b"too much" => channel.send(&[1; 60_000], &[]).expect("say something"),
         b"exit before the start" => say(Reply::Exited(Exit::Status(0))),
-        b"start twice" => [Reply::Started, Reply::Started, Reply::Exited(Exit::Status(0))].into_iter().for_each(say),
+        b"start twice" => [
+            Reply::Started,
+            Reply::Started,
+            Reply::Exited(Exit::Status(0)),
+        ]
+        .into_iter()
+        .for_each(say),
         b"die after the start" => {
             say(Reply::Started);
             return ExitCode::SUCCESS;
         }
         b"escape" => say(Reply::Failed(Failure::Lost, "\x1b[31mred\u{202e}".into())),
-        b"keep everything after the end" => [Reply::Started, Reply::Exited(Exit::Status(3))].into_iter().for_each(say),
-        b"pass a descriptor" => channel.send(&Reply::Started.encode(), &[channel.fd()]).expect("say something"),
+        b"keep everything after the end" => [Reply::Started, Reply::Exited(Exit::Status(3))]
+            .into_iter()
+            .for_each(say),
+        b"pass a descriptor" => channel
+            .send(&Reply::Started.encode(), &[channel.fd()])
+            .expect("say something"),
         b"never end" => say(Reply::Started),
         other => panic!("unknown command {:?}", String::from_utf8_lossy(other)),
     }
@@ -52,7 +64,10 @@ pub fn run() -> ExitCode {
 }
 
 fn wait_for_message(channel: &Channel) {
-    let _ = poll(&mut [PollFd::new(channel.fd(), PollFlags::POLLIN)], PollTimeout::NONE);
+    let _ = poll(
+        &mut [PollFd::new(channel.fd(), PollFlags::POLLIN)],
+        PollTimeout::NONE,
+    );
 }
 
 struct Stage {
@@ -64,18 +79,34 @@ struct Stage {
 fn stage() -> Stage {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let addr = listener.local_addr().unwrap();
-    let target = Target { addr, user: "root".into(), private_key: String::new(), host_key: Vec::new(), owner: None };
-    Stage { _listener: listener, target, cancel: Cancel::try_new().unwrap() }
+    let target = Target {
+        addr,
+        user: "root".into(),
+        private_key: String::new(),
+        host_key: Vec::new(),
+        owner: None,
+    };
+    Stage {
+        _listener: listener,
+        target,
+        cancel: Cancel::try_new().unwrap(),
+    }
 }
 
 fn spec(command: &str) -> ExecSpec {
-    ExecSpec { command: command.into(), deadline: Some(Instant::now() + Duration::from_secs(30)), ..ExecSpec::default() }
+    ExecSpec {
+        command: command.into(),
+        deadline: Some(Instant::now() + Duration::from_secs(30)),
+        ..ExecSpec::default()
+    }
 }
 
 impl Stage {
     fn exec(&self, spec: &ExecSpec, streams: Streams<'_>) -> Result<Exit, Error> {
         let helper = confine::spawn(NAME, None).unwrap();
-        let wait = Wait::new(&self.cancel).deadline(spec.deadline).hangup(streams.hangup);
+        let wait = Wait::new(&self.cancel)
+            .deadline(spec.deadline)
+            .hangup(streams.hangup);
         Session::start_with(helper, &self.target, spec, streams, wait)?.run()
     }
 }
@@ -83,18 +114,34 @@ impl Stage {
 #[track_caller]
 fn check(command: &str, wanted: &str) {
     let (mut stdin, mut stdout) = (BytesSource::new(vec![0; 1 << 20]), VecSink::new(100));
-    let streams = Streams { stdin: Some(&mut stdin), stdout: Some(&mut stdout), ..Streams::default() };
+    let streams = Streams {
+        stdin: Some(&mut stdin),
+        stdout: Some(&mut stdout),
+        ..Streams::default()
+    };
     let e = stage().exec(&spec(command), streams).unwrap_err();
-    assert_eq!((e.kind(), e.to_string().as_str()), (Kind::GuestLost, wanted), "{command}");
+    assert_eq!(
+        (e.kind(), e.to_string().as_str()),
+        (Kind::GuestLost, wanted),
+        "{command}"
+    );
 }
 
 #[test]
 fn helper_that_breaks_the_protocol_is_guest_lost() {
     let nonsense = "the connection to the guest broke: its helper process sent an invalid reply";
-    for command in ["garbage", "too much", "exit before the start", "start twice"] {
+    for command in [
+        "garbage",
+        "too much",
+        "exit before the start",
+        "start twice",
+    ] {
         check(command, nonsense);
     }
-    check("escape", "the connection to the guest broke: \\u{1b}[31mred\\u{202e}");
+    check(
+        "escape",
+        "the connection to the guest broke: \\u{1b}[31mred\\u{202e}",
+    );
 }
 
 #[test]
@@ -107,27 +154,62 @@ fn helper_that_dies_is_guest_lost_with_the_cause() {
 #[test]
 fn helper_that_keeps_its_pipes_open_does_not_delay_the_end() {
     let (mut stdin, mut stdout) = (BytesSource::new(""), VecSink::new(100));
-    let streams = Streams { stdin: Some(&mut stdin), stdout: Some(&mut stdout), ..Streams::default() };
-    assert_eq!(stage().exec(&spec("keep everything after the end"), streams).unwrap(), Exit::Status(3));
+    let streams = Streams {
+        stdin: Some(&mut stdin),
+        stdout: Some(&mut stdout),
+        ..Streams::default()
+    };
+    assert_eq!(
+        stage()
+            .exec(&spec("keep everything after the end"), streams)
+            .unwrap(),
+        Exit::Status(3)
+    );
 }
 
 #[test]
 fn helper_that_never_ends_is_ended_by_every_limit() {
     for command in ["never end", "pass a descriptor"] {
-        let soon = ExecSpec { deadline: Some(Instant::now() + Duration::from_millis(100)), ..spec(command) };
-        assert_eq!(stage().exec(&soon, Streams::default()).unwrap_err().kind(), Kind::Timeout);
-        let idle = ExecSpec { idle: Some(Duration::from_millis(100)), ..spec(command) };
+        let soon = ExecSpec {
+            deadline: Some(Instant::now() + Duration::from_millis(100)),
+            ..spec(command)
+        };
+        assert_eq!(
+            stage().exec(&soon, Streams::default()).unwrap_err().kind(),
+            Kind::Timeout
+        );
+        let idle = ExecSpec {
+            idle: Some(Duration::from_millis(100)),
+            ..spec(command)
+        };
         let mut stdin = BytesSource::new(vec![0; 1 << 20]);
-        let streams = Streams { stdin: Some(&mut stdin), ..Streams::default() };
-        assert_eq!(stage().exec(&idle, streams).unwrap_err().kind(), Kind::TransferIdle);
+        let streams = Streams {
+            stdin: Some(&mut stdin),
+            ..Streams::default()
+        };
+        assert_eq!(
+            stage().exec(&idle, streams).unwrap_err().kind(),
+            Kind::TransferIdle
+        );
         let (ours, theirs) = UnixStream::pair().unwrap();
         drop(theirs);
-        let streams = Streams { hangup: Some(ours.as_fd()), ..Streams::default() };
-        assert_eq!(stage().exec(&spec(command), streams).unwrap_err().kind(), Kind::Cancelled);
+        let streams = Streams {
+            hangup: Some(ours.as_fd()),
+            ..Streams::default()
+        };
+        assert_eq!(
+            stage().exec(&spec(command), streams).unwrap_err().kind(),
+            Kind::Cancelled
+        );
         let cancelled = stage();
         cancelled.cancel.cancel(CancelCause::VmStopped);
-        let e = cancelled.exec(&spec(command), Streams::default()).unwrap_err();
-        assert_eq!((e.kind(), e.to_string().as_str()), (Kind::Cancelled, "cancelled: the VM was stopped"));
+        let e = cancelled
+            .exec(&spec(command), Streams::default())
+            .unwrap_err();
+        assert_eq!(
+            (e.kind(), e.to_string().as_str()),
+            (Kind::Cancelled, "cancelled: the VM was stopped")
+        );
     }
 }
 
@@ -146,9 +228,18 @@ fn helper_that_reads_no_orders_has_a_bounded_queue() {
         }
     })
     .unwrap();
-    let spec = ExecSpec { deadline: Some(Instant::now() + Duration::from_millis(500)), ..spec("never end") };
-    let streams = Streams { controls: Some(&mut controls), ..Streams::default() };
-    assert_eq!(stage().exec(&spec, streams).unwrap_err().kind(), Kind::Timeout);
+    let spec = ExecSpec {
+        deadline: Some(Instant::now() + Duration::from_millis(500)),
+        ..spec("never end")
+    };
+    let streams = Streams {
+        controls: Some(&mut controls),
+        ..Streams::default()
+    };
+    assert_eq!(
+        stage().exec(&spec, streams).unwrap_err().kind(),
+        Kind::Timeout
+    );
     drop(controls);
     // At most a full socket buffer of orders, plus the queue.
     assert!(feeder.join().unwrap() < 100_000);

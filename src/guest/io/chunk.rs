@@ -24,7 +24,11 @@ pub struct ChunkSource<S: Source> {
 impl<S: Source> ChunkSource<S> {
     /// `bytes` counts the payload, for progress reports.
     pub fn new(inner: S, bytes: Arc<AtomicU64>) -> Self {
-        Self { inner, decoder: Decoder::default(), bytes }
+        Self {
+            inner,
+            decoder: Decoder::default(),
+            bytes,
+        }
     }
 
     /// The trailer, once it has arrived, matches the payload, and is followed by the end of the
@@ -57,7 +61,13 @@ pub struct ChunkSink<S: Sink> {
 impl<S: Sink> ChunkSink<S> {
     /// `bytes` counts the payload, for progress reports.
     pub fn new(inner: S, bytes: Arc<AtomicU64>) -> Self {
-        Self { inner, encoder: Encoder::default(), pending: Vec::new(), at: 0, bytes }
+        Self {
+            inner,
+            encoder: Encoder::default(),
+            pending: Vec::new(),
+            at: 0,
+            bytes,
+        }
     }
 
     fn flush_some(&mut self) -> io::Result<()> {
@@ -85,7 +95,12 @@ impl<S: Sink> ChunkSink<S> {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
                 Err(e) => return Err(Error::io("write the end of the stream", e)),
             }
-            let fds: Vec<_> = self.inner.fd().map(|fd| PollFd::new(fd, PollFlags::POLLOUT)).into_iter().collect();
+            let fds: Vec<_> = self
+                .inner
+                .fd()
+                .map(|fd| PollFd::new(fd, PollFlags::POLLOUT))
+                .into_iter()
+                .collect();
             wait.poll(&fds, None)?;
         }
     }
@@ -104,7 +119,8 @@ impl<S: Sink> Sink for ChunkSink<S> {
         let header = self.encoder.header(payload);
         self.pending.extend_from_slice(&header);
         self.pending.extend_from_slice(payload);
-        self.bytes.fetch_add(payload.len() as u64, Ordering::Relaxed);
+        self.bytes
+            .fetch_add(payload.len() as u64, Ordering::Relaxed);
         match self.flush_some() {
             Err(e) if e.kind() != io::ErrorKind::WouldBlock => Err(e),
             _ => Ok(payload.len()),
@@ -132,14 +148,23 @@ mod tests {
     fn chunk_source_counts_and_verifies_over_a_fifo() {
         let (r, w) = pipe();
         let bytes = Arc::new(AtomicU64::new(0));
-        let mut source = ChunkSource::new(FdSource::new(accept(r, Direction::Read).unwrap()), bytes.clone());
-        assert_eq!(source.read(&mut [0; 10]).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        let mut source = ChunkSource::new(
+            FdSource::new(accept(r, Direction::Read).unwrap()),
+            bytes.clone(),
+        );
+        assert_eq!(
+            source.read(&mut [0; 10]).unwrap_err().kind(),
+            io::ErrorKind::WouldBlock
+        );
         let mut writer = ChunkWriter::new(std::fs::File::from(w));
         writer.write_all(b"hello").unwrap();
         writer.flush().unwrap();
         let mut buffer = [0; 10];
         assert_eq!(source.read(&mut buffer).unwrap(), 5);
-        assert_eq!(source.read(&mut buffer).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        assert_eq!(
+            source.read(&mut buffer).unwrap_err().kind(),
+            io::ErrorKind::WouldBlock
+        );
         assert!(source.finished().is_none());
         drop(writer.finish(3).unwrap());
         assert_eq!(source.read(&mut buffer).unwrap(), 0);
@@ -164,7 +189,10 @@ mod tests {
     #[test]
     fn chunk_sink_frames_with_back_pressure() {
         let (r, w) = pipe();
-        let mut sink = ChunkSink::new(FdSink::new(accept(w, Direction::Write).unwrap()), Arc::default());
+        let mut sink = ChunkSink::new(
+            FdSink::new(accept(w, Direction::Write).unwrap()),
+            Arc::default(),
+        );
         let payload: Vec<u8> = (0..500_000u32).map(|i| i as u8).collect();
         let reader = crate::host::thread::spawn("reader", move || {
             let mut reader = ChunkReader::new(std::fs::File::from(r));
@@ -181,11 +209,14 @@ mod tests {
                 Ok(n) => rest = &rest[n..],
                 Err(e) => {
                     assert_eq!(e.kind(), io::ErrorKind::WouldBlock);
-                    wait.poll(&[PollFd::new(sink.fd().unwrap(), PollFlags::POLLOUT)], None).unwrap();
+                    wait.poll(&[PollFd::new(sink.fd().unwrap(), PollFlags::POLLOUT)], None)
+                        .unwrap();
                 }
             }
         }
-        let sent = sink.finish(9, Instant::now() + Duration::from_secs(10), &cancel).unwrap();
+        let sent = sink
+            .finish(9, Instant::now() + Duration::from_secs(10), &cancel)
+            .unwrap();
         let (back, trailer) = reader.join().unwrap();
         assert!(back == payload);
         assert_eq!(trailer, sent);
@@ -196,16 +227,27 @@ mod tests {
         let (_r, w) = pipe();
         let make = || {
             let fd = rustix::io::dup(&w).unwrap();
-            let mut sink = ChunkSink::new(FdSink::new(accept(fd, Direction::Write).unwrap()), Arc::default());
+            let mut sink = ChunkSink::new(
+                FdSink::new(accept(fd, Direction::Write).unwrap()),
+                Arc::default(),
+            );
             // At most two writes succeed: one fills the pipe, the other is buffered.
             while sink.write(&[0; 200_000]).is_ok() {}
             sink
         };
         let cancel = Cancel::try_new().unwrap();
         let soon = Instant::now() + Duration::from_millis(30);
-        assert_eq!(make().finish(0, soon, &cancel).unwrap_err().kind(), Kind::Timeout);
+        assert_eq!(
+            make().finish(0, soon, &cancel).unwrap_err().kind(),
+            Kind::Timeout
+        );
         cancel.cancel(crate::locks::CancelCause::VmStopped);
-        let e = make().finish(0, Instant::now() + Duration::from_secs(10), &cancel).unwrap_err();
-        assert_eq!((e.kind(), e.to_string().as_str()), (Kind::Cancelled, "cancelled: the VM was stopped"));
+        let e = make()
+            .finish(0, Instant::now() + Duration::from_secs(10), &cancel)
+            .unwrap_err();
+        assert_eq!(
+            (e.kind(), e.to_string().as_str()),
+            (Kind::Cancelled, "cancelled: the VM was stopped")
+        );
     }
 }

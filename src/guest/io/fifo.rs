@@ -39,21 +39,32 @@ impl Direction {
 pub fn accept(fd: OwnedFd, direction: Direction) -> Result<OwnedFd> {
     let wanted = direction.end();
     let refused = |what: &str| {
-        Error::invalid(format!("the passed descriptor is {what}, wanted the {wanted} of a fifo"))
-            .hint("pass one end of pipe(2); fcctl does")
+        Error::invalid(format!(
+            "the passed descriptor is {what}, wanted the {wanted} of a fifo"
+        ))
+        .hint("pass one end of pipe(2); fcctl does")
     };
     let stat = rustix::fs::fstat(&fd).map_err(|e| Error::io("inspect the passed descriptor", e))?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::Fifo {
         return Err(refused("not a fifo"));
     }
-    let flags = rustix::fs::fcntl_getfl(&fd).map_err(|e| Error::io("inspect the passed descriptor", e))?;
+    let flags =
+        rustix::fs::fcntl_getfl(&fd).map_err(|e| Error::io("inspect the passed descriptor", e))?;
     if flags.contains(OFlags::PATH) || flags & OFlags::ACCMODE != direction.access() {
         return Err(refused("not open in that direction"));
     }
     let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
-    let own =
-        rustix::fs::open(path.as_str(), direction.access() | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY, Mode::empty());
-    let unread = || Error::new(Kind::Cancelled, "cancelled: nobody reads the passed fifo any more");
+    let own = rustix::fs::open(
+        path.as_str(),
+        direction.access() | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY,
+        Mode::empty(),
+    );
+    let unread = || {
+        Error::new(
+            Kind::Cancelled,
+            "cancelled: nobody reads the passed fifo any more",
+        )
+    };
     let own = own.map_err(|e| match e {
         // fifo(7): without a reader, a write end cannot be opened without blocking.
         Errno::NXIO => unread(),
@@ -87,13 +98,21 @@ mod tests {
         let r_kept = r.try_clone().unwrap();
         let ours = accept(r, Direction::Read).unwrap();
         assert_eq!(rustix::io::read(&ours, &mut [0; 8]), Err(Errno::AGAIN));
-        assert!(!rustix::fs::fcntl_getfl(&r_kept).unwrap().contains(OFlags::NONBLOCK));
+        assert!(
+            !rustix::fs::fcntl_getfl(&r_kept)
+                .unwrap()
+                .contains(OFlags::NONBLOCK)
+        );
         let w = accept(w, Direction::Write).unwrap();
         assert_eq!(rustix::io::write(&w, b"hello"), Ok(5));
         let mut buffer = [0; 8];
         assert_eq!(rustix::io::read(&ours, &mut buffer), Ok(5));
         drop(w);
-        assert_eq!(rustix::io::read(&ours, &mut buffer), Ok(0), "the last writer's end is seen");
+        assert_eq!(
+            rustix::io::read(&ours, &mut buffer),
+            Ok(0),
+            "the last writer's end is seen"
+        );
     }
 
     #[test]
@@ -113,7 +132,14 @@ mod tests {
     fn fifo_descriptor_without_access_gains_none() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("fifo");
-        rustix::fs::mknodat(rustix::fs::CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            &path,
+            FileType::Fifo,
+            Mode::RUSR | Mode::WUSR,
+            0,
+        )
+        .unwrap();
         let fd = rustix::fs::open(&path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap();
         assert_eq!(kind(fd, Direction::Read), Kind::InvalidArgument);
     }
@@ -125,8 +151,20 @@ mod tests {
         assert_eq!(kind(w, Direction::Write), Kind::Cancelled);
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("fifo");
-        rustix::fs::mknodat(rustix::fs::CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
-        let r = rustix::fs::open(&path, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty()).unwrap();
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            &path,
+            FileType::Fifo,
+            Mode::RUSR | Mode::WUSR,
+            0,
+        )
+        .unwrap();
+        let r = rustix::fs::open(
+            &path,
+            OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
+        .unwrap();
         let w = rustix::fs::open(&path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty()).unwrap();
         drop(r);
         assert_eq!(kind(w, Direction::Write), Kind::Cancelled);

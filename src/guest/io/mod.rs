@@ -66,12 +66,18 @@ pub fn read_to_end(
     cancel: &Cancel,
 ) -> Result<Vec<u8>> {
     const PIECE_BYTES: usize = 64 * 1024;
-    let wait = Wait::new(cancel).deadline(Some(deadline)).hangup(Some(hangup));
+    let wait = Wait::new(cancel)
+        .deadline(Some(deadline))
+        .hangup(Some(hangup));
     let (mut all, mut piece) = (Vec::new(), vec![0; PIECE_BYTES]);
     loop {
         match source.read(&mut piece) {
             Ok(0) => return Ok(all),
-            Ok(n) if all.len() + n > bytes_max => return Err(Error::invalid(format!("it has more than {bytes_max} bytes"))),
+            Ok(n) if all.len() + n > bytes_max => {
+                return Err(Error::invalid(format!(
+                    "it has more than {bytes_max} bytes"
+                )));
+            }
             Ok(n) => all.extend_from_slice(&piece[..n]),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                 let fd = source.fd().map(|fd| PollFd::new(fd, PollFlags::POLLIN));
@@ -99,7 +105,10 @@ pub struct BytesSource {
 
 impl BytesSource {
     pub fn new(bytes: impl Into<Vec<u8>>) -> Self {
-        Self { bytes: bytes.into(), at: 0 }
+        Self {
+            bytes: bytes.into(),
+            at: 0,
+        }
     }
 }
 
@@ -124,7 +133,11 @@ pub struct VecSink {
 
 impl VecSink {
     pub fn new(bytes_max: usize) -> Self {
-        Self { bytes: Vec::new(), truncated: false, bytes_max }
+        Self {
+            bytes: Vec::new(),
+            truncated: false,
+            bytes_max,
+        }
     }
 }
 
@@ -134,7 +147,8 @@ impl Sink for VecSink {
     }
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let room = self.bytes_max - self.bytes.len();
-        self.bytes.extend_from_slice(&bytes[..bytes.len().min(room)]);
+        self.bytes
+            .extend_from_slice(&bytes[..bytes.len().min(room)]);
         self.truncated |= bytes.len() > room;
         Ok(bytes.len())
     }

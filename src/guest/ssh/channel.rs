@@ -68,11 +68,18 @@ impl Channel {
             )
         };
         if !raw.is_null() {
-            return Ok(Some(Self { raw, shared: shared.clone(), offered: None }));
+            return Ok(Some(Self {
+                raw,
+                shared: shared.clone(),
+                offered: None,
+            }));
         }
         match unsafe { raw::libssh2_session_last_errno(shared.raw()) } {
             raw::LIBSSH2_ERROR_EAGAIN => Ok(None),
-            rc => Err(ssh2::Error::from_session_error(&shared.session.borrow(), rc)),
+            rc => Err(ssh2::Error::from_session_error(
+                &shared.session.borrow(),
+                rc,
+            )),
         }
     }
 
@@ -80,7 +87,10 @@ impl Channel {
         match rc {
             n if n >= 0 => Ok(Some(n as usize)),
             n if n == raw::LIBSSH2_ERROR_EAGAIN as isize => Ok(None),
-            n => Err(ssh2::Error::from_session_error(&self.shared.session.borrow(), n as c_int)),
+            n => Err(ssh2::Error::from_session_error(
+                &self.shared.session.borrow(),
+                n as c_int,
+            )),
         }
     }
 
@@ -124,7 +134,9 @@ impl Channel {
 
     /// Reads a stream. 0 is the end of both streams from this one's point of view.
     pub fn read(&mut self, stream: c_int, buffer: &mut [u8; READ_BYTES]) -> Step<usize> {
-        let rc = unsafe { raw::libssh2_channel_read_ex(self.raw, stream, buffer.as_mut_ptr().cast(), buffer.len()) };
+        let rc = unsafe {
+            raw::libssh2_channel_read_ex(self.raw, stream, buffer.as_mut_ptr().cast(), buffer.len())
+        };
         self.step(rc)
     }
 
@@ -144,9 +156,14 @@ impl Channel {
     pub fn write(&mut self, bytes: &[u8]) -> Step<usize> {
         let n = self.offered.unwrap_or(bytes.len().min(WRITE_BYTES_MAX));
         let bytes = &bytes[..n];
-        let rc = unsafe { raw::libssh2_channel_write_ex(self.raw, STDOUT, bytes.as_ptr().cast(), n) };
+        let rc =
+            unsafe { raw::libssh2_channel_write_ex(self.raw, STDOUT, bytes.as_ptr().cast(), n) };
         let step = self.step(rc);
-        self.offered = if matches!(step, Ok(None)) { Some(n) } else { None };
+        self.offered = if matches!(step, Ok(None)) {
+            Some(n)
+        } else {
+            None
+        };
         step
     }
 

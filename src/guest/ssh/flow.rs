@@ -50,7 +50,14 @@ impl<'a> Inlet<'a> {
     pub fn new(source: Option<&'a mut dyn Source>, has_pty: bool) -> Self {
         let eof_read = source.is_none();
         let eof_sent = eof_read && has_pty;
-        Self { source, buffer: Vec::with_capacity(IN_BYTES), at: 0, is_ready: true, eof_read, eof_sent }
+        Self {
+            source,
+            buffer: Vec::with_capacity(IN_BYTES),
+            at: 0,
+            is_ready: true,
+            eof_read,
+            eof_sent,
+        }
     }
 
     fn has_room(&self) -> bool {
@@ -65,7 +72,13 @@ impl<'a> Inlet<'a> {
     }
 
     fn read_some(&mut self) -> Result<()> {
-        let Some(source) = self.source.as_mut().filter(|_| self.is_ready && !self.eof_read) else { return Ok(()) };
+        let Some(source) = self
+            .source
+            .as_mut()
+            .filter(|_| self.is_ready && !self.eof_read)
+        else {
+            return Ok(());
+        };
         if self.at > 0 {
             self.buffer.drain(..self.at);
             self.at = 0;
@@ -76,7 +89,8 @@ impl<'a> Inlet<'a> {
         }
         self.buffer.resize(IN_BYTES, 0);
         let result = source.read(&mut self.buffer[filled..]);
-        self.buffer.truncate(filled + result.as_ref().map_or(0, |n| *n));
+        self.buffer
+            .truncate(filled + result.as_ref().map_or(0, |n| *n));
         match result {
             Ok(0) => self.eof_read = true,
             Ok(_) => {}
@@ -88,7 +102,12 @@ impl<'a> Inlet<'a> {
     }
 
     /// Reads and sends. Sets `progress` if the channel accepted bytes.
-    pub fn turn(&mut self, shared: &Shared, channel: &mut Channel, progress: &mut bool) -> Result<Turn, TurnError> {
+    pub fn turn(
+        &mut self,
+        shared: &Shared,
+        channel: &mut Channel,
+        progress: &mut bool,
+    ) -> Result<Turn, TurnError> {
         for _ in 0..PIECES_PER_ROUND {
             if self.eof_sent || shared.outbox_is_high() {
                 return Ok(Turn::Waits);
@@ -106,7 +125,9 @@ impl<'a> Inlet<'a> {
                 return Ok(Turn::Waits);
             }
             if waiting >= WRITE_BYTES_MAX || !self.is_ready || self.eof_read {
-                let Some(n) = channel.write(&self.buffer[self.at..])? else { return Ok(Turn::Waits) };
+                let Some(n) = channel.write(&self.buffer[self.at..])? else {
+                    return Ok(Turn::Waits);
+                };
                 self.at += n;
                 *progress |= n > 0;
             }
@@ -127,7 +148,14 @@ pub(super) struct Outlet<'a> {
 
 impl<'a> Outlet<'a> {
     pub fn new(stream: c_int, sink: Option<&'a mut dyn Sink>) -> Self {
-        Self { stream, sink, buffer: Box::new([0; READ_BYTES]), at: 0, len: 0, is_ready: true }
+        Self {
+            stream,
+            sink,
+            buffer: Box::new([0; READ_BYTES]),
+            at: 0,
+            len: 0,
+            is_ready: true,
+        }
     }
 
     pub fn is_empty(&self) -> bool {
@@ -136,7 +164,11 @@ impl<'a> Outlet<'a> {
 
     /// The sink's descriptor, if this stream waits for the sink.
     pub fn poll_fd(&self) -> Option<PollFd<'_>> {
-        let fd = self.sink.as_ref().filter(|_| !self.is_empty() && !self.is_ready)?.fd()?;
+        let fd = self
+            .sink
+            .as_ref()
+            .filter(|_| !self.is_empty() && !self.is_ready)?
+            .fd()?;
         Some(PollFd::new(fd, PollFlags::POLLOUT))
     }
 

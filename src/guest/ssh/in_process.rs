@@ -13,17 +13,35 @@ pub struct InProcess;
 
 impl Transport for InProcess {
     fn wait_ready(&self, _: &Target, _: Instant, _: &Cancel) -> Result<()> {
-        Err(Error::new(Kind::Unsupported, "this transport only runs commands"))
+        Err(Error::new(
+            Kind::Unsupported,
+            "this transport only runs commands",
+        ))
     }
 
-    fn exec(&self, target: &Target, spec: &ExecSpec, streams: Streams<'_>, cancel: &Cancel) -> Result<Exit> {
+    fn exec(
+        &self,
+        target: &Target,
+        spec: &ExecSpec,
+        streams: Streams<'_>,
+        cancel: &Cancel,
+    ) -> Result<Exit> {
         let _blocking = region(Rank::GuestIo);
-        let wait = Wait::new(cancel).deadline(spec.deadline).hangup(streams.hangup);
+        let wait = Wait::new(cancel)
+            .deadline(spec.deadline)
+            .hangup(streams.hangup);
         let socket = connect::connect(target, &wait)?;
-        let who = Identity { user: &target.user, private_key: &target.private_key, host_key: &target.host_key };
+        let who = Identity {
+            user: &target.user,
+            private_key: &target.private_key,
+            host_key: &target.host_key,
+        };
         let failed = |e: LogInError| Error::new(Kind::GuestUnavailable, format!("{e:?}"));
         let shared = log_in(socket, &who, &wait).map_err(failed)?;
-        let channel = start(&shared, spec.pty.as_ref(), spec.command.as_bytes(), &wait).map_err(failed)?;
-        Pump::new(shared, channel, spec.pty.is_some(), streams, wait).no_wait_children(spec.no_wait_children).run()
+        let channel =
+            start(&shared, spec.pty.as_ref(), spec.command.as_bytes(), &wait).map_err(failed)?;
+        Pump::new(shared, channel, spec.pty.is_some(), streams, wait)
+            .no_wait_children(spec.no_wait_children)
+            .run()
     }
 }

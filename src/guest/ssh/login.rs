@@ -51,14 +51,20 @@ impl StepError {
         match self {
             StepError::Ssh(e) => LogInError::Unavailable(format!("{doing}: {}", e.message())),
             StepError::Lost => LogInError::Unavailable(format!("{doing}: the connection ended")),
-            StepError::Flood => LogInError::Unavailable(format!("{doing}: it sent more than {LOGIN_BYTES_MAX} bytes")),
+            StepError::Flood => LogInError::Unavailable(format!(
+                "{doing}: it sent more than {LOGIN_BYTES_MAX} bytes"
+            )),
             StepError::Ended => LogInError::Ended,
         }
     }
 }
 
 /// Repeats a libssh2 step and moves bytes until it is done.
-fn drive<T>(shared: &Rc<Shared>, wait: &Wait<'_>, mut step: impl FnMut() -> Step<T>) -> Result<T, StepError> {
+fn drive<T>(
+    shared: &Rc<Shared>,
+    wait: &Wait<'_>,
+    mut step: impl FnMut() -> Step<T>,
+) -> Result<T, StepError> {
     loop {
         let done = step();
         shared.flush();
@@ -75,7 +81,8 @@ fn drive<T>(shared: &Rc<Shared>, wait: &Wait<'_>, mut step: impl FnMut() -> Step
         if shared.ended() {
             return Err(StepError::Lost);
         }
-        wait.poll(shared.poll_fd().as_slice(), None).map_err(|_| StepError::Ended)?;
+        wait.poll(shared.poll_fd().as_slice(), None)
+            .map_err(|_| StepError::Ended)?;
     }
 }
 
@@ -83,13 +90,19 @@ fn drive<T>(shared: &Rc<Shared>, wait: &Wait<'_>, mut step: impl FnMut() -> Step
 fn as_step<T>(result: Result<T, ssh2::Error>) -> Step<T> {
     match result {
         Ok(v) => Ok(Some(v)),
-        Err(e) if e.code() == ssh2::ErrorCode::Session(libssh2_sys::LIBSSH2_ERROR_EAGAIN) => Ok(None),
+        Err(e) if e.code() == ssh2::ErrorCode::Session(libssh2_sys::LIBSSH2_ERROR_EAGAIN) => {
+            Ok(None)
+        }
         Err(e) => Err(e),
     }
 }
 
 /// Exchanges banners and keys, compares the host key and authenticates. The socket must not block.
-pub(in crate::guest) fn log_in(socket: TcpStream, who: &Identity<'_>, wait: &Wait<'_>) -> Result<Rc<Shared>, LogInError> {
+pub(in crate::guest) fn log_in(
+    socket: TcpStream,
+    who: &Identity<'_>,
+    wait: &Wait<'_>,
+) -> Result<Rc<Shared>, LogInError> {
     let unavailable = |e: Error| LogInError::Unavailable(e.to_string());
     let shared = Shared::new(socket).map_err(unavailable)?;
     let session = &shared.session;
@@ -102,11 +115,22 @@ pub(in crate::guest) fn log_in(socket: TcpStream, who: &Identity<'_>, wait: &Wai
         let chosen = session.borrow().method_pref(kind, prefs);
         chosen.map_err(|e| LogInError::Unavailable(format!("choose ssh algorithms: {e}")))?;
     }
-    drive(&shared, wait, || as_step(session.borrow_mut().handshake())).map_err(|e| e.at("greet its SSH server"))?;
-    if session.borrow().host_key().is_none_or(|(blob, _)| blob != who.host_key) {
+    drive(&shared, wait, || as_step(session.borrow_mut().handshake()))
+        .map_err(|e| e.at("greet its SSH server"))?;
+    if session
+        .borrow()
+        .host_key()
+        .is_none_or(|(blob, _)| blob != who.host_key)
+    {
         return Err(LogInError::HostKeyMismatch);
     }
-    let log_in = || as_step(session.borrow().userauth_pubkey_memory(who.user, None, who.private_key, None));
+    let log_in = || {
+        as_step(
+            session
+                .borrow()
+                .userauth_pubkey_memory(who.user, None, who.private_key, None),
+        )
+    };
     drive(&shared, wait, log_in).map_err(|e| match e {
         StepError::Ssh(e) => LogInError::KeyRefused(e.message().to_owned()),
         other => other.at("log in"),
@@ -122,7 +146,8 @@ pub(in crate::guest) fn start(
     wait: &Wait<'_>,
 ) -> Result<Channel, LogInError> {
     let at = |doing: &'static str| move |e: StepError| e.at(doing);
-    let mut channel = drive(shared, wait, || Channel::open(shared)).map_err(at("open a channel"))?;
+    let mut channel =
+        drive(shared, wait, || Channel::open(shared)).map_err(at("open a channel"))?;
     if let Some(pty) = pty {
         drive(shared, wait, || channel.request_pty(pty)).map_err(at("ask for a terminal"))?;
     }

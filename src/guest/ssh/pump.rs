@@ -26,8 +26,11 @@ const LAST_OUTPUT_QUIET: Duration = Duration::from_millis(100);
 const LAST_OUTPUT_MAX: Duration = Duration::from_secs(2);
 
 fn lost(what: impl std::fmt::Display) -> Error {
-    Error::new(Kind::GuestLost, format!("the connection to the guest broke: {what}"))
-        .hint("check that the VM still runs (fcctl ps) and read its console (fcctl logs {vm})")
+    Error::new(
+        Kind::GuestLost,
+        format!("the connection to the guest broke: {what}"),
+    )
+    .hint("check that the VM still runs (fcctl ps) and read its console (fcctl logs {vm})")
 }
 
 pub(in crate::guest) struct Pump<'w, 'a> {
@@ -64,7 +67,13 @@ impl LastOutput {
 }
 
 impl<'w, 'a> Pump<'w, 'a> {
-    pub fn new(shared: Rc<Shared>, channel: Channel, has_pty: bool, streams: Streams<'a>, wait: Wait<'w>) -> Self {
+    pub fn new(
+        shared: Rc<Shared>,
+        channel: Channel,
+        has_pty: bool,
+        streams: Streams<'a>,
+        wait: Wait<'w>,
+    ) -> Self {
         let keepalive = Keepalive::new(&shared);
         Self {
             channel,
@@ -86,7 +95,10 @@ impl<'w, 'a> Pump<'w, 'a> {
 
     /// Ends the run when the command ends, even if other processes still hold its output open.
     pub fn no_wait_children(self, is_so: bool) -> Self {
-        Self { no_wait_children: is_so, ..self }
+        Self {
+            no_wait_children: is_so,
+            ..self
+        }
     }
 
     /// Runs until the command ends or something else ends the wait.
@@ -112,11 +124,25 @@ impl<'w, 'a> Pump<'w, 'a> {
             TurnError::Caller(e) => e,
         })?;
         self.shared.flush();
-        let Some(turn) = turn else { return self.finish().map(Some) };
+        let Some(turn) = turn else {
+            return self.finish().map(Some);
+        };
         // While reading from the server is held back, no keepalive answer can arrive either.
-        let next = if self.flood.is_held { Instant::now() + KEEPALIVE_INTERVAL } else { self.keepalive.check(&self.shared)? };
-        let next = self.last_output.map(LastOutput::until).filter(|end| *end > Instant::now()).map_or(next, |end| end.min(next));
-        self.poll(if turn == Turn::More { Instant::now() } else { next })?;
+        let next = if self.flood.is_held {
+            Instant::now() + KEEPALIVE_INTERVAL
+        } else {
+            self.keepalive.check(&self.shared)?
+        };
+        let next = self
+            .last_output
+            .map(LastOutput::until)
+            .filter(|end| *end > Instant::now())
+            .map_or(next, |end| end.min(next));
+        self.poll(if turn == Turn::More {
+            Instant::now()
+        } else {
+            next
+        })?;
         Ok(None)
     }
 
@@ -139,10 +165,21 @@ impl<'w, 'a> Pump<'w, 'a> {
         if !closed && self.shared.ended() {
             return Err(TurnError::Caller(lost("the guest closed it")));
         }
-        let input = if closed { Turn::Waits } else { self.stdin.turn(&self.shared, &mut self.channel, &mut progress)? };
+        let input = if closed {
+            Turn::Waits
+        } else {
+            self.stdin
+                .turn(&self.shared, &mut self.channel, &mut progress)?
+        };
         let waits_for_caller = !(self.stdout.is_empty() && self.stderr.is_empty());
-        self.flood.check(self.shared.received(), progress, waits_for_caller).map_err(TurnError::Caller)?;
-        Ok(Some(if [out, err, input].contains(&Turn::More) { Turn::More } else { Turn::Waits }))
+        self.flood
+            .check(self.shared.received(), progress, waits_for_caller)
+            .map_err(TurnError::Caller)?;
+        Ok(Some(if [out, err, input].contains(&Turn::More) {
+            Turn::More
+        } else {
+            Turn::Waits
+        }))
     }
 
     /// True if the command has ended, its own output was delivered, and remaining holders of its
@@ -152,7 +189,10 @@ impl<'w, 'a> Pump<'w, 'a> {
             return false;
         }
         let now = Instant::now();
-        let last_output = self.last_output.get_or_insert(LastOutput { since: now, quiet_since: now });
+        let last_output = self.last_output.get_or_insert(LastOutput {
+            since: now,
+            quiet_since: now,
+        });
         if progress {
             last_output.quiet_since = now;
         }
@@ -180,12 +220,21 @@ impl<'w, 'a> Pump<'w, 'a> {
     }
 
     fn finish(&self) -> Result<Exit> {
-        self.channel.exit().ok_or_else(|| lost("its SSH server closed the channel without an exit status"))
+        self.channel
+            .exit()
+            .ok_or_else(|| lost("its SSH server closed the channel without an exit status"))
     }
 
     fn poll(&mut self, until: Instant) -> Result<()> {
-        let places = [self.stdin.poll_fd(), self.stdout.poll_fd(), self.stderr.poll_fd()];
-        let controls = self.controls.as_ref().map(|c| PollFd::new(c.fd(), PollFlags::POLLIN));
+        let places = [
+            self.stdin.poll_fd(),
+            self.stdout.poll_fd(),
+            self.stderr.poll_fd(),
+        ];
+        let controls = self
+            .controls
+            .as_ref()
+            .map(|c| PollFd::new(c.fd(), PollFlags::POLLIN));
         let connection = self.shared.poll_fd().filter(|_| !self.flood.is_held);
         let mut fds: Vec<_> = connection.into_iter().chain(controls).collect();
         let first = fds.len();
@@ -203,7 +252,8 @@ impl<'w, 'a> Pump<'w, 'a> {
     /// connection and takes the end of its input for an ordinary one. After a cancel nothing is
     /// sent: either the VM stops too, or someone waits for this worker.
     fn send_hangup(&mut self, why: &Error) {
-        let too_late = why.kind() == Kind::GuestLost || (why.kind() == Kind::Cancelled && !is_hang_up(why));
+        let too_late =
+            why.kind() == Kind::GuestLost || (why.kind() == Kind::Cancelled && !is_hang_up(why));
         if self.has_pty || too_late {
             return;
         }
@@ -216,7 +266,9 @@ impl<'w, 'a> Pump<'w, 'a> {
             }
             self.signaller.step(&self.shared);
             self.shared.flush();
-            if self.signaller.is_idle() || wait.poll(self.shared.poll_fd().as_slice(), None).is_err() {
+            if self.signaller.is_idle()
+                || wait.poll(self.shared.poll_fd().as_slice(), None).is_err()
+            {
                 return;
             }
         }
@@ -258,7 +310,9 @@ impl Flood {
         let unused = received - self.at_progress;
         self.is_held = waits_for_caller && unused > HELD_BYTES;
         if unused > allowed && !waits_for_caller {
-            return Err(lost(format!("its SSH server sent {unused} bytes that belong to no stream of the command")));
+            return Err(lost(format!(
+                "its SSH server sent {unused} bytes that belong to no stream of the command"
+            )));
         }
         Ok(())
     }
@@ -277,7 +331,12 @@ impl Keepalive {
         // libssh2 sends no keepalives on its own in non-blocking mode. With the shortest interval
         // we control the timing.
         shared.session.borrow().set_keepalive(true, 2);
-        Self { received: shared.received(), quiet_since: Instant::now(), asked_last: None, unanswered_since: None }
+        Self {
+            received: shared.received(),
+            quiet_since: Instant::now(),
+            asked_last: None,
+            unanswered_since: None,
+        }
     }
 
     /// Returns the time of the next check, or `guest_lost` if nothing arrived for too long.
@@ -287,8 +346,14 @@ impl Keepalive {
             self.received = shared.received();
             (self.quiet_since, self.asked_last, self.unanswered_since) = (now, None, None);
         }
-        if self.unanswered_since.is_some_and(|since| now.duration_since(since) >= KEEPALIVE_TIMEOUT) {
-            return Err(lost(format!("no sign of life for {} s", now.duration_since(self.quiet_since).as_secs())));
+        if self
+            .unanswered_since
+            .is_some_and(|since| now.duration_since(since) >= KEEPALIVE_TIMEOUT)
+        {
+            return Err(lost(format!(
+                "no sign of life for {} s",
+                now.duration_since(self.quiet_since).as_secs()
+            )));
         }
         let due = self.asked_last.unwrap_or(self.quiet_since) + KEEPALIVE_INTERVAL;
         if now < due {

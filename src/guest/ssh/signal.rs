@@ -64,8 +64,12 @@ impl Signaller {
             let next = match &mut self.state {
                 State::Idle => Ok(Some(State::Opening)),
                 State::Opening => Channel::open(shared).map(|c| c.map(State::Starting)),
-                State::Starting(channel) => channel.exec(command(signal).as_bytes()).map(|done| done.map(|_| State::Idle)),
-                State::Running(channel) => drain(channel).map(|closed| closed.then_some(State::Idle)),
+                State::Starting(channel) => channel
+                    .exec(command(signal).as_bytes())
+                    .map(|done| done.map(|_| State::Idle)),
+                State::Running(channel) => {
+                    drain(channel).map(|closed| closed.then_some(State::Idle))
+                }
             };
             let was = match next {
                 Ok(None) => return,
@@ -104,7 +108,8 @@ mod tests {
     /// init adopts the orphans.
     #[test]
     fn signal_that_comes_too_late_hits_nobody() {
-        let is_orphan = "while read -r _ _ _ parent _ </proc/self/stat && [ $parent != 1 ]; do :; done";
+        let is_orphan =
+            "while read -r _ _ _ parent _ </proc/self/stat && [ $parent != 1 ]; do :; done";
         let late = command("USR1");
         let dir = tempfile::tempdir().unwrap();
         let fifo = dir.path().join("its-end");
@@ -113,10 +118,27 @@ mod tests {
             "sleep 1000 & bystander=$!; mkfifo {fifo}; ( ( {is_orphan}; {late} ) 7>{fifo} & ); cat {fifo}; \
              kill -TERM $bystander; wait $bystander; [ $? = 143 ] && echo it lived"
         );
-        let unshare = ["--user", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", &script];
-        let command = crate::host::Command::new("unshare").args(unshare).deadline(std::time::Duration::from_secs(20));
+        let unshare = [
+            "--user",
+            "--map-root-user",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+            "sh",
+            "-c",
+            &script,
+        ];
+        let command = crate::host::Command::new("unshare")
+            .args(unshare)
+            .deadline(std::time::Duration::from_secs(20));
         let cancel = crate::locks::Cancel::try_new().unwrap();
         let out = crate::host::command::run_any_status(&command, &cancel, &mut |_| {}).unwrap();
-        assert_eq!(String::from_utf8_lossy(&out.stdout), "it lived\n", "{}", String::from_utf8_lossy(&out.stderr));
+        assert_eq!(
+            String::from_utf8_lossy(&out.stdout),
+            "it lived\n",
+            "{}",
+            String::from_utf8_lossy(&out.stderr)
+        );
     }
 }

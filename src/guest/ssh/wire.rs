@@ -55,7 +55,11 @@ type Callback = unsafe extern "C" fn();
 #[allow(unsafe_code)]
 unsafe extern "C" {
     // Declared in libssh2.h of the vendored libssh2; libssh2-sys 0.3.4 has no binding.
-    fn libssh2_session_callback_set2(session: *mut raw::LIBSSH2_SESSION, kind: c_int, callback: Callback) -> Callback;
+    fn libssh2_session_callback_set2(
+        session: *mut raw::LIBSSH2_SESSION,
+        kind: c_int,
+        callback: Callback,
+    ) -> Callback;
 }
 /// Values from libssh2.h.
 const LIBSSH2_CALLBACK_SEND: c_int = 5;
@@ -63,23 +67,41 @@ const LIBSSH2_CALLBACK_RECV: c_int = 6;
 
 /// `LIBSSH2_RECV_FUNC`: negative errno on failure, 0 at the end.
 #[allow(unsafe_code)]
-unsafe extern "C" fn receive(_fd: c_int, buffer: *mut c_void, len: usize, _flags: c_int, place: *mut *mut c_void) -> isize {
+unsafe extern "C" fn receive(
+    _fd: c_int,
+    buffer: *mut c_void,
+    len: usize,
+    _flags: c_int,
+    place: *mut *mut c_void,
+) -> isize {
     // SAFETY: `place` is the session's abstract pointer, which `Shared::new` set to the wire. The
     // wire outlives the session, and the RefCell is not borrowed while libssh2 runs.
     let mut wire = unsafe { &*(*place).cast::<RefCell<Wire>>() }.borrow_mut();
     let n = len.min(wire.inbox.len() - wire.inbox_at);
     if n == 0 {
-        return if wire.shut { 0 } else { -(libc::EAGAIN as isize) };
+        return if wire.shut {
+            0
+        } else {
+            -(libc::EAGAIN as isize)
+        };
     }
     // SAFETY: libssh2 provides space for `len` bytes, and `n` is at most that.
-    unsafe { std::ptr::copy_nonoverlapping(wire.inbox[wire.inbox_at..].as_ptr(), buffer.cast::<u8>(), n) };
+    unsafe {
+        std::ptr::copy_nonoverlapping(wire.inbox[wire.inbox_at..].as_ptr(), buffer.cast::<u8>(), n)
+    };
     wire.inbox_at += n;
     n as isize
 }
 
 /// `LIBSSH2_SEND_FUNC`: always accepts everything.
 #[allow(unsafe_code)]
-unsafe extern "C" fn send(_fd: c_int, bytes: *const c_void, len: usize, _flags: c_int, place: *mut *mut c_void) -> isize {
+unsafe extern "C" fn send(
+    _fd: c_int,
+    bytes: *const c_void,
+    len: usize,
+    _flags: c_int,
+    place: *mut *mut c_void,
+) -> isize {
     // SAFETY: as in `receive`.
     let mut wire = unsafe { &*(*place).cast::<RefCell<Wire>>() }.borrow_mut();
     // SAFETY: libssh2 provides `len` bytes.
@@ -92,7 +114,8 @@ impl Shared {
     /// Creates a session on a connected, non-blocking socket.
     #[allow(unsafe_code)]
     pub fn new(socket: TcpStream) -> Result<Rc<Self>> {
-        let session = ssh2::Session::new().map_err(|e| Error::internal("make an ssh session").with_source(e))?;
+        let session = ssh2::Session::new()
+            .map_err(|e| Error::internal("make an ssh session").with_source(e))?;
         session.set_blocking(false);
         let raw: *mut raw::LIBSSH2_SESSION = {
             let mut locked = session.raw();
@@ -113,7 +136,15 @@ impl Shared {
         let session = RefCell::new(session);
         session.borrow_mut().set_tcp_stream(socket.clone());
         let scratch = RefCell::new(vec![0; ROUND_BYTES]);
-        Ok(Rc::new(Self { session, raw, wire, socket, scratch, received: Cell::new(0), taken: Cell::new(0) }))
+        Ok(Rc::new(Self {
+            session,
+            raw,
+            wire,
+            socket,
+            scratch,
+            received: Cell::new(0),
+            taken: Cell::new(0),
+        }))
     }
 
     /// The raw session. Valid as long as `self`.
@@ -140,7 +171,11 @@ impl Shared {
                 self.received.set(self.received.get() + n as u64);
                 return true;
             }
-            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+            Err(e)
+                if matches!(
+                    e.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+                ) => {}
             Err(_) => wire.ended = true,
         }
         false
@@ -149,7 +184,12 @@ impl Shared {
     /// Sends as much as the socket accepts. A failure shows when the peer's end is read.
     pub fn flush(&self) {
         let mut wire = self.wire.borrow_mut();
-        let Wire { outbox, outbox_at, unsendable, .. } = &mut *wire;
+        let Wire {
+            outbox,
+            outbox_at,
+            unsendable,
+            ..
+        } = &mut *wire;
         while *outbox_at < outbox.len() && !*unsendable {
             match (&*self.socket).write(&outbox[*outbox_at..]) {
                 Ok(n) => *outbox_at += n,

@@ -2,8 +2,8 @@
 //! sockets.
 
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, recvmsg, send, sendmsg,
-    socketpair,
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr,
+    recvmsg, send, sendmsg, socketpair,
 };
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -59,7 +59,13 @@ impl Channel {
             let sent = if raw.is_empty() {
                 send(self.0.as_raw_fd(), message, flags)
             } else {
-                sendmsg::<UnixAddr>(self.0.as_raw_fd(), &[IoSlice::new(message)], &rights, flags, None)
+                sendmsg::<UnixAddr>(
+                    self.0.as_raw_fd(),
+                    &[IoSlice::new(message)],
+                    &rights,
+                    flags,
+                    None,
+                )
             };
             match sent {
                 Ok(_) => return Ok(()),
@@ -89,7 +95,8 @@ impl Channel {
             let mut parts = [IoSliceMut::new(buffer)];
             let control = (!control.is_empty()).then_some(&mut *control);
             let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-            let message = match recvmsg::<UnixAddr>(self.0.as_raw_fd(), &mut parts, control, flags) {
+            let message = match recvmsg::<UnixAddr>(self.0.as_raw_fd(), &mut parts, control, flags)
+            {
                 Ok(message) => message,
                 Err(nix::errno::Errno::EINTR) => continue,
                 // The other side is gone and left a message of ours unread (unix(7) does not say
@@ -103,14 +110,23 @@ impl Channel {
                 for control in controls {
                     if let ControlMessageOwned::ScmRights(raw) = control {
                         // SAFETY: the kernel has just made these descriptors for us.
-                        fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+                        fds.extend(
+                            raw.into_iter()
+                                .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }),
+                        );
                     }
                 }
             }
             if message.flags.contains(MsgFlags::MSG_TRUNC) {
-                return Err(io::Error::new(io::ErrorKind::InvalidData, "a message of a helper's channel is too long"));
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidData,
+                    "a message of a helper's channel is too long",
+                ));
             }
-            return Ok(Received { len: message.bytes, fds });
+            return Ok(Received {
+                len: message.bytes,
+                fds,
+            });
         }
     }
 }

@@ -33,7 +33,12 @@ const OWN: &str = "-";
 /// The arguments of a helper, read back by [`Asked::parse`].
 pub(super) fn arguments(name: &str, owner: Option<Owner>) -> [OsString; 4] {
     let owner = owner.map_or(OWN.to_owned(), |o| format!("{}:{}", o.uid, o.gid));
-    [ARGUMENT.into(), name.into(), owner.into(), std::process::id().to_string().into()]
+    [
+        ARGUMENT.into(),
+        name.into(),
+        owner.into(),
+        std::process::id().to_string().into(),
+    ]
 }
 
 /// Says what could not be given up.
@@ -42,7 +47,11 @@ fn failed(doing: &str) -> impl FnOnce(io::Error) -> io::Error {
 }
 
 fn check(result: libc::c_int) -> io::Result<()> {
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 impl Asked {
@@ -52,17 +61,29 @@ impl Asked {
     }
 
     fn parse(args: impl Iterator<Item = OsString>) -> Option<Self> {
-        let args: Vec<String> = args.take(5).map(|a| a.to_string_lossy().into_owned()).collect();
-        let [argument, name, owner, parent] = &args[..] else { return None };
+        let args: Vec<String> = args
+            .take(5)
+            .map(|a| a.to_string_lossy().into_owned())
+            .collect();
+        let [argument, name, owner, parent] = &args[..] else {
+            return None;
+        };
         if argument != ARGUMENT {
             return None;
         }
         let owner = match owner.split_once(':') {
-            Some((uid, gid)) => Some(Owner { uid: uid.parse().ok()?, gid: gid.parse().ok()? }),
+            Some((uid, gid)) => Some(Owner {
+                uid: uid.parse().ok()?,
+                gid: gid.parse().ok()?,
+            }),
             None if owner == OWN => None,
             None => return None,
         };
-        Some(Self { name: name.clone(), owner, parent: parent.parse().ok()? })
+        Some(Self {
+            name: name.clone(),
+            owner,
+            parent: parent.parse().ok()?,
+        })
     }
 
     /// Gives up everything that the profile does not name. To be called while there is one thread,
@@ -74,7 +95,8 @@ impl Asked {
     pub fn confine(&self, profile: &Profile) -> io::Result<()> {
         // SAFETY: system calls on values that live through each call.
         unsafe {
-            check(libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, 0) as libc::c_int).map_err(failed("close files"))?;
+            check(libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, 0) as libc::c_int)
+                .map_err(failed("close files"))?;
             libc::signal(libc::SIGPIPE, libc::SIG_IGN);
             libc::umask(0o777);
             // Fails where it leads a session already, which is as good.
@@ -85,16 +107,21 @@ impl Asked {
         if let Some(owner) = self.owner {
             become_owner(owner).map_err(failed("change to the VM's user"))?;
         }
-        self.die_with_parent().map_err(failed("follow the parent"))?;
+        self.die_with_parent()
+            .map_err(failed("follow the parent"))?;
         // SAFETY: as above.
         unsafe {
-            check(libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0)).map_err(failed("hide from its own user"))?;
-            check(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)).map_err(failed("renounce new privileges"))?;
+            check(libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0))
+                .map_err(failed("hide from its own user"))?;
+            check(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+                .map_err(failed("renounce new privileges"))?;
         }
         landlock(profile.has_network).map_err(failed("leave the file system"))?;
         let calls = BASE.iter().chain(profile.calls).copied();
-        let program = filter::compile(calls).map_err(|e| io::Error::other(format!("make a system call filter: {e}")))?;
-        seccompiler::apply_filter(&program).map_err(|e| io::Error::other(format!("filter system calls: {e}")))
+        let program = filter::compile(calls)
+            .map_err(|e| io::Error::other(format!("make a system call filter: {e}")))?;
+        seccompiler::apply_filter(&program)
+            .map_err(|e| io::Error::other(format!("filter system calls: {e}")))
     }
 
     /// The kernel forgets this at a change of the uid, so it comes after it.
@@ -104,7 +131,11 @@ impl Asked {
         unsafe {
             check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0))?;
             // It may have died before.
-            if libc::getppid() == self.parent { Ok(()) } else { Err(io::Error::other("it is gone")) }
+            if libc::getppid() == self.parent {
+                Ok(())
+            } else {
+                Err(io::Error::other("it is gone"))
+            }
         }
     }
 }
@@ -115,13 +146,19 @@ fn set_limits(profile: &Profile) -> io::Result<()> {
     let limits = [
         (libc::RLIMIT_CORE, 0),
         (libc::RLIMIT_FSIZE, 0),
-        (libc::RLIMIT_AS, used.saturating_add(profile.memory_bytes_max)),
+        (
+            libc::RLIMIT_AS,
+            used.saturating_add(profile.memory_bytes_max),
+        ),
         (libc::RLIMIT_NOFILE, profile.open_files_max),
     ];
     // Counted for the whole uid, under which a VMM has threads; so it is nothing or unlimited.
     let no_threads = (!profile.has_threads).then_some((libc::RLIMIT_NPROC, 0));
     for (resource, most) in limits.into_iter().chain(no_threads) {
-        let limit = libc::rlimit { rlim_cur: most, rlim_max: most };
+        let limit = libc::rlimit {
+            rlim_cur: most,
+            rlim_max: most,
+        };
         // SAFETY: `limit` outlives the call.
         check(unsafe { libc::setrlimit(resource, &raw const limit) })?;
     }
@@ -148,7 +185,11 @@ fn become_owner(owner: Owner) -> io::Result<()> {
         check(libc::setresuid(owner.uid, owner.uid, owner.uid))?;
         // The last step of a root process towards another uid takes its capabilities; make sure
         // that there is no way back.
-        if owner.uid != 0 && libc::setuid(0) == 0 { Err(io::Error::other("root can be regained")) } else { Ok(()) }
+        if owner.uid != 0 && libc::setuid(0) == 0 {
+            Err(io::Error::other("root can be regained"))
+        } else {
+            Ok(())
+        }
     }
 }
 
@@ -173,7 +214,11 @@ const fn deniable(version: libc::c_long, has_network: bool) -> Ruleset {
     };
     Ruleset {
         handled_access_fs: (1 << fs_bits) - 1,
-        handled_access_net: if version >= 4 && !has_network { 0b11 } else { 0 },
+        handled_access_net: if version >= 4 && !has_network {
+            0b11
+        } else {
+            0
+        },
         scoped: if version >= 6 { 0b11 } else { 0 },
     }
 }
@@ -184,7 +229,12 @@ const fn deniable(version: libc::c_long, has_network: bool) -> Ruleset {
 fn landlock(has_network: bool) -> io::Result<()> {
     // SAFETY: without attributes it only says which version there is.
     let version = unsafe {
-        libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<Ruleset>(), 0, LANDLOCK_CREATE_RULESET_VERSION)
+        libc::syscall(
+            libc::SYS_landlock_create_ruleset,
+            std::ptr::null::<Ruleset>(),
+            0,
+            LANDLOCK_CREATE_RULESET_VERSION,
+        )
     };
     if version < 1 {
         return Ok(());
@@ -194,11 +244,17 @@ fn landlock(has_network: bool) -> io::Result<()> {
     let size = std::mem::size_of::<Ruleset>();
     // SAFETY: the structure outlives the call; the descriptor is closed with the process or below.
     unsafe {
-        let fd = libc::syscall(libc::SYS_landlock_create_ruleset, &raw const ruleset, size, 0);
+        let fd = libc::syscall(
+            libc::SYS_landlock_create_ruleset,
+            &raw const ruleset,
+            size,
+            0,
+        );
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
-        let restricted = check(libc::syscall(libc::SYS_landlock_restrict_self, fd, 0) as libc::c_int);
+        let restricted =
+            check(libc::syscall(libc::SYS_landlock_restrict_self, fd, 0) as libc::c_int);
         libc::close(fd as libc::c_int);
         restricted
     }
@@ -210,12 +266,33 @@ mod tests {
 
     #[test]
     fn arguments_are_read_back() {
-        for owner in [None, Some(Owner { uid: 1_900_000_001, gid: 1_900_000_002 })] {
+        for owner in [
+            None,
+            Some(Owner {
+                uid: 1_900_000_001,
+                gid: 1_900_000_002,
+            }),
+        ] {
             let asked = Asked::parse(arguments("guest", owner).into_iter()).unwrap();
-            assert_eq!((asked.name.as_str(), asked.owner, asked.parent), ("guest", owner, std::process::id() as i32));
+            assert_eq!(
+                (asked.name.as_str(), asked.owner, asked.parent),
+                ("guest", owner, std::process::id() as i32)
+            );
         }
-        for bad in ["", "doctor", "helper", "helper guest", "helper guest 1 2", "helper guest - x", "helper guest - 1 2"] {
-            assert_eq!(Asked::parse(bad.split_whitespace().map(OsString::from)), None, "{bad}");
+        for bad in [
+            "",
+            "doctor",
+            "helper",
+            "helper guest",
+            "helper guest 1 2",
+            "helper guest - x",
+            "helper guest - 1 2",
+        ] {
+            assert_eq!(
+                Asked::parse(bad.split_whitespace().map(OsString::from)),
+                None,
+                "{bad}"
+            );
         }
     }
 }

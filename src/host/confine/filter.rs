@@ -5,7 +5,8 @@
 //! trying.
 
 use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule, TargetArch,
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch,
 };
 use std::collections::BTreeMap;
 
@@ -29,7 +30,13 @@ const NO_EXEC: Allowed = ArgumentLacks(2, libc::PROT_EXEC as u64);
 /// Not `F_SETOWN`: it sends signals to others.
 const FCNTL: Allowed = ArgumentIn(
     1,
-    &[libc::F_GETFD as u64, libc::F_SETFD as u64, libc::F_GETFL as u64, libc::F_SETFL as u64, libc::F_DUPFD_CLOEXEC as u64],
+    &[
+        libc::F_GETFD as u64,
+        libc::F_SETFD as u64,
+        libc::F_GETFL as u64,
+        libc::F_SETFL as u64,
+        libc::F_DUPFD_CLOEXEC as u64,
+    ],
 );
 
 /// Without an address: a helper talks to whom its sockets are connected to. sendmsg(2) is not
@@ -52,7 +59,10 @@ pub const BASE: &[Call] = &[
     Call(libc::SYS_poll, Always),
     Call(libc::SYS_ppoll, Always),
     Call(libc::SYS_fcntl, FCNTL),
-    Call(libc::SYS_ioctl, ArgumentIn(1, &[libc::FIONBIO, libc::FIONREAD])),
+    Call(
+        libc::SYS_ioctl,
+        ArgumentIn(1, &[libc::FIONBIO, libc::FIONREAD]),
+    ),
     Call(libc::SYS_brk, Always),
     Call(libc::SYS_mmap, NO_EXEC),
     Call(libc::SYS_mprotect, NO_EXEC),
@@ -83,18 +93,26 @@ impl Call {
             Always => Ok(Vec::new()),
             ArgumentIn(index, values) => values
                 .iter()
-                .map(|value| SeccompCondition::new(index, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, *value).and_then(one))
+                .map(|value| {
+                    SeccompCondition::new(index, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, *value)
+                        .and_then(one)
+                })
                 .collect(),
             ArgumentLacks(index, bits) => {
                 let lacks = SeccompCmpOp::MaskedEq(bits);
-                Ok(vec![SeccompCondition::new(index, SeccompCmpArgLen::Qword, lacks, 0).and_then(one)?])
+                Ok(vec![
+                    SeccompCondition::new(index, SeccompCmpArgLen::Qword, lacks, 0)
+                        .and_then(one)?,
+                ])
             }
         }
     }
 }
 
 /// The filter for these calls.
-pub(super) fn compile(calls: impl Iterator<Item = Call>) -> Result<BpfProgram, seccompiler::BackendError> {
+pub(super) fn compile(
+    calls: impl Iterator<Item = Call>,
+) -> Result<BpfProgram, seccompiler::BackendError> {
     let mut rules = BTreeMap::new();
     for call in calls {
         #[allow(clippy::useless_conversion)] // `c_long` has 32 bits elsewhere.

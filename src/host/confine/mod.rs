@@ -82,12 +82,19 @@ pub struct Helper {
 pub fn spawn(name: &str, owner: Option<Owner>) -> Result<Helper> {
     let failed = |e: std::io::Error| Error::io(format!("start the helper process {name}"), e);
     let (channel, theirs) = Channel::pair().map_err(failed)?;
-    let program = PROGRAM.get().map_or(Path::new(OWN_EXECUTABLE), PathBuf::as_path);
+    let program = PROGRAM
+        .get()
+        .map_or(Path::new(OWN_EXECUTABLE), PathBuf::as_path);
     // No working directory, no credentials and no closure before the exec: then the standard
     // library uses posix_spawn(3), which copies nothing of a large daemon. The new process does all
     // this by itself.
     let mut command = std::process::Command::new(program);
-    command.arg0("fcd").env_clear().stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::null()).stderr(Stdio::null());
+    command
+        .arg0("fcd")
+        .env_clear()
+        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
     command.args(enter::arguments(name, owner));
     let child = command.spawn().map_err(failed)?;
     let pid = Pid::from_raw(child.id().cast_signed()).expect("a child has a pid");
@@ -97,7 +104,12 @@ pub fn spawn(name: &str, owner: Option<Owner>) -> Result<Helper> {
         let _ = rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::empty());
         failed(e.into())
     })?;
-    Ok(Helper { channel, pid, pidfd, exit: None })
+    Ok(Helper {
+        channel,
+        pid,
+        pidfd,
+        exit: None,
+    })
 }
 
 impl Helper {
@@ -136,7 +148,9 @@ impl Drop for Helper {
         }
         // A killed process that does not end is stuck in the kernel. It must not block the thread
         // that drops this.
-        let Ok(pidfd) = self.pidfd.try_clone() else { return };
+        let Ok(pidfd) = self.pidfd.try_clone() else {
+            return;
+        };
         let _ = super::thread::spawn("reap-helper", move || reap(&pidfd));
     }
 }

@@ -19,7 +19,10 @@ const PROFILE: Profile = Profile {
     open_files_max: 8,
     has_threads: false,
     has_network: false,
-    calls: &[Call(libc::SYS_openat, Allowed::Always), Call(libc::SYS_dup, Allowed::Always)],
+    calls: &[
+        Call(libc::SYS_openat, Allowed::Always),
+        Call(libc::SYS_dup, Allowed::Always),
+    ],
 };
 
 /// The helper: tries what each message names, and answers the error number, 0 for none.
@@ -39,7 +42,9 @@ pub fn run_probe(asked: &Asked) -> ExitCode {
         };
         passed.extend(received.fds);
         let answer = match &buffer[..received.len] {
-            b"write to what was passed" => rustix::io::write(&passed[0], b"hello").map_or_else(|e| e.raw_os_error(), |_| 0),
+            b"write to what was passed" => {
+                rustix::io::write(&passed[0], b"hello").map_or_else(|e| e.raw_os_error(), |_| 0)
+            }
             b"exit" => return ExitCode::from(7),
             attempt => attempt_by_name(attempt),
         };
@@ -57,38 +62,84 @@ fn attempt_by_name(attempt: &[u8]) -> i32 {
     let result = unsafe {
         match attempt {
             b"open a file" => libc::open(c"/etc/passwd".as_ptr(), libc::O_RDONLY).into(),
-            b"open a directory" => libc::open(c"/".as_ptr(), libc::O_RDONLY | libc::O_DIRECTORY).into(),
-            b"make a file" => libc::open(c"/tmp/fcd-probe".as_ptr(), libc::O_CREAT | libc::O_WRONLY, 0o600).into(),
+            b"open a directory" => {
+                libc::open(c"/".as_ptr(), libc::O_RDONLY | libc::O_DIRECTORY).into()
+            }
+            b"make a file" => libc::open(
+                c"/tmp/fcd-probe".as_ptr(),
+                libc::O_CREAT | libc::O_WRONLY,
+                0o600,
+            )
+            .into(),
             b"make a socket" => libc::socket(libc::AF_INET, libc::SOCK_STREAM, 0).into(),
             b"fork" => libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0),
-            b"run a program" => libc::execve(c"/bin/true".as_ptr(), std::ptr::null(), std::ptr::null()).into(),
+            b"run a program" => {
+                libc::execve(c"/bin/true".as_ptr(), std::ptr::null(), std::ptr::null()).into()
+            }
             b"signal its parent" => libc::kill(libc::getppid(), 0).into(),
             b"trace its parent" => libc::ptrace(libc::PTRACE_ATTACH, libc::getppid(), 0, 0),
             b"own its descriptor" => libc::fcntl(0, libc::F_SETOWN, 1).into(),
             b"send elsewhere" => {
-                let address = libc::sockaddr_un { sun_family: libc::AF_UNIX as u16, sun_path: [0; 108] };
-                libc::sendto(0, c"x".as_ptr().cast(), 1, 0, (&raw const address).cast(), 2) as i64
+                let address = libc::sockaddr_un {
+                    sun_family: libc::AF_UNIX as u16,
+                    sun_path: [0; 108],
+                };
+                libc::sendto(
+                    0,
+                    c"x".as_ptr().cast(),
+                    1,
+                    0,
+                    (&raw const address).cast(),
+                    2,
+                ) as i64
             }
             b"pass a descriptor" => {
-                let mut part = libc::iovec { iov_base: c"x".as_ptr().cast_mut().cast(), iov_len: 1 };
+                let mut part = libc::iovec {
+                    iov_base: c"x".as_ptr().cast_mut().cast(),
+                    iov_len: 1,
+                };
                 let mut message: libc::msghdr = std::mem::zeroed();
                 (message.msg_iov, message.msg_iovlen) = (&raw mut part, 1);
                 libc::sendmsg(0, &raw const message, 0) as i64
             }
-            b"map code" => libc::mmap(anywhere, 4096, libc::PROT_READ | libc::PROT_EXEC, private, -1, 0) as i64,
-            b"take much memory" => libc::mmap(anywhere, 40 << 20, libc::PROT_READ | libc::PROT_WRITE, private, -1, 0) as i64,
-            b"take some memory" => (libc::mmap(anywhere, 1 << 20, libc::PROT_READ, private, -1, 0) as i64).min(0),
+            b"map code" => libc::mmap(
+                anywhere,
+                4096,
+                libc::PROT_READ | libc::PROT_EXEC,
+                private,
+                -1,
+                0,
+            ) as i64,
+            b"take much memory" => libc::mmap(
+                anywhere,
+                40 << 20,
+                libc::PROT_READ | libc::PROT_WRITE,
+                private,
+                -1,
+                0,
+            ) as i64,
+            b"take some memory" => {
+                (libc::mmap(anywhere, 1 << 20, libc::PROT_READ, private, -1, 0) as i64).min(0)
+            }
             b"take many descriptors" => (0..8).map(|_| i64::from(libc::dup(0))).min().unwrap_or(0),
             b"become root" => libc::setuid(0).into(),
             _ => panic!("unknown attempt"),
         }
     };
-    if result < 0 { std::io::Error::last_os_error().raw_os_error().unwrap_or(-1) } else { 0 }
+    if result < 0 {
+        std::io::Error::last_os_error().raw_os_error().unwrap_or(-1)
+    } else {
+        0
+    }
 }
 
 fn wait_readable(channel: &Channel) {
     let until = Instant::now() + Duration::from_secs(20);
-    assert_eq!(wait_uncancelled(&[(channel.fd(), PollFlags::POLLIN)], until).unwrap(), WaitResult::Ready, "no message came");
+    assert_eq!(
+        wait_uncancelled(&[(channel.fd(), PollFlags::POLLIN)], until).unwrap(),
+        WaitResult::Ready,
+        "no message came"
+    );
 }
 
 fn ask(helper: &Helper, attempt: &str) -> String {
@@ -104,14 +155,27 @@ fn answer(helper: &Helper) -> String {
 }
 
 fn pid(helper: &Helper) -> String {
-    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", helper.exited().as_raw_fd())).unwrap();
-    info.lines().find_map(|l| l.strip_prefix("Pid:")).unwrap().trim().to_owned()
+    let info =
+        std::fs::read_to_string(format!("/proc/self/fdinfo/{}", helper.exited().as_raw_fd()))
+            .unwrap();
+    info.lines()
+        .find_map(|l| l.strip_prefix("Pid:"))
+        .unwrap()
+        .trim()
+        .to_owned()
 }
 
 fn status(pid: &str) -> BTreeMap<String, String> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let fields = text.lines().filter_map(|l| l.split_once(':'));
-    fields.map(|(key, value)| (key.to_owned(), value.split_whitespace().collect::<Vec<_>>().join(" "))).collect()
+    fields
+        .map(|(key, value)| {
+            (
+                key.to_owned(),
+                value.split_whitespace().collect::<Vec<_>>().join(" "),
+            )
+        })
+        .collect()
 }
 
 #[test]
@@ -174,20 +238,40 @@ fn confined_process_inherits_nothing_and_gets_what_is_passed() {
     } else {
         assert!(open.is_err());
     }
-    assert_eq!((status["NoNewPrivs"].as_str(), status["Seccomp"].as_str()), ("1", "2"));
+    assert_eq!(
+        (status["NoNewPrivs"].as_str(), status["Seccomp"].as_str()),
+        ("1", "2")
+    );
     let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
-    for limit in ["Max core file size 0 0", "Max file size 0 0", "Max processes 0 0", "Max open files 8 8"] {
-        let is_set = |l: &str| l.split_whitespace().collect::<Vec<_>>().join(" ").starts_with(limit);
+    for limit in [
+        "Max core file size 0 0",
+        "Max file size 0 0",
+        "Max processes 0 0",
+        "Max open files 8 8",
+    ] {
+        let is_set = |l: &str| {
+            l.split_whitespace()
+                .collect::<Vec<_>>()
+                .join(" ")
+                .starts_with(limit)
+        };
         assert!(limits.lines().any(is_set), "{limit}: {limits}");
     }
     let (r, w) = pipe_with(PipeFlags::CLOEXEC).unwrap();
-    helper.channel.send(b"write to what was passed", &[w.as_fd()]).unwrap();
+    helper
+        .channel
+        .send(b"write to what was passed", &[w.as_fd()])
+        .unwrap();
     drop(w);
     assert_eq!(answer(&helper), "0");
     let mut buffer = [0; 8];
     assert_eq!(rustix::io::read(&r, &mut buffer), Ok(5));
     drop(helper);
-    assert_eq!(rustix::io::read(&r, &mut buffer), Ok(0), "its end went with it");
+    assert_eq!(
+        rustix::io::read(&r, &mut buffer),
+        Ok(0),
+        "its end went with it"
+    );
     drop(leak);
 }
 
@@ -195,24 +279,47 @@ fn confined_process_inherits_nothing_and_gets_what_is_passed() {
 fn root_helper_runs_as_its_owner_for_good() {
     if !rustix::process::geteuid().is_root() {
         // Without privilege it must fail, not run as somebody else.
-        let mut helper = spawn(PROBE, Some(Owner { uid: 1_900_000_001, gid: 1_900_000_002 })).unwrap();
+        let mut helper = spawn(
+            PROBE,
+            Some(Owner {
+                uid: 1_900_000_001,
+                gid: 1_900_000_002,
+            }),
+        )
+        .unwrap();
         assert!(answer(&helper).starts_with("change to the VM's user"));
-        assert_eq!(helper.wait(Instant::now() + Duration::from_secs(20)), Some(Exit::Status(1)));
+        assert_eq!(
+            helper.wait(Instant::now() + Duration::from_secs(20)),
+            Some(Exit::Status(1))
+        );
         return;
     }
-    let helper = spawn(PROBE, Some(Owner { uid: 1_900_000_001, gid: 1_900_000_002 })).unwrap();
+    let helper = spawn(
+        PROBE,
+        Some(Owner {
+            uid: 1_900_000_001,
+            gid: 1_900_000_002,
+        }),
+    )
+    .unwrap();
     assert_eq!(ask(&helper, "become root"), libc::EPERM.to_string());
     let status = status(&pid(&helper));
     assert_eq!(status["Uid"], ["1900000001"; 4].join(" "));
     assert_eq!(status["Gid"], ["1900000002"; 4].join(" "));
-    assert_eq!((status["Groups"].as_str(), status["CapEff"].as_str()), ("", "0000000000000000"));
+    assert_eq!(
+        (status["Groups"].as_str(), status["CapEff"].as_str()),
+        ("", "0000000000000000")
+    );
 }
 
 #[test]
 fn helper_exit_is_reported_and_a_dropped_one_is_gone() {
     let mut helper = spawn(PROBE, None).unwrap();
     helper.channel.send(b"exit", &[]).unwrap();
-    assert_eq!(helper.wait(Instant::now() + Duration::from_secs(20)), Some(Exit::Status(1)));
+    assert_eq!(
+        helper.wait(Instant::now() + Duration::from_secs(20)),
+        Some(Exit::Status(1))
+    );
     assert_eq!(helper.channel.receive(&mut [0; 8]).unwrap(), 0);
     let helper = spawn(PROBE, None).unwrap();
     assert_eq!(ask(&helper, "take some memory"), "0");
@@ -231,7 +338,10 @@ fn helper_dies_with_the_thread_that_spawned_it() {
     .unwrap()
     .join()
     .unwrap();
-    assert_eq!(helper.wait(Instant::now() + Duration::from_secs(20)), Some(Exit::Signal(libc::SIGKILL)));
+    assert_eq!(
+        helper.wait(Instant::now() + Duration::from_secs(20)),
+        Some(Exit::Signal(libc::SIGKILL))
+    );
 }
 
 #[test]
@@ -242,14 +352,23 @@ fn messages_are_whole_and_bounded() {
     theirs.send(b"with a descriptor", &[theirs.fd()]).unwrap();
     let mut buffer = [0; 64];
     assert_eq!(ours.receive(&mut buffer).unwrap(), 3);
-    assert_eq!(ours.receive(&mut buffer).unwrap_err().kind(), std::io::ErrorKind::InvalidData);
+    assert_eq!(
+        ours.receive(&mut buffer).unwrap_err().kind(),
+        std::io::ErrorKind::InvalidData
+    );
     assert_eq!(ours.receive(&mut buffer).unwrap(), 17);
-    assert_eq!(ours.receive(&mut buffer).unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+    assert_eq!(
+        ours.receive(&mut buffer).unwrap_err().kind(),
+        std::io::ErrorKind::WouldBlock
+    );
     let mut sent = 0;
     while theirs.send(&[0; 64], &[]).is_ok() {
         sent += 1;
     }
-    assert!(sent < 10_000, "a reader who does not read is a bounded number of messages");
+    assert!(
+        sent < 10_000,
+        "a reader who does not read is a bounded number of messages"
+    );
     drop(theirs);
 }
 
@@ -263,5 +382,8 @@ fn last_message_of_a_side_that_left_ours_unread_is_received() {
     assert_eq!(ours.receive(&mut buffer).unwrap(), 13);
     assert_eq!(&buffer[..13], b"the last word");
     assert_eq!(ours.receive(&mut buffer).unwrap(), 0);
-    assert_eq!(ours.send(b"to nobody", &[]).unwrap_err().kind(), std::io::ErrorKind::BrokenPipe);
+    assert_eq!(
+        ours.send(b"to nobody", &[]).unwrap_err().kind(),
+        std::io::ErrorKind::BrokenPipe
+    );
 }

@@ -23,17 +23,27 @@ fn subnet() -> Subnet {
 /// query's id and must not be much longer than the query.
 pub fn packets(packet: &[u8]) {
     let check_reply = |reply: &[u8]| {
-        assert!(reply.len() >= HEADER_LEN && reply.len() <= packet.len() + ADDED_BYTES_MAX, "{} bytes", reply.len());
+        assert!(
+            reply.len() >= HEADER_LEN && reply.len() <= packet.len() + ADDED_BYTES_MAX,
+            "{} bytes",
+            reply.len()
+        );
         assert_eq!((&reply[..2], reply[2] & 0x80), (&packet[..2], 0x80));
     };
     let name = "a".repeat(32).parse().expect("a valid name");
-    let found = [Found::Address(Some(Ipv4Addr::BROADCAST)), Found::Address(None), Found::Name(Some(name)), Found::Name(None)];
+    let found = [
+        Found::Address(Some(Ipv4Addr::BROADCAST)),
+        Found::Address(None),
+        Found::Name(Some(name)),
+        Found::Name(None),
+    ];
     match judge(packet, subnet()) {
         Verdict::Drop => {}
         Verdict::Reply(reply) => check_reply(&reply),
         Verdict::LookUp(lookup) => {
             for found in found {
-                let fits = matches!(lookup, Lookup::Address(_)) == matches!(found, Found::Address(_));
+                let fits =
+                    matches!(lookup, Lookup::Address(_)) == matches!(found, Found::Address(_));
                 let reply = answer(packet, subnet(), &found);
                 assert_eq!(reply.is_some(), fits, "{lookup:?} and {found:?}");
                 reply.iter().for_each(|reply| check_reply(reply));
@@ -43,9 +53,18 @@ pub fn packets(packet: &[u8]) {
             assert!(packet[HEADER_LEN..].starts_with(query.question()));
             let mut echo = packet.to_vec();
             echo[2] |= 0x80;
-            assert!(is_answer(&echo, query.id(), query.question()), "an echoed query must match");
-            assert!(!is_answer(&echo, query.id() ^ 1, query.question()), "another id must not match");
-            assert!(!is_answer(packet, query.id(), query.question()), "a query must not match");
+            assert!(
+                is_answer(&echo, query.id(), query.question()),
+                "an echoed query must match"
+            );
+            assert!(
+                !is_answer(&echo, query.id() ^ 1, query.question()),
+                "another id must not match"
+            );
+            assert!(
+                !is_answer(packet, query.id(), query.question()),
+                "a query must not match"
+            );
         }
     }
     // Must not panic for an answer to a query that is its own second half.
@@ -63,22 +82,37 @@ pub fn requests(input: &[u8]) {
     let mut clients = BTreeMap::new();
     for n in 0..ASKERS {
         let address = SocketAddrV4::new([10, 89, 0, n + 2].into(), 1000 + u16::from(n));
-        let kind = if n % 2 == 0 { Kind::Datagram } else { Kind::Connection };
-        clients.insert(gatekeeper.admit(address, kind, begun).expect("there is room for a few"), (address, 0u16));
+        let kind = if n % 2 == 0 {
+            Kind::Datagram
+        } else {
+            Kind::Connection
+        };
+        clients.insert(
+            gatekeeper
+                .admit(address, kind, begun)
+                .expect("there is room for a few"),
+            (address, 0u16),
+        );
     }
     let mut now = begun;
     let mut rest = input;
     while let Some((len, behind)) = rest.split_first_chunk() {
-        let (message, next) = behind.split_at(behind.len().min(usize::from(u16::from_be_bytes(*len))));
+        let (message, next) =
+            behind.split_at(behind.len().min(usize::from(u16::from_be_bytes(*len))));
         rest = next;
         now += Duration::from_millis(1);
-        if let Some(request) = Request::decode(message).filter(|request| !matches!(request, Request::Failed(_))) {
+        if let Some(request) =
+            Request::decode(message).filter(|request| !matches!(request, Request::Failed(_)))
+        {
             assert_eq!(request.encode(), message, "the encoding must be unique");
         }
         // The supervisor kills the helper after a breach.
-        let Ok(action) = gatekeeper.judge(message, now) else { return };
+        let Ok(action) = gatekeeper.judge(message, now) else {
+            return;
+        };
         match action {
-            Action::FindAddress { ticket, client, .. } | Action::FindName { ticket, client, .. } => {
+            Action::FindAddress { ticket, client, .. }
+            | Action::FindName { ticket, client, .. } => {
                 let known = clients.get_mut(&ticket).expect("a known ticket");
                 assert_eq!(*known.0.ip(), client);
                 known.1 += 1;
@@ -89,12 +123,27 @@ pub fn requests(input: &[u8]) {
             }
             Action::Send { to, packet } => {
                 assert!(packet.len() <= message.len());
-                let ticket = clients.iter().find(|(_, (address, _))| *address == to).map(|(ticket, _)| *ticket);
-                assert!(clients.remove(&ticket.expect("a client with an open query")).is_some());
+                let ticket = clients
+                    .iter()
+                    .find(|(_, (address, _))| *address == to)
+                    .map(|(ticket, _)| *ticket);
+                assert!(
+                    clients
+                        .remove(&ticket.expect("a client with an open query"))
+                        .is_some()
+                );
             }
             Action::Nothing => {}
-            Action::GiveUp(text) => assert!(text.chars().all(|c| !c.is_control() && c != '\u{202e}'), "{text:?}"),
+            Action::GiveUp(text) => assert!(
+                text.chars().all(|c| !c.is_control() && c != '\u{202e}'),
+                "{text:?}"
+            ),
         }
-        assert!(clients.values().all(|(_, requests)| *requests <= QUESTIONS_PER_CONNECTION_MAX * u16::from(TRIES_MAX)));
+        assert!(
+            clients
+                .values()
+                .all(|(_, requests)| *requests
+                    <= QUESTIONS_PER_CONNECTION_MAX * u16::from(TRIES_MAX))
+        );
     }
 }

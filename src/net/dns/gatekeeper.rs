@@ -113,7 +113,12 @@ pub struct Gatekeeper {
 
 impl Gatekeeper {
     pub fn new(now: Instant) -> Self {
-        Self { clients: BTreeMap::new(), connections: 0, next: 0, sockets: Bucket::new(SOCKETS_PER_S, SOCKETS_BURST, now) }
+        Self {
+            clients: BTreeMap::new(),
+            connections: 0,
+            next: 0,
+            sockets: Bucket::new(SOCKETS_PER_S, SOCKETS_BURST, now),
+        }
     }
 
     /// True if one more datagram can be admitted.
@@ -127,7 +132,8 @@ impl Gatekeeper {
             Kind::Datagram if !self.has_room() => return None,
             Kind::Datagram => (1, DATAGRAM_KEPT_MAX),
             Kind::Connection => {
-                let is_same = |a: &&Client| a.kind == Kind::Connection && a.address.ip() == address.ip();
+                let is_same =
+                    |a: &&Client| a.kind == Kind::Connection && a.address.ip() == address.ip();
                 let of_client = self.clients.values().filter(is_same).count();
                 if self.connections >= CONNECTIONS_MAX || of_client >= CONNECTIONS_PER_CLIENT_MAX {
                     return None;
@@ -142,7 +148,15 @@ impl Gatekeeper {
         let ticket = self.next;
         self.next = ticket.wrapping_add(1);
         let requests_left = questions * REQUESTS_PER_QUESTION_MAX;
-        self.clients.insert(ticket, Client { address, kind, requests_left, until: now + kept_max });
+        self.clients.insert(
+            ticket,
+            Client {
+                address,
+                kind,
+                requests_left,
+                until: now + kept_max,
+            },
+        );
         Some(ticket)
     }
 
@@ -151,21 +165,38 @@ impl Gatekeeper {
         Ok(match Request::decode(message).ok_or(Breach::Nonsense)? {
             Request::Address { ticket, name } => {
                 let client = *self.spend(ticket)?.address.ip();
-                Action::FindAddress { ticket, client, name }
+                Action::FindAddress {
+                    ticket,
+                    client,
+                    name,
+                }
             }
             Request::Name { ticket, address } => {
                 let client = *self.spend(ticket)?.address.ip();
-                Action::FindName { ticket, client, address }
+                Action::FindName {
+                    ticket,
+                    client,
+                    address,
+                }
             }
             Request::Resolver { ticket, skip } => {
                 let kind = self.spend(ticket)?.kind;
                 if skip >= TRIES_MAX {
                     return Err(Breach::TooManyRequests);
                 }
-                Action::OpenSocket { ticket, kind, skip: skip.into(), is_allowed: self.sockets.take(now) }
+                Action::OpenSocket {
+                    ticket,
+                    kind,
+                    skip: skip.into(),
+                    is_allowed: self.sockets.take(now),
+                }
             }
             Request::Answer { ticket, packet } => match self.end(ticket)? {
-                Client { kind: Kind::Datagram, address: to, .. } => Action::Send { to, packet },
+                Client {
+                    kind: Kind::Datagram,
+                    address: to,
+                    ..
+                } => Action::Send { to, packet },
                 _ => return Err(Breach::WrongKind),
             },
             Request::Done { ticket } => {
@@ -178,7 +209,10 @@ impl Gatekeeper {
 
     fn spend(&mut self, ticket: Ticket) -> Result<&Client, Breach> {
         let client = self.clients.get_mut(&ticket).ok_or(Breach::UnknownTicket)?;
-        client.requests_left = client.requests_left.checked_sub(1).ok_or(Breach::TooManyRequests)?;
+        client.requests_left = client
+            .requests_left
+            .checked_sub(1)
+            .ok_or(Breach::TooManyRequests)?;
         Ok(client)
     }
 
@@ -195,7 +229,11 @@ impl Gatekeeper {
 
     /// Fails if the helper has kept a query for too long.
     pub fn check(&self, now: Instant) -> Result<(), Breach> {
-        if self.deadline().is_some_and(|until| until <= now) { Err(Breach::Hangs) } else { Ok(()) }
+        if self.deadline().is_some_and(|until| until <= now) {
+            Err(Breach::Hangs)
+        } else {
+            Ok(())
+        }
     }
 }
 
@@ -208,7 +246,9 @@ mod tests {
     }
 
     fn judge(gatekeeper: &mut Gatekeeper, request: &Request<'_>) -> Result<(), Breach> {
-        gatekeeper.judge(&request.encode(), Instant::now()).map(drop)
+        gatekeeper
+            .judge(&request.encode(), Instant::now())
+            .map(drop)
     }
 
     #[test]
@@ -216,10 +256,23 @@ mod tests {
         let now = Instant::now();
         let mut gatekeeper = Gatekeeper::new(now);
         let ticket = gatekeeper.admit(client(7), Kind::Datagram, now).unwrap();
-        let answer = Request::Answer { ticket, packet: b"x" }.encode();
-        assert_eq!(gatekeeper.judge(&answer, now), Ok(Action::Send { to: client(7), packet: b"x" }));
+        let answer = Request::Answer {
+            ticket,
+            packet: b"x",
+        }
+        .encode();
+        assert_eq!(
+            gatekeeper.judge(&answer, now),
+            Ok(Action::Send {
+                to: client(7),
+                packet: b"x"
+            })
+        );
         assert_eq!(gatekeeper.judge(&answer, now), Err(Breach::UnknownTicket));
-        assert_eq!(judge(&mut gatekeeper, &Request::Done { ticket }), Err(Breach::UnknownTicket));
+        assert_eq!(
+            judge(&mut gatekeeper, &Request::Done { ticket }),
+            Err(Breach::UnknownTicket)
+        );
         assert_eq!(gatekeeper.deadline(), None);
     }
 
@@ -229,18 +282,42 @@ mod tests {
         let mut gatekeeper = Gatekeeper::new(now);
         let ticket = gatekeeper.admit(client(7), Kind::Datagram, now).unwrap();
         let name: VmName = "web".parse().unwrap();
-        let lookup = Request::Address { ticket, name: name.clone() }.encode();
-        let found = Action::FindAddress { ticket, client: *client(7).ip(), name };
+        let lookup = Request::Address {
+            ticket,
+            name: name.clone(),
+        }
+        .encode();
+        let found = Action::FindAddress {
+            ticket,
+            client: *client(7).ip(),
+            name,
+        };
         assert_eq!(gatekeeper.judge(&lookup, now), Ok(found));
         for skip in 1..TRIES_MAX {
-            let opened = gatekeeper.judge(&Request::Resolver { ticket, skip }.encode(), now).map(|a| format!("{a:?}"));
-            let wanted = format!("OpenSocket {{ ticket: {ticket}, kind: Datagram, skip: {skip}, is_allowed: true }}");
+            let opened = gatekeeper
+                .judge(&Request::Resolver { ticket, skip }.encode(), now)
+                .map(|a| format!("{a:?}"));
+            let wanted = format!(
+                "OpenSocket {{ ticket: {ticket}, kind: Datagram, skip: {skip}, is_allowed: true }}"
+            );
             assert_eq!(opened, Ok(wanted));
         }
         assert_eq!(gatekeeper.judge(&lookup, now), Err(Breach::TooManyRequests));
         let ticket = gatekeeper.admit(client(8), Kind::Datagram, now).unwrap();
-        assert_eq!(judge(&mut gatekeeper, &Request::Resolver { ticket, skip: TRIES_MAX }), Err(Breach::TooManyRequests));
-        let unknown = Request::Name { ticket: ticket + 1, address: *client(7).ip() };
+        assert_eq!(
+            judge(
+                &mut gatekeeper,
+                &Request::Resolver {
+                    ticket,
+                    skip: TRIES_MAX
+                }
+            ),
+            Err(Breach::TooManyRequests)
+        );
+        let unknown = Request::Name {
+            ticket: ticket + 1,
+            address: *client(7).ip(),
+        };
         assert_eq!(judge(&mut gatekeeper, &unknown), Err(Breach::UnknownTicket));
     }
 
@@ -252,26 +329,46 @@ mod tests {
             let mut one = || {
                 let ticket = gatekeeper.admit(client(7), Kind::Datagram, at).unwrap();
                 let request = Request::Resolver { ticket, skip: 0 }.encode();
-                let is_allowed = matches!(gatekeeper.judge(&request, at), Ok(Action::OpenSocket { is_allowed: true, .. }));
+                let is_allowed = matches!(
+                    gatekeeper.judge(&request, at),
+                    Ok(Action::OpenSocket {
+                        is_allowed: true,
+                        ..
+                    })
+                );
                 judge(&mut gatekeeper, &Request::Done { ticket }).unwrap();
                 is_allowed
             };
             (0..10_000).filter(|_| one()).count()
         };
         assert_eq!(allowed(now), SOCKETS_BURST as usize);
-        assert_eq!(allowed(now + Duration::from_secs(1)), SOCKETS_PER_S as usize);
+        assert_eq!(
+            allowed(now + Duration::from_secs(1)),
+            SOCKETS_PER_S as usize
+        );
     }
 
     #[test]
     fn clients_are_bounded_and_hanging_helper_is_detected() {
         let now = Instant::now();
         let mut gatekeeper = Gatekeeper::new(now);
-        let connections = (0..100).filter(|n| gatekeeper.admit(client(*n), Kind::Connection, now).is_some()).count();
+        let connections = (0..100)
+            .filter(|n| {
+                gatekeeper
+                    .admit(client(*n), Kind::Connection, now)
+                    .is_some()
+            })
+            .count();
         assert_eq!(connections, CONNECTIONS_MAX);
-        let datagrams = (0..2 * DATAGRAMS_MAX).filter(|_| gatekeeper.admit(client(7), Kind::Datagram, now).is_some()).count();
+        let datagrams = (0..2 * DATAGRAMS_MAX)
+            .filter(|_| gatekeeper.admit(client(7), Kind::Datagram, now).is_some())
+            .count();
         assert_eq!((datagrams, gatekeeper.has_room()), (DATAGRAMS_MAX, false));
         let late = now + DATAGRAM_KEPT_MAX;
-        assert_eq!((gatekeeper.deadline(), gatekeeper.check(now)), (Some(late), Ok(())));
+        assert_eq!(
+            (gatekeeper.deadline(), gatekeeper.check(now)),
+            (Some(late), Ok(()))
+        );
         assert_eq!(gatekeeper.check(late), Err(Breach::Hangs));
     }
 
@@ -279,11 +376,21 @@ mod tests {
     fn connections_per_client_are_bounded_and_freed_when_done() {
         let now = Instant::now();
         let mut gatekeeper = Gatekeeper::new(now);
-        let admit = |gatekeeper: &mut Gatekeeper| gatekeeper.admit(client(7), Kind::Connection, now);
+        let admit =
+            |gatekeeper: &mut Gatekeeper| gatekeeper.admit(client(7), Kind::Connection, now);
         let tickets: Vec<_> = (0..10).filter_map(|_| admit(&mut gatekeeper)).collect();
         assert_eq!(tickets.len(), CONNECTIONS_PER_CLIENT_MAX);
         judge(&mut gatekeeper, &Request::Done { ticket: tickets[0] }).unwrap();
         let again = admit(&mut gatekeeper).unwrap();
-        assert_eq!(judge(&mut gatekeeper, &Request::Answer { ticket: again, packet: b"x" }), Err(Breach::WrongKind));
+        assert_eq!(
+            judge(
+                &mut gatekeeper,
+                &Request::Answer {
+                    ticket: again,
+                    packet: b"x"
+                }
+            ),
+            Err(Breach::WrongKind)
+        );
     }
 }

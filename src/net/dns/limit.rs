@@ -19,7 +19,12 @@ pub struct Bucket {
 impl Bucket {
     /// Returns a full bucket.
     pub fn new(per_s: u32, burst: u32, now: Instant) -> Self {
-        Self { per_s: per_s.into(), burst: burst.into(), tokens: burst.into(), since: now }
+        Self {
+            per_s: per_s.into(),
+            burst: burst.into(),
+            tokens: burst.into(),
+            since: now,
+        }
     }
 
     fn tokens_at(&self, now: Instant) -> f64 {
@@ -44,19 +49,27 @@ pub struct Limiter {
 
 impl Limiter {
     pub fn new(per_s: u32, burst: u32) -> Self {
-        Self { per_s, burst, buckets: HashMap::new() }
+        Self {
+            per_s,
+            burst,
+            buckets: HashMap::new(),
+        }
     }
 
     /// True if `client` may send one more query now.
     pub fn admit(&mut self, client: IpAddr, now: Instant) -> bool {
         if !self.buckets.contains_key(&client) && self.buckets.len() >= CLIENTS_MAX {
-            self.buckets.retain(|_, bucket| bucket.tokens_at(now) < bucket.burst);
+            self.buckets
+                .retain(|_, bucket| bucket.tokens_at(now) < bucket.burst);
             if self.buckets.len() >= CLIENTS_MAX {
                 return false;
             }
         }
         let (per_s, burst) = (self.per_s, self.burst);
-        self.buckets.entry(client).or_insert_with(|| Bucket::new(per_s, burst, now)).take(now)
+        self.buckets
+            .entry(client)
+            .or_insert_with(|| Bucket::new(per_s, burst, now))
+            .take(now)
     }
 }
 

@@ -95,29 +95,50 @@ impl Server {
     fn start_with(helper: &'static str, setup: Setup) -> Result<Self> {
         let at = setup.listen;
         let doing = || format!("serve names on {at}");
-        let bind = |e: std::io::Error| match e.kind() {
+        let bind = |e: std::io::Error| {
+            match e.kind() {
             std::io::ErrorKind::AddrInUse => Error::new(Kind::Conflict, format!("{}: something else listens on it", doing()))
                 .hint(format!(
                     "find it with ss -lnup sport = :{} and move it to another address, or set dns = false under [network]",
                     at.port()
                 )),
             _ => Error::io(doing(), e),
+        }
         };
         let socket = UdpSocket::bind(at).map_err(bind)?;
         let listener = TcpListener::bind(at).map_err(bind)?;
-        socket.set_nonblocking(true).and_then(|()| listener.set_nonblocking(true)).map_err(|e| Error::io(doing(), e))?;
+        socket
+            .set_nonblocking(true)
+            .and_then(|()| listener.set_nonblocking(true))
+            .map_err(|e| Error::io(doing(), e))?;
         let cancel = Cancel::try_new().map_err(|e| Error::io(doing(), e))?;
         let health = Arc::new(Health::default());
-        let supervisor = Supervisor::new((socket, listener), setup, helper, health.clone(), cancel.clone());
+        let supervisor = Supervisor::new(
+            (socket, listener),
+            setup,
+            helper,
+            health.clone(),
+            cancel.clone(),
+        );
         let thread = thread::spawn("dns", move || supervisor.run())?;
-        Ok(Self { cancel, thread: Some(thread), health })
+        Ok(Self {
+            cancel,
+            thread: Some(thread),
+            health,
+        })
     }
 
     /// Describes repeated failures of the helper, for `fcctl doctor`.
     pub fn trouble(&self) -> Option<String> {
         let failures = self.health.failures.load(Ordering::Relaxed);
-        let times = if failures == 1 { "once".to_owned() } else { format!("{failures} times in a row") };
-        (failures > 0).then(|| format!("the name server's helper process has exited {times} and was restarted"))
+        let times = if failures == 1 {
+            "once".to_owned()
+        } else {
+            format!("{failures} times in a row")
+        };
+        (failures > 0).then(|| {
+            format!("the name server's helper process has exited {times} and was restarted")
+        })
     }
 
     /// Stops the server and waits for its thread.
@@ -161,7 +182,9 @@ impl Health {
 
     /// Counts an exit and returns how many there were in a row.
     fn ended(&self) -> u32 {
-        self.failures.fetch_add(1, Ordering::Relaxed).saturating_add(1)
+        self.failures
+            .fetch_add(1, Ordering::Relaxed)
+            .saturating_add(1)
     }
 
     fn is_well(&self) {

@@ -30,13 +30,23 @@ pub enum Order {
     /// The first message, with the guests' addresses for which the reverse zone is answered.
     Serve(Subnet),
     /// A datagram from a client.
-    Question { ticket: Ticket, client: SocketAddrV4, packet: Vec<u8> },
+    Question {
+        ticket: Ticket,
+        client: SocketAddrV4,
+        packet: Vec<u8>,
+    },
     /// A new connection. The descriptor comes with the message.
     Connection { ticket: Ticket },
     /// The answer to [`Request::Address`].
-    Address { ticket: Ticket, address: Option<Ipv4Addr> },
+    Address {
+        ticket: Ticket,
+        address: Option<Ipv4Addr>,
+    },
     /// The answer to [`Request::Name`].
-    Name { ticket: Ticket, name: Option<VmName> },
+    Name {
+        ticket: Ticket,
+        name: Option<VmName>,
+    },
     /// The answer to [`Request::Resolver`]. The socket comes with the message unless it could not
     /// be opened.
     Resolver { ticket: Ticket },
@@ -80,17 +90,34 @@ impl Order {
     pub fn encode(&self) -> Vec<u8> {
         let of = |tag, ticket: &Ticket| Writer::new(tag).word(*ticket);
         match self {
-            Order::Serve(subnet) => Writer::new(SERVE).word(subnet.base().into()).byte(subnet.prefix()),
-            Order::Question { ticket, client, packet } => {
+            Order::Serve(subnet) => Writer::new(SERVE)
+                .word(subnet.base().into())
+                .byte(subnet.prefix()),
+            Order::Question {
+                ticket,
+                client,
+                packet,
+            } => {
                 let client_address = u32::from_le_bytes(client.ip().octets());
-                of(QUESTION, ticket).word(client_address).short(client.port()).bytes(packet)
+                of(QUESTION, ticket)
+                    .word(client_address)
+                    .short(client.port())
+                    .bytes(packet)
             }
             Order::Connection { ticket } => of(CONNECTION, ticket),
-            Order::Address { ticket, address: None } => of(ADDRESS, ticket).byte(0),
-            Order::Address { ticket, address: Some(address) } => {
-                of(ADDRESS, ticket).byte(1).word(u32::from_le_bytes(address.octets()))
+            Order::Address {
+                ticket,
+                address: None,
+            } => of(ADDRESS, ticket).byte(0),
+            Order::Address {
+                ticket,
+                address: Some(address),
+            } => of(ADDRESS, ticket)
+                .byte(1)
+                .word(u32::from_le_bytes(address.octets())),
+            Order::Name { ticket, name } => {
+                of(NAME, ticket).bytes(name.as_ref().map_or("", VmName::as_str).as_bytes())
             }
-            Order::Name { ticket, name } => of(NAME, ticket).bytes(name.as_ref().map_or("", VmName::as_str).as_bytes()),
             Order::Resolver { ticket } => of(RESOLVER, ticket),
         }
         .finish()
@@ -108,14 +135,27 @@ impl Order {
             }
             QUESTION => {
                 let client = SocketAddrV4::new(address(&mut r)?, r.short()?);
-                Order::Question { ticket, client, packet: r.bytes()?.to_vec() }
+                Order::Question {
+                    ticket,
+                    client,
+                    packet: r.bytes()?.to_vec(),
+                }
             }
             CONNECTION => Order::Connection { ticket },
-            ADDRESS if r.flag()? => Order::Address { ticket, address: Some(address(&mut r)?) },
-            ADDRESS => Order::Address { ticket, address: None },
+            ADDRESS if r.flag()? => Order::Address {
+                ticket,
+                address: Some(address(&mut r)?),
+            },
+            ADDRESS => Order::Address {
+                ticket,
+                address: None,
+            },
             NAME => match r.text()? {
                 none if none.is_empty() => Order::Name { ticket, name: None },
-                name => Order::Name { ticket, name: Some(name.parse().ok()?) },
+                name => Order::Name {
+                    ticket,
+                    name: Some(name.parse().ok()?),
+                },
             },
             RESOLVER => Order::Resolver { ticket },
             _ => return None,
@@ -129,12 +169,17 @@ impl<'a> Request<'a> {
     pub fn encode(&self) -> Vec<u8> {
         let of = |tag, ticket: &Ticket| Writer::new(tag).word(*ticket);
         match self {
-            Request::Address { ticket, name } => of(ADDRESS, ticket).bytes(name.as_str().as_bytes()),
-            Request::Name { ticket, address } => of(NAME, ticket).word(u32::from_le_bytes(address.octets())),
+            Request::Address { ticket, name } => {
+                of(ADDRESS, ticket).bytes(name.as_str().as_bytes())
+            }
+            Request::Name { ticket, address } => {
+                of(NAME, ticket).word(u32::from_le_bytes(address.octets()))
+            }
             Request::Resolver { ticket, skip } => of(RESOLVER, ticket).byte(*skip),
             Request::Answer { ticket, packet } => of(ANSWER, ticket).bytes(packet),
             Request::Done { ticket } => of(DONE, ticket),
-            Request::Failed(text) => Writer::new(FAILED).bytes(&text.as_bytes()[..text.floor_char_boundary(TEXT_BYTES_MAX)]),
+            Request::Failed(text) => Writer::new(FAILED)
+                .bytes(&text.as_bytes()[..text.floor_char_boundary(TEXT_BYTES_MAX)]),
         }
         .finish()
     }
@@ -153,10 +198,22 @@ impl<'a> Request<'a> {
         }
         let ticket = r.word()?;
         let request = match tag {
-            ADDRESS => Request::Address { ticket, name: std::str::from_utf8(r.bytes()?).ok()?.parse().ok()? },
-            NAME => Request::Name { ticket, address: address(&mut r)? },
-            RESOLVER => Request::Resolver { ticket, skip: r.byte()? },
-            ANSWER => Request::Answer { ticket, packet: r.bytes()? },
+            ADDRESS => Request::Address {
+                ticket,
+                name: std::str::from_utf8(r.bytes()?).ok()?.parse().ok()?,
+            },
+            NAME => Request::Name {
+                ticket,
+                address: address(&mut r)?,
+            },
+            RESOLVER => Request::Resolver {
+                ticket,
+                skip: r.byte()?,
+            },
+            ANSWER => Request::Answer {
+                ticket,
+                packet: r.bytes()?,
+            },
             DONE => Request::Done { ticket },
             _ => return None,
         };
@@ -170,7 +227,11 @@ mod tests {
     use super::*;
 
     #[track_caller]
-    fn check<'a, T: PartialEq + std::fmt::Debug>(message: &'a [u8], decode: impl Fn(&'a [u8]) -> Option<T>, wanted: &T) {
+    fn check<'a, T: PartialEq + std::fmt::Debug>(
+        message: &'a [u8],
+        decode: impl Fn(&'a [u8]) -> Option<T>,
+        wanted: &T,
+    ) {
         assert_eq!(decode(message).as_ref(), Some(wanted));
         for len in 0..message.len() {
             assert_eq!(decode(&message[..len]), None, "the first {len} bytes");
@@ -183,27 +244,54 @@ mod tests {
         let name: VmName = "web".parse().unwrap();
         for order in [
             Order::Serve("10.89.0.0/24".parse().unwrap()),
-            Order::Question { ticket, client: SocketAddrV4::new(web, 0x1234), packet: vec![0, 1, 255] },
+            Order::Question {
+                ticket,
+                client: SocketAddrV4::new(web, 0x1234),
+                packet: vec![0, 1, 255],
+            },
             Order::Connection { ticket },
-            Order::Address { ticket, address: Some(web) },
-            Order::Address { ticket, address: None },
-            Order::Name { ticket, name: Some(name.clone()) },
+            Order::Address {
+                ticket,
+                address: Some(web),
+            },
+            Order::Address {
+                ticket,
+                address: None,
+            },
+            Order::Name {
+                ticket,
+                name: Some(name.clone()),
+            },
             Order::Name { ticket, name: None },
             Order::Resolver { ticket },
         ] {
             check(&order.encode(), Order::decode, &order);
-            assert_eq!(Order::decode(&[order.encode(), vec![0]].concat()), None, "one byte more");
+            assert_eq!(
+                Order::decode(&[order.encode(), vec![0]].concat()),
+                None,
+                "one byte more"
+            );
         }
         for request in [
             Request::Address { ticket, name },
-            Request::Name { ticket, address: web },
+            Request::Name {
+                ticket,
+                address: web,
+            },
             Request::Resolver { ticket, skip: 2 },
-            Request::Answer { ticket, packet: &[1, 2, 3] },
+            Request::Answer {
+                ticket,
+                packet: &[1, 2, 3],
+            },
             Request::Done { ticket },
             Request::Failed("it's \"so\"".to_owned()),
         ] {
             check(&request.encode(), Request::decode, &request);
-            assert_eq!(Request::decode(&[request.encode(), vec![0]].concat()), None, "one byte more");
+            assert_eq!(
+                Request::decode(&[request.encode(), vec![0]].concat()),
+                None,
+                "one byte more"
+            );
         }
     }
 
@@ -214,10 +302,19 @@ mod tests {
             assert_eq!(Request::decode(&message), None, "{name:?}");
         }
         let failed = Request::Failed("a\x1b[2J\u{202e}b".to_owned()).encode();
-        assert_eq!(Request::decode(&failed), Some(Request::Failed("a\\u{1b}[2J\\u{202e}b".to_owned())));
-        let long = Writer::new(FAILED).bytes(&[b'x'; TEXT_BYTES_MAX + 1]).finish();
+        assert_eq!(
+            Request::decode(&failed),
+            Some(Request::Failed("a\\u{1b}[2J\\u{202e}b".to_owned()))
+        );
+        let long = Writer::new(FAILED)
+            .bytes(&[b'x'; TEXT_BYTES_MAX + 1])
+            .finish();
         assert_eq!(Request::decode(&long), None);
-        let longest = Request::Answer { ticket: 7, packet: &[0; ANSWER_BYTES_MAX + 100] }.encode();
+        let longest = Request::Answer {
+            ticket: 7,
+            packet: &[0; ANSWER_BYTES_MAX + 100],
+        }
+        .encode();
         assert_eq!(Request::decode(&longest), None);
     }
 }

@@ -83,18 +83,33 @@ impl Supervisor {
             IpAddr::V6(_) => Ipv4Addr::UNSPECIFIED,
         };
         let upstreams = Upstreams::new(setup.resolv_conf.clone(), own, setup.upstream_port);
-        Self { socket, listener, setup, helper, upstreams, limiter: Limiter::new(PER_S, BURST), health, cancel }
+        Self {
+            socket,
+            listener,
+            setup,
+            helper,
+            upstreams,
+            limiter: Limiter::new(PER_S, BURST),
+            health,
+            cancel,
+        }
     }
 
     /// Serves until it is cancelled. The helper never outlives this thread.
     pub fn run(mut self) {
         while !self.cancel.is_cancelled() {
-            let End::Because(why) = self.serve() else { return };
+            let End::Because(why) = self.serve() else {
+                return;
+            };
             let failures = self.health.ended();
-            let backoff = BACKOFF_MIN.saturating_mul(1 << failures.saturating_sub(1).min(16)).min(BACKOFF_MAX);
+            let backoff = BACKOFF_MIN
+                .saturating_mul(1 << failures.saturating_sub(1).min(16))
+                .min(BACKOFF_MAX);
             // Log only some of the exits of a helper that keeps crashing.
             if failures.is_power_of_two() {
-                log::warn!("name server: its helper process exited: {why}; restarting it (exit {failures} in a row)");
+                log::warn!(
+                    "name server: its helper process exited: {why}; restarting it (exit {failures} in a row)"
+                );
             }
             let _ = sleep(backoff, &self.cancel);
         }
@@ -126,10 +141,12 @@ impl Supervisor {
     /// Looks up a name. If the daemon panics in the lookup, the name counts as unknown.
     fn look_up<T>(&self, look: impl FnOnce(&dyn Names) -> Option<T>) -> Option<T> {
         let names = self.setup.names.as_ref();
-        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| look(names))).unwrap_or_else(|_| {
-            log::error!("name server: looking up a name panicked");
-            None
-        })
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| look(names))).unwrap_or_else(
+            |_| {
+                log::error!("name server: looking up a name panicked");
+                None
+            },
+        )
     }
 }
 
@@ -182,17 +199,34 @@ impl Service<'_> {
     fn wait(&self) -> Result<Ready, End> {
         let now = Instant::now();
         let takes = self.outbox.is_empty();
-        let channel = if takes { PollFlags::POLLIN } else { PollFlags::POLLIN | PollFlags::POLLOUT };
-        let is_asked = |is: bool| if is { PollFlags::POLLIN } else { PollFlags::empty() };
+        let channel = if takes {
+            PollFlags::POLLIN
+        } else {
+            PollFlags::POLLIN | PollFlags::POLLOUT
+        };
+        let is_asked = |is: bool| {
+            if is {
+                PollFlags::POLLIN
+            } else {
+                PollFlags::empty()
+            }
+        };
         let listens = self.listen_from <= now;
         let (cancel, this) = (&self.supervisor.cancel, &self.supervisor);
         let mut fds = [
             PollFd::new(cancel.fd(), PollFlags::POLLIN),
             PollFd::new(self.helper.channel.fd(), channel),
-            PollFd::new(this.socket.as_fd(), is_asked(takes && self.gatekeeper.has_room())),
+            PollFd::new(
+                this.socket.as_fd(),
+                is_asked(takes && self.gatekeeper.has_room()),
+            ),
             PollFd::new(this.listener.as_fd(), is_asked(takes && listens)),
         ];
-        let due = [self.gatekeeper.deadline(), self.healthy_from, (!listens).then_some(self.listen_from)];
+        let due = [
+            self.gatekeeper.deadline(),
+            self.healthy_from,
+            (!listens).then_some(self.listen_from),
+        ];
         let deadline = due.into_iter().flatten().min().unwrap_or(now + IDLE);
         match poll(&mut fds, timeout_until(deadline)) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
@@ -203,7 +237,11 @@ impl Service<'_> {
         }
         let [_, channel, socket, listener] = fds;
         let is_ready = |fd: &PollFd<'_>| fd.any().unwrap_or(false) && !fd.events().is_empty();
-        Ok(Ready { messages: is_ready(&channel), questions: is_ready(&socket), connections: is_ready(&listener) })
+        Ok(Ready {
+            messages: is_ready(&channel),
+            questions: is_ready(&socket),
+            connections: is_ready(&listener),
+        })
     }
 
     fn take_questions(&mut self, now: Instant) -> Result<(), End> {
@@ -218,12 +256,21 @@ impl Service<'_> {
                 // The socket reports here that an earlier answer was not delivered.
                 Err(_) => continue,
             };
-            let Some(client) = served(client, self.supervisor.setup.subnet) else { continue };
+            let Some(client) = served(client, self.supervisor.setup.subnet) else {
+                continue;
+            };
             if !self.supervisor.limiter.admit(IpAddr::V4(*client.ip()), now) {
                 continue;
             }
             if let Some(ticket) = self.gatekeeper.admit(client, Kind::Datagram, now) {
-                self.send(Order::Question { ticket, client, packet: buffer[..len].to_vec() }, None)?;
+                self.send(
+                    Order::Question {
+                        ticket,
+                        client,
+                        packet: buffer[..len].to_vec(),
+                    },
+                    None,
+                )?;
             }
         }
         Ok(())
@@ -234,13 +281,22 @@ impl Service<'_> {
             let (stream, client) = match self.supervisor.listener.accept() {
                 Ok(accepted) => accepted,
                 Err(e) if matches!(e.kind(), ErrorKind::WouldBlock) => return Ok(()),
-                Err(e) if matches!(e.kind(), ErrorKind::Interrupted | ErrorKind::ConnectionAborted) => continue,
+                Err(e)
+                    if matches!(
+                        e.kind(),
+                        ErrorKind::Interrupted | ErrorKind::ConnectionAborted
+                    ) =>
+                {
+                    continue;
+                }
                 Err(_) => {
                     self.listen_from = now + ERROR_PAUSE;
                     return Ok(());
                 }
             };
-            let Some(client) = served(client, self.supervisor.setup.subnet) else { continue };
+            let Some(client) = served(client, self.supervisor.setup.subnet) else {
+                continue;
+            };
             if stream.set_nonblocking(true).is_err() {
                 continue;
             }
@@ -275,16 +331,43 @@ impl Service<'_> {
 
     fn act(&mut self, action: Action<'_>, now: Instant) -> Result<(), End> {
         match action {
-            Action::FindAddress { ticket, client, name } => {
-                let address = self.supervisor.look_up(|names| names.address(name.as_str(), client.into()));
+            Action::FindAddress {
+                ticket,
+                client,
+                name,
+            } => {
+                let address = self
+                    .supervisor
+                    .look_up(|names| names.address(name.as_str(), client.into()));
                 self.send(Order::Address { ticket, address }, None)
             }
-            Action::FindName { ticket, client, address } => {
-                let name = self.supervisor.look_up(|names| names.name(address, client.into()));
-                self.send(Order::Name { ticket, name: name.and_then(|name| name.parse().ok()) }, None)
+            Action::FindName {
+                ticket,
+                client,
+                address,
+            } => {
+                let name = self
+                    .supervisor
+                    .look_up(|names| names.name(address, client.into()));
+                self.send(
+                    Order::Name {
+                        ticket,
+                        name: name.and_then(|name| name.parse().ok()),
+                    },
+                    None,
+                )
             }
-            Action::OpenSocket { ticket, kind, skip, is_allowed } => {
-                let socket = if is_allowed { self.supervisor.upstreams.open(kind, skip, now) } else { None };
+            Action::OpenSocket {
+                ticket,
+                kind,
+                skip,
+                is_allowed,
+            } => {
+                let socket = if is_allowed {
+                    self.supervisor.upstreams.open(kind, skip, now)
+                } else {
+                    None
+                };
                 self.send(Order::Resolver { ticket }, socket)
             }
             Action::Send { to, packet } => {
@@ -337,7 +420,9 @@ impl Service<'_> {
 /// address.
 pub fn served(client: SocketAddr, subnet: Subnet) -> Option<SocketAddrV4> {
     match client {
-        SocketAddr::V4(client) if subnet.contains(*client.ip()) || client.ip().is_loopback() => Some(client),
+        SocketAddr::V4(client) if subnet.contains(*client.ip()) || client.ip().is_loopback() => {
+            Some(client)
+        }
         _ => None,
     }
 }

@@ -26,7 +26,12 @@ pub struct Upstreams {
 
 impl Upstreams {
     pub fn new(file: PathBuf, own: Ipv4Addr, port: u16) -> Self {
-        Self { file, own, port, known: None }
+        Self {
+            file,
+            own,
+            port,
+            known: None,
+        }
     }
 
     /// Opens a non-blocking socket to the first reachable resolver, starting with number `skip`. A
@@ -39,16 +44,28 @@ impl Upstreams {
             Kind::Datagram => datagrams,
             Kind::Connection => connection,
         };
-        servers.into_iter().cycle().skip(skip).take(count).find_map(open)
+        servers
+            .into_iter()
+            .cycle()
+            .skip(skip)
+            .take(count)
+            .find_map(open)
     }
 
     fn get(&mut self, now: Instant) -> Vec<SocketAddr> {
         match &self.known {
-            Some((servers, read)) if now.saturating_duration_since(*read) < FRESH => servers.clone(),
+            Some((servers, read)) if now.saturating_duration_since(*read) < FRESH => {
+                servers.clone()
+            }
             _ => {
-                let bytes = std::fs::File::open(&self.file).and_then(|f| read_bounded(f, FILE_BYTES_MAX)).unwrap_or_default();
+                let bytes = std::fs::File::open(&self.file)
+                    .and_then(|f| read_bounded(f, FILE_BYTES_MAX))
+                    .unwrap_or_default();
                 let servers = parse(&String::from_utf8_lossy(&bytes), self.own);
-                let servers: Vec<_> = servers.into_iter().map(|s| SocketAddr::new(s, self.port)).collect();
+                let servers: Vec<_> = servers
+                    .into_iter()
+                    .map(|s| SocketAddr::new(s, self.port))
+                    .collect();
                 self.known = Some((servers.clone(), now));
                 servers
             }
@@ -57,7 +74,11 @@ impl Upstreams {
 }
 
 fn datagrams(server: SocketAddr) -> Option<OwnedFd> {
-    let any: IpAddr = if server.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let any: IpAddr = if server.is_ipv4() {
+        Ipv4Addr::UNSPECIFIED.into()
+    } else {
+        Ipv6Addr::UNSPECIFIED.into()
+    };
     let socket = std::net::UdpSocket::bind((any, 0)).ok()?;
     socket.set_nonblocking(true).ok()?;
     socket.connect(server).ok()?;
@@ -65,7 +86,11 @@ fn datagrams(server: SocketAddr) -> Option<OwnedFd> {
 }
 
 fn connection(server: SocketAddr) -> Option<OwnedFd> {
-    let family = if server.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let family = if server.is_ipv4() {
+        AddressFamily::INET
+    } else {
+        AddressFamily::INET6
+    };
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None).ok()?;
     match rustix::net::connect(&socket, &server) {
@@ -77,9 +102,14 @@ fn connection(server: SocketAddr) -> Option<OwnedFd> {
 fn parse(text: &str, own: Ipv4Addr) -> Vec<IpAddr> {
     let address = |line: &str| {
         let mut words = line.split_whitespace();
-        let server = (words.next() == Some("nameserver")).then(|| words.next()).flatten()?;
+        let server = (words.next() == Some("nameserver"))
+            .then(|| words.next())
+            .flatten()?;
         // Addresses with a scope such as "%eth0" are skipped.
-        server.parse::<IpAddr>().ok().filter(|a| *a != IpAddr::V4(own) && !a.is_unspecified())
+        server
+            .parse::<IpAddr>()
+            .ok()
+            .filter(|a| *a != IpAddr::V4(own) && !a.is_unspecified())
     };
     text.lines().filter_map(address).take(SERVERS_MAX).collect()
 }
@@ -92,12 +122,19 @@ mod tests {
     fn resolv_conf_is_parsed() {
         let text = "# x\nsearch example\nnameserver 10.89.0.1\nnameserver 127.0.0.53\n nameserver ::1 # y\nnameserver\nnameserver x\n\
                     nameserver fe80::1%eth0\nnameserver 192.0.2.1\nnameserver 192.0.2.2\n";
-        let servers: Vec<_> = parse(text, Ipv4Addr::new(10, 89, 0, 1)).iter().map(ToString::to_string).collect();
+        let servers: Vec<_> = parse(text, Ipv4Addr::new(10, 89, 0, 1))
+            .iter()
+            .map(ToString::to_string)
+            .collect();
         assert_eq!(servers, ["127.0.0.53", "::1", "192.0.2.1"]);
     }
 
     #[test]
     fn missing_resolv_conf_has_no_resolvers() {
-        assert!(Upstreams::new("/nonexistent".into(), Ipv4Addr::LOCALHOST, PORT).get(Instant::now()).is_empty());
+        assert!(
+            Upstreams::new("/nonexistent".into(), Ipv4Addr::LOCALHOST, PORT)
+                .get(Instant::now())
+                .is_empty()
+        );
     }
 }

@@ -28,10 +28,25 @@ fn tap_is_owned_by_its_vm_and_removed_with_it() {
     assert_ne!(tap_a, tap_b);
     assert_eq!(lab.host.run(|| lab.net.list()).unwrap(), [tag(0), tag(1)]);
     let details = lab.host.sh(&format!("ip -d link show dev {}", tap_a.name));
-    for part in ["master fcbr0", "isolated on", "user 4711", &format!("alias {}", tag(0)), ",UP"] {
+    for part in [
+        "master fcbr0",
+        "isolated on",
+        "user 4711",
+        &format!("alias {}", tag(0)),
+        ",UP",
+    ] {
         assert!(details.contains(part), "{part} is not in {details}");
     }
-    assert_eq!(lab.elements(), ["10.89.0.2", "10.89.0.2", "10.89.0.2", "10.89.0.3", "10.89.0.3"]);
+    assert_eq!(
+        lab.elements(),
+        [
+            "10.89.0.2",
+            "10.89.0.2",
+            "10.89.0.2",
+            "10.89.0.3",
+            "10.89.0.3"
+        ]
+    );
     // Taking it again replaces it.
     let again = lab.take(&a);
     assert_ne!(again, tap_a);
@@ -41,8 +56,17 @@ fn tap_is_owned_by_its_vm_and_removed_with_it() {
     assert_eq!(lab.host.run(|| lab.net.list()).unwrap(), [""; 0]);
     lab.await_taps(2);
     let strip = |census: String| census.replace(|c: char| c.is_ascii_digit(), "");
-    assert_eq!(strip(lab.census()), strip(empty), "equal except for the numbers");
-    assert!(lab.host.run(|| lab.net.release("fc-00000000-0123456789ab-1")).is_err(), "a tag of another installation");
+    assert_eq!(
+        strip(lab.census()),
+        strip(empty),
+        "equal except for the numbers"
+    );
+    assert!(
+        lab.host
+            .run(|| lab.net.release("fc-00000000-0123456789ab-1"))
+            .is_err(),
+        "a tag of another installation"
+    );
 }
 
 #[test]
@@ -56,7 +80,9 @@ fn killed_daemons_network_is_adopted_by_next_one() {
     let tap = lab.take(&guest);
     lab.await_taps(2);
     // Also leave a tap that had not got its alias yet.
-    lab.host.sh(&format!("ip tuntap add dev fc{INSTALL}-77 mode tap; ip tuntap add dev tap0 mode tap"));
+    lab.host.sh(&format!(
+        "ip tuntap add dev fc{INSTALL}-77 mode tap; ip tuntap add dev tap0 mode tap"
+    ));
     let machine = Machine::start(&lab.host, &tap.name, guest.clone());
     let Lab { net, host, outside } = lab;
     std::mem::forget(net);
@@ -64,10 +90,20 @@ fn killed_daemons_network_is_adopted_by_next_one() {
     let lab = Lab { net, host, outside };
     lab.await_taps(2);
     let taps = lab.host.sh("ip -o link show type tun");
-    assert_eq!(taps.lines().count(), 4, "two spare ones, the VM's, and one that is not ours: {taps}");
+    assert_eq!(
+        taps.lines().count(),
+        4,
+        "two spare ones, the VM's, and one that is not ours: {taps}"
+    );
     assert!(!taps.contains("-77:") && taps.contains("tap0:"), "{taps}");
-    lab.host.run(|| lab.net.adopt(std::slice::from_ref(&guest))).unwrap();
-    assert_eq!(lab.host.run(|| lab.net.mend()).unwrap(), [""; 0], "there is nothing to repair");
+    lab.host
+        .run(|| lab.net.adopt(std::slice::from_ref(&guest)))
+        .unwrap();
+    assert_eq!(
+        lab.host.run(|| lab.net.mend()).unwrap(),
+        [""; 0],
+        "there is nothing to repair"
+    );
     let outside = lab.outside.udp((Ipv4Addr::UNSPECIFIED, 9000));
     machine.udp().send("still there", (OUTSIDE, 9000));
     assert_eq!(outside.next().0, "still there");
@@ -85,16 +121,29 @@ fn mend_repairs_what_others_break() {
     let outside = lab.outside.udp((Ipv4Addr::UNSPECIFIED, 9000));
     for (harm, found) in [
         ("nft flush ruleset", "restored the rules of guests"),
-        ("nft flush set inet fcd_1a2b3c4d nat", "restored the rules of fc-1a2b3c4d-0123456789ab-0"),
+        (
+            "nft flush set inet fcd_1a2b3c4d nat",
+            "restored the rules of fc-1a2b3c4d-0123456789ab-0",
+        ),
         ("ip link delete fcbr0", "created bridge fcbr0"),
         ("ip link set fcbr0 down", "set bridge fcbr0 up"),
-        ("ip address flush dev fcbr0; ip address add 10.1.1.1/24 dev fcbr0", "added address 10.89.0.1/24 to bridge fcbr0"),
-        ("sysctl -q -w net.ipv4.ip_forward=0", "turned IPv4 forwarding on"),
+        (
+            "ip address flush dev fcbr0; ip address add 10.1.1.1/24 dev fcbr0",
+            "added address 10.89.0.1/24 to bridge fcbr0",
+        ),
+        (
+            "sysctl -q -w net.ipv4.ip_forward=0",
+            "turned IPv4 forwarding on",
+        ),
     ] {
         lab.host.sh(harm);
         let done = lab.host.run(|| lab.net.mend()).unwrap();
         assert!(done.iter().any(|d| d == found), "{harm}: {done:?}");
-        assert_eq!(lab.host.run(|| lab.net.mend()).unwrap(), [""; 0], "the second time after {harm}");
+        assert_eq!(
+            lab.host.run(|| lab.net.mend()).unwrap(),
+            [""; 0],
+            "the second time after {harm}"
+        );
         machine.udp().send(harm, (OUTSIDE, 9000));
         assert_eq!(outside.next().0, harm);
     }
@@ -116,11 +165,16 @@ fn foreign_bridge_taps_and_tables_are_kept() {
     );
     let of_others = "ip -o link show; nft list table inet fcd_00000000";
     let before = host.sh(of_others);
-    let e = open(&host, &config(), Arc::new(HostCommands)).err().unwrap();
+    let e = open(&host, &config(), Arc::new(HostCommands))
+        .err()
+        .unwrap();
     assert_eq!(e.kind(), Kind::Conflict);
     assert!(e.hint_text().unwrap().contains("[network]"), "{e}");
     assert_eq!(host.sh(of_others), before);
-    let other_name = crate::config::Network { bridge: "fcbr1".into(), ..config() };
+    let other_name = crate::config::Network {
+        bridge: "fcbr1".into(),
+        ..config()
+    };
     let net = open(&host, &other_name, Arc::new(HostCommands)).unwrap();
     host.run(|| net.remove_all()).unwrap();
     assert_eq!(host.sh(of_others), before);
@@ -137,26 +191,50 @@ fn second_installation_is_refused_before_creating_anything() {
     let all = "ip -o link show; ip -4 -o address show; ip -4 route show table all; nft list tables";
     let before = lab.host.sh(all);
     let second = |config: crate::config::Network| {
-        lab.host.run(|| Net::open(&config, "00000002", Arc::new(HostCommands), &cancel()).map(|net| net.remove_all().unwrap()))
+        lab.host.run(|| {
+            Net::open(&config, "00000002", Arc::new(HostCommands), &cancel())
+                .map(|net| net.remove_all().unwrap())
+        })
     };
     let named = |bridge: &str, subnet: &str| {
         let subnet = subnet.parse().unwrap();
-        crate::config::Network { bridge: bridge.into(), subnet, taps_ahead: 0, ..config() }
+        crate::config::Network {
+            bridge: bridge.into(),
+            subnet,
+            taps_ahead: 0,
+            ..config()
+        }
     };
     for (config, hints) in [
         (named("fcbr0", "10.89.0.0/24"), ["bridge = ", "subnet = "]),
-        (named("fcbr0", "10.90.0.0/24"), ["another name", "bridge = "]),
-        (named("fcbr1", "10.89.0.0/24"), ["another subnet", "subnet = "]),
-        (named("fcbr1", "10.89.0.0/16"), ["another subnet", "subnet = "]),
+        (
+            named("fcbr0", "10.90.0.0/24"),
+            ["another name", "bridge = "],
+        ),
+        (
+            named("fcbr1", "10.89.0.0/24"),
+            ["another subnet", "subnet = "],
+        ),
+        (
+            named("fcbr1", "10.89.0.0/16"),
+            ["another subnet", "subnet = "],
+        ),
     ] {
         let shown = format!("{} {}", config.bridge, config.subnet);
         let e = second(config).unwrap_err();
         assert_eq!(e.kind(), Kind::Conflict, "{shown}: {e}");
-        assert!(hints.iter().all(|hint| e.hint_text().unwrap().contains(hint)), "{shown}: {:?}", e.hint_text());
+        assert!(
+            hints
+                .iter()
+                .all(|hint| e.hint_text().unwrap().contains(hint)),
+            "{shown}: {:?}",
+            e.hint_text()
+        );
         assert_eq!(lab.host.sh(all), before, "{shown}: something was created");
     }
     // A route to a network that contains the subnet, such as a VPN's, is not a conflict.
-    lab.host.sh("ip link add vpn type bridge; ip link set vpn up; ip route add 10.88.0.0/14 dev vpn");
+    lab.host
+        .sh("ip link add vpn type bridge; ip link set vpn up; ip route add 10.88.0.0/14 dev vpn");
     second(named("fcbr1", "10.90.0.0/24")).unwrap();
     // Once our bridge has the subnet, a route into it that somebody adds does not prevent a
     // restart.
@@ -171,7 +249,12 @@ struct Failing {
 }
 
 impl Commands for Failing {
-    fn run(&self, command: &Command, cancel: &Cancel, on_line: &mut dyn FnMut(&str)) -> Result<Output> {
+    fn run(
+        &self,
+        command: &Command,
+        cancel: &Cancel,
+        on_line: &mut dyn FnMut(&str),
+    ) -> Result<Output> {
         if self.count.fetch_add(1, Ordering::SeqCst) + 1 == self.fail_at.load(Ordering::SeqCst) {
             return Err(Error::new(Kind::CommandFailed, "failed by the test"));
         }
@@ -184,9 +267,18 @@ fn take_failing_at_any_step_leaves_nothing() {
     if !is_root() {
         return;
     }
-    let commands = Arc::new(Failing { count: AtomicUsize::new(0), fail_at: AtomicUsize::new(0) });
+    let commands = Arc::new(Failing {
+        count: AtomicUsize::new(0),
+        fail_at: AtomicUsize::new(0),
+    });
     // Without spare taps, every command belongs to the take itself.
-    let lab = Lab::with(&crate::config::Network { taps_ahead: 0, ..config() }, commands.clone());
+    let lab = Lab::with(
+        &crate::config::Network {
+            taps_ahead: 0,
+            ..config()
+        },
+        commands.clone(),
+    );
     let empty = lab.census();
     let guest = lab.guest(0, Access::Nat);
     let mut failed = 0;
@@ -197,10 +289,18 @@ fn take_failing_at_any_step_leaves_nothing() {
         if taken.is_ok() {
             break;
         }
-        assert_eq!(lab.census(), empty, "after a failure of command {}", failed + 1);
+        assert_eq!(
+            lab.census(),
+            empty,
+            "after a failure of command {}",
+            failed + 1
+        );
         failed += 1;
     }
-    assert_eq!(failed, 5, "list, tag as spare, tag as the VM's, rules, join");
+    assert_eq!(
+        failed, 5,
+        "list, tag as spare, tag as the VM's, rules, join"
+    );
     // A failed release can be repeated.
     for step in 1..=4 {
         commands.count.store(0, Ordering::SeqCst);
@@ -213,7 +313,10 @@ fn take_failing_at_any_step_leaves_nothing() {
     // A cancelled take leaves nothing either.
     let cancelled = cancel();
     cancelled.cancel(CancelCause::Requested);
-    let e = lab.host.run(|| lab.net.take(&guest, 4711, &cancelled)).unwrap_err();
+    let e = lab
+        .host
+        .run(|| lab.net.take(&guest, 4711, &cancelled))
+        .unwrap_err();
     assert_eq!((e.kind(), lab.census()), (Kind::Cancelled, empty));
 }
 
@@ -230,7 +333,10 @@ fn concurrent_takes_releases_and_mends_are_consistent() {
                 for round in 0..3 {
                     let guest = lab.guest(thread * 3 + round, Access::Nat);
                     let tap = lab.take(&guest);
-                    lab.host.sh(&format!("ip link show dev {} master fcbr0 | grep -q .", tap.name));
+                    lab.host.sh(&format!(
+                        "ip link show dev {} master fcbr0 | grep -q .",
+                        tap.name
+                    ));
                     if round > 0 {
                         lab.release(thread * 3 + round);
                     }
@@ -241,11 +347,20 @@ fn concurrent_takes_releases_and_mends_are_consistent() {
     });
     let mut left = lab.host.run(|| lab.net.list()).unwrap();
     assert_eq!(left.len(), 4, "{left:?}");
-    assert_eq!(lab.host.run(|| lab.net.mend()).unwrap(), [""; 0], "connected guests have their rules");
-    left.drain(..).for_each(|tag| lab.host.run(|| lab.net.release(&tag)).unwrap());
+    assert_eq!(
+        lab.host.run(|| lab.net.mend()).unwrap(),
+        [""; 0],
+        "connected guests have their rules"
+    );
+    left.drain(..)
+        .for_each(|tag| lab.host.run(|| lab.net.release(&tag)).unwrap());
     assert_eq!(lab.elements(), [""; 0]);
     lab.host.run(|| lab.net.remove_all()).unwrap();
-    assert_eq!(lab.host.sh("ip -o link show type tun; ip -o link show type bridge; nft list ruleset"), "");
+    assert_eq!(
+        lab.host
+            .sh("ip -o link show type tun; ip -o link show type bridge; nft list ruleset"),
+        ""
+    );
 }
 
 #[test]
@@ -257,7 +372,10 @@ fn doctor_reports_blocking_firewall_and_its_fix_works() {
     let machine = lab.start(0, Access::Nat);
     let look = || {
         let checks = lab.host.run(|| checks(&config(), &HostCommands, &cancel()));
-        checks.into_iter().filter(|c| c.severity != Severity::Ok && c.id.starts_with("network")).collect::<Vec<_>>()
+        checks
+            .into_iter()
+            .filter(|c| c.severity != Severity::Ok && c.id.starts_with("network"))
+            .collect::<Vec<_>>()
     };
     assert_eq!(look(), [], "nothing blocks guests");
     lab.host.sh("nft 'add table inet mine; add chain inet mine others { type filter hook forward priority 10; policy drop; }'");
@@ -271,5 +389,8 @@ fn doctor_reports_blocking_firewall_and_its_fix_works() {
     assert_eq!(look(), []);
     lab.host.sh("ip route add 10.89.0.128/25 via 192.0.2.1");
     let found = look();
-    assert!(found.len() == 1 && found[0].found.contains("10.89.0.128/25 on up0"), "{found:?}");
+    assert!(
+        found.len() == 1 && found[0].found.contains("10.89.0.128/25 on up0"),
+        "{found:?}"
+    );
 }

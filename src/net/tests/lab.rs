@@ -30,7 +30,10 @@ const DEADLINE: Duration = Duration::from_secs(30);
 pub fn is_root() -> bool {
     let is_root = nix::unistd::geteuid().is_root();
     if !is_root {
-        eprintln!("SKIPPED because it needs root: {:?}", std::thread::current().name());
+        eprintln!(
+            "SKIPPED because it needs root: {:?}",
+            std::thread::current().name()
+        );
     }
     is_root
 }
@@ -66,7 +69,13 @@ impl Ns {
     /// Runs a line of shell and returns its output.
     #[track_caller]
     pub fn sh(&self, line: &str) -> String {
-        match self.run(|| HostCommands.run(&Command::new("sh").args(["-ec", line]), &Cancel::try_new().unwrap(), &mut |_| {})) {
+        match self.run(|| {
+            HostCommands.run(
+                &Command::new("sh").args(["-ec", line]),
+                &Cancel::try_new().unwrap(),
+                &mut |_| {},
+            )
+        }) {
             Ok(output) => String::from_utf8(output.stdout).unwrap(),
             Err(e) => panic!("{line}: {e}"),
         }
@@ -85,7 +94,12 @@ impl Ns {
             loop {
                 match UdpSocket::bind(at) {
                     Ok(socket) => return Udp(socket),
-                    Err(e) if e.kind() == std::io::ErrorKind::AddrInUse && Instant::now() < deadline => std::thread::yield_now(),
+                    Err(e)
+                        if e.kind() == std::io::ErrorKind::AddrInUse
+                            && Instant::now() < deadline =>
+                    {
+                        std::thread::yield_now()
+                    }
                     Err(e) => panic!("bind {at}: {e}"),
                 }
             }
@@ -126,7 +140,11 @@ pub struct Lab {
 }
 
 pub fn config() -> Config {
-    Config { driver: crate::config::NetworkDriver::Bridge, taps_ahead: 2, ..Config::default() }
+    Config {
+        driver: crate::config::NetworkDriver::Bridge,
+        taps_ahead: 2,
+        ..Config::default()
+    }
 }
 
 pub fn tag(n: u32) -> String {
@@ -140,19 +158,32 @@ impl Lab {
 
     pub fn with(config: &Config, commands: Arc<dyn Commands>) -> Self {
         let (host, outside) = (Ns::new(), Ns::new());
-        host.sh(&format!("ip link add up0 type veth peer name down0; ip link set down0 netns {}", outside.path()));
+        host.sh(&format!(
+            "ip link add up0 type veth peer name down0; ip link set down0 netns {}",
+            outside.path()
+        ));
         host.sh(&format!("ip address add {HOST}/24 dev up0; ip link set up0 up; ip route add default via {OUTSIDE}"));
-        outside.sh(&format!("ip address add {OUTSIDE}/24 dev down0; ip link set down0 up"));
+        outside.sh(&format!(
+            "ip address add {OUTSIDE}/24 dev down0; ip link set down0 up"
+        ));
         let net = open(&host, config, commands).unwrap();
         Self { net, host, outside }
     }
 
     pub fn guest(&self, slot: u32, access: Access) -> Guest {
-        Guest { tag: tag(slot), lease: self.net.lease(slot).unwrap(), access, rx_bytes_per_s: None, tx_bytes_per_s: None }
+        Guest {
+            tag: tag(slot),
+            lease: self.net.lease(slot).unwrap(),
+            access,
+            rx_bytes_per_s: None,
+            tx_bytes_per_s: None,
+        }
     }
 
     pub fn take(&self, guest: &Guest) -> Tap {
-        self.host.run(|| self.net.take(guest, 4711, &Cancel::try_new().unwrap())).unwrap()
+        self.host
+            .run(|| self.net.take(guest, 4711, &Cancel::try_new().unwrap()))
+            .unwrap()
     }
 
     pub fn release(&self, n: u32) {
@@ -168,8 +199,13 @@ impl Lab {
 
     /// Describes everything that is ours: interfaces and the elements of the sets.
     pub fn census(&self) -> String {
-        let links = self.host.sh("ip -o link show type tun; ip -o link show type bridge");
-        let mut lines: Vec<String> = links.lines().map(|l| l.split(": ").nth(1).unwrap_or_default().to_owned()).collect();
+        let links = self
+            .host
+            .sh("ip -o link show type tun; ip -o link show type bridge");
+        let mut lines: Vec<String> = links
+            .lines()
+            .map(|l| l.split(": ").nth(1).unwrap_or_default().to_owned())
+            .collect();
         lines.sort();
         lines.extend(self.elements());
         lines.join(" ")
@@ -180,7 +216,9 @@ impl Lab {
             "nft list set bridge fcd_{INSTALL} guests; nft list set inet fcd_{INSTALL} nat; ip neighbour show nud permanent dev fcbr0"
         );
         let text = self.host.sh(&list);
-        let words = text.split([' ', ',', '\n']).filter(|w| w.starts_with("10.89."));
+        let words = text
+            .split([' ', ',', '\n'])
+            .filter(|w| w.starts_with("10.89."));
         let mut words: Vec<_> = words.map(str::to_owned).collect();
         words.sort();
         words
@@ -191,7 +229,11 @@ impl Lab {
     pub fn await_taps(&self, count: usize) {
         let deadline = Instant::now() + DEADLINE;
         while self.net.taps_ready() != count {
-            assert!(Instant::now() < deadline, "{} taps of {count} are ready", self.net.taps_ready());
+            assert!(
+                Instant::now() < deadline,
+                "{} taps of {count} are ready",
+                self.net.taps_ready()
+            );
             std::thread::yield_now();
         }
     }
@@ -217,7 +259,10 @@ impl Machine {
         let there = ns.run(|| tun::connect("eth0")).unwrap();
         // The bridge forwards to a port once it has noticed its carrier.
         let deadline = Instant::now() + DEADLINE;
-        while !host.sh(&format!("ip -d link show dev {tap}")).contains("state forwarding") {
+        while !host
+            .sh(&format!("ip -d link show dev {tap}"))
+            .contains("state forwarding")
+        {
             assert!(Instant::now() < deadline, "port {tap} does not forward");
         }
         let lease = guest.lease;
@@ -230,7 +275,9 @@ impl Machine {
         let relay = std::thread::spawn(move || {
             let mut buffer = vec![0; 65_536];
             loop {
-                let mut fds = [&here, &there].map(|f| PollFd::new(f.as_fd(), PollFlags::POLLIN)).to_vec();
+                let mut fds = [&here, &there]
+                    .map(|f| PollFd::new(f.as_fd(), PollFlags::POLLIN))
+                    .to_vec();
                 fds.push(PollFd::new(reader.as_fd(), PollFlags::POLLIN));
                 poll(&mut fds, PollTimeout::NONE).unwrap();
                 if fds[2].any().unwrap() {
@@ -243,7 +290,12 @@ impl Machine {
                 }
             }
         });
-        Self { guest, ns, tap, ends: Some((writer, relay)) }
+        Self {
+            guest,
+            ns,
+            tap,
+            ends: Some((writer, relay)),
+        }
     }
 
     pub fn address(&self) -> Ipv4Addr {

@@ -21,7 +21,10 @@ fn latency_with_idle_connections() {
             })
             .collect();
         times.sort();
-        println!("{what}: p50 {:?}, p99 {:?}, most {:?}", times[10_000], times[19_800], times[19_999]);
+        println!(
+            "{what}: p50 {:?}, p99 {:?}, most {:?}",
+            times[10_000], times[19_800], times[19_999]
+        );
     };
     measure("alone");
     let idle: Vec<_> = (0..1000).map(|_| f.client()).collect();

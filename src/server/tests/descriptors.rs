@@ -5,7 +5,14 @@ use std::io::IoSlice;
 pub fn send_with(stream: &UnixStream, bytes: &[u8], fds: &[&OwnedFd]) {
     let fds: Vec<_> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
     let control = [ControlMessage::ScmRights(&fds)];
-    let sent = sendmsg::<()>(stream.as_raw_fd(), &[IoSlice::new(bytes)], &control, MsgFlags::empty(), None).unwrap();
+    let sent = sendmsg::<()>(
+        stream.as_raw_fd(),
+        &[IoSlice::new(bytes)],
+        &control,
+        MsgFlags::empty(),
+        None,
+    )
+    .unwrap();
     assert_eq!(sent, bytes.len());
 }
 
@@ -19,13 +26,26 @@ fn pipe_with(text: &str) -> (OwnedFd, OwnedFd) {
 /// Checks that no read end of this pipe is open.
 #[track_caller]
 fn check_closed(write_end: &OwnedFd) {
-    let mut fds = [nix::poll::PollFd::new(std::os::fd::AsFd::as_fd(write_end), nix::poll::PollFlags::empty())];
+    let mut fds = [nix::poll::PollFd::new(
+        std::os::fd::AsFd::as_fd(write_end),
+        nix::poll::PollFlags::empty(),
+    )];
     nix::poll::poll(&mut fds, DEADLINE.as_millis() as u16).unwrap();
-    assert!(fds[0].revents().unwrap().contains(nix::poll::PollFlags::POLLERR), "a read end is open somewhere");
+    assert!(
+        fds[0]
+            .revents()
+            .unwrap()
+            .contains(nix::poll::PollFlags::POLLERR),
+        "a read end is open somewhere"
+    );
 }
 
 fn call(id: u32, method: &str) -> Vec<u8> {
-    format!("{}\n", json!({"jsonrpc": "2.0", "id": id, "method": method})).into_bytes()
+    format!(
+        "{}\n",
+        json!({"jsonrpc": "2.0", "id": id, "method": method})
+    )
+    .into_bytes()
 }
 
 #[test]
@@ -38,9 +58,16 @@ fn descriptors_come_with_their_request() {
         drop(read_end);
         // The handler reads to the end of the file.
         drop(write_end);
-        assert_eq!(c.answer().result, json!({"count": count, "cloexec": true, "text": "hello"}));
+        assert_eq!(
+            c.answer().result,
+            json!({"count": count, "cloexec": true, "text": "hello"})
+        );
     }
-    assert_eq!(c.call("fds", json!({})).result["count"], json!(0), "descriptors are not kept for the next request");
+    assert_eq!(
+        c.call("fds", json!({})).result["count"],
+        json!(0),
+        "descriptors are not kept for the next request"
+    );
 }
 
 #[test]
@@ -53,7 +80,10 @@ fn descriptors_of_pipelined_requests_do_not_mix() {
     send_with(c.stream(), &call(3, "fds"), &[&b, &b]);
     c.send(call(4, "fds"));
     drop((aw, bw));
-    let answers: Vec<_> = (0..4).map(|_| c.answer().result).map(|r| (r["count"].clone(), r["text"].clone())).collect();
+    let answers: Vec<_> = (0..4)
+        .map(|_| c.answer().result)
+        .map(|r| (r["count"].clone(), r["text"].clone()))
+        .collect();
     let expected = [(0, ""), (1, "a"), (2, "b"), (0, "")].map(|(n, t)| (json!(n), json!(t)));
     assert_eq!(answers, expected);
 }
@@ -71,7 +101,11 @@ fn too_many_descriptors_are_rejected_and_closed() {
         check_closed(&write_end);
         c.check_alive();
     }
-    assert_eq!(f.probe.calls.load(Ordering::SeqCst), 4, "only check_alive reaches the handler");
+    assert_eq!(
+        f.probe.calls.load(Ordering::SeqCst),
+        4,
+        "only check_alive reaches the handler"
+    );
 }
 
 #[test]
@@ -81,7 +115,11 @@ fn descriptors_within_request_are_rejected_and_closed() {
     let (read_end, write_end) = pipe_with("x");
     let line = call(7, "fds");
     // Longer than one read, so that the first part has been received when the rest is sent.
-    let long = format!("{}{}", " ".repeat(300_000), String::from_utf8(line).unwrap());
+    let long = format!(
+        "{}{}",
+        " ".repeat(300_000),
+        String::from_utf8(line).unwrap()
+    );
     c.send(&long.as_bytes()[..300_004]);
     send_with(c.stream(), &long.as_bytes()[300_004..], &[&read_end]);
     drop(read_end);

@@ -3,7 +3,10 @@ use crate::host::{Command, command::run_any_status};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 fn short() -> Limits {
-    Limits { line: Duration::from_millis(150), ..Limits::default() }
+    Limits {
+        line: Duration::from_millis(150),
+        ..Limits::default()
+    }
 }
 
 #[test]
@@ -25,7 +28,9 @@ fn slowly_arriving_line_times_out() {
     let begun = Instant::now();
     // Send one byte at a time as long as the server accepts it. The timeout of the read makes the
     // pauses.
-    c.stream().set_read_timeout(Some(Duration::from_millis(20))).unwrap();
+    c.stream()
+        .set_read_timeout(Some(Duration::from_millis(20)))
+        .unwrap();
     let mut line = String::new();
     let ended = loop {
         if c.stream().write_all(b"x").is_err() || begun.elapsed() > DEADLINE {
@@ -42,21 +47,31 @@ fn slowly_arriving_line_times_out() {
 
 #[test]
 fn idle_connection_is_closed_but_not_during_call() {
-    let f = fixture_with(Limits { idle: Duration::from_millis(100), line: Duration::from_millis(50), ..Limits::default() });
+    let f = fixture_with(Limits {
+        idle: Duration::from_millis(100),
+        line: Duration::from_millis(50),
+        ..Limits::default()
+    });
     let (mut idle, mut held) = (f.client(), f.client());
     held.send("{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"hold\"}\n");
     assert_eq!(held.answer().method.as_deref(), Some("log"));
     let begun = Instant::now();
     idle.check_alive();
     idle.check_closed();
-    assert!(begun.elapsed() >= Duration::from_millis(100), "not before the idle limit");
+    assert!(
+        begun.elapsed() >= Duration::from_millis(100),
+        "not before the idle limit"
+    );
     until(|| f.server.connections() == 1);
     assert_eq!(f.probe.hung_up.load(Ordering::SeqCst), 0);
 }
 
 #[test]
 fn caller_that_does_not_read_is_dropped() {
-    let f = fixture_with(Limits { write_stall: Duration::from_millis(100), ..Limits::default() });
+    let f = fixture_with(Limits {
+        write_stall: Duration::from_millis(100),
+        ..Limits::default()
+    });
     let mut c = f.client();
     c.send("{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"flood\",\"more\":true}\n");
     f.client().check_alive();
@@ -82,7 +97,10 @@ fn connection_above_limit_gets_error_line() {
         first.iter_mut().for_each(Client::check_alive);
         let mut refused = f.client();
         let answer = refused.answer();
-        assert_eq!((answer.kind(), &answer.id), ((-32000, "connection_limit"), &Value::Null));
+        assert_eq!(
+            (answer.kind(), &answer.id),
+            ((-32000, "connection_limit"), &Value::Null)
+        );
         assert!(answer.error.unwrap().data.unwrap().retryable);
         refused.check_closed();
         first.pop();
@@ -95,7 +113,11 @@ fn connection_above_limit_gets_error_line() {
 
 #[test]
 fn connections_are_reserved_for_root() {
-    let limits = Limits { connections_max: 3, connections_root_reserved: 2, ..Limits::default() };
+    let limits = Limits {
+        connections_max: 3,
+        connections_root_reserved: 2,
+        ..Limits::default()
+    };
     let registry = Arc::new(Registry::new(limits));
     let socket = Arc::new(UnixStream::pair().unwrap().0);
     let enter = |uid| registry.enter(&socket, uid).map_err(|e| e.kind());
@@ -109,12 +131,19 @@ fn connections_are_reserved_for_root() {
 
 pub fn raise_descriptor_limit() {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
-    assert!(hard >= 3000, "these tests need 3000 descriptors: ulimit -Hn");
+    assert!(
+        hard >= 3000,
+        "these tests need 3000 descriptors: ulimit -Hn"
+    );
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
 }
 
 pub fn roomy() -> Limits {
-    Limits { connections_max: 2000, connections_per_uid_max: 2000, ..Limits::default() }
+    Limits {
+        connections_max: 2000,
+        connections_per_uid_max: 2000,
+        ..Limits::default()
+    }
 }
 
 #[test]
@@ -140,14 +169,27 @@ fn child_without_descriptors() {
     let f = fixture();
     f.client().check_alive();
     assert_eq!(f.server.drain(Instant::now() + DEADLINE), 0);
-    let sockets: Vec<_> =
-        (0..4).map(|_| socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap()).collect();
-    let mut fill: Vec<_> = std::iter::repeat_with(|| std::fs::File::open("/dev/null")).map_while(Result::ok).collect();
+    let sockets: Vec<_> = (0..4)
+        .map(|_| {
+            socket(
+                AddressFamily::Unix,
+                SockType::Stream,
+                SockFlag::SOCK_CLOEXEC,
+                None,
+            )
+            .unwrap()
+        })
+        .collect();
+    let mut fill: Vec<_> = std::iter::repeat_with(|| std::fs::File::open("/dev/null"))
+        .map_while(Result::ok)
+        .collect();
     let connected = |socket: OwnedFd| {
         connect(socket.as_raw_fd(), &UnixAddr::new(&f.path).unwrap()).unwrap();
         let stream = UnixStream::from(socket);
         stream.set_read_timeout(Some(DEADLINE)).unwrap();
-        Client { reader: BufReader::new(stream) }
+        Client {
+            reader: BufReader::new(stream),
+        }
     };
     for (n, socket) in sockets.into_iter().enumerate() {
         let mut c = connected(socket);
@@ -167,8 +209,14 @@ fn child_without_descriptors() {
 fn callers_without_descriptors_get_error_line() {
     let test = "server::tests::limits::child_without_descriptors";
     let script = format!("ulimit -n 64 && exec \"$0\" --exact {test} --ignored --nocapture");
-    let child = Command::new("sh").args(["-c", &script]).arg(std::env::current_exe().unwrap());
+    let child = Command::new("sh")
+        .args(["-c", &script])
+        .arg(std::env::current_exe().unwrap());
     let out = run_any_status(&child, &Cancel::try_new().unwrap(), &mut |_| {}).unwrap();
     let text = String::from_utf8_lossy(&out.stdout);
-    assert!(text.contains("reported and recovered"), "{text}{}", String::from_utf8_lossy(&out.stderr));
+    assert!(
+        text.contains("reported and recovered"),
+        "{text}{}",
+        String::from_utf8_lossy(&out.stderr)
+    );
 }

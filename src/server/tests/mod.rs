@@ -41,21 +41,35 @@ impl Handler for Probe {
         let invalid = |e| call.invalid_params(e);
         match call.method {
             "echo" => Ok(RawValue::from_string(call.params.to_owned()).unwrap()),
-            "meta" => reply(json!({"more": call.more, "key": call.key, "uid": call.peer.uid, "pid": call.peer.pid})),
+            "meta" => reply(
+                json!({"more": call.more, "key": call.key, "uid": call.peer.uid, "pid": call.peer.pid}),
+            ),
             "value" => reply(serde_json::from_str(call.params).map_err(invalid)?),
-            "typed" => reply(json!(serde_json::from_str::<Typed>(call.params).map_err(invalid)?.n)),
+            "typed" => reply(json!(
+                serde_json::from_str::<Typed>(call.params)
+                    .map_err(invalid)?
+                    .n
+            )),
             "panic" => panic!("boom"),
-            "fail" => Err(Error::new(Kind::VmNotFound, "no VM web").hint("fcctl ps -a").into()),
+            "fail" => Err(Error::new(Kind::VmNotFound, "no VM web")
+                .hint("fcctl ps -a")
+                .into()),
             "big" => reply(json!("x".repeat(FRAME_BYTES_MAX))),
             "notes" => {
                 for n in 0..3 {
-                    connection.notify(Note::Log(LogChunk { text: n.to_string() })).unwrap();
+                    connection
+                        .notify(Note::Log(LogChunk {
+                            text: n.to_string(),
+                        }))
+                        .unwrap();
                 }
                 reply(json!("done"))
             }
             // Sends notes until the connection counts as broken.
             "flood" => {
-                let chunk = Note::Log(LogChunk { text: "x".repeat(60_000) });
+                let chunk = Note::Log(LogChunk {
+                    text: "x".repeat(60_000),
+                });
                 while connection.notify(chunk.clone()).is_ok() {}
                 assert!(connection.is_hung_up());
                 self.hung_up.fetch_add(1, Ordering::SeqCst);
@@ -63,8 +77,15 @@ impl Handler for Probe {
             }
             // Answers once the caller hangs up.
             "hold" => {
-                connection.notify(Note::Log(LogChunk { text: "held".into() })).unwrap();
-                let mut fds = [nix::poll::PollFd::new(connection.fd(), nix::poll::PollFlags::empty())];
+                connection
+                    .notify(Note::Log(LogChunk {
+                        text: "held".into(),
+                    }))
+                    .unwrap();
+                let mut fds = [nix::poll::PollFd::new(
+                    connection.fd(),
+                    nix::poll::PollFlags::empty(),
+                )];
                 nix::poll::poll(&mut fds, DEADLINE.as_millis() as u16).unwrap();
                 assert!(connection.is_hung_up());
                 self.hung_up.fetch_add(1, Ordering::SeqCst);
@@ -79,7 +100,9 @@ impl Handler for Probe {
                 let all = call.fds.iter().all(cloexec);
                 let mut text = String::new();
                 if let Some(fd) = call.fds.first() {
-                    std::fs::File::from(fd.try_clone().unwrap()).read_to_string(&mut text).unwrap();
+                    std::fs::File::from(fd.try_clone().unwrap())
+                        .read_to_string(&mut text)
+                        .unwrap();
                 }
                 reply(json!({"count": call.fds.len(), "cloexec": all, "text": text}))
             }
@@ -101,7 +124,12 @@ fn fixture_with(limits: Limits) -> Fixture {
     let path = dir.path().join("s.sock");
     let probe = Arc::new(Probe::default());
     let server = Server::bind(&path, limits, probe.clone()).unwrap();
-    Fixture { _dir: dir, path, server, probe }
+    Fixture {
+        _dir: dir,
+        path,
+        server,
+        probe,
+    }
 }
 
 fn fixture() -> Fixture {
@@ -129,7 +157,10 @@ impl Answer {
     #[track_caller]
     fn kind(&self) -> (i32, &str) {
         let e = self.error.as_ref().expect("the answer is an error");
-        (e.code, &e.data.as_ref().expect("the error has a fault").kind)
+        (
+            e.code,
+            &e.data.as_ref().expect("the error has a fault").kind,
+        )
     }
 }
 
@@ -148,7 +179,9 @@ impl Fixture {
         let stream = UnixStream::connect(&self.path).unwrap();
         stream.set_read_timeout(Some(DEADLINE)).unwrap();
         stream.set_write_timeout(Some(DEADLINE)).unwrap();
-        Client { reader: BufReader::new(stream) }
+        Client {
+            reader: BufReader::new(stream),
+        }
     }
 }
 
@@ -176,12 +209,18 @@ impl Client {
         self.next().expect("the server answers")
     }
     fn call(&mut self, method: &str, params: Value) -> Answer {
-        self.send(format!("{}\n", json!({"jsonrpc": "2.0", "id": 1, "method": method, "params": params})));
+        self.send(format!(
+            "{}\n",
+            json!({"jsonrpc": "2.0", "id": 1, "method": method, "params": params})
+        ));
         self.answer()
     }
     #[track_caller]
     fn check_alive(&mut self) {
-        assert_eq!(self.call("echo", json!({"still": "here"})).result, json!({"still": "here"}));
+        assert_eq!(
+            self.call("echo", json!({"still": "here"})).result,
+            json!({"still": "here"})
+        );
     }
     #[track_caller]
     fn check_closed(&mut self) {
@@ -194,18 +233,36 @@ fn calls_notes_and_ids_round_trip() {
     let f = fixture();
     let mut c = f.client();
     c.check_alive();
-    c.send("{\"jsonrpc\":\"2.0\",\"id\":\"a b\",\"method\":\"meta\",\"more\":true,\"key\":\"k\"}\r\n");
+    c.send(
+        "{\"jsonrpc\":\"2.0\",\"id\":\"a b\",\"method\":\"meta\",\"more\":true,\"key\":\"k\"}\r\n",
+    );
     let a = c.answer();
     let me = (rustix::process::geteuid().as_raw(), std::process::id());
-    assert_eq!((a.id, a.result), (json!("a b"), json!({"more": true, "key": "k", "uid": me.0, "pid": me.1})));
+    assert_eq!(
+        (a.id, a.result),
+        (
+            json!("a b"),
+            json!({"more": true, "key": "k", "uid": me.0, "pid": me.1})
+        )
+    );
     for n in 0..3 {
-        let note = if n == 0 { c.call("notes", json!({})) } else { c.answer() };
-        assert_eq!((note.method.as_deref(), note.params), (Some("log"), json!({"text": n.to_string()})));
+        let note = if n == 0 {
+            c.call("notes", json!({}))
+        } else {
+            c.answer()
+        };
+        assert_eq!(
+            (note.method.as_deref(), note.params),
+            (Some("log"), json!({"text": n.to_string()}))
+        );
     }
     assert_eq!(c.answer().result, json!("done"));
     let failed = c.call("fail", json!({}));
     assert_eq!(failed.kind(), (-32000, "vm_not_found"));
-    assert_eq!(failed.error.unwrap().data.unwrap().hint.as_deref(), Some("fcctl ps -a"));
+    assert_eq!(
+        failed.error.unwrap().data.unwrap().hint.as_deref(),
+        Some("fcctl ps -a")
+    );
 }
 
 #[test]
@@ -255,8 +312,15 @@ fn stop_ends_idle_connections_and_lets_calls_finish() {
     idle.check_closed();
     assert!(!f.path.exists());
     assert!(UnixStream::connect(&f.path).is_err());
-    assert_eq!(f.server.drain(Instant::now() + Duration::from_millis(20)), 1);
-    assert_eq!(f.probe.hung_up.load(Ordering::SeqCst), 0, "a call in progress continues");
+    assert_eq!(
+        f.server.drain(Instant::now() + Duration::from_millis(20)),
+        1
+    );
+    assert_eq!(
+        f.probe.hung_up.load(Ordering::SeqCst),
+        0,
+        "a call in progress continues"
+    );
     f.server.hang_up();
     assert_eq!(f.server.drain(Instant::now() + DEADLINE), 0);
     assert_eq!(f.probe.hung_up.load(Ordering::SeqCst), 1);

@@ -37,7 +37,10 @@ impl State {
     }
 
     pub(in crate::store) fn keys_of(&self, uid: u32) -> impl Iterator<Item = &Arc<KeyRow>> {
-        self.keys.range((uid, String::new())..).map(|(_, row)| row).take_while(move |row| row.uid == uid)
+        self.keys
+            .range((uid, String::new())..)
+            .map(|(_, row)| row)
+            .take_while(move |row| row.uid == uid)
     }
 
     /// # Errors
@@ -49,7 +52,8 @@ impl State {
             return Ok(());
         }
         let text = format!("uid {uid} has {KEYS_PER_UID_MAX} idempotency keys already");
-        Err(Error::new(Kind::OperationLimit, text).hint("call without a key, or wait until some have expired (after a day)"))
+        Err(Error::new(Kind::OperationLimit, text)
+            .hint("call without a key, or wait until some have expired (after a day)"))
     }
 }
 
@@ -57,5 +61,8 @@ fn by_prefix<'a, K: Ord + AsRef<str>, V>(map: &'a BTreeMap<K, V>, prefix: &str) 
     if prefix.is_empty() {
         return Vec::new();
     }
-    map.iter().filter(|(id, _)| id.as_ref().starts_with(prefix)).map(|(_, row)| row).collect()
+    map.iter()
+        .filter(|(id, _)| id.as_ref().starts_with(prefix))
+        .map(|(_, row)| row)
+        .collect()
 }

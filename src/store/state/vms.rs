@@ -23,24 +23,36 @@ impl State {
 
     /// Finds a VM by its name or else its ID. `text` may be anything.
     pub fn vm_by_name_or_id(&self, text: &str) -> Option<&Arc<VmRow>> {
-        self.names.get(text).and_then(|id| self.vms.get(id)).or_else(|| self.vms.get(text))
+        self.names
+            .get(text)
+            .and_then(|id| self.vms.get(id))
+            .or_else(|| self.vms.get(text))
     }
 
     /// Returns the VMs whose ID begins with `prefix`, sorted by ID. Takes time only for those.
     pub fn vms_by_id_prefix<'s>(&'s self, prefix: &'s str) -> impl Iterator<Item = &'s Arc<VmRow>> {
         let from = (Bound::Included(prefix), Bound::Unbounded);
-        self.vms.range::<str, _>(from).map(|(_, row)| row).take_while(move |row| row.id.as_str().starts_with(prefix))
+        self.vms
+            .range::<str, _>(from)
+            .map(|(_, row)| row)
+            .take_while(move |row| row.id.as_str().starts_with(prefix))
     }
 
     /// Returns the VMs of one owner or of all, from the oldest to the newest. With `after`, returns
     /// only VMs behind that place, even if the VM that had it was deleted.
-    pub fn vms_by_age(&self, owner_uid: Option<u32>, after: Option<&Age>) -> impl Iterator<Item = &Arc<VmRow>> {
+    pub fn vms_by_age(
+        &self,
+        owner_uid: Option<u32>,
+        after: Option<&Age>,
+    ) -> impl Iterator<Item = &Arc<VmRow>> {
         let ages = match owner_uid {
             None => Some(&self.ages),
             Some(uid) => self.owners.get(&uid),
         };
         let from = after.map_or(Bound::Unbounded, Bound::Excluded);
-        ages.into_iter().flat_map(move |ages| ages.range((from, Bound::Unbounded))).map(|(_, row)| row)
+        ages.into_iter()
+            .flat_map(move |ages| ages.range((from, Bound::Unbounded)))
+            .map(|(_, row)| row)
     }
 
     pub fn vms_of(&self, owner_uid: u32) -> impl Iterator<Item = &Arc<VmRow>> {
@@ -62,8 +74,11 @@ impl State {
         if free < limit {
             return Ok(free);
         }
-        Err(Error::new(Kind::VmLimit, format!("all {limit} slots for VMs are taken"))
-            .hint("delete one: fcctl ps -a, fcctl rm NAME"))
+        Err(Error::new(
+            Kind::VmLimit,
+            format!("all {limit} slots for VMs are taken"),
+        )
+        .hint("delete one: fcctl ps -a, fcctl rm NAME"))
     }
 
     pub(in crate::store) fn slot_is_taken(&self, slot: u32) -> bool {

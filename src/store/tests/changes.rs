@@ -5,11 +5,20 @@ use proptest::prelude::*;
 fn change_that_fails_or_panics_leaves_nothing() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
-    store.change_durable(|tx| tx.put_vm(row(1)).and_then(|()| tx.put_workspace(workspace(1)))).unwrap();
+    store
+        .change_durable(|tx| {
+            tx.put_vm(row(1))
+                .and_then(|()| tx.put_workspace(workspace(1)))
+        })
+        .unwrap();
     let before = state(&store);
     let mess = |tx: &mut Tx| {
         tx.remove_vm_unlocked(&vm_id(1));
-        tx.put_vm(VmRow { id: vm_id(2), ..row(1) }).unwrap();
+        tx.put_vm(VmRow {
+            id: vm_id(2),
+            ..row(1)
+        })
+        .unwrap();
         tx.put_op(op(1, OpState::Ok));
         tx.intend(None, 0, "process", "x");
         tx.put_meta("a", "b");
@@ -19,7 +28,10 @@ fn change_that_fails_or_panics_leaves_nothing() {
         mess(tx);
         Err::<(), _>(Error::invalid("no"))
     });
-    assert_eq!(failed.map(|_| ()).unwrap_err().kind(), Kind::InvalidArgument);
+    assert_eq!(
+        failed.map(|_| ()).unwrap_err().kind(),
+        Kind::InvalidArgument
+    );
     assert_eq!(state(&store), before);
     let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
         let _ = store.change(|tx| -> Result<()> {
@@ -40,18 +52,29 @@ fn change_is_visible_at_once_and_durable_after_ticket() {
     let gate = store.faults().gate();
     let ticket = put(&store, 1).unwrap();
     assert!(store.read(|s| s.vm(&vm_id(1)).is_some()));
-    let e = ticket.wait(Instant::now() + Duration::from_millis(20)).unwrap_err();
+    let e = ticket
+        .wait(Instant::now() + Duration::from_millis(20))
+        .unwrap_err();
     assert_eq!(e.kind(), Kind::Timeout);
     // A change without rows is durable with everything before it.
     let empty = store.barrier().unwrap();
-    assert_eq!(empty.wait(Instant::now() + Duration::from_millis(20)).unwrap_err().kind(), Kind::Timeout);
+    assert_eq!(
+        empty
+            .wait(Instant::now() + Duration::from_millis(20))
+            .unwrap_err()
+            .kind(),
+        Kind::Timeout
+    );
     drop(gate);
     assert_eq!(ticket.wait(soon()).unwrap(), ticket.seq());
     empty.wait(soon()).unwrap();
     assert!(put(&store, 2).unwrap().seq() > ticket.seq());
     let seq = store.barrier().unwrap().wait(soon()).unwrap();
     let store = check_reopened(store, dir.path());
-    assert!(put(&store, 3).unwrap().seq() > seq, "numbers continue after a restart");
+    assert!(
+        put(&store, 3).unwrap().seq() > seq,
+        "numbers continue after a restart"
+    );
 }
 
 #[test]
@@ -65,7 +88,9 @@ fn queued_changes_are_committed_together() {
     let tickets: Vec<_> = (2..102).map(|n| put(&store, n).unwrap()).collect();
     drop(gate);
     first.wait(soon()).unwrap();
-    tickets.iter().for_each(|t| assert_eq!(t.wait(soon()).unwrap(), t.seq()));
+    tickets
+        .iter()
+        .for_each(|t| assert_eq!(t.wait(soon()).unwrap(), t.seq()));
     let stats = store.stats();
     assert_eq!((stats.batches, stats.changes, stats.queued), (2, 101, 0));
     check_reopened(store, dir.path());
@@ -75,36 +100,89 @@ fn queued_changes_are_committed_together() {
 fn names_and_slots_are_unique_and_reusable() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
-    store.change_durable(|tx| tx.put_vm(row(0)).and_then(|()| tx.put_vm(row(1)))).unwrap();
-    let change = |f: &dyn Fn(&mut VmRow)| store.change(|tx| tx.update_vm_unlocked(&vm_id(0), f)).map(|_| ()).unwrap_err().kind();
-    assert_eq!(change(&|r| r.name = "vm-1".parse().unwrap()), Kind::NameTaken);
+    store
+        .change_durable(|tx| tx.put_vm(row(0)).and_then(|()| tx.put_vm(row(1))))
+        .unwrap();
+    let change = |f: &dyn Fn(&mut VmRow)| {
+        store
+            .change(|tx| tx.update_vm_unlocked(&vm_id(0), f))
+            .map(|_| ())
+            .unwrap_err()
+            .kind()
+    };
+    assert_eq!(
+        change(&|r| r.name = "vm-1".parse().unwrap()),
+        Kind::NameTaken
+    );
     assert_eq!(change(&|r| r.slot = 1), Kind::Internal);
     assert_eq!(change(&|r| r.id = vm_id(7)), Kind::Internal);
     assert_eq!(store.read(|s| s.free_slot(3)).unwrap(), 2);
-    assert_eq!(store.read(|s| s.free_slot(2)).unwrap_err().kind(), Kind::VmLimit);
-    store.change_durable(|tx| Ok(tx.remove_vm_unlocked(&vm_id(0)))).unwrap().unwrap();
+    assert_eq!(
+        store.read(|s| s.free_slot(2)).unwrap_err().kind(),
+        Kind::VmLimit
+    );
+    store
+        .change_durable(|tx| Ok(tx.remove_vm_unlocked(&vm_id(0))))
+        .unwrap()
+        .unwrap();
     assert_eq!(store.read(|s| s.free_slot(2)).unwrap(), 0);
     let name = "vm-0".parse().unwrap();
     assert!(store.read(|s| s.vm_by_name(&name).is_none()));
-    store.change_durable(|tx| tx.put_vm(VmRow { id: vm_id(9), ..row(0) })).unwrap();
-    assert_eq!(store.read(|s| s.vm_by_name(&name).unwrap().id.clone()), vm_id(9));
-    let missing = store.change(|tx| tx.update_vm_unlocked(&vm_id(77), |_| ())).map(|_| ()).unwrap_err();
+    store
+        .change_durable(|tx| {
+            tx.put_vm(VmRow {
+                id: vm_id(9),
+                ..row(0)
+            })
+        })
+        .unwrap();
+    assert_eq!(
+        store.read(|s| s.vm_by_name(&name).unwrap().id.clone()),
+        vm_id(9)
+    );
+    let missing = store
+        .change(|tx| tx.update_vm_unlocked(&vm_id(77), |_| ()))
+        .map(|_| ())
+        .unwrap_err();
     assert_eq!(missing.kind(), Kind::VmNotFound);
-    assert_eq!(store.change(|tx| tx.put_workspace(workspace(77))).map(|_| ()).unwrap_err().kind(), Kind::VmNotFound);
+    assert_eq!(
+        store
+            .change(|tx| tx.put_workspace(workspace(77)))
+            .map(|_| ())
+            .unwrap_err()
+            .kind(),
+        Kind::VmNotFound
+    );
 }
 
 #[test]
 fn rows_are_found_by_name_id_and_prefix() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
-    let other = VmRow { owner_uid: 7, ..row(0xab1) };
-    store.change_durable(|tx| [row(0xab2), other, row(3)].into_iter().try_for_each(|r| tx.put_vm(r))).unwrap();
+    let other = VmRow {
+        owner_uid: 7,
+        ..row(0xab1)
+    };
+    store
+        .change_durable(|tx| {
+            [row(0xab2), other, row(3)]
+                .into_iter()
+                .try_for_each(|r| tx.put_vm(r))
+        })
+        .unwrap();
     store.read(|s| {
-        let found = |prefix: &str| s.vms_by_id_prefix(prefix).map(|r| r.slot).collect::<Vec<_>>();
+        let found = |prefix: &str| {
+            s.vms_by_id_prefix(prefix)
+                .map(|r| r.slot)
+                .collect::<Vec<_>>()
+        };
         assert_eq!(found("000000000ab"), [0xab1, 0xab2]);
         assert_eq!(found("000000000ab2"), [0xab2]);
         assert_eq!((found("f").len(), found("").len()), (0, 3));
-        assert_eq!(s.vms_of(1000).map(|r| r.slot).collect::<Vec<_>>(), [3, 0xab2]);
+        assert_eq!(
+            s.vms_of(1000).map(|r| r.slot).collect::<Vec<_>>(),
+            [3, 0xab2]
+        );
         assert_eq!(s.vms_of(7).count(), 1);
         assert_eq!(s.vms_of(8).count(), 0);
         let exact = |text: &str| s.vm_by_name_or_id(text).map(|r| r.slot);
@@ -118,15 +196,35 @@ fn rows_are_found_by_name_id_and_prefix() {
 fn vms_by_age_resume_behind_removed_row() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
-    let aged = |n: u32, created_at| VmRow { created_at, ..row(n) };
-    let rows = [aged(1, 30), aged(2, 10), aged(3, 20), VmRow { owner_uid: 7, ..aged(4, 10) }];
-    store.change_durable(|tx| rows.into_iter().try_for_each(|r| tx.put_vm(r))).unwrap();
-    let slots =
-        |owner, after: Option<Age>| store.read(|s| s.vms_by_age(owner, after.as_ref()).map(|r| r.slot).collect::<Vec<_>>());
+    let aged = |n: u32, created_at| VmRow {
+        created_at,
+        ..row(n)
+    };
+    let rows = [
+        aged(1, 30),
+        aged(2, 10),
+        aged(3, 20),
+        VmRow {
+            owner_uid: 7,
+            ..aged(4, 10)
+        },
+    ];
+    store
+        .change_durable(|tx| rows.into_iter().try_for_each(|r| tx.put_vm(r)))
+        .unwrap();
+    let slots = |owner, after: Option<Age>| {
+        store.read(|s| {
+            s.vms_by_age(owner, after.as_ref())
+                .map(|r| r.slot)
+                .collect::<Vec<_>>()
+        })
+    };
     assert_eq!(slots(None, None), [2, 4, 3, 1]);
     assert_eq!(slots(Some(1000), None), [2, 3, 1]);
     assert_eq!(slots(Some(7), None), [4]);
-    store.change_durable(|tx| Ok(tx.remove_vm_unlocked(&vm_id(3)))).unwrap();
+    store
+        .change_durable(|tx| Ok(tx.remove_vm_unlocked(&vm_id(3))))
+        .unwrap();
     assert_eq!(slots(None, Some((20, vm_id(3)))), [1]);
     assert_eq!(slots(None, Some((30, vm_id(1)))), [0u32; 0]);
 }
@@ -142,23 +240,47 @@ fn removed_vm_loses_workspace_and_keeps_ledger() {
             Ok(tx.intend(Some(&vm_id(1)), 1, "process", "fc-x"))
         })
         .unwrap();
-    store.change_durable(|tx| tx.record_facts(id, serde_json::json!({"pid": 1}))).unwrap();
-    store.change_durable(|tx| Ok(tx.remove_vm_unlocked(&vm_id(1)))).unwrap();
+    store
+        .change_durable(|tx| tx.record_facts(id, serde_json::json!({"pid": 1})))
+        .unwrap();
+    store
+        .change_durable(|tx| Ok(tx.remove_vm_unlocked(&vm_id(1))))
+        .unwrap();
     let store = check_reopened(store, dir.path());
     store.read(|s| {
         assert!(s.workspace(&vm_id(1)).is_none());
-        assert_eq!(s.ledger_of(&vm_id(1)).next().unwrap().facts, Some(serde_json::json!({"pid": 1})));
+        assert_eq!(
+            s.ledger_of(&vm_id(1)).next().unwrap().facts,
+            Some(serde_json::json!({"pid": 1}))
+        );
     });
     assert!(store.change_durable(|tx| Ok(tx.strike(id))).unwrap());
     assert!(!store.change_durable(|tx| Ok(tx.strike(id))).unwrap());
-    let again = store.change_durable(|tx| Ok(tx.intend(None, 1, "disk", "x"))).unwrap();
+    let again = store
+        .change_durable(|tx| Ok(tx.intend(None, 1, "disk", "x")))
+        .unwrap();
     store.change_durable(|tx| Ok(tx.strike(again))).unwrap();
-    assert!(store.change_durable(|tx| Ok(tx.intend(None, 1, "disk", "x"))).unwrap() > again);
-    assert_eq!(store.change(|tx| tx.record_facts(id, 1.into())).map(|_| ()).unwrap_err().kind(), Kind::Internal);
+    assert!(
+        store
+            .change_durable(|tx| Ok(tx.intend(None, 1, "disk", "x")))
+            .unwrap()
+            > again
+    );
+    assert_eq!(
+        store
+            .change(|tx| tx.record_facts(id, 1.into()))
+            .map(|_| ())
+            .unwrap_err()
+            .kind(),
+        Kind::Internal
+    );
 }
 
 fn of_uid(uid: u32, n: u32) -> OpRow {
-    OpRow { owner_uid: uid, ..op(n, OpState::Failed) }
+    OpRow {
+        owner_uid: uid,
+        ..op(n, OpState::Failed)
+    }
 }
 
 fn put_ops(store: &Store, ops: impl Iterator<Item = OpRow>) {
@@ -171,19 +293,31 @@ fn put_ops(store: &Store, ops: impl Iterator<Item = OpRow>) {
 
 fn kept(store: &Store, uid: u32) -> Vec<u32> {
     let number = |op: &Arc<OpRow>| u32::from_str_radix(op.id.as_str(), 16).unwrap();
-    store.read(|s| s.ops().filter(|op| op.owner_uid == uid).map(number).collect())
+    store.read(|s| {
+        s.ops()
+            .filter(|op| op.owner_uid == uid)
+            .map(number)
+            .collect()
+    })
 }
 
 #[test]
 fn ended_operations_are_kept_per_uid() {
     let dir = dir();
-    let retention = Retention { per_uid_max: 200, total_max: 1000 };
+    let retention = Retention {
+        per_uid_max: 200,
+        total_max: 1000,
+    };
     let store = Store::open_keeping(dir.path(), retention).unwrap();
     let running = op(0, OpState::Running);
     put_ops(&store, [running.clone(), of_uid(7, 1000)].into_iter());
     put_ops(&store, (1..300).map(|n| of_uid(0, n)));
     let store = check_reopened(store, dir.path());
-    assert_eq!(kept(&store, 0), [0].into_iter().chain(100..300).collect::<Vec<_>>(), "the one that runs, and the last 200");
+    assert_eq!(
+        kept(&store, 0),
+        [0].into_iter().chain(100..300).collect::<Vec<_>>(),
+        "the one that runs, and the last 200"
+    );
     assert_eq!(kept(&store, 7), [1000], "another user's");
     store.read(|s| assert_eq!(**s.op(&running.id).unwrap(), running));
 }
@@ -191,14 +325,35 @@ fn ended_operations_are_kept_per_uid() {
 #[test]
 fn excess_operations_are_removed_from_user_with_most() {
     let dir = dir();
-    let store = Store::open_keeping(dir.path(), Retention { per_uid_max: 10, total_max: 20 }).unwrap();
+    let store = Store::open_keeping(
+        dir.path(),
+        Retention {
+            per_uid_max: 10,
+            total_max: 20,
+        },
+    )
+    .unwrap();
     put_ops(&store, (1..9).map(|n| of_uid(0, n)));
     put_ops(&store, (10..20).map(|n| of_uid(7, n)));
     put_ops(&store, (20..25).map(|n| of_uid(8, n)));
-    assert_eq!((kept(&store, 0).len(), kept(&store, 7), kept(&store, 8).len()), (8, (13..20).collect(), 5));
+    assert_eq!(
+        (
+            kept(&store, 0).len(),
+            kept(&store, 7),
+            kept(&store, 8).len()
+        ),
+        (8, (13..20).collect(), 5)
+    );
     // Operations of root are removed once no other user has any.
     let alone = self::dir();
-    let store = Store::open_keeping(alone.path(), Retention { per_uid_max: 10, total_max: 3 }).unwrap();
+    let store = Store::open_keeping(
+        alone.path(),
+        Retention {
+            per_uid_max: 10,
+            total_max: 3,
+        },
+    )
+    .unwrap();
     put_ops(&store, (1..6).map(|n| of_uid(0, n)));
     assert_eq!(kept(&store, 0), [3, 4, 5]);
 }
@@ -206,11 +361,34 @@ fn excess_operations_are_removed_from_user_with_most() {
 #[test]
 fn operation_is_kept_until_its_last_key_is_removed() {
     let dir = dir();
-    let store = Store::open_keeping(dir.path(), Retention { per_uid_max: 2, total_max: 100 }).unwrap();
-    let key = |name: &str, expires_at| KeyRow { uid: 0, key: name.into(), params_hash: "h".into(), op: op_id(1), expires_at };
+    let store = Store::open_keeping(
+        dir.path(),
+        Retention {
+            per_uid_max: 2,
+            total_max: 100,
+        },
+    )
+    .unwrap();
+    let key = |name: &str, expires_at| KeyRow {
+        uid: 0,
+        key: name.into(),
+        params_hash: "h".into(),
+        op: op_id(1),
+        expires_at,
+    };
     // The key may be added before its operation, or while that runs.
-    store.change_durable(|tx| tx.put_key(key("a", 10)).and_then(|()| tx.put_key(key("b", 20)))).unwrap();
-    put_ops(&store, [op(1, OpState::Running)].into_iter().chain((1..6).map(|n| of_uid(0, n))));
+    store
+        .change_durable(|tx| {
+            tx.put_key(key("a", 10))
+                .and_then(|()| tx.put_key(key("b", 20)))
+        })
+        .unwrap();
+    put_ops(
+        &store,
+        [op(1, OpState::Running)]
+            .into_iter()
+            .chain((1..6).map(|n| of_uid(0, n))),
+    );
     assert_eq!(kept(&store, 0), [1, 4, 5]);
     // A failed change does not change the number of keys.
     let failed = store.change(|tx| {
@@ -220,12 +398,25 @@ fn operation_is_kept_until_its_last_key_is_removed() {
         Err::<(), _>(Error::invalid("no"))
     });
     assert!(failed.is_err() && kept(&store, 0) == [1, 4, 5]);
-    assert_eq!(store.change_durable(|tx| Ok(tx.expire_keys(10))).unwrap(), 1);
+    assert_eq!(
+        store.change_durable(|tx| Ok(tx.expire_keys(10))).unwrap(),
+        1
+    );
     assert_eq!(kept(&store, 0), [1, 4, 5]);
     let store = check_reopened(store, dir.path());
     store.close();
-    let store = Store::open_keeping(dir.path(), Retention { per_uid_max: 2, total_max: 100 }).unwrap();
-    assert_eq!(store.change_durable(|tx| Ok(tx.expire_keys(20))).unwrap(), 1);
+    let store = Store::open_keeping(
+        dir.path(),
+        Retention {
+            per_uid_max: 2,
+            total_max: 100,
+        },
+    )
+    .unwrap();
+    assert_eq!(
+        store.change_durable(|tx| Ok(tx.expire_keys(20))).unwrap(),
+        1
+    );
     assert_eq!(kept(&store, 0), [4, 5]);
     check_reopened(store, dir.path());
 }
@@ -234,11 +425,24 @@ fn operation_is_kept_until_its_last_key_is_removed() {
 fn idempotency_keys_are_limited_and_expire() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
-    let key = |uid, n: usize| KeyRow { uid, key: n.to_string(), params_hash: "h".into(), op: op_id(1), expires_at: n as u64 };
-    store.change_durable(|tx| (0..KEYS_PER_UID_MAX).try_for_each(|n| tx.put_key(key(5, n)))).unwrap();
-    let full = store.change(|tx| tx.put_key(key(5, 9999))).map(|_| ()).unwrap_err();
+    let key = |uid, n: usize| KeyRow {
+        uid,
+        key: n.to_string(),
+        params_hash: "h".into(),
+        op: op_id(1),
+        expires_at: n as u64,
+    };
+    store
+        .change_durable(|tx| (0..KEYS_PER_UID_MAX).try_for_each(|n| tx.put_key(key(5, n))))
+        .unwrap();
+    let full = store
+        .change(|tx| tx.put_key(key(5, 9999)))
+        .map(|_| ())
+        .unwrap_err();
     assert_eq!(full.kind(), Kind::OperationLimit);
-    store.change_durable(|tx| tx.put_key(key(5, 3)).and_then(|()| tx.put_key(key(6, 3)))).unwrap();
+    store
+        .change_durable(|tx| tx.put_key(key(5, 3)).and_then(|()| tx.put_key(key(6, 3))))
+        .unwrap();
     assert_eq!(store.change_durable(|tx| Ok(tx.expire_keys(3))).unwrap(), 5);
     let store = check_reopened(store, dir.path());
     assert!(store.read(|s| s.key(5, "3").is_none() && s.key(5, "4").is_some()));
@@ -249,10 +453,16 @@ fn watch_sees_only_its_vm() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     let ready = |watch: &Watch| {
-        let mut fds = [nix::poll::PollFd::new(watch.fd(), nix::poll::PollFlags::POLLIN)];
+        let mut fds = [nix::poll::PollFd::new(
+            watch.fd(),
+            nix::poll::PollFlags::POLLIN,
+        )];
         nix::poll::poll(&mut fds, nix::poll::PollTimeout::ZERO).unwrap() == 1
     };
-    let (all, one) = (store.watch(None).unwrap(), store.watch(Some(vm_id(1))).unwrap());
+    let (all, one) = (
+        store.watch(None).unwrap(),
+        store.watch(Some(vm_id(1))).unwrap(),
+    );
     put(&store, 2).unwrap().wait(soon()).unwrap();
     assert_eq!((ready(&all), ready(&one)), (true, false));
     all.clear();
@@ -266,13 +476,25 @@ fn watch_sees_only_its_vm() {
 
 #[derive(Clone, Debug)]
 enum Act {
-    Put { n: u32, name: u32, slot: u32, owner: u32 },
+    Put {
+        n: u32,
+        name: u32,
+        slot: u32,
+        owner: u32,
+    },
     Remove(u32),
     Workspace(u32),
-    Op { n: u32, ended: bool },
+    Op {
+        n: u32,
+        ended: bool,
+    },
     Intend(u32),
     Strike(u64),
-    Key { uid: u32, n: u32, expires_at: u64 },
+    Key {
+        uid: u32,
+        n: u32,
+        expires_at: u64,
+    },
     Expire(u64),
     Meta(u32),
     Fail,
@@ -296,17 +518,40 @@ fn act() -> impl Strategy<Value = Act> {
 
 fn perform(tx: &mut Tx, act: &Act) -> Result<()> {
     match act.clone() {
-        Act::Put { n, name, slot, owner } => {
+        Act::Put {
+            n,
+            name,
+            slot,
+            owner,
+        } => {
             let name = format!("n{name}").parse().unwrap();
-            tx.put_vm(VmRow { name, slot, owner_uid: owner, ..row(n) })?;
+            tx.put_vm(VmRow {
+                name,
+                slot,
+                owner_uid: owner,
+                ..row(n)
+            })?;
         }
         Act::Remove(n) => drop(tx.remove_vm_unlocked(&vm_id(n))),
         Act::Workspace(n) => tx.put_workspace(workspace(n))?,
-        Act::Op { n, ended } => tx.put_op(op(n, if ended { OpState::Cancelled } else { OpState::Running })),
+        Act::Op { n, ended } => tx.put_op(op(
+            n,
+            if ended {
+                OpState::Cancelled
+            } else {
+                OpState::Running
+            },
+        )),
         Act::Intend(n) => _ = tx.intend(Some(&vm_id(n)), 1, "disk", "d"),
         Act::Strike(id) => _ = tx.strike(id),
         Act::Key { uid, n, expires_at } => {
-            tx.put_key(KeyRow { uid, key: format!("k{n}"), params_hash: "h".into(), op: op_id(n), expires_at })?;
+            tx.put_key(KeyRow {
+                uid,
+                key: format!("k{n}"),
+                params_hash: "h".into(),
+                op: op_id(n),
+                expires_at,
+            })?;
         }
         Act::Expire(now) => _ = tx.expire_keys(now),
         Act::Meta(n) => tx.put_meta("m", &n.to_string()),

@@ -24,7 +24,12 @@ fn killed_daemon_keeps_acknowledged_changes() {
     let mut acknowledged = None;
     for round in 1..=3 {
         let child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "store::tests::crash::child_that_writes_until_it_is_killed", "--ignored", "--nocapture"])
+            .args([
+                "--exact",
+                "store::tests::crash::child_that_writes_until_it_is_killed",
+                "--ignored",
+                "--nocapture",
+            ])
             .env(DIR, dir.path());
         let cancel = Cancel::try_new().unwrap();
         let mut seen = 0;

@@ -11,7 +11,9 @@ fn all(store: &Store, since: Option<u64>) -> Followed {
 #[track_caller]
 fn snapshot(start: Start) -> (u64, bool, Vec<u32>) {
     match start {
-        Start::Snapshot { seq, resync, vms } => (seq, resync, vms.iter().map(|s| s.row.slot).collect()),
+        Start::Snapshot { seq, resync, vms } => {
+            (seq, resync, vms.iter().map(|s| s.row.slot).collect())
+        }
         Start::Missed(missed) => panic!("not a snapshot: {missed:?}"),
     }
 }
@@ -44,7 +46,10 @@ fn is_readable(listening: &Subscription) -> bool {
 }
 
 fn rename(store: &Store, n: u32, reason: u64) -> Ticket {
-    store.change(|tx| tx.update_vm_unlocked(&vm_id(n), |r| r.reason = Some(reason.to_string()))).unwrap().1
+    store
+        .change(|tx| tx.update_vm_unlocked(&vm_id(n), |r| r.reason = Some(reason.to_string())))
+        .unwrap()
+        .1
 }
 
 #[test]
@@ -65,7 +70,10 @@ fn change_is_published_once_durable_and_before_its_ticket() {
     let seq = ticket.wait(soon()).unwrap();
     assert!(is_readable(&listening));
     let published = take(&mut listening);
-    assert_eq!((seqs(&published), published[0].vms[0].before.clone()), (vec![seq], None));
+    assert_eq!(
+        (seqs(&published), published[0].vms[0].before.clone()),
+        (vec![seq], None)
+    );
     assert!(!is_readable(&listening), "all was taken");
     assert_eq!(snapshot(all(&store, None).1), (seq, false, vec![1]));
 }
@@ -74,7 +82,12 @@ fn change_is_published_once_durable_and_before_its_ticket() {
 fn steps_of_a_change_are_published_as_one() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
-    store.change_durable(|tx| tx.put_vm(row(1)).and_then(|()| tx.put_workspace(workspace(1)))).unwrap();
+    store
+        .change_durable(|tx| {
+            tx.put_vm(row(1))
+                .and_then(|()| tx.put_workspace(workspace(1)))
+        })
+        .unwrap();
     let (mut listening, _) = all(&store, None);
     let last = |listening: &mut Subscription| take(listening).pop().expect("a change");
     // A change that is undone in the same transaction is not published, even beside another change.
@@ -88,7 +101,14 @@ fn steps_of_a_change_are_published_as_one() {
         })
         .unwrap();
     let change = last(&mut listening);
-    assert_eq!(change.vms.iter().map(|c| c.after.as_ref().unwrap().row.slot).collect::<Vec<_>>(), [3]);
+    assert_eq!(
+        change
+            .vms
+            .iter()
+            .map(|c| c.after.as_ref().unwrap().row.slot)
+            .collect::<Vec<_>>(),
+        [3]
+    );
     // Changes of two rows of one VM are one change of the VM.
     store
         .change_durable(|tx| {
@@ -97,13 +117,29 @@ fn steps_of_a_change_are_published_as_one() {
         })
         .unwrap();
     let change = last(&mut listening);
-    let (before, after) = (change.vms[0].before.clone().unwrap(), change.vms[0].after.clone().unwrap());
-    assert_eq!((change.vms.len(), before.workspace.is_some(), after.workspace), (1, true, None));
-    assert_eq!((before.row.state, after.row.state), (VmState::Created, VmState::Failed));
+    let (before, after) = (
+        change.vms[0].before.clone().unwrap(),
+        change.vms[0].after.clone().unwrap(),
+    );
+    assert_eq!(
+        (
+            change.vms.len(),
+            before.workspace.is_some(),
+            after.workspace
+        ),
+        (1, true, None)
+    );
+    assert_eq!(
+        (before.row.state, after.row.state),
+        (VmState::Created, VmState::Failed)
+    );
     // After a delete, the end of its operation still names the owner of the VM.
     store
         .change_durable(|tx| {
-            tx.put_op(Op { vm: Some(vm_id(1)), ..op(7, OpState::Ok) });
+            tx.put_op(Op {
+                vm: Some(vm_id(1)),
+                ..op(7, OpState::Ok)
+            });
             Ok(tx.remove_vm_unlocked(&vm_id(1)))
         })
         .unwrap();
@@ -115,7 +151,10 @@ fn steps_of_a_change_are_published_as_one() {
     store
         .change_durable(|tx| {
             tx.put_op(op(8, OpState::Running));
-            tx.put_op(Op { owner_uid: 5, ..op(7, OpState::Ok) });
+            tx.put_op(Op {
+                owner_uid: 5,
+                ..op(7, OpState::Ok)
+            });
             tx.put_meta("a", "b");
             Ok(tx.intend(None, 1, "disk", "d"))
         })
@@ -125,7 +164,12 @@ fn steps_of_a_change_are_published_as_one() {
 
 #[test]
 fn failed_batch_is_never_published() {
-    for fault in [Fault::Io, Fault::IoAfterCommit, Fault::DiskFull, Fault::Panic] {
+    for fault in [
+        Fault::Io,
+        Fault::IoAfterCommit,
+        Fault::DiskFull,
+        Fault::Panic,
+    ] {
         let dir = dir();
         let store = Store::open(dir.path()).unwrap();
         put(&store, 1).unwrap().wait(soon()).unwrap();
@@ -148,7 +192,10 @@ fn failed_batch_is_never_published() {
         let seq = rename(&store, 1, 8).wait(soon()).unwrap();
         let published = take(&mut listening);
         assert!(seqs(&published) == [seq] && seq > behind.seq(), "{fault:?}");
-        assert_eq!(published[0].vms[0].before.as_ref().unwrap().row.reason, None);
+        assert_eq!(
+            published[0].vms[0].before.as_ref().unwrap().row.reason,
+            None
+        );
         assert_eq!(missed(all(&store, Some(begin)).1), [seq]);
     }
 }
@@ -165,21 +212,39 @@ fn events_are_in_order_of_commits() {
         .map(|worker| {
             let store = store.clone();
             let work = move || -> Vec<(u64, u32)> {
-                (0..EACH).map(|i| worker * EACH + i).map(|n| (put(&store, n).unwrap().wait(soon()).unwrap(), n)).collect()
+                (0..EACH)
+                    .map(|i| worker * EACH + i)
+                    .map(|n| (put(&store, n).unwrap().wait(soon()).unwrap(), n))
+                    .collect()
             };
             thread::spawn("worker", work).unwrap()
         })
         .collect();
-    let mut made: Vec<_> = workers.into_iter().flat_map(|w| w.join().unwrap()).collect();
+    let mut made: Vec<_> = workers
+        .into_iter()
+        .flat_map(|w| w.join().unwrap())
+        .collect();
     made.sort_unstable();
     // All 1,000 are there already, because each was published before its ticket was ready.
     let published = take(&mut listening);
-    let slots = |h: &StoreChange| h.vms.iter().map(|c| c.after.as_ref().unwrap().row.slot).collect::<Vec<_>>();
+    let slots = |h: &StoreChange| {
+        h.vms
+            .iter()
+            .map(|c| c.after.as_ref().unwrap().row.slot)
+            .collect::<Vec<_>>()
+    };
     assert_eq!(
-        published.iter().map(|h| (h.seq, slots(h))).collect::<Vec<_>>(),
+        published
+            .iter()
+            .map(|h| (h.seq, slots(h)))
+            .collect::<Vec<_>>(),
         made.iter().map(|(s, n)| (*s, vec![*n])).collect::<Vec<_>>()
     );
-    assert_eq!(missed(all(&store, Some(begin)).1), seqs(&published), "and kept");
+    assert_eq!(
+        missed(all(&store, Some(begin)).1),
+        seqs(&published),
+        "and kept"
+    );
 }
 
 #[test]
@@ -202,14 +267,20 @@ fn full_queue_lags_once_and_changes_are_kept() {
     let (dropped, resume_seq) = loop {
         match slow.next().expect("a lag comes first") {
             Next::Change(h) => got.push(h.seq),
-            Next::Lagged { dropped, resume_seq } => break (dropped, resume_seq),
+            Next::Lagged {
+                dropped,
+                resume_seq,
+            } => break (dropped, resume_seq),
         }
     };
     assert_eq!((got.as_slice(), dropped), (&all_seqs[..QUEUE_MAX], 100));
     rename(&store, 1, more).wait(soon()).unwrap();
     assert_eq!(slow.next(), None, "once, and nothing after it");
     got.extend(missed(all(&store, Some(resume_seq)).1));
-    assert_eq!((&got[..got.len() - 1], got.len()), (&all_seqs[..], all_seqs.len() + 1));
+    assert_eq!(
+        (&got[..got.len() - 1], got.len()),
+        (&all_seqs[..], all_seqs.len() + 1)
+    );
     assert_eq!(take(&mut fast).len(), 1);
 }
 
@@ -225,13 +296,25 @@ fn listener_gets_snapshot_for_changes_no_longer_kept() {
     store.barrier().unwrap().wait(soon()).unwrap();
     // Exactly this many fit.
     assert_eq!(missed(all(&store, Some(first)).1).len(), KEPT_MAX);
-    assert_eq!(snapshot(all(&store, Some(first - 1)).1), (last, true, vec![1]));
+    assert_eq!(
+        snapshot(all(&store, Some(first - 1)).1),
+        (last, true, vec![1])
+    );
     // This number belongs to another database.
-    assert_eq!(snapshot(all(&store, Some(last + 1)).1), (last, true, vec![1]));
+    assert_eq!(
+        snapshot(all(&store, Some(last + 1)).1),
+        (last, true, vec![1])
+    );
     assert!(missed(all(&store, Some(last)).1).is_empty());
     let store = check_reopened(store, dir.path());
-    assert!(missed(all(&store, Some(last)).1).is_empty(), "an up-to-date listener resumes after a restart");
-    assert_eq!(snapshot(all(&store, Some(last - 1)).1), (last, true, vec![1]));
+    assert!(
+        missed(all(&store, Some(last)).1).is_empty(),
+        "an up-to-date listener resumes after a restart"
+    );
+    assert_eq!(
+        snapshot(all(&store, Some(last - 1)).1),
+        (last, true, vec![1])
+    );
     let next = rename(&store, 1, 0).wait(soon()).unwrap();
     assert!(next > last);
     assert_eq!(missed(all(&store, Some(last)).1), [next]);
@@ -241,18 +324,37 @@ fn listener_gets_snapshot_for_changes_no_longer_kept() {
 fn listener_gets_only_what_it_may_see() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
-    let other = VmRow { owner_uid: 7, ..row(2) };
-    let begin =
-        store.change_durable(|tx| tx.put_vm(row(1)).and_then(|()| tx.put_vm(other))).map(|()| store.barrier().unwrap().seq());
+    let other = VmRow {
+        owner_uid: 7,
+        ..row(2)
+    };
+    let begin = store
+        .change_durable(|tx| tx.put_vm(row(1)).and_then(|()| tx.put_vm(other)))
+        .map(|()| store.barrier().unwrap().seq());
     let (mut theirs, start) = store.subscribe(None, |uid| uid == 7).unwrap();
     assert_eq!(snapshot(start).2, [2]);
     let noise = QUEUE_MAX as u64 * 2;
     (0..noise).for_each(|n| rename(&store, 1, n).detach());
     let seq = rename(&store, 2, 0).wait(soon()).unwrap();
-    assert_eq!(seqs(&take(&mut theirs)), [seq], "others' noise neither shows nor lags");
-    assert_eq!(missed(store.subscribe(Some(begin.unwrap()), |uid| uid == 7).unwrap().1), [seq]);
+    assert_eq!(
+        seqs(&take(&mut theirs)),
+        [seq],
+        "others' noise neither shows nor lags"
+    );
+    assert_eq!(
+        missed(
+            store
+                .subscribe(Some(begin.unwrap()), |uid| uid == 7)
+                .unwrap()
+                .1
+        ),
+        [seq]
+    );
     // Root began an operation on their VM.
-    let ended = Op { vm: Some(vm_id(2)), ..op(1, OpState::Failed) };
+    let ended = Op {
+        vm: Some(vm_id(2)),
+        ..op(1, OpState::Failed)
+    };
     let end = |tx: &mut Tx| {
         tx.put_op(ended);
         Ok(())
@@ -266,7 +368,10 @@ fn listener_gets_only_what_it_may_see() {
 /// Takes and returns what the feed has for its subscriptions.
 fn pass_on(feed: &mut Feed) -> Vec<(u64, Vec<u64>)> {
     let mut due = feed.take();
-    let sent = due.iter_mut().map(|due| (due.id, due.changes.drain(..).map(|h| h.seq).collect())).collect();
+    let sent = due
+        .iter_mut()
+        .map(|due| (due.id, due.changes.drain(..).map(|h| h.seq).collect()))
+        .collect();
     feed.finish(due);
     sent
 }
@@ -310,7 +415,9 @@ fn changes_that_feed_cannot_send_are_returned_in_order() {
     let (mut lent, _) = all(&store, None);
     lent.lend();
     assert_eq!(take(&mut lent), []);
-    let early: Vec<_> = (0..3).map(|n| rename(&store, 1, n).wait(soon()).unwrap()).collect();
+    let early: Vec<_> = (0..3)
+        .map(|n| rename(&store, 1, n).wait(soon()).unwrap())
+        .collect();
     let mut due = feed.take();
     let passed = due[0].changes.pop_front().unwrap().seq;
     // This arrives while the feed is at work.
@@ -318,11 +425,17 @@ fn changes_that_feed_cannot_send_are_returned_in_order() {
     assert!(feed.take().is_empty() && lent.next().is_none() && !is_readable(&lent));
     feed.finish(due);
     assert!(is_readable(&lent));
-    assert_eq!([vec![passed], seqs(&take(&mut lent))].concat(), [early, vec![late]].concat());
+    assert_eq!(
+        [vec![passed], seqs(&take(&mut lent))].concat(),
+        [early, vec![late]].concat()
+    );
     // The feed can also return a subscription without changes.
     let next = rename(&store, 1, 4).wait(soon()).unwrap();
     let mut due = feed.take();
-    assert_eq!(due[0].changes.drain(..).map(|h| h.seq).collect::<Vec<_>>(), [next]);
+    assert_eq!(
+        due[0].changes.drain(..).map(|h| h.seq).collect::<Vec<_>>(),
+        [next]
+    );
     due[0].is_returned = true;
     feed.finish(due);
     assert!(is_readable(&lent));
@@ -351,7 +464,8 @@ fn subscription_is_taken_back_once_feed_is_done() {
     // It has claimed the subscription.
     let claims = || {
         let published = store.0.inner.events.published.lock();
-        published.listeners[&id].taker == super::super::events::Taker::FeedAtWork { is_claimed: true }
+        published.listeners[&id].taker
+            == super::super::events::Taker::FeedAtWork { is_claimed: true }
     };
     while !claims() {
         std::thread::yield_now();
@@ -370,11 +484,22 @@ fn lag_while_lent_is_reported_by_subscription() {
     let (mut lent, _) = all(&store, None);
     lent.lend();
     assert_eq!(take(&mut lent), []);
-    let all_seqs: Vec<_> = (0..QUEUE_MAX as u64 + 7).map(|n| rename(&store, 1, n).seq()).collect();
+    let all_seqs: Vec<_> = (0..QUEUE_MAX as u64 + 7)
+        .map(|n| rename(&store, 1, n).seq())
+        .collect();
     store.barrier().unwrap().wait(soon()).unwrap();
-    assert_eq!(pass_on(&mut feed), [(lent.id(), all_seqs[..QUEUE_MAX].to_vec())]);
+    assert_eq!(
+        pass_on(&mut feed),
+        [(lent.id(), all_seqs[..QUEUE_MAX].to_vec())]
+    );
     assert!(is_readable(&lent));
-    assert_eq!(lent.next(), Some(Next::Lagged { dropped: 7, resume_seq: all_seqs[QUEUE_MAX - 1] }));
+    assert_eq!(
+        lent.next(),
+        Some(Next::Lagged {
+            dropped: 7,
+            resume_seq: all_seqs[QUEUE_MAX - 1]
+        })
+    );
     assert!(lent.next().is_none() && feed.take().is_empty());
 }
 

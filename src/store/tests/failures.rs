@@ -14,17 +14,31 @@ fn check_failed_batch(fault: Fault, kind: Kind) {
     // A name that moves from one VM to another: the repair of the disk must not find it taken.
     let steal = |tx: &mut Tx| {
         tx.update_vm_unlocked(&vm_id(1), |r| r.name = "other".parse().unwrap())?;
-        tx.put_vm(VmRow { id: vm_id(2), slot: 2, ..row(1) })
+        tx.put_vm(VmRow {
+            id: vm_id(2),
+            slot: 2,
+            ..row(1)
+        })
     };
     let before = store.change(steal).unwrap().1;
     before.write_soon();
     assert!(gate.wait_for_writer(soon()));
-    let tickets = [before, store.change(|tx| tx.put_workspace(workspace(2))).unwrap().1];
-    let behind = store.change(|tx| Ok(tx.remove_vm_unlocked(&vm_id(1)))).unwrap().1;
+    let tickets = [
+        before,
+        store.change(|tx| tx.put_workspace(workspace(2))).unwrap().1,
+    ];
+    let behind = store
+        .change(|tx| Ok(tx.remove_vm_unlocked(&vm_id(1))))
+        .unwrap()
+        .1;
     drop(gate);
     for ticket in tickets.iter().chain([&behind]) {
         let e = ticket.wait(soon()).unwrap_err();
-        assert_eq!((e.kind(), e.code()), (kind, crate::error::Code::Host), "{e}");
+        assert_eq!(
+            (e.kind(), e.code()),
+            (kind, crate::error::Code::Host),
+            "{e}"
+        );
         assert!(e.hint_text().is_some());
     }
     assert_eq!(state(&store), durable);
@@ -38,7 +52,10 @@ fn check_failed_batch(fault: Fault, kind: Kind) {
     assert_eq!(state(&store), durable);
     put(&store, 3).unwrap().wait(soon()).unwrap();
     let store = check_reopened(store, dir.path());
-    assert_eq!(store.read(|s| s.vms().map(|r| r.name.to_string()).collect::<Vec<_>>()), ["vm-1", "vm-3"]);
+    assert_eq!(
+        store.read(|s| s.vms().map(|r| r.name.to_string()).collect::<Vec<_>>()),
+        ["vm-1", "vm-3"]
+    );
 }
 
 #[test]
@@ -79,11 +96,16 @@ fn log_that_cannot_be_folded_loses_nothing_and_is_retried() {
     let store = Store::open(dir.path()).unwrap();
     store.faults().fail_folds(u64::MAX);
     // Each change writes at least one page. It is durable before the log is folded.
-    let count = (0..schema::LOG_FRAMES).take_while(|n| store.change_durable(|tx| tx.put_vm(row(*n))).is_ok()).count();
+    let count = (0..schema::LOG_FRAMES)
+        .take_while(|n| store.change_durable(|tx| tx.put_vm(row(*n))).is_ok())
+        .count();
     await_fault(&store);
     store.faults().fail_folds(0);
     assert!(store.wait_writable(soon()));
-    put(&store, schema::LOG_FRAMES).unwrap().wait(soon()).unwrap();
+    put(&store, schema::LOG_FRAMES)
+        .unwrap()
+        .wait(soon())
+        .unwrap();
     let store = check_reopened(store, dir.path());
     assert_eq!(store.read(|s| s.vms().count()), count + 1);
 }
@@ -92,7 +114,10 @@ fn log_that_cannot_be_folded_loses_nothing_and_is_retried() {
 fn await_fault(store: &Store) {
     let deadline = soon();
     while store.read_only().is_none() {
-        assert!(Instant::now() < deadline, "the store never became read-only");
+        assert!(
+            Instant::now() < deadline,
+            "the store never became read-only"
+        );
         std::thread::yield_now();
     }
 }
@@ -103,9 +128,14 @@ fn essential_change_uses_reserve() {
     let store = Store::open(dir.path()).unwrap();
     put(&store, 1).unwrap().wait(soon()).unwrap();
     let reserve = dir.path().join("reserve");
-    assert_eq!(std::os::unix::fs::MetadataExt::blocks(&reserve.metadata().unwrap()) * 512, RESERVE_BYTES);
+    assert_eq!(
+        std::os::unix::fs::MetadataExt::blocks(&reserve.metadata().unwrap()) * 512,
+        RESERVE_BYTES
+    );
     store.faults().fail(Fault::DiskFull, 1);
-    let (_, ticket) = store.change_essential(|tx| Ok(tx.remove_vm_unlocked(&vm_id(1)))).unwrap();
+    let (_, ticket) = store
+        .change_essential(|tx| Ok(tx.remove_vm_unlocked(&vm_id(1))))
+        .unwrap();
     ticket.wait(soon()).unwrap();
     // The reserve is taken again before the writer's next batch.
     put(&store, 1).unwrap().wait(soon()).unwrap();
@@ -128,8 +158,13 @@ fn closed_store_has_written_everything_and_refuses_changes() {
     let store = Store::open(dir.path()).unwrap();
     let tickets: Vec<_> = (0..50).map(|n| put(&store, n).unwrap()).collect();
     store.close();
-    tickets.iter().for_each(|t| assert_eq!(t.wait(Instant::now()).unwrap(), t.seq()));
-    assert_eq!(put(&store, 99).map(drop).unwrap_err().kind(), Kind::ShuttingDown);
+    tickets
+        .iter()
+        .for_each(|t| assert_eq!(t.wait(Instant::now()).unwrap(), t.seq()));
+    assert_eq!(
+        put(&store, 99).map(drop).unwrap_err().kind(),
+        Kind::ShuttingDown
+    );
     assert_eq!(store.read(|s| s.vms().count()), 50);
     store.close();
     assert_eq!(state(&Store::open(dir.path()).unwrap()), state(&store));
@@ -146,7 +181,10 @@ fn changes_of_many_threads_survive_failing_commits() {
                 let mut acknowledged = Vec::new();
                 for n in (0..60).map(|i| worker * 100 + i) {
                     if worker == 0 && n % 10 == 5 {
-                        store.faults().fail([Fault::Io, Fault::IoAfterCommit, Fault::DiskFull][n as usize / 10 % 3], 1);
+                        store.faults().fail(
+                            [Fault::Io, Fault::IoAfterCommit, Fault::DiskFull][n as usize / 10 % 3],
+                            1,
+                        );
                     }
                     if store.change_durable(|tx| tx.put_vm(row(n))).is_ok() {
                         acknowledged.push(n);
@@ -158,11 +196,20 @@ fn changes_of_many_threads_survive_failing_commits() {
             thread::spawn("worker", work).unwrap()
         })
         .collect();
-    let mut acknowledged: Vec<u32> = workers.into_iter().flat_map(|w| w.join().unwrap()).collect();
+    let mut acknowledged: Vec<u32> = workers
+        .into_iter()
+        .flat_map(|w| w.join().unwrap())
+        .collect();
     acknowledged.sort_unstable();
-    assert!((1..480).contains(&acknowledged.len()), "some fail, some do not");
+    assert!(
+        (1..480).contains(&acknowledged.len()),
+        "some fail, some do not"
+    );
     let store = check_reopened(store, dir.path());
-    assert_eq!(store.read(|s| s.vms().map(|r| r.slot).collect::<Vec<_>>()), acknowledged);
+    assert_eq!(
+        store.read(|s| s.vms().map(|r| r.slot).collect::<Vec<_>>()),
+        acknowledged
+    );
 }
 
 /// A mounted tmpfs that is unmounted when this is dropped.
@@ -172,7 +219,15 @@ impl Tmpfs {
     fn new(mib: u64) -> Self {
         let at = dir();
         let path = at.path().to_str().unwrap();
-        run(&["mount", "-t", "tmpfs", "-o", &format!("size={mib}m,mode=755"), "tmpfs", path]);
+        run(&[
+            "mount",
+            "-t",
+            "tmpfs",
+            "-o",
+            &format!("size={mib}m,mode=755"),
+            "tmpfs",
+            path,
+        ]);
         Self(at)
     }
     fn path(&self) -> &Path {
@@ -196,7 +251,12 @@ fn run(argv: &[&str]) {
     let command = crate::host::Command::new(argv[0]).args(&argv[1..]);
     let cancel = crate::locks::Cancel::try_new().unwrap();
     let out = crate::host::command::run_any_status(&command, &cancel, &mut |_| {}).unwrap();
-    assert_eq!(out.status, 0, "{argv:?} (these tests run as root): {}", String::from_utf8_lossy(&out.stderr));
+    assert_eq!(
+        out.status,
+        0,
+        "{argv:?} (these tests run as root): {}",
+        String::from_utf8_lossy(&out.stderr)
+    );
 }
 
 #[test]
@@ -205,13 +265,23 @@ fn store_works_on_a_really_full_disk() {
     let store = Store::open(fs.path()).unwrap();
     put(&store, 1).unwrap().wait(soon()).unwrap();
     fs.fill(0);
-    let big = |n: u32| VmRow { reason: Some("x".repeat(300_000)), ..row(n) };
-    let e = (2..9).find_map(|n| store.change_durable(|tx| tx.put_vm(big(n))).err()).expect("the disk is full");
+    let big = |n: u32| VmRow {
+        reason: Some("x".repeat(300_000)),
+        ..row(n)
+    };
+    let e = (2..9)
+        .find_map(|n| store.change_durable(|tx| tx.put_vm(big(n))).err())
+        .expect("the disk is full");
     assert_eq!(e.kind(), Kind::DiskFull, "{e}");
-    assert_eq!(put(&store, 50).map(drop).unwrap_err().kind(), Kind::DiskFull);
+    assert_eq!(
+        put(&store, 50).map(drop).unwrap_err().kind(),
+        Kind::DiskFull
+    );
     let name = store.read(|s| s.vms().map(|r| r.name.to_string()).collect::<Vec<_>>());
     // A delete is still written, and another daemon can start on the full disk and read.
-    let (_, ticket) = store.change_essential(|tx| Ok(tx.remove_vm_unlocked(&vm_id(1)))).unwrap();
+    let (_, ticket) = store
+        .change_essential(|tx| Ok(tx.remove_vm_unlocked(&vm_id(1))))
+        .unwrap();
     ticket.wait(soon()).unwrap();
     assert_eq!(store.read(|s| s.vms().count()), name.len() - 1);
     // Uses the space of the reserve. This fails if the writer takes it first.

@@ -13,7 +13,11 @@ fn harmed(harm: impl FnOnce(&Path, &Path)) -> (TempDir, Result<Store>) {
     let before = std::fs::read(&path).ok();
     let opened = Store::open(dir.path());
     if opened.is_err() {
-        assert_eq!(std::fs::read(&path).ok(), before, "a refused file is left as it is");
+        assert_eq!(
+            std::fs::read(&path).ok(),
+            before,
+            "a refused file is left as it is"
+        );
     }
     (dir, opened)
 }
@@ -24,7 +28,10 @@ fn check_refused(harm: impl FnOnce(&Path, &Path), says: &str) {
     let e = opened.map(drop).unwrap_err();
     assert_eq!(e.kind(), Kind::StoreRefused, "{e:?}");
     let text = format!("{e:?}");
-    assert!(text.contains(says) && text.contains(dir.path().to_str().unwrap()), "{text}");
+    assert!(
+        text.contains(says) && text.contains(dir.path().to_str().unwrap()),
+        "{text}"
+    );
     assert!(e.hint_text().is_some(), "{text}");
 }
 
@@ -34,7 +41,10 @@ fn sql(path: &Path, text: &str) {
 
 #[test]
 fn file_that_is_not_a_database_is_refused() {
-    check_refused(|_, path| std::fs::write(path, "hello, not a database".repeat(100)).unwrap(), "not a database");
+    check_refused(
+        |_, path| std::fs::write(path, "hello, not a database".repeat(100)).unwrap(),
+        "not a database",
+    );
 }
 
 #[test]
@@ -44,14 +54,20 @@ fn empty_file_is_refused() {
 
 #[test]
 fn foreign_database_is_refused() {
-    check_refused(|_, path| sql(path, "PRAGMA application_id = 7"), "was not made by fcd");
+    check_refused(
+        |_, path| sql(path, "PRAGMA application_id = 7"),
+        "was not made by fcd",
+    );
 }
 
 #[test]
 fn newer_version_is_refused() {
     check_refused(
         |_, path| sql(path, "PRAGMA user_version = 99"),
-        &format!("has version 99, but this fcd only supports versions up to {}", schema::migrations().len()),
+        &format!(
+            "has version 99, but this fcd only supports versions up to {}",
+            schema::migrations().len()
+        ),
     );
 }
 
@@ -68,16 +84,29 @@ fn corrupt_page_is_refused() {
 
 #[test]
 fn unreadable_row_is_refused() {
-    let (_dir, opened) = harmed(|_, path| sql(path, "UPDATE vms SET body = '{}' WHERE name = 'vm-7'"));
+    let (_dir, opened) =
+        harmed(|_, path| sql(path, "UPDATE vms SET body = '{}' WHERE name = 'vm-7'"));
     let e = opened.map(drop).unwrap_err();
     assert_eq!(e.kind(), Kind::StoreRefused);
-    assert!(e.to_string().contains("read row \"000000000007\" of table vms"), "{e}");
+    assert!(
+        e.to_string()
+            .contains("read row \"000000000007\" of table vms"),
+        "{e}"
+    );
 }
 
 #[test]
 fn missing_write_ahead_log_is_refused() {
     // These are the files that a kill leaves, without the log.
-    check_refused(|_, path| sql(path, "UPDATE store_info SET value = '1' WHERE name = 'open'"), "fcd.db-wal is missing");
+    check_refused(
+        |_, path| {
+            sql(
+                path,
+                "UPDATE store_info SET value = '1' WHERE name = 'open'",
+            )
+        },
+        "fcd.db-wal is missing",
+    );
 }
 
 #[test]
@@ -96,26 +125,41 @@ fn symbolic_link_is_refused() {
         symlink(dir.join("elsewhere"), path).unwrap();
     };
     check_refused(link, "a symbolic link");
-    check_refused(|dir, path| std::fs::hard_link(path, dir.join("second")).unwrap(), "one link");
+    check_refused(
+        |dir, path| std::fs::hard_link(path, dir.join("second")).unwrap(),
+        "one link",
+    );
 }
 
 #[test]
 fn directory_writable_by_others_is_refused() {
-    let open_up = |dir: &Path, _: &Path| std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o777)).unwrap();
+    let open_up = |dir: &Path, _: &Path| {
+        std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o777)).unwrap()
+    };
     check_refused(open_up, "writable by others");
 }
 
 #[test]
 fn file_of_another_user_is_refused() {
-    check_refused(|_, path| std::os::unix::fs::chown(path, Some(4321), None).unwrap(), "belongs to uid 4321");
+    check_refused(
+        |_, path| std::os::unix::fs::chown(path, Some(4321), None).unwrap(),
+        "belongs to uid 4321",
+    );
 }
 
 #[test]
 fn file_accessible_to_others_gets_mode_0600() {
-    let (dir, opened) = harmed(|_, path| std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o644)).unwrap());
+    let (dir, opened) = harmed(|_, path| {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o644)).unwrap()
+    });
     opened.unwrap();
     for file in std::fs::read_dir(dir.path()).unwrap().map(|f| f.unwrap()) {
-        assert_eq!(file.metadata().unwrap().permissions().mode() & 0o777, 0o600, "{:?}", file.path());
+        assert_eq!(
+            file.metadata().unwrap().permissions().mode() & 0o777,
+            0o600,
+            "{:?}",
+            file.path()
+        );
     }
 }
 
@@ -136,7 +180,9 @@ fn commits_overwrite_log_of_sufficient_length() {
 /// Checks that the settings in `.cargo/config.toml` reach the build, wherever it is started.
 #[test]
 fn sqlite_is_built_with_fdatasync() {
-    assert!(option_env!("LIBSQLITE3_FLAGS").is_some_and(|flags| flags.contains("-DHAVE_FDATASYNC=1")));
+    assert!(
+        option_env!("LIBSQLITE3_FLAGS").is_some_and(|flags| flags.contains("-DHAVE_FDATASYNC=1"))
+    );
 }
 
 #[test]
@@ -145,7 +191,10 @@ fn second_daemon_on_same_directory_is_refused() {
     let store = Store::open(dir.path()).unwrap();
     let e = Store::open(dir.path()).map(drop).unwrap_err();
     assert_eq!(e.kind(), Kind::StoreRefused);
-    assert!(e.hint_text().unwrap().starts_with("see which process"), "{e:?}");
+    assert!(
+        e.hint_text().unwrap().starts_with("see which process"),
+        "{e:?}"
+    );
     put(&store, 1).unwrap().wait(soon()).unwrap();
 }
 
@@ -180,13 +229,27 @@ fn migration_is_atomic_and_keeps_a_copy() {
 
     newer[now] = "CREATE TABLE extra (a TEXT) STRICT; INSERT INTO extra VALUES ('x');".into();
     let c = schema::open(dir.path(), &newer).unwrap();
-    assert_eq!(c.query_row("SELECT a FROM extra", [], |r| r.get::<_, String>(0)).unwrap(), "x");
+    assert_eq!(
+        c.query_row("SELECT a FROM extra", [], |r| r.get::<_, String>(0))
+            .unwrap(),
+        "x"
+    );
     schema::close(c).unwrap();
-    assert_eq!(Store::open(dir.path()).map(drop).unwrap_err().kind(), Kind::StoreRefused);
+    assert_eq!(
+        Store::open(dir.path()).map(drop).unwrap_err().kind(),
+        Kind::StoreRefused
+    );
     // The copy is a complete store.
     let old = self::dir();
-    std::fs::copy(dir.path().join(format!("fcd.db.v{now}.bak")), old.path().join(schema::FILE_NAME)).unwrap();
-    assert_eq!(Store::open(old.path()).unwrap().read(|s| s.vms().count()), 1);
+    std::fs::copy(
+        dir.path().join(format!("fcd.db.v{now}.bak")),
+        old.path().join(schema::FILE_NAME),
+    )
+    .unwrap();
+    assert_eq!(
+        Store::open(old.path()).unwrap().read(|s| s.vms().count()),
+        1
+    );
 }
 
 #[test]
@@ -199,7 +262,10 @@ fn version_1_is_migrated() {
     let back = "UPDATE vms SET body = json_remove(body, '$.net', '$.tap', '$.unresponsive'); DROP TABLE snapshots; PRAGMA user_version = 1";
     sql(&dir.path().join(schema::FILE_NAME), back);
     let store = Store::open(dir.path()).unwrap();
-    assert_eq!(store.read(|s| s.vms().map(|r| (**r).clone()).collect::<Vec<_>>()), [row(1)]);
+    assert_eq!(
+        store.read(|s| s.vms().map(|r| (**r).clone()).collect::<Vec<_>>()),
+        [row(1)]
+    );
 }
 
 #[test]
@@ -213,6 +279,12 @@ fn version_4_is_migrated() {
                 '$.pending', json('{\"vcpus\":2,\"mem_mib\":null,\"disk_bytes\":null}')); DROP TABLE snapshots; PRAGMA user_version = 4";
     sql(&dir.path().join(schema::FILE_NAME), back);
     let store = Store::open(dir.path()).unwrap();
-    let pending = Some(crate::api::vm::Pending { vcpus: Some(2), ..Default::default() });
-    assert_eq!(store.read(|s| s.vms().map(|r| (**r).clone()).collect::<Vec<_>>()), [VmRow { pending, ..row(1) }]);
+    let pending = Some(crate::api::vm::Pending {
+        vcpus: Some(2),
+        ..Default::default()
+    });
+    assert_eq!(
+        store.read(|s| s.vms().map(|r| (**r).clone()).collect::<Vec<_>>()),
+        [VmRow { pending, ..row(1) }]
+    );
 }

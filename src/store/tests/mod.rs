@@ -107,7 +107,9 @@ fn state(store: &Store) -> State {
 }
 
 fn put(store: &Store, n: u32) -> Result<Ticket> {
-    store.change(|tx| tx.put_vm(row(n))).map(|((), ticket)| ticket)
+    store
+        .change(|tx| tx.put_vm(row(n)))
+        .map(|((), ticket)| ticket)
 }
 
 /// Checks that the disk equals the memory of `store`, which this closes, and opens the store again.
@@ -116,8 +118,13 @@ fn check_reopened(store: Store, dir: &Path) -> Store {
     let memory = state(&store);
     store.close();
     // Listeners get the same snapshot again.
-    let Start::Snapshot { vms, .. } = store.subscribe(None, |_| true).unwrap().1 else { panic!("not a snapshot") };
-    let seen = |row: &Arc<VmRow>| Seen { row: row.clone(), workspace: memory.workspace(&row.id).cloned() };
+    let Start::Snapshot { vms, .. } = store.subscribe(None, |_| true).unwrap().1 else {
+        panic!("not a snapshot")
+    };
+    let seen = |row: &Arc<VmRow>| Seen {
+        row: row.clone(),
+        workspace: memory.workspace(&row.id).cloned(),
+    };
     assert_eq!(vms, memory.vms().map(seen).collect::<Vec<_>>());
     let again = Store::open(dir).unwrap();
     assert_eq!(state(&again), memory);

@@ -5,7 +5,14 @@ use std::sync::atomic::AtomicBool;
 /// Returns the write calls of this thread so far, and the bytes in them (proc(5), `io`).
 fn written() -> (u64, u64) {
     let text = std::fs::read_to_string("/proc/thread-self/io").unwrap();
-    let value = |name: &str| text.lines().find_map(|l| l.strip_prefix(name)).unwrap().trim().parse::<u64>().unwrap();
+    let value = |name: &str| {
+        text.lines()
+            .find_map(|l| l.strip_prefix(name))
+            .unwrap()
+            .trim()
+            .parse::<u64>()
+            .unwrap()
+    };
     (value("syscw:"), value("wchar:"))
 }
 
@@ -50,7 +57,10 @@ fn changes_made_while_a_caller_writes_are_written_after_it() {
     let store = Store::open(dir.path()).unwrap();
     let gate = store.faults().gate();
     let caller = store.clone();
-    let caller = thread::spawn("caller", move || caller.change_durable(|tx| tx.put_vm(row(1)))).unwrap();
+    let caller = thread::spawn("caller", move || {
+        caller.change_durable(|tx| tx.put_vm(row(1)))
+    })
+    .unwrap();
     assert!(gate.wait_for_writer(soon()));
     let (second, third) = (put(&store, 2).unwrap(), put(&store, 3).unwrap());
     // This is requested while the writer is in use.
@@ -69,7 +79,10 @@ fn close_waits_for_caller_that_writes() {
     let store = Store::open(dir.path()).unwrap();
     let gate = store.faults().gate();
     let caller = store.clone();
-    let caller = thread::spawn("caller", move || caller.change_durable(|tx| tx.put_vm(row(1)))).unwrap();
+    let caller = thread::spawn("caller", move || {
+        caller.change_durable(|tx| tx.put_vm(row(1)))
+    })
+    .unwrap();
     assert!(gate.wait_for_writer(soon()));
     let closing = store.clone();
     let closing = thread::spawn("closing", move || closing.close()).unwrap();
@@ -82,7 +95,10 @@ fn close_waits_for_caller_that_writes() {
     drop(gate);
     caller.join().unwrap().unwrap();
     closing.join().unwrap();
-    assert_eq!(Store::open(dir.path()).unwrap().read(|s| s.vms().count()), 1);
+    assert_eq!(
+        Store::open(dir.path()).unwrap().read(|s| s.vms().count()),
+        1
+    );
 }
 
 #[test]
@@ -97,10 +113,19 @@ fn panic_of_caller_that_writes_closes_the_store() {
     };
     let _listener = store.subscribe(None, sees).unwrap();
     fails.store(true, Ordering::Relaxed);
-    let panicked = catch_unwind(AssertUnwindSafe(|| store.change_durable(|tx| tx.put_vm(row(1)))));
+    let panicked = catch_unwind(AssertUnwindSafe(|| {
+        store.change_durable(|tx| tx.put_vm(row(1)))
+    }));
     assert!(panicked.is_err());
     fails.store(false, Ordering::Relaxed);
-    assert_eq!(put(&store, 2).map(drop).unwrap_err().kind(), Kind::ShuttingDown);
+    assert_eq!(
+        put(&store, 2).map(drop).unwrap_err().kind(),
+        Kind::ShuttingDown
+    );
     store.close();
-    assert_eq!(Store::open(dir.path()).unwrap().read(|s| s.vms().count()), 1, "it was durable");
+    assert_eq!(
+        Store::open(dir.path()).unwrap().read(|s| s.vms().count()),
+        1,
+        "it was durable"
+    );
 }

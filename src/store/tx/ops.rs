@@ -51,7 +51,11 @@ impl Tx<'_> {
     /// Removes the keys that have expired at `now` (seconds since the epoch). Returns their
     /// number.
     pub fn expire_keys(&mut self, now: u64) -> usize {
-        let old: Vec<_> = self.keys().filter(|k| k.expires_at <= now).map(|k| (k.uid, k.key.clone())).collect();
+        let old: Vec<_> = self
+            .keys()
+            .filter(|k| k.expires_at <= now)
+            .map(|k| (k.uid, k.key.clone()))
+            .collect();
         let count = old.len();
         old.into_iter().for_each(|key| self.set_key(key, None));
         count

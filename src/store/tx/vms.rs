@@ -20,11 +20,20 @@ impl Tx<'_> {
     }
 
     fn write_vm(&mut self, row: VmRow) -> Result<()> {
-        if self.vm_by_name(&row.name).is_some_and(|other| other.id != row.id) {
-            return Err(Error::new(Kind::NameTaken, format!("the name {} is taken", row.name)).hint("choose another with --name"));
+        if self
+            .vm_by_name(&row.name)
+            .is_some_and(|other| other.id != row.id)
+        {
+            return Err(
+                Error::new(Kind::NameTaken, format!("the name {} is taken", row.name))
+                    .hint("choose another with --name"),
+            );
         }
         if self.vm(&row.id).is_none_or(|old| old.slot != row.slot) && self.slot_is_taken(row.slot) {
-            return Err(Error::internal(format!("slot {} belongs to another VM than {}", row.slot, row.id)));
+            return Err(Error::internal(format!(
+                "slot {} belongs to another VM than {}",
+                row.slot, row.id
+            )));
         }
         self.apply(Image::Vm(row.id.clone(), Some(Arc::new(row))));
         Ok(())
@@ -36,7 +45,11 @@ impl Tx<'_> {
     ///
     /// # Errors
     /// `vm_not_found`, and those of [`Tx::insert_vm`].
-    pub fn update_vm(&mut self, vm: &KeyGuard<'_, VmId>, change: impl FnOnce(&mut VmRow)) -> Result<()> {
+    pub fn update_vm(
+        &mut self,
+        vm: &KeyGuard<'_, VmId>,
+        change: impl FnOnce(&mut VmRow),
+    ) -> Result<()> {
         self.change_vm(vm.key(), change)
     }
 
@@ -47,7 +60,10 @@ impl Tx<'_> {
         let mut row = VmRow::clone(row);
         change(&mut row);
         if row.id != *id {
-            return Err(Error::internal(format!("a change of VM {id} changed its ID to {}", row.id)));
+            return Err(Error::internal(format!(
+                "a change of VM {id} changed its ID to {}",
+                row.id
+            )));
         }
         self.write_vm(row)
     }
@@ -87,7 +103,9 @@ impl Tx<'_> {
     /// `vm_not_found`.
     pub fn put_workspace(&mut self, row: WorkspaceRow) -> Result<()> {
         if self.vm(&row.vm).is_none() {
-            return Err(Error::new(Kind::VmNotFound, format!("no VM {}", row.vm)).hint("fcctl ps -a"));
+            return Err(
+                Error::new(Kind::VmNotFound, format!("no VM {}", row.vm)).hint("fcctl ps -a")
+            );
         }
         self.apply(Image::Workspace(row.vm.clone(), Some(Arc::new(row))));
         Ok(())

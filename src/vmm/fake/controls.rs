@@ -24,7 +24,8 @@ impl Fake {
 
     /// Waits until this many starts are held. Returns false at the deadline.
     pub fn await_held(&self, starts: usize, deadline: Instant) -> bool {
-        self.changed.wait_while(&mut self.state.lock(), deadline, |s| s.waiting < starts)
+        self.changed
+            .wait_while(&mut self.state.lock(), deadline, |s| s.waiting < starts)
     }
 
     /// Holds later changes of rates and balloons until [`Fake::release_changes`].
@@ -41,7 +42,10 @@ impl Fake {
 
     /// Waits until this many changes are held. Returns false at the deadline.
     pub fn await_held_changes(&self, changes: usize, deadline: Instant) -> bool {
-        self.changed.wait_while(&mut self.state.lock(), deadline, |s| s.changes_held < changes)
+        self.changed
+            .wait_while(&mut self.state.lock(), deadline, |s| {
+                s.changes_held < changes
+            })
     }
 
     /// Makes the next start fail with this message after it has spawned. Several calls make several

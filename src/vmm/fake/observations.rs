@@ -8,23 +8,43 @@ use crate::vmm::VmmSpec;
 impl Fake {
     /// True if the guest of this VM is paused.
     pub fn is_paused(&self, vm: &VmId) -> bool {
-        self.state.lock().vmms.iter().any(|v| v.spec.vm == *vm && v.end.is_none() && v.is_paused)
+        self.state
+            .lock()
+            .vmms
+            .iter()
+            .any(|v| v.spec.vm == *vm && v.end.is_none() && v.is_paused)
     }
 
     /// Returns the rates of the guest, and the memory that it has to keep.
     pub fn adjusted(&self, vm: &VmId) -> Option<(RateLimits, u64)> {
         let state = self.state.lock();
-        state.vmms.iter().find(|v| v.spec.vm == *vm && v.end.is_none()).map(|v| (v.rates, v.keep_mib))
+        state
+            .vmms
+            .iter()
+            .find(|v| v.spec.vm == *vm && v.end.is_none())
+            .map(|v| (v.rates, v.keep_mib))
     }
 
     /// The tags of the live VMMs.
     pub fn live(&self) -> Vec<String> {
-        self.state.lock().vmms.iter().filter(|vmm| vmm.end.is_none()).map(|vmm| vmm.spec.tag.clone()).collect()
+        self.state
+            .lock()
+            .vmms
+            .iter()
+            .filter(|vmm| vmm.end.is_none())
+            .map(|vmm| vmm.spec.tag.clone())
+            .collect()
     }
 
     /// The spec of the last start of this VM.
     pub fn last_spec(&self, vm: &VmId) -> Option<VmmSpec> {
-        self.state.lock().vmms.iter().rev().find(|vmm| &vmm.spec.vm == vm).map(|vmm| vmm.spec.clone())
+        self.state
+            .lock()
+            .vmms
+            .iter()
+            .rev()
+            .find(|vmm| &vmm.spec.vm == vm)
+            .map(|vmm| vmm.spec.clone())
     }
 
     /// How often Ctrl-Alt-Del was pressed on guests with a keyboard.

@@ -168,9 +168,21 @@ pub struct NetworkOverride<'a> {
 }
 
 impl<'a> LoadSnapshot<'a> {
-    pub fn new(devices: &'a str, memory: &'a str, network_overrides: &'a [NetworkOverride<'a>]) -> Self {
-        let mem_backend = MemBackend { backend_type: "File", backend_path: memory };
-        Self { snapshot_path: devices, mem_backend, network_overrides, resume_vm: true }
+    pub fn new(
+        devices: &'a str,
+        memory: &'a str,
+        network_overrides: &'a [NetworkOverride<'a>],
+    ) -> Self {
+        let mem_backend = MemBackend {
+            backend_type: "File",
+            backend_path: memory,
+        };
+        Self {
+            snapshot_path: devices,
+            mem_backend,
+            network_overrides,
+            resume_vm: true,
+        }
     }
 }
 
@@ -225,7 +237,10 @@ struct Api<'a> {
 
 impl<'a> Api<'a> {
     fn open(stream: UnixStream, deadline: Deadline<'a>) -> Result<(Self, Instance)> {
-        let mut api = Self { connection: Connection::new(stream, deadline), version: String::new() };
+        let mut api = Self {
+            connection: Connection::new(stream, deadline),
+            version: String::new(),
+        };
         let instance: Instance = api.read("/")?;
         api.version.clone_from(&instance.vmm_version);
         Ok((api, instance))
@@ -234,11 +249,22 @@ impl<'a> Api<'a> {
     fn read<T: DeserializeOwned>(&mut self, path: &str) -> Result<T> {
         let doing = format!("ask the VMM: GET {path}");
         let answer = check(&doing, self.connection.request(Method::Get, path, b"")?)?;
-        serde_json::from_slice(&answer.body)
-            .map_err(|e| Error::new(Kind::VmmFailed, format!("{doing}: the answer is not as documented")).with_source(e))
+        serde_json::from_slice(&answer.body).map_err(|e| {
+            Error::new(
+                Kind::VmmFailed,
+                format!("{doing}: the answer is not as documented"),
+            )
+            .with_source(e)
+        })
     }
 
-    fn change(&mut self, method: Method, path: &str, body: &impl Serialize, doing: &str) -> Result<()> {
+    fn change(
+        &mut self,
+        method: Method,
+        path: &str,
+        body: &impl Serialize,
+        doing: &str,
+    ) -> Result<()> {
         let answer = check(doing, self.ask(method, path, body, doing)?)?;
         if answer.is_deprecated {
             log::warn!("{doing}: Firecracker says that this request is deprecated");
@@ -247,9 +273,17 @@ impl<'a> Api<'a> {
     }
 
     /// Sends a request and returns the answer, whatever its status.
-    fn ask(&mut self, method: Method, path: &str, body: &impl Serialize, doing: &str) -> Result<Answer> {
+    fn ask(
+        &mut self,
+        method: Method,
+        path: &str,
+        body: &impl Serialize,
+        doing: &str,
+    ) -> Result<Answer> {
         let body = serde_json::to_vec(body).map_err(|e| Error::internal(doing).with_source(e))?;
-        self.connection.request(method, path, &body).map_err(|e| e.context(doing))
+        self.connection
+            .request(method, path, &body)
+            .map_err(|e| e.context(doing))
     }
 }
 
@@ -267,30 +301,54 @@ impl<'a> PreBoot<'a> {
         let (api, instance) = Api::open(stream, deadline)?;
         match instance.state {
             State::NotStarted => Ok((Self(api), instance)),
-            state => Err(Error::new(Kind::VmmFailed, format!("configure the VMM: its guest is already {state:?}"))),
+            state => Err(Error::new(
+                Kind::VmmFailed,
+                format!("configure the VMM: its guest is already {state:?}"),
+            )),
         }
     }
 
     pub fn machine(&mut self, config: &MachineConfig) -> Result<()> {
-        self.0.change(Method::Put, "/machine-config", config, "set vCPUs and memory")
+        self.0.change(
+            Method::Put,
+            "/machine-config",
+            config,
+            "set vCPUs and memory",
+        )
     }
 
     pub fn boot_source(&mut self, source: &BootSource<'_>) -> Result<()> {
-        self.0.change(Method::Put, "/boot-source", source, "set the kernel")
+        self.0
+            .change(Method::Put, "/boot-source", source, "set the kernel")
     }
 
     pub fn drive(&mut self, drive: &Drive<'_>) -> Result<()> {
-        self.0.change(Method::Put, &format!("/drives/{}", drive.drive_id), drive, &format!("add disk {}", drive.drive_id))
+        self.0.change(
+            Method::Put,
+            &format!("/drives/{}", drive.drive_id),
+            drive,
+            &format!("add disk {}", drive.drive_id),
+        )
     }
 
     pub fn network(&mut self, interface: &NetworkInterface<'_>) -> Result<()> {
         let doing = format!("connect the guest to {}", interface.host_dev_name);
-        self.0.change(Method::Put, &format!("/network-interfaces/{}", interface.iface_id), interface, &doing)
+        self.0.change(
+            Method::Put,
+            &format!("/network-interfaces/{}", interface.iface_id),
+            interface,
+            &doing,
+        )
     }
 
     /// Adds a source of random numbers.
     pub fn entropy(&mut self) -> Result<()> {
-        self.0.change(Method::Put, "/entropy", &Entropy {}, "add a source of random numbers")
+        self.0.change(
+            Method::Put,
+            "/entropy",
+            &Entropy {},
+            "add a source of random numbers",
+        )
     }
 
     pub fn vsock(&mut self, vsock: &Vsock<'_>) -> Result<()> {
@@ -305,30 +363,55 @@ impl<'a> PreBoot<'a> {
             stats_polling_interval_s: STATISTICS_PERIOD_S,
             free_page_reporting: true,
         };
-        self.0.change(Method::Put, "/balloon", &balloon, "add a balloon")
+        self.0
+            .change(Method::Put, "/balloon", &balloon, "add a balloon")
     }
 
     /// Sets where the serial console writes to. This is an existing file or pipe.
     pub fn serial(&mut self, path: &str) -> Result<()> {
-        self.0.change(Method::Put, "/serial", &Serial { serial_out_path: path }, "set the console")
+        self.0.change(
+            Method::Put,
+            "/serial",
+            &Serial {
+                serial_out_path: path,
+            },
+            "set the console",
+        )
     }
 
     /// Sets where the metrics go. The VMM writes a line every minute and when asked to, but not
     /// into a full pipe.
     pub fn metrics(&mut self, path: &str) -> Result<()> {
-        self.0.change(Method::Put, "/metrics", &Metrics { metrics_path: path }, "set the metrics pipe")
+        self.0.change(
+            Method::Put,
+            "/metrics",
+            &Metrics { metrics_path: path },
+            "set the metrics pipe",
+        )
     }
 
     /// Restores a guest, which continues where it was saved. The VMM exits if it refuses
     /// (docs/snapshotting/snapshot-support.md).
     pub fn load(mut self, snapshot: &LoadSnapshot<'_>) -> Result<Booted<'a>> {
-        self.0.change(Method::Put, "/snapshot/load", snapshot, "load the saved guest")?;
+        self.0.change(
+            Method::Put,
+            "/snapshot/load",
+            snapshot,
+            "load the saved guest",
+        )?;
         Ok(Booted(self.0))
     }
 
     /// Starts the guest.
     pub fn start(mut self) -> Result<Booted<'a>> {
-        self.0.change(Method::Put, "/actions", &Action { action_type: "InstanceStart" }, "start the guest")?;
+        self.0.change(
+            Method::Put,
+            "/actions",
+            &Action {
+                action_type: "InstanceStart",
+            },
+            "start the guest",
+        )?;
         Ok(Booted(self.0))
     }
 }
@@ -339,14 +422,22 @@ impl<'a> Booted<'a> {
     pub fn open(stream: UnixStream, deadline: Deadline<'a>) -> Result<(Self, Instance)> {
         let (api, instance) = Api::open(stream, deadline)?;
         match instance.state {
-            State::NotStarted => Err(Error::new(Kind::VmmFailed, "talk to the VMM: it has not started its guest")),
+            State::NotStarted => Err(Error::new(
+                Kind::VmmFailed,
+                "talk to the VMM: it has not started its guest",
+            )),
             State::Running | State::Paused => Ok((Self(api), instance)),
         }
     }
 
     /// Pauses the guest. Succeeds if it is already paused.
     pub fn pause(&mut self) -> Result<()> {
-        self.0.change(Method::Patch, "/vm", &VmState { state: "Paused" }, "pause the guest")
+        self.0.change(
+            Method::Patch,
+            "/vm",
+            &VmState { state: "Paused" },
+            "pause the guest",
+        )
     }
 
     pub fn version(&self) -> &str {
@@ -357,45 +448,103 @@ impl<'a> Booted<'a> {
     /// has no kernel configured.
     pub fn has_booted(&mut self) -> Result<bool> {
         let config: VmConfig = self.0.read("/vm/config")?;
-        Ok(config.boot_source.is_some_and(|source| !source.kernel_image_path.is_empty()))
+        Ok(config
+            .boot_source
+            .is_some_and(|source| !source.kernel_image_path.is_empty()))
     }
 
     /// The guest must be paused.
     pub fn save(&mut self, snapshot_type: SnapshotType, devices: &str, memory: &str) -> Result<()> {
-        let create = CreateSnapshot { snapshot_type, snapshot_path: devices, mem_file_path: memory };
-        self.0.change(Method::Put, "/snapshot/create", &create, "save the guest")
+        let create = CreateSnapshot {
+            snapshot_type,
+            snapshot_path: devices,
+            mem_file_path: memory,
+        };
+        self.0
+            .change(Method::Put, "/snapshot/create", &create, "save the guest")
     }
 
     /// Replaces the limits of this disk.
-    pub fn drive_rates(&mut self, drive_id: &str, bytes_per_s: Option<u64>, ops_per_s: Option<u64>) -> Result<()> {
-        let rates = DriveRates { drive_id, rate_limiter: RateLimiter::instead(bytes_per_s, ops_per_s) };
-        self.0.change(Method::Patch, &format!("/drives/{drive_id}"), &rates, &format!("limit disk {drive_id}"))
+    pub fn drive_rates(
+        &mut self,
+        drive_id: &str,
+        bytes_per_s: Option<u64>,
+        ops_per_s: Option<u64>,
+    ) -> Result<()> {
+        let rates = DriveRates {
+            drive_id,
+            rate_limiter: RateLimiter::instead(bytes_per_s, ops_per_s),
+        };
+        self.0.change(
+            Method::Patch,
+            &format!("/drives/{drive_id}"),
+            &rates,
+            &format!("limit disk {drive_id}"),
+        )
     }
 
-    pub fn network_rates(&mut self, iface_id: &str, rx_bytes_per_s: Option<u64>, tx_bytes_per_s: Option<u64>) -> Result<()> {
-        let of = |rate| RateLimiter { ops: None, ..RateLimiter::instead(rate, None) };
-        let rates = NetworkRates { iface_id, rx_rate_limiter: of(rx_bytes_per_s), tx_rate_limiter: of(tx_bytes_per_s) };
-        self.0.change(Method::Patch, &format!("/network-interfaces/{iface_id}"), &rates, "limit the network")
+    pub fn network_rates(
+        &mut self,
+        iface_id: &str,
+        rx_bytes_per_s: Option<u64>,
+        tx_bytes_per_s: Option<u64>,
+    ) -> Result<()> {
+        let of = |rate| RateLimiter {
+            ops: None,
+            ..RateLimiter::instead(rate, None)
+        };
+        let rates = NetworkRates {
+            iface_id,
+            rx_rate_limiter: of(rx_bytes_per_s),
+            tx_rate_limiter: of(tx_bytes_per_s),
+        };
+        self.0.change(
+            Method::Patch,
+            &format!("/network-interfaces/{iface_id}"),
+            &rates,
+            "limit the network",
+        )
     }
 
     /// Makes the VMM write its metrics, and returns afterwards.
     pub fn flush_metrics(&mut self) -> Result<()> {
-        self.0.change(Method::Put, "/actions", &Action { action_type: "FlushMetrics" }, "ask for the metrics")
+        self.0.change(
+            Method::Put,
+            "/actions",
+            &Action {
+                action_type: "FlushMetrics",
+            },
+            "ask for the metrics",
+        )
     }
 
     /// Presses Ctrl-Alt-Del. The guest may have no driver for the keyboard.
     pub fn ctrl_alt_del(&mut self) -> Result<()> {
-        self.0.change(Method::Put, "/actions", &Action { action_type: "SendCtrlAltDel" }, "press Ctrl-Alt-Del")
+        self.0.change(
+            Method::Put,
+            "/actions",
+            &Action {
+                action_type: "SendCtrlAltDel",
+            },
+            "press Ctrl-Alt-Del",
+        )
     }
 
     /// Sets how much memory the guest should return.
     pub fn set_balloon(&mut self, amount_mib: u64) -> Result<()> {
-        self.0.change(Method::Patch, "/balloon", &BalloonSize { amount_mib }, "set the balloon")
+        self.0.change(
+            Method::Patch,
+            "/balloon",
+            &BalloonSize { amount_mib },
+            "set the balloon",
+        )
     }
 
     /// Returns how much memory the guest has returned.
     pub fn balloon_mib(&mut self) -> Result<u64> {
-        self.0.read("/balloon/statistics").map(|statistics: BalloonStatistics| statistics.actual_mib)
+        self.0
+            .read("/balloon/statistics")
+            .map(|statistics: BalloonStatistics| statistics.actual_mib)
     }
 
     /// Resumes the guest. Does nothing if it already runs, because every resume makes the VMM hold
@@ -409,7 +558,12 @@ impl<'a> Booted<'a> {
         if is_since(HOLDS_VSOCK_SINCE) && !is_since(HOLDS_VSOCK_UNTIL) {
             self.reset_vsock()?;
         }
-        self.0.change(Method::Patch, "/vm", &VmState { state: "Resumed" }, "resume the guest")
+        self.0.change(
+            Method::Patch,
+            "/vm",
+            &VmState { state: "Resumed" },
+            "resume the guest",
+        )
     }
 
     /// Makes the VMM deliver data to the guest's vsock after a resume. In these versions it
@@ -417,8 +571,19 @@ impl<'a> Booted<'a> {
     /// save sends that event (src/vmm/src/devices/virtio/vsock/device.rs, `kick` and
     /// `prepare_save`). So this begins a save that fails at its path.
     fn reset_vsock(&mut self) -> Result<()> {
-        let create = CreateSnapshot { snapshot_type: SnapshotType::Full, snapshot_path: NO_PLACE, mem_file_path: NO_PLACE };
-        self.0.ask(Method::Put, "/snapshot/create", &create, "end the guest's vsock streams").map(drop)
+        let create = CreateSnapshot {
+            snapshot_type: SnapshotType::Full,
+            snapshot_path: NO_PLACE,
+            mem_file_path: NO_PLACE,
+        };
+        self.0
+            .ask(
+                Method::Put,
+                "/snapshot/create",
+                &create,
+                "end the guest's vsock streams",
+            )
+            .map(drop)
     }
 }
 
@@ -431,7 +596,10 @@ pub fn ssh_addr(address: Ipv4Addr) -> std::net::SocketAddr {
 pub fn text(path: &std::path::Path) -> Result<&str> {
     path.to_str().ok_or_else(|| {
         let path: PathBuf = path.into();
-        Error::new(Kind::Unsupported, format!("start the VMM: the path {} is not UTF-8", path.display()))
-            .hint("use another state directory")
+        Error::new(
+            Kind::Unsupported,
+            format!("start the VMM: the path {} is not UTF-8", path.display()),
+        )
+        .hint("use another state directory")
     })
 }

@@ -17,15 +17,25 @@ pub fn checks(config: &Config) -> Vec<Check> {
 fn binary(config: &Config) -> Check {
     const ID: &str = "firecracker";
     let Ok(cancel) = Cancel::try_new() else {
-        return Check::warn(ID, "not checked, because no file descriptor is left".to_owned(), "raise the limit of open files");
+        return Check::warn(
+            ID,
+            "not checked, because no file descriptor is left".to_owned(),
+            "raise the limit of open files",
+        );
     };
     match version(config, &cancel) {
         Ok(release) if release.numbers > VERSION_TESTED => {
             let (major, minor) = VERSION_TESTED;
-            let found = format!("version {} is newer than {major}.{minor}, the newest that fcd was tested with", release.text);
+            let found = format!(
+                "version {} is newer than {major}.{minor}, the newest that fcd was tested with",
+                release.text
+            );
             Check::warn(ID, found, "if a VM does not start, use that version")
         }
-        Ok(release) => Check::ok(ID, format!("{} is version {}", config.binary.display(), release.text)),
+        Ok(release) => Check::ok(
+            ID,
+            format!("{} is version {}", config.binary.display(), release.text),
+        ),
         Err(e) => Check::fail(ID, e.to_string(), e.hint_text().unwrap_or(INSTALL)),
     }
 }
@@ -34,7 +44,11 @@ fn binary(config: &Config) -> Check {
 fn jailer(config: &Config) -> Vec<Check> {
     const ID: &str = "jailer";
     if !config.jail {
-        return vec![Check::warn(ID, "VMMs run without a jail, as configured".to_owned(), "jail = true under [firecracker]")];
+        return vec![Check::warn(
+            ID,
+            "VMMs run without a jail, as configured".to_owned(),
+            "jail = true under [firecracker]",
+        )];
     }
     let found = jail::programs(config).and_then(|programs| {
         let cancel = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
@@ -46,21 +60,47 @@ fn jailer(config: &Config) -> Vec<Check> {
     };
     let (missing, has_io) = jail::missing_controllers();
     let limits = match (missing.is_empty(), config.limits) {
-        (true, _) if has_io => {
-            Check::ok("limits", "control groups limit the CPU, memory and threads of VMMs, and their disks' rates".to_owned())
-        }
+        (true, _) if has_io => Check::ok(
+            "limits",
+            "control groups limit the CPU, memory and threads of VMMs, and their disks' rates"
+                .to_owned(),
+        ),
         (true, wanted) => {
-            let then = if wanted == VmmLimits::Required { "does not start" } else { "is limited only by its VMM" };
-            let found = format!("the host's control groups have no io controller, so a VM with disk rates {then}");
-            Check::warn("limits", found, "enable the io controller of control groups (version 2)")
+            let then = if wanted == VmmLimits::Required {
+                "does not start"
+            } else {
+                "is limited only by its VMM"
+            };
+            let found = format!(
+                "the host's control groups have no io controller, so a VM with disk rates {then}"
+            );
+            Check::warn(
+                "limits",
+                found,
+                "enable the io controller of control groups (version 2)",
+            )
         }
         (false, VmmLimits::BestEffort) => {
-            let found = format!("VMMs have no limit of {}, because the host has no such controller", missing.join(", "));
-            Check::warn("limits", found, "enable the controllers of control groups (version 2)")
+            let found = format!(
+                "VMMs have no limit of {}, because the host has no such controller",
+                missing.join(", ")
+            );
+            Check::warn(
+                "limits",
+                found,
+                "enable the controllers of control groups (version 2)",
+            )
         }
         (false, VmmLimits::Required) => {
-            let found = format!("the host's control groups have no {} controller, so no VM can start", missing.join(", "));
-            Check::fail("limits", found, "enable them, or set limits = \"best-effort\" under [firecracker]")
+            let found = format!(
+                "the host's control groups have no {} controller, so no VM can start",
+                missing.join(", ")
+            );
+            Check::fail(
+                "limits",
+                found,
+                "enable them, or set limits = \"best-effort\" under [firecracker]",
+            )
         }
     };
     vec![programs, limits]

@@ -16,14 +16,19 @@ fn empty_group_at(groups: &Path, install: &str) -> Option<PathBuf> {
     }
     let group = groups.join(format!("fcd-{install}"));
     let events = std::fs::read_to_string(group.join("cgroup.events")).ok()?;
-    events.lines().any(|line| line == "populated 0").then_some(group)
+    events
+        .lines()
+        .any(|line| line == "populated 0")
+        .then_some(group)
 }
 
 /// Removes the control group with those of its VMs.
 pub fn remove_group(group: &Path) -> Result<()> {
     let io = |path: &Path, e| Error::io(format!("remove control group {}", path.display()), e);
     let entries = std::fs::read_dir(group).map_err(|e| io(group, e))?;
-    let of_vms = entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+    let of_vms = entries
+        .flatten()
+        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
     for path in of_vms.map(|entry| entry.path()).chain([group.to_owned()]) {
         match std::fs::remove_dir(&path) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(io(&path, e)),
@@ -42,9 +47,17 @@ mod tests {
     /// Mounts control groups of version 2, visible only to this thread.
     fn mount(at: &Path) {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
-        let script = format!("mount --make-rprivate / && mount -t cgroup2 test '{}'", at.display());
+        let script = format!(
+            "mount --make-rprivate / && mount -t cgroup2 test '{}'",
+            at.display()
+        );
         let command = crate::host::Command::new("sh").args(["-ec", &script]);
-        let out = crate::host::command::run_any_status(&command, &crate::locks::Cancel::try_new().unwrap(), &mut |_| {}).unwrap();
+        let out = crate::host::command::run_any_status(
+            &command,
+            &crate::locks::Cancel::try_new().unwrap(),
+            &mut |_| {},
+        )
+        .unwrap();
         assert_eq!(out.status, 0, "{}", String::from_utf8_lossy(&out.stderr));
     }
 
@@ -65,12 +78,26 @@ mod tests {
             let args = ["-c", "exec sleep 1000"].map(Into::into).to_vec();
             let program = "sh".into();
             let env = vec![("PATH".into(), "/usr/bin:/bin".into())];
-            let vmm = spawn(Spawn { program, args, env, cwd: "/".into(), output: None, credentials: None }).unwrap();
+            let vmm = spawn(Spawn {
+                program,
+                args,
+                env,
+                cwd: "/".into(),
+                output: None,
+                credentials: None,
+            })
+            .unwrap();
             std::fs::write(of_vm.join("cgroup.procs"), vmm.identity().pid.to_string()).unwrap();
             assert_eq!(empty_group_at(&at, &install), None, "a VMM is in the group");
-            assert!(remove_group(&group).is_err() && of_vm.exists(), "the kernel keeps the group");
+            assert!(
+                remove_group(&group).is_err() && of_vm.exists(),
+                "the kernel keeps the group"
+            );
             vmm.signal(rustix::process::Signal::KILL).unwrap();
-            assert!(vmm.wait_uncancelled(Instant::now() + Duration::from_secs(20)).unwrap());
+            assert!(
+                vmm.wait_uncancelled(Instant::now() + Duration::from_secs(20))
+                    .unwrap()
+            );
             let deadline = Instant::now() + Duration::from_secs(20);
             while empty_group_at(&at, &install).is_none() {
                 assert!(Instant::now() < deadline, "the group is not empty");
@@ -84,6 +111,9 @@ mod tests {
             assert!(!group.exists());
             assert_eq!(empty_group_at(&at, &install), None);
         });
-        checked.unwrap().join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        checked
+            .unwrap()
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
     }
 }

@@ -42,7 +42,11 @@ pub struct Connection<'a> {
 
 impl<'a> Connection<'a> {
     pub fn new(stream: UnixStream, deadline: Deadline<'a>) -> Self {
-        Self { stream, deadline, incoming: Incoming::default() }
+        Self {
+            stream,
+            deadline,
+            incoming: Incoming::default(),
+        }
     }
 
     /// Sends a request and reads its answer, whatever its status.
@@ -52,11 +56,20 @@ impl<'a> Connection<'a> {
     pub fn request(&mut self, method: Method, path: &str, body: &[u8]) -> Result<Answer> {
         let doing = format!("ask the VMM: {} {path}", method.name());
         if body.len() > REQUEST_BODY_BYTES_MAX {
-            return Err(Error::internal(format!("{doing}: the body has {} bytes, which is too much", body.len())));
+            return Err(Error::internal(format!(
+                "{doing}: the body has {} bytes, which is too much",
+                body.len()
+            )));
         }
-        let mut message = format!("{} {path} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n", method.name());
+        let mut message = format!(
+            "{} {path} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n",
+            method.name()
+        );
         if method != Method::Get {
-            message += &format!("Content-Type: application/json\r\nContent-Length: {}\r\n", body.len());
+            message += &format!(
+                "Content-Type: application/json\r\nContent-Length: {}\r\n",
+                body.len()
+            );
         }
         message += "\r\n";
         let mut bytes = message.into_bytes();
@@ -70,7 +83,11 @@ impl<'a> Connection<'a> {
 
     fn answer(&mut self, doing: &str) -> Result<Answer> {
         loop {
-            if let Some(answer) = self.incoming.answer().map_err(|what| no_http(doing, &what))? {
+            if let Some(answer) = self
+                .incoming
+                .answer()
+                .map_err(|what| no_http(doing, &what))?
+            {
                 return Ok(answer);
             }
             self.read_some(doing)?;
@@ -79,9 +96,14 @@ impl<'a> Connection<'a> {
 
     fn wait(&self, flags: PollFlags, doing: &str) -> Result<()> {
         let Deadline { at, cancel } = self.deadline;
-        match wait_any(&[(self.stream.as_fd(), flags)], at, cancel).map_err(|e| Error::io(doing, e))? {
+        match wait_any(&[(self.stream.as_fd(), flags)], at, cancel)
+            .map_err(|e| Error::io(doing, e))?
+        {
             WaitResult::Ready => Ok(()),
-            WaitResult::Deadline => Err(Error::new(Kind::Timeout, format!("{doing}: no answer within the deadline"))),
+            WaitResult::Deadline => Err(Error::new(
+                Kind::Timeout,
+                format!("{doing}: no answer within the deadline"),
+            )),
             WaitResult::Cancelled => Err(cancelled(doing, cancel)),
         }
     }
@@ -91,8 +113,17 @@ impl<'a> Connection<'a> {
             self.wait(PollFlags::POLLOUT, doing)?;
             match self.stream.write(bytes) {
                 Ok(n) => bytes = &bytes[n..],
-                Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
-                Err(e) if matches!(e.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => {
+                Err(e)
+                    if matches!(
+                        e.kind(),
+                        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+                    ) => {}
+                Err(e)
+                    if matches!(
+                        e.kind(),
+                        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+                    ) =>
+                {
                     return Err(hung_up(doing));
                 }
                 Err(e) => return Err(Error::io(doing, e)),
@@ -111,7 +142,11 @@ impl<'a> Connection<'a> {
                     self.incoming.push(&piece[..n]);
                     return Ok(());
                 }
-                Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+                Err(e)
+                    if matches!(
+                        e.kind(),
+                        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+                    ) => {}
                 Err(e) if e.kind() == io::ErrorKind::ConnectionReset => return Err(hung_up(doing)),
                 Err(e) => return Err(Error::io(doing, e)),
             }
@@ -124,7 +159,10 @@ fn hung_up(doing: &str) -> Error {
 }
 
 fn no_http(doing: &str, what: &str) -> Error {
-    Error::new(Kind::VmmFailed, format!("{doing}: the answer is not HTTP: {what}"))
+    Error::new(
+        Kind::VmmFailed,
+        format!("{doing}: the answer is not HTTP: {what}"),
+    )
 }
 
 #[cfg(test)]
@@ -139,14 +177,19 @@ mod tests {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
         let cancel = Cancel::try_new().unwrap();
-        let deadline = Deadline { at: Instant::now() + Duration::from_secs(20), cancel: &cancel };
+        let deadline = Deadline {
+            at: Instant::now() + Duration::from_secs(20),
+            cancel: &cancel,
+        };
         let mut connection = Connection::new(ours, deadline);
         std::thread::scope(|s| {
             s.spawn(move || {
                 let mut request_piece = [0; 1];
                 for piece in pieces {
                     let mut request = Vec::new();
-                    while !request.ends_with(b"{}") && theirs.read(&mut request_piece).is_ok_and(|n| n > 0) {
+                    while !request.ends_with(b"{}")
+                        && theirs.read(&mut request_piece).is_ok_and(|n| n > 0)
+                    {
                         request.extend_from_slice(&request_piece);
                     }
                     let _ = theirs.write_all(piece);
@@ -164,14 +207,32 @@ mod tests {
         })
     }
 
-    const NO_CONTENT: &[u8] = b"HTTP/1.1 204 \r\nServer: Firecracker API\r\nConnection: keep-alive\r\n\r\n";
+    const NO_CONTENT: &[u8] =
+        b"HTTP/1.1 204 \r\nServer: Firecracker API\r\nConnection: keep-alive\r\n\r\n";
 
     #[test]
     fn answers_with_and_without_body_are_parsed() {
-        let (head, rest) = (b"HTTP/1.1 400 \r\nContent-Le".as_slice(), b"ngth: 5\r\nDeprecation: true\r\n\r\nhello");
+        let (head, rest) = (
+            b"HTTP/1.1 400 \r\nContent-Le".as_slice(),
+            b"ngth: 5\r\nDeprecation: true\r\n\r\nhello",
+        );
         let answers = ask(&[NO_CONTENT, &[head, rest].concat()]).unwrap();
-        assert_eq!(answers[0], Answer { status: 204, body: Vec::new(), is_deprecated: false });
-        assert_eq!(answers[1], Answer { status: 400, body: b"hello".to_vec(), is_deprecated: true });
+        assert_eq!(
+            answers[0],
+            Answer {
+                status: 204,
+                body: Vec::new(),
+                is_deprecated: false
+            }
+        );
+        assert_eq!(
+            answers[1],
+            Answer {
+                status: 400,
+                body: b"hello".to_vec(),
+                is_deprecated: true
+            }
+        );
         // Also if they are cut into two pieces anywhere.
         let all = [NO_CONTENT, head, rest].concat();
         for cut in 0..all.len() {
@@ -195,21 +256,37 @@ mod tests {
     #[test]
     fn invalid_http_is_error() {
         let long = format!("HTTP/1.1 200 \r\nX: {}", "x".repeat(2 * HEAD_BYTES_MAX));
-        let many = format!("HTTP/1.1 200 \r\n{}\r\n", "a: b\r\n".repeat(HEADERS_MAX + 1));
+        let many = format!(
+            "HTTP/1.1 200 \r\n{}\r\n",
+            "a: b\r\n".repeat(HEADERS_MAX + 1)
+        );
         let cases: [(&[u8], &str); 9] = [
             (b"", "hung up"),
-            (b"HTTP/1.1 200 \r\nContent-Length: 9\r\n\r\nshort", "hung up"),
+            (
+                b"HTTP/1.1 200 \r\nContent-Length: 9\r\n\r\nshort",
+                "hung up",
+            ),
             (b"SSH-2.0-OpenSSH\r\n\r\n", "not HTTP"),
             (b"HTTP/1.1 200 \r\nContent-Length: -1\r\n\r\n", "not HTTP"),
-            (b"HTTP/1.1 200 \r\nContent-Length: 99999999999\r\n\r\n", "not HTTP"),
-            (b"HTTP/1.1 200 \r\nContent-Length: 18446744073709551616\r\n\r\n", "not HTTP"),
+            (
+                b"HTTP/1.1 200 \r\nContent-Length: 99999999999\r\n\r\n",
+                "not HTTP",
+            ),
+            (
+                b"HTTP/1.1 200 \r\nContent-Length: 18446744073709551616\r\n\r\n",
+                "not HTTP",
+            ),
             (b"HTTP/1.1 \xff\r\n\r\n", "not HTTP"),
             (long.as_bytes(), "not HTTP"),
             (many.as_bytes(), "not HTTP"),
         ];
         for (bytes, said) in cases {
             let e = ask(&[bytes]).unwrap_err();
-            assert!(e.kind() == Kind::VmmFailed && e.to_string().contains(said), "{:?}: {e}", String::from_utf8_lossy(bytes));
+            assert!(
+                e.kind() == Kind::VmmFailed && e.to_string().contains(said),
+                "{:?}: {e}",
+                String::from_utf8_lossy(bytes)
+            );
         }
     }
 
@@ -218,11 +295,35 @@ mod tests {
         let (ours, _theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
         let cancel = Cancel::try_new().unwrap();
-        let mut connection = Connection::new(ours, Deadline { at: Instant::now(), cancel: &cancel });
-        assert_eq!(connection.request(Method::Get, "/", b"").unwrap_err().kind(), Kind::Timeout);
+        let mut connection = Connection::new(
+            ours,
+            Deadline {
+                at: Instant::now(),
+                cancel: &cancel,
+            },
+        );
+        assert_eq!(
+            connection
+                .request(Method::Get, "/", b"")
+                .unwrap_err()
+                .kind(),
+            Kind::Timeout
+        );
         cancel.cancel(crate::locks::CancelCause::Requested);
-        assert_eq!(connection.request(Method::Get, "/", b"").unwrap_err().kind(), Kind::Cancelled);
+        assert_eq!(
+            connection
+                .request(Method::Get, "/", b"")
+                .unwrap_err()
+                .kind(),
+            Kind::Cancelled
+        );
         let big = vec![b'x'; REQUEST_BODY_BYTES_MAX + 1];
-        assert_eq!(connection.request(Method::Put, "/", &big).unwrap_err().kind(), Kind::Internal);
+        assert_eq!(
+            connection
+                .request(Method::Put, "/", &big)
+                .unwrap_err()
+                .kind(),
+            Kind::Internal
+        );
     }
 }

@@ -56,7 +56,9 @@ impl Incoming {
             Some(head) => head,
             None => match self.parse_head()? {
                 Some(head) => *self.head.insert(head),
-                None if self.buffer.len() > HEAD_BYTES_MAX => return Err("its headers do not end".to_owned()),
+                None if self.buffer.len() > HEAD_BYTES_MAX => {
+                    return Err("its headers do not end".to_owned());
+                }
                 None => return Ok(None),
             },
         };
@@ -68,7 +70,11 @@ impl Incoming {
         let body = self.buffer[head.len..end].to_vec();
         self.buffer.drain(..end);
         self.is_worth_a_look = self.buffer.contains(&b'\n');
-        Ok(Some(Answer { status: head.status, body, is_deprecated: head.is_deprecated }))
+        Ok(Some(Answer {
+            status: head.status,
+            body,
+            is_deprecated: head.is_deprecated,
+        }))
     }
 
     fn parse_head(&mut self) -> Result<Option<Head>, String> {
@@ -77,10 +83,16 @@ impl Incoming {
         }
         // Parse up to the last complete line, so that the result does not depend on how the bytes
         // were cut.
-        let lines = self.buffer.iter().rposition(|b| *b == b'\n').map_or(0, |at| at + 1);
+        let lines = self
+            .buffer
+            .iter()
+            .rposition(|b| *b == b'\n')
+            .map_or(0, |at| at + 1);
         match parse_head(&self.buffer[..lines])? {
             Some(head) if head.len > HEAD_BYTES_MAX => Err("its headers are too long".to_owned()),
-            Some(head) if head.body_len > BODY_BYTES_MAX => Err(format!("it announces {} bytes", head.body_len)),
+            Some(head) if head.body_len > BODY_BYTES_MAX => {
+                Err(format!("it announces {} bytes", head.body_len))
+            }
             head => Ok(head),
         }
     }
@@ -95,9 +107,20 @@ impl Incoming {
 fn parse_head(bytes: &[u8]) -> Result<Option<Head>, String> {
     let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
     let mut response = httparse::Response::new(&mut headers);
-    let httparse::Status::Complete(len) = response.parse(bytes).map_err(|e| e.to_string())? else { return Ok(None) };
-    let status = response.code.filter(|code| STATUSES.contains(code)).ok_or("it has no status")?;
-    let all = |name: &'static str| response.headers.iter().filter(move |h| h.name.eq_ignore_ascii_case(name)).map(|h| h.value);
+    let httparse::Status::Complete(len) = response.parse(bytes).map_err(|e| e.to_string())? else {
+        return Ok(None);
+    };
+    let status = response
+        .code
+        .filter(|code| STATUSES.contains(code))
+        .ok_or("it has no status")?;
+    let all = |name: &'static str| {
+        response
+            .headers
+            .iter()
+            .filter(move |h| h.name.eq_ignore_ascii_case(name))
+            .map(|h| h.value)
+    };
     // The server never sends this, and it could make the end of the body ambiguous.
     if all("transfer-encoding").next().is_some() {
         return Err("its body comes in pieces".to_owned());
@@ -107,13 +130,25 @@ fn parse_head(bytes: &[u8]) -> Result<Option<Head>, String> {
     if lengths.next().is_some() {
         return Err("it has two lengths".to_owned());
     }
-    Ok(Some(Head { status, len, body_len, is_deprecated: all("deprecation").next().is_some() }))
+    Ok(Some(Head {
+        status,
+        len,
+        body_len,
+        is_deprecated: all("deprecation").next().is_some(),
+    }))
 }
 
 fn parse_length(text: &[u8]) -> Result<usize, String> {
     let text = std::str::from_utf8(text).map_err(|e| e.to_string())?.trim();
-    let length = Some(text).filter(|t| t.bytes().all(|b| b.is_ascii_digit())).and_then(|t| t.parse().ok());
-    length.ok_or_else(|| format!("its length is {:?}", text.chars().take(32).collect::<String>()))
+    let length = Some(text)
+        .filter(|t| t.bytes().all(|b| b.is_ascii_digit()))
+        .and_then(|t| t.parse().ok());
+    length.ok_or_else(|| {
+        format!(
+            "its length is {:?}",
+            text.chars().take(32).collect::<String>()
+        )
+    })
 }
 
 #[cfg(test)]
@@ -129,19 +164,34 @@ mod tests {
     #[test]
     fn answer_with_ambiguous_length_is_error() {
         let head = |fields: &str| format!("HTTP/1.1 200 \r\n{fields}\r\n\r\nhello").into_bytes();
-        assert_eq!(error(&head("Content-Length: 5\r\nContent-Length: 5")), "it has two lengths");
+        assert_eq!(
+            error(&head("Content-Length: 5\r\nContent-Length: 5")),
+            "it has two lengths"
+        );
         assert_eq!(error(b"HTTP/1.1 000 \r\n\r\n"), "it has no status");
-        assert_eq!(error(&head("Transfer-Encoding: chunked")), "its body comes in pieces");
+        assert_eq!(
+            error(&head("Transfer-Encoding: chunked")),
+            "its body comes in pieces"
+        );
         assert_eq!(error(&head("Content-Length: +5")), "its length is \"+5\"");
-        assert_eq!(error(&head(&format!("Content-Length: {}", "9".repeat(1000)))).len(), "its length is \"\"".len() + 32);
-        assert_eq!(error(&head(&format!("Content-Length: {}", BODY_BYTES_MAX + 1))), "it announces 65537 bytes");
+        assert_eq!(
+            error(&head(&format!("Content-Length: {}", "9".repeat(1000)))).len(),
+            "its length is \"\"".len() + 32
+        );
+        assert_eq!(
+            error(&head(&format!("Content-Length: {}", BODY_BYTES_MAX + 1))),
+            "it announces 65537 bytes"
+        );
     }
 
     #[test]
     fn head_above_bound_is_error_even_in_one_piece() {
         let long = format!("HTTP/1.1 200 \r\nX: {}\r\n\r\n", "x".repeat(HEAD_BYTES_MAX));
         assert_eq!(error(long.as_bytes()), "its headers are too long");
-        assert_eq!(error(&long.as_bytes()[..HEAD_BYTES_MAX + 1]), "its headers do not end");
+        assert_eq!(
+            error(&long.as_bytes()[..HEAD_BYTES_MAX + 1]),
+            "its headers do not end"
+        );
         assert_eq!(error(&[b'x'; HEAD_BYTES_MAX + 1]), "its headers do not end");
     }
 

@@ -70,7 +70,8 @@ pub struct Programs {
 pub fn programs(config: &Config) -> Result<Programs> {
     let find = |name: &Path| {
         let path = program::locate(name).map_err(install_if_missing)?;
-        path.canonicalize().map_err(|e| Error::io(format!("look at {}", path.display()), e))
+        path.canonicalize()
+            .map_err(|e| Error::io(format!("look at {}", path.display()), e))
     };
     let jailer = find(&config.jailer)?;
     let firecracker = find(&config.binary)?;
@@ -78,7 +79,10 @@ pub fn programs(config: &Config) -> Result<Programs> {
         is_roots(program)?;
     }
     is_static(&firecracker)?;
-    Ok(Programs { jailer, firecracker })
+    Ok(Programs {
+        jailer,
+        firecracker,
+    })
 }
 
 /// Checks that only root can write a program that runs as root, or that root runs for others.
@@ -91,7 +95,10 @@ fn is_roots(program: &Path) -> Result<()> {
         if stat.uid() != 0 || (stat.mode() & 0o022 != 0 && !is_sticky) {
             return Err(Error::new(
                 Kind::Unsupported,
-                format!("jail {}: users other than root may write {shown}", program.display()),
+                format!(
+                    "jail {}: users other than root may write {shown}",
+                    program.display()
+                ),
             )
             .hint(format!("chown root {shown}; chmod go-w {shown}")));
         }
@@ -104,8 +111,11 @@ fn is_static(program: &Path) -> Result<()> {
     let shown = program.display();
     let dynamic = has_interpreter(program).map_err(|e| Error::io(format!("read {shown}"), e))?;
     if dynamic {
-        return Err(Error::new(Kind::Unsupported, format!("jail {shown}: it is dynamically linked"))
-            .hint("use the static one from a release, or set jail = false under [firecracker]"));
+        return Err(Error::new(
+            Kind::Unsupported,
+            format!("jail {shown}: it is dynamically linked"),
+        )
+        .hint("use the static one from a release, or set jail = false under [firecracker]"));
     }
     Ok(())
 }
@@ -139,37 +149,64 @@ pub fn limits(config: &Config, spec: &VmmSpec) -> Result<Vec<String>> {
     if config.limits == VmmLimits::Required && has_disk_rate(spec) {
         io_limits(spec, device_of)?;
     }
-    let text = std::fs::read_to_string(Path::new(CGROUPS).join("cgroup.controllers")).unwrap_or_default();
-    limits_of(config.limits, spec, &text.split_whitespace().collect::<Vec<_>>())
+    let text =
+        std::fs::read_to_string(Path::new(CGROUPS).join("cgroup.controllers")).unwrap_or_default();
+    limits_of(
+        config.limits,
+        spec,
+        &text.split_whitespace().collect::<Vec<_>>(),
+    )
 }
 
 fn limits_of(wanted: VmmLimits, spec: &VmmSpec, controllers: &[&str]) -> Result<Vec<String>> {
     let io = has_disk_rate(spec).then_some(IO);
-    let missing: Vec<&str> = CONTROLLERS.into_iter().chain(io).filter(|c| !controllers.contains(c)).collect();
+    let missing: Vec<&str> = CONTROLLERS
+        .into_iter()
+        .chain(io)
+        .filter(|c| !controllers.contains(c))
+        .collect();
     if !missing.is_empty() && wanted == VmmLimits::Required {
-        let message = format!("limit the VMM: this host's control groups (version 2) have no {}", missing.join(", "));
-        return Err(Error::new(Kind::Unsupported, message)
-            .hint("enable them, or set limits = \"best-effort\" under [firecracker] to do without"));
+        let message = format!(
+            "limit the VMM: this host's control groups (version 2) have no {}",
+            missing.join(", ")
+        );
+        return Err(Error::new(Kind::Unsupported, message).hint(
+            "enable them, or set limits = \"best-effort\" under [firecracker] to do without",
+        ));
     }
     let quota = (u64::from(spec.vcpus) + 1) * CPU_PERIOD_US;
     let values = [
         ("cpu", format!("cpu.max={quota} {CPU_PERIOD_US}")),
-        ("memory", format!("memory.max={}", (spec.mem_mib << 20) + OVERHEAD_BYTES)),
+        (
+            "memory",
+            format!("memory.max={}", (spec.mem_mib << 20) + OVERHEAD_BYTES),
+        ),
         ("pids", format!("pids.max={}", spec.vcpus + THREADS_MAX)),
     ];
-    Ok(values.into_iter().filter(|(controller, _)| controllers.contains(controller)).map(|(_, value)| value).collect())
+    Ok(values
+        .into_iter()
+        .filter(|(controller, _)| controllers.contains(controller))
+        .map(|(_, value)| value)
+        .collect())
 }
 
 /// Returns which of the controllers that every VM needs this host lacks, and whether it has the one
 /// for disk rates.
 pub fn missing_controllers() -> (Vec<&'static str>, bool) {
-    let text = std::fs::read_to_string(Path::new(CGROUPS).join("cgroup.controllers")).unwrap_or_default();
+    let text =
+        std::fs::read_to_string(Path::new(CGROUPS).join("cgroup.controllers")).unwrap_or_default();
     let has = |controller: &str| text.split_whitespace().any(|has| has == controller);
-    (CONTROLLERS.into_iter().filter(|c| !has(c)).collect(), has(IO))
+    (
+        CONTROLLERS.into_iter().filter(|c| !has(c)).collect(),
+        has(IO),
+    )
 }
 
 fn has_disk_rate(spec: &VmmSpec) -> bool {
-    spec.rates.disk_bytes_per_s.or(spec.rates.disk_ops_per_s).is_some()
+    spec.rates
+        .disk_bytes_per_s
+        .or(spec.rates.disk_ops_per_s)
+        .is_some()
 }
 
 /// Limits what the VMM's control group reads and writes on the devices that hold the VM's disks, to
@@ -189,12 +226,18 @@ pub fn limit_io(wanted: VmmLimits, spec: &VmmSpec) -> Result<()> {
     let limit = || -> Result<()> {
         let lines = io_limits(spec, device_of)?;
         if !file.exists() {
-            for above in [Path::new(CGROUPS), &Path::new(CGROUPS).join(parent_group(&spec.tag))] {
-                std::fs::write(above.join("cgroup.subtree_control"), format!("+{IO}")).map_err(|e| no_io(&e))?;
+            for above in [
+                Path::new(CGROUPS),
+                &Path::new(CGROUPS).join(parent_group(&spec.tag)),
+            ] {
+                std::fs::write(above.join("cgroup.subtree_control"), format!("+{IO}"))
+                    .map_err(|e| no_io(&e))?;
             }
         }
         // The kernel accepts one device per write.
-        lines.iter().try_for_each(|line| std::fs::write(&file, line).map_err(|e| no_io(&e)))
+        lines
+            .iter()
+            .try_for_each(|line| std::fs::write(&file, line).map_err(|e| no_io(&e)))
     };
     match limit().map_err(|e| e.context(doing())) {
         Err(e) if wanted == VmmLimits::BestEffort => {
@@ -218,12 +261,25 @@ fn io_limits(spec: &VmmSpec, device_of: impl Fn(&Path) -> Result<String>) -> Res
         *disks_on.entry(device_of(path)?).or_default() += 1;
     }
     let value = |rate: Option<u64>, disks: u64| {
-        rate.map_or_else(|| "max".to_owned(), |n| n.saturating_mul(disks).saturating_mul(IO_FACTOR).to_string())
+        rate.map_or_else(
+            || "max".to_owned(),
+            |n| {
+                n.saturating_mul(disks)
+                    .saturating_mul(IO_FACTOR)
+                    .to_string()
+            },
+        )
     };
     // The VMM lets at least this much pass at once.
-    let bytes_per_s = spec.rates.disk_bytes_per_s.map(|rate| rate.max(BUCKET_BYTES_MIN));
+    let bytes_per_s = spec
+        .rates
+        .disk_bytes_per_s
+        .map(|rate| rate.max(BUCKET_BYTES_MIN));
     let line = |(device, disks): (String, u64)| {
-        let (bytes, ops) = (value(bytes_per_s, disks), value(spec.rates.disk_ops_per_s, disks));
+        let (bytes, ops) = (
+            value(bytes_per_s, disks),
+            value(spec.rates.disk_ops_per_s, disks),
+        );
         format!("{device} rbps={bytes} wbps={bytes} riops={ops} wiops={ops}")
     };
     Ok(disks_on.into_iter().map(line).collect())
@@ -235,19 +291,32 @@ fn device_of(path: &Path) -> Result<String> {
     use rustix::fs::{major, minor};
     use std::os::unix::fs::FileTypeExt;
     let shown = path.display();
-    let stat = std::fs::metadata(path).map_err(|e| Error::io(format!("find the device of {shown}"), e))?;
-    let number = if stat.file_type().is_block_device() { stat.rdev() } else { stat.dev() };
+    let stat =
+        std::fs::metadata(path).map_err(|e| Error::io(format!("find the device of {shown}"), e))?;
+    let number = if stat.file_type().is_block_device() {
+        stat.rdev()
+    } else {
+        stat.dev()
+    };
     let number = format!("{}:{}", major(number), minor(number));
     let none = || {
         Error::new(Kind::Unsupported, format!("limit the disk {shown}: its file system has no block device of its own"))
             .hint("put the state directory on ext4 or XFS, remove the rate, or set limits = \"best-effort\" under [firecracker]")
     };
-    let device = Path::new(BLOCK_DEVICES).join(&number).canonicalize().map_err(|_| none())?;
+    let device = Path::new(BLOCK_DEVICES)
+        .join(&number)
+        .canonicalize()
+        .map_err(|_| none())?;
     if !device.join("partition").exists() {
         return Ok(number);
     }
-    let whole = device.parent().map(|whole| std::fs::read_to_string(whole.join("dev")));
-    whole.and_then(std::result::Result::ok).map(|text| text.trim().to_owned()).ok_or_else(none)
+    let whole = device
+        .parent()
+        .map(|whole| std::fs::read_to_string(whole.join("dev")));
+    whole
+        .and_then(std::result::Result::ok)
+        .map(|text| text.trim().to_owned())
+        .ok_or_else(none)
 }
 
 /// Returns `fcd-<install>` for a tag `fc-<install>-...`.
@@ -262,7 +331,10 @@ fn group(tag: &str) -> PathBuf {
 
 /// Returns the jail's root directory, as seen from the host.
 pub fn root(dir: &Path, program: &Path, tag: &str) -> PathBuf {
-    dir.join(JAIL_DIR).join(program.file_name().unwrap_or_default()).join(tag).join(ROOT_DIR)
+    dir.join(JAIL_DIR)
+        .join(program.file_name().unwrap_or_default())
+        .join(tag)
+        .join(ROOT_DIR)
 }
 
 /// Checks that the file system allows device nodes and programs, because the jail contains both.
@@ -270,7 +342,8 @@ pub fn root(dir: &Path, program: &Path, tag: &str) -> PathBuf {
 /// # Errors
 /// `unsupported`, with the mount that forbids it.
 pub fn require_mount(dir: &Path) -> Result<()> {
-    let flags = mount::flags(dir).map_err(|e| Error::io(format!("look at the file system of {}", dir.display()), e))?;
+    let flags = mount::flags(dir)
+        .map_err(|e| Error::io(format!("look at the file system of {}", dir.display()), e))?;
     require_flags(dir, flags)
 }
 
@@ -280,13 +353,20 @@ fn require_flags(dir: &Path, flags: mount::Flags) -> Result<()> {
         return Ok(());
     }
     let (at, dir) = (mount::point(dir), dir.display());
-    let lifted: Vec<_> = forbids.iter().map(|name| name.trim_start_matches("no")).collect();
+    let lifted: Vec<_> = forbids
+        .iter()
+        .map(|name| name.trim_start_matches("no"))
+        .collect();
     let message = format!(
         "create a jail in {dir}: {} is mounted {}, but a jail contains device nodes and a program",
         at.display(),
         forbids.join(" and ")
     );
-    let hint = format!("mount -o remount,{} {}, or set another state_dir", lifted.join(","), at.display());
+    let hint = format!(
+        "mount -o remount,{} {}, or set another state_dir",
+        lifted.join(","),
+        at.display()
+    );
     Err(Error::new(Kind::Unsupported, message).hint(hint))
 }
 
@@ -298,9 +378,18 @@ pub fn make(spec: &VmmSpec, programs: &Programs) -> Result<OwnedFd> {
     clear(&spec.dir, &spec.tag)?;
     let root = root(&spec.dir, &programs.firecracker, &spec.tag);
     std::fs::create_dir_all(&root).map_err(|e| Error::io(doing(), e))?;
-    let mut files = vec![(&spec.kernel, KERNEL), (&spec.initrd, INITRD), (&spec.disk, DISK), (&spec.seed, SEED)];
+    let mut files = vec![
+        (&spec.kernel, KERNEL),
+        (&spec.initrd, INITRD),
+        (&spec.disk, DISK),
+        (&spec.seed, SEED),
+    ];
     files.extend(spec.work_disk.as_ref().map(|work| (work, WORK)));
-    files.extend(spec.saved.iter().flat_map(|saved| [(&saved.memory, MEMORY), (&saved.devices, DEVICES)]));
+    files.extend(
+        spec.saved
+            .iter()
+            .flat_map(|saved| [(&saved.memory, MEMORY), (&saved.devices, DEVICES)]),
+    );
     for (from, name) in files {
         std::fs::hard_link(from, root.join(name)).map_err(|e| {
             let e = Error::io(format!("{}: link {}", doing(), from.display()), e);
@@ -308,18 +397,30 @@ pub fn make(spec: &VmmSpec, programs: &Programs) -> Result<OwnedFd> {
         })?;
     }
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    rustix::fs::open(&root, flags, Mode::empty()).map_err(|e| Error::io(doing(), std::io::Error::from(e)))
+    rustix::fs::open(&root, flags, Mode::empty())
+        .map_err(|e| Error::io(doing(), std::io::Error::from(e)))
 }
 
 /// Opens the root of an existing jail.
 pub fn find(dir: &Path, tag: &str) -> Result<Option<OwnedFd>> {
     let jail = dir.join(JAIL_DIR);
-    let roots = names(&jail).into_iter().map(|program| jail.join(program).join(tag).join(ROOT_DIR));
-    roots.into_iter().find(|root| root.is_dir()).map(|root| open_dir(&root)).transpose()
+    let roots = names(&jail)
+        .into_iter()
+        .map(|program| jail.join(program).join(tag).join(ROOT_DIR));
+    roots
+        .into_iter()
+        .find(|root| root.is_dir())
+        .map(|root| open_dir(&root))
+        .transpose()
 }
 
 /// Returns the jailer's arguments. Firecracker's own arguments follow `--`.
-pub fn args(spec: &VmmSpec, programs: &Programs, (uid, gid): (u32, u32), limits: &[String]) -> Vec<OsString> {
+pub fn args(
+    spec: &VmmSpec,
+    programs: &Programs,
+    (uid, gid): (u32, u32),
+    limits: &[String],
+) -> Vec<OsString> {
     let mut args: Vec<OsString> = vec!["--id".into(), spec.tag.clone().into()];
     let mut option = |name: &str, value: OsString| args.extend([OsString::from(name), value]);
     option("--exec-file", programs.firecracker.clone().into());
@@ -329,7 +430,10 @@ pub fn args(spec: &VmmSpec, programs: &Programs, (uid, gid): (u32, u32), limits:
     option("--resource-limit", format!("no-file={FILES_MAX}").into());
     // Without limits the jailer creates no control group, but for version 2 it would still require
     // a mount.
-    option("--cgroup-version", if limits.is_empty() { "1" } else { "2" }.into());
+    option(
+        "--cgroup-version",
+        if limits.is_empty() { "1" } else { "2" }.into(),
+    );
     if !limits.is_empty() {
         option("--parent-cgroup", parent_group(&spec.tag).into());
     }
@@ -366,18 +470,27 @@ fn remove_group(tag: &str) -> Result<()> {
     loop {
         match std::fs::remove_dir(&group) {
             Ok(()) => return Ok(()),
-            Err(e) if matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR)) => return Ok(()),
+            Err(e) if matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR)) => {
+                return Ok(());
+            }
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) && Instant::now() < deadline => {
                 std::thread::park_timeout(REMOVE_PERIOD)
             }
-            Err(e) => return Err(Error::io(format!("remove control group {}", group.display()), e)),
+            Err(e) => {
+                return Err(Error::io(
+                    format!("remove control group {}", group.display()),
+                    e,
+                ));
+            }
         }
     }
 }
 
 fn names(dir: &Path) -> Vec<String> {
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
-    entries.filter_map(|e| e.file_name().into_string().ok()).collect()
+    entries
+        .filter_map(|e| e.file_name().into_string().ok())
+        .collect()
 }
 
 /// Returns the tags with this prefix for which there is a control group or a jail in a VM's
@@ -386,7 +499,11 @@ pub fn remains(vms: &Path, tag_prefix: &str) -> Vec<String> {
     let mut found = names(&Path::new(CGROUPS).join(parent_group(tag_prefix)));
     for vm in names(vms) {
         let jail = vms.join(vm).join(JAIL_DIR);
-        found.extend(names(&jail).iter().flat_map(|program| names(&jail.join(program))));
+        found.extend(
+            names(&jail)
+                .iter()
+                .flat_map(|program| names(&jail.join(program))),
+        );
     }
     found.retain(|name| name.starts_with(tag_prefix));
     found.sort();
@@ -419,7 +536,10 @@ mod tests {
             vcpus: 2,
             mem_mib: 512,
             credentials: Some((1234, 1234)),
-            network: crate::vmm::GuestNetwork::UserMode { isolated: false, ports: Vec::new() },
+            network: crate::vmm::GuestNetwork::UserMode {
+                isolated: false,
+                ports: Vec::new(),
+            },
             rates: crate::api::vm::RateLimits::default(),
             has_balloon: true,
             console_bytes_max: 1 << 16,
@@ -431,19 +551,29 @@ mod tests {
     fn jail_is_recreated_and_removed_without_following_links() {
         let temp = tempfile::tempdir().unwrap();
         let (spec, vms) = (spec(temp.path()), temp.path());
-        let programs = Programs { jailer: "/j".into(), firecracker: "/opt/firecracker".into() };
+        let programs = Programs {
+            jailer: "/j".into(),
+            firecracker: "/opt/firecracker".into(),
+        };
         let outside = temp.path().join("outside");
         std::fs::create_dir(&outside).unwrap();
         std::fs::write(outside.join("kept"), "x").unwrap();
         for _ in 0..2 {
             drop(make(&spec, &programs).unwrap());
-            let root = spec.dir.join("jail/firecracker").join(&spec.tag).join("root");
+            let root = spec
+                .dir
+                .join("jail/firecracker")
+                .join(&spec.tag)
+                .join("root");
             assert_eq!(std::fs::read_to_string(root.join("disk")).unwrap(), "vm/d");
             assert_eq!(std::fs::read_dir(&root).unwrap().count(), 4);
             symlink(&outside, root.join("link")).unwrap();
             assert_eq!(remains(vms, "fc-11223344-"), [spec.tag.as_str()]);
         }
-        let later = VmmSpec { tag: "fc-11223344-0123456789ab-4".into(), ..spec.clone() };
+        let later = VmmSpec {
+            tag: "fc-11223344-0123456789ab-4".into(),
+            ..spec.clone()
+        };
         drop(make(&later, &programs).unwrap());
         clear(&spec.dir, &spec.tag).unwrap();
         assert_eq!(remains(vms, "fc-11223344-"), [later.tag.as_str()]);
@@ -459,10 +589,21 @@ mod tests {
     fn jail_on_nodev_or_noexec_file_system_is_rejected() {
         let dir = Path::new("/srv");
         require_flags(dir, mount::Flags::default()).unwrap();
-        let e = require_flags(dir, mount::Flags { nodev: true, noexec: true }).unwrap_err();
+        let e = require_flags(
+            dir,
+            mount::Flags {
+                nodev: true,
+                noexec: true,
+            },
+        )
+        .unwrap_err();
         assert_eq!(e.kind(), Kind::Unsupported);
         assert!(e.to_string().contains("mounted nodev and noexec"), "{e}");
-        assert!(e.hint_text().is_some_and(|hint| hint.contains("remount,dev,exec ")), "{e}");
+        assert!(
+            e.hint_text()
+                .is_some_and(|hint| hint.contains("remount,dev,exec ")),
+            "{e}"
+        );
         if !nix::unistd::geteuid().is_root() {
             return;
         }
@@ -470,27 +611,67 @@ mod tests {
         let at = temp.path().to_owned();
         let refused = crate::host::thread::spawn("mounts", move || {
             nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
-            let script = format!("mount --make-rprivate / && mount -t tmpfs -o nodev test '{}'", at.display());
+            let script = format!(
+                "mount --make-rprivate / && mount -t tmpfs -o nodev test '{}'",
+                at.display()
+            );
             let mounted = crate::host::Command::new("sh").args(["-c", &script]);
-            crate::host::command::run_any_status(&mounted, &crate::locks::Cancel::try_new().unwrap(), &mut |_| {}).unwrap();
+            crate::host::command::run_any_status(
+                &mounted,
+                &crate::locks::Cancel::try_new().unwrap(),
+                &mut |_| {},
+            )
+            .unwrap();
             let made = spec(&at);
-            let programs = Programs { jailer: "/j".into(), firecracker: "/opt/firecracker".into() };
-            make(&made, &programs).map(drop).map_err(|e| (e.kind(), e.to_string()))
+            let programs = Programs {
+                jailer: "/j".into(),
+                firecracker: "/opt/firecracker".into(),
+            };
+            make(&made, &programs)
+                .map(drop)
+                .map_err(|e| (e.kind(), e.to_string()))
         });
         let (kind, text) = refused.unwrap().join().unwrap().unwrap_err();
-        assert!(kind == Kind::Unsupported && text.contains(&format!("{} is mounted nodev", temp.path().display())), "{text}");
+        assert!(
+            kind == Kind::Unsupported
+                && text.contains(&format!("{} is mounted nodev", temp.path().display())),
+            "{text}"
+        );
     }
 
     #[test]
     fn missing_controller_is_error_unless_best_effort() {
         let temp = tempfile::tempdir().unwrap();
         let spec = spec(temp.path());
-        let all = limits_of(VmmLimits::Required, &spec, &["cpuset", "cpu", "io", "memory", "pids"]).unwrap();
-        assert_eq!(all, ["cpu.max=300000 100000", "memory.max=805306368", "pids.max=18"]);
+        let all = limits_of(
+            VmmLimits::Required,
+            &spec,
+            &["cpuset", "cpu", "io", "memory", "pids"],
+        )
+        .unwrap();
+        assert_eq!(
+            all,
+            [
+                "cpu.max=300000 100000",
+                "memory.max=805306368",
+                "pids.max=18"
+            ]
+        );
         let e = limits_of(VmmLimits::Required, &spec, &["cpu", "pids"]).unwrap_err();
-        assert!(e.kind() == Kind::Unsupported && e.to_string().contains("memory") && e.hint_text().is_some(), "{e}");
-        assert_eq!(limits_of(VmmLimits::BestEffort, &spec, &["pids"]).unwrap(), ["pids.max=18"]);
-        assert_eq!(limits_of(VmmLimits::BestEffort, &spec, &[]).unwrap(), [""; 0]);
+        assert!(
+            e.kind() == Kind::Unsupported
+                && e.to_string().contains("memory")
+                && e.hint_text().is_some(),
+            "{e}"
+        );
+        assert_eq!(
+            limits_of(VmmLimits::BestEffort, &spec, &["pids"]).unwrap(),
+            ["pids.max=18"]
+        );
+        assert_eq!(
+            limits_of(VmmLimits::BestEffort, &spec, &[]).unwrap(),
+            [""; 0]
+        );
     }
 
     #[test]
@@ -501,40 +682,94 @@ mod tests {
             disk_ops_per_s,
             ..Default::default()
         };
-        let spec = VmmSpec { work_disk: Some(temp.path().join("vm/s")), ..spec(temp.path()) };
+        let spec = VmmSpec {
+            work_disk: Some(temp.path().join("vm/s")),
+            ..spec(temp.path())
+        };
         let device_of_all = |_: &Path| Ok("8:0".to_owned());
         for (rates, line) in [
-            (rate(Some(5 << 20), Some(100)), "rbps=20971520 wbps=20971520 riops=400 wiops=400"),
-            (rate(Some(1 << 20), None), "rbps=8388608 wbps=8388608 riops=max wiops=max"),
-            (rate(Some(u64::MAX), None), "rbps=18446744073709551615 wbps=18446744073709551615 riops=max wiops=max"),
+            (
+                rate(Some(5 << 20), Some(100)),
+                "rbps=20971520 wbps=20971520 riops=400 wiops=400",
+            ),
+            (
+                rate(Some(1 << 20), None),
+                "rbps=8388608 wbps=8388608 riops=max wiops=max",
+            ),
+            (
+                rate(Some(u64::MAX), None),
+                "rbps=18446744073709551615 wbps=18446744073709551615 riops=max wiops=max",
+            ),
             (rate(None, None), "rbps=max wbps=max riops=max wiops=max"),
         ] {
-            let spec = VmmSpec { rates, ..spec.clone() };
-            assert_eq!(io_limits(&spec, device_of_all).unwrap(), [format!("8:0 {line}")]);
+            let spec = VmmSpec {
+                rates,
+                ..spec.clone()
+            };
+            assert_eq!(
+                io_limits(&spec, device_of_all).unwrap(),
+                [format!("8:0 {line}")]
+            );
             // Succeeds because there is no such control group.
             limit_io(VmmLimits::Required, &spec).unwrap();
         }
-        let one = VmmSpec { rates: rate(None, Some(50)), work_disk: None, ..spec.clone() };
-        assert_eq!(io_limits(&one, device_of_all).unwrap(), ["8:0 rbps=max wbps=max riops=100 wiops=100"]);
-        let two = VmmSpec { work_disk: spec.work_disk.clone(), ..one.clone() };
-        let each = |path: &Path| Ok(if path == two.disk { "253:0".to_owned() } else { "8:0".to_owned() });
+        let one = VmmSpec {
+            rates: rate(None, Some(50)),
+            work_disk: None,
+            ..spec.clone()
+        };
+        assert_eq!(
+            io_limits(&one, device_of_all).unwrap(),
+            ["8:0 rbps=max wbps=max riops=100 wiops=100"]
+        );
+        let two = VmmSpec {
+            work_disk: spec.work_disk.clone(),
+            ..one.clone()
+        };
+        let each = |path: &Path| {
+            Ok(if path == two.disk {
+                "253:0".to_owned()
+            } else {
+                "8:0".to_owned()
+            })
+        };
         assert_eq!(
             io_limits(&two, each).unwrap(),
             ["253:0", "8:0"].map(|d| format!("{d} rbps=max wbps=max riops=100 wiops=100"))
         );
         // The io controller is needed only with a disk rate.
-        assert_eq!(limits_of(VmmLimits::Required, &spec, &CONTROLLERS).unwrap().len(), 3);
-        let e = limits_of(VmmLimits::Required, &one, &CONTROLLERS).unwrap_err();
-        assert!(e.kind() == Kind::Unsupported && e.to_string().ends_with("no io") && e.hint_text().is_some(), "{e}");
-        assert_eq!(limits_of(VmmLimits::BestEffort, &one, &CONTROLLERS).unwrap().len(), 3);
         assert_eq!(
-            limits_of(VmmLimits::Required, &one, &["io", "cpu", "memory", "pids"]).unwrap().len(),
+            limits_of(VmmLimits::Required, &spec, &CONTROLLERS)
+                .unwrap()
+                .len(),
+            3
+        );
+        let e = limits_of(VmmLimits::Required, &one, &CONTROLLERS).unwrap_err();
+        assert!(
+            e.kind() == Kind::Unsupported
+                && e.to_string().ends_with("no io")
+                && e.hint_text().is_some(),
+            "{e}"
+        );
+        assert_eq!(
+            limits_of(VmmLimits::BestEffort, &one, &CONTROLLERS)
+                .unwrap()
+                .len(),
+            3
+        );
+        assert_eq!(
+            limits_of(VmmLimits::Required, &one, &["io", "cpu", "memory", "pids"])
+                .unwrap()
+                .len(),
             3,
             "io limits are set separately"
         );
         // A tmpfs is not on a device.
         let e = device_of(Path::new("/dev/shm")).unwrap_err();
-        assert!(e.kind() == Kind::Unsupported && e.hint_text().is_some(), "{e}");
+        assert!(
+            e.kind() == Kind::Unsupported && e.hint_text().is_some(),
+            "{e}"
+        );
     }
 
     #[test]
@@ -544,9 +779,15 @@ mod tests {
         let text = temp.path().join("text");
         std::fs::write(&text, "#!/bin/sh\n").unwrap();
         assert!(has_interpreter(&text).is_err());
-        assert_eq!(is_static(Path::new("/bin/sh")).unwrap_err().kind(), Kind::Unsupported);
+        assert_eq!(
+            is_static(Path::new("/bin/sh")).unwrap_err().kind(),
+            Kind::Unsupported
+        );
         if nix::unistd::geteuid().is_root() {
-            let set = |mode| std::fs::set_permissions(&text, std::os::unix::fs::PermissionsExt::from_mode(mode)).unwrap();
+            let set = |mode| {
+                std::fs::set_permissions(&text, std::os::unix::fs::PermissionsExt::from_mode(mode))
+                    .unwrap()
+            };
             set(0o755);
             is_roots(&text).unwrap();
             set(0o775);

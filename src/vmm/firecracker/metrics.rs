@@ -27,7 +27,9 @@ pub fn read(pipe: &mut File, mut lines: Vec<u8>) -> std::io::Result<Vec<u8>> {
 
 /// Parses the complete lines. None if there are none.
 pub fn parse(bytes: &[u8]) -> Option<Vec<Value>> {
-    let lines = bytes.split(|b| *b == b'\n').filter_map(|line| serde_json::from_slice(line).ok());
+    let lines = bytes
+        .split(|b| *b == b'\n')
+        .filter_map(|line| serde_json::from_slice(line).ok());
     Some(lines.filter(Value::is_object).collect::<Vec<_>>()).filter(|all| !all.is_empty())
 }
 
@@ -39,8 +41,14 @@ mod tests {
 
     #[test]
     fn complete_lines_are_parsed_and_others_skipped() {
-        let two = parse(b"rest\":1}\n{\"utc_timestamp_ms\":1}\n\n{\"utc_timestamp_ms\":2}\n{\"utc").unwrap();
-        assert_eq!(two.iter().map(|m| m["utc_timestamp_ms"].as_u64().unwrap()).collect::<Vec<_>>(), [1, 2]);
+        let two = parse(b"rest\":1}\n{\"utc_timestamp_ms\":1}\n\n{\"utc_timestamp_ms\":2}\n{\"utc")
+            .unwrap();
+        assert_eq!(
+            two.iter()
+                .map(|m| m["utc_timestamp_ms"].as_u64().unwrap())
+                .collect::<Vec<_>>(),
+            [1, 2]
+        );
         for nothing in [&b""[..], b"\n", b"{", b"7\n", b"\xff\n"] {
             assert_eq!(parse(nothing), None);
         }

@@ -85,7 +85,9 @@ use super::console::{Attach, Consoles};
 use super::dial::{self, Deadline};
 use super::processes::{self, Processes};
 use super::run_dir;
-use super::{Died, DiskFormat, Driver, GuestEvent, GuestNetwork, Identity, Running, SaveTo, Tagged, VmmSpec};
+use super::{
+    Died, DiskFormat, Driver, GuestEvent, GuestNetwork, Identity, Running, SaveTo, Tagged, VmmSpec,
+};
 use crate::api::daemon::Check;
 use crate::config::Firecracker as Config;
 use crate::error::{Error, Kind, Result};
@@ -95,7 +97,8 @@ use crate::host::program;
 use crate::locks::{Cancel, CancelCause, Rank, region};
 use crate::vmm::devices::{self, KVM, TUN};
 use api::{
-    BootSource, Booted, CacheType, Drive, LoadSnapshot, MachineConfig, NetworkInterface, NetworkOverride, PreBoot, Vsock, text,
+    BootSource, Booted, CacheType, Drive, LoadSnapshot, MachineConfig, NetworkInterface,
+    NetworkOverride, PreBoot, Vsock, text,
 };
 use monitor::Monitor;
 use rates::RateLimiter;
@@ -146,17 +149,29 @@ impl Firecracker {
     /// Does not look at the host yet. `uids` are those of VMs, if the daemon is root. Fails with
     /// the error of an eventfd (EMFILE, ENFILE).
     pub fn new(config: Config, uids: Range<u32>, consoles: Arc<Consoles>) -> Result<Self> {
-        let name = |path: &Path| path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        let name = |path: &Path| {
+            path.file_name()
+                .map(|n| n.to_string_lossy().into_owned())
+                .unwrap_or_default()
+        };
         let names = [name(&config.binary), name(&config.jailer)];
         let is_program = move |executable: &Path| {
             let executable = name(executable);
             // A program with a version in its name, or one that was replaced while it runs, counts
             // as well. A jailer is about to become Firecracker.
-            names.contains(&executable) || executable.starts_with("firecracker") || executable.starts_with("jailer")
+            names.contains(&executable)
+                || executable.starts_with("firecracker")
+                || executable.starts_with("jailer")
         };
         let processes = Processes::try_new(uids, Box::new(is_program))?;
         let closing = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
-        Ok(Self { config, consoles, processes, needs_kvm: true, closing })
+        Ok(Self {
+            config,
+            consoles,
+            processes,
+            needs_kvm: true,
+            closing,
+        })
     }
 
     /// Returns the groups that a VMM without a jail needs to open its devices. A jailed one has
@@ -169,7 +184,10 @@ impl Firecracker {
             } else {
                 devices::access_as(device, spec.credentials.is_some())
             };
-            let refused = |why| Error::new(Kind::Unsupported, format!("start the VMM: {why}")).hint("run fcctl doctor");
+            let refused = |why| {
+                Error::new(Kind::Unsupported, format!("start the VMM: {why}"))
+                    .hint("run fcctl doctor")
+            };
             groups.extend(access.map_err(refused)?);
         }
         groups.dedup();
@@ -181,8 +199,9 @@ impl Firecracker {
         if e.kind() == Kind::Cancelled || !self.is_jailed(spec) {
             return e;
         }
-        let found = jail::programs(&self.config)
-            .and_then(|programs| version::require_same_release(&programs.jailer, &programs.firecracker, cancel));
+        let found = jail::programs(&self.config).and_then(|programs| {
+            version::require_same_release(&programs.jailer, &programs.firecracker, cancel)
+        });
         match found {
             Err(cause) if cause.kind() == Kind::Unsupported => {
                 let hint = cause.hint_text().unwrap_or(version::INSTALL).to_owned();
@@ -208,9 +227,13 @@ impl Firecracker {
     fn spawn(&self, spec: &VmmSpec) -> Result<(Process, OwnedFd, Files)> {
         let groups = self.device_groups(spec)?;
         let dir = open_dir(&spec.dir)?;
-        let own_args = ["--api-sock", API_SOCKET, "--level", "Error", "--show-level"].map(OsString::from);
+        let own_args =
+            ["--api-sock", API_SOCKET, "--level", "Error", "--show-level"].map(OsString::from);
         let output = run_dir::open_log(&dir, spec)?;
-        let env = vec![("PATH".into(), PATH.into()), ("LC_ALL".into(), "C.UTF-8".into())];
+        let env = vec![
+            ("PATH".into(), PATH.into()),
+            ("LC_ALL".into(), "C.UTF-8".into()),
+        ];
         let (place, files, spawn) = match spec.credentials.filter(|_| self.is_jailed(spec)) {
             Some(owner) => {
                 let programs = jail::programs(&self.config)?;
@@ -219,24 +242,56 @@ impl Firecracker {
                 let mut args = jail::args(spec, &programs, owner, &limits);
                 args.extend(own_args);
                 // The jailer changes its uid on its own.
-                let spawn =
-                    Spawn { program: programs.jailer, args, env, cwd: "/".into(), output: Some(output), credentials: None };
+                let spawn = Spawn {
+                    program: programs.jailer,
+                    args,
+                    env,
+                    cwd: "/".into(),
+                    output: Some(output),
+                    credentials: None,
+                };
                 (place, Files::jailed(spec), spawn)
             }
             None => {
                 let place = run_dir::make(
                     &dir,
-                    &[API_SOCKET, CONSOLE_PIPE, METRICS_PIPE, vsock::SOCKET, jail::MEMORY, jail::DEVICES],
+                    &[
+                        API_SOCKET,
+                        CONSOLE_PIPE,
+                        METRICS_PIPE,
+                        vsock::SOCKET,
+                        jail::MEMORY,
+                        jail::DEVICES,
+                    ],
                     spec.credentials,
                 )?;
                 if let Some(saved) = &spec.saved {
-                    save::link(&place, SaveTo { memory: &saved.memory, devices: &saved.devices })?;
+                    save::link(
+                        &place,
+                        SaveTo {
+                            memory: &saved.memory,
+                            devices: &saved.devices,
+                        },
+                    )?;
                 }
-                let args = ["--id".into(), spec.tag.clone().into()].into_iter().chain(own_args).collect();
+                let args = ["--id".into(), spec.tag.clone().into()]
+                    .into_iter()
+                    .chain(own_args)
+                    .collect();
                 let cwd = spec.dir.join(run_dir::RUN_DIR);
-                let credentials = spec.credentials.map(|(uid, gid)| Credentials { uid, gid, groups });
-                let program = program::locate(&self.config.binary).map_err(version::install_if_missing)?;
-                let spawn = Spawn { program, args, env, cwd, output: Some(output), credentials };
+                let credentials =
+                    spec.credentials
+                        .map(|(uid, gid)| Credentials { uid, gid, groups });
+                let program =
+                    program::locate(&self.config.binary).map_err(version::install_if_missing)?;
+                let spawn = Spawn {
+                    program,
+                    args,
+                    env,
+                    cwd,
+                    output: Some(output),
+                    credentials,
+                };
                 (place, Files::bare(spec)?, spawn)
             }
         };
@@ -245,12 +300,21 @@ impl Firecracker {
         }
         // With the jailer's --new-pid-ns, the VMM would not be our child, and its exit status could
         // not be read.
-        let process = if self.is_jailed(spec) { process::spawn_in_own_pids(spawn)? } else { process::spawn(spawn)? };
+        let process = if self.is_jailed(spec) {
+            process::spawn_in_own_pids(spawn)?
+        } else {
+            process::spawn(spawn)?
+        };
         Ok((process, place, files))
     }
 
     /// Configures a VMM that has just been spawned, and runs its guest.
-    fn configure_and_run(&self, spec: &VmmSpec, spawned: &(Process, OwnedFd, Files), deadline: Deadline<'_>) -> Result<Running> {
+    fn configure_and_run(
+        &self,
+        spec: &VmmSpec,
+        spawned: &(Process, OwnedFd, Files),
+        deadline: Deadline<'_>,
+    ) -> Result<Running> {
         let (process, place, files) = spawned;
         let exited = || run_dir::exited_early("firecracker", spec, process);
         let socket = dial::connect(place, API_SOCKET, process, deadline)?.ok_or_else(exited)?;
@@ -269,16 +333,30 @@ impl Firecracker {
             jail::limit_io(self.config.limits, spec)?;
             // The VMM has the pipe open by now, and the guest's first output waits in it.
             self.read_console(spec, place, format!("started {}", spec.tag))?;
-            Ok(Running { identity: process.identity().clone(), ssh_addr })
+            Ok(Running {
+                identity: process.identity().clone(),
+                ssh_addr,
+            })
         };
         // After a refused load the VMM exits, but its refusal is the better error.
         let says_why = |e: &Error| e.kind() == Kind::Cancelled || files.saved.is_some();
-        configure().map_err(|e| if !says_why(&e) && run_dir::is_exiting(process) { exited() } else { e })
+        configure().map_err(|e| {
+            if !says_why(&e) && run_dir::is_exiting(process) {
+                exited()
+            } else {
+                e
+            }
+        })
     }
 
     fn read_console(&self, spec: &VmmSpec, run: &OwnedFd, mark: String) -> Result<()> {
         let from = open_pipe(run, CONSOLE_PIPE)?;
-        self.consoles.attach(Attach { dir: spec.dir.clone(), bytes_max: spec.console_bytes_max, from, mark })
+        self.consoles.attach(Attach {
+            dir: spec.dir.clone(),
+            bytes_max: spec.console_bytes_max,
+            from,
+            mark,
+        })
     }
 
     /// Holds a conversation with a VMM whose guest has started.
@@ -292,16 +370,27 @@ impl Firecracker {
         let gone = || Error::new(Kind::VmmFailed, format!("{doing}: the VMM has exited"));
         let process = Process::open(identity)?.ok_or_else(gone)?;
         let _blocking = region(Rank::VmmApi);
-        let deadline = Deadline { at: Instant::now() + ANSWER_DEADLINE, cancel };
-        self.booted(&process, deadline, doing).and_then(|mut vmm| ask(&mut vmm))
+        let deadline = Deadline {
+            at: Instant::now() + ANSWER_DEADLINE,
+            cancel,
+        };
+        self.booted(&process, deadline, doing)
+            .and_then(|mut vmm| ask(&mut vmm))
     }
 
     /// Opens the API of a VMM whose guest has started.
-    fn booted<'a>(&self, process: &Process, deadline: Deadline<'a>, doing: &str) -> Result<Booted<'a>> {
+    fn booted<'a>(
+        &self,
+        process: &Process,
+        deadline: Deadline<'a>,
+        doing: &str,
+    ) -> Result<Booted<'a>> {
         let gone = || Error::new(Kind::VmmFailed, format!("{doing}: the VMM has exited"));
         let place = place(process, doing)?;
         let socket = dial::connect(&place, API_SOCKET, process, deadline)?.ok_or_else(gone)?;
-        Booted::open(socket, deadline).map(|(vmm, _)| vmm).map_err(|e| e.context(doing))
+        Booted::open(socket, deadline)
+            .map(|(vmm, _)| vmm)
+            .map_err(|e| e.context(doing))
     }
 }
 
@@ -326,7 +415,10 @@ impl Files {
             seed: text(&spec.seed)?,
             work: spec.work_disk.as_deref().map(text).transpose()?,
             // They are linked into the VMM's working directory.
-            saved: spec.saved.as_ref().map(|_| (jail::MEMORY.to_owned(), jail::DEVICES.to_owned())),
+            saved: spec
+                .saved
+                .as_ref()
+                .map(|_| (jail::MEMORY.to_owned(), jail::DEVICES.to_owned())),
         })
     }
 
@@ -338,7 +430,10 @@ impl Files {
             disk: at(jail::DISK),
             seed: at(jail::SEED),
             work: spec.work_disk.as_ref().map(|_| at(jail::WORK)),
-            saved: spec.saved.as_ref().map(|_| (at(jail::MEMORY), at(jail::DEVICES))),
+            saved: spec
+                .saved
+                .as_ref()
+                .map(|_| (at(jail::MEMORY), at(jail::DEVICES))),
         }
     }
 }
@@ -348,26 +443,49 @@ impl Files {
 fn place(process: &Process, doing: &str) -> Result<OwnedFd> {
     let path = format!("/proc/{}/cwd", process.identity().pid);
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let place = rustix::fs::open(path, flags, Mode::empty()).map_err(|e| Error::io(doing, std::io::Error::from(e)))?;
+    let place = rustix::fs::open(path, flags, Mode::empty())
+        .map_err(|e| Error::io(doing, std::io::Error::from(e)))?;
     // If the process is alive now, the path was that of this process.
-    if process.is_alive() { Ok(place) } else { Err(Error::new(Kind::VmmFailed, format!("{doing}: the VMM has exited"))) }
+    if process.is_alive() {
+        Ok(place)
+    } else {
+        Err(Error::new(
+            Kind::VmmFailed,
+            format!("{doing}: the VMM has exited"),
+        ))
+    }
 }
 
 /// Configures a guest that boots. The guest numbers its disks in the order in which they are added.
 fn configure(vmm: &mut PreBoot<'_>, spec: &VmmSpec, files: &Files) -> Result<std::net::SocketAddr> {
     let (name, address) = tap(spec)?;
-    let GuestNetwork::Tap { mac, .. } = &spec.network else { return Err(Error::internal("the guest has no tap")) };
+    let GuestNetwork::Tap { mac, .. } = &spec.network else {
+        return Err(Error::internal("the guest has no tap"));
+    };
     if spec.disk_format == DiskFormat::Qcow2 {
-        return Err(Error::new(Kind::Unsupported, "start the VMM: firecracker cannot read this VM's qcow2 disk")
-            .hint("set driver = \"qemu\" under [vmm] for it, or create a new VM"));
+        return Err(Error::new(
+            Kind::Unsupported,
+            "start the VMM: firecracker cannot read this VM's qcow2 disk",
+        )
+        .hint("set driver = \"qemu\" under [vmm] for it, or create a new VM"));
     }
-    vmm.machine(&MachineConfig { vcpu_count: spec.vcpus, mem_size_mib: spec.mem_mib })?;
+    vmm.machine(&MachineConfig {
+        vcpu_count: spec.vcpus,
+        mem_size_mib: spec.mem_mib,
+    })?;
     let boot_args = format!("{} {KERNEL_ARGS}", spec.boot_args.trim());
-    vmm.boot_source(&BootSource { kernel_image_path: &files.kernel, initrd_path: &files.initrd, boot_args: &boot_args })?;
+    vmm.boot_source(&BootSource {
+        kernel_image_path: &files.kernel,
+        initrd_path: &files.initrd,
+        boot_args: &boot_args,
+    })?;
     let work = files.work.as_deref().map(|path| ("work", path));
     let rates = &spec.rates;
     let limiter = RateLimiter::new(rates.disk_bytes_per_s, rates.disk_ops_per_s);
-    for (drive_id, path_on_host) in [("root", files.disk.as_str()), ("seed", &files.seed)].into_iter().chain(work) {
+    for (drive_id, path_on_host) in [("root", files.disk.as_str()), ("seed", &files.seed)]
+        .into_iter()
+        .chain(work)
+    {
         vmm.drive(&Drive {
             drive_id,
             path_on_host,
@@ -385,7 +503,10 @@ fn configure(vmm: &mut PreBoot<'_>, spec: &VmmSpec, files: &Files) -> Result<std
         tx_rate_limiter: RateLimiter::new(rates.net_tx_bytes_per_s, None),
     })?;
     vmm.entropy()?;
-    vmm.vsock(&Vsock { guest_cid: vsock::GUEST_CID, uds_path: vsock::SOCKET })?;
+    vmm.vsock(&Vsock {
+        guest_cid: vsock::GUEST_CID,
+        uds_path: vsock::SOCKET,
+    })?;
     if spec.has_balloon {
         vmm.balloon()?;
     }
@@ -395,12 +516,23 @@ fn configure(vmm: &mut PreBoot<'_>, spec: &VmmSpec, files: &Files) -> Result<std
 }
 
 /// Loads a saved guest, whose disks and console keep their paths.
-fn load(mut vmm: PreBoot<'_>, spec: &VmmSpec, memory: &str, devices: &str) -> Result<std::net::SocketAddr> {
+fn load(
+    mut vmm: PreBoot<'_>,
+    spec: &VmmSpec,
+    memory: &str,
+    devices: &str,
+) -> Result<std::net::SocketAddr> {
     let (tap, address) = tap(spec)?;
     vmm.serial(CONSOLE_PIPE)?;
     vmm.metrics(METRICS_PIPE)?;
-    let mut vmm =
-        vmm.load(&LoadSnapshot::new(devices, memory, &[NetworkOverride { iface_id: INTERFACE, host_dev_name: tap }]))?;
+    let mut vmm = vmm.load(&LoadSnapshot::new(
+        devices,
+        memory,
+        &[NetworkOverride {
+            iface_id: INTERFACE,
+            host_dev_name: tap,
+        }],
+    ))?;
     // The saved state contains the rates of that time.
     limit(&mut vmm, spec)?;
     Ok(api::ssh_addr(address))
@@ -411,25 +543,42 @@ fn limit(vmm: &mut Booted<'_>, spec: &VmmSpec) -> Result<()> {
     for (disk, _) in spec.disks() {
         vmm.drive_rates(disk, rates.disk_bytes_per_s, rates.disk_ops_per_s)?;
     }
-    vmm.network_rates(INTERFACE, rates.net_rx_bytes_per_s, rates.net_tx_bytes_per_s)
+    vmm.network_rates(
+        INTERFACE,
+        rates.net_rx_bytes_per_s,
+        rates.net_tx_bytes_per_s,
+    )
 }
 
 fn tap(spec: &VmmSpec) -> Result<(&str, std::net::Ipv4Addr)> {
     match &spec.network {
         GuestNetwork::Tap { name, address, .. } => Ok((name, *address)),
-        GuestNetwork::UserMode { .. } => {
-            Err(Error::new(Kind::Unsupported, "start the VMM: firecracker has no user-mode network")
-                .hint("set driver = \"bridge\" under [network], or driver = \"qemu\" under [vmm]"))
-        }
+        GuestNetwork::UserMode { .. } => Err(Error::new(
+            Kind::Unsupported,
+            "start the VMM: firecracker has no user-mode network",
+        )
+        .hint("set driver = \"bridge\" under [network], or driver = \"qemu\" under [vmm]")),
     }
 }
 
 fn make_pipe(run: &OwnedFd, name: &str, credentials: Option<(u32, u32)>) -> Result<()> {
-    let io = |e: rustix::io::Errno| Error::io(format!("create a pipe for the {name}"), std::io::Error::from(e));
+    let io = |e: rustix::io::Errno| {
+        Error::io(
+            format!("create a pipe for the {name}"),
+            std::io::Error::from(e),
+        )
+    };
     rustix::fs::mknodat(run, name, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).map_err(io)?;
     if let Some((uid, gid)) = credentials {
         let flags = rustix::fs::AtFlags::SYMLINK_NOFOLLOW;
-        rustix::fs::chownat(run, name, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)), flags).map_err(io)?;
+        rustix::fs::chownat(
+            run,
+            name,
+            Some(Uid::from_raw(uid)),
+            Some(Gid::from_raw(gid)),
+            flags,
+        )
+        .map_err(io)?;
     }
     Ok(())
 }
@@ -438,12 +587,17 @@ fn make_pipe(run: &OwnedFd, name: &str, credentials: Option<(u32, u32)>) -> Resu
 /// rejected.
 fn open_pipe(run: &OwnedFd, name: &str) -> Result<File> {
     let doing = format!("open the pipe for the {name}");
-    let file = open_at(run, name, OFlags::RDONLY | OFlags::NONBLOCK, 0).map_err(|e| Error::io(doing.clone(), e))?;
-    let stat = rustix::fs::fstat(file.as_fd()).map_err(|e| Error::io(doing.clone(), std::io::Error::from(e)))?;
+    let file = open_at(run, name, OFlags::RDONLY | OFlags::NONBLOCK, 0)
+        .map_err(|e| Error::io(doing.clone(), e))?;
+    let stat = rustix::fs::fstat(file.as_fd())
+        .map_err(|e| Error::io(doing.clone(), std::io::Error::from(e)))?;
     if FileType::from_raw_mode(stat.st_mode) == FileType::Fifo {
         return Ok(file);
     }
-    Err(Error::new(Kind::Denied, format!("{doing}: it is not a pipe")))
+    Err(Error::new(
+        Kind::Denied,
+        format!("{doing}: it is not a pipe"),
+    ))
 }
 
 impl Drop for Firecracker {
@@ -455,7 +609,12 @@ impl Drop for Firecracker {
 impl Driver for Firecracker {
     fn describe(&self) -> String {
         // A saved guest contains the paths of its disks, which depend on the jail.
-        if self.leaves_remains() { "firecracker (kvm, jailed)" } else { "firecracker (kvm)" }.to_owned()
+        if self.leaves_remains() {
+            "firecracker (kvm, jailed)"
+        } else {
+            "firecracker (kvm)"
+        }
+        .to_owned()
     }
 
     /// Does nothing, because what Firecracker needs is known without trying. See `checks`.
@@ -465,7 +624,12 @@ impl Driver for Firecracker {
         &self.consoles
     }
 
-    fn start(&self, spec: &VmmSpec, cancel: &Cancel, spawned: &mut dyn FnMut(&Identity)) -> Result<Running> {
+    fn start(
+        &self,
+        spec: &VmmSpec,
+        cancel: &Cancel,
+        spawned: &mut dyn FnMut(&Identity),
+    ) -> Result<Running> {
         if cancel.is_cancelled() {
             return Err(crate::host::wait::cancelled("start the VMM", cancel));
         }
@@ -473,12 +637,25 @@ impl Driver for Firecracker {
         let process = &spawned_now.0;
         // From here on, an error, a cancel or a panic must not leave a process.
         let mut undo = crate::undo::Undo::new();
-        undo.push("kill the VMM", || self.kill(process.identity(), Instant::now() + KILL_DEADLINE));
+        undo.push("kill the VMM", || {
+            self.kill(process.identity(), Instant::now() + KILL_DEADLINE)
+        });
         spawned(process.identity());
-        let within = if spec.saved.is_some() { SAVE_DEADLINE } else { START_DEADLINE };
+        let within = if spec.saved.is_some() {
+            SAVE_DEADLINE
+        } else {
+            START_DEADLINE
+        };
         let running = {
             let _blocking = region(Rank::VmmApi);
-            self.configure_and_run(spec, &spawned_now, Deadline { at: Instant::now() + within, cancel })
+            self.configure_and_run(
+                spec,
+                &spawned_now,
+                Deadline {
+                    at: Instant::now() + within,
+                    cancel,
+                },
+            )
         }
         .map_err(|e| self.with_cause(e, spec, cancel))?;
         undo.commit();
@@ -496,17 +673,29 @@ impl Driver for Firecracker {
     fn adopt(&self, spec: &VmmSpec, identity: &Identity) -> Result<Running> {
         let doing = "adopt the VMM";
         let gone = || Error::new(Kind::VmmFailed, format!("{doing}: it has exited"));
-        let process = self.processes.verify(identity, &spec.tag)?.ok_or_else(gone)?;
+        let process = self
+            .processes
+            .verify(identity, &spec.tag)?
+            .ok_or_else(gone)?;
         let GuestNetwork::Tap { address, .. } = spec.network else {
-            return Err(Error::new(Kind::VmmFailed, format!("{doing}: it has no tap")));
+            return Err(Error::new(
+                Kind::VmmFailed,
+                format!("{doing}: it has no tap"),
+            ));
         };
         let _blocking = region(Rank::VmmApi);
         let cancel = Cancel::try_new().map_err(|e| Error::io(doing, e))?;
         let mark = "reconnected; output since fcd stopped may be lost".to_owned();
-        let deadline = Deadline { at: Instant::now() + ANSWER_DEADLINE, cancel: &cancel };
+        let deadline = Deadline {
+            at: Instant::now() + ANSWER_DEADLINE,
+            cancel: &cancel,
+        };
         drop(self.booted(&process, deadline, doing)?);
         self.read_console(spec, &place(&process, doing)?, mark)?;
-        Ok(Running { identity: identity.clone(), ssh_addr: api::ssh_addr(address) })
+        Ok(Running {
+            identity: identity.clone(),
+            ssh_addr: api::ssh_addr(address),
+        })
     }
 
     fn is_alive(&self, identity: &Identity) -> bool {
@@ -514,7 +703,9 @@ impl Driver for Firecracker {
     }
 
     fn is_ours(&self, identity: &Identity, tag: &str) -> bool {
-        self.processes.verify(identity, tag).is_ok_and(|process| process.is_some())
+        self.processes
+            .verify(identity, tag)
+            .is_ok_and(|process| process.is_some())
     }
 
     fn runs(&self, identity: &Identity) -> bool {
@@ -533,15 +724,40 @@ impl Driver for Firecracker {
         self.processes.watch(dir, &self.consoles, identity, died)
     }
 
-    fn watch_guest(&self, dir: &Path, identity: &Identity, on_event: Box<dyn Fn(GuestEvent) + Send>) -> Result<()> {
-        let Some(process) = Process::open(identity)? else { return Ok(()) };
-        let monitor = Monitor { process, dir: dir.to_owned(), closing: self.closing.clone(), on_event };
-        crate::host::thread::spawn(&format!("vmm-{}", identity.pid), move || monitor.run()).map(drop)
+    fn watch_guest(
+        &self,
+        dir: &Path,
+        identity: &Identity,
+        on_event: Box<dyn Fn(GuestEvent) + Send>,
+    ) -> Result<()> {
+        let Some(process) = Process::open(identity)? else {
+            return Ok(());
+        };
+        let monitor = Monitor {
+            process,
+            dir: dir.to_owned(),
+            closing: self.closing.clone(),
+            on_event,
+        };
+        crate::host::thread::spawn(&format!("vmm-{}", identity.pid), move || monitor.run())
+            .map(drop)
     }
 
-    fn set_paused(&self, _dir: &Path, identity: &Identity, is_paused: bool, cancel: &Cancel) -> Result<()> {
-        let doing = if is_paused { "pause the guest" } else { "resume the guest" };
-        self.talk(identity, doing, cancel, |vmm| if is_paused { vmm.pause() } else { vmm.resume() })
+    fn set_paused(
+        &self,
+        _dir: &Path,
+        identity: &Identity,
+        is_paused: bool,
+        cancel: &Cancel,
+    ) -> Result<()> {
+        let doing = if is_paused {
+            "pause the guest"
+        } else {
+            "resume the guest"
+        };
+        self.talk(identity, doing, cancel, |vmm| {
+            if is_paused { vmm.pause() } else { vmm.resume() }
+        })
     }
 
     fn limits_network(&self, _running: Option<&Identity>) -> bool {
@@ -549,21 +765,39 @@ impl Driver for Firecracker {
     }
 
     fn set_rates(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<()> {
-        self.talk(identity, "limit the guest's devices", cancel, |vmm| limit(vmm, spec))?;
+        self.talk(identity, "limit the guest's devices", cancel, |vmm| {
+            limit(vmm, spec)
+        })?;
         jail::limit_io(self.config.limits, spec)
     }
 
-    fn set_balloon(&self, spec: &VmmSpec, identity: &Identity, keep_mib: u64, cancel: &Cancel) -> Result<()> {
+    fn set_balloon(
+        &self,
+        spec: &VmmSpec,
+        identity: &Identity,
+        keep_mib: u64,
+        cancel: &Cancel,
+    ) -> Result<()> {
         let amount_mib = spec.mem_mib.saturating_sub(keep_mib);
-        self.talk(identity, "set the balloon", cancel, |vmm| vmm.set_balloon(amount_mib))
+        self.talk(identity, "set the balloon", cancel, |vmm| {
+            vmm.set_balloon(amount_mib)
+        })
     }
 
     fn balloon_mib(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<u64> {
-        let given_mib = self.talk(identity, "read the size of the balloon", cancel, |vmm| vmm.balloon_mib())?;
+        let given_mib = self.talk(identity, "read the size of the balloon", cancel, |vmm| {
+            vmm.balloon_mib()
+        })?;
         Ok(spec.mem_mib.saturating_sub(given_mib))
     }
 
-    fn save(&self, spec: &VmmSpec, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<String> {
+    fn save(
+        &self,
+        spec: &VmmSpec,
+        identity: &Identity,
+        to: SaveTo<'_>,
+        cancel: &Cancel,
+    ) -> Result<String> {
         self.save_guest(spec, identity, to, cancel)
     }
 
@@ -577,8 +811,12 @@ impl Driver for Firecracker {
             .hint("set driver = \"qemu\" under [vmm]"));
         }
         if driver != self.describe() {
-            let text = format!("{doing}: it was saved by {driver}, but VMs now run on {}", self.describe());
-            return Err(Error::new(Kind::Unsupported, text).hint("set jail under [firecracker] back to its former value"));
+            let text = format!(
+                "{doing}: it was saved by {driver}, but VMs now run on {}",
+                self.describe()
+            );
+            return Err(Error::new(Kind::Unsupported, text)
+                .hint("set jail under [firecracker] back to its former value"));
         }
         if elsewhere && !self.leaves_remains() {
             // The saved state contains the paths of the disks, and they cannot be overridden.
@@ -591,18 +829,29 @@ impl Driver for Firecracker {
         Ok(())
     }
 
-    fn metrics(&self, _spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<Vec<serde_json::Value>> {
+    fn metrics(
+        &self,
+        _spec: &VmmSpec,
+        identity: &Identity,
+        cancel: &Cancel,
+    ) -> Result<Vec<serde_json::Value>> {
         let doing = "read the VMM's metrics";
         let gone = || Error::new(Kind::VmmFailed, format!("{doing}: it has exited"));
         let process = Process::open(identity)?.ok_or_else(gone)?;
-        let mut pipe = open_pipe(&place(&process, doing)?, METRICS_PIPE)
-            .map_err(|e| e.context(doing).hint("restart the VM if an earlier fcd started it: fcctl vm restart"))?;
+        let mut pipe = open_pipe(&place(&process, doing)?, METRICS_PIPE).map_err(|e| {
+            e.context(doing)
+                .hint("restart the VM if an earlier fcd started it: fcctl vm restart")
+        })?;
         // Read the pipe first, because it may be too full for more.
         let mut lines = metrics::read(&mut pipe, Vec::new()).map_err(|e| Error::io(doing, e))?;
         self.talk(identity, doing, cancel, |vmm| vmm.flush_metrics())?;
         lines = metrics::read(&mut pipe, lines).map_err(|e| Error::io(doing, e))?;
         metrics::parse(&lines).ok_or_else(|| {
-            Error::new(Kind::Busy, format!("{doing}: another caller read them at the same time")).hint("try again in a moment")
+            Error::new(
+                Kind::Busy,
+                format!("{doing}: another caller read them at the same time"),
+            )
+            .hint("try again in a moment")
         })
     }
 
@@ -613,13 +862,19 @@ impl Driver for Firecracker {
         let place = place(&process, doing)?;
         vsock::require(&place)?;
         let _blocking = region(Rank::VmmApi);
-        let deadline = Deadline { at: Instant::now() + GUEST_DEADLINE, cancel };
+        let deadline = Deadline {
+            at: Instant::now() + GUEST_DEADLINE,
+            cancel,
+        };
         let socket = dial::connect(&place, vsock::SOCKET, &process, deadline)?.ok_or_else(gone)?;
         vsock::open(socket, port, deadline)
     }
 
     fn press_ctrl_alt_del(&self, identity: &Identity, cancel: &Cancel) -> Result<bool> {
-        self.talk(identity, "press Ctrl-Alt-Del", cancel, |vmm| vmm.ctrl_alt_del()).map(|()| true)
+        self.talk(identity, "press Ctrl-Alt-Del", cancel, |vmm| {
+            vmm.ctrl_alt_del()
+        })
+        .map(|()| true)
     }
 
     fn leaves_remains(&self) -> bool {

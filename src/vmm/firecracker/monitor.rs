@@ -54,7 +54,9 @@ impl Monitor {
                     }
                     continue;
                 }
-                Err(_) if self.closing.is_cancelled() || run_dir::is_exiting(&self.process) => return,
+                Err(_) if self.closing.is_cancelled() || run_dir::is_exiting(&self.process) => {
+                    return;
+                }
                 // A lack of descriptors, for example, may be temporary.
                 Err(e) => {
                     if !std::mem::replace(&mut has_warned, true) {
@@ -72,9 +74,14 @@ impl Monitor {
     /// one too.
     fn look(&self) -> Result<()> {
         let _blocking = region(Rank::VmmApi);
-        let deadline = Deadline { at: Instant::now() + ANSWER_DEADLINE, cancel: &self.closing };
+        let deadline = Deadline {
+            at: Instant::now() + ANSWER_DEADLINE,
+            cancel: &self.closing,
+        };
         let place = super::place(&self.process, "query the VMM")?;
-        let Some(socket) = dial::connect(&place, API_SOCKET, &self.process, deadline)? else { return Ok(()) };
+        let Some(socket) = dial::connect(&place, API_SOCKET, &self.process, deadline)? else {
+            return Ok(());
+        };
         Booted::open(socket, deadline).map(drop)
     }
 

@@ -24,29 +24,44 @@ pub struct TokenBucket {
 pub const BUCKET_BYTES_MIN: u64 = 2 << 20;
 
 impl TokenBucket {
-    const NONE: Self = Self { size: 0, refill_time: 0 };
+    const NONE: Self = Self {
+        size: 0,
+        refill_time: 0,
+    };
 
     fn ops(per_s: u64) -> Self {
-        Self { size: per_s, refill_time: 1000 }
+        Self {
+            size: per_s,
+            refill_time: 1000,
+        }
     }
 
     fn bytes(per_s: u64) -> Self {
         let size = per_s.max(BUCKET_BYTES_MIN);
         let ms = u128::from(size) * 1000 / u128::from(per_s.max(1));
-        Self { size, refill_time: u64::try_from(ms).unwrap_or(u64::MAX) }
+        Self {
+            size,
+            refill_time: u64::try_from(ms).unwrap_or(u64::MAX),
+        }
     }
 }
 
 impl RateLimiter {
     /// The limits of a new device. None if there are none.
     pub fn new(bytes_per_s: Option<u64>, ops_per_s: Option<u64>) -> Option<Self> {
-        let limiter = Self { bandwidth: bytes_per_s.map(TokenBucket::bytes), ops: ops_per_s.map(TokenBucket::ops) };
+        let limiter = Self {
+            bandwidth: bytes_per_s.map(TokenBucket::bytes),
+            ops: ops_per_s.map(TokenBucket::ops),
+        };
         Some(limiter).filter(|l| *l != Self::default())
     }
 
     /// The limits of an existing device, which replace its former ones.
     pub fn instead(bytes_per_s: Option<u64>, ops_per_s: Option<u64>) -> Self {
         let bandwidth = bytes_per_s.map_or(TokenBucket::NONE, TokenBucket::bytes);
-        Self { bandwidth: Some(bandwidth), ops: Some(ops_per_s.map_or(TokenBucket::NONE, TokenBucket::ops)) }
+        Self {
+            bandwidth: Some(bandwidth),
+            ops: Some(ops_per_s.map_or(TokenBucket::NONE, TokenBucket::ops)),
+        }
     }
 }

@@ -28,9 +28,19 @@ fn text(body: &[u8]) -> String {
     let all = String::from_utf8_lossy(body);
     let said = match serde_json::from_slice::<Fault>(body) {
         Ok(fault) => fault.fault_message,
-        Err(_) => all.trim().strip_prefix(SERVER_PREFIX).and_then(|t| t.strip_suffix(SERVER_SUFFIX)).unwrap_or(&all).to_owned(),
+        Err(_) => all
+            .trim()
+            .strip_prefix(SERVER_PREFIX)
+            .and_then(|t| t.strip_suffix(SERVER_SUFFIX))
+            .unwrap_or(&all)
+            .to_owned(),
     };
-    let line = said.split(['\n', '\r']).map(str::trim).filter(|l| !l.is_empty()).collect::<Vec<_>>().join(" ");
+    let line = said
+        .split(['\n', '\r'])
+        .map(str::trim)
+        .filter(|l| !l.is_empty())
+        .collect::<Vec<_>>()
+        .join(" ");
     printable(&line.chars().take(TEXT_CHARS_MAX).collect::<String>())
 }
 
@@ -39,7 +49,9 @@ fn text(body: &[u8]) -> String {
 fn errno(said: &str) -> Option<i32> {
     let after = |mark: &str| said.rfind(mark).map(|at| &said[at + mark.len()..]);
     let rest = after("(os error ").or_else(|| after("Os { code: "))?;
-    rest[..rest.find(|c: char| !c.is_ascii_digit())?].parse().ok()
+    rest[..rest.find(|c: char| !c.is_ascii_digit())?]
+        .parse()
+        .ok()
 }
 
 /// How a message is recognised.
@@ -74,48 +86,122 @@ const MEANINGS: [(Sign, Kind, &str); 27] = [
         Kind::Unsupported,
         "the kernel must be an uncompressed ELF file (vmlinux): fcctl image build makes one",
     ),
-    (Text("kernel file cannot be opened"), Kind::VmmFailed, READ_IMAGE),
-    (Text("initrd file cannot be opened"), Kind::VmmFailed, READ_IMAGE),
+    (
+        Text("kernel file cannot be opened"),
+        Kind::VmmFailed,
+        READ_IMAGE,
+    ),
+    (
+        Text("initrd file cannot be opened"),
+        Kind::VmmFailed,
+        READ_IMAGE,
+    ),
     (Text("without kernel configuration"), Kind::Internal, REPORT),
     (Errno(ENOSPC), Kind::DiskFull, FREE_SPACE),
     (Errno(EDQUOT), Kind::DiskFull, FREE_SPACE),
-    (Errno(ENOMEM), Kind::MemoryLimit, "stop another VM, or give this one less memory with fcctl vm set"),
-    (Text("number of vCPUs"), Kind::InvalidArgument, "set 1 to 32 vCPUs: fcctl vm set"),
-    (Text("memory size (MiB)"), Kind::InvalidArgument, "set another size: fcctl vm set"),
-    (Text("save/restore unavailable while running"), Kind::Internal, REPORT),
-    (Text("not allowed after configuring"), Kind::Internal, REPORT),
+    (
+        Errno(ENOMEM),
+        Kind::MemoryLimit,
+        "stop another VM, or give this one less memory with fcctl vm set",
+    ),
+    (
+        Text("number of vCPUs"),
+        Kind::InvalidArgument,
+        "set 1 to 32 vCPUs: fcctl vm set",
+    ),
+    (
+        Text("memory size (MiB)"),
+        Kind::InvalidArgument,
+        "set another size: fcctl vm set",
+    ),
+    (
+        Text("save/restore unavailable while running"),
+        Kind::Internal,
+        REPORT,
+    ),
+    (
+        Text("not allowed after configuring"),
+        Kind::Internal,
+        REPORT,
+    ),
     (Text("Unknown Network Device"), Kind::Internal, REPORT),
-    (Text("snapshot backing file"), Kind::VmmFailed, "make the snapshot writable for the VMM's uid: see fcctl doctor"),
+    (
+        Text("snapshot backing file"),
+        Kind::VmmFailed,
+        "make the snapshot writable for the VMM's uid: see fcctl doctor",
+    ),
     (
         Text("Failed to restore from snapshot"),
         Kind::VmmFailed,
         "the snapshot is damaged, or was made by another version or on another CPU: fcctl snapshot show",
     ),
-    (Both("tap", EBUSY), Kind::Conflict, "find the process that uses the tap: fcctl doctor --leaks"),
+    (
+        Both("tap", EBUSY),
+        Kind::Conflict,
+        "find the process that uses the tap: fcctl doctor --leaks",
+    ),
     (Text("Invalid interface name"), Kind::Internal, REPORT),
     (Text("MAC address"), Kind::Internal, REPORT),
-    (Text("Open tap device failed"), Kind::VmmFailed, "make /dev/net/tun accessible for the VMM's uid: fcctl doctor"),
+    (
+        Text("Open tap device failed"),
+        Kind::VmmFailed,
+        "make /dev/net/tun accessible for the VMM's uid: fcctl doctor",
+    ),
     (
         Text("Error manipulating the backing file"),
         Kind::VmmFailed,
         "make the disk accessible for the VMM's uid: see fcctl doctor",
     ),
-    (Text("root block device already exists"), Kind::Internal, REPORT),
-    (Errno(EADDRINUSE), Kind::Conflict, "stop the VM and start it again to remove an old socket"),
-    (Text("before starting the microVM"), Kind::WrongState, "wait until the guest has started"),
-    (Text("after starting the microVM"), Kind::WrongState, "stop the VM first"),
-    (Text("Device not activated yet"), Kind::Busy, "try again when the guest has set up the device"),
-    (Text("No balloon device found"), Kind::Unsupported, "restart the VM to add one: fcctl vm restart"),
+    (
+        Text("root block device already exists"),
+        Kind::Internal,
+        REPORT,
+    ),
+    (
+        Errno(EADDRINUSE),
+        Kind::Conflict,
+        "stop the VM and start it again to remove an old socket",
+    ),
+    (
+        Text("before starting the microVM"),
+        Kind::WrongState,
+        "wait until the guest has started",
+    ),
+    (
+        Text("after starting the microVM"),
+        Kind::WrongState,
+        "stop the VM first",
+    ),
+    (
+        Text("Device not activated yet"),
+        Kind::Busy,
+        "try again when the guest has set up the device",
+    ),
+    (
+        Text("No balloon device found"),
+        Kind::Unsupported,
+        "restart the VM to add one: fcctl vm restart",
+    ),
     (Text("is larger than the limit"), Kind::Internal, REPORT),
-    (Text("Kvm"), Kind::Unsupported, "this host's KVM lacks what Firecracker needs: fcctl doctor"),
+    (
+        Text("Kvm"),
+        Kind::Unsupported,
+        "this host's KVM lacks what Firecracker needs: fcctl doctor",
+    ),
 ];
 const HINT: &str = "see the VM's vmm.log, or run fcctl doctor";
 
 pub fn refused(doing: &str, status: u16, body: &[u8]) -> Error {
     let said = text(body);
-    let (kind, hint) =
-        MEANINGS.iter().find(|(sign, ..)| sign.is_in(&said)).map_or((Kind::VmmFailed, HINT), |(_, kind, hint)| (*kind, *hint));
-    let said = if said.is_empty() { format!("status {status}") } else { said };
+    let (kind, hint) = MEANINGS
+        .iter()
+        .find(|(sign, ..)| sign.is_in(&said))
+        .map_or((Kind::VmmFailed, HINT), |(_, kind, hint)| (*kind, *hint));
+    let said = if said.is_empty() {
+        format!("status {status}")
+    } else {
+        said
+    };
     Error::new(kind, format!("{doing}: firecracker: {said}")).hint(hint)
 }
 
@@ -127,13 +213,19 @@ mod tests {
     fn both_forms_are_parsed_to_one_printable_line() {
         let known = br#"{"fault_message":"Start microvm error: Cannot start microvm without kernel configuration."}"#;
         let server = b"{ \"error\": \"Invalid HTTP Method: Unsupported HTTP method.\nAll previous unanswered requests will be dropped.\" }";
-        assert_eq!(text(known), "Start microvm error: Cannot start microvm without kernel configuration.");
+        assert_eq!(
+            text(known),
+            "Start microvm error: Cannot start microvm without kernel configuration."
+        );
         assert_eq!(
             text(server),
             "Invalid HTTP Method: Unsupported HTTP method. All previous unanswered requests will be dropped."
         );
         assert_eq!(text(b"\xff\x1b[2J"), printable("\u{fffd}\u{1b}[2J"));
-        assert_eq!(refused("do it", 500, b"").to_string(), "do it: firecracker: status 500");
+        assert_eq!(
+            refused("do it", 500, b"").to_string(),
+            "do it: firecracker: status 500"
+        );
         assert!(text(&[b'x'; 10_000]).len() <= TEXT_CHARS_MAX);
     }
 
@@ -141,7 +233,10 @@ mod tests {
     #[test]
     fn every_recorded_message_has_a_meaning() {
         for (message, kind) in [
-            ("Boot source error: The kernel file cannot be opened: No such file or directory (os error 2)", Kind::VmmFailed),
+            (
+                "Boot source error: The kernel file cannot be opened: No such file or directory (os error 2)",
+                Kind::VmmFailed,
+            ),
             (
                 "Boot source error: The initrd file cannot be opened due to invalid path or invalid permissions. No such file or directory (os error 2)",
                 Kind::VmmFailed,
@@ -150,7 +245,10 @@ mod tests {
                 "Start microvm error: System configuration error: Cannot load kernel due to invalid memory configuration or invalid kernel image: Kernel Loader: failed to load ELF kernel image: Kernel Loader: Invalid Elf magic number",
                 Kind::Unsupported,
             ),
-            ("Start microvm error: Cannot start microvm without kernel configuration.", Kind::Internal),
+            (
+                "Start microvm error: Cannot start microvm without kernel configuration.",
+                Kind::Internal,
+            ),
             (
                 "Machine config error: The number of vCPUs must be greater than 0, less than 32 and must be 1 or an even number if SMT is enabled.",
                 Kind::InvalidArgument,
@@ -163,7 +261,10 @@ mod tests {
                 "Drive config error: Unable to create the virtio block device: Virtio backend error: Error manipulating the backing file: No such file or directory (os error 2) /nonexistent.ext4",
                 Kind::VmmFailed,
             ),
-            ("Drive config error: A root block device already exists!", Kind::Internal),
+            (
+                "Drive config error: A root block device already exists!",
+                Kind::Internal,
+            ),
             (
                 "Network config error: Could not create the network device: Open tap device failed: Invalid interface name",
                 Kind::Internal,
@@ -172,13 +273,22 @@ mod tests {
                 "Network config error: Could not create the network device: Open tap device failed: Error while creating ifreq structure: Device or resource busy (os error 16). Invalid TUN/TAP Backend provided by fctap0. Check our documentation on setting up the network devices.",
                 Kind::Conflict,
             ),
-            ("Network config error: The MAC address is already in use: 06:00:ac:10:00:02", Kind::Internal),
+            (
+                "Network config error: The MAC address is already in use: 06:00:ac:10:00:02",
+                Kind::Internal,
+            ),
             (
                 "An error occurred when deserializing the json body of a request: The provided MAC address is invalid. at line 1 column 76.",
                 Kind::Internal,
             ),
-            ("Balloon update error: Balloon: Device not activated yet.", Kind::Busy),
-            ("Balloon config error: No balloon device found.", Kind::Unsupported),
+            (
+                "Balloon update error: Balloon: Device not activated yet.",
+                Kind::Busy,
+            ),
+            (
+                "Balloon config error: No balloon device found.",
+                Kind::Unsupported,
+            ),
             (
                 "Vsock config error: Cannot create backend for vsock device: Error binding to the host-side Unix socket: Address in use (os error 98)",
                 Kind::Conflict,
@@ -207,8 +317,14 @@ mod tests {
                 "Load snapshot error: Failed to restore from snapshot: Failed to get snapshot state from file: Unknown Network Device.",
                 Kind::Internal,
             ),
-            ("The requested operation is not supported before starting the microVM.", Kind::WrongState),
-            ("The requested operation is not supported after starting the microVM.", Kind::WrongState),
+            (
+                "The requested operation is not supported before starting the microVM.",
+                Kind::WrongState,
+            ),
+            (
+                "The requested operation is not supported after starting the microVM.",
+                Kind::WrongState,
+            ),
             ("StartMicroVm(Kvm(Capabilities(56)))", Kind::Unsupported),
         ] {
             let body = serde_json::json!({ "fault_message": message }).to_string();
@@ -226,24 +342,65 @@ mod tests {
     fn host_errors_have_the_same_meaning_with_every_libc() {
         let tap = "Network config error: Could not create the network device: Open tap device failed: Error while creating ifreq structure: ";
         let vsock = "Vsock config error: Cannot create backend for vsock device: Error binding to the host-side Unix socket: ";
-        let memory = "Start microvm error: System configuration error: Cannot create guest memory: ";
+        let memory =
+            "Start microvm error: System configuration error: Cannot create guest memory: ";
         let save = "Create snapshot error: Cannot write the memory file: ";
         for (before, texts, debug, kind) in [
-            (tap, ["Device or resource busy (os error 16)", "Resource busy (os error 16)"], "ResourceBusy", Kind::Conflict),
-            (vsock, ["Address already in use (os error 98)", "Address in use (os error 98)"], "AddrInUse", Kind::Conflict),
-            (memory, ["Cannot allocate memory (os error 12)", "Out of memory (os error 12)"], "OutOfMemory", Kind::MemoryLimit),
+            (
+                tap,
+                [
+                    "Device or resource busy (os error 16)",
+                    "Resource busy (os error 16)",
+                ],
+                "ResourceBusy",
+                Kind::Conflict,
+            ),
+            (
+                vsock,
+                [
+                    "Address already in use (os error 98)",
+                    "Address in use (os error 98)",
+                ],
+                "AddrInUse",
+                Kind::Conflict,
+            ),
+            (
+                memory,
+                [
+                    "Cannot allocate memory (os error 12)",
+                    "Out of memory (os error 12)",
+                ],
+                "OutOfMemory",
+                Kind::MemoryLimit,
+            ),
             (
                 save,
-                ["No space left on device (os error 28)", "No space left on device (os error 28)"],
+                [
+                    "No space left on device (os error 28)",
+                    "No space left on device (os error 28)",
+                ],
                 "StorageFull",
                 Kind::DiskFull,
             ),
-            (save, ["Disk quota exceeded (os error 122)", "Quota exceeded (os error 122)"], "QuotaExceeded", Kind::DiskFull),
+            (
+                save,
+                [
+                    "Disk quota exceeded (os error 122)",
+                    "Quota exceeded (os error 122)",
+                ],
+                "QuotaExceeded",
+                Kind::DiskFull,
+            ),
         ] {
             let number = texts[0].rsplit(' ').next().unwrap().trim_end_matches(')');
-            let debug = format!("Os {{ code: {number}, kind: {debug}, message: {:?} }}", texts[1]);
+            let debug = format!(
+                "Os {{ code: {number}, kind: {debug}, message: {:?} }}",
+                texts[1]
+            );
             for text in texts.into_iter().chain([debug.as_str()]) {
-                let body = serde_json::json!({ "fault_message": format!("{before}{text}. More text.") }).to_string();
+                let body =
+                    serde_json::json!({ "fault_message": format!("{before}{text}. More text.") })
+                        .to_string();
                 let e = refused("do it", 400, body.as_bytes());
                 assert_eq!(e.kind(), kind, "{e}");
                 assert!(e.hint_text().is_some_and(|h| h != HINT), "{e}");

@@ -17,12 +17,21 @@ use std::os::fd::OwnedFd;
 use std::time::Instant;
 
 impl Firecracker {
-    pub(super) fn save_guest(&self, spec: &VmmSpec, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<String> {
+    pub(super) fn save_guest(
+        &self,
+        spec: &VmmSpec,
+        identity: &Identity,
+        to: SaveTo<'_>,
+        cancel: &Cancel,
+    ) -> Result<String> {
         let doing = "save the guest";
         let gone = || Error::new(Kind::VmmFailed, format!("{doing}: the VMM has exited"));
         let process = Process::open(identity)?.ok_or_else(gone)?;
         let _blocking = region(Rank::VmmApi);
-        let deadline = Deadline { at: Instant::now() + SAVE_DEADLINE, cancel };
+        let deadline = Deadline {
+            at: Instant::now() + SAVE_DEADLINE,
+            cancel,
+        };
         // Use the host's path. The jail's own root is another mount, into which nothing can be
         // linked.
         let place = match jail::find(&spec.dir, &spec.tag)? {
@@ -30,7 +39,10 @@ impl Firecracker {
             None => run_dir::open(&spec.dir, doing)?,
         };
         // Lift the rate limit, because the files are on the same disk.
-        let unlimited = VmmSpec { rates: crate::api::vm::RateLimits::default(), ..spec.clone() };
+        let unlimited = VmmSpec {
+            rates: crate::api::vm::RateLimits::default(),
+            ..spec.clone()
+        };
         jail::limit_io(VmmLimits::BestEffort, &unlimited)?;
         let saved = link(&place, to).and_then(|()| {
             let mut vmm = self.booted(&process, deadline, doing)?;
@@ -58,13 +70,16 @@ fn save(vmm: &mut Booted<'_>, process: &Process) -> Result<()> {
 
 /// True if part of the process's memory is in swap, or if that is unknown.
 fn is_swapped(process: &Process) -> bool {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", process.identity().pid)).unwrap_or_default();
+    let status = std::fs::read_to_string(format!("/proc/{}/status", process.identity().pid))
+        .unwrap_or_default();
     swapped_kib(&status) != Some(0)
 }
 
 /// Parses `VmSwap:        0 kB` (proc(5)).
 fn swapped_kib(status: &str) -> Option<u64> {
-    let value = status.lines().find_map(|line| line.strip_prefix("VmSwap:"))?;
+    let value = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmSwap:"))?;
     value.trim().strip_suffix("kB")?.trim().parse().ok()
 }
 
@@ -73,7 +88,12 @@ pub(super) fn link(place: &OwnedFd, to: SaveTo<'_>) -> Result<()> {
     unlink(place)?;
     for (path, name) in [(to.memory, jail::MEMORY), (to.devices, jail::DEVICES)] {
         let linked = rustix::fs::linkat(CWD, path, place, name, AtFlags::empty());
-        linked.map_err(|e| Error::io(format!("link {} for the VMM", path.display()), std::io::Error::from(e)))?;
+        linked.map_err(|e| {
+            Error::io(
+                format!("link {} for the VMM", path.display()),
+                std::io::Error::from(e),
+            )
+        })?;
     }
     Ok(())
 }
@@ -82,7 +102,12 @@ fn unlink(place: &OwnedFd) -> Result<()> {
     for name in [jail::MEMORY, jail::DEVICES] {
         match rustix::fs::unlinkat(place, name, AtFlags::empty()) {
             Ok(()) | Err(rustix::io::Errno::NOENT) => {}
-            Err(e) => return Err(Error::io("unlink a file of the VMM", std::io::Error::from(e))),
+            Err(e) => {
+                return Err(Error::io(
+                    "unlink a file of the VMM",
+                    std::io::Error::from(e),
+                ));
+            }
         }
     }
     Ok(())
@@ -94,7 +119,10 @@ mod tests {
 
     #[test]
     fn swap_of_a_process_is_read_from_its_status() {
-        assert_eq!(swapped_kib("VmPTE:\t      44 kB\nVmSwap:\t       0 kB\nThreads:\t1\n"), Some(0));
+        assert_eq!(
+            swapped_kib("VmPTE:\t      44 kB\nVmSwap:\t       0 kB\nThreads:\t1\n"),
+            Some(0)
+        );
         assert_eq!(swapped_kib("VmSwap:\t     128 kB\n"), Some(128));
         for unknown in ["", "VmSwap:\n", "Name:\tx\n", "VmSwap:\tmany kB\n"] {
             assert_eq!(swapped_kib(unknown), None, "{unknown:?}");

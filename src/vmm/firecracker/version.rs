@@ -18,8 +18,7 @@ const VERSION_CHARS_MAX: usize = 20;
 /// The names with which the two programs report their versions.
 const FIRECRACKER: &str = "Firecracker";
 const JAILER: &str = "Jailer";
-pub const INSTALL: &str =
-    "install a release of firecracker-microvm/firecracker, and name its programs as binary and jailer under [firecracker]";
+pub const INSTALL: &str = "install a release of firecracker-microvm/firecracker, and name its programs as binary and jailer under [firecracker]";
 
 /// Rejects a version that is too old. `version` is as reported by the API, such as `1.16.1`.
 ///
@@ -28,12 +27,17 @@ pub const INSTALL: &str =
 pub fn require(version: &str) -> Result<()> {
     let too_old = |found: &str| {
         let (major, minor) = VERSION_MIN;
-        Err(Error::new(Kind::Unsupported, format!("firecracker is version {found}; {major}.{minor} or newer is needed"))
-            .hint(INSTALL))
+        Err(Error::new(
+            Kind::Unsupported,
+            format!("firecracker is version {found}; {major}.{minor} or newer is needed"),
+        )
+        .hint(INSTALL))
     };
     match parse_numbers(version) {
         Some(v) if v >= VERSION_MIN => Ok(()),
-        _ => too_old(&printable(&version.chars().take(VERSION_CHARS_MAX).collect::<String>())),
+        _ => too_old(&printable(
+            &version.chars().take(VERSION_CHARS_MAX).collect::<String>(),
+        )),
     }
 }
 
@@ -44,7 +48,11 @@ pub fn is_since(version: &str, since: (u32, u32)) -> bool {
 
 /// Adds an installation hint to the error of a missing program.
 pub fn install_if_missing(e: Error) -> Error {
-    if e.kind() == Kind::CommandMissing { e.hint(INSTALL) } else { e }
+    if e.kind() == Kind::CommandMissing {
+        e.hint(INSTALL)
+    } else {
+        e
+    }
 }
 
 /// A release, as a program or the API reports it.
@@ -58,16 +66,30 @@ pub struct Release {
 impl Release {
     /// Parses the first line of `--version`: `Firecracker v1.16.1` or `Jailer v1.16.1`.
     fn parse(output: &str, name: &str) -> Option<Self> {
-        let text = output.lines().next()?.strip_prefix(name)?.strip_prefix(" v")?.split_whitespace().next()?;
-        Some(Self { text: printable(&text.chars().take(VERSION_CHARS_MAX).collect::<String>()), numbers: parse_numbers(text)? })
+        let text = output
+            .lines()
+            .next()?
+            .strip_prefix(name)?
+            .strip_prefix(" v")?
+            .split_whitespace()
+            .next()?;
+        Some(Self {
+            text: printable(&text.chars().take(VERSION_CHARS_MAX).collect::<String>()),
+            numbers: parse_numbers(text)?,
+        })
     }
 }
 
 fn release(program: &Path, name: &str, cancel: &Cancel) -> Result<Release> {
-    let command = Command::new(program).arg("--version").deadline(VERSION_DEADLINE);
+    let command = Command::new(program)
+        .arg("--version")
+        .deadline(VERSION_DEADLINE);
     let out = run_any_status(&command, cancel, &mut |_| {})?;
     Release::parse(&String::from_utf8_lossy(&out.stdout), name).ok_or_else(|| {
-        let message = format!("{} is not {name}, according to --version", program.display());
+        let message = format!(
+            "{} is not {name}, according to --version",
+            program.display()
+        );
         Error::new(Kind::Unsupported, message).hint(INSTALL)
     })
 }
@@ -85,13 +107,22 @@ pub fn version(config: &Config, cancel: &Cancel) -> Result<Release> {
 /// # Errors
 /// `unsupported`, with both versions.
 pub fn require_same_release(jailer: &Path, firecracker: &Path, cancel: &Cancel) -> Result<()> {
-    let (its, wanted) = (release(jailer, JAILER, cancel)?, release(firecracker, FIRECRACKER, cancel)?);
+    let (its, wanted) = (
+        release(jailer, JAILER, cancel)?,
+        release(firecracker, FIRECRACKER, cancel)?,
+    );
     if its == wanted {
         return Ok(());
     }
-    let message =
-        format!("{} is version {}, but {} is version {}", jailer.display(), its.text, firecracker.display(), wanted.text);
-    Err(Error::new(Kind::Unsupported, message).hint("use the firecracker and the jailer of one release"))
+    let message = format!(
+        "{} is version {}, but {} is version {}",
+        jailer.display(),
+        its.text,
+        firecracker.display(),
+        wanted.text
+    );
+    Err(Error::new(Kind::Unsupported, message)
+        .hint("use the firecracker and the jailer of one release"))
 }
 
 fn parse_numbers(text: &str) -> Option<(u32, u32)> {
@@ -108,9 +139,21 @@ mod tests {
         let parse = |text, name| Release::parse(text, name).map(|r| (r.text, r.numbers));
         let known = "Firecracker v1.16.1\n\nSupported snapshot data format versions: v9.0.0\n";
         assert_eq!(parse(known, FIRECRACKER), Some(("1.16.1".into(), (1, 16))));
-        assert_eq!(parse("Firecracker v1.17.0-dev\n", FIRECRACKER), Some(("1.17.0-dev".into(), (1, 17))));
-        assert_eq!(parse("Jailer v1.16.1\n\n", JAILER), Some(("1.16.1".into(), (1, 16))));
-        for bad in ["", "QEMU emulator version 7.2", "Firecracker v", "Firecracker v1", "true (GNU coreutils) 9.1"] {
+        assert_eq!(
+            parse("Firecracker v1.17.0-dev\n", FIRECRACKER),
+            Some(("1.17.0-dev".into(), (1, 17)))
+        );
+        assert_eq!(
+            parse("Jailer v1.16.1\n\n", JAILER),
+            Some(("1.16.1".into(), (1, 16)))
+        );
+        for bad in [
+            "",
+            "QEMU emulator version 7.2",
+            "Firecracker v",
+            "Firecracker v1",
+            "true (GNU coreutils) 9.1",
+        ] {
             assert_eq!(parse(bad, FIRECRACKER), None, "{bad}");
         }
     }
@@ -121,17 +164,27 @@ mod tests {
         let program = |name: &str, says: &str| {
             let path = dir.path().join(name);
             std::fs::write(&path, format!("#!/bin/sh\necho '{says}'\n")).unwrap();
-            std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+            std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755))
+                .unwrap();
             path
         };
         let cancel = Cancel::try_new().unwrap();
         let firecracker = program("firecracker", "Firecracker v1.16.1");
-        let refused = |jailer: &Path| require_same_release(jailer, &firecracker, &cancel).unwrap_err();
+        let refused =
+            |jailer: &Path| require_same_release(jailer, &firecracker, &cancel).unwrap_err();
         require_same_release(&program("good", "Jailer v1.16.1"), &firecracker, &cancel).unwrap();
         let e = refused(Path::new("/bin/true"));
-        assert!(e.kind() == Kind::Unsupported && e.to_string().starts_with("/bin/true is not Jailer"), "{e}");
+        assert!(
+            e.kind() == Kind::Unsupported && e.to_string().starts_with("/bin/true is not Jailer"),
+            "{e}"
+        );
         let e = refused(&program("old", "Jailer v1.15.0"));
-        assert!(e.to_string().contains("1.15.0") && e.to_string().contains("1.16.1") && e.hint_text().is_some(), "{e}");
+        assert!(
+            e.to_string().contains("1.15.0")
+                && e.to_string().contains("1.16.1")
+                && e.hint_text().is_some(),
+            "{e}"
+        );
         let e = refused(&firecracker);
         assert!(e.to_string().contains("is not Jailer"), "{e}");
     }
@@ -139,8 +192,18 @@ mod tests {
     #[test]
     fn missing_or_wrong_program_is_error_with_install_hint() {
         let cancel = Cancel::try_new().unwrap();
-        for (binary, kind) in [("no-such-firecracker", Kind::CommandMissing), ("/bin/true", Kind::Unsupported)] {
-            let e = version(&Config { binary: binary.into(), ..Config::default() }, &cancel).unwrap_err();
+        for (binary, kind) in [
+            ("no-such-firecracker", Kind::CommandMissing),
+            ("/bin/true", Kind::Unsupported),
+        ] {
+            let e = version(
+                &Config {
+                    binary: binary.into(),
+                    ..Config::default()
+                },
+                &cancel,
+            )
+            .unwrap_err();
             assert_eq!((e.kind(), e.hint_text()), (kind, Some(INSTALL)));
         }
         require("1.14.0").unwrap();

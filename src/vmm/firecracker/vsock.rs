@@ -22,9 +22,11 @@ const ANSWER_BYTES_MAX: usize = 32;
 pub fn require(place: &OwnedFd) -> Result<()> {
     match rustix::fs::statat(place, SOCKET, rustix::fs::AtFlags::SYMLINK_NOFOLLOW) {
         Ok(_) => Ok(()),
-        Err(rustix::io::Errno::NOENT) => {
-            Err(Error::new(Kind::Unsupported, "the VMM was started without a vsock").hint("fcctl vm restart"))
-        }
+        Err(rustix::io::Errno::NOENT) => Err(Error::new(
+            Kind::Unsupported,
+            "the VMM was started without a vsock",
+        )
+        .hint("fcctl vm restart")),
         Err(e) => Err(Error::io("look for the VMM's vsock", io::Error::from(e))),
     }
 }
@@ -46,7 +48,9 @@ pub fn open(mut stream: UnixStream, port: u32, deadline: Deadline<'_>) -> Result
         match line.get_mut(len..=len).map(|byte| stream.read(byte)) {
             Some(Ok(0)) => return Err(refused(port)),
             Some(Ok(n)) => len += n,
-            Some(Err(e)) if e.kind() == io::ErrorKind::WouldBlock => wait(&stream, doing, deadline)?,
+            Some(Err(e)) if e.kind() == io::ErrorKind::WouldBlock => {
+                wait(&stream, doing, deadline)?
+            }
             Some(Err(e)) if e.kind() == io::ErrorKind::Interrupted => {}
             Some(Err(e)) if is_hang_up(&e) => return Err(refused(port)),
             Some(Err(e)) => return Err(io(e)),
@@ -54,28 +58,44 @@ pub fn open(mut stream: UnixStream, port: u32, deadline: Deadline<'_>) -> Result
         }
     }
     if !line[..len].starts_with(b"OK ") {
-        return Err(Error::new(Kind::VmmFailed, format!("{doing}: the VMM's answer is not as documented")));
+        return Err(Error::new(
+            Kind::VmmFailed,
+            format!("{doing}: the VMM's answer is not as documented"),
+        ));
     }
     stream.set_nonblocking(false).map_err(io)?;
     Ok(stream)
 }
 
 fn is_hang_up(e: &io::Error) -> bool {
-    matches!(e.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset)
+    matches!(
+        e.kind(),
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+    )
 }
 
 /// The error after the VMM has hung up, which is its only way to refuse a port.
 fn refused(port: u32) -> Error {
-    Error::new(Kind::GuestUnavailable, format!("nothing in the guest listens on vsock port {port}"))
-        .hint(format!("start a server in the guest: socat VSOCK-LISTEN:{port},fork -"))
+    Error::new(
+        Kind::GuestUnavailable,
+        format!("nothing in the guest listens on vsock port {port}"),
+    )
+    .hint(format!(
+        "start a server in the guest: socat VSOCK-LISTEN:{port},fork -"
+    ))
 }
 
 fn wait(stream: &UnixStream, doing: &str, Deadline { at, cancel }: Deadline<'_>) -> Result<()> {
-    match wait_any(&[(stream.as_fd(), PollFlags::POLLIN)], at, cancel).map_err(|e| Error::io(doing, e))? {
+    match wait_any(&[(stream.as_fd(), PollFlags::POLLIN)], at, cancel)
+        .map_err(|e| Error::io(doing, e))?
+    {
         WaitResult::Ready => Ok(()),
         WaitResult::Cancelled => Err(cancelled(doing, cancel)),
-        WaitResult::Deadline => Err(Error::new(Kind::Timeout, format!("{doing}: the guest does not answer"))
-            .hint("load the driver in the guest: modprobe vmw_vsock_virtio_transport")),
+        WaitResult::Deadline => Err(Error::new(
+            Kind::Timeout,
+            format!("{doing}: the guest does not answer"),
+        )
+        .hint("load the driver in the guest: modprobe vmw_vsock_virtio_transport")),
     }
 }
 
@@ -92,7 +112,14 @@ mod tests {
         theirs.write_all(says).unwrap();
         theirs.shutdown(std::net::Shutdown::Write).unwrap();
         let cancel = Cancel::try_new().unwrap();
-        let opened = open(ours, 5000, Deadline { at: Instant::now() + Duration::from_secs(60), cancel: &cancel });
+        let opened = open(
+            ours,
+            5000,
+            Deadline {
+                at: Instant::now() + Duration::from_secs(60),
+                cancel: &cancel,
+            },
+        );
         let mut asked = [0; 13];
         theirs.read_exact(&mut asked).unwrap();
         assert_eq!(&asked, b"CONNECT 5000\n");
@@ -102,7 +129,10 @@ mod tests {
     #[test]
     fn bytes_after_answer_come_from_guest() {
         let mut rest = String::new();
-        answered(b"OK 1073741824\nhello\n").unwrap().read_to_string(&mut rest).unwrap();
+        answered(b"OK 1073741824\nhello\n")
+            .unwrap()
+            .read_to_string(&mut rest)
+            .unwrap();
         assert_eq!(rest, "hello\n");
     }
 
@@ -122,11 +152,23 @@ mod tests {
         let ask = |deadline| {
             let ours = ours.try_clone().unwrap();
             ours.set_nonblocking(true).unwrap();
-            open(ours, 1, Deadline { at: deadline, cancel: &cancel }).unwrap_err().kind()
+            open(
+                ours,
+                1,
+                Deadline {
+                    at: deadline,
+                    cancel: &cancel,
+                },
+            )
+            .unwrap_err()
+            .kind()
         };
         assert_eq!(ask(Instant::now()), Kind::Timeout);
         cancel.cancel(crate::locks::CancelCause::Requested);
-        assert_eq!(ask(Instant::now() + Duration::from_secs(60)), Kind::Cancelled);
+        assert_eq!(
+            ask(Instant::now() + Duration::from_secs(60)),
+            Kind::Cancelled
+        );
         drop(theirs);
     }
 }

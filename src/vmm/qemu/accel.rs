@@ -47,7 +47,10 @@ pub struct Picker {
 
 impl Picker {
     pub fn new(config: Qemu) -> Self {
-        Self { config, state: Arc::new(Mutex::new(Rank::Consoles, State::Unknown)) }
+        Self {
+            config,
+            state: Arc::new(Mutex::new(Rank::Consoles, State::Unknown)),
+        }
     }
 
     pub fn known(&self) -> Option<Picked> {
@@ -73,10 +76,17 @@ impl Picker {
                     over
                 }
             };
-            match wait_any(&[(over.fd(), PollFlags::POLLIN)], deadline, cancel).map_err(|e| Error::io(doing, e))? {
+            match wait_any(&[(over.fd(), PollFlags::POLLIN)], deadline, cancel)
+                .map_err(|e| Error::io(doing, e))?
+            {
                 WaitResult::Ready => {}
                 WaitResult::Cancelled => return Err(cancelled(doing, cancel)),
-                WaitResult::Deadline => return Err(Error::new(Kind::Timeout, format!("{doing}: the deadline has passed"))),
+                WaitResult::Deadline => {
+                    return Err(Error::new(
+                        Kind::Timeout,
+                        format!("{doing}: the deadline has passed"),
+                    ));
+                }
             }
         }
     }
@@ -88,7 +98,8 @@ impl Picker {
         crate::host::thread::spawn("vmm-probe", move || {
             // After a panic the waiting callers must still get an answer.
             let pick = std::panic::AssertUnwindSafe(|| pick(&config, &kernel, &over));
-            let picked = std::panic::catch_unwind(pick).unwrap_or_else(|_| Err(Error::internal("the probe panicked")));
+            let picked = std::panic::catch_unwind(pick)
+                .unwrap_or_else(|_| Err(Error::internal("the probe panicked")));
             *state.lock() = match picked {
                 Ok(picked) => {
                     log::info!("VMs run on {}: {}", picked.platform, picked.why);
@@ -108,17 +119,33 @@ impl Picker {
 fn pick(config: &Qemu, kernel: &Path, cancel: &Cancel) -> Result<Picked> {
     let (accelerator, why, groups) = match config.accel {
         Accel::Tcg => (Accelerator::Tcg, "configured as tcg".to_owned(), Vec::new()),
-        Accel::Kvm => (Accelerator::Kvm, "configured as kvm".to_owned(), devices::access(KVM).unwrap_or_default()),
+        Accel::Kvm => (
+            Accelerator::Kvm,
+            "configured as kvm".to_owned(),
+            devices::access(KVM).unwrap_or_default(),
+        ),
         Accel::Auto => match devices::access(KVM) {
             Err(why) => (Accelerator::Tcg, why, Vec::new()),
             Ok(groups) => match try_kvm(config, kernel, cancel)? {
-                None => (Accelerator::Kvm, "a stock kernel boots with it".to_owned(), groups),
-                Some(why) => (Accelerator::Tcg, format!("{KVM} does not run a stock kernel: {why}"), Vec::new()),
+                None => (
+                    Accelerator::Kvm,
+                    "a stock kernel boots with it".to_owned(),
+                    groups,
+                ),
+                Some(why) => (
+                    Accelerator::Tcg,
+                    format!("{KVM} does not run a stock kernel: {why}"),
+                    Vec::new(),
+                ),
             },
         },
     };
     let board = pick_board(config.machine, accelerator, cancel)?;
-    Ok(Picked { platform: Platform { accelerator, board }, why, groups })
+    Ok(Picked {
+        platform: Platform { accelerator, board },
+        why,
+        groups,
+    })
 }
 
 fn pick_board(machine: Machine, accelerator: Accelerator, cancel: &Cancel) -> Result<Board> {
@@ -138,15 +165,36 @@ fn pick_board(machine: Machine, accelerator: Accelerator, cancel: &Cancel) -> Re
 /// Boots a stock kernel with KVM. Returns None if it boots, or the reason why it does not. Fails
 /// only if that could not be found out.
 pub fn try_kvm(config: &Qemu, kernel: &Path, cancel: &Cancel) -> Result<Option<String>> {
-    let platform = Platform { accelerator: Accelerator::Kvm, board: Board::Q35 };
-    let command = Command::new(&config.binary).args(probe_argv(&platform, kernel)).deadline(PROBE_DEADLINE);
+    let platform = Platform {
+        accelerator: Accelerator::Kvm,
+        board: Board::Q35,
+    };
+    let command = Command::new(&config.binary)
+        .args(probe_argv(&platform, kernel))
+        .deadline(PROBE_DEADLINE);
     match run_any_status(&command, cancel, &mut |_| {}) {
-        Ok(out) if out.status == 0 && String::from_utf8_lossy(&out.stdout).contains(PROBE_LAST_WORDS) => Ok(None),
-        Ok(out) => {
-            let said = printable(String::from_utf8_lossy(&out.stderr).lines().last().unwrap_or_default());
-            Ok(Some(format!("qemu exited with status {}: {said}", out.status)))
+        Ok(out)
+            if out.status == 0
+                && String::from_utf8_lossy(&out.stdout).contains(PROBE_LAST_WORDS) =>
+        {
+            Ok(None)
         }
-        Err(e) if e.kind() == Kind::Timeout => Ok(Some(format!("it did not boot within {} s", PROBE_DEADLINE.as_secs()))),
+        Ok(out) => {
+            let said = printable(
+                String::from_utf8_lossy(&out.stderr)
+                    .lines()
+                    .last()
+                    .unwrap_or_default(),
+            );
+            Ok(Some(format!(
+                "qemu exited with status {}: {said}",
+                out.status
+            )))
+        }
+        Err(e) if e.kind() == Kind::Timeout => Ok(Some(format!(
+            "it did not boot within {} s",
+            PROBE_DEADLINE.as_secs()
+        ))),
         Err(e) => Err(e),
     }
 }
@@ -156,18 +204,49 @@ mod tests {
     use super::*;
 
     fn picker(accel: Accel, machine: Machine) -> Picker {
-        Picker::new(Qemu { accel, machine, binary: "/bin/false".into(), ..Qemu::default() })
+        Picker::new(Qemu {
+            accel,
+            machine,
+            binary: "/bin/false".into(),
+            ..Qemu::default()
+        })
     }
 
     #[test]
     fn configured_accelerator_and_board_are_used() {
         let cancel = Cancel::try_new().unwrap();
-        let pick = |accel, machine| picker(accel, machine).pick(Path::new("/none"), &cancel).unwrap().platform;
-        assert_eq!(pick(Accel::Tcg, Machine::Q35), Platform { accelerator: Accelerator::Tcg, board: Board::Q35 });
-        assert_eq!(pick(Accel::Kvm, Machine::Auto), Platform { accelerator: Accelerator::Kvm, board: Board::Q35 });
+        let pick = |accel, machine| {
+            picker(accel, machine)
+                .pick(Path::new("/none"), &cancel)
+                .unwrap()
+                .platform
+        };
+        assert_eq!(
+            pick(Accel::Tcg, Machine::Q35),
+            Platform {
+                accelerator: Accelerator::Tcg,
+                board: Board::Q35
+            }
+        );
+        assert_eq!(
+            pick(Accel::Kvm, Machine::Auto),
+            Platform {
+                accelerator: Accelerator::Kvm,
+                board: Board::Q35
+            }
+        );
         let board = Board::Microvm { tsc_khz: None };
-        assert_eq!(pick(Accel::Kvm, Machine::Microvm), Platform { accelerator: Accelerator::Kvm, board });
-        assert!(matches!(pick(Accel::Tcg, Machine::Microvm).board, Board::Microvm { tsc_khz: Some(_) }));
+        assert_eq!(
+            pick(Accel::Kvm, Machine::Microvm),
+            Platform {
+                accelerator: Accelerator::Kvm,
+                board
+            }
+        );
+        assert!(matches!(
+            pick(Accel::Tcg, Machine::Microvm).board,
+            Board::Microvm { tsc_khz: Some(_) }
+        ));
     }
 
     #[test]
@@ -184,7 +263,9 @@ mod tests {
     fn pick_can_be_cancelled() {
         let cancel = Cancel::try_new().unwrap();
         cancel.cancel(crate::locks::CancelCause::VmStopped);
-        let e = picker(Accel::Tcg, Machine::Microvm).pick(Path::new("/none"), &cancel).unwrap_err();
+        let e = picker(Accel::Tcg, Machine::Microvm)
+            .pick(Path::new("/none"), &cancel)
+            .unwrap_err();
         assert_eq!(e.kind(), Kind::Cancelled);
     }
 }

@@ -77,7 +77,9 @@ impl Platform {
 
     /// The arguments for the machine and the sandbox, which VMs and probes have in common.
     pub fn base(&self) -> Vec<OsString> {
-        let mut args: Vec<OsString> = ["-machine", self.machine(), "-accel"].map(OsString::from).to_vec();
+        let mut args: Vec<OsString> = ["-machine", self.machine(), "-accel"]
+            .map(OsString::from)
+            .to_vec();
         match self.accelerator {
             Accelerator::Kvm => args.extend(["kvm", "-cpu", "host"].map(OsString::from)),
             Accelerator::Tcg => {
@@ -85,9 +87,22 @@ impl Platform {
                 args.extend(["-cpu", "max"].map(OsString::from));
             }
         }
-        let rest = ["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-sandbox", SANDBOX];
+        let rest = [
+            "-nodefaults",
+            "-no-user-config",
+            "-no-reboot",
+            "-display",
+            "none",
+            "-sandbox",
+            SANDBOX,
+        ];
         args.extend(rest.map(OsString::from));
-        args.extend(TRACED.iter().flat_map(|event| ["-trace", event]).map(OsString::from));
+        args.extend(
+            TRACED
+                .iter()
+                .flat_map(|event| ["-trace", event])
+                .map(OsString::from),
+        );
         args
     }
 
@@ -98,7 +113,11 @@ impl Platform {
             // Translated code does not speculate, so there is nothing to mitigate.
             args.push("mitigations=off");
         }
-        let mut args: Vec<_> = args.into_iter().filter(|a| !a.is_empty()).map(str::to_owned).collect();
+        let mut args: Vec<_> = args
+            .into_iter()
+            .filter(|a| !a.is_empty())
+            .map(str::to_owned)
+            .collect();
         if let Board::Microvm { tsc_khz } = self.board {
             // Without `reliable`, the kernel's watchdog would compare the TSC with jiffies, which
             // fall behind
@@ -116,33 +135,59 @@ const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resour
 pub fn argv(spec: &VmmSpec, platform: &Platform, is_isolated: bool) -> Result<Vec<OsString>> {
     let is_plain = |b: u8| b.is_ascii_alphanumeric() || b == b'-';
     if spec.tag.is_empty() || !spec.tag.bytes().all(is_plain) {
-        return Err(Error::internal(format!("start the VMM: the tag {:?} has characters other than a-z, 0-9 and -", spec.tag)));
+        return Err(Error::internal(format!(
+            "start the VMM: the tag {:?} has characters other than a-z, 0-9 and -",
+            spec.tag
+        )));
     }
     let mut args: Vec<OsString> = vec!["-name".into(), spec.tag.clone().into()];
     args.extend(platform.base());
     let mut option = |name: &str, value: String| args.extend([OsString::from(name), value.into()]);
     option("-smp", spec.vcpus.to_string());
     option("-m", format!("{}M", spec.mem_mib));
-    let mut disks = vec![("root", &spec.disk, spec.disk_format, false), ("seed", &spec.seed, DiskFormat::Raw, true)];
-    disks.extend(spec.work_disk.as_ref().map(|path| ("work", path, DiskFormat::Raw, false)));
+    let mut disks = vec![
+        ("root", &spec.disk, spec.disk_format, false),
+        ("seed", &spec.seed, DiskFormat::Raw, true),
+    ];
+    disks.extend(
+        spec.work_disk
+            .as_ref()
+            .map(|path| ("work", path, DiskFormat::Raw, false)),
+    );
     for (node, path, format, is_readonly) in disks {
         option("-blockdev", file_node(node, path, format, is_readonly)?);
         option("-blockdev", format_node(node, format, is_readonly));
-        option("-device", platform.device("blk", &format!("drive={node},serial={node}")));
+        option(
+            "-device",
+            platform.device("blk", &format!("drive={node},serial={node}")),
+        );
     }
     let (netdev, mac) = network(&spec.network, is_isolated)?;
     option("-netdev", netdev);
     // With a ROM a PCI card would try to boot from the network.
-    let rom = if platform.board == Board::Q35 { ",romfile=" } else { "" };
-    option("-device", platform.device("net", &format!("netdev=net{mac}{rom}")));
+    let rom = if platform.board == Board::Q35 {
+        ",romfile="
+    } else {
+        ""
+    };
+    option(
+        "-device",
+        platform.device("net", &format!("netdev=net{mac}{rom}")),
+    );
     option("-object", "rng-builtin,id=rng".into());
     option("-device", platform.device("rng", "rng=rng"));
     if spec.has_balloon {
         // A guest that runs out of memory takes it back on its own, and returns memory that it
         // frees.
-        option("-device", platform.device("balloon", "deflate-on-oom=on,free-page-reporting=on"));
+        option(
+            "-device",
+            platform.device("balloon", "deflate-on-oom=on,free-page-reporting=on"),
+        );
     }
-    option("-chardev", format!("socket,id=console,path={CONSOLE_SOCKET},server=on,wait=off"));
+    option(
+        "-chardev",
+        format!("socket,id=console,path={CONSOLE_SOCKET},server=on,wait=off"),
+    );
     option("-serial", "chardev:console".into());
     option("-qmp", format!("unix:{QMP_SOCKET},server=on,wait=off"));
     option("-qmp", format!("unix:{CONTROL_SOCKET},server=on,wait=off"));
@@ -151,7 +196,13 @@ pub fn argv(spec: &VmmSpec, platform: &Platform, is_isolated: bool) -> Result<Ve
         // The file to load is passed through QMP.
         option("-incoming", "defer".into());
     }
-    args.extend(["-kernel".into(), spec.kernel.clone().into(), "-initrd".into(), spec.initrd.clone().into(), "-S".into()]);
+    args.extend([
+        "-kernel".into(),
+        spec.kernel.clone().into(),
+        "-initrd".into(),
+        spec.initrd.clone().into(),
+        "-S".into(),
+    ]);
     Ok(args)
 }
 
@@ -159,22 +210,39 @@ pub fn argv(spec: &VmmSpec, platform: &Platform, is_isolated: bool) -> Result<Ve
 fn network(network: &GuestNetwork, is_isolated: bool) -> Result<(String, String)> {
     match network {
         GuestNetwork::UserMode { isolated, ports } => {
-            let restrict = if is_isolated || *isolated { ",restrict=on" } else { "" };
+            let restrict = if is_isolated || *isolated {
+                ",restrict=on"
+            } else {
+                ""
+            };
             let mut forward = format!("hostfwd=tcp:127.0.0.1:0-{GUEST_ADDR}:{GUEST_SSH_PORT}");
             for p in ports {
-                let (protocol, host, port, guest) = (p.protocol.name(), p.host_addr, p.host_port, p.guest_port);
-                let _ = write!(forward, ",hostfwd={protocol}:{host}:{port}-{GUEST_ADDR}:{guest}");
+                let (protocol, host, port, guest) =
+                    (p.protocol.name(), p.host_addr, p.host_port, p.guest_port);
+                let _ = write!(
+                    forward,
+                    ",hostfwd={protocol}:{host}:{port}-{GUEST_ADDR}:{guest}"
+                );
             }
-            Ok((format!("user,id=net,ipv6=off{restrict},{forward}"), String::new()))
+            Ok((
+                format!("user,id=net,ipv6=off{restrict},{forward}"),
+                String::new(),
+            ))
         }
         GuestNetwork::Tap { name, mac, .. } => {
-            let is_plain = |text: &str, also: u8| text.bytes().all(|b| b.is_ascii_alphanumeric() || b == also);
+            let is_plain =
+                |text: &str, also: u8| text.bytes().all(|b| b.is_ascii_alphanumeric() || b == also);
             if name.is_empty() || !is_plain(name, b'-') || !is_plain(mac, b':') {
-                return Err(Error::internal(format!("start the VMM: {network:?} is not one of our taps")));
+                return Err(Error::internal(format!(
+                    "start the VMM: {network:?} is not one of our taps"
+                )));
             }
             // QEMU opens /dev/net/tun itself and attaches to the tap that its uid owns. No script
             // runs.
-            Ok((format!("tap,id=net,ifname={name},script=no,downscript=no"), format!(",mac={mac}")))
+            Ok((
+                format!("tap,id=net,ifname={name},script=no,downscript=no"),
+                format!(",mac={mac}"),
+            ))
         }
     }
 }
@@ -187,7 +255,11 @@ fn file_node(node: &str, path: &Path, format: DiskFormat, is_readonly: bool) -> 
         return Err(Error::new(Kind::Unsupported, message).hint("use another state directory"));
     };
     let name = format!("{node}-file");
-    let driver = if format == DiskFormat::Device { "host_device" } else { "file" };
+    let driver = if format == DiskFormat::Device {
+        "host_device"
+    } else {
+        "file"
+    };
     Ok(json!({
         "driver": driver, "node-name": name, "filename": path, "locking": "on", "read-only": is_readonly,
         "discard": "unmap",
@@ -210,7 +282,18 @@ fn format_node(node: &str, format: DiskFormat, is_readonly: bool) -> String {
 /// because of that, which ends the VMM.
 pub fn probe_argv(platform: &Platform, kernel: &Path) -> Vec<OsString> {
     let mut args = platform.base();
-    args.extend(["-m", "256M", "-serial", "stdio", "-append", PROBE_KERNEL_ARGS, "-kernel"].map(OsString::from));
+    args.extend(
+        [
+            "-m",
+            "256M",
+            "-serial",
+            "stdio",
+            "-append",
+            PROBE_KERNEL_ARGS,
+            "-kernel",
+        ]
+        .map(OsString::from),
+    );
     args.push(kernel.into());
     args
 }
@@ -224,7 +307,9 @@ pub const PROBE_LAST_WORDS: &str = "VFS: Unable to mount root fs";
 pub fn forwarded_port(usernet: &str) -> Option<u16> {
     usernet.lines().find_map(|line| {
         let fields: Vec<_> = line.split_whitespace().collect();
-        let [protocol, _fd, source, port, dest, dest_port, ..] = fields.as_slice() else { return None };
+        let [protocol, _fd, source, port, dest, dest_port, ..] = fields.as_slice() else {
+            return None;
+        };
         let is_ours = *protocol == "TCP[HOST_FORWARD]"
             && *source == "127.0.0.1"
             && *dest == GUEST_ADDR
@@ -255,7 +340,10 @@ mod tests {
             vcpus: 2,
             mem_mib: 512,
             credentials: None,
-            network: GuestNetwork::UserMode { isolated: false, ports: Vec::new() },
+            network: GuestNetwork::UserMode {
+                isolated: false,
+                ports: Vec::new(),
+            },
             rates: crate::api::vm::RateLimits::default(),
             has_balloon: true,
             console_bytes_max: 1 << 20,
@@ -278,10 +366,15 @@ mod tests {
 
     #[test]
     fn argv_of_microvm_under_tcg() {
-        let board = Board::Microvm { tsc_khz: Some(2_596_111) };
+        let board = Board::Microvm {
+            tsc_khz: Some(2_596_111),
+        };
         check(
             &spec(),
-            Platform { accelerator: Accelerator::Tcg, board },
+            Platform {
+                accelerator: Accelerator::Tcg,
+                board,
+            },
             false,
             expect![[r#"
                 -name fc-aa-0123456789ab-1
@@ -321,10 +414,16 @@ mod tests {
 
     #[test]
     fn argv_of_isolated_q35_under_kvm_on_qcow2() {
-        let spec = VmmSpec { disk_format: DiskFormat::Qcow2, ..spec() };
+        let spec = VmmSpec {
+            disk_format: DiskFormat::Qcow2,
+            ..spec()
+        };
         check(
             &spec,
-            Platform { accelerator: Accelerator::Kvm, board: Board::Q35 },
+            Platform {
+                accelerator: Accelerator::Kvm,
+                board: Board::Q35,
+            },
             true,
             expect![[r#"
                 -name fc-aa-0123456789ab-1
@@ -364,17 +463,45 @@ mod tests {
 
     #[test]
     fn user_mode_is_restricted_by_configuration_or_vm() {
-        for (by_configuration, by_vm) in [(false, false), (true, false), (false, true), (true, true)] {
-            let (netdev, _) = network(&GuestNetwork::UserMode { isolated: by_vm, ports: Vec::new() }, by_configuration).unwrap();
-            assert_eq!(netdev.contains(",restrict=on,"), by_configuration || by_vm, "{netdev}");
+        for (by_configuration, by_vm) in
+            [(false, false), (true, false), (false, true), (true, true)]
+        {
+            let (netdev, _) = network(
+                &GuestNetwork::UserMode {
+                    isolated: by_vm,
+                    ports: Vec::new(),
+                },
+                by_configuration,
+            )
+            .unwrap();
+            assert_eq!(
+                netdev.contains(",restrict=on,"),
+                by_configuration || by_vm,
+                "{netdev}"
+            );
         }
     }
 
     #[test]
     fn user_mode_forwards_published_ports() {
-        let port = |host_addr: [u8; 4], protocol| Port { host_addr: host_addr.into(), host_port: 8080, guest_port: 80, protocol };
-        let ports = vec![port([127, 0, 0, 1], Protocol::Tcp), port([0, 0, 0, 0], Protocol::Udp)];
-        let (netdev, _) = network(&GuestNetwork::UserMode { isolated: false, ports }, false).unwrap();
+        let port = |host_addr: [u8; 4], protocol| Port {
+            host_addr: host_addr.into(),
+            host_port: 8080,
+            guest_port: 80,
+            protocol,
+        };
+        let ports = vec![
+            port([127, 0, 0, 1], Protocol::Tcp),
+            port([0, 0, 0, 0], Protocol::Udp),
+        ];
+        let (netdev, _) = network(
+            &GuestNetwork::UserMode {
+                isolated: false,
+                ports,
+            },
+            false,
+        )
+        .unwrap();
         assert_eq!(
             netdev,
             "user,id=net,ipv6=off,hostfwd=tcp:127.0.0.1:0-10.0.2.15:22,hostfwd=tcp:127.0.0.1:8080-10.0.2.15:80,hostfwd=udp:0.0.0.0:8080-10.0.2.15:80"
@@ -383,29 +510,75 @@ mod tests {
 
     #[test]
     fn work_disk_is_third_device() {
-        let spec = VmmSpec { work_disk: Some("/s/vms/0123456789ab/work".into()), ..spec() };
-        let args = argv(&spec, &Platform { accelerator: Accelerator::Kvm, board: Board::Q35 }, false).unwrap();
-        let devices: Vec<_> = args.iter().filter_map(|a| a.to_str()).filter(|a| a.starts_with("virtio-blk")).collect();
-        assert_eq!(devices, ["root", "seed", "work"].map(|n| format!("virtio-blk-pci,drive={n},serial={n}")));
+        let spec = VmmSpec {
+            work_disk: Some("/s/vms/0123456789ab/work".into()),
+            ..spec()
+        };
+        let args = argv(
+            &spec,
+            &Platform {
+                accelerator: Accelerator::Kvm,
+                board: Board::Q35,
+            },
+            false,
+        )
+        .unwrap();
+        let devices: Vec<_> = args
+            .iter()
+            .filter_map(|a| a.to_str())
+            .filter(|a| a.starts_with("virtio-blk"))
+            .collect();
+        assert_eq!(
+            devices,
+            ["root", "seed", "work"].map(|n| format!("virtio-blk-pci,drive={n},serial={n}"))
+        );
     }
 
     #[test]
     fn tap_arguments_are_checked() {
         let tap = |name: &str, mac: &str| {
             let address = Ipv4Addr::new(10, 89, 0, 5);
-            network(&GuestNetwork::Tap { name: name.into(), mac: mac.into(), address }, false)
+            network(
+                &GuestNetwork::Tap {
+                    name: name.into(),
+                    mac: mac.into(),
+                    address,
+                },
+                false,
+            )
         };
         let (netdev, mac) = tap("fc1a2b3c4d-7", "02:fc:0a:59:00:05").unwrap();
-        assert_eq!(netdev, "tap,id=net,ifname=fc1a2b3c4d-7,script=no,downscript=no");
+        assert_eq!(
+            netdev,
+            "tap,id=net,ifname=fc1a2b3c4d-7,script=no,downscript=no"
+        );
         assert_eq!(mac, ",mac=02:fc:0a:59:00:05");
-        assert!(tap("a,script=/x", "02:fc:0a:59:00:05").is_err() && tap("", "").is_err() && tap("a", "02,x").is_err());
+        assert!(
+            tap("a,script=/x", "02:fc:0a:59:00:05").is_err()
+                && tap("", "").is_err()
+                && tap("a", "02,x").is_err()
+        );
     }
 
     #[test]
     fn tag_with_special_characters_is_rejected() {
-        let platform = Platform { accelerator: Accelerator::Tcg, board: Board::Q35 };
+        let platform = Platform {
+            accelerator: Accelerator::Tcg,
+            board: Board::Q35,
+        };
         for tag in ["", "a,b", "a=b", "a b"] {
-            assert!(argv(&VmmSpec { tag: tag.into(), ..spec() }, &platform, false).is_err(), "{tag}");
+            assert!(
+                argv(
+                    &VmmSpec {
+                        tag: tag.into(),
+                        ..spec()
+                    },
+                    &platform,
+                    false
+                )
+                .is_err(),
+                "{tag}"
+            );
         }
     }
 

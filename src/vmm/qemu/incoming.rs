@@ -36,7 +36,10 @@ pub struct Message {
 impl Message {
     /// Returns why the VMM is about to end, if this message says so.
     pub fn shutdown_cause(&self) -> Option<Cause> {
-        let data = self.data.as_ref().filter(|_| self.event.as_deref() == Some("SHUTDOWN"))?;
+        let data = self
+            .data
+            .as_ref()
+            .filter(|_| self.event.as_deref() == Some("SHUTDOWN"))?;
         Cause::parse(data.get("reason")?.as_str()?)
     }
 }
@@ -51,7 +54,10 @@ impl Refusal {
     /// Returns one line of limited length without control characters.
     pub fn text(&self, doing: &str) -> String {
         let bounded = |text: &str, max: usize| text.chars().take(max).collect::<String>();
-        let (class, desc) = (bounded(&self.class, CLASS_CHARS_MAX), bounded(&self.desc, DESC_CHARS_MAX));
+        let (class, desc) = (
+            bounded(&self.class, CLASS_CHARS_MAX),
+            bounded(&self.desc, DESC_CHARS_MAX),
+        );
         printable(&format!("{doing}: {class}: {desc}"))
     }
 }
@@ -79,7 +85,10 @@ impl Incoming {
     /// Returns the next message. None until more bytes have come. Must be called until it returns
     /// None before the next [`Incoming::push`].
     pub fn message(&mut self) -> Result<Option<Message>, Unusable> {
-        let end = self.buffer[self.searched..].iter().position(|b| *b == b'\n').map(|at| self.searched + at);
+        let end = self.buffer[self.searched..]
+            .iter()
+            .position(|b| *b == b'\n')
+            .map(|at| self.searched + at);
         if end.unwrap_or(self.buffer.len()) > LINE_BYTES_MAX {
             return Err(Unusable::TooLong);
         }
@@ -108,14 +117,19 @@ pub struct Budget {
 
 impl Budget {
     pub fn new(now: Instant) -> Self {
-        Self { lines: LINES_MAX, since: now }
+        Self {
+            lines: LINES_MAX,
+            since: now,
+        }
     }
 
     /// Counts one line. Returns false if there were too many.
     pub fn spend(&mut self, now: Instant) -> bool {
         let seconds = now.saturating_duration_since(self.since).as_secs();
         if seconds > 0 {
-            let more = u32::try_from(seconds).unwrap_or(u32::MAX).saturating_mul(LINES_PER_S);
+            let more = u32::try_from(seconds)
+                .unwrap_or(u32::MAX)
+                .saturating_mul(LINES_PER_S);
             self.lines = self.lines.saturating_add(more).min(LINES_MAX);
             self.since = now;
         }
@@ -153,11 +167,33 @@ mod tests {
 
     #[test]
     fn shutdown_event_contains_cause() {
-        let cause = |line: &str| serde_json::from_str::<Message>(line).unwrap().shutdown_cause();
-        let event = |name: &str, data: &str| format!(r#"{{"event": "{name}", "data": {data}, "timestamp": {{}}}}"#);
-        assert_eq!(cause(&event("SHUTDOWN", r#"{"guest": true, "reason": "guest-reset"}"#)), Some(Cause::GuestReset));
-        assert_eq!(cause(&event("SHUTDOWN", r#"{"guest": false, "reason": "host-signal"}"#)), Some(Cause::Host("host-signal")));
-        for (name, data) in [("SHUTDOWN", "{}"), ("SHUTDOWN", "7"), ("SHUTDOWN", r#"{"reason": 7}"#)] {
+        let cause = |line: &str| {
+            serde_json::from_str::<Message>(line)
+                .unwrap()
+                .shutdown_cause()
+        };
+        let event = |name: &str, data: &str| {
+            format!(r#"{{"event": "{name}", "data": {data}, "timestamp": {{}}}}"#)
+        };
+        assert_eq!(
+            cause(&event(
+                "SHUTDOWN",
+                r#"{"guest": true, "reason": "guest-reset"}"#
+            )),
+            Some(Cause::GuestReset)
+        );
+        assert_eq!(
+            cause(&event(
+                "SHUTDOWN",
+                r#"{"guest": false, "reason": "host-signal"}"#
+            )),
+            Some(Cause::Host("host-signal"))
+        );
+        for (name, data) in [
+            ("SHUTDOWN", "{}"),
+            ("SHUTDOWN", "7"),
+            ("SHUTDOWN", r#"{"reason": 7}"#),
+        ] {
             assert_eq!(cause(&event(name, data)), None, "{data}");
         }
         assert_eq!(cause(&event("RESET", r#"{"reason": "guest-reset"}"#)), None);
@@ -166,10 +202,23 @@ mod tests {
 
     #[test]
     fn line_above_bound_is_rejected_even_if_incomplete() {
-        let long = [b"{\"return\": \"", vec![b'x'; LINE_BYTES_MAX].as_slice(), b"\"}\n"].concat();
+        let long = [
+            b"{\"return\": \"",
+            vec![b'x'; LINE_BYTES_MAX].as_slice(),
+            b"\"}\n",
+        ]
+        .concat();
         assert!(matches!(all(&[&long]), Err(Unusable::TooLong)));
-        assert!(matches!(all(&[&long[..LINE_BYTES_MAX + 1]]), Err(Unusable::TooLong)));
-        let fits = [b"{\"return\": \"", vec![b'x'; LINE_BYTES_MAX - 14].as_slice(), b"\"}\n"].concat();
+        assert!(matches!(
+            all(&[&long[..LINE_BYTES_MAX + 1]]),
+            Err(Unusable::TooLong)
+        ));
+        let fits = [
+            b"{\"return\": \"",
+            vec![b'x'; LINE_BYTES_MAX - 14].as_slice(),
+            b"\"}\n",
+        ]
+        .concat();
         assert_eq!(all(&[&fits]).unwrap(), 1);
     }
 
@@ -183,10 +232,21 @@ mod tests {
     fn budget_limits_flood_and_refills() {
         let begun = Instant::now();
         let mut budget = Budget::new(begun);
-        assert_eq!((0..2 * LINES_MAX).filter(|_| budget.spend(begun)).count() as u32, LINES_MAX);
+        assert_eq!(
+            (0..2 * LINES_MAX).filter(|_| budget.spend(begun)).count() as u32,
+            LINES_MAX
+        );
         let later = begun + Duration::from_secs(3);
-        assert_eq!((0..2 * LINES_MAX).filter(|_| budget.spend(later)).count() as u32, 3 * LINES_PER_S);
+        assert_eq!(
+            (0..2 * LINES_MAX).filter(|_| budget.spend(later)).count() as u32,
+            3 * LINES_PER_S
+        );
         let much_later = later + Duration::from_secs(u64::from(u32::MAX) * 2);
-        assert_eq!((0..2 * LINES_MAX).filter(|_| budget.spend(much_later)).count() as u32, LINES_MAX);
+        assert_eq!(
+            (0..2 * LINES_MAX)
+                .filter(|_| budget.spend(much_later))
+                .count() as u32,
+            LINES_MAX
+        );
     }
 }

@@ -66,27 +66,55 @@ impl Qemu {
     pub fn new(config: Config, consoles: Arc<Consoles>) -> Result<Self> {
         let picker = Picker::new(config.clone());
         let (uids, of_driver) = (config.uids(), config.clone());
-        let processes = Processes::try_new(uids, Box::new(move |executable| is_qemu(&of_driver, executable)))?;
+        let processes = Processes::try_new(
+            uids,
+            Box::new(move |executable| is_qemu(&of_driver, executable)),
+        )?;
         let closing = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
-        Ok(Self { config, picker, consoles, processes, closing })
+        Ok(Self {
+            config,
+            picker,
+            consoles,
+            processes,
+            closing,
+        })
     }
 
     fn spawn(&self, spec: &VmmSpec, picked: &Picked) -> Result<(Process, OwnedFd)> {
         if let Some((uid, _)) = spec.credentials {
-            can_reach(uid, &spec.dir.join(RUN_DIR), "the state directory", reach::state_dir_fix)?;
+            can_reach(
+                uid,
+                &spec.dir.join(RUN_DIR),
+                "the state directory",
+                reach::state_dir_fix,
+            )?;
             if let Ok(program) = program::locate(&self.config.binary) {
                 can_reach(uid, &program, "QEMU", checks::binary_fix)?;
             }
         }
         let dir = open_dir(&spec.dir)?;
-        let run = run_dir::make(&dir, &[argv::QMP_SOCKET, argv::CONTROL_SOCKET, argv::CONSOLE_SOCKET], spec.credentials)?;
+        let run = run_dir::make(
+            &dir,
+            &[argv::QMP_SOCKET, argv::CONTROL_SOCKET, argv::CONSOLE_SOCKET],
+            spec.credentials,
+        )?;
         let output = run_dir::open_log(&dir, spec)?;
-        let groups = picked.groups.iter().copied().chain(tap_groups(spec)?).collect();
-        let credentials = spec.credentials.map(|(uid, gid)| Credentials { uid, gid, groups });
+        let groups = picked
+            .groups
+            .iter()
+            .copied()
+            .chain(tap_groups(spec)?)
+            .collect();
+        let credentials = spec
+            .credentials
+            .map(|(uid, gid)| Credentials { uid, gid, groups });
         let process = process::spawn(Spawn {
             program: program::locate(&self.config.binary)?,
             args: argv::argv(spec, &picked.platform, self.config.isolated)?,
-            env: vec![("PATH".into(), PATH.into()), ("LC_ALL".into(), "C.UTF-8".into())],
+            env: vec![
+                ("PATH".into(), PATH.into()),
+                ("LC_ALL".into(), "C.UTF-8".into()),
+            ],
             cwd: spec.dir.join(RUN_DIR),
             output: Some(output),
             credentials,
@@ -107,16 +135,27 @@ impl Qemu {
         let process = Process::open(identity)?.ok_or_else(gone)?;
         let _blocking = region(Rank::VmmApi);
         let run = run_dir::open(dir, doing)?;
-        let control = dial::connect(&run, argv::CONTROL_SOCKET, &process, deadline)?.ok_or_else(gone)?;
-        Qmp::open(control, deadline).and_then(|mut qmp| ask(&mut qmp)).map_err(|e| e.context(doing))
+        let control =
+            dial::connect(&run, argv::CONTROL_SOCKET, &process, deadline)?.ok_or_else(gone)?;
+        Qmp::open(control, deadline)
+            .and_then(|mut qmp| ask(&mut qmp))
+            .map_err(|e| e.context(doing))
     }
 
     /// Connects to a VMM that has just been spawned, and runs its guest. The console is attached
     /// first, so that none of the guest's output is lost.
-    fn configure_and_run(&self, spec: &VmmSpec, process: &Process, run: &OwnedFd, deadline: Deadline<'_>) -> Result<Running> {
+    fn configure_and_run(
+        &self,
+        spec: &VmmSpec,
+        process: &Process,
+        run: &OwnedFd,
+        deadline: Deadline<'_>,
+    ) -> Result<Running> {
         let exited = || run_dir::exited_early("qemu", spec, process);
-        let console = dial::connect(run, argv::CONSOLE_SOCKET, process, deadline)?.ok_or_else(exited)?;
-        let control = dial::connect(run, argv::QMP_SOCKET, process, deadline)?.ok_or_else(exited)?;
+        let console =
+            dial::connect(run, argv::CONSOLE_SOCKET, process, deadline)?.ok_or_else(exited)?;
+        let control =
+            dial::connect(run, argv::QMP_SOCKET, process, deadline)?.ok_or_else(exited)?;
         let mark = format!("started {}", spec.tag);
         self.consoles.attach(Attach {
             dir: spec.dir.clone(),
@@ -134,9 +173,18 @@ impl Qemu {
                 throttle::set(&mut qmp, spec)?;
             }
             qmp.execute("cont", &json!({}))?;
-            Ok(Running { identity: process.identity().clone(), ssh_addr })
+            Ok(Running {
+                identity: process.identity().clone(),
+                ssh_addr,
+            })
         };
-        ask().map_err(|e| if e.kind() != Kind::Cancelled && run_dir::is_exiting(process) { exited() } else { e })
+        ask().map_err(|e| {
+            if e.kind() != Kind::Cancelled && run_dir::is_exiting(process) {
+                exited()
+            } else {
+                e
+            }
+        })
     }
 }
 
@@ -145,26 +193,42 @@ fn tap_groups(spec: &VmmSpec) -> Result<Vec<u32>> {
     if matches!(spec.network, GuestNetwork::UserMode { .. }) {
         return Ok(Vec::new());
     }
-    devices::access_as(devices::TUN, spec.credentials.is_some())
-        .map_err(|why| Error::new(Kind::Unsupported, format!("start the VMM: {why}")).hint("run fcctl doctor"))
+    devices::access_as(devices::TUN, spec.credentials.is_some()).map_err(|why| {
+        Error::new(Kind::Unsupported, format!("start the VMM: {why}")).hint("run fcctl doctor")
+    })
 }
 
 /// Checks that `uid` can reach this path. QEMU itself would only report that it cannot open a file.
-fn can_reach(uid: u32, path: &Path, what: &str, fix: fn(&dyn std::fmt::Display) -> String) -> Result<()> {
-    let Some(closed) = reach::closed_to_others(path) else { return Ok(()) };
+fn can_reach(
+    uid: u32,
+    path: &Path,
+    what: &str,
+    fix: fn(&dyn std::fmt::Display) -> String,
+) -> Result<()> {
+    let Some(closed) = reach::closed_to_others(path) else {
+        return Ok(());
+    };
     let closed = closed.display();
-    let message = format!("start the VMM: its uid {uid} may not enter {closed}, which contains {what}");
+    let message =
+        format!("start the VMM: its uid {uid} may not enter {closed}, which contains {what}");
     Err(Error::new(Kind::Host, message).hint(fix(&closed)))
 }
 
 /// The deadline for a running VMM.
 fn soon(cancel: &Cancel) -> Deadline<'_> {
-    Deadline { at: Instant::now() + ADOPT_DEADLINE, cancel }
+    Deadline {
+        at: Instant::now() + ADOPT_DEADLINE,
+        cancel,
+    }
 }
 
 /// The deadline for a start, which first has to read the memory of a saved guest.
 fn start_deadline(spec: &VmmSpec) -> Duration {
-    if spec.saved.is_some() { save::DEADLINE } else { START_DEADLINE }
+    if spec.saved.is_some() {
+        save::DEADLINE
+    } else {
+        START_DEADLINE
+    }
 }
 
 /// Returns the address of the guest's SSH server. On a tap it is the guest's own address, and in
@@ -176,12 +240,19 @@ fn ssh_addr(spec: &VmmSpec, qmp: &mut Qmp<'_>) -> Result<SocketAddr> {
     let table = qmp.human("info usernet")?;
     match argv::forwarded_port(&table) {
         Some(port) => Ok(SocketAddr::from((Ipv4Addr::LOCALHOST, port))),
-        None => Err(Error::new(Kind::VmmFailed, "find the guest's SSH port: the VMM forwards none")),
+        None => Err(Error::new(
+            Kind::VmmFailed,
+            "find the guest's SSH port: the VMM forwards none",
+        )),
     }
 }
 
 fn is_qemu(config: &Config, executable: &Path) -> bool {
-    let name = |p: &Path| p.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+    let name = |p: &Path| {
+        p.file_name()
+            .map(|n| n.to_string_lossy().into_owned())
+            .unwrap_or_default()
+    };
     // A wrapper script runs another executable, with QEMU in its name.
     name(executable) == name(&config.binary) || name(executable).contains("qemu")
 }
@@ -194,7 +265,9 @@ impl Drop for Qemu {
 
 impl Driver for Qemu {
     fn describe(&self) -> String {
-        self.picker.known().map_or_else(|| "qemu".to_owned(), |picked| picked.platform.to_string())
+        self.picker
+            .known()
+            .map_or_else(|| "qemu".to_owned(), |picked| picked.platform.to_string())
     }
 
     fn warm_up(&self, kernel: &Path, cancel: &Cancel) {
@@ -207,7 +280,12 @@ impl Driver for Qemu {
         &self.consoles
     }
 
-    fn start(&self, spec: &VmmSpec, cancel: &Cancel, spawned: &mut dyn FnMut(&Identity)) -> Result<Running> {
+    fn start(
+        &self,
+        spec: &VmmSpec,
+        cancel: &Cancel,
+        spawned: &mut dyn FnMut(&Identity),
+    ) -> Result<Running> {
         let picked = self.picker.pick(&spec.kernel, cancel)?;
         if let Some(saved) = &spec.saved {
             save::require_same(&saved.driver, &picked.platform.to_string())?;
@@ -218,11 +296,21 @@ impl Driver for Qemu {
         let (process, run) = self.spawn(spec, &picked)?;
         // From here on, an error, a cancel or a panic must not leave a process.
         let mut undo = crate::undo::Undo::new();
-        undo.push("kill the VMM", || self.kill(process.identity(), Instant::now() + KILL_DEADLINE));
+        undo.push("kill the VMM", || {
+            self.kill(process.identity(), Instant::now() + KILL_DEADLINE)
+        });
         spawned(process.identity());
         let running = {
             let _blocking = region(Rank::VmmApi);
-            self.configure_and_run(spec, &process, &run, Deadline { at: Instant::now() + start_deadline(spec), cancel })?
+            self.configure_and_run(
+                spec,
+                &process,
+                &run,
+                Deadline {
+                    at: Instant::now() + start_deadline(spec),
+                    cancel,
+                },
+            )?
         };
         undo.commit();
         Ok(running)
@@ -239,12 +327,19 @@ impl Driver for Qemu {
     fn adopt(&self, spec: &VmmSpec, identity: &Identity) -> Result<Running> {
         let doing = "adopt the VMM";
         let gone = || Error::new(Kind::VmmFailed, format!("{doing}: it has exited"));
-        let process = self.processes.verify(identity, &spec.tag)?.ok_or_else(gone)?;
+        let process = self
+            .processes
+            .verify(identity, &spec.tag)?
+            .ok_or_else(gone)?;
         let _blocking = region(Rank::VmmApi);
         let cancel = Cancel::try_new().map_err(|e| Error::io(doing, e))?;
-        let deadline = Deadline { at: Instant::now() + ADOPT_DEADLINE, cancel: &cancel };
+        let deadline = Deadline {
+            at: Instant::now() + ADOPT_DEADLINE,
+            cancel: &cancel,
+        };
         let run = run_dir::open(&spec.dir, doing)?;
-        let console = dial::connect(&run, argv::CONSOLE_SOCKET, &process, deadline)?.ok_or_else(gone)?;
+        let console =
+            dial::connect(&run, argv::CONSOLE_SOCKET, &process, deadline)?.ok_or_else(gone)?;
         let mark = "reconnected; output since fcd stopped is lost".to_owned();
         self.consoles.attach(Attach {
             dir: spec.dir.clone(),
@@ -252,10 +347,14 @@ impl Driver for Qemu {
             from: OwnedFd::from(console).into(),
             mark,
         })?;
-        let control = dial::connect(&run, argv::CONTROL_SOCKET, &process, deadline)?.ok_or_else(gone)?;
+        let control =
+            dial::connect(&run, argv::CONTROL_SOCKET, &process, deadline)?.ok_or_else(gone)?;
         let mut qmp = Qmp::open(control, deadline).map_err(|e| e.context(doing))?;
         let ssh_addr = ssh_addr(spec, &mut qmp).map_err(|e| e.context(doing))?;
-        Ok(Running { identity: identity.clone(), ssh_addr })
+        Ok(Running {
+            identity: identity.clone(),
+            ssh_addr,
+        })
     }
 
     fn is_alive(&self, identity: &Identity) -> bool {
@@ -263,7 +362,9 @@ impl Driver for Qemu {
     }
 
     fn is_ours(&self, identity: &Identity, tag: &str) -> bool {
-        self.processes.verify(identity, tag).is_ok_and(|process| process.is_some())
+        self.processes
+            .verify(identity, tag)
+            .is_ok_and(|process| process.is_some())
     }
 
     fn runs(&self, identity: &Identity) -> bool {
@@ -282,15 +383,38 @@ impl Driver for Qemu {
         self.processes.watch(dir, &self.consoles, identity, died)
     }
 
-    fn watch_guest(&self, dir: &Path, identity: &Identity, on_event: Box<dyn Fn(GuestEvent) + Send>) -> Result<()> {
-        let Some(process) = Process::open(identity)? else { return Ok(()) };
+    fn watch_guest(
+        &self,
+        dir: &Path,
+        identity: &Identity,
+        on_event: Box<dyn Fn(GuestEvent) + Send>,
+    ) -> Result<()> {
+        let Some(process) = Process::open(identity)? else {
+            return Ok(());
+        };
         let note = self.processes.notes.open(identity)?;
-        let monitor = Monitor { process, dir: dir.to_owned(), closing: self.closing.clone(), on_event, note };
-        crate::host::thread::spawn(&format!("vmm-{}", identity.pid), move || monitor.run()).map(drop)
+        let monitor = Monitor {
+            process,
+            dir: dir.to_owned(),
+            closing: self.closing.clone(),
+            on_event,
+            note,
+        };
+        crate::host::thread::spawn(&format!("vmm-{}", identity.pid), move || monitor.run())
+            .map(drop)
     }
 
-    fn save(&self, spec: &VmmSpec, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<String> {
-        let deadline = Deadline { at: Instant::now() + save::DEADLINE, cancel };
+    fn save(
+        &self,
+        spec: &VmmSpec,
+        identity: &Identity,
+        to: SaveTo<'_>,
+        cancel: &Cancel,
+    ) -> Result<String> {
+        let deadline = Deadline {
+            at: Instant::now() + save::DEADLINE,
+            cancel,
+        };
         let saved = self.talk(&spec.dir, identity, "save the guest", deadline, |qmp| {
             save::save(qmp, to.memory)?;
             save::version(qmp)
@@ -298,7 +422,13 @@ impl Driver for Qemu {
         if saved.is_err() {
             // Use another cancel object, because the first one may have fired.
             let never = Cancel::try_new().map_err(|e| Error::io("save the guest", e))?;
-            if let Err(e) = self.talk(&spec.dir, identity, "cancel saving the guest", soon(&never), save::cancel_migration) {
+            if let Err(e) = self.talk(
+                &spec.dir,
+                identity,
+                "cancel saving the guest",
+                soon(&never),
+                save::cancel_migration,
+            ) {
                 log::warn!("{e}");
             }
         }
@@ -313,8 +443,18 @@ impl Driver for Qemu {
         }
     }
 
-    fn set_paused(&self, dir: &Path, identity: &Identity, is_paused: bool, cancel: &Cancel) -> Result<()> {
-        let (doing, command) = if is_paused { ("pause the guest", "stop") } else { ("resume the guest", "cont") };
+    fn set_paused(
+        &self,
+        dir: &Path,
+        identity: &Identity,
+        is_paused: bool,
+        cancel: &Cancel,
+    ) -> Result<()> {
+        let (doing, command) = if is_paused {
+            ("pause the guest", "stop")
+        } else {
+            ("resume the guest", "cont")
+        };
         self.talk(dir, identity, doing, soon(cancel), |qmp| {
             if !is_paused {
                 save::cancel_migration(qmp)?;
@@ -329,31 +469,71 @@ impl Driver for Qemu {
     }
 
     fn set_rates(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<()> {
-        self.talk(&spec.dir, identity, "limit the guest's disks", soon(cancel), |qmp| throttle::set(qmp, spec))
+        self.talk(
+            &spec.dir,
+            identity,
+            "limit the guest's disks",
+            soon(cancel),
+            |qmp| throttle::set(qmp, spec),
+        )
     }
 
-    fn set_balloon(&self, spec: &VmmSpec, identity: &Identity, keep_mib: u64, cancel: &Cancel) -> Result<()> {
+    fn set_balloon(
+        &self,
+        spec: &VmmSpec,
+        identity: &Identity,
+        keep_mib: u64,
+        cancel: &Cancel,
+    ) -> Result<()> {
         let value = json!({ "value": keep_mib << 20 });
-        self.talk(&spec.dir, identity, "set the balloon", soon(cancel), |qmp| qmp.execute("balloon", &value).map(drop))
+        self.talk(
+            &spec.dir,
+            identity,
+            "set the balloon",
+            soon(cancel),
+            |qmp| qmp.execute("balloon", &value).map(drop),
+        )
     }
 
     fn balloon_mib(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<u64> {
         let doing = "read the size of the balloon";
-        let answer = self.talk(&spec.dir, identity, doing, soon(cancel), |qmp| qmp.execute("query-balloon", &json!({})))?;
+        let answer = self.talk(&spec.dir, identity, doing, soon(cancel), |qmp| {
+            qmp.execute("query-balloon", &json!({}))
+        })?;
         let bytes = answer["actual"].as_u64();
-        bytes.map(|b| b >> 20).ok_or_else(|| Error::new(Kind::VmmFailed, format!("{doing}: the answer contains no size")))
+        bytes.map(|b| b >> 20).ok_or_else(|| {
+            Error::new(
+                Kind::VmmFailed,
+                format!("{doing}: the answer contains no size"),
+            )
+        })
     }
 
-    fn metrics(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<Vec<serde_json::Value>> {
+    fn metrics(
+        &self,
+        spec: &VmmSpec,
+        identity: &Identity,
+        cancel: &Cancel,
+    ) -> Result<Vec<serde_json::Value>> {
         const COMMAND: &str = "query-blockstats";
         let ask = |qmp: &mut Qmp<'_>| qmp.execute(COMMAND, &json!({}));
-        self.talk(&spec.dir, identity, "read the VMM's metrics", soon(cancel), ask).map(|stats| vec![json!({ COMMAND: stats })])
+        self.talk(
+            &spec.dir,
+            identity,
+            "read the VMM's metrics",
+            soon(cancel),
+            ask,
+        )
+        .map(|stats| vec![json!({ COMMAND: stats })])
     }
 
     /// QEMU supports vsock only through the host's kernel (vhost-vsock), where guests' numbers are
     /// shared by the whole host.
     fn connect(&self, _identity: &Identity, _port: u32, _cancel: &Cancel) -> Result<UnixStream> {
-        Err(Error::new(Kind::Unsupported, "guests of QEMU have no vsock").hint("use a port of its network: fcctl run -p PORT"))
+        Err(
+            Error::new(Kind::Unsupported, "guests of QEMU have no vsock")
+                .hint("use a port of its network: fcctl run -p PORT"),
+        )
     }
 
     /// The `microvm` board has no keyboard, and no other way to signal a guest without a daemon in
@@ -398,8 +578,16 @@ mod tests {
         let binary = "/bin/ls".into();
         let accel = crate::config::Accel::Tcg;
         let machine = crate::config::Machine::Q35;
-        let driver =
-            Qemu::new(Config { binary, accel, machine, ..Config::default() }, Arc::new(Consoles::try_new().unwrap())).unwrap();
+        let driver = Qemu::new(
+            Config {
+                binary,
+                accel,
+                machine,
+                ..Config::default()
+            },
+            Arc::new(Consoles::try_new().unwrap()),
+        )
+        .unwrap();
         let path = |name: &str| temp.path().join(name);
         let spec = VmmSpec {
             vm: "0123456789ab".parse().unwrap(),
@@ -415,14 +603,21 @@ mod tests {
             vcpus: 1,
             mem_mib: 128,
             credentials: None,
-            network: crate::vmm::GuestNetwork::UserMode { isolated: false, ports: Vec::new() },
+            network: crate::vmm::GuestNetwork::UserMode {
+                isolated: false,
+                ports: Vec::new(),
+            },
             rates: crate::api::vm::RateLimits::default(),
             has_balloon: true,
             console_bytes_max: 1 << 16,
             saved: None,
         };
         let mut spawned = None;
-        let e = driver.start(&spec, &Cancel::try_new().unwrap(), &mut |i| spawned = Some(i.clone())).unwrap_err();
+        let e = driver
+            .start(&spec, &Cancel::try_new().unwrap(), &mut |i| {
+                spawned = Some(i.clone())
+            })
+            .unwrap_err();
         assert_eq!(
             e.to_string(),
             "start the VMM: qemu ended with exit status 2: /bin/ls: invalid option -- 'e'; Try '/bin/ls --help' for more information."
@@ -430,10 +625,25 @@ mod tests {
         assert_eq!(e.kind(), Kind::VmmFailed);
         let identity = spawned.expect("the identity is reported first");
         assert!(!driver.is_alive(&identity));
-        assert!(driver.wait_exit(&identity, Instant::now(), &Cancel::try_new().unwrap()).unwrap());
+        assert!(
+            driver
+                .wait_exit(&identity, Instant::now(), &Cancel::try_new().unwrap())
+                .unwrap()
+        );
         driver.kill(&identity, Instant::now()).unwrap();
         let (sender, ends) = std::sync::mpsc::channel();
-        driver.watch(temp.path(), &identity, Box::new(move |how| sender.send(how).unwrap())).unwrap();
-        assert_eq!(ends.recv_timeout(Duration::from_secs(10)).unwrap().to_string(), "the VMM died: exit status 2");
+        driver
+            .watch(
+                temp.path(),
+                &identity,
+                Box::new(move |how| sender.send(how).unwrap()),
+            )
+            .unwrap();
+        assert_eq!(
+            ends.recv_timeout(Duration::from_secs(10))
+                .unwrap()
+                .to_string(),
+            "the VMM died: exit status 2"
+        );
     }
 }

@@ -52,13 +52,18 @@ impl Monitor {
             && !self.closing.is_cancelled()
             && !run_dir::is_exiting(&self.process)
         {
-            log::warn!("the VMM of {} is no longer monitored: {e}", self.dir.display());
+            log::warn!(
+                "the VMM of {} is no longer monitored: {e}",
+                self.dir.display()
+            );
         }
         (self.on_event)(GuestEvent::Paused(false));
     }
 
     fn monitor(&self) -> Result<()> {
-        let Some(mut qmp) = self.open()? else { return Ok(()) };
+        let Some(mut qmp) = self.open()? else {
+            return Ok(());
+        };
         let conversed = self.converse(&mut qmp);
         self.note.record(qmp.shutdown_cause());
         conversed
@@ -76,7 +81,11 @@ impl Monitor {
                 log::warn!(
                     "{}: the guest is {}",
                     self.dir.display(),
-                    if is_paused { "paused because the host's disk is full" } else { "resumed" }
+                    if is_paused {
+                        "paused because the host's disk is full"
+                    } else {
+                        "resumed"
+                    }
                 );
                 (self.on_event)(GuestEvent::Paused(is_paused));
                 was_paused = is_paused;
@@ -89,7 +98,9 @@ impl Monitor {
         let dir = run_dir::open(&self.dir, "open the VMM's run directory")?;
         self.until_answered(|deadline| {
             let control = dial::connect(&dir, QMP_SOCKET, &self.process, deadline)?;
-            control.map(|control| Qmp::open(control, deadline)).transpose()
+            control
+                .map(|control| Qmp::open(control, deadline))
+                .transpose()
         })
     }
 
@@ -123,7 +134,10 @@ impl Monitor {
 
     /// Repeats an attempt until there is an answer. Reports when there has been none for too long,
     /// and when there is one again.
-    fn until_answered<'a, T>(&'a self, mut attempt: impl FnMut(Deadline<'a>) -> Result<T>) -> Result<T> {
+    fn until_answered<'a, T>(
+        &'a self,
+        mut attempt: impl FnMut(Deadline<'a>) -> Result<T>,
+    ) -> Result<T> {
         let mut misses = 0;
         let result = loop {
             let result = {
@@ -156,11 +170,15 @@ impl Monitor {
     }
 
     fn deadline_in(&self, period: Duration) -> Deadline<'_> {
-        Deadline { at: Instant::now() + period, cancel: &self.closing }
+        Deadline {
+            at: Instant::now() + period,
+            cancel: &self.closing,
+        }
     }
 
     /// True if there is room for the VMM, which does not run as root.
     fn has_room(&self) -> bool {
-        rustix::fs::statvfs(&self.dir).is_ok_and(|s| s.f_bavail.saturating_mul(s.f_frsize) >= FREE_BYTES_MIN)
+        rustix::fs::statvfs(&self.dir)
+            .is_ok_and(|s| s.f_bavail.saturating_mul(s.f_frsize) >= FREE_BYTES_MIN)
     }
 }

@@ -31,10 +31,19 @@ impl<'a> Qmp<'a> {
     /// Reads the greeting and leaves negotiation mode. `stream` must be non-blocking.
     pub fn open(stream: UnixStream, deadline: Deadline<'a>) -> Result<Self> {
         let budget = Budget::new(Instant::now());
-        let mut qmp = Self { stream, deadline, incoming: Incoming::default(), budget, shutdown_cause: None };
+        let mut qmp = Self {
+            stream,
+            deadline,
+            incoming: Incoming::default(),
+            budget,
+            shutdown_cause: None,
+        };
         let greeting = qmp.message("greet the VMM")?;
         if greeting.greeting.is_none() {
-            return Err(Error::new(Kind::VmmFailed, "greet the VMM: it did not send a QMP greeting"));
+            return Err(Error::new(
+                Kind::VmmFailed,
+                "greet the VMM: it did not send a QMP greeting",
+            ));
         }
         qmp.execute("qmp_capabilities", &json!({}))?;
         Ok(qmp)
@@ -66,14 +75,27 @@ impl<'a> Qmp<'a> {
     /// Passes a descriptor to the VMM under a name for later commands (`getfd`).
     pub fn give(&mut self, name: &str, fd: BorrowedFd<'_>) -> Result<()> {
         let doing = "pass a file to the VMM";
-        let line = json!({ "execute": "getfd", "arguments": { "fdname": name } }).to_string() + "\n";
+        let line =
+            json!({ "execute": "getfd", "arguments": { "fdname": name } }).to_string() + "\n";
         self.wait(PollFlags::POLLOUT, doing)?;
         let fds = [fd.as_raw_fd()];
-        let (data, rights) = ([IoSlice::new(line.as_bytes())], [ControlMessage::ScmRights(&fds)]);
-        let sent = sendmsg::<()>(self.stream.as_raw_fd(), &data, &rights, MsgFlags::MSG_NOSIGNAL, None);
+        let (data, rights) = (
+            [IoSlice::new(line.as_bytes())],
+            [ControlMessage::ScmRights(&fds)],
+        );
+        let sent = sendmsg::<()>(
+            self.stream.as_raw_fd(),
+            &data,
+            &rights,
+            MsgFlags::MSG_NOSIGNAL,
+            None,
+        );
         match sent.map_err(|e| Error::io(doing, std::io::Error::from(e)))? {
             n if n == line.len() => self.answer("getfd").map(drop),
-            _ => Err(Error::new(Kind::VmmFailed, format!("{doing}: its socket is full"))),
+            _ => Err(Error::new(
+                Kind::VmmFailed,
+                format!("{doing}: its socket is full"),
+            )),
         }
     }
 
@@ -89,8 +111,14 @@ impl<'a> Qmp<'a> {
         let doing = format!("send {command} to the VMM");
         loop {
             match self.message(&doing)? {
-                Message { answer: Some(answer), .. } => return Ok(answer),
-                Message { error: Some(refusal), .. } => return Err(Error::new(Kind::VmmFailed, refusal.text(&doing))),
+                Message {
+                    answer: Some(answer),
+                    ..
+                } => return Ok(answer),
+                Message {
+                    error: Some(refusal),
+                    ..
+                } => return Err(Error::new(Kind::VmmFailed, refusal.text(&doing))),
                 Message { event, .. } => log::debug!("event of a VMM: {event:?}"),
             }
         }
@@ -99,17 +127,24 @@ impl<'a> Qmp<'a> {
     /// Runs a command of the human monitor and returns its output.
     pub fn human(&mut self, command: &str) -> Result<String> {
         let answer = self.execute("human-monitor-command", &json!({ "command-line": command }))?;
-        answer
-            .as_str()
-            .map(str::to_owned)
-            .ok_or_else(|| Error::new(Kind::VmmFailed, format!("send {command} to the VMM: the answer is not text")))
+        answer.as_str().map(str::to_owned).ok_or_else(|| {
+            Error::new(
+                Kind::VmmFailed,
+                format!("send {command} to the VMM: the answer is not text"),
+            )
+        })
     }
 
     fn wait(&self, flags: PollFlags, doing: &str) -> Result<()> {
         let Deadline { at, cancel } = self.deadline;
-        match wait_any(&[(self.stream.as_fd(), flags)], at, cancel).map_err(|e| Error::io(doing, e))? {
+        match wait_any(&[(self.stream.as_fd(), flags)], at, cancel)
+            .map_err(|e| Error::io(doing, e))?
+        {
             WaitResult::Ready => Ok(()),
-            WaitResult::Deadline => Err(Error::new(Kind::Timeout, format!("{doing}: no answer within the deadline"))),
+            WaitResult::Deadline => Err(Error::new(
+                Kind::Timeout,
+                format!("{doing}: no answer within the deadline"),
+            )),
             WaitResult::Cancelled => Err(cancelled(doing, cancel)),
         }
     }
@@ -119,7 +154,11 @@ impl<'a> Qmp<'a> {
             self.wait(PollFlags::POLLOUT, doing)?;
             match self.stream.write(bytes) {
                 Ok(n) => bytes = &bytes[n..],
-                Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+                Err(e)
+                    if matches!(
+                        e.kind(),
+                        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+                    ) => {}
                 Err(e) => return Err(Error::io(doing, e)),
             }
         }
@@ -138,9 +177,18 @@ impl<'a> Qmp<'a> {
             }
             self.wait(PollFlags::POLLIN, doing)?;
             match self.stream.read(&mut piece) {
-                Ok(0) => return Err(Error::new(Kind::VmmFailed, format!("{doing}: the VMM hung up"))),
+                Ok(0) => {
+                    return Err(Error::new(
+                        Kind::VmmFailed,
+                        format!("{doing}: the VMM hung up"),
+                    ));
+                }
                 Ok(n) => self.incoming.push(&piece[..n]),
-                Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+                Err(e)
+                    if matches!(
+                        e.kind(),
+                        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+                    ) => {}
                 Err(e) => return Err(Error::io(doing, e)),
             }
         }
@@ -149,13 +197,21 @@ impl<'a> Qmp<'a> {
 
 fn unusable(doing: &str, why: Unusable) -> Error {
     match why {
-        Unusable::TooLong => Error::new(Kind::VmmFailed, format!("{doing}: the answer is longer than {LINE_BYTES_MAX} bytes")),
-        Unusable::NotQmp(e) => Error::new(Kind::VmmFailed, format!("{doing}: the answer is not QMP")).with_source(e),
+        Unusable::TooLong => Error::new(
+            Kind::VmmFailed,
+            format!("{doing}: the answer is longer than {LINE_BYTES_MAX} bytes"),
+        ),
+        Unusable::NotQmp(e) => {
+            Error::new(Kind::VmmFailed, format!("{doing}: the answer is not QMP")).with_source(e)
+        }
     }
 }
 
 fn flooded(doing: &str) -> Error {
-    Error::new(Kind::VmmFailed, format!("{doing}: the VMM floods its monitor with more than {LINES_MAX} lines"))
+    Error::new(
+        Kind::VmmFailed,
+        format!("{doing}: the VMM floods its monitor with more than {LINES_MAX} lines"),
+    )
 }
 
 #[cfg(test)]
@@ -167,12 +223,19 @@ mod tests {
     const GREETING: &str = "{\"QMP\": {\"version\": {}, \"capabilities\": []}}\r\n";
 
     /// Plays a server that sends `script` whatever it is asked. Returns what it was asked.
-    fn talk<T>(script: &str, ms: u64, with: impl FnOnce(Result<Qmp<'_>>, &Cancel) -> T) -> (T, String) {
+    fn talk<T>(
+        script: &str,
+        ms: u64,
+        with: impl FnOnce(Result<Qmp<'_>>, &Cancel) -> T,
+    ) -> (T, String) {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
         theirs.write_all(script.as_bytes()).unwrap();
         let cancel = Cancel::try_new().unwrap();
-        let deadline = Deadline { at: Instant::now() + Duration::from_millis(ms), cancel: &cancel };
+        let deadline = Deadline {
+            at: Instant::now() + Duration::from_millis(ms),
+            cancel: &cancel,
+        };
         let result = with(Qmp::open(ours, deadline), &cancel);
         let mut asked = String::new();
         theirs.read_to_string(&mut asked).unwrap();
@@ -184,7 +247,9 @@ mod tests {
         let script = format!(
             "{GREETING}{{\"return\": {{}}}}\r\n{{\"event\": \"RESUME\", \"data\": {{}}, \"timestamp\": {{}}}}\r\n{{\"return\": \"text\\r\\n\"}}\r\n"
         );
-        let (text, asked) = talk(&script, 10_000, |qmp, _| qmp.unwrap().human("info usernet").unwrap());
+        let (text, asked) = talk(&script, 10_000, |qmp, _| {
+            qmp.unwrap().human("info usernet").unwrap()
+        });
         assert_eq!(text, "text\r\n");
         assert_eq!(
             asked,
@@ -195,10 +260,15 @@ mod tests {
 
     #[test]
     fn refusal_is_error_with_its_text() {
-        let script = format!("{GREETING}{{\"error\": {{\"class\": \"GenericError\", \"desc\": \"no \\u001b\"}}}}\n");
+        let script = format!(
+            "{GREETING}{{\"error\": {{\"class\": \"GenericError\", \"desc\": \"no \\u001b\"}}}}\n"
+        );
         let (e, _) = talk(&script, 10_000, |qmp, _| qmp.err().unwrap());
         assert_eq!(e.kind(), Kind::VmmFailed);
-        assert_eq!(e.to_string(), "send qmp_capabilities to the VMM: GenericError: no \\u{1b}");
+        assert_eq!(
+            e.to_string(),
+            "send qmp_capabilities to the VMM: GenericError: no \\u{1b}"
+        );
     }
 
     #[test]
@@ -209,24 +279,47 @@ mod tests {
         assert_eq!(kind("{\"return\": {}}\n", 10_000), Kind::VmmFailed);
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
-        let flood = crate::host::thread::spawn("flood", move || while theirs.write_all(&[b'x'; 4096]).is_ok() {}).unwrap();
+        let flood =
+            crate::host::thread::spawn(
+                "flood",
+                move || while theirs.write_all(&[b'x'; 4096]).is_ok() {},
+            )
+            .unwrap();
         let cancel = Cancel::try_new().unwrap();
-        let deadline = Deadline { at: Instant::now() + Duration::from_secs(20), cancel: &cancel };
-        assert_eq!(Qmp::open(ours, deadline).err().unwrap().kind(), Kind::VmmFailed);
+        let deadline = Deadline {
+            at: Instant::now() + Duration::from_secs(20),
+            cancel: &cancel,
+        };
+        assert_eq!(
+            Qmp::open(ours, deadline).err().unwrap().kind(),
+            Kind::VmmFailed
+        );
         flood.join().unwrap();
     }
 
     #[test]
     fn flood_of_events_before_answer_is_error() {
         let event = "{\"event\": \"RTC_CHANGE\"}\n";
-        let script = format!("{GREETING}{}{{\"return\": {{}}}}\n", event.repeat(LINES_MAX as usize));
+        let script = format!(
+            "{GREETING}{}{{\"return\": {{}}}}\n",
+            event.repeat(LINES_MAX as usize)
+        );
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
-        let flood = crate::host::thread::spawn("flood", move || (theirs.write_all(script.as_bytes()), theirs)).unwrap();
+        let flood = crate::host::thread::spawn("flood", move || {
+            (theirs.write_all(script.as_bytes()), theirs)
+        })
+        .unwrap();
         let cancel = Cancel::try_new().unwrap();
-        let deadline = Deadline { at: Instant::now() + Duration::from_secs(20), cancel: &cancel };
+        let deadline = Deadline {
+            at: Instant::now() + Duration::from_secs(20),
+            cancel: &cancel,
+        };
         let e = Qmp::open(ours, deadline).err().unwrap();
-        assert!(e.kind() == Kind::VmmFailed && e.to_string().contains("floods its monitor"), "{e}");
+        assert!(
+            e.kind() == Kind::VmmFailed && e.to_string().contains("floods its monitor"),
+            "{e}"
+        );
         let _ = flood.join().unwrap();
     }
 
@@ -239,13 +332,21 @@ mod tests {
             let (ours, mut theirs) = UnixStream::pair().unwrap();
             ours.set_nonblocking(true).unwrap();
             let cancel = Cancel::try_new().unwrap();
-            theirs.write_all(format!("{GREETING}{{\"return\": {{}}}}\n").as_bytes()).unwrap();
-            let deadline = Deadline { at: Instant::now() + Duration::from_secs(20), cancel: &cancel };
+            theirs
+                .write_all(format!("{GREETING}{{\"return\": {{}}}}\n").as_bytes())
+                .unwrap();
+            let deadline = Deadline {
+                at: Instant::now() + Duration::from_secs(20),
+                cancel: &cancel,
+            };
             let mut qmp = Qmp::open(ours, deadline).unwrap();
             theirs.write_all(event.as_bytes()).unwrap();
             drop(theirs);
             if asks {
-                assert_eq!(qmp.execute("query-status", &json!({})).unwrap_err().kind(), Kind::Host);
+                assert_eq!(
+                    qmp.execute("query-status", &json!({})).unwrap_err().kind(),
+                    Kind::Host
+                );
             }
             assert_eq!(qmp.shutdown_cause(), Some(Cause::GuestShutdown));
         }
@@ -257,8 +358,17 @@ mod tests {
         ours.set_nonblocking(true).unwrap();
         let cancel = Cancel::try_new().unwrap();
         cancel.cancel(crate::locks::CancelCause::VmStopped);
-        let deadline = Deadline { at: Instant::now() + Duration::from_secs(20), cancel: &cancel };
+        let deadline = Deadline {
+            at: Instant::now() + Duration::from_secs(20),
+            cancel: &cancel,
+        };
         let e = Qmp::open(ours, deadline).err().unwrap();
-        assert_eq!((e.kind(), e.to_string()), (Kind::Cancelled, "greet the VMM: cancelled: the VM was stopped".into()));
+        assert_eq!(
+            (e.kind(), e.to_string()),
+            (
+                Kind::Cancelled,
+                "greet the VMM: cancelled: the VM was stopped".into()
+            )
+        );
     }
 }

@@ -25,10 +25,19 @@ pub fn save(qmp: &mut Qmp<'_>, memory: &Path) -> Result<()> {
     let file = File::options().write(true).open(memory);
     let file = file.map_err(|e| Error::io(format!("open {}", memory.display()), e))?;
     prepare(qmp)?;
-    qmp.execute("migrate-set-parameters", &json!({ "max-bandwidth": BANDWIDTH_MAX }))?;
+    qmp.execute(
+        "migrate-set-parameters",
+        &json!({ "max-bandwidth": BANDWIDTH_MAX }),
+    )?;
     qmp.give(NAME, file.as_fd())?;
     qmp.execute("migrate", &json!({ "uri": format!("fd:{NAME}") }))?;
-    until_migrated(qmp).map_err(|e| if e.kind() == Kind::VmmFailed && has_no_room(&file) { full(e) } else { e })
+    until_migrated(qmp).map_err(|e| {
+        if e.kind() == Kind::VmmFailed && has_no_room(&file) {
+            full(e)
+        } else {
+            e
+        }
+    })
 }
 
 /// QMP gives a migration's failure as text for people only, so the file system is asked. QEMU does
@@ -38,7 +47,8 @@ fn has_no_room(file: &File) -> bool {
 }
 
 fn full(e: Error) -> Error {
-    e.with_kind(Kind::DiskFull).hint("free some space (df -h), then try again")
+    e.with_kind(Kind::DiskFull)
+        .hint("free some space (df -h), then try again")
 }
 
 /// `7.2.22`.
@@ -47,7 +57,10 @@ pub fn version(qmp: &mut Qmp<'_>) -> Result<String> {
     let number = |name: &str| answer["qemu"][name].as_u64();
     match (number("major"), number("minor"), number("micro")) {
         (Some(major), Some(minor), Some(micro)) => Ok(format!("{major}.{minor}.{micro}")),
-        _ => Err(Error::new(Kind::VmmFailed, "ask the VMM for its version: the answer is not as documented")),
+        _ => Err(Error::new(
+            Kind::VmmFailed,
+            "ask the VMM for its version: the answer is not as documented",
+        )),
     }
 }
 
@@ -89,7 +102,10 @@ fn until_migrated(qmp: &mut Qmp<'_>) -> Result<()> {
         match answer.get("status").and_then(Value::as_str) {
             Some("completed") => return Ok(()),
             Some(status @ ("failed" | "cancelled")) => {
-                let why = answer.get("error-desc").and_then(Value::as_str).unwrap_or("no reason given");
+                let why = answer
+                    .get("error-desc")
+                    .and_then(Value::as_str)
+                    .unwrap_or("no reason given");
                 let why: String = why.chars().take(512).collect();
                 return Err(failed(status, &crate::host::command::printable(&why)));
             }
@@ -100,7 +116,10 @@ fn until_migrated(qmp: &mut Qmp<'_>) -> Result<()> {
 }
 
 fn failed(status: &str, why: &str) -> Error {
-    Error::new(Kind::VmmFailed, format!("move the guest's memory: {status}: {why}"))
+    Error::new(
+        Kind::VmmFailed,
+        format!("move the guest's memory: {status}: {why}"),
+    )
 }
 
 /// Checks that a guest is restored on the same platform on which it was saved.
@@ -108,6 +127,11 @@ pub fn require_same(then: &str, now: &str) -> Result<()> {
     if then == now {
         return Ok(());
     }
-    Err(Error::new(Kind::Unsupported, format!("restore a saved guest: it was saved on {then}, but VMs now run on {now}"))
-        .hint("set driver under [vmm], and accel and machine under [qemu], back to their former values"))
+    Err(Error::new(
+        Kind::Unsupported,
+        format!("restore a saved guest: it was saved on {then}, but VMs now run on {now}"),
+    )
+    .hint(
+        "set driver under [vmm], and accel and machine under [qemu], back to their former values",
+    ))
 }

@@ -12,13 +12,22 @@ use serde_json::{Value, json};
 pub fn set(qmp: &mut Qmp<'_>, spec: &VmmSpec) -> Result<()> {
     let devices = qmp.execute("query-block", &json!({}))?;
     for (node, _) in spec.disks() {
-        let none = || Error::new(Kind::VmmFailed, format!("limit disk {node}: the VMM has no such disk"));
+        let none = || {
+            Error::new(
+                Kind::VmmFailed,
+                format!("limit disk {node}: the VMM has no such disk"),
+            )
+        };
         let device = device_of(&devices, node).ok_or_else(none)?;
-        let (bytes, ops) = (spec.rates.disk_bytes_per_s.unwrap_or(0), spec.rates.disk_ops_per_s.unwrap_or(0));
+        let (bytes, ops) = (
+            spec.rates.disk_bytes_per_s.unwrap_or(0),
+            spec.rates.disk_ops_per_s.unwrap_or(0),
+        );
         let limits = json!({
             "id": device, "bps": bytes, "bps_rd": 0, "bps_wr": 0, "iops": ops, "iops_rd": 0, "iops_wr": 0,
         });
-        qmp.execute("block_set_io_throttle", &limits).map_err(|e| e.context(format!("limit disk {node}")))?;
+        qmp.execute("block_set_io_throttle", &limits)
+            .map_err(|e| e.context(format!("limit disk {node}")))?;
     }
     Ok(())
 }
@@ -26,7 +35,14 @@ pub fn set(qmp: &mut Qmp<'_>, spec: &VmmSpec) -> Result<()> {
 /// Finds the path of the device with this node. The devices have no names of their own.
 fn device_of<'a>(devices: &'a Value, node: &str) -> Option<&'a str> {
     let mut all = devices.as_array()?.iter();
-    all.find(|device| device.pointer("/inserted/node-name").and_then(Value::as_str) == Some(node))?.get("qdev")?.as_str()
+    all.find(|device| {
+        device
+            .pointer("/inserted/node-name")
+            .and_then(Value::as_str)
+            == Some(node)
+    })?
+    .get("qdev")?
+    .as_str()
 }
 
 #[cfg(test)]
@@ -41,8 +57,15 @@ mod tests {
             {"device": "", "qdev": "/machine/peripheral-anon/device[1]", "inserted": {"node-name": "seed"}},
             {"device": "floppy0"},
         ]);
-        assert_eq!(device_of(&devices, "seed"), Some("/machine/peripheral-anon/device[1]"));
-        for (devices, node) in [(devices, "work"), (json!({}), "root"), (json!([{"inserted": {"node-name": "root"}}]), "root")] {
+        assert_eq!(
+            device_of(&devices, "seed"),
+            Some("/machine/peripheral-anon/device[1]")
+        );
+        for (devices, node) in [
+            (devices, "work"),
+            (json!({}), "root"),
+            (json!([{"inserted": {"node-name": "root"}}]), "root"),
+        ] {
             assert_eq!(device_of(&devices, node), None);
         }
     }

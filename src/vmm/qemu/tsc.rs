@@ -20,20 +20,32 @@ pub fn is_constant() -> bool {
 }
 
 fn flags_are_constant(cpuinfo: &str) -> bool {
-    let flags = cpuinfo.lines().find_map(|l| l.strip_prefix("flags")).unwrap_or_default();
-    ["constant_tsc", "nonstop_tsc"].iter().all(|want| flags.split_whitespace().any(|f| f == *want))
+    let flags = cpuinfo
+        .lines()
+        .find_map(|l| l.strip_prefix("flags"))
+        .unwrap_or_default();
+    ["constant_tsc", "nonstop_tsc"]
+        .iter()
+        .all(|want| flags.split_whitespace().any(|f| f == *want))
 }
 
 /// Returns the frequency in kHz, measured against CLOCK_MONOTONIC. Takes a tenth of a second. None
 /// on other architectures.
 pub fn measure_khz(cancel: &Cancel) -> Result<Option<u64>> {
     let doing = "measure the time stamp counter";
-    let Some((before, ticks_before)) = look() else { return Ok(None) };
+    let Some((before, ticks_before)) = look() else {
+        return Ok(None);
+    };
     if !sleep(INTERVAL, cancel).map_err(|e| Error::io(doing, e))? {
         return Err(cancelled(doing, cancel));
     }
-    let Some((after, ticks_after)) = look() else { return Ok(None) };
-    Ok(khz(ticks_after.saturating_sub(ticks_before), after.duration_since(before)))
+    let Some((after, ticks_after)) = look() else {
+        return Ok(None);
+    };
+    Ok(khz(
+        ticks_after.saturating_sub(ticks_before),
+        after.duration_since(before),
+    ))
 }
 
 fn khz(ticks: u64, time: Duration) -> Option<u64> {
@@ -75,15 +87,22 @@ mod tests {
 
     #[test]
     fn flags_are_parsed() {
-        assert!(flags_are_constant("processor : 0\nflags\t\t: fpu constant_tsc nonstop_tsc\n"));
+        assert!(flags_are_constant(
+            "processor : 0\nflags\t\t: fpu constant_tsc nonstop_tsc\n"
+        ));
         assert!(!flags_are_constant("flags : fpu constant_tsc\n"));
-        assert!(!flags_are_constant("flags : fpu not_constant_tsc nonstop_tsc\n"));
+        assert!(!flags_are_constant(
+            "flags : fpu not_constant_tsc nonstop_tsc\n"
+        ));
         assert!(!flags_are_constant(""));
     }
 
     #[test]
     fn frequency_is_computed_and_checked() {
-        assert_eq!(khz(259_611_100, Duration::from_millis(100)), Some(2_596_111));
+        assert_eq!(
+            khz(259_611_100, Duration::from_millis(100)),
+            Some(2_596_111)
+        );
         assert_eq!(khz(0, Duration::from_millis(100)), None);
         assert_eq!(khz(u64::MAX, Duration::from_millis(1)), None);
     }

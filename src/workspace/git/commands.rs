@@ -29,7 +29,12 @@ pub(in crate::workspace) struct Commands {
 
 impl Commands {
     pub fn new(top: PathBuf, env: CallerEnv, cancel: Cancel) -> Self {
-        Self { top, env, cancel, config: Vec::new() }
+        Self {
+            top,
+            env,
+            cancel,
+            config: Vec::new(),
+        }
     }
 
     pub fn quoted_top(&self) -> String {
@@ -38,20 +43,31 @@ impl Commands {
 
     pub fn set(&mut self, key: &[u8], value: &[u8]) {
         self.config.push("-c".into());
-        self.config.push(OsString::from_vec([key, b"=", value].concat()));
+        self.config
+            .push(OsString::from_vec([key, b"=", value].concat()));
     }
 
     pub fn refused(&self, e: Error) -> Error {
-        if matches!(e.kind(), Kind::Cancelled | Kind::Timeout | Kind::CommandMissing | Kind::DiskFull) {
+        if matches!(
+            e.kind(),
+            Kind::Cancelled | Kind::Timeout | Kind::CommandMissing | Kind::DiskFull
+        ) {
             return e;
         }
         let top = self.quoted_top();
         let hint = if git_texts::is_dubious_ownership(Complaint::of(&e)) {
             format!("if you trust it, run: git config --global --add safe.directory {top}")
         } else {
-            format!("look with: git -C {top} status; to send only the files, copy them without .git elsewhere and send that")
+            format!(
+                "look with: git -C {top} status; to send only the files, copy them without .git elsewhere and send that"
+            )
         };
-        e.with_kind(Kind::InvalidTree).context(format!("{} has a .git that git refuses", self.top.display())).hint(hint)
+        e.with_kind(Kind::InvalidTree)
+            .context(format!(
+                "{} has a .git that git refuses",
+                self.top.display()
+            ))
+            .hint(hint)
     }
 
     pub fn command<S: AsRef<OsStr>>(&self, args: &[S]) -> Command {
@@ -65,7 +81,10 @@ impl Commands {
             ("GIT_NO_LAZY_FETCH", "1"),
             ("GIT_NO_REPLACE_OBJECTS", "1"),
             // If git rejects a repository, it must not search the directories above it.
-            ("GIT_CEILING_DIRECTORIES", &self.top.parent().unwrap_or(&self.top).to_string_lossy()),
+            (
+                "GIT_CEILING_DIRECTORIES",
+                &self.top.parent().unwrap_or(&self.top).to_string_lossy(),
+            ),
             // Overrides every protocol.*.allow setting in the repository.
             ("GIT_ALLOW_PROTOCOL", "none"),
         ] {
@@ -77,12 +96,19 @@ impl Commands {
         if let Some(uid) = &self.env.sudo_uid {
             c = c.env("SUDO_UID", uid);
         }
-        c.args(["-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null", "-c", "core.pager=cat"])
-            // A multi-pack index can name packs outside the repository, and git does not check the
-            // names.
-            .args(["-c", "core.multiPackIndex=false"])
-            .args(&self.config)
-            .args(args)
+        c.args([
+            "-c",
+            "core.fsmonitor=false",
+            "-c",
+            "core.hooksPath=/dev/null",
+            "-c",
+            "core.pager=cat",
+        ])
+        // A multi-pack index can name packs outside the repository, and git does not check the
+        // names.
+        .args(["-c", "core.multiPackIndex=false"])
+        .args(&self.config)
+        .args(args)
     }
 
     /// Runs git and returns its status and stdout. Statuses not listed in `accepted` are errors.
@@ -90,7 +116,10 @@ impl Commands {
         let mut answer = Vec::new();
         let output = run_piped(command, &self.cancel, &mut |piece| {
             if answer.len() + piece.len() > ANSWER_BYTES_MAX {
-                return Err(Error::new(Kind::InvalidTree, "ask git: its answer is too large"));
+                return Err(Error::new(
+                    Kind::InvalidTree,
+                    "ask git: its answer is too large",
+                ));
             }
             answer.extend_from_slice(piece);
             Ok(())
@@ -101,12 +130,26 @@ impl Commands {
         }
         if !accepted.contains(&output.status) {
             let mut lines = stderr.lines().filter(|l| !l.trim().is_empty());
-            let said = lines.find(|l| l.starts_with("fatal:") || l.starts_with("error:")).or_else(|| stderr.lines().next());
-            let said = said.unwrap_or("it said nothing").trim_start_matches("fatal: ").escape_debug().to_string();
+            let said = lines
+                .find(|l| l.starts_with("fatal:") || l.starts_with("error:"))
+                .or_else(|| stderr.lines().next());
+            let said = said
+                .unwrap_or("it said nothing")
+                .trim_start_matches("fatal: ")
+                .escape_debug()
+                .to_string();
             let full = git_texts::is_disk_full(&stderr);
-            let kind = if full { Kind::DiskFull } else { Kind::CommandFailed };
+            let kind = if full {
+                Kind::DiskFull
+            } else {
+                Kind::CommandFailed
+            };
             let e = Error::new(kind, "git").with_source(Complaint(said));
-            return Err(if full { e.hint("free some space (df -h), or set TMPDIR to a larger place") } else { e });
+            return Err(if full {
+                e.hint("free some space (df -h), or set TMPDIR to a larger place")
+            } else {
+                e
+            });
         }
         Ok((output.status, answer))
     }
@@ -133,12 +176,18 @@ impl Commands {
     /// Runs git with the caller's own environment. No other command reads the caller's global
     /// configuration.
     pub fn ask_config(&self, args: &[&str]) -> Result<(i32, Vec<u8>)> {
-        let mut c = Command::new("git").deadline(ASK_DEADLINE).cwd(&self.top).env("GIT_TERMINAL_PROMPT", "0");
+        let mut c = Command::new("git")
+            .deadline(ASK_DEADLINE)
+            .cwd(&self.top)
+            .env("GIT_TERMINAL_PROMPT", "0");
         for (key, value) in self.env.for_config() {
             c = c.env(key, value);
         }
         let ceiling = self.top.parent().unwrap_or(&self.top);
-        let c = c.env("GIT_CEILING_DIRECTORIES", ceiling).args(["-c", "core.fsmonitor=false", "config"]).args(args);
+        let c = c
+            .env("GIT_CEILING_DIRECTORIES", ceiling)
+            .args(["-c", "core.fsmonitor=false", "config"])
+            .args(args);
         self.ask_status(&c, &[0, 1])
     }
 }

@@ -68,10 +68,14 @@ impl Config {
     /// is git's last resort.
     pub fn add_identity(&mut self, env: &CallerEnv) {
         for (key, variable) in IDENTITY {
-            let given = env.identity.get(OsStr::new(variable)).filter(|v| !v.is_empty());
+            let given = env
+                .identity
+                .get(OsStr::new(variable))
+                .filter(|v| !v.is_empty());
             let Some(value) = given else { continue };
             if *key != "user.email" || !self.identity.contains_key(*key) {
-                self.identity.insert((*key).to_owned(), value.as_bytes().to_vec());
+                self.identity
+                    .insert((*key).to_owned(), value.as_bytes().to_vec());
             }
         }
     }
@@ -83,7 +87,9 @@ impl Config {
         let mut config = Config::default();
         let mut fields = list.split(|b| *b == 0);
         let mut last: (&[u8], bool) = (b"", true);
-        while let (Some(scope), Some(origin), Some(item)) = (fields.next(), fields.next(), fields.next()) {
+        while let (Some(scope), Some(origin), Some(item)) =
+            (fields.next(), fields.next(), fields.next())
+        {
             let (key, value) = match item.iter().position(|b| *b == b'\n') {
                 Some(at) => (&item[..at], &item[at + 1..]),
                 None => (item, &b"true"[..]),
@@ -103,7 +109,9 @@ impl Config {
     /// Parses `git config --null --show-scope --get-all`, without the settings of the repository.
     pub(super) fn values(list: &[u8]) -> Vec<Vec<u8>> {
         let fields: Vec<&[u8]> = list.split(|b| *b == 0).collect();
-        let pairs = fields.chunks_exact(2).filter(|pair| !is_of_repository(pair[0]));
+        let pairs = fields
+            .chunks_exact(2)
+            .filter(|pair| !is_of_repository(pair[0]));
         pairs.map(|pair| pair[1].to_vec()).collect()
     }
 
@@ -121,7 +129,8 @@ impl Config {
             }
             _ if key.starts_with("remote.") => self.take_remote(&key["remote.".len()..], value),
             _ if let Some(rest) = key.strip_prefix("filter.")
-                && let Some((name, "clean" | "smudge" | "process" | "required")) = rest.rsplit_once('.') =>
+                && let Some((name, "clean" | "smudge" | "process" | "required")) =
+                    rest.rsplit_once('.') =>
             {
                 self.filters.insert(name.as_bytes().to_vec());
             }
@@ -141,7 +150,9 @@ impl Config {
 
     /// Records one `remote.NAME.key` setting.
     fn take_remote(&mut self, key: &str, value: &[u8]) {
-        let Some((name, key)) = key.rsplit_once('.') else { return };
+        let Some((name, key)) = key.rsplit_once('.') else {
+            return;
+        };
         let remote = self.remotes.entry(name.to_owned()).or_default();
         let text = || String::from_utf8_lossy(value).into_owned();
         match key {
@@ -164,15 +175,30 @@ impl Config {
             return String::new();
         }
         let is_word = |text: &str| {
-            text.len() <= WORD_BYTES_MAX && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_:=.+".contains(&b))
+            text.len() <= WORD_BYTES_MAX
+                && text
+                    .bytes()
+                    .all(|b| b.is_ascii_alphanumeric() || b"-_:=.+".contains(&b))
         };
         let is_name = |name: &str| is_word(name) && !name.is_empty() && !name.starts_with('-');
-        let marked = self.remotes.iter().find(|(_, remote)| remote.promisor).map(|(name, _)| name.as_str());
-        let name = marked.or(self.promisor.as_deref()).filter(|name| is_name(name)).unwrap_or("origin");
-        let mut out = format!("[core]\n\trepositoryformatversion = 1\n[extensions]\n\tpartialClone = {name}\n");
+        let marked = self
+            .remotes
+            .iter()
+            .find(|(_, remote)| remote.promisor)
+            .map(|(name, _)| name.as_str());
+        let name = marked
+            .or(self.promisor.as_deref())
+            .filter(|name| is_name(name))
+            .unwrap_or("origin");
+        let mut out = format!(
+            "[core]\n\trepositoryformatversion = 1\n[extensions]\n\tpartialClone = {name}\n"
+        );
         out.push_str(&format!("[remote \"{name}\"]\n\tpromisor = true\n"));
         let remote = self.remotes.get(name);
-        if let Some(filter) = remote.and_then(|r| r.filter.as_deref()).filter(|f| is_word(f)) {
+        if let Some(filter) = remote
+            .and_then(|r| r.filter.as_deref())
+            .filter(|f| is_word(f))
+        {
             out.push_str(&format!("\tpartialclonefilter = {filter}\n"));
         }
         if let Some(url) = remote.and_then(|r| r.url.as_deref()).and_then(public_url) {
@@ -183,14 +209,18 @@ impl Config {
 
     /// True if only a part of the tree is checked out.
     pub fn is_sparse(&self) -> bool {
-        self.carried.iter().any(|(key, value)| key == "core.sparsecheckout" && value == "true")
+        self.carried
+            .iter()
+            .any(|(key, value)| key == "core.sparsecheckout" && value == "true")
     }
 
     /// Builds the lines for the guest's `.git/config`.
     pub fn for_guest(&self) -> Vec<u8> {
         let mut out = Vec::new();
         for (key, _) in IDENTITY {
-            if let (Some(value), Some((section, name))) = (self.identity.get(*key), key.split_once('.')) {
+            if let (Some(value), Some((section, name))) =
+                (self.identity.get(*key), key.split_once('.'))
+            {
                 out.extend_from_slice(format!("[{section}]\n\t{name} = ").as_bytes());
                 out.extend(quoted(value));
                 out.push(b'\n');
@@ -215,8 +245,10 @@ fn public_url(url: &str) -> Option<String> {
     let rest = url.strip_prefix("https://")?;
     let (host, path) = rest.split_at(rest.find('/')?);
     let host = host.rsplit_once('@').map_or(host, |(_, host)| host);
-    let harmless =
-        |text: &str, more: &[u8]| text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b) || more.contains(&b));
+    let harmless = |text: &str, more: &[u8]| {
+        text.bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b) || more.contains(&b))
+    };
     let fits = !host.is_empty() && harmless(host, b":[]") && harmless(path, b"/~+");
     fits.then(|| format!("https://{host}{path}"))
 }
@@ -253,8 +285,11 @@ mod tests {
             "core.excludesfile\n/etc/shadow",
             "status.renames",
         ];
-        let mut list = String::from("global\0file:g\0user.name\nA \"B\"\0global\0file:g\0safe.directory\n/x\0");
-        own.iter().for_each(|item| list.push_str(&format!("local\0file:.git/config\0{item}\0")));
+        let mut list = String::from(
+            "global\0file:g\0user.name\nA \"B\"\0global\0file:g\0safe.directory\n/x\0",
+        );
+        own.iter()
+            .for_each(|item| list.push_str(&format!("local\0file:.git/config\0{item}\0")));
         list.push_str("local\0file:/other/config\0core.eol\ncrlf\0");
         let config = Config::from_list(list.as_bytes(), &|origin| origin == b"file:.git/config");
         assert_eq!(config.safe_directories, [b"/x".to_vec()]);

@@ -37,13 +37,21 @@ impl Recorded {
 impl Git {
     /// Finds the files with a filter. `paths` are the files of the tree; `configured` names the
     /// filters that the caller's git would run.
-    pub fn filtered(&self, paths: &[&[u8]], configured: &BTreeSet<Vec<u8>>, beneath: &mut Beneath) -> Result<Filtered> {
+    pub fn filtered(
+        &self,
+        paths: &[&[u8]],
+        configured: &BTreeSet<Vec<u8>>,
+        beneath: &mut Beneath,
+    ) -> Result<Filtered> {
         if configured.is_empty() || paths.is_empty() {
             return Ok(Filtered::default());
         }
         let mut stdin = paths.join(&0);
         stdin.push(0);
-        let command = self.commands.command(&["check-attr", "-z", "--stdin", "filter"]).stdin(stdin);
+        let command = self
+            .commands
+            .command(&["check-attr", "-z", "--stdin", "filter"])
+            .stdin(stdin);
         let (_, answer) = self.commands.ask_status(&command, &[0])?;
         let mut out = Filtered::default();
         let mut covered = Vec::new();
@@ -57,8 +65,11 @@ impl Git {
         }
         if !covered.is_empty() {
             let recorded = parse_recorded(&self.commands.ask(&["ls-files", "--debug", "-z"])?)?;
-            let unchanged =
-                |path: &Vec<u8>| recorded.get(path).is_some_and(|known| beneath.stat(path).is_ok_and(|stat| known.fits(&stat)));
+            let unchanged = |path: &Vec<u8>| {
+                recorded
+                    .get(path)
+                    .is_some_and(|known| beneath.stat(path).is_ok_and(|stat| known.fits(&stat)))
+            };
             out.unchanged = covered.into_iter().filter(unchanged).collect();
             out.unchanged.sort_unstable();
         }
@@ -68,21 +79,41 @@ impl Git {
 
 /// Parses `ls-files --debug -z`: a path, NUL, then five lines of numbers.
 fn parse_recorded(list: &[u8]) -> Result<HashMap<Vec<u8>, Recorded>> {
-    let bad = || Error::new(Kind::CommandFailed, "git: unexpected output of ls-files --debug");
+    let bad = || {
+        Error::new(
+            Kind::CommandFailed,
+            "git: unexpected output of ls-files --debug",
+        )
+    };
     let mut out = HashMap::new();
     let mut left = list;
     while !left.is_empty() {
         let end = left.iter().position(|b| *b == 0).ok_or_else(bad)?;
         let (path, rest) = (&left[..end], &left[end + 1..]);
-        let length = rest.iter().enumerate().filter(|(_, b)| **b == b'\n').nth(4).ok_or_else(bad)?.0 + 1;
+        let length = rest
+            .iter()
+            .enumerate()
+            .filter(|(_, b)| **b == b'\n')
+            .nth(4)
+            .ok_or_else(bad)?
+            .0
+            + 1;
         let text = std::str::from_utf8(&rest[..length]).map_err(|_| bad())?;
         let after = |key: &str| text.split_once(key).map(|(_, value)| value).ok_or_else(bad);
         let number = |text: &str| -> Result<u32> {
-            let digits: String = text.trim_start().chars().take_while(char::is_ascii_digit).collect();
+            let digits: String = text
+                .trim_start()
+                .chars()
+                .take_while(char::is_ascii_digit)
+                .collect();
             digits.parse().map_err(|_| bad())
         };
         let (seconds, rest_of_time) = after("mtime:")?.split_once(':').ok_or_else(bad)?;
-        let recorded = Recorded { seconds: number(seconds)?, nanoseconds: number(rest_of_time)?, size: number(after("size:")?)? };
+        let recorded = Recorded {
+            seconds: number(seconds)?,
+            nanoseconds: number(rest_of_time)?,
+            size: number(after("size:")?)?,
+        };
         out.insert(path.to_vec(), recorded);
         left = &rest[length..];
     }
@@ -98,7 +129,14 @@ mod tests {
         let text = b"a\nb\0  ctime: 1:2\n  mtime: 30:40\n  dev: 5\tino: 6\n  uid: 7\tgid: 8\n  size: 90\tflags: 0\n\
             c\0  ctime: 0:0\n  mtime: 0:0\n  dev: 0\tino: 0\n  uid: 0\tgid: 0\n  size: 0\tflags: 200000\n";
         let seen = parse_recorded(text).unwrap();
-        assert_eq!(seen[&b"a\nb"[..]], Recorded { seconds: 30, nanoseconds: 40, size: 90 });
+        assert_eq!(
+            seen[&b"a\nb"[..]],
+            Recorded {
+                seconds: 30,
+                nanoseconds: 40,
+                size: 90
+            }
+        );
         assert_eq!(seen.len(), 2);
         for bad in [&b"x"[..], b"x\0 mtime: 1\n", b"x\0\n\n\n\n\n"] {
             assert!(parse_recorded(bad).is_err());

@@ -54,34 +54,61 @@ impl Git {
         let own = self.own_shallow()?;
         let History::Depth(depth) = depth else {
             let tags = self.tags(None)?;
-            return Ok(HistorySelection { shallow: own, commits: BTreeSet::new(), tags });
+            return Ok(HistorySelection {
+                shallow: own,
+                commits: BTreeSet::new(),
+                tags,
+            });
         };
         let (commits, mut shallow) = self.within(head, depth)?;
         shallow.extend(own.into_iter().filter(|c| commits.contains(c)));
         let tags = self.tags(Some(&commits))?;
-        Ok(HistorySelection { shallow, commits, tags })
+        Ok(HistorySelection {
+            shallow,
+            commits,
+            tags,
+        })
     }
 
     /// The commits at which this repository itself is shallow.
     fn own_shallow(&self) -> Result<BTreeSet<String>> {
         let text = self.own_file("shallow", SHALLOW_BYTES_MAX)?;
-        Ok(String::from_utf8_lossy(&text).lines().filter(|l| parse::is_oid(l)).map(str::to_owned).collect())
+        Ok(String::from_utf8_lossy(&text)
+            .lines()
+            .filter(|l| parse::is_oid(l))
+            .map(str::to_owned)
+            .collect())
     }
 
     /// Returns the commits at most `depth - 1` steps from `head`, and those among them that have a
     /// parent outside the set.
     fn within(&self, head: &str, depth: u32) -> Result<(BTreeSet<String>, BTreeSet<String>)> {
         let mut parents = HashMap::new();
-        let count = format!("--max-count={}", depth.saturating_mul(2).saturating_add(LOOK_AHEAD));
-        self.parents_into(&mut parents, &["rev-list", "--parents", &count, head, "--"], "")?;
+        let count = format!(
+            "--max-count={}",
+            depth.saturating_mul(2).saturating_add(LOOK_AHEAD)
+        );
+        self.parents_into(
+            &mut parents,
+            &["rev-list", "--parents", &count, head, "--"],
+            "",
+        )?;
         let mut seen: BTreeSet<String> = BTreeSet::from([head.to_owned()]);
         let mut shallow = BTreeSet::new();
         let mut frontier = vec![head.to_owned()];
         for step in 1..=depth {
-            let unknown: Vec<&str> = frontier.iter().filter(|c| !parents.contains_key(*c)).map(String::as_str).collect();
+            let unknown: Vec<&str> = frontier
+                .iter()
+                .filter(|c| !parents.contains_key(*c))
+                .map(String::as_str)
+                .collect();
             if !unknown.is_empty() {
                 let input = unknown.join("\n") + "\n";
-                self.parents_into(&mut parents, &["rev-list", "--parents", "--no-walk", "--stdin"], &input)?;
+                self.parents_into(
+                    &mut parents,
+                    &["rev-list", "--parents", "--no-walk", "--stdin"],
+                    &input,
+                )?;
             }
             let mut next = Vec::new();
             for commit in frontier {
@@ -102,9 +129,17 @@ impl Git {
         Ok((seen, shallow))
     }
 
-    fn parents_into(&self, parents: &mut HashMap<String, Vec<String>>, args: &[&str], input: &str) -> Result<()> {
+    fn parents_into(
+        &self,
+        parents: &mut HashMap<String, Vec<String>>,
+        args: &[&str],
+        input: &str,
+    ) -> Result<()> {
         let command = self.commands.command(args).stdin(input);
-        let (_, text) = self.commands.ask_status(&command, &[0]).map_err(|e| self.commands.refused(e))?;
+        let (_, text) = self
+            .commands
+            .ask_status(&command, &[0])
+            .map_err(|e| self.commands.refused(e))?;
         for line in String::from_utf8_lossy(&text).lines() {
             let mut words = line.split(' ').map(str::to_owned);
             if let Some(commit) = words.next() {
@@ -117,33 +152,63 @@ impl Git {
     /// Lists the objects that `wanted` needs and that exist locally. Objects that a partial clone
     /// lacks are not fetched.
     fn present_objects(&self, wanted: String, history: &HistorySelection) -> Result<Vec<u8>> {
-        let args = ["rev-list", "--objects", "--no-object-names", "--missing=allow-any", "--stdin"];
+        let args = [
+            "rev-list",
+            "--objects",
+            "--no-object-names",
+            "--missing=allow-any",
+            "--stdin",
+        ];
         // If the history is cut, the input names every commit.
-        let walk = if history.commits.is_empty() { None } else { Some("--no-walk=unsorted") };
-        let command = self.commands.command(&args).args(walk).stdin(wanted).deadline(PACK_DEADLINE);
-        Ok(self.commands.ask_status(&command, &[0]).map_err(|e| self.commands.refused(e))?.1)
+        let walk = if history.commits.is_empty() {
+            None
+        } else {
+            Some("--no-walk=unsorted")
+        };
+        let command = self
+            .commands
+            .command(&args)
+            .args(walk)
+            .stdin(wanted)
+            .deadline(PACK_DEADLINE);
+        Ok(self
+            .commands
+            .ask_status(&command, &[0])
+            .map_err(|e| self.commands.refused(e))?
+            .1)
     }
 
     /// Lists the tags that name one of `commits`, or with `None` every tag that HEAD contains.
     fn tags(&self, commits: Option<&BTreeSet<String>>) -> Result<Vec<Tag>> {
-        let format = "--format=%(objecttype) %(*objecttype) %(objectname) %(*objectname) %(refname)";
+        let format =
+            "--format=%(objecttype) %(*objecttype) %(objectname) %(*objectname) %(refname)";
         let mut args = vec!["for-each-ref", format];
         if commits.is_none() {
             args.push("--merged=HEAD");
         }
         args.push("refs/tags");
         // A tag with a missing object must not fail the import.
-        let (status, text) = self.commands.ask_status(&self.commands.command(&args), &[0, 1, 128])?;
+        let (status, text) = self
+            .commands
+            .ask_status(&self.commands.command(&args), &[0, 1, 128])?;
         let text = if status == 0 { text } else { Vec::new() };
         let mut out = Vec::new();
         for line in text.split(|b| *b == b'\n').take(TAGS_MAX) {
             let words: Vec<&[u8]> = line.split(|b| *b == b' ').collect();
-            let [kind, inner, oid, peeled, name] = words[..] else { continue };
+            let [kind, inner, oid, peeled, name] = words[..] else {
+                continue;
+            };
             let target = if kind == b"commit" { oid } else { peeled };
             let is_commit = kind == b"commit" || inner == b"commit";
-            let (oid, target) = (String::from_utf8_lossy(oid), String::from_utf8_lossy(target));
+            let (oid, target) = (
+                String::from_utf8_lossy(oid),
+                String::from_utf8_lossy(target),
+            );
             if is_commit && commits.is_none_or(|c| c.contains(&*target)) {
-                out.push(Tag { name: name.to_owned(), oid: oid.into_owned() });
+                out.push(Tag {
+                    name: name.to_owned(),
+                    oid: oid.into_owned(),
+                });
             }
         }
         Ok(out)
@@ -167,13 +232,23 @@ pub(in crate::workspace) fn pack(
     for tried in 0..PACK_TRIES {
         let before = git.layout.check(&git.allowed)?;
         let fresh = before.is_fresh();
-        let packed = pack_once(git, head, history, blobs, partial, (&before, &dir.join(tried.to_string())));
+        let packed = pack_once(
+            git,
+            head,
+            history,
+            blobs,
+            partial,
+            (&before, &dir.join(tried.to_string())),
+        );
         if !fresh && git.layout.check(&git.allowed)?.is_as(&before) {
             return packed;
         }
     }
-    Err(Error::new(Kind::Conflict, "pack the history: the repository changed while it was read")
-        .hint("wait until nothing writes to it, then run the command again"))
+    Err(Error::new(
+        Kind::Conflict,
+        "pack the history: the repository changed while it was read",
+    )
+    .hint("wait until nothing writes to it, then run the command again"))
 }
 
 fn pack_once(
@@ -184,23 +259,44 @@ fn pack_once(
     partial: bool,
     (store, dir): (&CheckedStores, &Path),
 ) -> Result<Option<Pack>> {
-    let wanted: Vec<&str> =
-        head.into_iter().chain(history.tags.iter().map(|tag| tag.oid.as_str())).chain(blobs.iter().map(String::as_str)).collect();
+    let wanted: Vec<&str> = head
+        .into_iter()
+        .chain(history.tags.iter().map(|tag| tag.oid.as_str()))
+        .chain(blobs.iter().map(String::as_str))
+        .collect();
     if wanted.is_empty() {
         return Ok(None);
     }
-    let lines = |oids: &mut dyn Iterator<Item = &str>| oids.flat_map(|oid| [oid, "\n"]).collect::<String>();
+    let lines =
+        |oids: &mut dyn Iterator<Item = &str>| oids.flat_map(|oid| [oid, "\n"]).collect::<String>();
     // pack-objects fails at a tree that a partial clone lacks; rev-list skips it.
     let (walk, input) = if partial {
         let commits = history.commits.iter().map(String::as_str);
-        (None, git.present_objects(lines(&mut wanted.into_iter().chain(commits)), history)?)
+        (
+            None,
+            git.present_objects(lines(&mut wanted.into_iter().chain(commits)), history)?,
+        )
     } else {
-        let cut: String = history.shallow.iter().map(|commit| format!("--shallow {commit}\n")).collect();
-        (Some("--revs"), (cut + &lines(&mut wanted.into_iter())).into_bytes())
+        let cut: String = history
+            .shallow
+            .iter()
+            .map(|commit| format!("--shallow {commit}\n"))
+            .collect();
+        (
+            Some("--revs"),
+            (cut + &lines(&mut wanted.into_iter())).into_bytes(),
+        )
     };
     let objects = dir.join("objects");
-    std::fs::create_dir_all(objects.join("pack")).map_err(|e| Error::io("create a directory for the pack", e))?;
-    let args = ["-c", "pack.packSizeLimit=0", "-c", "pack.writeReverseIndex=false", "pack-objects"];
+    std::fs::create_dir_all(objects.join("pack"))
+        .map_err(|e| Error::io("create a directory for the pack", e))?;
+    let args = [
+        "-c",
+        "pack.packSizeLimit=0",
+        "-c",
+        "pack.writeReverseIndex=false",
+        "pack-objects",
+    ];
     let options = ["--delta-base-offset", "-q"];
     let base = dir.join("pack");
     let mut alternates = std::ffi::OsString::new();
@@ -221,17 +317,27 @@ fn pack_once(
         .env("GIT_ALTERNATE_OBJECT_DIRECTORIES", alternates)
         .stdin(input)
         .deadline(PACK_DEADLINE);
-    let (_, hash) = git.commands.ask_status(&command, &[0]).map_err(|e| e.context("pack the history"))?;
+    let (_, hash) = git
+        .commands
+        .ask_status(&command, &[0])
+        .map_err(|e| e.context("pack the history"))?;
     let hash = String::from_utf8_lossy(hash.trim_ascii()).into_owned();
     if !parse::is_oid(&hash) {
-        return Err(Error::new(Kind::CommandFailed, "pack the history: git did not name a pack"));
+        return Err(Error::new(
+            Kind::CommandFailed,
+            "pack the history: git did not name a pack",
+        ));
     }
     let name = format!("pack-{hash}");
     let open = |ext: &str| {
         let path = dir.join(format!("{name}.{ext}"));
         File::open(&path).map_err(|e| Error::io(format!("open {}", path.display()), e))
     };
-    Ok(Some(Pack { pack: open("pack")?, idx: open("idx")?, name }))
+    Ok(Some(Pack {
+        pack: open("pack")?,
+        idx: open("idx")?,
+        name,
+    }))
 }
 
 /// Creates a directory through which git reads an object store by its descriptor.
@@ -243,7 +349,11 @@ fn pack_once(
 /// views of their own.
 fn view_of(store: &OwnedFd, at: &Path) -> std::io::Result<()> {
     std::fs::create_dir(at)?;
-    let target = PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), store.as_raw_fd()));
+    let target = PathBuf::from(format!(
+        "/proc/{}/fd/{}",
+        std::process::id(),
+        store.as_raw_fd()
+    ));
     for item in std::fs::read_dir(&target)? {
         let name = item?.file_name();
         let bytes = std::os::unix::ffi::OsStrExt::as_bytes(name.as_os_str());

@@ -28,7 +28,16 @@ const OPEN_TRIES: usize = 64;
 /// Maximum number of links to follow in one path, as in the kernel.
 const LINKS_MAX: usize = 40;
 /// Entries of a git directory that our git commands never read, so they may lead anywhere.
-const NOT_READ: &[&[u8]] = &[b"branches", b"description", b"hooks", b"lfs", b"logs", b"rr-cache", b"svn", b"worktrees"];
+const NOT_READ: &[&[u8]] = &[
+    b"branches",
+    b"description",
+    b"hooks",
+    b"lfs",
+    b"logs",
+    b"rr-cache",
+    b"svn",
+    b"worktrees",
+];
 /// Subdirectories of a git directory that are checked recursively.
 const DEEP: &[&[u8]] = &[b"info", b"objects", b"refs", b"reftable"];
 
@@ -61,8 +70,13 @@ impl Layout {
     /// Follows `.git` and `commondir` as git does. `top` must not contain links.
     pub fn find(top: &Path) -> Result<Self> {
         let dot_git = top.join(".git");
-        let target = real(&dot_git).map_err(|e| refusal(format!("follow {}", dot_git.display()), e))?;
-        let git_dir = if target.is_dir() { target } else { Self::follow_file(top, &dot_git)? };
+        let target =
+            real(&dot_git).map_err(|e| refusal(format!("follow {}", dot_git.display()), e))?;
+        let git_dir = if target.is_dir() {
+            target
+        } else {
+            Self::follow_file(top, &dot_git)?
+        };
         let commondir = git_dir.join("commondir");
         let common = match read_pointer(&commondir) {
             Ok(None) => git_dir.clone(),
@@ -72,16 +86,24 @@ impl Layout {
             }
             Err(e) => return Err(refusal(format!("read {}", commondir.display()), e)),
         };
-        Ok(Self { top: top.to_owned(), git_dir, common })
+        Ok(Self {
+            top: top.to_owned(),
+            git_dir,
+            common,
+        })
     }
 
     fn follow_file(top: &Path, dot_git: &Path) -> Result<PathBuf> {
         let shown = dot_git.display();
-        let text = read_pointer(dot_git).map_err(|e| refusal(format!("read {shown}"), e))?.unwrap_or_default();
+        let text = read_pointer(dot_git)
+            .map_err(|e| refusal(format!("read {shown}"), e))?
+            .unwrap_or_default();
         let Some(named) = text.strip_prefix(b"gitdir: ") else {
-            return Err(
-                Error::new(Kind::InvalidTree, format!("{shown} is not a directory and does not name one")).hint(look(top))
-            );
+            return Err(Error::new(
+                Kind::InvalidTree,
+                format!("{shown} is not a directory and does not name one"),
+            )
+            .hint(look(top)));
         };
         let named = top.join(OsStr::from_bytes(trim(named)));
         let dir = real(&named).map_err(|e| refusal(format!("follow {shown}"), e))?;
@@ -92,9 +114,16 @@ impl Layout {
             ("not a directory", look(top))
         } else {
             let top = quoted(top);
-            ("missing", format!("if the main repository was moved, run: git -C MAIN worktree repair {top}"))
+            (
+                "missing",
+                format!("if the main repository was moved, run: git -C MAIN worktree repair {top}"),
+            )
         };
-        Err(Error::new(Kind::InvalidTree, format!("{shown} leads to {}, which is {what}", dir.display())).hint(hint))
+        Err(Error::new(
+            Kind::InvalidTree,
+            format!("{shown} leads to {}, which is {what}", dir.display()),
+        )
+        .hint(hint))
     }
 
     /// Determines whether the repository belongs to the tree. Files inside the tree prove nothing
@@ -110,11 +139,20 @@ impl Layout {
         if self.git_dir.parent() != Some(&self.common.join("worktrees")) {
             return Claim::None;
         }
-        let text = read_pointer(&self.git_dir.join("gitdir")).ok().flatten().unwrap_or_default();
+        let text = read_pointer(&self.git_dir.join("gitdir"))
+            .ok()
+            .flatten()
+            .unwrap_or_default();
         let back = self.git_dir.join(OsStr::from_bytes(trim(&text)));
         let ours = back.file_name() == Some(OsStr::new(".git"))
-            && back.parent().is_some_and(|dir| real(dir).is_ok_and(|dir| dir == self.top));
-        if ours { Claim::Worktree } else { Claim::OtherWorktree(back) }
+            && back
+                .parent()
+                .is_some_and(|dir| real(dir).is_ok_and(|dir| dir == self.top));
+        if ours {
+            Claim::Worktree
+        } else {
+            Claim::OtherWorktree(back)
+        }
     }
 
     /// Builds the error for a repository that does not belong to the tree.
@@ -135,7 +173,10 @@ impl Layout {
                 if back.symlink_metadata().is_ok() {
                     e.hint(format!("send that worktree instead: {}", quoted(there)))
                 } else {
-                    e.hint(format!("if you moved the worktree here, run: git -C {} worktree repair", quoted(&self.top)))
+                    e.hint(format!(
+                        "if you moved the worktree here, run: git -C {} worktree repair",
+                        quoted(&self.top)
+                    ))
                 }
             }
             Claim::None => error(format!(
@@ -145,8 +186,15 @@ impl Layout {
                 self.top.display()
             ))
             .hint(look(&self.top)),
-            _ => error(format!("{} leads to {}, which does not belong to this tree", dot_git.display(), self.git_dir.display()))
-                .hint(format!("if it does belong to this tree, pass --allow-alternate {}", quoted(&self.git_dir))),
+            _ => error(format!(
+                "{} leads to {}, which does not belong to this tree",
+                dot_git.display(),
+                self.git_dir.display()
+            ))
+            .hint(format!(
+                "if it does belong to this tree, pass --allow-alternate {}",
+                quoted(&self.git_dir)
+            )),
         }
     }
 
@@ -154,10 +202,18 @@ impl Layout {
     /// `allowed` must not contain links. If two results are equal, nothing changed in between.
     pub fn check(&self, allowed: &[PathBuf]) -> Result<CheckedStores> {
         let own = BTreeSet::from([self.top.clone(), self.git_dir.clone(), self.common.clone()]);
-        let mut check = Check { own, allowed, seen: BTreeMap::new(), ways: BTreeMap::new() };
+        let mut check = Check {
+            own,
+            allowed,
+            seen: BTreeMap::new(),
+            ways: BTreeMap::new(),
+        };
         // This comes first, so that the tree behind this descriptor is the one that is checked.
         let path = check.link(&self.common.join("objects"), true)?;
-        let objects = Dir { fd: Rc::new(open_exactly(&path).map_err(|e| unreadable(&path, e))?), path };
+        let objects = Dir {
+            fd: Rc::new(open_exactly(&path).map_err(|e| unreadable(&path, e))?),
+            path,
+        };
         check.walk(objects.clone(), true)?;
         for dir in BTreeSet::from([&self.git_dir, &self.common]) {
             check.first_level(dir)?;
@@ -166,7 +222,11 @@ impl Layout {
         check.alternates(&objects, &mut stores)?;
         let own = stores.remove(&objects.path);
         let stores = own.into_iter().chain(stores.into_values()).collect();
-        Ok(CheckedStores { stamps: check.seen, ways: check.ways, stores })
+        Ok(CheckedStores {
+            stamps: check.seen,
+            ways: check.ways,
+            stores,
+        })
     }
 }
 
@@ -193,7 +253,11 @@ struct Stamp {
 impl Stamp {
     fn of(fd: impl AsFd, path: &Path) -> Result<Self> {
         let stat = rustix::fs::fstat(fd).map_err(|e| unreadable(path, e.into()))?;
-        Ok(Self { dev: stat.st_dev, ino: stat.st_ino, changed: (stat.st_ctime, stat.st_ctime_nsec as i64) })
+        Ok(Self {
+            dev: stat.st_dev,
+            ino: stat.st_ino,
+            changed: (stat.st_ctime, stat.st_ctime_nsec as i64),
+        })
     }
 }
 
@@ -210,13 +274,21 @@ impl CheckedStores {
 
     /// True if a change within the last clock tick might go unnoticed.
     pub fn is_fresh(&self) -> bool {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
         let age = |stamp: &Stamp| {
             let (s, ns) = stamp.changed;
-            let at = Duration::new(u64::try_from(s).unwrap_or(0), u32::try_from(ns).unwrap_or(0));
+            let at = Duration::new(
+                u64::try_from(s).unwrap_or(0),
+                u32::try_from(ns).unwrap_or(0),
+            );
             now.saturating_sub(at)
         };
-        self.stamps.values().chain(self.ways.values()).any(|stamp| age(stamp) < CLOCK_TICK)
+        self.stamps
+            .values()
+            .chain(self.ways.values())
+            .any(|stamp| age(stamp) < CLOCK_TICK)
     }
 }
 
@@ -235,11 +307,16 @@ impl Dir {
     fn open_dir(&self, name: &OsStr) -> std::io::Result<Dir> {
         let flags = DIR_FLAGS.union(OFlags::NOFOLLOW);
         let fd = rustix::fs::openat(&self.fd, name, flags, Mode::empty())?;
-        Ok(Dir { path: self.path.join(name), fd: Rc::new(fd) })
+        Ok(Dir {
+            path: self.path.join(name),
+            fd: Rc::new(fd),
+        })
     }
 }
 
-const DIR_FLAGS: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
+const DIR_FLAGS: OFlags = OFlags::RDONLY
+    .union(OFlags::DIRECTORY)
+    .union(OFlags::CLOEXEC);
 
 /// Opens a directory at a path without links. If a component has become a link, it no longer leads
 /// to what was checked.
@@ -291,12 +368,24 @@ impl Check<'_> {
     /// Rejects `target`, which `path` leads to, unless it belongs to the repository or is allowed.
     fn require_known(&self, path: &Path, target: &Path, of_objects: bool) -> Result<()> {
         let allowed = if of_objects { self.allowed } else { &[] };
-        if self.own.iter().chain(allowed).any(|dir| target.starts_with(dir)) {
+        if self
+            .own
+            .iter()
+            .chain(allowed)
+            .any(|dir| target.starts_with(dir))
+        {
             return Ok(());
         }
-        let text = format!("{} leads to {}, which does not belong to this tree", path.display(), target.display());
+        let text = format!(
+            "{} leads to {}, which does not belong to this tree",
+            path.display(),
+            target.display()
+        );
         let hint = if of_objects {
-            format!("if the repository may use it, pass --allow-alternate {}", quoted(target))
+            format!(
+                "if the repository may use it, pass --allow-alternate {}",
+                quoted(target)
+            )
         } else {
             format!("inspect it with: ls -ld {}", quoted(path))
         };
@@ -305,10 +394,18 @@ impl Check<'_> {
 
     /// Checks everything below the directory at `path`, which may be a link.
     fn through(&mut self, path: &Path, of_objects: bool) -> Result<()> {
-        let Ok(target) = real(path) else { return Ok(()) };
+        let Ok(target) = real(path) else {
+            return Ok(());
+        };
         self.require_known(path, &target, of_objects)?;
         match open_exactly(&target) {
-            Ok(fd) => self.walk(Dir { path: target, fd: Rc::new(fd) }, of_objects),
+            Ok(fd) => self.walk(
+                Dir {
+                    path: target,
+                    fd: Rc::new(fd),
+                },
+                of_objects,
+            ),
             // The path is a file or does not exist.
             Err(e) if matches!(e.raw_os_error(), Some(libc::ENOTDIR | libc::ENOENT)) => Ok(()),
             Err(e) => Err(unreadable(&target, e)),
@@ -324,7 +421,9 @@ impl Check<'_> {
         while let Some((above, name)) = pending.pop() {
             let dir = match &name {
                 None => above,
-                Some(name) => above.open_dir(name).map_err(|e| unreadable(&above.path.join(name), e))?,
+                Some(name) => above
+                    .open_dir(name)
+                    .map_err(|e| unreadable(&above.path.join(name), e))?,
             };
             if !self.is_new(&dir)? {
                 continue;
@@ -335,9 +434,11 @@ impl Check<'_> {
                 let path = dir.path.join(&name);
                 let kind = item.file_type().map_err(|e| unreadable(&path, e))?;
                 if kind.is_symlink() {
-                    let to = rustix::fs::readlinkat(&dir.fd, &name, Vec::new()).map_err(|e| unreadable(&path, e.into()))?;
+                    let to = rustix::fs::readlinkat(&dir.fd, &name, Vec::new())
+                        .map_err(|e| unreadable(&path, e.into()))?;
                     let to = dir.path.join(OsStr::from_bytes(to.as_bytes()));
-                    let target = real(&to).map_err(|e| refusal(format!("follow {}", path.display()), e))?;
+                    let target =
+                        real(&to).map_err(|e| refusal(format!("follow {}", path.display()), e))?;
                     self.require_known(&path, &target, of_objects)?;
                     links.push(target);
                 } else if kind.is_dir() {
@@ -358,8 +459,11 @@ impl Check<'_> {
         match self.seen.insert(dir.path.clone(), stamp.clone()) {
             None => Ok(true),
             Some(known) if known == stamp => Ok(false),
-            Some(_) => Err(Error::new(Kind::Conflict, format!("{} changed while it was checked", dir.path.display()))
-                .hint("wait until nothing writes to the repository, then run the command again")),
+            Some(_) => Err(Error::new(
+                Kind::Conflict,
+                format!("{} changed while it was checked", dir.path.display()),
+            )
+            .hint("wait until nothing writes to the repository, then run the command again")),
         }
     }
 
@@ -367,7 +471,10 @@ impl Check<'_> {
     /// alternates by path, so a rename above one of them must be noticed too.
     fn stamp_way(&mut self, target: &Path) -> Result<()> {
         let way: Vec<PathBuf> = target.ancestors().skip(1).map(Path::to_owned).collect();
-        for dir in way.into_iter().filter(|dir| self.own.iter().any(|own| dir.starts_with(own))) {
+        for dir in way
+            .into_iter()
+            .filter(|dir| self.own.iter().any(|own| dir.starts_with(own)))
+        {
             let fd = open_exactly(&dir).map_err(|e| unreadable(&dir, e))?;
             let stamp = Stamp::of(&fd, &dir)?;
             self.ways.entry(dir).or_insert(stamp);
@@ -376,19 +483,30 @@ impl Check<'_> {
     }
 
     /// Finds the stores from which `objects` takes further objects, recursively.
-    fn alternates(&mut self, objects: &Dir, stores: &mut BTreeMap<PathBuf, Rc<OwnedFd>>) -> Result<()> {
-        if stores.insert(objects.path.clone(), objects.fd.clone()).is_some() {
+    fn alternates(
+        &mut self,
+        objects: &Dir,
+        stores: &mut BTreeMap<PathBuf, Rc<OwnedFd>>,
+    ) -> Result<()> {
+        if stores
+            .insert(objects.path.clone(), objects.fd.clone())
+            .is_some()
+        {
             return Ok(());
         }
         let list = objects.path.join("info/alternates");
         // Opens the list through the directory's descriptor, because the path may lead elsewhere by
         // now.
-        let by_fd = PathBuf::from(format!("/proc/self/fd/{}/info/alternates", objects.fd.as_raw_fd()));
+        let by_fd = PathBuf::from(format!(
+            "/proc/self/fd/{}/info/alternates",
+            objects.fd.as_raw_fd()
+        ));
         let text = match open_pointer(&by_fd) {
             Ok(None) => Vec::new(),
             Ok(Some(file)) => {
                 self.seen.insert(list.clone(), Stamp::of(&file, &list)?);
-                read_open_pointer(file).map_err(|e| refusal(format!("read {}", list.display()), e))?
+                read_open_pointer(file)
+                    .map_err(|e| refusal(format!("read {}", list.display()), e))?
             }
             Err(e) => return Err(refusal(format!("read {}", list.display()), e)),
         };
@@ -398,16 +516,25 @@ impl Check<'_> {
             let Ok(target) = real(&named) else { continue };
             let fd = match open_exactly(&target) {
                 Ok(fd) => Rc::new(fd),
-                Err(e) if matches!(e.raw_os_error(), Some(libc::ENOTDIR | libc::ENOENT)) => continue,
+                Err(e) if matches!(e.raw_os_error(), Some(libc::ENOTDIR | libc::ENOENT)) => {
+                    continue;
+                }
                 Err(e) => return Err(unreadable(&target, e)),
             };
             let known = self.own.iter().chain(self.allowed);
             if !known.into_iter().any(|dir| target.starts_with(dir)) {
                 return Err(Error::new(
                     Kind::InvalidTree,
-                    format!("the repository takes objects from {}, named in {}", target.display(), list.display()),
+                    format!(
+                        "the repository takes objects from {}, named in {}",
+                        target.display(),
+                        list.display()
+                    ),
                 )
-                .hint(format!("if it may, pass --allow-alternate {}", quoted(&target))));
+                .hint(format!(
+                    "if it may, pass --allow-alternate {}",
+                    quoted(&target)
+                )));
             }
             self.stamp_way(&target)?;
             let dir = Dir { path: target, fd };
@@ -479,7 +606,11 @@ fn unquote(text: &[u8]) -> Option<(Vec<u8>, usize)> {
 pub(super) fn real(path: &Path) -> std::io::Result<PathBuf> {
     let mut links = 0;
     let mut done = PathBuf::from("/");
-    let mut todo: Vec<PathBuf> = path.components().rev().map(|c| PathBuf::from(c.as_os_str())).collect();
+    let mut todo: Vec<PathBuf> = path
+        .components()
+        .rev()
+        .map(|c| PathBuf::from(c.as_os_str()))
+        .collect();
     while let Some(part) = todo.pop() {
         match part.components().next() {
             None | Some(Component::CurDir) => continue,
@@ -500,10 +631,19 @@ pub(super) fn real(path: &Path) -> std::io::Result<PathBuf> {
                     return Err(std::io::Error::from_raw_os_error(libc::ELOOP));
                 }
                 done.pop();
-                todo.extend(target.components().rev().map(|c| PathBuf::from(c.as_os_str())));
+                todo.extend(
+                    target
+                        .components()
+                        .rev()
+                        .map(|c| PathBuf::from(c.as_os_str())),
+                );
             }
             // The component is not a link, or does not exist.
-            Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::ENOENT | libc::ENOTDIR)) => {}
+            Err(e)
+                if matches!(
+                    e.raw_os_error(),
+                    Some(libc::EINVAL | libc::ENOENT | libc::ENOTDIR)
+                ) => {}
             Err(e) => return Err(e),
         }
     }
@@ -515,7 +655,11 @@ fn open_pointer(path: &Path) -> std::io::Result<Option<std::fs::File>> {
     use std::os::unix::fs::OpenOptionsExt;
     let mut options = std::fs::OpenOptions::new();
     // Without O_NONBLOCK, opening a FIFO would wait for its writer.
-    match options.read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path) {
+    match options
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(path)
+    {
         Ok(file) if file.metadata()?.is_file() => Ok(Some(file)),
         Ok(_) => Err(std::io::Error::from_raw_os_error(libc::EINVAL)),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
@@ -535,11 +679,16 @@ fn read_pointer(path: &Path) -> std::io::Result<Option<Vec<u8>>> {
 
 fn read_dir(dir: &Path) -> Result<Vec<PathBuf>> {
     let items = std::fs::read_dir(dir).map_err(|e| unreadable(dir, e))?;
-    items.map(|item| item.map(|i| i.path()).map_err(|e| unreadable(dir, e))).collect()
+    items
+        .map(|item| item.map(|i| i.path()).map_err(|e| unreadable(dir, e)))
+        .collect()
 }
 
 fn trim(text: &[u8]) -> &[u8] {
-    let end = text.iter().rposition(|b| !matches!(b, b'\n' | b'\r')).map_or(0, |at| at + 1);
+    let end = text
+        .iter()
+        .rposition(|b| !matches!(b, b'\n' | b'\r'))
+        .map_or(0, |at| at + 1);
     &text[..end]
 }
 
@@ -556,7 +705,8 @@ fn refusal(doing: String, e: std::io::Error) -> Error {
 }
 
 fn unreadable(path: &Path, e: std::io::Error) -> Error {
-    refusal(format!("read {}", path.display()), e).hint(format!("inspect it with: ls -ld {}", quoted(path)))
+    refusal(format!("read {}", path.display()), e)
+        .hint(format!("inspect it with: ls -ld {}", quoted(path)))
 }
 
 #[cfg(test)]
@@ -566,7 +716,10 @@ mod tests {
     #[track_caller]
     fn check_entries(text: &str, want: &[&str]) {
         let got = alternate_entries(text.as_bytes());
-        let got: Vec<_> = got.iter().map(|p| String::from_utf8_lossy(p).into_owned()).collect();
+        let got: Vec<_> = got
+            .iter()
+            .map(|p| String::from_utf8_lossy(p).into_owned())
+            .collect();
         assert_eq!(got, want, "{text:?}");
     }
 

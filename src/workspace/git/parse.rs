@@ -36,17 +36,26 @@ pub(in crate::workspace) struct Record {
 }
 
 fn bad(what: &str) -> Error {
-    Error::new(Kind::CommandFailed, format!("git: unexpected form of its {what}"))
+    Error::new(
+        Kind::CommandFailed,
+        format!("git: unexpected form of its {what}"),
+    )
 }
 
 pub(super) fn paths(list: &[u8]) -> Vec<Vec<u8>> {
-    list.split(|b| *b == 0).filter(|p| !p.is_empty()).map(<[u8]>::to_vec).collect()
+    list.split(|b| *b == 0)
+        .filter(|p| !p.is_empty())
+        .map(<[u8]>::to_vec)
+        .collect()
 }
 
 /// Parses lines `H 100644 <oid> 0\t<path>\0`. A lower-case letter means assume-unchanged; `S` means
 /// that the file is not in the work tree.
 pub(super) fn index(list: &[u8]) -> Result<Vec<IndexEntry>> {
-    list.split(|b| *b == 0).filter(|l| !l.is_empty()).map(|l| index_entry(l).ok_or_else(|| bad("index listing"))).collect()
+    list.split(|b| *b == 0)
+        .filter(|l| !l.is_empty())
+        .map(|l| index_entry(l).ok_or_else(|| bad("index listing")))
+        .collect()
 }
 
 fn index_entry(line: &[u8]) -> Option<IndexEntry> {
@@ -74,15 +83,24 @@ pub(super) fn raw_diff(list: &[u8]) -> Result<Vec<Record>> {
         let path = fields.next().ok_or_else(|| bad("diff"))?.to_vec();
         let head = std::str::from_utf8(head).map_err(|_| bad("diff"))?;
         let words: Vec<&str> = head.split(' ').collect();
-        let [_, new_mode, _, new_oid, _] = words[..] else { return Err(bad("diff")) };
+        let [_, new_mode, _, new_oid, _] = words[..] else {
+            return Err(bad("diff"));
+        };
         let new_mode = u32::from_str_radix(new_mode, 8).map_err(|_| bad("diff"))?;
-        out.push(Record { new_mode, new_oid: new_oid.to_owned(), path });
+        out.push(Record {
+            new_mode,
+            new_oid: new_oid.to_owned(),
+            path,
+        });
     }
     Ok(out)
 }
 
 pub(super) fn is_oid(word: &str) -> bool {
-    matches!(word.len(), 40 | 64) && word.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+    matches!(word.len(), 40 | 64)
+        && word
+            .bytes()
+            .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
 }
 
 #[cfg(test)]
@@ -93,10 +111,22 @@ mod tests {
 
     #[test]
     fn index_lines_are_parsed() {
-        let text = format!("H 100644 {OID} 0\ta b\0s 100755 {OID} 0\tt\tab\nnl\0h 160000 {OID} 0\tsub\0M 120000 {OID} 2\tc\0");
+        let text = format!(
+            "H 100644 {OID} 0\ta b\0s 100755 {OID} 0\tt\tab\nnl\0h 160000 {OID} 0\tsub\0M 120000 {OID} 2\tc\0"
+        );
         let entries = index(text.as_bytes()).unwrap();
-        let seen: Vec<_> =
-            entries.iter().map(|e| (e.mode, e.stage, e.path.as_slice(), e.skip_worktree, e.assume_unchanged)).collect();
+        let seen: Vec<_> = entries
+            .iter()
+            .map(|e| {
+                (
+                    e.mode,
+                    e.stage,
+                    e.path.as_slice(),
+                    e.skip_worktree,
+                    e.assume_unchanged,
+                )
+            })
+            .collect();
         assert_eq!(
             seen,
             [
@@ -106,12 +136,19 @@ mod tests {
                 (0o120000, 2, b"c", false, false)
             ]
         );
-        assert_eq!(entries[0].info(), format!("100644 {OID} 0\ta b\0").as_bytes());
+        assert_eq!(
+            entries[0].info(),
+            format!("100644 {OID} 0\ta b\0").as_bytes()
+        );
     }
 
     #[test]
     fn index_and_diff_in_an_unknown_form_are_rejected() {
-        for bad in ["x", "H 100644 zz 0\ta", "H 100644 e69de29bb2d1d6434b8b29ae775ad8c2e48c5391 9\ta"] {
+        for bad in [
+            "x",
+            "H 100644 zz 0\ta",
+            "H 100644 e69de29bb2d1d6434b8b29ae775ad8c2e48c5391 9\ta",
+        ] {
             assert!(index(bad.as_bytes()).is_err(), "{bad}");
         }
         assert!(raw_diff(b":1 2\0p\0").is_err());
@@ -120,6 +157,13 @@ mod tests {
     #[test]
     fn raw_diff_records_are_parsed() {
         let text = format!(":000000 100644 {} {OID} A\0n\0", "0".repeat(40));
-        assert_eq!(raw_diff(text.as_bytes()).unwrap(), [Record { new_mode: 0o100644, new_oid: OID.into(), path: b"n".to_vec() }]);
+        assert_eq!(
+            raw_diff(text.as_bytes()).unwrap(),
+            [Record {
+                new_mode: 0o100644,
+                new_oid: OID.into(),
+                path: b"n".to_vec()
+            }]
+        );
     }
 }

@@ -96,7 +96,9 @@ impl Counter {
         let kept = bytes.len().min(LINE_BYTES_KEPT - self.line.len());
         self.line.extend_from_slice(&bytes[..kept]);
         if self.line.starts_with(GIT_HEADER) || GIT_HEADER.starts_with(&self.line) {
-            self.name = bytes.iter().fold(self.name, |hash, b| (hash ^ u64::from(*b)).wrapping_mul(FNV_PRIME));
+            self.name = bytes.iter().fold(self.name, |hash, b| {
+                (hash ^ u64::from(*b)).wrapping_mul(FNV_PRIME)
+            });
         }
     }
 
@@ -115,8 +117,15 @@ impl Counter {
         match self.place {
             _ if line.starts_with(GIT_HEADER) => {
                 self.files += 1;
-                self.follows_deletion = self.section == Section { name, is_deletion: true };
-                self.section = Section { name, is_deletion: false };
+                self.follows_deletion = self.section
+                    == Section {
+                        name,
+                        is_deletion: true,
+                    };
+                self.section = Section {
+                    name,
+                    is_deletion: false,
+                };
                 Place::GitHeader
             }
             Place::GitHeader | Place::NewName | Place::Outside if line.starts_with(b"@@ -") => {
@@ -126,7 +135,8 @@ impl Counter {
             }
             Place::GitHeader if !line.is_empty() => {
                 self.section.is_deletion |= line.starts_with(b"deleted file mode ");
-                if line.starts_with(b"new file mode ") && std::mem::take(&mut self.follows_deletion) {
+                if line.starts_with(b"new file mode ") && std::mem::take(&mut self.follows_deletion)
+                {
                     self.files -= 1;
                 }
                 Place::GitHeader
@@ -167,7 +177,10 @@ fn parse_hunk(line: &[u8]) -> Option<Hunk> {
         Some((_, count)) => count.parse().ok(),
         None => Some(1),
     };
-    Some(Hunk { old: count(ranges.next()?)?, new: count(ranges.next()?.strip_prefix('+')?)? })
+    Some(Hunk {
+        old: count(ranges.next()?)?,
+        new: count(ranges.next()?.strip_prefix('+')?)?,
+    })
 }
 
 #[cfg(test)]
@@ -178,7 +191,10 @@ mod tests {
     fn check(patch: &str, files: u64) {
         for step in [1, 7, patch.len().max(1)] {
             let mut counter = Counter::default();
-            patch.as_bytes().chunks(step).for_each(|piece| counter.push(piece));
+            patch
+                .as_bytes()
+                .chunks(step)
+                .for_each(|piece| counter.push(piece));
             assert_eq!(counter.finish(), files, "in pieces of {step}: {patch}");
         }
     }
@@ -186,21 +202,32 @@ mod tests {
     #[test]
     fn count_of_what_git_writes_is_the_number_of_files() {
         check("", 0);
-        check("diff --git a/x b/x\nnew file mode 100644\nindex 0..1\n--- /dev/null\n+++ b/x\n@@ -0,0 +1 @@\n+x\n", 1);
+        check(
+            "diff --git a/x b/x\nnew file mode 100644\nindex 0..1\n--- /dev/null\n+++ b/x\n@@ -0,0 +1 @@\n+x\n",
+            1,
+        );
         // Without content, without a last line feed.
         check("diff --git a/x b/x\nnew file mode 100644\nindex 0..0", 1);
-        check("diff --git a/x b/x\nold mode 100644\nnew mode 100755\ndiff --git a/y b/y\ndeleted file mode 100644\n", 2);
-        check("diff --git a/x b/x\nindex 0..1 100644\nGIT binary patch\nliteral 3\nKcmZ\n\nliteral 0\nHcmV\n\n", 1);
+        check(
+            "diff --git a/x b/x\nold mode 100644\nnew mode 100755\ndiff --git a/y b/y\ndeleted file mode 100644\n",
+            2,
+        );
+        check(
+            "diff --git a/x b/x\nindex 0..1 100644\nGIT binary patch\nliteral 3\nKcmZ\n\nliteral 0\nHcmV\n\n",
+            1,
+        );
     }
 
     #[test]
     fn count_of_a_type_change_is_one() {
         let gone = "diff --git a/x b/x\ndeleted file mode 100644\n--- a/x\n+++ /dev/null\n@@ -1 +0,0 @@\n-x\n";
-        let link =
-            "diff --git a/x b/x\nnew file mode 120000\n--- /dev/null\n+++ b/x\n@@ -0,0 +1 @@\n+a\n\\ No newline at end of file\n";
+        let link = "diff --git a/x b/x\nnew file mode 120000\n--- /dev/null\n+++ b/x\n@@ -0,0 +1 @@\n+a\n\\ No newline at end of file\n";
         check(&format!("{gone}{link}"), 1);
         // The names differ only after what is kept of a line.
-        let other = format!("{gone}{link}").replace("git a/x b/x", &format!("git a/{0}1 b/{0}1", "d".repeat(300)));
+        let other = format!("{gone}{link}").replace(
+            "git a/x b/x",
+            &format!("git a/{0}1 b/{0}1", "d".repeat(300)),
+        );
         check(&other, 1);
         check(&other.replacen("1\n", "2\n", 1), 2);
         // One name, many files: the names that count are those after it.
@@ -212,20 +239,34 @@ mod tests {
     #[test]
     fn count_ignores_headers_inside_hunks() {
         let hunk = "@@ -1,3 +1,3 @@\n--- a/fake\n+++ b/fake\n @@ -1 +1 @@\n-diff --git a/z b/z\n+diff --git a/z b/z\n";
-        check(&format!("diff --git a/x b/x\n--- a/x\n+++ b/x\n{hunk}@@ -9 +9 @@ fn \u{e9}()\n-a\n+b\n"), 1);
+        check(
+            &format!(
+                "diff --git a/x b/x\n--- a/x\n+++ b/x\n{hunk}@@ -9 +9 @@ fn \u{e9}()\n-a\n+b\n"
+            ),
+            1,
+        );
     }
 
     #[test]
     fn count_sees_patches_that_git_apply_takes_but_git_diff_never_writes() {
         let old_style = "--- a/x\n+++ b/x\n@@ -0,0 +1 @@\n+x\n";
         check(old_style, 1);
-        check(&format!("some text\n{old_style}{}", old_style.replace('x', "y")), 2);
-        check(&format!("diff --git a/w b/w\n--- a/w\n+++ b/w\n@@ -1 +1 @@\n-a\n+b\n{old_style}"), 2);
+        check(
+            &format!("some text\n{old_style}{}", old_style.replace('x', "y")),
+            2,
+        );
+        check(
+            &format!("diff --git a/w b/w\n--- a/w\n+++ b/w\n@@ -1 +1 @@\n-a\n+b\n{old_style}"),
+            2,
+        );
         // Names without a hunk change nothing.
         check("--- a/x\n+++ b/x\n", 0);
         // A hunk that claims to be endless hides nothing: git ends it at the first line that cannot
         // belong to it.
-        check("diff --git a/x b/x\n--- a/x\n+++ b/x\n@@ -1,99 +1,99 @@\n x\ndiff --git a/y b/y\nnew file mode 100644\n", 2);
+        check(
+            "diff --git a/x b/x\n--- a/x\n+++ b/x\n@@ -1,99 +1,99 @@\n x\ndiff --git a/y b/y\nnew file mode 100644\n",
+            2,
+        );
     }
 
     #[test]

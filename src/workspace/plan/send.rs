@@ -60,7 +60,10 @@ struct Keep<'a> {
 }
 
 fn ancestors(path: &[u8]) -> impl Iterator<Item = &[u8]> {
-    path.iter().enumerate().filter(|(_, b)| **b == b'/').map(|(at, _)| &path[..at])
+    path.iter()
+        .enumerate()
+        .filter(|(_, b)| **b == b'/')
+        .map(|(at, _)| &path[..at])
 }
 
 impl<'a> Keep<'a> {
@@ -116,10 +119,17 @@ impl Plan {
         let entries = tar.entries;
         let (mut out, tree_bytes) = tar.finish()?;
         out.flush().map_err(|e| match e.kind() {
-            std::io::ErrorKind::BrokenPipe => Error::new(Kind::StreamIncomplete, "send the tree: the daemon stopped reading"),
+            std::io::ErrorKind::BrokenPipe => Error::new(
+                Kind::StreamIncomplete,
+                "send the tree: the daemon stopped reading",
+            ),
             _ => Error::io("send the tree", e),
         })?;
-        let sent = Sent { entries, bytes: meta_bytes + tree_bytes, warnings };
+        let sent = Sent {
+            entries,
+            bytes: meta_bytes + tree_bytes,
+            warnings,
+        };
         progress(sent.entries, sent.bytes);
         Ok(sent)
     }
@@ -129,7 +139,10 @@ impl Plan {
         let mut out = Vec::new();
         let sha256 = self.repo.as_ref().is_some_and(|r| r.format == "sha256");
         for entry in &self.entries {
-            if entry.kind == EntryKind::Dir || !keep.leaves_out(entry) || inside_git_dir(&entry.path) {
+            if entry.kind == EntryKind::Dir
+                || !keep.leaves_out(entry)
+                || inside_git_dir(&entry.path)
+            {
                 continue;
             }
             match blob_id(beneath, entry, sha256, cancel) {
@@ -152,18 +165,36 @@ impl Plan {
             TreeKind::Plain => "plain\n",
         };
         let list = |dirs: bool| {
-            let chosen = self.entries.iter().filter(|e| (e.kind == EntryKind::Dir) == dirs && !inside_git_dir(&e.path));
+            let chosen = self
+                .entries
+                .iter()
+                .filter(|e| (e.kind == EntryKind::Dir) == dirs && !inside_git_dir(&e.path));
             nul_list(chosen.map(|e| e.path.as_slice()))
         };
-        let mut files = vec![("kind", kind.into()), ("sent", list(false)), ("dirs", list(true)), ("kept", kept)];
-        files.push(("submodules", self.apart.iter().flat_map(Apart::record).collect()));
-        files.push(("repositories", nul_list(self.repositories.iter().map(Vec::as_slice))));
+        let mut files = vec![
+            ("kind", kind.into()),
+            ("sent", list(false)),
+            ("dirs", list(true)),
+            ("kept", kept),
+        ];
+        files.push((
+            "submodules",
+            self.apart.iter().flat_map(Apart::record).collect(),
+        ));
+        files.push((
+            "repositories",
+            nul_list(self.repositories.iter().map(Vec::as_slice)),
+        ));
         if self.is_loose() {
             files.push(("archive", b"1\n".to_vec()));
         }
         if let Some(repo) = &self.repo {
-            let sent: HashSet<&[u8]> =
-                self.entries.iter().filter(|e| e.kind != EntryKind::Dir).map(|e| e.path.as_slice()).collect();
+            let sent: HashSet<&[u8]> = self
+                .entries
+                .iter()
+                .filter(|e| e.kind != EntryKind::Dir)
+                .map(|e| e.path.as_slice())
+                .collect();
             files.extend(repo.lists(&sent, self.kind == TreeKind::Git));
         }
         files.retain(|(name, data)| *name == "kind" || !data.is_empty());
@@ -174,8 +205,16 @@ impl Plan {
     /// few of them, and finding them would mean reading every file.
     fn is_loose(&self) -> bool {
         let indexed = self.repo.as_ref().filter(|_| self.kind == TreeKind::Git);
-        let indexed: HashSet<&[u8]> = indexed.iter().flat_map(|r| &r.index).map(|e| e.path.as_slice()).collect();
-        let loose = || self.entries.iter().filter(|e| e.kind == EntryKind::File && !indexed.contains(e.path.as_slice()));
+        let indexed: HashSet<&[u8]> = indexed
+            .iter()
+            .flat_map(|r| &r.index)
+            .map(|e| e.path.as_slice())
+            .collect();
+        let loose = || {
+            self.entries
+                .iter()
+                .filter(|e| e.kind == EntryKind::File && !indexed.contains(e.path.as_slice()))
+        };
         loose().count() > LOOSE_FILES_MAX || loose().map(|e| e.bytes).sum::<u64>() > LOOSE_BYTES_MAX
     }
 
@@ -187,9 +226,17 @@ impl Plan {
         cancel: &Cancel,
     ) -> Result<u64> {
         let lists = self.lists(kept);
-        let length = |f: &File| f.metadata().map(|m| m.len()).map_err(|e| Error::io("inspect the pack", e));
+        let length = |f: &File| {
+            f.metadata()
+                .map(|m| m.len())
+                .map_err(|e| Error::io("inspect the pack", e))
+        };
         let entry = |len: u64| BLOCK + len.next_multiple_of(BLOCK);
-        let mut size = 2 * BLOCK + lists.iter().map(|(_, data)| entry(data.len() as u64)).sum::<u64>();
+        let mut size = 2 * BLOCK
+            + lists
+                .iter()
+                .map(|(_, data)| entry(data.len() as u64))
+                .sum::<u64>();
         let pack = self.repo.as_mut().and_then(|r| r.pack.as_mut());
         if let Some(pack) = &pack {
             size += entry(length(&pack.pack)?) + entry(length(&pack.idx)?);
@@ -206,14 +253,19 @@ impl Plan {
                 done += n;
                 progress(0, done);
             };
-            for (name, file) in [(b"pack".as_slice(), &mut pack.pack), (b"idx", &mut pack.idx)] {
+            for (name, file) in [
+                (b"pack".as_slice(), &mut pack.pack),
+                (b"idx", &mut pack.idx),
+            ] {
                 rewind(file)?;
                 tar.plain_file(name, file, 0o444, &mut note)?;
             }
         }
         let (_, bytes) = tar.finish()?;
         if bytes != size {
-            return Err(Error::internal(format!("the first archive has {bytes} bytes instead of {size}")));
+            return Err(Error::internal(format!(
+                "the first archive has {bytes} bytes instead of {size}"
+            )));
         }
         Ok(line.len() as u64 + bytes)
     }
@@ -235,13 +287,24 @@ fn nul_list<'a>(paths: impl Iterator<Item = &'a [u8]>) -> Vec<u8> {
 
 impl Repo {
     fn lists(&self, sent: &HashSet<&[u8]>, with_history: bool) -> Vec<(&'static str, Vec<u8>)> {
-        let mut files = vec![("format", format!("{}\n", self.format).into_bytes()), ("exclude", self.exclude.clone())];
+        let mut files = vec![
+            ("format", format!("{}\n", self.format).into_bytes()),
+            ("exclude", self.exclude.clone()),
+        ];
         if !with_history {
             return files;
         }
-        let lines = |items: &mut dyn Iterator<Item = &String>| items.flat_map(|l| [l.as_bytes(), b"\n"].concat()).collect();
-        let flagged =
-            |flag: &dyn Fn(&IndexEntry) -> bool| nul_list(self.index.iter().filter(|e| flag(e)).map(|e| e.path.as_slice()));
+        let lines = |items: &mut dyn Iterator<Item = &String>| {
+            items.flat_map(|l| [l.as_bytes(), b"\n"].concat()).collect()
+        };
+        let flagged = |flag: &dyn Fn(&IndexEntry) -> bool| {
+            nul_list(
+                self.index
+                    .iter()
+                    .filter(|e| flag(e))
+                    .map(|e| e.path.as_slice()),
+            )
+        };
         // A partial clone may lack the blob, so the guest hashes the file instead.
         let seeds = |e: &&IndexEntry| {
             !self.partial
@@ -255,22 +318,56 @@ impl Repo {
         let tag = |tag: &Tag| [tag.oid.as_bytes(), b" ", &tag.name, b"\n"].concat();
         files.extend([
             ("head", [branch, b"\n", oid.as_bytes(), b"\n"].concat()),
-            ("name", self.pack.as_ref().map(|p| format!("{}\n", p.name).into_bytes()).unwrap_or_default()),
+            (
+                "name",
+                self.pack
+                    .as_ref()
+                    .map(|p| format!("{}\n", p.name).into_bytes())
+                    .unwrap_or_default(),
+            ),
             ("shallow", lines(&mut self.history.shallow.iter())),
             ("commits", lines(&mut self.history.commits.iter())),
             ("tags", self.history.tags.iter().flat_map(tag).collect()),
-            ("index", self.index.iter().filter(|e| !self.is_intent(e)).flat_map(IndexEntry::info).collect()),
-            ("seed", self.index.iter().filter(|e| !self.is_intent(e)).filter(seeds).flat_map(IndexEntry::info).collect()),
+            (
+                "index",
+                self.index
+                    .iter()
+                    .filter(|e| !self.is_intent(e))
+                    .flat_map(IndexEntry::info)
+                    .collect(),
+            ),
+            (
+                "seed",
+                self.index
+                    .iter()
+                    .filter(|e| !self.is_intent(e))
+                    .filter(seeds)
+                    .flat_map(IndexEntry::info)
+                    .collect(),
+            ),
             ("skip-worktree", flagged(&|e| e.skip_worktree)),
             ("assume-unchanged", flagged(&|e| e.assume_unchanged)),
             ("intent-to-add", flagged(&|e| self.is_intent(e))),
             ("config", self.config.clone()),
             ("attributes", self.attributes.clone()),
             ("global-attributes", self.global_attributes.clone()),
-            ("filters", nul_list(self.filtered.counts.keys().map(Vec::as_slice))),
-            ("filtered", nul_list(self.filtered.unchanged.iter().map(Vec::as_slice))),
+            (
+                "filters",
+                nul_list(self.filtered.counts.keys().map(Vec::as_slice)),
+            ),
+            (
+                "filtered",
+                nul_list(self.filtered.unchanged.iter().map(Vec::as_slice)),
+            ),
             ("sparse-checkout", self.sparse.clone()),
-            ("partial", if self.partial { b"1\n".to_vec() } else { Vec::new() }),
+            (
+                "partial",
+                if self.partial {
+                    b"1\n".to_vec()
+                } else {
+                    Vec::new()
+                },
+            ),
         ]);
         files
     }
@@ -288,12 +385,29 @@ fn send_entry<W: Write>(
     progress: &mut dyn FnMut(u64),
 ) -> Result<Option<String>> {
     let shown = || encode(&entry.path);
-    let meta = Meta { mode: entry.mode, mtime: entry.mtime };
-    let gone = || Ok(Some(format!("{} vanished while the tree was packed, so it was not sent", shown())));
+    let meta = Meta {
+        mode: entry.mode,
+        mtime: entry.mtime,
+    };
+    let gone = || {
+        Ok(Some(format!(
+            "{} vanished while the tree was packed, so it was not sent",
+            shown()
+        )))
+    };
     match entry.kind {
         EntryKind::Dir => tar.dir(&entry.path, meta).map(|()| None),
         EntryKind::Symlink => match beneath.read_link(&entry.path) {
-            Ok(target) => tar.symlink(&entry.path, &target, Meta { mode: 0o777, ..meta }).map(|()| None),
+            Ok(target) => tar
+                .symlink(
+                    &entry.path,
+                    &target,
+                    Meta {
+                        mode: 0o777,
+                        ..meta
+                    },
+                )
+                .map(|()| None),
             Err(e) if is_absent(&e) || e.raw_os_error() == Some(libc::EINVAL) => gone(),
             Err(e) => Err(Error::io(format!("read the link {}", shown()), e)),
         },
@@ -303,10 +417,14 @@ fn send_entry<W: Write>(
                 Err(None) => return gone(),
                 Err(Some(e)) => return Err(e),
             };
-            Ok(match tar.file(&entry.path, &mut file, entry.mode, progress)? {
-                ReadOutcome::Same => None,
-                ReadOutcome::Changed => Some(format!("{} changed while it was packed", shown())),
-            })
+            Ok(
+                match tar.file(&entry.path, &mut file, entry.mode, progress)? {
+                    ReadOutcome::Same => None,
+                    ReadOutcome::Changed => {
+                        Some(format!("{} changed while it was packed", shown()))
+                    }
+                },
+            )
         }
     }
 }
@@ -318,16 +436,25 @@ fn open_regular(beneath: &mut Beneath, entry: &Entry) -> Result<File, Option<Err
         Ok(_) => Err(None),
         // ENXIO: a socket has replaced the file.
         Err(e) if is_absent(&e) || e.raw_os_error() == Some(libc::ENXIO) => Err(None),
-        Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => Err(Some(unreadable(&encode(&entry.path)))),
+        Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => {
+            Err(Some(unreadable(&encode(&entry.path))))
+        }
         Err(e) => Err(Some(Error::io(format!("open {}", encode(&entry.path)), e))),
     }
 }
 
 /// Computes git's object name of the content: the hash of `blob <size> NUL <bytes>`.
-fn blob_id(beneath: &mut Beneath, entry: &Entry, sha256: bool, cancel: &Cancel) -> Result<String, Option<Error>> {
+fn blob_id(
+    beneath: &mut Beneath,
+    entry: &Entry,
+    sha256: bool,
+    cancel: &Cancel,
+) -> Result<String, Option<Error>> {
     let io = |e: std::io::Error| Some(Error::io(format!("read {}", encode(&entry.path)), e));
     if entry.kind == EntryKind::Symlink {
-        let target = beneath.read_link(&entry.path).map_err(|e| if is_absent(&e) { None } else { io(e) })?;
+        let target = beneath
+            .read_link(&entry.path)
+            .map_err(|e| if is_absent(&e) { None } else { io(e) })?;
         return hash(target.len() as u64, &mut target.as_slice(), sha256, cancel).map_err(io);
     }
     let file = open_regular(beneath, entry)?;
@@ -339,7 +466,13 @@ fn hash(size: u64, from: &mut dyn Read, sha256: bool, cancel: &Cancel) -> std::i
     use sha1::Digest;
     let mut h1 = sha1::Sha1::new();
     let mut h2 = sha2::Sha256::new();
-    let mut add = |bytes: &[u8]| if sha256 { h2.update(bytes) } else { h1.update(bytes) };
+    let mut add = |bytes: &[u8]| {
+        if sha256 {
+            h2.update(bytes)
+        } else {
+            h1.update(bytes)
+        }
+    };
     add(format!("blob {size}\0").as_bytes());
     let mut buffer = vec![0; 64 * 1024];
     loop {
@@ -352,5 +485,9 @@ fn hash(size: u64, from: &mut dyn Read, sha256: bool, cancel: &Cancel) -> std::i
         }
     }
     let hex = |bytes: &[u8]| bytes.iter().map(|b| format!("{b:02x}")).collect();
-    Ok(if sha256 { hex(&h2.finalize()) } else { hex(&h1.finalize()) })
+    Ok(if sha256 {
+        hex(&h2.finalize())
+    } else {
+        hex(&h1.finalize())
+    })
 }

@@ -50,19 +50,32 @@ impl GuestWorkspace {
         use sha2::Digest;
         let hash = sha2::Sha256::digest(guest_path.as_bytes());
         let key: String = hash[..8].iter().map(|b| format!("{b:02x}")).collect();
-        Self { guest_path: guest_path.to_owned(), state_dir: format!("{state_root}/{key}") }
+        Self {
+            guest_path: guest_path.to_owned(),
+            state_dir: format!("{state_root}/{key}"),
+        }
     }
 }
 
 /// Removes comments and indentation, because the length of a command line is limited.
 fn compact(script: &str) -> String {
-    let lines = script.lines().map(str::trim_start).filter(|l| !l.is_empty() && !l.starts_with('#'));
+    let lines = script
+        .lines()
+        .map(str::trim_start)
+        .filter(|l| !l.is_empty() && !l.starts_with('#'));
     lines.flat_map(|l| [l, "\n"]).collect()
 }
 
 fn command(script: &str, workspace: &GuestWorkspace, args: &[&str]) -> String {
     let script = compact(COMMON) + &compact(script);
-    let words = ["sh", "-c", &script, "fcd", &workspace.guest_path, &workspace.state_dir];
+    let words = [
+        "sh",
+        "-c",
+        &script,
+        "fcd",
+        &workspace.guest_path,
+        &workspace.state_dir,
+    ];
     let words: Vec<String> = words.iter().chain(args).map(|w| quote(w)).collect();
     words.join(" ")
 }
@@ -95,7 +108,11 @@ pub struct Finish<'a> {
 }
 
 pub fn finish_command(workspace: &GuestWorkspace, finish: &Finish<'_>) -> String {
-    command(&[FILTERS, FINISH].concat(), workspace, &[flag(finish.readonly), flag(finish.overwrite), finish.subdir])
+    command(
+        &[FILTERS, FINISH].concat(),
+        workspace,
+        &[flag(finish.readonly), flag(finish.overwrite), finish.subdir],
+    )
 }
 
 /// Prints a binary git patch from the baseline to the present state. Empty if nothing differs.
@@ -132,14 +149,23 @@ pub struct Finished {
 }
 
 fn unknown(step: &str) -> Error {
-    Error::new(Kind::GuestCommandFailed, format!("{step}: the guest's answer has an unknown form"))
-        .hint("a login script in the guest may print text; check with: fcctl exec {vm} -- true")
+    Error::new(
+        Kind::GuestCommandFailed,
+        format!("{step}: the guest's answer has an unknown form"),
+    )
+    .hint("a login script in the guest may print text; check with: fcctl exec {vm} -- true")
 }
 
 fn header<'a>(stdout: &'a [u8], start: &str, step: &str) -> Result<(&'a str, &'a [u8])> {
-    let end = stdout.iter().position(|b| *b == b'\n').ok_or_else(|| unknown(step))?;
+    let end = stdout
+        .iter()
+        .position(|b| *b == b'\n')
+        .ok_or_else(|| unknown(step))?;
     let line = std::str::from_utf8(&stdout[..end]).map_err(|_| unknown(step))?;
-    Ok((line.strip_prefix(start).ok_or_else(|| unknown(step))?, &stdout[end + 1..]))
+    Ok((
+        line.strip_prefix(start).ok_or_else(|| unknown(step))?,
+        &stdout[end + 1..],
+    ))
 }
 
 fn nul_list(bytes: &[u8], step: &str) -> Result<Vec<Vec<u8>>> {
@@ -159,7 +185,10 @@ pub fn parse_begin(stdout: &[u8]) -> Result<Vec<Vec<u8>>> {
 pub fn parse_finish(stdout: &[u8]) -> Result<Finished> {
     let step = "finish the import";
     let (count, list) = header(stdout, "fcd-finish 1 ", step)?;
-    Ok(Finished { entries: count.trim().parse().map_err(|_| unknown(step))?, kept: nul_list(list, step)? })
+    Ok(Finished {
+        entries: count.trim().parse().map_err(|_| unknown(step))?,
+        kept: nul_list(list, step)?,
+    })
 }
 
 pub fn parse_status(stdout: &[u8]) -> Result<Status> {
@@ -176,27 +205,52 @@ pub fn parse_status(stdout: &[u8]) -> Result<Status> {
 pub fn failure(doing: &str, exit: &Exit, stderr: &[u8]) -> Error {
     let text = String::from_utf8_lossy(stderr);
     let lines: Vec<&str> = text.lines().filter(|l| !l.trim().is_empty()).collect();
-    let said = lines.iter().find_map(|l| l.strip_prefix("fcd: ")).or_else(|| lines.last().copied());
-    let said = said.map_or_else(|| format!("it ended with {exit:?}"), |s| s.escape_debug().to_string());
+    let said = lines
+        .iter()
+        .find_map(|l| l.strip_prefix("fcd: "))
+        .or_else(|| lines.last().copied());
+    let said = said.map_or_else(
+        || format!("it ended with {exit:?}"),
+        |s| s.escape_debug().to_string(),
+    );
     let error = |kind, hint: &str| Error::new(kind, format!("{doing}: {said}")).hint(hint);
     // The guest's tar (GNU tar 1.34) prints the `strerror`, as git does for most files.
     if git_texts::is_disk_full(&text) {
-        let full = Error::new(Kind::GuestCommandFailed, format!("{doing}: the guest's disk is full: {said}"));
+        let full = Error::new(
+            Kind::GuestCommandFailed,
+            format!("{doing}: the guest's disk is full: {said}"),
+        );
         return full.hint("enlarge it: fcctl vm set {vm} --disk SIZE, then fcctl restart {vm}");
     }
     match exit {
         // Status 137 is usually the guest's OOM killer: a patch of a large binary file holds both
         // versions in memory.
-        _ if exit.shell_status() == 137 => {
-            error(Kind::GuestCommandFailed, "the guest may be out of memory: fcctl vm set {vm} --memory SIZE")
-        }
+        _ if exit.shell_status() == 137 => error(
+            Kind::GuestCommandFailed,
+            "the guest may be out of memory: fcctl vm set {vm} --memory SIZE",
+        ),
         Exit::Status(65) => error(Kind::InvalidGuestPath, "give another --guest-path"),
-        Exit::Status(66) => error(Kind::WorkspaceIncomplete, "run fcctl workspace prepare again"),
-        Exit::Status(67) => error(Kind::WorkspaceNotFound, "bring the tree in: fcctl workspace prepare {vm} PATH"),
-        Exit::Status(68) => error(Kind::GuestCommandFailed, "use an image that has git, GNU tar and findutils"),
-        Exit::Status(71) => error(Kind::Busy, "wait until it has ended, or run fcctl vm restart {vm}"),
+        Exit::Status(66) => error(
+            Kind::WorkspaceIncomplete,
+            "run fcctl workspace prepare again",
+        ),
+        Exit::Status(67) => error(
+            Kind::WorkspaceNotFound,
+            "bring the tree in: fcctl workspace prepare {vm} PATH",
+        ),
+        Exit::Status(68) => error(
+            Kind::GuestCommandFailed,
+            "use an image that has git, GNU tar and findutils",
+        ),
+        Exit::Status(71) => error(
+            Kind::Busy,
+            "wait until it has ended, or run fcctl vm restart {vm}",
+        ),
         Exit::Status(69 | 70) => error(Kind::StreamIncomplete, "run the command again"),
-        _ => error(Kind::GuestCommandFailed, "inspect the guest: fcctl exec {vm} -- df -h, fcctl logs {vm}"),
+        _ => error(
+            Kind::GuestCommandFailed,
+            "inspect the guest: fcctl exec {vm} -- df -h, fcctl logs {vm}",
+        ),
     }
 }
 
@@ -211,7 +265,10 @@ mod tests {
     #[test]
     fn command_lines_fit_the_limit() {
         let long = GuestWorkspace::new(&format!("/root/{}", "x".repeat(194)));
-        let finish = Finish { subdir: &"é".repeat(2000), ..Finish::default() };
+        let finish = Finish {
+            subdir: &"é".repeat(2000),
+            ..Finish::default()
+        };
         for line in [
             begin_command(&long),
             receive_command(&long, true),
@@ -226,30 +283,69 @@ mod tests {
 
     #[test]
     fn state_dirs_of_different_paths_differ() {
-        assert_ne!(GuestWorkspace::new("/root/a").state_dir, GuestWorkspace::new("/root/b").state_dir);
-        assert!(workspace().state_dir.starts_with("/var/lib/fcd/workspaces/"));
+        assert_ne!(
+            GuestWorkspace::new("/root/a").state_dir,
+            GuestWorkspace::new("/root/b").state_dir
+        );
+        assert!(
+            workspace()
+                .state_dir
+                .starts_with("/var/lib/fcd/workspaces/")
+        );
     }
 
     #[test]
     fn answers_are_parsed_and_unknown_forms_rejected() {
-        assert_eq!(parse_begin(b"fcd-begin 1\n").unwrap(), Vec::<Vec<u8>>::new());
-        assert_eq!(parse_begin(b"fcd-begin 1\na\nb\0c\0").unwrap(), [b"a\nb".to_vec(), b"c".to_vec()]);
+        assert_eq!(
+            parse_begin(b"fcd-begin 1\n").unwrap(),
+            Vec::<Vec<u8>>::new()
+        );
+        assert_eq!(
+            parse_begin(b"fcd-begin 1\na\nb\0c\0").unwrap(),
+            [b"a\nb".to_vec(), b"c".to_vec()]
+        );
         for bad in [&b""[..], b"motd\nfcd-begin 1\n", b"fcd-begin 1\nhalf"] {
-            assert_eq!(parse_begin(bad).unwrap_err().kind(), Kind::GuestCommandFailed);
+            assert_eq!(
+                parse_begin(bad).unwrap_err().kind(),
+                Kind::GuestCommandFailed
+            );
         }
-        let want = Finished { entries: 12, kept: vec![b"x".to_vec()] };
+        let want = Finished {
+            entries: 12,
+            kept: vec![b"x".to_vec()],
+        };
         assert_eq!(parse_finish(b"fcd-finish 1 12\nx\0").unwrap(), want);
         assert_eq!(parse_status(b"incomplete\n").unwrap(), Status::Incomplete);
     }
 
     #[test]
     fn failure_names_the_step_and_hints_at_a_remedy() {
-        let e = failure("export", &Exit::Status(66), b"fcd: an import was interrupted\n");
-        assert_eq!((e.kind(), e.to_string().as_str()), (Kind::WorkspaceIncomplete, "export: an import was interrupted"));
-        let e = failure("receive the tree", &Exit::Status(2), b"tar: x: Cannot write: No space left on device\ntar: Exiting\n");
+        let e = failure(
+            "export",
+            &Exit::Status(66),
+            b"fcd: an import was interrupted\n",
+        );
+        assert_eq!(
+            (e.kind(), e.to_string().as_str()),
+            (
+                Kind::WorkspaceIncomplete,
+                "export: an import was interrupted"
+            )
+        );
+        let e = failure(
+            "receive the tree",
+            &Exit::Status(2),
+            b"tar: x: Cannot write: No space left on device\ntar: Exiting\n",
+        );
         assert_eq!(e.kind(), Kind::GuestCommandFailed);
-        assert!(e.to_string().contains("disk is full") && e.hint_text().unwrap().contains("vm set"));
-        let e = failure("begin", &Exit::Status(128), b"fatal: sha1 file 'p' write error. Out of diskspace\n");
+        assert!(
+            e.to_string().contains("disk is full") && e.hint_text().unwrap().contains("vm set")
+        );
+        let e = failure(
+            "begin",
+            &Exit::Status(128),
+            b"fatal: sha1 file 'p' write error. Out of diskspace\n",
+        );
         assert!(e.to_string().contains("disk is full"), "{e}");
     }
 }

@@ -25,15 +25,35 @@ fn safe_directory_is_honored_wherever_git_reads_it() {
     config("[safe]\n\tdirectory = ~/host/repo\n\tdirectory =\n");
     assert_eq!(inspect(&options).unwrap_err().kind(), Kind::InvalidTree);
     config("");
-    for value in ["*".to_owned(), site.host().display().to_string(), "~/host/repo".to_owned()] {
-        let vars = [("GIT_CONFIG_COUNT", "1"), ("GIT_CONFIG_KEY_0", "safe.directory"), ("GIT_CONFIG_VALUE_0", &value)];
+    for value in [
+        "*".to_owned(),
+        site.host().display().to_string(),
+        "~/host/repo".to_owned(),
+    ] {
+        let vars = [
+            ("GIT_CONFIG_COUNT", "1"),
+            ("GIT_CONFIG_KEY_0", "safe.directory"),
+            ("GIT_CONFIG_VALUE_0", &value),
+        ];
         let vars = vars.map(|(k, v)| (OsString::from(k), OsString::from(v)));
-        let env = CallerEnv { home: options.env.home.clone(), ..CallerEnv::from_vars(vars) };
-        let env = CallerEnv { path: options.env.path.clone(), ..env };
-        inspect(&Options { env, ..options.clone() }).unwrap();
+        let env = CallerEnv {
+            home: options.env.home.clone(),
+            ..CallerEnv::from_vars(vars)
+        };
+        let env = CallerEnv {
+            path: options.env.path.clone(),
+            ..env
+        };
+        inspect(&Options {
+            env,
+            ..options.clone()
+        })
+        .unwrap();
     }
     // The repository must not be able to declare itself safe.
-    run(Command::new("git").args(["config", "--file", ".git/config", "safe.directory", "*"]).cwd(site.host()));
+    run(Command::new("git")
+        .args(["config", "--file", ".git/config", "safe.directory", "*"])
+        .cwd(site.host()));
     assert_eq!(inspect(&options).unwrap_err().kind(), Kind::InvalidTree);
 }
 
@@ -42,19 +62,36 @@ fn safe_directory_is_honored_wherever_git_reads_it() {
 fn git_variables_that_name_a_repository_are_ignored() {
     let (private, site) = (Site::committed(), Site::committed());
     private.commit_as("the secret");
-    let vars = ["GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_COMMON_DIR"];
-    let mut vars: Vec<_> = vars.map(|k| (OsString::from(k), private.path(".git").into_os_string())).into();
+    let vars = [
+        "GIT_DIR",
+        "GIT_WORK_TREE",
+        "GIT_INDEX_FILE",
+        "GIT_OBJECT_DIRECTORY",
+        "GIT_COMMON_DIR",
+    ];
+    let mut vars: Vec<_> = vars
+        .map(|k| (OsString::from(k), private.path(".git").into_os_string()))
+        .into();
     let objects = private.path(".git/objects").into_os_string();
     vars.push(("GIT_ALTERNATE_OBJECT_DIRECTORIES".into(), objects));
     vars.push(("GIT_NAMESPACE".into(), "x".into()));
     let base = site.options(History::Full);
-    let env = CallerEnv { path: base.env.path.clone(), home: base.env.home.clone(), ..CallerEnv::from_vars(vars) };
+    let env = CallerEnv {
+        path: base.env.path.clone(),
+        home: base.env.home.clone(),
+        ..CallerEnv::from_vars(vars)
+    };
     let mut plan = Plan::inspect(&site.host(), &Options { env, ..base }, &cancel()).unwrap();
     site.prepare_with(&mut plan, false).unwrap();
     assert_eq!(site.git_guest(&["log", "--all", "--format=%s"]), "first\n");
     let commit = private.git(&["rev-parse", "HEAD"]);
-    let c = Command::new("git").args(["cat-file", "-e", commit.trim()]).cwd(site.guest());
-    assert_ne!(run_any_status(&c, &cancel(), &mut |_| {}).unwrap().status, 0);
+    let c = Command::new("git")
+        .args(["cat-file", "-e", commit.trim()])
+        .cwd(site.guest());
+    assert_ne!(
+        run_any_status(&c, &cancel(), &mut |_| {}).unwrap().status,
+        0
+    );
 }
 
 #[test]
@@ -69,12 +106,27 @@ fn identity_from_the_environment_is_used_in_the_guest() {
     ];
     let vars = vars.map(|(k, v)| (OsString::from(k), OsString::from(v)));
     let base = site.options(History::default());
-    let env = CallerEnv { path: base.env.path.clone(), home: base.env.home.clone(), ..CallerEnv::from_vars(vars) };
-    let mut plan = Plan::inspect(&site.host(), &Options { env, ..base.clone() }, &cancel()).unwrap();
+    let env = CallerEnv {
+        path: base.env.path.clone(),
+        home: base.env.home.clone(),
+        ..CallerEnv::from_vars(vars)
+    };
+    let mut plan = Plan::inspect(
+        &site.host(),
+        &Options {
+            env,
+            ..base.clone()
+        },
+        &cancel(),
+    )
+    .unwrap();
     site.prepare_with(&mut plan, false).unwrap();
     site.git_guest(&["commit", "-q", "--allow-empty", "-m", "in the guest"]);
     let said = site.git_guest(&["log", "-1", "--format=%an <%ae> %cn <%ce>"]);
-    assert_eq!(said, "A \"U\" Thor <author@example.org> C Mitter <committer@example.org>\n");
+    assert_eq!(
+        said,
+        "A \"U\" Thor <author@example.org> C Mitter <committer@example.org>\n"
+    );
 
     // The author and committer come from settings, and the missing address from EMAIL.
     let other = Site::committed();
@@ -82,8 +134,20 @@ fn identity_from_the_environment_is_used_in_the_guest() {
     std::fs::write(other.dir.path().join("home/.gitconfig"), text).unwrap();
     let base = other.options(History::default());
     let vars = [(OsString::from("EMAIL"), OsString::from("e@example.org"))];
-    let env = CallerEnv { path: base.env.path.clone(), home: base.env.home.clone(), ..CallerEnv::from_vars(vars) };
-    let mut plan = Plan::inspect(&other.host(), &Options { env, ..base.clone() }, &cancel()).unwrap();
+    let env = CallerEnv {
+        path: base.env.path.clone(),
+        home: base.env.home.clone(),
+        ..CallerEnv::from_vars(vars)
+    };
+    let mut plan = Plan::inspect(
+        &other.host(),
+        &Options {
+            env,
+            ..base.clone()
+        },
+        &cancel(),
+    )
+    .unwrap();
     other.prepare_with(&mut plan, false).unwrap();
     other.git_guest(&["commit", "-q", "--allow-empty", "-m", "in the guest"]);
     let said = other.git_guest(&["log", "-1", "--format=%an <%ae> %cn <%ce>"]);
@@ -94,7 +158,9 @@ fn identity_from_the_environment_is_used_in_the_guest() {
 fn branch_and_tag_names_in_latin_1_arrive() {
     let site = Site::committed();
     let git_raw = |args: &[&[u8]]| {
-        let c = Command::new("git").args(args.iter().map(|a| OsStr::from_bytes(a))).cwd(site.host());
+        let c = Command::new("git")
+            .args(args.iter().map(|a| OsStr::from_bytes(a)))
+            .cwd(site.host());
         run(c.env("HOME", site.dir.path().join("home")));
     };
     git_raw(&[b"checkout", b"-q", b"-b", b"caf\xe9"]);
@@ -103,8 +169,14 @@ fn branch_and_tag_names_in_latin_1_arrive() {
     site.prepare();
     let head = std::fs::read(site.guest().join(".git/HEAD")).unwrap();
     assert_eq!(head, b"ref: refs/heads/caf\xe9\n");
-    let refs = run(Command::new("git").args(["for-each-ref", "--format=%(refname)"]).cwd(site.guest())).stdout;
-    assert_eq!(refs, b"refs/heads/caf\xe9\nrefs/tags/t\xe9\nrefs/tags/v\xe9/1\n");
+    let refs = run(Command::new("git")
+        .args(["for-each-ref", "--format=%(refname)"])
+        .cwd(site.guest()))
+    .stdout;
+    assert_eq!(
+        refs,
+        b"refs/heads/caf\xe9\nrefs/tags/t\xe9\nrefs/tags/v\xe9/1\n"
+    );
     site.git_guest(&["commit", "-q", "--allow-empty", "-m", "in the guest"]);
     site.write("a", "changed\n");
     assert_eq!(site.prepare(), [".git/HEAD"]);
@@ -122,12 +194,22 @@ fn operations_in_progress_are_reported() {
     site.commit("ours");
     site.git(&["branch", "ours"]);
     let conflicts = |args: &[&str]| {
-        let c = Command::new("git").args(args).cwd(site.host()).env("HOME", site.dir.path().join("home"));
-        assert_ne!(run_any_status(&c, &cancel(), &mut |_| {}).unwrap().status, 0, "{args:?}");
+        let c = Command::new("git")
+            .args(args)
+            .cwd(site.host())
+            .env("HOME", site.dir.path().join("home"));
+        assert_ne!(
+            run_any_status(&c, &cancel(), &mut |_| {}).unwrap().status,
+            0,
+            "{args:?}"
+        );
     };
     let said = |word: &str| {
         let warnings = site.plan().unwrap().warnings().join("\n");
-        assert!(warnings.contains(&format!("{word} is in progress here")), "{word:?}: {warnings}");
+        assert!(
+            warnings.contains(&format!("{word} is in progress here")),
+            "{word:?}: {warnings}"
+        );
         site.git(&["reset", "-q", "--hard", "ours"]);
     };
     assert_eq!(site.plan().unwrap().warnings(), [""; 0]);
@@ -147,7 +229,12 @@ fn operations_in_progress_are_reported() {
     said("a bisection");
     // Without history there is nothing to finish in the guest, so nothing is reported.
     let options = site.options(History::None);
-    assert_eq!(Plan::inspect(&site.host(), &options, &cancel()).unwrap().warnings(), [""; 0]);
+    assert_eq!(
+        Plan::inspect(&site.host(), &options, &cancel())
+            .unwrap()
+            .warnings(),
+        [""; 0]
+    );
 }
 
 #[test]
@@ -162,7 +249,12 @@ fn workspace_removed_in_the_guest_is_sent_again() {
         std::fs::remove_dir_all(site.guest()).unwrap();
         let e = site.export_patch().unwrap_err();
         assert_eq!(e.kind(), Kind::WorkspaceNotFound);
-        assert!(e.hint_text().unwrap().contains("fcctl workspace prepare {vm}"), "{e:?}");
+        assert!(
+            e.hint_text()
+                .unwrap()
+                .contains("fcctl workspace prepare {vm}"),
+            "{e:?}"
+        );
         assert_eq!(site.prepare(), [""; 0]);
         site.assert_same_tree();
         assert_eq!(export(site).1, 0);
@@ -184,7 +276,10 @@ fn workspace_removed_in_the_guest_is_sent_again() {
 
 fn export(site: &Site) -> (String, usize) {
     let patch = String::from_utf8_lossy(&site.export_patch().unwrap().0).into_owned();
-    let changed = patch.lines().filter(|l| l.starts_with("diff --git ")).count();
+    let changed = patch
+        .lines()
+        .filter(|l| l.starts_with("diff --git "))
+        .count();
     (patch, changed)
 }
 
@@ -197,7 +292,10 @@ fn names_like_git_directories_are_left_out_with_a_warning() {
     site.write("a.git/ok", "ok");
     let warnings = site.plan().unwrap().warnings().join("\n");
     for name in [".GIT", "sub/.Git", "dir/.gIT"] {
-        assert!(warnings.contains(&format!("left out {name}: git does not allow such a name")), "{name}: {warnings}");
+        assert!(
+            warnings.contains(&format!("left out {name}: git does not allow such a name")),
+            "{name}: {warnings}"
+        );
     }
     site.prepare();
     assert!(!site.guest().join(".GIT").exists() && !site.guest().join("sub").exists());
@@ -207,7 +305,10 @@ fn names_like_git_directories_are_left_out_with_a_warning() {
     plain.write("in/.Git/x", "x");
     plain.write("x", "x");
     let warnings = plain.plan().unwrap().warnings().join("\n");
-    assert!(warnings.contains("in/.Git is sent, but is never part of an exported patch or tree"), "{warnings}");
+    assert!(
+        warnings.contains("in/.Git is sent, but is never part of an exported patch or tree"),
+        "{warnings}"
+    );
     plain.prepare();
     assert!(plain.guest().join("in/.Git/x").exists());
 }
@@ -222,7 +323,11 @@ fn partial_clone(filter: &str, sparse: bool) -> (Site, Site) {
     origin.write("a", "second\n");
     origin.commit("second");
     let site = Site::plain();
-    std::fs::copy(origin.dir.path().join("home/.gitconfig"), site.dir.path().join("home/.gitconfig")).unwrap();
+    std::fs::copy(
+        origin.dir.path().join("home/.gitconfig"),
+        site.dir.path().join("home/.gitconfig"),
+    )
+    .unwrap();
     std::fs::remove_dir(site.host()).unwrap();
     let (url, into) = (format!("file://{}", origin.host().display()), site.host());
     let mut args = vec!["clone", "-q", filter];
@@ -234,13 +339,28 @@ fn partial_clone(filter: &str, sparse: bool) -> (Site, Site) {
 
 #[test]
 fn partial_clone_accepts_commits_in_the_guest() {
-    for (filter, sparse) in [("--filter=blob:none", true), ("--filter=blob:none", false), ("--filter=tree:0", true)] {
+    for (filter, sparse) in [
+        ("--filter=blob:none", true),
+        ("--filter=blob:none", false),
+        ("--filter=tree:0", true),
+    ] {
         let (origin, site) = partial_clone(filter, sparse);
         let canary = site.dir.path().join("canary");
         let script = site.dir.path().join("upload");
-        std::fs::write(&script, format!("#!/bin/sh\ntouch {}\nexec git-upload-pack \"$@\"\n", canary.display())).unwrap();
+        std::fs::write(
+            &script,
+            format!(
+                "#!/bin/sh\ntouch {}\nexec git-upload-pack \"$@\"\n",
+                canary.display()
+            ),
+        )
+        .unwrap();
         std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
-        site.git(&["config", "remote.origin.uploadpack", script.to_str().unwrap()]);
+        site.git(&[
+            "config",
+            "remote.origin.uploadpack",
+            script.to_str().unwrap(),
+        ]);
         site.prepare();
         assert!(!canary.exists(), "git fetched on the host");
         // The guest cannot reach the origin.
@@ -250,10 +370,16 @@ fn partial_clone_accepts_commits_in_the_guest() {
         site.write_guest("new", "in the guest\n");
         site.git_guest(&["add", "a", "new"]);
         site.git_guest(&["commit", "-q", "-m", "in the guest"]);
-        assert_eq!(site.git_guest(&["log", "--format=%s"]), "in the guest\nsecond\nfirst\n");
+        assert_eq!(
+            site.git_guest(&["log", "--format=%s"]),
+            "in the guest\nsecond\nfirst\n"
+        );
         assert_eq!(site.git_guest(&["status", "--porcelain"]), "");
         if sparse {
-            assert_eq!(site.git_guest(&["sparse-checkout", "list"]), site.git(&["sparse-checkout", "list"]));
+            assert_eq!(
+                site.git_guest(&["sparse-checkout", "list"]),
+                site.git(&["sparse-checkout", "list"])
+            );
             assert_eq!(site.git_guest(&["ls-files", "-t", "dir/b"]), "S dir/b\n");
         }
         site.git_guest(&["fsck"]);
@@ -271,7 +397,11 @@ fn promisor_of_a_partial_clone_is_sent_without_its_secrets() {
         let (_origin, site) = partial_clone("--filter=blob:none", true);
         site.git(&["config", "remote.origin.url", url]);
         site.prepare();
-        let got = |key: &str| site.git_guest(&["config", "--default", "", key]).trim().to_owned();
+        let got = |key: &str| {
+            site.git_guest(&["config", "--default", "", key])
+                .trim()
+                .to_owned()
+        };
         assert_eq!(got("remote.origin.url"), want, "{url}");
         assert_eq!(got("remote.origin.promisor"), "true");
         assert_eq!(got("remote.origin.partialclonefilter"), "blob:none");
@@ -279,8 +409,14 @@ fn promisor_of_a_partial_clone_is_sent_without_its_secrets() {
         assert!(!text.contains("s3cret"), "{text}");
     };
     check("https://example.org/x.git", "https://example.org/x.git");
-    check("https://user:s3cret@example.org/x.git", "https://example.org/x.git");
-    check("https://s3cret@example.org:8443/x", "https://example.org:8443/x");
+    check(
+        "https://user:s3cret@example.org/x.git",
+        "https://example.org/x.git",
+    );
+    check(
+        "https://s3cret@example.org:8443/x",
+        "https://example.org:8443/x",
+    );
     check("https://example.org/x?token=s3cret", "");
     check("git@example.org:x", "");
     check("ext::s3cret", "");

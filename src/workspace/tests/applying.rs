@@ -4,7 +4,10 @@ use std::os::unix::fs::symlink;
 
 /// Encodes UTF-16LE with a byte order mark.
 fn utf16(text: &str) -> Vec<u8> {
-    std::iter::once(0xfeff).chain(text.encode_utf16()).flat_map(u16::to_le_bytes).collect()
+    std::iter::once(0xfeff)
+        .chain(text.encode_utf16())
+        .flat_map(u16::to_le_bytes)
+        .collect()
 }
 
 /// Encodes UTF-16LE without a byte order mark, as `working-tree-encoding=UTF-16LE` requires.
@@ -23,7 +26,10 @@ fn converted() -> Site {
         "*.rc text working-tree-encoding=UTF-16LE\n*.bom text working-tree-encoding=UTF-16\n*.id ident\n\
          *.dos text eol=crlf\n*.unix text eol=lf\n*.loud filter=shout\n*.all text ident eol=crlf working-tree-encoding=UTF-16\n",
     );
-    site.write("nested/.gitattributes", "*.txt eol=crlf text\n*.rc -text !working-tree-encoding\n");
+    site.write(
+        "nested/.gitattributes",
+        "*.txt eol=crlf text\n*.rc -text !working-tree-encoding\n",
+    );
     site.write("a.rc", utf16le("one\ntwo\n"));
     site.write("a.bom", utf16("one\ntwo\n"));
     site.write("a.id", "$Id$\none\n");
@@ -47,7 +53,18 @@ fn converted() -> Site {
 /// Changes a file of every kind in the middle and at the end, and adds another one of the same
 /// kind.
 fn edit_every_kind(site: &Site) {
-    for name in ["a.rc", "a.bom", "a.id", "a.dos", "a.unix", "a.loud", "a.all", "nested/a.txt", "nested/a.rc", "plain"] {
+    for name in [
+        "a.rc",
+        "a.bom",
+        "a.id",
+        "a.dos",
+        "a.unix",
+        "a.loud",
+        "a.all",
+        "nested/a.txt",
+        "nested/a.rc",
+        "plain",
+    ] {
         let mut bytes = std::fs::read(site.guest().join(name)).unwrap();
         let more: Vec<u8> = match name {
             "a.rc" | "a.bom" => utf16le("three\n"),
@@ -58,7 +75,11 @@ fn edit_every_kind(site: &Site) {
         bytes.extend(more);
         site.write_guest(name, &bytes);
         let (dir, file) = name.rsplit_once('/').map_or(("", name), |(d, f)| (d, f));
-        let dir = if dir.is_empty() { String::new() } else { format!("{dir}/") };
+        let dir = if dir.is_empty() {
+            String::new()
+        } else {
+            format!("{dir}/")
+        };
         site.write_guest(&format!("{dir}new {file}"), &bytes);
     }
     site.write_guest("new.dos", "only\nLF\n");
@@ -85,7 +106,10 @@ fn apply_ignores_attributes_changed_in_the_guest() {
     let site = converted();
     site.prepare();
     edit_every_kind(&site);
-    site.write_guest(".gitattributes", "* text eol=crlf ident filter=shout working-tree-encoding=UTF-16\n");
+    site.write_guest(
+        ".gitattributes",
+        "* text eol=crlf ident filter=shout working-tree-encoding=UTF-16\n",
+    );
     site.write_guest("deeper/.gitattributes", "* text eol=crlf\n");
     site.write_guest("deeper/x", "one\ntwo\n");
     std::fs::remove_file(site.guest().join("nested/.gitattributes")).unwrap();
@@ -94,16 +118,29 @@ fn apply_ignores_attributes_changed_in_the_guest() {
 
 #[test]
 fn apply_ignores_the_users_conversion_settings() {
-    for (key, value) in [("core.autocrlf", "true"), ("core.autocrlf", "input"), ("apply.whitespace", "fix"), ("core.eol", "crlf")]
-    {
+    for (key, value) in [
+        ("core.autocrlf", "true"),
+        ("core.autocrlf", "input"),
+        ("apply.whitespace", "fix"),
+        ("core.eol", "crlf"),
+    ] {
         let site = Site::committed();
         site.write("dos", "one\r\ntwo\r\n");
         site.commit("dos");
-        write(&site.dir.path().join("home"), "attributes", "* text=auto ident\n");
+        write(
+            &site.dir.path().join("home"),
+            "attributes",
+            "* text=auto ident\n",
+        );
         let attributes = site.dir.path().join("home/attributes");
         for scope in ["--global", "--local"] {
             site.git(&["config", scope, key, value]);
-            site.git(&["config", scope, "core.attributesFile", attributes.to_str().unwrap()]);
+            site.git(&[
+                "config",
+                scope,
+                "core.attributesFile",
+                attributes.to_str().unwrap(),
+            ]);
         }
         site.prepare();
         site.write_guest("dos", "one\r\ntwo\r\nthree \t\r\n");
@@ -118,8 +155,16 @@ fn apply_ignores_the_users_conversion_settings() {
 #[test]
 fn apply_by_hand_gives_the_same_result() {
     let site = converted();
-    write(&site.dir.path().join("home"), ".config/git/attributes", "* text eol=crlf\n");
-    for (key, value) in [("core.autocrlf", "true"), ("apply.whitespace", "fix"), ("apply.ignoreWhitespace", "change")] {
+    write(
+        &site.dir.path().join("home"),
+        ".config/git/attributes",
+        "* text eol=crlf\n",
+    );
+    for (key, value) in [
+        ("core.autocrlf", "true"),
+        ("apply.whitespace", "fix"),
+        ("apply.ignoreWhitespace", "change"),
+    ] {
         site.git(&["config", "--global", key, value]);
     }
     site.prepare();
@@ -128,12 +173,28 @@ fn apply_by_hand_gives_the_same_result() {
     let line = apply::by_hand(&top, &top, &patch, &site.caller(), &cancel()).unwrap();
     let want = "git --git-dir= -c core.autocrlf=false -c core.attributesFile=/dev/null apply --whitespace=nowarn \
                 --no-ignore-whitespace ";
-    assert_eq!(line.strip_prefix("GIT_ATTR_NOSYSTEM=1 ").unwrap_or(&line), format!("{want}{}", patch.display()));
+    assert_eq!(
+        line.strip_prefix("GIT_ATTR_NOSYSTEM=1 ").unwrap_or(&line),
+        format!("{want}{}", patch.display())
+    );
     // Run it from a subdirectory and from an unrelated directory.
-    let line = apply::by_hand(&top, &site.path("nested"), &patch, &site.caller(), &cancel()).unwrap();
-    assert!(line.contains(&format!("git -C {} --git-dir= ", top.display())), "{line}");
+    let line = apply::by_hand(
+        &top,
+        &site.path("nested"),
+        &patch,
+        &site.caller(),
+        &cancel(),
+    )
+    .unwrap();
+    assert!(
+        line.contains(&format!("git -C {} --git-dir= ", top.display())),
+        "{line}"
+    );
     let home = site.dir.path().join("home");
-    run(Command::new("sh").args(["-c", &line]).cwd(site.path("nested")).env("HOME", &home));
+    run(Command::new("sh")
+        .args(["-c", &line])
+        .cwd(site.path("nested"))
+        .env("HOME", &home));
     site.assert_same_tree();
 }
 
@@ -144,9 +205,25 @@ fn apply_by_hand_needs_no_option_without_configuration() {
     site.write_guest("a", "changed\n");
     let patch = site.patch_file();
     std::fs::rename(&patch, site.path("it's here")).unwrap();
-    let line = apply::by_hand(&site.host(), &site.host(), &site.path("it's here"), &site.caller(), &cancel()).unwrap();
-    let line = line.strip_prefix("GIT_ATTR_NOSYSTEM=1 ").unwrap_or(&line).to_owned();
-    assert_eq!(line, format!("git --git-dir= apply '{}/it'\\''s here'", site.host().display()));
+    let line = apply::by_hand(
+        &site.host(),
+        &site.host(),
+        &site.path("it's here"),
+        &site.caller(),
+        &cancel(),
+    )
+    .unwrap();
+    let line = line
+        .strip_prefix("GIT_ATTR_NOSYSTEM=1 ")
+        .unwrap_or(&line)
+        .to_owned();
+    assert_eq!(
+        line,
+        format!(
+            "git --git-dir= apply '{}/it'\\''s here'",
+            site.host().display()
+        )
+    );
 }
 
 #[test]
@@ -158,10 +235,22 @@ fn apply_binary_patch_in_a_sha256_repository() {
     site.write("bin", (0..=255u8).cycle().take(3000).collect::<Vec<_>>());
     site.commit("one");
     site.prepare();
-    site.write_guest("bin", (0..=255u8).rev().cycle().take(3000).collect::<Vec<_>>());
+    site.write_guest(
+        "bin",
+        (0..=255u8).rev().cycle().take(3000).collect::<Vec<_>>(),
+    );
     site.write_guest("new bin", [0, 1, 2, 255]);
     let patch = site.patch_file();
-    assert_eq!(apply::by_hand(&site.host(), &site.host(), &patch, &site.caller(), &cancel()), None);
+    assert_eq!(
+        apply::by_hand(
+            &site.host(),
+            &site.host(),
+            &patch,
+            &site.caller(),
+            &cancel()
+        ),
+        None
+    );
     site.apply_export();
 }
 
@@ -176,9 +265,17 @@ fn apply_lists_changes_and_an_empty_patch_has_none() {
     std::fs::remove_file(site.guest().join("dir/b")).unwrap();
     let file = site.patch_file();
     let checked = apply::check(&site.host(), &file, &site.caller(), &cancel()).unwrap();
-    let seen: Vec<_> = checked.changes.iter().map(|c| (c.path.as_slice(), c.added, c.removed)).collect();
-    let want =
-        [(&b"a"[..], Some(2), Some(1)), (b"bin", None, None), (b"dir/b", Some(0), Some(1)), (b"new\nline", Some(1), Some(0))];
+    let seen: Vec<_> = checked
+        .changes
+        .iter()
+        .map(|c| (c.path.as_slice(), c.added, c.removed))
+        .collect();
+    let want = [
+        (&b"a"[..], Some(2), Some(1)),
+        (b"bin", None, None),
+        (b"dir/b", Some(0), Some(1)),
+        (b"new\nline", Some(1), Some(0)),
+    ];
     assert_eq!(seen, want);
     assert!(!site.path("bin").exists(), "a check changes nothing");
     checked.apply_all().unwrap();
@@ -280,7 +377,10 @@ fn apply_path_outside_the_tree_is_refused() {
         "to-git/hooks/post-checkout",
         "./a/../../evil",
     ] {
-        for (old, new) in [("/dev/null".to_owned(), format!("b/{path}")), ("/dev/null".to_owned(), path.to_owned())] {
+        for (old, new) in [
+            ("/dev/null".to_owned(), format!("b/{path}")),
+            ("/dev/null".to_owned(), path.to_owned()),
+        ] {
             let text = format!(
                 "diff --git a/good b/good\nnew file mode 100644\n--- /dev/null\n+++ b/good\n@@ -0,0 +1 @@\n+x\n\
                  diff --git a/{path} b/{path}\nnew file mode 100755\n--- {old}\n+++ {new}\n@@ -0,0 +1 @@\n+x\n"
@@ -290,7 +390,10 @@ fn apply_path_outside_the_tree_is_refused() {
             let before = listing(site.dir.path());
             let e = site.apply(&file).unwrap_err();
             assert_eq!(e.kind(), Kind::Conflict, "{path}: {e}");
-            assert!(before == listing(site.dir.path()), "{path}: something was written");
+            assert!(
+                before == listing(site.dir.path()),
+                "{path}: something was written"
+            );
         }
     }
     assert!(!Path::new("/tmp/fcd-evil").exists());
@@ -308,7 +411,11 @@ fn apply_path_outside_the_tree_is_refused() {
 fn apply_runs_nothing_of_the_hosts_repository() {
     let site = converted();
     let canary = site.dir.path().join("canary");
-    for key in ["filter.shout.clean", "filter.shout.smudge", "core.fsmonitor"] {
+    for key in [
+        "filter.shout.clean",
+        "filter.shout.smudge",
+        "core.fsmonitor",
+    ] {
         site.git(&["config", key, &format!("touch {}; cat", canary.display())]);
     }
     site.git(&["config", "filter.shout.required", "true"]);
@@ -327,14 +434,38 @@ fn apply_odd_names_modes_links_and_types() {
     site.write("to-dir", "x\n");
     site.commit("more");
     site.prepare();
-    for name in ["a b", "new\nline", "-rf", "--", "tab\there", "$(x)", "quote'\"", "é", "back\\slash", "*", "trailing "] {
+    for name in [
+        "a b",
+        "new\nline",
+        "-rf",
+        "--",
+        "tab\there",
+        "$(x)",
+        "quote'\"",
+        "é",
+        "back\\slash",
+        "*",
+        "trailing ",
+    ] {
         site.write_guest(name, name);
         site.write_guest(&format!("in {name}/{name}"), name);
     }
     write(&site.guest(), "plain", "x");
-    std::fs::write(site.guest().join(OsStr::from_bytes(b"raw\xff\xfe")), b"\0\xff").unwrap();
-    std::fs::set_permissions(site.guest().join("run"), std::fs::Permissions::from_mode(0o644)).unwrap();
-    std::fs::set_permissions(site.guest().join("a"), std::fs::Permissions::from_mode(0o755)).unwrap();
+    std::fs::write(
+        site.guest().join(OsStr::from_bytes(b"raw\xff\xfe")),
+        b"\0\xff",
+    )
+    .unwrap();
+    std::fs::set_permissions(
+        site.guest().join("run"),
+        std::fs::Permissions::from_mode(0o644),
+    )
+    .unwrap();
+    std::fs::set_permissions(
+        site.guest().join("a"),
+        std::fs::Permissions::from_mode(0o755),
+    )
+    .unwrap();
     symlink("nowhere\nat all", site.guest().join("dangling")).unwrap();
     std::fs::remove_file(site.guest().join("to-link")).unwrap();
     symlink("/etc/passwd", site.guest().join("to-link")).unwrap();
@@ -346,12 +477,21 @@ fn apply_odd_names_modes_links_and_types() {
 #[test]
 fn apply_from_a_subdirectory_uses_the_top_of_the_repository() {
     let site = Site::committed();
-    assert_eq!(apply::top_of(&site.path("dir")).unwrap(), std::fs::canonicalize(site.host()).unwrap());
+    assert_eq!(
+        apply::top_of(&site.path("dir")).unwrap(),
+        std::fs::canonicalize(site.host()).unwrap()
+    );
     let plain = Site::plain();
     plain.write("dir/x", "x");
-    assert_eq!(apply::top_of(&plain.path("dir")).unwrap(), std::fs::canonicalize(plain.path("dir")).unwrap());
+    assert_eq!(
+        apply::top_of(&plain.path("dir")).unwrap(),
+        std::fs::canonicalize(plain.path("dir")).unwrap()
+    );
     for missing in [plain.path("nothing"), plain.path("dir/x")] {
-        assert_eq!(apply::top_of(&missing).unwrap_err().kind(), Kind::PathNotFound);
+        assert_eq!(
+            apply::top_of(&missing).unwrap_err().kind(),
+            Kind::PathNotFound
+        );
     }
     // A tree without git also accepts a patch.
     plain.prepare();

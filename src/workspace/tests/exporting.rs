@@ -10,13 +10,26 @@ fn work_in_the_guest(site: &Site, has_git: bool) {
     site.write_guest("a", "one\nchanged in the guest\n");
     if has_git {
         site.git_guest(&["add", "a"]);
-        site.git_guest(&["-c", "user.name=g", "-c", "user.email=g@g", "commit", "-q", "-m", "in the guest"]);
+        site.git_guest(&[
+            "-c",
+            "user.name=g",
+            "-c",
+            "user.email=g@g",
+            "commit",
+            "-q",
+            "-m",
+            "in the guest",
+        ]);
     }
     std::fs::remove_file(guest.join("gone")).unwrap();
     std::fs::rename(guest.join("dir/b"), guest.join("moved b")).unwrap();
     site.write_guest("new/with space\nand line", "new\n");
     site.write_guest("empty-new", "");
-    std::fs::write(guest.join(OsStr::from_bytes(b"bin\xff")), (0..=255u8).cycle().take(5000).collect::<Vec<_>>()).unwrap();
+    std::fs::write(
+        guest.join(OsStr::from_bytes(b"bin\xff")),
+        (0..=255u8).cycle().take(5000).collect::<Vec<_>>(),
+    )
+    .unwrap();
     site.write_guest("no newline", "x");
     std::fs::set_permissions(guest.join("run"), std::fs::Permissions::from_mode(0o644)).unwrap();
     std::fs::set_permissions(guest.join("plain"), std::fs::Permissions::from_mode(0o755)).unwrap();
@@ -56,22 +69,39 @@ fn fill(site: &Site) {
 
 /// The refs, the number of objects, and every file of the guest's repository including its index.
 fn repository_state(site: &Site) -> (String, Listing) {
-    let commands: [&[&str]; 3] = [&["for-each-ref"], &["rev-parse", "HEAD"], &["count-objects", "-v"]];
-    (commands.map(|args| site.git_guest(args)).concat(), listing(&site.guest().join(".git")))
+    let commands: [&[&str]; 3] = [
+        &["for-each-ref"],
+        &["rev-parse", "HEAD"],
+        &["count-objects", "-v"],
+    ];
+    (
+        commands.map(|args| site.git_guest(args)).concat(),
+        listing(&site.guest().join(".git")),
+    )
 }
 
 #[track_caller]
 fn check(site: &Site, has_git: bool) -> String {
     site.prepare();
     site.assert_same_tree();
-    assert_eq!(site.export_patch().unwrap(), (Vec::new(), 0), "nothing that the user had already");
+    assert_eq!(
+        site.export_patch().unwrap(),
+        (Vec::new(), 0),
+        "nothing that the user had already"
+    );
     work_in_the_guest(site, has_git);
     let before = has_git.then(|| repository_state(site));
     let state_before = listing(Path::new(&site.workspace.state_dir));
     site.export_tree().unwrap();
     let patch = site.apply_export();
-    assert!(before.is_none_or(|b| b == repository_state(site)), "the guest's repository was changed");
-    assert!(state_before == listing(Path::new(&site.workspace.state_dir)), "the baseline was changed");
+    assert!(
+        before.is_none_or(|b| b == repository_state(site)),
+        "the guest's repository was changed"
+    );
+    assert!(
+        state_before == listing(Path::new(&site.workspace.state_dir)),
+        "the baseline was changed"
+    );
     assert!(patch.contains("GIT binary patch") && patch.contains("new mode 100755"));
     patch
 }
@@ -128,7 +158,10 @@ fn export_counts_every_kind_of_change_per_file() {
     work_in_the_guest(&site, false);
     let (patch, files) = site.export_patch().unwrap();
     let text = String::from_utf8_lossy(&patch);
-    let mut headers: Vec<&str> = text.lines().filter(|l| l.starts_with("diff --git ")).collect();
+    let mut headers: Vec<&str> = text
+        .lines()
+        .filter(|l| l.starts_with("diff --git "))
+        .collect();
     let entries = headers.len();
     headers.dedup();
     assert_eq!(files, headers.len() as u64, "{text}");
@@ -174,7 +207,14 @@ fn export_ignores_filters_hooks_and_drivers_of_the_guest() {
     site.prepare();
     let canary = site.dir.path().join("canary");
     let touch = format!("touch {}; cat", canary.display());
-    for key in ["filter.x.clean", "diff.x.textconv", "diff.x.command", "diff.external", "core.fsmonitor", "core.pager"] {
+    for key in [
+        "filter.x.clean",
+        "diff.x.textconv",
+        "diff.x.command",
+        "diff.external",
+        "core.fsmonitor",
+        "core.pager",
+    ] {
         site.git_guest(&["config", key, &touch]);
     }
     site.git_guest(&["config", "core.autocrlf", "true"]);
@@ -189,14 +229,21 @@ fn export_ignores_filters_hooks_and_drivers_of_the_guest() {
 #[test]
 fn export_tree_is_identical() {
     for has_git in [true, false] {
-        let site = if has_git { Site::unborn() } else { Site::plain() };
+        let site = if has_git {
+            Site::unborn()
+        } else {
+            Site::plain()
+        };
         fill(&site);
         site.write(".gitignore", "*.o\n");
         site.write(&format!("{}/{}", "d".repeat(200), "n".repeat(250)), "long");
         symlink("t".repeat(300), site.path("long-target")).unwrap();
         site.prepare();
         work_in_the_guest(&site, false);
-        std::fs::File::create(site.guest().join("hole")).unwrap().set_len(1 << 26).unwrap();
+        std::fs::File::create(site.guest().join("hole"))
+            .unwrap()
+            .set_len(1 << 26)
+            .unwrap();
         std::fs::hard_link(site.guest().join("a"), site.guest().join("hard")).unwrap();
         let out = site.dir.path().join("out");
         let unpacked = unpack_tree(&site.export_tree().unwrap(), &out).unwrap();
@@ -213,10 +260,16 @@ fn export_tree_is_identical() {
 fn export_without_a_complete_workspace_fails() {
     let site = Site::committed();
     assert_eq!(site.status(), Status::None);
-    assert_eq!(site.export_patch().unwrap_err().kind(), Kind::WorkspaceNotFound);
+    assert_eq!(
+        site.export_patch().unwrap_err().kind(),
+        Kind::WorkspaceNotFound
+    );
     site.begin().unwrap();
     assert_eq!(site.status(), Status::Incomplete);
-    assert_eq!(site.export_patch().unwrap_err().kind(), Kind::WorkspaceIncomplete);
+    assert_eq!(
+        site.export_patch().unwrap_err().kind(),
+        Kind::WorkspaceIncomplete
+    );
     site.prepare();
     assert_eq!(site.status(), Status::Complete);
     receive_patch(&site.export_patch().unwrap().0, &site.dir.path().join("x")).unwrap();

@@ -13,7 +13,12 @@ fn hostile_repository_runs_nothing() {
     let evil = evil.to_str().unwrap();
     site.write(".gitattributes", "* filter=x diff=x\n");
     site.commit("attributes");
-    for hook in ["post-index-change", "pre-auto-gc", "reference-transaction", "post-checkout"] {
+    for hook in [
+        "post-index-change",
+        "pre-auto-gc",
+        "reference-transaction",
+        "post-checkout",
+    ] {
         site.write(&format!(".git/hooks/{hook}"), &script);
         site.chmod(&format!(".git/hooks/{hook}"), 0o755);
     }
@@ -42,7 +47,8 @@ fn hostile_repository_runs_nothing() {
     site.write("a", "touched, so that its filter would be asked\n");
     // The blob is missing. A partial clone would fetch it.
     let blob = site.git(&["-c", "core.fsmonitor=false", "rev-parse", "HEAD:dir/b"]);
-    std::fs::remove_file(site.path(format!(".git/objects/{}/{}", &blob[..2], blob[2..].trim()))).unwrap();
+    std::fs::remove_file(site.path(format!(".git/objects/{}/{}", &blob[..2], blob[2..].trim())))
+        .unwrap();
     let _ = std::fs::remove_file(&canary);
     let mut plan = site.plan().unwrap();
     assert!(plan.warnings().iter().any(|w| w.contains("partial clone")));
@@ -50,12 +56,21 @@ fn hostile_repository_runs_nothing() {
     assert!(!canary.exists(), "something of the repository ran");
     // The only hook in the guest is ours, which prevents commits with raw content of filtered
     // files.
-    let hooks: Vec<_> = std::fs::read_dir(site.guest().join(".git/hooks")).unwrap().map(|e| e.unwrap().file_name()).collect();
+    let hooks: Vec<_> = std::fs::read_dir(site.guest().join(".git/hooks"))
+        .unwrap()
+        .map(|e| e.unwrap().file_name())
+        .collect();
     assert_eq!(hooks, ["pre-commit"]);
     let hook = std::fs::read_to_string(site.guest().join(".git/hooks/pre-commit")).unwrap();
-    assert!(hook.contains("fcd/check") && !hook.contains("canary"), "{hook}");
+    assert!(
+        hook.contains("fcd/check") && !hook.contains("canary"),
+        "{hook}"
+    );
     let config = std::fs::read_to_string(site.guest().join(".git/config")).unwrap();
-    assert!(!config.contains("evil") && !config.contains("url"), "{config}");
+    assert!(
+        !config.contains("evil") && !config.contains("url"),
+        "{config}"
+    );
     assert!(site.git_guest(&["log", "--format=%s"]).contains("first"));
     let (patch, changed) = site.export_patch().unwrap();
     assert_eq!(changed, 0, "{}", String::from_utf8_lossy(&patch));
@@ -65,7 +80,10 @@ fn hostile_repository_runs_nothing() {
 fn git_file_that_leads_to_another_repository_is_refused() {
     let private = Site::committed();
     let site = Site::plain();
-    site.write(".git", format!("gitdir: {}\n", private.path(".git").display()));
+    site.write(
+        ".git",
+        format!("gitdir: {}\n", private.path(".git").display()),
+    );
     let e = site.plan().err().unwrap();
     assert_eq!(e.kind(), Kind::InvalidTree);
     assert!(e.to_string().contains("does not belong"), "{e}");
@@ -87,7 +105,8 @@ fn ignore_files_that_a_repository_names_are_not_sent() {
     site.write("x.o", "ignored");
     let mut payload = Vec::new();
     let mut plan = site.plan().unwrap();
-    plan.send(&mut payload, &[], &mut |_, _| {}, &cancel()).unwrap();
+    plan.send(&mut payload, &[], &mut |_, _| {}, &cancel())
+        .unwrap();
     assert!(!payload.windows(10).any(|w| w == b"top secret"));
     assert!(!payload.windows(4).any(|w| w == b"x.o\0"));
     assert!(plan.warnings()[0].contains("not sent"));
@@ -96,7 +115,10 @@ fn ignore_files_that_a_repository_names_are_not_sent() {
         let _ = std::fs::remove_file(site.path(format!(".git/info/{name}")));
         symlink(&secret, site.path(format!(".git/info/{name}"))).unwrap();
         let e = site.plan().err().unwrap();
-        assert!(e.to_string().contains(&format!("info/{name} leads to")), "{e}");
+        assert!(
+            e.to_string().contains(&format!("info/{name} leads to")),
+            "{e}"
+        );
         std::fs::remove_file(site.path(format!(".git/info/{name}"))).unwrap();
     }
 }
@@ -114,7 +136,10 @@ fn check_refused(build: impl FnOnce(&mut Vec<u8>), want: Kind, word: &str) {
     let e = unpack_tree(&tar, &dir.path().join("out")).unwrap_err();
     assert_eq!(e.kind(), want, "{e}");
     assert!(e.to_string().contains(word), "{e}");
-    let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|i| i.unwrap().file_name()).collect();
+    let left: Vec<_> = std::fs::read_dir(dir.path())
+        .unwrap()
+        .map(|i| i.unwrap().file_name())
+        .collect();
     assert_eq!(left, ["victim"], "{word}");
     assert_eq!(std::fs::read(dir.path().join("victim")).unwrap(), b"safe");
 }
@@ -140,17 +165,43 @@ fn raw_entry(out: &mut Vec<u8>, kind: u8, name: &[u8], link: &[u8], size: u64, d
 
 #[test]
 fn unpack_name_outside_the_tree_is_rejected() {
-    for name in [&b"../victim"[..], b"/etc/x", b"a/../../victim", b"..", ".".as_bytes(), b"a//b", b"a/./b", b"", b"./x"] {
-        check_refused(|t| entry(t, b'0', name, b"", b"evil"), Kind::InvalidTree, "reject");
+    for name in [
+        &b"../victim"[..],
+        b"/etc/x",
+        b"a/../../victim",
+        b"..",
+        ".".as_bytes(),
+        b"a//b",
+        b"a/./b",
+        b"",
+        b"./x",
+    ] {
+        check_refused(
+            |t| entry(t, b'0', name, b"", b"evil"),
+            Kind::InvalidTree,
+            "reject",
+        );
     }
-    check_refused(|t| entry(t, b'5', b"../x/", b"", b""), Kind::InvalidTree, "\"../x\"");
-    check_refused(|t| entry(t, b'0', b"a\n\x1b[2J/..", b"", b""), Kind::InvalidTree, "a%0A%1B[2J/..");
+    check_refused(
+        |t| entry(t, b'5', b"../x/", b"", b""),
+        Kind::InvalidTree,
+        "\"../x\"",
+    );
+    check_refused(
+        |t| entry(t, b'0', b"a\n\x1b[2J/..", b"", b""),
+        Kind::InvalidTree,
+        "a%0A%1B[2J/..",
+    );
 }
 
 #[test]
 fn unpack_git_file_is_rejected() {
     for name in [&b".git/hooks/post-checkout"[..], b"x/.GIT/config", b".git"] {
-        check_refused(|t| entry(t, b'0', name, b"", b"evil"), Kind::InvalidTree, "git's own");
+        check_refused(
+            |t| entry(t, b'0', name, b"", b"evil"),
+            Kind::InvalidTree,
+            "git's own",
+        );
     }
 }
 
@@ -185,7 +236,11 @@ fn unpack_writes_nothing_through_links() {
 #[test]
 fn unpack_unexpected_entry_type_is_rejected() {
     for kind in [b'1', b'3', b'4', b'6', b'7', b'g', b'D', b'M', b'V', 0xff] {
-        check_refused(|t| entry(t, kind, b"x", b"good", b""), Kind::InvalidTree, "reject");
+        check_refused(
+            |t| entry(t, kind, b"x", b"good", b""),
+            Kind::InvalidTree,
+            "reject",
+        );
     }
 }
 
@@ -196,7 +251,9 @@ fn posix(t: &mut Vec<u8>, records: &[u8]) {
 
 /// Formats `<length> <key>=<value>LF`.
 fn record(text: &str) -> Vec<u8> {
-    let length = (1..200).find(|n| n.to_string().len() + text.len() + 2 == *n).unwrap();
+    let length = (1..200)
+        .find(|n| n.to_string().len() + text.len() + 2 == *n)
+        .unwrap();
     format!("{length} {text}\n").into_bytes()
 }
 
@@ -224,9 +281,17 @@ fn unpack_bad_extended_header_is_rejected() {
         };
         check_refused(hostile, Kind::InvalidTree, word);
     }
-    check_refused(|t| posix(t, &[b'1'; 20_000]), Kind::InvalidTree, "20000 bytes");
+    check_refused(
+        |t| posix(t, &[b'1'; 20_000]),
+        Kind::InvalidTree,
+        "20000 bytes",
+    );
     // Records without an entry, and two sets of records.
-    check_refused(|t| posix(t, &record("mtime=1")), Kind::InvalidTree, "end mark");
+    check_refused(
+        |t| posix(t, &record("mtime=1")),
+        Kind::InvalidTree,
+        "end mark",
+    );
     let twice = |t: &mut Vec<u8>| {
         posix(t, &record("mtime=1"));
         posix(t, &record("mtime=1"));
@@ -237,7 +302,13 @@ fn unpack_bad_extended_header_is_rejected() {
 
 #[test]
 fn unpack_bad_list_of_holes_is_rejected() {
-    let sparse = ["GNU.sparse.major=1", "GNU.sparse.minor=0", "GNU.sparse.realsize=1000"].map(record).concat();
+    let sparse = [
+        "GNU.sparse.major=1",
+        "GNU.sparse.minor=0",
+        "GNU.sparse.realsize=1000",
+    ]
+    .map(record)
+    .concat();
     let cases: [(&[u8], &str); 8] = [
         (b"1\n0\n1001\n", "overlap"),
         (b"2\n0\n10\n5\n10\n", "overlap"),
@@ -273,9 +344,21 @@ fn unpack_wrong_size_is_rejected() {
         raw_entry(t, b'0', b"x", b"", 1 << 40, b"short");
     };
     check_refused(truncated, Kind::Exhausted, "bytes");
-    check_refused(|t| raw_entry(t, b'0', b"x", b"", 1 << 20, b"short"), Kind::StreamIncomplete, "middle of a file");
-    check_refused(|t| raw_entry(t, b'L', b"x", b"", 1 << 30, b""), Kind::InvalidTree, "a name has");
-    check_refused(|t| raw_entry(t, b'2', b"x", b"y", 512, b"data"), Kind::InvalidTree, "not a file");
+    check_refused(
+        |t| raw_entry(t, b'0', b"x", b"", 1 << 20, b"short"),
+        Kind::StreamIncomplete,
+        "middle of a file",
+    );
+    check_refused(
+        |t| raw_entry(t, b'L', b"x", b"", 1 << 30, b""),
+        Kind::InvalidTree,
+        "a name has",
+    );
+    check_refused(
+        |t| raw_entry(t, b'2', b"x", b"y", 512, b"data"),
+        Kind::InvalidTree,
+        "not a file",
+    );
     let overlapping = |t: &mut Vec<u8>| {
         let mut h = tar::Header::new_gnu();
         h.set_entry_type(tar::EntryType::GNUSparse);
@@ -311,7 +394,12 @@ fn unpack_truncated_or_longer_archive_is_rejected() {
     let longer = [&whole[..], &[1]].concat();
     assert!(unpack_tree(&longer, &dir.path().join("out")).is_err());
     let padded = [&whole[..], &[0; 8192]].concat();
-    assert_eq!(unpack_tree(&padded, &dir.path().join("out")).unwrap().entries, 1);
+    assert_eq!(
+        unpack_tree(&padded, &dir.path().join("out"))
+            .unwrap()
+            .entries,
+        1
+    );
 }
 
 #[test]
@@ -324,7 +412,10 @@ fn unpack_drops_set_id_bits_and_keeps_empty_directories() {
     entry(&mut tar, b'5', b"d/", b"", b"");
     tar.extend([0; 1024]);
     unpack_tree(&tar, &out).unwrap();
-    assert_eq!(std::fs::metadata(out.join("suid")).unwrap().mode() & 0o7000, 0);
+    assert_eq!(
+        std::fs::metadata(out.join("suid")).unwrap().mode() & 0o7000,
+        0
+    );
     assert_eq!(std::fs::metadata(out.join("d")).unwrap().mode() & 0o7000, 0);
 }
 
@@ -332,12 +423,28 @@ fn unpack_drops_set_id_bits_and_keeps_empty_directories() {
 fn unpack_beyond_limits_is_rejected() {
     let mut tar = Vec::new();
     for i in 0..5 {
-        entry(&mut tar, b'0', format!("{i}").as_bytes(), b"", b"0123456789");
+        entry(
+            &mut tar,
+            b'0',
+            format!("{i}").as_bytes(),
+            b"",
+            b"0123456789",
+        );
     }
     tar.extend([0; 1024]);
     let dir = tempfile::tempdir().unwrap();
-    for limits in [unpack::Limits { entries: 4, bytes: 1000 }, unpack::Limits { entries: 10, bytes: 49 }] {
-        let e = unpack::stage(&mut &tar[..], &dir.path().join("out"), &limits, &cancel()).unwrap_err();
+    for limits in [
+        unpack::Limits {
+            entries: 4,
+            bytes: 1000,
+        },
+        unpack::Limits {
+            entries: 10,
+            bytes: 49,
+        },
+    ] {
+        let e =
+            unpack::stage(&mut &tar[..], &dir.path().join("out"), &limits, &cancel()).unwrap_err();
         assert_eq!(e.kind(), Kind::Exhausted);
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     }
@@ -349,9 +456,20 @@ fn unpack_cancelled_returns_cancelled() {
     let c = cancel();
     let mut plan = site.plan().unwrap();
     c.cancel(crate::locks::CancelCause::VmStopped);
-    let e = plan.send(&mut Vec::new(), &[], &mut |_, _| {}, &c).unwrap_err();
-    assert_eq!((e.kind(), e.to_string().contains("the VM was stopped")), (Kind::Cancelled, true));
-    assert_eq!(Plan::inspect(&site.host(), &site.options(History::default()), &c).err().unwrap().kind(), Kind::Cancelled);
+    let e = plan
+        .send(&mut Vec::new(), &[], &mut |_, _| {}, &c)
+        .unwrap_err();
+    assert_eq!(
+        (e.kind(), e.to_string().contains("the VM was stopped")),
+        (Kind::Cancelled, true)
+    );
+    assert_eq!(
+        Plan::inspect(&site.host(), &site.options(History::default()), &c)
+            .err()
+            .unwrap()
+            .kind(),
+        Kind::Cancelled
+    );
     struct Gone;
     impl std::io::Write for Gone {
         fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
@@ -361,6 +479,8 @@ fn unpack_cancelled_returns_cancelled() {
             Ok(())
         }
     }
-    let e = plan.send(&mut Gone, &[], &mut |_, _| {}, &cancel()).unwrap_err();
+    let e = plan
+        .send(&mut Gone, &[], &mut |_, _| {}, &cancel())
+        .unwrap_err();
     assert_eq!(e.kind(), Kind::StreamIncomplete);
 }

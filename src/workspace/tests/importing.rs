@@ -7,7 +7,20 @@ use std::os::unix::fs::symlink;
 #[test]
 fn import_every_kind_of_name_and_file() {
     let site = Site::unborn();
-    for name in ["a b", "new\nline", "-rf", "--", "tab\there", "$(x)", "quote'\"", "é", "back\\slash", "*", "%41", "trailing "] {
+    for name in [
+        "a b",
+        "new\nline",
+        "-rf",
+        "--",
+        "tab\there",
+        "$(x)",
+        "quote'\"",
+        "é",
+        "back\\slash",
+        "*",
+        "%41",
+        "trailing ",
+    ] {
         site.write(name, name);
         site.write(&format!("in {name}/{name}"), name);
     }
@@ -40,7 +53,10 @@ fn import_keeps_holes() {
         file.write_all_at(b"data", i * 1_000_000).unwrap();
     }
     file.set_len(1 << 27).unwrap();
-    std::fs::File::create(site.path("hole")).unwrap().set_len(1 << 27).unwrap();
+    std::fs::File::create(site.path("hole"))
+        .unwrap()
+        .set_len(1 << 27)
+        .unwrap();
     let mut plan = site.plan().unwrap();
     assert!(plan.bytes_expected() < 1 << 22);
     let (sent, _) = site.prepare_with(&mut plan, false).unwrap();
@@ -50,7 +66,9 @@ fn import_keeps_holes() {
         assert_eq!(got.len(), 1 << 27);
         assert!(got.blocks() * 512 < 1 << 22);
     }
-    run(Command::new("cmp").arg(site.path("sparse")).arg(site.guest().join("sparse")));
+    run(Command::new("cmp")
+        .arg(site.path("sparse"))
+        .arg(site.guest().join("sparse")));
 }
 
 #[test]
@@ -87,13 +105,22 @@ fn import_keeps_git_status_with_all_changes_at_once() {
     assert!(!site.guest().join("x.o").exists() && !site.guest().join("build").exists());
     assert!(site.guest().join("forced.o").exists());
     assert_eq!(site.git_guest(&["log", "--format=%s"]), "second\nfirst\n");
-    assert_eq!(site.git_guest(&["symbolic-ref", "HEAD"]), "refs/heads/trunk\n");
-    assert_eq!(site.git(&["diff", "--cached"]), site.git_guest(&["diff", "--cached"]));
+    assert_eq!(
+        site.git_guest(&["symbolic-ref", "HEAD"]),
+        "refs/heads/trunk\n"
+    );
+    assert_eq!(
+        site.git(&["diff", "--cached"]),
+        site.git_guest(&["diff", "--cached"])
+    );
     assert_eq!(site.git(&["diff"]), site.git_guest(&["diff"]));
     site.git_guest(&["fsck", "--strict", "--no-dangling"]);
     site.git_guest(&["add", "-A"]);
     site.git_guest(&["commit", "-q", "-m", "in the guest"]);
-    assert_eq!(site.git_guest(&["log", "-1", "--format=%an %ae"]), "U Ser u@example.org\n");
+    assert_eq!(
+        site.git_guest(&["log", "-1", "--format=%an %ae"]),
+        "U Ser u@example.org\n"
+    );
 }
 
 #[test]
@@ -105,11 +132,20 @@ fn import_keeps_merge_conflicts() {
     site.git(&["checkout", "-q", "trunk"]);
     site.write("a", "mine\n");
     site.commit("mine");
-    let c = Command::new("git").args(["merge", "-q", "other"]).cwd(site.host()).env("HOME", site.dir.path().join("home"));
-    assert_eq!(run_any_status(&c, &cancel(), &mut |_| {}).unwrap().status, 1);
+    let c = Command::new("git")
+        .args(["merge", "-q", "other"])
+        .cwd(site.host())
+        .env("HOME", site.dir.path().join("home"));
+    assert_eq!(
+        run_any_status(&c, &cancel(), &mut |_| {}).unwrap().status,
+        1
+    );
     site.prepare();
     site.assert_same_status();
-    assert!(site.git_guest(&["status", "--porcelain"]).starts_with("UU a"));
+    assert!(
+        site.git_guest(&["status", "--porcelain"])
+            .starts_with("UU a")
+    );
     assert_eq!(site.git_guest(&["show", ":3:a"]), "other\n");
 }
 
@@ -121,7 +157,10 @@ fn import_unborn_detached_and_oddly_named_heads() {
     unborn.write("loose", "y");
     unborn.prepare();
     unborn.assert_same_status();
-    assert_eq!(unborn.git_guest(&["symbolic-ref", "HEAD"]), "refs/heads/trunk\n");
+    assert_eq!(
+        unborn.git_guest(&["symbolic-ref", "HEAD"]),
+        "refs/heads/trunk\n"
+    );
 
     let empty = Site::unborn();
     empty.prepare();
@@ -131,13 +170,19 @@ fn import_unborn_detached_and_oddly_named_heads() {
     site.git(&["checkout", "-q", "--detach"]);
     site.prepare();
     site.assert_same_status();
-    assert_eq!(site.git(&["rev-parse", "HEAD"]), site.git_guest(&["rev-parse", "HEAD"]));
+    assert_eq!(
+        site.git(&["rev-parse", "HEAD"]),
+        site.git_guest(&["rev-parse", "HEAD"])
+    );
     assert_eq!(site.git_guest(&["branch", "--show-current"]), "");
 
     let site = Site::committed();
     site.git(&["checkout", "-q", "-b", "feature/$(x);'é"]);
     site.prepare();
-    assert_eq!(site.git(&["branch", "--show-current"]), site.git_guest(&["branch", "--show-current"]));
+    assert_eq!(
+        site.git(&["branch", "--show-current"]),
+        site.git_guest(&["branch", "--show-current"])
+    );
 }
 
 #[test]
@@ -145,14 +190,33 @@ fn import_from_a_subdirectory_sends_the_whole_repository() {
     let site = Site::committed();
     site.write("untracked dir/x", "x");
     std::fs::create_dir(site.path("nothing in it")).unwrap();
-    for (name, subdir) in [("dir", "dir"), ("untracked dir", "untracked dir"), ("nothing in it", "nothing in it"), (".", "")] {
-        let mut plan = Plan::inspect(&site.path(name), &site.options(History::default()), &cancel()).unwrap();
-        assert_eq!((plan.subdir(), plan.guest_path().as_str()), (subdir, "/root/repo"));
+    for (name, subdir) in [
+        ("dir", "dir"),
+        ("untracked dir", "untracked dir"),
+        ("nothing in it", "nothing in it"),
+        (".", ""),
+    ] {
+        let mut plan = Plan::inspect(
+            &site.path(name),
+            &site.options(History::default()),
+            &cancel(),
+        )
+        .unwrap();
+        assert_eq!(
+            (plan.subdir(), plan.guest_path().as_str()),
+            (subdir, "/root/repo")
+        );
         site.prepare_with(&mut plan, false).unwrap();
         assert!(site.guest().join(subdir).is_dir());
     }
     site.assert_same_tree();
-    let e = Plan::inspect(&site.path(".git/refs"), &site.options(History::default()), &cancel()).err().unwrap();
+    let e = Plan::inspect(
+        &site.path(".git/refs"),
+        &site.options(History::default()),
+        &cancel(),
+    )
+    .err()
+    .unwrap();
     assert_eq!(e.kind(), Kind::InvalidTree);
 }
 
@@ -169,11 +233,17 @@ fn import_tree_without_a_repository_sends_all_files() {
     site.write("inner/file", "x");
     let plan = site.plan().unwrap();
     assert_eq!(plan.kind(), TreeKind::Plain);
-    assert!(plan.warnings()[0].contains("inner/.git is sent, but is never part of an exported patch or tree"));
+    assert!(
+        plan.warnings()[0]
+            .contains("inner/.git is sent, but is never part of an exported patch or tree")
+    );
     site.prepare();
     site.assert_same_tree();
     assert!(site.guest().join("empty/in empty").is_dir());
-    assert_eq!(std::fs::metadata(site.guest().join("sub")).unwrap().mode() & 0o777, 0o750);
+    assert_eq!(
+        std::fs::metadata(site.guest().join("sub")).unwrap().mode() & 0o777,
+        0o750
+    );
     assert!(!site.guest().join(".git").exists());
 }
 
@@ -181,7 +251,13 @@ fn import_tree_without_a_repository_sends_all_files() {
 fn import_sends_the_requested_depth_of_history() {
     let site = Site::committed();
     for i in 0..20 {
-        site.git(&["commit", "-q", "--allow-empty", "-m", &format!("number {i}")]);
+        site.git(&[
+            "commit",
+            "-q",
+            "--allow-empty",
+            "-m",
+            &format!("number {i}"),
+        ]);
         if i == 10 {
             site.git(&["tag", "-a", "-m", "t", "inside"]);
             site.git(&["branch", "side"]);
@@ -196,16 +272,39 @@ fn import_sends_the_requested_depth_of_history() {
     let depths = ["1", "4", "12", "500", "full"];
     let counts = depths.map(|depth| {
         let history: History = depth.parse().unwrap();
-        let (into, url) = (tempfile::tempdir().unwrap(), format!("file://{}", site.host().display()));
+        let (into, url) = (
+            tempfile::tempdir().unwrap(),
+            format!("file://{}", site.host().display()),
+        );
         let home = site.dir.path().join("home");
-        let cut = if history == History::Full { String::new() } else { format!("--depth={depth}") };
-        let args = ["clone", "-q", "--bare", "--single-branch", "--no-tags", &url, "c", &cut];
-        git(into.path(), &home, &args[..args.len() - usize::from(cut.is_empty())]);
+        let cut = if history == History::Full {
+            String::new()
+        } else {
+            format!("--depth={depth}")
+        };
+        let args = [
+            "clone",
+            "-q",
+            "--bare",
+            "--single-branch",
+            "--no-tags",
+            &url,
+            "c",
+            &cut,
+        ];
+        git(
+            into.path(),
+            &home,
+            &args[..args.len() - usize::from(cut.is_empty())],
+        );
         let ours = Site::plain();
         let mut plan = Plan::inspect(&site.host(), &site.options(history), &cancel()).unwrap();
         ours.prepare_with(&mut plan, false).unwrap();
         let look = |args: &[&str]| {
-            let (theirs, ours) = (git(&into.path().join("c"), &home, args), ours.git_guest(args));
+            let (theirs, ours) = (
+                git(&into.path().join("c"), &home, args),
+                ours.git_guest(args),
+            );
             assert_eq!(theirs, ours, "{depth}: {args:?}");
             ours
         };
@@ -214,10 +313,19 @@ fn import_sends_the_requested_depth_of_history() {
         ours.git_guest(&["fsck", "--no-dangling"]);
         assert_eq!(ours.git_guest(&["status", "--porcelain"]), "");
         let tags = ours.git_guest(&["tag"]);
-        (look(&["rev-list", "--count", "HEAD"]).trim().parse::<u32>().unwrap(), tags.lines().count())
+        (
+            look(&["rev-list", "--count", "HEAD"])
+                .trim()
+                .parse::<u32>()
+                .unwrap(),
+            tags.lines().count(),
+        )
     });
     assert_eq!(counts[0], (1, 0));
-    assert!(counts[1].0 > 4 && counts[1].0 < counts[2].0 && counts[2].0 < 23, "{counts:?}");
+    assert!(
+        counts[1].0 > 4 && counts[1].0 < counts[2].0 && counts[2].0 < 23,
+        "{counts:?}"
+    );
     assert_eq!(counts[3..], [(23, 2), (23, 2)]);
     assert_eq!(site.git(&["describe"]).lines().count(), 1);
 }
@@ -247,7 +355,18 @@ fn import_of_a_shallow_clone_stays_shallow() {
     let url = format!("file://{}", site.host().display());
     let clone = Site::plain();
     std::fs::remove_dir(clone.host()).unwrap();
-    git(&site.host(), &site.dir.path().join("home"), &["clone", "-q", "--depth", "2", &url, clone.host().to_str().unwrap()]);
+    git(
+        &site.host(),
+        &site.dir.path().join("home"),
+        &[
+            "clone",
+            "-q",
+            "--depth",
+            "2",
+            &url,
+            clone.host().to_str().unwrap(),
+        ],
+    );
     clone.prepare();
     clone.assert_same_status();
     assert_eq!(clone.git_guest(&["rev-list", "--count", "HEAD"]), "2\n");
@@ -268,20 +387,44 @@ fn import_worktree_as_repository_and_submodule_as_commit() {
     let site = Site::committed();
     let inner = Site::committed();
     let url = inner.host();
-    site.git(&["-c", "protocol.file.allow=always", "submodule", "--quiet", "add", url.to_str().unwrap(), "sub"]);
+    site.git(&[
+        "-c",
+        "protocol.file.allow=always",
+        "submodule",
+        "--quiet",
+        "add",
+        url.to_str().unwrap(),
+        "sub",
+    ]);
     site.git(&["commit", "-q", "-m", "sub"]);
-    run(Command::new("git").args(["init", "-q", "nested"]).cwd(site.host()));
+    run(Command::new("git")
+        .args(["init", "-q", "nested"])
+        .cwd(site.host()));
     site.write("nested/x", "x");
     let plan = site.plan().unwrap();
     let text = plan.warnings().join("\n");
-    assert!(text.contains("submodule sub") && text.contains("left out nested"), "{text}");
+    assert!(
+        text.contains("submodule sub") && text.contains("left out nested"),
+        "{text}"
+    );
     site.prepare();
     assert_eq!(site.git_guest(&["status", "--porcelain"]), "");
     assert!(site.guest().join("sub").is_dir() && !site.guest().join("sub/a").exists());
-    assert_eq!(site.git(&["rev-parse", "HEAD:sub"]), site.git_guest(&["rev-parse", ":sub"]));
+    assert_eq!(
+        site.git(&["rev-parse", "HEAD:sub"]),
+        site.git_guest(&["rev-parse", ":sub"])
+    );
     // Send the submodule itself.
-    let mut plan = Plan::inspect(&site.path("sub"), &site.options(History::default()), &cancel()).unwrap();
-    let fresh = Site { workspace: Site::plain().workspace, ..Site::plain() };
+    let mut plan = Plan::inspect(
+        &site.path("sub"),
+        &site.options(History::default()),
+        &cancel(),
+    )
+    .unwrap();
+    let fresh = Site {
+        workspace: Site::plain().workspace,
+        ..Site::plain()
+    };
     fresh.prepare_with(&mut plan, false).unwrap();
     assert_eq!(fresh.git_guest(&["status", "--porcelain"]), "");
 }
@@ -289,7 +432,11 @@ fn import_worktree_as_repository_and_submodule_as_commit() {
 #[test]
 fn import_applies_the_callers_ignore_rules_on_both_sides() {
     let site = Site::committed();
-    write(&site.dir.path().join("home"), ".config/git/ignore", "*.swp\n");
+    write(
+        &site.dir.path().join("home"),
+        ".config/git/ignore",
+        "*.swp\n",
+    );
     site.write("a.swp", "x");
     site.write(".git/info/exclude", "*.secret\n");
     site.write("b.secret", "x");
@@ -312,7 +459,10 @@ fn import_carries_line_ending_and_other_settings() {
     site.prepare();
     site.assert_same_status();
     assert_eq!(site.git_guest(&["status", "--porcelain"]), "");
-    assert_eq!(std::fs::read(site.guest().join("crlf")).unwrap(), b"one\r\ntwo\r\n");
+    assert_eq!(
+        std::fs::read(site.guest().join("crlf")).unwrap(),
+        b"one\r\ntwo\r\n"
+    );
     assert_eq!(site.export_patch().unwrap().1, 0);
 }
 
@@ -367,10 +517,17 @@ fn import_file_beyond_a_link_counts_as_deleted() {
 
 #[test]
 fn import_bad_tree_is_refused_with_a_reason() {
-    let refused = |path: &Path, options: &Options| Plan::inspect(path, options, &cancel()).err().expect("refused");
+    let refused = |path: &Path, options: &Options| {
+        Plan::inspect(path, options, &cancel())
+            .err()
+            .expect("refused")
+    };
     let site = Site::committed();
     let options = site.options(History::default());
-    assert_eq!(refused(&site.path("no-such"), &options).kind(), Kind::PathNotFound);
+    assert_eq!(
+        refused(&site.path("no-such"), &options).kind(),
+        Kind::PathNotFound
+    );
     assert_eq!(refused(&site.path("a"), &options).kind(), Kind::InvalidTree);
 
     let broken = Site::plain();
@@ -386,15 +543,28 @@ fn import_bad_tree_is_refused_with_a_reason() {
 
     let corrupt = Site::committed();
     let head = corrupt.git(&["rev-parse", "HEAD"]);
-    std::fs::remove_file(corrupt.path(format!(".git/objects/{}/{}", &head[..2], head[2..].trim()))).unwrap();
+    std::fs::remove_file(corrupt.path(format!(".git/objects/{}/{}", &head[..2], head[2..].trim())))
+        .unwrap();
     assert_eq!(refused(&corrupt.host(), &options).kind(), Kind::InvalidTree);
 }
 
 #[test]
 fn import_without_git_names_the_missing_command() {
     let site = Site::committed();
-    let env = CallerEnv { path: Some("/nonexistent".into()), ..CallerEnv::default() };
-    let e = Plan::inspect(&site.host(), &Options { env, ..Options::default() }, &cancel()).err().unwrap();
+    let env = CallerEnv {
+        path: Some("/nonexistent".into()),
+        ..CallerEnv::default()
+    };
+    let e = Plan::inspect(
+        &site.host(),
+        &Options {
+            env,
+            ..Options::default()
+        },
+        &cancel(),
+    )
+    .err()
+    .unwrap();
     assert_eq!(e.kind(), Kind::CommandMissing);
 }
 
@@ -414,7 +584,11 @@ fn import_repository_of_another_user_needs_safe_directory() {
     Plan::inspect(&site.host(), &options, &cancel()).unwrap();
     let config = site.dir.path().join("home/.gitconfig");
     let text = std::fs::read_to_string(&config).unwrap();
-    std::fs::write(&config, format!("{text}[safe]\n\tdirectory = {}\n", site.host().display())).unwrap();
+    std::fs::write(
+        &config,
+        format!("{text}[safe]\n\tdirectory = {}\n", site.host().display()),
+    )
+    .unwrap();
     site.prepare();
     site.git_guest(&["log"]);
 }
@@ -423,13 +597,17 @@ fn import_repository_of_another_user_needs_safe_directory() {
 #[test]
 fn import_unreadable_files_are_named_and_nothing_is_sent() {
     if nix::unistd::geteuid().is_root() {
-        let name = "workspace::tests::importing::import_unreadable_files_are_named_and_nothing_is_sent";
+        let name =
+            "workspace::tests::importing::import_unreadable_files_are_named_and_nothing_is_sent";
         // Run by descriptor, because `nobody` may not be able to enter the directories above the
         // binary or TMPDIR.
         let me = std::fs::File::open("/proc/self/exe").unwrap();
         let program = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&me));
-        let mut c =
-            Command::new(program).args(["--exact", name]).cwd("/").env("TMPDIR", "/tmp").deadline(Duration::from_secs(120));
+        let mut c = Command::new(program)
+            .args(["--exact", name])
+            .cwd("/")
+            .env("TMPDIR", "/tmp")
+            .deadline(Duration::from_secs(120));
         c.credentials = Some((65534, 65534));
         let output = run(c);
         assert!(String::from_utf8_lossy(&output.stdout).contains("1 passed"));
@@ -455,11 +633,15 @@ fn import_unreadable_files_are_named_and_nothing_is_sent() {
         // The file becomes unreadable between the inspection and the read.
         let mut plan = site.plan().unwrap();
         site.chmod("secret 1", 0);
-        let e = plan.send(&mut Vec::new(), &[], &mut |_, _| {}, &cancel()).unwrap_err();
+        let e = plan
+            .send(&mut Vec::new(), &[], &mut |_, _| {}, &cancel())
+            .unwrap_err();
         assert!(e.to_string().contains("secret 1"), "{e}");
         // A file that vanished since the inspection is not an error.
         std::fs::remove_file(site.path("secret 1")).unwrap();
-        let sent = plan.send(&mut Vec::new(), &[], &mut |_, _| {}, &cancel()).unwrap();
+        let sent = plan
+            .send(&mut Vec::new(), &[], &mut |_, _| {}, &cancel())
+            .unwrap();
         assert!(sent.warnings[0].contains("secret 1 vanished"));
     }
 }

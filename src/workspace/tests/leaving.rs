@@ -12,7 +12,11 @@ fn guest_repository(site: &Site, at: &str, commit: bool) {
     if commit {
         git(&dir, &home, &["add", "-A"]);
         let who = ["-c", "user.name=g", "-c", "user.email=g@g"];
-        git(&dir, &home, &[&who[..], &["commit", "-q", "--allow-empty", "-m", "inner"]].concat());
+        git(
+            &dir,
+            &home,
+            &[&who[..], &["commit", "-q", "--allow-empty", "-m", "inner"]].concat(),
+        );
     }
 }
 
@@ -20,11 +24,16 @@ fn guest_repository(site: &Site, at: &str, commit: bool) {
 #[track_caller]
 fn assert_files_come_back(site: &Site) {
     site.apply(&site.patch_file()).unwrap();
-    let in_git = |path: &[u8]| path.split(|b| *b == b'/').any(|part| part.eq_ignore_ascii_case(b".git"));
+    let in_git = |path: &[u8]| {
+        path.split(|b| *b == b'/')
+            .any(|part| part.eq_ignore_ascii_case(b".git"))
+    };
     // A patch records only whether a file is executable, not its whole mode.
     let files = |root: &Path| -> Listing {
         let found = listing(root).into_iter().filter(|(path, _)| !in_git(path));
-        found.map(|(path, (mode, bytes))| (path, (mode & 0o100, bytes))).collect()
+        found
+            .map(|(path, (mode, bytes))| (path, (mode & 0o100, bytes)))
+            .collect()
     };
     assert!(files(&site.guest()) == files(&site.host()));
     let out = tempfile::tempdir().unwrap();
@@ -56,18 +65,43 @@ fn export_repository_made_in_the_guest_names_its_history() {
 fn export_nested_and_oddly_named_repositories() {
     let site = Site::committed();
     site.prepare();
-    for dir in ["a b", "new\nline", "-rf", "(x) * [y] ?", "back\\slash & comma,", "é", "svc", "svc/inner", "svc/inner/most"] {
+    for dir in [
+        "a b",
+        "new\nline",
+        "-rf",
+        "(x) * [y] ?",
+        "back\\slash & comma,",
+        "é",
+        "svc",
+        "svc/inner",
+        "svc/inner/most",
+    ] {
         site.write_guest(&format!("{dir}/file of {}", dir.replace('/', "_")), dir);
     }
-    for dir in ["a b", "new\nline", "-rf", "(x) * [y] ?", "back\\slash & comma,", "é", "svc/inner/most", "svc/inner", "svc"] {
+    for dir in [
+        "a b",
+        "new\nline",
+        "-rf",
+        "(x) * [y] ?",
+        "back\\slash & comma,",
+        "é",
+        "svc/inner/most",
+        "svc/inner",
+        "svc",
+    ] {
         guest_repository(&site, dir, true);
     }
     std::fs::create_dir_all(site.guest().join(OsStr::from_bytes(b"raw\xff"))).unwrap();
-    run(Command::new("git").args(["init", "-q"]).cwd(site.guest().join(OsStr::from_bytes(b"raw\xff"))));
+    run(Command::new("git")
+        .args(["init", "-q"])
+        .cwd(site.guest().join(OsStr::from_bytes(b"raw\xff"))));
     std::fs::write(site.guest().join(OsStr::from_bytes(b"raw\xff/x")), "x").unwrap();
     guest_repository(&site, "empty", false);
     assert_eq!(site.left().len(), 11, "{:?}", site.left());
-    assert!(site.left().contains(&"Repository svc/inner/most/.git".to_owned()));
+    assert!(
+        site.left()
+            .contains(&"Repository svc/inner/most/.git".to_owned())
+    );
     assert!(site.left().contains(&"Repository empty/.git".to_owned()));
     assert_files_come_back(&site);
 }
@@ -98,29 +132,66 @@ fn export_repository_recorded_by_the_guests_git_is_named() {
     guest_repository(&site, "svc", true);
     // It is a commit in the index of the guest's repository, and then in its history.
     site.git_guest(&["-c", "advice.addEmbeddedRepo=false", "add", "svc"]);
-    assert!(site.git_guest(&["ls-files", "-s", "svc"]).starts_with("160000"));
+    assert!(
+        site.git_guest(&["ls-files", "-s", "svc"])
+            .starts_with("160000")
+    );
     assert_eq!(site.left(), ["Repository svc/.git"]);
-    site.git_guest(&["-c", "user.name=g", "-c", "user.email=g@g", "commit", "-q", "-m", "svc"]);
+    site.git_guest(&[
+        "-c",
+        "user.name=g",
+        "-c",
+        "user.email=g@g",
+        "commit",
+        "-q",
+        "-m",
+        "svc",
+    ]);
     // It is a submodule, and then a second work tree.
     let inner = Site::committed();
     let url = inner.host();
-    site.git_guest(&["-c", "protocol.file.allow=always", "submodule", "--quiet", "add", url.to_str().unwrap(), "sub"]);
+    site.git_guest(&[
+        "-c",
+        "protocol.file.allow=always",
+        "submodule",
+        "--quiet",
+        "add",
+        url.to_str().unwrap(),
+        "sub",
+    ]);
     site.git_guest(&["worktree", "add", "-q", "wt"]);
-    let left = ["Repository sub/.git", "Repository svc/.git", "Repository wt/.git"];
+    let left = [
+        "Repository sub/.git",
+        "Repository svc/.git",
+        "Repository wt/.git",
+    ];
     assert_eq!(site.left(), left);
     assert_files_come_back(&site);
-    assert!(site.path(".gitmodules").exists() && site.path("sub/a").exists() && site.path("wt/a").exists());
+    assert!(
+        site.path(".gitmodules").exists()
+            && site.path("sub/a").exists()
+            && site.path("wt/a").exists()
+    );
 }
 
 #[test]
 fn export_bare_repository_as_files() {
     let site = Site::committed();
     site.prepare();
-    run(Command::new("git").args(["init", "-q", "--bare", "store.git"]).cwd(site.guest()));
+    run(Command::new("git")
+        .args(["init", "-q", "--bare", "store.git"])
+        .cwd(site.guest()));
     site.git_guest(&["push", "-q", "store.git", "HEAD:refs/heads/main"]);
     assert_eq!(site.left(), Vec::<String>::new());
     assert_files_come_back(&site);
-    assert_eq!(git(&site.path("store.git"), &site.dir.path().join("home"), &["log", "--format=%s", "main"]), "first\n");
+    assert_eq!(
+        git(
+            &site.path("store.git"),
+            &site.dir.path().join("home"),
+            &["log", "--format=%s", "main"]
+        ),
+        "first\n"
+    );
 }
 
 #[test]
@@ -132,11 +203,18 @@ fn export_skips_ignored_files_unless_a_repository_tracks_them() {
     site.write_guest("svc/a b/x.o", "built\n");
     site.write_guest("svc/a b/y.o", "tracked\n");
     guest_repository(&site, "svc", false);
-    git(&site.guest().join("svc"), &site.dir.path().join("guest"), &["add", "a b/y.o"]);
+    git(
+        &site.guest().join("svc"),
+        &site.dir.path().join("guest"),
+        &["add", "a b/y.o"],
+    );
     guest_repository(&site, "node_modules/dep", true);
     assert_eq!(site.left(), ["Repository svc/.git"]);
     let patch = String::from_utf8(site.export_patch().unwrap().0).unwrap();
-    assert!(patch.contains("b/svc/a b/y.o") && !patch.contains("x.o"), "{patch}");
+    assert!(
+        patch.contains("b/svc/a b/y.o") && !patch.contains("x.o"),
+        "{patch}"
+    );
 }
 
 #[test]
@@ -149,7 +227,20 @@ fn export_repository_in_a_plain_tree_is_named_if_the_guest_changed_it() {
         let (dir, home) = (site.path(name), site.dir.path().join("home"));
         git(&dir, &home, &["init", "-q", "-b", "m"]);
         git(&dir, &home, &["add", "-A"]);
-        git(&dir, &home, &["-c", "user.name=u", "-c", "user.email=u@u", "commit", "-q", "-m", "one"]);
+        git(
+            &dir,
+            &home,
+            &[
+                "-c",
+                "user.name=u",
+                "-c",
+                "user.email=u@u",
+                "commit",
+                "-q",
+                "-m",
+                "one",
+            ],
+        );
     }
     site.prepare();
     assert_eq!(site.left(), Vec::<String>::new());
@@ -158,12 +249,40 @@ fn export_repository_in_a_plain_tree_is_named_if_the_guest_changed_it() {
     site.write_guest("new/file", "x\n");
     guest_repository(&site, "new", false);
     guest_repository(&site, ".", false);
-    assert_eq!(site.left(), ["Repository .git", "Repository inner/.git", "Repository new/.git"]);
+    assert_eq!(
+        site.left(),
+        [
+            "Repository .git",
+            "Repository inner/.git",
+            "Repository new/.git"
+        ]
+    );
     // A second import keeps and names what was done there, although it also sends that directory.
-    let head = git(&site.guest().join("inner"), &site.dir.path().join("guest"), &["rev-parse", "HEAD"]);
-    assert_eq!(site.prepare(), [".git", "inner/.git", "inner/file", "new/.git", "new/file"]);
-    assert_eq!(git(&site.guest().join("inner"), &site.dir.path().join("guest"), &["rev-parse", "HEAD"]), head);
-    assert_eq!(site.left(), ["Repository .git", "Repository inner/.git", "Repository new/.git"]);
+    let head = git(
+        &site.guest().join("inner"),
+        &site.dir.path().join("guest"),
+        &["rev-parse", "HEAD"],
+    );
+    assert_eq!(
+        site.prepare(),
+        [".git", "inner/.git", "inner/file", "new/.git", "new/file"]
+    );
+    assert_eq!(
+        git(
+            &site.guest().join("inner"),
+            &site.dir.path().join("guest"),
+            &["rev-parse", "HEAD"]
+        ),
+        head
+    );
+    assert_eq!(
+        site.left(),
+        [
+            "Repository .git",
+            "Repository inner/.git",
+            "Repository new/.git"
+        ]
+    );
     site.overwrite();
     assert_eq!(site.left(), Vec::<String>::new());
 }
@@ -193,13 +312,25 @@ fn second_import_keeps_and_names_a_repository_of_the_guest() {
     site.write("empty", "host\n");
     site.write("dir2/x", "host\n");
     site.write("dir2/y", "host\n");
-    let kept = ["dir2/.git", "dir2/x", "empty", "empty/.git", "tool", "tool/.git", "tool/main"];
+    let kept = [
+        "dir2/.git",
+        "dir2/x",
+        "empty",
+        "empty/.git",
+        "tool",
+        "tool/.git",
+        "tool/main",
+    ];
     assert_eq!(site.prepare(), kept);
     let there = |name: &str| std::fs::read_to_string(site.guest().join(name)).ok();
     assert_eq!(there("tool/main").unwrap(), "guest\n");
     assert_eq!(there("dir2/x").unwrap(), "guest\n");
     assert_eq!(there("dir2/y").unwrap(), "host\n");
-    assert!(there("tool/.git/HEAD").is_some() && there("empty/.git/HEAD").is_some() && there("dir2/.git/HEAD").is_some());
+    assert!(
+        there("tool/.git/HEAD").is_some()
+            && there("empty/.git/HEAD").is_some()
+            && there("dir2/.git/HEAD").is_some()
+    );
     // Import a third time, and then with overwrite.
     assert_eq!(site.prepare(), kept);
     site.overwrite();
@@ -213,11 +344,28 @@ fn export_files_in_a_submodule_are_named_and_the_rest_applies() {
     let inner = Site::committed();
     let url = inner.host();
     for name in ["sub", "un checked", "clean", "plain"] {
-        site.git(&["-c", "protocol.file.allow=always", "submodule", "--quiet", "add", url.to_str().unwrap(), name]);
+        site.git(&[
+            "-c",
+            "protocol.file.allow=always",
+            "submodule",
+            "--quiet",
+            "add",
+            url.to_str().unwrap(),
+            name,
+        ]);
     }
     site.git(&["commit", "-q", "-m", "submodules"]);
-    site.git(&["submodule", "--quiet", "deinit", "-f", "un checked", "plain"]);
-    run(Command::new("git").args(["init", "-q", "own repository"]).cwd(site.host()));
+    site.git(&[
+        "submodule",
+        "--quiet",
+        "deinit",
+        "-f",
+        "un checked",
+        "plain",
+    ]);
+    run(Command::new("git")
+        .args(["init", "-q", "own repository"])
+        .cwd(site.host()));
     site.write("own repository/a", "x");
     site.prepare();
     assert_eq!(site.left(), Vec::<String>::new());
@@ -228,19 +376,36 @@ fn export_files_in_a_submodule_are_named_and_the_rest_applies() {
     }
     for name in ["clean", "un checked"] {
         let into = site.guest().join(name);
-        git(&site.guest(), &site.dir.path().join("guest"), &["clone", "-q", url.to_str().unwrap(), into.to_str().unwrap()]);
+        git(
+            &site.guest(),
+            &site.dir.path().join("guest"),
+            &["clone", "-q", url.to_str().unwrap(), into.to_str().unwrap()],
+        );
     }
     site.write_guest("a", "one\nguest\n");
     site.write_guest("un checked/a", "guest\n");
-    assert_eq!(site.left(), ["Submodule own repository", "Submodule sub", "Submodule un checked"]);
+    assert_eq!(
+        site.left(),
+        [
+            "Submodule own repository",
+            "Submodule sub",
+            "Submodule un checked"
+        ]
+    );
     let (patch, changed) = site.export_patch().unwrap();
     assert_eq!(changed, 2, "{}", String::from_utf8_lossy(&patch));
     site.apply(&site.patch_file()).unwrap();
     assert_eq!(std::fs::read(site.path("a")).unwrap(), b"one\nguest\n");
     assert_eq!(std::fs::read(site.path("plain/new")).unwrap(), b"guest\n");
     assert_eq!(std::fs::read(site.path("sub/a")).unwrap(), b"one\ntwo\n");
-    assert_eq!(site.prepare(), ["own repository", "plain/new", "sub", "un checked"]);
-    assert_eq!(std::fs::read(site.guest().join("sub/new")).unwrap(), b"guest\n");
+    assert_eq!(
+        site.prepare(),
+        ["own repository", "plain/new", "sub", "un checked"]
+    );
+    assert_eq!(
+        std::fs::read(site.guest().join("sub/new")).unwrap(),
+        b"guest\n"
+    );
 }
 
 #[test]
@@ -260,7 +425,15 @@ fn export_replaced_submodule_is_named() {
         let site = Site::committed();
         let inner = Site::committed();
         let url = inner.host();
-        site.git(&["-c", "protocol.file.allow=always", "submodule", "--quiet", "add", url.to_str().unwrap(), "sub"]);
+        site.git(&[
+            "-c",
+            "protocol.file.allow=always",
+            "submodule",
+            "--quiet",
+            "add",
+            url.to_str().unwrap(),
+            "sub",
+        ]);
         site.git(&["commit", "-q", "-m", "sub"]);
         site.prepare();
         change(&site.guest().join("sub"));

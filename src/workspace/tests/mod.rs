@@ -56,7 +56,11 @@ impl Site {
     /// A site whose tree is a repository without commits.
     fn unborn() -> Self {
         let site = Self::plain();
-        std::fs::write(site.dir.path().join("home/.gitconfig"), "[user]\n\tname = U Ser\n\temail = u@example.org\n").unwrap();
+        std::fs::write(
+            site.dir.path().join("home/.gitconfig"),
+            "[user]\n\tname = U Ser\n\temail = u@example.org\n",
+        )
+        .unwrap();
         site.git(&["init", "-q", "-b", "trunk"]);
         site
     }
@@ -109,38 +113,79 @@ impl Site {
     }
 
     fn options(&self, history: History) -> Options {
-        let env = CallerEnv { path: std::env::var_os("PATH"), home: Some(self.dir.path().join("home")), ..CallerEnv::default() };
-        Options { history, env, ..Options::default() }
+        let env = CallerEnv {
+            path: std::env::var_os("PATH"),
+            home: Some(self.dir.path().join("home")),
+            ..CallerEnv::default()
+        };
+        Options {
+            history,
+            env,
+            ..Options::default()
+        }
     }
     fn plan(&self) -> Result<Plan> {
         Plan::inspect(&self.host(), &self.options(History::default()), &cancel())
     }
 
     fn sh(&self, doing: &str, line: &str, stdin: Vec<u8>) -> Result<(Vec<u8>, Vec<u8>)> {
-        let command = Command::new("/bin/sh").args(["-c", line]).stdin(stdin).deadline(Duration::from_secs(120));
-        let command = Command { env: vec![("PATH".into(), "/usr/bin:/bin:/usr/sbin:/sbin".into())], ..command };
+        let command = Command::new("/bin/sh")
+            .args(["-c", line])
+            .stdin(stdin)
+            .deadline(Duration::from_secs(120));
+        let command = Command {
+            env: vec![("PATH".into(), "/usr/bin:/bin:/usr/sbin:/sbin".into())],
+            ..command
+        };
         let mut stdout = Vec::new();
         let output = run_piped(&command, &cancel(), &mut |b| {
             stdout.extend_from_slice(b);
             Ok(())
         })?;
         if output.status != 0 {
-            return Err(remote::failure(doing, &Exit::Status(output.status as u8), &output.stderr));
+            return Err(remote::failure(
+                doing,
+                &Exit::Status(output.status as u8),
+                &output.stderr,
+            ));
         }
         Ok((stdout, output.stderr))
     }
 
     fn begin(&self) -> Result<Vec<Vec<u8>>> {
-        remote::parse_begin(&self.sh("begin the import", &remote::begin_command(&self.workspace), Vec::new())?.0)
+        remote::parse_begin(
+            &self
+                .sh(
+                    "begin the import",
+                    &remote::begin_command(&self.workspace),
+                    Vec::new(),
+                )?
+                .0,
+        )
     }
     fn receive(&self, payload: Vec<u8>, overwrite: bool) -> Result<()> {
-        self.sh("receive the tree", &remote::receive_command(&self.workspace, overwrite), payload).map(drop)
+        self.sh(
+            "receive the tree",
+            &remote::receive_command(&self.workspace, overwrite),
+            payload,
+        )
+        .map(drop)
     }
     fn finish(&self, finish: &Finish<'_>) -> Result<Finished> {
-        remote::parse_finish(&self.sh("finish the import", &remote::finish_command(&self.workspace, finish), Vec::new())?.0)
+        remote::parse_finish(
+            &self
+                .sh(
+                    "finish the import",
+                    &remote::finish_command(&self.workspace, finish),
+                    Vec::new(),
+                )?
+                .0,
+        )
     }
     fn status(&self) -> remote::Status {
-        let (out, _) = self.sh("look", &remote::status_command(&self.workspace), Vec::new()).unwrap();
+        let (out, _) = self
+            .sh("look", &remote::status_command(&self.workspace), Vec::new())
+            .unwrap();
         remote::parse_status(&out).unwrap()
     }
 
@@ -153,14 +198,22 @@ impl Site {
         let sent = plan.send(&mut payload, &keep, &mut |_, _| {}, &cancel())?;
         assert_eq!(sent.bytes, payload.len() as u64);
         self.receive(payload, overwrite)?;
-        let finish = Finish { overwrite, readonly: false, subdir: plan.subdir() };
+        let finish = Finish {
+            overwrite,
+            readonly: false,
+            subdir: plan.subdir(),
+        };
         Ok((sent, self.finish(&finish)?))
     }
     /// Runs a whole import. Returns the paths that were kept.
     #[track_caller]
     fn prepare(&self) -> Vec<String> {
         let (_, finished) = self.prepare_with(&mut self.plan().unwrap(), false).unwrap();
-        finished.kept.iter().map(|p| String::from_utf8_lossy(p).into_owned()).collect()
+        finished
+            .kept
+            .iter()
+            .map(|p| String::from_utf8_lossy(p).into_owned())
+            .collect()
     }
     #[track_caller]
     fn overwrite(&self) {
@@ -179,11 +232,17 @@ impl Site {
     /// Returns the paths that a patch export and a tree export report as left behind.
     #[track_caller]
     fn left(&self) -> Vec<String> {
-        let named =
-            [remote::export_patch_command(&self.workspace), remote::export_tree_command(&self.workspace)].map(|command| {
-                let named = self.export(&command).unwrap().1;
-                named.iter().map(|l| format!("{:?} {}", l.why, String::from_utf8_lossy(&l.path))).collect::<Vec<_>>()
-            });
+        let named = [
+            remote::export_patch_command(&self.workspace),
+            remote::export_tree_command(&self.workspace),
+        ]
+        .map(|command| {
+            let named = self.export(&command).unwrap().1;
+            named
+                .iter()
+                .map(|l| format!("{:?} {}", l.why, String::from_utf8_lossy(&l.path)))
+                .collect::<Vec<_>>()
+        });
         assert_eq!(named[0], named[1]);
         named[0].clone()
     }
@@ -193,7 +252,9 @@ impl Site {
         Ok((patch, counted.files))
     }
     fn export_tree(&self) -> Result<Vec<u8>> {
-        Ok(self.export(&remote::export_tree_command(&self.workspace))?.0)
+        Ok(self
+            .export(&remote::export_tree_command(&self.workspace))?
+            .0)
     }
 
     #[track_caller]
@@ -244,13 +305,23 @@ fn write(root: &Path, name: &str, text: impl AsRef<[u8]>) {
 #[track_caller]
 fn run(command: Command) -> Output {
     let output = run_any_status(&command, &cancel(), &mut |_| {}).unwrap();
-    assert_eq!(output.status, 0, "{:?}: {}", command.args, String::from_utf8_lossy(&output.stderr));
+    assert_eq!(
+        output.status,
+        0,
+        "{:?}: {}",
+        command.args,
+        String::from_utf8_lossy(&output.stderr)
+    );
     output
 }
 
 #[track_caller]
 fn git(dir: &Path, home: &Path, args: &[&str]) -> String {
-    let c = Command::new("git").args(args).cwd(dir).env("HOME", home).env("GIT_CONFIG_NOSYSTEM", "1");
+    let c = Command::new("git")
+        .args(args)
+        .cwd(dir)
+        .env("HOME", home)
+        .env("GIT_CONFIG_NOSYSTEM", "1");
     let c = c.env("GIT_CEILING_DIRECTORIES", dir.parent().unwrap());
     String::from_utf8_lossy(&run(c).stdout).into_owned()
 }
@@ -265,7 +336,12 @@ fn listing(root: &Path) -> Listing {
     while let Some(dir) = pending.pop() {
         for item in std::fs::read_dir(&dir).unwrap() {
             let path = item.unwrap().path();
-            let below = path.strip_prefix(root).unwrap().as_os_str().as_bytes().to_vec();
+            let below = path
+                .strip_prefix(root)
+                .unwrap()
+                .as_os_str()
+                .as_bytes()
+                .to_vec();
             let meta = std::fs::symlink_metadata(&path).unwrap();
             if below == b".git" {
                 continue;
@@ -273,7 +349,17 @@ fn listing(root: &Path) -> Listing {
             if meta.is_dir() {
                 pending.push(path);
             } else if meta.is_symlink() {
-                out.insert(below, (0, std::fs::read_link(&path).unwrap().as_os_str().as_bytes().to_vec()));
+                out.insert(
+                    below,
+                    (
+                        0,
+                        std::fs::read_link(&path)
+                            .unwrap()
+                            .as_os_str()
+                            .as_bytes()
+                            .to_vec(),
+                    ),
+                );
             } else {
                 out.insert(below, (meta.mode() & 0o777, std::fs::read(&path).unwrap()));
             }

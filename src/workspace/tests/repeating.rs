@@ -27,14 +27,24 @@ fn second_import_updates_the_guest() {
     site.assert_same_tree();
     site.assert_same_status();
     assert!(!site.guest().join("old").exists());
-    assert_eq!(site.git(&["log", "--format=%H"]), site.git_guest(&["log", "--format=%H"]));
+    assert_eq!(
+        site.git(&["log", "--format=%H"]),
+        site.git_guest(&["log", "--format=%H"])
+    );
     assert_eq!(site.export_patch().unwrap(), (Vec::new(), 0));
 }
 
 #[test]
 fn guest_changes_are_named_and_kept() {
     let site = Site::committed();
-    for name in ["both", "deleted-there", "deleted-here", "same", "untouched", "left"] {
+    for name in [
+        "both",
+        "deleted-there",
+        "deleted-here",
+        "same",
+        "untouched",
+        "left",
+    ] {
         site.write(name, "original\n");
     }
     site.commit("more");
@@ -52,7 +62,17 @@ fn guest_changes_are_named_and_kept() {
     site.write("untouched", "host\n");
     std::fs::remove_file(site.path("deleted-here")).unwrap();
     let kept = site.prepare();
-    assert_eq!(kept, ["both", "collides", "deleted-here", "deleted-there", "left", "only-there"]);
+    assert_eq!(
+        kept,
+        [
+            "both",
+            "collides",
+            "deleted-here",
+            "deleted-there",
+            "left",
+            "only-there"
+        ]
+    );
     let there = |name: &str| std::fs::read_to_string(site.guest().join(name)).ok();
     assert_eq!(there("both").unwrap(), "guest\n");
     assert_eq!(there("untouched").unwrap(), "host\n");
@@ -63,7 +83,9 @@ fn guest_changes_are_named_and_kept() {
     let (patch, changed) = site.export_patch().unwrap();
     let patch = String::from_utf8(patch).unwrap();
     assert_eq!(changed, 6, "{patch}");
-    assert!(!patch.contains("b/same") && !patch.contains("b/untouched") && patch.contains("+++ b/left"));
+    assert!(
+        !patch.contains("b/same") && !patch.contains("b/untouched") && patch.contains("+++ b/left")
+    );
 
     site.overwrite();
     site.assert_same_tree();
@@ -103,7 +125,11 @@ fn conflicting_file_types_are_kept() {
     site.write("d/y", "new here");
     let kept = site.prepare();
     assert_eq!(kept, ["d", "d/x", "d/y", "f", "f/inside", "n", "n/inside"]);
-    assert_eq!(std::fs::read_dir(&outside).unwrap().count(), 0, "nothing is written through a link");
+    assert_eq!(
+        std::fs::read_dir(&outside).unwrap().count(),
+        0,
+        "nothing is written through a link"
+    );
     site.overwrite();
     site.assert_same_tree();
     assert_eq!(std::fs::read_dir(&outside).unwrap().count(), 0);
@@ -120,16 +146,28 @@ fn guest_commits_are_kept_unless_overwritten() {
     site.commit("host");
     assert_eq!(site.prepare(), [".git/HEAD", "a"]);
     assert_eq!(site.git_guest(&["rev-parse", "HEAD"]), theirs);
-    assert_eq!(std::fs::read(site.guest().join("dir/b")).unwrap(), b"host\n");
+    assert_eq!(
+        std::fs::read(site.guest().join("dir/b")).unwrap(),
+        b"host\n"
+    );
     site.overwrite();
-    assert_eq!(site.git(&["rev-parse", "HEAD"]), site.git_guest(&["rev-parse", "HEAD"]));
+    assert_eq!(
+        site.git(&["rev-parse", "HEAD"]),
+        site.git_guest(&["rev-parse", "HEAD"])
+    );
     site.assert_same_status();
     // The overwritten commits are still reachable.
-    assert_eq!(site.git_guest(&["for-each-ref", "--format=%(objectname)", "refs/fcd"]), theirs);
+    assert_eq!(
+        site.git_guest(&["for-each-ref", "--format=%(objectname)", "refs/fcd"]),
+        theirs
+    );
     site.write("dir/b", "host again\n");
     site.commit("host again");
     assert_eq!(site.prepare(), Vec::<String>::new());
-    assert_eq!(site.git(&["rev-parse", "HEAD"]), site.git_guest(&["rev-parse", "HEAD"]));
+    assert_eq!(
+        site.git(&["rev-parse", "HEAD"]),
+        site.git_guest(&["rev-parse", "HEAD"])
+    );
 }
 
 #[test]
@@ -146,7 +184,10 @@ fn host_may_switch_branches_reset_and_rewrite() {
     site.git(&["checkout", "-q", "--detach"]);
     site.prepare();
     site.assert_same_status();
-    assert_eq!(site.git(&["log", "--format=%H"]), site.git_guest(&["log", "--format=%H"]));
+    assert_eq!(
+        site.git(&["log", "--format=%H"]),
+        site.git_guest(&["log", "--format=%H"])
+    );
     site.git_guest(&["fsck", "--no-dangling"]);
 }
 
@@ -164,21 +205,45 @@ fn interrupted_import_is_incomplete_and_can_be_repeated() {
     let mut payload = Vec::new();
     let keep = site.begin().unwrap();
     assert_eq!(keep, [b"dir/b".to_vec()]);
-    site.plan().unwrap().send(&mut payload, &keep, &mut |_, _| {}, &cancel()).unwrap();
-    let cuts = [0, 5, 20, payload.len() / 4, payload.len() / 2, payload.len() - 3072, payload.len() - 1024];
+    site.plan()
+        .unwrap()
+        .send(&mut payload, &keep, &mut |_, _| {}, &cancel())
+        .unwrap();
+    let cuts = [
+        0,
+        5,
+        20,
+        payload.len() / 4,
+        payload.len() / 2,
+        payload.len() - 3072,
+        payload.len() - 1024,
+    ];
     for cut in cuts {
-        assert_eq!(site.begin().unwrap(), [b"dir/b".to_vec()], "what an import has put there is not the guest's");
+        assert_eq!(
+            site.begin().unwrap(),
+            [b"dir/b".to_vec()],
+            "what an import has put there is not the guest's"
+        );
         // tar does not notice an interruption at the end of a block. The trailer shows it, and then
         // finish is not called.
         let _ = site.receive(payload[..cut].to_vec(), false);
         assert_eq!(site.status(), Status::Incomplete, "{cut}");
-        assert_eq!(site.export_patch().unwrap_err().kind(), Kind::WorkspaceIncomplete);
+        assert_eq!(
+            site.export_patch().unwrap_err().kind(),
+            Kind::WorkspaceIncomplete
+        );
     }
     assert!(site.finish(&Finish::default()).is_ok() || site.status() == Status::Incomplete);
     site.begin().unwrap();
-    assert_eq!(site.finish(&Finish::default()).unwrap_err().kind(), Kind::WorkspaceIncomplete);
+    assert_eq!(
+        site.finish(&Finish::default()).unwrap_err().kind(),
+        Kind::WorkspaceIncomplete
+    );
     assert_eq!(site.prepare(), ["dir/b"]);
-    assert_eq!(std::fs::read(site.guest().join("files/19")).unwrap(), std::fs::read(site.path("files/19")).unwrap());
+    assert_eq!(
+        std::fs::read(site.guest().join("files/19")).unwrap(),
+        std::fs::read(site.path("files/19")).unwrap()
+    );
     assert_eq!(site.status(), Status::Complete);
     let (_, changed) = site.export_patch().unwrap();
     assert_eq!(changed, 1);
@@ -191,7 +256,10 @@ fn first_import_interrupted_by_a_power_cut_is_repeated() {
     let state = PathBuf::from(&site.workspace.state_dir);
     let mut payload = Vec::new();
     site.begin().unwrap();
-    site.plan().unwrap().send(&mut payload, &[], &mut |_, _| {}, &cancel()).unwrap();
+    site.plan()
+        .unwrap()
+        .send(&mut payload, &[], &mut |_, _| {}, &cancel())
+        .unwrap();
     payload.truncate(payload.len() - 3072);
     let _ = site.receive(payload, false);
     for torn in ["git/HEAD", "git/config"] {
@@ -228,7 +296,13 @@ fn locks_of_a_killed_git_are_removed() {
     let state = PathBuf::from(&site.workspace.state_dir);
     // The locks that a killed git leaves: of the compared index, of the new index, and in the
     // guest's repository.
-    for lock in ["current.index.lock", "index.new.lock", "repo.index.lock", "recall.index.lock", "repository"] {
+    for lock in [
+        "current.index.lock",
+        "index.new.lock",
+        "repo.index.lock",
+        "recall.index.lock",
+        "repository",
+    ] {
         std::fs::write(state.join(lock), "").unwrap();
     }
     let git = site.guest().join(".git");
@@ -250,19 +324,27 @@ fn locks_of_a_killed_git_are_removed() {
 fn import_waits_for_an_earlier_connection_to_end() {
     let site = Site::committed();
     site.prepare();
-    let held = std::fs::File::create(PathBuf::from(&site.workspace.state_dir).join("alone")).unwrap();
+    let held =
+        std::fs::File::create(PathBuf::from(&site.workspace.state_dir).join("alone")).unwrap();
     held.lock().unwrap();
     std::thread::scope(|s| {
         let begun = s.spawn(|| site.begin());
         // In proc_locks(5), an arrow marks a waiting process; device and inode follow.
-        let inode = format!(":{} ", std::os::unix::fs::MetadataExt::ino(&held.metadata().unwrap()));
+        let inode = format!(
+            ":{} ",
+            std::os::unix::fs::MetadataExt::ino(&held.metadata().unwrap())
+        );
         let waits = || {
             let list = std::fs::read_to_string("/proc/locks").unwrap();
-            list.lines().any(|l| l.contains("-> FLOCK") && l.contains(&inode))
+            list.lines()
+                .any(|l| l.contains("-> FLOCK") && l.contains(&inode))
         };
         let deadline = std::time::Instant::now() + Duration::from_secs(30);
         while !waits() {
-            assert!(std::time::Instant::now() < deadline && !begun.is_finished(), "it waits");
+            assert!(
+                std::time::Instant::now() < deadline && !begun.is_finished(),
+                "it waits"
+            );
             std::thread::yield_now();
         }
         held.unlock().unwrap();
@@ -276,7 +358,10 @@ fn interrupted_first_import_leaves_no_guest_changes() {
     site.write("old", "x");
     let mut payload = Vec::new();
     site.begin().unwrap();
-    site.plan().unwrap().send(&mut payload, &[], &mut |_, _| {}, &cancel()).unwrap();
+    site.plan()
+        .unwrap()
+        .send(&mut payload, &[], &mut |_, _| {}, &cancel())
+        .unwrap();
     let _ = site.receive(payload[..payload.len() - 1536].to_vec(), false);
     std::fs::remove_file(site.path("old")).unwrap();
     site.write("a", "other\n");
@@ -291,7 +376,10 @@ fn files_already_at_the_guest_path_are_kept() {
     site.write_guest("a", "somebody else's\n");
     site.write_guest("theirs", "x");
     assert_eq!(site.prepare(), ["a", "theirs"]);
-    assert_eq!(std::fs::read(site.guest().join("a")).unwrap(), b"somebody else's\n");
+    assert_eq!(
+        std::fs::read(site.guest().join("a")).unwrap(),
+        b"somebody else's\n"
+    );
     assert!(site.guest().join("theirs").exists());
 
     let link = Site::committed();
@@ -331,7 +419,11 @@ fn raw_tar_makes_a_workspace() {
     site.write("y", "1\n");
     let tar = |site: &Site| {
         let file = site.dir.path().join("raw.tar");
-        run(Command::new("tar").arg("-cf").arg(&file).arg(".").cwd(site.host()));
+        run(Command::new("tar")
+            .arg("-cf")
+            .arg(&file)
+            .arg(".")
+            .cwd(site.host()));
         std::fs::read(file).unwrap()
     };
     let import = |site: &Site, overwrite: bool| -> Result<Finished> {
@@ -340,14 +432,30 @@ fn raw_tar_makes_a_workspace() {
             keep.clear();
         }
         let mut payload = Vec::new();
-        raw_tar::send(&mut &tar(site)[..], &mut payload, &keep, &mut |_, _| {}, &cancel())?;
+        raw_tar::send(
+            &mut &tar(site)[..],
+            &mut payload,
+            &keep,
+            &mut |_, _| {},
+            &cancel(),
+        )?;
         site.receive(payload, overwrite)?;
-        site.finish(&Finish { overwrite, ..Finish::default() })
+        site.finish(&Finish {
+            overwrite,
+            ..Finish::default()
+        })
     };
     // The files that an interrupted import left do not count as changes.
     let mut payload = Vec::new();
     site.begin().unwrap();
-    raw_tar::send(&mut &tar(&site)[..], &mut payload, &[], &mut |_, _| {}, &cancel()).unwrap();
+    raw_tar::send(
+        &mut &tar(&site)[..],
+        &mut payload,
+        &[],
+        &mut |_, _| {},
+        &cancel(),
+    )
+    .unwrap();
     let _ = site.receive(payload[..payload.len() - 9 * 1024].to_vec(), false);
     assert!(site.guest().join("in/x").exists() || site.guest().join("y").exists());
     assert_eq!(import(&site, false).unwrap().entries, 2);
@@ -361,9 +469,17 @@ fn raw_tar_makes_a_workspace() {
     // The same after an import whose content stayed in its archive.
     site.write("big", vec![7; 9_000_000]);
     site.prepare();
-    assert!(Path::new(&site.workspace.state_dir).join("tree.tar").exists());
+    assert!(
+        Path::new(&site.workspace.state_dir)
+            .join("tree.tar")
+            .exists()
+    );
     import(&site, true).unwrap();
-    assert!(!Path::new(&site.workspace.state_dir).join("tree.tar").exists());
+    assert!(
+        !Path::new(&site.workspace.state_dir)
+            .join("tree.tar")
+            .exists()
+    );
     site.write_guest("big", "small");
     site.write_guest("y", "guest\n");
     site.apply_export();
@@ -372,15 +488,25 @@ fn raw_tar_makes_a_workspace() {
 #[test]
 fn large_content_is_recalled_from_the_archive() {
     for has_git in [false, true] {
-        let site = if has_git { Site::committed() } else { Site::plain() };
-        let big: Vec<u8> = (0..2_500_000u32).flat_map(|i| i.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
+        let site = if has_git {
+            Site::committed()
+        } else {
+            Site::plain()
+        };
+        let big: Vec<u8> = (0..2_500_000u32)
+            .flat_map(|i| i.wrapping_mul(2_654_435_761).to_le_bytes())
+            .collect();
         site.write("big", &big);
         for name in ["small", "kept", "gone", "-x\ny"] {
             site.write(name, "original\n");
         }
         symlink("small", site.path("link")).unwrap();
         site.prepare();
-        assert!(Path::new(&site.workspace.state_dir).join("tree.tar").exists());
+        assert!(
+            Path::new(&site.workspace.state_dir)
+                .join("tree.tar")
+                .exists()
+        );
         assert_eq!(site.export_patch().unwrap(), (Vec::new(), 0));
         let change = |site: &Site| {
             let mut changed = big.clone();

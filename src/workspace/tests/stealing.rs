@@ -57,7 +57,10 @@ impl Heist {
             Err(e) => return Some(e),
         };
         let sent = self.site.prepare_with(&mut plan, false);
-        assert!(!self.shows_secret(), "the guest can git show the private repository");
+        assert!(
+            !self.shows_secret(),
+            "the guest can git show the private repository"
+        );
         sent.err()
     }
 
@@ -67,21 +70,30 @@ impl Heist {
         let guest = self.site.guest();
         let show = |what: &str| {
             let home = self.site.dir.path().join("guest");
-            let c = Command::new("git").args(["show", what]).cwd(&guest).env("HOME", home);
+            let c = Command::new("git")
+                .args(["show", what])
+                .cwd(&guest)
+                .env("HOME", home);
             let output = run_any_status(&c, &cancel(), &mut |_| {}).unwrap();
             let text = String::from_utf8_lossy(&output.stdout).into_owned();
             output.status == 0 && (text.contains(SECRET.trim()) || text.contains("the secret"))
         };
         let in_git = guest.join(".git").is_dir() && (show(name.trim()) || show(commit.trim()));
         let listed = guest.is_dir() && self.in_index(&guest);
-        in_git || listed || listing(&guest).values().any(|(_, text)| text == SECRET.as_bytes())
+        in_git
+            || listed
+            || listing(&guest)
+                .values()
+                .any(|(_, text)| text == SECRET.as_bytes())
     }
 
     /// True if the guest's index has a name from the private repository.
     fn in_index(&self, guest: &Path) -> bool {
         let c = Command::new("git").args(["ls-files"]).cwd(guest);
         let output = run_any_status(&c, &cancel(), &mut |_| {}).unwrap();
-        String::from_utf8_lossy(&output.stdout).lines().any(|l| l == "secret")
+        String::from_utf8_lossy(&output.stdout)
+            .lines()
+            .any(|l| l == "secret")
     }
 
     #[track_caller]
@@ -100,7 +112,11 @@ fn commondir_of_another_repository_is_refused() {
         let heist = Heist::bare();
         let main = heist.private(".git").display().to_string();
         // This number of `..` reaches the root from any directory.
-        let up = if absolute { String::new() } else { "..".to_owned() + &"/..".repeat(30) };
+        let up = if absolute {
+            String::new()
+        } else {
+            "..".to_owned() + &"/..".repeat(30)
+        };
         heist.site.write(".git/commondir", format!("{up}{main}\n"));
         heist.site.write(".git/HEAD", "ref: refs/heads/trunk\n");
         heist.refused("commondir");
@@ -109,12 +125,26 @@ fn commondir_of_another_repository_is_refused() {
 
 #[test]
 fn links_from_git_directory_to_another_repository_are_refused() {
-    for name in ["objects", "refs", "info", "HEAD", "packed-refs", "shallow", "index", "config"] {
+    for name in [
+        "objects",
+        "refs",
+        "info",
+        "HEAD",
+        "packed-refs",
+        "shallow",
+        "index",
+        "config",
+    ] {
         let heist = Heist::new();
         heist.private.git(&["pack-refs", "--all"]);
-        heist.private.write(".git/shallow", heist.private.git(&["rev-parse", "HEAD"]));
+        heist
+            .private
+            .write(".git/shallow", heist.private.git(&["rev-parse", "HEAD"]));
         heist.private.write(".git/info/exclude", "secret\n");
-        heist.link(&format!(".git/{name}"), heist.private(&format!(".git/{name}")));
+        heist.link(
+            &format!(".git/{name}"),
+            heist.private(&format!(".git/{name}")),
+        );
         heist.refused(&format!(".git/{name}"));
     }
     let heist = Heist::new();
@@ -128,7 +158,10 @@ fn links_deep_in_objects_and_refs_are_refused() {
     let heist = Heist::new();
     heist.private.git(&["repack", "-adq"]);
     heist.link(".git/objects/pack", heist.private(".git/objects/pack"));
-    heist.site.write(".git/refs/heads/trunk", heist.private.git(&["rev-parse", "HEAD"]));
+    heist.site.write(
+        ".git/refs/heads/trunk",
+        heist.private.git(&["rev-parse", "HEAD"]),
+    );
     heist.refused("objects/pack");
 
     let heist = Heist::new();
@@ -136,9 +169,16 @@ fn links_deep_in_objects_and_refs_are_refused() {
     std::fs::create_dir_all(heist.site.path(".git/objects/pack")).unwrap();
     for item in std::fs::read_dir(heist.private(".git/objects/pack")).unwrap() {
         let item = item.unwrap();
-        symlink(item.path(), heist.site.path(".git/objects/pack").join(item.file_name())).unwrap();
+        symlink(
+            item.path(),
+            heist.site.path(".git/objects/pack").join(item.file_name()),
+        )
+        .unwrap();
     }
-    heist.site.write(".git/refs/heads/trunk", heist.private.git(&["rev-parse", "HEAD"]));
+    heist.site.write(
+        ".git/refs/heads/trunk",
+        heist.private.git(&["rev-parse", "HEAD"]),
+    );
     heist.refused("objects/pack/pack-");
 
     let heist = Heist::new();
@@ -150,11 +190,17 @@ fn links_deep_in_objects_and_refs_are_refused() {
             symlink(objects.join(&name), ours).unwrap();
         }
     }
-    heist.site.write(".git/refs/heads/trunk", heist.private.git(&["rev-parse", "HEAD"]));
+    heist.site.write(
+        ".git/refs/heads/trunk",
+        heist.private.git(&["rev-parse", "HEAD"]),
+    );
     heist.refused("objects/");
 
     let heist = Heist::new();
-    heist.link(".git/refs/heads/trunk", heist.private(".git/refs/heads/trunk"));
+    heist.link(
+        ".git/refs/heads/trunk",
+        heist.private(".git/refs/heads/trunk"),
+    );
     heist.refused("refs/heads/trunk");
     // A link within the tree that leads to a link out of it.
     let heist = Heist::new();
@@ -172,8 +218,13 @@ fn links_deep_in_objects_and_refs_are_refused() {
 fn alternate_of_another_repository_is_refused() {
     let check = |text: &dyn Fn(&Heist) -> String| {
         let heist = Heist::new();
-        heist.site.write(".git/refs/heads/trunk", heist.private.git(&["rev-parse", "HEAD"]));
-        heist.site.write(".git/objects/info/alternates", text(&heist));
+        heist.site.write(
+            ".git/refs/heads/trunk",
+            heist.private.git(&["rev-parse", "HEAD"]),
+        );
+        heist
+            .site
+            .write(".git/objects/info/alternates", text(&heist));
         heist.refused(&heist.private(".git/objects").display().to_string());
         let hint = heist.run().unwrap().hint_text().unwrap().to_owned();
         assert!(hint.contains("--allow-alternate"), "{hint}");
@@ -195,16 +246,27 @@ fn nested_alternate_of_another_repository_is_refused() {
     // A store inside the tree belongs to the tree, but its own alternate belongs to another
     // repository.
     let heist = Heist::new();
-    heist.site.write("store/info/alternates", format!("{}\n", heist.private(".git/objects").display()));
-    heist.site.write(".git/objects/info/alternates", "../../store\n");
-    heist.site.write(".git/refs/heads/trunk", heist.private.git(&["rev-parse", "HEAD"]));
+    heist.site.write(
+        "store/info/alternates",
+        format!("{}\n", heist.private(".git/objects").display()),
+    );
+    heist
+        .site
+        .write(".git/objects/info/alternates", "../../store\n");
+    heist.site.write(
+        ".git/refs/heads/trunk",
+        heist.private.git(&["rev-parse", "HEAD"]),
+    );
     heist.refused(&heist.private(".git/objects").display().to_string());
     // The directory or the file itself is a link.
     let heist = Heist::new();
     heist.link(".git/objects/info", heist.private(".git/objects/info"));
     heist.refused("objects/info");
     let heist = Heist::new();
-    heist.site.write("list", format!("{}\n", heist.private(".git/objects").display()));
+    heist.site.write(
+        "list",
+        format!("{}\n", heist.private(".git/objects").display()),
+    );
     heist.link(".git/objects/info/alternates", heist.site.path("list"));
     heist.refused(&heist.private(".git/objects").display().to_string());
 }
@@ -235,10 +297,20 @@ fn pack_named_by_multi_pack_index_outside_is_not_used() {
     let way = format!("../../../../p/{name}");
     let grow = (way.len() - name.len()).next_multiple_of(4);
     let forged = forge_midx(&midx, at, &name, &way, grow);
-    heist.site.write(".git/objects/pack/multi-pack-index", forged);
-    heist.site.write(".git/refs/heads/trunk", heist.private.git(&["rev-parse", "HEAD"]));
+    heist
+        .site
+        .write(".git/objects/pack/multi-pack-index", forged);
+    heist.site.write(
+        ".git/refs/heads/trunk",
+        heist.private.git(&["rev-parse", "HEAD"]),
+    );
     // git itself must be deceived, or this test proves nothing.
-    assert!(heist.site.git(&["show", "HEAD:secret"]).contains(SECRET.trim()));
+    assert!(
+        heist
+            .site
+            .git(&["show", "HEAD:secret"])
+            .contains(SECRET.trim())
+    );
     assert!(heist.run().is_some());
 }
 
@@ -269,17 +341,29 @@ fn git_file_chains_are_refused() {
     // whose parts are there.
     let heist = Heist::bare();
     heist.site.write("fake/HEAD", "ref: refs/heads/trunk\n");
-    heist.site.write("fake/commondir", format!("{}\n", heist.private(".git").display()));
-    heist.site.write("fake/gitdir", format!("{}\n", heist.site.path(".git").display()));
+    heist.site.write(
+        "fake/commondir",
+        format!("{}\n", heist.private(".git").display()),
+    );
+    heist.site.write(
+        "fake/gitdir",
+        format!("{}\n", heist.site.path(".git").display()),
+    );
     heist.site.write(".git", "gitdir: fake\n");
     heist.refused("commondir");
 
     let heist = Heist::bare();
-    heist.site.write("next", format!("gitdir: {}\n", heist.private(".git").display()));
+    heist.site.write(
+        "next",
+        format!("gitdir: {}\n", heist.private(".git").display()),
+    );
     heist.site.write(".git", "gitdir: next\n");
     heist.refused("");
     let heist = Heist::bare();
-    heist.site.write("next", format!("gitdir: {}\n", heist.private(".git").display()));
+    heist.site.write(
+        "next",
+        format!("gitdir: {}\n", heist.private(".git").display()),
+    );
     heist.link(".git", "next");
     heist.refused(&heist.private(".git").display().to_string());
     let heist = Heist::bare();
@@ -295,7 +379,9 @@ fn git_file_chains_are_refused() {
     }
     let text = format!("[core]\n\tworktree = {}\n", heist.site.host().display());
     std::fs::write(store.join("config"), text).unwrap();
-    heist.site.write(".git", format!("gitdir: {}\n", store.display()));
+    heist
+        .site
+        .write(".git", format!("gitdir: {}\n", store.display()));
     heist.refused("store/");
 }
 
@@ -303,20 +389,39 @@ fn git_file_chains_are_refused() {
 fn worktree_of_another_tree_is_refused() {
     let heist = Heist::bare();
     let tree = heist.private.dir.path().join("host/tree");
-    heist.private.git(&["worktree", "add", "-q", tree.to_str().unwrap()]);
+    heist
+        .private
+        .git(&["worktree", "add", "-q", tree.to_str().unwrap()]);
     let gitfile = std::fs::read_to_string(tree.join(".git")).unwrap();
     heist.site.write(".git", &gitfile);
     heist.refused(&tree.display().to_string());
     // A copy of the worktree's own directory that points back to this tree.
     let heist_dir = heist.private(".git/worktrees/tree");
-    heist.site.write("fake/HEAD", std::fs::read(heist_dir.join("HEAD")).unwrap());
-    heist.site.write("fake/commondir", format!("{}\n", heist.private(".git").display()));
-    heist.site.write("fake/gitdir", format!("{}\n", heist.site.path(".git").display()));
+    heist
+        .site
+        .write("fake/HEAD", std::fs::read(heist_dir.join("HEAD")).unwrap());
+    heist.site.write(
+        "fake/commondir",
+        format!("{}\n", heist.private(".git").display()),
+    );
+    heist.site.write(
+        "fake/gitdir",
+        format!("{}\n", heist.site.path(".git").display()),
+    );
     heist.site.write(".git", "gitdir: fake\n");
     heist.refused("commondir");
-    heist.site.write("x/worktrees/y/HEAD", std::fs::read(heist_dir.join("HEAD")).unwrap());
-    heist.site.write("x/worktrees/y/gitdir", format!("{}\n", heist.site.path(".git").display()));
-    heist.site.write("x/worktrees/y/commondir", format!("{}\n", heist.private(".git").display()));
+    heist.site.write(
+        "x/worktrees/y/HEAD",
+        std::fs::read(heist_dir.join("HEAD")).unwrap(),
+    );
+    heist.site.write(
+        "x/worktrees/y/gitdir",
+        format!("{}\n", heist.site.path(".git").display()),
+    );
+    heist.site.write(
+        "x/worktrees/y/commondir",
+        format!("{}\n", heist.private(".git").display()),
+    );
     heist.site.write(".git", "gitdir: x/worktrees/y\n");
     heist.refused("commondir");
     // Its common directory is here, but its objects are there.
@@ -333,10 +438,17 @@ fn settings_from_an_included_file_are_not_sent() {
     let heist = Heist::new();
     heist.private.git(&["config", "user.name", "private name"]);
     heist.private.git(&["config", "core.eol", "crlf"]);
-    heist.site.git(&["config", "include.path", heist.private(".git/config").to_str().unwrap()]);
+    heist.site.git(&[
+        "config",
+        "include.path",
+        heist.private(".git/config").to_str().unwrap(),
+    ]);
     assert!(heist.run().is_none());
     let config = std::fs::read_to_string(heist.site.guest().join(".git/config")).unwrap();
-    assert!(!config.contains("private name") && !config.contains("crlf"), "{config}");
+    assert!(
+        !config.contains("private name") && !config.contains("crlf"),
+        "{config}"
+    );
     // An included file inside the tree belongs to the tree.
     let site = Site::committed();
     site.write(".gitconfig", "[user]\n\tname = T Ree\n");
@@ -351,7 +463,9 @@ fn broken_repository_does_not_fall_back_to_one_above() {
     let inner = heist.private("inner");
     std::fs::create_dir_all(inner.join(".git")).unwrap();
     std::fs::write(inner.join("file"), "x").unwrap();
-    let e = Plan::inspect(&inner, &heist.site.options(History::Full), &cancel()).err().unwrap();
+    let e = Plan::inspect(&inner, &heist.site.options(History::Full), &cancel())
+        .err()
+        .unwrap();
     assert_eq!(e.kind(), Kind::InvalidTree);
     assert!(e.to_string().contains("inner"), "{e}");
 }
@@ -359,12 +473,23 @@ fn broken_repository_does_not_fall_back_to_one_above() {
 #[test]
 fn submodule_of_another_repository_is_not_sent() {
     let heist = Heist::new();
-    heist.site.write("sub/.git", format!("gitdir: {}\n", heist.private(".git").display()));
+    heist.site.write(
+        "sub/.git",
+        format!("gitdir: {}\n", heist.private(".git").display()),
+    );
     let commit = heist.private.git(&["rev-parse", "HEAD"]);
-    heist.site.git(&["update-index", "--add", "--cacheinfo", &format!("160000,{},sub", commit.trim())]);
+    heist.site.git(&[
+        "update-index",
+        "--add",
+        "--cacheinfo",
+        &format!("160000,{},sub", commit.trim()),
+    ]);
     assert!(heist.run().is_none());
     let untracked = Heist::new();
-    untracked.site.write("sub/.git", format!("gitdir: {}\n", untracked.private(".git").display()));
+    untracked.site.write(
+        "sub/.git",
+        format!("gitdir: {}\n", untracked.private(".git").display()),
+    );
     untracked.site.write("sub/x", "x");
     assert!(untracked.run().is_none());
 }
@@ -375,7 +500,13 @@ fn shared_clone(heist: &Heist) -> PathBuf {
     let site = &heist.site;
     std::fs::remove_dir_all(site.host()).unwrap();
     let into = site.host();
-    let args = ["clone", "-q", "--shared", main.to_str().unwrap(), into.to_str().unwrap()];
+    let args = [
+        "clone",
+        "-q",
+        "--shared",
+        main.to_str().unwrap(),
+        into.to_str().unwrap(),
+    ];
     git(&main, &site.dir.path().join("home"), &args);
     main.join(".git/objects")
 }
@@ -386,14 +517,23 @@ fn shared_clone_is_sent_when_its_alternate_is_allowed() {
     let objects = shared_clone(&heist);
     let e = heist.run().expect("refused");
     let hint = e.hint_text().unwrap();
-    assert!(hint.contains(&format!("--allow-alternate {}", objects.display())), "{hint}");
-    assert!(e.to_string().contains(".git/objects/info/alternates"), "{e}");
+    assert!(
+        hint.contains(&format!("--allow-alternate {}", objects.display())),
+        "{hint}"
+    );
+    assert!(
+        e.to_string().contains(".git/objects/info/alternates"),
+        "{e}"
+    );
     // Allowing the store, its repository or a link to it all works.
     let link = heist.site.dir.path().join("link");
     symlink(heist.private.host(), &link).unwrap();
     for allowed in [objects.clone(), heist.private.host(), link] {
         let site = Site::plain();
-        let options = Options { allow_alternates: vec![allowed], ..heist.site.options(History::Full) };
+        let options = Options {
+            allow_alternates: vec![allowed],
+            ..heist.site.options(History::Full)
+        };
         let mut plan = Plan::inspect(&heist.site.host(), &options, &cancel()).unwrap();
         site.prepare_with(&mut plan, false).unwrap();
         assert_eq!(site.git_guest(&["show", "HEAD:secret"]), SECRET);
@@ -402,7 +542,10 @@ fn shared_clone_is_sent_when_its_alternate_is_allowed() {
     }
     // Allowing another directory does not help, and neither does one that does not exist.
     let check = |allowed: PathBuf, kind: Kind| {
-        let options = Options { allow_alternates: vec![allowed], ..heist.site.options(History::Full) };
+        let options = Options {
+            allow_alternates: vec![allowed],
+            ..heist.site.options(History::Full)
+        };
         assert_eq!(heist.run_with(&options).unwrap().kind(), kind);
     };
     check(heist.private.path("dir"), Kind::InvalidTree);
@@ -420,14 +563,26 @@ fn alternate_of_an_allowed_store_must_be_allowed_too() {
         allow_alternates: allowed.iter().map(|p| p.to_path_buf()).collect(),
         ..heist.site.options(History::Full)
     };
-    let e = Plan::inspect(&heist.site.host(), &options(&[&objects]), &cancel()).err().unwrap();
-    assert!(e.to_string().contains(&third.host().display().to_string()), "{e}");
-    Plan::inspect(&heist.site.host(), &options(&[&objects, &third.host()]), &cancel()).unwrap();
+    let e = Plan::inspect(&heist.site.host(), &options(&[&objects]), &cancel())
+        .err()
+        .unwrap();
+    assert!(
+        e.to_string().contains(&third.host().display().to_string()),
+        "{e}"
+    );
+    Plan::inspect(
+        &heist.site.host(),
+        &options(&[&objects, &third.host()]),
+        &cancel(),
+    )
+    .unwrap();
     // An allowed path does not give access to others.
     std::fs::remove_file(&list).unwrap();
     std::fs::remove_dir_all(objects.join("pack")).unwrap();
     symlink(third.path(".git/objects/pack"), objects.join("pack")).unwrap();
-    let e = Plan::inspect(&heist.site.host(), &options(&[&objects]), &cancel()).err().unwrap();
+    let e = Plan::inspect(&heist.site.host(), &options(&[&objects]), &cancel())
+        .err()
+        .unwrap();
     assert!(e.to_string().contains("objects/pack"), "{e}");
 }
 
@@ -439,9 +594,14 @@ fn alternate_of_another_owner_is_refused_without_the_flag() {
     }
     let heist = Heist::bare();
     let objects = shared_clone(&heist);
-    run(Command::new("chown").args(["-R", "65534"]).arg(heist.private.host()));
+    run(Command::new("chown")
+        .args(["-R", "65534"])
+        .arg(heist.private.host()));
     assert_eq!(heist.run().unwrap().kind(), Kind::InvalidTree);
-    let options = Options { allow_alternates: vec![objects], ..heist.site.options(History::Full) };
+    let options = Options {
+        allow_alternates: vec![objects],
+        ..heist.site.options(History::Full)
+    };
     Plan::inspect(&heist.site.host(), &options, &cancel()).unwrap();
 }
 
@@ -454,16 +614,37 @@ fn worktree_of_every_nested_kind_is_sent() {
     let inner = site.path("inner/tree");
     Plan::inspect(&inner, &site.options(History::Full), &cancel()).unwrap();
     let main = site.path(".git").canonicalize().unwrap();
-    std::fs::write(main.join("worktrees/tree/gitdir"), "../../../inner/tree/.git\n").unwrap();
+    std::fs::write(
+        main.join("worktrees/tree/gitdir"),
+        "../../../inner/tree/.git\n",
+    )
+    .unwrap();
     std::fs::write(inner.join(".git"), "gitdir: ../../.git/worktrees/tree\n").unwrap();
     Plan::inspect(&inner, &site.options(History::Full), &cancel()).unwrap();
     let module = Site::committed();
     let url = module.host();
-    site.git(&["-c", "protocol.file.allow=always", "submodule", "-q", "add", url.to_str().unwrap(), "sub"]);
+    site.git(&[
+        "-c",
+        "protocol.file.allow=always",
+        "submodule",
+        "-q",
+        "add",
+        url.to_str().unwrap(),
+        "sub",
+    ]);
     let sub = site.path("sub");
     let home = site.dir.path().join("home");
-    git(&sub, &home, &["worktree", "add", "-q", "-b", "x", "../of-sub"]);
-    Plan::inspect(&site.path("of-sub"), &site.options(History::Full), &cancel()).unwrap();
+    git(
+        &sub,
+        &home,
+        &["worktree", "add", "-q", "-b", "x", "../of-sub"],
+    );
+    Plan::inspect(
+        &site.path("of-sub"),
+        &site.options(History::Full),
+        &cancel(),
+    )
+    .unwrap();
     git(&sub, &home, &["sparse-checkout", "set", "dir"]);
     Plan::inspect(&sub, &site.options(History::Full), &cancel()).unwrap();
 }
@@ -472,11 +653,21 @@ fn worktree_of_every_nested_kind_is_sent() {
 fn repository_with_a_separate_git_dir_is_sent_when_allowed() {
     let site = Site::plain();
     let store = site.dir.path().join("store.git");
-    site.git(&["init", "-q", &format!("--separate-git-dir={}", store.display())]);
+    site.git(&[
+        "init",
+        "-q",
+        &format!("--separate-git-dir={}", store.display()),
+    ]);
     let e = site.plan().err().unwrap();
     let hint = e.hint_text().unwrap().to_owned();
-    assert!(hint.ends_with(&format!("--allow-alternate {}", store.display())), "{hint}");
-    let options = Options { allow_alternates: vec![store], ..site.options(History::Full) };
+    assert!(
+        hint.ends_with(&format!("--allow-alternate {}", store.display())),
+        "{hint}"
+    );
+    let options = Options {
+        allow_alternates: vec![store],
+        ..site.options(History::Full)
+    };
     Plan::inspect(&site.host(), &options, &cancel()).unwrap();
 }
 
@@ -485,18 +676,28 @@ fn repository_with_a_separate_git_dir_is_sent_when_allowed() {
 fn moved_worktree_is_repaired_by_the_hinted_command() {
     let site = Site::committed();
     let home = site.dir.path().join("home");
-    let (old, new) = (site.dir.path().join("host/m2"), site.dir.path().join("host/it's moved"));
+    let (old, new) = (
+        site.dir.path().join("host/m2"),
+        site.dir.path().join("host/it's moved"),
+    );
     site.git(&["worktree", "add", "-q", "-b", "wt", old.to_str().unwrap()]);
     let config = std::fs::read(site.path(".git/config")).unwrap();
     run(Command::new("cp").arg("-a").args([&old, &new]));
     // A copy must not detach the original worktree.
-    let e = Plan::inspect(&new, &site.options(History::Full), &cancel()).err().unwrap();
+    let e = Plan::inspect(&new, &site.options(History::Full), &cancel())
+        .err()
+        .unwrap();
     assert!(!e.hint_text().unwrap().contains("repair"), "{e:?}");
     std::fs::remove_dir_all(&old).unwrap();
-    let e = Plan::inspect(&new, &site.options(History::Full), &cancel()).err().unwrap();
+    let e = Plan::inspect(&new, &site.options(History::Full), &cancel())
+        .err()
+        .unwrap();
     let hint = e.hint_text().unwrap().to_owned();
     let line = hint.split_once("run: ").unwrap().1;
-    assert!(line.starts_with("git -C ") && line.ends_with(" worktree repair"), "{line}");
+    assert!(
+        line.starts_with("git -C ") && line.ends_with(" worktree repair"),
+        "{line}"
+    );
     run(Command::new("sh").args(["-c", line]).env("HOME", &home));
     Plan::inspect(&new, &site.options(History::Full), &cancel()).unwrap();
     assert_eq!(site.git(&["status", "--porcelain"]), "");
@@ -504,9 +705,16 @@ fn moved_worktree_is_repaired_by_the_hinted_command() {
     // The main repository was moved.
     let moved = site.dir.path().join("host/main");
     std::fs::rename(site.host(), &moved).unwrap();
-    let e = Plan::inspect(&new, &site.options(History::Full), &cancel()).err().unwrap();
-    let hint = e.hint_text().unwrap().replace("MAIN", &moved.display().to_string());
-    run(Command::new("sh").args(["-c", hint.split_once("run: ").unwrap().1]).env("HOME", &home));
+    let e = Plan::inspect(&new, &site.options(History::Full), &cancel())
+        .err()
+        .unwrap();
+    let hint = e
+        .hint_text()
+        .unwrap()
+        .replace("MAIN", &moved.display().to_string());
+    run(Command::new("sh")
+        .args(["-c", hint.split_once("run: ").unwrap().1])
+        .env("HOME", &home));
     Plan::inspect(&new, &site.options(History::Full), &cancel()).unwrap();
 }
 
@@ -520,7 +728,10 @@ fn parts_swapped_while_git_reads_are_not_sent() {
         heist.private.git(&["repack", "-adq"]);
         heist.site.git(&["repack", "-adq"]);
         // The hostile repository knows the name of the private commit and puts it into a ref.
-        heist.site.write(".git/refs/heads/trunk", heist.private.git(&["rev-parse", "HEAD"]));
+        heist.site.write(
+            ".git/refs/heads/trunk",
+            heist.private.git(&["rev-parse", "HEAD"]),
+        );
         let (path, aside) = (heist.site.path(name), heist.site.dir.path().join("aside"));
         let link = heist.site.dir.path().join("link");
         symlink(heist.private(name), &link).unwrap();
@@ -536,13 +747,20 @@ fn parts_swapped_while_git_reads_are_not_sent() {
                 }
             });
             let leaked = (0..20).any(|_| {
-                let Ok(mut plan) = Plan::inspect(&heist.site.host(), &heist.site.options(History::Full), &cancel()) else {
+                let Ok(mut plan) = Plan::inspect(
+                    &heist.site.host(),
+                    &heist.site.options(History::Full),
+                    &cancel(),
+                ) else {
                     return false;
                 };
                 heist.site.prepare_with(&mut plan, false).is_ok() && heist.shows_secret()
             });
             ended.store(true, Ordering::Relaxed);
-            assert!(!leaked, "{name}: the guest can git show the private repository");
+            assert!(
+                !leaked,
+                "{name}: the guest can git show the private repository"
+            );
         });
     }
 }

@@ -17,9 +17,21 @@ const TIMES: [(i64, i64); 8] = [
 ];
 
 fn set(path: &Path, (seconds, nanoseconds): (i64, i64)) {
-    let time = rustix::fs::Timespec { tv_sec: seconds, tv_nsec: nanoseconds };
-    let times = rustix::fs::Timestamps { last_access: time, last_modification: time };
-    rustix::fs::utimensat(rustix::fs::CWD, path, &times, rustix::fs::AtFlags::SYMLINK_NOFOLLOW).unwrap();
+    let time = rustix::fs::Timespec {
+        tv_sec: seconds,
+        tv_nsec: nanoseconds,
+    };
+    let times = rustix::fs::Timestamps {
+        last_access: time,
+        last_modification: time,
+    };
+    rustix::fs::utimensat(
+        rustix::fs::CWD,
+        path,
+        &times,
+        rustix::fs::AtFlags::SYMLINK_NOFOLLOW,
+    )
+    .unwrap();
 }
 
 /// The times of every file, link and directory except git's own.
@@ -49,7 +61,11 @@ fn times(root: &Path, dirs: bool) -> BTreeMap<PathBuf, (i64, i64)> {
 fn fill(root: &Path) {
     for (i, time) in TIMES.iter().enumerate() {
         let long = format!("{}/{}", "d".repeat(150), "n".repeat(200));
-        for name in [format!("file {i}"), format!("dir {i}/file"), format!("{long}{i}")] {
+        for name in [
+            format!("file {i}"),
+            format!("dir {i}/file"),
+            format!("{long}{i}"),
+        ] {
             write(root, &name, &name);
             set(&root.join(name), *time);
         }
@@ -58,7 +74,10 @@ fn fill(root: &Path) {
         symlink("x".repeat(60 + i * 20), root.join(format!("link {i}"))).unwrap();
         set(&root.join(format!("link {i}")), *time);
         let holes = root.join(format!("holes {i}"));
-        std::fs::File::create(&holes).unwrap().set_len(1 << 22).unwrap();
+        std::fs::File::create(&holes)
+            .unwrap()
+            .set_len(1 << 22)
+            .unwrap();
         write_at(&holes, 1 << 21);
         set(&holes, *time);
     }
@@ -69,17 +88,29 @@ fn fill(root: &Path) {
 
 fn write_at(path: &Path, offset: u64) {
     use std::os::unix::fs::FileExt;
-    std::fs::OpenOptions::new().write(true).open(path).unwrap().write_all_at(b"data", offset).unwrap();
+    std::fs::OpenOptions::new()
+        .write(true)
+        .open(path)
+        .unwrap()
+        .write_all_at(b"data", offset)
+        .unwrap();
 }
 
 #[test]
 fn times_of_every_age_survive_the_round_trip() {
     for has_git in [true, false] {
-        let site = if has_git { Site::unborn() } else { Site::plain() };
+        let site = if has_git {
+            Site::unborn()
+        } else {
+            Site::plain()
+        };
         fill(&site.host());
         site.prepare();
         site.assert_same_tree();
-        assert_eq!(times(&site.host(), !has_git), times(&site.guest(), !has_git));
+        assert_eq!(
+            times(&site.host(), !has_git),
+            times(&site.guest(), !has_git)
+        );
         assert_eq!(site.export_patch().unwrap(), (Vec::new(), 0));
         for name in ["made/in the guest", "made/again"] {
             site.write_guest(name, "x");
@@ -98,7 +129,10 @@ fn time_of_a_whole_second_needs_no_extra_header() {
     let site = Site::plain();
     let send = |site: &Site| {
         let mut payload = Vec::new();
-        site.plan().unwrap().send(&mut payload, &[], &mut |_, _| {}, &cancel()).unwrap();
+        site.plan()
+            .unwrap()
+            .send(&mut payload, &[], &mut |_, _| {}, &cancel())
+            .unwrap();
         payload.len()
     };
     site.write("x", "x");

@@ -55,11 +55,17 @@ fn damaged(why: &str) -> Error {
 
 impl<'a> TarReader<'a> {
     pub fn new(from: &'a mut dyn Read) -> Self {
-        Self { from, left: 0, padding: 0 }
+        Self {
+            from,
+            left: 0,
+            padding: 0,
+        }
     }
 
     fn fill(&mut self, buffer: &mut [u8]) -> Result<()> {
-        self.from.read_exact(buffer).map_err(|e| stream_error(DOING, e))
+        self.from
+            .read_exact(buffer)
+            .map_err(|e| stream_error(DOING, e))
     }
 
     fn block(&mut self) -> Result<[u8; BLOCK]> {
@@ -82,7 +88,17 @@ impl<'a> TarReader<'a> {
                 return self.drain().map(|()| None);
             }
             let header = tar::Header::from_byte_slice(&block);
-            let sum: u32 = block.iter().enumerate().map(|(i, b)| if (148..156).contains(&i) { 32 } else { u32::from(*b) }).sum();
+            let sum: u32 = block
+                .iter()
+                .enumerate()
+                .map(|(i, b)| {
+                    if (148..156).contains(&i) {
+                        32
+                    } else {
+                        u32::from(*b)
+                    }
+                })
+                .sum();
             if header.cksum().ok() != Some(sum) {
                 return Err(damaged("a header is damaged"));
             }
@@ -101,7 +117,9 @@ impl<'a> TarReader<'a> {
     }
 
     fn long(&mut self, header: &tar::Header) -> Result<Vec<u8>> {
-        let size = header.entry_size().map_err(|_| damaged("a long name has no size"))?;
+        let size = header
+            .entry_size()
+            .map_err(|_| damaged("a long name has no size"))?;
         if size > PATH_BYTES_MAX as u64 + 100 {
             return Err(damaged(&format!("a name has {size} bytes")));
         }
@@ -115,7 +133,9 @@ impl<'a> TarReader<'a> {
 
     /// Reads POSIX extended header records: `<length> <key>=<value>LF`.
     fn records(&mut self, header: &tar::Header) -> Result<Records> {
-        let size = header.entry_size().map_err(|_| damaged("records have no size"))?;
+        let size = header
+            .entry_size()
+            .map_err(|_| damaged("records have no size"))?;
         if size > RECORDS_BYTES_MAX {
             return Err(damaged(&format!("records have {size} bytes")));
         }
@@ -134,12 +154,20 @@ impl<'a> TarReader<'a> {
     }
 
     fn item(&mut self, header: &tar::Header, records: Records) -> Result<Item> {
-        let Records { path, link, mtime, size, real_size: real } = records;
+        let Records {
+            path,
+            link,
+            mtime,
+            size,
+            real_size: real,
+        } = records;
         let of_header = name_in(header).ok_or_else(|| damaged("a header is of an unknown form"))?;
         let mut path = path.unwrap_or(of_header);
         let size = match size {
             Some(size) => size,
-            None => header.entry_size().map_err(|_| refuse(&path, "it has no size"))?,
+            None => header
+                .entry_size()
+                .map_err(|_| refuse(&path, "it has no size"))?,
         };
         let mode = header.mode().map_err(|_| refuse(&path, "it has no mode"))? & 0o777;
         let mtime = mtime.unwrap_or_else(|| time_in(header));
@@ -148,16 +176,35 @@ impl<'a> TarReader<'a> {
                 path.pop_if(|b| *b == b'/');
                 EntryData::Dir
             }
-            b'2' => EntryData::Symlink(link.unwrap_or_else(|| until_nul(&header.as_old().linkname))),
-            b'0' | 0 => EntryData::File { size, segments: None },
+            b'2' => {
+                EntryData::Symlink(link.unwrap_or_else(|| until_nul(&header.as_old().linkname)))
+            }
+            b'0' | 0 => EntryData::File {
+                size,
+                segments: None,
+            },
             b'S' => {
-                let gnu = header.as_gnu().ok_or_else(|| damaged("a header is not GNU tar's"))?;
-                let real = gnu.real_size().map_err(|_| refuse(&path, "it has no size"))?;
-                EntryData::File { size: real, segments: Some(self.segments(gnu, size, real, &path)?) }
+                let gnu = header
+                    .as_gnu()
+                    .ok_or_else(|| damaged("a header is not GNU tar's"))?;
+                let real = gnu
+                    .real_size()
+                    .map_err(|_| refuse(&path, "it has no size"))?;
+                EntryData::File {
+                    size: real,
+                    segments: Some(self.segments(gnu, size, real, &path)?),
+                }
             }
             other => {
-                let kind = if other.is_ascii_graphic() { (other as char).to_string() } else { format!("{other:#04x}") };
-                return Err(refuse(&path, &format!("it is of type {kind}, not a file, a link or a directory")));
+                let kind = if other.is_ascii_graphic() {
+                    (other as char).to_string()
+                } else {
+                    format!("{other:#04x}")
+                };
+                return Err(refuse(
+                    &path,
+                    &format!("it is of type {kind}, not a file, a link or a directory"),
+                ));
             }
         };
         if matches!(data, EntryData::File { .. }) {
@@ -171,7 +218,12 @@ impl<'a> TarReader<'a> {
             (_, Some(_)) => return Err(refuse(&path, "it has holes and is not a file")),
             (data, None) => data,
         };
-        Ok(Item { path, mode, mtime, data })
+        Ok(Item {
+            path,
+            mode,
+            mtime,
+            data,
+        })
     }
 
     /// Reads the map of a sparse file in POSIX format. The file's data begins with decimal numbers,
@@ -185,12 +237,18 @@ impl<'a> TarReader<'a> {
         }
         let mut segments = Vec::new();
         for _ in 0..count {
-            segments.push((self.decimal(&mut used, path)?, self.decimal(&mut used, path)?));
+            segments.push((
+                self.decimal(&mut used, path)?,
+                self.decimal(&mut used, path)?,
+            ));
         }
         let mut zeros = vec![0; (BLOCK - used % BLOCK) % BLOCK];
         self.data_exact(&mut zeros, path)?;
         check_segments(&segments, self.left, real, path)?;
-        Ok(EntryData::File { size: real, segments: Some(segments) })
+        Ok(EntryData::File {
+            size: real,
+            segments: Some(segments),
+        })
     }
 
     fn decimal(&mut self, used: &mut usize, path: &[u8]) -> Result<u64> {
@@ -205,7 +263,9 @@ impl<'a> TarReader<'a> {
                 _ => return Err(refuse(path, "its holes are damaged")),
             }
         }
-        let digits = std::str::from_utf8(&digits).ok().and_then(|d| d.parse().ok());
+        let digits = std::str::from_utf8(&digits)
+            .ok()
+            .and_then(|d| d.parse().ok());
         digits.ok_or_else(|| refuse(path, "its holes are damaged"))
     }
 
@@ -218,7 +278,13 @@ impl<'a> TarReader<'a> {
         Ok(())
     }
 
-    fn segments(&mut self, gnu: &tar::GnuHeader, size: u64, real: u64, path: &[u8]) -> Result<Vec<(u64, u64)>> {
+    fn segments(
+        &mut self,
+        gnu: &tar::GnuHeader,
+        size: u64,
+        real: u64,
+        path: &[u8],
+    ) -> Result<Vec<(u64, u64)>> {
         let mut out = Vec::new();
         let mut take = |slots: &[tar::GnuSparseHeader]| -> Result<()> {
             for slot in slots.iter().filter(|s| !s.is_empty()) {
@@ -227,13 +293,19 @@ impl<'a> TarReader<'a> {
                 };
                 out.push((offset, len));
             }
-            if out.len() > SEGMENTS_MAX { Err(refuse(path, "it has too many holes")) } else { Ok(()) }
+            if out.len() > SEGMENTS_MAX {
+                Err(refuse(path, "it has too many holes"))
+            } else {
+                Ok(())
+            }
         };
         take(&gnu.sparse)?;
         let mut more = gnu.is_extended();
         while more {
             let mut ext = tar::GnuExtSparseHeader::new();
-            self.from.read_exact(ext.as_mut_bytes()).map_err(|e| stream_error(DOING, e))?;
+            self.from
+                .read_exact(ext.as_mut_bytes())
+                .map_err(|e| stream_error(DOING, e))?;
             take(&ext.sparse)?;
             more = ext.is_extended();
         }
@@ -246,7 +318,12 @@ impl<'a> TarReader<'a> {
         let want = (buffer.len() as u64).min(self.left) as usize;
         loop {
             match self.from.read(&mut buffer[..want]) {
-                Ok(0) => return Err(Error::new(Kind::StreamIncomplete, format!("{DOING}: it ends in the middle of a file"))),
+                Ok(0) => {
+                    return Err(Error::new(
+                        Kind::StreamIncomplete,
+                        format!("{DOING}: it ends in the middle of a file"),
+                    ));
+                }
                 Ok(n) => {
                     self.left -= n as u64;
                     return Ok(n);
@@ -300,7 +377,12 @@ struct Records {
 
 impl Records {
     fn take(&mut self, key: &[u8], value: &[u8]) -> Result<()> {
-        let number = || std::str::from_utf8(value).ok().and_then(|v| v.parse().ok()).ok_or_else(|| damaged("a size is invalid"));
+        let number = || {
+            std::str::from_utf8(value)
+                .ok()
+                .and_then(|v| v.parse().ok())
+                .ok_or_else(|| damaged("a size is invalid"))
+        };
         match key {
             b"path" | b"GNU.sparse.name" => self.path = Some(name(value)?),
             b"linkpath" => self.link = Some(name(value)?),
@@ -315,7 +397,9 @@ impl Records {
             b"uid" | b"gid" | b"uname" | b"gname" | b"atime" | b"ctime" => {}
             other => {
                 let shown = crate::workspace::encode::encode(&other[..other.len().min(80)]);
-                return Err(damaged(&format!("an extended header has the unknown key \"{shown}\"")));
+                return Err(damaged(&format!(
+                    "an extended header has the unknown key \"{shown}\""
+                )));
             }
         }
         Ok(())
@@ -347,7 +431,11 @@ fn name_in(header: &tar::Header) -> Option<Vec<u8>> {
     }
     let header = header.as_ustar()?;
     let (prefix, name) = (until_nul(&header.prefix), until_nul(&header.name));
-    Some(if prefix.is_empty() { name } else { [&prefix[..], b"/", &name[..]].concat() })
+    Some(if prefix.is_empty() {
+        name
+    } else {
+        [&prefix[..], b"/", &name[..]].concat()
+    })
 }
 
 /// Returns the time in a header: octal, or signed base 256 if the first bit is set.
@@ -356,20 +444,31 @@ fn time_in(header: &tar::Header) -> Mtime {
     let seconds = match field[0] & 0x80 {
         0 => header.mtime().unwrap_or(0).min(i64::MAX as u64) as i64,
         // A time fits in the last eight bytes; the bytes before them only repeat the sign.
-        _ => i64::from_be_bytes([field[4], field[5], field[6], field[7], field[8], field[9], field[10], field[11]]),
+        _ => i64::from_be_bytes([
+            field[4], field[5], field[6], field[7], field[8], field[9], field[10], field[11],
+        ]),
     };
-    Mtime { seconds, nanoseconds: 0 }
+    Mtime {
+        seconds,
+        nanoseconds: 0,
+    }
 }
 
 fn check_segments(segments: &[(u64, u64)], size: u64, real: u64, path: &[u8]) -> Result<()> {
     let mut end = 0u64;
     let mut total = 0u64;
     for (offset, len) in segments {
-        let next = offset.checked_add(*len).filter(|next| *offset >= end && *next <= real);
+        let next = offset
+            .checked_add(*len)
+            .filter(|next| *offset >= end && *next <= real);
         end = next.ok_or_else(|| refuse(path, "its holes overlap"))?;
         total += len;
     }
-    if total == size { Ok(()) } else { Err(refuse(path, "its holes do not add up")) }
+    if total == size {
+        Ok(())
+    } else {
+        Err(refuse(path, "its holes do not add up"))
+    }
 }
 
 fn until_nul(field: &[u8]) -> Vec<u8> {

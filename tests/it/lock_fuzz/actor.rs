@@ -54,7 +54,9 @@ pub fn name(n: u64) -> String {
 /// Defines what commands do in every guest.
 pub fn script_guests(world: &World) {
     let never = Gate::closed();
-    world.guest.on(HELD, move |_| Answer::status(0).hold(&never));
+    world
+        .guest
+        .on(HELD, move |_| Answer::status(0).hold(&never));
 }
 
 pub struct Actor<'a> {
@@ -67,7 +69,13 @@ pub struct Actor<'a> {
 
 impl<'a> Actor<'a> {
     pub fn new(world: &'a World, random: Random, replies: &'a AtomicU64) -> Self {
-        Self { world, random, client: world.client(), replies, seen: Vec::new() }
+        Self {
+            world,
+            random,
+            client: world.client(),
+            replies,
+            seen: Vec::new(),
+        }
     }
 
     pub fn play(mut self, requests: u64) -> Vec<Seen> {
@@ -86,16 +94,34 @@ impl<'a> Actor<'a> {
             32..40 => self.stop(&vm),
             40..45 => self.verb::<VmKill>(&vm, Verb::Kill, &request(&vm)),
             45..51 => {
-                let request = VmStopRequest { timeout_ms: Some(GRACE_MS), ..stop(&vm) };
+                let request = VmStopRequest {
+                    timeout_ms: Some(GRACE_MS),
+                    ..stop(&vm)
+                };
                 self.verb::<VmRestart>(&vm, Verb::Restart, &request);
             }
             51..59 => {
                 let force = !self.random.one_in(3);
-                let verb = if force { Verb::DeleteForce } else { Verb::Delete };
-                self.verb::<VmDelete>(&vm, verb, &VmDeleteRequest { force, ..delete(&vm) });
+                let verb = if force {
+                    Verb::DeleteForce
+                } else {
+                    Verb::Delete
+                };
+                self.verb::<VmDelete>(
+                    &vm,
+                    verb,
+                    &VmDeleteRequest {
+                        force,
+                        ..delete(&vm)
+                    },
+                );
             }
             59..63 => {
-                let request = VmSetRequest { vm: vm.clone(), vcpus: Some(1 + self.random.below(2) as u32), ..Default::default() };
+                let request = VmSetRequest {
+                    vm: vm.clone(),
+                    vcpus: Some(1 + self.random.below(2) as u32),
+                    ..Default::default()
+                };
                 self.verb::<VmSet>(&vm, Verb::Set, &request);
             }
             63..72 => self.import(&vm),
@@ -111,7 +137,10 @@ impl<'a> Actor<'a> {
     }
 
     fn create(&mut self, vm: &str) {
-        let request = VmCreateRequest { name: Some(vm.parse().unwrap()), ..Default::default() };
+        let request = VmCreateRequest {
+            name: Some(vm.parse().unwrap()),
+            ..Default::default()
+        };
         match self.client.call::<VmCreate>(&request) {
             Ok(made) => drop(self.world.place(&made.vm.id)),
             Err(e) => assert!(e.is(Kind::NameTaken), "{e:?}"),
@@ -121,7 +150,15 @@ impl<'a> Actor<'a> {
     fn stop(&mut self, vm: &str) {
         let force = self.random.one_in(4);
         let verb = if force { Verb::StopForce } else { Verb::Stop };
-        self.verb::<VmStop>(vm, verb, &VmStopRequest { force, timeout_ms: Some(GRACE_MS), ..stop(vm) });
+        self.verb::<VmStop>(
+            vm,
+            verb,
+            &VmStopRequest {
+                force,
+                timeout_ms: Some(GRACE_MS),
+                ..stop(vm)
+            },
+        );
     }
 
     /// Makes one call and waits for its end.
@@ -131,44 +168,73 @@ impl<'a> Actor<'a> {
         self.saw(vm, verb, sent, op, &result.map(drop));
     }
 
-    fn saw(&mut self, vm: &str, verb: Verb, sent: Instant, op: Option<OpId>, result: &Result<(), Failure>) {
+    fn saw(
+        &mut self,
+        vm: &str,
+        verb: Verb,
+        sent: Instant,
+        op: Option<OpId>,
+        result: &Result<(), Failure>,
+    ) {
         let received = Instant::now();
         if let Some(op) = &op {
             self.is_what_the_operation_says(op, result);
         }
         let reply = match result {
             Ok(()) => Reply::Ok,
-            Err(e) if e.is(Kind::WrongState) && op.is_none() => Reply::Refused(e.fault.message.clone()),
+            Err(e) if e.is(Kind::WrongState) && op.is_none() => {
+                Reply::Refused(e.fault.message.clone())
+            }
             Err(e) if e.is(Kind::VmNotFound) && op.is_none() => Reply::NotFound,
             Err(e) => {
                 assert!(!e.is(Kind::Internal), "{e:?}");
                 Reply::Failed(e.fault.kind.clone())
             }
         };
-        self.seen.push(Seen { name: vm.to_owned(), verb, sent, received, op, reply });
+        self.seen.push(Seen {
+            name: vm.to_owned(),
+            verb,
+            sent,
+            received,
+            op,
+            reply,
+        });
     }
 
     /// A caller that began or joined an operation must get the operation's result.
     fn is_what_the_operation_says(&mut self, op: &OpId, result: &Result<(), Failure>) {
         // The registry keeps only some finished operations.
-        let Ok(reply) = self.client.call::<OpShow>(&OpRequest { op: op.to_string() }) else { return };
+        let Ok(reply) = self
+            .client
+            .call::<OpShow>(&OpRequest { op: op.to_string() })
+        else {
+            return;
+        };
         let said = reply.op;
         match result {
             Ok(()) => assert_eq!(said.state, OpState::Ok, "{said:?}"),
-            Err(e) => assert_eq!(said.error.as_ref().map(|f| &f.kind), Some(&e.fault.kind), "{e:?} {said:?}"),
+            Err(e) => assert_eq!(
+                said.error.as_ref().map(|f| &f.kind),
+                Some(&e.fault.kind),
+                "{e:?} {said:?}"
+            ),
         }
     }
 
     fn import(&mut self, vm: &str) {
         let (read, write) = pipe();
-        let mut call = self.world.begin::<WorkspacePrepare>(prepare(vm), vec![read]);
+        let mut call = self
+            .world
+            .begin::<WorkspacePrepare>(prepare(vm), vec![read]);
         let mut stream = std::fs::File::from(write);
         match self.random.below(3) {
             // A complete payload, a truncated one, or one that stalls in the middle of a chunk.
             0 => {
                 let mut writer = ChunkWriter::new(stream);
                 // A refused import reads nothing.
-                _ = writer.write_all(b"some payload").and_then(|()| writer.finish(3).map(drop));
+                _ = writer
+                    .write_all(b"some payload")
+                    .and_then(|()| writer.finish(3).map(drop));
             }
             1 => drop(stream.write_all(b"\0\0\0\x04some")),
             _ => {
@@ -182,7 +248,11 @@ impl<'a> Actor<'a> {
 
     fn export(&mut self, vm: &str) {
         let (read, write) = pipe();
-        let request = ExportRequest { vm: vm.to_owned(), kind: ExportKind::Patch, no_wait: self.random.one_in(2) };
+        let request = ExportRequest {
+            vm: vm.to_owned(),
+            kind: ExportKind::Patch,
+            no_wait: self.random.one_in(2),
+        };
         let mut call = self.world.begin::<WorkspaceExport>(request, vec![write]);
         self.give_up(&mut call);
         drop(read);
@@ -220,17 +290,36 @@ impl<'a> Actor<'a> {
     }
 
     fn cancel_something(&mut self) {
-        let ops = self.client.call::<OpList>(&OpListRequest { all: false, ..Default::default() }).unwrap().ops;
+        let ops = self
+            .client
+            .call::<OpList>(&OpListRequest {
+                all: false,
+                ..Default::default()
+            })
+            .unwrap()
+            .ops;
         if ops.is_empty() {
             return;
         }
-        let op = ops[self.random.below(ops.len() as u64) as usize].id.to_string();
+        let op = ops[self.random.below(ops.len() as u64) as usize]
+            .id
+            .to_string();
         // It may have ended, or cannot be cancelled.
         _ = self.client.call::<OpCancel>(&OpRequest { op });
     }
 
     fn look(&mut self, vm: &str) {
-        assert!(self.client.call::<VmList>(&VmListRequest { all: true, ..Default::default() }).unwrap().vms.len() as u64 <= VMS);
+        assert!(
+            self.client
+                .call::<VmList>(&VmListRequest {
+                    all: true,
+                    ..Default::default()
+                })
+                .unwrap()
+                .vms
+                .len() as u64
+                <= VMS
+        );
         if let Err(e) = self.client.call::<VmShow>(&request(vm)) {
             assert!(e.is(Kind::VmNotFound), "{e:?}");
         }
@@ -240,13 +329,26 @@ impl<'a> Actor<'a> {
     fn adjust(&mut self, vm: &str) {
         let (vm, some) = (vm.to_owned(), 128 + self.random.below(128));
         let done = if self.random.one_in(2) {
-            let request = VmSetRequest { vm, disk_ops_per_s: Some(some), now: true, ..Default::default() };
+            let request = VmSetRequest {
+                vm,
+                disk_ops_per_s: Some(some),
+                now: true,
+                ..Default::default()
+            };
             self.client.call::<VmSet>(&request).map(drop)
         } else {
-            self.client.call::<VmBalloon>(&VmBalloonRequest { vm, keep_mib: Some(some) }).map(drop)
+            self.client
+                .call::<VmBalloon>(&VmBalloonRequest {
+                    vm,
+                    keep_mib: Some(some),
+                })
+                .map(drop)
         };
         if let Err(e) = done {
-            assert!(!e.is(Kind::Internal) && e.fault.hint.as_deref() != Some(""), "{e:?}");
+            assert!(
+                !e.is(Kind::Internal) && e.fault.hint.as_deref() != Some(""),
+                "{e:?}"
+            );
         }
     }
 
@@ -255,18 +357,35 @@ impl<'a> Actor<'a> {
             self.client.call::<ImageList>(&Default::default()).unwrap();
             return;
         }
-        let request = ImageBuildRequest { name: Some("other".parse().unwrap()), ..Default::default() };
+        let request = ImageBuildRequest {
+            name: Some("other".parse().unwrap()),
+            ..Default::default()
+        };
         // The fake host has no mmdebstrap.
         assert!(follow::<ImageBuild>(&mut self.client, &request, &mut None).is_err());
     }
 
     /// Events that guests and VMMs cause themselves.
     fn fate(&mut self, vm: &str) {
-        let Ok(shown) = self.client.call::<VmShow>(&request(vm)) else { return };
-        let Some(addr) = self.addr(&shown.vm.id) else { return };
+        let Ok(shown) = self.client.call::<VmShow>(&request(vm)) else {
+            return;
+        };
+        let Some(addr) = self.addr(&shown.vm.id) else {
+            return;
+        };
         match self.random.below(6) {
-            0 => _ = self.world.vmm.die(&shown.vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9))),
-            1 => _ = self.world.vmm.die(&shown.vm.id, &fcd::vmm::End::GuestShutDown),
+            0 => {
+                _ = self
+                    .world
+                    .vmm
+                    .die(&shown.vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9)))
+            }
+            1 => {
+                _ = self
+                    .world
+                    .vmm
+                    .die(&shown.vm.id, &fcd::vmm::End::GuestShutDown)
+            }
             2 => self.world.guest.lose(addr),
             3 => _ = self.world.guest.stall_reads(addr, self.random.below(3)),
             4 => self.world.guest.stall_reads(addr, 0).open(),
@@ -274,19 +393,31 @@ impl<'a> Actor<'a> {
                 // A guest that does not come up before its boot times out, or one that comes up at
                 // once.
                 let hangs = self.random.one_in(2);
-                let readiness = if hangs { Readiness::Gated(Gate::closed()) } else { Readiness::Instant };
+                let readiness = if hangs {
+                    Readiness::Gated(Gate::closed())
+                } else {
+                    Readiness::Instant
+                };
                 self.world.guest.set_readiness(addr, readiness);
             }
         }
     }
 
     fn addr(&self, vm: &VmId) -> Option<SocketAddr> {
-        self.world.daemon().core.store.read(|s| s.vm(vm).and_then(|r| r.ssh_addr))
+        self.world
+            .daemon()
+            .core
+            .store
+            .read(|s| s.vm(vm).and_then(|r| r.ssh_addr))
     }
 }
 
 /// Follows a call to its end, and records the operation's ID as soon as it is known.
-fn follow<C: Call>(client: &mut Client, request: &C::Request, op: &mut Option<OpId>) -> Result<C::Reply, Failure> {
+fn follow<C: Call>(
+    client: &mut Client,
+    request: &C::Request,
+    op: &mut Option<OpId>,
+) -> Result<C::Reply, Failure> {
     let mut flight = client.begin::<C>(request, &[])?;
     loop {
         match flight.next_event()? {

@@ -55,31 +55,52 @@ struct Figures {
 }
 
 fn variable(name: &str) -> Option<u64> {
-    std::env::var(name).ok().map(|v| v.parse().unwrap_or_else(|_| panic!("{name} is a number")))
+    std::env::var(name)
+        .ok()
+        .map(|v| v.parse().unwrap_or_else(|_| panic!("{name} is a number")))
 }
 
 #[test]
 fn random_requests_keep_invariants() {
     let exe = std::env::current_exe().unwrap();
     let mut child = Command::new(exe);
-    child.args(["--exact", "lock_fuzz::child", "--ignored", "--nocapture", "--test-threads=1"]).env("FCD_LOCK_ABORT", "1");
+    child
+        .args([
+            "--exact",
+            "lock_fuzz::child",
+            "--ignored",
+            "--nocapture",
+            "--test-threads=1",
+        ])
+        .env("FCD_LOCK_ABORT", "1");
     child.env("MALLOC_ARENA_MAX", ARENAS);
     let out = child.output().unwrap();
-    let (stdout, stderr) = (String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
+    let (stdout, stderr) = (
+        String::from_utf8_lossy(&out.stdout),
+        String::from_utf8_lossy(&out.stderr),
+    );
     println!("{stdout}");
-    assert!(out.status.success() && stdout.contains("fuzz: "), "{}\n{stdout}\n{stderr}", out.status);
+    assert!(
+        out.status.success() && stdout.contains("fuzz: "),
+        "{}\n{stdout}\n{stderr}",
+        out.status
+    );
 }
 
 #[test]
 #[ignore = "run by random_requests_keep_invariants, in a process of its own"]
 fn child() {
-    let seed = variable("FCD_FUZZ_SEED").unwrap_or_else(|| std::process::id() as u64 ^ unix_nanos());
+    let seed =
+        variable("FCD_FUZZ_SEED").unwrap_or_else(|| std::process::id() as u64 ^ unix_nanos());
     let seconds = variable("FCD_FUZZ_SECONDS").unwrap_or(SECONDS_DEFAULT);
     let (begun, threads_before) = (Instant::now(), threads());
     let mut figures = Figures::default();
     loop {
         let of_round = seed.wrapping_add(figures.rounds);
-        println!("round {}: repeat it with FCD_FUZZ_SEED={of_round} FCD_FUZZ_SECONDS=0", figures.rounds);
+        println!(
+            "round {}: repeat it with FCD_FUZZ_SEED={of_round} FCD_FUZZ_SECONDS=0",
+            figures.rounds
+        );
         CHAOS_SEED.store(of_round, Ordering::SeqCst);
         check::set_chaos(Some(chaos));
         round(of_round, &mut figures);
@@ -123,8 +144,14 @@ fn tell(figures: &Figures, took: Duration) {
     );
     assert_eq!(check::violations(), 0);
     assert!(figures.claims > 0 && figures.commits > 0 && holds.count > 0);
-    assert!(holds.long <= ODD_HOLDS_MAX + holds.count * LONG_PER_MILLE_MAX / 1000, "{holds:?}");
-    assert!(holds.unexplained <= ODD_HOLDS_MAX + holds.count * UNEXPLAINED_PER_MILLE_MAX / 1000, "{holds:?}");
+    assert!(
+        holds.long <= ODD_HOLDS_MAX + holds.count * LONG_PER_MILLE_MAX / 1000,
+        "{holds:?}"
+    );
+    assert!(
+        holds.unexplained <= ODD_HOLDS_MAX + holds.count * UNEXPLAINED_PER_MILLE_MAX / 1000,
+        "{holds:?}"
+    );
 }
 
 static CHAOS_SEED: AtomicU64 = AtomicU64::new(0);
@@ -137,9 +164,9 @@ std::thread_local! {
 fn chaos(_: Rank) {
     const PAUSE: Duration = Duration::from_micros(50);
     let drawn = CHAOS.with(|c| {
-        let mut random = Random(
-            c.get().unwrap_or_else(|| CHAOS_SEED.load(Ordering::SeqCst) ^ (CHAOS_THREADS.fetch_add(1, Ordering::SeqCst) << 32)),
-        );
+        let mut random = Random(c.get().unwrap_or_else(|| {
+            CHAOS_SEED.load(Ordering::SeqCst) ^ (CHAOS_THREADS.fetch_add(1, Ordering::SeqCst) << 32)
+        }));
         let drawn = random.next();
         c.set(Some(random.0));
         drawn
@@ -175,10 +202,15 @@ fn round(seed: u64, figures: &mut Figures) {
             let actors: Vec<_> = (0..ACTORS)
                 .map(|n| {
                     let (world, replies) = (&world, &replies);
-                    scope.spawn(move || Actor::new(world, Random::new(seed, n), replies).play(REQUESTS))
+                    scope.spawn(move || {
+                        Actor::new(world, Random::new(seed, n), replies).play(REQUESTS)
+                    })
                 })
                 .collect();
-            actors.into_iter().flat_map(|a| a.join().expect("an actor")).collect()
+            actors
+                .into_iter()
+                .flat_map(|a| a.join().expect("an actor"))
+                .collect()
         })
     });
     figures.replies += replies.load(Ordering::SeqCst);
@@ -188,18 +220,33 @@ fn round(seed: u64, figures: &mut Figures) {
     figures.explained += told.explained;
     figures.claims += told.claims;
     figures.commits += told.commits;
-    let leaks = world.call::<Leaks>(&LeaksRequest { fix: false }).unwrap().leaks;
+    let leaks = world
+        .call::<Leaks>(&LeaksRequest { fix: false })
+        .unwrap()
+        .leaks;
     assert!(
         leaks.is_empty(),
         "seed {seed}: {leaks:?}\n{:#?}",
-        events.iter().filter(|e| leaks.iter().any(|l| l.name.contains(e.vm.as_str()))).collect::<Vec<_>>()
+        events
+            .iter()
+            .filter(|e| leaks.iter().any(|l| l.name.contains(e.vm.as_str())))
+            .collect::<Vec<_>>()
     );
     for n in 0..VMS {
         _ = world.delete(&actor::name(n));
     }
     world.await_rest();
-    assert!(world.vmm.live().is_empty(), "seed {seed}: {:?}", world.vmm.live());
-    world.daemon().core.store.read(|s| assert_eq!((s.vms().count(), s.ledger().count(), s.workspaces().count()), (0, 0, 0)));
+    assert!(
+        world.vmm.live().is_empty(),
+        "seed {seed}: {:?}",
+        world.vmm.live()
+    );
+    world.daemon().core.store.read(|s| {
+        assert_eq!(
+            (s.vms().count(), s.ledger().count(), s.workspaces().count()),
+            (0, 0, 0)
+        )
+    });
     // Dropping the world compares memory with the disk.
 }
 
@@ -208,8 +255,12 @@ fn await_all_ended(world: &World) {
     await_that("every death is written down", || {
         let live = world.vmm.live();
         world.daemon().core.store.read(|s| {
-            let runs = |r: &&std::sync::Arc<fcd::store::VmRow>| r.state == fcd::api::vm::VmState::Running;
-            s.vms().filter(runs).all(|r| live.iter().any(|tag| tag.ends_with(&format!("-{}-{}", r.id, r.generation))))
+            let runs =
+                |r: &&std::sync::Arc<fcd::store::VmRow>| r.state == fcd::api::vm::VmState::Running;
+            s.vms().filter(runs).all(|r| {
+                live.iter()
+                    .any(|tag| tag.ends_with(&format!("-{}-{}", r.id, r.generation)))
+            })
         })
     });
     world.await_rest();

@@ -28,7 +28,13 @@ impl Default for Model {
     /// A VM can be found by name before its creation is in the history, because writing that takes
     /// no lock of the VM.
     fn default() -> Self {
-        Self { state: Some(VmState::Created), restarting: false, op: None, successor: None, has_run: false }
+        Self {
+            state: Some(VmState::Created),
+            restarting: false,
+            op: None,
+            successor: None,
+            has_run: false,
+        }
     }
 }
 
@@ -49,7 +55,13 @@ impl Model {
     fn apply(&mut self, what: &What) -> Result<(), String> {
         match what {
             What::Created => Ok(()),
-            What::Asked { verb, state, restarting, answer, op } => {
+            What::Asked {
+                verb,
+                state,
+                restarting,
+                answer,
+                op,
+            } => {
                 if self.state != Some(*state) || self.restarting != *restarting {
                     return Err("the row said otherwise".to_owned());
                 }
@@ -67,7 +79,12 @@ impl Model {
                 }
                 Ok(())
             }
-            What::Committed { op, ending, state, next } => self.commit(op, *ending, *state, next.as_ref()),
+            What::Committed {
+                op,
+                ending,
+                state,
+                next,
+            } => self.commit(op, *ending, *state, next.as_ref()),
             What::Died { state } if self.state == Some(VmState::Running) => {
                 self.state = Some(*state);
                 Ok(())
@@ -82,7 +99,11 @@ impl Model {
             Decision::Claim(_) => (Answer::Claimed, new.cloned()),
             Decision::Nothing | Decision::Allow => (Answer::Nothing, None),
             Decision::Refuse(_) => (Answer::Refused, None),
-            Decision::Join | Decision::Escalate if verb == Verb::Start && self.successor.is_some() => (Answer::Refused, None),
+            Decision::Join | Decision::Escalate
+                if verb == Verb::Start && self.successor.is_some() =>
+            {
+                (Answer::Refused, None)
+            }
             Decision::Join | Decision::Escalate => (Answer::Joined, self.op.clone()),
             Decision::Queue => match &self.successor {
                 Some((next, op)) if weight(*next) >= weight(verb) => {
@@ -98,7 +119,10 @@ impl Model {
     }
 
     fn take(&mut self, verb: Verb, state: VmState, op: Option<&OpId>) {
-        match (self.answer(verb, state, op).0, decide(state, self.restarting, verb)) {
+        match (
+            self.answer(verb, state, op).0,
+            decide(state, self.restarting, verb),
+        ) {
             (Answer::Claimed, Decision::Claim(to)) => {
                 self.state = Some(to);
                 self.op = op.cloned();
@@ -109,7 +133,13 @@ impl Model {
         }
     }
 
-    fn commit(&mut self, op: &OpId, ending: CommitKind, state: Option<VmState>, next: Option<&OpId>) -> Result<(), String> {
+    fn commit(
+        &mut self,
+        op: &OpId,
+        ending: CommitKind,
+        state: Option<VmState>,
+        next: Option<&OpId>,
+    ) -> Result<(), String> {
         if self.op.as_ref() != Some(op) {
             return Err(format!("{:?} owned it", self.op));
         }
@@ -119,7 +149,9 @@ impl Model {
             CommitKind::BootCancelled if self.has_run => Some(VmState::Stopped),
             CommitKind::BootCancelled => Some(VmState::Created),
             CommitKind::Ended => Some(VmState::Stopped),
-            CommitKind::BootDied | CommitKind::BootFailed | CommitKind::StillThere => Some(VmState::Failed),
+            CommitKind::BootDied | CommitKind::BootFailed | CommitKind::StillThere => {
+                Some(VmState::Failed)
+            }
             CommitKind::Deleted => None,
         };
         let successor = self.successor.take().filter(|_| rest.is_some());
@@ -127,7 +159,9 @@ impl Model {
             Some((verb, by)) if deletes(*verb) => (Some(VmState::Deleting), Some(by)),
             Some((_, by)) => (Some(VmState::Stopping), Some(by)),
             // Without room for its memory, a restart ends after its first half.
-            None if self.restarting && ending == CommitKind::Ended && next.is_some() => (Some(VmState::Starting), Some(op)),
+            None if self.restarting && ending == CommitKind::Ended && next.is_some() => {
+                (Some(VmState::Starting), Some(op))
+            }
             None => (rest, None),
         };
         if state != expected || next != by {
@@ -143,22 +177,40 @@ pub fn check(events: &[Event], seen: &[Seen]) -> Result<Told, String> {
     for event in events {
         let (model, seq, past) = vms.entry(&event.vm).or_default();
         past.push(event);
-        let history = || past.iter().map(|e| format!("  {:?} {:?}\n", e.seq, e.what)).collect::<String>();
+        let history = || {
+            past.iter()
+                .map(|e| format!("  {:?} {:?}\n", e.seq, e.what))
+                .collect::<String>()
+        };
         if matches!(event.what, What::Created) {
             continue;
         }
         if event.seq < *seq {
-            return Err(format!("change {} comes after {seq}:\n{}", event.seq, history()));
+            return Err(format!(
+                "change {} comes after {seq}:\n{}",
+                event.seq,
+                history()
+            ));
         }
         *seq = event.seq;
         let before = model.clone();
-        model.apply(&event.what).map_err(|e| format!("{e}; it was {before:?}:\n{}", history()))?;
+        model
+            .apply(&event.what)
+            .map_err(|e| format!("{e}; it was {before:?}:\n{}", history()))?;
     }
     explain(events, seen)?;
     let count = |f: fn(&What) -> bool| events.iter().filter(|e| f(&e.what)).count() as u64;
     Ok(Told {
         explained: seen.len() as u64,
-        claims: count(|w| matches!(w, What::Asked { answer: Answer::Claimed, .. })),
+        claims: count(|w| {
+            matches!(
+                w,
+                What::Asked {
+                    answer: Answer::Claimed,
+                    ..
+                }
+            )
+        }),
         commits: count(|w| matches!(w, What::Committed { .. })),
     })
 }
@@ -177,15 +229,24 @@ fn explain(events: &[Event], seen: &[Seen]) -> Result<(), String> {
             continue;
         }
         let fits = |e: &Event| {
-            e.name.as_str() == call.name && e.between.1 >= call.sent && e.between.1 <= call.received && gives(e, call)
+            e.name.as_str() == call.name
+                && e.between.1 >= call.sent
+                && e.between.1 <= call.received
+                && gives(e, call)
         };
         let Some(i) = (0..events.len()).find(|i| !used[*i] && fits(&events[*i])) else {
             let near: String = events
                 .iter()
-                .filter(|e| e.name.as_str() == call.name && e.between.1 >= call.sent && e.between.1 <= call.received)
+                .filter(|e| {
+                    e.name.as_str() == call.name
+                        && e.between.1 >= call.sent
+                        && e.between.1 <= call.received
+                })
                 .map(|e| format!("  {:?}\n", e.what))
                 .collect();
-            return Err(format!("nothing in the history explains {call:?}; meanwhile:\n{near}"));
+            return Err(format!(
+                "nothing in the history explains {call:?}; meanwhile:\n{near}"
+            ));
         };
         used[i] = true;
     }
@@ -193,12 +254,23 @@ fn explain(events: &[Event], seen: &[Seen]) -> Result<(), String> {
 }
 
 fn gives(event: &Event, call: &Seen) -> bool {
-    let What::Asked { verb, state, answer, op, .. } = &event.what else { return false };
+    let What::Asked {
+        verb,
+        state,
+        answer,
+        op,
+        ..
+    } = &event.what
+    else {
+        return false;
+    };
     if *verb != call.verb || *op != call.op {
         return false;
     }
     match (answer, &call.reply) {
-        (Answer::Refused, Reply::Refused(message)) => message.ends_with(&format!("it is {}", state.name())),
+        (Answer::Refused, Reply::Refused(message)) => {
+            message.ends_with(&format!("it is {}", state.name()))
+        }
         (Answer::Refused, _) | (_, Reply::Refused(_)) => false,
         (Answer::Nothing, reply) => *reply == Reply::Ok,
         (Answer::Failed, reply) => *reply != Reply::Ok,
@@ -211,7 +283,16 @@ fn gives(event: &Event, call: &Seen) -> bool {
 fn was_absent(events: &[Event], call: &Seen) -> Result<(), String> {
     let of_name = || events.iter().filter(|e| e.name.as_str() == call.name);
     for made in of_name().filter(|e| matches!(e.what, What::Created) && e.between.1 <= call.sent) {
-        let gone = of_name().find(|e| e.vm == made.vm && matches!(e.what, What::Committed { ending: CommitKind::Deleted, .. }));
+        let gone = of_name().find(|e| {
+            e.vm == made.vm
+                && matches!(
+                    e.what,
+                    What::Committed {
+                        ending: CommitKind::Deleted,
+                        ..
+                    }
+                )
+        });
         if gone.is_none_or(|gone| call.received <= gone.between.0) {
             return Err(format!("{} was there all the time: {call:?}", made.vm));
         }

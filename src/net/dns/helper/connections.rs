@@ -96,7 +96,13 @@ impl Connections {
 
     /// Advances the connections that are ready or whose deadline has passed. `ready` corresponds to
     /// [`Self::waits`].
-    pub fn advance(&mut self, ready: &[bool], daemon: &Daemon, subnet: Subnet, now: Instant) -> Result<(), Disconnected> {
+    pub fn advance(
+        &mut self,
+        ready: &[bool],
+        daemon: &Daemon,
+        subnet: Subnet,
+        now: Instant,
+    ) -> Result<(), Disconnected> {
         // Iterates backwards because closed connections are removed.
         for at in (0..ready.len().min(self.open.len())).rev() {
             let connection = &mut self.open[at];
@@ -111,7 +117,9 @@ impl Connections {
             };
             if !is_open {
                 let closed = self.open.swap_remove(at);
-                daemon.ask(&Request::Done { ticket: closed.ticket })?;
+                daemon.ask(&Request::Done {
+                    ticket: closed.ticket,
+                })?;
             }
         }
         Ok(())
@@ -132,8 +140,13 @@ impl Connections {
     /// Forwards a query through the socket that the daemon has opened, or fails it if there is
     /// none.
     pub fn resolver(&mut self, ticket: Ticket, fd: Option<OwnedFd>, now: Instant) {
-        let Some(connection) = self.open.iter_mut().find(|c| c.ticket == ticket) else { return };
-        let state = match (std::mem::replace(&mut connection.state, State::Reply(Outgoing::default())), fd) {
+        let Some(connection) = self.open.iter_mut().find(|c| c.ticket == ticket) else {
+            return;
+        };
+        let state = match (
+            std::mem::replace(&mut connection.state, State::Reply(Outgoing::default())),
+            fd,
+        ) {
             (State::Opening(forwarded), Some(fd)) => {
                 let out = Outgoing::new(&forwarded.packet);
                 State::Sending(forwarded, TcpStream::from(fd), out)
@@ -150,7 +163,10 @@ impl Connections {
 }
 
 fn failure(packet: &[u8]) -> Outgoing {
-    Query::parse(packet).map_or_else(|_| Outgoing::default(), |query| Outgoing::new(&query.refuse(Rcode::ServFail)))
+    Query::parse(packet).map_or_else(
+        |_| Outgoing::default(),
+        |query| Outgoing::new(&query.refuse(Rcode::ServFail)),
+    )
 }
 
 impl Connection {
@@ -179,7 +195,12 @@ impl Connection {
     }
 
     /// Advances as far as possible without waiting. Returns false if the connection is finished.
-    fn advance(&mut self, daemon: &Daemon, subnet: Subnet, now: Instant) -> Result<bool, Disconnected> {
+    fn advance(
+        &mut self,
+        daemon: &Daemon,
+        subnet: Subnet,
+        now: Instant,
+    ) -> Result<bool, Disconnected> {
         loop {
             let state = std::mem::replace(&mut self.state, State::Reply(Outgoing::default()));
             match self.step(state, daemon, subnet, now)? {
@@ -193,7 +214,13 @@ impl Connection {
         }
     }
 
-    fn step(&mut self, state: State, daemon: &Daemon, subnet: Subnet, now: Instant) -> Result<Step, Disconnected> {
+    fn step(
+        &mut self,
+        state: State,
+        daemon: &Daemon,
+        subnet: Subnet,
+        now: Instant,
+    ) -> Result<Step, Disconnected> {
         let ticket = self.ticket;
         Ok(match state {
             State::Question(mut incoming) => match incoming.read(&self.stream) {
@@ -211,7 +238,11 @@ impl Connection {
                         }
                         Verdict::Forward(_) => {
                             daemon.ask(&Request::Resolver { ticket, skip: 0 })?;
-                            Step::Next(State::Opening(Forwarded { packet, tries: 1, until: now + RESOLVERS_DEADLINE }))
+                            Step::Next(State::Opening(Forwarded {
+                                packet,
+                                tries: 1,
+                                until: now + RESOLVERS_DEADLINE,
+                            }))
                         }
                     }
                 }
@@ -219,20 +250,31 @@ impl Connection {
             State::Sending(forwarded, resolver, mut out) => match out.write(&resolver) {
                 Progress::Waits => Step::Stay(State::Sending(forwarded, resolver, out)),
                 Progress::Failed => try_again(forwarded, ticket, daemon)?,
-                Progress::Done => Step::Next(State::Receiving(forwarded, resolver, Incoming::new(u16::MAX.into()))),
+                Progress::Done => Step::Next(State::Receiving(
+                    forwarded,
+                    resolver,
+                    Incoming::new(u16::MAX.into()),
+                )),
             },
             State::Receiving(forwarded, resolver, mut incoming) => match incoming.read(&resolver) {
                 Progress::Waits => Step::Stay(State::Receiving(forwarded, resolver, incoming)),
                 Progress::Failed => try_again(forwarded, ticket, daemon)?,
                 Progress::Done => {
                     let reply = incoming.message();
-                    let is_its = Query::parse(&forwarded.packet).is_ok_and(|q| is_answer(&reply, q.id(), q.question()));
-                    if is_its { Step::Next(State::Reply(Outgoing::new(&reply))) } else { try_again(forwarded, ticket, daemon)? }
+                    let is_its = Query::parse(&forwarded.packet)
+                        .is_ok_and(|q| is_answer(&reply, q.id(), q.question()));
+                    if is_its {
+                        Step::Next(State::Reply(Outgoing::new(&reply)))
+                    } else {
+                        try_again(forwarded, ticket, daemon)?
+                    }
                 }
             },
             State::Reply(mut out) => match out.write(&self.stream) {
                 Progress::Waits => Step::Stay(State::Reply(out)),
-                Progress::Done if self.questions_left > 0 => Step::Next(State::Question(Incoming::new(QUESTION_BYTES_MAX))),
+                Progress::Done if self.questions_left > 0 => {
+                    Step::Next(State::Question(Incoming::new(QUESTION_BYTES_MAX)))
+                }
                 Progress::Done | Progress::Failed => Step::Close,
             },
             waits @ (State::LookedUp(_) | State::Opening(_)) => Step::Stay(waits),
@@ -244,8 +286,14 @@ fn try_again(forwarded: Forwarded, ticket: Ticket, daemon: &Daemon) -> Result<St
     if forwarded.tries >= TRIES_MAX {
         return Ok(Step::Next(State::Reply(failure(&forwarded.packet))));
     }
-    daemon.ask(&Request::Resolver { ticket, skip: forwarded.tries })?;
-    Ok(Step::Next(State::Opening(Forwarded { tries: forwarded.tries + 1, ..forwarded })))
+    daemon.ask(&Request::Resolver {
+        ticket,
+        skip: forwarded.tries,
+    })?;
+    Ok(Step::Next(State::Opening(Forwarded {
+        tries: forwarded.tries + 1,
+        ..forwarded
+    })))
 }
 
 enum Progress {
@@ -265,7 +313,13 @@ struct Incoming {
 
 impl Incoming {
     fn new(bytes_max: usize) -> Self {
-        Self { len: [0; 2], len_filled: 0, message: Vec::new(), filled: 0, bytes_max }
+        Self {
+            len: [0; 2],
+            len_filled: 0,
+            message: Vec::new(),
+            filled: 0,
+            bytes_max,
+        }
     }
 
     fn message(self) -> Vec<u8> {
@@ -276,7 +330,11 @@ impl Incoming {
     fn read(&mut self, mut stream: &TcpStream) -> Progress {
         loop {
             let reads_len = self.len_filled < self.len.len();
-            let free = if reads_len { &mut self.len[self.len_filled..] } else { &mut self.message[self.filled..] };
+            let free = if reads_len {
+                &mut self.len[self.len_filled..]
+            } else {
+                &mut self.message[self.filled..]
+            };
             if free.is_empty() {
                 return Progress::Done;
             }
@@ -311,8 +369,13 @@ struct Outgoing {
 
 impl Outgoing {
     fn new(message: &[u8]) -> Self {
-        let Ok(len) = u16::try_from(message.len()) else { return Self::default() };
-        Self { bytes: [&len.to_be_bytes(), message].concat(), sent: 0 }
+        let Ok(len) = u16::try_from(message.len()) else {
+            return Self::default();
+        };
+        Self {
+            bytes: [&len.to_be_bytes(), message].concat(),
+            sent: 0,
+        }
     }
 
     fn write(&mut self, mut stream: &TcpStream) -> Progress {

@@ -50,18 +50,30 @@ struct Asked {
 
 impl Default for Datagrams {
     fn default() -> Self {
-        Self { looked_up: HashMap::new(), pending: Vec::new(), buffer: vec![0; ANSWER_BYTES_MAX] }
+        Self {
+            looked_up: HashMap::new(),
+            pending: Vec::new(),
+            buffer: vec![0; ANSWER_BYTES_MAX],
+        }
     }
 }
 
 impl Datagrams {
     /// Returns the descriptor that each pending query waits for.
     pub fn waits(&self) -> impl Iterator<Item = Option<(BorrowedFd<'_>, PollFlags)>> {
-        self.pending.iter().map(|p| p.asked.as_ref().map(|asked| (asked.socket.as_fd(), PollFlags::POLLIN)))
+        self.pending.iter().map(|p| {
+            p.asked
+                .as_ref()
+                .map(|asked| (asked.socket.as_fd(), PollFlags::POLLIN))
+        })
     }
 
     pub fn deadline(&self) -> Option<Instant> {
-        self.pending.iter().filter_map(|p| p.asked.as_ref()).map(|asked| asked.deadline).min()
+        self.pending
+            .iter()
+            .filter_map(|p| p.asked.as_ref())
+            .map(|asked| asked.deadline)
+            .min()
     }
 
     /// Handles a query.
@@ -74,7 +86,10 @@ impl Datagrams {
     ) -> Result<(), Disconnected> {
         match judge(&packet, subnet) {
             Verdict::Drop => daemon.ask(&Request::Done { ticket }),
-            Verdict::Reply(reply) => daemon.ask(&Request::Answer { ticket, packet: &reply }),
+            Verdict::Reply(reply) => daemon.ask(&Request::Answer {
+                ticket,
+                packet: &reply,
+            }),
             Verdict::LookUp(lookup) => {
                 daemon.ask(&lookup.request(ticket))?;
                 self.looked_up.insert(ticket, packet);
@@ -84,35 +99,78 @@ impl Datagrams {
                 let (client_id, question) = (query.id(), query.question().to_vec());
                 // The client repeats a query that is still open. The answer to the first one will
                 // do.
-                if self.pending.iter().any(|p| p.client == client && p.client_id == client_id && p.question == question) {
+                if self.pending.iter().any(|p| {
+                    p.client == client && p.client_id == client_id && p.question == question
+                }) {
                     return daemon.ask(&Request::Done { ticket });
                 }
-                let of_client = self.pending.iter().filter(|p| p.client.ip() == client.ip()).count();
+                let of_client = self
+                    .pending
+                    .iter()
+                    .filter(|p| p.client.ip() == client.ip())
+                    .count();
                 let failure = query.refuse(Rcode::ServFail);
                 if self.pending.len() >= PENDING_MAX || of_client >= PENDING_PER_CLIENT_MAX {
-                    return daemon.ask(&Request::Answer { ticket, packet: &failure });
+                    return daemon.ask(&Request::Answer {
+                        ticket,
+                        packet: &failure,
+                    });
                 }
                 daemon.ask(&Request::Resolver { ticket, skip: 0 })?;
-                self.pending.push(Pending { ticket, client, client_id, packet, question, asked: None, tries: 1, failure });
+                self.pending.push(Pending {
+                    ticket,
+                    client,
+                    client_id,
+                    packet,
+                    question,
+                    asked: None,
+                    tries: 1,
+                    failure,
+                });
                 Ok(())
             }
         }
     }
 
     /// Answers a query with the daemon's result. Ignored if the query is not open any more.
-    pub fn found(&mut self, ticket: Ticket, found: &Found, daemon: &Daemon, subnet: Subnet) -> Result<(), Disconnected> {
-        let Some(packet) = self.looked_up.remove(&ticket) else { return Ok(()) };
+    pub fn found(
+        &mut self,
+        ticket: Ticket,
+        found: &Found,
+        daemon: &Daemon,
+        subnet: Subnet,
+    ) -> Result<(), Disconnected> {
+        let Some(packet) = self.looked_up.remove(&ticket) else {
+            return Ok(());
+        };
         match answer(&packet, subnet, found) {
-            Some(reply) => daemon.ask(&Request::Answer { ticket, packet: &reply }),
+            Some(reply) => daemon.ask(&Request::Answer {
+                ticket,
+                packet: &reply,
+            }),
             None => daemon.ask(&Request::Done { ticket }),
         }
     }
 
     /// Forwards a query through the socket that the daemon has opened, or fails it if there is
     /// none.
-    pub fn resolver(&mut self, ticket: Ticket, fd: Option<OwnedFd>, daemon: &Daemon, now: Instant) -> Result<(), Disconnected> {
-        let Some(at) = self.pending.iter().position(|p| p.ticket == ticket && p.asked.is_none()) else { return Ok(()) };
-        let Some(socket) = fd.map(UdpSocket::from) else { return self.fail(at, daemon) };
+    pub fn resolver(
+        &mut self,
+        ticket: Ticket,
+        fd: Option<OwnedFd>,
+        daemon: &Daemon,
+        now: Instant,
+    ) -> Result<(), Disconnected> {
+        let Some(at) = self
+            .pending
+            .iter()
+            .position(|p| p.ticket == ticket && p.asked.is_none())
+        else {
+            return Ok(());
+        };
+        let Some(socket) = fd.map(UdpSocket::from) else {
+            return self.fail(at, daemon);
+        };
         let pending = &mut self.pending[at];
         let sent = random_id().and_then(|id| {
             set_id(&mut pending.packet, id);
@@ -120,7 +178,11 @@ impl Datagrams {
         });
         match sent {
             Some(id) => {
-                pending.asked = Some(Asked { id, socket, deadline: now + RESOLVER_DEADLINE });
+                pending.asked = Some(Asked {
+                    id,
+                    socket,
+                    deadline: now + RESOLVER_DEADLINE,
+                });
                 Ok(())
             }
             None => self.try_again(at, daemon),
@@ -129,10 +191,17 @@ impl Datagrams {
 
     /// Passes on the answers that have arrived, and retries queries whose time is up. `ready`
     /// corresponds to [`Self::waits`].
-    pub fn take_answers(&mut self, ready: &[bool], daemon: &Daemon, now: Instant) -> Result<(), Disconnected> {
+    pub fn take_answers(
+        &mut self,
+        ready: &[bool],
+        daemon: &Daemon,
+        now: Instant,
+    ) -> Result<(), Disconnected> {
         // Iterates backwards because finished queries are removed.
         for at in (0..ready.len().min(self.pending.len())).rev() {
-            let Some(asked) = &self.pending[at].asked else { continue };
+            let Some(asked) = &self.pending[at].asked else {
+                continue;
+            };
             let is_late = asked.deadline <= now;
             if ready[at] {
                 self.take_answer(at, daemon)?;
@@ -145,12 +214,17 @@ impl Datagrams {
 
     fn take_answer(&mut self, at: usize, daemon: &Daemon) -> Result<(), Disconnected> {
         let pending = &self.pending[at];
-        let Some(asked) = &pending.asked else { return Ok(()) };
+        let Some(asked) = &pending.asked else {
+            return Ok(());
+        };
         match asked.socket.recv(&mut self.buffer) {
             Ok(len) if is_answer(&self.buffer[..len], asked.id, &pending.question) => {
                 let pending = self.pending.swap_remove(at);
                 set_id(&mut self.buffer[..len], pending.client_id);
-                daemon.ask(&Request::Answer { ticket: pending.ticket, packet: &self.buffer[..len] })
+                daemon.ask(&Request::Answer {
+                    ticket: pending.ticket,
+                    packet: &self.buffer[..len],
+                })
             }
             // A stray packet. Keep waiting.
             Ok(_) => Ok(()),
@@ -166,14 +240,20 @@ impl Datagrams {
         if pending.tries >= TRIES_MAX {
             return self.fail(at, daemon);
         }
-        let request = Request::Resolver { ticket: pending.ticket, skip: pending.tries };
+        let request = Request::Resolver {
+            ticket: pending.ticket,
+            skip: pending.tries,
+        };
         pending.tries += 1;
         daemon.ask(&request)
     }
 
     fn fail(&mut self, at: usize, daemon: &Daemon) -> Result<(), Disconnected> {
         let pending = self.pending.swap_remove(at);
-        daemon.ask(&Request::Answer { ticket: pending.ticket, packet: &pending.failure })
+        daemon.ask(&Request::Answer {
+            ticket: pending.ticket,
+            packet: &pending.failure,
+        })
     }
 }
 

@@ -99,8 +99,15 @@ impl Daemon {
 fn serve(daemon: &Daemon) -> Disconnected {
     let mut buffer = vec![0; TO_HELPER_BYTES_MAX];
     daemon.wait(PollFlags::POLLIN);
-    let Ok(Some((Order::Serve(subnet), _))) = daemon.next(&mut buffer) else { return Disconnected };
-    let mut work = Work { daemon, subnet, datagrams: Datagrams::default(), connections: Connections::default() };
+    let Ok(Some((Order::Serve(subnet), _))) = daemon.next(&mut buffer) else {
+        return Disconnected;
+    };
+    let mut work = Work {
+        daemon,
+        subnet,
+        datagrams: Datagrams::default(),
+        connections: Connections::default(),
+    };
     loop {
         if let Err(gone) = work.once(&mut buffer) {
             return gone;
@@ -120,9 +127,12 @@ impl Work<'_> {
         let (has_messages, datagrams, connections) = self.wait()?;
         let now = Instant::now();
         self.datagrams.take_answers(&datagrams, self.daemon, now)?;
-        self.connections.advance(&connections, self.daemon, self.subnet, now)?;
+        self.connections
+            .advance(&connections, self.daemon, self.subnet, now)?;
         for _ in 0..if has_messages { TAKEN_AT_ONCE } else { 0 } {
-            let Some((order, fd)) = self.daemon.next(buffer)? else { break };
+            let Some((order, fd)) = self.daemon.next(buffer)? else {
+                break;
+            };
             self.follow(order, fd, now)?;
         }
         Ok(())
@@ -135,26 +145,53 @@ impl Work<'_> {
         let datagrams: Vec<_> = self.datagrams.waits().collect();
         let connections: Vec<_> = self.connections.waits().collect();
         // Queries that wait for the daemon have no descriptor to poll.
-        let looked_at = |waits: &[Option<(BorrowedFd<'_>, PollFlags)>]| waits.iter().map(Option::is_some).collect::<Vec<_>>();
+        let looked_at = |waits: &[Option<(BorrowedFd<'_>, PollFlags)>]| {
+            waits.iter().map(Option::is_some).collect::<Vec<_>>()
+        };
         let (with_datagram, with_connection) = (looked_at(&datagrams), looked_at(&connections));
-        fds.extend(datagrams.into_iter().chain(connections).flatten().map(|(fd, events)| PollFd::new(fd, events)));
-        let due = [self.datagrams.deadline(), self.connections.deadline()].into_iter().flatten().min();
-        match poll(&mut fds, timeout_until(due.unwrap_or_else(|| Instant::now() + IDLE))) {
+        fds.extend(
+            datagrams
+                .into_iter()
+                .chain(connections)
+                .flatten()
+                .map(|(fd, events)| PollFd::new(fd, events)),
+        );
+        let due = [self.datagrams.deadline(), self.connections.deadline()]
+            .into_iter()
+            .flatten()
+            .min();
+        match poll(
+            &mut fds,
+            timeout_until(due.unwrap_or_else(|| Instant::now() + IDLE)),
+        ) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(e) => return Err(io::Error::from(e).into()),
         }
         let mut ready = fds.iter().map(|fd| fd.any().unwrap_or(false));
         let has_messages = ready.next().unwrap_or(false);
-        let mut take = |with: Vec<bool>| with.into_iter().map(|is| is && ready.next().unwrap_or(false)).collect();
+        let mut take = |with: Vec<bool>| {
+            with.into_iter()
+                .map(|is| is && ready.next().unwrap_or(false))
+                .collect()
+        };
         Ok((has_messages, take(with_datagram), take(with_connection)))
     }
 
-    fn follow(&mut self, order: Order, fd: Option<OwnedFd>, now: Instant) -> Result<(), Disconnected> {
+    fn follow(
+        &mut self,
+        order: Order,
+        fd: Option<OwnedFd>,
+        now: Instant,
+    ) -> Result<(), Disconnected> {
         match order {
             Order::Serve(_) => Err(Disconnected),
-            Order::Question { ticket, client, packet } => {
-                self.datagrams.question((ticket, client), packet, self.daemon, self.subnet)
-            }
+            Order::Question {
+                ticket,
+                client,
+                packet,
+            } => self
+                .datagrams
+                .question((ticket, client), packet, self.daemon, self.subnet),
             Order::Connection { ticket } => match fd {
                 Some(fd) => {
                     self.connections.open(ticket, fd, now);
@@ -181,7 +218,8 @@ impl Work<'_> {
             self.connections.found(ticket, found, self.subnet, now);
             Ok(())
         } else {
-            self.datagrams.found(ticket, found, self.daemon, self.subnet)
+            self.datagrams
+                .found(ticket, found, self.daemon, self.subnet)
         }
     }
 }

@@ -73,7 +73,8 @@ fn u16_at(packet: &[u8], at: usize) -> Option<u16> {
 impl<'a> Query<'a> {
     pub fn parse(packet: &'a [u8]) -> Result<Self, Bad> {
         let field = |at| u16_at(packet, at).ok_or(Bad::Drop);
-        let (flags, questions, answers, authorities, additional) = (field(2)?, field(4)?, field(6)?, field(8)?, field(10)?);
+        let (flags, questions, answers, authorities, additional) =
+            (field(2)?, field(4)?, field(6)?, field(8)?, field(10)?);
         if packet.len() < HEADER_LEN || flags & FLAG_RESPONSE != 0 {
             return Err(Bad::Drop);
         }
@@ -90,10 +91,19 @@ impl<'a> Query<'a> {
         };
         let question_end = end + 4;
         // An EDNS record begins with the root's name and its type.
-        let has_edns =
-            additional > 0 && packet.get(question_end) == Some(&0) && u16_at(packet, question_end + 1) == Some(TYPE_OPT);
+        let has_edns = additional > 0
+            && packet.get(question_end) == Some(&0)
+            && u16_at(packet, question_end + 1) == Some(TYPE_OPT);
         let recursion_desired = flags & FLAG_RECURSION_DESIRED != 0;
-        Ok(Self { packet, question_end, labels, qtype, qclass, recursion_desired, has_edns })
+        Ok(Self {
+            packet,
+            question_end,
+            labels,
+            qtype,
+            qclass,
+            recursion_desired,
+            has_edns,
+        })
     }
 
     pub fn id(&self) -> u16 {
@@ -108,11 +118,17 @@ impl<'a> Query<'a> {
     /// Writes an answer from one of our zones. The last `zone_labels` labels of the question are
     /// the zone's name.
     pub fn answer(&self, outcome: &Outcome, zone_labels: usize) -> Vec<u8> {
-        let rcode = if matches!(outcome, Outcome::NoName) { Rcode::NxDomain } else { Rcode::NoError };
+        let rcode = if matches!(outcome, Outcome::NoName) {
+            Rcode::NxDomain
+        } else {
+            Rcode::NoError
+        };
         let is_negative = matches!(outcome, Outcome::NoName | Outcome::NoData);
         let mut out = self.begin(rcode, true, u16::from(!is_negative), u16::from(is_negative));
         match outcome {
-            Outcome::Address(address) => record(&mut out, POINTER_TO_QUESTION, TYPE_A, &address.octets()),
+            Outcome::Address(address) => {
+                record(&mut out, POINTER_TO_QUESTION, TYPE_A, &address.octets())
+            }
             Outcome::Name(name) => {
                 let mut data = Vec::new();
                 for label in [name.as_bytes(), b"vm"] {
@@ -122,7 +138,10 @@ impl<'a> Query<'a> {
                 record(&mut out, POINTER_TO_QUESTION, TYPE_PTR, &data);
             }
             Outcome::NoName | Outcome::NoData => {
-                let skipped = self.labels.iter().take(self.labels.len().saturating_sub(zone_labels));
+                let skipped = self
+                    .labels
+                    .iter()
+                    .take(self.labels.len().saturating_sub(zone_labels));
                 let at = HEADER_LEN + skipped.map(|l| l.len() + 1).sum::<usize>();
                 let zone = 0xc000 | u16::try_from(at).unwrap_or_default();
                 record(&mut out, zone, TYPE_SOA, &soa());
@@ -136,12 +155,33 @@ impl<'a> Query<'a> {
         self.end(self.begin(rcode, false, 0, 0))
     }
 
-    fn begin(&self, rcode: Rcode, is_authoritative: bool, answers: u16, authorities: u16) -> Vec<u8> {
+    fn begin(
+        &self,
+        rcode: Rcode,
+        is_authoritative: bool,
+        answers: u16,
+        authorities: u16,
+    ) -> Vec<u8> {
         let mut flags = FLAG_RESPONSE | FLAG_RECURSION_AVAILABLE | rcode as u16;
-        flags |= if self.recursion_desired { FLAG_RECURSION_DESIRED } else { 0 };
-        flags |= if is_authoritative { FLAG_AUTHORITATIVE } else { 0 };
+        flags |= if self.recursion_desired {
+            FLAG_RECURSION_DESIRED
+        } else {
+            0
+        };
+        flags |= if is_authoritative {
+            FLAG_AUTHORITATIVE
+        } else {
+            0
+        };
         let mut out = Vec::with_capacity(512);
-        for field in [self.id(), flags, 1, answers, authorities, u16::from(self.has_edns)] {
+        for field in [
+            self.id(),
+            flags,
+            1,
+            answers,
+            authorities,
+            u16::from(self.has_edns),
+        ] {
             out.extend(field.to_be_bytes());
         }
         out.extend(self.question());
@@ -226,7 +266,10 @@ fn read_name(packet: &[u8], begin: usize) -> Option<(Vec<Vec<u8>>, usize)> {
 fn header_only(packet: &[u8], rcode: Rcode) -> Vec<u8> {
     let mut out = packet.get(..2).unwrap_or(&[0, 0]).to_vec();
     let asked = u16_at(packet, 2).unwrap_or_default();
-    let flags = FLAG_RESPONSE | (asked & (OPCODE | FLAG_RECURSION_DESIRED)) | FLAG_RECURSION_AVAILABLE | rcode as u16;
+    let flags = FLAG_RESPONSE
+        | (asked & (OPCODE | FLAG_RECURSION_DESIRED))
+        | FLAG_RECURSION_AVAILABLE
+        | rcode as u16;
     out.extend(flags.to_be_bytes());
     out.extend([0; 8]);
     out
@@ -241,7 +284,9 @@ pub fn set_id(packet: &mut [u8], id: u16) {
 
 /// True if this packet answers the question that was sent with this id.
 pub fn is_answer(packet: &[u8], id: u16, question: &[u8]) -> bool {
-    let (Some(its), Some(flags), Some(questions)) = (u16_at(packet, 0), u16_at(packet, 2), u16_at(packet, 4)) else {
+    let (Some(its), Some(flags), Some(questions)) =
+        (u16_at(packet, 0), u16_at(packet, 2), u16_at(packet, 4))
+    else {
         return false;
     };
     if packet.len() < HEADER_LEN || its != id || flags & FLAG_RESPONSE == 0 {

@@ -67,13 +67,19 @@ pub fn judge(packet: &[u8], subnet: Subnet) -> Verdict<'_> {
 /// packet.
 pub fn answer(packet: &[u8], subnet: Subnet, found: &Found) -> Option<Vec<u8>> {
     let query = Query::parse(packet).ok()?;
-    let Some(Own::LookUp(lookup)) = own(&query, subnet) else { return None };
+    let Some(Own::LookUp(lookup)) = own(&query, subnet) else {
+        return None;
+    };
     let asks = |kind: u16| query.qtype == kind || query.qtype == TYPE_ANY;
     let (outcome, zone_labels) = match (lookup, found) {
-        (Lookup::Address(_), Found::Address(Some(address))) if asks(TYPE_A) => (Outcome::Address(*address), FORWARD_ZONE_LABELS),
+        (Lookup::Address(_), Found::Address(Some(address))) if asks(TYPE_A) => {
+            (Outcome::Address(*address), FORWARD_ZONE_LABELS)
+        }
         (Lookup::Address(_), Found::Address(Some(_))) => (Outcome::NoData, FORWARD_ZONE_LABELS),
         (Lookup::Address(_), Found::Address(None)) => (Outcome::NoName, FORWARD_ZONE_LABELS),
-        (Lookup::Name(_), Found::Name(Some(name))) if asks(TYPE_PTR) => (Outcome::Name(name.to_string()), REVERSE_ZONE_LABELS),
+        (Lookup::Name(_), Found::Name(Some(name))) if asks(TYPE_PTR) => {
+            (Outcome::Name(name.to_string()), REVERSE_ZONE_LABELS)
+        }
         (Lookup::Name(_), Found::Name(Some(_))) => (Outcome::NoData, REVERSE_ZONE_LABELS),
         (Lookup::Name(_), Found::Name(None)) => (Outcome::NoName, REVERSE_ZONE_LABELS),
         _ => return None,
@@ -95,13 +101,17 @@ fn own(query: &Query<'_>, subnet: Subnet) -> Option<Own> {
         [b"vm"] => Some(Own::Known(Outcome::NoData)),
         [name, b"vm"] => {
             let name: Option<VmName> = std::str::from_utf8(name).ok().and_then(|n| n.parse().ok());
-            Some(name.map_or(Own::Known(Outcome::NoName), |name| Own::LookUp(Lookup::Address(name))))
+            Some(name.map_or(Own::Known(Outcome::NoName), |name| {
+                Own::LookUp(Lookup::Address(name))
+            }))
         }
         [.., b"vm"] => Some(Own::Known(Outcome::NoName)),
         [d, c, b, a, b"in-addr", b"arpa"] => {
             let octet = |label: &[u8]| std::str::from_utf8(label).ok()?.parse::<u8>().ok();
             let address = Ipv4Addr::new(octet(a)?, octet(b)?, octet(c)?, octet(d)?);
-            subnet.contains(address).then_some(Own::LookUp(Lookup::Name(address)))
+            subnet
+                .contains(address)
+                .then_some(Own::LookUp(Lookup::Name(address)))
         }
         _ => None,
     }

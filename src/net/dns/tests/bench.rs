@@ -26,7 +26,9 @@ impl Clients {
         let [high, low] = self.next.to_be_bytes();
         let socket = UdpSocket::bind((Ipv4Addr::new(127, 77, high, low), 0)).unwrap();
         socket.connect(self.at).unwrap();
-        socket.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
+        socket
+            .set_read_timeout(Some(Duration::from_secs(1)))
+            .unwrap();
         socket
     }
 }
@@ -35,7 +37,9 @@ impl Clients {
 fn resolver(socket: UdpSocket) {
     let mut buffer = [0; 4096];
     loop {
-        let Ok((len, from)) = socket.recv_from(&mut buffer) else { continue };
+        let Ok((len, from)) = socket.recv_from(&mut buffer) else {
+            continue;
+        };
         if len < 12 {
             return;
         }
@@ -69,7 +73,11 @@ fn measure(what: &str, name: &str, clients: &mut Clients) {
     }
     let per_s = answered as f64 / begun.elapsed().as_secs_f64();
     let lost = LATENCIES - took.len() + WINDOW * EACH - answered;
-    println!("{what}: p50 {} us, p99 {} us, {per_s:.0} queries/s, {lost} lost", p50.as_micros(), p99.as_micros());
+    println!(
+        "{what}: p50 {} us, p99 {} us, {per_s:.0} queries/s, {lost} lost",
+        p50.as_micros(),
+        p99.as_micros()
+    );
 }
 
 #[test]
@@ -79,12 +87,16 @@ fn bench() {
     let lab = Lab::with_resolvers(Arc::new(Web), "nameserver 127.0.0.1\n");
     let socket = lab.upstream.try_clone().unwrap();
     let upstream = thread::spawn("resolver", move || resolver(socket)).unwrap();
-    let mut clients = Clients { at: lab.at, next: 0 };
+    let mut clients = Clients {
+        at: lab.at,
+        next: 0,
+    };
     for _ in 0..rounds {
         measure("own name", "web.vm", &mut clients);
         measure("forwarded", "example.com", &mut clients);
     }
     let end = UdpSocket::bind("127.0.0.1:0").unwrap();
-    end.send_to(b"end", lab.upstream.local_addr().unwrap()).unwrap();
+    end.send_to(b"end", lab.upstream.local_addr().unwrap())
+        .unwrap();
     upstream.join().unwrap();
 }

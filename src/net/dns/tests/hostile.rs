@@ -24,31 +24,60 @@ pub fn run() -> ExitCode {
     let channel = Channel::inherited();
     let mut buffer = vec![0; TO_HELPER_BYTES_MAX];
     loop {
-        let _ = poll(&mut [PollFd::new(channel.fd(), PollFlags::POLLIN)], PollTimeout::NONE);
-        let Ok(received) = channel.receive_with_fds(&mut buffer) else { return ExitCode::FAILURE };
+        let _ = poll(
+            &mut [PollFd::new(channel.fd(), PollFlags::POLLIN)],
+            PollTimeout::NONE,
+        );
+        let Ok(received) = channel.receive_with_fds(&mut buffer) else {
+            return ExitCode::FAILURE;
+        };
         let order = Order::decode(&buffer[..received.len]).expect("a valid order");
         if let Order::Question { ticket, packet, .. } = order {
-            let label = Query::parse(&packet).expect("a valid query").labels.swap_remove(0);
+            let label = Query::parse(&packet)
+                .expect("a valid query")
+                .labels
+                .swap_remove(0);
             misbehave(&channel, ticket, &String::from_utf8_lossy(&label));
-            let _ = channel.send(&Request::Answer { ticket, packet: &packet }.encode(), &[]);
+            let _ = channel.send(
+                &Request::Answer {
+                    ticket,
+                    packet: &packet,
+                }
+                .encode(),
+                &[],
+            );
         }
     }
 }
 
 fn misbehave(channel: &Channel, ticket: Ticket, how: &str) {
     let say = |request: Request<'_>| drop(channel.send(&request.encode(), &[]));
-    let lookup = |ticket| Request::Address { ticket, name: "web".parse().expect("a valid name") };
+    let lookup = |ticket| Request::Address {
+        ticket,
+        name: "web".parse().expect("a valid name"),
+    };
     match how {
         "garbage" => drop(channel.send(&[0xff; 100], &[])),
         "oversize" => drop(channel.send(&[7; ANSWER_BYTES_MAX + 1000], &[])),
-        "stranger" => say(Request::Answer { ticket: ticket.wrapping_add(1000), packet: b"x" }),
-        "twice" => (0..2).for_each(|_| say(Request::Answer { ticket, packet: b"x" })),
+        "stranger" => say(Request::Answer {
+            ticket: ticket.wrapping_add(1000),
+            packet: b"x",
+        }),
+        "twice" => (0..2).for_each(|_| {
+            say(Request::Answer {
+                ticket,
+                packet: b"x",
+            })
+        }),
         "path" => drop(channel.send(&Writer::new(4).word(ticket).bytes(b"../x").finish(), &[])),
         "greedy" => (0..4).for_each(|skip| say(Request::Resolver { ticket, skip })),
         "curious" => (0..10).for_each(|_| say(lookup(ticket))),
         "failed" => say(Request::Failed("cannot \x1b[2J".to_owned())),
         "exit" => std::process::exit(0),
-        "passes-a-descriptor" => drop(channel.send(&Request::Done { ticket }.encode(), &[channel.fd(), channel.fd()])),
+        "passes-a-descriptor" => drop(channel.send(
+            &Request::Done { ticket }.encode(),
+            &[channel.fd(), channel.fd()],
+        )),
         "deaf" => {
             let mut buffer = vec![0; TO_HELPER_BYTES_MAX];
             let mut tickets = vec![ticket];
@@ -62,7 +91,10 @@ fn misbehave(channel: &Channel, ticket: Ticket, how: &str) {
                 }
             }
             for ticket in tickets.iter().flat_map(|ticket| [ticket; 3]) {
-                while channel.send(&lookup(*ticket).encode(), &[]).is_err_and(|e| e.kind() == ErrorKind::WouldBlock) {
+                while channel
+                    .send(&lookup(*ticket).encode(), &[])
+                    .is_err_and(|e| e.kind() == ErrorKind::WouldBlock)
+                {
                     std::thread::yield_now();
                 }
             }
@@ -78,10 +110,22 @@ fn helper_that_breaks_the_protocol_is_killed_and_replaced() {
     let lab = Lab::with_helper(NAME, Arc::new(Web), "nameserver 127.0.0.1\n");
     let good = ask("good.example", TYPE_A);
     assert_eq!(ask_until_answered(&lab, &good), good);
-    for how in ["garbage", "oversize", "stranger", "twice", "path", "greedy", "curious", "failed", "exit", "passes-a-descriptor"]
-    {
+    for how in [
+        "garbage",
+        "oversize",
+        "stranger",
+        "twice",
+        "path",
+        "greedy",
+        "curious",
+        "failed",
+        "exit",
+        "passes-a-descriptor",
+    ] {
         let pid = helper_pid(lab.server());
-        lab.client().send(&ask(&format!("{how}.example"), TYPE_A)).unwrap();
+        lab.client()
+            .send(&ask(&format!("{how}.example"), TYPE_A))
+            .unwrap();
         let until = Instant::now() + Duration::from_secs(20);
         while helper_pid(lab.server()) == pid {
             assert!(Instant::now() < until, "the helper survived {how}");
@@ -98,7 +142,9 @@ fn helper_that_does_not_read_its_answers_is_killed_and_replaced() {
     assert_eq!(ask_until_answered(&lab, &good), good);
     let pid = helper_pid(lab.server());
     let client = lab.client();
-    client.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
+    client
+        .set_read_timeout(Some(Duration::from_millis(20)))
+        .unwrap();
     client.send(&ask("deaf.example", TYPE_A)).unwrap();
     let until = Instant::now() + Duration::from_secs(20);
     while helper_pid(lab.server()) == pid {
@@ -110,7 +156,9 @@ fn helper_that_does_not_read_its_answers_is_killed_and_replaced() {
     // Use another client, because this one has used up its rate.
     let other = UdpSocket::bind("127.0.0.2:0").unwrap();
     other.connect(lab.at).unwrap();
-    other.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+    other
+        .set_read_timeout(Some(Duration::from_millis(200)))
+        .unwrap();
     let is_answered = || other.send(&good).is_ok() && other.recv(&mut [0; 512]).is_ok();
     while !is_answered() {
         assert!(Instant::now() < until, "no answer");
@@ -140,5 +188,9 @@ fn helper_can_look_up_names_only_for_its_client() {
         assert!(Instant::now() < until);
         ask_until_answered(&lab, &ask("good.example", TYPE_A));
     }
-    assert_eq!(names.0.load(Ordering::Relaxed), 3, "as many as one query may need");
+    assert_eq!(
+        names.0.load(Ordering::Relaxed),
+        3,
+        "as many as one query may need"
+    );
 }

@@ -67,8 +67,12 @@ fn reply(packet: &[u8], client: IpAddr) -> Vec<u8> {
 fn reply_for(verdict: Verdict<'_>, packet: &[u8], client: IpAddr) -> Vec<u8> {
     let found = match verdict {
         Verdict::Reply(reply) => return reply,
-        Verdict::LookUp(Lookup::Address(name)) => Found::Address(Web.address(name.as_str(), client)),
-        Verdict::LookUp(Lookup::Name(address)) => Found::Name(Web.name(address, client).map(|name| name.parse().unwrap())),
+        Verdict::LookUp(Lookup::Address(name)) => {
+            Found::Address(Web.address(name.as_str(), client))
+        }
+        Verdict::LookUp(Lookup::Name(address)) => {
+            Found::Name(Web.name(address, client).map(|name| name.parse().unwrap()))
+        }
         other => panic!("{other:?}"),
     };
     answer(packet, subnet(), &found).unwrap()
@@ -79,10 +83,23 @@ fn vm_name_resolves_to_address() {
     for name in ["web.vm", "WeB.Vm", "web.vm."] {
         let packet = ask(name, TYPE_A);
         let reply = reply(&packet, guest());
-        assert_eq!(&reply[12..12 + name.trim_end_matches('.').len() + 6], &packet[12..12 + name.trim_end_matches('.').len() + 6]);
+        assert_eq!(
+            &reply[12..12 + name.trim_end_matches('.').len() + 6],
+            &packet[12..12 + name.trim_end_matches('.').len() + 6]
+        );
         let read = Packet::parse(&reply).unwrap();
-        assert_eq!((read.id(), read.rcode(), read.answers.len(), read.opt().is_some()), (0x1234, RCODE::NoError, 1, true));
-        let RData::A(a) = &read.answers[0].rdata else { panic!("{read:?}") };
+        assert_eq!(
+            (
+                read.id(),
+                read.rcode(),
+                read.answers.len(),
+                read.opt().is_some()
+            ),
+            (0x1234, RCODE::NoError, 1, true)
+        );
+        let RData::A(a) = &read.answers[0].rdata else {
+            panic!("{read:?}")
+        };
         assert_eq!(Ipv4Addr::from(a.address), web());
         assert_eq!(read.answers[0].name.to_string().to_lowercase(), "web.vm");
     }
@@ -94,7 +111,11 @@ fn vm_name_resolves_to_address() {
 fn check_negative(name: &str, kind: u16, client: IpAddr, rcode: RCODE, zone: &str) {
     let reply = reply(&ask(name, kind), client);
     let read = Packet::parse(&reply).unwrap();
-    assert_eq!((read.rcode(), read.answers.len(), read.name_servers.len()), (rcode, 0, 1), "{read:?}");
+    assert_eq!(
+        (read.rcode(), read.answers.len(), read.name_servers.len()),
+        (rcode, 0, 1),
+        "{read:?}"
+    );
     assert!(matches!(read.name_servers[0].rdata, RData::SOA(_)));
     assert_eq!(read.name_servers[0].name.to_string(), zone);
 }
@@ -109,25 +130,44 @@ fn unknown_names_and_types_get_negative_answers() {
     check_negative("w\u{e4}b.vm", TYPE_A, guest(), RCODE::NameError, "vm");
     // This client may not know web.
     check_negative("web.vm", TYPE_A, stranger(), RCODE::NameError, "vm");
-    check_negative("9.0.89.10.in-addr.arpa", TYPE_PTR, guest(), RCODE::NameError, "0.89.10.in-addr.arpa");
-    check_negative("5.0.89.10.in-addr.arpa", TYPE_A, guest(), RCODE::NoError, "0.89.10.in-addr.arpa");
+    check_negative(
+        "9.0.89.10.in-addr.arpa",
+        TYPE_PTR,
+        guest(),
+        RCODE::NameError,
+        "0.89.10.in-addr.arpa",
+    );
+    check_negative(
+        "5.0.89.10.in-addr.arpa",
+        TYPE_A,
+        guest(),
+        RCODE::NoError,
+        "0.89.10.in-addr.arpa",
+    );
 }
 
 #[test]
 fn address_resolves_to_vm_name() {
     let reply = reply(&ask("5.0.89.10.in-addr.arpa", TYPE_PTR), guest());
     let read = Packet::parse(&reply).unwrap();
-    let RData::PTR(name) = &read.answers[0].rdata else { panic!("{read:?}") };
+    let RData::PTR(name) = &read.answers[0].rdata else {
+        panic!("{read:?}")
+    };
     assert_eq!(name.0.to_string(), "web.vm");
 }
 
 #[test]
 fn other_names_are_forwarded_or_refused() {
-    let forwards = |name: &str, kind: u16| matches!(judge(&ask(name, kind), subnet()), Verdict::Forward(_));
+    let forwards =
+        |name: &str, kind: u16| matches!(judge(&ask(name, kind), subnet()), Verdict::Forward(_));
     // Type 65 is HTTPS, and 12345 is unassigned.
-    for (name, kind) in
-        [("example.com", TYPE_A), ("", 2), ("vm.example", 65), ("1.0.0.127.in-addr.arpa", TYPE_PTR), ("a.b", 12_345)]
-    {
+    for (name, kind) in [
+        ("example.com", TYPE_A),
+        ("", 2),
+        ("vm.example", 65),
+        ("1.0.0.127.in-addr.arpa", TYPE_PTR),
+        ("a.b", 12_345),
+    ] {
         assert!(forwards(name, kind), "{name}");
     }
     let rcode = |packet: &[u8]| Packet::parse(&reply(packet, guest())).unwrap().rcode();
@@ -136,12 +176,24 @@ fn other_names_are_forwarded_or_refused() {
         packet[at] = to;
         packet
     };
-    assert_eq!(rcode(&ask("example.com", 252)), RCODE::Refused, "a zone transfer");
+    assert_eq!(
+        rcode(&ask("example.com", 252)),
+        RCODE::Refused,
+        "a zone transfer"
+    );
     assert_eq!(rcode(&ask("vm", 252)), RCODE::Refused);
-    assert_eq!(rcode(&changed(2, 0)), RCODE::Refused, "other zones without recursion");
+    assert_eq!(
+        rcode(&changed(2, 0)),
+        RCODE::Refused,
+        "other zones without recursion"
+    );
     assert_eq!(rcode(&changed(2, 0x21)), RCODE::NotImplemented, "notify");
     assert_eq!(rcode(&changed(5, 2)), RCODE::FormatError, "two questions");
-    assert_eq!(rcode(&changed(7, 1)), RCODE::FormatError, "an answer in a question");
+    assert_eq!(
+        rcode(&changed(7, 1)),
+        RCODE::FormatError,
+        "an answer in a question"
+    );
     assert_eq!(rcode(&changed(28, 3)), RCODE::Refused, "class chaos");
 }
 
@@ -152,12 +204,16 @@ fn packets_that_are_not_queries_are_dropped() {
     assert!((0..12).all(|len| drops(&packet[..len])));
     let mut answer = packet.clone();
     answer[2] |= 0x80;
-    assert!(drops(&answer), "two servers would answer each other for ever");
+    assert!(
+        drops(&answer),
+        "two servers would answer each other for ever"
+    );
 }
 
 #[test]
 fn outsiders_are_not_served() {
-    let is_served = |client: &str| served(SocketAddr::new(client.parse().unwrap(), 1000), subnet()).is_some();
+    let is_served =
+        |client: &str| served(SocketAddr::new(client.parse().unwrap(), 1000), subnet()).is_some();
     for outsider in ["192.0.2.1", "10.89.1.1", "::1", "0.0.0.0"] {
         assert!(!is_served(outsider), "{outsider}");
     }
@@ -168,7 +224,14 @@ fn outsiders_are_not_served() {
 fn compressed_or_long_names_are_rejected() {
     // Pointers to itself, to the header, forward, and beyond the end, and labels with a reserved
     // length.
-    for pointer in [[0xc0, 12], [0xc0, 0], [0xc0, 14], [0xff, 0xff], [0x80, 1], [0x40, 1]] {
+    for pointer in [
+        [0xc0, 12],
+        [0xc0, 0],
+        [0xc0, 14],
+        [0xff, 0xff],
+        [0x80, 1],
+        [0x40, 1],
+    ] {
         let mut packet = ask("", TYPE_A);
         packet.splice(12..13, pointer);
         assert_eq!(reply(&packet, guest())[3] & 15, 1, "{pointer:?}");
@@ -179,7 +242,10 @@ fn compressed_or_long_names_are_rejected() {
     let long = vec!["a".repeat(63); 4].join(".");
     assert_eq!(reply(&ask(&long, TYPE_A), guest())[3] & 15, 1, "257 bytes");
     let longest = [&long[..63 * 3 + 3], &"b".repeat(61)].concat();
-    assert!(matches!(judge(&ask(&longest, TYPE_A), subnet()), Verdict::Forward(_)), "255 bytes");
+    assert!(
+        matches!(judge(&ask(&longest, TYPE_A), subnet()), Verdict::Forward(_)),
+        "255 bytes"
+    );
 }
 
 /// Any packet is dropped, forwarded, or gets an answer with its id and a bounded size.
@@ -189,7 +255,10 @@ fn check_any(packet: &[u8]) {
         Verdict::Forward(query) => assert!(packet[12..].starts_with(query.question())),
         verdict => {
             let reply = reply_for(verdict, packet, guest());
-            assert!(reply.len() >= 12 && reply.len() <= packet.len() + 128, "no amplification");
+            assert!(
+                reply.len() >= 12 && reply.len() <= packet.len() + 128,
+                "no amplification"
+            );
             assert_eq!((&reply[..2], reply[2] & 0x80), (&packet[..2], 0x80));
         }
     }
@@ -259,20 +328,39 @@ impl Lab {
         let resolv_conf = dir.path().join("resolv.conf");
         std::fs::write(&resolv_conf, resolvers).unwrap();
         let upstream = UdpSocket::bind("127.0.0.1:0").unwrap();
-        upstream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        upstream
+            .set_read_timeout(Some(Duration::from_secs(20)))
+            .unwrap();
         let upstream_port = upstream.local_addr().unwrap().port();
         // Finds a port that is free for both UDP and TCP.
         let (at, server) = (0..100)
             .find_map(|_| {
                 // This is not the resolver's address, because the server skips its own.
-                let at = UdpSocket::bind("127.0.0.3:0").unwrap().local_addr().unwrap();
+                let at = UdpSocket::bind("127.0.0.3:0")
+                    .unwrap()
+                    .local_addr()
+                    .unwrap();
                 let names = names.clone();
                 let resolv_conf = resolv_conf.clone();
-                let setup = Setup { listen: at, subnet: subnet(), names, resolv_conf, upstream_port, owner: owner() };
-                Server::start_with(helper, setup).ok().map(|server| (at, server))
+                let setup = Setup {
+                    listen: at,
+                    subnet: subnet(),
+                    names,
+                    resolv_conf,
+                    upstream_port,
+                    owner: owner(),
+                };
+                Server::start_with(helper, setup)
+                    .ok()
+                    .map(|server| (at, server))
             })
             .expect("a free port");
-        Self { server: Some(server), at, upstream, _dir: dir }
+        Self {
+            server: Some(server),
+            at,
+            upstream,
+            _dir: dir,
+        }
     }
 
     fn server(&self) -> &Server {
@@ -282,7 +370,9 @@ impl Lab {
     fn client(&self) -> UdpSocket {
         let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
         socket.connect(self.at).unwrap();
-        socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        socket
+            .set_read_timeout(Some(Duration::from_secs(20)))
+            .unwrap();
         socket
     }
 
@@ -298,7 +388,10 @@ impl Lab {
 
 /// The user to run the helper as, if the tests may choose one.
 fn owner() -> Option<Owner> {
-    rustix::process::geteuid().is_root().then_some(Owner { uid: 1_900_065_535, gid: 1_900_065_535 })
+    rustix::process::geteuid().is_root().then_some(Owner {
+        uid: 1_900_065_535,
+        gid: 1_900_065_535,
+    })
 }
 
 fn rcode_of(reply: &[u8]) -> u8 {
@@ -324,13 +417,22 @@ fn query_is_forwarded_and_its_answer_returned() {
     };
     let id = [buffer[0], buffer[1]];
     // An answer with another id or another question is ignored.
-    lab.upstream.send_to(&answer([id[0] ^ 1, id[1]], "example.com"), from).unwrap();
-    lab.upstream.send_to(&answer(id, "example.org"), from).unwrap();
-    lab.upstream.send_to(&answer(id, "eXample.com"), from).unwrap();
+    lab.upstream
+        .send_to(&answer([id[0] ^ 1, id[1]], "example.com"), from)
+        .unwrap();
+    lab.upstream
+        .send_to(&answer(id, "example.org"), from)
+        .unwrap();
+    lab.upstream
+        .send_to(&answer(id, "eXample.com"), from)
+        .unwrap();
     let len = client.recv(&mut buffer).unwrap();
     assert_eq!(&buffer[..len], answer([0x12, 0x34], "eXample.com"));
     lab.upstream.set_nonblocking(true).unwrap();
-    assert!(lab.upstream.recv_from(&mut buffer).is_err(), "the repeated query was forwarded as well");
+    assert!(
+        lab.upstream.recv_from(&mut buffer).is_err(),
+        "the repeated query was forwarded as well"
+    );
 }
 
 #[test]
@@ -359,7 +461,9 @@ fn open_queries_are_bounded_and_time_out() {
 fn tcp_connection_answers_several_queries() {
     let lab = Lab::new(Arc::new(Web));
     let mut stream = TcpStream::connect(lab.at).unwrap();
-    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    stream
+        .set_read_timeout(Some(Duration::from_secs(20)))
+        .unwrap();
     for name in ["web.vm", "other.vm"] {
         let packet = ask(name, TYPE_A);
         let mut bytes = u16::try_from(packet.len()).unwrap().to_be_bytes().to_vec();
@@ -378,17 +482,24 @@ fn tcp_connection_answers_several_queries() {
 #[test]
 fn connections_are_bounded_and_end_with_the_server() {
     let mut lab = Lab::new(Arc::new(Web));
-    let streams: Vec<_> = (0..40).map(|_| TcpStream::connect(lab.at).unwrap()).collect();
+    let streams: Vec<_> = (0..40)
+        .map(|_| TcpStream::connect(lab.at).unwrap())
+        .collect();
     // Four connections of a client are served, and the others are closed.
     let mut served = 0;
     for mut stream in streams.iter() {
-        stream.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+        stream
+            .set_read_timeout(Some(Duration::from_millis(200)))
+            .unwrap();
         served += usize::from(!matches!(stream.read(&mut [0]), Ok(0)));
     }
     assert!((1..=4).contains(&served), "{served}");
     let begun = Instant::now();
     lab.server.take().unwrap().stop().unwrap();
-    assert!(begun.elapsed() < Duration::from_secs(3), "a silent connection must not delay the stop");
+    assert!(
+        begun.elapsed() < Duration::from_secs(3),
+        "a silent connection must not delay the stop"
+    );
     drop(streams);
 }
 
@@ -399,10 +510,16 @@ fn flood_of_one_client_does_not_block_others() {
     // 127.0.0.2 counts as another client.
     let quiet = UdpSocket::bind("127.0.0.2:0").unwrap();
     quiet.connect(lab.at).unwrap();
-    quiet.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+    quiet
+        .set_read_timeout(Some(Duration::from_secs(2)))
+        .unwrap();
     for n in 0..20_000u32 {
         let junk = n.to_be_bytes().repeat(usize::try_from(n % 40).unwrap());
-        let _ = loud.send(if n % 3 == 0 { &junk } else { b"\0\x01\x01\0\0\x01\0\0\0\0\0\0\xc0\x0c\0\x01\0\x01" });
+        let _ = loud.send(if n % 3 == 0 {
+            &junk
+        } else {
+            b"\0\x01\x01\0\0\x01\0\0\0\0\0\0\xc0\x0c\0\x01\0\x01"
+        });
     }
     let answered = (0..20).any(|_| {
         quiet.send(&ask("web.vm", TYPE_A)).unwrap();
@@ -416,7 +533,10 @@ fn panic_in_lookup_costs_one_answer() {
     struct Panics(AtomicUsize);
     impl Names for Panics {
         fn address(&self, _: &str, _: IpAddr) -> Option<Ipv4Addr> {
-            assert!(self.0.fetch_add(1, Ordering::Relaxed) > 0, "panics the first time");
+            assert!(
+                self.0.fetch_add(1, Ordering::Relaxed) > 0,
+                "panics the first time"
+            );
             Some(web())
         }
         fn name(&self, _: Ipv4Addr, _: IpAddr) -> Option<String> {

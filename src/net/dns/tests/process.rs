@@ -23,7 +23,9 @@ pub fn helper_pid(server: &Server) -> u32 {
 pub fn ask_until_answered(lab: &Lab, packet: &[u8]) -> Vec<u8> {
     let client = UdpSocket::bind("127.0.0.1:0").unwrap();
     client.connect(lab.at).unwrap();
-    client.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+    client
+        .set_read_timeout(Some(Duration::from_millis(200)))
+        .unwrap();
     let until = Instant::now() + SOON;
     let mut buffer = vec![0; 4096];
     loop {
@@ -39,7 +41,14 @@ pub fn ask_until_answered(lab: &Lab, packet: &[u8]) -> Vec<u8> {
 fn proc_fields(pid: u32, file: &str) -> BTreeMap<String, String> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap();
     let fields = text.lines().filter_map(|l| l.split_once(':'));
-    fields.map(|(key, value)| (key.to_owned(), value.split_whitespace().collect::<Vec<_>>().join(" "))).collect()
+    fields
+        .map(|(key, value)| {
+            (
+                key.to_owned(),
+                value.split_whitespace().collect::<Vec<_>>().join(" "),
+            )
+        })
+        .collect()
 }
 
 #[test]
@@ -48,13 +57,31 @@ fn helper_is_confined_and_has_no_server_sockets() {
     assert_eq!(rcode_of(&lab.exchange(&ask("web.vm", TYPE_A))), 0);
     let pid = helper_pid(lab.server());
     let status = proc_fields(pid, "status");
-    assert_eq!((status["NoNewPrivs"].as_str(), status["Seccomp"].as_str(), status["Threads"].as_str()), ("1", "2", "1"));
+    assert_eq!(
+        (
+            status["NoNewPrivs"].as_str(),
+            status["Seccomp"].as_str(),
+            status["Threads"].as_str()
+        ),
+        ("1", "2", "1")
+    );
     let Some(owner) = owner() else { return };
     let four = |id: u32| [id.to_string().as_str(); 4].join(" ");
-    assert_eq!((&status["Uid"], &status["Gid"]), (&four(owner.uid), &four(owner.gid)));
-    assert_eq!((status["Groups"].as_str(), status["CapEff"].as_str()), ("", "0000000000000000"));
+    assert_eq!(
+        (&status["Uid"], &status["Gid"]),
+        (&four(owner.uid), &four(owner.gid))
+    );
+    assert_eq!(
+        (status["Groups"].as_str(), status["CapEff"].as_str()),
+        ("", "0000000000000000")
+    );
     // The channel, and /dev/null twice. Sockets to resolvers are only passed when they are needed.
-    assert_eq!(std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count(), 3);
+    assert_eq!(
+        std::fs::read_dir(format!("/proc/{pid}/fd"))
+            .unwrap()
+            .count(),
+        3
+    );
 }
 
 #[test]
@@ -77,7 +104,11 @@ fn killed_helper_is_replaced() {
         }
     }
     assert_eq!(rcode_of(&ask_until_answered(&lab, &packet)), 0);
-    assert!(lab.server().trouble().unwrap().contains("3 times in a row"), "{:?}", lab.server().trouble());
+    assert!(
+        lab.server().trouble().unwrap().contains("3 times in a row"),
+        "{:?}",
+        lab.server().trouble()
+    );
 }
 
 #[test]
@@ -89,13 +120,25 @@ fn stop_with_open_queries_and_connections_is_prompt() {
     }
     let mut stream = TcpStream::connect(lab.at).unwrap();
     let packet = ask("example.com", TYPE_A);
-    stream.write_all(&[&u16::try_from(packet.len()).unwrap().to_be_bytes(), packet.as_slice()].concat()).unwrap();
+    stream
+        .write_all(
+            &[
+                &u16::try_from(packet.len()).unwrap().to_be_bytes(),
+                packet.as_slice(),
+            ]
+            .concat(),
+        )
+        .unwrap();
     // Wait until one of the queries has reached the resolver.
     lab.upstream.recv_from(&mut [0; 512]).unwrap();
     let pid = helper_pid(lab.server());
     let begun = Instant::now();
     lab.server.take().unwrap().stop().unwrap();
-    assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+    assert!(
+        begun.elapsed() < Duration::from_secs(1),
+        "{:?}",
+        begun.elapsed()
+    );
     assert!(!std::path::Path::new(&format!("/proc/{pid}")).exists());
 }
 
@@ -118,7 +161,11 @@ fn tcp_query_falls_back_to_next_resolver() {
     let mut stream = TcpStream::connect(lab.at).unwrap();
     stream.set_read_timeout(Some(SOON)).unwrap();
     let packet = ask("example.com", TYPE_A);
-    let message = [&u16::try_from(packet.len()).unwrap().to_be_bytes(), packet.as_slice()].concat();
+    let message = [
+        &u16::try_from(packet.len()).unwrap().to_be_bytes(),
+        packet.as_slice(),
+    ]
+    .concat();
     stream.write_all(&message).unwrap();
     let mut reply = vec![0; message.len()];
     stream.read_exact(&mut reply).unwrap();

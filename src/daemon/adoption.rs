@@ -200,7 +200,7 @@ impl Adopter {
             );
             Ok(())
         });
-        if let Err(e) = begun.and_then(|((), ticket)| self.core.wait_durable(ticket)) {
+        if let Err(e) = begun.and_then(|((), ticket)| self.core.wait_durable_in_time(&ticket)) {
             log::warn!("record that VM {} is being adopted: {e}", row.name);
         }
         true

@@ -37,7 +37,7 @@ impl Reconciler {
             })
         })?;
         drop(guard);
-        self.core.wait_durable(ticket)?;
+        self.core.wait_durable_in_time(&ticket)?;
         self.lifecycle.watch_end(row, identity)
     }
 
@@ -85,7 +85,7 @@ impl Reconciler {
             })
         })?;
         drop(guard);
-        self.core.wait_durable(ticket)?;
+        self.core.wait_durable_in_time(&ticket)?;
         if leaves_alone {
             return Ok(());
         }
@@ -96,6 +96,6 @@ impl Reconciler {
             tx.update_vm(&guard, |r| (r.identity, r.ssh_addr) = (None, None))
         })?;
         drop(guard);
-        self.core.wait_durable(ticket)
+        self.core.wait_durable_in_time(&ticket)
     }
 }

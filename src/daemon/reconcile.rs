@@ -159,7 +159,7 @@ impl Reconciler {
                 Kind::Busy,
                 "fcd is still cleaning up after an earlier run",
             )
-            .hint("try again in a moment; the daemon's log says what takes so long")),
+            .hint("try again in a moment; the daemon's log says what is taking so long")),
             Waited::Cancelled => Err(Error::new(
                 Kind::ShuttingDown,
                 "the daemon is shutting down",
@@ -276,7 +276,7 @@ impl Reconciler {
                 let ticket = self.change_as_found(row, false, |r| {
                     (r.identity, r.ssh_addr, r.reason) = adopted
                 })?;
-                self.core.wait_durable(ticket)
+                self.core.wait_durable_in_time(&ticket)
             }
             // The VMM is alive, so it is not killed. The user sees that it cannot be reached.
             Err(e) => {
@@ -284,7 +284,7 @@ impl Reconciler {
                 self.adopter.adoptions.note_failure(row);
                 let reason = format!("its VMM is running but could not be adopted: {e}");
                 let ticket = self.change_as_found(row, false, |r| r.reason = Some(reason))?;
-                self.core.wait_durable(ticket)?;
+                self.core.wait_durable_in_time(&ticket)?;
                 self.lifecycle.watch(row, &identity)?;
                 self.adopter.end(row, false);
                 Ok(())
@@ -306,7 +306,7 @@ impl Reconciler {
             r.reason = Some(reason.to_owned());
             (r.op, r.intent, r.identity, r.ssh_addr) = (None, None, None, None);
         })?;
-        self.core.wait_durable(ticket)
+        self.core.wait_durable_in_time(&ticket)
     }
 
     /// Changes the row, unless an operation has claimed the VM since `found` was read.
@@ -397,6 +397,6 @@ impl VmReconciler for Reconciler {
         self.controls.adopt_pause(row);
         let adopted = (None, Some(running.ssh_addr));
         let ticket = self.change_as_found(row, false, |r| (r.reason, r.ssh_addr) = adopted)?;
-        self.core.wait_durable(ticket)
+        self.core.wait_durable_in_time(&ticket)
     }
 }

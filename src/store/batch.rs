@@ -115,6 +115,14 @@ struct Pending {
     is_asked_for: AtomicBool,
 }
 
+/// Who writes a change that a caller waits for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Writes {
+    /// The caller, if no other thread does and its deadline is not near.
+    Own,
+    ByThread,
+}
+
 impl Ticket {
     pub(super) fn new(seq: u64, inner: &Arc<Inner>, outcome: Option<Arc<Outcome>>) -> Self {
         let pending = |outcome| Pending {
@@ -142,13 +150,23 @@ impl Ticket {
     /// `disk_full` or `store_read_only` if the change was not written; it is then undone in memory
     /// too. `timeout` if it is not known yet whether it will be written.
     pub fn wait(&self, deadline: Instant) -> Result<u64> {
+        self.wait_as(Writes::Own, deadline)
+    }
+
+    /// Like [`Ticket::wait`], but leaves the write to the store's thread, so that the deadline holds
+    /// even if the disk hangs.
+    pub fn wait_for_thread(&self, deadline: Instant) -> Result<u64> {
+        self.wait_as(Writes::ByThread, deadline)
+    }
+
+    fn wait_as(&self, writes: Writes, deadline: Instant) -> Result<u64> {
         let _waiting = region(Rank::DurableWait);
         let Some(pending) = &self.pending else {
             return Ok(self.seq);
         };
         let outcome = &pending.outcome;
         pending.is_asked_for.store(true, Ordering::Relaxed);
-        pending.inner.write_or_ask(outcome, deadline);
+        pending.inner.write_or_ask(outcome, writes, deadline);
         let mut settled = outcome.settled.lock();
         outcome
             .changed
@@ -158,7 +176,10 @@ impl Ticket {
             Some(Err(failure)) => Err(failure.to_error()),
             None => Err(Error::new(
                 Kind::Timeout,
-                format!("wait for change {} to be on disk", self.seq),
+                format!(
+                    "wait for change {} to be on disk: not finished in time",
+                    self.seq
+                ),
             )
             .hint("run fcctl doctor")),
         }
@@ -179,8 +200,8 @@ impl Ticket {
 impl Pending {
     fn write_soon(&self) {
         if !self.is_asked_for.swap(true, Ordering::Relaxed) {
-            // The deadline has come, so this thread does not write the batch itself.
-            self.inner.write_or_ask(&self.outcome, Instant::now());
+            self.inner
+                .write_or_ask(&self.outcome, Writes::ByThread, Instant::now());
         }
     }
 }

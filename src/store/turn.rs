@@ -6,7 +6,7 @@
 //! fdatasync(2) itself. The store's own thread writes changes that nobody waits for, and those that
 //! arrive while another thread writes. It also folds the log and probes a read-only store.
 
-use super::batch::{Batch, Failure, Outcome};
+use super::batch::{Batch, Failure, Outcome, Writes};
 use super::writer::Writer;
 use super::{Core, Inner};
 use std::sync::Arc;
@@ -29,9 +29,20 @@ enum Work {
 struct Turn<'a> {
     inner: &'a Inner,
     writer: Option<Box<Writer>>,
+    /// The thread was unwinding before it got the writer, as a destructor that waits does.
+    was_panicking: bool,
 }
 
-impl Turn<'_> {
+impl<'a> Turn<'a> {
+    fn new(inner: &'a Inner, writer: Option<Box<Writer>>) -> Self {
+        let was_panicking = std::thread::panicking();
+        Self {
+            inner,
+            writer,
+            was_panicking,
+        }
+    }
+
     fn writer(&mut self) -> &mut Writer {
         self.writer.as_mut().expect("only `close` takes it")
     }
@@ -50,8 +61,8 @@ impl Drop for Turn<'_> {
         };
         let mut core = self.inner.core.lock();
         core.writer = Some(writer);
-        // The state after a panic is unknown, so the store closes.
-        core.closing |= std::thread::panicking();
+        // The state after a panic in the writer is unknown, so the store closes.
+        core.closing |= std::thread::panicking() && !self.was_panicking;
         let is_thread_due = core.has_work() || core.mode.is_read_only();
         drop(core);
         if is_thread_due {
@@ -94,8 +105,9 @@ impl Core {
 impl Inner {
     /// Has the batch of `outcome` written, unless that has begun. This thread writes it if it has
     /// enough time until `deadline` and no other thread writes; else the store's thread does.
-    pub(super) fn write_or_ask(&self, outcome: &Arc<Outcome>, deadline: Instant) {
-        let may_write = deadline.saturating_duration_since(Instant::now()) >= OWN_WRITE_TIME_MIN;
+    pub(super) fn write_or_ask(&self, outcome: &Arc<Outcome>, writes: Writes, deadline: Instant) {
+        let time_left = deadline.saturating_duration_since(Instant::now());
+        let may_write = writes == Writes::Own && time_left >= OWN_WRITE_TIME_MIN;
         let mut core = self.core.lock();
         if !Arc::ptr_eq(&core.queue.outcome, outcome) {
             return;
@@ -109,12 +121,7 @@ impl Inner {
         }
         let batch = core.begin_batch();
         drop(core);
-        Turn {
-            inner: self,
-            writer,
-        }
-        .writer()
-        .commit(self, batch);
+        Turn::new(self, writer).writer().commit(self, batch);
     }
 
     /// The loop of the store's thread, until the store is closed.
@@ -162,13 +169,7 @@ impl Inner {
                 continue;
             };
             drop(core);
-            return (
-                Turn {
-                    inner: self,
-                    writer: Some(writer),
-                },
-                work,
-            );
+            return (Turn::new(self, Some(writer)), work);
         }
     }
 }

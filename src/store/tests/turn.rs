@@ -1,3 +1,4 @@
+use super::super::turn::OWN_WRITE_TIME_MIN;
 use super::*;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::AtomicBool;
@@ -128,4 +129,37 @@ fn panic_of_caller_that_writes_closes_the_store() {
         1,
         "it was durable"
     );
+}
+
+#[test]
+fn wait_for_thread_ends_at_deadline_while_disk_hangs() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    let gate = store.faults().gate();
+    let ticket = put(&store, 1).unwrap();
+    // With this much time left, `wait` would write on this thread and hang in the gate.
+    let deadline = Instant::now() + OWN_WRITE_TIME_MIN + Duration::from_millis(100);
+    let e = ticket.wait_for_thread(deadline).unwrap_err();
+    assert_eq!(e.kind(), Kind::Timeout);
+    drop(gate);
+    ticket.wait_for_thread(soon()).unwrap();
+}
+
+#[test]
+fn store_stays_open_if_a_destructor_waits_during_a_panic() {
+    struct Guard(Store);
+    impl Drop for Guard {
+        fn drop(&mut self) {
+            put(&self.0, 1).unwrap().wait(soon()).unwrap();
+        }
+    }
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    let guard = Guard(store.clone());
+    let panicked = catch_unwind(AssertUnwindSafe(move || {
+        let _guard = guard;
+        panic!("not in the writer");
+    }));
+    assert!(panicked.is_err());
+    put(&store, 2).unwrap().wait(soon()).unwrap();
 }

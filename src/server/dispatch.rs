@@ -81,6 +81,9 @@ impl Handler for Dispatch {
         let parsed = AnyCall::parse(method, call.params).ok_or_else(unknown)?;
         let request = parsed.map_err(|e| call.invalid_params(e))?;
         let fds = std::mem::take(&mut call.fds);
+        if call.key.is_some() && holds(&request) {
+            return Err(must_be_unkeyed("vm.create with hold").into());
+        }
 
         let wait = OpWait {
             core: &self.daemon.core,
@@ -253,9 +256,6 @@ impl CallContext<'_> {
             );
         }
         self.require_more("vm.create with hold")?;
-        if key.is_some() {
-            return Err(must_be_unkeyed("vm.create with hold").into());
-        }
         let vm = self.daemon.creator.create(&self.caller, request)?;
         // If this note cannot be sent, the caller has disconnected, which the hold notices at once.
         let _ = self.connection.notify(Note::Created(Box::new(vm.clone())));
@@ -333,6 +333,11 @@ impl CallContext<'_> {
             guest_roots: self.daemon.transfers.guest_roots(),
         }
     }
+}
+
+/// True if the caller holds the VM that it creates.
+fn holds(request: &AnyCall) -> bool {
+    matches!(request, AnyCall::Vm(Vm::VmCreate(request)) if request.hold)
 }
 
 fn must_be_unkeyed(call: &str) -> Error {

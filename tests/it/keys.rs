@@ -159,6 +159,14 @@ fn key_for_call_that_takes_none_is_refused() {
             format!("{} must be called without a key", row.method)
         );
     }
+    // The key is refused even if it belongs to another call.
+    vm(&call(
+        &world,
+        "vm.create",
+        r#"{"name":"first"}"#,
+        "k",
+        false,
+    ));
     let held = call(&world, "vm.create", r#"{"hold":true}"#, "k", true);
     assert_eq!(
         held.error.unwrap().message,

@@ -48,9 +48,9 @@ impl UidCounts {
     }
 }
 
-/// How many ended operations and the like are kept. Over the limit per uid, the uid's oldest is
-/// removed. Over the total limit, the oldest of the uid with the most is removed; see
-/// [`UidCounts::largest`].
+/// How many ended operations and similar records are kept. If a uid exceeds its limit, its oldest
+/// record is removed. If all uids together exceed the total limit, the oldest record of the uid
+/// with the most is removed; see [`UidCounts::largest`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Retention {
     pub per_uid_max: usize,

@@ -109,8 +109,8 @@ pub struct OpStarted {
 calls! {
     OpList = "op.list" (OpListRequest) -> OpListReply [Anybody, Unkeyed, Nothing, NoFds];
     OpShow = "op.show" (OpRequest) -> OpReply [Owner, Unkeyed, Nothing, NoFds];
-    /// Replies when the operation has ended in whatever way. With `more`, sends its progress until
-    /// then.
+    /// Replies when the operation has ended, whether it succeeded or not. With `more`, sends its
+    /// progress until then.
     OpWait = "op.wait" (OpWaitRequest) -> OpReply [Owner, Unkeyed, EndCall, NoFds];
     /// Requests cancellation and replies without waiting for it.
     OpCancel = "op.cancel" (OpRequest) -> OpReply [Owner, Unkeyed, Nothing, NoFds];

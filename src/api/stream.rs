@@ -10,8 +10,8 @@ use std::io::{self, Read, Write};
 const WRITER_CHUNK_BYTES: usize = 64 * 1024;
 const HEADER_BYTES: usize = 4;
 
-/// A stream is malformed or ended too early. It is carried inside an `io::Error`, and [`error`]
-/// takes it out again.
+/// The error for a stream that is malformed or ends too early. It is wrapped in an `io::Error`, and
+/// [`error`] extracts it.
 #[derive(Debug)]
 pub struct Broken(String);
 

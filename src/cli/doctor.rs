@@ -66,8 +66,8 @@ pub fn run(ctx: &mut Context, args: &Args) -> Result<u8> {
             }
         }
     }
-    // fcd's own checks include one for a daemon. Ours, the first, is about the socket that was
-    // asked for.
+    // fcd's own checks also include a `daemon` check. Only the first is kept: ours, which is about
+    // the socket that fcctl uses.
     let mut is_first = true;
     checks.retain(|c| c.id != "daemon" || std::mem::replace(&mut is_first, false));
     checks.extend(own_checks(ctx));

@@ -102,7 +102,7 @@ impl How {
 #[derive(Debug, PartialEq)]
 pub enum Outcome {
     Exit(Exit),
-    /// A signal cancelled the command before it began, or detached from it.
+    /// A signal cancelled the command before it began, or made this process detach from it.
     Interrupted,
     /// The reader of our stdout has exited, so this process stopped, too.
     ReaderGone,

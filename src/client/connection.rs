@@ -182,7 +182,8 @@ impl Connection {
     }
 }
 
-/// Keeps the last descriptor that comes with it; there is never more than one on its way.
+/// Reads what has arrived. If descriptors arrive with it, keeps the last one; the daemon never
+/// sends more than one at a time.
 fn read_some(
     stream: &UnixStream,
     received: &mut Option<OwnedFd>,

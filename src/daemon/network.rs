@@ -88,7 +88,7 @@ fn user_mode(isolated: bool) -> Check {
     if isolated {
         return Check::ok(
             ID,
-            "user-mode: guests are cut off from everything but their SSH port",
+            "user-mode: guests can reach nothing, and only their SSH and published ports can be reached",
         );
     }
     let fix = "to cut guests off from every network: isolated = true under [qemu], or --net none for one VM; \
@@ -258,7 +258,7 @@ fn access(row: &VmRow) -> Access {
     }
 }
 
-/// Unreconciled up names of VMs that are up. A guest can only find VMs of its own owner.
+/// Looks up names of VMs that are up. A guest can only find VMs of its own owner.
 struct Book {
     store: Store,
     gateway: Ipv4Addr,

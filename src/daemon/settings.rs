@@ -63,7 +63,8 @@ impl Controls {
     }
 }
 
-/// True if the request changes something that a running guest cannot get.
+/// True if the request changes something that takes effect only when the guest starts: vCPUs,
+/// memory or disk size.
 pub(super) fn changes_size(request: &VmSetRequest) -> bool {
     request.vcpus.is_some() || request.mem_mib.is_some() || request.disk_bytes.is_some()
 }

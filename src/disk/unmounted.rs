@@ -1,11 +1,11 @@
-//! Whether a guest has unmounted its root disk: what is left to ask when nobody saw how it ended.
+//! Finds out whether a guest has unmounted its root disk. This is the only evidence left when
+//! nobody saw how the guest ended.
 //!
-//! ext4 sets a flag in its superblock while it is mounted for writing and takes it away when it is
-//! unmounted or mounted read-only, as the last step of a shutdown does. A panic, a reset and a
-//! killed VMM leave it. These are three numbers at fixed places
-//! (Documentation/filesystems/ext4/super.rst); nothing else of the file system is looked at,
-//! because its content is the guest's. A guest that forges them only says of itself that it has
-//! shut down.
+//! ext4 sets a flag in its superblock while it is mounted for writing. It clears the flag when it is
+//! unmounted or mounted read-only, which is the last step of a shutdown. After a panic, a reset or
+//! the death of its VMM, the flag is still set. These are three numbers at fixed offsets
+//! (Documentation/filesystems/ext4/super.rst). Nothing else of the file system is read, because a
+//! guest controls its content. A guest that forges the numbers can only claim that it shut down.
 
 use super::Method;
 use super::root::QCOW2_MAGIC;
@@ -15,11 +15,11 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-/// Where the superblock is, from the disk's begin.
+/// The offset of the superblock on the disk.
 const SUPERBLOCK_AT: u64 = 1024;
-/// The number of its bytes that are read.
+/// How many of its bytes are read.
 const SUPERBLOCK_BYTES: usize = 0x64;
-/// Two bytes each, or four: the places in it.
+/// Offsets in the superblock. The first two fields have two bytes, the third has four.
 const MAGIC_AT: usize = 0x38;
 const STATE_AT: usize = 0x3a;
 const INCOMPAT_AT: usize = 0x60;
@@ -27,17 +27,17 @@ const MAGIC: u16 = 0xef53;
 const STATE_VALID: u16 = 1;
 const INCOMPAT_RECOVER: u32 = 4;
 
-/// The part of a qcow2 header that is read; version 3 has all of it (QEMU, docs/interop/qcow2.txt).
+/// How much of a qcow2 header is read. Only version 3 has all of it (QEMU, docs/interop/qcow2.txt).
 const QCOW2_HEADER_BYTES: usize = 80;
 const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 12..=21;
-/// What an entry of either table has beside an offset.
+/// The bits of an entry of either table that are the offset.
 const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 const L2_COMPRESSED: u64 = 1 << 62;
 const L2_ZERO: u64 = 1;
-/// Features by which a file is read otherwise: all but "dirty" and "corrupt".
+/// Features that change how a file must be read: all but "dirty" and "corrupt".
 const INCOMPATIBLE: u64 = !3;
 
-/// A disk's file, or the bytes of one.
+/// The file of a disk. Tests use bytes instead.
 pub(super) trait ReadAt {
     fn read_at(&self, buffer: &mut [u8], at: u64) -> std::io::Result<usize>;
 }
@@ -48,15 +48,19 @@ impl ReadAt for File {
     }
 }
 
-/// Whether the guest has unmounted its root disk at `path`, or mounted it read-only, since it last
-/// wrote to it. No VMM may run. What is not as the guest's ext4 should be counts as mounted.
+/// True if the guest has unmounted its root disk at `path`, or mounted it read-only, since it last
+/// wrote to it. No VMM may be running. A disk without a valid ext4 counts as mounted.
 pub fn is_unmounted(path: &Path, method: Method) -> Result<bool> {
     let file = open_nofollow(path)?;
-    look(&file, method)
-        .map_err(|e| Error::io(format!("look whether {} was unmounted", path.display()), e))
+    look(&file, method).map_err(|e| {
+        Error::io(
+            format!("find out whether {} was unmounted", path.display()),
+            e,
+        )
+    })
 }
 
-/// The same of a disk that is open. Its bytes may be anything.
+/// The same for a disk that is open. Its bytes are not trusted.
 pub(super) fn look(disk: &impl ReadAt, method: Method) -> std::io::Result<bool> {
     let begins_at = match method {
         Method::Reflink | Method::Copy | Method::DmSnapshot => Some(0),
@@ -86,8 +90,8 @@ fn says_unmounted(superblock: &[u8; SUPERBLOCK_BYTES]) -> bool {
         && incompat & INCOMPAT_RECOVER == 0
 }
 
-/// Where in a qcow2 file the disk's begin is; none where the guest has not written it, which it
-/// does when it mounts the disk.
+/// Returns the offset of the disk's first cluster in a qcow2 file. `None` if the guest has not
+/// written that cluster yet, which it does when it mounts the disk.
 fn first_cluster(file: &impl ReadAt) -> std::io::Result<Option<u64>> {
     let mut header = [0; QCOW2_HEADER_BYTES];
     read(file, &mut header, 0)?;
@@ -117,7 +121,7 @@ fn first_cluster(file: &impl ReadAt) -> std::io::Result<Option<u64>> {
     Ok((at != 0 && cluster & (L2_COMPRESSED | L2_ZERO) == 0).then_some(at))
 }
 
-/// What is past the end of the file stays zero.
+/// Reads at an offset. Bytes beyond the end of the file are zero.
 fn read(file: &impl ReadAt, mut buffer: &mut [u8], mut at: u64) -> std::io::Result<()> {
     while !buffer.is_empty() {
         match file.read_at(buffer, at) {
@@ -127,7 +131,7 @@ fn read(file: &impl ReadAt, mut buffer: &mut [u8], mut at: u64) -> std::io::Resu
                 at = at.saturating_add(len as u64);
             }
             Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-            // Beyond what an offset of a file may be.
+            // The offset is larger than a file can be.
             Err(e) if e.kind() == std::io::ErrorKind::InvalidInput => return Ok(()),
             Err(e) => return Err(e),
         }

@@ -10,8 +10,8 @@ const ARENAS_MAX: libc::c_int = 2;
 #[cfg(target_env = "gnu")]
 const MAPPED_BYTES_MIN: libc::c_int = 128 * 1024;
 
-/// Bounds what the allocator keeps. Call it before the first thread starts: an arena that is there
-/// stays.
+/// Limits how much freed memory the allocator keeps. Call it before the first thread starts,
+/// because arenas that exist by then are not removed.
 pub fn bound_allocator() {
     #[cfg(target_env = "gnu")]
     for (option, value) in [

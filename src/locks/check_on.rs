@@ -424,7 +424,7 @@ pub fn dot() -> String {
     super::rank::dot(Some(&observed()))
 }
 
-/// What every thread holds and awaits, for a watchdog.
+/// Lists the locks that each thread holds or waits for, for a watchdog.
 pub fn dump() -> String {
     let threads = THREADS.lock().clone();
     let mut out = String::new();

@@ -243,9 +243,9 @@ impl Rules {
             format!("dnat ip to ip daddr . meta l4proto . th dport map @{PUBLISHED}"),
             format!("fib daddr type local dnat ip to meta l4proto . th dport map @{PUBLISHED_ANY}"),
         ];
-        // Only this host may use ports on its loopback. The kernel would drop such packets from
-        // outside later, but only if
-        // their destination is still a loopback address, so they must not be translated here.
+        // Only this host may use published ports on its loopback addresses. The kernel drops
+        // packets from outside to such an address, but only after this chain, so their destination
+        // must not be translated here.
         let not_from_outside = ["iifname != \"lo\" ip daddr 127.0.0.0/8 return".to_owned()];
         let arriving = [&not_from_outside[..], &rules].concat();
         self.chain(

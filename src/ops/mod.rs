@@ -41,7 +41,7 @@ struct State {
     entries: HashMap<OpId, Entry>,
     last_number: u64,
     last_watcher: u64,
-    /// EndedOp operations per uid, oldest first.
+    /// Ended operations per uid, oldest first.
     ended: HashMap<u32, VecDeque<OpId>>,
     ended_counts: UidCounts,
 }

@@ -112,7 +112,7 @@ impl Acceptor {
         if let Ok((stream, _)) = self.socket.listener.accept() {
             let error = Error::new(
                 Kind::ConnectionLimit,
-                "the daemon has no file descriptor left",
+                "the daemon has run out of file descriptors",
             )
             .hint("try again later");
             self.refuse(&stream, &error);

@@ -17,8 +17,8 @@ impl Store {
         self.enqueue(false, change)
     }
 
-    /// Like [`Store::change`], for changes that free room, such as those of a delete. They are
-    /// tried even while the store is read-only, and on a full disk with the reserve.
+    /// Like [`Store::change`], for changes that free space, such as deletes. They are attempted
+    /// even while the store is read-only, and may use the reserve if the disk is full.
     pub fn change_essential<T>(
         &self,
         change: impl FnOnce(&mut Tx) -> Result<T>,

@@ -128,7 +128,7 @@ unsafe extern "C" fn open(
     }
 }
 
-/// The file of SQLite's own VFS.
+/// Returns the file of SQLite's own VFS, which is stored right after our [`Log`].
 ///
 /// # Safety
 /// `file` points to a [`Log`] of SQLite.

@@ -97,7 +97,10 @@ impl Plan {
         {
             return Err(Error::new(
                 Kind::Conflict,
-                format!("{} became a repository while it was read", root.display()),
+                format!(
+                    "{} became a git repository while it was being read",
+                    root.display()
+                ),
             )
             .hint("wait until nothing writes to it, then run the command again"));
         }

@@ -339,7 +339,7 @@ fn posix_record(key: &str, value: &str) -> String {
     format!("{length}{rest}")
 }
 
-/// Copies as much of `value` as fits. A longer one was sent in an entry of its own.
+/// Copies as much of `value` as fits. If it does not fit, an earlier entry contains all of it.
 fn set_bytes(field: &mut [u8], value: &[u8]) {
     let n = value.len().min(field.len());
     field.fill(0);

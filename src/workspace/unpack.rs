@@ -185,7 +185,7 @@ pub(super) fn stream_error(doing: &str, e: std::io::Error) -> Error {
 
 fn refuse(path: &[u8], why: &str) -> Error {
     Error::new(Kind::InvalidTree, format!("reject the guest's tree because of \"{}\": {why}", encode(path)))
-        .hint("nothing was written; inspect it in the guest, or get a patch with fcctl workspace export --patch FILE")
+        .hint("nothing was written; inspect the path in the guest, or get a patch with fcctl workspace export --patch FILE")
 }
 
 struct Writer {

@@ -39,9 +39,7 @@ impl Resource for Jail {
             .rsplit('-')
             .nth(1)
             .and_then(|id| id.parse().ok())
-            .ok_or_else(|| {
-                Error::internal(format!("remove the jail of {name:?}: it is not a VM's tag"))
-            })?;
+            .ok_or_else(|| Error::internal(format!("remove a jail: {name:?} is not a VM's tag")))?;
         resources.vmm.clear(&resources.core.vm_dir(&vm), name)
     }
 

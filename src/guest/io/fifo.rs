@@ -40,7 +40,7 @@ pub fn accept(fd: OwnedFd, direction: Direction) -> Result<OwnedFd> {
     let wanted = direction.end();
     let refused = |what: &str| {
         Error::invalid(format!(
-            "the passed descriptor is {what}, wanted the {wanted} of a fifo"
+            "expected the {wanted} of a fifo, but the passed descriptor is {what}"
         ))
         .hint("pass one end of pipe(2); fcctl does")
     };

@@ -45,8 +45,8 @@ pub(super) struct Inlet<'a> {
 }
 
 impl<'a> Inlet<'a> {
-    /// With a pty and no source, nothing is sent, not even an end. At an end of input sshd would
-    /// close its side of the terminal, and a new window size would no longer reach the command.
+    /// With a pty and no source, nothing is sent, not even an EOF. On EOF, sshd would close its
+    /// side of the terminal, and changes of the window size would no longer reach the command.
     pub fn new(source: Option<&'a mut dyn Source>, has_pty: bool) -> Self {
         let eof_read = source.is_none();
         let eof_sent = eof_read && has_pty;

@@ -127,7 +127,8 @@ impl<'w, 'a> Pump<'w, 'a> {
         let Some(turn) = turn else {
             return self.finish().map(Some);
         };
-        // While reading from the server is held back, no keepalive answer can arrive either.
+        // No keepalive answer can arrive while reading from the server is suspended, so this does
+        // not check for one.
         let next = if self.flood.is_held {
             Instant::now() + KEEPALIVE_INTERVAL
         } else {

@@ -152,7 +152,8 @@ fn set_limits(profile: &Profile) -> io::Result<()> {
         ),
         (libc::RLIMIT_NOFILE, profile.open_files_max),
     ];
-    // Counted for the whole uid, under which a VMM has threads; so it is nothing or unlimited.
+    // The kernel counts processes and threads per uid, and a VMM may have threads under this uid.
+    // So the limit is either 0 or not set.
     let no_threads = (!profile.has_threads).then_some((libc::RLIMIT_NPROC, 0));
     for (resource, most) in limits.into_iter().chain(no_threads) {
         let limit = libc::rlimit {

@@ -69,7 +69,7 @@ impl fmt::Display for Breach {
             Breach::TooManyRequests => "it requested more than a query needs",
             Breach::WrongKind => "it answered a connection with a datagram",
             Breach::Hangs => "it did not answer a query in time",
-            Breach::DoesNotRead => "it does not read its messages",
+            Breach::DoesNotRead => "it did not read its messages",
         })
     }
 }

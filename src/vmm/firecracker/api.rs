@@ -98,8 +98,8 @@ pub struct BalloonStatistics {
     pub actual_mib: u64,
 }
 
-/// How often the guest reports its memory statistics. A driver only needs the size of the balloon.
-/// The VMM always knows it, but reports it only if there are statistics.
+/// How often the guest reports its memory statistics. fcd needs only the size of the balloon, but
+/// Firecracker reports it only if statistics are enabled.
 const STATISTICS_PERIOD_S: u32 = 60;
 
 #[derive(Clone, Copy, Debug, Serialize)]

@@ -253,8 +253,8 @@ fn no_io(e: &std::io::Error) -> Error {
         .hint("enable the io controller of control groups (version 2), or set limits = \"best-effort\" under [firecracker]")
 }
 
-/// Returns the lines for `io.max`, one for each device, with the sum of the limits of the disks on
-/// it. Without a rate they remove the limit.
+/// Returns the lines for `io.max`, one per device. Each limit is the total for all disks on that
+/// device, or `max` if no rate is set.
 fn io_limits(spec: &VmmSpec, device_of: impl Fn(&Path) -> Result<String>) -> Result<Vec<String>> {
     let mut disks_on: BTreeMap<String, u64> = BTreeMap::new();
     for (_, path) in spec.disks() {

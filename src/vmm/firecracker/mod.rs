@@ -36,10 +36,10 @@
 //!
 //! # Memory
 //!
-//! Every VM whose image has the driver (`guest_version` 2) has a balloon. The guest reports freed
-//! pages, and the VMM returns them to the host. Firecracker's metrics are differences since the
-//! last report, so they cannot feed `vm stats`, whose counters survive a restart of the daemon.
-//! They go into a pipe that is read when somebody asks.
+//! Every VM whose image has the balloon driver (`guest_version` 2) has a balloon. The guest reports
+//! freed pages, and the VMM returns them to the host. Firecracker's metrics are differences since
+//! the last report, so they cannot feed `vm stats`, whose counters survive a restart of the daemon.
+//! The metrics go into a pipe that is read only on request.
 //!
 //! A snapshot of a booted guest is a `Diff`, which contains the pages that the guest has touched.
 //! It is `Full` if some of its memory is in swap, which a `Diff` would miss, and for a restored

@@ -27,7 +27,8 @@ const CLOCK_TICK: Duration = Duration::from_millis(10);
 const OPEN_TRIES: usize = 64;
 /// Maximum number of links to follow in one path, as in the kernel.
 const LINKS_MAX: usize = 40;
-/// Entries of a git directory that our git commands never read, so they may lead anywhere.
+/// Entries of a git directory that our git commands never read, so links among them may point
+/// anywhere.
 const NOT_READ: &[&[u8]] = &[
     b"branches",
     b"description",

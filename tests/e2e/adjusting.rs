@@ -184,13 +184,13 @@ fn disks_are_limited_and_memory_comes_back() {
     let (status, said) = host.fails(&["vm", "set", "a", "--net-rx-bps", "1M", "--now"]);
     assert!(
         status == 1
-            && said.contains("user-mode networking has no rates")
+            && said.contains("user-mode networking has no rate limits")
             && said.contains("bridge"),
         "{status}: {said}"
     );
     let (status, said) = host.fails(&["vm", "set", "a", "--memory", "2G", "--now"]);
     assert!(
-        status == 1 && said.contains("change at a start only"),
+        status == 1 && said.contains("change only at a start"),
         "{status}: {said}"
     );
 

@@ -45,7 +45,7 @@ fn bad_requests_change_nothing() {
     check(&["vm", "create", "--image", "nope"], 3, "nope");
     check(&["vm", "create", "--memory", "900T"], 1, "memory");
     check(&["vm", "create", "--memory", "1M"], 2, "memory");
-    check(&["vm", "create", "--vcpus", "0"], 2, "vcpus");
+    check(&["vm", "create", "--vcpus", "0"], 2, "vCPUs");
     check(&["vm", "create", "--disk", "1K"], 2, "disk");
     check(&["run", "--image", "nope", tree, "--", "true"], 125, "nope");
     check(&["run", "--memory", "900T", "--", "true"], 125, "memory");
@@ -70,8 +70,8 @@ fn bad_requests_change_nothing() {
         }
         ids.push(prefix);
     };
-    check(&["vm", "show", &twice], 2, "fits several VMs");
-    check(&["rm", "-f", &twice], 2, "fits several VMs");
+    check(&["vm", "show", &twice], 2, "matches several VMs");
+    check(&["rm", "-f", &twice], 2, "matches several VMs");
     host.ok(&["vm", "prune"]);
 }
 

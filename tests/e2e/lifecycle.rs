@@ -319,7 +319,7 @@ fn a_daemon_that_is_killed_finishes_or_takes_back_what_it_was_at() {
         host.show("box", "reason")
             .as_str()
             .unwrap()
-            .contains("died"),
+            .contains("ended while fcd was not running, for an unknown reason"),
         "{}",
         host.show("box", "reason")
     );

@@ -103,7 +103,7 @@ fn a_daemon_refuses_what_it_cannot_serve() {
     refuses(&fcd(&dir, &[]), 1, "lock");
     fs::remove_file(&lock).unwrap();
     symlink(&canary, dir.join("other.sock")).unwrap();
-    refuses(&fcd(&dir, &[]), 1, "no socket of ours");
+    refuses(&fcd(&dir, &[]), 1, "is not a socket of this user");
     fs::remove_file(dir.join("other.sock")).unwrap();
     fs::rename(&db, dir.join("fcd.db")).unwrap();
     symlink(dir.join("fcd.db"), &db).unwrap();

@@ -43,8 +43,8 @@ section! {
         /// Number of these uids. With a bridge, the last one is for the helper process of the name
         /// server. A VM keeps its uid, so fcd refuses to start if the VMs that exist do not fit.
         uid_count: u32 = 65_536,
-        /// Keeps guests with user-mode networking from reaching anything. Their SSH port and published
-        /// ports can still be reached.
+        /// Keeps guests with user-mode networking from reaching anything. Their SSH port and
+        /// published ports can still be reached.
         isolated: bool = false,
     }
 }

@@ -11,7 +11,7 @@ use super::history::{Event, History, What};
 use super::locks::OpLocks;
 use super::waiting::poll_until;
 use crate::config::Limits;
-use crate::error::{Kind, Result};
+use crate::error::Result;
 use crate::ids::VmId;
 use crate::locks::Cancel;
 use crate::ops::Ops;
@@ -125,36 +125,6 @@ impl Core {
         let guard = self.locks.vm.lock(vm);
         self.change(essential, |tx| tx.update_vm(&guard, change))
             .map(|((), ticket)| ticket)
-    }
-
-    /// Waits until the change is on disk, for at most [`DURABLE_DEADLINE`].
-    pub(super) fn wait_durable(&self, ticket: Ticket) -> Result<()> {
-        ticket.wait(Instant::now() + DURABLE_DEADLINE).map(drop)
-    }
-
-    /// Like [`Core::wait_durable`], for the reconciler: the deadline holds even if the disk hangs,
-    /// so that one VM's change does not keep it from the next VM.
-    pub(super) fn wait_durable_in_time(&self, ticket: &Ticket) -> Result<()> {
-        ticket
-            .wait_for_thread(Instant::now() + DURABLE_DEADLINE)
-            .map(drop)
-    }
-
-    /// Waits until the disk has either accepted or refused the change, however long that takes:
-    /// until then, the outcome is unknown and must not be reported as a failure. Times out only
-    /// when the daemon closes.
-    pub(super) fn wait_settled(&self, ticket: &Ticket) -> Result<()> {
-        loop {
-            match ticket.wait_for_thread(Instant::now() + DURABLE_DEADLINE) {
-                Err(e) if e.kind() == Kind::Timeout && !self.closing.is_cancelled() => {
-                    log::warn!(
-                        "a claim has waited for the disk for {} s",
-                        DURABLE_DEADLINE.as_secs()
-                    );
-                }
-                other => return other.map(drop),
-            }
-        }
     }
 
     /// Sleeps for `period`. Returns true, possibly earlier, if the daemon is closing.

@@ -116,6 +116,7 @@ mod debug;
 mod disk_probe;
 mod doctor;
 mod down;
+mod durable;
 mod effects;
 mod events;
 mod feeder;

@@ -1,9 +1,9 @@
 //! Finds out whether a guest has unmounted its root disk. This is the only evidence left when
 //! nobody saw how the guest ended.
 //!
-//! ext4 sets a flag in its superblock while it is mounted for writing. It clears the flag when it is
-//! unmounted or mounted read-only, which is the last step of a shutdown. After a panic, a reset or
-//! the death of its VMM, the flag is still set. These are three numbers at fixed offsets
+//! ext4 sets a flag in its superblock while it is mounted for writing. It clears the flag when it
+//! is unmounted or mounted read-only, which is the last step of a shutdown. After a panic, a reset
+//! or the death of its VMM, the flag is still set. These are three numbers at fixed offsets
 //! (Documentation/filesystems/ext4/super.rst). Nothing else of the file system is read, because a
 //! guest controls its content. A guest that forges the numbers can only claim that it shut down.
 

@@ -153,8 +153,8 @@ impl Ticket {
         self.wait_as(Writes::Own, deadline)
     }
 
-    /// Like [`Ticket::wait`], but leaves the write to the store's thread, so that the deadline holds
-    /// even if the disk hangs.
+    /// Like [`Ticket::wait`], but leaves the write to the store's thread, so that the deadline
+    /// holds even if the disk hangs.
     pub fn wait_for_thread(&self, deadline: Instant) -> Result<u64> {
         self.wait_as(Writes::ByThread, deadline)
     }

@@ -1,4 +1,4 @@
-//! What the daemon knows about a call before it reads the parameters.
+//! The properties of a call that the daemon checks before it reads the parameters.
 //!
 //! Each noun lists its calls with the macro `calls!`. A row of the list has the method's name, the
 //! types of its request and its reply, and the columns of [`CallInfo`]. The server routes and
@@ -45,8 +45,8 @@ pub enum Key {
     Unkeyed,
 }
 
-/// What happens if the caller disconnects before it has the answer. Operations run without their
-/// caller, so it also says which calls are operations.
+/// Says what happens if the caller disconnects before it has the answer. Operations run without
+/// their caller, so it also says which calls are operations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnDisconnect {
     /// The call is completed.

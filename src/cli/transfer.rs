@@ -76,7 +76,7 @@ pub struct Bound {
     pub max_bytes: u64,
 }
 
-/// What is copied into a workspace.
+/// A tree that is copied into a workspace.
 pub enum Source {
     Tree(Box<Plan>),
     Tar(File),

@@ -16,7 +16,7 @@ impl Lifecycle {
     pub(super) fn abandon(&self, vm: &VmId, op: OpHandle) {
         let (lifecycle, vm) = (self.clone(), vm.clone());
         let body = move || {
-            // What panicked may panic again, and the VM must get out of its transitional state
+            // The same code may panic again, and the VM must get out of its transitional state
             // nevertheless.
             let settle = || catch_unwind(AssertUnwindSafe(|| lifecycle.fail_abandoned(&vm, &op)));
             while let Err(e) =

@@ -15,7 +15,7 @@ const AMBIGUOUS_SHOWN_MAX: usize = 4;
 pub struct Caller {
     pub uid: u32,
     pub gid: u32,
-    /// For logs only, because the pid may have been reused.
+    /// Use it in logs only, because the pid may have been reused.
     pub pid: i32,
 }
 

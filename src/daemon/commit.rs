@@ -45,7 +45,7 @@ struct Settlement {
     warning: Option<String>,
 }
 
-/// What follows for the VM.
+/// The next step for the VM.
 enum NextStep {
     Rest,
     /// The second half of a restart, in the same operation.
@@ -54,7 +54,7 @@ enum NextStep {
     Gone,
 }
 
-/// What one attempt to commit wrote.
+/// The result of one attempt to commit.
 struct Written {
     /// The row after the commit. A VM that is gone has the row from before.
     row: VmRow,

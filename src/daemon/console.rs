@@ -4,7 +4,7 @@ use super::access::Caller;
 use super::sessions::Sessions;
 use super::waiting::{Gone, Hangup};
 use crate::api::vm::{LogChunk, LogsReply, VmLogsRequest};
-use crate::error::{Error, Kind, Result};
+use crate::error::Result;
 
 impl Sessions {
     /// Sends the log, and with `follow` everything that is added to it until the VM is deleted or
@@ -28,18 +28,17 @@ impl Sessions {
             .consoles()
             .follow(&self.core.vm_dir(&row.id), request.tail)?;
         let mut bytes = 0;
-        let gone = || Error::new(Kind::Cancelled, "the caller hung up");
         loop {
             while let Some(text) = follower.next_chunk()? {
                 bytes += text.len() as u64;
-                send(LogChunk { text }).map_err(|_| gone())?;
+                send(LogChunk { text }).map_err(|_| Gone)?;
             }
             if !request.follow || follower.is_ended() || self.core.closing.is_cancelled() {
                 return Ok(LogsReply { bytes });
             }
             match reader.wait(&[follower.fd(), self.core.closing.fd()], None) {
                 Ok(_) => {}
-                Err(Gone) => return Err(gone()),
+                Err(gone) => return Err(gone.into()),
             }
         }
     }

@@ -111,15 +111,11 @@ impl Watchers {
                         .hangup()
                         .wait(&[listening.fd(), self.core.closing.fd()], None);
                     listening.take_back();
-                    waited.map_err(|Gone| gone())?;
+                    waited?;
                 }
             }
         }
     }
-}
-
-fn gone() -> Error {
-    Error::new(Kind::Cancelled, "the caller hung up")
 }
 
 fn send_error(e: io::Error) -> Error {
@@ -127,7 +123,7 @@ fn send_error(e: io::Error) -> Error {
     if e.kind() == io::ErrorKind::InvalidData {
         Error::internal("send a change to a watcher").with_source(e)
     } else {
-        gone()
+        Gone.into()
     }
 }
 

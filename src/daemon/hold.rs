@@ -67,7 +67,7 @@ impl Views {
                 ))
             }
             (Err(WaitEnd::VmGone), _) => Err(super::access::vm_not_found(row.name.as_str())),
-            (Err(WaitEnd::CallerGone), _) => Err(Error::new(Kind::Cancelled, "the caller hung up")),
+            (Err(WaitEnd::CallerGone), _) => Err(Gone.into()),
             (Err(WaitEnd::Failed(e)), _) => Err(e),
         }
     }
@@ -79,7 +79,7 @@ impl Views {
         match self.wait_vm(id, waiter, None, &mut |_| dir.exists()) {
             Ok(is_there) => Ok(is_there),
             Err(WaitEnd::VmGone) => Ok(false),
-            Err(WaitEnd::CallerGone) => Err(Error::new(Kind::Cancelled, "the caller hung up")),
+            Err(WaitEnd::CallerGone) => Err(Gone.into()),
             Err(WaitEnd::Failed(e)) => Err(e),
         }
     }

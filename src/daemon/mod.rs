@@ -70,7 +70,7 @@
 //!   daemon kills the VMM without asking the guest, the one after it marks the VM `failed`, and the
 //!   one after that leaves the VM to its owner. The same holds for adopting a VM.
 //!
-//! What a daemon leaves behind, whenever it dies, is in the ledger. `sweep` releases it at start
+//! Everything that a daemon can leave behind is in the ledger. `sweep` releases it at start
 //! and every minute, and `fcctl doctor --leaks` lists what is on the host under fcd's names without
 //! a row.
 //!

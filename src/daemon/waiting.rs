@@ -1,5 +1,7 @@
 //! Waits on descriptors. Everything that may end the wait is among them.
 
+use crate::error::{Error, Kind};
+use crate::locks::CancelCause;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::os::fd::BorrowedFd;
@@ -13,6 +15,12 @@ pub struct Hangup<'a>(pub BorrowedFd<'a>);
 /// The caller hung up.
 #[derive(Debug)]
 pub struct Gone;
+
+impl From<Gone> for Error {
+    fn from(_: Gone) -> Self {
+        Error::new(Kind::Cancelled, CancelCause::CallerHungUp.to_string())
+    }
+}
 
 impl Hangup<'_> {
     /// True if the peer has closed both directions.

@@ -40,15 +40,21 @@ const TRANSFER_DEADLINE: Duration = Duration::from_secs(24 * 3600);
 /// How long a transfer waits to learn why its VM left `running`. It takes microseconds.
 const CAUSE_DEADLINE: Duration = Duration::from_secs(1);
 
-/// What a transfer holds from its call to its end: a place in the VM's cancel set and a slot in the
-/// pool's queue.
+/// Everything that a transfer holds from its call to its end: a place in the VM's cancel set and a
+/// slot in the pool's queue.
 struct Admitted {
     row: VmRow,
     op: OpHandle,
+    stream: Stream,
+    _user: User,
+}
+
+/// The stream of a transfer, and the slot of the worker that copies it.
+struct Stream {
     fifo: OwnedFd,
     slot: QueueSlot,
+    /// Refuse to wait for another transfer of the VM.
     no_wait: bool,
-    _user: User,
 }
 
 /// Imports and exports of workspaces.
@@ -87,28 +93,15 @@ impl Transfers {
             request.no_wait,
             (fds, Direction::Read),
         )?;
-        let (id, transfers, notes) = (admitted.op.id().clone(), self.clone(), notes.clone());
-        self.core.spawn(&format!("op-{id}"), move || {
-            let _label = crate::locks::operation_scope(format!("{method} {}", admitted.row.id));
-            let Admitted {
-                row,
-                op,
-                fifo,
-                slot,
-                no_wait,
-                _user,
-            } = admitted;
-            let doing = format!("import into VM {}", row.name);
-            let result = transfers.run_prepare(&row, &op, fifo, slot, no_wait, (&request, notes));
-            let result = result.map_err(|e| {
-                transfers
-                    .explain_full_disk(&op, e)
-                    .context(doing)
-                    .of_vm(&row.name)
-            });
-            transfers.core.end_op(op, result);
-        })?;
-        Ok(CallOutcome::Op(id))
+        let (doing, notes) = ("import into", notes.clone());
+        self.start(
+            method,
+            doing,
+            admitted,
+            move |transfers, row, op, stream| {
+                transfers.run_prepare(row, op, stream, (&request, notes))
+            },
+        )
     }
 
     /// Begins an export into the one FIFO. It waits for an import in progress.
@@ -126,23 +119,35 @@ impl Transfers {
             request.no_wait,
             (fds, Direction::Write),
         )?;
+        self.start(
+            method,
+            "export from",
+            admitted,
+            move |transfers, row, op, stream| transfers.run_export(row, op, stream, &request),
+        )
+    }
+
+    /// Starts the thread of a transfer, which ends the operation with the result of `work`.
+    fn start(
+        &self,
+        method: &'static str,
+        doing: &'static str,
+        admitted: Admitted,
+        work: impl FnOnce(&Self, &VmRow, &OpHandle, Stream) -> Result<Value> + Send + 'static,
+    ) -> Result<CallOutcome> {
         let (id, transfers) = (admitted.op.id().clone(), self.clone());
         self.core.spawn(&format!("op-{id}"), move || {
-            let _label = crate::locks::operation_scope(format!("{method} {}", admitted.row.id));
+            // The whole of it moves here, so that the VM's cancel set is left at the end.
             let Admitted {
                 row,
                 op,
-                fifo,
-                slot,
-                no_wait,
+                stream,
                 _user,
             } = admitted;
-            let doing = format!("export from VM {}", row.name);
-            let result = transfers.run_export(&row, &op, fifo, slot, no_wait, &request);
-            let result = result.map_err(|e| {
-                transfers
-                    .explain_full_disk(&op, e)
-                    .context(doing)
+            let _label = crate::locks::operation_scope(format!("{method} {}", row.id));
+            let result = work(&transfers, &row, &op, stream).map_err(|e| {
+                let e = transfers.explain_full_disk(&op, e);
+                e.context(format!("{doing} VM {}", row.name))
                     .of_vm(&row.name)
             });
             transfers.core.end_op(op, result);
@@ -185,9 +190,11 @@ impl Transfers {
             Ok(()) => Ok(Admitted {
                 row,
                 op,
-                fifo,
-                slot,
-                no_wait,
+                stream: Stream {
+                    fifo,
+                    slot,
+                    no_wait,
+                },
                 _user,
             }),
             Err(e) => {
@@ -213,18 +220,16 @@ impl Transfers {
         &self,
         row: &VmRow,
         op: &OpHandle,
-        fifo: OwnedFd,
-        slot: QueueSlot,
-        no_wait: bool,
+        stream: Stream,
         (request, notes): (&PrepareRequest, Notes),
     ) -> Result<Value> {
         #[cfg(feature = "one-lock")]
         let _negative_control = self.core.locks.vm.lock(&row.id);
-        let guard = self.lock_workspace(op, row, no_wait)?;
-        let transfer = self.transfer(&guard.key().0, op, fifo, &request.guest_path)?;
+        let guard = self.lock_workspace(op, row, stream.no_wait)?;
+        let transfer = self.transfer(&guard.key().0, op, stream.fifo, &request.guest_path)?;
         let row_at_start = self.mark_incomplete(&transfer.row, request)?;
         let (wanted, moved) = (request.clone(), transfer.moved.clone());
-        let job = slot.submit(
+        let job = stream.slot.submit(
             &format!("workspace.prepare {}", row.name),
             op.cancel(),
             move |cancel| transfer.import(cancel, &wanted, &notes),
@@ -252,12 +257,10 @@ impl Transfers {
         &self,
         row: &VmRow,
         op: &OpHandle,
-        fifo: OwnedFd,
-        slot: QueueSlot,
-        no_wait: bool,
+        stream: Stream,
         request: &ExportRequest,
     ) -> Result<Value> {
-        let guard = self.lock_workspace(op, row, no_wait)?;
+        let guard = self.lock_workspace(op, row, stream.no_wait)?;
         let workspace = self
             .core
             .store
@@ -276,9 +279,9 @@ impl Transfers {
                 row.name
             )));
         }
-        let transfer = self.transfer(&guard.key().0, op, fifo, &workspace.guest_path)?;
+        let transfer = self.transfer(&guard.key().0, op, stream.fifo, &workspace.guest_path)?;
         let (kind, moved) = (request.kind, transfer.moved.clone());
-        let job = slot.submit(
+        let job = stream.slot.submit(
             &format!("workspace.export {}", row.name),
             op.cancel(),
             move |cancel| transfer.export(cancel, kind),

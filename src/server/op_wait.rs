@@ -76,7 +76,7 @@ impl OpWait<'_> {
                     // It may have ended in the meantime.
                     let _ = self.core.ops.cancel(&id, CancelCause::CallerHungUp);
                 }
-                Err(CallError::from(gone()).with_op(id))
+                Err(CallError::from(Error::from(Gone)).with_op(id))
             }
         }
     }
@@ -109,7 +109,7 @@ impl OpWait<'_> {
                 format!("operation {} is still running", op.id),
             ))
             .with_op(op.id)),
-            Err(Gone) => Err(gone().into()),
+            Err(gone) => Err(Error::from(gone).into()),
         }
     }
 
@@ -141,10 +141,6 @@ impl OpWait<'_> {
             }
         }
     }
-}
-
-fn gone() -> Error {
-    Error::new(Kind::Cancelled, "the caller disconnected")
 }
 
 pub(super) fn raw(reply: &impl Serialize) -> CallResult {

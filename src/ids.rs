@@ -1,6 +1,7 @@
 //! Newtypes for names and ids, which are validated when they are parsed.
 
 use crate::error::{Error, Kind, Result};
+use crate::host::{hex, random};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
@@ -28,18 +29,7 @@ fn id_is_valid(s: &str) -> bool {
 }
 
 fn random_id() -> String {
-    let mut bytes = [0u8; ID_LEN / 2];
-    let mut filled = 0;
-    while filled < bytes.len() {
-        // getrandom(2) fails only for a bad address: without flags it waits until its pool is
-        // seeded.
-        match rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty()) {
-            Ok(n) => filled += n,
-            Err(rustix::io::Errno::INTR) => {}
-            Err(e) => panic!("getrandom: {e}"),
-        }
-    }
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
+    hex::encode(&random::bytes::<{ ID_LEN / 2 }>())
 }
 
 macro_rules! text_newtype {
@@ -112,10 +102,10 @@ text_newtype!(
     "use 1 to 32 of a-z, 0-9 and -, beginning with a letter and not ending with -"
 );
 
-macro_rules! random {
+macro_rules! random_ids {
     ($($name:ident),*) => { $(impl $name { pub fn random() -> Self { Self(random_id()) } })* };
 }
-random!(VmId, OpId, SessionId, SnapshotId);
+random_ids!(VmId, OpId, SessionId, SnapshotId);
 
 #[cfg(test)]
 mod tests {

@@ -3,6 +3,7 @@
 
 use super::workspace::{CHUNK_BYTES_MAX, TRAILER_BYTES_MAX, Trailer};
 use crate::error::{Error, Kind};
+use crate::host::hex;
 use sha2::{Digest, Sha256};
 use std::io::{self, Read, Write};
 
@@ -37,10 +38,6 @@ pub fn error(doing: impl Into<String>, source: io::Error) -> Error {
     Error::io(doing, source)
 }
 
-fn hex(digest: &[u8]) -> String {
-    digest.iter().map(|b| format!("{b:02x}")).collect()
-}
-
 /// The sender's side, which produces headers and the trailer.
 #[derive(Default)]
 pub struct Encoder {
@@ -62,7 +59,7 @@ impl Encoder {
         let trailer = Trailer {
             entries,
             bytes: self.bytes,
-            sha256: hex(&self.sha256.finalize()),
+            sha256: hex::encode(&self.sha256.finalize()),
         };
         let mut bytes = vec![0; HEADER_BYTES];
         bytes.extend(serde_json::to_vec(&trailer).expect("a plain struct"));
@@ -163,7 +160,7 @@ impl Decoder {
         if let State::Trailer { json } = &self.state {
             let trailer: Trailer = serde_json::from_slice(json)
                 .map_err(|e| broken(format!("the trailer after {} bytes: {e}", self.bytes)))?;
-            let sha256 = hex(&self.sha256.clone().finalize());
+            let sha256 = hex::encode(&self.sha256.clone().finalize());
             if trailer.bytes != self.bytes || trailer.sha256 != sha256 {
                 return Err(broken(format!(
                     "the trailer announces {} bytes and {} arrived, or their digests differ",

@@ -47,7 +47,6 @@ use exec::OUR_FAILURE;
 use signals::SignalSource;
 use std::ffi::OsString;
 use std::path::PathBuf;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 /// The exit status for usage errors, outside `exec` and `run`.
 const USAGE: u8 = 2;
@@ -128,9 +127,7 @@ enum Noun {
 pub fn main() -> u8 {
     let args: Vec<OsString> = std::env::args_os().collect();
     let env: Env = Box::new(|name| std::env::var(name).ok());
-    let now_s = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |d| d.as_secs());
+    let now_s = crate::host::time::now_s();
     let context = Stdio::of_process()
         .and_then(|stdio| Context::new(stdio, SignalSource::Process, env, now_s));
     match context {

@@ -3,7 +3,6 @@
 //! because the work is done and must be recorded.
 
 use super::call::to_value;
-use super::core::now_s;
 use super::history;
 use super::history::What;
 use super::lifecycle::{Claim, Lifecycle, Outcome};
@@ -16,6 +15,7 @@ use super::runtime::{BootEnd, Successor};
 use super::transitions::Verb;
 use crate::api::vm::{VmDeleteReply, VmState};
 use crate::error::{Error, Kind, Result};
+use crate::host::time::now_s;
 use crate::host::wait::cancelled_by;
 use crate::ids::VmId;
 use crate::locks::KeyGuard;

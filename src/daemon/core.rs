@@ -19,7 +19,7 @@ use crate::store::{Store, Ticket, Tx, VmRow};
 use std::ops::Deref;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 /// The directory of VMs' directories, in the state directory.
 pub(super) const VMS_DIR: &str = "vms";
@@ -49,13 +49,6 @@ impl Deref for Core {
     fn deref(&self) -> &Shared {
         &self.0
     }
-}
-
-/// Seconds since the epoch.
-pub(super) fn now_s() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |d| d.as_secs())
 }
 
 impl Core {

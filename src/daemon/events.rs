@@ -6,7 +6,7 @@
 
 use super::access::Caller;
 use super::changes::events_for;
-use super::core::{Core, now_s};
+use super::core::Core;
 use super::feeder::Feeder;
 use super::feeder::Outlet;
 use super::vm_view::view;
@@ -14,6 +14,7 @@ use super::waiting::{Gone, Hangup};
 use crate::api::event::{Events, EventsWatchReply, EventsWatchRequest, Lagged, Snapshot};
 use crate::api::frame::Note;
 use crate::error::{Error, Kind, Result};
+use crate::host::time::now_s;
 use crate::store::{Next, Seen, Start, StoreChange};
 use std::io;
 use std::os::unix::net::UnixStream;

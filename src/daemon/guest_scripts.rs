@@ -1,6 +1,7 @@
 //! Scripts that the daemon runs in guests around a snapshot.
 
-use super::core::now_s;
+use crate::host::time::now_s;
+
 /// Reads a script from standard input. `sh -s` would not do: its background processes keep a
 /// descriptor of the script, and thereby the connection, open.
 pub(super) const GUEST_SHELL: &str = "/usr/lib/fcd/busybox sh -c \"$(cat)\"";

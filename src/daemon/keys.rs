@@ -3,9 +3,11 @@
 
 use super::access::Caller;
 use super::call::CallOutcome;
-use super::core::{Core, DURABLE_DEADLINE, now_s};
+use super::core::{Core, DURABLE_DEADLINE};
 use crate::api::op::Op;
 use crate::error::{Error, Kind, Result};
+use crate::host::hex;
+use crate::host::time::now_s;
 use crate::ids::OpId;
 use crate::locks::{Condvar, Mutex, Rank};
 use crate::store::{KeyRow, Tx};
@@ -87,8 +89,7 @@ impl Keys {
             .map_err(|e| Error::invalid("read the parameters").with_source(e))?;
         // A `Value` sorts its members, so their order does not matter.
         let hash = Sha256::digest(format!("{method}\n{params}").as_bytes());
-        let params_hash: String = hash.iter().map(|b| format!("{b:02x}")).collect();
-        let held = self.hold_key(caller.uid, key, method, params_hash)?;
+        let held = self.hold_key(caller.uid, key, method, hex::encode(&hash))?;
         let Some(row) = self
             .core
             .store

@@ -2,10 +2,10 @@
 
 use super::access::Caller;
 use super::core::Core;
-use super::core::now_s;
 use crate::api::op::{Op, OpListReply, OpListRequest, OpReply, OpState};
 use crate::api::{Fault, page};
 use crate::error::{Kind, Result};
+use crate::host::time::now_s;
 use crate::ids::{OpId, VmId};
 use crate::locks::CancelCause;
 use crate::ops::{Filter, Limits, OpHandle};

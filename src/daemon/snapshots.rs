@@ -21,7 +21,7 @@
 use super::access::Caller;
 use super::access::PREFIX_LEN_MIN;
 use super::call::{CallOutcome, to_value};
-use super::core::{Core, now_s};
+use super::core::Core;
 use super::create::Creator;
 use super::guest_holder::GuestHolder;
 use super::guest_scripts::GUEST_SHELL;
@@ -55,6 +55,7 @@ use crate::guest::Transport;
 use crate::guest::{REJOIN, Script, run_script};
 use crate::host::Commands;
 use crate::host::fs::{create_dir, create_private_dir};
+use crate::host::time::now_s;
 use crate::ids::{NAME_LEN_MAX, SnapshotId, SnapshotName, VmName};
 use crate::image::Images;
 use crate::ops::OpHandle;

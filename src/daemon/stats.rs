@@ -8,10 +8,10 @@ use super::views::Views;
 use crate::api::page;
 use crate::api::vm::{VmMetricsReply, VmState, VmStats, VmStatsReply, VmStatsRequest};
 use crate::error::{Error, Kind, Result};
+use crate::host::time::since_epoch;
 use crate::host::usage;
 use crate::store::VmRow;
 use serde_json::value::RawValue;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 impl Views {
     /// Returns the stats of the named VMs, or of all running VMs of the caller.
@@ -79,13 +79,10 @@ impl Views {
             .as_ref()
             .and_then(|tap| crate::net::received_and_sent(&tap.name))
             .unzip();
-        let at = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default();
         Ok(VmStats {
             vm: row.id.clone(),
             name: row.name.clone(),
-            at_ms: u64::try_from(at.as_millis()).unwrap_or(u64::MAX),
+            at_ms: u64::try_from(since_epoch().as_millis()).unwrap_or(u64::MAX),
             cpu_ns: used.cpu_ns,
             memory_bytes: used.memory_bytes,
             memory_max_bytes: row.mem_mib << 20,

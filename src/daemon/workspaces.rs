@@ -4,7 +4,7 @@
 
 use super::access::Caller;
 use super::call::{CallOutcome, to_value};
-use super::core::{Core, now_s};
+use super::core::Core;
 use super::guests::Guests;
 use super::locks::WorkspaceOf;
 use super::notes::Notes;
@@ -21,6 +21,7 @@ use crate::api::workspace::{ExportReply, ExportRequest, PrepareReply, PrepareReq
 use crate::error::{Error, Kind, Result};
 use crate::guest::Transport;
 use crate::guest::io::fifo::{self, Direction};
+use crate::host::time::now_s;
 use crate::host::wait::{cancelled, cancelled_by};
 use crate::ids::VmId;
 use crate::locks::{CancelCause, KeyGuard};

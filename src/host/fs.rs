@@ -1,6 +1,7 @@
 //! File access: durable writes, opens that do not follow links, private directories, removal of
 //! trees, and free space.
 
+use super::{hex, random};
 use crate::error::{Error, Kind, Result};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawMode};
 use rustix::io::Errno;
@@ -128,10 +129,7 @@ pub fn write_durable(path: &Path, bytes: &[u8], mode: RawMode) -> Result<()> {
 fn temporary_name(name: &OsStr) -> PathBuf {
     let mut temporary = std::ffi::OsString::from(".");
     temporary.push(name);
-    let mut random = [0u8; 8];
-    // Fails only before the kernel's random pool is seeded. O_EXCL then catches a duplicate name.
-    let _ = rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty());
-    temporary.push(format!(".{:016x}.tmp", u64::from_ne_bytes(random)));
+    temporary.push(format!(".{}.tmp", hex::encode(&random::bytes::<8>())));
     temporary.into()
 }
 

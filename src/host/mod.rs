@@ -7,6 +7,7 @@
 pub mod command;
 pub mod confine;
 pub mod fs;
+pub mod hex;
 pub mod inherited;
 pub mod interactive;
 pub mod limits;
@@ -17,10 +18,12 @@ pub mod pidfd_info;
 pub mod piped;
 pub mod process;
 pub mod program;
+pub mod random;
 pub mod reach;
 pub mod shell;
 pub mod strerror;
 pub mod thread;
+pub mod time;
 pub mod usage;
 pub mod wait;
 

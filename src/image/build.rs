@@ -9,7 +9,8 @@ use super::kernel::Compression;
 use super::registry::{FileRecord, INITRD, Images, KERNEL, Metadata, ROOTFS};
 use super::{ImageInfo, apt_texts, kernel, sources};
 use crate::error::{Error, Kind, Result};
-use crate::host::{Command, Commands, Complaint, strerror};
+use crate::host::time::now_s;
+use crate::host::{Command, Commands, Complaint, hex, strerror};
 use crate::ids::ImageRef;
 use crate::locks::Cancel;
 use sha2::{Digest, Sha256};
@@ -17,7 +18,7 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 /// The packages of every image, in addition to the distribution's essential ones: those that fcd
 /// uses in the guest (openssh-server, git, iproute2, e2fsprogs, kmod, mount), and those that
@@ -124,10 +125,7 @@ pub fn build(
 
     report(STAGE_INITRAMFS);
     let out = staging.path().join("out");
-    let built_at = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |d| d.as_secs());
-    let mut metadata = Metadata::new(&spec.name, &packages, built_at);
+    let mut metadata = Metadata::new(&spec.name, &packages, now_s());
     metadata.owner_uid = Some(spec.owner_uid);
     metadata.os = read_line(&out, "os")?;
     metadata.kernel_version = read_line(&out, "kernel-version")?;
@@ -516,7 +514,7 @@ fn record(dir: &Path, name: &str, cancel: &Cancel) -> Result<FileRecord> {
         }
         at += n as u64;
     }
-    let sha256 = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
+    let sha256 = hex::encode(&hash.finalize());
     Ok(FileRecord {
         name: name.to_owned(),
         bytes,

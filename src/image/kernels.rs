@@ -19,6 +19,7 @@ use super::{Images, cpio};
 use crate::error::{Error, Kind, Result};
 use crate::host::Commands;
 use crate::host::command::read_bounded;
+use crate::host::time::now_s;
 use crate::ids::{KernelName, NAME_LEN_MAX};
 use crate::locks::Cancel;
 use rustix::fs::{Mode, OFlags, ResolveFlags};
@@ -29,7 +30,6 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 const KERNELS_DIR: &str = "kernels";
 /// The prefix of directories that are being created or removed.
@@ -225,9 +225,6 @@ impl Kernels {
         );
         std::fs::write(out.join(INITRD), bytes)
             .map_err(|e| doing(Error::io("write the initramfs", e)))?;
-        let imported_at = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |d| d.as_secs());
         let names = modules.files.iter().map(|(name, _)| name.clone()).collect();
         self.publish(
             &staging,
@@ -235,7 +232,7 @@ impl Kernels {
                 name,
                 version,
                 modules: names,
-                imported_at,
+                imported_at: now_s(),
                 bytes: 0,
             },
         )

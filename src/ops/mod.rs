@@ -16,13 +16,14 @@ pub use watch::{Change, Watcher};
 use crate::api::Fault;
 use crate::api::op::{Op, OpState, Progress};
 use crate::error::{Error, Kind, Result};
+use crate::host::time::now_s;
 use crate::host::wait::cancelled;
 use crate::ids::{OpId, VmId};
 use crate::locks::{Cancel, CancelCause, Condvar, Mutex, Rank, Waited};
 use crate::uids::{Retention, UidCounts};
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 
 /// The registry. Clones share one state.
 #[derive(Clone)]
@@ -194,7 +195,7 @@ impl State {
                 });
             }
         }
-        op.ended_at = Some(now());
+        op.ended_at = Some(now_s());
         let op = op.clone();
         entry.cancel = None;
         entry.changed();
@@ -283,7 +284,7 @@ impl Ops {
             state: OpState::Running,
             may_cancel,
             progress: Progress::default(),
-            started_at: now(),
+            started_at: now_s(),
             ended_at: None,
             result: None,
             error: None,
@@ -465,10 +466,4 @@ fn not_found(what: &str) -> Error {
         format!("there is no operation {what:?}"),
     )
     .hint("run fcctl op list --all")
-}
-
-fn now() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |d| d.as_secs())
 }

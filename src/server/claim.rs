@@ -11,6 +11,7 @@
 use crate::config::{Config, Subnet};
 use crate::daemon::gone::{GoneInstallation, Installations};
 use crate::error::{Error, Kind, Result};
+use crate::host::hex;
 use crate::host::process::find_by_prefix;
 use rustix::fs::{FlockOperation, OFlags};
 use serde::{Deserialize, Serialize};
@@ -93,11 +94,7 @@ impl Claim {
     /// The name of the claim's file. It depends only on the state directory.
     fn file_name(&self) -> String {
         let hash = Sha256::digest(self.state_dir.as_os_str().as_encoded_bytes());
-        hash.iter()
-            .take(8)
-            .map(|b| format!("{b:02x}"))
-            .collect::<String>()
-            + ".json"
+        format!("{}.json", hex::encode(&hash[..8]))
     }
 
     fn shares_uids(&self, other: &Self) -> bool {

@@ -20,6 +20,7 @@ use super::{Inner, VmRow, WorkspaceRow};
 use crate::api::Fault;
 use crate::api::op::OpState;
 use crate::error::{Error, Kind, Result};
+use crate::host::time::now_s;
 use crate::ids::{OpId, VmId};
 use crate::locks::{Mutex, Rank};
 use nix::poll::PollFlags;
@@ -27,7 +28,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 /// How many changes are kept for listeners that resume.
 pub const KEPT_MAX: usize = 4096;
@@ -213,9 +214,7 @@ impl Bus {
 
     /// Publishes changes that are on disk. Only the writer calls this, one batch after the other.
     pub(super) fn publish(&self, changes: &[Change]) {
-        let at = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |d| d.as_secs());
+        let at = now_s();
         let mut published = self.published.lock();
         for change in changes {
             let change = published.apply(change, at);

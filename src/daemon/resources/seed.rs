@@ -2,13 +2,13 @@
 //! present network configuration. It is in the VM's directory and is removed with it.
 
 use super::{Resource, Span};
-use crate::daemon::core::now_s;
 use crate::daemon::resources::{Boot, Resources};
 use crate::daemon::snapshot_registry::Restore;
 use crate::disk::RestoreSeed;
 use crate::disk::{Seed as Drive, work};
-use crate::error::Error;
 use crate::error::Result;
+use crate::host::time::now_s;
+use crate::host::{hex, random};
 use crate::net::Mac;
 use crate::store::VmRow;
 
@@ -61,9 +61,9 @@ impl Resources {
     /// What a restored guest gets when it resumes.
     pub(super) fn restore_seed(&self, row: &VmRow, restore: &Restore) -> Result<RestoreSeed> {
         Ok(RestoreSeed {
-            token: random_hex(RANDOM_BYTES / 4)?,
+            token: random_hex::<{ RANDOM_BYTES / 4 }>(),
             now_s: now_s(),
-            random: random_hex(RANDOM_BYTES)?,
+            random: random_hex::<RANDOM_BYTES>(),
             // The tap is made later, but its address is known.
             mac: self
                 .networks
@@ -71,23 +71,11 @@ impl Resources {
                 .as_ref()
                 .map(|net| net.lease(row.slot).map(|l| Mac::of(l.address).to_string()))
                 .transpose()?,
-            machine_id: restore.in_other_vm.then(|| random_hex(16)).transpose()?,
+            machine_id: restore.in_other_vm.then(random_hex::<16>),
         })
     }
 }
 
-fn random_hex(bytes: usize) -> Result<String> {
-    let mut random = vec![0u8; bytes];
-    let mut filled = 0;
-    while filled < bytes {
-        filled += match rustix::rand::getrandom(
-            &mut random[filled..],
-            rustix::rand::GetRandomFlags::empty(),
-        ) {
-            Ok(n) => n,
-            Err(rustix::io::Errno::INTR) => 0,
-            Err(e) => return Err(Error::io("take random numbers", std::io::Error::from(e))),
-        };
-    }
-    Ok(random.iter().map(|b| format!("{b:02x}")).collect())
+fn random_hex<const BYTES: usize>() -> String {
+    hex::encode(&random::bytes::<BYTES>())
 }

@@ -7,6 +7,7 @@
 
 use crate::error::{Error, Kind, Result};
 use crate::host::shell::quote;
+use crate::host::time::since_epoch;
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use std::collections::{BTreeMap, BTreeSet};
@@ -16,7 +17,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 use std::rc::Rc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 /// Maximum size of a file that names a path. git does not read a longer `.git` file either.
 const POINTER_BYTES_MAX: u64 = 1024 * 1024;
@@ -275,9 +276,7 @@ impl CheckedStores {
 
     /// True if a change within the last clock tick might go unnoticed.
     pub fn is_fresh(&self) -> bool {
-        let now = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default();
+        let now = since_epoch();
         let age = |stamp: &Stamp| {
             let (s, ns) = stamp.changed;
             let at = Duration::new(

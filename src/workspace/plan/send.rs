@@ -26,6 +26,7 @@
 
 use super::{Plan, Repo, TreeKind};
 use crate::error::{Error, Kind, Result};
+use crate::host::hex;
 use crate::locks::Cancel;
 use crate::workspace::beneath::{Beneath, is_absent};
 use crate::workspace::encode::encode;
@@ -484,10 +485,9 @@ fn hash(size: u64, from: &mut dyn Read, sha256: bool, cancel: &Cancel) -> std::i
             n => add(&buffer[..n]),
         }
     }
-    let hex = |bytes: &[u8]| bytes.iter().map(|b| format!("{b:02x}")).collect();
     Ok(if sha256 {
-        hex(&h2.finalize())
+        hex::encode(&h2.finalize())
     } else {
-        hex(&h1.finalize())
+        hex::encode(&h1.finalize())
     })
 }

@@ -15,6 +15,7 @@
 use super::git_texts;
 use crate::api::exec::Exit;
 use crate::error::{Error, Kind, Result};
+use crate::host::hex;
 use crate::host::shell::quote;
 
 const COMMON: &str = include_str!("common.sh");
@@ -49,7 +50,7 @@ impl GuestWorkspace {
     pub fn with_root(guest_path: &str, state_root: &str) -> Self {
         use sha2::Digest;
         let hash = sha2::Sha256::digest(guest_path.as_bytes());
-        let key: String = hash[..8].iter().map(|b| format!("{b:02x}")).collect();
+        let key = hex::encode(&hash[..8]);
         Self {
             guest_path: guest_path.to_owned(),
             state_dir: format!("{state_root}/{key}"),

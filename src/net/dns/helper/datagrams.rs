@@ -5,6 +5,7 @@ use super::packet::{Rcode, is_answer, set_id};
 use super::zone::{Found, Verdict, answer, judge};
 use super::{Daemon, Disconnected};
 use crate::config::Subnet;
+use crate::host::random;
 use crate::net::dns::gatekeeper::TRIES_MAX;
 use crate::net::dns::protocol::{ANSWER_BYTES_MAX, Request, Ticket};
 use nix::poll::PollFlags;
@@ -172,12 +173,10 @@ impl Datagrams {
             return self.fail(at, daemon);
         };
         let pending = &mut self.pending[at];
-        let sent = random_id().and_then(|id| {
-            set_id(&mut pending.packet, id);
-            socket.send(&pending.packet).ok().map(|_| id)
-        });
-        match sent {
-            Some(id) => {
+        let id = u16::from_ne_bytes(random::bytes());
+        set_id(&mut pending.packet, id);
+        match socket.send(&pending.packet) {
+            Ok(_) => {
                 pending.asked = Some(Asked {
                     id,
                     socket,
@@ -185,7 +184,7 @@ impl Datagrams {
                 });
                 Ok(())
             }
-            None => self.try_again(at, daemon),
+            Err(_) => self.try_again(at, daemon),
         }
     }
 
@@ -255,10 +254,4 @@ impl Datagrams {
             packet: &pending.failure,
         })
     }
-}
-
-fn random_id() -> Option<u16> {
-    let mut bytes = [0; 2];
-    let filled = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()).ok()?;
-    (filled == bytes.len()).then(|| u16::from_ne_bytes(bytes))
 }

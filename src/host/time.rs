@@ -1,0 +1,26 @@
+//! The time of day. Waits and deadlines use [`std::time::Instant`] instead.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// The time since the epoch, or nothing if the clock is set to before it.
+pub fn since_epoch() -> Duration {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+}
+
+/// Whole seconds since the epoch.
+pub fn now_s() -> u64 {
+    since_epoch().as_secs()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn now_is_between_two_readings_of_the_clock() {
+        let (before, now, after) = (since_epoch(), now_s(), since_epoch());
+        assert!((before.as_secs()..=after.as_secs()).contains(&now));
+    }
+}

@@ -1,5 +1,5 @@
-//! The work of a start. The boot acquires its resources one by one (`resources`) and then waits for
-//! the guest. A boot that fails releases what it acquired, in reverse order.
+//! The work of a start. The boot runs its steps one by one (`resources`) and then waits for the
+//! guest. A boot that fails releases the resources that its steps acquired, in reverse order.
 
 use super::guest_scripts::set_clock_command;
 use super::lifecycle::{Claim, Lifecycle};
@@ -65,7 +65,7 @@ impl Lifecycle {
             former_disks,
             running,
         };
-        self.resources.acquire_all(&mut boot)?;
+        self.resources.run_boot_steps(&mut boot)?;
         self.finish_boot(&mut boot)
     }
 

@@ -24,8 +24,8 @@
 //!    the guest is about to end. The answer may also be "nothing to do", a refusal with a hint, or
 //!    "wait for the operation in progress".
 //! 2. **Work** (`boot.rs`, `down.rs`). In a thread of the operation's own and without a lock. It
-//!    first waits until the claim is durable. A boot takes resources from the host one by one; each
-//!    is in the ledger before it is taken (`resources/`).
+//!    first waits until the claim is durable. A boot runs its steps one by one; what a step takes
+//!    from the host is in the ledger before (`resources/`).
 //! 3. **Commit** (`commit.rs`). Under the lock again: the VM is `running`, `stopped`, `failed` or
 //!    gone, or the next step begins. If the store refuses the write, the commit is retried until it
 //!    succeeds or the daemon ends.

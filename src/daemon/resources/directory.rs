@@ -1,10 +1,9 @@
 //! A VM's directory with its keys, seed drive, disks and console log.
 
-use super::{HostView, Resource, Span};
+use super::{Boot, BootStep, HostView, Resource, Resources, Span};
 use crate::api::daemon::Check;
 use crate::config::{Config, VmmDriver};
 use crate::daemon::core::VMS_DIR;
-use crate::daemon::resources::{Boot, Resources};
 use crate::daemon::vm_dir::HOST_KEY_FILE;
 use crate::daemon::vm_dir::KEY_FILE;
 use crate::disk::KeyPair;
@@ -28,6 +27,17 @@ const SPACE_BYTES_WARN: u64 = 2 << 30;
 
 pub(super) struct Directory;
 
+impl BootStep for Directory {
+    fn stage(&self) -> &'static str {
+        "prepare the directory"
+    }
+
+    fn run(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
+        drop(crate::host::fs::create_dir(&boot.spec.dir, 0o711)?);
+        resources.keys(&boot.row, &boot.spec).map(drop)
+    }
+}
+
 impl Resource for Directory {
     fn kind(&self) -> &'static str {
         "directory"
@@ -38,15 +48,6 @@ impl Resource for Directory {
     fn intent(&self, resources: &Resources, row: &VmRow) -> Option<String> {
         Some(resources.core.vm_dir(&row.id).display().to_string())
     }
-    fn stage(&self) -> Option<&'static str> {
-        Some("prepare the directory")
-    }
-
-    fn acquire(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
-        drop(crate::host::fs::create_dir(&boot.spec.dir, 0o711)?);
-        resources.keys(&boot.row, &boot.spec).map(drop)
-    }
-
     fn release(&self, resources: &Resources, name: &str) -> Result<()> {
         let dir = Path::new(name);
         resources.vmm.consoles().forget(dir);
@@ -83,12 +84,12 @@ impl Resource for Directory {
             .map(|e| e.path().display().to_string())
             .collect())
     }
+}
 
-    fn checks(&self, host: &HostView<'_>) -> Vec<Check> {
-        let mut all = vec![space_check(&host.config.state_dir)];
-        all.extend(reach_check(host.config));
-        all
-    }
+pub(super) fn checks(host: &HostView<'_>) -> Vec<Check> {
+    let mut all = vec![space_check(&host.config.state_dir)];
+    all.extend(reach_check(host.config));
+    all
 }
 
 /// Checks that VMMs can reach the state directory. If the daemon is root, QEMU runs under another

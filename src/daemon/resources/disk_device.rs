@@ -1,8 +1,7 @@
 //! The device of a root disk that is a device-mapper snapshot. Other disks have none. Its name is
 //! the VM's tag.
 
-use super::{Resource, Span};
-use crate::daemon::resources::{Boot, Resources};
+use super::{Boot, BootStep, Resource, Resources, Span};
 use crate::disk::{Method, snapshot};
 use crate::error::{Error, Result};
 use crate::ids::VmId;
@@ -11,22 +10,12 @@ use crate::store::VmRow;
 
 pub(super) struct DiskDevice;
 
-impl Resource for DiskDevice {
-    fn kind(&self) -> &'static str {
-        "disk_device"
-    }
-    fn span(&self) -> Span {
-        Span::Boot
-    }
-    fn intent(&self, resources: &Resources, row: &VmRow) -> Option<String> {
-        (resources.specs.disk_method(row) == Some(Method::DmSnapshot))
-            .then(|| resources.core.tag(row))
-    }
-    fn stage(&self) -> Option<&'static str> {
-        Some("make the disk's device")
+impl BootStep for DiskDevice {
+    fn stage(&self) -> &'static str {
+        "make the disk's device"
     }
 
-    fn acquire(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
+    fn run(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
         if resources.specs.disk_method(&boot.row) != Some(Method::DmSnapshot) {
             return Ok(());
         }
@@ -41,7 +30,19 @@ impl Resource for DiskDevice {
         };
         snapshot::activate(resources.commands.as_ref(), &spec, boot.cancel)
     }
+}
 
+impl Resource for DiskDevice {
+    fn kind(&self) -> &'static str {
+        "disk_device"
+    }
+    fn span(&self) -> Span {
+        Span::Boot
+    }
+    fn intent(&self, resources: &Resources, row: &VmRow) -> Option<String> {
+        (resources.specs.disk_method(row) == Some(Method::DmSnapshot))
+            .then(|| resources.core.tag(row))
+    }
     /// Uses a cancel token of its own, because clean-up continues while the daemon closes.
     fn release(&self, resources: &Resources, name: &str) -> Result<()> {
         let cancel = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;

@@ -2,8 +2,7 @@
 //! set aside, and they are restored if the start fails or the daemon dies. After that they only
 //! have to be removed.
 
-use super::{Resource, Span};
-use crate::daemon::resources::{Boot, Resources};
+use super::{Resource, Resources, Span};
 use crate::daemon::vm_dir::{CHANGES_FILE, DISK_FILE, WORK_DISK_FILE};
 use crate::error::{Error, Result};
 use crate::ids::VmId;
@@ -16,7 +15,8 @@ const FORMER_DIR: &str = "former";
 /// For a device-mapper snapshot, `DISK_FILE` is a device node, which is made again with its device.
 const FILES: [&str; 3] = [DISK_FILE, CHANGES_FILE, WORK_DISK_FILE];
 
-/// Disks that are set aside while the start is in progress.
+/// Disks that are set aside while the start is in progress. A restore writes the ledger row: see
+/// [`intend`].
 pub(super) struct FormerDisks;
 
 /// Disks that were replaced, of a VM that runs from the snapshot.
@@ -28,16 +28,6 @@ impl Resource for FormerDisks {
     }
     fn span(&self) -> Span {
         Span::Start
-    }
-    /// Only a restore has former disks, and it writes the ledger row itself.
-    fn intent(&self, _resources: &Resources, _row: &VmRow) -> Option<String> {
-        None
-    }
-    fn stage(&self) -> Option<&'static str> {
-        None
-    }
-    fn acquire(&self, _resources: &Resources, _boot: &mut Boot<'_>) -> Result<()> {
-        Ok(())
     }
 
     fn release(&self, resources: &Resources, name: &str) -> Result<()> {
@@ -69,15 +59,6 @@ impl Resource for ReplacedDisks {
     }
     fn span(&self) -> Span {
         Span::Start
-    }
-    fn intent(&self, _resources: &Resources, _row: &VmRow) -> Option<String> {
-        None
-    }
-    fn stage(&self) -> Option<&'static str> {
-        None
-    }
-    fn acquire(&self, _resources: &Resources, _boot: &mut Boot<'_>) -> Result<()> {
-        Ok(())
     }
 
     fn release(&self, resources: &Resources, name: &str) -> Result<()> {

@@ -1,11 +1,10 @@
 //! What a VMM has on the host in addition to its process and files: its root directory and its
-//! control group. The driver makes them when it starts the VMM, and they are removed when it has
-//! exited.
+//! control group. The driver makes them when it starts the VMM, so no boot step does. They are
+//! removed when it has exited.
 
-use super::{HostView, Resource, Span};
+use super::{HostView, Resource, Resources, Span};
 use crate::api::daemon::Check;
 use crate::daemon::core::VMS_DIR;
-use crate::daemon::resources::{Boot, Resources};
 use crate::error::{Error, Result};
 use crate::ids::VmId;
 use crate::store::VmRow;
@@ -25,14 +24,6 @@ impl Resource for Jail {
             .leaves_remains()
             .then(|| resources.core.tag(row))
     }
-    fn stage(&self) -> Option<&'static str> {
-        None
-    }
-
-    /// The start of the VMM, which follows, makes the jail.
-    fn acquire(&self, _resources: &Resources, _boot: &mut Boot<'_>) -> Result<()> {
-        Ok(())
-    }
 
     fn release(&self, resources: &Resources, name: &str) -> Result<()> {
         let vm: VmId = name
@@ -43,28 +34,28 @@ impl Resource for Jail {
         resources.vmm.clear(&resources.core.vm_dir(&vm), name)
     }
 
-    fn checks(&self, host: &HostView<'_>) -> Vec<Check> {
-        let dir = super::existing(&host.config.state_dir);
-        if !host.vmm.leaves_remains() {
-            return Vec::new();
-        }
-        vec![match crate::vmm::firecracker::require_mount(dir) {
-            Ok(()) => Check::ok(
-                "jail-mount",
-                format!("jails can be made below {}", dir.display()),
-            ),
-            Err(e) => Check::fail(
-                "jail-mount",
-                e.to_string(),
-                e.hint_text().unwrap_or("another state_dir"),
-            ),
-        }]
-    }
-
     fn found(&self, resources: &Resources) -> Result<Vec<String>> {
         resources.vmm.remains(
             &resources.core.state_dir.join(VMS_DIR),
             &resources.core.tag_prefix(),
         )
     }
+}
+
+pub(super) fn checks(host: &HostView<'_>) -> Vec<Check> {
+    let dir = super::existing(&host.config.state_dir);
+    if !host.vmm.leaves_remains() {
+        return Vec::new();
+    }
+    vec![match crate::vmm::firecracker::require_mount(dir) {
+        Ok(()) => Check::ok(
+            "jail-mount",
+            format!("jails can be made below {}", dir.display()),
+        ),
+        Err(e) => Check::fail(
+            "jail-mount",
+            e.to_string(),
+            e.hint_text().unwrap_or("another state_dir"),
+        ),
+    }]
 }

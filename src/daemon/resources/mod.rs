@@ -1,25 +1,28 @@
-//! The resources that a VM uses on the host, each kind in its own file.
+//! What a boot does on the host, and what VMs have there.
 //!
-//! A [`Resource`] knows what a boot needs of it, how it is acquired, released and found again, and
-//! what `doctor` checks. A new kind is a new file and a line in [`ALL`].
+//! A [`BootStep`] is something that a boot does. A boot runs all of [`STEPS`] in order.
+//!
+//! A [`Resource`] is a kind of thing that is in the ledger while it may exist on the host. It knows
+//! which one a boot needs, and how it is released and found again. A step that acquires a resource
+//! is in the same file. Steps that acquire nothing are in `steps/`.
 //!
 //! The claim of a start writes what the boot is about to acquire into the ledger, in its own
-//! transaction. The boot acquires the resources in the order of [`ALL`] and releases them in the
-//! reverse order. Each ledger row is deleted once its resource is gone. So whenever a daemon is
-//! killed, the next one can read what to look for.
+//! transaction. A boot that fails releases its resources in the reverse order of [`ALL`]. Each
+//! ledger row is deleted once its resource is gone. So whenever a daemon is killed, the next one
+//! can read what to look for.
 
+mod boot_step;
 mod directory;
-mod disk;
 mod disk_device;
 pub(super) mod former_disks;
 mod jail;
 mod ports;
 mod process;
-mod seed;
 pub(super) mod snapshot;
-mod synced_files;
+mod steps;
 mod tap;
-mod work_disk;
+
+pub(super) use boot_step::Boot;
 
 use super::core::Core;
 use super::network::Networks;
@@ -34,35 +37,37 @@ use crate::config::{self, SyncedFile};
 use crate::daemon::gone::Installations;
 use crate::daemon::host_view::HostView;
 use crate::daemon::leak::leak;
-use crate::daemon::snapshot_registry::Restore;
-use crate::disk::RestoreSeed;
-use crate::disk::SeedFile;
-use crate::error::Kind;
 use crate::error::{Error, Result};
 use crate::host::Commands;
 use crate::ids::{SnapshotId, VmId};
-use crate::image::ImageInfo;
-use crate::locks::Cancel;
-use crate::ops::OpHandle;
 use crate::store::{LedgerRow, State, Tx, VmRow};
 use crate::vmm::Driver;
-use crate::vmm::Running;
-use crate::vmm::VmmSpec;
+use boot_step::BootStep;
 use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 
-/// All kinds, in the order in which a boot acquires them. They are released in the reverse order.
-const ALL: [&dyn Resource; 13] = [
+/// All steps of a boot, in order.
+const STEPS: [&dyn BootStep; 10] = [
+    &directory::Directory,
+    &steps::restored_disks::RestoredDisks,
+    &steps::root_disk::RootDisk,
+    &disk_device::DiskDevice,
+    &steps::work_disk::WorkDisk,
+    &steps::synced_files::SyncedFiles,
+    &steps::seed::Seed,
+    &tap::Tap,
+    &ports::Ports,
+    &process::VmmProcess,
+];
+
+/// All kinds of resources. Each may use those before it, so they are released in the reverse order.
+const ALL: [&dyn Resource; 9] = [
     &directory::Directory,
     &former_disks::FormerDisks,
     &former_disks::ReplacedDisks,
     &snapshot::Snapshot,
-    &disk::Disk,
     &disk_device::DiskDevice,
-    &work_disk::WorkDisk,
-    &synced_files::SyncedFiles,
-    &seed::Seed,
     &tap::Tap,
     &ports::Ports,
     &jail::Jail,
@@ -87,16 +92,13 @@ pub(super) trait Resource: Send + Sync {
 
     fn span(&self) -> Span;
 
-    /// The name of what a boot of `row` acquires, by which it is found again on the host. `None` if
-    /// the boot needs nothing of this kind. If the span is `Boot`, the name must be unique to the
-    /// boot. This runs inside the claim's transaction, so it may only access memory.
-    fn intent(&self, resources: &Resources, row: &VmRow) -> Option<String>;
-
-    /// The progress stage while a boot acquires it. `None` if acquiring it does nothing.
-    fn stage(&self) -> Option<&'static str>;
-
-    /// Acquires it. Reuses or replaces what an earlier attempt left.
-    fn acquire(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()>;
+    /// The name of the one that a boot of `row` acquires, by which it is found again on the host.
+    /// `None` if the boot needs none of this kind, or if another operation writes the ledger row.
+    /// If the span is `Boot`, the name must be unique to the boot. This runs inside the claim's
+    /// transaction, so it may only access memory.
+    fn intent(&self, _resources: &Resources, _row: &VmRow) -> Option<String> {
+        None
+    }
 
     /// Releases it, even if the operation was cancelled. Succeeds if it is gone already.
     fn release(&self, resources: &Resources, name: &str) -> Result<()>;
@@ -113,18 +115,21 @@ pub(super) trait Resource: Send + Sync {
     fn is_in_use(&self, _resources: &Resources, _name: &str) -> bool {
         false
     }
-
-    /// The checks of `doctor` for this kind. They are read-only, and there may be no daemon.
-    fn checks(&self, _host: &HostView<'_>) -> Vec<Check> {
-        Vec::new()
-    }
 }
 
-/// The checks of all kinds.
+/// The checks of `doctor` for what boots need. They are read-only, and there may be no daemon.
 pub(super) fn checks(host: &HostView<'_>) -> Vec<Check> {
-    ALL.into_iter()
-        .flat_map(|resource| resource.checks(host))
-        .collect()
+    [
+        directory::checks(host),
+        steps::root_disk::checks(host),
+        steps::work_disk::checks(host),
+        steps::synced_files::checks(host),
+        super::network::checks(host),
+        ports::checks(host),
+        jail::checks(host),
+        host.vmm.checks(),
+    ]
+    .concat()
 }
 
 /// Explains why no VM can start from this state directory, if so, with a fix.
@@ -206,41 +211,7 @@ pub(super) fn forget_directory(resources: &Resources, row: &VmRow) -> Result<()>
         .map_or(Ok(()), |name| directory.release(resources, &name))
 }
 
-/// A boot in progress: what its steps need, and what they have made so far.
-pub(super) struct Boot<'a> {
-    pub op: &'a OpHandle,
-    /// Aborts the boot.
-    pub cancel: &'a Cancel,
-    /// The snapshot that the boot restores.
-    pub restore: Option<&'a Restore>,
-    pub row: VmRow,
-    pub image: &'a ImageInfo,
-    pub spec: VmmSpec,
-    /// Files to copy into the guest.
-    pub files: Vec<SeedFile>,
-    /// What the guest of a snapshot gets after its memory is loaded.
-    pub restore_seed: Option<RestoreSeed>,
-    /// The ledger row of the disks that the VM had before the restore.
-    pub former_disks: Option<u64>,
-    pub running: Option<Running>,
-}
-
-impl Boot<'_> {
-    /// Fails if the guest's init is too old for `what`. It would silently ignore it.
-    pub(super) fn needs_guest(&self, what: &str) -> Result<()> {
-        if self.row.guest_version >= 1 {
-            return Ok(());
-        }
-        let message = format!(
-            "give VM {} {what}: its image was built by an earlier fcd",
-            self.row.name
-        );
-        Err(Error::new(Kind::Unsupported, message)
-            .hint("build the image again (fcctl image build) and create a new VM from it"))
-    }
-}
-
-/// Acquires resources for boots and releases them.
+/// Runs the steps of boots and releases the resources of VMs.
 #[derive(Clone)]
 pub struct Resources {
     pub(in crate::daemon) core: Core,
@@ -258,15 +229,12 @@ pub struct Resources {
 }
 
 impl Resources {
-    /// Acquires everything that a boot needs, step by step. After an error, what was acquired is in
-    /// the ledger.
-    pub(super) fn acquire_all(&self, boot: &mut Boot<'_>) -> Result<()> {
-        for resource in ALL {
-            if let Some(stage) = resource.stage() {
-                boot.op.progress(stage);
-                self.core.effects.before(stage)?;
-            }
-            resource.acquire(self, boot)?;
+    /// Runs all steps of a boot. After an error, what was acquired is in the ledger.
+    pub(super) fn run_boot_steps(&self, boot: &mut Boot<'_>) -> Result<()> {
+        for step in STEPS {
+            boot.op.progress(step.stage());
+            self.core.effects.before(step.stage())?;
+            step.run(self, boot)?;
         }
         Ok(())
     }

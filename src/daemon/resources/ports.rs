@@ -1,14 +1,33 @@
 //! Ports of the host that are forwarded into a guest. On the bridge this takes rules with the VM's
 //! tag. In user mode the VMM opens the ports itself.
 
-use super::{HostView, Resource, Span};
+use super::{Boot, BootStep, HostView, Resource, Resources, Span};
 use crate::api::daemon::Check;
-use crate::daemon::resources::{Boot, Resources};
 use crate::error::{Error, Kind, Result};
 use crate::net;
 use crate::store::VmRow;
 
 pub(super) struct Ports;
+
+impl BootStep for Ports {
+    fn stage(&self) -> &'static str {
+        "forward the ports"
+    }
+
+    fn run(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
+        if boot.row.ports.is_empty() {
+            return Ok(());
+        }
+        match &resources.networks.net {
+            Some(net) => {
+                let guest = resources.networks.guest(&boot.row, net)?;
+                net.forward(&guest, &boot.row.ports, boot.cancel)
+            }
+            // This only checks them. The VMM opens them, but its errors are less clear.
+            None => net::require_free_ports(&boot.row.ports),
+        }
+    }
+}
 
 impl Resource for Ports {
     fn kind(&self) -> &'static str {
@@ -25,24 +44,6 @@ impl Resource for Ports {
             .filter(|_| !row.ports.is_empty())
             .map(|_| resources.core.tag(row))
     }
-    fn stage(&self) -> Option<&'static str> {
-        Some("forward the ports")
-    }
-
-    fn acquire(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
-        if boot.row.ports.is_empty() {
-            return Ok(());
-        }
-        match &resources.networks.net {
-            Some(net) => {
-                let guest = resources.networks.guest(&boot.row, net)?;
-                net.forward(&guest, &boot.row.ports, boot.cancel)
-            }
-            // This only checks them. The VMM opens them, but its errors are less clear.
-            None => net::require_free_ports(&boot.row.ports),
-        }
-    }
-
     fn release(&self, resources: &Resources, name: &str) -> Result<()> {
         match &resources.networks.net {
             Some(net) => net.unforward(name),
@@ -61,18 +62,18 @@ impl Resource for Ports {
             .as_ref()
             .map_or_else(|| Ok(Vec::new()), |net| net.forwarded())
     }
+}
 
-    fn checks(&self, host: &HostView<'_>) -> Vec<Check> {
-        const ID: &str = "ports";
-        let first = crate::daemon::ports::unprivileged_from();
-        let below = match (host.config.network.is_bridge(), first) {
-            (_, 0) => String::new(),
-            (true, _) => format!("; those below {first} only by root"),
-            (false, _) => format!("; those below {first} need the bridge"),
-        };
-        vec![Check::ok(
-            ID,
-            format!("ports of this host can be forwarded to guests (-p){below}"),
-        )]
-    }
+pub(super) fn checks(host: &HostView<'_>) -> Vec<Check> {
+    const ID: &str = "ports";
+    let first = crate::daemon::ports::unprivileged_from();
+    let below = match (host.config.network.is_bridge(), first) {
+        (_, 0) => String::new(),
+        (true, _) => format!("; those below {first} only by root"),
+        (false, _) => format!("; those below {first} need the bridge"),
+    };
+    vec![Check::ok(
+        ID,
+        format!("ports of this host can be forwarded to guests (-p){below}"),
+    )]
 }

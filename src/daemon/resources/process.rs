@@ -1,8 +1,6 @@
 //! The VMM process. It is found again by the tag in its arguments.
 
-use super::{HostView, Resource, Span};
-use crate::api::daemon::Check;
-use crate::daemon::resources::{Boot, Resources};
+use super::{Boot, BootStep, Resource, Resources, Span};
 use crate::error::{Error, Kind, Result};
 use crate::store::Ticket;
 use crate::store::VmRow;
@@ -12,6 +10,17 @@ use crate::vmm::Running;
 const PRETENDERS_MAX: u32 = 64;
 
 pub(super) struct VmmProcess;
+
+impl BootStep for VmmProcess {
+    fn stage(&self) -> &'static str {
+        "start the VMM"
+    }
+
+    fn run(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
+        boot.running = Some(resources.start_vmm(boot)?);
+        Ok(())
+    }
+}
 
 impl Resource for VmmProcess {
     fn kind(&self) -> &'static str {
@@ -23,15 +32,6 @@ impl Resource for VmmProcess {
     fn intent(&self, resources: &Resources, row: &VmRow) -> Option<String> {
         Some(resources.core.tag(row))
     }
-    fn stage(&self) -> Option<&'static str> {
-        Some("start the VMM")
-    }
-
-    fn acquire(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
-        boot.running = Some(resources.start_vmm(boot)?);
-        Ok(())
-    }
-
     fn release(&self, resources: &Resources, name: &str) -> Result<()> {
         // There is more than one only if a compromised VMM pretends to be another.
         for _ in 0..PRETENDERS_MAX {
@@ -58,10 +58,6 @@ impl Resource for VmmProcess {
             .into_iter()
             .map(|vmm| vmm.tag)
             .collect())
-    }
-
-    fn checks(&self, host: &HostView<'_>) -> Vec<Check> {
-        host.vmm.checks()
     }
 }
 

@@ -1,33 +1,18 @@
 //! A VM's tap on the bridge, with its rules. It is found again by the VM's tag in its alias. There
 //! is none in user mode.
 
-use super::{HostView, Resource, Span};
-use crate::api::daemon::Check;
-use crate::daemon::resources::{Boot, Resources};
+use super::{Boot, BootStep, Resource, Resources, Span};
 use crate::error::{Error, Kind, Result};
 use crate::store::{TapFact, VmRow};
 
 pub(super) struct Tap;
 
-impl Resource for Tap {
-    fn kind(&self) -> &'static str {
-        "tap"
-    }
-    fn span(&self) -> Span {
-        Span::Boot
-    }
-    fn intent(&self, resources: &Resources, row: &VmRow) -> Option<String> {
-        resources
-            .networks
-            .net
-            .as_ref()
-            .map(|_| resources.core.tag(row))
-    }
-    fn stage(&self) -> Option<&'static str> {
-        Some("connect the network")
+impl BootStep for Tap {
+    fn stage(&self) -> &'static str {
+        "connect the network"
     }
 
-    fn acquire(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
+    fn run(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
         let fact = match &resources.networks.net {
             Some(net) => {
                 let guest = resources.networks.guest(&boot.row, net)?;
@@ -58,7 +43,22 @@ impl Resource for Tap {
             .boot_spec(boot.restore, &boot.row, boot.image);
         Ok(())
     }
+}
 
+impl Resource for Tap {
+    fn kind(&self) -> &'static str {
+        "tap"
+    }
+    fn span(&self) -> Span {
+        Span::Boot
+    }
+    fn intent(&self, resources: &Resources, row: &VmRow) -> Option<String> {
+        resources
+            .networks
+            .net
+            .as_ref()
+            .map(|_| resources.core.tag(row))
+    }
     fn release(&self, resources: &Resources, name: &str) -> Result<()> {
         match &resources.networks.net {
             Some(net) => net.release(name),
@@ -76,9 +76,5 @@ impl Resource for Tap {
             .net
             .as_ref()
             .map_or_else(|| Ok(Vec::new()), |net| net.list())
-    }
-
-    fn checks(&self, host: &HostView<'_>) -> Vec<Check> {
-        crate::daemon::network::checks(host)
     }
 }

@@ -1,13 +1,11 @@
 //! Files of the host that the configuration gives to every guest. They are read at each start and
 //! put on its seed drive.
 
-use super::{HostView, Resource, Span};
+use super::super::{Boot, BootStep, HostView, Resources};
 use crate::api::daemon::Check;
 use crate::config::SyncedFile;
-use crate::daemon::resources::{Boot, Resources};
 use crate::disk::SeedFile;
 use crate::error::{Error, Kind, Result};
-use crate::store::VmRow;
 use std::fs::File;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 
@@ -16,23 +14,14 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 const FILE_BYTES_MAX: u64 = 1 << 20;
 const ALL_BYTES_MAX: u64 = 8 << 20;
 
-pub(super) struct SyncedFiles;
+pub(in super::super) struct SyncedFiles;
 
-impl Resource for SyncedFiles {
-    fn kind(&self) -> &'static str {
-        "synced_files"
-    }
-    fn span(&self) -> Span {
-        Span::Boot
-    }
-    fn intent(&self, _resources: &Resources, _row: &VmRow) -> Option<String> {
-        None
-    }
-    fn stage(&self) -> Option<&'static str> {
-        Some("read the configured files")
+impl BootStep for SyncedFiles {
+    fn stage(&self) -> &'static str {
+        "read the configured files"
     }
 
-    fn acquire(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
+    fn run(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
         // A restored guest has the files already.
         if resources.synced.is_empty() || boot.restore.is_some() {
             return Ok(());
@@ -41,28 +30,21 @@ impl Resource for SyncedFiles {
         boot.files = read_all(&resources.synced)?;
         Ok(())
     }
+}
 
-    fn release(&self, _resources: &Resources, _name: &str) -> Result<()> {
-        Ok(())
-    }
-    fn found(&self, _resources: &Resources) -> Result<Vec<String>> {
-        Ok(Vec::new())
-    }
-
-    fn checks(&self, host: &HostView<'_>) -> Vec<Check> {
-        const ID: &str = "sync";
-        match read_all(&host.config.sync) {
-            Ok(files) if files.is_empty() => Vec::new(),
-            Ok(files) => vec![Check::ok(
-                ID,
-                format!("{} files for every guest ([[sync]])", files.len()),
-            )],
-            Err(e) => vec![Check::fail(
-                ID,
-                e.to_string(),
-                e.hint_text().unwrap_or("correct it under [[sync]]"),
-            )],
-        }
+pub(in super::super) fn checks(host: &HostView<'_>) -> Vec<Check> {
+    const ID: &str = "sync";
+    match read_all(&host.config.sync) {
+        Ok(files) if files.is_empty() => Vec::new(),
+        Ok(files) => vec![Check::ok(
+            ID,
+            format!("{} files for every guest ([[sync]])", files.len()),
+        )],
+        Err(e) => vec![Check::fail(
+            ID,
+            e.to_string(),
+            e.hint_text().unwrap_or("correct it under [[sync]]"),
+        )],
     }
 }
 

@@ -1,32 +1,19 @@
 //! A VM's root disk. It is in the VM's directory and is removed with it.
 
-use super::{HostView, Resource, Span};
+use super::super::{Boot, BootStep, HostView, Resources};
 use crate::api::daemon::Check;
 use crate::daemon::disk_probe::probe;
-use crate::daemon::resources::{Boot, Resources};
-use crate::disk;
-use crate::disk::Method;
-use crate::disk::RootSpec;
+use crate::disk::{self, Method, RootSpec};
 use crate::error::Result;
-use crate::store::VmRow;
 
-pub(super) struct Disk;
+pub(in super::super) struct RootDisk;
 
-impl Resource for Disk {
-    fn kind(&self) -> &'static str {
-        "disk"
-    }
-    fn span(&self) -> Span {
-        Span::Life
-    }
-    fn intent(&self, _resources: &Resources, _row: &VmRow) -> Option<String> {
-        None
-    }
-    fn stage(&self) -> Option<&'static str> {
-        Some("prepare the disk")
+impl BootStep for RootDisk {
+    fn stage(&self) -> &'static str {
+        "prepare the disk"
     }
 
-    fn acquire(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
+    fn run(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
         if boot.restore.is_some() {
             // The snapshot's disk has taken its place, with the size that it had.
             return Ok(());
@@ -39,23 +26,20 @@ impl Resource for Disk {
             .boot_spec(boot.restore, &boot.row, boot.image);
         Ok(())
     }
+}
 
-    fn release(&self, _resources: &Resources, _name: &str) -> Result<()> {
-        Ok(())
-    }
-    fn found(&self, _resources: &Resources) -> Result<Vec<String>> {
-        Ok(Vec::new())
-    }
-
-    fn checks(&self, host: &HostView<'_>) -> Vec<Check> {
-        vec![disk_check(host)]
-    }
+pub(in super::super) fn checks(host: &HostView<'_>) -> Vec<Check> {
+    vec![disk_check(host)]
 }
 
 fn disk_check(host: &HostView<'_>) -> Check {
     let config = host.config;
     let dir = config.state_dir.display();
-    match probe(&config.disk, host.vmm, super::existing(&config.state_dir)) {
+    match probe(
+        &config.disk,
+        host.vmm,
+        super::super::existing(&config.state_dir),
+    ) {
         Ok(probe) => Check::ok(
             "root-disk",
             format!(

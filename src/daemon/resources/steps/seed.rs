@@ -1,8 +1,7 @@
 //! The seed drive. It is written at every start, with the results of the steps before and the
 //! present network configuration. It is in the VM's directory and is removed with it.
 
-use super::{Resource, Span};
-use crate::daemon::resources::{Boot, Resources};
+use super::super::{Boot, BootStep, Resources};
 use crate::daemon::snapshot_registry::Restore;
 use crate::disk::RestoreSeed;
 use crate::disk::{Seed as Drive, work};
@@ -14,23 +13,14 @@ use crate::store::VmRow;
 
 const RANDOM_BYTES: usize = 64;
 
-pub(super) struct Seed;
+pub(in super::super) struct Seed;
 
-impl Resource for Seed {
-    fn kind(&self) -> &'static str {
-        "seed"
-    }
-    fn span(&self) -> Span {
-        Span::Boot
-    }
-    fn intent(&self, _resources: &Resources, _row: &VmRow) -> Option<String> {
-        None
-    }
-    fn stage(&self) -> Option<&'static str> {
-        Some("write the seed drive")
+impl BootStep for Seed {
+    fn stage(&self) -> &'static str {
+        "write the seed drive"
     }
 
-    fn acquire(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
+    fn run(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
         let (row, spec) = (&boot.row, &boot.spec);
         let (host, user) = resources.keys(row, spec)?;
         boot.restore_seed = boot
@@ -47,13 +37,6 @@ impl Resource for Seed {
             restore: boot.restore_seed.as_ref(),
         };
         seed.write(&spec.seed, spec.credentials)
-    }
-
-    fn release(&self, _resources: &Resources, _name: &str) -> Result<()> {
-        Ok(())
-    }
-    fn found(&self, _resources: &Resources) -> Result<Vec<String>> {
-        Ok(Vec::new())
     }
 }
 

@@ -1,0 +1,55 @@
+//! A boot in progress and its steps.
+
+use super::Resources;
+use crate::daemon::snapshot_registry::Restore;
+use crate::disk::{RestoreSeed, SeedFile};
+use crate::error::{Error, Kind, Result};
+use crate::image::ImageInfo;
+use crate::locks::Cancel;
+use crate::ops::OpHandle;
+use crate::store::VmRow;
+use crate::vmm::{Running, VmmSpec};
+
+/// Something that a boot does on the host.
+pub(super) trait BootStep: Send + Sync {
+    /// The progress stage while it runs.
+    fn stage(&self) -> &'static str;
+
+    /// Does it, if this boot needs it. Reuses or replaces what an earlier attempt left. What has to
+    /// be undone when the boot fails must be in the ledger already.
+    fn run(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()>;
+}
+
+/// A boot in progress: what its steps need, and what they have made so far.
+pub(in crate::daemon) struct Boot<'a> {
+    pub op: &'a OpHandle,
+    /// Aborts the boot.
+    pub cancel: &'a Cancel,
+    /// The snapshot that the boot restores.
+    pub restore: Option<&'a Restore>,
+    pub row: VmRow,
+    pub image: &'a ImageInfo,
+    pub spec: VmmSpec,
+    /// Files to copy into the guest.
+    pub files: Vec<SeedFile>,
+    /// What the guest of a snapshot gets after its memory is loaded.
+    pub restore_seed: Option<RestoreSeed>,
+    /// The ledger row of the disks that the VM had before the restore.
+    pub former_disks: Option<u64>,
+    pub running: Option<Running>,
+}
+
+impl Boot<'_> {
+    /// Fails if the guest's init is too old for `what`. It would silently ignore it.
+    pub fn needs_guest(&self, what: &str) -> Result<()> {
+        if self.row.guest_version >= 1 {
+            return Ok(());
+        }
+        let message = format!(
+            "give VM {} {what}: its image was built by an earlier fcd",
+            self.row.name
+        );
+        Err(Error::new(Kind::Unsupported, message)
+            .hint("build the image again (fcctl image build) and create a new VM from it"))
+    }
+}

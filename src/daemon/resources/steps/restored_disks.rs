@@ -1,0 +1,148 @@
+//! The disks of a restored snapshot. A boot that restores one puts copies of the snapshot's disks
+//! in the place of the VM's own.
+
+use super::super::former_disks;
+use super::super::{Boot, BootStep, Resources};
+use crate::daemon::snapshot_registry::share_saved;
+use crate::disk::{Method, duplicate};
+use crate::error::{Error, Kind, Result};
+use crate::store::{SnapshotRow, WorkspaceRow};
+use std::path::Path;
+
+pub(in super::super) struct RestoredDisks;
+
+impl BootStep for RestoredDisks {
+    fn stage(&self) -> &'static str {
+        "copy the snapshot's disks"
+    }
+
+    fn run(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
+        resources.replace_disks(boot)
+    }
+}
+
+impl Resources {
+    /// Replaces the VM's disks by copies of the snapshot's. The VM's own disks are restored if the
+    /// start fails: see [`Resources::keep_disks`].
+    fn replace_disks(&self, boot: &mut Boot<'_>) -> Result<()> {
+        let Some(restore) = boot.restore else {
+            return Ok(());
+        };
+        let (from, saved) = (&restore.files, &restore.row);
+        // Make all checks before the VM's own disks are moved away.
+        self.vmm.warm_up(&from.kernel, boot.cancel);
+        self.vmm.can_load(&saved.driver, restore.in_other_vm)?;
+        for path in [&from.memory, &from.kernel, &from.initrd] {
+            let len = std::fs::metadata(path)
+                .map_err(|e| damaged(saved, path, &e.to_string()))?
+                .len();
+            if len == 0 {
+                return Err(damaged(saved, path, "it is empty"));
+            }
+        }
+        for path in [&from.memory, &from.devices] {
+            // An earlier version gave them to a group of all VMMs.
+            share_saved(path, boot.spec.credentials)
+                .map_err(|e| damaged(saved, path, &e.to_string()))?;
+        }
+        let method = Method::from_name(&saved.disk_driver).ok_or_else(|| {
+            Error::new(
+                Kind::Unsupported,
+                format!(
+                    "snapshot {}: unknown kind of disk {}",
+                    saved.name, saved.disk_driver
+                ),
+            )
+        })?;
+        let root = duplicate::Source {
+            method: Some(method),
+            path: &from.disk,
+            base: &boot.image.rootfs,
+        };
+        let work = boot.spec.work_disk.clone().map(|to| {
+            (
+                duplicate::Source {
+                    method: None,
+                    path: &from.work_disk,
+                    base: &from.work_disk,
+                },
+                to,
+            )
+        });
+        let reporter = boot.op.reporter();
+        let report = &mut |done, total| reporter.progress_units(done, Some(total), "bytes");
+        let (former, ticket) = self
+            .core
+            .store
+            .change(|tx| Ok(former_disks::intend(tx, &boot.row, &boot.spec.tag)))?;
+        self.core.wait_durable(ticket)?;
+        boot.former_disks = Some(former);
+        let mut copied = Vec::new();
+        for (source, to) in
+            std::iter::once((root, self.specs.disk_path(&boot.row.id, method))).chain(work)
+        {
+            copied.push(duplicate::copy(
+                self.commands.as_ref(),
+                &source,
+                &to,
+                boot.spec.credentials,
+                boot.cancel,
+                report,
+            )?);
+        }
+        self.core.effects.before("set the disks aside")?;
+        former_disks::set_aside(&boot.spec.dir)?;
+        self.core.effects.before("replace the disks")?;
+        copied
+            .into_iter()
+            .try_for_each(duplicate::Copied::publish)?;
+        // The store's row still describes the former disks.
+        boot.row.disk_bytes = saved.disk_bytes;
+        Ok(())
+    }
+
+    /// The guest runs, so the VM keeps the new disks and takes over what the snapshot says about
+    /// them.
+    pub(in crate::daemon) fn keep_disks(&self, boot: &mut Boot<'_>) -> Result<()> {
+        let (Some(restore), Some(former)) = (boot.restore, boot.former_disks.take()) else {
+            return Ok(());
+        };
+        let (saved, row, tag) = (&restore.row, &boot.row, &boot.spec.tag);
+        let workspace = saved.workspace.clone().map(|w| WorkspaceRow {
+            vm: row.id.clone(),
+            generation: row.generation,
+            ..w
+        });
+        let guard = self.core.locks.vm.lock(&row.id);
+        let (replaced, ticket) = self.core.store.change(|tx| {
+            match workspace {
+                Some(workspace) => tx.put_workspace(workspace)?,
+                None => tx.remove_workspace(&row.id),
+            }
+            tx.update_vm(&guard, |row| {
+                (row.disk_bytes, row.guest_version) = (saved.disk_bytes, saved.guest_version);
+                row.disk_driver = Some(saved.disk_driver.clone());
+            })?;
+            Ok(former_disks::mark_replaced(tx, former, row, tag))
+        })?;
+        drop(guard);
+        self.core.wait_durable(ticket)?;
+        former_disks::remove(self, row, tag, replaced);
+        Ok(())
+    }
+}
+
+fn damaged(snapshot: &SnapshotRow, path: &Path, why: &str) -> Error {
+    Error::new(
+        Kind::Host,
+        format!(
+            "snapshot {} is damaged: {}: {why}",
+            snapshot.name,
+            path.display()
+        ),
+    )
+    .hint(format!(
+        "delete it: fcctl snapshot delete {}",
+        snapshot.name
+    ))
+}

@@ -1,8 +1,9 @@
 //! `workspace apply`: applies the guest's changes to the caller's tree, byte for byte. Either all
 //! of them are applied or none.
 
-use super::context::Context;
+use super::connector::Connector;
 use super::output::count;
+use super::printer::Printer;
 use super::signals::Interrupts;
 use super::transfer::{Bound, ExportTo, Transfer, report_left_behind};
 use crate::client::Result;
@@ -53,7 +54,12 @@ struct ChangedFile {
     lines_removed: Option<u64>,
 }
 
-pub fn run(ctx: &mut Context, interrupts: &Interrupts, args: Args) -> Result<u8> {
+pub fn run(
+    connector: &mut Connector,
+    printer: &mut Printer,
+    interrupts: &Interrupts,
+    args: Args,
+) -> Result<u8> {
     let top = apply::top_of(&args.directory)?;
     let spool = tempfile::Builder::new()
         .prefix("fcctl-apply-")
@@ -63,7 +69,14 @@ pub fn run(ctx: &mut Context, interrupts: &Interrupts, args: Args) -> Result<u8>
     let patch = match (&args.vm, &args.patch) {
         (Some(vm), _) => {
             let file = spool.path().join("patch");
-            left = fetch(ctx, interrupts, vm, &file, &args)?;
+            let mut client = connector.connect(printer)?;
+            let transfer = Transfer {
+                printer,
+                interrupts,
+                client: &mut client,
+                vm,
+            };
+            left = fetch(transfer, &file, &args)?;
             file
         }
         (None, Some(file)) => file.clone(),
@@ -85,53 +98,40 @@ pub fn run(ctx: &mut Context, interrupts: &Interrupts, args: Args) -> Result<u8>
     )?;
     if let Some(vm) = &args.vm {
         if checked.changes.is_empty() {
-            ctx.note(&format!("nothing has changed in {vm}"));
+            printer.note(&format!("nothing has changed in {vm}"));
         }
-        report_left_behind(ctx, vm, &left);
+        report_left_behind(printer, vm, &left);
     }
     let changes = if args.dry_run {
         checked.changes
     } else {
         checked.apply_all()?
     };
-    report(ctx, top, &changes, left, !args.dry_run)?;
+    report(printer, top, &changes, left, !args.dry_run)?;
     Ok(0)
 }
 
 /// Exports the VM's changes into the file `spool` and returns what could not be exported.
-fn fetch(
-    ctx: &mut Context,
-    interrupts: &Interrupts,
-    vm: &str,
-    spool: &Path,
-    args: &Args,
-) -> Result<LeftBehind> {
-    let mut client = ctx.connect()?;
+fn fetch(mut transfer: Transfer<'_>, spool: &Path, args: &Args) -> Result<LeftBehind> {
     let to = ExportTo::Patch(spool.to_owned());
-    let fetched = Transfer {
-        ctx,
-        interrupts,
-        client: &mut client,
-        vm,
-    }
-    .export(&to, args.bound, args.no_wait)?;
+    let fetched = transfer.export(&to, args.bound, args.no_wait)?;
     Ok(fetched.left_behind)
 }
 
 fn report(
-    ctx: &mut Context,
+    printer: &mut Printer,
     directory: PathBuf,
     changes: &[Change],
     left_behind: LeftBehind,
     applied: bool,
 ) -> Result<()> {
-    if ctx.json {
+    if printer.json {
         let files = changes.iter().map(|c| ChangedFile {
             path: encode(&c.path),
             lines_added: c.added,
             lines_removed: c.removed,
         });
-        return ctx.document(&Document {
+        return printer.document(&Document {
             applied,
             directory,
             files: files.collect(),
@@ -143,15 +143,15 @@ fn report(
     }
     let (files, place) = (count(changes.len() as u64, "file"), directory.display());
     match applied {
-        true => ctx.line(&format!("changed {files} in {place}:"))?,
-        false => ctx.line(&format!("{files} would change in {place}:"))?,
+        true => printer.line(&format!("changed {files} in {place}:"))?,
+        false => printer.line(&format!("{files} would change in {place}:"))?,
     }
     for change in changes {
         let how = match (change.added, change.removed) {
             (Some(added), Some(removed)) => format!("+{added} -{removed}"),
             _ => "binary".to_owned(),
         };
-        ctx.line(&format!("  {} ({how})", encode(&change.path)))?;
+        printer.line(&format!("  {} ({how})", encode(&change.path)))?;
     }
     Ok(())
 }

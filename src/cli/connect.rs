@@ -24,25 +24,33 @@ pub struct Args {
 /// half-closed connection as closed, so whatever the guest has not sent yet would be lost (v1.16,
 /// src/vmm/src/devices/virtio/vsock/csm/connection.rs).
 pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
+    let Context {
+        connector,
+        printer,
+        stdio,
+        ..
+    } = ctx;
     let request = VmConnectRequest {
         vm: args.vm,
         port: args.port,
     };
-    let (_, socket) = ctx.connect()?.call_for_fd::<VmConnect>(&request)?;
+    let (_, socket) = connector
+        .connect(printer)?
+        .call_for_fd::<VmConnect>(&request)?;
     let socket = UnixStream::from(socket);
     let dup = |file: &File| {
         file.try_clone()
             .map_err(|e| Error::io("duplicate a stream", e))
     };
     let (stdin, to) = (
-        dup(&ctx.stdio.stdin)?,
+        dup(&stdio.stdin)?,
         socket
             .try_clone()
             .map_err(|e| Error::io("duplicate a stream", e))?,
     );
     // Never joined: input that is still unread when the guest closes its side is dropped.
     thread::spawn("stdin", move || send(stdin, &to))?;
-    receive(socket, dup(&ctx.stdio.stdout)?)?;
+    receive(socket, dup(&stdio.stdout)?)?;
     Ok(0)
 }
 

@@ -1,7 +1,9 @@
 //! `debug`: the daemon's internal state.
 
+use super::connector::Connector;
 use super::context::Context;
 use super::output;
+use super::printer::Printer;
 use crate::api::Empty;
 use crate::api::daemon::{DebugLocks, LockParty, LockRecord};
 use crate::client::Result;
@@ -20,18 +22,21 @@ pub enum Verb {
 }
 
 pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
+    let Context {
+        connector, printer, ..
+    } = ctx;
     match verb {
-        Verb::Locks => locks(ctx),
-        Verb::LockOrder { dot: true } => ctx.text(&rank::dot(None)).map(|()| 0),
-        Verb::LockOrder { dot: false } => lock_order(ctx),
+        Verb::Locks => locks(connector, printer),
+        Verb::LockOrder { dot: true } => printer.text(&rank::dot(None)).map(|()| 0),
+        Verb::LockOrder { dot: false } => lock_order(printer),
     }
 }
 
 /// Prints the order compiled into this program, without asking a daemon.
-fn lock_order(ctx: &mut Context) -> Result<u8> {
+fn lock_order(printer: &mut Printer) -> Result<u8> {
     let order = rank::order();
-    if ctx.json {
-        ctx.document(&order)?;
+    if printer.json {
+        printer.document(&order)?;
         return Ok(0);
     }
     let kind = |is_virtual| if is_virtual { "virtual" } else { "lock" }.to_owned();
@@ -46,21 +51,21 @@ fn lock_order(ctx: &mut Context) -> Result<u8> {
         .iter()
         .map(|r| vec![r.taken.to_owned(), kind(r.is_virtual), under(&r.under)])
         .collect();
-    ctx.text(&output::table(
+    printer.text(&output::table(
         &["TAKEN", "KIND", "WHILE HOLDING ONLY"],
         &rows,
     ))?;
     Ok(0)
 }
 
-fn locks(ctx: &mut Context) -> Result<u8> {
-    let reply = ctx.connect()?.call::<DebugLocks>(&Empty {})?;
-    if ctx.json {
-        ctx.document(&reply)?;
+fn locks(connector: &mut Connector, printer: &mut Printer) -> Result<u8> {
+    let reply = connector.connect(printer)?.call::<DebugLocks>(&Empty {})?;
+    if printer.json {
+        printer.document(&reply)?;
         return Ok(0);
     }
     let rows: Vec<_> = reply.locks.iter().flat_map(rows).collect();
-    ctx.text(&output::table(
+    printer.text(&output::table(
         &["LOCK", "KEY", "WHO", "OPERATION", "FOR", "THREAD"],
         &rows,
     ))?;
@@ -69,7 +74,7 @@ fn locks(ctx: &mut Context) -> Result<u8> {
     } else {
         "not counted in this build".to_owned()
     };
-    ctx.line(&format!("lock-order violations: {checked}"))?;
+    printer.line(&format!("lock-order violations: {checked}"))?;
     Ok(0)
 }
 

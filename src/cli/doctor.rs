@@ -1,8 +1,9 @@
 //! `doctor`: checks what fcd needs on this host, what it found and picked, and how to fix the rest.
 //! Works without a daemon.
 
-use super::context::Context;
+use super::context::{Context, Env, Stdio, may_colour};
 use super::output::{count, harmless_line};
+use super::printer::Printer;
 use crate::api::Empty;
 use crate::api::daemon::{Check, Doctor, DoctorReply, Severity};
 use crate::client::{Failure, Result};
@@ -40,22 +41,29 @@ pub struct Args {
 }
 
 pub fn run(ctx: &mut Context, args: &Args) -> Result<u8> {
+    let Context {
+        connector,
+        printer,
+        stdio,
+        env,
+        ..
+    } = ctx;
     if args.leaks {
-        return super::leaks::run(ctx, args.fix, args.yes);
+        return super::leaks::run(connector, printer, stdio, args.fix, args.yes);
     }
     let mut checks = vec![];
-    match ctx.connect() {
+    match connector.connect(printer) {
         Ok(mut client) => {
             checks.push(Check::ok(
                 "daemon",
-                format!("fcd answers on {}", ctx.socket.display()),
+                format!("fcd answers on {}", connector.socket().display()),
             ));
             let answer = client.call_raw("fcd.doctor", &empty(), DEADLINE)?;
             checks.extend(parse(answer.get().as_bytes())?.checks);
         }
         Err(failure) => {
             checks.push(no_daemon(&failure));
-            match without_daemon(ctx) {
+            match without_daemon(env) {
                 Ok(found) => checks.extend(found),
                 Err(e) => checks.push(Check {
                     id: "fcd".to_owned(),
@@ -70,8 +78,8 @@ pub fn run(ctx: &mut Context, args: &Args) -> Result<u8> {
     // the socket that fcctl uses.
     let mut is_first = true;
     checks.retain(|c| c.id != "daemon" || std::mem::replace(&mut is_first, false));
-    checks.extend(own_checks(ctx));
-    report(ctx, checks)
+    checks.extend(own_checks(env));
+    report(printer, stdio, env, checks)
 }
 
 fn empty() -> Box<serde_json::value::RawValue> {
@@ -103,22 +111,22 @@ fn no_daemon(failure: &Failure) -> Check {
 }
 
 /// Runs `fcd doctor --json`. Prefers the fcd next to this program to the one in PATH.
-fn without_daemon(ctx: &Context) -> crate::error::Result<Vec<Check>> {
+fn without_daemon(env: &Env) -> crate::error::Result<Vec<Check>> {
     let neighbour = std::env::current_exe()
         .ok()
         .and_then(|exe| Some(exe.parent()?.join("fcd")));
     let program = neighbour
         .filter(|p| p.is_file())
         .unwrap_or_else(|| PathBuf::from("fcd"));
-    checks_of(&program, ctx)
+    checks_of(&program, env)
 }
 
-fn checks_of(program: &Path, ctx: &Context) -> crate::error::Result<Vec<Check>> {
+fn checks_of(program: &Path, env: &Env) -> crate::error::Result<Vec<Check>> {
     let mut command = Command::new(program)
         .args(["doctor", "--json"])
         .deadline(DEADLINE);
     for name in PASSED {
-        if let Some(value) = (ctx.env)(name) {
+        if let Some(value) = env(name) {
             command = command.env(name, value);
         }
     }
@@ -151,13 +159,13 @@ fn checks_of(program: &Path, ctx: &Context) -> crate::error::Result<Vec<Check>> 
 }
 
 /// Checks that only the client can do.
-fn own_checks(ctx: &Context) -> Vec<Check> {
+fn own_checks(env: &Env) -> Vec<Check> {
     let mut checks = vec![];
     for (program, why, fix) in [
         ("ssh", "for fcctl ssh", "apt install openssh-client"),
         ("git", "for sending repositories", "apt install git"),
     ] {
-        checks.push(match find_on_path(program, &*ctx.env) {
+        checks.push(match find_on_path(program, env) {
             Some(path) => Check::ok(
                 &format!("cli-{program}"),
                 format!("{} {why}", path.display()),
@@ -173,7 +181,7 @@ fn own_checks(ctx: &Context) -> Vec<Check> {
     checks
 }
 
-fn find_on_path(program: &str, env: &dyn Fn(&str) -> Option<String>) -> Option<PathBuf> {
+fn find_on_path(program: &str, env: &Env) -> Option<PathBuf> {
     let path = env("PATH")?;
     let executable =
         |p: &PathBuf| p.is_file() && rustix::fs::access(p, rustix::fs::Access::EXEC_OK).is_ok();
@@ -182,15 +190,15 @@ fn find_on_path(program: &str, env: &dyn Fn(&str) -> Option<String>) -> Option<P
         .find(executable)
 }
 
-fn report(ctx: &mut Context, checks: Vec<Check>) -> Result<u8> {
+fn report(printer: &mut Printer, stdio: &Stdio, env: &Env, checks: Vec<Check>) -> Result<u8> {
     let number = |severity| checks.iter().filter(|c| c.severity == severity).count() as u64;
     let (failed, warned) = (number(Severity::Fail), number(Severity::Warn));
     let status = u8::from(failed > 0);
-    if ctx.json {
-        ctx.document(&DoctorReply { checks })?;
+    if printer.json {
+        printer.document(&DoctorReply { checks })?;
         return Ok(status);
     }
-    let colour = ctx.may_colour();
+    let colour = may_colour(stdio, env);
     let width = checks
         .iter()
         .map(|c| c.id.chars().count())
@@ -208,7 +216,7 @@ fn report(ctx: &mut Context, checks: Vec<Check>) -> Result<u8> {
     } else {
         format!("ready: {all}{warnings}")
     };
-    ctx.text(&format!("{text}{verdict}\n"))?;
+    printer.text(&format!("{text}{verdict}\n"))?;
     Ok(status)
 }
 

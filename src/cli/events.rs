@@ -1,9 +1,10 @@
 //! `events`: prints changes of VMs and operations as they happen.
 
-use super::context::Context;
+use super::context::{Context, Env};
 use super::logs::{is_unread, unread};
 use super::op::name as op_state;
 use super::output::{harmless_line, size};
+use super::printer::Printer;
 use super::vm_text::{settings, workspace_line};
 use crate::api::event::{Event, EventsWatch, EventsWatchRequest, Members, Snapshot, What};
 use crate::api::frame::Note;
@@ -16,6 +17,7 @@ use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use nix::poll::PollFlags;
 use serde::de::DeserializeOwned;
+use std::fs::File;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -39,18 +41,25 @@ pub struct Args {
 }
 
 pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
-    let mut client = ctx.connect()?;
-    let stdout = StdoutWatcher::start(ctx, &client)?;
+    let Context {
+        connector,
+        printer,
+        stdio,
+        env,
+        ..
+    } = ctx;
+    let mut client = connector.connect(printer)?;
+    let stdout = StdoutWatcher::start(&stdio.stdout, &client)?;
     let mut screen = Screen {
-        zone: zone(ctx),
+        zone: zone(env),
         last: args.since,
         in_snapshot: false,
     };
     loop {
         let request = EventsWatchRequest { since: screen.last };
         let result = client.call_more::<EventsWatch>(&request, &[], &mut |note| {
-            screen.show(ctx, note)?;
-            if ctx.is_unread() {
+            screen.show(printer, note)?;
+            if printer.is_unread() {
                 Err(unread())
             } else {
                 Ok(())
@@ -67,8 +76,8 @@ pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
 }
 
 /// The time zone of the caller.
-fn zone(ctx: &Context) -> TimeZone {
-    match (ctx.env)("TZ").as_deref() {
+fn zone(env: &Env) -> TimeZone {
+    match env("TZ").as_deref() {
         Some("UTC") => TimeZone::UTC,
         _ => TimeZone::system(),
     }
@@ -83,10 +92,10 @@ struct Screen {
 }
 
 impl Screen {
-    fn show(&mut self, ctx: &mut Context, note: Note) -> Result<()> {
+    fn show(&mut self, printer: &mut Printer, note: Note) -> Result<()> {
         match note {
             Note::Snapshot(snapshot) => {
-                self.snapshot(ctx, &snapshot)?;
+                self.snapshot(printer, &snapshot)?;
                 self.in_snapshot = snapshot.more;
                 // Only a complete snapshot counts. If the connection breaks within one, the next
                 // call must get a new snapshot.
@@ -102,20 +111,22 @@ impl Screen {
                 // or not at all.
                 let text: Result<String> = known
                     .map(|e| {
-                        if ctx.json {
+                        if printer.json {
                             json(e, None)
                         } else {
                             Ok(self.line(e))
                         }
                     })
                     .collect();
-                ctx.text(&text?)?;
+                printer.text(&text?)?;
                 self.last = Some(batch.seq);
             }
-            Note::Lagged(lagged) if ctx.json => ctx.text(&json(&lagged, Some("lagged"))?)?,
+            Note::Lagged(lagged) if printer.json => {
+                printer.text(&json(&lagged, Some("lagged"))?)?
+            }
             Note::Lagged(lagged) => {
                 let dropped = lagged.dropped;
-                ctx.note(&format!(
+                printer.note(&format!(
                     "{dropped} changes were dropped because they were not read in time; continuing after change {}",
                     lagged.resume_seq
                 ));
@@ -125,13 +136,13 @@ impl Screen {
         Ok(())
     }
 
-    fn snapshot(&self, ctx: &mut Context, snapshot: &Snapshot) -> Result<()> {
-        if ctx.json {
-            return ctx.text(&json(snapshot, Some("snapshot"))?);
+    fn snapshot(&self, printer: &mut Printer, snapshot: &Snapshot) -> Result<()> {
+        if printer.json {
+            return printer.text(&json(snapshot, Some("snapshot"))?);
         }
         if snapshot.resync && !self.in_snapshot {
             let since = self.last.unwrap_or_default();
-            ctx.note(&format!(
+            printer.note(&format!(
                 "changes after {since} are no longer available; state after change {}:",
                 snapshot.seq
             ));
@@ -148,7 +159,7 @@ impl Screen {
                 &format!("is {}{reason}", vm.state.name()),
             )
         };
-        ctx.text(&snapshot.vms.iter().map(line).collect::<String>())
+        printer.text(&snapshot.vms.iter().map(line).collect::<String>())
     }
 
     /// Returns one line, or nothing for an event that this version does not know.
@@ -288,11 +299,9 @@ struct StdoutWatcher {
 }
 
 impl StdoutWatcher {
-    fn start(ctx: &Context, client: &Client) -> Result<Self> {
+    fn start(stdout: &File, client: &Client) -> Result<Self> {
         let stop = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
-        let stdout = ctx
-            .stdio
-            .stdout
+        let stdout = stdout
             .try_clone()
             .map_err(|e| Error::io("duplicate stdout", e))?;
         let (hangup, reader_exited): (Hangup, _) =

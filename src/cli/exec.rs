@@ -1,6 +1,7 @@
 //! `exec`: runs a command in a guest and relays its streams, signals and exit status.
 
-use super::context::Context;
+use super::context::{Context, Env, Stdio};
+use super::printer::Printer;
 use super::relay::{Drained, Relay, Wanted};
 use super::signals::{Interrupts, Phase, send_controls};
 use super::terminal::{self, RawMode};
@@ -11,6 +12,7 @@ use crate::client::{Client, Failure, Result};
 use crate::error::{Error, Kind};
 use crate::host::thread;
 use std::ffi::OsString;
+use std::fs::File;
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 
@@ -63,15 +65,16 @@ pub struct Spec {
     pub env: Vec<(String, OsString)>,
     pub workdir: Option<OsString>,
     pub stdin: bool,
-    pub tty: bool,
+    /// The type of the terminal to allocate, such as `xterm`. None allocates none.
+    pub term: Option<String>,
     pub no_wait_children: bool,
 }
 
 impl How {
     /// Fills in the defaults. A shell on a terminal gets stdin and a pty without being asked;
     /// without a terminal it needs `-i`.
-    pub fn spec(self, ctx: &Context, argv: Vec<OsString>) -> Result<Spec> {
-        let on_terminal = ctx.stdio.stdin_is_terminal() && ctx.stdio.stdout_is_terminal();
+    pub fn spec(self, stdio: &Stdio, env: &Env, argv: Vec<OsString>) -> Result<Spec> {
+        let on_terminal = stdio.stdin_is_terminal() && stdio.stdout_is_terminal();
         let is_shell = argv.is_empty();
         if is_shell && !on_terminal && !self.interactive {
             let e = Error::invalid(
@@ -83,16 +86,20 @@ impl How {
         }
         // A variable's value need not be UTF-8.
         let raw = |name: &str| std::env::var_os(name).filter(|value| value.to_str().is_none());
-        let own = |name: &str| (ctx.env)(name).map(OsString::from).or_else(|| raw(name));
-        let env = values::environment(&self.env_file, &self.env, &own)?;
+        let own = |name: &str| env(name).map(OsString::from).or_else(|| raw(name));
+        let variables = values::environment(&self.env_file, &self.env, &own)?;
         let auto = is_shell && on_terminal;
-        let (stdin, tty) = (self.interactive || auto, self.tty || auto);
+        let term = || {
+            env("TERM")
+                .filter(|t| !t.is_empty())
+                .unwrap_or_else(|| "xterm".to_owned())
+        };
         Ok(Spec {
             argv,
-            env,
+            env: variables,
             workdir: self.workdir,
-            stdin,
-            tty,
+            stdin: self.interactive || auto,
+            term: (self.tty || auto).then(term),
             no_wait_children: self.no_wait_children,
         })
     }
@@ -109,17 +116,25 @@ pub enum Outcome {
 }
 
 pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
-    let spec = args.how.spec(ctx, args.argv)?;
-    let interrupts = Interrupts::start(&ctx.signals, &ctx.stdio.stderr)?;
-    let mut client = ctx.connect()?;
-    let outcome = execute(ctx, &interrupts, &mut client, &args.vm, spec)?;
+    let Context {
+        connector,
+        printer,
+        stdio,
+        signals,
+        env,
+        ..
+    } = ctx;
+    let spec = args.how.spec(stdio, env, args.argv)?;
+    let interrupts = Interrupts::start(signals, &stdio.stderr)?;
+    let mut client = connector.connect(printer)?;
+    let outcome = execute(printer, stdio, &interrupts, &mut client, &args.vm, spec)?;
     if interrupts.detached() {
-        ctx.note(&format!(
+        printer.note(&format!(
             "detached from the command; VM {0} keeps running (fcctl exec {0}, fcctl stop {0})",
             args.vm
         ));
     } else if outcome == Outcome::Interrupted {
-        ctx.note("interrupted");
+        printer.note("interrupted");
     }
     Ok(status_of(&outcome, &interrupts))
 }
@@ -136,7 +151,8 @@ pub fn status_of(outcome: &Outcome, interrupts: &Interrupts) -> u8 {
 /// Runs a command until it has ended and all its output was written. Returns the daemon's errors,
 /// and errors of the caller's own streams.
 pub fn execute(
-    ctx: &mut Context,
+    printer: &mut Printer,
+    stdio: &Stdio,
     interrupts: &Interrupts,
     client: &mut Client,
     vm: &str,
@@ -148,21 +164,21 @@ pub fn execute(
     };
     // If nobody types into the pty, the caller's terminal stays in cooked mode, so that Ctrl-C
     // arrives here as a signal and is forwarded.
-    let raw = if spec.tty && spec.stdin && ctx.stdio.stdin_is_terminal() {
-        Some(RawMode::enter(&ctx.stdio.stdin)?)
+    let raw = if spec.term.is_some() && spec.stdin && stdio.stdin_is_terminal() {
+        Some(RawMode::enter(&stdio.stdin)?)
     } else {
         None
     };
-    if spec.tty && !spec.stdin && ctx.stdio.stdin_is_terminal() {
-        ctx.note("stdin is not passed to the command; add -i to type into it");
+    if spec.term.is_some() && !spec.stdin && stdio.stdin_is_terminal() {
+        printer.note("stdin is not passed to the command; add -i to type into it");
     }
     let wanted = Wanted {
         stdin: spec.stdin,
-        stderr: !spec.tty,
+        stderr: spec.term.is_none(),
     };
-    let mut relay = Relay::start(&ctx.stdio, wanted, interrupts.hang_up())?;
-    let request = request(ctx, vm, spec, &mut relay)?;
-    let result = converse(ctx, interrupts, client, request, &mut relay);
+    let mut relay = Relay::start(stdio, wanted, interrupts.hang_up())?;
+    let request = request(stdio, vm, spec, &mut relay)?;
+    let result = converse(&stdio.stdout, interrupts, client, request, &mut relay);
     if result.is_err() && interrupts.cause().is_some() {
         return Ok(Outcome::Interrupted);
     }
@@ -171,21 +187,13 @@ pub fn execute(
     conclude(result, drained)
 }
 
-fn request(ctx: &Context, vm: &str, spec: Spec, relay: &mut Relay) -> Result<ExecStartRequest> {
+fn request(stdio: &Stdio, vm: &str, mut spec: Spec, relay: &mut Relay) -> Result<ExecStartRequest> {
     let size = || {
-        terminal::size(&ctx.stdio.stdout)
-            .or_else(|| terminal::size(&ctx.stdio.stdin))
+        terminal::size(&stdio.stdout)
+            .or_else(|| terminal::size(&stdio.stdin))
             .unwrap_or(terminal::DEFAULT_SIZE)
     };
-    let term = || {
-        (ctx.env)("TERM")
-            .filter(|t| !t.is_empty())
-            .unwrap_or_else(|| "xterm".to_owned())
-    };
-    let pty = spec.tty.then(|| Pty {
-        size: size(),
-        term: term(),
-    });
+    let pty = spec.term.take().map(|term| Pty { size: size(), term });
     let no_wait_children = spec.no_wait_children;
     let text = match as_text(&spec) {
         Some(text) => text,
@@ -246,23 +254,21 @@ fn words(spec: Spec) -> CommandWords {
 }
 
 fn converse(
-    ctx: &Context,
+    stdout: &File,
     interrupts: &Interrupts,
     client: &mut Client,
     request: ExecStartRequest,
     relay: &mut Relay,
 ) -> Result<Exit> {
+    let socket = client.socket().to_owned();
     let in_flight = client.begin::<ExecStart>(&request, &relay.fds());
     relay.close_lent();
     let reply = in_flight?.finish(&mut |note| {
         if let Note::Session { session } = note {
             let controls = interrupts.controls();
             interrupts.enter(Phase::Command { forwarded: 0 })?;
-            let tty = request
-                .pty
-                .as_ref()
-                .and_then(|_| ctx.stdio.stdout.try_clone().ok());
-            let socket = ctx.socket.clone();
+            let tty = request.pty.as_ref().and_then(|_| stdout.try_clone().ok());
+            let socket = socket.clone();
             thread::spawn("controls", move || {
                 send_controls(&socket, &session, tty.as_ref(), &controls)
             })?;

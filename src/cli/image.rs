@@ -1,8 +1,10 @@
 //! `image`: base images that VMs are created from.
 
-use super::context::Context;
+use super::connector::Connector;
+use super::context::{Context, Stdio};
 use super::output::{self, age, size};
-use super::signals::Interrupts;
+use super::printer::Printer;
+use super::signals::{Interrupts, SignalSource};
 use crate::api::frame::Note;
 use crate::api::image::{
     Image, ImageBuild, ImageBuildRequest, ImageDelete, ImageList, ImageRequest,
@@ -33,18 +35,38 @@ pub enum Verb {
 }
 
 pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
+    let Context {
+        connector,
+        printer,
+        stdio,
+        signals,
+        now_s,
+        ..
+    } = ctx;
     match verb {
-        Verb::Build { name, include } => build(ctx, ImageBuildRequest { name, include }),
-        Verb::List => list(ctx),
-        Verb::Delete { images } => delete(ctx, images),
+        Verb::Build { name, include } => build(
+            connector,
+            printer,
+            stdio,
+            signals,
+            ImageBuildRequest { name, include },
+        ),
+        Verb::List => list(connector, printer, *now_s),
+        Verb::Delete { images } => delete(connector, printer, images),
     }
 }
 
-fn build(ctx: &mut Context, request: ImageBuildRequest) -> Result<u8> {
-    let interrupts = Interrupts::start(&ctx.signals, &ctx.stdio.stderr)?;
-    let mut client = ctx.connect()?;
+fn build(
+    connector: &mut Connector,
+    printer: &mut Printer,
+    stdio: &Stdio,
+    signals: &SignalSource,
+    request: ImageBuildRequest,
+) -> Result<u8> {
+    let interrupts = Interrupts::start(signals, &stdio.stderr)?;
+    let mut client = connector.connect(printer)?;
     let guard = interrupts.guard(&client)?;
-    let mut progress = ctx.progress("build image");
+    let mut progress = printer.progress("build image");
     let result = client.call_more::<ImageBuild>(&request, &[], &mut |note| {
         if let Note::Progress(p) = note {
             progress.update(&p);
@@ -54,16 +76,16 @@ fn build(ctx: &mut Context, request: ImageBuildRequest) -> Result<u8> {
     drop((progress, guard));
     match interrupts.or_interrupted(result) {
         Err(_) if interrupts.cause().is_some() => {
-            ctx.note("interrupted; fcd cancels the build");
+            printer.note("interrupted; fcd cancels the build");
             Ok(interrupts.status().unwrap_or(1))
         }
         Err(e) => Err(e),
         Ok(reply) => {
             let image = reply.image;
-            if ctx.json {
-                ctx.document(&image)?;
+            if printer.json {
+                printer.document(&image)?;
             } else {
-                ctx.line(&format!(
+                printer.line(&format!(
                     "{}: {}, {}, {} on this host",
                     image.name,
                     image.os,
@@ -76,23 +98,25 @@ fn build(ctx: &mut Context, request: ImageBuildRequest) -> Result<u8> {
     }
 }
 
-fn delete(ctx: &mut Context, images: Vec<ImageRef>) -> Result<u8> {
-    let mut client = ctx.connect()?;
+fn delete(connector: &mut Connector, printer: &mut Printer, images: Vec<ImageRef>) -> Result<u8> {
+    let mut client = connector.connect(printer)?;
     for image in images {
         let reply = client.call::<ImageDelete>(&ImageRequest { image })?;
-        if ctx.json {
-            ctx.document(&reply)?;
+        if printer.json {
+            printer.document(&reply)?;
         } else {
-            ctx.line(&format!("{}: deleted", reply.deleted))?;
+            printer.line(&format!("{}: deleted", reply.deleted))?;
         }
     }
     Ok(0)
 }
 
-fn list(ctx: &mut Context) -> Result<u8> {
-    let images = ctx.connect()?.list::<ImageList>(ListRequest::default())?;
-    if ctx.json {
-        ctx.document(&images)?;
+fn list(connector: &mut Connector, printer: &mut Printer, now_s: u64) -> Result<u8> {
+    let images = connector
+        .connect(printer)?
+        .list::<ImageList>(ListRequest::default())?;
+    if printer.json {
+        printer.document(&images)?;
         return Ok(0);
     }
     let row = |image: &Image| {
@@ -102,12 +126,12 @@ fn list(ctx: &mut Context) -> Result<u8> {
             image.kernel.clone(),
             size(image.disk_bytes),
             size(image.allocated_bytes),
-            age(ctx.now_s, image.built_at),
+            age(now_s, image.built_at),
             image.vms.to_string(),
         ]
     };
     let rows: Vec<_> = images.iter().map(row).collect();
-    ctx.text(&output::table(
+    printer.text(&output::table(
         &["NAME", "OS", "KERNEL", "DISK", "ON HOST", "BUILT", "VMS"],
         &rows,
     ))?;

@@ -1,7 +1,9 @@
 //! `kernel`: kernels that VMs can boot instead of their image's.
 
+use super::connector::{Connector, operate};
 use super::context::Context;
 use super::output::{self, age, size};
+use super::printer::Printer;
 use crate::api::kernel::{
     Kernel, KernelDelete, KernelImport, KernelImportRequest, KernelList, KernelRequest, KernelShow,
 };
@@ -35,15 +37,21 @@ pub enum Verb {
 }
 
 pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
+    let Context {
+        connector,
+        printer,
+        now_s,
+        ..
+    } = ctx;
     match verb {
         Verb::Import {
             path,
             name,
             modules,
-        } => import(ctx, path, name, modules),
-        Verb::List => list(ctx),
-        Verb::Show { kernel } => show(ctx, KernelRequest { kernel }),
-        Verb::Delete { kernel } => delete(ctx, KernelRequest { kernel }),
+        } => import(connector, printer, path, name, modules),
+        Verb::List => list(connector, printer, *now_s),
+        Verb::Show { kernel } => show(connector, printer, *now_s, KernelRequest { kernel }),
+        Verb::Delete { kernel } => delete(connector, printer, KernelRequest { kernel }),
     }
 }
 
@@ -52,7 +60,8 @@ fn absolute(path: PathBuf) -> Result<PathBuf> {
 }
 
 fn import(
-    ctx: &mut Context,
+    connector: &mut Connector,
+    printer: &mut Printer,
     path: PathBuf,
     name: Option<KernelName>,
     modules: Option<PathBuf>,
@@ -62,22 +71,22 @@ fn import(
         name,
         modules: modules.map(absolute).transpose()?,
     };
-    let mut client = ctx.connect()?;
-    let kernel = ctx
-        .operate::<KernelImport>(&mut client, "import kernel", &request)?
-        .kernel;
-    if ctx.json {
-        ctx.document(&kernel)?;
+    let mut client = connector.connect(printer)?;
+    let kernel = operate::<KernelImport>(printer, &mut client, "import kernel", &request)?.kernel;
+    if printer.json {
+        printer.document(&kernel)?;
     } else {
-        ctx.line(kernel.name.as_str())?;
+        printer.line(kernel.name.as_str())?;
     }
     Ok(0)
 }
 
-fn list(ctx: &mut Context) -> Result<u8> {
-    let kernels = ctx.connect()?.list::<KernelList>(ListRequest::default())?;
-    if ctx.json {
-        ctx.document(&kernels)?;
+fn list(connector: &mut Connector, printer: &mut Printer, now_s: u64) -> Result<u8> {
+    let kernels = connector
+        .connect(printer)?
+        .list::<KernelList>(ListRequest::default())?;
+    if printer.json {
+        printer.document(&kernels)?;
         return Ok(0);
     }
     let row = |k: &Kernel| {
@@ -85,22 +94,30 @@ fn list(ctx: &mut Context) -> Result<u8> {
             k.name.to_string(),
             output::harmless_line(&k.version),
             size(k.bytes),
-            age(ctx.now_s, k.imported_at),
+            age(now_s, k.imported_at),
             k.vms.to_string(),
         ]
     };
     let rows: Vec<_> = kernels.iter().map(row).collect();
-    ctx.text(&output::table(
+    printer.text(&output::table(
         &["NAME", "VERSION", "ON HOST", "IMPORTED", "VMS"],
         &rows,
     ))?;
     Ok(0)
 }
 
-fn show(ctx: &mut Context, request: KernelRequest) -> Result<u8> {
-    let kernel = ctx.connect()?.call::<KernelShow>(&request)?.kernel;
-    if ctx.json {
-        ctx.document(&kernel)?;
+fn show(
+    connector: &mut Connector,
+    printer: &mut Printer,
+    now_s: u64,
+    request: KernelRequest,
+) -> Result<u8> {
+    let kernel = connector
+        .connect(printer)?
+        .call::<KernelShow>(&request)?
+        .kernel;
+    if printer.json {
+        printer.document(&kernel)?;
         return Ok(0);
     }
     let modules = if kernel.modules.is_empty() {
@@ -112,11 +129,11 @@ fn show(ctx: &mut Context, request: KernelRequest) -> Result<u8> {
         ("name", kernel.name.to_string()),
         ("version", kernel.version),
         ("modules", modules),
-        ("imported", age(ctx.now_s, kernel.imported_at)),
+        ("imported", age(now_s, kernel.imported_at)),
         ("on host", size(kernel.bytes)),
         ("vms", kernel.vms.to_string()),
     ];
-    ctx.text(
+    printer.text(
         &facts
             .iter()
             .map(|(name, value)| format!("{name:<11} {}\n", output::harmless_line(value)))
@@ -125,12 +142,12 @@ fn show(ctx: &mut Context, request: KernelRequest) -> Result<u8> {
     Ok(0)
 }
 
-fn delete(ctx: &mut Context, request: KernelRequest) -> Result<u8> {
-    let reply = ctx.connect()?.call::<KernelDelete>(&request)?;
-    if ctx.json {
-        ctx.document(&reply)?;
+fn delete(connector: &mut Connector, printer: &mut Printer, request: KernelRequest) -> Result<u8> {
+    let reply = connector.connect(printer)?.call::<KernelDelete>(&request)?;
+    if printer.json {
+        printer.document(&reply)?;
     } else {
-        ctx.line(&format!("{}: deleted", reply.deleted))?;
+        printer.line(&format!("{}: deleted", reply.deleted))?;
     }
     Ok(0)
 }

@@ -1,39 +1,47 @@
 //! `doctor --leaks`: lists what belongs to fcd on this host but to no VM, and removes it only when
 //! asked.
 
-use super::context::Context;
+use super::connector::Connector;
+use super::context::Stdio;
 use super::output::{self, count, harmless_line};
+use super::printer::Printer;
 use crate::api::daemon::{Leak, Leaks, LeaksRequest};
 use crate::client::Result;
 use crate::error::Error;
 use std::io::{BufRead, BufReader};
 
 /// The status is 0 if there is nothing, or nothing left after removing it.
-pub fn run(ctx: &mut Context, fix: bool, yes: bool) -> Result<u8> {
-    let found = look(ctx, false)?;
+pub fn run(
+    connector: &mut Connector,
+    printer: &mut Printer,
+    stdio: &Stdio,
+    fix: bool,
+    yes: bool,
+) -> Result<u8> {
+    let found = look(connector, printer, false)?;
     if found.is_empty() || !fix {
-        tell(ctx, &found)?;
+        tell(printer, &found)?;
         return Ok(u8::from(!found.is_empty()));
     }
-    if !ctx.json {
-        tell(ctx, &found)?;
+    if !printer.json {
+        tell(printer, &found)?;
     }
-    if !yes && !confirmed(ctx, found.len())? {
-        ctx.note("nothing was removed");
+    if !yes && !confirmed(printer, stdio, found.len())? {
+        printer.note("nothing was removed");
         return Ok(1);
     }
-    let left = look(ctx, true)?;
+    let left = look(connector, printer, true)?;
     let remaining = left.iter().filter(|l| !l.removed).count();
-    if ctx.json {
-        ctx.document(&left)?;
+    if printer.json {
+        printer.document(&left)?;
     } else {
-        ctx.line(&format!(
+        printer.line(&format!(
             "{} removed",
             count((left.len() - remaining) as u64, "leftover")
         ))?;
         for leak in left.iter().filter(|l| !l.removed) {
             let error = leak.error.as_deref().unwrap_or("not tried");
-            ctx.line(&format!(
+            printer.line(&format!(
                 "{} {} is still there: {}",
                 leak.kind,
                 harmless_line(&leak.name),
@@ -44,38 +52,41 @@ pub fn run(ctx: &mut Context, fix: bool, yes: bool) -> Result<u8> {
     Ok(u8::from(remaining > 0))
 }
 
-fn look(ctx: &mut Context, fix: bool) -> Result<Vec<Leak>> {
-    Ok(ctx.connect()?.call::<Leaks>(&LeaksRequest { fix })?.leaks)
+fn look(connector: &mut Connector, printer: &mut Printer, fix: bool) -> Result<Vec<Leak>> {
+    Ok(connector
+        .connect(printer)?
+        .call::<Leaks>(&LeaksRequest { fix })?
+        .leaks)
 }
 
-fn tell(ctx: &mut Context, leaks: &[Leak]) -> Result<()> {
-    if ctx.json {
-        return ctx.document(&leaks);
+fn tell(printer: &mut Printer, leaks: &[Leak]) -> Result<()> {
+    if printer.json {
+        return printer.document(&leaks);
     }
     if leaks.is_empty() {
-        return ctx.line("fcd has left nothing behind on this host");
+        return printer.line("fcd has left nothing behind on this host");
     }
     let rows: Vec<_> = leaks
         .iter()
         .map(|l| vec![l.kind.clone(), l.name.clone(), l.why.clone()])
         .collect();
-    ctx.text(&output::table(&["KIND", "NAME", "WHY"], &rows))
+    printer.text(&output::table(&["KIND", "NAME", "WHY"], &rows))
 }
 
 /// Asks on the terminal. Without a terminal only `--yes` confirms.
-fn confirmed(ctx: &mut Context, number: usize) -> Result<bool> {
-    if !ctx.stdio.stdin_is_terminal() {
+fn confirmed(printer: &mut Printer, stdio: &Stdio, number: usize) -> Result<bool> {
+    if !stdio.stdin_is_terminal() {
         let e = Error::invalid("remove leftovers: there is no terminal to ask for confirmation");
         return Err(e
             .hint("review the list (fcctl doctor --leaks), then add --yes")
             .into());
     }
-    ctx.note(&format!(
+    printer.note(&format!(
         "remove {}? [y/N]",
         count(number as u64, "leftover")
     ));
     let mut answer = String::new();
-    BufReader::new(&ctx.stdio.stdin)
+    BufReader::new(&stdio.stdin)
         .read_line(&mut answer)
         .map_err(|e| Error::io("read the answer", e))?;
     Ok(matches!(answer.trim(), "y" | "Y" | "yes"))

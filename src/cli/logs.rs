@@ -20,7 +20,13 @@ pub struct Args {
 }
 
 pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
-    if ctx.json && args.follow {
+    let Context {
+        connector,
+        printer,
+        stdio,
+        ..
+    } = ctx;
+    if printer.json && args.follow {
         return Err(
             Error::invalid("--follow never ends, so it cannot be one JSON document")
                 .hint("leave out --json or --follow")
@@ -28,29 +34,29 @@ pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
         );
     }
     // A guest must not control the user's terminal. Files and pipes get the bytes unchanged.
-    let is_terminal = ctx.stdio.stdout_is_terminal();
+    let is_terminal = stdio.stdout_is_terminal();
     let request = VmLogsRequest {
         vm: args.vm.clone(),
         tail: args.tail,
         follow: args.follow,
     };
-    let mut client = ctx.connect()?;
+    let mut client = connector.connect(printer)?;
     let mut kept = String::new();
     let result = client.call_more::<VmLogs>(&request, &[], &mut |note| {
         let Note::Log(chunk) = note else {
             return Ok(());
         };
-        if ctx.json {
+        if printer.json {
             kept.push_str(&chunk.text);
             return Ok(());
         }
         if is_terminal {
-            ctx.text(&harmless_text(&chunk.text))?
+            printer.text(&harmless_text(&chunk.text))?
         } else {
-            ctx.text(&chunk.text)?
+            printer.text(&chunk.text)?
         }
         // With --follow, only this ends the call when the reader exits.
-        if ctx.is_unread() {
+        if printer.is_unread() {
             Err(unread())
         } else {
             Ok(())
@@ -59,7 +65,7 @@ pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     match result {
         Err(e) if is_unread(&e) => Ok(0),
         Err(e) => Err(e),
-        Ok(_) if ctx.json => ctx
+        Ok(_) if printer.json => printer
             .document(&serde_json::json!({ "vm": args.vm, "text": kept }))
             .map(|()| 0),
         Ok(_) => Ok(0),

@@ -7,6 +7,7 @@
 
 mod apply;
 mod connect;
+mod connector;
 mod context;
 mod debug;
 mod doctor;
@@ -20,6 +21,7 @@ mod logs;
 mod op;
 mod output;
 mod pipes;
+mod printer;
 mod progress;
 mod ps;
 mod relay;
@@ -42,8 +44,10 @@ mod workspace;
 use crate::client::Result;
 use crate::error::Error;
 use clap::{CommandFactory, Parser};
-use context::{Context, Env, Stdio};
+use connector::Connector;
+use context::{Context, Env, Stdio, may_colour};
 use exec::OUR_FAILURE;
+use printer::Printer;
 use signals::SignalSource;
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -126,7 +130,7 @@ enum Noun {
 /// Runs `fcctl` and returns its exit status.
 pub fn main() -> u8 {
     let args: Vec<OsString> = std::env::args_os().collect();
-    let env: Env = Box::new(|name| std::env::var(name).ok());
+    let env: Box<Env> = Box::new(|name| std::env::var(name).ok());
     let now_s = crate::host::time::now_s();
     let context = Stdio::of_process()
         .and_then(|stdio| Context::new(stdio, SignalSource::Process, env, now_s));
@@ -143,18 +147,22 @@ pub fn main() -> u8 {
 /// Runs one command line and returns its exit status.
 fn command(ctx: &mut Context, args: &[OsString]) -> u8 {
     if let Some(page) = help::page(args) {
-        return u8::from(ctx.text(&page).is_err());
+        return u8::from(ctx.printer.text(&page).is_err());
     }
     let is_guests = runs_in_guest(args);
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
-        Err(e) => return usage(ctx, args, &e, is_guests),
+        Err(e) => {
+            let colour = may_colour(&ctx.stdio, &*ctx.env);
+            return usage(&mut ctx.printer, args, &e, colour);
+        }
     };
-    ctx.json = cli.json;
+    ctx.printer.json = cli.json;
     let uid = nix::unistd::getuid().as_raw();
     let named = cli.socket.filter(|s| !s.as_os_str().is_empty());
-    ctx.socket =
-        named.unwrap_or_else(|| context::default_socket(uid, &*ctx.env, &context::is_usable));
+    ctx.connector = Connector::new(
+        named.unwrap_or_else(|| context::default_socket(uid, &*ctx.env, &context::is_usable)),
+    );
     match dispatch(ctx, cli.noun) {
         Ok(status) => status,
         Err(failure) => {
@@ -163,7 +171,7 @@ fn command(ctx: &mut Context, args: &[OsString]) -> u8 {
             } else {
                 failure.exit_status()
             };
-            ctx.fail(&failure, status);
+            ctx.printer.fail(&failure, status);
             status
         }
     }
@@ -175,9 +183,9 @@ fn dispatch(ctx: &mut Context, noun: Noun) -> Result<u8> {
         Noun::Exec(args) => exec::run(ctx, args),
         Noun::Ssh(args) => ssh::run(ctx, args),
         Noun::Ps(args) => ps::run(ctx, args),
-        Noun::Start(args) => vm::start(ctx, args),
-        Noun::Stop(args) => vm::stop(ctx, args),
-        Noun::Rm(args) => vm::delete(ctx, args),
+        Noun::Start(args) => vm::run(ctx, vm::Verb::Start(args)),
+        Noun::Stop(args) => vm::run(ctx, vm::Verb::Stop(args)),
+        Noun::Rm(args) => vm::run(ctx, vm::Verb::Delete(args)),
         Noun::Logs(args) => logs::run(ctx, args),
         Noun::Events(args) => events::run(ctx, args),
         Noun::Vm(verb) => vm::run(ctx, verb),
@@ -189,15 +197,15 @@ fn dispatch(ctx: &mut Context, noun: Noun) -> Result<u8> {
         Noun::Doctor(args) => doctor::run(ctx, &args),
         Noun::Rpc(args) => rpc::run(ctx, args),
         Noun::Debug(verb) => debug::run(ctx, verb),
-        Noun::Completions { shell } => completions(ctx, shell),
+        Noun::Completions { shell } => completions(&mut ctx.printer, shell),
         Noun::Version => version::run(ctx),
     }
 }
 
-fn completions(ctx: &mut Context, shell: clap_complete::Shell) -> Result<u8> {
+fn completions(printer: &mut Printer, shell: clap_complete::Shell) -> Result<u8> {
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut Cli::command(), "fcctl", &mut script);
-    ctx.bytes(&script)?;
+    printer.bytes(&script)?;
     Ok(0)
 }
 
@@ -217,34 +225,38 @@ fn runs_in_guest(args: &[OsString]) -> bool {
 }
 
 /// Prints help and version to stdout, and reports parse errors the way all failures are reported.
-fn usage(ctx: &mut Context, args: &[OsString], e: &clap::Error, is_guests: bool) -> u8 {
+fn usage(printer: &mut Printer, args: &[OsString], e: &clap::Error, colour: bool) -> u8 {
     if !e.use_stderr() {
-        let text = if ctx.may_colour() {
+        let text = if colour {
             e.render().ansi().to_string()
         } else {
             e.render().to_string()
         };
-        return match ctx.text(&text) {
+        return match printer.text(&text) {
             Ok(()) => 0,
             Err(_) => 1,
         };
     }
-    let status = if is_guests { OUR_FAILURE } else { USAGE };
-    ctx.json = args
+    let status = if runs_in_guest(args) {
+        OUR_FAILURE
+    } else {
+        USAGE
+    };
+    printer.json = args
         .iter()
         .take_while(|a| *a != "--")
         .any(|a| a == "--json");
     let text = e.render().to_string();
-    if ctx.json {
+    if printer.json {
         let first = text.lines().next().unwrap_or_default();
-        ctx.fail(
+        printer.fail(
             &Error::invalid(first.trim_start_matches("error: "))
                 .hint("fcctl --help")
                 .into(),
             status,
         );
     } else {
-        ctx.usage(&text);
+        printer.usage(&text);
     }
     status
 }

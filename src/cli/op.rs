@@ -1,7 +1,9 @@
 //! `op`: running and finished operations.
 
+use super::connector::Connector;
 use super::context::Context;
 use super::output::{self, age, harmless_line, size};
+use super::printer::Printer;
 use super::values::{parse_duration, timeout_ms};
 use crate::api::frame::Note;
 use crate::api::op::{
@@ -46,11 +48,17 @@ pub struct Targets {
 }
 
 pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
+    let Context {
+        connector,
+        printer,
+        now_s,
+        ..
+    } = ctx;
     match verb {
-        Verb::List { all, quiet } => list(ctx, all, quiet),
-        Verb::Show(targets) => show(ctx, &targets.ops),
-        Verb::Wait { targets, timeout } => wait(ctx, &targets.ops, timeout),
-        Verb::Cancel(targets) => cancel(ctx, &targets.ops),
+        Verb::List { all, quiet } => list(connector, printer, *now_s, all, quiet),
+        Verb::Show(targets) => show(connector, printer, *now_s, &targets.ops),
+        Verb::Wait { targets, timeout } => wait(connector, printer, &targets.ops, timeout),
+        Verb::Cancel(targets) => cancel(connector, printer, &targets.ops),
     }
 }
 
@@ -64,20 +72,28 @@ pub const fn name(state: OpState) -> &'static str {
     }
 }
 
-fn list(ctx: &mut Context, all: bool, quiet: bool) -> Result<u8> {
-    let ops = ctx.connect()?.list::<OpList>(OpListRequest {
+fn list(
+    connector: &mut Connector,
+    printer: &mut Printer,
+    now_s: u64,
+    all: bool,
+    quiet: bool,
+) -> Result<u8> {
+    let ops = connector.connect(printer)?.list::<OpList>(OpListRequest {
         all,
         ..Default::default()
     })?;
     let ids: Vec<&str> = ops.iter().map(|op| op.id.as_str()).collect();
-    match (quiet, ctx.json) {
-        (true, true) => ctx.document(&ids)?,
-        (false, true) => ctx.document(&ops)?,
-        (true, false) => ctx.text(&ids.iter().map(|id| format!("{id}\n")).collect::<String>())?,
+    match (quiet, printer.json) {
+        (true, true) => printer.document(&ids)?,
+        (false, true) => printer.document(&ops)?,
+        (true, false) => {
+            printer.text(&ids.iter().map(|id| format!("{id}\n")).collect::<String>())?
+        }
         (false, false) => {
             let row = |op: &Op| {
                 let vm = op.vm.as_ref().map(ToString::to_string).unwrap_or_default();
-                let started = age(ctx.now_s, op.started_at);
+                let started = age(now_s, op.started_at);
                 vec![
                     op.id.to_string(),
                     op.method.clone(),
@@ -88,7 +104,7 @@ fn list(ctx: &mut Context, all: bool, quiet: bool) -> Result<u8> {
                 ]
             };
             let rows: Vec<_> = ops.iter().map(row).collect();
-            ctx.text(&output::table(
+            printer.text(&output::table(
                 &["ID", "METHOD", "VM", "STATE", "STARTED", "PROGRESS"],
                 &rows,
             ))?;
@@ -153,20 +169,30 @@ fn sheet(op: &Op, now_s: u64) -> String {
         .collect()
 }
 
-fn show(ctx: &mut Context, ops: &[String]) -> Result<u8> {
-    ctx.for_each(ops, |ctx, client, op| {
+fn show(
+    connector: &mut Connector,
+    printer: &mut Printer,
+    now_s: u64,
+    ops: &[String],
+) -> Result<u8> {
+    connector.for_each(printer, ops, |printer, client, op| {
         let op = client.call::<OpShow>(&OpRequest { op: op.to_owned() })?.op;
-        if !ctx.json {
-            ctx.text(&sheet(&op, ctx.now_s))?;
+        if !printer.json {
+            printer.text(&sheet(&op, now_s))?;
         }
         Ok(op)
     })
 }
 
-fn wait(ctx: &mut Context, ops: &[String], timeout: Option<Duration>) -> Result<u8> {
+fn wait(
+    connector: &mut Connector,
+    printer: &mut Printer,
+    ops: &[String],
+    timeout: Option<Duration>,
+) -> Result<u8> {
     let mut worst = 0;
-    let status = ctx.for_each(ops, |ctx, client, op| {
-        let mut bar = ctx.progress(&format!("wait for {op}"));
+    let status = connector.for_each(printer, ops, |printer, client, op| {
+        let mut bar = printer.progress(&format!("wait for {op}"));
         let request = OpWaitRequest {
             op: op.to_owned(),
             timeout_ms: timeout_ms(timeout),
@@ -183,11 +209,11 @@ fn wait(ctx: &mut Context, ops: &[String], timeout: Option<Duration>) -> Result<
         if let Some(failure) = failure_of(&op) {
             let this = failure.exit_status();
             worst = if worst == 0 { this } else { worst };
-            if !ctx.json {
-                ctx.fail(&failure, this);
+            if !printer.json {
+                printer.fail(&failure, this);
             }
-        } else if !ctx.json {
-            ctx.line(&format!("{}: {}", op.id, name(op.state)))?;
+        } else if !printer.json {
+            printer.line(&format!("{}: {}", op.id, name(op.state)))?;
         }
         Ok(op)
     })?;
@@ -205,13 +231,13 @@ fn failure_of(op: &Op) -> Option<Failure> {
     Some(failure.context(format!("{} {}", op.method, op.id)))
 }
 
-fn cancel(ctx: &mut Context, ops: &[String]) -> Result<u8> {
-    ctx.for_each(ops, |ctx, client, op| {
+fn cancel(connector: &mut Connector, printer: &mut Printer, ops: &[String]) -> Result<u8> {
+    connector.for_each(printer, ops, |printer, client, op| {
         let op = client
             .call::<OpCancel>(&OpRequest { op: op.to_owned() })?
             .op;
-        if !ctx.json {
-            ctx.line(&format!("{}: {}", op.id, name(op.state)))?;
+        if !printer.json {
+            printer.line(&format!("{}: {}", op.id, name(op.state)))?;
         }
         Ok(op)
     })

@@ -18,6 +18,10 @@ impl Out {
         }
     }
 
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
     /// True if the reader has exited or the stream cannot be written.
     pub fn is_broken(&self) -> bool {
         self.is_broken

@@ -21,13 +21,19 @@ pub struct Args {
 }
 
 pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
-    let mut client = ctx.connect()?;
+    let Context {
+        connector,
+        printer,
+        now_s,
+        ..
+    } = ctx;
+    let mut client = connector.connect(printer)?;
     let request = VmListRequest {
         all: args.all,
         ..Default::default()
     };
-    if ctx.json && !args.quiet {
-        ctx.document(&client.list::<VmList>(request)?)?;
+    if printer.json && !args.quiet {
+        printer.document(&client.list::<VmList>(request)?)?;
         return Ok(0);
     }
     let request = VmListRequest {
@@ -38,10 +44,10 @@ pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     if args.quiet {
         let vms = client.list::<VmListBrief>(request)?;
         let ids: Vec<&str> = vms.iter().map(|vm| vm.id.as_str()).collect();
-        if ctx.json {
-            ctx.document(&ids)?;
+        if printer.json {
+            printer.document(&ids)?;
         } else {
-            ctx.text(&ids.iter().map(|id| format!("{id}\n")).collect::<String>())?;
+            printer.text(&ids.iter().map(|id| format!("{id}\n")).collect::<String>())?;
         }
         return Ok(0);
     }
@@ -55,11 +61,10 @@ pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
         "CREATED",
         "WORKSPACE",
     ]);
-    let now_s = ctx.now_s;
     client.list_pages::<VmListBrief>(request, &mut |vms| {
-        vms.iter().for_each(|vm| row(&mut table, vm, now_s))
+        vms.iter().for_each(|vm| row(&mut table, vm, *now_s))
     })?;
-    ctx.text(&table.render())?;
+    printer.text(&table.render())?;
     Ok(0)
 }
 

@@ -19,15 +19,21 @@ pub struct Args {
 
 /// Prints the result as the daemon sent it, followed by a newline.
 pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
+    let Context {
+        connector,
+        printer,
+        stdio,
+        ..
+    } = ctx;
     let params = RawValue::from_string(args.params).map_err(|e| {
         Error::invalid("the parameters are not JSON")
             .with_source(e)
             .hint(r#"quote them: '{"vm":"web"}'"#)
     })?;
-    let mut client = ctx.connect()?;
+    let mut client = connector.connect(printer)?;
     let result = if args.more {
         let mut notes = super::output::Out::new(
-            ctx.stdio
+            stdio
                 .stderr
                 .try_clone()
                 .map_err(|e| Error::io("duplicate stderr", e))?,
@@ -41,6 +47,6 @@ pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     } else {
         client.call_raw(&args.method, &params, CALL_DEADLINE)?
     };
-    ctx.line(result.get())?;
+    printer.line(result.get())?;
     Ok(0)
 }

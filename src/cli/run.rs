@@ -1,7 +1,9 @@
 //! `run`: a fresh VM, the tree, the command, its status and its changes.
 
-use super::context::Context;
+use super::connector::{Connector, operate};
+use super::context::{Context, Env, Stdio};
 use super::exec::{self, How, OUR_FAILURE, Outcome};
+use super::printer::Printer;
 use super::signals::{Interrupts, Phase, interrupted};
 use super::transfer::{Bound, ExportTo, PrepareHow, Source, Transfer, report_left_behind};
 use super::vm::Shape;
@@ -45,19 +47,34 @@ pub struct Args {
 
 /// Runs the whole sequence, from checking the tree to a VM that keeps running or has been deleted.
 pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
-    let interrupts = Interrupts::start(&ctx.signals, &ctx.stdio.stderr)?;
-    match run_in_new_vm(ctx, &interrupts, args) {
+    let Context {
+        connector,
+        printer,
+        stdio,
+        signals,
+        env,
+        ..
+    } = ctx;
+    let interrupts = Interrupts::start(signals, &stdio.stderr)?;
+    match run_in_new_vm(connector, printer, stdio, env, &interrupts, args) {
         Err(_) if interrupts.cause().is_some() => {
-            ctx.note("interrupted");
+            printer.note("interrupted");
             Ok(interrupts.status().unwrap_or(OUR_FAILURE))
         }
         result => result,
     }
 }
 
-fn run_in_new_vm(ctx: &mut Context, interrupts: &Interrupts, args: Args) -> Result<u8> {
+fn run_in_new_vm(
+    connector: &mut Connector,
+    printer: &mut Printer,
+    stdio: &Stdio,
+    env: &Env,
+    interrupts: &Interrupts,
+    args: Args,
+) -> Result<u8> {
     // Check everything that can be checked before anything is created.
-    let spec = args.how.spec(ctx, args.argv)?;
+    let spec = args.how.spec(stdio, env, args.argv)?;
     let to = args.export_patch.map(ExportTo::patch);
     to.iter().try_for_each(ExportTo::check)?;
     let source = match &args.path {
@@ -74,22 +91,28 @@ fn run_in_new_vm(ctx: &mut Context, interrupts: &Interrupts, args: Args) -> Resu
         bound: args.bound,
         top: source.as_ref().and_then(Source::top).map(Path::to_owned),
     });
-    let mut new_vm = create(ctx, interrupts, args.name, args.shape, args.rm)?;
-    ctx.note(&format!("VM {}", new_vm.vm.name));
+    let mut new_vm = create(
+        connector.connect(printer)?,
+        interrupts,
+        args.name,
+        args.shape,
+        args.rm,
+    )?;
+    printer.note(&format!("VM {}", new_vm.vm.name));
     for port in &new_vm.vm.ports {
-        ctx.note(&format!("port {}", super::vm_text::port_line(port)));
+        printer.note(&format!("port {}", super::vm_text::port_line(port)));
     }
     let vm = new_vm.vm.name.to_string();
     let outcome = match boot(
-        ctx,
+        printer,
         interrupts,
         &mut new_vm,
         source.map(|s| (s, args.workspace)),
     ) {
-        Ok(()) => exec::execute(ctx, interrupts, &mut new_vm.client, &vm, spec),
+        Ok(()) => exec::execute(printer, stdio, interrupts, &mut new_vm.client, &vm, spec),
         Err(e) => Err(e),
     };
-    finish(ctx, interrupts, new_vm, outcome, export)
+    finish(printer, interrupts, new_vm, outcome, export)
 }
 
 /// What `--export-patch` asks for.
@@ -111,13 +134,12 @@ struct NewVm {
 }
 
 fn create(
-    ctx: &mut Context,
+    mut client: Client,
     interrupts: &Interrupts,
     name: Option<VmName>,
     shape: Shape,
     rm: bool,
 ) -> Result<NewVm> {
-    let mut client = ctx.connect()?;
     let rates = shape.rates;
     let request = VmCreateRequest {
         disk_bytes_per_s: rates.disk_bps,
@@ -137,7 +159,7 @@ fn create(
         hold: rm,
     };
     let result = if rm {
-        let mut hold = Client::connect_again(&ctx.socket)?;
+        let mut hold = Client::connect_again(client.socket())?;
         create_held(interrupts, &mut hold, &request).map(|vm| (vm, Some(hold)))
     } else {
         let _guard = interrupts.guard(&client)?;
@@ -186,7 +208,7 @@ fn create_held(
 }
 
 fn boot(
-    ctx: &mut Context,
+    printer: &mut Printer,
     interrupts: &Interrupts,
     new_vm: &mut NewVm,
     source: Option<(Source, PrepareHow)>,
@@ -194,7 +216,8 @@ fn boot(
     let vm = new_vm.vm.name.to_string();
     {
         let _guard = interrupts.guard(&new_vm.client)?;
-        ctx.operate::<VmStart>(
+        operate::<VmStart>(
+            printer,
             &mut new_vm.client,
             &format!("start {vm}"),
             &VmRequest { vm: vm.clone() },
@@ -202,7 +225,7 @@ fn boot(
     }
     if let Some((source, how)) = source {
         Transfer {
-            ctx,
+            printer,
             interrupts,
             client: &mut new_vm.client,
             vm: &vm,
@@ -218,7 +241,7 @@ fn boot(
 
 /// Exports the changes, then deletes the VM or says that it keeps running.
 fn finish(
-    ctx: &mut Context,
+    printer: &mut Printer,
     interrupts: &Interrupts,
     mut new_vm: NewVm,
     outcome: Result<Outcome>,
@@ -230,25 +253,25 @@ fn finish(
         Ok(outcome) => exec::status_of(outcome, interrupts),
         Err(_) => interrupts.status().unwrap_or(OUR_FAILURE),
     };
-    report_outcome(ctx, interrupts, &outcome);
+    report_outcome(printer, interrupts, &outcome);
     if let (Some(export), true, None) = (&export, began, interrupts.cause())
-        && let Err(failed) = collect(ctx, interrupts, &new_vm, export)
+        && let Err(failed) = collect(printer, interrupts, &new_vm, export)
     {
         status = failed;
         // The VM has changes that could not be exported, so it must not be deleted.
-        keep(ctx, &mut new_vm);
+        keep(printer, &mut new_vm);
     }
     if new_vm.rm || !began {
-        remove(ctx, interrupts, &new_vm);
+        remove(printer, interrupts, &new_vm);
         return Ok(status);
     }
     let name = &new_vm.vm.name;
-    ctx.note(&format!("VM {name} keeps running. Enter: fcctl ssh {name}, stop: fcctl stop {name}, delete: fcctl rm -f {name}"));
+    printer.note(&format!("VM {name} keeps running. Enter: fcctl ssh {name}, stop: fcctl stop {name}, delete: fcctl rm -f {name}"));
     Ok(status)
 }
 
 /// Revokes `--rm`, because the daemon would delete the VM when our connection closes.
-fn keep(ctx: &mut Context, new_vm: &mut NewVm) {
+fn keep(printer: &mut Printer, new_vm: &mut NewVm) {
     if !new_vm.rm {
         return;
     }
@@ -257,43 +280,45 @@ fn keep(ctx: &mut Context, new_vm: &mut NewVm) {
         rm: Some(false),
         ..VmSetRequest::default()
     };
-    match Client::connect_again(&ctx.socket).and_then(|mut client| client.call::<VmSet>(&request)) {
+    match Client::connect_again(new_vm.client.socket())
+        .and_then(|mut client| client.call::<VmSet>(&request))
+    {
         Ok(_) => {
             new_vm.rm = false;
-            ctx.note(&format!(
+            printer.note(&format!(
                 "VM {} is kept despite --rm, because it has changes that exist nowhere else",
                 new_vm.vm.name
             ));
         }
-        Err(e) => ctx.fail(&e.context("keep the VM with its changes"), OUR_FAILURE),
+        Err(e) => printer.fail(&e.context("keep the VM with its changes"), OUR_FAILURE),
     }
 }
 
-fn report_outcome(ctx: &mut Context, interrupts: &Interrupts, outcome: &Result<Outcome>) {
+fn report_outcome(printer: &mut Printer, interrupts: &Interrupts, outcome: &Result<Outcome>) {
     match outcome {
-        _ if interrupts.detached() => ctx.note("detached from the command"),
-        _ if interrupts.cause().is_some() => ctx.note("interrupted"),
+        _ if interrupts.detached() => printer.note("detached from the command"),
+        _ if interrupts.cause().is_some() => printer.note("interrupted"),
         Err(e) if e.is(Kind::Cancelled) => {
             let again = "the VM was stopped or deleted meanwhile: run the command again".to_owned();
-            ctx.fail(&e.clone().hint(again), OUR_FAILURE);
+            printer.fail(&e.clone().hint(again), OUR_FAILURE);
         }
-        Err(e) => ctx.fail(e, OUR_FAILURE),
+        Err(e) => printer.fail(e, OUR_FAILURE),
         Ok(_) => {}
     }
 }
 
 /// Uses its own connection, because the command's may be broken. The error is the exit status.
 fn collect(
-    ctx: &mut Context,
+    printer: &mut Printer,
     interrupts: &Interrupts,
     new_vm: &NewVm,
     export: &Export,
 ) -> std::result::Result<(), u8> {
     let vm = new_vm.vm.name.as_str();
     let result = interrupts.enter(Phase::Collecting).and_then(|()| {
-        let mut client = Client::connect_again(&ctx.socket)?;
+        let mut client = Client::connect_again(new_vm.client.socket())?;
         Transfer {
-            ctx,
+            printer,
             interrupts,
             client: &mut client,
             vm,
@@ -303,13 +328,13 @@ fn collect(
     match result {
         Ok(fetched) => {
             report_exported(
-                ctx,
+                printer,
                 interrupts,
                 &export.to,
                 &fetched.exported,
                 export.top.as_deref(),
             );
-            report_left_behind(ctx, vm, &fetched.left_behind);
+            report_left_behind(printer, vm, &fetched.left_behind);
             // These changes exist only in the VM.
             if new_vm.rm && fetched.left_behind.total > 0 {
                 Err(OUR_FAILURE)
@@ -318,18 +343,18 @@ fn collect(
             }
         }
         Err(_) if interrupts.cause().is_some() => {
-            ctx.note("interrupted");
+            printer.note("interrupted");
             Err(interrupts.status().unwrap_or(OUR_FAILURE))
         }
         Err(e) => {
-            ctx.fail(&e.context("export the changes"), OUR_FAILURE);
+            printer.fail(&e.context("export the changes"), OUR_FAILURE);
             Err(OUR_FAILURE)
         }
     }
 }
 
 /// Deletes the VM even after a cancellation. With `--rm` the daemon does it if this fails.
-fn remove(ctx: &mut Context, interrupts: &Interrupts, new_vm: &NewVm) {
+fn remove(printer: &mut Printer, interrupts: &Interrupts, new_vm: &NewVm) {
     // Entering this phase never fails.
     let _ = interrupts.enter(Phase::CleaningUp { asked: false });
     let name = new_vm.vm.name.as_str();
@@ -339,11 +364,12 @@ fn remove(ctx: &mut Context, interrupts: &Interrupts, new_vm: &NewVm) {
         force: true,
         if_exists: true,
     };
-    let result: Result<()> = Client::connect_again(&ctx.socket).and_then(|mut client| {
-        let _guard = interrupts.guard(&client)?;
-        ctx.operate::<VmDelete>(&mut client, &format!("delete {name}"), &request)?;
-        Ok(())
-    });
+    let result: Result<()> =
+        Client::connect_again(new_vm.client.socket()).and_then(|mut client| {
+            let _guard = interrupts.guard(&client)?;
+            operate::<VmDelete>(printer, &mut client, &format!("delete {name}"), &request)?;
+            Ok(())
+        });
     if let Err(e) = result {
         let rest = if new_vm.rm {
             "fcd deletes it, at the latest when it starts again"
@@ -351,7 +377,7 @@ fn remove(ctx: &mut Context, interrupts: &Interrupts, new_vm: &NewVm) {
             "it still exists"
         };
         let failure: Failure = e.context(format!("delete VM {name} ({rest})"));
-        ctx.fail(
+        printer.fail(
             &failure.hint(format!("check: fcctl ps -a, delete: fcctl rm -f {name}")),
             OUR_FAILURE,
         );

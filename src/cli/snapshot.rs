@@ -1,7 +1,9 @@
 //! `snapshot`: saved VMs, and continuing from them.
 
+use super::connector::{Connector, operate};
 use super::context::Context;
 use super::output::{self, age, size};
+use super::printer::Printer;
 use crate::api::snapshot::{
     Snapshot, SnapshotCreate, SnapshotCreateRequest, SnapshotDelete, SnapshotList,
     SnapshotListRequest, SnapshotRequest, SnapshotRestore, SnapshotRestoreRequest, SnapshotShow,
@@ -50,41 +52,58 @@ pub struct Targets {
 }
 
 pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
+    let Context {
+        connector,
+        printer,
+        now_s,
+        ..
+    } = ctx;
     match verb {
-        Verb::Create { vm, name } => create(ctx, SnapshotCreateRequest { vm, name }),
+        Verb::Create { vm, name } => create(connector, printer, SnapshotCreateRequest { vm, name }),
         Verb::List { vm } => list(
-            ctx,
+            connector,
+            printer,
+            *now_s,
             SnapshotListRequest {
                 vm,
                 ..Default::default()
             },
         ),
-        Verb::Show(args) => show(ctx, &args),
-        Verb::Delete(args) => delete(ctx, &args),
-        Verb::Restore { snapshot, new_vm } => {
-            restore(ctx, SnapshotRestoreRequest { snapshot, new_vm })
-        }
+        Verb::Show(args) => show(connector, printer, *now_s, &args),
+        Verb::Delete(args) => delete(connector, printer, &args),
+        Verb::Restore { snapshot, new_vm } => restore(
+            connector,
+            printer,
+            SnapshotRestoreRequest { snapshot, new_vm },
+        ),
     }
 }
 
-fn create(ctx: &mut Context, request: SnapshotCreateRequest) -> Result<u8> {
-    let mut client = ctx.connect()?;
+fn create(
+    connector: &mut Connector,
+    printer: &mut Printer,
+    request: SnapshotCreateRequest,
+) -> Result<u8> {
+    let mut client = connector.connect(printer)?;
     let doing = format!("save {}", output::harmless_line(&request.vm));
-    let snapshot = ctx
-        .operate::<SnapshotCreate>(&mut client, &doing, &request)?
-        .snapshot;
-    if ctx.json {
-        ctx.document(&snapshot)?;
+    let snapshot = operate::<SnapshotCreate>(printer, &mut client, &doing, &request)?.snapshot;
+    if printer.json {
+        printer.document(&snapshot)?;
     } else {
-        ctx.line(snapshot.name.as_str())?;
+        printer.line(snapshot.name.as_str())?;
     }
     Ok(0)
 }
 
-fn list(ctx: &mut Context, request: SnapshotListRequest) -> Result<u8> {
-    let snapshots = ctx.connect()?.list::<SnapshotList>(request)?;
-    if ctx.json {
-        ctx.document(&snapshots)?;
+fn list(
+    connector: &mut Connector,
+    printer: &mut Printer,
+    now_s: u64,
+    request: SnapshotListRequest,
+) -> Result<u8> {
+    let snapshots = connector.connect(printer)?.list::<SnapshotList>(request)?;
+    if printer.json {
+        printer.document(&snapshots)?;
         return Ok(0);
     }
     let row = |s: &Snapshot| {
@@ -95,32 +114,37 @@ fn list(ctx: &mut Context, request: SnapshotListRequest) -> Result<u8> {
             s.vm_name.to_string(),
             memory,
             taken,
-            age(ctx.now_s, s.created_at),
+            age(now_s, s.created_at),
         ]
     };
     let rows: Vec<_> = snapshots.iter().map(row).collect();
-    ctx.text(&output::table(
+    printer.text(&output::table(
         &["NAME", "ID", "VM", "MEMORY", "ON HOST", "CREATED"],
         &rows,
     ))?;
     Ok(0)
 }
 
-fn show(ctx: &mut Context, args: &Targets) -> Result<u8> {
+fn show(
+    connector: &mut Connector,
+    printer: &mut Printer,
+    now_s: u64,
+    args: &Targets,
+) -> Result<u8> {
     let mut is_first = true;
-    ctx.for_each(&args.snapshots, |ctx, client, snapshot| {
+    connector.for_each(printer, &args.snapshots, |printer, client, snapshot| {
         let snapshot = client
             .call::<SnapshotShow>(&SnapshotRequest {
                 snapshot: snapshot.to_owned(),
             })?
             .snapshot;
-        if !ctx.json {
+        if !printer.json {
             let gap = if std::mem::replace(&mut is_first, false) {
                 ""
             } else {
                 "\n"
             };
-            ctx.text(&format!("{gap}{}", sheet(&snapshot, ctx.now_s)))?;
+            printer.text(&format!("{gap}{}", sheet(&snapshot, now_s)))?;
         }
         Ok(snapshot)
     })
@@ -161,28 +185,30 @@ fn sheet(snapshot: &Snapshot, now_s: u64) -> String {
         .collect()
 }
 
-fn delete(ctx: &mut Context, args: &Targets) -> Result<u8> {
-    ctx.for_each(&args.snapshots, |ctx, client, snapshot| {
+fn delete(connector: &mut Connector, printer: &mut Printer, args: &Targets) -> Result<u8> {
+    connector.for_each(printer, &args.snapshots, |printer, client, snapshot| {
         let reply = client.call::<SnapshotDelete>(&SnapshotRequest {
             snapshot: snapshot.to_owned(),
         })?;
-        if !ctx.json {
-            ctx.line(&format!("{}: deleted", output::harmless_line(snapshot)))?;
+        if !printer.json {
+            printer.line(&format!("{}: deleted", output::harmless_line(snapshot)))?;
         }
         Ok(reply)
     })
 }
 
-fn restore(ctx: &mut Context, request: SnapshotRestoreRequest) -> Result<u8> {
-    let mut client = ctx.connect()?;
+fn restore(
+    connector: &mut Connector,
+    printer: &mut Printer,
+    request: SnapshotRestoreRequest,
+) -> Result<u8> {
+    let mut client = connector.connect(printer)?;
     let doing = format!("restore {}", output::harmless_line(&request.snapshot));
-    let vm = ctx
-        .operate::<SnapshotRestore>(&mut client, &doing, &request)?
-        .vm;
-    if ctx.json {
-        ctx.document(&vm)?;
+    let vm = operate::<SnapshotRestore>(printer, &mut client, &doing, &request)?.vm;
+    if printer.json {
+        printer.document(&vm)?;
     } else {
-        ctx.line(&format!("{}: {}", vm.name, vm.state.name()))?;
+        printer.line(&format!("{}: {}", vm.name, vm.state.name()))?;
     }
     Ok(0)
 }

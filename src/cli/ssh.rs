@@ -20,8 +20,15 @@ pub struct Args {
 }
 
 pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
-    let config = ctx
-        .connect()?
+    let Context {
+        connector,
+        printer,
+        stdio,
+        signals,
+        ..
+    } = ctx;
+    let config = connector
+        .connect(printer)?
         .call::<VmSshConfig>(&VmRequest { vm: args.vm })?;
     // Mode 0700, so only this user can read the key in it. Removed when dropped.
     let dir = tempfile::Builder::new()
@@ -46,7 +53,7 @@ pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     argv.extend(args.args);
     // ssh owns the terminal and handles its signals. This process must not exit first and leave the
     // key behind.
-    let interrupts = Interrupts::start(&ctx.signals, &ctx.stdio.stderr)?;
+    let interrupts = Interrupts::start(signals, &stdio.stderr)?;
     crate::host::interactive::run("ssh", &argv, interrupts.cancel()).map_err(|e| {
         let is_missing = e.kind() == Kind::CommandMissing;
         let failure = Failure::from(e);

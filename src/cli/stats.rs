@@ -23,14 +23,20 @@ pub struct Args {
 }
 
 pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
-    if ctx.json && args.watch {
+    let Context {
+        connector,
+        printer,
+        stdio,
+        ..
+    } = ctx;
+    if printer.json && args.watch {
         return Err(
             Error::invalid("--watch never ends, so it cannot be one JSON document")
                 .hint("leave out --json or --watch")
                 .into(),
         );
     }
-    let mut client = ctx.connect()?;
+    let mut client = connector.connect(printer)?;
     let request = VmStatsRequest {
         vms: args.vms,
         ..Default::default()
@@ -43,21 +49,21 @@ pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
         Ok::<_, Failure>(stats)
     };
     let mut before = look(&mut client)?;
-    if ctx.json {
-        ctx.document(&before)?;
+    if printer.json {
+        printer.document(&before)?;
         return Ok(0);
     }
     loop {
         crate::host::wait::wait_uncancelled(&[], Instant::now() + PERIOD)
             .map_err(|e| Error::io("wait a moment", e))?;
         let now = look(&mut client)?;
-        let clear = if args.watch && ctx.stdio.stdout_is_terminal() {
+        let clear = if args.watch && stdio.stdout_is_terminal() {
             CLEAR
         } else {
             ""
         };
-        ctx.text(&format!("{clear}{}", render(&before, &now)))?;
-        if !args.watch || ctx.is_unread() {
+        printer.text(&format!("{clear}{}", render(&before, &now)))?;
+        if !args.watch || printer.is_unread() {
             return Ok(0);
         }
         before = now;

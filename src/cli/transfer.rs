@@ -1,8 +1,8 @@
 //! Transfers to and from a VM. Packing and unpacking happen here, with the caller's rights.
 
-use super::context::Context;
 use super::output::count;
 use super::pipes::{self, End};
+use super::printer::Printer;
 use super::signals::Interrupts;
 use crate::api::Call;
 use crate::api::frame::Note;
@@ -131,7 +131,7 @@ impl Source {
 
 /// One transfer to or from a VM.
 pub struct Transfer<'a> {
-    pub ctx: &'a mut Context,
+    pub printer: &'a mut Printer,
     pub interrupts: &'a Interrupts,
     pub client: &'a mut Client,
     pub vm: &'a str,
@@ -148,7 +148,7 @@ impl Transfer<'_> {
         if let Source::Tree(plan) = &source {
             plan.warnings()
                 .iter()
-                .for_each(|w| self.ctx.note(&format!("warning: {w}")));
+                .for_each(|w| self.printer.note(&format!("warning: {w}")));
         }
         let stop = self.stop()?;
         let (ours, theirs) = pipes::to_daemon(&stop)?;
@@ -180,7 +180,7 @@ impl Transfer<'_> {
         let (reply, sent) = conclude(reply, packer, &stop)?;
         sent.into_iter()
             .flat_map(|s| s.warnings)
-            .for_each(|w| self.ctx.note(&format!("warning: {w}")));
+            .for_each(|w| self.printer.note(&format!("warning: {w}")));
         self.report_kept(&reply.kept);
         Ok(reply)
     }
@@ -190,12 +190,12 @@ impl Transfer<'_> {
             return;
         }
         let files = count(kept.len() as u64, "file");
-        self.ctx.note(&format!("kept {files} that changed in the guest since the last copy (--overwrite replaces them):"));
+        self.printer.note(&format!("kept {files} that changed in the guest since the last copy (--overwrite replaces them):"));
         kept.iter()
             .take(KEPT_SHOWN_MAX)
-            .for_each(|path| self.ctx.note(&format!("  {path}")));
+            .for_each(|path| self.printer.note(&format!("  {path}")));
         if kept.len() > KEPT_SHOWN_MAX {
-            self.ctx
+            self.printer
                 .note(&format!("  and {} more", kept.len() - KEPT_SHOWN_MAX));
         }
     }
@@ -263,7 +263,7 @@ impl Transfer<'_> {
         loop {
             match spool.read(&mut piece).map_err(|e| Error::io(doing, e))? {
                 0 => return Ok(()),
-                n => self.ctx.bytes(&piece[..n])?,
+                n => self.printer.bytes(&piece[..n])?,
             }
         }
     }
@@ -287,7 +287,7 @@ impl Transfer<'_> {
         on_note: &mut dyn FnMut(Note) -> Result<()>,
     ) -> Result<C::Reply> {
         let _guard = self.interrupts.guard(self.client)?;
-        let mut progress = self.ctx.progress(doing);
+        let mut progress = self.printer.progress(doing);
         let in_flight = self.client.begin::<C>(request, &[theirs.as_fd()]);
         drop(theirs);
         in_flight?.finish(&mut |note| match note {
@@ -457,11 +457,11 @@ fn receive(
 }
 
 /// Lists what belongs to the tree but exists only in the VM, and how to fetch it.
-pub fn report_left_behind(ctx: &mut Context, vm: &str, left: &LeftBehind) {
+pub fn report_left_behind(printer: &mut Printer, vm: &str, left: &LeftBehind) {
     let Some(first) = left.named.first() else {
         return;
     };
-    ctx.note(&format!(
+    printer.note(&format!(
         "warning: not everything could be brought back; these exist only in VM {vm}:"
     ));
     for Left { path, why } in left.named.iter().take(LEFT_SHOWN_MAX) {
@@ -472,14 +472,14 @@ pub fn report_left_behind(ctx: &mut Context, vm: &str, left: &LeftBehind) {
             Why::Submodule => "files in a submodule, or in a repository that was not sent",
             Why::Name => "git does not allow this file name",
         };
-        ctx.note(&format!("  {}: {why}", encode::encode(path)));
+        printer.note(&format!("  {}: {why}", encode::encode(path)));
     }
     let shown = left.named.len().min(LEFT_SHOWN_MAX) as u64;
     if left.total > shown {
-        ctx.note(&format!("  and {} more", left.total - shown));
+        printer.note(&format!("  and {} more", left.total - shown));
     }
     if let Ok(path) = std::str::from_utf8(&first.path) {
-        ctx.note(&format!(
+        printer.note(&format!(
             "to fetch them: fcctl exec {vm} -- tar c {} > left.tar",
             quote(path)
         ));

@@ -7,15 +7,18 @@ use crate::client::{ABSENT, Result};
 
 /// It is not a failure if no daemon runs, but it is one if the daemon cannot be talked to.
 pub fn run(ctx: &mut Context) -> Result<u8> {
+    let Context {
+        connector, printer, ..
+    } = ctx;
     let ours = env!("CARGO_PKG_VERSION");
-    let daemon = match ctx.connect() {
+    let daemon = match connector.connect(printer) {
         Ok(mut client) => Some(client.call::<Info>(&Empty {})?),
         Err(e) if e.kind() == ABSENT => None,
         Err(e) => return Err(e),
     };
-    if ctx.json {
+    if printer.json {
         let api = serde_json::json!({ "major": VERSION_MAJOR, "minor": VERSION_MINOR });
-        ctx.document(
+        printer.document(
             &serde_json::json!({ "fcctl": { "version": ours, "api": api }, "fcd": daemon }),
         )?;
         return Ok(0);
@@ -25,9 +28,9 @@ pub fn run(ctx: &mut Context) -> Result<u8> {
             "fcd   {} (protocol {}.{}, pid {})",
             info.version, info.api.major, info.api.minor, info.pid
         ),
-        None => format!("fcd   is not running at {}", ctx.socket.display()),
+        None => format!("fcd   is not running at {}", connector.socket().display()),
     };
-    ctx.line(&format!(
+    printer.line(&format!(
         "fcctl {ours} (protocol {VERSION_MAJOR}.{VERSION_MINOR})\n{theirs}"
     ))?;
     Ok(0)

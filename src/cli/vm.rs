@@ -1,7 +1,9 @@
 //! `vm`: the commands for one or several VMs, also those that exist at top level.
 
+use super::connector::{Connector, operate};
 use super::context::Context;
 use super::output::{self, age, count, size};
+use super::printer::Printer;
 use super::values::{
     parse_count_rate, parse_duration, parse_mem_mib, parse_net, parse_port, parse_rate, parse_size,
     timeout_ms,
@@ -234,36 +236,37 @@ fn parse_state(text: &str) -> Result<VmState, String> {
 }
 
 pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
+    let Context {
+        connector,
+        printer,
+        now_s,
+        ..
+    } = ctx;
     match verb {
-        Verb::Create(args) => create(ctx, args),
-        Verb::Start(args) => start(ctx, args),
-        Verb::Stop(args) => stop(ctx, args),
-        Verb::Restart(args) => restart(ctx, args),
-        Verb::Kill(args) => kill(ctx, args),
-        Verb::Pause(args) => pause::<VmPause>(ctx, args),
-        Verb::Resume(args) => pause::<VmResume>(ctx, args),
-        Verb::Fork(args) => fork(ctx, args),
-        Verb::Delete(args) => delete(ctx, args),
+        Verb::Create(args) => create(connector, printer, args),
+        Verb::Start(args) => start(connector, printer, args),
+        Verb::Stop(args) => stop(connector, printer, args),
+        Verb::Restart(args) => restart(connector, printer, args),
+        Verb::Kill(args) => kill(connector, printer, args),
+        Verb::Pause(args) => pause::<VmPause>(connector, printer, args),
+        Verb::Resume(args) => pause::<VmResume>(connector, printer, args),
+        Verb::Fork(args) => fork(connector, printer, args),
+        Verb::Delete(args) => delete(connector, printer, args),
         Verb::List(args) => super::ps::run(ctx, args),
-        Verb::Show(args) => show(ctx, args),
-        Verb::Ports(args) => ports(ctx, args),
-        Verb::Set(args) => set(ctx, args),
-        Verb::Balloon(args) => balloon(ctx, args),
+        Verb::Show(args) => show(connector, printer, *now_s, args),
+        Verb::Ports(args) => ports(connector, printer, args),
+        Verb::Set(args) => set(connector, printer, args),
+        Verb::Balloon(args) => balloon(connector, printer, args),
         Verb::Logs(args) => super::logs::run(ctx, args),
         Verb::Stats(args) => super::stats::run(ctx, args),
         Verb::Connect(args) => super::connect::run(ctx, args),
-        Verb::Metrics(args) => metrics(ctx, args),
-        Verb::Wait(args) => wait(ctx, args),
-        Verb::Prune => prune(ctx),
+        Verb::Metrics(args) => metrics(connector, printer, args),
+        Verb::Wait(args) => wait(connector, printer, args),
+        Verb::Prune => prune(connector, printer),
     }
 }
 
-/// Prints a line unless `--json` is given. The caller prints the document.
-fn say(ctx: &mut Context, text: &str) -> Result<()> {
-    if ctx.json { Ok(()) } else { ctx.line(text) }
-}
-
-fn create(ctx: &mut Context, args: CreateArgs) -> Result<u8> {
+fn create(connector: &mut Connector, printer: &mut Printer, args: CreateArgs) -> Result<u8> {
     let rates = args.shape.rates;
     let request = VmCreateRequest {
         disk_bytes_per_s: rates.disk_bps,
@@ -282,25 +285,25 @@ fn create(ctx: &mut Context, args: CreateArgs) -> Result<u8> {
         rm: false,
         hold: false,
     };
-    let vm = ctx.connect()?.call::<VmCreate>(&request)?.vm;
-    if ctx.json {
-        ctx.document(&vm)?
+    let vm = connector.connect(printer)?.call::<VmCreate>(&request)?.vm;
+    if printer.json {
+        printer.document(&vm)?
     } else {
-        ctx.line(vm.name.as_str())?
+        printer.line(vm.name.as_str())?
     }
     Ok(0)
 }
 
-pub fn start(ctx: &mut Context, args: Targets) -> Result<u8> {
-    ctx.for_each(&args.vms, |ctx, client, vm| {
-        let vm = ctx
-            .operate::<VmStart>(
-                client,
-                &format!("start {vm}"),
-                &VmRequest { vm: vm.to_owned() },
-            )?
-            .vm;
-        say(ctx, &format!("{}: {}", vm.name, vm.state.name()))?;
+pub fn start(connector: &mut Connector, printer: &mut Printer, args: Targets) -> Result<u8> {
+    connector.for_each(printer, &args.vms, |printer, client, vm| {
+        let vm = operate::<VmStart>(
+            printer,
+            client,
+            &format!("start {vm}"),
+            &VmRequest { vm: vm.to_owned() },
+        )?
+        .vm;
+        printer.say(&format!("{}: {}", vm.name, vm.state.name()))?;
         Ok(vm)
     })
 }
@@ -313,15 +316,21 @@ fn stop_request(vm: &str, args: &StopArgs) -> VmStopRequest {
     }
 }
 
-pub fn stop(ctx: &mut Context, args: StopArgs) -> Result<u8> {
-    ctx.for_each(&args.targets.vms, |ctx, client, vm| {
-        let vm = ctx
-            .operate::<VmStop>(client, &format!("stop {vm}"), &stop_request(vm, &args))?
-            .vm;
-        say(
-            ctx,
-            &format!("{}: {}{}", vm.name, vm.state.name(), synced(vm.synced)),
-        )?;
+pub fn stop(connector: &mut Connector, printer: &mut Printer, args: StopArgs) -> Result<u8> {
+    connector.for_each(printer, &args.targets.vms, |printer, client, vm| {
+        let vm = operate::<VmStop>(
+            printer,
+            client,
+            &format!("stop {vm}"),
+            &stop_request(vm, &args),
+        )?
+        .vm;
+        printer.say(&format!(
+            "{}: {}{}",
+            vm.name,
+            vm.state.name(),
+            synced(vm.synced)
+        ))?;
         Ok(vm)
     })
 }
@@ -338,77 +347,86 @@ fn synced(synced: Option<Synced>) -> &'static str {
     }
 }
 
-fn restart(ctx: &mut Context, args: StopArgs) -> Result<u8> {
-    ctx.for_each(&args.targets.vms, |ctx, client, vm| {
-        let vm = ctx
-            .operate::<VmRestart>(client, &format!("restart {vm}"), &stop_request(vm, &args))?
-            .vm;
-        say(
-            ctx,
-            &format!("{}: {}{}", vm.name, vm.state.name(), synced(vm.synced)),
-        )?;
+fn restart(connector: &mut Connector, printer: &mut Printer, args: StopArgs) -> Result<u8> {
+    connector.for_each(printer, &args.targets.vms, |printer, client, vm| {
+        let vm = operate::<VmRestart>(
+            printer,
+            client,
+            &format!("restart {vm}"),
+            &stop_request(vm, &args),
+        )?
+        .vm;
+        printer.say(&format!(
+            "{}: {}{}",
+            vm.name,
+            vm.state.name(),
+            synced(vm.synced)
+        ))?;
         Ok(vm)
     })
 }
 
-fn kill(ctx: &mut Context, args: Targets) -> Result<u8> {
-    ctx.for_each(&args.vms, |ctx, client, vm| {
-        let vm = ctx
-            .operate::<VmKill>(
-                client,
-                &format!("kill {vm}"),
-                &VmRequest { vm: vm.to_owned() },
-            )?
-            .vm;
-        say(
-            ctx,
-            &format!("{}: {}{}", vm.name, vm.state.name(), synced(vm.synced)),
-        )?;
+fn kill(connector: &mut Connector, printer: &mut Printer, args: Targets) -> Result<u8> {
+    connector.for_each(printer, &args.vms, |printer, client, vm| {
+        let vm = operate::<VmKill>(
+            printer,
+            client,
+            &format!("kill {vm}"),
+            &VmRequest { vm: vm.to_owned() },
+        )?
+        .vm;
+        printer.say(&format!(
+            "{}: {}{}",
+            vm.name,
+            vm.state.name(),
+            synced(vm.synced)
+        ))?;
         Ok(vm)
     })
 }
 
 fn pause<C: Call<Request = VmRequest, Reply = VmReply>>(
-    ctx: &mut Context,
+    connector: &mut Connector,
+    printer: &mut Printer,
     args: Targets,
 ) -> Result<u8> {
-    ctx.for_each(&args.vms, |ctx, client, vm| {
+    connector.for_each(printer, &args.vms, |printer, client, vm| {
         let vm = client.call::<C>(&VmRequest { vm: vm.to_owned() })?.vm;
-        say(ctx, &format!("{}: {}", vm.name, state(&vm)))?;
+        printer.say(&format!("{}: {}", vm.name, state(&vm)))?;
         Ok(vm)
     })
 }
 
-fn fork(ctx: &mut Context, args: ForkArgs) -> Result<u8> {
-    let mut client = ctx.connect()?;
+fn fork(connector: &mut Connector, printer: &mut Printer, args: ForkArgs) -> Result<u8> {
+    let mut client = connector.connect(printer)?;
     let request = VmForkRequest {
         vm: args.vm,
         name: args.new,
     };
-    let vm = ctx
-        .operate::<VmFork>(
-            &mut client,
-            &format!("fork {}", output::harmless_line(&request.vm)),
-            &request,
-        )?
-        .vm;
-    if ctx.json {
-        ctx.document(&vm)?;
+    let vm = operate::<VmFork>(
+        printer,
+        &mut client,
+        &format!("fork {}", output::harmless_line(&request.vm)),
+        &request,
+    )?
+    .vm;
+    if printer.json {
+        printer.document(&vm)?;
     } else {
-        ctx.line(vm.name.as_str())?;
+        printer.line(vm.name.as_str())?;
     }
     Ok(0)
 }
 
-pub fn delete(ctx: &mut Context, args: DeleteArgs) -> Result<u8> {
-    ctx.for_each(&args.vms, |ctx, client, vm| {
+pub fn delete(connector: &mut Connector, printer: &mut Printer, args: DeleteArgs) -> Result<u8> {
+    connector.for_each(printer, &args.vms, |printer, client, vm| {
         let request = VmDeleteRequest {
             vm: vm.to_owned(),
             force: args.force,
             if_exists: args.force || args.if_exists,
         };
-        let reply = ctx.operate::<VmDelete>(client, &format!("delete {vm}"), &request)?;
-        say(ctx, &deleted(vm, &reply))?;
+        let reply = operate::<VmDelete>(printer, client, &format!("delete {vm}"), &request)?;
+        printer.say(&deleted(vm, &reply))?;
         Ok(reply)
     })
 }
@@ -426,17 +444,17 @@ fn state(vm: &Vm) -> Cow<'static, str> {
     state_text(vm.state, vm.reason.as_deref(), vm.paused, vm.unresponsive)
 }
 
-fn show(ctx: &mut Context, args: Targets) -> Result<u8> {
+fn show(connector: &mut Connector, printer: &mut Printer, now_s: u64, args: Targets) -> Result<u8> {
     let mut is_first = true;
-    ctx.for_each(&args.vms, |ctx, client, vm| {
+    connector.for_each(printer, &args.vms, |printer, client, vm| {
         let vm = client.call::<VmShow>(&VmRequest { vm: vm.to_owned() })?.vm;
-        if !ctx.json {
+        if !printer.json {
             let gap = if std::mem::replace(&mut is_first, false) {
                 ""
             } else {
                 "\n"
             };
-            ctx.text(&format!("{gap}{}", sheet(&vm, ctx.now_s)))?;
+            printer.text(&format!("{gap}{}", sheet(&vm, now_s)))?;
         }
         Ok(vm)
     })
@@ -536,17 +554,17 @@ fn sheet(vm: &Vm, now_s: u64) -> String {
     facts.iter().map(line).collect()
 }
 
-fn ports(ctx: &mut Context, args: Targets) -> Result<u8> {
+fn ports(connector: &mut Connector, printer: &mut Printer, args: Targets) -> Result<u8> {
     let several = args.vms.len() > 1;
-    ctx.for_each(&args.vms, |ctx, client, vm| {
+    connector.for_each(printer, &args.vms, |printer, client, vm| {
         let vm = client.call::<VmShow>(&VmRequest { vm: vm.to_owned() })?.vm;
-        if !ctx.json {
+        if !printer.json {
             let name = if several {
                 format!("{}: ", vm.name)
             } else {
                 String::new()
             };
-            ctx.text(
+            printer.text(
                 &vm.ports
                     .iter()
                     .map(|port| format!("{name}{}\n", port_line(port)))
@@ -557,7 +575,7 @@ fn ports(ctx: &mut Context, args: Targets) -> Result<u8> {
     })
 }
 
-fn set(ctx: &mut Context, args: SetArgs) -> Result<u8> {
+fn set(connector: &mut Connector, printer: &mut Printer, args: SetArgs) -> Result<u8> {
     let (rates, wanted) = (args.rates, args.rates.limits());
     let request = VmSetRequest {
         vm: args.vm,
@@ -571,9 +589,9 @@ fn set(ctx: &mut Context, args: SetArgs) -> Result<u8> {
         now: args.now,
         rm: None,
     };
-    let vm = ctx.connect()?.call::<VmSet>(&request)?.vm;
-    if ctx.json {
-        ctx.document(&vm)?;
+    let vm = connector.connect(printer)?.call::<VmSet>(&request)?.vm;
+    if printer.json {
+        printer.document(&vm)?;
     } else {
         let what = settings(&Pending {
             vcpus: args.vcpus,
@@ -591,29 +609,31 @@ fn set(ctx: &mut Context, args: SetArgs) -> Result<u8> {
             (_, Some(_)) => format!("applied at next start{hint}"),
             _ => "applied at next start".to_owned(),
         };
-        ctx.line(&format!("{}: {what}, {when}", vm.name))?;
+        printer.line(&format!("{}: {what}, {when}", vm.name))?;
     }
     Ok(0)
 }
 
-fn balloon(ctx: &mut Context, args: BalloonArgs) -> Result<u8> {
-    let reply = ctx.connect()?.call::<VmBalloon>(&VmBalloonRequest {
-        vm: args.vm,
-        keep_mib: args.keep,
-    })?;
-    if ctx.json {
-        ctx.document(&reply)?;
+fn balloon(connector: &mut Connector, printer: &mut Printer, args: BalloonArgs) -> Result<u8> {
+    let reply = connector
+        .connect(printer)?
+        .call::<VmBalloon>(&VmBalloonRequest {
+            vm: args.vm,
+            keep_mib: args.keep,
+        })?;
+    if printer.json {
+        printer.document(&reply)?;
     } else {
-        ctx.line(&kept(&reply))?;
+        printer.line(&kept(&reply))?;
     }
     Ok(0)
 }
 
-fn metrics(ctx: &mut Context, args: Target) -> Result<u8> {
-    let reply = ctx
-        .connect()?
+fn metrics(connector: &mut Connector, printer: &mut Printer, args: Target) -> Result<u8> {
+    let reply = connector
+        .connect(printer)?
         .call::<VmMetrics>(&VmRequest { vm: args.vm })?;
-    ctx.document(&reply)?;
+    printer.document(&reply)?;
     Ok(0)
 }
 
@@ -632,8 +652,8 @@ fn kept(reply: &VmBalloonReply) -> String {
     )
 }
 
-fn wait(ctx: &mut Context, args: WaitArgs) -> Result<u8> {
-    ctx.for_each(&args.targets.vms, |ctx, client, vm| {
+fn wait(connector: &mut Connector, printer: &mut Printer, args: WaitArgs) -> Result<u8> {
+    connector.for_each(printer, &args.targets.vms, |printer, client, vm| {
         let request = VmWaitRequest {
             vm: vm.to_owned(),
             state: args.state,
@@ -642,21 +662,19 @@ fn wait(ctx: &mut Context, args: WaitArgs) -> Result<u8> {
         let vm = client
             .call_more::<VmWait>(&request, &[], &mut |_| Ok(()))?
             .vm;
-        say(ctx, &format!("{}: {}", vm.name, state(&vm)))?;
+        printer.say(&format!("{}: {}", vm.name, state(&vm)))?;
         Ok(vm)
     })
 }
 
-fn prune(ctx: &mut Context) -> Result<u8> {
-    let mut client = ctx.connect()?;
-    let deleted = ctx
-        .operate::<VmPrune>(&mut client, "prune", &Empty {})?
-        .deleted;
-    if ctx.json {
-        ctx.document(&deleted)?;
+fn prune(connector: &mut Connector, printer: &mut Printer) -> Result<u8> {
+    let mut client = connector.connect(printer)?;
+    let deleted = operate::<VmPrune>(printer, &mut client, "prune", &Empty {})?.deleted;
+    if printer.json {
+        printer.document(&deleted)?;
     } else {
         let ids: String = deleted.iter().map(|id| format!("{id}\n")).collect();
-        ctx.text(&format!(
+        printer.text(&format!(
             "{ids}{} deleted\n",
             count(deleted.len() as u64, "VM")
         ))?;

@@ -1,8 +1,10 @@
 //! `workspace`: copies a tree into a VM and brings a patch or a tree back.
 
 use super::apply;
+use super::connector::Connector;
 use super::context::Context;
 use super::output::{count, size};
+use super::printer::Printer;
 use super::signals::Interrupts;
 use super::transfer::{
     Bound, ExportTo, Exported, PrepareHow, Source, Transfer, report_left_behind,
@@ -56,47 +58,60 @@ pub struct ExportArgs {
 }
 
 pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
-    let interrupts = Interrupts::start(&ctx.signals, &ctx.stdio.stderr)?;
+    let Context {
+        connector,
+        printer,
+        stdio,
+        signals,
+        ..
+    } = ctx;
+    let interrupts = Interrupts::start(signals, &stdio.stderr)?;
     let result = match verb {
-        Verb::Prepare(args) => prepare_verb(ctx, &interrupts, args),
-        Verb::Export(args) => export_verb(ctx, &interrupts, args),
-        Verb::Apply(args) => apply::run(ctx, &interrupts, args),
+        Verb::Prepare(args) => prepare(connector, printer, &stdio.stdin, &interrupts, args),
+        Verb::Export(args) => export(connector, printer, &interrupts, args),
+        Verb::Apply(args) => apply::run(connector, printer, &interrupts, args),
     };
     match (interrupts.or_interrupted(result), interrupts.status()) {
         (Err(_), Some(status)) => {
-            ctx.note("interrupted");
+            printer.note("interrupted");
             Ok(status)
         }
         (result, _) => result,
     }
 }
 
-fn prepare_verb(ctx: &mut Context, interrupts: &Interrupts, args: PrepareArgs) -> Result<u8> {
+fn prepare(
+    connector: &mut Connector,
+    printer: &mut Printer,
+    stdin: &File,
+    interrupts: &Interrupts,
+    args: PrepareArgs,
+) -> Result<u8> {
     let source = match (&args.tar, &args.path) {
-        (Some(tar), _) => Source::Tar(open_tar(ctx, tar)?),
+        (Some(tar), _) => Source::Tar(open_tar(stdin, tar)?),
         (None, path) => Source::tree(
             path.as_deref().unwrap_or(Path::new(".")),
             &args.how,
             interrupts.cancel(),
         )?,
     };
-    let mut client = ctx.connect()?;
+    let mut client = connector.connect(printer)?;
     let reply = Transfer {
-        ctx,
+        printer,
         interrupts,
         client: &mut client,
         vm: &args.vm,
     }
     .prepare(source, args.how)?;
-    if ctx.json {
-        ctx.document(&reply)?;
+    if printer.json {
+        printer.document(&reply)?;
     } else if let Some(workspace) = &reply.vm.workspace {
         let what = if reply.entries == 1 {
             "entry"
         } else {
             "entries"
         };
-        ctx.line(&format!(
+        printer.line(&format!(
             "{}: {} {what}, {}, in {}",
             reply.vm.name,
             reply.entries,
@@ -107,24 +122,27 @@ fn prepare_verb(ctx: &mut Context, interrupts: &Interrupts, args: PrepareArgs) -
     Ok(0)
 }
 
-fn open_tar(ctx: &Context, tar: &Path) -> Result<File> {
+fn open_tar(stdin: &File, tar: &Path) -> Result<File> {
     if tar == Path::new("-") {
-        return ctx
-            .stdio
-            .stdin
+        return stdin
             .try_clone()
             .map_err(|e| Error::io("duplicate stdin", e).into());
     }
     File::open(tar).map_err(|e| path_error(format!("open {}", tar.display()), e).into())
 }
 
-fn export_verb(ctx: &mut Context, interrupts: &Interrupts, args: ExportArgs) -> Result<u8> {
+fn export(
+    connector: &mut Connector,
+    printer: &mut Printer,
+    interrupts: &Interrupts,
+    args: ExportArgs,
+) -> Result<u8> {
     let mut targets: Vec<ExportTo> = args.patch.into_iter().map(ExportTo::patch).collect();
     targets.extend(args.tree.into_iter().map(ExportTo::Tree));
     if targets.is_empty() {
         targets.push(ExportTo::PatchToStdout);
     }
-    if ctx.json && targets.contains(&ExportTo::PatchToStdout) {
+    if printer.json && targets.contains(&ExportTo::PatchToStdout) {
         return Err(
             Error::invalid("a patch on stdout cannot be one JSON document")
                 .hint("name a file: --patch FILE")
@@ -132,26 +150,26 @@ fn export_verb(ctx: &mut Context, interrupts: &Interrupts, args: ExportArgs) -> 
         );
     }
     targets.iter().try_for_each(ExportTo::check)?;
-    let mut client = ctx.connect()?;
+    let mut client = connector.connect(printer)?;
     let mut all = vec![];
     for to in &targets {
         let fetched = Transfer {
-            ctx,
+            printer,
             interrupts,
             client: &mut client,
             vm: &args.vm,
         }
         .export(to, args.bound, args.no_wait)?;
-        if !ctx.json {
-            report_exported(ctx, interrupts, to, &fetched.exported, None);
-            report_left_behind(ctx, &args.vm, &fetched.left_behind);
+        if !printer.json {
+            report_exported(printer, interrupts, to, &fetched.exported, None);
+            report_left_behind(printer, &args.vm, &fetched.left_behind);
         }
         all.push(fetched);
     }
-    if ctx.json {
+    if printer.json {
         match all.as_slice() {
-            [one] => ctx.document(one)?,
-            all => ctx.document(&all)?,
+            [one] => printer.document(one)?,
+            all => printer.document(&all)?,
         }
     }
     Ok(0)
@@ -160,7 +178,7 @@ fn export_verb(ctx: &mut Context, interrupts: &Interrupts, args: ExportArgs) -> 
 /// Reports on stderr, because stdout may be the patch. `top` is the tree that the patch is for;
 /// None is the tree of the current directory.
 pub fn report_exported(
-    ctx: &mut Context,
+    printer: &mut Printer,
     interrupts: &Interrupts,
     to: &ExportTo,
     exported: &Exported,
@@ -180,7 +198,7 @@ pub fn report_exported(
     };
     match (to, exported) {
         (ExportTo::Patch(path), Exported::Patch { bytes: 0, .. }) => {
-            ctx.note(&format!("nothing has changed; {} is empty", path.display()));
+            printer.note(&format!("nothing has changed; {} is empty", path.display()));
         }
         (ExportTo::Patch(path), _) => {
             let here = || {
@@ -189,11 +207,11 @@ pub fn report_exported(
             };
             let top = top.map_or_else(here, Path::to_owned);
             let command = apply::command_for(&top, path, interrupts.cancel());
-            ctx.note(&format!("{what}: {command}"));
+            printer.note(&format!("{what}: {command}"));
         }
-        (ExportTo::PatchToStdout, _) => ctx.note(&what),
+        (ExportTo::PatchToStdout, _) => printer.note(&what),
         (ExportTo::Tree(path), _) => {
-            ctx.note(&format!("{} holds the tree, {what}", path.display()))
+            printer.note(&format!("{} holds the tree, {what}", path.display()))
         }
     }
 }

@@ -2,24 +2,23 @@
 
 use super::connector::{Connector, operate};
 use super::context::Context;
-use super::output::{self, age, count, size};
+use super::output::{self, count};
 use super::printer::Printer;
 use super::values::{
     parse_count_rate, parse_duration, parse_mem_mib, parse_net, parse_port, parse_rate, parse_size,
     timeout_ms,
 };
-use super::vm_text::{port_line, rates, settings, state_text, workspace_line};
+use super::vm_text::{kept, port_line, settings, sheet, state, synced};
 use crate::api::port::Port;
 use crate::api::vm::{
-    Net, Pending, RateLimits, Synced, Vm, VmBalloon, VmBalloonReply, VmBalloonRequest, VmCreate,
-    VmCreateRequest, VmDelete, VmDeleteReply, VmDeleteRequest, VmFork, VmForkRequest, VmKill,
-    VmMetrics, VmPause, VmPrune, VmReply, VmRequest, VmRestart, VmResume, VmSet, VmSetRequest,
-    VmShow, VmStart, VmState, VmStop, VmStopRequest, VmWait, VmWaitRequest, WorkspaceState,
+    Net, Pending, RateLimits, VmBalloon, VmBalloonRequest, VmCreate, VmCreateRequest, VmDelete,
+    VmDeleteReply, VmDeleteRequest, VmFork, VmForkRequest, VmKill, VmMetrics, VmPause, VmPrune,
+    VmReply, VmRequest, VmRestart, VmResume, VmSet, VmSetRequest, VmShow, VmStart, VmState, VmStop,
+    VmStopRequest, VmWait, VmWaitRequest,
 };
 use crate::api::{Call, Empty};
 use crate::client::Result;
 use crate::ids::{ImageRef, KernelName, VmName};
-use std::borrow::Cow;
 use std::time::Duration;
 
 #[derive(clap::Subcommand, Debug)]
@@ -335,18 +334,6 @@ pub fn stop(connector: &mut Connector, printer: &mut Printer, args: StopArgs) ->
     })
 }
 
-/// Says whether the guest's data reached its disk.
-fn synced(synced: Option<Synced>) -> &'static str {
-    match synced {
-        Some(Synced::Yes) => ", the guest's data was synced",
-        Some(Synced::No) => ", the guest's data was not synced",
-        Some(Synced::Timeout) => {
-            ", but the guest did not sync its data in time, so its last writes may be lost"
-        }
-        None => "",
-    }
-}
-
 fn restart(connector: &mut Connector, printer: &mut Printer, args: StopArgs) -> Result<u8> {
     connector.for_each(printer, &args.targets.vms, |printer, client, vm| {
         let vm = operate::<VmRestart>(
@@ -440,10 +427,6 @@ fn deleted(vm: &str, reply: &VmDeleteReply) -> String {
     format!("{}: {what}", output::harmless_line(vm))
 }
 
-fn state(vm: &Vm) -> Cow<'static, str> {
-    state_text(vm.state, vm.reason.as_deref(), vm.paused, vm.unresponsive)
-}
-
 fn show(connector: &mut Connector, printer: &mut Printer, now_s: u64, args: Targets) -> Result<u8> {
     let mut is_first = true;
     connector.for_each(printer, &args.vms, |printer, client, vm| {
@@ -458,100 +441,6 @@ fn show(connector: &mut Connector, printer: &mut Printer, now_s: u64, args: Targ
         }
         Ok(vm)
     })
-}
-
-/// Formats all details of a VM, one per line.
-fn sheet(vm: &Vm, now_s: u64) -> String {
-    let mut facts: Vec<(&str, String)> = vec![
-        ("name", vm.name.to_string()),
-        ("id", vm.id.to_string()),
-        ("state", state(vm).into_owned()),
-    ];
-    let mut add = |name, value: Option<String>| facts.extend(value.map(|v| (name, v)));
-    add(
-        "reason",
-        vm.reason.clone().filter(|_| vm.state != VmState::Failed),
-    );
-    add("operation", vm.op.as_ref().map(ToString::to_string));
-    add("owner", Some(format!("uid {}", vm.owner_uid)));
-    add("image", Some(vm.image.to_string()));
-    add("kernel", vm.kernel.as_ref().map(ToString::to_string));
-    add("vcpus", Some(vm.vcpus.to_string()));
-    add("memory", Some(size(vm.mem_mib << 20)));
-    add(
-        "disk",
-        Some(
-            size(vm.disk_bytes)
-                + &vm
-                    .disk_driver
-                    .as_ref()
-                    .map(|d| format!(" ({d})"))
-                    .unwrap_or_default(),
-        ),
-    );
-    add("work disk", vm.work_disk_bytes.map(size));
-    add(
-        "rates",
-        Some(rates(&vm.rates())).filter(|text| !text.is_empty()),
-    );
-    add(
-        "balloon",
-        vm.balloon_mib
-            .map(|mib| format!("asked to keep {} of its memory", size(mib << 20))),
-    );
-    add("next start", vm.pending.as_ref().map(settings));
-    add("driver", vm.driver.clone());
-    add("process", vm.pid.map(|pid| pid.to_string()));
-    add("network", (vm.net == Net::None).then(|| "none".to_owned()));
-    add(
-        "ports",
-        (!vm.ports.is_empty()).then(|| {
-            vm.ports
-                .iter()
-                .map(port_line)
-                .collect::<Vec<_>>()
-                .join(", ")
-        }),
-    );
-    add("ssh", vm.ssh_addr.map(|a| a.to_string()));
-    add("created", Some(age(now_s, vm.created_at)));
-    add("started", vm.started_at.map(|at| age(now_s, at)));
-    add(
-        "removed",
-        vm.rm
-            .then(|| "when it stops or its creator disconnects".to_owned()),
-    );
-    add(
-        "synced",
-        vm.synced.map(|s| match s {
-            Synced::Yes => "yes, at the last stop".to_owned(),
-            Synced::No => "no: the guest was not asked at the last stop".to_owned(),
-            Synced::Timeout => "no: the guest did not answer in time at the last stop".to_owned(),
-        }),
-    );
-    if let Some(w) = &vm.workspace {
-        let readonly = if w.readonly { ", read-only" } else { "" };
-        add("workspace", Some(workspace_line(w) + readonly));
-        add(
-            "starts in",
-            Some(w.workdir.clone()).filter(|dir| *dir != w.guest_path),
-        );
-        if w.state == WorkspaceState::Complete {
-            let what = if w.entries == 1 { "entry" } else { "entries" };
-            add(
-                "holds",
-                Some(format!(
-                    "{} {what}, {}, {}",
-                    w.entries,
-                    size(w.bytes),
-                    age(now_s, w.prepared_at)
-                )),
-            );
-        }
-    }
-    let line =
-        |(name, value): &(&str, String)| format!("{name:<11} {}\n", output::harmless_line(value));
-    facts.iter().map(line).collect()
 }
 
 fn ports(connector: &mut Connector, printer: &mut Printer, args: Targets) -> Result<u8> {
@@ -635,21 +524,6 @@ fn metrics(connector: &mut Connector, printer: &mut Printer, args: Target) -> Re
         .call::<VmMetrics>(&VmRequest { vm: args.vm })?;
     printer.document(&reply)?;
     Ok(0)
-}
-
-fn kept(reply: &VmBalloonReply) -> String {
-    let mib = |mib: u64| size(mib << 20);
-    let vm = &reply.vm;
-    let goal = vm.balloon_mib.filter(|keep| *keep != reply.kept_mib);
-    let goal = goal
-        .map(|keep| format!(", and is asked to keep {}", mib(keep)))
-        .unwrap_or_default();
-    format!(
-        "{}: keeps {} of {}{goal}",
-        vm.name,
-        mib(reply.kept_mib),
-        mib(vm.mem_mib)
-    )
 }
 
 fn wait(connector: &mut Connector, printer: &mut Printer, args: WaitArgs) -> Result<u8> {

@@ -1,8 +1,10 @@
 //! How commands describe a VM to people.
 
-use super::output::{count, size};
+use super::output::{age, count, harmless_line, size};
 use crate::api::port::Port;
-use crate::api::vm::{Pending, RateLimits, VmState, WorkspaceInfo, WorkspaceState};
+use crate::api::vm::{
+    Net, Pending, RateLimits, Synced, Vm, VmBalloonReply, VmState, WorkspaceInfo, WorkspaceState,
+};
 use std::borrow::Cow;
 
 /// Formats the state of a VM with what is most important about it.
@@ -71,4 +73,128 @@ pub fn rates(rates: &RateLimits) -> String {
         of("sends", rates.net_tx_bytes_per_s, &bytes),
     ];
     all.into_iter().flatten().collect::<Vec<_>>().join(", ")
+}
+
+/// Says whether the guest's data reached its disk.
+pub fn synced(synced: Option<Synced>) -> &'static str {
+    match synced {
+        Some(Synced::Yes) => ", the guest's data was synced",
+        Some(Synced::No) => ", the guest's data was not synced",
+        Some(Synced::Timeout) => {
+            ", but the guest did not sync its data in time, so its last writes may be lost"
+        }
+        None => "",
+    }
+}
+
+pub fn kept(reply: &VmBalloonReply) -> String {
+    let mib = |mib: u64| size(mib << 20);
+    let vm = &reply.vm;
+    let goal = vm.balloon_mib.filter(|keep| *keep != reply.kept_mib);
+    let goal = goal
+        .map(|keep| format!(", and is asked to keep {}", mib(keep)))
+        .unwrap_or_default();
+    format!(
+        "{}: keeps {} of {}{goal}",
+        vm.name,
+        mib(reply.kept_mib),
+        mib(vm.mem_mib)
+    )
+}
+
+pub fn state(vm: &Vm) -> Cow<'static, str> {
+    state_text(vm.state, vm.reason.as_deref(), vm.paused, vm.unresponsive)
+}
+
+/// Formats all details of a VM, one per line.
+pub fn sheet(vm: &Vm, now_s: u64) -> String {
+    let mut facts: Vec<(&str, String)> = vec![
+        ("name", vm.name.to_string()),
+        ("id", vm.id.to_string()),
+        ("state", state(vm).into_owned()),
+    ];
+    let mut add = |name, value: Option<String>| facts.extend(value.map(|v| (name, v)));
+    add(
+        "reason",
+        vm.reason.clone().filter(|_| vm.state != VmState::Failed),
+    );
+    add("operation", vm.op.as_ref().map(ToString::to_string));
+    add("owner", Some(format!("uid {}", vm.owner_uid)));
+    add("image", Some(vm.image.to_string()));
+    add("kernel", vm.kernel.as_ref().map(ToString::to_string));
+    add("vcpus", Some(vm.vcpus.to_string()));
+    add("memory", Some(size(vm.mem_mib << 20)));
+    add(
+        "disk",
+        Some(
+            size(vm.disk_bytes)
+                + &vm
+                    .disk_driver
+                    .as_ref()
+                    .map(|d| format!(" ({d})"))
+                    .unwrap_or_default(),
+        ),
+    );
+    add("work disk", vm.work_disk_bytes.map(size));
+    add(
+        "rates",
+        Some(rates(&vm.rates())).filter(|text| !text.is_empty()),
+    );
+    add(
+        "balloon",
+        vm.balloon_mib
+            .map(|mib| format!("asked to keep {} of its memory", size(mib << 20))),
+    );
+    add("next start", vm.pending.as_ref().map(settings));
+    add("driver", vm.driver.clone());
+    add("process", vm.pid.map(|pid| pid.to_string()));
+    add("network", (vm.net == Net::None).then(|| "none".to_owned()));
+    add(
+        "ports",
+        (!vm.ports.is_empty()).then(|| {
+            vm.ports
+                .iter()
+                .map(port_line)
+                .collect::<Vec<_>>()
+                .join(", ")
+        }),
+    );
+    add("ssh", vm.ssh_addr.map(|a| a.to_string()));
+    add("created", Some(age(now_s, vm.created_at)));
+    add("started", vm.started_at.map(|at| age(now_s, at)));
+    add(
+        "removed",
+        vm.rm
+            .then(|| "when it stops or its creator disconnects".to_owned()),
+    );
+    add(
+        "synced",
+        vm.synced.map(|s| match s {
+            Synced::Yes => "yes, at the last stop".to_owned(),
+            Synced::No => "no: the guest was not asked at the last stop".to_owned(),
+            Synced::Timeout => "no: the guest did not answer in time at the last stop".to_owned(),
+        }),
+    );
+    if let Some(w) = &vm.workspace {
+        let readonly = if w.readonly { ", read-only" } else { "" };
+        add("workspace", Some(workspace_line(w) + readonly));
+        add(
+            "starts in",
+            Some(w.workdir.clone()).filter(|dir| *dir != w.guest_path),
+        );
+        if w.state == WorkspaceState::Complete {
+            let what = if w.entries == 1 { "entry" } else { "entries" };
+            add(
+                "holds",
+                Some(format!(
+                    "{} {what}, {}, {}",
+                    w.entries,
+                    size(w.bytes),
+                    age(now_s, w.prepared_at)
+                )),
+            );
+        }
+    }
+    let line = |(name, value): &(&str, String)| format!("{name:<11} {}\n", harmless_line(value));
+    facts.iter().map(line).collect()
 }

@@ -11,8 +11,11 @@ pub(in crate::vmm) mod argv;
 mod checks;
 pub(in crate::vmm) mod incoming;
 mod monitor;
+mod pause;
 mod qmp;
 mod save;
+#[cfg(test)]
+mod scripted;
 mod throttle;
 mod tsc;
 
@@ -450,17 +453,17 @@ impl Driver for Qemu {
         is_paused: bool,
         cancel: &Cancel,
     ) -> Result<()> {
-        let (doing, command) = if is_paused {
-            ("pause the guest", "stop")
+        if is_paused {
+            self.talk(dir, identity, "pause the guest", soon(cancel), pause::pause)
         } else {
-            ("resume the guest", "cont")
-        };
-        self.talk(dir, identity, doing, soon(cancel), |qmp| {
-            if !is_paused {
-                save::cancel_migration(qmp)?;
-            }
-            qmp.execute(command, &json!({})).map(drop)
-        })
+            self.talk(
+                dir,
+                identity,
+                "resume the guest",
+                soon(cancel),
+                pause::resume,
+            )
+        }
     }
 
     /// QEMU limits neither of its networks.

@@ -31,7 +31,7 @@ const LOOK_PERIOD: Duration = Duration::from_millis(500);
 const FREE_BYTES_MIN: u64 = 16 << 20;
 /// The answer to `query-status` if the guest was paused because of an error of its disk. Only a
 /// full disk pauses it.
-const PAUSED: &str = "io-error";
+pub const PAUSED_BY_FULL_DISK: &str = "io-error";
 
 /// Monitors one VMM until it exits or the driver is dropped.
 pub struct Monitor {
@@ -117,7 +117,7 @@ impl Monitor {
     }
 
     fn is_paused<'a>(&'a self, qmp: &mut Qmp<'a>) -> Result<bool> {
-        Ok(self.execute(qmp, "query-status")?["status"] == PAUSED)
+        Ok(self.execute(qmp, "query-status")?["status"] == PAUSED_BY_FULL_DISK)
     }
 
     fn execute<'a>(&'a self, qmp: &mut Qmp<'a>, command: &str) -> Result<serde_json::Value> {

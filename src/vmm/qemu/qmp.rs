@@ -216,31 +216,10 @@ fn flooded(doing: &str) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use super::super::scripted::{GREETING, talk};
     use super::*;
     use crate::locks::Cancel;
     use std::time::Duration;
-
-    const GREETING: &str = "{\"QMP\": {\"version\": {}, \"capabilities\": []}}\r\n";
-
-    /// Plays a server that sends `script` whatever it is asked. Returns what it was asked.
-    fn talk<T>(
-        script: &str,
-        ms: u64,
-        with: impl FnOnce(Result<Qmp<'_>>, &Cancel) -> T,
-    ) -> (T, String) {
-        let (ours, mut theirs) = UnixStream::pair().unwrap();
-        ours.set_nonblocking(true).unwrap();
-        theirs.write_all(script.as_bytes()).unwrap();
-        let cancel = Cancel::try_new().unwrap();
-        let deadline = Deadline {
-            at: Instant::now() + Duration::from_millis(ms),
-            cancel: &cancel,
-        };
-        let result = with(Qmp::open(ours, deadline), &cancel);
-        let mut asked = String::new();
-        theirs.read_to_string(&mut asked).unwrap();
-        (result, asked)
-    }
 
     #[test]
     fn answer_after_events_is_found() {

@@ -1,0 +1,31 @@
+//! A QMP server that follows a script, for tests.
+
+use super::qmp::Qmp;
+use crate::error::Result;
+use crate::locks::Cancel;
+use crate::vmm::dial::Deadline;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+pub const GREETING: &str = "{\"QMP\": {\"version\": {}, \"capabilities\": []}}\r\n";
+
+/// Plays a server that sends `script` whatever it is asked. Returns what it was asked.
+pub fn talk<T>(
+    script: &str,
+    ms: u64,
+    with: impl FnOnce(Result<Qmp<'_>>, &Cancel) -> T,
+) -> (T, String) {
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    theirs.write_all(script.as_bytes()).unwrap();
+    let cancel = Cancel::try_new().unwrap();
+    let deadline = Deadline {
+        at: Instant::now() + Duration::from_millis(ms),
+        cancel: &cancel,
+    };
+    let result = with(Qmp::open(ours, deadline), &cancel);
+    let mut asked = String::new();
+    theirs.read_to_string(&mut asked).unwrap();
+    (result, asked)
+}

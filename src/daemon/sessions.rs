@@ -170,7 +170,8 @@ impl Sessions {
         let _label = crate::locks::operation_scope(format!("exec {}", found.id));
         let (row, _user) = self.join_guest(&found, Use::Session, &cancel)?;
         let doing = |e: Error| {
-            e.context(format!("exec in VM {}", row.name))
+            self.explain_pause(&row, e)
+                .context(format!("exec in VM {}", row.name))
                 .of_vm(&row.name)
         };
         let workdir = words
@@ -286,6 +287,11 @@ impl Sessions {
                 row.name
             )));
         }
+        self.refuse_paused(&row)?;
+        Ok((row, user))
+    }
+
+    fn refuse_paused(&self, row: &VmRow) -> Result<()> {
         if row.paused {
             return Err(
                 Error::new(Kind::WrongState, format!("VM {} is paused", row.name))
@@ -299,7 +305,22 @@ impl Sessions {
             );
             return Err(error.hint(self.disk_full_hint()));
         }
-        Ok((row, user))
+        Ok(())
+    }
+
+    /// Explains why a guest could not be reached if it has been paused since `row` was read.
+    fn explain_pause(&self, row: &VmRow, e: Error) -> Error {
+        if !matches!(e.kind(), Kind::Timeout | Kind::GuestUnavailable) {
+            return e;
+        }
+        let paused = self
+            .core
+            .row(&row.id)
+            .and_then(|row| self.refuse_paused(&row));
+        match paused {
+            Err(why) if matches!(why.kind(), Kind::WrongState | Kind::DiskFull) => why,
+            _ => e,
+        }
     }
 
     pub(super) fn disk_full_hint(&self) -> String {

@@ -106,12 +106,14 @@ pub struct Call {
     pub stdin_bytes: u64,
 }
 
+type OnDial = Arc<dyn Fn() -> Kind + Send + Sync>;
 type Respond = Arc<dyn Fn(&Call) -> Answer + Send + Sync>;
 
 #[derive(Default, Clone)]
 struct Guest {
     readiness: Readiness,
-    unreachable: bool,
+    /// Called when somebody dials. Dialing then fails with what it returns.
+    on_dial: Option<OnDial>,
     /// Nothing gets through in either direction.
     cut: bool,
     /// After this many bytes, input is read only once the gate opens.
@@ -158,7 +160,16 @@ impl FakeTransport {
     }
     /// Makes dialing fail with `guest_unavailable`.
     pub fn set_unreachable(&self, addr: SocketAddr, unreachable: bool) {
-        self.guest(addr, |g| g.unreachable = unreachable);
+        let refuse: OnDial = Arc::new(|| Kind::GuestUnavailable);
+        self.guest(addr, |g| g.on_dial = unreachable.then_some(refuse));
+    }
+    /// Calls `on_dial` at each dialing, which then fails with the kind that it returns.
+    pub fn fail_dialing(
+        &self,
+        addr: SocketAddr,
+        on_dial: impl Fn() -> Kind + Send + Sync + 'static,
+    ) {
+        self.guest(addr, |g| g.on_dial = Some(Arc::new(on_dial)));
     }
     /// Makes commands that start from now on neither answer nor end, as if the network were cut.
     /// Only the caller's side can end them.
@@ -255,9 +266,9 @@ impl Transport for FakeTransport {
             .hangup(streams.hangup)
             .idle(spec.idle);
         wait.check()?;
-        if guest.unreachable {
+        if let Some(on_dial) = &guest.on_dial {
             return Err(Error::new(
-                Kind::GuestUnavailable,
+                on_dial(),
                 format!("reach the guest at {}: connection refused", target.addr),
             ));
         }

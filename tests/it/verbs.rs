@@ -12,10 +12,12 @@ use fcd::client::Failure;
 use fcd::daemon::Caller;
 use fcd::error::Kind;
 use fcd::guest::fake::{Answer, Gate};
+use fcd::vmm::GuestEvent;
 use fcd::vmm::fake::Keyboard;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 
 #[test]
 fn set_applies_at_next_start() {
@@ -325,6 +327,46 @@ fn exec_relays_its_streams() {
     assert_eq!(
         (read(from).as_slice(), read(errors).as_slice()),
         (&b"a\0b"[..], &b"oops"[..])
+    );
+}
+
+/// The guest does not respond because it has been paused since the command began.
+#[test]
+fn exec_names_pause_that_began_while_dialing() {
+    let world = World::new();
+    let (web, addr) = world.running("web");
+    let exec_while = |pause: Box<dyn Fn() + Send + Sync>| {
+        let pause = Arc::new(pause);
+        world.guest.fail_dialing(addr, move || {
+            // On a thread of its own, as in the daemon: nobody pauses a guest while dialing it.
+            let pause = pause.clone();
+            let paused = fcd::host::thread::spawn("pause", move || pause());
+            paused.unwrap().join().unwrap();
+            Kind::Timeout
+        });
+        let e = world.run::<ExecStart>(exec("web", vec![])).unwrap_err();
+        (e.fault.kind.clone(), e.fault.message.clone())
+    };
+    let (vmm, id) = (world.vmm.clone(), web.id.clone());
+    assert_eq!(
+        exec_while(Box::new(move || {
+            assert!(vmm.report(&id, GuestEvent::Paused(true)));
+        })),
+        (
+            "disk_full".into(),
+            "exec in VM web: VM web is paused: the host's disk is full".into()
+        )
+    );
+    assert!(world.vmm.report(&web.id, GuestEvent::Paused(false)));
+    let controls = world.daemon().controls.clone();
+    assert_eq!(
+        exec_while(Box::new(move || {
+            controls.pause_vm(&root(), "web").unwrap();
+        })),
+        (
+            "wrong_state".into(),
+            "exec in VM web: VM web is paused".into()
+        )
     );
 }
 

@@ -1,4 +1,4 @@
-//! Goldens of `events.watch` and its notes. See `api.rs`.
+//! Goldens of `events.watch` and its notes. See `api`.
 
 use crate::api::{call, fault, id, line, name, vm};
 use expect_test::expect;

@@ -1,0 +1,258 @@
+//! Goldens of the calls about the daemon itself: operations, images, kernels, its state.
+
+use super::{call, id, line, name, op};
+use expect_test::expect;
+use fcd::api::Empty;
+use fcd::api::daemon::*;
+use fcd::api::image::*;
+use fcd::api::kernel::*;
+use fcd::api::op::*;
+
+fn image() -> Image {
+    Image {
+        name: name("default"),
+        disk_bytes: 1,
+        allocated_bytes: 2,
+        kernel: "Linux 6.1".into(),
+        os: "Debian".into(),
+        built_at: 3,
+        vms: 4,
+        owner_uid: Some(1000),
+    }
+}
+
+#[test]
+fn operation_goldens() {
+    let one = || OpRequest { op: "0123".into() };
+    call::<OpList>(
+        OpListRequest {
+            all: true,
+            ..Default::default()
+        },
+        OpListReply {
+            ops: vec![op()],
+            next: None,
+        },
+        expect![[r#"
+        op.list
+        {"all":true}
+        {"ops":[{"id":"0123456789ab","method":"vm.start","vm":"0123456789ab","owner_uid":1000,"state":"failed","may_cancel":true,"progress":{"stage":"copy","done":1,"total":2,"unit":"bytes"},"started_at":1,"ended_at":2,"result":{"vm":1},"error":{"code":"busy","kind":"pool_full","message":"the queue is full","hint":"try again","retryable":true,"op":"0123456789ab"}}]}
+    "#]],
+    );
+    call::<OpShow>(
+        one(),
+        OpReply { op: op() },
+        expect![[r#"
+        op.show
+        {"op":"0123"}
+        {"op":{"id":"0123456789ab","method":"vm.start","vm":"0123456789ab","owner_uid":1000,"state":"failed","may_cancel":true,"progress":{"stage":"copy","done":1,"total":2,"unit":"bytes"},"started_at":1,"ended_at":2,"result":{"vm":1},"error":{"code":"busy","kind":"pool_full","message":"the queue is full","hint":"try again","retryable":true,"op":"0123456789ab"}}}
+    "#]],
+    );
+    call::<OpWait>(
+        OpWaitRequest {
+            op: "0123".into(),
+            timeout_ms: Some(1),
+        },
+        OpReply { op: op() },
+        expect![[r#"
+        op.wait
+        {"op":"0123","timeout_ms":1}
+        {"op":{"id":"0123456789ab","method":"vm.start","vm":"0123456789ab","owner_uid":1000,"state":"failed","may_cancel":true,"progress":{"stage":"copy","done":1,"total":2,"unit":"bytes"},"started_at":1,"ended_at":2,"result":{"vm":1},"error":{"code":"busy","kind":"pool_full","message":"the queue is full","hint":"try again","retryable":true,"op":"0123456789ab"}}}
+    "#]],
+    );
+    call::<OpCancel>(
+        one(),
+        OpReply { op: op() },
+        expect![[r#"
+        op.cancel
+        {"op":"0123"}
+        {"op":{"id":"0123456789ab","method":"vm.start","vm":"0123456789ab","owner_uid":1000,"state":"failed","may_cancel":true,"progress":{"stage":"copy","done":1,"total":2,"unit":"bytes"},"started_at":1,"ended_at":2,"result":{"vm":1},"error":{"code":"busy","kind":"pool_full","message":"the queue is full","hint":"try again","retryable":true,"op":"0123456789ab"}}}
+    "#]],
+    );
+    expect![[r#"{"op":"0123456789ab"}"#]].assert_eq(&line(&OpStarted { op: id() }));
+}
+
+#[test]
+fn image_goldens() {
+    let build = ImageBuildRequest {
+        name: Some(name("default")),
+        include: vec!["make".into()],
+    };
+    call::<ImageBuild>(
+        build,
+        ImageReply { image: image() },
+        expect![[r#"
+        image.build
+        {"name":"default","include":["make"]}
+        {"image":{"name":"default","disk_bytes":1,"allocated_bytes":2,"kernel":"Linux 6.1","os":"Debian","built_at":3,"vms":4,"owner_uid":1000}}
+    "#]],
+    );
+    call::<ImageList>(
+        Default::default(),
+        ImageListReply {
+            images: vec![image()],
+            next: None,
+        },
+        expect![[r#"
+        image.list
+        {}
+        {"images":[{"name":"default","disk_bytes":1,"allocated_bytes":2,"kernel":"Linux 6.1","os":"Debian","built_at":3,"vms":4,"owner_uid":1000}]}
+    "#]],
+    );
+    call::<ImageDelete>(
+        ImageRequest {
+            image: name("default"),
+        },
+        ImageDeleteReply {
+            deleted: name("default"),
+        },
+        expect![[r#"
+        image.delete
+        {"image":"default"}
+        {"deleted":"default"}
+    "#]],
+    );
+}
+
+#[test]
+fn daemon_goldens() {
+    let info = InfoReply {
+        api: ApiVersion { major: 1, minor: 0 },
+        version: "0.1.0".into(),
+        features: vec!["exec".into()],
+        pid: 1,
+        uid: 2,
+        state_dir: "/var/lib/fcd".into(),
+        uptime_s: 3,
+        guest_roots: vec!["/root".into()],
+    };
+    call::<Info>(
+        Empty {},
+        info,
+        expect![[r#"
+        fcd.info
+        {}
+        {"api":{"major":1,"minor":0},"version":"0.1.0","features":["exec"],"pid":1,"uid":2,"state_dir":"/var/lib/fcd","uptime_s":3,"guest_roots":["/root"]}
+    "#]],
+    );
+    let check = Check {
+        id: "kvm".into(),
+        severity: Severity::Warn,
+        found: "none".into(),
+        fix: Some("do".into()),
+    };
+    call::<Doctor>(
+        Empty {},
+        DoctorReply {
+            checks: vec![check],
+        },
+        expect![[r#"
+        fcd.doctor
+        {}
+        {"checks":[{"id":"kvm","severity":"warn","found":"none","fix":"do"}]}
+    "#]],
+    );
+    let leak = Leak {
+        kind: "process".into(),
+        name: "fc-1-2-3".into(),
+        why: "w".into(),
+        removed: false,
+        error: Some("e".into()),
+    };
+    call::<Leaks>(
+        LeaksRequest { fix: true },
+        LeaksReply { leaks: vec![leak] },
+        expect![[r#"
+        fcd.leaks
+        {"fix":true}
+        {"leaks":[{"kind":"process","name":"fc-1-2-3","why":"w","removed":false,"error":"e"}]}
+    "#]],
+    );
+    let party = |thread: &str| LockParty {
+        thread: thread.into(),
+        operation: "vm.stop".into(),
+        for_us: 5,
+    };
+    let record = LockRecord {
+        set: "vm_locks".into(),
+        key: "0123".into(),
+        holder: Some(party("a")),
+        waiters: vec![party("b")],
+    };
+    let locks = DebugLocksReply {
+        locks: vec![record],
+        violations: 0,
+        checked: true,
+    };
+    call::<DebugLocks>(
+        Empty {},
+        locks,
+        expect![[r#"
+        debug.locks
+        {}
+        {"locks":[{"set":"vm_locks","key":"0123","holder":{"thread":"a","operation":"vm.stop","for_us":5},"waiters":[{"thread":"b","operation":"vm.stop","for_us":5}]}],"violations":0,"checked":true}
+    "#]],
+    );
+}
+
+#[test]
+fn kernel_goldens() {
+    let kernel = Kernel {
+        name: "linux".parse().unwrap(),
+        version: "6.1".into(),
+        modules: vec!["virtio_blk.ko".into()],
+        imported_at: 1,
+        bytes: 2,
+        vms: 3,
+    };
+    let named = KernelRequest {
+        kernel: "linux".parse().unwrap(),
+    };
+    call::<KernelImport>(
+        KernelImportRequest {
+            path: "/boot/vmlinuz".into(),
+            name: Some("linux".parse().unwrap()),
+            modules: Some("/m".into()),
+        },
+        KernelReply {
+            kernel: kernel.clone(),
+        },
+        expect![[r#"
+            kernel.import
+            {"path":"/boot/vmlinuz","name":"linux","modules":"/m"}
+            {"kernel":{"name":"linux","version":"6.1","modules":["virtio_blk.ko"],"imported_at":1,"bytes":2,"vms":3}}
+        "#]],
+    );
+    call::<KernelList>(
+        Default::default(),
+        KernelListReply {
+            kernels: vec![kernel.clone()],
+            next: None,
+        },
+        expect![[r#"
+        kernel.list
+        {}
+        {"kernels":[{"name":"linux","version":"6.1","modules":["virtio_blk.ko"],"imported_at":1,"bytes":2,"vms":3}]}
+    "#]],
+    );
+    call::<KernelShow>(
+        named.clone(),
+        KernelReply { kernel },
+        expect![[r#"
+        kernel.show
+        {"kernel":"linux"}
+        {"kernel":{"name":"linux","version":"6.1","modules":["virtio_blk.ko"],"imported_at":1,"bytes":2,"vms":3}}
+    "#]],
+    );
+    call::<KernelDelete>(
+        named,
+        KernelDeleteReply {
+            deleted: "linux".parse().unwrap(),
+        },
+        expect![[r#"
+        kernel.delete
+        {"kernel":"linux"}
+        {"deleted":"linux"}
+    "#]],
+    );
+}

@@ -1,0 +1,336 @@
+//! Goldens of the calls about VMs.
+
+use super::{call, id, line, name, reply, request, vm};
+use expect_test::expect;
+use fcd::api::Empty;
+use fcd::api::vm::*;
+use std::borrow::Cow;
+
+fn brief() -> VmBrief<'static> {
+    VmBrief {
+        id: Cow::Owned(id()),
+        name: Cow::Owned(name("web")),
+        state: VmState::Running,
+        reason: Some("why".into()),
+        image: Cow::Owned(name("default")),
+        vcpus: 1,
+        mem_mib: 1024,
+        created_at: 1,
+        unresponsive: false,
+        paused: true,
+        workspace: Some(WorkspaceInfo {
+            guest_path: "/root/app".into(),
+            workdir: "/root/app/src".into(),
+            state: WorkspaceState::Complete,
+            readonly: false,
+            entries: 12,
+            bytes: 4096,
+            prepared_at: 2,
+        }),
+    }
+}
+
+fn stop() -> VmStopRequest {
+    VmStopRequest {
+        vm: "web".into(),
+        force: true,
+        timeout_ms: Some(7),
+    }
+}
+
+#[test]
+fn vm_golden_with_every_member() {
+    expect![[r#"{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","kernel":null,"vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":{"vcpus":2,"mem_mib":null,"disk_bytes":null,"disk_bytes_per_s":null,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null},"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":{"guest_path":"/root/x","workdir":"/root/x/y","state":"incomplete","readonly":true,"entries":4,"bytes":5,"prepared_at":6}}"#]].assert_eq(&line(&vm()));
+}
+
+#[test]
+fn vm_goldens() {
+    call::<VmCreate>(
+        VmCreateRequest {
+            name: Some(name("web")),
+            kernel: Some("linux".parse().unwrap()),
+            image: Some(name("default")),
+            vcpus: Some(1),
+            mem_mib: Some(2),
+            disk_bytes: Some(3),
+            work_disk_bytes: Some(4),
+            disk_bytes_per_s: Some(5),
+            disk_ops_per_s: Some(0),
+            net_rx_bytes_per_s: None,
+            net_tx_bytes_per_s: None,
+            net: Some(fcd::api::vm::Net::None),
+            ports: vm().ports,
+            rm: true,
+            hold: true,
+        },
+        reply(),
+        expect![[r#"
+            vm.create
+            {"name":"web","image":"default","kernel":"linux","vcpus":1,"mem_mib":2,"disk_bytes":3,"work_disk_bytes":4,"disk_bytes_per_s":5,"disk_ops_per_s":0,"net":"none","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"rm":true,"hold":true}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","kernel":null,"vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null}}
+        "#]],
+    );
+    call::<VmStart>(
+        request(),
+        reply(),
+        expect![[r#"
+            vm.start
+            {"vm":"web"}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","kernel":null,"vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null}}
+        "#]],
+    );
+    call::<VmStop>(
+        stop(),
+        reply(),
+        expect![[r#"
+            vm.stop
+            {"vm":"web","force":true,"timeout_ms":7}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","kernel":null,"vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null}}
+        "#]],
+    );
+    call::<VmRestart>(
+        stop(),
+        reply(),
+        expect![[r#"
+            vm.restart
+            {"vm":"web","force":true,"timeout_ms":7}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","kernel":null,"vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null}}
+        "#]],
+    );
+    let stats = VmStats {
+        vm: id(),
+        name: name("web"),
+        at_ms: 1,
+        cpu_ns: 2,
+        memory_bytes: 3,
+        memory_max_bytes: 4,
+        disk_read_bytes: Some(5),
+        disk_written_bytes: Some(6),
+        net_received_bytes: None,
+        net_sent_bytes: None,
+    };
+    call::<VmStatsCall>(
+        VmStatsRequest {
+            vms: vec!["web".into()],
+            ..Default::default()
+        },
+        VmStatsReply {
+            stats: vec![stats],
+            next: None,
+        },
+        expect![[r#"
+        vm.stats
+        {"vms":["web"]}
+        {"stats":[{"vm":"0123456789ab","name":"web","at_ms":1,"cpu_ns":2,"memory_bytes":3,"memory_max_bytes":4,"disk_read_bytes":5,"disk_written_bytes":6,"net_received_bytes":null,"net_sent_bytes":null}]}
+    "#]],
+    );
+    call::<VmPause>(
+        request(),
+        reply(),
+        expect![[r#"
+            vm.pause
+            {"vm":"web"}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","kernel":null,"vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null}}
+        "#]],
+    );
+    call::<VmResume>(
+        request(),
+        reply(),
+        expect![[r#"
+            vm.resume
+            {"vm":"web"}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","kernel":null,"vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null}}
+        "#]],
+    );
+    call::<VmKill>(
+        request(),
+        reply(),
+        expect![[r#"
+            vm.kill
+            {"vm":"web"}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","kernel":null,"vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null}}
+        "#]],
+    );
+    call::<VmDelete>(
+        VmDeleteRequest {
+            vm: "web".into(),
+            force: true,
+            if_exists: true,
+        },
+        VmDeleteReply {
+            deleted: Some(id()),
+        },
+        expect![[r#"
+            vm.delete
+            {"vm":"web","force":true,"if_exists":true}
+            {"deleted":"0123456789ab"}
+        "#]],
+    );
+    call::<VmList>(
+        VmListRequest {
+            all: true,
+            ..Default::default()
+        },
+        VmListReply {
+            vms: vec![],
+            next: Some("1763800000-0123456789ab".into()),
+        },
+        expect![[r#"
+            vm.list
+            {"all":true}
+            {"vms":[],"next":"1763800000-0123456789ab"}
+        "#]],
+    );
+    call::<VmListBrief>(
+        VmListRequest {
+            all: true,
+            brief: true,
+            limit: Some(500),
+            ..Default::default()
+        },
+        VmListReply {
+            vms: vec![
+                brief(),
+                VmBrief {
+                    reason: None,
+                    workspace: None,
+                    paused: false,
+                    ..brief()
+                },
+            ],
+            next: None,
+        },
+        expect![[r#"
+            vm.list
+            {"all":true,"brief":true,"limit":500}
+            {"vms":[{"id":"0123456789ab","name":"web","state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"created_at":1,"paused":true,"workspace":{"guest_path":"/root/app","workdir":"/root/app/src","state":"complete","readonly":false,"entries":12,"bytes":4096,"prepared_at":2}},{"id":"0123456789ab","name":"web","state":"running","image":"default","vcpus":1,"mem_mib":1024,"created_at":1}]}
+        "#]],
+    );
+    call::<VmShow>(
+        request(),
+        reply(),
+        expect![[r#"
+            vm.show
+            {"vm":"web"}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","kernel":null,"vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null}}
+        "#]],
+    );
+    call::<VmSet>(
+        VmSetRequest {
+            vm: "web".into(),
+            vcpus: Some(1),
+            mem_mib: Some(2),
+            disk_bytes: Some(3),
+            net_tx_bytes_per_s: Some(0),
+            now: true,
+            ..VmSetRequest::default()
+        },
+        reply(),
+        expect![[r#"
+            vm.set
+            {"vm":"web","vcpus":1,"mem_mib":2,"disk_bytes":3,"net_tx_bytes_per_s":0,"now":true}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","kernel":null,"vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null}}
+        "#]],
+    );
+    call::<VmMetrics>(
+        request(),
+        VmMetricsReply {
+            vm: id(),
+            name: name("web"),
+            driver: Some("firecracker (kvm)".into()),
+            metrics: vec![serde_json::json!({"utc_timestamp_ms": 7})],
+        },
+        expect![[r#"
+            vm.metrics
+            {"vm":"web"}
+            {"vm":"0123456789ab","name":"web","driver":"firecracker (kvm)","metrics":[{"utc_timestamp_ms":7}]}
+        "#]],
+    );
+    call::<VmConnect>(
+        VmConnectRequest {
+            vm: "web".into(),
+            port: 5000,
+        },
+        VmReply {
+            vm: Vm {
+                pending: None,
+                workspace: None,
+                ..vm()
+            },
+        },
+        expect![[r#"
+            vm.connect
+            {"vm":"web","port":5000}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","kernel":null,"vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null}}
+        "#]],
+    );
+    call::<VmBalloon>(
+        VmBalloonRequest {
+            vm: "web".into(),
+            keep_mib: Some(512),
+        },
+        VmBalloonReply {
+            vm: vm(),
+            kept_mib: 1024,
+        },
+        expect![[r#"
+            vm.balloon
+            {"vm":"web","keep_mib":512}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","kernel":null,"vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":{"vcpus":2,"mem_mib":null,"disk_bytes":null,"disk_bytes_per_s":null,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null},"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":{"guest_path":"/root/x","workdir":"/root/x/y","state":"incomplete","readonly":true,"entries":4,"bytes":5,"prepared_at":6}},"kept_mib":1024}
+        "#]],
+    );
+    call::<VmLogs>(
+        VmLogsRequest {
+            vm: "web".into(),
+            tail: Some(3),
+            follow: true,
+        },
+        LogsReply { bytes: 4 },
+        expect![[r#"
+        vm.logs
+        {"vm":"web","tail":3,"follow":true}
+        {"bytes":4}
+    "#]],
+    );
+    call::<VmWait>(
+        VmWaitRequest {
+            vm: "web".into(),
+            state: Some(VmState::Stopped),
+            timeout_ms: Some(5),
+        },
+        reply(),
+        expect![[r#"
+            vm.wait
+            {"vm":"web","state":"stopped","timeout_ms":5}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","kernel":null,"vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null}}
+        "#]],
+    );
+    call::<VmPrune>(
+        Empty {},
+        VmPruneReply {
+            deleted: vec![id()],
+        },
+        expect![[r#"
+        vm.prune
+        {}
+        {"deleted":["0123456789ab"]}
+    "#]],
+    );
+    call::<VmSshConfig>(
+        request(),
+        SshConfigReply {
+            vm: id(),
+            name: name("web"),
+            addr: "127.0.0.1:22".parse().unwrap(),
+            user: "root".into(),
+            private_key: "KEY".into(),
+            host_key: "ssh-ed25519 AAAA".into(),
+            workdir: None,
+        },
+        expect![[r#"
+            vm.ssh_config
+            {"vm":"web"}
+            {"vm":"0123456789ab","name":"web","addr":"127.0.0.1:22","user":"root","private_key":"KEY","host_key":"ssh-ed25519 AAAA","workdir":null}
+        "#]],
+    );
+}

@@ -1,0 +1,156 @@
+//! Tests the `firecracker` driver against a fake that answers like the real program
+//! (`tests/fake/firecracker.rs`), and that is slow, hangs, dies or lies where a test asks for it.
+//! `another_host::` in `e2e` runs the real one.
+
+mod running;
+mod saving;
+mod starting;
+
+use fcd::error::Error;
+use fcd::locks::Cancel;
+use fcd::vmm::console::Consoles;
+use fcd::vmm::firecracker::Firecracker;
+use fcd::vmm::{Driver, GuestNetwork, Identity, Running, VmmSpec};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_fake-firecracker");
+const SOON: Duration = Duration::from_secs(60);
+
+fn soon() -> Instant {
+    Instant::now() + SOON
+}
+
+struct Bench {
+    dir: tempfile::TempDir,
+    /// The prefix of this test's VMM tags, which no other test uses.
+    prefix: String,
+    driver: Firecracker,
+}
+
+impl Bench {
+    fn new(script: &str) -> Self {
+        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        // A hard link with its own name, next to which the script is. Not a copy: a file that was
+        // open for writing when another test forked cannot be executed.
+        std::fs::hard_link(PROGRAM, dir.path().join("firecracker")).unwrap();
+        std::fs::create_dir(dir.path().join("vm")).unwrap();
+        for (name, bytes) in [
+            ("vmlinux", b"\x7fELF".as_slice()),
+            ("initrd", b"x"),
+            ("vm/disk", b"x"),
+            ("vm/seed", b"x"),
+            ("vm/work", b"x"),
+        ] {
+            std::fs::write(dir.path().join(name), bytes).unwrap();
+        }
+        let prefix = format!("fc-{}-", &fcd::ids::VmId::random().as_str()[..8]);
+        let bench = Self {
+            driver: driver(dir.path()),
+            dir,
+            prefix,
+        };
+        bench.script(script);
+        bench
+    }
+
+    fn script(&self, script: &str) {
+        std::fs::write(self.dir.path().join("script"), script).unwrap();
+    }
+
+    fn tag(&self) -> String {
+        format!("{}0123456789ab-1", self.prefix)
+    }
+
+    fn spec(&self) -> VmmSpec {
+        let path = |name: &str| self.dir.path().join(name);
+        let base = fcd::vmm::fake::spec(
+            "0123456789ab".parse().unwrap(),
+            &self.tag(),
+            self.dir.path(),
+        );
+        VmmSpec {
+            dir: path("vm"),
+            kernel: path("vmlinux"),
+            initrd: path("initrd"),
+            boot_args: "root=/dev/vda init=/sbin/fcd-init".into(),
+            disk: path("vm/disk"),
+            seed: path("vm/seed"),
+            work_disk: Some(path("vm/work")),
+            network: GuestNetwork::Tap {
+                name: "fc0011aabb-1".into(),
+                mac: "02:fc:0a:59:00:05".into(),
+                address: [10, 89, 0, 5].into(),
+            },
+            ..base
+        }
+    }
+
+    /// Returns the result and the process that the driver reported.
+    fn start(&self, cancel: &Cancel) -> (fcd::error::Result<Running>, Option<Identity>) {
+        let mut reported = None;
+        let started = self.driver.start(&self.spec(), cancel, &mut |identity| {
+            reported = Some(identity.clone())
+        });
+        (started, reported)
+    }
+
+    fn running(&self) -> Running {
+        self.start(&Cancel::try_new().unwrap())
+            .0
+            .unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    /// Checks that the start fails and leaves no process.
+    #[track_caller]
+    fn fails(&self, cancel: &Cancel) -> Error {
+        let (started, reported) = self.start(cancel);
+        let e = started.unwrap_err();
+        if let Some(identity) = reported {
+            assert!(!self.driver.is_alive(&identity), "{e}");
+        }
+        assert_eq!(self.driver.list(&self.prefix).unwrap(), [], "{e}");
+        e
+    }
+
+    fn requests(&self) -> String {
+        let text = std::fs::read_to_string(self.dir.path().join("requests")).unwrap();
+        text.replace(self.dir.path().to_str().unwrap(), "DIR")
+    }
+
+    fn console(&self) -> String {
+        fcd::vmm::console::read(&self.dir.path().join("vm"), None).unwrap()
+    }
+
+    fn await_console(&self, text: &str) {
+        let deadline = soon();
+        while !self.console().contains(text) {
+            assert!(
+                Instant::now() < deadline,
+                "{text:?} is not in {:?}",
+                self.console()
+            );
+            std::thread::yield_now();
+        }
+    }
+}
+
+/// A test may end, or fail, while its VMM runs.
+impl Drop for Bench {
+    fn drop(&mut self) {
+        for vmm in self.driver.list(&self.prefix).unwrap_or_default() {
+            let _ = self.driver.kill(&vmm.identity, soon());
+        }
+    }
+}
+
+fn driver(dir: &Path) -> Firecracker {
+    let config = fcd::config::Firecracker {
+        binary: dir.join("firecracker"),
+        ..Default::default()
+    };
+    Firecracker::new(config, 0..0, Arc::new(Consoles::try_new().unwrap()))
+        .unwrap()
+        .without_kvm()
+}

@@ -1,34 +1,35 @@
 //! A daemon with its server on a socket in a temporary directory, clients and pipes, and what must
 //! hold at the end of every test.
 
+mod commands;
+mod imports;
+mod observing;
+
 pub use crate::running::Running;
+pub use commands::{Builds, FakeCommands};
+pub use imports::{Import, pipe, prepare, write_payload};
+pub use observing::await_that;
 
 use crate::points::{PointCommands, PointDriver, PointTransport, Points};
 use fcd::api::Call;
-use fcd::api::op::{OpRequest, OpShow};
-use fcd::api::stream::ChunkWriter;
 use fcd::api::vm::*;
-use fcd::api::workspace::{PrepareRequest, WorkspacePrepare};
 use fcd::client::{Client, Failure};
 use fcd::config::{Config, Limits, Qemu, VmDefaults};
 use fcd::daemon::{Caller, Daemon, Leftovers, Seams};
-use fcd::error::{Error, Kind};
 use fcd::guest::Transport;
 use fcd::guest::fake::{Answer, FakeTransport};
-use fcd::host::{Command, Commands, command::Output};
-use fcd::ids::{OpId, VmId};
-use fcd::locks::{Cancel, check};
+use fcd::ids::VmId;
+use fcd::locks::check;
 use fcd::server::{Dispatch, Server};
 use fcd::store::{State, Store};
 use fcd::vmm::Driver;
 use fcd::vmm::fake::Fake;
-use fcd::workspace::remote::{self, GuestWorkspace};
-use std::collections::{BTreeSet, HashMap};
-use std::io::Write;
+use fcd::workspace::remote;
+use fcd::workspace::remote::GuestWorkspace;
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -51,92 +52,6 @@ pub fn soon() -> Instant {
 /// On a test host every world has its root disks on real dm-snapshot devices: see
 /// `tests/e2e/another_host.rs`.
 pub const REAL_DISKS: &str = "FCD_TEST_DM_SNAPSHOT";
-
-/// Image builds, as the fake host command sees them.
-#[derive(Default)]
-pub struct Builds {
-    /// While this is true, a build's command keeps running.
-    pub are_held: AtomicBool,
-    pub running: AtomicUsize,
-    /// The most builds that ever ran at once.
-    pub peak: AtomicUsize,
-}
-
-impl Builds {
-    fn run(&self, cancel: &Cancel) -> fcd::error::Result<Output> {
-        let running = self.running.fetch_add(1, Ordering::SeqCst) + 1;
-        self.peak.fetch_max(running, Ordering::SeqCst);
-        await_that("the build may end", || {
-            !self.are_held.load(Ordering::SeqCst) || cancel.is_cancelled()
-        });
-        self.running.fetch_sub(1, Ordering::SeqCst);
-        match cancel.cause() {
-            Some(cause) => Err(Error::new(
-                Kind::Cancelled,
-                format!("build: cancelled: {cause}"),
-            )),
-            None => Err(Error::new(
-                Kind::CommandFailed,
-                "there is no archive in a test",
-            )),
-        }
-    }
-}
-
-/// Fake host commands: `qemu-img` that writes only a header, `dmsetup` on a test host, and builds
-/// that fail in the end.
-pub struct FakeCommands(pub Arc<Builds>);
-
-impl Commands for FakeCommands {
-    fn run(
-        &self,
-        command: &Command,
-        cancel: &Cancel,
-        on_line: &mut dyn FnMut(&str),
-    ) -> fcd::error::Result<Output> {
-        if command.program == "dmsetup" && std::env::var_os(REAL_DISKS).is_some() {
-            return fcd::host::HostCommands.run(command, cancel, on_line);
-        }
-        // Blocks like the real one, and its output is passed on meanwhile.
-        let _blocking = fcd::locks::region(fcd::locks::Rank::HostCmd);
-        on_line("a line of the command's");
-        let args: Vec<_> = command
-            .args
-            .iter()
-            .map(|a| a.to_string_lossy().into_owned())
-            .collect();
-        if command.program == "mkfs.ext4" {
-            return Ok(Output::default());
-        }
-        if command.program == "apt-config"
-            || (command.program == "setpriv" && args.iter().any(|a| a == "fcd-probe"))
-        {
-            return Ok(Output::default());
-        }
-        if command.program == "setpriv" {
-            // A line of mmdebstrap that the build reports as progress.
-            on_line("I: running apt-get update");
-            return self.0.run(cancel);
-        }
-        if command.program != "qemu-img" {
-            return Err(Error::new(
-                Kind::CommandMissing,
-                format!("run {}: it is not there", command.program.to_string_lossy()),
-            ));
-        }
-        if args.iter().any(|a| a == "rebase") {
-            return Ok(Output::default());
-        }
-        let [.., path, size] = args.as_slice() else {
-            panic!("{args:?}")
-        };
-        let mut header = [0u8; 32];
-        header[..4].copy_from_slice(b"QFI\xfb");
-        header[24..].copy_from_slice(&size.parse::<u64>().unwrap().to_be_bytes());
-        std::fs::write(path, header).map_err(|e| Error::io("write a disk", e))?;
-        Ok(Output::default())
-    }
-}
 
 pub struct World {
     _dir: tempfile::TempDir,
@@ -495,192 +410,6 @@ impl World {
             .unwrap_or_else(|e| panic!("show {name}: {e}"))
             .state
     }
-
-    /// Waits until the VM has this state.
-    #[track_caller]
-    pub fn await_state(&self, name: &str, state: VmState) -> Vm {
-        let timeout_ms = Some(SOON.as_millis() as u64);
-        let waited = self.run::<VmWait>(VmWaitRequest {
-            vm: name.into(),
-            state: Some(state),
-            timeout_ms,
-        });
-        let vm = waited
-            .unwrap_or_else(|e| panic!("wait for {name} to be {state:?}: {e}"))
-            .vm;
-        assert_eq!(vm.state, state);
-        vm
-    }
-
-    /// Waits until the VM is deleted.
-    #[track_caller]
-    pub fn await_gone(&self, name: &str) {
-        let request = VmWaitRequest {
-            vm: name.into(),
-            state: Some(VmState::Deleting),
-            timeout_ms: Some(SOON.as_millis() as u64),
-        };
-        loop {
-            match self.run::<VmWait>(request.clone()) {
-                Err(e) if e.is(Kind::VmNotFound) => return,
-                // The delete is in progress, so wait for the next change.
-                Ok(_) => self.await_change(|s| !s.vms().any(|r| r.name.as_str() == name)),
-                Err(e) => panic!("wait for {name} to be gone: {e}"),
-            }
-        }
-    }
-
-    /// Waits until the store's state satisfies `is_so`.
-    #[track_caller]
-    pub fn await_change(&self, is_so: impl Fn(&State) -> bool) {
-        let (watch, deadline) = (self.daemon().core.store.watch(None).unwrap(), soon());
-        loop {
-            watch.clear();
-            if self.daemon().core.store.read(&is_so) {
-                return;
-            }
-            let left = deadline.saturating_duration_since(Instant::now());
-            assert!(
-                !left.is_zero(),
-                "the state never came: {:#?}",
-                self.daemon().core.store.read(State::clone)
-            );
-            poll(&watch, left);
-        }
-    }
-
-    /// Waits until nothing is in progress.
-    #[track_caller]
-    pub fn await_rest(&self) {
-        await_that("nothing is under way", || {
-            self.daemon().leftovers() == Leftovers::default()
-        });
-    }
-
-    pub fn op(&self, id: &OpId) -> fcd::api::op::Op {
-        self.call::<OpShow>(&OpRequest { op: id.to_string() })
-            .unwrap()
-            .op
-    }
-
-    /// The files, VMMs and rows that a failed call must leave unchanged.
-    pub fn census(&self) -> BTreeSet<String> {
-        let mut all: BTreeSet<String> = self
-            .vmm
-            .live()
-            .into_iter()
-            .map(|tag| format!("VMM {tag}"))
-            .collect();
-        files(&self.config.state_dir, &mut all);
-        all.extend(
-            self.devices()
-                .into_iter()
-                .map(|device| format!("device {device}")),
-        );
-        self.daemon().core.store.read(|s| {
-            all.extend(s.vms().map(|r| format!("VM {r:?}")));
-            all.extend(s.workspaces().map(|r| format!("workspace {r:?}")));
-            all.extend(s.ledger().map(|r| format!("ledger {r:?}")));
-            all.extend(s.snapshots().map(|r| format!("snapshot {r:?}")));
-        });
-        all
-    }
-
-    /// Kernel devices of this world: device-mapper devices by name, loop devices by their file.
-    pub fn devices(&self) -> BTreeSet<String> {
-        let install = self.daemon().core.store.install_id().to_owned();
-        let state = self.config.state_dir.display().to_string();
-        let blocks = std::fs::read_dir("/sys/block")
-            .into_iter()
-            .flatten()
-            .flatten();
-        let read = |path: PathBuf| {
-            std::fs::read_to_string(path)
-                .ok()
-                .map(|s| s.trim_end().to_owned())
-        };
-        let ours = |dir: PathBuf| {
-            read(dir.join("dm/name"))
-                .filter(|name| name.contains(&install))
-                .or_else(|| {
-                    read(dir.join("loop/backing_file")).filter(|file| file.starts_with(&state))
-                })
-        };
-        blocks.filter_map(|entry| ours(entry.path())).collect()
-    }
-
-    /// Begins an import whose stream the test writes. Returns when the stream may begin.
-    pub fn import(&self, name: &str) -> Import {
-        let import = self.queue_import(name);
-        import.call.ready();
-        import
-    }
-
-    /// The same, without waiting.
-    pub fn queue_import(&self, name: &str) -> Import {
-        let (read, write) = pipe();
-        let call = self.begin::<WorkspacePrepare>(prepare(name), vec![read]);
-        Import {
-            call,
-            stream: std::fs::File::from(write),
-        }
-    }
-
-    /// Runs a complete import.
-    #[track_caller]
-    pub fn import_all(&self, name: &str) {
-        let Import { mut call, stream } = self.import(name);
-        write_payload(stream, b"some payload");
-        call.finish(SOON).unwrap_or_else(|e| panic!("import: {e}"));
-    }
-
-    pub fn workspace_state(&self, name: &str) -> Option<WorkspaceState> {
-        self.show(name).unwrap().workspace.map(|w| w.state)
-    }
-}
-
-pub struct Import {
-    pub call: Running<fcd::api::workspace::PrepareReply>,
-    pub stream: std::fs::File,
-}
-
-/// Writes a complete stream with its trailer.
-pub fn write_payload(stream: std::fs::File, payload: &[u8]) {
-    let mut writer = ChunkWriter::new(stream);
-    writer.write_all(payload).unwrap();
-    drop(writer.finish(3).unwrap());
-}
-
-fn files(dir: &Path, into: &mut BTreeSet<String>) {
-    for entry in std::fs::read_dir(dir).unwrap() {
-        let path: PathBuf = entry.unwrap().path();
-        let name = path.file_name().unwrap().to_string_lossy().into_owned();
-        // Ignores the database's files, the reserve, and logs, which are written at any time.
-        if name.starts_with("fcd.db") || name == "reserve" || name == "console.log" {
-            continue;
-        }
-        into.insert(format!("file {}", path.display()));
-        if path.is_dir() {
-            files(&path, into);
-        }
-    }
-}
-
-fn poll(watch: &fcd::store::Watch, left: Duration) {
-    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-    let timeout =
-        PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
-    poll(&mut [PollFd::new(watch.fd(), PollFlags::POLLIN)], timeout).unwrap();
-}
-
-/// Polls until the deadline, for conditions that have no descriptor to wait on.
-#[track_caller]
-pub fn await_that(what: &str, mut is_so: impl FnMut() -> bool) {
-    let deadline = soon();
-    while !is_so() {
-        assert!(Instant::now() < deadline, "it never came that {what}");
-        std::thread::yield_now();
-    }
 }
 
 pub fn root() -> Caller {
@@ -690,9 +419,11 @@ pub fn root() -> Caller {
         pid: 0,
     }
 }
+
 pub fn request(vm: &str) -> VmRequest {
     VmRequest { vm: vm.into() }
 }
+
 pub fn stop(vm: &str) -> VmStopRequest {
     VmStopRequest {
         vm: vm.into(),
@@ -700,29 +431,13 @@ pub fn stop(vm: &str) -> VmStopRequest {
         timeout_ms: None,
     }
 }
+
 pub fn delete(vm: &str) -> VmDeleteRequest {
     VmDeleteRequest {
         vm: vm.into(),
         force: true,
         if_exists: false,
     }
-}
-pub fn prepare(vm: &str) -> PrepareRequest {
-    PrepareRequest {
-        vm: vm.into(),
-        guest_path: GUEST_PATH.into(),
-        subdir: String::new(),
-        readonly: false,
-        overwrite: false,
-        no_wait: false,
-        bytes_expected: None,
-        raw_tar: false,
-    }
-}
-
-/// Returns the read end and the write end.
-pub fn pipe() -> (OwnedFd, OwnedFd) {
-    rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap()
 }
 
 impl Drop for World {

@@ -1,0 +1,95 @@
+//! The host commands that a daemon under test runs, all of them faked.
+
+use super::{REAL_DISKS, await_that};
+use fcd::error::{Error, Kind};
+use fcd::host::command::Output;
+use fcd::host::{Command, Commands};
+use fcd::locks::Cancel;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+/// Image builds, as the fake host command sees them.
+#[derive(Default)]
+pub struct Builds {
+    /// While this is true, a build's command keeps running.
+    pub are_held: AtomicBool,
+    pub running: AtomicUsize,
+    /// The most builds that ever ran at once.
+    pub peak: AtomicUsize,
+}
+
+impl Builds {
+    fn run(&self, cancel: &Cancel) -> fcd::error::Result<Output> {
+        let running = self.running.fetch_add(1, Ordering::SeqCst) + 1;
+        self.peak.fetch_max(running, Ordering::SeqCst);
+        await_that("the build may end", || {
+            !self.are_held.load(Ordering::SeqCst) || cancel.is_cancelled()
+        });
+        self.running.fetch_sub(1, Ordering::SeqCst);
+        match cancel.cause() {
+            Some(cause) => Err(Error::new(
+                Kind::Cancelled,
+                format!("build: cancelled: {cause}"),
+            )),
+            None => Err(Error::new(
+                Kind::CommandFailed,
+                "there is no archive in a test",
+            )),
+        }
+    }
+}
+
+/// Fake host commands: `qemu-img` that writes only a header, `dmsetup` on a test host, and builds
+/// that fail in the end.
+pub struct FakeCommands(pub Arc<Builds>);
+
+impl Commands for FakeCommands {
+    fn run(
+        &self,
+        command: &Command,
+        cancel: &Cancel,
+        on_line: &mut dyn FnMut(&str),
+    ) -> fcd::error::Result<Output> {
+        if command.program == "dmsetup" && std::env::var_os(REAL_DISKS).is_some() {
+            return fcd::host::HostCommands.run(command, cancel, on_line);
+        }
+        // Blocks like the real one, and its output is passed on meanwhile.
+        let _blocking = fcd::locks::region(fcd::locks::Rank::HostCmd);
+        on_line("a line of the command's");
+        let args: Vec<_> = command
+            .args
+            .iter()
+            .map(|a| a.to_string_lossy().into_owned())
+            .collect();
+        if command.program == "mkfs.ext4" {
+            return Ok(Output::default());
+        }
+        if command.program == "apt-config"
+            || (command.program == "setpriv" && args.iter().any(|a| a == "fcd-probe"))
+        {
+            return Ok(Output::default());
+        }
+        if command.program == "setpriv" {
+            // A line of mmdebstrap that the build reports as progress.
+            on_line("I: running apt-get update");
+            return self.0.run(cancel);
+        }
+        if command.program != "qemu-img" {
+            return Err(Error::new(
+                Kind::CommandMissing,
+                format!("run {}: it is not there", command.program.to_string_lossy()),
+            ));
+        }
+        if args.iter().any(|a| a == "rebase") {
+            return Ok(Output::default());
+        }
+        let [.., path, size] = args.as_slice() else {
+            panic!("{args:?}")
+        };
+        let mut header = [0u8; 32];
+        header[..4].copy_from_slice(b"QFI\xfb");
+        header[24..].copy_from_slice(&size.parse::<u64>().unwrap().to_be_bytes());
+        std::fs::write(path, header).map_err(|e| Error::io("write a disk", e))?;
+        Ok(Output::default())
+    }
+}

@@ -1,0 +1,159 @@
+//! Waiting for a state, and comparing everything that a daemon keeps.
+
+use super::{SOON, World, soon};
+use fcd::api::op::{OpRequest, OpShow};
+use fcd::api::vm::*;
+use fcd::daemon::Leftovers;
+use fcd::error::Kind;
+use fcd::ids::OpId;
+use fcd::store::State;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+impl World {
+    /// Waits until the VM has this state.
+    #[track_caller]
+    pub fn await_state(&self, name: &str, state: VmState) -> Vm {
+        let timeout_ms = Some(SOON.as_millis() as u64);
+        let waited = self.run::<VmWait>(VmWaitRequest {
+            vm: name.into(),
+            state: Some(state),
+            timeout_ms,
+        });
+        let vm = waited
+            .unwrap_or_else(|e| panic!("wait for {name} to be {state:?}: {e}"))
+            .vm;
+        assert_eq!(vm.state, state);
+        vm
+    }
+
+    /// Waits until the VM is deleted.
+    #[track_caller]
+    pub fn await_gone(&self, name: &str) {
+        let request = VmWaitRequest {
+            vm: name.into(),
+            state: Some(VmState::Deleting),
+            timeout_ms: Some(SOON.as_millis() as u64),
+        };
+        loop {
+            match self.run::<VmWait>(request.clone()) {
+                Err(e) if e.is(Kind::VmNotFound) => return,
+                // The delete is in progress, so wait for the next change.
+                Ok(_) => self.await_change(|s| !s.vms().any(|r| r.name.as_str() == name)),
+                Err(e) => panic!("wait for {name} to be gone: {e}"),
+            }
+        }
+    }
+
+    /// Waits until the store's state satisfies `is_so`.
+    #[track_caller]
+    pub fn await_change(&self, is_so: impl Fn(&State) -> bool) {
+        let (watch, deadline) = (self.daemon().core.store.watch(None).unwrap(), soon());
+        loop {
+            watch.clear();
+            if self.daemon().core.store.read(&is_so) {
+                return;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            assert!(
+                !left.is_zero(),
+                "the state never came: {:#?}",
+                self.daemon().core.store.read(State::clone)
+            );
+            poll(&watch, left);
+        }
+    }
+
+    /// Waits until nothing is in progress.
+    #[track_caller]
+    pub fn await_rest(&self) {
+        await_that("nothing is under way", || {
+            self.daemon().leftovers() == Leftovers::default()
+        });
+    }
+
+    pub fn op(&self, id: &OpId) -> fcd::api::op::Op {
+        self.call::<OpShow>(&OpRequest { op: id.to_string() })
+            .unwrap()
+            .op
+    }
+
+    /// The files, VMMs and rows that a failed call must leave unchanged.
+    pub fn census(&self) -> BTreeSet<String> {
+        let mut all: BTreeSet<String> = self
+            .vmm
+            .live()
+            .into_iter()
+            .map(|tag| format!("VMM {tag}"))
+            .collect();
+        files(&self.config.state_dir, &mut all);
+        all.extend(
+            self.devices()
+                .into_iter()
+                .map(|device| format!("device {device}")),
+        );
+        self.daemon().core.store.read(|s| {
+            all.extend(s.vms().map(|r| format!("VM {r:?}")));
+            all.extend(s.workspaces().map(|r| format!("workspace {r:?}")));
+            all.extend(s.ledger().map(|r| format!("ledger {r:?}")));
+            all.extend(s.snapshots().map(|r| format!("snapshot {r:?}")));
+        });
+        all
+    }
+
+    /// Kernel devices of this world: device-mapper devices by name, loop devices by their file.
+    pub fn devices(&self) -> BTreeSet<String> {
+        let install = self.daemon().core.store.install_id().to_owned();
+        let state = self.config.state_dir.display().to_string();
+        let blocks = std::fs::read_dir("/sys/block")
+            .into_iter()
+            .flatten()
+            .flatten();
+        let read = |path: PathBuf| {
+            std::fs::read_to_string(path)
+                .ok()
+                .map(|s| s.trim_end().to_owned())
+        };
+        let ours = |dir: PathBuf| {
+            read(dir.join("dm/name"))
+                .filter(|name| name.contains(&install))
+                .or_else(|| {
+                    read(dir.join("loop/backing_file")).filter(|file| file.starts_with(&state))
+                })
+        };
+        blocks.filter_map(|entry| ours(entry.path())).collect()
+    }
+}
+
+fn files(dir: &Path, into: &mut BTreeSet<String>) {
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path: PathBuf = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        // Ignores the database's files, the reserve, and logs, which are written at any time.
+        if name.starts_with("fcd.db") || name == "reserve" || name == "console.log" {
+            continue;
+        }
+        into.insert(format!("file {}", path.display()));
+        if path.is_dir() {
+            files(&path, into);
+        }
+    }
+}
+
+fn poll(watch: &fcd::store::Watch, left: Duration) {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    let timeout =
+        PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
+    poll(&mut [PollFd::new(watch.fd(), PollFlags::POLLIN)], timeout).unwrap();
+}
+
+/// Polls until the deadline, for conditions that have no descriptor to wait on.
+#[track_caller]
+pub fn await_that(what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = soon();
+    while !is_so() {
+        assert!(Instant::now() < deadline, "it never came that {what}");
+        std::thread::yield_now();
+    }
+}

@@ -1,11 +1,18 @@
 //! The fixture of all tests: a daemon with its own state directory and the shared default image.
 
+mod disks;
+mod images;
+mod spawned;
+
+pub use disks::SmallDisk;
+pub use images::{cached_image, image};
+pub use spawned::Spawned;
+
 use std::fs;
 use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 pub const FCD: &str = env!("CARGO_BIN_EXE_fcd");
@@ -65,74 +72,6 @@ pub fn wait_for_or<T>(
         );
         std::thread::park_timeout(Duration::from_millis(20));
     }
-}
-
-/// The directory of the default image, which is built once for all test binaries of this source.
-pub fn image() -> &'static Path {
-    static IMAGE: OnceLock<PathBuf> = OnceLock::new();
-    IMAGE.get_or_init(|| cached_image("default", &[]))
-}
-
-/// The directory of an image with these packages. It is built if it does not exist.
-pub fn cached_image(name: &str, packages: &[&str]) -> PathBuf {
-    let cache = base().join("image-cache");
-    fs::create_dir_all(&cache).unwrap();
-    fs::set_permissions(&cache, fs::Permissions::from_mode(0o755)).unwrap();
-    let lock = fs::File::create(cache.join(format!("lock-{name}"))).unwrap();
-    lock.lock().unwrap();
-    let state = cache.join(image_key(packages));
-    let image = state.join("images").join(name);
-    if !image.join("image.json").exists() {
-        let _ = fs::remove_dir_all(&state);
-        let mut host = Host {
-            disk: None,
-            dir: tempfile::tempdir_in(base()).unwrap(),
-            fcd: None,
-            config: String::new(),
-            unread_log: None,
-        };
-        host.launch(&state);
-        let include = packages.join(",");
-        let mut args = vec!["image", "build", name];
-        args.extend(
-            ["--include", &include]
-                .into_iter()
-                .filter(|_| !packages.is_empty()),
-        );
-        let built = host.fcctl(&args);
-        assert!(
-            built.status.success(),
-            "image build: {}",
-            String::from_utf8_lossy(&built.stderr)
-        );
-        host.stop_daemon();
-    }
-    image
-}
-
-/// A name for what an image is built from, so that another recipe gives another image.
-fn image_key(packages: &[&str]) -> String {
-    use std::hash::{Hash, Hasher};
-    let mut hasher = std::hash::DefaultHasher::new();
-    packages.hash(&mut hasher);
-    let mut dirs = vec![Path::new(env!("CARGO_MANIFEST_DIR")).join("src/image")];
-    let mut files = Vec::new();
-    while let Some(dir) = dirs.pop() {
-        for entry in fs::read_dir(dir).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                dirs.push(path)
-            } else {
-                files.push(path)
-            }
-        }
-    }
-    files.sort();
-    for file in files {
-        file.hash(&mut hasher);
-        fs::read(&file).unwrap().hash(&mut hasher);
-    }
-    format!("{:016x}", hasher.finish())
 }
 
 impl Host {
@@ -496,182 +435,6 @@ impl Drop for Host {
     }
 }
 
-/// A file system in a mount namespace of the calling thread and its children. It disappears with
-/// them.
-pub struct SmallDisk(PathBuf);
-
-/// The files are sparse, so only what is written takes space.
-const XFS_BYTES: u64 = 2 << 30;
-const EXT4_BYTES: u64 = 2 << 30;
-
-impl SmallDisk {
-    fn in_memory(at: PathBuf, size_mib: u64) -> Self {
-        Self::mount(
-            at,
-            &[
-                "-t",
-                "tmpfs",
-                "-o",
-                &format!("size={size_mib}M,mode=711"),
-                "fcd-test",
-            ],
-        )
-    }
-
-    fn of_few_inodes(at: PathBuf, count: u64) -> Self {
-        Self::mount(
-            at,
-            &[
-                "-t",
-                "tmpfs",
-                "-o",
-                &format!("size=1G,nr_inodes={count},mode=711"),
-                "fcd-test",
-            ],
-        )
-    }
-
-    fn xfs(at: PathBuf) -> Self {
-        let file = at.with_extension("xfs");
-        fs::File::create(&file).unwrap().set_len(XFS_BYTES).unwrap();
-        run(Command::new("mkfs.xfs")
-            .args(["-q", "-m", "reflink=1"])
-            .arg(&file));
-        let mounted = Self::mount(at, &["-t", "xfs", "-o", "loop", file.to_str().unwrap()]);
-        fs::set_permissions(&mounted.0, fs::Permissions::from_mode(0o711)).unwrap();
-        mounted
-    }
-
-    fn ext4(at: PathBuf) -> Self {
-        let file = at.with_extension("ext4");
-        fs::File::create(&file)
-            .unwrap()
-            .set_len(EXT4_BYTES)
-            .unwrap();
-        run(Command::new("mkfs.ext4").args(["-q", "-F"]).arg(&file));
-        let mounted = Self::mount(
-            at,
-            &[
-                "-t",
-                "ext4",
-                "-o",
-                "loop,errors=remount-ro",
-                file.to_str().unwrap(),
-            ],
-        );
-        fs::set_permissions(&mounted.0, fs::Permissions::from_mode(0o711)).unwrap();
-        mounted
-    }
-
-    /// Triggers an error in the file system, which is read-only from then on, even for open files.
-    pub fn break_ext4(&self) {
-        let out = Command::new("findmnt")
-            .args(["-no", "SOURCE"])
-            .arg(&self.0)
-            .output()
-            .unwrap();
-        let device = String::from_utf8(out.stdout).unwrap();
-        let device = Path::new(device.trim()).file_name().unwrap().to_owned();
-        fs::write(
-            Path::new("/sys/fs/ext4")
-                .join(device)
-                .join("trigger_fs_error"),
-            "1",
-        )
-        .unwrap();
-    }
-
-    /// Repairs the file system, as an administrator does after a reboot.
-    pub fn mend_ext4(&self) {
-        // The processes with open files on it have just been killed.
-        wait_for("it is unmounted", || {
-            Command::new("umount")
-                .arg(&self.0)
-                .status()
-                .unwrap()
-                .success()
-                .then_some(())
-        });
-        let file = self.0.with_extension("ext4");
-        let status = Command::new("e2fsck")
-            .args(["-f", "-y"])
-            .arg(&file)
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .status();
-        assert!(
-            matches!(status.unwrap().code(), Some(0 | 1)),
-            "e2fsck(8): errors were corrected, or there were none"
-        );
-        run(Command::new("mount")
-            .args(["-t", "ext4", "-o", "loop"])
-            .arg(&file)
-            .arg(&self.0));
-    }
-
-    fn mount(at: PathBuf, args: &[&str]) -> Self {
-        assert!(
-            nix::unistd::geteuid().is_root(),
-            "mounts a file system: run the tests as root"
-        );
-        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
-        run(Command::new("mount").args(["--make-rprivate", "/"]));
-        fs::create_dir_all(&at).unwrap();
-        run(Command::new("mount").args(args).arg(&at));
-        Self(at)
-    }
-
-    /// Fills the file system so that only this much room is left.
-    pub fn fill(&self, leave_bytes: u64) {
-        let stat = nix::sys::statvfs::statvfs(&self.0).unwrap();
-        let free = stat.blocks_free() * stat.fragment_size();
-        let file = fs::File::options()
-            .create(true)
-            .append(true)
-            .open(self.0.join("fill"))
-            .unwrap();
-        let (from, more) = (
-            file.metadata().unwrap().len(),
-            free.saturating_sub(leave_bytes),
-        );
-        if more > 0 {
-            nix::fcntl::posix_fallocate(&file, from as i64, more as i64).unwrap();
-        }
-    }
-
-    /// Uses up all inodes.
-    pub fn fill_inodes(&self) {
-        let dir = self.0.join("inodes");
-        fs::create_dir(&dir).unwrap();
-        let made = (0..)
-            .map(|n| fs::File::create(dir.join(format!("{n}"))))
-            .find_map(Result::err)
-            .unwrap();
-        assert_eq!(made.kind(), std::io::ErrorKind::StorageFull);
-    }
-
-    pub fn free_inodes(&self) {
-        fs::remove_dir_all(self.0.join("inodes")).unwrap();
-    }
-
-    /// Makes the file system read-only or writable.
-    pub fn set_read_only(&self, is_so: bool) {
-        run(Command::new("mount")
-            .args(["-o", if is_so { "remount,ro" } else { "remount,rw" }])
-            .arg(&self.0));
-    }
-
-    pub fn free(&self) {
-        fs::remove_file(self.0.join("fill")).unwrap();
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
-    }
-}
-
 #[track_caller]
 fn run(command: &mut Command) {
     let status = command.status().unwrap();
@@ -715,69 +478,4 @@ pub fn text(out: &Output) -> (String, String) {
         String::from_utf8_lossy(&out.stdout).into_owned(),
         String::from_utf8_lossy(&out.stderr).into_owned(),
     )
-}
-
-/// A process with its output in files, so that a test can read it while the process runs, and the
-/// process never blocks on it.
-pub struct Spawned {
-    pub child: Child,
-    out: tempfile::NamedTempFile,
-    err: tempfile::NamedTempFile,
-}
-
-impl Spawned {
-    pub fn start(command: &mut Command) -> Self {
-        let (out, err) = (
-            tempfile::NamedTempFile::new().unwrap(),
-            tempfile::NamedTempFile::new().unwrap(),
-        );
-        let child = command
-            .stdout(out.reopen().unwrap())
-            .stderr(err.reopen().unwrap())
-            .spawn()
-            .unwrap();
-        Self { child, out, err }
-    }
-
-    pub fn stdout(&self) -> String {
-        String::from_utf8_lossy(&fs::read(self.out.path()).unwrap()).into_owned()
-    }
-    pub fn stderr(&self) -> String {
-        String::from_utf8_lossy(&fs::read(self.err.path()).unwrap()).into_owned()
-    }
-    pub fn signal(&self, name: &str) {
-        signal(self.child.id(), name);
-    }
-
-    /// Waits until its stdout contains `text`.
-    #[track_caller]
-    pub fn says(&mut self, text: &str) {
-        wait_for(&format!("{text:?} on stdout"), || {
-            if self.stdout().contains(text) {
-                return Some(());
-            }
-            let ended = self.child.try_wait().unwrap();
-            assert!(
-                ended.is_none() || self.stdout().contains(text),
-                "{ended:?}: {}{}",
-                self.stdout(),
-                self.stderr()
-            );
-            None
-        });
-    }
-
-    /// Waits for the end. Returns the exit status and how long the wait took.
-    pub fn end(&mut self) -> (Option<i32>, Duration) {
-        let begun = Instant::now();
-        let status = wait_for("the end of a process", || self.child.try_wait().unwrap());
-        (status.code(), begun.elapsed())
-    }
-}
-
-impl Drop for Spawned {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }

@@ -1,0 +1,75 @@
+//! The image that the guests of all tests boot, built once and cached.
+
+use super::{Host, base};
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+/// The directory of the default image, which is built once for all test binaries of this source.
+pub fn image() -> &'static Path {
+    static IMAGE: OnceLock<PathBuf> = OnceLock::new();
+    IMAGE.get_or_init(|| cached_image("default", &[]))
+}
+
+/// The directory of an image with these packages. It is built if it does not exist.
+pub fn cached_image(name: &str, packages: &[&str]) -> PathBuf {
+    let cache = base().join("image-cache");
+    fs::create_dir_all(&cache).unwrap();
+    fs::set_permissions(&cache, fs::Permissions::from_mode(0o755)).unwrap();
+    let lock = fs::File::create(cache.join(format!("lock-{name}"))).unwrap();
+    lock.lock().unwrap();
+    let state = cache.join(image_key(packages));
+    let image = state.join("images").join(name);
+    if !image.join("image.json").exists() {
+        let _ = fs::remove_dir_all(&state);
+        let mut host = Host {
+            disk: None,
+            dir: tempfile::tempdir_in(base()).unwrap(),
+            fcd: None,
+            config: String::new(),
+            unread_log: None,
+        };
+        host.launch(&state);
+        let include = packages.join(",");
+        let mut args = vec!["image", "build", name];
+        args.extend(
+            ["--include", &include]
+                .into_iter()
+                .filter(|_| !packages.is_empty()),
+        );
+        let built = host.fcctl(&args);
+        assert!(
+            built.status.success(),
+            "image build: {}",
+            String::from_utf8_lossy(&built.stderr)
+        );
+        host.stop_daemon();
+    }
+    image
+}
+
+/// A name for what an image is built from, so that another recipe gives another image.
+fn image_key(packages: &[&str]) -> String {
+    use std::hash::{Hash, Hasher};
+    let mut hasher = std::hash::DefaultHasher::new();
+    packages.hash(&mut hasher);
+    let mut dirs = vec![Path::new(env!("CARGO_MANIFEST_DIR")).join("src/image")];
+    let mut files = Vec::new();
+    while let Some(dir) = dirs.pop() {
+        for entry in fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                dirs.push(path)
+            } else {
+                files.push(path)
+            }
+        }
+    }
+    files.sort();
+    for file in files {
+        file.hash(&mut hasher);
+        fs::read(&file).unwrap().hash(&mut hasher);
+    }
+    format!("{:016x}", hasher.finish())
+}

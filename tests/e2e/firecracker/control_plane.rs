@@ -1,0 +1,194 @@
+//! The whole daemon with Firecracker on this host's KVM.
+
+use super::{control_plane_spec, new_driver, vm_config};
+use fcd::api::vm::RateLimits;
+use fcd::error::Kind;
+use fcd::locks::Cancel;
+use fcd::vmm::{Driver, GuestNetwork, SaveTo, Saved, VmmSpec};
+use nix::sched::{CloneFlags, unshare};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// Runs the driver's state machine against the real program on this host's `/dev/kvm`. Whether the
+/// guest boots does not matter.
+#[test]
+#[ignore = "needs a binary of Firecracker's: scripts/test"]
+fn the_control_plane_on_this_hosts_kvm() {
+    if !Path::new("/dev/kvm").exists() {
+        eprintln!("NOT RUN, for there is no /dev/kvm: the control plane of firecracker");
+        return;
+    }
+    // The image is built from packages, which cannot be downloaded in the namespace.
+    let image = crate::host::image();
+    // Firecracker creates a missing tap. In a namespace the tap disappears with the test.
+    unshare(CloneFlags::CLONE_NEWNET).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let (vm, never) = (dir.path().join("vm"), Cancel::try_new().unwrap());
+    std::fs::create_dir(&vm).unwrap();
+    let spec = |kernel: &Path| control_plane_spec(dir.path(), kernel);
+    let tag = spec(image).tag;
+    let first = new_driver();
+    // A file that it cannot boot is refused with the reason, and leaves nothing behind.
+    let e = first
+        .start(&spec(&image.join("initrd")), &never, &mut |_| {})
+        .unwrap_err();
+    assert!(
+        e.kind() == Kind::Unsupported && e.to_string().contains("Invalid Elf magic number"),
+        "{e}"
+    );
+    assert_eq!(first.find(&tag).unwrap(), None);
+    let spec = spec(&image.join("vmlinux"));
+    let running = first.start(&spec, &never, &mut |_| {}).unwrap();
+    // A second VMM cannot use the same tap.
+    let second = VmmSpec {
+        tag: format!("{tag}2"),
+        dir: dir.path().join("other"),
+        ..spec.clone()
+    };
+    std::fs::create_dir(&second.dir).unwrap();
+    let e = first.start(&second, &never, &mut |_| {}).unwrap_err();
+    assert!(
+        e.kind() == Kind::Conflict && e.to_string().contains("(os error 16)"),
+        "{e}"
+    );
+    for is_paused in [true, true, false, false, true] {
+        first
+            .set_paused(&vm, &running.identity, is_paused, &never)
+            .unwrap();
+    }
+    // Limits can be set while it runs and while it is paused. This guest never loads a balloon's
+    // driver.
+    let with = |rates| VmmSpec {
+        rates,
+        ..spec.clone()
+    };
+    let none = RateLimits::default();
+    let bytes = RateLimits {
+        disk_bytes_per_s: Some(1 << 20),
+        net_rx_bytes_per_s: Some(4 << 20),
+        ..none
+    };
+    let operations = RateLimits {
+        disk_ops_per_s: Some(100),
+        net_tx_bytes_per_s: Some(3 << 20),
+        ..none
+    };
+    for (rates, shown) in [
+        (bytes, ["2097152", "null", "4194304", "null"]),
+        (operations, ["null", "100", "null", "3145728"]),
+        (none, ["null"; 4]),
+    ] {
+        first
+            .set_rates(&with(rates), &running.identity, &never)
+            .unwrap();
+        let config = vm_config(&vm.join("run/api.sock"));
+        let size = |of: &serde_json::Value, bucket: &str| of[bucket]["size"].to_string();
+        // The drives are in no particular order.
+        let limiter = |id: &str| {
+            let drive = config["drives"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .find(|d| d["drive_id"] == id);
+            &drive.unwrap_or_else(|| panic!("{config}"))["rate_limiter"]
+        };
+        let (drive, seed, net) = (
+            limiter("root"),
+            limiter("seed"),
+            &config["network-interfaces"][0],
+        );
+        let found = [
+            size(drive, "bandwidth"),
+            size(drive, "ops"),
+            size(&net["rx_rate_limiter"], "bandwidth"),
+            size(&net["tx_rate_limiter"], "bandwidth"),
+        ];
+        assert_eq!(found, shown, "{config}");
+        assert!(seed.is_null(), "{config}");
+    }
+    // Each document contains what has happened since the one before.
+    for _ in 0..2 {
+        let metrics = first.metrics(&spec, &running.identity, &never).unwrap();
+        let last = metrics.last().unwrap();
+        assert!(
+            last["utc_timestamp_ms"].as_u64().unwrap() > 0 && last["block_root"].is_object(),
+            "{last}"
+        );
+    }
+    // The socket exists, but nothing in the guest listens.
+    assert_eq!(
+        first
+            .connect(&running.identity, 5000, &never)
+            .unwrap_err()
+            .kind(),
+        Kind::Timeout
+    );
+    assert!(first.press_ctrl_alt_del(&running.identity, &never).unwrap());
+    assert_eq!(
+        first.balloon_mib(&spec, &running.identity, &never).unwrap(),
+        128
+    );
+    let e = first
+        .set_balloon(&spec, &running.identity, 128, &never)
+        .unwrap_err();
+    assert!(
+        e.kind() == Kind::Busy && e.to_string().contains("not activated"),
+        "{e}"
+    );
+    let (memory, devices) = (dir.path().join("memory"), dir.path().join("devices"));
+    for path in [&memory, &devices] {
+        std::fs::write(path, "").unwrap();
+    }
+    let to = SaveTo {
+        memory: &memory,
+        devices: &devices,
+    };
+    first.save(&spec, &running.identity, to, &never).unwrap();
+    let saved = std::fs::metadata(&memory).unwrap();
+    assert_eq!(saved.len(), spec.mem_mib << 20);
+    // Only the pages that the guest has touched are saved, which are few by now.
+    let allocated_mib = (std::os::unix::fs::MetadataExt::blocks(&saved) * 512) >> 20;
+    println!("saved: {allocated_mib} of {} MiB", spec.mem_mib);
+    assert!(allocated_mib < spec.mem_mib * 3 / 4, "{allocated_mib} MiB");
+    drop(first);
+    let next = new_driver();
+    assert_eq!(next.adopt(&spec, &running.identity).unwrap(), running);
+    let (died, deaths) = std::sync::mpsc::channel();
+    next.watch(
+        &spec.dir,
+        &running.identity,
+        Box::new(move |how| died.send(how).unwrap()),
+    )
+    .unwrap();
+    next.kill(&running.identity, Instant::now() + Duration::from_secs(30))
+        .unwrap();
+    assert!(deaths.recv_timeout(Duration::from_secs(30)).is_ok());
+    assert_eq!(next.find(&tag).unwrap(), None);
+    // Restore it with another tap. A damaged copy is refused and leaves nothing behind.
+    let network = GuestNetwork::Tap {
+        name: "fctest1".into(),
+        mac: "02:fc:0a:59:00:06".into(),
+        address: [10, 89, 0, 6].into(),
+    };
+    let saved = Saved {
+        memory,
+        devices: devices.clone(),
+        driver: next.describe(),
+    };
+    let spec = VmmSpec {
+        tag: format!("{tag}3"),
+        network,
+        saved: Some(saved),
+        ..spec
+    };
+    let again = next.start(&spec, &never, &mut |_| {}).unwrap();
+    next.kill(&again.identity, Instant::now() + Duration::from_secs(30))
+        .unwrap();
+    std::fs::write(&devices, "damaged").unwrap();
+    let e = next.start(&spec, &never, &mut |_| {}).unwrap_err();
+    assert!(
+        e.kind() == Kind::VmmFailed && e.to_string().contains("Load snapshot error"),
+        "{e}"
+    );
+    assert_eq!(next.find(&spec.tag).unwrap(), None);
+}

@@ -164,7 +164,8 @@ impl Controls {
                 else {
                     return Ok(());
                 };
-                if self.vmm.limits_network(Some(identity)) {
+                let capabilities = self.vmm.capabilities_of(identity);
+                if capabilities.is_some_and(|c| c.limits_network) {
                     return Ok(());
                 }
                 net.set_rates(

@@ -15,5 +15,5 @@ pub(super) fn probe(disk: &config::Disk, vmm: &dyn Driver, dir: &Path) -> Result
         DiskDriver::DmSnapshot => Some(Method::DmSnapshot),
         DiskDriver::Copy => Some(Method::Copy),
     };
-    crate::disk::probe(dir, wanted, vmm.reads_qcow2())
+    crate::disk::probe(dir, wanted, vmm.capabilities().reads_qcow2)
 }

@@ -50,7 +50,7 @@ pub(super) fn checks(host: &HostView<'_>) -> Vec<Check> {
         return vec![user_mode(host.config.qemu.isolated)];
     }
     let mut all = vec![tun(
-        host.vmm.makes_device_nodes(),
+        host.vmm.capabilities().makes_device_nodes,
         devices::exists(TUN),
         devices::access(TUN),
     )];
@@ -131,7 +131,11 @@ impl Networks {
             .identity
             .as_ref()
             .filter(|_| row.state != VmState::Starting);
-        let limited_by_rules = !self.vmm.limits_network(running);
+        let capabilities = running.map_or_else(
+            || Some(self.vmm.capabilities()),
+            |identity| self.vmm.capabilities_of(identity),
+        );
+        let limited_by_rules = !capabilities.is_some_and(|c| c.limits_network);
         let limit = |rate: Option<u64>| rate.filter(|_| limited_by_rules);
         Ok(Guest {
             tag: self.core.tag(row),

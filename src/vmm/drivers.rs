@@ -2,7 +2,7 @@
 //! VM is managed by the driver that started it.
 
 use super::console::Consoles;
-use super::{Died, Driver, GuestEvent, Identity, Running, SaveTo, Tagged, VmmSpec};
+use super::{Capabilities, Died, Driver, GuestEvent, Identity, Running, SaveTo, Tagged, VmmSpec};
 use crate::api::daemon::Check;
 use crate::error::{Error, Kind, Result};
 use crate::locks::Cancel;
@@ -51,6 +51,14 @@ impl Drivers {
 impl Driver for Drivers {
     fn describe(&self) -> String {
         self.starts.describe()
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        self.starts.capabilities()
+    }
+
+    fn capabilities_of(&self, running: &Identity) -> Option<Capabilities> {
+        self.of(running).ok().map(Driver::capabilities)
     }
 
     fn warm_up(&self, kernel: &Path, cancel: &Cancel) {
@@ -152,12 +160,6 @@ impl Driver for Drivers {
             .set_paused(dir, identity, is_paused, cancel)
     }
 
-    fn limits_network(&self, running: Option<&Identity>) -> bool {
-        running
-            .map_or(Ok(&*self.starts), |identity| self.of(identity))
-            .is_ok_and(|driver| driver.limits_network(running))
-    }
-
     fn set_rates(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<()> {
         self.of(identity)?.set_rates(spec, identity, cancel)
     }
@@ -194,10 +196,6 @@ impl Driver for Drivers {
         self.of(identity)?.press_ctrl_alt_del(identity, cancel)
     }
 
-    fn leaves_remains(&self) -> bool {
-        self.starts.leaves_remains()
-    }
-
     fn clear(&self, dir: &Path, tag: &str) -> Result<()> {
         self.all
             .iter()
@@ -210,14 +208,6 @@ impl Driver for Drivers {
             tags.extend(driver.remains(vms, tag_prefix)?);
         }
         Ok(tags)
-    }
-
-    fn makes_device_nodes(&self) -> bool {
-        self.starts.makes_device_nodes()
-    }
-
-    fn reads_qcow2(&self) -> bool {
-        self.starts.reads_qcow2()
     }
 
     fn checks(&self) -> Vec<Check> {

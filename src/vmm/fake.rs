@@ -9,7 +9,9 @@ mod controls;
 mod observations;
 
 use super::console::{Attach, Consoles};
-use super::{Died, Driver, End, GuestEvent, Identity, Running, SaveTo, Tagged, VmmSpec};
+use super::{
+    Capabilities, Died, Driver, End, GuestEvent, Identity, Running, SaveTo, Tagged, VmmSpec,
+};
 use crate::api::daemon::{Check, Severity};
 use crate::api::vm::RateLimits;
 use crate::error::{Error, Kind, Result};
@@ -379,6 +381,15 @@ impl Driver for Fake {
         "fake".to_owned()
     }
 
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            limits_network: true,
+            reads_qcow2: true,
+            makes_device_nodes: false,
+            leaves_remains: false,
+        }
+    }
+
     fn warm_up(&self, _kernel: &Path, _cancel: &Cancel) {}
 
     fn consoles(&self) -> &Consoles {
@@ -596,10 +607,6 @@ impl Driver for Fake {
         Ok(())
     }
 
-    fn limits_network(&self, _running: Option<&Identity>) -> bool {
-        true
-    }
-
     fn set_rates(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<()> {
         self.change(identity, "limit the guest's devices", cancel, |vmm| {
             vmm.rates = spec.rates
@@ -681,26 +688,6 @@ impl Driver for Fake {
             self.end(|vmm| vmm.identity == *identity, &End::GuestShutDown);
         }
         Ok(true)
-    }
-
-    fn leaves_remains(&self) -> bool {
-        false
-    }
-
-    fn clear(&self, _dir: &Path, _tag: &str) -> Result<()> {
-        Ok(())
-    }
-
-    fn remains(&self, _vms: &Path, _tag_prefix: &str) -> Result<Vec<String>> {
-        Ok(Vec::new())
-    }
-
-    fn makes_device_nodes(&self) -> bool {
-        false
-    }
-
-    fn reads_qcow2(&self) -> bool {
-        true
     }
 
     fn checks(&self) -> Vec<Check> {

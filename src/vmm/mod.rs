@@ -100,7 +100,8 @@ pub struct VmmSpec {
     /// uid and gid of the VMM's process, if the daemon is root.
     pub credentials: Option<(u32, u32)>,
     pub network: GuestNetwork,
-    /// The rate limits. The VMM applies those of the network only if [`Driver::limits_network`].
+    /// The rate limits. The VMM applies those of the network only with
+    /// [`Capabilities::limits_network`].
     pub rates: RateLimits,
     /// True if the guest's initramfs has the driver of a balloon, with which it returns memory.
     pub has_balloon: bool,
@@ -167,10 +168,32 @@ pub enum GuestEvent {
     Unresponsive(bool),
 }
 
+/// How a driver's VMMs differ from those of others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capabilities {
+    /// The VMM limits what a guest sends and receives. Otherwise the owner of the tap has to do it.
+    pub limits_network: bool,
+    /// A disk may be a qcow2 file.
+    pub reads_qcow2: bool,
+    /// VMMs get their own nodes of [`devices::KVM`] and [`devices::TUN`], so that the modes of the
+    /// host's nodes do not matter.
+    pub makes_device_nodes: bool,
+    /// A VMM leaves more on the host than its process and files. [`Driver::clear`] removes that.
+    pub leaves_remains: bool,
+}
+
 /// A kind of VMM, such as QEMU or Firecracker.
 pub trait Driver: Send + Sync {
     /// A description for people: `qemu (tcg, microvm)`.
     fn describe(&self) -> String;
+
+    /// The capabilities of VMMs that this driver starts.
+    fn capabilities(&self) -> Capabilities;
+
+    /// The capabilities of a running VMM. None if it has exited.
+    fn capabilities_of(&self, _running: &Identity) -> Option<Capabilities> {
+        Some(self.capabilities())
+    }
 
     /// Finds out in advance what the first start needs to know, such as whether this host's
     /// virtualisation runs `kernel`. May take seconds. Failures show up in `describe` and `checks`.
@@ -254,10 +277,6 @@ pub trait Driver: Send + Sync {
     /// if it has to be restored in another VM's directory.
     fn can_load(&self, driver: &str, elsewhere: bool) -> Result<()>;
 
-    /// True if the VMM limits what a guest sends and receives. Asks about a running VMM, or about
-    /// new ones if None. Otherwise the owner of the tap has to do it.
-    fn limits_network(&self, running: Option<&Identity>) -> bool;
-
     /// Applies `spec.rates` to the devices of a running guest.
     fn set_rates(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<()>;
 
@@ -289,24 +308,17 @@ pub trait Driver: Send + Sync {
     /// keyboard.
     fn press_ctrl_alt_del(&self, identity: &Identity, cancel: &Cancel) -> Result<bool>;
 
-    /// True if a VMM leaves more on the host than its process and files. [`Driver::clear`] removes
-    /// that.
-    fn leaves_remains(&self) -> bool;
-
     /// Removes what the VMM with this tag has left on the host, except for files of the VM in
     /// `dir`. Succeeds if there is nothing. The VMM must have exited.
-    fn clear(&self, dir: &Path, tag: &str) -> Result<()>;
+    fn clear(&self, _dir: &Path, _tag: &str) -> Result<()> {
+        Ok(())
+    }
 
     /// Returns the tags with this prefix for which there is something to clear. The VMs'
     /// directories are in `vms`.
-    fn remains(&self, vms: &Path, tag_prefix: &str) -> Result<Vec<String>>;
-
-    /// True if VMMs get their own nodes of [`devices::KVM`] and [`devices::TUN`], so that the modes
-    /// of the host's nodes do not matter.
-    fn makes_device_nodes(&self) -> bool;
-
-    /// True if a disk may be a qcow2 file.
-    fn reads_qcow2(&self) -> bool;
+    fn remains(&self, _vms: &Path, _tag_prefix: &str) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
 
     /// Checks what the driver needs on this host, for `fcctl doctor`.
     fn checks(&self) -> Vec<Check>;

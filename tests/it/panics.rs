@@ -10,7 +10,7 @@ use fcd::error::{Kind, Result};
 use fcd::locks::Cancel;
 use fcd::vmm::console::Consoles;
 use fcd::vmm::fake::Fake;
-use fcd::vmm::{Driver, GuestEvent, Identity, Running, SaveTo, Tagged, VmmSpec};
+use fcd::vmm::{Capabilities, Driver, GuestEvent, Identity, Running, SaveTo, Tagged, VmmSpec};
 use fcd::workspace::remote::{self, GuestWorkspace};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -40,6 +40,9 @@ impl Panics {
 impl Driver for Panics {
     fn describe(&self) -> String {
         self.inner.describe()
+    }
+    fn capabilities(&self) -> Capabilities {
+        self.inner.capabilities()
     }
     fn warm_up(&self, kernel: &Path, cancel: &Cancel) {
         self.inner.warm_up(kernel, cancel);
@@ -73,9 +76,6 @@ impl Driver for Panics {
     fn runs(&self, identity: &Identity) -> bool {
         self.inner.runs(identity)
     }
-    fn limits_network(&self, running: Option<&Identity>) -> bool {
-        self.inner.limits_network(running)
-    }
     fn set_rates(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<()> {
         self.inner.set_rates(spec, identity, cancel)
     }
@@ -105,21 +105,11 @@ impl Driver for Panics {
     fn press_ctrl_alt_del(&self, identity: &Identity, cancel: &Cancel) -> Result<bool> {
         self.inner.press_ctrl_alt_del(identity, cancel)
     }
-    fn leaves_remains(&self) -> bool {
-        self.inner.leaves_remains()
-    }
     fn clear(&self, dir: &Path, tag: &str) -> Result<()> {
         self.inner.clear(dir, tag)
     }
     fn remains(&self, vms: &Path, tag_prefix: &str) -> Result<Vec<String>> {
         self.inner.remains(vms, tag_prefix)
-    }
-    fn makes_device_nodes(&self) -> bool {
-        self.inner.makes_device_nodes()
-    }
-
-    fn reads_qcow2(&self) -> bool {
-        self.inner.reads_qcow2()
     }
     fn is_ours(&self, identity: &Identity, tag: &str) -> bool {
         self.inner.is_ours(identity, tag)

@@ -11,7 +11,7 @@ use fcd::host::{Command, Commands, command::Output};
 use fcd::locks::Cancel;
 use fcd::store::faults::{CommitHook, Fault};
 use fcd::vmm::console::Consoles;
-use fcd::vmm::{Driver, GuestEvent, Identity, Running, SaveTo, Tagged, VmmSpec};
+use fcd::vmm::{Capabilities, Driver, GuestEvent, Identity, Running, SaveTo, Tagged, VmmSpec};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -139,6 +139,9 @@ impl Driver for PointDriver {
     fn describe(&self) -> String {
         self.0.describe()
     }
+    fn capabilities(&self) -> Capabilities {
+        self.0.capabilities()
+    }
     fn warm_up(&self, kernel: &Path, cancel: &Cancel) {
         self.0.warm_up(kernel, cancel);
     }
@@ -223,9 +226,6 @@ impl Driver for PointDriver {
     fn can_load(&self, driver: &str, elsewhere: bool) -> Result<()> {
         self.0.can_load(driver, elsewhere)
     }
-    fn limits_network(&self, running: Option<&Identity>) -> bool {
-        self.0.limits_network(running)
-    }
     fn set_rates(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<()> {
         self.1.pass("limit the guest's devices")?;
         self.0.set_rates(spec, identity, cancel)
@@ -258,21 +258,11 @@ impl Driver for PointDriver {
         self.1.pass("press the keys")?;
         self.0.press_ctrl_alt_del(identity, cancel)
     }
-    fn leaves_remains(&self) -> bool {
-        self.0.leaves_remains()
-    }
     fn clear(&self, dir: &Path, tag: &str) -> Result<()> {
         self.0.clear(dir, tag)
     }
     fn remains(&self, vms: &Path, tag_prefix: &str) -> Result<Vec<String>> {
         self.0.remains(vms, tag_prefix)
-    }
-    fn makes_device_nodes(&self) -> bool {
-        self.0.makes_device_nodes()
-    }
-
-    fn reads_qcow2(&self) -> bool {
-        self.0.reads_qcow2()
     }
     fn checks(&self) -> Vec<Check> {
         self.0.checks()

@@ -21,7 +21,8 @@ impl Resource for Jail {
     fn intent(&self, resources: &Resources, row: &VmRow) -> Option<String> {
         resources
             .vmm
-            .leaves_remains()
+            .capabilities()
+            .leaves_remains
             .then(|| resources.core.tag(row))
     }
 
@@ -44,7 +45,7 @@ impl Resource for Jail {
 
 pub(super) fn checks(host: &HostView<'_>) -> Vec<Check> {
     let dir = super::existing(&host.config.state_dir);
-    if !host.vmm.leaves_remains() {
+    if !host.vmm.capabilities().leaves_remains {
         return Vec::new();
     }
     vec![match crate::vmm::firecracker::require_mount(dir) {

@@ -86,7 +86,8 @@ use super::dial::{self, Deadline};
 use super::processes::{self, Processes};
 use super::run_dir;
 use super::{
-    Died, DiskFormat, Driver, GuestEvent, GuestNetwork, Identity, Running, SaveTo, Tagged, VmmSpec,
+    Capabilities, Died, DiskFormat, Driver, GuestEvent, GuestNetwork, Identity, Running, SaveTo,
+    Tagged, VmmSpec,
 };
 use crate::api::daemon::Check;
 use crate::config::Firecracker as Config;
@@ -213,6 +214,11 @@ impl Firecracker {
 
     fn is_jailed(&self, spec: &VmmSpec) -> bool {
         self.config.jail && spec.credentials.is_some()
+    }
+
+    /// True if this daemon's VMMs run in jails, which only root can make.
+    fn jails_all(&self) -> bool {
+        self.config.jail && rustix::process::geteuid().is_root()
     }
 
     /// For a fake Firecracker.
@@ -609,12 +615,23 @@ impl Drop for Firecracker {
 impl Driver for Firecracker {
     fn describe(&self) -> String {
         // A saved guest contains the paths of its disks, which depend on the jail.
-        if self.leaves_remains() {
+        if self.jails_all() {
             "firecracker (kvm, jailed)"
         } else {
             "firecracker (kvm)"
         }
         .to_owned()
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        let is_jailed = self.jails_all();
+        Capabilities {
+            limits_network: true,
+            reads_qcow2: false,
+            // The jailer makes them (src/jailer/src/env.rs, `mknod_and_own_dev`).
+            makes_device_nodes: is_jailed,
+            leaves_remains: is_jailed,
+        }
     }
 
     /// Does nothing, because what Firecracker needs is known without trying. See `checks`.
@@ -760,10 +777,6 @@ impl Driver for Firecracker {
         })
     }
 
-    fn limits_network(&self, _running: Option<&Identity>) -> bool {
-        true
-    }
-
     fn set_rates(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<()> {
         self.talk(identity, "limit the guest's devices", cancel, |vmm| {
             limit(vmm, spec)
@@ -818,7 +831,7 @@ impl Driver for Firecracker {
             return Err(Error::new(Kind::Unsupported, text)
                 .hint("set jail under [firecracker] back to its former value"));
         }
-        if elsewhere && !self.leaves_remains() {
+        if elsewhere && !self.jails_all() {
             // The saved state contains the paths of the disks, and they cannot be overridden.
             return Err(Error::new(
                 Kind::Unsupported,
@@ -877,25 +890,12 @@ impl Driver for Firecracker {
         .map(|()| true)
     }
 
-    fn leaves_remains(&self) -> bool {
-        self.config.jail && rustix::process::geteuid().is_root()
-    }
-
     fn clear(&self, dir: &Path, tag: &str) -> Result<()> {
         jail::clear(dir, tag)
     }
 
     fn remains(&self, vms: &Path, tag_prefix: &str) -> Result<Vec<String>> {
         Ok(jail::remains(vms, tag_prefix))
-    }
-
-    /// The jailer makes them (src/jailer/src/env.rs, `mknod_and_own_dev`).
-    fn makes_device_nodes(&self) -> bool {
-        self.leaves_remains()
-    }
-
-    fn reads_qcow2(&self) -> bool {
-        false
     }
 
     fn checks(&self) -> Vec<Check> {

@@ -24,7 +24,10 @@ use super::devices;
 use super::dial::{self, Deadline};
 use super::processes::{self, Processes};
 use super::run_dir::{self, RUN_DIR};
-use super::{Died, Driver, GuestEvent, GuestNetwork, Identity, Running, SaveTo, Tagged, VmmSpec};
+use super::{
+    Capabilities, Died, Driver, GuestEvent, GuestNetwork, Identity, Running, SaveTo, Tagged,
+    VmmSpec,
+};
 use crate::api::daemon::Check;
 use crate::config::Qemu as Config;
 use crate::error::{Error, Kind, Result};
@@ -273,6 +276,15 @@ impl Driver for Qemu {
             .map_or_else(|| "qemu".to_owned(), |picked| picked.platform.to_string())
     }
 
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            limits_network: false,
+            reads_qcow2: true,
+            makes_device_nodes: false,
+            leaves_remains: false,
+        }
+    }
+
     fn warm_up(&self, kernel: &Path, cancel: &Cancel) {
         if let Err(e) = self.picker.pick(kernel, cancel) {
             log::debug!("{e}");
@@ -466,11 +478,6 @@ impl Driver for Qemu {
         }
     }
 
-    /// QEMU limits neither of its networks.
-    fn limits_network(&self, _running: Option<&Identity>) -> bool {
-        false
-    }
-
     fn set_rates(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<()> {
         self.talk(
             &spec.dir,
@@ -543,26 +550,6 @@ impl Driver for Qemu {
     /// it.
     fn press_ctrl_alt_del(&self, _identity: &Identity, _cancel: &Cancel) -> Result<bool> {
         Ok(false)
-    }
-
-    fn leaves_remains(&self) -> bool {
-        false
-    }
-
-    fn clear(&self, _dir: &Path, _tag: &str) -> Result<()> {
-        Ok(())
-    }
-
-    fn remains(&self, _vms: &Path, _tag_prefix: &str) -> Result<Vec<String>> {
-        Ok(Vec::new())
-    }
-
-    fn makes_device_nodes(&self) -> bool {
-        false
-    }
-
-    fn reads_qcow2(&self) -> bool {
-        true
     }
 
     fn checks(&self) -> Vec<Check> {

@@ -78,7 +78,11 @@ impl Lifecycle {
                 deadline
             },
         ) {
-            if let Err(e) = self.vmm.wait_exit(identity, deadline, &claim.cancel) {
+            if let Err(e) = self
+                .vmm
+                .processes()
+                .wait_exit(identity, deadline, &claim.cancel)
+            {
                 log::warn!("wait for the VMM of {}: {e}", row.name);
             }
             return Synced::Yes;
@@ -129,7 +133,10 @@ impl Lifecycle {
         }
         claim.op().progress("press Ctrl-Alt-Del");
         let gone = match self.vmm.press_ctrl_alt_del(identity, &claim.cancel) {
-            Ok(true) => self.vmm.wait_exit(identity, deadline, &claim.cancel),
+            Ok(true) => self
+                .vmm
+                .processes()
+                .wait_exit(identity, deadline, &claim.cancel),
             other => other,
         };
         gone.unwrap_or_else(|e| {

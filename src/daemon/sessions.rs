@@ -269,7 +269,7 @@ impl Sessions {
         let user = self.runtimes.join(guard.key(), kind, cancel.clone());
         drop(guard);
         if let Some(identity) = row.identity.clone()
-            && !self.vmm.is_alive(&identity)
+            && !self.vmm.processes().is_alive(&identity)
         {
             return Err(Error::new(
                 Kind::GuestUnavailable,

@@ -30,6 +30,7 @@ impl Vmms {
     pub(super) fn kill_earlier(&self, row: &VmRow) -> Result<()> {
         let all = self
             .vmm
+            .processes()
             .list(&format!("{}{}-", self.core.tag_prefix(), row.id))?;
         all.iter().try_for_each(|vmm| self.kill_vmm(&vmm.identity))
     }
@@ -39,7 +40,7 @@ impl Vmms {
         let known = row.identity.clone();
         if let Some(identity) = known
             && (self.runs_as_it(row, &identity)
-                || self.vmm.is_ours(&identity, &self.core.tag(row))
+                || self.vmm.processes().is_ours(&identity, &self.core.tag(row))
                     && self.has_its_uid(row, &identity))
         {
             return Some(identity);
@@ -57,7 +58,7 @@ impl Vmms {
         let its = self.specs.credentials(row).map(|(uid, _)| uid);
         its.is_some()
             && its == crate::host::process::uid(identity.pid)
-            && self.vmm.is_alive(identity)
+            && self.vmm.processes().is_alive(identity)
     }
 
     /// True if the process runs under the VM's own uid. A compromised VMM can copy another VM's
@@ -71,19 +72,21 @@ impl Vmms {
 
     /// Kills the VMM and waits until it is gone.
     pub(super) fn kill_vmm(&self, identity: &Identity) -> Result<()> {
-        self.vmm.kill(identity, Instant::now() + KILL_DEADLINE)
+        self.vmm
+            .processes()
+            .kill(identity, Instant::now() + KILL_DEADLINE)
     }
 
     /// Finds the VMM with this tag. During reconciliation, one scan of all processes serves every
     /// VMM of an earlier daemon.
     pub(super) fn find_vmm(&self, tag: &str) -> Result<Option<Identity>> {
         let earlier = self.earlier_vmms.lock().clone();
-        if earlier
-            .is_some_and(|earlier| earlier.is_gone(tag, || self.vmm.list(&self.core.tag_prefix())))
-        {
+        if earlier.is_some_and(|earlier| {
+            earlier.is_gone(tag, || self.vmm.processes().list(&self.core.tag_prefix()))
+        }) {
             return Ok(None);
         }
-        self.vmm.find(tag)
+        self.vmm.processes().find(tag)
     }
 
     /// How a guest ended while no daemon watched it, if its console, its VMM's log or its root disk

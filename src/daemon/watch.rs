@@ -35,7 +35,7 @@ impl Lifecycle {
     /// Begins to watch only for the VMM's end, without talking to it.
     pub(super) fn watch_end(&self, row: &VmRow, identity: &Identity) -> Result<()> {
         let (lifecycle, vm, generation) = (self.clone(), row.id.clone(), row.generation);
-        self.vmm.watch(
+        self.vmm.processes().watch(
             &self.core.vm_dir(&row.id),
             identity,
             Box::new(move |end| {

@@ -2,7 +2,9 @@
 //! VM is managed by the driver that started it.
 
 use super::console::Consoles;
-use super::{Capabilities, Died, Driver, GuestEvent, Identity, Running, SaveTo, Tagged, VmmSpec};
+use super::{
+    Capabilities, Died, Driver, GuestEvent, Identity, Processes, Running, SaveTo, Tagged, VmmSpec,
+};
 use crate::api::daemon::Check;
 use crate::error::{Error, Kind, Result};
 use crate::locks::Cancel;
@@ -38,7 +40,10 @@ impl Drivers {
 
     /// Returns the driver whose process this is.
     fn of(&self, identity: &Identity) -> Result<&dyn Driver> {
-        let driver = self.all.iter().find(|driver| driver.runs(identity));
+        let driver = self
+            .all
+            .iter()
+            .find(|driver| driver.processes().runs(identity));
         driver.map(|d| &**d).ok_or_else(|| {
             Error::new(
                 Kind::VmmFailed,
@@ -70,6 +75,10 @@ impl Driver for Drivers {
         self.starts.consoles()
     }
 
+    fn processes(&self) -> &dyn Processes {
+        self
+    }
+
     fn start(
         &self,
         spec: &VmmSpec,
@@ -93,49 +102,8 @@ impl Driver for Drivers {
         self.starts.can_load(driver, elsewhere)
     }
 
-    fn find(&self, tag: &str) -> Result<Option<Identity>> {
-        for driver in &self.all {
-            if let Some(identity) = driver.find(tag)? {
-                return Ok(Some(identity));
-            }
-        }
-        Ok(None)
-    }
-
-    fn list(&self, tag_prefix: &str) -> Result<Vec<Tagged>> {
-        let mut all = Vec::new();
-        for driver in &self.all {
-            all.extend(driver.list(tag_prefix)?);
-        }
-        Ok(all)
-    }
-
     fn adopt(&self, spec: &VmmSpec, identity: &Identity) -> Result<Running> {
         self.of(identity)?.adopt(spec, identity)
-    }
-
-    fn is_alive(&self, identity: &Identity) -> bool {
-        self.starts.is_alive(identity)
-    }
-
-    fn is_ours(&self, identity: &Identity, tag: &str) -> bool {
-        self.all.iter().any(|driver| driver.is_ours(identity, tag))
-    }
-
-    fn runs(&self, identity: &Identity) -> bool {
-        self.all.iter().any(|driver| driver.runs(identity))
-    }
-
-    fn wait_exit(&self, identity: &Identity, deadline: Instant, cancel: &Cancel) -> Result<bool> {
-        self.starts.wait_exit(identity, deadline, cancel)
-    }
-
-    fn kill(&self, identity: &Identity, deadline: Instant) -> Result<()> {
-        self.starts.kill(identity, deadline)
-    }
-
-    fn watch(&self, dir: &Path, identity: &Identity, died: Died) -> Result<()> {
-        self.starts.watch(dir, identity, died)
     }
 
     fn watch_guest(
@@ -216,5 +184,54 @@ impl Driver for Drivers {
             .cloned()
             .chain(self.starts.checks())
             .collect()
+    }
+}
+
+impl Processes for Drivers {
+    fn find(&self, tag: &str) -> Result<Option<Identity>> {
+        for driver in &self.all {
+            if let Some(identity) = driver.processes().find(tag)? {
+                return Ok(Some(identity));
+            }
+        }
+        Ok(None)
+    }
+
+    fn list(&self, tag_prefix: &str) -> Result<Vec<Tagged>> {
+        let mut all = Vec::new();
+        for driver in &self.all {
+            all.extend(driver.processes().list(tag_prefix)?);
+        }
+        Ok(all)
+    }
+
+    fn is_alive(&self, identity: &Identity) -> bool {
+        self.starts.processes().is_alive(identity)
+    }
+
+    fn is_ours(&self, identity: &Identity, tag: &str) -> bool {
+        self.all
+            .iter()
+            .any(|driver| driver.processes().is_ours(identity, tag))
+    }
+
+    fn runs(&self, identity: &Identity) -> bool {
+        self.all
+            .iter()
+            .any(|driver| driver.processes().runs(identity))
+    }
+
+    fn wait_exit(&self, identity: &Identity, deadline: Instant, cancel: &Cancel) -> Result<bool> {
+        self.starts
+            .processes()
+            .wait_exit(identity, deadline, cancel)
+    }
+
+    fn kill(&self, identity: &Identity, deadline: Instant) -> Result<()> {
+        self.starts.processes().kill(identity, deadline)
+    }
+
+    fn watch(&self, dir: &Path, identity: &Identity, died: Died) -> Result<()> {
+        self.starts.processes().watch(dir, identity, died)
     }
 }

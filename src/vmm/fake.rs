@@ -10,7 +10,8 @@ mod observations;
 
 use super::console::{Attach, Consoles};
 use super::{
-    Capabilities, Died, Driver, End, GuestEvent, Identity, Running, SaveTo, Tagged, VmmSpec,
+    Capabilities, Died, Driver, End, GuestEvent, Identity, Processes, Running, SaveTo, Tagged,
+    VmmSpec,
 };
 use crate::api::daemon::{Check, Severity};
 use crate::api::vm::RateLimits;
@@ -396,6 +397,10 @@ impl Driver for Fake {
         &self.consoles
     }
 
+    fn processes(&self) -> &dyn Processes {
+        self
+    }
+
     fn start(
         &self,
         spec: &VmmSpec,
@@ -419,31 +424,6 @@ impl Driver for Fake {
         Ok(running)
     }
 
-    fn find(&self, tag: &str) -> Result<Option<Identity>> {
-        let mut state = self.state.lock();
-        state.finds += 1;
-        Ok(state
-            .vmms
-            .iter()
-            .find(|vmm| vmm.end.is_none() && vmm.spec.tag == tag)
-            .map(|vmm| vmm.identity.clone()))
-    }
-
-    fn list(&self, tag_prefix: &str) -> Result<Vec<Tagged>> {
-        let mut state = self.state.lock();
-        state.lists += 1;
-        let live = state
-            .vmms
-            .iter()
-            .filter(|vmm| vmm.end.is_none() && vmm.spec.tag.starts_with(tag_prefix));
-        Ok(live
-            .map(|vmm| Tagged {
-                tag: vmm.spec.tag.clone(),
-                identity: vmm.identity.clone(),
-            })
-            .collect())
-    }
-
     fn adopt(&self, spec: &VmmSpec, identity: &Identity) -> Result<Running> {
         let never = Cancel::try_new().map_err(|e| Error::io("adopt the VMM", e))?;
         self.pass_gate(Stage::Adopt, &never)?;
@@ -465,59 +445,6 @@ impl Driver for Fake {
             identity: identity.clone(),
             ssh_addr,
         })
-    }
-
-    fn is_alive(&self, identity: &Identity) -> bool {
-        self.with(identity, |vmm| vmm.end.is_none())
-            .unwrap_or(false)
-    }
-
-    fn runs(&self, identity: &Identity) -> bool {
-        self.with(identity, |_| ()).is_some()
-    }
-
-    fn is_ours(&self, identity: &Identity, tag: &str) -> bool {
-        self.with(identity, |vmm| vmm.end.is_none() && vmm.spec.tag == tag)
-            .unwrap_or(false)
-    }
-
-    fn wait_exit(&self, identity: &Identity, deadline: Instant, cancel: &Cancel) -> Result<bool> {
-        let Some(gone) = self.with(identity, |vmm| vmm.gone.clone()) else {
-            return Ok(true);
-        };
-        let _blocking = region(Rank::VmmApi);
-        let woken = wait_any(&[(gone.fd(), PollFlags::POLLIN)], deadline, cancel);
-        Ok(woken.map_err(|e| Error::io("wait for a fake VMM", e))? == WaitResult::Ready)
-    }
-
-    fn kill(&self, identity: &Identity, deadline: Instant) -> Result<()> {
-        if !self.is_alive(identity) {
-            return Ok(());
-        }
-        let is_unkillable = {
-            let mut state = self.state.lock();
-            state.kills += 1;
-            state.is_unkillable
-        };
-        let _blocking = region(Rank::VmmApi);
-        if !is_unkillable {
-            self.end(
-                |vmm| vmm.identity == *identity,
-                &End::Vmm(process::Exit::Signal(9)),
-            );
-        }
-        let Some(gone) = self.with(identity, |vmm| vmm.gone.clone()) else {
-            return Ok(());
-        };
-        let woken = wait_uncancelled(&[(gone.fd(), PollFlags::POLLIN)], deadline)
-            .map_err(|e| Error::io("kill a fake VMM", e))?;
-        if woken == WaitResult::Ready {
-            return Ok(());
-        }
-        Err(Error::new(
-            Kind::Timeout,
-            format!("kill the VMM: process {} is still running", identity.pid),
-        ))
     }
 
     fn set_paused(
@@ -587,23 +514,6 @@ impl Driver for Fake {
                 None
             }
         });
-        Ok(())
-    }
-
-    fn watch(&self, _dir: &Path, identity: &Identity, died: Died) -> Result<()> {
-        let mut died = Some(died);
-        let end = self.with(identity, |vmm| {
-            if vmm.end.is_none() {
-                vmm.watchers.extend(died.take());
-            }
-            vmm.end.clone()
-        });
-        if let Some(died) = died {
-            report(
-                end.flatten().unwrap_or(End::Vmm(process::Exit::Unknown)),
-                died,
-            );
-        }
         Ok(())
     }
 
@@ -698,6 +608,103 @@ impl Driver for Fake {
             found: "VMs are simulated".into(),
             fix: None,
         }]
+    }
+}
+
+impl Processes for Fake {
+    fn find(&self, tag: &str) -> Result<Option<Identity>> {
+        let mut state = self.state.lock();
+        state.finds += 1;
+        Ok(state
+            .vmms
+            .iter()
+            .find(|vmm| vmm.end.is_none() && vmm.spec.tag == tag)
+            .map(|vmm| vmm.identity.clone()))
+    }
+
+    fn list(&self, tag_prefix: &str) -> Result<Vec<Tagged>> {
+        let mut state = self.state.lock();
+        state.lists += 1;
+        let live = state
+            .vmms
+            .iter()
+            .filter(|vmm| vmm.end.is_none() && vmm.spec.tag.starts_with(tag_prefix));
+        Ok(live
+            .map(|vmm| Tagged {
+                tag: vmm.spec.tag.clone(),
+                identity: vmm.identity.clone(),
+            })
+            .collect())
+    }
+
+    fn is_alive(&self, identity: &Identity) -> bool {
+        self.with(identity, |vmm| vmm.end.is_none())
+            .unwrap_or(false)
+    }
+
+    fn is_ours(&self, identity: &Identity, tag: &str) -> bool {
+        self.with(identity, |vmm| vmm.end.is_none() && vmm.spec.tag == tag)
+            .unwrap_or(false)
+    }
+
+    fn runs(&self, identity: &Identity) -> bool {
+        self.with(identity, |_| ()).is_some()
+    }
+
+    fn wait_exit(&self, identity: &Identity, deadline: Instant, cancel: &Cancel) -> Result<bool> {
+        let Some(gone) = self.with(identity, |vmm| vmm.gone.clone()) else {
+            return Ok(true);
+        };
+        let _blocking = region(Rank::VmmApi);
+        let woken = wait_any(&[(gone.fd(), PollFlags::POLLIN)], deadline, cancel);
+        Ok(woken.map_err(|e| Error::io("wait for a fake VMM", e))? == WaitResult::Ready)
+    }
+
+    fn kill(&self, identity: &Identity, deadline: Instant) -> Result<()> {
+        if !self.is_alive(identity) {
+            return Ok(());
+        }
+        let is_unkillable = {
+            let mut state = self.state.lock();
+            state.kills += 1;
+            state.is_unkillable
+        };
+        let _blocking = region(Rank::VmmApi);
+        if !is_unkillable {
+            self.end(
+                |vmm| vmm.identity == *identity,
+                &End::Vmm(process::Exit::Signal(9)),
+            );
+        }
+        let Some(gone) = self.with(identity, |vmm| vmm.gone.clone()) else {
+            return Ok(());
+        };
+        let woken = wait_uncancelled(&[(gone.fd(), PollFlags::POLLIN)], deadline)
+            .map_err(|e| Error::io("kill a fake VMM", e))?;
+        if woken == WaitResult::Ready {
+            return Ok(());
+        }
+        Err(Error::new(
+            Kind::Timeout,
+            format!("kill the VMM: process {} is still running", identity.pid),
+        ))
+    }
+
+    fn watch(&self, _dir: &Path, identity: &Identity, died: Died) -> Result<()> {
+        let mut died = Some(died);
+        let end = self.with(identity, |vmm| {
+            if vmm.end.is_none() {
+                vmm.watchers.extend(died.take());
+            }
+            vmm.end.clone()
+        });
+        if let Some(died) = died {
+            report(
+                end.flatten().unwrap_or(End::Vmm(process::Exit::Unknown)),
+                died,
+            );
+        }
+        Ok(())
     }
 }
 

@@ -38,10 +38,10 @@ use serde::{Deserialize, Serialize};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 pub use crate::host::process::{Exit, Identity};
 pub use end::{End, from_files as end_from_files};
+pub use processes::Processes;
 
 /// Called with how a VMM ended.
 pub type Died = Box<dyn FnOnce(End) + Send>;
@@ -202,6 +202,9 @@ pub trait Driver: Send + Sync {
     /// The console logs of the driver's VMs.
     fn consoles(&self) -> &Consoles;
 
+    /// The processes of the driver's VMMs.
+    fn processes(&self) -> &dyn Processes;
+
     /// Starts a VMM, and returns once the guest runs. The guest is still booting then. `spawned` is
     /// called with the process's identity before the process is asked for anything. After an error
     /// or a cancel the process has been killed.
@@ -212,38 +215,9 @@ pub trait Driver: Send + Sync {
         spawned: &mut dyn FnMut(&Identity),
     ) -> Result<Running>;
 
-    /// Finds the live process with this tag.
-    fn find(&self, tag: &str) -> Result<Option<Identity>>;
-
-    /// Finds all live processes whose tag has this prefix, in one pass over the host's processes.
-    fn list(&self, tag_prefix: &str) -> Result<Vec<Tagged>>;
-
     /// Adopts a VMM that an earlier daemon started. Checks its identity, executable and tag,
     /// reopens its console (the log gets a line that marks the gap), and finds its SSH address.
     fn adopt(&self, spec: &VmmSpec, identity: &Identity) -> Result<Running>;
-
-    /// True if the process is alive. A zombie is not.
-    fn is_alive(&self, identity: &Identity) -> bool;
-
-    /// True if the process is alive and carries `tag`. A reused or forged pid must be neither
-    /// adopted nor killed.
-    fn is_ours(&self, identity: &Identity, tag: &str) -> bool;
-
-    /// True if the process runs this driver's program.
-    fn runs(&self, identity: &Identity) -> bool;
-
-    /// Waits until the process has exited. Returns false at the deadline or after a cancel.
-    fn wait_exit(&self, identity: &Identity, deadline: Instant, cancel: &Cancel) -> Result<bool>;
-
-    /// Kills the process (SIGKILL by pidfd) and waits until it has exited. Succeeds if it has
-    /// already exited. Fails with `timeout` if it is still there at the deadline, and then nothing
-    /// that it holds may be reused.
-    fn kill(&self, identity: &Identity, deadline: Instant) -> Result<()>;
-
-    /// Calls `died` once from a thread of its own when the process exits, or if it already has.
-    /// Reads the console log in `dir` to find out how the guest ended. Does not call it after the
-    /// driver has been dropped.
-    fn watch(&self, dir: &Path, identity: &Identity, died: Died) -> Result<()>;
 
     /// Calls `on_event` from a thread of the driver for each [`GuestEvent`]. A last `Paused(false)`
     /// comes when the thread ends.

@@ -1,5 +1,5 @@
-//! What all drivers have in common. Their VMMs are processes that carry a tag among their
-//! arguments, run one of a few programs under one of our uids, and are watched and killed by pidfd.
+//! The processes of VMMs. They carry a tag among their arguments, run one of a few programs under
+//! one of our uids, and are watched and killed by pidfd.
 
 use super::console::Consoles;
 use super::watch::{Watcher, report};
@@ -13,8 +13,42 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-pub struct Processes {
+/// VMM processes: finds them again by their tags, watches them and kills them.
+pub trait Processes: Send + Sync {
+    /// Finds the live process with this tag.
+    fn find(&self, tag: &str) -> Result<Option<Identity>>;
+
+    /// Finds all live processes whose tag has this prefix, in one pass over the host's processes.
+    fn list(&self, tag_prefix: &str) -> Result<Vec<Tagged>>;
+
+    /// True if the process is alive. A zombie is not.
+    fn is_alive(&self, identity: &Identity) -> bool;
+
+    /// True if the process is alive and carries `tag`. A reused or forged pid must be neither
+    /// adopted nor killed.
+    fn is_ours(&self, identity: &Identity, tag: &str) -> bool;
+
+    /// True if the process runs this driver's program.
+    fn runs(&self, identity: &Identity) -> bool;
+
+    /// Waits until the process has exited. Returns false at the deadline or after a cancel.
+    fn wait_exit(&self, identity: &Identity, deadline: Instant, cancel: &Cancel) -> Result<bool>;
+
+    /// Kills the process (SIGKILL by pidfd) and waits until it has exited. Succeeds if it has
+    /// already exited. Fails with `timeout` if it is still there at the deadline, and then nothing
+    /// that it holds may be reused.
+    fn kill(&self, identity: &Identity, deadline: Instant) -> Result<()>;
+
+    /// Calls `died` once from a thread of its own when the process exits, or if it already has.
+    /// Reads the console log in `dir` to find out how the guest ended. Does not call it after the
+    /// driver has been dropped.
+    fn watch(&self, dir: &Path, identity: &Identity, died: Died) -> Result<()>;
+}
+
+/// The processes on this host that run one driver's programs.
+pub struct HostProcesses {
     watcher: Watcher,
+    consoles: Arc<Consoles>,
     /// The reasons that VMMs have given for their end.
     pub notes: Arc<end::Notes>,
     /// The uids of VMs, if the daemon is root.
@@ -23,14 +57,16 @@ pub struct Processes {
     is_program: Box<dyn Fn(&Path) -> bool + Send + Sync>,
 }
 
-impl Processes {
+impl HostProcesses {
     /// Fails with the eventfd's error (EMFILE, ENFILE).
     pub fn try_new(
+        consoles: Arc<Consoles>,
         uids: Range<u32>,
         is_program: Box<dyn Fn(&Path) -> bool + Send + Sync>,
     ) -> Result<Self> {
         Ok(Self {
             watcher: Watcher::try_new()?,
+            consoles,
             notes: Arc::new(end::Notes::new()),
             uids,
             is_program,
@@ -50,18 +86,15 @@ impl Processes {
         Ok((is_ours && process.is_alive()).then_some(process))
     }
 
-    /// True if this process runs the driver's program.
-    pub fn runs(&self, identity: &Identity) -> bool {
-        process::executable(identity.pid).is_some_and(|path| (self.is_program)(&path))
-    }
-
     /// A user's daemon accepts only its own uid, and root's accepts root and the uids of VMs.
     fn may_be_ours(&self, uid: u32) -> bool {
         let me = rustix::process::geteuid().as_raw();
         uid == me || (me == 0 && self.uids.contains(&uid))
     }
+}
 
-    pub fn find(&self, tag: &str) -> Result<Option<Identity>> {
+impl Processes for HostProcesses {
+    fn find(&self, tag: &str) -> Result<Option<Identity>> {
         for identity in process::find_by_argument(tag)? {
             if self.verify(&identity, tag)?.is_some() {
                 return Ok(Some(identity));
@@ -70,7 +103,7 @@ impl Processes {
         Ok(None)
     }
 
-    pub fn list(&self, tag_prefix: &str) -> Result<Vec<Tagged>> {
+    fn list(&self, tag_prefix: &str) -> Result<Vec<Tagged>> {
         let found = process::find_by_prefix(tag_prefix)?;
         let all = found
             .into_iter()
@@ -83,16 +116,49 @@ impl Processes {
             .collect())
     }
 
-    pub fn watch(
-        &self,
-        dir: &Path,
-        consoles: &Arc<Consoles>,
-        identity: &Identity,
-        died: Died,
-    ) -> Result<()> {
+    fn is_alive(&self, identity: &Identity) -> bool {
+        process::is_alive(identity)
+    }
+
+    fn is_ours(&self, identity: &Identity, tag: &str) -> bool {
+        self.verify(identity, tag)
+            .is_ok_and(|process| process.is_some())
+    }
+
+    fn runs(&self, identity: &Identity) -> bool {
+        process::executable(identity.pid).is_some_and(|path| (self.is_program)(&path))
+    }
+
+    fn wait_exit(&self, identity: &Identity, deadline: Instant, cancel: &Cancel) -> Result<bool> {
+        let Some(process) = Process::open(identity)? else {
+            return Ok(true);
+        };
+        let _blocking = region(Rank::VmmApi);
+        match process.wait(deadline, cancel) {
+            Err(e) if e.kind() == Kind::Cancelled => Ok(false),
+            other => other,
+        }
+    }
+
+    fn kill(&self, identity: &Identity, deadline: Instant) -> Result<()> {
+        let Some(process) = Process::open(identity)? else {
+            return Ok(());
+        };
+        process.signal(Signal::KILL)?;
+        let _blocking = region(Rank::VmmApi);
+        if process.wait_uncancelled(deadline)? {
+            return Ok(());
+        }
+        Err(Error::new(
+            Kind::Timeout,
+            format!("kill the VMM: process {} is still running", identity.pid),
+        ))
+    }
+
+    fn watch(&self, dir: &Path, identity: &Identity, died: Died) -> Result<()> {
         let (dir, consoles, notes, whose) = (
             dir.to_owned(),
-            consoles.clone(),
+            self.consoles.clone(),
             self.notes.clone(),
             identity.clone(),
         );
@@ -106,30 +172,4 @@ impl Processes {
             }
         }
     }
-}
-
-pub fn wait_exit(identity: &Identity, deadline: Instant, cancel: &Cancel) -> Result<bool> {
-    let Some(process) = Process::open(identity)? else {
-        return Ok(true);
-    };
-    let _blocking = region(Rank::VmmApi);
-    match process.wait(deadline, cancel) {
-        Err(e) if e.kind() == Kind::Cancelled => Ok(false),
-        other => other,
-    }
-}
-
-pub fn kill(identity: &Identity, deadline: Instant) -> Result<()> {
-    let Some(process) = Process::open(identity)? else {
-        return Ok(());
-    };
-    process.signal(Signal::KILL)?;
-    let _blocking = region(Rank::VmmApi);
-    if process.wait_uncancelled(deadline)? {
-        return Ok(());
-    }
-    Err(Error::new(
-        Kind::Timeout,
-        format!("kill the VMM: process {} is still running", identity.pid),
-    ))
 }

@@ -10,7 +10,9 @@ use fcd::error::{Kind, Result};
 use fcd::locks::Cancel;
 use fcd::vmm::console::Consoles;
 use fcd::vmm::fake::Fake;
-use fcd::vmm::{Capabilities, Driver, GuestEvent, Identity, Running, SaveTo, Tagged, VmmSpec};
+use fcd::vmm::{
+    Capabilities, Driver, GuestEvent, Identity, Processes, Running, SaveTo, Tagged, VmmSpec,
+};
 use fcd::workspace::remote::{self, GuestWorkspace};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -50,6 +52,10 @@ impl Driver for Panics {
     fn consoles(&self) -> &Consoles {
         self.inner.consoles()
     }
+
+    fn processes(&self) -> &dyn Processes {
+        self
+    }
     fn start(
         &self,
         spec: &VmmSpec,
@@ -61,20 +67,8 @@ impl Driver for Panics {
         self.pass("started");
         Ok(running)
     }
-    fn find(&self, tag: &str) -> Result<Option<Identity>> {
-        self.inner.find(tag)
-    }
-    fn list(&self, tag_prefix: &str) -> Result<Vec<Tagged>> {
-        self.inner.list(tag_prefix)
-    }
     fn adopt(&self, spec: &VmmSpec, identity: &Identity) -> Result<Running> {
         self.inner.adopt(spec, identity)
-    }
-    fn is_alive(&self, identity: &Identity) -> bool {
-        self.inner.is_alive(identity)
-    }
-    fn runs(&self, identity: &Identity) -> bool {
-        self.inner.runs(identity)
     }
     fn set_rates(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<()> {
         self.inner.set_rates(spec, identity, cancel)
@@ -111,19 +105,6 @@ impl Driver for Panics {
     fn remains(&self, vms: &Path, tag_prefix: &str) -> Result<Vec<String>> {
         self.inner.remains(vms, tag_prefix)
     }
-    fn is_ours(&self, identity: &Identity, tag: &str) -> bool {
-        self.inner.is_ours(identity, tag)
-    }
-    fn wait_exit(&self, identity: &Identity, deadline: Instant, cancel: &Cancel) -> Result<bool> {
-        self.inner.wait_exit(identity, deadline, cancel)
-    }
-    fn kill(&self, identity: &Identity, deadline: Instant) -> Result<()> {
-        self.pass("kill");
-        self.inner.kill(identity, deadline)
-    }
-    fn watch(&self, dir: &Path, identity: &Identity, died: fcd::vmm::Died) -> Result<()> {
-        self.inner.watch(dir, identity, died)
-    }
     fn watch_guest(
         &self,
         dir: &Path,
@@ -157,6 +138,41 @@ impl Driver for Panics {
     fn checks(&self) -> Vec<Check> {
         self.pass("checks");
         self.inner.checks()
+    }
+}
+
+impl Processes for Panics {
+    fn find(&self, tag: &str) -> Result<Option<Identity>> {
+        self.inner.processes().find(tag)
+    }
+
+    fn list(&self, tag_prefix: &str) -> Result<Vec<Tagged>> {
+        self.inner.processes().list(tag_prefix)
+    }
+
+    fn is_alive(&self, identity: &Identity) -> bool {
+        self.inner.processes().is_alive(identity)
+    }
+
+    fn is_ours(&self, identity: &Identity, tag: &str) -> bool {
+        self.inner.processes().is_ours(identity, tag)
+    }
+
+    fn runs(&self, identity: &Identity) -> bool {
+        self.inner.processes().runs(identity)
+    }
+
+    fn wait_exit(&self, identity: &Identity, deadline: Instant, cancel: &Cancel) -> Result<bool> {
+        self.inner.processes().wait_exit(identity, deadline, cancel)
+    }
+
+    fn kill(&self, identity: &Identity, deadline: Instant) -> Result<()> {
+        self.pass("kill");
+        self.inner.processes().kill(identity, deadline)
+    }
+
+    fn watch(&self, dir: &Path, identity: &Identity, died: fcd::vmm::Died) -> Result<()> {
+        self.inner.processes().watch(dir, identity, died)
     }
 }
 

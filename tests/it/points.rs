@@ -11,7 +11,9 @@ use fcd::host::{Command, Commands, command::Output};
 use fcd::locks::Cancel;
 use fcd::store::faults::{CommitHook, Fault};
 use fcd::vmm::console::Consoles;
-use fcd::vmm::{Capabilities, Driver, GuestEvent, Identity, Running, SaveTo, Tagged, VmmSpec};
+use fcd::vmm::{
+    Capabilities, Driver, GuestEvent, Identity, Processes, Running, SaveTo, Tagged, VmmSpec,
+};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -148,6 +150,10 @@ impl Driver for PointDriver {
     fn consoles(&self) -> &Consoles {
         self.0.consoles()
     }
+
+    fn processes(&self) -> &dyn Processes {
+        self
+    }
     fn start(
         &self,
         spec: &VmmSpec,
@@ -166,34 +172,9 @@ impl Driver for PointDriver {
         })?;
         if is_dead { Err(dead()) } else { Ok(running) }
     }
-    fn find(&self, tag: &str) -> Result<Option<Identity>> {
-        self.0.find(tag)
-    }
-    fn list(&self, tag_prefix: &str) -> Result<Vec<Tagged>> {
-        self.0.list(tag_prefix)
-    }
     fn adopt(&self, spec: &VmmSpec, identity: &Identity) -> Result<Running> {
         self.1.reach(&format!("adopt the VMM of {}", spec.vm))?;
         self.0.adopt(spec, identity)
-    }
-    fn is_alive(&self, identity: &Identity) -> bool {
-        self.0.is_alive(identity)
-    }
-    fn runs(&self, identity: &Identity) -> bool {
-        self.0.runs(identity)
-    }
-    fn is_ours(&self, identity: &Identity, tag: &str) -> bool {
-        self.0.is_ours(identity, tag)
-    }
-    fn wait_exit(&self, identity: &Identity, deadline: Instant, cancel: &Cancel) -> Result<bool> {
-        self.0.wait_exit(identity, deadline, cancel)
-    }
-    fn kill(&self, identity: &Identity, deadline: Instant) -> Result<()> {
-        self.1.pass("kill the VMM")?;
-        self.0.kill(identity, deadline)
-    }
-    fn watch(&self, dir: &Path, identity: &Identity, died: fcd::vmm::Died) -> Result<()> {
-        self.0.watch(dir, identity, died)
     }
     fn watch_guest(
         &self,
@@ -266,6 +247,41 @@ impl Driver for PointDriver {
     }
     fn checks(&self) -> Vec<Check> {
         self.0.checks()
+    }
+}
+
+impl Processes for PointDriver {
+    fn find(&self, tag: &str) -> Result<Option<Identity>> {
+        self.0.processes().find(tag)
+    }
+
+    fn list(&self, tag_prefix: &str) -> Result<Vec<Tagged>> {
+        self.0.processes().list(tag_prefix)
+    }
+
+    fn is_alive(&self, identity: &Identity) -> bool {
+        self.0.processes().is_alive(identity)
+    }
+
+    fn is_ours(&self, identity: &Identity, tag: &str) -> bool {
+        self.0.processes().is_ours(identity, tag)
+    }
+
+    fn runs(&self, identity: &Identity) -> bool {
+        self.0.processes().runs(identity)
+    }
+
+    fn wait_exit(&self, identity: &Identity, deadline: Instant, cancel: &Cancel) -> Result<bool> {
+        self.0.processes().wait_exit(identity, deadline, cancel)
+    }
+
+    fn kill(&self, identity: &Identity, deadline: Instant) -> Result<()> {
+        self.1.pass("kill the VMM")?;
+        self.0.processes().kill(identity, deadline)
+    }
+
+    fn watch(&self, dir: &Path, identity: &Identity, died: fcd::vmm::Died) -> Result<()> {
+        self.0.processes().watch(dir, identity, died)
     }
 }
 

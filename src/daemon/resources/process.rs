@@ -54,6 +54,7 @@ impl Resource for VmmProcess {
     fn found(&self, resources: &Resources) -> Result<Vec<String>> {
         Ok(resources
             .vmm
+            .processes()
             .list(&resources.core.tag_prefix())?
             .into_iter()
             .map(|vmm| vmm.tag)

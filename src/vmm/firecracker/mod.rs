@@ -83,11 +83,10 @@ pub use jail::require_mount;
 
 use super::console::{Attach, Consoles};
 use super::dial::{self, Deadline};
-use super::processes::{self, Processes};
+use super::processes::{HostProcesses, Processes};
 use super::run_dir;
 use super::{
-    Capabilities, Died, DiskFormat, Driver, GuestEvent, GuestNetwork, Identity, Running, SaveTo,
-    Tagged, VmmSpec,
+    Capabilities, DiskFormat, Driver, GuestEvent, GuestNetwork, Identity, Running, SaveTo, VmmSpec,
 };
 use crate::api::daemon::Check;
 use crate::config::Firecracker as Config;
@@ -140,7 +139,7 @@ const KERNEL_ARGS: &str = "console=ttyS0 reboot=k panic=-1 net.ifnames=0 quiet c
 pub struct Firecracker {
     config: Config,
     consoles: Arc<Consoles>,
-    processes: Processes,
+    processes: HostProcesses,
     needs_kvm: bool,
     /// Fires when the driver is dropped.
     closing: Cancel,
@@ -164,7 +163,7 @@ impl Firecracker {
                 || executable.starts_with("firecracker")
                 || executable.starts_with("jailer")
         };
-        let processes = Processes::try_new(uids, Box::new(is_program))?;
+        let processes = HostProcesses::try_new(consoles.clone(), uids, Box::new(is_program))?;
         let closing = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
         Ok(Self {
             config,
@@ -641,6 +640,10 @@ impl Driver for Firecracker {
         &self.consoles
     }
 
+    fn processes(&self) -> &dyn Processes {
+        &self.processes
+    }
+
     fn start(
         &self,
         spec: &VmmSpec,
@@ -655,7 +658,8 @@ impl Driver for Firecracker {
         // From here on, an error, a cancel or a panic must not leave a process.
         let mut undo = crate::undo::Undo::new();
         undo.push("kill the VMM", || {
-            self.kill(process.identity(), Instant::now() + KILL_DEADLINE)
+            self.processes
+                .kill(process.identity(), Instant::now() + KILL_DEADLINE)
         });
         spawned(process.identity());
         let within = if spec.saved.is_some() {
@@ -677,14 +681,6 @@ impl Driver for Firecracker {
         .map_err(|e| self.with_cause(e, spec, cancel))?;
         undo.commit();
         Ok(running)
-    }
-
-    fn find(&self, tag: &str) -> Result<Option<Identity>> {
-        self.processes.find(tag)
-    }
-
-    fn list(&self, tag_prefix: &str) -> Result<Vec<Tagged>> {
-        self.processes.list(tag_prefix)
     }
 
     fn adopt(&self, spec: &VmmSpec, identity: &Identity) -> Result<Running> {
@@ -713,32 +709,6 @@ impl Driver for Firecracker {
             identity: identity.clone(),
             ssh_addr: api::ssh_addr(address),
         })
-    }
-
-    fn is_alive(&self, identity: &Identity) -> bool {
-        process::is_alive(identity)
-    }
-
-    fn is_ours(&self, identity: &Identity, tag: &str) -> bool {
-        self.processes
-            .verify(identity, tag)
-            .is_ok_and(|process| process.is_some())
-    }
-
-    fn runs(&self, identity: &Identity) -> bool {
-        self.processes.runs(identity)
-    }
-
-    fn wait_exit(&self, identity: &Identity, deadline: Instant, cancel: &Cancel) -> Result<bool> {
-        processes::wait_exit(identity, deadline, cancel)
-    }
-
-    fn kill(&self, identity: &Identity, deadline: Instant) -> Result<()> {
-        processes::kill(identity, deadline)
-    }
-
-    fn watch(&self, dir: &Path, identity: &Identity, died: Died) -> Result<()> {
-        self.processes.watch(dir, &self.consoles, identity, died)
     }
 
     fn watch_guest(

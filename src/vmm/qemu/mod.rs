@@ -22,12 +22,9 @@ mod tsc;
 use super::console::{Attach, Consoles};
 use super::devices;
 use super::dial::{self, Deadline};
-use super::processes::{self, Processes};
+use super::processes::{HostProcesses, Processes};
 use super::run_dir::{self, RUN_DIR};
-use super::{
-    Capabilities, Died, Driver, GuestEvent, GuestNetwork, Identity, Running, SaveTo, Tagged,
-    VmmSpec,
-};
+use super::{Capabilities, Driver, GuestEvent, GuestNetwork, Identity, Running, SaveTo, VmmSpec};
 use crate::api::daemon::Check;
 use crate::config::Qemu as Config;
 use crate::error::{Error, Kind, Result};
@@ -62,7 +59,7 @@ pub struct Qemu {
     config: Config,
     picker: Picker,
     consoles: Arc<Consoles>,
-    processes: Processes,
+    processes: HostProcesses,
     /// Fires when the driver is dropped.
     closing: Cancel,
 }
@@ -72,7 +69,8 @@ impl Qemu {
     pub fn new(config: Config, consoles: Arc<Consoles>) -> Result<Self> {
         let picker = Picker::new(config.clone());
         let (uids, of_driver) = (config.uids(), config.clone());
-        let processes = Processes::try_new(
+        let processes = HostProcesses::try_new(
+            consoles.clone(),
             uids,
             Box::new(move |executable| is_qemu(&of_driver, executable)),
         )?;
@@ -295,6 +293,10 @@ impl Driver for Qemu {
         &self.consoles
     }
 
+    fn processes(&self) -> &dyn Processes {
+        &self.processes
+    }
+
     fn start(
         &self,
         spec: &VmmSpec,
@@ -312,7 +314,8 @@ impl Driver for Qemu {
         // From here on, an error, a cancel or a panic must not leave a process.
         let mut undo = crate::undo::Undo::new();
         undo.push("kill the VMM", || {
-            self.kill(process.identity(), Instant::now() + KILL_DEADLINE)
+            self.processes
+                .kill(process.identity(), Instant::now() + KILL_DEADLINE)
         });
         spawned(process.identity());
         let running = {
@@ -329,14 +332,6 @@ impl Driver for Qemu {
         };
         undo.commit();
         Ok(running)
-    }
-
-    fn find(&self, tag: &str) -> Result<Option<Identity>> {
-        self.processes.find(tag)
-    }
-
-    fn list(&self, tag_prefix: &str) -> Result<Vec<Tagged>> {
-        self.processes.list(tag_prefix)
     }
 
     fn adopt(&self, spec: &VmmSpec, identity: &Identity) -> Result<Running> {
@@ -370,32 +365,6 @@ impl Driver for Qemu {
             identity: identity.clone(),
             ssh_addr,
         })
-    }
-
-    fn is_alive(&self, identity: &Identity) -> bool {
-        process::is_alive(identity)
-    }
-
-    fn is_ours(&self, identity: &Identity, tag: &str) -> bool {
-        self.processes
-            .verify(identity, tag)
-            .is_ok_and(|process| process.is_some())
-    }
-
-    fn runs(&self, identity: &Identity) -> bool {
-        self.processes.runs(identity)
-    }
-
-    fn wait_exit(&self, identity: &Identity, deadline: Instant, cancel: &Cancel) -> Result<bool> {
-        processes::wait_exit(identity, deadline, cancel)
-    }
-
-    fn kill(&self, identity: &Identity, deadline: Instant) -> Result<()> {
-        processes::kill(identity, deadline)
-    }
-
-    fn watch(&self, dir: &Path, identity: &Identity, died: Died) -> Result<()> {
-        self.processes.watch(dir, &self.consoles, identity, died)
     }
 
     fn watch_guest(
@@ -614,15 +583,17 @@ mod tests {
         );
         assert_eq!(e.kind(), Kind::VmmFailed);
         let identity = spawned.expect("the identity is reported first");
-        assert!(!driver.is_alive(&identity));
+        assert!(!driver.processes().is_alive(&identity));
         assert!(
             driver
+                .processes()
                 .wait_exit(&identity, Instant::now(), &Cancel::try_new().unwrap())
                 .unwrap()
         );
-        driver.kill(&identity, Instant::now()).unwrap();
+        driver.processes().kill(&identity, Instant::now()).unwrap();
         let (sender, ends) = std::sync::mpsc::channel();
         driver
+            .processes()
             .watch(
                 temp.path(),
                 &identity,

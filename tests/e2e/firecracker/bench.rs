@@ -112,6 +112,7 @@ fn bench_boot() {
         let running = driver.start(&spec, &never, &mut |_| {}).unwrap();
         ours.push(begun.elapsed());
         driver
+            .processes()
             .kill(&running.identity, Instant::now() + Duration::from_secs(30))
             .unwrap();
     }

@@ -36,7 +36,7 @@ fn the_control_plane_on_this_hosts_kvm() {
         e.kind() == Kind::Unsupported && e.to_string().contains("Invalid Elf magic number"),
         "{e}"
     );
-    assert_eq!(first.find(&tag).unwrap(), None);
+    assert_eq!(first.processes().find(&tag).unwrap(), None);
     let spec = spec(&image.join("vmlinux"));
     let running = first.start(&spec, &never, &mut |_| {}).unwrap();
     // A second VMM cannot use the same tap.
@@ -154,16 +154,18 @@ fn the_control_plane_on_this_hosts_kvm() {
     let next = new_driver();
     assert_eq!(next.adopt(&spec, &running.identity).unwrap(), running);
     let (died, deaths) = std::sync::mpsc::channel();
-    next.watch(
-        &spec.dir,
-        &running.identity,
-        Box::new(move |how| died.send(how).unwrap()),
-    )
-    .unwrap();
-    next.kill(&running.identity, Instant::now() + Duration::from_secs(30))
+    next.processes()
+        .watch(
+            &spec.dir,
+            &running.identity,
+            Box::new(move |how| died.send(how).unwrap()),
+        )
+        .unwrap();
+    next.processes()
+        .kill(&running.identity, Instant::now() + Duration::from_secs(30))
         .unwrap();
     assert!(deaths.recv_timeout(Duration::from_secs(30)).is_ok());
-    assert_eq!(next.find(&tag).unwrap(), None);
+    assert_eq!(next.processes().find(&tag).unwrap(), None);
     // Restore it with another tap. A damaged copy is refused and leaves nothing behind.
     let network = GuestNetwork::Tap {
         name: "fctest1".into(),
@@ -182,7 +184,8 @@ fn the_control_plane_on_this_hosts_kvm() {
         ..spec
     };
     let again = next.start(&spec, &never, &mut |_| {}).unwrap();
-    next.kill(&again.identity, Instant::now() + Duration::from_secs(30))
+    next.processes()
+        .kill(&again.identity, Instant::now() + Duration::from_secs(30))
         .unwrap();
     std::fs::write(&devices, "damaged").unwrap();
     let e = next.start(&spec, &never, &mut |_| {}).unwrap_err();
@@ -190,5 +193,5 @@ fn the_control_plane_on_this_hosts_kvm() {
         e.kind() == Kind::VmmFailed && e.to_string().contains("Load snapshot error"),
         "{e}"
     );
-    assert_eq!(next.find(&spec.tag).unwrap(), None);
+    assert_eq!(next.processes().find(&spec.tag).unwrap(), None);
 }

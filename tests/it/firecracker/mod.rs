@@ -108,9 +108,13 @@ impl Bench {
         let (started, reported) = self.start(cancel);
         let e = started.unwrap_err();
         if let Some(identity) = reported {
-            assert!(!self.driver.is_alive(&identity), "{e}");
+            assert!(!self.driver.processes().is_alive(&identity), "{e}");
         }
-        assert_eq!(self.driver.list(&self.prefix).unwrap(), [], "{e}");
+        assert_eq!(
+            self.driver.processes().list(&self.prefix).unwrap(),
+            [],
+            "{e}"
+        );
         e
     }
 
@@ -139,8 +143,13 @@ impl Bench {
 /// A test may end, or fail, while its VMM runs.
 impl Drop for Bench {
     fn drop(&mut self) {
-        for vmm in self.driver.list(&self.prefix).unwrap_or_default() {
-            let _ = self.driver.kill(&vmm.identity, soon());
+        for vmm in self
+            .driver
+            .processes()
+            .list(&self.prefix)
+            .unwrap_or_default()
+        {
+            let _ = self.driver.processes().kill(&vmm.identity, soon());
         }
     }
 }

@@ -39,7 +39,11 @@ fn pause_and_resume_guest() {
         PUT /snapshot/create {"snapshot_type":"Full","snapshot_path":"/proc/none/none","mem_file_path":"/proc/none/none"}
         PATCH /vm {"state":"Resumed"}"#]]
     .assert_eq(&requests.join("\n"));
-    bench.driver.kill(&running.identity, soon()).unwrap();
+    bench
+        .driver
+        .processes()
+        .kill(&running.identity, soon())
+        .unwrap();
     let e = bench
         .driver
         .set_paused(&dir, &running.identity, true, &never)
@@ -78,7 +82,11 @@ fn vsock_is_reset_at_resume_only_in_versions_that_need_it() {
             resets,
             "{version}"
         );
-        bench.driver.kill(&running.identity, soon()).unwrap();
+        bench
+            .driver
+            .processes()
+            .kill(&running.identity, soon())
+            .unwrap();
     }
 }
 
@@ -138,7 +146,11 @@ fn rates_apply_at_start_and_while_running() {
             && e.hint_text().is_some(),
         "{e}"
     );
-    bench.driver.kill(&running.identity, soon()).unwrap();
+    bench
+        .driver
+        .processes()
+        .kill(&running.identity, soon())
+        .unwrap();
     let e = bench
         .driver
         .set_rates(&some, &running.identity, &never)
@@ -190,7 +202,11 @@ fn vsock_connects_to_listener_in_guest() {
         e.kind() == Kind::Unsupported && e.hint_text().is_some(),
         "{e}"
     );
-    bench.driver.kill(&running.identity, soon()).unwrap();
+    bench
+        .driver
+        .processes()
+        .kill(&running.identity, soon())
+        .unwrap();
     assert_eq!(connect(7).unwrap_err().kind(), Kind::VmmFailed);
 }
 
@@ -207,6 +223,7 @@ fn ctrl_alt_del_shuts_guest_down() {
     assert!(
         bench
             .driver
+            .processes()
             .wait_exit(&running.identity, soon(), &never)
             .unwrap()
     );
@@ -250,7 +267,11 @@ fn balloon_takes_the_remaining_memory() {
         .unwrap_err();
     assert!(e.kind() == Kind::Busy && e.hint_text().is_some(), "{e}");
     bench.script("");
-    bench.driver.kill(&running.identity, soon()).unwrap();
+    bench
+        .driver
+        .processes()
+        .kill(&running.identity, soon())
+        .unwrap();
     // An image whose initramfs has no balloon driver.
     let without = VmmSpec {
         has_balloon: false,
@@ -306,7 +327,11 @@ fn metrics_are_read_line_by_line() {
             .unwrap()[0]["flushes"],
         6
     );
-    bench.driver.kill(&running.identity, soon()).unwrap();
+    bench
+        .driver
+        .processes()
+        .kill(&running.identity, soon())
+        .unwrap();
     let e = bench
         .driver
         .metrics(&spec, &running.identity, &never)
@@ -325,6 +350,7 @@ fn watch_reports_death_and_silence() {
     let (died, deaths) = std::sync::mpsc::channel();
     bench
         .driver
+        .processes()
         .watch(
             &bench.spec().dir,
             &running.identity,

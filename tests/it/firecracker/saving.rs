@@ -101,7 +101,11 @@ fn save_and_restore_guest() {
         !bench.dir.path().join("vm/run/memory").exists()
             && !bench.dir.path().join("vm/run/devices").exists()
     );
-    bench.driver.kill(&running.identity, soon()).unwrap();
+    bench
+        .driver
+        .processes()
+        .kill(&running.identity, soon())
+        .unwrap();
     std::fs::remove_file(bench.dir.path().join("requests")).unwrap();
     let again = bench.load(&files).unwrap();
     expect![[r#"
@@ -137,7 +141,11 @@ fn save_and_restore_guest() {
         .save(&spec, &again.identity, to, &Cancel::try_new().unwrap())
         .unwrap();
     assert_eq!(bench.snapshot_types(), ["Full"]);
-    bench.driver.kill(&again.identity, soon()).unwrap();
+    bench
+        .driver
+        .processes()
+        .kill(&again.identity, soon())
+        .unwrap();
 }
 
 /// The real program also exits after a refused load.
@@ -147,7 +155,11 @@ fn refused_load_reports_cause_and_leaves_nothing() {
     let (running, files) = (bench.running(), bench.saved_files());
     bench.pause(&running);
     bench.save(&running, &files).unwrap();
-    bench.driver.kill(&running.identity, soon()).unwrap();
+    bench
+        .driver
+        .processes()
+        .kill(&running.identity, soon())
+        .unwrap();
     std::fs::write(&files.devices, "no such thing").unwrap();
     let e = bench.load(&files).unwrap_err();
     assert!(
@@ -157,7 +169,7 @@ fn refused_load_reports_cause_and_leaves_nothing() {
         "{e}"
     );
     assert!(e.hint_text().is_some_and(|h| h.contains("snapshot")), "{e}");
-    assert_eq!(bench.driver.list(&bench.prefix).unwrap(), []);
+    assert_eq!(bench.driver.processes().list(&bench.prefix).unwrap(), []);
     // There was nothing either that could be loaded elsewhere.
     assert_eq!(
         bench
@@ -189,7 +201,11 @@ fn failing_save_ends() {
         bench.pause(&running);
         let e = bench.save(&running, &files).unwrap_err();
         assert_eq!(e.kind(), kind, "{fault}: {e}");
-        bench.driver.kill(&running.identity, soon()).unwrap();
+        bench
+            .driver
+            .processes()
+            .kill(&running.identity, soon())
+            .unwrap();
     }
     let bench = Bench::new("PUT /snapshot/create hang\n");
     let (running, files) = (bench.running(), bench.saved_files());
@@ -219,5 +235,9 @@ fn failing_save_ends() {
         e.kind() == Kind::Cancelled && e.to_string().contains("the VM was stopped"),
         "{e}"
     );
-    bench.driver.kill(&running.identity, soon()).unwrap();
+    bench
+        .driver
+        .processes()
+        .kill(&running.identity, soon())
+        .unwrap();
 }

@@ -47,12 +47,23 @@ fn start_configures_vm_and_runs_guest() {
     .assert_eq(&bench.requests());
     bench.await_console("the guest runs");
     assert_eq!(
-        bench.driver.find(&bench.tag()).unwrap().as_ref(),
+        bench
+            .driver
+            .processes()
+            .find(&bench.tag())
+            .unwrap()
+            .as_ref(),
         Some(&running.identity)
     );
     assert!(
-        bench.driver.is_ours(&running.identity, &bench.tag())
-            && !bench.driver.is_ours(&running.identity, "fc-other-x-1")
+        bench
+            .driver
+            .processes()
+            .is_ours(&running.identity, &bench.tag())
+            && !bench
+                .driver
+                .processes()
+                .is_ours(&running.identity, "fc-other-x-1")
     );
     // The VMM has its output, socket, console and connections open, and none of our descriptors.
     for fd in std::fs::read_dir(format!("/proc/{}/fd", running.identity.pid))
@@ -71,11 +82,16 @@ fn start_configures_vm_and_runs_guest() {
             "{target}"
         );
     }
-    bench.driver.kill(&running.identity, soon()).unwrap();
-    assert_eq!(bench.driver.find(&bench.tag()).unwrap(), None);
+    bench
+        .driver
+        .processes()
+        .kill(&running.identity, soon())
+        .unwrap();
+    assert_eq!(bench.driver.processes().find(&bench.tag()).unwrap(), None);
     // Files of the previous run do not prevent a start.
     bench
         .driver
+        .processes()
         .kill(&bench.running().identity, soon())
         .unwrap();
 }
@@ -113,6 +129,7 @@ fn start_with_fault_at_any_request_leaves_nothing() {
         bench.script(&format!("{method} {path} slow 30"));
         bench
             .driver
+            .processes()
             .kill(&bench.running().identity, soon())
             .unwrap();
     }
@@ -204,7 +221,7 @@ fn refusals_have_hints() {
             e.kind() == Kind::Unsupported && e.hint_text().is_some(),
             "{e}"
         );
-        assert_eq!(bench.driver.list(&bench.prefix).unwrap(), []);
+        assert_eq!(bench.driver.processes().list(&bench.prefix).unwrap(), []);
     }
 }
 
@@ -237,7 +254,11 @@ fn adopt_by_next_daemon_continues() {
             .kind(),
         Kind::VmmFailed
     );
-    bench.driver.kill(&running.identity, soon()).unwrap();
+    bench
+        .driver
+        .processes()
+        .kill(&running.identity, soon())
+        .unwrap();
     assert_eq!(
         bench
             .driver

@@ -5,7 +5,6 @@ use super::spec::Specs;
 use super::vm_dir::KEY_FILE;
 use crate::error::{Error, Kind, Result};
 use crate::guest::Target;
-use crate::host::confine::Owner;
 use crate::store::VmRow;
 
 const GUEST_USER: &str = "root";
@@ -35,16 +34,12 @@ impl Guests {
             return Err(Error::internal(format!("VM {} has no host key", row.name)));
         };
         let private_key = self.private_key(row)?;
-        let owner = self
-            .specs
-            .credentials(row)
-            .map(|(uid, gid)| Owner { uid, gid });
         Ok(Target {
             addr,
             user: GUEST_USER.to_owned(),
             private_key,
             host_key,
-            owner,
+            owner: self.specs.credentials(row),
         })
     }
 

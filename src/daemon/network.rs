@@ -9,7 +9,7 @@ use crate::config::{self, Config};
 use crate::disk::Network as SeedNetwork;
 use crate::error::{Error, Kind, Result};
 use crate::host::Commands;
-use crate::host::confine::Owner;
+use crate::host::Credentials;
 use crate::locks::Cancel;
 use crate::locks::Mutex;
 use crate::net::{Access, Guest, Lease, Mac, Net, dns};
@@ -224,7 +224,7 @@ impl Networks {
             gateway: self.config.subnet.gateway(),
         };
         let uid = self.name_server_uid;
-        let server = net.serve_names(Arc::new(book), Owner { uid, gid: uid })?;
+        let server = net.serve_names(Arc::new(book), Credentials { uid, gid: uid })?;
         *self.name_server.lock() = Some(server);
         Ok(())
     }

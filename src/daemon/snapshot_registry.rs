@@ -3,6 +3,7 @@
 use super::uses::{UseGuard, Uses};
 use super::vm_dir::{DISK_FILE, WORK_DISK_FILE};
 use crate::error::{Error, Kind, Result};
+use crate::host::Credentials;
 use crate::ids::{SnapshotId, VmId};
 use crate::locks::{Mutex, Rank};
 use crate::store::{SnapshotRow, VmRow};
@@ -174,7 +175,7 @@ pub(super) fn disk_bytes(dir: &Path) -> u64 {
 
 /// Opens a finished file of a snapshot and makes it read-only. VMMs of any uid may read it through
 /// a link or a descriptor. The private directory keeps everybody else out.
-pub(super) fn share_saved(path: &Path, credentials: Option<(u32, u32)>) -> Result<File> {
+pub(super) fn share_saved(path: &Path, credentials: Option<Credentials>) -> Result<File> {
     let io = |e: std::io::Error| Error::io(format!("share {}", path.display()), e);
     let file = crate::host::fs::open_nofollow(path)?;
     if credentials.is_some() {

@@ -54,6 +54,7 @@ use crate::error::{Error, Kind, Result};
 use crate::guest::Transport;
 use crate::guest::{REJOIN, Script, run_script};
 use crate::host::Commands;
+use crate::host::Credentials;
 use crate::host::fs::{create_dir, create_private_dir};
 use crate::host::time::now_s;
 use crate::ids::{NAME_LEN_MAX, SnapshotId, SnapshotName, VmName};
@@ -294,8 +295,8 @@ impl Snapshots {
         link(&spec.initrd, &files.initrd)?;
         for path in [&files.memory, &files.devices] {
             let file = new_file(path)?;
-            let owned = spec.credentials.map_or(Ok(()), |(uid, gid)| {
-                std::os::unix::fs::fchown(&file, Some(uid), Some(gid))
+            let owned = spec.credentials.map_or(Ok(()), |owner| {
+                std::os::unix::fs::fchown(&file, Some(owner.uid), Some(owner.gid))
             });
             owned.map_err(|e| Error::io(format!("change the owner of {}", path.display()), e))?;
         }
@@ -542,7 +543,7 @@ fn free_zeroes(files: &Files, op: &OpHandle) {
     }
 }
 
-fn sync_saved(files: &Files, credentials: Option<(u32, u32)>) -> Result<()> {
+fn sync_saved(files: &Files, credentials: Option<Credentials>) -> Result<()> {
     for path in [&files.memory, &files.devices] {
         let file = share_saved(path, credentials)?;
         file.sync_all()

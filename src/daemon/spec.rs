@@ -6,6 +6,7 @@ use super::snapshot_registry::Restore;
 use super::vm_dir::{CHANGES_FILE, DISK_FILE, SEED_FILE, WORK_DISK_FILE};
 use crate::disk::{Method, Probe};
 use crate::error::Result;
+use crate::host::Credentials;
 use crate::ids::VmId;
 use crate::image::ImageInfo;
 use crate::image::kernels::Kernels;
@@ -97,9 +98,11 @@ impl Specs {
         })
     }
 
-    /// The VMM's uid and gid, which no other VM has. `None` if the daemon is not root.
-    pub(super) fn credentials(&self, row: &VmRow) -> Option<(u32, u32)> {
+    /// The VMM's credentials, which no other VM has. `None` if the daemon is not root.
+    pub(super) fn credentials(&self, row: &VmRow) -> Option<Credentials> {
         let own = self.uid_base + row.slot;
-        nix::unistd::geteuid().is_root().then_some((own, own))
+        nix::unistd::geteuid()
+            .is_root()
+            .then_some(Credentials { uid: own, gid: own })
     }
 }

@@ -55,7 +55,7 @@ impl Vmms {
     /// True if the process in the row runs under the uid that only this VM has. A compromised VMM
     /// may overwrite its arguments, and must be killed nevertheless.
     fn runs_as_it(&self, row: &VmRow, identity: &Identity) -> bool {
-        let its = self.specs.credentials(row).map(|(uid, _)| uid);
+        let its = self.specs.credentials(row).map(|its| its.uid);
         its.is_some()
             && its == crate::host::process::uid(identity.pid)
             && self.vmm.processes().is_alive(identity)
@@ -64,7 +64,7 @@ impl Vmms {
     /// True if the process runs under the VM's own uid. A compromised VMM can copy another VM's
     /// arguments, but not its uid. Root is allowed because a jailer starts as root.
     fn has_its_uid(&self, row: &VmRow, identity: &Identity) -> bool {
-        let its = self.specs.credentials(row).map(|(uid, _)| uid);
+        let its = self.specs.credentials(row).map(|its| its.uid);
         its.is_none_or(|its| {
             crate::host::process::uid(identity.pid).is_none_or(|uid| uid == its || uid == 0)
         })

@@ -5,6 +5,7 @@ use super::root::{link_origin, new_file, rebase_qcow2, with_qemu_img_hint};
 use super::{Cloned, Draft, Method, ficlone, origin};
 use crate::error::{Error, Result};
 use crate::host::Commands;
+use crate::host::Credentials;
 use crate::host::fs::open_nofollow;
 use crate::locks::Cancel;
 use std::os::unix::fs::MetadataExt;
@@ -24,7 +25,7 @@ pub struct Source<'a> {
 /// A complete copy that was not yet moved to its place.
 pub struct Copied {
     draft: Draft,
-    owner: Option<(u32, u32)>,
+    owner: Option<Credentials>,
 }
 
 impl Copied {
@@ -42,7 +43,7 @@ pub fn copy(
     commands: &dyn Commands,
     source: &Source<'_>,
     to: &Path,
-    owner: Option<(u32, u32)>,
+    owner: Option<Credentials>,
     cancel: &Cancel,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Copied> {

@@ -43,6 +43,7 @@ pub use seed::{KeyPair, Network, RestoreSeed, Seed, SeedFile};
 pub use unmounted::is_unmounted;
 
 use crate::error::{Error, Result};
+use crate::host::Credentials;
 use std::fs::File;
 use std::os::unix::fs::fchown;
 use std::path::{Path, PathBuf};
@@ -102,11 +103,11 @@ impl Draft {
 
     /// Sets the owner, syncs the file and renames it. After a crash the target is either complete
     /// or absent.
-    fn publish(mut self, owner: Option<(u32, u32)>) -> Result<()> {
+    fn publish(mut self, owner: Option<Credentials>) -> Result<()> {
         let doing = || format!("write {}", self.target.display());
         let io = |e: std::io::Error| Error::io(doing(), e);
         let file = File::open(&self.path).map_err(io)?;
-        if let Some((uid, gid)) = owner {
+        if let Some(Credentials { uid, gid }) = owner {
             fchown(&file, Some(uid), Some(gid)).map_err(io)?;
         }
         file.sync_all().map_err(io)?;

@@ -3,6 +3,7 @@
 use super::copy::copy_sparse;
 use super::{Cloned, Draft, Method, ficlone, snapshot};
 use crate::error::{Error, Kind, Result};
+use crate::host::Credentials;
 use crate::host::{Command, Commands, Complaint, strerror};
 use crate::locks::Cancel;
 use std::fs::{File, OpenOptions};
@@ -30,7 +31,7 @@ pub struct RootSpec<'a> {
     /// The virtual size, which is at least the base's and a multiple of [`SIZE_UNIT_BYTES`].
     pub size_bytes: u64,
     /// The uid and gid of the VMM, if the daemon is root.
-    pub owner: Option<(u32, u32)>,
+    pub owner: Option<Credentials>,
 }
 
 /// Creates a root disk from an image. After a crash it is either complete or absent. `progress`
@@ -351,7 +352,10 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             let (base, path) = (base(dir.path()), dir.path().join("disk"));
             let uid = nix::unistd::getuid().as_raw();
-            let owner = Some((uid, nix::unistd::getgid().as_raw()));
+            let owner = Some(Credentials {
+                uid,
+                gid: nix::unistd::getgid().as_raw(),
+            });
             let spec = RootSpec {
                 owner,
                 ..spec(method, &base, &path, 1 << 20)

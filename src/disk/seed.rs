@@ -8,6 +8,7 @@
 
 use super::Draft;
 use crate::error::{Error, Kind, Result};
+use crate::host::Credentials;
 use crate::ids::VmName;
 use ssh_key::{Algorithm, LineEnding, PrivateKey};
 use std::fmt::Write as _;
@@ -91,7 +92,7 @@ pub struct SeedFile {
 impl Seed<'_> {
     /// Writes the drive with mode 0600. After a crash it is either complete or absent. `owner` is
     /// the uid and gid of the VMM.
-    pub fn write(&self, path: &Path, owner: Option<(u32, u32)>) -> Result<()> {
+    pub fn write(&self, path: &Path, owner: Option<Credentials>) -> Result<()> {
         let bytes = self.tar()?;
         let draft = Draft::new(path)?;
         let mut file = OpenOptions::new()

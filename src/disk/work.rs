@@ -3,6 +3,7 @@
 
 use super::Draft;
 use crate::error::{Error, Kind, Result};
+use crate::host::Credentials;
 use crate::host::{Command, Commands};
 use crate::locks::Cancel;
 use std::fs::OpenOptions;
@@ -25,7 +26,7 @@ pub fn make(
     commands: &dyn Commands,
     path: &Path,
     size_bytes: u64,
-    owner: Option<(u32, u32)>,
+    owner: Option<Credentials>,
     cancel: &Cancel,
 ) -> Result<()> {
     let doing = || format!("create work disk {}", path.display());

@@ -26,7 +26,7 @@ pub use script::{Script, run_script};
 
 use crate::api::exec::{Exit, Pty, PtySize};
 use crate::error::Result;
-use crate::host::confine::Owner;
+use crate::host::Credentials;
 use crate::locks::Cancel;
 use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
@@ -46,7 +46,7 @@ pub struct Target {
     pub host_key: Vec<u8>,
     /// The user that the helper process runs as. `None` if the daemon has no privileges, so that it
     /// runs as the daemon's user.
-    pub owner: Option<Owner>,
+    pub owner: Option<Credentials>,
 }
 
 /// A non-blocking stream that can be polled. If `fd` is `None`, it is always ready.

@@ -1,6 +1,7 @@
 //! Runs host commands to their end: a cleared environment, no shell, a deadline, a cancel token and
 //! bounded output. Tests replace [`Commands`] with a fake.
 
+use super::Credentials;
 use super::wait::{WaitResult, cancelled, is_readable, wait_any, wait_uncancelled};
 use crate::error::{Error, Kind, Result};
 use crate::locks::{Cancel, Rank, region};
@@ -31,8 +32,8 @@ pub struct Command {
     pub args: Vec<OsString>,
     pub env: Vec<(OsString, OsString)>,
     pub cwd: Option<PathBuf>,
-    /// The uid and gid to run as.
-    pub credentials: Option<(u32, u32)>,
+    /// The daemon's own if None.
+    pub credentials: Option<Credentials>,
     /// The largest file that it may write (`RLIMIT_FSIZE`). The kernel ends it with SIGXFSZ if it
     /// writes more.
     pub file_bytes_max: Option<u64>,
@@ -103,11 +104,6 @@ impl Command {
     #[must_use]
     pub fn term_grace(mut self, grace: Duration) -> Self {
         self.term_grace = grace;
-        self
-    }
-    #[must_use]
-    pub fn credentials(mut self, uid: u32, gid: u32) -> Self {
-        self.credentials = Some((uid, gid));
         self
     }
     #[must_use]
@@ -256,7 +252,7 @@ pub(super) fn start(command: &Command) -> Result<std::process::Child> {
     if let Some(dir) = &command.cwd {
         c.current_dir(dir);
     }
-    if let Some((uid, gid)) = command.credentials {
+    if let Some(Credentials { uid, gid }) = command.credentials {
         c.uid(uid).gid(gid);
     }
     c.spawn().map_err(|e| {

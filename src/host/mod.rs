@@ -6,6 +6,7 @@
 
 pub mod command;
 pub mod confine;
+mod credentials;
 pub mod fs;
 pub mod hex;
 pub mod inherited;
@@ -28,3 +29,4 @@ pub mod usage;
 pub mod wait;
 
 pub use command::{Command, Commands, Complaint, HostCommands, Output};
+pub use credentials::Credentials;

@@ -1,6 +1,7 @@
 //! Long-lived processes such as VMMs. They outlive the daemon and are identified by more than their
 //! pid ([`Identity`]). They are signalled and awaited through a pidfd only ([`Process`]).
 
+use super::Credentials;
 use super::wait::{WaitResult, is_readable, wait_any, wait_uncancelled};
 use crate::error::{Error, Kind, Result};
 use crate::locks::{Cancel, Mutex, Rank};
@@ -28,15 +29,6 @@ pub struct Identity {
     pub boot_id: String,
 }
 
-/// The user and groups that a process runs as.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Credentials {
-    pub uid: u32,
-    pub gid: u32,
-    /// The supplementary groups; all others are dropped.
-    pub groups: Vec<u32>,
-}
-
 /// How to start a process that outlives the daemon. It gets its own session, a cleared environment,
 /// no core dumps and none of the daemon's descriptors except `output`.
 #[derive(Debug)]
@@ -49,6 +41,8 @@ pub struct Spawn {
     pub output: Option<File>,
     /// The daemon's own if None.
     pub credentials: Option<Credentials>,
+    /// The supplementary groups that go with `credentials`; all others are dropped.
+    pub groups: Vec<u32>,
 }
 
 /// How a process ended.
@@ -253,7 +247,7 @@ pub fn spawn(spec: Spawn) -> Result<Process> {
             command.stdout(Stdio::null()).stderr(Stdio::null());
         }
     }
-    detach(&mut command, spec.credentials);
+    detach(&mut command, spec.credentials, spec.groups);
     let child = command
         .spawn()
         .map_err(|e| spawn_error(&shown, &spec.cwd, e))?;
@@ -309,7 +303,7 @@ fn spawn_error(shown: &str, cwd: &Path, e: std::io::Error) -> Error {
 }
 
 #[allow(unsafe_code)]
-fn detach(command: &mut std::process::Command, credentials: Option<Credentials>) {
+fn detach(command: &mut std::process::Command, credentials: Option<Credentials>, groups: Vec<u32>) {
     // SAFETY: the closure runs between fork and exec. It makes async-signal-safe system calls only,
     // on memory that was allocated before the fork.
     unsafe {
@@ -337,8 +331,8 @@ fn detach(command: &mut std::process::Command, credentials: Option<Credentials>)
                 libc::c_uint::MAX,
                 libc::CLOSE_RANGE_CLOEXEC,
             ) as libc::c_int)?;
-            if let Some(c) = &credentials {
-                ok(libc::setgroups(c.groups.len(), c.groups.as_ptr()))?;
+            if let Some(c) = credentials {
+                ok(libc::setgroups(groups.len(), groups.as_ptr()))?;
                 ok(libc::setresgid(c.gid, c.gid, c.gid))?;
                 ok(libc::setresuid(c.uid, c.uid, c.uid))?;
             }
@@ -492,6 +486,7 @@ mod tests {
             cwd: "/".into(),
             output: None,
             credentials: None,
+            groups: Vec::new(),
         }
     }
 
@@ -724,7 +719,6 @@ mod tests {
             let credentials = Some(Credentials {
                 uid: 1_900_000_001,
                 gid: 1_900_000_001,
-                groups: vec![],
             });
             assert!(
                 spawn(Spawn {
@@ -738,10 +732,10 @@ mod tests {
         let credentials = Some(Credentials {
             uid: 1_900_000_001,
             gid: 1_900_000_002,
-            groups: vec![1_900_000_003],
         });
         let process = spawn(Spawn {
             credentials,
+            groups: vec![1_900_000_003],
             ..sleep("")
         })
         .unwrap();

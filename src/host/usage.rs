@@ -121,6 +121,7 @@ mod tests {
             cwd: "/".into(),
             output: None,
             credentials: None,
+            groups: Vec::new(),
         };
         let process = spawn(spec).unwrap();
         let first = of(process.identity()).unwrap();

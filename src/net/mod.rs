@@ -52,7 +52,7 @@ pub use links::received_and_sent;
 
 use crate::config::Network as Config;
 use crate::error::{Error, Kind, Result};
-use crate::host::confine::Owner;
+use crate::host::Credentials;
 use crate::host::{Command, Commands};
 use crate::locks::{Cancel, Mutex, Rank};
 use crate::undo::Undo;
@@ -456,7 +456,11 @@ impl Net {
 
     /// Starts the name server on the bridge's address. If systemd-resolved runs on this host, it is
     /// configured to send it queries for `.vm`. The helper process runs as `owner`.
-    pub fn serve_names(&self, names: Arc<dyn dns::Names>, owner: Owner) -> Result<dns::Server> {
+    pub fn serve_names(
+        &self,
+        names: Arc<dyn dns::Names>,
+        owner: Credentials,
+    ) -> Result<dns::Server> {
         let bridge = &self.config.bridge;
         let gateway = self.config.subnet.gateway();
         let server = dns::Server::start(dns::Setup {

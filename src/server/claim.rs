@@ -468,6 +468,7 @@ mod tests {
             cwd: "/".into(),
             output: None,
             credentials: None,
+            groups: Vec::new(),
         })
         .unwrap();
         refused(

@@ -31,6 +31,7 @@ use crate::api::daemon::Check;
 use crate::api::port::Port;
 use crate::api::vm::RateLimits;
 use crate::error::Result;
+use crate::host::Credentials;
 use crate::ids::VmId;
 use crate::locks::Cancel;
 use console::Consoles;
@@ -97,8 +98,8 @@ pub struct VmmSpec {
     pub work_disk: Option<PathBuf>,
     pub vcpus: u32,
     pub mem_mib: u64,
-    /// uid and gid of the VMM's process, if the daemon is root.
-    pub credentials: Option<(u32, u32)>,
+    /// The user of the VMM's process, if the daemon is root.
+    pub credentials: Option<Credentials>,
     pub network: GuestNetwork,
     /// The rate limits. The VMM applies those of the network only with
     /// [`Capabilities::limits_network`].

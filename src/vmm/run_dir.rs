@@ -4,6 +4,7 @@
 use super::VmmSpec;
 use super::console::VMM_LOG;
 use crate::error::{Error, Kind, Result};
+use crate::host::Credentials;
 use crate::host::command::{printable, read_bounded};
 use crate::host::fs::{open_at, open_dir};
 use crate::host::process::{Exit, Process};
@@ -22,7 +23,7 @@ const SAID_BYTES_MAX: u64 = 2048;
 
 /// Creates `run/` for the VMM's uid, and removes these files if an earlier start left them. Links
 /// that the VMM's uid put there are not followed.
-pub fn make(dir: &OwnedFd, files: &[&str], credentials: Option<(u32, u32)>) -> Result<OwnedFd> {
+pub fn make(dir: &OwnedFd, files: &[&str], credentials: Option<Credentials>) -> Result<OwnedFd> {
     let make = || -> rustix::io::Result<OwnedFd> {
         match rustix::fs::mkdirat(dir, RUN_DIR, Mode::RWXU) {
             Ok(()) | Err(rustix::io::Errno::EXIST) => {}
@@ -36,7 +37,7 @@ pub fn make(dir: &OwnedFd, files: &[&str], credentials: Option<(u32, u32)>) -> R
                 Err(e) => return Err(e),
             }
         }
-        if let Some((uid, gid)) = credentials {
+        if let Some(Credentials { uid, gid }) = credentials {
             rustix::fs::fchown(&run, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
         }
         rustix::fs::fchmod(&run, Mode::RWXU)?;

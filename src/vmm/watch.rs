@@ -150,6 +150,7 @@ mod tests {
             cwd: "/".into(),
             output: None,
             credentials: None,
+            groups: Vec::new(),
         })
         .unwrap()
     }

@@ -62,10 +62,12 @@ impl Sshd {
             .unwrap()
             .unwrap()
             .name;
-        let owner = nix::unistd::geteuid().is_root().then_some(confine::Owner {
-            uid: 1_900_000_078,
-            gid: 1_900_000_078,
-        });
+        let owner = nix::unistd::geteuid()
+            .is_root()
+            .then_some(fcd::host::Credentials {
+                uid: 1_900_000_078,
+                gid: 1_900_000_078,
+            });
         let private_key = client.to_openssh(LineEnding::LF).unwrap().to_string();
         let target = Target {
             addr,

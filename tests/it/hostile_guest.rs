@@ -70,10 +70,12 @@ impl HostileGuest {
             user: "root".into(),
             private_key: client.to_openssh(LineEnding::LF).unwrap().to_string(),
             host_key: host.public_key().to_bytes().unwrap(),
-            owner: nix::unistd::geteuid().is_root().then_some(confine::Owner {
-                uid: 1_900_000_077,
-                gid: 1_900_000_077,
-            }),
+            owner: nix::unistd::geteuid()
+                .is_root()
+                .then_some(fcd::host::Credentials {
+                    uid: 1_900_000_077,
+                    gid: 1_900_000_077,
+                }),
         };
         Self {
             server,

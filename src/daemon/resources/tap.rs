@@ -19,7 +19,7 @@ impl BootStep for Tap {
                 let uid = boot
                     .spec
                     .credentials
-                    .map_or_else(|| nix::unistd::geteuid().as_raw(), |(uid, _)| uid);
+                    .map_or_else(|| nix::unistd::geteuid().as_raw(), |own| own.uid);
                 let tap = net.take(&guest, uid, boot.cancel)?;
                 Some(TapFact {
                     name: tap.name,

@@ -13,6 +13,7 @@
 mod loop_device;
 
 use crate::error::{Error, Kind, Result};
+use crate::host::Credentials;
 use crate::host::{Command, Commands, Complaint, strerror};
 use crate::locks::Cancel;
 use std::fs::{File, OpenOptions};
@@ -53,7 +54,7 @@ pub struct DeviceSpec<'a> {
     /// The path of the node for the VMM. An existing one is replaced.
     pub node: &'a Path,
     /// The uid and gid of the VMM.
-    pub owner: Option<(u32, u32)>,
+    pub owner: Option<Credentials>,
 }
 
 /// How full a snapshot is.
@@ -203,7 +204,7 @@ fn make_node(spec: &DeviceSpec<'_>) -> Result<()> {
         rustix::fs::makedev(major, minor),
     )
     .map_err(|e| io(e.into()))?;
-    if let Some((uid, gid)) = spec.owner {
+    if let Some(Credentials { uid, gid }) = spec.owner {
         std::os::unix::fs::lchown(spec.node, Some(uid), Some(gid)).map_err(io)?;
     }
     Ok(())

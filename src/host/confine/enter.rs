@@ -1,7 +1,8 @@
 //! The helper's side: what it was asked to be, and how it gives up its rights.
 
+use super::ARGUMENT;
 use super::filter::{self, BASE, Call};
-use super::{ARGUMENT, Owner};
+use crate::host::Credentials;
 use std::ffi::OsString;
 use std::io;
 
@@ -24,14 +25,14 @@ pub struct Profile {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Asked {
     pub name: String,
-    owner: Option<Owner>,
+    owner: Option<Credentials>,
     parent: i32,
 }
 
 const OWN: &str = "-";
 
 /// The arguments of a helper, read back by [`Asked::parse`].
-pub(super) fn arguments(name: &str, owner: Option<Owner>) -> [OsString; 4] {
+pub(super) fn arguments(name: &str, owner: Option<Credentials>) -> [OsString; 4] {
     let owner = owner.map_or(OWN.to_owned(), |o| format!("{}:{}", o.uid, o.gid));
     [
         ARGUMENT.into(),
@@ -72,7 +73,7 @@ impl Asked {
             return None;
         }
         let owner = match owner.split_once(':') {
-            Some((uid, gid)) => Some(Owner {
+            Some((uid, gid)) => Some(Credentials {
                 uid: uid.parse().ok()?,
                 gid: gid.parse().ok()?,
             }),
@@ -178,7 +179,7 @@ fn address_space_bytes() -> io::Result<u64> {
 }
 
 #[allow(unsafe_code)]
-fn become_owner(owner: Owner) -> io::Result<()> {
+fn become_owner(owner: Credentials) -> io::Result<()> {
     // SAFETY: no list of groups is passed; the rest are numbers.
     unsafe {
         check(libc::setgroups(0, std::ptr::null()))?;
@@ -269,7 +270,7 @@ mod tests {
     fn arguments_are_read_back() {
         for owner in [
             None,
-            Some(Owner {
+            Some(Credentials {
                 uid: 1_900_000_001,
                 gid: 1_900_000_002,
             }),

@@ -30,6 +30,7 @@ pub use filter::{Allowed, BASE, Call};
 #[cfg(test)]
 pub use tests::{PROBE, run_probe};
 
+use super::Credentials;
 use super::process::Exit;
 use super::wait::{WaitResult, wait_uncancelled};
 use crate::error::{Error, Result};
@@ -57,13 +58,6 @@ pub fn set_program(path: impl Into<PathBuf>) {
     let _ = PROGRAM.set(path.into());
 }
 
-/// Whom a helper runs as.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Owner {
-    pub uid: u32,
-    pub gid: u32,
-}
-
 /// A running helper. It is killed and reaped when dropped.
 #[derive(Debug)]
 pub struct Helper {
@@ -79,7 +73,7 @@ pub struct Helper {
 /// # Errors
 /// `host`: no process, descriptor or memory to be had.
 #[allow(clippy::disallowed_methods)] // With `command` and `process` the only place.
-pub fn spawn(name: &str, owner: Option<Owner>) -> Result<Helper> {
+pub fn spawn(name: &str, owner: Option<Credentials>) -> Result<Helper> {
     let failed = |e: std::io::Error| Error::io(format!("start the helper process {name}"), e);
     let (channel, theirs) = Channel::pair().map_err(failed)?;
     let program = PROGRAM

@@ -1,7 +1,8 @@
 //! Tests of what a confined process can still do: it tries, and its parent looks at it from
 //! outside.
 
-use super::{Allowed, Asked, Call, Channel, Helper, Owner, Profile, spawn};
+use super::{Allowed, Asked, Call, Channel, Helper, Profile, spawn};
+use crate::host::Credentials;
 use crate::host::process::Exit;
 use crate::host::wait::{WaitResult, wait_uncancelled};
 use nix::poll::PollFlags;
@@ -281,7 +282,7 @@ fn root_helper_runs_as_its_owner_for_good() {
         // Without privilege it must fail, not run as somebody else.
         let mut helper = spawn(
             PROBE,
-            Some(Owner {
+            Some(Credentials {
                 uid: 1_900_000_001,
                 gid: 1_900_000_002,
             }),
@@ -296,7 +297,7 @@ fn root_helper_runs_as_its_owner_for_good() {
     }
     let helper = spawn(
         PROBE,
-        Some(Owner {
+        Some(Credentials {
             uid: 1_900_000_001,
             gid: 1_900_000_002,
         }),

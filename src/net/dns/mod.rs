@@ -40,7 +40,7 @@ mod upstream;
 
 use crate::config::Subnet;
 use crate::error::{Error, Kind, Result};
-use crate::host::confine::Owner;
+use crate::host::Credentials;
 use crate::host::thread;
 use crate::locks::{Cancel, CancelCause};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
@@ -75,7 +75,7 @@ pub struct Setup {
     pub upstream_port: u16,
     /// The user that the helper runs as. None to run it as the daemon's user, which is then
     /// unprivileged.
-    pub owner: Option<Owner>,
+    pub owner: Option<Credentials>,
 }
 
 /// A running name server. Dropping it stops it and waits for its thread.

@@ -85,6 +85,7 @@ mod tests {
                 cwd: "/".into(),
                 output: None,
                 credentials: None,
+                groups: Vec::new(),
             })
             .unwrap();
             std::fs::write(of_vm.join("cgroup.procs"), vmm.identity().pid.to_string()).unwrap();

@@ -9,6 +9,7 @@ use super::rates::BUCKET_BYTES_MIN;
 use super::version::install_if_missing;
 use crate::config::{Firecracker as Config, VmmLimits};
 use crate::error::{Error, Kind, Result};
+use crate::host::Credentials;
 use crate::host::fs::open_dir;
 use crate::host::{mount, program};
 use crate::vmm::VmmSpec;
@@ -418,14 +419,14 @@ pub fn find(dir: &Path, tag: &str) -> Result<Option<OwnedFd>> {
 pub fn args(
     spec: &VmmSpec,
     programs: &Programs,
-    (uid, gid): (u32, u32),
+    owner: Credentials,
     limits: &[String],
 ) -> Vec<OsString> {
     let mut args: Vec<OsString> = vec!["--id".into(), spec.tag.clone().into()];
     let mut option = |name: &str, value: OsString| args.extend([OsString::from(name), value]);
     option("--exec-file", programs.firecracker.clone().into());
-    option("--uid", uid.to_string().into());
-    option("--gid", gid.to_string().into());
+    option("--uid", owner.uid.to_string().into());
+    option("--gid", owner.gid.to_string().into());
     option("--chroot-base-dir", spec.dir.join(JAIL_DIR).into());
     option("--resource-limit", format!("no-file={FILES_MAX}").into());
     // Without limits the jailer creates no control group, but for version 2 it would still require
@@ -535,7 +536,10 @@ mod tests {
             work_disk: None,
             vcpus: 2,
             mem_mib: 512,
-            credentials: Some((1234, 1234)),
+            credentials: Some(Credentials {
+                uid: 1234,
+                gid: 1234,
+            }),
             network: crate::vmm::GuestNetwork::UserMode {
                 isolated: false,
                 ports: Vec::new(),

@@ -91,8 +91,9 @@ use super::{
 use crate::api::daemon::Check;
 use crate::config::Firecracker as Config;
 use crate::error::{Error, Kind, Result};
+use crate::host::Credentials;
 use crate::host::fs::{open_at, open_dir};
-use crate::host::process::{self, Credentials, Process, Spawn};
+use crate::host::process::{self, Process, Spawn};
 use crate::host::program;
 use crate::locks::{Cancel, CancelCause, Rank, region};
 use crate::vmm::devices::{self, KVM, TUN};
@@ -254,6 +255,7 @@ impl Firecracker {
                     cwd: "/".into(),
                     output: Some(output),
                     credentials: None,
+                    groups: Vec::new(),
                 };
                 (place, Files::jailed(spec), spawn)
             }
@@ -284,9 +286,6 @@ impl Firecracker {
                     .chain(own_args)
                     .collect();
                 let cwd = spec.dir.join(run_dir::RUN_DIR);
-                let credentials =
-                    spec.credentials
-                        .map(|(uid, gid)| Credentials { uid, gid, groups });
                 let program =
                     program::locate(&self.config.binary).map_err(version::install_if_missing)?;
                 let spawn = Spawn {
@@ -295,7 +294,8 @@ impl Firecracker {
                     env,
                     cwd,
                     output: Some(output),
-                    credentials,
+                    credentials: spec.credentials,
+                    groups,
                 };
                 (place, Files::bare(spec)?, spawn)
             }
@@ -566,7 +566,7 @@ fn tap(spec: &VmmSpec) -> Result<(&str, std::net::Ipv4Addr)> {
     }
 }
 
-fn make_pipe(run: &OwnedFd, name: &str, credentials: Option<(u32, u32)>) -> Result<()> {
+fn make_pipe(run: &OwnedFd, name: &str, credentials: Option<Credentials>) -> Result<()> {
     let io = |e: rustix::io::Errno| {
         Error::io(
             format!("create a pipe for the {name}"),
@@ -574,7 +574,7 @@ fn make_pipe(run: &OwnedFd, name: &str, credentials: Option<(u32, u32)>) -> Resu
         )
     };
     rustix::fs::mknodat(run, name, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).map_err(io)?;
-    if let Some((uid, gid)) = credentials {
+    if let Some(Credentials { uid, gid }) = credentials {
         let flags = rustix::fs::AtFlags::SYMLINK_NOFOLLOW;
         rustix::fs::chownat(
             run,

@@ -28,8 +28,9 @@ use super::{Capabilities, Driver, GuestEvent, GuestNetwork, Identity, Running, S
 use crate::api::daemon::Check;
 use crate::config::Qemu as Config;
 use crate::error::{Error, Kind, Result};
+use crate::host::Credentials;
 use crate::host::fs::open_dir;
-use crate::host::process::{self, Credentials, Process, Spawn};
+use crate::host::process::{self, Process, Spawn};
 use crate::host::program;
 use crate::host::reach;
 use crate::locks::{Cancel, CancelCause, Rank, region};
@@ -85,7 +86,7 @@ impl Qemu {
     }
 
     fn spawn(&self, spec: &VmmSpec, picked: &Picked) -> Result<(Process, OwnedFd)> {
-        if let Some((uid, _)) = spec.credentials {
+        if let Some(Credentials { uid, .. }) = spec.credentials {
             can_reach(
                 uid,
                 &spec.dir.join(RUN_DIR),
@@ -109,9 +110,6 @@ impl Qemu {
             .copied()
             .chain(tap_groups(spec)?)
             .collect();
-        let credentials = spec
-            .credentials
-            .map(|(uid, gid)| Credentials { uid, gid, groups });
         let process = process::spawn(Spawn {
             program: program::locate(&self.config.binary)?,
             args: argv::argv(spec, &picked.platform, self.config.isolated)?,
@@ -121,7 +119,8 @@ impl Qemu {
             ],
             cwd: spec.dir.join(RUN_DIR),
             output: Some(output),
-            credentials,
+            credentials: spec.credentials,
+            groups,
         })?;
         Ok((process, run))
     }

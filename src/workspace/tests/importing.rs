@@ -608,7 +608,10 @@ fn import_unreadable_files_are_named_and_nothing_is_sent() {
             .cwd("/")
             .env("TMPDIR", "/tmp")
             .deadline(Duration::from_secs(120));
-        c.credentials = Some((65534, 65534));
+        c.credentials = Some(crate::host::Credentials {
+            uid: 65534,
+            gid: 65534,
+        });
         let output = run(c);
         assert!(String::from_utf8_lossy(&output.stdout).contains("1 passed"));
         return;

@@ -9,7 +9,7 @@ use super::helper::packet::{Query, TYPE_A, TYPE_AAAA, TYPE_ANY, TYPE_PTR};
 use super::helper::zone::{Found, Lookup, Verdict, answer, judge};
 use super::supervisor::served;
 use super::{Names, Server, Setup};
-use crate::host::confine::Owner;
+use crate::host::Credentials;
 use proptest::prelude::*;
 use simple_dns::rdata::RData;
 use simple_dns::{Packet, RCODE};
@@ -387,8 +387,8 @@ impl Lab {
 }
 
 /// The user to run the helper as, if the tests may choose one.
-fn owner() -> Option<Owner> {
-    rustix::process::geteuid().is_root().then_some(Owner {
+fn owner() -> Option<Credentials> {
+    rustix::process::geteuid().is_root().then_some(Credentials {
         uid: 1_900_065_535,
         gid: 1_900_065_535,
     })

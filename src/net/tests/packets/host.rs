@@ -4,7 +4,7 @@ use super::super::lab::{
     GATEWAY, HOST, INSTALL, Lab, METADATA, Machine, OUTSIDE, config, is_root, tag,
 };
 use super::{ANY, assert_dropped};
-use crate::host::confine::Owner;
+use crate::host::Credentials;
 use crate::net::Access;
 use crate::net::dns::Names;
 use std::io::{Read, Write};
@@ -200,7 +200,7 @@ fn names_are_answered_to_guests_and_the_host() {
             None
         }
     }
-    const OWNER: Owner = Owner {
+    const OWNER: Credentials = Credentials {
         uid: 1_900_065_535,
         gid: 1_900_065_535,
     };

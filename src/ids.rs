@@ -107,9 +107,105 @@ macro_rules! random_ids {
 }
 random_ids!(VmId, OpId, SessionId, SnapshotId);
 
+/// The name of one boot of a VM on the host: `fc-<install>-<vm>-<generation>`. Processes, taps,
+/// control groups and devices carry it, so that a later daemon finds them again.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct Tag {
+    text: String,
+    vm: VmId,
+    generation: u64,
+}
+
+impl Tag {
+    pub fn new(install: &str, vm: &VmId, generation: u64) -> Self {
+        Self {
+            text: format!("{}{generation}", Self::prefix_of_vm(install, vm)),
+            vm: vm.clone(),
+            generation,
+        }
+    }
+
+    /// The beginning of every tag of an installation.
+    pub fn prefix(install: &str) -> String {
+        format!("fc-{install}-")
+    }
+
+    /// The beginning of every tag of a VM.
+    pub fn prefix_of_vm(install: &str, vm: &VmId) -> String {
+        format!("{}{vm}-", Self::prefix(install))
+    }
+
+    pub fn install(&self) -> &str {
+        self.text.split('-').nth(1).unwrap_or_default()
+    }
+
+    pub fn vm(&self) -> &VmId {
+        &self.vm
+    }
+
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.text
+    }
+}
+
+impl FromStr for Tag {
+    type Err = Error;
+    fn from_str(s: &str) -> Result<Self> {
+        let parse = || {
+            let (install, rest) = s.strip_prefix("fc-")?.split_once('-')?;
+            let (vm, generation) = rest.split_once('-')?;
+            let tag = Self::new(install, &vm.parse().ok()?, generation.parse().ok()?);
+            (tag.text == s).then_some(tag)
+        };
+        parse().ok_or_else(|| Error::internal(format!("{s:?} is not a VM's tag")))
+    }
+}
+
+impl fmt::Display for Tag {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl fmt::Debug for Tag {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn tag_is_parsed_into_its_parts() {
+        let vm: VmId = "0123456789ab".parse().unwrap();
+        let tag = Tag::new("1a2b3c4d", &vm, 12);
+        assert_eq!(tag.as_str(), "fc-1a2b3c4d-0123456789ab-12");
+        assert_eq!(tag.as_str().parse::<Tag>().unwrap(), tag);
+        assert_eq!(
+            (tag.install(), tag.vm(), tag.generation()),
+            ("1a2b3c4d", &vm, 12)
+        );
+        for bad in [
+            "",
+            "fc-x",
+            "fc-x-0123456789ab",
+            "fc-x-0123456789ab-",
+            "fc-x-0123456789ab-01",
+            "fc-x-0123456789ab-+1",
+            "fc-x-0123456789ab-1-",
+            "fc-x-y-0123456789ab-1",
+            "fc-x-0123456789-1",
+            "xfc-x-0123456789ab-1",
+        ] {
+            assert!(bad.parse::<Tag>().is_err(), "{bad}");
+        }
+    }
 
     #[test]
     fn names() {

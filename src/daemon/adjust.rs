@@ -169,7 +169,7 @@ impl Controls {
                     return Ok(());
                 }
                 net.set_rates(
-                    &spec.tag,
+                    spec.tag.as_str(),
                     rates.net_rx_bytes_per_s,
                     rates.net_tx_bytes_per_s,
                 )

@@ -12,7 +12,7 @@ use super::locks::OpLocks;
 use super::waiting::poll_until;
 use crate::config::Limits;
 use crate::error::Result;
-use crate::ids::VmId;
+use crate::ids::{Tag, VmId};
 use crate::locks::Cancel;
 use crate::ops::Ops;
 use crate::store::{Store, Ticket, Tx, VmRow};
@@ -131,15 +131,14 @@ impl Core {
         self.state_dir.join(VMS_DIR).join(vm.as_str())
     }
 
-    /// The tag of this boot. It is among the VMM's arguments, so that a later daemon can find the
-    /// process.
-    pub(super) fn tag(&self, row: &VmRow) -> String {
-        format!("{}{}-{}", self.tag_prefix(), row.id, row.generation)
+    /// The tag of the VM's current boot.
+    pub(super) fn tag(&self, row: &VmRow) -> Tag {
+        Tag::new(self.store.install_id(), &row.id, row.generation)
     }
 
-    /// The prefix of every name that this installation uses on the host.
+    /// The prefix of every tag of this installation.
     pub(super) fn tag_prefix(&self) -> String {
-        format!("fc-{}-", self.store.install_id())
+        Tag::prefix(self.store.install_id())
     }
 
     /// Records what happened to a VM, for tests. `seq` is the change of the store that made it

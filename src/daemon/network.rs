@@ -138,7 +138,7 @@ impl Networks {
         let limited_by_rules = !capabilities.is_some_and(|c| c.limits_network);
         let limit = |rate: Option<u64>| rate.filter(|_| limited_by_rules);
         Ok(Guest {
-            tag: self.core.tag(row),
+            tag: self.core.tag(row).to_string(),
             lease: net.lease(row.slot)?,
             access: access(row),
             rx_bytes_per_s: limit(row.rates.net_rx_bytes_per_s),

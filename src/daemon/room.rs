@@ -90,7 +90,10 @@ impl SpaceMonitor {
             Err(e) if self.core.closing.is_cancelled() => return log::debug!("{e}"),
             Err(e) => return log::warn!("check how full the disks are: {e}"),
         };
-        let tags: HashSet<String> = rows.iter().map(|row| self.core.tag(row)).collect();
+        let tags: HashSet<String> = rows
+            .iter()
+            .map(|row| self.core.tag(row).to_string())
+            .collect();
         for set in [
             &mut monitored.resumed,
             &mut monitored.paused,
@@ -99,7 +102,10 @@ impl SpaceMonitor {
             set.retain(|tag| tags.contains(tag));
         }
         for row in rows {
-            match fills.iter().find(|(name, _)| *name == self.core.tag(row)) {
+            match fills
+                .iter()
+                .find(|(name, _)| name == self.core.tag(row).as_str())
+            {
                 Some((tag, Fill::Used { bytes })) => self.make_room(row, tag, *bytes, monitored),
                 Some((tag, Fill::Lost(why))) if monitored.lost.insert(tag.clone()) => {
                     self.note_lost(row, why)

@@ -6,7 +6,7 @@
 use super::transitions::Verb;
 use crate::api::vm::VmState;
 use crate::error::{Error, Kind, Result};
-use crate::ids::VmId;
+use crate::ids::{Tag, VmId};
 use crate::locks::{Cancel, Condvar, Mutex, Rank, Waited};
 use crate::store::VmRow;
 use std::collections::HashMap;
@@ -200,14 +200,11 @@ impl EarlierVmms {
         tag: &str,
         list: impl FnOnce() -> Result<Vec<crate::vmm::Tagged>>,
     ) -> bool {
-        let mut parts = tag.rsplit('-');
-        let boot = parts
-            .next()
-            .and_then(|generation| generation.parse::<u64>().ok());
-        let vm = parts.next().and_then(|id| id.parse::<VmId>().ok());
-        let is_earlier =
-            |boot, vm: &VmId| self.generations.get(vm).is_some_and(|last| boot <= *last);
-        if !boot.zip(vm).is_some_and(|(boot, vm)| is_earlier(boot, &vm)) {
+        let is_earlier = |tag: Tag| {
+            let last = self.generations.get(tag.vm());
+            last.is_some_and(|last| tag.generation() <= *last)
+        };
+        if !tag.parse().is_ok_and(is_earlier) {
             return false;
         }
         let tags = self.tags.get_or_init(|| match list() {

@@ -6,6 +6,7 @@ use super::unreconciled::EarlierVmms;
 use super::vm_dir::DISK_FILE;
 use crate::disk::{self, Method};
 use crate::error::Result;
+use crate::ids::Tag;
 use crate::locks::Mutex;
 use crate::store::VmRow;
 use crate::vmm::{Driver, End, Identity, end_from_files};
@@ -31,7 +32,7 @@ impl Vmms {
         let all = self
             .vmm
             .processes()
-            .list(&format!("{}{}-", self.core.tag_prefix(), row.id))?;
+            .list(&Tag::prefix_of_vm(self.core.store.install_id(), &row.id))?;
         all.iter().try_for_each(|vmm| self.kill_vmm(&vmm.identity))
     }
 
@@ -40,15 +41,20 @@ impl Vmms {
         let known = row.identity.clone();
         if let Some(identity) = known
             && (self.runs_as_it(row, &identity)
-                || self.vmm.processes().is_ours(&identity, &self.core.tag(row))
+                || self
+                    .vmm
+                    .processes()
+                    .is_ours(&identity, self.core.tag(row).as_str())
                     && self.has_its_uid(row, &identity))
         {
             return Some(identity);
         }
-        let found = self.find_vmm(&self.core.tag(row)).unwrap_or_else(|e| {
-            log::warn!("look for the VMM of VM {}: {e}", row.name);
-            None
-        });
+        let found = self
+            .find_vmm(self.core.tag(row).as_str())
+            .unwrap_or_else(|e| {
+                log::warn!("look for the VMM of VM {}: {e}", row.name);
+                None
+            });
         found.filter(|identity| self.has_its_uid(row, identity))
     }
 

@@ -3,6 +3,7 @@
 
 use super::Mac;
 use crate::error::{Error, Result};
+use crate::ids::Tag;
 
 /// Hexadecimal digits of an installation's id. `fc`, the id, `-` and a four-digit number must fit
 /// into an interface name.
@@ -41,16 +42,13 @@ impl Names {
 
     /// The alias of a spare tap.
     pub fn spare(&self) -> String {
-        format!("fc-{}-tap", self.install)
+        format!("{}tap", Tag::prefix(&self.install))
     }
 
     /// True if an alias is the tag of a VM of this installation.
     pub fn is_tag(&self, alias: &str) -> bool {
         let is_plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
-        let rest = alias
-            .strip_prefix("fc-")
-            .and_then(|a| a.strip_prefix(&self.install))
-            .and_then(|a| a.strip_prefix('-'));
+        let rest = alias.strip_prefix(&Tag::prefix(&self.install));
         rest.is_some_and(|rest| !rest.is_empty() && rest != "tap" && rest.bytes().all(is_plain))
     }
 

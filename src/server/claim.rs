@@ -13,6 +13,7 @@ use crate::daemon::gone::{GoneInstallation, Installations};
 use crate::error::{Error, Kind, Result};
 use crate::host::hex;
 use crate::host::process::find_by_prefix;
+use crate::ids::Tag;
 use rustix::fs::{FlockOperation, OFlags};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -219,7 +220,7 @@ fn write(mut file: &File, claim: &Claim) -> Result<()> {
 /// True if a VM of one of these installations runs.
 fn has_vms<'a>(ids: impl IntoIterator<Item = &'a String>) -> Result<bool> {
     for id in ids {
-        if !find_by_prefix(&format!("fc-{id}-"))?.is_empty() {
+        if !find_by_prefix(&Tag::prefix(id))?.is_empty() {
             return Ok(true);
         }
     }

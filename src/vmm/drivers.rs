@@ -7,6 +7,7 @@ use super::{
 };
 use crate::api::daemon::Check;
 use crate::error::{Error, Kind, Result};
+use crate::ids::Tag;
 use crate::locks::Cancel;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -164,16 +165,16 @@ impl Driver for Drivers {
         self.of(identity)?.press_ctrl_alt_del(identity, cancel)
     }
 
-    fn clear(&self, dir: &Path, tag: &str) -> Result<()> {
+    fn clear(&self, dir: &Path, tag: &Tag) -> Result<()> {
         self.all
             .iter()
             .try_for_each(|driver| driver.clear(dir, tag))
     }
 
-    fn remains(&self, vms: &Path, tag_prefix: &str) -> Result<Vec<String>> {
+    fn remains(&self, vms: &Path, install: &str) -> Result<Vec<String>> {
         let mut tags = Vec::new();
         for driver in &self.all {
-            tags.extend(driver.remains(vms, tag_prefix)?);
+            tags.extend(driver.remains(vms, install)?);
         }
         Ok(tags)
     }

@@ -18,7 +18,7 @@ use crate::api::vm::RateLimits;
 use crate::error::{Error, Kind, Result};
 use crate::host::process;
 use crate::host::wait::{WaitResult, cancelled, wait_any, wait_uncancelled};
-use crate::ids::VmId;
+use crate::ids::{Tag, VmId};
 use crate::locks::{Cancel, CancelCause, Condvar, Mutex, Rank, region};
 use nix::poll::PollFlags;
 use std::collections::HashMap;
@@ -618,7 +618,7 @@ impl Processes for Fake {
         Ok(state
             .vmms
             .iter()
-            .find(|vmm| vmm.end.is_none() && vmm.spec.tag == tag)
+            .find(|vmm| vmm.end.is_none() && vmm.spec.tag.as_str() == tag)
             .map(|vmm| vmm.identity.clone()))
     }
 
@@ -628,10 +628,10 @@ impl Processes for Fake {
         let live = state
             .vmms
             .iter()
-            .filter(|vmm| vmm.end.is_none() && vmm.spec.tag.starts_with(tag_prefix));
+            .filter(|vmm| vmm.end.is_none() && vmm.spec.tag.as_str().starts_with(tag_prefix));
         Ok(live
             .map(|vmm| Tagged {
-                tag: vmm.spec.tag.clone(),
+                tag: vmm.spec.tag.to_string(),
                 identity: vmm.identity.clone(),
             })
             .collect())
@@ -643,8 +643,10 @@ impl Processes for Fake {
     }
 
     fn is_ours(&self, identity: &Identity, tag: &str) -> bool {
-        self.with(identity, |vmm| vmm.end.is_none() && vmm.spec.tag == tag)
-            .unwrap_or(false)
+        self.with(identity, |vmm| {
+            vmm.end.is_none() && vmm.spec.tag.as_str() == tag
+        })
+        .unwrap_or(false)
     }
 
     fn runs(&self, identity: &Identity) -> bool {
@@ -709,10 +711,11 @@ impl Processes for Fake {
 }
 
 /// A spec for a VM in `state_dir`. The files that it names need not exist.
-pub fn spec(vm: VmId, tag: &str, state_dir: &Path) -> VmmSpec {
+pub fn spec(tag: Tag, state_dir: &Path) -> VmmSpec {
+    let vm = tag.vm().clone();
     let dir: PathBuf = state_dir.join(vm.as_str());
     VmmSpec {
-        tag: tag.to_owned(),
+        tag,
         kernel: dir.join("vmlinux"),
         initrd: dir.join("initrd"),
         boot_args: String::new(),
@@ -742,6 +745,8 @@ mod tests {
     use std::sync::Arc;
     use std::sync::mpsc::channel;
 
+    const TAG: &str = "fc-test-0123456789ab-1";
+
     struct Fixture {
         fake: Arc<Fake>,
         spec: VmmSpec,
@@ -751,7 +756,7 @@ mod tests {
 
     fn fixture() -> Fixture {
         let dir = tempfile::tempdir().unwrap();
-        let spec = spec(VmId::random(), "fc-test-1", dir.path());
+        let spec = spec(TAG.parse().unwrap(), dir.path());
         std::fs::create_dir(&spec.dir).unwrap();
         Fixture {
             fake: Arc::new(Fake::new().unwrap()),
@@ -782,8 +787,8 @@ mod tests {
         let running = f.start().unwrap();
         let id = &running.identity;
         assert!(f.fake.is_alive(id));
-        assert_eq!(f.fake.find("fc-test-1").unwrap().as_ref(), Some(id));
-        assert_eq!(f.fake.live(), ["fc-test-1"]);
+        assert_eq!(f.fake.find(TAG).unwrap().as_ref(), Some(id));
+        assert_eq!(f.fake.live(), [TAG]);
         assert!(!f.fake.wait_exit(id, Instant::now(), &f.cancel).unwrap());
         assert_eq!(f.start().unwrap_err().kind(), Kind::VmmFailed);
         assert_eq!(f.fake.clashes(), 1);
@@ -813,7 +818,7 @@ mod tests {
         }
         assert!(f.fake.wait_exit(id, soon(), &f.cancel).unwrap());
         assert!(!f.fake.is_alive(id) && f.fake.live().is_empty());
-        assert_eq!(f.fake.find("fc-test-1").unwrap(), None);
+        assert_eq!(f.fake.find(TAG).unwrap(), None);
         f.start().unwrap();
     }
 
@@ -886,13 +891,16 @@ mod tests {
             seen
         };
         f.fake.guest_says(&f.spec.vm, "one\n");
-        assert_eq!(until("one\n"), "--- fcd: started fc-test-1 ---\r\none\n");
+        assert_eq!(
+            until("one\n"),
+            format!("--- fcd: started {TAG} ---\r\none\n")
+        );
         f.fake.forget_watchers();
         assert_eq!(f.fake.adopt(&f.spec, &id).unwrap().identity, id);
         f.fake.guest_says(&f.spec.vm, "two\n");
         assert!(until("two\n").contains("reconnected"));
         let other = VmmSpec {
-            tag: "fc-test-2".into(),
+            tag: Tag::new("test", &f.spec.vm, 2),
             ..f.spec.clone()
         };
         assert_eq!(

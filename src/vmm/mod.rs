@@ -32,7 +32,7 @@ use crate::api::port::Port;
 use crate::api::vm::RateLimits;
 use crate::error::Result;
 use crate::host::Credentials;
-use crate::ids::VmId;
+use crate::ids::{Tag, VmId};
 use crate::locks::Cancel;
 use console::Consoles;
 use serde::{Deserialize, Serialize};
@@ -75,9 +75,8 @@ pub enum GuestNetwork {
 #[derive(Clone, Debug)]
 pub struct VmmSpec {
     pub vm: VmId,
-    /// `fc-<install>-<vm>-<generation>`. It is an argument of the VMM's process, by which the
-    /// process is found again.
-    pub tag: String,
+    /// It is an argument of the VMM's process, by which the process is found again.
+    pub tag: Tag,
     /// The VM's directory with mode 0711, owned by root or by the daemon. It holds `disk`, `seed`,
     /// `console.log`, `vmm.log` (the VMM's own output), and `run/`, which belongs to the VMM's uid
     /// and contains its sockets. The driver creates all of them except `disk` and `seed`.
@@ -285,13 +284,13 @@ pub trait Driver: Send + Sync {
 
     /// Removes what the VMM with this tag has left on the host, except for files of the VM in
     /// `dir`. Succeeds if there is nothing. The VMM must have exited.
-    fn clear(&self, _dir: &Path, _tag: &str) -> Result<()> {
+    fn clear(&self, _dir: &Path, _tag: &Tag) -> Result<()> {
         Ok(())
     }
 
-    /// Returns the tags with this prefix for which there is something to clear. The VMs'
+    /// Returns the tags of this installation for which there is something to clear. The VMs'
     /// directories are in `vms`.
-    fn remains(&self, _vms: &Path, _tag_prefix: &str) -> Result<Vec<String>> {
+    fn remains(&self, _vms: &Path, _install: &str) -> Result<Vec<String>> {
         Ok(Vec::new())
     }
 

@@ -189,7 +189,7 @@ fn may_be(verb: Verb, before: Option<VmState>) -> Vec<Option<VmState>> {
 fn agrees(world: &World, at: &str) {
     let live: BTreeSet<String> = world.vmm.live().into_iter().collect();
     let install = world.daemon().core.store.install_id().to_owned();
-    let tag = |r: &fcd::store::VmRow| format!("fc-{install}-{}-{}", r.id, r.generation);
+    let tag = |r: &fcd::store::VmRow| fcd::ids::Tag::new(&install, &r.id, r.generation).to_string();
     let (running, ids, processes, directories) = world.daemon().core.store.read(|s| {
         let of = |kind: &'static str| {
             s.ledger()

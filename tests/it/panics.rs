@@ -7,6 +7,7 @@ use fcd::api::daemon::{Check, Doctor, Info, Leaks, LeaksRequest};
 use fcd::api::snapshot::*;
 use fcd::api::vm::*;
 use fcd::error::{Kind, Result};
+use fcd::ids::Tag;
 use fcd::locks::Cancel;
 use fcd::vmm::console::Consoles;
 use fcd::vmm::fake::Fake;
@@ -99,11 +100,11 @@ impl Driver for Panics {
     fn press_ctrl_alt_del(&self, identity: &Identity, cancel: &Cancel) -> Result<bool> {
         self.inner.press_ctrl_alt_del(identity, cancel)
     }
-    fn clear(&self, dir: &Path, tag: &str) -> Result<()> {
+    fn clear(&self, dir: &Path, tag: &Tag) -> Result<()> {
         self.inner.clear(dir, tag)
     }
-    fn remains(&self, vms: &Path, tag_prefix: &str) -> Result<Vec<String>> {
-        self.inner.remains(vms, tag_prefix)
+    fn remains(&self, vms: &Path, install: &str) -> Result<Vec<String>> {
+        self.inner.remains(vms, install)
     }
     fn watch_guest(
         &self,

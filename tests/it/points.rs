@@ -8,6 +8,7 @@ use fcd::daemon::EffectPlan;
 use fcd::error::{Error, Kind, Result};
 use fcd::guest::{ExecSpec, Streams, Target, Transport};
 use fcd::host::{Command, Commands, command::Output};
+use fcd::ids::Tag;
 use fcd::locks::Cancel;
 use fcd::store::faults::{CommitHook, Fault};
 use fcd::vmm::console::Consoles;
@@ -239,11 +240,11 @@ impl Driver for PointDriver {
         self.1.pass("press the keys")?;
         self.0.press_ctrl_alt_del(identity, cancel)
     }
-    fn clear(&self, dir: &Path, tag: &str) -> Result<()> {
+    fn clear(&self, dir: &Path, tag: &Tag) -> Result<()> {
         self.0.clear(dir, tag)
     }
-    fn remains(&self, vms: &Path, tag_prefix: &str) -> Result<Vec<String>> {
-        self.0.remains(vms, tag_prefix)
+    fn remains(&self, vms: &Path, install: &str) -> Result<Vec<String>> {
+        self.0.remains(vms, install)
     }
     fn checks(&self) -> Vec<Check> {
         self.0.checks()

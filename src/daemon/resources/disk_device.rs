@@ -4,7 +4,7 @@
 use super::{Boot, BootStep, Resource, Resources, Span};
 use crate::disk::{Method, snapshot};
 use crate::error::{Error, Result};
-use crate::ids::VmId;
+use crate::ids::Tag;
 use crate::locks::Cancel;
 use crate::store::VmRow;
 
@@ -21,7 +21,7 @@ impl BootStep for DiskDevice {
         }
         let store = resources.specs.disk_path(&boot.row.id, Method::DmSnapshot);
         let spec = snapshot::DeviceSpec {
-            name: &boot.spec.tag,
+            name: boot.spec.tag.as_str(),
             origin: &crate::disk::origin(&store, &boot.image.rootfs),
             store: &store,
             size_bytes: boot.row.disk_bytes,
@@ -41,19 +41,15 @@ impl Resource for DiskDevice {
     }
     fn intent(&self, resources: &Resources, row: &VmRow) -> Option<String> {
         (resources.specs.disk_method(row) == Some(Method::DmSnapshot))
-            .then(|| resources.core.tag(row))
+            .then(|| resources.core.tag(row).to_string())
     }
     /// Uses a cancel token of its own, because clean-up continues while the daemon closes.
     fn release(&self, resources: &Resources, name: &str) -> Result<()> {
         let cancel = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
-        let vm = name
-            .rsplit('-')
-            .nth(1)
-            .and_then(|id| id.parse::<VmId>().ok());
-        let node = vm.map(|vm| {
+        let node = name.parse::<Tag>().ok().map(|tag| {
             resources
                 .core
-                .vm_dir(&vm)
+                .vm_dir(tag.vm())
                 .join(crate::daemon::vm_dir::DISK_FILE)
         });
         snapshot::deactivate(resources.commands.as_ref(), name, node.as_deref(), &cancel)

@@ -5,7 +5,7 @@
 use super::{Resource, Resources, Span};
 use crate::daemon::vm_dir::{CHANGES_FILE, DISK_FILE, WORK_DISK_FILE};
 use crate::error::{Error, Result};
-use crate::ids::VmId;
+use crate::ids::Tag;
 use crate::store::{LedgerRow, Tx, VmRow};
 use std::fs::File;
 use std::io::ErrorKind;
@@ -121,12 +121,7 @@ pub(in crate::daemon) fn remove(resources: &Resources, row: &VmRow, tag: &str, r
 }
 
 fn dir_of(resources: &Resources, tag: &str) -> Result<PathBuf> {
-    let vm = tag
-        .rsplit('-')
-        .nth(1)
-        .and_then(|id| id.parse::<VmId>().ok());
-    vm.map(|vm| resources.core.vm_dir(&vm))
-        .ok_or_else(|| Error::internal(format!("{tag:?} is not a VM's tag")))
+    tag.parse().map(|tag: Tag| resources.core.vm_dir(tag.vm()))
 }
 
 fn ignore_absent(result: std::io::Result<()>) -> std::io::Result<()> {

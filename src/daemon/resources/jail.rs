@@ -6,7 +6,7 @@ use super::{HostView, Resource, Resources, Span};
 use crate::api::daemon::Check;
 use crate::daemon::core::VMS_DIR;
 use crate::error::{Error, Result};
-use crate::ids::VmId;
+use crate::ids::Tag;
 use crate::store::VmRow;
 
 pub(super) struct Jail;
@@ -23,22 +23,20 @@ impl Resource for Jail {
             .vmm
             .capabilities()
             .leaves_remains
-            .then(|| resources.core.tag(row))
+            .then(|| resources.core.tag(row).to_string())
     }
 
     fn release(&self, resources: &Resources, name: &str) -> Result<()> {
-        let vm: VmId = name
-            .rsplit('-')
-            .nth(1)
-            .and_then(|id| id.parse().ok())
-            .ok_or_else(|| Error::internal(format!("remove a jail: {name:?} is not a VM's tag")))?;
-        resources.vmm.clear(&resources.core.vm_dir(&vm), name)
+        let tag: Tag = name
+            .parse()
+            .map_err(|e: Error| e.context("remove a jail"))?;
+        resources.vmm.clear(&resources.core.vm_dir(tag.vm()), &tag)
     }
 
     fn found(&self, resources: &Resources) -> Result<Vec<String>> {
         resources.vmm.remains(
             &resources.core.state_dir.join(VMS_DIR),
-            &resources.core.tag_prefix(),
+            resources.core.store.install_id(),
         )
     }
 }

@@ -42,7 +42,7 @@ impl Resource for Ports {
             .net
             .as_ref()
             .filter(|_| !row.ports.is_empty())
-            .map(|_| resources.core.tag(row))
+            .map(|_| resources.core.tag(row).to_string())
     }
     fn release(&self, resources: &Resources, name: &str) -> Result<()> {
         match &resources.networks.net {

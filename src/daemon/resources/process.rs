@@ -30,7 +30,7 @@ impl Resource for VmmProcess {
         Span::Boot
     }
     fn intent(&self, resources: &Resources, row: &VmRow) -> Option<String> {
-        Some(resources.core.tag(row))
+        Some(resources.core.tag(row).to_string())
     }
     fn release(&self, resources: &Resources, name: &str) -> Result<()> {
         // There is more than one only if a compromised VMM pretends to be another.

@@ -57,7 +57,7 @@ impl Resource for Tap {
             .networks
             .net
             .as_ref()
-            .map(|_| resources.core.tag(row))
+            .map(|_| resources.core.tag(row).to_string())
     }
     fn release(&self, resources: &Resources, name: &str) -> Result<()> {
         match &resources.networks.net {

@@ -32,7 +32,7 @@ impl Fake {
             .vmms
             .iter()
             .filter(|vmm| vmm.end.is_none())
-            .map(|vmm| vmm.spec.tag.clone())
+            .map(|vmm| vmm.spec.tag.to_string())
             .collect()
     }
 

@@ -14,7 +14,7 @@ fn empty_group_at(groups: &Path, install: &str) -> Option<PathBuf> {
     if install.is_empty() || !install.bytes().all(|b| b.is_ascii_hexdigit()) {
         return None;
     }
-    let group = groups.join(format!("fcd-{install}"));
+    let group = groups.join(jail::parent_group(install));
     let events = std::fs::read_to_string(group.join("cgroup.events")).ok()?;
     events
         .lines()

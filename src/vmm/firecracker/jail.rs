@@ -12,6 +12,7 @@ use crate::error::{Error, Kind, Result};
 use crate::host::Credentials;
 use crate::host::fs::open_dir;
 use crate::host::{mount, program};
+use crate::ids::Tag;
 use crate::vmm::VmmSpec;
 use rustix::fs::{Mode, OFlags};
 use std::collections::BTreeMap;
@@ -229,7 +230,7 @@ pub fn limit_io(wanted: VmmLimits, spec: &VmmSpec) -> Result<()> {
         if !file.exists() {
             for above in [
                 Path::new(CGROUPS),
-                &Path::new(CGROUPS).join(parent_group(&spec.tag)),
+                &Path::new(CGROUPS).join(parent_group(spec.tag.install())),
             ] {
                 std::fs::write(above.join("cgroup.subtree_control"), format!("+{IO}"))
                     .map_err(|e| no_io(&e))?;
@@ -320,21 +321,22 @@ fn device_of(path: &Path) -> Result<String> {
         .ok_or_else(none)
 }
 
-/// Returns `fcd-<install>` for a tag `fc-<install>-...`.
-fn parent_group(tag: &str) -> String {
-    let install = tag.split('-').nth(1).unwrap_or_default();
+/// The name of the control group that holds those of an installation's VMs.
+pub fn parent_group(install: &str) -> String {
     format!("fcd-{install}")
 }
 
-fn group(tag: &str) -> PathBuf {
-    Path::new(CGROUPS).join(parent_group(tag)).join(tag)
+fn group(tag: &Tag) -> PathBuf {
+    Path::new(CGROUPS)
+        .join(parent_group(tag.install()))
+        .join(tag.as_str())
 }
 
 /// Returns the jail's root directory, as seen from the host.
-pub fn root(dir: &Path, program: &Path, tag: &str) -> PathBuf {
+pub fn root(dir: &Path, program: &Path, tag: &Tag) -> PathBuf {
     dir.join(JAIL_DIR)
         .join(program.file_name().unwrap_or_default())
-        .join(tag)
+        .join(tag.as_str())
         .join(ROOT_DIR)
 }
 
@@ -403,11 +405,11 @@ pub fn make(spec: &VmmSpec, programs: &Programs) -> Result<OwnedFd> {
 }
 
 /// Opens the root of an existing jail.
-pub fn find(dir: &Path, tag: &str) -> Result<Option<OwnedFd>> {
+pub fn find(dir: &Path, tag: &Tag) -> Result<Option<OwnedFd>> {
     let jail = dir.join(JAIL_DIR);
     let roots = names(&jail)
         .into_iter()
-        .map(|program| jail.join(program).join(tag).join(ROOT_DIR));
+        .map(|program| jail.join(program).join(tag.as_str()).join(ROOT_DIR));
     roots
         .into_iter()
         .find(|root| root.is_dir())
@@ -422,7 +424,7 @@ pub fn args(
     owner: Credentials,
     limits: &[String],
 ) -> Vec<OsString> {
-    let mut args: Vec<OsString> = vec!["--id".into(), spec.tag.clone().into()];
+    let mut args: Vec<OsString> = vec!["--id".into(), spec.tag.as_str().into()];
     let mut option = |name: &str, value: OsString| args.extend([OsString::from(name), value]);
     option("--exec-file", programs.firecracker.clone().into());
     option("--uid", owner.uid.to_string().into());
@@ -436,7 +438,7 @@ pub fn args(
         if limits.is_empty() { "1" } else { "2" }.into(),
     );
     if !limits.is_empty() {
-        option("--parent-cgroup", parent_group(&spec.tag).into());
+        option("--parent-cgroup", parent_group(spec.tag.install()).into());
     }
     for limit in limits {
         option("--cgroup", limit.into());
@@ -447,12 +449,12 @@ pub fn args(
 
 /// Removes the jail and the control group with this tag. Succeeds if there are none. The VMM must
 /// have exited.
-pub fn clear(dir: &Path, tag: &str) -> Result<()> {
+pub fn clear(dir: &Path, tag: &Tag) -> Result<()> {
     remove_group(tag)?;
     let jail = dir.join(JAIL_DIR);
     for program in names(&jail) {
         // Links are not followed, because the VMM's uid may have created them.
-        let removed = crate::host::fs::remove_tree(&jail.join(&program).join(tag));
+        let removed = crate::host::fs::remove_tree(&jail.join(&program).join(tag.as_str()));
         removed.map_err(|e| Error::io(format!("remove the jail of {tag}"), e))?;
         // This fails if there is a jail of another start.
         let _ = std::fs::remove_dir(jail.join(program));
@@ -463,7 +465,7 @@ pub fn clear(dir: &Path, tag: &str) -> Result<()> {
 
 /// Removes the control group and kills the processes in it. A VMM that a guest has taken over may
 /// have hidden its arguments.
-fn remove_group(tag: &str) -> Result<()> {
+fn remove_group(tag: &Tag) -> Result<()> {
     let group = group(tag);
     // cgroup.kill exists since Linux 5.14 (cgroups(7)).
     let _ = std::fs::write(group.join("cgroup.kill"), "1");
@@ -494,10 +496,10 @@ fn names(dir: &Path) -> Vec<String> {
         .collect()
 }
 
-/// Returns the tags with this prefix for which there is a control group or a jail in a VM's
+/// Returns the tags of this installation for which there is a control group or a jail in a VM's
 /// directory.
-pub fn remains(vms: &Path, tag_prefix: &str) -> Vec<String> {
-    let mut found = names(&Path::new(CGROUPS).join(parent_group(tag_prefix)));
+pub fn remains(vms: &Path, install: &str) -> Vec<String> {
+    let mut found = names(&Path::new(CGROUPS).join(parent_group(install)));
     for vm in names(vms) {
         let jail = vms.join(vm).join(JAIL_DIR);
         found.extend(
@@ -506,7 +508,8 @@ pub fn remains(vms: &Path, tag_prefix: &str) -> Vec<String> {
                 .flat_map(|program| names(&jail.join(program))),
         );
     }
-    found.retain(|name| name.starts_with(tag_prefix));
+    let prefix = Tag::prefix(install);
+    found.retain(|name| name.starts_with(&prefix));
     found.sort();
     found.dedup();
     found
@@ -525,7 +528,7 @@ mod tests {
         }
         VmmSpec {
             vm: "0123456789ab".parse().unwrap(),
-            tag: "fc-11223344-0123456789ab-3".into(),
+            tag: "fc-11223344-0123456789ab-3".parse().unwrap(),
             dir: path("vm"),
             kernel: path("k"),
             initrd: path("i"),
@@ -567,24 +570,24 @@ mod tests {
             let root = spec
                 .dir
                 .join("jail/firecracker")
-                .join(&spec.tag)
+                .join(spec.tag.as_str())
                 .join("root");
             assert_eq!(std::fs::read_to_string(root.join("disk")).unwrap(), "vm/d");
             assert_eq!(std::fs::read_dir(&root).unwrap().count(), 4);
             symlink(&outside, root.join("link")).unwrap();
-            assert_eq!(remains(vms, "fc-11223344-"), [spec.tag.as_str()]);
+            assert_eq!(remains(vms, "11223344"), [spec.tag.as_str()]);
         }
         let later = VmmSpec {
-            tag: "fc-11223344-0123456789ab-4".into(),
+            tag: "fc-11223344-0123456789ab-4".parse().unwrap(),
             ..spec.clone()
         };
         drop(make(&later, &programs).unwrap());
         clear(&spec.dir, &spec.tag).unwrap();
-        assert_eq!(remains(vms, "fc-11223344-"), [later.tag.as_str()]);
+        assert_eq!(remains(vms, "11223344"), [later.tag.as_str()]);
         clear(&spec.dir, &later.tag).unwrap();
         clear(&spec.dir, &spec.tag).unwrap();
         assert!(!spec.dir.join(JAIL_DIR).exists());
-        assert_eq!(remains(vms, "fc-11223344-"), [""; 0]);
+        assert_eq!(remains(vms, "11223344"), [""; 0]);
         assert!(outside.join("kept").exists() && spec.disk.exists() && spec.kernel.exists());
     }
 

@@ -95,6 +95,7 @@ use crate::host::Credentials;
 use crate::host::fs::{open_at, open_dir};
 use crate::host::process::{self, Process, Spawn};
 use crate::host::program;
+use crate::ids::Tag;
 use crate::locks::{Cancel, CancelCause, Rank, region};
 use crate::vmm::devices::{self, KVM, TUN};
 use api::{
@@ -281,7 +282,7 @@ impl Firecracker {
                         },
                     )?;
                 }
-                let args = ["--id".into(), spec.tag.clone().into()]
+                let args = ["--id".into(), spec.tag.as_str().into()]
                     .into_iter()
                     .chain(own_args)
                     .collect();
@@ -688,7 +689,7 @@ impl Driver for Firecracker {
         let gone = || Error::new(Kind::VmmFailed, format!("{doing}: it has exited"));
         let process = self
             .processes
-            .verify(identity, &spec.tag)?
+            .verify(identity, spec.tag.as_str())?
             .ok_or_else(gone)?;
         let GuestNetwork::Tap { address, .. } = spec.network else {
             return Err(Error::new(
@@ -860,12 +861,12 @@ impl Driver for Firecracker {
         .map(|()| true)
     }
 
-    fn clear(&self, dir: &Path, tag: &str) -> Result<()> {
+    fn clear(&self, dir: &Path, tag: &Tag) -> Result<()> {
         jail::clear(dir, tag)
     }
 
-    fn remains(&self, vms: &Path, tag_prefix: &str) -> Result<Vec<String>> {
-        Ok(jail::remains(vms, tag_prefix))
+    fn remains(&self, vms: &Path, install: &str) -> Result<Vec<String>> {
+        Ok(jail::remains(vms, install))
     }
 
     fn checks(&self) -> Vec<Check> {

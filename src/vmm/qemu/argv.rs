@@ -134,13 +134,13 @@ const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resour
 /// It starts with the guest stopped, so that the console is read from its first byte.
 pub fn argv(spec: &VmmSpec, platform: &Platform, is_isolated: bool) -> Result<Vec<OsString>> {
     let is_plain = |b: u8| b.is_ascii_alphanumeric() || b == b'-';
-    if spec.tag.is_empty() || !spec.tag.bytes().all(is_plain) {
+    if !spec.tag.as_str().bytes().all(is_plain) {
         return Err(Error::internal(format!(
             "start the VMM: the tag {:?} has characters other than a-z, 0-9 and -",
             spec.tag
         )));
     }
-    let mut args: Vec<OsString> = vec!["-name".into(), spec.tag.clone().into()];
+    let mut args: Vec<OsString> = vec!["-name".into(), spec.tag.as_str().into()];
     args.extend(platform.base());
     let mut option = |name: &str, value: String| args.extend([OsString::from(name), value.into()]);
     option("-smp", spec.vcpus.to_string());
@@ -328,7 +328,7 @@ mod tests {
     fn spec() -> VmmSpec {
         VmmSpec {
             vm: "0123456789ab".parse().unwrap(),
-            tag: "fc-aa-0123456789ab-1".into(),
+            tag: "fc-aa-0123456789ab-1".parse().unwrap(),
             dir: "/s/vms/0123456789ab".into(),
             kernel: "/s/images/x/vmlinux".into(),
             initrd: "/s/images/x/initrd".into(),
@@ -566,18 +566,18 @@ mod tests {
             accelerator: Accelerator::Tcg,
             board: Board::Q35,
         };
-        for tag in ["", "a,b", "a=b", "a b"] {
+        for install in ["a,b", "a=b", "a b"] {
             assert!(
                 argv(
                     &VmmSpec {
-                        tag: tag.into(),
+                        tag: crate::ids::Tag::new(install, &spec().vm, 1),
                         ..spec()
                     },
                     &platform,
                     false
                 )
                 .is_err(),
-                "{tag}"
+                "{install}"
             );
         }
     }

@@ -338,7 +338,7 @@ impl Driver for Qemu {
         let gone = || Error::new(Kind::VmmFailed, format!("{doing}: it has exited"));
         let process = self
             .processes
-            .verify(identity, &spec.tag)?
+            .verify(identity, spec.tag.as_str())?
             .ok_or_else(gone)?;
         let _blocking = region(Rank::VmmApi);
         let cancel = Cancel::try_new().map_err(|e| Error::io(doing, e))?;
@@ -549,7 +549,7 @@ mod tests {
         let path = |name: &str| temp.path().join(name);
         let spec = VmmSpec {
             vm: "0123456789ab".parse().unwrap(),
-            tag: "fc-test-0123456789ab-1".into(),
+            tag: "fc-test-0123456789ab-1".parse().unwrap(),
             dir: temp.path().to_owned(),
             kernel: path("k"),
             initrd: path("i"),

@@ -3,6 +3,7 @@
 use super::{control_plane_spec, new_driver, vm_config};
 use fcd::api::vm::RateLimits;
 use fcd::error::Kind;
+use fcd::ids::Tag;
 use fcd::locks::Cancel;
 use fcd::vmm::{Driver, GuestNetwork, SaveTo, Saved, VmmSpec};
 use nix::sched::{CloneFlags, unshare};
@@ -36,12 +37,12 @@ fn the_control_plane_on_this_hosts_kvm() {
         e.kind() == Kind::Unsupported && e.to_string().contains("Invalid Elf magic number"),
         "{e}"
     );
-    assert_eq!(first.processes().find(&tag).unwrap(), None);
+    assert_eq!(first.processes().find(tag.as_str()).unwrap(), None);
     let spec = spec(&image.join("vmlinux"));
     let running = first.start(&spec, &never, &mut |_| {}).unwrap();
     // A second VMM cannot use the same tap.
     let second = VmmSpec {
-        tag: format!("{tag}2"),
+        tag: Tag::new(tag.install(), tag.vm(), 2),
         dir: dir.path().join("other"),
         ..spec.clone()
     };
@@ -165,7 +166,7 @@ fn the_control_plane_on_this_hosts_kvm() {
         .kill(&running.identity, Instant::now() + Duration::from_secs(30))
         .unwrap();
     assert!(deaths.recv_timeout(Duration::from_secs(30)).is_ok());
-    assert_eq!(next.processes().find(&tag).unwrap(), None);
+    assert_eq!(next.processes().find(tag.as_str()).unwrap(), None);
     // Restore it with another tap. A damaged copy is refused and leaves nothing behind.
     let network = GuestNetwork::Tap {
         name: "fctest1".into(),
@@ -178,7 +179,7 @@ fn the_control_plane_on_this_hosts_kvm() {
         driver: next.describe(),
     };
     let spec = VmmSpec {
-        tag: format!("{tag}3"),
+        tag: Tag::new(tag.install(), tag.vm(), 3),
         network,
         saved: Some(saved),
         ..spec
@@ -193,5 +194,5 @@ fn the_control_plane_on_this_hosts_kvm() {
         e.kind() == Kind::VmmFailed && e.to_string().contains("Load snapshot error"),
         "{e}"
     );
-    assert_eq!(next.processes().find(&spec.tag).unwrap(), None);
+    assert_eq!(next.processes().find(spec.tag.as_str()).unwrap(), None);
 }

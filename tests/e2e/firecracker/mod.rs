@@ -6,6 +6,7 @@ mod bench;
 mod control_plane;
 
 use crate::another_host::{PLACE, TestHost};
+use fcd::ids::Tag;
 use fcd::vmm::console::Consoles;
 use fcd::vmm::firecracker::Firecracker;
 use fcd::vmm::{GuestNetwork, VmmSpec};
@@ -444,7 +445,11 @@ fn control_plane_spec(dir: &Path, kernel: &Path) -> VmmSpec {
             .unwrap();
     }
     // A tag that no other process has now.
-    let tag = format!("fc-{:08x}-0123456789ab-1", std::process::id());
+    let tag = Tag::new(
+        &format!("{:08x}", std::process::id()),
+        &"0123456789ab".parse().unwrap(),
+        1,
+    );
     VmmSpec {
         kernel: kernel.to_owned(),
         initrd: crate::host::image().join("initrd"),
@@ -457,7 +462,7 @@ fn control_plane_spec(dir: &Path, kernel: &Path) -> VmmSpec {
             address: [10, 89, 0, 5].into(),
         },
         dir: vm,
-        ..fcd::vmm::fake::spec("0123456789ab".parse().unwrap(), &tag, dir)
+        ..fcd::vmm::fake::spec(tag, dir)
     }
 }
 

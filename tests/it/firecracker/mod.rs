@@ -7,6 +7,7 @@ mod saving;
 mod starting;
 
 use fcd::error::Error;
+use fcd::ids::{Tag, VmId};
 use fcd::locks::Cancel;
 use fcd::vmm::console::Consoles;
 use fcd::vmm::firecracker::Firecracker;
@@ -24,7 +25,9 @@ fn soon() -> Instant {
 
 struct Bench {
     dir: tempfile::TempDir,
-    /// The prefix of this test's VMM tags, which no other test uses.
+    /// The installation of this test's VMM tags, which no other test uses.
+    install: String,
+    /// The prefix of those tags.
     prefix: String,
     driver: Firecracker,
 }
@@ -45,11 +48,12 @@ impl Bench {
         ] {
             std::fs::write(dir.path().join(name), bytes).unwrap();
         }
-        let prefix = format!("fc-{}-", &fcd::ids::VmId::random().as_str()[..8]);
+        let install = VmId::random().as_str()[..8].to_owned();
         let bench = Self {
             driver: driver(dir.path()),
             dir,
-            prefix,
+            prefix: Tag::prefix(&install),
+            install,
         };
         bench.script(script);
         bench
@@ -59,17 +63,14 @@ impl Bench {
         std::fs::write(self.dir.path().join("script"), script).unwrap();
     }
 
-    fn tag(&self) -> String {
-        format!("{}0123456789ab-1", self.prefix)
+    fn tag(&self, generation: u64) -> Tag {
+        let vm = "0123456789ab".parse().unwrap();
+        Tag::new(&self.install, &vm, generation)
     }
 
     fn spec(&self) -> VmmSpec {
         let path = |name: &str| self.dir.path().join(name);
-        let base = fcd::vmm::fake::spec(
-            "0123456789ab".parse().unwrap(),
-            &self.tag(),
-            self.dir.path(),
-        );
+        let base = fcd::vmm::fake::spec(self.tag(1), self.dir.path());
         VmmSpec {
             dir: path("vm"),
             kernel: path("vmlinux"),

@@ -57,7 +57,7 @@ impl Bench {
             driver: self.driver.describe(),
         };
         let spec = VmmSpec {
-            tag: format!("{}0123456789ab-2", self.prefix),
+            tag: self.tag(2),
             saved: Some(saved),
             ..self.spec()
         };
@@ -122,7 +122,7 @@ fn save_and_restore_guest() {
     // is not enough.
     bench.pause(&again);
     let spec = VmmSpec {
-        tag: format!("{}0123456789ab-2", bench.prefix),
+        tag: bench.tag(2),
         ..bench.spec()
     };
     let again_files = SavedFiles {

@@ -50,7 +50,7 @@ fn start_configures_vm_and_runs_guest() {
         bench
             .driver
             .processes()
-            .find(&bench.tag())
+            .find(bench.tag(1).as_str())
             .unwrap()
             .as_ref(),
         Some(&running.identity)
@@ -59,7 +59,7 @@ fn start_configures_vm_and_runs_guest() {
         bench
             .driver
             .processes()
-            .is_ours(&running.identity, &bench.tag())
+            .is_ours(&running.identity, bench.tag(1).as_str())
             && !bench
                 .driver
                 .processes()
@@ -87,7 +87,14 @@ fn start_configures_vm_and_runs_guest() {
         .processes()
         .kill(&running.identity, soon())
         .unwrap();
-    assert_eq!(bench.driver.processes().find(&bench.tag()).unwrap(), None);
+    assert_eq!(
+        bench
+            .driver
+            .processes()
+            .find(bench.tag(1).as_str())
+            .unwrap(),
+        None
+    );
     // Files of the previous run do not prevent a start.
     bench
         .driver
@@ -243,7 +250,7 @@ fn adopt_by_next_daemon_continues() {
     std::fs::write(bench.dir.path().join("vm/run/console"), "and says more\n").unwrap();
     bench.await_console("and says more");
     let other = VmmSpec {
-        tag: format!("{}0123456789ab-2", bench.prefix),
+        tag: bench.tag(2),
         ..bench.spec()
     };
     assert_eq!(

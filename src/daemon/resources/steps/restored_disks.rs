@@ -74,7 +74,7 @@ impl Resources {
         let (former, ticket) = self
             .core
             .store
-            .change(|tx| Ok(former_disks::intend(tx, &boot.row, &boot.spec.tag)))?;
+            .change(|tx| Ok(former_disks::intend(tx, &boot.row, boot.spec.tag.as_str())))?;
         self.core.wait_durable(ticket)?;
         boot.former_disks = Some(former);
         let mut copied = Vec::new();
@@ -107,7 +107,7 @@ impl Resources {
         let (Some(restore), Some(former)) = (boot.restore, boot.former_disks.take()) else {
             return Ok(());
         };
-        let (saved, row, tag) = (&restore.row, &boot.row, &boot.spec.tag);
+        let (saved, row, tag) = (&restore.row, &boot.row, boot.spec.tag.as_str());
         let workspace = saved.workspace.clone().map(|w| WorkspaceRow {
             vm: row.id.clone(),
             generation: row.generation,

@@ -130,13 +130,13 @@ impl Lifecycle {
             deadline,
             output_bytes_max: remote::ANSWER_BYTES_MAX,
         };
-        let (exit, _, stderr) = run_script(self.transport.as_ref(), &target, &script, boot.cancel)?;
-        match exit {
+        let output = run_script(self.transport.as_ref(), &target, &script, boot.cancel)?;
+        match output.exit {
             Exit::Status(0) => Ok(()),
             exit => Err(remote::failure(
                 "mount the read-only workspace again",
                 &exit,
-                &stderr,
+                &output.stderr,
             )),
         }
     }
@@ -160,9 +160,9 @@ impl Lifecycle {
             deadline,
             output_bytes_max: OUTPUT_BYTES_MAX,
         };
-        let (exit, _, stderr) = run_script(self.transport.as_ref(), &target, &script, boot.cancel)
+        let output = run_script(self.transport.as_ref(), &target, &script, boot.cancel)
             .map_err(|e| e.context("wait for the guest to apply its new identity"))?;
-        match exit {
+        match output.exit {
             Exit::Status(0) => {
                 let command = set_clock_command();
                 let script = Script {
@@ -174,7 +174,7 @@ impl Lifecycle {
             exit => Err(remote::failure(
                 "wait for the guest to apply its new identity",
                 &exit,
-                &stderr,
+                &output.stderr,
             )),
         }
     }

@@ -172,15 +172,15 @@ impl Lifecycle {
         let settled = settle(&mut row, settlement, at);
         let (step, result) = self.choose(&mut row, settlement, settled);
         row.op = None;
-        if let Some((op, verb, to)) = settlement.next(&step) {
-            enter(&mut row, to, op, verb);
+        if let Some(next) = settlement.next(&step) {
+            next.enter(&mut row);
         }
         let result = result.and_then(|()| self.views.vm_value(&row));
         // Make the rows first: the registry's lock is a leaf, so it cannot be taken under the
         // store's.
         let ended =
             (!matches!(step, NextStep::Restart)).then(|| ended_row(settlement.op.op(), &result));
-        let begun = settlement.next(&step).map(|(op, ..)| op.op());
+        let begun = settlement.next(&step).map(|next| next.op.op());
         let ((), ticket) = self.core.change(true, |tx| {
             for op in ended.into_iter().chain(begun) {
                 tx.put_op(op);
@@ -195,13 +195,13 @@ impl Lifecycle {
                 // The result is known already.
                 drop(settle(row, settlement, at));
                 (row.intent, row.op) = (None, None);
-                if let Some((op, verb, to)) = settlement.next(&step) {
-                    enter(row, to, op, verb);
+                if let Some(next) = settlement.next(&step) {
+                    next.enter(row);
                 }
             })
         })?;
-        if let Some((op, verb, to)) = settlement.next(&step) {
-            self.arm_locked(vm, op, to, verb);
+        if let Some(next) = settlement.next(&step) {
+            self.arm_locked(vm, next.op, next.state, next.verb);
         }
         Ok(Written {
             row,
@@ -350,7 +350,7 @@ impl Settlement {
             (Outcome::Deleted, _) => history::CommitKind::Deleted,
         };
         let state = (!matches!(written.step, NextStep::Gone)).then_some(written.row.state);
-        let next = self.next(&written.step).map(|(op, ..)| op.id().clone());
+        let next = self.next(&written.step).map(|next| next.op.id().clone());
         What::Committed {
             op: self.op.id().clone(),
             ending,
@@ -369,13 +369,35 @@ impl Settlement {
         }
     }
 
-    /// The operation that owns the VM next, its verb, and the state that it begins in.
-    fn next(&self, step: &NextStep) -> Option<(&OpHandle, Verb, VmState)> {
+    /// The operation that owns the VM next.
+    fn next(&self, step: &NextStep) -> Option<NextOperation<'_>> {
         match step {
-            NextStep::Restart => Some((&self.op, Verb::Start, VmState::Starting)),
-            NextStep::Successor => self.successor.as_ref().map(|s| (&s.op, s.verb, s.target())),
+            NextStep::Restart => Some(NextOperation {
+                op: &self.op,
+                verb: Verb::Start,
+                state: VmState::Starting,
+            }),
+            NextStep::Successor => self.successor.as_ref().map(|s| NextOperation {
+                op: &s.op,
+                verb: s.verb,
+                state: s.target(),
+            }),
             NextStep::Rest | NextStep::Gone => None,
         }
+    }
+}
+
+/// The operation that begins in the same critical section in which another ends.
+struct NextOperation<'a> {
+    op: &'a OpHandle,
+    verb: Verb,
+    /// The state that the VM enters.
+    state: VmState,
+}
+
+impl NextOperation<'_> {
+    fn enter(&self, row: &mut VmRow) {
+        enter(row, self.state, self.op, self.verb);
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::core::Core;
 use crate::api::daemon::{DebugLocksReply, LockParty, LockRecord};
-use crate::locks::{Party, check};
+use crate::locks::{KeyRecord, Party, check};
 
 impl Core {
     /// Lists the locks with their holders and waiters.
@@ -13,21 +13,16 @@ impl Core {
             ("workspace_locks", self.locks.workspace.records()),
         ];
         for (name, records) in keyed {
-            locks.extend(
-                records
-                    .into_iter()
-                    .map(|(key, holder, waiters)| record(name, key, holder, waiters)),
-            );
+            locks.extend(records.into_iter().map(|held| record(name, held)));
         }
         for (name, set) in [
             ("create_vm", &self.locks.create_vm),
             ("image_ops", &self.locks.image_ops),
         ] {
-            locks.extend(
-                set.records()
-                    .into_iter()
-                    .map(|(_, holder, waiters)| record(name, String::new(), holder, waiters)),
-            );
+            locks.extend(set.records().into_iter().map(|held| LockRecord {
+                key: String::new(),
+                ..record(name, held)
+            }));
         }
         DebugLocksReply {
             locks,
@@ -37,7 +32,7 @@ impl Core {
     }
 }
 
-fn record(set: &str, key: String, holder: Option<Party>, waiters: Vec<Party>) -> LockRecord {
+fn record(set: &str, held: KeyRecord) -> LockRecord {
     let party = |p: Party| LockParty {
         thread: p.thread,
         operation: p.operation.as_deref().unwrap_or_default().to_owned(),
@@ -45,9 +40,9 @@ fn record(set: &str, key: String, holder: Option<Party>, waiters: Vec<Party>) ->
     };
     LockRecord {
         set: set.to_owned(),
-        key,
-        holder: holder.map(party),
-        waiters: waiters.into_iter().map(party).collect(),
+        key: held.key,
+        holder: held.holder.map(party),
+        waiters: held.waiters.into_iter().map(party).collect(),
     }
 }
 

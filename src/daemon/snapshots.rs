@@ -381,7 +381,7 @@ impl Snapshots {
             .guests
             .target(row)
             .and_then(|target| run_script(self.transport.as_ref(), &target, &script, op.cancel()));
-        if !matches!(set, Ok((Exit::Status(0), ..))) {
+        if !set.is_ok_and(|output| output.exit == Exit::Status(0)) {
             log::info!(
                 "the clock of VM {} may be late, because the VM was paused while it was saved",
                 row.name
@@ -397,16 +397,20 @@ impl Snapshots {
             deadline,
             output_bytes_max: OUTPUT_BYTES_MAX,
         };
-        let (exit, stdout, stderr) = run_script(
+        let output = run_script(
             self.transport.as_ref(),
             &self.guests.target(row)?,
             &script,
             op.cancel(),
         )?;
-        if exit == Exit::Status(0) && stdout == b"ready\n" {
+        if output.exit == Exit::Status(0) && output.stdout == b"ready\n" {
             return Ok(());
         }
-        Err(remote::failure("prepare the guest", &exit, &stderr))
+        Err(remote::failure(
+            "prepare the guest",
+            &output.exit,
+            &output.stderr,
+        ))
     }
 
     fn copy_disks(

@@ -180,12 +180,11 @@ impl Transfer {
             deadline,
             output_bytes_max: remote::ANSWER_BYTES_MAX,
         };
-        let (exit, stdout, stderr) =
-            run_script(self.transport.as_ref(), &self.target, &script, cancel)
-                .map_err(|e| self.with_progress(e))?;
-        match exit {
-            Exit::Status(0) => Ok(stdout),
-            exit => Err(self.with_progress(remote::failure(doing, &exit, &stderr))),
+        let output = run_script(self.transport.as_ref(), &self.target, &script, cancel)
+            .map_err(|e| self.with_progress(e))?;
+        match output.exit {
+            Exit::Status(0) => Ok(output.stdout),
+            exit => Err(self.with_progress(remote::failure(doing, &exit, &output.stderr))),
         }
     }
 

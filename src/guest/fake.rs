@@ -484,7 +484,11 @@ mod tests {
             output_bytes_max: 100,
         };
         let output = run_script(&fake, &target(), &script, &cancel()).unwrap();
-        assert_eq!(output, (Exit::Status(3), b"hello".to_vec(), b"e".to_vec()));
+        assert_eq!(output.exit, Exit::Status(3));
+        assert_eq!(
+            (output.stdout, output.stderr),
+            (b"hello".to_vec(), b"e".to_vec())
+        );
         assert_eq!(fake.calls()[0].stdin_bytes, 5);
         let cut = crate::guest::Script {
             output_bytes_max: 2,

@@ -22,7 +22,7 @@ pub use helper::SshTransport;
 #[cfg(test)]
 pub use quote::command_line;
 pub use quote::{CANNOT_ENTER, CANNOT_ENTER_STATUS, command_bytes, quote};
-pub use script::{Script, run_script};
+pub use script::{Script, ScriptOutput, run_script};
 
 use crate::api::exec::{Exit, Pty, PtySize};
 use crate::error::Result;

@@ -17,15 +17,22 @@ pub struct Script<'a> {
     pub output_bytes_max: usize,
 }
 
-/// Runs the command to its end. Returns its exit, stdout and stderr. Too much stdout is
-/// `guest_command_failed`, because a truncated answer would mislead; stderr is truncated. Other
-/// errors are those of [`Transport::exec`].
+/// How a command ended and what it printed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ScriptOutput {
+    pub exit: Exit,
+    pub stdout: Vec<u8>,
+    pub stderr: Vec<u8>,
+}
+
+/// Runs the command to its end. Too much stdout is `guest_command_failed`, because a truncated
+/// answer would mislead; stderr is truncated. Other errors are those of [`Transport::exec`].
 pub fn run_script(
     transport: &dyn Transport,
     target: &Target,
     script: &Script<'_>,
     cancel: &Cancel,
-) -> Result<(Exit, Vec<u8>, Vec<u8>)> {
+) -> Result<ScriptOutput> {
     let mut stdin = BytesSource::new(script.stdin);
     let mut stdout = VecSink::new(script.output_bytes_max);
     let mut stderr = VecSink::new(script.output_bytes_max);
@@ -48,5 +55,9 @@ pub fn run_script(
         );
         return Err(Error::new(Kind::GuestCommandFailed, message));
     }
-    Ok((exit, stdout.bytes, stderr.bytes))
+    Ok(ScriptOutput {
+        exit,
+        stdout: stdout.bytes,
+        stderr: stderr.bytes,
+    })
 }

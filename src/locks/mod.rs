@@ -32,7 +32,7 @@ pub use cause::CancelCause;
 pub use check::{assert_none_held, require_memory_only};
 pub use mutex::{Condvar, Mutex, MutexGuard, Region, Waited, region};
 pub use rank::Rank;
-pub use record::{OperationScope, Party, operation_scope};
+pub use record::{KeyRecord, OperationScope, Party, operation_scope};
 pub use set::{KeyGuard, LockSet, WaitCancelled};
 
 #[cfg(all(

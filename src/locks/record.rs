@@ -21,6 +21,16 @@ pub struct Party {
     pub since: Instant,
 }
 
+/// A key that is held or waited for.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct KeyRecord {
+    /// The key, formatted with `Debug`.
+    pub key: String,
+    pub holder: Option<Party>,
+    /// In the order in which they will get the lock.
+    pub waiters: Vec<Party>,
+}
+
 /// What a [`LockSet`](super::LockSet) keeps about a holder or waiter.
 pub(super) struct PartyRecord {
     pub(super) thread: raw::Thread,

@@ -1,6 +1,6 @@
 //! One lock per key, granted in the order of arrival.
 
-use super::record::Party;
+use super::record::KeyRecord;
 use super::slots::Slots;
 use super::{Cancel, check, rank::Rank, raw};
 use std::fmt::Debug;
@@ -104,9 +104,8 @@ impl<K: Clone + Ord + Hash + Debug> LockSet<K> {
         guards
     }
 
-    /// The current holder and the waiters, in order, of every key that is held. Keys are formatted
-    /// with `Debug`.
-    pub fn records(&self) -> Vec<(String, Option<Party>, Vec<Party>)> {
+    /// Every key that is held, with its current holder and its waiters.
+    pub fn records(&self) -> Vec<KeyRecord> {
         self.slots.records()
     }
 

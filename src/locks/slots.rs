@@ -1,7 +1,7 @@
 //! The holders and waiters of a [`LockSet`](super::LockSet), by key.
 
 use super::raw;
-use super::record::{Party, PartyRecord};
+use super::record::{KeyRecord, Party, PartyRecord};
 use std::collections::{HashMap, VecDeque, hash_map::Entry};
 use std::fmt::Debug;
 use std::hash::Hash;
@@ -78,17 +78,18 @@ impl<K: Clone + Ord + Hash + Debug> Slots<K> {
     }
 
     /// See [`LockSet::records`](super::LockSet::records).
-    pub fn records(&self) -> Vec<(String, Option<Party>, Vec<Party>)> {
+    pub fn records(&self) -> Vec<KeyRecord> {
         let slots = self.lock();
         let mut all: Vec<_> = slots
             .iter()
-            .map(|(key, slot)| {
-                let waiters = slot.waiters.iter().map(|w| Party::from(&w.here)).collect();
-                (format!("{key:?}"), Some(Party::from(&slot.holder)), waiters)
+            .map(|(key, slot)| KeyRecord {
+                key: format!("{key:?}"),
+                holder: Some(Party::from(&slot.holder)),
+                waiters: slot.waiters.iter().map(|w| Party::from(&w.here)).collect(),
             })
             .collect();
         drop(slots);
-        all.sort_by(|a, b| a.0.cmp(&b.0));
+        all.sort_by(|a, b| a.key.cmp(&b.key));
         all
     }
 }

@@ -383,7 +383,7 @@ fn dump_shows_holders_and_waiters() {
         waiter
             .spawn_scoped(s, || drop(set.lock(&"dumped")))
             .unwrap();
-        super::tests_set::wait_for(|| set.records().iter().any(|r| r.2.len() == 1));
+        super::tests_set::wait_for(|| set.records().iter().any(|r| r.waiters.len() == 1));
         let dump = check::dump();
         assert!(
             dump.contains("'the-waiter' awaits workspace_locks[\"dumped\"] at src/locks/tests.rs"),

@@ -1,5 +1,6 @@
 //! Tests of [`LockSet`] with real threads; `tests_shuttle.rs` tests it under shuttle.
 
+use super::record::KeyRecord;
 use super::{Cancel, KeyGuard, LockSet, MutexGuard, Rank, Region, WaitCancelled, operation_scope};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -36,7 +37,7 @@ pub(super) fn wait_for(mut condition: impl FnMut() -> bool) {
 }
 
 fn waiters(set: &LockSet<u32>) -> usize {
-    set.records().iter().map(|r| r.2.len()).sum()
+    set.records().iter().map(|r| r.waiters.len()).sum()
 }
 
 #[test]
@@ -236,7 +237,14 @@ fn records_hold_operation_thread_and_time() {
             });
         wait_for(|| waiters(&set) == 1);
         let records = set.records();
-        let [(key, Some(holder), waiting)] = records.as_slice() else {
+        let [
+            KeyRecord {
+                key,
+                holder: Some(holder),
+                waiters: waiting,
+            },
+        ] = records.as_slice()
+        else {
             panic!("{records:?}")
         };
         assert_eq!(
@@ -252,7 +260,7 @@ fn records_hold_operation_thread_and_time() {
         let (handed, queued) = (Instant::now(), waiting[0].since);
         drop(held);
         let (records, key) = waiter.unwrap().join().unwrap();
-        let holder = records[0].1.as_ref().unwrap();
+        let holder = records[0].holder.as_ref().unwrap();
         assert_eq!(
             (key, holder.operation.as_deref()),
             (7, Some("vm.delete 9b1c"))

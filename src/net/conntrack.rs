@@ -122,11 +122,11 @@ fn ask(socket: &OwnedFd, question: &[u8], each: &mut dyn FnMut(&[u8])) -> nix::R
     for _ in 0..READS_MAX {
         let len = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
         let mut rest = &buffer[..len];
-        while let Some((kind, body, after)) = next_message(rest) {
-            match kind {
+        while let Some((answer, after)) = next_message(rest) {
+            match answer.kind {
                 NLMSG_DONE => return Ok(()),
                 NLMSG_ERROR => {
-                    let code = body.get(..4).map_or(libc::EBADMSG, |b| {
+                    let code = answer.body.get(..4).map_or(libc::EBADMSG, |b| {
                         -i32::from_ne_bytes([b[0], b[1], b[2], b[3]])
                     });
                     return if code == 0 {
@@ -135,7 +135,7 @@ fn ask(socket: &OwnedFd, question: &[u8], each: &mut dyn FnMut(&[u8])) -> nix::R
                         Err(nix::Error::from_raw(code))
                     };
                 }
-                CT_NEW => each(body.get(GENERIC.len()..).unwrap_or_default()),
+                CT_NEW => each(answer.body.get(GENERIC.len()..).unwrap_or_default()),
                 _ => {}
             }
             rest = after;
@@ -155,16 +155,18 @@ fn message(kind: u16, flags: u16, attributes: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// Returns the type and body of the first message, and the rest of the bytes.
-fn next_message(bytes: &[u8]) -> Option<(u16, &[u8], &[u8])> {
+struct Message<'a> {
+    kind: u16,
+    body: &'a [u8],
+}
+
+/// Returns the first message and the rest of the bytes.
+fn next_message(bytes: &[u8]) -> Option<(Message<'_>, &[u8])> {
     let len = u32::from_ne_bytes(bytes.get(..4)?.try_into().ok()?) as usize;
     let kind = u16::from_ne_bytes(bytes.get(4..6)?.try_into().ok()?);
     let body = bytes.get(HEADER..len)?;
-    Some((
-        kind,
-        body,
-        bytes.get(len.next_multiple_of(4)..).unwrap_or_default(),
-    ))
+    let rest = bytes.get(len.next_multiple_of(4)..).unwrap_or_default();
+    Some((Message { kind, body }, rest))
 }
 
 struct Attribute<'a> {
@@ -294,7 +296,7 @@ mod tests {
         }
         let sent = message(CT_GET, NLM_F_DUMP, &[]);
         assert_eq!(
-            next_message(&sent).map(|(kind, body, _)| (kind, body.len())),
+            next_message(&sent).map(|(sent, _)| (sent.kind, sent.body.len())),
             Some((CT_GET, 4))
         );
         assert!((0..sent.len()).all(|len| next_message(&sent[..len]).is_none()));

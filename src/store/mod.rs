@@ -179,7 +179,11 @@ impl Store {
     /// Those of [`Store::open`].
     pub fn open_keeping(dir: &Path, retention: Retention) -> Result<Store> {
         let connection = schema::open(dir, &schema::migrations())?;
-        let (state, install_id, seq) = load(&connection)
+        let Loaded {
+            state,
+            install_id,
+            seq,
+        } = load(&connection)
             .map_err(|e| e.context(format!("open the store in {}", dir.display())))?;
         let events = events::Bus::new(&state, seq);
         let core = Core {
@@ -331,7 +335,15 @@ impl Drop for Handle {
     }
 }
 
-fn load(c: &rusqlite::Connection) -> Result<(State, String, u64)> {
+/// What a database contains.
+struct Loaded {
+    state: State,
+    install_id: String,
+    /// The number of the last change.
+    seq: u64,
+}
+
+fn load(c: &rusqlite::Connection) -> Result<Loaded> {
     let info = |name: &str| {
         schema::info(c, name).map_err(|e| sql::refused(format!("read {name}")).with_source(e))
     };
@@ -342,5 +354,9 @@ fn load(c: &rusqlite::Connection) -> Result<(State, String, u64)> {
     let seq = seq
         .parse()
         .map_err(|e| sql::refused(format!("read seq {seq:?}")).with_source(e))?;
-    Ok((state, install_id, seq))
+    Ok(Loaded {
+        state,
+        install_id,
+        seq,
+    })
 }

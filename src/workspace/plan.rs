@@ -129,7 +129,13 @@ impl Plan {
             .hint(format!("pass the repository: {}", top.display())));
         }
         let (git, config) = Git::open(top, options, cancel)?;
-        let (mut repo, blobs, mut warnings) = Repo::look(&git, &config)?;
+        let (mut repo, blobs) = Repo::look(&git, &config)?;
+        let (exclude, note) = git.exclude_rules(&config)?;
+        repo.exclude = exclude;
+        let mut warnings: Vec<String> = note.into_iter().collect();
+        if config.partial_clone {
+            warnings.push("this is a partial clone: git in the guest must fetch the objects that are missing here".into());
+        }
         let listed = git.listed()?;
         let mut walk = Walk::new(open_root(top)?, cancel);
         let submodules = repo
@@ -266,9 +272,9 @@ fn open_root(root: &Path) -> Result<Beneath> {
 }
 
 impl Repo {
-    /// Collects everything except the pack. Also returns the blobs that only the index has, and
-    /// warnings.
-    fn look(git: &Git, config: &Config) -> Result<(Self, HashSet<String>, Vec<String>)> {
+    /// Collects everything except the pack and the exclude rules. Also returns the blobs that only
+    /// the index has.
+    fn look(git: &Git, config: &Config) -> Result<(Self, HashSet<String>)> {
         let (head, format, index) = (git.head()?, git.object_format()?, git.index()?);
         let staged = git.staged(&head, &format, false)?;
         let is_blob = |mode: u32| mode != 0 && mode != IndexEntry::GITLINK;
@@ -281,11 +287,6 @@ impl Repo {
             .filter(|r| is_blob(r.new_mode) && r.new_oid.bytes().any(|b| b != b'0'));
         let blobs = added.map(|r| r.new_oid.clone()).chain(conflicts).collect();
         let intent_to_add = Self::intents(git, &head, &format, &index, &staged)?;
-        let (exclude, note) = git.exclude_rules(config)?;
-        let mut warnings: Vec<String> = note.into_iter().collect();
-        if config.partial_clone {
-            warnings.push("this is a partial clone: git in the guest must fetch the objects that are missing here".into());
-        }
         let repo = Self {
             head,
             format,
@@ -294,7 +295,7 @@ impl Repo {
             history: HistorySelection::default(),
             pack: None,
             config: config.for_guest(),
-            exclude,
+            exclude: Vec::new(),
             attributes: git.info_file("attributes")?,
             global_attributes: git.global_attributes(config),
             filtered: git::Filtered::default(),
@@ -305,7 +306,7 @@ impl Repo {
             },
             partial: config.partial_clone,
         };
-        Ok((repo, blobs, warnings))
+        Ok((repo, blobs))
     }
 
     /// Finds paths from `git add --intent-to-add`. They look like empty files in the index, and a

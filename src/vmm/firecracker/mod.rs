@@ -229,9 +229,7 @@ impl Firecracker {
         self
     }
 
-    /// Spawns the VMM. Returns its process, the directory with its socket and console, and the
-    /// paths of its files as the VMM sees them.
-    fn spawn(&self, spec: &VmmSpec) -> Result<(Process, OwnedFd, Files)> {
+    fn spawn(&self, spec: &VmmSpec) -> Result<Spawned> {
         let groups = self.device_groups(spec)?;
         let dir = open_dir(&spec.dir)?;
         let own_args =
@@ -311,17 +309,25 @@ impl Firecracker {
         } else {
             process::spawn(spawn)?
         };
-        Ok((process, place, files))
+        Ok(Spawned {
+            process,
+            place,
+            files,
+        })
     }
 
     /// Configures a VMM that has just been spawned, and runs its guest.
     fn configure_and_run(
         &self,
         spec: &VmmSpec,
-        spawned: &(Process, OwnedFd, Files),
+        spawned: &Spawned,
         deadline: Deadline<'_>,
     ) -> Result<Running> {
-        let (process, place, files) = spawned;
+        let Spawned {
+            process,
+            place,
+            files,
+        } = spawned;
         let exited = || run_dir::exited_early("firecracker", spec, process);
         let socket = dial::connect(place, API_SOCKET, process, deadline)?.ok_or_else(exited)?;
         let configure = || -> Result<Running> {
@@ -398,6 +404,14 @@ impl Firecracker {
             .map(|(vmm, _)| vmm)
             .map_err(|e| e.context(doing))
     }
+}
+
+/// A VMM that runs no guest yet.
+struct Spawned {
+    process: Process,
+    /// The directory with its socket and console.
+    place: OwnedFd,
+    files: Files,
 }
 
 /// The paths of a VMM's files as the VMM sees them.
@@ -655,7 +669,7 @@ impl Driver for Firecracker {
             return Err(crate::host::wait::cancelled("start the VMM", cancel));
         }
         let spawned_now = self.spawn(spec)?;
-        let process = &spawned_now.0;
+        let process = &spawned_now.process;
         // From here on, an error, a cancel or a panic must not leave a process.
         let mut undo = crate::undo::Undo::new();
         undo.push("kill the VMM", || {

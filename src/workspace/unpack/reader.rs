@@ -146,8 +146,8 @@ impl<'a> TarReader<'a> {
         let mut records = Records::default();
         let mut left = bytes.as_slice();
         while !left.is_empty() {
-            let (key, value, after) = record(left).ok_or_else(|| damaged("a record is damaged"))?;
-            records.take(key, value)?;
+            let (record, after) = record(left).ok_or_else(|| damaged("a record is damaged"))?;
+            records.take(&record)?;
             left = after;
         }
         Ok(records)
@@ -376,7 +376,7 @@ struct Records {
 }
 
 impl Records {
-    fn take(&mut self, key: &[u8], value: &[u8]) -> Result<()> {
+    fn take(&mut self, &Record { key, value }: &Record<'_>) -> Result<()> {
         let number = || {
             std::str::from_utf8(value)
                 .ok()
@@ -413,14 +413,21 @@ fn name(value: &[u8]) -> Result<Vec<u8>> {
     Ok(value.to_vec())
 }
 
-/// Splits off the first record. Returns its key, its value and the rest.
-fn record(bytes: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
+/// A record of an extended header.
+struct Record<'a> {
+    key: &'a [u8],
+    value: &'a [u8],
+}
+
+/// Returns the first record and the rest of the bytes.
+fn record(bytes: &[u8]) -> Option<(Record<'_>, &[u8])> {
     let blank = bytes.iter().position(|b| *b == b' ')?;
     let length: usize = std::str::from_utf8(&bytes[..blank]).ok()?.parse().ok()?;
     let (record, after) = bytes.split_at_checked(length)?;
     let body = record.get(blank + 1..)?.strip_suffix(b"\n")?;
     let equals = body.iter().position(|b| *b == b'=')?;
-    Some((&body[..equals], &body[equals + 1..], after))
+    let (key, value) = (&body[..equals], &body[equals + 1..]);
+    Some((Record { key, value }, after))
 }
 
 /// Returns the name in a GNU or POSIX header. A POSIX header may hold the first part of the name in

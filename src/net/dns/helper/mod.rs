@@ -122,14 +122,23 @@ struct Work<'a> {
     connections: Connections,
 }
 
+/// Which descriptors are ready.
+struct Ready {
+    /// The daemon has sent something.
+    messages: bool,
+    datagrams: Vec<bool>,
+    connections: Vec<bool>,
+}
+
 impl Work<'_> {
     fn once(&mut self, buffer: &mut [u8]) -> Result<(), Disconnected> {
-        let (has_messages, datagrams, connections) = self.wait()?;
+        let ready = self.wait()?;
         let now = Instant::now();
-        self.datagrams.take_answers(&datagrams, self.daemon, now)?;
+        self.datagrams
+            .take_answers(&ready.datagrams, self.daemon, now)?;
         self.connections
-            .advance(&connections, self.daemon, self.subnet, now)?;
-        for _ in 0..if has_messages { TAKEN_AT_ONCE } else { 0 } {
+            .advance(&ready.connections, self.daemon, self.subnet, now)?;
+        for _ in 0..if ready.messages { TAKEN_AT_ONCE } else { 0 } {
             let Some((order, fd)) = self.daemon.next(buffer)? else {
                 break;
             };
@@ -138,9 +147,7 @@ impl Work<'_> {
         Ok(())
     }
 
-    /// Returns whether there are messages, and which datagrams' and connections' descriptors are
-    /// ready.
-    fn wait(&self) -> Result<(bool, Vec<bool>, Vec<bool>), Disconnected> {
+    fn wait(&self) -> Result<Ready, Disconnected> {
         let mut fds = vec![PollFd::new(self.daemon.0.fd(), PollFlags::POLLIN)];
         let datagrams: Vec<_> = self.datagrams.waits().collect();
         let connections: Vec<_> = self.connections.waits().collect();
@@ -168,13 +175,17 @@ impl Work<'_> {
             Err(e) => return Err(io::Error::from(e).into()),
         }
         let mut ready = fds.iter().map(|fd| fd.any().unwrap_or(false));
-        let has_messages = ready.next().unwrap_or(false);
+        let messages = ready.next().unwrap_or(false);
         let mut take = |with: Vec<bool>| {
             with.into_iter()
                 .map(|is| is && ready.next().unwrap_or(false))
                 .collect()
         };
-        Ok((has_messages, take(with_datagram), take(with_connection)))
+        Ok(Ready {
+            messages,
+            datagrams: take(with_datagram),
+            connections: take(with_connection),
+        })
     }
 
     fn follow(

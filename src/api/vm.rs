@@ -72,7 +72,7 @@ pub enum WorkspaceState {
     Complete,
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkspaceInfo {
     pub guest_path: String,
     /// Where commands start: `guest_path` or a directory below it.

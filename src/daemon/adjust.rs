@@ -145,7 +145,7 @@ impl Controls {
                 return Ok(());
             }
             apply(
-                &self.specs.spec(&row, &self.images.get(&row.image)?),
+                &self.specs.spec(&row, &self.images.get(&row.shape.image)?),
                 identity,
                 &value,
             )?;
@@ -157,7 +157,7 @@ impl Controls {
         self.settle(
             vm,
             generation,
-            |row| row.rates,
+            |row| row.shape.rates,
             |spec, identity, rates| {
                 self.vmm.set_rates(spec, identity, &self.core.closing)?;
                 let (Some(net), GuestNetwork::Tap { .. }) = (&self.networks.net, &spec.network)
@@ -178,7 +178,7 @@ impl Controls {
     }
 
     fn apply_balloon(&self, vm: &VmId, generation: u64) -> Result<()> {
-        let keep_mib = |row: &VmRow| row.balloon_mib.unwrap_or(row.mem_mib);
+        let keep_mib = |row: &VmRow| row.balloon_mib.unwrap_or(row.shape.mem_mib);
         self.settle(vm, generation, keep_mib, |spec, identity, keep_mib| {
             self.vmm
                 .set_balloon(spec, identity, *keep_mib, &self.core.closing)
@@ -247,7 +247,7 @@ impl Controls {
                 Error::new(Kind::WrongState, format!("{doing}: it ended meanwhile"))
                     .hint(format!("fcctl vm show {}", row.name))
             })?;
-        let spec = self.specs.spec(&now, &self.images.get(&now.image)?);
+        let spec = self.specs.spec(&now, &self.images.get(&now.shape.image)?);
         let kept_mib = self
             .vmm
             .balloon_mib(&spec, identity, &self.core.closing)
@@ -272,18 +272,19 @@ fn refused(e: Error, row: &VmRow, doing: String) -> Error {
 /// Restores the rates that `change` set, unless they have been changed again since.
 fn undo_rates(row: &mut VmRow, before: &VmRow, change: &RateLimits) {
     // A limit is unchanged if the request names it and the row still has the requested value.
-    let wanted = before.rates.with(change);
+    let wanted = before.shape.rates.with(change);
     let changed_since = row
+        .shape
         .rates
         .zip_with(&wanted, |now, wanted| (now != wanted).then_some(1));
     let unchanged = change.zip_with(&changed_since, |asked, since| {
         asked.filter(|_| since.is_none())
     });
     let keep = |unchanged: Option<u64>, old: Option<u64>| unchanged.and(old);
-    let restored = unchanged.zip_with(&before.rates, keep);
-    row.rates = RateLimits::or(
+    let restored = unchanged.zip_with(&before.shape.rates, keep);
+    row.shape.rates = RateLimits::or(
         &restored,
-        &row.rates.zip_with(&unchanged, |now, unchanged| {
+        &row.shape.rates.zip_with(&unchanged, |now, unchanged| {
             now.filter(|_| unchanged.is_none())
         }),
     );
@@ -303,18 +304,18 @@ fn check_balloon(row: &VmRow, keep_mib: Option<u64>) -> Result<()> {
         );
         return Err(Error::new(Kind::Unsupported, message).hint(format!(
             "build the image again (fcctl image build {}), then fcctl vm restart {}",
-            row.image, row.name
+            row.shape.image, row.name
         )));
     }
     match keep_mib {
-        Some(mib) if !(MEM_MIB_MIN..=row.mem_mib).contains(&mib) => {
+        Some(mib) if !(MEM_MIB_MIN..=row.shape.mem_mib).contains(&mib) => {
             let message = format!(
                 "balloon of VM {}: it cannot keep {mib} MiB of its {}",
-                row.name, row.mem_mib
+                row.name, row.shape.mem_mib
             );
             Err(Error::invalid(message).hint(format!(
                 "use {MEM_MIB_MIN}M to {}M; for more, raise its memory with fcctl vm set",
-                row.mem_mib
+                row.shape.mem_mib
             )))
         }
         _ => Ok(()),

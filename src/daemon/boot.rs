@@ -47,9 +47,10 @@ impl Lifecycle {
         }
         self.resources
             .release_boot(&row.id, row.generation.saturating_sub(1))?;
-        let image = self.images.get(&row.image)?;
+        let image = self.images.get(&row.shape.image)?;
         if restore.is_none() {
-            self.kernel_service.check_kernel(row.kernel.as_ref())?;
+            self.kernel_service
+                .check_kernel(row.shape.kernel.as_ref())?;
         }
         let spec = self.specs.boot_spec(restore, &row, &image);
         let (files, restore_seed, former_disks, running) = (Vec::new(), None, None, None);
@@ -112,17 +113,18 @@ impl Lifecycle {
 
     /// Mounts a read-only workspace again, because the mount ended with the last boot.
     fn restore_workspace(&self, boot: &Boot<'_>, running: &Running) -> Result<()> {
-        let Some(workspace) = self
-            .core
-            .store
-            .read(|s| s.workspace(&boot.row.id).filter(|w| w.readonly).cloned())
-        else {
+        let Some(workspace) = self.core.store.read(|s| {
+            s.workspace(&boot.row.id)
+                .filter(|w| w.info.readonly)
+                .cloned()
+        }) else {
             return Ok(());
         };
         let target = self
             .guests
             .target_at(&self.core.row(&boot.row.id)?, running.ssh_addr)?;
-        let command = remote::status_command(&remote::GuestWorkspace::new(&workspace.guest_path));
+        let command =
+            remote::status_command(&remote::GuestWorkspace::new(&workspace.info.guest_path));
         let deadline = Instant::now() + WORKSPACE_DEADLINE;
         let script = Script {
             command: &command,

@@ -96,14 +96,14 @@ impl Capacity {
     /// over all started VMs stays below the limits.
     pub(super) fn reserve_memory(&self, state: &State, row: &VmRow) -> Result<()> {
         let check = |used: u64, max: u64, whose: &str, key: &str| {
-            if used + row.mem_mib <= max {
+            if used + row.shape.mem_mib <= max {
                 return Ok(());
             }
             Err(Error::new(
                 Kind::MemoryLimit,
                 format!(
                     "{} MiB more memory: {used} of {whose} {max} MiB are in use",
-                    row.mem_mib
+                    row.shape.mem_mib
                 ),
             )
             .hint(format!(
@@ -151,6 +151,6 @@ fn reserved_mib(state: &State, owner_uid: Option<u32>, apart: &VmId) -> u64 {
         })
         .filter(|r| r.id != *apart)
         .filter(|r| owner_uid.is_none_or(|uid| uid == r.owner_uid))
-        .map(|r| r.mem_mib)
+        .map(|r| r.shape.mem_mib)
         .sum()
 }

@@ -19,7 +19,7 @@ use crate::error::{Error, Kind, Result};
 use crate::host::time::now_s;
 use crate::ids::{VmId, VmName};
 use crate::ops::OpHandle;
-use crate::store::{State, Ticket, Tx, VmRow};
+use crate::store::{State, Ticket, Tx, VmRow, VmShape};
 
 /// How often ports are picked again because another VM has just taken one.
 const PORT_TRIES_MAX: u32 = 16;
@@ -68,14 +68,16 @@ impl Creator {
                 .unwrap_or_else(|| names::candidate(0, 0)),
             owner_uid: caller.uid,
             state: VmState::Created,
-            image: image_name,
-            kernel: request.kernel.clone(),
-            vcpus: request.vcpus.unwrap_or(self.defaults.vcpus),
-            mem_mib: request.mem_mib.unwrap_or(self.defaults.mem_mib),
-            disk_bytes: request.disk_bytes.unwrap_or(image.disk_bytes),
-            work_disk_bytes: request.work_disk_bytes,
-            rates: RateLimits::default().with(&request.rates()),
-            net: request.net.unwrap_or_default(),
+            shape: VmShape {
+                image: image_name,
+                kernel: request.kernel.clone(),
+                vcpus: request.vcpus.unwrap_or(self.defaults.vcpus),
+                mem_mib: request.mem_mib.unwrap_or(self.defaults.mem_mib),
+                disk_bytes: request.disk_bytes.unwrap_or(image.disk_bytes),
+                work_disk_bytes: request.work_disk_bytes,
+                rates: RateLimits::default().with(&request.rates()),
+                net: request.net.unwrap_or_default(),
+            },
             // Set by `insert_with_ports`.
             ports: Vec::new(),
             rm: request.rm,
@@ -101,16 +103,19 @@ impl Creator {
             has_balloon: false,
             balloon_mib: None,
         };
-        self.capacity.check_vcpus(row.vcpus)?;
-        self.capacity.check_memory(row.mem_mib)?;
-        self.capacity.check_disk(row.disk_bytes, image.disk_bytes)?;
+        self.capacity.check_vcpus(row.shape.vcpus)?;
+        self.capacity.check_memory(row.shape.mem_mib)?;
+        self.capacity
+            .check_disk(row.shape.disk_bytes, image.disk_bytes)?;
         request
             .work_disk_bytes
             .map_or(Ok(()), |bytes| self.capacity.check_work_disk(bytes))?;
-        self.networks.check_ports(caller, row.net, &request.ports)?;
+        self.networks
+            .check_ports(caller, row.shape.net, &request.ports)?;
         self.controls.check_rates(&request.rates())?;
         // The kernel cannot be deleted before the row names it.
         let _kernel = row
+            .shape
             .kernel
             .as_ref()
             .map(|name| self.kernel_service.use_kernel(name))

@@ -180,7 +180,7 @@ impl ImageService {
         let mut vms: HashMap<ImageRef, u64> = HashMap::new();
         self.core.store.read(|s| {
             s.vms()
-                .for_each(|row| *vms.entry(row.image.clone()).or_default() += 1)
+                .for_each(|row| *vms.entry(row.shape.image.clone()).or_default() += 1)
         });
         let mut infos = self.images.list()?;
         infos.sort_by(|a, b| a.name.cmp(&b.name));
@@ -218,7 +218,7 @@ impl ImageService {
         let snapshots = self
             .core
             .store
-            .read(|s| s.snapshots().filter(|row| row.image == *name).count());
+            .read(|s| s.snapshots().filter(|row| row.shape.image == *name).count());
         match (self.vms_of_image(name), snapshots) {
             (0, 0) => self.images.delete(name).map(|()| ImageDeleteReply {
                 deleted: name.clone(),
@@ -264,7 +264,7 @@ impl ImageService {
     fn vms_of_image(&self, name: &ImageRef) -> u64 {
         self.core
             .store
-            .read(|s| s.vms().filter(|row| row.image == *name).count() as u64)
+            .read(|s| s.vms().filter(|row| row.shape.image == *name).count() as u64)
     }
 
     /// Returns the image. It cannot be deleted until the guard is dropped; before that, a row must

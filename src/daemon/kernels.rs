@@ -127,7 +127,7 @@ impl KernelService {
         })?;
         let snapshots = self.core.store.read(|s| {
             s.snapshots()
-                .filter(|row| row.kernel.as_ref() == Some(name))
+                .filter(|row| row.shape.kernel.as_ref() == Some(name))
                 .count()
         });
         match (self.vms_with_kernel(name), snapshots) {
@@ -150,7 +150,7 @@ impl KernelService {
     fn vms_with_kernel(&self, name: &KernelName) -> u64 {
         self.core.store.read(|s| {
             s.vms()
-                .filter(|row| row.kernel.as_ref() == Some(name))
+                .filter(|row| row.shape.kernel.as_ref() == Some(name))
                 .count() as u64
         })
     }

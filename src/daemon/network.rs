@@ -141,8 +141,8 @@ impl Networks {
             tag: self.core.tag(row).to_string(),
             lease: net.lease(row.slot)?,
             access: access(row),
-            rx_bytes_per_s: limit(row.rates.net_rx_bytes_per_s),
-            tx_bytes_per_s: limit(row.rates.net_tx_bytes_per_s),
+            rx_bytes_per_s: limit(row.shape.rates.net_rx_bytes_per_s),
+            tx_bytes_per_s: limit(row.shape.rates.net_tx_bytes_per_s),
         })
     }
 
@@ -155,7 +155,7 @@ impl Networks {
                 address: tap.address,
             },
             None => GuestNetwork::UserMode {
-                isolated: row.net == vm::Net::None,
+                isolated: row.shape.net == vm::Net::None,
                 ports: row.ports.clone(),
             },
         }
@@ -256,7 +256,7 @@ impl Networks {
 }
 
 fn access(row: &VmRow) -> Access {
-    match row.net {
+    match row.shape.net {
         vm::Net::Nat => Access::Nat,
         vm::Net::None => Access::None,
     }

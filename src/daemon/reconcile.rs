@@ -258,7 +258,7 @@ impl Reconciler {
         }
         let adopted = self
             .images
-            .get(&row.image)
+            .get(&row.shape.image)
             .and_then(|image| self.vmm.adopt(&self.specs.spec(row, &image), &identity));
         match adopted {
             Ok(running) => {
@@ -383,7 +383,7 @@ impl VmReconciler for Reconciler {
         let (Some(identity), true) = (&row.identity, adoptions.has_failed(row)) else {
             return Ok(());
         };
-        let image = self.images.get(&row.image)?;
+        let image = self.images.get(&row.shape.image)?;
         if !self.adopter.begin(row, true) {
             adoptions.forget_failure(&row.id);
             return self.leave_unadopted(row, identity);

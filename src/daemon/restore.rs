@@ -27,12 +27,12 @@ use super::snapshots::Snapshots;
 use super::transitions::Verb;
 use crate::api::op::OpState;
 use crate::api::snapshot::SnapshotRestoreRequest;
-use crate::api::vm::{Net, RateLimits, Vm, VmCreateRequest, VmForkRequest, VmReply, VmState};
+use crate::api::vm::{Vm, VmCreateRequest, VmForkRequest, VmReply, VmState};
 use crate::error::{Error, Kind, Result};
-use crate::ids::{ImageRef, KernelName, OpId, VmId, VmName};
+use crate::ids::{OpId, VmId, VmName};
 use crate::locks::CancelCause;
 use crate::ops::OpHandle;
-use crate::store::{SnapshotRow, VmRow};
+use crate::store::{SnapshotRow, VmShape};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -57,7 +57,7 @@ impl Snapshots {
                 .request(caller, vm.as_str(), &start_request(METHOD, &restore));
         };
         let restore = self.restore_of(row, true)?;
-        let vm = self.create_from(caller, &restore.row, Some(name))?;
+        let vm = self.create_like(caller, &restore.row.shape, Some(name))?;
         self.run_in_new_vm(caller, METHOD, &vm, move |snapshots, op, vm| {
             snapshots.start_from(op, vm, &restore)
         })
@@ -70,7 +70,7 @@ impl Snapshots {
         self.core.allow(&found, Verb::Guest)?;
         self.vmm
             .can_load(found.driver.as_deref().unwrap_or_default(), true)?;
-        let vm = self.create_like(caller, &found, request.name)?;
+        let vm = self.create_like(caller, &found.shape, request.name)?;
         self.run_in_new_vm(caller, METHOD, &vm, move |snapshots, op, vm| {
             let (row, user) = snapshots
                 .sessions
@@ -130,34 +130,10 @@ impl Snapshots {
         Ok(CallOutcome::Op(id))
     }
 
-    /// Creates a VM of the snapshot's shape. It is marked `rm`, so until it runs it is deleted when
-    /// it stops, also after a crash.
-    fn create_from(&self, caller: &Caller, row: &SnapshotRow, name: Option<VmName>) -> Result<Vm> {
-        let shape = (
-            row.image.clone(),
-            row.kernel.clone(),
-            row.vcpus,
-            row.mem_mib,
-            row.disk_bytes,
-            row.work_disk_bytes,
-            row.net,
-            row.rates,
-        );
-        self.creator.create(caller, &request(name, shape))
-    }
-
-    fn create_like(&self, caller: &Caller, row: &VmRow, name: Option<VmName>) -> Result<Vm> {
-        let shape = (
-            row.image.clone(),
-            row.kernel.clone(),
-            row.vcpus,
-            row.mem_mib,
-            row.disk_bytes,
-            row.work_disk_bytes,
-            row.net,
-            row.rates,
-        );
-        self.creator.create(caller, &request(name, shape))
+    /// Creates a VM of this shape. It is marked `rm`, so until it runs it is deleted when it stops,
+    /// also after a crash.
+    fn create_like(&self, caller: &Caller, shape: &VmShape, name: Option<VmName>) -> Result<Vm> {
+        self.creator.create(caller, &request(shape, name))
     }
 
     fn unmark_rm(&self, vm: &VmId) -> Result<Vm> {
@@ -316,35 +292,20 @@ impl Snapshots {
     }
 }
 
-/// Image, kernel, vCPUs, memory, disk, work disk, network, rates.
-type Shape = (
-    ImageRef,
-    Option<KernelName>,
-    u32,
-    u64,
-    u64,
-    Option<u64>,
-    Net,
-    RateLimits,
-);
-
-fn request(
-    name: Option<VmName>,
-    (image, kernel, vcpus, mem_mib, disk_bytes, work_disk_bytes, net, rates): Shape,
-) -> VmCreateRequest {
+fn request(shape: &VmShape, name: Option<VmName>) -> VmCreateRequest {
     VmCreateRequest {
         name,
-        image: Some(image),
-        kernel,
-        vcpus: Some(vcpus),
-        mem_mib: Some(mem_mib),
-        disk_bytes: Some(disk_bytes),
-        work_disk_bytes,
-        net: Some(net),
-        disk_bytes_per_s: rates.disk_bytes_per_s,
-        disk_ops_per_s: rates.disk_ops_per_s,
-        net_rx_bytes_per_s: rates.net_rx_bytes_per_s,
-        net_tx_bytes_per_s: rates.net_tx_bytes_per_s,
+        image: Some(shape.image.clone()),
+        kernel: shape.kernel.clone(),
+        vcpus: Some(shape.vcpus),
+        mem_mib: Some(shape.mem_mib),
+        disk_bytes: Some(shape.disk_bytes),
+        work_disk_bytes: shape.work_disk_bytes,
+        net: Some(shape.net),
+        disk_bytes_per_s: shape.rates.disk_bytes_per_s,
+        disk_ops_per_s: shape.rates.disk_ops_per_s,
+        net_rx_bytes_per_s: shape.rates.net_rx_bytes_per_s,
+        net_tx_bytes_per_s: shape.rates.net_tx_bytes_per_s,
         rm: true,
         ..Default::default()
     }

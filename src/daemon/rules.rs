@@ -45,10 +45,10 @@ pub(super) fn take_pending(row: &mut VmRow) {
         disk_bytes,
         rates,
     } = row.pending.take().unwrap_or_default();
-    row.vcpus = vcpus.unwrap_or(row.vcpus);
-    row.mem_mib = mem_mib.unwrap_or(row.mem_mib);
-    row.disk_bytes = disk_bytes.unwrap_or(row.disk_bytes);
-    row.rates = row.rates.with(&rates);
+    row.shape.vcpus = vcpus.unwrap_or(row.shape.vcpus);
+    row.shape.mem_mib = mem_mib.unwrap_or(row.shape.mem_mib);
+    row.shape.disk_bytes = disk_bytes.unwrap_or(row.shape.disk_bytes);
+    row.shape.rates = row.shape.rates.with(&rates);
 }
 
 /// Puts a row into a transitional state.

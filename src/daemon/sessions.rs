@@ -334,8 +334,8 @@ impl Sessions {
     fn workdir(&self, row: &VmRow) -> Option<String> {
         self.core.store.read(|s| {
             s.workspace(&row.id)
-                .filter(|w| w.state == WorkspaceState::Complete)
-                .map(|w| w.workdir.clone())
+                .filter(|w| w.info.state == WorkspaceState::Complete)
+                .map(|w| w.info.workdir.clone())
         })
     }
 
@@ -358,7 +358,7 @@ impl Sessions {
         let workdir = self
             .core
             .store
-            .read(|s| s.workspace(&row.id).map(|w| w.workdir.clone()));
+            .read(|s| s.workspace(&row.id).map(|w| w.info.workdir.clone()));
         let host_key = crate::disk::seed::public_line(&target.host_key)?;
         Ok(SshConfigReply {
             vm: row.id,

@@ -41,7 +41,7 @@ impl Controls {
                 .pending
                 .as_ref()
                 .and_then(|p| p.disk_bytes)
-                .unwrap_or(row.disk_bytes);
+                .unwrap_or(row.shape.disk_bytes);
             request
                 .disk_bytes
                 .map_or(Ok(()), |n| self.capacity.check_disk(n, disk_now))?;
@@ -78,7 +78,7 @@ fn apply(row: &mut VmRow, request: &VmSetRequest, is_live: bool) {
     pending.mem_mib = request.mem_mib.or(pending.mem_mib);
     pending.disk_bytes = request.disk_bytes.or(pending.disk_bytes);
     if is_live {
-        row.rates = row.rates.with(&rates);
+        row.shape.rates = row.shape.rates.with(&rates);
         // The new rates replace pending ones.
         pending.rates = pending.rates.without(&rates);
     } else {

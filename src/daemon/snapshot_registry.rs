@@ -139,7 +139,7 @@ impl Restore {
 
     /// Takes over what must be the same as in the snapshot. The disks follow during the boot.
     pub fn enter(&self, row: &mut VmRow) {
-        (row.vcpus, row.mem_mib) = (self.row.vcpus, self.row.mem_mib);
+        (row.shape.vcpus, row.shape.mem_mib) = (self.row.shape.vcpus, self.row.shape.mem_mib);
         (row.has_balloon, row.balloon_mib) = (self.row.has_balloon, self.row.balloon_mib);
         if row.disk_driver.is_none() {
             row.disk_driver = Some(self.row.disk_driver.clone());

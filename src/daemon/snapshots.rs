@@ -289,7 +289,7 @@ impl Snapshots {
         drop(create_dir(&files.dir, 0o711)?);
         // But not the guest's memory, which a VMM gets as a link or a descriptor.
         drop(create_private_dir(&files.private)?);
-        let image = self.images.get(&row.image)?;
+        let image = self.images.get(&row.shape.image)?;
         let spec = self.specs.spec(row, &image);
         link(&spec.kernel, &files.kernel)?;
         link(&spec.initrd, &files.initrd)?;
@@ -420,7 +420,7 @@ impl Snapshots {
         files: &Files,
         method: Method,
     ) -> Result<Vec<duplicate::Copied>> {
-        let image = self.images.get(&row.image)?;
+        let image = self.images.get(&row.shape.image)?;
         let spec = self.specs.spec(row, &image);
         if method == Method::DmSnapshot {
             device::flush(&spec.disk)?;
@@ -505,7 +505,8 @@ impl Snapshots {
     /// Some guests get an I/O error when the host's disk is full. So no snapshot is made that could
     /// fill it.
     fn require_room(&self, row: &VmRow) -> Result<()> {
-        let needed = (row.mem_mib << 20) + disk_bytes(&self.core.vm_dir(&row.id)) + SPARE_BYTES;
+        let needed =
+            (row.shape.mem_mib << 20) + disk_bytes(&self.core.vm_dir(&row.id)) + SPARE_BYTES;
         let free = crate::host::fs::space(&self.core.state_dir)?.free_bytes;
         if free >= needed {
             return Ok(());
@@ -572,16 +573,9 @@ fn describe(
         vm: row.id.clone(),
         vm_name: row.name.clone(),
         created_at: now_s(),
-        image: row.image.clone(),
-        kernel: row.kernel.clone(),
-        vcpus: row.vcpus,
-        mem_mib: row.mem_mib,
-        disk_bytes: row.disk_bytes,
-        work_disk_bytes: row.work_disk_bytes,
+        shape: row.shape.clone(),
         disk_driver: method.name().to_owned(),
         guest_version: row.guest_version,
-        net: row.net,
-        rates: row.rates,
         has_balloon: row.has_balloon,
         balloon_mib: row.balloon_mib,
         on_bridge: row.tap.is_some(),
@@ -600,12 +594,12 @@ fn view(row: &SnapshotRow) -> Snapshot {
         vm: row.vm.clone(),
         vm_name: row.vm_name.clone(),
         created_at: row.created_at,
-        image: row.image.clone(),
-        vcpus: row.vcpus,
-        mem_mib: row.mem_mib,
-        disk_bytes: row.disk_bytes,
-        work_disk_bytes: row.work_disk_bytes,
-        net: row.net,
+        image: row.shape.image.clone(),
+        vcpus: row.shape.vcpus,
+        mem_mib: row.shape.mem_mib,
+        disk_bytes: row.shape.disk_bytes,
+        work_disk_bytes: row.shape.work_disk_bytes,
+        net: row.shape.net,
         driver: row.driver.clone(),
         vmm_version: row.vmm_version.clone(),
         bytes: row.bytes,

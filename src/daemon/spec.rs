@@ -32,7 +32,11 @@ impl Specs {
     /// disk was made.
     pub(super) fn spec(&self, row: &VmRow, image: &ImageInfo) -> VmmSpec {
         let dir = self.core.vm_dir(&row.id);
-        let own = row.kernel.as_ref().map(|name| self.kernels.files(name));
+        let own = row
+            .shape
+            .kernel
+            .as_ref()
+            .map(|name| self.kernels.files(name));
         let (kernel, initrd) = own.unwrap_or_else(|| (image.kernel.clone(), image.initrd.clone()));
         VmmSpec {
             vm: row.id.clone(),
@@ -47,13 +51,14 @@ impl Specs {
                 Some(Method::Qcow2) | None => DiskFormat::Qcow2,
             },
             seed: dir.join(SEED_FILE),
-            work_disk: row.work_disk_bytes.map(|_| dir.join(WORK_DISK_FILE)),
-            vcpus: row.vcpus,
-            mem_mib: row.mem_mib,
+            work_disk: row.shape.work_disk_bytes.map(|_| dir.join(WORK_DISK_FILE)),
+            vcpus: row.shape.vcpus,
+            mem_mib: row.shape.mem_mib,
             credentials: self.credentials(row),
             network: self.networks.guest_network(row),
-            rates: row.rates,
-            has_balloon: row.kernel.is_some() || image.guest_version >= crate::image::BALLOON_SINCE,
+            rates: row.shape.rates,
+            has_balloon: row.shape.kernel.is_some()
+                || image.guest_version >= crate::image::BALLOON_SINCE,
             console_bytes_max: self.core.limits.console_bytes_max,
             saved: None,
             dir,

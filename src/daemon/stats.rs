@@ -85,7 +85,7 @@ impl Views {
             at_ms: u64::try_from(since_epoch().as_millis()).unwrap_or(u64::MAX),
             cpu_ns: used.cpu_ns,
             memory_bytes: used.memory_bytes,
-            memory_max_bytes: row.mem_mib << 20,
+            memory_max_bytes: row.shape.mem_mib << 20,
             disk_read_bytes: used.disk_read_bytes,
             disk_written_bytes: used.disk_written_bytes,
             net_received_bytes: received,
@@ -110,7 +110,7 @@ impl Controls {
                 )
                 .hint(format!("start it first: fcctl start {}", row.name))
             })?;
-        let spec = self.specs.spec(&row, &self.images.get(&row.image)?);
+        let spec = self.specs.spec(&row, &self.images.get(&row.shape.image)?);
         let metrics = self
             .vmm
             .metrics(&spec, identity, &self.core.closing)

@@ -1,6 +1,6 @@
 //! Makes the VM that a caller sees from a row of the store.
 
-use crate::api::vm::{Vm, VmBrief, VmState, WorkspaceInfo};
+use crate::api::vm::{Vm, VmBrief, VmState};
 use crate::store::{Seen, State, VmRow, WorkspaceRow};
 use std::borrow::Cow;
 
@@ -17,17 +17,17 @@ pub(super) fn view(row: &VmRow, workspace: Option<&WorkspaceRow>) -> Vm {
         owner_uid: row.owner_uid,
         state: row.state,
         reason: row.reason.clone(),
-        image: row.image.clone(),
-        kernel: row.kernel.clone(),
-        vcpus: row.vcpus,
-        mem_mib: row.mem_mib,
-        disk_bytes: row.disk_bytes,
-        work_disk_bytes: row.work_disk_bytes,
-        disk_bytes_per_s: row.rates.disk_bytes_per_s,
-        disk_ops_per_s: row.rates.disk_ops_per_s,
-        net_rx_bytes_per_s: row.rates.net_rx_bytes_per_s,
-        net_tx_bytes_per_s: row.rates.net_tx_bytes_per_s,
-        net: row.net,
+        image: row.shape.image.clone(),
+        kernel: row.shape.kernel.clone(),
+        vcpus: row.shape.vcpus,
+        mem_mib: row.shape.mem_mib,
+        disk_bytes: row.shape.disk_bytes,
+        work_disk_bytes: row.shape.work_disk_bytes,
+        disk_bytes_per_s: row.shape.rates.disk_bytes_per_s,
+        disk_ops_per_s: row.shape.rates.disk_ops_per_s,
+        net_rx_bytes_per_s: row.shape.rates.net_rx_bytes_per_s,
+        net_tx_bytes_per_s: row.shape.rates.net_tx_bytes_per_s,
+        net: row.shape.net,
         ports: row.ports.clone(),
         pending: row.pending.clone(),
         rm: row.rm,
@@ -42,7 +42,7 @@ pub(super) fn view(row: &VmRow, workspace: Option<&WorkspaceRow>) -> Vm {
         unresponsive: is_unresponsive(row),
         paused: is_paused(row),
         balloon_mib: row.balloon_mib.filter(|_| row.state == VmState::Running),
-        workspace: workspace.map(workspace_info),
+        workspace: workspace.map(|w| w.info.clone()),
     }
 }
 
@@ -54,13 +54,13 @@ pub(super) fn brief(seen: &Seen) -> VmBrief<'_> {
         name: Cow::Borrowed(&row.name),
         state: row.state,
         reason: row.reason.as_deref().map(Cow::Borrowed),
-        image: Cow::Borrowed(&row.image),
-        vcpus: row.vcpus,
-        mem_mib: row.mem_mib,
+        image: Cow::Borrowed(&row.shape.image),
+        vcpus: row.shape.vcpus,
+        mem_mib: row.shape.mem_mib,
         created_at: row.created_at,
         unresponsive: is_unresponsive(row),
         paused: is_paused(row),
-        workspace: seen.workspace.as_deref().map(workspace_info),
+        workspace: seen.workspace.as_ref().map(|w| w.info.clone()),
     }
 }
 
@@ -70,16 +70,4 @@ fn is_unresponsive(row: &VmRow) -> bool {
 
 fn is_paused(row: &VmRow) -> bool {
     row.paused && row.state == VmState::Running
-}
-
-fn workspace_info(row: &WorkspaceRow) -> WorkspaceInfo {
-    WorkspaceInfo {
-        guest_path: row.guest_path.clone(),
-        workdir: row.workdir.clone(),
-        state: row.state,
-        readonly: row.readonly,
-        entries: row.entries,
-        bytes: row.bytes,
-        prepared_at: row.prepared_at,
-    }
 }

@@ -16,7 +16,7 @@ use super::sessions::Sessions;
 use super::transfer::Imported;
 use super::transfer::Transfer;
 use super::views::Views;
-use crate::api::vm::WorkspaceState;
+use crate::api::vm::{WorkspaceInfo, WorkspaceState};
 use crate::api::workspace::{ExportReply, ExportRequest, PrepareReply, PrepareRequest};
 use crate::error::{Error, Kind, Result};
 use crate::guest::Transport;
@@ -270,7 +270,7 @@ impl Transfers {
                 Error::new(Kind::WorkspaceNotFound, "it has no workspace")
                     .hint(format!("fcctl workspace prepare {} PATH", row.name))
             })?;
-        if workspace.state == WorkspaceState::Incomplete {
+        if workspace.info.state == WorkspaceState::Incomplete {
             return Err(Error::new(
                 Kind::WorkspaceIncomplete,
                 "its workspace is incomplete: an import was interrupted",
@@ -280,7 +280,8 @@ impl Transfers {
                 row.name
             )));
         }
-        let transfer = self.transfer(&guard.key().0, op, stream.fifo, &workspace.guest_path)?;
+        let transfer =
+            self.transfer(&guard.key().0, op, stream.fifo, &workspace.info.guest_path)?;
         let (kind, moved) = (request.kind, transfer.moved.clone());
         let job = stream.slot.submit(
             &format!("workspace.export {}", row.name),
@@ -374,13 +375,15 @@ impl Transfers {
         };
         let row_at_start = WorkspaceRow {
             vm: row.id.clone(),
-            guest_path: request.guest_path.clone(),
-            workdir,
-            state: WorkspaceState::Incomplete,
-            readonly: request.readonly,
-            entries: 0,
-            bytes: 0,
-            prepared_at: now_s(),
+            info: WorkspaceInfo {
+                guest_path: request.guest_path.clone(),
+                workdir,
+                state: WorkspaceState::Incomplete,
+                readonly: request.readonly,
+                entries: 0,
+                bytes: 0,
+                prepared_at: now_s(),
+            },
             generation: row.generation,
         };
         let ((), ticket) = self
@@ -403,10 +406,13 @@ impl Transfers {
                     .hint("run the import again"));
             }
             tx.put_workspace(WorkspaceRow {
-                state: WorkspaceState::Complete,
-                entries: imported.trailer.entries,
-                bytes: imported.trailer.bytes,
-                prepared_at: now_s(),
+                info: WorkspaceInfo {
+                    state: WorkspaceState::Complete,
+                    entries: imported.trailer.entries,
+                    bytes: imported.trailer.bytes,
+                    prepared_at: now_s(),
+                    ..row_at_start.info.clone()
+                },
                 ..row_at_start.clone()
             })
         })?;

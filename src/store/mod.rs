@@ -62,7 +62,7 @@ pub use schema::INSTALL_ID_LEN;
 pub use snapshot::SnapshotRow;
 pub use state::{Age, State};
 pub use tx::Tx;
-pub use vm::{Intent, TapFact, VmRow};
+pub use vm::{Intent, TapFact, VmRow, VmShape};
 pub use watch::Watch;
 pub use workspace::WorkspaceRow;
 

@@ -1,9 +1,9 @@
 //! Table `snapshots`: saved guests with their memory and disks. They outlive their VMs.
 
-use super::WorkspaceRow;
 use super::sql::{self, json};
-use crate::api::vm::{Net, RateLimits};
-use crate::ids::{ImageRef, KernelName, SnapshotId, SnapshotName, VmId, VmName};
+use super::vm::VmShape;
+use super::workspace::WorkspaceRow;
+use crate::ids::{SnapshotId, SnapshotName, VmId, VmName};
 use rusqlite::{Connection, params};
 use serde::{Deserialize, Serialize};
 
@@ -21,16 +21,11 @@ pub struct SnapshotRow {
     pub vm_name: VmName,
     /// Seconds since the epoch.
     pub created_at: u64,
-    pub image: ImageRef,
-    pub kernel: Option<KernelName>,
-    pub vcpus: u32,
-    pub mem_mib: u64,
-    pub disk_bytes: u64,
-    pub work_disk_bytes: Option<u64>,
+    /// The shape that the VM had.
+    #[serde(flatten)]
+    pub shape: VmShape,
     pub disk_driver: String,
     pub guest_version: u32,
-    pub net: Net,
-    pub rates: RateLimits,
     pub has_balloon: bool,
     pub balloon_mib: Option<u64>,
     /// True if its network interface was a tap.

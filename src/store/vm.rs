@@ -26,6 +26,20 @@ pub struct TapFact {
     pub address: Ipv4Addr,
 }
 
+/// What a VM is made of. A fork and a restore of its snapshot have the same shape.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VmShape {
+    pub image: ImageRef,
+    /// Replaces the image's kernel.
+    pub kernel: Option<KernelName>,
+    pub vcpus: u32,
+    pub mem_mib: u64,
+    pub disk_bytes: u64,
+    pub work_disk_bytes: Option<u64>,
+    pub rates: RateLimits,
+    pub net: Net,
+}
+
 /// A VM. Any change of its members needs a new schema version: see `schema.rs`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -36,15 +50,8 @@ pub struct VmRow {
     pub owner_uid: u32,
     pub state: VmState,
     pub reason: Option<String>,
-    pub image: ImageRef,
-    /// Replaces the image's kernel.
-    pub kernel: Option<KernelName>,
-    pub vcpus: u32,
-    pub mem_mib: u64,
-    pub disk_bytes: u64,
-    pub work_disk_bytes: Option<u64>,
-    pub rates: RateLimits,
-    pub net: Net,
+    #[serde(flatten)]
+    pub shape: VmShape,
     /// No two ports of any VMs overlap, and none is 0.
     pub ports: Vec<Port>,
     pub pending: Option<Pending>,

@@ -2,7 +2,7 @@
 //! VM.
 
 use super::sql::{self, json};
-use crate::api::vm::WorkspaceState;
+use crate::api::vm::WorkspaceInfo;
 use crate::ids::VmId;
 use rusqlite::{Connection, params};
 use serde::{Deserialize, Serialize};
@@ -11,15 +11,8 @@ use serde::{Deserialize, Serialize};
 #[serde(deny_unknown_fields)]
 pub struct WorkspaceRow {
     pub vm: VmId,
-    pub guest_path: String,
-    /// The directory in which commands start: `guest_path` or one below it.
-    pub workdir: String,
-    pub state: WorkspaceState,
-    pub readonly: bool,
-    pub entries: u64,
-    pub bytes: u64,
-    /// Seconds since the epoch.
-    pub prepared_at: u64,
+    #[serde(flatten)]
+    pub info: WorkspaceInfo,
     /// The VM's generation during the import.
     pub generation: u64,
 }

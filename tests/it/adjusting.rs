@@ -269,7 +269,7 @@ fn rates_after_crash_before_driver_are_applied() {
     balloon(&world, Some(512)).unwrap();
     world.edit_rows(|tx| {
         tx.update_vm_unlocked(&vm.id, |r| {
-            r.rates = disk(Some(M), None);
+            r.shape.rates = disk(Some(M), None);
             r.balloon_mib = None;
         })
         .unwrap()

@@ -222,7 +222,10 @@ fn agrees(world: &World, at: &str) {
         .store
         .read(|s| s.vms().map(|r| (**r).clone()).collect::<Vec<_>>());
     for row in rows.iter().filter(|row| row.state == VmState::Running) {
-        let wanted = (row.rates, row.balloon_mib.unwrap_or(row.mem_mib));
+        let wanted = (
+            row.shape.rates,
+            row.balloon_mib.unwrap_or(row.shape.mem_mib),
+        );
         assert_eq!(
             world.vmm.adjusted(&row.id),
             Some(wanted),

@@ -24,7 +24,7 @@ impl BootStep for DiskDevice {
             name: boot.spec.tag.as_str(),
             origin: &crate::disk::origin(&store, &boot.image.rootfs),
             store: &store,
-            size_bytes: boot.row.disk_bytes,
+            size_bytes: boot.row.shape.disk_bytes,
             node: &boot.spec.disk,
             owner: boot.spec.credentials,
         };

@@ -26,7 +26,7 @@ impl BootStep for Tap {
                     address: guest.lease.address,
                 })
             }
-            None if boot.row.rates.limits_network() => {
+            None if boot.row.shape.rates.limits_network() => {
                 return Err(crate::daemon::network::no_rate_in_user_mode());
             }
             None if boot.row.tap.is_none() => return Ok(()),

@@ -93,11 +93,11 @@ fn steps_of_a_change_are_published_as_one() {
     // A change that is undone in the same transaction is not published, even beside another change.
     store
         .change_durable(|tx| {
-            tx.update_vm_unlocked(&vm_id(1), |r| r.vcpus = 9)?;
+            tx.update_vm_unlocked(&vm_id(1), |r| r.shape.vcpus = 9)?;
             tx.put_vm(row(2))?;
             tx.remove_vm_unlocked(&vm_id(2));
             tx.put_vm(row(3))?;
-            tx.update_vm_unlocked(&vm_id(1), |r| r.vcpus = 1)
+            tx.update_vm_unlocked(&vm_id(1), |r| r.shape.vcpus = 1)
         })
         .unwrap();
     let change = last(&mut listening);

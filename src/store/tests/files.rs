@@ -1,5 +1,8 @@
 use super::*;
+use crate::store::{SnapshotRow, WorkspaceRow};
 use rusqlite::Connection;
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::Value;
 use std::os::unix::fs::{PermissionsExt, symlink};
 
 /// Makes, fills and closes a store, changes its files with `harm`, and opens it again.
@@ -286,5 +289,30 @@ fn version_4_is_migrated() {
     assert_eq!(
         store.read(|s| s.vms().map(|r| (**r).clone()).collect::<Vec<_>>()),
         [VmRow { pending, ..row(1) }]
+    );
+}
+
+/// Checks that `body`, which an earlier build wrote, is read and written with the same members, and
+/// that a row with an unknown member is refused.
+#[track_caller]
+fn check_body<T: Serialize + DeserializeOwned>(body: &str) {
+    let row: T = serde_json::from_str(body).unwrap();
+    let before: Value = serde_json::from_str(body).unwrap();
+    assert_eq!(serde_json::to_value(row).unwrap(), before);
+    let newer = body.replacen('{', "{\"new\":1,", 1);
+    let e = serde_json::from_str::<T>(&newer).map(drop).unwrap_err();
+    assert!(e.to_string().starts_with("unknown field `new`"), "{e}");
+}
+
+#[test]
+fn rows_have_the_members_of_earlier_builds() {
+    check_body::<VmRow>(
+        r#"{"id":"000000000001","name":"vm-1","owner_uid":1000,"state":"created","reason":null,"image":"default","kernel":"linux","vcpus":1,"mem_mib":512,"disk_bytes":1073741824,"work_disk_bytes":4096,"rates":{"disk_bytes_per_s":5,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null},"net":"nat","ports":[],"pending":null,"rm":false,"created_at":1,"started_at":null,"op":null,"intent":null,"generation":0,"slot":1,"identity":null,"ssh_addr":null,"tap":null,"disk_driver":null,"guest_version":0,"driver":null,"host_key":null,"synced":null,"unresponsive":false,"paused":false,"has_balloon":false,"balloon_mib":null}"#,
+    );
+    check_body::<WorkspaceRow>(
+        r#"{"vm":"000000000001","guest_path":"/root/x","workdir":"/root/x","state":"incomplete","readonly":false,"entries":0,"bytes":18446744073709551615,"prepared_at":2,"generation":1}"#,
+    );
+    check_body::<SnapshotRow>(
+        r#"{"id":"000000000002","name":"a","owner_uid":1000,"vm":"000000000001","vm_name":"vm-1","created_at":1,"image":"default","kernel":null,"vcpus":1,"mem_mib":512,"disk_bytes":4096,"work_disk_bytes":null,"disk_driver":"qcow2","guest_version":1,"net":"none","rates":{"disk_bytes_per_s":null,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null},"has_balloon":true,"balloon_mib":null,"on_bridge":false,"driver":"qemu (tcg, microvm)","vmm_version":null,"workspace":{"vm":"000000000001","guest_path":"/root/x","workdir":"/root/x","state":"complete","readonly":true,"entries":3,"bytes":4,"prepared_at":2,"generation":1},"bytes":7}"#,
     );
 }

@@ -8,7 +8,7 @@ mod vfs;
 
 use super::*;
 use crate::api::op::{Op, OpState, Progress};
-use crate::api::vm::{RateLimits, VmState, WorkspaceState};
+use crate::api::vm::{RateLimits, VmState, WorkspaceInfo, WorkspaceState};
 use crate::error::Kind;
 use crate::ids::{OpId, VmId};
 use std::os::unix::fs::PermissionsExt;
@@ -40,13 +40,16 @@ fn row(n: u32) -> VmRow {
         owner_uid: 1000,
         state: VmState::Created,
         reason: None,
-        kernel: None,
-        image: "default".parse().unwrap(),
-        vcpus: 1,
-        mem_mib: 512,
-        disk_bytes: 1 << 30,
-        work_disk_bytes: None,
-        net: crate::api::vm::Net::Nat,
+        shape: VmShape {
+            kernel: None,
+            image: "default".parse().unwrap(),
+            vcpus: 1,
+            mem_mib: 512,
+            disk_bytes: 1 << 30,
+            work_disk_bytes: None,
+            net: crate::api::vm::Net::Nat,
+            rates: RateLimits::default(),
+        },
         ports: Vec::new(),
         pending: None,
         rm: false,
@@ -61,7 +64,6 @@ fn row(n: u32) -> VmRow {
         tap: None,
         disk_driver: None,
         guest_version: 0,
-        rates: RateLimits::default(),
         driver: None,
         host_key: None,
         synced: None,
@@ -75,13 +77,15 @@ fn row(n: u32) -> VmRow {
 fn workspace(n: u32) -> WorkspaceRow {
     WorkspaceRow {
         vm: vm_id(n),
-        guest_path: "/root/x".into(),
-        workdir: "/root/x".into(),
-        state: WorkspaceState::Incomplete,
-        readonly: false,
-        entries: 0,
-        bytes: u64::MAX,
-        prepared_at: 2,
+        info: WorkspaceInfo {
+            guest_path: "/root/x".into(),
+            workdir: "/root/x".into(),
+            state: WorkspaceState::Incomplete,
+            readonly: false,
+            entries: 0,
+            bytes: u64::MAX,
+            prepared_at: 2,
+        },
         generation: 1,
     }
 }

@@ -112,7 +112,7 @@ fn watch_slow_reader_delays_nobody_and_loses_nothing() {
             .daemon()
             .core
             .store
-            .change(|tx| tx.update_vm_unlocked(&id, |r| r.mem_mib = u64::from(n)));
+            .change(|tx| tx.update_vm_unlocked(&id, |r| r.shape.mem_mib = u64::from(n)));
         change.unwrap().1.detach();
         if n % 250 == 0 {
             // One listener reads nothing and the other gets every event, while calls are answered.

@@ -191,7 +191,7 @@ fn watchers_that_join_and_lag_under_load_see_what_store_has() {
             .daemon()
             .core
             .store
-            .change(|tx| tx.update_vm_unlocked(id, |r| r.mem_mib = mem))
+            .change(|tx| tx.update_vm_unlocked(id, |r| r.shape.mem_mib = mem))
             .unwrap();
         truth.push((*owner, ticket.seq(), mem));
         if n % 50 == 0 {

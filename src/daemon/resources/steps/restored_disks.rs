@@ -97,7 +97,7 @@ impl Resources {
             .into_iter()
             .try_for_each(duplicate::Copied::publish)?;
         // The store's row still describes the former disks.
-        boot.row.disk_bytes = saved.disk_bytes;
+        boot.row.shape.disk_bytes = saved.shape.disk_bytes;
         Ok(())
     }
 
@@ -120,7 +120,8 @@ impl Resources {
                 None => tx.remove_workspace(&row.id),
             }
             tx.update_vm(&guard, |row| {
-                (row.disk_bytes, row.guest_version) = (saved.disk_bytes, saved.guest_version);
+                (row.shape.disk_bytes, row.guest_version) =
+                    (saved.shape.disk_bytes, saved.guest_version);
                 row.disk_driver = Some(saved.disk_driver.clone());
             })?;
             Ok(former_disks::mark_replaced(tx, former, row, tag))

@@ -78,14 +78,14 @@ impl Resources {
             .map_or_else(|| self.probe_again(), Ok)?;
         let path = self.specs.disk_path(&row.id, method);
         if row.disk_driver.is_some() && path.exists() {
-            return disk::grow(commands, &path, method, row.disk_bytes, boot.cancel);
+            return disk::grow(commands, &path, method, row.shape.disk_bytes, boot.cancel);
         }
         let owner = boot.spec.credentials;
         let wanted = RootSpec {
             method,
             base: &image.rootfs,
             path: &path,
-            size_bytes: row.disk_bytes,
+            size_bytes: row.shape.disk_bytes,
             owner,
         };
         let reporter = boot.op.reporter();

@@ -14,7 +14,8 @@ impl BootStep for WorkDisk {
     }
 
     fn run(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
-        let (Some(path), Some(bytes)) = (&boot.spec.work_disk, boot.row.work_disk_bytes) else {
+        let (Some(path), Some(bytes)) = (&boot.spec.work_disk, boot.row.shape.work_disk_bytes)
+        else {
             return Ok(());
         };
         boot.needs_guest("a work disk")?;

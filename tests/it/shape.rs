@@ -7,6 +7,8 @@ use std::path::Path;
 
 /// The most methods that one type may have in one file.
 const METHODS_PER_FILE_MAX: usize = 15;
+/// The most fields of a tuple in a signature or a type alias. A larger one needs named fields.
+const TUPLE_FIELDS_MAX: usize = 2;
 /// The most methods that `Daemon` may have in all files together.
 const DAEMON_METHODS_MAX: usize = 40;
 
@@ -273,5 +275,123 @@ fn methods_are_counted_per_type() {
     assert_eq!(
         Vec::from_iter(methods(text)),
         [("A".to_owned(), 2), ("B".to_owned(), 1)]
+    );
+}
+
+/// The signatures of functions and the type aliases in `code`.
+fn signatures(code: &str) -> Vec<&str> {
+    let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    let starts = ["fn ", "type "].into_iter().flat_map(|keyword| {
+        code.match_indices(keyword)
+            .map(|(at, _)| at)
+            .filter(|at| !code[..*at].ends_with(is_name))
+    });
+    starts
+        .map(|start| {
+            let mut depth = 0;
+            let end = code[start..].find(|c| {
+                match c {
+                    '(' | '[' => depth += 1,
+                    ')' | ']' => depth -= 1,
+                    _ => {}
+                }
+                depth == 0 && (c == '{' || c == ';')
+            });
+            &code[start..end.map_or(code.len(), |end| start + end)]
+        })
+        .collect()
+}
+
+/// The tuples in a signature that have too many fields. A parameter list is not a tuple: it follows
+/// a name or its generics.
+fn wide_tuples(signature: &str) -> Vec<&str> {
+    struct Open {
+        at: usize,
+        bracket: char,
+        commas: usize,
+    }
+    let (mut open, mut found): (Vec<Open>, Vec<&str>) = (Vec::new(), Vec::new());
+    for (at, c) in signature.char_indices() {
+        match c {
+            '(' | '[' | '{' | '<' => open.push(Open {
+                at,
+                bracket: c,
+                commas: 0,
+            }),
+            '>' if signature[..at].ends_with(['-', '=']) => {}
+            ')' | ']' | '}' | '>' => {
+                let Some(closed) = open.pop() else { continue };
+                let before = signature[..closed.at].trim_end();
+                let word =
+                    before.rsplit(|c: char| !c.is_ascii_alphanumeric() && c != '_' && c != '\'');
+                let word = word.into_iter().next().unwrap_or_default();
+                let is_list = (!word.is_empty() && word != "mut" && !word.starts_with('\''))
+                    || (before.ends_with('>') && !before.ends_with("->"));
+                if closed.bracket == '(' && !is_list && closed.commas >= TUPLE_FIELDS_MAX {
+                    found.push(&signature[closed.at..=at]);
+                }
+            }
+            ',' if !signature[at + 1..].trim_start().starts_with([')', '>']) => {
+                if let Some(innermost) = open.last_mut() {
+                    innermost.commas += 1;
+                }
+            }
+            _ => {}
+        }
+    }
+    found
+}
+
+#[test]
+fn tuples_in_signatures_stay_small() {
+    let mut files = Vec::new();
+    rust_files(&root().join("src"), &mut files);
+    let mut found = BTreeSet::new();
+    for file in files.iter().filter(|file| !is_test(file)) {
+        let code = code_of(&std::fs::read_to_string(file).unwrap());
+        for tuple in signatures(&code).into_iter().flat_map(wide_tuples) {
+            let tuple = tuple.split_whitespace().collect::<Vec<_>>().join(" ");
+            found.insert(format!(
+                "{}: {tuple}",
+                file.strip_prefix(root()).unwrap().display()
+            ));
+        }
+    }
+    assert_eq!(
+        found,
+        BTreeSet::new(),
+        "tuples of more than {TUPLE_FIELDS_MAX} fields: give the fields names"
+    );
+}
+
+#[test]
+fn wide_tuples_are_found_in_signatures() {
+    let of = |code: &str| -> Vec<String> {
+        let found = signatures(code).into_iter().flat_map(wide_tuples);
+        found.map(str::to_owned).collect()
+    };
+    let none = [""; 0];
+    assert_eq!(of("fn a() -> (u8, u16, u32) {}"), ["(u8, u16, u32)"]);
+    assert_eq!(
+        of("fn a(&self, b: &'a (A, B<C, D>, [u8; 4])) {}"),
+        ["(A, B<C, D>, [u8; 4])"]
+    );
+    assert_eq!(
+        of("type A = (u8,\n    u16,\n    u32,\n);"),
+        ["(u8,\n    u16,\n    u32,\n)"]
+    );
+    assert_eq!(of("fn a<T>((b, c, d): T) {}"), ["(b, c, d)"]);
+    assert_eq!(of("fn a<T>(b: Vec<(u8, T, u8)>) {}"), ["(u8, T, u8)"]);
+    assert_eq!(
+        of("fn a<F: Fn(A, B, C) -> D>(b: u8, c: u8, d: F) -> (HashMap<A, B>, u8) {}"),
+        none
+    );
+    assert_eq!(
+        of("pub(super) fn a(\n    b: u8,\n    c: u8,\n) -> (u8, u8,) { f(1, 2, (3, 4, 5)) }"),
+        none
+    );
+    assert_eq!(
+        of("fn a(b: fn(u8, u8, u8)) -> Result<A, B> where C: FnMut(A, B, C) {}"),
+        none
     );
 }

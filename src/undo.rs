@@ -31,28 +31,15 @@ impl<'a> Undo<'a> {
         self.steps.clear();
     }
 
-    /// Runs the steps now and returns the names of those that failed.
-    pub fn roll_back(mut self) -> Vec<&'static str> {
-        self.run()
-    }
-
-    fn run(&mut self) -> Vec<&'static str> {
-        let mut failed = Vec::new();
+    fn run(&mut self) {
         while let Some((name, step)) = self.steps.pop() {
             let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(step));
             match outcome {
                 Ok(Ok(())) => {}
-                Ok(Err(e)) => {
-                    log::warn!("undo {name}: {e}");
-                    failed.push(name);
-                }
-                Err(_) => {
-                    log::error!("undo {name}: panicked");
-                    failed.push(name);
-                }
+                Ok(Err(e)) => log::warn!("undo {name}: {e}"),
+                Err(_) => log::error!("undo {name}: panicked"),
             }
         }
-        failed
     }
 }
 
@@ -81,8 +68,7 @@ mod tests {
             seen.borrow_mut().push("d");
             Ok(())
         });
-        let failed = undo.roll_back();
-        assert_eq!(failed, ["c", "b"]);
+        drop(undo);
         assert_eq!(*seen.borrow(), ["d", "a"]);
     }
 

@@ -205,7 +205,7 @@ fn notes_arrive_in_order_and_unknown_ones_are_skipped() {
         stages.push(p.stage);
         Ok(())
     });
-    assert_eq!(result.unwrap_err().code(), Code::Timeout);
+    assert_eq!(result.unwrap_err().fault.code, Code::Timeout);
     assert_eq!(stages, ["boot", "ssh"]);
 }
 
@@ -310,7 +310,7 @@ fn silent_daemon_times_out() {
     let e = client
         .call_raw(<Doctor as Call>::METHOD, &params, Duration::from_millis(50))
         .unwrap_err();
-    assert_eq!((e.code(), e.exit_status()), (Code::Timeout, 124));
+    assert_eq!((e.fault.code, e.exit_status()), (Code::Timeout, 124));
 }
 
 fn brief(name: &str) -> serde_json::Value {

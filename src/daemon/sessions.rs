@@ -189,7 +189,7 @@ impl Sessions {
                 .map_err(doing)?,
         };
         let (sender, mut controls) = control_queue()?;
-        let session = self.registry.begin(caller.uid, row.id.clone(), sender);
+        let session = self.registry.begin(caller.uid, sender);
         session_made(&session.id);
         let spec = ExecSpec {
             command,

@@ -3,7 +3,7 @@
 
 use super::{hex, random};
 use crate::error::{Error, Kind, Result};
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawMode};
+use rustix::fs::{AtFlags, Mode, OFlags, RawMode};
 use rustix::io::Errno;
 use std::ffi::OsStr;
 use std::fs::File;
@@ -230,11 +230,6 @@ pub fn space(path: &Path) -> Result<Space> {
         free_bytes: stat.f_bavail.saturating_mul(stat.f_frsize),
         total_bytes: stat.f_blocks.saturating_mul(stat.f_frsize),
     })
-}
-
-/// True if the open file is a regular file.
-pub fn is_regular(fd: impl AsFd) -> bool {
-    rustix::fs::fstat(fd).is_ok_and(|s| FileType::from_raw_mode(s.st_mode) == FileType::RegularFile)
 }
 
 #[cfg(test)]

@@ -19,7 +19,6 @@ impl Tag {
 pub struct Request<'a> {
     pub key: Option<&'a dyn Debug>,
     pub instance: *const (),
-    pub sorted: bool,
     pub blocks: bool,
 }
 

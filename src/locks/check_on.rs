@@ -36,9 +36,6 @@ pub struct Request<'a> {
     pub key: Option<&'a dyn Debug>,
     /// The lock's address, null for a region. It tells "taken twice" from "two of one rank".
     pub instance: *const (),
-    /// True for the second and later keys of [`LockSet::lock_many`](super::LockSet::lock_many):
-    /// other keys of the same set may be held.
-    pub sorted: bool,
     /// False for `try_lock`, which cannot hang.
     pub blocks: bool,
 }
@@ -270,7 +267,7 @@ pub fn acquire(tag: &Tag, want: Request<'_>) -> Token {
         if let Some(bad) = list
             .held
             .iter()
-            .position(|h| !allowed(h, &wanted, want.sorted))
+            .position(|h| !wanted.rank.under().contains(h.rank))
         {
             return Err((
                 report(&list.thread, &list.held, bad, &wanted),
@@ -319,7 +316,7 @@ pub fn check_wait(region: Rank, except: &Token) {
         match list
             .held
             .iter()
-            .position(|h| h.id != except.id && !allowed(h, &wanted, false))
+            .position(|h| h.id != except.id && !wanted.rank.under().contains(h.rank))
         {
             Some(bad) => Err(report(&list.thread, &list.held, bad, &wanted)),
             None => Ok(others()
@@ -457,11 +454,6 @@ pub(super) fn stop_recording() {
 #[cfg(all(test, not(feature = "shuttle")))]
 pub(super) fn violations_expected() -> u64 {
     EXPECTED.load(Ordering::SeqCst)
-}
-
-fn allowed(held: &Held, wanted: &Held, sorted: bool) -> bool {
-    let same_set = sorted && held.instance == wanted.instance && held.key != wanted.key;
-    wanted.rank.under().contains(held.rank) || same_set
 }
 
 /// True if the wanted lock is the one that this thread holds, so that blocking on it would never

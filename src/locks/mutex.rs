@@ -35,7 +35,6 @@ impl<T> Mutex<T> {
             check::Request {
                 key: None,
                 instance,
-                sorted: false,
                 blocks: true,
             },
         );
@@ -162,7 +161,6 @@ pub fn region(rank: Rank) -> Region {
     let want = check::Request {
         key: None,
         instance: std::ptr::null(),
-        sorted: false,
         blocks: false,
     };
     Region {

@@ -39,7 +39,7 @@ impl<K: Clone + Ord + Hash + Debug> LockSet<K> {
     /// be held for longer than microseconds.
     #[cfg_attr(any(debug_assertions, feature = "lock-check"), track_caller)]
     pub fn lock(&self, key: &K) -> KeyGuard<'_, K> {
-        let token = self.check(key, false, true);
+        let token = self.check(key, true);
         if let Some(waiter) = self.slots.enter(key) {
             while !waiter.granted.load(Ordering::Acquire) {
                 raw::park();
@@ -55,7 +55,7 @@ impl<K: Clone + Ord + Hash + Debug> LockSet<K> {
         key: &K,
         cancel: &Cancel,
     ) -> Result<KeyGuard<'_, K>, WaitCancelled> {
-        let token = self.check(key, false, true);
+        let token = self.check(key, true);
         if cancel.is_cancelled() {
             return Err(WaitCancelled);
         }
@@ -78,30 +78,11 @@ impl<K: Clone + Ord + Hash + Debug> LockSet<K> {
 
     #[cfg_attr(any(debug_assertions, feature = "lock-check"), track_caller)]
     pub fn try_lock(&self, key: &K) -> Option<KeyGuard<'_, K>> {
-        let token = self.check(key, false, false);
+        let token = self.check(key, false);
         if !self.slots.enter_if_free(key) {
             return None;
         }
         Some(self.guard(key.clone(), token))
-    }
-
-    /// Locks several keys, in sorted order and each once. Returns the guards in that order.
-    #[cfg_attr(any(debug_assertions, feature = "lock-check"), track_caller)]
-    pub fn lock_many(&self, keys: &[K]) -> Vec<KeyGuard<'_, K>> {
-        let mut keys = keys.to_vec();
-        keys.sort();
-        keys.dedup();
-        let mut guards = Vec::with_capacity(keys.len());
-        for key in keys {
-            let token = self.check(&key, !guards.is_empty(), true);
-            if let Some(waiter) = self.slots.enter(&key) {
-                while !waiter.granted.load(Ordering::Acquire) {
-                    raw::park();
-                }
-            }
-            guards.push(self.guard(key, token));
-        }
-        guards
     }
 
     /// Every key that is held, with its current holder and its waiters.
@@ -111,14 +92,13 @@ impl<K: Clone + Ord + Hash + Debug> LockSet<K> {
 
     #[cfg_attr(any(debug_assertions, feature = "lock-check"), track_caller)]
     #[inline]
-    fn check(&self, key: &K, sorted: bool, blocks: bool) -> check::Token {
+    fn check(&self, key: &K, blocks: bool) -> check::Token {
         let instance = std::ptr::from_ref(self).cast();
         check::acquire(
             &self.tag,
             check::Request {
                 key: Some(key),
                 instance,
-                sorted,
                 blocks,
             },
         )

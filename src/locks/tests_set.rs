@@ -1,6 +1,7 @@
 //! Tests of [`LockSet`] with real threads; `tests_shuttle.rs` tests it under shuttle.
 
 use super::record::KeyRecord;
+use super::slots::Slots;
 use super::{Cancel, KeyGuard, LockSet, MutexGuard, Rank, Region, WaitCancelled, operation_scope};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -66,8 +67,7 @@ fn contended_keys_have_one_owner_at_a_time() {
                     x ^= x << 17;
                     let key = (x % u64::from(KEYS)) as u32;
                     let guards = match (x >> 8) % 8 {
-                        0 => set.lock_many(&[(key + 1) % KEYS, key, key]),
-                        1 => set.try_lock(&key).into_iter().collect(),
+                        0 | 1 => set.try_lock(&key).into_iter().collect(),
                         2 | 3 => {
                             let token = Cancel::try_new().unwrap();
                             let _ = tokens.try_send(token.clone());
@@ -115,11 +115,7 @@ fn first_come_first_served_past_a_waiter_that_leaves() {
                     assert_eq!(set.lock_cancellable(&1, &cancel).err(), Some(WaitCancelled));
                     return;
                 }
-                let _guard = if i == 4 {
-                    set.lock_many(&[1]).remove(0)
-                } else {
-                    set.lock(&1)
-                };
+                let _guard = set.lock(&1);
                 order.send(i).unwrap();
             });
             wait_for(|| waiters(set) == i as usize + 1);
@@ -281,10 +277,10 @@ fn released_keys_leave_no_entries() {
         drop(set.try_lock(&id));
     }
     assert_eq!((set.len(), set.capacity() < 64), (0, true));
-    let many: Vec<u32> = (0..3000).rev().collect();
-    let guards = set.lock_many(&many);
-    assert!(guards.iter().map(|g| *g.key()).eq(0..3000), "sorted");
-    assert_eq!(set.len(), 3000);
-    drop(guards);
-    assert_eq!((set.len(), set.capacity() < 64), (0, true));
+    // Held at once, as by many threads.
+    let slots = Slots::new();
+    assert!((0..3000).all(|id| slots.enter_if_free(&id)));
+    assert_eq!(slots.len(), 3000);
+    (0..3000).for_each(|id| slots.release(&id));
+    assert_eq!((slots.len(), slots.capacity() < 64), (0, true));
 }

@@ -53,9 +53,6 @@ fn body() {
                 if let Ok(guard) = world.set.lock_cancellable(&0, &cancel) {
                     world.own(*guard.key());
                 }
-                for guard in world.set.lock_many(&[1, 0]) {
-                    world.own(*guard.key());
-                }
                 assert_eq!(check::held(), 0);
             })
         })

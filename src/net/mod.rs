@@ -450,6 +450,7 @@ impl Net {
     }
 
     /// The number of spare taps.
+    #[cfg(test)]
     pub fn taps_ready(&self) -> usize {
         self.pool.ready()
     }
@@ -495,6 +496,7 @@ impl Net {
     }
 
     /// Removes everything that belongs to this installation, including the taps of VMs.
+    #[cfg(test)]
     pub fn remove_all(&self) -> Result<()> {
         self.close();
         self.guests.lock().clear();

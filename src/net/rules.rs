@@ -265,6 +265,7 @@ impl Rules {
     }
 
     /// Removes both tables. Missing tables are not an error.
+    #[cfg(test)]
     pub fn remove_all(&self) -> String {
         let table = &self.table;
         let of =

@@ -60,6 +60,7 @@ impl Pool {
     }
 
     /// The number of taps that are ready.
+    #[cfg(test)]
     pub fn ready(&self) -> usize {
         self.state.lock().ready.len()
     }

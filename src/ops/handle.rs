@@ -93,10 +93,6 @@ impl OpHandle {
     pub fn progress(&self, stage: &str) {
         self.reporter.progress(stage);
     }
-    /// See [`Reporter::progress_bytes`].
-    pub fn progress_bytes(&self, done: u64, total: Option<u64>) {
-        self.reporter.progress_bytes(done, total);
-    }
 
     /// Ends the operation as `ok`, as `cancelled` if the error has that kind, or as `failed`. Wakes
     /// all threads that wait for it.

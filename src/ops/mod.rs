@@ -319,22 +319,6 @@ impl Ops {
         Ok(broken)
     }
 
-    /// Continues an operation of an earlier daemon under its own id. No limit applies.
-    pub fn resume(&self, mut op: Op) -> Result<OpHandle> {
-        let cancel = new_token(&op.method)?;
-        let id = op.id.clone();
-        let mut state = self.shared.state.lock();
-        if op.state.has_ended() || state.entries.contains_key(&id) {
-            return Err(Error::internal(format!(
-                "resume operation {id}: it has ended or is already in progress"
-            )));
-        }
-        op.state = OpState::Running;
-        state.insert(op, Some(cancel.clone()));
-        drop(state);
-        Ok(OpHandle::new(self.clone(), id, cancel))
-    }
-
     pub fn get(&self, id: &OpId) -> Result<Op> {
         self.shared.state.lock().entry(id).map(|e| e.snapshot())
     }

@@ -123,25 +123,6 @@ impl Watcher {
         self.seen = Some(changes);
         Some(Change::Progress(entry.op.progress.clone()))
     }
-
-    /// Waits for a change, for callers that have nothing else to poll. None at the deadline.
-    pub fn next_before(&mut self, deadline: Instant) -> Result<Option<Change>> {
-        use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let timeout =
-                PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
-            match poll(&mut [PollFd::new(self.fd(), PollFlags::POLLIN)], timeout) {
-                Ok(0) if left.is_zero() => return Ok(None),
-                Ok(0) | Err(nix::errno::Errno::EINTR) => {}
-                Ok(_) => match self.next() {
-                    Some(change) => return Ok(Some(change)),
-                    None => continue,
-                },
-                Err(e) => return Err(Error::io("poll an operation's watcher", e)),
-            }
-        }
-    }
 }
 
 impl Drop for Watcher {

@@ -153,12 +153,6 @@ impl<T> JobHandle<T> {
         }
     }
 
-    pub fn label(&self) -> &str {
-        &self.label
-    }
-    pub fn cancel(&self) -> &Cancel {
-        &self.cancel
-    }
     pub fn is_done(&self) -> bool {
         !matches!(*self.slot.outcome.lock(), Outcome::Pending)
     }

@@ -161,17 +161,6 @@ impl Pool {
         })
     }
 
-    /// [`Pool::reserve`] followed by [`QueueSlot::submit`].
-    pub fn try_submit<T: Send + 'static>(
-        &self,
-        uid: u32,
-        label: &str,
-        cancel: &Cancel,
-        job: impl FnOnce(&Cancel) -> Result<T> + Send + 'static,
-    ) -> Result<JobHandle<T>> {
-        Ok(self.reserve(uid)?.submit(label, cancel, job))
-    }
-
     pub fn counts(&self) -> Counts {
         self.shared.purge();
         let state = self.shared.state.lock();

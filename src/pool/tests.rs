@@ -20,6 +20,19 @@ fn pool(workers: usize, queue_max: usize, queue_per_uid_max: usize) -> Pool {
     .unwrap()
 }
 
+impl Pool {
+    /// [`Pool::reserve`] followed by [`QueueSlot::submit`].
+    fn try_submit<T: Send + 'static>(
+        &self,
+        uid: u32,
+        label: &str,
+        cancel: &Cancel,
+        job: impl FnOnce(&Cancel) -> Result<T> + Send + 'static,
+    ) -> Result<JobHandle<T>> {
+        Ok(self.reserve(uid)?.submit(label, cancel, job))
+    }
+}
+
 fn late() -> Instant {
     Instant::now() + LATE
 }

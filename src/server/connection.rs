@@ -10,7 +10,6 @@ use super::{FDS_MAX, FRAME_BYTES_MAX, Handler, Limits};
 use crate::api::frame::{Note, Notification, Request};
 use crate::error::{Error, Kind};
 use crate::locks::check;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use std::cell::Cell;
 use std::io::{self, IoSlice};
@@ -32,10 +31,6 @@ pub struct Connection<'a> {
 }
 
 impl Connection<'_> {
-    pub fn peer(&self) -> Peer {
-        self.peer
-    }
-
     /// A descriptor for `poll` without requested events. POLLHUP or POLLERR means that the caller
     /// has disconnected. A caller that has only shut down its sending side is still there.
     pub fn fd(&self) -> BorrowedFd<'_> {
@@ -45,11 +40,6 @@ impl Connection<'_> {
     /// Returns the socket for a thread that sends notes. It must not be kept longer than the call.
     pub(super) fn socket(&self) -> Arc<UnixStream> {
         self.socket.clone()
-    }
-
-    pub fn is_hung_up(&self) -> bool {
-        let mut fds = [PollFd::new(self.fd(), PollFlags::empty())];
-        self.broken.get() || poll(&mut fds, PollTimeout::ZERO).is_ok_and(|n| n > 0)
     }
 
     /// Sends this descriptor with the first byte of the answer, unless the call fails.

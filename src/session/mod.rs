@@ -4,7 +4,7 @@
 //! used or dropped while it is held.
 
 use crate::error::{Error, Kind, Result};
-use crate::ids::{SessionId, VmId};
+use crate::ids::SessionId;
 use crate::locks::{Mutex, Rank};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -16,7 +16,6 @@ pub struct Registry<H> {
 
 struct Entry<H> {
     owner_uid: u32,
-    vm: VmId,
     handle: H,
 }
 
@@ -40,16 +39,11 @@ impl<H: Clone> Registry<H> {
     }
 
     /// Registers a session. The caller must keep the result for as long as the command runs.
-    pub fn begin(&self, owner_uid: u32, vm: VmId, handle: H) -> Session<H> {
+    pub fn begin(&self, owner_uid: u32, handle: H) -> Session<H> {
         let id = SessionId::random();
-        self.sessions.lock().insert(
-            id.clone(),
-            Entry {
-                owner_uid,
-                vm,
-                handle,
-            },
-        );
+        self.sessions
+            .lock()
+            .insert(id.clone(), Entry { owner_uid, handle });
         Session {
             id,
             sessions: self.sessions.clone(),
@@ -71,15 +65,6 @@ impl<H: Clone> Registry<H> {
                 format!("session {id} does not exist or its command has ended"),
             )),
         }
-    }
-
-    /// Number of sessions in a VM.
-    pub fn count(&self, vm: &VmId) -> usize {
-        self.sessions
-            .lock()
-            .values()
-            .filter(|e| e.vm == *vm)
-            .count()
     }
 
     pub fn len(&self) -> usize {
@@ -105,8 +90,7 @@ mod tests {
     #[test]
     fn find_succeeds_only_for_owner_and_root_while_the_session_lasts() {
         let registry = Registry::new();
-        let vm = VmId::random();
-        let session = registry.begin(1000, vm.clone(), "handle");
+        let session = registry.begin(1000, "handle");
         let id = session.id.clone();
         assert_eq!(registry.find(&id, 1000).unwrap(), "handle");
         assert_eq!(registry.find(&id, 0).unwrap(), "handle");
@@ -117,10 +101,6 @@ mod tests {
         assert_eq!(
             registry.find(&SessionId::random(), 0).unwrap_err().kind(),
             Kind::SessionNotFound
-        );
-        assert_eq!(
-            (registry.count(&vm), registry.count(&VmId::random())),
-            (1, 0)
         );
         drop(session);
         assert_eq!(
@@ -134,7 +114,7 @@ mod tests {
     fn session_of_a_panicking_command_is_removed() {
         let registry = Registry::new();
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            let _session = registry.begin(0, VmId::random(), ());
+            let _session = registry.begin(0, ());
             panic!("in the command");
         }));
         assert!(result.is_err() && registry.is_empty());

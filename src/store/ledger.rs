@@ -1,6 +1,5 @@
 //! Table `ledger`: every host resource that may exist, by a name with which it can be found again.
-//! A row is durable before its resource is acquired, facts may be added, and the row is deleted
-//! once the resource is gone.
+//! A row is durable before its resource is acquired, and is deleted once the resource is gone.
 
 use super::sql::{self, json};
 use crate::ids::VmId;
@@ -17,7 +16,7 @@ pub struct LedgerRow {
     pub kind: String,
     /// How it is found on the host: a path, a tag, or a device name.
     pub name: String,
-    /// What was found out when it was acquired, such as a pid or device numbers.
+    /// Always None. It stays because rows of earlier versions contain it.
     pub facts: Option<serde_json::Value>,
 }
 

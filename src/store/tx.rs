@@ -95,22 +95,6 @@ impl<'a> Tx<'a> {
         id
     }
 
-    /// Adds what was found out when the resource was acquired.
-    ///
-    /// # Errors
-    /// `internal` if the row does not exist.
-    pub fn record_facts(&mut self, id: u64, facts: serde_json::Value) -> Result<()> {
-        let Some(row) = self.ledger_row(id) else {
-            return Err(Error::internal(format!("ledger row {id} does not exist")));
-        };
-        let row = LedgerRow {
-            facts: Some(facts),
-            ..LedgerRow::clone(row)
-        };
-        self.apply(Image::Ledger(id, Some(Arc::new(row))));
-        Ok(())
-    }
-
     /// Deletes a ledger row, because its resource is gone. Returns false if it was deleted before.
     pub fn strike(&mut self, id: u64) -> bool {
         let was = self.ledger_row(id).is_some();

@@ -6,7 +6,6 @@ use crate::ids::OpId;
 use crate::store::key::KEYS_PER_UID_MAX;
 use crate::store::{KeyRow, OpRow};
 use crate::uids::Retention;
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 impl State {
@@ -16,11 +15,6 @@ impl State {
 
     pub fn ops(&self) -> impl Iterator<Item = &Arc<OpRow>> {
         self.ops.values()
-    }
-
-    /// Returns the operations whose ID begins with `prefix`, and none if it is empty.
-    pub fn ops_by_id_prefix(&self, prefix: &str) -> Vec<&Arc<OpRow>> {
-        by_prefix(&self.ops, prefix)
     }
 
     /// See [`OpHistory::to_prune`].
@@ -55,14 +49,4 @@ impl State {
         Err(Error::new(Kind::OperationLimit, text)
             .hint("call without a key, or wait until some have expired (after a day)"))
     }
-}
-
-fn by_prefix<'a, K: Ord + AsRef<str>, V>(map: &'a BTreeMap<K, V>, prefix: &str) -> Vec<&'a V> {
-    if prefix.is_empty() {
-        return Vec::new();
-    }
-    map.iter()
-        .filter(|(id, _)| id.as_ref().starts_with(prefix))
-        .map(|(_, row)| row)
-        .collect()
 }

@@ -55,10 +55,6 @@ impl State {
             .map(|(_, row)| row)
     }
 
-    pub fn vms_of(&self, owner_uid: u32) -> impl Iterator<Item = &Arc<VmRow>> {
-        self.vms_by_age(Some(owner_uid), None)
-    }
-
     /// Returns the smallest free slot. `limit` is the number of slots.
     ///
     /// # Errors

@@ -179,12 +179,6 @@ fn rows_are_found_by_name_id_and_prefix() {
         assert_eq!(found("000000000ab"), [0xab1, 0xab2]);
         assert_eq!(found("000000000ab2"), [0xab2]);
         assert_eq!((found("f").len(), found("").len()), (0, 3));
-        assert_eq!(
-            s.vms_of(1000).map(|r| r.slot).collect::<Vec<_>>(),
-            [3, 0xab2]
-        );
-        assert_eq!(s.vms_of(7).count(), 1);
-        assert_eq!(s.vms_of(8).count(), 0);
         let exact = |text: &str| s.vm_by_name_or_id(text).map(|r| r.slot);
         assert_eq!(exact(row(3).name.as_str()), Some(3));
         assert_eq!(exact("000000000ab2"), Some(0xab2));
@@ -241,18 +235,12 @@ fn removed_vm_loses_workspace_and_keeps_ledger() {
         })
         .unwrap();
     store
-        .change_durable(|tx| tx.record_facts(id, serde_json::json!({"pid": 1})))
-        .unwrap();
-    store
         .change_durable(|tx| Ok(tx.remove_vm_unlocked(&vm_id(1))))
         .unwrap();
     let store = check_reopened(store, dir.path());
     store.read(|s| {
         assert!(s.workspace(&vm_id(1)).is_none());
-        assert_eq!(
-            s.ledger_of(&vm_id(1)).next().unwrap().facts,
-            Some(serde_json::json!({"pid": 1}))
-        );
+        assert_eq!(s.ledger_of(&vm_id(1)).next().unwrap().id, id);
     });
     assert!(store.change_durable(|tx| Ok(tx.strike(id))).unwrap());
     assert!(!store.change_durable(|tx| Ok(tx.strike(id))).unwrap());
@@ -265,14 +253,6 @@ fn removed_vm_loses_workspace_and_keeps_ledger() {
             .change_durable(|tx| Ok(tx.intend(None, 1, "disk", "x")))
             .unwrap()
             > again
-    );
-    assert_eq!(
-        store
-            .change(|tx| tx.record_facts(id, 1.into()))
-            .map(|_| ())
-            .unwrap_err()
-            .kind(),
-        Kind::Internal
     );
 }
 
@@ -392,8 +372,7 @@ fn operation_is_kept_until_its_last_key_is_removed() {
     assert_eq!(kept(&store, 0), [1, 4, 5]);
     // A failed change does not change the number of keys.
     let failed = store.change(|tx| {
-        tx.remove_key(0, "a");
-        tx.remove_key(0, "b");
+        assert_eq!(tx.expire_keys(u64::MAX), 2);
         assert!(tx.op(&op_id(1)).is_none(), "the oldest of three");
         Err::<(), _>(Error::invalid("no"))
     });

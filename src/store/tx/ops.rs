@@ -2,7 +2,6 @@
 
 use super::{Image, Tx};
 use crate::error::Result;
-use crate::ids::OpId;
 use crate::store::{KeyRow, OpRow};
 use std::sync::Arc;
 
@@ -21,10 +20,6 @@ impl Tx<'_> {
         }
     }
 
-    pub fn remove_op(&mut self, id: &OpId) {
-        self.apply(Image::Op(id.clone(), None));
-    }
-
     /// # Errors
     /// `operation_limit` if the uid has too many keys.
     pub fn put_key(&mut self, row: KeyRow) -> Result<()> {
@@ -33,10 +28,6 @@ impl Tx<'_> {
         }
         self.set_key((row.uid, row.key.clone()), Some(Arc::new(row)));
         Ok(())
-    }
-
-    pub fn remove_key(&mut self, uid: u32, key: &str) {
-        self.set_key((uid, key.to_owned()), None);
     }
 
     /// Sets or removes a key. The operation that it named before may be removed with it.

@@ -10,7 +10,7 @@
 //! | [`finish_command`] | - | [`parse_finish`] |
 //! | [`export_patch_command`] | - | [`super::left`], then the patch |
 //! | [`export_tree_command`] | - | [`super::left`], then a tar for [`super::unpack`] |
-//! | [`status_command`] | - | [`parse_status`] |
+//! | [`status_command`] | - | `none`, `incomplete` or `complete` |
 
 use super::git_texts;
 use crate::api::exec::Exit;
@@ -28,8 +28,6 @@ const STATUS: &str = include_str!("status.sh");
 
 /// Directory in the guest that holds a state directory for each workspace.
 pub const STATE_ROOT: &str = "/var/lib/fcd/workspaces";
-/// Maximum length of a command line. libssh2 refuses an exec request of about 34 KiB.
-pub const COMMAND_BYTES_MAX: usize = 24 * 1024;
 /// Maximum size of the output of `begin` or `finish`, which the daemon keeps in memory.
 pub const ANSWER_BYTES_MAX: usize = 4 * 1024 * 1024;
 
@@ -131,14 +129,6 @@ pub fn status_command(workspace: &GuestWorkspace) -> String {
     command(STATUS, workspace, &[])
 }
 
-/// The state of a workspace, as the guest reports it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Status {
-    None,
-    Incomplete,
-    Complete,
-}
-
 /// What `finish` reports.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Finished {
@@ -190,15 +180,6 @@ pub fn parse_finish(stdout: &[u8]) -> Result<Finished> {
         entries: count.trim().parse().map_err(|_| unknown(step))?,
         kept: nul_list(list, step)?,
     })
-}
-
-pub fn parse_status(stdout: &[u8]) -> Result<Status> {
-    match stdout.trim_ascii() {
-        b"none" => Ok(Status::None),
-        b"incomplete" => Ok(Status::Incomplete),
-        b"complete" => Ok(Status::Complete),
-        _ => Err(unknown("look at the workspace")),
-    }
 }
 
 /// Builds the error of a step that did not end with status 0. `doing` names the step, as in
@@ -259,6 +240,9 @@ pub fn failure(doing: &str, exit: &Exit, stderr: &[u8]) -> Error {
 mod tests {
     use super::*;
 
+    /// libssh2 refuses an exec request of about 34 KiB.
+    const COMMAND_BYTES_MAX: usize = 24 * 1024;
+
     fn workspace() -> GuestWorkspace {
         GuestWorkspace::new("/root/it's here")
     }
@@ -316,7 +300,6 @@ mod tests {
             kept: vec![b"x".to_vec()],
         };
         assert_eq!(parse_finish(b"fcd-finish 1 12\nx\0").unwrap(), want);
-        assert_eq!(parse_status(b"incomplete\n").unwrap(), Status::Incomplete);
     }
 
     #[test]

@@ -1,6 +1,5 @@
 use super::*;
 use crate::error::Kind;
-use crate::workspace::remote::Status;
 use std::os::unix::fs::symlink;
 
 /// Makes one change of every kind: a commit, an edit, a deletion, a rename, a new file, a binary

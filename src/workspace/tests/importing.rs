@@ -1,7 +1,6 @@
 use super::*;
 use crate::error::Kind;
 use crate::workspace::plan::TreeKind;
-use crate::workspace::remote::Status;
 use std::os::unix::fs::symlink;
 
 #[test]

@@ -157,6 +157,7 @@ mod sessions;
 mod settings;
 mod single_flight;
 mod snapshot_registry;
+mod snapshot_writer;
 mod snapshots;
 mod spec;
 mod stats;

@@ -76,6 +76,7 @@ impl Snapshots {
                 .sessions
                 .join_guest(&found, Use::Transfer, op.cancel())?;
             let captured = snapshots
+                .writer
                 .capture(&row, op)
                 .map_err(|e| e.context(format!("save VM {}", row.name)))?;
             drop(user);
@@ -86,7 +87,7 @@ impl Snapshots {
                 _in_use: None,
             };
             let done = snapshots.start_from(op, vm, &restore);
-            snapshots.discard(captured);
+            snapshots.writer.discard(captured);
             done
         })
     }

@@ -31,6 +31,7 @@ use super::runtime::Runtimes;
 use super::seams::Seams;
 use super::sessions::Sessions;
 use super::snapshot_registry::{SNAPSHOTS_DIR, SnapshotRegistry};
+use super::snapshot_writer::SnapshotWriter;
 use super::snapshots::Snapshots;
 use super::spec::Specs;
 use super::uids;
@@ -441,21 +442,27 @@ impl Base {
             runtimes: self.runtimes.clone(),
             vmm: self.vmm.clone(),
         };
-        Snapshots {
+        let writer = SnapshotWriter {
             core: self.core.clone(),
-            views: self.views.clone(),
-            networks: self.networks.clone(),
             specs: self.specs.clone(),
             guests: self.guests.clone(),
-            sessions: sessions.clone(),
             resources: lifecycle.resources.clone(),
-            creator: creator.clone(),
-            lifecycle: lifecycle.clone(),
             snapshot_registry: self.snapshot_registry.clone(),
             holder,
             images: self.images.clone(),
             commands: self.commands.clone(),
             transport: self.transport.clone(),
+            vmm: self.vmm.clone(),
+        };
+        Snapshots {
+            core: self.core.clone(),
+            views: self.views.clone(),
+            networks: self.networks.clone(),
+            sessions: sessions.clone(),
+            creator: creator.clone(),
+            lifecycle: lifecycle.clone(),
+            snapshot_registry: self.snapshot_registry.clone(),
+            writer,
             vmm: self.vmm.clone(),
         }
     }

@@ -17,6 +17,7 @@ pub mod limits;
 pub mod op;
 pub mod page;
 pub mod port;
+pub mod rates;
 pub mod snapshot;
 pub mod stream;
 pub mod table;

@@ -2,6 +2,7 @@
 
 use super::call::calls;
 use super::port::Port;
+pub use super::rates::RateLimits;
 use crate::ids::{ImageRef, KernelName, OpId, VmId, VmName};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
@@ -84,63 +85,6 @@ pub struct WorkspaceInfo {
     pub bytes: u64,
     /// Seconds since the epoch.
     pub prepared_at: u64,
-}
-
-/// The rate limits of a VM's devices. None means no limit, or in a request no change.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RateLimits {
-    /// For each disk, counting reads and writes together.
-    pub disk_bytes_per_s: Option<u64>,
-    pub disk_ops_per_s: Option<u64>,
-    /// For traffic to the guest.
-    pub net_rx_bytes_per_s: Option<u64>,
-    /// For traffic from the guest.
-    pub net_tx_bytes_per_s: Option<u64>,
-}
-
-impl RateLimits {
-    /// Combines each limit with the one of the same name in `other`.
-    pub fn zip_with(
-        &self,
-        other: &Self,
-        f: impl Fn(Option<u64>, Option<u64>) -> Option<u64>,
-    ) -> Self {
-        Self {
-            disk_bytes_per_s: f(self.disk_bytes_per_s, other.disk_bytes_per_s),
-            disk_ops_per_s: f(self.disk_ops_per_s, other.disk_ops_per_s),
-            net_rx_bytes_per_s: f(self.net_rx_bytes_per_s, other.net_rx_bytes_per_s),
-            net_tx_bytes_per_s: f(self.net_tx_bytes_per_s, other.net_tx_bytes_per_s),
-        }
-    }
-
-    /// These limits after a request with `change`, in which 0 removes a limit.
-    pub fn with(&self, change: &Self) -> Self {
-        self.zip_with(change, |now, change| {
-            change.map_or(now, |n| Some(n).filter(|n| *n > 0))
-        })
-    }
-
-    /// The limits of `self` that `other` does not have.
-    pub fn without(&self, other: &Self) -> Self {
-        self.zip_with(other, |own, other| own.filter(|_| other.is_none()))
-    }
-
-    /// The limits of `self`, and those of `other` for what `self` does not limit.
-    pub fn or(&self, other: &Self) -> Self {
-        self.zip_with(other, Option::or)
-    }
-
-    /// True if the guest's network is limited.
-    pub fn limits_network(&self) -> bool {
-        [self.net_rx_bytes_per_s, self.net_tx_bytes_per_s]
-            .into_iter()
-            .flatten()
-            .any(|n| n > 0)
-    }
-
-    pub fn is_empty(&self) -> bool {
-        *self == Self::default()
-    }
 }
 
 /// A VM as its owner sees it.

@@ -9,7 +9,8 @@ use super::disk_probe::probe;
 use super::resources::existing;
 use super::vm_dir::DISK_FILE;
 use crate::api::daemon::{Check, Severity};
-use crate::config::Config;
+use crate::config::{Config, Qemu};
+use crate::ids::ImageRef;
 use crate::locks::Cancel;
 use crate::vmm::Driver;
 use crate::vmm::firecracker::require_mount;
@@ -94,21 +95,19 @@ pub(super) fn missing(config: &Config, firecracker: &dyn Driver, is_root: bool) 
             fix,
         ));
     }
-    kvm(config)
+    kvm(&config.state_dir, &config.vm.image, &config.qemu)
 }
 
-fn kvm(config: &Config) -> Option<Missing> {
-    let name = &config.vm.image;
-    let kernel = crate::image::kernel_path(&config.state_dir, name);
+fn kvm(state_dir: &Path, image: &ImageRef, qemu: &Qemu) -> Option<Missing> {
+    let kernel = crate::image::kernel_path(state_dir, image);
     if !kernel.exists() {
-        let what =
-            format!("KVM must run a stock kernel, and there is no image {name} yet to try it with");
+        let what = format!(
+            "KVM must run a stock kernel, and there is no image {image} yet to try it with"
+        );
         return Some(Missing::new(what, "fcctl image build, then restart fcd"));
     }
     let why = match Cancel::try_new().map_err(|e| e.to_string()) {
-        Ok(cancel) => {
-            try_kvm(&config.qemu, &kernel, &cancel).unwrap_or_else(|e| Some(e.to_string()))
-        }
+        Ok(cancel) => try_kvm(qemu, &kernel, &cancel).unwrap_or_else(|e| Some(e.to_string())),
         Err(e) => Some(e),
     };
     why.map(|why| {

@@ -5,7 +5,7 @@ use super::core::Core;
 use super::host_view::HostView;
 use crate::api::daemon::Check;
 use crate::api::vm::{self, VmState};
-use crate::config::{self, Config};
+use crate::config;
 use crate::disk::Network as SeedNetwork;
 use crate::error::{Error, Kind, Result};
 use crate::host::Commands;
@@ -21,12 +21,12 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
 pub(super) fn open(
-    config: &Config,
+    config: &config::Network,
     store: &Store,
     commands: &Arc<dyn Commands>,
     cancel: &Cancel,
 ) -> Result<Option<Net>> {
-    if !config.network.is_bridge() {
+    if !config.is_bridge() {
         return Ok(None);
     }
     if !nix::unistd::geteuid().is_root() {
@@ -36,13 +36,7 @@ pub(super) fn open(
         )
         .hint("set driver = \"user\", or run fcd as root"));
     }
-    Net::open(
-        &config.network,
-        store.install_id(),
-        commands.clone(),
-        cancel,
-    )
-    .map(Some)
+    Net::open(config, store.install_id(), commands.clone(), cancel).map(Some)
 }
 
 pub(super) fn checks(host: &HostView<'_>) -> Vec<Check> {

@@ -1,18 +1,18 @@
 //! Checks the configured uids of VMs against the existing VMs. A VM keeps its slot, and so its uid,
 //! but the configuration may change between two starts of the daemon.
 
-use crate::config::{Config, Qemu};
+use crate::config::{Network, Qemu};
 use crate::error::{Error, Kind, Result};
 use crate::store::State;
 
 /// True if the last uid belongs to the name server's helper process.
-fn has_name_server(config: &Config) -> bool {
-    config.network.is_bridge() && config.network.dns
+fn has_name_server(network: &Network) -> bool {
+    network.is_bridge() && network.dns
 }
 
 /// How many uids there are for VMs.
-pub(super) fn for_vms(config: &Config) -> u32 {
-    config.qemu.uid_count - u32::from(has_name_server(config))
+pub(super) fn for_vms(qemu: &Qemu, network: &Network) -> u32 {
+    qemu.uid_count - u32::from(has_name_server(network))
 }
 
 /// Checks that no VM has the name server's uid or one outside of the range. The daemon would not
@@ -20,13 +20,13 @@ pub(super) fn for_vms(config: &Config) -> u32 {
 ///
 /// # Errors
 /// `invalid_config`.
-pub(super) fn require(config: &Config, state: &State) -> Result<()> {
+pub(super) fn require(qemu: &Qemu, network: &Network, state: &State) -> Result<()> {
     let Some(last) = state.vms().max_by_key(|row| row.slot) else {
         return Ok(());
     };
     check(
-        &config.qemu,
-        has_name_server(config),
+        qemu,
+        has_name_server(network),
         last.name.as_str(),
         last.slot,
     )

@@ -65,7 +65,7 @@ pub fn run(config: Config) -> Result<()> {
         daemon.core.effects.follow(plan.clone());
         daemon.core.store.faults().ask(plan);
     }
-    if let Some(check) = crate::daemon::state_dir_check(&config) {
+    if let Some(check) = crate::daemon::state_dir_check(&config.state_dir, config.vmm.driver) {
         log::error!("{}; {}", check.found, check.fix.unwrap_or_default());
     }
     let dispatch = Arc::new(Dispatch::new(daemon.clone()));

@@ -2,7 +2,7 @@
 
 use super::{Boot, BootStep, HostView, Resource, Resources, Span};
 use crate::api::daemon::Check;
-use crate::config::{Config, VmmDriver};
+use crate::config::VmmDriver;
 use crate::daemon::core::VMS_DIR;
 use crate::daemon::vm_dir::HOST_KEY_FILE;
 use crate::daemon::vm_dir::KEY_FILE;
@@ -88,20 +88,20 @@ impl Resource for Directory {
 
 pub(super) fn checks(host: &HostView<'_>) -> Vec<Check> {
     let mut all = vec![space_check(&host.config.state_dir)];
-    all.extend(reach_check(host.config));
+    all.extend(reach_check(&host.config.state_dir, host.config.vmm.driver));
     all
 }
 
 /// Checks that VMMs can reach the state directory. If the daemon is root, QEMU runs under another
 /// uid and opens its files by their paths. Firecracker's jailer opens them as root. `None` if
 /// nothing is wrong.
-pub(super) fn reach_check(config: &Config) -> Option<Check> {
-    if !nix::unistd::geteuid().is_root() || config.vmm.driver == VmmDriver::Firecracker {
+pub(super) fn reach_check(state_dir: &Path, driver: VmmDriver) -> Option<Check> {
+    if !nix::unistd::geteuid().is_root() || driver == VmmDriver::Firecracker {
         return None;
     }
     // The daemon sets the mode of the state directory itself when it starts.
-    let closed = reach::closed_to_others(&config.state_dir)?;
-    let (closed, state_dir) = (closed.display(), config.state_dir.display());
+    let closed = reach::closed_to_others(state_dir)?;
+    let (closed, state_dir) = (closed.display(), state_dir.display());
     let found = format!(
         "no VM can start: VMMs do not run as root and may not enter {closed}, where the state directory {state_dir} is"
     );
@@ -186,7 +186,6 @@ impl Resources {
 mod tests {
     use super::*;
     use crate::api::daemon::Severity;
-    use crate::config::Flags;
     use std::os::unix::fs::PermissionsExt;
 
     #[test]
@@ -198,30 +197,26 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let chmod =
             |mode| std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(mode)).unwrap();
-        let flags = Flags {
-            state_dir: Some(dir.path().join("state")),
-            ..Flags::default()
-        };
-        let mut config = Config::load(&flags, 1000, &|_| None).unwrap();
+        let state_dir = dir.path().join("state");
+        let check = |driver| reach_check(&state_dir, driver);
         chmod(0o755);
-        assert_eq!(reach_check(&config).map(|c| c.found), None);
+        assert_eq!(check(VmmDriver::Qemu).map(|c| c.found), None);
         chmod(0o700);
-        let check = reach_check(&config).unwrap();
-        assert_eq!(check.severity, Severity::Fail);
+        let found = check(VmmDriver::Qemu).unwrap();
+        assert_eq!(found.severity, Severity::Fail);
         let path = dir.path().display().to_string();
         assert!(
-            check.found.contains(&format!("may not enter {path},")),
+            found.found.contains(&format!("may not enter {path},")),
             "{}",
-            check.found
+            found.found
         );
-        let fix = check.fix.unwrap();
+        let fix = found.fix.unwrap();
         assert!(
             fix.contains("--state-dir") && fix.ends_with(&format!("chmod o+x {path}")),
             "{fix}"
         );
-        config.vmm.driver = VmmDriver::Firecracker;
         assert_eq!(
-            reach_check(&config).map(|c| c.found),
+            check(VmmDriver::Firecracker).map(|c| c.found),
             None,
             "a jailed VMM has another root"
         );

@@ -32,8 +32,7 @@ use super::spec::Specs;
 use super::vmms::Vmms;
 use crate::api::daemon::{Check, Leak};
 use crate::api::vm::VmState;
-use crate::config::Config;
-use crate::config::{self, SyncedFile};
+use crate::config::{self, SyncedFile, VmmDriver};
 use crate::daemon::gone::Installations;
 use crate::daemon::host_view::HostView;
 use crate::daemon::leak::leak;
@@ -133,8 +132,8 @@ pub(super) fn checks(host: &HostView<'_>) -> Vec<Check> {
 }
 
 /// Explains why no VM can start from this state directory, if so, with a fix.
-pub(crate) fn state_dir_check(config: &Config) -> Option<Check> {
-    directory::reach_check(config)
+pub(crate) fn state_dir_check(state_dir: &Path, driver: VmmDriver) -> Option<Check> {
+    directory::reach_check(state_dir, driver)
 }
 
 /// The nearest ancestor that exists, because the state directory may not exist yet.

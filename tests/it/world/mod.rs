@@ -22,14 +22,14 @@ use fcd::ids::VmId;
 use fcd::locks::check;
 use fcd::server::{Dispatch, Server};
 use fcd::store::{State, Store};
-use fcd::vmm::Driver;
 use fcd::vmm::fake::Fake;
+use fcd::vmm::{Driver, End, Exit};
 use fcd::workspace::remote;
 use fcd::workspace::remote::GuestWorkspace;
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -311,6 +311,22 @@ impl World {
             self.shut();
         }
         self.open();
+    }
+
+    /// Opens the daemon again and reconciles every VM.
+    pub fn restart_daemon(&mut self) {
+        self.reopen();
+        self.daemon().reconciler.reconcile();
+    }
+
+    /// Ends the VMM of a VM from outside.
+    #[track_caller]
+    pub fn kill_vmm(&self, vm: &VmId, exit: Exit) {
+        assert!(self.vmm.die(vm, &End::Vmm(exit)), "no VMM of {vm}");
+    }
+
+    pub fn vm_dir(&self, vm: &VmId) -> PathBuf {
+        self.config.state_dir.join("vms").join(vm.as_str())
     }
 
     /// Changes rows as if another daemon had died in the middle of an operation.

@@ -1,0 +1,129 @@
+//! VMMs that ended while no daemon was running.
+
+use crate::world::*;
+use fcd::api::vm::*;
+use fcd::vmm::Exit;
+
+/// A world with a VM whose VMM died as `exit` says while no daemon was running.
+fn world_without_vmm(exit: Exit) -> (World, Vm) {
+    let mut world = World::new();
+    let (vm, _) = world.running("web");
+    world.shut();
+    world.kill_vmm(&vm.id, exit);
+    (world, vm)
+}
+
+#[test]
+fn host_is_scanned_once_for_all_missing_vmms() {
+    const VMS: usize = 10;
+    let mut world = World::new();
+    let vms: Vec<_> = (0..VMS)
+        .map(|n| world.running(&format!("vm-{n}")).0)
+        .collect();
+    world.shut();
+    for vm in &vms[1..] {
+        world.kill_vmm(&vm.id, Exit::Signal(7));
+    }
+    world.reopen();
+    let before = world.vmm.scans();
+    world.daemon().reconciler.reconcile();
+    assert_eq!(
+        world.vmm.scans(),
+        before + 2,
+        "one for all VMs, and the sweep's"
+    );
+    assert_eq!(world.state("vm-0"), VmState::Running);
+    assert!((1..VMS).all(|n| world.state(&format!("vm-{n}")) == VmState::Failed));
+}
+
+#[test]
+fn vmm_that_died_between_daemons_is_failed() {
+    let (mut world, _) = world_without_vmm(Exit::Signal(9));
+    world.restart_daemon();
+    let vm = world.show("web").unwrap();
+    assert_eq!((vm.state, vm.pid), (VmState::Failed, None));
+    assert!(vm.reason.unwrap().contains("while fcd was not running"));
+    assert_eq!(world.start("web").unwrap().state, VmState::Running);
+}
+
+#[test]
+fn vm_after_host_reboot_is_stopped() {
+    let (mut world, vm) = world_without_vmm(Exit::Signal(7));
+    world.edit_rows(|tx| {
+        tx.update_vm_unlocked(&vm.id, |r| {
+            r.identity.as_mut().unwrap().boot_id = "another".into()
+        })
+        .unwrap()
+    });
+    world.restart_daemon();
+    assert_eq!(world.state("web"), VmState::Stopped);
+}
+
+/// An earlier daemon wrote the guest's last words to the log, and died before it saw the VMM exit.
+#[test]
+fn missing_vmm_is_judged_by_guests_last_words() {
+    for (words, state, reason) in [
+        (
+            "[    9.2] reboot: Power down\r\n",
+            VmState::Stopped,
+            "the guest shut itself down",
+        ),
+        (
+            "[    4.2] Kernel panic - not syncing: sysrq triggered crash\r\n",
+            VmState::Failed,
+            "while fcd was not running: the guest's kernel panicked: sysrq triggered crash",
+        ),
+        (
+            "",
+            VmState::Failed,
+            "the VMM ended while fcd was not running, for an unknown reason",
+        ),
+    ] {
+        let (mut world, vm) = world_without_vmm(Exit::Unknown);
+        let log = world.vm_dir(&vm.id).join("console.log");
+        std::fs::write(log, format!("--- fcd: started ---\r\n{words}")).unwrap();
+        world.restart_daemon();
+        let vm = world.show("web").unwrap();
+        assert_eq!(
+            (vm.state, vm.reason.as_deref()),
+            (state, Some(reason)),
+            "{words}"
+        );
+    }
+}
+
+/// Nobody recorded the guest's console, but QEMU wrote to its own log that it ended by itself.
+#[test]
+fn missing_vmm_is_judged_by_its_own_log() {
+    const RESET: &str = "while fcd was not running: the guest was reset, as its VMM's log says";
+    for (log, state, reason) in [
+        (
+            "qemu_system_shutdown_request reason=6\n",
+            VmState::Stopped,
+            "the guest shut itself down",
+        ),
+        (
+            "vm_state_notify running 0 reason 11 (shutdown)\n",
+            VmState::Failed,
+            RESET,
+        ),
+        (
+            "qemu: terminating on signal 15 from pid 1 (init)\n",
+            VmState::Failed,
+            "the VMM was ended from the host (host-signal)",
+        ),
+    ] {
+        let (mut world, vm) = world_without_vmm(Exit::Unknown);
+        let dir = world.vm_dir(&vm.id);
+        std::fs::write(dir.join("console.log"), "--- fcd: started ---\r\n").unwrap();
+        std::fs::write(dir.join("vmm.log"), log).unwrap();
+        world.restart_daemon();
+        let vm = world.show("web").unwrap();
+        assert!(
+            vm.state == state && vm.reason.as_ref().unwrap().contains(reason),
+            "{log}: {:?} {:?}",
+            vm.state,
+            vm.reason
+        );
+    }
+}

@@ -60,7 +60,7 @@
 //!
 //! # Tests
 //!
-//! `it` `firecracker::` runs against `tests/fake/firecracker.rs`, which answers, refuses, hangs and
+//! `it` `firecracker::` runs against `tests/fake/firecracker/`, which answers, refuses, hangs and
 //! dies as a recorded one does. With `FCD_FIRECRACKER`, `e2e` `firecracker::` runs the state
 //! machine of a real one on this host's `/dev/kvm`, and real guests by nested KVM in a test host.
 

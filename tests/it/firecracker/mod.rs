@@ -1,5 +1,5 @@
 //! Tests the `firecracker` driver against a fake that answers like the real program
-//! (`tests/fake/firecracker.rs`), and that is slow, hangs, dies or lies where a test asks for it.
+//! (`tests/fake/firecracker/`), and that is slow, hangs, dies or lies where a test asks for it.
 //! `another_host::` in `e2e` runs the real one.
 
 mod running;

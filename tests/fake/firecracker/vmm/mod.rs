@@ -1,24 +1,14 @@
-//! A fake Firecracker v1.16.1. Replies, phases and quirks of the API follow recorded transcripts of
-//! the real program. There is no guest: a guest that "runs" prints one line on its serial console.
-//!
-//! The fake reads `script` next to its executable. Each line `METHOD PATH FAULT [ARGUMENT]` says
-//! what happens to which request. It writes the requests that it received to `requests`. Faults are
-//! `hang`, `die`, `garbage`, `hangup`, `slow` with milliseconds, and `refuse` with a message.
-//! `KEYBOARD` makes the guest shut down at Ctrl-Alt-Del. `VERSION` with a number sets the version.
-//! `EXIT` with a text makes it print the text and exit at once.
+//! The state of the microVM, and what each request does to it.
 
-#![allow(clippy::disallowed_methods, clippy::disallowed_types)]
+mod snapshots;
 
+use crate::vsock::listen_for_vsock;
 use serde_json::{Value, json};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
-const PAYLOAD_BYTES_MAX: usize = 51_200;
 const MACHINE_CONFIG: [&str; 6] = [
     "vcpu_count",
     "mem_size_mib",
@@ -38,7 +28,7 @@ enum State {
     Paused,
 }
 
-struct Vmm {
+pub struct Vmm {
     id: String,
     version: String,
     state: State,
@@ -59,10 +49,34 @@ struct Vmm {
 }
 
 /// A response body, or the message of a fault.
-type Outcome = Result<Option<Value>, String>;
+pub type Outcome = Result<Option<Value>, String>;
 
 impl Vmm {
-    fn handle(&mut self, method: &str, path: &str, body: &[u8]) -> Outcome {
+    pub fn new(id: String, version: String, is_shut_down_by_key: bool) -> Self {
+        Self {
+            id,
+            version,
+            state: State::NotStarted,
+            kernel: None,
+            drives: Vec::new(),
+            networks: Vec::new(),
+            serial: None,
+            paths: Vec::new(),
+            is_ending: false,
+            is_shut_down_by_key,
+            balloon_mib: None,
+            metrics: None,
+            flushes: 0,
+            vsock: None,
+        }
+    }
+
+    /// True if the process exits once the last request is answered.
+    pub fn is_ending(&self) -> bool {
+        self.is_ending
+    }
+
+    pub fn handle(&mut self, method: &str, path: &str, body: &[u8]) -> Outcome {
         let parts: Vec<&str> = path.trim_start_matches('/').split('/').collect();
         if method == "GET" {
             return self.read(&parts);
@@ -300,109 +314,7 @@ impl Vmm {
         Ok(None)
     }
 
-    /// Writes which disks the VM has to both files. The real ones hold its memory and its devices.
-    fn save(&mut self, body: &Value) -> Outcome {
-        match self.state {
-            State::NotStarted => return Err(BEFORE.to_owned()),
-            State::Running => {
-                return Err("Create snapshot error: Cannot save the microVM state: Operation not allowed: save/restore unavailable while running".into());
-            }
-            State::Paused => {}
-        }
-        let opened = |field: &str| {
-            let path = body[field].as_str().ok_or_else(|| {
-                deserializing(&format!("missing field `{field}` at line 1 column 2."))
-            })?;
-            let file = File::options()
-                .write(true)
-                .create(true)
-                .truncate(true)
-                .open(path);
-            file.map_err(|e| {
-                format!(
-                    "Create snapshot error: Cannot perform open on the snapshot backing file: {e}"
-                )
-            })
-        };
-        let saved = (&self.paths, &self.drives, &self.networks, &self.vsock);
-        for field in ["snapshot_path", "mem_file_path"] {
-            serde_json::to_writer(opened(field)?, &saved)
-                .map_err(|e| format!("Create snapshot error: {e}"))?;
-        }
-        Ok(None)
-    }
-
-    /// Loads a snapshot. A failure ends the process after it was answered.
-    fn load(&mut self, body: &Value) -> Outcome {
-        let failed = |why: String| {
-            Err(format!(
-                "Load snapshot error: Failed to restore from snapshot: {why}"
-            ))
-        };
-        if self.state != State::NotStarted {
-            return Err(AFTER.to_owned());
-        }
-        if self.kernel.is_some() || !self.paths.is_empty() {
-            return Err(
-                "Load snapshot error: Loading a microVM snapshot not allowed after configuring boot-specific resources.".into()
-            );
-        }
-        self.is_ending = true;
-        let (state, memory) = (
-            body["snapshot_path"].as_str(),
-            body["mem_backend"]["backend_path"].as_str(),
-        );
-        let (disks, drives, networks, vsock): (Vec<String>, _, _, Option<String>) =
-            match File::open(state.unwrap_or_default())
-                .map_err(|e| e.to_string())
-                .and_then(|file| serde_json::from_reader(file).map_err(|e| e.to_string()))
-            {
-                Ok(saved) => saved,
-                Err(e) => {
-                    return failed(format!(
-                        "Failed to get snapshot state from file: Failed to open snapshot file: {e}"
-                    ));
-                }
-            };
-        if let Err(e) = File::open(memory.unwrap_or_default()) {
-            return failed(format!(
-                "Failed to load guest memory: Error creating guest memory from file: {e}"
-            ));
-        }
-        if body["network_overrides"]
-            .as_array()
-            .into_iter()
-            .flatten()
-            .any(|net| net["iface_id"] != "eth0")
-        {
-            return failed(
-                "Failed to get snapshot state from file: Unknown Network Device.".into(),
-            );
-        }
-        for disk in disks {
-            if let Err(e) = File::open(&disk) {
-                return failed(format!(
-                    "Failed to build microVM from snapshot: Failed to restore devices: Error restoring MMIO devices: Block: VirtioBackend(BackingFile({e:?}, {disk:?}))"
-                ));
-            }
-        }
-        if let Some(Err(e)) = vsock.as_deref().map(listen_for_vsock) {
-            return failed(format!(
-                "Failed to build microVM from snapshot: Failed to restore devices: Error restoring MMIO devices: VsockUnixBackend: Error binding to the host-side Unix socket: {e}"
-            ));
-        }
-        (self.drives, self.networks, self.vsock) = (drives, networks, vsock);
-        self.is_ending = false;
-        self.state = if body["resume_vm"] == true {
-            State::Running
-        } else {
-            State::Paused
-        };
-        self.say("the guest resumes\n");
-        Ok(None)
-    }
-
-    fn say(&self, text: &str) {
+    pub(super) fn say(&self, text: &str) {
         if let Some(mut serial) = self.serial.as_ref().and_then(|path| open_serial(path).ok()) {
             let _ = serial.write_all(text.as_bytes());
             // The real program keeps it open for as long as it lives.
@@ -494,7 +406,7 @@ fn check_id(id: &str, in_body: &Value) -> Result<(), String> {
     }
 }
 
-fn deserializing(what: &str) -> String {
+pub fn deserializing(what: &str) -> String {
     format!("An error occurred when deserializing the json body of a request: {what}")
 }
 
@@ -506,228 +418,4 @@ fn open_serial(path: &Path) -> std::io::Result<File> {
         .read(true)
         .write(true)
         .open(path)
-}
-
-/// Serves vsock connections. The guest echoes on port 7 and stays silent on port 8. Nothing listens
-/// on other ports.
-fn listen_for_vsock(path: &str) -> std::io::Result<()> {
-    let listener = UnixListener::bind(path)?;
-    std::thread::spawn(move || {
-        for stream in listener.incoming().flatten() {
-            std::thread::spawn(move || answer_vsock(stream));
-        }
-    });
-    Ok(())
-}
-
-fn answer_vsock(mut stream: UnixStream) {
-    let mut line = Vec::new();
-    while !line.ends_with(b"\n") {
-        let mut byte = [0];
-        if !matches!(stream.read(&mut byte), Ok(1)) {
-            return;
-        }
-        line.push(byte[0]);
-    }
-    match line.as_slice() {
-        b"CONNECT 7\n" => {
-            let _ = stream.write_all(b"OK 1073741824\n");
-            let mut from = stream.try_clone().unwrap();
-            let _ = std::io::copy(&mut from, &mut stream);
-        }
-        b"CONNECT 8\n" => drop(stream.read(&mut [0])),
-        _ => {}
-    }
-}
-
-struct Request {
-    method: String,
-    path: String,
-    body: Vec<u8>,
-}
-
-/// Reads one request. Returns None at the end of the connection, and the length alone if the body
-/// is too long.
-fn read_request(stream: &mut UnixStream, buffer: &mut Vec<u8>) -> Option<Result<Request, usize>> {
-    loop {
-        let mut headers = [httparse::EMPTY_HEADER; 32];
-        let mut parsed = httparse::Request::new(&mut headers);
-        if let Ok(httparse::Status::Complete(len)) = parsed.parse(buffer) {
-            let length = parsed
-                .headers
-                .iter()
-                .find(|h| h.name.eq_ignore_ascii_case("content-length"));
-            let length = length
-                .and_then(|h| std::str::from_utf8(h.value).ok()?.parse().ok())
-                .unwrap_or(0);
-            if length > PAYLOAD_BYTES_MAX {
-                return Some(Err(length));
-            }
-            if buffer.len() >= len + length {
-                let (method, path) = (parsed.method?.to_owned(), parsed.path?.to_owned());
-                let body = buffer[len..len + length].to_vec();
-                buffer.drain(..len + length);
-                return Some(Ok(Request { method, path, body }));
-            }
-        }
-        let mut piece = [0; 4096];
-        match stream.read(&mut piece) {
-            Ok(0) | Err(_) => return None,
-            Ok(n) => buffer.extend_from_slice(&piece[..n]),
-        }
-    }
-}
-
-fn respond(stream: &mut UnixStream, outcome: &Outcome) {
-    let head = |status: u16| {
-        format!("HTTP/1.1 {status} \r\nServer: Firecracker API\r\nConnection: keep-alive\r\n")
-    };
-    let with = |status, body: String| {
-        format!(
-            "{}Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
-            head(status),
-            body.len()
-        )
-    };
-    let text = match outcome {
-        Ok(None) => head(204) + "\r\n",
-        Ok(Some(body)) => with(200, body.to_string()),
-        Err(message) if message.contains('\n') => {
-            with(400, format!("{{ \"error\": \"{message}\" }}"))
-        }
-        Err(message) => with(400, json!({ "fault_message": message }).to_string()),
-    };
-    let _ = stream.write_all(text.as_bytes());
-}
-
-/// Looks up in the script what happens to this request, and the argument.
-fn fault(program_dir: &Path, method: &str, path: &str) -> Option<(String, String)> {
-    let script = std::fs::read_to_string(program_dir.join("script")).unwrap_or_default();
-    script.lines().find_map(|line| {
-        let mut words = line.splitn(4, ' ');
-        let is_it = words.next() == Some(method) && words.next() == Some(path);
-        is_it.then(|| {
-            (
-                words.next().unwrap_or_default().to_owned(),
-                words.next().unwrap_or_default().to_owned(),
-            )
-        })
-    })
-}
-
-fn serve(mut stream: UnixStream, vmm: &Mutex<Vmm>, program_dir: &Path) {
-    let mut buffer = Vec::new();
-    while let Some(request) = read_request(&mut stream, &mut buffer) {
-        let request = match request {
-            Ok(request) => request,
-            Err(length) => {
-                let what = format!(
-                    "Request payload with size {length} is larger than the limit of {PAYLOAD_BYTES_MAX} allowed by server."
-                );
-                return respond(
-                    &mut stream,
-                    &Err(format!(
-                        "{what}\nAll previous unanswered requests will be dropped."
-                    )),
-                );
-            }
-        };
-        let mut vmm = vmm.lock().unwrap();
-        let line = format!(
-            "{} {} {}\n",
-            request.method,
-            request.path,
-            String::from_utf8_lossy(&request.body)
-        );
-        let log = File::options()
-            .create(true)
-            .append(true)
-            .open(program_dir.join("requests"));
-        log.and_then(|mut log| log.write_all(line.as_bytes()))
-            .unwrap();
-        let outcome = match fault(program_dir, &request.method, &request.path) {
-            Some((what, argument)) => match what.as_str() {
-                "hang" => loop {
-                    std::thread::park();
-                },
-                "die" => std::process::abort(),
-                "hangup" => return,
-                "garbage" => {
-                    let _ = stream.write_all(b"\xff\x00 no HTTP at all\r\n\r\n");
-                    continue;
-                }
-                "refuse" => Err(argument),
-                _ => {
-                    std::thread::sleep(Duration::from_millis(argument.parse().unwrap_or(0)));
-                    vmm.handle(&request.method, &request.path, &request.body)
-                }
-            },
-            None if !["GET", "PUT", "PATCH", "DELETE"].contains(&request.method.as_str()) => {
-                Err("Invalid HTTP Method: Unsupported HTTP method.\nAll previous unanswered requests will be dropped.".to_owned())
-            }
-            None => vmm.handle(&request.method, &request.path, &request.body),
-        };
-        let is_ending = vmm.is_ending;
-        drop(vmm);
-        respond(&mut stream, &outcome);
-        if is_ending {
-            std::process::exit(i32::from(outcome.is_err()));
-        }
-    }
-}
-
-fn main() {
-    let program_dir = std::env::current_exe()
-        .unwrap()
-        .parent()
-        .unwrap()
-        .to_owned();
-    let script = std::fs::read_to_string(program_dir.join("script")).unwrap_or_default();
-    let said = |word: &str| {
-        script
-            .lines()
-            .find_map(|line| line.strip_prefix(word).map(|rest| rest.trim().to_owned()))
-    };
-    let version = said("VERSION").unwrap_or_else(|| "1.16.1".to_owned());
-    let args: Vec<String> = std::env::args().collect();
-    let value = |name: &str| {
-        args.iter()
-            .position(|a| a == name)
-            .and_then(|i| args.get(i + 1))
-            .cloned()
-    };
-    if args.iter().any(|a| a == "--version") {
-        println!("Firecracker v{version}\n");
-        return;
-    }
-    if let Some(what) = said("EXIT") {
-        eprintln!("{what}");
-        std::process::exit(1);
-    }
-    let socket = value("--api-sock").unwrap_or_else(|| "/run/firecracker.socket".to_owned());
-    let Ok(listener) = UnixListener::bind(&socket) else {
-        eprintln!("Failed to open the API socket at: {socket}. Check that it is not already used.");
-        std::process::exit(1);
-    };
-    let vmm = Vmm {
-        id: value("--id").unwrap_or_else(|| "anonymous-instance".to_owned()),
-        version,
-        state: State::NotStarted,
-        kernel: None,
-        drives: Vec::new(),
-        networks: Vec::new(),
-        serial: None,
-        paths: Vec::new(),
-        is_ending: false,
-        is_shut_down_by_key: said("KEYBOARD").is_some(),
-        balloon_mib: None,
-        metrics: None,
-        flushes: 0,
-        vsock: None,
-    };
-    let vmm = Arc::new(Mutex::new(vmm));
-    for stream in listener.incoming().flatten() {
-        let (vmm, program_dir) = (vmm.clone(), program_dir.clone());
-        std::thread::spawn(move || serve(stream, &vmm, &program_dir));
-    }
 }

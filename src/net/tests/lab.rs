@@ -252,7 +252,6 @@ pub struct Machine {
 }
 
 impl Machine {
-    #[allow(clippy::disallowed_methods)] // A test's thread.
     pub fn start(host: &Ns, tap: &str, guest: Guest) -> Self {
         let ns = Ns::new();
         let here = host.run(|| tun::connect(tap)).unwrap();
@@ -272,7 +271,7 @@ impl Machine {
         ));
         let (reader, writer) = std::io::pipe().unwrap();
         let tap = here.try_clone().unwrap();
-        let relay = std::thread::spawn(move || {
+        let relay = crate::host::thread::spawn("relay", move || {
             let mut buffer = vec![0; 65_536];
             loop {
                 let mut fds = [&here, &there]
@@ -289,7 +288,8 @@ impl Machine {
                     }
                 }
             }
-        });
+        })
+        .unwrap();
         Self {
             guest,
             ns,

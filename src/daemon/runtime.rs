@@ -1,4 +1,4 @@
-//! What the daemon knows about a VM beyond its row, in memory only: how to cancel what is in
+//! Keeps in memory what the daemon knows about a VM beyond its row: how to cancel the operation in
 //! progress, which operation follows, and why the guest is paused.
 
 mod pauses;
@@ -16,7 +16,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Why a boot failed that no request had cancelled.
+/// The cause of a boot's failure if no request cancelled the boot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum BootEnd {
     /// The guest was paused because the host's disk is full. A boot does not wait for that.
@@ -58,8 +58,8 @@ impl Successor {
             VmState::Stopping
         }
     }
-    /// A successor replaces a queued one of less weight: delete replaces stop, force replaces
-    /// grace.
+    /// A successor replaces a queued one of less weight: a delete replaces a stop, and a forced
+    /// stop replaces a graceful one.
     pub fn weight(verb: Verb) -> u8 {
         match verb {
             Verb::Delete | Verb::DeleteForce => 2,
@@ -76,9 +76,9 @@ struct Runtime {
     /// Shortens the graceful stop in progress.
     grace: Option<Cancel>,
     successor: Option<Successor>,
-    /// Why the boot in progress failed.
+    /// The cause of the failure of the boot in progress.
     died: Option<BootEnd>,
-    /// Transfers and sessions, which a stop ends.
+    /// The transfers and sessions that a stop ends.
     users: BTreeMap<u64, (Use, Cancel)>,
     next_user: u64,
     /// The guest is paused until the host's disk has room.
@@ -99,7 +99,7 @@ impl Runtime {
     }
 }
 
-/// The `Runtime` of every VM, behind one leaf lock. An entry that says nothing is removed.
+/// The [`Runtime`] of every VM, behind one leaf lock. Empty entries are removed.
 #[derive(Clone)]
 pub struct Runtimes {
     map: Arc<Mutex<HashMap<VmId, Runtime>>>,
@@ -150,8 +150,8 @@ impl Runtimes {
         }
     }
 
-    /// The boot failed: cancels it and records why. If the boot was cancelled earlier, the
-    /// cancellation is the cause, so nothing is recorded.
+    /// Cancels a boot that has failed and records why. If the boot was cancelled earlier, that is
+    /// the cause, so nothing is recorded.
     pub fn boot_died(&self, vm: &VmId, how: BootEnd) {
         let cause = how.cause();
         let token = self.with(vm, |r| {
@@ -164,8 +164,8 @@ impl Runtimes {
         }
     }
 
-    /// Forgets the boot of a VM, because it has failed and now ends its VMM: that death must not be
-    /// recorded as the cause.
+    /// Forgets the boot of a VM that has failed and now ends its VMM, so that the end of the VMM is
+    /// not recorded as the cause.
     pub fn give_up_boot(&self, vm: &VmId) {
         self.with(vm, |r| r.boot = None);
     }
@@ -177,7 +177,7 @@ impl Runtimes {
         }
     }
 
-    /// The operation in the successor slot, with its verb.
+    /// Returns the operation in the successor slot, with its verb.
     pub fn successor(&self, vm: &VmId) -> Option<(Verb, OpId)> {
         self.with(vm, |r| {
             r.successor.as_ref().map(|s| (s.verb, s.op.id().clone()))
@@ -189,7 +189,7 @@ impl Runtimes {
         self.with(vm, |r| r.successor.replace(successor))
     }
 
-    /// The number of entries: 0 if no VM has anything in progress.
+    /// Returns the number of entries, which is 0 if no VM has anything in progress.
     pub fn len(&self) -> usize {
         self.map.lock().len()
     }

@@ -1,5 +1,5 @@
-//! The whole state in memory. Every change of a row is an [`Image`]. Applying it returns the image
-//! of what was there before.
+//! Keeps the whole state in memory. Every change of a row is an [`Image`]. Applying one returns the
+//! image that it replaces.
 
 mod ops;
 mod vms;
@@ -124,7 +124,7 @@ impl State {
         self.ledger.get(&id)
     }
 
-    /// In the order in which they were added.
+    /// Returns the ledger rows in the order in which they were added.
     pub fn ledger(&self) -> impl DoubleEndedIterator<Item = &Arc<LedgerRow>> {
         self.ledger.values()
     }
@@ -141,7 +141,7 @@ impl State {
         self.meta.get(name).map(|v| &**v)
     }
 
-    /// The names of all values in table `meta`.
+    /// Returns the names of all values in table `meta`.
     pub fn metas(&self) -> impl Iterator<Item = &str> {
         self.meta.keys().map(String::as_str)
     }
@@ -150,7 +150,7 @@ impl State {
         self.snapshots.get(id)
     }
 
-    /// In the order of their ids.
+    /// Returns the snapshots in the order of their IDs.
     pub fn snapshots(&self) -> impl Iterator<Item = &Arc<SnapshotRow>> {
         self.snapshots.values()
     }
@@ -163,7 +163,7 @@ impl State {
         self.ledger.keys().next_back().copied().unwrap_or(0)
     }
 
-    /// Stores the row and returns what was there before.
+    /// Stores the row and returns the image that it replaces.
     pub(super) fn apply(&mut self, image: Image) -> Image {
         match image {
             Image::Vm(id, row) => {
@@ -220,8 +220,8 @@ impl State {
             }
             Image::Key(key, row) => {
                 let before = set(&mut self.keys, key.clone(), row.clone());
-                // Add the new key before removing the old one, so that an operation of both is not
-                // removable in between.
+                // Add the new key before removing the old one, so that an operation that both name
+                // cannot be removed in between.
                 if let Some(r) = &row {
                     self.history
                         .key_added(&r.op, self.ops.get(&r.op).map(|op| &**op));
@@ -239,7 +239,7 @@ impl State {
         }
     }
 
-    /// Loads everything from the database. Contradictory rows are refused.
+    /// Loads everything from the database. Fails if rows contradict each other.
     pub(super) fn load(c: &Connection) -> Result<State> {
         let mut state = State::default();
         for row in vm::load(c)? {

@@ -1,4 +1,4 @@
-//! A transaction. Its reads see its own writes, and an error or a panic undoes all of it.
+//! Transactions. The reads of one see its own writes, and an error or a panic undoes all of it.
 
 mod ops;
 mod vms;

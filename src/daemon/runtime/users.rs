@@ -1,4 +1,4 @@
-//! The transfers and sessions that use a guest, which a stop of its VM cancels.
+//! Tracks the transfers and sessions that use a guest, so that a stop of its VM can cancel them.
 
 use super::Runtimes;
 use crate::ids::VmId;
@@ -45,8 +45,8 @@ impl Runtimes {
 
     /// Ends every transfer and session of the VM.
     pub fn cancel_users(&self, vm: &VmId, cause: &CancelCause) {
-        // The youngest comes first. A user that waits for another one must be cancelled before its
-        // turn comes.
+        // The youngest is cancelled first, because a user that waits for an older one must be
+        // cancelled before its turn comes.
         let tokens: Vec<_> = self.with(vm, |r| {
             r.users
                 .values()

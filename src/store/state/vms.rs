@@ -29,7 +29,7 @@ impl State {
             .or_else(|| self.vms.get(text))
     }
 
-    /// Returns the VMs whose ID begins with `prefix`, sorted by ID. Takes time only for those.
+    /// Returns the VMs whose ID begins with `prefix`, sorted by ID. It visits only those.
     pub fn vms_by_id_prefix<'s>(&'s self, prefix: &'s str) -> impl Iterator<Item = &'s Arc<VmRow>> {
         let from = (Bound::Included(prefix), Bound::Unbounded);
         self.vms
@@ -39,7 +39,7 @@ impl State {
     }
 
     /// Returns the VMs of one owner or of all, from the oldest to the newest. With `after`, returns
-    /// only VMs behind that place, even if the VM that had it was deleted.
+    /// only VMs after that position, even if the VM at that position was deleted.
     pub fn vms_by_age(
         &self,
         owner_uid: Option<u32>,

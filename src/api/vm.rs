@@ -61,7 +61,7 @@ pub enum Synced {
     Yes,
     /// The guest was not asked, because it was killed or had not booted.
     No,
-    /// The guest was asked but did not answer in time.
+    /// The guest was asked but did not respond in time.
     Timeout,
 }
 
@@ -135,7 +135,7 @@ pub struct Vm {
     pub disk_driver: Option<String>,
     /// Whether the guest was synced at its last stop.
     pub synced: Option<Synced>,
-    /// The VMM runs but does not answer.
+    /// The VMM runs but does not respond.
     #[serde(default)]
     pub unresponsive: bool,
     /// The guest is paused (`vm.pause`).

@@ -323,7 +323,7 @@ fn act(state: &Mutex<State>, cancel: &Cancel, signal: i32, stderr: &File) {
 
 fn send(state: &State, control: Control) {
     if let Some(controls) = &state.controls {
-        // The channel is full if the daemon does not answer. A third signal then detaches.
+        // The channel is full if the daemon does not respond. A third signal then detaches.
         let _ = controls.try_send(control);
     }
 }

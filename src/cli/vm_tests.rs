@@ -63,7 +63,7 @@ fn show_prints_all_details() {
             created     1h ago
             started     1m ago
             removed     when it stops or its creator disconnects
-            synced      no: the guest did not answer in time at the last stop
+            synced      no: the guest did not respond in time at the last stop
             workspace   /root/app, read-only
             starts in   /root/app/src
             holds       12 entries, 3 MiB, 30s ago

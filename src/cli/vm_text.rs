@@ -172,7 +172,7 @@ pub fn sheet(vm: &Vm, now_s: u64) -> String {
         vm.synced.map(|s| match s {
             Synced::Yes => "yes, at the last stop".to_owned(),
             Synced::No => "no: the guest was not asked at the last stop".to_owned(),
-            Synced::Timeout => "no: the guest did not answer in time at the last stop".to_owned(),
+            Synced::Timeout => "no: the guest did not respond in time at the last stop".to_owned(),
         }),
     );
     if let Some(w) = &vm.workspace {

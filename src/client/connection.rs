@@ -170,7 +170,7 @@ impl Connection {
                     let waited = self.deadline.unwrap_or_default().as_secs();
                     let e = Error::new(
                         Kind::Timeout,
-                        format!("{method}: the daemon did not answer in {waited} s"),
+                        format!("{method}: the daemon did not respond within {waited} s"),
                     );
                     return Err(e.hint("see what it is doing: fcctl debug locks").into());
                 }

@@ -57,7 +57,7 @@
 //!
 //! - **The VMM.** A watcher reports its exit (`watch.rs`). `vmm::end` finds out why: a shutdown in
 //!   order is `stopped`, anything else is `failed` with the reason. Sessions and transfers end with
-//!   that reason. A VMM that does not answer for 12 s is `unresponsive`: nothing new begins in its
+//!   that reason. A VMM that does not respond for 12 s is `unresponsive`: nothing new begins in its
 //!   guest, and a stop skips the grace.
 //! - **The daemon.** VMs keep running. The next daemon reads the store and runs `reconcile.rs`: it
 //!   adopts live VMMs (identified by pid, start time, boot id, executable and tag), undoes boots

@@ -76,7 +76,7 @@ pub enum LogIn {
     Accepted,
     /// The guest refuses our key, or made the helper fail. A booting guest may do so a few times.
     Refused(Error),
-    /// The guest does not answer yet.
+    /// The guest does not respond yet.
     NotYet(Error),
 }
 
@@ -92,7 +92,7 @@ pub fn wait_ready(
     wait: &Wait<'_>,
     log_in: &mut dyn FnMut(TcpStream) -> Result<LogIn>,
 ) -> Result<()> {
-    let mut last = "it does not answer".to_owned();
+    let mut last = "it does not respond".to_owned();
     match probe_until_ready(target, wait, log_in, &mut last) {
         Err(e) if e.kind() == Kind::Timeout => Err(Error::new(
             Kind::BootTimeout,

@@ -237,7 +237,7 @@ impl Transport for FakeTransport {
                         .map_err(|e| match e.kind() {
                             Kind::Timeout => Error::new(
                                 Kind::BootTimeout,
-                                "wait for the guest's SSH server: it does not answer",
+                                "wait for the guest's SSH server: it does not respond",
                             ),
                             _ => e,
                         })?;

@@ -163,7 +163,7 @@ pub enum GuestEvent {
     /// True if the VMM has paused the guest because the host's disk is full, false if it runs
     /// again.
     Paused(bool),
-    /// True if the VMM has not answered for so long that it seems to hang, false if it answers
+    /// True if the VMM has not responded for so long that it seems to hang, false if it responds
     /// again.
     Unresponsive(bool),
 }

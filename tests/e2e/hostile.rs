@@ -304,7 +304,7 @@ fn a_hung_vmm(host: &Host) {
     host.ok(&["stop", "box"]);
     assert!(
         begun.elapsed() < Duration::from_secs(5),
-        "no grace for who does not answer: {:?}",
+        "no grace for a VMM that does not respond: {:?}",
         begun.elapsed()
     );
     assert_eq!(

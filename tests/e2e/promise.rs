@@ -281,7 +281,7 @@ fn feed(mut stdin: ChildStdin) -> std::thread::JoinHandle<()> {
     })
 }
 
-/// Starts a VM, and returns when its VMM runs and its guest does not answer yet.
+/// Starts a VM, and returns when its VMM runs and its guest does not respond yet.
 fn booting(host: &Host, vm: &str) -> Spawned {
     let start = host.spawn(&["start", vm]);
     wait_for("its VMM runs", || {

@@ -16,7 +16,7 @@ const SECONDS_DEFAULT: u64 = 600;
 /// The size of a tree for which an import takes one or two seconds.
 const TREE_BYTES: usize = 15 << 20;
 /// `fcctl`'s exit statuses for a VM that does not exist, for one that is not reconciled yet, and
-/// for a daemon that does not answer.
+/// for a daemon that does not respond.
 const NOT_FOUND: i32 = 3;
 const BUSY: i32 = 4;
 const UNREACHABLE: i32 = 5;

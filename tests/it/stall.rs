@@ -269,7 +269,7 @@ fn write_some(import: &mut Import) {
     import.stream.write_all(&chunk).unwrap();
 }
 
-/// An exec never ends if the guest does not answer.
+/// An exec never ends if the guest does not respond.
 fn verbs(fault: Fault) -> &'static [Verb] {
     match fault {
         Cut => &[Verb::Show, Verb::List, Verb::Stop, Verb::Delete],

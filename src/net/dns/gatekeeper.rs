@@ -68,7 +68,7 @@ impl fmt::Display for Breach {
             Breach::UnknownTicket => "it named an unknown ticket",
             Breach::TooManyRequests => "it requested more than a query needs",
             Breach::WrongKind => "it answered a connection with a datagram",
-            Breach::Hangs => "it did not answer a query in time",
+            Breach::Hangs => "it did not respond to a query in time",
             Breach::DoesNotRead => "it did not read its messages",
         })
     }

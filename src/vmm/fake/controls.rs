@@ -54,7 +54,7 @@ impl Fake {
         self.state.lock().failures.push(message.to_owned());
     }
 
-    /// Makes the next adoption fail with this message, like that of a VMM that does not answer in
+    /// Makes the next adoption fail with this message, like that of a VMM that does not respond in
     /// time.
     pub fn fail_next_adopt(&self, message: &str) {
         self.state.lock().adopt_failures.push(message.to_owned());

@@ -93,7 +93,7 @@ fn wait(stream: &UnixStream, doing: &str, Deadline { at, cancel }: Deadline<'_>)
         WaitResult::Cancelled => Err(cancelled(doing, cancel)),
         WaitResult::Deadline => Err(Error::new(
             Kind::Timeout,
-            format!("{doing}: the guest does not answer"),
+            format!("{doing}: the guest does not respond"),
         )
         .hint("load the driver in the guest: modprobe vmw_vsock_virtio_transport")),
     }

@@ -328,7 +328,7 @@ fn real_guests() {
     let nobody = host.sh("fcctl vm connect a 1 2>&1 || true");
     assert!(
         nobody.contains("nothing in the guest listens on vsock port 1")
-            || nobody.contains("does not answer"),
+            || nobody.contains("does not respond"),
         "{nobody}"
     );
     greets(&host, "a");

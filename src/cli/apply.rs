@@ -2,12 +2,12 @@
 //! of them are applied or none.
 
 use super::connector::Connector;
-use super::output::count;
 use super::printer::Printer;
 use super::signals::Interrupts;
 use super::transfer::{Bound, ExportTo, Transfer, report_left_behind};
 use crate::client::Result;
 use crate::error::{Error, Kind};
+use crate::host::plural::count;
 use crate::host::shell::quote;
 use crate::locks::Cancel;
 use crate::workspace::apply::{self, Change};

@@ -2,13 +2,14 @@
 //! Works without a daemon.
 
 use super::context::{Context, Env, Stdio, may_colour};
-use super::output::{count, harmless_line};
+use super::output::harmless_line;
 use super::printer::Printer;
 use crate::api::Empty;
 use crate::api::daemon::{Check, Doctor, DoctorReply, Severity};
 use crate::client::{Failure, Result};
 use crate::error::{Error, Kind};
 use crate::host::command::{Command, run_any_status};
+use crate::host::plural::count;
 use crate::locks::Cancel;
 use std::path::{Path, PathBuf};
 use std::time::Duration;

@@ -3,11 +3,12 @@
 
 use super::connector::Connector;
 use super::context::Stdio;
-use super::output::{self, count, harmless_line};
+use super::output::{self, harmless_line};
 use super::printer::Printer;
 use crate::api::daemon::{Leak, Leaks, LeaksRequest};
 use crate::client::Result;
 use crate::error::Error;
+use crate::host::plural::count;
 use std::io::{BufRead, BufReader};
 
 /// The status is 0 if there is nothing, or nothing left after removing it.

@@ -161,15 +161,6 @@ pub fn size(bytes: u64) -> String {
     }
 }
 
-/// Formats a number with its noun: `1 VM`, `3 VMs`.
-pub fn count(n: u64, one: &str) -> String {
-    if n == 1 {
-        format!("1 {one}")
-    } else {
-        format!("{n} {one}s")
-    }
-}
-
 /// Returns one line without control characters and without characters that change the reading
 /// direction.
 pub fn harmless_line(text: &str) -> String {

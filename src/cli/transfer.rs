@@ -1,6 +1,5 @@
 //! Transfers to and from a VM. Packing and unpacking happen here, with the caller's rights.
 
-use super::output::count;
 use super::pipes::{self, End};
 use super::printer::Printer;
 use super::signals::Interrupts;
@@ -12,6 +11,7 @@ use crate::api::workspace::{
 };
 use crate::client::{Client, Result};
 use crate::error::{Error, Kind};
+use crate::host::plural::count;
 use crate::host::shell::quote;
 use crate::host::thread;
 use crate::locks::{Cancel, CancelCause};

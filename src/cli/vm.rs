@@ -2,7 +2,7 @@
 
 use super::connector::{Connector, operate};
 use super::context::Context;
-use super::output::{self, count};
+use super::output;
 use super::printer::Printer;
 use super::values::{
     parse_count_rate, parse_duration, parse_mem_mib, parse_net, parse_port, parse_rate, parse_size,
@@ -18,6 +18,7 @@ use crate::api::vm::{
 };
 use crate::api::{Call, Empty};
 use crate::client::Result;
+use crate::host::plural::count;
 use crate::ids::{ImageRef, KernelName, VmName};
 use std::time::Duration;
 

@@ -1,10 +1,11 @@
 //! How commands describe a VM to people.
 
-use super::output::{age, count, harmless_line, size};
+use super::output::{age, harmless_line, size};
 use crate::api::port::Port;
 use crate::api::vm::{
     Net, Pending, RateLimits, Synced, Vm, VmBalloonReply, VmState, WorkspaceInfo, WorkspaceState,
 };
+use crate::host::plural::count;
 use std::borrow::Cow;
 
 /// Formats the state of a VM with what is most important about it.

@@ -3,7 +3,7 @@
 use super::apply;
 use super::connector::Connector;
 use super::context::Context;
-use super::output::{count, size};
+use super::output::size;
 use super::printer::Printer;
 use super::signals::Interrupts;
 use super::transfer::{
@@ -12,6 +12,7 @@ use super::transfer::{
 use super::values::path_error;
 use crate::client::Result;
 use crate::error::Error;
+use crate::host::plural::count;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 

@@ -16,6 +16,7 @@ use crate::api::op::Op;
 use crate::api::vm::{RateLimits, Vm, VmCreateRequest, VmReply, VmState};
 use crate::config;
 use crate::error::{Error, Kind, Result};
+use crate::host::plural::count;
 use crate::host::time::now_s;
 use crate::ids::{VmId, VmName};
 use crate::ops::OpHandle;
@@ -197,7 +198,11 @@ impl Creator {
         if owned >= max {
             return Err(Error::new(
                 Kind::VmLimit,
-                format!("uid {} has {owned} VMs, which is the limit", row.owner_uid),
+                format!(
+                    "uid {} has {}, which is the limit",
+                    row.owner_uid,
+                    count(owned as u64, "VM")
+                ),
             )
             .hint("delete some (fcctl ps -a, fcctl rm NAME), or raise limits.vms_per_uid_max"));
         }

@@ -16,6 +16,7 @@ use crate::api::image::{Image, ImageBuildRequest, ImageDeleteReply, ImageListRep
 use crate::api::page::{self, ListRequest};
 use crate::error::{Error, Kind, Result};
 use crate::host::Commands;
+use crate::host::plural::count;
 use crate::ids::ImageRef;
 use crate::image::Images;
 use crate::image::{BuildSpec, DISK_BYTES_DEFAULT, ImageInfo};
@@ -123,13 +124,17 @@ impl ImageService {
         let running = builds.by_uid.of(caller.uid);
         if running >= limits.builds_per_uid_max {
             let text = format!(
-                "build image {name}: you have {running} builds in progress, which is the limit"
+                "build image {name}: you have {} in progress, which is the limit",
+                count(running as u64, "build")
             );
             return Err(Error::new(Kind::Busy, text)
                 .hint("wait for one to end or cancel one (fcctl op list, fcctl op cancel)"));
         }
         if stored + running >= limits.images_per_uid_max {
-            let text = format!("build image {name}: you have {stored} images, which is the limit");
+            let text = format!(
+                "build image {name}: you have {}, which is the limit",
+                count(stored as u64, "image")
+            );
             return Err(Error::new(Kind::Exhausted, text).hint("delete one: fcctl image rm NAME"));
         }
         if !builds.names.insert(name.clone()) {
@@ -225,12 +230,15 @@ impl ImageService {
             }),
             (0, snapshots) => Err(Error::new(
                 Kind::Conflict,
-                format!("{doing}: it is used by {snapshots} snapshots"),
+                format!(
+                    "{doing}: it is used by {}",
+                    count(snapshots as u64, "snapshot")
+                ),
             )
             .hint("delete them first: fcctl snapshot list, fcctl snapshot delete")),
             (vms, _) => Err(Error::new(
                 Kind::Conflict,
-                format!("{doing}: it is used by {vms} VMs"),
+                format!("{doing}: it is used by {}", count(vms, "VM")),
             )
             .hint("delete them first: fcctl ps -a, fcctl rm")),
         }

@@ -11,6 +11,7 @@ use crate::api::kernel::{
 use crate::api::page::{self, ListRequest};
 use crate::error::{Error, Kind, Result};
 use crate::host::Commands;
+use crate::host::plural::count;
 use crate::ids::KernelName;
 use crate::image::Images;
 use crate::image::kernels::Kernels;
@@ -136,12 +137,15 @@ impl KernelService {
             }),
             (0, snapshots) => Err(Error::new(
                 Kind::Conflict,
-                format!("delete kernel {name}: it is used by {snapshots} snapshots"),
+                format!(
+                    "delete kernel {name}: it is used by {}",
+                    count(snapshots as u64, "snapshot")
+                ),
             )
             .hint("delete them first: fcctl snapshot list, fcctl snapshot delete")),
             (vms, _) => Err(Error::new(
                 Kind::Conflict,
-                format!("delete kernel {name}: it is used by {vms} VMs"),
+                format!("delete kernel {name}: it is used by {}", count(vms, "VM")),
             )
             .hint("delete them first: fcctl ps -a, fcctl rm")),
         }

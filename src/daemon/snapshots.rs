@@ -21,6 +21,7 @@ use crate::api::snapshot::{
     SnapshotReply,
 };
 use crate::error::{Error, Kind, Result};
+use crate::host::plural::count;
 use crate::ids::{NAME_LEN_MAX, SnapshotId, SnapshotName, VmName};
 use crate::store::{SnapshotRow, State};
 use crate::vmm::Driver;
@@ -237,7 +238,10 @@ fn allow_another(state: &State, owner_uid: u32, name: Option<&SnapshotName>) -> 
     }
     Err(Error::new(
         Kind::Exhausted,
-        format!("uid {owner_uid} has {owned} snapshots, which is the limit"),
+        format!(
+            "uid {owner_uid} has {}, which is the limit",
+            count(owned as u64, "snapshot")
+        ),
     )
     .hint("delete some: fcctl snapshot list, fcctl snapshot delete"))
 }

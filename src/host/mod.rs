@@ -17,6 +17,7 @@ pub mod memory;
 pub mod mount;
 pub mod pidfd_info;
 pub mod piped;
+pub mod plural;
 pub mod process;
 pub mod program;
 pub mod random;

@@ -8,6 +8,7 @@ use crate::api::daemon::Check;
 use crate::config::Network as Config;
 use crate::error::{Error, Kind, Result};
 use crate::host::command::find_program;
+use crate::host::plural::count;
 use crate::host::{Command, Commands};
 use crate::locks::Cancel;
 use serde::Deserialize;
@@ -189,9 +190,9 @@ fn subnet_check(config: &Config, routes: &[Route]) -> Check {
         None => Check::ok(
             ID,
             format!(
-                "{} is free for guests: room for {} VMs",
+                "{} is free for guests: room for {}",
                 config.subnet,
-                config.subnet.guests_max()
+                count(config.subnet.guests_max().into(), "VM")
             ),
         ),
         Some(r) => {

@@ -2,6 +2,7 @@
 
 use crate::config::Subnet;
 use crate::error::{Error, Kind, Result};
+use crate::host::plural::count;
 use std::fmt;
 use std::net::Ipv4Addr;
 
@@ -52,8 +53,8 @@ impl Lease {
     pub fn of(subnet: Subnet, slot: u32) -> Result<Self> {
         let address = subnet.guest(slot).ok_or_else(|| {
             let message = format!(
-                "lease an address: network {subnet} has room for only {} VMs",
-                subnet.guests_max()
+                "lease an address: network {subnet} has room for only {}",
+                count(subnet.guests_max().into(), "VM")
             );
             Error::new(Kind::Exhausted, message)
                 .hint("delete VMs (fcctl rm), or set a larger subnet under [network]")

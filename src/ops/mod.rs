@@ -16,6 +16,7 @@ pub use watch::{Change, Watcher};
 use crate::api::Fault;
 use crate::api::op::{Op, OpState, Progress};
 use crate::error::{Error, Kind, Result};
+use crate::host::plural::count;
 use crate::host::time::now_s;
 use crate::host::wait::cancelled;
 use crate::ids::{OpId, VmId};
@@ -153,7 +154,10 @@ impl State {
         }
         Err(Error::new(
             Kind::OperationLimit,
-            format!("you have {running} operations in progress, which is the limit"),
+            format!(
+                "you have {} in progress, which is the limit",
+                count(running as u64, "operation")
+            ),
         )
         .hint("wait for one to finish or cancel one (fcctl op list, fcctl op cancel)"))
     }

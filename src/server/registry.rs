@@ -3,6 +3,7 @@
 use super::Limits;
 use crate::error::{Error, Kind, Result};
 use crate::host::memory;
+use crate::host::plural::count;
 use crate::locks::{Condvar, Mutex, Rank};
 use std::collections::HashMap;
 use std::net::Shutdown;
@@ -117,7 +118,8 @@ impl Registry {
         }
         if theirs >= self.limits.connections_per_uid_max {
             return limit(format!(
-                "uid {uid} has {theirs} connections open, which is the limit"
+                "uid {uid} has {} open, which is the limit",
+                count(theirs as u64, "connection")
             ));
         }
         connected.last_id += 1;

@@ -404,13 +404,13 @@ fn image_in_use_stays_until_last_vm_and_snapshot_are_gone() {
         .snapshot;
     let e = delete().unwrap_err();
     assert!(
-        e.is(Kind::Conflict) && e.fault.message.contains("1 VMs"),
+        e.is(Kind::Conflict) && e.fault.message.contains("by 1 VM"),
         "{e:?}"
     );
     world.delete("web").unwrap();
     let e = delete().unwrap_err();
     assert!(
-        e.is(Kind::Conflict) && e.fault.message.contains("1 snapshots"),
+        e.is(Kind::Conflict) && e.fault.message.contains("by 1 snapshot"),
         "{e:?}"
     );
     world

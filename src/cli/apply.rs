@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// Name, ID, or start of an ID
+    /// Name, ID, or ID prefix
     #[arg(required_unless_present = "patch")]
     vm: Option<String>,
     /// Apply this patch file instead of fetching one from the VM

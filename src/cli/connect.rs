@@ -14,7 +14,7 @@ const PIECE_BYTES: usize = 64 * 1024;
 
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// Name, ID, or start of an ID
+    /// Name, ID, or ID prefix
     vm: String,
     /// vsock port of the guest
     port: u32,

@@ -26,7 +26,7 @@ const READER_GONE: u8 = 128 + 13;
 
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// Name, ID, or start of an ID
+    /// Name, ID, or ID prefix
     vm: String,
     #[command(flatten)]
     how: How,

@@ -9,7 +9,7 @@ use crate::error::{Error, Kind};
 
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// Name, ID, or start of an ID
+    /// Name, ID, or ID prefix
     vm: String,
     /// Keep printing until the VM is deleted
     #[arg(short, long)]

@@ -42,7 +42,7 @@ pub enum Verb {
 
 #[derive(clap::Args, Debug)]
 pub struct Targets {
-    /// IDs, or starts of IDs
+    /// IDs or ID prefixes
     #[arg(required = true, value_name = "OP")]
     ops: Vec<String>,
 }

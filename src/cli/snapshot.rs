@@ -16,7 +16,7 @@ use crate::ids::{SnapshotName, VmName};
 pub enum Verb {
     /// Save a running VM, memory and disks. The guest is paused meanwhile
     Create {
-        /// Name, ID, or start of an ID
+        /// Name, ID, or ID prefix
         vm: String,
         /// Name of the snapshot [default: the VM's name and a number]
         #[arg(short, long)]
@@ -36,7 +36,7 @@ pub enum Verb {
     Delete(Targets),
     /// Continue a stopped VM from a snapshot. Changes on its disks since then are lost
     Restore {
-        /// Name, ID, or start of an ID
+        /// Name, ID, or ID prefix
         snapshot: String,
         /// Continue in a new VM with this name, and leave the old one alone
         #[arg(long = "as", value_name = "NAME")]
@@ -46,7 +46,7 @@ pub enum Verb {
 
 #[derive(clap::Args, Debug)]
 pub struct Targets {
-    /// Names, IDs, or starts of IDs
+    /// Names, IDs, or ID prefixes
     #[arg(required = true, value_name = "SNAPSHOT")]
     snapshots: Vec<String>,
 }

@@ -12,7 +12,7 @@ use std::path::Path;
 
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// Name, ID, or start of an ID
+    /// Name, ID, or ID prefix
     vm: String,
     /// A command, or options for ssh such as -L 8080:localhost:80
     #[arg(last = true, value_name = "ARGS")]

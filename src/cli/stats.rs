@@ -14,7 +14,7 @@ const CLEAR: &str = "\u{1b}[H\u{1b}[2J";
 
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// Names, IDs, or starts of IDs [default: all running VMs]
+    /// Names, IDs, or ID prefixes [default: all running VMs]
     #[arg(value_name = "VM")]
     vms: Vec<String>,
     /// Refresh until interrupted

@@ -140,13 +140,13 @@ pub struct Shape {
 
 #[derive(clap::Args, Debug)]
 pub struct Target {
-    /// Name, ID, or start of an ID
+    /// Name, ID, or ID prefix
     vm: String,
 }
 
 #[derive(clap::Args, Debug)]
 pub struct Targets {
-    /// Names, IDs, or starts of IDs
+    /// Names, IDs, or ID prefixes
     #[arg(required = true, value_name = "VM")]
     vms: Vec<String>,
 }
@@ -165,7 +165,7 @@ pub struct StopArgs {
 
 #[derive(clap::Args, Debug)]
 pub struct ForkArgs {
-    /// Name, ID, or start of an ID
+    /// Name, ID, or ID prefix
     vm: String,
     /// Name of the new VM [default: a random adjective-noun]
     new: Option<VmName>,
@@ -174,7 +174,7 @@ pub struct ForkArgs {
 #[derive(clap::Args, Debug)]
 pub struct DeleteArgs {
     // Not required with -f: `rm -f $(fcctl ps -aq)` must succeed if there is nothing to remove.
-    /// Names, IDs, or starts of IDs
+    /// Names, IDs, or ID prefixes
     #[arg(required_unless_present = "force", value_name = "VM")]
     vms: Vec<String>,
     /// Also delete running VMs. A VM that does not exist is not an error
@@ -188,7 +188,7 @@ pub struct DeleteArgs {
 #[derive(clap::Args, Debug)]
 #[command(group = clap::ArgGroup::new("what").required(true).multiple(true).args(["vcpus", "memory", "disk", "disk_bps", "disk_iops", "net_rx_bps", "net_tx_bps"]))]
 pub struct SetArgs {
-    /// Name, ID, or start of an ID
+    /// Name, ID, or ID prefix
     vm: String,
     /// Number of virtual CPUs
     #[arg(long, value_name = "N", alias = "cpus")]
@@ -208,7 +208,7 @@ pub struct SetArgs {
 
 #[derive(clap::Args, Debug)]
 pub struct BalloonArgs {
-    /// Name, ID, or start of an ID
+    /// Name, ID, or ID prefix
     vm: String,
     /// Memory that the guest keeps until its next start, such as 512M. It returns the rest
     #[arg(value_name = "SIZE", value_parser = parse_mem_mib)]

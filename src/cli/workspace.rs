@@ -28,7 +28,7 @@ pub enum Verb {
 
 #[derive(clap::Args, Debug)]
 pub struct PrepareArgs {
-    /// Name, ID, or start of an ID
+    /// Name, ID, or ID prefix
     vm: String,
     /// Directory to copy. In a git repository, the whole repository is copied, and commands start
     /// in this directory
@@ -43,7 +43,7 @@ pub struct PrepareArgs {
 
 #[derive(clap::Args, Debug)]
 pub struct ExportArgs {
-    /// Name, ID, or start of an ID
+    /// Name, ID, or ID prefix
     vm: String,
     /// Write a git patch to a new file [default: -, which is stdout]
     #[arg(long, value_name = "FILE")]

@@ -1,6 +1,7 @@
 //! Newtypes for names and ids, which are validated when they are parsed.
 
 use crate::error::{Error, Kind, Result};
+use crate::host::text::quoted;
 use crate::host::{hex, random};
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -53,8 +54,7 @@ macro_rules! text_newtype {
             type Error = Error;
             fn try_from(s: String) -> Result<Self> {
                 if $valid(&s) { return Ok(Self(s)); }
-                let shown: String = s.chars().take(2 * NAME_LEN_MAX).collect();
-                Err(Error::new(Kind::InvalidArgument, format!(concat!($what, " {:?} is not valid"), shown)).hint($form))
+                Err(Error::new(Kind::InvalidArgument, format!(concat!($what, " {} is not valid"), quoted(&s))).hint($form))
             }
         }
         impl From<$name> for String { fn from(v: $name) -> String { v.0 } }

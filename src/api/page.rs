@@ -8,6 +8,7 @@
 use super::Call;
 use super::limits::FRAME_BYTES_MAX;
 use crate::error::{Error, Result};
+use crate::host::text::quoted;
 use serde::Serialize;
 use serde_json::value::{RawValue, to_raw_value};
 
@@ -50,9 +51,9 @@ pub fn fill<P: ToString, T: Serialize>(
 
 /// The error for an `after` that no page of this list returned as `next`.
 pub fn bad_cursor(after: &str) -> Error {
-    let shown: String = after.chars().take(64).collect();
     Error::invalid(format!(
-        "`after` is {shown:?}, which no page of this list returned as `next`"
+        "`after` is {}, which no page of this list returned as `next`",
+        quoted(after)
     ))
     .hint("leave `after` out to list from the beginning")
 }

@@ -2,7 +2,6 @@
 //! Works without a daemon.
 
 use super::context::{Context, Env, Stdio, may_colour};
-use super::output::harmless_line;
 use super::printer::Printer;
 use crate::api::Empty;
 use crate::api::daemon::{Check, Doctor, DoctorReply, Severity};
@@ -10,6 +9,7 @@ use crate::client::{Failure, Result};
 use crate::error::{Error, Kind};
 use crate::host::command::{Command, run_any_status};
 use crate::host::plural::count;
+use crate::host::text::printable;
 use crate::locks::Cancel;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -234,8 +234,8 @@ fn render(check: &Check, width: usize, colour: bool) -> String {
     };
     let mut text = format!(
         "{word}  {:<width$}  {}\n",
-        harmless_line(&check.id),
-        harmless_line(&check.found)
+        printable(&check.id),
+        printable(&check.found)
     );
     for line in check
         .fix
@@ -243,11 +243,7 @@ fn render(check: &Check, width: usize, colour: bool) -> String {
         .filter(|_| check.severity != Severity::Ok)
         .flat_map(|f| f.lines())
     {
-        text.push_str(&format!(
-            "      {:<width$}  fix: {}\n",
-            "",
-            harmless_line(line)
-        ));
+        text.push_str(&format!("      {:<width$}  fix: {}\n", "", printable(line)));
     }
     text
 }

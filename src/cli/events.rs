@@ -3,7 +3,7 @@
 use super::context::{Context, Env};
 use super::logs::{is_unread, unread};
 use super::op::name as op_state;
-use super::output::{harmless_line, size};
+use super::output::size;
 use super::printer::Printer;
 use super::vm_text::{settings, workspace_line};
 use crate::api::event::{Event, EventsWatch, EventsWatchRequest, Members, Snapshot, What};
@@ -11,6 +11,7 @@ use crate::api::frame::Note;
 use crate::api::vm::{Pending, RateLimits, Vm, WorkspaceInfo};
 use crate::client::{Client, Failure, Hangup, Result};
 use crate::error::{Error, Kind};
+use crate::host::text::printable;
 use crate::host::wait::{WaitResult, wait_any};
 use crate::locks::{Cancel, CancelCause};
 use jiff::Timestamp;
@@ -205,7 +206,7 @@ impl Screen {
             .and_then(|at| Timestamp::from_second(at).ok())
             .unwrap_or_default();
         let time = at.to_zoned(self.zone.clone()).strftime("%H:%M:%S");
-        format!("{time}  {name}  {}\n", harmless_line(text))
+        format!("{time}  {name}  {}\n", printable(text))
     }
 
     /// Sequence numbers survive a restart of the daemon, so tell the user how to continue.

@@ -10,6 +10,7 @@ use crate::api::kernel::{
 use crate::api::page::ListRequest;
 use crate::client::Result;
 use crate::error::Error;
+use crate::host::text::printable;
 use crate::ids::KernelName;
 use std::path::PathBuf;
 
@@ -92,7 +93,7 @@ fn list(connector: &mut Connector, printer: &mut Printer, now_s: u64) -> Result<
     let row = |k: &Kernel| {
         vec![
             k.name.to_string(),
-            output::harmless_line(&k.version),
+            printable(&k.version),
             size(k.bytes),
             age(now_s, k.imported_at),
             k.vms.to_string(),
@@ -136,7 +137,7 @@ fn show(
     printer.text(
         &facts
             .iter()
-            .map(|(name, value)| format!("{name:<11} {}\n", output::harmless_line(value)))
+            .map(|(name, value)| format!("{name:<11} {}\n", printable(value)))
             .collect::<String>(),
     )?;
     Ok(0)

@@ -3,12 +3,13 @@
 
 use super::connector::Connector;
 use super::context::Stdio;
-use super::output::{self, harmless_line};
+use super::output;
 use super::printer::Printer;
 use crate::api::daemon::{Leak, Leaks, LeaksRequest};
 use crate::client::Result;
 use crate::error::Error;
 use crate::host::plural::count;
+use crate::host::text::printable;
 use std::io::{BufRead, BufReader};
 
 /// The status is 0 if there is nothing, or nothing left after removing it.
@@ -45,8 +46,8 @@ pub fn run(
             printer.line(&format!(
                 "{} {} is still there: {}",
                 leak.kind,
-                harmless_line(&leak.name),
-                harmless_line(error)
+                printable(&leak.name),
+                printable(error)
             ))?;
         }
     }

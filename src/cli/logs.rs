@@ -1,11 +1,11 @@
 //! `logs`: prints what a VM wrote to its console.
 
 use super::context::Context;
-use super::output::harmless_text;
 use crate::api::frame::Note;
 use crate::api::vm::{VmLogs, VmLogsRequest};
 use crate::client::{Failure, Result};
 use crate::error::{Error, Kind};
+use crate::host::text::printable_lines;
 
 #[derive(clap::Args, Debug)]
 pub struct Args {
@@ -51,7 +51,7 @@ pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
             return Ok(());
         }
         if is_terminal {
-            printer.text(&harmless_text(&chunk.text))?
+            printer.text(&printable_lines(&chunk.text))?
         } else {
             printer.text(&chunk.text)?
         }

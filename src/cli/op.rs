@@ -2,7 +2,7 @@
 
 use super::connector::Connector;
 use super::context::Context;
-use super::output::{self, age, harmless_line, size};
+use super::output::{self, age, size};
 use super::printer::Printer;
 use super::values::{parse_duration, timeout_ms};
 use crate::api::frame::Note;
@@ -12,6 +12,7 @@ use crate::api::op::{
 };
 use crate::client::{Failure, Result};
 use crate::error::{Error, Kind};
+use crate::host::text::printable;
 use std::time::Duration;
 
 #[derive(clap::Subcommand, Debug)]
@@ -165,7 +166,7 @@ fn sheet(op: &Op, now_s: u64) -> String {
     add("hint", op.error.as_ref().and_then(|e| e.hint.clone()));
     facts
         .iter()
-        .map(|(name, value)| format!("{name:<9} {}\n", harmless_line(value)))
+        .map(|(name, value)| format!("{name:<9} {}\n", printable(value)))
         .collect()
 }
 

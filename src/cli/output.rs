@@ -1,6 +1,7 @@
 //! Output for people and programs: lines, tables, ages, sizes, and guest text made safe for a
 //! terminal.
 
+use crate::host::text::{is_plain, printable};
 use std::fs::File;
 use std::io::{self, Write};
 
@@ -90,7 +91,7 @@ impl Table {
             self.text.push_str(text);
             text.len()
         } else {
-            let harmless = harmless_line(text);
+            let harmless = printable(text);
             self.text.push_str(&harmless);
             harmless.chars().count()
         };
@@ -161,88 +162,6 @@ pub fn size(bytes: u64) -> String {
     }
 }
 
-/// Returns one line without control characters and without characters that change the reading
-/// direction.
-pub fn harmless_line(text: &str) -> String {
-    if is_plain(text) {
-        return text.to_owned();
-    }
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        if is_harmful(c) || c == '\n' || c == '\t' {
-            out.push_str(&escape(c))
-        } else {
-            out.push(c)
-        }
-    }
-    out
-}
-
-/// Like [`harmless_line`], but keeps line breaks and tabs. For output of a guest.
-pub fn harmless_text(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    let mut chars = text.chars().peekable();
-    while let Some(c) = chars.next() {
-        match c {
-            '\n' | '\t' => out.push(c),
-            // Consoles end lines with \r\n.
-            '\r' => {}
-            '\u{1b}' => skip_escape(&mut chars),
-            c if is_harmful(c) => out.push_str(&escape(c)),
-            c => out.push(c),
-        }
-    }
-    out
-}
-
-/// Skips a whole escape sequence, so that no remainder such as `[0;32m` is printed: CSI up to its
-/// final byte, OSC and similar up to BEL or ST, else one character (ECMA-48, 5.4 and 5.6). It never
-/// skips past the end of the line.
-fn skip_escape(chars: &mut std::iter::Peekable<std::str::Chars<'_>>) {
-    let Some(kind) = chars.next_if(|c| *c != '\n') else {
-        return;
-    };
-    match kind {
-        '[' => {
-            while chars
-                .next_if(|c| ('\u{20}'..='\u{3f}').contains(c))
-                .is_some()
-            {}
-            chars.next_if(|c| ('\u{40}'..='\u{7e}').contains(c));
-        }
-        ']' | 'P' | 'X' | '^' | '_' => {
-            while let Some(c) = chars.next_if(|c| *c != '\n') {
-                if c == '\u{7}' {
-                    return;
-                }
-                if c == '\u{1b}' {
-                    chars.next_if_eq(&'\\');
-                    return;
-                }
-            }
-        }
-        '\u{20}'..='\u{2f}' => {
-            chars.next_if(|c| *c != '\n');
-        }
-        _ => {}
-    }
-}
-
-/// True for printable ASCII, which most text is.
-fn is_plain(text: &str) -> bool {
-    text.bytes().all(|b| matches!(b, b' '..=b'~'))
-}
-
-fn is_harmful(c: char) -> bool {
-    // Control characters, and bidirectional marks, embeddings and isolates (UAX 9).
-    (c.is_control() && c != '\n' && c != '\t')
-        || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
-}
-
-fn escape(c: char) -> String {
-    c.escape_default().to_string()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -289,20 +208,6 @@ mod tests {
                 "16777215 TiB"
             ]
         );
-    }
-
-    #[test]
-    fn harmless_text_removes_terminal_control() {
-        expect![[r#"
-            "ok red title\n\\u{7}x\n\ty \\u{202e}z"
-        "#]]
-        .assert_eq(&format!(
-            "{:?}\n",
-            harmless_text("ok \u{1b}[1;31mred\u{1b}[0m \u{1b}]0;pwned\u{7}title\r\n\u{7}x\n\ty \u{202e}z\u{1b}")
-        ));
-        // An unfinished sequence ends at the end of its line.
-        assert_eq!(harmless_text("\u{1b}]0;x\nnext\u{1b}[12"), "\nnext");
-        assert!(!harmless_text("\u{9b}31m").contains('\u{9b}'));
     }
 
     #[test]

@@ -1,9 +1,10 @@
 //! Prints results on stdout, and progress, remarks and failures on stderr.
 
-use super::output::{Out, harmless_line};
+use super::output::Out;
 use super::progress::Progress;
 use crate::client::{Failure, Result};
 use crate::error::Error;
+use crate::host::text::printable;
 use serde::Serialize;
 use std::fs::File;
 
@@ -69,7 +70,7 @@ impl Printer {
     pub fn note(&mut self, text: &str) {
         if !self.json {
             // If stderr cannot be written either, there is nowhere left to report it.
-            let _ = self.err.line(&format!("fcctl: {}", harmless_line(text)));
+            let _ = self.err.line(&format!("fcctl: {}", printable(text)));
         }
     }
 
@@ -86,9 +87,9 @@ impl Printer {
         }
         let _ = self
             .err
-            .line(&format!("fcctl: {}", harmless_line(&fault.message)));
+            .line(&format!("fcctl: {}", printable(&fault.message)));
         for line in fault.hint.iter().flat_map(|h| h.lines()) {
-            let _ = self.err.line(&format!("hint: {}", harmless_line(line)));
+            let _ = self.err.line(&format!("hint: {}", printable(line)));
         }
     }
 

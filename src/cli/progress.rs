@@ -1,7 +1,8 @@
 //! Progress on stderr: a bar on a terminal, otherwise one line per stage.
 
-use super::output::{harmless_line, size};
+use super::output::size;
 use crate::api::op;
+use crate::host::text::printable;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::fs::File;
 use std::io::{IsTerminal, Write};
@@ -33,7 +34,7 @@ impl Progress {
         let shown = if stderr.is_terminal() {
             let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
             bar.set_style(style("{spinner} {prefix} {msg} [{elapsed}]"));
-            bar.set_prefix(harmless_line(doing));
+            bar.set_prefix(printable(doing));
             bar.enable_steady_tick(TICK);
             Shown::Bar(bar)
         } else {
@@ -46,13 +47,13 @@ impl Progress {
             }
         };
         Self {
-            doing: harmless_line(doing),
+            doing: printable(doing),
             shown,
         }
     }
 
     pub fn update(&mut self, progress: &op::Progress) {
-        let stage = harmless_line(&progress.stage);
+        let stage = printable(&progress.stage);
         match &mut self.shown {
             Shown::Nothing => {}
             Shown::Lines { to, stage: last } => {
@@ -91,7 +92,7 @@ fn show(bar: &ProgressBar, stage: String, progress: &op::Progress) {
             } else {
                 format!("{done} {unit}")
             };
-            bar.set_message(format!("{stage}: {}", harmless_line(done.trim_end())));
+            bar.set_message(format!("{stage}: {}", printable(done.trim_end())));
         }
         _ => {
             bar.set_style(style("{spinner} {prefix} {msg} [{elapsed}]"));

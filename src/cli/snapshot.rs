@@ -10,6 +10,7 @@ use crate::api::snapshot::{
 };
 use crate::api::vm::Net;
 use crate::client::Result;
+use crate::host::text::printable;
 use crate::ids::{SnapshotName, VmName};
 
 #[derive(clap::Subcommand, Debug)]
@@ -85,7 +86,7 @@ fn create(
     request: SnapshotCreateRequest,
 ) -> Result<u8> {
     let mut client = connector.connect(printer)?;
-    let doing = format!("save {}", output::harmless_line(&request.vm));
+    let doing = format!("save {}", printable(&request.vm));
     let snapshot = operate::<SnapshotCreate>(printer, &mut client, &doing, &request)?.snapshot;
     if printer.json {
         printer.document(&snapshot)?;
@@ -181,7 +182,7 @@ fn sheet(snapshot: &Snapshot, now_s: u64) -> String {
     facts.push(("on host", size(snapshot.bytes)));
     facts
         .iter()
-        .map(|(name, value)| format!("{name:<11} {}\n", output::harmless_line(value)))
+        .map(|(name, value)| format!("{name:<11} {}\n", printable(value)))
         .collect()
 }
 
@@ -191,7 +192,7 @@ fn delete(connector: &mut Connector, printer: &mut Printer, args: &Targets) -> R
             snapshot: snapshot.to_owned(),
         })?;
         if !printer.json {
-            printer.line(&format!("{}: deleted", output::harmless_line(snapshot)))?;
+            printer.line(&format!("{}: deleted", printable(snapshot)))?;
         }
         Ok(reply)
     })
@@ -203,7 +204,7 @@ fn restore(
     request: SnapshotRestoreRequest,
 ) -> Result<u8> {
     let mut client = connector.connect(printer)?;
-    let doing = format!("restore {}", output::harmless_line(&request.snapshot));
+    let doing = format!("restore {}", printable(&request.snapshot));
     let vm = operate::<SnapshotRestore>(printer, &mut client, &doing, &request)?.vm;
     if printer.json {
         printer.document(&vm)?;

@@ -2,7 +2,6 @@
 
 use super::connector::{Connector, operate};
 use super::context::Context;
-use super::output;
 use super::printer::Printer;
 use super::values::{
     parse_count_rate, parse_duration, parse_mem_mib, parse_net, parse_port, parse_rate, parse_size,
@@ -19,6 +18,7 @@ use crate::api::vm::{
 use crate::api::{Call, Empty};
 use crate::client::Result;
 use crate::host::plural::count;
+use crate::host::text::printable;
 use crate::ids::{ImageRef, KernelName, VmName};
 use std::time::Duration;
 
@@ -394,7 +394,7 @@ fn fork(connector: &mut Connector, printer: &mut Printer, args: ForkArgs) -> Res
     let vm = operate::<VmFork>(
         printer,
         &mut client,
-        &format!("fork {}", output::harmless_line(&request.vm)),
+        &format!("fork {}", printable(&request.vm)),
         &request,
     )?
     .vm;
@@ -425,7 +425,7 @@ fn deleted(vm: &str, reply: &VmDeleteReply) -> String {
     } else {
         "did not exist"
     };
-    format!("{}: {what}", output::harmless_line(vm))
+    format!("{}: {what}", printable(vm))
 }
 
 fn show(connector: &mut Connector, printer: &mut Printer, now_s: u64, args: Targets) -> Result<u8> {

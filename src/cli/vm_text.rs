@@ -1,11 +1,12 @@
 //! How commands describe a VM to people.
 
-use super::output::{age, harmless_line, size};
+use super::output::{age, size};
 use crate::api::port::Port;
 use crate::api::vm::{
     Net, Pending, RateLimits, Synced, Vm, VmBalloonReply, VmState, WorkspaceInfo, WorkspaceState,
 };
 use crate::host::plural::count;
+use crate::host::text::printable;
 use std::borrow::Cow;
 
 /// Formats the state of a VM with what is most important about it.
@@ -196,6 +197,6 @@ pub fn sheet(vm: &Vm, now_s: u64) -> String {
             );
         }
     }
-    let line = |(name, value): &(&str, String)| format!("{name:<11} {}\n", harmless_line(value));
+    let line = |(name, value): &(&str, String)| format!("{name:<11} {}\n", printable(value));
     facts.iter().map(line).collect()
 }

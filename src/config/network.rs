@@ -2,6 +2,7 @@
 
 use super::section::{Value, choices, section};
 use crate::error::{Error, Kind, Result};
+use crate::host::text::quoted;
 use serde::{Deserialize, Serialize, Serializer};
 use std::fmt;
 use std::net::Ipv4Addr;
@@ -141,10 +142,9 @@ impl FromStr for Subnet {
     type Err = Error;
     fn from_str(text: &str) -> Result<Self> {
         let bad = |why: &str| {
-            let shown: String = text.chars().take(40).collect();
             Error::new(
                 Kind::InvalidConfig,
-                format!("network.subnet {shown:?} is not valid: {why}"),
+                format!("network.subnet {} is not valid: {why}", quoted(text)),
             )
             .hint("write it as 10.89.0.0/24")
         };

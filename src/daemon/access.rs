@@ -1,6 +1,7 @@
 //! Decides who may see a VM: root and its owner. For everybody else it does not exist.
 
 use crate::error::{Error, Kind, Result};
+use crate::host::text::quoted;
 use crate::ids::ID_LEN;
 use crate::store::{State, VmRow};
 use std::sync::Arc;
@@ -31,8 +32,8 @@ impl Caller {
 }
 
 pub fn vm_not_found(text: &str) -> Error {
-    let shown: String = text.chars().take(64).collect();
-    Error::new(Kind::VmNotFound, format!("no VM {shown:?}")).hint("list your VMs: fcctl ps -a")
+    Error::new(Kind::VmNotFound, format!("no VM {}", quoted(text)))
+        .hint("list your VMs: fcctl ps -a")
 }
 
 /// Finds a VM by its name, its ID, or a unique beginning of its ID. Uses the store's indexes, so

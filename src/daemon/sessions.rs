@@ -22,6 +22,7 @@ use crate::guest::io::{BytesSource, FdSink, FdSource, VecSink, read_to_end};
 use crate::guest::{
     Control, ExecSpec, Sink, Source, Streams, Target, command_bytes, control_queue,
 };
+use crate::host::text::printable;
 use crate::ids::SessionId;
 use crate::locks::Cancel;
 use crate::locks::CancelCause;
@@ -239,8 +240,7 @@ impl Sessions {
         match self.transport.exec(target, &spec, streams, cancel)? {
             Exit::Status(0) => Ok(format!(". {file}")),
             _ => {
-                let output =
-                    crate::host::command::printable(String::from_utf8_lossy(&stderr.bytes).trim());
+                let output = printable(String::from_utf8_lossy(&stderr.bytes).trim());
                 let e = Error::new(
                     Kind::GuestCommandFailed,
                     format!(

@@ -22,7 +22,8 @@ use crate::api::snapshot::{
 };
 use crate::error::{Error, Kind, Result};
 use crate::host::plural::count;
-use crate::ids::{NAME_LEN_MAX, SnapshotId, SnapshotName, VmName};
+use crate::host::text::quoted;
+use crate::ids::{SnapshotId, SnapshotName, VmName};
 use crate::store::{SnapshotRow, State};
 use crate::vmm::Driver;
 use serde_json::value::RawValue;
@@ -173,13 +174,11 @@ impl Snapshots {
                 format!("{text:?} matches several snapshots"),
             )
             .hint("use the name or a longer part of the ID: fcctl snapshot list")),
-            (None, _) => {
-                let shown: String = text.chars().take(2 * NAME_LEN_MAX).collect();
-                Err(
-                    Error::new(Kind::SnapshotNotFound, format!("no snapshot {shown:?}"))
-                        .hint("fcctl snapshot list"),
-                )
-            }
+            (None, _) => Err(Error::new(
+                Kind::SnapshotNotFound,
+                format!("no snapshot {}", quoted(text)),
+            )
+            .hint("fcctl snapshot list")),
         }
     }
 

@@ -1,6 +1,7 @@
 //! Builds a command line for the guest's shell from words that may contain any byte except NUL.
 
 use crate::error::{Error, Result};
+use crate::host::text::quoted;
 
 /// Exit status if the working directory cannot be entered. A line on stderr then begins with
 /// [`CANNOT_ENTER`].
@@ -105,9 +106,9 @@ fn check_name(name: &str) -> Result<()> {
     if first_is_good && bytes.all(|b| b.is_ascii_alphanumeric() || b == b'_') {
         return Ok(());
     }
-    let shown: String = name.chars().take(64).collect();
     Err(Error::invalid(format!(
-        "{shown:?} is not a valid environment variable name"
+        "{} is not a valid environment variable name",
+        quoted(name)
     ))
     .hint("use A-Z, a-z, 0-9 and _, as in -e NAME=VALUE"))
 }

@@ -2,6 +2,7 @@
 //! bounded output. Tests replace [`Commands`] with a fake.
 
 use super::Credentials;
+use super::text::printable;
 use super::wait::{WaitResult, cancelled, is_readable, wait_any, wait_uncancelled};
 use crate::error::{Error, Kind, Result};
 use crate::locks::{Cancel, Rank, region};
@@ -174,19 +175,6 @@ fn last_lines(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(bytes);
     let lines: Vec<_> = text.lines().filter(|l| !l.trim().is_empty()).collect();
     printable(&lines[lines.len().saturating_sub(3)..].join("; "))
-}
-
-/// Escapes the control characters of an untrusted text, for an error or a log line.
-pub fn printable(text: &str) -> String {
-    text.chars()
-        .flat_map(|c| {
-            if c.is_control() {
-                c.escape_default().collect()
-            } else {
-                vec![c]
-            }
-        })
-        .collect()
 }
 
 /// Runs a command to its end and returns its output whatever its status is (128+n if signal n

@@ -24,6 +24,7 @@ pub mod random;
 pub mod reach;
 pub mod shell;
 pub mod strerror;
+pub mod text;
 pub mod thread;
 pub mod time;
 pub mod usage;

@@ -9,6 +9,7 @@ use super::kernel::Compression;
 use super::registry::{FileRecord, INITRD, Images, KERNEL, Metadata, ROOTFS};
 use super::{ImageInfo, apt_texts, kernel, sources};
 use crate::error::{Error, Kind, Result};
+use crate::host::text::{printable, quoted};
 use crate::host::time::now_s;
 use crate::host::{Command, Commands, Complaint, hex, strerror};
 use crate::ids::ImageRef;
@@ -169,9 +170,8 @@ fn package_list(include: &[String]) -> Result<Vec<String>> {
             && !name.ends_with(['+', '-']);
         // The exception is a package whose real name ends with a sign.
         if !good && name != "g++" {
-            let shown: String = name.chars().take(64).collect();
             return Err(
-                Error::invalid(format!("package name {shown:?} is not valid"))
+                Error::invalid(format!("package name {} is not valid", quoted(name)))
                     .hint("name packages of the distribution, such as gcc"),
             );
         }
@@ -255,14 +255,14 @@ fn run_script(
 ) -> Result<()> {
     let mut errors: Vec<String> = Vec::new();
     let ran = commands.run(command, cancel, &mut |line| {
-        log::debug!("image build: {}", line.escape_debug());
+        log::debug!("image build: {}", printable(line));
         if let Some(stage) = stage_of(line) {
             report(stage);
         }
         if let Some(text) = apt_texts::reason(line)
             && errors.len() < ERROR_LINES_MAX
         {
-            errors.push(text.escape_debug().to_string());
+            errors.push(printable(text));
         }
     });
     let Err(e) = ran else { return Ok(()) };

@@ -3,12 +3,11 @@
 use super::line::{Descriptors, Incoming, LineReader};
 use super::peer::Peer;
 use super::registry::ConnectionSlot;
-use super::request::{
-    CallError, CallResult, IncomingCall, error_line, parse, response_line, shown,
-};
+use super::request::{CallError, CallResult, IncomingCall, error_line, parse, response_line};
 use super::{FDS_MAX, FRAME_BYTES_MAX, Handler, Limits};
 use crate::api::frame::{Note, Notification, Request};
 use crate::error::{Error, Kind};
+use crate::host::text::quoted;
 use crate::locks::check;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use std::cell::Cell;
@@ -207,7 +206,7 @@ fn call(
     };
     let result = catch_unwind(AssertUnwindSafe(|| handler.call(incoming, connection)))
         .unwrap_or_else(|_| {
-            let text = format!("call {} panicked", shown(&request.method));
+            let text = format!("call {} panicked", quoted(&request.method));
             log::error!("server: {text}");
             Err(Error::internal(text)
                 .hint("report this bug with the daemon's log")
@@ -218,8 +217,8 @@ fn call(
         log::debug!(
             "server: uid {}: {}: {}",
             connection.peer.uid,
-            shown(&request.method),
-            shown(&e.fault.message)
+            quoted(&request.method),
+            quoted(&e.fault.message)
         );
     }
     result

@@ -6,6 +6,7 @@ use crate::api::Fault;
 use crate::api::frame::{Request, Response, RpcError, Version, rpc_code};
 use crate::api::limits::FRAME_BYTES_MAX;
 use crate::error::{Error, Kind};
+use crate::host::text::quoted;
 use crate::ids::OpId;
 use serde::Deserialize;
 use serde_json::value::RawValue;
@@ -35,7 +36,7 @@ impl IncomingCall<'_> {
     /// duplicate member, or too much nesting.
     pub(super) fn invalid_params(&self, source: serde_json::Error) -> CallError {
         let error =
-            Error::invalid(format!("parameters of {}", shown(self.method))).with_source(source);
+            Error::invalid(format!("parameters of {}", quoted(self.method))).with_source(source);
         CallError {
             code: rpc_code::INVALID_PARAMS,
             fault: Fault::from(error.hint("see fcctl rpc --help")),
@@ -52,7 +53,7 @@ impl IncomingCall<'_> {
         fds.try_into().map_err(|_| {
             let text = format!(
                 "{} takes {N} descriptors, but got {had}",
-                shown(self.method)
+                quoted(self.method)
             );
             CallError::from(Error::new(Kind::InvalidRequest, text))
         })
@@ -72,9 +73,12 @@ pub struct CallError {
 impl CallError {
     /// The error for an unknown method.
     pub fn unknown_method(method: &str) -> Self {
-        Error::new(Kind::MethodNotFound, format!("no method {}", shown(method)))
-            .hint("see fcctl version on both sides")
-            .into()
+        Error::new(
+            Kind::MethodNotFound,
+            format!("no method {}", quoted(method)),
+        )
+        .hint("see fcctl version on both sides")
+        .into()
     }
 
     /// Adds the operation that failed.
@@ -116,14 +120,6 @@ impl From<Fault> for CallError {
         };
         Self { code, fault }
     }
-}
-
-/// Shortens and escapes what a caller sent, for messages and logs.
-pub(super) fn shown(text: &str) -> String {
-    const MOST: usize = 64;
-    let short: String = text.chars().take(MOST).collect();
-    let rest = if short.len() < text.len() { "..." } else { "" };
-    format!("\"{}\"{rest}", short.escape_debug())
 }
 
 /// An invalid request, with its id if that can be repeated in the answer.

@@ -18,6 +18,7 @@ use crate::error::{Error, Kind, Result};
 use crate::host::command::{Command, Output};
 use crate::host::piped::run_piped;
 use crate::host::shell::quote;
+use crate::host::text::printable;
 use crate::locks::Cancel;
 use std::collections::HashSet;
 use std::ffi::OsStr;
@@ -320,7 +321,7 @@ impl Checked {
         // not apply. Skip the first.
         let said: Vec<String> = said
             .filter(|l| !git_texts::is_hunk(l))
-            .map(|l| l.escape_debug().to_string())
+            .map(printable)
             .collect();
         let doing = format!("apply the patch to {}", self.top.display());
         if git_texts::is_disk_full(&stderr) {

@@ -6,7 +6,8 @@
 //! daemon's checks matter most, because a guest may control what the helper sends.
 
 use crate::api::exec::{Exit, Pty, PtySize};
-use crate::host::confine::{Reader, Writer, printable};
+use crate::host::confine::{Reader, Writer};
+use crate::host::text::printable;
 use std::os::fd::BorrowedFd;
 
 /// Maximum size of a message to a helper: a command of `COMMAND_BYTES_MAX`, two keys and some room.
@@ -274,7 +275,7 @@ impl Reply {
             FAILED => {
                 let failure = *Failure::ALL.get(usize::from(r.byte()?))?;
                 let text = r.bytes().filter(|text| text.len() <= TEXT_BYTES_MAX)?;
-                Reply::Failed(failure, printable(text))
+                Reply::Failed(failure, printable(&String::from_utf8_lossy(text)))
             }
             _ => return None,
         };

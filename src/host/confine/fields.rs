@@ -74,13 +74,3 @@ impl<'a> Reader<'a> {
         self.0.is_empty().then_some(())
     }
 }
-
-/// A text that a helper sent, for an error message: nothing in it can move a cursor or reverse the
-/// writing.
-pub fn printable(bytes: &[u8]) -> String {
-    let show = |c: char| match c {
-        '"' | '\'' | '\\' => c.to_string(),
-        _ => c.escape_debug().to_string(),
-    };
-    String::from_utf8_lossy(bytes).chars().map(show).collect()
-}

@@ -25,7 +25,7 @@ mod tests;
 
 pub use channel::{Channel, Received};
 pub use enter::{Asked, Profile};
-pub use fields::{Reader, Writer, printable};
+pub use fields::{Reader, Writer};
 pub use filter::{Allowed, BASE, Call};
 #[cfg(test)]
 pub use tests::{PROBE, run_probe};

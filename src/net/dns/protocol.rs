@@ -6,7 +6,8 @@
 //! This matters most in the daemon, because a guest may have taken over the helper.
 
 use crate::config::Subnet;
-use crate::host::confine::{Reader, Writer, printable};
+use crate::host::confine::{Reader, Writer};
+use crate::host::text::printable;
 use crate::ids::VmName;
 use std::net::{Ipv4Addr, SocketAddrV4};
 
@@ -194,7 +195,7 @@ impl<'a> Request<'a> {
         if tag == FAILED {
             let text = r.bytes().filter(|text| text.len() <= TEXT_BYTES_MAX)?;
             r.end()?;
-            return Some(Request::Failed(printable(text)));
+            return Some(Request::Failed(printable(&String::from_utf8_lossy(text))));
         }
         let ticket = r.word()?;
         let request = match tag {

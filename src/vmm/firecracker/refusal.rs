@@ -7,7 +7,7 @@
 //! texts for the same number.
 
 use crate::error::{Error, Kind};
-use crate::host::command::printable;
+use crate::host::text::printable;
 use nix::libc::{EADDRINUSE, EBUSY, EDQUOT, ENOMEM, ENOSPC};
 use serde::Deserialize;
 

@@ -3,8 +3,9 @@
 
 use crate::config::Firecracker as Config;
 use crate::error::{Error, Kind, Result};
-use crate::host::command::{Command, printable, run_any_status};
+use crate::host::command::{Command, run_any_status};
 use crate::host::program;
+use crate::host::text::printable;
 use crate::locks::Cancel;
 use std::path::Path;
 use std::time::Duration;

@@ -3,7 +3,7 @@
 //! A guest may have taken over the process on the other side. Whatever that sends, this keeps at
 //! most one line and parses at most [`LINE_BYTES_MAX`] bytes at once.
 
-use crate::host::command::printable;
+use crate::host::text::printable;
 use crate::vmm::shutdown_cause::Cause;
 use serde::Deserialize;
 use serde_json::Value;

@@ -107,7 +107,7 @@ fn until_migrated(qmp: &mut Qmp<'_>) -> Result<()> {
                     .and_then(Value::as_str)
                     .unwrap_or("no reason given");
                 let why: String = why.chars().take(512).collect();
-                return Err(failed(status, &crate::host::command::printable(&why)));
+                return Err(failed(status, &crate::host::text::printable(&why)));
             }
             // Events before the answer are already covered by it.
             _ => qmp.event()?,

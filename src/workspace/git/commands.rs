@@ -4,6 +4,7 @@ use crate::error::{Error, Kind, Result};
 use crate::host::command::{Command, Complaint};
 use crate::host::piped::run_piped;
 use crate::host::shell::quote;
+use crate::host::text::printable;
 use crate::locks::Cancel;
 use crate::workspace::caller_env::CallerEnv;
 use crate::workspace::git_texts;
@@ -126,18 +127,17 @@ impl Commands {
         })?;
         let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
         if let Some(dir) = git_texts::unreadable_dir(&stderr) {
-            return Err(unreadable(&dir.escape_debug().to_string()));
+            return Err(unreadable(&printable(dir)));
         }
         if !accepted.contains(&output.status) {
             let mut lines = stderr.lines().filter(|l| !l.trim().is_empty());
             let said = lines
                 .find(|l| l.starts_with("fatal:") || l.starts_with("error:"))
                 .or_else(|| stderr.lines().next());
-            let said = said
-                .unwrap_or("it said nothing")
-                .trim_start_matches("fatal: ")
-                .escape_debug()
-                .to_string();
+            let said = printable(
+                said.unwrap_or("it said nothing")
+                    .trim_start_matches("fatal: "),
+            );
             let full = git_texts::is_disk_full(&stderr);
             let kind = if full {
                 Kind::DiskFull

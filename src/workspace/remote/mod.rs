@@ -17,6 +17,7 @@ use crate::api::exec::Exit;
 use crate::error::{Error, Kind, Result};
 use crate::host::hex;
 use crate::host::shell::quote;
+use crate::host::text::printable;
 
 const COMMON: &str = include_str!("common.sh");
 const BEGIN: &str = include_str!("begin.sh");
@@ -191,10 +192,7 @@ pub fn failure(doing: &str, exit: &Exit, stderr: &[u8]) -> Error {
         .iter()
         .find_map(|l| l.strip_prefix("fcd: "))
         .or_else(|| lines.last().copied());
-    let said = said.map_or_else(
-        || format!("it ended with {exit:?}"),
-        |s| s.escape_debug().to_string(),
-    );
+    let said = said.map_or_else(|| format!("it ended with {exit:?}"), printable);
     let error = |kind, hint: &str| Error::new(kind, format!("{doing}: {said}")).hint(hint);
     // The guest's tar (GNU tar 1.34) prints the `strerror`, as git does for most files.
     if git_texts::is_disk_full(&text) {

@@ -4,24 +4,24 @@
 //! [`Transport`] is the interface. The real one ([`helper`]) runs SSH in a helper process per
 //! connection, so that the daemon never parses what a guest sends.
 
+mod command_line;
 mod connect;
 mod controls;
 #[cfg(feature = "fakes")]
 pub mod fake;
 pub mod helper;
 pub mod io;
-mod quote;
 mod script;
 pub mod ssh;
 #[cfg(test)]
 pub mod test_sshd;
 mod wait;
 
+#[cfg(test)]
+pub use command_line::command_line;
+pub use command_line::{CANNOT_ENTER, CANNOT_ENTER_STATUS, command_bytes};
 pub use controls::{ControlReceiver, ControlSender, control_queue};
 pub use helper::SshTransport;
-#[cfg(test)]
-pub use quote::command_line;
-pub use quote::{CANNOT_ENTER, CANNOT_ENTER_STATUS, command_bytes, quote};
 pub use script::{Script, ScriptOutput, run_script};
 
 use crate::api::exec::{Exit, Pty, PtySize};
@@ -102,7 +102,7 @@ pub struct Streams<'a> {
 
 #[derive(Clone, Debug, Default)]
 pub struct ExecSpec {
-    /// A command line for the guest's shell. Build it with [`quote`].
+    /// A command line for the guest's shell. Build it with [`crate::host::shell::quote`].
     pub command: String,
     pub pty: Option<Pty>,
     /// If no byte moves in either direction for this long, the command ends with `transfer_idle`.

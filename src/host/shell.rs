@@ -1,26 +1,23 @@
 //! Quoting for a POSIX shell.
 
-/// Quotes `word` so that any POSIX shell reads it back unchanged. NUL cannot be passed and is
-/// dropped.
+/// Quotes `word` so that any POSIX shell reads it back unchanged. No shell can read a NUL, so
+/// code that builds a command from words that may contain one must refuse them.
 ///
 /// `a b` becomes `'a b'`, `it's` becomes `'it'\''s'`. A word of letters, digits and `%+,-./:=@_` is
 /// returned unchanged.
 pub fn quote(word: &str) -> String {
-    let plain = |b: u8| b.is_ascii_alphanumeric() || b"%+,-./:=@_".contains(&b);
-    if !word.is_empty() && word.bytes().all(plain) {
-        return word.to_owned();
+    // Quoting inserts only ASCII, so UTF-8 stays valid.
+    String::from_utf8_lossy(&quote_bytes(word.as_bytes())).into_owned()
+}
+
+/// Like [`quote`], for a word that need not be UTF-8.
+pub fn quote_bytes(word: &[u8]) -> Vec<u8> {
+    let plain = |b: &u8| b.is_ascii_alphanumeric() || b"%+,-./:=@_".contains(b);
+    if !word.is_empty() && word.iter().all(plain) {
+        return word.to_vec();
     }
-    let mut out = String::with_capacity(word.len() + 2);
-    out.push('\'');
-    for c in word.chars().filter(|c| *c != '\0') {
-        if c == '\'' {
-            out.push_str("'\\''")
-        } else {
-            out.push(c)
-        }
-    }
-    out.push('\'');
-    out
+    let parts: Vec<&[u8]> = word.split(|b| *b == b'\'').collect();
+    [b"'".as_slice(), &parts.join(br"'\''".as_slice()), b"'"].concat()
 }
 
 #[cfg(test)]
@@ -28,6 +25,15 @@ mod tests {
     use super::*;
     use crate::host::command::{Command, run_any_status};
     use crate::locks::Cancel;
+
+    #[test]
+    fn quote_keeps_every_byte() {
+        assert_eq!(quote("a\0b"), "'a\0b'");
+        assert_eq!(
+            quote_bytes(b"\xff'"),
+            [b"'\xff".as_slice(), br"'\'''"].concat()
+        );
+    }
 
     #[test]
     fn quoted_words_are_read_back_unchanged_by_a_shell() {

@@ -12,6 +12,7 @@
 use super::channel::{Channel, READ_BYTES, STDERR, STDOUT};
 use super::wire::Shared;
 use crate::api::exec::signal_number;
+use crate::host::shell::quote;
 use std::collections::VecDeque;
 use std::rc::Rc;
 
@@ -41,7 +42,7 @@ fn command(signal: &str) -> String {
     let script = format!(
         "P=$PPID; read -r name </proc/$P/comm; case $name in sshd*) ;; *) exit ;; esac; for c in $({children}); do [ $c = $$ ] || kill -s {signal} -- -$c 2>/dev/null || kill -s {signal} $c; done"
     );
-    format!("exec /bin/sh -c {}", crate::guest::quote(&script))
+    format!("exec /bin/sh -c {}", quote(&script))
 }
 
 impl Signaller {

@@ -1,6 +1,7 @@
 //! Builds a command line for the guest's shell from words that may contain any byte except NUL.
 
 use crate::error::{Error, Result};
+use crate::host::shell::quote_bytes;
 use crate::host::text::quoted;
 
 /// Exit status if the working directory cannot be entered. A line on stderr then begins with
@@ -14,21 +15,6 @@ pub const CANNOT_ENTER: &str = "fcd: cannot enter the directory ";
 const WAIT: &str =
     "exec 3>&2 2>/dev/null; trap : 1 2 3 4 5 6 7 8 10 11 12 13 14 15 16 24 25 26 27 29 30 31; (";
 const WAIT_END: &str = " 2>&3 3>&-); exit $?";
-
-/// Quotes a word for a POSIX shell. It must not contain NUL.
-pub fn quote(word: &str) -> String {
-    // Quoting inserts only ASCII, so UTF-8 stays valid.
-    String::from_utf8_lossy(&quote_bytes(word.as_bytes())).into_owned()
-}
-
-fn quote_bytes(word: &[u8]) -> Vec<u8> {
-    let plain = |b: &u8| b.is_ascii_alphanumeric() || b"_-./:@%+,".contains(b);
-    if !word.is_empty() && word.iter().all(plain) {
-        return word.to_vec();
-    }
-    let parts: Vec<&[u8]> = word.split(|b| *b == b'\'').collect();
-    [b"'".as_slice(), &parts.join(br"'\''".as_slice()), b"'"].concat()
-}
 
 /// Builds a line that changes to `workdir` and runs `argv` with the environment `env`. An empty
 /// `argv` runs the login shell. The exit status is the command's, or 128+n after a signal. The
@@ -208,7 +194,10 @@ mod tests {
             std::fs::create_dir(&path).unwrap();
             let absolute = command_line(&strings(&["pwd"]), &[], path.to_str()).unwrap();
             let relative = command_line(&strings(&["pwd"]), &[], Some(name)).unwrap();
-            let relative = format!("cd {}; {relative}", quote(dir.path().to_str().unwrap()));
+            let relative = format!(
+                "cd {}; {relative}",
+                crate::host::shell::quote(dir.path().to_str().unwrap())
+            );
             for (shell, line) in SHELLS.iter().flat_map(|s| [(s, &absolute), (s, &relative)]) {
                 let output = run(shell, line);
                 assert_eq!(

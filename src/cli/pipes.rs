@@ -2,11 +2,12 @@
 //! cancelled.
 
 use crate::error::{Error, Result};
+use crate::host::wait::{poll_until, set_nonblocking};
 use crate::locks::{Cancel, CancelCause};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// Our end of a pipe. Reads and writes wait for the other end. Once `cancel` fires they fail with
 /// `ErrorKind::ConnectionAborted`.
@@ -31,10 +32,7 @@ pub fn from_daemon(cancel: &Cancel) -> Result<(End, OwnedFd)> {
 impl End {
     // The two ends have separate file descriptions, so O_NONBLOCK affects only ours.
     fn new(fd: OwnedFd, cancel: &Cancel) -> Result<Self> {
-        let doing = "set up a pipe";
-        let flags = rustix::fs::fcntl_getfl(&fd).map_err(|e| Error::io(doing, e))?;
-        rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK)
-            .map_err(|e| Error::io(doing, e))?;
+        set_nonblocking(&fd).map_err(|e| Error::io("set up a pipe", e))?;
         Ok(Self {
             fd,
             cancel: cancel.clone(),
@@ -130,28 +128,14 @@ pub fn wait(
     cancel: &Cancel,
     deadline: Option<Instant>,
 ) -> io::Result<()> {
-    loop {
-        let timeout = match deadline {
-            None => PollTimeout::NONE,
-            Some(at) => {
-                let left = at.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
-                PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
-            }
-        };
-        let mut fds = [
-            PollFd::new(fd, flags),
-            PollFd::new(cancel.fd(), PollFlags::POLLIN),
-        ];
-        match poll(&mut fds, timeout) {
-            Err(nix::errno::Errno::EINTR) => {}
-            Err(e) => return Err(e.into()),
-            Ok(_) if cancel.is_cancelled() => return Err(stopped(cancel)),
-            Ok(0) if deadline.is_some_and(|at| Instant::now() >= at) => {
-                return Err(io::ErrorKind::TimedOut.into());
-            }
-            Ok(0) => {}
-            Ok(_) => return Ok(()),
-        }
+    let mut fds = [
+        PollFd::new(fd, flags),
+        PollFd::new(cancel.fd(), PollFlags::POLLIN),
+    ];
+    match poll_until(&mut fds, deadline)? {
+        _ if cancel.is_cancelled() => Err(stopped(cancel)),
+        0 => Err(io::ErrorKind::TimedOut.into()),
+        _ => Ok(()),
     }
 }
 

@@ -5,8 +5,9 @@ use crate::api::exec::Stream;
 use crate::client::Result;
 use crate::error::Error;
 use crate::host::thread;
+use crate::host::wait::poll_until;
 use crate::locks::{Cancel, CancelCause};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags};
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -194,15 +195,12 @@ fn wait_for_output(from: &io::PipeReader, ended: &Cancel) -> io::Result<()> {
         other => return other,
     }
     let deadline = Instant::now() + DRAIN_DEADLINE;
-    loop {
-        let left = PollTimeout::try_from(deadline.saturating_duration_since(Instant::now()))
-            .unwrap_or(PollTimeout::MAX);
-        match poll(&mut [PollFd::new(from.as_fd(), PollFlags::POLLIN)], left) {
-            Err(nix::errno::Errno::EINTR) => {}
-            Err(e) => return Err(e.into()),
-            Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
-            Ok(_) => return Ok(()),
-        }
+    match poll_until(
+        &mut [PollFd::new(from.as_fd(), PollFlags::POLLIN)],
+        Some(deadline),
+    )? {
+        0 => Err(io::ErrorKind::TimedOut.into()),
+        _ => Ok(()),
     }
 }
 
@@ -214,11 +212,7 @@ pub(super) fn write_patiently(to: &mut File, mut bytes: &[u8]) -> io::Result<()>
             Ok(n) => bytes = &bytes[n..],
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                poll(
-                    &mut [PollFd::new(to.as_fd(), PollFlags::POLLOUT)],
-                    PollTimeout::NONE,
-                )
-                .map_err(io::Error::from)?;
+                poll_until(&mut [PollFd::new(to.as_fd(), PollFlags::POLLOUT)], None)?;
             }
             Err(e) => return Err(e),
         }
@@ -233,8 +227,7 @@ mod tests {
     #[test]
     fn write_to_non_blocking_stdout_is_complete() {
         let (mut reader, writer) = io::pipe().unwrap();
-        let flags = rustix::fs::fcntl_getfl(&writer).unwrap();
-        rustix::fs::fcntl_setfl(&writer, flags | rustix::fs::OFlags::NONBLOCK).unwrap();
+        crate::host::wait::set_nonblocking(&writer).unwrap();
         let sent: Vec<u8> = (0..1 << 20).map(|i: u32| (i % 251) as u8).collect();
         let expected = sent.clone();
         let writing = thread::spawn("writer", move || {

@@ -9,7 +9,6 @@ use super::close::Threads;
 use super::effects::Effects;
 use super::history::{Event, History, What};
 use super::locks::OpLocks;
-use super::waiting::poll_until;
 use crate::config::Limits;
 use crate::error::Result;
 use crate::ids::{Tag, VmId};
@@ -122,7 +121,7 @@ impl Core {
 
     /// Sleeps for `period`. Returns true, possibly earlier, if the daemon is closing.
     pub(super) fn sleep(&self, period: Duration) -> bool {
-        poll_until(&[self.closing.fd()], Instant::now() + period);
+        let _ = crate::host::wait::sleep(period, &self.closing);
         self.closing.is_cancelled()
     }
 

@@ -22,7 +22,7 @@ use crate::error::{Error, Kind, Result};
 use crate::guest::Transport;
 use crate::guest::io::fifo::{self, Direction};
 use crate::host::time::now_s;
-use crate::host::wait::{cancelled, cancelled_by};
+use crate::host::wait::{cancelled, cancelled_by, sleep};
 use crate::ids::VmId;
 use crate::locks::{CancelCause, KeyGuard};
 use crate::ops::OpHandle;
@@ -347,7 +347,7 @@ impl Transfers {
         if let Err(refused) = self.core.allow(&row, super::transitions::Verb::Guest) {
             // A stop has claimed the VM since the transfer joined its cancel set, and is about to
             // cancel it with the reason.
-            super::waiting::poll_until(&[op.cancel().fd()], Instant::now() + CAUSE_DEADLINE);
+            let _ = sleep(CAUSE_DEADLINE, op.cancel());
             return Err(if op.cancel().is_cancelled() {
                 cancelled_by(op.cancel())
             } else {

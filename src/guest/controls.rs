@@ -104,28 +104,19 @@ impl Drop for ControlReceiver {
 mod tests {
     use super::*;
     use crate::api::exec::PtySize;
-    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-
-    fn is_ready(receiver: &ControlReceiver) -> bool {
-        poll(
-            &mut [PollFd::new(receiver.fd(), PollFlags::POLLIN)],
-            PollTimeout::ZERO,
-        )
-        .unwrap()
-            == 1
-    }
+    use crate::host::wait::is_readable;
 
     #[test]
     fn control_queue_is_readable_only_while_controls_are_queued() {
         let (sender, mut receiver) = control_queue().unwrap();
-        assert!(!is_ready(&receiver));
+        assert!(!is_readable(receiver.fd()));
         sender.send(Control::Signal("INT".into())).unwrap();
         sender.send(Control::Signal("TERM".into())).unwrap();
-        assert!(is_ready(&receiver));
+        assert!(is_readable(receiver.fd()));
         assert_eq!(receiver.next(), Some(Control::Signal("INT".into())));
-        assert!(is_ready(&receiver));
+        assert!(is_readable(receiver.fd()));
         assert_eq!(receiver.next(), Some(Control::Signal("TERM".into())));
-        assert!(!is_ready(&receiver));
+        assert!(!is_readable(receiver.fd()));
         assert_eq!(receiver.next(), None);
     }
 

@@ -1,10 +1,9 @@
 //! Waits for a guest. Everything that can end a wait is part of the same `poll`.
 
 use crate::error::{Error, Kind, Result};
-use crate::host::wait::cancelled_by;
+use crate::host::wait::{cancelled_by, poll_until};
 use crate::locks::{Cancel, CancelCause};
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags};
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
@@ -110,15 +109,8 @@ impl<'a> Wait<'a> {
         // Requesting no events still reports POLLHUP and POLLERR, but not a half-close (POLLRDHUP).
         all.extend(self.hangup.map(|fd| PollFd::new(fd, PollFlags::empty())));
         let ends = [self.deadline, self.idle.map(|i| self.progressed + i), until];
-        let timeout = ends
-            .into_iter()
-            .flatten()
-            .min()
-            .map_or(PollTimeout::NONE, timeout_until);
-        match poll(&mut all, timeout) {
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(e) => return Err(Error::io("wait for the guest", e)),
-        }
+        poll_until(&mut all, ends.into_iter().flatten().min())
+            .map_err(|e| Error::io("wait for the guest", e))?;
         self.check()?;
         let has_hung_up = |fd: &PollFd<'_>| {
             fd.revents()
@@ -142,15 +134,6 @@ pub fn hung_up() -> Error {
 /// True if an error of [`Wait::poll`] is the hang-up.
 pub fn is_hang_up(error: &Error) -> bool {
     error.source_as() == Some(&CancelCause::CallerHungUp)
-}
-
-/// Rounds up, so that a wait does not spin through its last millisecond.
-fn timeout_until(end: Instant) -> PollTimeout {
-    let left = end.saturating_duration_since(Instant::now());
-    if left.is_zero() {
-        return PollTimeout::ZERO;
-    }
-    PollTimeout::try_from(left.as_millis().saturating_add(1)).unwrap_or(PollTimeout::MAX)
 }
 
 #[cfg(test)]

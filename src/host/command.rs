@@ -3,7 +3,9 @@
 
 use super::Credentials;
 use super::text::printable;
-use super::wait::{WaitResult, cancelled, is_readable, wait_any, wait_uncancelled};
+use super::wait::{
+    WaitResult, cancelled, is_readable, set_nonblocking, wait_any, wait_uncancelled,
+};
 use crate::error::{Error, Kind, Result};
 use crate::locks::{Cancel, Rank, region};
 use nix::poll::PollFlags;
@@ -20,7 +22,8 @@ use std::time::{Duration, Instant};
 
 /// How much of each output stream is kept. The rest is read and dropped.
 pub const OUTPUT_BYTES_MAX: usize = 1024 * 1024;
-const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// The search path of every program that the daemon starts.
+pub const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 const DEFAULT_DEADLINE: Duration = Duration::from_secs(60);
 /// How long to wait for more output after a command has exited. A child that it left behind may
 /// keep the pipes open for ever.
@@ -420,12 +423,6 @@ pub(super) fn feed(
     if *sent == bytes.len() {
         *input = None;
     }
-    Ok(())
-}
-
-pub(super) fn set_nonblocking(fd: impl AsFd) -> std::io::Result<()> {
-    let flags = rustix::fs::fcntl_getfl(&fd)?;
-    rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK)?;
     Ok(())
 }
 

@@ -1,8 +1,9 @@
 //! Runs a host command in the user's terminal, such as the `ssh` that `fcctl ssh` starts.
 
+use super::wait::poll_until;
 use crate::error::{Error, Kind, Result};
 use crate::locks::Cancel;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::ffi::OsString;
 use std::os::fd::AsFd;
@@ -30,21 +31,14 @@ pub fn run(program: &str, args: &[OsString], cancel: &Cancel) -> Result<u8> {
         })?;
     let pid = Pid::from_raw(child.id().cast_signed()).expect("a child has a pid");
     let exited = pidfd_open(pid, PidfdFlags::empty()).map_err(|e| io(e.into()))?;
-    loop {
-        let mut fds = [
-            PollFd::new(exited.as_fd(), PollFlags::POLLIN),
-            PollFd::new(cancel.fd(), PollFlags::POLLIN),
-        ];
-        match poll(&mut fds, PollTimeout::NONE) {
-            Err(nix::errno::Errno::EINTR) => continue,
-            Err(e) => return Err(io(e.into())),
-            Ok(_) => {}
-        }
-        if cancel.is_cancelled() {
-            // Fails if the program has just exited.
-            let _ = pidfd_send_signal(&exited, Signal::TERM);
-        }
-        break;
+    let mut fds = [
+        PollFd::new(exited.as_fd(), PollFlags::POLLIN),
+        PollFd::new(cancel.fd(), PollFlags::POLLIN),
+    ];
+    poll_until(&mut fds, None).map_err(io)?;
+    if cancel.is_cancelled() {
+        // Fails if the program has just exited.
+        let _ = pidfd_send_signal(&exited, Signal::TERM);
     }
     let status = child.wait().map_err(io)?;
     let code = status

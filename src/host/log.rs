@@ -7,9 +7,10 @@
 //! default hook would write to stderr from a thread that may hold locks. Builds with the lock
 //! checker check every log call, because none may happen under a lock.
 
+use super::wait::poll_until;
 use crate::error::{Error, Result};
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags};
 use std::borrow::Cow;
 use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -129,10 +130,7 @@ fn write_line(out: &mut (impl Write + AsFd), line: &[u8]) {
 }
 
 fn wait_writable(fd: BorrowedFd<'_>) {
-    let _ = poll(
-        &mut [PollFd::new(fd, PollFlags::POLLOUT)],
-        PollTimeout::NONE,
-    );
+    let _ = poll_until(&mut [PollFd::new(fd, PollFlags::POLLOUT)], None);
 }
 
 /// Passes records to `env_logger` after the lock checker has checked the call.

@@ -1,9 +1,10 @@
 //! Runs host commands whose output is too large to keep in memory. A closure receives it in pieces.
 
 use super::command::{self, Command, Output};
+use super::wait::{is_readable, poll_until, set_nonblocking};
 use crate::error::{Error, Kind, Result};
 use crate::locks::{Cancel, Rank, region};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use std::io::Read;
@@ -47,7 +48,7 @@ struct Streams {
 
 impl Streams {
     fn take(&mut self, on_stdout: &mut dyn FnMut(&[u8]) -> Result<()>, doing: &str) -> Result<()> {
-        if let Some(pipe) = self.out.as_mut().filter(|p| readable(p.as_fd())) {
+        if let Some(pipe) = self.out.as_mut().filter(|p| is_readable(&**p)) {
             let n = pipe
                 .read(&mut self.buffer)
                 .map_err(|e| Error::io(doing, e))?;
@@ -57,7 +58,7 @@ impl Streams {
                 on_stdout(&self.buffer[..n])?;
             }
         }
-        if let Some(pipe) = self.err.as_mut().filter(|p| readable(p.as_fd())) {
+        if let Some(pipe) = self.err.as_mut().filter(|p| is_readable(&**p)) {
             let n = pipe
                 .read(&mut self.buffer)
                 .map_err(|e| Error::io(doing, e))?;
@@ -81,7 +82,7 @@ fn pump_output(
     let deadline = Instant::now() + command.deadline;
     let mut input = child.stdin.take().map(|pipe| (pipe, 0usize));
     if let Some((pipe, _)) = &input {
-        command::set_nonblocking(pipe).map_err(|e| Error::io(&doing, e))?;
+        set_nonblocking(pipe).map_err(|e| Error::io(&doing, e))?;
     }
     let (out, err) = (child.stdout.take(), child.stderr.take());
     let mut streams = Streams {
@@ -145,21 +146,11 @@ fn pump_output(
         } else {
             TICK
         };
-        match poll(
-            &mut fds,
-            PollTimeout::try_from(left.min(tick)).unwrap_or(PollTimeout::MAX),
-        ) {
-            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
-            Err(e) => return Err(Error::io(doing, e)),
-        }
+        poll_until(&mut fds, Some(Instant::now() + left.min(tick)))
+            .map_err(|e| Error::io(&doing, e))?;
         command::feed(&mut input, &command.stdin).map_err(|e| Error::io(&doing, e))?;
         streams.take(on_stdout, &doing)?;
     }
-}
-
-fn readable(fd: std::os::fd::BorrowedFd<'_>) -> bool {
-    let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
-    matches!(poll(&mut fds, PollTimeout::ZERO), Ok(n) if n > 0)
 }
 
 #[cfg(test)]

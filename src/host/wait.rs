@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Kind};
 use crate::locks::Cancel;
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -17,10 +18,27 @@ pub enum WaitResult {
 }
 
 /// The time left in `poll`'s milliseconds, rounded up so that the last one is not spent spinning.
-pub fn timeout_until(deadline: Instant) -> PollTimeout {
+fn timeout_until(deadline: Option<Instant>) -> PollTimeout {
+    let Some(deadline) = deadline else {
+        return PollTimeout::NONE;
+    };
     let left = deadline.saturating_duration_since(Instant::now());
     let ms = left.as_nanos().div_ceil(1_000_000);
     PollTimeout::try_from(ms).unwrap_or(PollTimeout::MAX)
+}
+
+/// Polls until a descriptor is ready, or for ever without a deadline. Returns how many are ready,
+/// which is 0 only after the deadline. A signal does not end the wait.
+pub fn poll_until(fds: &mut [PollFd<'_>], deadline: Option<Instant>) -> io::Result<usize> {
+    loop {
+        match poll(fds, timeout_until(deadline)) {
+            // One call of poll(2) waits for at most 24 days.
+            Ok(0) if deadline.is_none_or(|d| Instant::now() < d) => {}
+            Ok(ready) => return Ok(usize::try_from(ready).unwrap_or(0)),
+            Err(Errno::EINTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
 }
 
 /// Waits until one of the descriptors is ready. A fired token takes precedence over a ready
@@ -46,33 +64,41 @@ fn wait(
     deadline: Instant,
     cancel: Option<&Cancel>,
 ) -> io::Result<WaitResult> {
-    loop {
-        let mut polled: Vec<_> = cancel
-            .map(|c| PollFd::new(c.fd(), PollFlags::POLLIN))
-            .into_iter()
-            .collect();
-        polled.extend(fds.iter().map(|(fd, flags)| PollFd::new(*fd, *flags)));
-        let ready = match poll(&mut polled, timeout_until(deadline)) {
-            Ok(n) => n,
-            Err(nix::errno::Errno::EINTR) => continue,
-            Err(e) => return Err(e.into()),
-        };
-        if cancel.is_some_and(Cancel::is_cancelled) {
-            return Ok(WaitResult::Cancelled);
-        }
-        if ready > 0 {
-            return Ok(WaitResult::Ready);
-        }
-        if Instant::now() >= deadline {
-            return Ok(WaitResult::Deadline);
-        }
-    }
+    let mut polled: Vec<_> = cancel
+        .map(|c| PollFd::new(c.fd(), PollFlags::POLLIN))
+        .into_iter()
+        .collect();
+    polled.extend(fds.iter().map(|(fd, flags)| PollFd::new(*fd, *flags)));
+    let ready = poll_until(&mut polled, Some(deadline))?;
+    Ok(match ready {
+        _ if cancel.is_some_and(Cancel::is_cancelled) => WaitResult::Cancelled,
+        0 => WaitResult::Deadline,
+        _ => WaitResult::Ready,
+    })
 }
 
 /// True if a read would not block because there are bytes, the end of the stream or an error.
 pub fn is_readable(fd: impl AsFd) -> bool {
-    let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
+    is_ready(fd, PollFlags::POLLIN)
+}
+
+/// True if the peer has closed both directions, or the descriptor has an error. A half-close does
+/// not count.
+pub fn is_hung_up(fd: impl AsFd) -> bool {
+    // Requesting no events still reports POLLHUP and POLLERR, but not POLLRDHUP.
+    is_ready(fd, PollFlags::empty())
+}
+
+fn is_ready(fd: impl AsFd, events: PollFlags) -> bool {
+    let mut fds = [PollFd::new(fd.as_fd(), events)];
     matches!(poll(&mut fds, PollTimeout::ZERO), Ok(n) if n > 0)
+}
+
+/// Makes reads and writes return `WouldBlock`, for all who share the open file description.
+pub fn set_nonblocking(fd: impl AsFd) -> io::Result<()> {
+    let flags = rustix::fs::fcntl_getfl(&fd)?;
+    rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK)?;
+    Ok(())
 }
 
 /// Sleeps for `duration`. Returns false if the token fired first.
@@ -97,6 +123,39 @@ pub fn cancelled_by(cancel: &Cancel) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn timeout_is_rounded_up_and_bounded() {
+        let now = Instant::now();
+        assert_eq!(timeout_until(Some(now)), PollTimeout::ZERO);
+        let far = now + Duration::from_secs(1 << 32);
+        assert_eq!(timeout_until(Some(far)), PollTimeout::MAX);
+        assert_eq!(timeout_until(None), PollTimeout::NONE);
+        let started = Instant::now();
+        assert_eq!(
+            poll_until(&mut [], Some(started + Duration::from_micros(1500))).unwrap(),
+            0
+        );
+        assert!(started.elapsed() >= Duration::from_micros(1500));
+    }
+
+    #[test]
+    fn half_close_is_not_a_hang_up() {
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        theirs.shutdown(std::net::Shutdown::Write).unwrap();
+        assert!(is_readable(&ours) && !is_hung_up(&ours));
+        drop(theirs);
+        assert!(is_hung_up(&ours));
+    }
+
+    #[test]
+    fn nonblocking_read_of_empty_pipe_returns_at_once() {
+        use std::io::Read;
+        let (mut reader, _writer) = std::io::pipe().unwrap();
+        set_nonblocking(&reader).unwrap();
+        let e = reader.read(&mut [0]).unwrap_err();
+        assert_eq!(e.kind(), io::ErrorKind::WouldBlock);
+    }
 
     #[test]
     fn wait_reports_what_ended_it() {

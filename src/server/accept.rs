@@ -8,8 +8,9 @@ use super::request::{CallError, error_line};
 use super::socket::Socket;
 use crate::error::{Error, Kind, Result};
 use crate::host::thread;
+use crate::host::wait::{poll_until, sleep};
 use crate::locks::Cancel;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags};
 use rustix::net::SendFlags;
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -18,7 +19,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How long to pause after a failed accept.
-const BACK_OFF_MS: u16 = 50;
+const BACK_OFF: Duration = Duration::from_millis(50);
 /// How often refused connections are logged. A refused caller can retry quickly.
 const WARN_EVERY: Duration = Duration::from_secs(10);
 
@@ -57,12 +58,9 @@ impl Acceptor {
                 PollFd::new(self.stop.fd(), PollFlags::POLLIN),
                 PollFd::new(self.socket.listener.as_fd(), PollFlags::POLLIN),
             ];
-            match poll(&mut fds, PollTimeout::NONE) {
-                Ok(_) | Err(nix::errno::Errno::EINTR) => {}
-                Err(e) => {
-                    log::error!("server: wait for connections: {e}");
-                    self.back_off();
-                }
+            if let Err(e) = poll_until(&mut fds, None) {
+                log::error!("server: wait for connections: {e}");
+                self.back_off();
             }
             self.accept_all();
         }
@@ -132,8 +130,7 @@ impl Acceptor {
     }
 
     fn back_off(&mut self) {
-        let mut fds = [PollFd::new(self.stop.fd(), PollFlags::POLLIN)];
-        let _ = poll(&mut fds, PollTimeout::from(BACK_OFF_MS));
+        let _ = sleep(BACK_OFF, &self.stop);
         if self.spare.is_none() {
             self.spare = spare().ok();
         }

@@ -6,8 +6,9 @@ use super::log_file::{LogReader, LogWriter};
 use crate::error::{Error, Result};
 use crate::host::fs::{open_at, open_dir};
 use crate::host::wait::{WaitResult, cancelled, wait_any};
+use crate::host::wait::{poll_until, set_nonblocking};
 use crate::locks::{Cancel, Mutex, Rank};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use rustix::fs::OFlags;
 use std::collections::HashMap;
@@ -28,16 +29,13 @@ pub const VMM_LOG: &str = "vmm.log";
 pub const VMM_LOG_BYTES_MAX: u64 = 256 * 1024;
 /// How often the sizes of the VMMs' own logs are checked.
 const TICK: Duration = Duration::from_secs(10);
+/// How long to wait after an error such as a lack of memory, instead of spinning.
+const ERROR_PAUSE: Duration = Duration::from_millis(100);
 
 fn event() -> io::Result<EventFd> {
     Ok(EventFd::from_flags(
         EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK,
     )?)
-}
-
-fn set_nonblocking(fd: impl AsFd) -> rustix::io::Result<()> {
-    let flags = rustix::fs::fcntl_getfl(&fd)?;
-    rustix::fs::fcntl_setfl(&fd, flags | OFlags::NONBLOCK)
 }
 
 /// A console to read: the directory of its log, the log's size limit, and a line from fcd to begin
@@ -380,20 +378,11 @@ impl Reader {
                 .iter()
                 .map(|c| PollFd::new(c.from.as_fd(), PollFlags::POLLIN)),
         );
-        let timeout = if self.consoles.is_empty() {
-            PollTimeout::MAX
-        } else {
-            crate::host::wait::timeout_until(self.next_tick)
-        };
-        match poll(&mut fds, timeout) {
-            Ok(_) => {}
-            Err(nix::errno::Errno::EINTR) => return Vec::new(),
-            Err(e) => {
-                // Pause after an error such as a lack of memory, instead of spinning.
-                log::error!("poll the consoles: {e}");
-                let _ = poll(&mut [], PollTimeout::from(100u8));
-                return Vec::new();
-            }
+        let deadline = (!self.consoles.is_empty()).then_some(self.next_tick);
+        if let Err(e) = poll_until(&mut fds, deadline) {
+            log::error!("poll the consoles: {e}");
+            let _ = poll_until(&mut [], Some(Instant::now() + ERROR_PAUSE));
+            return Vec::new();
         }
         let has = |fd: &PollFd<'_>| fd.revents().is_none_or(|r| !r.is_empty());
         if has(&fds[0]) {

@@ -3,12 +3,17 @@
 use crate::error::{Error, Result};
 use crate::host::pidfd_info;
 use crate::host::process::{Exit, Process};
+use crate::host::wait::poll_until;
 use crate::locks::{Mutex, Rank};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// How long to wait after an error such as a lack of memory, instead of spinning.
+const ERROR_PAUSE: Duration = Duration::from_millis(100);
 
 pub type Died = Box<dyn FnOnce(Exit) + Send>;
 
@@ -81,12 +86,9 @@ fn run(shared: &Shared) {
                 .iter()
                 .map(|(p, _)| PollFd::new(p.fd(), PollFlags::POLLIN)),
         );
-        match poll(&mut fds, PollTimeout::NONE) {
-            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
-            Err(e) => {
-                log::error!("poll the processes: {e}");
-                let _ = poll(&mut [], PollTimeout::from(100u8));
-            }
+        if let Err(e) = poll_until(&mut fds, None) {
+            log::error!("poll the processes: {e}");
+            let _ = poll_until(&mut [], Some(Instant::now() + ERROR_PAUSE));
         }
         drop(fds);
         let _ = shared.wake.read();

@@ -9,8 +9,9 @@ use crate::guest::ssh::{Identity, LogInError, Pump, log_in, start};
 use crate::guest::wait::Wait;
 use crate::guest::{Control, Controls, Sink, Source, Streams};
 use crate::host::confine::{Allowed, Asked, Call, Channel, Profile};
+use crate::host::wait::poll_until;
 use crate::locks::Cancel;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags};
 use std::io;
 use std::net::TcpStream;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -142,7 +143,7 @@ fn receive_job(channel: &Channel) -> Result<(Job, impl Iterator<Item = OwnedFd> 
 
 /// Waits without a deadline. When the daemon dies, this process is killed.
 fn wait_for(channel: &Channel, events: PollFlags) {
-    let _ = poll(&mut [PollFd::new(channel.fd(), events)], PollTimeout::NONE);
+    let _ = poll_until(&mut [PollFd::new(channel.fd(), events)], None);
 }
 
 fn say(channel: &Channel, reply: &Reply) -> io::Result<()> {

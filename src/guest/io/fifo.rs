@@ -1,10 +1,10 @@
 //! Checks the FIFOs that callers pass and reopens them for fcd's own use.
 
 use crate::error::{Error, Kind, Result};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use crate::host::wait::is_hung_up;
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
@@ -71,9 +71,7 @@ pub fn accept(fd: OwnedFd, direction: Direction) -> Result<OwnedFd> {
         e => Error::io("open the passed fifo", e),
     })?;
     // A pipe from pipe(2) can be reopened without a reader. poll(2) reports it.
-    let mut state = [PollFd::new(own.as_fd(), PollFlags::empty())];
-    let polled = poll(&mut state, PollTimeout::ZERO);
-    if direction == Direction::Write && polled.is_ok() && state[0].any() == Some(true) {
+    if direction == Direction::Write && is_hung_up(&own) {
         return Err(unread());
     }
     Ok(own)

@@ -12,9 +12,9 @@ use super::upstream::Upstreams;
 use super::{Health, Names, Setup};
 use crate::config::Subnet;
 use crate::host::confine::{self, Helper};
-use crate::host::wait::{sleep, timeout_until};
+use crate::host::wait::{poll_until, sleep};
 use crate::locks::Cancel;
-use nix::poll::{PollFd, PollFlags, poll};
+use nix::poll::{PollFd, PollFlags};
 use std::collections::VecDeque;
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, UdpSocket};
@@ -228,10 +228,8 @@ impl Service<'_> {
             (!listens).then_some(self.listen_from),
         ];
         let deadline = due.into_iter().flatten().min().unwrap_or(now + IDLE);
-        match poll(&mut fds, timeout_until(deadline)) {
-            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
-            Err(e) => return Err(End::Because(format!("wait for questions: {e}"))),
-        }
+        poll_until(&mut fds, Some(deadline))
+            .map_err(|e| End::Because(format!("wait for questions: {e}")))?;
         if cancel.is_cancelled() {
             return Err(End::Cancelled);
         }

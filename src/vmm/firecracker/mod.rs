@@ -92,6 +92,7 @@ use crate::api::daemon::Check;
 use crate::config::Firecracker as Config;
 use crate::error::{Error, Kind, Result};
 use crate::host::Credentials;
+use crate::host::command::PATH;
 use crate::host::fs::{open_at, open_dir};
 use crate::host::process::{self, Process, Spawn};
 use crate::host::program;
@@ -120,7 +121,6 @@ const CONSOLE_PIPE: &str = "console";
 const METRICS_PIPE: &str = "metrics";
 /// The name of the guest's network interface.
 const INTERFACE: &str = "eth0";
-const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// How long a VMM may take from its start to the first instruction of its guest. On an idle host it
 /// is a fraction of a second.
 const START_DEADLINE: Duration = Duration::from_secs(30);

@@ -29,6 +29,7 @@ use crate::api::daemon::Check;
 use crate::config::Qemu as Config;
 use crate::error::{Error, Kind, Result};
 use crate::host::Credentials;
+use crate::host::command::PATH;
 use crate::host::fs::open_dir;
 use crate::host::process::{self, Process, Spawn};
 use crate::host::program;
@@ -53,8 +54,6 @@ const START_DEADLINE: Duration = Duration::from_secs(30);
 const ADOPT_DEADLINE: Duration = Duration::from_secs(5);
 /// How long a VMM whose start failed may take to exit after it was killed.
 const KILL_DEADLINE: Duration = Duration::from_secs(30);
-
-const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 pub struct Qemu {
     config: Config,

@@ -13,10 +13,10 @@ use super::gatekeeper::{CONNECTIONS_MAX, DATAGRAMS_MAX};
 use super::protocol::{Order, Request, TO_HELPER_BYTES_MAX, Ticket};
 use crate::config::Subnet;
 use crate::host::confine::{Asked, Channel, Profile};
-use crate::host::wait::timeout_until;
+use crate::host::wait::poll_until;
 use connections::Connections;
 use datagrams::Datagrams;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags};
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::process::ExitCode;
@@ -81,7 +81,7 @@ impl Daemon {
 
     /// Waits without a deadline: this process is killed when the daemon dies.
     fn wait(&self, events: PollFlags) {
-        let _ = poll(&mut [PollFd::new(self.0.fd(), events)], PollTimeout::NONE);
+        let _ = poll_until(&mut [PollFd::new(self.0.fd(), events)], None);
     }
 
     /// Returns the next message, if there is one.
@@ -167,13 +167,7 @@ impl Work<'_> {
             .into_iter()
             .flatten()
             .min();
-        match poll(
-            &mut fds,
-            timeout_until(due.unwrap_or_else(|| Instant::now() + IDLE)),
-        ) {
-            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
-            Err(e) => return Err(io::Error::from(e).into()),
-        }
+        poll_until(&mut fds, Some(due.unwrap_or_else(|| Instant::now() + IDLE)))?;
         let mut ready = fds.iter().map(|fd| fd.any().unwrap_or(false));
         let messages = ready.next().unwrap_or(false);
         let mut take = |with: Vec<bool>| {

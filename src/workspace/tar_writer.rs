@@ -1,4 +1,10 @@
 //! Writes a GNU tar. Names may hold any byte, holes are preserved, and owners are left out.
+//!
+//! Headers and lists of holes are the tar crate's types, but its `Builder` writes only the extended
+//! headers. It copies a file up to its end instead of up to the size in the header, so a file that
+//! grows meanwhile breaks the archive. `append_file`, its only way to a sparse entry, also records
+//! the owner and drops nanoseconds. Long names must begin with UTF-8, and link targets are
+//! normalised. The tests show what fails.
 
 use super::mtime::Mtime;
 use crate::error::{Error, Kind, Result};
@@ -11,8 +17,6 @@ pub(super) const BLOCK: u64 = 512;
 const PIECE_BYTES: usize = 256 * 1024;
 /// A sparse file with more data segments than this is sent in full.
 const SEGMENTS_MAX: usize = 65_536;
-/// The largest number that fits in eleven octal digits.
-const OCTAL_MAX: u64 = 0o77777777777;
 
 /// The metadata in an entry's header.
 #[derive(Clone, Copy, Debug)]
@@ -106,17 +110,11 @@ impl<'a, W: Write> TarWriter<'a, W> {
         if mtime.is_octal() {
             return Ok(());
         }
-        let record = posix_record("mtime", &mtime.decimal());
-        let meta = Meta {
-            mode: 0o644,
-            mtime: Mtime::default(),
-        };
-        let mut header = new_header(tar::EntryType::XHeader, meta, record.len() as u64);
-        set_bytes(&mut gnu(&mut header).name, b"././@PaxHeader");
-        header.set_cksum();
-        self.put(header.as_bytes())?;
-        self.put(record.as_bytes())?;
-        self.pad(record.len() as u64)
+        let mut extended = tar::Builder::new(Vec::new());
+        extended
+            .append_pax_extensions([("mtime", mtime.decimal().as_bytes())])
+            .map_err(|e| Error::io("write a time", e))?;
+        self.put(extended.get_ref())
     }
 
     pub fn dir(&mut self, path: &[u8], meta: Meta) -> Result<()> {
@@ -233,8 +231,8 @@ impl<'a, W: Write> TarWriter<'a, W> {
             .iter()
             .zip(&mut g.sparse)
             .for_each(|(s, slot)| set_segment(slot, *s));
-        g.isextended = [u8::from(!rest.is_empty())];
-        set_octal(&mut g.realsize, size);
+        g.set_is_extended(!rest.is_empty());
+        g.set_real_size(size);
         header.set_cksum();
         self.put(header.as_bytes())?;
         let mut chunks = rest.chunks(21).peekable();
@@ -244,9 +242,8 @@ impl<'a, W: Write> TarWriter<'a, W> {
                 .iter()
                 .zip(&mut ext.sparse)
                 .for_each(|(s, slot)| set_segment(slot, *s));
-            ext.isextended = [u8::from(chunks.peek().is_some())];
-            let bytes = *ext.as_bytes();
-            self.put(&bytes)?;
+            ext.set_is_extended(chunks.peek().is_some());
+            self.put(ext.as_bytes())?;
         }
         let shown = super::encode::encode(path);
         for (offset, len) in segments {
@@ -329,16 +326,6 @@ fn new_header(kind: tar::EntryType, meta: Meta, size: u64) -> tar::Header {
     header
 }
 
-/// Formats `<length> <key>=<value>LF`. The length includes its own digits.
-fn posix_record(key: &str, value: &str) -> String {
-    let rest = format!(" {key}={value}\n");
-    let mut length = rest.len() + 1;
-    while rest.len() + length.to_string().len() != length {
-        length = rest.len() + length.to_string().len();
-    }
-    format!("{length}{rest}")
-}
-
 /// Copies as much of `value` as fits. If it does not fit, an earlier entry contains all of it.
 fn set_bytes(field: &mut [u8], value: &[u8]) {
     let n = value.len().min(field.len());
@@ -347,19 +334,8 @@ fn set_bytes(field: &mut [u8], value: &[u8]) {
 }
 
 fn set_segment(slot: &mut tar::GnuSparseHeader, (offset, len): (u64, u64)) {
-    set_octal(&mut slot.offset, offset);
-    set_octal(&mut slot.numbytes, len);
-}
-
-/// Writes octal digits and a NUL, or base 256 if the value is too large.
-fn set_octal(field: &mut [u8; 12], value: u64) {
-    if value <= OCTAL_MAX {
-        field.copy_from_slice(format!("{value:011o}\0").as_bytes());
-    } else {
-        field.fill(0);
-        field[0] = 0x80;
-        field[4..].copy_from_slice(&value.to_be_bytes());
-    }
+    slot.set_offset(offset);
+    slot.set_length(len);
 }
 
 /// Finds the offset and length of each data segment. Returns `None` if the file system does not
@@ -387,4 +363,104 @@ fn segments(file: &File, size: u64) -> Option<Vec<(u64, u64)>> {
     // Seeking moved the file position; both callers expect it at the start.
     seek(file, At::Start(0)).ok()?;
     Some(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+    use std::path::Path;
+
+    const META: Meta = Meta {
+        mode: 0o644,
+        mtime: Mtime {
+            seconds: 0,
+            nanoseconds: 0,
+        },
+    };
+
+    fn path(bytes: &[u8]) -> &Path {
+        Path::new(OsStr::from_bytes(bytes))
+    }
+
+    /// The path, the link target and the content of each entry.
+    fn entries(tar: &[u8]) -> std::io::Result<Vec<[Vec<u8>; 3]>> {
+        let read = |entry: std::io::Result<tar::Entry<'_, &[u8]>>| {
+            let mut entry = entry?;
+            let mut content = Vec::new();
+            entry.read_to_end(&mut content)?;
+            let link = entry.link_name_bytes().unwrap_or_default().into_owned();
+            Ok([entry.path_bytes().into_owned(), link, content])
+        };
+        tar::Archive::new(tar).entries()?.map(read).collect()
+    }
+
+    /// A stream at whose first byte a file grows.
+    struct Growing(Vec<u8>, Option<File>);
+
+    impl Write for Growing {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            if let Some(mut file) = self.1.take() {
+                file.write_all(&[b'x'; 2 * BLOCK as usize])?;
+            }
+            self.0.write(bytes)
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn file_that_grows_is_reported_and_leaves_archive_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = dir.path().join("a");
+        let open = || {
+            std::fs::write(&at, "abc").unwrap();
+            let appended = File::options().append(true).open(&at).unwrap();
+            let growing = Growing(Vec::new(), Some(appended));
+            (growing, File::open(&at).unwrap())
+        };
+        let (out, mut file) = open();
+        let cancel = Cancel::try_new().unwrap();
+        let mut ours = TarWriter::new(out, &cancel);
+        let read = ours.file(b"a", &mut file, 0o644, &mut |_| {}).unwrap();
+        assert_eq!(read, ReadOutcome::Changed);
+        ours.data(b"b", b"end").unwrap();
+        let (out, _) = ours.finish().unwrap();
+        let contents = entries(&out.0).unwrap().into_iter().map(|[_, _, c]| c);
+        assert_eq!(contents.collect::<Vec<_>>(), [b"abc", b"end"]);
+
+        let (out, mut file) = open();
+        let mut theirs = tar::Builder::new(out);
+        theirs.append_file("a", &mut file).unwrap();
+        assert!(
+            entries(&theirs.into_inner().unwrap().0).is_err(),
+            "tar::Builder stops at the size in the header: use it"
+        );
+    }
+
+    #[test]
+    fn names_and_links_of_any_bytes_are_kept() {
+        let (name, target) = ([0xff; 120], b"../a//b/./c\xff/");
+        let cancel = Cancel::try_new().unwrap();
+        let mut ours = TarWriter::new(Vec::new(), &cancel);
+        ours.symlink(&name, target, META).unwrap();
+        let (out, _) = ours.finish().unwrap();
+        let [found] = entries(&out).unwrap().try_into().unwrap();
+        assert_eq!(found, [name.to_vec(), target.to_vec(), Vec::new()]);
+
+        let mut theirs = tar::Builder::new(Vec::new());
+        let mut header = new_header(tar::EntryType::Symlink, META, 0);
+        let long = theirs.append_data(&mut header, path(&name), std::io::empty());
+        assert!(long.is_err(), "tar::Builder accepts any long name: use it");
+        theirs
+            .append_link(&mut header, "short", path(target))
+            .unwrap();
+        let [found] = entries(&theirs.into_inner().unwrap())
+            .unwrap()
+            .try_into()
+            .unwrap();
+        assert_ne!(found[1], target, "tar::Builder keeps link targets: use it");
+    }
 }

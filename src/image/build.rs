@@ -4,20 +4,17 @@
 //! root.
 
 use super::checks::{Host, namespace, source_files};
-use super::cpio::Cpio;
-use super::kernel::Compression;
-use super::registry::{FileRecord, INITRD, Images, KERNEL, Metadata, ROOTFS};
+use super::digest::record;
+use super::initrd::write_initrd;
+use super::registry::{INITRD, Images, KERNEL, Metadata, ROOTFS};
+use super::unpack::unpack;
 use super::{ImageInfo, apt_texts, kernel, sources};
 use crate::error::{Error, Kind, Result};
 use crate::host::text::{printable, quoted};
 use crate::host::time::now_s;
-use crate::host::{Command, Commands, Complaint, hex, strerror};
+use crate::host::{Command, Commands, Complaint, strerror};
 use crate::ids::ImageRef;
 use crate::locks::Cancel;
-use sha2::{Digest, Sha256};
-use std::fs::File;
-use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -40,20 +37,11 @@ pub const PACKAGES: [&str; 13] = [
     "procps",
 ];
 const BUILD_DEADLINE: Duration = Duration::from_secs(30 * 60);
-const UNPACK_DEADLINE: Duration = Duration::from_secs(60);
 /// Limits the memory of a build, whose tree is in a tmpfs.
 const TREE_BYTES_MAX: u64 = 6 << 30;
 const INCLUDE_MAX: usize = 256;
-const BLOCK: usize = 4096;
 /// How many error lines of a failed build are shown.
 const ERROR_LINES_MAX: usize = 3;
-/// The largest part of the initramfs.
-pub(super) const PART_BYTES_MAX: u64 = 64 << 20;
-
-/// The drivers of the transports and devices. modprobe loads their dependencies.
-const INITRD_MODULES: &str = "virtio_pci virtio_mmio virtio_blk virtio_net virtio_balloon";
-const BUSYBOX_APPLETS: [&str; 6] = ["sh", "modprobe", "mount", "sleep", "switch_root", "usleep"];
-
 /// The build's stages, and for those of `build.sh` the output line that begins each.
 const STAGES: [(&str, &str); 11] = [
     ("check the host", ""),
@@ -80,8 +68,6 @@ const INPUTS: [(&str, &str); 6] = [
     ("sshd_config", include_str!("guest/sshd_config")),
     ("modprobe.conf", include_str!("guest/modprobe.conf")),
 ];
-const INITRD_INIT: &str = include_str!("guest/initrd-init");
-
 /// What to build.
 #[derive(Clone, Debug)]
 pub struct BuildSpec {
@@ -313,215 +299,6 @@ fn unpack_kernel(commands: &dyn Commands, out: &Path, cancel: &Cancel) -> Result
     unpack(commands, &kernel::payload(&image)?, out, cancel)
 }
 
-/// Unpacks a bzImage's payload to `out/vmlinux`.
-pub(super) fn unpack(
-    commands: &dyn Commands,
-    payload: &kernel::Payload<'_>,
-    out: &Path,
-    cancel: &Cancel,
-) -> Result<()> {
-    let packed = out.join(format!("vmlinux.{}", payload.compression.program().1));
-    std::fs::write(&packed, payload.bytes)
-        .map_err(|e| Error::io("write the kernel's payload", e))?;
-    unpack_file(
-        commands,
-        payload.compression,
-        (&packed, &out.join(KERNEL)),
-        payload.unpacked_bytes.into(),
-        cancel,
-    )?;
-    let file =
-        File::open(out.join(KERNEL)).map_err(|e| Error::io("open the unpacked kernel", e))?;
-    let mut magic = [0; 4];
-    let is_elf = file.read_exact_at(&mut magic, 0).is_ok() && magic == *b"\x7fELF";
-    let bytes = file
-        .metadata()
-        .map_err(|e| Error::io("read the unpacked kernel's size", e))?
-        .len();
-    if !is_elf || bytes != u64::from(payload.unpacked_bytes) {
-        return Err(Error::new(
-            Kind::Unsupported,
-            "the unpacked kernel is not a complete ELF file",
-        ));
-    }
-    Ok(())
-}
-
-/// Unpacks `packed` to `to` and removes it. `packed` has the suffix of its compression, and `to` is
-/// its name without that. A small file that unpacks to more than `bytes_max` is refused, so that it
-/// cannot fill the disk.
-pub(super) fn unpack_file(
-    commands: &dyn Commands,
-    compression: Compression,
-    (packed, to): (&Path, &Path),
-    bytes_max: u64,
-    cancel: &Cancel,
-) -> Result<()> {
-    let command = unpack_command(compression, packed, to).file_bytes_max(bytes_max);
-    commands
-        .run(&command, cancel, &mut |_| {})
-        .map_err(|e| match e.kind() {
-            Kind::CommandMissing => {
-                e.hint(format!("sudo apt-get install {}", compression.program().0))
-            }
-            Kind::CommandFailed => e.hint(format!(
-                "it is damaged, or larger than {bytes_max} bytes when unpacked"
-            )),
-            _ => e,
-        })?;
-    match std::fs::remove_file(packed) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-            Err(Error::io(format!("remove {}", packed.display()), e))
-        }
-        _ => Ok(()),
-    }
-}
-
-fn unpack_command(compression: Compression, packed: &Path, to: &Path) -> Command {
-    let command = Command::new(compression.program().0)
-        .args(["-d", "-f", "-q"])
-        .arg(packed)
-        .deadline(UNPACK_DEADLINE);
-    match compression {
-        Compression::Lz4 => command.arg(to),
-        Compression::Zstd => command.arg("-o").arg(to),
-        // These write to the name of the input without its suffix.
-        Compression::Xz | Compression::Gzip => command,
-    }
-}
-
-/// Writes `initrd`, the initramfs, from the files `busybox` and `modules`.
-fn write_initrd(out: &Path, kernel_version: &str) -> Result<()> {
-    let read = |path: &Path| {
-        let file =
-            File::open(path).and_then(|f| crate::host::command::read_bounded(f, PART_BYTES_MAX));
-        file.map_err(|e| Error::io(format!("read {}", path.display()), e))
-    };
-    let mut modules = Vec::new();
-    let mut modules_dep = String::new();
-    let io = |e| Error::io("read the modules", e);
-    for entry in std::fs::read_dir(out.join("modules")).map_err(io)? {
-        let entry = entry.map_err(io)?;
-        let bytes = read(&entry.path())?;
-        match entry
-            .file_name()
-            .into_string()
-            .ok()
-            .filter(|n| n != "modules.dep")
-        {
-            Some(name) => modules.push((name, bytes)),
-            None => modules_dep = String::from_utf8_lossy(&bytes).into_owned(),
-        }
-    }
-    modules.sort();
-    let busybox = read(&out.join("busybox"))?;
-    let bytes = initrd(
-        &busybox,
-        &modules,
-        &modules_dep,
-        kernel_version,
-        INITRD_MODULES,
-    );
-    std::fs::write(out.join(INITRD), bytes).map_err(|e| Error::io("write the initramfs", e))
-}
-
-pub(super) fn initrd(
-    busybox: &[u8],
-    modules: &[(String, Vec<u8>)],
-    modules_dep: &str,
-    kernel_version: &str,
-    wanted: &str,
-) -> Vec<u8> {
-    let mut cpio = Cpio::new();
-    let modules_dir = format!("lib/modules/{kernel_version}");
-    for dir in [
-        "bin",
-        "dev",
-        "proc",
-        "sys",
-        "root",
-        "lib",
-        "lib/modules",
-        &modules_dir,
-    ] {
-        cpio.dir(dir, 0o755);
-    }
-    cpio.file(
-        "init",
-        0o755,
-        INITRD_INIT.replace("@MODULES@", wanted).as_bytes(),
-    );
-    cpio.file("bin/busybox", 0o755, busybox);
-    for applet in BUSYBOX_APPLETS {
-        cpio.symlink(&format!("bin/{applet}"), "busybox");
-    }
-    for (name, bytes) in modules {
-        cpio.file(
-            &format!("{modules_dir}/{name}"),
-            0o644,
-            kernel::without_signature(bytes),
-        );
-    }
-    let names: Vec<_> = modules.iter().map(|(name, _)| name.clone()).collect();
-    cpio.file(
-        &format!("{modules_dir}/modules.dep"),
-        0o644,
-        kernel::flat_modules_dep(modules_dep, &names).as_bytes(),
-    );
-    cpio.finish()
-}
-
-/// The size and the digest of a file. The root file system is sparse, so its digest covers only its
-/// non-zero blocks of 4096 bytes, each preceded by its number (64 bits, little-endian). The digest
-/// then does not depend on where the holes are.
-fn record(dir: &Path, name: &str, cancel: &Cancel) -> Result<FileRecord> {
-    let io = |e: std::io::Error| Error::io(format!("hash {name}"), e);
-    let file = File::open(dir.join(name)).map_err(io)?;
-    let bytes = file.metadata().map_err(io)?.len();
-    let sparse = name == ROOTFS;
-    let mut hash = Sha256::new();
-    let mut buffer = vec![0; 256 * BLOCK];
-    let mut at = 0;
-    while at < bytes {
-        if let Some(cause) = cancel.cause() {
-            return Err(Error::new(
-                Kind::Cancelled,
-                format!("hash {name}: cancelled: {cause}"),
-            ));
-        }
-        if sparse {
-            match rustix::fs::seek(file.as_fd(), rustix::fs::SeekFrom::Data(at)) {
-                Ok(data) => at = data / BLOCK as u64 * BLOCK as u64,
-                Err(rustix::io::Errno::NXIO) => break,
-                Err(e) => return Err(io(e.into())),
-            }
-        }
-        let n = file.read_at(&mut buffer, at).map_err(io)?;
-        if n == 0 {
-            break;
-        }
-        if sparse {
-            for (i, block) in buffer[..n]
-                .chunks(BLOCK)
-                .enumerate()
-                .filter(|(_, b)| b.iter().any(|byte| *byte != 0))
-            {
-                hash.update((at / BLOCK as u64 + i as u64).to_le_bytes());
-                hash.update(block);
-            }
-        } else {
-            hash.update(&buffer[..n]);
-        }
-        at += n as u64;
-    }
-    let sha256 = hex::encode(&hash.finalize());
-    Ok(FileRecord {
-        name: name.to_owned(),
-        bytes,
-        sha256,
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -554,48 +331,6 @@ mod tests {
                  /s/images/.building-a-1/in/build.sh /s/images/.building-a-1 trixie git 4096 6442450944"
             ],
         );
-    }
-
-    #[test]
-    fn payload_of_every_compression_is_unpacked() {
-        let text = b"\x7fELF and so on".repeat(10);
-        let cancel = Cancel::try_new().unwrap();
-        for compression in [
-            Compression::Lz4,
-            Compression::Zstd,
-            Compression::Xz,
-            Compression::Gzip,
-        ] {
-            let dir = tempfile::tempdir().unwrap();
-            let (program, suffix) = compression.program();
-            let (plain, packed) = (
-                dir.path().join("vmlinux"),
-                dir.path().join(format!("vmlinux.{suffix}")),
-            );
-            std::fs::write(&plain, &text).unwrap();
-            // The kernel's build uses lz4's legacy frame (-l).
-            let pack = Command::new(program)
-                .args(if program == "lz4" {
-                    &["-q", "-l"][..]
-                } else {
-                    &["-q"][..]
-                })
-                .arg(&plain);
-            let pack = if program == "lz4" {
-                pack.arg(&packed)
-            } else {
-                pack
-            };
-            crate::host::HostCommands
-                .run(&pack, &cancel, &mut |_| {})
-                .unwrap();
-            let _ = std::fs::remove_file(&plain);
-            let command = unpack_command(compression, &packed, &plain);
-            crate::host::HostCommands
-                .run(&command, &cancel, &mut |_| {})
-                .unwrap();
-            assert_eq!(std::fs::read(&plain).unwrap(), text, "{program}");
-        }
     }
 
     #[test]
@@ -685,50 +420,5 @@ mod tests {
             Kind::DiskFull
         );
         assert!(run(&[]).1.contains("bye"));
-    }
-
-    #[test]
-    fn initramfs_is_complete_and_reproducible() {
-        let modules = [("a.ko".to_owned(), b"module".to_vec())];
-        let make = || {
-            initrd(
-                b"busybox",
-                &modules,
-                "kernel/x/a.ko:\n",
-                "6.1",
-                INITRD_MODULES,
-            )
-        };
-        let bytes = make();
-        assert_eq!(bytes, make());
-        let text = String::from_utf8_lossy(&bytes);
-        for part in [
-            "lib/modules/6.1/a.ko",
-            "lib/modules/6.1/modules.dep",
-            "bin/modprobe",
-            INITRD_MODULES,
-            "TRAILER!!!",
-        ] {
-            assert!(text.contains(part), "{part}");
-        }
-        assert!(!text.contains("@MODULES@"));
-    }
-
-    #[test]
-    fn digest_of_sparse_file_does_not_depend_on_its_holes() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join(ROOTFS);
-        let cancel = Cancel::try_new().unwrap();
-        let file = File::create(&path).unwrap();
-        file.set_len(1 << 20).unwrap();
-        file.write_at(b"x", 700_000).unwrap();
-        let sparse = record(dir.path(), ROOTFS, &cancel).unwrap();
-        let mut full = vec![0; 1 << 20];
-        full[700_000] = b'x';
-        std::fs::write(&path, &full).unwrap();
-        assert_eq!(record(dir.path(), ROOTFS, &cancel).unwrap(), sparse);
-        full[700_001] = b'x';
-        std::fs::write(&path, &full).unwrap();
-        assert_ne!(record(dir.path(), ROOTFS, &cancel).unwrap(), sparse);
     }
 }

@@ -14,10 +14,13 @@ mod apt_texts;
 pub mod build;
 mod checks;
 mod cpio;
+mod digest;
+mod initrd;
 mod kernel;
 pub mod kernels;
 mod registry;
 mod sources;
+mod unpack;
 
 pub use build::{BuildSpec, build};
 pub use checks::checks;

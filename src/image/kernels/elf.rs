@@ -1,45 +1,30 @@
 //! Checks of ELF files that a user or a distribution provides.
 
-/// `e_machine` of x86-64 (elf(5)).
-const EM_X86_64: u16 = 62;
-/// The types of a relocatable file, an executable and a position-independent file.
-pub(super) const ET_REL: u16 = 1;
-pub(super) const ET_EXEC: u16 = 2;
-pub(super) const ET_DYN: u16 = 3;
-/// The sizes of `Elf64_Ehdr` and `Elf64_Phdr`.
-const EHDR_BYTES: usize = 64;
-const PHDR_BYTES: usize = 56;
+use object::LittleEndian;
+use object::elf::{EM_X86_64, FileHeader64, FileType};
+use object::read::elf::{FileHeader, ProgramHeader};
+
+type Header = FileHeader64<LittleEndian>;
 
 /// True if it is an ELF file of one of these types for x86-64.
-pub(super) fn is_elf(bytes: &[u8], types: &[u16]) -> bool {
-    let u16_at = |at: usize| {
-        bytes
-            .get(at..at + 2)
-            .map(|b| u16::from_le_bytes([b[0], b[1]]))
-    };
-    let is_ours = bytes.starts_with(b"\x7fELF\x02\x01") && u16_at(18) == Some(EM_X86_64);
-    is_ours && u16_at(16).is_some_and(|t| types.contains(&t)) && bytes.len() > EHDR_BYTES
+pub(super) fn is_elf(bytes: &[u8], types: &[FileType]) -> bool {
+    header_of(bytes).is_some_and(|header| {
+        header.e_machine(LittleEndian) == EM_X86_64 && types.contains(&header.e_type(LittleEndian))
+    })
 }
 
-/// True if the file contains all of its loadable segments (elf(5), `Elf64_Phdr`).
+/// True if the file contains all of its segments, and has any.
 pub(super) fn is_whole(elf: &[u8]) -> bool {
-    let number = |at: usize, len: usize| {
-        let bytes = at.checked_add(len).and_then(|end| elf.get(at..end))?;
-        usize::try_from(bytes.iter().rev().fold(0u64, |n, b| n << 8 | u64::from(*b))).ok()
+    let segments = header_of(elf).map(|header| header.program_headers(LittleEndian, elf));
+    let Some(Ok(segments)) = segments else {
+        return false;
     };
-    let headers = || {
-        let (table, size, count) = (number(32, 8)?, number(54, 2)?, number(56, 2)?);
-        (size == PHDR_BYTES && count > 0).then_some(())?;
-        (0..count)
-            .map(|n| table.checked_add(n * PHDR_BYTES))
-            .collect::<Option<Vec<usize>>>()
-    };
-    let ends = |at: usize| {
-        let header = elf.get(at..at.checked_add(PHDR_BYTES)?).map(|_| at)?;
-        number(header + 8, 8)?.checked_add(number(header + 32, 8)?)
-    };
-    headers().is_some_and(|all| {
-        all.into_iter()
-            .all(|at| ends(at).is_some_and(|end| end <= elf.len()))
-    })
+    !segments.is_empty() && segments.iter().all(|s| s.data(LittleEndian, elf).is_ok())
+}
+
+fn header_of(bytes: &[u8]) -> Option<&Header> {
+    let header = Header::parse(bytes).ok()?;
+    // An error if the file is big-endian.
+    header.endian().ok()?;
+    Some(header)
 }

@@ -1,6 +1,6 @@
 //! Finds the modules that a guest needs to reach its root disk and network.
 
-use super::elf::{ET_REL, is_elf};
+use super::elf::is_elf;
 use super::read::{read_below, read_file};
 use crate::error::{Error, Kind, Result};
 use crate::host::Commands;
@@ -9,6 +9,7 @@ use crate::image::kernel::{Compression, VMLINUX_BYTES_MAX};
 use crate::image::registry::KERNEL;
 use crate::image::unpack::unpack_file;
 use crate::locks::Cancel;
+use object::elf::ET_REL;
 use rustix::fs::{Mode, OFlags};
 use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
@@ -275,7 +276,7 @@ mod tests {
         let never = Cancel::try_new().unwrap();
         let at = |name: &str| temp.path().join(name);
         let mut module = vec![0; 65];
-        module[..6].copy_from_slice(b"\x7fELF\x02\x01");
+        module[..7].copy_from_slice(b"\x7fELF\x02\x01\x01");
         (module[16], module[18]) = (1, 62);
         std::fs::create_dir(at("m")).unwrap();
         for name in ["x.ko", "m/good.ko"] {

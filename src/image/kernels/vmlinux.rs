@@ -1,6 +1,6 @@
 //! Takes a `vmlinux` from an ELF file or a bzImage.
 
-use super::elf::{ET_DYN, ET_EXEC, is_elf, is_whole};
+use super::elf::{is_elf, is_whole};
 use super::read::read_file;
 use crate::error::{Error, Kind, Result};
 use crate::host::Commands;
@@ -8,6 +8,7 @@ use crate::image::kernel::{self, VMLINUX_BYTES_MAX};
 use crate::image::registry::KERNEL;
 use crate::image::unpack::unpack;
 use crate::locks::Cancel;
+use object::elf::{ET_DYN, ET_EXEC};
 use std::path::Path;
 
 /// The text before the version in a kernel (init/version.c).
@@ -88,7 +89,7 @@ mod tests {
     #[test]
     fn file_that_is_not_a_kernel_is_refused() {
         let mut elf = vec![0; 128];
-        elf[..6].copy_from_slice(b"\x7fELF\x02\x01");
+        elf[..7].copy_from_slice(b"\x7fELF\x02\x01\x01");
         elf[16] = 2;
         elf[18] = 62;
         // One loadable segment of 8 bytes at the end.

@@ -14,10 +14,12 @@ use crate::host::fs::open_dir;
 use crate::host::{mount, program};
 use crate::ids::Tag;
 use crate::vmm::VmmSpec;
+use object::elf::{FileHeader64, PT_INTERP};
+use object::read::elf::{FileHeader, ProgramHeader};
+use object::{LittleEndian, ReadCache};
 use rustix::fs::{Mode, OFlags};
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::io::{Read, Seek, SeekFrom};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -49,8 +51,6 @@ const FILES_MAX: u32 = 256;
 /// process has exited.
 const REMOVE_DEADLINE: Duration = Duration::from_secs(5);
 const REMOVE_PERIOD: Duration = Duration::from_millis(5);
-/// Type of the program header that names a dynamic linker (elf(5), PT_INTERP).
-const PT_INTERP: u32 = 3;
 
 /// Names of the files in the jail.
 pub const KERNEL: &str = "vmlinux";
@@ -123,24 +123,12 @@ fn is_static(program: &Path) -> Result<()> {
 }
 
 fn has_interpreter(program: &Path) -> std::io::Result<bool> {
-    let mut file = std::fs::File::open(program)?;
-    let mut head = [0; 64];
-    file.read_exact(&mut head)?;
-    let u16_at = |b: &[u8], at: usize| u16::from_le_bytes([b[at], b[at + 1]]);
-    let offset = u64::from_le_bytes(head[32..40].try_into().unwrap_or_default());
-    let (size, count) = (u16_at(&head, 54), u16_at(&head, 56));
-    if head[..5] != *b"\x7fELF\x02" || size < 56 {
-        return Err(std::io::Error::other("it is not a 64-bit ELF file"));
-    }
-    for i in 0..u64::from(count) {
-        file.seek(SeekFrom::Start(offset.saturating_add(i * u64::from(size))))?;
-        let mut kind = [0; 4];
-        file.read_exact(&mut kind)?;
-        if u32::from_le_bytes(kind) == PT_INTERP {
-            return Ok(true);
-        }
-    }
-    Ok(false)
+    let file = ReadCache::new(std::fs::File::open(program)?);
+    let invalid = |_| std::io::Error::other("it is not a 64-bit ELF file");
+    let header = FileHeader64::<LittleEndian>::parse(&file).map_err(invalid)?;
+    let endian = header.endian().map_err(invalid)?;
+    let segments = header.program_headers(endian, &file).map_err(invalid)?;
+    Ok(segments.iter().any(|s| s.p_type(endian) == PT_INTERP))
 }
 
 /// Returns the limits of the control group for this VM, as arguments of `--cgroup`.

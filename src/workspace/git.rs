@@ -1,6 +1,7 @@
 //! Queries git about a tree without running anything that the repository configures: no hook,
 //! fsmonitor, filter, pager or fetch.
 
+mod alternates;
 mod commands;
 mod config;
 mod filters;
@@ -8,6 +9,8 @@ mod history;
 mod layout;
 mod open;
 mod parse;
+mod paths;
+mod stores;
 
 use commands::Commands;
 pub(super) use config::Config;

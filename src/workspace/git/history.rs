@@ -1,6 +1,6 @@
 //! Selects how much of the history is sent, and makes the pack that holds it.
 
-use super::layout::CheckedStores;
+use super::stores::CheckedStores;
 use super::{Git, parse};
 use crate::error::{Error, Kind, Result};
 use crate::workspace::options::History;

@@ -2,7 +2,8 @@
 //! configuration.
 
 use super::commands::Commands;
-use super::layout::{self, Claim, Layout};
+use super::layout::{Claim, Layout};
+use super::paths::real;
 use super::{Config, Git};
 use crate::error::{Error, Kind, Result};
 use crate::locks::Cancel;
@@ -48,7 +49,7 @@ impl Git {
             .commands
             .path(&["rev-parse", "--show-toplevel"])
             .map_err(|e| self.commands.refused(e))?;
-        if !layout::real(&shown).is_ok_and(|shown| shown == self.commands.top) {
+        if !real(&shown).is_ok_and(|shown| shown == self.commands.top) {
             return Err(self.unused());
         }
         for (args, want) in [
@@ -59,7 +60,7 @@ impl Git {
                 .commands
                 .path(&["rev-parse", args])
                 .map_err(|e| self.commands.refused(e))?;
-            if !layout::real(&said).is_ok_and(|said| said == *want) {
+            if !real(&said).is_ok_and(|said| said == *want) {
                 return Err(self.unused());
             }
         }
@@ -118,7 +119,7 @@ impl Git {
                 .split(|b| *b == 0)
                 .rfind(|v| !v.is_empty())
                 .map(OsStr::from_bytes);
-            let named = named.and_then(|v| layout::real(&self.layout.git_dir.join(v)).ok());
+            let named = named.and_then(|v| real(&self.layout.git_dir.join(v)).ok());
             if named.is_some_and(|dir| dir == self.commands.top) {
                 return Ok(true);
             }
@@ -143,7 +144,7 @@ impl Git {
         let Some(file) = origin.strip_prefix(b"file:") else {
             return false;
         };
-        let Ok(file) = layout::real(&self.commands.top.join(OsStr::from_bytes(file))) else {
+        let Ok(file) = real(&self.commands.top.join(OsStr::from_bytes(file))) else {
             return false;
         };
         [

@@ -7,6 +7,7 @@ use crate::config::Config;
 use crate::daemon::{Daemon, Seams};
 use crate::error::{Error, Kind, Result};
 use rustix::fs::{FlockOperation, OFlags};
+use sd_notify::NotifyState;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::fs::File;
@@ -78,6 +79,7 @@ pub fn run(config: Config) -> Result<()> {
     })?;
     let space_monitor = daemon.space_monitor.clone();
     let roomed = crate::host::thread::spawn("room", move || space_monitor.run())?;
+    tell_systemd(NotifyState::Ready);
     log::info!(
         "fcd {} serves {} from {}",
         env!("CARGO_PKG_VERSION"),
@@ -86,6 +88,7 @@ pub fn run(config: Config) -> Result<()> {
     );
 
     let first = signals.forever().next().unwrap_or(SIGTERM);
+    tell_systemd(NotifyState::Stopping);
     log::info!(
         "{}: draining",
         signal_hook::low_level::signal_name(first).unwrap_or("signal")
@@ -126,6 +129,13 @@ fn claim_host(config: &Config) -> Result<Option<claim::Held>> {
         return claim::take(config, Path::new(&dir)).map(Some);
     }
     claim::take(config, Path::new(claim::DIR)).map(Some)
+}
+
+/// Sends a state to systemd, if it started this process (`Type=notify`).
+fn tell_systemd(state: NotifyState<'_>) {
+    if let Err(e) = sd_notify::notify(&[state]) {
+        log::warn!("notify systemd: {e}");
+    }
 }
 
 /// Watches for the signals that end the daemon. SIGHUP is one of them unless it is ignored, as

@@ -3,7 +3,7 @@
 use crate::world::{SOON, await_that};
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -88,6 +88,25 @@ impl Drop for Process {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+#[test]
+fn daemon_notifies_systemd_when_it_serves_and_when_it_stops() {
+    let dir = tempfile::tempdir().unwrap();
+    let systemd = UnixDatagram::bind(dir.path().join("notify")).unwrap();
+    systemd.set_read_timeout(Some(SOON)).unwrap();
+    let next = || {
+        let mut text = [0; 64];
+        let len = systemd.recv(&mut text).unwrap();
+        String::from_utf8_lossy(&text[..len]).trim().to_owned()
+    };
+    let mut process = Process::start(|command| {
+        command.env("NOTIFY_SOCKET", dir.path().join("notify"));
+    });
+    assert_eq!(next(), "READY=1");
+    process.signal(nix::sys::signal::SIGTERM);
+    assert_eq!(next(), "STOPPING=1");
+    assert!(process.end().success(), "{}", process.log());
 }
 
 #[test]

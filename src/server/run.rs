@@ -75,6 +75,7 @@ pub fn run(config: Config) -> Result<()> {
     let reconciled = crate::host::thread::spawn("reconcile", move || {
         reconciling.reconciler.reconcile();
         reconciling.warm_up();
+        crate::host::memory::give_back();
         reconciling.reconciler.run_sweeper();
     })?;
     let space_monitor = daemon.space_monitor.clone();

@@ -16,7 +16,7 @@ use crate::error::{Error, Kind, Result};
 use crate::ids::VmId;
 use crate::locks::KeyGuard;
 use crate::store::{Ticket, VmRow};
-use crate::vmm::{GuestNetwork, Identity, VmmSpec};
+use crate::vmm::{GuestNetwork, Identity};
 
 /// With less, a guest reads its own programs too slowly to boot.
 const BYTES_PER_S_MIN: u64 = 64 << 10;
@@ -129,7 +129,7 @@ impl Controls {
         vm: &VmId,
         generation: u64,
         wanted: impl Fn(&VmRow) -> T,
-        apply: impl Fn(&VmmSpec, &Identity, &T) -> Result<()>,
+        apply: impl Fn(&VmRow, &Identity, &T) -> Result<()>,
     ) -> Result<()> {
         let mut applied = None;
         loop {
@@ -144,11 +144,7 @@ impl Controls {
             if applied.as_ref() == Some(&value) {
                 return Ok(());
             }
-            apply(
-                &self.specs.spec(&row, &self.images.get(&row.shape.image)?),
-                identity,
-                &value,
-            )?;
+            apply(&row, identity, &value)?;
             applied = Some(value);
         }
     }
@@ -158,13 +154,15 @@ impl Controls {
             vm,
             generation,
             |row| row.shape.rates,
-            |spec, identity, rates| {
-                self.vmm.set_rates(spec, identity, &self.core.closing)?;
+            |row, identity, rates| {
+                let spec = self.specs.spec(row, &self.images.get(&row.shape.image)?);
+                let running = self.vmms.vm(row, identity)?;
+                running.set_rates(&spec, &self.core.closing)?;
                 let (Some(net), GuestNetwork::Tap { .. }) = (&self.networks.net, &spec.network)
                 else {
                     return Ok(());
                 };
-                let capabilities = self.vmm.capabilities_of(identity);
+                let capabilities = self.vmms.vmm.capabilities_of(identity);
                 if capabilities.is_some_and(|c| c.limits_network) {
                     return Ok(());
                 }
@@ -179,9 +177,9 @@ impl Controls {
 
     fn apply_balloon(&self, vm: &VmId, generation: u64) -> Result<()> {
         let keep_mib = |row: &VmRow| row.balloon_mib.unwrap_or(row.shape.mem_mib);
-        self.settle(vm, generation, keep_mib, |spec, identity, keep_mib| {
-            self.vmm
-                .set_balloon(spec, identity, *keep_mib, &self.core.closing)
+        self.settle(vm, generation, keep_mib, |row, identity, keep_mib| {
+            let running = self.vmms.vm(row, identity)?;
+            running.set_balloon(*keep_mib, &self.core.closing)
         })
     }
 
@@ -247,10 +245,10 @@ impl Controls {
                 Error::new(Kind::WrongState, format!("{doing}: it ended meanwhile"))
                     .hint(format!("fcctl vm show {}", row.name))
             })?;
-        let spec = self.specs.spec(&now, &self.images.get(&now.shape.image)?);
         let kept_mib = self
-            .vmm
-            .balloon_mib(&spec, identity, &self.core.closing)
+            .vmms
+            .vm(&now, identity)
+            .and_then(|vm| vm.balloon_mib(&self.core.closing))
             .map_err(|e| refused(e, &row, doing))?;
         Ok(VmBalloonReply {
             vm: self.views.view(&row.id)?,

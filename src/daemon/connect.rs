@@ -35,8 +35,9 @@ impl Sessions {
             .as_ref()
             .ok_or_else(|| doing(Error::internal("it is running without a VMM")))?;
         let stream = self
-            .vmm
-            .connect(identity, request.port, &cancel)
+            .vmms
+            .vm(&row, identity)
+            .and_then(|vm| vm.connect(request.port, &cancel))
             .map_err(doing)?;
         Ok((self.views.view(&row.id)?, stream))
     }

@@ -24,6 +24,7 @@ impl Sessions {
             return Ok(LogsReply { bytes: 0 });
         }
         let mut follower = self
+            .vmms
             .vmm
             .consoles()
             .follow(&self.core.vm_dir(&row.id), request.tail)?;

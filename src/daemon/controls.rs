@@ -8,8 +8,8 @@ use super::runtime::Runtimes;
 use super::spec::Specs;
 use super::unreconciled::Unreconciled;
 use super::views::Views;
+use super::vmms::Vmms;
 use crate::image::Images;
-use crate::vmm::Driver;
 use std::sync::Arc;
 
 /// Changes running VMs.
@@ -23,5 +23,5 @@ pub struct Controls {
     pub(super) unreconciled: Arc<Unreconciled>,
     pub(super) runtimes: Runtimes,
     pub(super) images: Images,
-    pub(super) vmm: Arc<dyn Driver>,
+    pub(super) vmms: Vmms,
 }

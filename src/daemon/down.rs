@@ -132,13 +132,19 @@ impl Lifecycle {
             return false;
         }
         claim.op().progress("press Ctrl-Alt-Del");
-        let gone = match self.vmm.press_ctrl_alt_del(identity, &claim.cancel) {
-            Ok(true) => self
-                .vmm
+        let capabilities = self.vmm.capabilities_of(identity);
+        if !capabilities.is_some_and(|c| c.has_keyboard) {
+            return false;
+        }
+        let pressed = self
+            .vmms
+            .vm(row, identity)
+            .and_then(|vm| vm.press_ctrl_alt_del(&claim.cancel));
+        let gone = pressed.and_then(|()| {
+            self.vmm
                 .processes()
-                .wait_exit(identity, deadline, &claim.cancel),
-            other => other,
-        };
+                .wait_exit(identity, deadline, &claim.cancel)
+        });
         gone.unwrap_or_else(|e| {
             log::warn!("press Ctrl-Alt-Del for VM {}: {e}", row.name);
             false

@@ -9,8 +9,6 @@ use crate::error::{Error, Result};
 use crate::ids::VmId;
 use crate::locks::Cancel;
 use crate::store::VmRow;
-use crate::vmm::Driver;
-use std::sync::Arc;
 use std::time::Duration;
 
 /// Time between two attempts to resume a guest.
@@ -53,7 +51,6 @@ pub(super) struct GuestHolder {
     pub controls: Controls,
     pub vmms: Vmms,
     pub runtimes: Runtimes,
-    pub vmm: Arc<dyn Driver>,
 }
 
 impl GuestHolder {
@@ -83,8 +80,7 @@ impl GuestHolder {
                     && row.state == VmState::Stopping
                     && !self.runtimes.is_paused(vm) =>
             {
-                self.vmm
-                    .set_paused(&self.core.vm_dir(vm), identity, false, &never)
+                self.vmms.vm(&row, identity)?.resume(&never)
             }
             _ => self.controls.apply_pause_by(vm, generation, &never),
         }

@@ -91,9 +91,9 @@ impl Controls {
             ) else {
                 // A stop has begun meanwhile. The guest must run so that it can shut down.
                 if applied == Some(true) && row.generation == generation {
-                    row.identity.as_ref().map_or(Ok(()), |i| {
-                        self.vmm.set_paused(&self.core.vm_dir(vm), i, false, cancel)
-                    })?;
+                    row.identity
+                        .as_ref()
+                        .map_or(Ok(()), |i| self.vmms.vm(&row, i)?.resume(cancel))?;
                 }
                 return Ok(());
             };
@@ -101,8 +101,12 @@ impl Controls {
             if applied == Some(wanted) {
                 return Ok(());
             }
-            self.vmm
-                .set_paused(&self.core.vm_dir(vm), identity, wanted, cancel)?;
+            let running = self.vmms.vm(&row, identity)?;
+            if wanted {
+                running.pause(cancel)?;
+            } else {
+                running.resume(cancel)?;
+            }
             applied = Some(wanted);
         }
     }
@@ -124,12 +128,11 @@ impl Controls {
         if !(row.paused || self.runtimes.is_held(&row.id)) || self.runtimes.is_paused(&row.id) {
             return;
         }
-        if let Err(e) = self.vmm.set_paused(
-            &self.core.vm_dir(&row.id),
-            identity,
-            false,
-            &self.core.closing,
-        ) {
+        let resumed = self
+            .vmms
+            .vm(row, identity)
+            .and_then(|vm| vm.resume(&self.core.closing));
+        if let Err(e) = resumed {
             log::warn!("resume VM {} so that it can shut down: {e}", row.name);
         }
     }

@@ -6,13 +6,13 @@ use super::controls::Controls;
 use super::core::Core;
 use super::runtime::Runtimes;
 use super::spec::Specs;
+use super::vmms::Vmms;
 use crate::api::vm::VmState;
 use crate::disk::Method;
 use crate::disk::snapshot::{self, Fill};
 use crate::error::Kind;
 use crate::host::Commands;
 use crate::store::{Ticket, VmRow};
-use crate::vmm::Driver;
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
@@ -41,7 +41,7 @@ pub struct SpaceMonitor {
     pub(super) controls: Controls,
     pub(super) runtimes: Runtimes,
     pub(super) commands: Arc<dyn Commands>,
-    pub(super) vmm: Arc<dyn Driver>,
+    pub(super) vmms: Vmms,
 }
 
 impl SpaceMonitor {
@@ -124,16 +124,16 @@ impl SpaceMonitor {
             return;
         };
         let is_paused = monitored.paused.contains(tag);
-        let set = |to| {
-            self.vmm
-                .set_paused(&self.core.vm_dir(&row.id), identity, to, &self.core.closing)
-        };
         match reserved {
             Err(e) if !is_paused && e.kind() == Kind::DiskFull => {
                 // Record it before pausing the guest, because a resume for its owner looks at the
                 // record.
                 self.runtimes.set_paused(&row.id, true);
-                match set(true) {
+                let paused = self
+                    .vmms
+                    .vm(row, identity)
+                    .and_then(|vm| vm.pause(&self.core.closing));
+                match paused {
                     Ok(()) => {
                         log::warn!("VM {} is paused until the host has room: {e}", row.name);
                         monitored.paused.insert(tag.to_owned());

@@ -8,6 +8,7 @@ use super::runtime::{Runtimes, Use, User};
 use super::transitions::Verb;
 use super::unreconciled::Unreconciled;
 use super::views::Views;
+use super::vmms::Vmms;
 use crate::api::exec::{
     COMMAND_BYTES_MAX, COMMAND_STREAM_BYTES_MAX, CommandWords, ExecReply, ExecResizeRequest,
     ExecSignalRequest, ExecStartRequest, Exit, Stream,
@@ -28,7 +29,6 @@ use crate::locks::Cancel;
 use crate::locks::CancelCause;
 use crate::session::Registry;
 use crate::store::VmRow;
-use crate::vmm::Driver;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -149,7 +149,7 @@ pub struct Sessions {
     pub(super) runtimes: Runtimes,
     pub(super) registry: Arc<Registry<ControlSender>>,
     pub(super) transport: Arc<dyn Transport>,
-    pub(super) vmm: Arc<dyn Driver>,
+    pub(super) vmms: Vmms,
 }
 
 impl Sessions {
@@ -269,7 +269,7 @@ impl Sessions {
         let user = self.runtimes.join(guard.key(), kind, cancel.clone());
         drop(guard);
         if let Some(identity) = row.identity.clone()
-            && !self.vmm.processes().is_alive(&identity)
+            && !self.vmms.vmm.processes().is_alive(&identity)
         {
             return Err(Error::new(
                 Kind::GuestUnavailable,

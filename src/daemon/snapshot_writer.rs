@@ -39,7 +39,7 @@ use crate::ids::{SnapshotId, SnapshotName};
 use crate::image::{ImageInfo, Images};
 use crate::ops::OpHandle;
 use crate::store::{SnapshotRow, VmRow, WorkspaceRow};
-use crate::vmm::{Driver, SaveTo, VmmSpec};
+use crate::vmm::{SaveTo, VmmSpec};
 use crate::workspace::remote;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
@@ -93,7 +93,6 @@ pub(super) struct SnapshotWriter {
     pub images: Images,
     pub commands: Arc<dyn Commands>,
     pub transport: Arc<dyn Transport>,
-    pub vmm: Arc<dyn Driver>,
 }
 
 impl SnapshotWriter {
@@ -201,7 +200,7 @@ impl SnapshotWriter {
         // directory.
         let identity = row
             .identity
-            .clone()
+            .as_ref()
             .ok_or_else(|| Error::internal(format!("VM {} has no VMM", row.name)))?;
         op.progress("save the memory");
         self.core.effects.before("save the guest")?;
@@ -209,7 +208,8 @@ impl SnapshotWriter {
             memory: &source.files.memory,
             devices: &source.files.devices,
         };
-        let vmm_version = self.vmm.save(source.spec, &identity, to, op.cancel())?;
+        let running = self.holder.vmms.vm(source.row, identity)?;
+        let vmm_version = running.save(source.spec, to, op.cancel())?;
         op.progress("copy the disks");
         self.core.effects.before("copy the disks")?;
         Ok(Saved {

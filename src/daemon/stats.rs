@@ -110,10 +110,10 @@ impl Controls {
                 )
                 .hint(format!("start it first: fcctl start {}", row.name))
             })?;
-        let spec = self.specs.spec(&row, &self.images.get(&row.shape.image)?);
         let metrics = self
-            .vmm
-            .metrics(&spec, identity, &self.core.closing)
+            .vmms
+            .vm(&row, identity)
+            .and_then(|vm| vm.metrics(&self.core.closing))
             .map_err(|e| e.context(doing()))?;
         Ok(VmMetricsReply {
             vm: row.id.clone(),

@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::ids::Tag;
 use crate::locks::Mutex;
 use crate::store::VmRow;
-use crate::vmm::{Driver, End, Identity, end_from_files};
+use crate::vmm::{Driver, End, Identity, Vm, VmRef, end_from_files};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -77,6 +77,15 @@ impl Vmms {
     }
 
     /// Kills the VMM and waits until it is gone.
+    /// A handle of the VM that runs in this process.
+    pub(super) fn vm(&self, row: &VmRow, identity: &Identity) -> Result<Box<dyn Vm + '_>> {
+        self.vmm.vm(VmRef {
+            dir: self.core.vm_dir(&row.id),
+            identity: identity.clone(),
+            mem_mib: row.shape.mem_mib,
+        })
+    }
+
     pub(super) fn kill_vmm(&self, identity: &Identity) -> Result<()> {
         self.vmm
             .processes()

@@ -356,7 +356,7 @@ impl Base {
             unreconciled: self.unreconciled.clone(),
             runtimes: self.runtimes.clone(),
             images: self.images.clone(),
-            vmm: self.vmm.clone(),
+            vmms: self.vmms.clone(),
         }
     }
 
@@ -369,7 +369,7 @@ impl Base {
             runtimes: self.runtimes.clone(),
             registry: Arc::new(Registry::new()),
             transport: self.transport.clone(),
-            vmm: self.vmm.clone(),
+            vmms: self.vmms.clone(),
         }
     }
 
@@ -440,7 +440,6 @@ impl Base {
             controls: lifecycle.controls.clone(),
             vmms: self.vmms.clone(),
             runtimes: self.runtimes.clone(),
-            vmm: self.vmm.clone(),
         };
         let writer = SnapshotWriter {
             core: self.core.clone(),
@@ -452,7 +451,6 @@ impl Base {
             images: self.images.clone(),
             commands: self.commands.clone(),
             transport: self.transport.clone(),
-            vmm: self.vmm.clone(),
         };
         Snapshots {
             core: self.core.clone(),
@@ -506,7 +504,7 @@ impl Base {
             controls: controls.clone(),
             runtimes: self.runtimes.clone(),
             commands: self.commands.clone(),
-            vmm: self.vmm.clone(),
+            vmms: self.vmms.clone(),
         }
     }
 

@@ -3,13 +3,13 @@
 
 use super::console::Consoles;
 use super::{
-    Capabilities, Died, Driver, GuestEvent, Identity, Processes, Running, SaveTo, Tagged, VmmSpec,
+    Capabilities, Died, Driver, GuestEvent, Identity, Processes, Running, Tagged, Vm, VmRef,
+    VmmSpec,
 };
 use crate::api::daemon::Check;
 use crate::error::{Error, Kind, Result};
 use crate::ids::Tag;
 use crate::locks::Cancel;
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -89,14 +89,8 @@ impl Driver for Drivers {
         self.starts.start(spec, cancel, spawned)
     }
 
-    fn save(
-        &self,
-        spec: &VmmSpec,
-        identity: &Identity,
-        to: SaveTo<'_>,
-        cancel: &Cancel,
-    ) -> Result<String> {
-        self.of(identity)?.save(spec, identity, to, cancel)
+    fn vm(&self, at: VmRef) -> Result<Box<dyn Vm + '_>> {
+        self.of(&at.identity)?.vm(at)
     }
 
     fn can_load(&self, driver: &str, elsewhere: bool) -> Result<()> {
@@ -116,53 +110,6 @@ impl Driver for Drivers {
         // If the VMM has already exited, there are no events to report.
         self.of(identity)
             .map_or(Ok(()), |driver| driver.watch_guest(dir, identity, on_event))
-    }
-
-    fn set_paused(
-        &self,
-        dir: &Path,
-        identity: &Identity,
-        is_paused: bool,
-        cancel: &Cancel,
-    ) -> Result<()> {
-        self.of(identity)?
-            .set_paused(dir, identity, is_paused, cancel)
-    }
-
-    fn set_rates(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<()> {
-        self.of(identity)?.set_rates(spec, identity, cancel)
-    }
-
-    fn set_balloon(
-        &self,
-        spec: &VmmSpec,
-        identity: &Identity,
-        keep_mib: u64,
-        cancel: &Cancel,
-    ) -> Result<()> {
-        self.of(identity)?
-            .set_balloon(spec, identity, keep_mib, cancel)
-    }
-
-    fn balloon_mib(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<u64> {
-        self.of(identity)?.balloon_mib(spec, identity, cancel)
-    }
-
-    fn metrics(
-        &self,
-        spec: &VmmSpec,
-        identity: &Identity,
-        cancel: &Cancel,
-    ) -> Result<Vec<serde_json::Value>> {
-        self.of(identity)?.metrics(spec, identity, cancel)
-    }
-
-    fn connect(&self, identity: &Identity, port: u32, cancel: &Cancel) -> Result<UnixStream> {
-        self.of(identity)?.connect(identity, port, cancel)
-    }
-
-    fn press_ctrl_alt_del(&self, identity: &Identity, cancel: &Cancel) -> Result<bool> {
-        self.of(identity)?.press_ctrl_alt_del(identity, cancel)
     }
 
     fn clear(&self, dir: &Path, tag: &Tag) -> Result<()> {

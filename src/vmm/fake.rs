@@ -7,10 +7,11 @@
 
 mod controls;
 mod observations;
+mod vm;
 
 use super::console::{Attach, Consoles};
 use super::{
-    Capabilities, Died, Driver, End, GuestEvent, Identity, Processes, Running, SaveTo, Tagged,
+    Capabilities, Died, Driver, End, GuestEvent, Identity, Processes, Running, Tagged, Vm, VmRef,
     VmmSpec,
 };
 use crate::api::daemon::{Check, Severity};
@@ -26,8 +27,10 @@ use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
+use vm::FakeVm;
 
 /// The pids of fake VMMs are larger than any real pid (the kernel's PID_MAX_LIMIT is 4194304).
 const PID_BASE: u32 = 2_000_000_000;
@@ -106,6 +109,8 @@ pub struct Fake {
     state: Mutex<State>,
     changed: Condvar,
     consoles: Consoles,
+    /// Not in `state`, because capabilities are asked for under the locks of VMs.
+    has_keyboard: AtomicBool,
 }
 
 impl Fake {
@@ -115,6 +120,7 @@ impl Fake {
             state,
             changed: Condvar::new(),
             consoles: Consoles::try_new()?,
+            has_keyboard: AtomicBool::new(false),
         })
     }
 
@@ -139,42 +145,6 @@ impl Fake {
             vmm.on_event.get_or_insert(on_event);
         }
         true
-    }
-
-    fn change(
-        &self,
-        identity: &Identity,
-        doing: &str,
-        cancel: &Cancel,
-        change: impl FnOnce(&mut Vmm),
-    ) -> Result<()> {
-        let gate = self.state.lock().change_gate.clone();
-        let _blocking = region(Rank::VmmApi);
-        if let Some(gate) = gate {
-            self.state.lock().changes_held += 1;
-            self.changed.notify_all();
-            let woken = wait_any(
-                &[(gate.fd(), PollFlags::POLLIN)],
-                Instant::now() + GATE_DEADLINE,
-                cancel,
-            );
-            self.state.lock().changes_held -= 1;
-            if woken.map_err(|e| Error::io("wait at the gate", e))? != WaitResult::Ready {
-                return Err(cancelled(doing, cancel));
-            }
-        }
-        let failure = {
-            let failures = &mut self.state.lock().change_failures;
-            (!failures.is_empty()).then(|| failures.remove(0))
-        };
-        if let Some(message) = failure {
-            return Err(Error::new(Kind::VmmFailed, format!("{doing}: {message}"))
-                .hint("see the VM's vmm.log"));
-        }
-        let gone = || Error::new(Kind::VmmFailed, format!("{doing}: its VMM has exited"));
-        self.with(identity, |vmm| vmm.end.is_none().then(|| change(vmm)))
-            .flatten()
-            .ok_or_else(gone)
     }
 
     /// Ends the VMM of this VM in this way. Returns false if it is not alive.
@@ -386,6 +356,7 @@ impl Driver for Fake {
         Capabilities {
             limits_network: true,
             reads_qcow2: true,
+            has_keyboard: self.has_keyboard.load(Ordering::SeqCst),
             makes_device_nodes: false,
             leaves_remains: false,
         }
@@ -447,46 +418,12 @@ impl Driver for Fake {
         })
     }
 
-    fn set_paused(
-        &self,
-        _dir: &Path,
-        identity: &Identity,
-        is_paused: bool,
-        _cancel: &Cancel,
-    ) -> Result<()> {
-        let _blocking = region(Rank::VmmApi);
-        let gone = || Error::new(Kind::VmmFailed, "pause the guest: its VMM has exited");
-        self.with(identity, |vmm| vmm.is_paused = is_paused)
-            .ok_or_else(gone)
-    }
-
-    fn save(
-        &self,
-        _spec: &VmmSpec,
-        identity: &Identity,
-        to: SaveTo<'_>,
-        cancel: &Cancel,
-    ) -> Result<String> {
-        let doing = "save the guest";
-        self.pass_gate(Stage::Save, cancel)?;
-        let _blocking = region(Rank::VmmApi);
-        let gone = || Error::new(Kind::VmmFailed, format!("{doing}: its VMM has exited"));
-        let saved = self.with(identity, |vmm| {
-            (vmm.end.is_none() && vmm.is_paused).then(|| vmm.spec.vm.to_string())
-        });
-        let saved = saved
-            .ok_or_else(gone)?
-            .ok_or_else(|| Error::new(Kind::VmmFailed, format!("{doing}: it is not paused")))?;
-        let write = |path: &Path| {
-            std::fs::OpenOptions::new()
-                .write(true)
-                .open(path)?
-                .write_all(saved.as_bytes())
-        };
-        write(to.memory)
-            .and_then(|()| write(to.devices))
-            .map_err(|e| Error::io(doing, e))?;
-        Ok("1.0".to_owned())
+    fn vm(&self, at: VmRef) -> Result<Box<dyn Vm + '_>> {
+        let identity = at.identity;
+        Ok(Box::new(FakeVm {
+            fake: self,
+            identity,
+        }))
     }
 
     fn can_load(&self, driver: &str, _elsewhere: bool) -> Result<()> {
@@ -515,89 +452,6 @@ impl Driver for Fake {
             }
         });
         Ok(())
-    }
-
-    fn set_rates(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<()> {
-        self.change(identity, "limit the guest's devices", cancel, |vmm| {
-            vmm.rates = spec.rates
-        })
-    }
-
-    fn set_balloon(
-        &self,
-        _spec: &VmmSpec,
-        identity: &Identity,
-        keep_mib: u64,
-        cancel: &Cancel,
-    ) -> Result<()> {
-        self.change(identity, "set the balloon", cancel, |vmm| {
-            vmm.keep_mib = keep_mib
-        })
-    }
-
-    fn balloon_mib(&self, _spec: &VmmSpec, identity: &Identity, _cancel: &Cancel) -> Result<u64> {
-        let _blocking = region(Rank::VmmApi);
-        let gone = || {
-            Error::new(
-                Kind::VmmFailed,
-                "read the size of the balloon: its VMM has exited",
-            )
-        };
-        self.with(identity, |vmm| vmm.keep_mib).ok_or_else(gone)
-    }
-
-    fn metrics(
-        &self,
-        _spec: &VmmSpec,
-        identity: &Identity,
-        _cancel: &Cancel,
-    ) -> Result<Vec<serde_json::Value>> {
-        let _blocking = region(Rank::VmmApi);
-        let gone = || Error::new(Kind::VmmFailed, "read the VMM's metrics: it has exited");
-        self.with(identity, |vmm| {
-            vec![serde_json::json!({ "keep_mib": vmm.keep_mib })]
-        })
-        .ok_or_else(gone)
-    }
-
-    fn connect(&self, identity: &Identity, port: u32, _cancel: &Cancel) -> Result<UnixStream> {
-        let doing = "connect to the guest's vsock";
-        let _blocking = region(Rank::VmmApi);
-        let gone = || Error::new(Kind::VmmFailed, format!("{doing}: its VMM has exited"));
-        let vm = self
-            .with(identity, |vmm| {
-                vmm.end.is_none().then(|| vmm.spec.vm.clone())
-            })
-            .flatten()
-            .ok_or_else(gone)?;
-        let refused = || {
-            Error::new(
-                Kind::GuestUnavailable,
-                format!("nothing in the guest listens on vsock port {port}"),
-            )
-        };
-        let listening = self
-            .state
-            .lock()
-            .vsock
-            .get(&(vm, port))
-            .cloned()
-            .ok_or_else(refused)?;
-        let (ours, guests) = UnixStream::pair().map_err(|e| Error::io(doing, e))?;
-        listening.send(guests).map_err(|_| refused())?;
-        Ok(ours)
-    }
-
-    fn press_ctrl_alt_del(&self, identity: &Identity, _cancel: &Cancel) -> Result<bool> {
-        let _blocking = region(Rank::VmmApi);
-        let Some(keyboard) = self.state.lock().keyboard else {
-            return Ok(false);
-        };
-        self.state.lock().presses += 1;
-        if keyboard == Keyboard::Heard {
-            self.end(|vmm| vmm.identity == *identity, &End::GuestShutDown);
-        }
-        Ok(true)
     }
 
     fn checks(&self) -> Vec<Check> {

@@ -30,7 +30,7 @@ mod watch;
 use crate::api::daemon::Check;
 use crate::api::port::Port;
 use crate::api::vm::RateLimits;
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::host::Credentials;
 use crate::ids::{Tag, VmId};
 use crate::locks::Cancel;
@@ -112,7 +112,7 @@ pub struct VmmSpec {
     pub saved: Option<Saved>,
 }
 
-/// The result of [`Driver::save`].
+/// The result of [`Vm::save`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Saved {
     /// The guest's memory. The VMM's uid must be able to read it. It must not be written while a
@@ -133,6 +133,15 @@ pub struct SaveTo<'a> {
 }
 
 impl VmmSpec {
+    /// The VM that was started from this specification.
+    pub fn running_as(&self, identity: &Identity) -> VmRef {
+        VmRef {
+            dir: self.dir.clone(),
+            identity: identity.clone(),
+            mem_mib: self.mem_mib,
+        }
+    }
+
     /// Returns the disks that the guest can write, with their serial numbers.
     pub fn disks(&self) -> impl Iterator<Item = (&'static str, &Path)> {
         let work = self.work_disk.as_deref().map(|path| ("work", path));
@@ -175,11 +184,57 @@ pub struct Capabilities {
     pub limits_network: bool,
     /// A disk may be a qcow2 file.
     pub reads_qcow2: bool,
+    /// Guests have a keyboard, so [`Vm::press_ctrl_alt_del`] is supported.
+    pub has_keyboard: bool,
     /// VMMs get their own nodes of [`devices::KVM`] and [`devices::TUN`], so that the modes of the
     /// host's nodes do not matter.
     pub makes_device_nodes: bool,
     /// A VMM leaves more on the host than its process and files. [`Driver::clear`] removes that.
     pub leaves_remains: bool,
+}
+
+/// What a driver needs to know to reach a running VM.
+#[derive(Clone, Debug)]
+pub struct VmRef {
+    /// The VM's directory, as in [`VmmSpec`].
+    pub dir: PathBuf,
+    pub identity: Identity,
+    pub mem_mib: u64,
+}
+
+/// A running VM. The methods talk to its VMM.
+pub trait Vm {
+    /// Pauses the guest. Succeeds if it is paused already.
+    fn pause(&self, cancel: &Cancel) -> Result<()>;
+
+    /// Resumes the guest. Succeeds if it runs already.
+    fn resume(&self, cancel: &Cancel) -> Result<()>;
+
+    /// Saves the memory and the devices of a paused guest, which stays paused. When this returns,
+    /// everything that the guest wrote to its disks is in their files. Returns the VMM's version.
+    fn save(&self, spec: &VmmSpec, to: SaveTo<'_>, cancel: &Cancel) -> Result<String>;
+
+    /// Applies `spec.rates` to the guest's devices.
+    fn set_rates(&self, spec: &VmmSpec, cancel: &Cancel) -> Result<()>;
+
+    /// Asks the guest to keep `keep_mib` of its memory and to return the rest.
+    fn set_balloon(&self, keep_mib: u64, cancel: &Cancel) -> Result<()>;
+
+    /// Returns how much memory the guest keeps now.
+    fn balloon_mib(&self, cancel: &Cancel) -> Result<u64>;
+
+    /// Returns the VMM's metrics in its own format, the oldest first. The last value is current.
+    fn metrics(&self, cancel: &Cancel) -> Result<Vec<serde_json::Value>>;
+
+    /// Connects to a port of the guest's vsock. The stream outlives the daemon and ends with the
+    /// VMM.
+    fn connect(&self, port: u32, cancel: &Cancel) -> Result<UnixStream>;
+
+    /// Presses Ctrl-Alt-Del on the guest's keyboard.
+    fn press_ctrl_alt_del(&self, _cancel: &Cancel) -> Result<()> {
+        let message = "press Ctrl-Alt-Del: guests of this driver have no keyboard";
+        Err(Error::new(Kind::Unsupported, message))
+    }
 }
 
 /// A kind of VMM, such as QEMU or Firecracker.
@@ -219,6 +274,9 @@ pub trait Driver: Send + Sync {
     /// reopens its console (the log gets a line that marks the gap), and finds its SSH address.
     fn adopt(&self, spec: &VmmSpec, identity: &Identity) -> Result<Running>;
 
+    /// Returns a handle of a running VM. Fails if its VMM is known to have exited.
+    fn vm(&self, at: VmRef) -> Result<Box<dyn Vm + '_>>;
+
     /// Calls `on_event` from a thread of the driver for each [`GuestEvent`]. A last `Paused(false)`
     /// comes when the thread ends.
     fn watch_guest(
@@ -228,59 +286,9 @@ pub trait Driver: Send + Sync {
         on_event: Box<dyn Fn(GuestEvent) + Send>,
     ) -> Result<()>;
 
-    /// Pauses or resumes the guest of the VM in `dir`. Succeeds if it is already in that state.
-    fn set_paused(
-        &self,
-        dir: &Path,
-        identity: &Identity,
-        is_paused: bool,
-        cancel: &Cancel,
-    ) -> Result<()>;
-
-    /// Saves the memory and the devices of a paused guest, which stays paused. When this returns,
-    /// everything that the guest wrote to its disks is in their files. Returns the VMM's version.
-    fn save(
-        &self,
-        spec: &VmmSpec,
-        identity: &Identity,
-        to: SaveTo<'_>,
-        cancel: &Cancel,
-    ) -> Result<String>;
-
     /// Checks that this driver can restore a guest that was saved by `driver`. `elsewhere` is true
     /// if it has to be restored in another VM's directory.
     fn can_load(&self, driver: &str, elsewhere: bool) -> Result<()>;
-
-    /// Applies `spec.rates` to the devices of a running guest.
-    fn set_rates(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<()>;
-
-    /// Asks a running guest to keep `keep_mib` of its memory and to return the rest.
-    fn set_balloon(
-        &self,
-        spec: &VmmSpec,
-        identity: &Identity,
-        keep_mib: u64,
-        cancel: &Cancel,
-    ) -> Result<()>;
-
-    /// Returns how much memory the guest keeps now.
-    fn balloon_mib(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<u64>;
-
-    /// Returns the VMM's metrics in its own format, the oldest first. The last value is current.
-    fn metrics(
-        &self,
-        spec: &VmmSpec,
-        identity: &Identity,
-        cancel: &Cancel,
-    ) -> Result<Vec<serde_json::Value>>;
-
-    /// Connects to a port of the guest's vsock. The stream outlives the daemon and ends with the
-    /// VMM.
-    fn connect(&self, identity: &Identity, port: u32, cancel: &Cancel) -> Result<UnixStream>;
-
-    /// Presses Ctrl-Alt-Del on the guest's keyboard. Returns false if the driver's guests have no
-    /// keyboard.
-    fn press_ctrl_alt_del(&self, identity: &Identity, cancel: &Cancel) -> Result<bool>;
 
     /// Removes what the VMM with this tag has left on the host, except for files of the VM in
     /// `dir`. Succeeds if there is nothing. The VMM must have exited.

@@ -1,6 +1,7 @@
 //! Panics in a request, a job and an operation's thread. No VM stays `starting`, no lock stays
 //! held, and the daemon keeps serving.
 
+use crate::points::HookedVm;
 use crate::world::*;
 use fcd::api::Empty;
 use fcd::api::daemon::{Check, Doctor, Info, Leaks, LeaksRequest};
@@ -12,10 +13,9 @@ use fcd::locks::Cancel;
 use fcd::vmm::console::Consoles;
 use fcd::vmm::fake::Fake;
 use fcd::vmm::{
-    Capabilities, Driver, GuestEvent, Identity, Processes, Running, SaveTo, Tagged, VmmSpec,
+    self, Capabilities, Driver, GuestEvent, Identity, Processes, Running, Tagged, VmRef, VmmSpec,
 };
 use fcd::workspace::remote::{self, GuestWorkspace};
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -71,35 +71,6 @@ impl Driver for Panics {
     fn adopt(&self, spec: &VmmSpec, identity: &Identity) -> Result<Running> {
         self.inner.adopt(spec, identity)
     }
-    fn set_rates(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<()> {
-        self.inner.set_rates(spec, identity, cancel)
-    }
-    fn set_balloon(
-        &self,
-        spec: &VmmSpec,
-        identity: &Identity,
-        keep_mib: u64,
-        cancel: &Cancel,
-    ) -> Result<()> {
-        self.inner.set_balloon(spec, identity, keep_mib, cancel)
-    }
-    fn balloon_mib(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<u64> {
-        self.inner.balloon_mib(spec, identity, cancel)
-    }
-    fn metrics(
-        &self,
-        spec: &VmmSpec,
-        identity: &Identity,
-        cancel: &Cancel,
-    ) -> Result<Vec<serde_json::Value>> {
-        self.inner.metrics(spec, identity, cancel)
-    }
-    fn connect(&self, identity: &Identity, port: u32, cancel: &Cancel) -> Result<UnixStream> {
-        self.inner.connect(identity, port, cancel)
-    }
-    fn press_ctrl_alt_del(&self, identity: &Identity, cancel: &Cancel) -> Result<bool> {
-        self.inner.press_ctrl_alt_del(identity, cancel)
-    }
     fn clear(&self, dir: &Path, tag: &Tag) -> Result<()> {
         self.inner.clear(dir, tag)
     }
@@ -114,27 +85,17 @@ impl Driver for Panics {
     ) -> Result<()> {
         self.inner.watch_guest(dir, identity, told)
     }
-    fn save(
-        &self,
-        spec: &VmmSpec,
-        identity: &Identity,
-        to: SaveTo<'_>,
-        cancel: &Cancel,
-    ) -> Result<String> {
-        self.pass("save");
-        self.inner.save(spec, identity, to, cancel)
+    fn vm(&self, at: VmRef) -> Result<Box<dyn vmm::Vm + '_>> {
+        Ok(Box::new(HookedVm {
+            inner: self.inner.vm(at)?,
+            before: Box::new(|method| {
+                self.pass(method);
+                Ok(())
+            }),
+        }))
     }
     fn can_load(&self, driver: &str, elsewhere: bool) -> Result<()> {
         self.inner.can_load(driver, elsewhere)
-    }
-    fn set_paused(
-        &self,
-        dir: &Path,
-        identity: &Identity,
-        is_paused: bool,
-        cancel: &Cancel,
-    ) -> Result<()> {
-        self.inner.set_paused(dir, identity, is_paused, cancel)
     }
     fn checks(&self) -> Vec<Check> {
         self.pass("checks");

@@ -13,7 +13,8 @@ use fcd::locks::Cancel;
 use fcd::store::faults::{CommitHook, Fault};
 use fcd::vmm::console::Consoles;
 use fcd::vmm::{
-    Capabilities, Driver, GuestEvent, Identity, Processes, Running, SaveTo, Tagged, VmmSpec,
+    Capabilities, Driver, GuestEvent, Identity, Processes, Running, SaveTo, Tagged, Vm, VmRef,
+    VmmSpec,
 };
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -187,58 +188,19 @@ impl Driver for PointDriver {
             .reach(&format!("listen to the VMM in {}", dir.display()))?;
         self.0.watch_guest(dir, identity, told)
     }
-    fn set_paused(
-        &self,
-        dir: &Path,
-        identity: &Identity,
-        is_paused: bool,
-        cancel: &Cancel,
-    ) -> Result<()> {
-        self.0.set_paused(dir, identity, is_paused, cancel)
-    }
-    fn save(
-        &self,
-        spec: &VmmSpec,
-        identity: &Identity,
-        to: SaveTo<'_>,
-        cancel: &Cancel,
-    ) -> Result<String> {
-        self.0.save(spec, identity, to, cancel)
+    fn vm(&self, at: VmRef) -> Result<Box<dyn Vm + '_>> {
+        Ok(Box::new(HookedVm {
+            inner: self.0.vm(at)?,
+            before: Box::new(|method| match method {
+                "set_rates" => self.1.pass("limit the guest's devices"),
+                "set_balloon" => self.1.pass("set the balloon"),
+                "press_ctrl_alt_del" => self.1.pass("press the keys"),
+                _ => Ok(()),
+            }),
+        }))
     }
     fn can_load(&self, driver: &str, elsewhere: bool) -> Result<()> {
         self.0.can_load(driver, elsewhere)
-    }
-    fn set_rates(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<()> {
-        self.1.pass("limit the guest's devices")?;
-        self.0.set_rates(spec, identity, cancel)
-    }
-    fn set_balloon(
-        &self,
-        spec: &VmmSpec,
-        identity: &Identity,
-        keep_mib: u64,
-        cancel: &Cancel,
-    ) -> Result<()> {
-        self.1.pass("set the balloon")?;
-        self.0.set_balloon(spec, identity, keep_mib, cancel)
-    }
-    fn balloon_mib(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<u64> {
-        self.0.balloon_mib(spec, identity, cancel)
-    }
-    fn metrics(
-        &self,
-        spec: &VmmSpec,
-        identity: &Identity,
-        cancel: &Cancel,
-    ) -> Result<Vec<serde_json::Value>> {
-        self.0.metrics(spec, identity, cancel)
-    }
-    fn connect(&self, identity: &Identity, port: u32, cancel: &Cancel) -> Result<UnixStream> {
-        self.0.connect(identity, port, cancel)
-    }
-    fn press_ctrl_alt_del(&self, identity: &Identity, cancel: &Cancel) -> Result<bool> {
-        self.1.pass("press the keys")?;
-        self.0.press_ctrl_alt_del(identity, cancel)
     }
     fn clear(&self, dir: &Path, tag: &Tag) -> Result<()> {
         self.0.clear(dir, tag)
@@ -283,6 +245,51 @@ impl Processes for PointDriver {
 
     fn watch(&self, dir: &Path, identity: &Identity, died: fcd::vmm::Died) -> Result<()> {
         self.0.processes().watch(dir, identity, died)
+    }
+}
+
+/// Calls `before` with the name of each method first.
+pub struct HookedVm<'a> {
+    pub inner: Box<dyn Vm + 'a>,
+    pub before: Box<dyn Fn(&'static str) -> Result<()> + 'a>,
+}
+
+impl Vm for HookedVm<'_> {
+    fn pause(&self, cancel: &Cancel) -> Result<()> {
+        (self.before)("pause")?;
+        self.inner.pause(cancel)
+    }
+    fn resume(&self, cancel: &Cancel) -> Result<()> {
+        (self.before)("resume")?;
+        self.inner.resume(cancel)
+    }
+    fn save(&self, spec: &VmmSpec, to: SaveTo<'_>, cancel: &Cancel) -> Result<String> {
+        (self.before)("save")?;
+        self.inner.save(spec, to, cancel)
+    }
+    fn set_rates(&self, spec: &VmmSpec, cancel: &Cancel) -> Result<()> {
+        (self.before)("set_rates")?;
+        self.inner.set_rates(spec, cancel)
+    }
+    fn set_balloon(&self, keep_mib: u64, cancel: &Cancel) -> Result<()> {
+        (self.before)("set_balloon")?;
+        self.inner.set_balloon(keep_mib, cancel)
+    }
+    fn balloon_mib(&self, cancel: &Cancel) -> Result<u64> {
+        (self.before)("balloon_mib")?;
+        self.inner.balloon_mib(cancel)
+    }
+    fn metrics(&self, cancel: &Cancel) -> Result<Vec<serde_json::Value>> {
+        (self.before)("metrics")?;
+        self.inner.metrics(cancel)
+    }
+    fn connect(&self, port: u32, cancel: &Cancel) -> Result<UnixStream> {
+        (self.before)("connect")?;
+        self.inner.connect(port, cancel)
+    }
+    fn press_ctrl_alt_del(&self, cancel: &Cancel) -> Result<()> {
+        (self.before)("press_ctrl_alt_del")?;
+        self.inner.press_ctrl_alt_del(cancel)
     }
 }
 

@@ -5,6 +5,7 @@ use crate::ids::VmId;
 use crate::locks::{Cancel, CancelCause};
 use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Instant;
 
@@ -73,6 +74,7 @@ impl Fake {
     /// Gives all guests a keyboard.
     pub fn set_keyboard(&self, keyboard: Keyboard) {
         self.state.lock().keyboard = Some(keyboard);
+        self.has_keyboard.store(true, Ordering::SeqCst);
     }
 
     /// Makes the guest listen on a vsock port. The receiver gets the guest's end of each

@@ -74,8 +74,10 @@ pub(in crate::vmm) mod metrics;
 mod monitor;
 mod rates;
 pub(in crate::vmm) mod refusal;
+mod running;
 mod save;
 mod version;
+mod vm;
 mod vsock;
 
 pub use gone::{empty_group, remove_group};
@@ -86,7 +88,8 @@ use super::dial::{self, Deadline};
 use super::processes::{HostProcesses, Processes};
 use super::run_dir;
 use super::{
-    Capabilities, DiskFormat, Driver, GuestEvent, GuestNetwork, Identity, Running, SaveTo, VmmSpec,
+    Capabilities, DiskFormat, Driver, GuestEvent, GuestNetwork, Identity, Running, SaveTo, Vm,
+    VmRef, VmmSpec,
 };
 use crate::api::daemon::Check;
 use crate::config::Firecracker as Config;
@@ -105,15 +108,16 @@ use api::{
 };
 use monitor::Monitor;
 use rates::RateLimiter;
+use running::{booted, place};
 use rustix::fs::{FileType, Gid, Mode, OFlags, Uid};
 use std::ffi::OsString;
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use vm::FirecrackerVm;
 
 const SSH_PORT: u16 = 22;
 const API_SOCKET: &str = "api.sock";
@@ -126,9 +130,6 @@ const INTERFACE: &str = "eth0";
 const START_DEADLINE: Duration = Duration::from_secs(30);
 /// How long a running VMM may take to answer.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(5);
-/// How long a guest may take to accept a connection to its vsock. It may have to start a program
-/// for it.
-const GUEST_DEADLINE: Duration = Duration::from_secs(20);
 /// How long it may take to write a guest's memory to the disk or to read it.
 const SAVE_DEADLINE: Duration = Duration::from_secs(600);
 /// How long a VMM whose start failed may take to exit after it was killed.
@@ -370,40 +371,6 @@ impl Firecracker {
             mark,
         })
     }
-
-    /// Holds a conversation with a VMM whose guest has started.
-    fn talk<T>(
-        &self,
-        identity: &Identity,
-        doing: &str,
-        cancel: &Cancel,
-        ask: impl FnOnce(&mut Booted<'_>) -> Result<T>,
-    ) -> Result<T> {
-        let gone = || Error::new(Kind::VmmFailed, format!("{doing}: the VMM has exited"));
-        let process = Process::open(identity)?.ok_or_else(gone)?;
-        let _blocking = region(Rank::VmmApi);
-        let deadline = Deadline {
-            at: Instant::now() + ANSWER_DEADLINE,
-            cancel,
-        };
-        self.booted(&process, deadline, doing)
-            .and_then(|mut vmm| ask(&mut vmm))
-    }
-
-    /// Opens the API of a VMM whose guest has started.
-    fn booted<'a>(
-        &self,
-        process: &Process,
-        deadline: Deadline<'a>,
-        doing: &str,
-    ) -> Result<Booted<'a>> {
-        let gone = || Error::new(Kind::VmmFailed, format!("{doing}: the VMM has exited"));
-        let place = place(process, doing)?;
-        let socket = dial::connect(&place, API_SOCKET, process, deadline)?.ok_or_else(gone)?;
-        Booted::open(socket, deadline)
-            .map(|(vmm, _)| vmm)
-            .map_err(|e| e.context(doing))
-    }
 }
 
 /// A VMM that runs no guest yet.
@@ -455,24 +422,6 @@ impl Files {
                 .as_ref()
                 .map(|_| (at(jail::MEMORY), at(jail::DEVICES))),
         }
-    }
-}
-
-/// Opens the working directory of a running VMM, which contains its socket and its console, with
-/// and without a jail.
-fn place(process: &Process, doing: &str) -> Result<OwnedFd> {
-    let path = format!("/proc/{}/cwd", process.identity().pid);
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let place = rustix::fs::open(path, flags, Mode::empty())
-        .map_err(|e| Error::io(doing, std::io::Error::from(e)))?;
-    // If the process is alive now, the path was that of this process.
-    if process.is_alive() {
-        Ok(place)
-    } else {
-        Err(Error::new(
-            Kind::VmmFailed,
-            format!("{doing}: the VMM has exited"),
-        ))
     }
 }
 
@@ -642,6 +591,7 @@ impl Driver for Firecracker {
         Capabilities {
             limits_network: true,
             reads_qcow2: false,
+            has_keyboard: true,
             // The jailer makes them (src/jailer/src/env.rs, `mknod_and_own_dev`).
             makes_device_nodes: is_jailed,
             leaves_remains: is_jailed,
@@ -718,7 +668,7 @@ impl Driver for Firecracker {
             at: Instant::now() + ANSWER_DEADLINE,
             cancel: &cancel,
         };
-        drop(self.booted(&process, deadline, doing)?);
+        drop(booted(&process, deadline, doing)?);
         self.read_console(spec, &place(&process, doing)?, mark)?;
         Ok(Running {
             identity: identity.clone(),
@@ -745,58 +695,9 @@ impl Driver for Firecracker {
             .map(drop)
     }
 
-    fn set_paused(
-        &self,
-        _dir: &Path,
-        identity: &Identity,
-        is_paused: bool,
-        cancel: &Cancel,
-    ) -> Result<()> {
-        let doing = if is_paused {
-            "pause the guest"
-        } else {
-            "resume the guest"
-        };
-        self.talk(identity, doing, cancel, |vmm| {
-            if is_paused { vmm.pause() } else { vmm.resume() }
-        })
-    }
-
-    fn set_rates(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<()> {
-        self.talk(identity, "limit the guest's devices", cancel, |vmm| {
-            limit(vmm, spec)
-        })?;
-        jail::limit_io(self.config.limits, spec)
-    }
-
-    fn set_balloon(
-        &self,
-        spec: &VmmSpec,
-        identity: &Identity,
-        keep_mib: u64,
-        cancel: &Cancel,
-    ) -> Result<()> {
-        let amount_mib = spec.mem_mib.saturating_sub(keep_mib);
-        self.talk(identity, "set the balloon", cancel, |vmm| {
-            vmm.set_balloon(amount_mib)
-        })
-    }
-
-    fn balloon_mib(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<u64> {
-        let given_mib = self.talk(identity, "read the size of the balloon", cancel, |vmm| {
-            vmm.balloon_mib()
-        })?;
-        Ok(spec.mem_mib.saturating_sub(given_mib))
-    }
-
-    fn save(
-        &self,
-        spec: &VmmSpec,
-        identity: &Identity,
-        to: SaveTo<'_>,
-        cancel: &Cancel,
-    ) -> Result<String> {
-        self.save_guest(spec, identity, to, cancel)
+    fn vm(&self, at: VmRef) -> Result<Box<dyn Vm + '_>> {
+        let limits = self.config.limits;
+        Ok(Box::new(FirecrackerVm { at, limits }))
     }
 
     fn can_load(&self, driver: &str, elsewhere: bool) -> Result<()> {
@@ -825,54 +726,6 @@ impl Driver for Firecracker {
             .hint("set jail = true under [firecracker], as root"));
         }
         Ok(())
-    }
-
-    fn metrics(
-        &self,
-        _spec: &VmmSpec,
-        identity: &Identity,
-        cancel: &Cancel,
-    ) -> Result<Vec<serde_json::Value>> {
-        let doing = "read the VMM's metrics";
-        let gone = || Error::new(Kind::VmmFailed, format!("{doing}: it has exited"));
-        let process = Process::open(identity)?.ok_or_else(gone)?;
-        let mut pipe = open_pipe(&place(&process, doing)?, METRICS_PIPE).map_err(|e| {
-            e.context(doing)
-                .hint("restart the VM if an earlier fcd started it: fcctl vm restart")
-        })?;
-        // Read the pipe first, because it may be too full for more.
-        let mut lines = metrics::read(&mut pipe, Vec::new()).map_err(|e| Error::io(doing, e))?;
-        self.talk(identity, doing, cancel, |vmm| vmm.flush_metrics())?;
-        lines = metrics::read(&mut pipe, lines).map_err(|e| Error::io(doing, e))?;
-        metrics::parse(&lines).ok_or_else(|| {
-            Error::new(
-                Kind::Busy,
-                format!("{doing}: another caller read them at the same time"),
-            )
-            .hint("try again in a moment")
-        })
-    }
-
-    fn connect(&self, identity: &Identity, port: u32, cancel: &Cancel) -> Result<UnixStream> {
-        let doing = "connect to the guest's vsock";
-        let gone = || Error::new(Kind::VmmFailed, format!("{doing}: the VMM has exited"));
-        let process = Process::open(identity)?.ok_or_else(gone)?;
-        let place = place(&process, doing)?;
-        vsock::require(&place)?;
-        let _blocking = region(Rank::VmmApi);
-        let deadline = Deadline {
-            at: Instant::now() + GUEST_DEADLINE,
-            cancel,
-        };
-        let socket = dial::connect(&place, vsock::SOCKET, &process, deadline)?.ok_or_else(gone)?;
-        vsock::open(socket, port, deadline)
-    }
-
-    fn press_ctrl_alt_del(&self, identity: &Identity, cancel: &Cancel) -> Result<bool> {
-        self.talk(identity, "press Ctrl-Alt-Del", cancel, |vmm| {
-            vmm.ctrl_alt_del()
-        })
-        .map(|()| true)
     }
 
     fn clear(&self, dir: &Path, tag: &Tag) -> Result<()> {

@@ -5,6 +5,7 @@
 
 use super::API_SOCKET;
 use super::api::Booted;
+use super::running::place;
 use crate::error::{Kind, Result};
 use crate::host::process::Process;
 use crate::locks::{Cancel, Rank, region};
@@ -78,7 +79,7 @@ impl Monitor {
             at: Instant::now() + ANSWER_DEADLINE,
             cancel: &self.closing,
         };
-        let place = super::place(&self.process, "query the VMM")?;
+        let place = place(&self.process, "query the VMM")?;
         let Some(socket) = dial::connect(&place, API_SOCKET, &self.process, deadline)? else {
             return Ok(());
         };

@@ -5,53 +5,50 @@
 //! swap.
 
 use super::api::{Booted, SnapshotType};
-use super::{Firecracker, SAVE_DEADLINE, jail};
+use super::running::booted;
+use super::{SAVE_DEADLINE, jail};
 use crate::config::VmmLimits;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::host::process::Process;
-use crate::locks::{Cancel, Rank, region};
+use crate::locks::Cancel;
 use crate::vmm::dial::Deadline;
-use crate::vmm::{Identity, SaveTo, VmmSpec, run_dir};
+use crate::vmm::{SaveTo, VmmSpec, run_dir};
 use rustix::fs::{AtFlags, CWD};
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 
-impl Firecracker {
-    pub(super) fn save_guest(
-        &self,
-        spec: &VmmSpec,
-        identity: &Identity,
-        to: SaveTo<'_>,
-        cancel: &Cancel,
-    ) -> Result<String> {
-        let doing = "save the guest";
-        let gone = || Error::new(Kind::VmmFailed, format!("{doing}: the VMM has exited"));
-        let process = Process::open(identity)?.ok_or_else(gone)?;
-        let _blocking = region(Rank::VmmApi);
-        let deadline = Deadline {
-            at: Instant::now() + SAVE_DEADLINE,
-            cancel,
-        };
-        // Use the host's path. The jail's own root is another mount, into which nothing can be
-        // linked.
-        let place = match jail::find(&spec.dir, &spec.tag)? {
-            Some(root) => root,
-            None => run_dir::open(&spec.dir, doing)?,
-        };
-        // Lift the rate limit, because the files are on the same disk.
-        let unlimited = VmmSpec {
-            rates: crate::api::vm::RateLimits::default(),
-            ..spec.clone()
-        };
-        jail::limit_io(VmmLimits::BestEffort, &unlimited)?;
-        let saved = link(&place, to).and_then(|()| {
-            let mut vmm = self.booted(&process, deadline, doing)?;
-            save(&mut vmm, &process).map(|()| vmm.version().to_owned())
-        });
-        jail::limit_io(self.config.limits, spec)?;
-        unlink(&place)?;
-        saved
-    }
+pub const DOING: &str = "save the guest";
+
+/// Saves the guest of a running VMM. Returns the VMM's version.
+pub fn save_guest(
+    process: &Process,
+    spec: &VmmSpec,
+    limits: VmmLimits,
+    to: SaveTo<'_>,
+    cancel: &Cancel,
+) -> Result<String> {
+    let deadline = Deadline {
+        at: Instant::now() + SAVE_DEADLINE,
+        cancel,
+    };
+    // Use the host's path. The jail's own root is another mount, into which nothing can be linked.
+    let place = match jail::find(&spec.dir, &spec.tag)? {
+        Some(root) => root,
+        None => run_dir::open(&spec.dir, DOING)?,
+    };
+    // Lift the rate limit, because the files are on the same disk.
+    let unlimited = VmmSpec {
+        rates: crate::api::vm::RateLimits::default(),
+        ..spec.clone()
+    };
+    jail::limit_io(VmmLimits::BestEffort, &unlimited)?;
+    let saved = link(&place, to).and_then(|()| {
+        let mut vmm = booted(process, deadline, DOING)?;
+        save(&mut vmm, process).map(|()| vmm.version().to_owned())
+    });
+    jail::limit_io(limits, spec)?;
+    unlink(&place)?;
+    saved
 }
 
 fn save(vmm: &mut Booted<'_>, process: &Process) -> Result<()> {

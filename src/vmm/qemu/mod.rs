@@ -18,13 +18,16 @@ mod save;
 mod scripted;
 mod throttle;
 mod tsc;
+mod vm;
 
 use super::console::{Attach, Consoles};
 use super::devices;
 use super::dial::{self, Deadline};
 use super::processes::{HostProcesses, Processes};
 use super::run_dir::{self, RUN_DIR};
-use super::{Capabilities, Driver, GuestEvent, GuestNetwork, Identity, Running, SaveTo, VmmSpec};
+use super::{
+    Capabilities, Driver, GuestEvent, GuestNetwork, Identity, Running, Vm, VmRef, VmmSpec,
+};
 use crate::api::daemon::Check;
 use crate::config::Qemu as Config;
 use crate::error::{Error, Kind, Result};
@@ -42,16 +45,16 @@ use qmp::Qmp;
 use serde_json::json;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use vm::QemuVm;
 
 /// How long a VMM may take from its start to the first instruction of its guest. On an idle host it
 /// is a fraction of a second.
 const START_DEADLINE: Duration = Duration::from_secs(30);
 /// How long a running VMM may take to answer.
-const ADOPT_DEADLINE: Duration = Duration::from_secs(5);
+const ANSWER_DEADLINE: Duration = Duration::from_secs(5);
 /// How long a VMM whose start failed may take to exit after it was killed.
 const KILL_DEADLINE: Duration = Duration::from_secs(30);
 
@@ -122,26 +125,6 @@ impl Qemu {
             groups,
         })?;
         Ok((process, run))
-    }
-
-    /// Holds one conversation with a running VMM.
-    fn talk<T>(
-        &self,
-        dir: &Path,
-        identity: &Identity,
-        doing: &str,
-        deadline: Deadline<'_>,
-        ask: impl FnOnce(&mut Qmp<'_>) -> Result<T>,
-    ) -> Result<T> {
-        let gone = || Error::new(Kind::VmmFailed, format!("{doing}: the VMM has exited"));
-        let process = Process::open(identity)?.ok_or_else(gone)?;
-        let _blocking = region(Rank::VmmApi);
-        let run = run_dir::open(dir, doing)?;
-        let control =
-            dial::connect(&run, argv::CONTROL_SOCKET, &process, deadline)?.ok_or_else(gone)?;
-        Qmp::open(control, deadline)
-            .and_then(|mut qmp| ask(&mut qmp))
-            .map_err(|e| e.context(doing))
     }
 
     /// Connects to a VMM that has just been spawned, and runs its guest. The console is attached
@@ -216,14 +199,6 @@ fn can_reach(
     Err(Error::new(Kind::Host, message).hint(fix(&closed)))
 }
 
-/// The deadline for a running VMM.
-fn soon(cancel: &Cancel) -> Deadline<'_> {
-    Deadline {
-        at: Instant::now() + ADOPT_DEADLINE,
-        cancel,
-    }
-}
-
 /// The deadline for a start, which first has to read the memory of a saved guest.
 fn start_deadline(spec: &VmmSpec) -> Duration {
     if spec.saved.is_some() {
@@ -276,6 +251,9 @@ impl Driver for Qemu {
         Capabilities {
             limits_network: false,
             reads_qcow2: true,
+            // The `microvm` board has no keyboard, and there is no other way to signal a guest
+            // without a daemon in it.
+            has_keyboard: false,
             makes_device_nodes: false,
             leaves_remains: false,
         }
@@ -342,7 +320,7 @@ impl Driver for Qemu {
         let _blocking = region(Rank::VmmApi);
         let cancel = Cancel::try_new().map_err(|e| Error::io(doing, e))?;
         let deadline = Deadline {
-            at: Instant::now() + ADOPT_DEADLINE,
+            at: Instant::now() + ANSWER_DEADLINE,
             cancel: &cancel,
         };
         let run = run_dir::open(&spec.dir, doing)?;
@@ -386,35 +364,8 @@ impl Driver for Qemu {
             .map(drop)
     }
 
-    fn save(
-        &self,
-        spec: &VmmSpec,
-        identity: &Identity,
-        to: SaveTo<'_>,
-        cancel: &Cancel,
-    ) -> Result<String> {
-        let deadline = Deadline {
-            at: Instant::now() + save::DEADLINE,
-            cancel,
-        };
-        let saved = self.talk(&spec.dir, identity, "save the guest", deadline, |qmp| {
-            save::save(qmp, to.memory)?;
-            save::version(qmp)
-        });
-        if saved.is_err() {
-            // Use another cancel object, because the first one may have fired.
-            let never = Cancel::try_new().map_err(|e| Error::io("save the guest", e))?;
-            if let Err(e) = self.talk(
-                &spec.dir,
-                identity,
-                "cancel saving the guest",
-                soon(&never),
-                save::cancel_migration,
-            ) {
-                log::warn!("{e}");
-            }
-        }
-        saved
+    fn vm(&self, at: VmRef) -> Result<Box<dyn Vm + '_>> {
+        Ok(Box::new(QemuVm { at }))
     }
 
     fn can_load(&self, driver: &str, _elsewhere: bool) -> Result<()> {
@@ -423,100 +374,6 @@ impl Driver for Qemu {
             None if driver.starts_with("qemu") => Ok(()),
             None => save::require_same(driver, "qemu"),
         }
-    }
-
-    fn set_paused(
-        &self,
-        dir: &Path,
-        identity: &Identity,
-        is_paused: bool,
-        cancel: &Cancel,
-    ) -> Result<()> {
-        if is_paused {
-            self.talk(dir, identity, "pause the guest", soon(cancel), pause::pause)
-        } else {
-            self.talk(
-                dir,
-                identity,
-                "resume the guest",
-                soon(cancel),
-                pause::resume,
-            )
-        }
-    }
-
-    fn set_rates(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<()> {
-        self.talk(
-            &spec.dir,
-            identity,
-            "limit the guest's disks",
-            soon(cancel),
-            |qmp| throttle::set(qmp, spec),
-        )
-    }
-
-    fn set_balloon(
-        &self,
-        spec: &VmmSpec,
-        identity: &Identity,
-        keep_mib: u64,
-        cancel: &Cancel,
-    ) -> Result<()> {
-        let value = json!({ "value": keep_mib << 20 });
-        self.talk(
-            &spec.dir,
-            identity,
-            "set the balloon",
-            soon(cancel),
-            |qmp| qmp.execute("balloon", &value).map(drop),
-        )
-    }
-
-    fn balloon_mib(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<u64> {
-        let doing = "read the size of the balloon";
-        let answer = self.talk(&spec.dir, identity, doing, soon(cancel), |qmp| {
-            qmp.execute("query-balloon", &json!({}))
-        })?;
-        let bytes = answer["actual"].as_u64();
-        bytes.map(|b| b >> 20).ok_or_else(|| {
-            Error::new(
-                Kind::VmmFailed,
-                format!("{doing}: the answer contains no size"),
-            )
-        })
-    }
-
-    fn metrics(
-        &self,
-        spec: &VmmSpec,
-        identity: &Identity,
-        cancel: &Cancel,
-    ) -> Result<Vec<serde_json::Value>> {
-        const COMMAND: &str = "query-blockstats";
-        let ask = |qmp: &mut Qmp<'_>| qmp.execute(COMMAND, &json!({}));
-        self.talk(
-            &spec.dir,
-            identity,
-            "read the VMM's metrics",
-            soon(cancel),
-            ask,
-        )
-        .map(|stats| vec![json!({ COMMAND: stats })])
-    }
-
-    /// QEMU supports vsock only through the host's kernel (vhost-vsock), where guests' numbers are
-    /// shared by the whole host.
-    fn connect(&self, _identity: &Identity, _port: u32, _cancel: &Cancel) -> Result<UnixStream> {
-        Err(
-            Error::new(Kind::Unsupported, "guests of QEMU have no vsock")
-                .hint("use a port of its network: fcctl run -p PORT"),
-        )
-    }
-
-    /// The `microvm` board has no keyboard, and no other way to signal a guest without a daemon in
-    /// it.
-    fn press_ctrl_alt_del(&self, _identity: &Identity, _cancel: &Cancel) -> Result<bool> {
-        Ok(false)
     }
 
     fn checks(&self) -> Vec<Check> {

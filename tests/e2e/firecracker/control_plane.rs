@@ -52,10 +52,13 @@ fn the_control_plane_on_this_hosts_kvm() {
         e.kind() == Kind::Conflict && e.to_string().contains("(os error 16)"),
         "{e}"
     );
+    let running_vm = first.vm(spec.running_as(&running.identity)).unwrap();
     for is_paused in [true, true, false, false, true] {
-        first
-            .set_paused(&vm, &running.identity, is_paused, &never)
-            .unwrap();
+        if is_paused {
+            running_vm.pause(&never).unwrap();
+        } else {
+            running_vm.resume(&never).unwrap();
+        }
     }
     // Limits can be set while it runs and while it is paused. This guest never loads a balloon's
     // driver.
@@ -79,9 +82,7 @@ fn the_control_plane_on_this_hosts_kvm() {
         (operations, ["null", "100", "null", "3145728"]),
         (none, ["null"; 4]),
     ] {
-        first
-            .set_rates(&with(rates), &running.identity, &never)
-            .unwrap();
+        running_vm.set_rates(&with(rates), &never).unwrap();
         let config = vm_config(&vm.join("run/api.sock"));
         let size = |of: &serde_json::Value, bucket: &str| of[bucket]["size"].to_string();
         // The drives are in no particular order.
@@ -109,7 +110,7 @@ fn the_control_plane_on_this_hosts_kvm() {
     }
     // Each document contains what has happened since the one before.
     for _ in 0..2 {
-        let metrics = first.metrics(&spec, &running.identity, &never).unwrap();
+        let metrics = running_vm.metrics(&never).unwrap();
         let last = metrics.last().unwrap();
         assert!(
             last["utc_timestamp_ms"].as_u64().unwrap() > 0 && last["block_root"].is_object(),
@@ -118,20 +119,12 @@ fn the_control_plane_on_this_hosts_kvm() {
     }
     // The socket exists, but nothing in the guest listens.
     assert_eq!(
-        first
-            .connect(&running.identity, 5000, &never)
-            .unwrap_err()
-            .kind(),
+        running_vm.connect(5000, &never).unwrap_err().kind(),
         Kind::Timeout
     );
-    assert!(first.press_ctrl_alt_del(&running.identity, &never).unwrap());
-    assert_eq!(
-        first.balloon_mib(&spec, &running.identity, &never).unwrap(),
-        128
-    );
-    let e = first
-        .set_balloon(&spec, &running.identity, 128, &never)
-        .unwrap_err();
+    running_vm.press_ctrl_alt_del(&never).unwrap();
+    assert_eq!(running_vm.balloon_mib(&never).unwrap(), 128);
+    let e = running_vm.set_balloon(128, &never).unwrap_err();
     assert!(
         e.kind() == Kind::Busy && e.to_string().contains("not activated"),
         "{e}"
@@ -144,13 +137,14 @@ fn the_control_plane_on_this_hosts_kvm() {
         memory: &memory,
         devices: &devices,
     };
-    first.save(&spec, &running.identity, to, &never).unwrap();
+    running_vm.save(&spec, to, &never).unwrap();
     let saved = std::fs::metadata(&memory).unwrap();
     assert_eq!(saved.len(), spec.mem_mib << 20);
     // Only the pages that the guest has touched are saved, which are few by now.
     let allocated_mib = (std::os::unix::fs::MetadataExt::blocks(&saved) * 512) >> 20;
     println!("saved: {allocated_mib} of {} MiB", spec.mem_mib);
     assert!(allocated_mib < spec.mem_mib * 3 / 4, "{allocated_mib} MiB");
+    drop(running_vm);
     drop(first);
     let next = new_driver();
     assert_eq!(next.adopt(&spec, &running.identity).unwrap(), running);

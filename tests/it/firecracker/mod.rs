@@ -11,7 +11,7 @@ use fcd::ids::{Tag, VmId};
 use fcd::locks::Cancel;
 use fcd::vmm::console::Consoles;
 use fcd::vmm::firecracker::Firecracker;
-use fcd::vmm::{Driver, GuestNetwork, Identity, Running, VmmSpec};
+use fcd::vmm::{Driver, GuestNetwork, Identity, Running, Vm, VmmSpec};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -66,6 +66,11 @@ impl Bench {
     fn tag(&self, generation: u64) -> Tag {
         let vm = "0123456789ab".parse().unwrap();
         Tag::new(&self.install, &vm, generation)
+    }
+
+    fn vm(&self, running: &Running) -> Box<dyn Vm + '_> {
+        let at = self.spec().running_as(&running.identity);
+        self.driver.vm(at).unwrap()
     }
 
     fn spec(&self) -> VmmSpec {

@@ -6,23 +6,25 @@ use fcd::api::vm::RateLimits;
 use fcd::error::Kind;
 use fcd::host::process::Process;
 use fcd::locks::{Cancel, CancelCause};
-use fcd::vmm::{Driver, GuestEvent, VmmSpec};
+use fcd::vmm::{Driver, GuestEvent, Vm, VmmSpec};
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
+
+fn set_paused(vm: &dyn Vm, is_paused: bool) {
+    let never = Cancel::try_new().unwrap();
+    if is_paused {
+        vm.pause(&never).unwrap();
+    } else {
+        vm.resume(&never).unwrap();
+    }
+}
 
 #[test]
 fn pause_and_resume_guest() {
     let bench = Bench::new("");
-    let (running, dir, never) = (
-        bench.running(),
-        bench.dir.path().join("vm"),
-        Cancel::try_new().unwrap(),
-    );
+    let (running, never) = (bench.running(), Cancel::try_new().unwrap());
     for is_paused in [true, true, false, false] {
-        bench
-            .driver
-            .set_paused(&dir, &running.identity, is_paused, &never)
-            .unwrap();
+        set_paused(bench.vm(&running).as_ref(), is_paused);
     }
     let asked = bench.requests();
     assert_eq!(asked.matches("PATCH /vm {\"state\":\"Paused\"}").count(), 2);
@@ -44,10 +46,7 @@ fn pause_and_resume_guest() {
         .processes()
         .kill(&running.identity, soon())
         .unwrap();
-    let e = bench
-        .driver
-        .set_paused(&dir, &running.identity, true, &never)
-        .unwrap_err();
+    let e = bench.vm(&running).pause(&never).unwrap_err();
     assert!(
         e.kind() == Kind::VmmFailed && e.to_string().contains("has exited"),
         "{e}"
@@ -65,17 +64,9 @@ fn vsock_is_reset_at_resume_only_in_versions_that_need_it() {
         ("2.0.0", 0),
     ] {
         let bench = Bench::new(&format!("VERSION {version}"));
-        let (running, never) = (bench.running(), Cancel::try_new().unwrap());
+        let running = bench.running();
         for is_paused in [true, false] {
-            bench
-                .driver
-                .set_paused(
-                    &bench.dir.path().join("vm"),
-                    &running.identity,
-                    is_paused,
-                    &never,
-                )
-                .unwrap();
+            set_paused(bench.vm(&running).as_ref(), is_paused);
         }
         assert_eq!(
             bench.requests().matches("PUT /snapshot/create").count(),
@@ -110,13 +101,10 @@ fn rates_apply_at_start_and_while_running() {
         net_tx_bytes_per_s: Some(1 << 20),
         ..RateLimits::default()
     });
+    bench.vm(&running).set_rates(&other, &never).unwrap();
     bench
-        .driver
-        .set_rates(&other, &running.identity, &never)
-        .unwrap();
-    bench
-        .driver
-        .set_rates(&spec(RateLimits::default()), &running.identity, &never)
+        .vm(&running)
+        .set_rates(&spec(RateLimits::default()), &never)
         .unwrap();
     let limits: Vec<_> = bench
         .requests()
@@ -136,10 +124,7 @@ fn rates_apply_at_start_and_while_running() {
         PATCH /network-interfaces/eth0 {"iface_id":"eth0","rx_rate_limiter":{"bandwidth":{"size":0,"refill_time":0}},"tx_rate_limiter":{"bandwidth":{"size":0,"refill_time":0}}}"#]].assert_eq(&limits.join("\n"));
     // A refusal carries its text and a hint, and so does a VMM that is gone.
     bench.script("PATCH /drives/work refuse The requested operation is not supported before starting the microVM.");
-    let e = bench
-        .driver
-        .set_rates(&some, &running.identity, &never)
-        .unwrap_err();
+    let e = bench.vm(&running).set_rates(&some, &never).unwrap_err();
     assert!(
         e.kind() == Kind::WrongState
             && e.to_string().contains("limit disk work")
@@ -151,10 +136,7 @@ fn rates_apply_at_start_and_while_running() {
         .processes()
         .kill(&running.identity, soon())
         .unwrap();
-    let e = bench
-        .driver
-        .set_rates(&some, &running.identity, &never)
-        .unwrap_err();
+    let e = bench.vm(&running).set_rates(&some, &never).unwrap_err();
     assert!(
         e.kind() == Kind::VmmFailed && e.to_string().contains("has exited"),
         "{e}"
@@ -165,7 +147,7 @@ fn rates_apply_at_start_and_while_running() {
 fn vsock_connects_to_listener_in_guest() {
     let bench = Bench::new("");
     let (running, never) = (bench.running(), Cancel::try_new().unwrap());
-    let connect = |port| bench.driver.connect(&running.identity, port, &never);
+    let connect = |port| bench.vm(&running).connect(port, &never);
     let mut stream = connect(7).unwrap();
     // It blocks where a socket is expected to.
     let sent = vec![7; 1 << 20];
@@ -188,11 +170,7 @@ fn vsock_connects_to_listener_in_guest() {
     let enough = Cancel::try_new().unwrap();
     enough.cancel(CancelCause::VmStopped);
     assert_eq!(
-        bench
-            .driver
-            .connect(&running.identity, 8, &enough)
-            .unwrap_err()
-            .kind(),
+        bench.vm(&running).connect(8, &enough).unwrap_err().kind(),
         Kind::Cancelled
     );
     // A VM that an earlier fcd started, without this socket.
@@ -214,12 +192,7 @@ fn vsock_connects_to_listener_in_guest() {
 fn ctrl_alt_del_shuts_guest_down() {
     let bench = Bench::new("KEYBOARD");
     let (running, never) = (bench.running(), Cancel::try_new().unwrap());
-    assert!(
-        bench
-            .driver
-            .press_ctrl_alt_del(&running.identity, &never)
-            .unwrap()
-    );
+    bench.vm(&running).press_ctrl_alt_del(&never).unwrap();
     assert!(
         bench
             .driver
@@ -234,8 +207,8 @@ fn ctrl_alt_del_shuts_guest_down() {
     );
     assert_eq!(
         bench
-            .driver
-            .press_ctrl_alt_del(&running.identity, &never)
+            .vm(&running)
+            .press_ctrl_alt_del(&never)
             .unwrap_err()
             .kind(),
         Kind::VmmFailed
@@ -245,26 +218,15 @@ fn ctrl_alt_del_shuts_guest_down() {
 #[test]
 fn balloon_takes_the_remaining_memory() {
     let bench = Bench::new("");
-    let (running, spec, never) = (bench.running(), bench.spec(), Cancel::try_new().unwrap());
-    let kept = || {
-        bench
-            .driver
-            .balloon_mib(&spec, &running.identity, &never)
-            .unwrap()
-    };
+    let (running, never) = (bench.running(), Cancel::try_new().unwrap());
+    let kept = || bench.vm(&running).balloon_mib(&never).unwrap();
     assert_eq!(kept(), 128);
     for keep_mib in [96, 128] {
-        bench
-            .driver
-            .set_balloon(&spec, &running.identity, keep_mib, &never)
-            .unwrap();
+        bench.vm(&running).set_balloon(keep_mib, &never).unwrap();
         assert_eq!(kept(), keep_mib);
     }
     bench.script("PATCH /balloon refuse Balloon update error: Balloon: Device not activated yet.");
-    let e = bench
-        .driver
-        .set_balloon(&spec, &running.identity, 96, &never)
-        .unwrap_err();
+    let e = bench.vm(&running).set_balloon(96, &never).unwrap_err();
     assert!(e.kind() == Kind::Busy && e.hint_text().is_some(), "{e}");
     bench.script("");
     bench
@@ -278,10 +240,7 @@ fn balloon_takes_the_remaining_memory() {
         ..bench.spec()
     };
     let running = bench.driver.start(&without, &never, &mut |_| {}).unwrap();
-    let e = bench
-        .driver
-        .set_balloon(&without, &running.identity, 96, &never)
-        .unwrap_err();
+    let e = bench.vm(&running).set_balloon(96, &never).unwrap_err();
     assert!(
         e.kind() == Kind::Unsupported && e.hint_text().is_some(),
         "{e}"
@@ -291,12 +250,9 @@ fn balloon_takes_the_remaining_memory() {
 #[test]
 fn metrics_are_read_line_by_line() {
     let bench = Bench::new("");
-    let (running, spec, never) = (bench.running(), bench.spec(), Cancel::try_new().unwrap());
+    let (running, never) = (bench.running(), Cancel::try_new().unwrap());
     let flushes = || -> Vec<u64> {
-        let all = bench
-            .driver
-            .metrics(&spec, &running.identity, &never)
-            .unwrap();
+        let all = bench.vm(&running).metrics(&never).unwrap();
         all.iter()
             .map(|line| line["flushes"].as_u64().unwrap())
             .collect()
@@ -323,7 +279,9 @@ fn metrics_are_read_line_by_line() {
     // The next daemon continues to read.
     assert_eq!(
         driver(bench.dir.path())
-            .metrics(&spec, &running.identity, &never)
+            .vm(bench.spec().running_as(&running.identity))
+            .unwrap()
+            .metrics(&never)
             .unwrap()[0]["flushes"],
         6
     );
@@ -332,10 +290,7 @@ fn metrics_are_read_line_by_line() {
         .processes()
         .kill(&running.identity, soon())
         .unwrap();
-    let e = bench
-        .driver
-        .metrics(&spec, &running.identity, &never)
-        .unwrap_err();
+    let e = bench.vm(&running).metrics(&never).unwrap_err();
     assert!(
         e.kind() == Kind::VmmFailed && e.to_string().contains("has exited"),
         "{e}"

@@ -28,12 +28,8 @@ impl Bench {
             memory: &files.memory,
             devices: &files.devices,
         };
-        self.driver.save(
-            &self.spec(),
-            &running.identity,
-            to,
-            &Cancel::try_new().unwrap(),
-        )
+        self.vm(running)
+            .save(&self.spec(), to, &Cancel::try_new().unwrap())
     }
 
     /// The requested types, in order.
@@ -67,9 +63,7 @@ impl Bench {
 
     fn pause(&self, running: &Running) {
         let never = Cancel::try_new().unwrap();
-        self.driver
-            .set_paused(&self.dir.path().join("vm"), &running.identity, true, &never)
-            .unwrap();
+        self.vm(running).pause(&never).unwrap();
     }
 }
 
@@ -137,8 +131,8 @@ fn save_and_restore_guest() {
         devices: &again_files.devices,
     };
     bench
-        .driver
-        .save(&spec, &again.identity, to, &Cancel::try_new().unwrap())
+        .vm(&again)
+        .save(&spec, to, &Cancel::try_new().unwrap())
         .unwrap();
     assert_eq!(bench.snapshot_types(), ["Full"]);
     bench
@@ -227,8 +221,8 @@ fn failing_save_ends() {
         devices: &files.devices,
     };
     let e = bench
-        .driver
-        .save(&bench.spec(), &running.identity, to, &cancel)
+        .vm(&running)
+        .save(&bench.spec(), to, &cancel)
         .unwrap_err();
     waiting.join().unwrap();
     assert!(

@@ -15,6 +15,9 @@ use std::net::Ipv4Addr;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
+/// The port of the guest's SSH server.
+const SSH_PORT: u16 = 22;
+
 /// From this version on, a VMM needs [`Booted::reset_vsock`] after a pause. Version 1.17 fixed that
 /// (firecracker-microvm/firecracker#6100).
 const HOLDS_VSOCK_SINCE: (u32, u32) = (1, 16);
@@ -589,7 +592,7 @@ impl<'a> Booted<'a> {
 
 /// Returns the address of the SSH server of a guest on a tap.
 pub fn ssh_addr(address: Ipv4Addr) -> std::net::SocketAddr {
-    (address, super::SSH_PORT).into()
+    (address, SSH_PORT).into()
 }
 
 /// Returns a path as text for JSON.

@@ -66,16 +66,19 @@
 
 pub(in crate::vmm) mod api;
 mod checks;
+mod configure;
 mod gone;
 mod http;
 pub(in crate::vmm) mod incoming;
 mod jail;
 pub(in crate::vmm) mod metrics;
 mod monitor;
+mod pipes;
 mod rates;
 pub(in crate::vmm) mod refusal;
 mod running;
 mod save;
+mod spawn;
 mod version;
 mod vm;
 mod vsock;
@@ -88,43 +91,28 @@ use super::dial::{self, Deadline};
 use super::processes::{HostProcesses, Processes};
 use super::run_dir;
 use super::{
-    Capabilities, DiskFormat, Driver, GuestEvent, GuestNetwork, Identity, Running, SaveTo, Vm,
-    VmRef, VmmSpec,
+    Capabilities, Driver, GuestEvent, GuestNetwork, Identity, Running, Vm, VmRef, VmmSpec,
 };
 use crate::api::daemon::Check;
 use crate::config::Firecracker as Config;
 use crate::error::{Error, Kind, Result};
-use crate::host::Credentials;
-use crate::host::command::PATH;
-use crate::host::fs::{open_at, open_dir};
-use crate::host::process::{self, Process, Spawn};
-use crate::host::program;
+use crate::host::process::Process;
 use crate::ids::Tag;
 use crate::locks::{Cancel, CancelCause, Rank, region};
-use crate::vmm::devices::{self, KVM, TUN};
-use api::{
-    BootSource, Booted, CacheType, Drive, LoadSnapshot, MachineConfig, NetworkInterface,
-    NetworkOverride, PreBoot, Vsock, text,
-};
+use api::PreBoot;
+use configure::{configure, load};
 use monitor::Monitor;
-use rates::RateLimiter;
+use pipes::{CONSOLE_PIPE, open_pipe};
 use running::{booted, place};
-use rustix::fs::{FileType, Gid, Mode, OFlags, Uid};
-use std::ffi::OsString;
-use std::fs::File;
+use spawn::{Spawned, is_jailed, spawn};
 use std::ops::Range;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vm::FirecrackerVm;
 
-const SSH_PORT: u16 = 22;
 const API_SOCKET: &str = "api.sock";
-const CONSOLE_PIPE: &str = "console";
-const METRICS_PIPE: &str = "metrics";
-/// The name of the guest's network interface.
-const INTERFACE: &str = "eth0";
 /// How long a VMM may take from its start to the first instruction of its guest. On an idle host it
 /// is a fraction of a second.
 const START_DEADLINE: Duration = Duration::from_secs(30);
@@ -134,10 +122,6 @@ const ANSWER_DEADLINE: Duration = Duration::from_secs(5);
 const SAVE_DEADLINE: Duration = Duration::from_secs(600);
 /// How long a VMM whose start failed may take to exit after it was killed.
 const KILL_DEADLINE: Duration = Duration::from_secs(30);
-/// `reboot=k` makes the guest reset, which ends the VMM (docs/getting-started.md). There is no
-/// other power switch.
-const KERNEL_ARGS: &str = "console=ttyS0 reboot=k panic=-1 net.ifnames=0 quiet cryptomgr.notests random.trust_cpu=on audit=0 \
-                           i8042.noaux i8042.nomux fcd.off=reset";
 
 pub struct Firecracker {
     config: Config,
@@ -177,29 +161,9 @@ impl Firecracker {
         })
     }
 
-    /// Returns the groups that a VMM without a jail needs to open its devices. A jailed one has
-    /// nodes of its own.
-    fn device_groups(&self, spec: &VmmSpec) -> Result<Vec<u32>> {
-        let mut groups = Vec::new();
-        for device in [KVM, TUN].into_iter().filter(|_| self.needs_kvm) {
-            let access = if self.is_jailed(spec) {
-                devices::exists(device).map(|()| Vec::new())
-            } else {
-                devices::access_as(device, spec.credentials.is_some())
-            };
-            let refused = |why| {
-                Error::new(Kind::Unsupported, format!("start the VMM: {why}"))
-                    .hint("run fcctl doctor")
-            };
-            groups.extend(access.map_err(refused)?);
-        }
-        groups.dedup();
-        Ok(groups)
-    }
-
     /// Adds to the error of a failed start if the jailer is not one, or is from another release.
     fn with_cause(&self, e: Error, spec: &VmmSpec, cancel: &Cancel) -> Error {
-        if e.kind() == Kind::Cancelled || !self.is_jailed(spec) {
+        if e.kind() == Kind::Cancelled || !is_jailed(&self.config, spec) {
             return e;
         }
         let found = jail::programs(&self.config).and_then(|programs| {
@@ -214,10 +178,6 @@ impl Firecracker {
         }
     }
 
-    fn is_jailed(&self, spec: &VmmSpec) -> bool {
-        self.config.jail && spec.credentials.is_some()
-    }
-
     /// True if this daemon's VMMs run in jails, which only root can make.
     fn jails_all(&self) -> bool {
         self.config.jail && rustix::process::geteuid().is_root()
@@ -228,93 +188,6 @@ impl Firecracker {
     pub fn without_kvm(mut self) -> Self {
         self.needs_kvm = false;
         self
-    }
-
-    fn spawn(&self, spec: &VmmSpec) -> Result<Spawned> {
-        let groups = self.device_groups(spec)?;
-        let dir = open_dir(&spec.dir)?;
-        let own_args =
-            ["--api-sock", API_SOCKET, "--level", "Error", "--show-level"].map(OsString::from);
-        let output = run_dir::open_log(&dir, spec)?;
-        let env = vec![
-            ("PATH".into(), PATH.into()),
-            ("LC_ALL".into(), "C.UTF-8".into()),
-        ];
-        let (place, files, spawn) = match spec.credentials.filter(|_| self.is_jailed(spec)) {
-            Some(owner) => {
-                let programs = jail::programs(&self.config)?;
-                let limits = jail::limits(&self.config, spec)?;
-                let place = jail::make(spec, &programs)?;
-                let mut args = jail::args(spec, &programs, owner, &limits);
-                args.extend(own_args);
-                // The jailer changes its uid on its own.
-                let spawn = Spawn {
-                    program: programs.jailer,
-                    args,
-                    env,
-                    cwd: "/".into(),
-                    output: Some(output),
-                    credentials: None,
-                    groups: Vec::new(),
-                };
-                (place, Files::jailed(spec), spawn)
-            }
-            None => {
-                let place = run_dir::make(
-                    &dir,
-                    &[
-                        API_SOCKET,
-                        CONSOLE_PIPE,
-                        METRICS_PIPE,
-                        vsock::SOCKET,
-                        jail::MEMORY,
-                        jail::DEVICES,
-                    ],
-                    spec.credentials,
-                )?;
-                if let Some(saved) = &spec.saved {
-                    save::link(
-                        &place,
-                        SaveTo {
-                            memory: &saved.memory,
-                            devices: &saved.devices,
-                        },
-                    )?;
-                }
-                let args = ["--id".into(), spec.tag.as_str().into()]
-                    .into_iter()
-                    .chain(own_args)
-                    .collect();
-                let cwd = spec.dir.join(run_dir::RUN_DIR);
-                let program =
-                    program::locate(&self.config.binary).map_err(version::install_if_missing)?;
-                let spawn = Spawn {
-                    program,
-                    args,
-                    env,
-                    cwd,
-                    output: Some(output),
-                    credentials: spec.credentials,
-                    groups,
-                };
-                (place, Files::bare(spec)?, spawn)
-            }
-        };
-        for name in [CONSOLE_PIPE, METRICS_PIPE] {
-            make_pipe(&place, name, spec.credentials)?;
-        }
-        // With the jailer's --new-pid-ns, the VMM would not be our child, and its exit status could
-        // not be read.
-        let process = if self.is_jailed(spec) {
-            process::spawn_in_own_pids(spawn)?
-        } else {
-            process::spawn(spawn)?
-        };
-        Ok(Spawned {
-            process,
-            place,
-            files,
-        })
     }
 
     /// Configures a VMM that has just been spawned, and runs its guest.
@@ -340,7 +213,7 @@ impl Firecracker {
                     vmm.start()?;
                     ssh_addr
                 }
-                Some((memory, devices)) => load(vmm, spec, memory, devices)?,
+                Some(saved) => load(vmm, spec, saved)?,
             };
             // Only now, because reading the kernel must not count against the guest's rate.
             jail::limit_io(self.config.limits, spec)?;
@@ -371,202 +244,6 @@ impl Firecracker {
             mark,
         })
     }
-}
-
-/// A VMM that runs no guest yet.
-struct Spawned {
-    process: Process,
-    /// The directory with its socket and console.
-    place: OwnedFd,
-    files: Files,
-}
-
-/// The paths of a VMM's files as the VMM sees them.
-struct Files {
-    kernel: String,
-    initrd: String,
-    disk: String,
-    seed: String,
-    work: Option<String>,
-    /// The memory and the devices of a saved guest.
-    saved: Option<(String, String)>,
-}
-
-impl Files {
-    fn bare(spec: &VmmSpec) -> Result<Self> {
-        let text = |path: &Path| text(path).map(str::to_owned);
-        Ok(Self {
-            kernel: text(&spec.kernel)?,
-            initrd: text(&spec.initrd)?,
-            disk: text(&spec.disk)?,
-            seed: text(&spec.seed)?,
-            work: spec.work_disk.as_deref().map(text).transpose()?,
-            // They are linked into the VMM's working directory.
-            saved: spec
-                .saved
-                .as_ref()
-                .map(|_| (jail::MEMORY.to_owned(), jail::DEVICES.to_owned())),
-        })
-    }
-
-    fn jailed(spec: &VmmSpec) -> Self {
-        let at = |name: &str| format!("/{name}");
-        Self {
-            kernel: at(jail::KERNEL),
-            initrd: at(jail::INITRD),
-            disk: at(jail::DISK),
-            seed: at(jail::SEED),
-            work: spec.work_disk.as_ref().map(|_| at(jail::WORK)),
-            saved: spec
-                .saved
-                .as_ref()
-                .map(|_| (at(jail::MEMORY), at(jail::DEVICES))),
-        }
-    }
-}
-
-/// Configures a guest that boots. The guest numbers its disks in the order in which they are added.
-fn configure(vmm: &mut PreBoot<'_>, spec: &VmmSpec, files: &Files) -> Result<std::net::SocketAddr> {
-    let (name, address) = tap(spec)?;
-    let GuestNetwork::Tap { mac, .. } = &spec.network else {
-        return Err(Error::internal("the guest has no tap"));
-    };
-    if spec.disk_format == DiskFormat::Qcow2 {
-        return Err(Error::new(
-            Kind::Unsupported,
-            "start the VMM: firecracker cannot read this VM's qcow2 disk",
-        )
-        .hint("set driver = \"qemu\" under [vmm] for it, or create a new VM"));
-    }
-    vmm.machine(&MachineConfig {
-        vcpu_count: spec.vcpus,
-        mem_size_mib: spec.mem_mib,
-    })?;
-    let boot_args = format!("{} {KERNEL_ARGS}", spec.boot_args.trim());
-    vmm.boot_source(&BootSource {
-        kernel_image_path: &files.kernel,
-        initrd_path: &files.initrd,
-        boot_args: &boot_args,
-    })?;
-    let work = files.work.as_deref().map(|path| ("work", path));
-    let rates = &spec.rates;
-    let limiter = RateLimiter::new(rates.disk_bytes_per_s, rates.disk_ops_per_s);
-    for (drive_id, path_on_host) in [("root", files.disk.as_str()), ("seed", &files.seed)]
-        .into_iter()
-        .chain(work)
-    {
-        vmm.drive(&Drive {
-            drive_id,
-            path_on_host,
-            is_root_device: drive_id == "root",
-            is_read_only: drive_id == "seed",
-            cache_type: CacheType::Writeback,
-            rate_limiter: limiter.filter(|_| drive_id != "seed"),
-        })?;
-    }
-    vmm.network(&NetworkInterface {
-        iface_id: INTERFACE,
-        host_dev_name: name,
-        guest_mac: mac,
-        rx_rate_limiter: RateLimiter::new(rates.net_rx_bytes_per_s, None),
-        tx_rate_limiter: RateLimiter::new(rates.net_tx_bytes_per_s, None),
-    })?;
-    vmm.entropy()?;
-    vmm.vsock(&Vsock {
-        guest_cid: vsock::GUEST_CID,
-        uds_path: vsock::SOCKET,
-    })?;
-    if spec.has_balloon {
-        vmm.balloon()?;
-    }
-    vmm.serial(CONSOLE_PIPE)?;
-    vmm.metrics(METRICS_PIPE)?;
-    Ok(api::ssh_addr(address))
-}
-
-/// Loads a saved guest, whose disks and console keep their paths.
-fn load(
-    mut vmm: PreBoot<'_>,
-    spec: &VmmSpec,
-    memory: &str,
-    devices: &str,
-) -> Result<std::net::SocketAddr> {
-    let (tap, address) = tap(spec)?;
-    vmm.serial(CONSOLE_PIPE)?;
-    vmm.metrics(METRICS_PIPE)?;
-    let mut vmm = vmm.load(&LoadSnapshot::new(
-        devices,
-        memory,
-        &[NetworkOverride {
-            iface_id: INTERFACE,
-            host_dev_name: tap,
-        }],
-    ))?;
-    // The saved state contains the rates of that time.
-    limit(&mut vmm, spec)?;
-    Ok(api::ssh_addr(address))
-}
-
-fn limit(vmm: &mut Booted<'_>, spec: &VmmSpec) -> Result<()> {
-    let rates = &spec.rates;
-    for (disk, _) in spec.disks() {
-        vmm.drive_rates(disk, rates.disk_bytes_per_s, rates.disk_ops_per_s)?;
-    }
-    vmm.network_rates(
-        INTERFACE,
-        rates.net_rx_bytes_per_s,
-        rates.net_tx_bytes_per_s,
-    )
-}
-
-fn tap(spec: &VmmSpec) -> Result<(&str, std::net::Ipv4Addr)> {
-    match &spec.network {
-        GuestNetwork::Tap { name, address, .. } => Ok((name, *address)),
-        GuestNetwork::UserMode { .. } => Err(Error::new(
-            Kind::Unsupported,
-            "start the VMM: firecracker has no user-mode network",
-        )
-        .hint("set driver = \"bridge\" under [network], or driver = \"qemu\" under [vmm]")),
-    }
-}
-
-fn make_pipe(run: &OwnedFd, name: &str, credentials: Option<Credentials>) -> Result<()> {
-    let io = |e: rustix::io::Errno| {
-        Error::io(
-            format!("create a pipe for the {name}"),
-            std::io::Error::from(e),
-        )
-    };
-    rustix::fs::mknodat(run, name, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).map_err(io)?;
-    if let Some(Credentials { uid, gid }) = credentials {
-        let flags = rustix::fs::AtFlags::SYMLINK_NOFOLLOW;
-        rustix::fs::chownat(
-            run,
-            name,
-            Some(Uid::from_raw(uid)),
-            Some(Gid::from_raw(gid)),
-            flags,
-        )
-        .map_err(io)?;
-    }
-    Ok(())
-}
-
-/// Opens a pipe for reading. The VMM's uid owns the directory by now, so anything but a pipe is
-/// rejected.
-fn open_pipe(run: &OwnedFd, name: &str) -> Result<File> {
-    let doing = format!("open the pipe for the {name}");
-    let file = open_at(run, name, OFlags::RDONLY | OFlags::NONBLOCK, 0)
-        .map_err(|e| Error::io(doing.clone(), e))?;
-    let stat = rustix::fs::fstat(file.as_fd())
-        .map_err(|e| Error::io(doing.clone(), std::io::Error::from(e)))?;
-    if FileType::from_raw_mode(stat.st_mode) == FileType::Fifo {
-        return Ok(file);
-    }
-    Err(Error::new(
-        Kind::Denied,
-        format!("{doing}: it is not a pipe"),
-    ))
 }
 
 impl Drop for Firecracker {
@@ -618,15 +295,15 @@ impl Driver for Firecracker {
         if cancel.is_cancelled() {
             return Err(crate::host::wait::cancelled("start the VMM", cancel));
         }
-        let spawned_now = self.spawn(spec)?;
-        let process = &spawned_now.process;
+        let vmm = spawn(&self.config, spec, self.needs_kvm)?;
+        let identity = vmm.process.identity();
         // From here on, an error, a cancel or a panic must not leave a process.
         let mut undo = crate::undo::Undo::new();
         undo.push("kill the VMM", || {
             self.processes
-                .kill(process.identity(), Instant::now() + KILL_DEADLINE)
+                .kill(identity, Instant::now() + KILL_DEADLINE)
         });
-        spawned(process.identity());
+        spawned(identity);
         let within = if spec.saved.is_some() {
             SAVE_DEADLINE
         } else {
@@ -636,7 +313,7 @@ impl Driver for Firecracker {
             let _blocking = region(Rank::VmmApi);
             self.configure_and_run(
                 spec,
-                &spawned_now,
+                &vmm,
                 Deadline {
                     at: Instant::now() + within,
                     cancel,

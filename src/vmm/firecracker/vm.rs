@@ -1,8 +1,10 @@
 //! Talks to a running VMM about its guest.
 
 use super::api::Booted;
+use super::configure::limit;
+use super::pipes::{METRICS_PIPE, open_pipe};
 use super::running::{booted, gone, place};
-use super::{METRICS_PIPE, jail, limit, metrics, open_pipe, save, vsock};
+use super::{jail, metrics, save, vsock};
 use crate::config::VmmLimits;
 use crate::error::{Error, Kind, Result};
 use crate::host::process::Process;

@@ -10,6 +10,7 @@
 //! to a VMM block, so no lock may be held.
 
 pub mod console;
+mod conversation;
 pub mod devices;
 mod dial;
 pub mod drivers;
@@ -24,6 +25,7 @@ mod processes;
 pub mod qemu;
 mod run_dir;
 mod shutdown_cause;
+mod silence;
 mod vmm_log;
 mod watch;
 

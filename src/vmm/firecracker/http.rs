@@ -6,11 +6,8 @@
 pub use super::incoming::Answer;
 use super::incoming::Incoming;
 use crate::error::{Error, Kind, Result};
-use crate::host::wait::{WaitResult, cancelled, wait_any};
+use crate::vmm::conversation::Conversation;
 use crate::vmm::dial::Deadline;
-use nix::poll::PollFlags;
-use std::io::{self, Read, Write};
-use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 
 /// The server's default limit of a request's body (`--http-api-max-payload-size`).
@@ -33,18 +30,17 @@ impl Method {
     }
 }
 
-/// A conversation with the server. `stream` must be non-blocking.
+/// A conversation with the server.
 pub struct Connection<'a> {
-    stream: UnixStream,
-    deadline: Deadline<'a>,
+    conversation: Conversation<'a>,
     incoming: Incoming,
 }
 
 impl<'a> Connection<'a> {
+    /// `stream` must be non-blocking.
     pub fn new(stream: UnixStream, deadline: Deadline<'a>) -> Self {
         Self {
-            stream,
-            deadline,
+            conversation: Conversation::new(stream, deadline),
             incoming: Incoming::default(),
         }
     }
@@ -77,11 +73,12 @@ impl<'a> Connection<'a> {
         if !self.incoming.is_empty() {
             return Err(no_http(&doing, "there was an answer without a request"));
         }
-        self.send(&bytes, &doing)?;
+        self.conversation.send(&bytes, &doing)?;
         self.answer(&doing)
     }
 
     fn answer(&mut self, doing: &str) -> Result<Answer> {
+        let mut piece = [0; 4096];
         loop {
             if let Some(answer) = self
                 .incoming
@@ -90,72 +87,10 @@ impl<'a> Connection<'a> {
             {
                 return Ok(answer);
             }
-            self.read_some(doing)?;
+            let n = self.conversation.read(&mut piece, doing)?;
+            self.incoming.push(&piece[..n]);
         }
     }
-
-    fn wait(&self, flags: PollFlags, doing: &str) -> Result<()> {
-        let Deadline { at, cancel } = self.deadline;
-        match wait_any(&[(self.stream.as_fd(), flags)], at, cancel)
-            .map_err(|e| Error::io(doing, e))?
-        {
-            WaitResult::Ready => Ok(()),
-            WaitResult::Deadline => Err(Error::new(
-                Kind::Timeout,
-                format!("{doing}: no answer within the deadline"),
-            )),
-            WaitResult::Cancelled => Err(cancelled(doing, cancel)),
-        }
-    }
-
-    fn send(&mut self, mut bytes: &[u8], doing: &str) -> Result<()> {
-        while !bytes.is_empty() {
-            self.wait(PollFlags::POLLOUT, doing)?;
-            match self.stream.write(bytes) {
-                Ok(n) => bytes = &bytes[n..],
-                Err(e)
-                    if matches!(
-                        e.kind(),
-                        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
-                    ) => {}
-                Err(e)
-                    if matches!(
-                        e.kind(),
-                        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
-                    ) =>
-                {
-                    return Err(hung_up(doing));
-                }
-                Err(e) => return Err(Error::io(doing, e)),
-            }
-        }
-        Ok(())
-    }
-
-    fn read_some(&mut self, doing: &str) -> Result<()> {
-        let mut piece = [0; 4096];
-        loop {
-            self.wait(PollFlags::POLLIN, doing)?;
-            match self.stream.read(&mut piece) {
-                Ok(0) => return Err(hung_up(doing)),
-                Ok(n) => {
-                    self.incoming.push(&piece[..n]);
-                    return Ok(());
-                }
-                Err(e)
-                    if matches!(
-                        e.kind(),
-                        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
-                    ) => {}
-                Err(e) if e.kind() == io::ErrorKind::ConnectionReset => return Err(hung_up(doing)),
-                Err(e) => return Err(Error::io(doing, e)),
-            }
-        }
-    }
-}
-
-fn hung_up(doing: &str) -> Error {
-    Error::new(Kind::VmmFailed, format!("{doing}: the VMM hung up"))
 }
 
 fn no_http(doing: &str, what: &str) -> Error {
@@ -170,6 +105,7 @@ mod tests {
     use super::*;
     use crate::locks::Cancel;
     use crate::vmm::firecracker::incoming::{HEAD_BYTES_MAX, HEADERS_MAX};
+    use std::io::{Read, Write};
     use std::time::{Duration, Instant};
 
     /// Talks to a server that answers each request with a piece and then hangs up.

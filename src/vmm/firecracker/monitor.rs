@@ -10,18 +10,11 @@ use crate::error::{Kind, Result};
 use crate::host::process::Process;
 use crate::locks::{Cancel, Rank, region};
 use crate::vmm::dial::{self, Deadline};
+use crate::vmm::silence::{ANSWER_DEADLINE, PING_PERIOD, Silence};
 use crate::vmm::{GuestEvent, run_dir};
 use nix::poll::PollFlags;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
-
-/// How long a VMM may take to answer. A healthy one takes a millisecond, but its API handles one
-/// request at a time, and a snapshot of much memory takes seconds.
-const ANSWER_DEADLINE: Duration = Duration::from_secs(4);
-/// A VMM that has missed this many deadlines in a row is unresponsive.
-const MISSES_MAX: u32 = 3;
-/// How long to wait between two queries.
-const PING_PERIOD: Duration = Duration::from_secs(5);
+use std::time::Instant;
 
 /// Monitors one VMM until it exits or the driver is dropped.
 pub struct Monitor {
@@ -34,25 +27,18 @@ pub struct Monitor {
 
 impl Monitor {
     pub fn run(self) {
-        let (mut misses, mut has_warned, mut has_answered) = (0, false, false);
+        let mut silence = Silence::default();
+        let (mut has_warned, mut has_answered) = (false, false);
         loop {
             match self.look() {
                 Ok(()) => {
                     if !std::mem::replace(&mut has_answered, true) {
                         (self.on_event)(GuestEvent::Answered);
                     }
-                    if misses >= MISSES_MAX {
-                        (self.on_event)(GuestEvent::Unresponsive(false));
-                    }
-                    misses = 0;
+                    silence.answered(&self.on_event);
                 }
                 Err(e) if e.kind() == Kind::Timeout => {
-                    misses += 1;
-                    // Reported repeatedly, because the daemon may not have recorded this VM when
-                    // the first report came.
-                    if misses % MISSES_MAX == 0 {
-                        (self.on_event)(GuestEvent::Unresponsive(true));
-                    }
+                    silence.missed(&self.on_event);
                     continue;
                 }
                 Err(_) if self.closing.is_cancelled() || run_dir::is_exiting(&self.process) => {

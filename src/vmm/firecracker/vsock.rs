@@ -3,11 +3,9 @@
 //! `vsock_PORT` next to this one, and fcd creates none.
 
 use crate::error::{Error, Kind, Result};
-use crate::host::wait::{WaitResult, cancelled, wait_any};
+use crate::vmm::conversation::Conversation;
 use crate::vmm::dial::Deadline;
-use nix::poll::PollFlags;
-use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
 /// The socket's name in the VMM's working directory.
@@ -27,51 +25,46 @@ pub fn require(place: &OwnedFd) -> Result<()> {
             "the VMM was started without a vsock",
         )
         .hint("fcctl vm restart")),
-        Err(e) => Err(Error::io("look for the VMM's vsock", io::Error::from(e))),
+        Err(e) => Err(Error::io(
+            "look for the VMM's vsock",
+            std::io::Error::from(e),
+        )),
     }
 }
 
 /// Connects a non-blocking stream to the guest's `port`, and makes it blocking.
-pub fn open(mut stream: UnixStream, port: u32, deadline: Deadline<'_>) -> Result<UnixStream> {
+pub fn open(stream: UnixStream, port: u32, deadline: Deadline<'_>) -> Result<UnixStream> {
     let doing = "connect to the guest's port";
-    let io = |e| Error::io(doing, e);
-    let mut line = [0; ANSWER_BYTES_MAX];
-    let mut len = 0;
-    // This always fits into a socket's buffer.
-    let asked = stream.write_all(format!("CONNECT {port}\n").as_bytes());
-    match asked {
-        Err(e) if is_hang_up(&e) => return Err(refused(port)),
-        other => other.map_err(io)?,
-    }
-    while !line[..len].ends_with(b"\n") {
-        // Read one byte at a time, because what follows the line comes from the guest.
-        match line.get_mut(len..=len).map(|byte| stream.read(byte)) {
-            Some(Ok(0)) => return Err(refused(port)),
-            Some(Ok(n)) => len += n,
-            Some(Err(e)) if e.kind() == io::ErrorKind::WouldBlock => {
-                wait(&stream, doing, deadline)?
-            }
-            Some(Err(e)) if e.kind() == io::ErrorKind::Interrupted => {}
-            Some(Err(e)) if is_hang_up(&e) => return Err(refused(port)),
-            Some(Err(e)) => return Err(io(e)),
-            None => break,
-        }
-    }
-    if !line[..len].starts_with(b"OK ") {
+    let mut conversation = Conversation::new(stream, deadline);
+    let line = read_answer(&mut conversation, port, doing).map_err(|e| match e.kind() {
+        Kind::VmmFailed => refused(port),
+        Kind::Timeout => silent(doing),
+        _ => e,
+    })?;
+    if !line.starts_with(b"OK ") {
         return Err(Error::new(
             Kind::VmmFailed,
             format!("{doing}: the VMM's answer is not as documented"),
         ));
     }
-    stream.set_nonblocking(false).map_err(io)?;
+    let stream = conversation.into_stream();
+    stream
+        .set_nonblocking(false)
+        .map_err(|e| Error::io(doing, e))?;
     Ok(stream)
 }
 
-fn is_hang_up(e: &io::Error) -> bool {
-    matches!(
-        e.kind(),
-        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
-    )
+/// Asks for the port and returns the answer, up to the end of the line.
+fn read_answer(conversation: &mut Conversation<'_>, port: u32, doing: &str) -> Result<Vec<u8>> {
+    conversation.send(format!("CONNECT {port}\n").as_bytes(), doing)?;
+    let mut line = Vec::new();
+    while !line.ends_with(b"\n") && line.len() < ANSWER_BYTES_MAX {
+        // Read one byte at a time, because what follows the line comes from the guest.
+        let mut byte = [0];
+        conversation.read(&mut byte, doing)?;
+        line.extend(byte);
+    }
+    Ok(line)
 }
 
 /// The error after the VMM has hung up, which is its only way to refuse a port.
@@ -85,24 +78,19 @@ fn refused(port: u32) -> Error {
     ))
 }
 
-fn wait(stream: &UnixStream, doing: &str, Deadline { at, cancel }: Deadline<'_>) -> Result<()> {
-    match wait_any(&[(stream.as_fd(), PollFlags::POLLIN)], at, cancel)
-        .map_err(|e| Error::io(doing, e))?
-    {
-        WaitResult::Ready => Ok(()),
-        WaitResult::Cancelled => Err(cancelled(doing, cancel)),
-        WaitResult::Deadline => Err(Error::new(
-            Kind::Timeout,
-            format!("{doing}: the guest does not respond"),
-        )
-        .hint("load the driver in the guest: modprobe vmw_vsock_virtio_transport")),
-    }
+fn silent(doing: &str) -> Error {
+    Error::new(
+        Kind::Timeout,
+        format!("{doing}: the guest does not respond"),
+    )
+    .hint("load the driver in the guest: modprobe vmw_vsock_virtio_transport")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::locks::Cancel;
+    use std::io::{Read, Write};
     use std::time::{Duration, Instant};
 
     /// Connects to a VMM that answers this and then hangs up.

@@ -11,19 +11,13 @@ use crate::host::process::Process;
 use crate::locks::{Cancel, Rank, region};
 use crate::vmm::dial::{self, Deadline};
 use crate::vmm::end::Note;
+use crate::vmm::silence::{ANSWER_DEADLINE, PING_PERIOD, Silence};
 use crate::vmm::{GuestEvent, run_dir};
 use serde_json::json;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How long a VMM may take to answer. A healthy one takes a millisecond, or a second on a very busy
-/// host.
-const ANSWER_DEADLINE: Duration = Duration::from_secs(4);
-/// A VMM that has missed this many deadlines in a row is unresponsive.
-const MISSES_MAX: u32 = 3;
-/// How often a VMM without events is queried.
-const PING_PERIOD: Duration = Duration::from_secs(5);
 /// How often the free space is checked while a guest is paused.
 const LOOK_PERIOD: Duration = Duration::from_millis(500);
 /// A guest is resumed if there is more free space than this. The store reserves less for deletes,
@@ -138,26 +132,21 @@ impl Monitor {
         &'a self,
         mut attempt: impl FnMut(Deadline<'a>) -> Result<T>,
     ) -> Result<T> {
-        let mut misses = 0;
-        let result = loop {
+        let mut silence = Silence::default();
+        loop {
             let result = {
                 let _blocking = region(Rank::VmmApi);
                 attempt(self.deadline_in(ANSWER_DEADLINE))
             };
             match result {
-                Err(e) if e.kind() == Kind::Timeout => misses += 1,
-                other => break other,
+                Err(e) if e.kind() == Kind::Timeout => silence.missed(&self.on_event),
+                Err(e) => return Err(e),
+                Ok(answer) => {
+                    silence.answered(&self.on_event);
+                    return Ok(answer);
+                }
             }
-            // Reported repeatedly, because the daemon may not have recorded this VM when the first
-            // report came.
-            if misses % MISSES_MAX == 0 {
-                (self.on_event)(GuestEvent::Unresponsive(true));
-            }
-        };
-        if misses >= MISSES_MAX && result.is_ok() {
-            (self.on_event)(GuestEvent::Unresponsive(false));
         }
-        result
     }
 
     fn await_event<'a>(&'a self, qmp: &mut Qmp<'a>, period: Duration) -> Result<()> {

@@ -7,21 +7,17 @@
 
 use super::incoming::{Budget, Incoming, LINE_BYTES_MAX, LINES_MAX, Message, Unusable};
 use crate::error::{Error, Kind, Result};
-use crate::host::wait::{WaitResult, cancelled, wait_any};
+use crate::vmm::conversation::Conversation;
 use crate::vmm::dial::Deadline;
 use crate::vmm::shutdown_cause::Cause;
-use nix::poll::PollFlags;
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::{Value, json};
-use std::io::{self, IoSlice, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
 /// A conversation with one monitor.
 pub struct Qmp<'a> {
-    stream: UnixStream,
-    deadline: Deadline<'a>,
+    conversation: Conversation<'a>,
     incoming: Incoming,
     budget: Budget,
     shutdown_cause: Option<Cause>,
@@ -32,8 +28,7 @@ impl<'a> Qmp<'a> {
     pub fn open(stream: UnixStream, deadline: Deadline<'a>) -> Result<Self> {
         let budget = Budget::new(Instant::now());
         let mut qmp = Self {
-            stream,
-            deadline,
+            conversation: Conversation::new(stream, deadline),
             incoming: Incoming::default(),
             budget,
             shutdown_cause: None,
@@ -51,12 +46,12 @@ impl<'a> Qmp<'a> {
 
     /// Sets the deadline of later commands.
     pub fn set_deadline(&mut self, deadline: Deadline<'a>) {
-        self.deadline = deadline;
+        self.conversation.deadline = deadline;
     }
 
     /// Returns why the VMM ends, if it has said so. Reads all messages that have arrived.
     pub fn shutdown_cause(&mut self) -> Option<Cause> {
-        self.deadline.at = Instant::now();
+        self.conversation.deadline.at = Instant::now();
         while self.message("read the VMM's last messages").is_ok() {}
         self.shutdown_cause
     }
@@ -77,33 +72,16 @@ impl<'a> Qmp<'a> {
         let doing = "pass a file to the VMM";
         let line =
             json!({ "execute": "getfd", "arguments": { "fdname": name } }).to_string() + "\n";
-        self.wait(PollFlags::POLLOUT, doing)?;
-        let fds = [fd.as_raw_fd()];
-        let (data, rights) = (
-            [IoSlice::new(line.as_bytes())],
-            [ControlMessage::ScmRights(&fds)],
-        );
-        let sent = sendmsg::<()>(
-            self.stream.as_raw_fd(),
-            &data,
-            &rights,
-            MsgFlags::MSG_NOSIGNAL,
-            None,
-        );
-        match sent.map_err(|e| Error::io(doing, std::io::Error::from(e)))? {
-            n if n == line.len() => self.answer("getfd").map(drop),
-            _ => Err(Error::new(
-                Kind::VmmFailed,
-                format!("{doing}: its socket is full"),
-            )),
-        }
+        self.conversation.send_with(line.as_bytes(), fd, doing)?;
+        self.answer("getfd").map(drop)
     }
 
     /// Sends a command. Its answer is read with [`Qmp::answer`].
     pub fn ask(&mut self, command: &str, arguments: &Value) -> Result<()> {
         let mut line = json!({ "execute": command, "arguments": arguments }).to_string();
         line.push('\n');
-        self.send(line.as_bytes(), &format!("send {command} to the VMM"))
+        self.conversation
+            .send(line.as_bytes(), &format!("send {command} to the VMM"))
     }
 
     /// Reads the answer to the last command. After a `timeout` it can be called again.
@@ -135,36 +113,6 @@ impl<'a> Qmp<'a> {
         })
     }
 
-    fn wait(&self, flags: PollFlags, doing: &str) -> Result<()> {
-        let Deadline { at, cancel } = self.deadline;
-        match wait_any(&[(self.stream.as_fd(), flags)], at, cancel)
-            .map_err(|e| Error::io(doing, e))?
-        {
-            WaitResult::Ready => Ok(()),
-            WaitResult::Deadline => Err(Error::new(
-                Kind::Timeout,
-                format!("{doing}: no answer within the deadline"),
-            )),
-            WaitResult::Cancelled => Err(cancelled(doing, cancel)),
-        }
-    }
-
-    fn send(&mut self, mut bytes: &[u8], doing: &str) -> Result<()> {
-        while !bytes.is_empty() {
-            self.wait(PollFlags::POLLOUT, doing)?;
-            match self.stream.write(bytes) {
-                Ok(n) => bytes = &bytes[n..],
-                Err(e)
-                    if matches!(
-                        e.kind(),
-                        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
-                    ) => {}
-                Err(e) => return Err(Error::io(doing, e)),
-            }
-        }
-        Ok(())
-    }
-
     fn message(&mut self, doing: &str) -> Result<Message> {
         let mut piece = [0; 4096];
         loop {
@@ -175,22 +123,8 @@ impl<'a> Qmp<'a> {
                 self.shutdown_cause = message.shutdown_cause().or(self.shutdown_cause);
                 return Ok(message);
             }
-            self.wait(PollFlags::POLLIN, doing)?;
-            match self.stream.read(&mut piece) {
-                Ok(0) => {
-                    return Err(Error::new(
-                        Kind::VmmFailed,
-                        format!("{doing}: the VMM hung up"),
-                    ));
-                }
-                Ok(n) => self.incoming.push(&piece[..n]),
-                Err(e)
-                    if matches!(
-                        e.kind(),
-                        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
-                    ) => {}
-                Err(e) => return Err(Error::io(doing, e)),
-            }
+            let n = self.conversation.read(&mut piece, doing)?;
+            self.incoming.push(&piece[..n]);
         }
     }
 }
@@ -219,6 +153,7 @@ mod tests {
     use super::super::scripted::{GREETING, talk};
     use super::*;
     use crate::locks::Cancel;
+    use std::io::Write;
     use std::time::Duration;
 
     #[test]
@@ -324,7 +259,7 @@ mod tests {
             if asks {
                 assert_eq!(
                     qmp.execute("query-status", &json!({})).unwrap_err().kind(),
-                    Kind::Host
+                    Kind::VmmFailed
                 );
             }
             assert_eq!(qmp.shutdown_cause(), Some(Cause::GuestShutdown));

@@ -1,0 +1,37 @@
+//! Tells a VMM that hangs from one that is slow.
+
+use super::GuestEvent;
+use std::time::Duration;
+
+/// How long a VMM may take to answer. A healthy one takes a millisecond. On a very busy host it is
+/// a second, and Firecracker, which handles one request at a time, takes seconds for a snapshot of
+/// much memory.
+pub const ANSWER_DEADLINE: Duration = Duration::from_secs(4);
+/// A VMM that has missed this many deadlines in a row is unresponsive.
+const MISSES_MAX: u32 = 3;
+/// How long to wait between two queries.
+pub const PING_PERIOD: Duration = Duration::from_secs(5);
+
+/// Counts the deadlines that a VMM has missed in a row, and reports when it is unresponsive and
+/// when it answers again.
+#[derive(Default)]
+pub struct Silence {
+    misses: u32,
+}
+
+impl Silence {
+    pub fn missed(&mut self, on_event: &dyn Fn(GuestEvent)) {
+        self.misses += 1;
+        // Reported repeatedly, because the daemon may not have recorded this VM when the first
+        // report came.
+        if self.misses.is_multiple_of(MISSES_MAX) {
+            on_event(GuestEvent::Unresponsive(true));
+        }
+    }
+
+    pub fn answered(&mut self, on_event: &dyn Fn(GuestEvent)) {
+        if std::mem::take(&mut self.misses) >= MISSES_MAX {
+            on_event(GuestEvent::Unresponsive(false));
+        }
+    }
+}

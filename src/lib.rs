@@ -2,30 +2,109 @@
 //!
 //! A module may import modules of lower layers only; `tests/it/layers.rs` checks this.
 
+// Only with the fakes, because without them what `testing` shows is unreachable too.
+#![cfg_attr(feature = "fakes", warn(unreachable_pub))]
+
 // Layer 0: base.
-pub mod config;
-pub mod error;
-pub mod host;
-pub mod ids;
-pub mod locks;
-pub mod uids;
-pub mod undo;
+mod config;
+mod error;
+mod host;
+mod ids;
+mod locks;
+mod uids;
+mod undo;
 // Layer 1: wire.
-pub mod api;
+mod api;
 // Layer 2: mechanisms, which never import each other.
-pub mod disk;
-pub mod guest;
-pub mod image;
-pub mod net;
-pub mod ops;
-pub mod pool;
-pub mod session;
-pub mod store;
-pub mod vmm;
-pub mod workspace;
+mod disk;
+mod guest;
+mod image;
+mod net;
+mod ops;
+mod pool;
+mod session;
+mod store;
+mod vmm;
+mod workspace;
 // Layer 3: composition.
-pub mod daemon;
+mod daemon;
 // Layer 4: edges.
-pub mod cli;
-pub mod client;
-pub mod server;
+mod cli;
+mod client;
+mod server;
+
+/// What the programs `fcd` and `fcctl` call.
+pub mod program {
+    pub use crate::cli::main as fcctl;
+    pub use crate::config::{Config, Flags, reference as config_reference};
+    pub use crate::daemon::helpers::run_if_asked as run_helper_if_asked;
+    pub use crate::host::inherited::close_descriptors;
+    pub use crate::host::{log, memory};
+    pub use crate::server::{exit_status, print_doctor, run};
+}
+
+/// What the tests in `tests/` use.
+#[cfg(any(feature = "fakes", feature = "fuzz", feature = "lock-code"))]
+#[doc(hidden)]
+pub mod testing {
+    pub mod api {
+        pub use crate::api::*;
+    }
+    pub mod cli {
+        pub use crate::cli::*;
+    }
+    pub mod client {
+        pub use crate::client::*;
+    }
+    pub mod config {
+        pub use crate::config::*;
+    }
+    pub mod daemon {
+        pub use crate::daemon::*;
+    }
+    pub mod disk {
+        pub use crate::disk::*;
+    }
+    pub mod error {
+        pub use crate::error::*;
+    }
+    pub mod guest {
+        pub use crate::guest::*;
+    }
+    pub mod host {
+        pub use crate::host::*;
+    }
+    pub mod ids {
+        pub use crate::ids::*;
+    }
+    pub mod image {
+        pub use crate::image::*;
+    }
+    pub mod locks {
+        pub use crate::locks::*;
+    }
+    pub mod net {
+        pub use crate::net::*;
+    }
+    pub mod ops {
+        pub use crate::ops::*;
+    }
+    pub mod pool {
+        pub use crate::pool::*;
+    }
+    pub mod server {
+        pub use crate::server::*;
+    }
+    pub mod store {
+        pub use crate::store::*;
+    }
+    pub mod uids {
+        pub use crate::uids::*;
+    }
+    pub mod vmm {
+        pub use crate::vmm::*;
+    }
+    pub mod workspace {
+        pub use crate::workspace::*;
+    }
+}

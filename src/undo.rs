@@ -9,16 +9,16 @@ type Step<'a> = (
 /// A stack of named undo steps, which run when it is dropped. A step that fails or panics is
 /// logged, and the remaining steps still run.
 #[derive(Default)]
-pub struct Undo<'a> {
+pub(crate) struct Undo<'a> {
     steps: Vec<Step<'a>>,
 }
 
 impl<'a> Undo<'a> {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { steps: Vec::new() }
     }
 
-    pub fn push(
+    pub(crate) fn push(
         &mut self,
         name: &'static str,
         step: impl FnOnce() -> crate::error::Result<()> + 'a,
@@ -27,7 +27,7 @@ impl<'a> Undo<'a> {
     }
 
     /// Keeps the work by discarding all steps.
-    pub fn commit(mut self) {
+    pub(crate) fn commit(mut self) {
         self.steps.clear();
     }
 

@@ -20,7 +20,7 @@ pub struct CallInfo {
     pub access: Access,
     pub key: Key,
     pub on_disconnect: OnDisconnect,
-    pub fds: Fds,
+    pub fds: FdPassing,
     /// Under what name `fcd.info` reports this call, if the first version of the protocol did not
     /// have it.
     pub feature: Option<&'static str>,
@@ -59,7 +59,7 @@ pub enum OnDisconnect {
 
 /// Whether file descriptors are passed with a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fds {
+pub enum FdPassing {
     NoFds,
     /// The caller sends descriptors with the request.
     TakesFds,
@@ -90,7 +90,7 @@ macro_rules! calls {
             access: $crate::api::call::Access::$access,
             key: $crate::api::call::Key::$key,
             on_disconnect: $crate::api::call::OnDisconnect::$on_disconnect,
-            fds: $crate::api::call::Fds::$fds,
+            fds: $crate::api::call::FdPassing::$fds,
             feature: [$(Some($feature),)? None][0],
         }),*];
 

@@ -185,11 +185,6 @@ impl Decoder {
             _ => None,
         }
     }
-
-    /// The bytes of payload so far.
-    pub fn bytes(&self) -> u64 {
-        self.bytes
-    }
 }
 
 /// Frames the bytes that are written to it. The receiver sees an incomplete stream unless
@@ -223,6 +218,7 @@ impl<W: Write> ChunkWriter<W> {
     }
 
     /// Payload so far.
+    #[cfg(any(test, feature = "fakes"))]
     pub fn bytes(&self) -> u64 {
         self.encoder.bytes + (self.buffer.len() - HEADER_BYTES) as u64
     }
@@ -268,16 +264,8 @@ impl<R: Read> ChunkReader<R> {
         }
     }
 
-    /// The trailer, once the payload has been read completely.
-    pub fn trailer(&self) -> Option<&Trailer> {
-        self.decoder.trailer()
-    }
-
-    pub fn bytes(&self) -> u64 {
-        self.decoder.bytes()
-    }
-
     /// Discards the rest of the payload and returns the trailer.
+    #[cfg(any(test, feature = "fakes"))]
     pub fn finish(mut self) -> io::Result<Trailer> {
         io::copy(&mut self, &mut io::sink())?;
         self.decoder.end().cloned()

@@ -1,6 +1,6 @@
 //! The table of all calls, which the lists of the nouns make up.
 
-use super::call::{Access, CallInfo, Fds, Key, OnDisconnect};
+use super::call::CallInfo;
 use super::{daemon, event, exec, image, kernel, op, snapshot, vm, workspace};
 
 macro_rules! nouns {
@@ -50,7 +50,9 @@ pub fn features() -> Vec<String> {
 }
 
 /// The table for the protocol's documentation.
+#[cfg(any(test, feature = "fakes"))]
 pub fn markdown_table() -> String {
+    use super::call::{Access, FdPassing, Key, OnDisconnect};
     let mut out = String::from(
         "| method | who may call it | key | if the caller disconnects | descriptors |\n|---|---|---|---|---|\n",
     );
@@ -68,9 +70,9 @@ pub fn markdown_table() -> String {
             OnDisconnect::FinishOperation => "the operation continues",
         };
         let fds = match call.fds {
-            Fds::NoFds => "",
-            Fds::TakesFds => "with the request",
-            Fds::ReturnsFd => "with the reply",
+            FdPassing::NoFds => "",
+            FdPassing::TakesFds => "with the request",
+            FdPassing::ReturnsFd => "with the reply",
         };
         out += &format!(
             "| `{}` | {access} | {key} | {on_disconnect} | {fds} |\n",
@@ -101,8 +103,9 @@ mod tests {
     /// A retry of an operation without a key could begin it twice.
     #[test]
     fn every_operation_takes_a_key() {
-        let unkeyed =
-            calls().filter(|call| call.on_disconnect.is_operation() && call.key == Key::Unkeyed);
+        let unkeyed = calls().filter(|call| {
+            call.on_disconnect.is_operation() && call.key == crate::api::call::Key::Unkeyed
+        });
         assert_eq!(unkeyed.map(|call| call.method).collect::<Vec<_>>(), [""; 0]);
     }
 

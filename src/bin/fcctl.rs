@@ -1,5 +1,5 @@
-//! The `fcctl` program. Everything is in [`fcd::cli`].
+//! The `fcctl` program. Everything is in [`fcd::program`].
 
 fn main() -> std::process::ExitCode {
-    std::process::ExitCode::from(fcd::cli::main())
+    std::process::ExitCode::from(fcd::program::fcctl())
 }

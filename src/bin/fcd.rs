@@ -1,7 +1,7 @@
 //! The `fcd` program: parses flags, sets up logging, and runs the daemon from the library.
 
 use clap::Parser;
-use fcd::config::{Config, Flags};
+use fcd::program::{Config, Flags};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -41,16 +41,16 @@ enum Command {
 fn main() -> ExitCode {
     // This comes first because a helper process must have one thread and no open files when it
     // drops its privileges.
-    if let Some(code) = fcd::daemon::helpers::run_if_asked() {
+    if let Some(code) = fcd::program::run_helper_if_asked() {
         return code;
     }
-    fcd::host::memory::bound_allocator();
-    let closed = fcd::host::inherited::close_descriptors(&|name| std::env::var(name).ok());
+    fcd::program::memory::bound_allocator();
+    let closed = fcd::program::close_descriptors(&|name| std::env::var(name).ok());
     let args = Args::parse();
     if args.print_config {
-        return print(&fcd::config::reference());
+        return print(&fcd::program::config_reference());
     }
-    if let Err(e) = fcd::host::log::init() {
+    if let Err(e) = fcd::program::log::init() {
         eprintln!("fcd: {e}");
         return ExitCode::FAILURE;
     }
@@ -65,13 +65,13 @@ fn main() -> ExitCode {
     let uid = nix::unistd::geteuid().as_raw();
     let outcome = Config::load(&flags, uid, &|name| std::env::var(name).ok()).and_then(|config| {
         match args.command {
-            Some(Command::Doctor { .. }) => fcd::server::print_doctor(&config),
-            None => fcd::server::run(config),
+            Some(Command::Doctor { .. }) => fcd::program::print_doctor(&config),
+            None => fcd::program::run(config),
         }
     });
     match outcome {
         Ok(()) => {
-            fcd::host::log::flush();
+            fcd::program::log::flush();
             ExitCode::SUCCESS
         }
         Err(e) => {
@@ -79,8 +79,8 @@ fn main() -> ExitCode {
                 .hint_text()
                 .map(|hint| format!("\nhint: {hint}"))
                 .unwrap_or_default();
-            fcd::host::log::say(&format!("fcd: {e}{hint}"));
-            ExitCode::from(fcd::server::exit_status(&e))
+            fcd::program::log::say(&format!("fcd: {e}{hint}"));
+            ExitCode::from(fcd::program::exit_status(&e))
         }
     }
 }

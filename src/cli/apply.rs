@@ -17,7 +17,7 @@ use crate::workspace::left::LeftBehind;
 use std::path::{Path, PathBuf};
 
 #[derive(clap::Args, Debug)]
-pub struct Args {
+pub(super) struct Args {
     /// Name, ID, or ID prefix
     #[arg(required_unless_present = "patch")]
     vm: Option<String>,
@@ -54,7 +54,7 @@ struct ChangedFile {
     lines_removed: Option<u64>,
 }
 
-pub fn run(
+pub(super) fn run(
     connector: &mut Connector,
     printer: &mut Printer,
     interrupts: &Interrupts,
@@ -158,7 +158,7 @@ fn report(
 
 /// Returns the command that applies a patch file to the tree `top` when it is run in the current
 /// directory.
-pub fn command_for(top: &Path, patch: &Path, cancel: &Cancel) -> String {
+pub(super) fn command_for(top: &Path, patch: &Path, cancel: &Cancel) -> String {
     let by_hand = std::env::current_dir()
         .ok()
         .and_then(|cwd| apply::by_hand(top, &cwd, patch, &CallerEnv::from_process(), cancel));

@@ -13,7 +13,7 @@ use std::os::unix::net::UnixStream;
 const PIECE_BYTES: usize = 64 * 1024;
 
 #[derive(clap::Args, Debug)]
-pub struct Args {
+pub(super) struct Args {
     /// Name, ID, or ID prefix
     vm: String,
     /// vsock port of the guest
@@ -23,7 +23,7 @@ pub struct Args {
 /// Relays until the guest closes its side. The end of stdin is not forwarded: Firecracker treats a
 /// half-closed connection as closed, so whatever the guest has not sent yet would be lost (v1.16,
 /// src/vmm/src/devices/virtio/vsock/csm/connection.rs).
-pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
+pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     let Context {
         connector,
         printer,

@@ -8,25 +8,25 @@ use crate::client::{Client, Result};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 
-pub struct Connector {
+pub(super) struct Connector {
     socket: PathBuf,
     warned: bool,
 }
 
 impl Connector {
-    pub fn new(socket: PathBuf) -> Self {
+    pub(super) fn new(socket: PathBuf) -> Self {
         Self {
             socket,
             warned: false,
         }
     }
 
-    pub fn socket(&self) -> &Path {
+    pub(super) fn socket(&self) -> &Path {
         &self.socket
     }
 
     /// Connects. A version difference between fcctl and fcd is reported only the first time.
-    pub fn connect(&mut self, printer: &mut Printer) -> Result<Client> {
+    pub(super) fn connect(&mut self, printer: &mut Printer) -> Result<Client> {
         let client = Client::connect(&self.socket)?;
         if let Some(warning) = client.warning()
             && !std::mem::replace(&mut self.warned, true)
@@ -39,7 +39,7 @@ impl Connector {
     /// Runs `each` for every target, and continues after failures. The status is that of the first
     /// failure, or 0. With `--json` it prints the results of `each`: one object for one target, an
     /// array for several.
-    pub fn for_each<T: Serialize>(
+    pub(super) fn for_each<T: Serialize>(
         &mut self,
         printer: &mut Printer,
         targets: &[String],
@@ -77,7 +77,7 @@ impl Connector {
 
 /// Runs an operation and shows its progress on stderr. `doing` is the prefix of each line, such as
 /// `start web`.
-pub fn operate<C: Call>(
+pub(super) fn operate<C: Call>(
     printer: &Printer,
     client: &mut Client,
     doing: &str,

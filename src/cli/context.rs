@@ -11,7 +11,7 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
 /// The caller's three streams, as duplicates that share their open file descriptions.
-pub struct Stdio {
+pub(super) struct Stdio {
     pub stdin: File,
     pub stdout: File,
     pub stderr: File,
@@ -19,7 +19,7 @@ pub struct Stdio {
 
 impl Stdio {
     /// Duplicates the streams of this process.
-    pub fn of_process() -> std::io::Result<Self> {
+    pub(super) fn of_process() -> std::io::Result<Self> {
         use std::os::fd::AsFd;
         Ok(Self {
             stdin: std::io::stdin().as_fd().try_clone_to_owned()?.into(),
@@ -28,19 +28,19 @@ impl Stdio {
         })
     }
 
-    pub fn stdin_is_terminal(&self) -> bool {
+    pub(super) fn stdin_is_terminal(&self) -> bool {
         self.stdin.is_terminal()
     }
 
-    pub fn stdout_is_terminal(&self) -> bool {
+    pub(super) fn stdout_is_terminal(&self) -> bool {
         self.stdout.is_terminal()
     }
 }
 
 /// Reads one variable of the environment.
-pub type Env = dyn Fn(&str) -> Option<String> + Send + Sync;
+pub(super) type Env = dyn Fn(&str) -> Option<String> + Send + Sync;
 
-pub struct Context {
+pub(super) struct Context {
     pub connector: Connector,
     pub printer: Printer,
     pub stdio: Stdio,
@@ -53,7 +53,7 @@ pub struct Context {
 impl Context {
     /// Starts without a socket and without `--json`, which are known only once the command line is
     /// parsed.
-    pub fn new(
+    pub(super) fn new(
         stdio: Stdio,
         signals: SignalSource,
         env: Box<Env>,
@@ -72,7 +72,7 @@ impl Context {
 }
 
 /// True if results may be coloured.
-pub fn may_colour(stdio: &Stdio, env: &Env) -> bool {
+pub(super) fn may_colour(stdio: &Stdio, env: &Env) -> bool {
     stdio.stdout_is_terminal()
         && env("NO_COLOR").is_none_or(|v| v.is_empty())
         && env("TERM").is_none_or(|t| t != "dumb")
@@ -80,7 +80,7 @@ pub fn may_colour(stdio: &Stdio, env: &Env) -> bool {
 
 /// Picks the socket if none was named. Root uses the system's. A user's own daemon comes first;
 /// without one, the user gets the system's socket if it is accessible.
-pub fn default_socket(
+pub(super) fn default_socket(
     uid: u32,
     env: &dyn Fn(&str) -> Option<String>,
     usable: &dyn Fn(&Path) -> bool,
@@ -96,7 +96,7 @@ pub fn default_socket(
 
 /// True if the socket exists and this user may connect to it, which takes write permission
 /// (unix(7)).
-pub fn is_usable(socket: &Path) -> bool {
+pub(super) fn is_usable(socket: &Path) -> bool {
     rustix::fs::access(socket, rustix::fs::Access::WRITE_OK).is_ok()
 }
 

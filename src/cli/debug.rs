@@ -10,7 +10,7 @@ use crate::client::Result;
 use crate::locks::rank;
 
 #[derive(clap::Subcommand, Debug)]
-pub enum Verb {
+pub(super) enum Verb {
     /// Show held locks: since when, for which operation, who waits
     Locks,
     /// Show the lock order that the checker enforces
@@ -21,7 +21,7 @@ pub enum Verb {
     },
 }
 
-pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
+pub(super) fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
     let Context {
         connector, printer, ..
     } = ctx;

@@ -29,7 +29,7 @@ const PASSED: [&str; 8] = [
 ];
 
 #[derive(clap::Args, Debug)]
-pub struct Args {
+pub(super) struct Args {
     /// List what fcd has left on this host that belongs to no VM
     #[arg(long)]
     leaks: bool,
@@ -41,7 +41,7 @@ pub struct Args {
     yes: bool,
 }
 
-pub fn run(ctx: &mut Context, args: &Args) -> Result<u8> {
+pub(super) fn run(ctx: &mut Context, args: &Args) -> Result<u8> {
     let Context {
         connector,
         printer,

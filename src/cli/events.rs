@@ -35,13 +35,13 @@ Without --since, the current state of all VMs is printed first. With --json, eve
 document with its `event` and the number `seq` of the change that it belongs to; `set` has the\n\
 members of a VM that changed. The lines of one change are written together, so --since can be\n\
 the `seq` of the last line that was read.")]
-pub struct Args {
+pub(super) struct Args {
     /// Continue after the change with this number
     #[arg(long, value_name = "N")]
     since: Option<u64>,
 }
 
-pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
+pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     let Context {
         connector,
         printer,

@@ -17,7 +17,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 
 /// The exit status of `exec` and `run` for every failure that is not the command's own.
-pub const OUR_FAILURE: u8 = 125;
+pub(super) const OUR_FAILURE: u8 = 125;
 /// A longer command goes through its own pipe. JSON can escape it to six times its length, and a
 /// frame is limited to 1 MiB.
 const REQUEST_COMMAND_BYTES_MAX: usize = 128 * 1024;
@@ -25,7 +25,7 @@ const REQUEST_COMMAND_BYTES_MAX: usize = 128 * 1024;
 const READER_GONE: u8 = 128 + 13;
 
 #[derive(clap::Args, Debug)]
-pub struct Args {
+pub(super) struct Args {
     /// Name, ID, or ID prefix
     vm: String,
     #[command(flatten)]
@@ -37,7 +37,7 @@ pub struct Args {
 
 /// How to run a command. Shared by `exec` and `run`.
 #[derive(clap::Args, Debug, Default)]
-pub struct How {
+pub(super) struct How {
     /// Pass stdin to the command
     #[arg(short, long)]
     pub interactive: bool,
@@ -60,7 +60,7 @@ pub struct How {
 
 /// The command to run and how.
 #[derive(Debug)]
-pub struct Spec {
+pub(super) struct Spec {
     pub argv: Vec<OsString>,
     pub env: Vec<(String, OsString)>,
     pub workdir: Option<OsString>,
@@ -73,7 +73,7 @@ pub struct Spec {
 impl How {
     /// Fills in the defaults. A shell on a terminal gets stdin and a pty without being asked;
     /// without a terminal it needs `-i`.
-    pub fn spec(self, stdio: &Stdio, env: &Env, argv: Vec<OsString>) -> Result<Spec> {
+    pub(super) fn spec(self, stdio: &Stdio, env: &Env, argv: Vec<OsString>) -> Result<Spec> {
         let on_terminal = stdio.stdin_is_terminal() && stdio.stdout_is_terminal();
         let is_shell = argv.is_empty();
         if is_shell && !on_terminal && !self.interactive {
@@ -107,7 +107,7 @@ impl How {
 
 /// How a command ended, as far as this process saw it.
 #[derive(Debug, PartialEq)]
-pub enum Outcome {
+pub(super) enum Outcome {
     Exit(Exit),
     /// A signal cancelled the command before it began, or made this process detach from it.
     Interrupted,
@@ -115,7 +115,7 @@ pub enum Outcome {
     ReaderGone,
 }
 
-pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
+pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     let Context {
         connector,
         printer,
@@ -140,7 +140,7 @@ pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
 }
 
 /// The exit status for `outcome`.
-pub fn status_of(outcome: &Outcome, interrupts: &Interrupts) -> u8 {
+pub(super) fn status_of(outcome: &Outcome, interrupts: &Interrupts) -> u8 {
     match outcome {
         Outcome::Exit(exit) => exit.shell_status(),
         Outcome::Interrupted => interrupts.status().unwrap_or(OUR_FAILURE),
@@ -150,7 +150,7 @@ pub fn status_of(outcome: &Outcome, interrupts: &Interrupts) -> u8 {
 
 /// Runs a command until it has ended and all its output was written. Returns the daemon's errors,
 /// and errors of the caller's own streams.
-pub fn execute(
+pub(super) fn execute(
     printer: &mut Printer,
     stdio: &Stdio,
     interrupts: &Interrupts,

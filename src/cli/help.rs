@@ -62,7 +62,7 @@ pub(super) const TOPICS: &[(&str, &str, &str)] = &[
 ];
 
 /// The list of topics that ends `fcctl --help`.
-pub fn topics() -> String {
+pub(super) fn topics() -> String {
     let width = TOPICS
         .iter()
         .map(|(name, _, _)| name.len())
@@ -77,7 +77,7 @@ pub fn topics() -> String {
 
 /// Returns the page that `fcctl help TOPIC` asks for. clap answers `fcctl help COMMAND` and knows
 /// nothing about topics.
-pub fn page(args: &[OsString]) -> Option<String> {
+pub(super) fn page(args: &[OsString]) -> Option<String> {
     let [_, help, topic] = args else { return None };
     let (_, _, page) = TOPICS
         .iter()

@@ -14,7 +14,7 @@ use crate::client::Result;
 use crate::ids::ImageRef;
 
 #[derive(clap::Subcommand, Debug)]
-pub enum Verb {
+pub(super) enum Verb {
     /// Build an image from the distribution's packages
     Build {
         /// Name of the image [default: default]
@@ -34,7 +34,7 @@ pub enum Verb {
     },
 }
 
-pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
+pub(super) fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
     let Context {
         connector,
         printer,

@@ -15,7 +15,7 @@ use crate::ids::KernelName;
 use std::path::PathBuf;
 
 #[derive(clap::Subcommand, Debug)]
-pub enum Verb {
+pub(super) enum Verb {
     /// Import a kernel from this host: a vmlinux, or a distribution's vmlinuz with its modules
     Import {
         /// Path of a vmlinux or vmlinuz
@@ -37,7 +37,7 @@ pub enum Verb {
     Delete { kernel: KernelName },
 }
 
-pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
+pub(super) fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
     let Context {
         connector,
         printer,

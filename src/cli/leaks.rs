@@ -13,7 +13,7 @@ use crate::host::text::printable;
 use std::io::{BufRead, BufReader};
 
 /// The status is 0 if there is nothing, or nothing left after removing it.
-pub fn run(
+pub(super) fn run(
     connector: &mut Connector,
     printer: &mut Printer,
     stdio: &Stdio,

@@ -8,7 +8,7 @@ use crate::error::{Error, Kind};
 use crate::host::text::printable_lines;
 
 #[derive(clap::Args, Debug)]
-pub struct Args {
+pub(super) struct Args {
     /// Name, ID, or ID prefix
     vm: String,
     /// Keep printing until the VM is deleted
@@ -19,7 +19,7 @@ pub struct Args {
     tail: Option<u64>,
 }
 
-pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
+pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     let Context {
         connector,
         printer,
@@ -73,11 +73,11 @@ pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
 }
 
 /// The failure that ends a call once nobody reads its output.
-pub fn unread() -> Failure {
+pub(super) fn unread() -> Failure {
     Error::new(Kind::Cancelled, "nobody reads").into()
 }
 
 /// True for [`unread`], but not for a full disk behind stdout or an error of the daemon.
-pub fn is_unread(failure: &Failure) -> bool {
+pub(super) fn is_unread(failure: &Failure) -> bool {
     *failure == unread()
 }

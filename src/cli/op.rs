@@ -16,7 +16,7 @@ use crate::host::text::printable;
 use std::time::Duration;
 
 #[derive(clap::Subcommand, Debug)]
-pub enum Verb {
+pub(super) enum Verb {
     /// List operations
     #[command(visible_alias = "ls")]
     List {
@@ -42,13 +42,13 @@ pub enum Verb {
 }
 
 #[derive(clap::Args, Debug)]
-pub struct Targets {
+pub(super) struct Targets {
     /// IDs or ID prefixes
     #[arg(required = true, value_name = "OP")]
     ops: Vec<String>,
 }
 
-pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
+pub(super) fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
     let Context {
         connector,
         printer,
@@ -63,7 +63,7 @@ pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
     }
 }
 
-pub const fn name(state: OpState) -> &'static str {
+pub(super) const fn name(state: OpState) -> &'static str {
     match state {
         OpState::Running => "running",
         OpState::Cancelling => "cancelling",

@@ -6,30 +6,30 @@ use std::fs::File;
 use std::io::{self, Write};
 
 /// An output stream. Once its reader has exited, further output is dropped without an error.
-pub struct Out {
+pub(super) struct Out {
     file: File,
     is_broken: bool,
 }
 
 impl Out {
-    pub fn new(file: File) -> Self {
+    pub(super) fn new(file: File) -> Self {
         Self {
             file,
             is_broken: false,
         }
     }
 
-    pub fn file(&self) -> &File {
+    pub(super) fn file(&self) -> &File {
         &self.file
     }
 
     /// True if the reader has exited or the stream cannot be written.
-    pub fn is_broken(&self) -> bool {
+    pub(super) fn is_broken(&self) -> bool {
         self.is_broken
     }
 
     /// Writes all bytes. Errors other than an exited reader, such as a full disk, are returned.
-    pub fn bytes(&mut self, bytes: &[u8]) -> io::Result<()> {
+    pub(super) fn bytes(&mut self, bytes: &[u8]) -> io::Result<()> {
         if self.is_broken {
             return Ok(());
         }
@@ -46,13 +46,13 @@ impl Out {
         }
     }
 
-    pub fn line(&mut self, text: &str) -> io::Result<()> {
+    pub(super) fn line(&mut self, text: &str) -> io::Result<()> {
         self.bytes(format!("{text}\n").as_bytes())
     }
 }
 
 /// Formats rows under upper-case headers.
-pub fn table(headers: &[&str], rows: &[Vec<String>]) -> String {
+pub(super) fn table(headers: &[&str], rows: &[Vec<String>]) -> String {
     let mut table = Table::new(headers);
     rows.iter().flatten().for_each(|cell| table.cell(cell));
     table.render()
@@ -60,7 +60,7 @@ pub fn table(headers: &[&str], rows: &[Vec<String>]) -> String {
 
 /// A table with two spaces between columns. The last column is not padded. Cells are kept in one
 /// string, because `fcctl ps` may have tens of thousands of them.
-pub struct Table {
+pub(super) struct Table {
     text: String,
     cells: Vec<Cell>,
     /// The width of each column.
@@ -75,7 +75,7 @@ struct Cell {
 }
 
 impl Table {
-    pub fn new(headers: &[&str]) -> Self {
+    pub(super) fn new(headers: &[&str]) -> Self {
         let mut table = Self {
             text: String::new(),
             cells: Vec::new(),
@@ -86,7 +86,7 @@ impl Table {
     }
 
     /// Adds the next cell, row by row, without its harmful characters.
-    pub fn cell(&mut self, text: &str) {
+    pub(super) fn cell(&mut self, text: &str) {
         let width = if is_plain(text) {
             self.text.push_str(text);
             text.len()
@@ -103,7 +103,7 @@ impl Table {
         });
     }
 
-    pub fn render(&self) -> String {
+    pub(super) fn render(&self) -> String {
         const GAP: usize = 2;
         let columns = self.widths.len();
         let line_bytes = self.widths.iter().map(|width| width + GAP).sum::<usize>();
@@ -126,7 +126,7 @@ impl Table {
 }
 
 /// Formats seconds as `5s`, `3m`, `2h` or `4d`.
-pub fn span(seconds: u64) -> String {
+pub(super) fn span(seconds: u64) -> String {
     match seconds {
         0..60 => format!("{seconds}s"),
         60..3_600 => format!("{}m", seconds / 60),
@@ -136,12 +136,12 @@ pub fn span(seconds: u64) -> String {
 }
 
 /// Formats how long ago `then` was. Both are seconds since the epoch.
-pub fn age(now: u64, then: u64) -> String {
+pub(super) fn age(now: u64, then: u64) -> String {
     format!("{} ago", span(now.saturating_sub(then)))
 }
 
 /// Formats bytes as `512 MiB` or `1.5 GiB`.
-pub fn size(bytes: u64) -> String {
+pub(super) fn size(bytes: u64) -> String {
     const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
     let mut unit = 0;
     while unit + 1 < UNITS.len() && bytes >> (10 * (unit + 1)) > 0 {

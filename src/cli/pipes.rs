@@ -11,20 +11,20 @@ use std::time::Instant;
 
 /// Our end of a pipe. Reads and writes wait for the other end. Once `cancel` fires they fail with
 /// `ErrorKind::ConnectionAborted`.
-pub struct End {
+pub(super) struct End {
     fd: OwnedFd,
     cancel: Cancel,
     is_unread: bool,
 }
 
 /// Creates a pipe and returns our write end and the daemon's read end.
-pub fn to_daemon(cancel: &Cancel) -> Result<(End, OwnedFd)> {
+pub(super) fn to_daemon(cancel: &Cancel) -> Result<(End, OwnedFd)> {
     let (reader, writer) = io::pipe().map_err(|e| Error::io("create a pipe", e))?;
     Ok((End::new(writer.into(), cancel)?, reader.into()))
 }
 
 /// Creates a pipe and returns our read end and the daemon's write end.
-pub fn from_daemon(cancel: &Cancel) -> Result<(End, OwnedFd)> {
+pub(super) fn from_daemon(cancel: &Cancel) -> Result<(End, OwnedFd)> {
     let (reader, writer) = io::pipe().map_err(|e| Error::io("create a pipe", e))?;
     Ok((End::new(reader.into(), cancel)?, writer.into()))
 }
@@ -41,7 +41,7 @@ impl End {
     }
 
     /// True once a write has found that the daemon closed its end.
-    pub fn is_unread(&self) -> bool {
+    pub(super) fn is_unread(&self) -> bool {
         self.is_unread
     }
 }
@@ -82,13 +82,13 @@ impl Write for End {
 }
 
 /// One of the caller's streams (a terminal, a pipe, a file) whose reads can be cancelled.
-pub struct Stoppable {
+pub(super) struct Stoppable {
     file: std::fs::File,
     cancel: Cancel,
 }
 
 impl Stoppable {
-    pub fn new(file: std::fs::File, cancel: &Cancel) -> Self {
+    pub(super) fn new(file: std::fs::File, cancel: &Cancel) -> Self {
         Self {
             file,
             cancel: cancel.clone(),
@@ -122,7 +122,7 @@ fn stopped(cancel: &Cancel) -> io::Error {
 
 /// Waits until `fd` is ready. Fails with `ConnectionAborted` when the token fires and with
 /// `TimedOut` at the deadline.
-pub fn wait(
+pub(super) fn wait(
     fd: BorrowedFd<'_>,
     flags: PollFlags,
     cancel: &Cancel,

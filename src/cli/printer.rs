@@ -8,7 +8,7 @@ use crate::host::text::printable;
 use serde::Serialize;
 use std::fs::File;
 
-pub struct Printer {
+pub(super) struct Printer {
     /// Results as one JSON document on stdout, failures as JSON on stderr.
     pub json: bool,
     out: Out,
@@ -16,7 +16,7 @@ pub struct Printer {
 }
 
 impl Printer {
-    pub fn new(stdout: File, stderr: File) -> Self {
+    pub(super) fn new(stdout: File, stderr: File) -> Self {
         Self {
             json: false,
             out: Out::new(stdout),
@@ -26,7 +26,7 @@ impl Printer {
 
     /// Returns the progress of one operation. `doing` is the prefix of each line, such as `start
     /// web`.
-    pub fn progress(&self, doing: &str) -> Progress {
+    pub(super) fn progress(&self, doing: &str) -> Progress {
         if self.json {
             return Progress::silent();
         }
@@ -34,40 +34,40 @@ impl Printer {
     }
 
     /// Prints one line to stdout.
-    pub fn line(&mut self, text: &str) -> Result<()> {
+    pub(super) fn line(&mut self, text: &str) -> Result<()> {
         self.text(&format!("{text}\n"))
     }
 
     /// Prints a line unless `--json` is given. The caller prints the document.
-    pub fn say(&mut self, text: &str) -> Result<()> {
+    pub(super) fn say(&mut self, text: &str) -> Result<()> {
         if self.json { Ok(()) } else { self.line(text) }
     }
 
     /// Prints `text` to stdout as it is.
-    pub fn text(&mut self, text: &str) -> Result<()> {
+    pub(super) fn text(&mut self, text: &str) -> Result<()> {
         self.bytes(text.as_bytes())
     }
 
-    pub fn bytes(&mut self, bytes: &[u8]) -> Result<()> {
+    pub(super) fn bytes(&mut self, bytes: &[u8]) -> Result<()> {
         self.out
             .bytes(bytes)
             .map_err(|e| Error::io("write to stdout", e).into())
     }
 
     /// Prints the single JSON document of a command.
-    pub fn document(&mut self, value: &impl Serialize) -> Result<()> {
+    pub(super) fn document(&mut self, value: &impl Serialize) -> Result<()> {
         let text = serde_json::to_string_pretty(value)
             .map_err(|e| Error::internal("write JSON").with_source(e))?;
         self.line(&text)
     }
 
     /// True once the reader of stdout has exited.
-    pub fn is_unread(&self) -> bool {
+    pub(super) fn is_unread(&self) -> bool {
         self.out.is_broken()
     }
 
     /// Prints a remark on stderr, except with `--json`.
-    pub fn note(&mut self, text: &str) {
+    pub(super) fn note(&mut self, text: &str) {
         if !self.json {
             // If stderr cannot be written either, there is nowhere left to report it.
             let _ = self.err.line(&format!("fcctl: {}", printable(text)));
@@ -75,7 +75,7 @@ impl Printer {
     }
 
     /// Reports a failure on stderr, with `--json` as a JSON object.
-    pub fn fail(&mut self, failure: &Failure, status: u8) {
+    pub(super) fn fail(&mut self, failure: &Failure, status: u8) {
         let fault = &failure.fault;
         if self.json {
             let mut error = serde_json::to_value(fault).unwrap_or_default();
@@ -94,7 +94,7 @@ impl Printer {
     }
 
     /// Prints clap's own message about a command line that it rejected.
-    pub fn usage(&mut self, text: &str) {
+    pub(super) fn usage(&mut self, text: &str) {
         let _ = self
             .err
             .bytes(text.replacen("error: ", "fcctl: ", 1).as_bytes());

@@ -11,7 +11,7 @@ use std::time::Duration;
 const TICK: Duration = Duration::from_millis(120);
 
 /// The progress of one operation. Dropping it clears the bar.
-pub struct Progress {
+pub(super) struct Progress {
     doing: String,
     shown: Shown,
 }
@@ -23,14 +23,14 @@ enum Shown {
 }
 
 impl Progress {
-    pub fn silent() -> Self {
+    pub(super) fn silent() -> Self {
         Self {
             doing: String::new(),
             shown: Shown::Nothing,
         }
     }
 
-    pub fn new(doing: &str, stderr: &File) -> Self {
+    pub(super) fn new(doing: &str, stderr: &File) -> Self {
         let shown = if stderr.is_terminal() {
             let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
             bar.set_style(style("{spinner} {prefix} {msg} [{elapsed}]"));
@@ -52,7 +52,7 @@ impl Progress {
         }
     }
 
-    pub fn update(&mut self, progress: &op::Progress) {
+    pub(super) fn update(&mut self, progress: &op::Progress) {
         let stage = printable(&progress.stage);
         match &mut self.shown {
             Shown::Nothing => {}

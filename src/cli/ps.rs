@@ -11,7 +11,7 @@ use crate::client::Result;
 const PAGE_ITEMS: u32 = 500;
 
 #[derive(clap::Args, Debug)]
-pub struct Args {
+pub(super) struct Args {
     /// Also list VMs that are not running
     #[arg(short, long)]
     all: bool,
@@ -20,7 +20,7 @@ pub struct Args {
     quiet: bool,
 }
 
-pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
+pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     let Context {
         connector,
         printer,

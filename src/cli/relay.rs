@@ -21,7 +21,7 @@ const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
 
 /// The outcome of relaying one output stream.
 #[derive(Debug)]
-pub enum Drained {
+pub(super) enum Drained {
     /// All output was written.
     Whole,
     /// The caller's reader has exited. This is not an error.
@@ -34,7 +34,7 @@ pub enum Drained {
 
 /// Which of the caller's streams are relayed.
 #[derive(Clone, Copy)]
-pub struct Wanted {
+pub(super) struct Wanted {
     pub stdin: bool,
     /// A pty has no separate stderr.
     pub stderr: bool,
@@ -42,7 +42,7 @@ pub struct Wanted {
 
 /// The relay threads of one command. They are not joined on drop: they end when the daemon closes
 /// its ends.
-pub struct Relay {
+pub(super) struct Relay {
     outputs: Vec<JoinHandle<Drained>>,
     stdin_stop: Cancel,
     /// Fires when the command has ended.
@@ -53,7 +53,7 @@ pub struct Relay {
 
 impl Relay {
     /// Starts the threads. `lost` is called for stdout if it can no longer be written.
-    pub fn start(
+    pub(super) fn start(
         stdio: &super::context::Stdio,
         wanted: Wanted,
         lost: impl Fn() + Send + Sync + 'static,
@@ -85,7 +85,7 @@ impl Relay {
     }
 
     /// Sends the command through its own pipe instead of in the request.
-    pub fn command(&mut self, bytes: &[u8]) -> Result<()> {
+    pub(super) fn command(&mut self, bytes: &[u8]) -> Result<()> {
         let (mut to, theirs) = pipes::to_daemon(&self.stdin_stop)?;
         let bytes = bytes.to_vec();
         // If the daemon stops reading, its reply says why.
@@ -120,22 +120,22 @@ impl Relay {
     }
 
     /// Names the descriptors of [`Self::fds`], in the same order.
-    pub fn streams(&self) -> &[Stream] {
+    pub(super) fn streams(&self) -> &[Stream] {
         &self.streams
     }
-    pub fn fds(&self) -> Vec<std::os::fd::BorrowedFd<'_>> {
+    pub(super) fn fds(&self) -> Vec<std::os::fd::BorrowedFd<'_>> {
         self.fds.iter().map(AsFd::as_fd).collect()
     }
 
     /// Closes our copies of the daemon's ends once the daemon has them. Each pipe then ends when
     /// the daemon closes its end.
-    pub fn close_lent(&mut self) {
+    pub(super) fn close_lent(&mut self) {
         self.fds.clear();
     }
 
     /// Call this when the command has ended: writes the remaining output and returns how stdout and
     /// stderr ended.
-    pub fn finish(mut self) -> Vec<Drained> {
+    pub(super) fn finish(mut self) -> Vec<Drained> {
         self.close_lent();
         self.stdin_stop.cancel(CancelCause::CommandEnded);
         self.ended.cancel(CancelCause::CommandEnded);

@@ -6,7 +6,7 @@ use crate::error::Error;
 use serde_json::value::RawValue;
 
 #[derive(clap::Args, Debug)]
-pub struct Args {
+pub(super) struct Args {
     /// Method, such as vm.show
     method: String,
     /// Parameters as JSON, such as '{"vm":"web"}'
@@ -18,7 +18,7 @@ pub struct Args {
 }
 
 /// Prints the result as the daemon sent it, followed by a newline.
-pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
+pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     let Context {
         connector,
         printer,

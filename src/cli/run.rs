@@ -19,9 +19,9 @@ use crate::ids::VmName;
 use std::path::{Path, PathBuf};
 
 #[derive(clap::Args, Debug)]
-pub struct Args {
-    /// Directory to copy into the VM. In a git repository, the whole repository is copied, and
-    /// the command starts in this directory
+pub(super) struct Args {
+    /// Directory to copy into the VM. In a git repository, the whole repository is copied, and the
+    /// command starts in this directory
     path: Option<PathBuf>,
     /// Delete the VM afterwards, even if fcctl is killed
     #[arg(long)]
@@ -46,7 +46,7 @@ pub struct Args {
 }
 
 /// Runs the whole sequence, from checking the tree to a VM that keeps running or has been deleted.
-pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
+pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     let Context {
         connector,
         printer,

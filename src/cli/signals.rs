@@ -12,14 +12,14 @@ use std::io::Write;
 use std::sync::Arc;
 
 /// How many signals are forwarded to the guest's command before the next one detaches.
-pub const FORWARDED_MAX: u8 = 2;
+pub(super) const FORWARDED_MAX: u8 = 2;
 /// How many signals and resizes may wait for the daemon. Further ones are dropped.
 const CONTROLS_MAX: usize = 16;
 const CAUGHT: [i32; 5] = [SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGWINCH];
 
 /// The phase of a command, as far as signals are concerned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Phase {
+pub(super) enum Phase {
     /// Before the guest's command, or a command without one. Whatever is running can be cancelled.
     Working,
     /// The guest's command is running.
@@ -32,7 +32,7 @@ pub enum Phase {
 
 /// What to do about a signal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Action {
+pub(super) enum Action {
     Nothing,
     /// End the current call and the command.
     Cancel,
@@ -49,7 +49,7 @@ pub enum Action {
 }
 
 /// Returns the next phase and what to do. Pure, so that tests can read it as a transcript.
-pub fn on_signal(phase: Phase, signal: i32) -> (Phase, Action) {
+pub(super) fn on_signal(phase: Phase, signal: i32) -> (Phase, Action) {
     if signal == SIGWINCH {
         let action = if matches!(phase, Phase::Command { .. }) {
             Action::Resize
@@ -82,7 +82,7 @@ fn name(signal: i32) -> &'static str {
 }
 
 /// Where signals come from.
-pub enum SignalSource {
+pub(super) enum SignalSource {
     /// The signals of this process.
     Process,
     /// A channel, in tests.
@@ -148,7 +148,7 @@ fn ignored_mask() -> u64 {
 
 /// What is sent to the session on a second connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Control {
+pub(super) enum Control {
     Signal(&'static str),
     Resize,
 }
@@ -165,14 +165,14 @@ struct State {
 
 /// Handles signals for one command, from its creation until it is dropped. Without it, signals have
 /// their default effect.
-pub struct Interrupts {
+pub(super) struct Interrupts {
     state: Arc<Mutex<State>>,
     cancel: Cancel,
     _watch: Watch,
 }
 
 impl Interrupts {
-    pub fn start(source: &SignalSource, stderr: &File) -> Result<Self> {
+    pub(super) fn start(source: &SignalSource, stderr: &File) -> Result<Self> {
         let cancel = Cancel::try_new().map_err(|e| Error::io("make a cancel token", e))?;
         let state = State {
             phase: Phase::Working,
@@ -195,12 +195,12 @@ impl Interrupts {
     }
 
     /// Fires when a signal ends the command. For waits outside a call.
-    pub fn cancel(&self) -> &Cancel {
+    pub(super) fn cancel(&self) -> &Cancel {
         &self.cancel
     }
 
     /// Changes what signals mean from now on. Fails if a signal has already ended the command.
-    pub fn enter(&self, phase: Phase) -> Result<()> {
+    pub(super) fn enter(&self, phase: Phase) -> Result<()> {
         let mut state = self.state.lock();
         if state.cause.is_some() && !matches!(phase, Phase::CleaningUp { .. }) {
             return Err(interrupted());
@@ -211,7 +211,7 @@ impl Interrupts {
 
     /// While the guard lives, a signal that ends the command hangs up `client`. Fails if a signal
     /// has already ended it.
-    pub fn guard(&self, client: &Client) -> Result<Guard<'_>> {
+    pub(super) fn guard(&self, client: &Client) -> Result<Guard<'_>> {
         let hangup = client.hangup()?;
         let mut state = self.state.lock();
         if state.cause.is_some() && !matches!(state.phase, Phase::CleaningUp { .. }) {
@@ -222,39 +222,39 @@ impl Interrupts {
     }
 
     /// Returns a bounded channel that receives signals and resizes while the guest's command runs.
-    pub fn controls(&self) -> Receiver<Control> {
+    pub(super) fn controls(&self) -> Receiver<Control> {
         let (sender, receiver) = bounded(CONTROLS_MAX);
         self.state.lock().controls = Some(sender);
         receiver
     }
 
     /// Sends the terminal's size to the guest.
-    pub fn resized(&self) {
+    pub(super) fn resized(&self) {
         send(&self.state.lock(), Control::Resize);
     }
 
     /// True once the guest's command has begun, which the session's note reports.
-    pub fn command_began(&self) -> bool {
+    pub(super) fn command_began(&self) -> bool {
         !matches!(self.state.lock().phase, Phase::Working)
     }
 
     /// The signal that ended the command, if one did.
-    pub fn cause(&self) -> Option<i32> {
+    pub(super) fn cause(&self) -> Option<i32> {
         self.state.lock().cause
     }
 
     /// True if the signal detached from a command that still runs in the guest.
-    pub fn detached(&self) -> bool {
+    pub(super) fn detached(&self) -> bool {
         self.state.lock().detached
     }
 
     /// The exit status 128+n for the signal that ended the command.
-    pub fn status(&self) -> Option<u8> {
+    pub(super) fn status(&self) -> Option<u8> {
         self.cause().map(|signal| 128 + signal as u8)
     }
 
     /// Replaces the error of a call that a signal cut off with `interrupted`.
-    pub fn or_interrupted<T>(&self, result: Result<T>) -> Result<T> {
+    pub(super) fn or_interrupted<T>(&self, result: Result<T>) -> Result<T> {
         if result.is_err() && self.cause().is_some() {
             Err(interrupted())
         } else {
@@ -263,14 +263,14 @@ impl Interrupts {
     }
 
     /// Calls `act` when a signal ends the command, or now if one already has. `act` must not block.
-    pub fn on_end(&self, act: impl Fn() + Send + Sync + 'static) {
+    pub(super) fn on_end(&self, act: impl Fn() + Send + Sync + 'static) {
         let subscription = self.cancel.on_cancel(act);
         // The subscription lasts as long as the process.
         std::mem::forget(subscription);
     }
 
     /// Returns a function that hangs up the current call for a reason other than a signal.
-    pub fn hang_up(&self) -> impl Fn() + Send + Sync + 'static {
+    pub(super) fn hang_up(&self) -> impl Fn() + Send + Sync + 'static {
         let state = self.state.clone();
         move || {
             if let Some(hangup) = &state.lock().hangup {
@@ -281,7 +281,7 @@ impl Interrupts {
 }
 
 /// See [`Interrupts::guard`].
-pub struct Guard<'a>(&'a Interrupts);
+pub(super) struct Guard<'a>(&'a Interrupts);
 
 impl Drop for Guard<'_> {
     fn drop(&mut self) {
@@ -292,7 +292,7 @@ impl Drop for Guard<'_> {
 }
 
 /// The failure of anything that a signal ended.
-pub fn interrupted() -> Failure {
+pub(super) fn interrupted() -> Failure {
     Error::new(Kind::Cancelled, "interrupted").into()
 }
 
@@ -329,7 +329,7 @@ fn send(state: &State, control: Control) {
 }
 
 /// Sends signals and resizes to the session on its own connection until the channel closes.
-pub fn send_controls(
+pub(super) fn send_controls(
     socket: &std::path::Path,
     session: &crate::ids::SessionId,
     tty: Option<&File>,

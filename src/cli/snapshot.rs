@@ -14,7 +14,7 @@ use crate::host::text::printable;
 use crate::ids::{SnapshotName, VmName};
 
 #[derive(clap::Subcommand, Debug)]
-pub enum Verb {
+pub(super) enum Verb {
     /// Save a running VM, memory and disks. The guest is paused meanwhile
     Create {
         /// Name, ID, or ID prefix
@@ -46,13 +46,13 @@ pub enum Verb {
 }
 
 #[derive(clap::Args, Debug)]
-pub struct Targets {
+pub(super) struct Targets {
     /// Names, IDs, or ID prefixes
     #[arg(required = true, value_name = "SNAPSHOT")]
     snapshots: Vec<String>,
 }
 
-pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
+pub(super) fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
     let Context {
         connector,
         printer,

@@ -11,7 +11,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 #[derive(clap::Args, Debug)]
-pub struct Args {
+pub(super) struct Args {
     /// Name, ID, or ID prefix
     vm: String,
     /// A command, or options for ssh such as -L 8080:localhost:80
@@ -19,7 +19,7 @@ pub struct Args {
     args: Vec<OsString>,
 }
 
-pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
+pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     let Context {
         connector,
         printer,

@@ -13,7 +13,7 @@ const PERIOD: Duration = Duration::from_secs(1);
 const CLEAR: &str = "\u{1b}[H\u{1b}[2J";
 
 #[derive(clap::Args, Debug)]
-pub struct Args {
+pub(super) struct Args {
     /// Names, IDs, or ID prefixes [default: all running VMs]
     #[arg(value_name = "VM")]
     vms: Vec<String>,
@@ -22,7 +22,7 @@ pub struct Args {
     watch: bool,
 }
 
-pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
+pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     let Context {
         connector,
         printer,

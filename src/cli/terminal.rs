@@ -6,10 +6,10 @@ use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetat
 use std::fs::File;
 
 /// The size of a terminal that does not report one.
-pub const DEFAULT_SIZE: PtySize = PtySize { rows: 24, cols: 80 };
+pub(super) const DEFAULT_SIZE: PtySize = PtySize { rows: 24, cols: 80 };
 
 /// Returns None if the file is not a terminal.
-pub fn size(file: &File) -> Option<PtySize> {
+pub(super) fn size(file: &File) -> Option<PtySize> {
     let size = tcgetwinsize(file).ok()?;
     if size.ws_row == 0 || size.ws_col == 0 {
         return Some(DEFAULT_SIZE);
@@ -22,13 +22,13 @@ pub fn size(file: &File) -> Option<PtySize> {
 
 /// Raw mode until this is dropped, even by a panic. Nothing may call `process::exit` while one
 /// exists.
-pub struct RawMode {
+pub(super) struct RawMode {
     file: File,
     before: Termios,
 }
 
 impl RawMode {
-    pub fn enter(file: &File) -> Result<Self> {
+    pub(super) fn enter(file: &File) -> Result<Self> {
         let doing = "make the terminal raw";
         let file = file.try_clone().map_err(|e| Error::io(doing, e))?;
         let before = tcgetattr(&file).map_err(|e| Error::io(doing, e))?;

@@ -35,7 +35,7 @@ const PIECE_BYTES: usize = 256 * 1024;
 
 /// How to create a workspace.
 #[derive(clap::Args, Debug, Default)]
-pub struct PrepareHow {
+pub(super) struct PrepareHow {
     /// Directory in the guest [default: /root/NAME]
     #[arg(long, value_name = "DIR")]
     pub guest_path: Option<String>,
@@ -58,7 +58,7 @@ pub struct PrepareHow {
 
 impl PrepareHow {
     /// True if any of these options was given.
-    pub fn is_given(&self) -> bool {
+    pub(super) fn is_given(&self) -> bool {
         self.guest_path.is_some()
             || self.readonly
             || self.history.is_some()
@@ -70,21 +70,21 @@ impl PrepareHow {
 
 /// How much a guest may send back.
 #[derive(clap::Args, Clone, Copy, Debug)]
-pub struct Bound {
+pub(super) struct Bound {
     /// Fail if the guest sends more than this, such as 512M or 16G
     #[arg(long, value_name = "SIZE", value_parser = super::values::parse_size, default_value = "8G")]
     pub max_bytes: u64,
 }
 
 /// A tree that is copied into a workspace.
-pub enum Source {
+pub(super) enum Source {
     Tree(Box<Plan>),
     Tar(File),
 }
 
 impl Source {
     /// Inspects a tree without calling the daemon.
-    pub fn tree(path: &Path, how: &PrepareHow, cancel: &Cancel) -> Result<Self> {
+    pub(super) fn tree(path: &Path, how: &PrepareHow, cancel: &Cancel) -> Result<Self> {
         let options = Options {
             history: how.history.unwrap_or_default(),
             env: CallerEnv::from_process(),
@@ -100,7 +100,7 @@ impl Source {
     }
 
     /// The tree to which an exported patch will be applied.
-    pub fn top(&self) -> Option<&Path> {
+    pub(super) fn top(&self) -> Option<&Path> {
         match self {
             Source::Tree(plan) => Some(plan.root()),
             Source::Tar(_) => None,
@@ -130,7 +130,7 @@ impl Source {
 }
 
 /// One transfer to or from a VM.
-pub struct Transfer<'a> {
+pub(super) struct Transfer<'a> {
     pub printer: &'a mut Printer,
     pub interrupts: &'a Interrupts,
     pub client: &'a mut Client,
@@ -143,7 +143,7 @@ type TransferThread<T> = JoinHandle<(crate::error::Result<T>, bool)>;
 
 impl Transfer<'_> {
     /// Sends `source`. Kept and omitted files are listed on stderr.
-    pub fn prepare(&mut self, source: Source, how: PrepareHow) -> Result<PrepareReply> {
+    pub(super) fn prepare(&mut self, source: Source, how: PrepareHow) -> Result<PrepareReply> {
         let request = source.request(self.vm, how)?;
         if let Source::Tree(plan) = &source {
             plan.warnings()
@@ -201,7 +201,7 @@ impl Transfer<'_> {
     }
 
     /// Exports into `to`, which is afterwards either complete or untouched.
-    pub fn export(&mut self, to: &ExportTo, bound: Bound, no_wait: bool) -> Result<Fetched> {
+    pub(super) fn export(&mut self, to: &ExportTo, bound: Bound, no_wait: bool) -> Result<Fetched> {
         to.check()?;
         let kind = if matches!(to, ExportTo::Tree(_)) {
             ExportKind::Tree
@@ -354,7 +354,7 @@ fn pack(
 
 /// Where an export is written.
 #[derive(Clone, Debug, PartialEq)]
-pub enum ExportTo {
+pub(super) enum ExportTo {
     /// A file that does not exist yet.
     Patch(PathBuf),
     PatchToStdout,
@@ -363,7 +363,7 @@ pub enum ExportTo {
 }
 
 impl ExportTo {
-    pub fn patch(arg: PathBuf) -> Self {
+    pub(super) fn patch(arg: PathBuf) -> Self {
         if arg == Path::new("-") {
             ExportTo::PatchToStdout
         } else {
@@ -373,7 +373,7 @@ impl ExportTo {
 
     /// Checks the target before the daemon is called. Fails with `target_exists` or
     /// `path_not_found`.
-    pub fn check(&self) -> crate::error::Result<()> {
+    pub(super) fn check(&self) -> crate::error::Result<()> {
         match self {
             ExportTo::Patch(path) => patch::check_target(path),
             ExportTo::PatchToStdout => Ok(()),
@@ -385,14 +385,14 @@ impl ExportTo {
 /// The size of an export, counted by this process.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 #[serde(untagged)]
-pub enum Exported {
+pub(super) enum Exported {
     Patch { files_changed: u64, bytes: u64 },
     Tree { entries: u64, bytes: u64 },
 }
 
 /// The result of an export: what came back and what could not.
 #[derive(Debug, Serialize)]
-pub struct Fetched {
+pub(super) struct Fetched {
     #[serde(flatten)]
     pub exported: Exported,
     pub left_behind: LeftBehind,
@@ -457,7 +457,7 @@ fn receive(
 }
 
 /// Lists what belongs to the tree but exists only in the VM, and how to fetch it.
-pub fn report_left_behind(printer: &mut Printer, vm: &str, left: &LeftBehind) {
+pub(super) fn report_left_behind(printer: &mut Printer, vm: &str, left: &LeftBehind) {
     let Some(first) = left.named.first() else {
         return;
     };

@@ -13,7 +13,7 @@ const ENV_FILE_BYTES_MAX: u64 = 1024 * 1024;
 
 /// Parses a size in bytes: `512M`, `2G`, `1T`, `64K`, in powers of 1024, with or without `B` or
 /// `iB`. A bare number is bytes.
-pub fn parse_size(text: &str) -> Result<u64, String> {
+pub(super) fn parse_size(text: &str) -> Result<u64, String> {
     let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
     let (number, unit) = text.split_at(digits);
     let shift = match unit.to_ascii_lowercase().as_str() {
@@ -33,7 +33,7 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
 }
 
 /// Parses bytes per second, written as a size. `none` is 0.
-pub fn parse_rate(text: &str) -> Result<u64, String> {
+pub(super) fn parse_rate(text: &str) -> Result<u64, String> {
     if text == "none" {
         Ok(0)
     } else {
@@ -42,7 +42,7 @@ pub fn parse_rate(text: &str) -> Result<u64, String> {
 }
 
 /// Parses operations per second. `none` is 0.
-pub fn parse_count_rate(text: &str) -> Result<u64, String> {
+pub(super) fn parse_count_rate(text: &str) -> Result<u64, String> {
     if text == "none" {
         Ok(0)
     } else {
@@ -51,7 +51,7 @@ pub fn parse_count_rate(text: &str) -> Result<u64, String> {
 }
 
 /// Parses memory as a whole number of MiB: `512M`, `2G`.
-pub fn parse_mem_mib(text: &str) -> Result<u64, String> {
+pub(super) fn parse_mem_mib(text: &str) -> Result<u64, String> {
     let bytes = parse_size(text)?;
     if bytes > 0 && bytes % (1 << 20) == 0 {
         return Ok(bytes >> 20);
@@ -61,7 +61,7 @@ pub fn parse_mem_mib(text: &str) -> Result<u64, String> {
 
 /// Parses `[[ADDR:]HOST:]GUEST[/tcp|udp]`, as docker does, except that ADDR defaults to this host
 /// alone. Without HOST, a free port is picked.
-pub fn parse_port(text: &str) -> Result<Port, String> {
+pub(super) fn parse_port(text: &str) -> Result<Port, String> {
     let form =
         || "use [[ADDR:]HOST:]GUEST[/udp], such as 8080:80, 0.0.0.0:8080:80 or 80".to_owned();
     let (rest, protocol) = match text.rsplit_once('/') {
@@ -94,7 +94,7 @@ pub fn parse_port(text: &str) -> Result<Port, String> {
     }
 }
 
-pub fn parse_net(text: &str) -> Result<Net, String> {
+pub(super) fn parse_net(text: &str) -> Result<Net, String> {
     match text {
         "nat" => Ok(Net::Nat),
         "none" => Ok(Net::None),
@@ -103,7 +103,7 @@ pub fn parse_net(text: &str) -> Result<Net, String> {
 }
 
 /// Parses `30s`, `5m`, `2h`, `250ms`. A bare number is seconds.
-pub fn parse_duration(text: &str) -> Result<Duration, String> {
+pub(super) fn parse_duration(text: &str) -> Result<Duration, String> {
     let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
     let (number, unit) = text.split_at(digits);
     let ms: u64 = match unit {
@@ -122,7 +122,7 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
         .ok_or_else(|| "that is too long".to_owned())
 }
 
-pub fn timeout_ms(timeout: Option<Duration>) -> Option<u64> {
+pub(super) fn timeout_ms(timeout: Option<Duration>) -> Option<u64> {
     timeout.map(|t| u64::try_from(t.as_millis()).unwrap_or(u64::MAX))
 }
 
@@ -157,7 +157,7 @@ fn env_entry(
 }
 
 /// Merges `--env-file` and `-e`. `-e` wins, and so does the later of two.
-pub fn environment(
+pub(super) fn environment(
     files: &[std::path::PathBuf],
     entries: &[OsString],
     caller: &dyn Fn(&str) -> Option<OsString>,
@@ -202,7 +202,7 @@ fn read_env_file(path: &Path) -> Result<Vec<u8>> {
 }
 
 /// The error for a file of the caller that cannot be used. A missing file has its own kind.
-pub fn path_error(doing: String, e: std::io::Error) -> Error {
+pub(super) fn path_error(doing: String, e: std::io::Error) -> Error {
     if e.kind() == std::io::ErrorKind::NotFound {
         return Error::new(crate::error::Kind::PathNotFound, doing)
             .with_source(e)

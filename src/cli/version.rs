@@ -6,7 +6,7 @@ use crate::api::{Empty, VERSION_MAJOR, VERSION_MINOR};
 use crate::client::{ABSENT, Result};
 
 /// It is not a failure if no daemon runs, but it is one if the daemon cannot be talked to.
-pub fn run(ctx: &mut Context) -> Result<u8> {
+pub(super) fn run(ctx: &mut Context) -> Result<u8> {
     let Context {
         connector, printer, ..
     } = ctx;

@@ -23,7 +23,7 @@ use crate::ids::{ImageRef, KernelName, VmName};
 use std::time::Duration;
 
 #[derive(clap::Subcommand, Debug)]
-pub enum Verb {
+pub(super) enum Verb {
     /// Create a VM without starting it
     Create(CreateArgs),
     /// Start VMs
@@ -69,7 +69,7 @@ pub enum Verb {
 }
 
 #[derive(clap::Args, Debug)]
-pub struct CreateArgs {
+pub(super) struct CreateArgs {
     /// Name of the VM [default: a random adjective-noun]
     #[arg(short, long)]
     name: Option<VmName>,
@@ -82,7 +82,7 @@ pub struct CreateArgs {
 
 /// Rate limits of a VM's devices.
 #[derive(clap::Args, Clone, Copy, Debug, Default)]
-pub struct Rates {
+pub(super) struct Rates {
     /// Bytes per second for each disk, reads and writes together, such as 50M. `none` removes the
     /// limit
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
@@ -111,7 +111,7 @@ impl Rates {
 
 /// The options of `create` and `run` that describe a VM.
 #[derive(clap::Args, Debug, Default)]
-pub struct Shape {
+pub(super) struct Shape {
     /// Image to create the root disk from
     #[arg(long)]
     pub image: Option<ImageRef>,
@@ -139,20 +139,20 @@ pub struct Shape {
 }
 
 #[derive(clap::Args, Debug)]
-pub struct Target {
+pub(super) struct Target {
     /// Name, ID, or ID prefix
     vm: String,
 }
 
 #[derive(clap::Args, Debug)]
-pub struct Targets {
+pub(super) struct Targets {
     /// Names, IDs, or ID prefixes
     #[arg(required = true, value_name = "VM")]
     vms: Vec<String>,
 }
 
 #[derive(clap::Args, Debug)]
-pub struct StopArgs {
+pub(super) struct StopArgs {
     #[command(flatten)]
     targets: Targets,
     /// Do not give the guest time to shut down
@@ -164,7 +164,7 @@ pub struct StopArgs {
 }
 
 #[derive(clap::Args, Debug)]
-pub struct ForkArgs {
+pub(super) struct ForkArgs {
     /// Name, ID, or ID prefix
     vm: String,
     /// Name of the new VM [default: a random adjective-noun]
@@ -172,7 +172,7 @@ pub struct ForkArgs {
 }
 
 #[derive(clap::Args, Debug)]
-pub struct DeleteArgs {
+pub(super) struct DeleteArgs {
     // Not required with -f: `rm -f $(fcctl ps -aq)` must succeed if there is nothing to remove.
     /// Names, IDs, or ID prefixes
     #[arg(required_unless_present = "force", value_name = "VM")]
@@ -187,7 +187,7 @@ pub struct DeleteArgs {
 
 #[derive(clap::Args, Debug)]
 #[command(group = clap::ArgGroup::new("what").required(true).multiple(true).args(["vcpus", "memory", "disk", "disk_bps", "disk_iops", "net_rx_bps", "net_tx_bps"]))]
-pub struct SetArgs {
+pub(super) struct SetArgs {
     /// Name, ID, or ID prefix
     vm: String,
     /// Number of virtual CPUs
@@ -207,7 +207,7 @@ pub struct SetArgs {
 }
 
 #[derive(clap::Args, Debug)]
-pub struct BalloonArgs {
+pub(super) struct BalloonArgs {
     /// Name, ID, or ID prefix
     vm: String,
     /// Memory that the guest keeps until its next start, such as 512M. It returns the rest
@@ -216,7 +216,7 @@ pub struct BalloonArgs {
 }
 
 #[derive(clap::Args, Debug)]
-pub struct WaitArgs {
+pub(super) struct WaitArgs {
     #[command(flatten)]
     targets: Targets,
     /// State to wait for: running, stopped, ... [default: stopped or failed]
@@ -235,7 +235,7 @@ fn parse_state(text: &str) -> Result<VmState, String> {
         .ok_or_else(|| format!("a state is one of {}", names.join(", ")))
 }
 
-pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
+pub(super) fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
     let Context {
         connector,
         printer,
@@ -294,7 +294,7 @@ fn create(connector: &mut Connector, printer: &mut Printer, args: CreateArgs) ->
     Ok(0)
 }
 
-pub fn start(connector: &mut Connector, printer: &mut Printer, args: Targets) -> Result<u8> {
+pub(super) fn start(connector: &mut Connector, printer: &mut Printer, args: Targets) -> Result<u8> {
     connector.for_each(printer, &args.vms, |printer, client, vm| {
         let vm = operate::<VmStart>(
             printer,
@@ -316,7 +316,7 @@ fn stop_request(vm: &str, args: &StopArgs) -> VmStopRequest {
     }
 }
 
-pub fn stop(connector: &mut Connector, printer: &mut Printer, args: StopArgs) -> Result<u8> {
+pub(super) fn stop(connector: &mut Connector, printer: &mut Printer, args: StopArgs) -> Result<u8> {
     connector.for_each(printer, &args.targets.vms, |printer, client, vm| {
         let vm = operate::<VmStop>(
             printer,
@@ -406,7 +406,11 @@ fn fork(connector: &mut Connector, printer: &mut Printer, args: ForkArgs) -> Res
     Ok(0)
 }
 
-pub fn delete(connector: &mut Connector, printer: &mut Printer, args: DeleteArgs) -> Result<u8> {
+pub(super) fn delete(
+    connector: &mut Connector,
+    printer: &mut Printer,
+    args: DeleteArgs,
+) -> Result<u8> {
     connector.for_each(printer, &args.vms, |printer, client, vm| {
         let request = VmDeleteRequest {
             vm: vm.to_owned(),

@@ -10,7 +10,7 @@ use crate::host::text::printable;
 use std::borrow::Cow;
 
 /// Formats the state of a VM with what is most important about it.
-pub fn state_text(
+pub(super) fn state_text(
     state: VmState,
     reason: Option<&str>,
     is_paused: bool,
@@ -24,7 +24,7 @@ pub fn state_text(
     }
 }
 
-pub fn workspace_line(workspace: &WorkspaceInfo) -> String {
+pub(super) fn workspace_line(workspace: &WorkspaceInfo) -> String {
     match workspace.state {
         WorkspaceState::Complete => workspace.guest_path.clone(),
         WorkspaceState::Incomplete => format!("{} (incomplete)", workspace.guest_path),
@@ -32,7 +32,7 @@ pub fn workspace_line(workspace: &WorkspaceInfo) -> String {
 }
 
 /// Formats a port as docker does: `80/tcp -> 127.0.0.1:8080`.
-pub fn port_line(port: &Port) -> String {
+pub(super) fn port_line(port: &Port) -> String {
     format!(
         "{}/{} -> {}:{}",
         port.guest_port,
@@ -42,7 +42,7 @@ pub fn port_line(port: &Port) -> String {
     )
 }
 
-pub fn settings(of: &Pending) -> String {
+pub(super) fn settings(of: &Pending) -> String {
     let vcpus = of.vcpus.map(|n| count(n.into(), "vCPU"));
     let memory = of.mem_mib.map(|m| format!("{} of memory", size(m << 20)));
     let disk = of.disk_bytes.map(|d| format!("{} of disk", size(d)));
@@ -55,7 +55,7 @@ pub fn settings(of: &Pending) -> String {
 }
 
 /// Lists the rates that are set. 0 means no limit.
-pub fn rates(rates: &RateLimits) -> String {
+pub(super) fn rates(rates: &RateLimits) -> String {
     let bytes = |n: u64| format!("{}/s", size(n));
     let of = |what: &str, rate: Option<u64>, shown: &dyn Fn(u64) -> String| {
         rate.map(|n| {
@@ -78,7 +78,7 @@ pub fn rates(rates: &RateLimits) -> String {
 }
 
 /// Says whether the guest's data reached its disk.
-pub fn synced(synced: Option<Synced>) -> &'static str {
+pub(super) fn synced(synced: Option<Synced>) -> &'static str {
     match synced {
         Some(Synced::Yes) => ", the guest's data was synced",
         Some(Synced::No) => ", the guest's data was not synced",
@@ -89,7 +89,7 @@ pub fn synced(synced: Option<Synced>) -> &'static str {
     }
 }
 
-pub fn kept(reply: &VmBalloonReply) -> String {
+pub(super) fn kept(reply: &VmBalloonReply) -> String {
     let mib = |mib: u64| size(mib << 20);
     let vm = &reply.vm;
     let goal = vm.balloon_mib.filter(|keep| *keep != reply.kept_mib);
@@ -104,12 +104,12 @@ pub fn kept(reply: &VmBalloonReply) -> String {
     )
 }
 
-pub fn state(vm: &Vm) -> Cow<'static, str> {
+pub(super) fn state(vm: &Vm) -> Cow<'static, str> {
     state_text(vm.state, vm.reason.as_deref(), vm.paused, vm.unresponsive)
 }
 
 /// Formats all details of a VM, one per line.
-pub fn sheet(vm: &Vm, now_s: u64) -> String {
+pub(super) fn sheet(vm: &Vm, now_s: u64) -> String {
     let mut facts: Vec<(&str, String)> = vec![
         ("name", vm.name.to_string()),
         ("id", vm.id.to_string()),

@@ -17,7 +17,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 #[derive(clap::Subcommand, Debug)]
-pub enum Verb {
+pub(super) enum Verb {
     /// Copy a directory into a VM, without files that git ignores
     Prepare(PrepareArgs),
     /// Write the guest's changes as a patch, or the whole tree to a directory
@@ -27,7 +27,7 @@ pub enum Verb {
 }
 
 #[derive(clap::Args, Debug)]
-pub struct PrepareArgs {
+pub(super) struct PrepareArgs {
     /// Name, ID, or ID prefix
     vm: String,
     /// Directory to copy. In a git repository, the whole repository is copied, and commands start
@@ -42,7 +42,7 @@ pub struct PrepareArgs {
 }
 
 #[derive(clap::Args, Debug)]
-pub struct ExportArgs {
+pub(super) struct ExportArgs {
     /// Name, ID, or ID prefix
     vm: String,
     /// Write a git patch to a new file [default: -, which is stdout]
@@ -58,7 +58,7 @@ pub struct ExportArgs {
     no_wait: bool,
 }
 
-pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
+pub(super) fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
     let Context {
         connector,
         printer,
@@ -178,7 +178,7 @@ fn export(
 
 /// Reports on stderr, because stdout may be the patch. `top` is the tree that the patch is for;
 /// None is the tree of the current directory.
-pub fn report_exported(
+pub(super) fn report_exported(
     printer: &mut Printer,
     interrupts: &Interrupts,
     to: &ExportTo,

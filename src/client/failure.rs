@@ -15,13 +15,13 @@ pub struct Failure {
 }
 
 /// Exit status for a daemon that cannot be reached.
-pub const UNREACHABLE_STATUS: u8 = 5;
+pub(super) const UNREACHABLE_STATUS: u8 = 5;
 /// No daemon listens on the socket.
 pub const ABSENT: &str = "daemon_absent";
 /// This user may not use the socket.
-pub const DENIED: &str = "daemon_denied";
+pub(super) const DENIED: &str = "daemon_denied";
 /// The daemon does not accept connections, or has closed this one without an answer.
-pub const LOST: &str = "daemon_lost";
+pub(super) const LOST: &str = "daemon_lost";
 
 impl Failure {
     /// The daemon could not be reached. `kind` is one of the client's own: [`ABSENT`], [`DENIED`]
@@ -60,6 +60,7 @@ impl Failure {
         Error::new(kind, error.message).into()
     }
 
+    #[cfg(any(test, feature = "fakes"))]
     pub fn code(&self) -> Code {
         self.fault.code
     }

@@ -11,7 +11,7 @@ mod list;
 #[cfg(test)]
 mod tests;
 
-pub use failure::{ABSENT, DENIED, Failure, LOST, Result, UNREACHABLE_STATUS};
+pub use failure::{ABSENT, Failure, Result};
 
 use crate::api::daemon::ApiVersion;
 use crate::api::frame::{Line, Note, Response};

@@ -1,3 +1,4 @@
+use super::failure::LOST;
 use super::fake::{Fake, Request};
 use super::*;
 use crate::api::Empty;

@@ -47,8 +47,8 @@ section! {
         disk_bytes_max: u64 = 1 << 40,
         /// A transfer ends when no byte has moved for this long.
         transfer_idle_s: u64 = 60,
-        /// A transfer that averages fewer bytes per second than this over
-        /// `transfer_rate_window_s` is ended. 0 disables this.
+        /// A transfer that averages fewer bytes per second than this over `transfer_rate_window_s`
+        /// is ended. 0 disables this.
         transfer_bytes_per_s_min: u64 = 1024,
         /// The window for `transfer_bytes_per_s_min`.
         transfer_rate_window_s: u64 = 180,

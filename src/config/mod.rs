@@ -16,7 +16,9 @@ mod vmm;
 
 pub use disk::{Disk, DiskDriver};
 pub use limits::Limits;
-pub use network::{INTERFACE_NAME_LEN_MAX, Network, NetworkDriver, Subnet};
+#[cfg(any(test, feature = "fakes"))]
+pub use network::{INTERFACE_NAME_LEN_MAX, NetworkDriver};
+pub use network::{Network, Subnet};
 pub use qemu::{Accel, Machine, Qemu};
 pub use reference::reference;
 pub use sync::SyncedFile;

@@ -46,7 +46,7 @@ impl TryFrom<String> for Mode {
 
 /// # Errors
 /// `invalid_config`.
-pub fn validate(files: &[SyncedFile]) -> Result<()> {
+pub(super) fn validate(files: &[SyncedFile]) -> Result<()> {
     let bad = |what: String| Err(Error::new(Kind::InvalidConfig, what));
     if files.len() > FILES_MAX {
         return bad(format!(

@@ -51,7 +51,7 @@ section! {
 
 /// # Errors
 /// `invalid_config`.
-pub fn validate(vmm: &Vmm, network_is_bridge: bool) -> Result<()> {
+pub(super) fn validate(vmm: &Vmm, network_is_bridge: bool) -> Result<()> {
     if vmm.driver == VmmDriver::Firecracker && !network_is_bridge {
         let message = "driver = \"firecracker\" under [vmm]: it has no user-mode network";
         return Err(Error::new(Kind::InvalidConfig, message)

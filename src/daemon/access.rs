@@ -31,14 +31,14 @@ impl Caller {
     }
 }
 
-pub fn vm_not_found(text: &str) -> Error {
+pub(super) fn vm_not_found(text: &str) -> Error {
     Error::new(Kind::VmNotFound, format!("no VM {}", quoted(text)))
         .hint("list your VMs: fcctl ps -a")
 }
 
 /// Finds a VM by its name, its ID, or a unique beginning of its ID. Uses the store's indexes, so
 /// the cost does not grow with the number of VMs.
-pub fn find<'s>(state: &'s State, caller: &Caller, text: &'s str) -> Result<&'s VmRow> {
+pub(super) fn find<'s>(state: &'s State, caller: &Caller, text: &'s str) -> Result<&'s VmRow> {
     let visible = |row: &&'s Arc<VmRow>| caller.may_see(row.owner_uid);
     if let Some(row) = state.vm_by_name_or_id(text).filter(visible) {
         return Ok(row);

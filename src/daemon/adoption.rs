@@ -53,27 +53,27 @@ pub(super) struct Adoptions {
 
 impl Adoptions {
     /// The VMM has answered the thread that monitors it.
-    pub fn note_answer(&self, vm: &VmId) {
+    pub(super) fn note_answer(&self, vm: &VmId) {
         if self.silent.lock().remove(vm) {
             self.answered.notify_all();
         }
     }
 
-    pub fn note_failure(&self, row: &VmRow) {
+    pub(super) fn note_failure(&self, row: &VmRow) {
         self.failed.lock().insert(row.id.clone(), row.generation);
     }
 
-    pub fn forget_failure(&self, vm: &VmId) {
+    pub(super) fn forget_failure(&self, vm: &VmId) {
         self.failed.lock().remove(vm);
     }
 
     /// True if adopting the VM failed and it is still in the same boot.
-    pub fn has_failed(&self, row: &VmRow) -> bool {
+    pub(super) fn has_failed(&self, row: &VmRow) -> bool {
         row.state == VmState::Running && self.failed.lock().get(&row.id) == Some(&row.generation)
     }
 
     /// The VMs whose adoption has failed, even if they were adopted or ended since.
-    pub fn failures(&self) -> Vec<VmId> {
+    pub(super) fn failures(&self) -> Vec<VmId> {
         self.failed.lock().keys().cloned().collect()
     }
 
@@ -145,7 +145,7 @@ pub(super) fn open(store: &Store) -> Adoptions {
 
 /// Adopts VMs within the crash budget.
 #[derive(Clone)]
-pub struct Adopter {
+pub(super) struct Adopter {
     pub(super) core: Core,
     pub(super) adoptions: Arc<Adoptions>,
     pub(super) attempts: Attempts,

@@ -13,7 +13,7 @@ const WORK_DISK_BYTES_MIN: u64 = 16 << 20;
 
 /// Checks sizes of VMs against the limits.
 #[derive(Clone)]
-pub struct Capacity {
+pub(super) struct Capacity {
     pub(super) core: Core,
     /// The limit for all VMs together.
     pub(super) mem_mib_max: u64,

@@ -10,17 +10,17 @@ struct Shared {
 }
 
 /// The number of operation threads.
-pub struct Threads {
+pub(super) struct Threads {
     shared: Arc<Shared>,
 }
 
 /// Counts one thread while it lives.
-pub struct Counted {
+pub(super) struct Counted {
     shared: Arc<Shared>,
 }
 
 impl Threads {
-    pub fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self {
             shared: Arc::new(Shared {
                 running: Mutex::new(Rank::Runtimes, 0),
@@ -29,19 +29,20 @@ impl Threads {
         }
     }
 
-    pub fn enter(&self) -> Counted {
+    pub(super) fn enter(&self) -> Counted {
         *self.shared.running.lock() += 1;
         Counted {
             shared: self.shared.clone(),
         }
     }
 
-    pub fn count(&self) -> usize {
+    #[cfg(any(test, feature = "fakes"))]
+    pub(super) fn count(&self) -> usize {
         *self.shared.running.lock()
     }
 
     /// Waits until no thread runs. Returns false at the deadline.
-    pub fn wait_idle(&self, deadline: Instant) -> bool {
+    pub(super) fn wait_idle(&self, deadline: Instant) -> bool {
         let mut running = self.shared.running.lock();
         self.shared
             .idle

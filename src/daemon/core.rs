@@ -89,6 +89,7 @@ impl Core {
     }
 
     /// How many operation threads are running.
+    #[cfg(any(test, feature = "fakes"))]
     pub fn thread_count(&self) -> usize {
         self.threads.count()
     }

@@ -48,6 +48,7 @@ fn record(set: &str, held: KeyRecord) -> LockRecord {
 
 /// Counts of what is in progress. In an idle daemon all are 0.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg(any(test, feature = "fakes"))]
 pub struct Leftovers {
     /// Keys that are held or waited for.
     pub locks: usize,

@@ -42,13 +42,13 @@ pub(super) struct Unsent {
 }
 
 impl Unsent {
-    pub fn bytes(&self) -> &[u8] {
+    pub(super) fn bytes(&self) -> &[u8] {
         &self.block[self.sent..]
     }
 }
 
 impl Outlet {
-    pub fn new(caller: Caller, socket: Arc<UnixStream>) -> Self {
+    pub(super) fn new(caller: Caller, socket: Arc<UnixStream>) -> Self {
         Self {
             caller,
             socket,
@@ -56,7 +56,7 @@ impl Outlet {
         }
     }
 
-    pub fn take_unsent(&self) -> Option<Unsent> {
+    pub(super) fn take_unsent(&self) -> Option<Unsent> {
         self.unsent.lock().take()
     }
 }
@@ -84,7 +84,7 @@ impl Drop for Registered<'_> {
 }
 
 impl Feeder {
-    pub fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self {
             outlets: Arc::new(Mutex::new(Rank::Connections, HashMap::new())),
             started: OnceLock::new(),
@@ -93,7 +93,7 @@ impl Feeder {
 
     /// Registers the outlet of a subscription, which is then lent to the thread. Returns `None` if
     /// the thread could not be started.
-    pub fn register(
+    pub(super) fn register(
         &self,
         store: &Store,
         closing: &Cancel,

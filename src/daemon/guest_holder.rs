@@ -55,7 +55,7 @@ pub(super) struct GuestHolder {
 
 impl GuestHolder {
     /// Pauses the guest until the guard is dropped, whatever its owner asks for.
-    pub fn hold(&self, row: &VmRow) -> Result<HoldGuard> {
+    pub(super) fn hold(&self, row: &VmRow) -> Result<HoldGuard> {
         let held = HoldGuard {
             holder: self.clone(),
             vm: row.id.clone(),

@@ -11,7 +11,7 @@ const GUEST_USER: &str = "root";
 
 /// Makes targets for the guest transport.
 #[derive(Clone)]
-pub struct Guests {
+pub(super) struct Guests {
     pub(super) core: Core,
     pub(super) specs: Specs,
 }

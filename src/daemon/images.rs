@@ -36,6 +36,7 @@ pub(super) struct Builds {
 }
 
 impl Builds {
+    #[cfg(any(test, feature = "fakes"))]
     pub(super) fn len(&self) -> usize {
         self.names.len()
     }

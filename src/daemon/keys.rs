@@ -29,13 +29,14 @@ pub(super) struct Beginning {
 }
 
 impl Beginning {
-    pub fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self {
             keys: Mutex::new(Rank::Runtimes, HashSet::new()),
             freed: Condvar::new(),
         }
     }
-    pub fn len(&self) -> usize {
+    #[cfg(any(test, feature = "fakes"))]
+    pub(super) fn len(&self) -> usize {
         self.keys.lock().len()
     }
 }

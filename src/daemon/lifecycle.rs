@@ -76,7 +76,7 @@ pub(super) struct Claim {
 }
 
 impl Claim {
-    pub fn op(&self) -> &OpHandle {
+    pub(super) fn op(&self) -> &OpHandle {
         self.op
             .as_ref()
             .expect("a claim has its operation until it is settled")

@@ -24,7 +24,7 @@ impl<I: fmt::Display> fmt::Display for Position<I> {
 impl<I: FromStr> Position<I> {
     /// # Errors
     /// `invalid_argument` if the text is not a position.
-    pub fn parse(text: &str) -> Result<Self> {
+    pub(super) fn parse(text: &str) -> Result<Self> {
         let parts = || {
             let (at, id) = text.split_once('-')?;
             Some(Self(at.parse().ok()?, id.parse().ok()?))
@@ -46,7 +46,7 @@ pub(super) struct VmScan<'a, F> {
 }
 
 impl<'a, F: Fn(&VmRow) -> bool> VmScan<'a, F> {
-    pub fn new(store: &'a Store, caller: &Caller, after: Option<Age>, shown: F) -> Self {
+    pub(super) fn new(store: &'a Store, caller: &Caller, after: Option<Age>, shown: F) -> Self {
         let owner_uid = (caller.uid != 0).then_some(caller.uid);
         Self {
             store,

@@ -37,6 +37,7 @@ impl OpLocks {
     }
 
     /// The number of keys that are held or waited for. 0 when nothing is in progress.
+    #[cfg(any(test, feature = "fakes"))]
     pub fn entries(&self) -> usize {
         self.vm.len() + self.workspace.len() + self.create_vm.len() + self.image_ops.len()
     }

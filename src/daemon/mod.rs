@@ -70,9 +70,9 @@
 //!   daemon kills the VMM without asking the guest, the one after it marks the VM `failed`, and the
 //!   one after that leaves the VM to its owner. The same holds for adopting a VM.
 //!
-//! Everything that a daemon can leave behind is in the ledger. `sweep` releases it at start
-//! and every minute, and `fcctl doctor --leaks` lists what is on the host under fcd's names without
-//! a row.
+//! Everything that a daemon can leave behind is in the ledger. `sweep` releases it at start and
+//! every minute, and `fcctl doctor --leaks` lists what is on the host under fcd's names without a
+//! row.
 //!
 //! # Locks
 //!
@@ -127,6 +127,10 @@ mod guest_holder;
 mod guest_scripts;
 mod guests;
 pub mod helpers;
+#[cfg_attr(
+    not(any(test, feature = "fakes")),
+    allow(dead_code, reason = "only tests read the history")
+)]
 pub mod history;
 mod hold;
 mod host_view;
@@ -180,6 +184,7 @@ pub use crate::ops::Change as OpEvent;
 pub use access::Caller;
 pub use call::CallOutcome;
 pub use core::Core;
+#[cfg(any(test, feature = "fakes"))]
 pub use debug::Leftovers;
 pub use doctor::host_checks;
 #[cfg(feature = "fakes")]
@@ -192,6 +197,7 @@ pub use notes::Notes;
 pub(crate) use resources::state_dir_check;
 pub use seams::Seams;
 pub use sessions::ExecIo;
+#[cfg(any(test, feature = "fakes"))]
 pub use transitions::{Decision, decide, markdown_table as transitions_table};
 pub use waiting::{Gone, Hangup};
 pub use wiring::Daemon;

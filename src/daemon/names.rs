@@ -20,7 +20,7 @@ const NOUNS: &[&str] = &[
 
 /// The `n`-th candidate for a seed. The first ones are plain pairs of words. Later ones have a
 /// number, so that candidates never run out.
-pub fn candidate(seed: u64, n: u32) -> VmName {
+pub(super) fn candidate(seed: u64, n: u32) -> VmName {
     let mixed = seed
         .wrapping_add(u64::from(n))
         .wrapping_mul(0x9E37_79B9_7F4A_7C15);

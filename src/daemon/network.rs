@@ -96,7 +96,7 @@ fn user_mode(isolated: bool) -> Check {
 
 /// Manages the networks of VMs. With user-mode networking, most methods do nothing.
 #[derive(Clone)]
-pub struct Networks {
+pub(super) struct Networks {
     pub(super) core: Core,
     pub(super) vmm: Arc<dyn Driver>,
     /// The bridge; `None` with user-mode networking.

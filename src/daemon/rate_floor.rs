@@ -26,7 +26,7 @@ pub(super) struct RateFloor {
 }
 
 impl RateFloor {
-    pub fn new(window: Duration, bytes_per_s: u64) -> Self {
+    pub(super) fn new(window: Duration, bytes_per_s: u64) -> Self {
         Self {
             window,
             bytes_min: bytes_per_s.saturating_mul(window.as_secs()),
@@ -53,7 +53,7 @@ impl RateFloor {
     ///
     /// # Errors
     /// The errors of the job; `transfer_idle` if it was too slow; `timeout` at the deadline.
-    pub fn wait<T>(
+    pub(super) fn wait<T>(
         mut self,
         job: &JobHandle<T>,
         moved: &Moved,

@@ -84,7 +84,7 @@ enum Need {
 }
 
 impl FirstPass {
-    pub fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self {
             is_done: Mutex::new(Rank::Runtimes, false),
             done: Condvar::new(),

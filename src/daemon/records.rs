@@ -20,7 +20,7 @@ pub(super) struct Record {
 impl Record {
     /// The number of deaths as a starting daemon sees it: an attempt that is still under way killed
     /// its daemon.
-    pub fn deaths_at_start(self) -> u32 {
+    pub(super) fn deaths_at_start(self) -> u32 {
         self.deaths + u32::from(self.is_under_way)
     }
 }
@@ -62,15 +62,15 @@ pub(super) fn survive(tx: &mut Tx, name: &str) {
 pub(super) struct Attempts(Arc<Mutex<HashSet<VmId>>>);
 
 impl Attempts {
-    pub fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self(Arc::new(Mutex::new(Rank::Runtimes, HashSet::new())))
     }
 
-    pub fn note(&self, vm: &VmId) {
+    pub(super) fn note(&self, vm: &VmId) {
         self.0.lock().insert(vm.clone());
     }
 
-    pub fn take(&self) -> HashSet<VmId> {
+    pub(super) fn take(&self) -> HashSet<VmId> {
         std::mem::take(&mut *self.0.lock())
     }
 }

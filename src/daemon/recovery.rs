@@ -70,7 +70,7 @@ pub(super) fn is_left_alone(state: &State, vm: &VmId) -> bool {
 
 /// Recovers VMs within the crash budget.
 #[derive(Clone)]
-pub struct Recovery {
+pub(super) struct Recovery {
     pub(super) core: Core,
     pub(super) adopter: Adopter,
     pub(super) attempts: Attempts,

@@ -4,7 +4,7 @@
 mod pauses;
 mod users;
 
-pub use users::{Use, User};
+pub(super) use users::{Use, User};
 
 use super::transitions::Verb;
 use crate::api::vm::VmState;
@@ -18,7 +18,7 @@ use std::time::Duration;
 
 /// The cause of a boot's failure if no request cancelled the boot.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum BootEnd {
+pub(super) enum BootEnd {
     /// The guest was paused because the host's disk is full. A boot does not wait for that.
     HostDiskFull,
     VmmDied(End),
@@ -40,18 +40,18 @@ impl fmt::Display for BootEnd {
 }
 
 /// The operation that takes over the VM when the operation in progress releases it.
-pub struct Successor {
+pub(super) struct Successor {
     pub verb: Verb,
     pub op: crate::ops::OpHandle,
     pub timeout: Option<Duration>,
 }
 
 impl Successor {
-    pub fn deletes(verb: Verb) -> bool {
+    pub(super) fn deletes(verb: Verb) -> bool {
         Self::weight(verb) == 2
     }
     /// The state of the VM when the successor begins.
-    pub fn target(&self) -> VmState {
+    pub(super) fn target(&self) -> VmState {
         if Self::deletes(self.verb) {
             VmState::Deleting
         } else {
@@ -60,7 +60,7 @@ impl Successor {
     }
     /// A successor replaces a queued one of less weight: a delete replaces a stop, and a forced
     /// stop replaces a graceful one.
-    pub fn weight(verb: Verb) -> u8 {
+    pub(super) fn weight(verb: Verb) -> u8 {
         match verb {
             Verb::Delete | Verb::DeleteForce => 2,
             Verb::StopForce | Verb::Kill => 1,
@@ -101,12 +101,12 @@ impl Runtime {
 
 /// The [`Runtime`] of every VM, behind one leaf lock. Empty entries are removed.
 #[derive(Clone)]
-pub struct Runtimes {
+pub(super) struct Runtimes {
     map: Arc<Mutex<HashMap<VmId, Runtime>>>,
 }
 
 impl Runtimes {
-    pub fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self {
             map: Arc::new(Mutex::new(Rank::Runtimes, HashMap::new())),
         }
@@ -122,20 +122,20 @@ impl Runtimes {
         result
     }
 
-    pub fn begin_boot(&self, vm: &VmId, cancel: Cancel) {
+    pub(super) fn begin_boot(&self, vm: &VmId, cancel: Cancel) {
         self.with(vm, |r| {
             r.boot = Some(cancel);
             r.died = None;
         });
     }
 
-    pub fn begin_stop(&self, vm: &VmId, grace: Cancel) {
+    pub(super) fn begin_stop(&self, vm: &VmId, grace: Cancel) {
         self.with(vm, |r| r.grace = Some(grace));
     }
 
     /// Forgets the boot or stop of an operation that releases the VM. Returns why the boot failed
     /// and which operation follows.
-    pub fn end(&self, vm: &VmId) -> (Option<BootEnd>, Option<Successor>) {
+    pub(super) fn end(&self, vm: &VmId) -> (Option<BootEnd>, Option<Successor>) {
         self.with(vm, |r| {
             r.boot = None;
             r.grace = None;
@@ -143,7 +143,7 @@ impl Runtimes {
         })
     }
 
-    pub fn cancel_boot(&self, vm: &VmId, cause: CancelCause) {
+    pub(super) fn cancel_boot(&self, vm: &VmId, cause: CancelCause) {
         let token = self.with(vm, |r| r.boot.clone());
         if let Some(token) = token {
             token.cancel(cause);
@@ -152,7 +152,7 @@ impl Runtimes {
 
     /// Cancels a boot that has failed and records why. If the boot was cancelled earlier, that is
     /// the cause, so nothing is recorded.
-    pub fn boot_died(&self, vm: &VmId, how: BootEnd) {
+    pub(super) fn boot_died(&self, vm: &VmId, how: BootEnd) {
         let cause = how.cause();
         let token = self.with(vm, |r| {
             let token = r.boot.clone().filter(|boot| !boot.is_cancelled())?;
@@ -166,11 +166,11 @@ impl Runtimes {
 
     /// Forgets the boot of a VM that has failed and now ends its VMM, so that the end of the VMM is
     /// not recorded as the cause.
-    pub fn give_up_boot(&self, vm: &VmId) {
+    pub(super) fn give_up_boot(&self, vm: &VmId) {
         self.with(vm, |r| r.boot = None);
     }
 
-    pub fn shorten_stop(&self, vm: &VmId) {
+    pub(super) fn shorten_stop(&self, vm: &VmId) {
         let token = self.with(vm, |r| r.grace.clone());
         if let Some(token) = token {
             token.cancel(CancelCause::Forced);
@@ -178,19 +178,20 @@ impl Runtimes {
     }
 
     /// Returns the operation in the successor slot, with its verb.
-    pub fn successor(&self, vm: &VmId) -> Option<(Verb, OpId)> {
+    pub(super) fn successor(&self, vm: &VmId) -> Option<(Verb, OpId)> {
         self.with(vm, |r| {
             r.successor.as_ref().map(|s| (s.verb, s.op.id().clone()))
         })
     }
 
     /// Puts a successor in the slot and returns the one that it replaces.
-    pub fn set_successor(&self, vm: &VmId, successor: Successor) -> Option<Successor> {
+    pub(super) fn set_successor(&self, vm: &VmId, successor: Successor) -> Option<Successor> {
         self.with(vm, |r| r.successor.replace(successor))
     }
 
     /// Returns the number of entries, which is 0 if no VM has anything in progress.
-    pub fn len(&self) -> usize {
+    #[cfg(any(test, feature = "fakes"))]
+    pub(super) fn len(&self) -> usize {
         self.map.lock().len()
     }
 }

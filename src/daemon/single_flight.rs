@@ -44,7 +44,7 @@ impl<T> Drop for Run<'_, T> {
 }
 
 impl<T: Clone> SingleFlight<T> {
-    pub fn new(kept: Duration) -> Self {
+    pub(super) fn new(kept: Duration) -> Self {
         Self {
             kept,
             state: Mutex::new(
@@ -62,7 +62,7 @@ impl<T: Clone> SingleFlight<T> {
     ///
     /// # Errors
     /// `busy` at the deadline, if another caller's run takes too long.
-    pub fn get(
+    pub(super) fn get(
         &self,
         freshness: Freshness,
         deadline: Instant,

@@ -44,7 +44,7 @@ impl Drop for CreateGuard {
 }
 
 impl SnapshotRegistry {
-    pub fn new(state_dir: &Path) -> Self {
+    pub(super) fn new(state_dir: &Path) -> Self {
         Self {
             dir: state_dir.join(SNAPSHOTS_DIR).into(),
             in_progress: Arc::new(Mutex::new(Rank::Runtimes, HashMap::new())),
@@ -55,7 +55,7 @@ impl SnapshotRegistry {
     /// # Errors
     /// `busy` while another snapshot of this VM is being made, because the two would pause and
     /// resume the guest independently.
-    pub fn begin(&self, row: &VmRow) -> Result<CreateGuard> {
+    pub(super) fn begin(&self, row: &VmRow) -> Result<CreateGuard> {
         let id = SnapshotId::random();
         let mut in_progress = self.in_progress.lock();
         if in_progress.values().any(|vm| *vm == row.id) {
@@ -73,16 +73,16 @@ impl SnapshotRegistry {
         })
     }
 
-    pub fn dir(&self) -> &Path {
+    pub(super) fn dir(&self) -> &Path {
         &self.dir
     }
 
     /// The files of a snapshot.
-    pub fn files(&self, id: &SnapshotId) -> Files {
+    pub(super) fn files(&self, id: &SnapshotId) -> Files {
         Files::at(self.dir.join(id.as_str()))
     }
 
-    pub fn contains(&self, id: &SnapshotId) -> bool {
+    pub(super) fn contains(&self, id: &SnapshotId) -> bool {
         self.in_progress.lock().contains_key(id)
     }
 }
@@ -129,7 +129,7 @@ pub(super) struct Restore {
 }
 
 impl Restore {
-    pub fn saved(&self) -> Saved {
+    pub(super) fn saved(&self) -> Saved {
         Saved {
             memory: self.files.memory.clone(),
             devices: self.files.devices.clone(),
@@ -138,7 +138,7 @@ impl Restore {
     }
 
     /// Takes over what must be the same as in the snapshot. The disks follow during the boot.
-    pub fn enter(&self, row: &mut VmRow) {
+    pub(super) fn enter(&self, row: &mut VmRow) {
         (row.shape.vcpus, row.shape.mem_mib) = (self.row.shape.vcpus, self.row.shape.mem_mib);
         (row.has_balloon, row.balloon_mib) = (self.row.has_balloon, self.row.balloon_mib);
         if row.disk_driver.is_none() {

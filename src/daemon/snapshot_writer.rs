@@ -98,7 +98,7 @@ pub(super) struct SnapshotWriter {
 impl SnapshotWriter {
     /// Saves the guest of a VM whose cancel set the operation has joined. After an error the files
     /// are removed, or are in the ledger so that they will be.
-    pub fn capture(&self, row: &VmRow, op: &OpHandle) -> Result<Captured> {
+    pub(super) fn capture(&self, row: &VmRow, op: &OpHandle) -> Result<Captured> {
         let create_guard = self.snapshot_registry.begin(row)?;
         let files = self.snapshot_registry.files(&create_guard.id);
         self.require_room(row)?;
@@ -299,7 +299,7 @@ impl SnapshotWriter {
     }
 
     /// Deletes the files of a snapshot that was not published.
-    pub fn discard(&self, captured: Captured) {
+    pub(super) fn discard(&self, captured: Captured) {
         self.discard_guarded(captured.create_guard, captured.ledger);
     }
 
@@ -311,7 +311,7 @@ impl SnapshotWriter {
     }
 
     /// Deletes the files of a snapshot that has no row and is not in use.
-    pub fn discard_files(&self, id: &SnapshotId, ledger: u64) {
+    pub(super) fn discard_files(&self, id: &SnapshotId, ledger: u64) {
         if let Err(e) = resources::discard_snapshot(&self.resources, id, ledger) {
             log::warn!("{e}; retrying every minute");
         }

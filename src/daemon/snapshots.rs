@@ -30,7 +30,7 @@ use serde_json::value::RawValue;
 use std::sync::Arc;
 
 /// Limit of snapshots per uid.
-pub const SNAPSHOTS_PER_UID_MAX: usize = 64;
+pub(super) const SNAPSHOTS_PER_UID_MAX: usize = 64;
 
 /// Makes snapshots, and new VMs from them.
 #[derive(Clone)]

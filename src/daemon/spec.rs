@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 /// Makes specifications.
 #[derive(Clone)]
-pub struct Specs {
+pub(super) struct Specs {
     pub(super) core: Core,
     pub(super) networks: Networks,
     pub(super) kernels: Kernels,

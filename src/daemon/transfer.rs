@@ -48,7 +48,7 @@ pub(super) struct Imported {
 
 impl Transfer {
     /// Runs an import: begin, receive, verify, finish.
-    pub fn import(
+    pub(super) fn import(
         self,
         cancel: &Cancel,
         request: &PrepareRequest,
@@ -130,7 +130,7 @@ impl Transfer {
     }
 
     /// Sends the patch or the tree as the guest produces it. The daemon does not parse it.
-    pub fn export(self, cancel: &Cancel, kind: ExportKind) -> Result<Trailer> {
+    pub(super) fn export(self, cancel: &Cancel, kind: ExportKind) -> Result<Trailer> {
         self.reporter.progress("compare the guest's files");
         let command = match kind {
             ExportKind::Patch => remote::export_patch_command(&self.workspace),

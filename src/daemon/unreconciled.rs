@@ -64,7 +64,7 @@ impl Drop for ReconcileGuard<'_> {
 
 impl Unreconciled {
     /// Takes the VMs with their generations.
-    pub fn new(due: impl IntoIterator<Item = (VmId, u64)>) -> Self {
+    pub(super) fn new(due: impl IntoIterator<Item = (VmId, u64)>) -> Self {
         let due_at = |(vm, generation)| {
             (
                 vm,
@@ -82,7 +82,7 @@ impl Unreconciled {
         }
     }
 
-    pub fn set_reconciler(&self, reconciler: Weak<dyn VmReconciler>) {
+    pub(super) fn set_reconciler(&self, reconciler: Weak<dyn VmReconciler>) {
         // The wiring calls this once.
         drop(self.reconciler.set(reconciler));
     }
@@ -96,7 +96,12 @@ impl Unreconciled {
     /// does that, or waits while another thread does. To end a running guest this is not needed:
     /// its VMM is in the row, and the kill must not wait for a VMM that hangs and cannot be
     /// adopted.
-    pub fn ensure_reconciled(&self, row: &VmRow, verb: Verb, closing: &Cancel) -> Result<()> {
+    pub(super) fn ensure_reconciled(
+        &self,
+        row: &VmRow,
+        verb: Verb,
+        closing: &Cancel,
+    ) -> Result<()> {
         let kills_running = row.state == VmState::Running && verb.ends_guest();
         if !self.is_due(&row.id) || kills_running {
             return Ok(());
@@ -111,20 +116,20 @@ impl Unreconciled {
     }
 
     /// See [`VmReconciler::adopt_late`].
-    pub fn adopt_late(&self, row: &VmRow) -> Result<()> {
+    pub(super) fn adopt_late(&self, row: &VmRow) -> Result<()> {
         self.reconciler()?.adopt_late(row)
     }
 
-    pub fn is_due(&self, vm: &VmId) -> bool {
+    pub(super) fn is_due(&self, vm: &VmId) -> bool {
         self.left.lock().contains_key(vm)
     }
 
-    pub fn due(&self) -> Vec<VmId> {
+    pub(super) fn due(&self) -> Vec<VmId> {
         self.left.lock().keys().cloned().collect()
     }
 
     /// Returns `None` if the VM is reconciled or another thread is doing that.
-    pub fn begin(&self, vm: &VmId) -> Option<ReconcileGuard<'_>> {
+    pub(super) fn begin(&self, vm: &VmId) -> Option<ReconcileGuard<'_>> {
         let mut left = self.left.lock();
         let due = left
             .get_mut(vm)
@@ -139,7 +144,11 @@ impl Unreconciled {
 
     /// Waits while another thread reconciles the VM, and then returns `None`. Returns a guard if
     /// the caller must reconcile it.
-    pub fn begin_or_wait(&self, vm: &VmId, closing: &Cancel) -> Result<Option<ReconcileGuard<'_>>> {
+    pub(super) fn begin_or_wait(
+        &self,
+        vm: &VmId,
+        closing: &Cancel,
+    ) -> Result<Option<ReconcileGuard<'_>>> {
         if let Some(guard) = self.begin(vm) {
             return Ok(Some(guard));
         }
@@ -166,7 +175,7 @@ impl Unreconciled {
 
     /// The VM need not be reconciled any more, because an operation of this daemon owns it. A
     /// thread that is already reconciling it continues and sees that.
-    pub fn skip(&self, vm: &VmId) {
+    pub(super) fn skip(&self, vm: &VmId) {
         let mut left = self.left.lock();
         if left
             .get(vm)
@@ -187,7 +196,7 @@ pub(super) struct EarlierVmms {
 }
 
 impl EarlierVmms {
-    pub fn new(generations: HashMap<VmId, u64>) -> Self {
+    pub(super) fn new(generations: HashMap<VmId, u64>) -> Self {
         Self {
             generations,
             tags: OnceLock::new(),
@@ -195,7 +204,7 @@ impl EarlierVmms {
     }
 
     /// True if the VMM with this tag is known to be gone. `list` is called at most once.
-    pub fn is_gone(
+    pub(super) fn is_gone(
         &self,
         tag: &str,
         list: impl FnOnce() -> Result<Vec<crate::vmm::Tagged>>,

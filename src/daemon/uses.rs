@@ -38,7 +38,7 @@ impl<K: Eq + Hash + Clone> Clone for Uses<K> {
 }
 
 impl<K: Eq + Hash + Clone> Uses<K> {
-    pub fn new() -> Self {
+    pub(super) fn new() -> Self {
         let known = Known {
             used: HashMap::new(),
             deleting: HashSet::new(),
@@ -49,7 +49,7 @@ impl<K: Eq + Hash + Clone> Uses<K> {
     }
 
     /// Returns `None` while the thing is being deleted.
-    pub fn begin_use(&self, key: &K) -> Option<UseGuard<K>> {
+    pub(super) fn begin_use(&self, key: &K) -> Option<UseGuard<K>> {
         let mut known = self.known.lock();
         if known.deleting.contains(key) {
             return None;
@@ -62,7 +62,7 @@ impl<K: Eq + Hash + Clone> Uses<K> {
     }
 
     /// Returns `None` while the thing is in use or being deleted.
-    pub fn begin_delete(&self, key: &K) -> Option<DeleteGuard<K>> {
+    pub(super) fn begin_delete(&self, key: &K) -> Option<DeleteGuard<K>> {
         let mut known = self.known.lock();
         if known.used.contains_key(key) || !known.deleting.insert(key.clone()) {
             return None;

@@ -18,7 +18,7 @@ const KILL_DEADLINE: Duration = Duration::from_secs(60);
 
 /// Finds and kills VMM processes.
 #[derive(Clone)]
-pub struct Vmms {
+pub(super) struct Vmms {
     pub(super) core: Core,
     pub(super) specs: Specs,
     pub(super) vmm: Arc<dyn Driver>,
@@ -76,8 +76,7 @@ impl Vmms {
         })
     }
 
-    /// Kills the VMM and waits until it is gone.
-    /// A handle of the VM that runs in this process.
+    /// Returns the handle of the VM, whose VMM is this process.
     pub(super) fn vm(&self, row: &VmRow, identity: &Identity) -> Result<Box<dyn Vm + '_>> {
         self.vmm.vm(VmRef {
             dir: self.core.vm_dir(&row.id),
@@ -86,6 +85,7 @@ impl Vmms {
         })
     }
 
+    /// Kills the VMM and waits until it is gone.
     pub(super) fn kill_vmm(&self, identity: &Identity) -> Result<()> {
         self.vmm
             .processes()

@@ -1,7 +1,7 @@
 //! Waits on descriptors. Everything that may end the wait is among them.
 
 use crate::error::{Error, Kind};
-use crate::host::wait::{is_hung_up, poll_until};
+use crate::host::wait::poll_until;
 use crate::locks::CancelCause;
 use nix::poll::{PollFd, PollFlags};
 use std::os::fd::BorrowedFd;
@@ -23,11 +23,6 @@ impl From<Gone> for Error {
 }
 
 impl Hangup<'_> {
-    /// True if the peer has closed both directions.
-    pub fn is_up(&self) -> bool {
-        is_hung_up(self.0)
-    }
-
     /// Waits until one of `fds` is readable. Returns false at the deadline, and `Gone` if the peer
     /// hung up first.
     pub fn wait(&self, fds: &[BorrowedFd<'_>], deadline: Option<Instant>) -> Result<bool, Gone> {

@@ -6,6 +6,7 @@ use super::close::Threads;
 use super::controls::Controls;
 use super::core::{Core, DURABLE_DEADLINE, Shared, VMS_DIR};
 use super::create::Creator;
+#[cfg(any(test, feature = "fakes"))]
 use super::debug::Leftovers;
 use super::disk_probe;
 use super::doctor::{self, Doctor};
@@ -179,10 +180,6 @@ impl Daemon {
         Ok(daemon)
     }
 
-    pub fn is_closing(&self) -> bool {
-        self.core.is_closing()
-    }
-
     /// Finds out what the virtualisation of this host can do, ahead of the first boot. Takes
     /// seconds at most.
     pub fn warm_up(&self) {
@@ -220,6 +217,7 @@ impl Daemon {
     }
 
     /// Counts what is in progress. For tests: in a daemon at rest all of it is 0.
+    #[cfg(any(test, feature = "fakes"))]
     pub fn leftovers(&self) -> Leftovers {
         let pool = self.transfers.pool.counts();
         // A statement of its own, so that this lock is released before the next one is taken.

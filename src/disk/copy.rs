@@ -14,7 +14,7 @@ const PUNCH_BYTES: usize = 64 << 10;
 
 /// Copies the data of `from` to `to`, which must be empty. `progress` receives the position and the
 /// file's length.
-pub fn copy_sparse(
+pub(super) fn copy_sparse(
     from: &File,
     to: &File,
     cancel: &Cancel,

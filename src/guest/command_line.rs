@@ -6,8 +6,8 @@ use crate::host::text::quoted;
 
 /// Exit status if the working directory cannot be entered. A line on stderr then begins with
 /// [`CANNOT_ENTER`].
-pub const CANNOT_ENTER_STATUS: u8 = 125;
-pub const CANNOT_ENTER: &str = "fcd: cannot enter the directory ";
+pub(super) const CANNOT_ENTER_STATUS: u8 = 125;
+pub(super) const CANNOT_ENTER: &str = "fcd: cannot enter the directory ";
 
 /// Starts a subshell for the command and waits for it. sshd reports few signals by name and none by
 /// number, so the shell stays and exits with 128+n. It ignores signals sent to its process group,

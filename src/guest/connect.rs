@@ -11,7 +11,7 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 /// Deadline for the connection, the key exchange, the authentication and the start of one command.
-pub const DIAL_TIMEOUT: Duration = Duration::from_secs(20);
+pub(super) const DIAL_TIMEOUT: Duration = Duration::from_secs(20);
 /// Interval between two probes of a booting guest: an eighth of the time waited so far, within
 /// these limits. QEMU's user-mode network accepts a connection at once and loses what was sent if
 /// the guest has no network yet, so an unanswered probe is abandoned. Each probe makes the booting
@@ -29,7 +29,7 @@ const REFUSED_PAUSE: Duration = Duration::from_millis(50);
 const REFUSALS_MAX: u32 = 5;
 
 /// Builds the error of a session that could not be established.
-pub fn unavailable(what: impl std::fmt::Display, target: &Target) -> Error {
+pub(super) fn unavailable(what: impl std::fmt::Display, target: &Target) -> Error {
     Error::new(
         Kind::GuestUnavailable,
         format!("reach the guest at {}: {what}", target.addr),
@@ -60,7 +60,7 @@ fn begin_connect(addr: SocketAddr) -> std::io::Result<TcpStream> {
 }
 
 /// Returns a connected, non-blocking socket.
-pub fn connect(target: &Target, wait: &Wait<'_>) -> Result<TcpStream> {
+pub(super) fn connect(target: &Target, wait: &Wait<'_>) -> Result<TcpStream> {
     let socket = begin_connect(target.addr).map_err(|e| unavailable(e, target))?;
     // Waits for the connection. The poll also notices a token that fired earlier, and does not
     // reset it.
@@ -72,7 +72,7 @@ pub fn connect(target: &Target, wait: &Wait<'_>) -> Result<TcpStream> {
 }
 
 /// The outcome of an attempt to log in.
-pub enum LogIn {
+pub(super) enum LogIn {
     Accepted,
     /// The guest refuses our key, or made the helper fail. A booting guest may do so a few times.
     Refused(Error),
@@ -87,7 +87,7 @@ struct Probe {
 
 /// Probes the guest until it answers and `log_in` succeeds. At the deadline, returns `boot_timeout`
 /// with the last obstacle.
-pub fn wait_ready(
+pub(super) fn wait_ready(
     target: &Target,
     wait: &Wait<'_>,
     log_in: &mut dyn FnMut(TcpStream) -> Result<LogIn>,

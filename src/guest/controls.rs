@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 /// Maximum number of queued controls.
-pub const QUEUE_MAX: usize = 64;
+pub(super) const QUEUE_MAX: usize = 64;
 
 struct Queue {
     event: EventFd,

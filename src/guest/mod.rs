@@ -17,12 +17,12 @@ pub mod ssh;
 pub mod test_sshd;
 mod wait;
 
+pub use command_line::command_bytes;
 #[cfg(test)]
 pub use command_line::command_line;
-pub use command_line::{CANNOT_ENTER, CANNOT_ENTER_STATUS, command_bytes};
-pub use controls::{ControlReceiver, ControlSender, control_queue};
+pub use controls::{ControlSender, control_queue};
 pub use helper::SshTransport;
-pub use script::{Script, ScriptOutput, run_script};
+pub use script::{Script, run_script};
 
 use crate::api::exec::{Exit, Pty, PtySize};
 use crate::error::Result;

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 /// What can end a wait early. If several apply at once, the first of these is reported: cancel,
 /// hang-up, deadline, idle limit.
 #[derive(Clone)]
-pub struct Wait<'a> {
+pub(super) struct Wait<'a> {
     cancel: &'a Cancel,
     hangup: Option<BorrowedFd<'a>>,
     deadline: Option<Instant>,
@@ -20,7 +20,7 @@ pub struct Wait<'a> {
 }
 
 impl<'a> Wait<'a> {
-    pub fn new(cancel: &'a Cancel) -> Self {
+    pub(super) fn new(cancel: &'a Cancel) -> Self {
         Self {
             cancel,
             hangup: None,
@@ -31,24 +31,24 @@ impl<'a> Wait<'a> {
         }
     }
     #[must_use]
-    pub fn deadline(mut self, deadline: Option<Instant>) -> Self {
+    pub(super) fn deadline(mut self, deadline: Option<Instant>) -> Self {
         self.deadline = deadline;
         self
     }
     #[must_use]
-    pub fn idle(mut self, idle: Option<Duration>) -> Self {
+    pub(super) fn idle(mut self, idle: Option<Duration>) -> Self {
         self.idle = idle;
         self
     }
     #[must_use]
-    pub fn hangup(mut self, hangup: Option<BorrowedFd<'a>>) -> Self {
+    pub(super) fn hangup(mut self, hangup: Option<BorrowedFd<'a>>) -> Self {
         self.hangup = hangup;
         self
     }
 
     /// Returns the same wait with an earlier deadline.
     #[must_use]
-    pub fn tighten(&self, deadline: Instant) -> Self {
+    pub(super) fn tighten(&self, deadline: Instant) -> Self {
         let is_nearer = self.deadline.is_none_or(|d| deadline < d);
         Self {
             deadline: Some(if is_nearer {
@@ -63,22 +63,22 @@ impl<'a> Wait<'a> {
 
     /// Returns a wait with only the cancel token and this deadline.
     #[must_use]
-    pub fn without_ends(&self, deadline: Instant) -> Self {
+    pub(super) fn without_ends(&self, deadline: Instant) -> Self {
         Wait::new(self.cancel).deadline(Some(deadline))
     }
 
     /// True if the deadline comes from [`Wait::tighten`].
-    pub fn is_tightened(&self) -> bool {
+    pub(super) fn is_tightened(&self) -> bool {
         self.is_tightened
     }
 
     /// Restarts the idle limit after a byte has moved.
-    pub fn progress(&mut self) {
+    pub(super) fn progress(&mut self) {
         self.progressed = Instant::now();
     }
 
     /// Returns `cancelled`, `timeout` or `transfer_idle` if the wait must end.
-    pub fn check(&self) -> Result<()> {
+    pub(super) fn check(&self) -> Result<()> {
         if self.cancel.is_cancelled() {
             return Err(cancelled_by(self.cancel));
         }
@@ -103,7 +103,7 @@ impl<'a> Wait<'a> {
 
     /// Waits until one of `fds` is ready, `until` is reached, or something ends the wait. Returns
     /// which of `fds` are ready or have failed.
-    pub fn poll(&self, fds: &[PollFd<'_>], until: Option<Instant>) -> Result<Vec<bool>> {
+    pub(super) fn poll(&self, fds: &[PollFd<'_>], until: Option<Instant>) -> Result<Vec<bool>> {
         let mut all: Vec<PollFd<'_>> = fds.to_vec();
         all.push(PollFd::new(self.cancel.fd(), PollFlags::POLLIN));
         // Requesting no events still reports POLLHUP and POLLERR, but not a half-close (POLLRDHUP).
@@ -127,12 +127,12 @@ impl<'a> Wait<'a> {
 }
 
 /// The error after the caller has hung up.
-pub fn hung_up() -> Error {
+pub(super) fn hung_up() -> Error {
     Error::new(Kind::Cancelled, "cancelled").with_source(CancelCause::CallerHungUp)
 }
 
 /// True if an error of [`Wait::poll`] is the hang-up.
-pub fn is_hang_up(error: &Error) -> bool {
+pub(super) fn is_hang_up(error: &Error) -> bool {
     error.source_as() == Some(&CancelCause::CallerHungUp)
 }
 

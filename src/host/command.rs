@@ -106,6 +106,7 @@ impl Command {
         self
     }
     #[must_use]
+    #[cfg(any(test, feature = "fakes"))]
     pub fn term_grace(mut self, grace: Duration) -> Self {
         self.term_grace = grace;
         self

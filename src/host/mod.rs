@@ -30,5 +30,7 @@ pub mod time;
 pub mod usage;
 pub mod wait;
 
-pub use command::{Command, Commands, Complaint, HostCommands, Output};
+#[cfg(any(test, feature = "fakes"))]
+pub use command::Output;
+pub use command::{Command, Commands, Complaint, HostCommands};
 pub use credentials::Credentials;

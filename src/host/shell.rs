@@ -1,7 +1,7 @@
 //! Quoting for a POSIX shell.
 
-/// Quotes `word` so that any POSIX shell reads it back unchanged. No shell can read a NUL, so
-/// code that builds a command from words that may contain one must refuse them.
+/// Quotes `word` so that any POSIX shell reads it back unchanged. No shell can read a NUL, so code
+/// that builds a command from words that may contain one must refuse them.
 ///
 /// `a b` becomes `'a b'`, `it's` becomes `'it'\''s'`. A word of letters, digits and `%+,-./:=@_` is
 /// returned unchanged.

@@ -7,12 +7,12 @@ const UNKNOWN_PACKAGE: &str = "Unable to locate package";
 const OWN_FAILURES: [&str; 2] = ["setup failed", "mmdebstrap failed"];
 
 /// True if apt knows no package of the name that is in this line.
-pub fn is_unknown_package(line: &str) -> bool {
+pub(super) fn is_unknown_package(line: &str) -> bool {
     line.contains(UNKNOWN_PACKAGE)
 }
 
 /// The reason in a line of output, if it has one.
-pub fn reason(line: &str) -> Option<&str> {
+pub(super) fn reason(line: &str) -> Option<&str> {
     line.strip_prefix("E: ")
         .filter(|text| !OWN_FAILURES.iter().any(|own| text.starts_with(own)))
 }

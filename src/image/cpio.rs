@@ -12,29 +12,29 @@ const TRAILER: &str = "TRAILER!!!";
 /// Writes an archive. The same calls produce the same bytes: members belong to root, have the time
 /// 0 and are numbered in order.
 #[derive(Default)]
-pub struct Cpio {
+pub(super) struct Cpio {
     bytes: Vec<u8>,
     members: u32,
 }
 
 impl Cpio {
-    pub fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self::default()
     }
 
-    pub fn dir(&mut self, path: &str, mode: u32) {
+    pub(super) fn dir(&mut self, path: &str, mode: u32) {
         self.member(path, DIRECTORY | mode, 2, &[]);
     }
 
-    pub fn file(&mut self, path: &str, mode: u32, content: &[u8]) {
+    pub(super) fn file(&mut self, path: &str, mode: u32, content: &[u8]) {
         self.member(path, FILE | mode, 1, content);
     }
 
-    pub fn symlink(&mut self, path: &str, target: &str) {
+    pub(super) fn symlink(&mut self, path: &str, target: &str) {
         self.member(path, SYMLINK | 0o777, 1, target.as_bytes());
     }
 
-    pub fn finish(mut self) -> Vec<u8> {
+    pub(super) fn finish(mut self) -> Vec<u8> {
         self.members = 0;
         self.member_with_inode(0, TRAILER, 0, 1, &[]);
         self.bytes
@@ -69,7 +69,7 @@ impl Cpio {
 
 /// The content of a regular file in an archive. None if there is no such file or the archive is
 /// malformed.
-pub fn find<'a>(archive: &'a [u8], path: &str) -> Option<&'a [u8]> {
+pub(super) fn find<'a>(archive: &'a [u8], path: &str) -> Option<&'a [u8]> {
     let mut at = 0usize;
     loop {
         let head = archive.get(at..at.checked_add(HEAD_BYTES)?)?;

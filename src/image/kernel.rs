@@ -18,7 +18,7 @@ const PAYLOAD_LENGTH_AT: usize = 0x24c;
 const VERSION_MIN: u16 = 0x0208;
 const SECTOR: usize = 512;
 /// The largest kernel. A malformed image may claim any size.
-pub const VMLINUX_BYTES_MAX: u32 = 512 << 20;
+pub(super) const VMLINUX_BYTES_MAX: u32 = 512 << 20;
 
 /// A signed module ends with this mark (include/linux/module_signature.h in the kernel).
 const SIGNATURE_MARK: &[u8] = b"~Module signature appended~\n";
@@ -27,7 +27,7 @@ const SIGNATURE_MARK: &[u8] = b"~Module signature appended~\n";
 const SIGNATURE_STRUCT: usize = 12;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Compression {
+pub(super) enum Compression {
     Lz4,
     Zstd,
     Xz,
@@ -35,7 +35,7 @@ pub enum Compression {
 }
 
 impl Compression {
-    pub fn of(bytes: &[u8]) -> Option<Self> {
+    pub(super) fn of(bytes: &[u8]) -> Option<Self> {
         // lz4 has its legacy frame, the only one that the kernel's build uses.
         const MAGICS: [(&[u8], Compression); 4] = [
             (&[0x02, 0x21, 0x4c, 0x18], Compression::Lz4),
@@ -50,7 +50,7 @@ impl Compression {
     }
 
     /// The program that unpacks it, and the suffix that the program expects.
-    pub const fn program(self) -> (&'static str, &'static str) {
+    pub(super) const fn program(self) -> (&'static str, &'static str) {
         match self {
             Compression::Lz4 => ("lz4", "lz4"),
             Compression::Zstd => ("zstd", "zst"),
@@ -62,7 +62,7 @@ impl Compression {
 
 /// The compressed kernel inside a bzImage.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Payload<'a> {
+pub(super) struct Payload<'a> {
     pub compression: Compression,
     pub bytes: &'a [u8],
     /// The size of the ELF file.
@@ -70,7 +70,7 @@ pub struct Payload<'a> {
 }
 
 /// Finds the payload. The last four bytes of the field are the unpacked length, little-endian.
-pub fn payload(image: &[u8]) -> Result<Payload<'_>> {
+pub(super) fn payload(image: &[u8]) -> Result<Payload<'_>> {
     let bad = |what: &str| Error::new(Kind::Unsupported, format!("read the kernel image: {what}"));
     let u32_at = |at: usize| {
         image
@@ -118,7 +118,7 @@ pub fn payload(image: &[u8]) -> Result<Payload<'_>> {
 
 /// The version in a bzImage's header. `kernel_version` is the offset of a text, counted from the
 /// second sector.
-pub fn version(image: &[u8]) -> Option<String> {
+pub(super) fn version(image: &[u8]) -> Option<String> {
     let at = image
         .get(KERNEL_VERSION_AT..KERNEL_VERSION_AT + 2)
         .map(|b| usize::from(u16::from_le_bytes([b[0], b[1]])))?;
@@ -132,7 +132,7 @@ pub fn version(image: &[u8]) -> Option<String> {
 
 /// The first word of a text, up to a blank or a NUL. None if it cannot be a version because of its
 /// characters or its length (`__NEW_UTS_LEN`).
-pub fn word(text: &[u8]) -> Option<String> {
+pub(super) fn word(text: &[u8]) -> Option<String> {
     let end = text
         .iter()
         .take(VERSION_LEN_MAX + 1)
@@ -144,7 +144,7 @@ pub fn word(text: &[u8]) -> Option<String> {
 
 /// Strips the signature from a module, if it has one. The guest then does not verify it, which
 /// saves an RSA computation per module on a slow guest.
-pub fn without_signature(module: &[u8]) -> &[u8] {
+pub(super) fn without_signature(module: &[u8]) -> &[u8] {
     let Some(rest) = module.strip_suffix(SIGNATURE_MARK) else {
         return module;
     };
@@ -159,7 +159,7 @@ pub fn without_signature(module: &[u8]) -> &[u8] {
 
 /// Reduces `modules.dep` to the modules in `names`, with file names instead of paths, for modules
 /// that are all in one directory.
-pub fn flat_modules_dep(modules_dep: &str, names: &[String]) -> String {
+pub(super) fn flat_modules_dep(modules_dep: &str, names: &[String]) -> String {
     let file = |path: &str| path.rsplit('/').next().unwrap_or(path).to_owned();
     let mut lines = BTreeMap::new();
     for line in modules_dep.lines() {

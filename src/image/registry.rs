@@ -7,10 +7,10 @@ use std::fs::File;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-pub const KERNEL: &str = "vmlinux";
+pub(super) const KERNEL: &str = "vmlinux";
 const IMAGES_DIR: &str = "images";
-pub const INITRD: &str = "initrd";
-pub const ROOTFS: &str = "rootfs.ext4";
+pub(super) const INITRD: &str = "initrd";
+pub(super) const ROOTFS: &str = "rootfs.ext4";
 const METADATA: &str = "image.json";
 const METADATA_BYTES_MAX: u64 = 64 * 1024;
 /// The format of `image.json`. Images with another format are refused.

@@ -15,14 +15,14 @@ const CONFIG_KEPT: [&str; 7] = [
 
 /// The distribution of the host, from os-release(5).
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Os {
+pub(super) struct Os {
     /// For example `debian`.
     pub id: String,
     /// For example `bookworm`; may be empty.
     pub codename: String,
 }
 
-pub fn os(os_release: &str) -> Os {
+pub(super) fn os(os_release: &str) -> Os {
     let value = |key: &str| {
         let line = os_release
             .lines()
@@ -36,7 +36,7 @@ pub fn os(os_release: &str) -> Os {
 }
 
 /// An apt.conf for a build: the needed lines of `apt-config dump`, and no translations.
-pub fn apt_conf(dump: &str) -> String {
+pub(super) fn apt_conf(dump: &str) -> String {
     let mut conf = String::from("Acquire::Languages \"none\";\n");
     for line in dump
         .lines()
@@ -54,7 +54,7 @@ pub fn apt_conf(dump: &str) -> String {
 /// The host's sources for `codename` and its updates as one-line entries (sources.list(5)). `files`
 /// has names and contents in either format. Archives of third parties, which have other suites or
 /// no `main`, are omitted.
-pub fn sources_list(files: &[(String, String)], codename: &str) -> String {
+pub(super) fn sources_list(files: &[(String, String)], codename: &str) -> String {
     let mut lines = Vec::new();
     for (name, text) in files {
         if name.ends_with(".sources") {

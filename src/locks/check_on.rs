@@ -6,7 +6,7 @@
 //! line `From To` for every declared edge when this process first sees it; the test suite fails if
 //! an edge was seen by no process.
 
-use super::rank::{Edge, Rank, Site, rule};
+use super::rank::{Rank, Site, rule};
 use parking_lot::Mutex;
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -227,6 +227,7 @@ fn measure(since: Usage, at: Site) {
 }
 
 /// How `vm_locks` were held so far.
+#[cfg(any(test, feature = "fakes"))]
 pub fn holds() -> Holds {
     HOLDS.lock().clone().unwrap_or_default()
 }
@@ -377,6 +378,7 @@ fn require_none(what: &str, at: &dyn std::fmt::Display) {
 }
 
 /// The number of locks and regions of this thread.
+#[cfg(any(test, feature = "fakes"))]
 pub fn held() -> usize {
     LOCAL.with(|local| local.0.lock().held.len())
 }
@@ -402,26 +404,30 @@ pub fn violations() -> u64 {
 }
 
 /// Sets a function that is called before each acquisition, outside all of the checker's own locks.
+#[cfg(any(test, feature = "fakes"))]
 pub fn set_chaos(hook: Option<fn(Rank)>) {
     *CHAOS.lock() = hook;
     CHAOS_ON.store(hook.is_some(), Ordering::Relaxed);
 }
 
 /// The declared edges that occurred in this process.
-pub fn observed() -> Vec<Edge> {
+#[cfg(any(test, feature = "fakes"))]
+pub fn observed() -> Vec<super::rank::Edge> {
     SITES
         .lock()
         .iter()
-        .map(|(&(from, to), &first)| Edge { from, to, first })
+        .map(|(&(from, to), &first)| super::rank::Edge { from, to, first })
         .collect()
 }
 
 /// The table as a Graphviz graph, with the edges observed so far.
+#[cfg(any(test, feature = "fakes"))]
 pub fn dot() -> String {
     super::rank::dot(Some(&observed()))
 }
 
 /// Lists the locks that each thread holds or waits for, for a watchdog.
+#[cfg(any(test, feature = "fakes"))]
 pub fn dump() -> String {
     let threads = THREADS.lock().clone();
     let mut out = String::new();

@@ -27,13 +27,20 @@ pub mod check;
 #[path = "check_off.rs"]
 pub mod check;
 
-pub use cancel::{Cancel, Subscription};
+pub use cancel::Cancel;
 pub use cause::CancelCause;
 pub use check::{assert_none_held, require_memory_only};
-pub use mutex::{Condvar, Mutex, MutexGuard, Region, Waited, region};
+pub use mutex::{Condvar, Mutex, Waited, region};
 pub use rank::Rank;
-pub use record::{KeyRecord, OperationScope, Party, operation_scope};
-pub use set::{KeyGuard, LockSet, WaitCancelled};
+pub use record::{KeyRecord, Party, operation_scope};
+pub use set::{KeyGuard, LockSet};
+#[cfg(test)]
+use {
+    cancel::Subscription,
+    mutex::{MutexGuard, Region},
+    record::OperationScope,
+    set::WaitCancelled,
+};
 
 #[cfg(all(
     test,

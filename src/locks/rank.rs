@@ -208,6 +208,7 @@ pub(super) fn rule(rank: Rank) -> String {
 }
 
 /// The table for `ARCHITECTURE.md`. Consecutive ranks with the same rule share a line.
+#[cfg(any(test, feature = "fakes"))]
 pub fn markdown_table() -> String {
     let mut out = String::from("| taken | kind | while holding only |\n|---|---|---|\n");
     let alike = |a: &Rank, b: &Rank| a.under() == b.under() && a.is_virtual() == b.is_virtual();

@@ -4,9 +4,9 @@
 
 #[cfg(not(feature = "shuttle"))]
 mod imp {
-    pub use parking_lot::{Condvar, Mutex};
-    pub use std::sync::atomic::AtomicBool;
-    pub use std::thread::{Thread, ThreadId, current, park};
+    pub(crate) use parking_lot::{Condvar, Mutex};
+    pub(crate) use std::sync::atomic::AtomicBool;
+    pub(crate) use std::thread::{Thread, ThreadId, current, park};
 }
 
 #[cfg(feature = "shuttle")]
@@ -52,4 +52,4 @@ mod imp {
     }
 }
 
-pub use imp::*;
+pub(super) use imp::*;

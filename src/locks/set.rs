@@ -117,9 +117,11 @@ impl<K: Clone + Ord + Hash + Debug> LockSet<K> {
 
 impl<K: Eq + Hash> LockSet<K> {
     /// The number of keys that are held.
+    #[cfg(any(test, feature = "fakes"))]
     pub fn len(&self) -> usize {
         self.slots.len()
     }
+    #[cfg(any(test, feature = "fakes"))]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }

@@ -28,12 +28,12 @@ pub(super) struct Waiter {
 pub(super) struct Slots<K: Eq + Hash>(raw::Mutex<HashMap<K, Slot>>);
 
 impl<K: Clone + Ord + Hash + Debug> Slots<K> {
-    pub fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self(raw::Mutex::new(HashMap::new()))
     }
 
     /// Takes the lock if it is free (None) or joins its queue.
-    pub fn enter(&self, key: &K) -> Option<Arc<Waiter>> {
+    pub(super) fn enter(&self, key: &K) -> Option<Arc<Waiter>> {
         let here = PartyRecord::now();
         match self.lock().entry(key.clone()) {
             Entry::Vacant(entry) => {
@@ -55,7 +55,7 @@ impl<K: Clone + Ord + Hash + Debug> Slots<K> {
     }
 
     /// Takes the lock if it is free.
-    pub fn enter_if_free(&self, key: &K) -> bool {
+    pub(super) fn enter_if_free(&self, key: &K) -> bool {
         match self.lock().entry(key.clone()) {
             Entry::Occupied(_) => return false,
             Entry::Vacant(entry) => entry.insert(Slot {
@@ -67,7 +67,7 @@ impl<K: Clone + Ord + Hash + Debug> Slots<K> {
     }
 
     /// False if the lock was granted in the meantime; the caller then holds it, cancelled or not.
-    pub fn leave_queue(&self, key: &K, waiter: &Arc<Waiter>) -> bool {
+    pub(super) fn leave_queue(&self, key: &K, waiter: &Arc<Waiter>) -> bool {
         let mut slots = self.lock();
         let Some(slot) = slots.get_mut(key) else {
             return false;
@@ -78,7 +78,7 @@ impl<K: Clone + Ord + Hash + Debug> Slots<K> {
     }
 
     /// See [`LockSet::records`](super::LockSet::records).
-    pub fn records(&self) -> Vec<KeyRecord> {
+    pub(super) fn records(&self) -> Vec<KeyRecord> {
         let slots = self.lock();
         let mut all: Vec<_> = slots
             .iter()
@@ -105,17 +105,18 @@ impl<K: Eq + Hash> Slots<K> {
         self.0.lock()
     }
 
-    pub fn len(&self) -> usize {
+    #[cfg(any(test, feature = "fakes"))]
+    pub(super) fn len(&self) -> usize {
         self.lock().len()
     }
 
     #[cfg(all(test, not(feature = "shuttle")))]
-    pub fn capacity(&self) -> usize {
+    pub(super) fn capacity(&self) -> usize {
         self.lock().capacity()
     }
 
     /// Hands the lock to the first waiter, or frees it.
-    pub fn release(&self, key: &K) {
+    pub(super) fn release(&self, key: &K) {
         let mut slots = self.lock();
         let Some(slot) = slots.get_mut(key) else {
             return;

@@ -13,7 +13,7 @@ const FORWARDING: &str = "/proc/sys/net/ipv4/ip_forward";
 
 /// True if this interface is our bridge. It is recognised by its alias or, before that is set, by
 /// its MAC address.
-pub fn is_ours(names: &Names, link: &Link) -> bool {
+pub(super) fn is_ours(names: &Names, link: &Link) -> bool {
     let mac = names.bridge_mac().to_string();
     let is_new = link.alias().is_empty() && link.address.as_deref() == Some(&mac);
     link.is_kind("bridge") && (link.alias() == names.bridge() || is_new)
@@ -25,7 +25,7 @@ pub fn is_ours(names: &Names, link: &Link) -> bool {
 ///
 /// # Errors
 /// `conflict`, with the settings to change.
-pub fn require_free(
+pub(super) fn require_free(
     names: &Names,
     config: &Config,
     links: &[Link],
@@ -71,7 +71,7 @@ pub fn require_free(
 ///
 /// # Errors
 /// `conflict` if an interface of this name is not ours.
-pub fn ensure(
+pub(super) fn ensure(
     names: &Names,
     config: &Config,
     links: &[Link],
@@ -146,14 +146,14 @@ fn no_ipv6(bridge: &str) {
 }
 
 /// True if this host forwards IPv4 packets.
-pub fn forwards() -> Result<bool> {
+pub(super) fn forwards() -> Result<bool> {
     let text = std::fs::read_to_string(FORWARDING)
         .map_err(|e| Error::io(format!("read {FORWARDING}"), e))?;
     Ok(text.trim() != "0")
 }
 
 /// Turns IPv4 forwarding on if it is off. Returns true if it was off.
-pub fn ensure_forwarding() -> Result<bool> {
+pub(super) fn ensure_forwarding() -> Result<bool> {
     if forwards()? {
         return Ok(false);
     }
@@ -165,7 +165,7 @@ pub fn ensure_forwarding() -> Result<bool> {
 }
 
 /// The addresses of the permanent neighbour entries on the bridge, which `Net::joining` sets.
-pub fn neighbours(bridge: &str, tools: &Tools) -> Result<Vec<Ipv4Addr>> {
+pub(super) fn neighbours(bridge: &str, tools: &Tools) -> Result<Vec<Ipv4Addr>> {
     let args = ["-4", "neighbour", "show", "nud", "permanent", "dev", bridge];
     match tools.ip_json(&args, tools.never()) {
         Ok(json) => parse_neighbours(&json),

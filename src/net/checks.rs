@@ -58,7 +58,7 @@ pub fn checks(config: &Config, commands: &dyn Commands, cancel: &Cancel) -> Vec<
 }
 
 /// True if systemd-resolved runs on this host and can be configured with `resolvectl`.
-pub fn has_resolved() -> bool {
+pub(super) fn has_resolved() -> bool {
     Path::new("/run/systemd/resolve/stub-resolv.conf").exists()
         && find_program(Path::new("resolvectl")).is_some()
 }

@@ -48,7 +48,7 @@ const CTA_PROTO_DST_PORT: u16 = 3;
 
 /// One direction of a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Tuple {
+pub(super) struct Tuple {
     pub source: Ipv4Addr,
     pub destination: Ipv4Addr,
     /// `IPPROTO_*`.
@@ -58,13 +58,13 @@ pub struct Tuple {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Flow {
+pub(super) struct Flow {
     pub original: Tuple,
     pub reply: Tuple,
 }
 
 impl Flow {
-    pub fn is_of(&self, address: Ipv4Addr) -> bool {
+    pub(super) fn is_of(&self, address: Ipv4Addr) -> bool {
         [self.original, self.reply]
             .iter()
             .any(|t| t.source == address || t.destination == address)
@@ -73,7 +73,7 @@ impl Flow {
 
 /// Deletes the IPv4 entries of this network namespace for which `is_stale` is true. Returns how
 /// many there were.
-pub fn forget(is_stale: &dyn Fn(&Flow) -> bool) -> Result<usize> {
+pub(super) fn forget(is_stale: &dyn Fn(&Flow) -> bool) -> Result<usize> {
     let doing = "delete conntrack entries";
     let io = |e: nix::Error| Error::io(doing, e);
     let _blocking = region(Rank::HostCmd);

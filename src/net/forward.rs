@@ -24,7 +24,7 @@ pub(super) struct Forwards {
 ///
 /// # Errors
 /// `port_taken`, `denied`, or `invalid_argument` if the address does not belong to this host.
-pub fn reserve(ports: &[Port]) -> Result<Vec<OwnedFd>> {
+pub(super) fn reserve(ports: &[Port]) -> Result<Vec<OwnedFd>> {
     ports
         .iter()
         .map(|port| bind(port, false).map(|(fd, _)| fd))

@@ -8,7 +8,7 @@ use std::net::Ipv4Addr;
 /// A network interface.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
-pub struct Link {
+pub(super) struct Link {
     #[serde(rename = "ifname")]
     pub name: String,
     #[serde(rename = "ifalias")]
@@ -23,7 +23,7 @@ pub struct Link {
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
-pub struct Info {
+pub(super) struct Info {
     /// `bridge`, `tun` or `veth`. None for hardware.
     pub info_kind: Option<String>,
     pub info_slave_data: SlaveData,
@@ -31,27 +31,27 @@ pub struct Info {
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
-pub struct SlaveData {
+pub(super) struct SlaveData {
     pub isolated: bool,
 }
 
 impl Link {
-    pub fn is_kind(&self, kind: &str) -> bool {
+    pub(super) fn is_kind(&self, kind: &str) -> bool {
         self.linkinfo.info_kind.as_deref() == Some(kind)
     }
 
-    pub fn is_up(&self) -> bool {
+    pub(super) fn is_up(&self) -> bool {
         self.flags.iter().any(|f| f == "UP")
     }
 
     /// Returns an empty string if there is no alias. The kernel does not distinguish the two.
-    pub fn alias(&self) -> &str {
+    pub(super) fn alias(&self) -> &str {
         self.alias.as_deref().unwrap_or_default()
     }
 }
 
 /// Parses `ip -json -details link show` and its filtered forms.
-pub fn parse_links(json: &[u8]) -> Result<Vec<Link>> {
+pub(super) fn parse_links(json: &[u8]) -> Result<Vec<Link>> {
     let links: Vec<Link> = parse("the interfaces", json)?;
     // `ip` prints an empty object for an interface that a filter leaves out.
     Ok(links.into_iter().filter(|l| !l.name.is_empty()).collect())
@@ -71,7 +71,7 @@ struct Address {
 }
 
 /// Parses `ip -json -4 address show dev X` into addresses and prefix lengths.
-pub fn parse_addresses(json: &[u8]) -> Result<Vec<(Ipv4Addr, u8)>> {
+pub(super) fn parse_addresses(json: &[u8]) -> Result<Vec<(Ipv4Addr, u8)>> {
     let links: Vec<Addressed> = parse("the addresses", json)?;
     let all = links.into_iter().flat_map(|l| l.addr_info);
     Ok(all.filter_map(|a| Some((a.local?, a.prefixlen))).collect())
@@ -84,14 +84,14 @@ struct Neighbour {
 }
 
 /// Parses `ip -json -4 neighbour show`.
-pub fn parse_neighbours(json: &[u8]) -> Result<Vec<Ipv4Addr>> {
+pub(super) fn parse_neighbours(json: &[u8]) -> Result<Vec<Ipv4Addr>> {
     let all: Vec<Neighbour> = parse("the neighbours", json)?;
     Ok(all.into_iter().filter_map(|n| n.dst).collect())
 }
 
 /// A route to a network, but not a default route.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Route {
+pub(super) struct Route {
     pub base: Ipv4Addr,
     pub prefix: u8,
     pub dev: String,
@@ -106,7 +106,7 @@ struct RouteLine {
 }
 
 /// Parses `ip -json -4 -details route show table all`. Broadcast and default routes are left out.
-pub fn parse_routes(json: &[u8]) -> Result<Vec<Route>> {
+pub(super) fn parse_routes(json: &[u8]) -> Result<Vec<Route>> {
     let lines: Vec<RouteLine> = parse("the routes", json)?;
     let route = |line: RouteLine| {
         if line

@@ -275,10 +275,8 @@ impl Net {
     fn remove_taps(&self, which: &dyn Fn(&Link) -> bool) -> Result<()> {
         let never = self.tools.never();
         // The order of these reads decides which rules are stale. A tap exists before its rules do,
-        // so
-        // a rule whose tap is missing from the list of links, read after the rules, is stale. A
-        // guest is in `guests`
-        // before its rules are set, so `guests` is read last.
+        // so a rule whose tap is missing from the list of links, read after the rules, is stale. A
+        // guest is in `guests` before its rules are set, so `guests` is read last.
         let nat = self
             .tools
             .nft_list(&self.sets.list_nat())?

@@ -10,12 +10,12 @@ use crate::ids::Tag;
 const INSTALL_LEN: usize = 8;
 
 #[derive(Clone, Debug)]
-pub struct Names {
+pub(super) struct Names {
     install: String,
 }
 
 impl Names {
-    pub fn of(install: &str) -> Result<Self> {
+    pub(super) fn of(install: &str) -> Result<Self> {
         let is_hex = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
         if install.len() != INSTALL_LEN || !install.bytes().all(is_hex) {
             return Err(Error::internal(format!(
@@ -28,46 +28,46 @@ impl Names {
     }
 
     /// The bridge's alias.
-    pub fn bridge(&self) -> String {
+    pub(super) fn bridge(&self) -> String {
         format!("fc-{}", self.install)
     }
 
     /// The bridge's MAC address. The bridge is created with it, while the alias can only be set
     /// afterwards.
-    pub fn bridge_mac(&self) -> Mac {
+    pub(super) fn bridge_mac(&self) -> Mac {
         let number = u32::from_str_radix(&self.install, 16).unwrap_or_default();
         let [a, b, c, d] = number.to_be_bytes();
         Mac([0x06, 0xfc, a, b, c, d])
     }
 
     /// The alias of a spare tap.
-    pub fn spare(&self) -> String {
+    pub(super) fn spare(&self) -> String {
         format!("{}tap", Tag::prefix(&self.install))
     }
 
     /// True if an alias is the tag of a VM of this installation.
-    pub fn is_tag(&self, alias: &str) -> bool {
+    pub(super) fn is_tag(&self, alias: &str) -> bool {
         let is_plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
         let rest = alias.strip_prefix(&Tag::prefix(&self.install));
         rest.is_some_and(|rest| !rest.is_empty() && rest != "tap" && rest.bytes().all(is_plain))
     }
 
     /// The prefix of the names of this installation's taps.
-    pub fn tap_prefix(&self) -> String {
+    pub(super) fn tap_prefix(&self) -> String {
         format!("fc{}-", self.install)
     }
 
-    pub fn tap(&self, number: u32) -> String {
+    pub(super) fn tap(&self, number: u32) -> String {
         format!("{}{number}", self.tap_prefix())
     }
 
     /// The number in the name of one of this installation's taps.
-    pub fn tap_number(&self, name: &str) -> Option<u32> {
+    pub(super) fn tap_number(&self, name: &str) -> Option<u32> {
         name.strip_prefix(&self.tap_prefix())?.parse().ok()
     }
 
     /// The name of this installation's table, in both families.
-    pub fn table(&self) -> String {
+    pub(super) fn table(&self) -> String {
         format!("fcd_{}", self.install)
     }
 }

@@ -20,7 +20,7 @@ const QUESTIONS_PER_S_MAX: u32 = 1000;
 
 /// The settings that the rules depend on.
 #[derive(Clone, Debug)]
-pub struct Rules {
+pub(super) struct Rules {
     table: String,
     tap_prefix: String,
     bridge: String,
@@ -29,7 +29,7 @@ pub struct Rules {
 }
 
 impl Rules {
-    pub fn new(names: &Names, config: &Config) -> Self {
+    pub(super) fn new(names: &Names, config: &Config) -> Self {
         Self {
             table: names.table(),
             tap_prefix: names.tap_prefix(),
@@ -41,7 +41,7 @@ impl Rules {
 
     /// Returns the script that sets up both tables. Elements of the sets are kept, so running VMs
     /// are not interrupted.
-    pub fn apply(&self) -> String {
+    pub(super) fn apply(&self) -> String {
         let mut script = String::new();
         self.bridge_table(&mut script);
         self.inet_table(&mut script);
@@ -162,8 +162,8 @@ impl Rules {
             "fib daddr type { broadcast, multicast } drop",
         ];
         self.chain(script, "inet", "from_guest", None, &text(&from_guest));
-        // This runs after connection tracking but before any address translation, so that the
-        // rules see the destination that the guest chose and not what another table made of it.
+        // This runs after connection tracking but before any address translation, so that the rules
+        // see the destination that the guest chose and not what another table made of it.
         let hook = "filter hook prerouting priority -150";
         self.chain(
             script,
@@ -266,7 +266,7 @@ impl Rules {
 
     /// Removes both tables. Missing tables are not an error.
     #[cfg(test)]
-    pub fn remove_all(&self) -> String {
+    pub(super) fn remove_all(&self) -> String {
         let table = &self.table;
         let of =
             |family: &str| format!("add table {family} {table}\ndelete table {family} {table}\n");

@@ -9,28 +9,28 @@ use serde_json::Value;
 use std::net::Ipv4Addr;
 
 /// The set of (tap, MAC, address) in the `bridge` table.
-pub const GUESTS: &str = "guests";
+pub(super) const GUESTS: &str = "guests";
 /// The set of taps of guests with a network, in the `bridge` table. Only those may reach each other
 /// at all.
-pub const OPEN: &str = "open";
+pub(super) const OPEN: &str = "open";
 /// The sets of taps with a rate limit for what the guest receives and sends, in the `bridge` table.
 /// Each element has its own limit.
-pub const RECEIVING: &str = "receiving";
-pub const SENDING: &str = "sending";
+pub(super) const RECEIVING: &str = "receiving";
+pub(super) const SENDING: &str = "sending";
 /// How many bytes may pass at once on top of a second's worth (the kernel's
 /// net/netfilter/nft_limit.c). This is room for a few of the largest frames, which have 64 KiB with
 /// segmentation offload.
-pub const BURST_BYTES: u64 = 256 << 10;
+pub(super) const BURST_BYTES: u64 = 256 << 10;
 /// The set of addresses that may reach the outside, in the `inet` table.
-pub const NAT: &str = "nat";
+pub(super) const NAT: &str = "nat";
 /// The maps of published ports, from (address, protocol, port) on the host to (address, port) of a
 /// guest. The second map is for ports on all addresses of the host. An element's comment is the tag
 /// of its VM.
-pub const PUBLISHED: &str = "published";
-pub const PUBLISHED_ANY: &str = "published_any";
+pub(super) const PUBLISHED: &str = "published";
+pub(super) const PUBLISHED_ANY: &str = "published_any";
 /// An element of the guests set, as read from the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Element {
+pub(super) struct Element {
     pub tap: String,
     pub mac: String,
     pub address: Ipv4Addr,
@@ -38,7 +38,7 @@ pub struct Element {
 
 /// An element of the maps of published ports, as read from the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Published {
+pub(super) struct Published {
     /// The VM's tag. Empty if something else added the element.
     pub tag: String,
     /// The guest's address.
@@ -47,7 +47,7 @@ pub struct Published {
 }
 
 impl Element {
-    pub fn of(tap: &str, guest: &Guest) -> Self {
+    pub(super) fn of(tap: &str, guest: &Guest) -> Self {
         Self {
             tap: tap.to_owned(),
             mac: guest.lease.mac.to_string(),
@@ -58,19 +58,19 @@ impl Element {
 
 /// Scripts that change the elements of the sets.
 #[derive(Clone, Debug)]
-pub struct Sets {
+pub(super) struct Sets {
     table: String,
 }
 
 impl Sets {
-    pub fn new(names: &Names) -> Self {
+    pub(super) fn new(names: &Names) -> Self {
         Self {
             table: names.table(),
         }
     }
 
     /// Adds a guest's elements. Adding them twice is not an error.
-    pub fn add(&self, tap: &str, guest: &Guest) -> String {
+    pub(super) fn add(&self, tap: &str, guest: &Guest) -> String {
         let mut script = self.element("add", &Element::of(tap, guest));
         if guest.access == Access::Nat {
             script += &self.open("add", tap);
@@ -80,7 +80,7 @@ impl Sets {
     }
 
     /// Replaces the rate limits of a guest.
-    pub fn rates(&self, tap: &str, guest: &Guest) -> String {
+    pub(super) fn rates(&self, tap: &str, guest: &Guest) -> String {
         let of = |set: &str, rate: Option<u64>| {
             let limit = rate.map(|rate| {
                 format!(
@@ -100,7 +100,7 @@ impl Sets {
     }
 
     /// Removes elements. Missing elements are not an error.
-    pub fn remove(&self, guests: &[Element], nat: &[Ipv4Addr]) -> String {
+    pub(super) fn remove(&self, guests: &[Element], nat: &[Ipv4Addr]) -> String {
         let mut script = String::new();
         for element in guests {
             script += &self.element("add", element);
@@ -137,7 +137,7 @@ impl Sets {
     }
 
     /// Publishes a port. Publishing the same one again is not an error.
-    pub fn publish(&self, p: &Published) -> String {
+    pub(super) fn publish(&self, p: &Published) -> String {
         let (map, key) = Self::key(&p.port);
         let Port { guest_port, .. } = p.port;
         format!(
@@ -147,7 +147,7 @@ impl Sets {
     }
 
     /// Fails if the port is not published.
-    pub fn unpublish(&self, p: &Published) -> String {
+    pub(super) fn unpublish(&self, p: &Published) -> String {
         let (map, key) = Self::key(&p.port);
         format!("delete element inet {} {map} {{ {key} }}\n", self.table)
     }
@@ -161,21 +161,21 @@ impl Sets {
         }
     }
 
-    pub fn list_published(&self) -> [[&str; 5]; 2] {
+    pub(super) fn list_published(&self) -> [[&str; 5]; 2] {
         [PUBLISHED, PUBLISHED_ANY].map(|map| ["list", "map", "inet", self.table.as_str(), map])
     }
 
-    pub fn list_guests(&self) -> [&str; 5] {
+    pub(super) fn list_guests(&self) -> [&str; 5] {
         ["list", "set", "bridge", &self.table, GUESTS]
     }
 
-    pub fn list_nat(&self) -> [&str; 5] {
+    pub(super) fn list_nat(&self) -> [&str; 5] {
         ["list", "set", "inet", &self.table, NAT]
     }
 }
 
 /// The elements in the answer to [`Sets::list_guests`]; what is not of our making is passed over.
-pub fn parse_guests(json: &[u8]) -> Result<Vec<Element>> {
+pub(super) fn parse_guests(json: &[u8]) -> Result<Vec<Element>> {
     let element = |value: &Value| {
         let parts = value.get("concat")?.as_array()?;
         let [tap, mac, address] = parts.as_slice() else {
@@ -191,7 +191,7 @@ pub fn parse_guests(json: &[u8]) -> Result<Vec<Element>> {
 }
 
 /// The elements in the answer to [`Sets::list_nat`].
-pub fn parse_nat(json: &[u8]) -> Result<Vec<Ipv4Addr>> {
+pub(super) fn parse_nat(json: &[u8]) -> Result<Vec<Ipv4Addr>> {
     Ok(elements(json)?
         .iter()
         .filter_map(|v| v.as_str()?.parse().ok())
@@ -199,7 +199,7 @@ pub fn parse_nat(json: &[u8]) -> Result<Vec<Ipv4Addr>> {
 }
 
 /// The elements in one of the answers to [`Sets::list_published`].
-pub fn parse_published(json: &[u8]) -> Result<Vec<Published>> {
+pub(super) fn parse_published(json: &[u8]) -> Result<Vec<Published>> {
     let element = |pair: &Value| {
         let [key, target] = pair.as_array()?.as_slice() else {
             return None;

@@ -16,7 +16,7 @@ const NUMBER_MAX: u32 = 9999;
 /// Threads that fill the pool.
 const MAKERS_MAX: usize = 2;
 
-pub struct Pool {
+pub(super) struct Pool {
     names: Names,
     tools: Tools,
     target: usize,
@@ -36,7 +36,7 @@ struct State {
 
 impl Pool {
     /// `last` is the highest number of the taps on the host.
-    pub fn new(names: Names, tools: Tools, target: usize, last: u32) -> Result<Arc<Self>> {
+    pub(super) fn new(names: Names, tools: Tools, target: usize, last: u32) -> Result<Arc<Self>> {
         let closing = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
         let state = Mutex::new(
             Rank::Taps,
@@ -55,19 +55,19 @@ impl Pool {
     }
 
     /// Takes a tap that is ready.
-    pub fn pop(&self) -> Option<String> {
+    pub(super) fn pop(&self) -> Option<String> {
         self.state.lock().ready.pop_front()
     }
 
     /// The number of taps that are ready.
     #[cfg(test)]
-    pub fn ready(&self) -> usize {
+    pub(super) fn ready(&self) -> usize {
         self.state.lock().ready.len()
     }
 
     /// Creates a tap that root owns, that is down and without addresses, and that has the alias of
     /// a spare tap.
-    pub fn make(&self, cancel: &Cancel) -> Result<String> {
+    pub(super) fn make(&self, cancel: &Cancel) -> Result<String> {
         for _ in 0..NUMBER_MAX {
             let name = self.names.tap(self.next_number());
             if !tun::create(&name)? {
@@ -100,7 +100,7 @@ impl Pool {
     }
 
     /// Fills the pool in the background.
-    pub fn refill(self: &Arc<Self>) {
+    pub(super) fn refill(self: &Arc<Self>) {
         loop {
             {
                 let mut state = self.state.lock();
@@ -161,7 +161,7 @@ impl Pool {
     }
 
     /// Removes these taps. Taps that do not exist are ignored.
-    pub fn remove(&self, names: &[String]) {
+    pub(super) fn remove(&self, names: &[String]) {
         if names.is_empty() {
             return;
         }
@@ -175,7 +175,7 @@ impl Pool {
     }
 
     /// Stops making taps and removes those that are ready.
-    pub fn close(&self) {
+    pub(super) fn close(&self) {
         let (makers, ready) = {
             let mut state = self.state.lock();
             state.is_closed = true;

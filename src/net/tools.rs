@@ -10,34 +10,34 @@ use std::time::Duration;
 const DEADLINE: Duration = Duration::from_secs(20);
 
 #[derive(Clone)]
-pub struct Tools {
+pub(super) struct Tools {
     commands: Arc<dyn Commands>,
     /// A cancel object that never fires.
     never: Cancel,
 }
 
 impl Tools {
-    pub fn new(commands: Arc<dyn Commands>) -> Result<Self> {
+    pub(super) fn new(commands: Arc<dyn Commands>) -> Result<Self> {
         let never = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
         Ok(Self { commands, never })
     }
 
     /// Used for clean-up, and for changes that must not be cut off half way.
-    pub fn never(&self) -> &Cancel {
+    pub(super) fn never(&self) -> &Cancel {
         &self.never
     }
 
-    pub fn run(&self, command: &Command, cancel: &Cancel) -> Result<Vec<u8>> {
+    pub(super) fn run(&self, command: &Command, cancel: &Cancel) -> Result<Vec<u8>> {
         run(self.commands.as_ref(), command, cancel)
     }
 
     /// Runs `ip -json ...`.
-    pub fn ip_json(&self, args: &[&str], cancel: &Cancel) -> Result<Vec<u8>> {
+    pub(super) fn ip_json(&self, args: &[&str], cancel: &Cancel) -> Result<Vec<u8>> {
         self.run(&ip_json(args), cancel)
     }
 
     /// Runs `ip -batch` with these lines. Stops at the first that fails.
-    pub fn ip_batch(&self, lines: &[String], cancel: &Cancel) -> Result<()> {
+    pub(super) fn ip_batch(&self, lines: &[String], cancel: &Cancel) -> Result<()> {
         let command = Command::new("ip")
             .args(["-batch", "-"])
             .stdin(text(lines))
@@ -46,7 +46,7 @@ impl Tools {
     }
 
     /// Runs `ip -batch` with all of these lines, and fails at the end if one of them failed.
-    pub fn ip_batch_all(&self, lines: &[String]) -> Result<()> {
+    pub(super) fn ip_batch_all(&self, lines: &[String]) -> Result<()> {
         let command = Command::new("ip")
             .args(["-force", "-batch", "-"])
             .stdin(text(lines))
@@ -55,7 +55,7 @@ impl Tools {
     }
 
     /// Runs a script as one transaction, which is applied as a whole or not at all.
-    pub fn nft(&self, script: &str, cancel: &Cancel) -> Result<()> {
+    pub(super) fn nft(&self, script: &str, cancel: &Cancel) -> Result<()> {
         let command = Command::new("nft")
             .args(["-f", "-"])
             .stdin(script)
@@ -66,7 +66,7 @@ impl Tools {
     /// Runs `nft --json`. None if the tables do not exist: nft (1.0.6, src/evaluate.c) ends with
     /// status 1 whatever is wrong, and prints the `strerror` of ENOENT for a table that it does not
     /// find.
-    pub fn nft_list(&self, args: &[&str]) -> Result<Option<Vec<u8>>> {
+    pub(super) fn nft_list(&self, args: &[&str]) -> Result<Option<Vec<u8>>> {
         match self.run(&nft_json(args), &self.never) {
             Ok(json) => Ok(Some(json)),
             Err(e) if strerror::says_not_found(Complaint::of(&e)) => Ok(None),
@@ -81,21 +81,21 @@ fn text(lines: &[String]) -> String {
     text
 }
 
-pub fn ip_json(args: &[&str]) -> Command {
+pub(super) fn ip_json(args: &[&str]) -> Command {
     Command::new("ip")
         .arg("-json")
         .args(args)
         .deadline(DEADLINE)
 }
 
-pub fn nft_json(args: &[&str]) -> Command {
+pub(super) fn nft_json(args: &[&str]) -> Command {
     Command::new("nft")
         .arg("--json")
         .args(args)
         .deadline(DEADLINE)
 }
 
-pub fn run(commands: &dyn Commands, command: &Command, cancel: &Cancel) -> Result<Vec<u8>> {
+pub(super) fn run(commands: &dyn Commands, command: &Command, cancel: &Cancel) -> Result<Vec<u8>> {
     match commands.run(command, cancel, &mut |_| {}) {
         Ok(output) => Ok(output.stdout),
         Err(e) if e.kind() == Kind::CommandMissing => Err(e.hint("apt install iproute2 nftables")),

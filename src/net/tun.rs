@@ -5,11 +5,11 @@ use crate::error::{Error, Kind, Result};
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd;
 
-pub const DEVICE: &str = "/dev/net/tun";
+pub(super) const DEVICE: &str = "/dev/net/tun";
 
 /// Creates a persistent tap that root owns and that is down. Returns false if an interface of this
 /// name exists.
-pub fn create(name: &str) -> Result<bool> {
+pub(super) fn create(name: &str) -> Result<bool> {
     let doing = || format!("create tap {name}");
     let tun = open().map_err(|e| open_error(e).context(doing()))?;
     let io = |e: std::io::Error| Error::io(doing(), e);
@@ -25,7 +25,7 @@ pub fn create(name: &str) -> Result<bool> {
 }
 
 /// Lets `uid` attach to this tap. Root always can.
-pub fn set_owner(name: &str, uid: u32) -> Result<()> {
+pub(super) fn set_owner(name: &str, uid: u32) -> Result<()> {
     let doing = || format!("give tap {name} to uid {uid}");
     let tun = open().map_err(|e| open_error(e).context(doing()))?;
     let io = |e: std::io::Error| Error::io(doing(), e);
@@ -35,7 +35,7 @@ pub fn set_owner(name: &str, uid: u32) -> Result<()> {
 
 /// Attaches to a tap the way a VMM does.
 #[cfg(test)]
-pub fn connect(name: &str) -> std::io::Result<File> {
+pub(super) fn connect(name: &str) -> std::io::Result<File> {
     use std::os::unix::fs::OpenOptionsExt;
     let tun = OpenOptions::new()
         .read(true)

@@ -87,6 +87,10 @@ pub struct Filter {
 #[derive(Clone, Debug)]
 pub struct EndedOp {
     pub op: Op,
+    #[cfg_attr(
+        not(any(test, feature = "fakes")),
+        allow(dead_code, reason = "only tests read it")
+    )]
     pub pruned: Vec<OpId>,
 }
 
@@ -348,6 +352,7 @@ impl Ops {
     }
 
     /// The number of operations in progress.
+    #[cfg(any(test, feature = "fakes"))]
     pub fn running(&self) -> usize {
         self.shared
             .state
@@ -381,8 +386,7 @@ impl Ops {
         }
     }
 
-    /// Requests cancellation and returns without waiting for it. Further requests have no
-    /// effect.
+    /// Requests cancellation and returns without waiting for it. Further requests have no effect.
     ///
     /// # Errors
     /// `wrong_state` if the operation has ended or cannot be cancelled.

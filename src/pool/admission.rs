@@ -136,6 +136,7 @@ impl Admission {
     }
 
     /// The number of free permits and of waiters.
+    #[cfg(any(test, feature = "fakes"))]
     pub fn counts(&self) -> (usize, usize) {
         let state = self.shared.state.lock();
         (state.free, state.line.len())

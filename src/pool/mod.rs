@@ -13,7 +13,7 @@ mod job;
 #[cfg(all(test, not(feature = "shuttle")))]
 mod tests;
 
-pub use admission::{Admission, Permit};
+pub use admission::Admission;
 pub use job::JobHandle;
 
 use crate::error::{Error, Kind, Result};
@@ -46,6 +46,7 @@ pub struct Bounds {
 
 /// The pool's current load.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg(any(test, feature = "fakes"))]
 pub struct Counts {
     pub running: usize,
     /// The number of jobs that wait for a worker.
@@ -161,6 +162,7 @@ impl Pool {
         })
     }
 
+    #[cfg(any(test, feature = "fakes"))]
     pub fn counts(&self) -> Counts {
         self.shared.purge();
         let state = self.shared.state.lock();

@@ -3,7 +3,7 @@
 
 use super::op_wait::{OpWait, ended, raw};
 use super::{CallError, CallResult, Connection, Handler, IncomingCall};
-use crate::api::call::{Access, CallInfo, Fds, Key, OnDisconnect};
+use crate::api::call::{Access, CallInfo, FdPassing, Key, OnDisconnect};
 use crate::api::daemon::{ApiVersion, InfoReply, NounCall as Fcd};
 use crate::api::event::{EventsWatchRequest, NounCall as Event};
 use crate::api::exec::{ExecStartRequest, NounCall as Exec};
@@ -40,7 +40,7 @@ impl Dispatch {
         caller: &Caller,
         call: &mut IncomingCall<'_>,
     ) -> std::result::Result<(), CallError> {
-        if info.fds != Fds::TakesFds {
+        if info.fds != FdPassing::TakesFds {
             call.take_fds::<0>()?;
         }
         if self.daemon.core.is_closing() {

@@ -28,10 +28,12 @@ mod socket;
 mod tests;
 
 pub use connection::Connection;
-pub use dispatch::Dispatch;
+#[cfg(any(test, feature = "fakes"))]
 pub use peer::Peer;
-pub use request::{CallError, CallResult, IncomingCall, KEY_LEN_MAX};
-pub use run::{drain, exit_status, print_doctor, run};
+pub use request::{CallError, CallResult, IncomingCall};
+pub use run::{exit_status, print_doctor, run};
+#[cfg(any(test, feature = "fakes"))]
+pub use {dispatch::Dispatch, run::drain};
 
 pub use crate::api::limits::{FDS_MAX, FRAME_BYTES_MAX};
 use crate::error::{Error, Result};
@@ -138,6 +140,7 @@ impl Server {
     }
 
     /// The number of connections.
+    #[cfg(any(test, feature = "fakes"))]
     pub fn connections(&self) -> usize {
         self.registry.len()
     }

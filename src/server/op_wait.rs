@@ -39,13 +39,13 @@ pub(super) struct OpWait<'a> {
 }
 
 impl OpWait<'_> {
-    pub fn hangup(&self) -> Hangup<'_> {
+    pub(super) fn hangup(&self) -> Hangup<'_> {
         Hangup(self.connection.fd())
     }
 
     /// Answers a call that has begun an operation: at once without `more`, and otherwise when the
     /// operation has ended.
-    pub fn follow(
+    pub(super) fn follow(
         &self,
         outcome: CallOutcome,
         on_disconnect: OnDisconnect,
@@ -82,7 +82,7 @@ impl OpWait<'_> {
     }
 
     /// Waits for an operation that has begun. Returns true if it succeeded.
-    pub fn succeeds(&self, outcome: CallOutcome) -> bool {
+    pub(super) fn succeeds(&self, outcome: CallOutcome) -> bool {
         match outcome {
             CallOutcome::Done(_) => true,
             CallOutcome::Op(op) | CallOutcome::Joined(op) => {
@@ -92,7 +92,7 @@ impl OpWait<'_> {
     }
 
     /// Answers `op.wait`.
-    pub fn op_wait(&self, caller: &Caller, request: &OpWaitRequest) -> CallResult {
+    pub(super) fn op_wait(&self, caller: &Caller, request: &OpWaitRequest) -> CallResult {
         let op = self.core.op_find(caller, &request.op)?;
         let deadline = request
             .timeout_ms

@@ -166,6 +166,7 @@ impl Registry {
         connected.sockets.len()
     }
 
+    #[cfg(any(test, feature = "fakes"))]
     pub(super) fn len(&self) -> usize {
         self.connected.lock().sockets.len()
     }

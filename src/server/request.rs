@@ -13,7 +13,7 @@ use serde_json::value::RawValue;
 use std::os::fd::OwnedFd;
 
 /// Longest idempotency key, in bytes.
-pub const KEY_LEN_MAX: usize = 64;
+pub(super) const KEY_LEN_MAX: usize = 64;
 /// Longest id of a request, as JSON. Every answer repeats it.
 const ID_LEN_MAX: usize = 128;
 

@@ -17,9 +17,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// `EX_TEMPFAIL` (sysexits.h): another daemon holds the state directory.
-pub const EXIT_HELD: u8 = 75;
+pub(super) const EXIT_HELD: u8 = 75;
 /// `EX_CONFIG`: the configuration or the database is rejected.
-pub const EXIT_REFUSED: u8 = 78;
+pub(super) const EXIT_REFUSED: u8 = 78;
 
 /// How long transfers may continue after SIGTERM.
 const TRANSFERS_GRACE: Duration = Duration::from_secs(10);

@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 /// The sessions of one daemon. `H` is the handle that controls a running command.
-pub struct Registry<H> {
+pub(crate) struct Registry<H> {
     sessions: Arc<Mutex<HashMap<SessionId, Entry<H>>>>,
 }
 
@@ -20,7 +20,7 @@ struct Entry<H> {
 }
 
 /// A registered session. Dropping it removes its entry.
-pub struct Session<H> {
+pub(crate) struct Session<H> {
     pub id: SessionId,
     sessions: Arc<Mutex<HashMap<SessionId, Entry<H>>>>,
 }
@@ -32,14 +32,14 @@ impl<H: Clone> Default for Registry<H> {
 }
 
 impl<H: Clone> Registry<H> {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             sessions: Arc::new(Mutex::new(Rank::Sessions, HashMap::new())),
         }
     }
 
     /// Registers a session. The caller must keep the result for as long as the command runs.
-    pub fn begin(&self, owner_uid: u32, handle: H) -> Session<H> {
+    pub(crate) fn begin(&self, owner_uid: u32, handle: H) -> Session<H> {
         let id = SessionId::random();
         self.sessions
             .lock()
@@ -53,7 +53,7 @@ impl<H: Clone> Registry<H> {
     /// Returns a session's handle to its owner and to root. For anyone else the session does not
     /// exist (`session_not_found`). The handle is a clone, so it is used without this registry's
     /// lock.
-    pub fn find(&self, id: &SessionId, caller_uid: u32) -> Result<H> {
+    pub(crate) fn find(&self, id: &SessionId, caller_uid: u32) -> Result<H> {
         let sessions = self.sessions.lock();
         match sessions
             .get(id)
@@ -67,11 +67,9 @@ impl<H: Clone> Registry<H> {
         }
     }
 
-    pub fn len(&self) -> usize {
+    #[cfg(any(test, feature = "fakes"))]
+    pub(crate) fn len(&self) -> usize {
         self.sessions.lock().len()
-    }
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
     }
 }
 
@@ -107,7 +105,7 @@ mod tests {
             registry.find(&id, 1000).unwrap_err().kind(),
             Kind::SessionNotFound
         );
-        assert!(registry.is_empty());
+        assert!(registry.len() == 0);
     }
 
     #[test]
@@ -117,6 +115,6 @@ mod tests {
             let _session = registry.begin(0, ());
             panic!("in the command");
         }));
-        assert!(result.is_err() && registry.is_empty());
+        assert!(result.is_err() && registry.len() == 0);
     }
 }

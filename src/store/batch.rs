@@ -186,6 +186,7 @@ impl Ticket {
     }
 
     /// Asks the store's thread to write the change, without waiting.
+    #[cfg(any(test, feature = "fakes"))]
     pub fn write_soon(&self) {
         if let Some(pending) = &self.pending {
             pending.write_soon();

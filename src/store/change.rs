@@ -2,9 +2,8 @@
 
 use super::batch::{Change, Failure, Ticket};
 use super::tx::Tx;
-use super::{Core, DURABLE_WAIT, Mode, QUEUE_CHANGES_MAX, Store};
+use super::{Core, Mode, QUEUE_CHANGES_MAX, Store};
 use crate::error::{Error, Kind, Result};
-use std::time::Instant;
 
 impl Store {
     /// Makes a change. If `change` fails or panics, nothing has changed. A change is visible at
@@ -27,9 +26,10 @@ impl Store {
     }
 
     /// Makes a change and waits until it is durable, at most for [`DURABLE_WAIT`].
+    #[cfg(any(test, feature = "fakes"))]
     pub fn change_durable<T>(&self, change: impl FnOnce(&mut Tx) -> Result<T>) -> Result<T> {
         let (value, ticket) = self.change(change)?;
-        ticket.wait(Instant::now() + DURABLE_WAIT)?;
+        ticket.wait(std::time::Instant::now() + super::DURABLE_WAIT)?;
         Ok(value)
     }
 

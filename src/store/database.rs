@@ -29,7 +29,7 @@ pub(super) struct Database {
 }
 
 impl Database {
-    pub fn new(dir: &Path, connection: Connection) -> rusqlite::Result<Self> {
+    pub(super) fn new(dir: &Path, connection: Connection) -> rusqlite::Result<Self> {
         let mut database = Self {
             dir: dir.to_owned(),
             connection: None,
@@ -42,29 +42,29 @@ impl Database {
         Ok(database)
     }
 
-    pub fn failure(&self, e: &Error) -> Failure {
+    pub(super) fn failure(&self, e: &Error) -> Failure {
         Failure::from_error(e, &self.dir)
     }
 
     /// True if [`Database::fold_log`] has something to do.
-    pub fn is_log_full(&self) -> bool {
+    pub(super) fn is_log_full(&self) -> bool {
         self.log_frames.load(Ordering::Relaxed) >= schema::LOG_FRAMES
     }
 
     /// Makes the next write restore this row, unless an earlier failure has already determined what
     /// it has to be.
-    pub fn restore(&mut self, row: &Image) {
+    pub(super) fn restore(&mut self, row: &Image) {
         self.repair
             .entry(row.row_key())
             .or_insert_with(|| row.clone());
     }
 
-    pub fn needs_repair(&self) -> bool {
+    pub(super) fn needs_repair(&self) -> bool {
         !self.repair.is_empty()
     }
 
     /// Closes the connection, unless there is something to repair: then the log has to stay.
-    pub fn close(&mut self) {
+    pub(super) fn close(&mut self) {
         let clean = self.repair.is_empty();
         if let Some(c) = self.connection.take().filter(|_| clean)
             && let Err(e) = schema::close(c)
@@ -85,7 +85,7 @@ impl Database {
     }
 
     /// Writes the rows to repair and then `images`, in one transaction.
-    pub fn write(
+    pub(super) fn write(
         &mut self,
         inner: &Inner,
         images: &[Image],
@@ -123,7 +123,7 @@ impl Database {
     /// Folds the log into the database file if that is due. If syncing that file fails, the log
     /// still has everything, and a new connection copies all of it again.
     #[cfg_attr(not(any(test, feature = "fakes")), allow(unused_variables))]
-    pub fn fold_log(&mut self, inner: &Inner) -> std::result::Result<(), Failure> {
+    pub(super) fn fold_log(&mut self, inner: &Inner) -> std::result::Result<(), Failure> {
         // After a failure the next commit counts them again.
         let frames = self.log_frames.swap(0, Ordering::Relaxed);
         let Some(c) = self
@@ -143,7 +143,7 @@ impl Database {
     }
 
     /// Makes the log longer, if the disk has room for that and more.
-    pub fn extend_log(&self) {
+    pub(super) fn extend_log(&self) {
         if self
             .reserve
             .free_bytes()

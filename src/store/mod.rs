@@ -50,14 +50,11 @@ mod workspace;
 mod writer;
 
 pub use batch::Ticket;
-pub use events::{
-    KEPT_MAX, Next, OpEnd, QUEUE_MAX, Seen, Start, StoreChange, Subscription, VmChange,
-};
+pub use events::{Next, OpEnd, Seen, Start, StoreChange, Subscription, VmChange};
 pub use feed::{Due, Feed};
-pub use key::{KEYS_PER_UID_MAX, KeyRow};
+pub use key::KeyRow;
 pub use ledger::LedgerRow;
 pub use op::OpRow;
-pub use reserve::RESERVE_BYTES;
 pub use schema::INSTALL_ID_LEN;
 pub use snapshot::SnapshotRow;
 pub use state::{Age, State};
@@ -65,6 +62,12 @@ pub use tx::Tx;
 pub use vm::{Intent, TapFact, VmRow, VmShape};
 pub use watch::Watch;
 pub use workspace::WorkspaceRow;
+#[cfg(any(test, feature = "fakes"))]
+pub use {
+    events::{KEPT_MAX, QUEUE_MAX},
+    key::KEYS_PER_UID_MAX,
+    reserve::RESERVE_BYTES,
+};
 
 use crate::error::{Error, Result};
 use crate::host::thread;
@@ -74,16 +77,17 @@ use crate::uids::Retention;
 use batch::{Batch, Change, Failure, Outcome};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use writer::Writer;
 
 /// Limit of changes that wait for the disk. If it is reached, changes that are not essential are
 /// refused.
 pub const QUEUE_CHANGES_MAX: usize = 16_384;
 /// How long [`Store::change_durable`] waits for the disk.
-pub const DURABLE_WAIT: Duration = Duration::from_secs(60);
+#[cfg(any(test, feature = "fakes"))]
+pub const DURABLE_WAIT: std::time::Duration = std::time::Duration::from_secs(60);
 
 /// Whether the store accepts changes.
 enum Mode {
@@ -143,6 +147,7 @@ struct Inner {
 
 /// Counters of the store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg(any(test, feature = "fakes"))]
 pub struct Stats {
     /// Successful commits, and the changes in them.
     pub batches: u64,
@@ -169,6 +174,7 @@ impl Store {
     /// # Errors
     /// `store_refused` if it is damaged, foreign, newer, in use, or open to others; `host` and
     /// `disk_full` if it cannot be made.
+    #[cfg(any(test, feature = "fakes"))]
     pub fn open(dir: &Path) -> Result<Store> {
         Self::open_keeping(dir, crate::uids::RETENTION)
     }
@@ -292,12 +298,13 @@ impl Store {
         self.0.inner.core.lock().seq
     }
 
+    #[cfg(any(test, feature = "fakes"))]
     pub fn stats(&self) -> Stats {
         let inner = &self.0.inner;
         let core = inner.core.lock();
         Stats {
-            batches: inner.batches.load(Ordering::Relaxed),
-            changes: inner.changes.load(Ordering::Relaxed),
+            batches: inner.batches.load(std::sync::atomic::Ordering::Relaxed),
+            changes: inner.changes.load(std::sync::atomic::Ordering::Relaxed),
             queued: core.queue.changes.len(),
             read_only: core.mode.is_read_only(),
         }

@@ -116,6 +116,7 @@ impl State {
         self.workspaces.get(vm)
     }
 
+    #[cfg(any(test, feature = "fakes"))]
     pub fn workspaces(&self) -> impl Iterator<Item = &Arc<WorkspaceRow>> {
         self.workspaces.values()
     }

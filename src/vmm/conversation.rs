@@ -12,18 +12,18 @@ use std::os::unix::net::UnixStream;
 
 /// A non-blocking stream, and the deadline for what is sent and read. `doing` begins the errors:
 /// `timeout`, `cancelled`, or `vmm_failed` if the VMM hangs up.
-pub struct Conversation<'a> {
+pub(super) struct Conversation<'a> {
     stream: UnixStream,
     pub deadline: Deadline<'a>,
 }
 
 impl<'a> Conversation<'a> {
     /// `stream` must be non-blocking.
-    pub fn new(stream: UnixStream, deadline: Deadline<'a>) -> Self {
+    pub(super) fn new(stream: UnixStream, deadline: Deadline<'a>) -> Self {
         Self { stream, deadline }
     }
 
-    pub fn send(&mut self, mut bytes: &[u8], doing: &str) -> Result<()> {
+    pub(super) fn send(&mut self, mut bytes: &[u8], doing: &str) -> Result<()> {
         while !bytes.is_empty() {
             self.wait(PollFlags::POLLOUT, doing)?;
             match self.stream.write(bytes) {
@@ -35,7 +35,12 @@ impl<'a> Conversation<'a> {
     }
 
     /// Sends a message with a descriptor, in one piece.
-    pub fn send_with(&mut self, bytes: &[u8], fd: BorrowedFd<'_>, doing: &str) -> Result<()> {
+    pub(super) fn send_with(
+        &mut self,
+        bytes: &[u8],
+        fd: BorrowedFd<'_>,
+        doing: &str,
+    ) -> Result<()> {
         self.wait(PollFlags::POLLOUT, doing)?;
         let fds = [fd.as_raw_fd()];
         let (data, rights) = ([IoSlice::new(bytes)], [ControlMessage::ScmRights(&fds)]);
@@ -51,7 +56,7 @@ impl<'a> Conversation<'a> {
     }
 
     /// Reads at least one byte, and returns how many.
-    pub fn read(&mut self, buffer: &mut [u8], doing: &str) -> Result<usize> {
+    pub(super) fn read(&mut self, buffer: &mut [u8], doing: &str) -> Result<usize> {
         loop {
             self.wait(PollFlags::POLLIN, doing)?;
             match self.stream.read(buffer) {
@@ -62,7 +67,7 @@ impl<'a> Conversation<'a> {
         }
     }
 
-    pub fn into_stream(self) -> UnixStream {
+    pub(super) fn into_stream(self) -> UnixStream {
         self.stream
     }
 

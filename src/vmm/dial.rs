@@ -17,7 +17,7 @@ const RETRY_MAX: Duration = Duration::from_millis(16);
 
 /// When to give up waiting, and what can end the wait earlier.
 #[derive(Clone, Copy)]
-pub struct Deadline<'a> {
+pub(super) struct Deadline<'a> {
     pub at: Instant,
     pub cancel: &'a Cancel,
 }
@@ -25,7 +25,7 @@ pub struct Deadline<'a> {
 /// Connects to a socket in the VMM's `run/` directory once it exists. Checks that the VMM listens
 /// on it, so that a symbolic link made by a guest that took over the VMM leads nowhere. Returns
 /// None if the process has exited.
-pub fn connect(
+pub(super) fn connect(
     dir: &OwnedFd,
     name: &str,
     process: &Process,

@@ -72,7 +72,7 @@ pub(super) struct Note {
 }
 
 impl Notes {
-    pub fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self(Mutex::new(Rank::Consoles, HashMap::new()))
     }
 
@@ -80,7 +80,7 @@ impl Notes {
     ///
     /// # Errors
     /// The error of an eventfd (EMFILE, ENFILE).
-    pub fn open(&self, identity: &Identity) -> Result<Arc<Note>> {
+    pub(super) fn open(&self, identity: &Identity) -> Result<Arc<Note>> {
         let over = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
         let note = Arc::new(Note {
             cause: Mutex::new(Rank::Consoles, None),
@@ -93,7 +93,7 @@ impl Notes {
 
     /// Removes and returns the reason of a VMM that has exited. Waits until its monitor has read
     /// everything.
-    pub fn take(&self, identity: &Identity) -> Option<Cause> {
+    pub(super) fn take(&self, identity: &Identity) -> Option<Cause> {
         let note = self.0.lock().remove(identity)?;
         let deadline = Instant::now() + LAST_WORDS_DEADLINE;
         if let Err(e) = wait_uncancelled(&[(note.over.fd(), PollFlags::POLLIN)], deadline) {
@@ -104,11 +104,11 @@ impl Notes {
 }
 
 impl Note {
-    pub fn record(&self, cause: Option<Cause>) {
+    pub(super) fn record(&self, cause: Option<Cause>) {
         *self.cause.lock() = cause;
     }
 
-    pub fn close(&self) {
+    pub(super) fn close(&self) {
         self.over.cancel(CancelCause::Finished);
     }
 }

@@ -8,8 +8,8 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
-pub const CURRENT: &str = "console.log";
-pub const OLDER: &str = "console.log.1";
+pub(super) const CURRENT: &str = "console.log";
+pub(super) const OLDER: &str = "console.log.1";
 const MODE: u32 = 0o600;
 /// The beginning of a line from fcd in a log.
 pub(super) const MARK: &str = "--- fcd: ";
@@ -18,7 +18,7 @@ const BLOCK_BYTES: u64 = 64 * 1024;
 
 /// Appends to a log. When both files are full, the older one is dropped. A directory may have only
 /// one writer.
-pub struct LogWriter {
+pub(super) struct LogWriter {
     dir: OwnedFd,
     file: File,
     size: u64,
@@ -28,7 +28,7 @@ pub struct LogWriter {
 
 impl LogWriter {
     /// `bytes_max` limits the size of both files together.
-    pub fn open(dir: &Path, bytes_max: u64) -> io::Result<Self> {
+    pub(super) fn open(dir: &Path, bytes_max: u64) -> io::Result<Self> {
         let dir = open_dir(dir).map_err(io::Error::other)?;
         let file = open_at(
             &dir,
@@ -51,13 +51,13 @@ impl LogWriter {
     }
 
     /// Appends a line from fcd, which begins a new line.
-    pub fn append_mark(&mut self, mark: &str) -> io::Result<()> {
+    pub(super) fn append_mark(&mut self, mark: &str) -> io::Result<()> {
         let start = if self.is_at_line_start { "" } else { "\r\n" };
         self.append(format!("{start}{MARK}{mark} ---\r\n").as_bytes())
     }
 
     /// Appends bytes. After an error, some of them may have been written.
-    pub fn append(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+    pub(super) fn append(&mut self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
             if self.size >= self.half {
                 self.rotate()?;
@@ -88,7 +88,7 @@ impl LogWriter {
 }
 
 /// Reads a log from some line on, and then everything that is appended.
-pub struct LogReader {
+pub(super) struct LogReader {
     dir: OwnedFd,
     /// The file that is being read and its inode number, which cannot be reused while the file is
     /// open.
@@ -99,7 +99,7 @@ pub struct LogReader {
 impl LogReader {
     /// Opens a log at its last `tail` lines, or at its beginning if that is None. A missing log is
     /// empty.
-    pub fn open(dir: &Path, tail: Option<u64>) -> io::Result<Self> {
+    pub(super) fn open(dir: &Path, tail: Option<u64>) -> io::Result<Self> {
         let dir = open_dir(dir).map_err(io::Error::other)?;
         let mut reader = Self {
             dir,
@@ -145,7 +145,7 @@ impl LogReader {
     }
 
     /// Reads the next bytes. Returns 0 if there is nothing new.
-    pub fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+    pub(super) fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         // Every iteration but the last moves to a newer file. The limit guards against a very fast
         // writer.
         for _ in 0..8 {

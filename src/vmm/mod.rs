@@ -42,7 +42,9 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
-pub use crate::host::process::{Exit, Identity};
+#[cfg(any(test, feature = "fakes"))]
+pub use crate::host::process::Exit;
+pub use crate::host::process::Identity;
 pub use end::{End, from_files as end_from_files};
 pub use processes::Processes;
 
@@ -76,6 +78,10 @@ pub enum GuestNetwork {
 /// Everything a driver needs to run one VM once. All paths are absolute.
 #[derive(Clone, Debug)]
 pub struct VmmSpec {
+    #[cfg_attr(
+        not(any(test, feature = "fakes")),
+        allow(dead_code, reason = "only the fake driver reads it")
+    )]
     pub vm: VmId,
     /// It is an argument of the VMM's process, by which the process is found again.
     pub tag: Tag,
@@ -136,6 +142,7 @@ pub struct SaveTo<'a> {
 
 impl VmmSpec {
     /// The VM that was started from this specification.
+    #[cfg(any(test, feature = "fakes"))]
     pub fn running_as(&self, identity: &Identity) -> VmRef {
         VmRef {
             dir: self.dir.clone(),

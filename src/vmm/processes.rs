@@ -46,7 +46,7 @@ pub trait Processes: Send + Sync {
 }
 
 /// The processes on this host that run one driver's programs.
-pub struct HostProcesses {
+pub(super) struct HostProcesses {
     watcher: Watcher,
     consoles: Arc<Consoles>,
     /// The reasons that VMMs have given for their end.
@@ -59,7 +59,7 @@ pub struct HostProcesses {
 
 impl HostProcesses {
     /// Fails with the eventfd's error (EMFILE, ENFILE).
-    pub fn try_new(
+    pub(super) fn try_new(
         consoles: Arc<Consoles>,
         uids: Range<u32>,
         is_program: Box<dyn Fn(&Path) -> bool + Send + Sync>,
@@ -74,7 +74,7 @@ impl HostProcesses {
     }
 
     /// Returns the process if it is alive and one of our VMMs with this tag.
-    pub fn verify(&self, identity: &Identity, tag: &str) -> Result<Option<Process>> {
+    pub(super) fn verify(&self, identity: &Identity, tag: &str) -> Result<Option<Process>> {
         let Some(process) = Process::open(identity)?.filter(Process::is_alive) else {
             return Ok(None);
         };

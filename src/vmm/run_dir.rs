@@ -16,7 +16,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-pub const RUN_DIR: &str = "run";
+pub(super) const RUN_DIR: &str = "run";
 /// How long a VMM may take from hanging up to exiting.
 const EXIT_GRACE: Duration = Duration::from_secs(1);
 /// How much of a VMM's output goes into an error.
@@ -24,7 +24,11 @@ const SAID_BYTES_MAX: u64 = 2048;
 
 /// Creates `run/` for the VMM's uid, and removes these files if an earlier start left them. Links
 /// that the VMM's uid put there are not followed.
-pub fn make(dir: &OwnedFd, files: &[&str], credentials: Option<Credentials>) -> Result<OwnedFd> {
+pub(super) fn make(
+    dir: &OwnedFd,
+    files: &[&str],
+    credentials: Option<Credentials>,
+) -> Result<OwnedFd> {
     let make = || -> rustix::io::Result<OwnedFd> {
         match rustix::fs::mkdirat(dir, RUN_DIR, Mode::RWXU) {
             Ok(()) | Err(rustix::io::Errno::EXIST) => {}
@@ -48,7 +52,7 @@ pub fn make(dir: &OwnedFd, files: &[&str], credentials: Option<Credentials>) -> 
 }
 
 /// Opens the existing `run/`.
-pub fn open(dir: &Path, doing: &str) -> Result<OwnedFd> {
+pub(super) fn open(dir: &Path, doing: &str) -> Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY;
     Ok(OwnedFd::from(
         open_at(open_dir(dir)?, RUN_DIR, flags, 0).map_err(|e| Error::io(doing, e))?,
@@ -56,7 +60,7 @@ pub fn open(dir: &Path, doing: &str) -> Result<OwnedFd> {
 }
 
 /// Opens an empty log for the VMM's own output.
-pub fn open_log(dir: &OwnedFd, spec: &VmmSpec) -> Result<File> {
+pub(super) fn open_log(dir: &OwnedFd, spec: &VmmSpec) -> Result<File> {
     let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::CREATE | OFlags::TRUNC;
     open_at(dir, VMM_LOG, flags, 0o600)
         .map_err(|e| Error::io(format!("open {}", spec.dir.join(VMM_LOG).display()), e))
@@ -64,14 +68,14 @@ pub fn open_log(dir: &OwnedFd, spec: &VmmSpec) -> Result<File> {
 
 /// True if the VMM exits soon. A VMM that hangs up is usually about to exit, and then its output is
 /// a better error than the hang-up.
-pub fn is_exiting(process: &Process) -> bool {
+pub(super) fn is_exiting(process: &Process) -> bool {
     process
         .wait_uncancelled(Instant::now() + EXIT_GRACE)
         .unwrap_or(false)
 }
 
 /// The error for a VMM that exited during its start, with the last lines of its output.
-pub fn exited_early(program: &str, spec: &VmmSpec, process: &Process) -> Error {
+pub(super) fn exited_early(program: &str, spec: &VmmSpec, process: &Process) -> Error {
     let exit = process.exit().unwrap_or(Exit::Unknown);
     let said = last_said(&spec.dir).map_or_else(String::new, |said| format!(": {said}"));
     Error::new(

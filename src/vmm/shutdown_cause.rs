@@ -12,7 +12,7 @@ pub(super) enum Cause {
 
 impl Cause {
     /// Returns None for causes that do not end the VMM.
-    pub fn parse(name: &str) -> Option<Self> {
+    pub(super) fn parse(name: &str) -> Option<Self> {
         const OF_HOST: [&str; 5] = [
             "host-error",
             "host-qmp-quit",
@@ -32,7 +32,7 @@ impl Cause {
     }
 
     /// By its number in `ShutdownCause`.
-    pub fn from_number(number: usize) -> Option<Self> {
+    pub(super) fn from_number(number: usize) -> Option<Self> {
         const NAMES: [&str; 9] = [
             "none",
             "host-error",

@@ -6,21 +6,21 @@ use std::time::Duration;
 /// How long a VMM may take to answer. A healthy one takes a millisecond. On a very busy host it is
 /// a second, and Firecracker, which handles one request at a time, takes seconds for a snapshot of
 /// much memory.
-pub const ANSWER_DEADLINE: Duration = Duration::from_secs(4);
+pub(super) const ANSWER_DEADLINE: Duration = Duration::from_secs(4);
 /// A VMM that has missed this many deadlines in a row is unresponsive.
 const MISSES_MAX: u32 = 3;
 /// How long to wait between two queries.
-pub const PING_PERIOD: Duration = Duration::from_secs(5);
+pub(super) const PING_PERIOD: Duration = Duration::from_secs(5);
 
 /// Counts the deadlines that a VMM has missed in a row, and reports when it is unresponsive and
 /// when it answers again.
 #[derive(Default)]
-pub struct Silence {
+pub(super) struct Silence {
     misses: u32,
 }
 
 impl Silence {
-    pub fn missed(&mut self, on_event: &dyn Fn(GuestEvent)) {
+    pub(super) fn missed(&mut self, on_event: &dyn Fn(GuestEvent)) {
         self.misses += 1;
         // Reported repeatedly, because the daemon may not have recorded this VM when the first
         // report came.
@@ -29,7 +29,7 @@ impl Silence {
         }
     }
 
-    pub fn answered(&mut self, on_event: &dyn Fn(GuestEvent)) {
+    pub(super) fn answered(&mut self, on_event: &dyn Fn(GuestEvent)) {
         if std::mem::take(&mut self.misses) >= MISSES_MAX {
             on_event(GuestEvent::Unresponsive(false));
         }

@@ -14,7 +14,7 @@ use std::io::{Seek, SeekFrom};
 use std::path::Path;
 
 /// The trace events that QEMU is started with.
-pub const TRACED: [&str; 2] = ["qemu_system_shutdown_request", "vm_state_notify"];
+pub(super) const TRACED: [&str; 2] = ["qemu_system_shutdown_request", "vm_state_notify"];
 
 /// How much of the log's end is read. The lines that count are the last that QEMU writes.
 const TAIL_BYTES_MAX: u64 = 4096;

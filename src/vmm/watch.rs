@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 /// How long to wait after an error such as a lack of memory, instead of spinning.
 const ERROR_PAUSE: Duration = Duration::from_millis(100);
 
-pub type Died = Box<dyn FnOnce(Exit) + Send>;
+pub(super) type Died = Box<dyn FnOnce(Exit) + Send>;
 
 #[derive(Default)]
 struct State {
@@ -30,13 +30,13 @@ struct Shared {
 }
 
 /// Watches processes. Dropping it ends the thread, and no more callbacks are called.
-pub struct Watcher {
+pub(super) struct Watcher {
     shared: Arc<Shared>,
 }
 
 impl Watcher {
     /// Fails with the eventfd's error (EMFILE, ENFILE).
-    pub fn try_new() -> Result<Self> {
+    pub(super) fn try_new() -> Result<Self> {
         let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
             .map_err(|e| Error::io("create an eventfd for the process watcher", e))?;
         Ok(Self {
@@ -48,7 +48,7 @@ impl Watcher {
     }
 
     /// Calls `died` from a thread of its own once the process has exited.
-    pub fn add(&self, process: Process, died: Died) -> Result<()> {
+    pub(super) fn add(&self, process: Process, died: Died) -> Result<()> {
         let mut state = self.shared.state.lock();
         if state.thread.is_none() {
             let shared = self.shared.clone();
@@ -105,8 +105,7 @@ fn run(shared: &Shared) {
             .partition(|(exit, ..)| exit.is_none());
         watched = living.into_iter().map(|(_, p, died)| (p, died)).collect();
         for (exit, process, died) in dead {
-            // Asked on the thread that reports it, because the answer may take a
-            // moment.
+            // Asked on the thread that reports it, because the answer may take a moment.
             let ask = Box::new(move |exit| {
                 died(if exit == Exit::Unknown {
                     pidfd_info::wait_exit(&process)
@@ -121,7 +120,7 @@ fn run(shared: &Shared) {
 
 /// Calls `died` on a thread of its own, because it takes locks and waits for commits while other
 /// VMMs may exit.
-pub fn report(exit: Exit, died: Died) {
+pub(super) fn report(exit: Exit, died: Died) {
     let died = Arc::new(Mutex::new(Rank::Consoles, Some(died)));
     let call = move |died: &Mutex<Option<Died>>| {
         let taken = died.lock().take();

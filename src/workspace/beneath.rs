@@ -23,17 +23,17 @@ pub(super) struct Beneath {
 }
 
 impl Beneath {
-    pub fn open(root: &Path) -> io::Result<Self> {
+    pub(super) fn open(root: &Path) -> io::Result<Self> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         Ok(Self::new(rustix::fs::open(root, flags, Mode::empty())?))
     }
 
-    pub fn new(root: OwnedFd) -> Self {
+    pub(super) fn new(root: OwnedFd) -> Self {
         Self { root, cached: None }
     }
 
     /// Opens the directory at the relative `path`. An empty path is the root itself.
-    pub fn open_dir(&self, path: &[u8]) -> io::Result<OwnedFd> {
+    pub(super) fn open_dir(&self, path: &[u8]) -> io::Result<OwnedFd> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
         let path = if path.is_empty() {
             b".".as_slice()
@@ -54,7 +54,7 @@ impl Beneath {
     }
 
     /// Returns the open directory that contains `path`, and the last component.
-    pub fn parent<'p>(&mut self, path: &'p [u8]) -> io::Result<(BorrowedFd<'_>, &'p [u8])> {
+    pub(super) fn parent<'p>(&mut self, path: &'p [u8]) -> io::Result<(BorrowedFd<'_>, &'p [u8])> {
         let Some(slash) = path.iter().rposition(|b| *b == b'/') else {
             return Ok((self.root.as_fd(), path));
         };
@@ -67,14 +67,14 @@ impl Beneath {
     }
 
     /// Returns the metadata of `path` itself, never of a link's target.
-    pub fn stat(&mut self, path: &[u8]) -> io::Result<Stat> {
+    pub(super) fn stat(&mut self, path: &[u8]) -> io::Result<Stat> {
         let (dir, name) = self.parent(path)?;
         Ok(rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW)?)
     }
 
     /// Opens a file for reading. It follows no link and does not wait for a FIFO's writer, so the
     /// caller must check the type of what was opened.
-    pub fn open_file(&mut self, path: &[u8]) -> io::Result<File> {
+    pub(super) fn open_file(&mut self, path: &[u8]) -> io::Result<File> {
         let flags =
             OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
         let (dir, name) = self.parent(path)?;
@@ -86,13 +86,13 @@ impl Beneath {
         )?))
     }
 
-    pub fn read_link(&mut self, path: &[u8]) -> io::Result<Vec<u8>> {
+    pub(super) fn read_link(&mut self, path: &[u8]) -> io::Result<Vec<u8>> {
         let (dir, name) = self.parent(path)?;
         Ok(rustix::fs::readlinkat(dir, name, Vec::new())?.into_bytes())
     }
 
     /// True if the caller may read the file. Does not open it.
-    pub fn readable(&mut self, path: &[u8]) -> io::Result<bool> {
+    pub(super) fn readable(&mut self, path: &[u8]) -> io::Result<bool> {
         let (dir, name) = self.parent(path)?;
         match rustix::fs::accessat(dir, name, rustix::fs::Access::READ_OK, AtFlags::EACCESS) {
             Ok(()) => Ok(true),

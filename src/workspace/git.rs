@@ -101,7 +101,7 @@ impl Git {
     }
 
     /// The text of the caller's attributes file.
-    pub fn global_attributes(&self, config: &Config) -> Vec<u8> {
+    pub(super) fn global_attributes(&self, config: &Config) -> Vec<u8> {
         let file = self
             .attributes_path(config)
             .and_then(|path| std::fs::File::open(path).ok());
@@ -109,7 +109,7 @@ impl Git {
             .unwrap_or_default()
     }
 
-    pub fn head(&self) -> Result<Head> {
+    pub(super) fn head(&self) -> Result<Head> {
         let (status, name) = self.commands.ask_status(
             &self.commands.command(&["symbolic-ref", "-q", "HEAD"]),
             &[0, 1],
@@ -141,7 +141,7 @@ impl Git {
     }
 
     /// Names the operations in progress, such as a merge. Their state is not sent.
-    pub fn operations_in_progress(&self) -> Vec<&'static str> {
+    pub(super) fn operations_in_progress(&self) -> Vec<&'static str> {
         let is_there = |name: &str| self.layout.git_dir.join(name).symlink_metadata().is_ok();
         IN_PROGRESS
             .iter()
@@ -151,22 +151,22 @@ impl Git {
     }
 
     /// Returns `sha1` or `sha256`.
-    pub fn object_format(&self) -> Result<String> {
+    pub(super) fn object_format(&self) -> Result<String> {
         self.commands.text(&["rev-parse", "--show-object-format"])
     }
 
     /// The directory that holds objects and refs.
-    pub fn common_dir(&self) -> &Path {
+    pub(super) fn common_dir(&self) -> &Path {
         &self.layout.common
     }
 
-    pub fn index(&self) -> Result<Vec<IndexEntry>> {
+    pub(super) fn index(&self) -> Result<Vec<IndexEntry>> {
         parse::index(&self.commands.ask(&["ls-files", "-s", "-v", "-z"])?)
     }
 
     /// Lists tracked paths, including deleted ones, and untracked paths that are not ignored. A
     /// nested repository ends with a slash. Sorted, without duplicates.
-    pub fn listed(&self) -> Result<Vec<Vec<u8>>> {
+    pub(super) fn listed(&self) -> Result<Vec<Vec<u8>>> {
         let mut paths =
             parse::paths(
                 &self
@@ -180,7 +180,7 @@ impl Git {
 
     /// Lists how the index differs from HEAD. With `visible`, entries from `git add
     /// --intent-to-add` are included.
-    pub fn staged(&self, head: &Head, format: &str, visible: bool) -> Result<Vec<Record>> {
+    pub(super) fn staged(&self, head: &Head, format: &str, visible: bool) -> Result<Vec<Record>> {
         let empty = match format {
             "sha256" => "6ef19b41225c5369f1c104d45d8d85efa9b057b53b14b4b9b939dd74decc5321",
             _ => "4b825dc642cb6eb9a060e54bf8d69288fbee4904",
@@ -212,7 +212,7 @@ impl Git {
 
     /// Returns the ignore rules that are not in the tree, and a warning if some are not sent. The
     /// caller's own rules come first, because later rules win.
-    pub fn exclude_rules(&self, config: &Config) -> Result<(Vec<u8>, Option<String>)> {
+    pub(super) fn exclude_rules(&self, config: &Config) -> Result<(Vec<u8>, Option<String>)> {
         let mut rules = Vec::new();
         let mut note = None;
         if let Some(file) = self.excludes_path(config) {
@@ -235,12 +235,12 @@ impl Git {
     }
 
     /// Reads a file in `.git/info`. Returns nothing if it is missing or a link.
-    pub fn info_file(&self, name: &str) -> Result<Vec<u8>> {
+    pub(super) fn info_file(&self, name: &str) -> Result<Vec<u8>> {
         self.own_file(&format!("info/{name}"), RULES_BYTES_MAX)
     }
 
     /// Reads the sparse-checkout patterns. Each work tree has its own.
-    pub fn sparse_patterns(&self) -> Result<Vec<u8>> {
+    pub(super) fn sparse_patterns(&self) -> Result<Vec<u8>> {
         read_own(
             &self.layout.git_dir,
             "info/sparse-checkout",
@@ -250,7 +250,7 @@ impl Git {
 
     /// Reads up to `bytes_max` bytes of a file in the repository. Returns nothing if it is missing
     /// or a link is on the way.
-    pub fn own_file(&self, name: &str, bytes_max: u64) -> Result<Vec<u8>> {
+    pub(super) fn own_file(&self, name: &str, bytes_max: u64) -> Result<Vec<u8>> {
         read_own(self.common_dir(), name, bytes_max)
     }
 }

@@ -14,22 +14,22 @@ const OUT_OF_SPACE: &str = "Out of diskspace";
 const HUNK_FAILED: &str = "patch failed: ";
 
 /// The repository belongs to another user, so git refuses it.
-pub fn is_dubious_ownership(said: &str) -> bool {
+pub(super) fn is_dubious_ownership(said: &str) -> bool {
     said.contains(DUBIOUS_OWNERSHIP)
 }
 
 /// The directory that git could not read, as git names it.
-pub fn unreadable_dir(stderr: &str) -> Option<&str> {
+pub(super) fn unreadable_dir(stderr: &str) -> Option<&str> {
     stderr
         .lines()
         .find_map(|line| line.strip_prefix(UNREADABLE_DIR))
 }
 
-pub fn is_disk_full(stderr: &str) -> bool {
+pub(super) fn is_disk_full(stderr: &str) -> bool {
     strerror::says_disk_full(stderr) || stderr.contains(OUT_OF_SPACE)
 }
 
 /// True for a line that the next one repeats with less detail.
-pub fn is_hunk(line: &str) -> bool {
+pub(super) fn is_hunk(line: &str) -> bool {
     line.starts_with(HUNK_FAILED)
 }

@@ -14,7 +14,7 @@ const SECOND: u32 = 1_000_000_000;
 const OCTAL_MAX: i64 = 0o77777777777;
 
 impl Mtime {
-    pub fn of(stat: &rustix::fs::Stat) -> Self {
+    pub(super) fn of(stat: &rustix::fs::Stat) -> Self {
         Self {
             seconds: stat.st_mtime,
             nanoseconds: stat.st_mtime_nsec as u32,
@@ -22,17 +22,17 @@ impl Mtime {
     }
 
     /// The seconds, clamped to what a header's octal field can hold.
-    pub fn octal(self) -> u64 {
+    pub(super) fn octal(self) -> u64 {
         self.seconds.clamp(0, OCTAL_MAX) as u64
     }
 
     /// True if the octal field holds the time exactly.
-    pub fn is_octal(self) -> bool {
+    pub(super) fn is_octal(self) -> bool {
         self.nanoseconds == 0 && (0..=OCTAL_MAX).contains(&self.seconds)
     }
 
     /// Formats the time as a decimal number, as in the `mtime` record of a POSIX tar.
-    pub fn decimal(self) -> String {
+    pub(super) fn decimal(self) -> String {
         let (seconds, nanoseconds) = (i128::from(self.seconds), i128::from(self.nanoseconds));
         let total = seconds * i128::from(SECOND) + nanoseconds;
         let (sign, total) = if total < 0 {
@@ -49,7 +49,7 @@ impl Mtime {
     }
 
     /// Parses a decimal number of seconds. Digits after the ninth decimal are dropped.
-    pub fn parse(text: &str) -> Option<Self> {
+    pub(super) fn parse(text: &str) -> Option<Self> {
         let (is_negative, digits) = match text.strip_prefix('-') {
             Some(rest) => (true, rest),
             None => (false, text),
@@ -74,7 +74,7 @@ impl Mtime {
     }
 
     /// Returns the time for `futimens` and `utimensat`, as both access and modification time.
-    pub fn timestamps(self) -> rustix::fs::Timestamps {
+    pub(super) fn timestamps(self) -> rustix::fs::Timestamps {
         let time = rustix::fs::Timespec {
             tv_sec: self.seconds,
             tv_nsec: self.nanoseconds.into(),

@@ -29,7 +29,7 @@ pub enum TreeKind {
 
 /// What is sent, and from where. Only git's own files have been read so far.
 pub struct Plan {
-    kind: TreeKind,
+    pub(super) kind: TreeKind,
     root: PathBuf,
     subdir: String,
     entries: Vec<Entry>,
@@ -189,9 +189,6 @@ impl Plan {
         Ok(plan)
     }
 
-    pub fn kind(&self) -> TreeKind {
-        self.kind
-    }
     /// The top of the tree on this host.
     pub fn root(&self) -> &Path {
         &self.root
@@ -212,9 +209,6 @@ impl Plan {
     /// Approximate size of the payload.
     pub fn bytes_expected(&self) -> u64 {
         self.bytes_expected
-    }
-    pub fn entries(&self) -> u64 {
-        self.entries.len() as u64
     }
     /// What is left out and why, one sentence each.
     pub fn warnings(&self) -> &[String] {

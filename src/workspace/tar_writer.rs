@@ -44,7 +44,7 @@ pub(super) struct TarWriter<'a, W: Write> {
 }
 
 impl<'a, W: Write> TarWriter<'a, W> {
-    pub fn new(out: W, cancel: &'a Cancel) -> Self {
+    pub(super) fn new(out: W, cancel: &'a Cancel) -> Self {
         Self {
             out,
             bytes: 0,
@@ -117,20 +117,20 @@ impl<'a, W: Write> TarWriter<'a, W> {
         self.put(extended.get_ref())
     }
 
-    pub fn dir(&mut self, path: &[u8], meta: Meta) -> Result<()> {
+    pub(super) fn dir(&mut self, path: &[u8], meta: Meta) -> Result<()> {
         self.entries += 1;
         let mut name = path.to_vec();
         name.push(b'/');
         self.header(tar::EntryType::Directory, &name, b"", meta, 0)
     }
 
-    pub fn symlink(&mut self, path: &[u8], target: &[u8], meta: Meta) -> Result<()> {
+    pub(super) fn symlink(&mut self, path: &[u8], target: &[u8], meta: Meta) -> Result<()> {
         self.entries += 1;
         self.header(tar::EntryType::Symlink, path, target, meta, 0)
     }
 
     /// Writes a file whose content is in memory.
-    pub fn data(&mut self, path: &[u8], data: &[u8]) -> Result<()> {
+    pub(super) fn data(&mut self, path: &[u8], data: &[u8]) -> Result<()> {
         self.entries += 1;
         let meta = Meta {
             mode: 0o644,
@@ -143,7 +143,7 @@ impl<'a, W: Write> TarWriter<'a, W> {
 
     /// Writes a file with the size that it has now. A file that becomes shorter while it is read is
     /// `conflict`. `progress` gets the size of every piece.
-    pub fn file(
+    pub(super) fn file(
         &mut self,
         path: &[u8],
         file: &mut File,
@@ -155,7 +155,7 @@ impl<'a, W: Write> TarWriter<'a, W> {
 
     /// Writes a file without its modification time, so that the size of the entry is known in
     /// advance.
-    pub fn plain_file(
+    pub(super) fn plain_file(
         &mut self,
         path: &[u8],
         file: &mut File,
@@ -288,7 +288,7 @@ impl<'a, W: Write> TarWriter<'a, W> {
     }
 
     /// Writes the two end-of-archive blocks. Returns the writer and the number of bytes.
-    pub fn finish(mut self) -> Result<(W, u64)> {
+    pub(super) fn finish(mut self) -> Result<(W, u64)> {
         self.put(&[0u8; 2 * BLOCK as usize])?;
         Ok((self.out, self.bytes))
     }

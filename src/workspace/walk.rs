@@ -44,7 +44,7 @@ pub(super) struct Apart {
 
 impl Apart {
     /// Formats a record of the payload's `submodules` file.
-    pub fn record(&self) -> Vec<u8> {
+    pub(super) fn record(&self) -> Vec<u8> {
         let flag = if self.has_files { 'x' } else { '-' };
         let mut out = format!("{flag} {} ", self.commit.as_deref().unwrap_or("-")).into_bytes();
         out.extend_from_slice(&self.path);
@@ -68,7 +68,7 @@ pub(super) struct Walk<'a> {
 }
 
 impl<'a> Walk<'a> {
-    pub fn new(beneath: Beneath, cancel: &'a Cancel) -> Self {
+    pub(super) fn new(beneath: Beneath, cancel: &'a Cancel) -> Self {
         Self {
             beneath,
             entries: Vec::new(),
@@ -169,7 +169,11 @@ impl<'a> Walk<'a> {
 
     /// Examines the paths that git lists. `submodules` maps directories that git records as commits
     /// to those commits.
-    pub fn listed(&mut self, paths: &[Vec<u8>], submodules: &HashMap<&[u8], &str>) -> Result<()> {
+    pub(super) fn listed(
+        &mut self,
+        paths: &[Vec<u8>],
+        submodules: &HashMap<&[u8], &str>,
+    ) -> Result<()> {
         for path in paths {
             if let Some(inner) = path.strip_suffix(b"/") {
                 self.warnings.push(format!(
@@ -218,7 +222,7 @@ impl<'a> Walk<'a> {
     }
 
     /// Examines everything below the root, including directories and other file systems.
-    pub fn everything(&mut self) -> Result<()> {
+    pub(super) fn everything(&mut self) -> Result<()> {
         let mut pending = vec![Vec::new()];
         while let Some(dir) = pending.pop() {
             for name in self.names(&dir)? {

@@ -6,7 +6,7 @@
 use std::hint::black_box;
 
 #[inline(never)]
-pub fn through_ours(counter: &fcd::locks::Mutex<u64>) -> u64 {
+pub fn through_ours(counter: &fcd::testing::locks::Mutex<u64>) -> u64 {
     let mut guard = counter.lock();
     *guard += 1;
     *guard
@@ -22,7 +22,7 @@ pub fn through_parking_lot(counter: &parking_lot::Mutex<u64>) -> u64 {
 /// Names that only the checker knows. Keyed sets are excluded because `fcctl debug locks` names
 /// them in every build, and so are single words, because they may be part of another text.
 fn ranks() -> impl Iterator<Item = &'static str> {
-    fcd::locks::rank::order()
+    fcd::testing::locks::rank::order()
         .into_iter()
         .map(|rule| rule.taken)
         .filter(|name| name.contains(' '))
@@ -32,7 +32,7 @@ fn main() {
     if std::env::args().nth(1).is_some_and(|a| a == "--ranks") {
         return ranks().for_each(|name| println!("{name}"));
     }
-    let ours = fcd::locks::Mutex::new(fcd::locks::Rank::Store, 0);
+    let ours = fcd::testing::locks::Mutex::new(fcd::testing::locks::Rank::Store, 0);
     let theirs = parking_lot::Mutex::new(0);
     println!(
         "{} {}",

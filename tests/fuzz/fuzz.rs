@@ -48,7 +48,7 @@ struct Target {
 const TARGETS: [Target; 9] = [
     Target {
         name: "qmp",
-        run: fcd::vmm::fuzz::qmp,
+        run: fcd::testing::vmm::fuzz::qmp,
         memory_max: 64 << 20,
         words: &[
             "\r\n",
@@ -64,13 +64,13 @@ const TARGETS: [Target; 9] = [
     },
     Target {
         name: "root-disk",
-        run: fcd::disk::fuzz::root_disk,
+        run: fcd::testing::disk::fuzz::root_disk,
         memory_max: 1 << 20,
         words: &["QFI", "\u{0}\u{0}\u{0}\u{10}"],
     },
     Target {
         name: "firecracker-http",
-        run: fcd::vmm::fuzz::firecracker_http,
+        run: fcd::testing::vmm::fuzz::firecracker_http,
         memory_max: 64 << 20,
         words: &[
             "\r\n\r\n",
@@ -85,13 +85,13 @@ const TARGETS: [Target; 9] = [
     },
     Target {
         name: "firecracker-metrics",
-        run: fcd::vmm::fuzz::firecracker_metrics,
+        run: fcd::testing::vmm::fuzz::firecracker_metrics,
         memory_max: 64 << 20,
         words: &["\n", "{\"utc_timestamp_ms\":", "[[[[[[[[", "{\"\":{\"\":"],
     },
     Target {
         name: "console",
-        run: fcd::vmm::fuzz::console,
+        run: fcd::testing::vmm::fuzz::console,
         memory_max: 16 << 20,
         words: &[
             "\r\n",
@@ -103,7 +103,7 @@ const TARGETS: [Target; 9] = [
     },
     Target {
         name: "helper-replies",
-        run: fcd::guest::helper::fuzz::replies,
+        run: fcd::testing::guest::helper::fuzz::replies,
         memory_max: 1 << 20,
         words: &[
             "\u{1}",
@@ -117,7 +117,7 @@ const TARGETS: [Target; 9] = [
     },
     Target {
         name: "helper-orders",
-        run: fcd::guest::helper::fuzz::orders,
+        run: fcd::testing::guest::helper::fuzz::orders,
         memory_max: 1 << 20,
         words: &[
             "\u{1}",
@@ -131,7 +131,7 @@ const TARGETS: [Target; 9] = [
     },
     Target {
         name: "dns-packets",
-        run: fcd::net::dns::fuzz::packets,
+        run: fcd::testing::net::dns::fuzz::packets,
         memory_max: 1 << 20,
         words: &[
             "\u{2}vm\u{0}",
@@ -144,7 +144,7 @@ const TARGETS: [Target; 9] = [
     },
     Target {
         name: "dns-requests",
-        run: fcd::net::dns::fuzz::requests,
+        run: fcd::testing::net::dns::fuzz::requests,
         memory_max: 1 << 20,
         words: &[
             "\u{0}\u{5}\u{8}\u{0}\u{0}\u{0}\u{0}",

@@ -1,9 +1,9 @@
 //! Changes to a running guest: the rates of its devices and the memory that it keeps.
 
 use crate::world::*;
-use fcd::api::vm::*;
-use fcd::client::Failure;
-use fcd::error::Kind;
+use fcd::testing::api::vm::*;
+use fcd::testing::client::Failure;
+use fcd::testing::error::Kind;
 
 fn set(world: &World, change: impl FnOnce(&mut VmSetRequest)) -> Result<Vm, Failure> {
     let mut request = VmSetRequest {

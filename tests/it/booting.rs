@@ -2,12 +2,12 @@
 //! valid state with nothing left over.
 
 use crate::world::*;
-use fcd::api::op::{OpCancel, OpRequest, OpState};
-use fcd::api::vm::*;
-use fcd::client::Failure;
-use fcd::error::Kind;
-use fcd::guest::fake::{Answer, Gate, Readiness};
-use fcd::vmm::fake::Stage;
+use fcd::testing::api::op::{OpCancel, OpRequest, OpState};
+use fcd::testing::api::vm::*;
+use fcd::testing::client::Failure;
+use fcd::testing::error::Kind;
+use fcd::testing::guest::fake::{Answer, Gate, Readiness};
+use fcd::testing::vmm::fake::Stage;
 use std::time::{Duration, Instant};
 
 /// The step at which a boot is held.
@@ -200,7 +200,9 @@ fn stop_hang_up_does_not_cancel() {
     let stop = world.begin::<VmStop>(stop("web"), vec![]);
     stop.stage("sync and shut down");
     stop.hang_up();
-    world.vmm.die(&vm.id, &fcd::vmm::End::GuestShutDown);
+    world
+        .vmm
+        .die(&vm.id, &fcd::testing::vmm::End::GuestShutDown);
     assert_eq!(
         world.await_state("web", VmState::Stopped).synced,
         Some(Synced::Yes)
@@ -240,11 +242,10 @@ fn successor_replaces_weaker_successor() {
     );
     // Now the process can end.
     b.world.vmm.set_unkillable(false);
-    assert!(
-        b.world
-            .vmm
-            .die(&b.vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9)))
-    );
+    assert!(b.world.vmm.die(
+        &b.vm.id,
+        &fcd::testing::vmm::End::Vmm(fcd::testing::vmm::Exit::Signal(9))
+    ));
     gone.finish(SOON).unwrap();
     assert!(b.start.finish(SOON).is_err());
     b.end();
@@ -254,7 +255,7 @@ fn successor_replaces_weaker_successor() {
 fn lingering() -> (World, Vm) {
     let world = World::new();
     let (vm, _) = world.running("web");
-    world.guest.on(fcd::image::SHUTDOWN_COMMAND, |_| {
+    world.guest.on(fcd::testing::image::SHUTDOWN_COMMAND, |_| {
         Answer::status(0).stdout("synced\n")
     });
     (world, vm)
@@ -269,7 +270,11 @@ fn stop_joins_running_stop() {
     let e = world.start("web").unwrap_err();
     assert!(e.is(Kind::WrongState) && e.fault.hint.is_some(), "{e:?}");
     one.stage("sync and shut down");
-    assert!(world.vmm.die(&vm.id, &fcd::vmm::End::GuestShutDown));
+    assert!(
+        world
+            .vmm
+            .die(&vm.id, &fcd::testing::vmm::End::GuestShutDown)
+    );
     for stop in [&mut one, &mut two] {
         let vm = stop.finish(SOON).unwrap().vm;
         assert_eq!((vm.state, vm.synced), (VmState::Stopped, Some(Synced::Yes)));
@@ -320,7 +325,11 @@ fn delete_waits_for_stop_unless_forced() {
         gone.op();
         if !force {
             assert!(!gone.has_ended());
-            assert!(world.vmm.die(&vm.id, &fcd::vmm::End::GuestShutDown));
+            assert!(
+                world
+                    .vmm
+                    .die(&vm.id, &fcd::testing::vmm::End::GuestShutDown)
+            );
         }
         assert_eq!(gone.finish(PROMPT).unwrap().deleted, Some(vm.id));
         assert_eq!(graceful.finish(PROMPT).unwrap().vm.state, VmState::Deleting);
@@ -361,7 +370,11 @@ fn restart_is_one_operation() {
         assert_eq!(joined.op(), op);
         assert!(!joined.has_ended());
     }
-    assert!(world.vmm.die(&vm.id, &fcd::vmm::End::GuestShutDown));
+    assert!(
+        world
+            .vmm
+            .die(&vm.id, &fcd::testing::vmm::End::GuestShutDown)
+    );
     let after = restart.finish(SOON).unwrap().vm;
     assert_eq!((after.state, after.synced), (VmState::Running, None));
     assert_eq!(world.vmm.starts(), 2);
@@ -384,7 +397,11 @@ fn stop_during_restart_leaves_vm_stopped() {
         );
         end.op();
         if !kill {
-            assert!(world.vmm.die(&vm.id, &fcd::vmm::End::GuestShutDown));
+            assert!(
+                world
+                    .vmm
+                    .die(&vm.id, &fcd::testing::vmm::End::GuestShutDown)
+            );
         }
         let after = end.finish(PROMPT).unwrap().vm;
         assert_eq!(
@@ -399,11 +416,10 @@ fn stop_during_restart_leaves_vm_stopped() {
 #[test]
 fn boot_with_dying_vmm_fails() {
     let mut b = booting(At::Guest);
-    assert!(
-        b.world
-            .vmm
-            .die(&b.vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(11)))
-    );
+    assert!(b.world.vmm.die(
+        &b.vm.id,
+        &fcd::testing::vmm::End::Vmm(fcd::testing::vmm::Exit::Signal(11))
+    ));
     let e = b.start.finish(PROMPT).unwrap_err();
     assert!(
         e.is(Kind::VmmFailed) && e.fault.message.contains("SIGSEGV"),
@@ -451,10 +467,10 @@ fn boot_of_silent_guest_times_out() {
 fn vmm_death_ends_calls_that_use_guest() {
     for (how, state) in [
         (
-            fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9)),
+            fcd::testing::vmm::End::Vmm(fcd::testing::vmm::Exit::Signal(9)),
             VmState::Failed,
         ),
-        (fcd::vmm::End::GuestShutDown, VmState::Stopped),
+        (fcd::testing::vmm::End::GuestShutDown, VmState::Stopped),
     ] {
         let world = World::new();
         let (vm, _) = world.running("web");

@@ -2,12 +2,12 @@
 //! files.
 
 use crate::world::*;
-use fcd::api::daemon::Severity;
-use fcd::api::port::{Port, Protocol};
-use fcd::api::vm::*;
-use fcd::client::Failure;
-use fcd::daemon::Caller;
-use fcd::error::{Error, Kind};
+use fcd::testing::api::daemon::Severity;
+use fcd::testing::api::port::{Port, Protocol};
+use fcd::testing::api::vm::*;
+use fcd::testing::client::Failure;
+use fcd::testing::daemon::Caller;
+use fcd::testing::error::{Error, Kind};
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::PathBuf;
 

@@ -5,12 +5,12 @@
 
 use crate::points::Mode;
 use crate::world::*;
-use fcd::api::daemon::{Leaks, LeaksRequest};
-use fcd::api::snapshot::*;
-use fcd::api::vm::*;
-use fcd::api::workspace::WorkspacePrepare;
-use fcd::client::Failure;
-use fcd::error::Kind;
+use fcd::testing::api::daemon::{Leaks, LeaksRequest};
+use fcd::testing::api::snapshot::*;
+use fcd::testing::api::vm::*;
+use fcd::testing::api::workspace::WorkspacePrepare;
+use fcd::testing::client::Failure;
+use fcd::testing::error::Kind;
 use std::collections::BTreeSet;
 
 /// More points than any operation has. An operation that exceeds this never ends.
@@ -63,7 +63,7 @@ enum Call {
     Vm(Running<VmReply>),
     Delete(Running<VmDeleteReply>),
     Balloon(Running<VmBalloonReply>),
-    Prepare(Running<fcd::api::workspace::PrepareReply>),
+    Prepare(Running<fcd::testing::api::workspace::PrepareReply>),
     Snapshot(Running<SnapshotReply>),
     Forget(Running<SnapshotDeleteReply>),
 }
@@ -155,7 +155,7 @@ fn end(world: &World, call: Call) -> Option<Result<(), Failure>> {
     }
 }
 
-fn row_of(world: &World, name: &str) -> Option<fcd::store::VmRow> {
+fn row_of(world: &World, name: &str) -> Option<fcd::testing::store::VmRow> {
     world.daemon().core.store.read(|s| {
         s.vms()
             .find(|r| r.name.as_str() == name)
@@ -189,7 +189,9 @@ fn may_be(verb: Verb, before: Option<VmState>) -> Vec<Option<VmState>> {
 fn agrees(world: &World, at: &str) {
     let live: BTreeSet<String> = world.vmm.live().into_iter().collect();
     let install = world.daemon().core.store.install_id().to_owned();
-    let tag = |r: &fcd::store::VmRow| fcd::ids::Tag::new(&install, &r.id, r.generation).to_string();
+    let tag = |r: &fcd::testing::store::VmRow| {
+        fcd::testing::ids::Tag::new(&install, &r.id, r.generation).to_string()
+    };
     let (running, ids, processes, directories) = world.daemon().core.store.read(|s| {
         let of = |kind: &'static str| {
             s.ledger()

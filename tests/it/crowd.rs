@@ -1,7 +1,7 @@
 //! Misbehaving callers and idle callers must not affect callers that behave.
 
 use crate::world::*;
-use fcd::api::vm::*;
+use fcd::testing::api::vm::*;
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
@@ -50,7 +50,7 @@ fn misbehave(world: &World, n: usize) {
 #[test]
 #[ignore = "measures, so it runs alone: a step of scripts/test"]
 fn a_thousand_idle_and_some_bad_callers_slow_nobody_down() {
-    fcd::host::limits::raise_open_files(4 * IDLE as u64).unwrap();
+    fcd::testing::host::limits::raise_open_files(4 * IDLE as u64).unwrap();
     let world = World::with(|c| {
         c.limits.connections_max = 2 * IDLE;
         c.limits.connections_per_uid_max = 2 * IDLE;

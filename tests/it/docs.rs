@@ -35,25 +35,28 @@ fn documented_tables_match_the_code() {
     check(
         "ARCHITECTURE.md",
         "locks",
-        &format!("{}\n", fcd::locks::rank::markdown_table().trim_end()),
+        &format!(
+            "{}\n",
+            fcd::testing::locks::rank::markdown_table().trim_end()
+        ),
     );
     check(
         "ARCHITECTURE.md",
         "transitions",
-        &format!("{}\n", fcd::daemon::transitions_table().trim_end()),
+        &format!("{}\n", fcd::testing::daemon::transitions_table().trim_end()),
     );
     check("src/docs/exit-statuses.md", "kinds", &kinds());
     check(
         "src/docs/protocol.md",
         "methods",
-        &fcd::api::table::markdown_table(),
+        &fcd::testing::api::table::markdown_table(),
     );
 }
 
 fn kinds() -> String {
     let mut out =
         String::from("| kind | code | fcctl's exit status | retryable |\n|---|---|---|---|\n");
-    for kind in fcd::error::Kind::ALL {
+    for kind in fcd::testing::error::Kind::ALL {
         let code = serde_json::to_value(kind.code()).unwrap();
         let retryable = if kind.retryable() { "yes" } else { "no" };
         let (name, status) = (kind.name(), kind.code().exit_status());

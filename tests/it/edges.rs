@@ -1,7 +1,7 @@
 //! Checks that every edge in the lock table was really observed. This is the last step of
 //! `scripts/test` and reads what all its processes recorded.
 
-use fcd::locks::rank;
+use fcd::testing::locks::rank;
 use std::collections::BTreeSet;
 
 #[test]

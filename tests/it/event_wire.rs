@@ -2,10 +2,10 @@
 
 use crate::api::{call, fault, id, line, name, vm};
 use expect_test::expect;
-use fcd::api::event::*;
-use fcd::api::frame::*;
-use fcd::api::op::OpState;
-use fcd::api::vm::{Vm, VmState};
+use fcd::testing::api::event::*;
+use fcd::testing::api::frame::*;
+use fcd::testing::api::op::OpState;
+use fcd::testing::api::vm::{Vm, VmState};
 use serde_json::json;
 
 fn event(what: What) -> Event {

@@ -2,8 +2,8 @@
 
 use crate::process::Process;
 use crate::world::*;
-use fcd::api::op::{Op, OpState, Progress};
-use fcd::ids::OpId;
+use fcd::testing::api::op::{Op, OpState, Progress};
+use fcd::testing::ids::OpId;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
@@ -47,7 +47,7 @@ fn durable_write() {
         .read(|state| state.vm(&vm.id).unwrap().as_ref().clone());
     // The state directories of tests are in memory, where a sync costs nothing.
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    let store = fcd::store::Store::open(dir.path()).unwrap();
+    let store = fcd::testing::store::Store::open(dir.path()).unwrap();
     store.change_durable(|tx| tx.insert_vm(row)).unwrap();
     let bytes = vec![7; FLOOR_FILE_BYTES];
     let file = File::create(dir.path().join("floor")).unwrap();
@@ -75,7 +75,7 @@ fn durable_write() {
             error: None,
         };
         let committed = timed(|| {
-            let change = |tx: &mut fcd::store::Tx| {
+            let change = |tx: &mut fcd::testing::store::Tx| {
                 tx.put_op(op);
                 tx.update_vm_unlocked(&vm.id, |row| row.generation = n as u64)
             };
@@ -110,7 +110,7 @@ fn memory(process: &Process) -> (f64, f64) {
 }
 
 fn connections() {
-    fcd::host::limits::raise_open_files(4 * CONNECTIONS as u64).unwrap();
+    fcd::testing::host::limits::raise_open_files(4 * CONNECTIONS as u64).unwrap();
     let process = Process::start(|command| {
         let config = command.get_args().nth(1).unwrap().to_owned();
         let max = 2 * CONNECTIONS;

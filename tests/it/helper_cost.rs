@@ -1,11 +1,11 @@
 //! Measures the cost of a helper process per connection. Run by `scripts/bench helper`.
 
-use fcd::error::Result;
-use fcd::guest::io::BytesSource;
-use fcd::guest::ssh::in_process::InProcess;
-use fcd::guest::{ExecSpec, Sink, Source, SshTransport, Streams, Target, Transport};
-use fcd::host::confine;
-use fcd::locks::Cancel;
+use fcd::testing::error::Result;
+use fcd::testing::guest::io::BytesSource;
+use fcd::testing::guest::ssh::in_process::InProcess;
+use fcd::testing::guest::{ExecSpec, Sink, Source, SshTransport, Streams, Target, Transport};
+use fcd::testing::host::confine;
+use fcd::testing::locks::Cancel;
 use ssh_key::{Algorithm, LineEnding, PrivateKey, rand_core::OsRng};
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -64,7 +64,7 @@ impl Sshd {
             .name;
         let owner = nix::unistd::geteuid()
             .is_root()
-            .then_some(fcd::host::Credentials {
+            .then_some(fcd::testing::host::Credentials {
                 uid: 1_900_000_078,
                 gid: 1_900_000_078,
             });

@@ -2,13 +2,13 @@
 //! transport.
 
 use crate::world::{SOON, World};
-use fcd::api::exec::{ExecStart, ExecStartRequest, Exit};
-use fcd::api::op::{OpList, OpListRequest};
-use fcd::error::{Kind, Result};
-use fcd::guest::fake::{Answer, FakeTransport};
-use fcd::guest::{ExecSpec, SshTransport, Streams, Target, Transport, command_bytes};
-use fcd::host::confine;
-use fcd::locks::{Cancel, CancelCause};
+use fcd::testing::api::exec::{ExecStart, ExecStartRequest, Exit};
+use fcd::testing::api::op::{OpList, OpListRequest};
+use fcd::testing::error::{Kind, Result};
+use fcd::testing::guest::fake::{Answer, FakeTransport};
+use fcd::testing::guest::{ExecSpec, SshTransport, Streams, Target, Transport, command_bytes};
+use fcd::testing::host::confine;
+use fcd::testing::locks::{Cancel, CancelCause};
 use ssh_key::{Algorithm, LineEnding, PrivateKey, rand_core::OsRng};
 use std::io::{BufRead, BufReader};
 use std::net::{Ipv4Addr, SocketAddr};
@@ -72,7 +72,7 @@ impl HostileGuest {
             host_key: host.public_key().to_bytes().unwrap(),
             owner: nix::unistd::geteuid()
                 .is_root()
-                .then_some(fcd::host::Credentials {
+                .then_some(fcd::testing::host::Credentials {
                     uid: 1_900_000_077,
                     gid: 1_900_000_077,
                 }),

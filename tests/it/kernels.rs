@@ -2,9 +2,9 @@
 //! Successful imports are tested end to end.
 
 use crate::world::*;
-use fcd::api::kernel::*;
-use fcd::api::vm::*;
-use fcd::error::Kind;
+use fcd::testing::api::kernel::*;
+use fcd::testing::api::vm::*;
+use fcd::testing::error::Kind;
 use std::path::PathBuf;
 
 fn request(path: PathBuf) -> KernelImportRequest {

@@ -1,11 +1,11 @@
 //! Idempotency keys: the same key with the same parameters is the same operation.
 
 use crate::world::*;
-use fcd::api::call::Key;
-use fcd::api::frame::{Request, Response, Version};
-use fcd::api::op::OpStarted;
-use fcd::api::vm::*;
-use fcd::error::Kind;
+use fcd::testing::api::call::Key;
+use fcd::testing::api::frame::{Request, Response, Version};
+use fcd::testing::api::op::OpStarted;
+use fcd::testing::api::vm::*;
+use fcd::testing::error::Kind;
 use serde_json::value::RawValue;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -33,8 +33,8 @@ pub fn send(world: &World, method: &str, params: &str, key: Option<&str>, more: 
     stream.set_read_timeout(Some(SOON)).unwrap();
     writeln!(stream, "{}", serde_json::to_string(&request).unwrap()).unwrap();
     for line in BufReader::new(stream).lines() {
-        if let Some(fcd::api::frame::Line::Response(response)) =
-            fcd::api::frame::Line::<Box<serde_json::value::RawValue>>::parse(
+        if let Some(fcd::testing::api::frame::Line::Response(response)) =
+            fcd::testing::api::frame::Line::<Box<serde_json::value::RawValue>>::parse(
                 line.unwrap().as_bytes(),
             )
             .unwrap()
@@ -145,7 +145,7 @@ fn key_shared_by_fifty_creates_makes_one_vm() {
 #[test]
 fn key_for_call_that_takes_none_is_refused() {
     let world = World::new();
-    for row in fcd::api::table::calls().filter(|row| row.key == Key::Unkeyed) {
+    for row in fcd::testing::api::table::calls().filter(|row| row.key == Key::Unkeyed) {
         let response = call(&world, row.method, "{}", "k", true);
         assert_eq!(
             kind(&response),
@@ -237,7 +237,7 @@ fn key_of_refused_call_is_free() {
         .core
         .store
         .faults()
-        .fail(fcd::store::faults::Fault::DiskFull, 1);
+        .fail(fcd::testing::store::faults::Fault::DiskFull, 1);
     assert_eq!(
         kind(&call(&world, "vm.create", "{}", "full", false)),
         Kind::DiskFull.name()
@@ -253,7 +253,7 @@ fn key_expires_after_a_day() {
     let mut world = World::new();
     let first = vm(&call(&world, "vm.create", "{}", "k", false)).id;
     world.edit_rows(|tx| {
-        let row = fcd::store::KeyRow {
+        let row = fcd::testing::store::KeyRow {
             expires_at: 1,
             ..(**tx.key(nix::unistd::getuid().as_raw(), "k").unwrap()).clone()
         };

@@ -1,11 +1,13 @@
 //! Paged lists: each item appears once, in order, whatever the page size.
 
 use crate::world::*;
-use fcd::api::op::{OpList, OpListRequest};
-use fcd::api::page::ListCall;
-use fcd::api::vm::{VmList, VmListBrief, VmListRequest, VmPause, VmStatsCall, VmStatsRequest};
-use fcd::client::{CALL_DEADLINE, Failure};
-use fcd::error::Kind;
+use fcd::testing::api::op::{OpList, OpListRequest};
+use fcd::testing::api::page::ListCall;
+use fcd::testing::api::vm::{
+    VmList, VmListBrief, VmListRequest, VmPause, VmStatsCall, VmStatsRequest,
+};
+use fcd::testing::client::{CALL_DEADLINE, Failure};
+use fcd::testing::error::Kind;
 use serde_json::Value;
 use serde_json::value::RawValue;
 

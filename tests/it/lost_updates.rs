@@ -3,8 +3,8 @@
 
 use crate::apart::run_in_own_process;
 use crate::world::*;
-use fcd::api::vm::*;
-use fcd::locks::{Rank, check};
+use fcd::testing::api::vm::*;
+use fcd::testing::locks::{Rank, check};
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -41,9 +41,10 @@ fn with_wide_windows_in_own_process() {
         a_fork_that_is_kept_stays_after_a_stop(&world, round);
     }
     assert_eq!(world.state("web"), VmState::Running);
-    world
-        .vmm
-        .die(&web.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9)));
+    world.vmm.die(
+        &web.id,
+        &fcd::testing::vmm::End::Vmm(fcd::testing::vmm::Exit::Signal(9)),
+    );
     world.await_state("web", VmState::Failed);
 }
 

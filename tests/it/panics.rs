@@ -3,19 +3,19 @@
 
 use crate::points::HookedVm;
 use crate::world::*;
-use fcd::api::Empty;
-use fcd::api::daemon::{Check, Doctor, Info, Leaks, LeaksRequest};
-use fcd::api::snapshot::*;
-use fcd::api::vm::*;
-use fcd::error::{Kind, Result};
-use fcd::ids::Tag;
-use fcd::locks::Cancel;
-use fcd::vmm::console::Consoles;
-use fcd::vmm::fake::Fake;
-use fcd::vmm::{
+use fcd::testing::api::Empty;
+use fcd::testing::api::daemon::{Check, Doctor, Info, Leaks, LeaksRequest};
+use fcd::testing::api::snapshot::*;
+use fcd::testing::api::vm::*;
+use fcd::testing::error::{Kind, Result};
+use fcd::testing::ids::Tag;
+use fcd::testing::locks::Cancel;
+use fcd::testing::vmm::console::Consoles;
+use fcd::testing::vmm::fake::Fake;
+use fcd::testing::vmm::{
     self, Capabilities, Driver, GuestEvent, Identity, Processes, Running, Tagged, VmRef, VmmSpec,
 };
-use fcd::workspace::remote::{self, GuestWorkspace};
+use fcd::testing::workspace::remote::{self, GuestWorkspace};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -133,7 +133,7 @@ impl Processes for Panics {
         self.inner.processes().kill(identity, deadline)
     }
 
-    fn watch(&self, dir: &Path, identity: &Identity, died: fcd::vmm::Died) -> Result<()> {
+    fn watch(&self, dir: &Path, identity: &Identity, died: fcd::testing::vmm::Died) -> Result<()> {
         self.inner.processes().watch(dir, identity, died)
     }
 }
@@ -187,7 +187,7 @@ fn panic_in_stop_and_delete_fails_vm() {
     let (world, driver) = world();
     world.running("web");
     driver.at("kill");
-    world.guest.on(fcd::image::SHUTDOWN_COMMAND, |_| {
+    world.guest.on(fcd::testing::image::SHUTDOWN_COMMAND, |_| {
         panic!("a panic of the test's in the shutdown")
     });
     assert!(world.stop("web").unwrap_err().is(Kind::Internal));
@@ -208,7 +208,9 @@ fn panic_in_stop_and_delete_fails_vm() {
 fn panic_is_reported_to_successor() {
     let (world, driver) = world();
     let vm = world.create("web");
-    world.vmm.hold_starts(fcd::vmm::fake::Stage::AfterSpawn);
+    world
+        .vmm
+        .hold_starts(fcd::testing::vmm::fake::Stage::AfterSpawn);
     let mut start = world.begin::<VmStart>(request("web"), vec![]);
     assert!(world.vmm.await_held(1, soon()));
     driver.at("started");

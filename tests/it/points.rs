@@ -2,17 +2,17 @@
 //! made to fail, or to be the last thing that its daemon does. After that no effect and no commit
 //! of that daemon happens, as after `kill -9`.
 
-use fcd::api::daemon::Check;
-use fcd::api::exec::Exit;
-use fcd::daemon::EffectPlan;
-use fcd::error::{Error, Kind, Result};
-use fcd::guest::{ExecSpec, Streams, Target, Transport};
-use fcd::host::{Command, Commands, command::Output};
-use fcd::ids::Tag;
-use fcd::locks::Cancel;
-use fcd::store::faults::{CommitHook, Fault};
-use fcd::vmm::console::Consoles;
-use fcd::vmm::{
+use fcd::testing::api::daemon::Check;
+use fcd::testing::api::exec::Exit;
+use fcd::testing::daemon::EffectPlan;
+use fcd::testing::error::{Error, Kind, Result};
+use fcd::testing::guest::{ExecSpec, Streams, Target, Transport};
+use fcd::testing::host::{Command, Commands, command::Output};
+use fcd::testing::ids::Tag;
+use fcd::testing::locks::Cancel;
+use fcd::testing::store::faults::{CommitHook, Fault};
+use fcd::testing::vmm::console::Consoles;
+use fcd::testing::vmm::{
     Capabilities, Driver, GuestEvent, Identity, Processes, Running, SaveTo, Tagged, Vm, VmRef,
     VmmSpec,
 };
@@ -243,7 +243,7 @@ impl Processes for PointDriver {
         self.0.processes().kill(identity, deadline)
     }
 
-    fn watch(&self, dir: &Path, identity: &Identity, died: fcd::vmm::Died) -> Result<()> {
+    fn watch(&self, dir: &Path, identity: &Identity, died: fcd::testing::vmm::Died) -> Result<()> {
         self.0.processes().watch(dir, identity, died)
     }
 }

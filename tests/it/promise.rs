@@ -3,10 +3,10 @@
 //! Each of them must fail there.
 
 use crate::world::*;
-use fcd::api::op::{OpCancel, OpRequest, OpState};
-use fcd::api::vm::*;
-use fcd::api::workspace::{ExportKind, ExportRequest, WorkspaceExport};
-use fcd::error::Kind;
+use fcd::testing::api::op::{OpCancel, OpRequest, OpState};
+use fcd::testing::api::vm::*;
+use fcd::testing::api::workspace::{ExportKind, ExportRequest, WorkspaceExport};
+use fcd::testing::error::Kind;
 use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 
@@ -237,7 +237,7 @@ fn prepares_on_one_vm_run_one_at_a_time_and_an_export_waits() {
     assert!(hasty.finish(SOON).unwrap_err().is(Kind::Busy));
     // A queued transfer that is cancelled leaves the queue at once. The others stay.
     let queued = world
-        .call::<fcd::api::op::OpList>(&Default::default())
+        .call::<fcd::testing::api::op::OpList>(&Default::default())
         .unwrap()
         .ops;
     let prepares: Vec<_> = queued
@@ -268,7 +268,7 @@ fn prepares_on_one_vm_run_one_at_a_time_and_an_export_waits() {
     let reply = export.finish(SOON).unwrap();
     assert_eq!(reply.bytes, 7);
     let mut patch = Vec::new();
-    fcd::api::stream::ChunkReader::new(std::fs::File::from(out))
+    fcd::testing::api::stream::ChunkReader::new(std::fs::File::from(out))
         .read_to_end(&mut patch)
         .unwrap();
     assert_eq!(patch, b"a patch");

@@ -2,12 +2,12 @@
 //! adopted.
 
 use crate::world::*;
-use fcd::api::Empty;
-use fcd::api::daemon::{Doctor, Severity};
-use fcd::api::event::{EventsWatch, EventsWatchRequest, What};
-use fcd::api::frame::Note;
-use fcd::api::vm::*;
-use fcd::guest::fake::Answer;
+use fcd::testing::api::Empty;
+use fcd::testing::api::daemon::{Doctor, Severity};
+use fcd::testing::api::event::{EventsWatch, EventsWatchRequest, What};
+use fcd::testing::api::frame::Note;
+use fcd::testing::api::vm::*;
+use fcd::testing::guest::fake::Answer;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -32,11 +32,13 @@ impl Hostile {
     /// Makes the current daemon die when it asks the guest.
     fn guest_kills_asking_daemon(&self) {
         let (points, asked) = (self.world.points.clone(), self.asked.clone());
-        self.world.guest.on(fcd::image::SHUTDOWN_COMMAND, move |_| {
-            asked.fetch_add(1, Ordering::SeqCst);
-            points.die();
-            Answer::status(1)
-        });
+        self.world
+            .guest
+            .on(fcd::testing::image::SHUTDOWN_COMMAND, move |_| {
+                asked.fetch_add(1, Ordering::SeqCst);
+                points.die();
+                Answer::status(1)
+            });
     }
 
     fn asked(&self) -> u32 {
@@ -194,12 +196,12 @@ fn record_survives_daemon_that_never_reached_vm() {
 #[test]
 fn orderly_exit_during_resumed_stop_is_not_counted() {
     let mut hostile = Hostile::in_state(VmState::Stopping);
-    let gate = fcd::guest::fake::Gate::closed();
+    let gate = fcd::testing::guest::fake::Gate::closed();
     let held = gate.clone();
     hostile
         .world
         .guest
-        .on(fcd::image::SHUTDOWN_COMMAND, move |_| {
+        .on(fcd::testing::image::SHUTDOWN_COMMAND, move |_| {
             Answer::status(0).stdout("synced\n").hold(&held)
         });
     hostile.world.daemon().reconciler.reconcile();
@@ -226,8 +228,8 @@ fn orderly_exit_during_resumed_stop_is_not_counted() {
     hostile
         .world
         .guest
-        .on(fcd::image::SHUTDOWN_COMMAND, move |_| {
-            vmm.die(&id, &fcd::vmm::End::GuestShutDown);
+        .on(fcd::testing::image::SHUTDOWN_COMMAND, move |_| {
+            vmm.die(&id, &fcd::testing::vmm::End::GuestShutDown);
             Answer::status(0).stdout("synced\n")
         });
     hostile.world.daemon().reconciler.reconcile();
@@ -320,7 +322,7 @@ fn adoption_that_killed_three_daemons_is_not_retried() {
     hostile
         .world
         .guest
-        .on(fcd::image::SHUTDOWN_COMMAND, move |_| {
+        .on(fcd::testing::image::SHUTDOWN_COMMAND, move |_| {
             asks.fetch_add(1, Ordering::SeqCst);
             Answer::status(0).stdout("synced\n")
         });

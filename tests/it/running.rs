@@ -1,10 +1,10 @@
 //! A call in progress, whose notes and result are read on another thread.
 
 use crate::world::soon;
-use fcd::api::Call;
-use fcd::api::frame::Note;
-use fcd::client::{Client, Event, Failure, Hangup};
-use fcd::ids::OpId;
+use fcd::testing::api::Call;
+use fcd::testing::api::frame::Note;
+use fcd::testing::client::{Client, Event, Failure, Hangup};
+use fcd::testing::ids::OpId;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
@@ -33,7 +33,7 @@ impl<R: serde::de::DeserializeOwned + Send + 'static> Running<R> {
     {
         let hangup = client.hangup().unwrap();
         let (send, events) = channel();
-        fcd::host::thread::spawn("client", move || {
+        fcd::testing::host::thread::spawn("client", move || {
             let fds: Vec<_> = fds;
             let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
             let mut flight = match client.begin::<C>(&request, &borrowed) {

@@ -1,10 +1,10 @@
 //! Measures a restart of the daemon with many VMs. Run by `scripts/bench scale`.
 
 use crate::world::*;
-use fcd::api::vm::*;
-use fcd::config::Config;
-use fcd::daemon::{Daemon, Seams};
-use fcd::store::Store;
+use fcd::testing::api::vm::*;
+use fcd::testing::config::Config;
+use fcd::testing::daemon::{Daemon, Seams};
+use fcd::testing::store::Store;
 use nix::sys::resource::{UsageWho, getrusage};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -91,7 +91,8 @@ fn usable_after(config: &Config, vms: usize) -> (Duration, Duration, Duration) {
     let opened = begun.elapsed();
     let reconciler = {
         let daemon = daemon.clone();
-        fcd::host::thread::spawn("reconcile", move || daemon.reconciler.reconcile()).unwrap()
+        fcd::testing::host::thread::spawn("reconcile", move || daemon.reconciler.reconcile())
+            .unwrap()
     };
     for n in 0..CHANGED {
         let vm = format!("vm-{}", n * (vms - 1) / (CHANGED - 1));

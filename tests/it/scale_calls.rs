@@ -1,8 +1,8 @@
 //! Measures how the cost of calls grows with VMs and with watchers: `scripts/bench scale`.
 
 use crate::world::*;
-use fcd::api::vm::*;
-use fcd::client::Client;
+use fcd::testing::api::vm::*;
+use fcd::testing::client::Client;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -135,7 +135,7 @@ impl Watched {
                 .is_some_and(|last| send.send(last).is_ok())
             {}
         };
-        fcd::host::thread::spawn("watchers", body).unwrap();
+        fcd::testing::host::thread::spawn("watchers", body).unwrap();
         Self {
             _world: world,
             client,

@@ -2,14 +2,14 @@
 //! a stop in the middle leaves.
 
 use crate::world::*;
-use fcd::api::op::{OpCancel, OpRequest};
-use fcd::api::snapshot::*;
-use fcd::api::vm::*;
-use fcd::client::Failure;
-use fcd::daemon::Caller;
-use fcd::error::Kind;
-use fcd::guest::fake::Answer;
-use fcd::vmm::fake::Stage;
+use fcd::testing::api::op::{OpCancel, OpRequest};
+use fcd::testing::api::snapshot::*;
+use fcd::testing::api::vm::*;
+use fcd::testing::client::Failure;
+use fcd::testing::daemon::Caller;
+use fcd::testing::error::Kind;
+use fcd::testing::guest::fake::Answer;
+use fcd::testing::vmm::fake::Stage;
 
 fn save(vm: &str, name: &str) -> SnapshotCreateRequest {
     SnapshotCreateRequest {
@@ -257,7 +257,7 @@ fn guest_is_resumed_after_save_or_failure() {
     let mut saving = world.begin::<SnapshotCreate>(save("web", "two"), vec![]);
     assert!(world.vmm.await_held(1, soon()));
     let op = saving.note(|n| {
-        if let fcd::api::frame::Note::Op { op } = n {
+        if let fcd::testing::api::frame::Note::Op { op } = n {
             Some(op.clone())
         } else {
             None
@@ -326,7 +326,7 @@ fn fork_is_complete_or_absent() {
         );
         assert!(world.vmm.await_held(1, soon()));
         let op = forking.note(|n| {
-            if let fcd::api::frame::Note::Op { op } = n {
+            if let fcd::testing::api::frame::Note::Op { op } = n {
                 Some(op.clone())
             } else {
                 None

@@ -3,11 +3,11 @@
 //! measures at length.
 
 use crate::world::*;
-use fcd::api::exec::{ExecStart, ExecStartRequest};
-use fcd::api::op::{OpCancel, OpList, OpListRequest, OpRequest};
-use fcd::api::vm::*;
-use fcd::client::Client;
-use fcd::error::Kind;
+use fcd::testing::api::exec::{ExecStart, ExecStartRequest};
+use fcd::testing::api::op::{OpCancel, OpList, OpListRequest, OpRequest};
+use fcd::testing::api::vm::*;
+use fcd::testing::client::Client;
+use fcd::testing::error::Kind;
 use std::io::Write;
 use std::time::{Duration, Instant};
 

@@ -2,10 +2,10 @@
 
 use crate::apart::run_in_own_process;
 use crate::world::*;
-use fcd::api::vm::*;
-use fcd::error::Kind;
-use fcd::store::faults::Fault;
-use fcd::vmm::GuestEvent;
+use fcd::testing::api::vm::*;
+use fcd::testing::error::Kind;
+use fcd::testing::store::faults::Fault;
+use fcd::testing::vmm::GuestEvent;
 use std::os::fd::OwnedFd;
 
 /// Returns a full pipe: the write end and the read end.
@@ -28,7 +28,7 @@ fn stalled_log_delays_nothing() {
 #[test]
 #[ignore = "a part of stalled_log_delays_nothing"]
 fn with_full_stderr_in_own_process() {
-    fcd::host::log::init().unwrap();
+    fcd::testing::host::log::init().unwrap();
     let log_panic = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         log_panic(panic);
@@ -76,15 +76,15 @@ fn with_full_stderr_in_own_process() {
     for n in 0..100_000 {
         log::warn!("line {n} of a storm");
     }
-    let panicked = fcd::host::thread::spawn("panics", || panic!("nobody reads this")).unwrap();
+    let panicked =
+        fcd::testing::host::thread::spawn("panics", || panic!("nobody reads this")).unwrap();
     await_that("the thread that panics has ended", || {
         panicked.is_finished()
     });
-    assert!(
-        world
-            .vmm
-            .die(&other.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9)))
-    );
+    assert!(world.vmm.die(
+        &other.id,
+        &fcd::testing::vmm::End::Vmm(fcd::testing::vmm::Exit::Signal(9))
+    ));
     await_that("the death is recorded", || {
         world.state("other") == VmState::Failed
     });

@@ -533,9 +533,9 @@ fn production(source: &str) -> &str {
 /// The names of constants whose value is a phrase.
 fn phrase_names(source: &str) -> BTreeSet<String> {
     let constants = production(source).lines().filter_map(|line| {
-        line.trim_start()
-            .trim_start_matches("pub ")
-            .strip_prefix("const ")
+        let line = line.trim_start();
+        let (visibility, rest) = line.split_once("const ")?;
+        (visibility.is_empty() || visibility.starts_with("pub")).then_some(rest)
     });
     let phrases = constants.filter(|rest| {
         rest.split_once("= ")

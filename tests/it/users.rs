@@ -1,15 +1,15 @@
 //! Local users against each other: what one uid can take away from the others.
 
 use crate::world::*;
-use fcd::api::Empty;
-use fcd::api::call::{Access, Fds};
-use fcd::api::daemon::Doctor;
-use fcd::api::image::*;
-use fcd::api::op::{OpList, OpListRequest};
-use fcd::api::snapshot::*;
-use fcd::api::vm::*;
-use fcd::daemon::{Daemon, Seams};
-use fcd::error::Kind;
+use fcd::testing::api::Empty;
+use fcd::testing::api::call::{Access, FdPassing};
+use fcd::testing::api::daemon::Doctor;
+use fcd::testing::api::image::*;
+use fcd::testing::api::op::{OpList, OpListRequest};
+use fcd::testing::api::snapshot::*;
+use fcd::testing::api::vm::*;
+use fcd::testing::daemon::{Daemon, Seams};
+use fcd::testing::error::Kind;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -93,7 +93,7 @@ fn refused_call_is_not_recorded() {
     let world = World::new();
     world.open_to_everybody();
     refused_calls(&world, 3);
-    let ops = world.daemon().core.ops.list(&fcd::ops::Filter {
+    let ops = world.daemon().core.ops.list(&fcd::testing::ops::Filter {
         all: true,
         ..Default::default()
     });
@@ -132,7 +132,7 @@ fn operations_of_one_user_push_out_only_their_own() {
         }
     });
     let count = |world: &World, uid: u32| {
-        let ops = world.daemon().core.ops.list(&fcd::ops::Filter {
+        let ops = world.daemon().core.ops.list(&fcd::testing::ops::Filter {
             owner: Some(uid),
             all: true,
             ..Default::default()
@@ -195,11 +195,15 @@ fn answer_of_key_outlives_retention() {
 fn user_with_too_many_keys_is_refused_before_anything_begins() {
     let mut world = World::new();
     let uid = nix::unistd::getuid().as_raw();
-    let keys = fcd::store::KEYS_PER_UID_MAX;
+    let keys = fcd::testing::store::KEYS_PER_UID_MAX;
     world.edit_rows(|tx| {
         for n in 0..keys {
-            let (key, params_hash, op) = (n.to_string(), String::new(), fcd::ids::OpId::random());
-            tx.put_key(fcd::store::KeyRow {
+            let (key, params_hash, op) = (
+                n.to_string(),
+                String::new(),
+                fcd::testing::ids::OpId::random(),
+            );
+            tx.put_key(fcd::testing::store::KeyRow {
                 uid,
                 key,
                 params_hash,
@@ -262,7 +266,7 @@ fn transfer_below_minimum_rate_ends() {
     });
     world.running("web");
     let Import { mut call, stream } = world.import("web");
-    let mut writer = fcd::api::stream::ChunkWriter::new(stream);
+    let mut writer = fcd::testing::api::stream::ChunkWriter::new(stream);
     std::io::Write::write_all(&mut writer, &[7; 100_000]).unwrap();
     std::io::Write::flush(&mut writer).unwrap();
     let e = call.finish(SOON).unwrap_err();
@@ -459,7 +463,7 @@ fn create_and_image_rm_at_once_never_leave_vm_without_image() {
 }
 
 fn random_key() -> String {
-    fcd::ids::OpId::random().to_string()
+    fcd::testing::ids::OpId::random().to_string()
 }
 
 /// VMs that were made with a larger range keep their uids, so a range that they do not fit is
@@ -529,7 +533,7 @@ fn calls_are_open_to_those_whom_the_table_names() {
         .remove(0)
         .id;
     let before = world.show("web").unwrap();
-    for row in fcd::api::table::calls() {
+    for row in fcd::testing::api::table::calls() {
         let kind = |params: &str| {
             as_uid(ALICE, || {
                 crate::keys::kind(&crate::keys::send(&world, row.method, params, None, true))
@@ -545,7 +549,7 @@ fn calls_are_open_to_those_whom_the_table_names() {
                 row.method
             ),
             // These look at their descriptors first.
-            Access::Owner if row.fds == Fds::TakesFds => {}
+            Access::Owner if row.fds == FdPassing::TakesFds => {}
             Access::Owner => {
                 let kind = kind(&of_root(row.method, op.as_str()));
                 assert!(

@@ -1,19 +1,19 @@
 //! The other calls over the real socket: set, wait, op.*, logs, exec, prune.
 
 use crate::world::*;
-use fcd::api::Empty;
-use fcd::api::daemon::{DebugLocks, Doctor, Info};
-use fcd::api::exec::*;
-use fcd::api::frame::Note;
-use fcd::api::image::ImageList;
-use fcd::api::op::*;
-use fcd::api::vm::*;
-use fcd::client::Failure;
-use fcd::daemon::Caller;
-use fcd::error::Kind;
-use fcd::guest::fake::{Answer, Gate};
-use fcd::vmm::GuestEvent;
-use fcd::vmm::fake::Keyboard;
+use fcd::testing::api::Empty;
+use fcd::testing::api::daemon::{DebugLocks, Doctor, Info};
+use fcd::testing::api::exec::*;
+use fcd::testing::api::frame::Note;
+use fcd::testing::api::image::ImageList;
+use fcd::testing::api::op::*;
+use fcd::testing::api::vm::*;
+use fcd::testing::client::Failure;
+use fcd::testing::daemon::Caller;
+use fcd::testing::error::Kind;
+use fcd::testing::guest::fake::{Answer, Gate};
+use fcd::testing::vmm::GuestEvent;
+use fcd::testing::vmm::fake::Keyboard;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -68,7 +68,8 @@ fn set_applies_at_next_start() {
     );
     let spec = world.vmm.last_spec(&vm.id).unwrap();
     assert_eq!((spec.vcpus, spec.mem_mib), (3, 2048));
-    let disk = fcd::disk::root::disk_size(&spec.disk, fcd::disk::Method::Qcow2).unwrap();
+    let disk =
+        fcd::testing::disk::root::disk_size(&spec.disk, fcd::testing::disk::Method::Qcow2).unwrap();
     assert_eq!(disk, 2 * ROOTFS_BYTES);
 }
 
@@ -120,11 +121,10 @@ fn wait_ends_at_state() {
     assert_eq!(running.finish(SOON).unwrap().vm.state, VmState::Running);
     // A failed VM satisfies a wait for its end.
     let mut end = world.begin::<VmWait>(wait(None, Some(u64::MAX)), vec![]);
-    assert!(
-        world
-            .vmm
-            .die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9)))
-    );
+    assert!(world.vmm.die(
+        &vm.id,
+        &fcd::testing::vmm::End::Vmm(fcd::testing::vmm::Exit::Signal(9))
+    ));
     assert_eq!(end.finish(SOON).unwrap().vm.state, VmState::Failed);
     let mut gone = world.begin::<VmWait>(wait(Some(VmState::Running), None), vec![]);
     world.delete("web").unwrap();
@@ -210,7 +210,7 @@ fn operations_are_listed_shown_awaited_and_kept() {
 fn stop_cannot_be_cancelled() {
     let world = World::new();
     let (vm, _) = world.running("web");
-    world.guest.on(fcd::image::SHUTDOWN_COMMAND, |_| {
+    world.guest.on(fcd::testing::image::SHUTDOWN_COMMAND, |_| {
         Answer::status(0).stdout("synced\n")
     });
     let mut down = world.begin::<VmStop>(stop("web"), vec![]);
@@ -219,7 +219,11 @@ fn stop_cannot_be_cancelled() {
         .call::<OpCancel>(&OpRequest { op: op.to_string() })
         .unwrap_err();
     assert!(e.is(Kind::WrongState), "{e:?}");
-    assert!(world.vmm.die(&vm.id, &fcd::vmm::End::GuestShutDown));
+    assert!(
+        world
+            .vmm
+            .die(&vm.id, &fcd::testing::vmm::End::GuestShutDown)
+    );
     assert_eq!(down.finish(SOON).unwrap().vm.state, VmState::Stopped);
 }
 
@@ -340,7 +344,7 @@ fn exec_names_pause_that_began_while_dialing() {
         world.guest.fail_dialing(addr, move || {
             // On a thread of its own, as in the daemon: nobody pauses a guest while dialing it.
             let pause = pause.clone();
-            let paused = fcd::host::thread::spawn("pause", move || pause());
+            let paused = fcd::testing::host::thread::spawn("pause", move || pause());
             paused.unwrap().join().unwrap();
             Kind::Timeout
         });

@@ -41,7 +41,7 @@ pub(in crate::daemon) struct Boot<'a> {
 
 impl Boot<'_> {
     /// Fails if the guest's init is too old for `what`. It would silently ignore it.
-    pub fn needs_guest(&self, what: &str) -> Result<()> {
+    pub(crate) fn needs_guest(&self, what: &str) -> Result<()> {
         if self.row.guest_version >= 1 {
             return Ok(());
         }

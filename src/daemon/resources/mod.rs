@@ -212,7 +212,7 @@ pub(super) fn forget_directory(resources: &Resources, row: &VmRow) -> Result<()>
 
 /// Runs the steps of boots and releases the resources of VMs.
 #[derive(Clone)]
-pub struct Resources {
+pub(super) struct Resources {
     pub(in crate::daemon) core: Core,
     pub(in crate::daemon) networks: Networks,
     pub(in crate::daemon) specs: Specs,

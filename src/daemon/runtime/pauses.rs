@@ -7,7 +7,7 @@ use crate::locks::{Cancel, CancelCause};
 impl Runtimes {
     /// Records that the guest is paused because the host's disk is full, or that there is room
     /// again. Boots and transfers do not wait for room, so a pause cancels them.
-    pub fn set_paused(&self, vm: &VmId, is_paused: bool) {
+    pub(crate) fn set_paused(&self, vm: &VmId, is_paused: bool) {
         self.with(vm, |r| r.is_paused = is_paused);
         if !is_paused {
             return;
@@ -28,15 +28,15 @@ impl Runtimes {
 
     /// Records whether the guest must be paused because it is saved. The caller also calls the
     /// driver.
-    pub fn hold(&self, vm: &VmId, is_held: bool) {
+    pub(crate) fn hold(&self, vm: &VmId, is_held: bool) {
         self.with(vm, |r| r.is_held = is_held);
     }
 
-    pub fn is_held(&self, vm: &VmId) -> bool {
+    pub(crate) fn is_held(&self, vm: &VmId) -> bool {
         self.map.lock().get(vm).is_some_and(|r| r.is_held)
     }
 
-    pub fn is_paused(&self, vm: &VmId) -> bool {
+    pub(crate) fn is_paused(&self, vm: &VmId) -> bool {
         self.map.lock().get(vm).is_some_and(|r| r.is_paused)
     }
 }

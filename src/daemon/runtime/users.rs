@@ -6,14 +6,14 @@ use crate::locks::{Cancel, CancelCause};
 
 /// How a guest is being used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Use {
+pub(crate) enum Use {
     /// Continues when a paused guest is resumed.
     Session,
     Transfer,
 }
 
 /// A transfer or session in a VM's cancel set. It leaves the set when this is dropped.
-pub struct User {
+pub(crate) struct User {
     runtimes: Runtimes,
     vm: VmId,
     id: u64,
@@ -30,7 +30,7 @@ impl Drop for User {
 impl Runtimes {
     /// Adds a session or transfer to the VM's cancel set. Call it with the VM's lock held, after
     /// checking the VM's state.
-    pub fn join(&self, vm: &VmId, kind: Use, cancel: Cancel) -> User {
+    pub(crate) fn join(&self, vm: &VmId, kind: Use, cancel: Cancel) -> User {
         let id = self.with(vm, |r| {
             r.next_user += 1;
             r.users.insert(r.next_user, (kind, cancel));
@@ -44,7 +44,7 @@ impl Runtimes {
     }
 
     /// Ends every transfer and session of the VM.
-    pub fn cancel_users(&self, vm: &VmId, cause: &CancelCause) {
+    pub(crate) fn cancel_users(&self, vm: &VmId, cause: &CancelCause) {
         // The youngest is cancelled first, because a user that waits for an older one must be
         // cancelled before its turn comes.
         let tokens: Vec<_> = self.with(vm, |r| {
@@ -60,7 +60,7 @@ impl Runtimes {
     }
 
     /// Ends every transfer, session and boot of every VM.
-    pub fn cancel_everything(&self, cause: &CancelCause) {
+    pub(crate) fn cancel_everything(&self, cause: &CancelCause) {
         let tokens: Vec<_> = {
             let map = self.map.lock();
             map.values()

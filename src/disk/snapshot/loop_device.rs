@@ -18,14 +18,14 @@ const TRIES_MAX: u32 = 64;
 /// A block device for a file. The kernel removes it once this is dropped and nothing else has it
 /// open.
 #[derive(Debug)]
-pub struct LoopDevice {
+pub(super) struct LoopDevice {
     device: File,
     /// `major:minor`, the form that device-mapper expects.
     pub number: String,
 }
 
 /// Attaches the file to a free loop device.
-pub fn attach(path: &Path, is_readonly: bool) -> Result<LoopDevice> {
+pub(super) fn attach(path: &Path, is_readonly: bool) -> Result<LoopDevice> {
     let doing = || format!("attach {} to a loop device", path.display());
     let io = |e: std::io::Error| Error::io(doing(), e);
     let file = OpenOptions::new()
@@ -64,7 +64,7 @@ fn finish(device: File) -> std::io::Result<LoopDevice> {
 }
 
 impl LoopDevice {
-    pub fn sectors(&self) -> Result<u64> {
+    pub(super) fn sectors(&self) -> Result<u64> {
         super::sectors(&self.device).map_err(|e| Error::io("read the size of a loop device", e))
     }
 }

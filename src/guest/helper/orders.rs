@@ -14,18 +14,18 @@ pub(super) struct Orders<'a> {
 }
 
 impl Orders<'_> {
-    pub fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.queue.is_empty()
     }
 
     /// Adds an order and sends what the helper accepts.
-    pub fn push(&mut self, order: Order, channel: &Channel) {
+    pub(super) fn push(&mut self, order: Order, channel: &Channel) {
         self.queue.push_back(order);
         self.send(channel);
     }
 
     /// Sends as many orders as the helper accepts. If it accepts none, a few stay queued.
-    pub fn send(&mut self, channel: &Channel) {
+    pub(super) fn send(&mut self, channel: &Channel) {
         while let Some(order) = self.queue.front() {
             match channel.send(&order.encode(), &[]) {
                 Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return,
@@ -36,7 +36,7 @@ impl Orders<'_> {
     }
 
     /// Turns the caller's controls into orders, as long as the helper accepts them.
-    pub fn take_controls(&mut self, channel: &Channel) {
+    pub(super) fn take_controls(&mut self, channel: &Channel) {
         while self.queue.is_empty() {
             let Some(control) = self.controls.as_mut().and_then(|c| c.next()) else {
                 return;

@@ -28,7 +28,7 @@ pub(super) struct Turn {
 }
 
 impl Turn {
-    pub fn and(self, other: Turn) -> Turn {
+    pub(super) fn and(self, other: Turn) -> Turn {
         Turn {
             progress: self.progress || other.progress,
             has_more: self.has_more || other.has_more,
@@ -58,7 +58,7 @@ pub(super) struct Inward<'a> {
 
 impl<'a> Inward<'a> {
     /// Creates a feed. Also returns the end that the helper reads.
-    pub fn new(source: &'a mut dyn Source) -> Result<(Self, OwnedFd)> {
+    pub(super) fn new(source: &'a mut dyn Source) -> Result<(Self, OwnedFd)> {
         let (r, w) = pipe()?;
         Ok((
             Self {
@@ -75,11 +75,11 @@ impl<'a> Inward<'a> {
 
     /// True if the source has ended and everything it gave is in the pipe. The pipe stays open,
     /// because its end means nothing until the helper has received `Order::InputEnded`.
-    pub fn is_finished(&self) -> bool {
+    pub(super) fn is_finished(&self) -> bool {
         self.has_ended && self.at == self.buffer.len()
     }
 
-    pub fn poll_fd(&self) -> Option<PollFd<'_>> {
+    pub(super) fn poll_fd(&self) -> Option<PollFd<'_>> {
         let pipe = self.pipe.as_ref()?;
         if self.at < self.buffer.len() {
             return Some(PollFd::new(pipe.as_fd(), PollFlags::POLLOUT));
@@ -89,13 +89,13 @@ impl<'a> Inward<'a> {
     }
 
     /// True if the helper has read from the pipe since the last call.
-    pub fn has_drained(&mut self) -> bool {
+    pub(super) fn has_drained(&mut self) -> bool {
         let Some(pipe) = &self.pipe else { return false };
         let now = rustix::io::ioctl_fionread(pipe).unwrap_or(0);
         std::mem::replace(&mut self.in_pipe, now) > now
     }
 
-    pub fn turn(&mut self) -> Result<Turn> {
+    pub(super) fn turn(&mut self) -> Result<Turn> {
         let mut turn = Turn::default();
         for _ in 0..PIECES_PER_TURN {
             if self.at == self.buffer.len() {
@@ -152,7 +152,7 @@ pub(super) struct Outward<'a> {
 
 impl<'a> Outward<'a> {
     /// Creates a drain. Also returns the end that the helper writes.
-    pub fn new(sink: &'a mut dyn Sink) -> Result<(Self, OwnedFd)> {
+    pub(super) fn new(sink: &'a mut dyn Sink) -> Result<(Self, OwnedFd)> {
         let (r, w) = pipe()?;
         Ok((
             Self {
@@ -166,18 +166,18 @@ impl<'a> Outward<'a> {
     }
 
     /// True if everything that the helper wrote has been delivered.
-    pub fn is_finished(&self) -> bool {
+    pub(super) fn is_finished(&self) -> bool {
         self.pipe.is_none() && self.at == self.buffer.len()
     }
 
-    pub fn poll_fd(&self) -> Option<PollFd<'_>> {
+    pub(super) fn poll_fd(&self) -> Option<PollFd<'_>> {
         if self.at < self.buffer.len() {
             return Some(PollFd::new(self.sink.as_ref()?.fd()?, PollFlags::POLLOUT));
         }
         Some(PollFd::new(self.pipe.as_ref()?.as_fd(), PollFlags::POLLIN))
     }
 
-    pub fn turn(&mut self) -> Result<Turn> {
+    pub(super) fn turn(&mut self) -> Result<Turn> {
         let mut turn = Turn::default();
         for _ in 0..PIECES_PER_TURN {
             if self.at < self.buffer.len() {
@@ -244,7 +244,7 @@ pub(super) struct Pumps<'a> {
 }
 
 impl<'a> Pumps<'a> {
-    pub fn take_stdin(
+    pub(super) fn take_stdin(
         &mut self,
         source: Option<&'a mut dyn Source>,
         may_pass: bool,
@@ -263,7 +263,7 @@ impl<'a> Pumps<'a> {
         Ok(Input::Pumped)
     }
 
-    pub fn take_output(
+    pub(super) fn take_output(
         &mut self,
         sink: Option<&'a mut dyn Sink>,
         may_pass: bool,
@@ -278,7 +278,7 @@ impl<'a> Pumps<'a> {
     }
 
     /// Delivers output from before the session broke, as far as the caller accepts it now.
-    pub fn deliver_rest(&mut self) {
+    pub(super) fn deliver_rest(&mut self) {
         for output in &mut self.outputs {
             while output
                 .turn()

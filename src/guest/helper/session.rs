@@ -107,7 +107,7 @@ impl<'w, 'a> Session<'w, 'a> {
     }
 
     /// Logs in over a connected socket and does nothing else.
-    pub fn log_in(target: &'w Target, socket: TcpStream, wait: &Wait<'w>) -> Result<LogIn> {
+    pub(super) fn log_in(target: &'w Target, socket: TcpStream, wait: &Wait<'w>) -> Result<LogIn> {
         let mut session = Self::new(confine::spawn(NAME, target.owner)?, target, wait.clone());
         let passed = Passed {
             socket: socket.as_fd(),
@@ -144,7 +144,7 @@ impl<'w, 'a> Session<'w, 'a> {
     }
 
     /// Connects and gives the helper its job.
-    pub fn start(
+    pub(super) fn start(
         target: &'w Target,
         spec: &ExecSpec,
         streams: Streams<'a>,
@@ -216,7 +216,7 @@ impl<'w, 'a> Session<'w, 'a> {
     }
 
     /// Runs until the command ends or something else ends the wait.
-    pub fn run(mut self) -> Result<Exit> {
+    pub(super) fn run(mut self) -> Result<Exit> {
         let ended = self.supervise();
         if let Err(e) = &ended {
             self.send_hangup(e);

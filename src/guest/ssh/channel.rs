@@ -54,7 +54,7 @@ pub(in crate::guest) struct Channel {
 #[allow(unsafe_code)]
 impl Channel {
     /// Opens a channel. Until it succeeds, repeat the call and open nothing else.
-    pub fn open(shared: &Rc<Shared>) -> Step<Self> {
+    pub(crate) fn open(shared: &Rc<Shared>) -> Step<Self> {
         const KIND: &str = "session";
         let raw = unsafe {
             raw::libssh2_channel_open_ex(
@@ -94,7 +94,7 @@ impl Channel {
         }
     }
 
-    pub fn request_pty(&mut self, pty: &Pty) -> Step<usize> {
+    pub(crate) fn request_pty(&mut self, pty: &Pty) -> Step<usize> {
         let rc = unsafe {
             raw::libssh2_channel_request_pty_ex(
                 self.raw,
@@ -111,14 +111,14 @@ impl Channel {
         self.step(rc as isize)
     }
 
-    pub fn resize(&mut self, size: PtySize) -> Step<usize> {
+    pub(crate) fn resize(&mut self, size: PtySize) -> Step<usize> {
         let (cols, rows) = (c_int::from(size.cols), c_int::from(size.rows));
         let rc = unsafe { raw::libssh2_channel_request_pty_size_ex(self.raw, cols, rows, 0, 0) };
         self.step(rc as isize)
     }
 
     /// Starts a command of at most `COMMAND_BYTES_MAX` bytes, which fits into a packet of libssh2.
-    pub fn exec(&mut self, command: &[u8]) -> Step<usize> {
+    pub(crate) fn exec(&mut self, command: &[u8]) -> Step<usize> {
         const REQUEST: &str = "exec";
         let rc = unsafe {
             raw::libssh2_channel_process_startup(
@@ -133,7 +133,7 @@ impl Channel {
     }
 
     /// Reads a stream. 0 is the end of both streams from this one's point of view.
-    pub fn read(&mut self, stream: c_int, buffer: &mut [u8; READ_BYTES]) -> Step<usize> {
+    pub(crate) fn read(&mut self, stream: c_int, buffer: &mut [u8; READ_BYTES]) -> Step<usize> {
         let rc = unsafe {
             raw::libssh2_channel_read_ex(self.raw, stream, buffer.as_mut_ptr().cast(), buffer.len())
         };
@@ -141,7 +141,7 @@ impl Channel {
     }
 
     /// Processes everything that has arrived, without reading a stream.
-    pub fn take_in(&mut self) -> Step<usize> {
+    pub(crate) fn take_in(&mut self) -> Step<usize> {
         let nothing = &mut [0; READ_BYTES];
         loop {
             let step = self.read(NO_STREAM, nothing);
@@ -153,7 +153,7 @@ impl Channel {
 
     /// Writes a part of `bytes`. After `None`, repeat the call with the same bytes; more may follow
     /// them.
-    pub fn write(&mut self, bytes: &[u8]) -> Step<usize> {
+    pub(crate) fn write(&mut self, bytes: &[u8]) -> Step<usize> {
         let n = self.offered.unwrap_or(bytes.len().min(WRITE_BYTES_MAX));
         let bytes = &bytes[..n];
         let rc =
@@ -167,13 +167,13 @@ impl Channel {
         step
     }
 
-    pub fn send_eof(&mut self) -> Step<usize> {
+    pub(crate) fn send_eof(&mut self) -> Step<usize> {
         let rc = unsafe { raw::libssh2_channel_send_eof(self.raw) };
         self.step(rc as isize)
     }
 
     /// True if the server has closed the channel. Some of its output may still be unread.
-    pub fn remote_closed(&mut self) -> Result<bool, ssh2::Error> {
+    pub(crate) fn remote_closed(&mut self) -> Result<bool, ssh2::Error> {
         match unsafe { raw::libssh2_channel_wait_closed(self.raw) } {
             // libssh2 refuses the call before the end of the output was announced.
             raw::LIBSSH2_ERROR_INVAL => Ok(false),
@@ -182,13 +182,13 @@ impl Channel {
     }
 
     /// True if the end of the output was announced and everything was read.
-    pub fn is_drained(&self) -> bool {
+    pub(crate) fn is_drained(&self) -> bool {
         unsafe { raw::libssh2_channel_eof(self.raw) == 1 }
     }
 
     /// How the command ended, if the server said so: `exit-signal` or `exit-status` (RFC 4254,
     /// 6.10).
-    pub fn exit(&self) -> Option<Exit> {
+    pub(crate) fn exit(&self) -> Option<Exit> {
         if let Some(name) = self.exit_signal() {
             return Some(Exit::Signal(name));
         }

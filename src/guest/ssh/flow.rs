@@ -47,7 +47,7 @@ pub(super) struct Inlet<'a> {
 impl<'a> Inlet<'a> {
     /// With a pty and no source, nothing is sent, not even an EOF. On EOF, sshd would close its
     /// side of the terminal, and changes of the window size would no longer reach the command.
-    pub fn new(source: Option<&'a mut dyn Source>, has_pty: bool) -> Self {
+    pub(super) fn new(source: Option<&'a mut dyn Source>, has_pty: bool) -> Self {
         let eof_read = source.is_none();
         let eof_sent = eof_read && has_pty;
         Self {
@@ -65,7 +65,7 @@ impl<'a> Inlet<'a> {
     }
 
     /// The source's descriptor, if this stream waits for the source.
-    pub fn poll_fd(&self) -> Option<PollFd<'_>> {
+    pub(super) fn poll_fd(&self) -> Option<PollFd<'_>> {
         let waits = !self.is_ready && !self.eof_read && self.has_room();
         let fd = self.source.as_ref().filter(|_| waits)?.fd()?;
         Some(PollFd::new(fd, PollFlags::POLLIN))
@@ -102,7 +102,7 @@ impl<'a> Inlet<'a> {
     }
 
     /// Reads and sends. Sets `progress` if the channel accepted bytes.
-    pub fn turn(
+    pub(super) fn turn(
         &mut self,
         shared: &Shared,
         channel: &mut Channel,
@@ -147,7 +147,7 @@ pub(super) struct Outlet<'a> {
 }
 
 impl<'a> Outlet<'a> {
-    pub fn new(stream: c_int, sink: Option<&'a mut dyn Sink>) -> Self {
+    pub(super) fn new(stream: c_int, sink: Option<&'a mut dyn Sink>) -> Self {
         Self {
             stream,
             sink,
@@ -158,12 +158,12 @@ impl<'a> Outlet<'a> {
         }
     }
 
-    pub fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.at == self.len
     }
 
     /// The sink's descriptor, if this stream waits for the sink.
-    pub fn poll_fd(&self) -> Option<PollFd<'_>> {
+    pub(super) fn poll_fd(&self) -> Option<PollFd<'_>> {
         let fd = self
             .sink
             .as_ref()
@@ -197,7 +197,11 @@ impl<'a> Outlet<'a> {
     }
 
     /// Forwards what has arrived. Sets `progress` if the sink accepted bytes.
-    pub fn turn(&mut self, channel: &mut Channel, progress: &mut bool) -> Result<Turn, TurnError> {
+    pub(super) fn turn(
+        &mut self,
+        channel: &mut Channel,
+        progress: &mut bool,
+    ) -> Result<Turn, TurnError> {
         for _ in 0..PIECES_PER_ROUND {
             if !self.is_empty() && self.is_ready {
                 self.write_some(progress).map_err(TurnError::Caller)?;

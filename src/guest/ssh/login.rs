@@ -18,7 +18,7 @@ const HOST_KEYS: &str = "ssh-ed25519,ecdsa-sha2-nistp256,rsa-sha2-512,rsa-sha2-2
 const LOGIN_BYTES_MAX: u64 = 1024 * 1024;
 
 /// The user, the key and the expected host key of a login.
-pub struct Identity<'a> {
+pub(crate) struct Identity<'a> {
     pub user: &'a str,
     /// In OpenSSH format.
     pub private_key: &'a str,
@@ -28,7 +28,7 @@ pub struct Identity<'a> {
 
 /// Why there is no session.
 #[derive(Debug)]
-pub enum LogInError {
+pub(crate) enum LogInError {
     HostKeyMismatch,
     /// Contains the server's message.
     KeyRefused(String),

@@ -67,7 +67,7 @@ impl LastOutput {
 }
 
 impl<'w, 'a> Pump<'w, 'a> {
-    pub fn new(
+    pub(crate) fn new(
         shared: Rc<Shared>,
         channel: Channel,
         has_pty: bool,
@@ -94,7 +94,7 @@ impl<'w, 'a> Pump<'w, 'a> {
     }
 
     /// Ends the run when the command ends, even if other processes still hold its output open.
-    pub fn no_wait_children(self, is_so: bool) -> Self {
+    pub(crate) fn no_wait_children(self, is_so: bool) -> Self {
         Self {
             no_wait_children: is_so,
             ..self
@@ -102,7 +102,7 @@ impl<'w, 'a> Pump<'w, 'a> {
     }
 
     /// Runs until the command ends or something else ends the wait.
-    pub fn run(mut self) -> Result<Exit> {
+    pub(crate) fn run(mut self) -> Result<Exit> {
         loop {
             match self.round() {
                 Ok(None) => {}

@@ -48,19 +48,19 @@ fn command(signal: &str) -> String {
 impl Signaller {
     /// Queues a signal, named without `SIG`. An unknown one is dropped, because it must not get
     /// into a script.
-    pub fn push(&mut self, signal: String) {
+    pub(super) fn push(&mut self, signal: String) {
         if self.queue.len() < QUEUE_MAX && signal_number(&signal) != 0 {
             self.queue.push_back(signal);
         }
     }
 
-    pub fn is_idle(&self) -> bool {
+    pub(super) fn is_idle(&self) -> bool {
         self.queue.is_empty() && matches!(self.state, State::Idle)
     }
 
     /// Continues as far as possible. If the server has no room for a second channel, the signal is
     /// lost but the command is not affected.
-    pub fn step(&mut self, shared: &Rc<Shared>) {
+    pub(super) fn step(&mut self, shared: &Rc<Shared>) {
         while let Some(signal) = self.queue.front() {
             let next = match &mut self.state {
                 State::Idle => Ok(Some(State::Opening)),

@@ -113,7 +113,7 @@ unsafe extern "C" fn send(
 impl Shared {
     /// Creates a session on a connected, non-blocking socket.
     #[allow(unsafe_code)]
-    pub fn new(socket: TcpStream) -> Result<Rc<Self>> {
+    pub(crate) fn new(socket: TcpStream) -> Result<Rc<Self>> {
         let session = ssh2::Session::new()
             .map_err(|e| Error::internal("make an ssh session").with_source(e))?;
         session.set_blocking(false);
@@ -154,7 +154,7 @@ impl Shared {
 
     /// Takes up to one round of bytes from the socket. Returns true if anything arrived. A broken
     /// connection counts as ended.
-    pub fn fill(&self) -> bool {
+    pub(crate) fn fill(&self) -> bool {
         let mut wire = self.wire.borrow_mut();
         if wire.inbox_at == wire.inbox.len() {
             wire.inbox.clear();
@@ -182,7 +182,7 @@ impl Shared {
     }
 
     /// Sends as much as the socket accepts. A failure shows when the peer's end is read.
-    pub fn flush(&self) {
+    pub(crate) fn flush(&self) {
         let mut wire = self.wire.borrow_mut();
         let Wire {
             outbox,
@@ -204,23 +204,23 @@ impl Shared {
 
     /// The events to poll the socket for. Nothing after the peer has ended it, because it would
     /// always be ready.
-    pub fn poll_fd(&self) -> Option<PollFd<'_>> {
+    pub(crate) fn poll_fd(&self) -> Option<PollFd<'_>> {
         let wire = self.wire.borrow();
         let mut events = PollFlags::POLLIN;
         events.set(PollFlags::POLLOUT, wire.outbox_at < wire.outbox.len());
         (!wire.ended).then(|| PollFd::new(self.socket.as_fd(), events))
     }
 
-    pub fn outbox_is_high(&self) -> bool {
+    pub(crate) fn outbox_is_high(&self) -> bool {
         let wire = self.wire.borrow();
         wire.outbox.len() - wire.outbox_at >= OUTBOX_BYTES_HIGH
     }
     /// Number of bytes to be sent. Grows when a libssh2 call sends.
-    pub fn outbox_len(&self) -> usize {
+    pub(crate) fn outbox_len(&self) -> usize {
         self.wire.borrow().outbox.len()
     }
     /// True if the peer will send no more and everything that it sent has been consumed.
-    pub fn ended(&self) -> bool {
+    pub(crate) fn ended(&self) -> bool {
         let wire = self.wire.borrow();
         wire.ended && wire.inbox_at == wire.inbox.len()
     }
@@ -228,13 +228,13 @@ impl Shared {
     /// function. It must then be called again before waiting for more: with a cipher that needs
     /// whole packets it stops at a packet that exceeds its buffer (`ssh2_transport_read`), and
     /// assumes that the socket is still readable.
-    pub fn has_more(&self) -> bool {
+    pub(crate) fn has_more(&self) -> bool {
         let wire = self.wire.borrow();
         let left = wire.inbox.len() - wire.inbox_at;
         let taken = self.received.get() - left as u64;
         left > 0 && self.taken.replace(taken) != taken
     }
-    pub fn received(&self) -> u64 {
+    pub(crate) fn received(&self) -> u64 {
         self.received.get()
     }
 }

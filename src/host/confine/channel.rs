@@ -9,7 +9,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 /// Most descriptors in one message.
-pub const FDS_MAX: usize = 8;
+pub(super) const FDS_MAX: usize = 8;
 
 /// One end. Non-blocking: where a call would wait it fails with `WouldBlock`.
 #[derive(Debug)]

@@ -45,7 +45,7 @@ const TO_ITS_PEER: Allowed = ArgumentIn(4, &[0]);
 
 /// The calls that every helper needs: memory, time, randomness, waiting, and its descriptors. It
 /// opens nothing and makes no socket.
-pub const BASE: &[Call] = &[
+pub(super) const BASE: &[Call] = &[
     Call(libc::SYS_read, Always),
     Call(libc::SYS_readv, Always),
     Call(libc::SYS_write, Always),

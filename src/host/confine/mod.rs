@@ -23,10 +23,10 @@ mod filter;
 #[cfg(test)]
 mod tests;
 
-pub use channel::{Channel, Received};
+pub use channel::Channel;
 pub use enter::{Asked, Profile};
 pub use fields::{Reader, Writer};
-pub use filter::{Allowed, BASE, Call};
+pub use filter::{Allowed, Call};
 #[cfg(test)]
 pub use tests::{PROBE, run_probe};
 
@@ -54,6 +54,7 @@ static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
 
 /// Makes helpers run another program than the running executable: a test's own executable is not
 /// `fcd`. The first call counts.
+#[cfg(any(test, feature = "fakes"))]
 pub fn set_program(path: impl Into<PathBuf>) {
     let _ = PROGRAM.set(path.into());
 }

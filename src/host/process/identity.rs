@@ -32,7 +32,7 @@ pub(super) struct Stat {
 }
 
 impl Stat {
-    pub fn is_dead(&self) -> bool {
+    pub(super) fn is_dead(&self) -> bool {
         matches!(self.state, b'Z' | b'X' | b'x')
     }
 }

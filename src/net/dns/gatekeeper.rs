@@ -14,13 +14,13 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 use std::time::{Duration, Instant};
 
 /// Datagrams that have no answer yet.
-pub const DATAGRAMS_MAX: usize = 512;
-pub const CONNECTIONS_MAX: usize = 32;
-pub const CONNECTIONS_PER_CLIENT_MAX: usize = 4;
+pub(super) const DATAGRAMS_MAX: usize = 512;
+pub(super) const CONNECTIONS_MAX: usize = 32;
+pub(super) const CONNECTIONS_PER_CLIENT_MAX: usize = 4;
 /// How many resolvers are tried for one query.
-pub const TRIES_MAX: u8 = 3;
+pub(super) const TRIES_MAX: u8 = 3;
 /// Queries on one connection.
-pub const QUESTIONS_PER_CONNECTION_MAX: u16 = 64;
+pub(super) const QUESTIONS_PER_CONNECTION_MAX: u16 = 64;
 /// A query needs either one lookup in the daemon, or one socket for each resolver that is tried.
 const REQUESTS_PER_QUESTION_MAX: u16 = TRIES_MAX as u16;
 /// A helper that keeps a query longer than this hangs. It normally gives up much earlier.
@@ -31,7 +31,7 @@ const SOCKETS_PER_S: u32 = 2000;
 const SOCKETS_BURST: u32 = 4000;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub(super) enum Kind {
     Datagram,
     Connection,
 }
@@ -47,7 +47,7 @@ struct Client {
 
 /// A violation of the protocol. A helper that nobody has taken over never commits one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Breach {
+pub(super) enum Breach {
     /// It sent something that is not a message of the protocol.
     Nonsense,
     UnknownTicket,
@@ -76,7 +76,7 @@ impl fmt::Display for Breach {
 
 /// What the supervisor has to do for a request.
 #[derive(Debug, PartialEq)]
-pub enum Action<'a> {
+pub(super) enum Action<'a> {
     FindAddress {
         ticket: Ticket,
         client: Ipv4Addr,
@@ -104,7 +104,7 @@ pub enum Action<'a> {
 }
 
 #[derive(Debug)]
-pub struct Gatekeeper {
+pub(super) struct Gatekeeper {
     clients: BTreeMap<Ticket, Client>,
     connections: usize,
     next: Ticket,
@@ -112,7 +112,7 @@ pub struct Gatekeeper {
 }
 
 impl Gatekeeper {
-    pub fn new(now: Instant) -> Self {
+    pub(super) fn new(now: Instant) -> Self {
         Self {
             clients: BTreeMap::new(),
             connections: 0,
@@ -122,12 +122,17 @@ impl Gatekeeper {
     }
 
     /// True if one more datagram can be admitted.
-    pub fn has_room(&self) -> bool {
+    pub(super) fn has_room(&self) -> bool {
         self.clients.len() - self.connections < DATAGRAMS_MAX
     }
 
     /// Returns a ticket for a datagram or a connection, or None if there are too many.
-    pub fn admit(&mut self, address: SocketAddrV4, kind: Kind, now: Instant) -> Option<Ticket> {
+    pub(super) fn admit(
+        &mut self,
+        address: SocketAddrV4,
+        kind: Kind,
+        now: Instant,
+    ) -> Option<Ticket> {
         let (questions, kept_max) = match kind {
             Kind::Datagram if !self.has_room() => return None,
             Kind::Datagram => (1, DATAGRAM_KEPT_MAX),
@@ -161,7 +166,11 @@ impl Gatekeeper {
     }
 
     /// Decides what to do about one message from the helper.
-    pub fn judge<'a>(&mut self, message: &'a [u8], now: Instant) -> Result<Action<'a>, Breach> {
+    pub(super) fn judge<'a>(
+        &mut self,
+        message: &'a [u8],
+        now: Instant,
+    ) -> Result<Action<'a>, Breach> {
         Ok(match Request::decode(message).ok_or(Breach::Nonsense)? {
             Request::Address { ticket, name } => {
                 let client = *self.spend(ticket)?.address.ip();
@@ -223,12 +232,12 @@ impl Gatekeeper {
     }
 
     /// The time by which the helper must have answered. None if there are no open queries.
-    pub fn deadline(&self) -> Option<Instant> {
+    pub(super) fn deadline(&self) -> Option<Instant> {
         self.clients.values().map(|client| client.until).min()
     }
 
     /// Fails if the helper has kept a query for too long.
-    pub fn check(&self, now: Instant) -> Result<(), Breach> {
+    pub(super) fn check(&self, now: Instant) -> Result<(), Breach> {
         if self.deadline().is_some_and(|until| until <= now) {
             Err(Breach::Hangs)
         } else {

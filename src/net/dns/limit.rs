@@ -9,7 +9,7 @@ const CLIENTS_MAX: usize = 4096;
 
 /// A bucket that refills at `per_s` tokens per second, up to `burst`.
 #[derive(Clone, Copy, Debug)]
-pub struct Bucket {
+pub(super) struct Bucket {
     per_s: f64,
     burst: f64,
     tokens: f64,
@@ -18,7 +18,7 @@ pub struct Bucket {
 
 impl Bucket {
     /// Returns a full bucket.
-    pub fn new(per_s: u32, burst: u32, now: Instant) -> Self {
+    pub(super) fn new(per_s: u32, burst: u32, now: Instant) -> Self {
         Self {
             per_s: per_s.into(),
             burst: burst.into(),
@@ -33,7 +33,7 @@ impl Bucket {
     }
 
     /// Takes a token. Returns false if there is none.
-    pub fn take(&mut self, now: Instant) -> bool {
+    pub(super) fn take(&mut self, now: Instant) -> bool {
         let has = self.tokens_at(now);
         let taken = has >= 1.0;
         (self.tokens, self.since) = (if taken { has - 1.0 } else { has }, now);
@@ -41,14 +41,14 @@ impl Bucket {
     }
 }
 
-pub struct Limiter {
+pub(super) struct Limiter {
     per_s: u32,
     burst: u32,
     buckets: HashMap<IpAddr, Bucket>,
 }
 
 impl Limiter {
-    pub fn new(per_s: u32, burst: u32) -> Self {
+    pub(super) fn new(per_s: u32, burst: u32) -> Self {
         Self {
             per_s,
             burst,
@@ -57,7 +57,7 @@ impl Limiter {
     }
 
     /// True if `client` may send one more query now.
-    pub fn admit(&mut self, client: IpAddr, now: Instant) -> bool {
+    pub(super) fn admit(&mut self, client: IpAddr, now: Instant) -> bool {
         if !self.buckets.contains_key(&client) && self.buckets.len() >= CLIENTS_MAX {
             self.buckets
                 .retain(|_, bucket| bucket.tokens_at(now) < bucket.burst);

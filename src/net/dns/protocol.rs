@@ -12,22 +12,22 @@ use crate::ids::VmName;
 use std::net::{Ipv4Addr, SocketAddrV4};
 
 /// Longest query that is accepted, far more than a query needs.
-pub const QUESTION_BYTES_MAX: usize = 4096;
+pub(super) const QUESTION_BYTES_MAX: usize = 4096;
 /// Longest answer.
-pub const ANSWER_BYTES_MAX: usize = 65_535;
+pub(super) const ANSWER_BYTES_MAX: usize = 65_535;
 /// Room for a tag, a ticket, an address with its port, and a length.
 const FIELDS_BYTES_MAX: usize = 32;
-pub const TO_HELPER_BYTES_MAX: usize = QUESTION_BYTES_MAX + FIELDS_BYTES_MAX;
-pub const FROM_HELPER_BYTES_MAX: usize = ANSWER_BYTES_MAX + FIELDS_BYTES_MAX;
+pub(super) const TO_HELPER_BYTES_MAX: usize = QUESTION_BYTES_MAX + FIELDS_BYTES_MAX;
+pub(super) const FROM_HELPER_BYTES_MAX: usize = ANSWER_BYTES_MAX + FIELDS_BYTES_MAX;
 /// Longest text in a message from the helper.
 const TEXT_BYTES_MAX: usize = 512;
 
 /// Identifies one datagram or one connection of a client.
-pub type Ticket = u32;
+pub(super) type Ticket = u32;
 
 /// A message from the daemon to the helper.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Order {
+pub(super) enum Order {
     /// The first message, with the guests' addresses for which the reverse zone is answered.
     Serve(Subnet),
     /// A datagram from a client.
@@ -88,7 +88,7 @@ fn address(r: &mut Reader<'_>) -> Option<Ipv4Addr> {
 }
 
 impl Order {
-    pub fn encode(&self) -> Vec<u8> {
+    pub(super) fn encode(&self) -> Vec<u8> {
         let of = |tag, ticket: &Ticket| Writer::new(tag).word(*ticket);
         match self {
             Order::Serve(subnet) => Writer::new(SERVE)
@@ -124,7 +124,7 @@ impl Order {
         .finish()
     }
 
-    pub fn decode(message: &[u8]) -> Option<Self> {
+    pub(super) fn decode(message: &[u8]) -> Option<Self> {
         let mut r = Reader::new(message);
         let tag = r.byte()?;
         let first = r.word()?;

@@ -41,11 +41,11 @@ const ERROR_PAUSE: Duration = Duration::from_millis(100);
 const BACKOFF_MIN: Duration = Duration::from_millis(20);
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
 /// A helper that has run this long counts as healthy.
-pub const HEALTHY_AFTER: Duration = Duration::from_secs(60);
+pub(super) const HEALTHY_AFTER: Duration = Duration::from_secs(60);
 /// How long to wait for the exit status of a helper.
 const EXIT_DEADLINE: Duration = Duration::from_secs(1);
 
-pub struct Supervisor {
+pub(super) struct Supervisor {
     socket: UdpSocket,
     listener: TcpListener,
     setup: Setup,
@@ -71,7 +71,7 @@ impl From<Breach> for End {
 
 impl Supervisor {
     /// Both sockets must be non-blocking.
-    pub fn new(
+    pub(super) fn new(
         (socket, listener): (UdpSocket, TcpListener),
         setup: Setup,
         helper: &'static str,
@@ -96,7 +96,7 @@ impl Supervisor {
     }
 
     /// Serves until it is cancelled. The helper never outlives this thread.
-    pub fn run(mut self) {
+    pub(super) fn run(mut self) {
         while !self.cancel.is_cancelled() {
             let End::Because(why) = self.serve() else {
                 return;
@@ -416,7 +416,7 @@ impl Service<'_> {
 
 /// Returns the client if it is served: a guest, or the host, whose queries come from the bridge's
 /// address.
-pub fn served(client: SocketAddr, subnet: Subnet) -> Option<SocketAddrV4> {
+pub(super) fn served(client: SocketAddr, subnet: Subnet) -> Option<SocketAddrV4> {
     match client {
         SocketAddr::V4(client) if subnet.contains(*client.ip()) || client.ip().is_loopback() => {
             Some(client)

@@ -16,7 +16,7 @@ const FILE_BYTES_MAX: u64 = 64 * 1024;
 const FRESH: Duration = Duration::from_secs(5);
 
 /// The resolvers in resolv.conf(5). The file is read again when the cached list is too old.
-pub struct Upstreams {
+pub(super) struct Upstreams {
     file: PathBuf,
     /// The name server's own address. It is skipped, because a query to it would loop.
     own: Ipv4Addr,
@@ -25,7 +25,7 @@ pub struct Upstreams {
 }
 
 impl Upstreams {
-    pub fn new(file: PathBuf, own: Ipv4Addr, port: u16) -> Self {
+    pub(super) fn new(file: PathBuf, own: Ipv4Addr, port: u16) -> Self {
         Self {
             file,
             own,
@@ -37,7 +37,7 @@ impl Upstreams {
     /// Opens a non-blocking socket to the first reachable resolver, starting with number `skip`. A
     /// TCP socket may still be connecting. Every query over UDP gets a new socket, so that a forger
     /// has to guess its port as well.
-    pub fn open(&mut self, kind: Kind, skip: usize, now: Instant) -> Option<OwnedFd> {
+    pub(super) fn open(&mut self, kind: Kind, skip: usize, now: Instant) -> Option<OwnedFd> {
         let servers = self.get(now);
         let count = servers.len();
         let open = match kind {

@@ -17,17 +17,17 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-pub const INSTALL: &str = "1a2b3c4d";
-pub const OUTSIDE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
+pub(crate) const INSTALL: &str = "1a2b3c4d";
+pub(crate) const OUTSIDE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
 /// The host's address on the outside network.
-pub const HOST: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 2);
-pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 89, 0, 1);
-pub const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
+pub(crate) const HOST: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 2);
+pub(crate) const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 89, 0, 1);
+pub(crate) const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 /// Only a failing test waits this long.
 const DEADLINE: Duration = Duration::from_secs(30);
 
 /// Tests with namespaces need root. They print a line when they are skipped.
-pub fn is_root() -> bool {
+pub(crate) fn is_root() -> bool {
     let is_root = nix::unistd::geteuid().is_root();
     if !is_root {
         eprintln!(
@@ -38,10 +38,10 @@ pub fn is_root() -> bool {
     is_root
 }
 
-pub struct Ns(File);
+pub(crate) struct Ns(File);
 
 impl Ns {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let made = std::thread::scope(|s| {
             s.spawn(|| {
                 unshare(CloneFlags::CLONE_NEWNET).expect("create a network namespace");
@@ -55,7 +55,7 @@ impl Ns {
     }
 
     /// Runs a closure in this namespace, in a thread of its own.
-    pub fn run<T: Send>(&self, what: impl FnOnce() -> T + Send) -> T {
+    pub(crate) fn run<T: Send>(&self, what: impl FnOnce() -> T + Send) -> T {
         let done = std::thread::scope(|s| {
             s.spawn(|| {
                 setns(&self.0, CloneFlags::CLONE_NEWNET).expect("enter a network namespace");
@@ -68,7 +68,7 @@ impl Ns {
 
     /// Runs a line of shell and returns its output.
     #[track_caller]
-    pub fn sh(&self, line: &str) -> String {
+    pub(crate) fn sh(&self, line: &str) -> String {
         match self.run(|| {
             HostCommands.run(
                 &Command::new("sh").args(["-ec", line]),
@@ -88,7 +88,7 @@ impl Ns {
 
     /// Binds a socket. A socket with this address that was just closed may live on for a moment in
     /// a child process that has not executed its program yet.
-    pub fn udp(&self, at: impl Into<SocketAddr>) -> Udp {
+    pub(crate) fn udp(&self, at: impl Into<SocketAddr>) -> Udp {
         let (at, deadline) = (at.into(), Instant::now() + DEADLINE);
         self.run(|| {
             loop {
@@ -107,17 +107,17 @@ impl Ns {
     }
 }
 
-pub struct Udp(pub UdpSocket);
+pub(crate) struct Udp(pub UdpSocket);
 
 impl Udp {
-    pub fn send(&self, what: &str, to: impl Into<SocketAddr>) {
+    pub(crate) fn send(&self, what: &str, to: impl Into<SocketAddr>) {
         // An error such as "not permitted" counts as a lost packet.
         let _ = self.0.send_to(what.as_bytes(), to.into());
     }
 
     /// Receives the next datagram, and returns its sender.
     #[track_caller]
-    pub fn next(&self) -> (String, SocketAddr) {
+    pub(crate) fn next(&self) -> (String, SocketAddr) {
         self.0.set_read_timeout(Some(DEADLINE)).unwrap();
         let mut buffer = [0; 2048];
         let (len, from) = self.0.recv_from(&mut buffer).expect("receive a datagram");
@@ -125,7 +125,7 @@ impl Udp {
     }
 
     /// True if a datagram has arrived.
-    pub fn has_any(&self) -> bool {
+    pub(crate) fn has_any(&self) -> bool {
         self.0.set_nonblocking(true).unwrap();
         let any = self.0.peek_from(&mut [0; 1]).is_ok();
         self.0.set_nonblocking(false).unwrap();
@@ -133,13 +133,13 @@ impl Udp {
     }
 }
 
-pub struct Lab {
+pub(crate) struct Lab {
     pub net: Net,
     pub host: Ns,
     pub outside: Ns,
 }
 
-pub fn config() -> Config {
+pub(crate) fn config() -> Config {
     Config {
         driver: crate::config::NetworkDriver::Bridge,
         taps_ahead: 2,
@@ -147,16 +147,16 @@ pub fn config() -> Config {
     }
 }
 
-pub fn tag(n: u32) -> String {
+pub(crate) fn tag(n: u32) -> String {
     format!("fc-{INSTALL}-0123456789ab-{n}")
 }
 
 impl Lab {
-    pub fn new(config: &Config) -> Self {
+    pub(crate) fn new(config: &Config) -> Self {
         Self::with(config, Arc::new(HostCommands))
     }
 
-    pub fn with(config: &Config, commands: Arc<dyn Commands>) -> Self {
+    pub(crate) fn with(config: &Config, commands: Arc<dyn Commands>) -> Self {
         let (host, outside) = (Ns::new(), Ns::new());
         host.sh(&format!(
             "ip link add up0 type veth peer name down0; ip link set down0 netns {}",
@@ -170,7 +170,7 @@ impl Lab {
         Self { net, host, outside }
     }
 
-    pub fn guest(&self, slot: u32, access: Access) -> Guest {
+    pub(crate) fn guest(&self, slot: u32, access: Access) -> Guest {
         Guest {
             tag: tag(slot),
             lease: self.net.lease(slot).unwrap(),
@@ -180,25 +180,25 @@ impl Lab {
         }
     }
 
-    pub fn take(&self, guest: &Guest) -> Tap {
+    pub(crate) fn take(&self, guest: &Guest) -> Tap {
         self.host
             .run(|| self.net.take(guest, 4711, &Cancel::try_new().unwrap()))
             .unwrap()
     }
 
-    pub fn release(&self, n: u32) {
+    pub(crate) fn release(&self, n: u32) {
         self.host.run(|| self.net.release(&tag(n))).unwrap();
     }
 
     /// Starts a guest.
-    pub fn start(&self, slot: u32, access: Access) -> Machine {
+    pub(crate) fn start(&self, slot: u32, access: Access) -> Machine {
         let guest = self.guest(slot, access);
         let tap = self.take(&guest);
         Machine::start(&self.host, &tap.name, guest)
     }
 
     /// Describes everything that is ours: interfaces and the elements of the sets.
-    pub fn census(&self) -> String {
+    pub(crate) fn census(&self) -> String {
         let links = self
             .host
             .sh("ip -o link show type tun; ip -o link show type bridge");
@@ -211,7 +211,7 @@ impl Lab {
         lines.join(" ")
     }
 
-    pub fn elements(&self) -> Vec<String> {
+    pub(crate) fn elements(&self) -> Vec<String> {
         let list = format!(
             "nft list set bridge fcd_{INSTALL} guests; nft list set inet fcd_{INSTALL} nat; ip neighbour show nud permanent dev fcbr0"
         );
@@ -226,7 +226,7 @@ impl Lab {
 
     /// Waits until there are `count` spare taps.
     #[track_caller]
-    pub fn await_taps(&self, count: usize) {
+    pub(crate) fn await_taps(&self, count: usize) {
         let deadline = Instant::now() + DEADLINE;
         while self.net.taps_ready() != count {
             assert!(
@@ -239,12 +239,16 @@ impl Lab {
     }
 }
 
-pub fn open(host: &Ns, config: &Config, commands: Arc<dyn Commands>) -> crate::error::Result<Net> {
+pub(crate) fn open(
+    host: &Ns,
+    config: &Config,
+    commands: Arc<dyn Commands>,
+) -> crate::error::Result<Net> {
     host.run(|| Net::open(config, INSTALL, commands, &Cancel::try_new().unwrap()))
 }
 
 /// A guest: a namespace behind a tap.
-pub struct Machine {
+pub(crate) struct Machine {
     pub guest: Guest,
     pub ns: Ns,
     tap: File,
@@ -252,7 +256,7 @@ pub struct Machine {
 }
 
 impl Machine {
-    pub fn start(host: &Ns, tap: &str, guest: Guest) -> Self {
+    pub(crate) fn start(host: &Ns, tap: &str, guest: Guest) -> Self {
         let ns = Ns::new();
         let here = host.run(|| tun::connect(tap)).unwrap();
         let there = ns.run(|| tun::connect("eth0")).unwrap();
@@ -298,17 +302,17 @@ impl Machine {
         }
     }
 
-    pub fn address(&self) -> Ipv4Addr {
+    pub(crate) fn address(&self) -> Ipv4Addr {
         self.guest.lease.address
     }
 
     /// Opens a socket at the guest's address.
-    pub fn udp(&self) -> Udp {
+    pub(crate) fn udp(&self) -> Udp {
         self.ns.udp((self.address(), 0))
     }
 
     /// Sends a raw frame: destination, source, type, payload.
-    pub fn inject(&self, frame: &[u8]) {
+    pub(crate) fn inject(&self, frame: &[u8]) {
         assert_eq!((&self.tap).write(frame).unwrap(), frame.len());
     }
 }

@@ -2,7 +2,7 @@ use super::*;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use std::io::IoSlice;
 
-pub fn send_with(stream: &UnixStream, bytes: &[u8], fds: &[&OwnedFd]) {
+pub(super) fn send_with(stream: &UnixStream, bytes: &[u8], fds: &[&OwnedFd]) {
     let fds: Vec<_> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
     let control = [ControlMessage::ScmRights(&fds)];
     let sent = sendmsg::<()>(

@@ -129,7 +129,7 @@ fn connections_are_reserved_for_root() {
     assert_eq!(registry.len(), 1);
 }
 
-pub fn raise_descriptor_limit() {
+pub(super) fn raise_descriptor_limit() {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     assert!(
         hard >= 3000,
@@ -138,7 +138,7 @@ pub fn raise_descriptor_limit() {
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
 }
 
-pub fn roomy() -> Limits {
+pub(super) fn roomy() -> Limits {
     Limits {
         connections_max: 2000,
         connections_per_uid_max: 2000,

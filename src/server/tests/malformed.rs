@@ -18,10 +18,10 @@ fn check(sent: impl AsRef<[u8]>, id: Value, code: i32, kind: &str) {
 }
 
 mod rpc {
-    pub const PARSE: i32 = -32700;
-    pub const INVALID: i32 = -32600;
-    pub const UNKNOWN: i32 = -32601;
-    pub const PARAMS: i32 = -32602;
+    pub(super) const PARSE: i32 = -32700;
+    pub(super) const INVALID: i32 = -32600;
+    pub(super) const UNKNOWN: i32 = -32601;
+    pub(super) const PARAMS: i32 = -32602;
 }
 
 #[test]

@@ -12,6 +12,8 @@ use crate::api::vm::{RateLimits, VmState, WorkspaceInfo, WorkspaceState};
 use crate::error::Kind;
 use crate::ids::{OpId, VmId};
 use std::os::unix::fs::PermissionsExt;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 use tempfile::TempDir;
 
 fn soon() -> Instant {

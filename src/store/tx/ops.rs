@@ -39,8 +39,7 @@ impl Tx<'_> {
         }
     }
 
-    /// Removes the keys that have expired at `now` (seconds since the epoch). Returns their
-    /// number.
+    /// Removes the keys that have expired at `now` (seconds since the epoch). Returns their number.
     pub fn expire_keys(&mut self, now: u64) -> usize {
         let old: Vec<_> = self
             .keys()

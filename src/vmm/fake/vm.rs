@@ -12,7 +12,7 @@ use std::path::Path;
 use std::time::Instant;
 
 /// A running VM of the fake.
-pub struct FakeVm<'a> {
+pub(super) struct FakeVm<'a> {
     pub fake: &'a Fake,
     pub identity: Identity,
 }

@@ -26,7 +26,7 @@ const HOLDS_VSOCK_UNTIL: (u32, u32) = (1, 17);
 const NO_PLACE: &str = "/proc/none/none";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-pub enum State {
+pub(crate) enum State {
     #[serde(rename = "Not started")]
     NotStarted,
     Running,
@@ -35,20 +35,20 @@ pub enum State {
 
 /// `GET /`.
 #[derive(Debug, PartialEq, Eq, Deserialize)]
-pub struct Instance {
+pub(crate) struct Instance {
     pub id: String,
     pub state: State,
     pub vmm_version: String,
 }
 
 #[derive(Debug, Serialize)]
-pub struct MachineConfig {
+pub(crate) struct MachineConfig {
     pub vcpu_count: u32,
     pub mem_size_mib: u64,
 }
 
 #[derive(Debug, Serialize)]
-pub struct BootSource<'a> {
+pub(crate) struct BootSource<'a> {
     pub kernel_image_path: &'a str,
     pub initrd_path: &'a str,
     pub boot_args: &'a str,
@@ -56,7 +56,7 @@ pub struct BootSource<'a> {
 
 /// A disk. The first one that is added is the guest's first disk, whatever its id.
 #[derive(Debug, Serialize)]
-pub struct Drive<'a> {
+pub(crate) struct Drive<'a> {
     /// Contains only letters, digits and `_`.
     pub drive_id: &'a str,
     pub path_on_host: &'a str,
@@ -97,7 +97,7 @@ struct BalloonSize {
 }
 
 #[derive(Debug, PartialEq, Eq, Deserialize)]
-pub struct BalloonStatistics {
+pub(crate) struct BalloonStatistics {
     pub actual_mib: u64,
 }
 
@@ -106,12 +106,12 @@ pub struct BalloonStatistics {
 const STATISTICS_PERIOD_S: u32 = 60;
 
 #[derive(Clone, Copy, Debug, Serialize)]
-pub enum CacheType {
+pub(crate) enum CacheType {
     Writeback,
 }
 
 #[derive(Debug, Serialize)]
-pub struct NetworkInterface<'a> {
+pub(crate) struct NetworkInterface<'a> {
     pub iface_id: &'a str,
     /// Must exist: Firecracker silently creates a missing tap.
     pub host_dev_name: &'a str,
@@ -137,7 +137,7 @@ struct Metrics<'a> {
 struct Entropy {}
 
 #[derive(Debug, Serialize)]
-pub struct Vsock<'a> {
+pub(crate) struct Vsock<'a> {
     pub guest_cid: u32,
     /// Must not exist. A snapshot contains this path, and the next VMM creates the socket again.
     pub uds_path: &'a str,
@@ -151,7 +151,7 @@ struct Action {
 /// Loads a snapshot. Everything but the network interfaces keeps the path that it had when the
 /// guest was saved.
 #[derive(Debug, Serialize)]
-pub struct LoadSnapshot<'a> {
+pub(crate) struct LoadSnapshot<'a> {
     snapshot_path: &'a str,
     mem_backend: MemBackend<'a>,
     network_overrides: &'a [NetworkOverride<'a>],
@@ -165,13 +165,13 @@ struct MemBackend<'a> {
 }
 
 #[derive(Debug, Serialize)]
-pub struct NetworkOverride<'a> {
+pub(crate) struct NetworkOverride<'a> {
     pub iface_id: &'a str,
     pub host_dev_name: &'a str,
 }
 
 impl<'a> LoadSnapshot<'a> {
-    pub fn new(
+    pub(crate) fn new(
         devices: &'a str,
         memory: &'a str,
         network_overrides: &'a [NetworkOverride<'a>],
@@ -191,7 +191,7 @@ impl<'a> LoadSnapshot<'a> {
 
 /// The part of the guest's memory that a snapshot writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub enum SnapshotType {
+pub(crate) enum SnapshotType {
     /// All of it, while the guest is paused.
     Full,
     /// The pages that are in the host's memory, in a sparse file. For a guest that has booted these
@@ -227,10 +227,10 @@ struct VmState {
 }
 
 /// The API of a VMM that is not configured yet.
-pub struct PreBoot<'a>(Api<'a>);
+pub(crate) struct PreBoot<'a>(Api<'a>);
 
 /// The API of a VMM whose guest runs or is paused.
-pub struct Booted<'a>(Api<'a>);
+pub(crate) struct Booted<'a>(Api<'a>);
 
 struct Api<'a> {
     connection: Connection<'a>,
@@ -300,7 +300,7 @@ fn check(doing: &str, answer: Answer) -> Result<Answer> {
 impl<'a> PreBoot<'a> {
     /// # Errors
     /// `vmm_failed` if it already runs a guest.
-    pub fn open(stream: UnixStream, deadline: Deadline<'a>) -> Result<(Self, Instance)> {
+    pub(crate) fn open(stream: UnixStream, deadline: Deadline<'a>) -> Result<(Self, Instance)> {
         let (api, instance) = Api::open(stream, deadline)?;
         match instance.state {
             State::NotStarted => Ok((Self(api), instance)),
@@ -311,7 +311,7 @@ impl<'a> PreBoot<'a> {
         }
     }
 
-    pub fn machine(&mut self, config: &MachineConfig) -> Result<()> {
+    pub(crate) fn machine(&mut self, config: &MachineConfig) -> Result<()> {
         self.0.change(
             Method::Put,
             "/machine-config",
@@ -320,12 +320,12 @@ impl<'a> PreBoot<'a> {
         )
     }
 
-    pub fn boot_source(&mut self, source: &BootSource<'_>) -> Result<()> {
+    pub(crate) fn boot_source(&mut self, source: &BootSource<'_>) -> Result<()> {
         self.0
             .change(Method::Put, "/boot-source", source, "set the kernel")
     }
 
-    pub fn drive(&mut self, drive: &Drive<'_>) -> Result<()> {
+    pub(crate) fn drive(&mut self, drive: &Drive<'_>) -> Result<()> {
         self.0.change(
             Method::Put,
             &format!("/drives/{}", drive.drive_id),
@@ -334,7 +334,7 @@ impl<'a> PreBoot<'a> {
         )
     }
 
-    pub fn network(&mut self, interface: &NetworkInterface<'_>) -> Result<()> {
+    pub(crate) fn network(&mut self, interface: &NetworkInterface<'_>) -> Result<()> {
         let doing = format!("connect the guest to {}", interface.host_dev_name);
         self.0.change(
             Method::Put,
@@ -345,7 +345,7 @@ impl<'a> PreBoot<'a> {
     }
 
     /// Adds a source of random numbers.
-    pub fn entropy(&mut self) -> Result<()> {
+    pub(crate) fn entropy(&mut self) -> Result<()> {
         self.0.change(
             Method::Put,
             "/entropy",
@@ -354,12 +354,12 @@ impl<'a> PreBoot<'a> {
         )
     }
 
-    pub fn vsock(&mut self, vsock: &Vsock<'_>) -> Result<()> {
+    pub(crate) fn vsock(&mut self, vsock: &Vsock<'_>) -> Result<()> {
         self.0.change(Method::Put, "/vsock", vsock, "add a vsock")
     }
 
     /// Adds an empty balloon. A guest that runs out of memory can take memory back from it.
-    pub fn balloon(&mut self) -> Result<()> {
+    pub(crate) fn balloon(&mut self) -> Result<()> {
         let balloon = Balloon {
             amount_mib: 0,
             deflate_on_oom: true,
@@ -371,7 +371,7 @@ impl<'a> PreBoot<'a> {
     }
 
     /// Sets where the serial console writes to. This is an existing file or pipe.
-    pub fn serial(&mut self, path: &str) -> Result<()> {
+    pub(crate) fn serial(&mut self, path: &str) -> Result<()> {
         self.0.change(
             Method::Put,
             "/serial",
@@ -384,7 +384,7 @@ impl<'a> PreBoot<'a> {
 
     /// Sets where the metrics go. The VMM writes a line every minute and when asked to, but not
     /// into a full pipe.
-    pub fn metrics(&mut self, path: &str) -> Result<()> {
+    pub(crate) fn metrics(&mut self, path: &str) -> Result<()> {
         self.0.change(
             Method::Put,
             "/metrics",
@@ -395,7 +395,7 @@ impl<'a> PreBoot<'a> {
 
     /// Restores a guest, which continues where it was saved. The VMM exits if it refuses
     /// (docs/snapshotting/snapshot-support.md).
-    pub fn load(mut self, snapshot: &LoadSnapshot<'_>) -> Result<Booted<'a>> {
+    pub(crate) fn load(mut self, snapshot: &LoadSnapshot<'_>) -> Result<Booted<'a>> {
         self.0.change(
             Method::Put,
             "/snapshot/load",
@@ -406,7 +406,7 @@ impl<'a> PreBoot<'a> {
     }
 
     /// Starts the guest.
-    pub fn start(mut self) -> Result<Booted<'a>> {
+    pub(crate) fn start(mut self) -> Result<Booted<'a>> {
         self.0.change(
             Method::Put,
             "/actions",
@@ -422,7 +422,7 @@ impl<'a> PreBoot<'a> {
 impl<'a> Booted<'a> {
     /// # Errors
     /// `vmm_failed` if no guest was started.
-    pub fn open(stream: UnixStream, deadline: Deadline<'a>) -> Result<(Self, Instance)> {
+    pub(crate) fn open(stream: UnixStream, deadline: Deadline<'a>) -> Result<(Self, Instance)> {
         let (api, instance) = Api::open(stream, deadline)?;
         match instance.state {
             State::NotStarted => Err(Error::new(
@@ -434,7 +434,7 @@ impl<'a> Booted<'a> {
     }
 
     /// Pauses the guest. Succeeds if it is already paused.
-    pub fn pause(&mut self) -> Result<()> {
+    pub(crate) fn pause(&mut self) -> Result<()> {
         self.0.change(
             Method::Patch,
             "/vm",
@@ -443,13 +443,13 @@ impl<'a> Booted<'a> {
         )
     }
 
-    pub fn version(&self) -> &str {
+    pub(crate) fn version(&self) -> &str {
         &self.0.version
     }
 
     /// True for a guest that has booted, and false for one that was restored from a snapshot, which
     /// has no kernel configured.
-    pub fn has_booted(&mut self) -> Result<bool> {
+    pub(crate) fn has_booted(&mut self) -> Result<bool> {
         let config: VmConfig = self.0.read("/vm/config")?;
         Ok(config
             .boot_source
@@ -457,7 +457,12 @@ impl<'a> Booted<'a> {
     }
 
     /// The guest must be paused.
-    pub fn save(&mut self, snapshot_type: SnapshotType, devices: &str, memory: &str) -> Result<()> {
+    pub(crate) fn save(
+        &mut self,
+        snapshot_type: SnapshotType,
+        devices: &str,
+        memory: &str,
+    ) -> Result<()> {
         let create = CreateSnapshot {
             snapshot_type,
             snapshot_path: devices,
@@ -468,7 +473,7 @@ impl<'a> Booted<'a> {
     }
 
     /// Replaces the limits of this disk.
-    pub fn drive_rates(
+    pub(crate) fn drive_rates(
         &mut self,
         drive_id: &str,
         bytes_per_s: Option<u64>,
@@ -486,7 +491,7 @@ impl<'a> Booted<'a> {
         )
     }
 
-    pub fn network_rates(
+    pub(crate) fn network_rates(
         &mut self,
         iface_id: &str,
         rx_bytes_per_s: Option<u64>,
@@ -510,7 +515,7 @@ impl<'a> Booted<'a> {
     }
 
     /// Makes the VMM write its metrics, and returns afterwards.
-    pub fn flush_metrics(&mut self) -> Result<()> {
+    pub(crate) fn flush_metrics(&mut self) -> Result<()> {
         self.0.change(
             Method::Put,
             "/actions",
@@ -522,7 +527,7 @@ impl<'a> Booted<'a> {
     }
 
     /// Presses Ctrl-Alt-Del. The guest may have no driver for the keyboard.
-    pub fn ctrl_alt_del(&mut self) -> Result<()> {
+    pub(crate) fn ctrl_alt_del(&mut self) -> Result<()> {
         self.0.change(
             Method::Put,
             "/actions",
@@ -534,7 +539,7 @@ impl<'a> Booted<'a> {
     }
 
     /// Sets how much memory the guest should return.
-    pub fn set_balloon(&mut self, amount_mib: u64) -> Result<()> {
+    pub(crate) fn set_balloon(&mut self, amount_mib: u64) -> Result<()> {
         self.0.change(
             Method::Patch,
             "/balloon",
@@ -544,7 +549,7 @@ impl<'a> Booted<'a> {
     }
 
     /// Returns how much memory the guest has returned.
-    pub fn balloon_mib(&mut self) -> Result<u64> {
+    pub(crate) fn balloon_mib(&mut self) -> Result<u64> {
         self.0
             .read("/balloon/statistics")
             .map(|statistics: BalloonStatistics| statistics.actual_mib)
@@ -552,7 +557,7 @@ impl<'a> Booted<'a> {
 
     /// Resumes the guest. Does nothing if it already runs, because every resume makes the VMM hold
     /// back data to the guest's vsock.
-    pub fn resume(&mut self) -> Result<()> {
+    pub(crate) fn resume(&mut self) -> Result<()> {
         let instance: Instance = self.0.read("/")?;
         if instance.state == State::Running {
             return Ok(());
@@ -591,12 +596,12 @@ impl<'a> Booted<'a> {
 }
 
 /// Returns the address of the SSH server of a guest on a tap.
-pub fn ssh_addr(address: Ipv4Addr) -> std::net::SocketAddr {
+pub(crate) fn ssh_addr(address: Ipv4Addr) -> std::net::SocketAddr {
     (address, SSH_PORT).into()
 }
 
 /// Returns a path as text for JSON.
-pub fn text(path: &std::path::Path) -> Result<&str> {
+pub(crate) fn text(path: &std::path::Path) -> Result<&str> {
     path.to_str().ok_or_else(|| {
         let path: PathBuf = path.into();
         Error::new(

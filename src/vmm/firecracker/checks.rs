@@ -8,7 +8,7 @@ use crate::error::Error;
 use crate::locks::Cancel;
 use crate::vmm::devices::{self, KVM};
 
-pub fn checks(config: &Config) -> Vec<Check> {
+pub(super) fn checks(config: &Config) -> Vec<Check> {
     let mut all = vec![binary(config), kvm(config)];
     all.extend(jailer(config));
     all

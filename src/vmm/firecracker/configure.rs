@@ -20,7 +20,11 @@ const KERNEL_ARGS: &str = "console=ttyS0 reboot=k panic=-1 net.ifnames=0 quiet c
                            i8042.noaux i8042.nomux fcd.off=reset";
 
 /// Configures a guest that boots. The guest numbers its disks in the order in which they are added.
-pub fn configure(vmm: &mut PreBoot<'_>, spec: &VmmSpec, files: &Files) -> Result<SocketAddr> {
+pub(super) fn configure(
+    vmm: &mut PreBoot<'_>,
+    spec: &VmmSpec,
+    files: &Files,
+) -> Result<SocketAddr> {
     let (name, address) = tap(spec)?;
     let GuestNetwork::Tap { mac, .. } = &spec.network else {
         return Err(Error::internal("the guest has no tap"));
@@ -79,7 +83,7 @@ pub fn configure(vmm: &mut PreBoot<'_>, spec: &VmmSpec, files: &Files) -> Result
 }
 
 /// Loads a saved guest, whose disks and console keep their paths.
-pub fn load(mut vmm: PreBoot<'_>, spec: &VmmSpec, saved: &SavedFiles) -> Result<SocketAddr> {
+pub(super) fn load(mut vmm: PreBoot<'_>, spec: &VmmSpec, saved: &SavedFiles) -> Result<SocketAddr> {
     let (tap, address) = tap(spec)?;
     vmm.serial(CONSOLE_PIPE)?;
     vmm.metrics(METRICS_PIPE)?;
@@ -97,7 +101,7 @@ pub fn load(mut vmm: PreBoot<'_>, spec: &VmmSpec, saved: &SavedFiles) -> Result<
 }
 
 /// Sets the rates of a guest that runs or was just loaded.
-pub fn limit(vmm: &mut Booted<'_>, spec: &VmmSpec) -> Result<()> {
+pub(super) fn limit(vmm: &mut Booted<'_>, spec: &VmmSpec) -> Result<()> {
     let rates = &spec.rates;
     for (disk, _) in spec.disks() {
         vmm.drive_rates(disk, rates.disk_bytes_per_s, rates.disk_ops_per_s)?;

@@ -3,7 +3,7 @@
 //! status 204 has no body and no length. A guest may have taken over the process on the other side,
 //! so everything that is read has a size limit and a deadline.
 
-pub use super::incoming::Answer;
+pub(super) use super::incoming::Answer;
 use super::incoming::Incoming;
 use crate::error::{Error, Kind, Result};
 use crate::vmm::conversation::Conversation;
@@ -11,10 +11,10 @@ use crate::vmm::dial::Deadline;
 use std::os::unix::net::UnixStream;
 
 /// The server's default limit of a request's body (`--http-api-max-payload-size`).
-pub const REQUEST_BODY_BYTES_MAX: usize = 51_200;
+pub(super) const REQUEST_BODY_BYTES_MAX: usize = 51_200;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Method {
+pub(super) enum Method {
     Get,
     Put,
     Patch,
@@ -31,14 +31,14 @@ impl Method {
 }
 
 /// A conversation with the server.
-pub struct Connection<'a> {
+pub(super) struct Connection<'a> {
     conversation: Conversation<'a>,
     incoming: Incoming,
 }
 
 impl<'a> Connection<'a> {
     /// `stream` must be non-blocking.
-    pub fn new(stream: UnixStream, deadline: Deadline<'a>) -> Self {
+    pub(super) fn new(stream: UnixStream, deadline: Deadline<'a>) -> Self {
         Self {
             conversation: Conversation::new(stream, deadline),
             incoming: Incoming::default(),
@@ -49,7 +49,7 @@ impl<'a> Connection<'a> {
     ///
     /// # Errors
     /// `timeout` or `cancelled`, or `vmm_failed` if the server hangs up or does not speak HTTP.
-    pub fn request(&mut self, method: Method, path: &str, body: &[u8]) -> Result<Answer> {
+    pub(super) fn request(&mut self, method: Method, path: &str, body: &[u8]) -> Result<Answer> {
         let doing = format!("ask the VMM: {} {path}", method.name());
         if body.len() > REQUEST_BODY_BYTES_MAX {
             return Err(Error::internal(format!(

@@ -5,16 +5,16 @@
 //! most one answer.
 
 /// The longest answer is a whole configuration, which has a few kilobytes.
-pub const BODY_BYTES_MAX: usize = 64 << 10;
+pub(crate) const BODY_BYTES_MAX: usize = 64 << 10;
 /// The server's headers have about 150 bytes.
-pub const HEAD_BYTES_MAX: usize = 8 << 10;
-pub const HEADERS_MAX: usize = 32;
+pub(crate) const HEAD_BYTES_MAX: usize = 8 << 10;
+pub(crate) const HEADERS_MAX: usize = 32;
 /// The statuses that are accepted. Others are not final, and nobody asks for those (`Expect:
 /// 100-continue`).
-pub const STATUSES: std::ops::Range<u16> = 200..600;
+pub(crate) const STATUSES: std::ops::Range<u16> = 200..600;
 
 #[derive(Debug, PartialEq, Eq)]
-pub struct Answer {
+pub(crate) struct Answer {
     pub status: u16,
     pub body: Vec<u8>,
     /// A field of the request is deprecated.
@@ -23,7 +23,7 @@ pub struct Answer {
 
 /// The received bytes of one answer.
 #[derive(Debug, Default)]
-pub struct Incoming {
+pub(crate) struct Incoming {
     buffer: Vec<u8>,
     head: Option<Head>,
     /// True if there is a new line feed. The head is parsed only then, so that slowly arriving
@@ -40,18 +40,18 @@ struct Head {
 }
 
 impl Incoming {
-    pub fn push(&mut self, bytes: &[u8]) {
+    pub(crate) fn push(&mut self, bytes: &[u8]) {
         self.is_worth_a_look |= bytes.contains(&b'\n');
         self.buffer.extend_from_slice(bytes);
     }
 
     /// True if no bytes have been received that no request has asked for.
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.buffer.is_empty()
     }
 
     /// Returns the answer once it is complete. The error says why the bytes are not HTTP.
-    pub fn answer(&mut self) -> Result<Option<Answer>, String> {
+    pub(crate) fn answer(&mut self) -> Result<Option<Answer>, String> {
         let head = match self.head {
             Some(head) => head,
             None => match self.parse_head()? {
@@ -98,7 +98,7 @@ impl Incoming {
     }
 
     #[cfg(any(test, feature = "fuzz"))]
-    pub fn buffered(&self) -> usize {
+    pub(crate) fn buffered(&self) -> usize {
         self.buffer.len()
     }
 }

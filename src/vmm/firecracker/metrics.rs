@@ -10,7 +10,7 @@ use std::io::{ErrorKind, Read};
 const BYTES_MAX: usize = 256 << 10;
 
 /// Appends what is in the pipe now to `lines`.
-pub fn read(pipe: &mut File, mut lines: Vec<u8>) -> std::io::Result<Vec<u8>> {
+pub(crate) fn read(pipe: &mut File, mut lines: Vec<u8>) -> std::io::Result<Vec<u8>> {
     let mut piece = [0; 16 << 10];
     while lines.len() < BYTES_MAX {
         match pipe.read(&mut piece) {
@@ -26,7 +26,7 @@ pub fn read(pipe: &mut File, mut lines: Vec<u8>) -> std::io::Result<Vec<u8>> {
 }
 
 /// Parses the complete lines. None if there are none.
-pub fn parse(bytes: &[u8]) -> Option<Vec<Value>> {
+pub(crate) fn parse(bytes: &[u8]) -> Option<Vec<Value>> {
     let lines = bytes
         .split(|b| *b == b'\n')
         .filter_map(|line| serde_json::from_slice(line).ok());

@@ -17,7 +17,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 /// Monitors one VMM until it exits or the driver is dropped.
-pub struct Monitor {
+pub(super) struct Monitor {
     pub process: Process,
     /// The VM's directory, for messages.
     pub dir: PathBuf,
@@ -26,7 +26,7 @@ pub struct Monitor {
 }
 
 impl Monitor {
-    pub fn run(self) {
+    pub(super) fn run(self) {
         let mut silence = Silence::default();
         let (mut has_warned, mut has_answered) = (false, false);
         loop {

@@ -8,10 +8,10 @@ use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 
 /// The guest's serial console.
-pub const CONSOLE_PIPE: &str = "console";
-pub const METRICS_PIPE: &str = "metrics";
+pub(super) const CONSOLE_PIPE: &str = "console";
+pub(super) const METRICS_PIPE: &str = "metrics";
 
-pub fn make_pipe(run: &OwnedFd, name: &str, credentials: Option<Credentials>) -> Result<()> {
+pub(super) fn make_pipe(run: &OwnedFd, name: &str, credentials: Option<Credentials>) -> Result<()> {
     let io = |e: rustix::io::Errno| {
         Error::io(
             format!("create a pipe for the {name}"),
@@ -35,7 +35,7 @@ pub fn make_pipe(run: &OwnedFd, name: &str, credentials: Option<Credentials>) ->
 
 /// Opens a pipe for reading. The VMM's uid owns the directory by now, so anything but a pipe is
 /// rejected.
-pub fn open_pipe(run: &OwnedFd, name: &str) -> Result<File> {
+pub(super) fn open_pipe(run: &OwnedFd, name: &str) -> Result<File> {
     let doing = format!("open the pipe for the {name}");
     let file = open_at(run, name, OFlags::RDONLY | OFlags::NONBLOCK, 0)
         .map_err(|e| Error::io(doing.clone(), e))?;

@@ -5,7 +5,7 @@ use serde::Serialize;
 /// A missing bucket leaves the limit as it is, and a bucket of size 0 removes it
 /// (docs/api_requests/patch-block.md).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct RateLimiter {
+pub(crate) struct RateLimiter {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bandwidth: Option<TokenBucket>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -14,14 +14,14 @@ pub struct RateLimiter {
 
 /// Lets `size` tokens pass at once, and again after `refill_time` milliseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct TokenBucket {
+pub(crate) struct TokenBucket {
     pub size: u64,
     pub refill_time: u64,
 }
 
 /// The smallest bucket for bytes. It must hold the largest request (Linux' `max_sectors_kb` is 1280
 /// by default), because the VMM logs a line for each request that does not fit.
-pub const BUCKET_BYTES_MIN: u64 = 2 << 20;
+pub(super) const BUCKET_BYTES_MIN: u64 = 2 << 20;
 
 impl TokenBucket {
     const NONE: Self = Self {
@@ -48,7 +48,7 @@ impl TokenBucket {
 
 impl RateLimiter {
     /// The limits of a new device. None if there are none.
-    pub fn new(bytes_per_s: Option<u64>, ops_per_s: Option<u64>) -> Option<Self> {
+    pub(crate) fn new(bytes_per_s: Option<u64>, ops_per_s: Option<u64>) -> Option<Self> {
         let limiter = Self {
             bandwidth: bytes_per_s.map(TokenBucket::bytes),
             ops: ops_per_s.map(TokenBucket::ops),
@@ -57,7 +57,7 @@ impl RateLimiter {
     }
 
     /// The limits of an existing device, which replace its former ones.
-    pub fn instead(bytes_per_s: Option<u64>, ops_per_s: Option<u64>) -> Self {
+    pub(crate) fn instead(bytes_per_s: Option<u64>, ops_per_s: Option<u64>) -> Self {
         let bandwidth = bytes_per_s.map_or(TokenBucket::NONE, TokenBucket::bytes);
         Self {
             bandwidth: Some(bandwidth),

@@ -191,7 +191,7 @@ const MEANINGS: [(Sign, Kind, &str); 27] = [
 ];
 const HINT: &str = "see the VM's vmm.log, or run fcctl doctor";
 
-pub fn refused(doing: &str, status: u16, body: &[u8]) -> Error {
+pub(crate) fn refused(doing: &str, status: u16, body: &[u8]) -> Error {
     let said = text(body);
     let (kind, hint) = MEANINGS
         .iter()

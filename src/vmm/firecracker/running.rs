@@ -9,13 +9,13 @@ use rustix::fs::{Mode, OFlags};
 use std::os::fd::OwnedFd;
 
 /// The error for a VMM that has exited.
-pub fn gone(doing: &str) -> Error {
+pub(super) fn gone(doing: &str) -> Error {
     Error::new(Kind::VmmFailed, format!("{doing}: the VMM has exited"))
 }
 
 /// Opens the working directory of a running VMM, which contains its socket and its console, with
 /// and without a jail.
-pub fn place(process: &Process, doing: &str) -> Result<OwnedFd> {
+pub(super) fn place(process: &Process, doing: &str) -> Result<OwnedFd> {
     let path = format!("/proc/{}/cwd", process.identity().pid);
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let place = rustix::fs::open(path, flags, Mode::empty())
@@ -29,7 +29,11 @@ pub fn place(process: &Process, doing: &str) -> Result<OwnedFd> {
 }
 
 /// Opens the API of a VMM whose guest has started.
-pub fn booted<'a>(process: &Process, deadline: Deadline<'a>, doing: &str) -> Result<Booted<'a>> {
+pub(super) fn booted<'a>(
+    process: &Process,
+    deadline: Deadline<'a>,
+    doing: &str,
+) -> Result<Booted<'a>> {
     let place = place(process, doing)?;
     let socket =
         dial::connect(&place, API_SOCKET, process, deadline)?.ok_or_else(|| gone(doing))?;

@@ -17,10 +17,10 @@ use rustix::fs::{AtFlags, CWD};
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 
-pub const DOING: &str = "save the guest";
+pub(super) const DOING: &str = "save the guest";
 
 /// Saves the guest of a running VMM. Returns the VMM's version.
-pub fn save_guest(
+pub(super) fn save_guest(
     process: &Process,
     spec: &VmmSpec,
     limits: VmmLimits,
@@ -53,9 +53,8 @@ pub fn save_guest(
 
 fn save(vmm: &mut Booted<'_>, process: &Process) -> Result<()> {
     // Swap is checked before and after, because the kernel may swap out a paused guest at any time.
-    // In
-    // between, Firecracker does not touch the missing pages: the thread that saves also serves the
-    // devices.
+    // In between, Firecracker does not touch the missing pages: the thread that saves also serves
+    // the devices.
     if vmm.has_booted()? && !is_swapped(process) {
         vmm.save(SnapshotType::Diff, jail::DEVICES, jail::MEMORY)?;
         if !is_swapped(process) {

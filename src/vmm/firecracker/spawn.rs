@@ -18,7 +18,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 
 /// A VMM that has just been spawned.
-pub struct Spawned {
+pub(super) struct Spawned {
     pub process: Process,
     /// Its working directory, with its socket and its pipes.
     pub place: OwnedFd,
@@ -26,7 +26,7 @@ pub struct Spawned {
 }
 
 /// The paths of a VMM's files as the VMM sees them.
-pub struct Files {
+pub(super) struct Files {
     pub kernel: String,
     pub initrd: String,
     pub disk: String,
@@ -36,7 +36,7 @@ pub struct Files {
 }
 
 /// The paths of a saved guest's memory and devices.
-pub struct SavedFiles {
+pub(super) struct SavedFiles {
     pub memory: String,
     pub devices: String,
 }
@@ -49,13 +49,13 @@ struct Prepared {
 }
 
 /// True if this VM's VMM runs in a jail.
-pub fn is_jailed(config: &Config, spec: &VmmSpec) -> bool {
+pub(super) fn is_jailed(config: &Config, spec: &VmmSpec) -> bool {
     config.jail && spec.credentials.is_some()
 }
 
 /// Spawns the VMM. It waits for requests on its API socket then. With `needs_kvm`, the devices that
 /// a real VMM opens must exist.
-pub fn spawn(config: &Config, spec: &VmmSpec, needs_kvm: bool) -> Result<Spawned> {
+pub(super) fn spawn(config: &Config, spec: &VmmSpec, needs_kvm: bool) -> Result<Spawned> {
     let groups = if needs_kvm {
         device_groups(config, spec)?
     } else {

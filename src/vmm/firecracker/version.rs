@@ -12,20 +12,20 @@ use std::time::Duration;
 
 /// The oldest version with `PUT /serial`, and the newest that this driver was tested with.
 const VERSION_MIN: (u32, u32) = (1, 14);
-pub const VERSION_TESTED: (u32, u32) = (1, 16);
+pub(super) const VERSION_TESTED: (u32, u32) = (1, 16);
 const VERSION_DEADLINE: Duration = Duration::from_secs(10);
 /// How much of a version goes into a message.
 const VERSION_CHARS_MAX: usize = 20;
 /// The names with which the two programs report their versions.
 const FIRECRACKER: &str = "Firecracker";
 const JAILER: &str = "Jailer";
-pub const INSTALL: &str = "install a release of firecracker-microvm/firecracker, and name its programs as binary and jailer under [firecracker]";
+pub(super) const INSTALL: &str = "install a release of firecracker-microvm/firecracker, and name its programs as binary and jailer under [firecracker]";
 
 /// Rejects a version that is too old. `version` is as reported by the API, such as `1.16.1`.
 ///
 /// # Errors
 /// `unsupported`, with what to install.
-pub fn require(version: &str) -> Result<()> {
+pub(super) fn require(version: &str) -> Result<()> {
     let too_old = |found: &str| {
         let (major, minor) = VERSION_MIN;
         Err(Error::new(
@@ -43,12 +43,12 @@ pub fn require(version: &str) -> Result<()> {
 }
 
 /// True if a version reported by the API is at least `since`.
-pub fn is_since(version: &str, since: (u32, u32)) -> bool {
+pub(super) fn is_since(version: &str, since: (u32, u32)) -> bool {
     parse_numbers(version).is_some_and(|v| v >= since)
 }
 
 /// Adds an installation hint to the error of a missing program.
-pub fn install_if_missing(e: Error) -> Error {
+pub(super) fn install_if_missing(e: Error) -> Error {
     if e.kind() == Kind::CommandMissing {
         e.hint(INSTALL)
     } else {
@@ -58,7 +58,7 @@ pub fn install_if_missing(e: Error) -> Error {
 
 /// A release, as a program or the API reports it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Release {
+pub(super) struct Release {
     /// `1.16.1`, or `1.17.0-dev`.
     pub text: String,
     pub numbers: (u32, u32),
@@ -96,7 +96,7 @@ fn release(program: &Path, name: &str, cancel: &Cancel) -> Result<Release> {
 }
 
 /// Returns the version of the configured program, if it is supported.
-pub fn version(config: &Config, cancel: &Cancel) -> Result<Release> {
+pub(super) fn version(config: &Config, cancel: &Cancel) -> Result<Release> {
     let path = program::locate(&config.binary).map_err(install_if_missing)?;
     let release = release(&path, FIRECRACKER, cancel)?;
     require(&release.text).map(|()| release)
@@ -107,7 +107,11 @@ pub fn version(config: &Config, cancel: &Cancel) -> Result<Release> {
 ///
 /// # Errors
 /// `unsupported`, with both versions.
-pub fn require_same_release(jailer: &Path, firecracker: &Path, cancel: &Cancel) -> Result<()> {
+pub(super) fn require_same_release(
+    jailer: &Path,
+    firecracker: &Path,
+    cancel: &Cancel,
+) -> Result<()> {
     let (its, wanted) = (
         release(jailer, JAILER, cancel)?,
         release(firecracker, FIRECRACKER, cancel)?,

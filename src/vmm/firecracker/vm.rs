@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 const GUEST_DEADLINE: Duration = Duration::from_secs(20);
 
 /// A running VM of Firecracker.
-pub struct FirecrackerVm {
+pub(super) struct FirecrackerVm {
     pub at: VmRef,
     /// Whether the limits of control groups are required.
     pub limits: VmmLimits,

@@ -9,15 +9,15 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
 /// The socket's name in the VMM's working directory.
-pub const SOCKET: &str = "vsock";
+pub(super) const SOCKET: &str = "vsock";
 /// The CID of every guest. Sockets are distinguished by their paths. This is the first number
 /// without a special meaning (vsock(7)).
-pub const GUEST_CID: u32 = 3;
+pub(super) const GUEST_CID: u32 = 3;
 /// Room for an answer such as `OK 1073741824`.
 const ANSWER_BYTES_MAX: usize = 32;
 
 /// Checks that the VMM has a vsock. One that was started without it has no such socket.
-pub fn require(place: &OwnedFd) -> Result<()> {
+pub(super) fn require(place: &OwnedFd) -> Result<()> {
     match rustix::fs::statat(place, SOCKET, rustix::fs::AtFlags::SYMLINK_NOFOLLOW) {
         Ok(_) => Ok(()),
         Err(rustix::io::Errno::NOENT) => Err(Error::new(
@@ -33,7 +33,7 @@ pub fn require(place: &OwnedFd) -> Result<()> {
 }
 
 /// Connects a non-blocking stream to the guest's `port`, and makes it blocking.
-pub fn open(stream: UnixStream, port: u32, deadline: Deadline<'_>) -> Result<UnixStream> {
+pub(super) fn open(stream: UnixStream, port: u32, deadline: Deadline<'_>) -> Result<UnixStream> {
     let doing = "connect to the guest's port";
     let mut conversation = Conversation::new(stream, deadline);
     let line = read_answer(&mut conversation, port, doing).map_err(|e| match e.kind() {

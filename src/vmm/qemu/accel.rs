@@ -27,7 +27,7 @@ const PICK_DEADLINE: Duration = Duration::from_secs(20);
 
 /// The result, and the reason for it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Picked {
+pub(super) struct Picked {
     pub platform: Platform,
     pub why: String,
     /// The groups that a VMM with another uid needs to open `/dev/kvm`.
@@ -41,20 +41,20 @@ enum State {
     Known(Picked),
 }
 
-pub struct Picker {
+pub(super) struct Picker {
     config: Qemu,
     state: Arc<Mutex<State>>,
 }
 
 impl Picker {
-    pub fn new(config: Qemu) -> Self {
+    pub(super) fn new(config: Qemu) -> Self {
         Self {
             config,
             state: Arc::new(Mutex::new(Rank::Consoles, State::Unknown)),
         }
     }
 
-    pub fn known(&self) -> Option<Picked> {
+    pub(super) fn known(&self) -> Option<Picked> {
         match &*self.state.lock() {
             State::Known(picked) => Some(picked.clone()),
             _ => None,
@@ -63,7 +63,7 @@ impl Picker {
 
     /// Returns the picked platform, and waits if a probe is still running. The probe has a thread
     /// of its own, so a cancelled caller does not stop it, and the next caller gets its result.
-    pub fn pick(&self, kernel: &Path, cancel: &Cancel) -> Result<Picked> {
+    pub(super) fn pick(&self, kernel: &Path, cancel: &Cancel) -> Result<Picked> {
         let doing = "pick an accelerator";
         let deadline = Instant::now() + PICK_DEADLINE;
         loop {

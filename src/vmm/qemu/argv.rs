@@ -10,25 +10,25 @@ use std::ffi::OsString;
 use std::fmt::{self, Write as _};
 use std::path::Path;
 
-pub const QMP_SOCKET: &str = "qmp.sock";
+pub(crate) const QMP_SOCKET: &str = "qmp.sock";
 /// A monitor serves one connection at a time. The event monitor keeps the first one, and commands
 /// use this one.
-pub const CONTROL_SOCKET: &str = "control.sock";
-pub const CONSOLE_SOCKET: &str = "console.sock";
+pub(crate) const CONTROL_SOCKET: &str = "control.sock";
+pub(crate) const CONSOLE_SOCKET: &str = "console.sock";
 /// The guest's address on the user-mode network and its SSH port.
-pub const GUEST_ADDR: &str = "10.0.2.15";
-pub const GUEST_SSH_PORT: u16 = 22;
+pub(crate) const GUEST_ADDR: &str = "10.0.2.15";
+pub(crate) const GUEST_SSH_PORT: u16 = 22;
 /// Size limit of QEMU's cache of translated code. Without one it takes up to a gigabyte.
 const TCG_CACHE_MIB: u32 = 256;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Accelerator {
+pub(crate) enum Accelerator {
     Kvm,
     Tcg,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Board {
+pub(crate) enum Board {
     /// Under TCG this board has no timer to calibrate the TSC with, so the kernel gets the host's
     /// frequency as an argument.
     Microvm {
@@ -39,7 +39,7 @@ pub enum Board {
 
 /// The accelerator and the board that a VM runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Platform {
+pub(crate) struct Platform {
     pub accelerator: Accelerator,
     pub board: Board,
 }
@@ -76,7 +76,7 @@ impl Platform {
     }
 
     /// The arguments for the machine and the sandbox, which VMs and probes have in common.
-    pub fn base(&self) -> Vec<OsString> {
+    pub(crate) fn base(&self) -> Vec<OsString> {
         let mut args: Vec<OsString> = ["-machine", self.machine(), "-accel"]
             .map(OsString::from)
             .to_vec();
@@ -120,8 +120,8 @@ impl Platform {
             .collect();
         if let Board::Microvm { tsc_khz } = self.board {
             // Without `reliable`, the kernel's watchdog would compare the TSC with jiffies, which
-            // fall behind
-            // on a busy host, and would then switch to those. Two of ten boots did so at load 3.
+            // fall behind on a busy host, and would then switch to those. Two of ten boots did so
+            // at load 3.
             args.extend(tsc_khz.map(|khz| format!("tsc_early_khz={khz} tsc=reliable")));
         }
         args.join(" ")
@@ -132,7 +132,11 @@ const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resour
 
 /// Returns the arguments for one VM. QEMU runs in the VM's `run/`, so its sockets have short names.
 /// It starts with the guest stopped, so that the console is read from its first byte.
-pub fn argv(spec: &VmmSpec, platform: &Platform, is_isolated: bool) -> Result<Vec<OsString>> {
+pub(crate) fn argv(
+    spec: &VmmSpec,
+    platform: &Platform,
+    is_isolated: bool,
+) -> Result<Vec<OsString>> {
     let is_plain = |b: u8| b.is_ascii_alphanumeric() || b == b'-';
     if !spec.tag.as_str().bytes().all(is_plain) {
         return Err(Error::internal(format!(
@@ -280,7 +284,7 @@ fn format_node(node: &str, format: DiskFormat, is_readonly: bool) -> String {
 
 /// Returns the arguments that boot a kernel without a root file system. If it runs, it panics
 /// because of that, which ends the VMM.
-pub fn probe_argv(platform: &Platform, kernel: &Path) -> Vec<OsString> {
+pub(crate) fn probe_argv(platform: &Platform, kernel: &Path) -> Vec<OsString> {
     let mut args = platform.base();
     args.extend(
         [
@@ -300,11 +304,11 @@ pub fn probe_argv(platform: &Platform, kernel: &Path) -> Vec<OsString> {
 
 const PROBE_KERNEL_ARGS: &str = "console=ttyS0 panic=-1 quiet";
 /// The last message of a kernel without a root file system (init/do_mounts.c).
-pub const PROBE_LAST_WORDS: &str = "VFS: Unable to mount root fs";
+pub(crate) const PROBE_LAST_WORDS: &str = "VFS: Unable to mount root fs";
 
 /// Finds the host port that is forwarded to the guest's SSH port in the answer to `info usernet`
 /// (slirp's `connection_info`).
-pub fn forwarded_port(usernet: &str) -> Option<u16> {
+pub(crate) fn forwarded_port(usernet: &str) -> Option<u16> {
     usernet.lines().find_map(|line| {
         let fields: Vec<_> = line.split_whitespace().collect();
         let [protocol, _fd, source, port, dest, dest_port, ..] = fields.as_slice() else {

@@ -16,7 +16,7 @@ use std::time::Duration;
 const VERSION_MIN: (u32, u32) = (7, 2);
 const VERSION_DEADLINE: Duration = Duration::from_secs(10);
 
-pub fn checks(config: &Qemu, picked: Option<&Picked>) -> Vec<Check> {
+pub(super) fn checks(config: &Qemu, picked: Option<&Picked>) -> Vec<Check> {
     vec![
         binary(config),
         accelerator(config, picked),

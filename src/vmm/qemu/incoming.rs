@@ -11,19 +11,19 @@ use std::time::Instant;
 
 /// The longest line that is accepted. QEMU's longest answer to a driver, `query-blockstats`, has a
 /// few kilobytes. `serde_json` rejects more than 128 levels of nesting.
-pub const LINE_BYTES_MAX: usize = 64 * 1024;
+pub(crate) const LINE_BYTES_MAX: usize = 64 * 1024;
 /// How many lines a conversation may have at its beginning, in addition to [`LINES_PER_S`]. A
 /// healthy QEMU sends a few events per minute.
-pub const LINES_MAX: u32 = 2000;
+pub(crate) const LINES_MAX: u32 = 2000;
 /// How many more lines it may have per second.
-pub const LINES_PER_S: u32 = 100;
+pub(crate) const LINES_PER_S: u32 = 100;
 
 /// How much of a refusal goes into an error.
 const CLASS_CHARS_MAX: usize = 64;
 const DESC_CHARS_MAX: usize = 512;
 
 #[derive(Debug, Deserialize, PartialEq)]
-pub struct Message {
+pub(crate) struct Message {
     #[serde(rename = "QMP")]
     pub greeting: Option<Value>,
     #[serde(rename = "return")]
@@ -35,7 +35,7 @@ pub struct Message {
 
 impl Message {
     /// Returns why the VMM is about to end, if this message says so.
-    pub fn shutdown_cause(&self) -> Option<Cause> {
+    pub(crate) fn shutdown_cause(&self) -> Option<Cause> {
         let data = self
             .data
             .as_ref()
@@ -45,14 +45,14 @@ impl Message {
 }
 
 #[derive(Debug, Deserialize, PartialEq)]
-pub struct Refusal {
+pub(crate) struct Refusal {
     pub class: String,
     pub desc: String,
 }
 
 impl Refusal {
     /// Returns one line of limited length without control characters.
-    pub fn text(&self, doing: &str) -> String {
+    pub(crate) fn text(&self, doing: &str) -> String {
         let bounded = |text: &str, max: usize| text.chars().take(max).collect::<String>();
         let (class, desc) = (
             bounded(&self.class, CLASS_CHARS_MAX),
@@ -64,27 +64,27 @@ impl Refusal {
 
 /// Why the connection can no longer be used.
 #[derive(Debug)]
-pub enum Unusable {
+pub(crate) enum Unusable {
     TooLong,
     NotQmp(serde_json::Error),
 }
 
 /// Received bytes that are not a complete message yet.
 #[derive(Debug, Default)]
-pub struct Incoming {
+pub(crate) struct Incoming {
     buffer: Vec<u8>,
     /// The part of the buffer before this index has no line feed.
     searched: usize,
 }
 
 impl Incoming {
-    pub fn push(&mut self, bytes: &[u8]) {
+    pub(crate) fn push(&mut self, bytes: &[u8]) {
         self.buffer.extend_from_slice(bytes);
     }
 
     /// Returns the next message. None until more bytes have come. Must be called until it returns
     /// None before the next [`Incoming::push`].
-    pub fn message(&mut self) -> Result<Option<Message>, Unusable> {
+    pub(crate) fn message(&mut self) -> Result<Option<Message>, Unusable> {
         let end = self.buffer[self.searched..]
             .iter()
             .position(|b| *b == b'\n')
@@ -103,20 +103,20 @@ impl Incoming {
     }
 
     #[cfg(any(test, feature = "fuzz"))]
-    pub fn buffered(&self) -> usize {
+    pub(crate) fn buffered(&self) -> usize {
         self.buffer.len()
     }
 }
 
 /// A token bucket for the number of lines of a conversation.
 #[derive(Debug)]
-pub struct Budget {
+pub(crate) struct Budget {
     lines: u32,
     since: Instant,
 }
 
 impl Budget {
-    pub fn new(now: Instant) -> Self {
+    pub(crate) fn new(now: Instant) -> Self {
         Self {
             lines: LINES_MAX,
             since: now,
@@ -124,7 +124,7 @@ impl Budget {
     }
 
     /// Counts one line. Returns false if there were too many.
-    pub fn spend(&mut self, now: Instant) -> bool {
+    pub(crate) fn spend(&mut self, now: Instant) -> bool {
         let seconds = now.saturating_duration_since(self.since).as_secs();
         if seconds > 0 {
             let more = u32::try_from(seconds)

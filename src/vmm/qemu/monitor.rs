@@ -25,10 +25,10 @@ const LOOK_PERIOD: Duration = Duration::from_millis(500);
 const FREE_BYTES_MIN: u64 = 16 << 20;
 /// The answer to `query-status` if the guest was paused because of an error of its disk. Only a
 /// full disk pauses it.
-pub const PAUSED_BY_FULL_DISK: &str = "io-error";
+pub(super) const PAUSED_BY_FULL_DISK: &str = "io-error";
 
 /// Monitors one VMM until it exits or the driver is dropped.
-pub struct Monitor {
+pub(super) struct Monitor {
     pub process: Process,
     /// The VM's directory, which holds the disk and `run/`.
     pub dir: PathBuf,
@@ -39,7 +39,7 @@ pub struct Monitor {
 }
 
 impl Monitor {
-    pub fn run(self) {
+    pub(super) fn run(self) {
         let monitored = self.monitor();
         self.note.close();
         if let Err(e) = monitored

@@ -6,13 +6,13 @@ use super::save;
 use crate::error::Result;
 use serde_json::json;
 
-pub fn pause(qmp: &mut Qmp<'_>) -> Result<()> {
+pub(super) fn pause(qmp: &mut Qmp<'_>) -> Result<()> {
     qmp.execute("stop", &json!({})).map(drop)
 }
 
 /// Resumes the guest, unless QEMU has paused it because the host's disk is full. The monitor
 /// resumes that one when there is room: until then its next write would only fail again.
-pub fn resume(qmp: &mut Qmp<'_>) -> Result<()> {
+pub(super) fn resume(qmp: &mut Qmp<'_>) -> Result<()> {
     save::cancel_migration(qmp)?;
     let status = qmp.execute("query-status", &json!({}))?;
     if status["status"] == PAUSED_BY_FULL_DISK {

@@ -16,7 +16,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
 /// A conversation with one monitor.
-pub struct Qmp<'a> {
+pub(super) struct Qmp<'a> {
     conversation: Conversation<'a>,
     incoming: Incoming,
     budget: Budget,
@@ -25,7 +25,7 @@ pub struct Qmp<'a> {
 
 impl<'a> Qmp<'a> {
     /// Reads the greeting and leaves negotiation mode. `stream` must be non-blocking.
-    pub fn open(stream: UnixStream, deadline: Deadline<'a>) -> Result<Self> {
+    pub(super) fn open(stream: UnixStream, deadline: Deadline<'a>) -> Result<Self> {
         let budget = Budget::new(Instant::now());
         let mut qmp = Self {
             conversation: Conversation::new(stream, deadline),
@@ -45,30 +45,30 @@ impl<'a> Qmp<'a> {
     }
 
     /// Sets the deadline of later commands.
-    pub fn set_deadline(&mut self, deadline: Deadline<'a>) {
+    pub(super) fn set_deadline(&mut self, deadline: Deadline<'a>) {
         self.conversation.deadline = deadline;
     }
 
     /// Returns why the VMM ends, if it has said so. Reads all messages that have arrived.
-    pub fn shutdown_cause(&mut self) -> Option<Cause> {
+    pub(super) fn shutdown_cause(&mut self) -> Option<Cause> {
         self.conversation.deadline.at = Instant::now();
         while self.message("read the VMM's last messages").is_ok() {}
         self.shutdown_cause
     }
 
     /// Waits for the next event of the VMM.
-    pub fn event(&mut self) -> Result<()> {
+    pub(super) fn event(&mut self) -> Result<()> {
         self.message("wait for an event of the VMM").map(drop)
     }
 
     /// Runs a command and returns its answer.
-    pub fn execute(&mut self, command: &str, arguments: &Value) -> Result<Value> {
+    pub(super) fn execute(&mut self, command: &str, arguments: &Value) -> Result<Value> {
         self.ask(command, arguments)?;
         self.answer(command)
     }
 
     /// Passes a descriptor to the VMM under a name for later commands (`getfd`).
-    pub fn give(&mut self, name: &str, fd: BorrowedFd<'_>) -> Result<()> {
+    pub(super) fn give(&mut self, name: &str, fd: BorrowedFd<'_>) -> Result<()> {
         let doing = "pass a file to the VMM";
         let line =
             json!({ "execute": "getfd", "arguments": { "fdname": name } }).to_string() + "\n";
@@ -77,7 +77,7 @@ impl<'a> Qmp<'a> {
     }
 
     /// Sends a command. Its answer is read with [`Qmp::answer`].
-    pub fn ask(&mut self, command: &str, arguments: &Value) -> Result<()> {
+    pub(super) fn ask(&mut self, command: &str, arguments: &Value) -> Result<()> {
         let mut line = json!({ "execute": command, "arguments": arguments }).to_string();
         line.push('\n');
         self.conversation
@@ -85,7 +85,7 @@ impl<'a> Qmp<'a> {
     }
 
     /// Reads the answer to the last command. After a `timeout` it can be called again.
-    pub fn answer(&mut self, command: &str) -> Result<Value> {
+    pub(super) fn answer(&mut self, command: &str) -> Result<Value> {
         let doing = format!("send {command} to the VMM");
         loop {
             match self.message(&doing)? {
@@ -103,7 +103,7 @@ impl<'a> Qmp<'a> {
     }
 
     /// Runs a command of the human monitor and returns its output.
-    pub fn human(&mut self, command: &str) -> Result<String> {
+    pub(super) fn human(&mut self, command: &str) -> Result<String> {
         let answer = self.execute("human-monitor-command", &json!({ "command-line": command }))?;
         answer.as_str().map(str::to_owned).ok_or_else(|| {
             Error::new(

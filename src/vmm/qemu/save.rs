@@ -10,7 +10,7 @@ use std::path::Path;
 use std::time::Duration;
 
 /// How long it may take to write a guest's memory to the disk or to read it.
-pub const DEADLINE: Duration = Duration::from_secs(600);
+pub(super) const DEADLINE: Duration = Duration::from_secs(600);
 /// The name of the descriptor in QMP.
 const NAME: &str = "saved";
 /// Bytes per second. QEMU's default limit is meant for a network.
@@ -21,7 +21,7 @@ const FULL_BYTES: u64 = 1 << 20;
 
 /// Saves a paused guest. QEMU flushes the disks and releases their locks. It takes them again when
 /// the guest is resumed.
-pub fn save(qmp: &mut Qmp<'_>, memory: &Path) -> Result<()> {
+pub(super) fn save(qmp: &mut Qmp<'_>, memory: &Path) -> Result<()> {
     let file = File::options().write(true).open(memory);
     let file = file.map_err(|e| Error::io(format!("open {}", memory.display()), e))?;
     prepare(qmp)?;
@@ -52,7 +52,7 @@ fn full(e: Error) -> Error {
 }
 
 /// `7.2.22`.
-pub fn version(qmp: &mut Qmp<'_>) -> Result<String> {
+pub(super) fn version(qmp: &mut Qmp<'_>) -> Result<String> {
     let answer = qmp.execute("query-version", &json!({}))?;
     let number = |name: &str| answer["qemu"][name].as_u64();
     match (number("major"), number("minor"), number("micro")) {
@@ -66,7 +66,7 @@ pub fn version(qmp: &mut Qmp<'_>) -> Result<String> {
 
 /// Cancels a migration that a cancelled save or a killed daemon has left running. It would stop the
 /// guest when it completes, however late that is. Succeeds if there is none.
-pub fn cancel_migration(qmp: &mut Qmp<'_>) -> Result<()> {
+pub(super) fn cancel_migration(qmp: &mut Qmp<'_>) -> Result<()> {
     let mut is_cancelling = false;
     loop {
         let answer = qmp.execute("query-migrate", &json!({}))?;
@@ -82,7 +82,7 @@ pub fn cancel_migration(qmp: &mut Qmp<'_>) -> Result<()> {
 }
 
 /// Loads a guest into a VMM that was started for it. The guest is paused afterwards.
-pub fn load(qmp: &mut Qmp<'_>, memory: &Path) -> Result<()> {
+pub(super) fn load(qmp: &mut Qmp<'_>, memory: &Path) -> Result<()> {
     let file = crate::host::fs::open_nofollow(memory)?;
     prepare(qmp)?;
     qmp.give(NAME, file.as_fd())?;
@@ -123,7 +123,7 @@ fn failed(status: &str, why: &str) -> Error {
 }
 
 /// Checks that a guest is restored on the same platform on which it was saved.
-pub fn require_same(then: &str, now: &str) -> Result<()> {
+pub(super) fn require_same(then: &str, now: &str) -> Result<()> {
     if then == now {
         return Ok(());
     }

@@ -8,10 +8,10 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-pub const GREETING: &str = "{\"QMP\": {\"version\": {}, \"capabilities\": []}}\r\n";
+pub(super) const GREETING: &str = "{\"QMP\": {\"version\": {}, \"capabilities\": []}}\r\n";
 
 /// Plays a server that sends `script` whatever it is asked. Returns what it was asked.
-pub fn talk<T>(
+pub(super) fn talk<T>(
     script: &str,
     ms: u64,
     with: impl FnOnce(Result<Qmp<'_>>, &Cancel) -> T,

@@ -9,7 +9,7 @@ use crate::vmm::VmmSpec;
 use serde_json::{Value, json};
 
 /// Sets the limits of every disk that the guest can write.
-pub fn set(qmp: &mut Qmp<'_>, spec: &VmmSpec) -> Result<()> {
+pub(super) fn set(qmp: &mut Qmp<'_>, spec: &VmmSpec) -> Result<()> {
     let devices = qmp.execute("query-block", &json!({}))?;
     for (node, _) in spec.disks() {
         let none = || {

@@ -15,7 +15,7 @@ const LOOKS: usize = 64;
 
 /// True if the TSC has a constant rate in all power states (the kernel's flags of cpuid
 /// 0x80000007).
-pub fn is_constant() -> bool {
+pub(super) fn is_constant() -> bool {
     std::fs::read_to_string("/proc/cpuinfo").is_ok_and(|text| flags_are_constant(&text))
 }
 
@@ -31,7 +31,7 @@ fn flags_are_constant(cpuinfo: &str) -> bool {
 
 /// Returns the frequency in kHz, measured against CLOCK_MONOTONIC. Takes a tenth of a second. None
 /// on other architectures.
-pub fn measure_khz(cancel: &Cancel) -> Result<Option<u64>> {
+pub(super) fn measure_khz(cancel: &Cancel) -> Result<Option<u64>> {
     let doing = "measure the time stamp counter";
     let Some((before, ticks_before)) = look() else {
         return Ok(None);

@@ -12,7 +12,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
 /// A running VM of QEMU.
-pub struct QemuVm {
+pub(super) struct QemuVm {
     pub at: VmRef,
 }
 

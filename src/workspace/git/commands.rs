@@ -29,7 +29,7 @@ pub(in crate::workspace) struct Commands {
 }
 
 impl Commands {
-    pub fn new(top: PathBuf, env: CallerEnv, cancel: Cancel) -> Self {
+    pub(crate) fn new(top: PathBuf, env: CallerEnv, cancel: Cancel) -> Self {
         Self {
             top,
             env,
@@ -38,17 +38,17 @@ impl Commands {
         }
     }
 
-    pub fn quoted_top(&self) -> String {
+    pub(crate) fn quoted_top(&self) -> String {
         quote(&self.top.to_string_lossy())
     }
 
-    pub fn set(&mut self, key: &[u8], value: &[u8]) {
+    pub(crate) fn set(&mut self, key: &[u8], value: &[u8]) {
         self.config.push("-c".into());
         self.config
             .push(OsString::from_vec([key, b"=", value].concat()));
     }
 
-    pub fn refused(&self, e: Error) -> Error {
+    pub(crate) fn refused(&self, e: Error) -> Error {
         if matches!(
             e.kind(),
             Kind::Cancelled | Kind::Timeout | Kind::CommandMissing | Kind::DiskFull
@@ -71,7 +71,7 @@ impl Commands {
             .hint(hint)
     }
 
-    pub fn command<S: AsRef<OsStr>>(&self, args: &[S]) -> Command {
+    pub(crate) fn command<S: AsRef<OsStr>>(&self, args: &[S]) -> Command {
         let mut c = Command::new("git").deadline(ASK_DEADLINE).cwd(&self.top);
         for (key, value) in [
             ("HOME", "/nonexistent"),
@@ -113,7 +113,7 @@ impl Commands {
     }
 
     /// Runs git and returns its status and stdout. Statuses not listed in `accepted` are errors.
-    pub fn ask_status(&self, command: &Command, accepted: &[i32]) -> Result<(i32, Vec<u8>)> {
+    pub(crate) fn ask_status(&self, command: &Command, accepted: &[i32]) -> Result<(i32, Vec<u8>)> {
         let mut answer = Vec::new();
         let output = run_piped(command, &self.cancel, &mut |piece| {
             if answer.len() + piece.len() > ANSWER_BYTES_MAX {
@@ -154,28 +154,28 @@ impl Commands {
         Ok((output.status, answer))
     }
 
-    pub fn ask<S: AsRef<OsStr>>(&self, args: &[S]) -> Result<Vec<u8>> {
+    pub(crate) fn ask<S: AsRef<OsStr>>(&self, args: &[S]) -> Result<Vec<u8>> {
         Ok(self.ask_status(&self.command(args), &[0])?.1)
     }
 
     /// Runs git and returns one line without its final newline. A path may contain newlines.
-    pub fn line(&self, args: &[&str]) -> Result<Vec<u8>> {
+    pub(crate) fn line(&self, args: &[&str]) -> Result<Vec<u8>> {
         let mut out = self.ask(args)?;
         out.pop_if(|b| *b == b'\n');
         Ok(out)
     }
 
-    pub fn path(&self, args: &[&str]) -> Result<PathBuf> {
+    pub(crate) fn path(&self, args: &[&str]) -> Result<PathBuf> {
         Ok(self.top.join(OsString::from_vec(self.line(args)?)))
     }
 
-    pub fn text(&self, args: &[&str]) -> Result<String> {
+    pub(crate) fn text(&self, args: &[&str]) -> Result<String> {
         Ok(String::from_utf8_lossy(&self.line(args)?).into_owned())
     }
 
     /// Runs git with the caller's own environment. No other command reads the caller's global
     /// configuration.
-    pub fn ask_config(&self, args: &[&str]) -> Result<(i32, Vec<u8>)> {
+    pub(crate) fn ask_config(&self, args: &[&str]) -> Result<(i32, Vec<u8>)> {
         let mut c = Command::new("git")
             .deadline(ASK_DEADLINE)
             .cwd(&self.top)

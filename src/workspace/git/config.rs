@@ -66,7 +66,7 @@ pub(in crate::workspace) struct Config {
 impl Config {
     /// Adds the identity from the caller's environment. It overrides settings, except that `EMAIL`
     /// is git's last resort.
-    pub fn add_identity(&mut self, env: &CallerEnv) {
+    pub(crate) fn add_identity(&mut self, env: &CallerEnv) {
         for (key, variable) in IDENTITY {
             let given = env
                 .identity
@@ -208,14 +208,14 @@ impl Config {
     }
 
     /// True if only a part of the tree is checked out.
-    pub fn is_sparse(&self) -> bool {
+    pub(crate) fn is_sparse(&self) -> bool {
         self.carried
             .iter()
             .any(|(key, value)| key == "core.sparsecheckout" && value == "true")
     }
 
     /// Builds the lines for the guest's `.git/config`.
-    pub fn for_guest(&self) -> Vec<u8> {
+    pub(crate) fn for_guest(&self) -> Vec<u8> {
         let mut out = Vec::new();
         for (key, _) in IDENTITY {
             if let (Some(value), Some((section, name))) =

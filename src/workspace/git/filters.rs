@@ -37,7 +37,7 @@ impl Recorded {
 impl Git {
     /// Finds the files with a filter. `paths` are the files of the tree; `configured` names the
     /// filters that the caller's git would run.
-    pub fn filtered(
+    pub(crate) fn filtered(
         &self,
         paths: &[&[u8]],
         configured: &BTreeSet<Vec<u8>>,

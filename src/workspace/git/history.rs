@@ -50,7 +50,7 @@ pub(in crate::workspace) struct Pack {
 
 impl Git {
     /// Selects the commits to send and where the history is cut.
-    pub fn history(&self, head: &str, depth: History) -> Result<HistorySelection> {
+    pub(crate) fn history(&self, head: &str, depth: History) -> Result<HistorySelection> {
         let own = self.own_shallow()?;
         let History::Depth(depth) = depth else {
             let tags = self.tags(None)?;

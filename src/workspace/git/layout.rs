@@ -39,7 +39,7 @@ pub(super) enum Claim {
 
 impl Layout {
     /// Follows `.git` and `commondir` as git does. `top` must not contain links.
-    pub fn find(top: &Path) -> Result<Self> {
+    pub(super) fn find(top: &Path) -> Result<Self> {
         let dot_git = top.join(".git");
         let target =
             real(&dot_git).map_err(|e| refusal(format!("follow {}", dot_git.display()), e))?;
@@ -99,7 +99,7 @@ impl Layout {
 
     /// Determines whether the repository belongs to the tree. Files inside the tree prove nothing
     /// about a repository outside it, so the main repository of a worktree must name the tree.
-    pub fn claim(&self) -> Claim {
+    pub(super) fn claim(&self) -> Claim {
         let inside = |p: &Path| p.starts_with(&self.top);
         if inside(&self.git_dir) && inside(&self.common) {
             return Claim::Inside;
@@ -127,7 +127,7 @@ impl Layout {
     }
 
     /// Builds the error for a repository that does not belong to the tree.
-    pub fn foreign(&self, claim: &Claim) -> Error {
+    pub(super) fn foreign(&self, claim: &Claim) -> Error {
         let dot_git = self.top.join(".git");
         let error = |text: String| Error::new(Kind::InvalidTree, text);
         match claim {

@@ -15,7 +15,7 @@ use std::path::Path;
 impl Git {
     /// Checks that the repository belongs to the tree and that git accepts `top` as the top of its
     /// work tree. Returns `invalid_tree` with git's reason otherwise.
-    pub fn open(top: &Path, options: &Options, cancel: &Cancel) -> Result<(Self, Config)> {
+    pub(crate) fn open(top: &Path, options: &Options, cancel: &Cancel) -> Result<(Self, Config)> {
         let layout = Layout::find(top)?;
         let allowed = options.allowed_alternates()?;
         let commands = Commands::new(top.to_owned(), options.env.clone(), cancel.clone());

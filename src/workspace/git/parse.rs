@@ -16,10 +16,10 @@ pub(in crate::workspace) struct IndexEntry {
 
 impl IndexEntry {
     /// The mode of a submodule's commit.
-    pub const GITLINK: u32 = 0o160000;
+    pub(crate) const GITLINK: u32 = 0o160000;
 
     /// Formats the entry for `update-index -z --index-info`.
-    pub fn info(&self) -> Vec<u8> {
+    pub(crate) fn info(&self) -> Vec<u8> {
         let mut line = format!("{:06o} {} {}\t", self.mode, self.oid, self.stage).into_bytes();
         line.extend_from_slice(&self.path);
         line.push(0);

@@ -38,7 +38,7 @@ const DEEP: &[&[u8]] = &[b"info", b"objects", b"refs", b"reftable"];
 impl Layout {
     /// Checks everything that git would read and rejects what leads out of the repository.
     /// `allowed` must not contain links. If two results are equal, nothing changed in between.
-    pub fn check(&self, allowed: &[PathBuf]) -> Result<CheckedStores> {
+    pub(super) fn check(&self, allowed: &[PathBuf]) -> Result<CheckedStores> {
         let own = BTreeSet::from([self.top.clone(), self.git_dir.clone(), self.common.clone()]);
         let mut check = Check {
             own,
@@ -101,17 +101,17 @@ impl Stamp {
 
 impl CheckedStores {
     /// The object directories that were checked: first the repository's own, then its alternates'.
-    pub fn stores(&self) -> impl Iterator<Item = &OwnedFd> {
+    pub(super) fn stores(&self) -> impl Iterator<Item = &OwnedFd> {
         self.stores.iter().map(|fd| &**fd)
     }
 
     /// True if nothing changed between the two checks.
-    pub fn is_as(&self, other: &CheckedStores) -> bool {
+    pub(super) fn is_as(&self, other: &CheckedStores) -> bool {
         self.stamps == other.stamps && self.ways == other.ways
     }
 
     /// True if a change within the last clock tick might go unnoticed.
-    pub fn is_fresh(&self) -> bool {
+    pub(super) fn is_fresh(&self) -> bool {
         let now = since_epoch();
         let age = |stamp: &Stamp| {
             let (s, ns) = stamp.changed;

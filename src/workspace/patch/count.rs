@@ -47,7 +47,7 @@ struct Section {
 }
 
 #[derive(Debug)]
-pub struct Counter {
+pub(super) struct Counter {
     files: u64,
     place: Place,
     hunk: Hunk,
@@ -55,8 +55,8 @@ pub struct Counter {
     /// A hash of the current line, if it is a `diff --git`.
     name: u64,
     section: Section,
-    /// The file before the current one was deleted under the same name. If this one is created,
-    /// its type changed.
+    /// The file before the current one was deleted under the same name. If this one is created, its
+    /// type changed.
     follows_deletion: bool,
 }
 
@@ -75,7 +75,7 @@ impl Default for Counter {
 }
 
 impl Counter {
-    pub fn push(&mut self, mut bytes: &[u8]) {
+    pub(super) fn push(&mut self, mut bytes: &[u8]) {
         while let Some(end) = bytes.iter().position(|b| *b == b'\n') {
             self.extend(&bytes[..end]);
             self.end_line();
@@ -85,7 +85,7 @@ impl Counter {
     }
 
     /// Files that the patch creates, deletes or changes.
-    pub fn finish(mut self) -> u64 {
+    pub(super) fn finish(mut self) -> u64 {
         if !self.line.is_empty() {
             self.end_line();
         }

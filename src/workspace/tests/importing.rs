@@ -231,7 +231,7 @@ fn import_tree_without_a_repository_sends_all_files() {
     site.write("inner/.git/config", "[core]\n");
     site.write("inner/file", "x");
     let plan = site.plan().unwrap();
-    assert_eq!(plan.kind(), TreeKind::Plain);
+    assert_eq!(plan.kind, TreeKind::Plain);
     assert!(
         plan.warnings()[0]
             .contains("inner/.git is sent, but is never part of an exported patch or tree")
@@ -335,7 +335,7 @@ fn import_without_history_sends_only_files() {
     site.write(".gitignore", "*.o\n");
     site.write("x.o", "ignored");
     let mut plan = Plan::inspect(&site.host(), &site.options(History::None), &cancel()).unwrap();
-    assert_eq!(plan.kind(), TreeKind::GitFiles);
+    assert_eq!(plan.kind, TreeKind::GitFiles);
     site.prepare_with(&mut plan, false).unwrap();
     assert!(!site.guest().join(".git").exists() && !site.guest().join("x.o").exists());
     site.write_guest("y.o", "ignored there, too");

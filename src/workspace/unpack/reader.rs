@@ -54,7 +54,7 @@ fn damaged(why: &str) -> Error {
 }
 
 impl<'a> TarReader<'a> {
-    pub fn new(from: &'a mut dyn Read) -> Self {
+    pub(super) fn new(from: &'a mut dyn Read) -> Self {
         Self {
             from,
             left: 0,
@@ -76,7 +76,7 @@ impl<'a> TarReader<'a> {
 
     /// Returns the next entry, whose data must be read before the next call. `None` means that the
     /// end mark and the end of the stream were read.
-    pub fn next(&mut self) -> Result<Option<Item>> {
+    pub(super) fn next(&mut self) -> Result<Option<Item>> {
         let (mut path, mut link, mut records) = (None, None, None);
         loop {
             let block = self.block()?;
@@ -314,7 +314,7 @@ impl<'a> TarReader<'a> {
     }
 
     /// Reads some of the current entry's data. Returns 0 only at its end.
-    pub fn data(&mut self, buffer: &mut [u8]) -> Result<usize> {
+    pub(super) fn data(&mut self, buffer: &mut [u8]) -> Result<usize> {
         let want = (buffer.len() as u64).min(self.left) as usize;
         loop {
             match self.from.read(&mut buffer[..want]) {
@@ -335,7 +335,7 @@ impl<'a> TarReader<'a> {
     }
 
     /// Skips the padding after the last byte of data.
-    pub fn end_of_data(&mut self) -> Result<()> {
+    pub(super) fn end_of_data(&mut self) -> Result<()> {
         debug_assert_eq!(self.left, 0);
         let mut rest = [0; BLOCK];
         let padding = std::mem::take(&mut self.padding) as usize;

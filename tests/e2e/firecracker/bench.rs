@@ -1,8 +1,8 @@
 //! Measures how long a guest takes to boot.
 
 use super::{binary, control_plane_spec, new_driver};
-use fcd::locks::Cancel;
-use fcd::vmm::Driver;
+use fcd::testing::locks::Cancel;
+use fcd::testing::vmm::Driver;
 use nix::sched::{CloneFlags, unshare};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;

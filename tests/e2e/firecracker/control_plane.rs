@@ -1,11 +1,11 @@
 //! The whole daemon with Firecracker on this host's KVM.
 
 use super::{control_plane_spec, new_driver, vm_config};
-use fcd::api::vm::RateLimits;
-use fcd::error::Kind;
-use fcd::ids::Tag;
-use fcd::locks::Cancel;
-use fcd::vmm::{Driver, GuestNetwork, SaveTo, Saved, VmmSpec};
+use fcd::testing::api::vm::RateLimits;
+use fcd::testing::error::Kind;
+use fcd::testing::ids::Tag;
+use fcd::testing::locks::Cancel;
+use fcd::testing::vmm::{Driver, GuestNetwork, SaveTo, Saved, VmmSpec};
 use nix::sched::{CloneFlags, unshare};
 use std::path::Path;
 use std::time::{Duration, Instant};

@@ -6,10 +6,10 @@ mod bench;
 mod control_plane;
 
 use crate::another_host::{PLACE, TestHost};
-use fcd::ids::Tag;
-use fcd::vmm::console::Consoles;
-use fcd::vmm::firecracker::Firecracker;
-use fcd::vmm::{GuestNetwork, VmmSpec};
+use fcd::testing::ids::Tag;
+use fcd::testing::vmm::console::Consoles;
+use fcd::testing::vmm::firecracker::Firecracker;
+use fcd::testing::vmm::{GuestNetwork, VmmSpec};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -462,12 +462,12 @@ fn control_plane_spec(dir: &Path, kernel: &Path) -> VmmSpec {
             address: [10, 89, 0, 5].into(),
         },
         dir: vm,
-        ..fcd::vmm::fake::spec(tag, dir)
+        ..fcd::testing::vmm::fake::spec(tag, dir)
     }
 }
 
 fn new_driver() -> Firecracker {
-    let config = fcd::config::Firecracker {
+    let config = fcd::testing::config::Firecracker {
         binary: binary(),
         ..Default::default()
     };

@@ -38,7 +38,9 @@ pub struct Host {
 fn base() -> PathBuf {
     use std::hash::{DefaultHasher, Hash, Hasher};
     let own = Path::new(env!("CARGO_TARGET_TMPDIR")).join("e2e");
-    if !nix::unistd::geteuid().is_root() || fcd::host::reach::closed_to_others(&own).is_none() {
+    if !nix::unistd::geteuid().is_root()
+        || fcd::testing::host::reach::closed_to_others(&own).is_none()
+    {
         fs::create_dir_all(&own).unwrap();
         return own;
     }
@@ -46,7 +48,7 @@ fn base() -> PathBuf {
     own.hash(&mut hasher);
     let dir = Path::new("/var/tmp").join(format!("fcd-e2e-{:016x}", hasher.finish()));
     // Fails if it is a link or belongs to another user.
-    fcd::host::fs::create_dir(&dir, 0o755).unwrap();
+    fcd::testing::host::fs::create_dir(&dir, 0o755).unwrap();
     dir
 }
 

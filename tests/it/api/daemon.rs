@@ -2,11 +2,11 @@
 
 use super::{call, id, line, name, op};
 use expect_test::expect;
-use fcd::api::Empty;
-use fcd::api::daemon::*;
-use fcd::api::image::*;
-use fcd::api::kernel::*;
-use fcd::api::op::*;
+use fcd::testing::api::Empty;
+use fcd::testing::api::daemon::*;
+use fcd::testing::api::image::*;
+use fcd::testing::api::kernel::*;
+use fcd::testing::api::op::*;
 
 fn image() -> Image {
     Image {

@@ -2,9 +2,9 @@
 
 use super::{fault, id, line, progress, reply, request};
 use expect_test::expect;
-use fcd::api::frame::*;
-use fcd::api::vm::*;
-use fcd::api::workspace::*;
+use fcd::testing::api::frame::*;
+use fcd::testing::api::vm::*;
+use fcd::testing::api::workspace::*;
 use std::fmt::Write;
 
 #[test]

@@ -2,11 +2,11 @@
 
 use super::{call, id, line, reply};
 use expect_test::expect;
-use fcd::api::Empty;
-use fcd::api::exec::*;
-use fcd::api::snapshot::*;
-use fcd::api::vm::*;
-use fcd::api::workspace::*;
+use fcd::testing::api::Empty;
+use fcd::testing::api::exec::*;
+use fcd::testing::api::snapshot::*;
+use fcd::testing::api::vm::*;
+use fcd::testing::api::workspace::*;
 
 #[test]
 fn exec_goldens() {

@@ -7,11 +7,11 @@ mod guests;
 mod vms;
 
 use expect_test::{Expect, expect};
-use fcd::api::Call;
-use fcd::api::fault::Fault;
-use fcd::api::op::*;
-use fcd::api::vm::*;
-use fcd::error::{Error, Kind};
+use fcd::testing::api::Call;
+use fcd::testing::api::fault::Fault;
+use fcd::testing::api::op::*;
+use fcd::testing::api::vm::*;
+use fcd::testing::error::{Error, Kind};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::collections::BTreeSet;
@@ -60,12 +60,12 @@ pub fn vm() -> Vm {
         disk_ops_per_s: None,
         net_rx_bytes_per_s: None,
         net_tx_bytes_per_s: None,
-        net: fcd::api::vm::Net::Nat,
-        ports: vec![fcd::api::port::Port {
+        net: fcd::testing::api::vm::Net::Nat,
+        ports: vec![fcd::testing::api::port::Port {
             host_addr: [127, 0, 0, 1].into(),
             host_port: 8080,
             guest_port: 80,
-            protocol: fcd::api::port::Protocol::Tcp,
+            protocol: fcd::testing::api::port::Protocol::Tcp,
         }],
         pending: Some(Pending {
             vcpus: Some(2),
@@ -144,7 +144,9 @@ fn reply() -> VmReply {
 /// Every method has a golden in one of these files.
 #[test]
 fn every_method_has_a_golden() {
-    let declared: BTreeSet<&str> = fcd::api::table::calls().map(|call| call.method).collect();
+    let declared: BTreeSet<&str> = fcd::testing::api::table::calls()
+        .map(|call| call.method)
+        .collect();
     let goldens = [
         include_str!("daemon.rs"),
         include_str!("guests.rs"),

@@ -2,8 +2,8 @@
 
 use super::{call, id, line, name, reply, request, vm};
 use expect_test::expect;
-use fcd::api::Empty;
-use fcd::api::vm::*;
+use fcd::testing::api::Empty;
+use fcd::testing::api::vm::*;
 use std::borrow::Cow;
 
 fn brief() -> VmBrief<'static> {
@@ -58,7 +58,7 @@ fn vm_goldens() {
             disk_ops_per_s: Some(0),
             net_rx_bytes_per_s: None,
             net_tx_bytes_per_s: None,
-            net: Some(fcd::api::vm::Net::None),
+            net: Some(fcd::testing::api::vm::Net::None),
             ports: vm().ports,
             rm: true,
             hold: true,

@@ -2,12 +2,12 @@
 
 use super::{create, exec, refused};
 use crate::world::*;
-use fcd::api::vm::*;
-use fcd::api::workspace::WorkspacePrepare;
-use fcd::client::Failure;
-use fcd::error::{Code, Kind};
-use fcd::guest::fake::Readiness;
-use fcd::store::faults::Fault;
+use fcd::testing::api::vm::*;
+use fcd::testing::api::workspace::WorkspacePrepare;
+use fcd::testing::client::Failure;
+use fcd::testing::error::{Code, Kind};
+use fcd::testing::guest::fake::Readiness;
+use fcd::testing::store::faults::Fault;
 
 #[test]
 fn dead_or_replaced_guest_is_reported() {
@@ -132,13 +132,17 @@ fn stop_commit_is_retried_until_disk_works() {
     ] {
         let world = World::new();
         let (vm, _) = world.running("web");
-        world.guest.on(fcd::image::SHUTDOWN_COMMAND, |_| {
-            fcd::guest::fake::Answer::status(0).stdout("synced\n")
+        world.guest.on(fcd::testing::image::SHUTDOWN_COMMAND, |_| {
+            fcd::testing::guest::fake::Answer::status(0).stdout("synced\n")
         });
         let mut down = world.begin::<VmStop>(stop("web"), vec![]);
         down.stage("sync and shut down");
         world.daemon().core.store.faults().fail(fault, 3);
-        assert!(world.vmm.die(&vm.id, &fcd::vmm::End::GuestShutDown));
+        assert!(
+            world
+                .vmm
+                .die(&vm.id, &fcd::testing::vmm::End::GuestShutDown)
+        );
         assert_eq!(
             down.finish(SOON).unwrap().vm.state,
             VmState::Stopped,

@@ -2,9 +2,9 @@
 
 use super::{create, refused, user};
 use crate::world::*;
-use fcd::api::vm::*;
-use fcd::error::{Code, Kind};
-use fcd::vmm::fake::Stage;
+use fcd::testing::api::vm::*;
+use fcd::testing::error::{Code, Kind};
+use fcd::testing::vmm::fake::Stage;
 
 #[test]
 fn full_pool_refuses_transfers() {

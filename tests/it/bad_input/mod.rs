@@ -5,15 +5,15 @@ mod limits;
 mod owners;
 
 use crate::world::*;
-use fcd::api::exec::{ExecStart, ExecStartRequest, Stream};
-use fcd::api::op::{OpCancel, OpRequest, OpShow};
-use fcd::api::vm::*;
-use fcd::api::workspace::{
+use fcd::testing::api::exec::{ExecStart, ExecStartRequest, Stream};
+use fcd::testing::api::op::{OpCancel, OpRequest, OpShow};
+use fcd::testing::api::vm::*;
+use fcd::testing::api::workspace::{
     ExportKind, ExportRequest, PrepareRequest, WorkspaceExport, WorkspacePrepare,
 };
-use fcd::client::Failure;
-use fcd::daemon::Caller;
-use fcd::error::{Code, Kind};
+use fcd::testing::client::Failure;
+use fcd::testing::daemon::Caller;
+use fcd::testing::error::{Code, Kind};
 use std::os::fd::OwnedFd;
 
 /// Checks that the call fails with this kind, gives a hint, and changes nothing.
@@ -314,7 +314,7 @@ fn exec(
     vm: &str,
     streams: Vec<Stream>,
     fds: Vec<OwnedFd>,
-) -> Result<fcd::api::exec::ExecReply, Failure> {
+) -> Result<fcd::testing::api::exec::ExecReply, Failure> {
     let request = ExecStartRequest {
         vm: vm.into(),
         argv: vec!["true".into()],

@@ -2,13 +2,13 @@
 
 use super::{create, user};
 use crate::world::*;
-use fcd::api::vm::*;
-use fcd::api::workspace::{ExportKind, ExportRequest};
-use fcd::daemon::Caller;
-use fcd::error::Kind;
+use fcd::testing::api::vm::*;
+use fcd::testing::api::workspace::{ExportKind, ExportRequest};
+use fcd::testing::daemon::Caller;
+use fcd::testing::error::Kind;
 
-fn ops_seen(world: &World, caller: &Caller) -> Vec<fcd::api::op::Op> {
-    let request = fcd::api::op::OpListRequest {
+fn ops_seen(world: &World, caller: &Caller) -> Vec<fcd::testing::api::op::Op> {
+    let request = fcd::testing::api::op::OpListRequest {
         all: true,
         ..Default::default()
     };

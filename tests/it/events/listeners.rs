@@ -2,12 +2,12 @@
 
 use super::{listen, read_line, set_vcpus, watch_from_snapshot};
 use crate::world::*;
-use fcd::api::event::*;
-use fcd::api::frame::{Line, Note};
-use fcd::api::vm::*;
-use fcd::daemon::Caller;
-use fcd::error::Kind;
-use fcd::store::QUEUE_MAX;
+use fcd::testing::api::event::*;
+use fcd::testing::api::frame::{Line, Note};
+use fcd::testing::api::vm::*;
+use fcd::testing::daemon::Caller;
+use fcd::testing::error::Kind;
+use fcd::testing::store::QUEUE_MAX;
 use std::io::{BufReader, Write};
 use std::os::unix::net::UnixStream;
 

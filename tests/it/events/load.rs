@@ -2,11 +2,11 @@
 
 use super::{Ours, read_line};
 use crate::world::*;
-use fcd::api::event::*;
-use fcd::api::frame::{Line, Note};
-use fcd::api::vm::*;
-use fcd::daemon::Caller;
-use fcd::error::Kind;
+use fcd::testing::api::event::*;
+use fcd::testing::api::frame::{Line, Note};
+use fcd::testing::api::vm::*;
+use fcd::testing::daemon::Caller;
+use fcd::testing::error::Kind;
 use std::io::BufReader;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use std::sync::mpsc::{Receiver, channel};
 /// A watcher of `uid` that reads a line for each permit, and any number once nobody gives permits
 /// any more.
 struct Tail {
-    daemon: fcd::daemon::Daemon,
+    daemon: fcd::testing::daemon::Daemon,
     uid: u32,
     since: Option<u64>,
     permits: Receiver<()>,
@@ -56,7 +56,7 @@ impl Tail {
                     pid: 0,
                 },
             );
-            let watch = fcd::host::thread::spawn("watch", move || {
+            let watch = fcd::testing::host::thread::spawn("watch", move || {
                 let ours = Ours(Arc::new(ours));
                 daemon
                     .watchers
@@ -181,7 +181,7 @@ fn watchers_that_join_and_lag_under_load_see_what_store_has() {
                         permits,
                     };
                     let body = move || (uid, tail.until(&last));
-                    tails.push(fcd::host::thread::spawn("tail", body).unwrap());
+                    tails.push(fcd::testing::host::thread::spawn("tail", body).unwrap());
                 }
             }
         }

@@ -4,12 +4,12 @@ mod listeners;
 mod load;
 
 use crate::world::*;
-use fcd::api::event::*;
-use fcd::api::frame::{Line, Note, Notification};
-use fcd::api::op::OpState;
-use fcd::api::vm::*;
-use fcd::daemon::{Caller, Hangup, WatchLine};
-use fcd::error::Kind;
+use fcd::testing::api::event::*;
+use fcd::testing::api::frame::{Line, Note, Notification};
+use fcd::testing::api::op::OpState;
+use fcd::testing::api::vm::*;
+use fcd::testing::daemon::{Caller, Hangup, WatchLine};
+use fcd::testing::error::Kind;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
@@ -197,9 +197,10 @@ fn watch_reports_whole_life_of_vm() {
     world.stop("web").unwrap();
     world.place(&vm.id);
     world.start("web").unwrap();
-    world
-        .vmm
-        .die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9)));
+    world.vmm.die(
+        &vm.id,
+        &fcd::testing::vmm::End::Vmm(fcd::testing::vmm::Exit::Signal(9)),
+    );
     world.await_state("web", VmState::Failed);
     world.delete("web").unwrap();
     world.create("end");
@@ -343,9 +344,10 @@ fn watch_resumes_after_daemon_restart() {
     world.reopen();
     assert!(call.finish(SOON).unwrap_err().is(Kind::ShuttingDown));
     // The VMM died while no daemon ran. Reconciling reports it.
-    world
-        .vmm
-        .die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9)));
+    world.vmm.die(
+        &vm.id,
+        &fcd::testing::vmm::End::Vmm(fcd::testing::vmm::Exit::Signal(9)),
+    );
     world.daemon().reconciler.reconcile();
     let again = watch(&world, Some(before));
     mirror.follow(&again, "web", "state", "failed");
@@ -372,7 +374,7 @@ struct Listener {
     notes: Receiver<Note>,
     /// Shutting it down hangs up.
     peer: UnixStream,
-    ended: std::thread::JoinHandle<fcd::error::Result<EventsWatchReply>>,
+    ended: std::thread::JoinHandle<fcd::testing::error::Result<EventsWatchReply>>,
 }
 
 struct Ours(Arc<UnixStream>);
@@ -410,7 +412,7 @@ fn listen(world: &World, uid: u32) -> Listener {
             &Ours(Arc::new(theirs)),
         )
     };
-    let ended = fcd::host::thread::spawn("listener", body).unwrap();
+    let ended = fcd::testing::host::thread::spawn("listener", body).unwrap();
     let mut lines = BufReader::new(peer.try_clone().unwrap());
     let read = move || {
         while let Some(Line::Note(note)) = read_line(&mut lines) {
@@ -419,7 +421,7 @@ fn listen(world: &World, uid: u32) -> Listener {
             }
         }
     };
-    fcd::host::thread::spawn("reader", read).unwrap();
+    fcd::testing::host::thread::spawn("reader", read).unwrap();
     let mut mirror = Mirror::default();
     mirror.apply(&notes.recv_timeout(SOON).expect("a snapshot"));
     Listener {

@@ -6,12 +6,12 @@ mod running;
 mod saving;
 mod starting;
 
-use fcd::error::Error;
-use fcd::ids::{Tag, VmId};
-use fcd::locks::Cancel;
-use fcd::vmm::console::Consoles;
-use fcd::vmm::firecracker::Firecracker;
-use fcd::vmm::{Driver, GuestNetwork, Identity, Running, Vm, VmmSpec};
+use fcd::testing::error::Error;
+use fcd::testing::ids::{Tag, VmId};
+use fcd::testing::locks::Cancel;
+use fcd::testing::vmm::console::Consoles;
+use fcd::testing::vmm::firecracker::Firecracker;
+use fcd::testing::vmm::{Driver, GuestNetwork, Identity, Running, Vm, VmmSpec};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -75,7 +75,7 @@ impl Bench {
 
     fn spec(&self) -> VmmSpec {
         let path = |name: &str| self.dir.path().join(name);
-        let base = fcd::vmm::fake::spec(self.tag(1), self.dir.path());
+        let base = fcd::testing::vmm::fake::spec(self.tag(1), self.dir.path());
         VmmSpec {
             dir: path("vm"),
             kernel: path("vmlinux"),
@@ -94,7 +94,7 @@ impl Bench {
     }
 
     /// Returns the result and the process that the driver reported.
-    fn start(&self, cancel: &Cancel) -> (fcd::error::Result<Running>, Option<Identity>) {
+    fn start(&self, cancel: &Cancel) -> (fcd::testing::error::Result<Running>, Option<Identity>) {
         let mut reported = None;
         let started = self.driver.start(&self.spec(), cancel, &mut |identity| {
             reported = Some(identity.clone())
@@ -130,7 +130,7 @@ impl Bench {
     }
 
     fn console(&self) -> String {
-        fcd::vmm::console::read(&self.dir.path().join("vm"), None).unwrap()
+        fcd::testing::vmm::console::read(&self.dir.path().join("vm"), None).unwrap()
     }
 
     fn await_console(&self, text: &str) {
@@ -161,7 +161,7 @@ impl Drop for Bench {
 }
 
 fn driver(dir: &Path) -> Firecracker {
-    let config = fcd::config::Firecracker {
+    let config = fcd::testing::config::Firecracker {
         binary: dir.join("firecracker"),
         ..Default::default()
     };

@@ -2,11 +2,11 @@
 
 use super::{Bench, SOON, driver, soon};
 use expect_test::expect;
-use fcd::api::vm::RateLimits;
-use fcd::error::Kind;
-use fcd::host::process::Process;
-use fcd::locks::{Cancel, CancelCause};
-use fcd::vmm::{Driver, GuestEvent, Vm, VmmSpec};
+use fcd::testing::api::vm::RateLimits;
+use fcd::testing::error::Kind;
+use fcd::testing::host::process::Process;
+use fcd::testing::locks::{Cancel, CancelCause};
+use fcd::testing::vmm::{Driver, GuestEvent, Vm, VmmSpec};
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 
@@ -338,6 +338,6 @@ fn watch_reports_death_and_silence() {
     process.signal(rustix::process::Signal::KILL).unwrap();
     assert_eq!(
         deaths.recv_timeout(SOON).unwrap(),
-        fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9))
+        fcd::testing::vmm::End::Vmm(fcd::testing::vmm::Exit::Signal(9))
     );
 }

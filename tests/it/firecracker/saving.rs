@@ -2,9 +2,9 @@
 
 use super::{Bench, soon};
 use expect_test::expect;
-use fcd::error::Kind;
-use fcd::locks::{Cancel, CancelCause};
-use fcd::vmm::{Driver, Running, SaveTo, Saved, VmmSpec};
+use fcd::testing::error::Kind;
+use fcd::testing::locks::{Cancel, CancelCause};
+use fcd::testing::vmm::{Driver, Running, SaveTo, Saved, VmmSpec};
 
 struct SavedFiles {
     memory: std::path::PathBuf,
@@ -23,7 +23,7 @@ impl Bench {
         SavedFiles { memory, devices }
     }
 
-    fn save(&self, running: &Running, files: &SavedFiles) -> fcd::error::Result<String> {
+    fn save(&self, running: &Running, files: &SavedFiles) -> fcd::testing::error::Result<String> {
         let to = SaveTo {
             memory: &files.memory,
             devices: &files.devices,
@@ -46,7 +46,7 @@ impl Bench {
         bodies.filter_map(of).collect()
     }
 
-    fn load(&self, files: &SavedFiles) -> fcd::error::Result<Running> {
+    fn load(&self, files: &SavedFiles) -> fcd::testing::error::Result<Running> {
         let saved = Saved {
             memory: files.memory.clone(),
             devices: files.devices.clone(),

@@ -2,9 +2,9 @@
 
 use super::{Bench, driver, soon};
 use expect_test::expect;
-use fcd::error::Kind;
-use fcd::locks::{Cancel, CancelCause};
-use fcd::vmm::{Driver, GuestNetwork, VmmSpec};
+use fcd::testing::error::Kind;
+use fcd::testing::locks::{Cancel, CancelCause};
+use fcd::testing::vmm::{Driver, GuestNetwork, VmmSpec};
 use std::time::Instant;
 
 /// The requests of a start, in order.
@@ -219,7 +219,7 @@ fn refusals_have_hints() {
         ..bench.spec()
     };
     let qcow2 = VmmSpec {
-        disk_format: fcd::vmm::DiskFormat::Qcow2,
+        disk_format: fcd::testing::vmm::DiskFormat::Qcow2,
         ..bench.spec()
     };
     for spec in [user_mode, qcow2] {

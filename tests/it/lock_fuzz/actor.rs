@@ -2,19 +2,19 @@
 
 use super::{GRACE_MS, Random, VMS};
 use crate::world::*;
-use fcd::api::Call;
-use fcd::api::exec::{ExecStart, ExecStartRequest};
-use fcd::api::frame::Note;
-use fcd::api::image::{ImageBuild, ImageBuildRequest, ImageList};
-use fcd::api::op::{OpCancel, OpList, OpListRequest, OpRequest, OpShow, OpState};
-use fcd::api::stream::ChunkWriter;
-use fcd::api::vm::*;
-use fcd::api::workspace::{ExportKind, ExportRequest, WorkspaceExport, WorkspacePrepare};
-use fcd::client::{Client, Event, Failure};
-use fcd::daemon::history::Verb;
-use fcd::error::Kind;
-use fcd::guest::fake::{Answer, Gate, Readiness};
-use fcd::ids::{OpId, VmId};
+use fcd::testing::api::Call;
+use fcd::testing::api::exec::{ExecStart, ExecStartRequest};
+use fcd::testing::api::frame::Note;
+use fcd::testing::api::image::{ImageBuild, ImageBuildRequest, ImageList};
+use fcd::testing::api::op::{OpCancel, OpList, OpListRequest, OpRequest, OpShow, OpState};
+use fcd::testing::api::stream::ChunkWriter;
+use fcd::testing::api::vm::*;
+use fcd::testing::api::workspace::{ExportKind, ExportRequest, WorkspaceExport, WorkspacePrepare};
+use fcd::testing::client::{Client, Event, Failure};
+use fcd::testing::daemon::history::Verb;
+use fcd::testing::error::Kind;
+use fcd::testing::guest::fake::{Answer, Gate, Readiness};
+use fcd::testing::ids::{OpId, VmId};
 use std::io::Write;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -375,16 +375,16 @@ impl<'a> Actor<'a> {
         };
         match self.random.below(6) {
             0 => {
-                _ = self
-                    .world
-                    .vmm
-                    .die(&shown.vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9)))
+                _ = self.world.vmm.die(
+                    &shown.vm.id,
+                    &fcd::testing::vmm::End::Vmm(fcd::testing::vmm::Exit::Signal(9)),
+                )
             }
             1 => {
                 _ = self
                     .world
                     .vmm
-                    .die(&shown.vm.id, &fcd::vmm::End::GuestShutDown)
+                    .die(&shown.vm.id, &fcd::testing::vmm::End::GuestShutDown)
             }
             2 => self.world.guest.lose(addr),
             3 => _ = self.world.guest.stall_reads(addr, self.random.below(3)),

@@ -13,9 +13,9 @@ mod replay;
 
 use crate::world::*;
 use actor::{Actor, Seen};
-use fcd::api::daemon::{Leaks, LeaksRequest};
-use fcd::locks::{Rank, check};
-use fcd::ops::Filter;
+use fcd::testing::api::daemon::{Leaks, LeaksRequest};
+use fcd::testing::locks::{Rank, check};
+use fcd::testing::ops::Filter;
 pub use random::Random;
 use std::cell::Cell;
 use std::process::Command;
@@ -255,8 +255,9 @@ fn await_all_ended(world: &World) {
     await_that("every death is written down", || {
         let live = world.vmm.live();
         world.daemon().core.store.read(|s| {
-            let runs =
-                |r: &&std::sync::Arc<fcd::store::VmRow>| r.state == fcd::api::vm::VmState::Running;
+            let runs = |r: &&std::sync::Arc<fcd::testing::store::VmRow>| {
+                r.state == fcd::testing::api::vm::VmState::Running
+            };
             s.vms().filter(runs).all(|r| {
                 live.iter()
                     .any(|tag| tag.ends_with(&format!("-{}-{}", r.id, r.generation)))

@@ -2,10 +2,10 @@
 //! reply.
 
 use super::actor::{Reply, Seen};
-use fcd::api::vm::VmState;
-use fcd::daemon::history::{Answer, CommitKind, Event, Verb, What};
-use fcd::daemon::{Decision, decide};
-use fcd::ids::{OpId, VmId};
+use fcd::testing::api::vm::VmState;
+use fcd::testing::daemon::history::{Answer, CommitKind, Event, Verb, What};
+use fcd::testing::daemon::{Decision, decide};
+use fcd::testing::ids::{OpId, VmId};
 use std::collections::BTreeMap;
 
 pub struct Told {

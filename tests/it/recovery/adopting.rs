@@ -1,11 +1,11 @@
 //! VMMs that outlived the daemon which started them.
 
 use crate::world::*;
-use fcd::api::Call;
-use fcd::api::vm::*;
-use fcd::client::Failure;
-use fcd::vmm::Exit;
-use fcd::vmm::fake::Stage;
+use fcd::testing::api::Call;
+use fcd::testing::api::vm::*;
+use fcd::testing::client::Failure;
+use fcd::testing::vmm::Exit;
+use fcd::testing::vmm::fake::Stage;
 
 /// Running VMs outlive the daemon: the process is the same, and every call works on it again.
 #[test]

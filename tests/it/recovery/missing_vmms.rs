@@ -1,8 +1,8 @@
 //! VMMs that ended while no daemon was running.
 
 use crate::world::*;
-use fcd::api::vm::*;
-use fcd::vmm::Exit;
+use fcd::testing::api::vm::*;
+use fcd::testing::vmm::Exit;
 
 /// A world with a VM whose VMM died as `exit` says while no daemon was running.
 fn world_without_vmm(exit: Exit) -> (World, Vm) {

@@ -6,16 +6,16 @@ mod pausing;
 mod rm;
 
 use crate::world::*;
-use fcd::api::daemon::{Info, Leaks, LeaksRequest};
-use fcd::api::exec::{ExecStart, ExecStartRequest};
-use fcd::api::frame::Note;
-use fcd::api::op::OpState;
-use fcd::api::vm::*;
-use fcd::error::Kind;
-use fcd::ids::OpId;
-use fcd::store::Intent;
-use fcd::vmm::Exit;
-use fcd::vmm::fake::Stage;
+use fcd::testing::api::daemon::{Info, Leaks, LeaksRequest};
+use fcd::testing::api::exec::{ExecStart, ExecStartRequest};
+use fcd::testing::api::frame::Note;
+use fcd::testing::api::op::OpState;
+use fcd::testing::api::vm::*;
+use fcd::testing::error::Kind;
+use fcd::testing::ids::OpId;
+use fcd::testing::store::Intent;
+use fcd::testing::vmm::Exit;
+use fcd::testing::vmm::fake::Stage;
 
 fn exec(vm: &str, program: &str) -> ExecStartRequest {
     ExecStartRequest {
@@ -38,7 +38,7 @@ fn leaks_are_reported_after_reconcile() {
     });
     world.reopen();
     let mut asked = world.begin::<Leaks>(LeaksRequest { fix: false }, vec![]);
-    world.call::<Info>(&fcd::api::Empty {}).unwrap();
+    world.call::<Info>(&fcd::testing::api::Empty {}).unwrap();
     world.daemon().reconciler.reconcile();
     assert_eq!(asked.finish(SOON).unwrap().leaks, []);
 }
@@ -112,7 +112,7 @@ fn every_state_is_reconciled() {
         if !lives {
             world.kill_vmm(&vm.id, Exit::Signal(9));
         }
-        let op = fcd::api::op::Op {
+        let op = fcd::testing::api::op::Op {
             id: OpId::random(),
             method: "vm.something".into(),
             vm: Some(vm.id.clone()),
@@ -210,10 +210,10 @@ fn close_during_operations_ends_in_time() {
     world.vmm.hold_starts(Stage::AfterSpawn);
     let mut start = world.begin::<VmStart>(request("boots"), vec![]);
     assert!(world.vmm.await_held(1, soon()));
-    let gate = fcd::guest::fake::Gate::closed();
-    world
-        .guest
-        .on("", move |_| fcd::guest::fake::Answer::default().hold(&gate));
+    let gate = fcd::testing::guest::fake::Gate::closed();
+    world.guest.on("", move |_| {
+        fcd::testing::guest::fake::Answer::default().hold(&gate)
+    });
     let mut session = world.begin::<ExecStart>(exec("web", "cat"), vec![]);
     session.note(|n| matches!(n, Note::Session { .. }).then_some(()));
     let mut wait = world.begin::<VmWait>(
@@ -253,7 +253,7 @@ fn delete_with_pending_console_output_succeeds() {
         let (vm, _) = world.running("web");
         let log = world.vm_dir(&vm.id).join("console.log");
         let until = std::time::Instant::now() + std::time::Duration::from_millis(100);
-        let writer = fcd::host::thread::spawn("writer", move || {
+        let writer = fcd::testing::host::thread::spawn("writer", move || {
             while std::time::Instant::now() < until {
                 let _ = std::fs::write(&log, "the last words");
             }

@@ -2,10 +2,10 @@
 
 use super::exec;
 use crate::world::*;
-use fcd::api::exec::ExecStart;
-use fcd::api::vm::*;
-use fcd::error::Kind;
-use fcd::vmm::GuestEvent;
+use fcd::testing::api::exec::ExecStart;
+use fcd::testing::api::vm::*;
+use fcd::testing::error::Kind;
+use fcd::testing::vmm::GuestEvent;
 
 #[test]
 fn unresponsive_vmm_is_not_used_and_stops_at_once() {

@@ -1,10 +1,10 @@
 //! VMs that were created with `--rm`.
 
 use crate::world::*;
-use fcd::api::frame::Note;
-use fcd::api::vm::*;
-use fcd::error::Kind;
-use fcd::vmm::{End, Exit};
+use fcd::testing::api::frame::Note;
+use fcd::testing::api::vm::*;
+use fcd::testing::error::Kind;
+use fcd::testing::vmm::{End, Exit};
 
 fn rm(name: &str) -> VmCreateRequest {
     VmCreateRequest {

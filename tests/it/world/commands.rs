@@ -1,10 +1,10 @@
 //! The host commands that a daemon under test runs, all of them faked.
 
 use super::{REAL_DISKS, await_that};
-use fcd::error::{Error, Kind};
-use fcd::host::command::Output;
-use fcd::host::{Command, Commands};
-use fcd::locks::Cancel;
+use fcd::testing::error::{Error, Kind};
+use fcd::testing::host::command::Output;
+use fcd::testing::host::{Command, Commands};
+use fcd::testing::locks::Cancel;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
@@ -19,7 +19,7 @@ pub struct Builds {
 }
 
 impl Builds {
-    fn run(&self, cancel: &Cancel) -> fcd::error::Result<Output> {
+    fn run(&self, cancel: &Cancel) -> fcd::testing::error::Result<Output> {
         let running = self.running.fetch_add(1, Ordering::SeqCst) + 1;
         self.peak.fetch_max(running, Ordering::SeqCst);
         await_that("the build may end", || {
@@ -49,12 +49,12 @@ impl Commands for FakeCommands {
         command: &Command,
         cancel: &Cancel,
         on_line: &mut dyn FnMut(&str),
-    ) -> fcd::error::Result<Output> {
+    ) -> fcd::testing::error::Result<Output> {
         if command.program == "dmsetup" && std::env::var_os(REAL_DISKS).is_some() {
-            return fcd::host::HostCommands.run(command, cancel, on_line);
+            return fcd::testing::host::HostCommands.run(command, cancel, on_line);
         }
         // Blocks like the real one, and its output is passed on meanwhile.
-        let _blocking = fcd::locks::region(fcd::locks::Rank::HostCmd);
+        let _blocking = fcd::testing::locks::region(fcd::testing::locks::Rank::HostCmd);
         on_line("a line of the command's");
         let args: Vec<_> = command
             .args

@@ -2,9 +2,9 @@
 
 use super::Running;
 use super::{GUEST_PATH, SOON, World};
-use fcd::api::stream::ChunkWriter;
-use fcd::api::vm::*;
-use fcd::api::workspace::{PrepareRequest, WorkspacePrepare};
+use fcd::testing::api::stream::ChunkWriter;
+use fcd::testing::api::vm::*;
+use fcd::testing::api::workspace::{PrepareRequest, WorkspacePrepare};
 use std::io::Write;
 use std::os::fd::OwnedFd;
 
@@ -40,7 +40,7 @@ impl World {
 }
 
 pub struct Import {
-    pub call: Running<fcd::api::workspace::PrepareReply>,
+    pub call: Running<fcd::testing::api::workspace::PrepareReply>,
     pub stream: std::fs::File,
 }
 

@@ -11,21 +11,21 @@ pub use imports::{Import, pipe, prepare, write_payload};
 pub use observing::await_that;
 
 use crate::points::{PointCommands, PointDriver, PointTransport, Points};
-use fcd::api::Call;
-use fcd::api::vm::*;
-use fcd::client::{Client, Failure};
-use fcd::config::{Config, Limits, Qemu, VmDefaults};
-use fcd::daemon::{Caller, Daemon, Leftovers, Seams};
-use fcd::guest::Transport;
-use fcd::guest::fake::{Answer, FakeTransport};
-use fcd::ids::VmId;
-use fcd::locks::check;
-use fcd::server::{Dispatch, Server};
-use fcd::store::{State, Store};
-use fcd::vmm::fake::Fake;
-use fcd::vmm::{Driver, End, Exit};
-use fcd::workspace::remote;
-use fcd::workspace::remote::GuestWorkspace;
+use fcd::testing::api::Call;
+use fcd::testing::api::vm::*;
+use fcd::testing::client::{Client, Failure};
+use fcd::testing::config::{Config, Limits, Qemu, VmDefaults};
+use fcd::testing::daemon::{Caller, Daemon, Leftovers, Seams};
+use fcd::testing::guest::Transport;
+use fcd::testing::guest::fake::{Answer, FakeTransport};
+use fcd::testing::ids::VmId;
+use fcd::testing::locks::check;
+use fcd::testing::server::{Dispatch, Server};
+use fcd::testing::store::{State, Store};
+use fcd::testing::vmm::fake::Fake;
+use fcd::testing::vmm::{Driver, End, Exit};
+use fcd::testing::workspace::remote;
+use fcd::testing::workspace::remote::GuestWorkspace;
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
@@ -158,15 +158,15 @@ impl World {
             socket: dir.path().join("fcd.sock"),
             limits: limits(),
             vm: VmDefaults::default(),
-            vmm: fcd::config::Vmm::default(),
+            vmm: fcd::testing::config::Vmm::default(),
             qemu: Qemu::default(),
-            firecracker: fcd::config::Firecracker::default(),
-            disk: fcd::config::Disk::default(),
-            network: fcd::config::Network::default(),
+            firecracker: fcd::testing::config::Firecracker::default(),
+            disk: fcd::testing::config::Disk::default(),
+            network: fcd::testing::config::Network::default(),
             sync: Vec::new(),
         };
         if std::env::var_os(REAL_DISKS).is_some() {
-            config.disk.driver = fcd::config::DiskDriver::DmSnapshot;
+            config.disk.driver = fcd::testing::config::DiskDriver::DmSnapshot;
         }
         change(&mut config);
         std::fs::create_dir(&config.state_dir).unwrap();
@@ -198,13 +198,14 @@ impl World {
     /// Sets how guests answer: a shutdown ends them, and imports and exports succeed.
     fn behave(&self) {
         let (vmm, guests) = (self.vmm.clone(), self.guests.clone());
-        self.guest.on(fcd::image::SHUTDOWN_COMMAND, move |call| {
-            let vm = guests.lock().unwrap().get(&call.addr).cloned();
-            if let Some(vm) = vm {
-                vmm.die(&vm, &fcd::vmm::End::GuestShutDown);
-            }
-            Answer::status(0).stdout("synced\n")
-        });
+        self.guest
+            .on(fcd::testing::image::SHUTDOWN_COMMAND, move |call| {
+                let vm = guests.lock().unwrap().get(&call.addr).cloned();
+                if let Some(vm) = vm {
+                    vmm.die(&vm, &fcd::testing::vmm::End::GuestShutDown);
+                }
+                Answer::status(0).stdout("synced\n")
+            });
         self.guest.on("/usr/lib/fcd/busybox sh -c", |_| {
             Answer::status(0).stdout("ready\n")
         });
@@ -241,7 +242,7 @@ impl World {
         self.server = Some(
             Server::bind(
                 &self.config.socket,
-                fcd::server::Limits::from(&self.config.limits),
+                fcd::testing::server::Limits::from(&self.config.limits),
                 dispatch,
             )
             .unwrap(),
@@ -259,7 +260,7 @@ impl World {
             self.daemon.take().expect("open"),
             self.server.take().expect("open"),
         );
-        let left = fcd::server::drain(
+        let left = fcd::testing::server::drain(
             &server,
             &daemon,
             Instant::now() + Duration::from_millis(50),
@@ -271,7 +272,7 @@ impl World {
             daemon.leftovers() == Leftovers::default()
         });
         let state = daemon.core.store.read(State::clone);
-        for (_, op) in daemon.core.ops.list(&fcd::ops::Filter {
+        for (_, op) in daemon.core.ops.list(&fcd::testing::ops::Filter {
             all: true,
             ..Default::default()
         }) {
@@ -330,7 +331,7 @@ impl World {
     }
 
     /// Changes rows as if another daemon had died in the middle of an operation.
-    pub fn edit_rows(&mut self, change: impl FnOnce(&mut fcd::store::Tx)) {
+    pub fn edit_rows(&mut self, change: impl FnOnce(&mut fcd::testing::store::Tx)) {
         if self.daemon.is_some() {
             self.shut();
         }

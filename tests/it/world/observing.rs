@@ -1,12 +1,12 @@
 //! Waiting for a state, and comparing everything that a daemon keeps.
 
 use super::{SOON, World, soon};
-use fcd::api::op::{OpRequest, OpShow};
-use fcd::api::vm::*;
-use fcd::daemon::Leftovers;
-use fcd::error::Kind;
-use fcd::ids::OpId;
-use fcd::store::State;
+use fcd::testing::api::op::{OpRequest, OpShow};
+use fcd::testing::api::vm::*;
+use fcd::testing::daemon::Leftovers;
+use fcd::testing::error::Kind;
+use fcd::testing::ids::OpId;
+use fcd::testing::store::State;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -73,7 +73,7 @@ impl World {
         });
     }
 
-    pub fn op(&self, id: &OpId) -> fcd::api::op::Op {
+    pub fn op(&self, id: &OpId) -> fcd::testing::api::op::Op {
         self.call::<OpShow>(&OpRequest { op: id.to_string() })
             .unwrap()
             .op
@@ -141,7 +141,7 @@ fn files(dir: &Path, into: &mut BTreeSet<String>) {
     }
 }
 
-fn poll(watch: &fcd::store::Watch, left: Duration) {
+fn poll(watch: &fcd::testing::store::Watch, left: Duration) {
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
     let timeout =
         PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);

@@ -21,7 +21,7 @@ const RESOLVERS_DEADLINE: Duration = Duration::from_secs(4);
 const LIFE_MAX: Duration = Duration::from_secs(60);
 
 #[derive(Default)]
-pub struct Connections {
+pub(super) struct Connections {
     open: Vec<Connection>,
 }
 
@@ -64,7 +64,7 @@ enum Step {
 }
 
 impl Connections {
-    pub fn open(&mut self, ticket: Ticket, fd: OwnedFd, now: Instant) {
+    pub(super) fn open(&mut self, ticket: Ticket, fd: OwnedFd, now: Instant) {
         self.open.push(Connection {
             ticket,
             stream: fd.into(),
@@ -75,12 +75,12 @@ impl Connections {
         });
     }
 
-    pub fn has(&self, ticket: Ticket) -> bool {
+    pub(super) fn has(&self, ticket: Ticket) -> bool {
         self.open.iter().any(|c| c.ticket == ticket)
     }
 
     /// Returns the descriptor that each connection waits for.
-    pub fn waits(&self) -> impl Iterator<Item = Option<(BorrowedFd<'_>, PollFlags)>> {
+    pub(super) fn waits(&self) -> impl Iterator<Item = Option<(BorrowedFd<'_>, PollFlags)>> {
         self.open.iter().map(|c| match &c.state {
             State::Question(_) => Some((c.stream.as_fd(), PollFlags::POLLIN)),
             State::LookedUp(_) | State::Opening(_) => None,
@@ -90,13 +90,13 @@ impl Connections {
         })
     }
 
-    pub fn deadline(&self) -> Option<Instant> {
+    pub(super) fn deadline(&self) -> Option<Instant> {
         self.open.iter().map(|c| c.due().min(c.ends)).min()
     }
 
     /// Advances the connections that are ready or whose deadline has passed. `ready` corresponds to
     /// [`Self::waits`].
-    pub fn advance(
+    pub(super) fn advance(
         &mut self,
         ready: &[bool],
         daemon: &Daemon,
@@ -126,7 +126,7 @@ impl Connections {
     }
 
     /// Answers a query with the daemon's result.
-    pub fn found(&mut self, ticket: Ticket, found: &Found, subnet: Subnet, now: Instant) {
+    pub(super) fn found(&mut self, ticket: Ticket, found: &Found, subnet: Subnet, now: Instant) {
         let waiting = self.open.iter_mut().find(|c| c.ticket == ticket);
         let Some((connection, reply)) = waiting.and_then(|c| match &c.state {
             State::LookedUp(packet) => answer(packet, subnet, found).map(|reply| (c, reply)),
@@ -139,7 +139,7 @@ impl Connections {
 
     /// Forwards a query through the socket that the daemon has opened, or fails it if there is
     /// none.
-    pub fn resolver(&mut self, ticket: Ticket, fd: Option<OwnedFd>, now: Instant) {
+    pub(super) fn resolver(&mut self, ticket: Ticket, fd: Option<OwnedFd>, now: Instant) {
         let Some(connection) = self.open.iter_mut().find(|c| c.ticket == ticket) else {
             return;
         };

@@ -21,7 +21,7 @@ const PENDING_PER_CLIENT_MAX: usize = 64;
 /// How long to wait for one resolver before the next one is tried.
 const RESOLVER_DEADLINE: Duration = Duration::from_secs(2);
 
-pub struct Datagrams {
+pub(super) struct Datagrams {
     /// Queries that wait for the daemon's lookup.
     looked_up: HashMap<Ticket, Vec<u8>>,
     pending: Vec<Pending>,
@@ -61,7 +61,7 @@ impl Default for Datagrams {
 
 impl Datagrams {
     /// Returns the descriptor that each pending query waits for.
-    pub fn waits(&self) -> impl Iterator<Item = Option<(BorrowedFd<'_>, PollFlags)>> {
+    pub(super) fn waits(&self) -> impl Iterator<Item = Option<(BorrowedFd<'_>, PollFlags)>> {
         self.pending.iter().map(|p| {
             p.asked
                 .as_ref()
@@ -69,7 +69,7 @@ impl Datagrams {
         })
     }
 
-    pub fn deadline(&self) -> Option<Instant> {
+    pub(super) fn deadline(&self) -> Option<Instant> {
         self.pending
             .iter()
             .filter_map(|p| p.asked.as_ref())
@@ -78,7 +78,7 @@ impl Datagrams {
     }
 
     /// Handles a query.
-    pub fn question(
+    pub(super) fn question(
         &mut self,
         (ticket, client): (Ticket, SocketAddrV4),
         packet: Vec<u8>,
@@ -134,7 +134,7 @@ impl Datagrams {
     }
 
     /// Answers a query with the daemon's result. Ignored if the query is not open any more.
-    pub fn found(
+    pub(super) fn found(
         &mut self,
         ticket: Ticket,
         found: &Found,
@@ -155,7 +155,7 @@ impl Datagrams {
 
     /// Forwards a query through the socket that the daemon has opened, or fails it if there is
     /// none.
-    pub fn resolver(
+    pub(super) fn resolver(
         &mut self,
         ticket: Ticket,
         fd: Option<OwnedFd>,
@@ -190,7 +190,7 @@ impl Datagrams {
 
     /// Passes on the answers that have arrived, and retries queries whose time is up. `ready`
     /// corresponds to [`Self::waits`].
-    pub fn take_answers(
+    pub(super) fn take_answers(
         &mut self,
         ready: &[bool],
         daemon: &Daemon,

@@ -14,13 +14,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-pub const NAME: &str = "hostile-dns";
+pub(crate) const NAME: &str = "hostile-dns";
 /// Clients whose answers the helper never reads, far more than a channel holds.
 const DEAF_TO: usize = 400;
 
 /// Runs the hostile helper. The first label of a query chooses what it does. Otherwise it answers
 /// with the query itself. It is not confined, because that does not change what it can send.
-pub fn run() -> ExitCode {
+pub(crate) fn run() -> ExitCode {
     let channel = Channel::inherited();
     let mut buffer = vec![0; TO_HELPER_BYTES_MAX];
     loop {

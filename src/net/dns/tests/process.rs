@@ -14,13 +14,13 @@ use std::time::{Duration, Instant};
 /// How long a new helper may take to start.
 const SOON: Duration = Duration::from_secs(20);
 
-pub fn helper_pid(server: &Server) -> u32 {
+pub(super) fn helper_pid(server: &Server) -> u32 {
     server.health.pid.load(Ordering::Relaxed)
 }
 
 /// Repeats a query until it is answered, because open queries are lost when a helper exits.
 #[track_caller]
-pub fn ask_until_answered(lab: &Lab, packet: &[u8]) -> Vec<u8> {
+pub(super) fn ask_until_answered(lab: &Lab, packet: &[u8]) -> Vec<u8> {
     let client = UdpSocket::bind("127.0.0.1:0").unwrap();
     client.connect(lab.at).unwrap();
     client

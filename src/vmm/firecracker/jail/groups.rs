@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// Where control groups of version 2 are mounted (cgroups(7)).
-pub const CGROUPS: &str = "/sys/fs/cgroup";
+pub(crate) const CGROUPS: &str = "/sys/fs/cgroup";
 pub(super) const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
 /// The controller for VMs with disk rates.
 const IO: &str = "io";
@@ -36,7 +36,7 @@ const REMOVE_PERIOD: Duration = Duration::from_millis(5);
 ///
 /// # Errors
 /// `unsupported` if a controller is missing, unless the configuration says `best-effort`.
-pub fn limits(config: &Config, spec: &VmmSpec) -> Result<Vec<String>> {
+pub(crate) fn limits(config: &Config, spec: &VmmSpec) -> Result<Vec<String>> {
     if config.limits == VmmLimits::Required && has_disk_rate(spec) {
         io_limits(spec, device_of)?;
     }
@@ -87,7 +87,7 @@ pub(super) fn limits_of(
 
 /// Returns which of the controllers that every VM needs this host lacks, and whether it has the one
 /// for disk rates.
-pub fn missing_controllers() -> (Vec<&'static str>, bool) {
+pub(crate) fn missing_controllers() -> (Vec<&'static str>, bool) {
     let text =
         std::fs::read_to_string(Path::new(CGROUPS).join("cgroup.controllers")).unwrap_or_default();
     let has = |controller: &str| text.split_whitespace().any(|has| has == controller);
@@ -111,7 +111,7 @@ fn has_disk_rate(spec: &VmmSpec) -> bool {
 ///
 /// # Errors
 /// `unsupported` if the host has no such limits, unless the configuration says `best-effort`.
-pub fn limit_io(wanted: VmmLimits, spec: &VmmSpec) -> Result<()> {
+pub(crate) fn limit_io(wanted: VmmLimits, spec: &VmmSpec) -> Result<()> {
     let group = group(&spec.tag);
     let file = group.join("io.max");
     if !group.exists() || (!has_disk_rate(spec) && !file.exists()) {
@@ -218,7 +218,7 @@ pub(super) fn device_of(path: &Path) -> Result<String> {
 }
 
 /// The name of the control group that holds those of an installation's VMs.
-pub fn parent_group(install: &str) -> String {
+pub(crate) fn parent_group(install: &str) -> String {
     format!("fcd-{install}")
 }
 

@@ -8,8 +8,8 @@
 mod groups;
 mod programs;
 
-pub use groups::{CGROUPS, limit_io, limits, missing_controllers, parent_group};
-pub use programs::{Programs, programs};
+pub(super) use groups::{CGROUPS, limit_io, limits, missing_controllers, parent_group};
+pub(super) use programs::{Programs, programs};
 
 use crate::error::{Error, Kind, Result};
 use crate::host::Credentials;
@@ -29,16 +29,16 @@ const ROOT_DIR: &str = "root";
 const FILES_MAX: u32 = 256;
 
 /// Names of the files in the jail.
-pub const KERNEL: &str = "vmlinux";
-pub const INITRD: &str = "initrd";
-pub const DISK: &str = "disk";
-pub const SEED: &str = "seed";
-pub const WORK: &str = "work";
-pub const MEMORY: &str = "memory";
-pub const DEVICES: &str = "devices";
+pub(super) const KERNEL: &str = "vmlinux";
+pub(super) const INITRD: &str = "initrd";
+pub(super) const DISK: &str = "disk";
+pub(super) const SEED: &str = "seed";
+pub(super) const WORK: &str = "work";
+pub(super) const MEMORY: &str = "memory";
+pub(super) const DEVICES: &str = "devices";
 
 /// Returns the jail's root directory, as seen from the host.
-pub fn root(dir: &Path, program: &Path, tag: &Tag) -> PathBuf {
+pub(super) fn root(dir: &Path, program: &Path, tag: &Tag) -> PathBuf {
     dir.join(JAIL_DIR)
         .join(program.file_name().unwrap_or_default())
         .join(tag.as_str())
@@ -80,7 +80,7 @@ fn require_flags(dir: &Path, flags: mount::Flags) -> Result<()> {
 
 /// Creates the jail with the files that the VMM opens, and returns its root. An earlier jail with
 /// this tag is removed.
-pub fn make(spec: &VmmSpec, programs: &Programs) -> Result<OwnedFd> {
+pub(super) fn make(spec: &VmmSpec, programs: &Programs) -> Result<OwnedFd> {
     let doing = || format!("create the jail of {}", spec.tag);
     require_mount(&spec.dir)?;
     clear(&spec.dir, &spec.tag)?;
@@ -110,7 +110,7 @@ pub fn make(spec: &VmmSpec, programs: &Programs) -> Result<OwnedFd> {
 }
 
 /// Opens the root of an existing jail.
-pub fn find(dir: &Path, tag: &Tag) -> Result<Option<OwnedFd>> {
+pub(super) fn find(dir: &Path, tag: &Tag) -> Result<Option<OwnedFd>> {
     let jail = dir.join(JAIL_DIR);
     let roots = names(&jail)
         .into_iter()
@@ -123,7 +123,7 @@ pub fn find(dir: &Path, tag: &Tag) -> Result<Option<OwnedFd>> {
 }
 
 /// Returns the jailer's arguments. Firecracker's own arguments follow `--`.
-pub fn args(
+pub(super) fn args(
     spec: &VmmSpec,
     programs: &Programs,
     owner: Credentials,
@@ -154,7 +154,7 @@ pub fn args(
 
 /// Removes the jail and the control group with this tag. Succeeds if there are none. The VMM must
 /// have exited.
-pub fn clear(dir: &Path, tag: &Tag) -> Result<()> {
+pub(super) fn clear(dir: &Path, tag: &Tag) -> Result<()> {
     remove_group(tag)?;
     let jail = dir.join(JAIL_DIR);
     for program in names(&jail) {
@@ -177,7 +177,7 @@ fn names(dir: &Path) -> Vec<String> {
 
 /// Returns the tags of this installation for which there is a control group or a jail in a VM's
 /// directory.
-pub fn remains(vms: &Path, install: &str) -> Vec<String> {
+pub(super) fn remains(vms: &Path, install: &str) -> Vec<String> {
     let mut found = names(&Path::new(CGROUPS).join(parent_group(install)));
     for vm in names(vms) {
         let jail = vms.join(vm).join(JAIL_DIR);

@@ -11,14 +11,14 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// The two programs, checked to be fit for a jail.
-pub struct Programs {
+pub(crate) struct Programs {
     pub jailer: PathBuf,
     pub firecracker: PathBuf,
 }
 
 /// # Errors
 /// `command_missing` or `unsupported`, with what to do.
-pub fn programs(config: &Config) -> Result<Programs> {
+pub(crate) fn programs(config: &Config) -> Result<Programs> {
     let find = |name: &Path| {
         let path = program::locate(name).map_err(install_if_missing)?;
         path.canonicalize()

@@ -180,6 +180,38 @@ impl Processes for Drivers {
     }
 
     fn watch(&self, dir: &Path, identity: &Identity, died: Died) -> Result<()> {
-        self.starts.processes().watch(dir, identity, died)
+        // Each driver keeps the reasons that its own VMMs give for their end. If the VMM has
+        // already exited, any driver reports that.
+        let driver = self.of(identity).unwrap_or(&*self.starts);
+        driver.processes().watch(dir, identity, died)
+    }
+}
+
+#[cfg(all(test, feature = "fakes"))]
+mod tests {
+    use super::*;
+    use crate::ids::VmId;
+    use crate::vmm::End;
+    use crate::vmm::fake::{Fake, spec};
+    use std::sync::mpsc::channel;
+
+    #[test]
+    fn watch_of_other_drivers_vmm_reports_its_end() {
+        let (starts, other) = (
+            Arc::new(Fake::new().unwrap()),
+            Arc::new(Fake::new().unwrap()),
+        );
+        let dir = tempfile::tempdir().unwrap();
+        let vm = VmId::random();
+        let spec = spec(Tag::new("00000001", &vm, 1), dir.path());
+        std::fs::create_dir_all(&spec.dir).unwrap();
+        let cancel = Cancel::try_new().unwrap();
+        let running = other.start(&spec, &cancel, &mut |_| {}).unwrap();
+        let drivers = Drivers::new(starts, vec![other.clone()]);
+        let (ended, ends) = channel();
+        let died = Box::new(move |end| ended.send(end).unwrap());
+        drivers.watch(&spec.dir, &running.identity, died).unwrap();
+        assert!(other.die(&vm, &End::GuestShutDown));
+        assert_eq!(ends.recv().unwrap(), End::GuestShutDown);
     }
 }

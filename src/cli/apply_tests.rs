@@ -20,7 +20,7 @@ fn daemon(patch: &'static [u8]) -> Fake {
     })
 }
 
-/// A tree that is not a repository, with a file `a`.
+/// Creates a tree that is not a repository, with a file `a`.
 fn tree(text: &str) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("a"), text).unwrap();
@@ -118,7 +118,7 @@ fn apply_patch_file_needs_no_daemon() {
 }
 
 #[test]
-fn apply_of_an_unchanged_workspace_says_so() {
+fn apply_of_unchanged_workspace_reports_no_changes() {
     let (fake, dir) = (daemon(b""), tree("one\n"));
     let ran = apply(&fake, dir.path(), &["web"]);
     assert_eq!(

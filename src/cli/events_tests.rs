@@ -61,7 +61,7 @@ fn op_ended(state: OpState, error: Option<Error>) -> What {
     }
 }
 
-/// Sends one event of each kind, and then the daemon shuts down.
+/// Sends one event of each kind. Then the daemon shuts down.
 fn one_of_everything(mut r: Request) {
     assert!(r.method == "events.watch" && r.more);
     let part = |more, vms| {
@@ -91,7 +91,7 @@ fn one_of_everything(mut r: Request) {
         9,
         vec![state(VmState::Created, VmState::Starting, None)],
     ));
-    // Prints nothing: people do not care about process IDs.
+    // This event prints nothing, because users do not need process IDs.
     r.note(events_note(
         10,
         vec![Changed {
@@ -163,7 +163,7 @@ fn one_of_everything(mut r: Request) {
         seq: 18,
         events: vec![image],
     }));
-    // An event from a newer daemon.
+    // This event is from a newer daemon.
     r.raw(r#"{"jsonrpc":"2.0","method":"events","params":{"seq":19,"events":[{"seq":19,"at":1,"vm":null,"name":null,"owner_uid":0,"event":"disk.full","free":1}]}}"#);
     r.fault(Error::new(
         Kind::ShuttingDown,
@@ -314,7 +314,8 @@ fn events_reader_exits_while_idle_ends_quietly() {
                 set: Members::new(),
             }],
         ));
-        // No further event arrives.
+        // No further event arrives, so the idle client itself must notice that its reader has
+        // exited.
         r.wait_for_hangup();
     });
     let (mut reader, writer) = std::io::pipe().unwrap();

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// The guest's ends of the streams that came with `exec.start`.
+/// The guest's ends of the streams that the client passed with `exec.start`.
 pub(crate) struct Guest {
     pub(crate) stdin: Option<File>,
     pub(crate) stdout: Option<File>,
@@ -65,7 +65,7 @@ fn exec_binary_streams_stay_separate_and_complete() {
         let mut input = Vec::new();
         guest.stdin.take().unwrap().read_to_end(&mut input).unwrap();
         let (mut out, mut err) = (guest.stdout.take().unwrap(), guest.stderr.take().unwrap());
-        // More than any pipe can buffer, so the relay must read.
+        // This is more than a pipe can buffer, so the relay must read.
         out.write_all(&bytes(3_000_000, 1)).unwrap();
         err.write_all(b"to stderr\n").unwrap();
         out.write_all(&input).unwrap();
@@ -224,7 +224,7 @@ fn exec_reader_exits_ends_command_quietly() {
     let fake = Fake::start(|mut r| {
         let mut guest = begin(&mut r);
         let mut out = guest.stdout.take().unwrap();
-        // Writes until nobody reads, as yes(1) does.
+        // Writes until the stream has no reader, as yes(1) does.
         while out.write_all(&[b'y'; 4096]).is_ok() {}
         r.wait_for_hangup();
     });
@@ -259,7 +259,7 @@ fn exec_full_disk_exits_125() {
     );
 }
 
-/// Returns a pty pair: the side of the person who types and reads, and the terminal of the program.
+/// Returns a pty pair: the side of the user and the side of the program.
 fn terminal(rows: u16, cols: u16) -> (File, File) {
     let pty = nix::pty::openpty(None, None).unwrap();
     let terminal = File::from(pty.slave);
@@ -277,9 +277,9 @@ fn resize(terminal: &File, rows: u16, cols: u16) {
     rustix::termios::tcsetwinsize(terminal, size).unwrap();
 }
 
-/// Runs a command on a terminal, and sends it `signals` once the first resize shows that the
-/// session exists. `after` decides how the command ends, and receives the signals that reached the
-/// session.
+/// Runs a command on a terminal, and sends it `signals` after the first resize, which shows that
+/// the session exists. `after` receives the signals that reached the session and decides how the
+/// command ends.
 fn signalled(
     signals: &'static [i32],
     after: impl Fn(Request, &Receiver<String>) + Send + Sync + 'static,

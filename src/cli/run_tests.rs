@@ -16,7 +16,7 @@ use std::io::Write;
 const LAST_LINE: &str =
     "VM web keeps running. Enter: fcctl ssh web, stop: fcctl stop web, delete: fcctl rm -f web\n";
 
-/// A daemon on which everything succeeds. `special` may handle a request itself.
+/// A daemon on which every call succeeds. `special` may handle a request itself.
 fn daemon(special: impl Fn(Request) -> Option<Request> + Send + Sync + 'static) -> Fake {
     Fake::start(move |r| {
         let Some(mut r) = special(r) else { return };
@@ -112,7 +112,7 @@ fn run_creates_copies_runs_and_keeps() {
         fake.methods(),
         "vm.create vm.start workspace.prepare exec.start workspace.export"
     );
-    // The name is printed first, and how to continue last.
+    // stderr begins with the VM's name and ends with how to continue.
     assert!(
         ran.err.starts_with("fcctl: VM web\n") && ran.err.ends_with(LAST_LINE),
         "{}",

@@ -12,7 +12,7 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::{Read, Seek, Write};
 
-/// The current time in every test, in seconds since the epoch.
+/// The current time in all tests, in seconds since the epoch.
 pub(super) const NOW_S: u64 = 1_800_000_000;
 
 pub(super) struct Ran {
@@ -68,7 +68,7 @@ pub(super) fn fcctl_from(fake: &Fake, start: Start, args: &[&str]) -> Ran {
     let status = super::command(&mut ctx, &words);
     let [out, err] = read_back.each_mut().map(|file| {
         let mut bytes = Vec::new();
-        // The test itself reads anything that is not a regular file.
+        // Pipes and terminals are left for the test to read.
         if file.metadata().unwrap().is_file() {
             file.rewind().unwrap();
             file.read_to_end(&mut bytes).unwrap();
@@ -87,7 +87,7 @@ pub(super) fn fcctl(fake: &Fake, args: &[&str]) -> Ran {
     fcctl_from(fake, Start::default(), args)
 }
 
-/// Compares status, calls, stdout and stderr as one text.
+/// Compares the status, calls, stdout and stderr as one text.
 #[track_caller]
 pub(super) fn check(fake: &Fake, args: &[&str], expected: Expect) {
     let ran = fcctl(fake, args);
@@ -147,7 +147,7 @@ pub(super) fn vm(name: &str, state: VmState) -> Vm {
     }
 }
 
-/// A daemon with the VMs `web` and `db`. Every call about them succeeds and changes nothing; other
+/// A daemon with the VMs `web` and `db`. Every call on them succeeds and changes nothing. Other
 /// names are not found.
 pub(super) fn two_vms() -> Fake {
     Fake::start(|r: Request| {
@@ -270,7 +270,7 @@ fn absent_daemon_suggests_starting_it() {
     drop(fake);
 }
 
-/// Like [`fcctl`], but with `--socket` among the words.
+/// Like [`fcctl`], but `--socket` is one of the words.
 fn fcctl_other_socket(words: &[&str]) -> Ran {
     let mut err = tempfile::tempfile().unwrap();
     let stdio = Stdio {
@@ -549,7 +549,7 @@ fn version_difference_is_reported_once() {
     assert_eq!(fcctl(&fake, &["exec", "x", "--", "true"]).status, 125);
 }
 
-/// Splits a line of the README into words. Two spaces start its explanation, and quotes group
+/// Splits a line of the README into words. Two spaces begin the explanation, and quotes group
 /// words.
 fn commands(line: &str) -> Vec<Vec<String>> {
     let (mut all, mut words, mut word, mut is_quoted) =

@@ -89,7 +89,7 @@ fn create_prints_the_name() {
 }
 
 #[test]
-fn stop_says_whether_the_data_was_synced() {
+fn stop_reports_whether_data_was_synced() {
     for (synced, words) in [
         (Synced::Yes, "was synced"),
         (Synced::No, "was not synced"),
@@ -120,7 +120,7 @@ fn stop_says_whether_the_data_was_synced() {
 }
 
 #[test]
-fn set_says_when_it_applies() {
+fn set_reports_when_change_applies() {
     let fake = Fake::start(|r| {
         let pending = (r.params["vm"] == "web").then(|| Pending {
             vcpus: Some(4),
@@ -191,7 +191,7 @@ fn set_says_when_it_applies() {
 }
 
 #[test]
-fn balloon_takes_what_the_guest_keeps() {
+fn balloon_requests_memory_to_keep() {
     let fake = Fake::start(|r| {
         let balloon_mib = r.params["keep_mib"].as_u64();
         r.result(
@@ -231,7 +231,7 @@ fn rm_deletes_with_and_without_force() {
         status 0
     "#]],
     );
-    // This is `rm -f $(fcctl ps -aq)` without VMs.
+    // This is `rm -f $(fcctl ps -aq)` when there are no VMs.
     check(
         &fake,
         &["rm", "-f"],

@@ -26,7 +26,8 @@ pub(crate) fn with_workspace(name: &str) -> Vm {
     }
 }
 
-/// The daemon's side of a prepare: reads the stream to its end. Returns None if it was cut off.
+/// The daemon's side of a prepare: reads the stream to its end. Returns `None` if the stream was
+/// cut off.
 pub(crate) fn take_stream(r: &mut Request, keep: &[&str]) -> Option<(Vec<u8>, u64)> {
     // Notes of other kinds arrive first.
     r.note(Note::Op {
@@ -50,7 +51,7 @@ pub(crate) fn give_stream(r: &mut Request, payload: &[u8]) {
     writer.finish(1).unwrap();
 }
 
-/// An export that lists paths which could not be brought back.
+/// The daemon's side of an export that lists paths which could not be brought back.
 pub(crate) fn give_stream_without(r: &mut Request, left: &[u8], payload: &[u8]) {
     let mut writer = ChunkWriter::new(File::from(r.fds.pop().expect("one descriptor")));
     let count = left.iter().filter(|b| **b == 0).count();
@@ -70,7 +71,7 @@ fn contains(haystack: &[u8], needle: &[u8]) -> bool {
     haystack.windows(needle.len()).any(|w| w == needle)
 }
 
-/// A plain tree outside any repository.
+/// Creates a plain tree outside any repository.
 fn tree() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("one.txt"), "the first file").unwrap();
@@ -241,7 +242,7 @@ fn prepare_tar_from_stdin_is_sent_unchanged() {
 fn prepare_stalled_ends_at_signal() {
     let (signal, signals) = crossbeam_channel::unbounded();
     let fake = Fake::start(move |mut r| {
-        // Keeps the descriptor without reading from it.
+        // Keeps the descriptor but does not read from it.
         r.note(Note::Ready(Ready::default()));
         signal.send(signal_hook::consts::SIGINT).unwrap();
         r.wait_for_hangup();
@@ -330,7 +331,7 @@ fn export_truncated_patch_writes_nothing() {
         (1, "fcctl: the guest went away\n")
     );
     assert_eq!(fcctl(&fake, &["workspace", "export", "web"]).out, b"");
-    // Nothing but the socket is left.
+    // Only the socket is left.
     assert_eq!(std::fs::read_dir(fake.dir()).unwrap().count(), 1);
 }
 
@@ -434,7 +435,7 @@ fn export_over_limit_fails_and_leaves_nothing() {
     assert_eq!(std::fs::read_dir(fake.dir()).unwrap().count(), 1);
 }
 
-/// The flag reaches the plan, both with `prepare` and with `run`.
+/// `prepare` and `run` both pass the flag to the plan.
 #[test]
 fn allow_alternate_reaches_the_plan() {
     let dir = tempfile::tempdir().unwrap();
@@ -513,7 +514,7 @@ fn allow_alternate_reaches_the_plan() {
 }
 
 #[test]
-fn export_lists_what_stayed_behind() {
+fn export_lists_paths_left_in_guest() {
     let fake = Fake::start(|mut r| {
         give_stream_without(&mut r, b"r svc it's/.git\0s sub\x1b[2J\0", b"");
         r.result(json!({"bytes": 0}));

@@ -1,4 +1,4 @@
-//! A fake daemon for tests. It has a thread per connection and answers from a closure.
+//! A fake daemon for tests. It has a thread per connection, and a closure answers its calls.
 
 use crate::api::frame::{Note, Notification, Version};
 use crate::api::limits::FDS_MAX;
@@ -27,7 +27,7 @@ pub(crate) struct Request {
 
 impl Request {
     pub(crate) fn raw(&mut self, line: &str) {
-        // Ignored because tests let the client disconnect.
+        // The error is ignored because tests let the client disconnect.
         let _ = self.stream.write_all(format!("{line}\n").as_bytes());
     }
     pub(crate) fn note(&mut self, note: Note) {
@@ -105,11 +105,11 @@ impl Fake {
     pub(crate) fn dir(&self) -> &Path {
         self.dir.path()
     }
-    /// The calls so far except `fcd.info`, such as `vm.stop {"vm":"a"}`.
+    /// Returns the calls so far except `fcd.info`, such as `vm.stop {"vm":"a"}`.
     pub(crate) fn calls(&self) -> Vec<String> {
         self.calls.try_iter().collect()
     }
-    /// The methods of the calls so far, without parameters.
+    /// Returns the methods of the calls so far, without parameters.
     pub(crate) fn methods(&self) -> String {
         let methods: Vec<_> = self
             .calls

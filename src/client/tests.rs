@@ -18,7 +18,7 @@ fn show(client: &mut Client) -> Result<crate::api::vm::VmReply> {
     })
 }
 
-/// Checks the failure of a call to a daemon that answers with `answer`.
+/// Checks the error of a call to a daemon that answers with `answer`.
 #[track_caller]
 fn check(answer: impl Fn(Request) + Send + Sync + 'static, expected: Expect) {
     let fake = Fake::start(answer);
@@ -160,7 +160,7 @@ fn every_unreachable_daemon_has_its_hint() {
 }
 
 #[test]
-fn versions() {
+fn different_versions_fail_or_warn() {
     let fake = Fake::with_version(VERSION_MAJOR + 1, 0, |_| unreachable!());
     let e = Client::connect(&fake.socket()).err().unwrap();
     assert_eq!((e.exit_status(), e.kind()), (5, "version_mismatch"));

@@ -1,6 +1,6 @@
-//! A transport without guests, for tests of the daemon. Guests are identified by their address.
-//! Every wait is the same poll as in the real transport: over the caller's descriptors, the cancel
-//! token, the hang-up, the deadline and the idle limit.
+//! A transport without guests, for tests of the daemon. An address identifies a guest. Every wait
+//! polls like the real transport: over the caller's descriptors, the cancel token, the hang-up, the
+//! deadline and the idle limit.
 
 use super::wait::Wait;
 use super::{Control, ExecSpec, Sink, Source, Streams, Target, Transport};
@@ -16,7 +16,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// How much of a command's input is kept.
+/// Limit of the input that is kept of a command.
 const STDIN_KEPT_MAX: usize = 4 << 20;
 
 /// A gate that stays closed until it is opened, and then stays open. Clones share one gate.
@@ -41,7 +41,7 @@ impl Gate {
     }
 }
 
-/// What `wait_ready` does for a guest.
+/// How a guest answers `wait_ready`.
 #[derive(Clone, Default)]
 pub enum Readiness {
     #[default]
@@ -51,7 +51,7 @@ pub enum Readiness {
     Fails(Kind, String),
 }
 
-/// What a command returns.
+/// The result of a command.
 #[derive(Clone)]
 pub struct Answer {
     pub exit: Exit,
@@ -112,11 +112,11 @@ type Respond = Arc<dyn Fn(&Call) -> Answer + Send + Sync>;
 #[derive(Default, Clone)]
 struct Guest {
     readiness: Readiness,
-    /// Called when somebody dials. Dialing then fails with what it returns.
+    /// Called at each dial. Dialing then fails with the kind that the function returns.
     on_dial: Option<OnDial>,
-    /// Nothing gets through in either direction.
+    /// True if no bytes pass in either direction.
     cut: bool,
-    /// After this many bytes, input is read only once the gate opens.
+    /// After this many bytes, a command stops reading its input until the gate opens.
     stall: Option<(u64, Gate)>,
     /// Opening this gate breaks the connection.
     lost: Option<Gate>,
@@ -163,7 +163,7 @@ impl FakeTransport {
         let refuse: OnDial = Arc::new(|| Kind::GuestUnavailable);
         self.guest(addr, |g| g.on_dial = unreachable.then_some(refuse));
     }
-    /// Calls `on_dial` at each dialing, which then fails with the kind that it returns.
+    /// Calls `on_dial` at each dial, which then fails with the kind that the function returns.
     pub fn fail_dialing(
         &self,
         addr: SocketAddr,
@@ -171,8 +171,8 @@ impl FakeTransport {
     ) {
         self.guest(addr, |g| g.on_dial = Some(Arc::new(on_dial)));
     }
-    /// Makes commands that start from now on neither answer nor end, as if the network were cut.
-    /// Only the caller's side can end them.
+    /// Makes commands that start later neither answer nor end, as if the network were cut. Only the
+    /// caller can end them.
     pub fn set_cut(&self, addr: SocketAddr, cut: bool) {
         self.guest(addr, |g| g.cut = cut);
     }
@@ -183,7 +183,7 @@ impl FakeTransport {
         self.guest(addr, |g| g.stall = Some((after_bytes, gate.clone())));
         gate
     }
-    /// Breaks every present connection with `guest_lost`.
+    /// Breaks all connections to the guest with `guest_lost`.
     pub fn lose(&self, addr: SocketAddr) {
         if let Some(gate) = self.guest(addr, |g| g.lost.take()) {
             gate.open();
@@ -197,14 +197,14 @@ impl FakeTransport {
             .answers
             .push((prefix.to_owned(), Arc::new(respond)));
     }
-    /// Number of commands that are running, including those that are still dialing.
+    /// Returns the number of running commands, including those that are still dialing.
     pub fn live(&self, addr: SocketAddr) -> usize {
         self.guest(addr, |g| g.live)
     }
     pub fn live_total(&self) -> usize {
         self.state.lock().guests.values().map(|g| g.live).sum()
     }
-    /// Every command whose input has ended, in that order.
+    /// Returns every command whose input has ended, in order of these ends.
     pub fn calls(&self) -> Vec<Call> {
         self.state.lock().calls.clone()
     }
@@ -339,7 +339,7 @@ impl Run<'_, '_, '_> {
         Ok(self.signalled.map_or(answer.exit, Exit::Signal))
     }
 
-    /// Calls the responder on a thread of its own, as a real guest runs outside the caller's lock
+    /// Calls the responder on a new thread, because a real guest runs outside the caller's lock
     /// regions.
     fn answer(&self, respond: Respond) -> Result<Answer> {
         let call = self.call.clone();
@@ -349,7 +349,7 @@ impl Run<'_, '_, '_> {
             .map_err(|panic| std::panic::resume_unwind(panic))
     }
 
-    /// Polls once, over `fd` and everything that can end the wait.
+    /// Polls `fd` and everything that can end the wait once.
     fn step(&mut self, fd: Option<PollFd<'_>>) -> Result<()> {
         let lost = self
             .guest

@@ -1,5 +1,5 @@
 #![cfg_attr(feature = "one-lock", allow(unused_imports, dead_code))] // Its reports differ.
-//! Tests of the checker: its table, its verdicts and its messages.
+//! Tests of the lock checker: its table, its verdicts and its messages.
 
 use super::rank::{self, RankSet};
 use super::{Condvar, LockSet, Mutex, Rank, Region, assert_none_held, check, region};
@@ -13,8 +13,8 @@ std::thread_local! {
     static QUIET: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
 }
 
-/// Runs `f`, which is expected to cause a violation. Returns the report, or an empty text if there
-/// was none.
+/// Runs `f`, which should cause a violation. Returns the report, or an empty text if there is no
+/// violation.
 fn report(f: impl FnOnce()) -> String {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
@@ -38,7 +38,8 @@ fn report(f: impl FnOnce()) -> String {
     }
 }
 
-/// Compares the report of `f` with `expected`, with the thread's name and source lines replaced.
+/// Compares the report of `f` with `expected`. The thread's name and source lines are replaced
+/// first.
 #[track_caller]
 fn check_report(f: impl FnOnce(), expected: Expect) {
     let lines: Vec<_> = report(f)
@@ -99,7 +100,7 @@ fn table_allows_no_more_than_the_design() {
             .collect();
         allowed(leaf, &above);
     }
-    // The guard that the wait releases is not in the table.
+    // The guard that the wait releases does not appear in the table.
     allowed(CondWait, &[Job, Workspace, JobWait, DurableWait]);
     assert_eq!(leaves.len() + 11, Rank::ALL.len());
 }
@@ -133,7 +134,7 @@ fn every_pair_and_triple_of_ranks_is_judged_by_the_table() {
             );
             for c in Rank::ALL {
                 let may = b.under().contains(a) && c.under().contains(a) && c.under().contains(b);
-                // Dropped outermost first, because any order must be possible.
+                // The outermost region is dropped first, because any order must be possible.
                 let said = report(|| drop((region(a), region(b), region(c))));
                 assert_eq!(said.is_empty(), may, "{a:?} then {b:?} then {c:?}: {said}");
                 assert_eq!(check::held(), 0);
@@ -292,7 +293,7 @@ fn violation_is_counted_before_it_blocks() {
     let before = check::violations_expected();
     let said = report(|| {
         let _mine = set.lock(&1);
-        // This would hang if the check came after the acquisition.
+        // If the check came after the acquisition, this would hang.
         let _again = set.lock(&1);
     });
     assert!(said.starts_with("lock taken twice"), "{said}");
@@ -300,7 +301,7 @@ fn violation_is_counted_before_it_blocks() {
     assert!(set.is_empty());
 }
 
-/// Runs one test of this file in a child process that is expected to abort, and returns its stderr.
+/// Runs one test of this file in a child process that must abort. Returns its stderr.
 #[allow(clippy::disallowed_methods)] // `locks` must not import `host`.
 fn aborts(test: &str, env: &[(&str, &str)]) -> String {
     use std::os::unix::process::ExitStatusExt;
@@ -318,7 +319,7 @@ fn is_child() -> bool {
     std::env::var_os("FCD_TEST_CHILD").is_some()
 }
 
-/// Takes locks while its thread unwinds.
+/// A value that takes locks when it is dropped while its thread unwinds.
 struct LocksOnDrop<'a>(&'a LockSet<u32>, u32);
 impl Drop for LocksOnDrop<'_> {
     fn drop(&mut self) {
@@ -395,7 +396,7 @@ fn dump_shows_holders_and_waiters() {
 
 #[test]
 fn observed_edge_has_its_first_sites_in_the_graph() {
-    // A new thread, because only its edges are recorded.
+    // This thread is new, so that the graph has only its edges.
     std::thread::scope(|s| {
         s.spawn(|| {
             drop((

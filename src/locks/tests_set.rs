@@ -1,4 +1,4 @@
-//! Tests of [`LockSet`] with real threads; `tests_shuttle.rs` tests it under shuttle.
+//! Tests of [`LockSet`] with real threads. `tests_shuttle.rs` tests it under shuttle.
 
 use super::record::KeyRecord;
 use super::slots::Slots;
@@ -8,10 +8,11 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-/// The latest that a cancelled waiter may leave.
+/// Limit of the time that a cancelled waiter may take to leave.
 const LEAVE_MAX: Duration = Duration::from_millis(100);
 
-// Guards must not be Send. For a type that is, `f` would be ambiguous and this would not compile.
+// Guards must not be Send. If the type were Send, `f` would be ambiguous and this would not
+// compile.
 trait NotSend<A> {
     fn f() {}
 }
@@ -48,7 +49,7 @@ fn contended_keys_have_one_owner_at_a_time() {
     let set = LockSet::new(Rank::Vm);
     let owners: Vec<AtomicUsize> = (0..KEYS).map(|_| AtomicUsize::new(0)).collect();
     let (had, cancelled) = (AtomicUsize::new(0), AtomicUsize::new(0));
-    // The tokens of waits in progress, which another thread fires.
+    // The tokens of the waits in progress. Another thread fires them.
     let (tokens, to_fire) = mpsc::sync_channel::<Cancel>(64);
     std::thread::scope(|s| {
         s.spawn(move || {
@@ -102,7 +103,7 @@ fn contended_keys_have_one_owner_at_a_time() {
 }
 
 #[test]
-fn first_come_first_served_past_a_waiter_that_leaves() {
+fn waiters_are_served_in_order_after_one_leaves() {
     let set = LockSet::new(Rank::Vm);
     let (order, seen) = mpsc::channel();
     let cancel = Cancel::try_new().unwrap();
@@ -146,7 +147,7 @@ fn waiter_is_never_overtaken() {
             });
             wait_for(|| waiters(&set) == 1);
             drop(held);
-            // The release granted the lock to the waiter, even if that has not run yet.
+            // The release gave the lock to the waiter, even if the waiter has not run yet.
             let tried = set.try_lock(&1);
             assert!(
                 tried.is_none() || had.load(Ordering::SeqCst),
@@ -277,7 +278,7 @@ fn released_keys_leave_no_entries() {
         drop(set.try_lock(&id));
     }
     assert_eq!((set.len(), set.capacity() < 64), (0, true));
-    // Held at once, as by many threads.
+    // All these locks are held at the same time, as if by many threads.
     let slots = Slots::new();
     assert!((0..3000).all(|id| slots.enter_if_free(&id)));
     assert_eq!(slots.len(), 3000);

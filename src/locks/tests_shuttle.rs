@@ -1,8 +1,8 @@
-//! [`LockSet`] under shuttle's schedulers: `cargo test --features shuttle --lib locks::`.
+//! Tests of [`LockSet`] under shuttle's schedulers: `cargo test --features shuttle --lib locks::`.
 //!
 //! Shuttle controls everything that uses `raw.rs`: the map, the queue, the hand-over, parking and
-//! cancel wakers. It does not model time, so deadlines are tested in `tests_set.rs`. The eventfd
-//! and the subsystems' `Mutex` and `Condvar` are parking_lot's and the kernel's (`tests_wait.rs`).
+//! cancel wakers. It does not model time, so `tests_set.rs` tests the deadlines. The eventfd and
+//! the subsystems' `Mutex` and `Condvar` are not under shuttle's control (see `tests_wait.rs`).
 
 use super::{Cancel, LockSet, Rank, check};
 use shuttle::sync::atomic::{AtomicUsize, Ordering};
@@ -74,7 +74,8 @@ fn lock_set_survives_pct_schedules() {
     shuttle::check_pct(body, SCHEDULES, 3);
 }
 
-/// Subscribes, fires and drops concurrently: the waker runs at most once, and never after the drop.
+/// A waker runs at most once and never after its subscription is dropped, even if subscribing,
+/// firing and dropping happen concurrently.
 #[test]
 fn dropped_subscription_never_runs() {
     shuttle::check_random(
@@ -104,7 +105,7 @@ fn dropped_subscription_never_runs() {
     );
 }
 
-/// The checker has one list per shuttle task.
+/// The checker has a separate list for each shuttle task.
 #[test]
 #[should_panic(expected = "lock order violation")]
 fn violation_of_one_task_is_found() {

@@ -54,15 +54,15 @@ fn dropped_subscription_never_runs() {
 }
 
 #[test]
-fn waker_may_use_the_token_and_may_panic() {
+fn waker_may_use_token_and_panic() {
     let cancel = Cancel::try_new().unwrap();
     let (said, heard) = mpsc::channel();
     let inner = cancel.clone();
     let first = cancel.on_cancel(move || {
         inner.cancel(crate::locks::CancelCause::Requested);
         let said2 = said.clone();
-        // Subscribing within a waker calls the new one immediately; dropping it does not wait for
-        // itself.
+        // Subscribing within a waker calls the new waker immediately. Dropping the subscription
+        // there does not wait for the waker itself.
         drop(inner.on_cancel(move || said2.send("nested").unwrap()));
         said.send(if inner.is_cancelled() {
             "fired"
@@ -74,7 +74,7 @@ fn waker_may_use_the_token_and_may_panic() {
     let second = cancel.on_cancel(|| panic!("a bad waker"));
     let own: Arc<Mutex<Option<super::Subscription>>> = Arc::new(Mutex::new(Rank::Runtimes, None));
     let owned = own.clone();
-    // Drops its own subscription while it runs.
+    // This waker drops its own subscription while it runs.
     let third = cancel.on_cancel(move || drop(owned.lock().take()));
     *own.lock() = Some(third);
     cancel.cancel(crate::locks::CancelCause::Requested);

@@ -41,7 +41,7 @@ fn is_readable(watcher: &Watcher, within: Duration) -> bool {
 }
 
 impl Watcher {
-    /// Waits for a change. None at the deadline.
+    /// Waits for a change. Returns `None` at the deadline.
     fn next_before(&mut self, deadline: Instant) -> Option<Change> {
         loop {
             let left = deadline.checked_duration_since(Instant::now())?;
@@ -98,7 +98,7 @@ fn operation_reports_progress_until_it_ends() {
 }
 
 #[test]
-fn error_kind_decides_how_the_operation_ended() {
+fn error_kind_decides_operation_state() {
     let ops = ops();
     let failed = begin(&ops, 1)
         .finish(Err(
@@ -198,7 +198,7 @@ fn cancel_fires_the_token_once_if_allowed() {
         "{error}"
     );
     assert!(!stop.cancel().is_cancelled());
-    // Something else may fire the token, such as a stop of the VM.
+    // A stop of the VM, for example, may also fire the token.
     let started = begin(&ops, 1);
     started.cancel().cancel(CancelCause::VmStopped);
     assert_eq!(ops.get(started.id()).unwrap().state, OpState::Cancelling);
@@ -396,7 +396,7 @@ fn progress_is_rate_limited_and_the_last_is_reported() {
             }
             reporter.progress_bytes(u64::MAX, None);
         });
-        // The last change of the burst is reported although no further change happens.
+        // The last change of the burst is reported although no change follows it.
         while last != u64::MAX {
             match watcher.next_before(late()) {
                 Some(Change::Progress(p)) => (reported, last) = (reported + 1, p.done.unwrap_or(0)),
@@ -488,7 +488,8 @@ fn ended_operations_are_limited_per_uid_and_in_total() {
         "another's are not pushed out"
     );
     (0..20).for_each(|_| drop(end(0)));
-    // 43 of 50: seven more fit. Then the uids that have the most lose theirs, but root does not.
+    // 43 of 50 are used, so seven more fit. After that the uids with the most operations lose some,
+    // except root.
     for uid in 3..13 {
         end(uid);
     }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 const LATE: Duration = Duration::from_secs(20);
 const SOON: Duration = Duration::from_millis(100);
 
-/// A pool that does not limit how many jobs of one uid run.
+/// Creates a pool without a limit of running jobs per uid.
 fn pool(workers: usize, queue_max: usize, queue_per_uid_max: usize) -> Pool {
     Pool::new(Bounds {
         workers,
@@ -21,7 +21,7 @@ fn pool(workers: usize, queue_max: usize, queue_per_uid_max: usize) -> Pool {
 }
 
 impl Pool {
-    /// [`Pool::reserve`] followed by [`QueueSlot::submit`].
+    /// Calls [`Pool::reserve`] and then [`QueueSlot::submit`].
     fn try_submit<T: Send + 'static>(
         &self,
         uid: u32,
@@ -41,8 +41,8 @@ fn token() -> Cancel {
     Cancel::try_new().unwrap()
 }
 
-/// A job that runs until it is released. Returns the job, a receiver that reports its start, and a
-/// sender that releases it.
+/// Creates a job that runs until it is released. Returns the job, a receiver that reports its
+/// start, and a sender that releases it.
 fn gate() -> (
     impl FnOnce(&Cancel) -> Result<u32> + Send + 'static,
     mpsc::Receiver<()>,
@@ -60,7 +60,7 @@ fn gate() -> (
 }
 
 #[test]
-fn job_runs_on_a_worker_and_its_result_is_taken_once() {
+fn job_runs_on_worker_and_returns_result_once() {
     let pool = pool(2, 4, 4);
     let handle = pool
         .try_submit(1, "name it", &token(), |_| {
@@ -128,7 +128,7 @@ fn full_queue_refuses_immediately_and_frees_its_slots() {
         }
     );
     drop(other);
-    // A cancelled job leaves the queue although the only worker is busy and nothing waits for the
+    // A cancelled job leaves the queue even though the only worker is busy and nobody waits for the
     // job.
     cancel.cancel(CancelCause::VmStopped);
     assert_eq!(
@@ -235,7 +235,7 @@ fn job_panic_does_not_end_the_worker() {
         .try_submit(1, "good", &token(), |_| Ok(check::held()))
         .unwrap();
     let held = next.wait(late()).unwrap();
-    // With the lock checker there is one: the region of the job itself.
+    // The lock checker counts one: the region of the job itself.
     assert!(held <= 1, "{held} held at the start of a job");
 }
 
@@ -411,7 +411,7 @@ fn admission_grants_its_permits_in_order() {
             assert_eq!(is_waiting.recv_timeout(LATE), Ok(i));
         }
         assert_eq!(admission.counts(), (0, 4));
-        // Leave one permit, so that they are admitted one by one.
+        // One permit is left, so the boots are admitted one by one.
         drop(first);
     });
     drop((order, second));
@@ -479,7 +479,7 @@ fn cancelled_boot_leaves_the_queue_immediately() {
     assert_eq!(admission.counts(), (1, 0));
 }
 
-/// A job that reports its start and runs until it is ended.
+/// A job that reports its start and runs until the test ends it.
 struct Held {
     handle: JobHandle<u32>,
     is_running: mpsc::Receiver<()>,
@@ -532,7 +532,7 @@ fn one_uid_never_holds_every_worker() {
             places: 7
         }
     );
-    // A free worker takes another job of the same uid only if that is below its bound.
+    // A free worker takes another job of the same uid only while the uid is below its limit.
     other.end();
     assert_eq!((pool.counts().running, theirs[3].runs()), (3, false));
     theirs.remove(0).end();
@@ -552,7 +552,7 @@ fn free_worker_takes_job_of_uid_with_fewest_running() {
         .into_iter()
         .map(|uid| Held::submit(&pool, uid))
         .collect();
-    // Uid 1 still runs two; of the others uid 2 has waited longer than root.
+    // Uid 1 still runs two jobs. Of the other uids, uid 2 has waited longer than root.
     running.remove(0).end();
     queued[2].await_running();
     running.remove(0).end();

@@ -32,7 +32,7 @@ impl Fixture {
     fn follow(&self, tail: Option<u64>) -> Follower {
         self.consoles.follow(self.dir.path(), tail).unwrap()
     }
-    /// Follows until the log ends with `end`.
+    /// Follows the log until it ends with `end`.
     #[track_caller]
     fn until(&self, follower: &mut Follower, end: &str) -> String {
         let deadline = Instant::now() + Duration::from_secs(10);
@@ -117,13 +117,14 @@ fn flood_is_bounded() {
 fn unwritable_log_blocks_nobody_and_gap_is_marked() {
     let f = Fixture::new();
     let log = f.dir.path().join(super::super::log_file::CURRENT);
-    // A directory with the log's name cannot be written even by root, like a full disk.
+    // Even root cannot write to the log because a directory has its name. This acts like a full
+    // disk.
     std::fs::create_dir(&log).unwrap();
     let mut guest = f.attach("m", 1 << 20);
     let (probe, mut probe_guest) = UnixStream::pair().unwrap();
     guest.write_all(b"lost\n").unwrap();
-    // The thread handles consoles in order. Once the other console has its line, this one was
-    // handled too.
+    // The thread handles consoles in order. When the other console's line is in its log, the thread
+    // has handled this console too.
     let other = tempfile::tempdir().unwrap();
     let mut other_follower = f.consoles.follow(other.path(), None).unwrap();
     let attach = Attach {

@@ -1,4 +1,4 @@
-//! Changes to a running guest: the rates of its devices and the memory that it keeps.
+//! Changes to a running guest: the rates of its devices and the size of its memory.
 
 use crate::world::*;
 use fcd::testing::api::vm::*;
@@ -58,7 +58,7 @@ fn rates_apply_at_next_start_or_now() {
     assert_eq!(later.rates(), now.rates());
     assert_eq!(later.pending.unwrap().rates, disk(Some(20 * M), Some(0)));
     assert_eq!(world.vmm.adjusted(&vm.id).unwrap().0, now.rates());
-    // `now` overrides the pending change of that rate and keeps the others pending.
+    // `now` replaces the pending change of one rate and keeps the other pending changes.
     let now = set(&world, |r| {
         (r.disk_bytes_per_s, r.now) = (Some(30 * M), true)
     })
@@ -184,8 +184,8 @@ fn rates_refused_by_driver_are_rolled_back() {
     assert_eq!(world.vmm.adjusted(&vm.id).unwrap().1, 1024);
 }
 
-/// Both calls are in the driver at once. Whichever returns last, the guest must have what the row
-/// says.
+/// Both calls are in the driver at the same time. Whichever returns last, the guest must have the
+/// values of the row.
 #[test]
 fn concurrent_sets_last_one_wins() {
     for round in 0..10 {
@@ -245,7 +245,7 @@ fn concurrent_refused_sets_match_row() {
             });
         }
     });
-    // Drops failures that were injected but not hit, so that they do not affect later calls.
+    // Drops failures that were injected but did not occur, so that they do not affect later calls.
     for _ in 0..100 {
         if set(&world, |r| (r.disk_ops_per_s, r.now) = (Some(77), true)).is_ok()
             && balloon(&world, Some(300)).is_ok()
@@ -347,7 +347,7 @@ fn balloon_without_guest_driver_is_refused() {
     .unwrap();
     let (vm, _) = world.running("web");
     assert!(!world.vmm.last_spec(&vm.id).unwrap().has_balloon);
-    // An image that was rebuilt since does not help the running guest.
+    // Rebuilding the image does not help a guest that already runs.
     std::fs::write(&path, text).unwrap();
     let e = balloon(&world, Some(512)).unwrap_err();
     assert!(

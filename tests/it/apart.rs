@@ -1,9 +1,9 @@
-//! Runs tests in a process of their own if they change process-wide state: the log, or the lock
-//! checker's hook.
+//! Runs a test that changes process-wide state (the log, or the lock checker's hook) in its own
+//! process.
 
 use std::process::{Command, Stdio};
 
-/// Deadline for the whole process. Even on a busy machine most take one second.
+/// Deadline for the whole process. Most take one second, even on a busy machine.
 const DEADLINE_S: &str = "60";
 
 /// Runs this ignored test in its own process. Shows its output if it fails.

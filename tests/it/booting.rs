@@ -1,5 +1,5 @@
-//! Calls that meet a boot or a stop in progress. They are accepted at once, and the VM ends in one
-//! valid state with nothing left over.
+//! Calls on a VM that is booting or stopping. They are accepted immediately, and the VM ends in a
+//! valid state without leftovers.
 
 use crate::world::*;
 use fcd::testing::api::op::{OpCancel, OpRequest, OpState};
@@ -21,8 +21,8 @@ enum At {
 }
 const PLACES: [At; 4] = [At::Admission, At::BeforeSpawn, At::AfterSpawn, At::Guest];
 
-/// Promised bounds, which the median of the rounds must meet: a single round may run while the
-/// machine is busy.
+/// The promised bounds. The median of the rounds must meet them, because a busy machine may delay a
+/// single round.
 const ACCEPTED: Duration = Duration::from_millis(50);
 const DONE: Duration = Duration::from_secs(1);
 
@@ -40,7 +40,7 @@ struct Booting {
     world: World,
     start: Running<VmReply>,
     vm: Vm,
-    /// The boot that occupies the only slot.
+    /// The boot that occupies the only boot slot.
     _first: Option<Running<VmReply>>,
 }
 
@@ -87,7 +87,7 @@ impl Booting {
             .iter()
             .any(|tag| tag.contains(self.vm.id.as_str()))
     }
-    /// Releases whatever held the boot and waits until nothing is running.
+    /// Releases the held boot and waits until nothing is running.
     fn end(self) {
         self.world.vmm.release_starts();
         self.world.await_rest();
@@ -214,7 +214,8 @@ fn stop_hang_up_does_not_cancel() {
 #[test]
 fn successor_replaces_weaker_successor() {
     let mut b = booting(At::Guest);
-    // A VMM that cannot be killed keeps the boot's rollback running while the other calls arrive.
+    // The VMM cannot be killed, so the boot's rollback is still running when the other calls
+    // arrive.
     b.world.vmm.set_unkillable(true);
     let mut stop_ = b.world.begin::<VmStop>(stop("web"), vec![]);
     let stop_op = stop_.op();
@@ -251,7 +252,7 @@ fn successor_replaces_weaker_successor() {
     b.end();
 }
 
-/// Creates a running VM whose guest takes its time to shut down.
+/// Creates a running VM whose guest shuts down slowly.
 fn lingering() -> (World, Vm) {
     let world = World::new();
     let (vm, _) = world.running("web");
@@ -337,7 +338,7 @@ fn delete_waits_for_stop_unless_forced() {
     }
 }
 
-/// The second delete joins the first, and its force applies to both.
+/// The second delete joins the first and makes it forced.
 #[test]
 fn forced_delete_shortens_stop_before_delete() {
     let (world, _) = lingering();
@@ -381,7 +382,7 @@ fn restart_is_one_operation() {
     assert_ne!(after.pid, vm.pid);
 }
 
-/// A stop during a restart leaves the VM stopped. The guest was synced nevertheless.
+/// A stop during a restart leaves the VM stopped. The guest is still synced.
 #[test]
 fn stop_during_restart_leaves_vm_stopped() {
     for kill in [false, true] {
@@ -484,7 +485,8 @@ fn vmm_death_ends_calls_that_use_guest() {
     }
 }
 
-/// Calls from many threads at once. Each is answered, and the VM ends in one valid state.
+/// Makes calls from many threads at once. Each call is answered, and the VM ends in one valid
+/// state.
 #[test]
 fn concurrent_calls_end_in_valid_state() {
     const THREADS: u64 = 6;

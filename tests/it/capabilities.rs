@@ -1,5 +1,4 @@
-//! What a VM can get at its start in addition to its disk and network: ports, a work disk, host
-//! files.
+//! The optional capabilities of a VM: published ports, a work disk and host files.
 
 use crate::world::*;
 use fcd::testing::api::daemon::Severity;
@@ -34,7 +33,7 @@ fn create(world: &World, name: &str, ports: &[Port]) -> Result<Vm, Failure> {
         .map(|r| r.vm)
 }
 
-/// Listens on a port, so that no other test takes it, and returns both.
+/// Listens on a free port, so that no other test takes the port. Returns the listener and the port.
 fn listening() -> (TcpListener, u16) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let number = listener.local_addr().unwrap().port();
@@ -281,7 +280,7 @@ fn image_with_old_init_refuses_capabilities() {
         "{e:?}"
     );
     assert!(!work_file(&world, &vm).exists());
-    // A VM that requests none of these starts.
+    // A VM that requests no capability still starts.
     world.running("b");
 }
 

@@ -39,7 +39,7 @@ fn repository() -> tempfile::TempDir {
     dir
 }
 
-/// Commits a change of `lines` lines.
+/// Commits a change of `lines` lines with this message.
 fn commit(dir: &Path, message: &str, lines: usize) {
     let file = dir.join(format!("file{lines}"));
     std::fs::write(&file, "line\n".repeat(lines)).unwrap();
@@ -56,7 +56,7 @@ fn check(dir: &Path, range: &[&str]) -> Output {
 }
 
 #[test]
-fn commits_in_the_format_are_accepted() {
+fn well_formed_commits_are_accepted() {
     let dir = repository();
     commit(
         dir.path(),
@@ -77,7 +77,7 @@ fn commits_in_the_format_are_accepted() {
 }
 
 #[test]
-fn each_commit_out_of_format_is_named() {
+fn malformed_commits_are_all_reported() {
     let long = format!("store: Say {}", "very ".repeat(14));
     let wrong = [
         (long.trim_end(), 0, "at most 72"),
@@ -99,7 +99,7 @@ fn each_commit_out_of_format_is_named() {
 }
 
 #[test]
-fn clone_without_the_first_commit_is_not_checked() {
+fn shallow_clone_is_not_checked() {
     let dir = repository();
     commit(dir.path(), "Fix the store", 0);
     let out = check(dir.path(), &[]);

@@ -13,7 +13,7 @@ use fcd::testing::client::Failure;
 use fcd::testing::error::Kind;
 use std::collections::BTreeSet;
 
-/// More points than any operation has. An operation that exceeds this never ends.
+/// Limit above the number of points of any operation. An operation that exceeds it never ends.
 const POINTS_MAX: u64 = 200;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +45,7 @@ const VERBS: [Verb; 9] = [
     Start, Stop, Kill, Restart, Delete, Set, Adjust, Balloon, Prepare,
 ];
 
-/// Operations on snapshots, each after the ones that make it possible.
+/// Sequences that end with an operation on snapshots. The operations before it prepare it.
 const SNAPSHOT_SEQUENCES: [&[Verb]; 9] = [
     &[Start, Snapshot],
     &[Snapshot],
@@ -142,7 +142,7 @@ fn begin(world: &World, verb: Verb) -> Call {
     }
 }
 
-/// Waits for the result. None if the daemon died first.
+/// Waits for the result. Returns `None` if the daemon dies first.
 fn end(world: &World, call: Call) -> Option<Result<(), Failure>> {
     let is_dead = || world.points.is_dead();
     match call {
@@ -247,8 +247,8 @@ fn agrees(world: &World, at: &str) {
             .collect();
         assert_eq!(devices, running, "{at}: snapshot devices, rows that run");
     }
-    // A new VM either exists and runs, or does not exist. No guest stays paused, and every snapshot
-    // is complete.
+    // A new VM either runs or does not exist. No guest stays paused, and every snapshot is
+    // complete.
     if let Some(twin) = row_of(world, "twin") {
         assert!(twin.state == VmState::Running && !twin.rm, "{at}: {twin:?}");
     }
@@ -290,9 +290,10 @@ fn agrees(world: &World, at: &str) {
     );
 }
 
-/// I6: the next operation works and leaves everything as it was before the first.
+/// I6: the next operations, which delete all VMs and snapshots, work and leave the host as it was
+/// at the beginning.
 #[track_caller]
-fn comes_to_nothing(world: &World, empty: &BTreeSet<String>, at: &str) {
+fn next_operation_works(world: &World, empty: &BTreeSet<String>, at: &str) {
     for vm in ["web", "twin"] {
         match world.delete(vm) {
             Ok(_) => {}
@@ -314,8 +315,7 @@ fn comes_to_nothing(world: &World, empty: &BTreeSet<String>, at: &str) {
     assert_eq!(world.census(), *empty, "{at}");
 }
 
-/// Runs the operations before the last one. Returns false if the sequence makes no sense, because
-/// it deletes what it needs later.
+/// Creates the VM `web` if `verbs` needs it and it does not exist, and runs these operations.
 fn run_all_but_last(world: &World, verbs: &[Verb]) {
     if !verbs.is_empty() && now(world).is_none() {
         let vm = world.create("web");
@@ -335,7 +335,7 @@ struct Figures {
 
 const MARK: &[u8] = b"mine";
 
-/// Writes a mark to the VM's disk before it is restored. No snapshot contains the mark.
+/// Writes a mark to the VM's disk before a restore. No snapshot contains the mark.
 fn mark_disk(world: &World, verb: Verb) -> Option<(std::path::PathBuf, Vec<u8>)> {
     let row = row_of(world, "web").filter(|r| verb == Restore && r.state != VmState::Running)?;
     let path = world
@@ -368,7 +368,7 @@ fn crash_everywhere(world: &mut World, verbs: &[Verb], figures: &mut Figures) {
         let Some(hit) = world.points.hit() else {
             // The operation has fewer points than `n`.
             world.points.disarm();
-            return comes_to_nothing(world, &empty, &format!("{verbs:?}"));
+            return next_operation_works(world, &empty, &format!("{verbs:?}"));
         };
         figures.points += 1;
         let at = format!("{verbs:?}, killed at point {n} ({hit})");
@@ -378,7 +378,7 @@ fn crash_everywhere(world: &mut World, verbs: &[Verb], figures: &mut Figures) {
         world.await_rest();
         let after = now(world);
         if matches!(ended, Some(Ok(()))) {
-            // I5: the reply was sent before the daemon died.
+            // I5: the daemon sent the reply before it died.
             let done = may_be(*last, before).pop().unwrap();
             assert!(
                 after == done || *last == Restart,
@@ -392,8 +392,8 @@ fn crash_everywhere(world: &mut World, verbs: &[Verb], figures: &mut Figures) {
         );
         agrees(world, &at);
         if let Some((path, mine)) = mine {
-            // The disk is entirely the VM's or entirely the snapshot's. If the guest runs, it is
-            // the snapshot's.
+            // The disk is entirely the VM's old disk or entirely the snapshot's. If the guest runs,
+            // it has the snapshot's disk.
             let mut saved = mine.clone();
             saved.truncate(mine.len() - MARK.len());
             let is = std::fs::read(&path).unwrap();
@@ -421,12 +421,12 @@ fn crash_everywhere(world: &mut World, verbs: &[Verb], figures: &mut Figures) {
         world.daemon().reconciler.reconcile();
         world.await_rest();
         assert_eq!(world.census(), census, "{at}: I7");
-        comes_to_nothing(world, &empty, &at);
+        next_operation_works(world, &empty, &at);
     }
     panic!("{verbs:?} has more than {POINTS_MAX} points");
 }
 
-/// Makes every effect of the last of `verbs` fail, one at a time, without ending the daemon.
+/// Makes every effect of the last operation fail, one at a time. The daemon keeps running.
 fn fail_everywhere(world: &World, verbs: &[Verb], mode: Mode, figures: &mut Figures) {
     let empty = world.census();
     let (last, scene) = verbs.split_last().unwrap();
@@ -440,7 +440,8 @@ fn fail_everywhere(world: &World, verbs: &[Verb], mode: Mode, figures: &mut Figu
         world.points.arm(mode, n);
         let ended = end(world, begin(world, *last)).expect("nobody dies here");
         world.await_rest();
-        // Also wait for commits that no call waits for, because they may be what fails.
+        // Also waits for commits that no call waits for, because the injected failure may hit one
+        // of them.
         let _ = world
             .daemon()
             .core
@@ -450,7 +451,7 @@ fn fail_everywhere(world: &World, verbs: &[Verb], mode: Mode, figures: &mut Figu
         let hit = world.points.hit();
         world.points.disarm();
         let Some(hit) = hit else {
-            return comes_to_nothing(world, &empty, &format!("{verbs:?}"));
+            return next_operation_works(world, &empty, &format!("{verbs:?}"));
         };
         figures.points += 1;
         let at = format!("{verbs:?}, point {n} ({hit}) failed: {ended:?}");
@@ -461,7 +462,7 @@ fn fail_everywhere(world: &World, verbs: &[Verb], mode: Mode, figures: &mut Figu
             .leaks;
         assert!(leaks.iter().all(|l| l.removed), "{at}: {leaks:?}");
         agrees(world, &at);
-        comes_to_nothing(world, &empty, &at);
+        next_operation_works(world, &empty, &at);
     }
     panic!("{verbs:?} has more than {POINTS_MAX} points");
 }
@@ -504,7 +505,7 @@ fn crash_at_any_point_of_snapshot_recovers() {
 
 #[test]
 #[ignore = "minutes: scripts/test --long"]
-fn a_daemon_killed_at_any_point_of_the_third_operation() {
+fn crash_at_any_point_of_third_operation_recovers() {
     let (mut world, mut figures) = (World::new(), Figures::default());
     sequences(3)
         .iter()

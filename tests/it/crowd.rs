@@ -1,4 +1,4 @@
-//! Misbehaving callers and idle callers must not affect callers that behave.
+//! Misbehaving clients and idle clients must not slow down other clients.
 
 use crate::world::*;
 use fcd::testing::api::vm::*;
@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 const IDLE: usize = 1000;
 const CALLS: usize = 2000;
 const P99_MAX: Duration = Duration::from_millis(50);
-/// The protocol's bound. Longer frames are refused.
+/// The longest frame that the protocol allows.
 const FRAME_BYTES_MAX: usize = 1 << 20;
 
-/// One bad request. It ends when the connection closes or an answer arrives.
+/// One bad request. It ends when the connection closes or a reply arrives.
 type Misdeed = fn(&mut UnixStream) -> std::io::Result<()>;
 
 const MISDEEDS: [Misdeed; 5] = [
@@ -39,7 +39,7 @@ fn misbehave(world: &World, n: usize) {
     };
     stream.set_read_timeout(Some(SOON)).unwrap();
     stream.set_write_timeout(Some(SOON)).unwrap();
-    // The daemon may hang up or answer, or this side hangs up in the middle.
+    // The daemon may hang up or reply. Some misdeeds hang up before the request is complete.
     _ = MISDEEDS[n % MISDEEDS.len()](&mut stream);
     if n.is_multiple_of(2) {
         _ = stream.shutdown(Shutdown::Write);
@@ -49,7 +49,7 @@ fn misbehave(world: &World, n: usize) {
 
 #[test]
 #[ignore = "measures, so it runs alone: a step of scripts/test"]
-fn a_thousand_idle_and_some_bad_callers_slow_nobody_down() {
+fn idle_and_bad_clients_do_not_slow_others() {
     fcd::testing::host::limits::raise_open_files(4 * IDLE as u64).unwrap();
     let world = World::with(|c| {
         c.limits.connections_max = 2 * IDLE;

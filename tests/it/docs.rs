@@ -1,4 +1,5 @@
-//! Some tables in the documentation are generated from the code. `FCD_UPDATE_DOCS=1` writes them.
+//! Compares the tables in the documentation that are generated from the code. `FCD_UPDATE_DOCS=1`
+//! rewrites them.
 
 use std::path::Path;
 
@@ -30,8 +31,8 @@ fn check(file: &str, name: &str, table: &str) {
 }
 
 #[test]
-fn documented_tables_match_the_code() {
-    // One after the other, because two tables are in the same file.
+fn generated_tables_match_code() {
+    // The checks run one after the other because two of the tables are in the same file.
     check(
         "ARCHITECTURE.md",
         "locks",

@@ -1,5 +1,5 @@
-//! Checks that every edge in the lock table was really observed. This is the last step of
-//! `scripts/test` and reads what all its processes recorded.
+//! Checks that the suite observed every edge of the lock table. This is the last step of
+//! `scripts/test`. It reads what all processes of the suite recorded.
 
 use fcd::testing::locks::rank;
 use std::collections::BTreeSet;

@@ -1,4 +1,4 @@
-//! Goldens of `events.watch` and its notes. See `api`.
+//! Goldens of `events.watch` and its notes, in the format of `api`.
 
 use crate::api::{call, fault, id, line, name, vm};
 use expect_test::expect;
@@ -114,7 +114,7 @@ fn events_watch_goldens() {
         {"seq":7,"at":1,"vm":null,"name":null,"owner_uid":1000,"event":"op.ended","op":"0123456789ab","method":"image.build","state":"ok"}]}}
         {"jsonrpc":"2.0","method":"lagged","params":{"dropped":3,"resume_seq":9}}
     "#]].assert_eq(&all);
-    // An event that a newer daemon may send.
+    // Clients must ignore an event that only a newer daemon sends.
     let newer =
         r#"{"seq":7,"at":1,"vm":null,"name":null,"owner_uid":0,"event":"disk.full","free":1}"#;
     assert_eq!(

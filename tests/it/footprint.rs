@@ -1,4 +1,4 @@
-//! Measures what the daemon costs: a durable write, and memory. A part of `scripts/bench scale`.
+//! Measures the cost of a durable write and the daemon's memory use. `scripts/bench scale` runs it.
 
 use crate::process::Process;
 use crate::world::*;
@@ -12,12 +12,12 @@ use std::time::{Duration, Instant};
 
 const ROUNDS: usize = 1000;
 const WARM_UP: usize = 50;
-/// What a commit of the rows below writes: four pages with their headers.
+/// The bytes that a commit of the rows below writes: four pages with their headers.
 const COMMIT_BYTES: usize = 4 * (4096 + 24);
 const FLOOR_FILE_BYTES: usize = 1 << 20;
 const CONNECTIONS: usize = 1000;
 const LONG_REQUEST_BYTES: usize = 100_000;
-/// How long after the last connection the memory is read, as in the issue.
+/// Time between closing the last connection and measuring the memory.
 const SETTLE: Duration = Duration::from_secs(1);
 
 fn percentiles(mut took: Vec<Duration>) -> (Duration, Duration, Duration) {
@@ -35,8 +35,8 @@ fn timed(body: impl FnOnce()) -> Duration {
     begun.elapsed()
 }
 
-/// One caller who waits for each change, against as many bytes over written blocks of a file beside
-/// the database.
+/// Compares a caller that waits for each change with writing as many bytes over allocated blocks of
+/// a file beside the database.
 fn durable_write() {
     let world = World::new();
     let vm = world.create("web");
@@ -45,7 +45,8 @@ fn durable_write() {
         .core
         .store
         .read(|state| state.vm(&vm.id).unwrap().as_ref().clone());
-    // The state directories of tests are in memory, where a sync costs nothing.
+    // The tests' state directories are in memory, where a sync costs nothing. This one must be on a
+    // disk.
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let store = fcd::testing::store::Store::open(dir.path()).unwrap();
     store.change_durable(|tx| tx.insert_vm(row)).unwrap();

@@ -1,4 +1,4 @@
-//! Measures the cost of a helper process per connection. Run by `scripts/bench helper`.
+//! Measures the cost of a helper process per connection. `scripts/bench helper` runs it.
 
 use fcd::testing::error::Result;
 use fcd::testing::guest::io::BytesSource;
@@ -118,7 +118,7 @@ impl Sink for Nothing {
     }
 }
 
-/// Hashes the bytes as an import does, on both sides of the comparison.
+/// Hashes the bytes as an import does. Both sides of the comparison use it.
 struct Hashed {
     left: usize,
     digest: sha2::Sha256,

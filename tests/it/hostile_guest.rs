@@ -1,4 +1,4 @@
-//! Guests whose SSH server attacks its clients: `tests/fake/hostile_sshd.py` speaks to the real
+//! Guests whose SSH server attacks its clients. `tests/fake/hostile_sshd.py` talks to the real
 //! transport.
 
 use crate::world::{SOON, World};
@@ -17,7 +17,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Modes that send data without end, with their environment. No command needs any of it.
+/// Modes that send an endless stream of messages that no command needs, with their environment.
 const FLOODS: &[(&str, &[(&str, &str)])] = &[
     ("success", &[]),
     ("unknown", &[]),
@@ -39,7 +39,7 @@ struct HostileGuest {
 
 impl HostileGuest {
     fn start(mode: &str, env: &[(&str, &str)]) -> Self {
-        // The helper is fcd itself, and the test's executable is not.
+        // The helper process runs fcd's executable. By default it would run the test's executable.
         confine::set_program(env!("CARGO_BIN_EXE_fcd"));
         let dir = tempfile::tempdir().unwrap();
         let [host, client] =
@@ -84,7 +84,8 @@ impl HostileGuest {
         }
     }
 
-    /// Has no deadline, like a user's own command. The token is the test's timeout.
+    /// Runs a command without fcd's own deadline, like a command of the user. The test's token ends
+    /// it after a timeout.
     fn exec(&self, deadline: Option<Instant>, cancel: &Cancel) -> Result<Exit> {
         let spec = ExecSpec {
             command: "true".into(),
@@ -147,7 +148,7 @@ fn guest_that_only_sends_keepalives_is_ended_by_caller() {
     );
 }
 
-/// One VM's guest is hostile and real. The others are fakes.
+/// A transport that is real for the hostile VM and fake for the other VMs.
 struct OneHostile {
     others: FakeTransport,
     addr: SocketAddr,
@@ -178,12 +179,12 @@ impl Transport for OneHostile {
     }
 }
 
-/// A daemon whose VM `evil` has this guest, along with other VMs.
+/// Creates a daemon whose VM `evil` has this guest. Its other VMs have fake guests.
 fn world(guest: &HostileGuest) -> World {
     let mut world = World::with(|config| config.limits.stop_timeout_s = 2);
     let (_, addr) = world.running("evil");
-    // Exactly this command reaches the guest. A shutdown is an `exec` as well and must end its
-    // guest.
+    // Only this command reaches the hostile guest. The shutdown of a stop is also an `exec`, and
+    // the fake must handle it.
     let harmless = command_bytes(&[b"true".to_vec()], &[], None).unwrap();
     world
         .guest
@@ -265,7 +266,7 @@ fn bench() {
         let world = world(&guest);
         let (before, until) = (memory_kib(), Instant::now() + Duration::from_secs(10));
         let mut took = Vec::new();
-        // A new attack starts as soon as the previous one has ended.
+        // A new attack starts when the previous one has ended.
         let mut attack = world.begin::<ExecStart>(exec_request("evil"), vec![]);
         while Instant::now() < until {
             took.extend(verbs(&world).into_iter().map(|(_, t)| t));

@@ -1,4 +1,4 @@
-//! Runs `scripts/install-firecracker` on release archives made for the test.
+//! Runs `scripts/install-firecracker` on release archives that the test builds.
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -29,7 +29,7 @@ impl Made {
         for (program, name) in [("firecracker", "Firecracker"), ("jailer", "Jailer")] {
             let path = top.join(format!("{program}-v{version}-x86_64"));
             std::fs::write(&path, format!("#!/bin/sh\necho '{name} {says}'\n")).unwrap();
-            // The modes and owners in the archive must not matter.
+            // The script must ignore the modes and owners in the archive.
             std::fs::set_permissions(&path, PermissionsExt::from_mode(0o666)).unwrap();
         }
         let tarball = self.dir.path().join(format!("{version}.tgz"));
@@ -124,7 +124,7 @@ fn install_keeps_versions_side_by_side_owned_by_root() {
             "{path}"
         );
     }
-    // Another archive does not replace what is installed.
+    // A different archive of the same version does not replace the installed programs.
     let (tarball, sum) = made.release("1.16.1", "v1.16.1'; echo 'more");
     let out = made.install("1.16.1", &tarball, &sum);
     assert!(!out.status.success() && String::from_utf8_lossy(&out.stderr).contains("differs"));
@@ -155,7 +155,7 @@ fn install_of_wrong_archive_is_refused() {
     );
     let (lying, sum) = made.release("1.15.0", "v1.14.0");
     made.refuses("1.15.0", &lying, &sum, "not version 1.15.0");
-    // Neither the archive nor its checksum has a default.
+    // The archive and its checksum are both required.
     let out = Command::new(SCRIPT)
         .arg("1.16.1")
         .arg("--from")

@@ -1,5 +1,5 @@
-//! Kernels over the socket: who may import them, and what is refused before anything is read.
-//! Successful imports are tested end to end.
+//! Kernels over the socket: who may import them, and which imports are refused before anything is
+//! read. End-to-end tests cover successful imports.
 
 use crate::world::*;
 use fcd::testing::api::kernel::*;
@@ -59,7 +59,7 @@ fn kernel_import_of_invalid_file_leaves_nothing() {
     );
 }
 
-/// Creates the files that an import leaves.
+/// Creates the files of an imported kernel.
 fn make_kernel(world: &World) -> PathBuf {
     let dir = world.config.state_dir.join("kernels/mine");
     let draft = dir.with_file_name("draft");
@@ -144,7 +144,7 @@ fn kernel_in_use_by_vm_is_not_deleted() {
         .call::<KernelDelete>(&named())
         .unwrap_err()
         .is(Kind::Denied)));
-    // The kernel's files were removed. The running VM is not affected, but it cannot start again.
+    // Someone removed the kernel's files. The VM keeps running but cannot start again.
     std::fs::remove_dir_all(&dir).unwrap();
     assert!(
         world

@@ -1,4 +1,4 @@
-//! Idempotency keys: the same key with the same parameters is the same operation.
+//! Idempotency keys: two calls with the same key and the same parameters are one operation.
 
 use crate::world::*;
 use fcd::testing::api::call::Key;
@@ -118,7 +118,8 @@ fn key_shared_by_fifty_creates_makes_one_vm() {
         .id,
         made[0]
     );
-    // Another key creates another VM. Another method or parameter with the same key is a conflict.
+    // A different key creates another VM. The same key with a different method or parameter is a
+    // conflict.
     assert_ne!(
         vm(&call(
             &world,
@@ -141,9 +142,10 @@ fn key_shared_by_fifty_creates_makes_one_vm() {
     }
 }
 
-/// Otherwise a caller would repeat the call and rely on a key that nothing recorded.
+/// If the daemon ignored the key, a caller would retry the call and rely on a key that was never
+/// recorded.
 #[test]
-fn key_for_call_that_takes_none_is_refused() {
+fn key_on_call_without_key_support_is_refused() {
     let world = World::new();
     for row in fcd::testing::api::table::calls().filter(|row| row.key == Key::Unkeyed) {
         let response = call(&world, row.method, "{}", "k", true);
@@ -191,7 +193,7 @@ fn key_begins_operation_once() {
         first
     );
     world.stop("web").unwrap();
-    // Its operation has ended, so the same call is answered from it and starts nothing.
+    // The operation has ended, so the repeated call gets its result and starts nothing.
     assert_eq!(
         vm(&call(&world, "vm.start", r#"{"vm":"web"}"#, "up", true)).state,
         VmState::Running
@@ -223,7 +225,7 @@ fn key_of_refused_call_is_free() {
         "the answer of then"
     );
     assert_eq!(world.show("web").unwrap().vcpus, 3);
-    // A stop of a VM that does not run is answered at once, and only once.
+    // A stop of a stopped VM is answered immediately and does not use the key again.
     assert_eq!(
         vm(&call(&world, "vm.stop", r#"{"vm":"web"}"#, "down", true)).state,
         VmState::Created

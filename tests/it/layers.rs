@@ -1,5 +1,5 @@
-//! Checks the layers. The code is one package, so the compiler does not. The table is in
-//! `ARCHITECTURE.md`.
+//! Checks the layer table of `ARCHITECTURE.md`. The code is one package, so the compiler cannot
+//! check it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -35,7 +35,7 @@ fn module_of(path: &Path) -> Option<String> {
     (first != "lib" && first != "bin").then_some(first)
 }
 
-/// Tests next to the code may import whatever they need.
+/// True if the file contains only tests, which may import anything.
 pub fn is_test(path: &Path) -> bool {
     let below = path.strip_prefix(root().join("src")).unwrap();
     below.components().any(|c| {
@@ -47,7 +47,7 @@ pub fn is_test(path: &Path) -> bool {
     })
 }
 
-/// Every `crate::<module>` in the text, except in comments.
+/// Returns every `crate::<module>` in the text, except in comments.
 fn imports(text: &str) -> BTreeSet<String> {
     let code: Vec<&str> = text
         .lines()
@@ -131,7 +131,7 @@ fn modules_import_only_what_the_table_allows() {
         };
         let text = std::fs::read_to_string(&path).unwrap();
         for import in imports(&text) {
-            // Other names are macros of this crate, or paths within the module.
+            // Other names are macros of this crate or paths within the module.
             let is_module = root().join("src").join(&import).is_dir()
                 || root().join("src").join(format!("{import}.rs")).is_file();
             if is_module && import != module && !allowed.contains(&import) {
@@ -161,7 +161,7 @@ fn op_level_ranks_are_named_in_locks_and_daemon_only() {
     rust_files(&root().join("src"), &mut files);
     for path in files {
         let module = module_of(&path);
-        // Tests of a mechanism act as the daemon.
+        // The tests of a mechanism take these locks in place of the daemon.
         let is_test = path
             .strip_prefix(root())
             .unwrap()
@@ -183,7 +183,7 @@ fn op_level_ranks_are_named_in_locks_and_daemon_only() {
     }
 }
 
-/// The files below `src` whose code names `word`.
+/// Returns the files below `src` whose code names `word`.
 fn named_by(word: &str) -> BTreeSet<String> {
     let mut files = Vec::new();
     rust_files(&root().join("src"), &mut files);
@@ -219,7 +219,7 @@ fn ssh_is_used_by_helper_process_only() {
             "{way}: {ways:?}"
         );
     }
-    // Only the list of helpers runs that.
+    // Only the list of helpers runs the SSH helper.
     assert_eq!(
         named_by("serve::run"),
         BTreeSet::from(["src/daemon/helpers.rs".to_owned()])
@@ -227,7 +227,7 @@ fn ssh_is_used_by_helper_process_only() {
 }
 
 #[test]
-fn dns_is_parsed_by_the_helper_process_alone() {
+fn dns_is_parsed_by_helper_process_only() {
     let is_outside = |path: &String| {
         !path.starts_with("src/net/dns/helper/") && !path.starts_with("src/net/dns/tests/")
     };
@@ -242,7 +242,7 @@ fn dns_is_parsed_by_the_helper_process_alone() {
             "{parser} parses what a guest sends, and is named by {outside:?}"
         );
     }
-    // Nothing but the list of helpers runs it.
+    // Only the list of helpers runs the DNS helper.
     let ways: Vec<_> = named_by("dns::helper::")
         .into_iter()
         .filter(is_outside)

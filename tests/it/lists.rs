@@ -1,4 +1,4 @@
-//! Paged lists: each item appears once, in order, whatever the page size.
+//! Paged lists: each item appears exactly once and in order for any page size.
 
 use crate::world::*;
 use fcd::testing::api::op::{OpList, OpListRequest};
@@ -75,7 +75,7 @@ fn vms_in_pages_of_any_size_are_listed_once_in_order() {
 }
 
 #[test]
-fn vms_deleted_and_created_between_pages_cost_no_other_vm() {
+fn changes_between_pages_skip_no_other_vm() {
     let world = World::new();
     (0..4).for_each(|n| drop(world.create(&format!("v{n}"))));
     let request = VmListRequest {
@@ -90,7 +90,7 @@ fn vms_deleted_and_created_between_pages_cost_no_other_vm() {
             ..request.clone()
         })
         .unwrap();
-    // Delete the VM that the cursor names before the second page is read.
+    // Deletes the VM that the cursor names before the second page is read.
     world.delete(first.vms[1].name.as_str()).unwrap();
     let again = world
         .call::<VmList>(&VmListRequest {
@@ -140,8 +140,8 @@ fn list_raw(world: &World, params: &str) -> Result<Value, Failure> {
         .map(|answer| serde_json::from_str(answer.get()).unwrap())
 }
 
-/// The members of `brief` are in `full` with the same values. A member that `brief` leaves out is
-/// null or false in `full`.
+/// Checks that `full` has the members of `brief` with the same values. A member that `brief` omits
+/// must be null or false in `full`.
 #[track_caller]
 fn assert_is_part(brief: &Value, full: &Value) {
     const MEMBERS: [&str; 11] = [
@@ -176,7 +176,7 @@ fn assert_is_part(brief: &Value, full: &Value) {
 }
 
 #[test]
-fn brief_list_has_the_values_of_the_full_one() {
+fn brief_list_matches_full_list() {
     let world = World::new();
     world.create("created");
     world.create("failed");

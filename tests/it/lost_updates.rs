@@ -1,5 +1,5 @@
 //! Several threads change one VM's row at the same time, and no change is lost. The lock checker's
-//! hook widens the windows, so these tests run in their own process.
+//! hook widens the race windows, so these tests run in their own process.
 
 use crate::apart::run_in_own_process;
 use crate::world::*;
@@ -9,13 +9,12 @@ use std::process::Stdio;
 use std::time::Duration;
 
 const ROUNDS: u32 = 8;
-/// The pause between reading and changing a row, at the point where a call locks the operation
-/// registry.
+/// Pause between reading and changing a row. It happens where a call locks the operation registry.
 const WINDOW: Duration = Duration::from_millis(30);
 
 fn widen_windows() {
     check::set_chaos(Some(|rank| {
-        // Only if the thread already holds a lock of the daemon, usually the VM's.
+        // Pauses only if the thread already holds a lock of the daemon, which is usually the VM's.
         if rank == Rank::Ops && check::held() > 0 {
             std::thread::park_timeout(WINDOW);
         }
@@ -38,7 +37,7 @@ fn with_wide_windows_in_own_process() {
     let (web, _) = world.running("web");
     world.await_rest();
     for round in 0..ROUNDS {
-        a_fork_that_is_kept_stays_after_a_stop(&world, round);
+        kept_fork_survives_concurrent_stop(&world, round);
     }
     assert_eq!(world.state("web"), VmState::Running);
     world.vmm.die(
@@ -48,8 +47,8 @@ fn with_wide_windows_in_own_process() {
     world.await_state("web", VmState::Failed);
 }
 
-/// A fork is marked as kept while another thread stops the new VM.
-fn a_fork_that_is_kept_stays_after_a_stop(world: &World, round: u32) {
+/// One thread marks a fork as kept while another thread stops it.
+fn kept_fork_survives_concurrent_stop(world: &World, round: u32) {
     let name = format!("twin-{round}");
     let request = VmForkRequest {
         vm: "web".into(),
@@ -60,7 +59,7 @@ fn a_fork_that_is_kept_stays_after_a_stop(world: &World, round: u32) {
         s.vms()
             .any(|r| r.name.as_str() == name && r.state == VmState::Running)
     });
-    // The guest cannot be reached, so the stop must not wait for it.
+    // The guest is unreachable, so the stop does not wait for its shutdown.
     let stopped = world.run::<VmStop>(VmStopRequest {
         timeout_ms: Some(1),
         ..stop(&name)

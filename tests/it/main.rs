@@ -1,5 +1,5 @@
-//! The only integration test binary. It runs a daemon in-process in a temporary directory, with
-//! fakes at the three seams.
+//! The integration test binary. It runs a daemon in-process in a temporary directory, with fakes at
+//! the three seams.
 
 #![allow(clippy::disallowed_methods, clippy::disallowed_types)]
 
@@ -25,7 +25,7 @@ mod kernels;
 mod keys;
 mod layers;
 mod lists;
-// The lock checker counts how long locks are held.
+// These modules use the lock checker.
 #[cfg(any(debug_assertions, feature = "lock-check"))]
 mod lock_fuzz;
 #[cfg(any(debug_assertions, feature = "lock-check"))]

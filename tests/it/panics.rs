@@ -1,5 +1,5 @@
-//! Panics in a request, a job and an operation's thread. No VM stays `starting`, no lock stays
-//! held, and the daemon keeps serving.
+//! Panics in a request, in a job and in an operation's thread. No VM stays `starting`, no lock
+//! stays held, and the daemon keeps serving.
 
 use crate::points::HookedVm;
 use crate::world::*;
@@ -20,7 +20,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-/// The fake driver, except for one method that panics once.
+/// A driver that wraps the fake and panics once in one method.
 struct Panics {
     inner: Arc<Fake>,
     at: Mutex<Option<&'static str>>,
@@ -262,7 +262,7 @@ fn panic_in_job_frees_worker() {
     assert_eq!(world.stop("web").unwrap().state, VmState::Stopped);
 }
 
-/// The guest is resumed, and the incomplete snapshot is deleted.
+/// After the panic the guest is resumed and the incomplete snapshot is deleted.
 #[test]
 fn panic_in_snapshot_resumes_guest() {
     let (world, driver) = world();

@@ -1,6 +1,6 @@
-//! Counts the effects on the host and the commits of the store as points. The n-th point can be
-//! made to fail, or to be the last thing that its daemon does. After that no effect and no commit
-//! of that daemon happens, as after `kill -9`.
+//! Counts effects on the host and commits of the store as points. The n-th point can fail, or it
+//! can be the last action of its daemon: afterwards no effect and no commit of this daemon happens,
+//! as if `kill -9` had ended it.
 
 use fcd::testing::api::daemon::Check;
 use fcd::testing::api::exec::Exit;
@@ -24,9 +24,9 @@ use std::time::Instant;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
-    /// The effect does not happen and returns an error.
+    /// Skips the effect and returns an error.
     Fail,
-    /// The same, including commits of the store.
+    /// Like `Fail`, but commits of the store fail too.
     FailCommits,
     /// The daemon is dead from this point on.
     Crash,
@@ -37,9 +37,9 @@ pub struct Points {
     armed: Mutex<Option<(Mode, u64)>>,
     seen: AtomicU64,
     dead: AtomicBool,
-    /// Part of the name of the point that is to be the daemon's last.
+    /// Part of the name of the point at which the daemon dies.
     last: Mutex<Option<&'static str>>,
-    /// The armed point that was reached, for messages.
+    /// The name of the armed point that was reached, for messages.
     hit: Mutex<Option<String>>,
 }
 
@@ -68,12 +68,12 @@ impl Points {
     pub fn is_dead(&self) -> bool {
         self.dead.load(Ordering::SeqCst)
     }
-    /// The armed point, once it was reached.
+    /// Returns the name of the armed point if it was reached.
     pub fn hit(&self) -> Option<String> {
         self.hit.lock().unwrap().clone()
     }
 
-    /// Returns the mode if this is the armed point.
+    /// Counts this point. Returns the mode if it is the armed one.
     fn is_it(&self, what: &str) -> Option<Mode> {
         let (mode, n) = (*self.armed.lock().unwrap())?;
         let is_commit = what.contains("commit");
@@ -101,8 +101,7 @@ impl Points {
         }
     }
 
-    /// A point without an effect on the host, which is not counted. Only [`Points::die_at`] uses
-    /// it.
+    /// A point without an effect on the host. Only [`Points::die_at`] counts it.
     pub fn reach(&self, what: &str) -> Result<()> {
         if self
             .last
@@ -130,12 +129,12 @@ impl CommitHook for Points {
         if self.is_it("before a commit").is_some() {
             return Some(Fault::Io);
         }
-        // The commit succeeds, and nothing happens after it.
+        // The commit succeeds. No later effect or commit does.
         self.is_it("after a commit").map(|_| Fault::IoAfterCommit)
     }
 }
 
-/// A driver with a point before each effect on the host, and one more when its process has been
+/// A driver with a point before each effect on the host and another after the VMM's process is
 /// spawned.
 pub struct PointDriver(pub Arc<dyn Driver>, pub Arc<Points>);
 
@@ -165,7 +164,7 @@ impl Driver for PointDriver {
         self.1.pass("spawn the VMM")?;
         let mut is_dead = false;
         let running = self.0.start(spec, cancel, &mut |identity| {
-            // A daemon that dies here has a process that is recorded nowhere.
+            // If the daemon dies here, the process is not recorded anywhere.
             is_dead = self.1.is_dead()
                 || matches!(self.1.is_it("the VMM was spawned"), Some(Mode::Crash));
             if !is_dead {

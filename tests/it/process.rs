@@ -1,4 +1,4 @@
-//! The daemon as a separate process: signals, and what it inherits from its parent.
+//! The daemon as a separate process: its signals and the descriptors that it inherits.
 
 use crate::world::{SOON, await_that};
 use std::fs::{self, File};
@@ -9,14 +9,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Instant;
 
-/// A daemon without VMs in its own directory. Killed when dropped.
+/// A daemon process without VMs in its own directory. Dropping it kills the process.
 pub struct Process {
     dir: tempfile::TempDir,
     pub child: Child,
 }
 
 impl Process {
-    /// `before` changes the command, and with it what the process inherits.
+    /// Starts the daemon. `before` changes the command and what the process inherits.
     pub fn start(before: impl FnOnce(&mut Command)) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let log = File::create(dir.path().join("log")).unwrap();
@@ -71,7 +71,7 @@ impl Process {
         }
     }
 
-    /// What the daemon's descriptor with this number refers to.
+    /// Returns the file behind the daemon's descriptor `fd`.
     fn descriptor(&self, fd: i32) -> Option<PathBuf> {
         fs::read_link(
             Path::new("/proc")
@@ -137,7 +137,7 @@ fn sighup_drains_daemon_as_sigterm_does() {
     }
 }
 
-/// A terminal that closes sends SIGHUP, and so does its shell.
+/// A closing terminal sends SIGHUP, and its shell sends another.
 #[test]
 fn repeated_sighup_does_not_cut_drain_short() {
     let mut process = Process::start(|_| {});
@@ -145,7 +145,7 @@ fn repeated_sighup_does_not_cut_drain_short() {
     assert_eq!(process.end().code(), Some(0), "{}", process.log());
 }
 
-/// `nohup fcd &` outlives its terminal.
+/// A daemon started with `nohup fcd &` must outlive its terminal.
 #[test]
 fn sighup_ignored_at_start_stays_ignored() {
     let mut process = Process::start(|command| {
@@ -196,7 +196,7 @@ fn inherit(command: &mut Command, file: &File, to: i32) {
 #[test]
 fn inherited_descriptors_are_closed_at_start() {
     let file = tempfile::NamedTempFile::new().unwrap();
-    // Numbers that neither this process nor the daemon uses.
+    // Neither this process nor the daemon uses these numbers otherwise.
     let numbers = [857, 863, 1000];
     let process = Process::start(|command| {
         numbers
@@ -213,11 +213,11 @@ fn inherited_descriptors_are_closed_at_start() {
     assert!(process.descriptor(1).is_some() && process.descriptor(2).is_some());
 }
 
-/// systemd passes `LISTEN_FDS` descriptors from 3 on, if `LISTEN_PID` is the process's own.
+/// systemd passes `LISTEN_FDS` descriptors starting at 3 if `LISTEN_PID` is the ID of the process.
 #[test]
 fn descriptors_of_socket_activation_are_kept() {
     let file = tempfile::NamedTempFile::new().unwrap();
-    // Numbers so high that neither this process nor the daemon uses them.
+    // Neither this process nor the daemon uses numbers this high.
     let last = 904;
     let with = |pid: &str| {
         let pid = pid.to_owned();
@@ -274,7 +274,7 @@ fn second_root_daemon_is_refused_before_it_makes_anything() {
         "{said}"
     );
     assert!(!dir.path().join("state/fcd.db").exists() && !dir.path().join("fcd.sock").exists());
-    // It starts if it has a range of uids of its own.
+    // The daemon starts if it has its own range of uids.
     let mut other = Process::start(|command| {
         let config = PathBuf::from(command.get_args().nth(1).unwrap());
         fs::write(config, "[qemu]\nuid_base = 1900065536\n").unwrap();

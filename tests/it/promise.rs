@@ -10,7 +10,7 @@ use fcd::testing::error::Kind;
 use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 
-/// The side that stalls an import.
+/// The side whose inactivity stalls an import.
 #[derive(Clone, Copy, Debug)]
 enum Stall {
     /// The guest stops reading after some bytes.
@@ -20,10 +20,10 @@ enum Stall {
 }
 
 const BYTES: u64 = 4096;
-/// The median of this many rounds must meet the promised bounds: a single round may run while the
-/// machine is busy.
+/// The median of this many rounds must meet the promised bounds, because a busy machine may delay a
+/// single round.
 const ROUNDS: usize = 5;
-/// The import must end this soon after a stop or a delete was sent.
+/// Limit of the time from sending a stop or delete until the import has ended.
 const IMPORT_ENDS: Duration = Duration::from_millis(100);
 
 /// Starts an import and waits until it has stalled.
@@ -43,8 +43,8 @@ fn stalled(world: &World, addr: std::net::SocketAddr, stall: Stall) -> Import {
     import
 }
 
-/// Checks that the import ended with this cause and its progress, and that its worker is free.
-/// Returns how long after `since` it ended.
+/// Checks that the import ended with this cause and reported its progress, and that its worker is
+/// free. Returns the time from `since` until the import ended.
 #[track_caller]
 fn ended(world: &World, mut import: Import, cause: &str, since: Instant) -> Duration {
     let (result, at) = import.call.finish_at(PROMPT);
@@ -61,7 +61,7 @@ fn ended(world: &World, mut import: Import, cause: &str, since: Instant) -> Dura
     at.saturating_duration_since(since)
 }
 
-/// Runs the rounds. Each returns how long after its call the import ended.
+/// Runs the rounds. `round` returns the time from the call until the import ended.
 #[track_caller]
 fn in_time(round: impl Fn() -> Duration) {
     let took = median((0..ROUNDS).map(|_| round()).collect());
@@ -172,7 +172,7 @@ fn delete_while_the_client_does_not_write() {
     in_time(|| deleted(Stall::Client));
 }
 
-/// A running import must not make a stop measurably slower, by the medians of some rounds.
+/// Compares medians: a running import must not slow down calls on the VM measurably.
 #[test]
 fn import_does_not_slow_calls() {
     let world = World::new();
@@ -198,7 +198,7 @@ fn import_does_not_slow_calls() {
 }
 
 #[test]
-fn prepares_on_one_vm_run_one_at_a_time_and_an_export_waits() {
+fn imports_and_exports_of_one_vm_run_one_at_a_time() {
     let world = World::new();
     let (vm, _) = world.running("web");
     let first = world.import("web");
@@ -225,7 +225,7 @@ fn prepares_on_one_vm_run_one_at_a_time_and_an_export_waits() {
         "who waits costs no worker"
     );
     assert_eq!(world.daemon().core.locks.workspace.len(), 1);
-    // A transfer with `no_wait` fails instead.
+    // With `no_wait` a transfer fails instead of waiting.
     let (_out, into) = pipe();
     let mut hasty = world.begin::<WorkspaceExport>(
         ExportRequest {
@@ -235,7 +235,7 @@ fn prepares_on_one_vm_run_one_at_a_time_and_an_export_waits() {
         vec![into],
     );
     assert!(hasty.finish(SOON).unwrap_err().is(Kind::Busy));
-    // A queued transfer that is cancelled leaves the queue at once. The others stay.
+    // Cancelling a queued transfer removes it from the queue immediately. The other transfers stay.
     let queued = world
         .call::<fcd::testing::api::op::OpList>(&Default::default())
         .unwrap()
@@ -256,7 +256,7 @@ fn prepares_on_one_vm_run_one_at_a_time_and_an_export_waits() {
         "{e}"
     );
     assert_eq!(world.op(&prepares[1].id).state, OpState::Cancelled);
-    // Each one continues when the one before it has ended.
+    // Each transfer starts when the previous one has ended.
     let Import { mut call, stream } = first;
     write_payload(stream, b"one");
     call.finish(SOON).unwrap();
@@ -290,7 +290,7 @@ fn import_of_killed_client_is_incomplete() {
         world.workspace_state("web"),
         Some(WorkspaceState::Incomplete)
     );
-    // The incomplete workspace is not taken for a complete one.
+    // An export must not accept the incomplete workspace as complete.
     let (_out, into) = pipe();
     let request = ExportRequest {
         vm: "web".into(),
@@ -309,7 +309,7 @@ fn import_of_killed_client_is_incomplete() {
     assert_eq!(world.workspace_state("web"), Some(WorkspaceState::Complete));
 }
 
-/// A whole number of tar blocks has arrived. Only the missing trailer shows that more was to come.
+/// The stream ends at the end of a tar block. Only the missing trailer shows that it is incomplete.
 #[test]
 fn import_cut_at_block_boundary_is_incomplete() {
     let world = World::new();

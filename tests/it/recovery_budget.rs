@@ -1,5 +1,5 @@
-//! A guest or a VMM that kills the daemon whenever its stop or delete is resumed, or the VMM is
-//! adopted.
+//! A guest or VMM that kills the daemon each time the daemon resumes its stop or delete, or adopts
+//! the VMM.
 
 use crate::world::*;
 use fcd::testing::api::Empty;
@@ -29,7 +29,7 @@ impl Hostile {
         }
     }
 
-    /// Makes the current daemon die when it asks the guest.
+    /// Makes the current daemon die when it asks the guest to shut down.
     fn guest_kills_asking_daemon(&self) {
         let (points, asked) = (self.world.points.clone(), self.asked.clone());
         self.world
@@ -45,7 +45,7 @@ impl Hostile {
         self.asked.load(Ordering::SeqCst)
     }
 
-    /// Starts the next daemon, which recovers what it may.
+    /// Starts the next daemon, which recovers the VMs.
     fn next_daemon(&mut self) {
         if self.world.points.is_dead() {
             self.world.crash();
@@ -54,7 +54,7 @@ impl Hostile {
         self.guest_kills_asking_daemon();
     }
 
-    /// The current daemon dies while asking the guest.
+    /// Waits until the current daemon has died while asking the guest.
     fn dies_asking(&mut self) {
         self.guest_kills_asking_daemon();
         self.world.daemon().reconciler.reconcile();
@@ -62,7 +62,7 @@ impl Hostile {
         await_that("the daemon dies of asking", || points.is_dead());
     }
 
-    /// The current daemon dies while killing the VMM.
+    /// Waits until the current daemon has died while killing the VMM.
     fn dies_killing(&mut self) {
         self.world.points.die_at("kill the VMM");
         self.world.daemon().reconciler.reconcile();
@@ -104,7 +104,7 @@ fn stop_that_killed_daemon_is_resumed_without_asking_guest() {
         severity == Severity::Warn && found.contains("VM evil (1)"),
         "{found}"
     );
-    // A new start begins with a new record.
+    // A new start resets the count of deaths.
     hostile.world.place(&vm.id);
     hostile.world.start("evil").unwrap();
     assert_eq!(hostile.doctor_says().0, Severity::Ok);
@@ -151,7 +151,7 @@ fn stop_that_killed_three_daemons_is_not_resumed() {
         severity == Severity::Warn && found.contains("VM evil (3)"),
         "{found}"
     );
-    // Other VMs are not affected, and the next daemon leaves this VM alone as well.
+    // Other VMs are not affected. The next daemon does not touch this VM either.
     hostile.world.running("well");
     hostile.next_daemon();
     hostile.world.daemon().reconciler.reconcile();
@@ -208,7 +208,7 @@ fn orderly_exit_during_resumed_stop_is_not_counted() {
     await_that("the stop is resumed", || {
         hostile.world.daemon().leftovers().threads == 1
     });
-    // This is the end of a drain whose deadline the stop exceeds.
+    // A drain ends like this if the stop exceeds its deadline.
     let daemon = hostile.world.daemon().clone();
     let id = hostile.shown().id;
     let record = format!("recovery/{id}");
@@ -241,7 +241,7 @@ fn orderly_exit_during_resumed_stop_is_not_counted() {
     );
 }
 
-/// A running VM, along with another one, whose VMM kills a daemon that adopts it.
+/// A running VM whose VMM kills each daemon that adopts it, and a second, healthy VM.
 struct HostileVmm {
     world: World,
     point: &'static str,
@@ -252,7 +252,7 @@ impl HostileVmm {
         Self::that_kills_at("adopt the VMM of ")
     }
 
-    /// Its VMM kills the daemon at the point with this name, which ends with the VM's id.
+    /// Creates the VMs. The VMM kills the daemon at the point named `what` followed by the VM's id.
     fn that_kills_at(what: &str) -> Self {
         let world = World::new();
         let (evil, _) = world.running("evil");
@@ -264,7 +264,7 @@ impl HostileVmm {
         hostile
     }
 
-    /// The current daemon dies during the adoption, and the next one starts.
+    /// Waits until the current daemon has died during the adoption, and starts the next one.
     fn dies_adopting(&mut self) {
         self.world.points.die_at(self.point);
         self.world.daemon().reconciler.reconcile();
@@ -306,7 +306,7 @@ fn adoption_that_killed_three_daemons_is_not_retried() {
             "{}",
             check.found
         );
-        // The periodic check does not try again, and neither does the next daemon.
+        // Neither the periodic check nor the next daemon tries again.
         hostile.world.daemon().reconciler.sweep_once();
         assert!(!hostile.world.points.is_dead());
         hostile.world.reopen();
@@ -332,7 +332,7 @@ fn adoption_that_killed_three_daemons_is_not_retried() {
         (VmState::Stopped, Some(Synced::No), 0)
     );
     assert_eq!(hostile.world.vmm.live().len(), 1);
-    // A new start begins with a new record.
+    // A new start resets the count of deaths.
     hostile.world.place(&stopped.id);
     let started = hostile.world.start("evil").unwrap();
     assert_eq!(
@@ -348,9 +348,10 @@ fn adoption_that_killed_three_daemons_is_not_retried() {
     );
 }
 
-/// It answers the daemon that adopts it, and kills it when that listens to what it says by itself.
+/// The VMM answers while the daemon adopts it, and kills the daemon when it subscribes to the VMM's
+/// events.
 #[test]
-fn vm_that_kills_who_listens_to_it_is_left_alone_as_well() {
+fn vmm_that_kills_daemon_on_subscribe_is_left_alone() {
     let mut hostile = HostileVmm::that_kills_at("listen to the VMM in DIR/");
     for _ in 0..3 {
         hostile.dies_adopting();
@@ -382,7 +383,7 @@ fn record_is_cleared_by_successful_adoption() {
         (VmState::Running, None, false)
     );
     hostile.world.reopen();
-    // It has as many attempts as at first.
+    // The VMM has the full number of attempts again.
     for _ in 0..3 {
         hostile.dies_adopting();
     }

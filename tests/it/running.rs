@@ -1,4 +1,4 @@
-//! A call in progress, whose notes and result are read on another thread.
+//! A call in progress. A separate thread reads its notes and its result.
 
 use crate::world::soon;
 use fcd::testing::api::Call;
@@ -75,7 +75,8 @@ impl<R> Running<R> {
         }
     }
 
-    /// Waits for the first note that fits. Panics if the call ends first, or on a timeout.
+    /// Waits for the first note that `wanted` accepts. Panics if the call ends first, or on a
+    /// timeout.
     #[track_caller]
     pub fn note<T>(&self, wanted: impl Fn(&Note) -> Option<T>) -> T {
         let deadline = soon();
@@ -124,7 +125,7 @@ impl<R> Running<R> {
         self.finish_at(patience).0
     }
 
-    /// Waits for the result. None if `is_over` returns true first.
+    /// Waits for the result. Returns `None` if `is_over` returns true first.
     #[track_caller]
     pub fn finish_unless(&mut self, is_over: impl Fn() -> bool) -> Option<Result<R, Failure>> {
         const LOOK: Duration = Duration::from_millis(1);
@@ -142,7 +143,7 @@ impl<R> Running<R> {
         }
     }
 
-    /// Waits for the result and returns when it arrived.
+    /// Waits for the result. Also returns the time at which it arrived.
     #[track_caller]
     pub fn finish_at(&mut self, patience: Duration) -> (Result<R, Failure>, Instant) {
         if let Some(ended) = self.ended.take() {
@@ -169,7 +170,7 @@ impl<R> Running<R> {
         true
     }
 
-    /// Hangs up, as a killed client does.
+    /// Closes the connection, as if the client had been killed.
     pub fn hang_up(&self) {
         self.hangup.hang_up();
     }

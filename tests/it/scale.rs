@@ -1,4 +1,4 @@
-//! Measures a restart of the daemon with many VMs. Run by `scripts/bench scale`.
+//! Measures a daemon restart with many VMs. `scripts/bench scale` runs it.
 
 use crate::world::*;
 use fcd::testing::api::vm::*;
@@ -9,13 +9,13 @@ use nix::sys::resource::{UsageWho, getrusage};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// Additional processes, as on a host in use.
+/// Unrelated processes on the host, because a host in use has many.
 const OTHER_PROCESSES: usize = 200;
 const ROUNDS: usize = 5;
-/// How many VMs are changed after the restart, evenly spread.
+/// The number of VMs that are changed after the restart, evenly spread.
 const CHANGED: usize = 10;
 
-/// Processes that the daemon only has to look at.
+/// Processes that are not the daemon's. It only has to skip them.
 struct Others(Vec<Child>);
 
 impl Others {
@@ -54,7 +54,7 @@ fn many(config: &mut Config, vms: usize) {
     config.qemu.uid_count = vms as u32 + 1;
 }
 
-/// Creates a state directory with `vms` VMs that have run and are stopped.
+/// Creates a state directory with `vms` stopped VMs that have run before.
 fn at_rest(vms: usize) -> World {
     let mut world = World::with(|config| many(config, vms));
     for n in 0..vms {
@@ -84,7 +84,8 @@ fn at_rest(vms: usize) -> World {
     world
 }
 
-/// The time from starting a daemon with the real drivers until the last of some changes is durable.
+/// Measures the time from starting a daemon with the real drivers until several changes are
+/// durable.
 fn usable_after(config: &Config, vms: usize) -> (Duration, Duration, Duration) {
     let (begun, used) = (Instant::now(), cpu());
     let daemon = Daemon::open(config.clone(), Seams::real(config).unwrap()).unwrap();
@@ -131,7 +132,7 @@ fn resting(vms: usize) {
     );
 }
 
-/// Only the daemon's own part: the VMMs are fakes that answer at once.
+/// Measures only the daemon's own part: the fake VMMs answer immediately.
 fn running(vms: usize) {
     let mut world = World::with(|config| many(config, vms));
     for n in 0..vms {

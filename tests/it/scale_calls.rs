@@ -1,4 +1,5 @@
-//! Measures how the cost of calls grows with VMs and with watchers: `scripts/bench scale`.
+//! Measures how the cost of calls grows with the number of VMs and watchers. `scripts/bench scale`
+//! runs it.
 
 use crate::world::*;
 use fcd::testing::api::vm::*;
@@ -11,13 +12,13 @@ use std::process::{Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-/// Events that each number of watchers is measured with.
+/// The number of events measured for each number of watchers.
 const EVENTS: usize = 300;
 const WATCHERS: usize = 100;
 const PS_RUNS: usize = 41;
 const SHOWS: usize = 2000;
 
-/// Sorts `took`.
+/// Sorts `took` and returns this percentile.
 fn percentile(took: &mut [Duration], percent: usize) -> Duration {
     took.sort();
     took[(took.len() * percent / 100).min(took.len() - 1)]
@@ -41,8 +42,8 @@ fn many(vms: usize) -> World {
     world
 }
 
-/// The sockets of watchers. One thread waits for all of them, and reads only when every one of them
-/// has something.
+/// The sockets of watchers. One thread waits for all of them, and reads only when each socket has
+/// data.
 struct Watchers {
     epoll: Epoll,
     sockets: Vec<UnixStream>,
@@ -63,7 +64,7 @@ impl Watchers {
         Self { epoll, sockets }
     }
 
-    /// When the last of them could read the next event. None: the daemon has hung up.
+    /// Returns when the last watcher could read the next event, or `None` if the daemon hung up.
     fn await_all(&mut self) -> Option<Instant> {
         let mut is_told = vec![false; self.sockets.len()];
         let (mut left, mut events) = (self.sockets.len(), [EpollEvent::empty(); WATCHERS]);
@@ -85,7 +86,7 @@ impl Watchers {
     }
 }
 
-/// A watcher that has its snapshot.
+/// Connects a watcher and reads its snapshot.
 fn watching(socket: &Path) -> UnixStream {
     let mut stream = UnixStream::connect(socket).unwrap();
     writeln!(
@@ -102,7 +103,7 @@ fn watching(socket: &Path) -> UnixStream {
     stream
 }
 
-/// False at the end of the connection.
+/// Reads all available data. Returns false at the end of the connection.
 fn drain(socket: &mut UnixStream) -> bool {
     let mut piece = [0; 4096];
     loop {
@@ -144,7 +145,8 @@ impl Watched {
         }
     }
 
-    /// From the answer to a change until the last watcher can read of it, and from the call.
+    /// Returns two times until the last watcher can read a change: from the reply to the call, and
+    /// from the start of the call.
     fn change(&mut self) -> (Duration, Duration) {
         self.vcpus = 3 - self.vcpus;
         let request = VmSetRequest {
@@ -189,7 +191,7 @@ fn watchers() {
     );
 }
 
-/// The whole process `fcctl ps -a`, which writes into a pipe that is read.
+/// Runs `fcctl ps -a` as a whole process whose output goes to a pipe.
 fn ps(world: &World, vms: usize) -> Duration {
     let begun = Instant::now();
     let out = Command::new(env!("CARGO_BIN_EXE_fcctl"))

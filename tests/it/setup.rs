@@ -1,6 +1,6 @@
-//! Runs `scripts/setup` with a real apt and dpkg on their own archive and file system, and checks
-//! what it installs, refuses and prints. The host's programs are on PATH as links; those of the
-//! archive appear when they are installed.
+//! Runs `scripts/setup` with a real apt and dpkg on an archive and a file system of the test, and
+//! checks what the script installs, refuses and prints. PATH contains links to the host's programs.
+//! The archive's programs appear when their packages are installed.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -23,7 +23,7 @@ const TOOLS: &[&str] = &[
     "sort",
     "wc",
 ];
-/// Programs that it looks for, except the archive's QEMU.
+/// Programs that the script looks for, except QEMU from the archive.
 const PRESENT: &[&str] = &[
     "cc",
     "git",
@@ -44,7 +44,8 @@ const NEW: &str = "1:10.0-1~bpo1";
 struct Lab(tempfile::TempDir);
 
 impl Lab {
-    /// An archive with an old QEMU, and nothing installed. `bpo` has the newer version.
+    /// Creates an archive with an old QEMU and an empty system. The suite `bpo` has the newer
+    /// version.
     fn new() -> Self {
         assert!(
             nix::unistd::geteuid().is_root(),
@@ -132,7 +133,7 @@ impl Lab {
         self.path("bin").join(name)
     }
 
-    /// Adds a package with these programs to the archive `suite`.
+    /// Adds a package with these programs to the archive's suite `suite`.
     fn add(&self, suite: &str, name: &str, version: &str, relations: &str, programs: &[&str]) {
         let tree = self.path(format!("tree/{suite}/{name}"));
         fs::create_dir_all(tree.join("DEBIAN")).unwrap();
@@ -145,7 +146,7 @@ impl Lab {
             )
             .unwrap();
         }
-        // dpkg forgets a package that has no file of its own.
+        // dpkg forgets a package without files, so each package gets one.
         let doc = tree.join("usr/share/doc").join(name);
         fs::create_dir_all(&doc).unwrap();
         fs::write(doc.join("copyright"), version).unwrap();
@@ -177,7 +178,7 @@ impl Lab {
         )
     }
 
-    /// Sets the contents of sources.list and updates the package lists.
+    /// Writes sources.list and updates the package lists.
     fn offer(&self, suites: &[&str]) {
         let mut sources = String::new();
         for suite in suites {
@@ -229,7 +230,7 @@ impl Lab {
             .args(packages));
     }
 
-    /// Runs the script. Returns its status and its output.
+    /// Runs the script. Returns its exit status and its output.
     fn setup(&self, args: &[&str]) -> (Option<i32>, String) {
         let out = self.command(SETUP).args(args).output().unwrap();
         (out.status.code(), text(&out))
@@ -266,10 +267,9 @@ fn ok(command: &mut Command) -> String {
     String::from_utf8(out.stdout).unwrap()
 }
 
-/// The machine on which the first command failed: its version of QEMU's tools is not in the
-/// archive.
+/// QEMU's tools are installed in a version that the archive does not have.
 #[test]
-fn setup_newer_needed_package_is_replaced_in_the_same_transaction() {
+fn setup_downgrades_package_missing_from_archive() {
     let lab = Lab::new();
     lab.install(&[&format!("qemu-utils={NEW}")]);
     lab.offer(&["main"]);
@@ -286,7 +286,7 @@ fn setup_newer_needed_package_is_replaced_in_the_same_transaction() {
 }
 
 #[test]
-fn setup_newer_needed_package_is_kept_where_its_archive_is_known() {
+fn setup_keeps_newer_package_found_in_archive() {
     let lab = Lab::new();
     lab.install(&[&format!("qemu-utils={NEW}")]);
     let (status, said) = lab.setup(&[]);
@@ -297,7 +297,7 @@ fn setup_newer_needed_package_is_kept_where_its_archive_is_known() {
 }
 
 #[test]
-fn setup_removal_of_another_package_stops_before_anything_is_done() {
+fn setup_stops_if_another_package_would_be_removed() {
     let lab = Lab::new();
     lab.add("main", "precious", "3", "Conflicts: qemu-system-x86\n", &[]);
     lab.offer(&["main"]);
@@ -316,7 +316,7 @@ fn setup_removal_of_another_package_stops_before_anything_is_done() {
 }
 
 #[test]
-fn setup_package_that_needs_the_newer_version_is_not_removed() {
+fn setup_keeps_package_that_needs_newer_version() {
     let lab = Lab::new();
     lab.add(
         "main",
@@ -359,7 +359,7 @@ fn setup_held_package_is_not_changed() {
     );
 }
 
-/// What counts is which programs exist afterwards, whatever apt-get printed.
+/// The result depends on which programs exist afterwards, not on apt-get's output.
 #[test]
 fn setup_program_that_does_not_appear_is_an_error() {
     let lab = Lab::new();
@@ -409,7 +409,7 @@ fn setup_by_an_ordinary_user_lists_everything_at_once() {
     for thing in all {
         assert!(said.contains(thing), "{thing}: {said}");
     }
-    // Without sudo it prints the same list and the one command that root has to run.
+    // Without sudo the script prints the same list and the one command to run as root.
     let (status, said) = lab.setup(&[]);
     assert_eq!(status, Some(1), "{said}");
     for thing in all {
@@ -423,7 +423,7 @@ fn setup_by_an_ordinary_user_lists_everything_at_once() {
 }
 
 #[test]
-fn setup_with_everything_there_runs_nothing() {
+fn setup_with_everything_installed_runs_nothing() {
     let lab = Lab::new();
     lab.script("apt-get", "echo apt-get was run; exit 1");
     lab.script("qemu-img", "");
@@ -434,7 +434,7 @@ fn setup_with_everything_there_runs_nothing() {
 }
 
 #[test]
-fn setup_installs_rust_of_no_distribution_and_says_so() {
+fn setup_leaves_old_rust_to_user() {
     let lab = Lab::new();
     lab.script("cargo", "echo cargo 1.63.0");
     let (status, said) = lab.setup(&[]);

@@ -5,16 +5,17 @@ use crate::layers::{is_test, root, rust_files};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-/// The most methods that one type may have in one file.
+/// Limit of the methods of one type in one file.
 const METHODS_PER_FILE_MAX: usize = 15;
-/// The most fields of a tuple in a signature or a type alias. A larger one needs named fields.
+/// Limit of the fields of a tuple in a signature or a type alias. A larger tuple needs named
+/// fields.
 const TUPLE_FIELDS_MAX: usize = 2;
-/// The most methods that `Daemon` may have in all files together.
+/// Limit of the methods of `Daemon` in all files together.
 const DAEMON_METHODS_MAX: usize = 40;
 
 type Graph = BTreeMap<String, BTreeSet<String>>;
 
-/// The source without comments, and without a test module at its end.
+/// Returns the source without comments and without the test module at its end.
 fn code_of(text: &str) -> String {
     let text = text
         .split("#[cfg(test)]\nmod tests {")
@@ -26,7 +27,7 @@ fn code_of(text: &str) -> String {
         .join("\n")
 }
 
-/// The first name of each path in `code` that begins with `prefix`, in groups too:
+/// Returns the first name of each path in `code` that begins with `prefix`, also in groups:
 /// `super::{a::B, c}` gives `a` and `c`.
 fn first_names(code: &str, prefix: &str) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
@@ -65,8 +66,8 @@ fn first_name(path: &str) -> Option<String> {
         .map(str::to_owned)
 }
 
-/// Which entries of a directory import which others. An entry is a file, or a directory with all
-/// that is in it. `mod.rs` is left out: it declares the others.
+/// Returns which entries of a directory import which others. An entry is a file, or a directory
+/// with everything in it. `mod.rs` is left out because it declares the other entries.
 fn graph_of(dir: &Path) -> Graph {
     let mut graph = Graph::new();
     let mut files = Vec::new();
@@ -101,7 +102,7 @@ fn graph_of(dir: &Path) -> Graph {
     graph
 }
 
-/// A circle of imports, if there is one.
+/// Returns a cycle of imports if one exists.
 fn circle(graph: &Graph) -> Option<Vec<String>> {
     fn walk(graph: &Graph, path: &mut Vec<String>, done: &mut BTreeSet<String>) -> bool {
         let at = path.last().expect("a path begins somewhere").clone();
@@ -188,7 +189,7 @@ fn first_names_are_read_from_paths_and_groups() {
     assert_eq!(Vec::from_iter(first_names(code, "crate::daemon::")), ["h"]);
 }
 
-/// `mod.rs` explains the life of a VM. What it declares must not depend on it.
+/// `mod.rs` explains the life of a VM. Items there would make its child modules depend on it.
 #[test]
 fn root_of_daemon_has_no_items_of_its_own() {
     let code = code_of(&std::fs::read_to_string(root().join("src/daemon/mod.rs")).unwrap());
@@ -199,7 +200,7 @@ fn root_of_daemon_has_no_items_of_its_own() {
     assert_eq!(items, [""; 0], "move these into a file of their own");
 }
 
-/// Counts the methods in each `impl` block of the type that it is for.
+/// Counts the methods in `impl` blocks for each type.
 fn methods(text: &str) -> BTreeMap<String, usize> {
     let (mut counts, mut of): (BTreeMap<String, usize>, Option<String>) = (BTreeMap::new(), None);
     for line in code_of(text).lines() {
@@ -215,7 +216,8 @@ fn methods(text: &str) -> BTreeMap<String, usize> {
             } else {
                 head
             };
-            // An implementation of a trait has as many methods as the trait.
+            // Trait implementations do not count, because the trait decides how many methods they
+            // have.
             of = (!line.contains(" for ")).then(|| {
                 head.split(['<', ' ', '{'])
                     .next()
@@ -278,7 +280,7 @@ fn methods_are_counted_per_type() {
     );
 }
 
-/// The signatures of functions and the type aliases in `code`.
+/// Returns the signatures of functions and the type aliases in `code`.
 fn signatures(code: &str) -> Vec<&str> {
     let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
     let starts = ["fn ", "type "].into_iter().flat_map(|keyword| {
@@ -302,8 +304,8 @@ fn signatures(code: &str) -> Vec<&str> {
         .collect()
 }
 
-/// The tuples in a signature that have too many fields. A parameter list is not a tuple: it follows
-/// a name or its generics.
+/// Returns the tuples in a signature that have too many fields. A parameter list is not a tuple: a
+/// name or its generics precede it.
 fn wide_tuples(signature: &str) -> Vec<&str> {
     struct Open {
         at: usize,

@@ -1,5 +1,5 @@
-//! Snapshots, restores and forks over the socket: who may use them and when, and what a failure or
-//! a stop in the middle leaves.
+//! Snapshots, restores and forks over the socket: who may use them and when, and what remains after
+//! a failure or a stop.
 
 use crate::world::*;
 use fcd::testing::api::op::{OpCancel, OpRequest};
@@ -88,7 +88,7 @@ fn snapshot_is_created_shown_restored_and_deleted() {
     };
     assert_eq!(of("web").unwrap().snapshots.len(), 2);
     assert!(of("other").unwrap_err().is(Kind::VmNotFound));
-    // For anyone but its owner and root it does not exist.
+    // The snapshot exists only for its owner and root.
     let stranger = Caller {
         uid: 4_000_000,
         gid: 0,
@@ -122,7 +122,8 @@ fn snapshot_is_created_shown_restored_and_deleted() {
             .is_empty()
     );
 
-    // The settings of the snapshot are restored. A pending change of memory is dropped.
+    // A restore also restores the VM's settings at the time of the snapshot, and drops a pending
+    // change of memory.
     world
         .call::<VmSet>(&VmSetRequest {
             vm: "web".into(),
@@ -143,7 +144,7 @@ fn snapshot_is_created_shown_restored_and_deleted() {
     );
     let spec = world.vmm.last_spec(&vm.id).unwrap();
     assert_eq!(spec.saved.unwrap().driver, "fake");
-    // The next start boots it.
+    // The next start boots the VM normally.
     world.stop("web").unwrap();
     world.start("web").unwrap();
     assert_eq!(world.vmm.last_spec(&vm.id).unwrap().saved, None);
@@ -196,7 +197,7 @@ fn snapshots_survive_daemon_restart() {
     assert_eq!(restore(&world, "one", None).unwrap().id, vm.id);
 }
 
-/// The stop arrives while the guest is paused to be saved.
+/// The stop arrives while the guest is paused for a save.
 #[test]
 fn stop_during_save_ends_guest_immediately() {
     let world = World::new();
@@ -207,7 +208,7 @@ fn stop_during_save_ends_guest_immediately() {
         let mut saving = world.begin::<SnapshotCreate>(save("web", "one"), vec![]);
         assert!(world.vmm.await_held(1, soon()));
         assert!(world.vmm.is_paused(&vm.id));
-        // A resume must not be applied now, because the saved state must be of one moment.
+        // A resume must wait until the save ends, because the saved state must be of one moment.
         world.call::<VmResume>(&request("web")).unwrap();
         assert!(world.vmm.is_paused(&vm.id));
         assert!(create(&world, "web", "two").unwrap_err().is(Kind::Busy));
@@ -239,7 +240,7 @@ fn guest_is_resumed_after_save_or_failure() {
     world.vmm.hold_starts(Stage::Save);
     let mut saving = world.begin::<SnapshotCreate>(save("web", "one"), vec![]);
     assert!(world.vmm.await_held(1, soon()));
-    // The owner paused it meanwhile, so it stays paused.
+    // The owner pauses the guest during the save, so it stays paused.
     world.call::<VmPause>(&request("web")).unwrap();
     world.vmm.release_starts();
     saving.finish(SOON).unwrap();
@@ -368,7 +369,7 @@ fn failed_restore_leaves_startable_vm() {
         .state_dir
         .join("snapshots")
         .join(made.id.as_str());
-    // The snapshot's memory is missing, which is noticed before the VM's own disk is touched.
+    // The snapshot's memory is missing. The daemon notices this before it changes the VM's disk.
     let disk = world.vmm.last_spec(&made.vm).unwrap().disk;
     let mut mine = std::fs::read(&disk).unwrap();
     mine.extend(b"what was written since");
@@ -405,7 +406,7 @@ fn failed_restore_leaves_startable_vm() {
         (std::fs::read(&disk).unwrap(), aside.exists()),
         (mine.clone(), false)
     );
-    // A stop in the middle of a restore.
+    // A stop interrupts the restore.
     world.vmm.hold_starts(Stage::AfterSpawn);
     let mut restoring = world.begin::<SnapshotRestore>(
         SnapshotRestoreRequest {

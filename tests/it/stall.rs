@@ -1,6 +1,6 @@
-//! Compares calls on a VM whose import is stalled with the same calls on a VM under the same fault
-//! without an import, in turns. `scripts/test` runs `the_gate`; `bench` (`scripts/bench stall`)
-//! measures at length.
+//! Compares calls on a VM whose import is stalled with the same calls on a VM that has the same
+//! fault but no import. The two sides take turns. `scripts/test` runs `the_gate`, and
+//! `scripts/bench stall` runs `bench`, which measures longer.
 
 use crate::world::*;
 use fcd::testing::api::exec::{ExecStart, ExecStartRequest};
@@ -11,14 +11,14 @@ use fcd::testing::error::Kind;
 use std::io::Write;
 use std::time::{Duration, Instant};
 
-/// How long a stalled import may last before it is ended, and so how long a call would wait for it.
-/// It is short in the negative control, where calls do wait.
+/// Time after which the daemon ends a stalled import, and so the longest time that a call would
+/// wait for it. It is short in the negative control, where calls do wait.
 const STALL: Duration = Duration::from_secs(if cfg!(feature = "one-lock") { 4 } else { 30 });
-/// If the network is cut, the guest cannot be asked to shut down. This is the same on both sides.
+/// Time for a guest to shut down. With the network cut, both sides wait this long in vain.
 const GRACE_MS: u64 = 50;
 const BYTES: u64 = 4096;
 
-/// Why an import is stalled.
+/// The reason why an import is stalled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fault {
     /// The client stops writing.
@@ -39,16 +39,16 @@ enum Verb {
     Delete,
 }
 
-/// A daemon with `others` stalled imports in addition to the VM that is measured.
+/// A daemon with the VM that is measured and `others` stalled imports of other VMs.
 struct Stage {
     world: World,
     client: Client,
     others: Vec<Import>,
-    /// Whatever is timed first has colder caches, so the two sides take turns.
+    /// The side that is timed first has colder caches, so the two sides take turns.
     is_held_first: bool,
 }
 
-/// How many imports the pool runs and how many wait.
+/// The number of running and waiting imports.
 #[derive(Clone, Copy, Debug)]
 struct Load {
     others: usize,
@@ -57,7 +57,7 @@ struct Load {
 }
 
 impl Load {
-    /// Each import has its own worker.
+    /// The load of this many running imports, each with its own worker.
     const fn of(others: usize) -> Self {
         Self {
             others,
@@ -105,7 +105,7 @@ impl Stage {
         import
     }
 
-    /// Starts a VM under the fault.
+    /// Starts a VM that has the fault.
     fn vm(&self, name: &str, fault: Fault) -> std::net::SocketAddr {
         let addr = match self.world.show(name) {
             Ok(vm) => {
@@ -121,7 +121,7 @@ impl Stage {
         addr
     }
 
-    /// Starts its import. If the pool is full, the import waits for a worker.
+    /// Starts the VM's import. If the pool is full, the import waits for a worker.
     fn stall(&self, name: &str, fault: Fault) -> Import {
         let runs = self.world.daemon().transfers.pool.counts().running
             < self.world.config.limits.pool_workers;
@@ -187,7 +187,7 @@ impl Stage {
         begun.elapsed()
     }
 
-    /// Times both sides of a round: without an import, and with a stalled one.
+    /// Measures both sides once: without an import, and with a stalled one.
     fn round(&mut self, verb: Verb, fault: Fault) -> (Duration, Duration) {
         let (idle_addr, addr) = (self.vm("idle", fault), self.vm("held", fault));
         let import = self.stall("held", fault);
@@ -195,7 +195,7 @@ impl Stage {
             self.world.guest.set_cut(idle_addr, true);
             self.world.guest.set_cut(addr, true);
         }
-        // Both sides begin warm.
+        // Both sides begin with warm caches.
         for name in ["idle", "held"] {
             self.time(Verb::Show, name);
         }
@@ -213,7 +213,7 @@ impl Stage {
         drop(import.stream);
         import.call.hang_up();
         for name in ["idle", "held"] {
-            // Removes whatever the call has left.
+            // Removes the VM if the call has not deleted it.
             if let Err(e) = self.world.delete(name) {
                 assert!(e.is(Kind::VmNotFound), "{e:?}");
             }
@@ -221,9 +221,9 @@ impl Stage {
         (idle, held)
     }
 
-    /// Queues a second import behind a stalled one. It reports that it waits, and ends when it is
-    /// cancelled.
-    fn a_second_import_waits_visibly(&mut self) -> Duration {
+    /// Queues a second import behind a stalled one. It reports that it waits, and cancelling it
+    /// ends it.
+    fn second_import_waits_visibly(&mut self) -> Duration {
         self.vm("held", Silent);
         let first = self.stall("held", Silent);
         let mut second = self.world.queue_import("held");
@@ -269,7 +269,8 @@ fn write_some(import: &mut Import) {
     import.stream.write_all(&chunk).unwrap();
 }
 
-/// An exec never ends if the guest does not respond.
+/// The calls to measure. An exec is left out if the guest does not respond, because it would never
+/// end.
 fn verbs(fault: Fault) -> &'static [Verb] {
     match fault {
         Cut => &[Verb::Show, Verb::List, Verb::Stop, Verb::Delete],
@@ -288,11 +289,11 @@ fn percentile(took: &[Duration], percent: usize) -> Duration {
 fn the_gate() {
     const ROUNDS: usize = 9;
     const SLACK: Duration = Duration::from_millis(1);
-    /// Other load on the machine slows one side or the other now and then. A call that waits is
-    /// slower every time.
+    /// Limit of the sets of rounds per call. Other load on the machine may slow one side in one
+    /// set. A call that waits for the import is slower in every set.
     const SETS_MAX: usize = 3;
     let fits = |(idle, held): &(Duration, Duration)| *held <= idle.mul_f64(1.2) + SLACK;
-    // One other import, and then a pool whose workers and queue are full.
+    // The first load is one other import. The second fills all workers and the queue.
     for load in [
         Load::of(1),
         Load {
@@ -318,17 +319,17 @@ fn the_gate() {
             );
         }
         if load.queue > load.others {
-            stage.a_second_import_waits_visibly();
+            stage.second_import_waits_visibly();
         }
         stage.end();
     }
 }
 
-/// Shows the cost of a lock that is held throughout an import. Without this the other figures would
-/// prove nothing.
+/// Measures the cost of a lock that is held during a whole import. This shows that the other
+/// measurements would reveal such a lock.
 #[test]
 #[cfg(feature = "one-lock")]
-fn with_one_lock_a_stop_waits() {
+fn import_with_one_lock_delays_stop() {
     const TIMES_MIN: u32 = 1000;
     let mut stage = Stage::new(Load::of(0));
     for name in ["idle", "held"] {
@@ -398,7 +399,7 @@ fn bench() {
         if load.queue > load.others {
             println!(
                 "{label:>9} a second import waits visibly; cancelled within {:?}",
-                stage.a_second_import_waits_visibly()
+                stage.second_import_waits_visibly()
             );
         }
         stage.end();

@@ -1,4 +1,4 @@
-//! The daemon's log goes to a pipe that nobody reads. Nothing else may wait for it.
+//! The daemon logs to a pipe that nobody reads. Nothing except the log may wait for it.
 
 use crate::apart::run_in_own_process;
 use crate::world::*;
@@ -8,7 +8,7 @@ use fcd::testing::store::faults::Fault;
 use fcd::testing::vmm::GuestEvent;
 use std::os::fd::OwnedFd;
 
-/// Returns a full pipe: the write end and the read end.
+/// Returns the write end and the read end of a full pipe.
 fn full_pipe() -> (OwnedFd, OwnedFd) {
     let (reader, writer) = pipe();
     rustix::io::ioctl_fionbio(&writer, true).unwrap();
@@ -17,7 +17,7 @@ fn full_pipe() -> (OwnedFd, OwnedFd) {
     (reader, writer)
 }
 
-/// The log belongs to the whole process, so this test has its own.
+/// The whole process shares one log, so this test runs in its own process.
 #[test]
 fn stalled_log_delays_nothing() {
     let (reader, writer) = full_pipe();
@@ -32,7 +32,7 @@ fn with_full_stderr_in_own_process() {
     let log_panic = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         log_panic(panic);
-        // The harness captures this and shows it if the test fails.
+        // The test harness captures this line and shows it if the test fails.
         println!("{panic}");
     }));
     let world = World::new();
@@ -40,7 +40,7 @@ fn with_full_stderr_in_own_process() {
     let (other, _) = world.running("other");
     world.create("rests");
 
-    // The watcher records under the VM's lock that the VMM does not respond, and logs it.
+    // Under the VM's lock the watcher records that the VMM does not respond. It also logs this.
     assert!(world.vmm.report(&web.id, GuestEvent::Unresponsive(true)));
     await_that("the row says that the VMM is silent", || {
         world.show("web").unwrap().unresponsive
@@ -63,7 +63,7 @@ fn with_full_stderr_in_own_process() {
         .finish(PROMPT)
         .unwrap();
 
-    // The store's writer logs that a commit failed, and answers the waiting calls.
+    // The store's writer logs the failed commit and answers the waiting calls.
     world.daemon().core.store.faults().fail(Fault::Io, 1);
     let refused = world
         .begin::<VmDelete>(delete("rests"), vec![])
@@ -72,7 +72,7 @@ fn with_full_stderr_in_own_process() {
     assert!(refused.is(Kind::StoreReadOnly), "{refused}");
     assert!(world.daemon().core.store.wait_writable(soon()));
 
-    // Many log lines, and a panic whose message nobody reads.
+    // Many log lines fill the queue. Nobody reads the panic's message either.
     for n in 0..100_000 {
         log::warn!("line {n} of a storm");
     }

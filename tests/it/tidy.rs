@@ -1,16 +1,16 @@
-//! The language of what people read, checked where a pattern can see it: comments, texts, test
-//! names and Markdown.
+//! Checks the language of comments, texts, test names and Markdown where a pattern can find a
+//! fault.
 //!
-//! The patterns are phrases that made an earlier version of this code hard to read. VM and VMM are
-//! written in capitals in texts, and comments are at most [`COMMENT_WIDTH`] columns wide. A
-//! directory that does not keep a rule yet has an entry in that rule's list, [`REMAINING`],
-//! [`REMAINING_VM`] or [`REMAINING_WIDTH`], and its number may only fall.
+//! The patterns are phrases that made an earlier version of this code hard to read. Texts write VM
+//! and VMM in capitals, and comments are at most [`COMMENT_WIDTH`] columns wide. A directory that
+//! still has findings has an entry in [`REMAINING`], [`REMAINING_VM`] or [`REMAINING_WIDTH`], and
+//! its number may only fall.
 
 use crate::layers::{is_test, root, rust_files};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-/// Phrases that have a plainer form, each with one.
+/// Phrases that have a plainer form, each with that form.
 const PHRASES: &[(&str, &str)] = &[
     ("is no ", "is not a"),
     ("are no ", "are not"),
@@ -38,7 +38,7 @@ const PHRASES: &[(&str, &str)] = &[
     ("by itself of", "of its own"),
 ];
 
-/// These are fine: they contain one of the phrases.
+/// Good texts that contain one of the phrases.
 const ALLOWED: &[&str] = &[
     "here is no ",
     "here are no ",
@@ -50,13 +50,16 @@ const ALLOWED: &[&str] = &[
 /// First words that make a comment a fragment.
 const FRAGMENTS: &[&str] = &["Of ", "That ", "So ", "Whoever ", "As "];
 
-/// Findings that a module still has. Lower a number when you rewrite something; never raise one.
+/// The number of findings that a module still has. Lower a number when you rewrite a text; never
+/// raise one.
 const REMAINING: &[(&str, usize)] = &[];
 
-/// Texts with `vm` or `vmm` as a word that a module still has. Numbers may only fall.
+/// The number of texts in a module that still contain `vm` or `vmm` as a word. Numbers may only
+/// fall.
 const REMAINING_VM: &[(&str, usize)] = &[];
 
-/// Comment lines above [`COMMENT_WIDTH`] that a module still has. Numbers may only fall.
+/// The number of comment lines in a module that are still wider than [`COMMENT_WIDTH`]. Numbers may
+/// only fall.
 const REMAINING_WIDTH: &[(&str, usize)] = &[];
 
 /// Longest line of a comment, including its indentation.
@@ -65,7 +68,7 @@ const COMMENT_WIDTH: usize = 100;
 /// Words that must be written in capitals, except for a plural's `s`.
 const VM_WORDS: &[&str] = &["vm", "vms", "vmm", "vmms", "vm's", "vmm's"];
 
-/// Texts that begin with one of these are the arguments of `fcctl`, shell, or SQL.
+/// Texts that begin with one of these words are arguments of `fcctl`, shell or SQL.
 const COMMANDS: &[&str] = &[
     "vm set",
     "vm resume",
@@ -77,7 +80,7 @@ const COMMANDS: &[&str] = &[
     "CREATE ",
 ];
 
-/// Markdown that is written by hand and has lines of prose.
+/// Hand-written Markdown with prose.
 const MARKDOWN: &[&str] = &["README.md", "ARCHITECTURE.md", "src/docs"];
 
 /// Longest line of Markdown prose. Tables and code may be longer.
@@ -86,7 +89,7 @@ const MARKDOWN_WIDTH: usize = 100;
 /// A piece of a source file that people read.
 #[derive(Debug, PartialEq)]
 enum Piece {
-    /// A comment line, and whether it begins a comment.
+    /// A comment line. `is_first` is true if it begins a comment.
     Comment { text: String, is_first: bool },
     /// A string literal.
     Text(String),
@@ -94,7 +97,7 @@ enum Piece {
     TestName(String),
 }
 
-/// The comments, texts and test names of Rust source, with their lines from 1 on.
+/// Returns the comments, texts and test names of a Rust source with their line numbers.
 fn pieces(source: &str) -> Vec<(usize, Piece)> {
     let (mut found, mut after_comment, mut is_test) = (Vec::new(), false, false);
     let mut in_string: Option<String> = None;
@@ -134,7 +137,8 @@ fn pieces(source: &str) -> Vec<(usize, Piece)> {
     found
 }
 
-/// The string literals of one line. `open` holds the text of one that began on an earlier line.
+/// Collects the string literals of one line. `open` holds the text of a literal that began on an
+/// earlier line.
 fn texts(line: &str, number: usize, open: &mut Option<String>, found: &mut Vec<(usize, Piece)>) {
     let mut chars = line.trim_start().chars().peekable();
     while let Some(c) = chars.next() {
@@ -165,7 +169,7 @@ fn texts(line: &str, number: usize, open: &mut Option<String>, found: &mut Vec<(
     }
 }
 
-/// What is wrong with one piece.
+/// Returns the faults of one piece.
 fn findings(piece: &Piece) -> Vec<String> {
     let (text, is_first) = match piece {
         Piece::Comment { text, is_first } => (text, *is_first),
@@ -191,7 +195,7 @@ fn findings(piece: &Piece) -> Vec<String> {
     found
 }
 
-/// `src/cli` of `src/cli/vm.rs`.
+/// Returns the module of a file: `src/cli` for `src/cli/vm.rs`.
 fn module(path: &Path) -> String {
     let parts: Vec<_> = path
         .components()
@@ -201,8 +205,8 @@ fn module(path: &Path) -> String {
     parts.join("/")
 }
 
-/// The words of a text that must be in capitals. JSON members, paths and identifiers are not words,
-/// and neither are the arguments of `fcctl` and the names of tables.
+/// Returns the words of a text that must be in capitals. JSON members, paths, identifiers,
+/// arguments of `fcctl` and names of tables do not count.
 fn lower_case_vms(text: &str) -> Vec<&str> {
     if !text.contains(' ')
         || COMMANDS
@@ -225,7 +229,7 @@ fn lower_case_vms(text: &str) -> Vec<&str> {
     found
 }
 
-/// What is found, by module.
+/// Findings by module.
 #[derive(Default)]
 struct Findings(BTreeMap<String, Vec<String>>);
 
@@ -237,7 +241,7 @@ impl Findings {
             .push(format!("{}:{line}: {finding}", path.display()));
     }
 
-    /// Compares the findings with the numbers that are allowed, which must be exact.
+    /// Compares the findings with the allowed numbers, which must match exactly.
     fn compare(&self, list: &str, remaining: &[(&str, usize)]) -> Vec<String> {
         let mut wrong = Vec::new();
         for (module, found) in &self.0 {
@@ -265,7 +269,7 @@ impl Findings {
     }
 }
 
-/// Calls `each` with the path, source and pieces of every Rust file but this one.
+/// Calls `each` with the path, source and pieces of every Rust file except this one.
 fn for_each_source(mut each: impl FnMut(&Path, &str, &[(usize, Piece)])) {
     for dir in ["src", "tests"] {
         let mut paths = Vec::new();
@@ -317,7 +321,7 @@ fn texts_write_vm_in_capitals() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// The comment lines of a source that are too long. Tables may be longer.
+/// Returns the comment lines of a source that are too long. Tables may be longer.
 fn wide_comments(source: &str, pieces: &[(usize, Piece)]) -> Vec<usize> {
     let lines: Vec<&str> = source.lines().collect();
     let is_prose =
@@ -347,7 +351,7 @@ fn comments_fit_their_width() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// Every Markdown file that [`MARKDOWN`] names, or that is in a directory named there.
+/// Returns every Markdown file that [`MARKDOWN`] names, and those in directories that it names.
 fn markdown_files() -> Vec<std::path::PathBuf> {
     let paths = MARKDOWN.iter().map(|name| root().join(name));
     let in_dir = |path: std::path::PathBuf| match std::fs::read_dir(&path) {
@@ -357,7 +361,7 @@ fn markdown_files() -> Vec<std::path::PathBuf> {
     paths.flat_map(in_dir).collect()
 }
 
-/// The lines of prose: no code, no tables, no comments.
+/// Returns the lines of prose, without code, tables and comments.
 fn prose(text: &str) -> Vec<(usize, &str)> {
     let (mut lines, mut is_fenced) = (Vec::new(), false);
     for (number, line) in text.lines().enumerate() {
@@ -409,7 +413,7 @@ fn markdown_reads_as_plain_english() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// Whether a piece of code in Markdown names a file of this repository.
+/// True if a piece of code in Markdown names a file of this repository.
 fn is_repository_path(text: &str) -> bool {
     ["src/", "tests/", "scripts/"]
         .iter()
@@ -474,10 +478,10 @@ let long = \"one \\
     assert_eq!(wrong, [(1, 1), (2, 1), (4, 1), (6, 1), (8, 1)]);
 }
 
-/// Files that decide by the text of another program because it has no other form, with that
-/// program. Each says in a comment from which version and file of it the text comes.
-/// `host/strerror.rs` (the C library) and `vmm/firecracker/refusal.rs` do so with tables, which
-/// this test does not see.
+/// Files that compare the text of another program because the program has no other output, with the
+/// name of the program. A comment in each file names the version and source file of the text. This
+/// test does not see `host/strerror.rs` (for the C library) and `vmm/firecracker/refusal.rs`, which
+/// use tables.
 const FOREIGN_TEXTS: &[(&str, &str)] = &[
     ("src/image/apt_texts.rs", "mmdebstrap and apt"),
     ("src/vmm/end.rs", "Linux"),
@@ -487,7 +491,7 @@ const FOREIGN_TEXTS: &[(&str, &str)] = &[
     ("src/workspace/git_texts.rs", "git"),
 ];
 
-/// Calls that compare a text or look for a part of it.
+/// Methods that compare a text or search in it.
 const COMPARISONS: &[&str] = &[
     "contains(",
     "starts_with(",
@@ -503,18 +507,18 @@ const COMPARISONS: &[&str] = &[
     " != ",
 ];
 
-/// Texts that an error has for people.
+/// Methods that return an error's text for people.
 const FOR_PEOPLE: &[&str] = &[".message()", ".to_string()", ".hint_text()"];
 
-/// Whether a literal is made for people: words with a space between them.
+/// True if a literal is written for people, that is, has two words separated by a space.
 fn is_phrase(literal: &str) -> bool {
     let words: Vec<&str> = literal.split(' ').collect();
     let is_word = |word: &&str| word.chars().filter(|c| c.is_alphabetic()).count() >= 2;
     words.windows(2).any(|pair| pair.iter().all(is_word))
 }
 
-/// The literal at the beginning of `code`, without its quotes. Byte strings belong to formats of
-/// files.
+/// Returns the literal at the beginning of `code` without its quotes. Byte strings are parts of
+/// file formats and do not count.
 fn literal(code: &str) -> Option<&str> {
     code.trim_start_matches("Some(")
         .trim_start_matches('&')
@@ -522,7 +526,7 @@ fn literal(code: &str) -> Option<&str> {
         .and_then(|rest| rest.split('"').next())
 }
 
-/// The part of a source file that is not its tests.
+/// Returns the part of a source file before its tests.
 fn production(source: &str) -> &str {
     source
         .split("#[cfg(test)]\nmod tests {")
@@ -530,7 +534,7 @@ fn production(source: &str) -> &str {
         .unwrap_or(source)
 }
 
-/// The names of constants whose value is a phrase.
+/// Returns the names of constants whose value is a phrase.
 fn phrase_names(source: &str) -> BTreeSet<String> {
     let constants = production(source).lines().filter_map(|line| {
         let line = line.trim_start();
@@ -547,7 +551,8 @@ fn phrase_names(source: &str) -> BTreeSet<String> {
         .collect()
 }
 
-/// The lines of production code that decide by a text for people, which may have one of `names`.
+/// Returns the lines of production code that decide by a text for people or by one of the constants
+/// `names`.
 fn decisions_by_text(source: &str, names: &BTreeSet<String>) -> Vec<usize> {
     let mut found = Vec::new();
     for (number, line) in production(source).lines().enumerate() {
@@ -579,10 +584,10 @@ fn decisions_by_text(source: &str, names: &BTreeSet<String>) -> Vec<usize> {
     found
 }
 
-/// A message can be reworded without a change of behaviour. Decide by a kind, by an enum or by the
-/// source of an error (`Error::source_as`).
+/// Rewording a message must not change behaviour. Decide by a kind, by an enum or by the source of
+/// an error (`Error::source_as`).
 #[test]
-fn no_decision_depends_on_a_text_for_people() {
+fn production_code_never_decides_by_message_text() {
     let mut paths = Vec::new();
     rust_files(&root().join("src"), &mut paths);
     paths.retain(|path| !is_test(path) && !path.ends_with("fake.rs"));
@@ -618,7 +623,7 @@ fn no_decision_depends_on_a_text_for_people() {
 }
 
 #[test]
-fn mutants_that_decide_by_text_are_found() {
+fn decisions_by_text_are_found() {
     let source = r#"
 const HUNG_UP: &str = "the caller hung up";
 fn a(e: &Error) -> bool { e.message() == HUNG_UP }

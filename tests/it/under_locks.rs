@@ -1,9 +1,9 @@
-//! Under a lock there is only memory access. The lock checker sees what runs. This test reads the
-//! source, because most log calls are on paths that no test takes.
+//! Code under a lock may only access memory. The lock checker sees only the code that runs. This
+//! test reads the source, because most log calls are on paths that no test takes.
 
 use crate::layers::{is_test, root, rust_files};
 
-/// What must not be written where a guard is in scope. `log::` is any log macro.
+/// Forbidden texts while a guard is in scope. `log::` stands for any log macro.
 const FORBIDDEN: [&str; 1] = ["log::"];
 
 /// A guard in scope: its name, if it has one, and the brace depth at which its scope ends.
@@ -26,8 +26,9 @@ fn bound_guard(line: &str) -> Option<&str> {
     is_guard.then(|| name.trim_start_matches("mut ").trim_start_matches('_'))
 }
 
-/// True if the block that the line opens runs with a lock held: a section of the store, or a guard
-/// that lives as long as the `match`, `if let`, `while let` or `for` whose head creates it.
+/// True if the block that the line opens runs under a lock. It is a section of the store, or the
+/// head of a `match`, `if let`, `while let` or `for` creates a guard that lives as long as the
+/// block.
 fn opens_section(line: &str) -> bool {
     let line = line.trim();
     if !line.ends_with('{') {
@@ -41,7 +42,7 @@ fn opens_section(line: &str) -> bool {
         || (holds_temporary && line.contains(".lock()"))
 }
 
-/// The lines, counted from 1, that use something forbidden while a guard is in scope.
+/// Returns the numbers of the lines that use a forbidden text while a guard is in scope.
 fn offences(text: &str) -> Vec<usize> {
     let (mut depth, mut guards, mut found) = (0i32, Vec::<Guard>::new(), Vec::new());
     let mut signature = String::new();
@@ -75,7 +76,7 @@ fn offences(text: &str) -> Vec<usize> {
             });
         }
         if code.trim_end().ends_with('{') {
-            // A guard as a parameter is evidence that its lock is held.
+            // A guard as a parameter shows that its lock is held.
             if signature.contains("fn ") && signature.contains("&KeyGuard<") {
                 guards.push(Guard {
                     name: String::new(),

@@ -1,4 +1,4 @@
-//! Local users against each other: what one uid can take away from the others.
+//! Local users against each other: how much one uid can take away from the others.
 
 use crate::world::*;
 use fcd::testing::api::Empty;
@@ -13,7 +13,7 @@ use fcd::testing::error::Kind;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-/// Users other than root and the daemon's own.
+/// Users other than root and the daemon's user.
 const ALICE: u32 = 3001;
 const BOB: u32 = 3002;
 
@@ -31,12 +31,12 @@ fn doctor_of_other_user_is_run_once_for_many_calls() {
         (1..CALLS / 4).contains(&runs),
         "{runs} runs for {CALLS} calls"
     );
-    // Root sees the host as it is at the time of the call.
+    // Root gets a fresh report at each call.
     world.call::<Doctor>(&Empty {}).unwrap();
     assert_eq!(world.vmm.checks_run(), runs + 1);
 }
 
-/// Alice makes refused calls, more than the number of operations kept.
+/// Makes more refused calls as Alice than the daemon keeps operations.
 fn refused_calls(world: &World, calls: usize) {
     as_uid(ALICE, || {
         world.create("of-alice");
@@ -101,7 +101,7 @@ fn refused_call_is_not_recorded() {
 }
 
 #[test]
-fn operations_of_one_user_push_out_only_their_own() {
+fn operations_of_one_user_evict_only_their_own() {
     let mut world = World::with(|config| config.limits.operations_kept_per_uid = 20);
     world.open_to_everybody();
     let key = || crate::keys::call(&world, "vm.create", r#"{"name":"of-bob"}"#, "k", false);
@@ -117,7 +117,8 @@ fn operations_of_one_user_push_out_only_their_own() {
             ))
         })
     });
-    // Alice's own keys pin their answers. Operations without a key are kept up to the limit.
+    // Keys keep the replies of Alice's own operations. Her operations without a key are kept up to
+    // the limit.
     as_uid(ALICE, || {
         world.create("of-alice");
         for _ in 0..50 {
@@ -161,7 +162,8 @@ fn operations_of_one_user_push_out_only_their_own() {
     assert_eq!(as_uid(BOB, || crate::keys::vm(&key())), made);
 }
 
-/// A key's answer lives as long as the key, however many operations of the same user follow.
+/// A key keeps its reply until the key expires, no matter how many operations of the same user
+/// follow.
 #[test]
 fn answer_of_key_outlives_retention() {
     let mut world = World::with(|config| config.limits.operations_kept_per_uid = 5);
@@ -177,7 +179,7 @@ fn answer_of_key_outlives_retention() {
     world.reopen();
     world.daemon().reconciler.reconcile();
     assert_eq!(crate::keys::vm(&key(&world, true)), made);
-    // Operations that the caller waits for are answered from the key, too.
+    // Waiting calls get the recorded reply of their key too.
     let deleted = |world: &World| {
         let request = r#"{"vm":"first","force":true}"#;
         let response = crate::keys::call(world, "vm.delete", request, "gone", true);
@@ -192,7 +194,7 @@ fn answer_of_key_outlives_retention() {
 }
 
 #[test]
-fn user_with_too_many_keys_is_refused_before_anything_begins() {
+fn user_with_too_many_keys_is_refused_first() {
     let mut world = World::new();
     let uid = nix::unistd::getuid().as_raw();
     let keys = fcd::testing::store::KEYS_PER_UID_MAX;
@@ -220,7 +222,7 @@ fn user_with_too_many_keys_is_refused_before_anything_begins() {
     assert!(world.show("one").is_err(), "nothing was made");
 }
 
-/// Alice's transfers are stalled. Bob's complete meanwhile.
+/// Alice's transfers are stalled while Bob's complete.
 #[test]
 fn transfers_of_one_user_leave_workers_to_others() {
     let world = World::with(|config| {
@@ -238,13 +240,13 @@ fn transfers_of_one_user_leave_workers_to_others() {
         };
         names.iter().map(run).collect::<Vec<_>>()
     });
-    // One uid gets three of four workers.
+    // One uid gets at most three of the four workers.
     stalled[..3].iter().for_each(|import| import.call.ready());
     as_uid(BOB, || {
         world.running("of-bob");
         world.import_all("of-bob");
     });
-    // The last of them may still be on its way into the queue.
+    // The last import may not have reached the queue yet.
     await_that("Alice's other imports wait", || {
         let counts = world.daemon().transfers.pool.counts();
         (counts.running, counts.queued) == (3, 2)
@@ -255,7 +257,7 @@ fn transfers_of_one_user_leave_workers_to_others() {
     }
 }
 
-/// One byte a minute satisfies the idle limit.
+/// A client that sends one byte a minute never exceeds the idle limit.
 #[test]
 fn transfer_below_minimum_rate_ends() {
     let world = World::with(|config| {
@@ -311,7 +313,7 @@ fn builds_of_one_user_are_limited_and_one_runs_at_a_time() {
             .unwrap_err();
         assert!(e.is(Kind::Busy) && e.fault.hint.is_some(), "{e:?}");
     }
-    // Other builds wait and report that they do. A hang-up removes them from the queue.
+    // Other builds wait and report this. A hang-up removes a build from the queue.
     let of_bob = as_uid(BOB, || build(&world, "b"));
     of_bob.stage("wait for another build");
     let mut of_root = build(&world, "r");
@@ -319,13 +321,13 @@ fn builds_of_one_user_are_limited_and_one_runs_at_a_time() {
     of_bob.hang_up();
     of_root.stage("wait for another build");
     assert_eq!(world.builds.running.load(Ordering::SeqCst), 1);
-    // A caller that hangs up during a build makes room as well.
+    // A caller that hangs up during a build frees its slot too.
     first.hang_up();
     of_root.stage("update package lists");
     world.builds.are_held.store(false, Ordering::SeqCst);
     assert!(of_root.finish(SOON).unwrap_err().is(Kind::CommandFailed));
     assert_eq!(world.builds.peak.load(Ordering::SeqCst), 1);
-    // Every slot is free again.
+    // Every slot is free again after the hang-ups.
     let mut again = as_uid(ALICE, || build(&world, "again"));
     assert!(again.finish(SOON).unwrap_err().is(Kind::CommandFailed));
 }
@@ -427,9 +429,9 @@ fn image_in_use_stays_until_last_vm_and_snapshot_are_gone() {
     assert!(create.unwrap_err().is(Kind::ImageNotFound));
 }
 
-/// Either the VM is created and its image stays, or the image is deleted and the VM is refused.
+/// Either the VM is created and its image stays, or the image is deleted and the create is refused.
 #[test]
-fn create_and_image_rm_at_once_never_leave_vm_without_image() {
+fn concurrent_create_and_image_rm_keep_image_of_vm() {
     let world = World::new();
     for n in 0..40 {
         make_image(&world.config.state_dir, "raced");
@@ -466,10 +468,10 @@ fn random_key() -> String {
     fcd::testing::ids::OpId::random().to_string()
 }
 
-/// VMs that were made with a larger range keep their uids, so a range that they do not fit is
-/// refused at the start.
+/// VMs keep the uids of an earlier, larger range. A daemon whose range does not contain them
+/// refuses to start.
 #[test]
-fn uid_count_that_leaves_a_vm_outside_is_refused() {
+fn uid_range_without_existing_vm_is_refused() {
     let mut world = World::with(|config| config.qemu.uid_count = 2);
     for name in ["one", "two"] {
         world.create(name);
@@ -494,7 +496,7 @@ fn uid_count_that_leaves_a_vm_outside_is_refused() {
     assert_eq!(world.show("two").unwrap().state, VmState::Created);
 }
 
-/// Parameters that name what root owns.
+/// Returns parameters that name objects of root.
 fn of_root(method: &str, op: &str) -> String {
     match method {
         "vm.balloon" => r#"{"vm":"web","keep_mib":512}"#.into(),
@@ -511,7 +513,7 @@ fn of_root(method: &str, op: &str) -> String {
 }
 
 #[test]
-fn calls_are_open_to_those_whom_the_table_names() {
+fn calls_check_access_as_in_table() {
     let world = World::new();
     world.open_to_everybody();
     let web = world.create("web");
@@ -541,14 +543,14 @@ fn calls_are_open_to_those_whom_the_table_names() {
         };
         match row.access {
             Access::Privileged => assert_eq!(kind("{}"), Kind::Denied.name(), "{}", row.method),
-            // It is only refused because it has this parameter.
+            // The unknown parameter is the only reason to refuse this call.
             Access::Anybody => assert_eq!(
                 kind(r#"{"nothing":1}"#),
                 Kind::InvalidArgument.name(),
                 "{}",
                 row.method
             ),
-            // These look at their descriptors first.
+            // These calls check their descriptors before the owner.
             Access::Owner if row.fds == FdPassing::TakesFds => {}
             Access::Owner => {
                 let kind = kind(&of_root(row.method, op.as_str()));

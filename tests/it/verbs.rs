@@ -1,4 +1,4 @@
-//! The other calls over the real socket: set, wait, op.*, logs, exec, prune.
+//! The other calls over the real socket: set, wait, op.*, logs, exec and prune.
 
 use crate::world::*;
 use fcd::testing::api::Empty;
@@ -73,7 +73,7 @@ fn set_applies_at_next_start() {
     assert_eq!(disk, 2 * ROOTFS_BYTES);
 }
 
-/// A boot writes to the same row that is being set.
+/// The boot and the set write to the same row.
 #[test]
 fn set_during_boot_loses_nothing() {
     let world = World::new();
@@ -119,7 +119,7 @@ fn wait_ends_at_state() {
     let mut running = world.begin::<VmWait>(wait(Some(VmState::Running), None), vec![]);
     world.start("web").unwrap();
     assert_eq!(running.finish(SOON).unwrap().vm.state, VmState::Running);
-    // A failed VM satisfies a wait for its end.
+    // A wait for the end of a VM also ends when the VM fails.
     let mut end = world.begin::<VmWait>(wait(None, Some(u64::MAX)), vec![]);
     assert!(world.vmm.die(
         &vm.id,
@@ -197,7 +197,7 @@ fn operations_are_listed_shown_awaited_and_kept() {
     world.daemon().reconciler.reconcile();
     let sorted = |mut ops: Vec<Op>| {
         ops.sort_by(|a, b| a.id.cmp(&b.id));
-        // Progress is not compared, because it changes all the time.
+        // The progress changes all the time, so it is not compared.
         ops.into_iter()
             .map(|op| (op.id, op.state, op.result, op.error))
             .collect::<Vec<_>>()
@@ -205,7 +205,6 @@ fn operations_are_listed_shown_awaited_and_kept() {
     assert_eq!(sorted(all(&world)), sorted(before));
 }
 
-/// A stop cannot be cancelled.
 #[test]
 fn stop_cannot_be_cancelled() {
     let world = World::new();
@@ -227,7 +226,7 @@ fn stop_cannot_be_cancelled() {
     assert_eq!(down.finish(SOON).unwrap().vm.state, VmState::Stopped);
 }
 
-/// Without `more` the reply comes at once and carries the operation's ID.
+/// Without `more` the reply comes immediately and carries the operation's ID.
 #[test]
 fn call_without_more_returns_operation() {
     let world = World::new();
@@ -334,7 +333,7 @@ fn exec_relays_its_streams() {
     );
 }
 
-/// The guest does not respond because it has been paused since the command began.
+/// The guest does not respond because it was paused after the command began.
 #[test]
 fn exec_names_pause_that_began_while_dialing() {
     let world = World::new();
@@ -342,7 +341,8 @@ fn exec_names_pause_that_began_while_dialing() {
     let exec_while = |pause: Box<dyn Fn() + Send + Sync>| {
         let pause = Arc::new(pause);
         world.guest.fail_dialing(addr, move || {
-            // On a thread of its own, as in the daemon: nobody pauses a guest while dialing it.
+            // The pause runs on its own thread, as in the daemon, where a thread that dials a guest
+            // never pauses it.
             let pause = pause.clone();
             let paused = fcd::testing::host::thread::spawn("pause", move || pause());
             paused.unwrap().join().unwrap();
@@ -459,7 +459,7 @@ fn connect(world: &World, port: u32) -> Result<UnixStream, Failure> {
     Ok(fd.into())
 }
 
-/// The daemon hands the stream to the caller and keeps no copy.
+/// The daemon passes the stream to the caller and keeps no copy.
 #[test]
 fn vsock_stream_belongs_to_caller() {
     let mut world = World::new();
@@ -562,7 +562,7 @@ fn stop_of_deaf_guest_kills_at_deadline_or_by_force() {
     assert_eq!(down.finish(SOON).unwrap().vm.state, VmState::Stopped);
 }
 
-/// An older kernel would reset at the keys, before anything is synced.
+/// An older kernel would reset on the keys before the guest syncs anything.
 #[test]
 fn stop_presses_no_keys_for_old_image() {
     let world = World::new();

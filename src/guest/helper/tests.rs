@@ -20,7 +20,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How soon a ready guest must be noticed: the designed latency plus some room for a loaded
+/// Limit of the time to notice a ready guest: the designed latency plus some room for a busy
 /// machine.
 const SOON: Duration = Duration::from_millis(100);
 
@@ -161,7 +161,7 @@ fn exec_flood_on_stderr_does_not_block_stdout() {
         Exit::Status(5)
     );
     assert_eq!((stdout.0, stderr.0), (10_000_004, 10_000_000));
-    // The same if nobody takes either stream.
+    // The result is the same if nobody reads either stream.
     assert_eq!(
         SshTransport
             .exec(&target, &sh(script), Streams::default(), &cancel())
@@ -184,7 +184,7 @@ fn exec_reads_available_data_without_waiting() {
             Exit::Status(5)
         );
     }
-    // A reader that waited would be quiet and get a keepalive request after a while.
+    // A reader that waits for more data would send a keepalive request after a while.
     let log = sshd.log();
     assert!(
         log.contains("Starting session") && !log.contains("keepalive@"),
@@ -220,7 +220,8 @@ fn exec_unread_sink_does_not_block_the_other_stream() {
     assert_eq!(thread.join().unwrap().unwrap_err().kind(), Kind::Cancelled);
 }
 
-/// Sends data through FIFOs both ways, as production does, while the server renews its keys.
+/// Sends data through FIFOs in both directions, as production does, while the server renews its
+/// keys.
 fn round_trip(config: &str, bytes: usize) -> Duration {
     let (_sshd, target) = ready(config);
     let (stdin, stdin_write) = pipe();
@@ -278,7 +279,7 @@ fn exec_twenty_megabytes_both_ways() {
 
 #[test]
 fn exec_survives_rekeying_by_the_server() {
-    // The fault that this test guards against appeared in about every second run.
+    // The bug that this test guards against appeared in about every second run.
     for _ in 0..3 {
         round_trip("RekeyLimit 1M", 20_000_000);
     }
@@ -286,7 +287,7 @@ fn exec_survives_rekeying_by_the_server() {
 
 #[test]
 fn exec_terminal_gets_its_size_and_resizes() {
-    // With and without input from the terminal.
+    // The terminal is tested with and without input.
     for has_stdin in [true, false] {
         resized(has_stdin);
     }
@@ -355,13 +356,13 @@ fn exec_signals_reach_the_command_by_name() {
     }
 }
 
-/// A background program keeps open the output of a command that has ended. One signal ends the wait
-/// for it, without delay until the next keepalive.
+/// After the command has ended, a background program keeps its output open. One signal ends the
+/// wait for the output without waiting for the next keepalive.
 #[test]
 fn exec_signal_after_the_command_ended_ends_the_wait_for_output() {
     let (_sshd, target) = ready("");
-    // sshd reports the exit status when it reaps the shell, so before it forwards what is written
-    // after that.
+    // sshd reports the exit status when it reaps the shell. It forwards the later output only after
+    // that.
     let script = "p=$$; (while kill -0 $p; do sleep 0.02; done 2> /dev/null; echo late; exec sleep 20) & exit 3";
     let (sender, mut controls) = control_queue().unwrap();
     let (_stdout, thread) = begin(move |mut stdout| {
@@ -383,8 +384,8 @@ fn exec_signal_after_the_command_ended_ends_the_wait_for_output() {
 #[test]
 fn exec_cancel_ends_every_wait_at_once() {
     let (_sshd, target) = ready("");
-    // An idle command, a guest that does not read, a client that does not read, a client that does
-    // not write.
+    // The cases are an idle command, a guest that does not read, a client that does not read, and a
+    // client that does not write.
     for (script, feeds) in [
         ("sleep 60", false),
         ("sleep 60", true),
@@ -443,7 +444,7 @@ fn exec_is_idle_only_if_no_byte_moves() {
 }
 
 #[test]
-fn exec_changed_host_key_is_refused_before_our_key_is_shown() {
+fn exec_changed_host_key_is_refused_before_authentication() {
     let (sshd, target) = ready("LogLevel DEBUG1");
     let logins = || sshd.log().matches("Accepted publickey").count();
     let before = logins();
@@ -540,7 +541,7 @@ fn wait_ready_finds_a_guest_that_comes_up_late() {
         SshTransport.wait_ready(&there, later(), &cancel())
     })
     .unwrap();
-    // User-mode networking does the same: it accepts the connection and never answers.
+    // User-mode networking also accepts the connection and never answers.
     let kept = mute.accept().unwrap();
     drop(mute);
     sshd.launch();
@@ -621,7 +622,7 @@ fn exec_broken_stream_never_looks_like_its_end() {
 }
 
 #[test]
-fn exec_output_that_nobody_takes_is_dropped() {
+fn exec_unread_output_is_dropped() {
     let (_sshd, target) = ready("");
     let (r, w) = pipe();
     let mut stdout = sink(w);

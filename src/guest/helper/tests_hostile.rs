@@ -1,5 +1,5 @@
-//! Helpers controlled by a guest. Whatever such a helper does must soon become an error of its own
-//! session.
+//! Tests with helpers that a hostile guest controls. Any misbehavior of a helper must soon become
+//! an error of its own session.
 
 use super::protocol::{Failure, Reply, TO_HELPER_BYTES_MAX};
 use super::session::Session;
@@ -19,8 +19,8 @@ use std::time::{Duration, Instant};
 
 pub const NAME: &str = "hostile";
 
-/// A helper that does what the command says. It is not confined, which makes no difference to the
-/// daemon.
+/// A helper that does what the command says. It is not confined, because the daemon must behave the
+/// same without confinement.
 pub fn run() -> ExitCode {
     let channel = Channel::inherited();
     let mut buffer = vec![0; TO_HELPER_BYTES_MAX];
@@ -218,7 +218,7 @@ fn helper_that_reads_no_orders_has_a_bounded_queue() {
     let (sender, mut controls) = control_queue().unwrap();
     let feeder = crate::host::thread::spawn("feeder", move || {
         let mut sent = 0u32;
-        // Ends when the command ends and closes the queue.
+        // The loop ends when the command ends and closes the queue.
         loop {
             match sender.send(Control::Signal("USR1".into())) {
                 Ok(()) => sent += 1,
@@ -241,6 +241,6 @@ fn helper_that_reads_no_orders_has_a_bounded_queue() {
         Kind::Timeout
     );
     drop(controls);
-    // At most a full socket buffer of orders, plus the queue.
+    // The helper can be sent at most a full socket buffer of orders, plus the queue.
     assert!(feeder.join().unwrap() < 100_000);
 }

@@ -1,4 +1,4 @@
-//! Tests of what a confined process can still do: it tries, and its parent looks at it from
+//! Tests of confinement: a confined process tries forbidden calls, and its parent inspects it from
 //! outside.
 
 use super::{Allowed, Asked, Call, Channel, Helper, Profile, spawn};
@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 
 pub const PROBE: &str = "probe";
 const MIB: u64 = 1024 * 1024;
-/// With a few calls more than [`super::BASE`], so that the other limits are seen by themselves.
+/// Allows a few calls more than [`super::BASE`], so that the other limits can be observed
+/// separately.
 const PROFILE: Profile = Profile {
     memory_bytes_max: 32 * MIB,
     open_files_max: 8,
@@ -26,7 +27,8 @@ const PROFILE: Profile = Profile {
     ],
 };
 
-/// The helper: tries what each message names, and answers the error number, 0 for none.
+/// The helper's main function: tries the calls that each message names and replies with the error
+/// number, or 0.
 pub fn run_probe(asked: &Asked) -> ExitCode {
     let channel = Channel::inherited();
     if let Err(e) = asked.confine(&PROFILE) {
@@ -59,7 +61,8 @@ pub fn run_probe(asked: &Asked) -> ExitCode {
 fn attempt_by_name(attempt: &[u8]) -> i32 {
     let anywhere = std::ptr::null_mut();
     let private = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-    // SAFETY: raw system calls on literals; what they make is leaked, in a process that ends soon.
+    // SAFETY: these are raw system calls on literals. The objects that they create are leaked, but
+    // the process ends soon.
     let result = unsafe {
         match attempt {
             b"open a file" => libc::open(c"/etc/passwd".as_ptr(), libc::O_RDONLY).into(),
@@ -180,7 +183,7 @@ fn status(pid: &str) -> BTreeMap<String, String> {
 }
 
 #[test]
-fn confined_process_is_refused_everything_but_its_work() {
+fn confined_process_may_only_do_its_work() {
     let helper = spawn(PROBE, None).unwrap();
     let got = [
         "open a file",
@@ -227,13 +230,13 @@ fn errno_name(answer: &str) -> String {
 }
 
 #[test]
-fn confined_process_inherits_nothing_and_gets_what_is_passed() {
+fn confined_process_has_only_passed_descriptors() {
     let leak = rustix::io::dup(std::fs::File::open("/proc/self/maps").unwrap()).unwrap();
     let helper = spawn(PROBE, None).unwrap();
     assert_eq!(ask(&helper, "take some memory"), "0");
     let (pid, status) = (pid(&helper), status(&pid(&helper)));
     let open = std::fs::read_dir(format!("/proc/{pid}/fd"));
-    // Not dumpable: only root may look.
+    // The process is not dumpable, so only root may look.
     if rustix::process::geteuid().is_root() {
         assert_eq!(open.unwrap().count(), 3);
     } else {
@@ -279,7 +282,7 @@ fn confined_process_inherits_nothing_and_gets_what_is_passed() {
 #[test]
 fn root_helper_runs_as_its_owner_for_good() {
     if !rustix::process::geteuid().is_root() {
-        // Without privilege it must fail, not run as somebody else.
+        // Without privileges the spawn must fail instead of running the helper as another user.
         let mut helper = spawn(
             PROBE,
             Some(Credentials {
@@ -314,7 +317,7 @@ fn root_helper_runs_as_its_owner_for_good() {
 }
 
 #[test]
-fn helper_exit_is_reported_and_a_dropped_one_is_gone() {
+fn helper_exit_is_reported_and_drop_kills_helper() {
     let mut helper = spawn(PROBE, None).unwrap();
     helper.channel.send(b"exit", &[]).unwrap();
     assert_eq!(
@@ -374,7 +377,7 @@ fn messages_are_whole_and_bounded() {
 }
 
 #[test]
-fn last_message_of_a_side_that_left_ours_unread_is_received() {
+fn last_message_of_closed_side_is_received() {
     let (ours, theirs) = Channel::pair().unwrap();
     theirs.send(b"the last word", &[]).unwrap();
     ours.send(b"never read", &[]).unwrap();

@@ -58,7 +58,7 @@ fn spawned_process_is_detached_and_inherits_only_its_output() {
         ..sleep("")
     })
     .unwrap();
-    // Once the shell prints this, the loader has closed the files that it opened.
+    // When the shell prints this, the loader has closed its files.
     std::io::Read::read_exact(&mut said, &mut [0; 6]).unwrap();
     let pid = process.identity().pid;
     assert_eq!(
@@ -210,7 +210,7 @@ fn process_in_own_pid_namespace_is_our_child() {
     );
     end(&sleeper);
     assert_eq!(sleeper.exit(), Some(Exit::Signal(9)));
-    // Its children end with it, and its exit status is known.
+    // The child's own children end with it, and its exit status is known.
     let args = ["-c", "sleep 1000 & exit 7"].map(OsString::from).to_vec();
     let parent = spawn_in_own_pids(Spawn { args, ..sleep("") }).unwrap();
     assert!(parent.wait(in_10_s(), &Cancel::try_new().unwrap()).unwrap());
@@ -221,7 +221,7 @@ fn process_in_own_pid_namespace_is_our_child() {
     })
     .unwrap_err();
     assert_eq!(e.kind(), Kind::CommandMissing);
-    // A process started later is in the host's namespace again.
+    // A process that is started later is in the host's namespace again.
     let other = spawn(sleep("x")).unwrap();
     assert_eq!(
         namespace(&other.identity().pid.to_string()),
@@ -233,7 +233,7 @@ fn process_in_own_pid_namespace_is_our_child() {
 #[test]
 fn spawn_as_root_drops_to_the_given_credentials() {
     if !rustix::process::geteuid().is_root() {
-        // Without privilege the call must fail instead of running as another user.
+        // Without privileges the call must fail instead of running as another user.
         let credentials = Some(Credentials {
             uid: 1_900_000_001,
             gid: 1_900_000_001,

@@ -1,5 +1,5 @@
-//! Tests of the host's state: creating, finding, repairing and removing it, and leaving everything
-//! else alone.
+//! Tests of the host's network state: fcd creates, finds, repairs and removes its own state and
+//! leaves everything else alone.
 
 use super::lab::{INSTALL, Lab, Machine, Ns, OUTSIDE, config, is_root, open, tag};
 use crate::api::daemon::Severity;
@@ -47,7 +47,7 @@ fn tap_is_owned_by_its_vm_and_removed_with_it() {
             "10.89.0.3"
         ]
     );
-    // Taking it again replaces it.
+    // A second take replaces the first.
     let again = lab.take(&a);
     assert_ne!(again, tap_a);
     lab.release(0);
@@ -79,7 +79,7 @@ fn killed_daemons_network_is_adopted_by_next_one() {
     let guest = lab.guest(0, Access::Nat);
     let tap = lab.take(&guest);
     lab.await_taps(2);
-    // Also leave a tap that had not got its alias yet.
+    // Adds a tap that was left before it got its alias.
     lab.host.sh(&format!(
         "ip tuntap add dev fc{INSTALL}-77 mode tap; ip tuntap add dev tap0 mode tap"
     ));
@@ -147,7 +147,7 @@ fn mend_repairs_what_others_break() {
         machine.udp().send(harm, (OUTSIDE, 9000));
         assert_eq!(outside.next().0, harm);
     }
-    // Rules of a tap that no longer exists are removed.
+    // Mending removes the rules of a tap that no longer exists.
     lab.host.sh("ip link delete \"$(ip -o link show master fcbr0 | cut -d: -f2 | tr -d ' ' | cut -d@ -f1)\"");
     lab.host.run(|| lab.net.release(&tag(0))).unwrap();
     assert_eq!(lab.elements(), [""; 0]);
@@ -236,13 +236,13 @@ fn second_installation_is_refused_before_creating_anything() {
     lab.host
         .sh("ip link add vpn type bridge; ip link set vpn up; ip route add 10.88.0.0/14 dev vpn");
     second(named("fcbr1", "10.90.0.0/24")).unwrap();
-    // Once our bridge has the subnet, a route into it that somebody adds does not prevent a
-    // restart.
+    // Once fcd's bridge has the subnet, a route into the subnet from another program does not
+    // prevent a restart.
     lab.host.sh("ip route add 10.89.0.128/25 dev vpn");
     open(&lab.host, &config(), Arc::new(HostCommands)).unwrap();
 }
 
-/// Fails the `fail_at`-th command. 0 fails none.
+/// Makes the `fail_at`-th command fail, or none if it is 0.
 struct Failing {
     count: AtomicUsize,
     fail_at: AtomicUsize,
@@ -271,7 +271,7 @@ fn take_failing_at_any_step_leaves_nothing() {
         count: AtomicUsize::new(0),
         fail_at: AtomicUsize::new(0),
     });
-    // Without spare taps, every command belongs to the take itself.
+    // Without spare taps, the take itself runs every command.
     let lab = Lab::with(
         &crate::config::Network {
             taps_ahead: 0,
@@ -310,7 +310,7 @@ fn take_failing_at_any_step_leaves_nothing() {
     commands.fail_at.store(0, Ordering::SeqCst);
     lab.host.run(|| lab.net.release(&guest.tag)).unwrap();
     assert_eq!(lab.census(), empty);
-    // A cancelled take leaves nothing either.
+    // A cancelled take also leaves nothing.
     let cancelled = cancel();
     cancelled.cancel(CancelCause::Requested);
     let e = lab

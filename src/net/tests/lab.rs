@@ -1,7 +1,7 @@
-//! A laboratory of unnamed network namespaces. They disappear with the last thread, socket and
-//! process in them, so a panicking test leaves nothing behind. [`Net`] works in `host`, `outside`
-//! is the world behind it, and each guest is a namespace whose only interface is relayed to the
-//! guest's tap, the way a VMM does it.
+//! A lab of unnamed network namespaces. A namespace disappears with its last thread, socket and
+//! process, so a panicking test leaves nothing behind. [`Net`] works in `host`, and `outside` is
+//! the network behind the host. Each guest is a namespace whose only interface is relayed to the
+//! guest's tap, as a VMM does.
 
 use super::super::{Access, Guest, Net, Tap, tun};
 use crate::config::Network as Config;
@@ -26,7 +26,7 @@ pub(crate) const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 /// Only a failing test waits this long.
 const DEADLINE: Duration = Duration::from_secs(30);
 
-/// Tests with namespaces need root. They print a line when they are skipped.
+/// True if the tests run as root, which namespaces need. Otherwise prints that the test is skipped.
 pub(crate) fn is_root() -> bool {
     let is_root = nix::unistd::geteuid().is_root();
     if !is_root {
@@ -54,7 +54,7 @@ impl Ns {
         made
     }
 
-    /// Runs a closure in this namespace, in a thread of its own.
+    /// Runs a closure on a new thread in this namespace.
     pub(crate) fn run<T: Send>(&self, what: impl FnOnce() -> T + Send) -> T {
         let done = std::thread::scope(|s| {
             s.spawn(|| {
@@ -81,13 +81,13 @@ impl Ns {
         }
     }
 
-    /// A path for `ip link set ... netns`.
+    /// Returns a path for `ip link set ... netns`.
     fn path(&self) -> String {
         format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd())
     }
 
-    /// Binds a socket. A socket with this address that was just closed may live on for a moment in
-    /// a child process that has not executed its program yet.
+    /// Binds a socket. Retries, because a closed socket with the same address stays open in a child
+    /// process that has forked but not yet executed its program.
     pub(crate) fn udp(&self, at: impl Into<SocketAddr>) -> Udp {
         let (at, deadline) = (at.into(), Instant::now() + DEADLINE);
         self.run(|| {
@@ -115,7 +115,7 @@ impl Udp {
         let _ = self.0.send_to(what.as_bytes(), to.into());
     }
 
-    /// Receives the next datagram, and returns its sender.
+    /// Receives the next datagram. Returns its text and its sender.
     #[track_caller]
     pub(crate) fn next(&self) -> (String, SocketAddr) {
         self.0.set_read_timeout(Some(DEADLINE)).unwrap();
@@ -197,7 +197,7 @@ impl Lab {
         Machine::start(&self.host, &tap.name, guest)
     }
 
-    /// Describes everything that is ours: interfaces and the elements of the sets.
+    /// Describes all of fcd's state: interfaces and the elements of the sets.
     pub(crate) fn census(&self) -> String {
         let links = self
             .host
@@ -260,7 +260,7 @@ impl Machine {
         let ns = Ns::new();
         let here = host.run(|| tun::connect(tap)).unwrap();
         let there = ns.run(|| tun::connect("eth0")).unwrap();
-        // The bridge forwards to a port once it has noticed its carrier.
+        // The bridge forwards to a port only after it has noticed the port's carrier.
         let deadline = Instant::now() + DEADLINE;
         while !host
             .sh(&format!("ip -d link show dev {tap}"))

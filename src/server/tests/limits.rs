@@ -26,8 +26,7 @@ fn slowly_arriving_line_times_out() {
     let f = fixture_with(short());
     let mut c = f.client();
     let begun = Instant::now();
-    // Send one byte at a time as long as the server accepts it. The timeout of the read makes the
-    // pauses.
+    // Sends one byte at a time as long as the server accepts it. The read timeout paces the bytes.
     c.stream()
         .set_read_timeout(Some(Duration::from_millis(20)))
         .unwrap();
@@ -76,7 +75,7 @@ fn caller_that_does_not_read_is_dropped() {
     c.send("{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"flood\",\"more\":true}\n");
     f.client().check_alive();
     until(|| f.probe.hung_up.load(Ordering::SeqCst) > 0);
-    // What was sent before can still be read, and the connection ends within a line.
+    // Earlier output can still be read. The connection ends in the middle of a line.
     let mut rest = Vec::new();
     c.reader.read_to_end(&mut rest).unwrap();
     assert!(!rest.ends_with(b"\n"));
@@ -104,7 +103,7 @@ fn connection_above_limit_gets_error_line() {
         assert!(answer.error.unwrap().data.unwrap().retryable);
         refused.check_closed();
         first.pop();
-        // The slot is freed once the connection's thread has seen the end.
+        // The slot is free when the connection's thread has seen the end.
         until(|| f.server.connections() < 3);
         f.client().check_alive();
         first.iter_mut().for_each(Client::check_alive);
@@ -161,7 +160,7 @@ fn others_are_served_with_thousand_idle_connections() {
     assert_eq!(f.server.drain(Instant::now() + DEADLINE), 0);
 }
 
-/// Not a test of its own, because it uses up the descriptors of its process.
+/// Runs only as a child process, because it uses up the descriptors of its process.
 #[test]
 #[ignore = "run by callers_without_descriptors_get_error_line"]
 fn child_without_descriptors() {

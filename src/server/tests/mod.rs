@@ -74,7 +74,7 @@ impl Handler for Probe {
                 self.hung_up.fetch_add(1, Ordering::SeqCst);
                 reply(json!("never seen"))
             }
-            // Answers once the caller hangs up.
+            // The handler answers when the caller hangs up.
             "hold" => {
                 connection
                     .notify(Note::Log(LogChunk {
@@ -163,7 +163,7 @@ impl Answer {
     }
 }
 
-/// Waits for a condition that only the server knows.
+/// Waits for a condition that only the server can observe.
 #[track_caller]
 fn until(holds: impl Fn() -> bool) {
     let deadline = Instant::now() + DEADLINE;
@@ -191,12 +191,12 @@ impl Client {
     fn send(&mut self, bytes: impl AsRef<[u8]>) {
         self.stream().write_all(bytes.as_ref()).unwrap();
     }
-    /// Returns None if the server has closed the connection.
+    /// Returns the next answer, or `None` if the server has closed the connection.
     fn next(&mut self) -> Option<Answer> {
         let mut line = String::new();
         match self.reader.read_line(&mut line) {
             Ok(0) => None,
-            // The server closed without reading everything that we sent.
+            // The server closed the connection before it read everything.
             Err(e) if e.kind() == std::io::ErrorKind::ConnectionReset => None,
             r => {
                 r.unwrap();

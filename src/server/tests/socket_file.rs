@@ -7,7 +7,7 @@ fn bind(path: &Path) -> Result<Server> {
     Server::bind(path, Limits::default(), Arc::new(Probe::default()))
 }
 
-/// Checks that the file at the socket's path is not replaced.
+/// Checks that the server refuses to replace the file at the socket's path.
 #[track_caller]
 fn check_refused(put: impl FnOnce(&Path), kind: Kind) {
     let dir = tempfile::tempdir().unwrap();

@@ -46,7 +46,7 @@ fn change_that_fails_or_panics_leaves_nothing() {
 }
 
 #[test]
-fn change_is_visible_at_once_and_durable_after_ticket() {
+fn change_is_visible_immediately_and_durable_after_ticket() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     let gate = store.faults().gate();
@@ -56,7 +56,7 @@ fn change_is_visible_at_once_and_durable_after_ticket() {
         .wait(Instant::now() + Duration::from_millis(20))
         .unwrap_err();
     assert_eq!(e.kind(), Kind::Timeout);
-    // A change without rows is durable with everything before it.
+    // An empty change is durable when all earlier changes are.
     let empty = store.barrier().unwrap();
     assert_eq!(
         empty
@@ -324,7 +324,7 @@ fn excess_operations_are_removed_from_user_with_most() {
         ),
         (8, (13..20).collect(), 5)
     );
-    // Operations of root are removed once no other user has any.
+    // Operations of root are removed when no other user has any.
     let alone = self::dir();
     let store = Store::open_keeping(
         alone.path(),
@@ -542,8 +542,8 @@ fn perform(tx: &mut Tx, act: &Act) -> Result<()> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Memory equals the disk after any changes and failed commits, and failed changes left no
-    /// trace in either.
+    /// After any changes and failed commits, memory equals the disk, and failed changes have left
+    /// no trace in either.
     #[test]
     fn memory_equals_disk(
         changes in proptest::collection::vec(proptest::collection::vec(act(), 1..6), 1..12),
@@ -559,7 +559,8 @@ proptest! {
                 store.faults().gate()
             });
             let made = store.change(|tx| {
-                // Never make a change without rows, because it would be durable at once.
+                // Every change has at least one row, because a change without rows is durable
+                // immediately.
                 tx.put_meta("round", &i.to_string());
                 acts.iter().try_for_each(|a| perform(tx, a))
             });

@@ -4,8 +4,8 @@ use crate::locks::{Cancel, CancelCause};
 
 const DIR: &str = "FCD_TEST_STORE_DIR";
 
-/// Not a test, but the writer that the test below kills. It prints each number after it was
-/// acknowledged.
+/// The writer process that the test below kills. It prints each number after the store has
+/// acknowledged it.
 #[test]
 #[ignore = "run by killed_daemon_keeps_acknowledged_changes"]
 fn child_that_writes_until_it_is_killed() {

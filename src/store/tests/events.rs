@@ -7,7 +7,7 @@ fn all(store: &Store, since: Option<u64>) -> Followed {
     store.subscribe(since, |_| true).unwrap()
 }
 
-/// The slots of the VMs in a snapshot.
+/// Returns a snapshot's sequence number, whether it is a resync, and the slots of its VMs.
 #[track_caller]
 fn snapshot(start: Start) -> (u64, bool, Vec<u32>) {
     match start {
@@ -26,7 +26,7 @@ fn missed(start: Start) -> Vec<u64> {
     }
 }
 
-/// Takes everything that is queued. Fails if the listener lags.
+/// Takes every queued change. Fails if the listener lags.
 #[track_caller]
 fn take(listening: &mut Subscription) -> Vec<Arc<StoreChange>> {
     std::iter::from_fn(|| listening.next())
@@ -62,7 +62,7 @@ fn change_is_published_once_durable_and_before_its_ticket() {
     let ticket = put(&store, 1).unwrap();
     ticket.write_soon();
     assert!(gate.wait_for_writer(soon()));
-    // It is in memory, but it is not published and a snapshot does not show it.
+    // The change is in memory, but it is not published, and a snapshot does not contain it.
     assert!(store.read(|s| s.vm(&vm_id(1)).is_some()));
     assert!(listening.next().is_none() && !is_readable(&listening));
     assert_eq!(snapshot(all(&store, None).1), (begin, false, vec![]));
@@ -79,7 +79,7 @@ fn change_is_published_once_durable_and_before_its_ticket() {
 }
 
 #[test]
-fn steps_of_a_change_are_published_as_one() {
+fn steps_of_one_change_are_published_together() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     store
@@ -90,7 +90,8 @@ fn steps_of_a_change_are_published_as_one() {
         .unwrap();
     let (mut listening, _) = all(&store, None);
     let last = |listening: &mut Subscription| take(listening).pop().expect("a change");
-    // A change that is undone in the same transaction is not published, even beside another change.
+    // A change that is undone in the same transaction is not published, even together with another
+    // change.
     store
         .change_durable(|tx| {
             tx.update_vm_unlocked(&vm_id(1), |r| r.shape.vcpus = 9)?;
@@ -109,7 +110,7 @@ fn steps_of_a_change_are_published_as_one() {
             .collect::<Vec<_>>(),
         [3]
     );
-    // Changes of two rows of one VM are one change of the VM.
+    // Changes of two rows of one VM are published as one change.
     store
         .change_durable(|tx| {
             tx.remove_workspace(&vm_id(1));
@@ -133,7 +134,7 @@ fn steps_of_a_change_are_published_as_one() {
         (before.row.state, after.row.state),
         (VmState::Created, VmState::Failed)
     );
-    // After a delete, the end of its operation still names the owner of the VM.
+    // After a delete, the end of the delete operation still names the VM's owner.
     store
         .change_durable(|tx| {
             tx.put_op(Op {
@@ -146,8 +147,8 @@ fn steps_of_a_change_are_published_as_one() {
     let change = last(&mut listening);
     assert!(change.vms[0].after.is_none());
     assert_eq!(change.ended[0].owners().collect::<Vec<_>>(), [0, 1000]);
-    // The end of an operation is published once. Its beginning is not, and neither is what is not
-    // about a VM.
+    // The end of an operation is published once. Its beginning is not published, and neither are
+    // changes that do not concern a VM.
     store
         .change_durable(|tx| {
             tx.put_op(op(8, OpState::Running));
@@ -188,7 +189,7 @@ fn failed_batch_is_never_published() {
         assert!(store.wait_writable(soon()));
         assert_eq!(take(&mut listening), []);
         assert_eq!(snapshot(all(&store, None).1), (begin, false, vec![1]));
-        // The next change has an unused number, and starts from the durable state.
+        // The next change gets an unused number and is based on the durable state.
         let seq = rename(&store, 1, 8).wait(soon()).unwrap();
         let published = take(&mut listening);
         assert!(seqs(&published) == [seq] && seq > behind.seq(), "{fault:?}");
@@ -225,7 +226,7 @@ fn events_are_in_order_of_commits() {
         .flat_map(|w| w.join().unwrap())
         .collect();
     made.sort_unstable();
-    // All 1,000 are there already, because each was published before its ticket was ready.
+    // All 1,000 changes are in the queue, because each is published before its ticket is ready.
     let published = take(&mut listening);
     let slots = |h: &StoreChange| {
         h.vms
@@ -294,7 +295,7 @@ fn listener_gets_snapshot_for_changes_no_longer_kept() {
         last = rename(&store, 1, n).seq();
     }
     store.barrier().unwrap().wait(soon()).unwrap();
-    // Exactly this many fit.
+    // Exactly this many changes are kept.
     assert_eq!(missed(all(&store, Some(first)).1).len(), KEPT_MAX);
     assert_eq!(
         snapshot(all(&store, Some(first - 1)).1),
@@ -321,7 +322,7 @@ fn listener_gets_snapshot_for_changes_no_longer_kept() {
 }
 
 #[test]
-fn listener_gets_only_what_it_may_see() {
+fn listener_gets_only_visible_changes() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     let other = VmRow {
@@ -350,7 +351,7 @@ fn listener_gets_only_what_it_may_see() {
         ),
         [seq]
     );
-    // Root began an operation on their VM.
+    // Root starts an operation on the user's VM.
     let ended = Op {
         vm: Some(vm_id(2)),
         ..op(1, OpState::Failed)
@@ -365,7 +366,7 @@ fn listener_gets_only_what_it_may_see() {
     assert_eq!(store.0.inner.events.listeners(), 0);
 }
 
-/// Takes and returns what the feed has for its subscriptions.
+/// Takes and returns everything that the feed has for its subscriptions.
 fn pass_on(feed: &mut Feed) -> Vec<(u64, Vec<u64>)> {
     let mut due = feed.take();
     let sent = due
@@ -385,7 +386,7 @@ fn lent_subscription_is_served_by_feed_until_taken_back() {
     assert!(store.feed().is_err(), "one at a time");
     let ((mut lent, _), (mut own, _)) = (all(&store, None), all(&store, None));
     lent.lend();
-    // The feed does not take over before all earlier changes were taken.
+    // The feed takes over only after all earlier changes were taken.
     let first = rename(&store, 1, 1).wait(soon()).unwrap();
     assert!(feed.take().is_empty());
     assert_eq!(seqs(&take(&mut lent)), [first]);
@@ -394,7 +395,7 @@ fn lent_subscription_is_served_by_feed_until_taken_back() {
     assert_eq!(lent.next(), None, "the feed has it");
     assert_eq!(pass_on(&mut feed), [(lent.id(), vec![second])]);
     assert!(!crate::host::wait::is_readable(feed.fd()) || feed.take().is_empty());
-    // Changes that nobody took belong to the subscription again.
+    // Changes that the feed has not taken return to the subscription.
     let third = rename(&store, 1, 3).wait(soon()).unwrap();
     lent.take_back();
     assert!(feed.take().is_empty());
@@ -420,7 +421,7 @@ fn changes_that_feed_cannot_send_are_returned_in_order() {
         .collect();
     let mut due = feed.take();
     let passed = due[0].changes.pop_front().unwrap().seq;
-    // This arrives while the feed is at work.
+    // This change arrives while the feed is sending.
     let late = rename(&store, 1, 3).wait(soon()).unwrap();
     assert!(feed.take().is_empty() && lent.next().is_none() && !is_readable(&lent));
     feed.finish(due);
@@ -461,7 +462,7 @@ fn subscription_is_taken_back_once_feed_is_done() {
         take(&mut lent).len()
     })
     .unwrap();
-    // It has claimed the subscription.
+    // The feed has claimed the subscription.
     let claims = || {
         let published = store.0.inner.events.published.lock();
         published.listeners[&id].taker

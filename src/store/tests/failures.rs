@@ -1,7 +1,7 @@
 use super::faults::Fault;
 use super::*;
 
-/// Makes one change before the gate and two behind it, none of which can be written.
+/// Makes one change before the gate and two after it. None of them can be written.
 #[track_caller]
 fn check_failed_batch(fault: Fault, kind: Kind) {
     let dir = dir();
@@ -11,7 +11,7 @@ fn check_failed_batch(fault: Fault, kind: Kind) {
 
     let gate = store.faults().gate();
     store.faults().fail(fault, 3);
-    // A name that moves from one VM to another: the repair of the disk must not find it taken.
+    // This moves a name from one VM to another. The repair on disk must not find the name taken.
     let steal = |tx: &mut Tx| {
         tx.update_vm_unlocked(&vm_id(1), |r| r.name = "other".parse().unwrap())?;
         tx.put_vm(VmRow {
@@ -42,7 +42,7 @@ fn check_failed_batch(fault: Fault, kind: Kind) {
         assert!(e.hint_text().is_some());
     }
     assert_eq!(state(&store), durable);
-    // The probe still has to fail twice, so nothing is accepted meanwhile.
+    // The disk probe still has to fail twice, so the store accepts nothing until then.
     let refused = put(&store, 3).map(drop).unwrap_err();
     assert_eq!(refused.kind(), kind);
     assert_eq!(store.read_only().map(|e| e.kind()), Some(kind));
@@ -91,7 +91,7 @@ fn unrepaired_failed_batch_leaves_database_that_opens() {
 }
 
 #[test]
-fn log_that_cannot_be_folded_loses_nothing_and_is_retried() {
+fn failed_log_fold_loses_nothing_and_is_retried() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     store.faults().fail_folds(u64::MAX);
@@ -110,7 +110,7 @@ fn log_that_cannot_be_folded_loses_nothing_and_is_retried() {
     assert_eq!(store.read(|s| s.vms().count()), count + 1);
 }
 
-/// Waits until the writer has reached the fault, which follows the answer.
+/// Waits until the writer has reached the fault, which happens after the reply.
 fn await_fault(store: &Store) {
     let deadline = soon();
     while store.read_only().is_none() {
@@ -137,10 +137,10 @@ fn essential_change_uses_reserve() {
         .change_essential(|tx| Ok(tx.remove_vm_unlocked(&vm_id(1))))
         .unwrap();
     ticket.wait(soon()).unwrap();
-    // The reserve is taken again before the writer's next batch.
+    // The store reserves the space again before the writer's next batch.
     put(&store, 1).unwrap().wait(soon()).unwrap();
     assert_eq!(reserve.metadata().unwrap().len(), RESERVE_BYTES);
-    // Essential changes are also attempted while the store is read-only, but may fail.
+    // The store attempts essential changes even while it is read-only, but they may fail.
     store.faults().fail(Fault::Io, u64::MAX);
     put(&store, 2).unwrap().wait(soon()).unwrap_err();
     let (_, ticket) = store.change_essential(|tx| tx.put_vm(row(3))).unwrap();
@@ -233,7 +233,7 @@ impl Tmpfs {
     fn path(&self) -> &Path {
         self.0.path()
     }
-    /// Writes a file that leaves `free` bytes.
+    /// Writes a file that leaves `free` bytes on the file system.
     fn fill(&self, free: u64) {
         let stat = rustix::fs::statvfs(self.path()).unwrap();
         let bytes = stat.f_bfree * stat.f_frsize - free;
@@ -260,7 +260,7 @@ fn run(argv: &[&str]) {
 }
 
 #[test]
-fn store_works_on_a_really_full_disk() {
+fn store_works_on_full_tmpfs() {
     let fs = Tmpfs::new(8);
     let store = Store::open(fs.path()).unwrap();
     put(&store, 1).unwrap().wait(soon()).unwrap();
@@ -278,13 +278,13 @@ fn store_works_on_a_really_full_disk() {
         Kind::DiskFull
     );
     let name = store.read(|s| s.vms().map(|r| r.name.to_string()).collect::<Vec<_>>());
-    // A delete is still written, and another daemon can start on the full disk and read.
+    // A delete can still be written, and another daemon can open the store on the full disk.
     let (_, ticket) = store
         .change_essential(|tx| Ok(tx.remove_vm_unlocked(&vm_id(1))))
         .unwrap();
     ticket.wait(soon()).unwrap();
     assert_eq!(store.read(|s| s.vms().count()), name.len() - 1);
-    // Uses the space of the reserve. This fails if the writer takes it first.
+    // Fills the space of the reserve. The write fails if the store has taken the space first.
     let _ = std::fs::write(fs.path().join("filler2"), vec![1; RESERVE_BYTES as usize]);
     let store = check_reopened(store, fs.path());
     assert_eq!(store.read_only().map(|e| e.kind()), Some(Kind::DiskFull));

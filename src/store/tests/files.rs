@@ -5,7 +5,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 use std::os::unix::fs::{PermissionsExt, symlink};
 
-/// Makes, fills and closes a store, changes its files with `harm`, and opens it again.
+/// Creates, fills and closes a store, damages its files with `harm`, and opens it again.
 fn harmed(harm: impl FnOnce(&Path, &Path)) -> (TempDir, Result<Store>) {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
@@ -100,7 +100,7 @@ fn unreadable_row_is_refused() {
 
 #[test]
 fn missing_write_ahead_log_is_refused() {
-    // These are the files that a kill leaves, without the log.
+    // These are the files that a killed daemon leaves, but without the log.
     check_refused(
         |_, path| {
             sql(
@@ -172,7 +172,7 @@ fn commits_overwrite_log_of_sufficient_length() {
     let store = Store::open(dir.path()).unwrap();
     let log_bytes = || dir.path().join("fcd.db-wal").metadata().unwrap().len();
     assert_eq!(log_bytes(), schema::LOG_BYTES);
-    // These are more pages than the log has room for, so it is folded meanwhile.
+    // These are more pages than the log has room for, so the store folds the log.
     for n in 0..schema::LOG_FRAMES {
         put(&store, n).unwrap().wait(soon()).unwrap();
     }
@@ -180,7 +180,7 @@ fn commits_overwrite_log_of_sufficient_length() {
     check_reopened(store, dir.path());
 }
 
-/// Checks that the settings in `.cargo/config.toml` reach the build, wherever it is started.
+/// Checks that the settings in `.cargo/config.toml` apply to the build from any directory.
 #[test]
 fn sqlite_is_built_with_fdatasync() {
     assert!(
@@ -225,7 +225,7 @@ fn migration_is_atomic_and_keeps_a_copy() {
     newer.push("CREATE TABLE extra (a TEXT) STRICT; INSERT INTO extra VALUES ('x'); SELECT no_such_function();".into());
     let e = schema::open(dir.path(), &newer).map(drop).unwrap_err();
     assert_eq!(e.kind(), Kind::StoreRefused);
-    // The older version still opens it as before.
+    // The older version can still open the database.
     let store = Store::open(dir.path()).unwrap();
     assert_eq!(store.read(|s| s.vms().count()), 1);
     store.close();
@@ -261,7 +261,7 @@ fn version_1_is_migrated() {
     let store = Store::open(dir.path()).unwrap();
     put(&store, 1).unwrap().detach();
     store.close();
-    // Its rows have no network and no `unresponsive`.
+    // Rows of version 1 have no network and no `unresponsive`.
     let back = "UPDATE vms SET body = json_remove(body, '$.net', '$.tap', '$.unresponsive'); DROP TABLE snapshots; PRAGMA user_version = 1";
     sql(&dir.path().join(schema::FILE_NAME), back);
     let store = Store::open(dir.path()).unwrap();
@@ -277,7 +277,7 @@ fn version_4_is_migrated() {
     let store = Store::open(dir.path()).unwrap();
     put(&store, 1).unwrap().detach();
     store.close();
-    // Its rows have no rates, no balloon and no kernel, even in pending settings.
+    // Rows of version 4 have no rates, no balloon and no kernel, even in pending settings.
     let back = "UPDATE vms SET body = json_set(json_remove(body, '$.rates', '$.has_balloon', '$.balloon_mib', '$.kernel'), \
                 '$.pending', json('{\"vcpus\":2,\"mem_mib\":null,\"disk_bytes\":null}')); DROP TABLE snapshots; PRAGMA user_version = 4";
     sql(&dir.path().join(schema::FILE_NAME), back);
@@ -292,8 +292,8 @@ fn version_4_is_migrated() {
     );
 }
 
-/// Checks that `body`, which an earlier build wrote, is read and written with the same members, and
-/// that a row with an unknown member is refused.
+/// Checks that `body`, which an earlier build wrote, keeps its members when read and written again,
+/// and that a row with an unknown member is refused.
 #[track_caller]
 fn check_body<T: Serialize + DeserializeOwned>(body: &str) {
     let row: T = serde_json::from_str(body).unwrap();

@@ -118,12 +118,12 @@ fn put(store: &Store, n: u32) -> Result<Ticket> {
         .map(|((), ticket)| ticket)
 }
 
-/// Checks that the disk equals the memory of `store`, which this closes, and opens the store again.
+/// Closes `store`, opens it again, and checks that the disk equals the memory of the closed store.
 #[track_caller]
 fn check_reopened(store: Store, dir: &Path) -> Store {
     let memory = state(&store);
     store.close();
-    // Listeners get the same snapshot again.
+    // A new listener gets the same snapshot as before.
     let Start::Snapshot { vms, .. } = store.subscribe(None, |_| true).unwrap().1 else {
         panic!("not a snapshot")
     };

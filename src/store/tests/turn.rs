@@ -3,7 +3,7 @@ use super::*;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::AtomicBool;
 
-/// Returns the write calls of this thread so far, and the bytes in them (proc(5), `io`).
+/// Returns the number of this thread's write calls so far, and their bytes (proc(5), `io`).
 fn written() -> (u64, u64) {
     let text = std::fs::read_to_string("/proc/thread-self/io").unwrap();
     let value = |name: &str| {
@@ -26,7 +26,7 @@ fn begin_op(store: &Store, n: u32) {
 }
 
 #[test]
-fn caller_that_waits_writes_four_pages_in_one_call() {
+fn waiting_caller_writes_four_pages_in_one_call() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     store.change_durable(|tx| tx.put_vm(row(1))).unwrap();
@@ -34,8 +34,8 @@ fn caller_that_waits_writes_four_pages_in_one_call() {
         let before = written();
         begin_op(&store, n);
         let now = written();
-        // Four pages: the VM's row, the operation's row, the index of its ID, and the number of the
-        // change.
+        // These are the pages of the VM's row, the operation's row, the index of its ID, and the
+        // change number.
         assert_eq!((now.0 - before.0, now.1 - before.1), (1, 4 * (4096 + 24)));
     }
 }
@@ -64,7 +64,7 @@ fn changes_made_while_a_caller_writes_are_written_after_it() {
     .unwrap();
     assert!(gate.wait_for_writer(soon()));
     let (second, third) = (put(&store, 2).unwrap(), put(&store, 3).unwrap());
-    // This is requested while the writer is in use.
+    // This write is requested while another thread writes.
     third.write_soon();
     drop(gate);
     second.wait(soon()).unwrap();
@@ -75,7 +75,7 @@ fn changes_made_while_a_caller_writes_are_written_after_it() {
 }
 
 #[test]
-fn close_waits_for_caller_that_writes() {
+fn close_waits_for_writing_caller() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     let gate = store.faults().gate();
@@ -103,7 +103,7 @@ fn close_waits_for_caller_that_writes() {
 }
 
 #[test]
-fn panic_of_caller_that_writes_closes_the_store() {
+fn panic_of_writing_caller_closes_store() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     let fails = Arc::new(AtomicBool::new(false));
@@ -137,7 +137,7 @@ fn wait_for_thread_ends_at_deadline_while_disk_hangs() {
     let store = Store::open(dir.path()).unwrap();
     let gate = store.faults().gate();
     let ticket = put(&store, 1).unwrap();
-    // With this much time left, `wait` would write on this thread and hang in the gate.
+    // With more time left than this, `wait` would write on this thread and block at the gate.
     let deadline = Instant::now() + OWN_WRITE_TIME_MIN + Duration::from_millis(100);
     let e = ticket.wait_for_thread(deadline).unwrap_err();
     assert_eq!(e.kind(), Kind::Timeout);

@@ -35,7 +35,7 @@ fn rows(c: &Connection) -> Vec<u32> {
         .unwrap()
 }
 
-/// Returns the rows that a kill at this moment would leave, as SQLite's own VFS reads them.
+/// Returns the rows that would remain after a kill at this moment, as SQLite's own VFS reads them.
 fn rows_after_kill(path: &Path) -> Vec<u32> {
     let copies = dir();
     let copy = copies.path().join("copy.db");
@@ -59,7 +59,7 @@ fn transaction_longer_than_a_piece_is_complete_in_log() {
     assert_eq!(rows(&c).len(), count as usize);
 }
 
-/// With a small cache, SQLite writes pages to the log before the commit and reads them again.
+/// With a small cache, SQLite writes pages to the log before the commit and reads them back.
 #[test]
 fn pages_read_before_sync_are_correct() {
     let dir = dir();
@@ -83,7 +83,7 @@ fn pages_read_before_sync_are_correct() {
     tx.commit().unwrap();
     let expected: Vec<u32> = (0..3).chain(10..60).collect();
     assert_eq!(rows_after_kill(&path), expected);
-    // The log starts again after it was folded.
+    // The log restarts after it was folded.
     c.query_row("PRAGMA wal_checkpoint(RESTART)", [], |_| Ok(()))
         .unwrap();
     insert(&c, 90..91);

@@ -1,4 +1,5 @@
-//! What a test sets up: where operations are held, what fails, and how guests are reached.
+//! The test's controls of the fake: where operations are held, which fail, and how guests are
+//! reached.
 
 use super::{Fake, Keyboard, Stage};
 use crate::ids::VmId;
@@ -49,14 +50,13 @@ impl Fake {
             })
     }
 
-    /// Makes the next start fail with this message after it has spawned. Several calls make several
-    /// starts fail.
+    /// Makes the next start fail with this message after the VMM is spawned. Several calls make
+    /// several starts fail.
     pub fn fail_next_start(&self, message: &str) {
         self.state.lock().failures.push(message.to_owned());
     }
 
-    /// Makes the next adoption fail with this message, like that of a VMM that does not respond in
-    /// time.
+    /// Makes the next adoption fail with this message, as if the VMM did not respond in time.
     pub fn fail_next_adopt(&self, message: &str) {
         self.state.lock().adopt_failures.push(message.to_owned());
     }
@@ -66,12 +66,12 @@ impl Fake {
         self.state.lock().change_failures.push(message.to_owned());
     }
 
-    /// Makes `kill` fail at its deadline, as for a process in uninterruptible sleep.
+    /// Makes `kill` time out, as for a process in uninterruptible sleep.
     pub fn set_unkillable(&self, is_unkillable: bool) {
         self.state.lock().is_unkillable = is_unkillable;
     }
 
-    /// Gives all guests a keyboard.
+    /// Sets how all guests react to the keyboard.
     pub fn set_keyboard(&self, keyboard: Keyboard) {
         self.state.lock().keyboard = Some(keyboard);
         self.has_keyboard.store(true, Ordering::SeqCst);
@@ -85,12 +85,12 @@ impl Fake {
         receiver
     }
 
-    /// Sets where the guests of later starts are reached. The default is 127.0.0.1:9.
+    /// Sets the SSH address of the guests of later starts. The default is 127.0.0.1:9.
     pub fn set_ssh_addr(&self, addr: SocketAddr) {
         self.state.lock().ssh_addr = Some(addr);
     }
 
-    /// Sets where the guest of one VM is reached.
+    /// Sets the SSH address of one VM's guest.
     pub fn set_ssh_addr_of(&self, vm: &VmId, addr: SocketAddr) {
         self.state.lock().ssh_addrs.insert(vm.clone(), addr);
     }

@@ -1,8 +1,8 @@
-//! A driver over a table in memory, controlled by a test. It is as strict as a real one: it blocks
-//! where a real one blocks (with the same virtual rank), refuses a disk that a live VMM uses, and
-//! leaves nothing after an error.
+//! A driver with an in-memory table of VMMs that a test controls. It is as strict as a real driver:
+//! it blocks in the same places (with the same virtual rank), refuses a disk that a live VMM uses,
+//! and leaves nothing after an error.
 //!
-//! The table belongs to the `Fake` and not to a daemon. Another daemon that is opened with the same
+//! The table belongs to the `Fake`, not to a daemon. Another daemon that is opened with the same
 //! `Fake` finds its VMMs.
 
 mod controls;
@@ -34,28 +34,28 @@ use vm::FakeVm;
 
 /// The pids of fake VMMs are larger than any real pid (the kernel's PID_MAX_LIMIT is 4194304).
 const PID_BASE: u32 = 2_000_000_000;
-/// A test that does not open a gate in this time hangs.
+/// Time after which a wait at a gate panics, because the test forgot to open the gate.
 const GATE_DEADLINE: Duration = Duration::from_secs(120);
 
 type OnEvent = Box<dyn Fn(GuestEvent) + Send>;
 
-/// Where an operation can be held.
+/// The stages at which an operation can be held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
-    /// In a start, before there is a process.
+    /// A start that has no process yet.
     BeforeSpawn,
-    /// In a start, after `spawned` was called, but before the VMM answers.
+    /// A start that has called `spawned`, before the VMM answers.
     AfterSpawn,
-    /// Where a guest is saved.
+    /// A save of a guest.
     Save,
-    /// Where a VMM of an earlier daemon is adopted.
+    /// An adoption of an earlier daemon's VMM.
     Adopt,
 }
 
-/// What a guest does when Ctrl-Alt-Del is pressed.
+/// How a guest reacts to Ctrl-Alt-Del.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Keyboard {
-    /// It shuts down.
+    /// The guest shuts down.
     Heard,
     Ignored,
 }
@@ -64,9 +64,9 @@ struct Vmm {
     spec: VmmSpec,
     identity: Identity,
     ssh_addr: SocketAddr,
-    /// How it died. None while it lives.
+    /// How the VMM ended, or `None` if it is alive.
     end: Option<End>,
-    /// Fires when it dies.
+    /// Fires when the VMM ends.
     gone: Cancel,
     watchers: Vec<Died>,
     is_paused: bool,
@@ -91,7 +91,7 @@ struct State {
     is_unkillable: bool,
     ssh_addr: Option<SocketAddr>,
     ssh_addrs: HashMap<VmId, SocketAddr>,
-    /// Receives connections to the ports of guests.
+    /// The receivers of connections to guests' vsock ports.
     vsock: HashMap<(VmId, u32), Sender<UnixStream>>,
     keyboard: Option<Keyboard>,
     presses: u64,
@@ -99,7 +99,7 @@ struct State {
     checks: u64,
     kills: u64,
     clashes: u64,
-    /// How often all of the host's processes were listed.
+    /// The number of times that all processes of the host were listed.
     lists: u64,
     finds: u64,
     adoptions: Vec<VmId>,
@@ -109,7 +109,7 @@ pub struct Fake {
     state: Mutex<State>,
     changed: Condvar,
     consoles: Consoles,
-    /// Not in `state`, because capabilities are asked for under the locks of VMs.
+    /// This is not in `state` because capabilities are queried under the locks of VMs.
     has_keyboard: AtomicBool,
 }
 
@@ -124,7 +124,7 @@ impl Fake {
         })
     }
 
-    /// Reports an event of the live VMM of this VM. Returns false if there is none.
+    /// Reports an event of this VM's live VMM. Returns false if no VMM is alive.
     pub fn report(&self, vm: &VmId, event: GuestEvent) -> bool {
         let mut state = self.state.lock();
         let live = state
@@ -147,12 +147,12 @@ impl Fake {
         true
     }
 
-    /// Ends the VMM of this VM in this way. Returns false if it is not alive.
+    /// Ends this VM's VMM with `how`. Returns false if no VMM is alive.
     pub fn die(&self, vm: &VmId, how: &End) -> bool {
         self.end(|vmm| &vmm.spec.vm == vm, how)
     }
 
-    /// The guest of this VM writes to its console.
+    /// Writes to the guest's console on its behalf.
     pub fn guest_says(&self, vm: &VmId, text: &str) {
         let state = self.state.lock();
         let console = state
@@ -168,9 +168,10 @@ impl Fake {
             .expect("the console is read");
     }
 
-    /// Drops watchers and consoles, as if the daemon were killed. The VMMs live on.
+    /// Drops watchers and consoles, as if the daemon were killed. The VMMs keep running.
     pub fn forget_watchers(&self) {
-        // The callbacks are dropped after the lock, because they own things of the daemon.
+        // The callbacks are dropped after the lock is released, because they own objects of the
+        // daemon.
         let mut gone: Vec<(Vec<Died>, Option<OnEvent>)> = Vec::new();
         for vmm in &mut self.state.lock().vmms {
             gone.push((std::mem::take(&mut vmm.watchers), vmm.on_event.take()));
@@ -342,7 +343,7 @@ fn check(cancel: &Cancel) -> Result<()> {
     }
 }
 
-/// Calls `died` on a thread of its own, like the real watcher.
+/// Calls `died` on a new thread, as the real watcher does.
 fn report(how: End, died: Died) {
     crate::host::thread::spawn("vmm-died", move || died(how)).expect("spawn a thread");
 }
@@ -443,7 +444,8 @@ impl Driver for Fake {
     fn watch_guest(&self, _dir: &Path, identity: &Identity, on_event: OnEvent) -> Result<()> {
         on_event(GuestEvent::Answered);
         let mut on_event = Some(on_event);
-        // An earlier callback is dropped after the lock, with everything that it owns.
+        // The previous callback is dropped after the lock is released, with everything that it
+        // owns.
         let _earlier = self.with(identity, |vmm| {
             if vmm.end.is_none() {
                 vmm.on_event.replace(on_event.take()?)
@@ -465,7 +467,7 @@ impl Driver for Fake {
     }
 }
 
-/// A spec for a VM in `state_dir`. The files that it names need not exist.
+/// Returns a spec for a VM in `state_dir`. The files that it names need not exist.
 pub fn spec(tag: Tag, state_dir: &Path) -> VmmSpec {
     let vm = tag.vm().clone();
     let dir: PathBuf = state_dir.join(vm.as_str());

@@ -1,4 +1,4 @@
-//! What a test asks the fake about its VMMs.
+//! Observations of the fake VMMs for tests.
 
 use super::Fake;
 use crate::api::vm::RateLimits;
@@ -15,7 +15,7 @@ impl Fake {
             .any(|v| v.spec.vm == *vm && v.end.is_none() && v.is_paused)
     }
 
-    /// Returns the rates of the guest, and the memory that it has to keep.
+    /// Returns the guest's rates and the memory that it has to keep.
     pub fn adjusted(&self, vm: &VmId) -> Option<(RateLimits, u64)> {
         let state = self.state.lock();
         state
@@ -25,7 +25,7 @@ impl Fake {
             .map(|v| (v.rates, v.keep_mib))
     }
 
-    /// The tags of the live VMMs.
+    /// Returns the tags of the live VMMs.
     pub fn live(&self) -> Vec<String> {
         self.state
             .lock()
@@ -36,7 +36,7 @@ impl Fake {
             .collect()
     }
 
-    /// The spec of the last start of this VM.
+    /// Returns the spec of the VM's last start.
     pub fn last_spec(&self, vm: &VmId) -> Option<VmmSpec> {
         self.state
             .lock()
@@ -47,38 +47,39 @@ impl Fake {
             .map(|vmm| vmm.spec.clone())
     }
 
-    /// How often Ctrl-Alt-Del was pressed on guests with a keyboard.
+    /// Returns how often Ctrl-Alt-Del was pressed on guests with a keyboard.
     pub fn presses(&self) -> u64 {
         self.state.lock().presses
     }
 
-    /// How many processes were spawned.
+    /// Returns the number of spawned processes.
     pub fn starts(&self) -> u64 {
         self.state.lock().starts
     }
 
-    /// How often `checks` was called.
+    /// Returns how often `checks` was called.
     pub fn checks_run(&self) -> u64 {
         self.state.lock().checks
     }
 
-    /// How many live VMMs `kill` was called for.
+    /// Returns how many live VMMs `kill` was called for.
     pub fn kills(&self) -> u64 {
         self.state.lock().kills
     }
 
-    /// How often all of the host's processes were searched.
+    /// Returns how often all processes of the host were listed.
     pub fn scans(&self) -> u64 {
         let state = self.state.lock();
         state.lists + state.finds
     }
 
-    /// The VMs whose VMMs were adopted, in this order.
+    /// Returns the VMs whose VMMs were adopted, in order of adoption.
     pub fn adoptions(&self) -> Vec<VmId> {
         self.state.lock().adoptions.clone()
     }
 
-    /// How many starts used a disk of another live VMM, which is always a fault of the caller.
+    /// Returns how many starts used a disk of another live VMM. Each of them is a bug of the
+    /// caller.
     pub fn clashes(&self) -> u64 {
         self.state.lock().clashes
     }

@@ -1,4 +1,4 @@
-//! Talks to a fake VMM about its guest.
+//! Operations on a running guest of the fake.
 
 use super::{End, Fake, GATE_DEADLINE, Keyboard, Stage, Vmm};
 use crate::error::{Error, Kind, Result};

@@ -1,4 +1,4 @@
-//! Repositories that git accepts, and the warnings about what is not sent.
+//! Repositories that git accepts, and the warnings about files that are not sent.
 
 use super::*;
 use crate::error::Kind;
@@ -95,7 +95,7 @@ fn git_variables_that_name_a_repository_are_ignored() {
 }
 
 #[test]
-fn identity_from_the_environment_is_used_in_the_guest() {
+fn identity_from_environment_is_used_in_guest() {
     let site = Site::committed();
     std::fs::write(site.dir.path().join("home/.gitconfig"), "").unwrap();
     let vars = [
@@ -128,7 +128,7 @@ fn identity_from_the_environment_is_used_in_the_guest() {
         "A \"U\" Thor <author@example.org> C Mitter <committer@example.org>\n"
     );
 
-    // The author and committer come from settings, and the missing address from EMAIL.
+    // Author and committer come from the settings, and the missing address from EMAIL.
     let other = Site::committed();
     let text = "[user]\n\tname = U Ser\n[author]\n\temail = a@example.org\n";
     std::fs::write(other.dir.path().join("home/.gitconfig"), text).unwrap();
@@ -268,7 +268,7 @@ fn workspace_removed_in_the_guest_is_sent_again() {
     assert_eq!(git_tree.prepare(), [""; 0]);
     git_tree.assert_same_tree();
     git_tree.assert_same_status();
-    // Files that were deleted one by one are a change by the guest.
+    // Deleting files one by one is a change by the guest.
     std::fs::remove_file(git_tree.guest().join("a")).unwrap();
     assert_eq!(git_tree.prepare(), ["a"]);
     assert!(!git_tree.guest().join("a").exists());
@@ -313,8 +313,8 @@ fn names_like_git_directories_are_left_out_with_a_warning() {
     assert!(plain.guest().join("in/.Git/x").exists());
 }
 
-/// A partial clone of a repository with two commits, optionally with only one of its directories
-/// checked out.
+/// Creates a partial clone of a repository with two commits. With `sparse`, only one of its
+/// directories is checked out.
 fn partial_clone(filter: &str, sparse: bool) -> (Site, Site) {
     let origin = Site::committed();
     origin.git(&["config", "uploadpack.allowFilter", "true"]);

@@ -15,8 +15,8 @@ fn utf16le(text: &str) -> Vec<u8> {
     utf16(text)[2..].to_vec()
 }
 
-/// A repository with one file for each kind of conversion that git knows, including a filter of the
-/// user's.
+/// Creates a repository with one file for each kind of conversion that git knows, including a
+/// filter of the user.
 fn converted() -> Site {
     let site = Site::unborn();
     site.git(&["config", "filter.shout.clean", "tr A-Z a-z"]);
@@ -50,8 +50,7 @@ fn converted() -> Site {
     site
 }
 
-/// Changes a file of every kind in the middle and at the end, and adds another one of the same
-/// kind.
+/// Changes a file of every kind in the middle and at the end, and adds a new file of each kind.
 fn edit_every_kind(site: &Site) {
     for name in [
         "a.rc",
@@ -151,7 +150,7 @@ fn apply_ignores_the_users_conversion_settings() {
     }
 }
 
-/// Runs the printed command the way a user would who pastes it into a shell.
+/// Runs the printed command as a user would who pastes it into a shell.
 #[test]
 fn apply_by_hand_gives_the_same_result() {
     let site = converted();
@@ -177,7 +176,7 @@ fn apply_by_hand_gives_the_same_result() {
         line.strip_prefix("GIT_ATTR_NOSYSTEM=1 ").unwrap_or(&line),
         format!("{want}{}", patch.display())
     );
-    // Run it from a subdirectory and from an unrelated directory.
+    // The command works from a subdirectory and from an unrelated directory.
     let line = apply::by_hand(
         &top,
         &site.path("nested"),
@@ -353,7 +352,7 @@ fn apply_over_a_local_change_is_refused_and_changes_nothing() {
     site.write_guest("a", "one\nguest\n");
     std::fs::remove_file(site.path("a")).unwrap();
     check_refused(&site, &site.patch_file(), "a: No such file");
-    // The reverse: the same change was made on both sides. The rest of the patch must still apply.
+    // Here both sides made the same change. The rest of the patch must still apply.
     let site = prepared();
     site.write("other", "mine\n");
     site.apply(&site.patch_file()).unwrap();
@@ -397,7 +396,7 @@ fn apply_path_outside_the_tree_is_refused() {
         }
     }
     assert!(!Path::new("/tmp/fcd-evil").exists());
-    // The patch creates a link and then a file beyond it.
+    // The patch creates a link and then a file behind it.
     let text = "diff --git a/l b/l\nnew file mode 120000\n--- /dev/null\n+++ b/l\n@@ -0,0 +1 @@\n+..\n\\ No newline at end of file\n\
                 diff --git a/l/evil b/l/evil\nnew file mode 100644\n--- /dev/null\n+++ b/l/evil\n@@ -0,0 +1 @@\n+x\n";
     let file = site.dir.path().join("hostile.patch");
@@ -493,7 +492,7 @@ fn apply_from_a_subdirectory_uses_the_top_of_the_repository() {
             Kind::PathNotFound
         );
     }
-    // A tree without git also accepts a patch.
+    // A tree without git accepts a patch too.
     plain.prepare();
     plain.write_guest("dir/x", "y");
     plain.write_guest("dir/z", "z");

@@ -2,8 +2,8 @@ use super::*;
 use crate::error::Kind;
 use std::os::unix::fs::symlink;
 
-/// Makes one change of every kind: a commit, an edit, a deletion, a rename, a new file, a binary
-/// file, a mode and a link.
+/// Makes changes of every kind in the guest: a commit, an edit, a deletion, a rename, a new file, a
+/// binary file, a mode and a link.
 fn work_in_the_guest(site: &Site, has_git: bool) {
     let guest = site.guest();
     site.write_guest("a", "one\nchanged in the guest\n");
@@ -35,7 +35,7 @@ fn work_in_the_guest(site: &Site, has_git: bool) {
     symlink("/etc/passwd", guest.join("link-new")).unwrap();
     std::fs::remove_file(guest.join("link")).unwrap();
     symlink("elsewhere", guest.join("link")).unwrap();
-    // A file becomes a directory, a directory a file, and a file a link.
+    // A file becomes a directory, a directory becomes a file, and a file becomes a link.
     std::fs::remove_file(guest.join("file-to-dir")).unwrap();
     site.write_guest("file-to-dir/inside", "x\n");
     std::fs::remove_dir_all(guest.join("dir-to-file")).unwrap();
@@ -66,7 +66,8 @@ fn fill(site: &Site) {
     std::fs::write(site.path(OsStr::from_bytes(b"raw\xfe")), b"\0\xff").unwrap();
 }
 
-/// The refs, the number of objects, and every file of the guest's repository including its index.
+/// Returns the refs, the number of objects, and every file of the guest's repository including its
+/// index.
 fn repository_state(site: &Site) -> (String, Listing) {
     let commands: [&[&str]; 3] = [
         &["for-each-ref"],
@@ -150,7 +151,7 @@ fn export_from_a_tree_without_git() {
 }
 
 #[test]
-fn export_counts_every_kind_of_change_per_file() {
+fn export_counts_changes_of_every_kind_per_file() {
     let site = Site::unborn();
     fill(&site);
     site.prepare();
@@ -179,7 +180,7 @@ fn export_skips_ignored_files_but_includes_forced_ones() {
     site.write_guest("forced.o", "wanted\n");
     site.write_guest("tracked.o", "changed\n");
     site.git_guest(&["add", "-f", "forced.o"]);
-    // This file is only in the guest's index; it no longer exists on disk.
+    // This file is only in the guest's index and no longer on disk.
     site.write_guest("vanished.o", "x");
     site.git_guest(&["add", "-f", "vanished.o"]);
     std::fs::remove_file(site.guest().join("vanished.o")).unwrap();

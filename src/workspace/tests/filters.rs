@@ -2,8 +2,8 @@
 
 use super::*;
 
-/// A repository with two filters that leave a mark when they run, and committed files that they
-/// cover.
+/// Creates a repository with two filters that leave a mark when they run, and with committed files
+/// that they cover.
 fn filtered() -> (Site, PathBuf) {
     let site = Site::unborn();
     let canary = site.dir.path().join("canary");
@@ -41,8 +41,8 @@ fn filtered() -> (Site, PathBuf) {
     (site, canary)
 }
 
-/// Ages the files. git rereads files as young as its index, and the plan would consider them
-/// changed.
+/// Makes the files older. git rereads files that are as new as its index, and the plan would
+/// consider them changed.
 fn age(site: &Site) {
     let touch = [
         ".",

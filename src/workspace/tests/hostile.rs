@@ -45,7 +45,7 @@ fn hostile_repository_runs_nothing() {
     site.git(&["config", "extensions.partialClone", "origin"]);
     let _ = std::fs::remove_file(&canary);
     site.write("a", "touched, so that its filter would be asked\n");
-    // The blob is missing. A partial clone would fetch it.
+    // A partial clone would fetch this missing blob.
     let blob = site.git(&["-c", "core.fsmonitor=false", "rev-parse", "HEAD:dir/b"]);
     std::fs::remove_file(site.path(format!(".git/objects/{}/{}", &blob[..2], blob[2..].trim())))
         .unwrap();
@@ -54,8 +54,7 @@ fn hostile_repository_runs_nothing() {
     assert!(plan.warnings().iter().any(|w| w.contains("partial clone")));
     site.prepare_with(&mut plan, false).unwrap();
     assert!(!canary.exists(), "something of the repository ran");
-    // The only hook in the guest is ours, which prevents commits with raw content of filtered
-    // files.
+    // The guest's only hook is fcd's, which prevents commits of the raw content of filtered files.
     let hooks: Vec<_> = std::fs::read_dir(site.guest().join(".git/hooks"))
         .unwrap()
         .map(|e| e.unwrap().file_name())
@@ -123,8 +122,7 @@ fn ignore_files_that_a_repository_names_are_not_sent() {
     }
 }
 
-/// Checks that an archive with the given entries is rejected with the given error and leaves
-/// nothing behind.
+/// Checks that an archive with these entries is rejected with this error and leaves nothing behind.
 #[track_caller]
 fn check_refused(build: impl FnOnce(&mut Vec<u8>), want: Kind, word: &str) {
     let dir = tempfile::tempdir().unwrap();
@@ -213,7 +211,7 @@ fn unpack_writes_nothing_through_links() {
             entry(t, b'0', b"l/victim", b"", b"evil");
         };
         check_refused(through, Kind::InvalidTree, "l/victim");
-        // Overwrite the link itself, and replace a directory.
+        // The archive overwrites the link itself, and replaces a directory.
         let over = |t: &mut Vec<u8>| {
             entry(t, b'2', b"l", b"../../victim", b"");
             entry(t, b'0', b"l", b"", b"evil");
@@ -225,7 +223,7 @@ fn unpack_writes_nothing_through_links() {
         };
         check_refused(dir, Kind::InvalidTree, "twice");
     }
-    // Two links, one through the other.
+    // The archive has two links, one of which leads through the other.
     let chain = |t: &mut Vec<u8>| {
         entry(t, b'2', b"one", b".", b"");
         entry(t, b'2', b"one/two", b"..", b"");
@@ -244,7 +242,7 @@ fn unpack_unexpected_entry_type_is_rejected() {
     }
 }
 
-/// Writes POSIX extended header records.
+/// Appends extended header records in POSIX format.
 fn posix(t: &mut Vec<u8>, records: &[u8]) {
     entry(t, b'x', b"././@PaxHeader", b"", records);
 }
@@ -286,7 +284,7 @@ fn unpack_bad_extended_header_is_rejected() {
         Kind::InvalidTree,
         "20000 bytes",
     );
-    // Records without an entry, and two sets of records.
+    // These archives have records without an entry, and two sets of records.
     check_refused(
         |t| posix(t, &record("mtime=1")),
         Kind::InvalidTree,

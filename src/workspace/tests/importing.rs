@@ -413,7 +413,7 @@ fn import_worktree_as_repository_and_submodule_as_commit() {
         site.git(&["rev-parse", "HEAD:sub"]),
         site.git_guest(&["rev-parse", ":sub"])
     );
-    // Send the submodule itself.
+    // This imports the submodule itself.
     let mut plan = Plan::inspect(
         &site.path("sub"),
         &site.options(History::default()),
@@ -592,14 +592,14 @@ fn import_repository_of_another_user_needs_safe_directory() {
     site.git_guest(&["log"]);
 }
 
-/// Root can read everything, so as root this test runs itself again as nobody.
+/// Root can read every file, so as root this test runs itself again as nobody.
 #[test]
 fn import_unreadable_files_are_named_and_nothing_is_sent() {
     if nix::unistd::geteuid().is_root() {
         let name =
             "workspace::tests::importing::import_unreadable_files_are_named_and_nothing_is_sent";
-        // Run by descriptor, because `nobody` may not be able to enter the directories above the
-        // binary or TMPDIR.
+        // The program is run through a descriptor, because `nobody` may not be able to enter the
+        // directories above the binary or TMPDIR.
         let me = std::fs::File::open("/proc/self/exe").unwrap();
         let program = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&me));
         let mut c = Command::new(program)

@@ -1,4 +1,4 @@
-//! Exports report what cannot be part of a patch or a tree, and bring back everything else.
+//! An export reports what a patch or a tree cannot contain, and brings back everything else.
 
 use super::*;
 use std::os::unix::fs::symlink;
@@ -52,7 +52,7 @@ fn export_repository_made_in_the_guest_names_its_history() {
         assert_eq!(site.left(), ["Repository svc/.git"]);
         assert!(site.export_patch().unwrap().1 == 2);
         assert_files_come_back(&site);
-        // Now the host has its files, but not its history.
+        // The host now has the repository's files but not its history.
         site.prepare();
         assert_eq!(site.left(), ["Repository svc/.git"]);
         site.write_guest("svc/main.go", "more work\n");
@@ -130,7 +130,8 @@ fn export_repository_recorded_by_the_guests_git_is_named() {
     site.prepare();
     site.write_guest("svc/main.go", "work\n");
     guest_repository(&site, "svc", true);
-    // It is a commit in the index of the guest's repository, and then in its history.
+    // The guest's git records the repository as a commit, first in the index and then in the
+    // history.
     site.git_guest(&["-c", "advice.addEmbeddedRepo=false", "add", "svc"]);
     assert!(
         site.git_guest(&["ls-files", "-s", "svc"])
@@ -147,7 +148,7 @@ fn export_repository_recorded_by_the_guests_git_is_named() {
         "-m",
         "svc",
     ]);
-    // It is a submodule, and then a second work tree.
+    // The repository is first a submodule and then a second work tree.
     let inner = Site::committed();
     let url = inner.host();
     site.git_guest(&[
@@ -257,7 +258,8 @@ fn export_repository_in_a_plain_tree_is_named_if_the_guest_changed_it() {
             "Repository new/.git"
         ]
     );
-    // A second import keeps and names what was done there, although it also sends that directory.
+    // A second import keeps the guest's changes there and names them, although it also sends that
+    // directory.
     let head = git(
         &site.guest().join("inner"),
         &site.dir.path().join("guest"),
@@ -307,7 +309,8 @@ fn second_import_keeps_and_names_a_repository_of_the_guest() {
     guest_repository(&site, "empty", false);
     site.write_guest("dir2/x", "guest\n");
     guest_repository(&site, "dir2", true);
-    // The host adds a file in workspace of each repository, and a directory of the same name.
+    // The host adds a file at the path of each repository, and a directory with the same name as
+    // one of them.
     site.write("tool", "host\n");
     site.write("empty", "host\n");
     site.write("dir2/x", "host\n");
@@ -331,7 +334,7 @@ fn second_import_keeps_and_names_a_repository_of_the_guest() {
             && there("empty/.git/HEAD").is_some()
             && there("dir2/.git/HEAD").is_some()
     );
-    // Import a third time, and then with overwrite.
+    // A third import keeps the same paths. An import with overwrite keeps none.
     assert_eq!(site.prepare(), kept);
     site.overwrite();
     site.assert_same_tree();
@@ -369,7 +372,7 @@ fn export_files_in_a_submodule_are_named_and_the_rest_applies() {
     site.write("own repository/a", "x");
     site.prepare();
     assert_eq!(site.left(), Vec::<String>::new());
-    // The guest has the same files in the submodule as the host, and others. One workspace is a
+    // In each submodule the guest has the host's files and some new ones. One workspace is a
     // checkout without changes.
     for name in ["sub/a", "sub/new", "own repository/a", "plain/new"] {
         site.write_guest(name, "guest\n");

@@ -1,5 +1,5 @@
-//! Round trips with real repositories. The guest's scripts run on this host, under `sh`, in a
-//! directory of their own.
+//! Round trips with real repositories. The guest's scripts run on this host under `sh` in a
+//! separate directory.
 
 mod accepting;
 mod applying;
@@ -41,14 +41,14 @@ enum Status {
     Complete,
 }
 
-/// A host directory with a tree, and a directory that plays the guest.
+/// A host directory with a tree, and a directory in the role of the guest.
 struct Site {
     dir: tempfile::TempDir,
     workspace: GuestWorkspace,
 }
 
 impl Site {
-    /// A site whose tree is an empty directory.
+    /// Creates a site whose tree is an empty directory.
     fn plain() -> Self {
         let dir = tempfile::tempdir().unwrap();
         for name in ["host/repo", "home", "guest"] {
@@ -61,7 +61,7 @@ impl Site {
         Self { dir, workspace }
     }
 
-    /// A site whose tree is a repository without commits.
+    /// Creates a site whose tree is a repository without commits.
     fn unborn() -> Self {
         let site = Self::plain();
         std::fs::write(
@@ -73,7 +73,8 @@ impl Site {
         site
     }
 
-    /// A site whose tree is a repository with one commit of `a`, `dir/b` and the executable `run`.
+    /// Creates a site whose tree is a repository with one commit of `a`, `dir/b` and the executable
+    /// `run`.
     fn committed() -> Self {
         let site = Self::unborn();
         site.write("a", "one\ntwo\n");
@@ -106,7 +107,7 @@ impl Site {
         self.git(&["add", "-A"]);
         self.git(&["commit", "-q", "-m", message]);
     }
-    /// Makes an empty commit with a message.
+    /// Makes an empty commit with this message.
     fn commit_as(&self, message: &str) {
         self.git(&["commit", "-q", "--allow-empty", "-m", message]);
     }
@@ -114,7 +115,7 @@ impl Site {
     fn git(&self, args: &[&str]) -> String {
         git(&self.host(), &self.dir.path().join("home"), args)
     }
-    /// Runs git as a user in the guest would: the distribution's git, with its own home.
+    /// Runs git as a user in the guest does: the distribution's git with a separate home directory.
     #[track_caller]
     fn git_guest(&self, args: &[&str]) -> String {
         git(&self.guest(), &self.dir.path().join("guest"), args)
@@ -234,7 +235,7 @@ impl Site {
         assert_eq!(finished.kept, Vec::<Vec<u8>>::new());
     }
 
-    /// Returns the payload without the list at its beginning, and that list.
+    /// Exports. Returns the payload without the list at its beginning, and the list.
     fn export(&self, command: &str) -> Result<(Vec<u8>, Vec<left::Left>)> {
         let (payload, _) = self.sh("export", command, Vec::new())?;
         let mut rest = payload.as_slice();

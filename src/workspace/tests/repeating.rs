@@ -77,8 +77,8 @@ fn guest_changes_are_named_and_kept() {
     assert_eq!(there("untouched").unwrap(), "host\n");
     assert_eq!(there("only-there").unwrap(), "guest\n");
     assert_eq!(there("deleted-there"), None);
-    // The host's new content is not in the patch. What was kept is, compared with what the host had
-    // when it was sent.
+    // The patch does not contain the host's new content. It contains the guest's kept changes,
+    // relative to the content that the host had sent.
     let (patch, changed) = site.export_patch().unwrap();
     let patch = String::from_utf8(patch).unwrap();
     assert_eq!(changed, 6, "{patch}");
@@ -112,7 +112,7 @@ fn conflicting_file_types_are_kept() {
     site.write("f", "x");
     site.write("d/x", "x");
     site.prepare();
-    // In the guest a file became a directory, and a directory a link.
+    // In the guest the file became a directory, and the directory a link.
     std::fs::remove_file(site.guest().join("f")).unwrap();
     site.write_guest("f/inside", "guest");
     std::fs::remove_dir_all(site.guest().join("d")).unwrap();
@@ -223,8 +223,8 @@ fn interrupted_import_is_incomplete_and_can_be_repeated() {
             [b"dir/b".to_vec()],
             "what an import has put there is not the guest's"
         );
-        // tar does not notice an interruption at the end of a block. The trailer shows it, and then
-        // finish is not called.
+        // tar does not notice an interruption at the end of a block. Only the missing trailer shows
+        // it, and then finish is not called.
         let _ = site.receive(payload[..cut].to_vec(), false);
         assert_eq!(site.status(), Status::Incomplete, "{cut}");
         assert_eq!(
@@ -248,7 +248,7 @@ fn interrupted_import_is_incomplete_and_can_be_repeated() {
     assert_eq!(changed, 1);
 }
 
-/// Killing a guest is like a power cut: files that were written last may exist but be empty.
+/// Killing a guest is like a power cut: recently written files may exist but be empty.
 #[test]
 fn first_import_interrupted_by_a_power_cut_is_repeated() {
     let site = Site::committed();
@@ -293,8 +293,8 @@ fn locks_of_a_killed_git_are_removed() {
     let site = Site::committed();
     site.prepare();
     let state = PathBuf::from(&site.workspace.state_dir);
-    // The locks that a killed git leaves: of the compared index, of the new index, and in the
-    // guest's repository.
+    // These are the locks that a killed git leaves: on the compared index, on the new index, and in
+    // the guest's repository.
     for lock in [
         "current.index.lock",
         "index.new.lock",
@@ -444,7 +444,7 @@ fn raw_tar_makes_a_workspace() {
             ..Finish::default()
         })
     };
-    // The files that an interrupted import left do not count as changes.
+    // The files of an interrupted import do not count as changes.
     let mut payload = Vec::new();
     site.begin().unwrap();
     raw_tar::send(
@@ -465,7 +465,7 @@ fn raw_tar_makes_a_workspace() {
     import(&site, true).unwrap();
     site.assert_same_tree();
     assert_eq!(site.export_patch().unwrap().1, 0);
-    // The same after an import whose content stayed in its archive.
+    // They also do not count after an import whose content stayed in its archive.
     site.write("big", vec![7; 9_000_000]);
     site.prepare();
     assert!(
@@ -522,7 +522,7 @@ fn large_content_is_recalled_from_the_archive() {
         assert_eq!(changed, 4);
         assert!(patch.len() < 100_000);
         assert!(before == listing(Path::new(&site.workspace.state_dir)));
-        // What was kept keeps its baseline when the archive is replaced.
+        // Kept files keep their baseline when the archive is replaced.
         site.write("small", "host\n");
         assert_eq!(site.prepare().len(), 4);
         assert_eq!(site.export_patch().unwrap().0, patch);

@@ -3,8 +3,8 @@
 use super::*;
 use std::os::unix::fs::symlink;
 
-/// Seconds and nanoseconds: before 1970, at the epoch, today, beyond 32 bits, beyond 64 bits of
-/// nanoseconds (2262), and the latest time that ext4 supports.
+/// Seconds and nanoseconds. The times are before 1970, at the epoch, today, beyond 32 bits, beyond
+/// 64 bits of nanoseconds (2262), and the latest time of ext4.
 const TIMES: [(i64, i64); 8] = [
     (-315_619_200, 0),
     (-1, 500_000_001),
@@ -34,7 +34,7 @@ fn set(path: &Path, (seconds, nanoseconds): (i64, i64)) {
     .unwrap();
 }
 
-/// The times of every file, link and directory except git's own.
+/// Returns the times of every file, link and directory, except git's own.
 fn times(root: &Path, dirs: bool) -> BTreeMap<PathBuf, (i64, i64)> {
     let mut out = BTreeMap::new();
     let mut pending = vec![root.to_owned()];
@@ -57,7 +57,7 @@ fn times(root: &Path, dirs: bool) -> BTreeMap<PathBuf, (i64, i64)> {
     out
 }
 
-/// Creates one file of each type for each time, and sets the times once more in the guest.
+/// Creates one file of each type for each time, and sets the times again in the guest.
 fn fill(root: &Path) {
     for (i, time) in TIMES.iter().enumerate() {
         let long = format!("{}/{}", "d".repeat(150), "n".repeat(200));

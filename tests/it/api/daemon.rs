@@ -1,4 +1,4 @@
-//! Goldens of the calls about the daemon itself: operations, images, kernels, its state.
+//! Goldens of the calls about the daemon itself: operations, images, kernels and its state.
 
 use super::{call, id, line, name, op};
 use expect_test::expect;

@@ -1,4 +1,4 @@
-//! Goldens of the calls that reach into a guest: `exec`, workspaces and snapshots.
+//! Goldens of the calls that use a guest: `exec`, workspaces and snapshots.
 
 use super::{call, id, line, reply};
 use expect_test::expect;

@@ -28,7 +28,7 @@ fn dead_or_replaced_guest_is_reported() {
         e.is(Kind::GuestUnavailable) && e.code() == Code::GuestUnavailable,
         "{e:?}"
     );
-    // A stop cannot ask this guest to shut down, and reports that.
+    // The guest cannot be asked to shut down, and the stop reports that.
     assert_eq!(world.stop("web").unwrap().synced, Some(Synced::Timeout));
     world.guest.set_unreachable(addr, false);
     world.guest.set_readiness(
@@ -42,7 +42,7 @@ fn dead_or_replaced_guest_is_reported() {
     world.await_rest();
 }
 
-/// The reserve lets kill and delete through. Everything else is refused and undone.
+/// The disk reserve lets kill and delete succeed. Every other change is refused and undone.
 #[test]
 fn full_disk_allows_kill_and_delete() {
     let world = World::new();
@@ -120,8 +120,7 @@ fn broken_disk_allows_kill() {
     world.start("web").unwrap();
 }
 
-/// The work of a stop is done when its commit fails. The commit is retried until the disk accepts
-/// it.
+/// The guest has already stopped when the commit fails. The commit is retried until the disk works.
 #[test]
 fn stop_commit_is_retried_until_disk_works() {
     for fault in [

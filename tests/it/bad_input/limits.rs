@@ -62,7 +62,7 @@ fn quota_of_one_uid_is_enforced() {
         e.is(Kind::OperationLimit) && e.fault.hint.is_some(),
         "{e:?}"
     );
-    // Calls that end something are never refused because of a quota.
+    // A quota never refuses a call that ends a VM.
     let mut stop_ = world.begin::<VmStop>(stop("one"), vec![]);
     assert_eq!(stop_.finish(PROMPT).unwrap().vm.state, VmState::Stopped);
     assert!(first.finish(PROMPT).is_err());

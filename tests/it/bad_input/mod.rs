@@ -1,4 +1,4 @@
-//! Invalid input and failures: the right kind, a message, a hint, and nothing changed.
+//! Invalid requests: each fails with the right kind, a message and a hint, and changes nothing.
 
 mod broken_host;
 mod limits;
@@ -119,7 +119,7 @@ fn taken_name_is_refused() {
         world.call::<VmCreate>(&create(|r| r.name = Some("web".parse().unwrap())))
     });
     assert!(said.contains("web"));
-    // One of twenty concurrent calls succeeds.
+    // Exactly one of twenty concurrent calls succeeds.
     let answers: Vec<_> = std::thread::scope(|scope| {
         let one = || world.call::<VmCreate>(&create(|r| r.name = Some("race".parse().unwrap())));
         let threads: Vec<_> = (0..20).map(|_| scope.spawn(one)).collect();

@@ -1,4 +1,4 @@
-//! VMs of other users.
+//! VMs of other users cannot be seen or changed.
 
 use super::{create, user};
 use crate::world::*;
@@ -84,8 +84,8 @@ fn vm_of_another_uid_is_not_found() {
                 .unwrap_err()
                 .kind(),
         ];
-        // If the pipe's reader has exited, the call fails for that before it reveals anything about
-        // the VM.
+        // A pipe without a reader makes the call fail before the daemon looks at the VM, so the
+        // error reveals nothing about it.
         assert!(
             kinds
                 .iter()
@@ -102,7 +102,7 @@ fn vm_of_another_uid_is_not_found() {
         daemon.core.op_cancel(&them, &op).unwrap_err().kind(),
         Kind::OperationNotFound
     );
-    // An owner sees what root does to the owner's VM.
+    // A VM's owner sees the changes that root makes to it.
     let mine = daemon
         .creator
         .create(&them, &create(|r| r.name = Some("mine".parse().unwrap())))

@@ -1,4 +1,4 @@
-//! Listeners that read slowly, see only their own VMs, or send nonsense.
+//! Listeners that read slowly, that may see only their own VMs, or that send invalid requests.
 
 use super::{listen, read_line, set_vcpus, watch_from_snapshot};
 use crate::world::*;
@@ -72,7 +72,7 @@ fn watch_shows_owner_own_vms_and_root_all() {
     );
 }
 
-/// A client that works on lines and reads only when the test does.
+/// A client that reads lines only when the test asks for them.
 struct Plain(BufReader<UnixStream>);
 
 impl Plain {
@@ -115,7 +115,8 @@ fn watch_slow_reader_delays_nobody_and_loses_nothing() {
             .change(|tx| tx.update_vm_unlocked(&id, |r| r.shape.mem_mib = u64::from(n)));
         change.unwrap().1.detach();
         if n % 250 == 0 {
-            // One listener reads nothing and the other gets every event, while calls are answered.
+            // One listener reads nothing. The other receives every event, and calls are still
+            // answered.
             fast.follow(&call, "web", "mem_mib", n);
             assert_eq!(world.show("web").unwrap().mem_mib, u64::from(n));
         }

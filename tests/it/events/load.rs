@@ -12,8 +12,8 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 
-/// A watcher of `uid` that reads a line for each permit, and any number once nobody gives permits
-/// any more.
+/// A watcher of `uid` that reads one line per permit. When the permits' sender is gone, it reads
+/// without limit.
 struct Tail {
     daemon: fcd::testing::daemon::Daemon,
     uid: u32,
@@ -21,7 +21,7 @@ struct Tail {
     permits: Receiver<()>,
 }
 
-/// The changes that it received, by number and memory, after the one that it began with.
+/// The changes that a watcher received after its first snapshot, by number and memory.
 #[derive(Debug, PartialEq)]
 struct Tailed {
     after: u64,
@@ -30,7 +30,7 @@ struct Tailed {
 }
 
 impl Tail {
-    /// Watches until it receives this change, and watches again after every lag.
+    /// Watches until this change arrives. After every lag, watches again.
     fn until(self, last: &[(u32, u64)]) -> Tailed {
         let is_seen = |owner: u32| self.uid == 0 || self.uid == owner;
         let last = last
@@ -112,8 +112,8 @@ impl Tailed {
 }
 
 #[test]
-fn watchers_that_join_and_lag_under_load_see_what_store_has() {
-    // Fewer than the store keeps, so that no watcher has to begin again.
+fn lagging_watchers_under_load_match_store() {
+    // This is fewer than the store keeps, so no watcher needs a second snapshot.
     const CHANGES: u64 = 3600;
     const JOIN_EVERY: u64 = 900;
     let world = World::new();
@@ -196,7 +196,7 @@ fn watchers_that_join_and_lag_under_load_see_what_store_has() {
         truth.push((*owner, ticket.seq(), mem));
         if n % 50 == 0 {
             ticket.wait(soon()).unwrap();
-            // Some read a little now and then.
+            // These watchers read a few lines at a time.
             for permit in &stutterers {
                 (0..n % 150 / 50 * 40).for_each(|_| permit.send(()).unwrap_or_default());
             }

@@ -29,16 +29,16 @@ fn watch_from_snapshot(world: &World) -> (Mirror, Running<EventsWatchReply>) {
     (mirror, call)
 }
 
-/// The VMs as a client knows them that only listens.
+/// The state of all VMs, built only from the events that a client received.
 #[derive(Debug, Default, PartialEq)]
 struct Mirror {
     vms: BTreeMap<String, Members>,
     seq: u64,
-    /// How many snapshots arrived.
+    /// The number of snapshots that arrived.
     snapshots: usize,
     resyncs: usize,
     in_snapshot: bool,
-    /// Such as `web vm.created` and `web starting -> running`.
+    /// One line per event, such as `web vm.created` and `web starting -> running`.
     lines: Vec<String>,
 }
 
@@ -50,7 +50,7 @@ fn members(vm: &Vm) -> Members {
 }
 
 impl Mirror {
-    /// Applies a note, which must fit the state so far.
+    /// Applies a note and checks that it is consistent with the state so far.
     #[track_caller]
     fn apply(&mut self, note: &Note) {
         match note {
@@ -137,7 +137,7 @@ impl Mirror {
         self.lines.push(format!("{name} {text}"));
     }
 
-    /// Listens until this member of the VM has this value.
+    /// Applies notes until this field of the VM has this value.
     #[track_caller]
     fn follow(
         &mut self,
@@ -271,7 +271,7 @@ fn watch_through_a_thousand_changes_matches_daemon() {
         (mirror.vms.len(), mirror.snapshots),
         (2 + WORKERS * ROUNDS / 5, 1)
     );
-    // One start and one kill of each VM has succeeded.
+    // Each VM was started and killed once.
     let count = |line: &str| mirror.lines.iter().filter(|l| l.ends_with(line)).count();
     let all = WORKERS * ROUNDS;
     assert_eq!(
@@ -292,7 +292,7 @@ fn watch_since_resumes_without_gap() {
     first.follow(&call, "a", "state", "created");
     set_vcpus(&world, "a", 2);
     world.create("b");
-    // Resuming delivers the rest and nothing else.
+    // A resumed watch receives the missed events and nothing else.
     let (mut second, again) = (
         Mirror {
             vms: first.vms.clone(),
@@ -312,7 +312,7 @@ fn watch_since_resumes_without_gap() {
     first.follow(&call, "b", "state", "created");
     assert_eq!((&first.vms, first.seq), (&second.vms, second.seq));
     first.check(&world);
-    // A sequence number that was never assigned.
+    // This sequence number was never assigned.
     let note = watch(&world, Some(u64::MAX)).note(|note| Some(note.clone()));
     let Note::Snapshot(snapshot) = note else {
         panic!("{note:?}")
@@ -343,7 +343,7 @@ fn watch_resumes_after_daemon_restart() {
     let before = mirror.seq;
     world.reopen();
     assert!(call.finish(SOON).unwrap_err().is(Kind::ShuttingDown));
-    // The VMM died while no daemon ran. Reconciling reports it.
+    // The VMM dies while no daemon runs. Reconciling reports its death.
     world.vmm.die(
         &vm.id,
         &fcd::testing::vmm::End::Vmm(fcd::testing::vmm::Exit::Signal(9)),
@@ -359,7 +359,7 @@ fn watch_resumes_after_daemon_restart() {
         (1, 0),
         "it had all and missed nothing"
     );
-    // A listener that had not seen everything before the restart gets a new snapshot.
+    // A listener that missed events before the restart gets a new snapshot.
     let late = watch(&world, Some(before - 1));
     mirror.follow(&late, "web", "vcpus", 3);
     set_vcpus(&world, "web", 4);
@@ -368,11 +368,11 @@ fn watch_resumes_after_daemon_restart() {
     assert_eq!((mirror.snapshots, mirror.resyncs), (2, 1));
 }
 
-/// A caller with any uid, at the other end of a socket of its own.
+/// A caller with any uid on its own socket pair.
 struct Listener {
     mirror: Mirror,
     notes: Receiver<Note>,
-    /// Shutting it down hangs up.
+    /// The test's end of the pair. Shutting it down hangs up.
     peer: UnixStream,
     ended: std::thread::JoinHandle<fcd::testing::error::Result<EventsWatchReply>>,
 }
@@ -445,7 +445,7 @@ fn read_line(from: &mut impl BufRead) -> Option<Line> {
 }
 
 impl Listener {
-    /// Listens until this VM has this number of vCPUs, then hangs up.
+    /// Listens until the VM has this number of vCPUs, then hangs up.
     #[track_caller]
     fn lines_until(self, vm: &str, vcpus: u32) -> Vec<String> {
         let mut mirror = self.mirror;

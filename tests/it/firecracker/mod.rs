@@ -1,6 +1,6 @@
-//! Tests the `firecracker` driver against a fake that answers like the real program
-//! (`tests/fake/firecracker/`), and that is slow, hangs, dies or lies where a test asks for it.
-//! `another_host::` in `e2e` runs the real one.
+//! Tests the `firecracker` driver against a fake with the real program's API
+//! (`tests/fake/firecracker/`). A test's script can make the fake slow, hang, die or send wrong
+//! answers. `another_host::` in `e2e` runs the real program.
 
 mod running;
 mod saving;
@@ -25,7 +25,7 @@ fn soon() -> Instant {
 
 struct Bench {
     dir: tempfile::TempDir,
-    /// The installation of this test's VMM tags, which no other test uses.
+    /// The installation name in the VMM tags. No other test uses it.
     install: String,
     /// The prefix of those tags.
     prefix: String,
@@ -35,8 +35,9 @@ struct Bench {
 impl Bench {
     fn new(script: &str) -> Self {
         let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        // A hard link with its own name, next to which the script is. Not a copy: a file that was
-        // open for writing when another test forked cannot be executed.
+        // A hard link with its own name, because the fake reads the script beside its executable. A
+        // copy would not do: if another test forks while the copy is open for writing, executing it
+        // fails (ETXTBSY).
         std::fs::hard_link(PROGRAM, dir.path().join("firecracker")).unwrap();
         std::fs::create_dir(dir.path().join("vm")).unwrap();
         for (name, bytes) in [
@@ -93,7 +94,7 @@ impl Bench {
         }
     }
 
-    /// Returns the result and the process that the driver reported.
+    /// Starts the VM. Returns the result and the process that the driver reported.
     fn start(&self, cancel: &Cancel) -> (fcd::testing::error::Result<Running>, Option<Identity>) {
         let mut reported = None;
         let started = self.driver.start(&self.spec(), cancel, &mut |identity| {
@@ -146,7 +147,7 @@ impl Bench {
     }
 }
 
-/// A test may end, or fail, while its VMM runs.
+/// Kills the VMM if the test ends or fails while it runs.
 impl Drop for Bench {
     fn drop(&mut self) {
         for vmm in self

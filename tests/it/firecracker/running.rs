@@ -1,4 +1,4 @@
-//! What the driver does with a running guest.
+//! The driver's operations on a running guest.
 
 use super::{Bench, SOON, driver, soon};
 use expect_test::expect;
@@ -28,8 +28,8 @@ fn pause_and_resume_guest() {
     }
     let asked = bench.requests();
     assert_eq!(asked.matches("PATCH /vm {\"state\":\"Paused\"}").count(), 2);
-    // Only a paused guest is resumed. Its vsock accepts new streams again because the guest was
-    // notified that the old ones have ended.
+    // Only a paused guest is resumed. The vsock accepts new streams again because the guest was
+    // notified that the old streams ended.
     let requests: Vec<_> = asked
         .lines()
         .skip_while(|l| !l.contains("Paused"))
@@ -53,7 +53,8 @@ fn pause_and_resume_guest() {
     );
 }
 
-/// Only 1.16 needs the workaround. Earlier versions do not hold data back, and 1.17 fixed it.
+/// Only version 1.16 needs the workaround. Earlier versions do not hold data back, and 1.17 fixed
+/// the bug.
 #[test]
 fn vsock_is_reset_at_resume_only_in_versions_that_need_it() {
     for (version, resets) in [
@@ -122,7 +123,7 @@ fn rates_apply_at_start_and_while_running() {
         PATCH /drives/root {"drive_id":"root","rate_limiter":{"bandwidth":{"size":0,"refill_time":0},"ops":{"size":0,"refill_time":0}}}
         PATCH /drives/work {"drive_id":"work","rate_limiter":{"bandwidth":{"size":0,"refill_time":0},"ops":{"size":0,"refill_time":0}}}
         PATCH /network-interfaces/eth0 {"iface_id":"eth0","rx_rate_limiter":{"bandwidth":{"size":0,"refill_time":0}},"tx_rate_limiter":{"bandwidth":{"size":0,"refill_time":0}}}"#]].assert_eq(&limits.join("\n"));
-    // A refusal carries its text and a hint, and so does a VMM that is gone.
+    // A refused request and a dead VMM both give an error with a text and a hint.
     bench.script("PATCH /drives/work refuse The requested operation is not supported before starting the microVM.");
     let e = bench.vm(&running).set_rates(&some, &never).unwrap_err();
     assert!(
@@ -149,7 +150,7 @@ fn vsock_connects_to_listener_in_guest() {
     let (running, never) = (bench.running(), Cancel::try_new().unwrap());
     let connect = |port| bench.vm(&running).connect(port, &never);
     let mut stream = connect(7).unwrap();
-    // It blocks where a socket is expected to.
+    // The connection is blocking, as its user expects.
     let sent = vec![7; 1 << 20];
     let mut writing = stream.try_clone().unwrap();
     let writer = std::thread::spawn(move || {
@@ -166,14 +167,14 @@ fn vsock_connects_to_listener_in_guest() {
             && e.hint_text().is_some(),
         "{e}"
     );
-    // Nobody answers, so the caller gives up.
+    // Nobody answers, so the caller cancels the call.
     let enough = Cancel::try_new().unwrap();
     enough.cancel(CancelCause::VmStopped);
     assert_eq!(
         bench.vm(&running).connect(8, &enough).unwrap_err().kind(),
         Kind::Cancelled
     );
-    // A VM that an earlier fcd started, without this socket.
+    // A VM that an older fcd started does not have this socket.
     std::fs::remove_file(bench.dir.path().join("vm/run/vsock")).unwrap();
     let e = connect(7).unwrap_err();
     assert!(
@@ -234,7 +235,7 @@ fn balloon_takes_the_remaining_memory() {
         .processes()
         .kill(&running.identity, soon())
         .unwrap();
-    // An image whose initramfs has no balloon driver.
+    // The initramfs of this image has no balloon driver.
     let without = VmmSpec {
         has_balloon: false,
         ..bench.spec()
@@ -258,11 +259,11 @@ fn metrics_are_read_line_by_line() {
             .collect()
     };
     assert_eq!((flushes(), flushes()), (vec![1], vec![2]));
-    // A line that the VMM printed unasked, and garbage.
+    // The driver skips lines that it did not request, and garbage.
     let pipe = bench.dir.path().join("vm/run/metrics");
     std::fs::write(&pipe, "{\"flushes\":77}\n\u{1b}[2J\n").unwrap();
     assert_eq!(flushes(), [77, 3]);
-    // The pipe is full. Reading makes room for the requested line.
+    // The pipe is full. Reading it makes room for the requested line.
     let line = format!("{{\"flushes\":78,\"x\":\"{}\"}}\n", "x".repeat(8000));
     let mut full = std::fs::File::options()
         .custom_flags(nix::libc::O_NONBLOCK)
@@ -276,7 +277,7 @@ fn metrics_are_read_line_by_line() {
         "{all:?}"
     );
     assert_eq!(flushes(), [5]);
-    // The next daemon continues to read.
+    // The next daemon can read the metrics too.
     assert_eq!(
         driver(bench.dir.path())
             .vm(bench.spec().running_as(&running.identity))
@@ -323,7 +324,7 @@ fn watch_reports_death_and_silence() {
         .unwrap();
     let process = Process::open(&running.identity).unwrap().unwrap();
     process.signal(rustix::process::Signal::STOP).unwrap();
-    // It may have answered once before it was stopped.
+    // The VMM may have answered once before it was stopped.
     let next = || {
         std::iter::repeat_with(|| reports.recv_timeout(SOON).unwrap())
             .find(|report| *report != GuestEvent::Answered)

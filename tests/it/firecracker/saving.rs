@@ -1,4 +1,4 @@
-//! Saving a guest and restoring it.
+//! Saving and restoring a guest.
 
 use super::{Bench, soon};
 use expect_test::expect;
@@ -32,7 +32,7 @@ impl Bench {
             .save(&self.spec(), to, &Cancel::try_new().unwrap())
     }
 
-    /// The requested types, in order.
+    /// The types of snapshot that were requested, in order.
     fn snapshot_types(&self) -> Vec<String> {
         let requests = self.requests();
         let bodies = requests
@@ -77,7 +77,7 @@ fn save_and_restore_guest() {
         "it runs"
     );
     bench.pause(&running);
-    // A link that the VMM has put in place of the file is not followed.
+    // The VMM has replaced the file with a symbolic link. The driver must not follow it.
     let decoy = bench.dir.path().join("decoy");
     std::fs::write(&decoy, "kept").unwrap();
     std::os::unix::fs::symlink(&decoy, bench.dir.path().join("vm/run/memory")).unwrap();
@@ -112,8 +112,8 @@ fn save_and_restore_guest() {
         PATCH /network-interfaces/eth0 {"iface_id":"eth0","rx_rate_limiter":{"bandwidth":{"size":0,"refill_time":0}},"tx_rate_limiter":{"bandwidth":{"size":0,"refill_time":0}}}
     "#]].assert_eq(&bench.requests());
     bench.await_console("the guest resumes");
-    // The rest of the memory is in the file that it was restored from, so saving only touched pages
-    // is not enough.
+    // The untouched pages exist only in the file that the VM was restored from, so saving only the
+    // touched pages is not enough.
     bench.pause(&again);
     let spec = VmmSpec {
         tag: bench.tag(2),
@@ -164,7 +164,7 @@ fn refused_load_reports_cause_and_leaves_nothing() {
     );
     assert!(e.hint_text().is_some_and(|h| h.contains("snapshot")), "{e}");
     assert_eq!(bench.driver.processes().list(&bench.prefix).unwrap(), []);
-    // There was nothing either that could be loaded elsewhere.
+    // A driver without this snapshot format refuses the snapshot too.
     assert_eq!(
         bench
             .driver

@@ -1,4 +1,4 @@
-//! Starting a VMM, starting one that is broken, and adopting one.
+//! Starting a VMM, failing to start a broken VMM, and adopting a running VMM.
 
 use super::{Bench, driver, soon};
 use expect_test::expect;
@@ -7,7 +7,7 @@ use fcd::testing::locks::{Cancel, CancelCause};
 use fcd::testing::vmm::{Driver, GuestNetwork, VmmSpec};
 use std::time::Instant;
 
-/// The requests of a start, in order.
+/// The requests of a start in order.
 const REQUESTS: [(&str, &str); 13] = [
     ("GET", "/"),
     ("PUT", "/machine-config"),
@@ -65,7 +65,8 @@ fn start_configures_vm_and_runs_guest() {
                 .processes()
                 .is_ours(&running.identity, "fc-other-x-1")
     );
-    // The VMM has its output, socket, console and connections open, and none of our descriptors.
+    // The VMM has inherited its output, socket, console and connections, and no other descriptor of
+    // this process.
     for fd in std::fs::read_dir(format!("/proc/{}/fd", running.identity.pid))
         .unwrap()
         .flatten()
@@ -95,7 +96,7 @@ fn start_configures_vm_and_runs_guest() {
             .unwrap(),
         None
     );
-    // Files of the previous run do not prevent a start.
+    // Files of the previous run do not prevent the next start.
     bench
         .driver
         .processes()
@@ -209,7 +210,7 @@ fn refusals_have_hints() {
         not_executable == Kind::Unsupported && said.contains("mode 0644"),
         "{said}"
     );
-    // Networks and disks that only QEMU supports.
+    // Only QEMU supports these networks and disks.
     let bench = Bench::new("");
     let user_mode = VmmSpec {
         network: GuestNetwork::UserMode {
@@ -246,7 +247,7 @@ fn adopt_by_next_daemon_continues() {
         running
     );
     bench.await_console("reconnected");
-    // New console output reaches the log again.
+    // The log continues with new console output.
     std::fs::write(bench.dir.path().join("vm/run/console"), "and says more\n").unwrap();
     bench.await_console("and says more");
     let other = VmmSpec {

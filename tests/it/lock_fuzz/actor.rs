@@ -1,4 +1,4 @@
-//! One connection of the fuzzer: draws requests and records what it sees.
+//! One connection of the fuzzer. It sends random requests and records the replies.
 
 use super::{GRACE_MS, Random, VMS};
 use crate::world::*;
@@ -22,10 +22,10 @@ use std::time::{Duration, Instant};
 
 /// A command that runs until something else ends it.
 const HELD: &str = "hold";
-/// How long an actor waits for a call that may never end before it hangs up.
+/// Time that an actor waits for a call that may never end. After it the actor hangs up.
 const PATIENCE: Duration = Duration::from_millis(20);
 
-/// How a call ended, as its caller saw it.
+/// The result of a call for its caller.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Reply {
     Ok,
@@ -35,7 +35,7 @@ pub enum Reply {
     Failed(String),
 }
 
-/// A call that the transition table decides.
+/// A call whose result the transition table decides.
 #[derive(Clone, Debug)]
 pub struct Seen {
     pub name: String,
@@ -51,7 +51,7 @@ pub fn name(n: u64) -> String {
     format!("vm-{n}")
 }
 
-/// Defines what commands do in every guest.
+/// Defines how every guest answers commands.
 pub fn script_guests(world: &World) {
     let never = Gate::closed();
     world
@@ -203,7 +203,7 @@ impl<'a> Actor<'a> {
 
     /// A caller that began or joined an operation must get the operation's result.
     fn is_what_the_operation_says(&mut self, op: &OpId, result: &Result<(), Failure>) {
-        // The registry keeps only some finished operations.
+        // The registry drops old finished operations.
         let Ok(reply) = self
             .client
             .call::<OpShow>(&OpRequest { op: op.to_string() })
@@ -278,7 +278,7 @@ impl<'a> Actor<'a> {
         let until = Instant::now() + PATIENCE;
         if call.finish_unless(|| Instant::now() > until).is_none() {
             call.hang_up();
-            // The daemon closes the connection once it has noticed the hang-up.
+            // The daemon closes the connection when it notices the hang-up.
             _ = call.finish(SOON);
         }
     }
@@ -304,7 +304,7 @@ impl<'a> Actor<'a> {
         let op = ops[self.random.below(ops.len() as u64) as usize]
             .id
             .to_string();
-        // It may have ended, or cannot be cancelled.
+        // The operation may have ended, or may not be cancellable.
         _ = self.client.call::<OpCancel>(&OpRequest { op });
     }
 
@@ -325,7 +325,7 @@ impl<'a> Actor<'a> {
         }
     }
 
-    /// Changes a running guest, or is refused.
+    /// Changes the settings of a running guest. The daemon may refuse the change.
     fn adjust(&mut self, vm: &str) {
         let (vm, some) = (vm.to_owned(), 128 + self.random.below(128));
         let done = if self.random.one_in(2) {
@@ -361,7 +361,7 @@ impl<'a> Actor<'a> {
             name: Some("other".parse().unwrap()),
             ..Default::default()
         };
-        // The fake host has no mmdebstrap.
+        // The build always fails because the fake host has no mmdebstrap.
         assert!(follow::<ImageBuild>(&mut self.client, &request, &mut None).is_err());
     }
 
@@ -390,8 +390,7 @@ impl<'a> Actor<'a> {
             3 => _ = self.world.guest.stall_reads(addr, self.random.below(3)),
             4 => self.world.guest.stall_reads(addr, 0).open(),
             _ => {
-                // A guest that does not come up before its boot times out, or one that comes up at
-                // once.
+                // The guest either stays silent until its boot times out or answers immediately.
                 let hangs = self.random.one_in(2);
                 let readiness = if hangs {
                     Readiness::Gated(Gate::closed())
@@ -412,7 +411,7 @@ impl<'a> Actor<'a> {
     }
 }
 
-/// Follows a call to its end, and records the operation's ID as soon as it is known.
+/// Waits for a call's result, and records the operation's ID as soon as a note carries it.
 fn follow<C: Call>(
     client: &mut Client,
     request: &C::Request,

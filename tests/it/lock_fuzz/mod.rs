@@ -28,21 +28,21 @@ const ACTORS: u64 = 8;
 pub const VMS: u64 = 4;
 const REQUESTS: u64 = 60;
 const SECONDS_DEFAULT: u64 = 40;
-/// Time without a reply, although calls are in progress, that counts as a deadlock.
+/// Calls in progress without any reply for this long count as a deadlock.
 const STUCK: Duration = Duration::from_secs(60);
 /// The daemon's own limits keep each wait in a round below two seconds.
 const GRACE_MS: u64 = 50;
-/// How many holds of a VM's lock, per thousand, may take more than a millisecond of CPU time. On a
-/// virtual machine, time that the host takes away counts as the thread's own. A hold that computes
-/// or copies would show in every hold of its kind.
+/// Holds of a VM's lock, per thousand, that may use more than a millisecond of CPU time. On a
+/// virtual machine, time that the host steals is charged to the thread. A hold that computes or
+/// copies would exceed the limit every time.
 const LONG_PER_MILLE_MAX: u64 = 1;
-/// A short run may have this many of either kind.
+/// A short run may have this many holds of either kind.
 const ODD_HOLDS_MAX: u64 = 5;
-/// The same for holds in which the thread slept for a reason unknown to the checker. Only a page
-/// that must be read from disk is a legitimate one.
+/// Holds of a VM's lock, per thousand, in which the thread may sleep for a reason that the checker
+/// does not know. The only legitimate reason is a page fault that reads from disk.
 const UNEXPLAINED_PER_MILLE_MAX: u64 = 1;
-/// glibc's allocator takes a lock per arena. With fewer arenas than threads, only those caused
-/// unexplained sleeps in a hold: 3.4 % of the holds with one arena, 0.1 % with 16, none with 256.
+/// glibc's allocator has one lock per arena. With fewer arenas than threads, threads sleep on these
+/// locks: in 3.4 % of the holds with one arena, 0.1 % with 16, none with 256.
 const ARENAS: &str = "1024";
 
 #[derive(Default)]
@@ -160,7 +160,7 @@ std::thread_local! {
     static CHAOS: Cell<Option<u64>> = const { Cell::new(None) };
 }
 
-/// Gives other threads a chance just before a lock is taken.
+/// Yields or sleeps at random before a lock is taken, so that other threads run.
 fn chaos(_: Rank) {
     const PAUSE: Duration = Duration::from_micros(50);
     let drawn = CHAOS.with(|c| {
@@ -172,7 +172,7 @@ fn chaos(_: Rank) {
         drawn
     });
     match drawn % 256 {
-        // Never while a VM's lock is held, because this sleep would lengthen the hold.
+        // Does not sleep while a lock is held, because the sleep would lengthen the hold.
         0 if check::held() == 0 => std::thread::sleep(PAUSE),
         1..16 if check::held() == 0 => std::thread::yield_now(),
         _ => {}
@@ -187,7 +187,7 @@ fn world() -> World {
         c.limits.boot_timeout_s = 1;
         c.limits.stop_timeout_s = 1;
         c.limits.transfer_idle_s = 1;
-        // Four VMs share the memory of three.
+        // The memory limit has room for three of the four VMs.
         c.limits.mem_mib_max = 3 * c.vm.mem_mib;
     })
 }
@@ -247,10 +247,11 @@ fn round(seed: u64, figures: &mut Figures) {
             (0, 0, 0)
         )
     });
-    // Dropping the world compares memory with the disk.
+    // Dropping the world checks that memory and disk agree.
 }
 
-/// The fake reports the end of a VMM on its own thread, which the daemon does not count.
+/// Waits until the store has recorded the death of every VMM. The fake reports it on a thread that
+/// the daemon does not count.
 fn await_all_ended(world: &World) {
     await_that("every death is written down", || {
         let live = world.vmm.live();
@@ -267,7 +268,8 @@ fn await_all_ended(world: &World) {
     world.await_rest();
 }
 
-/// Ends the process if no reply comes for too long, after printing who holds and awaits which lock.
+/// Runs `body`. If no reply arrives for too long, prints which thread holds and awaits which lock,
+/// and ends the process.
 fn watched<T>(world: &World, replies: &AtomicU64, body: impl FnOnce() -> T) -> T {
     struct Done<'a>(&'a AtomicBool);
     impl Drop for Done<'_> {

@@ -1,6 +1,6 @@
 //! Random numbers from a seed.
 
-/// A small and fast generator, the same everywhere (Vigna's SplitMix64).
+/// A small and fast generator (Vigna's SplitMix64). A seed gives the same numbers on every machine.
 #[derive(Clone)]
 pub struct Random(pub u64);
 

@@ -14,7 +14,7 @@ pub struct Told {
     pub commits: u64,
 }
 
-/// The state of a VM according to its history.
+/// A VM's state according to its history.
 #[derive(Clone, Debug)]
 struct Model {
     state: Option<VmState>,
@@ -25,8 +25,8 @@ struct Model {
 }
 
 impl Default for Model {
-    /// A VM can be found by name before its creation is in the history, because writing that takes
-    /// no lock of the VM.
+    /// Another call can find a new VM by name before the history contains its creation, because no
+    /// VM lock is held while that entry is written.
     fn default() -> Self {
         Self {
             state: Some(VmState::Created),
@@ -66,7 +66,7 @@ impl Model {
                     return Err("the row said otherwise".to_owned());
                 }
                 let (expected, with) = self.answer(*verb, *state, op.as_ref());
-                // A quota may prevent what the table allows.
+                // A quota may refuse a call that the table allows.
                 let limited = *answer == Answer::Failed && !matches!(expected, Answer::Refused);
                 if *answer != expected && !limited {
                     return Err(format!("the table gives {expected:?}"));
@@ -93,7 +93,7 @@ impl Model {
         }
     }
 
-    /// The table's answer, and the operation that it is about.
+    /// Returns the table's answer and the operation that the answer refers to.
     fn answer(&self, verb: Verb, state: VmState, new: Option<&OpId>) -> (Answer, Option<OpId>) {
         match decide(state, self.restarting, verb) {
             Decision::Claim(_) => (Answer::Claimed, new.cloned()),
@@ -158,7 +158,7 @@ impl Model {
         let (expected, by) = match &successor {
             Some((verb, by)) if deletes(*verb) => (Some(VmState::Deleting), Some(by)),
             Some((_, by)) => (Some(VmState::Stopping), Some(by)),
-            // Without room for its memory, a restart ends after its first half.
+            // If there is no room for the VM's memory, a restart ends after the stop.
             None if self.restarting && ending == CommitKind::Ended && next.is_some() => {
                 (Some(VmState::Starting), Some(op))
             }
@@ -215,13 +215,13 @@ pub fn check(events: &[Event], seen: &[Seen]) -> Result<Told, String> {
     })
 }
 
-/// Finds for each reply an entry that explains it, made between the call and the reply. No entry
-/// explains two replies.
+/// Finds a history entry for each reply that explains it and was made between the call and the
+/// reply. Each entry explains at most one reply.
 fn explain(events: &[Event], seen: &[Seen]) -> Result<(), String> {
     let mut used = vec![false; events.len()];
     let mut by_end: Vec<&Seen> = seen.iter().collect();
-    // Replies are matched in the order of their arrival, and each takes the first entry that fits.
-    // This order never removes an entry that a later reply needs.
+    // Replies are matched in order of arrival, and each takes the first entry that fits. An entry
+    // that a later reply needs is never used up in this order.
     by_end.sort_by_key(|s| s.received);
     for call in by_end {
         if call.reply == Reply::NotFound {
@@ -274,7 +274,7 @@ fn gives(event: &Event, call: &Seen) -> bool {
         (Answer::Refused, _) | (_, Reply::Refused(_)) => false,
         (Answer::Nothing, reply) => *reply == Reply::Ok,
         (Answer::Failed, reply) => *reply != Reply::Ok,
-        // The operation's result was compared with the reply when it arrived.
+        // The actor has already compared the operation's result with the reply.
         (Answer::Claimed | Answer::Joined | Answer::Queued, _) => true,
     }
 }

@@ -1,4 +1,4 @@
-//! VMMs that outlived the daemon which started them.
+//! VMMs that keep running while the daemon restarts.
 
 use crate::world::*;
 use fcd::testing::api::Call;
@@ -7,7 +7,8 @@ use fcd::testing::client::Failure;
 use fcd::testing::vmm::Exit;
 use fcd::testing::vmm::fake::Stage;
 
-/// Running VMs outlive the daemon: the process is the same, and every call works on it again.
+/// A running VM survives a restart of the daemon: its process stays the same, and every call works
+/// again.
 #[test]
 fn running_vm_is_adopted() {
     let mut world = World::new();
@@ -27,7 +28,7 @@ fn running_vm_is_adopted() {
     );
     assert_eq!(world.vmm.kills(), 0);
     world.import_all("web");
-    // The new daemon sees when it dies.
+    // The new daemon notices when the VMM dies.
     world.kill_vmm(&vm.id, Exit::Signal(9));
     world.await_state("web", VmState::Failed);
 }
@@ -41,7 +42,7 @@ where
     world.begin::<C>(request, vec![]).finish(PROMPT).map(|_| ())
 }
 
-/// The reconciler hangs at another VM and has not reached this one yet.
+/// The reconciler is blocked at another VM and has not reached this VM yet.
 #[test]
 fn stop_and_delete_after_restart_do_not_wait_for_reconciler() {
     for verb in ["stop", "stop --force", "kill", "restart", "rm -f"] {
@@ -54,7 +55,7 @@ fn stop_and_delete_after_restart_do_not_wait_for_reconciler() {
             let daemon = world.daemon().clone();
             let reconciler = scope.spawn(move || daemon.reconciler.reconcile());
             assert!(world.vmm.await_held(1, soon()));
-            // Whichever VM the reconciler hangs at, the call is answered.
+            // The call is answered no matter which VM blocks the reconciler.
             for name in ["first", "web"] {
                 let forced = VmStopRequest {
                     force: verb == "stop --force",
@@ -114,7 +115,7 @@ fn calls_that_need_guest_adopt_it() {
 #[test]
 fn running_vms_are_reconciled_first() {
     let mut world = World::new();
-    // In order of their IDs, a running VM would come first by chance now and then.
+    // If the reconciler went in order of IDs, a running VM would sometimes be first by chance.
     let boots: Vec<_> = (0..8)
         .map(|n| world.running(&format!("boots-{n}")).0)
         .collect();
@@ -138,7 +139,7 @@ fn running_vms_are_reconciled_first() {
     assert_eq!(world.vmm.adoptions(), [vm.id]);
 }
 
-/// Its image was removed, but it runs and its death is still noticed.
+/// The VM's image was removed. The VM still runs, and the daemon notices its death.
 #[test]
 fn running_vm_without_image_is_adopted() {
     let mut world = World::new();
@@ -152,7 +153,7 @@ fn running_vm_without_image_is_adopted() {
     world.await_state("web", VmState::Failed);
 }
 
-/// A VMM that could not be killed is remembered until a later start has killed it.
+/// The daemon remembers a VMM that it could not kill. A later start kills it.
 #[test]
 fn start_kills_vmm_of_earlier_start() {
     let world = World::new();

@@ -4,7 +4,7 @@ use crate::world::*;
 use fcd::testing::api::vm::*;
 use fcd::testing::vmm::Exit;
 
-/// A world with a VM whose VMM died as `exit` says while no daemon was running.
+/// Creates a VM whose VMM ends with `exit` while no daemon is running.
 fn world_without_vmm(exit: Exit) -> (World, Vm) {
     let mut world = World::new();
     let (vm, _) = world.running("web");
@@ -59,7 +59,7 @@ fn vm_after_host_reboot_is_stopped() {
     assert_eq!(world.state("web"), VmState::Stopped);
 }
 
-/// An earlier daemon wrote the guest's last words to the log, and died before it saw the VMM exit.
+/// The earlier daemon logged the guest's last output and died before it saw the VMM exit.
 #[test]
 fn missing_vmm_is_judged_by_guests_last_words() {
     for (words, state, reason) in [
@@ -92,7 +92,7 @@ fn missing_vmm_is_judged_by_guests_last_words() {
     }
 }
 
-/// Nobody recorded the guest's console, but QEMU wrote to its own log that it ended by itself.
+/// Nobody recorded the guest's console, but QEMU's own log says how the guest ended.
 #[test]
 fn missing_vmm_is_judged_by_its_own_log() {
     const RESET: &str = "while fcd was not running: the guest was reset, as its VMM's log says";

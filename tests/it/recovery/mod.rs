@@ -1,4 +1,4 @@
-//! What a daemon does about the state of an earlier one, and VMs that were created with `--rm`.
+//! Recovery from the state that an earlier daemon left, and VMs that were created with `--rm`.
 
 mod adopting;
 mod missing_vmms;
@@ -29,7 +29,7 @@ fn exec(vm: &str, program: &str) -> ExecStartRequest {
     }
 }
 
-/// Remains of an earlier daemon count as leaks only once the daemon has reconciled.
+/// Leftovers of an earlier daemon count as leaks only after the daemon has reconciled.
 #[test]
 fn leaks_are_reported_after_reconcile() {
     let mut world = World::new();
@@ -84,12 +84,12 @@ fn stopped_vms_are_usable_at_once_without_host_scan() {
     }
     assert_eq!(world.vmm.scans(), before);
     world.daemon().reconciler.reconcile();
-    // The sweep itself scans once.
+    // The sweep scans the host exactly once.
     assert_eq!(world.vmm.scans(), before + 1);
 }
 
-/// What the next daemon makes of each state that a daemon can die in. A second recovery changes
-/// nothing.
+/// Checks how the next daemon recovers from each state in which a daemon can die. A second recovery
+/// changes nothing.
 #[test]
 fn every_state_is_reconciled() {
     use VmState::*;
@@ -151,7 +151,7 @@ fn every_state_is_reconciled() {
     }
 }
 
-/// A first start that was in progress is undone to `created`.
+/// An interrupted first start is undone, and the VM is `created` again.
 #[test]
 fn interrupted_first_start_is_undone() {
     let mut world = World::new();
@@ -166,7 +166,7 @@ fn interrupted_first_start_is_undone() {
     assert!(vm.reason.is_some());
 }
 
-/// Reconciling leaves VMs alone that were created after the daemon opened.
+/// The reconciler does not touch VMs that were created after the daemon opened.
 #[test]
 fn vm_created_before_reconcile_is_left_alone() {
     let mut world = World::new();
@@ -198,8 +198,8 @@ fn leftover_directories_are_removed() {
     assert_eq!(left, wanted);
 }
 
-/// SIGTERM while every kind of operation runs. The daemon ends in time, and the next one continues
-/// from there.
+/// SIGTERM arrives while operations of every kind run. The daemon exits in time, and the next
+/// daemon continues the operations.
 #[test]
 fn close_during_operations_ends_in_time() {
     let mut world = World::new();
@@ -228,7 +228,7 @@ fn close_during_operations_ends_in_time() {
     let e = import.call.finish(SOON).unwrap_err();
     assert!(e.fault.message.contains("shutting down"), "{e:?}");
     assert!(start.finish(SOON).is_err());
-    // The call may arrive too late, and nothing shows when it arrived.
+    // The wait may begin before or after the daemon closes, and the test cannot tell which.
     let e = wait.finish(SOON).unwrap_err();
     assert!(e.is(Kind::ShuttingDown) || e.unreachable, "{e:?}");
     let e = session.finish(SOON).unwrap_err();
@@ -245,7 +245,7 @@ fn close_during_operations_ends_in_time() {
     );
 }
 
-/// The guest's last output is still on its way to the log when its files are deleted.
+/// The log has not received the guest's last output yet when the VM's files are deleted.
 #[test]
 fn delete_with_pending_console_output_succeeds() {
     let world = World::new();

@@ -60,8 +60,8 @@ fn paused_guest_stays_paused_after_daemon_restart() {
         refused.is(Kind::WrongState) && refused.to_string().contains("is paused"),
         "{refused}"
     );
-    // The daemon was killed after writing the row and before telling the driver. The next one tells
-    // the driver.
+    // The daemon is killed after it writes the row and before it calls the driver. The next daemon
+    // calls the driver.
     world.reopen();
     assert!(world.vmm.is_paused(&vm.id));
     world.daemon().reconciler.reconcile();
@@ -71,7 +71,8 @@ fn paused_guest_stays_paused_after_daemon_restart() {
     world.edit_rows(|tx| tx.update_vm_unlocked(&vm.id, |r| r.paused = true).unwrap());
     world.restart_daemon();
     assert!(world.vmm.is_paused(&vm.id));
-    // A stop resumes the guest so that it can shut down. After the next start it runs.
+    // A stop resumes the guest so that the guest can shut down. After the next start the guest is
+    // not paused.
     assert_eq!(world.stop("web").unwrap().synced, Some(Synced::Yes));
     let refused = pause(&world).unwrap_err();
     assert!(

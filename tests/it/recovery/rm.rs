@@ -88,7 +88,7 @@ fn rm_vm_survives_restart() {
     world.await_gone("web");
 }
 
-/// If its files cannot be removed, the VM stays as `failed`, and the daemon does not retry forever.
+/// If a VM's files cannot be removed, the VM becomes `failed`, and the daemon stops retrying.
 #[test]
 fn rm_vm_that_cannot_be_deleted_is_failed() {
     let world = World::new();

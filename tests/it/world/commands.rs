@@ -1,4 +1,4 @@
-//! The host commands that a daemon under test runs, all of them faked.
+//! Fakes for the host commands of a daemon under test.
 
 use super::{REAL_DISKS, await_that};
 use fcd::testing::error::{Error, Kind};
@@ -8,13 +8,13 @@ use fcd::testing::locks::Cancel;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-/// Image builds, as the fake host command sees them.
+/// State of the fake image builds.
 #[derive(Default)]
 pub struct Builds {
     /// While this is true, a build's command keeps running.
     pub are_held: AtomicBool,
     pub running: AtomicUsize,
-    /// The most builds that ever ran at once.
+    /// The highest number of builds that ran at once.
     pub peak: AtomicUsize,
 }
 
@@ -39,8 +39,8 @@ impl Builds {
     }
 }
 
-/// Fake host commands: `qemu-img` that writes only a header, `dmsetup` on a test host, and builds
-/// that fail in the end.
+/// Fake host commands: a `qemu-img` that writes only a header, `dmsetup` on a test host, and image
+/// builds that fail at the end.
 pub struct FakeCommands(pub Arc<Builds>);
 
 impl Commands for FakeCommands {
@@ -53,7 +53,7 @@ impl Commands for FakeCommands {
         if command.program == "dmsetup" && std::env::var_os(REAL_DISKS).is_some() {
             return fcd::testing::host::HostCommands.run(command, cancel, on_line);
         }
-        // Blocks like the real one, and its output is passed on meanwhile.
+        // The fake blocks like the real command and passes on output while it runs.
         let _blocking = fcd::testing::locks::region(fcd::testing::locks::Rank::HostCmd);
         on_line("a line of the command's");
         let args: Vec<_> = command
@@ -70,7 +70,7 @@ impl Commands for FakeCommands {
             return Ok(Output::default());
         }
         if command.program == "setpriv" {
-            // A line of mmdebstrap that the build reports as progress.
+            // The build reports this line of mmdebstrap as progress.
             on_line("I: running apt-get update");
             return self.0.run(cancel);
         }

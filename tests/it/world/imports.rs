@@ -1,4 +1,4 @@
-//! Imports into a VM, whole or written piece by piece.
+//! Imports into a VM, either complete or written piece by piece.
 
 use super::Running;
 use super::{GUEST_PATH, SOON, World};
@@ -9,14 +9,15 @@ use std::io::Write;
 use std::os::fd::OwnedFd;
 
 impl World {
-    /// Begins an import whose stream the test writes. Returns when the stream may begin.
+    /// Begins an import whose stream the test writes. Returns when the daemon is ready for the
+    /// stream.
     pub fn import(&self, name: &str) -> Import {
         let import = self.queue_import(name);
         import.call.ready();
         import
     }
 
-    /// The same, without waiting.
+    /// Begins an import without waiting until the daemon is ready for its stream.
     pub fn queue_import(&self, name: &str) -> Import {
         let (read, write) = pipe();
         let call = self.begin::<WorkspacePrepare>(prepare(name), vec![read]);

@@ -1,5 +1,5 @@
-//! A daemon with its server on a socket in a temporary directory, clients and pipes, and what must
-//! hold at the end of every test.
+//! A daemon with its server on a socket in a temporary directory, its clients and pipes, and the
+//! checks at the end of every test.
 
 mod commands;
 mod imports;
@@ -33,7 +33,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-/// A healthy daemon is far faster than this, and an overloaded host still meets it.
+/// Deadline for a reply. A healthy daemon is much faster, and even one on an overloaded host meets
+/// it.
 pub const SOON: Duration = Duration::from_secs(20);
 /// A short deadline for tests that the negative control must see fail.
 pub const PROMPT: Duration = Duration::from_secs(4);
@@ -49,7 +50,7 @@ pub fn soon() -> Instant {
     Instant::now() + SOON
 }
 
-/// On a test host every world has its root disks on real dm-snapshot devices: see
+/// If this variable is set, every world has its root disks on real dm-snapshot devices: see
 /// `tests/e2e/another_host.rs`.
 pub const REAL_DISKS: &str = "FCD_TEST_DM_SNAPSHOT";
 
@@ -67,12 +68,12 @@ pub struct World {
     pub points: Arc<Points>,
     daemon: Option<Daemon>,
     server: Option<Server>,
-    /// The address at which each guest answers.
+    /// Maps the address of each guest to its VM.
     guests: Arc<Mutex<HashMap<SocketAddr, VmId>>>,
     last_port: Mutex<u16>,
 }
 
-/// Runs `body` on a thread with another uid. The daemon's socket sees a client in it as that user
+/// Runs `body` on a thread with another uid. The daemon sees clients of this thread as that user
 /// (SO_PEERCRED). Needs root.
 pub fn as_uid<T: Send>(uid: u32, body: impl FnOnce() -> T + Send) -> T {
     assert!(
@@ -80,7 +81,8 @@ pub fn as_uid<T: Send>(uid: u32, body: impl FnOnce() -> T + Send) -> T {
         "as root only: run the tests as root"
     );
     let alone = || {
-        // SAFETY: the raw system calls change only this thread, unlike those of the C library.
+        // SAFETY: the raw system calls change only this thread. The C library's functions would
+        // change all threads.
         #[allow(unsafe_code)]
         let done = unsafe {
             libc::syscall(libc::SYS_setgroups, 0, 0)
@@ -99,10 +101,10 @@ pub fn as_uid<T: Send>(uid: u32, body: impl FnOnce() -> T + Send) -> T {
         .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
-/// In memory if possible, because no test depends on the disk's speed.
+/// Creates the directory in memory if possible, so that no test depends on the disk's speed.
 fn temp_dir() -> tempfile::TempDir {
     if std::env::var_os(REAL_DISKS).is_some() {
-        // This directory contains device nodes, which a tmpfs for tests may not allow.
+        // The directory will contain device nodes, which the tmpfs for tests may not allow.
         return tempfile::tempdir().unwrap();
     }
     tempfile::tempdir_in("/dev/shm")
@@ -120,12 +122,12 @@ fn limits() -> Limits {
     }
 }
 
-/// Creates an empty image as the registry expects it.
+/// Creates an empty image with the files that the image registry expects.
 pub fn make_image(state_dir: &Path, name: &str) {
     make_image_of(state_dir, name, None);
 }
 
-/// Like [`make_image`], but built by this user.
+/// Creates an empty image that this user has built.
 pub fn make_image_of(state_dir: &Path, name: &str, owner_uid: Option<u32>) {
     let dir = state_dir.join("images").join(name);
     std::fs::create_dir_all(&dir).unwrap();
@@ -195,7 +197,7 @@ impl World {
         world
     }
 
-    /// Sets how guests answer: a shutdown ends them, and imports and exports succeed.
+    /// Sets how guests answer: a shutdown ends the guest, and imports and exports succeed.
     fn behave(&self) {
         let (vmm, guests) = (self.vmm.clone(), self.guests.clone());
         self.guest
@@ -254,7 +256,7 @@ impl World {
         self.daemon.as_ref().expect("open")
     }
 
-    /// Drains as SIGTERM does. Returns the state that was in memory.
+    /// Drains the daemon as SIGTERM does. Returns the state that it had in memory.
     pub fn shut(&mut self) -> State {
         let (daemon, server) = (
             self.daemon.take().expect("open"),
@@ -267,7 +269,7 @@ impl World {
             soon(),
         );
         assert_eq!(left, 0, "connections are left");
-        // The end of the last VMM is reported on a thread that finds nothing to do.
+        // The thread that reports the end of the last VMM may still run.
         await_that("nothing is left", || {
             daemon.leftovers() == Leftovers::default()
         });
@@ -288,7 +290,7 @@ impl World {
         state
     }
 
-    /// Waits for the threads of a daemon that is dead (see [`Points`]), and drops it.
+    /// Waits until the threads of a dead daemon (see [`Points`]) have ended, and drops it.
     pub fn crash(&mut self) {
         assert!(self.points.is_dead());
         let (daemon, server) = (
@@ -305,7 +307,7 @@ impl World {
         self.vmm.forget_watchers();
     }
 
-    /// Opens a new daemon on the state of the previous one; the VMMs keep running. The caller
+    /// Opens a new daemon on the state of the previous one. The VMMs keep running, and the caller
     /// decides when to reconcile.
     pub fn reopen(&mut self) {
         if self.daemon.is_some() {
@@ -320,7 +322,7 @@ impl World {
         self.daemon().reconciler.reconcile();
     }
 
-    /// Ends the VMM of a VM from outside.
+    /// Makes a VM's VMM exit without the daemon.
     #[track_caller]
     pub fn kill_vmm(&self, vm: &VmId, exit: Exit) {
         assert!(self.vmm.die(vm, &End::Vmm(exit)), "no VMM of {vm}");
@@ -330,7 +332,7 @@ impl World {
         self.config.state_dir.join("vms").join(vm.as_str())
     }
 
-    /// Changes rows as if another daemon had died in the middle of an operation.
+    /// Stops the daemon and changes rows as if it had died during an operation.
     pub fn edit_rows(&mut self, change: impl FnOnce(&mut fcd::testing::store::Tx)) {
         if self.daemon.is_some() {
             self.shut();
@@ -363,7 +365,7 @@ impl World {
         self.client().call::<C>(request)
     }
 
-    /// Begins a call on its own connection and reads its answers on another thread.
+    /// Begins a call on its own connection. Another thread reads the replies.
     pub fn begin<C: Call>(&self, request: C::Request, fds: Vec<OwnedFd>) -> Running<C::Reply>
     where
         C::Request: Send + 'static,
@@ -390,7 +392,7 @@ impl World {
         .vm
     }
 
-    /// Gives this VM's next guest an address of its own, and returns it.
+    /// Gives the VM's next guest its own address. Returns the address.
     pub fn place(&self, vm: &VmId) -> SocketAddr {
         let mut port = self.last_port.lock().unwrap();
         *port += 1;
@@ -400,7 +402,7 @@ impl World {
         addr
     }
 
-    /// Starts a VM. Returns it and its guest's address.
+    /// Starts a VM. Returns the VM and its guest's address.
     pub fn running(&self, name: &str) -> (Vm, SocketAddr) {
         let vm = self.create(name);
         let addr = self.place(&vm.id);

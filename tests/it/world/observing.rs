@@ -1,4 +1,4 @@
-//! Waiting for a state, and comparing everything that a daemon keeps.
+//! Waits for states, and compares everything that a daemon keeps.
 
 use super::{SOON, World, soon};
 use fcd::testing::api::op::{OpRequest, OpShow};
@@ -39,14 +39,14 @@ impl World {
         loop {
             match self.run::<VmWait>(request.clone()) {
                 Err(e) if e.is(Kind::VmNotFound) => return,
-                // The delete is in progress, so wait for the next change.
+                // The delete is still in progress, so this waits for the next change.
                 Ok(_) => self.await_change(|s| !s.vms().any(|r| r.name.as_str() == name)),
                 Err(e) => panic!("wait for {name} to be gone: {e}"),
             }
         }
     }
 
-    /// Waits until the store's state satisfies `is_so`.
+    /// Waits until `is_so` accepts the store's state.
     #[track_caller]
     pub fn await_change(&self, is_so: impl Fn(&State) -> bool) {
         let (watch, deadline) = (self.daemon().core.store.watch(None).unwrap(), soon());
@@ -65,7 +65,7 @@ impl World {
         }
     }
 
-    /// Waits until nothing is in progress.
+    /// Waits until no operation is in progress.
     #[track_caller]
     pub fn await_rest(&self) {
         await_that("nothing is under way", || {
@@ -79,7 +79,7 @@ impl World {
             .op
     }
 
-    /// The files, VMMs and rows that a failed call must leave unchanged.
+    /// Returns the files, VMMs and rows, which a failed call must not change.
     pub fn census(&self) -> BTreeSet<String> {
         let mut all: BTreeSet<String> = self
             .vmm
@@ -102,7 +102,8 @@ impl World {
         all
     }
 
-    /// Kernel devices of this world: device-mapper devices by name, loop devices by their file.
+    /// Returns the kernel devices of this world: device-mapper devices by name, loop devices by
+    /// file.
     pub fn devices(&self) -> BTreeSet<String> {
         let install = self.daemon().core.store.install_id().to_owned();
         let state = self.config.state_dir.display().to_string();
@@ -130,7 +131,7 @@ fn files(dir: &Path, into: &mut BTreeSet<String>) {
     for entry in std::fs::read_dir(dir).unwrap() {
         let path: PathBuf = entry.unwrap().path();
         let name = path.file_name().unwrap().to_string_lossy().into_owned();
-        // Ignores the database's files, the reserve, and logs, which are written at any time.
+        // Skips the database's files, the reserve and the logs, which may be written at any time.
         if name.starts_with("fcd.db") || name == "reserve" || name == "console.log" {
             continue;
         }

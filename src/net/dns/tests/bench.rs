@@ -1,4 +1,4 @@
-//! Measures queries per second and their latency, for names of VMs and for forwarded ones
+//! Measures the rate and latency of queries for names of VMs and for forwarded names
 //! (`scripts/bench dns`).
 
 use super::{Lab, Web, ask};
@@ -8,9 +8,9 @@ use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Clients, each with one open query at a time.
+/// The number of clients. Each has one open query at a time.
 const WINDOW: usize = 32;
-/// Queries of one client, fewer than its burst allows.
+/// The number of queries per client, which is less than its burst allows.
 const EACH: usize = 600;
 const LATENCIES: usize = 900;
 
@@ -33,7 +33,7 @@ impl Clients {
     }
 }
 
-/// Answers every query with the query itself. A short packet ends it.
+/// Answers every query with the query itself until a short packet arrives.
 fn resolver(socket: UdpSocket) {
     let mut buffer = [0; 4096];
     loop {

@@ -1,5 +1,5 @@
-//! Tests with helpers that a guest has taken over. Whatever such a helper sends or does, it is
-//! killed and replaced, and the daemon keeps running.
+//! Tests with helpers that a guest controls. The daemon kills and replaces a misbehaving helper,
+//! and keeps running.
 
 use super::process::{ask_until_answered, helper_pid};
 use super::{Lab, Names, Web, ask};
@@ -15,11 +15,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 pub(crate) const NAME: &str = "hostile-dns";
-/// Clients whose answers the helper never reads, far more than a channel holds.
+/// The number of clients whose answers the helper never reads. This is far more than a channel
+/// holds.
 const DEAF_TO: usize = 400;
 
-/// Runs the hostile helper. The first label of a query chooses what it does. Otherwise it answers
-/// with the query itself. It is not confined, because that does not change what it can send.
+/// Runs the hostile helper. The first label of a query chooses how it misbehaves. Any other query
+/// is answered with the query itself. The helper is not confined, because confinement does not
+/// limit what it can send.
 pub(crate) fn run() -> ExitCode {
     let channel = Channel::inherited();
     let mut buffer = vec![0; TO_HELPER_BYTES_MAX];
@@ -100,7 +102,7 @@ fn misbehave(channel: &Channel, ticket: Ticket, how: &str) {
             }
             let _ = poll(&mut [], PollTimeout::NONE);
         }
-        // It answers normally.
+        // The helper answers normally.
         _ => {}
     }
 }
@@ -153,7 +155,7 @@ fn helper_that_does_not_read_its_answers_is_killed_and_replaced() {
         (0..50).for_each(|_| drop(client.send(&ask("fill.example", TYPE_A))));
         let _ = client.recv(&mut [0; 512]);
     }
-    // Use another client, because this one has used up its rate.
+    // The first client has used up its rate, so another client asks.
     let other = UdpSocket::bind("127.0.0.2:0").unwrap();
     other.connect(lab.at).unwrap();
     other

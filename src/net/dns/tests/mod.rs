@@ -1,5 +1,5 @@
-//! Tests of the name server, many of them with hostile packets. `simple-dns` parses its answers
-//! independently.
+//! Tests of the name server. Many of them send hostile packets. `simple-dns`, an independent
+//! parser, reads the answers.
 
 mod bench;
 pub(crate) mod hostile;
@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-/// Knows web as 10.89.0.5, but not for 10.89.0.66.
+/// A zone in which web is 10.89.0.5. The client 10.89.0.66 must not learn it.
 struct Web;
 
 impl Names for Web {
@@ -45,7 +45,7 @@ fn subnet() -> crate::config::Subnet {
     "10.89.0.0/24".parse().unwrap()
 }
 
-/// A query with EDNS, the way resolvers send it.
+/// Builds a query with EDNS, as resolvers send it.
 fn ask(name: &str, kind: u16) -> Vec<u8> {
     let mut packet = vec![0x12, 0x34, 1, 0, 0, 1, 0, 0, 0, 0, 0, 1];
     for label in name.split('.').filter(|l| !l.is_empty()) {
@@ -63,7 +63,7 @@ fn reply(packet: &[u8], client: IpAddr) -> Vec<u8> {
     reply_for(judge(packet, subnet()), packet, client)
 }
 
-/// Completes a verdict with what the daemon would look up.
+/// Returns the reply for a verdict, with the result of a lookup if the verdict needs one.
 fn reply_for(verdict: Verdict<'_>, packet: &[u8], client: IpAddr) -> Vec<u8> {
     let found = match verdict {
         Verdict::Reply(reply) => return reply,
@@ -128,7 +128,7 @@ fn unknown_names_and_types_get_negative_answers() {
     check_negative("x.web.vm", TYPE_A, guest(), RCODE::NameError, "vm");
     check_negative("-web.vm", TYPE_A, guest(), RCODE::NameError, "vm");
     check_negative("w\u{e4}b.vm", TYPE_A, guest(), RCODE::NameError, "vm");
-    // This client may not know web.
+    // This client must not learn the address of web.
     check_negative("web.vm", TYPE_A, stranger(), RCODE::NameError, "vm");
     check_negative(
         "9.0.89.10.in-addr.arpa",
@@ -222,8 +222,8 @@ fn outsiders_are_not_served() {
 
 #[test]
 fn compressed_or_long_names_are_rejected() {
-    // Pointers to itself, to the header, forward, and beyond the end, and labels with a reserved
-    // length.
+    // The pointers point to themselves, to the header, forward and beyond the end. Some labels have
+    // a reserved length.
     for pointer in [
         [0xc0, 12],
         [0xc0, 0],
@@ -248,7 +248,7 @@ fn compressed_or_long_names_are_rejected() {
     );
 }
 
-/// Any packet is dropped, forwarded, or gets an answer with its id and a bounded size.
+/// Checks that a packet is dropped, is forwarded, or gets an answer with its id and a bounded size.
 fn check_any(packet: &[u8]) {
     match judge(packet, subnet()) {
         Verdict::Drop => {}
@@ -304,7 +304,7 @@ proptest! {
     }
 }
 
-/// A server on the loopback with a real helper process, and a socket that plays the host's
+/// A server on the loopback with a real helper process, and a socket in the role of the host's
 /// resolver.
 struct Lab {
     server: Option<Server>,
@@ -315,7 +315,7 @@ struct Lab {
 
 impl Lab {
     fn new(names: Arc<dyn Names>) -> Self {
-        // Nothing listens at the first address, so the second one is tried too.
+        // Nothing listens at the first address, so the server also tries the second.
         Self::with_resolvers(names, "nameserver 127.0.0.9\nnameserver 127.0.0.1\n")
     }
 
@@ -335,7 +335,8 @@ impl Lab {
         // Finds a port that is free for both UDP and TCP.
         let (at, server) = (0..100)
             .find_map(|_| {
-                // This is not the resolver's address, because the server skips its own.
+                // This is not the server's address, because the server skips its own address among
+                // the resolvers.
                 let at = UdpSocket::bind("127.0.0.3:0")
                     .unwrap()
                     .local_addr()
@@ -386,7 +387,7 @@ impl Lab {
     }
 }
 
-/// The user to run the helper as, if the tests may choose one.
+/// Returns the user to run the helper as, if the tests may choose a user.
 fn owner() -> Option<Credentials> {
     rustix::process::geteuid().is_root().then_some(Credentials {
         uid: 1_900_065_535,
@@ -404,7 +405,7 @@ fn query_is_forwarded_and_its_answer_returned() {
     let packet = ask("example.com", TYPE_A);
     let client = lab.client();
     client.send(&packet).unwrap();
-    // A repetition before the answer is not forwarded.
+    // A repeated query is not forwarded while the first has no answer.
     client.send(&packet).unwrap();
     let mut buffer = [0; 4096];
     let (len, from) = lab.upstream.recv_from(&mut buffer).unwrap();
@@ -442,14 +443,14 @@ fn open_queries_are_bounded_and_time_out() {
     for n in 0..100 {
         client.send(&ask(&format!("n{n}.example"), TYPE_A)).unwrap();
     }
-    // From the 65th on they are refused at once. Names of VMs are still answered.
+    // From the 65th on, queries are refused immediately. Names of VMs are still answered.
     let mut buffer = [0; 4096];
     for _ in 64..100 {
         let len = client.recv(&mut buffer).unwrap();
         assert_eq!(rcode_of(&buffer[..len]), 2);
     }
     assert_eq!(rcode_of(&lab.exchange(&ask("web.vm", TYPE_A))), 0);
-    // No resolver answers the others, so each of them ends with an error.
+    // No resolver answers the other queries, so each of them ends with an error.
     for _ in 0..64 {
         let len = client.recv(&mut buffer).unwrap();
         assert_eq!(rcode_of(&buffer[..len]), 2);
@@ -468,7 +469,7 @@ fn tcp_connection_answers_several_queries() {
         let packet = ask(name, TYPE_A);
         let mut bytes = u16::try_from(packet.len()).unwrap().to_be_bytes().to_vec();
         bytes.extend(&packet);
-        // Send it in two parts.
+        // The query arrives in two parts.
         stream.write_all(&bytes[..1]).unwrap();
         stream.write_all(&bytes[1..]).unwrap();
         let mut len = [0; 2];
@@ -485,7 +486,7 @@ fn connections_are_bounded_and_end_with_the_server() {
     let streams: Vec<_> = (0..40)
         .map(|_| TcpStream::connect(lab.at).unwrap())
         .collect();
-    // Four connections of a client are served, and the others are closed.
+    // The server accepts four connections of a client and closes the others.
     let mut served = 0;
     for mut stream in streams.iter() {
         stream

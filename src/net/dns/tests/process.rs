@@ -1,4 +1,4 @@
-//! Tests of the helper as a process, and of what happens when it exits.
+//! Tests of the helper process and of its replacement when it exits.
 
 use super::{Lab, Web, ask, owner, rcode_of};
 use crate::net::dns::Server;
@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-/// How long a new helper may take to start.
+/// Limit of the time that a new helper may take to start.
 const SOON: Duration = Duration::from_secs(20);
 
 pub(super) fn helper_pid(server: &Server) -> u32 {
@@ -75,7 +75,8 @@ fn helper_is_confined_and_has_no_server_sockets() {
         (status["Groups"].as_str(), status["CapEff"].as_str()),
         ("", "0000000000000000")
     );
-    // The channel, and /dev/null twice. Sockets to resolvers are only passed when they are needed.
+    // The helper has the channel, and /dev/null twice. The daemon passes sockets to resolvers only
+    // when they are needed.
     assert_eq!(
         std::fs::read_dir(format!("/proc/{pid}/fd"))
             .unwrap()
@@ -96,7 +97,7 @@ fn killed_helper_is_replaced() {
         assert!(!killed.contains(&pid));
         kill_process(Pid::from_raw(pid.cast_signed()).unwrap(), Signal::KILL).unwrap();
         killed.push(pid);
-        // The answer may still come from the helper that was killed.
+        // The answer may still come from the killed helper.
         let until = Instant::now() + SOON;
         while helper_pid(lab.server()) == pid {
             assert!(Instant::now() < until, "the helper was not replaced");
@@ -129,7 +130,7 @@ fn stop_with_open_queries_and_connections_is_prompt() {
             .concat(),
         )
         .unwrap();
-    // Wait until one of the queries has reached the resolver.
+    // Waits until one of the queries has reached the resolver.
     lab.upstream.recv_from(&mut [0; 512]).unwrap();
     let pid = helper_pid(lab.server());
     let begun = Instant::now();

@@ -1,4 +1,4 @@
-//! What one guest can do to another, and with addresses that are not its own.
+//! What a guest can do to another guest, and which packets with false addresses pass.
 
 use super::super::lab::{GATEWAY, INSTALL, Lab, Machine, OUTSIDE, config, is_root};
 use super::{ANY, assert_dropped, udp_packet};
@@ -10,15 +10,15 @@ use std::net::SocketAddr;
 fn passes(lab: &Lab, a: &Machine, b: &Machine, bad: impl FnOnce()) -> bool {
     let (outside, at_b) = (lab.outside.udp((ANY, 9001)), b.ns.udp((ANY, 9000)));
     bad();
-    // Once this arrives outside, the host has handled everything before it.
+    // When this arrives outside, the host has handled every earlier packet.
     a.udp().send("mark", (OUTSIDE, 9001));
     assert_eq!(outside.next().0, "mark");
     lab.host.udp((ANY, 0)).send("good", (b.address(), 9000));
     at_b.next().0 == "bad"
 }
 
-/// Tells each guest the other's MAC address. Otherwise a packet that waits for ARP would be
-/// overtaken by a later one.
+/// Tells each guest the other's MAC address. Otherwise a later packet would overtake a packet that
+/// waits for ARP.
 fn introduce(a: &Machine, b: &Machine) {
     for (here, there) in [(a, b), (b, a)] {
         here.ns.sh(&format!(
@@ -42,7 +42,7 @@ fn guests_do_not_reach_each_other() {
     a.ns.sh(&format!("ip route add {}/32 via {GATEWAY}", b.address()));
     assert!(!passes(&lab, &a, &b, send), "through the host");
     lab.host.sh(&format!("nft delete table inet fcd_{INSTALL}; ip link set up0 down; ip link set up0 up; ip route add default via {OUTSIDE} || true"));
-    // The control: without our rules it arrives.
+    // Without fcd's rules the packet arrives, so the rules dropped it.
     let at_b = b.ns.udp((ANY, 9000));
     send();
     assert_eq!(at_b.next().0, "bad");
@@ -80,7 +80,7 @@ fn guest_cannot_spoof_addresses() {
     if !is_root() {
         return;
     }
-    // Spoofing matters most if guests may reach each other.
+    // Spoofing matters most if guests may reach each other, so this lab allows it.
     let lab = Lab::new(&crate::config::Network {
         allow_between_vms: true,
         ..config()
@@ -100,7 +100,7 @@ fn guest_cannot_spoof_addresses() {
         "ip address del 10.89.0.99/32 dev eth0; ip address del {}/32 dev eth0",
         b.address()
     ));
-    // A MAC address that is not its own, including that of the other guest.
+    // A MAC address that does not belong to the guest is dropped, including the other guest's.
     for mac in ["02:fc:0a:59:00:63", &b.guest.lease.mac.to_string()] {
         let forge = || {
             a.ns.sh(&format!("ip link set eth0 address {mac}; ip neighbour replace {GATEWAY} lladdr 06:fc:1a:2b:3c:4d dev eth0"));
@@ -133,7 +133,7 @@ fn guest_cannot_spoof_addresses() {
     };
     assert!(!passes(&lab, &a, &b, || a.inject(&claim(GATEWAY.octets()))));
     assert_eq!(gateway_of_b().split(' ').nth(2), before.split(' ').nth(2));
-    // The control: a's claim for its own address is accepted.
+    // The bridge accepts a's claim for its own address.
     assert!(!passes(&lab, &a, &b, || a.inject(&claim(a.address().octets()))));
     let own =
         b.ns.sh(&format!("ip neighbour show {} dev eth0", a.address()));

@@ -1,4 +1,4 @@
-//! What a guest reaches of the host and of what lies behind it.
+//! Which services of the host and of the networks behind it a guest can reach.
 
 use super::super::lab::{
     GATEWAY, HOST, INSTALL, Lab, METADATA, Machine, OUTSIDE, config, is_root, tag,
@@ -24,7 +24,7 @@ fn guests_reach_the_outside_through_the_hosts_address() {
     let mut stream = guest.ns.run(|| TcpStream::connect((OUTSIDE, 80)).unwrap());
     let (mut peer, from) = listener.accept().unwrap();
     assert_eq!(from.ip(), HOST, "masqueraded");
-    // Send more than a TCP window in both directions.
+    // Sends more than a TCP window in both directions.
     let sent = vec![7; 300_000];
     std::thread::scope(|s| {
         s.spawn(|| stream.write_all(&sent).unwrap());
@@ -50,12 +50,12 @@ fn unsolicited_packets_from_outside_do_not_reach_guests() {
     let at_guest = guest.ns.udp((ANY, 9000));
     let (outside, host) = (lab.outside.udp((ANY, 0)), lab.host.udp((ANY, 9001)));
     outside.send("bad", (guest.address(), 9000));
-    // Once "mark" has arrived, the host has handled everything before it.
+    // When "mark" has arrived, the host has handled every earlier packet.
     outside.send("mark", (HOST, 9001));
     assert_eq!(host.next().0, "mark");
     host.send("good", (guest.address(), 9000));
     assert_eq!(at_guest.next().0, "good");
-    // The name server cannot be reached from outside either.
+    // Outside hosts cannot reach the name server either.
     let names = lab.host.udp((GATEWAY, 53));
     outside.send("bad", (GATEWAY, 53));
     outside.send("mark", (HOST, 9001));
@@ -99,7 +99,7 @@ fn guests_do_not_reach_the_hosts_services() {
     );
     assert!(!service.has_any());
     assert!(answers_echo(&guest), "the bridge must answer echo requests");
-    // The control: without our rules it arrives.
+    // Without fcd's rules the packet arrives, so the rules dropped it.
     lab.host.sh(&format!("nft delete table inet fcd_{INSTALL}"));
     ask("open");
     assert_eq!(service.next().0, "open");
@@ -149,7 +149,7 @@ fn link_local_addresses_are_unreachable() {
     let outside = lab.outside.udp((ANY, 80));
     let ask = |what: &str| guest.udp().send(what, (METADATA, 80));
     assert_dropped(&guest, || ask("bad"), &outside, (OUTSIDE, 80).into());
-    // Not even if the host itself has the address.
+    // The address stays unreachable even if the host itself has it.
     lab.host.sh(&format!("ip address add {METADATA}/32 dev lo"));
     let host = lab.host.udp((ANY, 80));
     assert_dropped(&guest, || ask("bad"), &outside, (OUTSIDE, 80).into());
@@ -172,7 +172,8 @@ fn guest_without_network_is_reachable_but_reaches_nothing() {
         guest.udp().send("bad", (GATEWAY, 53));
         guest.udp().send("bad", (HOST, 53));
     };
-    // A frame has been handled when the write returns, and the other guest's frames come after it.
+    // The bridge has handled the frame when the write returns. The other guest sends its frames
+    // later.
     let served = guest.ns.run(|| TcpListener::bind((ANY, 22)).unwrap());
     ask();
     let mut ssh = lab
@@ -187,7 +188,7 @@ fn guest_without_network_is_reachable_but_reaches_nothing() {
 }
 
 #[test]
-fn names_are_answered_to_guests_and_the_host() {
+fn dns_answers_guests_and_host() {
     if !is_root() {
         return;
     }

@@ -1,6 +1,6 @@
-//! Tests of which packets pass. To show that a packet is dropped, a test never waits for it. It
-//! sends a packet that must arrive behind it on the same way, and checks that this one arrives
-//! first. As a control, some tests then remove the rule and let the packet pass.
+//! Tests of which packets pass. A test that expects a dropped packet does not wait for it. It then
+//! sends a packet on the same path that must arrive, and checks that this one arrives first. As a
+//! control, some tests then remove the rule and check that the packet passes.
 
 mod guests;
 mod host;
@@ -12,8 +12,8 @@ use std::net::{Ipv4Addr, SocketAddr};
 
 const ANY: Ipv4Addr = Ipv4Addr::UNSPECIFIED;
 
-/// Sends "bad" with `bad`, and then "good" from the guest to `good_at`. There, "good" must be the
-/// first to arrive.
+/// Runs `bad`, which sends "bad", and then sends "good" from the guest to `good_at`. Checks that
+/// "good" arrives there first.
 #[track_caller]
 fn assert_dropped(guest: &Machine, bad: impl FnOnce(), good: &Udp, good_at: SocketAddr) {
     bad();
@@ -22,7 +22,7 @@ fn assert_dropped(guest: &Machine, bad: impl FnOnce(), good: &Udp, good_at: Sock
     assert!(!good.has_any());
 }
 
-/// Builds an IPv4 packet with UDP, without a UDP checksum.
+/// Builds an IPv4 packet with UDP but without a UDP checksum.
 fn udp_packet(from: Ipv4Addr, to: Ipv4Addr, port: u16, data: &[u8]) -> Vec<u8> {
     let total = u16::try_from(28 + data.len()).unwrap().to_be_bytes();
     let mut packet = vec![0x45, 0, total[0], total[1], 0, 0, 0, 0, 64, 17, 0, 0];

@@ -1,4 +1,4 @@
-//! Published ports, and connections when a rule changes.
+//! Published ports, and open connections when a rule changes.
 
 use super::super::lab::{GATEWAY, HOST, INSTALL, Lab, Ns, OUTSIDE, config, is_root, tag};
 use super::{ANY, assert_dropped, udp_packet};
@@ -17,7 +17,7 @@ fn port(host_addr: Ipv4Addr, host_port: u16, guest_port: u16, protocol: Protocol
     }
 }
 
-/// Connects to `at` from a namespace, and returns the client address that the guest's server sees.
+/// Connects to `at` from a namespace. Returns the client address that the guest's server sees.
 fn seen_by(server: &TcpListener, from: &Ns, at: (Ipv4Addr, u16)) -> IpAddr {
     let mut stream = from
         .run(|| TcpStream::connect(at))
@@ -75,8 +75,8 @@ fn published_ports_forward_to_guest() {
         assert_eq!((what.as_str(), from.ip()), ("asked", IpAddr::from(OUTSIDE)));
     };
     check();
-    // A loopback port is for this host only. A neighbour that sends to that address must not reach
-    // it.
+    // Only this host may use a loopback port. A neighbor that sends packets to 127.0.0.1 must not
+    // reach it.
     lab.outside.sh(&format!(
         "sysctl -qw net.ipv4.conf.down0.route_localnet=1; ip address del 127.0.0.1/8 dev lo; ip route add 127.0.0.1 via {HOST} src {OUTSIDE}"
     ));
@@ -84,7 +84,7 @@ fn published_ports_forward_to_guest() {
     neighbour.send("bad", (Ipv4Addr::LOCALHOST, 8083));
     neighbour.send("good", (HOST, 8082));
     assert_eq!(datagrams.next().0, "good");
-    // The control: without that rule it arrives.
+    // Without the rule the packet arrives, so the rule dropped it.
     lab.host
         .sh("nft flush chain inet fcd_1a2b3c4d published_in");
     lab.host.sh("nft add rule inet fcd_1a2b3c4d published_in dnat ip to ip daddr . meta l4proto . th dport map @published");
@@ -107,7 +107,7 @@ fn published_ports_forward_to_guest() {
     };
     assert_dropped(&other, ask, &names, (GATEWAY, 53).into());
     assert!(!datagrams.has_any());
-    // Mending restores the ports, also with a new bridge.
+    // Mending restores the ports, also after the bridge was deleted.
     for harm in [
         "nft flush ruleset",
         "nft flush map inet fcd_1a2b3c4d published_any",
@@ -165,7 +165,7 @@ fn published_loopback_port_does_not_expose_host_loopback() {
     };
     assert_dropped(&guest, send, &names, (GATEWAY, 53).into());
     assert!(!service.has_any());
-    // The control: without our rules it arrives.
+    // Without fcd's rules the packet arrives, so the rules dropped it.
     lab.host.sh(&format!("nft delete table inet fcd_{INSTALL}"));
     send();
     assert_eq!(service.next().0, "bad");
@@ -194,7 +194,7 @@ fn connection_ends_when_network_access_is_removed() {
     let socket = again.ns.udp((again.address(), 5000));
     socket.send("bad", (OUTSIDE, 9000));
     socket.send("bad", (GATEWAY, 53));
-    // The host answers this after it has handled both.
+    // When the host has answered, it has handled both packets.
     let at_host = lab.host.udp((ANY, 9001));
     let at_guest = again.ns.udp((ANY, 9002));
     at_host.send("mark", (again.address(), 9002));
@@ -206,8 +206,8 @@ fn connection_ends_when_network_access_is_removed() {
     assert!(!names.has_any());
 }
 
-/// Conntrack entries may be older than a published port, and older than the guest that has the
-/// address now.
+/// Conntrack entries may be older than a published port, and older than the guest that now has the
+/// address.
 #[test]
 fn old_flows_are_dropped_for_new_port_and_new_guest() {
     if !is_root() {
@@ -236,7 +236,7 @@ fn old_flows_are_dropped_for_new_port_and_new_guest() {
     let next = lab.start(0, Access::Nat);
     let datagrams = next.ns.udp((ANY, 53));
     client.send("bad", (HOST, 8082));
-    // The host sends this after that.
+    // The host sends this after the outdated packets.
     lab.host
         .udp((GATEWAY, 0))
         .send("mark", (next.address(), 53));

@@ -5,7 +5,7 @@ use super::ANY;
 use crate::net::Access;
 use std::net::SocketAddr;
 
-/// Sends up to `most` datagrams one by one, and returns how many arrive before one is lost.
+/// Sends up to `most` datagrams one by one. Returns how many arrive before the first is lost.
 fn arrivals(from: &Udp, to: &Udp, at: SocketAddr, most: usize) -> usize {
     to.0.set_read_timeout(Some(std::time::Duration::from_secs(1)))
         .unwrap();
@@ -34,7 +34,7 @@ fn guest_traffic_is_limited_by_its_rates() {
             arrivals(&outside, &inside, back, most),
         ]
     };
-    // Three times the burst. At this rate every further datagram would take seconds.
+    // Three times the burst. Beyond the burst, each datagram would take seconds at this rate.
     const FLOOD: usize = 600;
     let burst = 256 * 1024 / 1442;
     assert_eq!(counts(FLOOD), [FLOOD; 2]);
@@ -63,7 +63,7 @@ fn guest_traffic_is_limited_by_its_rates() {
     }
     set(None, None);
     assert_eq!(counts(FLOOD), [FLOOD; 2]);
-    // Nothing is left after the guest is released.
+    // Releasing the guest removes its limits.
     set(Some(1 << 20), Some(1 << 20));
     drop(guest);
     lab.release(0);

@@ -75,7 +75,7 @@ fn jail_is_recreated_and_removed_without_following_links() {
     assert!(outside.join("kept").exists() && spec.disk.exists() && spec.kernel.exists());
 }
 
-/// Uses a mount namespace of its own.
+/// Runs in its own mount namespace.
 #[test]
 fn jail_on_nodev_or_noexec_file_system_is_rejected() {
     let dir = Path::new("/srv");
@@ -201,7 +201,7 @@ fn disk_rates_become_limits_of_host_devices() {
             io_limits(&spec, device_of_all).unwrap(),
             [format!("8:0 {line}")]
         );
-        // Succeeds because there is no such control group.
+        // This succeeds because the control group does not exist.
         limit_io(VmmLimits::Required, &spec).unwrap();
     }
     let one = VmmSpec {
@@ -228,7 +228,7 @@ fn disk_rates_become_limits_of_host_devices() {
         io_limits(&two, each).unwrap(),
         ["253:0", "8:0"].map(|d| format!("{d} rbps=max wbps=max riops=100 wiops=100"))
     );
-    // The io controller is needed only with a disk rate.
+    // Only a disk rate needs the io controller.
     assert_eq!(
         limits_of(VmmLimits::Required, &spec, &CONTROLLERS)
             .unwrap()
@@ -255,7 +255,7 @@ fn disk_rates_become_limits_of_host_devices() {
         3,
         "io limits are set separately"
     );
-    // A tmpfs is not on a device.
+    // A tmpfs has no device.
     let e = device_of(Path::new("/dev/shm")).unwrap_err();
     assert!(
         e.kind() == Kind::Unsupported && e.hint_text().is_some(),

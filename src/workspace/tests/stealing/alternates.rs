@@ -1,4 +1,4 @@
-//! Objects that a repository takes from another one.
+//! Objects that a repository borrows from another repository.
 
 use super::super::*;
 use super::{Heist, SECRET};
@@ -27,15 +27,14 @@ fn alternate_of_another_repository_is_refused() {
     check(&|h| format!("..{}{}\n", "/..".repeat(30), objects(h)));
     check(&|h| format!("\"{}\"\n", objects(h)));
     check(&|h| format!("\"{}\"\n", objects(h).replacen('t', "\\164", 1)));
-    // A quoted path followed by another byte, which git accepts.
+    // git accepts another byte after a quoted path.
     check(&|h| format!("\"/not/there\"x{}\n", objects(h)));
     check(&|h| format!("\"{}\"x\n", objects(h)));
 }
 
 #[test]
 fn nested_alternate_of_another_repository_is_refused() {
-    // A store inside the tree belongs to the tree, but its own alternate belongs to another
-    // repository.
+    // A store inside the tree belongs to the tree. Its own alternate belongs to another repository.
     let heist = Heist::new();
     heist.site.write(
         "store/info/alternates",
@@ -49,7 +48,7 @@ fn nested_alternate_of_another_repository_is_refused() {
         heist.private.git(&["rev-parse", "HEAD"]),
     );
     heist.refused(&heist.private(".git/objects").display().to_string());
-    // The directory or the file itself is a link.
+    // Here the directory or the file itself is a link.
     let heist = Heist::new();
     heist.link(".git/objects/info", heist.private(".git/objects/info"));
     heist.refused("objects/info");
@@ -82,7 +81,7 @@ fn pack_named_by_multi_pack_index_outside_is_not_used() {
     let at = midx.windows(5).position(|w| w == b"pack-").unwrap();
     let name = String::from_utf8(midx[at..at + 49].to_vec()).unwrap();
     assert!(name.ends_with(".idx"), "{name}");
-    // The name has the same length, so that all offsets stay valid.
+    // The new name has the same length, so all offsets stay valid.
     let short = heist.site.dir.path().join("host/p");
     symlink(&packs, &short).unwrap();
     let way = format!("../../../../p/{name}");
@@ -95,7 +94,7 @@ fn pack_named_by_multi_pack_index_outside_is_not_used() {
         ".git/refs/heads/trunk",
         heist.private.git(&["rev-parse", "HEAD"]),
     );
-    // git itself must be deceived, or this test proves nothing.
+    // The test proves something only if git itself is deceived.
     assert!(
         heist
             .site
@@ -105,7 +104,7 @@ fn pack_named_by_multi_pack_index_outside_is_not_used() {
     assert!(heist.run().is_some());
 }
 
-/// Replaces the only name in the PNAM chunk with a longer one. git does not verify the file's
+/// Replaces the only name in the PNAM chunk with a longer name. git does not verify the file's
 /// checksum.
 fn forge_midx(midx: &[u8], at: usize, name: &str, way: &str, grow: usize) -> Vec<u8> {
     let end = at + name.len() + 1;
@@ -126,7 +125,7 @@ fn forge_midx(midx: &[u8], at: usize, name: &str, way: &str, grow: usize) -> Vec
     out
 }
 
-/// A repository that has only what another one has.
+/// Creates a repository whose objects are all in another repository.
 fn shared_clone(heist: &Heist) -> PathBuf {
     let main = heist.private.host();
     let site = &heist.site;
@@ -157,7 +156,7 @@ fn shared_clone_is_sent_when_its_alternate_is_allowed() {
         e.to_string().contains(".git/objects/info/alternates"),
         "{e}"
     );
-    // Allowing the store, its repository or a link to it all works.
+    // It is enough to allow the store, its repository or a link to the store.
     let link = heist.site.dir.path().join("link");
     symlink(heist.private.host(), &link).unwrap();
     for allowed in [objects.clone(), heist.private.host(), link] {
@@ -172,7 +171,8 @@ fn shared_clone_is_sent_when_its_alternate_is_allowed() {
         assert_eq!(site.git_guest(&["status", "--porcelain"]), "");
         site.git_guest(&["fsck"]);
     }
-    // Allowing another directory does not help, and neither does one that does not exist.
+    // Allowing another directory does not help. Allowing a directory that does not exist is an
+    // error.
     let check = |allowed: PathBuf, kind: Kind| {
         let options = Options {
             allow_alternates: vec![allowed],
@@ -208,7 +208,7 @@ fn alternate_of_an_allowed_store_must_be_allowed_too() {
         &cancel(),
     )
     .unwrap();
-    // An allowed path does not give access to others.
+    // Allowing a path does not allow other paths.
     std::fs::remove_file(&list).unwrap();
     std::fs::remove_dir_all(objects.join("pack")).unwrap();
     symlink(third.path(".git/objects/pack"), objects.join("pack")).unwrap();

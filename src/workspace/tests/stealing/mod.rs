@@ -1,4 +1,4 @@
-//! A hostile repository tries to get another repository of the caller's sent.
+//! Attempts by a hostile repository to make fcd send another repository of the caller.
 
 mod alternates;
 mod worktrees;
@@ -16,12 +16,12 @@ struct Heist {
 }
 
 impl Heist {
-    /// The hostile tree is a repository with one commit of its own.
+    /// Creates a hostile tree that is a repository with one commit.
     fn new() -> Self {
         Self::with(Site::committed())
     }
 
-    /// The hostile tree is an empty directory.
+    /// Creates a hostile tree that is an empty directory.
     fn bare() -> Self {
         Self::with(Site::plain())
     }
@@ -47,7 +47,7 @@ impl Heist {
     }
 
     /// Sends what can be sent and searches it for the private repository, as the guest could.
-    /// Returns the refusal.
+    /// Returns the error if the import is refused.
     #[track_caller]
     fn run(&self) -> Option<Error> {
         self.run_with(&self.site.options(History::Full))
@@ -114,7 +114,7 @@ fn commondir_of_another_repository_is_refused() {
     for absolute in [true, false] {
         let heist = Heist::bare();
         let main = heist.private(".git").display().to_string();
-        // This number of `..` reaches the root from any directory.
+        // This many `..` reach the root from any directory.
         let up = if absolute {
             String::new()
         } else {
@@ -205,7 +205,7 @@ fn links_deep_in_objects_and_refs_are_refused() {
         heist.private(".git/refs/heads/trunk"),
     );
     heist.refused("refs/heads/trunk");
-    // A link within the tree that leads to a link out of it.
+    // A link within the tree leads to another link, which leads out of the tree.
     let heist = Heist::new();
     heist.link("store", heist.private(".git/objects"));
     heist.link(".git/objects", heist.site.path("store"));
@@ -278,8 +278,7 @@ fn submodule_of_another_repository_is_not_sent() {
     assert!(untracked.run().is_none());
 }
 
-/// Another process swaps parts of the repository for links and back as fast as possible while it is
-/// read.
+/// While the repository is read, another process constantly swaps parts of it for links and back.
 #[test]
 fn parts_swapped_while_git_reads_are_not_sent() {
     use std::sync::atomic::{AtomicBool, Ordering};
@@ -287,7 +286,7 @@ fn parts_swapped_while_git_reads_are_not_sent() {
         let heist = Heist::new();
         heist.private.git(&["repack", "-adq"]);
         heist.site.git(&["repack", "-adq"]);
-        // The hostile repository knows the name of the private commit and puts it into a ref.
+        // The hostile repository knows the ID of the private commit and puts it into a ref.
         heist.site.write(
             ".git/refs/heads/trunk",
             heist.private.git(&["rev-parse", "HEAD"]),

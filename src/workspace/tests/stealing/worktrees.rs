@@ -1,4 +1,4 @@
-//! Git directories that lie elsewhere: worktrees, `.git` files and separate directories.
+//! Git directories outside the tree: worktrees, `.git` files and separate directories.
 
 use super::super::*;
 use super::Heist;
@@ -7,7 +7,7 @@ use std::os::unix::fs::symlink;
 #[test]
 fn git_file_chains_are_refused() {
     // The link leads to another repository, to a file that leads further, or to a directory here
-    // whose parts are there.
+    // whose parts belong to another repository.
     let heist = Heist::bare();
     heist.site.write("fake/HEAD", "ref: refs/heads/trunk\n");
     heist.site.write(
@@ -39,7 +39,7 @@ fn git_file_chains_are_refused() {
     heist.link("next", heist.private(".git"));
     heist.site.write(".git", "gitdir: next\n");
     heist.refused(&heist.private(".git").display().to_string());
-    // The configuration claims the tree, and everything else belongs to another repository.
+    // The configuration names this tree, but everything else belongs to another repository.
     let heist = Heist::bare();
     let store = heist.site.dir.path().join("host/store");
     for name in ["HEAD", "objects", "refs"] {
@@ -64,7 +64,7 @@ fn worktree_of_another_tree_is_refused() {
     let gitfile = std::fs::read_to_string(tree.join(".git")).unwrap();
     heist.site.write(".git", &gitfile);
     heist.refused(&tree.display().to_string());
-    // A copy of the worktree's own directory that points back to this tree.
+    // This is a copy of the worktree's own directory that points back to this tree.
     let heist_dir = heist.private(".git/worktrees/tree");
     heist
         .site
@@ -93,7 +93,7 @@ fn worktree_of_another_tree_is_refused() {
     );
     heist.site.write(".git", "gitdir: x/worktrees/y\n");
     heist.refused("commondir");
-    // Its common directory is here, but its objects are there.
+    // The common directory is in this tree, but its objects are in the other repository.
     heist.site.write("x/worktrees/y/commondir", "../..\n");
     heist.site.write("x/HEAD", "ref: refs/heads/trunk\n");
     for name in ["objects", "refs"] {
@@ -104,8 +104,8 @@ fn worktree_of_another_tree_is_refused() {
 
 #[test]
 fn worktree_of_every_nested_kind_is_sent() {
-    // Worktrees of a repository inside the tree, of a submodule, with relative paths, and within
-    // the main work tree.
+    // These are worktrees of a repository inside the tree, of a submodule, with relative paths, and
+    // within the main work tree.
     let site = Site::committed();
     site.git(&["worktree", "add", "-q", "-b", "inner", "inner/tree"]);
     let inner = site.path("inner/tree");
@@ -168,7 +168,7 @@ fn repository_with_a_separate_git_dir_is_sent_when_allowed() {
     Plan::inspect(&site.host(), &options, &cancel()).unwrap();
 }
 
-/// Runs the hint exactly as it is printed.
+/// Runs the hint's command exactly as it is printed.
 #[test]
 fn moved_worktree_is_repaired_by_the_hinted_command() {
     let site = Site::committed();

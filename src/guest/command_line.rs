@@ -11,7 +11,7 @@ pub(super) const CANNOT_ENTER: &str = "fcd: cannot enter the directory ";
 
 /// Starts a subshell for the command and waits for it. sshd reports few signals by name and none by
 /// number, so the shell stays and exits with 128+n. It ignores signals sent to its process group,
-/// and prints no messages of its own (`Bus error`).
+/// and prints no messages such as `Bus error`.
 const WAIT: &str =
     "exec 3>&2 2>/dev/null; trap : 1 2 3 4 5 6 7 8 10 11 12 13 14 15 16 24 25 26 27 29 30 31; (";
 const WAIT_END: &str = " 2>&3 3>&-); exit $?";
@@ -27,8 +27,8 @@ pub fn command_bytes(
 ) -> Result<Vec<u8>> {
     let mut line = Vec::new();
     if let Some(dir) = workdir.filter(|d| !d.is_empty()) {
-        // The prefix keeps `cd` from taking the name as an option, as `-` for the previous
-        // directory, or as a search through CDPATH.
+        // The prefix prevents `cd` from reading the name as an option or as `-` (the previous
+        // directory), and from searching CDPATH.
         let path = if dir.starts_with(b"/") {
             dir.to_vec()
         } else {
@@ -77,7 +77,7 @@ fn program(argv: &[Vec<u8>], after_env: bool) -> Vec<u8> {
         .iter()
         .flat_map(|word| [b" ".to_vec(), quote_bytes(word)].concat())
         .collect();
-    // Some shells' `exec` takes `-x` as an option of its own, and env(1) takes `a=b` as a variable.
+    // In some shells, `exec` reads `-x` as its own option. env(1) reads `a=b` as a variable.
     if first.starts_with(b"-") || (after_env && first.contains(&b'=')) {
         return [br#" sh -c '"$@"' sh"#.as_slice(), &words].concat();
     }
@@ -113,7 +113,7 @@ pub fn command_line(
         .collect();
     Ok(
         String::from_utf8(command_bytes(&argv, &env, workdir.map(str::as_bytes))?)
-            .expect("it is UTF-8"),
+            .expect("built from UTF-8 strings"),
     )
 }
 
@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn quote_awkward_words_survive() {
+    fn quote_preserves_special_characters() {
         let words = strings(&[
             "", "-n", "--", "a b", "it's", "''", "\\", "\\'", "\n", "a\nb", "$HOME", "`id`", "*",
             "~", "!!", "é", "a=b", "#",

@@ -19,13 +19,13 @@ pub(super) const DIAL_TIMEOUT: Duration = Duration::from_secs(20);
 const PROBE_INTERVAL: Duration = Duration::from_millis(250);
 const PROBE_INTERVAL_MAX: Duration = Duration::from_secs(1);
 /// How long a probe waits for the banner: a quarter of the time waited so far, within these limits.
-/// A slow guest gets enough time, and a fast one is found soon.
+/// A slow guest gets enough time, and a fast guest is detected early.
 const PROBE_TIMEOUT_MIN: Duration = Duration::from_millis(250);
 const PROBE_TIMEOUT_MAX: Duration = Duration::from_secs(3);
 const PROBES_MAX: usize = 8;
 /// Pause after a refused connection.
 const REFUSED_PAUSE: Duration = Duration::from_millis(50);
-/// A server that refuses our key, or makes the helper fail, this many times will keep doing so.
+/// Number of refused keys or failed helpers after which more attempts are pointless.
 const REFUSALS_MAX: u32 = 5;
 
 /// Builds the error of a session that could not be established.
@@ -37,7 +37,7 @@ pub(super) fn unavailable(what: impl std::fmt::Display, target: &Target) -> Erro
     .hint("check that the VM still runs (fcctl ps) and read its console (fcctl logs {vm})")
 }
 
-/// Starts to connect. The socket becomes writable when it is connected or has failed.
+/// Starts a connection attempt. The socket becomes writable when it is connected or has failed.
 fn begin_connect(addr: SocketAddr) -> std::io::Result<TcpStream> {
     let family = if addr.is_ipv4() {
         AddressFamily::INET
@@ -157,7 +157,7 @@ fn probe_until_ready(
     }
 }
 
-/// Waits for a probe whose server has sent something, or that has failed. Removes it from `probes`.
+/// Waits until a probe has received something or has failed, and removes it from `probes`.
 fn poll_probes(
     probes: &mut Vec<Probe>,
     wait: &Wait<'_>,
@@ -172,7 +172,7 @@ fn poll_probes(
         return Ok(None);
     };
     let probe = probes.remove(at);
-    // Checks only that a byte has arrived and leaves it in the socket.
+    // Peek, so that the byte stays in the socket for the helper.
     let (peeked, _) = match rustix::net::recv(&probe.socket, &mut [0u8; 1][..], RecvFlags::PEEK) {
         Ok(peeked) => peeked,
         Err(e) => return Ok(Some(Err(std::io::Error::from(e).to_string()))),

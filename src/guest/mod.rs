@@ -110,7 +110,8 @@ pub struct ExecSpec {
     pub idle: Option<Duration>,
     /// Deadline of the whole call, including dialing.
     pub deadline: Option<Instant>,
-    /// End when the command ends, even if other processes still hold its output open.
+    /// If true, the session ends with the command, even if other processes still hold its output
+    /// open.
     pub no_wait_children: bool,
 }
 

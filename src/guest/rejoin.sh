@@ -35,8 +35,9 @@ read_seed() {
 	[ -n "$wake" ] && [ "$wake" != "$seen" ]
 }
 
-# Another guest may have started from the same memory. The ioctl, RNDRESEEDCRNG of random(4), makes
-# the kernel use the new bytes at once; without perl it does so within a minute.
+# Another guest may have started from the same memory, and would produce the same random numbers.
+# The ioctl, RNDRESEEDCRNG of random(4), makes the kernel use the new bytes at once; without perl it
+# does so within a minute.
 set_random() {
 	echo "$random" >/dev/urandom
 	perl -e 'open(F, ">", "/dev/urandom") and ioctl(F, 0x5207, 0)' 2>/dev/null
@@ -125,7 +126,7 @@ nothing=$($bb md5sum </dev/null)
 read -r uptime </proc/uptime
 me="$$ $uptime"
 echo "$me" >/run/fcd/watcher
-# With exec, because a redirection of a single command would keep the old descriptors open, and with
-# them the connection.
+# exec also closes the old descriptors, which would keep the connection open. A redirection of
+# `watch` alone would not close them.
 (exec </dev/null >/dev/null 2>&1; watch) &
 echo ready

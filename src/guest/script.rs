@@ -1,4 +1,4 @@
-//! Runs small commands of fcd's own in a guest.
+//! Runs fcd's own small commands in a guest.
 
 use super::io::{BytesSource, VecSink};
 use super::{ExecSpec, Streams, Target, Transport};

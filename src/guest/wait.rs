@@ -131,7 +131,7 @@ pub(super) fn hung_up() -> Error {
     Error::new(Kind::Cancelled, "cancelled").with_source(CancelCause::CallerHungUp)
 }
 
-/// True if an error of [`Wait::poll`] is the hang-up.
+/// True if [`Wait::poll`] failed because the caller hung up.
 pub(super) fn is_hang_up(error: &Error) -> bool {
     error.source_as() == Some(&CancelCause::CallerHungUp)
 }
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn poll_each_end_has_its_own_kind() {
+    fn poll_reports_a_distinct_kind_for_each_end() {
         let cancel = Cancel::try_new().unwrap();
         let wait = Wait::new(&cancel).idle(Some(Duration::from_millis(20)));
         assert_eq!(wait.poll(&[], None).unwrap_err().kind(), Kind::TransferIdle);
@@ -178,7 +178,7 @@ mod tests {
         cancel.cancel(crate::locks::CancelCause::VmDeleted);
         let e = wait.poll(&[], None).unwrap_err();
         assert_eq!(e.to_string(), "cancelled: the VM was deleted");
-        // Only the source decides, whatever a message says.
+        // The error's source decides, not its text.
         assert!(
             !is_hang_up(&e)
                 && !is_hang_up(&Error::new(

@@ -102,8 +102,8 @@ impl OpHandle {
     }
 
     /// Removes an operation that was refused before it did anything, so that refused calls do not
-    /// displace others from the history. If a thread already waits for it or watches it, it ends
-    /// with the error.
+    /// displace others from the history. If a thread already waits for or watches the operation,
+    /// the operation ends with the error instead.
     pub fn refuse(mut self, error: &Error) {
         let shared = self.reporter.ops.shared.clone();
         let mut state = shared.state.lock();

@@ -1,9 +1,10 @@
 //! The registry of operations, in memory.
 //!
 //! [`Ops`] holds running operations and a bounded number of ended ones per user. The code that
-//! carries out an operation holds its [`OpHandle`]; others find, wait for, watch ([`Watcher`]) or
-//! cancel it. The registry does not use the store: it returns ended operations ([`EndedOp`]), and
-//! the caller records them. All state is under one lock, and no callback runs under it.
+//! carries out an operation holds its [`OpHandle`]; other threads find, watch ([`Watcher`]) or
+//! cancel the operation, or wait for it. The registry does not use the store: it returns ended
+//! operations ([`EndedOp`]), and the caller records them. All state is under one lock, and no
+//! callback runs under it.
 
 mod handle;
 #[cfg(all(test, not(feature = "shuttle")))]
@@ -82,8 +83,8 @@ pub struct Filter {
     pub after: Option<u64>,
 }
 
-/// An operation that has ended, for the caller to record, and the older ones that were pruned for
-/// it.
+/// An operation that has ended, which the caller must record, and the older operations that were
+/// pruned to make room.
 #[derive(Clone, Debug)]
 pub struct EndedOp {
     pub op: Op,
@@ -304,8 +305,8 @@ impl Ops {
 
     /// Loads the operations that the store has kept, in the order in which they began. Operations
     /// that had not ended are marked as failed (`the daemon was restarted`) and returned for
-    /// recording. Recovery resumes those it continues with [`Ops::resume`] first; operations that
-    /// are already known are skipped.
+    /// recording. Recovery first calls [`Ops::resume`] for the operations that it continues.
+    /// Operations that the registry already has are skipped.
     pub fn restore(&self, ops: Vec<Op>) -> Result<Vec<EndedOp>> {
         let mut broken = Vec::new();
         for op in ops {
@@ -416,7 +417,7 @@ impl Ops {
         Ok(op)
     }
 
-    /// Waits until the operation has ended in whatever way.
+    /// Waits until the operation has ended, successfully or not.
     ///
     /// # Errors
     /// `timeout` at the deadline, and `cancelled` if the waiter's own token fires. The operation
@@ -441,8 +442,8 @@ impl Ops {
         }
     }
 
-    /// Watches an operation through a descriptor for `poll`. It is readable at first and after
-    /// changes, at most ten times a second, and without delay when the operation ends.
+    /// Watches an operation through a descriptor for `poll`. The descriptor is readable at first,
+    /// then after changes, at most ten times a second, and without delay when the operation ends.
     pub fn watch(&self, id: &OpId) -> Result<Watcher> {
         Watcher::new(self.clone(), id)
     }

@@ -15,8 +15,7 @@ const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 const IMMEDIATELY: Duration = Duration::from_nanos(1);
 
 /// The registry's side of a watcher. Changes set a timer for when the next notification is due.
-/// With a timer instead of an eventfd, the last change of a burst is reported without a thread of
-/// its own.
+/// Unlike an eventfd, a timer reports the last change of a burst without an extra thread.
 pub(super) struct Notifier {
     id: u64,
     timer: Arc<TimerFd>,
@@ -100,8 +99,8 @@ impl Watcher {
         self.timer.as_fd()
     }
 
-    /// The newest progress since the last call, or the end of the operation, which is returned on
-    /// every call. None if nothing has changed. Does not block.
+    /// Returns the newest progress since the last call, or the end of the operation. The end is
+    /// returned on every call. `None` means that nothing has changed. Does not block.
     #[allow(clippy::should_implement_trait)] // Unlike an iterator's, a None may be followed by a Some.
     pub fn next(&mut self) -> Option<Change> {
         let shared: &Shared = &self.ops.shared;
@@ -112,8 +111,8 @@ impl Watcher {
         }
         let changes = entry.changes;
         let notifier = entry.watchers.iter_mut().find(|b| b.id == self.id)?;
-        // Done under the lock, so that no notification is lost: the next change sets the timer
-        // again.
+        // Unset the timer under the lock. The next change then sets it again, so no notification is
+        // lost.
         let _ = self.timer.unset();
         notifier.is_set = false;
         if self.seen == Some(changes) {

@@ -1,5 +1,5 @@
-//! Limits how many boots or image builds run at the same time. The others wait in a queue; each
-//! wait can be cancelled and reports its position.
+//! Limits how many boots or image builds run at the same time. The rest wait in a queue. Each wait
+//! can be cancelled and reports its position in the queue.
 
 use crate::error::{Error, Kind, Result};
 use crate::locks::{Cancel, Condvar, Mutex, Rank, Waited};
@@ -17,7 +17,7 @@ pub struct Admission {
 }
 
 struct Shared {
-    /// What is limited, for messages, such as `boots`.
+    /// The name of what is limited, such as `boots`, for messages.
     what: &'static str,
     state: Mutex<State>,
     moved: Condvar,

@@ -117,9 +117,9 @@ fn run<T>(label: &Arc<str>, cancel: &Cancel, job: impl FnOnce(&Cancel) -> Result
 
 impl<T> JobHandle<T> {
     /// Waits for the job and returns its result, which can be taken once. If the token fires before
-    /// the job runs, returns `cancelled` immediately. If it fires later, this still waits for the
-    /// job, which sees the same token: the caller may hold a lock that must not be released before
-    /// the job has ended.
+    /// the job runs, returns `cancelled` immediately. If it fires later, this call still waits for
+    /// the job, which sees the same token. The caller may hold a lock that must not be released
+    /// before the job has ended.
     ///
     /// # Errors
     /// The job's error, `cancelled`, or `timeout` at the deadline, after which the job continues.

@@ -75,7 +75,7 @@ struct State {
 
 impl State {
     /// The queue index of the next job that may run: the oldest job of the uid with the fewest
-    /// running jobs. A cancelled job may leave the queue in any case.
+    /// running jobs. A cancelled job may always leave the queue.
     fn next(&self, running_per_uid_max: usize) -> Option<usize> {
         let weight = |queued: &QueuedJob| {
             if queued.cancel.is_cancelled() {
@@ -296,8 +296,8 @@ impl Shared {
         self.refuse(gone.into(), |_| shutting_down());
     }
 
-    /// Ends jobs that have left the queue. No lock may be held, because what they own is dropped
-    /// here.
+    /// Ends jobs that have left the queue. No lock may be held, because the values that the jobs
+    /// own are dropped here.
     fn refuse(&self, gone: Vec<QueuedJob>, why: fn(&QueuedJob) -> Error) {
         for queued in gone {
             let mut state = self.state.lock();

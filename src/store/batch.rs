@@ -111,14 +111,14 @@ pub struct Ticket {
 struct Pending {
     inner: Arc<Inner>,
     outcome: Arc<Outcome>,
-    /// True once a caller writes it or has asked the store's thread to do so.
+    /// True once a caller writes the change or has asked the store's thread to do so.
     is_asked_for: AtomicBool,
 }
 
 /// Who writes a change that a caller waits for.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Writes {
-    /// The caller, if no other thread does and its deadline is not near.
+    /// The caller, if no other thread is writing and the caller's deadline is not near.
     Own,
     ByThread,
 }
@@ -148,7 +148,7 @@ impl Ticket {
     ///
     /// # Errors
     /// `disk_full` or `store_read_only` if the change was not written; it is then undone in memory
-    /// too. `timeout` if it is not known yet whether it will be written.
+    /// too. `timeout` if the outcome is unknown at the deadline.
     pub fn wait(&self, deadline: Instant) -> Result<u64> {
         self.wait_as(Writes::Own, deadline)
     }

@@ -6,8 +6,9 @@ use super::{Core, Mode, QUEUE_CHANGES_MAX, Store};
 use crate::error::{Error, Kind, Result};
 
 impl Store {
-    /// Makes a change. If `change` fails or panics, nothing has changed. A change is visible at
-    /// once, and durable when its ticket says so. Nothing in `change` may block or take a lock.
+    /// Makes a change. If `change` fails or panics, the state stays as it was. A change is visible
+    /// at once, and durable once its ticket has been waited for. Nothing in `change` may block or
+    /// take a lock.
     ///
     /// # Errors
     /// Those of `change`, `disk_full` or `store_read_only` while the store is read-only, `busy` if
@@ -46,7 +47,7 @@ impl Store {
         let value = change(&mut tx)?;
         let steps = tx.finish();
         if steps.is_empty() {
-            // It has nothing to write, so it is durable when all earlier changes are.
+            // An empty change is durable once all earlier changes are.
             let before = if core.queue.is_empty() {
                 core.in_flight.clone()
             } else {

@@ -1,4 +1,4 @@
-//! The database as the writer uses it. It opens the connection again after an error, repairs what a
+//! The database as the writer uses it. It reopens the connection after an error, repairs what a
 //! failed commit may have left, and keeps the write-ahead log short.
 
 use super::batch::Failure;
@@ -24,7 +24,7 @@ pub(super) struct Database {
     /// This connection has recorded that the log belongs to the database; see `schema::open`.
     is_marked_open: bool,
     pub reserve: Reserve,
-    /// The rows that a failed commit may have changed on disk, as they must be.
+    /// The correct contents of the rows that a failed commit may have changed on disk.
     repair: BTreeMap<(u8, String), Image>,
 }
 
@@ -51,8 +51,8 @@ impl Database {
         self.log_frames.load(Ordering::Relaxed) >= schema::LOG_FRAMES
     }
 
-    /// Makes the next write restore this row, unless an earlier failure has already determined what
-    /// it has to be.
+    /// Makes the next write restore this row, unless an earlier failure has already recorded its
+    /// correct contents.
     pub(super) fn restore(&mut self, row: &Image) {
         self.repair
             .entry(row.row_key())
@@ -63,7 +63,8 @@ impl Database {
         !self.repair.is_empty()
     }
 
-    /// Closes the connection, unless there is something to repair: then the log has to stay.
+    /// Closes the connection. If rows must be repaired, the connection is only dropped, so that the
+    /// log stays.
     pub(super) fn close(&mut self) {
         let clean = self.repair.is_empty();
         if let Some(c) = self.connection.take().filter(|_| clean)
@@ -104,7 +105,8 @@ impl Database {
         Err(self.failed(error))
     }
 
-    /// Drops the connection unless the disk is just full, and finds out whether it is full.
+    /// Drops the connection, unless the error only says that the disk is full. Also recognizes a
+    /// full disk behind other errors.
     fn failed(&mut self, mut error: Error) -> Failure {
         if error.kind() != Kind::DiskFull {
             self.connection = None;
@@ -120,11 +122,11 @@ impl Database {
         self.failure(&error)
     }
 
-    /// Folds the log into the database file if that is due. If syncing that file fails, the log
-    /// still has everything, and a new connection copies all of it again.
+    /// Folds the log into the database file if it is due. If syncing the database file fails, the
+    /// log still has every change, and a new connection copies them again.
     #[cfg_attr(not(any(test, feature = "fakes")), allow(unused_variables))]
     pub(super) fn fold_log(&mut self, inner: &Inner) -> std::result::Result<(), Failure> {
-        // After a failure the next commit counts them again.
+        // After a failure, the next commit counts the frames again.
         let frames = self.log_frames.swap(0, Ordering::Relaxed);
         let Some(c) = self
             .connection
@@ -142,7 +144,7 @@ impl Database {
         })
     }
 
-    /// Makes the log longer, if the disk has room for that and more.
+    /// Extends the log if the disk has room for it with some space to spare.
     pub(super) fn extend_log(&self) {
         if self
             .reserve
@@ -167,7 +169,8 @@ impl Database {
         inner.faults.pass_gate();
         let write = || -> rusqlite::Result<()> {
             let tx = schema::Transaction::begin(c)?;
-            // All of them are removed first, so that no name seems taken on the way back.
+            // Remove all of these rows first. Otherwise a restored name could conflict with a row
+            // that is not restored yet.
             for image in self.repair.values() {
                 image.absent().save(c)?;
             }

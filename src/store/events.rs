@@ -6,8 +6,8 @@
 //!
 //! The last [`KEPT_MAX`] changes are kept, so that a listener can resume where it stopped. A mirror
 //! of the durable rows is kept too. It shares its rows with the state, so it costs only a map of
-//! pointers. A snapshot of the mirror matches the changes that follow exactly, and shows nothing
-//! that may still be undone.
+//! pointers. The changes after a snapshot of the mirror apply to it exactly, and the snapshot
+//! contains nothing that may still be undone.
 //!
 //! The publisher never waits. It puts a pointer into each listener's bounded queue. A listener
 //! whose queue is full gets one `lagged` notification with the number to resume from, and is
@@ -34,7 +34,7 @@ use std::time::{Duration, Instant};
 pub const KEPT_MAX: usize = 4096;
 /// Limit of changes that wait for one listener.
 pub const QUEUE_MAX: usize = 1024;
-/// How often a thread that waits for the feed checks even if it is not woken.
+/// How often a thread that waits for the feed checks without being woken.
 const CHECK_PERIOD: Duration = Duration::from_secs(1);
 
 /// A VM's rows at one moment.
@@ -44,7 +44,7 @@ pub struct Seen {
     pub workspace: Option<Arc<WorkspaceRow>>,
 }
 
-/// What one change did to a VM.
+/// The effect of one change on a VM.
 #[derive(Clone, Debug, PartialEq)]
 pub struct VmChange {
     pub before: Option<Seen>,
@@ -104,7 +104,7 @@ impl StoreChange {
     }
 }
 
-/// What a listener gets first.
+/// How a listener's stream begins.
 #[derive(Debug)]
 pub enum Start {
     /// All VMs. `resync` is true if the listener asked for changes that are no longer kept or never
@@ -114,7 +114,7 @@ pub enum Start {
         resync: bool,
         vms: Vec<Seen>,
     },
-    /// All changes that it missed.
+    /// All changes that the listener missed.
     Missed(Vec<Arc<StoreChange>>),
 }
 
@@ -173,7 +173,7 @@ pub(super) struct Published {
     vms: BTreeMap<VmId, Seen>,
     /// The number of the last durable change.
     seq: u64,
-    /// All later changes with events are in `kept`.
+    /// `kept` contains every later change that has events.
     floor: u64,
     kept: VecDeque<Arc<StoreChange>>,
     pub(super) listeners: BTreeMap<u64, Listener>,
@@ -438,8 +438,8 @@ impl Subscription {
         was_lent
     }
 
-    /// The oldest change that was not taken yet. `None` if there is none now. After
-    /// [`Next::Lagged`] there is never another.
+    /// Returns the oldest change that has not been taken, or `None` if the queue is empty. Nothing
+    /// follows [`Next::Lagged`].
     #[allow(clippy::should_implement_trait)] // Not an iterator, because `None` is not the end.
     pub fn next(&mut self) -> Option<Next> {
         let mut published = self.inner.events.published.lock();
@@ -467,8 +467,8 @@ impl Subscription {
         None
     }
 
-    /// Waits until the feed is not sending anything of this subscription. That takes only as long
-    /// as sending what the feed has taken, because the feed never waits for a caller.
+    /// Waits until the feed has stopped sending for this subscription. The wait is short, because
+    /// the feed sends only what it has already taken and never waits for a caller.
     pub fn take_back(&mut self) {
         loop {
             let mut published = self.inner.events.published.lock();

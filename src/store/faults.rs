@@ -6,7 +6,7 @@ use rusqlite::ffi;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How long a gate can hold a commit back, so that a test that forgets to drop it ends.
+/// Maximum time that a gate holds a commit back. It ends a test that never drops its gate.
 const GATE_TIME_MAX: Duration = Duration::from_secs(60);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,7 +20,7 @@ pub enum Fault {
 
 /// Called before every commit, including probes.
 pub trait CommitHook: Send + Sync {
-    /// Returns the fault of this commit, or `None` to let it happen.
+    /// Returns the fault of this commit, or `None` to let the commit proceed.
     fn before_commit(&self) -> Option<Fault>;
 }
 

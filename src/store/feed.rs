@@ -2,10 +2,10 @@
 //!
 //! If each listener had its own thread, every change would wake hundreds of threads, which would
 //! compete for the lock and the processors to do the same work. The feed takes the new changes of
-//! all its listeners while it holds the lock once, and sends them without waiting for anybody. What
-//! it cannot send it returns to the listener's own thread, which may wait and continues where the
-//! feed stopped. Only one thread takes from a queue at a time ([`Taker`]), so nothing is sent
-//! twice, left out, or out of order.
+//! all its listeners while it holds the lock once, and sends them without waiting for anybody. The
+//! feed returns changes that it cannot send to the listener's own thread. That thread may wait, and
+//! continues where the feed stopped. Only one thread takes from a queue at a time ([`Taker`]), so
+//! nothing is sent twice, left out, or out of order.
 
 use super::events::{Taker, event_fd, wake};
 use super::{Inner, StoreChange};
@@ -15,8 +15,8 @@ use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
-/// New changes for one subscription. Its own thread sends the changes that are still in it when it
-/// is returned.
+/// New changes for one subscription. If some are left when this is returned, the subscription's own
+/// thread sends them.
 pub struct Due {
     /// See [`super::Subscription::id`].
     pub id: u64,
@@ -26,7 +26,7 @@ pub struct Due {
 }
 
 /// The handle of the feed's thread. Poll [`Feed::fd`], then call [`Feed::take`] and
-/// [`Feed::finish`] until there is nothing. When it is dropped, it returns all subscriptions.
+/// [`Feed::finish`] until `take` returns nothing. Dropping the handle returns all subscriptions.
 pub struct Feed {
     inner: Arc<Inner>,
     fd: Arc<EventFd>,
@@ -38,7 +38,7 @@ impl Feed {
         let mut published = inner.events.published.lock();
         if published.feed.is_some() {
             drop(published);
-            return Err(Error::internal("the store has a feed already"));
+            return Err(Error::internal("the store already has a feed"));
         }
         published.feed = Some(fd.clone());
         drop(published);
@@ -52,8 +52,8 @@ impl Feed {
 
     /// Takes all new changes. Every [`Due`] must be passed to [`Feed::finish`].
     pub fn take(&mut self) -> Vec<Due> {
-        // Clear it before looking, so that later changes make the descriptor readable again. EAGAIN
-        // means that nothing has arrived.
+        // Clear the descriptor first, so that later changes make the descriptor readable again.
+        // EAGAIN means that nothing has arrived.
         let _ = self.fd.read();
         let mut published = self.inner.events.published.lock();
         let due = published
@@ -71,7 +71,7 @@ impl Feed {
         due.collect()
     }
 
-    /// Returns what was taken.
+    /// Returns subscriptions from [`Feed::take`], with the changes that were not sent.
     pub fn finish(&mut self, done: Vec<Due>) {
         let mut to_wake = Vec::new();
         let mut published = self.inner.events.published.lock();

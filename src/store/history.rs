@@ -1,13 +1,13 @@
-//! Decides which ended operations are kept: a number for each uid, a number in all, and every one
-//! that an idempotency key refers to.
+//! Decides which ended operations are kept: a limited number per uid and in all, and every
+//! operation that an idempotency key refers to.
 
 use super::OpRow;
 use crate::ids::OpId;
 use crate::uids::Retention;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-/// When an operation ended, in seconds, and its place among all that were added. Many operations
-/// end in the same second, and the latest of them must not go first: its key may not be recorded
+/// When an operation ended, in seconds, and its number in the order of insertion. Many operations
+/// end in the same second. The latest must not be pruned first, because its key may not be recorded
 /// yet.
 type EndOrder = (u64, u64);
 
@@ -15,14 +15,14 @@ type EndOrder = (u64, u64);
 pub(super) struct OpHistory {
     /// Ended operations without a key, per uid, the oldest first.
     free: BTreeMap<u32, BTreeMap<EndOrder, OpId>>,
-    /// Where each of them is in `free`.
+    /// The position of each operation in `free`.
     orders: HashMap<OpId, EndOrder>,
     added: u64,
     /// How many keys refer to an operation, ended or not.
     keyed: BTreeMap<OpId, usize>,
 }
 
-/// The order of operations that ended in the same second is lost on disk, so it does not count.
+/// The order of operations that ended in the same second is lost on disk, so equality ignores it.
 impl PartialEq for OpHistory {
     fn eq(&self, other: &Self) -> bool {
         let ids = |history: &Self| -> BTreeSet<(u32, OpId)> {
@@ -84,8 +84,8 @@ impl OpHistory {
         }
     }
 
-    /// The operation to remove next if there are too many, of `uid` or in all. Operations of root
-    /// make room only for those of root.
+    /// Returns the operation to remove next if `uid` or all users together have too many. An
+    /// operation of root is removed only to make room for another operation of root.
     pub(super) fn to_prune(&self, uid: u32, retention: Retention) -> Option<&OpId> {
         let oldest = |uid: u32| self.free.get(&uid)?.first_key_value().map(|(_, id)| id);
         if self
@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn operations_of_one_second_go_in_the_order_in_which_they_ended() {
+    fn operations_that_end_in_the_same_second_are_pruned_oldest_first() {
         let mut ids: Vec<OpId> = (0..6).map(|_| OpId::random()).collect();
         ids.sort();
         ids.reverse();

@@ -1,4 +1,4 @@
-//! Table `ledger`: every host resource that may exist, by a name with which it can be found again.
+//! Table `ledger`: every host resource that may exist, under a name that identifies it on the host.
 //! A row is durable before its resource is acquired, and is deleted once the resource is gone.
 
 use super::sql::{self, json};

@@ -8,7 +8,7 @@
 //! Reads come from memory, may show what is not yet durable, and never wait for the disk.
 //!
 //! A commit is one write and one fdatasync(2). SQLite's writes to the write-ahead log are joined
-//! (`vfs.rs`). The log is made long enough beforehand (`schema::extend_log`), so that a commit only
+//! (`vfs.rs`). The log is extended in advance (`schema::extend_log`), so that a commit only
 //! overwrites blocks and fdatasync(2) has no metadata to write. The store's thread folds the log
 //! into the database file after a batch was answered.
 //!
@@ -173,7 +173,7 @@ impl Store {
     ///
     /// # Errors
     /// `store_refused` if it is damaged, foreign, newer, in use, or open to others; `host` and
-    /// `disk_full` if it cannot be made.
+    /// `disk_full` if it cannot be created.
     #[cfg(any(test, feature = "fakes"))]
     pub fn open(dir: &Path) -> Result<Store> {
         Self::open_keeping(dir, crate::uids::RETENTION)
@@ -230,7 +230,8 @@ impl Store {
         })))
     }
 
-    /// The ID of this state directory, which is made once and is part of every name on the host.
+    /// Returns the ID of this state directory. It is generated once, and the names of all host
+    /// resources contain it.
     pub fn install_id(&self) -> &str {
         &self.0.inner.install_id
     }
@@ -244,16 +245,17 @@ impl Store {
     /// changes may not be durable yet. See also [`Store::subscribe`].
     ///
     /// # Errors
-    /// `exhausted` when there is no descriptor for it.
+    /// `exhausted` if no file descriptor is left.
     pub fn watch(&self, vm: Option<VmId>) -> Result<Watch> {
         self.0.inner.core.lock().watchers.add(vm)
     }
 
     /// Subscribes to durable changes, in the order of their numbers, that concern an owner for whom
-    /// `sees` returns true. With `since`, only to later ones. `sees` must not block or take a lock.
+    /// `sees` returns true. With `since`, only changes after that number are delivered. `sees` must
+    /// not block or take a lock.
     ///
     /// # Errors
-    /// `exhausted` when there is no descriptor for it.
+    /// `exhausted` if no file descriptor is left.
     pub fn subscribe(
         &self,
         since: Option<u64>,
@@ -266,7 +268,7 @@ impl Store {
     /// a time.
     ///
     /// # Errors
-    /// `exhausted` if there are no descriptors left; `internal` if the feed exists already.
+    /// `exhausted` if no file descriptor is left; `internal` if the feed exists already.
     pub fn feed(&self) -> Result<Feed> {
         Feed::new(self.0.inner.clone())
     }

@@ -5,7 +5,7 @@ use crate::api::op::Op;
 use crate::ids::OpId;
 use rusqlite::{Connection, params};
 
-/// An operation as the API shows it. Nothing more is known of it after a restart.
+/// An operation as the API shows it. Nothing else about an operation survives a restart.
 pub type OpRow = Op;
 
 pub(super) const CREATE: &str =

@@ -1,12 +1,12 @@
-//! Reserves blocks of the disk in a file. It is removed when the disk is full, so that deletes can
-//! still be recorded.
+//! Reserves disk space with a file. The space is released when the disk is full, so that deletes
+//! can still be recorded.
 
 use crate::error::{Error, Result};
 use rustix::fs::{FallocateFlags, Mode, OFlags};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-/// Far more than a delete writes: its rows and their pages.
+/// This is far more than the pages that a delete writes.
 pub const RESERVE_BYTES: u64 = 4 << 20;
 /// Free space, in addition to the reserve, that a store needs after a full disk before it becomes
 /// writable.
@@ -77,7 +77,7 @@ impl Reserve {
         }
     }
 
-    /// The free bytes of the file system. `None` if it does not tell.
+    /// The free bytes of the file system. `None` if the file system does not report them.
     pub(super) fn free_bytes(&self) -> Option<u64> {
         let stat = rustix::fs::statvfs(&self.dir).ok()?;
         let blocks = if rustix::process::geteuid().is_root() {

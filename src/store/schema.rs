@@ -1,5 +1,5 @@
-//! The database file. It is made once, checked whenever it is opened, and migrated step by step. It
-//! is never silently replaced.
+//! The database file. It is created once, checked whenever it is opened, and migrated step by step.
+//! It is never silently replaced.
 
 use super::sql::refused;
 use super::{key, ledger, meta, op, snapshot, vfs, vm, workspace};
@@ -139,18 +139,19 @@ pub(super) fn set_info(c: &Connection, name: &str, value: &str) -> rusqlite::Res
     .map(drop)
 }
 
-/// Records that the log is not missing, and folds it into the file.
+/// Records that the database was closed cleanly, so the log may be missing, and folds the log into
+/// the file.
 pub(super) fn close(c: Connection) -> rusqlite::Result<()> {
     set_info(&c, "open", "0")?;
     c.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, false)?;
     c.close().map_err(|(_, e)| e)
 }
 
-/// Makes the write-ahead log [`LOG_BYTES`] long, so that commits overwrite blocks that the file has
-/// already.
+/// Extends the write-ahead log to [`LOG_BYTES`], so that commits overwrite blocks that the file
+/// already has.
 ///
 /// A commit that makes the file longer changes its size and its block map. Then fdatasync(2) also
-/// has to commit the file system's journal, which takes as long again. fallocate(2) does not help,
+/// has to commit the file system's journal, which doubles the time. fallocate(2) does not help,
 /// because the first write to each reserved block changes the block map too. SQLite ignores what
 /// follows the last frame of a log.
 pub(super) fn extend_log(dir: &Path) -> std::io::Result<()> {
@@ -212,8 +213,8 @@ fn path_exists(path: &Path) -> Result<bool> {
     }
 }
 
-/// Checks that only the owner can put files into the directory. Then SQLite opens the file that was
-/// checked.
+/// Checks that only the owner can put files into the directory. Otherwise another user could
+/// replace a file after it was checked.
 fn check_dir(dir: &Path) -> Result<()> {
     let shown = dir.display();
     let stat = rustix::fs::stat(dir)
@@ -237,7 +238,8 @@ fn check_dir(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Checks that the file is a regular file of this user without other links, and corrects its mode.
+/// Checks that the file is a regular file of this user without other hard links, and corrects its
+/// mode.
 fn check_file(path: &Path) -> Result<()> {
     let shown = path.display();
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
@@ -334,7 +336,7 @@ fn check_contents(c: &Connection, path: &Path, newest: usize) -> Result<()> {
     Ok(())
 }
 
-/// Makes the file under another name first, so that `fcd.db` is either complete or missing.
+/// Creates the file under another name first, so that `fcd.db` is either complete or missing.
 fn create(dir: &Path, path: &Path, migrations: &[String]) -> Result<()> {
     if path_exists(&wal_path(path))? {
         let text = format!(
@@ -435,7 +437,7 @@ fn back_up(c: &Connection, path: &Path, version: usize) -> Result<()> {
     let copy_all = || -> rusqlite::Result<()> {
         let mut to = Connection::open_with_flags(&fresh, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
         rusqlite::backup::Backup::new(c, &mut to)?.run_to_completion(256, Duration::ZERO, None)?;
-        // In this mode the copy has no write-ahead log that could be missing.
+        // In this mode the copy has no write-ahead log that could get lost.
         to.pragma_update_and_check(None, "journal_mode", "DELETE", |_| Ok(()))?;
         set_info(&to, "open", "0")?;
         to.close().map_err(|(_, e)| e)

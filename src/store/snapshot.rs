@@ -1,4 +1,4 @@
-//! Table `snapshots`: saved guests with their memory and disks. They outlive their VMs.
+//! Table `snapshots`: saved guests with their memory and disks. A snapshot may outlive its VM.
 
 use super::sql::{self, json};
 use super::vm::VmShape;

@@ -1,5 +1,5 @@
-//! Shared by the tables. A row consists of its key columns and its body as JSON. Queries use
-//! memory, never SQL.
+//! Helpers that the tables share. A row consists of key columns and a body as JSON. Lookups read
+//! memory and never use SQL.
 
 use crate::error::{Error, Kind, Result};
 use rusqlite::{Connection, Params};

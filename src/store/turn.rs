@@ -25,11 +25,12 @@ enum Work {
     Close,
 }
 
-/// Holds the writer. It is put back when this is dropped.
+/// Holds the writer and returns it when dropped.
 struct Turn<'a> {
     inner: &'a Inner,
     writer: Option<Box<Writer>>,
-    /// The thread was unwinding before it got the writer, as a destructor that waits does.
+    /// True if the thread was already unwinding when it took the writer. A destructor that waits
+    /// for a change does this.
     was_panicking: bool,
 }
 
@@ -93,8 +94,8 @@ impl Core {
         batch
     }
 
-    /// Takes the writer for a caller that writes. `None` if it is in use, or has something to do
-    /// that callers do not do.
+    /// Takes the writer for a caller. Returns `None` if the writer is in use or has work that only
+    /// the store's thread does.
     fn take_writer(&mut self) -> Option<Box<Writer>> {
         let is_free = !self.closing && !self.mode.is_read_only();
         self.writer
@@ -103,8 +104,9 @@ impl Core {
 }
 
 impl Inner {
-    /// Has the batch of `outcome` written, unless that has begun. This thread writes it if it has
-    /// enough time until `deadline` and no other thread writes; else the store's thread does.
+    /// Makes sure that the batch of `outcome` is written, unless its write has begun. This thread
+    /// writes the batch if it has enough time until `deadline` and no other thread writes;
+    /// otherwise the store's thread does.
     pub(super) fn write_or_ask(&self, outcome: &Arc<Outcome>, writes: Writes, deadline: Instant) {
         let time_left = deadline.saturating_duration_since(Instant::now());
         let may_write = writes == Writes::Own && time_left >= OWN_WRITE_TIME_MIN;
@@ -124,7 +126,7 @@ impl Inner {
         Turn::new(self, writer).writer().commit(self, batch);
     }
 
-    /// The loop of the store's thread, until the store is closed.
+    /// Runs the store's thread until the store is closed.
     pub(super) fn write_until_closed(&self) {
         let _end = End(self);
         loop {

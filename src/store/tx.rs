@@ -1,4 +1,4 @@
-//! Transactions. The reads of one see its own writes, and an error or a panic undoes all of it.
+//! Transactions. A transaction reads its own writes, and an error or a panic undoes all of it.
 
 mod ops;
 mod vms;

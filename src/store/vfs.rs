@@ -89,7 +89,7 @@ pub(super) fn register() {
     });
 }
 
-/// Opens a log as a [`Log`], and every other file as if this VFS were not there.
+/// Opens a log as a [`Log`], and every other file with SQLite's own VFS.
 unsafe extern "C" fn open(
     _: *mut sqlite3_vfs,
     name: *const c_char,
@@ -100,7 +100,7 @@ unsafe extern "C" fn open(
     let Some(default) = DEFAULT.get() else {
         return ffi::SQLITE_CANTOPEN;
     };
-    // SAFETY: SQLite gives `szOsFile` bytes at `file`, which is what the default VFS needs and a
+    // SAFETY: SQLite gives `szOsFile` bytes at `file`, enough for the file of the default VFS and a
     // `Log`.
     unsafe {
         let Some(open) = (*default.0).xOpen else {

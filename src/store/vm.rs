@@ -26,7 +26,7 @@ pub struct TapFact {
     pub address: Ipv4Addr,
 }
 
-/// What a VM is made of. A fork and a restore of its snapshot have the same shape.
+/// The image, sizes and settings of a VM. A fork and a restore of its snapshot have the same shape.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VmShape {
     pub image: ImageRef,
@@ -64,7 +64,7 @@ pub struct VmRow {
     pub intent: Option<Intent>,
     /// Grows by one with every boot.
     pub generation: u64,
-    /// Unique among the rows and small. The VMM's uid is a base plus this.
+    /// A small number that is unique among the rows. The VMM's uid is a base plus this slot.
     pub slot: u32,
     pub identity: Option<Identity>,
     pub ssh_addr: Option<SocketAddr>,

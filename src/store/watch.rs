@@ -12,11 +12,11 @@ struct Event {
     fd: EventFd,
 }
 
-/// A subscription to notifications. It ends when this is dropped.
+/// A subscription to notifications. Dropping it ends the subscription.
 pub struct Watch(Arc<Event>);
 
 impl Watch {
-    /// Readable after a change, also after one that was undone, until [`Watch::clear`].
+    /// Readable after a change, even if the change was undone, until [`Watch::clear`].
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.0.fd.as_fd()
     }

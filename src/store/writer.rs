@@ -110,7 +110,8 @@ impl Writer {
             .map(|()| true)
     }
 
-    /// Fails all callers of the batch and of later changes, and returns memory to what is on disk.
+    /// Fails all callers of the batch and of later changes, and restores the durable state in
+    /// memory.
     fn fail(&mut self, inner: &Inner, batch: Batch, failure: Failure) {
         let mut core = inner.core.lock();
         let behind = std::mem::take(&mut core.queue);
@@ -182,7 +183,7 @@ impl Writer {
 
     pub(super) fn finish(mut self: Box<Self>, inner: &Inner) {
         if self.database.needs_repair() {
-            // One last attempt. The log stays in any case.
+            // Try one last time. The log stays even if this fails.
             let seq = inner.core.lock().seq;
             let _ = self.database.write(inner, &[], seq);
         }

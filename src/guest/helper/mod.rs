@@ -1,5 +1,5 @@
-//! The real transport. Each connection to a guest has a helper process of its own, which speaks SSH
-//! and runs one command. So the daemon never parses a byte that a guest's SSH server sends.
+//! The real transport. Each connection to a guest has its own helper process, which speaks SSH and
+//! runs one command. Therefore the daemon never parses a byte that a guest's SSH server sends.
 //!
 //! ```text
 //! daemon: connect, deadlines, cancel, hang-up      helper (VM's uid, confined)           guest
@@ -7,10 +7,10 @@
 //!      └ sources and sinks: a pipe each, or the caller's own descriptor ──┘
 //! ```
 //!
-//! - [`session`] is the daemon's side. It starts the helper, passes it the connected socket and the
-//!   streams, and moves the bytes of streams that are not plain pipes. It alone decides when a
-//!   session ends, and it trusts nothing: if a reply violates the protocol or the helper dies, this
-//!   session fails with `guest_lost`.
+//! - [`session`] is the daemon's side. It starts the helper, passes it the connected socket and
+//!   the streams, and moves the bytes of streams that are not plain pipes. It alone decides when a
+//!   session ends, and it does not trust the helper: if a reply violates the protocol or the helper
+//!   dies, this session fails with `guest_lost`.
 //! - [`serve`] is the helper's side. It logs in with the VM's own key. A guest that takes over its
 //!   helper gets only that key and the streams of the command that it runs anyway.
 //! - [`protocol`] defines the messages between the two.

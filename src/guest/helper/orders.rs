@@ -1,4 +1,4 @@
-//! Orders to a helper while its command runs, and the caller's controls, which become orders.
+//! Sends orders to a helper while its command runs. The caller's controls become orders.
 
 use super::protocol::Order;
 use crate::guest::{Control, Controls};

@@ -38,7 +38,8 @@ pub struct Command {
     pub stdin: Input,
     pub has_stdout: bool,
     pub has_stderr: bool,
-    /// End when the command ends, even if other processes still hold its output open.
+    /// If true, the session ends with the command, even if other processes still hold its output
+    /// open.
     pub no_wait_children: bool,
 }
 
@@ -46,11 +47,11 @@ pub struct Command {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Input {
     Empty,
-    /// The caller's own descriptor. Its end is the end of the input.
+    /// The caller's own descriptor. EOF on it ends the input.
     Direct,
-    /// A pipe from the daemon. Its end counts only after [`Order::InputEnded`]. Otherwise the
-    /// daemon has died or failed to read the rest, and the guest must not take a part for the
-    /// whole.
+    /// A pipe from the daemon. EOF counts only after [`Order::InputEnded`]. EOF without that order
+    /// means that the daemon died or failed to read the rest, and the guest must not treat the
+    /// input as complete.
     Pumped,
 }
 
@@ -85,7 +86,7 @@ pub enum Order {
 /// A message from a helper to the daemon.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Reply {
-    /// The command runs. Without a command: the key was accepted.
+    /// The command has started or, in a job without a command, the server accepted the key.
     Started,
     /// The command has ended and its output has been delivered.
     Exited(Exit),

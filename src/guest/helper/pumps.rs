@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 /// Maximum size of one read.
 const PIECE_BYTES: usize = 128 * 1024;
-/// How many pieces of one stream to move before everything else gets its turn.
+/// How many pieces of one stream to move before the session turns to anything else.
 const PIECES_PER_TURN: usize = 8;
 /// Size of a pipe for a bulk stream. Pipes above 64 KiB may use 64 MiB per user in all; beyond that
 /// the pipe stays smaller.
@@ -47,7 +47,7 @@ fn pipe() -> Result<(OwnedFd, OwnedFd)> {
 
 pub(super) struct Inward<'a> {
     source: &'a mut dyn Source,
-    /// `None` once the helper reads no more.
+    /// `None` once the helper no longer reads.
     pipe: Option<OwnedFd>,
     buffer: Vec<u8>,
     at: usize,
@@ -73,8 +73,8 @@ impl<'a> Inward<'a> {
         ))
     }
 
-    /// True if the source has ended and everything it gave is in the pipe. The pipe stays open,
-    /// because its end means nothing until the helper has received `Order::InputEnded`.
+    /// True if the source has ended and all of its bytes are in the pipe. The pipe stays open,
+    /// because EOF counts only after the helper has received `Order::InputEnded`.
     pub(super) fn is_finished(&self) -> bool {
         self.has_ended && self.at == self.buffer.len()
     }
@@ -142,9 +142,9 @@ impl<'a> Inward<'a> {
 }
 
 pub(super) struct Outward<'a> {
-    /// `None` once nobody reads it. Further output is discarded.
+    /// `None` once the caller no longer reads. Further output is discarded.
     sink: Option<&'a mut dyn Sink>,
-    /// `None` once the helper writes no more.
+    /// `None` once the helper no longer writes.
     pipe: Option<OwnedFd>,
     buffer: Vec<u8>,
     at: usize,

@@ -22,8 +22,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// A session's buffers and libssh2's window take 3 MiB. Output in small messages costs libssh2
 /// several times its size.
 const MEMORY_BYTES_MAX: u64 = 64 * 1024 * 1024;
-/// The standard streams, the socket, three passed streams, an eventfd, and descriptors that are
-/// received before one of them is closed.
+/// Enough for the standard streams, the socket, three passed streams, an eventfd, and file
+/// descriptors that are received before an earlier one is closed.
 const OPEN_FILES_MAX: u64 = 16;
 
 const PROFILE: Profile = Profile {

@@ -17,17 +17,17 @@ use std::net::TcpStream;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-/// How long a helper may take to end an abandoned command. It allows 2 s for that itself.
+/// How long a helper may take to end an abandoned command. The helper itself gives up after 2 s.
 const HANGUP_TIMEOUT: Duration = Duration::from_millis(2500);
 /// How long to wait for the exit status of a helper whose channel has ended.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// One helper and what it was given.
+/// One helper, its streams and the limits of its session.
 pub(super) struct Session<'w, 'a> {
     helper: Helper,
     target: &'w Target,
     wait: Wait<'w>,
-    /// Applies until the command runs.
+    /// Ends the wait for the command to start.
     dial: Wait<'w>,
     idle: Option<Duration>,
     pumps: Pumps<'a>,
@@ -363,8 +363,8 @@ impl<'w, 'a> Session<'w, 'a> {
     }
 
     /// Lets the helper send SIGHUP to the command before the connection closes; see
-    /// `ssh::Pump::send_hangup`. Not after a cancel: either the VM stops too, or someone waits for
-    /// this worker.
+    /// `ssh::Pump::send_hangup`. Sends nothing after a cancel, because either the VM stops too or
+    /// another thread waits for this worker.
     fn send_hangup(&mut self, why: &Error) {
         let is_cancelled = why.kind() == Kind::Cancelled && !is_hang_up(why);
         if !self.is_started || self.result.is_some() || is_cancelled {

@@ -13,8 +13,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-/// The payload of a framed stream. It returns 0 only after a matching trailer. Anything else is an
-/// error that [`crate::api::stream::error`] turns into `stream_incomplete`.
+/// The payload of a framed stream. A read returns 0 only after a matching trailer. If the stream
+/// ends in any other way, the read fails with an error that [`crate::api::stream::error`] turns
+/// into `stream_incomplete`.
 pub struct ChunkSource<S: Source> {
     inner: S,
     decoder: Decoder,
@@ -31,8 +32,7 @@ impl<S: Source> ChunkSource<S> {
         }
     }
 
-    /// The trailer, once it has arrived, matches the payload, and is followed by the end of the
-    /// file.
+    /// Returns the trailer once it has arrived, matches the payload, and is followed by EOF.
     pub fn finished(&self) -> Option<&Trailer> {
         self.decoder.trailer()
     }
@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn chunk_sink_frames_with_back_pressure() {
+    fn chunk_sink_frames_under_backpressure() {
         let (r, w) = pipe();
         let mut sink = ChunkSink::new(
             FdSink::new(accept(w, Direction::Write).unwrap()),

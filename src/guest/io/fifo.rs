@@ -32,10 +32,10 @@ impl Direction {
 /// Accepts the end of a FIFO from the caller and reopens it non-blocking, so that neither side's
 /// flags affect the other's.
 ///
-/// `invalid_argument`: not a FIFO, or not that end of it. `cancelled`: nobody reads the write end
-/// any more. The access mode must match exactly. Reopening through `/proc/self/fd` is checked
-/// against the daemon's rights, so it must never give more access than the caller's own descriptor
-/// did (an `O_PATH` descriptor gives none).
+/// `invalid_argument`: not a FIFO, or the wrong end. `cancelled`: nobody reads the write end any
+/// more. The access mode must match exactly. The kernel checks a reopen through `/proc/self/fd`
+/// against the daemon's rights, so without this check the daemon could gain access that the
+/// caller's descriptor did not give (an `O_PATH` descriptor gives none).
 pub fn accept(fd: OwnedFd, direction: Direction) -> Result<OwnedFd> {
     let wanted = direction.end();
     let refused = |what: &str| {

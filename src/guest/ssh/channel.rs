@@ -30,8 +30,8 @@ pub(super) const STDERR: c_int = 1;
 /// A stream that no server uses. Reading it only processes incoming packets.
 const NO_STREAM: c_int = 7;
 
-/// RFC 4254, 8 and RFC 8160: turns IUTF8 on, then TTY_OP_END. Everything else keeps the guest
-/// kernel's default.
+/// Turns IUTF8 on (RFC 4254, 8 and RFC 8160) and ends the list with TTY_OP_END. All other modes
+/// keep the guest kernel's default.
 const PTY_MODES: [u8; 6] = [42, 0, 0, 0, 1, 0];
 
 #[allow(unsafe_code)]
@@ -43,7 +43,7 @@ unsafe extern "C" {
 pub(in crate::guest) struct Channel {
     raw: *mut raw::LIBSSH2_CHANNEL,
     shared: Rc<Shared>,
-    /// Size of the last write if it must be repeated. It must be repeated with the same size
+    /// Size of the last write if it must be repeated. libssh2 requires the same size again
     /// (`write_bufwrite`).
     offered: Option<usize>,
 }
@@ -132,7 +132,7 @@ impl Channel {
         self.step(rc as isize)
     }
 
-    /// Reads a stream. 0 is the end of both streams from this one's point of view.
+    /// Reads a stream. 0 means that no more output will arrive for this stream.
     pub(crate) fn read(&mut self, stream: c_int, buffer: &mut [u8; READ_BYTES]) -> Step<usize> {
         let rc = unsafe {
             raw::libssh2_channel_read_ex(self.raw, stream, buffer.as_mut_ptr().cast(), buffer.len())
@@ -219,7 +219,7 @@ impl Channel {
         }
         let bytes = unsafe { std::slice::from_raw_parts(name.cast::<u8>(), len) }.to_vec();
         unsafe { raw::libssh2_free(self.shared.raw(), name.cast()) };
-        // The name comes from the guest: accept only characters that signal names have.
+        // The name comes from the guest: so accept only characters that signal names have.
         let good = |b: &u8| b.is_ascii_alphanumeric();
         Some(
             String::from_utf8(bytes)

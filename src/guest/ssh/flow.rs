@@ -10,7 +10,7 @@ use std::io::ErrorKind;
 use std::os::raw::c_int;
 
 const IN_BYTES: usize = 4 * WRITE_BYTES_MAX;
-/// How many pieces of one stream to move before everything else gets its turn.
+/// How many pieces of one stream to move before the session turns to anything else.
 const PIECES_PER_ROUND: usize = 8;
 
 /// The state of a stream after its turn.
@@ -138,7 +138,7 @@ impl<'a> Inlet<'a> {
 
 pub(super) struct Outlet<'a> {
     stream: c_int,
-    /// `None` once nobody reads it. Further output is discarded.
+    /// `None` once the caller no longer reads. Further output is discarded.
     sink: Option<&'a mut dyn Sink>,
     buffer: Box<[u8; READ_BYTES]>,
     at: usize,

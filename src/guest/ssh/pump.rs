@@ -13,15 +13,17 @@ use nix::poll::{PollFd, PollFlags};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-/// How long a connection may be quiet before a keepalive is sent, and the interval of further ones.
+/// How long a connection may be quiet before a keepalive is sent, and the interval between
+/// keepalives after that.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
 /// A connection without an answer for this long is lost.
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(75);
 /// How long to try to send SIGHUP to an abandoned command.
 const HANGUP_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// A command's last output may arrive after its exit status. Output after this long a silence, or
-/// after this long in all, comes from programs that it left in the background.
+/// A command's last output may arrive after its exit status. Output that comes after a pause of
+/// this length, or more than `LAST_OUTPUT_MAX` after the exit status, is attributed to programs
+/// that the command left in the background.
 const LAST_OUTPUT_QUIET: Duration = Duration::from_millis(100);
 const LAST_OUTPUT_MAX: Duration = Duration::from_secs(2);
 
@@ -48,7 +50,8 @@ pub(in crate::guest) struct Pump<'w, 'a> {
     resize: Option<PtySize>,
     keepalive: Keepalive,
     flood: Flood,
-    /// End when the command ends, even if other processes still hold its output open.
+    /// If true, the session ends with the command, even if other processes still hold its output
+    /// open.
     no_wait_children: bool,
     last_output: Option<LastOutput>,
 }
@@ -183,8 +186,8 @@ impl<'w, 'a> Pump<'w, 'a> {
         }))
     }
 
-    /// True if the command has ended, its own output was delivered, and remaining holders of its
-    /// output do not matter.
+    /// True if the command has ended, its own output was delivered, and other processes that hold
+    /// its output do not matter.
     fn leaves_children(&mut self, progress: bool) -> bool {
         if !self.no_wait_children || self.channel.exit().is_none() {
             return false;
@@ -249,9 +252,9 @@ impl<'w, 'a> Pump<'w, 'a> {
         Ok(())
     }
 
-    /// Sends SIGHUP to an abandoned command. Without a terminal, a command does not notice a lost
-    /// connection and takes the end of its input for an ordinary one. After a cancel nothing is
-    /// sent: either the VM stops too, or someone waits for this worker.
+    /// Sends SIGHUP to an abandoned command. Without a terminal, a command sees only EOF on its
+    /// input and cannot tell that the connection was lost. After a cancel nothing is sent, because
+    /// either the VM stops too or another thread waits for this worker.
     fn send_hangup(&mut self, why: &Error) {
         let too_late =
             why.kind() == Kind::GuestLost || (why.kind() == Kind::Cancelled && !is_hang_up(why));
@@ -287,11 +290,11 @@ struct Flood {
     is_held: bool,
 }
 
-/// Maximum number of bytes from a server without progress of a stream. A command needs few of them:
-/// answers, window adjustments, new keys.
+/// Maximum number of bytes from a server without progress of a stream. A command needs few such
+/// bytes, for answers, window adjustments and new keys.
 const FLOOD_BYTES_MAX: u64 = 1024 * 1024;
-/// If the caller must first accept earlier output, reading is suspended after this many bytes. Well
-/// above a full window.
+/// If the caller must first accept earlier output, reading is suspended after this many bytes. This
+/// is well above a full window.
 const HELD_BYTES: u64 = 4 * WINDOW_BYTES as u64;
 /// Additional allowance per second, because the server of a quiet command may send keepalives for
 /// days.
@@ -299,7 +302,7 @@ const QUIET_BYTES_PER_S: u64 = 4 * 1024;
 
 impl Flood {
     /// Returns `guest_lost` for a flood. If everything waits for the caller, it suspends reading
-    /// instead, because output in small messages also has the size of a flood.
+    /// instead, because the output of a command in small messages can be as large as a flood.
     fn check(&mut self, received: u64, progress: bool, waits_for_caller: bool) -> Result<()> {
         let now = Instant::now();
         if progress {

@@ -6,8 +6,8 @@
 //! implement it. Instead a shell on the second channel asks the kernel for the other children of
 //! its own parent, the process that serves this connection. Each child leads the process group of
 //! one command. If the connection ends before the shell looks, its parent is the process that
-//! adopts orphans, whose children belong to everybody. So it signals nobody unless the parent is an
-//! SSH server.
+//! adopts orphans, whose children have nothing to do with this connection. Therefore the shell
+//! sends a signal only if its parent is an SSH server.
 
 use super::channel::{Channel, READ_BYTES, STDERR, STDOUT};
 use super::wire::Shared;
@@ -105,10 +105,10 @@ mod tests {
     use super::*;
 
     /// If the connection ends before the shell runs, its parent is the process that adopts orphans,
-    /// and that process's children belong to everybody. The test runs in a PID namespace, whose
-    /// init adopts the orphans.
+    /// and that process's children have nothing to do with the connection. The test runs in a PID
+    /// namespace, whose init adopts the orphans.
     #[test]
-    fn signal_that_comes_too_late_hits_nobody() {
+    fn signal_after_lost_connection_reaches_nobody() {
         let is_orphan =
             "while read -r _ _ _ parent _ </proc/self/stat && [ $parent != 1 ]; do :; done";
         let late = command("USR1");

@@ -15,12 +15,12 @@ use std::os::fd::AsFd;
 use std::os::raw::{c_int, c_void};
 use std::rc::Rc;
 
-/// Maximum number of bytes to take from the socket before everything else gets its turn.
+/// Maximum number of bytes to take from the socket before the session turns to anything else.
 const ROUND_BYTES: usize = 256 * 1024;
 /// While this much is unsent, no more of the command's input is encrypted.
 const OUTBOX_BYTES_HIGH: usize = 256 * 1024;
 
-/// Bytes in transit. In a `RefCell`, because libssh2 calls back into it.
+/// Bytes in transit. libssh2's callbacks reach them through a `RefCell`.
 #[derive(Default)]
 struct Wire {
     inbox: Vec<u8>,
@@ -46,7 +46,7 @@ pub(in crate::guest) struct Shared {
     scratch: RefCell<Vec<u8>>,
     /// Total number of bytes received.
     received: Cell<u64>,
-    /// How many of them libssh2 had consumed at the last call of [`Shared::has_more`].
+    /// How many received bytes libssh2 had consumed at the last call of [`Shared::has_more`].
     taken: Cell<u64>,
 }
 
@@ -202,8 +202,8 @@ impl Shared {
         *outbox_at = 0;
     }
 
-    /// The events to poll the socket for. Nothing after the peer has ended it, because it would
-    /// always be ready.
+    /// Returns the events to poll the socket for, or `None` after the peer has ended the stream,
+    /// because the socket would then always be ready.
     pub(crate) fn poll_fd(&self) -> Option<PollFd<'_>> {
         let wire = self.wire.borrow();
         let mut events = PollFlags::POLLIN;
@@ -225,9 +225,9 @@ impl Shared {
         wire.ended && wire.inbox_at == wire.inbox.len()
     }
     /// True if libssh2 left some bytes unread and consumed others since the last call of this
-    /// function. It must then be called again before waiting for more: with a cipher that needs
-    /// whole packets it stops at a packet that exceeds its buffer (`ssh2_transport_read`), and
-    /// assumes that the socket is still readable.
+    /// function. libssh2 must then be called again before waiting for more: with a cipher that
+    /// needs whole packets, it stops at a packet that exceeds its buffer (`ssh2_transport_read`),
+    /// and assumes that the socket is still readable.
     pub(crate) fn has_more(&self) -> bool {
         let wire = self.wire.borrow();
         let left = wire.inbox.len() - wire.inbox_at;

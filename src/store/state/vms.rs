@@ -29,7 +29,7 @@ impl State {
             .or_else(|| self.vms.get(text))
     }
 
-    /// Returns the VMs whose ID begins with `prefix`, sorted by ID. It visits only those.
+    /// Returns the VMs whose ID begins with `prefix`, sorted by ID. Visits only those VMs.
     pub fn vms_by_id_prefix<'s>(&'s self, prefix: &'s str) -> impl Iterator<Item = &'s Arc<VmRow>> {
         let from = (Bound::Included(prefix), Bound::Unbounded);
         self.vms

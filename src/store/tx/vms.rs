@@ -40,8 +40,8 @@ impl Tx<'_> {
     }
 
     /// Changes some members of the current row. The guard proves that the VM's lock is held, so
-    /// what its holder has read of the row is still true. No row is ever written as a whole, so an
-    /// older value never comes back.
+    /// everything that its holder has read of the row is still current. A row is never written as a
+    /// whole, so a stale value cannot overwrite a newer one.
     ///
     /// # Errors
     /// `vm_not_found`, and those of [`Tx::insert_vm`].

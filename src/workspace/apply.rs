@@ -3,7 +3,7 @@
 //! The patch holds the bytes of a work tree. Inside a repository, `git apply` would take them for
 //! stored content and convert them again: `working-tree-encoding` encodes twice, a filter smudges,
 //! `ident` and line endings no longer match. So git gets a scratch repository whose attributes
-//! disable every conversion, with the caller's tree as its work tree. It reads nothing of the
+//! disable every conversion, with the caller's tree as its work tree. git reads nothing from the
 //! caller's repository, so no filter or hook can run.
 //!
 //! git itself rejects paths that lead out of the tree, through a symbolic link or into a `.git`. It
@@ -40,8 +40,8 @@ const UNCHANGED: &str =
     "nothing was changed; move or commit your files, then run the command again";
 /// How much of the patch is searched for the first object name.
 const PROBE_BYTES_MAX: u64 = 64 * 1024 * 1024;
-/// Disables every conversion, whatever the tree's own attributes say. The guest's private
-/// repository has the same attributes.
+/// Disables every conversion, including those that the tree's own attributes request. The guest's
+/// private repository has the same attributes.
 const NO_CONVERSION: &str = "* -text !eol -filter -ident -working-tree-encoding !diff\n";
 
 /// A file that the patch changes.
@@ -84,9 +84,9 @@ pub fn top_of(dir: &Path) -> Result<PathBuf> {
     Ok(find_top(&real)?.unwrap_or(real))
 }
 
-/// Checks that the whole patch fits `top` and changes nothing. Errors: `conflict` (the tree has
-/// other content there, or the patch has a path that may not be written), `command_missing` (git),
-/// `cancelled`, `host`.
+/// Checks that the whole patch fits `top`, without changing anything. Errors: `conflict` (the tree
+/// has other content there, or the patch has a path that may not be written), `command_missing`
+/// (git), `cancelled`, `host`.
 pub fn check(top: &Path, patch: &Path, env: &CallerEnv, cancel: &Cancel) -> Result<Checked> {
     let doing = || format!("inspect {}", patch.display());
     let patch = std::fs::canonicalize(patch).map_err(|e| Error::io(doing(), e))?;
@@ -205,9 +205,9 @@ impl Checked {
         Ok((output, list))
     }
 
-    /// Checks for three obstacles that git would meet only after it has applied half of the patch:
-    /// a directory with the user's files in place of a file, a file of the user's in place of a
-    /// directory, and a directory that is not writable.
+    /// Checks for three obstacles that git would find only after it has applied half of the patch:
+    /// a directory with the user's files in place of a file, a user's file in place of a directory,
+    /// and a directory that is not writable.
     fn look_for_obstacles(&self, cancel: &Cancel) -> Result<()> {
         let touched: HashSet<&[u8]> = self.changes.iter().map(|c| c.path.as_slice()).collect();
         let mut looked_at = HashSet::new();
@@ -273,8 +273,8 @@ impl Checked {
         Ok(false)
     }
 
-    /// Checks that the closest existing directory is writable, because git creates every file
-    /// again.
+    /// Checks that the closest existing directory is writable, because git replaces every file that
+    /// it changes.
     fn look_at_rights(&self, path: &[u8]) -> Result<()> {
         use rustix::fs::{Access, AtFlags, CWD, accessat};
         let full = self.top.join(OsStr::from_bytes(path));
@@ -317,8 +317,8 @@ impl Checked {
             l.strip_prefix("error: ")
                 .or_else(|| l.strip_prefix("fatal: "))
         });
-        // git reports each failure twice: first where the first hunk fails, then that the file does
-        // not apply. Skip the first.
+        // git reports each failure twice: first the hunk that fails, then the file that does not
+        // apply. Skip the report of the hunk.
         let said: Vec<String> = said
             .filter(|l| !git_texts::is_hunk(l))
             .map(printable)
@@ -459,7 +459,7 @@ fn settings(env: &CallerEnv, cancel: &Cancel) -> Option<Vec<String>> {
         list.extend_from_slice(piece);
         Ok(())
     });
-    // Status 1 means that none of them is set.
+    // Status 1 means that none of the settings is set.
     if !matches!(output.ok()?.status, 0 | 1) {
         return None;
     }

@@ -102,7 +102,7 @@ impl Beneath {
     }
 }
 
-/// True if nothing exists at the path, or only beyond a link or a file.
+/// True if the path does not exist or leads through a link or a file.
 pub(super) fn is_absent(e: &io::Error) -> bool {
     matches!(
         e.raw_os_error(),

@@ -1,4 +1,4 @@
-//! What git depends on in the caller's environment.
+//! The parts of the caller's environment that git depends on.
 
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -15,7 +15,7 @@ pub struct CallerEnv {
     pub git: Vec<(OsString, OsString)>,
     /// `GIT_AUTHOR_NAME`, `EMAIL` and the like, if they are set.
     pub identity: HashMap<OsString, OsString>,
-    /// `SUDO_UID`, with which git lets root use a repository of the user who ran sudo.
+    /// `SUDO_UID`. Because of it, git lets root use a repository of the user who ran sudo.
     pub sudo_uid: Option<OsString>,
 }
 

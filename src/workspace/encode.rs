@@ -76,7 +76,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn encode_any_byte_decodes_to_the_same() {
+    fn encode_round_trips_any_byte() {
         let all: Vec<u8> = (0..=255).collect();
         let text = encode(&all);
         assert!(text.bytes().all(|b| (b' '..=b'~').contains(&b)));

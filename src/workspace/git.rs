@@ -165,7 +165,7 @@ impl Git {
     }
 
     /// Lists tracked paths, including deleted ones, and untracked paths that are not ignored. A
-    /// nested repository ends with a slash. Sorted, without duplicates.
+    /// nested repository ends with a slash. The list is sorted and has no duplicates.
     pub(super) fn listed(&self) -> Result<Vec<Vec<u8>>> {
         let mut paths =
             parse::paths(
@@ -248,8 +248,8 @@ impl Git {
         )
     }
 
-    /// Reads up to `bytes_max` bytes of a file in the repository. Returns nothing if it is missing
-    /// or a link is on the way.
+    /// Reads up to `bytes_max` bytes of a file in the repository. Returns nothing if the file is
+    /// missing or its path contains a link.
     pub(super) fn own_file(&self, name: &str, bytes_max: u64) -> Result<Vec<u8>> {
         read_own(self.common_dir(), name, bytes_max)
     }

@@ -38,12 +38,12 @@ pub fn validate(path: &str) -> Result<String> {
             .is_some_and(|rest| rest.starts_with('/'))
     };
     if !ROOTS.iter().any(inside) && trimmed != "/workspace" {
-        return Err(refuse(path, "is not where a workspace may be"));
+        return Err(refuse(path, "is not below a directory for workspaces"));
     }
     Ok(trimmed.to_owned())
 }
 
-/// Checks the directory below the guest path in which commands start. It must be relative and
+/// Checks the directory in which commands start. It must be relative to the guest path and
 /// normalized, or empty.
 pub fn validate_subdir(subdir: &str) -> Result<()> {
     if subdir.is_empty() {

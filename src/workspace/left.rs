@@ -1,8 +1,8 @@
-//! The list of what an export could not put into a patch or a tree.
+//! The list of paths that an export could not put into a patch or a tree.
 //!
-//! An export's payload begins with it: a line `fcd-export 1 <count> <bytes>`, then that number of
-//! bytes of records, each a letter, a space, a path and NUL. The guest writes the list, so `fcctl`
-//! reads it with the caller's rights and bounds its size.
+//! An export's payload begins with this list: a line `fcd-export 1 <count> <bytes>`, then that
+//! number of bytes of records, each a letter, a space, a path and NUL. The guest writes the list,
+//! so `fcctl` reads it with the caller's rights and bounds its size.
 
 use super::PATH_BYTES_MAX;
 use super::unpack::stream_error;
@@ -12,7 +12,7 @@ use std::io::Read;
 /// Maximum size of the records. The guest's script truncates its list to this size.
 pub const LIST_BYTES_MAX: u64 = 256 * 1024;
 const LINE_BYTES_MAX: usize = 64;
-const DOING: &str = "read what the guest could not send";
+const DOING: &str = "read the list of files that the guest could not send";
 
 /// Why a path is not part of the patch or tree.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
@@ -21,8 +21,8 @@ pub enum Why {
     /// The `.git` of a repository that was created in the guest, or whose history was changed
     /// there. The repository's files are included.
     Repository,
-    /// A submodule, or a repository on the host whose files were not sent. The guest has files of
-    /// its own there.
+    /// A submodule, or a repository on the host whose files were not sent. The guest has its own
+    /// files there.
     Submodule,
     /// git rejects the name.
     Name,

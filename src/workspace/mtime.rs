@@ -101,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn mtime_of_any_age_survives_as_text() {
+    fn mtime_of_any_age_round_trips_through_text() {
         check(0, 0, "0");
         check(1, 5, "1.000000005");
         check(1_700_000_000, 120_000_000, "1700000000.12");

@@ -1,4 +1,4 @@
-//! What the caller chose for an import.
+//! The caller's options for an import.
 
 use super::caller_env::CallerEnv;
 use crate::error::{Error, Kind, Result};

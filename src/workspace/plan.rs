@@ -27,7 +27,7 @@ pub enum TreeKind {
     Plain,
 }
 
-/// What is sent, and from where. Only git's own files have been read so far.
+/// The content to send and its place on the host. So far, only git's own files have been read.
 pub struct Plan {
     pub(super) kind: TreeKind,
     root: PathBuf,
@@ -88,8 +88,8 @@ impl Plan {
     fn of_plain(root: &Path, cancel: &Cancel) -> Result<Self> {
         let mut walk = Walk::new(open_root(root)?, cancel);
         walk.everything()?;
-        // There was no repository a moment ago. Sending it as files would skip the checks for
-        // repositories.
+        // The directory was no repository a moment ago. Sending it as plain files would skip the
+        // checks for repositories.
         if walk
             .entries
             .iter()
@@ -198,7 +198,7 @@ impl Plan {
     pub fn subdir(&self) -> &str {
         &self.subdir
     }
-    /// The name of the tree's directory, made fit for a guest path.
+    /// The name of the tree's directory, adapted to a guest path.
     pub fn guest_name(&self) -> String {
         guest_path::sanitise(self.root.file_name().unwrap_or_default().as_bytes())
     }
@@ -239,8 +239,8 @@ impl Plan {
     }
 }
 
-/// Returns the warning that no filter runs on either side. The caller must know it, because what
-/// git would store for these files is not their content.
+/// Returns the warning that no filter runs on either side. The caller must know this, because git
+/// would store other content for these files.
 fn filter_warning(filtered: &git::Filtered) -> Option<String> {
     let of = |(name, count): (&Vec<u8>, &u64)| {
         let files = if *count == 1 { "file" } else { "files" };
@@ -249,7 +249,7 @@ fn filter_warning(filtered: &git::Filtered) -> Option<String> {
     let list: Vec<String> = filtered.counts.iter().map(of).collect();
     (!list.is_empty()).then(|| {
         format!(
-            "git's filters do not run in the guest: {}; these files go as they are, git there shows no difference, and refuses to \
+            "git's filters do not run in the guest: {}; these files are sent unchanged; git in the guest shows no difference for them, and refuses to \
              commit their content: bring it back and commit it here",
             list.join(", ")
         )

@@ -1,5 +1,5 @@
-//! Forwards a tar that the caller made. It is checked on the way, so that a truncated tar is not
-//! taken for a complete one.
+//! Forwards a tar that the caller made. The tar is checked on the way, so that a truncated tar is
+//! not mistaken for a complete one.
 
 use super::tar_writer::{TarWriter, write_all};
 use crate::error::{Error, Kind, Result};
@@ -120,10 +120,10 @@ impl Watch {
 
 /// Sends a tar as the payload of an import.
 ///
-/// `keep` lists what the guest changed. If it is not empty this is `conflict`, because nothing can
-/// be left out of this tar; with `--overwrite` the caller passes an empty list. `stream_incomplete`
-/// means that the tar ends before its end-of-archive blocks. `progress` gets the number of entries
-/// and bytes so far.
+/// `keep` lists what the guest changed. If it is not empty, the call fails with `conflict`, because
+/// nothing can be left out of this tar; with `--overwrite` the caller passes an empty list.
+/// `stream_incomplete` means that the tar ends before its end-of-archive blocks. `progress` gets
+/// the number of entries and bytes so far.
 pub fn send(
     input: &mut dyn Read,
     out: &mut dyn Write,

@@ -1,5 +1,5 @@
-//! Limits what an export may write to the host: at most `--max-bytes`, and never the last free
-//! space of the disk.
+//! Limits what an export may write to the host: at most `--max-bytes`, and never so much that the
+//! disk fills up.
 
 use crate::error::{Error, Kind, Result};
 use crate::host::fs::{Space, space};
@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 pub const BYTES_MAX_DEFAULT: u64 = 8 << 30;
 /// An export never leaves less free space than this on the host.
 const FREE_BYTES_MIN: u64 = 512 << 20;
-/// On a small file system the limit is this fraction of it instead.
+/// On a small file system, the minimum is this fraction of its size, written as a divisor.
 const FREE_FRACTION: u64 = 20;
 /// How much is written between two checks of the free space. A smaller export is always accepted,
 /// so that work is not lost because a disk is nearly full.

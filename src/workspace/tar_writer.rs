@@ -1,10 +1,10 @@
 //! Writes a GNU tar. Names may hold any byte, holes are preserved, and owners are left out.
 //!
-//! Headers and lists of holes are the tar crate's types, but its `Builder` writes only the extended
-//! headers. It copies a file up to its end instead of up to the size in the header, so a file that
-//! grows meanwhile breaks the archive. `append_file`, its only way to a sparse entry, also records
-//! the owner and drops nanoseconds. Long names must begin with UTF-8, and link targets are
-//! normalised. The tests show what fails.
+//! Headers and lists of holes are the tar crate's types, but its `Builder` is used only for
+//! extended headers. `Builder` copies a file up to its end instead of up to the size in the header,
+//! so a file that grows while it is read breaks the archive. `append_file`, its only method that
+//! writes a sparse entry, also records the owner and drops nanoseconds. Long names must begin with
+//! UTF-8, and link targets are normalised. The tests show these faults.
 
 use super::mtime::Mtime;
 use crate::error::{Error, Kind, Result};
@@ -396,7 +396,7 @@ mod tests {
         tar::Archive::new(tar).entries()?.map(read).collect()
     }
 
-    /// A stream at whose first byte a file grows.
+    /// A writer that makes a file grow at the first write.
     struct Growing(Vec<u8>, Option<File>);
 
     impl Write for Growing {
@@ -412,7 +412,7 @@ mod tests {
     }
 
     #[test]
-    fn file_that_grows_is_reported_and_leaves_archive_whole() {
+    fn file_that_grows_is_reported_and_leaves_archive_valid() {
         let dir = tempfile::tempdir().unwrap();
         let at = dir.path().join("a");
         let open = || {

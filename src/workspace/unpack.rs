@@ -1,9 +1,9 @@
 //! Unpacks a tree that comes from a guest.
 //!
-//! The archive is hostile. A parser of our own accepts only what
-//! [`super::remote::export_tree_command`] writes, and unpacks into a staging directory that no name
-//! can escape. One bad entry rejects the whole archive. The tree is moved to its target only after
-//! all of it has arrived.
+//! The archive is hostile. fcd's own parser accepts only what
+//! [`super::remote::export_tree_command`] writes, and every entry stays inside a staging directory,
+//! whatever its name. One bad entry rejects the whole archive. The tree is moved to its target only
+//! after all of it has arrived.
 
 mod reader;
 
@@ -46,7 +46,7 @@ impl Default for Limits {
     }
 }
 
-/// What was unpacked.
+/// The result of unpacking.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Unpacked {
     /// Number of files, links and directories.

@@ -177,7 +177,7 @@ impl<'a> Walk<'a> {
         for path in paths {
             if let Some(inner) = path.strip_suffix(b"/") {
                 self.warnings.push(format!(
-                    "left out {}: it is a repository of its own",
+                    "left out {}: it is a separate repository",
                     encode(inner)
                 ));
                 self.apart.push(Apart {

@@ -60,7 +60,7 @@ impl Commands {
             format!("if you trust it, run: git config --global --add safe.directory {top}")
         } else {
             format!(
-                "look with: git -C {top} status; to send only the files, copy them without .git elsewhere and send that"
+                "look with: git -C {top} status; to send only the files, copy the tree without its .git and send the copy"
             )
         };
         e.with_kind(Kind::InvalidTree)
@@ -135,7 +135,7 @@ impl Commands {
                 .find(|l| l.starts_with("fatal:") || l.starts_with("error:"))
                 .or_else(|| stderr.lines().next());
             let said = printable(
-                said.unwrap_or("it said nothing")
+                said.unwrap_or("git printed no reason")
                     .trim_start_matches("fatal: "),
             );
             let full = git_texts::is_disk_full(&stderr);
@@ -146,7 +146,7 @@ impl Commands {
             };
             let e = Error::new(kind, "git").with_source(Complaint(said));
             return Err(if full {
-                e.hint("free some space (df -h), or set TMPDIR to a larger place")
+                e.hint("free some space (df -h), or set TMPDIR to a directory with more space")
             } else {
                 e
             });

@@ -64,8 +64,8 @@ pub(in crate::workspace) struct Config {
 }
 
 impl Config {
-    /// Adds the identity from the caller's environment. It overrides settings, except that `EMAIL`
-    /// is git's last resort.
+    /// Adds the identity from the caller's environment. The environment overrides settings, except
+    /// for `EMAIL`, which is git's last resort.
     pub(crate) fn add_identity(&mut self, env: &CallerEnv) {
         for (key, variable) in IDENTITY {
             let given = env

@@ -1,8 +1,8 @@
 //! Files with a `filter` attribute, as git-lfs, git-crypt or nbstripout use it.
 //!
-//! What git stores for such a file differs from what is in the tree, and only the filter can
-//! convert one to the other. No filter ever runs here. So a file counts as unchanged if it still
-//! matches what the index recorded, and its content is never compared.
+//! git stores different content for such a file than the tree has, and only the filter can convert
+//! between the two. No filter ever runs here. So a file counts as unchanged if it still matches
+//! what the index recorded, and its content is never compared.
 
 use super::Git;
 use crate::error::{Error, Kind, Result};
@@ -15,11 +15,11 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 pub(in crate::workspace) struct Filtered {
     /// How many files each filter covers.
     pub counts: BTreeMap<Vec<u8>, u64>,
-    /// Tracked files that are as git checked them out or added them. Sorted.
+    /// Tracked files that are unchanged since git checked them out or added them, sorted.
     pub unchanged: Vec<Vec<u8>>,
 }
 
-/// What the index recorded when the file last matched its entry, 32 bits of each field.
+/// The file's metadata from the time when it last matched its index entry, 32 bits of each field.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Recorded {
     seconds: u32,

@@ -10,7 +10,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// How often to retry the pack if the repository changes meanwhile.
+/// How often to retry the pack if the repository changes while git reads it.
 const PACK_TRIES: usize = 5;
 const PACK_DEADLINE: Duration = Duration::from_secs(1800);
 /// How many commits beyond the requested depth the first query asks for, so that one query is
@@ -217,10 +217,10 @@ impl Git {
 
 /// Makes a pack of the history and `blobs` below `dir`. Returns `None` if there is nothing to pack.
 ///
-/// Another user may change the repository while git reads it and change it back, and so get objects
-/// of another repository into the pack. To prevent that, each object store is checked through a
-/// descriptor before and after, and git reads through the same descriptor, which no rename above it
-/// can affect.
+/// Another user may change the repository while git reads it and then undo the change, to get
+/// objects of another repository into the pack. To prevent that, each object store is checked
+/// through a descriptor before and after, and git reads through the same descriptor, which no
+/// rename above it can affect.
 pub(in crate::workspace) fn pack(
     git: &Git,
     head: Option<&str>,

@@ -1,9 +1,9 @@
-//! Finds the directories of a repository and who it belongs to.
+//! Finds the directories of a repository and determines whether it belongs to the tree.
 //!
 //! A hostile tree can claim any repository that the caller can read: with a link, a `.git` or
 //! `commondir` file, or an alternate. Everything that git would read must be below the top of the
-//! tree, below a repository that points back at it, or below a path that the caller allowed. This
-//! is checked without git, before any git command runs there. `stores.rs` checks what is below the
+//! tree, below a repository that points back at it, or below a path that the caller allowed. fcctl
+//! checks this itself, before any git command runs there. `stores.rs` checks what is below the
 //! directories that are found here.
 
 use super::paths::{look, quoted, read_pointer, real, refusal, trim};
@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Layout {
     pub top: PathBuf,
-    /// `top/.git`, or what it leads to.
+    /// `top/.git`, or the directory that it points to.
     pub git_dir: PathBuf,
     /// The directory that all worktrees of a repository share, with its objects and refs.
     pub common: PathBuf,
@@ -29,11 +29,11 @@ pub(super) enum Claim {
     Inside,
     /// The repository lists the tree among its worktrees.
     Worktree,
-    /// The repository has this worktree at another place. Holds the `.git` file that it names.
+    /// The repository lists this worktree at another path. Holds the `.git` file at that path.
     OtherWorktree(PathBuf),
     /// Only `core.worktree` can show that the tree belongs to the repository.
     Setting,
-    /// Nothing shows it, because the repository's common directory is not its own.
+    /// There is no proof, because the repository uses another repository's common directory.
     None,
 }
 

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
-/// The coarsest clock from which a kernel takes the time of a change.
+/// Resolution of the coarsest clock that a kernel uses for the time of a change.
 const CLOCK_TICK: Duration = Duration::from_millis(10);
 /// How often to retry openat2(2), which fails with EAGAIN if something is renamed during the
 /// lookup.
@@ -46,7 +46,8 @@ impl Layout {
             seen: BTreeMap::new(),
             ways: BTreeMap::new(),
         };
-        // This comes first, so that the tree behind this descriptor is the one that is checked.
+        // Open the object directory first, so that the checks cover the tree behind this
+        // descriptor.
         let path = check.link(&self.common.join("objects"), true)?;
         let objects = Dir {
             fd: Rc::new(open_exactly(&path).map_err(|e| unreadable(&path, e))?),
@@ -79,7 +80,7 @@ pub(super) struct CheckedStores {
     stores: Vec<Rc<OwnedFd>>,
 }
 
-/// Identifies the state of a directory. Every change leaves a trace in it, because nobody can set a
+/// Identifies the state of a directory. Every change alters the stamp, because no process can set a
 /// ctime.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Stamp {
@@ -154,8 +155,8 @@ const DIR_FLAGS: OFlags = OFlags::RDONLY
     .union(OFlags::DIRECTORY)
     .union(OFlags::CLOEXEC);
 
-/// Opens a directory at a path without links. If a component has become a link, it no longer leads
-/// to what was checked.
+/// Opens a directory at a path without links. Fails if a component has become a link, because the
+/// path then no longer leads to the directory that was checked.
 fn open_exactly(path: &Path) -> std::io::Result<OwnedFd> {
     let resolve = ResolveFlags::NO_SYMLINKS.union(ResolveFlags::NO_MAGICLINKS);
     for _ in 0..OPEN_TRIES {
@@ -172,7 +173,7 @@ struct Check<'a> {
     allowed: &'a [PathBuf],
     /// Directories that were checked, and lists of alternates.
     seen: BTreeMap<PathBuf, Stamp>,
-    /// Directories on the way to the targets of links and alternates.
+    /// Directories on the paths to the targets of links and alternates.
     ways: BTreeMap<PathBuf, Stamp>,
 }
 
@@ -331,8 +332,8 @@ impl Check<'_> {
             return Ok(());
         }
         let list = objects.path.join("info/alternates");
-        // Opens the list through the directory's descriptor, because the path may lead elsewhere by
-        // now.
+        // Opens the list through the directory's descriptor, because the path may now lead
+        // elsewhere.
         let by_fd = PathBuf::from(format!(
             "/proc/self/fd/{}/info/alternates",
             objects.fd.as_raw_fd()

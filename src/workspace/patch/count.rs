@@ -1,18 +1,19 @@
 //! Counts the files that a patch changes, as `git apply` would see them, while the patch streams
 //! by.
 //!
-//! The patch comes from a guest, so the guest's own count proves nothing. The counter keeps the
-//! beginning of the current line and a few numbers, whatever the patch holds.
+//! The patch comes from a guest, so the guest's own count proves nothing. The counter keeps only
+//! the beginning of the current line and a few numbers, so its memory is bounded.
 //!
-//! A file whose type changed is two entries in a patch, a deletion and a creation, and counts once.
-//! A forged patch can use that to look half as large as it is, never smaller.
+//! A file whose type changed has two entries in a patch, a deletion and a creation, but counts
+//! once. A forged patch can use this to halve its count, but not to reduce it further.
 
-/// How much of a line decides what the line is. The numbers of a hunk's header are all within it.
+/// How many bytes of a line are kept. They are enough to classify the line, and include the numbers
+/// of a hunk's header.
 const LINE_BYTES_KEPT: usize = 128;
 
 const GIT_HEADER: &[u8] = b"diff --git ";
 
-/// How many lines of the current hunk are still to come, of the old file and of the new one.
+/// The number of remaining lines in the current hunk, of the old file and of the new one.
 #[derive(Clone, Copy, Debug, Default)]
 struct Hunk {
     old: u64,
@@ -25,16 +26,16 @@ impl Hunk {
     }
 }
 
-/// Where in a patch the current line is.
+/// The position of the current line in a patch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Place {
     /// Between files, or after a hunk. git ignores every line that is not a header.
     Outside,
-    /// After `diff --git`, before its first hunk: a `---` belongs to that file.
+    /// After `diff --git` and before the file's first hunk. A `---` here belongs to that file.
     GitHeader,
-    /// After a `---` that no `diff --git` announced.
+    /// After a `---` without a `diff --git` before it.
     OldName,
-    /// After such a `---` and its `+++`: a hunk makes it a file.
+    /// After such a `---` and its `+++`. A hunk makes them count as a file.
     NewName,
 }
 
@@ -52,11 +53,11 @@ pub(super) struct Counter {
     place: Place,
     hunk: Hunk,
     line: Vec<u8>,
-    /// A hash of the current line, if it is a `diff --git`.
+    /// A hash of the current line, if the line is a `diff --git`.
     name: u64,
     section: Section,
-    /// The file before the current one was deleted under the same name. If this one is created, its
-    /// type changed.
+    /// The file before the current one was deleted under the same name. If the current file is
+    /// created, its type changed.
     follows_deletion: bool,
 }
 
@@ -147,11 +148,11 @@ impl Counter {
         }
     }
 
-    /// False where the line cannot be one of the hunk's: git ends the hunk there.
+    /// Returns false if the line cannot belong to the hunk. git ends the hunk at such a line.
     fn take_hunk_line(&mut self, line: &[u8]) -> bool {
         let Hunk { old, new } = self.hunk;
         let next = match line.first() {
-            // Mail programs strip the blank of an empty line of context.
+            // Mail programs strip the space from an empty context line.
             None | Some(b' ') => old.checked_sub(1).zip(new.checked_sub(1)),
             Some(b'-') => old.checked_sub(1).map(|old| (old, new)),
             Some(b'+') => new.checked_sub(1).map(|new| (old, new)),
@@ -169,7 +170,7 @@ impl Counter {
 const FNV_BASIS: u64 = 0xcbf2_9ce4_8422_2325;
 const FNV_PRIME: u64 = 0x0100_0000_01b3;
 
-/// `@@ -1,2 +3,4 @@`; a count that is not given is 1.
+/// Parses `@@ -1,2 +3,4 @@`. A missing count is 1.
 fn parse_hunk(line: &[u8]) -> Option<Hunk> {
     let text = std::str::from_utf8(line.split(|b| !b.is_ascii()).next()?).ok()?;
     let mut ranges = text.strip_prefix("@@ -")?.split(' ');
@@ -200,13 +201,13 @@ mod tests {
     }
 
     #[test]
-    fn count_of_what_git_writes_is_the_number_of_files() {
+    fn count_of_patches_from_git_is_the_number_of_files() {
         check("", 0);
         check(
             "diff --git a/x b/x\nnew file mode 100644\nindex 0..1\n--- /dev/null\n+++ b/x\n@@ -0,0 +1 @@\n+x\n",
             1,
         );
-        // Without content, without a last line feed.
+        // A file without content, in a patch without a final newline.
         check("diff --git a/x b/x\nnew file mode 100644\nindex 0..0", 1);
         check(
             "diff --git a/x b/x\nold mode 100644\nnew mode 100755\ndiff --git a/y b/y\ndeleted file mode 100644\n",
@@ -223,14 +224,15 @@ mod tests {
         let gone = "diff --git a/x b/x\ndeleted file mode 100644\n--- a/x\n+++ /dev/null\n@@ -1 +0,0 @@\n-x\n";
         let link = "diff --git a/x b/x\nnew file mode 120000\n--- /dev/null\n+++ b/x\n@@ -0,0 +1 @@\n+a\n\\ No newline at end of file\n";
         check(&format!("{gone}{link}"), 1);
-        // The names differ only after what is kept of a line.
+        // The names differ only beyond the part of the line that is kept.
         let other = format!("{gone}{link}").replace(
             "git a/x b/x",
             &format!("git a/{0}1 b/{0}1", "d".repeat(300)),
         );
         check(&other, 1);
         check(&other.replacen("1\n", "2\n", 1), 2);
-        // One name, many files: the names that count are those after it.
+        // Several files follow the same `diff --git` line, so that line alone does not identify a
+        // file.
         let renamed = "diff --git a/x b/x\nrename from p\nrename to q\n";
         check(&renamed.repeat(3), 3);
         check(&format!("{gone}{link}{link}{link}"), 3);
@@ -248,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn count_sees_patches_that_git_apply_takes_but_git_diff_never_writes() {
+    fn count_includes_formats_that_only_git_apply_accepts() {
         let old_style = "--- a/x\n+++ b/x\n@@ -0,0 +1 @@\n+x\n";
         check(old_style, 1);
         check(

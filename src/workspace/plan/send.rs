@@ -43,7 +43,7 @@ const BUFFER_BYTES: usize = 256 * 1024;
 const LOOSE_BYTES_MAX: u64 = 8 * 1024 * 1024;
 const LOOSE_FILES_MAX: usize = 2000;
 
-/// What was sent.
+/// The result of sending a tree.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Sent {
     /// Number of entries in the tree.

@@ -47,7 +47,7 @@ if [ -n "${base-}" ]; then
   touch "$S/pending"
   if [ -e "$S/raw" ]; then
     # The names in a raw tar were not known in advance, so every file counts as written by the
-    # import. No raw tar is accepted while the guest has changes of its own.
+    # import. No raw tar is accepted while the guest has changed files.
     found -type f -o -type l | sort -zu - "$S/pending" >"$S/pending.new"
     mv "$S/pending.new" "$S/pending"
   fi

@@ -70,7 +70,7 @@ apart() {
   sed -z -n 's/^- [^ ]* \(.*\)$/\1\/.git/p' "$S/submodules" |
     find -files0-from - -maxdepth 0 -printf '%h\0' 2>/dev/null || :
 }
-# Lists those places in which the guest has something of its own. A clean checkout of the recorded
+# Lists those of these places where the guest has its own files. A clean checkout of the recorded
 # commit does not count.
 strayed() {
   [ -f "$S/submodules" ] || return 0
@@ -115,8 +115,7 @@ repositories() {
     cat "$1/repositories"
   fi
 }
-# Matches paths with a component that git takes for its own directory although it is spelled
-# differently.
+# Matches paths with a component such as .GIT, which git also takes for a git directory.
 git_like='/\(^\|\/\)\.[gG][iI][tT]\(\/\|$\)/'
 # Lists ignored files that the guest's repository tracks because they were added by force.
 forced() {
@@ -142,8 +141,8 @@ store='-c core.bigFileThreshold=1 -c core.compression=0'
 # shellcheck disable=SC2086 # $store is several words
 add() { g $store update-index -z --add --remove --replace --stdin; }
 # shellcheck disable=SC2086 # $store is several words
-# Creates blobs with the baseline's content of the paths in the file $1, if only the stored archive
-# has it. $2: a directory to unpack to, which is removed afterwards.
+# Creates blobs of the baseline's content for those paths in the file $1 whose content only the
+# stored archive has. $2: a directory to unpack to, which is removed afterwards.
 recall() {
   if [ ! -f "$S/tree.tar" ] || [ ! -s "$1" ]; then return 0; fi
   mkdir "$2"

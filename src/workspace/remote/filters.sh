@@ -1,6 +1,6 @@
-# Filters do not run in the guest, because they need the host's programs and keys. A program of ours
-# replaces them. It knows what git stores for each file that was unchanged on the host, and makes
-# git refuse to store anything else.
+# Filters do not run in the guest, because they need the host's programs and keys. fcd's own program
+# replaces them. The program knows what git stores for each file that was unchanged on the host, and
+# makes git refuse to store anything else.
 programs() {
   cat >.git/fcd/clean <<'END'
 t=$(mktemp)
@@ -20,7 +20,7 @@ done
 case " $c" in
 "  " | " " | *\ add\ * | *\ stage\ * | *\ stash* | *\ update-index\ *--stdin* | *\ update-index\ *--add* | *\ hash-object\ * | *\ commit\ -a* | *\ commit\ *\ -a* | *\ commit\ *\ --all*)
 n=$(git check-attr filter -- "$1" | sed 's/.*: //')
-echo "fcd: $1 is not added: its filter ($n) does not run in this VM, so what git would store is not what belongs there" >&2
+echo "fcd: $1 is not added: its filter ($n) does not run in this VM, so git would store the wrong content" >&2
 echo "hint: bring it to the host with fcctl workspace apply, and commit it there" >&2
 exit 1 ;;
 esac

@@ -1,6 +1,6 @@
 # Runs after the stream was verified: writes the guest's index and the baseline, then marks the
-# workspace complete. Prints what was kept. $1: 1 for read-only, $2: 1 to replace what the guest
-# changed, $3: the directory in which commands start.
+# workspace complete. Prints the paths that were kept. $1: 1 for read-only, $2: 1 to replace what
+# the guest changed, $3: the directory in which commands start.
 readonly_=$1
 overwrite=$2
 subdir=$3
@@ -39,7 +39,7 @@ if [ -f "$S/tree.new" ]; then
   fi
 fi
 if [ "$archive" = 1 ]; then
-  # Without $store: its pack setting would deflate files that only need hashing.
+  # Do not use $store here: its pack setting would deflate files that only need hashing.
   g update-index -z --add --remove --replace --info-only --stdin <"$M/put"
 else
   add <"$M/put"
@@ -100,7 +100,7 @@ set_index() {
 set_rules() {
   mkdir -p .git/info
   for file in exclude attributes sparse-checkout; do
-    # Keep what the guest wrote there itself.
+    # Keep the file if the guest has changed it.
     if cmp -s ".git/info/$file" "$S/rules.$file" || [ ! -e ".git/info/$file" ] || [ "$overwrite" = 1 ]; then
       if [ -f "$M/$file" ]; then cp "$M/$file" ".git/info/$file"; else rm -f ".git/info/$file"; fi
     fi

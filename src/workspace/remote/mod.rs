@@ -130,7 +130,7 @@ pub fn status_command(workspace: &GuestWorkspace) -> String {
     command(STATUS, workspace, &[])
 }
 
-/// What `finish` reports.
+/// The report of `finish`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Finished {
     /// Files and links that the host has.

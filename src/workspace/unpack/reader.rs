@@ -1,5 +1,4 @@
-//! A reader for the tars that GNU tar writes, in GNU and POSIX format, which trusts nothing in
-//! them.
+//! Reads tars that GNU tar writes, in GNU and POSIX format. Nothing in them is trusted.
 //!
 //! It accepts regular files, sparse files, links and directories, and ignores owners. The only
 //! extensions it accepts are long names, exact times and holes, and their sizes are bounded.

@@ -46,12 +46,12 @@ impl Code {
     }
 }
 
-/// Whether the same call can succeed later without anybody doing something about the failure.
+/// Whether repeating the same call can help if nobody fixes anything first.
 enum Retry {
-    /// Somebody has to act first, or the answer will always be the same.
+    /// The call fails again until somebody fixes the cause.
     Useless,
-    /// What the call met passes by itself: a queue empties, a guest finishes its boot, a connection
-    /// is made again.
+    /// The cause goes away by itself: a queue empties, a guest finishes its boot, a connection is
+    /// restored.
     MayHelp,
 }
 
@@ -65,7 +65,7 @@ macro_rules! kinds {
             pub const fn code(self) -> Code { match self { $(Kind::$kind => Code::$code,)* } }
             /// The stable name in the protocol.
             pub const fn name(self) -> &'static str { match self { $(Kind::$kind => $name,)* } }
-            /// True if the same call may succeed later although nobody changes anything.
+            /// True if the same call may succeed later even if nobody fixes anything.
             pub const fn retryable(self) -> bool {
                 match self { $(Kind::$kind => matches!(Retry::$retry, Retry::MayHelp),)* }
             }
@@ -241,7 +241,7 @@ impl Error {
     pub fn message(&self) -> &str {
         &self.message
     }
-    /// The source, if it is a `T`. For callers that decide by it.
+    /// The source, if it is a `T`. Callers use it to branch on the source.
     pub fn source_as<T: std::error::Error + 'static>(&self) -> Option<&T> {
         self.source
             .as_deref()

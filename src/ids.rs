@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn names() {
+    fn names_are_validated() {
         for good in ["a", "web", "brave-otter", "a1", &"a".repeat(32)] {
             assert!(good.parse::<VmName>().is_ok(), "{good}");
         }
@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn deserializing_validates() {
+    fn deserialize_invalid_name_is_rejected() {
         assert!(serde_json::from_str::<VmName>("\"web\"").is_ok());
         let e = serde_json::from_str::<VmName>("\"../x\"")
             .unwrap_err()

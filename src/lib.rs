@@ -2,7 +2,7 @@
 //!
 //! A module may import modules of lower layers only; `tests/it/layers.rs` checks this.
 
-// Only with the fakes, because without them what `testing` shows is unreachable too.
+// This lint needs the fakes, because without them the items in `testing` are unreachable too.
 #![cfg_attr(feature = "fakes", warn(unreachable_pub))]
 
 // Layer 0: base.
@@ -33,7 +33,7 @@ mod cli;
 mod client;
 mod server;
 
-/// What the programs `fcd` and `fcctl` call.
+/// The functions that the programs `fcd` and `fcctl` call.
 pub mod program {
     pub use crate::cli::main as fcctl;
     pub use crate::config::{Config, Flags, reference as config_reference};
@@ -43,7 +43,7 @@ pub mod program {
     pub use crate::server::{exit_status, print_doctor, run};
 }
 
-/// What the tests in `tests/` use.
+/// The items that the tests in `tests/` use.
 #[cfg(any(feature = "fakes", feature = "fuzz", feature = "lock-code"))]
 #[doc(hidden)]
 pub mod testing {

@@ -38,7 +38,7 @@ impl UidCounts {
     }
 
     /// The uid with the most objects. Root is returned only if no other uid has any, so that other
-    /// users cannot displace what root keeps.
+    /// users cannot displace root's records.
     pub fn largest(&self) -> Option<u32> {
         let others = self.counts.iter().filter(|(uid, _)| **uid != 0);
         let largest = others

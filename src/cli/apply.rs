@@ -48,7 +48,7 @@ struct Document {
 
 #[derive(serde::Serialize)]
 struct ChangedFile {
-    /// Percent-encoded where its bytes are not printable ASCII.
+    /// Bytes that are not printable ASCII are percent-encoded.
     path: String,
     lines_added: Option<u64>,
     lines_removed: Option<u64>,

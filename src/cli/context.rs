@@ -1,4 +1,4 @@
-//! What a command starts with, and where to find the daemon.
+//! The context that every command gets, and the choice of the daemon's socket.
 //!
 //! Only the entry point of a command takes a whole [`Context`]. It passes on the parts that each
 //! function uses.
@@ -78,8 +78,8 @@ pub(super) fn may_colour(stdio: &Stdio, env: &Env) -> bool {
         && env("TERM").is_none_or(|t| t != "dumb")
 }
 
-/// Picks the socket if none was named. Root uses the system's. A user's own daemon comes first;
-/// without one, the user gets the system's socket if it is accessible.
+/// Picks the socket if none was named. Root uses the system's socket. Other users use their own
+/// daemon's socket, or the system's socket if they have no daemon and may use it.
 pub(super) fn default_socket(
     uid: u32,
     env: &dyn Fn(&str) -> Option<String>,

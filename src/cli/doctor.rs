@@ -1,4 +1,4 @@
-//! `doctor`: checks what fcd needs on this host, what it found and picked, and how to fix the rest.
+//! `doctor`: reports what fcd needs on this host, what it found, and how to fix what is missing.
 //! Works without a daemon.
 
 use super::context::{Context, Env, Stdio, may_colour};
@@ -16,7 +16,7 @@ use std::time::Duration;
 
 /// The daemon probes KVM and runs a few programs, which takes a while on a busy host.
 const DEADLINE: Duration = Duration::from_secs(60);
-/// The variables by which `fcd` finds its directories.
+/// The environment variables that decide where `fcd` keeps its files.
 const PASSED: [&str; 8] = [
     "HOME",
     "XDG_CONFIG_HOME",
@@ -75,8 +75,8 @@ pub(super) fn run(ctx: &mut Context, args: &Args) -> Result<u8> {
             }
         }
     }
-    // fcd's own checks also include a `daemon` check. Only the first is kept: ours, which is about
-    // the socket that fcctl uses.
+    // fcd's own checks also include a `daemon` check. Keep only the first one, which is fcctl's own
+    // check of the socket that it uses.
     let mut is_first = true;
     checks.retain(|c| c.id != "daemon" || std::mem::replace(&mut is_first, false));
     checks.extend(own_checks(env));

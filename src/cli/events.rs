@@ -25,8 +25,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// How long the thread that watches stdout waits in one call. Every event it waits for wakes it, so
-/// this only bounds the call.
+/// How long the thread that watches stdout waits in one call. Every event wakes the thread, so this
+/// is only an upper bound.
 const POLL_TIMEOUT: Duration = Duration::from_secs(3600);
 
 #[derive(clap::Args, Debug)]

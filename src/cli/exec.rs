@@ -35,7 +35,7 @@ pub(super) struct Args {
     argv: Vec<OsString>,
 }
 
-/// How to run a command. Shared by `exec` and `run`.
+/// The options for running a command, shared by `exec` and `run`.
 #[derive(clap::Args, Debug, Default)]
 pub(super) struct How {
     /// Pass stdin to the command
@@ -65,7 +65,7 @@ pub(super) struct Spec {
     pub env: Vec<(String, OsString)>,
     pub workdir: Option<OsString>,
     pub stdin: bool,
-    /// The type of the terminal to allocate, such as `xterm`. None allocates none.
+    /// The type of the terminal to allocate, such as `xterm`. `None` means no terminal.
     pub term: Option<String>,
     pub no_wait_children: bool,
 }

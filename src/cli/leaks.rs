@@ -12,7 +12,7 @@ use crate::host::plural::count;
 use crate::host::text::printable;
 use std::io::{BufRead, BufReader};
 
-/// The status is 0 if there is nothing, or nothing left after removing it.
+/// The exit status is 0 if no leak is left.
 pub(super) fn run(
     connector: &mut Connector,
     printer: &mut Printer,

@@ -55,7 +55,7 @@ pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
         } else {
             printer.text(&chunk.text)?
         }
-        // With --follow, only this ends the call when the reader exits.
+        // With --follow, only this check ends the call when the reader exits.
         if printer.is_unread() {
             Err(unread())
         } else {

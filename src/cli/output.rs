@@ -68,9 +68,9 @@ pub(super) struct Table {
 }
 
 struct Cell {
-    /// Where it ends in the text; it begins where the previous one ends.
+    /// Where the cell ends in the text. It begins where the previous cell ends.
     end: usize,
-    /// In characters.
+    /// The width of the cell in characters.
     width: usize,
 }
 

@@ -6,8 +6,8 @@ use super::vm_text::{state_text, workspace_line};
 use crate::api::vm::{VmBrief, VmList, VmListBrief, VmListRequest};
 use crate::client::Result;
 
-/// The most VMs in a page. The daemon builds a page while fcctl formats the previous one, so a list
-/// has several.
+/// Maximum number of VMs in a page. A long list has several pages, so that the daemon builds a page
+/// while fcctl formats the previous one.
 const PAGE_ITEMS: u32 = 500;
 
 #[derive(clap::Args, Debug)]

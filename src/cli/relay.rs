@@ -15,8 +15,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 const PIECE_BYTES: usize = 64 * 1024;
-/// How long the command's pipes may stay open without data after the command has ended. After that
-/// the remaining output is given up.
+/// How long the command's pipes may stay open without data after the command has ended. After that,
+/// the remaining output is dropped.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
 
 /// The outcome of relaying one output stream.

@@ -1,4 +1,5 @@
-//! `run`: a fresh VM, the tree, the command, its status and its changes.
+//! `run`: creates a VM, copies a tree into it, runs a command, and brings back its status and
+//! changes.
 
 use super::connector::{Connector, operate};
 use super::context::{Context, Env, Stdio};
@@ -115,7 +116,7 @@ fn run_in_new_vm(
     finish(printer, interrupts, new_vm, outcome, export)
 }
 
-/// What `--export-patch` asks for.
+/// The target and limit of `--export-patch`.
 struct Export {
     to: ExportTo,
     bound: Bound,
@@ -307,7 +308,8 @@ fn report_outcome(printer: &mut Printer, interrupts: &Interrupts, outcome: &Resu
     }
 }
 
-/// Uses its own connection, because the command's may be broken. The error is the exit status.
+/// Exports the changes over a new connection, because the connection of the command may be broken.
+/// The error is the exit status.
 fn collect(
     printer: &mut Printer,
     interrupts: &Interrupts,
@@ -353,12 +355,12 @@ fn collect(
     }
 }
 
-/// Deletes the VM even after a cancellation. With `--rm` the daemon does it if this fails.
+/// Deletes the VM even after a cancellation. If this fails, the daemon deletes a VM with `--rm`.
 fn remove(printer: &mut Printer, interrupts: &Interrupts, new_vm: &NewVm) {
     // Entering this phase never fails.
     let _ = interrupts.enter(Phase::CleaningUp { asked: false });
     let name = new_vm.vm.name.as_str();
-    // By ID, because another VM may have taken the name since.
+    // Delete by ID, because another VM may have taken the name since.
     let request = VmDeleteRequest {
         vm: new_vm.vm.id.to_string(),
         force: true,

@@ -20,7 +20,7 @@ const CAUGHT: [i32; 5] = [SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGWINCH];
 /// The phase of a command, as far as signals are concerned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Phase {
-    /// Before the guest's command, or a command without one. Whatever is running can be cancelled.
+    /// No command runs in the guest. The current call can be cancelled.
     Working,
     /// The guest's command is running.
     Command { forwarded: u8 },
@@ -48,7 +48,8 @@ pub(super) enum Action {
     Leave,
 }
 
-/// Returns the next phase and what to do. Pure, so that tests can read it as a transcript.
+/// Returns the next phase and what to do. It is a pure function, so that tests can print it as a
+/// transcript.
 pub(super) fn on_signal(phase: Phase, signal: i32) -> (Phase, Action) {
     if signal == SIGWINCH {
         let action = if matches!(phase, Phase::Command { .. }) {
@@ -146,7 +147,7 @@ fn ignored_mask() -> u64 {
         .unwrap_or(0)
 }
 
-/// What is sent to the session on a second connection.
+/// A message to the session, sent on a second connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Control {
     Signal(&'static str),
@@ -194,7 +195,7 @@ impl Interrupts {
         })
     }
 
-    /// Fires when a signal ends the command. For waits outside a call.
+    /// Returns a token that fires when a signal ends the command, for waits outside a call.
     pub(super) fn cancel(&self) -> &Cancel {
         &self.cancel
     }
@@ -394,7 +395,7 @@ mod tests {
     }
 
     #[test]
-    fn signals_third_detaches_after_two_forwarded() {
+    fn third_signal_after_two_forwarded_detaches() {
         check(
             Phase::Command { forwarded: 0 },
             &[SIGINT, SIGWINCH, SIGTERM, SIGINT],

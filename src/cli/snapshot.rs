@@ -1,4 +1,4 @@
-//! `snapshot`: saved VMs, and continuing from them.
+//! `snapshot`: saves running VMs and restores them.
 
 use super::connector::{Connector, operate};
 use super::context::Context;

@@ -30,7 +30,8 @@ pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     let config = connector
         .connect(printer)?
         .call::<VmSshConfig>(&VmRequest { vm: args.vm })?;
-    // Mode 0700, so only this user can read the key in it. Removed when dropped.
+    // The directory has mode 0700, so only this user can read the key in it. It is removed when
+    // dropped.
     let dir = tempfile::Builder::new()
         .prefix("fcctl-ssh-")
         .tempdir()

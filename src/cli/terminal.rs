@@ -8,7 +8,7 @@ use std::fs::File;
 /// The size of a terminal that does not report one.
 pub(super) const DEFAULT_SIZE: PtySize = PtySize { rows: 24, cols: 80 };
 
-/// Returns None if the file is not a terminal.
+/// Returns the terminal's size, or `None` if the file is not a terminal.
 pub(super) fn size(file: &File) -> Option<PtySize> {
     let size = tcgetwinsize(file).ok()?;
     if size.ws_row == 0 || size.ws_col == 0 {
@@ -29,7 +29,7 @@ pub(super) struct RawMode {
 
 impl RawMode {
     pub(super) fn enter(file: &File) -> Result<Self> {
-        let doing = "make the terminal raw";
+        let doing = "switch the terminal to raw mode";
         let file = file.try_clone().map_err(|e| Error::io(doing, e))?;
         let before = tcgetattr(&file).map_err(|e| Error::io(doing, e))?;
         let mut raw = before.clone();

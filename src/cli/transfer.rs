@@ -137,8 +137,8 @@ pub(super) struct Transfer<'a> {
     pub vm: &'a str,
 }
 
-/// The thread that packs or unpacks during the call. The flag says that its error, if any, is only
-/// a consequence: it was cancelled, or the other end closed.
+/// The thread that packs or unpacks during the call. The flag is true if the thread's error is only
+/// a consequence of a cancellation or of the other end closing its pipe.
 type TransferThread<T> = JoinHandle<(crate::error::Result<T>, bool)>;
 
 impl Transfer<'_> {
@@ -301,7 +301,7 @@ impl Transfer<'_> {
 }
 
 /// Combines the results of both sides. The error is that of the side that failed first: the other
-/// saw only a broken pipe.
+/// side saw only a broken pipe.
 fn conclude<R, T>(
     reply: Result<R>,
     thread: Option<TransferThread<T>>,
@@ -419,7 +419,7 @@ impl Read for Incoming {
     }
 }
 
-/// Unwraps the error of [`Incoming`]; any other is an error of writing.
+/// Unwraps the error of [`Incoming`]; any other I/O error comes from writing.
 fn copy_error(doing: &str, e: io::Error) -> Error {
     match e.downcast::<Error>() {
         Ok(inner) => inner.context(doing),
@@ -448,7 +448,7 @@ fn receive(
                 ..unpack::Limits::default()
             };
             let staged = unpack::stage(from, path, &limits, stop)?;
-            // Reads the rest after the archive, which ends with a valid trailer.
+            // Read the rest after the archive, which ends with a valid trailer.
             io::copy(from, &mut io::sink()).map_err(|e| copy_error("receive the tree", e))?;
             Received::Staged(staged)
         }

@@ -29,7 +29,7 @@ pub(super) fn parse_size(text: &str) -> Result<u64, String> {
         .map_err(|_| "a size is a number with K, M, G or T, such as 512M or 2G".to_owned())?;
     number
         .checked_mul(1 << shift)
-        .ok_or_else(|| "that is too large".to_owned())
+        .ok_or_else(|| "the size is too large".to_owned())
 }
 
 /// Parses bytes per second, written as a size. `none` is 0.
@@ -119,7 +119,7 @@ pub(super) fn parse_duration(text: &str) -> Result<Duration, String> {
     number
         .checked_mul(ms)
         .map(Duration::from_millis)
-        .ok_or_else(|| "that is too long".to_owned())
+        .ok_or_else(|| "the duration is too long".to_owned())
 }
 
 pub(super) fn timeout_ms(timeout: Option<Duration>) -> Option<u64> {
@@ -156,7 +156,7 @@ fn env_entry(
     Ok(value.map(|v| (key.to_owned(), v)))
 }
 
-/// Merges `--env-file` and `-e`. `-e` wins, and so does the later of two.
+/// Merges `--env-file` and `-e`. `-e` overrides a file, and a later value overrides an earlier one.
 pub(super) fn environment(
     files: &[std::path::PathBuf],
     entries: &[OsString],
@@ -206,7 +206,7 @@ pub(super) fn path_error(doing: String, e: std::io::Error) -> Error {
     if e.kind() == std::io::ErrorKind::NotFound {
         return Error::new(crate::error::Kind::PathNotFound, doing)
             .with_source(e)
-            .hint("see what is there with ls -l");
+            .hint("inspect it with ls -l");
     }
     Error::io(doing, e)
 }

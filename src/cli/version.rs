@@ -5,7 +5,8 @@ use crate::api::daemon::Info;
 use crate::api::{Empty, VERSION_MAJOR, VERSION_MINOR};
 use crate::client::{ABSENT, Result};
 
-/// It is not a failure if no daemon runs, but it is one if the daemon cannot be talked to.
+/// Prints both versions. Succeeds without a daemon, but fails if the daemon cannot be used, for
+/// example because it refuses the caller.
 pub(super) fn run(ctx: &mut Context) -> Result<u8> {
     let Context {
         connector, printer, ..

@@ -1,4 +1,4 @@
-//! `vm`: the commands for one or several VMs, also those that exist at top level.
+//! `vm`: the commands for one or several VMs, including those that also exist at top level.
 
 use super::connector::{Connector, operate};
 use super::context::Context;

@@ -1,4 +1,4 @@
-//! How commands describe a VM to people.
+//! Formats VMs for people.
 
 use super::output::{age, size};
 use crate::api::port::Port;
@@ -9,7 +9,7 @@ use crate::host::plural::count;
 use crate::host::text::printable;
 use std::borrow::Cow;
 
-/// Formats the state of a VM with what is most important about it.
+/// Formats the state of a VM with its most important detail.
 pub(super) fn state_text(
     state: VmState,
     reason: Option<&str>,

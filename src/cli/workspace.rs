@@ -177,7 +177,7 @@ fn export(
 }
 
 /// Reports on stderr, because stdout may be the patch. `top` is the tree that the patch is for;
-/// None is the tree of the current directory.
+/// `None` means the tree of the current directory.
 pub(super) fn report_exported(
     printer: &mut Printer,
     interrupts: &Interrupts,

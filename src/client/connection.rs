@@ -25,7 +25,7 @@ const READ_BYTES: usize = 128 * 1024;
 
 pub(super) struct Connection {
     stream: UnixStream,
-    /// Bytes that were read. The first `returned` of them are the line that was returned last.
+    /// Bytes that were read. The first `returned` bytes are the line that was returned last.
     buffer: Vec<u8>,
     returned: usize,
     /// A descriptor that was received but not yet taken.
@@ -112,8 +112,8 @@ impl Connection {
                 .into());
         }
         match write_with_fds(&self.stream, &line, fds) {
-            // The daemon may have sent an error before it closed the connection; the next read
-            // finds out.
+            // The daemon may have sent an error before it closed the connection. The next read
+            // returns that error.
             Err(e)
                 if matches!(
                     e.kind(),
@@ -203,8 +203,8 @@ fn read_some(
 
 /// The length of the first line, with its newline.
 fn end_of_line(bytes: &[u8]) -> Option<usize> {
-    // The standard library looks for one byte a word at a time in `contains`, and byte by byte in
-    // `position`.
+    // For a single byte, `contains` compares whole words, which is faster than `position`, which
+    // compares byte by byte.
     if !bytes.contains(&b'\n') {
         return None;
     }

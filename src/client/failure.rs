@@ -10,7 +10,7 @@ pub type Result<T, E = Failure> = std::result::Result<T, E>;
 #[derive(Clone, Debug, PartialEq)]
 pub struct Failure {
     pub fault: Fault,
-    /// True if the daemon could not be reached or lost the connection.
+    /// True if the daemon could not be reached or the connection to it was lost.
     pub unreachable: bool,
 }
 

@@ -39,7 +39,7 @@ pub struct Client {
     warning: Option<String>,
 }
 
-/// The next thing that the daemon sent for a `more` call.
+/// The next message from the daemon in a `more` call.
 #[derive(Debug)]
 pub enum Event<R> {
     Note(Note),
@@ -231,7 +231,7 @@ impl<R: serde::de::DeserializeOwned> InFlight<'_, R> {
         }
     }
 
-    /// Why a line could not be read: it answers another call, or it has an unknown form.
+    /// Builds the error for a line that answers another call or has an unknown form.
     fn unreadable(&mut self, line: &[u8], e: serde_json::Error) -> Failure {
         if let Ok(Some(Line::Response(response))) = Line::<IgnoredAny>::parse(line)
             && let Err(other) = self.check_id(&response)

@@ -139,7 +139,7 @@ impl Config {
                 .or(file)
                 .unwrap_or(default)
         };
-        // VMMs run in directories of their own, so a relative path would mean something else there.
+        // VMMs run in their own directories, where a relative path would name another file.
         let absolute = |path: PathBuf| {
             let e = |e| {
                 Error::new(
@@ -341,7 +341,7 @@ mod tests {
     }
 
     #[test]
-    fn name_server_has_a_uid_of_its_own_with_a_bridge() {
+    fn name_server_with_a_bridge_has_its_own_uid() {
         let of = |driver, uid_count| {
             let mut file = File::default();
             (file.network.driver, file.qemu.uid_base, file.qemu.uid_count) =

@@ -168,7 +168,7 @@ impl FromStr for Subnet {
             || base.octets()[0] == 0)
             && base.octets()[0] < 240;
         if !usable {
-            return Err(bad("these addresses are set aside for something else"));
+            return Err(bad("these addresses are reserved for other purposes"));
         }
         Ok(subnet)
     }

@@ -21,18 +21,18 @@ pub struct CallInfo {
     pub key: Key,
     pub on_disconnect: OnDisconnect,
     pub fds: FdPassing,
-    /// Under what name `fcd.info` reports this call, if the first version of the protocol did not
-    /// have it.
+    /// The feature name that `fcd.info` reports for this call. None if the call has been in the
+    /// protocol since its first version.
     pub feature: Option<&'static str>,
 }
 
 /// Who may make a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// Every user. A list has only what the caller owns, except for images and kernels, which all
-    /// users share.
+    /// Every user. A list contains only what the caller owns, except that all users share images
+    /// and kernels.
     Anybody,
-    /// The user who owns what the call names, and root.
+    /// Root and the owner of the object that the call names.
     Owner,
     /// Root and the user who runs the daemon.
     Privileged,
@@ -45,13 +45,13 @@ pub enum Key {
     Unkeyed,
 }
 
-/// Says what happens if the caller disconnects before it has the answer. Operations run without
-/// their caller, so it also says which calls are operations.
+/// What happens if the caller disconnects before the reply. The last two variants are used by
+/// operations only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnDisconnect {
     /// The call is completed.
     Nothing,
-    /// The call ends: it waits for something, sends notes, or runs a command.
+    /// The call ends. Used by calls that wait, send notes or run a command.
     EndCall,
     CancelOperation,
     FinishOperation,
@@ -95,7 +95,7 @@ macro_rules! calls {
         }),*];
 
         /// A call of this noun with its parameters.
-        // All names begin with the noun, like those of the types.
+        // Every variant begins with the noun, because it is named after its request type.
         #[allow(clippy::enum_variant_names, clippy::large_enum_variant)]
         pub enum NounCall {
             $($call($request)),*

@@ -38,7 +38,7 @@ pub struct Check {
     pub severity: Severity,
     /// The finding, and the choice that fcd made because of it.
     pub found: String,
-    /// A command that fixes it.
+    /// A command that fixes the problem.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fix: Option<String>,
 }
@@ -78,11 +78,11 @@ pub struct DoctorReply {
 pub struct Leak {
     /// The kind of resource, such as `process` or `directory`.
     pub kind: String,
-    /// Its name on the host.
+    /// The resource's name on the host.
     pub name: String,
     pub why: String,
     pub removed: bool,
-    /// Why it could not be removed.
+    /// Why the resource could not be removed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
 }
@@ -115,7 +115,7 @@ pub struct LockParty {
     pub thread: String,
     /// The thread's operation, such as `vm.stop 1f0c...`.
     pub operation: String,
-    /// How long it has held or awaited the lock.
+    /// How long the thread has held or awaited the lock.
     pub for_us: u64,
 }
 

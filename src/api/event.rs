@@ -18,8 +18,8 @@ pub type Members = serde_json::Map<String, serde_json::Value>;
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EventsWatchRequest {
-    /// Resume after this change. Without it, or if the later changes are no longer kept, a snapshot
-    /// comes first.
+    /// The change to resume after. If it is absent, or if the later changes are no longer kept, a
+    /// snapshot comes first.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub since: Option<u64>,
 }
@@ -30,7 +30,8 @@ pub struct Snapshot {
     pub seq: u64,
     /// Seconds since the epoch.
     pub at: u64,
-    /// `since` was given but the later changes are no longer kept, so the client has to start over.
+    /// `since` was given but the later changes are no longer kept, so the client must start over
+    /// from this snapshot.
     pub resync: bool,
     /// Another note continues this snapshot.
     pub more: bool,
@@ -46,9 +47,9 @@ pub struct Events {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Event {
-    /// The number of the change that it belongs to.
+    /// The number of the change that the event belongs to.
     pub seq: u64,
-    /// When it became durable, in seconds since the epoch.
+    /// When the change became durable, in seconds since the epoch.
     pub at: u64,
     /// None for an operation that does not concern a VM.
     pub vm: Option<VmId>,
@@ -64,7 +65,7 @@ pub struct Event {
 pub enum What {
     #[serde(rename = "vm.created")]
     Created { set: Members },
-    /// Settings, the workspace or something else has changed, but not the state.
+    /// Settings, the workspace or other members have changed, but not the state.
     #[serde(rename = "vm.changed")]
     Changed { set: Members },
     /// The state or its reason has changed.
@@ -73,7 +74,7 @@ pub enum What {
         from: VmState,
         to: VmState,
         reason: Option<String>,
-        /// The operation that changed it.
+        /// The operation that changed the state.
         op: Option<OpId>,
         set: Members,
     },

@@ -5,7 +5,8 @@ use crate::ids::SessionId;
 use serde::{Deserialize, Serialize};
 
 /// The longest quoted command line, including environment and directory, that is sent in one SSH
-/// packet: libssh2 cannot send more than 34,744 bytes. Longer ones are copied into the guest first.
+/// packet: libssh2 cannot send more than 34,744 bytes. A longer command line is copied into the
+/// guest first.
 pub const COMMAND_BYTES_MAX: usize = 32 * 1024;
 /// The longest command, including environment and directory, that Linux accepts (execve(2)). A
 /// single string may have 128 KiB; the guest's shell refuses a longer one with status 126.
@@ -42,7 +43,7 @@ pub enum Stream {
 }
 
 /// A command as bytes, for [`Stream::Command`]: the directory (may be empty), the number of words
-/// in decimal, the words, and the variables as `NAME=VALUE`. A NUL ends each of them.
+/// in decimal, the words, and the variables as `NAME=VALUE`. Each field ends with NUL.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CommandWords {
     pub argv: Vec<Vec<u8>>,
@@ -86,8 +87,8 @@ impl CommandWords {
     }
 }
 
-/// Needs `more`. A `session` note comes first and the reply when the command has ended. Hanging up
-/// ends the command.
+/// Requires `more`. The daemon sends a `session` note first, and the reply when the command has
+/// ended. If the caller disconnects, the command ends.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ExecStartRequest {
@@ -101,8 +102,8 @@ pub struct ExecStartRequest {
     pub workdir: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pty: Option<Pty>,
-    /// The streams of the passed descriptors, in their order. Without stdin, the command reads an
-    /// empty input; output without a descriptor is discarded.
+    /// The purposes of the passed descriptors, in the same order. Without stdin, the command reads
+    /// an empty input; output without a descriptor is discarded.
     #[serde(default)]
     pub streams: Vec<Stream>,
     /// End when the command exits, even if its background processes still hold its output open.
@@ -116,8 +117,8 @@ pub struct ExecStartRequest {
 pub enum Exit {
     /// The status as a shell reports it: 128+n if signal n ended the command.
     Status(u8),
-    /// The signal's name without `SIG`, such as `KILL`. Used only if the signal also ended the
-    /// shell that waits for the command, or for a login shell.
+    /// The signal's name without `SIG`, such as `KILL`. Used for a login shell, and if the signal
+    /// also ended the shell that waits for the command.
     Signal(String),
 }
 

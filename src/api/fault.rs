@@ -49,9 +49,9 @@ mod tests {
     use super::*;
     use crate::error::Kind;
 
-    /// A guest with another host key, or whose disk is full, stays that way until somebody acts.
+    /// A changed host key and a full disk persist until somebody acts, so a retry cannot help.
     #[test]
-    fn fault_says_by_its_kind_whether_a_retry_can_help() {
+    fn fault_kind_decides_whether_a_retry_can_help() {
         let retryable = |kind| Fault::from(Error::new(kind, "it failed")).retryable;
         let wrong: Vec<_> = [Kind::HostKeyMismatch, Kind::GuestCommandFailed]
             .into_iter()

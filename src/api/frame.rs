@@ -54,7 +54,7 @@ pub struct Notification {
 }
 
 impl Notification {
-    /// Renders the line that is sent, including its newline.
+    /// Renders a note as a line, including the newline.
     pub fn line(note: Note) -> serde_json::Result<Vec<u8>> {
         let mut line = serde_json::to_vec(&Self {
             jsonrpc: Version::V2,
@@ -65,7 +65,7 @@ impl Notification {
     }
 }
 
-/// The notifications.
+/// The content of a [`Notification`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "method", content = "params", rename_all = "snake_case")]
 pub enum Note {
@@ -92,7 +92,7 @@ pub enum Note {
     Lagged(super::event::Lagged),
 }
 
-/// The final line.
+/// The final line of a call.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Response<R = Box<RawValue>> {
     pub jsonrpc: Version,
@@ -118,8 +118,8 @@ pub enum Line<R = Box<RawValue>> {
     Response(Response<R>),
 }
 
-/// The members of both kinds of line, so that a response is parsed in one pass. A list of a
-/// thousand VMs has half a MiB.
+/// The members of both kinds of line. A single type allows parsing a line in one pass, which
+/// matters because a list of a thousand VMs takes half a MiB.
 #[derive(Deserialize)]
 #[serde(bound(deserialize = "R: Deserialize<'de>"))]
 struct AnyLine<'a, R> {

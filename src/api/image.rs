@@ -9,7 +9,7 @@ pub struct Image {
     pub name: ImageRef,
     /// The virtual size of the root file system.
     pub disk_bytes: u64,
-    /// The space that it uses on the host.
+    /// The space that the image uses on the host.
     pub allocated_bytes: u64,
     /// The kernel and its version, such as `Linux 6.1.0-56-cloud-amd64`.
     pub kernel: String,
@@ -17,16 +17,16 @@ pub struct Image {
     pub os: String,
     /// Seconds since the epoch.
     pub built_at: u64,
-    /// The number of VMs created from it.
+    /// The number of VMs created from the image.
     pub vms: u64,
-    /// The user who built it; null if it belongs to the host.
+    /// The user who built the image; null if it belongs to the host.
     pub owner_uid: Option<u32>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ImageBuildRequest {
-    /// `default` if not given.
+    /// Defaults to `default`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<ImageRef>,
     /// Additional packages of the distribution.
@@ -60,7 +60,7 @@ pub struct ImageDeleteReply {
 }
 
 calls! {
-    /// An image of that name must not exist.
+    /// Fails if an image of that name exists.
     ImageBuild = "image.build" (ImageBuildRequest) -> ImageReply
         [Anybody, Keyed, CancelOperation, NoFds, feature "image_build"];
     ImageList = "image.list" (super::page::ListRequest) -> ImageListReply [Anybody, Unkeyed, Nothing, NoFds];

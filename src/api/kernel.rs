@@ -14,19 +14,19 @@ pub struct Kernel {
     pub modules: Vec<String>,
     /// Seconds since the epoch.
     pub imported_at: u64,
-    /// The space that it uses on the host.
+    /// The space that the kernel uses on the host.
     pub bytes: u64,
-    /// The number of VMs that boot it.
+    /// The number of VMs that boot the kernel.
     pub vms: u64,
 }
 
-/// Allowed for root and the daemon's user only, because the daemon reads the files.
+/// The files are read by the daemon, with its own privileges.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct KernelImportRequest {
     /// The absolute path of an ELF file (`vmlinux`) or a bzImage (`vmlinuz`) on the daemon's host.
     pub path: PathBuf,
-    /// Derived from the version if not given.
+    /// By default, the name is derived from the version.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<KernelName>,
     /// The directory that contains `modules.dep`; `/lib/modules/VERSION` if not given.
@@ -60,14 +60,14 @@ pub struct KernelDeleteReply {
 }
 
 calls! {
-    /// The daemon reads the files, so callers without its rights may not import. A kernel of that
-    /// name must not exist.
+    /// Only root and the daemon's user may import, because the daemon reads the files with its own
+    /// privileges. Fails if a kernel of that name exists.
     KernelImport = "kernel.import" (KernelImportRequest) -> KernelReply
         [Privileged, Keyed, CancelOperation, NoFds, feature "kernels"];
     KernelList = "kernel.list" (super::page::ListRequest) -> KernelListReply
         [Anybody, Unkeyed, Nothing, NoFds, feature "kernels"];
     KernelShow = "kernel.show" (KernelRequest) -> KernelReply [Anybody, Unkeyed, Nothing, NoFds, feature "kernels"];
-    /// Refused while VMs use it.
+    /// Refused while VMs use the kernel.
     KernelDelete = "kernel.delete" (KernelRequest) -> KernelDeleteReply
         [Privileged, Unkeyed, Nothing, NoFds, feature "kernels"];
 }

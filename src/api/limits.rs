@@ -1,4 +1,4 @@
-//! How much one line may carry.
+//! Limits of one line and its descriptors.
 
 /// The longest line in either direction, including its newline.
 pub const FRAME_BYTES_MAX: usize = 1024 * 1024;

@@ -2,8 +2,8 @@
 //! call in flight per connection.
 //!
 //! There is one module per noun. Every call has a request type and a reply type; [`Call`] connects
-//! them to the method's name. [`call`] says what else is known about a call, [`table`] has all of
-//! them, and [`frame`] has the envelopes.
+//! them to the method's name. [`call`] defines the other properties of a call, [`table`] lists all
+//! calls, and [`frame`] defines the envelopes.
 
 pub mod call;
 pub mod daemon;
@@ -27,7 +27,7 @@ pub mod workspace;
 pub use call::Call;
 pub use fault::Fault;
 
-/// Additive changes raise the minor version, all others the major version.
+/// An additive change raises the minor version. Any other change raises the major version.
 pub const VERSION_MAJOR: u32 = 1;
 pub const VERSION_MINOR: u32 = 0;
 

@@ -21,8 +21,8 @@ impl OpState {
     }
 }
 
-/// The progress of an operation. It is sent at most ten times a second, and the last one is always
-/// sent.
+/// The progress of an operation. It is sent at most ten times a second, and the last progress is
+/// always sent.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Progress {
     /// The current stage, such as `wait for ssh`.
@@ -36,11 +36,11 @@ pub struct Progress {
     pub unit: Option<String>,
 }
 
-/// An operation as everyone sees it who may see its VM.
+/// An operation, as shown to everyone who may see its VM.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Op {
     pub id: OpId,
-    /// The method that began it, such as `vm.start`.
+    /// The method that began the operation, such as `vm.start`.
     pub method: String,
     pub vm: Option<VmId>,
     pub owner_uid: u32,
@@ -60,7 +60,7 @@ pub struct Op {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct OpRequest {
-    /// The id or an unambiguous prefix of it.
+    /// The operation's id, or an unambiguous prefix of the id.
     pub op: String,
 }
 
@@ -93,7 +93,7 @@ pub struct OpReply {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct OpListReply<O = Op> {
-    /// In the order in which they began.
+    /// Sorted by start, oldest first.
     pub ops: Vec<O>,
     /// If set, there are more items: repeat the call with `after` set to this.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -109,8 +109,8 @@ pub struct OpStarted {
 calls! {
     OpList = "op.list" (OpListRequest) -> OpListReply [Anybody, Unkeyed, Nothing, NoFds];
     OpShow = "op.show" (OpRequest) -> OpReply [Owner, Unkeyed, Nothing, NoFds];
-    /// Replies when the operation has ended, whether it succeeded or not. With `more`, sends its
-    /// progress until then.
+    /// Replies when the operation has ended, whether it succeeded or not. With `more`, sends the
+    /// operation's progress first.
     OpWait = "op.wait" (OpWaitRequest) -> OpReply [Owner, Unkeyed, EndCall, NoFds];
     /// Requests cancellation and replies without waiting for it.
     OpCancel = "op.cancel" (OpRequest) -> OpReply [Owner, Unkeyed, Nothing, NoFds];

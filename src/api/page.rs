@@ -12,7 +12,7 @@ use crate::host::text::quoted;
 use serde::Serialize;
 use serde_json::value::{RawValue, to_raw_value};
 
-/// The most items in one page, whatever `limit` is.
+/// The most items in one page, even if `limit` is higher.
 pub const PAGE_ITEMS_MAX: u32 = 1000;
 /// The most bytes of JSON in one page. This leaves room for the envelope and one more item of any
 /// kind.
@@ -22,7 +22,7 @@ pub const PAGE_BYTES_MAX: usize = FRAME_BYTES_MAX / 2;
 pub type RawPage = (Vec<Box<RawValue>>, Option<String>);
 
 /// Takes items until the page is full. Each item comes with its cursor, which becomes `next` if the
-/// page ends there. The items are sorted by cursor and begin behind the request's `after`.
+/// page ends there. The items are sorted by cursor and start after the request's `after`.
 ///
 /// # Errors
 /// `invalid_argument` for a `limit` of zero.
@@ -38,7 +38,7 @@ pub fn fill<P: ToString, T: Serialize>(
     let (mut page, mut bytes, mut last) = (Vec::new(), 0, None);
     for (place, item) in items {
         let raw = to_raw_value(&item)
-            .map_err(|e| Error::internal("write an item of a list").with_source(e))?;
+            .map_err(|e| Error::internal("serialize an item of a list").with_source(e))?;
         bytes += raw.get().len() + 1;
         if page.len() == items_max || (bytes > PAGE_BYTES_MAX && !page.is_empty()) {
             return Ok((page, last.as_ref().map(P::to_string)));
@@ -127,7 +127,7 @@ mod tests {
             (2500, None, 0, 3),
             (2500, Some(u32::MAX), 0, 3),
             (40, None, PAGE_BYTES_MAX / 8, 6),
-            // Items larger than a page have a page each.
+            // Each item that is larger than a page fills one page.
             (3, None, PAGE_BYTES_MAX, 3),
         ] {
             let (seen, found) = all_pages(count, limit, padding);

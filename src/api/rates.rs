@@ -2,20 +2,20 @@
 
 use serde::{Deserialize, Serialize};
 
-/// The rate limits of a VM's devices. None means no limit, or in a request no change.
+/// The rate limits of a VM's devices. None means no limit, or no change in a request.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RateLimits {
-    /// For each disk, counting reads and writes together.
+    /// The limit for each disk, with reads and writes counted together.
     pub disk_bytes_per_s: Option<u64>,
     pub disk_ops_per_s: Option<u64>,
-    /// For traffic to the guest.
+    /// The limit for traffic to the guest.
     pub net_rx_bytes_per_s: Option<u64>,
-    /// For traffic from the guest.
+    /// The limit for traffic from the guest.
     pub net_tx_bytes_per_s: Option<u64>,
 }
 
 impl RateLimits {
-    /// Combines each limit with the one of the same name in `other`.
+    /// Combines each limit with the same limit in `other`.
     pub fn zip_with(
         &self,
         other: &Self,
@@ -29,7 +29,7 @@ impl RateLimits {
         }
     }
 
-    /// These limits after a request with `change`, in which 0 removes a limit.
+    /// Applies a requested change to these limits. A 0 in `change` removes a limit.
     pub fn with(&self, change: &Self) -> Self {
         self.zip_with(change, |now, change| {
             change.map_or(now, |n| Some(n).filter(|n| *n > 0))
@@ -41,7 +41,7 @@ impl RateLimits {
         self.zip_with(other, |own, other| own.filter(|_| other.is_none()))
     }
 
-    /// The limits of `self`, and those of `other` for what `self` does not limit.
+    /// The limits of `self`. If `self` lacks a limit, it is taken from `other`.
     pub fn or(&self, other: &Self) -> Self {
         self.zip_with(other, Option::or)
     }

@@ -10,7 +10,7 @@ pub struct Snapshot {
     pub id: SnapshotId,
     pub name: SnapshotName,
     pub owner_uid: u32,
-    /// The VM that it was taken from, which may have been deleted.
+    /// The VM from which the snapshot was taken. It may have been deleted since.
     pub vm: VmId,
     /// The VM's name when the snapshot was taken.
     pub vm_name: VmName,
@@ -23,12 +23,13 @@ pub struct Snapshot {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub work_disk_bytes: Option<u64>,
     pub net: Net,
-    /// The driver and machine, such as `qemu (tcg, microvm)`. A restore needs the same ones.
+    /// The driver and machine, such as `qemu (tcg, microvm)`. A restore needs the same driver and
+    /// machine.
     pub driver: String,
     /// The version of the VMM that saved the guest, if known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vmm_version: Option<String>,
-    /// The space that it uses on the host.
+    /// The space that the snapshot uses on the host.
     pub bytes: u64,
 }
 
@@ -36,7 +37,7 @@ pub struct Snapshot {
 #[serde(deny_unknown_fields)]
 pub struct SnapshotCreateRequest {
     pub vm: String,
-    /// The VM's name followed by a number if not given.
+    /// Defaults to the VM's name followed by a number.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<SnapshotName>,
 }
@@ -66,8 +67,8 @@ pub struct SnapshotListRequest {
 #[serde(deny_unknown_fields)]
 pub struct SnapshotRestoreRequest {
     pub snapshot: String,
-    /// Restore into a new VM of this name. If not given, restore the VM that the snapshot was taken
-    /// from, which must not be running.
+    /// Restore into a new VM of this name. By default, restore the VM from which the snapshot was
+    /// taken. That VM must not be running.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub new_vm: Option<VmName>,
 }

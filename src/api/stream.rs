@@ -27,8 +27,8 @@ fn broken(what: impl Into<String>) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, Broken(what.into()))
 }
 
-/// Converts an error of a stream: to `stream_incomplete` if it is [`Broken`], else like
-/// [`Error::io`].
+/// Converts an error of a stream. [`Broken`] becomes `stream_incomplete`; other errors are
+/// converted by [`Error::io`].
 pub fn error(doing: impl Into<String>, source: io::Error) -> Error {
     if source.get_ref().is_some_and(|inner| inner.is::<Broken>()) {
         return Error::new(Kind::StreamIncomplete, doing)
@@ -192,7 +192,7 @@ impl Decoder {
 pub struct ChunkWriter<W: Write> {
     inner: W,
     encoder: Encoder,
-    /// Begins with room for the header.
+    /// The next chunk: space for its header, then its payload.
     buffer: Vec<u8>,
 }
 
@@ -217,7 +217,7 @@ impl<W: Write> ChunkWriter<W> {
         Ok(())
     }
 
-    /// Payload so far.
+    /// The number of payload bytes so far.
     #[cfg(any(test, feature = "fakes"))]
     pub fn bytes(&self) -> u64 {
         self.encoder.bytes + (self.buffer.len() - HEADER_BYTES) as u64
@@ -278,8 +278,8 @@ impl<R: Read> Read for ChunkReader<R> {
     }
 }
 
-/// Reads once through a decoder. The daemon also uses it with a non-blocking source, whose
-/// `WouldBlock` is passed on.
+/// Makes one read through a decoder. The daemon also passes non-blocking sources, so `WouldBlock`
+/// is returned to the caller.
 pub fn read_payload(
     decoder: &mut Decoder,
     buffer: &mut [u8],

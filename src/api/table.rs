@@ -1,4 +1,4 @@
-//! The table of all calls, which the lists of the nouns make up.
+//! The table of all calls, built from the lists of the nouns.
 
 use super::call::CallInfo;
 use super::{daemon, event, exec, image, kernel, op, snapshot, vm, workspace};
@@ -38,7 +38,7 @@ pub fn find(method: &str) -> Option<&'static CallInfo> {
     calls().find(|call| call.method == method)
 }
 
-/// The names of what was added since the first version of the protocol.
+/// The names of the features that were added since the first version of the protocol.
 pub fn features() -> Vec<String> {
     let mut names: Vec<String> = Vec::new();
     for name in calls().filter_map(|call| call.feature) {
@@ -100,7 +100,7 @@ mod tests {
         assert!(find("vm.nothing").is_none() && AnyCall::parse("vm.nothing", "{}").is_none());
     }
 
-    /// A retry of an operation without a key could begin it twice.
+    /// Without a key, a retry could run an operation twice.
     #[test]
     fn every_operation_takes_a_key() {
         let unkeyed = calls().filter(|call| {

@@ -68,7 +68,7 @@ pub enum Synced {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum WorkspaceState {
-    /// An import has begun and was not completed and verified.
+    /// An import began but was not completed and verified.
     Incomplete,
     Complete,
 }
@@ -76,7 +76,7 @@ pub enum WorkspaceState {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkspaceInfo {
     pub guest_path: String,
-    /// Where commands start: `guest_path` or a directory below it.
+    /// The working directory of commands: `guest_path` or a directory below it.
     pub workdir: String,
     pub state: WorkspaceState,
     pub readonly: bool,
@@ -97,7 +97,7 @@ pub struct Vm {
     /// Details about the state, such as `the VMM died: signal 9`.
     pub reason: Option<String>,
     pub image: ImageRef,
-    /// The kernel that it boots instead of the image's.
+    /// The kernel that the VM boots instead of the image's.
     #[serde(default)]
     pub kernel: Option<KernelName>,
     pub vcpus: u32,
@@ -116,9 +116,9 @@ pub struct Vm {
     /// The host ports that are forwarded to the guest.
     #[serde(default)]
     pub ports: Vec<Port>,
-    /// Settings that `vm.set` has changed but that apply to the guest only from its next start.
+    /// Settings that `vm.set` has changed and that will apply at the guest's next start.
     pub pending: Option<Pending>,
-    /// It is deleted when it stops or its holder disconnects.
+    /// The VM is deleted when it stops or its holder disconnects.
     pub rm: bool,
     /// Seconds since the epoch.
     pub created_at: u64,
@@ -129,7 +129,7 @@ pub struct Vm {
     pub pid: Option<u32>,
     /// The address at which the host reaches the guest's SSH server.
     pub ssh_addr: Option<std::net::SocketAddr>,
-    /// The driver that runs it and its mode, such as `qemu (tcg, microvm)`.
+    /// The driver that runs the VM, with its mode, such as `qemu (tcg, microvm)`.
     pub driver: Option<String>,
     /// How the root disk was created from the image: `reflink`, `qcow2`, `dm-snapshot` or `copy`.
     pub disk_driver: Option<String>,
@@ -141,14 +141,14 @@ pub struct Vm {
     /// The guest is paused (`vm.pause`).
     #[serde(default)]
     pub paused: bool,
-    /// The guest returns all of its memory but this much (`vm.balloon`).
+    /// How much memory the guest keeps (`vm.balloon`). It returns the rest to the host.
     #[serde(default)]
     pub balloon_mib: Option<u64>,
     pub workspace: Option<WorkspaceInfo>,
 }
 
-/// The members of a VM that `fcctl ps` shows. They have the same values as in [`Vm`] but about a
-/// fifth of its bytes.
+/// The members of a VM that `fcctl ps` shows. They have the same values as in [`Vm`] but take about
+/// a fifth of the bytes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VmBrief<'a> {
     pub id: Cow<'a, VmId>,
@@ -192,10 +192,10 @@ pub struct Pending {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VmCreateRequest {
-    /// A generated name, adjective-noun, if not given.
+    /// Defaults to a generated name, adjective-noun.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<VmName>,
-    /// `default` if not given.
+    /// Defaults to `default`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<ImageRef>,
     /// A kernel from `kernel.list` to boot instead of the image's.
@@ -211,29 +211,29 @@ pub struct VmCreateRequest {
     /// VM.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub work_disk_bytes: Option<u64>,
-    /// For each disk, counting reads and writes together. 0 removes the limit.
+    /// The limit for each disk, with reads and writes counted together. 0 removes the limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_bytes_per_s: Option<u64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_ops_per_s: Option<u64>,
-    /// For traffic to the guest. 0 removes the limit.
+    /// The limit for traffic to the guest. 0 removes the limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub net_rx_bytes_per_s: Option<u64>,
-    /// For traffic from the guest. 0 removes the limit.
+    /// The limit for traffic from the guest. 0 removes the limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub net_tx_bytes_per_s: Option<u64>,
-    /// `nat` if not given.
+    /// Defaults to `nat`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub net: Option<Net>,
     /// A host port belongs to one VM from its creation to its deletion.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ports: Vec<Port>,
-    /// Delete the VM when it stops, when its holder disconnects, or when the daemon restarts
-    /// without one.
+    /// Delete the VM when it stops, when its holder disconnects, or when the daemon restarts while
+    /// nobody holds it.
     #[serde(default)]
     pub rm: bool,
-    /// Needs `more`. A `created` note comes immediately and the reply when the VM has been deleted.
-    /// When the connection closes, an `rm` VM is deleted.
+    /// Requires `more`. A `created` note comes immediately, and the reply when the VM has been
+    /// deleted. If the caller disconnects, an `rm` VM is deleted.
     #[serde(default)]
     pub hold: bool,
 }
@@ -308,15 +308,15 @@ pub struct VmSetRequest {
     /// The new size, which may only grow.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_bytes: Option<u64>,
-    /// For each disk, counting reads and writes together. 0 removes the limit.
+    /// The limit for each disk, with reads and writes counted together. 0 removes the limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_bytes_per_s: Option<u64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_ops_per_s: Option<u64>,
-    /// For traffic to the guest. 0 removes the limit.
+    /// The limit for traffic to the guest. 0 removes the limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub net_rx_bytes_per_s: Option<u64>,
-    /// For traffic from the guest. 0 removes the limit.
+    /// The limit for traffic from the guest. 0 removes the limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub net_tx_bytes_per_s: Option<u64>,
     /// Apply the rates to the running guest immediately. No other setting can be applied to it.
@@ -342,7 +342,7 @@ impl VmSetRequest {
 #[serde(deny_unknown_fields)]
 pub struct VmBalloonRequest {
     pub vm: String,
-    /// How much memory the guest keeps until its next start. If not given, only report.
+    /// How much memory the guest keeps until its next start. If absent, the call only reports.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub keep_mib: Option<u64>,
 }
@@ -359,7 +359,7 @@ pub struct VmBalloonReply {
 #[serde(deny_unknown_fields)]
 pub struct VmLogsRequest {
     pub vm: String,
-    /// Only this many of the last lines.
+    /// Send only this many of the last lines.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tail: Option<u64>,
     /// Keep sending (`more`) until the VM is deleted or the caller disconnects.
@@ -378,7 +378,7 @@ pub struct LogChunk {
 #[serde(deny_unknown_fields)]
 pub struct VmWaitRequest {
     pub vm: String,
-    /// `stopped` if not given. `failed` also ends a wait for `stopped`.
+    /// Defaults to `stopped`. `failed` also ends a wait for `stopped`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub state: Option<VmState>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -427,7 +427,7 @@ pub struct SshConfigReply {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VmStatsRequest {
-    /// The VMs; all running VMs of the caller if empty.
+    /// The VMs to report. If empty, all running VMs of the caller.
     #[serde(default)]
     pub vms: Vec<String>,
     /// The cursor of the page: `next` of the previous one.
@@ -439,7 +439,7 @@ pub struct VmStatsRequest {
 }
 
 /// The host resources that a VM has used since its VMM started. Counters grow until the next start.
-/// A value is null if nothing counts it on this host.
+/// A value is null if this host cannot count it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VmStats {
     pub vm: VmId,
@@ -473,11 +473,11 @@ pub struct VmStatsReply<S = VmStats> {
 pub struct VmMetricsReply {
     pub vm: VmId,
     pub name: VmName,
-    /// The driver whose format it is.
+    /// The driver that defines the format.
     pub driver: Option<String>,
-    /// Oldest first. Firecracker reports what has happened since its last report, once a minute and
-    /// on request, so this contains a new report and the kept ones that were not read yet. QEMU
-    /// reports what has happened since its start.
+    /// Oldest first. Firecracker writes a report once a minute and on request, about the time since
+    /// its previous report. The reply contains a new report and all kept reports that were not read
+    /// yet. QEMU's report covers the time since its start.
     pub metrics: Vec<serde_json::Value>,
 }
 
@@ -499,7 +499,7 @@ pub struct LogsReply {
 #[serde(deny_unknown_fields)]
 pub struct VmForkRequest {
     pub vm: String,
-    /// The name of the new VM; a generated name, adjective-noun, if not given.
+    /// The name of the new VM. Defaults to a generated name, adjective-noun.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<VmName>,
 }
@@ -525,7 +525,7 @@ calls! {
     /// reply (SCM_RIGHTS) and does not depend on the daemon. Firecracker does not support
     /// half-close.
     VmConnect = "vm.connect" (VmConnectRequest) -> VmReply [Owner, Unkeyed, Nothing, ReturnsFd, feature "vsock"];
-    /// Pauses the guest's vCPUs until `vm.resume`. No new commands can start in it meanwhile.
+    /// Pauses the guest's vCPUs until `vm.resume`. No new command can start in a paused guest.
     VmPause = "vm.pause" (VmRequest) -> VmReply [Owner, Keyed, Nothing, NoFds];
     VmResume = "vm.resume" (VmRequest) -> VmReply [Owner, Keyed, Nothing, NoFds];
     VmSet = "vm.set" (VmSetRequest) -> VmReply [Owner, Keyed, Nothing, NoFds];
@@ -539,7 +539,7 @@ calls! {
     VmSshConfig = "vm.ssh_config" (VmRequest) -> SshConfigReply [Owner, Unkeyed, Nothing, NoFds];
 }
 
-/// `vm.list` with `brief`, which the request must have set.
+/// `vm.list` with `brief` set in the request.
 pub struct VmListBrief;
 
 impl super::Call for VmListBrief {

@@ -14,11 +14,11 @@
 //!
 //! # The payload of an export
 //! One line `fcd-export 1 <count> <bytes>\n`, then `bytes` bytes of records that name paths that
-//! could not be exported. A record is a letter, a blank, the path and NUL. The letters are `r` (the
+//! could not be exported. A record is a letter, a space, the path and NUL. The letters are `r` (the
 //! `.git` of a repository that was created in the guest), `s` (files in a submodule, or in a
-//! repository of the caller that was not sent) and `n` (a name that git refuses). The list is
-//! truncated if it is too long, but `count` counts all of them. The patch or the tar follows. All
-//! of it is written by the guest.
+//! repository of the caller that was not sent) and `n` (a name that git refuses). A long list is
+//! truncated, but `count` includes the omitted records. The patch or the tar follows. The guest
+//! writes the whole payload.
 
 use super::call::calls;
 use super::vm::Vm;
@@ -48,7 +48,8 @@ pub struct PrepareRequest {
     pub vm: String,
     /// An absolute path below one of the allowed roots, such as `/root/<name of the tree>`.
     pub guest_path: String,
-    /// Where commands start, relative to `guest_path`. Empty means `guest_path` itself.
+    /// The working directory of commands, relative to `guest_path`. Empty means `guest_path`
+    /// itself.
     #[serde(default)]
     pub subdir: String,
     #[serde(default)]
@@ -62,7 +63,8 @@ pub struct PrepareRequest {
     /// The expected size, for the progress bar.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bytes_expected: Option<u64>,
-    /// The payload is an ordinary tar whose paths were not checked, without a list of what is sent.
+    /// The payload is an ordinary tar. Its paths were not checked, and no list of its files is
+    /// sent.
     #[serde(default)]
     pub raw_tar: bool,
 }

@@ -28,8 +28,8 @@ pub(super) struct Acceptor {
     registry: Arc<Registry>,
     handler: Arc<dyn Handler>,
     stop: Cancel,
-    /// Closed for a moment when there are no descriptors left, so that a refused caller gets an
-    /// error line.
+    /// A reserved descriptor. It is closed briefly if there are no descriptors left, so that a
+    /// refused caller gets an error line.
     spare: Option<File>,
     warned_at: Option<Instant>,
 }

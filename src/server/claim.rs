@@ -1,12 +1,11 @@
-//! Claims of root's daemons on the host: a range of uids for VMs and, with a bridge, a subnet. Two
-//! daemons with two state directories would otherwise give their VMs the same uids, and a VMM of
-//! one could reach files of the other. So each daemon claims its own before it creates anything.
+//! Claims of root's daemons on the host: a range of uids for VMs and, with a bridge, a subnet.
+//! Without claims, two daemons would give their VMs the same uids, and a VMM of one daemon could
+//! reach files of the other. So each daemon claims its uids and subnet before it creates anything.
 //!
-//! A claim is a file in [`DIR`], which a reboot empties, and a running daemon holds an flock(2) on
-//! its own. VMs outlive their daemon, so the claim of a daemon that has exited stays valid as long
-//! as VMs of its installation run. The file is kept even longer, because it tells which
-//! installation the things on the host with that id belonged to. [`Registry`] uses this to find
-//! installations that were removed.
+//! A claim is a file in [`DIR`], which a reboot empties. A running daemon holds an flock(2) on its
+//! claim. VMs outlive their daemon, so the claim of a daemon that has exited stays valid as long as
+//! VMs of its installation run. The file is kept even longer, because it maps the installation's id
+//! to its state directory. [`Registry`] uses this to find installations that were removed.
 
 use crate::config::{Config, Subnet};
 use crate::daemon::gone::{GoneInstallation, Installations};
@@ -24,7 +23,7 @@ use std::time::{Duration, Instant};
 
 /// The directory of the claims.
 pub(super) const DIR: &str = "/run/fcd-claims";
-/// The lock that is held for the few milliseconds in which claims are compared.
+/// The lock that is held while claims are compared, for a few milliseconds.
 const LOCK_FILE: &str = "lock";
 const LOCK_DEADLINE: Duration = Duration::from_secs(10);
 const LOCK_PERIOD: Duration = Duration::from_millis(20);
@@ -45,12 +44,13 @@ struct Claim {
     netns: PathBuf,
     /// The installation's id, as in the tags of its VMs. None until something is created.
     install_id: Option<String>,
-    /// The ids of installations that used this state directory before, and may have left something.
+    /// The ids of installations that used this state directory before and may have left something
+    /// on the host.
     #[serde(default)]
     former: Vec<String>,
 }
 
-/// The daemon's own claim. It counts while this value exists, and afterwards as long as VMs run.
+/// The daemon's own claim. It is valid while this value exists, and afterwards as long as VMs run.
 pub(super) struct Held {
     dir: PathBuf,
     /// Holds the lock of the claim.
@@ -77,7 +77,7 @@ impl Claim {
         })
     }
 
-    /// Takes over the former installations from an earlier claim of the same state directory.
+    /// Copies the former installations from an earlier claim of the same state directory.
     fn inherit(&mut self, earlier: Claim) {
         self.former = earlier.former;
         self.former.extend(earlier.install_id);
@@ -146,7 +146,8 @@ impl Claim {
 /// Claims the uids and the subnet of `config` for its state directory.
 ///
 /// # Errors
-/// `conflict` if another installation has some of them, with the setting to change, or `host`.
+/// `conflict` if another installation has some of them (the hint names the setting to change), or
+/// `host`.
 pub(super) fn take(config: &Config, dir: &Path) -> Result<Held> {
     drop(crate::host::fs::create_dir(dir, 0o700)?);
     let mut claim = Claim::of(config)?;
@@ -192,7 +193,8 @@ fn check_conflict(claim: &Claim, path: &Path) -> Result<()> {
     }
 }
 
-/// True if a daemon holds this claim. If not, no daemon can take it before `file` is closed.
+/// True if a daemon holds this claim. Otherwise no daemon can take the claim before `file` is
+/// closed.
 fn is_held(file: &File) -> bool {
     rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive).is_err()
 }
@@ -227,7 +229,7 @@ fn has_vms<'a>(ids: impl IntoIterator<Item = &'a String>) -> Result<bool> {
     Ok(false)
 }
 
-/// Locks the directory, for as long as claims are compared.
+/// Locks the directory, so that claims can be compared.
 fn lock(dir: &Path) -> Result<File> {
     let path = dir.join(LOCK_FILE);
     let lock = open(&path)?;
@@ -235,7 +237,7 @@ fn lock(dir: &Path) -> Result<File> {
     Ok(lock)
 }
 
-/// All claims on this host, for a daemon with a claim of its own.
+/// All claims on this host, as seen by a daemon that has its own claim.
 pub(super) struct Registry {
     dir: PathBuf,
     own: String,
@@ -249,7 +251,7 @@ impl Registry {
         let Some(mut claim) = read(&file, &path)? else {
             return Ok(());
         };
-        // It is not known yet which installation uses the directory now.
+        // The current installation of the directory is not known yet.
         if claim.install_id.is_none() {
             return Ok(());
         }
@@ -262,7 +264,8 @@ impl Registry {
         }
     }
 
-    /// Calls `visit` for former installations, and forgets those of which nothing is left.
+    /// Calls `visit` for former installations, and forgets the installations that have left
+    /// nothing.
     fn visit_former(
         &self,
         claim: &mut Claim,
@@ -277,7 +280,7 @@ impl Registry {
     }
 
     fn gone(&self, claim: &Claim, id: &str) -> GoneInstallation {
-        // It may have had a bridge even if the current configuration has none.
+        // The former installation may have had a bridge even if the current configuration has none.
         GoneInstallation {
             install_id: id.to_owned(),
             state_dir: claim.state_dir.clone(),
@@ -311,26 +314,28 @@ impl Registry {
     }
 }
 
-/// True only if the directory certainly does not exist. One that cannot be accessed may exist.
+/// True only if the directory certainly does not exist. A directory that cannot be accessed may
+/// exist.
 fn is_missing(dir: &Path) -> bool {
     use std::io::ErrorKind::{NotADirectory, NotFound};
     std::fs::symlink_metadata(dir).is_err_and(|e| matches!(e.kind(), NotFound | NotADirectory))
 }
 
 impl Installations for Registry {
-    /// Makes the claim stay valid while VMs of this installation run.
+    /// Records the installation, so that the claim stays valid while its VMs run.
     fn set_own(&self, install_id: &str) -> Result<()> {
         let _lock = lock(&self.dir)?;
         let path = self.dir.join(&self.own);
         let file = open(&path)?;
         let mut claim = read(&file, &path)?.ok_or_else(|| {
-            Error::internal(format!("read {}: it is not a claim", path.display()))
+            Error::internal(format!("read {}: the file is not a claim", path.display()))
         })?;
         claim.become_installation(install_id);
         write(&file, &claim)
     }
 
-    /// Holds the lock, so no daemon can take a claim and bring one of these installations back.
+    /// Holds the lock during the visit, so no daemon can start with a claim of one of these
+    /// installations.
     fn visit_gone(&self, visit: &mut dyn FnMut(&GoneInstallation) -> bool) -> Result<()> {
         let _lock = lock(&self.dir)?;
         self.visit_own(visit)?;
@@ -371,7 +376,7 @@ fn flock(file: &File, path: &Path) -> Result<()> {
 }
 
 impl Held {
-    /// The registry of claims, for a daemon that is about to find out which installation it is.
+    /// The registry of claims, for a daemon that does not know its installation yet.
     pub(super) fn registry(&self) -> Registry {
         Registry {
             dir: self.dir.clone(),
@@ -444,7 +449,7 @@ mod tests {
         // The same state directory again, after the first daemon has exited.
         drop(first);
         drop(take(&config("/a", (5000, 100), Some("10.89.0.0/24")), dir.path()).unwrap());
-        // No VM of it runs, so its uids and its subnet are free.
+        // The first daemon has no running VMs, so its uids and subnet are free.
         take(&config("/d", (5000, 100), Some("10.89.0.0/24")), dir.path()).unwrap();
         drop((beside, before));
     }

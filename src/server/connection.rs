@@ -1,4 +1,4 @@
-//! The thread of one connection, which reads a line, has it answered, and writes the answer.
+//! The thread of one connection. It reads a line, calls the handler, and writes the answer.
 
 use super::line::{Descriptors, Incoming, LineReader};
 use super::peer::Peer;
@@ -23,7 +23,7 @@ use std::sync::Arc;
 pub struct Connection<'a> {
     socket: &'a Arc<UnixStream>,
     peer: Peer,
-    /// A write has failed, so nobody reads any more.
+    /// True if a write has failed, because the caller has gone.
     broken: Cell<bool>,
     /// A descriptor to send with the answer.
     passed: Cell<Option<OwnedFd>>,
@@ -31,7 +31,7 @@ pub struct Connection<'a> {
 
 impl Connection<'_> {
     /// A descriptor for `poll` without requested events. POLLHUP or POLLERR means that the caller
-    /// has disconnected. A caller that has only shut down its sending side is still there.
+    /// has disconnected. A caller that has only shut down its sending side is still connected.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }

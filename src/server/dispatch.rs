@@ -1,5 +1,5 @@
-//! Answers calls with the daemon. What a call requires is in the table of `api::table`: it is
-//! checked here for all calls, and the handlers below are called with parsed parameters.
+//! Answers calls with the daemon. The table in `api::table` lists the requirements of each call.
+//! They are checked here for all calls, and the handlers below get parsed parameters.
 
 use super::op_wait::{OpWait, ended, raw};
 use super::{CallError, CallResult, Connection, Handler, IncomingCall};
@@ -33,7 +33,7 @@ impl Dispatch {
         Self { daemon }
     }
 
-    /// Checks what needs no parameters.
+    /// Checks the requirements that do not depend on parameters.
     fn check(
         &self,
         info: &CallInfo,
@@ -142,7 +142,7 @@ impl Handler for Dispatch {
     }
 }
 
-/// What a handler returns.
+/// The result of a handler.
 enum HandlerReply {
     Value(Box<RawValue>),
     /// The result of the operation is the reply. The notes are sent until it has ended.
@@ -168,7 +168,7 @@ struct CallContext<'a> {
 }
 
 impl CallContext<'_> {
-    /// `key` is taken by a handler that records it itself.
+    /// Calls the handler. A handler that records the key itself takes it out of `key`.
     fn handle(&self, call: AnyCall, fds: Vec<OwnedFd>, key: &mut Option<HeldKey>) -> HandlerResult {
         let (d, c) = (self.daemon, &self.caller);
         match call {
@@ -257,7 +257,7 @@ impl CallContext<'_> {
         }
         self.require_more("vm.create with hold")?;
         let vm = self.daemon.creator.create(&self.caller, request)?;
-        // If this note cannot be sent, the caller has disconnected, which the hold notices at once.
+        // If this note cannot be sent, the caller has disconnected. The hold notices that at once.
         let _ = self.connection.notify(Note::Created(Box::new(vm.clone())));
         reply(self.daemon.lifecycle.hold(vm, self.wait.hangup()))
     }

@@ -25,8 +25,8 @@ pub(super) struct LineReader<'a> {
 #[derive(Debug, Default)]
 pub(super) struct Descriptors {
     pub(super) fds: Vec<OwnedFd>,
-    /// True if there were more than [`FDS_MAX`], or if some did not come with the first byte. Then
-    /// all have been closed.
+    /// True if there were more than [`FDS_MAX`] descriptors, or if some did not come with the first
+    /// byte. All of them have then been closed.
     pub(super) wrong: bool,
 }
 
@@ -95,8 +95,8 @@ impl<'a> LineReader<'a> {
         }
     }
 
-    /// Reads what is available, but never a byte of the next line, because that line's descriptors
-    /// would come with it.
+    /// Reads the available bytes, but never a byte of the next line, because its descriptors would
+    /// come with its first byte.
     fn read_some(&mut self, deadline: Instant, descriptors: &mut Descriptors) -> io::Result<usize> {
         let old = self.buffer.len();
         let room = old.clamp(READ_BYTES, KEPT_BYTES).min(FRAME_BYTES_MAX - old);
@@ -168,8 +168,8 @@ fn take(
             fds.extend(passed);
         }
     }
-    // Truncated: there were more descriptors than fit, or this process has too many. The kernel has
-    // closed the rest.
+    // The descriptors were truncated: there were more than fit, or this process has too many open.
+    // The kernel has closed the rest.
     let cut = message.flags.contains(ReturnFlags::CTRUNC);
     if cut || fds.len() > FDS_MAX || (!first && !fds.is_empty()) {
         descriptors.wrong = true;

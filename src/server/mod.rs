@@ -1,11 +1,12 @@
 //! The Unix-socket server: newline-delimited JSON-RPC 2.0, with a thread per connection and one
 //! call at a time on each.
 //!
-//! The server knows nothing about the calls, which a [`Handler`] answers. It bounds what a caller
-//! can use up. A line has at most [`FRAME_BYTES_MAX`], and no more memory is allocated for one. A
-//! line must end within [`Limits::line`] after its first byte. A caller that does not read its
-//! answer is dropped after [`Limits::write_stall`]. The numbers of connections in all and per uid
-//! are limited, and a connection above the limit gets a `busy` line.
+//! The server knows nothing about the calls, which a [`Handler`] answers. It limits the resources
+//! of each caller. A line has at most [`FRAME_BYTES_MAX`] bytes, and the buffer for a line never
+//! grows beyond that. A line must end within [`Limits::line`] after its first byte. A caller that
+//! does not read its answer is dropped after [`Limits::write_stall`]. The total number of
+//! connections and the number per uid are limited, and a connection above a limit gets a `busy`
+//! line.
 //!
 //! # Errors on a connection
 //! A connection stays usable after a complete line that fails because of bad JSON, an invalid
@@ -47,8 +48,8 @@ use std::time::{Duration, Instant};
 
 /// Answers calls, each on its connection's thread.
 pub trait Handler: Send + Sync + 'static {
-    /// Answers a call. A panic is answered with `internal`, and the connection stays open. No lock
-    /// may be held on return.
+    /// Answers a call. If this panics, the caller gets `internal` and the connection stays open. No
+    /// lock may be held on return.
     fn call(&self, call: IncomingCall<'_>, connection: &Connection) -> CallResult;
 }
 
@@ -95,12 +96,12 @@ pub struct Server {
 
 impl Server {
     /// Creates the socket and begins to accept. The socket has mode 0660, and the group `fcd` if
-    /// that exists and we are root. The last component of its directory is created if it is
-    /// missing. A socket on which nothing listens is replaced.
+    /// this process is root and the group exists. The last component of its directory is created if
+    /// it is missing. A socket on which nothing listens is replaced.
     ///
     /// # Errors
-    /// `busy` if something listens on the socket, `target_exists` if the path is something else, or
-    /// `host`.
+    /// `busy` if something listens on the socket, `target_exists` if the path is not a socket of
+    /// this user, or `host`.
     pub fn bind(path: &Path, limits: Limits, handler: Arc<dyn Handler>) -> Result<Server> {
         let socket = socket::bind(path)?;
         let stop =

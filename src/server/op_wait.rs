@@ -73,7 +73,7 @@ impl OpWait<'_> {
             Ok(None) => Err(Error::internal("a wait without a deadline timed out").into()),
             Err(Gone) => {
                 if owned && on_disconnect == OnDisconnect::CancelOperation {
-                    // It may have ended in the meantime.
+                    // The operation may have ended already.
                     let _ = self.core.ops.cancel(&id, CancelCause::CallerHungUp);
                 }
                 Err(CallError::from(Error::from(Gone)).with_op(id))
@@ -145,7 +145,7 @@ impl OpWait<'_> {
 
 pub(super) fn raw(reply: &impl Serialize) -> CallResult {
     to_raw_value(reply)
-        .map_err(|e| CallError::from(Error::internal("write a reply").with_source(e)))
+        .map_err(|e| CallError::from(Error::internal("serialize a reply").with_source(e)))
 }
 
 /// Turns an operation that has ended into the answer of its call.

@@ -1,11 +1,11 @@
-//! Which process is at the other end of a connection.
+//! Identifies the process at the other end of a connection.
 
 use crate::error::{Error, Result};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use std::os::unix::net::UnixStream;
 
-/// The credentials of the process that connected (SO_PEERCRED). The pid is for logs only, because
-/// it may have been reused since.
+/// The credentials of the process that connected (SO_PEERCRED). Use the pid in logs only, because
+/// it may have been reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Peer {
     pub uid: u32,

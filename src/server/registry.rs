@@ -12,9 +12,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
-/// A peak has at least this many connections. Freed memory is returned to the system after a peak.
+/// The smallest number of connections that counts as a peak. After a peak, freed memory is returned
+/// to the system.
 const PEAK_MIN: usize = 32;
-/// A peak is over when at most this fraction of its connections (1/8) is left.
+/// A peak is over when at most 1/8 of its connections are left.
 const PEAK_PART_LEFT: usize = 8;
 
 #[derive(Default)]

@@ -226,7 +226,7 @@ pub(super) fn response_line(id: Option<&RawValue>, result: CallResult) -> Vec<u8
     )
 }
 
-/// Formats an error that answers no request.
+/// Formats an error that does not belong to a request.
 pub(super) fn error_line(error: &CallError) -> Vec<u8> {
     response_line(None, Err(error.clone()))
 }

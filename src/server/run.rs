@@ -28,7 +28,7 @@ const EXIT_DEADLINE: Duration = Duration::from_secs(15);
 /// How long callers may stay connected after all operations have ended.
 const ANSWERS_GRACE: Duration = Duration::from_secs(1);
 const LOCK_FILE: &str = "lock";
-/// How long to wait for the lock of a daemon that has died, and how often to try.
+/// How long to wait for the lock of a daemon that has died.
 const HELD_BY_NOBODY_GRACE: Duration = Duration::from_secs(5);
 const HELD_BY_NOBODY_PERIOD: Duration = Duration::from_millis(20);
 /// Descriptors that are needed in addition to those of connections, for consoles, monitors, disks
@@ -39,7 +39,7 @@ const OPEN_FILES_RESERVE: u64 = 4096;
 pub fn exit_status(error: &Error) -> u8 {
     match error.kind() {
         Kind::Busy => EXIT_HELD,
-        // A conflict with something else on this host. Only another configuration helps.
+        // After a conflict with something else on this host, only another configuration helps.
         Kind::InvalidConfig | Kind::StoreRefused | Kind::Conflict => EXIT_REFUSED,
         _ => 1,
     }
@@ -52,7 +52,7 @@ pub fn run(config: Config) -> Result<()> {
         config.limits.connections_max as u64 + OPEN_FILES_RESERVE,
     )?;
     let mut signals = watch_signals()?;
-    // Everybody may search the state directory, so that VMMs can reach their files below it.
+    // VMMs have other uids and must reach their files below the state directory.
     drop(crate::host::fs::create_dir(&config.state_dir, 0o711)?);
     let _held = hold(&config.state_dir)?;
     let claim = claim_host(&config)?;
@@ -95,8 +95,8 @@ pub fn run(config: Config) -> Result<()> {
         signal_hook::low_level::signal_name(first).unwrap_or("signal")
     );
     crate::host::thread::spawn("second-signal", move || {
-        // A closing terminal sends SIGHUP, and so does its shell. Only a deliberate second signal
-        // cuts the drain short.
+        // A closing terminal sends SIGHUP, and so does its shell. So SIGHUP never cuts the drain
+        // short, and after a SIGHUP only the second other signal does.
         let mut left = if first == SIGHUP { 2 } else { 1 };
         for signal in signals.forever() {
             left -= i32::from(signal != SIGHUP);
@@ -119,12 +119,13 @@ pub fn run(config: Config) -> Result<()> {
     Ok(())
 }
 
-/// Claims uids and a subnet of the host, if we are root. A user's daemon gives VMs neither.
+/// Claims uids and a subnet of the host if this process is root. A user's daemon does not give VMs
+/// uids or subnets.
 fn claim_host(config: &Config) -> Result<Option<claim::Held>> {
     if !rustix::process::geteuid().is_root() {
         return Ok(None);
     }
-    // Tests run many daemons at once, each as if on a host of its own.
+    // Tests run many daemons at once, each with its own directory of claims.
     #[cfg(feature = "fakes")]
     if let Some(dir) = std::env::var_os("FCD_TEST_CLAIMS") {
         return claim::take(config, Path::new(&dir)).map(Some);
@@ -159,7 +160,7 @@ pub fn drain(
 ) -> usize {
     server.stop_accepting();
     daemon.close(transfers_until, deadline);
-    // Callers that waited for the operations are being answered now.
+    // The callers of these operations are getting their answers now.
     server.drain(deadline.min(Instant::now() + ANSWERS_GRACE));
     server.hang_up();
     server.drain(deadline)

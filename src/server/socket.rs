@@ -1,5 +1,5 @@
-//! Creates the socket file, in a directory that only root or our user can write, and never in place
-//! of a file that is in use or not ours.
+//! Creates the socket file. Only root and this process's user may be able to write to its
+//! directory. The socket never replaces a file that is in use or belongs to somebody else.
 
 use crate::error::{Error, Kind, Result};
 use crate::host::command::{Command, run_any_status};
@@ -14,7 +14,7 @@ use std::time::Duration;
 
 /// Members of this group may use the socket of root's daemon.
 const SOCKET_GROUP: &str = "fcd";
-/// How long the name service may take to look it up.
+/// How long the name service may take to look up the group.
 const GETENT_DEADLINE: Duration = Duration::from_secs(10);
 /// getent(1): a key was not found.
 const GETENT_NOT_FOUND: i32 = 2;
@@ -27,7 +27,7 @@ pub(super) struct Socket {
 }
 
 impl Drop for Socket {
-    /// Removes the file if it is still ours. Another daemon may have replaced it.
+    /// Removes the file unless another daemon has replaced it.
     fn drop(&mut self) {
         if inode(&self.path).is_ok_and(|found| found == self.inode) {
             let _ = std::fs::remove_file(&self.path);
@@ -83,8 +83,8 @@ fn socket_gid() -> Option<u32> {
     })
 }
 
-/// Runs getent(1), because the name service may load modules that are foreign code, and the daemon
-/// would keep them in memory. Returns `None` if there is no such group.
+/// Runs getent(1) in another process, because the name service may load third-party modules, and
+/// the daemon would keep them in memory. Returns `None` if there is no such group.
 fn gid_of(group: &str) -> Result<Option<u32>> {
     let command = Command::new("getent")
         .args(["group", group])
@@ -111,8 +111,8 @@ fn gid_in(line: &[u8]) -> Option<u32> {
         .ok()
 }
 
-/// Creates the directory. Root's is readable for everybody, because the socket's own mode decides.
-/// That of a user is private.
+/// Creates the directory. Root's directory is readable by everybody, because the socket's mode
+/// restricts access. A user's directory is private.
 fn make_dir(dir: &Path) -> Result<()> {
     let mode = if rustix::process::geteuid().is_root() {
         0o755
@@ -129,7 +129,7 @@ fn make_dir(dir: &Path) -> Result<()> {
     }
 }
 
-/// Checks that only root and our own user can replace files in the directory.
+/// Checks that only root and this process's user can replace files in the directory.
 fn check_dir(dir: &Path) -> Result<()> {
     let shown = dir.display();
     let stat = rustix::fs::stat(dir).map_err(|e| Error::io(format!("stat {shown}"), e))?;
@@ -149,7 +149,7 @@ fn check_dir(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Removes our own socket if nothing listens on it. Fails for any other file.
+/// Removes a socket of this user if nothing listens on it. Fails for any other file.
 fn remove_stale(path: &Path) -> Result<()> {
     let shown = path.display();
     let stat = match rustix::fs::statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW) {

@@ -16,8 +16,7 @@ impl Lifecycle {
     pub(super) fn abandon(&self, vm: &VmId, op: OpHandle) {
         let (lifecycle, vm) = (self.clone(), vm.clone());
         let body = move || {
-            // The same code may panic again, and the VM must get out of its transitional state
-            // nevertheless.
+            // The same code may panic again. Even then, the VM must leave its transitional state.
             let settle = || catch_unwind(AssertUnwindSafe(|| lifecycle.fail_abandoned(&vm, &op)));
             while let Err(e) =
                 settle().unwrap_or_else(|_| Err(Error::internal("it panicked again")))

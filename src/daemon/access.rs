@@ -1,4 +1,5 @@
-//! Decides who may see a VM: root and its owner. For everybody else it does not exist.
+//! Finds VMs that a caller may see. Only root and the owner may see a VM. Other callers get the
+//! same error as for a VM that does not exist.
 
 use crate::error::{Error, Kind, Result};
 use crate::host::text::quoted;
@@ -6,9 +7,9 @@ use crate::ids::ID_LEN;
 use crate::store::{State, VmRow};
 use std::sync::Arc;
 
-/// Shortest prefix that is looked up as the beginning of an ID.
+/// The shortest text that is looked up as a prefix of an ID.
 pub(super) const PREFIX_LEN_MIN: usize = 2;
-/// How many VMs an error names if the beginning of an ID matches several.
+/// How many VMs an error names if a prefix of an ID matches several.
 const AMBIGUOUS_SHOWN_MAX: usize = 4;
 
 /// The peer of a connection, from its credentials.
@@ -36,8 +37,8 @@ pub(super) fn vm_not_found(text: &str) -> Error {
         .hint("list your VMs: fcctl ps -a")
 }
 
-/// Finds a VM by its name, its ID, or a unique beginning of its ID. Uses the store's indexes, so
-/// the cost does not grow with the number of VMs.
+/// Finds a VM by its name, its ID, or a unique prefix of its ID. Uses the store's indexes, so the
+/// cost does not grow with the number of VMs.
 pub(super) fn find<'s>(state: &'s State, caller: &Caller, text: &'s str) -> Result<&'s VmRow> {
     let visible = |row: &&'s Arc<VmRow>| caller.may_see(row.owner_uid);
     if let Some(row) = state.vm_by_name_or_id(text).filter(visible) {

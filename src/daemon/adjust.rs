@@ -1,9 +1,9 @@
 //! Changes the rates of a running VM's devices and the size of its balloon.
 //!
-//! As with a pause, the row is changed first and the driver is called afterwards, again and again
-//! until the values it got are the ones in the row. So if two callers change a VM at once, the
-//! later change wins in whatever order the driver answers. If the driver refuses, the change of the
-//! row is undone. If the daemon dies in between, the next daemon applies the row to the VM.
+//! As with a pause, the row is changed first. Then the driver is called until the applied values
+//! match the row. So if two callers change a VM at once, the later change wins, regardless of the
+//! order in which the driver answers. If the driver refuses, the change of the row is undone. If
+//! the daemon dies before it has called the driver, the next daemon applies the row to the VM.
 
 use super::access::Caller;
 use super::controls::Controls;
@@ -18,10 +18,10 @@ use crate::locks::KeyGuard;
 use crate::store::{Ticket, VmRow};
 use crate::vmm::{GuestNetwork, Identity};
 
-/// With less, a guest reads its own programs too slowly to boot.
+/// At a lower rate, a guest reads its own programs too slowly to boot.
 const BYTES_PER_S_MIN: u64 = 64 << 10;
 const BYTES_PER_S_MAX: u64 = 1 << 40;
-/// The kernel's packet filter accepts no higher rate (nft(8)).
+/// The kernel's packet filter does not accept a higher rate (nft(8)).
 const NET_BYTES_PER_S_MAX: u64 = 16 << 30;
 const OPS_PER_S_MIN: u64 = 10;
 const OPS_PER_S_MAX: u64 = 1_000_000_000;
@@ -98,7 +98,8 @@ impl Controls {
         Ok(())
     }
 
-    /// Applies rates that the row has already. `before` is the row from before that change.
+    /// Applies the rates that the row already has. `before` is the row before the rates were
+    /// changed.
     pub(super) fn adjust_rates(&self, before: &VmRow, change: &RateLimits) -> Result<()> {
         self.apply_rates(&before.id, before.generation)
             .map_err(|e| {
@@ -242,7 +243,7 @@ impl Controls {
             .as_ref()
             .filter(|_| now.generation == row.generation)
             .ok_or_else(|| {
-                Error::new(Kind::WrongState, format!("{doing}: it ended meanwhile"))
+                Error::new(Kind::WrongState, format!("{doing}: the guest has ended"))
                     .hint(format!("fcctl vm show {}", row.name))
             })?;
         let kept_mib = self
@@ -257,7 +258,7 @@ impl Controls {
     }
 }
 
-/// Adds what was being done, and a hint if it has none, to an error of the driver.
+/// Adds context to an error of the driver, and a hint if the error does not have one.
 fn refused(e: Error, row: &VmRow, doing: String) -> Error {
     let e = if e.hint_text().is_some() {
         e
@@ -269,7 +270,7 @@ fn refused(e: Error, row: &VmRow, doing: String) -> Error {
 
 /// Restores the rates that `change` set, unless they have been changed again since.
 fn undo_rates(row: &mut VmRow, before: &VmRow, change: &RateLimits) {
-    // A limit is unchanged if the request names it and the row still has the requested value.
+    // A limit is `unchanged` if the request set it and the row still has the requested value.
     let wanted = before.shape.rates.with(change);
     let changed_since = row
         .shape

@@ -1,20 +1,20 @@
 //! The crash budget of adoption. A starting daemon talks to every VMM that an earlier daemon left
 //! running. If a guest has taken over its VMM, the VMM may send anything. If such a VMM crashes a
-//! daemon, later daemons must not crash on it forever. So a VM is not adopted any more once its
+//! daemon, later daemons must not crash on it forever. So a VM is no longer adopted once its
 //! adoption has crashed [`DEATHS_MAX`] daemons.
 //!
 //! | what the last daemon did | what this one does |
 //! |---|---|
 //! | survived its first minute | adopts all VMs, and writes one mark before the first |
 //! | died in its first minute | records each adoption before it begins |
-//! | died while it adopted a VM | the same, and adopts that VM last |
-//! | the same, for the second time | does not adopt the VM: it is `unresponsive`, so a stop or delete kills its VMM |
+//! | died while it adopted a VM | records each adoption, and adopts that VM last |
+//! | was the second to die while adopting a VM | does not adopt that VM: it is `unresponsive`, so a stop or delete kills its VMM |
 //!
-//! An adoption that is recorded lasts until the thread that monitors the VMM has had its first
-//! answer, because that thread also reads what the VMM sends. If no daemon has died, the records
-//! cost one durable change at the start, for any number of VMs. A read-only store does not delay
-//! any adoption. The record of a VM is removed at the VM's next start, when the VM is deleted, or
-//! when an adoption succeeds.
+//! A recorded adoption lasts until the VMM has first answered the thread that monitors it, because
+//! that thread also reads what the VMM sends. If no daemon has died, the records cost one durable
+//! change at the start, for any number of VMs. A read-only store does not delay any adoption. The
+//! record of a VM is removed at the VM's next start, when the VM is deleted, or when an adoption
+//! succeeds.
 
 use super::core::Core;
 use super::core::DURABLE_DEADLINE;
@@ -32,8 +32,8 @@ use std::time::{Duration, Instant};
 const PREFIX: &str = "adoption/";
 /// Meta key that exists while a daemon may be adopting VMs.
 const MARK: &str = "adopting";
-/// How many daemons may die in the adoption of a VM before it is left alone. A death that cannot be
-/// attributed to a VM is not counted.
+/// How many daemons may die while adopting a VM before the VM is no longer adopted. A death that
+/// cannot be attributed to a VM is not counted.
 const DEATHS_MAX: u32 = 2;
 
 /// How long a recorded adoption waits for the VMM's first answer.
@@ -41,18 +41,18 @@ const ANSWER_DEADLINE: Duration = Duration::from_secs(4);
 
 /// The state of the adoptions of this daemon.
 pub(super) struct Adoptions {
-    /// The previous daemon may have died in an adoption, so each one is recorded.
+    /// True if the previous daemon may have died in an adoption. Each adoption is then recorded.
     is_careful: bool,
     is_marked: AtomicBool,
     /// VMs whose adoption is recorded and whose VMM has not answered yet.
     silent: Mutex<HashSet<VmId>>,
-    /// VMs that this daemon could not adopt, each with its generation. Adopting them is retried.
+    /// VMs that this daemon could not adopt, each with its generation. Their adoption is retried.
     failed: Mutex<HashMap<VmId, u64>>,
     answered: Condvar,
 }
 
 impl Adoptions {
-    /// The VMM has answered the thread that monitors it.
+    /// Notes that the VMM has answered the thread that monitors it.
     pub(super) fn note_answer(&self, vm: &VmId) {
         if self.silent.lock().remove(vm) {
             self.answered.notify_all();
@@ -67,7 +67,7 @@ impl Adoptions {
         self.failed.lock().remove(vm);
     }
 
-    /// True if adopting the VM failed and it is still in the same boot.
+    /// True if adopting the VM failed and the VM is still in the same boot.
     pub(super) fn has_failed(&self, row: &VmRow) -> bool {
         row.state == VmState::Running && self.failed.lock().get(&row.id) == Some(&row.generation)
     }
@@ -104,7 +104,7 @@ pub(super) fn deaths(state: &State, vm: &VmId) -> u32 {
     records::read(state, &name(vm)).deaths
 }
 
-/// The number of those daemons if the VM is left alone, else `None`.
+/// The number of daemons that died while adopting the VM, if it is no longer adopted; else `None`.
 pub(super) fn left_alone(state: &State, vm: &VmId) -> Option<u32> {
     let record = records::read(state, &name(vm));
     record.is_left_alone.then_some(record.deaths)
@@ -152,7 +152,8 @@ pub(super) struct Adopter {
 }
 
 impl Adopter {
-    /// Removes the mark, because all VMs were adopted some time ago or the daemon exits normally.
+    /// Removes the mark. Call it some time after all VMs were adopted, or when the daemon exits
+    /// normally.
     pub(super) fn end_all(&self) {
         if !self.adoptions.is_marked.swap(false, Ordering::SeqCst) {
             return;

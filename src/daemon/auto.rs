@@ -57,8 +57,8 @@ pub(super) fn check(missing: Option<&Missing>) -> Check {
     }
 }
 
-/// Cheap conditions first. The last one boots a kernel, which takes a second or two where KVM works
-/// and ten where it does not.
+/// Returns the first thing that Firecracker lacks. Cheap conditions come first. The last one boots
+/// a kernel, which takes a second or two if KVM works, and ten seconds if it does not.
 pub(super) fn missing(config: &Config, firecracker: &dyn Driver, is_root: bool) -> Option<Missing> {
     if !is_root {
         return Some(Missing::new("fcd must run as root", "run fcd as root"));

@@ -28,7 +28,7 @@ impl Lifecycle {
         let generation = row.generation;
         self.try_boot(claim, row).map_err(|e| {
             self.runtimes.give_up_boot(&claim.vm);
-            // This also releases ledger entries that the boot never got to.
+            // This also releases ledger entries of steps that the boot did not reach.
             match self.resources.release_boot(&claim.vm, generation) {
                 Ok(()) => e,
                 Err(k) => k.context(format!("after {e}: clean up")),
@@ -155,7 +155,7 @@ impl Lifecycle {
             "until read -r seen </run/fcd/rejoined && [ \"$seen\" = {} ]; do /usr/lib/fcd/busybox usleep 50000; done 2>/dev/null",
             seed.token
         );
-        // The clock in the seed is too old by now, because loading the memory takes time.
+        // The clock in the seed is out of date, because loading the memory took time.
         let script = Script {
             command: &command,
             stdin: &[],
@@ -181,8 +181,8 @@ impl Lifecycle {
         }
     }
 
-    /// Waits for a guest that was restored in another VM. For a moment it still has the keys of the
-    /// old one.
+    /// Waits for a guest that was restored into another VM. At first, the guest still has the keys
+    /// of the original VM.
     fn wait_with_new_keys(
         &self,
         boot: &Boot<'_>,

@@ -23,5 +23,5 @@ impl CallOutcome {
 }
 
 pub(super) fn to_value(reply: &impl Serialize) -> Result<Value> {
-    serde_json::to_value(reply).map_err(|e| Error::internal("write a reply").with_source(e))
+    serde_json::to_value(reply).map_err(|e| Error::internal("serialize a reply").with_source(e))
 }

@@ -56,7 +56,7 @@ enum NextStep {
 
 /// The result of one attempt to commit.
 struct Written {
-    /// The row after the commit. A VM that is gone has the row from before.
+    /// The row after the commit, or the last row of a deleted VM.
     row: VmRow,
     ticket: Ticket,
     result: Result<Value>,
@@ -151,7 +151,7 @@ impl Lifecycle {
         }
     }
 
-    /// Makes one attempt, in one transaction.
+    /// Makes one attempt to commit, in one transaction.
     fn commit_locked(
         &self,
         vm: &KeyGuard<'_, VmId>,
@@ -176,8 +176,8 @@ impl Lifecycle {
             next.enter(&mut row);
         }
         let result = result.and_then(|()| self.views.vm_value(&row));
-        // Make the rows first: the registry's lock is a leaf, so it cannot be taken under the
-        // store's.
+        // Make the rows before the transaction, because the registry's lock cannot be taken under
+        // the store's.
         let ended =
             (!matches!(step, NextStep::Restart)).then(|| ended_row(settlement.op.op(), &result));
         let begun = settlement.next(&step).map(|next| next.op.op());
@@ -254,8 +254,8 @@ impl Lifecycle {
             if !row.rm || row.state == VmState::Running || settlement.state == VmState::Deleting {
                 return (NextStep::Rest, settled);
             }
-            // A settled `rm` VM is deleted by an operation of the daemon. If its delete has failed,
-            // it stays, because another delete would fail as well.
+            // The daemon deletes a settled `rm` VM with its own operation. If a delete has already
+            // failed, the VM stays, because another delete would fail as well.
             return match self
                 .core
                 .begin_own_op("vm.delete", Some(row.id.clone()), row.owner_uid)
@@ -387,7 +387,7 @@ impl Settlement {
     }
 }
 
-/// The operation that begins in the same critical section in which another ends.
+/// An operation that begins in the critical section that ends another operation.
 struct NextOperation<'a> {
     op: &'a OpHandle,
     verb: Verb,

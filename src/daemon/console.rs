@@ -1,4 +1,5 @@
-//! Console logs. A request thread never waits for a VMM here: it reads files and waits in `poll`.
+//! Sends console logs. A request thread never waits for a VMM here: it reads files and waits in
+//! `poll`.
 
 use super::access::Caller;
 use super::sessions::Sessions;
@@ -17,7 +18,7 @@ impl Sessions {
         send: &mut dyn FnMut(LogChunk) -> std::io::Result<()>,
     ) -> Result<LogsReply> {
         let row = self.core.resolve(caller, &request.vm)?;
-        // The first start makes the directory. Before that, nothing has been printed.
+        // The first start creates the directory. A VM that was never started has no log.
         let is_there = self.core.vm_dir(&row.id).exists()
             || (request.follow && self.views.wait_directory(&row.id, reader)?);
         if !is_there {

@@ -1,5 +1,5 @@
 //! Changes running VMs: pause (`pause.rs`), rates and balloon (`adjust.rs`), and settings
-//! (`settings.rs`). The row says how the VM should be, and then the driver is asked to make it so.
+//! (`settings.rs`). Each change is written to the row first, and then applied by the driver.
 
 use super::capacity::Capacity;
 use super::core::Core;

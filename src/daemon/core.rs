@@ -20,7 +20,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// The directory of VMs' directories, in the state directory.
+/// The directory in the state directory that contains one directory per VM.
 pub(super) const VMS_DIR: &str = "vms";
 /// How long a change may take to reach the disk.
 pub(super) const DURABLE_DEADLINE: Duration = Duration::from_secs(60);
@@ -141,8 +141,9 @@ impl Core {
         Tag::prefix(self.store.install_id())
     }
 
-    /// Records what happened to a VM, for tests. `seq` is the change of the store that made it
-    /// visible, or else the latest change. `since` is an instant before it became visible.
+    /// Records what happened to a VM, for tests. `seq` is the change of the store that made the
+    /// event visible, or else the latest change. `since` is an instant before the event became
+    /// visible.
     #[inline]
     pub(super) fn note(
         &self,

@@ -1,4 +1,4 @@
-//! Creates VMs. This makes only a row; nothing boots here.
+//! Creates VMs. A new VM is only a row; nothing boots here.
 
 use super::access::Caller;
 use super::call::to_value;
@@ -22,9 +22,9 @@ use crate::ids::{VmId, VmName};
 use crate::ops::OpHandle;
 use crate::store::{State, Ticket, Tx, VmRow, VmShape};
 
-/// How often ports are picked again because another VM has just taken one.
+/// How many times ports are picked because another VM may take one of them first.
 const PORT_TRIES_MAX: u32 = 16;
-/// Limit of candidates for a name. The later ones carry a random number.
+/// Limit of candidates for a generated name. Later candidates contain a random number.
 const NAME_TRIES_MAX: u32 = 64;
 
 /// Creates VMs.
@@ -58,7 +58,7 @@ impl Creator {
             .image
             .clone()
             .unwrap_or_else(|| self.defaults.image.clone());
-        // The image cannot be deleted before the row names it.
+        // This prevents the image's deletion until the row names it.
         let (image, _image) = self.image_service.use_image(&image_name)?;
         let row = VmRow {
             id: VmId::random(),
@@ -114,7 +114,7 @@ impl Creator {
         self.networks
             .check_ports(caller, row.shape.net, &request.ports)?;
         self.controls.check_rates(&request.rates())?;
-        // The kernel cannot be deleted before the row names it.
+        // This prevents the kernel's deletion until the row names it.
         let _kernel = row
             .shape
             .kernel
@@ -147,8 +147,9 @@ impl Creator {
         vm
     }
 
-    /// Only a socket can tell which ports are free, and under `create_vm` no file or socket may be
-    /// used. So the ports are picked first, and picked again if another VM has taken one meanwhile.
+    /// Only binding a socket shows whether a port is free, and no socket may be opened under
+    /// `create_vm`. So the ports are picked before the lock is taken, and picked again if another
+    /// VM takes one first.
     fn insert_with_ports(
         &self,
         row: &VmRow,

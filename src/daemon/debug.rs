@@ -1,4 +1,4 @@
-//! Shows who holds each lock since when, and who waits for it. Release builds have this too.
+//! Lists which threads hold or await each lock, and for how long. Release builds include this.
 
 use super::core::Core;
 use crate::api::daemon::{DebugLocksReply, LockParty, LockRecord};

@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::vmm::Driver;
 use std::path::Path;
 
-/// Returns how root disks in `dir` are made: as configured, or else in the best way.
+/// Returns how root disks in `dir` are made: as configured, or in the best way that works.
 pub(super) fn probe(disk: &config::Disk, vmm: &dyn Driver, dir: &Path) -> Result<Probe> {
     let wanted = match disk.driver {
         DiskDriver::Auto => None,

@@ -1,9 +1,9 @@
 //! `doctor`: reports what fcd needs, what it found, what it chose, and how to fix problems.
 //! Read-only.
 //!
-//! The checks run programs as the daemon's user, and every local user may call `doctor`. So all
-//! callers during a run share it, and other users than root and the daemon's own user get results
-//! that are up to a few seconds old.
+//! The checks run programs as the daemon's user, and every local user may call `doctor`. So
+//! concurrent callers share one run, and users other than root and the daemon's own user get
+//! results that are up to a few seconds old.
 
 use super::access::Caller;
 use super::core::Core;
@@ -24,7 +24,7 @@ use crate::vmm::Driver;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How long a result is reused for other users than root and the daemon's own user.
+/// How long a result is reused for users other than root and the daemon's own user.
 const KEPT: Duration = Duration::from_secs(3);
 /// How long a caller waits for another caller's run.
 const RUN_DEADLINE: Duration = Duration::from_secs(60);
@@ -71,7 +71,7 @@ impl Doctor {
             .host_checks
             .get(freshness, Instant::now() + RUN_DEADLINE, run);
         let mut checks = found.map_err(|e| e.context("check this host"))?;
-        // These read only files and memory, so they are never shared.
+        // These checks read only files and memory, so there is no need to share them.
         checks.push(self.image_check());
         checks.push(self.recovery.recovery_check(caller));
         checks.extend(self.networks.name_server_check());
@@ -89,12 +89,11 @@ impl Doctor {
         Ok(DoctorReply { checks })
     }
 
-    /// Lists what carries our names on the host and belongs to nothing, and removes it if `fix` is
-    /// set.
+    /// Lists resources on the host that carry fcd's names but belong to nothing. Removes them if
+    /// `fix` is set.
     ///
     /// # Errors
-    /// `busy` when the daemon has just started and the remains of its predecessor are not removed
-    /// in time.
+    /// `busy` if the daemon has just started and has not yet removed what its predecessor left.
     pub fn leaks(&self, fix: bool) -> Result<LeaksReply> {
         self.reconciler.wait_first_pass()?;
         Ok(LeaksReply {
@@ -118,7 +117,7 @@ impl Doctor {
     }
 }
 
-/// The checks that need no daemon.
+/// Runs the checks that do not need a daemon.
 pub fn host_checks(config: &Config, seams: &Seams) -> Result<Vec<Check>> {
     let cancel = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
     let mut all = checks(config, seams.vmm.as_ref(), seams.commands.as_ref(), &cancel);

@@ -25,7 +25,7 @@ impl Lifecycle {
             Err(e) => return Outcome::StillThere(e),
         };
         let Some(identity) = self.vmms.identity(&row) else {
-            // The VMM is gone. If the first half of a restart ended it, the row says how.
+            // The VMM has exited. If the first half of a restart ended it, the row says how.
             return match self.resources.release_boot(&row.id, row.generation) {
                 Ok(()) => Outcome::Ended {
                     synced: row.synced.unwrap_or(Synced::No),
@@ -95,7 +95,7 @@ impl Lifecycle {
     }
 
     /// Runs the shutdown command over SSH. Returns true once the guest has reported that its data
-    /// is on its disks. It shuts down shortly after that.
+    /// is on its disks. The guest shuts down shortly afterwards.
     fn shut_down_over_ssh(&self, claim: &Claim, row: &VmRow, deadline: Instant) -> bool {
         let mut output = VecSink::new(OUTPUT_BYTES_MAX);
         let asked = self.guests.target(row).and_then(|target| {

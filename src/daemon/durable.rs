@@ -12,7 +12,7 @@ impl Core {
     }
 
     /// Like [`Core::wait_durable`], for the reconciler: the deadline holds even if the disk hangs,
-    /// so that one VM's change does not keep it from the next VM.
+    /// so that one VM's change does not block the reconciler.
     pub(super) fn wait_durable_in_time(&self, ticket: &Ticket) -> Result<()> {
         ticket
             .wait_for_thread(Instant::now() + DURABLE_DEADLINE)

@@ -19,7 +19,7 @@ impl Effects {
     #[cfg(any(test, feature = "fakes"))]
     pub fn follow(&self, plan: std::sync::Arc<dyn Plan>) {
         if self.plan.set(plan).is_err() {
-            log::error!("a plan for effects is set already");
+            log::error!("an effect plan is already set");
         }
     }
 
@@ -30,7 +30,8 @@ impl Effects {
 
     #[cfg(not(any(test, feature = "fakes")))]
     #[inline(always)]
-    #[allow(clippy::unnecessary_wraps, clippy::unused_self)] // The same signature as above.
+    // The signature must match the one above.
+    #[allow(clippy::unnecessary_wraps, clippy::unused_self)]
     pub(super) fn before(&self, _what: &str) -> Result<()> {
         Ok(())
     }

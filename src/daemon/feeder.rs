@@ -1,10 +1,10 @@
 //! Sends events to all watchers that keep up, from one thread.
 //!
-//! The store's feed hands new changes for all watchers to this thread. It renders the notifications
-//! once for each uid that sees other events, and sends them without waiting. If a watcher's socket
-//! is full or broken, its watch is returned to the thread of its connection, which waits for the
-//! socket or ends the watch ([`super::events`]). So a slow watcher costs the others one system
-//! call.
+//! This thread takes new changes for all watchers from the store's feed. It renders the
+//! notifications once for callers that see the same events, and sends them without waiting. If a
+//! watcher's socket is full or broken, its watch is returned to the thread of its connection, which
+//! waits for the socket or ends the watch ([`super::events`]). So a slow watcher costs the others
+//! one system call.
 
 use super::access::Caller;
 use super::changes::events_for;
@@ -162,7 +162,7 @@ fn send_all(due: &mut [Due], outlets: &Outlets) {
     }
 }
 
-/// Returns false if the watcher's own thread must continue.
+/// Sends one block to a watcher. Returns false if the watcher's own thread must continue.
 fn send_some(due: &mut Due, outlet: &Outlet, blocks: &mut Blocks) -> bool {
     let Some(block) = blocks.next(&outlet.caller, due) else {
         return false;
@@ -229,8 +229,8 @@ fn render<'a>(
             }))
             .ok()?;
             if line.len() > FRAME_BYTES_MAX {
-                // The frame is too large. Send what comes before it. The watcher's own thread will
-                // find the same and end the watch.
+                // The frame is too large. Send the changes before it. The watcher's own thread will
+                // get the same error and end the watch.
                 break;
             }
             bytes.extend_from_slice(&line);

@@ -41,8 +41,7 @@ impl Reconciler {
         self.lifecycle.watch_end(row, identity)
     }
 
-    /// Gives up on a VM if its crash budget is used up. Returns true if so; then the VM must not be
-    /// resumed.
+    /// Gives up on a VM if its crash budget is used up. Returns true if the VM must not be resumed.
     pub(super) fn gave_up(&self, row: &VmRow) -> Result<bool> {
         let record = self
             .core
@@ -51,7 +50,7 @@ impl Reconciler {
         let deaths = record.deaths_at_start();
         let gives_up = match row.state {
             VmState::Stopping => deaths > 1,
-            // A delete does not ask the guest, so there is no gentler attempt to make.
+            // A delete never asks the guest, so a second attempt would not differ from the first.
             VmState::Deleting => deaths > 0,
             VmState::Created | VmState::Stopped | VmState::Failed => {
                 record.is_under_way || record.is_left_alone
@@ -65,7 +64,7 @@ impl Reconciler {
     }
 
     /// Marks the VM as failed and cleans up after it. The state is written first: if the clean-up
-    /// kills the daemon, the next one must not find anything to resume.
+    /// kills the daemon, the next daemon must not find anything to resume.
     fn give_up(&self, row: &VmRow, deaths: u32, leaves_alone: bool) -> Result<()> {
         let reason = format!("{}, so it is not resumed again", recovery::times(deaths));
         log::error!("VM {}: {reason}", row.name);

@@ -4,8 +4,8 @@
 //!
 //! An installation is gone if no daemon has claimed it, none of its VMs runs, and its state
 //! directory is missing or belongs to another installation. A missing directory may be on a disk
-//! that is not mounted. Removal is harmless even then: none of the installation runs, the removed
-//! things hold no data, and its daemon makes all of them again at its next start, as after a
+//! that is not mounted. Removal is harmless even then: nothing of the installation runs, the
+//! removed objects hold no data, and its daemon recreates them at its next start, as after a
 //! reboot.
 
 use super::leak::leak;
@@ -21,9 +21,9 @@ use std::sync::Arc;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GoneInstallation {
     pub install_id: String,
-    /// Its former state directory.
+    /// The installation's former state directory.
     pub state_dir: PathBuf,
-    /// True if it may have had a bridge in this network namespace.
+    /// True if the installation may have had a bridge in this network namespace.
     pub has_network: bool,
 }
 
@@ -33,8 +33,9 @@ pub trait Installations: Send + Sync {
     /// directory is then gone.
     fn set_own(&self, install_id: &str) -> Result<()>;
 
-    /// Calls `visit` with each installation that is gone. It cannot come back meanwhile. If `visit`
-    /// returns true, nothing is left of the installation and it is forgotten.
+    /// Calls `visit` with each installation that is gone. The installation cannot start again
+    /// during the visit. If `visit` returns true, nothing is left of the installation, and it is
+    /// forgotten.
     fn visit_gone(&self, visit: &mut dyn FnMut(&GoneInstallation) -> bool) -> Result<()>;
 }
 
@@ -86,7 +87,7 @@ fn sweep_network(
         return Ok(true);
     }
     let left = match net::gone::look(&gone.install_id, commands) {
-        // These tools are also needed for a bridge, so it had none.
+        // A bridge needs the same tools, so the installation had no bridge.
         Err(e) if e.kind() == Kind::CommandMissing => return Ok(true),
         found => found?,
     };

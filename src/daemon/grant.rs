@@ -16,11 +16,11 @@ pub(super) enum Grant {
     Claimed(ClaimedRow),
     /// The VM is in the wanted state already, or the transition table allows the use.
     Nothing,
-    /// The operation in progress, or the queued one, does what was asked for.
+    /// The operation in progress, or the queued one, does what was requested.
     Joined(OpId),
     Queued {
         op: OpId,
-        /// The former successor. It ends after the VM's lock is released.
+        /// The replaced successor. Its operation ends after the VM's lock is released.
         replaced: Option<Successor>,
     },
 }
@@ -34,8 +34,8 @@ pub(super) struct ClaimedRow {
 }
 
 impl Core {
-    /// Records the answer to a request. The VM's lock is still held, so the history has the order
-    /// in which requests were answered.
+    /// Records the answer to a request. The VM's lock is still held, so the history lists answers
+    /// in the order in which they were given.
     pub(super) fn note_answer(
         &self,
         _vm: &KeyGuard<'_, VmId>,

@@ -30,8 +30,8 @@ impl Drop for HoldGuard {
         log::warn!("resume VM {}: {e}; retrying", self.vm);
         let (holder, vm, generation) = (self.holder.clone(), self.vm.clone(), self.generation);
         let retried = self.holder.core.spawn(&format!("resume-{vm}"), move || {
-            // This ends when the VM ends. If the daemon closes first, the next one resumes the
-            // guest.
+            // The loop ends when the VM ends. If the daemon closes first, the next daemon resumes
+            // the guest.
             while holder.vmm_is_alive(&vm, generation) && holder.resume(&vm, generation).is_err() {
                 if holder.core.sleep(RESUME_PERIOD) {
                     return;
@@ -44,7 +44,8 @@ impl Drop for HoldGuard {
     }
 }
 
-/// Pauses a guest while it is saved, and resumes it as its owner wants it.
+/// Pauses guests while they are saved. Afterwards, resumes each guest unless its owner has paused
+/// it.
 #[derive(Clone)]
 pub(super) struct GuestHolder {
     pub core: Core,
@@ -54,7 +55,7 @@ pub(super) struct GuestHolder {
 }
 
 impl GuestHolder {
-    /// Pauses the guest until the guard is dropped, whatever its owner asks for.
+    /// Pauses the guest until the guard is dropped, even if its owner asks to resume it.
     pub(super) fn hold(&self, row: &VmRow) -> Result<HoldGuard> {
         let held = HoldGuard {
             holder: self.clone(),
@@ -67,8 +68,8 @@ impl GuestHolder {
         Ok(held)
     }
 
-    /// Pauses or resumes the guest as its owner wants it. Resumes it in any case if it is to shut
-    /// down.
+    /// Pauses or resumes the guest, as its owner last requested. Always resumes a guest that must
+    /// shut down.
     fn resume(&self, vm: &VmId, generation: u64) -> Result<()> {
         // This also runs while the daemon closes, because the guest must not stay paused until the
         // next daemon starts.

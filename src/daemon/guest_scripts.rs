@@ -2,8 +2,8 @@
 
 use crate::host::time::now_s;
 
-/// Reads a script from standard input. `sh -s` would not do: its background processes keep a
-/// descriptor of the script, and thereby the connection, open.
+/// Reads a script from standard input. With `sh -s`, background processes would keep a descriptor
+/// of the script open, and with it the connection.
 pub(super) const GUEST_SHELL: &str = "/usr/lib/fcd/busybox sh -c \"$(cat)\"";
 
 /// Sets the guest's clock to the current time of the host.

@@ -1,4 +1,4 @@
-//! How to reach a guest over SSH.
+//! Finds the address and the keys for reaching a guest over SSH.
 
 use super::core::Core;
 use super::spec::Specs;

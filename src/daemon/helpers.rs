@@ -1,14 +1,14 @@
 //! Runs helper processes by name. A helper is the daemon's own program, started again by
-//! [`crate::host::confine::spawn`]. So `main` first asks this module if it is to be a helper.
+//! [`crate::host::confine::spawn`]. So `main` first calls [`run_if_asked`].
 
 use crate::host::confine::Asked;
 use std::process::ExitCode;
 
-/// Exit status for a name that this version does not know: `EX_USAGE` (sysexits.h).
+/// Exit status for a helper name that this version does not know: `EX_USAGE` (sysexits.h).
 const UNKNOWN: u8 = 64;
 
-/// Runs this process as the helper that its arguments ask for, until the helper ends. Returns
-/// `None` if they do not ask for one.
+/// Runs the helper that this process's arguments name, until the helper ends. Returns `None` if the
+/// arguments do not name a helper.
 pub fn run_if_asked() -> Option<ExitCode> {
     let asked = Asked::from_args()?;
     Some(match asked.name.as_str() {
@@ -24,13 +24,13 @@ pub fn run_if_asked() -> Option<ExitCode> {
     })
 }
 
-/// The test program has its own `main`, so the helpers of tests start before it.
+/// The test program has its own `main`, so its helpers start before `main`.
 #[cfg(test)]
 mod in_tests {
     #[used]
     #[allow(unsafe_code)]
-    // SAFETY: the C library calls it once, before `main` and after the standard library has stored
-    // the arguments.
+    // SAFETY: the C library calls the function once, before `main` and after the standard library
+    // has stored the arguments.
     #[unsafe(link_section = ".init_array")]
     static BRANCH: extern "C" fn() = branch;
 

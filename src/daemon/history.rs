@@ -41,7 +41,7 @@ pub enum What {
         state: Option<VmState>,
         next: Option<OpId>,
     },
-    /// Its VMM ended without a request.
+    /// The VMM ended without a request.
     Died {
         state: VmState,
     },

@@ -20,7 +20,7 @@ impl Lifecycle {
                 false
             });
         match ended {
-            Ok(_) => Err(Error::internal("a hold without a deadline ran into one")),
+            Ok(_) => Err(Error::internal("a hold without a deadline timed out")),
             Err(WaitEnd::VmGone) => Ok(VmReply { vm: last }),
             Err(WaitEnd::CallerGone) => {
                 if last.rm {
@@ -72,7 +72,7 @@ impl Views {
         }
     }
 
-    /// Waits until the VM has its directory, which its first start makes. Returns false if the VM
+    /// Waits until the VM has its directory, which its first start creates. Returns false if the VM
     /// is deleted first.
     pub(super) fn wait_directory(&self, id: &VmId, waiter: Hangup<'_>) -> Result<bool> {
         let dir = self.core.vm_dir(id);

@@ -5,8 +5,8 @@ use crate::host::Commands;
 use crate::locks::Cancel;
 use crate::vmm::Driver;
 
-/// The configuration and seams for a check. `fcd doctor` runs without a daemon, so this has no
-/// `Daemon`.
+/// The configuration and seams for a check. `fcd doctor` runs without a daemon, so a check cannot
+/// use a `Daemon`.
 pub(super) struct HostView<'a> {
     pub config: &'a Config,
     pub vmm: &'a dyn Driver,

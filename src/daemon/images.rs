@@ -1,12 +1,12 @@
 //! Builds, lists and deletes images.
 //!
-//! A build is heavy: a root process and up to 6 GiB of memory. So the builds in progress of each
-//! uid are limited (`limits.builds_per_uid_max`), and the builds that run at once are limited too
-//! (`limits.builds_max`); the others wait. A build reserves its name under `image_ops`, works
-//! without a lock, and publishes the image by a rename that never replaces anything.
+//! A build is heavy: a root process and up to 6 GiB of memory. So `limits.builds_per_uid_max`
+//! limits the builds in progress of each uid, and `limits.builds_max` limits the builds that run at
+//! once. Further builds wait. A build reserves its name under `image_ops`, works without a lock,
+//! and publishes the image by a rename that never replaces anything.
 //!
-//! An image belongs to the user who built it. Everybody can make VMs from it. Only its owner and
-//! root can delete it.
+//! An image belongs to the user who built it. Everybody can create VMs from it. Only its owner,
+//! root and the daemon's own user can delete it.
 
 use super::access::Caller;
 use super::call::{CallOutcome, to_value};
@@ -71,7 +71,7 @@ pub struct ImageService {
 }
 
 impl ImageService {
-    /// Begins to build an image. Any caller may do that.
+    /// Begins to build an image. Any caller may build images.
     pub fn image_build(&self, caller: &Caller, request: &ImageBuildRequest) -> Result<CallOutcome> {
         let name = request
             .name
@@ -206,8 +206,9 @@ impl ImageService {
         Ok(ImageListReply { images, next })
     }
 
-    /// Deletes an image. Root, the daemon's own user and the user who built it may do that. An
-    /// image cannot be deleted while a VM or a snapshot uses it, because VMs boot its kernel.
+    /// Deletes an image. Root, the daemon's own user and the user who built the image may delete
+    /// it. An image cannot be deleted while a VM or a snapshot uses it, because VMs boot its
+    /// kernel.
     ///
     /// # Errors
     /// `denied`, `image_not_found`, `conflict`, `busy`.
@@ -276,8 +277,8 @@ impl ImageService {
             .read(|s| s.vms().filter(|row| row.shape.image == *name).count() as u64)
     }
 
-    /// Returns the image. It cannot be deleted until the guard is dropped; before that, a row must
-    /// name it.
+    /// Returns the image. The guard prevents its deletion. A row must name the image before the
+    /// guard is dropped.
     pub(super) fn use_image(&self, name: &ImageRef) -> Result<(ImageInfo, UseGuard<ImageRef>)> {
         let in_use = self.uses.begin_use(name).ok_or_else(|| {
             Error::new(

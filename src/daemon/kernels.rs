@@ -159,8 +159,8 @@ impl KernelService {
         })
     }
 
-    /// Checks that the kernel exists. It cannot be deleted until the guard is dropped; before that,
-    /// a row must name it.
+    /// Checks that the kernel exists. The guard prevents its deletion. A row must name the kernel
+    /// before the guard is dropped.
     pub(super) fn use_kernel(&self, name: &KernelName) -> Result<UseGuard<KernelName>> {
         let in_use = self.uses.begin_use(name).ok_or_else(|| {
             Error::new(

@@ -147,7 +147,7 @@ impl Keys {
 }
 
 impl HeldKey {
-    /// Writes the key's row, in the transaction that also makes what the key stands for.
+    /// Writes the key's row. Call it in the transaction that creates what the key stands for.
     pub(super) fn put(&self, tx: &mut Tx, op: &OpId) -> Result<()> {
         let now = now_s();
         tx.expire_keys(now);
@@ -178,7 +178,7 @@ impl HeldKey {
         self.keys.core.wait_durable(ticket)
     }
 
-    /// Records an immediate answer as an operation that has ended with it.
+    /// Records an immediate reply as the result of an operation that has ended.
     fn record_value(&self, value: Value) -> Result<()> {
         let op = self.keys.core.begin_own_op(&self.method, None, self.uid)?;
         let written = self.write(op.id());

@@ -1,4 +1,4 @@
-//! Reports of things that fcd left on the host.
+//! Reports resources that fcd left on the host.
 
 use crate::api::daemon::Leak;
 use crate::error::{Error, Result};

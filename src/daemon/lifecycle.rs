@@ -1,6 +1,7 @@
-//! Claims VMs and runs the operations that own them. A verb looks up the transition table and
-//! claims the VM under its lock. Then its own thread does the work without a lock, and `commit.rs`
-//! settles the claim. So a VM that is not at rest always has exactly one operation that owns it.
+//! Claims VMs and runs the operations that own them. A verb consults the transition table and
+//! claims the VM under its lock. Then the operation's own thread does the work without a lock, and
+//! `commit.rs` settles the claim. So a VM that is not at rest always has exactly one operation that
+//! owns it.
 
 use super::access::{Caller, vm_not_found};
 use super::call::CallOutcome;
@@ -59,8 +60,8 @@ pub(super) enum Outcome {
     Deleted,
 }
 
-/// The right to change one VM's state until it is settled. If it is dropped before, after a panic,
-/// the VM becomes `failed`.
+/// The right to change one VM's state until it is settled. If a claim is dropped before it is
+/// settled, for example after a panic, the VM becomes `failed`.
 pub(super) struct Claim {
     pub lifecycle: Lifecycle,
     pub vm: VmId,
@@ -247,8 +248,8 @@ impl Lifecycle {
         }
     }
 
-    /// Records with the claim what the boot needs: memory, and ledger rows for everything that it
-    /// is about to acquire.
+    /// Reserves the boot's memory, and writes ledger rows for everything that the boot is about to
+    /// acquire.
     fn intend_boot(&self, vm: &KeyGuard<'_, VmId>, tx: &mut Tx) -> Result<()> {
         let row = tx
             .vm(vm.key())
@@ -416,7 +417,7 @@ impl Lifecycle {
         let op = claim.op.take().expect("unsettled");
         let successor = {
             let guard = self.core.locks.vm.lock(&claim.vm);
-            // If another operation has claimed the VM since, the runtime belongs to it.
+            // If another operation has claimed the VM since, the runtime belongs to that operation.
             let taken = self
                 .core
                 .row(guard.key())

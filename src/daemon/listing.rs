@@ -1,4 +1,5 @@
-//! Lists VMs in pieces and releases the store's lock between them, so that long lists delay nobody.
+//! Lists VMs in pieces and releases the store's lock between them, so that long lists do not delay
+//! other calls.
 
 use super::access::Caller;
 use crate::api::page;
@@ -8,7 +9,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::str::FromStr;
 
-/// How many VMs are read while the store's lock is held once.
+/// How many VMs are read each time the store's lock is taken.
 const SCAN_MAX: usize = 512;
 
 /// The position of a VM or a snapshot in a listing: the time of its creation, then its ID or name.
@@ -77,7 +78,7 @@ impl<'a, F: Fn(&VmRow) -> bool> VmScan<'a, F> {
                 seen,
             )
         });
-        // Do not read once more than needed: VMs that fit into one piece are then consistent.
+        // Avoid an extra read at the end, so that a list that fits into one piece is consistent.
         self.is_at_end = seen < SCAN_MAX;
         (self.found, self.after) = (found, last);
     }

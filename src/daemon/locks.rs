@@ -3,8 +3,8 @@
 use crate::ids::VmId;
 use crate::locks::{LockSet, Rank};
 
-/// The key of a VM's workspace lock. It has its own type, so that its guard cannot be taken for one
-/// of the VM's lock.
+/// The key of a VM's workspace lock. It has its own type, so that its guard cannot be confused with
+/// a guard of the VM's lock.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct WorkspaceOf(pub VmId);
 
@@ -16,11 +16,11 @@ impl std::fmt::Debug for WorkspaceOf {
 }
 
 pub struct OpLocks {
-    /// Protects state checks and state changes of one VM. Held for moments.
+    /// Protects state checks and state changes of one VM. Held only briefly.
     pub vm: LockSet<VmId>,
     /// Allows one import or export at a time per VM. Held during guest I/O.
     pub workspace: LockSet<WorkspaceOf>,
-    /// Keeps names unique. It is a set with one key, so that its holder shows in `debug locks`.
+    /// Keeps names unique. It is a set with one key, so that its holder is shown in `debug locks`.
     pub create_vm: LockSet<()>,
     /// Protects changes of the image registry.
     pub image_ops: LockSet<()>,

@@ -23,9 +23,9 @@
 //!    the new state and the operation in one store transaction, cancel transfers and sessions if
 //!    the guest is about to end. The answer may also be "nothing to do", a refusal with a hint, or
 //!    "wait for the operation in progress".
-//! 2. **Work** (`boot.rs`, `down.rs`). In a thread of the operation's own and without a lock. It
-//!    first waits until the claim is durable. A boot runs its steps one by one; what a step takes
-//!    from the host is in the ledger before (`resources/`).
+//! 2. **Work** (`boot.rs`, `down.rs`). In the operation's own thread, without a lock. The thread
+//!    first waits until the claim is durable. A boot runs its steps one by one. Whatever a step
+//!    takes from the host is already in the ledger (`resources/`).
 //! 3. **Commit** (`commit.rs`). Under the lock again: the VM is `running`, `stopped`, `failed` or
 //!    gone, or the next step begins. If the store refuses the write, the commit is retried until it
 //!    succeeds or the daemon ends.
@@ -39,8 +39,8 @@
 //! VM has one slot for a queued operation, its *successor*. A stop that arrives during a boot takes
 //! the slot and cancels the boot's token, which ends every wait of the boot. The boot undoes what
 //! it did, and its commit starts the stop in the same critical section, so no other caller gets in
-//! between. A delete replaces a stop in the slot, and a forced stop shortens the grace of the one
-//! in progress.
+//! between. A delete replaces a stop in the slot, and a forced stop shortens the grace period of a
+//! stop in progress.
 //!
 //! ## Everything else that uses a guest
 //!
@@ -50,36 +50,37 @@
 //! to a guest.
 //!
 //! Pause, rates and the balloon are members of the row (`pause.rs`, `adjust.rs`). After a change of
-//! the row the driver is called until the guest is as the row says. If two callers change it at
+//! the row, the driver is called until the guest matches the row. If two callers change a VM at
 //! once, the later change wins. Adoption after a restart calls the driver again.
 //!
 //! ## When something dies
 //!
-//! - **The VMM.** A watcher reports its exit (`watch.rs`). `vmm::end` finds out why: a shutdown in
-//!   order is `stopped`, anything else is `failed` with the reason. Sessions and transfers end with
-//!   that reason. A VMM that does not respond for 12 s is `unresponsive`: nothing new begins in its
-//!   guest, and a stop skips the grace.
+//! - **The VMM.** A watcher reports its exit (`watch.rs`). `vmm::end` finds the cause: an orderly
+//!   shutdown is `stopped`, anything else is `failed` with the reason. Sessions and transfers end
+//!   with that reason. A VMM that does not respond for 12 s is `unresponsive`: nothing new begins
+//!   in its guest, and a stop skips the grace period.
 //! - **The daemon.** VMs keep running. The next daemon reads the store and runs `reconcile.rs`: it
 //!   adopts live VMMs (identified by pid, start time, boot id, executable and tag), undoes boots
-//!   that were in progress, and finishes stops and deletes. It looks at the host's processes once
-//!   for all VMs, takes running VMs first, and skips VMs at rest with nothing in the ledger. A call
-//!   for a VM that has not been looked at does that itself; a stop or delete does not wait even for
-//!   that (`unreconciled.rs`).
+//!   that were in progress, and finishes stops and deletes. It scans the host's processes once for
+//!   all VMs, handles running VMs first, and skips VMs at rest with nothing in the ledger. A call
+//!   for a VM that is not reconciled yet reconciles it first, except that a stop or delete does not
+//!   wait for that (`unreconciled.rs`).
 //! - **The daemon again, while it recovers.** Recovery has a crash budget (`recovery.rs`): an
 //!   operation that was being resumed when the daemon died is not resumed in the same way. The next
 //!   daemon kills the VMM without asking the guest, the one after it marks the VM `failed`, and the
 //!   one after that leaves the VM to its owner. The same holds for adopting a VM.
 //!
 //! Everything that a daemon can leave behind is in the ledger. `sweep` releases it at start and
-//! every minute, and `fcctl doctor --leaks` lists what is on the host under fcd's names without a
+//! every minute, and `fcctl doctor --leaks` lists what carries fcd's names on the host but has no
 //! row.
 //!
 //! # Locks
 //!
 //! `vm_locks[id]` protects transitions and is held for microseconds. `workspace_locks[id]` is held
-//! for a whole import or export, by the operation's thread, and by nothing that a stop waits for.
-//! `create_vm` and `image_ops` are single locks for names and images. `src/locks/rank.rs` has the
-//! order. Under all of them but the workspace lock there is only memory access.
+//! by the operation's thread for a whole import or export. A stop never waits for a thread that
+//! holds it. `create_vm` and `image_ops` are single locks for names and images. `src/locks/rank.rs`
+//! has the order. Only the workspace lock may be held during I/O; under all others there is only
+//! memory access.
 //!
 //! # Sharing between users
 //!
@@ -90,8 +91,8 @@
 //!
 //! - Transfers: a free worker takes the next job of the uid with the fewest running jobs, and one
 //!   uid never gets all workers. A stream below the minimum rate ends (`rate_floor.rs`).
-//! - Builds run one at a time, others wait in line (`images.rs`). An image belongs to the user
-//!   who built it.
+//! - At most `limits.builds_max` builds run at once; further builds wait (`images.rs`). An image
+//!   belongs to the user who built it.
 //! - Finished operations are kept per uid. The operation that a live idempotency key stands for is
 //!   kept as long as the key. A refused call leaves no record.
 //! - `doctor` runs once for all callers that wait for it (`single_flight.rs`).

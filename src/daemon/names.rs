@@ -1,4 +1,4 @@
-//! Makes names such as `brave-otter` for VMs that are created without one.
+//! Generates names such as `brave-otter` for VMs that are created without a name.
 
 use crate::ids::VmName;
 

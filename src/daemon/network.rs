@@ -57,7 +57,7 @@ pub(super) fn checks(host: &HostView<'_>) -> Vec<Check> {
 }
 
 /// If the jailer gives each VMM a device node, the mode of the host's node does not matter. Opening
-/// it to a group is safe, because a user can attach only to taps of their own uid.
+/// the host's node to a group is safe, because a user can attach only to taps of their own uid.
 fn tun(
     vmms_have_own_nodes: bool,
     exists: std::result::Result<(), String>,
@@ -103,7 +103,7 @@ pub(super) struct Networks {
     pub(super) net: Option<Arc<Net>>,
     pub(super) name_server: Arc<Mutex<Option<dns::Server>>>,
     pub(super) config: config::Network,
-    /// How many uids there are for VMs.
+    /// The number of uids reserved for VMs.
     pub(super) vm_uids: u32,
     pub(super) name_server_uid: u32,
 }
@@ -197,7 +197,7 @@ impl Networks {
             Ok(())
         });
         if let Err(e) = adopted {
-            log::warn!("network: adopt VM {}: {e}", row.name);
+            log::warn!("adopt the network of VM {}: {e}", row.name);
         }
     }
 
@@ -205,7 +205,7 @@ impl Networks {
         let Some(net) = &self.net else { return };
         match net.mend() {
             Ok(done) => done.iter().for_each(|what| log::warn!("network: {what}")),
-            Err(e) => log::warn!("network: restore it: {e}; retrying every minute"),
+            Err(e) => log::warn!("restore the network: {e}; retrying every minute"),
         }
     }
 
@@ -256,7 +256,8 @@ fn access(row: &VmRow) -> Access {
     }
 }
 
-/// Looks up names of VMs that are up. A guest can only find VMs of its own owner.
+/// Looks up names of VMs that are starting, running or stopping. A guest can only find VMs of its
+/// own owner.
 struct Book {
     store: Store,
     gateway: Ipv4Addr,

@@ -1,4 +1,4 @@
-//! The `op.*` calls, for those who may see the operation.
+//! The `op.*` calls, and the functions that begin and end operations.
 
 use super::access::Caller;
 use super::core::Core;
@@ -72,8 +72,8 @@ impl Core {
         })
     }
 
-    /// True if the caller may see the operation: root, the user who began it, and the owner of its
-    /// VM.
+    /// True if the caller may see the operation. Root, the user who began it and the owner of its
+    /// VM may.
     fn sees(&self, caller: &Caller, op: &Op) -> bool {
         let is_own_vm = |vm: &VmId| {
             self.store
@@ -82,7 +82,7 @@ impl Core {
         caller.may_see(op.owner_uid) || op.vm.as_ref().is_some_and(is_own_vm)
     }
 
-    /// Cancels the operation, and returns it as it is right after that.
+    /// Requests cancellation and returns the operation's state right afterwards.
     pub fn op_cancel(&self, caller: &Caller, text: &str) -> Result<OpReply> {
         let op = self.op_find(caller, text)?;
         Ok(OpReply {
@@ -90,7 +90,7 @@ impl Core {
         })
     }
 
-    /// Begins an operation of a caller, within the limits of its uid.
+    /// Begins an operation of a caller, within the limits of the caller's uid.
     pub(super) fn begin_op(
         &self,
         method: &str,
@@ -145,7 +145,8 @@ impl Core {
             });
             written.and_then(|((), ticket)| self.wait_durable(ticket))
         };
-        // The disk may accept the write a moment later. Waiters do not wait longer than that.
+        // The disk may accept the write a moment later. Do not delay the operation's waiters for
+        // longer.
         let written = write().or_else(|e| {
             if self.store.wait_writable(Instant::now() + WRITABLE_DEADLINE) {
                 write()

@@ -1,6 +1,6 @@
 //! Pauses and resumes VMs. Paused is a member of the running VM's row, not a state. The row is
-//! changed first and the driver is called afterwards, again and again until the guest is as the row
-//! says. So if two callers change it at once, the later change wins in whatever order the driver
+//! changed first. Then the driver is called until the guest matches the row. So if two callers
+//! change the row at once, the later change wins, regardless of the order in which the driver
 //! answers.
 
 use super::access::Caller;
@@ -70,8 +70,8 @@ impl Controls {
         }
     }
 
-    /// Calls the driver until the guest is as the row says. A guest for which the host has no room
-    /// is paused even if its owner wants it to run.
+    /// Calls the driver until the guest matches the row. A guest is also paused while the host has
+    /// no room for its disk.
     ///
     /// Does nothing while a save holds the guest. The save calls this when it releases the guest.
     pub(super) fn apply_pause(&self, vm: &VmId, generation: u64) -> Result<()> {
@@ -89,7 +89,7 @@ impl Controls {
                 row.generation == generation && row.state == VmState::Running,
                 &row.identity,
             ) else {
-                // A stop has begun meanwhile. The guest must run so that it can shut down.
+                // A stop has begun. The guest must run so that it can shut down.
                 if applied == Some(true) && row.generation == generation {
                     row.identity
                         .as_ref()
@@ -124,7 +124,8 @@ impl Controls {
 
     /// Resumes a guest so that it can shut down.
     pub(super) fn resume_for_stop(&self, row: &VmRow, identity: &crate::vmm::Identity) {
-        // A guest for which the host has no room stays paused, because it would lose its disk.
+        // A guest that is paused because the host has no room stays paused, because it would lose
+        // its disk if it ran.
         if !(row.paused || self.runtimes.is_held(&row.id)) || self.runtimes.is_paused(&row.id) {
             return;
         }

@@ -1,5 +1,5 @@
 //! Checks and picks the host ports of a new VM. A port belongs to one VM from its creation to its
-//! deletion. Whether another program on the host uses it is found out at each start.
+//! deletion. Each start checks whether another program on the host uses the port.
 
 use super::access::Caller;
 use super::network::Networks;
@@ -83,7 +83,7 @@ impl Networks {
         Ok(())
     }
 
-    /// Picks the ports that the request leaves open, and refuses those that belong to another VM.
+    /// Picks the ports that the request leaves open, and refuses ports that belong to another VM.
     /// Another VM may still take one of them before the row exists: see [`require_free`].
     pub(super) fn settle_ports(&self, asked: &[Port]) -> Result<Vec<Port>> {
         let taken: Vec<Port> = self

@@ -21,7 +21,7 @@ pub(super) struct Moved {
 pub(super) struct RateFloor {
     window: Duration,
     bytes_min: u64,
-    /// The bytes at the beginning of the window. `None` before the first check.
+    /// The bytes moved before this window. `None` before the first check.
     bytes_before: Option<u64>,
 }
 
@@ -64,8 +64,8 @@ impl RateFloor {
         loop {
             let until = deadline.min(Instant::now() + self.window);
             match job.wait(until) {
-                // This window is over. The job's own error could also be a timeout, and its result
-                // can be taken only once.
+                // The window is over, but the job is not. If the job is done, the timeout is the
+                // job's own error.
                 Err(e)
                     if e.kind() == Kind::Timeout && !job.is_done() && Instant::now() < deadline => {
                 }
@@ -112,7 +112,7 @@ mod tests {
             assert_eq!(fast.check(bytes), Ok(()));
         }
         assert_eq!(fast.check(5999), Err(999));
-        // One byte in each window, as fast as the idle limit demands.
+        // One byte per window is enough for the idle limit, but not for the rate.
         let mut slow = floor();
         assert_eq!((slow.check(1), slow.check(2)), (Ok(()), Err(1)));
     }

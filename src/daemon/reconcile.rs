@@ -1,9 +1,9 @@
-//! Adopts, finishes or undoes what an earlier daemon left, after a start of this one. It is
+//! Adopts, finishes or undoes what an earlier daemon left, once this daemon has started. It is
 //! idempotent. It never kills a live healthy VMM, and never touches what does not belong to fcd.
 //!
 //! The reconciler's thread handles VMs one after the other, running VMs first; `unreconciled.rs`
-//! knows which are left. VMs at rest without ledger rows of a boot are usable at once. A call that
-//! changes a VM which is not reconciled yet does that itself ([`Unreconciled::ensure_reconciled`]).
+//! tracks which VMs are left. VMs at rest without ledger rows of a boot are usable at once. A call
+//! that changes an unreconciled VM first reconciles it ([`Unreconciled::ensure_reconciled`]).
 
 use super::adoption::Adopter;
 use super::controls::Controls;
@@ -92,7 +92,7 @@ impl FirstPass {
     }
 }
 
-/// Cleans up after an earlier daemon, and then every minute.
+/// Reconciles the VMs of an earlier daemon, and sweeps every minute.
 pub struct Reconciler {
     pub(super) core: Core,
     pub(super) recovery: Recovery,
@@ -144,7 +144,8 @@ impl Reconciler {
         due.into_iter().map(|(_, id)| id).collect()
     }
 
-    /// Waits until the first pass has ended. What an earlier daemon left is not a leak before that.
+    /// Waits until the first pass has ended. Before the end of the first pass, what an earlier
+    /// daemon left is not a leak.
     pub(super) fn wait_first_pass(&self) -> Result<()> {
         let mut is_done = self.first_pass.is_done.lock();
         let deadline = Instant::now() + FIRST_PASS_DEADLINE;
@@ -270,7 +271,8 @@ impl Reconciler {
                 // An earlier daemon that could not adopt the VM has set the reason.
                 let adopted = (Some(running.identity), Some(running.ssh_addr), None);
                 if adopted == (row.identity.clone(), row.ssh_addr, row.reason.clone()) {
-                    // This is the usual case, and it works even if the disk is full.
+                    // In the usual case nothing has to be written, so adoption works even if the
+                    // disk is full.
                     return Ok(());
                 }
                 let ticket = self.change_as_found(row, false, |r| {
@@ -292,7 +294,7 @@ impl Reconciler {
         }
     }
 
-    /// Kills a VMM of a VM that should have none, and releases what it had.
+    /// Kills the VMM of a VM that should not have one, and releases the VMM's resources.
     pub(super) fn end_leftover(&self, row: &VmRow) -> Result<()> {
         if let Some(identity) = self.vmms.identity(row) {
             self.vmms.kill_vmm(&identity)?;
@@ -368,7 +370,7 @@ impl Reconciler {
 impl VmReconciler for Reconciler {
     fn reconcile_one(&self, id: &VmId, guard: ReconcileGuard<'_>) {
         let result = self.reconcile_vm(id, guard.generation);
-        // Release it now, because calls wait for it, and the deletion below is such a call.
+        // Release the guard now, because calls wait for it, including the deletion below.
         drop(guard);
         match result {
             Ok(Next::Delete) => self.lifecycle.delete_unasked(id),
@@ -377,7 +379,7 @@ impl VmReconciler for Reconciler {
         }
     }
 
-    /// Adopts a VM that did not respond when the daemon started and does now.
+    /// Adopts a VM that did not respond when the daemon started but responds now.
     fn adopt_late(&self, row: &VmRow) -> Result<()> {
         let adoptions = &self.adopter.adoptions;
         let (Some(identity), true) = (&row.identity, adoptions.has_failed(row)) else {

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
 use std::sync::Arc;
 
-/// What is known about attempts to recover a VM (`recovery.rs`) or to adopt it (`adoption.rs`).
+/// The record of attempts to recover a VM (`recovery.rs`) or to adopt it (`adoption.rs`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Record {
     /// How many daemons died in an attempt.
@@ -18,8 +18,8 @@ pub(super) struct Record {
 }
 
 impl Record {
-    /// The number of deaths as a starting daemon sees it: an attempt that is still under way killed
-    /// its daemon.
+    /// The number of deaths, for a starting daemon. An attempt that is still marked as under way
+    /// has killed its daemon, so it counts.
     pub(super) fn deaths_at_start(self) -> u32 {
         self.deaths + u32::from(self.is_under_way)
     }
@@ -27,14 +27,14 @@ impl Record {
 
 /// Reads a record.
 pub(super) fn read(state: &State, name: &str) -> Record {
-    // If another version wrote it, one attempt too many is better than none.
+    // A record of another version may be unreadable. One attempt too many is better than none.
     state
         .meta(name)
         .and_then(|text| serde_json::from_str(text).ok())
         .unwrap_or_default()
 }
 
-/// Writes a record. An empty one is removed.
+/// Writes a record. An empty record is removed.
 pub(super) fn write(tx: &mut Tx, name: &str, record: Record) {
     if record == Record::default() {
         tx.remove_meta(name);

@@ -6,13 +6,13 @@
 //! |---|---|
 //! | not in a resumed operation | resumes what was in progress |
 //! | in a resumed stop | resumes it, but kills the VMM without asking the guest |
-//! | in that, or in a resumed delete | marks the VM as `failed`, then kills the VMM and cleans up |
-//! | in that, too | leaves the failed VM to its owner |
+//! | in such a kill, or in a resumed delete | marks the VM `failed`, then kills the VMM and cleans up |
+//! | in the clean-up of a failed VM | leaves the VM to its owner |
 //!
-//! Before each attempt a record in the store's `meta` table says that it is in progress, and is
-//! durable. A daemon that finds such a record knows that its predecessor died there. From the first
-//! death on, a stop by a user does not ask the guest either. The record is removed at the VM's next
-//! start or with the VM. A normal exit of the daemon is not a death.
+//! Before each attempt, a durable record in the store's `meta` table marks the attempt as in
+//! progress. A daemon that finds such a record knows that its predecessor died in the attempt. From
+//! the first death on, a stop by a user does not ask the guest either. The record is removed at the
+//! VM's next start or with the VM. A normal exit of the daemon is not a death.
 
 use super::access::Caller;
 use super::adoption;

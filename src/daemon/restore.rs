@@ -1,10 +1,10 @@
 //! Restores snapshots, in their own VM or in a new one.
 //!
-//! A restore is a start (`Verb::Restore`). Its resource `snapshot` replaces the VM's disks by the
-//! snapshot's, and its VMM loads the saved state instead of booting: QEMU as an incoming migration
-//! from a file, Firecracker with `/snapshot/load` and another tap. A snapshot contains the paths of
-//! its disks. In a jail every VM's disks have the same paths, so a fork works. Without a jail, a
-//! fork on Firecracker is `unsupported`.
+//! A restore is a start (`Verb::Restore`). A boot step replaces the VM's disks with the snapshot's,
+//! and its VMM loads the saved state instead of booting: QEMU as an incoming migration from a file,
+//! Firecracker with `/snapshot/load` and another tap. A snapshot contains the paths of its disks.
+//! In a jail every VM's disks have the same paths, so a fork works. Without a jail, a fork on
+//! Firecracker is `unsupported`.
 //!
 //! The script in the saved memory finds the new seed within a quarter of a second and sets the
 //! clock, random numbers, name, address and keys. The start waits for that. Until then the rules of
@@ -36,7 +36,7 @@ use crate::store::{SnapshotRow, VmShape};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Limit for a whole start from a snapshot, whose steps have deadlines of their own.
+/// Time limit for a whole start from a snapshot. Its steps have their own deadlines.
 const RESTORE_DEADLINE: Duration = Duration::from_secs(3600);
 
 impl Snapshots {
@@ -92,7 +92,7 @@ impl Snapshots {
         })
     }
 
-    /// Runs an operation that makes a new VM run. If it fails, the VM is deleted.
+    /// Runs an operation that starts a new VM. If the operation fails, the VM is deleted.
     fn run_in_new_vm(
         &self,
         caller: &Caller,
@@ -131,8 +131,8 @@ impl Snapshots {
         Ok(CallOutcome::Op(id))
     }
 
-    /// Creates a VM of this shape. It is marked `rm`, so until it runs it is deleted when it stops,
-    /// also after a crash.
+    /// Creates a VM of this shape. It is marked `rm` until it runs, so it is deleted if its start
+    /// fails or the daemon dies.
     fn create_like(&self, caller: &Caller, shape: &VmShape, name: Option<VmName>) -> Result<Vm> {
         self.creator.create(caller, &request(shape, name))
     }
@@ -141,7 +141,7 @@ impl Snapshots {
         let guard = self.core.locks.vm.lock(vm);
         let row = self.core.row(vm)?;
         if row.state == VmState::Deleting {
-            // It stopped before the mark was removed.
+            // The VM stopped before the mark was removed.
             return Err(Error::new(
                 Kind::Superseded,
                 "a later request stopped the new VM, so it was deleted",
@@ -242,7 +242,7 @@ impl Snapshots {
             .begin_use(&row.id)
             .map(Arc::new)
             .ok_or_else(gone)?;
-        // It may have been deleted before the guard was taken.
+        // The snapshot may have been deleted before the guard was taken.
         if self.core.store.read(|s| s.snapshot(&row.id).is_none()) {
             return Err(gone());
         }

@@ -1,6 +1,6 @@
 //! Allocates space on the host for what guests write to disks that are device-mapper snapshots.
-//! Such a disk is lost if the host runs out of space. So space is allocated ahead, and a guest for
-//! which there is none is paused before it can write more.
+//! Such a disk is lost if the host runs out of space. So space is allocated ahead. If there is no
+//! space, the guest is paused before it can write more.
 
 use super::controls::Controls;
 use super::core::Core;
@@ -23,7 +23,7 @@ const CHECK_PERIOD: Duration = Duration::from_millis(500);
 /// Pause between two checks while no VM has such a disk.
 const IDLE_PERIOD: Duration = Duration::from_secs(2);
 
-/// The tags of VMs, by what the last check found.
+/// The tags of the VMs that the monitor has resumed or paused.
 #[derive(Default)]
 struct Monitored {
     /// Guests that this daemon has resumed once, because an earlier daemon may have paused them.
@@ -126,8 +126,7 @@ impl SpaceMonitor {
         let is_paused = monitored.paused.contains(tag);
         match reserved {
             Err(e) if !is_paused && e.kind() == Kind::DiskFull => {
-                // Record it before pausing the guest, because a resume for its owner looks at the
-                // record.
+                // Record the pause first, because a resume by the owner reads the record.
                 self.runtimes.set_paused(&row.id, true);
                 let paused = self
                     .vmms
@@ -148,13 +147,13 @@ impl SpaceMonitor {
                 }
             }
             Err(e) if !is_paused => log::warn!("VM {}: {e}", row.name),
-            // This is not done during a boot, in which the driver decides when the guest runs.
+            // During a boot, the driver decides when the guest runs.
             Ok(())
                 if row.state == VmState::Running
                     && (is_paused || !monitored.resumed.contains(tag)) =>
             {
                 self.runtimes.set_paused(&row.id, false);
-                // This keeps the guest paused if its owner wants that.
+                // The guest stays paused if its owner has paused it.
                 match self.controls.apply_pause(&row.id, row.generation) {
                     Ok(()) => {
                         monitored.resumed.insert(tag.to_owned());

@@ -19,7 +19,7 @@ use std::time::Duration;
 /// The cause of a boot's failure if no request cancelled the boot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum BootEnd {
-    /// The guest was paused because the host's disk is full. A boot does not wait for that.
+    /// The guest was paused because the host's disk is full. A boot does not wait for room.
     HostDiskFull,
     VmmDied(End),
 }
@@ -58,8 +58,8 @@ impl Successor {
             VmState::Stopping
         }
     }
-    /// A successor replaces a queued one of less weight: a delete replaces a stop, and a forced
-    /// stop replaces a graceful one.
+    /// A successor replaces a queued successor of lower weight: a delete replaces a stop, and a
+    /// forced stop replaces a graceful one.
     pub(super) fn weight(verb: Verb) -> u8 {
         match verb {
             Verb::Delete | Verb::DeleteForce => 2,
@@ -184,7 +184,7 @@ impl Runtimes {
         })
     }
 
-    /// Puts a successor in the slot and returns the one that it replaces.
+    /// Puts a successor in the slot and returns the replaced successor.
     pub(super) fn set_successor(&self, vm: &VmId, successor: Successor) -> Option<Successor> {
         self.with(vm, |r| r.successor.replace(successor))
     }

@@ -17,8 +17,8 @@ pub struct Seams {
     pub vmm: Arc<dyn Driver>,
     pub transport: Arc<dyn Transport>,
     pub commands: Arc<dyn Commands>,
-    /// Unreconciled for installations that are gone. `None` if the daemon is not root, because its
-    /// installation leaves nothing behind on the host.
+    /// Finds installations that are gone. `None` if the daemon is not root, because an installation
+    /// without root leaves nothing behind on the host.
     pub installations: Option<Arc<dyn gone::Installations>>,
 }
 
@@ -34,7 +34,7 @@ impl Seams {
     }
 }
 
-/// The driver that the configuration names for new boots, and the others for VMs that they started
+/// Returns the configured driver for new boots, and the other drivers for VMs that they started
 /// earlier.
 fn drivers(config: &Config) -> Result<Drivers> {
     let consoles = Arc::new(Consoles::try_new()?);

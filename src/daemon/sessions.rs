@@ -1,5 +1,5 @@
-//! Exec: runs a command in the guest. It occupies the thread of the caller's connection, and its
-//! bytes go through FIFOs of the caller.
+//! Exec: runs a command in the guest. The command occupies the thread of the caller's connection.
+//! Its input and output go through FIFOs of the caller.
 
 use super::access::Caller;
 use super::core::Core;
@@ -42,13 +42,13 @@ pub struct ExecIo {
     command: Option<FdSource>,
 }
 
-/// How long a caller may take to hand over a command.
+/// How long a caller may take to send a command through a FIFO.
 const COMMAND_DEADLINE: Duration = Duration::from_secs(30);
 /// How much of the guest's error output is kept when it refuses a command.
 const STDERR_BYTES_MAX: usize = 1024;
 
 impl ExecIo {
-    /// Takes one FIFO for each entry of `streams`, in its order.
+    /// Takes one FIFO for each entry of `streams`, in the same order.
     pub fn accept(streams: &[Stream], fds: Vec<OwnedFd>) -> Result<Self> {
         if streams.len() != fds.len() {
             return Err(Error::invalid(format!(
@@ -330,7 +330,7 @@ impl Sessions {
         )
     }
 
-    /// The directory in which commands start: a complete workspace, or else the home directory.
+    /// The working directory of commands: a complete workspace, or else the home directory.
     fn workdir(&self, row: &VmRow) -> Option<String> {
         self.core.store.read(|s| {
             s.workspace(&row.id)

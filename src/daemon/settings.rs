@@ -9,8 +9,8 @@ use crate::error::{Error, Result};
 use crate::store::VmRow;
 
 impl Controls {
-    /// Changes settings. Those of a running VM are pending until its next start, except that rates
-    /// apply at once if the request says so.
+    /// Changes settings. The settings of a running VM are pending until its next start, except that
+    /// rates apply at once if the request says so.
     pub fn set(&self, caller: &Caller, request: &VmSetRequest) -> Result<Vm> {
         let row = self.core.resolve(caller, &request.vm)?;
         self.unreconciled.ensure_reconciled(

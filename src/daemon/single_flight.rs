@@ -27,7 +27,7 @@ struct Finished<T> {
 /// How fresh a result must be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Freshness {
-    /// From a run that ended less than the time for which results are kept ago.
+    /// From a run whose result is still kept.
     Recent,
     /// From a run that began after the call.
     New,
@@ -187,7 +187,8 @@ mod tests {
             begun.wait();
             let other = ask(scope, &flight, Freshness::New, &runs);
             may_end.wait();
-            // It either waited for the run in progress and then made its own, or came after it.
+            // The other call began its own run, either after it waited for the first run or because
+            // that run was over.
             assert_eq!(other.join().unwrap(), 0);
         });
     }

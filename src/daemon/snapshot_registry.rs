@@ -1,4 +1,4 @@
-//! Snapshots that are being made, and the files of all snapshots.
+//! Tracks the snapshots that are being made, and knows the files of all snapshots.
 
 use super::uses::{UseGuard, Uses};
 use super::vm_dir::{DISK_FILE, WORK_DISK_FILE};
@@ -122,7 +122,7 @@ impl Files {
 pub(super) struct Restore {
     pub row: Arc<SnapshotRow>,
     pub files: Files,
-    /// True if it is restored in another VM than it was taken from.
+    /// True if the snapshot is restored into a VM other than the one from which it was taken.
     pub in_other_vm: bool,
     /// Prevents the deletion of the snapshot. `None` for the unpublished snapshot of a fork.
     pub _in_use: Option<Arc<UseGuard<SnapshotId>>>,
@@ -137,7 +137,7 @@ impl Restore {
         }
     }
 
-    /// Takes over what must be the same as in the snapshot. The disks follow during the boot.
+    /// Copies the settings that must match the snapshot into the row. The boot replaces the disks.
     pub(super) fn enter(&self, row: &mut VmRow) {
         (row.shape.vcpus, row.shape.mem_mib) = (self.row.shape.vcpus, self.row.shape.mem_mib);
         (row.has_balloon, row.balloon_mib) = (self.row.has_balloon, self.row.balloon_mib);
@@ -174,7 +174,7 @@ pub(super) fn disk_bytes(dir: &Path) -> u64 {
 }
 
 /// Opens a finished file of a snapshot and makes it read-only. VMMs of any uid may read it through
-/// a link or a descriptor. The private directory keeps everybody else out.
+/// a link or a descriptor. The private directory keeps all other processes out.
 pub(super) fn share_saved(path: &Path, credentials: Option<Credentials>) -> Result<File> {
     let io = |e: std::io::Error| Error::io(format!("share {}", path.display()), e);
     let file = crate::host::fs::open_nofollow(path)?;

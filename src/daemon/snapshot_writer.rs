@@ -1,20 +1,20 @@
-//! Writes the files of snapshots: a guest's memory and disks of one moment.
+//! Writes the files of snapshots: a guest's memory and disks at one moment.
 //!
 //! A snapshot is a directory, and a row once it is complete. `private/` holds `memory` and
-//! `devices`, which a VMM gets as a descriptor or a hard link. Beside it are `disk`, `work` and the
-//! kernel. The directory is in the ledger until the row exists, and again while the snapshot is
-//! being deleted. A snapshot outlives its VM.
+//! `devices`, which a VMM gets as a descriptor or a hard link. The files `disk`, `work` and the
+//! kernel are next to it. The directory is in the ledger until the row exists, and again while the
+//! snapshot is being deleted. A snapshot outlives its VM.
 //!
 //! 1. The guest gets a script (`src/guest/rejoin.sh`) that waits for another seed drive. The script
 //!    is part of the saved memory and continues in the restored guest.
-//! 2. The guest is paused (`GuestHolder`; a resume by a user does not end that).
-//! 3. The driver saves memory and devices. The disks are copied: shared blocks where the file
-//!    system can, else everything but holes.
+//! 2. The guest is paused (`GuestHolder`). A resume by a user does not end this pause.
+//! 3. The driver saves memory and devices. The disks are copied: with shared blocks if the file
+//!    system supports them, else without holes.
 //! 4. The guest resumes. Zeroes in the memory file become holes and the copies are synced.
 //!
-//! No lock is held meanwhile. The operation is in the VM's cancel set, so a stop, kill or delete of
-//! the VM ends it. A guard resumes the guest in any case. If the daemon dies, the next one resumes
-//! the guest and removes the directory.
+//! No lock is held during these steps. The operation is in the VM's cancel set, so a stop, kill or
+//! delete of the VM ends it. A guard resumes the guest even after an error. If the daemon dies, the
+//! next daemon resumes the guest and removes the directory.
 //!
 //! A guest that is paused or does not respond cannot be saved.
 
@@ -58,13 +58,13 @@ const SPARE_BYTES: u64 = 256 << 20;
 /// A complete snapshot that has no row yet. Its directory is in the ledger.
 pub(super) struct Captured {
     create_guard: CreateGuard,
-    /// The row of its directory in the ledger.
+    /// The ledger row of the snapshot's directory.
     pub ledger: u64,
     pub row: SnapshotRow,
     pub files: Files,
 }
 
-/// What is saved, and where to.
+/// The guest to save, and the destination.
 struct Source<'a> {
     row: &'a VmRow,
     spec: &'a VmmSpec,
@@ -73,10 +73,10 @@ struct Source<'a> {
     files: &'a Files,
 }
 
-/// What was learned while the guest was paused.
+/// The results of the steps that ran while the guest was paused.
 struct Saved {
     vmm_version: String,
-    /// Copies that do not have their names yet.
+    /// Copies that do not have their final names yet.
     disks: Vec<duplicate::Copied>,
     workspace: Option<Arc<WorkspaceRow>>,
 }
@@ -96,8 +96,8 @@ pub(super) struct SnapshotWriter {
 }
 
 impl SnapshotWriter {
-    /// Saves the guest of a VM whose cancel set the operation has joined. After an error the files
-    /// are removed, or are in the ledger so that they will be.
+    /// Saves the guest of a VM whose cancel set the operation has joined. After an error, the files
+    /// are either removed or in the ledger, to be removed later.
     pub(super) fn capture(&self, row: &VmRow, op: &OpHandle) -> Result<Captured> {
         let create_guard = self.snapshot_registry.begin(row)?;
         let files = self.snapshot_registry.files(&create_guard.id);
@@ -163,7 +163,7 @@ impl SnapshotWriter {
         }
         Ok(SnapshotRow {
             id: id.clone(),
-            // It gets its real name when it is published.
+            // The snapshot gets its real name when it is published.
             name: id_name(id),
             owner_uid: row.owner_uid,
             vm: row.id.clone(),
@@ -182,7 +182,7 @@ impl SnapshotWriter {
         })
     }
 
-    /// Saves memory, devices and disks of one moment. The guest is paused meanwhile, and has
+    /// Saves memory, devices and disks at one moment. The guest is paused for the save and has
     /// resumed when this returns.
     fn save_guest(&self, source: &Source<'_>, op: &OpHandle) -> Result<Saved> {
         let row = source.row;
@@ -196,8 +196,8 @@ impl SnapshotWriter {
                 Error::new(Kind::Timeout, "the guest was not paused in time").hint("try again"),
             );
         }
-        // The row is the one from the call, because another start of the VM would have another
-        // directory.
+        // Use the row from the beginning of the call, because a later start of the VM would use
+        // another directory.
         let identity = row
             .identity
             .as_ref()
@@ -317,8 +317,8 @@ impl SnapshotWriter {
         }
     }
 
-    /// Some guests get an I/O error when the host's disk is full. So no snapshot is made that could
-    /// fill it.
+    /// Fails if the snapshot could fill the host's disk, because some guests get an I/O error when
+    /// it is full.
     fn require_room(&self, row: &VmRow) -> Result<()> {
         let needed =
             (row.shape.mem_mib << 20) + disk_bytes(&self.core.vm_dir(&row.id)) + SPARE_BYTES;
@@ -340,9 +340,9 @@ impl SnapshotWriter {
 }
 
 fn make_directories(files: &Files) -> Result<()> {
-    // VMMs of other uids must reach the files in it that are meant for them.
+    // VMMs with other uids must reach their files in this directory.
     drop(create_dir(&files.dir, 0o711)?);
-    // But not the guest's memory, which a VMM gets as a link or a descriptor.
+    // They must not reach the guest's memory, which a VMM gets as a link or a descriptor.
     drop(create_private_dir(&files.private)?);
     Ok(())
 }
@@ -361,7 +361,7 @@ fn make_files(files: &Files, spec: &VmmSpec) -> Result<()> {
     Ok(())
 }
 
-/// Fails if the new seed of a restore would not fit into the seed drive that the guest has.
+/// Fails if the new seed of a restore would not fit into the guest's seed drive.
 fn require_long_seed(row: &VmRow, spec: &VmmSpec) -> Result<()> {
     if std::fs::metadata(&spec.seed).is_ok_and(|seed| seed.len() < UNIT_BYTES as u64) {
         let text = format!(
@@ -374,8 +374,8 @@ fn require_long_seed(row: &VmRow, spec: &VmmSpec) -> Result<()> {
     Ok(())
 }
 
-/// Frees the zeroes of the memory file: a VMM may have written memory that the guest never used.
-/// The guest is running again by now, so nobody waits for this.
+/// Turns the zeroes of the memory file into holes. A VMM may have written memory that the guest
+/// never used. The guest has already resumed, so this does not prolong its pause.
 fn free_zeroes(files: &Files, op: &OpHandle) {
     let file = OpenOptions::new()
         .read(true)

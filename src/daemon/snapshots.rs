@@ -1,5 +1,5 @@
-//! Snapshots as their owners see them: create, list, show, delete. `snapshot_writer.rs` saves the
-//! guest, and `restore.rs` starts VMs from snapshots.
+//! The calls that create, list, show and delete snapshots. `snapshot_writer.rs` saves the guest,
+//! and `restore.rs` starts VMs from snapshots.
 
 use super::access::Caller;
 use super::access::PREFIX_LEN_MIN;
@@ -94,7 +94,7 @@ impl Snapshots {
         request: &SnapshotListRequest,
     ) -> Result<SnapshotListReply<Box<RawValue>>> {
         let after = request.after.as_deref().map(Position::parse).transpose()?;
-        // The snapshots of a deleted VM are listed by the name or ID that it had.
+        // The snapshots of a deleted VM are listed by the VM's former name or ID.
         let is_of_vm = |row: &SnapshotRow| {
             request
                 .vm
@@ -126,7 +126,7 @@ impl Snapshots {
         })
     }
 
-    /// VMs that were started from the snapshot do not need it any more.
+    /// Deletes a snapshot. VMs that were started from the snapshot no longer need it.
     pub fn snapshot_delete(&self, caller: &Caller, snapshot: &str) -> Result<SnapshotDeleteReply> {
         let SnapshotRow { id, name, .. } = self.find_snapshot(caller, snapshot)?;
         let _delete_guard = self
@@ -149,7 +149,7 @@ impl Snapshots {
         Ok(SnapshotDeleteReply { deleted: id })
     }
 
-    /// Finds a snapshot by name, ID, or the beginning of an ID.
+    /// Finds a snapshot by its name, its ID, or a unique prefix of its ID.
     pub(super) fn find_snapshot(&self, caller: &Caller, text: &str) -> Result<SnapshotRow> {
         let mut found: Vec<SnapshotRow> = self.core.store.read(|s| {
             let seen = || s.snapshots().filter(|row| caller.may_see(row.owner_uid));
@@ -182,7 +182,7 @@ impl Snapshots {
         }
     }
 
-    /// Makes the snapshot visible. Its row takes the place of its entry in the ledger.
+    /// Makes the snapshot visible: its row replaces its ledger row.
     fn publish(&self, captured: Captured, name: Option<SnapshotName>) -> Result<Snapshot> {
         let published = self.core.store.change(|tx| {
             let row = &captured.row;

@@ -28,8 +28,8 @@ pub(super) struct Specs {
 }
 
 impl Specs {
-    /// The specification for the driver. The disk's format is in the row: it was decided when the
-    /// disk was made.
+    /// Returns the specification for the driver. The disk's format comes from the row, because it
+    /// was chosen when the disk was created.
     pub(super) fn spec(&self, row: &VmRow, image: &ImageInfo) -> VmmSpec {
         let dir = self.core.vm_dir(&row.id);
         let own = row
@@ -85,8 +85,8 @@ impl Specs {
         }
     }
 
-    /// How this VM's root disk derives from the image: as it was made, or else as this host makes
-    /// disks. `None` if this host cannot make any.
+    /// How this VM's root disk was made from the image. If it does not exist yet, how this host
+    /// would make it; `None` if this host cannot make root disks.
     pub(super) fn disk_method(&self, row: &VmRow) -> Option<Method> {
         match row.disk_driver.as_deref() {
             Some(name) => Method::from_name(name),
@@ -103,7 +103,7 @@ impl Specs {
         })
     }
 
-    /// The VMM's credentials, which no other VM has. `None` if the daemon is not root.
+    /// The VMM's credentials, which are unique to the VM. `None` if the daemon is not root.
     pub(super) fn credentials(&self, row: &VmRow) -> Option<Credentials> {
         let own = self.uid_base + row.slot;
         nix::unistd::geteuid()

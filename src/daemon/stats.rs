@@ -1,4 +1,4 @@
-//! Reports what VMs use of the host. The counters are read at each call; nothing is stored.
+//! Reports the host resources that VMs use. The counters are read at each call; nothing is stored.
 
 use super::access::Caller;
 use super::controls::Controls;

@@ -19,8 +19,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// Limit for the scripts before and after a stream. They hash whole trees, which is slow in some
-/// guests.
+/// Time limit for each script before or after a stream. The scripts hash whole trees, which is slow
+/// in some guests.
 const SCRIPT_DEADLINE: Duration = Duration::from_secs(1800);
 /// How much of a guest's error output is kept.
 const STDERR_BYTES_MAX: usize = 16 * 1024;
@@ -33,7 +33,7 @@ pub(super) struct Transfer {
     pub target: Target,
     pub reporter: Reporter,
     pub fifo: OwnedFd,
-    /// The bytes of the payload so far.
+    /// The number of payload bytes so far.
     pub moved: Moved,
     pub workspace: remote::GuestWorkspace,
     pub idle: Duration,
@@ -96,7 +96,7 @@ impl Transfer {
         })
     }
 
-    /// Sends the payload to the guest. It is valid only with a matching trailer.
+    /// Sends the payload to the guest. The payload is valid only with a matching trailer.
     fn receive(
         &self,
         source: &mut ImportSource<'_>,

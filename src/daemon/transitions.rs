@@ -9,7 +9,7 @@ pub enum Verb {
     Stop,
     /// Ends the guest without a grace period. Does nothing to a VM that does not run.
     StopForce,
-    /// Like `StopForce`, but only for a running VM.
+    /// Ends the guest without a grace period. Refused if the VM does not run.
     Kill,
     Restart,
     /// A start that restores a snapshot.
@@ -64,7 +64,7 @@ impl Verb {
 pub enum Decision {
     /// The operation owns the VM from now on, in this transitional state.
     Claim(VmState),
-    /// The VM is in the wanted state already. The call succeeds and nothing changes.
+    /// The VM is already in the wanted state. The call succeeds and nothing changes.
     Nothing,
     /// The call is allowed and does not change the state.
     Allow,
@@ -72,8 +72,8 @@ pub enum Decision {
     Join,
     /// Shortens the operation in progress, and gets its result.
     Escalate,
-    /// Takes the successor slot. A boot in progress is aborted, a stop is finished, and the
-    /// successor begins in the same critical section.
+    /// Takes the successor slot. A boot in progress is aborted, but a stop is finished. The
+    /// successor begins in the critical section that ends it.
     Queue,
     /// Fails with `wrong_state` and this hint.
     Refuse(&'static str),
@@ -176,7 +176,7 @@ mod tests {
     use super::*;
     use expect_test::expect;
 
-    /// Lists every pair, so that a change of the table shows in review.
+    /// Lists every pair, so that a change of the table is visible in review.
     #[test]
     fn every_state_and_verb_has_its_decision() {
         expect![[r#"

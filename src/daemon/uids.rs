@@ -10,13 +10,13 @@ fn has_name_server(network: &Network) -> bool {
     network.is_bridge() && network.dns
 }
 
-/// How many uids there are for VMs.
+/// The number of uids available to VMs.
 pub(super) fn for_vms(qemu: &Qemu, network: &Network) -> u32 {
     qemu.uid_count - u32::from(has_name_server(network))
 }
 
-/// Checks that no VM has the name server's uid or one outside of the range. The daemon would not
-/// find a VMM outside of the range again.
+/// Checks that no VM has the name server's uid or a uid outside the range. The daemon cannot find
+/// the VMM of a VM outside the range.
 ///
 /// # Errors
 /// `invalid_config`.

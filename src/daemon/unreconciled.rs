@@ -1,7 +1,7 @@
 //! The VMs that must be reconciled before anything changes them, because an earlier daemon left
 //! them running or in the middle of an operation. The reconciler handles them one after the other,
-//! running VMs first. A call that changes such a VM reconciles it itself instead of waiting for its
-//! turn.
+//! running VMs first. A call that changes such a VM does not wait for the VM's turn, but reconciles
+//! it on its own thread.
 
 use super::transitions::Verb;
 use crate::api::vm::VmState;
@@ -42,7 +42,7 @@ pub(super) struct Unreconciled {
 pub(super) trait VmReconciler: Send + Sync {
     fn reconcile_one(&self, vm: &VmId, guard: ReconcileGuard<'_>);
 
-    /// Adopts the VMM of `row`, which responds again, if it could not be adopted before.
+    /// Adopts the VMM of `row`, which responds again, if an earlier adoption failed.
     fn adopt_late(&self, row: &VmRow) -> Result<()>;
 }
 
@@ -51,7 +51,8 @@ pub(super) trait VmReconciler: Send + Sync {
 pub(super) struct ReconcileGuard<'a> {
     unreconciled: &'a Unreconciled,
     vm: VmId,
-    /// A row with another generation belongs to a boot of this daemon.
+    /// The generation that the earlier daemon left. A row with a different generation belongs to a
+    /// boot of this daemon.
     pub generation: u64,
 }
 
@@ -93,9 +94,9 @@ impl Unreconciled {
     }
 
     /// Call this before anything changes a VM. If the VM is not reconciled, the caller's thread
-    /// does that, or waits while another thread does. To end a running guest this is not needed:
-    /// its VMM is in the row, and the kill must not wait for a VMM that hangs and cannot be
-    /// adopted.
+    /// reconciles it, or waits for a thread that is reconciling it. A call that ends a running
+    /// guest does not need this: the VMM is in the row, and the kill must not wait for a VMM that
+    /// hangs and cannot be adopted.
     pub(super) fn ensure_reconciled(
         &self,
         row: &VmRow,
@@ -128,7 +129,7 @@ impl Unreconciled {
         self.left.lock().keys().cloned().collect()
     }
 
-    /// Returns `None` if the VM is reconciled or another thread is doing that.
+    /// Returns `None` if the VM is reconciled or another thread is reconciling it.
     pub(super) fn begin(&self, vm: &VmId) -> Option<ReconcileGuard<'_>> {
         let mut left = self.left.lock();
         let due = left
@@ -173,8 +174,8 @@ impl Unreconciled {
         }
     }
 
-    /// The VM need not be reconciled any more, because an operation of this daemon owns it. A
-    /// thread that is already reconciling it continues and sees that.
+    /// Removes the VM from the list, because an operation of this daemon owns it. A thread that is
+    /// already reconciling the VM continues and notices the operation.
     pub(super) fn skip(&self, vm: &VmId) {
         let mut left = self.left.lock();
         if left
@@ -187,9 +188,9 @@ impl Unreconciled {
 }
 
 /// The VMMs that ran when this daemon began, from one scan of the host's processes. No VMM of an
-/// earlier boot can appear later, so one that is not in the scan is gone.
+/// earlier boot can appear later, so a VMM that is not in the scan has exited.
 pub(super) struct EarlierVmms {
-    /// The VMs that are not reconciled, each with its generation.
+    /// The VMs that were not reconciled at the scan, each with its generation.
     generations: HashMap<VmId, u64>,
     /// `None` if the scan failed.
     tags: OnceLock<Option<HashMap<String, u32>>>,

@@ -98,7 +98,7 @@ impl Lifecycle {
         }
     }
 
-    /// Deletes the caller's VMs that do not run. A VM that another operation has taken meanwhile is
+    /// Deletes the caller's VMs that do not run. A VM that another operation claims first is
     /// skipped.
     pub fn prune(&self, caller: &Caller) -> Result<(VmPruneReply, Vec<CallOutcome>)> {
         let settled: Vec<VmId> = self.core.store.read(|s| {

@@ -1,4 +1,4 @@
-//! VMs as their owners see them: one row, or a page of them.
+//! Shows VMs to their owners, one at a time or in pages.
 
 use super::access::{self, Caller, vm_not_found};
 use super::call::to_value;
@@ -17,7 +17,7 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 use std::borrow::Cow;
 
-/// Makes what callers see from rows.
+/// Builds the views of VMs from rows.
 #[derive(Clone)]
 pub struct Views {
     pub(super) core: Core,
@@ -25,7 +25,7 @@ pub struct Views {
 }
 
 impl Views {
-    /// The VM as its owner sees it.
+    /// Returns the VM as its owner sees it.
     pub(super) fn view(&self, id: &VmId) -> Result<Vm> {
         let seen = self
             .core
@@ -35,14 +35,14 @@ impl Views {
             .ok_or_else(|| vm_not_found(id.as_str()))
     }
 
-    /// Adds that a guest is paused because the disk of the host is full. This is not in the row,
+    /// Adds that a guest is paused because the host's disk is full. The row does not contain this,
     /// because it could not be written to a full disk.
     pub(super) fn with_pause(&self, mut vm: Vm) -> Vm {
         vm.reason = self.pause_reason(vm.state, &vm.id).or(vm.reason);
         vm
     }
 
-    /// The reason that replaces the one in the row.
+    /// The reason that replaces the row's reason.
     fn pause_reason(&self, state: VmState, vm: &VmId) -> Option<String> {
         let is_paused = state == VmState::Running && self.runtimes.is_paused(vm);
         is_paused.then(|| format!("paused: {}", CancelCause::HostDiskFull))
@@ -59,7 +59,7 @@ impl Views {
         }
     }
 
-    /// One page of the VMs that the caller may see.
+    /// Returns one page of the VMs that the caller may see.
     pub fn list(
         &self,
         caller: &Caller,
@@ -90,7 +90,7 @@ impl Views {
         Ok(VmListReply { vms, next })
     }
 
-    /// One VM.
+    /// Returns one VM.
     pub fn show(&self, caller: &Caller, vm: &str) -> Result<VmReply> {
         let vm = self
             .core
@@ -109,7 +109,7 @@ impl Views {
     }
 }
 
-/// One VM in a list. Its view is built when it is serialised, because a brief one borrows from the
+/// One VM in a list. Its view is built when it is serialised, because a brief view borrows from the
 /// rows.
 struct Listed<'a> {
     views: &'a Views,

@@ -1,4 +1,4 @@
-//! Makes the VM that a caller sees from a row of the store.
+//! Converts a row of the store to the VM that a caller sees.
 
 use crate::api::vm::{Vm, VmBrief, VmState};
 use crate::store::{Seen, State, VmRow, WorkspaceRow};

@@ -13,7 +13,7 @@ use crate::vmm::{Driver, End, Identity, Vm, VmRef, end_from_files};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How long a killed VMM may take to end. The kernel frees its memory first.
+/// How long a killed VMM may take to exit. The kernel frees its memory first.
 const KILL_DEADLINE: Duration = Duration::from_secs(60);
 
 /// Finds and kills VMM processes.
@@ -36,7 +36,8 @@ impl Vmms {
         all.iter().try_for_each(|vmm| self.kill_vmm(&vmm.identity))
     }
 
-    /// The VM's live process: the one in the row, or the one that carries the VM's tag.
+    /// The VM's live VMM process: the process in the row, or else a process that carries the VM's
+    /// tag.
     pub(super) fn identity(&self, row: &VmRow) -> Option<Identity> {
         let known = row.identity.clone();
         if let Some(identity) = known
@@ -58,8 +59,8 @@ impl Vmms {
         found.filter(|identity| self.has_its_uid(row, identity))
     }
 
-    /// True if the process in the row runs under the uid that only this VM has. A compromised VMM
-    /// may overwrite its arguments, and must be killed nevertheless.
+    /// True if the process in the row runs under the VM's own uid. The uid also identifies a
+    /// compromised VMM that has overwritten its arguments.
     fn runs_as_it(&self, row: &VmRow, identity: &Identity) -> bool {
         let its = self.specs.credentials(row).map(|its| its.uid);
         its.is_some()
@@ -76,7 +77,7 @@ impl Vmms {
         })
     }
 
-    /// Returns the handle of the VM, whose VMM is this process.
+    /// Returns the handle of the VM that runs in this process.
     pub(super) fn vm(&self, row: &VmRow, identity: &Identity) -> Result<Box<dyn Vm + '_>> {
         self.vmm.vm(VmRef {
             dir: self.core.vm_dir(&row.id),
@@ -85,7 +86,7 @@ impl Vmms {
         })
     }
 
-    /// Kills the VMM and waits until it is gone.
+    /// Kills the VMM and waits until it has exited.
     pub(super) fn kill_vmm(&self, identity: &Identity) -> Result<()> {
         self.vmm
             .processes()
@@ -104,8 +105,8 @@ impl Vmms {
         self.vmm.processes().find(tag)
     }
 
-    /// How a guest ended while no daemon watched it, if its console, its VMM's log or its root disk
-    /// shows it.
+    /// How a guest ended while no daemon watched it, if the console, the VMM's log or the root disk
+    /// shows the cause.
     pub(super) fn unseen_end(&self, row: &VmRow) -> Option<End> {
         let dir = self.core.vm_dir(&row.id);
         let end = end_from_files(&dir);

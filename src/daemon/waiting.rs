@@ -1,4 +1,4 @@
-//! Waits on descriptors. Everything that may end the wait is among them.
+//! Waits on descriptors. Everything that may end a wait has a descriptor.
 
 use crate::error::{Error, Kind};
 use crate::host::wait::poll_until;

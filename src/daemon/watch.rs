@@ -1,5 +1,5 @@
-//! Watches VMMs. If one dies without a request, the row records it and the users of the guest are
-//! cancelled. Also records when a VMM stops responding.
+//! Watches VMMs. If a VMM dies without a request, the row records its death and the users of the
+//! guest are cancelled. Also records when a VMM stops responding.
 
 use super::access::Caller;
 use super::lifecycle::{Lifecycle, LifecycleRequest};
@@ -17,7 +17,7 @@ use std::time::Duration;
 const RETRY_PERIOD: Duration = Duration::from_millis(250);
 
 impl Lifecycle {
-    /// Begins to watch a VMM: its end, its answers and pauses by the VMM.
+    /// Begins to watch a VMM: its exit, its answers, and its pauses of the guest.
     pub(super) fn watch(&self, row: &VmRow, identity: &Identity) -> Result<()> {
         let (lifecycle, vm, generation) = (self.clone(), row.id.clone(), row.generation);
         let report = Box::new(move |event| match event {
@@ -32,7 +32,7 @@ impl Lifecycle {
         self.watch_end(row, identity)
     }
 
-    /// Begins to watch only for the VMM's end, without talking to it.
+    /// Begins to watch only for the VMM's exit, without talking to it.
     pub(super) fn watch_end(&self, row: &VmRow, identity: &Identity) -> Result<()> {
         let (lifecycle, vm, generation) = (self.clone(), row.id.clone(), row.generation);
         self.vmm.processes().watch(
@@ -50,7 +50,7 @@ impl Lifecycle {
         )
     }
 
-    /// Records on another thread that the VMM responds or does not.
+    /// Records on another thread whether the VMM responds.
     fn set_responsive(&self, vm: &VmId, generation: u64, responds: bool) {
         let (lifecycle, vm) = (self.clone(), vm.clone());
         let started = self.core.spawn(&format!("responsive-{vm}"), move || {

@@ -60,7 +60,7 @@ use std::ops::Deref;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-/// The share of the host's memory that VMs get if the configuration does not say.
+/// The default share of the host's memory for VMs.
 const MEM_SHARE_PERCENT: u64 = 80;
 
 /// The parts of a daemon. Each holds the parts that it uses.
@@ -97,8 +97,8 @@ impl Deref for Daemon {
     }
 }
 
-/// The operation registry, with the operations that the store has kept. Those that were running
-/// when an earlier daemon died are marked as failed.
+/// Opens the operation registry with the operations that the store has kept. Operations that were
+/// running when an earlier daemon died are marked as failed.
 fn open_ops(store: &Store, retention: Retention, mut rows: Vec<crate::api::op::Op>) -> Result<Ops> {
     let keep = store.clone();
     let ops = Ops::new(retention, move |ended| {
@@ -140,7 +140,7 @@ fn open_pool(limits: &Limits) -> Result<Pool> {
 }
 
 fn open_core(config: &Config) -> Result<Core> {
-    // VMMs with uids of their own reach their files below these directories.
+    // VMMs, which have other uids, must reach their files below these directories.
     for name in [VMS_DIR, SNAPSHOTS_DIR] {
         drop(crate::host::fs::create_dir(
             &config.state_dir.join(name),
@@ -171,8 +171,8 @@ impl Daemon {
         let left = core.store.read(reconcile::unreconciled_vms);
         if let Some(installations) = &seams.installations {
             installations.set_own(core.store.install_id())?;
-            // Before the network: a bridge that a removed installation left may have the name of
-            // ours.
+            // Sweep before the network is set up, because a bridge of a removed installation may
+            // have the name of this daemon's bridge.
             gone::sweep(installations.as_ref(), &seams.commands, true);
         }
         let daemon = Self(Arc::new(Parts::assemble(core, config, seams, left)?));
@@ -180,8 +180,7 @@ impl Daemon {
         Ok(daemon)
     }
 
-    /// Finds out what the virtualisation of this host can do, ahead of the first boot. Takes
-    /// seconds at most.
+    /// Probes the host's virtualisation before the first boot. Takes a few seconds at most.
     pub fn warm_up(&self) {
         if let Ok(image) = self.lifecycle.images.get(&self.config.vm.image) {
             self.lifecycle
@@ -216,11 +215,11 @@ impl Daemon {
         }
     }
 
-    /// Counts what is in progress. For tests: in a daemon at rest all of it is 0.
+    /// Counts what is in progress. For tests: in an idle daemon, every count is 0.
     #[cfg(any(test, feature = "fakes"))]
     pub fn leftovers(&self) -> Leftovers {
         let pool = self.transfers.pool.counts();
-        // A statement of its own, so that this lock is released before the next one is taken.
+        // This is a separate statement, so that its lock is released before the next lock is taken.
         let images_being_built = self.images.builds.lock().len();
         Leftovers {
             locks: self.core.locks.entries(),
@@ -235,7 +234,7 @@ impl Daemon {
     }
 }
 
-/// What more than one part is built from.
+/// The values from which more than one part is built.
 struct Base {
     core: Core,
     views: Views,
@@ -541,7 +540,7 @@ fn open_networks(core: &Core, config: &Config, seams: &Seams) -> Result<Networks
 }
 
 impl Parts {
-    /// Builds each part from those it uses, from the bottom up.
+    /// Builds the parts bottom-up, each from the parts that it uses.
     fn assemble(
         core: Core,
         config: Config,

@@ -35,10 +35,10 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Limit for a whole transfer. One that moves nothing ends after `transfer_idle_s`.
+/// Time limit for a whole transfer. A transfer that moves nothing ends after `transfer_idle_s`.
 const TRANSFER_DEADLINE: Duration = Duration::from_secs(24 * 3600);
 
-/// How long a transfer waits to learn why its VM left `running`. It takes microseconds.
+/// How long a transfer waits to learn why its VM left `running`. This normally takes microseconds.
 const CAUSE_DEADLINE: Duration = Duration::from_secs(1);
 
 /// Everything that a transfer holds from its call to its end: a place in the VM's cancel set and a
@@ -54,7 +54,7 @@ struct Admitted {
 struct Stream {
     fifo: OwnedFd,
     slot: QueueSlot,
-    /// Refuse to wait for another transfer of the VM.
+    /// Fail instead of waiting for another transfer of the VM.
     no_wait: bool,
 }
 
@@ -70,12 +70,12 @@ pub struct Transfers {
 }
 
 impl Transfers {
-    /// The directories below which a workspace may lie.
+    /// The directories below which a workspace may be.
     pub fn guest_roots(&self) -> Vec<String> {
         guest_path::ROOTS.iter().map(|r| (*r).to_owned()).collect()
     }
 
-    /// Begins an import. The stream comes through the one FIFO; `notes` carries the `ready`
+    /// Begins an import. The stream comes through the FIFO in `fds`; `notes` carries the `ready`
     /// notification.
     pub fn prepare(
         &self,
@@ -105,7 +105,7 @@ impl Transfers {
         )
     }
 
-    /// Begins an export into the one FIFO. It waits for an import in progress.
+    /// Begins an export into the FIFO in `fds`. The export waits for an import in progress.
     pub fn export(
         &self,
         caller: &Caller,
@@ -138,7 +138,8 @@ impl Transfers {
     ) -> Result<CallOutcome> {
         let (id, transfers) = (admitted.op.id().clone(), self.clone());
         self.core.spawn(&format!("op-{id}"), move || {
-            // The whole of it moves here, so that the VM's cancel set is left at the end.
+            // Move the whole value here, so that the transfer leaves the VM's cancel set at the
+            // end.
             let Admitted {
                 row,
                 op,
@@ -156,8 +157,7 @@ impl Transfers {
         Ok(CallOutcome::Op(id))
     }
 
-    /// Makes the checks that need no waiting: the descriptor, the VM's state, and a slot in the
-    /// queue.
+    /// Makes the checks that do not wait: the descriptor, the VM's state, and a slot in the queue.
     fn admit(
         &self,
         caller: &Caller,
@@ -334,8 +334,8 @@ impl Transfers {
             .map_err(|_| cancelled("wait for another import or export", op.cancel()))
     }
 
-    /// Prepares the transfer with the VM's present address, keys and generation, because it may
-    /// have been restarted while this one waited.
+    /// Runs the transfer with the VM's current address, keys and generation, because the VM may
+    /// have been restarted while the transfer waited.
     fn transfer(
         &self,
         vm: &VmId,
@@ -345,8 +345,8 @@ impl Transfers {
     ) -> Result<Transfer> {
         let row = self.core.row(vm)?;
         if let Err(refused) = self.core.allow(&row, super::transitions::Verb::Guest) {
-            // A stop has claimed the VM since the transfer joined its cancel set, and is about to
-            // cancel it with the reason.
+            // A stop has claimed the VM since the transfer joined the cancel set. Wait for the stop
+            // to cancel the transfer, because that sets the reason.
             let _ = sleep(CAUSE_DEADLINE, op.cancel());
             return Err(if op.cancel().is_cancelled() {
                 cancelled_by(op.cancel())
@@ -402,8 +402,10 @@ impl Transfers {
                 .vm(&row_at_start.vm)
                 .is_some_and(|row| row.generation == row_at_start.generation);
             if !same_vm || tx.workspace(&row_at_start.vm).map(|w| &**w) != Some(row_at_start) {
-                return Err(Error::new(Kind::Conflict, "the VM was restarted meanwhile")
-                    .hint("run the import again"));
+                return Err(
+                    Error::new(Kind::Conflict, "the VM was restarted during the import")
+                        .hint("run the import again"),
+                );
             }
             tx.put_workspace(WorkspaceRow {
                 info: WorkspaceInfo {

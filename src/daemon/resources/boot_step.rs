@@ -12,15 +12,15 @@ use crate::vmm::{Running, VmmSpec};
 
 /// Something that a boot does on the host.
 pub(super) trait BootStep: Send + Sync {
-    /// The progress stage while it runs.
+    /// The progress stage while the step runs.
     fn stage(&self) -> &'static str;
 
-    /// Does it, if this boot needs it. Reuses or replaces what an earlier attempt left. What has to
-    /// be undone when the boot fails must be in the ledger already.
+    /// Performs the step if this boot needs it. Reuses or replaces what an earlier attempt left.
+    /// Everything that must be undone after a failed boot must already be in the ledger.
     fn run(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()>;
 }
 
-/// A boot in progress: what its steps need, and what they have made so far.
+/// A boot in progress: what its steps need, and what they have produced so far.
 pub(in crate::daemon) struct Boot<'a> {
     pub op: &'a OpHandle,
     /// Aborts the boot.
@@ -40,7 +40,7 @@ pub(in crate::daemon) struct Boot<'a> {
 }
 
 impl Boot<'_> {
-    /// Fails if the guest's init is too old for `what`. It would silently ignore it.
+    /// Fails if the guest's init is too old for `what`. An old init would silently ignore it.
     pub(crate) fn needs_guest(&self, what: &str) -> Result<()> {
         if self.row.guest_version >= 1 {
             return Ok(());

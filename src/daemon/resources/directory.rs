@@ -17,9 +17,9 @@ use std::time::Duration;
 
 const USER_KEY_COMMENT: &str = "fcd";
 
-/// How often removing a directory is tried while something is still written into it.
+/// How many times to try to remove a directory that is still being written to.
 const REMOVE_TRIES_MAX: u32 = 100;
-/// Pause between two of these attempts.
+/// Pause between two attempts to remove a directory.
 const REMOVE_PERIOD: Duration = Duration::from_millis(20);
 /// `doctor` warns if the state directory's file system has less free space than this. An image
 /// takes about 400 MB.
@@ -191,7 +191,7 @@ mod tests {
     #[test]
     fn state_directory_closed_to_vmms_is_reported_with_fix() {
         if !nix::unistd::geteuid().is_root() {
-            eprintln!("SKIPPED, because VMMs have uids of their own only if root runs this");
+            eprintln!("SKIPPED, because VMMs have their own uids only if root runs this test");
             return;
         }
         let dir = tempfile::tempdir().unwrap();

@@ -43,7 +43,7 @@ impl Resource for DiskDevice {
         (resources.specs.disk_method(row) == Some(Method::DmSnapshot))
             .then(|| resources.core.tag(row).to_string())
     }
-    /// Uses a cancel token of its own, because clean-up continues while the daemon closes.
+    /// Uses its own cancel token, because clean-up continues while the daemon closes.
     fn release(&self, resources: &Resources, name: &str) -> Result<()> {
         let cancel = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
         let node = name.parse::<Tag>().ok().map(|tag| {

@@ -1,5 +1,5 @@
-//! The disks that a VM had before it was restored from a snapshot. Until the guest runs they are
-//! set aside, and they are restored if the start fails or the daemon dies. After that they only
+//! The disks that a VM had before it was restored from a snapshot. They are set aside until the
+//! guest runs, and restored if the start fails or the daemon dies. Once the guest runs, they only
 //! have to be removed.
 
 use super::{Resource, Resources, Span};
@@ -12,14 +12,15 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 const FORMER_DIR: &str = "former";
-/// For a device-mapper snapshot, `DISK_FILE` is a device node, which is made again with its device.
+/// `DISK_FILE` is a device node if the disk is a device-mapper snapshot. It is recreated with the
+/// device.
 const FILES: [&str; 3] = [DISK_FILE, CHANGES_FILE, WORK_DISK_FILE];
 
 /// Disks that are set aside while the start is in progress. A restore writes the ledger row: see
 /// [`intend`].
 pub(super) struct FormerDisks;
 
-/// Disks that were replaced, of a VM that runs from the snapshot.
+/// The replaced disks of a VM that runs from the snapshot.
 pub(super) struct ReplacedDisks;
 
 impl Resource for FormerDisks {
@@ -47,7 +48,7 @@ impl Resource for FormerDisks {
         restore().map_err(|e| Error::io(doing(), e))
     }
 
-    /// They are always in the ledger: see [`set_aside`].
+    /// Disks that are set aside are always in the ledger: see [`set_aside`].
     fn found(&self, _resources: &Resources) -> Result<Vec<String>> {
         Ok(Vec::new())
     }
@@ -72,13 +73,13 @@ impl Resource for ReplacedDisks {
     }
 }
 
-/// Writes the ledger row by which the next daemon restores the disks that [`set_aside`] moves away.
-/// It must be durable before that.
+/// Writes the ledger row that lets the next daemon restore the disks. The row must be durable
+/// before [`set_aside`] moves them away.
 pub(in crate::daemon) fn intend(tx: &mut Tx, row: &VmRow, tag: &str) -> u64 {
     tx.intend(Some(&row.id), row.generation, FormerDisks.kind(), tag)
 }
 
-/// Moves the disks away, so that others can take their names.
+/// Moves the disks away, so that the snapshot's disks can take their names.
 pub(in crate::daemon) fn set_aside(dir: &Path) -> Result<()> {
     let former = dir.join(FORMER_DIR);
     let io =
@@ -92,15 +93,15 @@ pub(in crate::daemon) fn set_aside(dir: &Path) -> Result<()> {
         .map_err(io)
 }
 
-/// The guest runs, so the former disks are no longer restored but removed. Call it in the
+/// Marks the former disks for removal, because the guest runs from the new disks. Call it in the
 /// transaction that records the new disks.
 pub(in crate::daemon) fn mark_replaced(tx: &mut Tx, former: u64, row: &VmRow, tag: &str) -> u64 {
     tx.strike(former);
     tx.intend(Some(&row.id), row.generation, ReplacedDisks.kind(), tag)
 }
 
-/// Removes the replaced disks. Call it after that transaction. If this fails, it is retried when
-/// the VM has stopped.
+/// Removes the replaced disks. Call it after the transaction of [`mark_replaced`]. A failed removal
+/// is retried when the VM has stopped.
 pub(in crate::daemon) fn remove(resources: &Resources, row: &VmRow, tag: &str, replaced: u64) {
     let (vm, kind, name) = (
         Some(row.id.clone()),

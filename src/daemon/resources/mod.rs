@@ -1,15 +1,15 @@
-//! What a boot does on the host, and what VMs have there.
+//! The steps of a boot, and the resources that VMs have on the host.
 //!
 //! A [`BootStep`] is something that a boot does. A boot runs all of [`STEPS`] in order.
 //!
 //! A [`Resource`] is a kind of thing that is in the ledger while it may exist on the host. It knows
-//! which one a boot needs, and how it is released and found again. A step that acquires a resource
-//! is in the same file. Steps that acquire nothing are in `steps/`.
+//! which instance a boot needs, how to release it, and how to find it again. A step that acquires a
+//! resource is in the same file. Steps that acquire nothing are in `steps/`.
 //!
-//! The claim of a start writes what the boot is about to acquire into the ledger, in its own
-//! transaction. A boot that fails releases its resources in the reverse order of [`ALL`]. Each
-//! ledger row is deleted once its resource is gone. So whenever a daemon is killed, the next one
-//! can read what to look for.
+//! The claim of a start writes everything that the boot is about to acquire into the ledger, in the
+//! claim's own transaction. A boot that fails releases its resources in the reverse order of
+//! [`ALL`]. Each ledger row is deleted once its resource is gone. So whenever a daemon is killed,
+//! the next one can read what to look for.
 
 mod boot_step;
 mod directory;
@@ -91,32 +91,33 @@ pub(super) trait Resource: Send + Sync {
 
     fn span(&self) -> Span;
 
-    /// The name of the one that a boot of `row` acquires, by which it is found again on the host.
-    /// `None` if the boot needs none of this kind, or if another operation writes the ledger row.
-    /// If the span is `Boot`, the name must be unique to the boot. This runs inside the claim's
-    /// transaction, so it may only access memory.
+    /// The name of the resource that a boot of `row` acquires. The name identifies the resource on
+    /// the host. `None` if the boot does not need this kind, or if another operation writes the
+    /// ledger row. If the span is `Boot`, the name must be unique to the boot. This runs inside the
+    /// claim's transaction, so it may only access memory.
     fn intent(&self, _resources: &Resources, _row: &VmRow) -> Option<String> {
         None
     }
 
-    /// Releases it, even if the operation was cancelled. Succeeds if it is gone already.
+    /// Releases the resource, even if the operation was cancelled. Succeeds if the resource is
+    /// already gone.
     fn release(&self, resources: &Resources, name: &str) -> Result<()>;
 
-    /// True if the other resources may not be released before this one, because it uses them.
+    /// True if the other resources may not be released before this one, because this one uses them.
     fn blocks_release(&self) -> bool {
         false
     }
 
-    /// Everything of this kind on the host that carries fcd's names.
+    /// The names of all resources of this kind on the host that carry fcd's names.
     fn found(&self, resources: &Resources) -> Result<Vec<String>>;
 
-    /// True if this one must not be removed although the ledger does not say so.
+    /// True if the resource must not be removed although it is not in the ledger.
     fn is_in_use(&self, _resources: &Resources, _name: &str) -> bool {
         false
     }
 }
 
-/// The checks of `doctor` for what boots need. They are read-only, and there may be no daemon.
+/// The checks of `doctor` for what boots need. They are read-only, and also run without a daemon.
 pub(super) fn checks(host: &HostView<'_>) -> Vec<Check> {
     [
         directory::checks(host),
@@ -167,7 +168,7 @@ pub(super) fn intend(resources: &Resources, tx: &mut Tx, row: &VmRow) {
     }
 }
 
-/// True if the thing in this ledger row should be gone.
+/// True if the resource in this ledger row should no longer exist.
 fn is_leftover(state: &State, row: &LedgerRow) -> bool {
     let Some(vm) = row.vm.as_ref().and_then(|id| state.vm(id)) else {
         return true;
@@ -255,7 +256,7 @@ impl Resources {
     /// Releases everything that a VM has.
     ///
     /// # Errors
-    /// The first error. The other resources are released nevertheless.
+    /// Returns the first error. The other resources are released even so.
     pub(super) fn release_life(&self, vm: &VmId) -> Result<()> {
         let left = self.release(vm, |_, _| true)?;
         left.into_iter().next().map_or(Ok(()), Err)
@@ -301,7 +302,7 @@ impl Resources {
     /// Compares the ledger, the rows of VMs and the host. Reports what belongs to fcd but to no VM,
     /// and removes it if `fix` is set.
     ///
-    /// It is idempotent, and skips what is being acquired or released meanwhile.
+    /// It is idempotent, and skips what is currently being acquired or released.
     pub(super) fn sweep(&self, fix: bool) -> Vec<Leak> {
         let mut leaks = Vec::new();
         // If a VMM could not be killed, its VM keeps everything.

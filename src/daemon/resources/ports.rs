@@ -23,7 +23,8 @@ impl BootStep for Ports {
                 let guest = resources.networks.guest(&boot.row, net)?;
                 net.forward(&guest, &boot.row.ports, boot.cancel)
             }
-            // This only checks them. The VMM opens them, but its errors are less clear.
+            // The VMM opens the ports. Check them here first, because the VMM's errors are less
+            // clear.
             None => net::require_free_ports(&boot.row.ports),
         }
     }

@@ -1,4 +1,4 @@
-//! The VMM process. It is found again by the tag in its arguments.
+//! The VMM process. The tag in its arguments identifies it.
 
 use super::{Boot, BootStep, Resource, Resources, Span};
 use crate::error::{Error, Kind, Result};
@@ -33,7 +33,7 @@ impl Resource for VmmProcess {
         Some(resources.core.tag(row).to_string())
     }
     fn release(&self, resources: &Resources, name: &str) -> Result<()> {
-        // There is more than one only if a compromised VMM pretends to be another.
+        // More than one process has the tag only if a compromised VMM pretends to be another VMM.
         for _ in 0..PRETENDERS_MAX {
             let Some(identity) = resources.vmms.find_vmm(name)? else {
                 return Ok(());

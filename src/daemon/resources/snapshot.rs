@@ -49,7 +49,8 @@ impl Resource for Snapshot {
             .collect())
     }
 
-    /// Check the registry first: between the two, a snapshot is in both.
+    /// Checks the registry first. A snapshot gets its row before it leaves the registry, so it is
+    /// never missed.
     fn is_in_use(&self, resources: &Resources, name: &str) -> bool {
         let Ok(id) = name.parse() else { return true };
         resources.snapshot_registry.contains(&id)

@@ -1,5 +1,5 @@
-//! A VM's tap on the bridge, with its rules. It is found again by the VM's tag in its alias. There
-//! is none in user mode.
+//! A VM's tap on the bridge, with its rules. The VM's tag in its alias identifies it. In user mode
+//! there is no tap.
 
 use super::{Boot, BootStep, Resource, Resources, Span};
 use crate::error::{Error, Kind, Result};
@@ -32,7 +32,7 @@ impl BootStep for Tap {
             None if boot.row.tap.is_none() => return Ok(()),
             None => None,
         };
-        // This is not waited for: the change that follows it cannot be durable without it.
+        // There is no need to wait for this change: the next change cannot be durable without it.
         resources
             .core
             .change_row(&boot.row.id, false, |r| r.tap = fact)?

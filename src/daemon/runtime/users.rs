@@ -45,7 +45,7 @@ impl Runtimes {
 
     /// Ends every transfer and session of the VM.
     pub(crate) fn cancel_users(&self, vm: &VmId, cause: &CancelCause) {
-        // The youngest is cancelled first, because a user that waits for an older one must be
+        // The newest user is cancelled first, because a user that waits for an older user must be
         // cancelled before its turn comes.
         let tokens: Vec<_> = self.with(vm, |r| {
             r.users

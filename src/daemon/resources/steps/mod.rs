@@ -1,5 +1,5 @@
-//! The boot steps that take nothing that has to be given back. What they write is in the VM's
-//! directory, where the next boot replaces it and a delete removes it.
+//! The boot steps that acquire no resources. They write only to the VM's directory, where the next
+//! boot replaces their files and a delete removes them.
 
 pub(super) mod restored_disks;
 pub(super) mod root_disk;

@@ -1,5 +1,5 @@
-//! The disks of a restored snapshot. A boot that restores one puts copies of the snapshot's disks
-//! in the place of the VM's own.
+//! The disks of a restored snapshot. A boot from a snapshot replaces the VM's own disks with copies
+//! of the snapshot's disks.
 
 use super::super::former_disks;
 use super::super::{Boot, BootStep, Resources};
@@ -22,8 +22,8 @@ impl BootStep for RestoredDisks {
 }
 
 impl Resources {
-    /// Replaces the VM's disks by copies of the snapshot's. The VM's own disks are restored if the
-    /// start fails: see [`Resources::keep_disks`].
+    /// Replaces the VM's disks with copies of the snapshot's disks. The VM's own disks are restored
+    /// if the start fails: see [`Resources::keep_disks`].
     fn replace_disks(&self, boot: &mut Boot<'_>) -> Result<()> {
         let Some(restore) = boot.restore else {
             return Ok(());
@@ -41,7 +41,7 @@ impl Resources {
             }
         }
         for path in [&from.memory, &from.devices] {
-            // An earlier version gave them to a group of all VMMs.
+            // An earlier version gave the saved state to a group of all VMMs.
             share_saved(path, boot.spec.credentials)
                 .map_err(|e| damaged(saved, path, &e.to_string()))?;
         }
@@ -101,8 +101,8 @@ impl Resources {
         Ok(())
     }
 
-    /// The guest runs, so the VM keeps the new disks and takes over what the snapshot says about
-    /// them.
+    /// Keeps the new disks, because the guest runs, and copies their description from the snapshot
+    /// to the VM.
     pub(in crate::daemon) fn keep_disks(&self, boot: &mut Boot<'_>) -> Result<()> {
         let (Some(restore), Some(former)) = (boot.restore, boot.former_disks.take()) else {
             return Ok(());

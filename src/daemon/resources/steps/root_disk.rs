@@ -15,7 +15,7 @@ impl BootStep for RootDisk {
 
     fn run(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
         if boot.restore.is_some() {
-            // The snapshot's disk has taken its place, with the size that it had.
+            // The snapshot's disk is already in place, with its original size.
             return Ok(());
         }
         resources.prepare_disk(boot)?;
@@ -57,9 +57,9 @@ fn disk_check(host: &HostView<'_>) -> Check {
 }
 
 impl Resources {
-    /// Decides again how root disks are made: the disk of the host may have been full when the
-    /// daemon started. A device-mapper snapshot is refused, because the claim did not put its
-    /// device into the ledger.
+    /// Decides again how root disks are made: the host's disk may have been full when the daemon
+    /// started. A device-mapper snapshot is refused, because the claim did not put its device into
+    /// the ledger.
     fn probe_again(&self) -> Result<Method> {
         let now = probe(&self.disk, self.vmm.as_ref(), &self.core.state_dir)?.method;
         match self.specs.disk_probe.as_ref() {

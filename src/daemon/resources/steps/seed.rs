@@ -1,5 +1,5 @@
-//! The seed drive. It is written at every start, with the results of the steps before and the
-//! present network configuration. It is in the VM's directory and is removed with it.
+//! The seed drive. It is written at every start, with the results of the earlier steps and the
+//! current network configuration. It is in the VM's directory and is removed with it.
 
 use super::super::{Boot, BootStep, Resources};
 use crate::daemon::snapshot_registry::Restore;

@@ -221,7 +221,7 @@ fn wait(
     Ok(if status == 0 { worst } else { status })
 }
 
-/// Why an operation failed, if it did.
+/// Returns the failure of an operation, if it failed.
 fn failure_of(op: &Op) -> Option<Failure> {
     let failure = match (&op.error, op.state) {
         (_, OpState::Ok) => return None,

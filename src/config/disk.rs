@@ -8,7 +8,8 @@ choices! {
         /// The first of reflink, qcow2 and dm-snapshot that the host and the VMM support. Never
         /// copy.
         Auto = "auto",
-        /// A copy that shares blocks with the image. Needs a file system that can (XFS, Btrfs).
+        /// A copy that shares blocks with the image. Needs a file system with reflinks, such as XFS
+        /// or Btrfs.
         Reflink = "reflink",
         /// A file on top of the image. QEMU only.
         Qcow2 = "qcow2",

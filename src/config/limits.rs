@@ -24,8 +24,8 @@ section! {
         operations_per_uid_max: usize = 64,
         /// Finished operations of one user that `fcctl op list --all` still shows.
         operations_kept_per_uid: usize = RETENTION.per_uid_max,
-        /// Finished operations of all users. Above this, the user with the most loses the oldest;
-        /// root is last.
+        /// Finished operations of all users that are kept. Above this limit, the oldest one of the
+        /// user with the most is removed. Those of root are removed last.
         operations_kept_max: usize = RETENTION.total_max,
         /// Transfers of one user that may wait for a thread.
         queue_per_uid_max: usize = 32,

@@ -4,7 +4,7 @@ use super::section::section;
 use crate::ids::ImageRef;
 
 section! {
-    /// What a new VM gets unless its creator says otherwise.
+    /// The settings of a new VM that its creator does not specify.
     pub struct VmDefaults {
         /// The image.
         image: ImageRef = "default".parse().expect("a valid name"),

@@ -24,7 +24,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// The deadline of an idle worker's wait, after which it waits again. New work wakes it at once.
+/// How long an idle worker waits at a time. New work wakes it at once.
 const IDLE_WAIT: Duration = Duration::from_secs(60);
 
 /// A fixed number of workers and a bounded queue.

@@ -50,9 +50,8 @@ impl<H: Clone> Registry<H> {
         }
     }
 
-    /// Returns a session's handle to its owner and to root. For anyone else the session does not
-    /// exist (`session_not_found`). The handle is a clone, so it is used without this registry's
-    /// lock.
+    /// Returns a session's handle to its owner and to root. Any other caller gets
+    /// `session_not_found`. The handle is a clone, so it is used without this registry's lock.
     pub(crate) fn find(&self, id: &SessionId, caller_uid: u32) -> Result<H> {
         let sessions = self.sessions.lock();
         match sessions

@@ -94,8 +94,8 @@ pub(super) fn reopen(dir: &Path) -> Result<Connection> {
     Ok(c)
 }
 
-/// A transaction of prepared statements, because parsing SQL takes longer than running it. It is
-/// rolled back when it is dropped.
+/// A transaction of prepared statements, because parsing SQL takes longer than running it. Dropping
+/// the transaction rolls it back.
 pub(super) struct Transaction<'c>(&'c Connection);
 
 impl<'c> Transaction<'c> {
@@ -111,8 +111,8 @@ impl<'c> Transaction<'c> {
 
 impl Drop for Transaction<'_> {
     fn drop(&mut self) {
-        // It is in autocommit mode after a commit, and after an error for which SQLite has rolled
-        // back.
+        // The connection is in autocommit mode after a commit, and after an error for which SQLite
+        // has rolled back.
         if !self.0.is_autocommit()
             && let Err(e) = self.0.execute_batch("ROLLBACK")
         {

@@ -36,7 +36,7 @@ struct Piece {
     bytes: Vec<u8>,
 }
 
-/// SQLite's default VFS, which opens everything. It is static memory of SQLite, so its address
+/// SQLite's default VFS, which opens all files. SQLite keeps it in static memory, so its address
 /// stays valid.
 struct Default(*mut sqlite3_vfs);
 // SAFETY: SQLite never changes a registered VFS of its own, and its functions may be called by any

@@ -156,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn room_allows_a_small_export_on_a_full_disk_and_scales_to_a_small_one() {
+    fn room_allows_small_export_on_full_disk_and_scales_down_on_small_disk() {
         let mut full = room(&Arc::new(AtomicU64::new(0)), 1 << 40, u64::MAX);
         full.take(LOOK_BYTES).unwrap();
         let mut small = room(&Arc::new(AtomicU64::new(60 << 20)), 100 << 20, u64::MAX);

@@ -29,8 +29,7 @@ pub fn replies(message: &[u8]) {
     }
 }
 
-/// Jobs and orders that a helper reads. Anything it accepts must be something that the daemon can
-/// send.
+/// Jobs and orders that a helper reads. A helper must accept only what the daemon can send.
 pub fn orders(message: &[u8]) {
     if let Some(job) = Job::decode(message) {
         assert_eq!(job.encode(), message);

@@ -36,10 +36,10 @@ pub struct Command {
     pub args: Vec<OsString>,
     pub env: Vec<(OsString, OsString)>,
     pub cwd: Option<PathBuf>,
-    /// The daemon's own if None.
+    /// The daemon's own credentials if None.
     pub credentials: Option<Credentials>,
-    /// The largest file that it may write (`RLIMIT_FSIZE`). The kernel ends it with SIGXFSZ if it
-    /// writes more.
+    /// The largest file that the command may write (`RLIMIT_FSIZE`). If it writes more, the kernel
+    /// kills it with SIGXFSZ.
     pub file_bytes_max: Option<u64>,
     pub stdin: Vec<u8>,
     pub deadline: Duration,
@@ -121,12 +121,12 @@ impl Command {
     }
 }
 
-/// What a failed program printed last on stderr, as the source of an error.
+/// The end of a failed program's stderr, as the source of an error.
 #[derive(Clone, Debug)]
 pub struct Complaint(pub String);
 
 impl Complaint {
-    /// Empty if the error does not come from a program.
+    /// The text of the complaint, which is empty if the error does not come from a program.
     pub fn of(error: &Error) -> &str {
         error
             .source_as::<Self>()
@@ -181,8 +181,9 @@ fn last_lines(bytes: &[u8]) -> String {
     printable(&lines[lines.len().saturating_sub(3)..].join("; "))
 }
 
-/// Runs a command to its end and returns its output whatever its status is (128+n if signal n
-/// killed it). Processes that it leaves behind in its process group are killed.
+/// Runs a command to its end and returns its output and its status, which need not be 0. The status
+/// is 128+n if signal n killed the command. Processes that it leaves behind in its process group
+/// are killed.
 pub fn run_any_status(
     command: &Command,
     cancel: &Cancel,
@@ -486,8 +487,7 @@ mod tests {
         assert_gone(&seen.borrow());
     }
 
-    /// Waits until the process is gone. It is not our child, so that takes until init has reaped
-    /// it.
+    /// Waits until the process is gone. It is not our child, so it exists until init has reaped it.
     #[track_caller]
     fn assert_gone(pid: &str) {
         let gone = (0..500).any(|_| {

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 /// The space on a file system.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Space {
-    /// What unprivileged users may still allocate.
+    /// The bytes that unprivileged users can still allocate.
     pub free_bytes: u64,
     pub total_bytes: u64,
 }
@@ -113,7 +113,7 @@ pub fn write_durable(path: &Path, bytes: &[u8], mode: RawMode) -> Result<()> {
             OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL,
             mode,
         )?;
-        // The umask applied to the mode of the open.
+        // The umask was applied to the mode of the open, so set the mode again.
         rustix::fs::fchmod(&file, Mode::from_raw_mode(mode))?;
         file.write_all(bytes)?;
         file.sync_all()?;

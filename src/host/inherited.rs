@@ -1,4 +1,4 @@
-//! What a process inherits from its parent: descriptors and ignored signals.
+//! The descriptors and ignored signals that a process inherits from its parent.
 
 use crate::error::{Error, Result};
 use std::os::fd::RawFd;

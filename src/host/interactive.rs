@@ -56,7 +56,7 @@ mod tests {
         let cancel = Cancel::try_new().unwrap();
         let sh = |script: &str| run("sh", &["-c".into(), script.into()], &cancel);
         assert_eq!(sh("exit 3").unwrap(), 3);
-        // A signal that no parent can have set to be ignored, as nohup(1) does with SIGHUP.
+        // SIGKILL cannot be ignored. A parent such as nohup(1) may have made SIGHUP ignored.
         assert_eq!(sh("kill -KILL $$").unwrap(), 128 + 9);
         assert_eq!(
             run("no-such-program", &[], &cancel).unwrap_err().kind(),

@@ -48,7 +48,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn meminfo() {
+    fn meminfo_total_is_parsed() {
         assert_eq!(
             parse_mem_total_mib("MemTotal:       24609484 kB\nMemFree: 1 kB\n"),
             Some(24032)

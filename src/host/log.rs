@@ -57,7 +57,7 @@ impl Queue {
         )
     }
 
-    /// Never waits.
+    /// Queues a line without waiting.
     fn put(&self, line: &[u8]) {
         let line = match line.len().checked_sub(LINE_BYTES_MAX) {
             None | Some(0) => line.to_vec(),
@@ -115,7 +115,7 @@ fn write_all_of(receiver: &Receiver<Item>, dropped: &AtomicU64, mut out: impl Wr
     }
 }
 
-/// Writes a line, however long that takes. If the reader has gone, the line is lost.
+/// Writes a line and waits as long as the reader takes. If the reader is gone, the line is lost.
 fn write_line(out: &mut (impl Write + AsFd), line: &[u8]) {
     let mut rest = line;
     while !rest.is_empty() {
@@ -167,7 +167,7 @@ pub fn init() -> Result<()> {
     } else {
         inner.filter()
     };
-    let twice = || Error::internal("set up the log: there is one already");
+    let twice = || Error::internal("set up the log: it is already set up");
     LOG.set(queue).map_err(|_| twice())?;
     log::set_boxed_logger(Box::new(Logger(inner))).map_err(|_| twice())?;
     log::set_max_level(level);

@@ -1,17 +1,18 @@
 //! How the C library's allocator keeps memory that the daemon has freed.
 
-/// Arenas that threads share. By default there are eight for each core, and each keeps what its
-/// threads have freed. Two are enough because threads have a cache of small blocks of their own.
+/// The number of arenas that all threads share. By default there are eight for each core, and each
+/// keeps the memory that its threads have freed. Two are enough because threads have a cache of
+/// small blocks of their own.
 #[cfg(target_env = "gnu")]
 const ARENAS_MAX: libc::c_int = 2;
-/// Larger blocks are mappings of their own, which go back to the system when they are freed.
-/// Setting it keeps the C library from raising it to the size of the largest block that was freed
+/// Larger blocks get their own mappings, which return to the system when they are freed. Setting
+/// this threshold stops the C library from raising it to the size of the largest freed block
 /// (mallopt(3), `M_MMAP_THRESHOLD`).
 #[cfg(target_env = "gnu")]
 const MAPPED_BYTES_MIN: libc::c_int = 128 * 1024;
 
 /// Limits how much freed memory the allocator keeps. Call it before the first thread starts,
-/// because arenas that exist by then are not removed.
+/// because existing arenas are not removed.
 pub fn bound_allocator() {
     #[cfg(target_env = "gnu")]
     for (option, value) in [
@@ -25,8 +26,8 @@ pub fn bound_allocator() {
     }
 }
 
-/// Gives memory that is no longer used back to the system. It takes milliseconds and the
-/// allocator's locks, so call it seldom and without a lock.
+/// Returns unused memory to the system. This takes milliseconds and holds the allocator's locks, so
+/// call it rarely, and without a lock.
 pub fn give_back() {
     #[cfg(target_env = "gnu")]
     #[allow(unsafe_code)]
@@ -38,17 +39,16 @@ pub fn give_back() {
 }
 
 /// Unmaps the pages of the program and its libraries. The kernel keeps them in its page cache while
-/// it has room, and maps those that are used again, 16 at a time. The others, which only the start
-/// or a crowd of callers needed, then no longer count as the daemon's memory, and the kernel can
-/// reuse them without looking for who maps them.
+/// it has room, and maps those that are used again, 16 at a time. The others, which were needed
+/// only at the start or under load, then no longer count as the daemon's memory, and the kernel can
+/// reclaim them without unmapping them first.
 fn unmap_program_pages() {
     let Ok(maps) = std::fs::read_to_string("/proc/self/smaps") else {
         return;
     };
     for range in unmodified_file_ranges(&maps) {
         #[allow(unsafe_code)]
-        // SAFETY: the mapping cannot be written and no page of it was ever modified, so what the
-        // kernel maps at the next access is the same bytes of the same file.
+        // SAFETY: the mapping cannot be written and no page of it was ever modified, so at the next access the kernel maps the same bytes of the same file.
         let result = unsafe {
             rustix::mm::madvise(
                 std::ptr::with_exposed_provenance_mut(range.start),
@@ -78,8 +78,8 @@ fn unmodified_file_ranges(smaps: &str) -> Vec<std::ops::Range<usize>> {
     ranges
 }
 
-/// Parses the first line of a mapping. The inner value is None if the mapping is of no file, or can
-/// be written.
+/// Parses the first line of a mapping. The inner value is None if the mapping has no file or can be
+/// written.
 fn file_range(line: &str) -> Option<Option<std::ops::Range<usize>>> {
     let mut words = line.split_ascii_whitespace();
     let (start, end) = words.next()?.split_once('-')?;
@@ -120,7 +120,7 @@ Anonymous:             0 kB
         );
     }
 
-    /// The program still runs, its relocated data included.
+    /// The program still runs, and its relocated data is intact.
     #[test]
     fn give_back_leaves_program_intact() {
         let before = std::fs::read_to_string("/proc/self/maps").unwrap();

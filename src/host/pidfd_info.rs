@@ -1,6 +1,6 @@
-//! How a process that is not our child ended: `PIDFD_GET_INFO` (include/uapi/linux/pidfd.h). Linux
-//! has the request since 6.13 and keeps the exit status since 6.15, from when the process's parent
-//! has reaped it.
+//! Finds out how a process that is not our child ended, with `PIDFD_GET_INFO`
+//! (include/uapi/linux/pidfd.h). Linux has this request since 6.13. Since 6.15 it also reports the
+//! exit status of a process that its parent has reaped.
 
 use super::process::{Exit, Process};
 use super::wait::{WaitResult, wait_uncancelled};
@@ -28,8 +28,8 @@ struct PidfdInfo {
 
 nix::ioctl_readwrite!(get_info, 0xff, 11, PidfdInfo);
 
-/// How the process ended. Call it once it has exited: this waits a moment for its parent to reap
-/// it. Unknown on an older kernel.
+/// Returns how an exited process ended. Waits a moment for its parent to reap it. Returns
+/// `Exit::Unknown` on an older kernel.
 pub fn wait_exit(process: &Process) -> Exit {
     // Requesting no events still reports POLLHUP, which follows the reaping.
     let reaped = wait_uncancelled(
@@ -66,7 +66,7 @@ mod tests {
     use rustix::process::Signal;
     use std::io::{BufRead, BufReader};
 
-    /// Since when the kernel keeps the exit status.
+    /// The first kernel version that keeps the exit status.
     const SINCE: (u32, u32) = (6, 15);
 
     fn kernel() -> (u32, u32) {
@@ -78,8 +78,8 @@ mod tests {
         (numbers.next().unwrap(), numbers.next().unwrap())
     }
 
-    /// How a shell's child ends that got this signal.
-    #[allow(clippy::disallowed_methods)] // Our children are not what is tested.
+    /// Returns how a shell's child ends after it gets this signal.
+    #[allow(clippy::disallowed_methods)] // The test needs a process that is not our child.
     fn end(prepare: &str, signal: Signal) -> Exit {
         let tag = format!("fcd-test-{}-{}", std::process::id(), signal.as_raw());
         let script = format!("{prepare} echo ready; while :; do sleep 0.01; done");
@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn exit_of_anothers_child_is_known_where_the_kernel_keeps_it() {
+    fn exit_of_foreign_child_is_known_if_the_kernel_keeps_it() {
         let has_it = kernel() >= SINCE;
         let expected = |exit| if has_it { exit } else { Exit::Unknown };
         assert_eq!(end("", Signal::KILL), expected(Exit::Signal(9)));

@@ -27,7 +27,7 @@ mod tests {
 
     #[test]
     fn bytes_are_filled_and_differ() {
-        // More than getrandom(2) is certain to return at once.
+        // getrandom(2) may return fewer bytes than this in one call.
         let (one, other) = (bytes::<1024>(), bytes::<1024>());
         assert_ne!(one, other);
         assert!(one[1008..].iter().any(|b| *b != 0));

@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Component, Path, PathBuf};
 
-/// The kernel follows this many symbolic links in one path (path_resolution(7)).
+/// The number of symbolic links that the kernel follows in one path (path_resolution(7)).
 const LINKS_MAX: usize = 40;
 
 /// The first directory on the path to `path` that users other than its owner and group cannot
@@ -66,8 +66,8 @@ mod tests {
     use std::fs;
     use std::os::unix::fs::symlink;
 
-    /// Creates the directory `shut` (mode 0700), which contains `state`, and a link to that,
-    /// `open/link`.
+    /// Creates the directory `shut` (mode 0700), which contains `state`, and the link `open/link`
+    /// to `shut/state`.
     fn directories() -> tempfile::TempDir {
         let temp = tempfile::tempdir().unwrap();
         fs::set_permissions(&temp, fs::Permissions::from_mode(0o755)).unwrap();

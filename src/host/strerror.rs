@@ -1,9 +1,9 @@
-//! The texts by which programs report a refused system call.
+//! The texts with which programs report a failed system call.
 //!
-//! Programs print `strerror` and keep the number to themselves, so where a decision depends on the
-//! number, this text is all there is. Commands run with `LC_ALL=C.UTF-8`, so it is never
-//! translated. Both C libraries are read: the host's programs use glibc (2.36,
-//! sysdeps/gnu/errlist.h), and static builds use musl (1.2.5, src/errno/__strerror.h).
+//! Programs print the text of `strerror` but not the number, so a decision that depends on the
+//! number has to compare this text. Commands run with `LC_ALL=C.UTF-8`, so it is never translated.
+//! Both C libraries are read: the host's programs use glibc (2.36, sysdeps/gnu/errlist.h), and
+//! static builds use musl (1.2.5, src/errno/__strerror.h).
 
 /// ENOSPC. Both libraries have the same text.
 const DISK_FULL: &[&str] = &["No space left on device"];
@@ -34,9 +34,9 @@ mod tests {
     use crate::host::{Command, Commands, HostCommands};
     use crate::locks::Cancel;
 
-    /// The C library of this host's programs is asked, so that a text that it changes is noticed.
+    /// Compares the texts with those of the host's C library, so that a change is noticed.
     #[test]
-    fn texts_are_those_of_the_hosts_programs() {
+    fn texts_match_those_of_host_programs() {
         let complaint = |args: &[&str]| {
             let cancel = Cancel::try_new().unwrap();
             let ran = HostCommands.run(

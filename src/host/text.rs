@@ -21,8 +21,8 @@ pub fn printable(text: &str) -> String {
     out
 }
 
-/// Like [`printable`], but keeps line breaks and tabs, and removes whole escape sequences. For
-/// output of a guest.
+/// Like [`printable`], but keeps line breaks and tabs, and removes whole escape sequences. Use it
+/// for the output of a guest.
 pub fn printable_lines(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let mut chars = text.chars().peekable();
@@ -40,7 +40,7 @@ pub fn printable_lines(text: &str) -> String {
 }
 
 /// Puts the beginning of a text in quotes, with everything escaped that could be mistaken for their
-/// end. For what a caller sent instead of a name, an id or a word of the protocol.
+/// end. Use it for input that should have been a name, an id or a word of the protocol.
 pub fn quoted(text: &str) -> String {
     let short: String = text.chars().take(QUOTED_CHARS_MAX).collect();
     let rest = if short.len() < text.len() { "..." } else { "" };

@@ -51,7 +51,7 @@ pub fn wait_any(
     wait(fds, deadline, Some(cancel))
 }
 
-/// Like [`wait_any`], but ignores cancellation. For cleaning up.
+/// Like [`wait_any`], but ignores cancellation. Use it to clean up.
 pub fn wait_uncancelled(
     fds: &[(BorrowedFd<'_>, PollFlags)],
     deadline: Instant,
@@ -94,7 +94,8 @@ fn is_ready(fd: impl AsFd, events: PollFlags) -> bool {
     matches!(poll(&mut fds, PollTimeout::ZERO), Ok(n) if n > 0)
 }
 
-/// Makes reads and writes return `WouldBlock`, for all who share the open file description.
+/// Makes reads and writes return `WouldBlock`, for every process that shares the open file
+/// description.
 pub fn set_nonblocking(fd: impl AsFd) -> io::Result<()> {
     let flags = rustix::fs::fcntl_getfl(&fd)?;
     rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK)?;

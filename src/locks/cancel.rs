@@ -20,7 +20,7 @@ struct Inner {
 struct Wakers {
     last_id: u64,
     waiting: Vec<(u64, Waker)>,
-    /// The waker that `cancel` is calling, and on which thread.
+    /// The waker that `cancel` is running, and the thread that runs it.
     running: Option<(u64, raw::ThreadId)>,
 }
 
@@ -61,7 +61,8 @@ impl Cancel {
             };
             wakers.running = Some((id, raw::current().id()));
             drop(wakers);
-            // The panic hook reports it. Nothing is logged here, because the caller may hold locks.
+            // The panic hook reports a waker's panic. Nothing is logged here, because the caller
+            // may hold locks.
             drop(std::panic::catch_unwind(std::panic::AssertUnwindSafe(
                 waker,
             )));
@@ -91,8 +92,8 @@ impl Cancel {
     /// thread may hold any lock. It may use this token.
     pub fn on_cancel(&self, waker: impl FnOnce() + Send + 'static) -> Subscription {
         let mut wakers = self.inner.wakers.lock();
-        // Checked under the mutex, which `cancel` takes after setting the cause, so that exactly
-        // one of the two calls the waker.
+        // Check under the mutex, which `cancel` takes after setting the cause. Either this function
+        // or `cancel` then calls the waker, never both.
         if self.is_cancelled() {
             drop(wakers);
             waker();

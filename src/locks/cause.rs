@@ -6,7 +6,7 @@ use std::fmt;
 /// people: messages show it after "cancelled: ".
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum CancelCause {
-    /// Somebody asked for exactly this, for example with `fcctl op cancel`.
+    /// A user cancelled the operation, for example with `fcctl op cancel`.
     Requested,
     CallerHungUp,
     /// A signal ended `fcctl`.
@@ -15,20 +15,20 @@ pub enum CancelCause {
     VmKilled,
     VmRestarted,
     VmDeleted,
-    /// The VMM ended without being asked to. The text says how, as the VM's reason does.
+    /// The VMM ended unexpectedly. The text says how, and is also the VM's `reason`.
     VmmEnded(String),
-    /// Guests whose disks cannot grow are paused when this happens.
+    /// The host has no space left for the disks of guests, so they are paused.
     HostDiskFull,
-    /// A transfer moved fewer bytes than the configuration demands.
+    /// A transfer was slower than the configured minimum.
     TooSlow,
-    /// A forced request does not wait for a graceful one.
+    /// A forced request replaced a graceful one.
     Forced,
-    /// The operation that began this one was cancelled.
+    /// The operation that started this one was cancelled.
     ParentCancelled,
     DaemonStops,
-    /// The command of the guest, or the call, has ended.
+    /// The command in the guest or the call has ended.
     CommandEnded,
-    /// What the token belongs to has ended. For tokens that are used as events.
+    /// The owner of the token has ended. Used for tokens that serve as events.
     Finished,
 }
 
@@ -46,7 +46,7 @@ impl fmt::Display for CancelCause {
             CancelCause::HostDiskFull => "the host's disk is full",
             CancelCause::TooSlow => "the transfer is too slow",
             CancelCause::Forced => "forced",
-            CancelCause::ParentCancelled => "what it was for was cancelled",
+            CancelCause::ParentCancelled => "the operation that needed it was cancelled",
             CancelCause::DaemonStops => "the daemon is shutting down",
             CancelCause::CommandEnded => "the command has ended",
             CancelCause::Finished => "it has ended",

@@ -1,4 +1,5 @@
-//! The disabled checker: the same items as `check_on.rs`, which store and do nothing.
+//! The disabled checker. It has the items of `check_on.rs`, which documents them; here they store
+//! nothing and do nothing.
 
 use super::rank::{Edge, Rank};
 use std::fmt::Debug;
@@ -34,16 +35,12 @@ pub fn acquire(_tag: &Tag, _want: Request<'_>) -> Token {
 }
 #[inline(always)]
 pub fn check_wait(_region: Rank, _except: &Token) {}
-/// Panics if this thread holds a lock under which only memory may be touched.
 #[inline(always)]
 pub fn require_memory_only(_what: &str) {}
-/// Panics if a log call happens under such a lock.
 #[inline(always)]
 pub fn log_call(_record: &log::Record<'_>) {}
-/// Panics if this thread holds a lock or is in a region.
 #[inline(always)]
 pub fn assert_none_held(_at: &str) {}
-/// The number of locks and regions of this thread.
 #[inline(always)]
 pub fn held() -> usize {
     0
@@ -52,15 +49,12 @@ pub fn held() -> usize {
 pub fn lock_beneath<T>(mutex: &parking_lot::Mutex<T>) -> parking_lot::MutexGuard<'_, T> {
     mutex.lock()
 }
-/// The number of violations so far, including those whose panic was caught.
 #[inline(always)]
 pub fn violations() -> u64 {
     0
 }
-/// Sets a function that is called before each acquisition, outside all of the checker's own locks.
 #[inline(always)]
 pub fn set_chaos(_hook: Option<fn(Rank)>) {}
-/// The declared edges that occurred in this process.
 pub fn observed() -> Vec<Edge> {
     Vec::new()
 }
@@ -68,7 +62,6 @@ pub fn observed() -> Vec<Edge> {
 pub fn dot() -> String {
     super::rank::dot(None)
 }
-/// What every thread holds and awaits.
 pub fn dump() -> String {
     "the lock checker is off in this build\n".to_owned()
 }

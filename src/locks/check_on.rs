@@ -1,10 +1,10 @@
 //! The checker. It keeps a list per thread of the locks that the thread holds, and compares it with
 //! the table before each acquisition.
 //!
-//! Two environment variables are read once. `FCD_LOCK_ABORT=1` aborts on the first violation; the
-//! daemons of tests set it, so that no `catch_unwind` hides one. `FCD_LOCK_EDGES=FILE` appends a
-//! line `From To` for every declared edge when this process first sees it; the test suite fails if
-//! an edge was seen by no process.
+//! Two environment variables are read once. `FCD_LOCK_ABORT=1` makes the process abort on the first
+//! violation. Tests set it for their daemons, so that no `catch_unwind` hides a violation.
+//! `FCD_LOCK_EDGES=FILE` appends a line `From To` for every declared edge when this process first
+//! sees it; the test suite fails if no process saw an edge.
 
 use super::rank::{Rank, Site, rule};
 use parking_lot::Mutex;
@@ -17,7 +17,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 #[cfg(feature = "shuttle")]
-// Its tasks run on one OS thread, so with std's macro they would share one list.
+// Shuttle's tasks run on one OS thread, so with std's macro they would share one list.
 use shuttle::thread_local;
 
 /// Whether this build checks locks.
@@ -34,7 +34,8 @@ impl Tag {
 /// A lock that a thread is about to take.
 pub struct Request<'a> {
     pub key: Option<&'a dyn Debug>,
-    /// The lock's address, null for a region. It tells "taken twice" from "two of one rank".
+    /// The lock's address, null for a region. It distinguishes a lock that is taken twice from two
+    /// locks of one rank.
     pub instance: *const (),
     /// False for `try_lock`, which cannot hang.
     pub blocks: bool,
@@ -226,13 +227,13 @@ fn measure(since: Usage, at: Site) {
     }
 }
 
-/// How `vm_locks` were held so far.
+/// Statistics about the holds of `vm_locks` so far.
 #[cfg(any(test, feature = "fakes"))]
 pub fn holds() -> Holds {
     HOLDS.lock().clone().unwrap_or_default()
 }
 
-/// Locks the underlying mutex and counts if that had to wait.
+/// Locks the underlying mutex, and counts the lock as contended if the thread has to wait.
 pub fn lock_beneath<T>(mutex: &Mutex<T>) -> parking_lot::MutexGuard<'_, T> {
     mutex.try_lock().unwrap_or_else(|| {
         CONTENDED.with(|c| c.set(c.get() + 1));
@@ -240,8 +241,8 @@ pub fn lock_beneath<T>(mutex: &Mutex<T>) -> parking_lot::MutexGuard<'_, T> {
     })
 }
 
-/// Panics, before anything blocks, if the table does not allow the lock under what this thread
-/// holds.
+/// Panics before the thread blocks if the table does not allow this lock together with those that
+/// the thread holds.
 #[track_caller]
 pub fn acquire(tag: &Tag, want: Request<'_>) -> Token {
     let (rank, at) = (tag.0, Location::caller());
@@ -298,7 +299,7 @@ pub fn acquire(tag: &Tag, want: Request<'_>) -> Token {
     }
 }
 
-/// Checks a condition wait. The lock of `except` is the one that the wait releases.
+/// Checks a condition wait, which releases the lock of `except`.
 #[track_caller]
 pub fn check_wait(region: Rank, except: &Token) {
     let at = Location::caller();
@@ -340,7 +341,7 @@ pub fn require_memory_only(what: &str) {
     require_none(what, &Location::caller());
 }
 
-/// Checks a log call in the same way, because it may block on the reader of the log.
+/// Applies the same check to a log call, because it may block on the reader of the log.
 pub fn log_call(record: &log::Record<'_>) {
     require_none(
         "log call",
@@ -451,7 +452,7 @@ pub fn dump() -> String {
     }
 }
 
-/// From here on, this thread's edges are not recorded and its violations are counted as expected.
+/// From now on, does not record this thread's edges, and counts its violations as expected.
 #[cfg(all(test, not(feature = "shuttle")))]
 pub(super) fn stop_recording() {
     RECORDING.with(|r| r.set(false));
@@ -462,8 +463,7 @@ pub(super) fn violations_expected() -> u64 {
     EXPECTED.load(Ordering::SeqCst)
 }
 
-/// True if the wanted lock is the one that this thread holds, so that blocking on it would never
-/// end.
+/// True if the wanted lock is the held one, so that waiting for it would never end.
 fn hangs(held: &Held, wanted: &Held) -> bool {
     held.instance != 0 && held.instance == wanted.instance && held.key == wanted.key
 }

@@ -148,7 +148,7 @@ impl Condvar {
     }
 }
 
-/// States, until it is dropped, that this thread is doing what a virtual rank names.
+/// Tells the checker that this thread does what a virtual rank names, until the region is dropped.
 #[must_use = "dropping it ends the region"]
 pub struct Region {
     _token: check::Token,

@@ -16,13 +16,13 @@ pub enum Rank {
     ImageOps,
     /// Virtual: this thread waits for a pool job.
     JobWait,
-    /// Virtual: about to talk to a guest.
+    /// Virtual: this thread is about to talk to a guest.
     GuestIo,
-    /// Virtual: about to talk to a VMM.
+    /// Virtual: this thread is about to talk to a VMM.
     VmmApi,
-    /// Virtual: about to run a host command.
+    /// Virtual: this thread is about to run a host command.
     HostCmd,
-    /// Virtual: waits for a commit to be durable.
+    /// Virtual: this thread waits for a commit to be durable.
     DurableWait,
     Store,
     Ops,
@@ -35,7 +35,7 @@ pub enum Rank {
     Connections,
     /// The pool of tap devices.
     Taps,
-    /// Virtual: inside a condition wait.
+    /// Virtual: this thread is in a condition wait.
     CondWait,
 }
 use Rank::*;

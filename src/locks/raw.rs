@@ -1,5 +1,5 @@
-//! The primitives that [`LockSet`](super::LockSet) and [`Cancel`](super::Cancel) are built on:
-//! those of parking_lot and std, or with the feature `shuttle` its models of them, so that its
+//! The primitives that [`LockSet`](super::LockSet) and [`Cancel`](super::Cancel) are built on. They
+//! come from parking_lot and std. With the feature `shuttle` they are shuttle's models, so that its
 //! scheduler controls every step.
 
 #[cfg(not(feature = "shuttle"))]
@@ -30,12 +30,12 @@ mod imp {
     impl<T> std::ops::Deref for MutexGuard<'_, T> {
         type Target = T;
         fn deref(&self) -> &T {
-            self.0.as_ref().expect("only a wait takes it")
+            self.0.as_ref().expect("only a wait takes the inner guard")
         }
     }
     impl<T> std::ops::DerefMut for MutexGuard<'_, T> {
         fn deref_mut(&mut self) -> &mut T {
-            self.0.as_mut().expect("only a wait takes it")
+            self.0.as_mut().expect("only a wait takes the inner guard")
         }
     }
     impl Condvar {
@@ -43,7 +43,7 @@ mod imp {
             Self(shuttle::sync::Condvar::new())
         }
         pub fn wait<T>(&self, guard: &mut MutexGuard<'_, T>) {
-            let inner = guard.0.take().expect("only a wait takes it");
+            let inner = guard.0.take().expect("only a wait takes the inner guard");
             guard.0 = Some(self.0.wait(inner).unwrap_or_else(|e| e.into_inner()));
         }
         pub fn notify_all(&self) {

@@ -27,11 +27,11 @@ pub struct KeyRecord {
     /// The key, formatted with `Debug`.
     pub key: String,
     pub holder: Option<Party>,
-    /// In the order in which they will get the lock.
+    /// The waiters, in the order in which they will get the lock.
     pub waiters: Vec<Party>,
 }
 
-/// What a [`LockSet`](super::LockSet) keeps about a holder or waiter.
+/// The record that a [`LockSet`](super::LockSet) keeps of a holder or waiter.
 pub(super) struct PartyRecord {
     pub(super) thread: raw::Thread,
     operation: Option<Arc<str>>,
@@ -50,7 +50,7 @@ impl PartyRecord {
         }
     }
 
-    /// The same thread and operation, with the time set to now.
+    /// Returns a record with the same thread and operation whose time is now.
     pub(super) fn renewed(&self) -> Self {
         Self {
             thread: self.thread.clone(),

@@ -8,7 +8,7 @@ use std::hash::Hash;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-/// An empty set frees a map that has room for more than this many entries.
+/// When the set becomes empty, it frees a map with a capacity above this.
 const IDLE_CAPACITY_MAX: usize = 1024;
 
 /// The lock of one key. A slot always has a holder: a release either hands it to the first waiter
@@ -66,7 +66,8 @@ impl<K: Clone + Ord + Hash + Debug> Slots<K> {
         true
     }
 
-    /// False if the lock was granted in the meantime; the caller then holds it, cancelled or not.
+    /// Returns false if the lock has already been granted. The caller then holds it, even if it was
+    /// cancelled.
     pub(super) fn leave_queue(&self, key: &K, waiter: &Arc<Waiter>) -> bool {
         let mut slots = self.lock();
         let Some(slot) = slots.get_mut(key) else {

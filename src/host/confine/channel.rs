@@ -1,5 +1,5 @@
-//! Whole messages and descriptors between a helper and its parent, over a pair of sequential-packet
-//! sockets.
+//! Passes whole messages and file descriptors between a helper and its parent, over a pair of
+//! sequential-packet sockets.
 
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr,
@@ -8,17 +8,17 @@ use nix::sys::socket::{
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
-/// Most descriptors in one message.
+/// The maximum number of descriptors in one message.
 pub(super) const FDS_MAX: usize = 8;
 
-/// One end. Non-blocking: where a call would wait it fails with `WouldBlock`.
+/// One end of the channel. It is non-blocking: a call that would wait fails with `WouldBlock`.
 #[derive(Debug)]
 pub struct Channel(OwnedFd);
 
-/// A message that came.
+/// A received message.
 #[derive(Debug)]
 pub struct Received {
-    /// Its length; 0 is the end of the channel.
+    /// The length of the message. 0 means that the other end is closed.
     pub len: usize,
     pub fds: Vec<OwnedFd>,
 }
@@ -30,17 +30,17 @@ impl From<Channel> for OwnedFd {
 }
 
 impl Channel {
-    /// Two connected ends.
+    /// Creates two connected ends.
     pub fn pair() -> io::Result<(Self, Self)> {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
         Ok((Self(ours), Self(theirs)))
     }
 
-    /// The helper's end, which it inherited as its standard input.
+    /// The helper's end, which the helper inherits as its standard input.
     #[allow(unsafe_code)]
     pub fn inherited() -> Self {
-        // SAFETY: a helper uses its descriptor 0 for nothing else and makes this once.
+        // SAFETY: a helper uses descriptor 0 for nothing else and calls this function once.
         Self(unsafe { OwnedFd::from_raw_fd(0) })
     }
 
@@ -48,8 +48,8 @@ impl Channel {
         self.0.as_fd()
     }
 
-    /// Sends one message, whole; only the parent may send descriptors with it. `BrokenPipe` when
-    /// the other side is gone.
+    /// Sends one whole message. Only the parent may send descriptors with it. Fails with
+    /// `BrokenPipe` if the other end is closed.
     pub fn send(&self, message: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
         let rights = [ControlMessage::ScmRights(&raw)];
@@ -75,15 +75,15 @@ impl Channel {
         }
     }
 
-    /// Receives one message. Descriptors in it are dropped: this is for the parent, who wants none
-    /// from a helper. `InvalidData`: it is longer than `buffer`.
+    /// Receives one message and drops any descriptors in it, because the parent accepts none from a
+    /// helper. Fails with `InvalidData` if the message is longer than `buffer`.
     pub fn receive(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        // Without room for control data the kernel closes what descriptors come.
+        // Without room for control data, the kernel closes any descriptors in the message.
         let received = self.receive_message(buffer, &mut [])?;
         Ok(received.len)
     }
 
-    /// Receives one message with its descriptors: for the helper.
+    /// Receives one message with its descriptors. Only helpers call it.
     pub fn receive_with_fds(&self, buffer: &mut [u8]) -> io::Result<Received> {
         let mut control = nix::cmsg_space!([RawFd; FDS_MAX]);
         self.receive_message(buffer, &mut control)
@@ -99,9 +99,9 @@ impl Channel {
             {
                 Ok(message) => message,
                 Err(nix::errno::Errno::EINTR) => continue,
-                // The other side is gone and left a message of ours unread (unix(7) does not say
-                // so). The kernel reports that once, before what the other side had sent: its last
-                // message is still to come, then the end.
+                // The other end was closed before it had read all of our messages. The kernel
+                // reports this once (unix(7) does not mention it), before the messages that the
+                // other end had sent. So continue, and receive those first.
                 Err(nix::errno::Errno::ECONNRESET) => continue,
                 Err(e) => return Err(e.into()),
             };
@@ -109,7 +109,7 @@ impl Channel {
             if let Ok(controls) = message.cmsgs() {
                 for control in controls {
                     if let ControlMessageOwned::ScmRights(raw) = control {
-                        // SAFETY: the kernel has just made these descriptors for us.
+                        // SAFETY: the kernel has just created these descriptors for this process.
                         fds.extend(
                             raw.into_iter()
                                 .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }),
@@ -120,7 +120,7 @@ impl Channel {
             if message.flags.contains(MsgFlags::MSG_TRUNC) {
                 return Err(io::Error::new(
                     io::ErrorKind::InvalidData,
-                    "a message of a helper's channel is too long",
+                    "a message on a helper's channel is too long",
                 ));
             }
             return Ok(Received {

@@ -1,4 +1,5 @@
-//! The helper's side: what it was asked to be, and how it gives up its rights.
+//! The helper's side: reads the parent's request, and gives up the rights that the helper does not
+//! need.
 
 use super::ARGUMENT;
 use super::filter::{self, BASE, Call};
@@ -9,13 +10,15 @@ use std::io;
 /// The limits and rights of a helper.
 #[derive(Clone, Copy, Debug)]
 pub struct Profile {
-    /// Address space beyond what the program has when it starts.
+    /// The limit of address space beyond what the program has when it starts.
     pub memory_bytes_max: u64,
-    /// Descriptors, with the three standard ones.
+    /// The limit of open files, including the three standard streams.
     pub open_files_max: u64,
-    /// Whether it may start threads. With [`Profile::calls`] it needs the calls for that, too.
+    /// Whether the helper may start threads. [`Profile::calls`] must then include the calls for
+    /// threads.
     pub has_threads: bool,
-    /// Whether it may bind and connect TCP sockets, for which it needs the calls, too.
+    /// Whether the helper may bind and connect TCP sockets. [`Profile::calls`] must then include
+    /// the calls for sockets.
     pub has_network: bool,
     /// System calls beyond [`BASE`].
     pub calls: &'static [Call],
@@ -42,7 +45,7 @@ pub(super) fn arguments(name: &str, owner: Option<Credentials>) -> [OsString; 4]
     ]
 }
 
-/// Says what could not be given up.
+/// Prefixes an error with the step that failed.
 fn failed(doing: &str) -> impl FnOnce(io::Error) -> io::Error {
     move |e| io::Error::new(e.kind(), format!("{doing}: {e}"))
 }
@@ -56,7 +59,7 @@ fn check(result: libc::c_int) -> io::Result<()> {
 }
 
 impl Asked {
-    /// None where this process is not a helper.
+    /// Returns None if this process is not a helper.
     pub fn from_args() -> Option<Self> {
         Self::parse(std::env::args_os().skip(1))
     }
@@ -87,20 +90,20 @@ impl Asked {
         })
     }
 
-    /// Gives up everything that the profile does not name. To be called while there is one thread,
-    /// and before anything that a guest sent is looked at. The channel is descriptor 0.
+    /// Gives up every right that the profile does not grant. Call it while the process has only one
+    /// thread, and before it reads anything that a guest sent. Descriptor 0 is the channel.
     ///
     /// # Errors
-    /// Names the step that failed. The helper must not continue then.
+    /// The error names the step that failed. The helper must then exit.
     #[allow(unsafe_code)]
     pub fn confine(&self, profile: &Profile) -> io::Result<()> {
-        // SAFETY: system calls on values that live through each call.
+        // SAFETY: the values that are passed outlive each call.
         unsafe {
             check(libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, 0) as libc::c_int)
                 .map_err(failed("close files"))?;
             libc::signal(libc::SIGPIPE, libc::SIG_IGN);
             libc::umask(0o777);
-            // Fails where it leads a session already, which is as good.
+            // Fails if the process already leads a session, which is just as good.
             libc::setsid();
             check(libc::chdir(c"/".as_ptr())).map_err(failed("leave the working directory"))?;
         }
@@ -109,33 +112,34 @@ impl Asked {
             become_owner(owner).map_err(failed("change to the VM's user"))?;
         }
         self.die_with_parent()
-            .map_err(failed("follow the parent"))?;
+            .map_err(failed("set the parent-death signal"))?;
         // SAFETY: as above.
         unsafe {
             check(libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0))
-                .map_err(failed("hide from its own user"))?;
+                .map_err(failed("make the process undumpable"))?;
             check(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
-                .map_err(failed("renounce new privileges"))?;
+                .map_err(failed("set no_new_privs"))?;
         }
-        landlock(profile.has_network).map_err(failed("leave the file system"))?;
+        landlock(profile.has_network).map_err(failed("restrict file access with Landlock"))?;
         let calls = BASE.iter().chain(profile.calls).copied();
         let program = filter::compile(calls)
-            .map_err(|e| io::Error::other(format!("make a system call filter: {e}")))?;
+            .map_err(|e| io::Error::other(format!("compile the system call filter: {e}")))?;
         seccompiler::apply_filter(&program)
-            .map_err(|e| io::Error::other(format!("filter system calls: {e}")))
+            .map_err(|e| io::Error::other(format!("install the system call filter: {e}")))
     }
 
-    /// The kernel forgets this at a change of the uid, so it comes after it.
+    /// Asks the kernel to kill this process when its parent ends. A change of the uid clears this
+    /// setting, so change the uid first.
     #[allow(unsafe_code)]
     fn die_with_parent(&self) -> io::Result<()> {
         // SAFETY: no pointers.
         unsafe {
             check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0))?;
-            // It may have died before.
+            // The parent may have died before the setting took effect.
             if libc::getppid() == self.parent {
                 Ok(())
             } else {
-                Err(io::Error::other("it is gone"))
+                Err(io::Error::other("the parent has exited"))
             }
         }
     }
@@ -167,7 +171,7 @@ fn set_limits(profile: &Profile) -> io::Result<()> {
     Ok(())
 }
 
-/// proc(5), statm: the first number, in pages.
+/// Reads the size of the address space, which is the first field of statm, in pages (proc(5)).
 #[allow(unsafe_code)]
 fn address_space_bytes() -> io::Result<u64> {
     let statm = std::fs::read_to_string("/proc/self/statm")?;
@@ -180,13 +184,13 @@ fn address_space_bytes() -> io::Result<u64> {
 
 #[allow(unsafe_code)]
 fn become_owner(owner: Credentials) -> io::Result<()> {
-    // SAFETY: no list of groups is passed; the rest are numbers.
+    // SAFETY: the list of groups is empty; the other arguments are numbers.
     unsafe {
         check(libc::setgroups(0, std::ptr::null()))?;
         check(libc::setresgid(owner.gid, owner.gid, owner.gid))?;
         check(libc::setresuid(owner.uid, owner.uid, owner.uid))?;
-        // The last step of a root process towards another uid takes its capabilities; make sure
-        // that there is no way back.
+        // A root process loses its capabilities when it changes to another uid. Verify that it
+        // cannot become root again.
         if owner.uid != 0 && libc::setuid(0) == 0 {
             Err(io::Error::other("root can be regained"))
         } else {
@@ -225,11 +229,11 @@ const fn deniable(version: libc::c_long, has_network: bool) -> Ruleset {
     }
 }
 
-/// A ruleset without a rule denies all that it handles. Nothing happens where the kernel has no
-/// Landlock: the system call filter denies the same by itself.
+/// Installs a ruleset without rules, which denies every access that it handles. Does nothing if the
+/// kernel has no Landlock, because the system call filter alone denies the same accesses.
 #[allow(unsafe_code)]
 fn landlock(has_network: bool) -> io::Result<()> {
-    // SAFETY: without attributes it only says which version there is.
+    // SAFETY: without attributes, the call only returns the version of the interface.
     let version = unsafe {
         libc::syscall(
             libc::SYS_landlock_create_ruleset,
@@ -242,7 +246,8 @@ fn landlock(has_network: bool) -> io::Result<()> {
         return Ok(());
     }
     let ruleset = deniable(version, has_network);
-    // Earlier versions know only the first members, and refuse no larger structure whose rest is 0.
+    // Earlier versions know only the first members, and accept a larger structure if the other
+    // members are 0.
     let size = std::mem::size_of::<Ruleset>();
     // SAFETY: the structure outlives the call; the descriptor is closed with the process or below.
     unsafe {

@@ -1,5 +1,5 @@
-//! The fields of a message between a helper and its parent: fixed-width numbers, and bytes with
-//! their length before them.
+//! The fields of a message between a helper and its parent: fixed-width numbers and length-prefixed
+//! bytes.
 
 /// Appends fields to a message, which begins with a tag.
 #[derive(Debug)]
@@ -22,8 +22,8 @@ impl Writer {
         self
     }
     pub fn bytes(self, bytes: &[u8]) -> Self {
-        // Longer ones are refused where they are made; what does not fit a message is refused by
-        // the channel.
+        // The callers limit the length of each field, and the channel rejects a message that is too
+        // long.
         let mut with_len = self.word(u32::try_from(bytes.len()).unwrap_or(u32::MAX));
         with_len.0.extend(bytes);
         with_len
@@ -33,7 +33,7 @@ impl Writer {
     }
 }
 
-/// Takes fields from a message. Every step is `None` where the message is not what it should be.
+/// Reads fields from a message. Each method returns None if the message is malformed.
 #[derive(Debug)]
 pub struct Reader<'a>(&'a [u8]);
 
@@ -69,7 +69,7 @@ impl<'a> Reader<'a> {
     pub fn text(&mut self) -> Option<String> {
         String::from_utf8(self.bytes()?.to_vec()).ok()
     }
-    /// The end of the message: anything more is refused.
+    /// Returns None if the message has further bytes.
     pub fn end(self) -> Option<()> {
         self.0.is_empty().then_some(())
     }

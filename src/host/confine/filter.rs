@@ -1,8 +1,8 @@
 //! The system calls that a helper may make. Every other one fails with EPERM.
 //!
-//! EPERM and not a kill: a library that tries something it can do without (a configuration file,
-//! the number of cores) then works on, and a helper that a guest has taken over gains nothing by
-//! trying.
+//! They do not kill the helper, because a library may try something optional, such as reading a
+//! configuration file or the number of cores, and then continues without it. A helper that a guest
+//! controls gains nothing by trying.
 
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Allowed {
     Always,
-    /// The argument with this index, counted from 0, is one of these.
+    /// The argument with this index, counted from 0, is one of these values.
     ArgumentIn(u8, &'static [u64]),
     /// The argument with this index has none of these bits.
     ArgumentLacks(u8, u64),
@@ -25,9 +25,9 @@ use Allowed::{Always, ArgumentIn, ArgumentLacks};
 #[derive(Clone, Copy, Debug)]
 pub struct Call(pub libc::c_long, pub Allowed);
 
-/// Nothing may become executable.
+/// Memory must not become executable.
 const NO_EXEC: Allowed = ArgumentLacks(2, libc::PROT_EXEC as u64);
-/// Not `F_SETOWN`: it sends signals to others.
+/// `F_SETOWN` is not allowed, because it sends signals to other processes.
 const FCNTL: Allowed = ArgumentIn(
     1,
     &[
@@ -39,12 +39,13 @@ const FCNTL: Allowed = ArgumentIn(
     ],
 );
 
-/// Without an address: a helper talks to whom its sockets are connected to. sendmsg(2) is not
-/// allowed at all, because it could name another address, or pass descriptors.
+/// The address must be null, so that a helper sends only to the peers that its sockets are
+/// connected to. sendmsg(2) is not allowed at all, because it could name another address or pass
+/// descriptors.
 const TO_ITS_PEER: Allowed = ArgumentIn(4, &[0]);
 
-/// The calls that every helper needs: memory, time, randomness, waiting, and its descriptors. It
-/// opens nothing and makes no socket.
+/// The calls that every helper needs: memory, time, randomness, waiting, and the use of its
+/// descriptors. None of them opens a file or creates a socket.
 pub(super) const BASE: &[Call] = &[
     Call(libc::SYS_read, Always),
     Call(libc::SYS_readv, Always),

@@ -1,20 +1,20 @@
-//! Helper processes: our own binary, started again to parse what a guest sends, with next to no
-//! rights.
+//! Helper processes: the daemon's own binary, started again with almost no rights to parse what a
+//! guest sends.
 //!
 //! The parent calls [`spawn`] and gets a [`Helper`]: a process and a [`Channel`] to it. The new
-//! process finds out what it is with [`Asked::from_args`], gives up everything with
-//! [`Asked::confine`], and only then receives its work and its descriptors over the channel.
-//! Nothing else passes between the two.
+//! process reads the request with [`Asked::from_args`], gives up everything with
+//! [`Asked::confine`], and only then receives its work and its descriptors over the channel. The
+//! two processes share nothing else.
 //!
-//! [`Asked::confine`] leaves a helper with: no descriptor but the channel and `/dev/null`; the
-//! given uid and gid and no group; a session of its own; no core dumps, limits on address space,
-//! open files and processes; no way to gain rights (no_new_privs) or to be inspected by its own uid
-//! (not dumpable); no file system and no signals to other processes (Landlock, where the kernel has
-//! it); and only the system calls of its [`Profile`] (seccomp). It dies with the thread that
-//! spawned it, so that thread must live as long as the helper is needed.
+//! [`Asked::confine`] confines a helper as follows. It has no descriptors except the channel and
+//! `/dev/null`. It runs with the given uid and gid, without supplementary groups, in a new session.
+//! It dumps no core, and its address space, open files and processes are limited. It cannot gain
+//! rights (no_new_privs), and processes of its own uid cannot inspect it (not dumpable). It cannot
+//! reach the file system or signal other processes (Landlock, if the kernel has it), and it can
+//! make only the system calls of its [`Profile`] (seccomp). It dies with the thread that spawned
+//! it, so that thread must live as long as the helper is needed.
 //!
-//! The parent must treat every byte from the channel as hostile: a guest may have taken the helper
-//! over.
+//! The parent must treat every byte from the channel as hostile: a guest may control the helper.
 
 mod channel;
 mod enter;
@@ -45,15 +45,15 @@ use std::time::{Duration, Instant};
 
 /// The first argument of a helper; its name is the second.
 pub const ARGUMENT: &str = "helper";
-/// The running executable, also after an upgrade has replaced its file.
+/// The running executable, even after an upgrade has replaced its file.
 const OWN_EXECUTABLE: &str = "/proc/self/exe";
-/// How long a killed helper may take to be gone before a thread is left to wait for it.
+/// How long to wait for a killed helper to exit before a separate thread waits for it.
 const REAP_PATIENCE: Duration = Duration::from_secs(1);
 
 static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
 
-/// Makes helpers run another program than the running executable: a test's own executable is not
-/// `fcd`. The first call counts.
+/// Sets the program that helpers run instead of the running executable, which is not `fcd` in a
+/// test. Only the first call has an effect.
 #[cfg(any(test, feature = "fakes"))]
 pub fn set_program(path: impl Into<PathBuf>) {
     let _ = PROGRAM.set(path.into());
@@ -68,21 +68,21 @@ pub struct Helper {
     exit: Option<Exit>,
 }
 
-/// Starts the helper `name`. Without an owner it keeps the daemon's uid, which is right where the
-/// daemon has no privilege.
+/// Starts the helper `name`. Without an owner, it keeps the daemon's uid, as it must if the daemon
+/// is not root.
 ///
 /// # Errors
-/// `host`: no process, descriptor or memory to be had.
-#[allow(clippy::disallowed_methods)] // With `command` and `process` the only place.
+/// `host` if the host has no process, descriptor or memory left.
+#[allow(clippy::disallowed_methods)] // One of the few places that may start processes.
 pub fn spawn(name: &str, owner: Option<Credentials>) -> Result<Helper> {
     let failed = |e: std::io::Error| Error::io(format!("start the helper process {name}"), e);
     let (channel, theirs) = Channel::pair().map_err(failed)?;
     let program = PROGRAM
         .get()
         .map_or(Path::new(OWN_EXECUTABLE), PathBuf::as_path);
-    // No working directory, no credentials and no closure before the exec: then the standard
-    // library uses posix_spawn(3), which copies nothing of a large daemon. The new process does all
-    // this by itself.
+    // Without a working directory, credentials or a closure before the exec, the standard library
+    // uses posix_spawn(3), which copies nothing of a large daemon. The new process makes these
+    // settings itself.
     let mut command = std::process::Command::new(program);
     command
         .arg0("fcd")
@@ -93,7 +93,7 @@ pub fn spawn(name: &str, owner: Option<Credentials>) -> Result<Helper> {
     command.args(enter::arguments(name, owner));
     let child = command.spawn().map_err(failed)?;
     let pid = Pid::from_raw(child.id().cast_signed()).expect("a child has a pid");
-    // It is a child that nobody has reaped, so the pid is its own.
+    // The child has not been reaped, so its pid cannot have been reused.
     let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty()).map_err(|e| {
         let _ = rustix::process::kill_process(pid, Signal::KILL);
         let _ = rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::empty());
@@ -113,17 +113,17 @@ impl Helper {
         self.pid.as_raw_nonzero().get().cast_unsigned()
     }
 
-    /// Readable once it has exited.
+    /// A descriptor that becomes readable once the helper has exited.
     pub fn exited(&self) -> BorrowedFd<'_> {
         self.pidfd.as_fd()
     }
 
-    /// Kills it; nothing happens when it is gone.
+    /// Kills the helper. Does nothing if it has already exited.
     pub fn kill(&self) {
         let _ = rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL);
     }
 
-    /// Waits until it has exited and reaps it. `None` at the deadline.
+    /// Waits until the helper has exited, and reaps it. Returns None at the deadline.
     pub fn wait(&mut self, deadline: Instant) -> Option<Exit> {
         if self.exit.is_none() {
             match wait_uncancelled(&[(self.pidfd.as_fd(), PollFlags::POLLIN)], deadline) {
@@ -142,7 +142,7 @@ impl Drop for Helper {
             return;
         }
         // A killed process that does not end is stuck in the kernel. It must not block the thread
-        // that drops this.
+        // that drops the `Helper`.
         let Ok(pidfd) = self.pidfd.try_clone() else {
             return;
         };
@@ -150,7 +150,7 @@ impl Drop for Helper {
     }
 }
 
-/// Waits for the end of a child as long as it takes.
+/// Waits without a deadline until a child has exited, and reaps it.
 fn reap(pidfd: &OwnedFd) -> Exit {
     loop {
         match rustix::process::waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED) {

@@ -1,4 +1,4 @@
-//! Finds processes by their arguments, and looks at them through `/proc`.
+//! Finds processes by their arguments, and reads their properties from `/proc`.
 
 use super::identity::{Identity, boot_id, read_stat};
 use crate::error::{Error, Result};
@@ -20,7 +20,8 @@ pub fn find_by_prefix(prefix: &str) -> Result<Vec<(String, Identity)>> {
     scan(|a| a.starts_with(prefix.as_bytes()))
 }
 
-/// Scans `/proc` for processes and the first argument of each that `fits`.
+/// Scans `/proc` for processes with an argument that `fits`, and returns each with the first such
+/// argument.
 fn scan(fits: impl Fn(&[u8]) -> bool) -> Result<Vec<(String, Identity)>> {
     let me = rustix::process::geteuid().as_raw();
     let mut found = Vec::new();

@@ -63,8 +63,8 @@ impl Process {
             Err(rustix::io::Errno::SRCH) => return Ok(None),
             Err(e) => return Err(Error::io(doing(), e)),
         };
-        // Compare the start time after opening the pidfd: if the pid had been reused before, it
-        // would differ.
+        // Compare the start time after opening the pidfd: if the pid had already been reused, the
+        // start time would differ.
         match read_stat(identity.pid) {
             Some(stat) if stat.start_time == identity.start_time => Ok(Some(Self {
                 identity: identity.clone(),
@@ -119,7 +119,7 @@ impl Process {
         }
     }
 
-    /// Like [`Process::wait`], but ignores cancellation. For cleaning up.
+    /// Like [`Process::wait`], but ignores cancellation. Use it to clean up.
     pub fn wait_uncancelled(&self, deadline: Instant) -> Result<bool> {
         let woken = wait_uncancelled(&[(self.fd(), PollFlags::POLLIN)], deadline)
             .map_err(|e| Error::io(format!("wait for process {} to exit", self.identity.pid), e))?;

@@ -20,7 +20,7 @@ pub struct Spawn {
     pub cwd: PathBuf,
     /// Receives stdout and stderr; `/dev/null` if None.
     pub output: Option<File>,
-    /// The daemon's own if None.
+    /// The daemon's own credentials if None.
     pub credentials: Option<Credentials>,
     /// The supplementary groups that go with `credentials`; all others are dropped.
     pub groups: Vec<u32>,
@@ -55,8 +55,8 @@ pub fn spawn(spec: Spawn) -> Result<Process> {
     let child = command
         .spawn()
         .map_err(|e| spawn_error(&shown, &spec.cwd, e))?;
-    // The child's pid cannot be reused before we reap it, and nothing does before the child is
-    // remembered.
+    // The child's pid cannot be reused before the child is reaped, and nothing reaps it before
+    // `remember_child`.
     let open = || -> Result<Process> {
         let stat = read_stat(child.id())
             .ok_or_else(|| Error::new(Kind::Host, format!("run {shown}: no /proc entry")))?;
@@ -69,7 +69,8 @@ pub fn spawn(spec: Spawn) -> Result<Process> {
             .ok_or_else(|| Error::new(Kind::Host, format!("run {shown}: the process has vanished")))
     };
     let process = open().inspect_err(|_| {
-        // For example, no descriptor is left. The child is unreaped, so the pid still names it.
+        // The open can fail, for example because no descriptor is left. The child is unreaped, so
+        // the pid still names it.
         let pid = nix::unistd::Pid::from_raw(child.id().cast_signed());
         let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
         let _ = nix::sys::wait::waitpid(pid, None);

@@ -6,10 +6,10 @@ use rustix::fs::{FallocateFlags, SeekFrom, copy_file_range, fallocate, seek};
 use rustix::io::Errno;
 use std::fs::File;
 
-/// How much is copied between two checks of the cancel token.
+/// The number of bytes to copy between two checks of the cancel token.
 const STEP_BYTES: u64 = 16 << 20;
-/// The smallest run of zeroes that is turned into a hole. The extents of smaller ones would cost
-/// more than they free.
+/// The smallest run of zeroes that is turned into a hole. The extents of smaller holes would cost
+/// more space than they free.
 const PUNCH_BYTES: usize = 64 << 10;
 
 /// Copies the data of `from` to `to`, which must be empty. `progress` receives the position and the
@@ -78,8 +78,8 @@ fn copy_step(from: &File, to: &File, at: u64, bytes: u64) -> std::io::Result<u64
     }
 }
 
-/// Turns blocks of zeroes into holes, which use no space. Returns the number of bytes freed at
-/// most.
+/// Turns blocks of zeroes into holes, which use no space. Returns an upper bound for the number of
+/// bytes freed.
 pub fn punch_zeroes(file: &File, cancel: &Cancel) -> Result<u64> {
     use std::os::unix::fs::FileExt;
     let io = |e: std::io::Error| Error::io("free the blocks of zeroes in a file", e);

@@ -1,4 +1,5 @@
-//! Copies disks, which nothing may write meanwhile: from a VM into a snapshot, and back into a VM.
+//! Copies disks from a VM into a snapshot, and back into a VM. Nothing may write to a disk while it
+//! is copied.
 
 use super::copy::copy_sparse;
 use super::root::{link_origin, new_file, rebase_qcow2, with_qemu_img_hint};
@@ -18,11 +19,11 @@ pub struct Source<'a> {
     pub method: Option<Method>,
     /// The disk's file, or for a device-mapper snapshot the file with its changes.
     pub path: &'a Path,
-    /// The image's file system, for disks that have no hard link to it in their directory.
+    /// The image's file system, which is used if the disk's directory has no hard link to it.
     pub base: &'a Path,
 }
 
-/// A complete copy that was not yet moved to its place.
+/// A complete copy that has not been moved to its place yet.
 pub struct Copied {
     draft: Draft,
     owner: Option<Credentials>,
@@ -63,7 +64,7 @@ pub fn copy(
     }
     if let Some(method) = source.method.filter(|m| m.needs_image()) {
         let (base, there) = (origin(source.path, source.base), origin(to, to));
-        // The existing disk may have the same base. Keep its link, so that it is never without one.
+        // The existing disk may have the same base. Keep its link, so that it never lacks its base.
         let origin = if is_same_file(&base, &there) {
             there
         } else {

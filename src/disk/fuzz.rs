@@ -1,4 +1,4 @@
-//! Fuzz target: what the daemon reads of a root disk, for `tests/fuzz`.
+//! The fuzz target for the parts of a root disk that the daemon reads, for `tests/fuzz`.
 
 use super::Method;
 use super::unmounted::{ReadAt, look};
@@ -15,9 +15,9 @@ impl ReadAt for &[u8] {
     }
 }
 
-/// A disk whose VMM a guest has taken over.
+/// Looks at a disk whose content a hostile guest has written.
 pub fn root_disk(input: &[u8]) {
     for method in [Method::Copy, Method::Qcow2] {
-        look(&input, method).expect("whatever is there is mounted or not");
+        look(&input, method).expect("any content has an answer");
     }
 }

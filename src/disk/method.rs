@@ -36,7 +36,7 @@ impl Method {
         Self::ALL.into_iter().find(|m| m.name() == name)
     }
 
-    /// True if such a disk reads the image during its whole life.
+    /// True if a disk of this kind reads the image's file as long as it exists.
     pub const fn needs_image(self) -> bool {
         matches!(self, Self::Qcow2 | Self::DmSnapshot)
     }

@@ -3,10 +3,10 @@
 //! A root disk is made once from its image, in one of four ways ([`Method`]) that the VM's row
 //! remembers:
 //!
-//! - `reflink`: a copy that shares blocks with the image. It stands alone.
+//! - `reflink`: a copy that shares blocks with the image. It is independent of the image's file.
 //! - `qcow2`: a file on top of the image. It needs no device and no root.
-//! - `dm-snapshot`: a device-mapper snapshot of the image. It needs root, and devices while the VM
-//!   runs.
+//! - `dm-snapshot`: a device-mapper snapshot of the image. It needs root, and device nodes while
+//!   the VM runs.
 //! - `copy`: a full copy, only if the configuration asks for it.
 //!
 //! `auto` takes the first of the first three that the host and the VMM support. A disk that depends
@@ -14,13 +14,13 @@
 //! rebuilding the image does not affect it.
 //!
 //! The devices of a snapshot exist while the VM runs and carry its tag (`snapshot/`). Their loop
-//! devices are set to clear themselves, so nothing is left if a process dies between two steps. A
-//! snapshot that finds no space for a change is lost, so its file is long enough for every block of
-//! the disk, and the next 256 MiB are always allocated. If the host has no space for that,
-//! `daemon/room.rs` pauses the guest.
+//! devices are set to clear themselves, so nothing is left if a process dies between two steps. The
+//! kernel invalidates a snapshot that has no space for a change, so its file is long enough for
+//! every block of the disk, and the next 256 MiB are always allocated. If the host has no space for
+//! that, `daemon/room.rs` pauses the guest.
 //!
-//! A work disk is a sparse raw file. The host makes an ext4 on it while it is empty, and never
-//! reads it again.
+//! A work disk is a sparse raw file. The host creates an ext4 file system on it while it is empty,
+//! and never reads it again.
 //!
 //! The host never mounts a disk. It only enlarges the file, and the guest grows its own file
 //! system. If nobody saw how a guest ended, one flag in the superblock is read (`unmounted.rs`).
@@ -55,8 +55,8 @@ enum Cloned {
     No(String),
 }
 
-/// Makes `target` share the blocks of `source` (ioctl_ficlone(2)). Errors that mean that the file
-/// system cannot do this are `Cloned::No`; all others are returned as errors.
+/// Makes `target` share the blocks of `source` (ioctl_ficlone(2)). Returns `Cloned::No` if the file
+/// system cannot do this, and all other failures as errors.
 fn ficlone(target: &File, source: &File) -> std::io::Result<Cloned> {
     use rustix::io::Errno;
     match rustix::fs::ioctl_ficlone(target, source) {
@@ -69,7 +69,7 @@ fn ficlone(target: &File, source: &File) -> std::io::Result<Cloned> {
 }
 
 /// A file that is written next to its target and renamed when it is complete. Dropping it before
-/// that removes it.
+/// the rename removes the file.
 struct Draft {
     path: PathBuf,
     target: PathBuf,

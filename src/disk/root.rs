@@ -12,11 +12,11 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// A disk's size is a multiple of this, the guest's block size.
+/// The guest's block size. A disk's size is a multiple of it.
 pub const SIZE_UNIT_BYTES: u64 = 4096;
 /// The deadline of `qemu-img`, which writes only metadata.
 const QEMU_IMG_DEADLINE: Duration = Duration::from_secs(60);
-/// A qcow2 file begins with this (docs/interop/qcow2.txt in QEMU).
+/// The first bytes of a qcow2 file (docs/interop/qcow2.txt in QEMU).
 pub(super) const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
 
 /// The root disk to create.
@@ -26,7 +26,7 @@ pub struct RootSpec<'a> {
     /// The absolute path of the image's raw file system.
     pub base: &'a Path,
     /// The absolute path of the disk, in the VM's own directory, which exists. An existing file is
-    /// replaced. For a device-mapper snapshot, this is the file with the changes.
+    /// replaced. For a device-mapper snapshot, it is the path of the file with the changes.
     pub path: &'a Path,
     /// The virtual size, which is at least the base's and a multiple of [`SIZE_UNIT_BYTES`].
     pub size_bytes: u64,
@@ -129,7 +129,7 @@ pub fn origin(path: &Path, base: &Path) -> PathBuf {
 /// Enlarges a disk. The VMM must not be running.
 ///
 /// # Errors
-/// `invalid_argument` for a smaller size. The same size is not an error.
+/// `invalid_argument` if the size is smaller than the disk. An equal size is not an error.
 pub fn grow(
     commands: &dyn Commands,
     path: &Path,
@@ -260,7 +260,7 @@ fn resize_qcow2(path: &Path, size_bytes: u64) -> Command {
         .deadline(QEMU_IMG_DEADLINE)
 }
 
-/// Changes the name of the backing file and nothing else.
+/// Builds the command that changes only the name of the backing file.
 pub(super) fn rebase_qcow2(base: &Path, path: &Path) -> Command {
     Command::new("qemu-img")
         .args(["rebase", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b"])
@@ -272,7 +272,8 @@ pub(super) fn rebase_qcow2(base: &Path, path: &Path) -> Command {
 pub(super) fn with_qemu_img_hint(e: Error) -> Error {
     match e.kind() {
         Kind::CommandMissing => e.hint("sudo apt-get install qemu-utils"),
-        // qemu-img ends with status 1 whatever failed, and prints the `strerror` (QEMU 7.2).
+        // qemu-img exits with status 1 after every failure and prints the text of `strerror` (QEMU
+        // 7.2).
         Kind::CommandFailed if strerror::says_disk_full(Complaint::of(&e)) => e
             .with_kind(Kind::DiskFull)
             .hint("free some space (df -h), then try again"),

@@ -18,8 +18,8 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-/// A drive's length is a multiple of this. A restored guest finds a new drive in place of its old
-/// one but sees only as much of it as the old one was long.
+/// A drive's length is a multiple of this. A restored guest gets a new drive but still assumes the
+/// length of the old one.
 pub const UNIT_BYTES: usize = 16 << 10;
 
 /// The settings of a guest's only interface, `eth0`.
@@ -62,7 +62,7 @@ pub struct Seed<'a> {
     pub restore: Option<&'a RestoreSeed>,
 }
 
-/// What a restored guest has to update. `src/guest/rejoin.sh` reads it.
+/// The values that a restored guest has to update. `src/guest/rejoin.sh` reads it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RestoreSeed {
     /// A hexadecimal token, new for each start, with which the guest confirms that it has read this
@@ -72,13 +72,13 @@ pub struct RestoreSeed {
     pub now_s: u64,
     /// Hexadecimal seed for the guest's random number generator.
     pub random: String,
-    /// The new Ethernet address of its interface, if the host assigns one.
+    /// The new Ethernet address of the guest's interface, if the host assigns one.
     pub mac: Option<String>,
     /// A new machine-id(5), if the guest is a clone.
     pub machine_id: Option<String>,
 }
 
-/// A file for the guest, which will belong to root.
+/// A file for the guest, owned by root.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SeedFile {
     /// The absolute path in the guest, without `..`.
@@ -370,7 +370,7 @@ mod tests {
         assert_eq!(
             etc.permissions().mode() & 0o777,
             0o700,
-            "a directory that is there stays as it is"
+            "an existing directory keeps its mode"
         );
     }
 

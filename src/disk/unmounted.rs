@@ -1,5 +1,5 @@
-//! Finds out whether a guest has unmounted its root disk. This is the only evidence left when
-//! nobody saw how the guest ended.
+//! Finds out whether a guest has unmounted its root disk. If no daemon saw how the guest ended,
+//! this is the only evidence.
 //!
 //! ext4 sets a flag in its superblock while it is mounted for writing. It clears the flag when it
 //! is unmounted or mounted read-only, which is the last step of a shutdown. After a panic, a reset
@@ -17,7 +17,7 @@ use std::path::Path;
 
 /// The offset of the superblock on the disk.
 const SUPERBLOCK_AT: u64 = 1024;
-/// How many of its bytes are read.
+/// The length of the part of the superblock that is read.
 const SUPERBLOCK_BYTES: usize = 0x64;
 /// Offsets in the superblock. The first two fields have two bytes, the third has four.
 const MAGIC_AT: usize = 0x38;
@@ -27,10 +27,11 @@ const MAGIC: u16 = 0xef53;
 const STATE_VALID: u16 = 1;
 const INCOMPAT_RECOVER: u32 = 4;
 
-/// How much of a qcow2 header is read. Only version 3 has all of it (QEMU, docs/interop/qcow2.txt).
+/// The length of the part of a qcow2 header that is read. Only version 3 has all of these fields
+/// (QEMU, docs/interop/qcow2.txt).
 const QCOW2_HEADER_BYTES: usize = 80;
 const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 12..=21;
-/// The bits of an entry of either table that are the offset.
+/// The bits of an entry in the L1 or L2 table that contain the offset.
 const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 const L2_COMPRESSED: u64 = 1 << 62;
 const L2_ZERO: u64 = 1;
@@ -60,7 +61,7 @@ pub fn is_unmounted(path: &Path, method: Method) -> Result<bool> {
     })
 }
 
-/// The same for a disk that is open. Its bytes are not trusted.
+/// Does the work of [`is_unmounted`] for an open disk, whose bytes are not trusted.
 pub(super) fn look(disk: &impl ReadAt, method: Method) -> std::io::Result<bool> {
     let begins_at = match method {
         Method::Reflink | Method::Copy | Method::DmSnapshot => Some(0),
@@ -90,8 +91,8 @@ fn says_unmounted(superblock: &[u8; SUPERBLOCK_BYTES]) -> bool {
         && incompat & INCOMPAT_RECOVER == 0
 }
 
-/// Returns the offset of the disk's first cluster in a qcow2 file. `None` if the guest has not
-/// written that cluster yet, which it does when it mounts the disk.
+/// Returns the offset of the disk's first cluster in a qcow2 file. Returns None if the guest has
+/// not written that cluster yet. Mounting the disk writes it.
 fn first_cluster(file: &impl ReadAt) -> std::io::Result<Option<u64>> {
     let mut header = [0; QCOW2_HEADER_BYTES];
     read(file, &mut header, 0)?;
@@ -162,7 +163,7 @@ mod tests {
         );
     }
 
-    /// An ext4, and whether its superblock is to say that it is mounted.
+    /// Creates an ext4 file system that is marked as mounted or unmounted.
     fn ext4(path: &Path, is_mounted: bool) {
         File::create(path).unwrap().set_len(16 << 20).unwrap();
         run(
@@ -178,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn ext4_says_whether_it_is_mounted_raw_and_in_qcow2() {
+    fn mounted_flag_is_read_from_raw_and_qcow2_disks() {
         let dir = tempfile::tempdir().unwrap();
         let path = |name: &str| dir.path().join(name);
         for is_mounted in [false, true] {
@@ -197,10 +198,10 @@ mod tests {
             );
             assert!(
                 !is_unmounted(&qcow2, Method::Qcow2).unwrap(),
-                "no guest of ours compresses"
+                "compressed clusters are not supported"
             );
         }
-        // The guest has written nothing yet.
+        // The guest has not written anything yet.
         let on_top = path("on-top");
         run(
             "qemu-img",
@@ -220,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_else_is_there_counts_as_mounted() {
+    fn disk_without_valid_ext4_counts_as_mounted() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("disk");
         let mut header = vec![0; QCOW2_HEADER_BYTES];

@@ -11,7 +11,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::Duration;
 
-/// Where the guest mounts it.
+/// The mount point of the work disk in the guest.
 pub const GUEST_PATH: &str = "/work";
 pub const MKFS: &str = "mkfs.ext4";
 /// Writing the tables of a terabyte takes some seconds. The guest's kernel initializes the rest.
@@ -21,7 +21,7 @@ const MKFS_DEADLINE: Duration = Duration::from_secs(120);
 /// complete or absent. `owner` is the uid and gid of the VMM.
 ///
 /// # Errors
-/// `command_missing` without e2fsprogs.
+/// `command_missing` if e2fsprogs is not installed.
 pub fn make(
     commands: &dyn Commands,
     path: &Path,

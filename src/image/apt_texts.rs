@@ -1,12 +1,13 @@
-//! What mmdebstrap (1.3) and apt (2.6) say, where nothing but their text says it: mmdebstrap ends
-//! with the same status whatever went wrong, and passes on what apt prints.
+//! Recognises failures in the output of mmdebstrap (1.3) and apt (2.6). mmdebstrap exits with the
+//! same status after every failure and forwards apt's output, so only the text tells failures
+//! apart.
 
-/// Printed by apt for a name that is in none of its lists.
+/// apt prints this for a package that is in none of its lists.
 const UNKNOWN_PACKAGE: &str = "Unable to locate package";
-/// Lines of mmdebstrap itself, which only say that something failed; apt's own lines say what.
+/// Lines of mmdebstrap that report a failure without its reason. apt's lines contain the reason.
 const OWN_FAILURES: [&str; 2] = ["setup failed", "mmdebstrap failed"];
 
-/// True if apt knows no package of the name that is in this line.
+/// True if apt reports in this line that a package is unknown.
 pub(super) fn is_unknown_package(line: &str) -> bool {
     line.contains(UNKNOWN_PACKAGE)
 }

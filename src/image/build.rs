@@ -18,8 +18,8 @@ use crate::locks::Cancel;
 use std::path::Path;
 use std::time::Duration;
 
-/// The packages of every image, in addition to the distribution's essential ones: those that fcd
-/// uses in the guest (openssh-server, git, iproute2, e2fsprogs, kmod, mount), and those that
+/// The packages of every image, in addition to the distribution's essential ones: packages that fcd
+/// uses in the guest (openssh-server, git, iproute2, e2fsprogs, kmod, mount), and packages that
 /// developers expect.
 pub const PACKAGES: [&str; 13] = [
     "apt",
@@ -40,9 +40,9 @@ const BUILD_DEADLINE: Duration = Duration::from_secs(30 * 60);
 /// Limits the memory of a build, whose tree is in a tmpfs.
 const TREE_BYTES_MAX: u64 = 6 << 30;
 const INCLUDE_MAX: usize = 256;
-/// How many error lines of a failed build are shown.
+/// The number of error lines of a failed build that are shown.
 const ERROR_LINES_MAX: usize = 3;
-/// The build's stages, and for those of `build.sh` the output line that begins each.
+/// The build's stages. For a stage of `build.sh`, also the output line with which it begins.
 const STAGES: [(&str, &str); 11] = [
     ("check the host", ""),
     ("update package lists", "I: running apt-get update"),

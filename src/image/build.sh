@@ -1,8 +1,8 @@
 #!/bin/sh
-# Builds an image's parts in STAGE_DIR/out. Runs as root, or as the root of a user namespace, in mount and pid
-# namespaces of its own: what is mounted or started here is gone with this process.
+# Builds an image's parts in STAGE_DIR/out. Runs as root, or as the root of a user namespace, in its own mount and PID
+# namespaces, so its mounts and processes end with it.
 #   build.sh STAGE_DIR SUITE PACKAGES DISK_BYTES TREE_BYTES_MAX
-# STAGE_DIR/in holds sources.list, apt.conf and the guest's files. Lines "fcd-stage NAME" tell how far it is.
+# STAGE_DIR/in holds sources.list, apt.conf and the guest's files. Each stage begins with a line "fcd-stage NAME".
 set -eu
 stage_dir=$1 suite=$2 packages=$3 disk_bytes=$4 tree_bytes_max=$5
 work=$stage_dir/work out=$stage_dir/out in=$stage_dir/in
@@ -13,16 +13,16 @@ export LC_ALL=C.UTF-8 DEBIAN_FRONTEND=noninteractive
 
 stage() { echo "fcd-stage $1"; }
 
-# In memory: faster than dpkg's many fsyncs, and nothing of another uid is ever left on the host's disk.
+# The tree is in memory, because dpkg calls fsync often, and so that no files of other uids remain on the host's disk.
 mount -t tmpfs -o "mode=755,size=$tree_bytes_max" fcd-image "$work"
 mkdir -m 1777 "$work/tmp"
 mkdir "$work/debs"
-# Apt downloads as this user where it can reach the place.
+# apt downloads as this user if the user can access the directory.
 chown _apt "$work/debs" 2>/dev/null || :
 export TMPDIR="$work/tmp" FCD_IN="$in" FCD_DEBS="$work/debs"
 
 stage packages
-# The hook runs while apt's lists are still there: the kernel comes from the same sources, but is only unpacked.
+# The hook runs while apt's lists still exist, so the kernel comes from the same sources. It is unpacked, not installed.
 # shellcheck disable=SC2016
 mmdebstrap --mode=root --variant=essential --format=directory --include="$packages" \
 	--aptopt="$in/apt.conf" \
@@ -73,7 +73,7 @@ rm -rf "$tree"/var/log/* "$tree"/var/cache/debconf/*-old "$tree"/var/lib/dpkg/*-
 : >"$tree/etc/hostname"
 : >"$tree/etc/fstab"
 install -d -m 700 "$tree/root"
-# In a user namespace mmdebstrap leaves these to root.
+# In a user namespace, mmdebstrap leaves these directories owned by root.
 chroot "$tree" chown _apt /var/lib/apt/lists/partial /var/cache/apt/archives/partial
 echo $((disk_bytes / 512)) >"$tree/var/lib/fcd/disk-sectors"
 # shellcheck source=/dev/null
@@ -83,7 +83,7 @@ printf '%s\n' "$PRETTY_NAME" >"$out/os"
 
 stage filesystem
 truncate -s "$disk_bytes" "$out/rootfs.ext4"
-# A small journal; inode tables are known to be zero on a sparse file, so the guest has none to write.
+# The journal is small. The inode tables of a sparse file are already zero, so the guest need not initialize them.
 mkfs.ext4 -q -F -m 1 -L fcd-root -J size=32 -e remount-ro \
 	-O has_journal,resize_inode,metadata_csum -E lazy_journal_init=1,root_owner=0:0 \
 	-d "$tree" "$out/rootfs.ext4"

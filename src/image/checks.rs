@@ -7,8 +7,8 @@ use crate::locks::Cancel;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// How many subordinate uids and gids a user namespace needs for a distribution's accounts, up to
-/// `nobody`.
+/// The number of subordinate uids and gids that a user namespace needs for the accounts of a
+/// distribution, up to `nobody`.
 const SUBIDS_MIN: u64 = 65_535;
 const NAMESPACE_DEADLINE: Duration = Duration::from_secs(10);
 /// The programs that a build needs and their packages.
@@ -21,7 +21,7 @@ const PROGRAMS: [(&str, &str); 5] = [
 ];
 const NEWUIDMAP: (&str, &str) = ("newuidmap", "uidmap");
 
-/// The user who builds and the root directory. Tests replace them.
+/// The user who builds images, and the root directory of the host. Tests replace both.
 #[derive(Clone, Debug)]
 pub(super) struct Host {
     pub uid: u32,
@@ -196,7 +196,7 @@ fn checks_of(host: &Host, commands: &dyn Commands, cancel: &Cancel) -> Vec<Check
             ),
             None,
         ),
-        // This is only a warning, because VMs run without it once there is an image.
+        // This is only a warning, because VMs can run from existing images without it.
         Err(e) => (
             Severity::Warn,
             format!("images cannot be built: {e}"),

@@ -14,7 +14,7 @@ const BLOCK: usize = 4096;
 
 /// The size and the digest of a file. The root file system is sparse, so its digest covers only its
 /// non-zero blocks of 4096 bytes, each preceded by its number (64 bits, little-endian). The digest
-/// then does not depend on where the holes are.
+/// therefore does not depend on the positions of the holes.
 pub(super) fn record(dir: &Path, name: &str, cancel: &Cancel) -> Result<FileRecord> {
     let io = |e: std::io::Error| Error::io(format!("hash {name}"), e);
     let file = File::open(dir.join(name)).map_err(io)?;

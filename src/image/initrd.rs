@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use std::fs::File;
 use std::path::Path;
 
-/// The largest part of the initramfs.
+/// The size limit of each part of the initramfs.
 pub(super) const PART_BYTES_MAX: u64 = 64 << 20;
 
 /// The drivers of the transports and devices. modprobe loads their dependencies.

@@ -1,7 +1,7 @@
 //! Extracts the kernel and its modules from the distribution's package.
 //!
 //! The package contains a bzImage. QEMU's microvm and Firecracker boot the ELF file inside it
-//! (PVH), which also saves the guest the time to unpack it.
+//! (PVH), so the guest need not unpack the kernel.
 
 use crate::error::{Error, Kind, Result};
 use std::collections::BTreeMap;
@@ -36,7 +36,8 @@ pub(super) enum Compression {
 
 impl Compression {
     pub(super) fn of(bytes: &[u8]) -> Option<Self> {
-        // lz4 has its legacy frame, the only one that the kernel's build uses.
+        // This is the magic of lz4's legacy frame, the only format that the kernel's build uses for
+        // lz4.
         const MAGICS: [(&[u8], Compression); 4] = [
             (&[0x02, 0x21, 0x4c, 0x18], Compression::Lz4),
             (&[0x28, 0xb5, 0x2f, 0xfd], Compression::Zstd),
@@ -49,7 +50,7 @@ impl Compression {
             .map(|(_, c)| *c)
     }
 
-    /// The program that unpacks it, and the suffix that the program expects.
+    /// The program that unpacks this format, and the suffix that the program expects.
     pub(super) const fn program(self) -> (&'static str, &'static str) {
         match self {
             Compression::Lz4 => ("lz4", "lz4"),

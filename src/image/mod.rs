@@ -5,10 +5,10 @@
 //! `image.json`, which is published with one rename and never changes afterwards, because disks of
 //! VMs use it as their base. [`Images`] is the registry.
 //!
-//! An image needs these devices from its VMM: a first virtio disk, which is the root disk
-//! (`/dev/vda`), a second one, the seed drive (`/dev/vdb`), one virtio network interface (`eth0`),
-//! and a console at `ttyS0`. Virtio may be over PCI or MMIO. No kernel arguments are required, but
-//! [`BOOT_ARGS`] makes the boot faster.
+//! An image needs these devices from its VMM: a first virtio disk as root disk (`/dev/vda`), a
+//! second one as seed drive (`/dev/vdb`), one virtio network interface (`eth0`), and a console at
+//! `ttyS0`. Virtio may be over PCI or MMIO. No kernel arguments are required, but [`BOOT_ARGS`]
+//! makes the boot faster.
 
 mod apt_texts;
 pub mod build;

@@ -19,7 +19,7 @@ const FORMAT: u32 = 1;
 /// seed. In version 2 the initramfs loads the balloon driver. Version 3 shuts down on Ctrl-Alt-Del
 /// and loads the vsock driver on demand.
 const GUEST_VERSION: u32 = CTRL_ALT_DEL_SINCE;
-/// Images since this version can return memory.
+/// Guests of images since this version can return memory to the host.
 pub const BALLOON_SINCE: u32 = 2;
 /// Guests of images since this version shut down on Ctrl-Alt-Del. Earlier ones would be reset.
 pub const CTRL_ALT_DEL_SINCE: u32 = 3;
@@ -48,9 +48,9 @@ pub struct ImageInfo {
     pub kernel_version: String,
     /// Seconds since the epoch.
     pub built_at: u64,
-    /// The version of its init; see [`GUEST_VERSION`].
+    /// The version of the image's init; see [`GUEST_VERSION`].
     pub guest_version: u32,
-    /// The user who built it. None if it belongs to the host.
+    /// The user who built the image. None if the image belongs to the host.
     pub owner_uid: Option<u32>,
 }
 
@@ -79,10 +79,10 @@ pub(super) struct Metadata {
     /// The packages in addition to the essential ones.
     pub packages: Vec<String>,
     pub built_at: u64,
-    /// The version of its init. Missing in images of earlier versions.
+    /// The version of the image's init. Images of earlier versions lack this field.
     #[serde(default)]
     pub guest_version: u32,
-    /// The user who built it. Missing in images of earlier versions.
+    /// The user who built the image. Images of earlier versions lack this field.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub owner_uid: Option<u32>,
     pub files: Vec<FileRecord>,
@@ -92,7 +92,7 @@ pub(super) struct Metadata {
 pub(super) struct FileRecord {
     pub name: String,
     pub bytes: u64,
-    /// The digest of the content, or for the root file system of its non-zero blocks.
+    /// The digest of the content. For the root file system, it covers the non-zero blocks.
     pub sha256: String,
 }
 
@@ -177,8 +177,7 @@ impl Images {
     /// Reads the information about an image.
     ///
     /// # Errors
-    /// `image_not_found`, or `host` if a file is missing or has another size than when it was
-    /// built.
+    /// `image_not_found`, or `host` if a file is missing or its size has changed since the build.
     pub fn get(&self, name: &ImageRef) -> Result<ImageInfo> {
         crate::locks::require_memory_only("file access");
         let dir = self.path(name);
@@ -314,7 +313,7 @@ impl Staging {
     pub(super) fn new(dir: &Path, prefix: &str) -> Result<Self> {
         let made = tempfile::Builder::new()
             .prefix(prefix)
-            // apt's own user has to enter it.
+            // apt's own user has to be able to enter the directory.
             .permissions(std::fs::Permissions::from_mode(0o711))
             .tempdir_in(dir)
             .map_err(|e| Error::io(format!("create a directory in {}", dir.display()), e))?;
@@ -327,7 +326,8 @@ impl Staging {
 }
 
 impl Drop for Staging {
-    /// Retries, because the processes of a cancelled build may still write until they are killed.
+    /// Retries the removal, because the processes of a cancelled build may write until they are
+    /// killed.
     fn drop(&mut self) {
         const TRIES: u32 = 40;
         const PAUSE: std::time::Duration = std::time::Duration::from_millis(50);

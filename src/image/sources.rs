@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-/// The keys of `apt-config dump` about reaching an archive and trusting its dates.
+/// The keys of `apt-config dump` that control access to an archive and the check of its dates.
 const CONFIG_KEPT: [&str; 7] = [
     "Acquire::http::",
     "Acquire::https::",
@@ -52,8 +52,8 @@ pub(super) fn apt_conf(dump: &str) -> String {
 }
 
 /// The host's sources for `codename` and its updates as one-line entries (sources.list(5)). `files`
-/// has names and contents in either format. Archives of third parties, which have other suites or
-/// no `main`, are omitted.
+/// has names and contents in either format. Third-party archives are omitted: their suites have
+/// other names, or they have no `main`.
 pub(super) fn sources_list(files: &[(String, String)], codename: &str) -> String {
     let mut lines = Vec::new();
     for (name, text) in files {
@@ -121,7 +121,7 @@ fn deb822(text: &str, codename: &str, lines: &mut Vec<String>) {
         {
             continue;
         }
-        // A key inside the stanza has no one-line form, so the keyring has to contain it.
+        // The one-line format cannot contain an inline key, so the keyring has to contain it.
         let key = words("signed-by")
             .first()
             .filter(|w| w.starts_with('/'))

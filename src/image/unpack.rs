@@ -1,4 +1,4 @@
-//! Unpacks kernels and modules with the programs that packed them.
+//! Unpacks kernels and modules with the host's programs for their compression.
 
 use super::kernel::{self, Compression};
 use super::registry::KERNEL;
@@ -47,8 +47,8 @@ pub(super) fn unpack(
 }
 
 /// Unpacks `packed` to `to` and removes it. `packed` has the suffix of its compression, and `to` is
-/// its name without that. A small file that unpacks to more than `bytes_max` is refused, so that it
-/// cannot fill the disk.
+/// its name without the suffix. A small file that unpacks to more than `bytes_max` is refused, so
+/// that it cannot fill the disk.
 pub(super) fn unpack_file(
     commands: &dyn Commands,
     compression: Compression,
@@ -84,7 +84,7 @@ fn unpack_command(compression: Compression, packed: &Path, to: &Path) -> Command
     match compression {
         Compression::Lz4 => command.arg(to),
         Compression::Zstd => command.arg("-o").arg(to),
-        // These write to the name of the input without its suffix.
+        // These programs write to the name of the input without its suffix.
         Compression::Xz | Compression::Gzip => command,
     }
 }

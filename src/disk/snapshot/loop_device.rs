@@ -1,5 +1,5 @@
 //! Creates loop devices by ioctl (include/uapi/linux/loop.h in Linux). The kernel detaches them
-//! after their last user, so that nothing is left behind if the daemon dies between two steps.
+//! when nothing uses them any more, so nothing is left behind if the daemon dies between two steps.
 //! `losetup` cannot create such devices.
 
 use crate::error::{Error, Kind, Result};
@@ -12,11 +12,11 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 const CONTROL: &str = "/dev/loop-control";
-/// How often to try, because another process may take the free device first.
+/// The number of attempts to take a free device, because another process may take it first.
 const TRIES_MAX: u32 = 64;
 
-/// A block device for a file. The kernel removes it once this is dropped and nothing else has it
-/// open.
+/// A block device for a file. The kernel detaches it once this value is dropped and nothing else
+/// has the device open.
 #[derive(Debug)]
 pub(super) struct LoopDevice {
     device: File,
@@ -147,7 +147,7 @@ mod tests {
             .open(format!("/dev/loop{}", number.split(':').nth(1).unwrap()))
             .unwrap();
         drop(device);
-        assert!(backing(&number).is_some(), "somebody has it open");
+        assert!(backing(&number).is_some(), "the device is still open");
         drop(other);
         assert_ne!(backing(&number), Some(path.display().to_string()));
     }

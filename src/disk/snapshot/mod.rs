@@ -1,10 +1,10 @@
-//! Root disks by device-mapper: a snapshot device whose origin is the image and whose changes go to
+//! Root disks on device-mapper: a snapshot device whose origin is the image and whose changes go to
 //! a sparse file, the store (Documentation/admin-guide/device-mapper/snapshot.rst in Linux).
 //!
-//! The device exists while the VM runs; between two starts there is only the store. A device is
-//! named after the VM's tag, by which it is found again, and its loop devices end with it. The VMM
-//! opens a device node in the VM's directory, so that nothing depends on udev. udev is configured
-//! to ignore it, because its content belongs to a guest.
+//! The device exists while the VM runs; between two starts only the store exists. The device is
+//! named after the VM's tag, so that fcd finds it after a restart. Its loop devices end with it.
+//! The VMM opens a device node in the VM's directory, so that nothing depends on udev. udev is
+//! configured to ignore the device, because a guest controls its content.
 //!
 //! The kernel invalidates a snapshot whose store is full. The store is therefore large enough for
 //! every block of the disk, and space for the guest's next writes is allocated ahead ([`reserve`]),
@@ -22,14 +22,14 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// The size of a chunk, which is the guest's block size, in sectors and in bytes.
+/// The size of a chunk, in sectors and in bytes. It is the guest's block size.
 const CHUNK_SECTORS: u64 = 8;
 const CHUNK_BYTES: u64 = CHUNK_SECTORS * SECTOR_BYTES;
 const SECTOR_BYTES: u64 = 512;
-/// A persistent store has areas of one chunk of exceptions, 16 bytes each, followed by the chunks
-/// that they describe (dm-snap-persistent.c).
+/// A persistent store consists of areas. Each begins with one chunk of exceptions of 16 bytes,
+/// followed by the chunks that the exceptions describe (dm-snap-persistent.c).
 const EXCEPTIONS_PER_AREA: u64 = CHUNK_BYTES / 16;
-/// How much space is allocated ahead of what the guest has written.
+/// The space that is allocated beyond the data that the guest has written.
 pub const AHEAD_BYTES: u64 = 256 << 20;
 /// The suffix of the device that extends an image to the disk's size.
 const BASE_SUFFIX: &str = "-base";
@@ -60,10 +60,10 @@ pub struct DeviceSpec<'a> {
 /// How full a snapshot is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fill {
-    /// How much of the store is in use.
+    /// The used part of the store.
     Used { bytes: u64 },
-    /// The snapshot is invalid, so the guest sees errors and the disk is lost. The text is the
-    /// kernel's.
+    /// The snapshot is invalid, so the guest sees errors and the disk is lost. The text comes from
+    /// the kernel.
     Lost(String),
 }
 
@@ -75,7 +75,7 @@ pub fn store_bytes(size_bytes: u64) -> u64 {
     (1 + areas * (1 + EXCEPTIONS_PER_AREA)) * CHUNK_BYTES
 }
 
-/// Sets the size of a new store, or grows one with its disk.
+/// Sets the size of a new store, or grows an existing store with its disk.
 pub fn size_store(file: &File, size_bytes: u64) -> std::io::Result<()> {
     let wanted = store_bytes(size_bytes);
     if file.metadata()?.len() < wanted {
@@ -121,7 +121,7 @@ fn has_room(file: &File) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Writes everything that a guest has written to the device back to the store.
+/// Flushes all data that a guest has written to the device to the store.
 pub fn flush(node: &Path) -> Result<()> {
     let device = crate::host::fs::open_nofollow(node)?;
     device
@@ -129,7 +129,7 @@ pub fn flush(node: &Path) -> Result<()> {
         .map_err(|e| Error::io(format!("write back {}", node.display()), e))
 }
 
-/// Creates the device and its node. Leaves nothing behind on errors.
+/// Creates the device and its node. Leaves nothing behind after an error.
 ///
 /// # Errors
 /// `disk_full` if the host has no space for the guest's first writes, `command_missing` (dmsetup).
@@ -148,7 +148,7 @@ pub fn activate(commands: &dyn Commands, spec: &DeviceSpec<'_>, cancel: &Cancel)
 }
 
 fn make_devices(commands: &dyn Commands, spec: &DeviceSpec<'_>, cancel: &Cancel) -> Result<()> {
-    // Both loop devices end with this function unless a device uses them.
+    // When this function returns, the kernel detaches both loop devices unless a device uses them.
     let origin = loop_device::attach(spec.origin, true)?;
     let store = loop_device::attach(spec.store, false)?;
     let (size, origin_size) = (spec.size_bytes / SECTOR_BYTES, origin.sectors()?);
@@ -252,14 +252,14 @@ fn remove(commands: &dyn Commands, name: &str, cancel: &Cancel) -> Result<()> {
     Ok(())
 }
 
-/// dmsetup (lvm2 2.03, libdm/ioctl/libdm-iface.c) ends with status 1 for every refusal and prints
-/// the `strerror` of the ioctl.
+/// dmsetup (lvm2 2.03, libdm/ioctl/libdm-iface.c) exits with status 1 after every failure and
+/// prints the text of `strerror` for the ioctl.
 fn is_busy(e: &Error) -> bool {
     strerror::says_busy(Complaint::of(e))
 }
 
-/// The names of the snapshots that begin with `prefix`, each once even if it consists of two
-/// devices.
+/// The names of the snapshots that begin with `prefix`. A snapshot that consists of two devices is
+/// listed once.
 pub fn list(prefix: &str) -> Result<Vec<String>> {
     let mut names: Vec<String> = devices()?
         .into_iter()
@@ -274,7 +274,7 @@ pub fn list(prefix: &str) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// How full the snapshots are whose names begin with `prefix`.
+/// Returns the fill levels of the snapshots whose names begin with `prefix`.
 pub fn fill(commands: &dyn Commands, prefix: &str, cancel: &Cancel) -> Result<Vec<(String, Fill)>> {
     let out = commands
         .run(

@@ -6,14 +6,14 @@ use object::read::elf::{FileHeader, ProgramHeader};
 
 type Header = FileHeader64<LittleEndian>;
 
-/// True if it is an ELF file of one of these types for x86-64.
+/// True if `bytes` are an ELF file for x86-64 of one of these types.
 pub(super) fn is_elf(bytes: &[u8], types: &[FileType]) -> bool {
     header_of(bytes).is_some_and(|header| {
         header.e_machine(LittleEndian) == EM_X86_64 && types.contains(&header.e_type(LittleEndian))
     })
 }
 
-/// True if the file contains all of its segments, and has any.
+/// True if the file has at least one segment and contains all of them.
 pub(super) fn is_whole(elf: &[u8]) -> bool {
     let segments = header_of(elf).map(|header| header.program_headers(LittleEndian, elf));
     let Some(Ok(segments)) = segments else {

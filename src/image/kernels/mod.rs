@@ -1,14 +1,14 @@
-//! Kernels that VMs can boot instead of their image's.
+//! Kernels that VMs can boot instead of the kernel of their image.
 //!
-//! Each is a directory `<state>/kernels/<name>` with `vmlinux`, `initrd` and `kernel.json`. It
-//! appears complete, by one rename, and never changes.
+//! Each is a directory `<state>/kernels/<name>` with `vmlinux`, `initrd` and `kernel.json`. It is
+//! published with one rename and never changes.
 //!
-//! An import takes an ELF file as it is and unpacks a bzImage. Modules that a guest needs to reach
-//! its root disk and network, and that are not built in (`modules.builtin`), go into the initramfs
-//! together with what `modules.dep` says they need. They are read from below their directory only,
-//! because every guest can see what is in an initramfs. The initramfs takes its busybox from an
-//! image. Later modules come from the guest's own root file system, which has those of its image's
-//! kernel.
+//! An import takes an ELF file as it is and unpacks a bzImage. The initramfs gets the modules that
+//! a guest needs to reach its root disk and network, unless they are built in (`modules.builtin`),
+//! and their dependencies (`modules.dep`). They are read only from below the modules' directory,
+//! because every guest can read an initramfs. The initramfs takes its busybox from an image. The
+//! guest loads later modules from its own root file system, which has only the modules of the
+//! image's kernel.
 //!
 //! The daemon reads the files, so only root and the daemon's own user may import.
 
@@ -51,7 +51,7 @@ pub struct KernelInfo {
     pub modules: Vec<String>,
     /// Seconds since the epoch.
     pub imported_at: u64,
-    /// The space that it uses on the host.
+    /// The space that the kernel uses on the host.
     #[serde(skip)]
     pub bytes: u64,
 }
@@ -62,7 +62,7 @@ pub struct ImportSpec {
     /// The absolute path of an ELF file or a bzImage.
     pub path: PathBuf,
     pub name: Option<KernelName>,
-    /// The directory of its modules; `/lib/modules/VERSION` if not given.
+    /// The directory of the kernel's modules; `/lib/modules/VERSION` if None.
     pub modules: Option<PathBuf>,
 }
 
@@ -169,8 +169,8 @@ impl Kernels {
             .map_err(|e| Error::io(format!("delete kernel {name}"), e))
     }
 
-    /// Imports a kernel. The busybox of its initramfs comes from an image, so there must be one. An
-    /// import that fails leaves nothing behind.
+    /// Imports a kernel. The busybox of the initramfs comes from an image, so an image must exist.
+    /// An import that fails leaves nothing behind.
     ///
     /// # Errors
     /// `name_taken`, `unsupported` (not a kernel for a guest), `path_not_found`, `image_not_found`,
@@ -335,7 +335,7 @@ mod tests {
         assert_eq!(
             std::fs::read_dir(&kernels.dir).unwrap().count(),
             1,
-            "files of others are kept"
+            "unrelated files are kept"
         );
     }
 }

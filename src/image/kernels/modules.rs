@@ -19,9 +19,9 @@ use std::path::Path;
 const MODULES_DIR: &str = "/lib/modules";
 /// The largest list of modules.
 const LIST_BYTES_MAX: u64 = 16 << 20;
-/// The modules that a guest needs to boot, in loading order, and whether each is optional. Of the
-/// two transports one is needed. ext4 needs a checksum module that it declares as a soft dependency
-/// only.
+/// The modules that a guest needs to boot, in loading order, and whether each is optional. At least
+/// one of the two transports is needed. ext4 also needs a checksum module, which it declares only
+/// as a soft dependency.
 pub(super) const WANTED: [(&str, bool); 7] = [
     ("virtio_pci", true),
     ("virtio_mmio", true),
@@ -73,7 +73,7 @@ pub(super) fn find_modules(
         modules.files.push((name, bytes));
     }
     modules.files.sort();
-    // The names without the suffixes of their compression.
+    // Remove the suffixes of the compression from the names.
     modules.dependencies = dep
         .lines()
         .map(|line| {
@@ -87,8 +87,8 @@ pub(super) fn find_modules(
     Ok(modules)
 }
 
-/// Checks without a `modules.builtin` that the drivers are built in, by searching for their names
-/// in the kernel.
+/// Checks that the drivers are built in, for a kernel without a `modules.builtin`, by searching for
+/// their names in the kernel.
 fn built_in(vmlinux: &Path, modules: &Path) -> Result<Modules> {
     let bytes = read_file(vmlinux, u64::from(VMLINUX_BYTES_MAX))?;
     let has = |name: &str| has_word(&bytes, name.as_bytes());
@@ -313,7 +313,7 @@ mod tests {
         for path in ["good.ko", "beside.ko"] {
             assert_eq!(read(path).unwrap(), (path.to_owned(), module.clone()));
         }
-        // A small file that would unpack to more than the disk.
+        // A small file that would fill the disk when unpacked.
         let bomb = File::create(at("m/bomb.ko")).unwrap();
         bomb.set_len(PART_BYTES_MAX + 1).unwrap();
         let packed = crate::host::Command::new("gzip")

@@ -1,4 +1,4 @@
-//! Reads files that an untrusted user may have named or made.
+//! Reads files that an untrusted user may have named or created.
 
 use crate::error::{Error, Kind, Result};
 use crate::host::command::read_bounded;

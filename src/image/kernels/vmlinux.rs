@@ -1,4 +1,4 @@
-//! Takes a `vmlinux` from an ELF file or a bzImage.
+//! Extracts a `vmlinux` from an ELF file or a bzImage.
 
 use super::elf::{is_elf, is_whole};
 use super::read::read_file;

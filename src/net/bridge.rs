@@ -1,5 +1,5 @@
-//! The bridge. fcd creates it if it is missing, repairs its own, and never changes one that belongs
-//! to something else.
+//! The bridge. fcd creates it if it is missing and repairs it, but never changes a bridge that
+//! belongs to something else.
 
 use super::links::{Link, Route, parse_addresses, parse_neighbours};
 use super::names::Names;
@@ -19,9 +19,9 @@ pub(super) fn is_ours(names: &Names, link: &Link) -> bool {
     link.is_kind("bridge") && (link.alias() == names.bridge() || is_new)
 }
 
-/// Checks that nothing else uses the bridge's name or the guests' subnet. Called before anything is
-/// created. Once our bridge has the subnet, another route into it is not an error, because the VMs
-/// are already there.
+/// Checks that nothing else uses the bridge's name or the guests' subnet. Call it before anything
+/// is created. Once our bridge has the subnet, another route into it is not an error, because the
+/// VMs are already there.
 ///
 /// # Errors
 /// `conflict`, with the settings to change.

@@ -1,5 +1,5 @@
 //! The network checks of `fcctl doctor`: what bridged networking needs on this host, and what
-//! blocks it. Read-only.
+//! blocks it. They change nothing.
 
 use super::bridge;
 use super::links::{Link, Route, parse_links, parse_routes};
@@ -253,7 +253,7 @@ fn blockers(
         let Some(hook @ ("forward" | "input")) = chain.hook.as_deref() else {
             continue;
         };
-        // firewalld rejects in its last rule, not by its policy.
+        // firewalld rejects packets in its last rule, not by its policy.
         let drops = chain.policy.as_deref() == Some("drop") || chain.table == "firewalld";
         if chain.table.starts_with("fcd_")
             || !drops
@@ -267,9 +267,9 @@ fn blockers(
                 .any(|c| c.table == chain.table && c.name.starts_with(prefix))
         };
         let what = if hook == "forward" {
-            "what guests send to the world"
+            "packets from guests to the outside"
         } else {
-            "what guests ask the name server"
+            "queries from guests to the name server"
         };
         let Chain {
             family,
@@ -375,7 +375,7 @@ mod tests {
             &docker,
             "",
             expect![[r#"
-            docker drops what guests send to the world: chain FORWARD of table ip filter
+            docker drops packets from guests to the outside: chain FORWARD of table ip filter
             iptables -I DOCKER-USER -i fcbr0 -j ACCEPT; iptables -I DOCKER-USER -o fcbr0 -j ACCEPT
         "#]],
         );
@@ -389,9 +389,9 @@ mod tests {
             &ufw,
             "",
             expect![[r#"
-            ufw drops what guests send to the world: chain FORWARD of table ip filter
+            ufw drops packets from guests to the outside: chain FORWARD of table ip filter
             ufw route allow in on fcbr0; ufw route allow out on fcbr0
-            ufw drops what guests ask the name server: chain INPUT of table ip filter
+            ufw drops queries from guests to the name server: chain INPUT of table ip filter
             ufw allow in on fcbr0
         "#]],
         );
@@ -405,7 +405,7 @@ mod tests {
             )],
             "",
             expect![[r#"
-                firewalld drops what guests send to the world: chain filter_FORWARD of table inet firewalld
+                firewalld drops packets from guests to the outside: chain filter_FORWARD of table inet firewalld
                 firewall-cmd --permanent --zone=trusted --add-interface=fcbr0; firewall-cmd --reload
             "#]],
         );
@@ -419,7 +419,7 @@ mod tests {
             ],
             "",
             expect![[r#"
-                a firewall drops what guests send to the world: chain fwd of table inet mine
+                a firewall drops packets from guests to the outside: chain fwd of table inet mine
                 nft insert rule inet mine fwd iifname fcbr0 accept; nft insert rule inet mine fwd oifname fcbr0 accept
             "#]],
         );

@@ -17,9 +17,9 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 /// How long to wait for the kernel's answer, in seconds.
 const ANSWER_S: i64 = 5;
-/// Size of one read. The kernel sends at most 32 KiB at once (net/netlink/af_netlink.c).
+/// The size of one read. The kernel sends at most 32 KiB at once (net/netlink/af_netlink.c).
 const READ_BYTES: usize = 64 << 10;
-/// Reads per request, enough for more entries than any host keeps.
+/// The maximum number of reads per request, enough for more entries than any host keeps.
 const READS_MAX: usize = 100_000;
 
 const HEADER: usize = 16;
@@ -28,7 +28,7 @@ const NLMSG_DONE: u16 = 3;
 const NLM_F_REQUEST: u16 = 1;
 const NLM_F_ACK: u16 = 4;
 const NLM_F_DUMP: u16 = 0x300;
-/// Message types, each `NFNL_SUBSYS_CTNETLINK << 8` plus the message.
+/// Message types. Each is `NFNL_SUBSYS_CTNETLINK << 8` plus the number of the message.
 const CT_NEW: u16 = 0x100;
 const CT_GET: u16 = 0x101;
 const CT_DELETE: u16 = 0x102;
@@ -71,8 +71,8 @@ impl Flow {
     }
 }
 
-/// Deletes the IPv4 entries of this network namespace for which `is_stale` is true. Returns how
-/// many there were.
+/// Deletes the IPv4 entries of this network namespace for which `is_stale` is true. Returns the
+/// number of deleted entries.
 pub(super) fn forget(is_stale: &dyn Fn(&Flow) -> bool) -> Result<usize> {
     let doing = "delete conntrack entries";
     let io = |e: nix::Error| Error::io(doing, e);
@@ -95,7 +95,7 @@ pub(super) fn forget(is_stale: &dyn Fn(&Flow) -> bool) -> Result<usize> {
             &message(CT_DELETE, NLM_F_ACK, attributes),
             &mut |_| {},
         ) {
-            // The connection ended in the meantime.
+            // The connection has ended since the entries were listed.
             Ok(()) | Err(nix::Error::ENOENT) => {}
             Err(e) => return Err(io(e)),
         }
@@ -302,7 +302,7 @@ mod tests {
         assert!((0..sent.len()).all(|len| next_message(&sent[..len]).is_none()));
         assert!(
             next_attribute(&[2, 0, 1, 0]).is_none(),
-            "shorter than its head"
+            "shorter than its header"
         );
     }
 }

@@ -1,6 +1,6 @@
 //! Published ports of guests on the bridge. The address translation lives in our nftables table, so
 //! it works while the daemon is down. While the daemon runs, it also binds each port, so that no
-//! program on the host takes one that would never receive anything.
+//! program on the host binds a port on which it would never receive anything.
 
 use super::conntrack::Flow;
 use super::forget_flows;
@@ -117,7 +117,7 @@ impl Net {
         let sockets = reserve(ports)?;
         self.allow_loopback(ports)?;
         let published = published(guest, ports);
-        // Remove other elements with the same ports, such as those of an earlier daemon.
+        // Remove other elements for the same ports, such as those of an earlier daemon.
         let stale = self
             .published()?
             .into_iter()
@@ -221,7 +221,7 @@ impl Net {
         }
         let script: String = missing.iter().map(|p| self.sets.publish(p)).collect();
         self.tools.nft(&script, self.tools.never())?;
-        // `unforward` may have run in the meantime. Then these rules have to go again.
+        // `unforward` may have run since the elements were read. If so, remove these rules again.
         let current: Vec<Published> = self
             .forwards
             .lock()
@@ -242,7 +242,7 @@ impl Net {
             .collect())
     }
 
-    /// Lets packets that the host sends from 127.0.0.1 leave by the bridge, where they are
+    /// Lets packets that the host sends from 127.0.0.1 leave through the bridge, where they are
     /// masqueraded (kernel, ip-sysctl: `route_localnet`). Guests cannot use this to reach the
     /// host's loopback, because the rules drop what they send to an address of the host.
     fn allow_loopback(&self, ports: &[Port]) -> Result<()> {

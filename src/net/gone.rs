@@ -1,6 +1,6 @@
 //! Finds and removes the network of a removed installation: taps without an attached process, its
-//! bridge if nothing else is connected to it, and its tables. Everything is found by the
-//! installation's id, the same way as our own.
+//! bridge if nothing else is connected to it, and its tables. They are found by the installation's
+//! id, like the network of this installation.
 
 use super::links::Link;
 use super::names::Names;
@@ -11,10 +11,10 @@ use crate::host::Commands;
 use serde::Deserialize;
 use std::sync::Arc;
 
-/// Set for an interface that has a process or a peer at its other end (if.h).
+/// The flag of an interface that has a process or a peer at its other end (if.h).
 const HAS_CARRIER: &str = "LOWER_UP";
 
-/// What an installation has left behind, at the time of [`look`].
+/// The network that an installation has left behind, at the time of [`look`].
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Leftovers {
     pub taps: Vec<String>,
@@ -25,7 +25,7 @@ pub struct Leftovers {
     pub is_in_use: bool,
 }
 
-/// Searches this network namespace for what installation `install` has left.
+/// Searches this network namespace for the network of installation `install`.
 pub fn look(install: &str, commands: &Arc<dyn Commands>) -> Result<Leftovers> {
     let (names, tools) = (Names::of(install)?, Tools::new(commands.clone())?);
     let links = all_links(&tools, tools.never())?;
@@ -40,7 +40,8 @@ pub fn look(install: &str, commands: &Arc<dyn Commands>) -> Result<Leftovers> {
     })
 }
 
-/// Removes what [`look`] found. Rules go last, so that no tap exists without them.
+/// Removes the network that [`look`] found. Removes the rules last, so that no tap exists without
+/// them.
 pub fn remove(left: &Leftovers, commands: &Arc<dyn Commands>) -> Result<()> {
     let tools = Tools::new(commands.clone())?;
     let links: Vec<String> = left
@@ -208,7 +209,8 @@ mod tests {
             is_in_use: true,
             ..Leftovers::default()
         };
-        // In use: a VMM that is attached to a tap, or a bridge port that somebody else added.
+        // A VMM that is attached to a tap, or a foreign bridge port, means that the network is in
+        // use.
         let vmm = lab.host.run(|| tun::connect(&tap.name)).unwrap();
         assert_eq!(look(), in_use);
         drop(vmm);
@@ -221,7 +223,7 @@ mod tests {
             left
         };
         assert_eq!(sorted(look()), found);
-        assert_eq!(all(), everything, "a look changes nothing");
+        assert_eq!(all(), everything, "`look` changes nothing");
         lab.host.run(|| remove(&look(), &commands)).unwrap();
         assert_eq!(look(), Leftovers::default());
         assert_eq!(census(), ours);

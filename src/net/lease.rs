@@ -29,10 +29,10 @@ impl fmt::Display for Mac {
 /// What a guest's network can reach (`--net`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Access {
-    /// Outside hosts through the host's address, and the name server.
+    /// The guest reaches the name server, and outside hosts with the host's address.
     #[default]
     Nat,
-    /// Nothing. Only connections that the host opens, such as SSH, work.
+    /// The guest reaches nothing. Only connections that the host opens, such as SSH, work.
     None,
 }
 
@@ -40,7 +40,7 @@ pub enum Access {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lease {
     pub address: Ipv4Addr,
-    /// Length of the subnet's prefix, in bits.
+    /// The length of the subnet's prefix, in bits.
     pub prefix: u8,
     /// The address of the bridge, where the name server listens.
     pub gateway: Ipv4Addr,
@@ -75,7 +75,7 @@ pub struct Guest {
     pub tag: String,
     pub lease: Lease,
     pub access: Access,
-    /// The most that it may receive per second. None if nftables does not limit it.
+    /// The maximum rate at which the guest receives. None if nftables does not limit it.
     pub rx_bytes_per_s: Option<u64>,
     pub tx_bytes_per_s: Option<u64>,
 }

@@ -1,4 +1,4 @@
-//! Parsers of the interfaces, addresses and routes that `ip` prints. Pure.
+//! Parses the interfaces, addresses and routes that `ip` prints. Pure.
 
 use crate::error::{Error, Kind, Result};
 use serde::Deserialize;
@@ -15,7 +15,7 @@ pub(super) struct Link {
     pub alias: Option<String>,
     /// The MAC address.
     pub address: Option<String>,
-    /// The bridge that it belongs to.
+    /// The bridge that the interface belongs to.
     pub master: Option<String>,
     pub flags: Vec<String>,
     pub linkinfo: Info,
@@ -50,7 +50,7 @@ impl Link {
     }
 }
 
-/// Parses `ip -json -details link show` and its filtered forms.
+/// Parses the output of `ip -json -details link show`, with or without a filter.
 pub(super) fn parse_links(json: &[u8]) -> Result<Vec<Link>> {
     let links: Vec<Link> = parse("the interfaces", json)?;
     // `ip` prints an empty object for an interface that a filter leaves out.
@@ -137,7 +137,7 @@ fn parse<T: DeserializeOwned + Default>(what: &str, json: &[u8]) -> Result<T> {
         .map_err(|e| Error::new(Kind::Host, format!("read {what} of this host")).with_source(e))
 }
 
-/// Returns the bytes that an interface has received and sent. Sysfs does not help here: it shows
+/// Returns the bytes that an interface has received and sent. It does not read sysfs, which shows
 /// the network namespace in which it was mounted.
 pub fn received_and_sent(interface: &str) -> Option<(u64, u64)> {
     parse_counters(

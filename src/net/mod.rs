@@ -1,5 +1,5 @@
-//! The network of VMs when the daemon is root: one bridge, a tap for each VM, rules in nftables
-//! tables of fcd's own, and a name server on the bridge's address.
+//! The network of VMs when the daemon is root: one bridge, a tap for each VM, rules in fcd's own
+//! nftables tables, and a name server on the bridge's address.
 //!
 //! ```text
 //! guest ── tap ──────────────── bridge fcbr0 ───────────────────── masquerade ── outside
@@ -7,26 +7,27 @@
 //!          owned by VMM's uid
 //!
 //! table bridge fcd_<install>    on the taps: only the lease's MAC and address, only IPv4 and ARP
-//! table inet fcd_<install>      from the bridge: no service of the host but DNS and echo, nothing
+//! table inet fcd_<install>      from the bridge: only DNS and echo on the host, nothing
 //!                               link-local, no other guest; with `--net none` no forwarding
 //! ```
 //!
-//! Everything is found again by name: the bridge has the alias `fc-<install>`, a spare tap
-//! `fc-<install>-tap`, a VM's tap the VM's tag, and both tables the installation's id. Anything
-//! with another name is never touched. Every function is idempotent.
+//! A restarted daemon finds everything by name. The bridge has the alias `fc-<install>`, a spare
+//! tap has `fc-<install>-tap`, and a VM's tap has the VM's tag. The names of both tables contain
+//! the installation's id. Anything with another name is never touched. Every function is
+//! idempotent.
 //!
 //! A VM's address follows from its slot, so a lease needs no row, and an address is not reused
-//! before its VM is deleted. A tap gets its alias first, so that it can be found from then on, then
-//! its owner and its elements in the sets, and joins the bridge last. There is no moment at which a
-//! guest is on the bridge without rules, and a tap that no rule knows passes nothing.
+//! before its VM is deleted. A tap gets its alias first, so that a restarted daemon can find it.
+//! Then it gets its owner and its elements in the sets, and it joins the bridge last. So a guest is
+//! never on the bridge without rules, and a tap without elements passes no packets.
 //!
 //! Published ports are two maps in the inet table whose elements carry the VM's tag as a comment.
-//! They work while the daemon is down. While it runs it also binds them, so that no other program
-//! takes a port and receives nothing. Ports on 127.0.0.1 need `route_localnet` on the bridge; the
-//! rules drop whatever a guest sends to an address of the host.
+//! They work while the daemon is down. While the daemon runs, it also binds the ports, so that no
+//! other program binds one and receives nothing. Ports on 127.0.0.1 need `route_localnet` on the
+//! bridge; the rules drop everything that a guest sends to an address of the host.
 //!
-//! `mend` restores what somebody else deleted, at start and every minute. Other firewalls are never
-//! changed: `checks.rs` reports what blocks forwarding.
+//! If something deletes fcd's rules or taps, `mend` restores them, at start and every minute. fcd
+//! never changes other firewalls, but `checks.rs` reports those that block forwarding.
 
 mod bridge;
 mod checks;
@@ -74,7 +75,7 @@ const RESOLVED_DEADLINE: Duration = Duration::from_secs(5);
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tap {
     /// The interface's name, `fc<install>-<number>`. A number is reused only after 9998 other taps
-    /// were made.
+    /// have been created.
     pub name: String,
 }
 
@@ -100,20 +101,20 @@ pub struct Net {
     sets: Sets,
     tools: Tools,
     pool: Arc<Pool>,
-    /// The guests that are connected: the name of the tap and the guest, by tag.
+    /// The connected guests with the names of their taps, by tag.
     guests: Mutex<HashMap<String, (String, Guest)>>,
     /// The ports published for each guest, by tag.
     forwards: Mutex<HashMap<String, forward::Forwards>>,
 }
 
 impl Net {
-    /// Creates what is missing of the bridge and the rules, turns IPv4 forwarding on if it is off
-    /// (and logs that), removes the spare taps of an earlier daemon, and starts making new ones.
+    /// Creates the bridge and the rules if they are missing, turns IPv4 forwarding on if it is off
+    /// (and logs that), removes the spare taps of an earlier daemon, and starts creating new ones.
     /// Taps and rules of running VMs are left as they are.
     ///
     /// # Errors
     /// `conflict` if the bridge's name or the subnet is used by something else; nothing has been
-    /// created then. Also `command_missing`, `command_failed` and `host`.
+    /// created then. Other failures are `command_missing`, `command_failed` and `host`.
     pub fn open(
         config: &Config,
         install: &str,
@@ -179,9 +180,9 @@ impl Net {
         Lease::of(self.config.subnet, slot)
     }
 
-    /// Gives a VM a tap, a spare one if there is one. The tap first gets the VM's tag as its alias,
-    /// so that [`Net::list`] and [`Net::release`] find it from then on. Then it gets its owner and
-    /// its rules, and last it joins the bridge. Takes about ten milliseconds.
+    /// Gives a VM a tap, from the spare taps if possible. The tap first gets the VM's tag as its
+    /// alias, so that [`Net::list`] and [`Net::release`] find it. Then it gets its owner and its
+    /// rules, and it joins the bridge last. This takes about ten milliseconds.
     ///
     /// An existing tap with the same tag is replaced. After an error the tap has been removed, or
     /// [`Net::release`] can remove it.
@@ -205,7 +206,7 @@ impl Net {
         if links.iter().any(|l| l.alias() == guest.tag) {
             self.release(&guest.tag)?;
         }
-        // Skip spare taps that somebody removed or changed in the meantime.
+        // Skip spare taps that something else has removed or changed.
         let is_fresh = |name: &String| {
             links
                 .iter()
@@ -230,7 +231,7 @@ impl Net {
         )?;
         tun::set_owner(&name, uid)?;
         self.tools.nft(&self.sets.add(&name, guest), cancel)?;
-        // Drop the conntrack entries of the previous holder of this address.
+        // Delete the conntrack entries of the previous guest with this address.
         forget_flows(&|flow| flow.is_of(guest.lease.address));
         self.tools
             .ip_batch(&self.joining(&name, &guest.lease), cancel)?;
@@ -274,9 +275,9 @@ impl Net {
     /// Removes the taps that `which` selects, and the rules of taps that do not exist.
     fn remove_taps(&self, which: &dyn Fn(&Link) -> bool) -> Result<()> {
         let never = self.tools.never();
-        // The order of these reads decides which rules are stale. A tap exists before its rules do,
-        // so a rule whose tap is missing from the list of links, read after the rules, is stale. A
-        // guest is in `guests` before its rules are set, so `guests` is read last.
+        // These reads must happen in this order. A tap exists before its rules, so a rule is stale
+        // if its tap is missing from a list of links that was read after the rules. A guest is in
+        // `guests` before its rules are set, so read `guests` last.
         let nat = self
             .tools
             .nft_list(&self.sets.list_nat())?
@@ -295,7 +296,7 @@ impl Net {
             .filter(|d| !d.is_empty())
             .and_then(|d| self.tools.ip_batch_all(d).err())
         {
-            // Fine if somebody else has removed them.
+            // The taps may already have been removed by something else.
             let is_left = |l: &Link| gone.iter().any(|g| g.name == l.name);
             if all_links(&self.tools, never)?.iter().any(is_left) {
                 return Err(e);
@@ -362,9 +363,9 @@ impl Net {
         Ok(())
     }
 
-    /// Repairs the bridge, the rules and the taps of connected guests, because restarting another
-    /// firewall can flush all rules. Also removes the rules of taps that no longer exist. Returns
-    /// what it repaired.
+    /// Repairs the bridge, the rules and the taps of connected guests, because a restart of another
+    /// firewall can flush all rules. Also removes the rules of taps that no longer exist. Returns a
+    /// description of each repair.
     ///
     /// May run at any time after [`Net::adopt`]. The sweeper calls it every minute.
     pub fn mend(&self) -> Result<Vec<String>> {
@@ -411,7 +412,7 @@ impl Net {
                 continue;
             }
             match self.tools.ip_batch(&self.joining(tap, &guest.lease), never) {
-                // It was released in the meantime.
+                // The tap has been released since the check.
                 Err(_) if !is_there(&all_links(&self.tools, never)?) => {}
                 Err(e) => return Err(e),
                 Ok(()) => done.push(format!("reattached {} to the bridge", guest.tag)),
@@ -454,7 +455,7 @@ impl Net {
     }
 
     /// Starts the name server on the bridge's address. If systemd-resolved runs on this host, it is
-    /// configured to send it queries for `.vm`. The helper process runs as `owner`.
+    /// configured to send queries for `.vm` to the name server. The helper process runs as `owner`.
     pub fn serve_names(
         &self,
         names: Arc<dyn dns::Names>,

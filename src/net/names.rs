@@ -1,12 +1,11 @@
-//! The names of this installation's bridge, taps and tables, by which a restarted daemon finds
-//! them.
+//! The names of this installation's bridge, taps and tables. A restarted daemon finds them by name.
 
 use super::Mac;
 use crate::error::{Error, Result};
 use crate::ids::Tag;
 
-/// Hexadecimal digits of an installation's id. `fc`, the id, `-` and a four-digit number must fit
-/// into an interface name.
+/// The number of hexadecimal digits of an installation's id. `fc`, the id, `-` and a four-digit
+/// number must fit into an interface name.
 const INSTALL_LEN: usize = 8;
 
 #[derive(Clone, Debug)]
@@ -32,8 +31,8 @@ impl Names {
         format!("fc-{}", self.install)
     }
 
-    /// The bridge's MAC address. The bridge is created with it, while the alias can only be set
-    /// afterwards.
+    /// The bridge's MAC address. The bridge is created with this address, while its alias can only
+    /// be set afterwards.
     pub(super) fn bridge_mac(&self) -> Mac {
         let number = u32::from_str_radix(&self.install, 16).unwrap_or_default();
         let [a, b, c, d] = number.to_be_bytes();
@@ -103,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn installation_id_malformed_is_rejected() {
+    fn malformed_installation_id_is_rejected() {
         for bad in [
             "",
             "1a2b3c4",

@@ -1,21 +1,21 @@
-//! The nftables rules, as scripts for `nft -f -`. Pure.
+//! The nftables rules as scripts for `nft -f -`. Pure.
 //!
 //! There are two tables, both named `fcd_<install>`, and no script ever names another one. The
 //! `bridge` table lets a frame from one of our taps pass only if it has the MAC and the address of
 //! its lease. The `inet` table keeps guests away from the host and from each other, and masquerades
-//! them. The rules are the same for all VMs. A VM is an element of some sets, so adding one is a
-//! small transaction.
+//! them. The rules are the same for all VMs. Each VM is an element of some sets, so adding a VM is
+//! a small transaction.
 //!
-//! Answers are recognised by `ct direction reply` and not only by their state. Otherwise a guest
-//! whose network was taken away could keep using a connection that it opened before.
+//! The rules recognise answers by `ct direction reply` and not only by their state. Otherwise a
+//! guest whose network was taken away could keep using a connection that it opened before.
 
 use super::names::Names;
 use super::sets::{GUESTS, NAT, OPEN, PUBLISHED, PUBLISHED_ANY, RECEIVING, SENDING};
 use crate::config::{Network as Config, Subnet};
 use std::fmt::Write as _;
 
-/// Queries per second that one guest may send to the name server. More are dropped here, before
-/// they fill the server's socket buffer and crowd out those of other guests.
+/// The number of queries per second that one guest may send to the name server. The rules drop
+/// further queries, before they fill the server's socket buffer and displace those of other guests.
 const QUESTIONS_PER_S_MAX: u32 = 1000;
 
 /// The settings that the rules depend on.
@@ -163,7 +163,7 @@ impl Rules {
         ];
         self.chain(script, "inet", "from_guest", None, &text(&from_guest));
         // This runs after connection tracking but before any address translation, so that the rules
-        // see the destination that the guest chose and not what another table made of it.
+        // see the destination that the guest chose, before another table translates it.
         let hook = "filter hook prerouting priority -150";
         self.chain(
             script,
@@ -301,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn the_tables() {
+    fn tables_have_expected_rules() {
         expect![[r#"
             add table bridge fcd_1a2b3c4d
             add set bridge fcd_1a2b3c4d guests { type ifname . ether_addr . ipv4_addr; }
@@ -378,7 +378,7 @@ mod tests {
     }
 
     #[test]
-    fn no_table_but_ours_is_named() {
+    fn scripts_name_only_our_tables() {
         let sets = Sets::new(&Names::of("1a2b3c4d").unwrap());
         for script in [
             rules(true).apply(),
@@ -399,7 +399,7 @@ mod tests {
     }
 
     #[test]
-    fn between_vms() {
+    fn guests_reach_each_other_only_if_configured() {
         assert!(
             rules(false)
                 .apply()

@@ -1,5 +1,5 @@
 //! The sets and maps that hold the guests and their published ports. `rules.rs` creates them and
-//! has the rules that use them. Pure.
+//! contains the rules that use them. Pure.
 
 use super::names::Names;
 use super::{Access, Guest};
@@ -10,16 +10,16 @@ use std::net::Ipv4Addr;
 
 /// The set of (tap, MAC, address) in the `bridge` table.
 pub(super) const GUESTS: &str = "guests";
-/// The set of taps of guests with a network, in the `bridge` table. Only those may reach each other
-/// at all.
+/// The set of taps of guests with a network, in the `bridge` table. Only these guests may reach
+/// each other.
 pub(super) const OPEN: &str = "open";
 /// The sets of taps with a rate limit for what the guest receives and sends, in the `bridge` table.
 /// Each element has its own limit.
 pub(super) const RECEIVING: &str = "receiving";
 pub(super) const SENDING: &str = "sending";
-/// How many bytes may pass at once on top of a second's worth (the kernel's
-/// net/netfilter/nft_limit.c). This is room for a few of the largest frames, which have 64 KiB with
-/// segmentation offload.
+/// The number of bytes that may pass at once in addition to one second's worth
+/// (net/netfilter/nft_limit.c in Linux). This is enough for a few of the largest frames, which have
+/// 64 KiB with segmentation offload.
 pub(super) const BURST_BYTES: u64 = 256 << 10;
 /// The set of addresses that may reach the outside, in the `inet` table.
 pub(super) const NAT: &str = "nat";
@@ -174,7 +174,8 @@ impl Sets {
     }
 }
 
-/// The elements in the answer to [`Sets::list_guests`]; what is not of our making is passed over.
+/// The elements in the answer to [`Sets::list_guests`]. Elements that fcd did not create are
+/// skipped.
 pub(super) fn parse_guests(json: &[u8]) -> Result<Vec<Element>> {
     let element = |value: &Value| {
         let parts = value.get("concat")?.as_array()?;
@@ -281,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn elements_of_a_vm() {
+    fn elements_of_a_guest_are_formatted() {
         let nat = sets().add("fc1a2b3c4d-7", &guest(Access::Nat));
         expect![[r#"
             add element bridge fcd_1a2b3c4d guests { "fc1a2b3c4d-7" . 02:fc:0a:59:00:05 . 10.89.0.5 }

@@ -11,9 +11,10 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-/// Numbers wrap around after this one. Four digits fit into an interface name.
+/// The largest number of a tap, after which numbers start again. Four digits fit into an interface
+/// name.
 const NUMBER_MAX: u32 = 9999;
-/// Threads that fill the pool.
+/// The maximum number of threads that fill the pool.
 const MAKERS_MAX: usize = 2;
 
 pub(super) struct Pool {
@@ -27,7 +28,7 @@ pub(super) struct Pool {
 #[derive(Default)]
 struct State {
     ready: VecDeque<String>,
-    /// The number that was used last.
+    /// The last used number.
     last: u32,
     making: usize,
     makers: Vec<JoinHandle<()>>,
@@ -35,9 +36,9 @@ struct State {
 }
 
 impl Pool {
-    /// `last` is the highest number of the taps on the host.
+    /// `last` is the highest number among the taps on the host.
     pub(super) fn new(names: Names, tools: Tools, target: usize, last: u32) -> Result<Arc<Self>> {
-        let closing = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
+        let closing = Cancel::try_new().map_err(|e| Error::io("create an eventfd", e))?;
         let state = Mutex::new(
             Rank::Taps,
             State {
@@ -116,15 +117,15 @@ impl Pool {
                 Ok(maker) => self.state.lock().makers.push(maker),
                 Err(e) => {
                     self.state.lock().making -= 1;
-                    log::warn!("make spare taps: {e}");
+                    log::warn!("create spare taps: {e}");
                     return;
                 }
             }
         }
     }
 
-    /// Makes taps until the pool is full. The caller has counted this thread in `making`, and it
-    /// uncounts itself at the end.
+    /// Creates taps until the pool is full. The caller has counted this thread in `making`; this
+    /// function subtracts the thread at its end.
     fn fill(&self) {
         loop {
             let name = match self.make(&self.closing) {
@@ -138,7 +139,7 @@ impl Pool {
                 state.ready.push_back(name);
                 None
             };
-            // `making` counts this thread too, for the next tap that it would make.
+            // `making` also counts this thread, for the next tap that it would create.
             if state.is_closed || state.ready.len() + state.making > self.target {
                 state.making -= 1;
                 drop(state);
@@ -148,7 +149,7 @@ impl Pool {
         }
     }
 
-    /// Ends a [`Pool::fill`] that could not make a tap.
+    /// Ends a [`Pool::fill`] that could not create a tap.
     fn give_up(&self, e: &Error) {
         let is_closed = {
             let mut state = self.state.lock();
@@ -156,7 +157,7 @@ impl Pool {
             state.is_closed
         };
         if !is_closed {
-            log::warn!("make spare taps: {e}");
+            log::warn!("create spare taps: {e}");
         }
     }
 
@@ -174,7 +175,7 @@ impl Pool {
         }
     }
 
-    /// Stops making taps and removes those that are ready.
+    /// Stops creating taps and removes the spare taps.
     pub(super) fn close(&self) {
         let (makers, ready) = {
             let mut state = self.state.lock();
@@ -187,7 +188,7 @@ impl Pool {
         self.closing.cancel(CancelCause::Finished);
         for maker in makers {
             if maker.join().is_err() {
-                log::error!("a thread that makes taps panicked");
+                log::error!("a thread that creates taps panicked");
             }
         }
         self.remove(&Vec::from(ready));

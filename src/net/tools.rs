@@ -1,4 +1,4 @@
-//! Calls of `ip` and `nft`.
+//! Runs `ip` and `nft`.
 
 use crate::error::{Error, Kind, Result};
 use crate::host::{Command, Commands, Complaint, strerror};
@@ -6,23 +6,24 @@ use crate::locks::Cancel;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// A call takes milliseconds, but waits while another process changes the same things.
+/// The deadline of a call. A call normally takes milliseconds, but waits while another process
+/// changes the same objects.
 const DEADLINE: Duration = Duration::from_secs(20);
 
 #[derive(Clone)]
 pub(super) struct Tools {
     commands: Arc<dyn Commands>,
-    /// A cancel object that never fires.
+    /// A cancel token that never fires.
     never: Cancel,
 }
 
 impl Tools {
     pub(super) fn new(commands: Arc<dyn Commands>) -> Result<Self> {
-        let never = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
+        let never = Cancel::try_new().map_err(|e| Error::io("create an eventfd", e))?;
         Ok(Self { commands, never })
     }
 
-    /// Used for clean-up, and for changes that must not be cut off half way.
+    /// Returns a token that never fires, for clean-up and for changes that must not be interrupted.
     pub(super) fn never(&self) -> &Cancel {
         &self.never
     }
@@ -36,7 +37,7 @@ impl Tools {
         self.run(&ip_json(args), cancel)
     }
 
-    /// Runs `ip -batch` with these lines. Stops at the first that fails.
+    /// Runs `ip -batch` with these lines. Stops at the first line that fails.
     pub(super) fn ip_batch(&self, lines: &[String], cancel: &Cancel) -> Result<()> {
         let command = Command::new("ip")
             .args(["-batch", "-"])
@@ -45,7 +46,7 @@ impl Tools {
         self.run(&command, cancel).map(drop)
     }
 
-    /// Runs `ip -batch` with all of these lines, and fails at the end if one of them failed.
+    /// Runs `ip -batch` with all of these lines, and fails at the end if any line failed.
     pub(super) fn ip_batch_all(&self, lines: &[String]) -> Result<()> {
         let command = Command::new("ip")
             .args(["-force", "-batch", "-"])
@@ -63,9 +64,9 @@ impl Tools {
         self.run(&command, cancel).map(drop)
     }
 
-    /// Runs `nft --json`. None if the tables do not exist: nft (1.0.6, src/evaluate.c) ends with
-    /// status 1 whatever is wrong, and prints the `strerror` of ENOENT for a table that it does not
-    /// find.
+    /// Runs `nft --json`. Returns None if a table does not exist. nft (1.0.6, src/evaluate.c) exits
+    /// with status 1 after every failure, and prints the text of `strerror` for ENOENT if it does
+    /// not find a table.
     pub(super) fn nft_list(&self, args: &[&str]) -> Result<Option<Vec<u8>>> {
         match self.run(&nft_json(args), &self.never) {
             Ok(json) => Ok(Some(json)),

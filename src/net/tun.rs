@@ -18,7 +18,7 @@ pub(super) fn create(name: &str) -> Result<bool> {
         Err(e) if e.raw_os_error() == Some(libc::EBUSY) => return Ok(false),
         Err(e) => return Err(io(e)),
     }
-    // Anybody who may open the device could attach to a tap without an owner.
+    // Any user who may open the device could attach to a tap without an owner.
     set(&tun, libc::TUNSETOWNER, 0).map_err(io)?;
     set(&tun, libc::TUNSETPERSIST, 1).map_err(io)?;
     Ok(true)
@@ -33,7 +33,7 @@ pub(super) fn set_owner(name: &str, uid: u32) -> Result<()> {
     set(&tun, libc::TUNSETOWNER, uid.into()).map_err(io)
 }
 
-/// Attaches to a tap the way a VMM does.
+/// Attaches to a tap like a VMM.
 #[cfg(test)]
 pub(super) fn connect(name: &str) -> std::io::Result<File> {
     use std::os::unix::fs::OpenOptionsExt;
@@ -66,7 +66,7 @@ fn attach(tun: &File, name: &str, more_flags: libc::c_int) -> std::io::Result<()
     {
         return Err(std::io::Error::from_raw_os_error(libc::EINVAL));
     }
-    // SAFETY: zeroed plain data.
+    // SAFETY: ifreq is plain data, for which all zeroes are valid.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *to = from.cast_signed();

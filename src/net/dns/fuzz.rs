@@ -1,5 +1,5 @@
-//! Fuzz targets of `scripts/fuzz`: packets that the helper parses, and messages of the helper that
-//! the daemon parses.
+//! Fuzz targets of `scripts/fuzz`: packets, which the helper parses, and the helper's messages,
+//! which the daemon parses.
 
 use super::gatekeeper::{Action, Gatekeeper, Kind, QUESTIONS_PER_CONNECTION_MAX, TRIES_MAX};
 use super::helper::packet::is_answer;
@@ -11,7 +11,7 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 use std::time::{Duration, Instant};
 
 const HEADER_LEN: usize = 12;
-/// How much longer than its query one of our answers may be.
+/// How much longer than its query an answer may be.
 const ADDED_BYTES_MAX: usize = 128;
 const ASKERS: u8 = 6;
 
@@ -74,7 +74,7 @@ pub fn packets(packet: &[u8]) {
 }
 
 /// Feeds messages to the daemon's side as if from the helper, each prefixed with its length in two
-/// bytes. Whatever they say, the daemon must act only for known clients, and only a limited number
+/// bytes. For any messages, the daemon must act only for known clients, and only a limited number
 /// of times.
 pub fn requests(input: &[u8]) {
     let begun = Instant::now();

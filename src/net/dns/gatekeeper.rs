@@ -1,9 +1,10 @@
-//! Keeps track of clients with open queries, and decides what the helper may do for them. Pure: the
-//! supervisor carries out what is allowed.
+//! Keeps track of clients with open queries, and decides what the helper may do for them. It does
+//! no I/O: the supervisor performs the allowed actions.
 //!
 //! Each datagram and each connection gets a ticket that stands for the client's address. The helper
-//! only ever names tickets, so it can act only for a client with an open query, and only as often
-//! as a query may need. Anything else is a [`Breach`], after which the supervisor kills the helper.
+//! sends only tickets and no addresses, so it can act only for a client with an open query, and
+//! only as often as a query needs. Anything else is a [`Breach`], after which the supervisor kills
+//! the helper.
 
 use super::limit::Bucket;
 use super::protocol::{Request, Ticket};
@@ -13,17 +14,18 @@ use std::fmt;
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::time::{Duration, Instant};
 
-/// Datagrams that have no answer yet.
+/// The maximum number of datagrams without an answer.
 pub(super) const DATAGRAMS_MAX: usize = 512;
 pub(super) const CONNECTIONS_MAX: usize = 32;
 pub(super) const CONNECTIONS_PER_CLIENT_MAX: usize = 4;
-/// How many resolvers are tried for one query.
+/// The maximum number of resolvers that are tried for one query.
 pub(super) const TRIES_MAX: u8 = 3;
-/// Queries on one connection.
+/// The maximum number of queries on one connection.
 pub(super) const QUESTIONS_PER_CONNECTION_MAX: u16 = 64;
 /// A query needs either one lookup in the daemon, or one socket for each resolver that is tried.
 const REQUESTS_PER_QUESTION_MAX: u16 = TRIES_MAX as u16;
-/// A helper that keeps a query longer than this hangs. It normally gives up much earlier.
+/// A helper that keeps a query for longer than this counts as hanging. It normally gives up much
+/// earlier.
 const DATAGRAM_KEPT_MAX: Duration = Duration::from_secs(20);
 const CONNECTION_KEPT_MAX: Duration = Duration::from_secs(120);
 /// Limits how fast sockets to resolvers are opened.
@@ -40,24 +42,24 @@ pub(super) enum Kind {
 struct Client {
     address: SocketAddrV4,
     kind: Kind,
-    /// How many lookups and sockets the helper may still request.
+    /// The number of lookups and sockets that the helper may still request.
     requests_left: u16,
     until: Instant,
 }
 
-/// A violation of the protocol. A helper that nobody has taken over never commits one.
+/// A violation of the protocol. Only a helper that a guest controls commits a breach.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Breach {
-    /// It sent something that is not a message of the protocol.
+    /// The helper sent an invalid message.
     Nonsense,
     UnknownTicket,
-    /// It requested more lookups or sockets than a client's queries need.
+    /// The helper requested more lookups or sockets than a client's queries need.
     TooManyRequests,
-    /// It answered a connection with a datagram.
+    /// The helper answered a query over TCP with a datagram.
     WrongKind,
-    /// It has kept a query for too long.
+    /// The helper has kept a query for too long.
     Hangs,
-    /// It does not read the daemon's answers.
+    /// The helper does not read the daemon's answers.
     DoesNotRead,
 }
 
@@ -74,7 +76,7 @@ impl fmt::Display for Breach {
     }
 }
 
-/// What the supervisor has to do for a request.
+/// The action that the supervisor must perform for a request.
 #[derive(Debug, PartialEq)]
 pub(super) enum Action<'a> {
     FindAddress {
@@ -99,7 +101,7 @@ pub(super) enum Action<'a> {
         packet: &'a [u8],
     },
     Nothing,
-    /// The helper cannot work, for this reason.
+    /// The helper cannot work. The text is its reason.
     GiveUp(String),
 }
 

@@ -1,10 +1,10 @@
-//! Token buckets, single ones and one for each client. Pure.
+//! Token buckets: a single bucket, and one bucket for each client. Pure.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::time::Instant;
 
-/// How many buckets are kept. Full buckets can be forgotten.
+/// The maximum number of buckets. Full buckets can be dropped.
 const CLIENTS_MAX: usize = 4096;
 
 /// A bucket that refills at `per_s` tokens per second, up to `burst`.
@@ -89,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn remembered_clients_are_bounded() {
+    fn number_of_buckets_is_bounded() {
         let (mut limiter, now) = (Limiter::new(1, 2), Instant::now());
         let client = |n: usize| IpAddr::from(u32::try_from(n).unwrap().to_be_bytes());
         for n in 0..2 * CLIENTS_MAX {

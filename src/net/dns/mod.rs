@@ -2,7 +2,7 @@
 //! reverse zone. Other queries are forwarded to the host's resolvers unchanged.
 //!
 //! Guests are hostile, so the daemon never parses a byte from them. A confined helper process with
-//! its own uid does that (`host::confine`).
+//! its own uid does that (see `host::confine`).
 //!
 //! ```text
 //! guests       daemon, thread "dns"                    helper (own uid, confined)
@@ -13,17 +13,17 @@
 //!                └ upstream: sockets to resolvers ───────────┴── the host's resolvers
 //! ```
 //!
-//! - [`supervisor`] is the daemon's only thread for this. It owns the helper, passes each datagram
-//!   to it unread and with a ticket, and sends the answer to the client that the ticket stands for.
-//!   If the helper exits or breaks the protocol, the supervisor starts another one after a growing
-//!   delay. Open queries are lost then, and clients repeat them.
+//! - [`supervisor`] is the daemon's only thread for the name server. It owns the helper, passes
+//!   each datagram to it unread and with a ticket, and sends the answer to the client that the
+//!   ticket stands for. If the helper exits or breaks the protocol, the supervisor starts another
+//!   one after a growing delay. Open queries are lost then, and clients repeat them.
 //! - [`gatekeeper`] decides what the helper may do: look up a name for a client with an open query,
 //!   get a socket to one of the host's resolvers, or answer. The helper never chooses an address to
 //!   send to.
 //! - [`helper`] is the other process, with one thread and one `poll`. It opens no sockets itself,
 //!   so it can reach only the resolvers and connections that the daemon passed to it.
 //!
-//! Guests cannot make anything grow without bound. The numbers of open queries, connections,
+//! All resources that a guest can use are bounded. The numbers of open queries, connections,
 //! queries per connection and remembered clients are limited, every client has a rate limit, and
 //! every wait has a deadline and ends when the server stops.
 
@@ -53,7 +53,7 @@ use supervisor::Supervisor;
 pub use helper::NAME;
 pub use upstream::PORT;
 
-/// The names that the daemon knows. Called by the server's thread, one call at a time. Must not
+/// The daemon's names of VMs. The server's thread calls these methods one at a time. They must not
 /// block for long.
 pub trait Names: Send + Sync {
     /// Returns the address of the VM with this name (valid, lower case, without `.vm`) if `client`
@@ -73,8 +73,8 @@ pub struct Setup {
     /// The file that lists the host's resolvers, and the port to send queries to.
     pub resolv_conf: PathBuf,
     pub upstream_port: u16,
-    /// The user that the helper runs as. None to run it as the daemon's user, which is then
-    /// unprivileged.
+    /// The user that the helper runs as. None if the daemon is unprivileged, because then the
+    /// helper runs as the daemon's user.
     pub owner: Option<Credentials>,
 }
 
@@ -169,9 +169,9 @@ impl Drop for Server {
 /// The state of the helper process.
 #[derive(Debug, Default)]
 struct Health {
-    /// How many helpers in a row exited before [`supervisor::HEALTHY_AFTER`].
+    /// The number of helpers in a row that exited before [`supervisor::HEALTHY_AFTER`].
     failures: AtomicU32,
-    /// The pid of the current or the last helper. 0 before the first.
+    /// The pid of the current or the last helper. 0 if none has started yet.
     pid: AtomicU32,
 }
 
@@ -180,7 +180,7 @@ impl Health {
         self.pid.store(pid, Ordering::Relaxed);
     }
 
-    /// Counts an exit and returns how many there were in a row.
+    /// Counts an exit and returns the number of exits in a row.
     fn ended(&self) -> u32 {
         self.failures
             .fetch_add(1, Ordering::Relaxed)

@@ -1,9 +1,9 @@
 //! The protocol between the daemon and the helper. A message is a tag followed by its fields. Most
-//! messages carry the ticket of the client that they are about, and no field is optional.
+//! messages carry the ticket of a client, and no field is optional.
 //!
 //! The daemon sends [`Order`]s, beginning with [`Order::Serve`]. The helper sends [`Request`]s.
 //! Both sides reject messages with an unknown tag, and messages that are too short or too long.
-//! This matters most in the daemon, because a guest may have taken over the helper.
+//! This matters most in the daemon, because a guest may control the helper.
 
 use crate::config::Subnet;
 use crate::host::confine::{Reader, Writer};
@@ -11,15 +11,15 @@ use crate::host::text::printable;
 use crate::ids::VmName;
 use std::net::{Ipv4Addr, SocketAddrV4};
 
-/// Longest query that is accepted, far more than a query needs.
+/// The length of the longest query that is accepted, which is far more than a query needs.
 pub(super) const QUESTION_BYTES_MAX: usize = 4096;
-/// Longest answer.
+/// The length of the longest answer.
 pub(super) const ANSWER_BYTES_MAX: usize = 65_535;
 /// Room for a tag, a ticket, an address with its port, and a length.
 const FIELDS_BYTES_MAX: usize = 32;
 pub(super) const TO_HELPER_BYTES_MAX: usize = QUESTION_BYTES_MAX + FIELDS_BYTES_MAX;
 pub(super) const FROM_HELPER_BYTES_MAX: usize = ANSWER_BYTES_MAX + FIELDS_BYTES_MAX;
-/// Longest text in a message from the helper.
+/// The length of the longest text in a message from the helper.
 const TEXT_BYTES_MAX: usize = 512;
 
 /// Identifies one datagram or one connection of a client.

@@ -1,9 +1,10 @@
 //! The daemon's side of the name server: one thread that owns the sockets and the helper. It passes
-//! queries to the helper and answers back, looks up names and opens sockets to resolvers for the
-//! helper, and restarts the helper when it exits.
+//! queries to the helper and answers to the clients, looks up names and opens sockets to resolvers
+//! for the helper, and restarts the helper when it exits.
 //!
-//! It never blocks on the helper. Messages that do not fit into the channel wait in a queue, and no
-//! more queries are read until that is empty. Guests' bytes pass through unread.
+//! The thread never blocks on the helper. Messages that do not fit into the channel wait in a
+//! queue, and no more queries are read until the queue is empty. Guests' bytes are forwarded
+//! without being parsed.
 
 use super::gatekeeper::{Action, Breach, CONNECTIONS_MAX, DATAGRAMS_MAX, Gatekeeper, Kind};
 use super::limit::Limiter;
@@ -25,11 +26,11 @@ use std::time::{Duration, Instant};
 /// Rate limit of one client, in queries per second.
 const PER_S: u32 = 500;
 const BURST: u32 = 1000;
-/// How many queries, connections or messages are handled in a row before the other descriptors get
-/// a turn.
+/// The number of queries, connections or messages that are handled in a row before the other
+/// descriptors.
 const TAKEN_AT_ONCE: usize = 64;
-/// Messages that may wait for room in the channel. The daemon owes the helper at most one for each
-/// client.
+/// The maximum number of messages that wait for room in the channel. The daemon sends the helper at
+/// most one answer per client at a time.
 const OUTBOX_MAX: usize = DATAGRAMS_MAX + CONNECTIONS_MAX;
 /// How long to sleep if nothing is due. A query, a message or the cancellation wakes the thread
 /// earlier.
@@ -40,7 +41,7 @@ const ERROR_PAUSE: Duration = Duration::from_millis(100);
 /// Delay before a restart. It doubles with each further exit.
 const BACKOFF_MIN: Duration = Duration::from_millis(20);
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
-/// A helper that has run this long counts as healthy.
+/// A helper counts as healthy after it has run for this long.
 pub(super) const HEALTHY_AFTER: Duration = Duration::from_secs(60);
 /// How long to wait for the exit status of a helper.
 const EXIT_DEADLINE: Duration = Duration::from_secs(1);
@@ -158,7 +159,7 @@ struct Service<'a> {
     /// Messages that the channel has not accepted yet.
     outbox: VecDeque<(Order, Option<OwnedFd>)>,
     listen_from: Instant,
-    /// When the helper will count as healthy. None once it does.
+    /// When the helper will count as healthy. None if it already does.
     healthy_from: Option<Instant>,
     buffer: Vec<u8>,
 }
@@ -251,7 +252,7 @@ impl Service<'_> {
             let (len, client) = match self.supervisor.socket.recv_from(&mut buffer) {
                 Ok(received) => received,
                 Err(e) if e.kind() == ErrorKind::WouldBlock => break,
-                // The socket reports here that an earlier answer was not delivered.
+                // The error reports that an earlier answer was not delivered.
                 Err(_) => continue,
             };
             let Some(client) = served(client, self.supervisor.setup.subnet) else {
@@ -405,7 +406,7 @@ impl Service<'_> {
         Ok(())
     }
 
-    /// Returns the reason after the channel has closed.
+    /// Returns why the helper ended after the channel has closed.
     fn died(&mut self) -> End {
         End::Because(match self.helper.wait(Instant::now() + EXIT_DEADLINE) {
             Some(exit) => exit.to_string(),
@@ -414,8 +415,8 @@ impl Service<'_> {
     }
 }
 
-/// Returns the client if it is served: a guest, or the host, whose queries come from the bridge's
-/// address.
+/// Returns the client's address if it is served. Clients are guests and the host, whose queries
+/// come from the bridge's address.
 pub(super) fn served(client: SocketAddr, subnet: Subnet) -> Option<SocketAddrV4> {
     match client {
         SocketAddr::V4(client) if subnet.contains(*client.ip()) || client.ip().is_loopback() => {

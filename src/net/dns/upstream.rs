@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 pub const PORT: u16 = 53;
-/// The most that resolv.conf(5) may have.
+/// The maximum number of resolvers in resolv.conf(5).
 const SERVERS_MAX: usize = 3;
 const FILE_BYTES_MAX: u64 = 64 * 1024;
 /// How long the list of resolvers is cached.
@@ -36,7 +36,7 @@ impl Upstreams {
 
     /// Opens a non-blocking socket to the first reachable resolver, starting with number `skip`. A
     /// TCP socket may still be connecting. Every query over UDP gets a new socket, so that a forger
-    /// has to guess its port as well.
+    /// of answers has to guess its port as well.
     pub(super) fn open(&mut self, kind: Kind, skip: usize, now: Instant) -> Option<OwnedFd> {
         let servers = self.get(now);
         let count = servers.len();

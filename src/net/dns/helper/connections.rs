@@ -13,11 +13,11 @@ use std::net::TcpStream;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-/// How long a client may take to send a query, and to read its answer.
+/// The time that a client has to send a query, and to read its answer.
 const CLIENT_DEADLINE: Duration = Duration::from_secs(5);
-/// How long all resolvers together may take for a query.
+/// The time that all resolvers together have to answer a query.
 const RESOLVERS_DEADLINE: Duration = Duration::from_secs(4);
-/// How long a connection may last.
+/// The maximum duration of a connection.
 const LIFE_MAX: Duration = Duration::from_secs(60);
 
 #[derive(Default)]
@@ -29,7 +29,7 @@ struct Connection {
     ticket: Ticket,
     stream: TcpStream,
     state: State,
-    /// The deadline of the current state. While a resolver is asked, [`Forwarded::until`] counts
+    /// The deadline of the current state. While a query is forwarded, [`Forwarded::until`] applies
     /// instead.
     deadline: Instant,
     ends: Instant,
@@ -302,7 +302,7 @@ enum Progress {
     Failed,
 }
 
-/// A message that is being received, with its length in front (RFC 1035, 4.2.2).
+/// A message that is being received, prefixed with its length (RFC 1035, 4.2.2).
 struct Incoming {
     len: [u8; 2],
     len_filled: usize,
@@ -326,7 +326,7 @@ impl Incoming {
         self.message
     }
 
-    /// Reads what is available, and nothing beyond the message.
+    /// Reads the available bytes of the message, and nothing beyond its end.
     fn read(&mut self, mut stream: &TcpStream) -> Progress {
         loop {
             let reads_len = self.len_filled < self.len.len();
@@ -359,8 +359,8 @@ impl Incoming {
     }
 }
 
-/// A message that is being sent, with its length in front. The default value counts as failed,
-/// because there is nothing to send.
+/// A message that is being sent, prefixed with its length. The default value is empty and counts as
+/// failed.
 #[derive(Default)]
 struct Outgoing {
     bytes: Vec<u8>,

@@ -15,7 +15,7 @@ use std::net::{SocketAddrV4, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-/// How many queries may wait for resolvers at a time, in all and for one client.
+/// The maximum numbers of queries that wait for resolvers, in total and for one client.
 const PENDING_MAX: usize = 256;
 const PENDING_PER_CLIENT_MAX: usize = 64;
 /// How long to wait for one resolver before the next one is tried.
@@ -98,8 +98,8 @@ impl Datagrams {
             }
             Verdict::Forward(query) => {
                 let (client_id, question) = (query.id(), query.question().to_vec());
-                // The client repeats a query that is still open. The answer to the first one will
-                // do.
+                // The client repeats a query that is still open. The answer to the first query is
+                // enough.
                 if self.pending.iter().any(|p| {
                     p.client == client && p.client_id == client_id && p.question == question
                 }) {
@@ -133,7 +133,7 @@ impl Datagrams {
         }
     }
 
-    /// Answers a query with the daemon's result. Ignored if the query is not open any more.
+    /// Answers a query with the daemon's result. Does nothing if the query is no longer open.
     pub(super) fn found(
         &mut self,
         ticket: Ticket,
@@ -188,8 +188,8 @@ impl Datagrams {
         }
     }
 
-    /// Passes on the answers that have arrived, and retries queries whose time is up. `ready`
-    /// corresponds to [`Self::waits`].
+    /// Forwards the answers that have arrived, and retries queries whose deadline has passed.
+    /// `ready` corresponds to [`Self::waits`].
     pub(super) fn take_answers(
         &mut self,
         ready: &[bool],

@@ -1,4 +1,4 @@
-//! The helper process of the name server. It gives up its privileges, and then parses queries and
+//! The helper process of the name server. It drops its privileges, and then parses queries and
 //! writes answers until the daemon exits. It has one thread with one `poll`.
 //!
 //! It does not try to recover from faults: a panic ends the process, and the daemon starts another
@@ -28,10 +28,10 @@ pub const NAME: &str = "dns";
 
 /// Open queries need at most 3 MiB, and resolvers' answers over TCP 2 MiB.
 const MEMORY_BYTES_MAX: u64 = 32 * 1024 * 1024;
-/// Standard streams, a resolver's socket for each client, the connections, and a few that were just
-/// received.
+/// Enough for the standard streams, a resolver's socket per client, the connections, and a few
+/// descriptors that were just received.
 const OPEN_FILES_MAX: u64 = (3 + DATAGRAMS_MAX + 2 * CONNECTIONS_MAX + 8) as u64;
-/// How many messages are handled in a row before the sockets get a turn.
+/// The number of messages that are handled in a row before the sockets.
 const TAKEN_AT_ONCE: usize = 64;
 /// How long to sleep if nothing is due. A message wakes the helper earlier.
 const IDLE: Duration = Duration::from_secs(3600);
@@ -44,7 +44,7 @@ const PROFILE: Profile = Profile {
     calls: &[],
 };
 
-/// Runs this process as a name server's helper.
+/// Runs this process as the name server's helper.
 pub fn run(asked: &Asked) -> ExitCode {
     let daemon = Daemon(Channel::inherited());
     if let Err(e) = asked.confine(&PROFILE) {
@@ -122,7 +122,7 @@ struct Work<'a> {
     connections: Connections,
 }
 
-/// Which descriptors are ready.
+/// The descriptors that are ready.
 struct Ready {
     /// The daemon has sent something.
     messages: bool,

@@ -1,13 +1,14 @@
 //! Parses queries and writes answers (RFC 1035, RFC 6891). Pure.
 //!
-//! Nothing comes before the name in a query, so it cannot be compressed. A compressed name is
-//! rejected, and parsing cannot loop. Records that follow the question are not parsed. An answer
-//! repeats the question byte by byte, in its upper and lower case.
+//! A query begins with its name, so the name has nothing that a compression pointer could refer to.
+//! Compressed names are therefore rejected, and parsing cannot loop. Records that follow the
+//! question are not parsed. An answer repeats the question byte by byte, which keeps its upper and
+//! lower case.
 
 use std::net::Ipv4Addr;
 
 pub const HEADER_LEN: usize = 12;
-/// Longest name on the wire, including the final zero.
+/// The length of the longest name on the wire, including the final zero.
 const NAME_LEN_MAX: usize = 255;
 const LABEL_LEN_MAX: u8 = 63;
 /// The additional records of a query may be EDNS and a signature.
@@ -61,7 +62,7 @@ pub struct Query<'a> {
 /// What to do with a packet that is not a valid query.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Bad {
-    /// Ignore it: it is an answer, or too short to be answered.
+    /// Ignore the packet, because it is an answer or too short to be answered.
     Drop,
     Answer(Vec<u8>),
 }
@@ -110,7 +111,7 @@ impl<'a> Query<'a> {
         u16_at(self.packet, 0).unwrap_or_default()
     }
 
-    /// The question section, as it is in the packet.
+    /// The question section of the packet, unchanged.
     pub fn question(&self) -> &'a [u8] {
         &self.packet[HEADER_LEN..self.question_end]
     }

@@ -8,7 +8,7 @@ use std::net::Ipv4Addr;
 
 /// Zone transfers (RFC 5936) and the related types, which are never answered.
 const TYPES_REFUSED: std::ops::RangeInclusive<u16> = 251..=254;
-/// How many labels the names of our zones have: `vm`, and the subnet's reverse zone.
+/// The numbers of labels in the names of our zones: `vm`, and the subnet's reverse zone.
 const FORWARD_ZONE_LABELS: usize = 1;
 const REVERSE_ZONE_LABELS: usize = 5;
 
@@ -22,7 +22,7 @@ pub enum Verdict<'a> {
     Forward(Query<'a>),
 }
 
-/// Something that only the daemon knows.
+/// A request for data that only the daemon has.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Lookup {
     Address(VmName),
@@ -63,8 +63,8 @@ pub fn judge(packet: &[u8], subnet: Subnet) -> Verdict<'_> {
     }
 }
 
-/// Answers a packet for which [`judge`] returned a lookup. None if the result does not fit the
-/// packet.
+/// Answers a packet for which [`judge`] returned a lookup. None if the result does not match the
+/// query in the packet.
 pub fn answer(packet: &[u8], subnet: Subnet, found: &Found) -> Option<Vec<u8>> {
     let query = Query::parse(packet).ok()?;
     let Some(Own::LookUp(lookup)) = own(&query, subnet) else {

@@ -48,7 +48,8 @@ fn unmap_program_pages() {
     };
     for range in unmodified_file_ranges(&maps) {
         #[allow(unsafe_code)]
-        // SAFETY: the mapping cannot be written and no page of it was ever modified, so at the next access the kernel maps the same bytes of the same file.
+        // SAFETY: the mapping cannot be written and no page of it was ever modified, so at the next
+        // access the kernel maps the same bytes of the same file.
         let result = unsafe {
             rustix::mm::madvise(
                 std::ptr::with_exposed_provenance_mut(range.start),

@@ -1,6 +1,6 @@
-//! The consoles of all VMs. One thread reads their sockets and writes their logs, which are limited
-//! in size, and everything else reads the logs. A guest that floods its console costs time of that
-//! thread and a file of limited size.
+//! The consoles of all VMs. One thread reads the consoles and writes their logs, which are limited
+//! in size. All other code reads the logs. A guest that floods its console uses only this thread's
+//! time and a file of limited size.
 
 use super::log_file::{LogReader, LogWriter};
 use crate::error::{Error, Result};
@@ -21,11 +21,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// The most bytes of a log that are returned at once.
+/// The maximum number of bytes of a log that are returned at once.
 pub const CHUNK_BYTES_MAX: usize = 64 * 1024;
 /// The VMM's own output (stdout and stderr) in the VM's directory.
 pub const VMM_LOG: &str = "vmm.log";
-/// Size limit of [`VMM_LOG`]. A larger log is truncated to nothing.
+/// The size limit of [`VMM_LOG`]. A larger log is truncated to length 0.
 pub const VMM_LOG_BYTES_MAX: u64 = 256 * 1024;
 /// How often the sizes of the VMMs' own logs are checked.
 const TICK: Duration = Duration::from_secs(10);
@@ -38,8 +38,8 @@ fn event() -> io::Result<EventFd> {
     )?)
 }
 
-/// A console to read: the directory of its log, the log's size limit, and a line from fcd to begin
-/// with.
+/// A console to read: the directory of its log, the log's size limit, and a line from fcd with
+/// which the output begins.
 pub(super) struct Attach {
     pub dir: PathBuf,
     pub bytes_max: u64,
@@ -57,7 +57,7 @@ struct Event {
 struct State {
     incoming: Vec<Attach>,
     followers: HashMap<PathBuf, Vec<Arc<Event>>>,
-    /// How many consoles are being read into each log.
+    /// The number of consoles that are being read into each log.
     attached: HashMap<PathBuf, usize>,
     thread: Option<JoinHandle<()>>,
     is_closed: bool,
@@ -124,8 +124,8 @@ impl Consoles {
         Ok(())
     }
 
-    /// Follows the log of the VM in `dir`, from its last `tail` lines on or from its beginning. The
-    /// VM need not be running, and may never have run.
+    /// Follows the log of the VM in `dir`, starting with its last `tail` lines or at its beginning.
+    /// The VM need not be running, and may never have run.
     pub fn follow(&self, dir: &Path, tail: Option<u64>) -> Result<Follower> {
         let doing = || format!("read the console log in {}", dir.display());
         let fd = event().map_err(|e| Error::io(doing(), e))?;
@@ -155,7 +155,7 @@ impl Consoles {
         Ok(follower)
     }
 
-    /// True if more may be appended to this log, because its console has not been read to the end.
+    /// True while the console has not been read to its end, so more may be appended to this log.
     pub(super) fn is_attached(&self, dir: &Path) -> bool {
         self.shared.state.lock().attached.contains_key(dir)
     }
@@ -207,10 +207,10 @@ pub fn read(dir: &Path, tail: Option<u64>) -> Result<String> {
 /// The result of [`Follower::wait`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FollowerState {
-    /// There may be more. Call [`Follower::next_chunk`] until it returns None.
+    /// More output may be available. Call [`Follower::next_chunk`] until it returns None.
     More,
     Deadline,
-    /// The VM has been deleted, so there will be no more.
+    /// The VM has been deleted, so no more output will follow.
     Ended,
 }
 
@@ -226,10 +226,10 @@ pub struct Follower {
 
 impl Follower {
     /// Returns the next piece of the log, at most [`CHUNK_BYTES_MAX`] bytes. None if there is
-    /// nothing new. Never blocks except for the disk.
+    /// nothing new. Blocks only for reads from the disk.
     pub fn next_chunk(&mut self) -> Result<Option<String>> {
-        // Reset the event before reading the log, so that later changes set it again. It stays set
-        // at the end.
+        // Reset the event before reading the log, so that later changes set it again. After the end
+        // of the log, the event stays set.
         if !self.event.is_ended.load(Ordering::SeqCst) {
             let _ = self.event.fd.read();
         }
@@ -253,7 +253,8 @@ impl Follower {
         Ok((!bytes.is_empty()).then(|| String::from_utf8_lossy(&bytes).into_owned()))
     }
 
-    /// A descriptor for `poll`. It is readable if there may be more, or at the end.
+    /// A descriptor for `poll`. It is readable if more output may be available, or at the end of
+    /// the log.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.event.fd.as_fd()
     }
@@ -262,7 +263,7 @@ impl Follower {
         self.event.is_ended.load(Ordering::SeqCst)
     }
 
-    /// Waits until there may be more. Fails with `cancelled` when `cancel` fires.
+    /// Waits until more output may be available. Fails with `cancelled` when `cancel` fires.
     pub fn wait(&self, deadline: Instant, cancel: &Cancel) -> Result<FollowerState> {
         let doing = "follow a console log";
         match wait_any(&[(self.fd(), PollFlags::POLLIN)], deadline, cancel)
@@ -317,7 +318,7 @@ struct Console {
 struct Log {
     writer: Option<LogWriter>,
     bytes_max: u64,
-    /// How many bytes could not be written since the last successful write.
+    /// The number of bytes that could not be written since the last successful write.
     lost: u64,
 }
 

@@ -1,5 +1,5 @@
 //! A conversation with a VMM over a stream: every wait has a deadline and can be cancelled. A guest
-//! may have taken over the process on the other side, so each client also bounds what it keeps.
+//! may control the VMM, so each client also limits the data that it keeps.
 
 use super::dial::Deadline;
 use crate::error::{Error, Kind, Result};
@@ -10,8 +10,8 @@ use std::io::{ErrorKind, IoSlice, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
-/// A non-blocking stream, and the deadline for what is sent and read. `doing` begins the errors:
-/// `timeout`, `cancelled`, or `vmm_failed` if the VMM hangs up.
+/// A non-blocking stream, and the deadline for sending and reading. Errors begin with `doing`. They
+/// are `timeout`, `cancelled`, or `vmm_failed` if the VMM hangs up.
 pub(super) struct Conversation<'a> {
     stream: UnixStream,
     pub deadline: Deadline<'a>,
@@ -55,7 +55,7 @@ impl<'a> Conversation<'a> {
         }
     }
 
-    /// Reads at least one byte, and returns how many.
+    /// Reads at least one byte, and returns the number of bytes.
     pub(super) fn read(&mut self, buffer: &mut [u8], doing: &str) -> Result<usize> {
         loop {
             self.wait(PollFlags::POLLIN, doing)?;
@@ -86,7 +86,7 @@ impl<'a> Conversation<'a> {
     }
 }
 
-/// Succeeds if the call can be repeated.
+/// Returns Ok if the call can be repeated, and otherwise the error.
 fn pass_over(e: std::io::Error, doing: &str) -> Result<()> {
     match e.kind() {
         ErrorKind::WouldBlock | ErrorKind::Interrupted => Ok(()),

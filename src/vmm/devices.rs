@@ -1,9 +1,9 @@
 //! The host's devices that a VMM opens, and which users may open them.
 //!
-//! VMMs of a root daemon have uids of their own, so the mode of a device decides whether they can
+//! The VMMs of a root daemon have their own uids, so the mode of a device decides whether they can
 //! open it. If only a group may open it, the VMM gets that group, which weakens the host less than
-//! opening the device to everybody. Under the jailer neither matters, because it makes nodes of
-//! these devices in each jail.
+//! opening the device to all users. With the jailer, the modes do not matter, because it creates
+//! nodes of these devices in each jail.
 
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::Path;
@@ -14,12 +14,12 @@ pub const TUN: &str = "/dev/net/tun";
 /// The groups that a VMM needs to open a device, or the reason why it cannot.
 pub type Access = std::result::Result<Vec<u32>, String>;
 
-/// Access for this daemon's VMMs, which have uids of their own if it is root.
+/// Returns the access of this daemon's VMMs, which have their own uids if the daemon is root.
 pub fn access(device: &str) -> Access {
     access_as(device, rustix::process::geteuid().is_root())
 }
 
-/// Access for a VMM with another uid than the daemon, or with the same one.
+/// Returns the access of a VMM. `has_other_uid` is true if its uid differs from the daemon's.
 pub fn access_as(device: &str, has_other_uid: bool) -> Access {
     let stat = std::fs::metadata(device).map_err(|_| format!("there is no {device}"))?;
     if has_other_uid {
@@ -59,7 +59,7 @@ pub fn exists(device: &str) -> std::result::Result<(), String> {
     }
 }
 
-/// The command that lets VMMs open a device through a group without opening it to everybody.
+/// The command that lets VMMs open a device through a group without opening it to all users.
 pub fn open_to_group(device: &str) -> String {
     format!("getent group kvm || groupadd --system kvm; chgrp kvm {device} && chmod 0660 {device}")
 }
@@ -83,7 +83,7 @@ mod tests {
     }
 
     #[test]
-    fn advice_never_opens_a_device_to_everybody() {
+    fn advice_never_opens_a_device_to_all_users() {
         for device in [KVM, TUN] {
             assert!(
                 !open_to_group(device).contains("666")

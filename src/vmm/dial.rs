@@ -11,20 +11,20 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 /// How long to wait before trying again to connect to a socket that the VMM has not created yet.
-/// Most are there after about ten milliseconds.
+/// Most sockets exist after about ten milliseconds.
 const RETRY_MIN: Duration = Duration::from_millis(1);
 const RETRY_MAX: Duration = Duration::from_millis(16);
 
-/// When to give up waiting, and what can end the wait earlier.
+/// The deadline of a wait, and the token that can end it earlier.
 #[derive(Clone, Copy)]
 pub(super) struct Deadline<'a> {
     pub at: Instant,
     pub cancel: &'a Cancel,
 }
 
-/// Connects to a socket in the VMM's `run/` directory once it exists. Checks that the VMM listens
-/// on it, so that a symbolic link made by a guest that took over the VMM leads nowhere. Returns
-/// None if the process has exited.
+/// Connects to a socket in the VMM's `run/` directory once it exists. Checks that the VMM itself
+/// listens on the socket, because a guest that controls the VMM could put a symbolic link there.
+/// Returns None if the process has exited.
 pub(super) fn connect(
     dir: &OwnedFd,
     name: &str,
@@ -32,7 +32,8 @@ pub(super) fn connect(
     deadline: Deadline<'_>,
 ) -> Result<Option<UnixStream>> {
     let doing = || format!("connect to {name} of the VMM");
-    // This path stays below the limit of 108 bytes, and no directory above can be replaced.
+    // This path is shorter than the limit of 108 bytes, and none of its directories can be
+    // replaced.
     let path = format!("/proc/self/fd/{}/{name}", dir.as_raw_fd());
     let address = SocketAddrUnix::new(path.as_str()).map_err(|e| Error::io(doing(), e))?;
     let mut retry = RETRY_MIN;

@@ -1,5 +1,5 @@
-//! All drivers as one. The driver that the configuration chooses starts new VMs, and each running
-//! VM is managed by the driver that started it.
+//! Combines all drivers into one. The configured driver starts new VMs. Each running VM is managed
+//! by the driver that started it.
 
 use super::console::Consoles;
 use super::{
@@ -39,7 +39,7 @@ impl Drivers {
         }
     }
 
-    /// Returns the driver whose process this is.
+    /// Returns the driver that started this process.
     fn of(&self, identity: &Identity) -> Result<&dyn Driver> {
         let driver = self
             .all

@@ -1,17 +1,18 @@
 //! Finds out how a VMM ended.
 //!
-//! A VMM exits with status 0 whether its guest powered off, panicked or had a triple fault: for the
-//! VMM all of these are a reset, which ends it. If an earlier daemon started it, its exit status is
-//! known from Linux 6.15 on only, and never if no daemon ran at the time. So there are other
-//! sources:
+//! A VMM exits with status 0 whether its guest powered off, panicked or had a triple fault, because
+//! the VMM treats each of these as a reset and exits. If an earlier daemon started the VMM, its
+//! exit status is available only since Linux 6.15, and only if a daemon was running when the VMM
+//! ended. So the daemon uses other sources:
 //!
-//! 1. QEMU reports the reason in its `SHUTDOWN` event. It distinguishes a power-off from a reset,
-//!    and both from an end that was requested on the host. Its log says the same and remains if
-//!    nobody listened (`vmm_log.rs`). Firecracker has nothing like that.
-//! 2. The guest's last lines on the console tell a panic and a reboot apart. The kernel prints its
-//!    lines at every log level (kernel/reboot.c, kernel/panic.c: `pr_emerg`), and our init prints
-//!    one too. A guest can forge them, but they only say how it ended itself.
-//! 3. If nobody saw the end, the daemon looks at the guest's root disk (`disk::is_unmounted`).
+//! 1. QEMU reports the reason in its `SHUTDOWN` event. It distinguishes a power-off, a reset, and
+//!    an end that was requested on the host. QEMU's log contains the same reason, even if no daemon
+//!    was running (`vmm_log.rs`). Firecracker reports no reason.
+//! 2. The guest's last lines on the console distinguish a panic from a reboot. The kernel prints
+//!    these lines at every log level (kernel/reboot.c, kernel/panic.c: `pr_emerg`), and our init
+//!    prints a line too. A guest can forge them, but only to misreport its own end.
+//! 3. If no daemon saw the end, the guest's root disk shows whether it was unmounted
+//!    (`disk::is_unmounted`).
 
 use super::console::{self, Consoles, FollowerState};
 use super::log_file::MARK;
@@ -30,32 +31,32 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How long to wait for the rest of a console or a monitor after the VMM has exited. All of it is
-/// in a socket by then, so only a very busy host takes long to read it.
+/// already in a socket or pipe, so only a very busy host takes long to read it.
 const LAST_WORDS_DEADLINE: Duration = Duration::from_secs(10);
-/// How many lines of the console are searched. The output of a panicking kernel with the registers
-/// of every CPU is shorter.
+/// The number of lines of the console that are searched. A panicking kernel prints fewer lines,
+/// even with the registers of every CPU.
 const LAST_LINES: u64 = 400;
-/// How much of a panic's message is kept.
+/// The length limit of a panic's message.
 const PANIC_CHARS_MAX: usize = 160;
 
-/// Why a VMM exited although nobody stopped it.
+/// Why a VMM exited without a request to fcd.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum End {
     /// The console shows that the guest shut down cleanly.
     GuestShutDown,
-    /// The console shows that the guest rebooted cleanly, which ends a VM.
+    /// The console shows that the guest rebooted cleanly, which ends its VM.
     GuestRebooted,
     /// The console shows that the guest's kernel panicked with this message.
     GuestPanicked(String),
-    /// The VMM exited normally, but the console shows no reason. This is a triple fault or a forced
-    /// reset.
+    /// The VMM exited normally, but the console shows no reason. The guest had a triple fault or
+    /// was forcibly reset.
     GuestReset,
-    /// The VMM's log says that the guest was reset, and nobody recorded the guest's console at the
-    /// time.
+    /// The VMM's log says that the guest was reset, but no daemon was running to record the guest's
+    /// console.
     GuestResetUnrecorded,
-    /// Nobody saw the end, but the guest has unmounted its root disk.
+    /// No daemon saw the end, but the guest has unmounted its root disk.
     GuestUnmounted,
-    /// Something on the host made the VMM end, for a reason in QEMU's words.
+    /// Something on the host made the VMM end. The text is QEMU's name for the reason.
     HostRequest(&'static str),
     /// The VMM failed or was killed.
     Vmm(Exit),
@@ -67,7 +68,7 @@ pub(super) struct Notes(Mutex<HashMap<Identity, Arc<Note>>>);
 /// The reason of one VMM, written by the thread that monitors it.
 pub(super) struct Note {
     cause: Mutex<Option<Cause>>,
-    /// Fires when the monitor has ended.
+    /// Fires when the monitor's thread has ended.
     over: Cancel,
 }
 
@@ -76,12 +77,12 @@ impl Notes {
         Self(Mutex::new(Rank::Consoles, HashMap::new()))
     }
 
-    /// Adds a note for a VMM whose monitor begins.
+    /// Adds a note for a VMM. The VMM's monitor calls this when it starts.
     ///
     /// # Errors
     /// The error of an eventfd (EMFILE, ENFILE).
     pub(super) fn open(&self, identity: &Identity) -> Result<Arc<Note>> {
-        let over = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
+        let over = Cancel::try_new().map_err(|e| Error::io("create an eventfd", e))?;
         let note = Arc::new(Note {
             cause: Mutex::new(Rank::Consoles, None),
             over,
@@ -122,7 +123,7 @@ impl End {
         )
     }
 
-    /// True if nobody saw how it ended.
+    /// True if no daemon saw how the VMM ended.
     pub fn is_unseen(&self) -> bool {
         *self == End::Vmm(Exit::Unknown)
     }
@@ -136,20 +137,20 @@ impl fmt::Display for End {
             End::GuestPanicked(message) => write!(f, "the guest's kernel panicked: {message}"),
             End::GuestReset => f.write_str("the guest was reset without a shutdown: a triple fault or a forced reset"),
             End::GuestResetUnrecorded => {
-                f.write_str("the guest was reset, as its VMM's log says; its console was not recorded, so it may have panicked")
+                f.write_str("the guest was reset, according to the VMM's log; its console was not recorded, so it may have panicked")
             }
             End::GuestUnmounted => f.write_str("the guest shut itself down: it has unmounted its root disk"),
             End::HostRequest(cause) => write!(f, "the VMM was ended from the host ({cause})"),
             End::Vmm(Exit::Unknown) => f.write_str(
-                "the VMM ended, and nothing says why: an earlier fcd started it, so this one could not read its exit status",
+                "the VMM ended for an unknown reason: an earlier fcd started it, so its exit status is not available",
             ),
             End::Vmm(exit) => write!(f, "the VMM died: {exit}"),
         }
     }
 }
 
-/// Finds out how the VMM in `dir` ended. `cause` is the reason that it gave. Waits for the rest of
-/// its console.
+/// Finds out how the VMM in `dir` ended. `cause` is the reason that the VMM gave. Waits for the
+/// rest of the console.
 pub(super) fn of(exit: Exit, cause: Option<Cause>, consoles: &Consoles, dir: &Path) -> End {
     let (Exit::Status(0) | Exit::Unknown) = exit else {
         return End::Vmm(exit);
@@ -169,8 +170,8 @@ pub(super) fn of(exit: Exit, cause: Option<Cause>, consoles: &Consoles, dir: &Pa
     })
 }
 
-/// Finds out how a guest ended from the files in `dir`, which must be complete: the console log, or
-/// else the VMM's log.
+/// Finds out how a guest ended from the console log in `dir`, or else from the VMM's log. Both must
+/// be complete.
 pub fn from_files(dir: &Path) -> Option<End> {
     from_console(dir).or_else(|| match vmm_log::cause(dir)? {
         Cause::GuestShutdown => Some(End::GuestShutDown),
@@ -190,7 +191,7 @@ fn last_words(consoles: &Consoles, dir: &Path) -> Option<End> {
     let cancel = Cancel::try_new().ok()?;
     let mut follower = consoles.follow(dir, Some(0)).ok()?;
     loop {
-        // Checked before the log is read, so that no bytes are missed.
+        // Check this before reading the log, so that no bytes are missed.
         let is_complete = !consoles.is_attached(dir);
         let found = from_console(dir);
         if found.is_some() || is_complete {
@@ -204,7 +205,7 @@ fn last_words(consoles: &Consoles, dir: &Path) -> Option<End> {
     }
 }
 
-/// Finds the newest line that shows an end since the VM was started.
+/// Finds the newest line since the start of the VM that shows how it ended.
 fn parse(text: &str) -> Option<End> {
     const PANIC: &str = "Kernel panic - not syncing: ";
     let this_boot = text
@@ -283,7 +284,7 @@ mod tests {
         end_because(exit, None, text)
     }
 
-    /// The same for a VMM that gave `cause` as the reason.
+    /// Returns the end of a VMM that also gave `cause` as the reason.
     fn end_because(exit: Exit, cause: Option<&str>, text: &str) -> End {
         let dir = tempfile::tempdir().unwrap();
         let consoles = Arc::new(Consoles::try_new().unwrap());
@@ -322,8 +323,8 @@ mod tests {
         assert_eq!(end(Exit::Unknown, ""), End::Vmm(Exit::Unknown));
     }
 
-    /// The causes are those of QEMU 7.2. A power-off counts whatever the console shows, and so does
-    /// an end from outside.
+    /// The causes are those of QEMU 7.2. A power-off or an end from the host counts even if the
+    /// console shows something else.
     #[test]
     fn cause_from_vmm_takes_precedence_over_console() {
         for exit in [Exit::Status(0), Exit::Unknown] {
@@ -369,7 +370,7 @@ mod tests {
     }
 
     #[test]
-    fn killed_vmm_died_whatever_console_shows() {
+    fn killed_vmm_is_reported_as_died_despite_console() {
         assert_eq!(end(Exit::Signal(9), OFF), End::Vmm(Exit::Signal(9)));
         assert_eq!(
             end(Exit::Status(1), OFF).to_string(),

@@ -1,8 +1,8 @@
-//! Fuzz targets of `scripts/fuzz` for the parsers of what a VMM sends.
+//! Fuzz targets of `scripts/fuzz` for the parsers of data from a VMM.
 //!
-//! An input stands for what a VMM might send after a guest has taken it over. A target panics when
-//! it finds a fault: a limit that does not hold, text that could reach a terminal unescaped, or a
-//! result that depends on how the bytes were split into reads.
+//! An input stands for the data that a VMM might send if a guest controls it. A target panics when
+//! it finds a fault: an exceeded limit, text that could reach a terminal unescaped, or a result
+//! that depends on how the bytes were split into reads.
 
 use super::console::whole_characters;
 use super::firecracker::api::{BalloonStatistics, Instance};
@@ -11,12 +11,12 @@ use super::firecracker::{metrics, refusal};
 use super::qemu::argv::forwarded_port;
 use super::qemu::incoming::{self as qmp, Message};
 
-/// The most bytes that a driver reads at once.
+/// The maximum number of bytes that a driver reads at once.
 const READ_BYTES_MAX: usize = 4096;
 /// An error's text must fit into one line of a log or a terminal.
 const TEXT_CHARS_MAX: usize = 4096;
 
-/// Messages of QEMU's monitor.
+/// Parses messages of QEMU's monitor.
 pub fn qmp(input: &[u8]) {
     let whole = read_qmp(input, READ_BYTES_MAX);
     assert_eq!(
@@ -56,7 +56,7 @@ fn read_qmp(input: &[u8], piece: usize) -> (Vec<Message>, bool) {
     (messages, true)
 }
 
-/// Answers of Firecracker's API server.
+/// Parses answers of Firecracker's API server.
 pub fn firecracker_http(input: &[u8]) {
     let whole = read_http(input, READ_BYTES_MAX);
     assert_eq!(
@@ -99,14 +99,14 @@ fn read_http(input: &[u8], piece: usize) -> (Vec<Answer>, bool) {
     (answers, true)
 }
 
-/// Firecracker's metrics.
+/// Parses Firecracker's metrics.
 pub fn firecracker_metrics(input: &[u8]) {
     let lines = input.split(|b| *b == b'\n').count();
     let all = metrics::parse(input).unwrap_or_default();
     assert!(all.len() <= lines && all.iter().all(serde_json::Value::is_object));
 }
 
-/// The output of a console that is followed as text.
+/// Splits the output of a console that is followed as text.
 pub fn console(input: &[u8]) {
     let (mut text, mut partial) = (String::new(), Vec::new());
     for bytes in input.chunks(small_piece(input)) {

@@ -11,9 +11,9 @@ use std::path::Path;
 pub(super) const CURRENT: &str = "console.log";
 pub(super) const OLDER: &str = "console.log.1";
 const MODE: u32 = 0o600;
-/// The beginning of a line from fcd in a log.
+/// The prefix of a line from fcd in a log.
 pub(super) const MARK: &str = "--- fcd: ";
-/// How much is read at once when searching for the last lines.
+/// The number of bytes that are read at once when searching for the last lines.
 const BLOCK_BYTES: u64 = 64 * 1024;
 
 /// Appends to a log. When both files are full, the older one is dropped. A directory may have only
@@ -87,7 +87,7 @@ impl LogWriter {
     }
 }
 
-/// Reads a log from some line on, and then everything that is appended.
+/// Reads a log from a starting line, and then everything that is appended.
 pub(super) struct LogReader {
     dir: OwnedFd,
     /// The file that is being read and its inode number, which cannot be reused while the file is
@@ -97,8 +97,8 @@ pub(super) struct LogReader {
 }
 
 impl LogReader {
-    /// Opens a log at its last `tail` lines, or at its beginning if that is None. A missing log is
-    /// empty.
+    /// Opens a log at its last `tail` lines, or at its beginning if `tail` is None. A missing log
+    /// is empty.
     pub(super) fn open(dir: &Path, tail: Option<u64>) -> io::Result<Self> {
         let dir = open_dir(dir).map_err(io::Error::other)?;
         let mut reader = Self {
@@ -181,9 +181,9 @@ impl LogReader {
     }
 }
 
-/// Returns where the last `wanted` lines begin. None if they begin before this file, and then
-/// `wanted` has been reduced by the lines in this file. `is_last` is true for the file with the end
-/// of the log, where a final line feed does not count.
+/// Returns the offset at which the last `wanted` lines begin. If they begin before this file,
+/// returns None and subtracts the number of lines in this file from `wanted`. `is_last` is true for
+/// the file with the end of the log, where a final line feed does not count.
 fn seek_lines(file: &File, wanted: &mut u64, is_last: bool) -> io::Result<Option<u64>> {
     let mut end = file.metadata()?.len();
     if *wanted == 0 {

@@ -1,9 +1,9 @@
 //! The VMM drivers, and the interface [`Driver`] that they implement.
 //!
-//! A driver starts a VMM, finds it again by its tag, adopts one that an earlier daemon started, and
-//! talks to it. It keeps no record of VMs: the daemon passes a [`VmmSpec`] and an [`Identity`] with
-//! each call. [`drivers::Drivers`] combines all drivers, so nothing above this module knows which
-//! one runs a VM.
+//! A driver starts VMMs, finds them by their tags, adopts those that an earlier daemon started, and
+//! talks to them. It keeps no record of VMs: the daemon passes a [`VmmSpec`] and an [`Identity`]
+//! with each call. [`drivers::Drivers`] combines all drivers, so nothing above this module knows
+//! which one runs a VM.
 //!
 //! Every VMM has a thread that monitors it (`monitor.rs` of each driver). One thread reads all
 //! consoles ([`console`]), and one thread per driver waits for processes to exit. Calls that talk
@@ -48,7 +48,7 @@ pub use crate::host::process::Identity;
 pub use end::{End, from_files as end_from_files};
 pub use processes::Processes;
 
-/// Called with how a VMM ended.
+/// A callback that receives how a VMM ended.
 pub type Died = Box<dyn FnOnce(End) + Send>;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -83,11 +83,11 @@ pub struct VmmSpec {
         allow(dead_code, reason = "only the fake driver reads it")
     )]
     pub vm: VmId,
-    /// It is an argument of the VMM's process, by which the process is found again.
+    /// An argument of the VMM's process, with which a restarted daemon finds the process.
     pub tag: Tag,
     /// The VM's directory with mode 0711, owned by root or by the daemon. It holds `disk`, `seed`,
     /// `console.log`, `vmm.log` (the VMM's own output), and `run/`, which belongs to the VMM's uid
-    /// and contains its sockets. The driver creates all of them except `disk` and `seed`.
+    /// and contains its sockets. The driver creates all of these except `disk` and `seed`.
     pub dir: PathBuf,
     /// An ELF kernel with a PVH entry (`vmlinux`). The VMM's uid must be able to read it, `initrd`,
     /// `disk` and `seed`, and to search all directories above them.
@@ -108,12 +108,12 @@ pub struct VmmSpec {
     /// The user of the VMM's process, if the daemon is root.
     pub credentials: Option<Credentials>,
     pub network: GuestNetwork,
-    /// The rate limits. The VMM applies those of the network only with
+    /// The rate limits. The VMM applies the network limits only with
     /// [`Capabilities::limits_network`].
     pub rates: RateLimits,
-    /// True if the guest's initramfs has the driver of a balloon, with which it returns memory.
+    /// True if the guest's initramfs has the balloon driver, which returns memory to the host.
     pub has_balloon: bool,
-    /// Size limit of the console log, for both of its files together.
+    /// The size limit of the console log, for both of its files together.
     pub console_bytes_max: u64,
     /// If set, the guest is restored from here and does not boot. The vCPUs, the memory and the
     /// kinds of devices must be the same as when it was saved.
@@ -126,9 +126,9 @@ pub struct Saved {
     /// The guest's memory. The VMM's uid must be able to read it. It must not be written while a
     /// guest that was restored from it runs.
     pub memory: PathBuf,
-    /// The state of the devices, if the driver stores it in a file of its own.
+    /// The state of the devices, if the driver stores it in a separate file.
     pub devices: PathBuf,
-    /// What [`Driver::describe`] returned when the guest was saved.
+    /// The result of [`Driver::describe`] when the guest was saved.
     pub driver: String,
 }
 
@@ -178,18 +178,18 @@ pub struct Running {
 pub enum GuestEvent {
     /// The VMM has answered for the first time.
     Answered,
-    /// True if the VMM has paused the guest because the host's disk is full, false if it runs
-    /// again.
+    /// True if the VMM has paused the guest because the host's disk is full, false if the guest
+    /// runs again.
     Paused(bool),
-    /// True if the VMM has not responded for so long that it seems to hang, false if it responds
+    /// True if the VMM has not responded for so long that it probably hangs, false if it responds
     /// again.
     Unresponsive(bool),
 }
 
-/// How a driver's VMMs differ from those of others.
+/// The differences between drivers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capabilities {
-    /// The VMM limits what a guest sends and receives. Otherwise the owner of the tap has to do it.
+    /// The VMM limits the traffic of a guest. Otherwise the code that owns the tap must limit it.
     pub limits_network: bool,
     /// A disk may be a qcow2 file.
     pub reads_qcow2: bool,
@@ -198,11 +198,12 @@ pub struct Capabilities {
     /// VMMs get their own nodes of [`devices::KVM`] and [`devices::TUN`], so that the modes of the
     /// host's nodes do not matter.
     pub makes_device_nodes: bool,
-    /// A VMM leaves more on the host than its process and files. [`Driver::clear`] removes that.
+    /// A VMM leaves resources on the host other than its process and files. [`Driver::clear`]
+    /// removes them.
     pub leaves_remains: bool,
 }
 
-/// What a driver needs to know to reach a running VM.
+/// The data that a driver needs to reach a running VM.
 #[derive(Clone, Debug)]
 pub struct VmRef {
     /// The VM's directory, as in [`VmmSpec`].
@@ -219,17 +220,17 @@ pub trait Vm {
     /// Resumes the guest. Succeeds if it runs already.
     fn resume(&self, cancel: &Cancel) -> Result<()>;
 
-    /// Saves the memory and the devices of a paused guest, which stays paused. When this returns,
-    /// everything that the guest wrote to its disks is in their files. Returns the VMM's version.
+    /// Saves the memory and the devices of a paused guest, which stays paused. Afterwards all data
+    /// that the guest wrote to its disks is in their files. Returns the VMM's version.
     fn save(&self, spec: &VmmSpec, to: SaveTo<'_>, cancel: &Cancel) -> Result<String>;
 
     /// Applies `spec.rates` to the guest's devices.
     fn set_rates(&self, spec: &VmmSpec, cancel: &Cancel) -> Result<()>;
 
-    /// Asks the guest to keep `keep_mib` of its memory and to return the rest.
+    /// Asks the guest to keep `keep_mib` of its memory and to return the rest to the host.
     fn set_balloon(&self, keep_mib: u64, cancel: &Cancel) -> Result<()>;
 
-    /// Returns how much memory the guest keeps now.
+    /// Returns how much memory the guest currently keeps.
     fn balloon_mib(&self, cancel: &Cancel) -> Result<u64>;
 
     /// Returns the VMM's metrics in its own format, the oldest first. The last value is current.
@@ -259,8 +260,8 @@ pub trait Driver: Send + Sync {
         Some(self.capabilities())
     }
 
-    /// Finds out in advance what the first start needs to know, such as whether this host's
-    /// virtualisation runs `kernel`. May take seconds. Failures show up in `describe` and `checks`.
+    /// Probes the host in advance for the first start, for example whether its virtualisation runs
+    /// `kernel`. May take seconds. Failures show up in `describe` and `checks`.
     fn warm_up(&self, kernel: &Path, cancel: &Cancel);
 
     /// The console logs of the driver's VMs.
@@ -269,8 +270,8 @@ pub trait Driver: Send + Sync {
     /// The processes of the driver's VMMs.
     fn processes(&self) -> &dyn Processes;
 
-    /// Starts a VMM, and returns once the guest runs. The guest is still booting then. `spawned` is
-    /// called with the process's identity before the process is asked for anything. After an error
+    /// Starts a VMM, and returns as soon as the guest runs, while it is still booting. Calls
+    /// `spawned` with the process's identity before sending the process any request. After an error
     /// or a cancel the process has been killed.
     fn start(
         &self,
@@ -286,8 +287,8 @@ pub trait Driver: Send + Sync {
     /// Returns a handle of a running VM. Fails if its VMM is known to have exited.
     fn vm(&self, at: VmRef) -> Result<Box<dyn Vm + '_>>;
 
-    /// Calls `on_event` from a thread of the driver for each [`GuestEvent`]. A last `Paused(false)`
-    /// comes when the thread ends.
+    /// Calls `on_event` from a thread of the driver for each [`GuestEvent`]. The last event is
+    /// `Paused(false)`, when the thread ends.
     fn watch_guest(
         &self,
         dir: &Path,
@@ -296,16 +297,16 @@ pub trait Driver: Send + Sync {
     ) -> Result<()>;
 
     /// Checks that this driver can restore a guest that was saved by `driver`. `elsewhere` is true
-    /// if it has to be restored in another VM's directory.
+    /// if the guest is to be restored in another VM's directory.
     fn can_load(&self, driver: &str, elsewhere: bool) -> Result<()>;
 
-    /// Removes what the VMM with this tag has left on the host, except for files of the VM in
-    /// `dir`. Succeeds if there is nothing. The VMM must have exited.
+    /// Removes the resources that the VMM with this tag has left on the host, except for files of
+    /// the VM in `dir`. Succeeds if none are left. The VMM must have exited.
     fn clear(&self, _dir: &Path, _tag: &Tag) -> Result<()> {
         Ok(())
     }
 
-    /// Returns the tags of this installation for which there is something to clear. The VMs'
+    /// Returns the tags of this installation whose VMMs have left resources to clear. The VMs'
     /// directories are in `vms`.
     fn remains(&self, _vms: &Path, _install: &str) -> Result<Vec<String>> {
         Ok(Vec::new())

@@ -1,5 +1,5 @@
-//! The processes of VMMs. They carry a tag among their arguments, run one of a few programs under
-//! one of our uids, and are watched and killed by pidfd.
+//! The processes of VMMs. Each has a tag among its arguments and runs a known program under one of
+//! our uids. They are watched and killed through pidfds.
 
 use super::console::Consoles;
 use super::watch::{Watcher, report};
@@ -13,7 +13,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// VMM processes: finds them again by their tags, watches them and kills them.
+/// Finds VMM processes by their tags, watches them and kills them.
 pub trait Processes: Send + Sync {
     /// Finds the live process with this tag.
     fn find(&self, tag: &str) -> Result<Option<Identity>>;
@@ -35,13 +35,13 @@ pub trait Processes: Send + Sync {
     fn wait_exit(&self, identity: &Identity, deadline: Instant, cancel: &Cancel) -> Result<bool>;
 
     /// Kills the process (SIGKILL by pidfd) and waits until it has exited. Succeeds if it has
-    /// already exited. Fails with `timeout` if it is still there at the deadline, and then nothing
-    /// that it holds may be reused.
+    /// already exited. Fails with `timeout` if the process still exists at the deadline. Its
+    /// resources must not be reused then.
     fn kill(&self, identity: &Identity, deadline: Instant) -> Result<()>;
 
-    /// Calls `died` once from a thread of its own when the process exits, or if it already has.
-    /// Reads the console log in `dir` to find out how the guest ended. Does not call it after the
-    /// driver has been dropped.
+    /// Calls `died` once, on a separate thread, when the process exits or if it has already exited.
+    /// Reads the console log in `dir` to find out how the guest ended. Does not call `died` after
+    /// the driver has been dropped.
     fn watch(&self, dir: &Path, identity: &Identity, died: Died) -> Result<()>;
 }
 
@@ -86,7 +86,8 @@ impl HostProcesses {
         Ok((is_ours && process.is_alive()).then_some(process))
     }
 
-    /// A user's daemon accepts only its own uid, and root's accepts root and the uids of VMs.
+    /// An ordinary user's daemon accepts only its own uid. A root daemon accepts root and the uids
+    /// of VMs.
     fn may_be_ours(&self, uid: u32) -> bool {
         let me = rustix::process::geteuid().as_raw();
         uid == me || (me == 0 && self.uids.contains(&uid))

@@ -17,13 +17,13 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 pub(super) const RUN_DIR: &str = "run";
-/// How long a VMM may take from hanging up to exiting.
+/// How long a VMM may take to exit after it has hung up.
 const EXIT_GRACE: Duration = Duration::from_secs(1);
-/// How much of a VMM's output goes into an error.
+/// The length limit of a VMM's output in an error.
 const SAID_BYTES_MAX: u64 = 2048;
 
-/// Creates `run/` for the VMM's uid, and removes these files if an earlier start left them. Links
-/// that the VMM's uid put there are not followed.
+/// Creates `run/` for the VMM's uid, and removes these files if they are left from an earlier
+/// start. Does not follow links, because the VMM's uid may have created them.
 pub(super) fn make(
     dir: &OwnedFd,
     files: &[&str],
@@ -66,8 +66,8 @@ pub(super) fn open_log(dir: &OwnedFd, spec: &VmmSpec) -> Result<File> {
         .map_err(|e| Error::io(format!("open {}", spec.dir.join(VMM_LOG).display()), e))
 }
 
-/// True if the VMM exits soon. A VMM that hangs up is usually about to exit, and then its output is
-/// a better error than the hang-up.
+/// True if the VMM exits soon. A VMM that hangs up is usually about to exit, and its output then
+/// makes a better error than the hang-up.
 pub(super) fn is_exiting(process: &Process) -> bool {
     process
         .wait_uncancelled(Instant::now() + EXIT_GRACE)

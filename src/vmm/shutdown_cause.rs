@@ -31,7 +31,7 @@ impl Cause {
         }
     }
 
-    /// By its number in `ShutdownCause`.
+    /// Parses a number of `ShutdownCause`.
     pub(super) fn from_number(number: usize) -> Option<Self> {
         const NAMES: [&str; 9] = [
             "none",

@@ -1,11 +1,11 @@
-//! Tells a VMM that hangs from one that is slow.
+//! Distinguishes a VMM that hangs from a slow one.
 
 use super::GuestEvent;
 use std::time::Duration;
 
-/// How long a VMM may take to answer. A healthy one takes a millisecond. On a very busy host it is
-/// a second, and Firecracker, which handles one request at a time, takes seconds for a snapshot of
-/// much memory.
+/// How long a VMM may take to answer. A healthy VMM takes a millisecond, or a second on a very busy
+/// host. Firecracker handles one request at a time and takes seconds for a snapshot of a large
+/// guest.
 pub(super) const ANSWER_DEADLINE: Duration = Duration::from_secs(4);
 /// A VMM that has missed this many deadlines in a row is unresponsive.
 const MISSES_MAX: u32 = 3;
@@ -22,8 +22,8 @@ pub(super) struct Silence {
 impl Silence {
     pub(super) fn missed(&mut self, on_event: &dyn Fn(GuestEvent)) {
         self.misses += 1;
-        // Reported repeatedly, because the daemon may not have recorded this VM when the first
-        // report came.
+        // Report this repeatedly, because the daemon may not have recorded this VM at the time of
+        // the first report.
         if self.misses.is_multiple_of(MISSES_MAX) {
             on_event(GuestEvent::Unresponsive(true));
         }

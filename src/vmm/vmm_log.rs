@@ -1,9 +1,9 @@
-//! What a VMM's own log says of its end. The log is a file, so it outlives the daemon; the console
-//! and the monitor do not.
+//! Reads the reason of a VMM's end from the VMM's own log. Unlike the console and the monitor, the
+//! log is written even while no daemon is running.
 //!
 //! QEMU writes trace events to it ([`TRACED`]). The texts are those of QEMU 7.2
-//! (softmmu/trace-events and softmmu/runstate.c), which 10.0 has as well. Firecracker says nothing
-//! of a successful end at the level that it logs at.
+//! (softmmu/trace-events and softmmu/runstate.c), which 10.0 also has. Firecracker logs nothing
+//! about a successful end at its configured level.
 
 use super::console::VMM_LOG;
 use super::shutdown_cause::Cause;
@@ -16,11 +16,11 @@ use std::path::Path;
 /// The trace events that QEMU is started with.
 pub(super) const TRACED: [&str; 2] = ["qemu_system_shutdown_request", "vm_state_notify"];
 
-/// How much of the log's end is read. The lines that count are the last that QEMU writes.
+/// The length of the end of the log that is read. The relevant lines are the last that QEMU writes.
 const TAIL_BYTES_MAX: u64 = 4096;
 
-/// Why the VMM with this directory ended. None if its log does not say, for example because it was
-/// killed.
+/// Returns why the VMM with this directory ended. None if its log contains no reason, for example
+/// because the VMM was killed.
 pub(super) fn cause(dir: &Path) -> Option<Cause> {
     let mut file = open_at(open_dir(dir).ok()?, VMM_LOG, OFlags::RDONLY, 0).ok()?;
     let size = file.metadata().ok()?.len();
@@ -31,8 +31,8 @@ pub(super) fn cause(dir: &Path) -> Option<Cause> {
     ))
 }
 
-/// A power-off and an end from outside are requested, and QEMU traces the request. It does not
-/// trace a reset that ends it (`-no-reboot`), but traces that the guest stops for a shutdown.
+/// QEMU traces a request for a power-off or for an end from the host. It does not trace a reset
+/// that ends it (`-no-reboot`), but it traces that the guest stops for a shutdown.
 fn parse(text: &str) -> Option<Cause> {
     const REQUEST: &str = "qemu_system_shutdown_request reason=";
     const SIGNAL: &str = "terminating on signal ";
@@ -60,7 +60,7 @@ mod tests {
     const RUNS: &str = "vm_state_notify running 1 reason 9 (running)\n";
     const STOPS: &str = "vm_state_notify running 0 reason 11 (shutdown)\n";
 
-    /// The first two are recorded from QEMU 7.2.22.
+    /// The first two logs were recorded from QEMU 7.2.22.
     #[test]
     fn log_says_why_qemu_ended() {
         let signal = "qemu-system-x86_64: terminating on signal 15 from pid 5081 (timeout)\n";

@@ -29,7 +29,7 @@ struct Shared {
     wake: EventFd,
 }
 
-/// Watches processes. Dropping it ends the thread, and no more callbacks are called.
+/// Watches processes. Dropping it ends the thread, and no callback is called afterwards.
 pub(super) struct Watcher {
     shared: Arc<Shared>,
 }
@@ -47,7 +47,7 @@ impl Watcher {
         })
     }
 
-    /// Calls `died` from a thread of its own once the process has exited.
+    /// Calls `died` on a separate thread once the process has exited.
     pub(super) fn add(&self, process: Process, died: Died) -> Result<()> {
         let mut state = self.shared.state.lock();
         if state.thread.is_none() {
@@ -70,7 +70,7 @@ impl Drop for Watcher {
         let thread = state.thread.take();
         drop(state);
         let _ = self.shared.wake.write(1);
-        // A callback on the thread itself may be the last owner, and a thread cannot join itself.
+        // A callback may be the last owner of the watcher, and a thread cannot join itself.
         if let Some(thread) = thread.filter(|t| t.thread().id() != std::thread::current().id()) {
             let _ = thread.join();
         }
@@ -105,7 +105,7 @@ fn run(shared: &Shared) {
             .partition(|(exit, ..)| exit.is_none());
         watched = living.into_iter().map(|(_, p, died)| (p, died)).collect();
         for (exit, process, died) in dead {
-            // Asked on the thread that reports it, because the answer may take a moment.
+            // Query the exit on the reporting thread, because the answer may take a moment.
             let ask = Box::new(move |exit| {
                 died(if exit == Exit::Unknown {
                     pidfd_info::wait_exit(&process)
@@ -118,7 +118,7 @@ fn run(shared: &Shared) {
     }
 }
 
-/// Calls `died` on a thread of its own, because it takes locks and waits for commits while other
+/// Calls `died` on a separate thread, because `died` takes locks and waits for commits, while other
 /// VMMs may exit.
 pub(super) fn report(exit: Exit, died: Died) {
     let died = Arc::new(Mutex::new(Rank::Consoles, Some(died)));

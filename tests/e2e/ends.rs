@@ -17,7 +17,8 @@ struct End {
 }
 
 /// QEMU's log says so. Nobody recorded the console, which would tell the two apart.
-const UNSEEN_RESET: &str = "while fcd was not running: the guest was reset, as its VMM's log says";
+const UNSEEN_RESET: &str =
+    "while fcd was not running: the guest was reset, according to the VMM's log";
 
 const ENDS: [End; 3] = [
     End {

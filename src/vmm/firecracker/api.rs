@@ -1,7 +1,7 @@
-//! Firecracker's API (src/firecracker/swagger/firecracker.yaml, v1.16), with the parts that a
+//! Firecracker's API (src/firecracker/swagger/firecracker.yaml, v1.16), limited to the parts that a
 //! driver needs. The requests before and after the start of the guest are methods of two types, so
-//! that a request in the wrong phase does not compile. A start or a load turns the first type into
-//! the second.
+//! that a request in the wrong phase does not compile. A start or a load converts the first type
+//! into the second.
 
 use super::http::{Answer, Connection, Method};
 use super::rates::RateLimiter;
@@ -18,11 +18,11 @@ use std::path::PathBuf;
 /// The port of the guest's SSH server.
 const SSH_PORT: u16 = 22;
 
-/// From this version on, a VMM needs [`Booted::reset_vsock`] after a pause. Version 1.17 fixed that
+/// The first version that needs [`Booted::reset_vsock`] after a pause. Version 1.17 fixed that
 /// (firecracker-microvm/firecracker#6100).
 const HOLDS_VSOCK_SINCE: (u32, u32) = (1, 16);
 const HOLDS_VSOCK_UNTIL: (u32, u32) = (1, 17);
-/// A path at which no file can be created, with and without a jail.
+/// A path where no file can be created, with or without a jail.
 const NO_PLACE: &str = "/proc/none/none";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -81,7 +81,7 @@ struct NetworkRates<'a> {
     tx_rate_limiter: RateLimiter,
 }
 
-/// A balloon. Its size is the memory that the guest returns.
+/// A balloon. The size of the balloon is the memory that the guest has returned.
 #[derive(Debug, Serialize)]
 struct Balloon {
     amount_mib: u64,
@@ -116,7 +116,7 @@ pub(crate) struct NetworkInterface<'a> {
     /// Must exist: Firecracker silently creates a missing tap.
     pub host_dev_name: &'a str,
     pub guest_mac: &'a str,
-    /// Limits what the guest receives.
+    /// The limit for data that the guest receives.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rx_rate_limiter: Option<RateLimiter>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -139,7 +139,8 @@ struct Entropy {}
 #[derive(Debug, Serialize)]
 pub(crate) struct Vsock<'a> {
     pub guest_cid: u32,
-    /// Must not exist. A snapshot contains this path, and the next VMM creates the socket again.
+    /// The socket must not exist. A snapshot contains this path, and the VMM that loads it creates
+    /// the socket again.
     pub uds_path: &'a str,
 }
 
@@ -148,8 +149,8 @@ struct Action {
     action_type: &'static str,
 }
 
-/// Loads a snapshot. Everything but the network interfaces keeps the path that it had when the
-/// guest was saved.
+/// Loads a snapshot. All devices except the network interfaces keep the paths that they had when
+/// the guest was saved.
 #[derive(Debug, Serialize)]
 pub(crate) struct LoadSnapshot<'a> {
     snapshot_path: &'a str,
@@ -192,12 +193,12 @@ impl<'a> LoadSnapshot<'a> {
 /// The part of the guest's memory that a snapshot writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub(crate) enum SnapshotType {
-    /// All of it, while the guest is paused.
+    /// All of the guest's memory.
     Full,
-    /// The pages that are in the host's memory, in a sparse file. For a guest that has booted these
-    /// are all pages that it has ever touched, so the file is complete
-    /// (docs/snapshotting/snapshot-support.md). For a restored guest, the other pages are in the
-    /// file that it was restored from. Pages in the host's swap are missing.
+    /// The pages that are in the host's memory, in a sparse file. For a guest that has booted,
+    /// these are all pages that it has ever touched, so the file is complete
+    /// (docs/snapshotting/snapshot-support.md). For a restored guest, other pages may exist only in
+    /// the file from which it was restored. Pages in the host's swap are missing.
     Diff,
 }
 
@@ -226,7 +227,7 @@ struct VmState {
     state: &'static str,
 }
 
-/// The API of a VMM that is not configured yet.
+/// The API of a VMM whose guest has not started yet.
 pub(crate) struct PreBoot<'a>(Api<'a>);
 
 /// The API of a VMM whose guest runs or is paused.
@@ -275,7 +276,7 @@ impl<'a> Api<'a> {
         Ok(())
     }
 
-    /// Sends a request and returns the answer, whatever its status.
+    /// Sends a request and returns the answer, even if its status is an error.
     fn ask(
         &mut self,
         method: Method,
@@ -299,7 +300,7 @@ fn check(doing: &str, answer: Answer) -> Result<Answer> {
 
 impl<'a> PreBoot<'a> {
     /// # Errors
-    /// `vmm_failed` if it already runs a guest.
+    /// `vmm_failed` if the VMM already runs a guest.
     pub(crate) fn open(stream: UnixStream, deadline: Deadline<'a>) -> Result<(Self, Instance)> {
         let (api, instance) = Api::open(stream, deadline)?;
         match instance.state {
@@ -358,7 +359,7 @@ impl<'a> PreBoot<'a> {
         self.0.change(Method::Put, "/vsock", vsock, "add a vsock")
     }
 
-    /// Adds an empty balloon. A guest that runs out of memory can take memory back from it.
+    /// Adds an empty balloon. A guest that runs out of memory can reclaim memory from the balloon.
     pub(crate) fn balloon(&mut self) -> Result<()> {
         let balloon = Balloon {
             amount_mib: 0,
@@ -370,7 +371,7 @@ impl<'a> PreBoot<'a> {
             .change(Method::Put, "/balloon", &balloon, "add a balloon")
     }
 
-    /// Sets where the serial console writes to. This is an existing file or pipe.
+    /// Sets the file or pipe, which must exist, that receives the output of the serial console.
     pub(crate) fn serial(&mut self, path: &str) -> Result<()> {
         self.0.change(
             Method::Put,
@@ -382,8 +383,8 @@ impl<'a> PreBoot<'a> {
         )
     }
 
-    /// Sets where the metrics go. The VMM writes a line every minute and when asked to, but not
-    /// into a full pipe.
+    /// Sets the pipe that receives the metrics. The VMM writes a line every minute and on request,
+    /// unless the pipe is full.
     pub(crate) fn metrics(&mut self, path: &str) -> Result<()> {
         self.0.change(
             Method::Put,
@@ -393,8 +394,8 @@ impl<'a> PreBoot<'a> {
         )
     }
 
-    /// Restores a guest, which continues where it was saved. The VMM exits if it refuses
-    /// (docs/snapshotting/snapshot-support.md).
+    /// Restores a guest, which continues where it was saved. The VMM exits if it rejects the
+    /// snapshot (docs/snapshotting/snapshot-support.md).
     pub(crate) fn load(mut self, snapshot: &LoadSnapshot<'_>) -> Result<Booted<'a>> {
         self.0.change(
             Method::Put,
@@ -514,7 +515,7 @@ impl<'a> Booted<'a> {
         )
     }
 
-    /// Makes the VMM write its metrics, and returns afterwards.
+    /// Makes the VMM write its metrics, and returns when they have been written.
     pub(crate) fn flush_metrics(&mut self) -> Result<()> {
         self.0.change(
             Method::Put,
@@ -574,10 +575,10 @@ impl<'a> Booted<'a> {
         )
     }
 
-    /// Makes the VMM deliver data to the guest's vsock after a resume. In these versions it
-    /// delivers nothing until the guest has handled an event that resets its streams, and only a
+    /// Makes the VMM deliver data to the guest's vsock after a resume. The affected versions
+    /// deliver nothing until the guest has handled an event that resets its streams, and only a
     /// save sends that event (src/vmm/src/devices/virtio/vsock/device.rs, `kick` and
-    /// `prepare_save`). So this begins a save that fails at its path.
+    /// `prepare_save`). So this function begins a save that fails because of its path.
     fn reset_vsock(&mut self) -> Result<()> {
         let create = CreateSnapshot {
             snapshot_type: SnapshotType::Full,

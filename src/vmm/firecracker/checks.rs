@@ -51,7 +51,7 @@ fn jailer(config: &Config) -> Vec<Check> {
         )];
     }
     let found = jail::programs(config).and_then(|programs| {
-        let cancel = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
+        let cancel = Cancel::try_new().map_err(|e| Error::io("create an eventfd", e))?;
         require_same_release(&programs.jailer, &programs.firecracker, &cancel).map(|()| programs)
     });
     let programs = match found {
@@ -106,8 +106,8 @@ fn jailer(config: &Config) -> Vec<Check> {
     vec![programs, limits]
 }
 
-/// Checks access to KVM. The jailer makes a node of its own for each VMM, so the mode of the host's
-/// node does not matter with it.
+/// Checks access to KVM. The jailer creates a separate node for each VMM, so with a jail the mode
+/// of the host's node does not matter.
 fn kvm(config: &Config) -> Check {
     const ID: &str = "kvm";
     let is_root = rustix::process::geteuid().is_root();

@@ -14,8 +14,8 @@ use std::net::{Ipv4Addr, SocketAddr};
 
 /// The name of the guest's network interface.
 const INTERFACE: &str = "eth0";
-/// `reboot=k` makes the guest reset, which ends the VMM (docs/getting-started.md). There is no
-/// other power switch.
+/// `reboot=k` makes the guest reset when it powers off, because only a reset ends the VMM
+/// (docs/getting-started.md).
 const KERNEL_ARGS: &str = "console=ttyS0 reboot=k panic=-1 net.ifnames=0 quiet cryptomgr.notests random.trust_cpu=on audit=0 \
                            i8042.noaux i8042.nomux fcd.off=reset";
 
@@ -95,7 +95,7 @@ pub(super) fn load(mut vmm: PreBoot<'_>, spec: &VmmSpec, saved: &SavedFiles) -> 
             host_dev_name: tap,
         }],
     ))?;
-    // The saved state contains the rates of that time.
+    // The saved state contains the rates that applied when the guest was saved.
     limit(&mut vmm, spec)?;
     Ok(api::ssh_addr(address))
 }

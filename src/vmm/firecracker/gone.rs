@@ -1,4 +1,4 @@
-//! Finds and removes the control groups of a removed installation, if they contain no process.
+//! Finds and removes the control groups of a removed installation if they contain no process.
 
 use super::jail;
 use crate::error::{Error, Result};
@@ -73,7 +73,11 @@ mod tests {
             let install = format!("{:08x}", std::process::id());
             let group = at.join(format!("fcd-{install}"));
             let of_vm = group.join(format!("fc-{install}-0123456789ab-1"));
-            assert_eq!(empty_group_at(&at, &install), None, "there is no group");
+            assert_eq!(
+                empty_group_at(&at, &install),
+                None,
+                "the group does not exist"
+            );
             std::fs::create_dir_all(&of_vm).unwrap();
             let args = ["-c", "exec sleep 1000"].map(Into::into).to_vec();
             let program = "sh".into();

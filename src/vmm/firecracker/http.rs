@@ -1,7 +1,7 @@
 //! An HTTP/1.1 client for Firecracker's API server (micro_http, v1.16). The server handles one
-//! request at a time on a persistent connection. Its status line has no reason, and an answer with
-//! status 204 has no body and no length. A guest may have taken over the process on the other side,
-//! so everything that is read has a size limit and a deadline.
+//! request at a time on a persistent connection. Its status line has no reason phrase, and an
+//! answer with status 204 has neither a body nor a length. A guest may control the VMM, so every
+//! read has a size limit and a deadline.
 
 pub(super) use super::incoming::Answer;
 use super::incoming::Incoming;
@@ -45,7 +45,7 @@ impl<'a> Connection<'a> {
         }
     }
 
-    /// Sends a request and reads its answer, whatever its status.
+    /// Sends a request and reads its answer, even if the status is an error.
     ///
     /// # Errors
     /// `timeout` or `cancelled`, or `vmm_failed` if the server hangs up or does not speak HTTP.
@@ -53,7 +53,7 @@ impl<'a> Connection<'a> {
         let doing = format!("ask the VMM: {} {path}", method.name());
         if body.len() > REQUEST_BODY_BYTES_MAX {
             return Err(Error::internal(format!(
-                "{doing}: the body has {} bytes, which is too much",
+                "{doing}: the body of {} bytes is too large",
                 body.len()
             )));
         }
@@ -108,7 +108,7 @@ mod tests {
     use std::io::{Read, Write};
     use std::time::{Duration, Instant};
 
-    /// Talks to a server that answers each request with a piece and then hangs up.
+    /// Talks to a server that answers each request with one of the pieces and then hangs up.
     fn ask(pieces: &[&[u8]]) -> Result<Vec<Answer>> {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
@@ -169,7 +169,7 @@ mod tests {
                 is_deprecated: true
             }
         );
-        // Also if they are cut into two pieces anywhere.
+        // The answers are also parsed if they are split at any point.
         let all = [NO_CONTENT, head, rest].concat();
         for cut in 0..all.len() {
             let (mut incoming, mut found) = (Incoming::default(), Vec::new());

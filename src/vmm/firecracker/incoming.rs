@@ -1,16 +1,16 @@
 //! Splits and parses the HTTP/1.1 answers of Firecracker's API server. It does no I/O, so that it
 //! can be fuzzed.
 //!
-//! A guest may have taken over the process on the other side. Whatever that sends, this keeps at
-//! most one answer.
+//! A guest may control the VMM, so the parser keeps at most one answer, regardless of the input.
 
-/// The longest answer is a whole configuration, which has a few kilobytes.
+/// The limit of an answer's body. The longest answer is a whole configuration, which has a few
+/// kilobytes.
 pub(crate) const BODY_BYTES_MAX: usize = 64 << 10;
-/// The server's headers have about 150 bytes.
+/// The limit of an answer's headers, which normally have about 150 bytes.
 pub(crate) const HEAD_BYTES_MAX: usize = 8 << 10;
 pub(crate) const HEADERS_MAX: usize = 32;
-/// The statuses that are accepted. Others are not final, and nobody asks for those (`Expect:
-/// 100-continue`).
+/// The statuses that are accepted. Lower ones are not final, and the client never requests them
+/// (`Expect: 100-continue`).
 pub(crate) const STATUSES: std::ops::Range<u16> = 200..600;
 
 #[derive(Debug, PartialEq, Eq)]
@@ -26,8 +26,8 @@ pub(crate) struct Answer {
 pub(crate) struct Incoming {
     buffer: Vec<u8>,
     head: Option<Head>,
-    /// True if there is a new line feed. The head is parsed only then, so that slowly arriving
-    /// bytes cost no time.
+    /// True if a line feed has arrived since the last attempt. The head is parsed only then, so
+    /// that a slow sender does not cause repeated parsing.
     is_worth_a_look: bool,
 }
 
@@ -45,7 +45,7 @@ impl Incoming {
         self.buffer.extend_from_slice(bytes);
     }
 
-    /// True if no bytes have been received that no request has asked for.
+    /// True if no bytes are buffered, so the server has sent nothing before a request.
     pub(crate) fn is_empty(&self) -> bool {
         self.buffer.is_empty()
     }
@@ -82,7 +82,7 @@ impl Incoming {
             return Ok(None);
         }
         // Parse up to the last complete line, so that the result does not depend on how the bytes
-        // were cut.
+        // were split.
         let lines = self
             .buffer
             .iter()
@@ -121,9 +121,9 @@ fn parse_head(bytes: &[u8]) -> Result<Option<Head>, String> {
             .filter(move |h| h.name.eq_ignore_ascii_case(name))
             .map(|h| h.value)
     };
-    // The server never sends this, and it could make the end of the body ambiguous.
+    // The server never sends this header, which could make the end of the body ambiguous.
     if all("transfer-encoding").next().is_some() {
-        return Err("its body comes in pieces".to_owned());
+        return Err("its body is chunked".to_owned());
     }
     let mut lengths = all("content-length");
     let body_len = lengths.next().map_or(Ok(0), parse_length)?;
@@ -171,7 +171,7 @@ mod tests {
         assert_eq!(error(b"HTTP/1.1 000 \r\n\r\n"), "it has no status");
         assert_eq!(
             error(&head("Transfer-Encoding: chunked")),
-            "its body comes in pieces"
+            "its body is chunked"
         );
         assert_eq!(error(&head("Content-Length: +5")), "its length is \"+5\"");
         assert_eq!(

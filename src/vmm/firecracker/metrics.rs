@@ -1,15 +1,16 @@
 //! Reads a VMM's metrics (docs/metrics.md, v1.16): JSON documents, one per line, in a pipe that the
-//! VMM also opened for reading. A line contains what has happened since the line before, so no line
+//! VMM has also opened for reading. A line contains the changes since the previous line, so no line
 //! may be discarded. If the pipe is too full for a line, part of it may be missing.
 
 use serde_json::Value;
 use std::fs::File;
 use std::io::{ErrorKind, Read};
 
-/// More than a pipe holds. A guest may have taken over the VMM, which may then write without end.
+/// The limit is more than a pipe holds. It is needed because a guest that controls the VMM may
+/// write without end.
 const BYTES_MAX: usize = 256 << 10;
 
-/// Appends what is in the pipe now to `lines`.
+/// Appends the current content of the pipe to `lines`.
 pub(crate) fn read(pipe: &mut File, mut lines: Vec<u8>) -> std::io::Result<Vec<u8>> {
     let mut piece = [0; 16 << 10];
     while lines.len() < BYTES_MAX {
@@ -25,7 +26,7 @@ pub(crate) fn read(pipe: &mut File, mut lines: Vec<u8>) -> std::io::Result<Vec<u
     Ok(lines)
 }
 
-/// Parses the complete lines. None if there are none.
+/// Parses the complete lines. None if no line is complete.
 pub(crate) fn parse(bytes: &[u8]) -> Option<Vec<Value>> {
     let lines = bytes
         .split(|b| *b == b'\n')

@@ -1,68 +1,72 @@
-//! Firecracker: KVM, a tap, an API on a Unix socket, under the jailer.
+//! The driver for Firecracker, which uses KVM, a tap and the jailer, and has an API on a Unix
+//! socket.
 //!
 //! # Starting
 //!
-//! The client speaks HTTP over the API socket, one connection per conversation. What may be asked
-//! before the guest starts (`PreBoot`) and after (`Booted`) are two types, so a call in the wrong
-//! phase does not compile. `refusal.rs` turns each known refusal into a kind and a hint.
+//! The client speaks HTTP over the API socket, one connection per conversation. The requests before
+//! the guest starts (`PreBoot`) and afterwards (`Booted`) belong to two types, so a call in the
+//! wrong phase does not compile. `refusal.rs` turns each known refusal into a kind and a hint.
 //! Firecracker needs a raw disk and a tap, and therefore the bridge.
 //!
 //! Each VMM runs in the VM's `run/`, which holds its API socket and the pipe for the guest's serial
-//! console. Firecracker opens that pipe for reading too and drops what does not fit, so a log that
-//! nobody reads never blocks a guest. A conversation with a running VMM goes through
+//! console. Firecracker also opens that pipe for reading and drops output that does not fit, so an
+//! unread log never blocks a guest. fcd reaches the socket of a running VMM through
 //! `/proc/<pid>/cwd`, which works with and without a jail.
 //!
 //! # The jail
 //!
-//! The jail is `jail/<program>/<tag>/root` below the VM's directory. It is made for each start and
-//! contains hard links to what the VMM opens. The VMM runs under the VM's uid and gid and in the
-//! control group `fcd-<install>/<tag>`. Jail and control group are one resource in the ledger, and
-//! fcd removes both. If a controller is missing, the start fails, unless `limits = "best-effort"`.
+//! The jail is `jail/<program>/<tag>/root` below the VM's directory. It is created for each start
+//! and contains hard links to the files that the VMM opens. The VMM runs under the VM's uid and gid
+//! and in the control group `fcd-<install>/<tag>`. The jail and the control group are one resource
+//! in the ledger, and fcd removes both. If a controller is missing, the start fails, unless `limits
+//! = "best-effort"`.
 //!
-//! The jail has no network namespace of its own. Firecracker opens its tap by name, so the tap
-//! would have to be in that namespace and could not be on the bridge. It has a PID namespace of its
-//! own, in which the VMM is the first process. The daemon makes it with a thread that only starts
-//! the jailer (`host/process.rs`): with the jailer's `--new-pid-ns` the VMM would not be the
-//! daemon's child, and nobody could read its exit status. The first process of a PID namespace
-//! ignores every signal that it does not handle, except SIGKILL.
+//! The jail does not have its own network namespace. Firecracker opens its tap by name, so the tap
+//! would have to be in that namespace and could not be on the bridge. The jail has its own PID
+//! namespace, in which the VMM is the first process. The daemon creates the namespace in a thread
+//! that only starts the jailer (`host/process/spawn.rs`): with the jailer's `--new-pid-ns` the VMM
+//! would not be the daemon's child, so the daemon could not read its exit status. The first process
+//! of a PID namespace ignores every signal that it does not handle, except SIGKILL.
 //!
 //! # Limits
 //!
-//! Rates are token buckets per drive and interface, of one second's worth and at least 2 MiB. A
-//! guest that takes over its VMM escapes them, so the control group limits the disks too
-//! (`io.max`), at twice the rate: one thread serves all devices of a VMM, and the kernel would stop
-//! them all. The jailer accepts no value with a `=`, so fcd writes `io.max` itself, after the guest
-//! has started.
+//! Rates are token buckets per drive and interface. A bucket holds one second's worth, but at least
+//! 2 MiB. A guest that controls its VMM is not bound by them, so the control group also limits the
+//! disks (`io.max`), at twice the rate. At the same rate the kernel would throttle first and stall
+//! all devices, because one thread serves them. The jailer accepts no value with a `=`, so fcd
+//! writes `io.max` itself after the guest has started.
 //!
 //! # Memory
 //!
 //! Every VM whose image has the balloon driver (`guest_version` 2) has a balloon. The guest reports
 //! freed pages, and the VMM returns them to the host. Firecracker's metrics are differences since
 //! the last report, so they cannot feed `vm stats`, whose counters survive a restart of the daemon.
-//! The metrics go into a pipe that is read only on request.
+//! The VMM writes the metrics into a pipe, which fcd reads only on request.
 //!
 //! A snapshot of a booted guest is a `Diff`, which contains the pages that the guest has touched.
-//! It is `Full` if some of its memory is in swap, which a `Diff` would miss, and for a restored
-//! guest, whose other pages are in another file.
+//! It is `Full` if some of the guest's memory is in swap, which a `Diff` would miss. It is also
+//! `Full` for a restored guest, because some of that guest's pages are in another file.
 //!
 //! # vsock
 //!
 //! Every VM has a vsock. Its socket is in the VMM's working directory. `vm.connect` passes the
-//! connected descriptor to the caller, so no thread of the daemon copies data. Firecracker before
-//! 1.17 holds back data to the guest after a resume until the guest's driver has noticed that its
-//! old streams ended, and only a save makes it notice. So a resume begins a save with an impossible
-//! path, and a guest that is already running is left alone.
+//! connected descriptor to the caller, so no thread of the daemon copies data. Before version 1.17,
+//! Firecracker holds back data to the guest after a resume until the guest's driver has handled the
+//! end of its old streams, and only a save notifies the driver. So a resume begins a save with an
+//! impossible path. A resume of a running guest does nothing.
 //!
 //! # Stopping
 //!
-//! If a guest has not synced after half of the grace period, or cannot be reached over SSH, it gets
-//! Ctrl-Alt-Del, provided that its init handles it (`guest_version` 3). Older kernels would reset.
+//! If a guest has not synced after half of the grace period, or cannot be reached over SSH, fcd
+//! presses Ctrl-Alt-Del if the guest's init handles it (`guest_version` 3). Guests of older images
+//! would be reset.
 //!
 //! # Tests
 //!
 //! `it` `firecracker::` runs against `tests/fake/firecracker/`, which answers, refuses, hangs and
-//! dies as a recorded one does. With `FCD_FIRECRACKER`, `e2e` `firecracker::` runs the state
-//! machine of a real one on this host's `/dev/kvm`, and real guests by nested KVM in a test host.
+//! dies like a recorded Firecracker. With `FCD_FIRECRACKER`, `e2e` `firecracker::` runs the state
+//! machine of a real Firecracker on this host's `/dev/kvm`, and real guests with nested KVM in a
+//! test host.
 
 pub(in crate::vmm) mod api;
 mod checks;
@@ -113,12 +117,12 @@ use std::time::{Duration, Instant};
 use vm::FirecrackerVm;
 
 const API_SOCKET: &str = "api.sock";
-/// How long a VMM may take from its start to the first instruction of its guest. On an idle host it
-/// is a fraction of a second.
+/// How long a VMM may take from its start to the first instruction of its guest. An idle host needs
+/// a fraction of a second.
 const START_DEADLINE: Duration = Duration::from_secs(30);
 /// How long a running VMM may take to answer.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(5);
-/// How long it may take to write a guest's memory to the disk or to read it.
+/// How long a VMM may take to write a guest's memory to the disk or to read it.
 const SAVE_DEADLINE: Duration = Duration::from_secs(600);
 /// How long a VMM whose start failed may take to exit after it was killed.
 const KILL_DEADLINE: Duration = Duration::from_secs(30);
@@ -133,8 +137,8 @@ pub struct Firecracker {
 }
 
 impl Firecracker {
-    /// Does not look at the host yet. `uids` are those of VMs, if the daemon is root. Fails with
-    /// the error of an eventfd (EMFILE, ENFILE).
+    /// Creates the driver without checking the host. `uids` are the uids of VMs if the daemon is
+    /// root. Fails with the eventfd's error (EMFILE, ENFILE).
     pub fn new(config: Config, uids: Range<u32>, consoles: Arc<Consoles>) -> Result<Self> {
         let name = |path: &Path| {
             path.file_name()
@@ -144,14 +148,14 @@ impl Firecracker {
         let names = [name(&config.binary), name(&config.jailer)];
         let is_program = move |executable: &Path| {
             let executable = name(executable);
-            // A program with a version in its name, or one that was replaced while it runs, counts
-            // as well. A jailer is about to become Firecracker.
+            // A program with a version in its name, or one whose file was replaced while it runs,
+            // also counts. So does a jailer, which is about to become Firecracker.
             names.contains(&executable)
                 || executable.starts_with("firecracker")
                 || executable.starts_with("jailer")
         };
         let processes = HostProcesses::try_new(consoles.clone(), uids, Box::new(is_program))?;
-        let closing = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
+        let closing = Cancel::try_new().map_err(|e| Error::io("create an eventfd", e))?;
         Ok(Self {
             config,
             consoles,
@@ -161,7 +165,8 @@ impl Firecracker {
         })
     }
 
-    /// Adds to the error of a failed start if the jailer is not one, or is from another release.
+    /// Replaces the error of a failed start if the program is not a jailer, or is from another
+    /// release.
     fn with_cause(&self, e: Error, spec: &VmmSpec, cancel: &Cancel) -> Error {
         if e.kind() == Kind::Cancelled || !is_jailed(&self.config, spec) {
             return e;
@@ -178,12 +183,12 @@ impl Firecracker {
         }
     }
 
-    /// True if this daemon's VMMs run in jails, which only root can make.
+    /// True if this daemon's VMMs run in jails, which only root can create.
     fn jails_all(&self) -> bool {
         self.config.jail && rustix::process::geteuid().is_root()
     }
 
-    /// For a fake Firecracker.
+    /// Allows hosts without KVM, for a fake Firecracker.
     #[cfg(feature = "fakes")]
     pub fn without_kvm(mut self) -> Self {
         self.needs_kvm = false;
@@ -215,16 +220,17 @@ impl Firecracker {
                 }
                 Some(saved) => load(vmm, spec, saved)?,
             };
-            // Only now, because reading the kernel must not count against the guest's rate.
+            // Set this limit last, because reading the kernel must not count against the guest's
+            // rate.
             jail::limit_io(self.config.limits, spec)?;
-            // The VMM has the pipe open by now, and the guest's first output waits in it.
+            // The VMM has already opened the pipe, which holds the guest's first output.
             self.read_console(spec, place, format!("started {}", spec.tag))?;
             Ok(Running {
                 identity: process.identity().clone(),
                 ssh_addr,
             })
         };
-        // After a refused load the VMM exits, but its refusal is the better error.
+        // After it rejects a load, the VMM exits, but the rejection is the better error.
         let says_why = |e: &Error| e.kind() == Kind::Cancelled || files.saved.is_some();
         configure().map_err(|e| {
             if !says_why(&e) && run_dir::is_exiting(process) {
@@ -269,13 +275,13 @@ impl Driver for Firecracker {
             limits_network: true,
             reads_qcow2: false,
             has_keyboard: true,
-            // The jailer makes them (src/jailer/src/env.rs, `mknod_and_own_dev`).
+            // The jailer creates the nodes (src/jailer/src/env.rs, `mknod_and_own_dev`).
             makes_device_nodes: is_jailed,
             leaves_remains: is_jailed,
         }
     }
 
-    /// Does nothing, because what Firecracker needs is known without trying. See `checks`.
+    /// Does nothing, because `checks` finds out what Firecracker needs without a probe.
     fn warm_up(&self, _kernel: &Path, _cancel: &Cancel) {}
 
     fn consoles(&self) -> &Consoles {
@@ -297,7 +303,7 @@ impl Driver for Firecracker {
         }
         let vmm = spawn(&self.config, spec, self.needs_kvm)?;
         let identity = vmm.process.identity();
-        // From here on, an error, a cancel or a panic must not leave a process.
+        // From here on, an error, a cancel or a panic must not leave a process behind.
         let mut undo = crate::undo::Undo::new();
         undo.push("kill the VMM", || {
             self.processes

@@ -1,4 +1,5 @@
-//! Monitors one VMM with a thread that queries it, and reports if there is no answer for too long.
+//! Monitors one VMM with a thread that queries it, and reports a VMM that does not answer for too
+//! long.
 //!
 //! Unlike QEMU, Firecracker passes a full disk of the host on to the guest as an I/O error, so
 //! there is no pause to report.
@@ -57,8 +58,8 @@ impl Monitor {
         }
     }
 
-    /// Queries the VMM. Each query opens a connection, because the server has few and others need
-    /// one too.
+    /// Queries the VMM. Each query opens a new connection, because the server allows only a few
+    /// connections and other conversations need them too.
     fn look(&self) -> Result<()> {
         let _blocking = region(Rank::VmmApi);
         let deadline = Deadline {

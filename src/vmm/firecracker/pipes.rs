@@ -33,7 +33,7 @@ pub(super) fn make_pipe(run: &OwnedFd, name: &str, credentials: Option<Credentia
     Ok(())
 }
 
-/// Opens a pipe for reading. The VMM's uid owns the directory by now, so anything but a pipe is
+/// Opens a pipe for reading. The VMM's uid owns the directory, so anything other than a pipe is
 /// rejected.
 pub(super) fn open_pipe(run: &OwnedFd, name: &str) -> Result<File> {
     let doing = format!("open the pipe for the {name}");

@@ -1,4 +1,4 @@
-//! Rate limits as Firecracker's API expresses them.
+//! Rate limits in the form of Firecracker's API.
 
 use serde::Serialize;
 
@@ -12,15 +12,15 @@ pub(crate) struct RateLimiter {
     pub ops: Option<TokenBucket>,
 }
 
-/// Lets `size` tokens pass at once, and again after `refill_time` milliseconds.
+/// A bucket of `size` tokens that refills completely in `refill_time` milliseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct TokenBucket {
     pub size: u64,
     pub refill_time: u64,
 }
 
-/// The smallest bucket for bytes. It must hold the largest request (Linux' `max_sectors_kb` is 1280
-/// by default), because the VMM logs a line for each request that does not fit.
+/// The smallest bucket for bytes. It must hold the largest request (`max_sectors_kb` in Linux is
+/// 1280 by default), because the VMM logs a line for each request that does not fit.
 pub(super) const BUCKET_BYTES_MIN: u64 = 2 << 20;
 
 impl TokenBucket {
@@ -47,7 +47,7 @@ impl TokenBucket {
 }
 
 impl RateLimiter {
-    /// The limits of a new device. None if there are none.
+    /// The limits of a new device. None if the device is not limited.
     pub(crate) fn new(bytes_per_s: Option<u64>, ops_per_s: Option<u64>) -> Option<Self> {
         let limiter = Self {
             bandwidth: bytes_per_s.map(TokenBucket::bytes),
@@ -56,7 +56,7 @@ impl RateLimiter {
         Some(limiter).filter(|l| *l != Self::default())
     }
 
-    /// The limits of an existing device, which replace its former ones.
+    /// The limits of an existing device, which replace its previous limits.
     pub(crate) fn instead(bytes_per_s: Option<u64>, ops_per_s: Option<u64>) -> Self {
         let bandwidth = bytes_per_s.map_or(TokenBucket::NONE, TokenBucket::bytes);
         Self {

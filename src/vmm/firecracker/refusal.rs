@@ -1,17 +1,16 @@
-//! Maps Firecracker's refusals to errors. The status is always 400. The body has one of two forms,
-//! one of which is not valid JSON (it has a raw line feed in a string). [`MEANINGS`] decides an
+//! Maps Firecracker's refusals to errors. The status is always 400. The body has one of two forms.
+//! One form is not valid JSON, because it has a raw line feed in a string. [`MEANINGS`] decides an
 //! error's kind and hint.
 //!
-//! If the host's kernel refused something, only the error number counts and never its text.
-//! Releases are linked with musl and builds of distributions with glibc, and the two have different
-//! texts for the same number.
+//! If the host's kernel refused something, only the error number counts, because its text depends
+//! on the libc: releases are linked with musl, and distributions use glibc.
 
 use crate::error::{Error, Kind};
 use crate::host::text::printable;
 use nix::libc::{EADDRINUSE, EBUSY, EDQUOT, ENOMEM, ENOSPC};
 use serde::Deserialize;
 
-/// How much of the body goes into an error.
+/// The length limit of the body's text in an error.
 const TEXT_CHARS_MAX: usize = 600;
 
 #[derive(Deserialize)]
@@ -45,7 +44,8 @@ fn text(body: &[u8]) -> String {
 }
 
 /// Returns the number of the host's error. std prints it as `(os error 16)` or, with `{:?}`, as `Os
-/// { code: 16, ... }`, and Firecracker uses both. The last one is the cause.
+/// { code: 16, ... }`, and Firecracker uses both forms. If there are several, the last is the
+/// cause.
 fn errno(said: &str) -> Option<i32> {
     let after = |mark: &str| said.rfind(mark).map(|at| &said[at + mark.len()..]);
     let rest = after("(os error ").or_else(|| after("Os { code: "))?;
@@ -336,8 +336,8 @@ mod tests {
         assert_eq!((e.kind(), e.hint_text()), (Kind::VmmFailed, Some(HINT)));
     }
 
-    /// A released Firecracker is linked with musl, and one of a distribution with glibc, so the
-    /// same error has two texts. Firecracker also prints errors with `{:?}`, which is a third form.
+    /// Released builds are linked with musl and those of distributions with glibc, so the same
+    /// error has two texts. Firecracker also prints errors with `{:?}`, which is a third form.
     #[test]
     fn host_errors_have_the_same_meaning_with_every_libc() {
         let tap = "Network config error: Could not create the network device: Open tap device failed: Error while creating ifreq structure: ";

@@ -13,14 +13,14 @@ pub(super) fn gone(doing: &str) -> Error {
     Error::new(Kind::VmmFailed, format!("{doing}: the VMM has exited"))
 }
 
-/// Opens the working directory of a running VMM, which contains its socket and its console, with
-/// and without a jail.
+/// Opens the working directory of a running VMM, which contains its socket and its console, with or
+/// without a jail.
 pub(super) fn place(process: &Process, doing: &str) -> Result<OwnedFd> {
     let path = format!("/proc/{}/cwd", process.identity().pid);
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let place = rustix::fs::open(path, flags, Mode::empty())
         .map_err(|e| Error::io(doing, std::io::Error::from(e)))?;
-    // If the process is alive now, the path was that of this process.
+    // If the process is still alive, its pid was not reused, so the path was its own.
     if process.is_alive() {
         Ok(place)
     } else {

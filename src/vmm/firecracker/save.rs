@@ -1,4 +1,4 @@
-//! Saves a guest into two files, which are linked into the directory where the VMM can open them.
+//! Saves a guest to two files, which are linked into a directory where the VMM can open them.
 //!
 //! The guest is paused while its memory is written, so as little as possible is written. A guest
 //! that has booted is saved as a [`SnapshotType::Diff`], unless part of its memory is in the host's
@@ -31,7 +31,8 @@ pub(super) fn save_guest(
         at: Instant::now() + SAVE_DEADLINE,
         cancel,
     };
-    // Use the host's path. The jail's own root is another mount, into which nothing can be linked.
+    // Use the host's path. The jail's own root is another mount, so hard links into it are not
+    // possible.
     let place = match jail::find(&spec.dir, &spec.tag)? {
         Some(root) => root,
         None => run_dir::open(&spec.dir, DOING)?,
@@ -53,8 +54,8 @@ pub(super) fn save_guest(
 
 fn save(vmm: &mut Booted<'_>, process: &Process) -> Result<()> {
     // Swap is checked before and after, because the kernel may swap out a paused guest at any time.
-    // In between, Firecracker does not touch the missing pages: the thread that saves also serves
-    // the devices.
+    // During the save, Firecracker does not touch the missing pages, because the thread that saves
+    // also serves the devices.
     if vmm.has_booted()? && !is_swapped(process) {
         vmm.save(SnapshotType::Diff, jail::DEVICES, jail::MEMORY)?;
         if !is_swapped(process) {
@@ -64,7 +65,7 @@ fn save(vmm: &mut Booted<'_>, process: &Process) -> Result<()> {
     vmm.save(SnapshotType::Full, jail::DEVICES, jail::MEMORY)
 }
 
-/// True if part of the process's memory is in swap, or if that is unknown.
+/// True if part of the process's memory is in swap, or if its status cannot be read.
 fn is_swapped(process: &Process) -> bool {
     let status = std::fs::read_to_string(format!("/proc/{}/status", process.identity().pid))
         .unwrap_or_default();
@@ -79,7 +80,8 @@ fn swapped_kib(status: &str) -> Option<u64> {
     value.trim().strip_suffix("kB")?.trim().parse().ok()
 }
 
-/// Links the files into `place`. Removes what the VMM may have put there under these names.
+/// Links the files into `place`. First removes any files with these names, because the VMM may have
+/// created some.
 pub(super) fn link(place: &OwnedFd, to: SaveTo<'_>) -> Result<()> {
     unlink(place)?;
     for (path, name) in [(to.memory, jail::MEMORY), (to.devices, jail::DEVICES)] {

@@ -1,4 +1,4 @@
-//! Spawns VMMs, with a jail and without.
+//! Spawns VMMs, with or without a jail.
 
 use super::pipes::{CONSOLE_PIPE, METRICS_PIPE, make_pipe};
 use super::{API_SOCKET, api, jail, save, version, vsock};
@@ -20,7 +20,7 @@ use std::path::Path;
 /// A VMM that has just been spawned.
 pub(super) struct Spawned {
     pub process: Process,
-    /// Its working directory, with its socket and its pipes.
+    /// The VMM's working directory, which contains its socket and its pipes.
     pub place: OwnedFd,
     pub files: Files,
 }
@@ -53,8 +53,8 @@ pub(super) fn is_jailed(config: &Config, spec: &VmmSpec) -> bool {
     config.jail && spec.credentials.is_some()
 }
 
-/// Spawns the VMM. It waits for requests on its API socket then. With `needs_kvm`, the devices that
-/// a real VMM opens must exist.
+/// Spawns the VMM, which then waits for requests on its API socket. With `needs_kvm`, the devices
+/// that a real VMM opens must exist.
 pub(super) fn spawn(config: &Config, spec: &VmmSpec, needs_kvm: bool) -> Result<Spawned> {
     let groups = if needs_kvm {
         device_groups(config, spec)?
@@ -89,8 +89,8 @@ pub(super) fn spawn(config: &Config, spec: &VmmSpec, needs_kvm: bool) -> Result<
     })
 }
 
-/// Returns the groups that a VMM without a jail needs to open its devices. A jailed one has nodes
-/// of its own.
+/// Returns the groups that a VMM without a jail needs to open its devices. A jailed VMM has its own
+/// nodes.
 fn device_groups(config: &Config, spec: &VmmSpec) -> Result<Vec<u32>> {
     let mut groups = Vec::new();
     for device in [KVM, TUN] {
@@ -108,7 +108,7 @@ fn device_groups(config: &Config, spec: &VmmSpec) -> Result<Vec<u32>> {
     Ok(groups)
 }
 
-/// Makes the jail. The jailer starts as root and changes its uid on its own.
+/// Prepares the jail. The jailer starts as root and changes its uid itself.
 fn jailed(config: &Config, spec: &VmmSpec, owner: Credentials, output: File) -> Result<Prepared> {
     let programs = jail::programs(config)?;
     let limits = jail::limits(config, spec)?;
@@ -141,7 +141,7 @@ fn jailed(config: &Config, spec: &VmmSpec, owner: Credentials, output: File) -> 
     })
 }
 
-/// Makes the VM's `run/`, in which a VMM without a jail runs.
+/// Prepares the VM's `run/`, which is the working directory of a VMM without a jail.
 fn bare(
     config: &Config,
     spec: &VmmSpec,
@@ -177,7 +177,7 @@ fn bare(
             disk: text(&spec.disk)?,
             seed: text(&spec.seed)?,
             work: spec.work_disk.as_deref().map(text).transpose()?,
-            // They are linked into the VMM's working directory.
+            // These files are linked into the VMM's working directory.
             saved: spec.saved.as_ref().map(|_| SavedFiles {
                 memory: jail::MEMORY.to_owned(),
                 devices: jail::DEVICES.to_owned(),

@@ -1,5 +1,5 @@
-//! The versions of Firecracker and its jailer: which ones this driver supports, and how they are
-//! found out.
+//! The versions of Firecracker and its jailer: the supported range, and how to read a program's
+//! version.
 
 use crate::config::Firecracker as Config;
 use crate::error::{Error, Kind, Result};
@@ -14,7 +14,7 @@ use std::time::Duration;
 const VERSION_MIN: (u32, u32) = (1, 14);
 pub(super) const VERSION_TESTED: (u32, u32) = (1, 16);
 const VERSION_DEADLINE: Duration = Duration::from_secs(10);
-/// How much of a version goes into a message.
+/// The length limit of a version in a message.
 const VERSION_CHARS_MAX: usize = 20;
 /// The names with which the two programs report their versions.
 const FIRECRACKER: &str = "Firecracker";
@@ -24,7 +24,7 @@ pub(super) const INSTALL: &str = "install a release of firecracker-microvm/firec
 /// Rejects a version that is too old. `version` is as reported by the API, such as `1.16.1`.
 ///
 /// # Errors
-/// `unsupported`, with what to install.
+/// `unsupported`, with a hint that says what to install.
 pub(super) fn require(version: &str) -> Result<()> {
     let too_old = |found: &str| {
         let (major, minor) = VERSION_MIN;
@@ -102,8 +102,8 @@ pub(super) fn version(config: &Config, cancel: &Cancel) -> Result<Release> {
     require(&release.text).map(|()| release)
 }
 
-/// Checks that the jailer is one, and from the same release as Firecracker. A start does this only
-/// after it has failed, because it would cost every start two processes.
+/// Checks that the configured jailer is a jailer and from the same release as Firecracker. This
+/// needs two processes, so it happens only after a start has failed.
 ///
 /// # Errors
 /// `unsupported`, with both versions.

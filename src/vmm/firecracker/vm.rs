@@ -14,8 +14,8 @@ use crate::vmm::{SaveTo, Vm, VmRef, VmmSpec};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-/// How long a guest may take to accept a connection to its vsock. It may have to start a program
-/// for it.
+/// How long a guest may take to accept a connection to its vsock. The guest may have to start a
+/// program first.
 const GUEST_DEADLINE: Duration = Duration::from_secs(20);
 
 /// A running VM of Firecracker.
@@ -30,7 +30,7 @@ impl FirecrackerVm {
         Process::open(&self.at.identity)?.ok_or_else(|| gone(doing))
     }
 
-    /// Holds one conversation with the VMM.
+    /// Runs one conversation with the VMM.
     fn talk<T>(
         &self,
         doing: &str,
@@ -87,7 +87,7 @@ impl Vm for FirecrackerVm {
             e.context(doing)
                 .hint("restart the VM if an earlier fcd started it: fcctl vm restart")
         })?;
-        // Read the pipe first, because it may be too full for more.
+        // Read the pipe first, because it may be too full for another line.
         let mut lines = metrics::read(&mut pipe, Vec::new()).map_err(|e| Error::io(doing, e))?;
         self.talk(doing, cancel, |vmm| vmm.flush_metrics())?;
         lines = metrics::read(&mut pipe, lines).map_err(|e| Error::io(doing, e))?;

@@ -1,6 +1,6 @@
 //! Connects to ports of a guest's vsock (docs/vsock.md, v1.16). The VMM listens on a Unix socket,
-//! and a line on it selects the port. Guests cannot connect to the host: that would need a socket
-//! `vsock_PORT` next to this one, and fcd creates none.
+//! and the first line of a connection selects the port. Guests cannot connect to the host, because
+//! fcd does not create the socket `vsock_PORT` that this requires.
 
 use crate::error::{Error, Kind, Result};
 use crate::vmm::conversation::Conversation;
@@ -10,13 +10,13 @@ use std::os::unix::net::UnixStream;
 
 /// The socket's name in the VMM's working directory.
 pub(super) const SOCKET: &str = "vsock";
-/// The CID of every guest. Sockets are distinguished by their paths. This is the first number
-/// without a special meaning (vsock(7)).
+/// The CID of every guest. VMs can share it because their sockets have different paths. It is the
+/// first CID without a special meaning (vsock(7)).
 pub(super) const GUEST_CID: u32 = 3;
-/// Room for an answer such as `OK 1073741824`.
+/// The length limit of an answer such as `OK 1073741824`.
 const ANSWER_BYTES_MAX: usize = 32;
 
-/// Checks that the VMM has a vsock. One that was started without it has no such socket.
+/// Checks that the VMM has a vsock. A VMM that was started without a vsock has no such socket.
 pub(super) fn require(place: &OwnedFd) -> Result<()> {
     match rustix::fs::statat(place, SOCKET, rustix::fs::AtFlags::SYMLINK_NOFOLLOW) {
         Ok(_) => Ok(()),
@@ -32,7 +32,7 @@ pub(super) fn require(place: &OwnedFd) -> Result<()> {
     }
 }
 
-/// Connects a non-blocking stream to the guest's `port`, and makes it blocking.
+/// Connects a non-blocking stream to the guest's `port`, and then makes the stream blocking.
 pub(super) fn open(stream: UnixStream, port: u32, deadline: Deadline<'_>) -> Result<UnixStream> {
     let doing = "connect to the guest's port";
     let mut conversation = Conversation::new(stream, deadline);
@@ -59,7 +59,7 @@ fn read_answer(conversation: &mut Conversation<'_>, port: u32, doing: &str) -> R
     conversation.send(format!("CONNECT {port}\n").as_bytes(), doing)?;
     let mut line = Vec::new();
     while !line.ends_with(b"\n") && line.len() < ANSWER_BYTES_MAX {
-        // Read one byte at a time, because what follows the line comes from the guest.
+        // Read one byte at a time, because the bytes after the line belong to the guest's stream.
         let mut byte = [0];
         conversation.read(&mut byte, doing)?;
         line.extend(byte);
@@ -67,7 +67,7 @@ fn read_answer(conversation: &mut Conversation<'_>, port: u32, doing: &str) -> R
     Ok(line)
 }
 
-/// The error after the VMM has hung up, which is its only way to refuse a port.
+/// The error for a hang-up, which is the VMM's only way to refuse a port.
 fn refused(port: u32) -> Error {
     Error::new(
         Kind::GuestUnavailable,
@@ -93,7 +93,7 @@ mod tests {
     use std::io::{Read, Write};
     use std::time::{Duration, Instant};
 
-    /// Connects to a VMM that answers this and then hangs up.
+    /// Connects to a VMM that sends `says` and then hangs up.
     fn answered(says: &[u8]) -> Result<UnixStream> {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();

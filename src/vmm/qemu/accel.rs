@@ -1,9 +1,9 @@
-//! Picks the accelerator and the board for VMs on this host, once and when it is first needed.
+//! Picks the accelerator and the board for VMs on this host, once, when they are first needed.
 //!
-//! The presence of `/dev/kvm` proves nothing. It may not be accessible, or belong to a
-//! virtualisation that cannot run a stock kernel. So the probe boots a stock kernel with KVM and
-//! without a root file system. If the kernel gets as far as missing that, it has passed everything
-//! that fails on such hosts, and has done so in time.
+//! The presence of `/dev/kvm` proves nothing. The device may be inaccessible, or the virtualisation
+//! may be unable to run a stock kernel. So the probe boots a stock kernel with KVM but without a
+//! root file system. If the kernel panics in time because it has no root file system, it has passed
+//! all steps that fail on such hosts.
 
 use super::argv::{Accelerator, Board, PROBE_LAST_WORDS, Platform, probe_argv};
 use super::tsc;
@@ -36,7 +36,7 @@ pub(super) struct Picked {
 
 enum State {
     Unknown,
-    /// A thread is probing. The object fires when it has finished.
+    /// A thread is probing. The token fires when the thread has finished.
     Probing(Cancel),
     Known(Picked),
 }
@@ -61,8 +61,9 @@ impl Picker {
         }
     }
 
-    /// Returns the picked platform, and waits if a probe is still running. The probe has a thread
-    /// of its own, so a cancelled caller does not stop it, and the next caller gets its result.
+    /// Returns the picked platform, and waits if a probe is still running. The probe runs on a
+    /// separate thread, so a cancelled caller does not stop it, and the next caller gets its
+    /// result.
     pub(super) fn pick(&self, kernel: &Path, cancel: &Cancel) -> Result<Picked> {
         let doing = "pick an accelerator";
         let deadline = Instant::now() + PICK_DEADLINE;
@@ -164,7 +165,7 @@ fn pick_board(machine: Machine, accelerator: Accelerator, cancel: &Cancel) -> Re
 }
 
 /// Boots a stock kernel with KVM. Returns None if it boots, or the reason why it does not. Fails
-/// only if that could not be found out.
+/// only if the probe itself failed.
 pub fn try_kvm(config: &Qemu, kernel: &Path, cancel: &Cancel) -> Result<Option<String>> {
     let platform = Platform {
         accelerator: Accelerator::Kvm,

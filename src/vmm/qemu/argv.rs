@@ -11,14 +11,15 @@ use std::fmt::{self, Write as _};
 use std::path::Path;
 
 pub(crate) const QMP_SOCKET: &str = "qmp.sock";
-/// A monitor serves one connection at a time. The event monitor keeps the first one, and commands
-/// use this one.
+/// The socket of the monitor for commands. A monitor serves only one connection at a time, and the
+/// thread that waits for events keeps the connection to the other monitor.
 pub(crate) const CONTROL_SOCKET: &str = "control.sock";
 pub(crate) const CONSOLE_SOCKET: &str = "console.sock";
 /// The guest's address on the user-mode network and its SSH port.
 pub(crate) const GUEST_ADDR: &str = "10.0.2.15";
 pub(crate) const GUEST_SSH_PORT: u16 = 22;
-/// Size limit of QEMU's cache of translated code. Without one it takes up to a gigabyte.
+/// The size limit of QEMU's cache of translated code. Without a limit the cache grows to a
+/// gigabyte.
 const TCG_CACHE_MIB: u32 = 256;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,7 +62,7 @@ impl fmt::Display for Platform {
 impl Platform {
     fn machine(&self) -> &'static str {
         match (self.board, self.accelerator) {
-            // With a PIT the kernel would calibrate with it, which never ends under TCG.
+            // With a PIT the kernel would use it for calibration, which never ends under TCG.
             (Board::Microvm { .. }, Accelerator::Tcg) => "microvm,pit=off,rtc=on,isa-serial=on",
             (Board::Microvm { .. }, Accelerator::Kvm) => "microvm,rtc=on,isa-serial=on",
             (Board::Q35, _) => "q35",
@@ -110,7 +111,7 @@ impl Platform {
         let mut args = vec![image.trim(), "console=ttyS0 panic=-1 net.ifnames=0 quiet"];
         args.push("cryptomgr.notests random.trust_cpu=on audit=0");
         if self.accelerator == Accelerator::Tcg {
-            // Translated code does not speculate, so there is nothing to mitigate.
+            // Translated code does not speculate, so mitigations are unnecessary.
             args.push("mitigations=off");
         }
         let mut args: Vec<_> = args
@@ -120,7 +121,7 @@ impl Platform {
             .collect();
         if let Board::Microvm { tsc_khz } = self.board {
             // Without `reliable`, the kernel's watchdog would compare the TSC with jiffies, which
-            // fall behind on a busy host, and would then switch to those. Two of ten boots did so
+            // fall behind on a busy host, and would then switch to jiffies. Two of ten boots did so
             // at load 3.
             args.extend(tsc_khz.map(|khz| format!("tsc_early_khz={khz} tsc=reliable")));
         }
@@ -168,7 +169,7 @@ pub(crate) fn argv(
     }
     let (netdev, mac) = network(&spec.network, is_isolated)?;
     option("-netdev", netdev);
-    // With a ROM a PCI card would try to boot from the network.
+    // With a ROM, a PCI network card would try to boot from the network.
     let rom = if platform.board == Board::Q35 {
         ",romfile="
     } else {
@@ -181,8 +182,8 @@ pub(crate) fn argv(
     option("-object", "rng-builtin,id=rng".into());
     option("-device", platform.device("rng", "rng=rng"));
     if spec.has_balloon {
-        // A guest that runs out of memory takes it back on its own, and returns memory that it
-        // frees.
+        // A guest that runs out of memory reclaims memory from the balloon, and returns memory that
+        // it frees.
         option(
             "-device",
             platform.device("balloon", "deflate-on-oom=on,free-page-reporting=on"),
@@ -252,7 +253,7 @@ fn network(network: &GuestNetwork, is_isolated: bool) -> Result<(String, String)
 }
 
 /// Describes the file of a disk as JSON, because in QEMU's other syntax a comma would end a path.
-/// With `locking`, a second VMM cannot use the same disk.
+/// `locking` prevents a second VMM from using the same disk.
 fn file_node(node: &str, path: &Path, format: DiskFormat, is_readonly: bool) -> Result<String> {
     let Some(path) = path.to_str() else {
         let message = format!("start the VMM: the path {} is not UTF-8", path.display());
@@ -282,8 +283,8 @@ fn format_node(node: &str, format: DiskFormat, is_readonly: bool) -> String {
         .to_string()
 }
 
-/// Returns the arguments that boot a kernel without a root file system. If it runs, it panics
-/// because of that, which ends the VMM.
+/// Returns the arguments that boot a kernel without a root file system. A kernel that runs panics
+/// because it has no root file system, which ends the VMM.
 pub(crate) fn probe_argv(platform: &Platform, kernel: &Path) -> Vec<OsString> {
     let mut args = platform.base();
     args.extend(
@@ -303,7 +304,7 @@ pub(crate) fn probe_argv(platform: &Platform, kernel: &Path) -> Vec<OsString> {
 }
 
 const PROBE_KERNEL_ARGS: &str = "console=ttyS0 panic=-1 quiet";
-/// The last message of a kernel without a root file system (init/do_mounts.c).
+/// The last message of a kernel that finds no root file system (init/do_mounts.c).
 pub(crate) const PROBE_LAST_WORDS: &str = "VFS: Unable to mount root fs";
 
 /// Finds the host port that is forwarded to the guest's SSH port in the answer to `info usernet`

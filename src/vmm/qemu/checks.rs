@@ -1,4 +1,5 @@
-//! The checks of QEMU for `fcctl doctor`: what it needs on this host, and what was picked.
+//! The checks of QEMU for `fcctl doctor`: its requirements on this host, and the picked accelerator
+//! and board.
 
 use super::accel::Picked;
 use super::argv::Board;
@@ -117,7 +118,8 @@ fn accelerator(config: &Qemu, picked: Option<&Picked>) -> Check {
         let is_slow = config.accel == Accel::Auto
             && picked.platform.accelerator == super::argv::Accelerator::Tcg;
         let found = format!("{} is used: {}", picked.platform, picked.why);
-        // Emulation is slow but correct. On a host without virtualisation there is nothing to fix.
+        // Emulation is slow but correct. A host without virtualisation cannot be fixed, so this is
+        // not a warning.
         return check(
             "accelerator",
             if is_slow {

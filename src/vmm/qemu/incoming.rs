@@ -1,7 +1,7 @@
 //! Splits and parses the JSON lines of QEMU's monitor. It does no I/O, so that it can be fuzzed.
 //!
-//! A guest may have taken over the process on the other side. Whatever that sends, this keeps at
-//! most one line and parses at most [`LINE_BYTES_MAX`] bytes at once.
+//! A guest may control the VMM, so the parser keeps at most one line and parses at most
+//! [`LINE_BYTES_MAX`] bytes at once, regardless of the input.
 
 use crate::host::text::printable;
 use crate::vmm::shutdown_cause::Cause;
@@ -12,13 +12,13 @@ use std::time::Instant;
 /// The longest line that is accepted. QEMU's longest answer to a driver, `query-blockstats`, has a
 /// few kilobytes. `serde_json` rejects more than 128 levels of nesting.
 pub(crate) const LINE_BYTES_MAX: usize = 64 * 1024;
-/// How many lines a conversation may have at its beginning, in addition to [`LINES_PER_S`]. A
-/// healthy QEMU sends a few events per minute.
+/// The burst of lines that a conversation may receive in addition to [`LINES_PER_S`]. A healthy
+/// QEMU sends a few events per minute.
 pub(crate) const LINES_MAX: u32 = 2000;
-/// How many more lines it may have per second.
+/// The number of lines that a conversation may receive per second.
 pub(crate) const LINES_PER_S: u32 = 100;
 
-/// How much of a refusal goes into an error.
+/// The length limits of a refusal in an error.
 const CLASS_CHARS_MAX: usize = 64;
 const DESC_CHARS_MAX: usize = 512;
 
@@ -82,8 +82,8 @@ impl Incoming {
         self.buffer.extend_from_slice(bytes);
     }
 
-    /// Returns the next message. None until more bytes have come. Must be called until it returns
-    /// None before the next [`Incoming::push`].
+    /// Returns the next message. None if more bytes are needed. Call it until it returns None
+    /// before the next [`Incoming::push`].
     pub(crate) fn message(&mut self) -> Result<Option<Message>, Unusable> {
         let end = self.buffer[self.searched..]
             .iter()
@@ -123,7 +123,7 @@ impl Budget {
         }
     }
 
-    /// Counts one line. Returns false if there were too many.
+    /// Counts one line. Returns false if the budget is exhausted.
     pub(crate) fn spend(&mut self, now: Instant) -> bool {
         let seconds = now.saturating_duration_since(self.since).as_secs();
         if seconds > 0 {

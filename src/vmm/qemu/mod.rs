@@ -1,9 +1,9 @@
-//! QEMU with KVM if that runs a stock kernel, otherwise with software emulation. It has a user-mode
-//! network or a tap, and is controlled by QMP.
+//! The driver for QEMU. It uses KVM if KVM runs a stock kernel, and software emulation otherwise.
+//! Guests have a user-mode network or a tap, and fcd controls QEMU with QMP.
 //!
-//! In user mode the guest has the address 10.0.2.15 on a network of its own. 10.0.2.2 is the
-//! gateway and the host, and 10.0.2.3 the name server. What the guest sends to 10.0.2.2 reaches the
-//! host's loopback under the VMM's uid. QEMU cannot turn off only that, so `isolated` in the
+//! In user mode each guest has the address 10.0.2.15 on a private network. 10.0.2.2 is the gateway
+//! and the host, and 10.0.2.3 is the name server. Connections from the guest to 10.0.2.2 reach the
+//! host's loopback under the VMM's uid. QEMU cannot turn off only this access, so `isolated` in the
 //! configuration cuts the guest off from everything but its SSH port.
 
 mod accel;
@@ -50,8 +50,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vm::QemuVm;
 
-/// How long a VMM may take from its start to the first instruction of its guest. On an idle host it
-/// is a fraction of a second.
+/// How long a VMM may take from its start to the first instruction of its guest. An idle host needs
+/// a fraction of a second.
 const START_DEADLINE: Duration = Duration::from_secs(30);
 /// How long a running VMM may take to answer.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(5);
@@ -68,7 +68,8 @@ pub struct Qemu {
 }
 
 impl Qemu {
-    /// Does not look at the host yet. Fails with the error of an eventfd (EMFILE, ENFILE).
+    /// Creates the driver without checking the host. Fails with the eventfd's error (EMFILE,
+    /// ENFILE).
     pub fn new(config: Config, consoles: Arc<Consoles>) -> Result<Self> {
         let picker = Picker::new(config.clone());
         let (uids, of_driver) = (config.uids(), config.clone());
@@ -77,7 +78,7 @@ impl Qemu {
             uids,
             Box::new(move |executable| is_qemu(&of_driver, executable)),
         )?;
-        let closing = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
+        let closing = Cancel::try_new().map_err(|e| Error::io("create an eventfd", e))?;
         Ok(Self {
             config,
             picker,
@@ -199,7 +200,7 @@ fn can_reach(
     Err(Error::new(Kind::Host, message).hint(fix(&closed)))
 }
 
-/// The deadline for a start, which first has to read the memory of a saved guest.
+/// The deadline for a start, which is longer for a saved guest, whose memory has to be read first.
 fn start_deadline(spec: &VmmSpec) -> Duration {
     if spec.saved.is_some() {
         save::DEADLINE
@@ -208,8 +209,8 @@ fn start_deadline(spec: &VmmSpec) -> Duration {
     }
 }
 
-/// Returns the address of the guest's SSH server. On a tap it is the guest's own address, and in
-/// user mode QEMU picks the port.
+/// Returns the address of the guest's SSH server. On a tap this is the guest's own address. In user
+/// mode it is a port of the host that QEMU picked.
 fn ssh_addr(spec: &VmmSpec, qmp: &mut Qmp<'_>) -> Result<SocketAddr> {
     if let GuestNetwork::Tap { address, .. } = spec.network {
         return Ok(SocketAddr::from((address, argv::GUEST_SSH_PORT)));
@@ -251,8 +252,8 @@ impl Driver for Qemu {
         Capabilities {
             limits_network: false,
             reads_qcow2: true,
-            // The `microvm` board has no keyboard, and there is no other way to signal a guest
-            // without a daemon in it.
+            // The `microvm` board has no keyboard, and QEMU cannot signal a guest in another way
+            // without an agent in the guest.
             has_keyboard: false,
             makes_device_nodes: false,
             leaves_remains: false,
@@ -287,7 +288,7 @@ impl Driver for Qemu {
             return Err(crate::host::wait::cancelled("start the VMM", cancel));
         }
         let (process, run) = self.spawn(spec, &picked)?;
-        // From here on, an error, a cancel or a panic must not leave a process.
+        // From here on, an error, a cancel or a panic must not leave a process behind.
         let mut undo = crate::undo::Undo::new();
         undo.push("kill the VMM", || {
             self.processes

@@ -1,8 +1,9 @@
-//! Monitors one VMM with a thread that owns its event monitor. It notices when the guest is paused,
-//! when the VMM hangs, and why the VMM ends.
+//! Monitors one VMM with a thread that owns its event monitor. The thread detects when the guest is
+//! paused, when the VMM hangs, and why the VMM ends.
 //!
 //! If a guest's write finds the host's disk full, QEMU pauses the guest (`werror=enospc`, its
-//! default), and the guest never sees an error. Once there is room again, this thread resumes it.
+//! default), and the guest never sees an error. Once space is free again, this thread resumes the
+//! guest.
 
 use super::argv::QMP_SOCKET;
 use super::qmp::Qmp;
@@ -20,8 +21,8 @@ use std::time::{Duration, Instant};
 
 /// How often the free space is checked while a guest is paused.
 const LOOK_PERIOD: Duration = Duration::from_millis(500);
-/// A guest is resumed if there is more free space than this. The store reserves less for deletes,
-/// and guests must not use that up.
+/// A guest is resumed if more space than this is free. The store's reserve for deletes is smaller,
+/// so guests do not use it up.
 const FREE_BYTES_MIN: u64 = 16 << 20;
 /// The answer to `query-status` if the guest was paused because of an error of its disk. Only a
 /// full disk pauses it.
@@ -34,7 +35,7 @@ pub(super) struct Monitor {
     pub dir: PathBuf,
     pub closing: Cancel,
     pub on_event: Box<dyn Fn(GuestEvent) + Send>,
-    /// Receives the reason that the VMM gives for its end.
+    /// The note that receives the VMM's reason for its end.
     pub note: Arc<Note>,
 }
 
@@ -98,15 +99,15 @@ impl Monitor {
         })
     }
 
-    /// Returns whether the guest is paused. Resumes it if it was paused before and there is room
-    /// again.
+    /// Returns whether the guest is paused. Resumes the guest if it was paused before and space is
+    /// free again.
     fn look<'a>(&'a self, qmp: &mut Qmp<'a>, was_paused: bool) -> Result<bool> {
         let is_paused = self.is_paused(qmp)?;
         if !is_paused || !was_paused || !self.has_room() {
             return Ok(is_paused);
         }
         self.execute(qmp, "cont")?;
-        // Another write may have failed in the meantime.
+        // Another write may have failed since the resume.
         self.is_paused(qmp)
     }
 
@@ -126,8 +127,8 @@ impl Monitor {
         })
     }
 
-    /// Repeats an attempt until there is an answer. Reports when there has been none for too long,
-    /// and when there is one again.
+    /// Repeats an attempt until the VMM answers. Reports when the VMM has not answered for too
+    /// long, and when it answers again.
     fn until_answered<'a, T>(
         &'a self,
         mut attempt: impl FnMut(Deadline<'a>) -> Result<T>,
@@ -165,7 +166,7 @@ impl Monitor {
         }
     }
 
-    /// True if there is room for the VMM, which does not run as root.
+    /// True if an unprivileged process such as the VMM has enough free space.
     fn has_room(&self) -> bool {
         rustix::fs::statvfs(&self.dir)
             .is_ok_and(|s| s.f_bavail.saturating_mul(s.f_frsize) >= FREE_BYTES_MIN)

@@ -11,7 +11,7 @@ pub(super) fn pause(qmp: &mut Qmp<'_>) -> Result<()> {
 }
 
 /// Resumes the guest, unless QEMU has paused it because the host's disk is full. The monitor
-/// resumes that one when there is room: until then its next write would only fail again.
+/// resumes such a guest when space is free. Before that, its next write would only fail again.
 pub(super) fn resume(qmp: &mut Qmp<'_>) -> Result<()> {
     save::cancel_migration(qmp)?;
     let status = qmp.execute("query-status", &json!({}))?;
@@ -26,7 +26,7 @@ mod tests {
     use super::*;
     use crate::vmm::qemu::scripted::{GREETING, talk};
 
-    /// Resumes a guest with this status and returns the commands that QEMU was sent.
+    /// Resumes a guest with this status and returns the commands that were sent to QEMU.
     fn commands(status: &str) -> Vec<String> {
         let done = "{\"return\": {}}\n";
         let script =

@@ -1,5 +1,5 @@
 //! Saves and restores a guest with QEMU's migration to and from a file (docs/devel/migration.rst,
-//! 7.2). QEMU's sandbox lets it open no files, so it gets a descriptor.
+//! 7.2). QEMU's sandbox forbids opening files, so fcd passes a descriptor.
 
 use super::qmp::Qmp;
 use crate::error::{Error, Kind, Result};
@@ -9,14 +9,14 @@ use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::Duration;
 
-/// How long it may take to write a guest's memory to the disk or to read it.
+/// How long QEMU may take to write a guest's memory to the disk or to read it.
 pub(super) const DEADLINE: Duration = Duration::from_secs(600);
 /// The name of the descriptor in QMP.
 const NAME: &str = "saved";
-/// Bytes per second. QEMU's default limit is meant for a network.
+/// The bandwidth limit in bytes per second. QEMU's default is meant for a network.
 const BANDWIDTH_MAX: u64 = 1 << 40;
-/// A file system with less than this is full: a write of QEMU's is at most 32 KiB
-/// (migration/qemu-file.c), and others write at the same time.
+/// A file system with less free space than this counts as full. QEMU writes at most 32 KiB at once
+/// (migration/qemu-file.c), but other processes write at the same time.
 const FULL_BYTES: u64 = 1 << 20;
 
 /// Saves a paused guest. QEMU flushes the disks and releases their locks. It takes them again when
@@ -40,8 +40,9 @@ pub(super) fn save(qmp: &mut Qmp<'_>, memory: &Path) -> Result<()> {
     })
 }
 
-/// QMP gives a migration's failure as text for people only, so the file system is asked. QEMU does
-/// not run as root, so the blocks that are kept for root do not count.
+/// True if the file system is full. QMP reports the reason of a failed migration only as text for
+/// people, so this checks the file system. QEMU does not run as root, so blocks that are reserved
+/// for root do not count.
 fn has_no_room(file: &File) -> bool {
     rustix::fs::fstatvfs(file).is_ok_and(|s| s.f_bavail.saturating_mul(s.f_frsize) < FULL_BYTES)
 }
@@ -64,8 +65,9 @@ pub(super) fn version(qmp: &mut Qmp<'_>) -> Result<String> {
     }
 }
 
-/// Cancels a migration that a cancelled save or a killed daemon has left running. It would stop the
-/// guest when it completes, however late that is. Succeeds if there is none.
+/// Cancels a migration that a cancelled save or a killed daemon has left running. Otherwise the
+/// migration would stop the guest when it completes, even much later. Succeeds if no migration is
+/// running.
 pub(super) fn cancel_migration(qmp: &mut Qmp<'_>) -> Result<()> {
     let mut is_cancelling = false;
     loop {
@@ -109,7 +111,7 @@ fn until_migrated(qmp: &mut Qmp<'_>) -> Result<()> {
                 let why: String = why.chars().take(512).collect();
                 return Err(failed(status, &crate::host::text::printable(&why)));
             }
-            // Events before the answer are already covered by it.
+            // The answer to a query already reflects all earlier events.
             _ => qmp.event()?,
         }
     }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 pub(super) const GREETING: &str = "{\"QMP\": {\"version\": {}, \"capabilities\": []}}\r\n";
 
-/// Plays a server that sends `script` whatever it is asked. Returns what it was asked.
+/// Runs a server that sends `script` regardless of the requests. Returns the requests.
 pub(super) fn talk<T>(
     script: &str,
     ms: u64,

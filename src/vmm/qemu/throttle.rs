@@ -1,5 +1,5 @@
-//! Rate limits of disks. Each disk has its own limits, as with Firecracker. QEMU lets a tenth of a
-//! second's worth pass at once.
+//! Rate limits of disks. Each disk has its own limits, as in Firecracker. QEMU allows bursts of a
+//! tenth of a second's worth.
 //!
 //! Source: qapi/block-core.json of QEMU 7.2, `query-block` and `block_set_io_throttle`.
 

@@ -1,16 +1,16 @@
 //! Measures the frequency of this host's time stamp counter (TSC). Under emulation the guest reads
-//! the host's counter. The `microvm` board has no timer to measure it with, so the guest's kernel
-//! gets the frequency as an argument.
+//! the host's counter. The `microvm` board has no timer for the guest to measure the frequency, so
+//! the guest's kernel gets it as an argument.
 
 use crate::error::{Error, Result};
 use crate::host::wait::{cancelled, sleep};
 use crate::locks::Cancel;
 use std::time::{Duration, Instant};
 
-/// How long to wait between two readings of both clocks. A reading is accurate to about 100 ns,
-/// which makes less than 2 ppm.
+/// How long to wait between two readings of both clocks. A reading is accurate to about 100 ns, so
+/// the error is below 2 ppm.
 const INTERVAL: Duration = Duration::from_millis(100);
-/// How often the clocks are read. The least disturbed reading counts.
+/// The number of times that the clocks are read. The least disturbed reading counts.
 const LOOKS: usize = 64;
 
 /// True if the TSC has a constant rate in all power states (the kernel's flags of cpuid
@@ -71,8 +71,8 @@ fn look() -> Option<(Instant, u64)> {
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)]
 fn ticks() -> Option<u64> {
-    // SAFETY: rdtsc only reads a register. A kernel can forbid it to a process (PR_SET_TSC), but
-    // nothing does so for ours.
+    // SAFETY: rdtsc only reads a register. A process can disable it (PR_SET_TSC), but ours does
+    // not.
     Some(unsafe { core::arch::x86_64::_rdtsc() })
 }
 

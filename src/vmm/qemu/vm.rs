@@ -17,7 +17,7 @@ pub(super) struct QemuVm {
 }
 
 impl QemuVm {
-    /// Holds one conversation with the VMM.
+    /// Runs one conversation with the VMM.
     fn talk<T>(
         &self,
         doing: &str,
@@ -62,7 +62,7 @@ impl Vm for QemuVm {
             save::version(qmp)
         });
         if saved.is_err() {
-            // Use another cancel object, because the first one may have fired.
+            // Use another cancel token, because the first one may have fired.
             let never = Cancel::try_new().map_err(|e| Error::io("save the guest", e))?;
             let doing = "cancel saving the guest";
             if let Err(e) = self.talk(doing, soon(&never), save::cancel_migration) {
@@ -107,12 +107,12 @@ impl Vm for QemuVm {
         Ok(vec![json!({ COMMAND: stats })])
     }
 
-    /// QEMU supports vsock only through the host's kernel (vhost-vsock), where guests' numbers are
-    /// shared by the whole host.
+    /// Fails, because QEMU supports vsock only through the host's kernel (vhost-vsock), where CIDs
+    /// are shared by the whole host.
     fn connect(&self, _port: u32, _cancel: &Cancel) -> Result<UnixStream> {
         Err(
             Error::new(Kind::Unsupported, "guests of QEMU have no vsock")
-                .hint("use a port of its network: fcctl run -p PORT"),
+                .hint("publish a port of the guest's network instead: fcctl run -p PORT"),
         )
     }
 }

@@ -95,7 +95,8 @@ fn missing_vmm_is_judged_by_guests_last_words() {
 /// Nobody recorded the guest's console, but QEMU's own log says how the guest ended.
 #[test]
 fn missing_vmm_is_judged_by_its_own_log() {
-    const RESET: &str = "while fcd was not running: the guest was reset, as its VMM's log says";
+    const RESET: &str =
+        "while fcd was not running: the guest was reset, according to the VMM's log";
     for (log, state, reason) in [
         (
             "qemu_system_shutdown_request reason=6\n",

@@ -14,18 +14,19 @@ pub(crate) const CGROUPS: &str = "/sys/fs/cgroup";
 pub(super) const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
 /// The controller for VMs with disk rates.
 const IO: &str = "io";
-/// How much higher the limits of the control group are than those of the guest. If the kernel
-/// throttles a VMM, all of its devices stall, so the VMM's own limits should take effect first.
-/// Measured: with equal limits they never did.
+/// The ratio of the control group's limits to the guest's limits. If the kernel throttles a VMM,
+/// all of its devices stall, so the VMM's own limits should take effect first. In a measurement
+/// with equal limits, they never did.
 const IO_FACTOR: u64 = 2;
 /// Block devices by number (sysfs).
 const BLOCK_DEVICES: &str = "/sys/dev/block";
-/// How many threads a VMM may have in addition to its vCPUs, for its API and its main loop.
+/// The number of threads that a VMM may have in addition to its vCPUs, for its API and its main
+/// loop.
 const THREADS_MAX: u32 = 16;
-/// How much memory a VMM may use in addition to its guest's. It needs a few MiB, and the rest is
-/// page cache that the kernel can reclaim.
+/// The memory that a VMM may use in addition to its guest's memory. The VMM needs a few MiB. The
+/// rest is page cache, which the kernel can reclaim.
 const OVERHEAD_BYTES: u64 = 256 << 20;
-/// A period of `cpu.max`, in microseconds.
+/// The period of `cpu.max`, in microseconds.
 const CPU_PERIOD_US: u64 = 100_000;
 /// How long to wait until a control group can be removed. It becomes empty a moment after its last
 /// process has exited.
@@ -66,7 +67,7 @@ pub(super) fn limits_of(
             missing.join(", ")
         );
         return Err(Error::new(Kind::Unsupported, message).hint(
-            "enable them, or set limits = \"best-effort\" under [firecracker] to do without",
+            "enable them, or set limits = \"best-effort\" under [firecracker] to run without limits",
         ));
     }
     let quota = (u64::from(spec.vcpus) + 1) * CPU_PERIOD_US;
@@ -85,8 +86,8 @@ pub(super) fn limits_of(
         .collect())
 }
 
-/// Returns which of the controllers that every VM needs this host lacks, and whether it has the one
-/// for disk rates.
+/// Returns the missing controllers among those that every VM needs, and whether the host has the
+/// controller for disk rates.
 pub(crate) fn missing_controllers() -> (Vec<&'static str>, bool) {
     let text =
         std::fs::read_to_string(Path::new(CGROUPS).join("cgroup.controllers")).unwrap_or_default();
@@ -104,10 +105,10 @@ fn has_disk_rate(spec: &VmmSpec) -> bool {
         .is_some()
 }
 
-/// Limits what the VMM's control group reads and writes on the devices that hold the VM's disks, to
-/// [`IO_FACTOR`] times the guest's rates. These limits hold even if a guest has taken over its VMM.
-/// fcd sets them because the jailer accepts no value with a `=`. Does nothing without a control
-/// group, or if there is no rate and never was one.
+/// Limits reads and writes of the VMM's control group on the devices that hold the VM's disks, to
+/// [`IO_FACTOR`] times the guest's rates. These limits hold even if a guest controls its VMM. fcd
+/// sets them itself because the jailer accepts no value with a `=`. Does nothing if the VMM has no
+/// control group, or if the VM has never had a rate.
 ///
 /// # Errors
 /// `unsupported` if the host has no such limits, unless the configuration says `best-effort`.
@@ -136,7 +137,7 @@ pub(crate) fn limit_io(wanted: VmmLimits, spec: &VmmSpec) -> Result<()> {
     };
     match limit().map_err(|e| e.context(doing())) {
         Err(e) if wanted == VmmLimits::BestEffort => {
-            log::warn!("{e}; continuing without, as configured");
+            log::warn!("{e}; continuing without this limit, as configured");
             Ok(())
         }
         done => done,
@@ -168,7 +169,7 @@ pub(super) fn io_limits(
             },
         )
     };
-    // The VMM lets at least this much pass at once.
+    // The VMM's own bucket lets at least this many bytes pass at once.
     let bytes_per_s = spec
         .rates
         .disk_bytes_per_s
@@ -183,8 +184,8 @@ pub(super) fn io_limits(
     Ok(disks_on.into_iter().map(line).collect())
 }
 
-/// Returns `MAJOR:MINOR` of the device that holds this file, or of the device itself. It is that of
-/// a whole disk, because the kernel does not limit partitions.
+/// Returns `MAJOR:MINOR` of the device that holds this file, or of the device itself. For a
+/// partition, it is the number of the whole disk, because the kernel does not limit partitions.
 pub(super) fn device_of(path: &Path) -> Result<String> {
     use rustix::fs::{major, minor};
     use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -198,7 +199,7 @@ pub(super) fn device_of(path: &Path) -> Result<String> {
     };
     let number = format!("{}:{}", major(number), minor(number));
     let none = || {
-        Error::new(Kind::Unsupported, format!("limit the disk {shown}: its file system has no block device of its own"))
+        Error::new(Kind::Unsupported, format!("limit the disk {shown}: its file system is not on a single block device"))
             .hint("put the state directory on ext4 or XFS, remove the rate, or set limits = \"best-effort\" under [firecracker]")
     };
     let device = Path::new(BLOCK_DEVICES)
@@ -217,7 +218,7 @@ pub(super) fn device_of(path: &Path) -> Result<String> {
         .ok_or_else(none)
 }
 
-/// The name of the control group that holds those of an installation's VMs.
+/// The name of the control group that contains the groups of an installation's VMs.
 pub(crate) fn parent_group(install: &str) -> String {
     format!("fcd-{install}")
 }
@@ -228,8 +229,8 @@ fn group(tag: &Tag) -> PathBuf {
         .join(tag.as_str())
 }
 
-/// Removes the control group and kills the processes in it. A VMM that a guest has taken over may
-/// have hidden its arguments.
+/// Removes the control group and kills the processes in it. This also ends a VMM that a guest
+/// controls and that has hidden its arguments.
 pub(super) fn remove_group(tag: &Tag) -> Result<()> {
     let group = group(tag);
     // cgroup.kill exists since Linux 5.14 (cgroups(7)).

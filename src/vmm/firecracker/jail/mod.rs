@@ -1,9 +1,9 @@
-//! The jail of a VMM, made by the jailer (docs/jailer.md, v1.16): a root directory and a uid of its
-//! own, and a control group with limits.
+//! The jail of a VMM, created by the jailer (docs/jailer.md, v1.16): a separate root directory and
+//! uid, and a control group with limits.
 //!
-//! The jail is `jail/<program>/<tag>/root` in the VM's directory. It is made again for each start,
-//! and the files that the VMM opens are linked into it. The control group is `fcd-<install>/<tag>`.
-//! The jailer never removes either of them, so fcd does.
+//! The jail is `jail/<program>/<tag>/root` in the VM's directory. It is created for each start, and
+//! the files that the VMM opens are linked into it. The control group is `fcd-<install>/<tag>`. The
+//! jailer never removes either of them, so fcd does.
 
 mod groups;
 mod programs;
@@ -25,7 +25,7 @@ use std::path::{Path, PathBuf};
 
 const JAIL_DIR: &str = "jail";
 const ROOT_DIR: &str = "root";
-/// How many files a VMM may have open: disks, its tap and KVM.
+/// The maximum number of files that a VMM may have open: disks, its tap and KVM.
 const FILES_MAX: u32 = 256;
 
 /// Names of the files in the jail.
@@ -161,7 +161,7 @@ pub(super) fn clear(dir: &Path, tag: &Tag) -> Result<()> {
         // Links are not followed, because the VMM's uid may have created them.
         let removed = crate::host::fs::remove_tree(&jail.join(&program).join(tag.as_str()));
         removed.map_err(|e| Error::io(format!("remove the jail of {tag}"), e))?;
-        // This fails if there is a jail of another start.
+        // This fails if the directory contains the jail of another start.
         let _ = std::fs::remove_dir(jail.join(program));
     }
     let _ = std::fs::remove_dir(&jail);
@@ -175,8 +175,8 @@ fn names(dir: &Path) -> Vec<String> {
         .collect()
 }
 
-/// Returns the tags of this installation for which there is a control group or a jail in a VM's
-/// directory.
+/// Returns the tags of this installation for which a control group, or a jail in a VM's directory,
+/// exists.
 pub(super) fn remains(vms: &Path, install: &str) -> Vec<String> {
     let mut found = names(&Path::new(CGROUPS).join(parent_group(install)));
     for vm in names(vms) {

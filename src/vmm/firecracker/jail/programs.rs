@@ -1,4 +1,4 @@
-//! The jailer and Firecracker, checked to be fit for a jail.
+//! Checks that the jailer and Firecracker are suitable for a jail.
 
 use super::super::version::install_if_missing;
 use crate::config::Firecracker as Config;
@@ -10,14 +10,14 @@ use object::{LittleEndian, ReadCache};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// The two programs, checked to be fit for a jail.
+/// The paths of two programs that are suitable for a jail.
 pub(crate) struct Programs {
     pub jailer: PathBuf,
     pub firecracker: PathBuf,
 }
 
 /// # Errors
-/// `command_missing` or `unsupported`, with what to do.
+/// `command_missing` or `unsupported`, with a hint.
 pub(crate) fn programs(config: &Config) -> Result<Programs> {
     let find = |name: &Path| {
         let path = program::locate(name).map_err(install_if_missing)?;

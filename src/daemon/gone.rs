@@ -39,7 +39,7 @@ pub trait Installations: Send + Sync {
     fn visit_gone(&self, visit: &mut dyn FnMut(&GoneInstallation) -> bool) -> Result<()>;
 }
 
-/// Finds what gone installations have left, and removes it if `fix` is set.
+/// Finds the leftovers of installations that are gone. Removes them if `fix` is set.
 pub(super) fn sweep(
     installations: &dyn Installations,
     commands: &Arc<dyn Commands>,

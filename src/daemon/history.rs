@@ -64,7 +64,7 @@ pub struct Event {
     pub name: VmName,
     /// The store's last change that this event depends on.
     pub seq: u64,
-    /// A time before the event became visible, and one after.
+    /// A time before and a time after the event became visible.
     pub between: (Instant, Instant),
     pub what: What,
 }

@@ -1,5 +1,5 @@
-//! Imports, lists and deletes kernels other than those of images. An import works without a lock
-//! and publishes the kernel by a rename that never replaces anything.
+//! Imports, lists and deletes kernels that do not belong to an image. An import works without a
+//! lock and publishes the kernel by a rename that never replaces anything.
 
 use super::access::Caller;
 use super::call::{CallOutcome, to_value};

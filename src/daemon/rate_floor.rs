@@ -34,9 +34,9 @@ impl RateFloor {
         }
     }
 
-    /// Checks a window at its end, when `bytes` have been moved in all. The error is the number of
-    /// bytes in this window if they are too few. The window in which the stream began does not
-    /// count, because the stream may have begun near its end.
+    /// Checks a window at its end, when `bytes` have been moved in total. Fails with the number of
+    /// bytes in this window if it is below the minimum. The first window of a stream does not
+    /// count, because the stream may have begun near the window's end.
     fn check(&mut self, bytes: u64) -> std::result::Result<(), u64> {
         let before = self
             .bytes_before

@@ -34,7 +34,7 @@ use std::time::{Duration, Instant};
 /// Pause between two sweeps.
 const SWEEP_PERIOD: Duration = Duration::from_secs(60);
 
-/// The reason of a VM whose VMM was gone when the daemon started, if nothing shows the cause.
+/// The reason of a VM whose VMM had exited when the daemon started, if nothing shows the cause.
 const UNSEEN_END: &str = "the VMM ended while fcd was not running, for an unknown reason";
 
 /// How long a call that lists leaks waits for the first pass.

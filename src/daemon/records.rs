@@ -10,7 +10,7 @@ use std::sync::Arc;
 /// The record of attempts to recover a VM (`recovery.rs`) or to adopt it (`adoption.rs`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Record {
-    /// How many daemons died in an attempt.
+    /// The number of daemons that died in an attempt.
     pub deaths: u32,
     pub is_under_way: bool,
     /// The daemon does nothing with the VM unless a user asks.

@@ -1,4 +1,4 @@
-//! Waits for operations on behalf of the callers that began them or ask for them.
+//! Waits for operations on behalf of the callers that began them or call `op.wait`.
 
 use super::{CallError, CallResult, Connection};
 use crate::api::call::OnDisconnect;

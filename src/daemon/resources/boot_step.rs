@@ -32,7 +32,7 @@ pub(in crate::daemon) struct Boot<'a> {
     pub spec: VmmSpec,
     /// Files to copy into the guest.
     pub files: Vec<SeedFile>,
-    /// What the guest of a snapshot gets after its memory is loaded.
+    /// The seed that a restored guest gets after its memory is loaded.
     pub restore_seed: Option<RestoreSeed>,
     /// The ledger row of the disks that the VM had before the restore.
     pub former_disks: Option<u64>,

@@ -239,8 +239,8 @@ impl Resources {
         Ok(())
     }
 
-    /// Releases what boots of `vm` up to `generation` have. What cannot be released stays in the
-    /// ledger for the next sweep.
+    /// Releases the resources of all boots of `vm` up to `generation`. Resources that cannot be
+    /// released stay in the ledger for the next sweep.
     ///
     /// # Errors
     /// Fails if the VMM could not be killed. Then nothing else is released, because it is in use.
@@ -253,7 +253,7 @@ impl Resources {
         Ok(())
     }
 
-    /// Releases everything that a VM has.
+    /// Releases all resources of a VM.
     ///
     /// # Errors
     /// Returns the first error. The other resources are released even so.
@@ -299,8 +299,8 @@ impl Resources {
         Ok(())
     }
 
-    /// Compares the ledger, the rows of VMs and the host. Reports what belongs to fcd but to no VM,
-    /// and removes it if `fix` is set.
+    /// Compares the ledger, the rows of VMs and the host. Reports what belongs to fcd but not to a
+    /// VM, and removes it if `fix` is set.
     ///
     /// It is idempotent, and skips what is currently being acquired or released.
     pub(super) fn sweep(&self, fix: bool) -> Vec<Leak> {

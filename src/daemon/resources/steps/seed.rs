@@ -41,7 +41,7 @@ impl BootStep for Seed {
 }
 
 impl Resources {
-    /// What a restored guest gets when it resumes.
+    /// Returns the seed that a restored guest gets when it resumes.
     pub(super) fn restore_seed(&self, row: &VmRow, restore: &Restore) -> Result<RestoreSeed> {
         Ok(RestoreSeed {
             token: random_hex::<{ RANDOM_BYTES / 4 }>(),

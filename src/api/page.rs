@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_hold_every_item_once_and_end_at_each_bound() {
+    fn pages_hold_each_item_once_within_limits() {
         for (count, limit, padding, pages) in [
             (0, None, 0, 1),
             (1, Some(1), 0, 1),

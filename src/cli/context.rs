@@ -105,7 +105,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn default_socket_without_own_daemon_is_the_systems() {
+    fn default_socket_without_user_daemon_is_system_socket() {
         let env = |name: &str| (name == "XDG_RUNTIME_DIR").then(|| "/run/user/1000".to_owned());
         let pick = |uid, there: &[&str]| {
             let there: Vec<String> = there.iter().map(|s| (*s).to_owned()).collect();

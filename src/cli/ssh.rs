@@ -157,7 +157,7 @@ mod tests {
         }
     }
 
-    /// Checks the file with ssh itself: `ssh -G` prints the configuration that it would use.
+    /// Checks the file with ssh itself: `ssh -G` prints the configuration that ssh would use.
     #[test]
     fn ssh_config_is_accepted_by_ssh() {
         let dir = tempfile::tempdir().unwrap();

@@ -148,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn stats_print_a_table() {
+    fn stats_are_printed_as_table() {
         let mut other = stats(2000, 0);
         other.vm = "ba9876543210".parse().unwrap();
         expect![[r"

@@ -87,12 +87,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reference_as_printed_changes_nothing() {
+    fn printed_reference_equals_defaults() {
         assert_eq!(parse(&reference()).unwrap(), File::default());
     }
 
     #[test]
-    fn reference_with_every_setting_uncommented_is_the_default() {
+    fn uncommented_reference_equals_defaults() {
         let is_setting =
             |line: &str| line.starts_with('#') && !line.starts_with("# ") && line.len() > 1;
         let uncommented = |line: &str| {

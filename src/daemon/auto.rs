@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn first_missing_thing_is_named() {
+    fn first_missing_requirement_is_named() {
         let dir = tempfile::tempdir().unwrap();
         let user_mode = config(dir.path(), "");
         assert_eq!(missing_with(&user_mode, false).what, "fcd must run as root");
@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn vm_with_a_qcow2_disk_keeps_qemu() {
+    fn vm_with_qcow2_disk_keeps_qemu() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(qcow2_disk(dir.path()), None);
         for (vm, bytes) in [("a", &b"raw disk"[..]), ("b", b"Q")] {

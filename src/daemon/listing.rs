@@ -102,7 +102,7 @@ mod tests {
     use crate::ids::VmId;
 
     #[test]
-    fn position_is_read_back_and_other_text_is_refused() {
+    fn position_round_trips_and_other_text_is_refused() {
         let position = Position(1764400000, "0123456789ab".parse::<VmId>().unwrap());
         assert!(
             Position::parse(&position.to_string())

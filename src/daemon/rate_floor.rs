@@ -121,7 +121,7 @@ mod tests {
     fn time_before_first_byte_does_not_count() {
         let mut floor = floor();
         assert!((0..100).all(|_| floor.check(0).is_ok()));
-        // The stream began at the end of this window.
+        // The stream begins at the end of this window.
         assert_eq!((floor.check(1), floor.check(1001)), (Ok(()), Ok(())));
     }
 

@@ -219,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn a_paused_guest_ends_transfers_and_boots_and_leaves_sessions_alone() {
+    fn pause_ends_transfers_and_boots_but_not_sessions() {
         let runtimes = Runtimes::new();
         let vm = VmId::random();
         let token = || Cancel::try_new().unwrap();

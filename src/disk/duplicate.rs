@@ -100,7 +100,7 @@ mod tests {
         Cancel::try_new().unwrap()
     }
 
-    /// The copy is independent: its source may change and be deleted.
+    /// The copy is independent of its source, which may change or be deleted.
     #[test]
     fn qcow2_copy_does_not_depend_on_its_source() {
         let dir = tempfile::tempdir().unwrap();
@@ -122,7 +122,7 @@ mod tests {
             path: &from,
             base: &base,
         };
-        // The second copy replaces the first, which never lacks its base.
+        // The second copy replaces the first. The file never lacks its base.
         copy(&HostCommands, &source, &to, None, &cancel(), &mut |_, _| {})
             .unwrap()
             .publish()

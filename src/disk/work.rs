@@ -60,7 +60,7 @@ mod tests {
     use std::os::unix::fs::MetadataExt;
 
     #[test]
-    fn work_disk_is_a_clean_file_system_and_sparse() {
+    fn work_disk_is_clean_sparse_file_system() {
         let dir = tempfile::tempdir().unwrap();
         let (path, cancel) = (dir.path().join("work"), Cancel::try_new().unwrap());
         make(&HostCommands, &path, 1 << 30, None, &cancel).unwrap();

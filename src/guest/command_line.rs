@@ -138,7 +138,7 @@ mod tests {
     }
 
     const SHELLS: [&str; 2] = ["/bin/dash", "/bin/bash"];
-    /// Prints each argument followed by a NUL.
+    /// A script that prints each argument followed by a NUL.
     const PRINTER: &str = r#"for a in "$@"; do printf '%s\0' "$a"; done"#;
 
     fn check_round_trip(words: &[String], env: &[(String, String)], dir: Option<&str>) {
@@ -268,7 +268,7 @@ mod tests {
         assert!(command_line(&[], &[], Some("\0")).is_err());
     }
 
-    /// Covers signals that sshd has no name for. The shell must not print anything either.
+    /// Some of these signals have no name in sshd. The shell must not print anything either.
     #[test]
     fn command_line_maps_signals_to_shell_statuses() {
         let all = [

@@ -214,7 +214,7 @@ mod tests {
     use super::*;
     use std::io::{BufRead, BufReader, PipeReader, PipeWriter, Read, pipe};
 
-    /// A log whose reader has not read anything and whose writer is blocked.
+    /// A log whose reader has not read anything, so that its writer is blocked.
     struct Stalled {
         queue: Queue,
         reader: PipeReader,

@@ -123,7 +123,7 @@ Anonymous:             0 kB
 
     /// The program still runs, and its relocated data is intact.
     #[test]
-    fn give_back_leaves_program_intact() {
+    fn unmapping_leaves_program_intact() {
         let before = std::fs::read_to_string("/proc/self/maps").unwrap();
         assert!(before.contains("r-xp"));
         for _ in 0..3 {

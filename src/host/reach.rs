@@ -91,7 +91,7 @@ mod tests {
         };
         check("open/new/deeper", None);
         check("open", None);
-        // The mode of the last component does not matter; it is only needed for entries below it.
+        // The last component may be closed. Its mode only matters for entries below it.
         check("shut", None);
         for path in [
             "shut/state",

@@ -98,7 +98,7 @@ mod tests {
     use expect_test::expect;
 
     #[test]
-    fn printable_escapes_what_changes_a_terminal_and_nothing_else() {
+    fn printable_escapes_only_terminal_control() {
         let same = "it's \"plain\" \\ e\u{301} \u{1f468}\u{200d}\u{1f469} \u{645}\u{200c}\u{627}";
         assert_eq!(printable(same), same);
         assert_eq!(
@@ -126,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn quoted_is_short_and_cannot_end_its_quotes() {
+    fn quoted_text_is_bounded_and_escapes_quotes() {
         assert_eq!(quoted("it's a \"x\"\n"), r#""it's a \"x\"\n""#);
         let long = quoted(&"é".repeat(65));
         assert_eq!(long, format!("\"{}\"...", "é".repeat(64)));

@@ -433,7 +433,7 @@ mod tests {
             0
         );
         assert_eq!(std::fs::read(disk).unwrap(), vec![1; 8192]);
-        // A damaged image can be deleted, too.
+        // A damaged image can be deleted too.
         std::fs::remove_file(publish(&images).unwrap().kernel).unwrap();
         images.delete(&name()).unwrap();
         publish(&images).unwrap();

@@ -138,7 +138,7 @@ mod tests {
 
     #[test]
     fn tables_are_matched_by_whole_name() {
-        // nftables 1.0.6.
+        // This is output of nftables 1.0.6.
         let json = br#"{"nftables": [{"metainfo": {"version": "1.0.6"}}, {"table": {"family": "bridge", "name": "fcd_0000000b", "handle": 3}},
             {"table": {"family": "inet", "name": "fcd_0000000b", "handle": 4}}, {"table": {"family": "inet", "name": "fcd_0000000bc", "handle": 5}},
             {"table": {"family": "ip", "name": "filter", "handle": 6}}]}"#;
@@ -184,7 +184,7 @@ mod tests {
             .host
             .run(|| net.take(&lost, 4711, &Cancel::try_new().unwrap()))
             .unwrap();
-        // Kill its daemon and its VM.
+        // Kills the installation's daemon and VM.
         std::mem::forget(net);
         let all = || {
             lab.host.sh("ip -o link show type tun | cut -d: -f2; ip -o link show type bridge | cut -d: -f2; nft list ruleset")

@@ -164,7 +164,7 @@ mod tests {
 
     #[test]
     fn links_are_parsed() {
-        // Shortened from iproute2 6.1.
+        // This is shortened output of iproute2 6.1.
         let json = br#"[{},{"ifindex":1,"ifname":"lo","flags":["LOOPBACK","UP"],"link_type":"loopback","address":"00:00:00:00:00:00"},
             {"ifindex":3,"ifname":"fc1a2b3c4d-1","flags":["NO-CARRIER","BROADCAST","UP"],"master":"fcbr0","address":"2e:ff:60:3f:bd:90",
             "linkinfo":{"info_kind":"tun","info_data":{"type":"tap"},"info_slave_kind":"bridge","info_slave_data":{"isolated":true}},

@@ -421,7 +421,7 @@ mod tests {
     }
 
     #[test]
-    fn second_daemon_cannot_claim_what_first_one_has() {
+    fn second_daemon_cannot_claim_taken_resources() {
         let dir = tempfile::tempdir().unwrap();
         let first = take(&config("/a", (5000, 100), Some("10.89.0.0/24")), dir.path()).unwrap();
         for base in [4901, 5000, 5050, 5099] {
@@ -446,7 +446,7 @@ mod tests {
         );
         let beside = take(&config("/b", (5100, 100), Some("10.90.0.0/24")), dir.path()).unwrap();
         let before = take(&config("/c", (4900, 100), None), dir.path()).unwrap();
-        // The same state directory again, after the first daemon has exited.
+        // The same state directory can be claimed again after the first daemon has exited.
         drop(first);
         drop(take(&config("/a", (5000, 100), Some("10.89.0.0/24")), dir.path()).unwrap());
         // The first daemon has no running VMs, so its uids and subnet are free.
@@ -520,7 +520,8 @@ mod tests {
             std::fs::create_dir(state(name)).unwrap();
         }
         let own = claim("own", 5000, "00000001");
-        // "live" runs without its directory, "stopped" has its directory, and "gone" has neither.
+        // Installation "live" runs without its directory, "stopped" has its directory, and "gone"
+        // has neither.
         let live = claim("live", 6000, "00000002");
         std::fs::remove_dir(state("live")).unwrap();
         drop(claim("stopped", 7000, "00000003"));

@@ -177,8 +177,8 @@ impl Registry {
 mod tests {
     use super::*;
 
-    /// Opens this many connections and closes them one by one. Returns how many were left each time
-    /// a peak was over.
+    /// Opens this many connections and closes them one by one. Returns the number of connections
+    /// left at each end of a peak.
     fn peaks_over(connections: u64) -> Vec<usize> {
         let socket = Arc::new(UnixStream::pair().unwrap().0);
         let mut connected = Connected::default();

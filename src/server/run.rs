@@ -221,13 +221,13 @@ fn hold(state_dir: &Path) -> Result<File> {
 mod tests {
     use super::*;
 
-    /// A child between fork and exec shares its parent's descriptors, and may reach its exec after
-    /// the parent has died.
+    /// Between fork and exec a child shares its parent's descriptors, and it may exec after the
+    /// parent has died.
     #[test]
     fn lock_of_dead_daemon_is_waited_for() {
         let dir = tempfile::tempdir().unwrap();
         let held = hold(dir.path()).unwrap();
-        // Larger than any real pid (proc(5), pid_max).
+        // This is larger than any real pid (proc(5), pid_max).
         std::fs::write(dir.path().join(LOCK_FILE), "4194305\n").unwrap();
         let waits = std::thread::scope(|scope| {
             let next = scope.spawn(|| hold(dir.path()).map(drop));

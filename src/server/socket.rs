@@ -194,13 +194,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn gid_is_that_of_the_hosts_name_service() {
+    fn gid_matches_host_name_service() {
         assert_eq!(gid_of("root").unwrap(), Some(0));
         assert_eq!(gid_of("no-such-group").unwrap(), None);
     }
 
     #[test]
-    fn gid_is_third_field() {
+    fn gid_is_read_from_third_field() {
         assert_eq!(gid_in(b"fcd:x:990:alice,bob\n"), Some(990));
         assert_eq!(gid_in(b"fcd:x:-1:"), None);
         assert_eq!(gid_in(b""), None);

@@ -249,7 +249,7 @@ mod tests {
                 "[ 1.0] reboot: Restarting system\r\n",
                 Some(End::GuestRebooted),
             ),
-            // Our init ends a Firecracker guest with a reset.
+            // fcd's init ends a Firecracker guest with a reset.
             (
                 "fcd-init: disk is clean\r\n[ 2.0] sysrq: Resetting\r\n",
                 Some(End::GuestShutDown),

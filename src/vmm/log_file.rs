@@ -297,7 +297,7 @@ mod tests {
             seen += &all(&mut reader);
         }
         assert_eq!(seen, expected);
-        // A reader that misses two rotations continues with the oldest file that is left.
+        // A reader that misses two rotations continues with the oldest file that still exists.
         for i in 0..50 {
             log.append(format!("late {i}\n").as_bytes()).unwrap();
         }

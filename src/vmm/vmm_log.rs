@@ -62,7 +62,7 @@ mod tests {
 
     /// The first two logs were recorded from QEMU 7.2.22.
     #[test]
-    fn log_says_why_qemu_ended() {
+    fn end_of_qemu_is_read_from_log() {
         let signal = "qemu-system-x86_64: terminating on signal 15 from pid 5081 (timeout)\n";
         for (text, cause) in [
             (format!("{RUNS}{STOPS}"), Some(Cause::GuestReset)),
@@ -78,7 +78,7 @@ mod tests {
                 format!("{RUNS}qemu_system_shutdown_request reason=2\n{STOPS}"),
                 Some(Cause::Host("host-qmp-quit")),
             ),
-            // The log also shows no cause after a pause, or if the VMM was killed.
+            // The log shows no cause after a pause or if the VMM was killed.
             (
                 format!("{RUNS}vm_state_notify running 0 reason 4 (paused)\n"),
                 None,
@@ -91,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_end_of_a_long_log_is_read() {
+    fn long_log_is_read_from_its_end_only() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(cause(dir.path()), None);
         std::fs::write(dir.path().join(VMM_LOG), RUNS.repeat(1000) + STOPS).unwrap();

@@ -126,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn patch_appears_complete_or_not_at_all_and_never_overwrites() {
+    fn patch_file_is_complete_or_absent_and_never_overwrites() {
         let dir = tempfile::tempdir().unwrap();
         let cancel = Cancel::try_new().unwrap();
         let target = dir.path().join("p");

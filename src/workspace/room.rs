@@ -136,7 +136,7 @@ mod tests {
         let free = Arc::new(AtomicU64::new(FREE_BYTES_MIN + LOOK_BYTES));
         let mut room = room(&free, 1 << 40, u64::MAX);
         (0..16).for_each(|_| room.take(1 << 20).unwrap());
-        // Another process fills the disk as well.
+        // Another process also fills the disk.
         free.store(FREE_BYTES_MIN, Ordering::Relaxed);
         let e = room.take(1).unwrap_err();
         assert_eq!(e.kind(), Kind::DiskFull);

@@ -384,7 +384,7 @@ mod tests {
         Path::new(OsStr::from_bytes(bytes))
     }
 
-    /// The path, the link target and the content of each entry.
+    /// Returns the path, the link target and the content of each entry.
     fn entries(tar: &[u8]) -> std::io::Result<Vec<[Vec<u8>; 3]>> {
         let read = |entry: std::io::Result<tar::Entry<'_, &[u8]>>| {
             let mut entry = entry?;

@@ -1,5 +1,5 @@
-//! Compiled for `scripts/lock-code`, which compares the machine code of both functions. With the
-//! checker off, our lock must equal parking_lot's to the instruction.
+//! `scripts/lock-code` compiles this file and compares the machine code of both functions. With the
+//! checker off, fcd's lock must have the same instructions as parking_lot's.
 
 #![allow(clippy::disallowed_types)] // The comparison needs it.
 
@@ -19,8 +19,8 @@ pub fn through_parking_lot(counter: &parking_lot::Mutex<u64>) -> u64 {
     *guard
 }
 
-/// Names that only the checker knows. Keyed sets are excluded because `fcctl debug locks` names
-/// them in every build, and so are single words, because they may be part of another text.
+/// Names that only the checker contains. Keyed sets are excluded because `fcctl debug locks` names
+/// them in every build. Single words are excluded because they may be part of another text.
 fn ranks() -> impl Iterator<Item = &'static str> {
     fcd::testing::locks::rank::order()
         .into_iter()

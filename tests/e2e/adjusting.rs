@@ -1,5 +1,5 @@
-//! Tests with a real guest whose disks have rate limits, and which returns memory and takes it
-//! back.
+//! Tests with a real guest whose disks have rate limits, and whose balloon gives memory back to the
+//! host and takes it again.
 
 use crate::host::{Host, vmm_processes, wait_for, wait_for_or};
 use serde_json::{Value, json};
@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 
 const MIB: u64 = 1 << 20;
 
-/// Asks QEMU itself. Its monitor serves one client at a time, so nothing is asked of the daemon
-/// meanwhile.
+/// Sends a command directly to QEMU's monitor. The monitor serves one client at a time, so the test
+/// makes no calls to the daemon until this returns.
 fn qmp(host: &Host, vm: &str, command: &str) -> Value {
     let id = host.show(vm, "id");
-    // The path of the socket is too long, so it is opened through this directory.
+    // The socket's path is too long for bind(2), so this opens it through its directory.
     let run = host
         .state()
         .join("vms")
@@ -43,7 +43,7 @@ fn qmp(host: &Host, vm: &str, command: &str) -> Value {
     ask(command)
 }
 
-/// The limits of the disks by node: bytes and operations per second, or 0 for no limit.
+/// Returns the limits of the disks by node: bytes and operations per second, or 0 for no limit.
 fn limits(host: &Host, vm: &str) -> Vec<(String, u64, u64)> {
     let devices = qmp(host, vm, "query-block");
     let of = |device: &Value| {
@@ -88,7 +88,7 @@ fn available_mib(host: &Host) -> u64 {
         >> 10
 }
 
-/// The resident memory of a process.
+/// Returns the resident memory of a process.
 fn resident_mib(pid: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status
@@ -99,7 +99,7 @@ fn resident_mib(pid: u32) -> u64 {
 }
 
 #[test]
-fn disks_are_limited_and_memory_comes_back() {
+fn disk_limits_apply_and_balloon_returns_memory() {
     let mut host = Host::start();
     host.ok(&[
         "vm",
@@ -144,7 +144,7 @@ fn disks_are_limited_and_memory_comes_back() {
         limits(&host, "a"),
         named([("root", 2 * MIB, 0), ("seed", 0, 0), ("work", 2 * MIB, 0)])
     );
-    // Each disk has a limit of 2 MiB per second, of which a tenth passes at once. Reading 6 MiB
+    // Each disk has a limit of 2 MiB per second and may exceed it by a tenth at once. Reading 6 MiB
     // takes at least this long on any host.
     for disk in ["vda", "vdc"] {
         let took = read_disk(&host, disk, 6 * MIB);
@@ -165,7 +165,7 @@ fn disks_are_limited_and_memory_comes_back() {
     let before = read();
     read_disk(&host, "vda", MIB);
     assert!(read() >= before + MIB);
-    // The next daemon keeps the limits, and removing them works.
+    // The next daemon keeps the limits, and it can remove them.
     host.kill_daemon();
     host.relaunch();
     wait_for("the VM is reconciled", || {
@@ -224,9 +224,8 @@ fn disks_are_limited_and_memory_comes_back() {
     wait_for_or("it takes memory again", &mut String::new(), |said| {
         (kept(said) == 1024 && available_mib(&host) + 100 > before).then_some(())
     });
-    // Memory that the guest has used and freed is returned to the host, but not all of it: a guest
-    // reports
-    // only free blocks of 2 MiB, and one page in use keeps its whole block.
+    // Freed memory of the guest returns to the host, except for blocks in use: a guest reports only
+    // free blocks of 2 MiB, and one page in use keeps its whole block.
     let vmm_mib = || {
         vmm_processes(&host.state())
             .iter()

@@ -1,7 +1,7 @@
-//! The test host: one of our VMs that is a host itself, with things that this host's kernel may
-//! lack. It has device-mapper, and a virtualisation that runs stock kernels (KVM nested in the
-//! emulated processor). The built programs and the tests are copied into it unchanged. It takes
-//! longest, so its name comes first.
+//! Tests in a test host: a VM of fcd that acts as a host and has features that this host's kernel
+//! may lack. It has device-mapper and runs stock kernels in VMs (KVM nested in the emulated
+//! processor). The built programs and tests are copied into it unchanged. These tests take longest,
+//! so the module's name sorts first.
 
 use crate::host::{FCCTL, FCD, Host, cached_image, image};
 use std::path::{Path, PathBuf};
@@ -18,13 +18,13 @@ const PACKAGES: [&str; 8] = [
     "procps",
     "openssh-client",
 ];
-/// A host that runs a service manager, though not as its first process. Starting that takes a
-/// minute or more under emulation.
+/// The name of a test host that runs systemd, although not as its first process. Starting systemd
+/// takes a minute or more under emulation.
 const NAME_WITH_SYSTEMD: &str = "systemd-host";
 const SYSTEMD: [&str; 3] = ["systemd", "systemd-resolved", "dbus"];
-/// The directory for everything in the test host. VMMs with other uids can reach it.
+/// The directory of all files in the test host. VMMs with other uids can reach it.
 pub const PLACE: &str = "/srv/f";
-/// How long a command in the test host may take. Emulation makes it about twenty times slower.
+/// Limit of the time for a command in the test host. Emulation makes it about twenty times slower.
 const DEADLINE_S: u32 = 600;
 
 pub struct TestHost(Host);
@@ -50,7 +50,7 @@ impl TestHost {
         host
     }
 
-    /// Runs a line of shell, with our programs in PATH and the daemon's socket in the environment.
+    /// Runs a line of shell with fcd's programs in PATH and the daemon's socket in the environment.
     #[track_caller]
     pub fn sh(&self, line: &str) -> String {
         let script = format!(
@@ -68,7 +68,7 @@ impl TestHost {
         ])
     }
 
-    /// Pipes the output of a shell here to a shell in the test host.
+    /// Pipes the output of a shell on this host to a shell in the test host.
     pub fn pipe(&self, from: &str, to: &str) {
         let socket = self.0.socket();
         let line = format!(
@@ -103,8 +103,8 @@ impl TestHost {
     }
 
     pub fn bring_image(&self) {
-        // Copy the image, because other tests link and unlink its file, which tar reports as a
-        // change.
+        // The image is copied first because other tests link and unlink its file, which tar reports
+        // as a change.
         let dir = tempfile::tempdir().unwrap();
         let status = Command::new("cp")
             .args(["-r", "--sparse=always"])
@@ -124,7 +124,8 @@ impl TestHost {
     }
 
     fn start_daemon(&self) {
-        // Not probed, because that is slow under emulation and might decide otherwise now and then.
+        // The accelerator is not probed because a probe is slow under emulation and its result may
+        // vary.
         self.start_daemon_with("[disk]\ndriver = \"dm-snapshot\"\n[qemu]\naccel = \"kvm\"\n");
     }
 
@@ -138,7 +139,7 @@ impl TestHost {
         ));
     }
 
-    /// Our devices, and loop devices.
+    /// Returns fcd's devices and all loop devices.
     pub fn devices(&self) -> String {
         self.sh("dmsetup ls | grep -v '^No devices' || true; losetup --noheadings --list")
     }
@@ -159,7 +160,7 @@ impl Drop for TestHost {
     }
 }
 
-/// The binary of the integration tests, as built here.
+/// Returns the path of the integration tests' binary.
 fn integration_tests() -> PathBuf {
     let args = [
         "test",
@@ -193,7 +194,7 @@ fn integration_tests() -> PathBuf {
 }
 
 #[test]
-fn root_disks_are_snapshots_in_a_test_host() {
+fn snapshot_root_disks_work_in_test_host() {
     let host = TestHost::boot();
     host.bring_programs();
     fake_vmms(&host, "crash::crash_at_any_point_of_operation_recovers");
@@ -202,14 +203,14 @@ fn root_disks_are_snapshots_in_a_test_host() {
     data_is_kept_and_the_disk_grows(&host);
     a_daemon_that_is_killed_finds_its_guest(&host);
     guest_is_paused_before_host_disk_is_full(&host);
-    a_device_in_use_is_waited_for(&host);
+    removal_waits_for_device_in_use(&host);
     assert_eq!(
         host.sh("fcctl doctor --leaks"),
         "fcd has left nothing behind on this host\n"
     );
 }
 
-/// Runs the integration test with this name, with root disks on real devices.
+/// Runs this integration test with root disks on real devices.
 fn fake_vmms(host: &TestHost, test: &str) {
     let ran = host.sh(&format!(
         "FCD_TEST_DM_SNAPSHOT=1 it --include-ignored --nocapture --exact {test}"
@@ -225,7 +226,7 @@ fn fake_vmms(host: &TestHost, test: &str) {
 
 #[test]
 #[ignore = "minutes: scripts/test --long"]
-fn every_crash_point_of_two_operations_in_a_test_host() {
+fn crash_points_of_two_operations_in_test_host() {
     let host = TestHost::boot();
     host.bring_programs();
     fake_vmms(
@@ -268,10 +269,10 @@ fn a_daemon_that_is_killed_finds_its_guest(host: &TestHost) {
     assert_eq!(host.sh("fcctl exec a -- cat /root/kept"), "kept\n");
 }
 
-/// Room for a guest's next writes is allocated ahead. If there is none, the guest is paused and
-/// loses nothing.
+/// Room for a guest's next writes is allocated ahead. Without room the guest is paused and loses
+/// nothing.
 fn guest_is_paused_before_host_disk_is_full(host: &TestHost) {
-    // The daemon is root there, so it can use root's reserve.
+    // The daemon runs as root there, so it can use the space reserved for root.
     host.sh(
         "free=$(stat -f -c %f .); fallocate -l $(((free - 8192) * $(stat -f -c %S .))) fill; df .",
     );
@@ -285,8 +286,8 @@ fn guest_is_paused_before_host_disk_is_full(host: &TestHost) {
     assert!(!host.sh("dmsetup status").contains("Invalid"));
 }
 
-/// Something has the device open when it should be removed.
-fn a_device_in_use_is_waited_for(host: &TestHost) {
+/// Another process has the device open when the daemon removes it.
+fn removal_waits_for_device_in_use(host: &TestHost) {
     host.sh("exec 9< $(echo state/vms/*/disk)
              fcctl rm -f a 9<&- & until ! pgrep -x qemu-system-x86 > /dev/null; do sleep 0.1; done
              dmsetup ls | grep -q fc-; exec 9<&-; wait $!");
@@ -294,7 +295,7 @@ fn a_device_in_use_is_waited_for(host: &TestHost) {
     assert_eq!(host.sh("fcctl ps -aq"), "");
 }
 
-/// Starts systemd in process, mount and control group namespaces of its own.
+/// Starts systemd in new process, mount and control group namespaces.
 const START_SYSTEMD: &str = r#"
     mkdir /sys/fs/cgroup/services
     cat > systemd.sh <<'END'
@@ -308,7 +309,7 @@ END
     do sleep 0.5; done
     echo "nsenter -t $pid -a \"\$@\"" > in-systemd"#;
 
-/// On a host with systemd-resolved, queries for `.vm` go to the bridge, and no others do.
+/// On a host with systemd-resolved, only queries for `.vm` go to the bridge.
 fn names_by_resolved(host: &TestHost, systemd: &dyn Fn(&str) -> String) {
     host.sh(
         "chmod 666 /dev/net/tun; printf '[network]\\ndriver = \"bridge\"\\n[qemu]\\naccel = \"kvm\"\\n' > /etc/fcd/config.toml",
@@ -332,10 +333,10 @@ fn names_by_resolved(host: &TestHost, systemd: &dyn Fn(&str) -> String) {
     systemd("fcctl rm -f named");
 }
 
-/// The unit's promise: a stop, a restart, an upgrade or a crash of the daemon does not affect VMs.
+/// A stop, a restart, an upgrade or a crash of the systemd unit does not affect VMs.
 #[test]
 #[ignore = "minutes: scripts/test --long"]
-fn vms_outlive_what_systemd_does_to_the_unit() {
+fn vms_outlive_systemd_unit() {
     let host = TestHost::boot_from(NAME_WITH_SYSTEMD, &SYSTEMD);
     host.bring_programs();
     host.bring_image();
@@ -383,7 +384,7 @@ fn vms_outlive_what_systemd_does_to_the_unit() {
              until now=$(systemctl show -P MainPID fcd) && [ $now != 0 ] && [ $now != $before ]; do sleep 0.2; done",
     );
     is_same("a crash, after which systemd starts it again");
-    // A configuration that it refuses is not retried in a loop.
+    // systemd does not retry a daemon whose configuration is invalid.
     systemd(
         "systemctl stop fcd; echo nonsense > /etc/fcd/config.toml; systemctl start fcd || true
              until systemctl is-failed -q fcd; do sleep 0.2; done; systemctl show -P NRestarts fcd | grep -qx 0",

@@ -1,5 +1,5 @@
 //! Tests with trees that take a minute each under software emulation. The module's name makes them
-//! begin first, because at the end they would run alone.
+//! start early, because they would run alone at the end.
 
 use crate::host::Host;
 use crate::tree::Site;
@@ -8,9 +8,9 @@ use std::os::unix::fs::FileExt;
 
 const MIB: u64 = 1 << 20;
 
-/// 300 MiB in one file with holes.
+/// The tree has 300 MiB in one file with holes.
 #[test]
-fn a_large_file_and_holes_arrive_as_they_are() {
+fn large_file_and_holes_are_copied_unchanged() {
     let host = Host::start();
     host.boot("box");
     let site = Site::unborn(&host, "box", "large");
@@ -39,9 +39,9 @@ fn a_large_file_and_holes_arrive_as_they_are() {
     }
 }
 
-/// 20,000 small files, some of them tracked.
+/// The tree has 20,000 small files, and git tracks some of them.
 #[test]
-fn many_files_arrive_as_they_are() {
+fn many_files_are_copied_unchanged() {
     let host = Host::start();
     host.boot("box");
     let site = Site::unborn(&host, "box", "many");

@@ -1,5 +1,5 @@
-//! Tests of VMs on the bridge. The host's side is a network namespace of the test's thread and its
-//! children, and the world outside is another one. Both disappear with the test.
+//! Tests of VMs on the bridge. The host is a network namespace of the test's thread and its
+//! children, and the outside is another one. Both disappear with the test.
 
 use crate::host::{self, Host, wait_for};
 use crate::tree::Site;
@@ -32,14 +32,14 @@ fn own_namespace() -> File {
     File::open("/proc/thread-self/ns/net").unwrap()
 }
 
-/// Moves this thread into a network namespace next to another one, which is the outside. A server
-/// in each namespace answers `who` with the name of its side.
+/// Moves this thread into a new network namespace, connected to a second one that is the outside. A
+/// server in each namespace answers `who` with the name of its side.
 pub fn enter_a_host_with_an_outside() {
     assert!(
         nix::unistd::geteuid().is_root(),
         "makes network namespaces: run the tests as root"
     );
-    // The image is built from packages, which can be downloaded only from the original namespace.
+    // Building the image downloads packages, which is only possible in the original namespace.
     host::image();
     let outside = std::thread::spawn(|| {
         unshare(CloneFlags::CLONE_NEWNET).unwrap();
@@ -47,8 +47,8 @@ pub fn enter_a_host_with_an_outside() {
     });
     let outside = outside.join().unwrap();
     unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).unwrap();
-    // udev creates it with this mode on Debian (50-udev-default.rules). Without udev only root
-    // could open it.
+    // On Debian, udev creates the device with this mode (50-udev-default.rules). Without udev only
+    // root could open it.
     sh(
         "mount --make-rprivate /; mkdir -p /dev/net; mount -t tmpfs fcd-test /dev/net; mknod -m 666 /dev/net/tun c 10 200",
     );
@@ -62,8 +62,7 @@ pub fn enter_a_host_with_an_outside() {
     serve(Some(outside), "the outside");
 }
 
-/// Answers each caller with the name of this side and the caller's address. Ends with the process,
-/// like the namespace.
+/// Answers each caller with the name of this side and the caller's address, until the process ends.
 fn serve(there: Option<File>, who: &'static str) {
     let (ready, is_ready) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
@@ -80,7 +79,7 @@ fn serve(there: Option<File>, who: &'static str) {
     is_ready.recv().unwrap();
 }
 
-/// What a guest receives from this address. None if nothing arrives within a moment.
+/// Returns what a guest receives from this address, or `None` if nothing arrives for a moment.
 fn ask(host: &Host, vm: &str, address: &str, port: u16) -> Option<String> {
     let script = format!(
         "timeout 5 bash -c 'exec 3<>/dev/tcp/{address}/{port} && head -n 1 <&3' || echo no"
@@ -88,7 +87,7 @@ fn ask(host: &Host, vm: &str, address: &str, port: u16) -> Option<String> {
     Some(host.sh(vm, &script).trim().to_owned()).filter(|said| said != "no")
 }
 
-/// The numbers of VMs' taps and of addresses that may reach the outside.
+/// Returns the numbers of VMs' taps and of addresses that may reach the outside.
 pub fn on_the_bridge() -> (usize, usize) {
     let taps = sh("ip -o link show master fcbr0 | wc -l")
         .trim()
@@ -101,7 +100,7 @@ pub fn on_the_bridge() -> (usize, usize) {
     (taps, elements)
 }
 
-/// The number of published ports.
+/// Returns the number of published ports.
 pub fn published() -> usize {
     sh("nft list ruleset | grep -o 'comment \"fc-' | wc -l")
         .trim()
@@ -119,7 +118,7 @@ fn address(host: &Host, vm: &str) -> String {
 }
 
 #[test]
-fn guests_reach_what_they_may_and_nothing_else() {
+fn guest_reaches_only_allowed_networks() {
     enter_a_host_with_an_outside();
     let mut host = Host::with_config("[network]\ndriver = \"bridge\"\n");
     host.ok(&[
@@ -139,7 +138,7 @@ fn guests_reach_what_they_may_and_nothing_else() {
     assert_eq!(on_the_bridge(), (3, 3));
     let (a, b) = (address(&host, "a"), address(&host, "b"));
 
-    // The guest reaches the outside and nothing else. The host's server does answer the host
+    // The guest reaches the outside but not the host, although the host's server answers the host
     // itself.
     for at in [GATEWAY, HOST] {
         assert!(
@@ -182,7 +181,7 @@ fn guests_reach_what_they_may_and_nothing_else() {
     assert_eq!(published(), 2);
     assert_eq!(ask(&host, "b", GATEWAY, 1023), None, "another guest");
 
-    // Statistics: it has sent and received data by now, and uses its CPU when asked to.
+    // The statistics show the data that the guest has sent and received, and its CPU use.
     let stats = |what: &str| host.json(&["vm", "stats", "a"])[0][what].as_u64().unwrap();
     let (sent, cpu) = (stats("net_sent_bytes"), stats("cpu_ns"));
     assert!(sent > 0 && stats("net_received_bytes") > 0 && stats("memory_bytes") > 32 << 20);
@@ -191,9 +190,8 @@ fn guests_reach_what_they_may_and_nothing_else() {
     let shown = host.ok(&["vm", "stats"]);
     assert!(shown.lines().count() == 4 && shown.contains('%'), "{shown}");
 
-    // Rates: packets above them are dropped, also after a restart of the daemon. Of five MiB, 1.25
-    // pass at once, and the
-    // rest takes at least this long on any host.
+    // Packets above the rates are dropped, also after a restart of the daemon. Of five MiB, 1.25
+    // pass at once, and the rest takes at least this long on any host.
     let rates = || {
         sh(
             "nft list table bridge fcd_$(nft list tables | sed -n 's/^table bridge fcd_//p') | grep -c 'limit rate over 1 mbytes/second burst' || true",
@@ -240,7 +238,7 @@ fn guests_reach_what_they_may_and_nothing_else() {
     assert_eq!(rates(), "0\n");
     feed(&host);
 
-    // Name resolution.
+    // The guest can resolve names.
     let resolved = |vm: &str, name: &str| {
         host.sh(
             vm,
@@ -256,7 +254,7 @@ fn guests_reach_what_they_may_and_nothing_else() {
         format!("{b} b.vm")
     );
 
-    // A tree is copied to the guest and back.
+    // Copies a tree to the guest and back.
     {
         let site = Site::unborn(&host, "a", "tree");
         site.write("greeting", "hello\n");
@@ -267,7 +265,7 @@ fn guests_reach_what_they_may_and_nothing_else() {
         assert!(String::from_utf8_lossy(&patch).contains("+hello, bridge"));
     }
 
-    // Rules that others delete are restored, and killing the daemon does not affect guests.
+    // fcd restores its rules if something deletes them. Killing the daemon does not affect guests.
     host.kill_daemon();
     sh("nft flush ruleset");
     host.relaunch();
@@ -283,7 +281,7 @@ fn guests_reach_what_they_may_and_nothing_else() {
         Some(0)
     );
 
-    // Nothing is left of a stopped VM, and it gets the same address again.
+    // A stopped VM leaves nothing, and its next start gets the same address.
     host.ok(&["stop", "a"]);
     assert_eq!(on_the_bridge(), (2, 2));
     assert!(!here());
@@ -297,7 +295,7 @@ fn guests_reach_what_they_may_and_nothing_else() {
 }
 
 #[test]
-fn a_boot_that_is_cut_off_leaves_no_tap() {
+fn interrupted_boot_leaves_no_tap() {
     enter_a_host_with_an_outside();
     let mut host = Host::with_config("[network]\ndriver = \"bridge\"\n");
     host.ok(&["vm", "create", "--name", "a"]);
@@ -328,7 +326,7 @@ fn a_boot_that_is_cut_off_leaves_no_tap() {
     assert_eq!(host.sh("b", "echo up").trim(), "up");
 }
 
-/// Starts a second daemon on this host, with its state in `name` next to that of the first one.
+/// Starts a second daemon on this host with its state in `name` beside the first daemon's.
 fn start_beside(host: &Host, name: &str) -> std::process::Child {
     let at = |file: &str| host.path().join(format!("{name}{file}"));
     let config = "[network]\ndriver = \"bridge\"\nbridge = \"fcbr9\"\nsubnet = \"10.99.0.0/24\"\n[qemu]\nuid_base = 700000\nuid_count = 100\n";
@@ -359,16 +357,16 @@ fn start_beside(host: &Host, name: &str) -> std::process::Child {
 }
 
 #[test]
-fn what_a_gone_installation_has_left_is_named_and_removed_and_a_live_one_stays() {
+fn leaks_of_gone_installation_are_removed_and_live_one_is_kept() {
     enter_a_host_with_an_outside();
     let mut host = Host::with_config("[network]\ndriver = \"bridge\"\n");
     host.boot("a");
-    // It sweeps when it starts, and then not for a minute.
+    // The daemon sweeps when it starts and then not for a minute.
     host.kill_daemon();
     host.relaunch();
     let links = || sh("ip -o link show type bridge | cut -d: -f2; nft list tables");
     let ours = links();
-    // The exit status says whether there are leaks.
+    // The exit status tells whether there are leaks.
     let leaks = |args: &[&str]| {
         String::from_utf8(host.fcctl(&[&["doctor", "--leaks"], args].concat()).stdout).unwrap()
     };
@@ -378,7 +376,7 @@ fn what_a_gone_installation_has_left_is_named_and_removed_and_a_live_one_stays()
     let both = links();
     assert!(both.contains("fcbr9") && both != ours, "{both}");
     assert_eq!(leaks(&[]), NONE, "it runs");
-    // Remove the directory of a running daemon.
+    // Moves the directory of a running daemon away.
     std::fs::rename(&state, host.path().join("aside")).unwrap();
     assert_eq!(leaks(&[]), NONE, "it still runs");
     second.kill().unwrap();
@@ -394,8 +392,8 @@ fn what_a_gone_installation_has_left_is_named_and_removed_and_a_live_one_stays()
     assert_eq!(links(), both, "naming it changes nothing");
     leaks(&["--fix", "--yes"]);
     assert_eq!((links(), leaks(&[]).as_str()), (ours.clone(), NONE));
-    // Another daemon's start removes leaks on its own, also if another installation uses the
-    // directory now.
+    // A starting daemon removes leaks automatically, even if another installation now uses the
+    // directory.
     for _ in 0..2 {
         let mut second = start_beside(&host, "second");
         second.kill().unwrap();
@@ -403,7 +401,7 @@ fn what_a_gone_installation_has_left_is_named_and_removed_and_a_live_one_stays()
         std::fs::remove_dir_all(&state).unwrap();
     }
     let mut third = start_beside(&host, "second");
-    // Its bridge has the same name as theirs.
+    // The new daemon's bridge has the same name as the old one's.
     assert_eq!(
         sh("nft list tables | grep -c fcd_").trim(),
         "4",

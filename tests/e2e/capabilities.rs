@@ -1,5 +1,4 @@
-//! Tests of what a guest has in addition to its disk and its network, in user mode: ports, a work
-//! disk, and files of the host.
+//! Tests of optional capabilities in user mode: published ports, a work disk and host files.
 
 use crate::host::{Host, text, wait_for};
 use std::io::Read;
@@ -8,8 +7,8 @@ use std::time::Duration;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Returns the first line that a server sends. In user mode a port that the guest does not serve
-/// accepts connections, and closes them.
+/// Returns the first line that a server sends. In user mode, connecting to a port that the guest
+/// does not serve succeeds, but the connection is closed.
 fn banner(at: &str) -> Option<String> {
     let mut stream = TcpStream::connect(at.parse::<SocketAddr>().unwrap()).ok()?;
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -18,7 +17,7 @@ fn banner(at: &str) -> Option<String> {
     Some(String::from_utf8_lossy(&said).into_owned())
 }
 
-/// True if this process has come to rest: it uses no CPU time between two looks.
+/// True if this process uses no CPU time between two samples.
 fn is_idle(pid: u64) -> bool {
     let ticks = || {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
@@ -48,7 +47,7 @@ fn is_idle(pid: u64) -> bool {
 }
 
 #[test]
-fn a_guest_has_its_ports_its_work_disk_and_the_hosts_files() {
+fn guest_has_ports_work_disk_and_host_files() {
     let files = tempfile::tempdir().unwrap();
     let file = files.path().join("ca.crt");
     std::fs::write(&file, "one\n").unwrap();
@@ -84,8 +83,8 @@ fn a_guest_has_its_ports_its_work_disk_and_the_hosts_files() {
         "{ports}"
     );
 
-    // If a program on the host uses the port, the error names it. The VM starts once the program
-    // has exited.
+    // If a program on the host uses the port, the error names the port. The VM starts after the
+    // program has exited.
     let listener = TcpListener::bind(&ssh).unwrap();
     let (status, said) = host.fails(&["start", "a"]);
     assert!(
@@ -96,7 +95,8 @@ fn a_guest_has_its_ports_its_work_disk_and_the_hosts_files() {
     host.ok(&["start", "a"]);
     assert_eq!(banner(&ssh).as_deref(), Some("SSH-2.0"));
 
-    // The work disk belongs to this guest, has the requested size, and is kept over a stop.
+    // The work disk belongs to this guest, has the requested size, and keeps its files when the VM
+    // stops.
     let size: u64 = host
         .sh("a", "df --output=size -BM /work | tail -n 1 | tr -d ' M'")
         .trim()
@@ -115,7 +115,7 @@ fn a_guest_has_its_ports_its_work_disk_and_the_hosts_files() {
         "echo kept > /work/file; cat /sys/block/vd?/serial > /work/disks",
     );
     assert_eq!(host.sh("a", "cat /work/disks"), "rootseedwork");
-    // The guest is paused and resumed, and its process continues where it was.
+    // After pause and resume, the guest's process continues.
     host.sh(
         "a",
         "nohup sh -c 'while :; do echo tick; usleep 100000 2>/dev/null || sleep 0.1; done' > /root/ticks 2>&1 & echo begun",
@@ -139,7 +139,7 @@ fn a_guest_has_its_ports_its_work_disk_and_the_hosts_files() {
     wait_for("the guest continues", || (ticks() > before).then_some(()));
     host.ok(&["vm", "pause", "a"]);
 
-    // A second VM cannot get a port of the first one.
+    // A second VM cannot get a port of the first VM.
     let (status, said) = host.fails(&[
         "vm",
         "create",
@@ -168,7 +168,7 @@ fn a_guest_has_its_ports_its_work_disk_and_the_hosts_files() {
     );
     assert_eq!(banner(&ssh).as_deref(), Some("SSH-2.0"));
 
-    // A missing file makes the start fail with its name, and `doctor` reports it.
+    // If a synced file is missing, the start fails and names it, and `doctor` reports it.
     host.ok(&["stop", "a"]);
     std::fs::remove_file(&file).unwrap();
     let (status, said) = host.fails(&["start", "a"]);

@@ -1,5 +1,5 @@
-//! Tests of copying a tree into a guest with every byte, mode and link and git's view of it, and of
-//! copying it again.
+//! Tests of copying a tree into a guest with its bytes, modes, links and git state, and of copying
+//! it again.
 
 use crate::host::{FCCTL, Host, text};
 use crate::tree::Site;
@@ -7,7 +7,7 @@ use std::fs;
 use std::process::Command;
 
 #[test]
-fn trees_arrive_as_they_are() {
+fn tree_is_copied_unchanged() {
     let host = Host::start();
     host.boot("box");
     every_kind_of_name_and_file(&host);
@@ -19,7 +19,7 @@ fn trees_arrive_as_they_are() {
 }
 
 #[test]
-fn trees_go_again_and_in_other_ways() {
+fn tree_is_copied_again_and_by_other_commands() {
     let host = Host::start();
     host.boot("box");
     a_second_prepare(&host);
@@ -93,13 +93,13 @@ fn every_kind_of_name_and_file(host: &Host) {
             .contains("No such file"),
         "git sees no empty directories"
     );
-    // Copy all of it back.
+    // Copies everything back.
     let back = site.beside("back");
     site.export(&["--tree", back.to_str().unwrap()]);
     site.assert_is_guests(&back);
 }
 
-/// Files that are staged, unstaged, both, renamed, deleted, intended, untracked, ignored, and
+/// The files are staged, unstaged, both, renamed, deleted, intended, untracked, ignored, and
 /// ignored but tracked.
 fn a_repository_with_everything_at_once(host: &Host) {
     let site = Site::unborn(host, "box", "dirty");
@@ -152,7 +152,7 @@ fn a_repository_with_everything_at_once(host: &Host) {
     site.assert_same_output(
         "git diff; git diff --cached; git log --format='%H %an %s'; git symbolic-ref HEAD",
     );
-    // Ignored files have been kept. Without them the trees are equal.
+    // The guest has the ignored files too. Without them the trees are equal.
     site.git(&["clean", "-fdXq"]);
     site.assert_same_tree();
     site.in_guest("git fsck --strict --no-dangling; git add -A; git commit -qm 'in the guest'; test -z \"$(git status -s)\"");
@@ -270,7 +270,7 @@ fn a_second_prepare(host: &Host) {
         said.contains("kept 4 files") && said.contains("--overwrite"),
         "{said}"
     );
-    // Files that only the guest has are kept as well.
+    // Files that only the guest has are also kept.
     let now = "cat host-edits guest-edits both-edit host-new guest-new; ls -d host-deletes guest-deletes dir 2>/dev/null || true";
     assert_eq!(
         site.said_in_guest(now),
@@ -352,7 +352,7 @@ fn nothing_of_a_hostile_repository_runs(host: &Host) {
         site.git(&["config", key, evil]);
     }
     site.write("a", "touched, so that its filter would be asked\n");
-    // Check that the trap works: git itself, run by the user, triggers it.
+    // The trap works: git itself triggers it when the user runs it.
     let _ = fs::remove_file(&canary);
     let _ = Command::new("timeout")
         .args(["10", "git", "status"])
@@ -398,7 +398,7 @@ fn readonly(host: &Host) {
     site.assert_same_tree();
 }
 
-/// Runs a line of shell on the host, in which `$FCCTL` is this host's fcctl.
+/// Runs a line of shell on the host. `$FCCTL` in it is this host's fcctl.
 #[track_caller]
 fn pipeline(site: &Site, script: &str) {
     let fcctl = format!("'{FCCTL}' --socket '{}'", site.host.socket().display());

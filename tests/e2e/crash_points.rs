@@ -1,22 +1,21 @@
-//! Kills the daemon at points of its operations, with real guests on a bridge that have ports and
-//! work disks. `it` `crash::` covers all points with fake guests. The numbers are those of the list
-//! of faults.
+//! Kills the daemon at points of its operations on real guests with a bridge, ports and work disks.
+//! `it` `crash::` covers all points with fake guests and defines the invariants I1 to I7.
 
 use crate::bridge::{enter_a_host_with_an_outside, on_the_bridge, published};
 use crate::host::{Host, wait_for};
 
-/// More points than any operation has.
+/// Limit above the number of points of any operation.
 const POINTS_MAX: u64 = 100;
-/// The distance between two points that are tried. With `--long` all of them are.
+/// The distance between two tested points. `--long` tests every point.
 const STEP: u64 = 6;
 
-/// fcctl's exit status when the daemon hangs up.
+/// fcctl's exit status if the daemon hangs up.
 const UNREACHABLE: i32 = 5;
 
 #[derive(Default, Debug)]
 struct Figures {
     points: u64,
-    /// How many guests kept running.
+    /// The number of guests that kept running.
     survived: u64,
 }
 
@@ -29,7 +28,7 @@ struct Operation {
     args: &'static [&'static str],
     before: &'static str,
     after: &'static str,
-    /// The state in which an interrupted operation may also leave the VM.
+    /// The additional state that the VM may have after the operation is interrupted.
     between: &'static str,
 }
 
@@ -86,7 +85,7 @@ impl Trial<'_> {
         })
     }
 
-    /// Brings the VM into its initial state, running or stopped, with a mark on its disk.
+    /// Brings the VM into its initial state, running or stopped, and writes a mark to its disk.
     fn set_the_scene(&self) {
         if self.state() == "gone" {
             self.host.ok(&[
@@ -111,8 +110,8 @@ impl Trial<'_> {
         self.host.ok(&[verb, "web"]);
     }
 
-    /// Runs the operation once with the daemon dying at point `n`. Returns false if it has fewer
-    /// points.
+    /// Runs the operation once and kills the daemon at point `n`. Returns false if the operation
+    /// has fewer points.
     fn at_point(&mut self, n: u64, figures: &mut Figures) -> bool {
         self.set_the_scene();
         let pid = self.host.show("web", "pid");
@@ -133,7 +132,7 @@ impl Trial<'_> {
         self.host.relaunch();
         let at = format!("{args:?}, killed at point {n}");
         let state = self.state();
-        // I5: what was acknowledged has happened.
+        // I5: acknowledged operations have happened.
         let may_be = if ended.status.success() {
             vec![after]
         } else {
@@ -143,7 +142,7 @@ impl Trial<'_> {
             may_be.contains(&state.as_str()),
             "{at}: {ended:?}, and it is {state}"
         );
-        // I1 and I2.
+        // I1 and I2: the host agrees with the row, and nothing is left over.
         let on_host = if state == "running" {
             ((1, 1), 1)
         } else {
@@ -165,7 +164,7 @@ impl Trial<'_> {
                 .ok(&["snapshot", "delete", snapshot["id"].as_str().unwrap()]);
         }
         if state != "gone" {
-            // I6: the same disks are used.
+            // I6: the next operation works and uses the same disks.
             self.host.ok(&["start", "web"]);
             assert_eq!(
                 self.host.sh("web", "cat /root/mark /work/mark"),
@@ -186,7 +185,7 @@ fn go_through(step: u64) {
             host: &mut host,
             operation,
         };
-        // Begin with the first point: a guest certainly survives that of `vm set`.
+        // Starts with the first point, because a guest always survives the first point of `vm set`.
         let mut points = (1..POINTS_MAX).step_by(usize::try_from(step).unwrap());
         assert!(
             points.any(|n| !trial.at_point(n, &mut figures)),
@@ -204,12 +203,12 @@ fn go_through(step: u64) {
 }
 
 #[test]
-fn a_daemon_killed_at_some_points() {
+fn crash_at_some_points_recovers() {
     go_through(STEP);
 }
 
 #[test]
 #[ignore = "minutes: scripts/test --long"]
-fn a_daemon_killed_at_every_point() {
+fn crash_at_every_point_recovers() {
     go_through(1);
 }

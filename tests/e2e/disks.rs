@@ -1,10 +1,10 @@
-//! Tests of the ways to make a root disk from an image, with real guests. The test host covers
+//! Tests of the methods of making a root disk from an image, with real guests. The test host covers
 //! device-mapper.
 
 use crate::host::Host;
 use std::os::unix::fs::MetadataExt;
 
-/// Data is kept over a stop, on a disk that has grown in the meantime.
+/// A disk keeps its data when the VM stops and the disk grows.
 fn keeps_its_data_and_grows(host: &Host, method: &str) {
     host.boot("a");
     assert_eq!(host.show("a", "disk_driver"), method);
@@ -25,7 +25,7 @@ fn keeps_its_data_and_grows(host: &Host, method: &str) {
 }
 
 fn root_disk_check(host: &Host) -> (String, String) {
-    // `doctor` exits with a failure if a check fails, so ignore its status.
+    // `doctor` fails if any check fails, so its status is ignored.
     let checks: serde_json::Value =
         serde_json::from_slice(&host.fcctl(&["--json", "doctor"]).stdout).unwrap();
     let check = checks["checks"]
@@ -41,7 +41,7 @@ fn root_disk_check(host: &Host) -> (String, String) {
 }
 
 #[test]
-fn a_file_system_that_shares_blocks_is_used() {
+fn shared_blocks_are_used_on_xfs() {
     let host = Host::on_xfs();
     assert_eq!(root_disk_check(&host).0, "ok");
     keeps_its_data_and_grows(&host, "reflink");
@@ -55,7 +55,7 @@ fn a_file_system_that_shares_blocks_is_used() {
         std::fs::metadata(&disk).unwrap().ino(),
         std::fs::metadata(&image).unwrap().ino()
     );
-    // The disk and its image together take less than twice the space of the image.
+    // The disk and its image together use less than twice the image's space.
     let used = nix::sys::statvfs::statvfs(&host.state()).unwrap();
     let used = (used.blocks() - used.blocks_free()) * used.fragment_size();
     let image = std::fs::metadata(&image).unwrap().blocks() * 512;
@@ -66,7 +66,7 @@ fn a_file_system_that_shares_blocks_is_used() {
 }
 
 #[test]
-fn a_copy_is_made_where_the_configuration_says_so() {
+fn disk_is_copied_if_configured() {
     let host = Host::with_config("[disk]\ndriver = \"copy\"\n");
     keeps_its_data_and_grows(&host, "copy");
     let meta = std::fs::metadata(
@@ -85,7 +85,7 @@ fn a_copy_is_made_where_the_configuration_says_so() {
 }
 
 #[test]
-fn what_the_host_cannot_do_is_refused_with_the_reason() {
+fn unsupported_disk_method_is_refused_with_reason() {
     let host = Host::with_config("[disk]\ndriver = \"reflink\"\n");
     let (severity, message) = root_disk_check(&host);
     assert!(

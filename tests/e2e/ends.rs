@@ -1,18 +1,18 @@
-//! Tests of the reason that is reported after a guest has ended: with a running daemon, after its
-//! restart, and if the guest ended while no daemon ran.
+//! Tests of the reported reason for a guest's end: with a running daemon, after its restart, and if
+//! no daemon ran at the time.
 
 use crate::host::{Host, signal, vmm_processes, wait_for};
 
-/// The delay before a guest ends, long enough to stop the daemon first.
+/// Time until a guest ends, long enough to stop the daemon before.
 const DELAY_S: u64 = 3;
 
-/// What a guest does, and what is reported then.
+/// A way for a guest to end, and the reported reasons.
 struct End {
     name: &'static str,
     script: &'static str,
     state: &'static str,
     reason: &'static str,
-    /// The reason if no daemon saw it.
+    /// The reason if no daemon was running.
     unseen: &'static str,
 }
 
@@ -45,7 +45,7 @@ const ENDS: [End; 3] = [
 ];
 
 impl End {
-    /// Makes the guest end after the delay, independently of this connection.
+    /// Makes the guest end after the delay, even after this connection has closed.
     fn order(&self, host: &Host) {
         let script = format!(
             "(sleep {DELAY_S}; {}) > /dev/null 2>&1 < /dev/null &",

@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 
 const BLOB_BYTES: usize = 20 << 20;
 
-/// One VM serves all of these tests, because none leaves anything that affects another one.
+/// All these tests share one VM, because none affects the others.
 #[test]
 fn commands_in_a_guest() {
     let host = Host::start();
@@ -42,15 +42,15 @@ fn commands_in_a_guest() {
     stdin_is_read_only_when_asked(&host);
     statuses(&host);
     options(&host);
-    a_reader_that_goes(&host);
+    reader_exit_ends_command(&host);
     a_tree_through_pipes(&host);
     a_terminal(&host);
     a_command_in_a_terminal_without_stdin(&host);
     the_systems_ssh(&host);
     many_at_once_and_long_ones(&host);
-    bytes_that_are_no_text(&host);
-    children_that_hold_the_output(&host);
-    what_ends_a_command(&host);
+    bytes_that_are_not_utf8(&host);
+    background_children_hold_output(&host);
+    command_ends_with_client_and_vm(&host);
 }
 
 fn many_at_once_and_long_ones(host: &Host) {
@@ -114,7 +114,7 @@ fn long_commands(host: &Host) {
         "0\n",
         "nothing is left in the guest"
     );
-    // The guest's shell reports what Linux does not accept.
+    // The guest's shell reports arguments that are too long for Linux.
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), format!("A={}\n", "x".repeat(200 << 10))).unwrap();
     let (status, said) = host.fails(&[
@@ -131,8 +131,8 @@ fn long_commands(host: &Host) {
     );
 }
 
-/// Names on Linux are arbitrary bytes.
-fn bytes_that_are_no_text(host: &Host) {
+/// File names and arguments on Linux may be any bytes.
+fn bytes_that_are_not_utf8(host: &Host) {
     let raw: Vec<u8> = (1..=255).collect();
     let word = |bytes: &[u8]| OsString::from_vec(bytes.to_vec());
     let dir = word(b"/tmp/\xff'\xfe");
@@ -176,9 +176,9 @@ fn bytes_that_are_no_text(host: &Host) {
     );
 }
 
-/// A program that is left in the background keeps the output open, as with ssh. A caller that does
-/// not want to wait uses `--no-wait-children`, or signals fcctl.
-fn children_that_hold_the_output(host: &Host) {
+/// A background program keeps the output open, as with ssh. To not wait for it, a caller uses
+/// `--no-wait-children` or signals fcctl.
+fn background_children_hold_output(host: &Host) {
     let script = "sleep 4322 & echo last words $$; exit 3";
     let out = host.fcctl(&[
         "exec",
@@ -194,7 +194,7 @@ fn children_that_hold_the_output(host: &Host) {
         "{:?}",
         text(&out)
     );
-    // All output of the command itself must arrive, however much it is.
+    // All output of the command itself must arrive, even a large amount.
     let much = format!("sleep 4322 & head -c {BLOB_BYTES} /dev/zero");
     let out = host.fcctl(&["exec", "--no-wait-children", "box", "--", "sh", "-c", &much]);
     assert_eq!((out.status.code(), out.stdout.len()), (Some(0), BLOB_BYTES));
@@ -222,9 +222,9 @@ fn children_that_hold_the_output(host: &Host) {
     host.sh("box", "pkill -x sleep || kill $(pidof sleep)");
 }
 
-/// Whatever ends the client or the VM, nothing keeps running in the guest, and waiting callers
-/// learn why.
-fn what_ends_a_command(host: &Host) {
+/// However the client or the VM ends, nothing keeps running in the guest, and waiting callers learn
+/// the reason.
+fn command_ends_with_client_and_vm(host: &Host) {
     let script = "echo ready; exec sleep 4321";
     let sleeping = || {
         let mut one = host.spawn(&["exec", "box", "--", "sh", "-c", script]);
@@ -250,7 +250,7 @@ fn what_ends_a_command(host: &Host) {
         stopped.stderr()
     );
     assert_eq!(stop.end().0, Some(0));
-    // A guest that shuts itself down is stopped, not failed.
+    // If a guest shuts itself down, its VM is stopped and not failed.
     host.ok(&["start", "box"]);
     let mut left = sleeping();
     host.fcctl(&["exec", "box", "--", "kill", "-TERM", "1"]);
@@ -303,7 +303,7 @@ fn streams_are_apart_and_binary_safe(host: &Host) {
         "{} bytes came back",
         out.stdout.len()
     );
-    // The command does not read its input.
+    // This command does not read its input.
     assert_eq!(
         host.feed(&["exec", "box", "-i", "--", "true"], &blob[..1 << 20])
             .status
@@ -328,7 +328,7 @@ fn stdin_is_read_only_when_asked(host: &Host) {
 }
 
 fn statuses(host: &Host) {
-    // Also with signals that sshd has no name for.
+    // Some of these signals have no name in sshd.
     for (signal, status) in [
         ("BUS", 135),
         ("SYS", 159),
@@ -431,7 +431,7 @@ fn options(host: &Host) {
 }
 
 /// `yes | head -1` ends without an error message.
-fn a_reader_that_goes(host: &Host) {
+fn reader_exit_ends_command(host: &Host) {
     let line = format!(
         "'{FCCTL}' --socket '{}' exec box -- yes | head -n 1",
         host.socket().display()
@@ -466,7 +466,7 @@ fn a_tree_through_pipes(host: &Host) {
     );
 }
 
-/// A person at a terminal, with the keyboard, the screen and the terminal itself.
+/// A person at a terminal: the keyboard, the screen and the terminal device.
 struct Person {
     keyboard: File,
     terminal: File,
@@ -508,7 +508,7 @@ impl Person {
             .contains(LocalModes::ICANON)
     }
 
-    /// Starts `fcctl` in a session of its own with this terminal.
+    /// Starts `fcctl` in a new session with this terminal.
     fn fcctl(&self, host: &Host, args: &[&str]) -> std::process::Child {
         let end = || Stdio::from(self.terminal.try_clone().unwrap());
         let mut command = Command::new("setsid");
@@ -553,7 +553,7 @@ fn a_terminal(host: &Host) {
     person.sees("30 100\r\n/dev/pts/");
     assert!(person.is_raw());
     person.resize(41, 123);
-    // A resize is not acknowledged, so poll the guest.
+    // The guest does not acknowledge a resize, so this polls.
     wait_for("the new size", || {
         person.type_in("stty size\n");
         person.look();
@@ -561,11 +561,11 @@ fn a_terminal(host: &Host) {
     });
     person.type_in("echo sle\"\"eping; sleep 1000\n");
     person.sees("sleeping");
-    // Until the command runs in the foreground, the signal would go to the shell.
+    // Before the command runs in the foreground, the signal would go to the shell.
     wait_for("the command in the foreground", || {
         (host.sh("box", "pidof sleep | wc -w") == "1\n").then_some(())
     });
-    // Ctrl-C is sent as a byte here, and the guest's terminal turns it into a signal.
+    // fcctl sends Ctrl-C as a byte here, and the guest's terminal turns it into a signal.
     person.type_in("\x03");
     person.type_in("echo status=$?\n");
     person.sees("status=130");
@@ -575,7 +575,7 @@ fn a_terminal(host: &Host) {
     assert!(!person.is_raw());
 }
 
-/// With `-t` alone, Ctrl-C is a signal on our side, and fcctl forwards it to the guest.
+/// With only `-t`, Ctrl-C is a signal on the host, and fcctl forwards it to the guest.
 fn a_command_in_a_terminal_without_stdin(host: &Host) {
     let mut person = Person::sit_down(24, 80);
     let mut child = person.fcctl(
@@ -594,7 +594,7 @@ fn a_command_in_a_terminal_without_stdin(host: &Host) {
     person.type_in("\x03");
     let status = wait_for("the command's end", || child.try_wait().unwrap());
     assert_eq!(status.code(), Some(130));
-    // The command in the guest has a terminal even if the output goes to a file.
+    // The command has a terminal in the guest even if its output goes to a file.
     let mut file = Spawned::start(&mut host.command(&["exec", "-t", "box", "--", "tty"]));
     assert_eq!(file.end().0, Some(0));
     assert!(file.stdout().starts_with("/dev/pts/"), "{}", file.stdout());
@@ -610,7 +610,7 @@ fn the_systems_ssh(host: &Host) {
     a_shell_in_the_workspace(host);
 }
 
-/// A shell has a terminal, also if it starts in a workspace, but not if stdin is not a terminal.
+/// A shell has a terminal, also when it starts in a workspace, but not if stdin is not a terminal.
 fn a_shell_in_the_workspace(host: &Host) {
     let repo = tempfile::tempdir().unwrap();
     crate::first_light::repository(repo.path());

@@ -1,12 +1,12 @@
-//! Tests that changes made in a guest are exported, that nothing else is, and that the guest stays
-//! unchanged.
+//! Tests that an export contains exactly the changes made in the guest, and that it does not change
+//! the guest.
 
 use crate::host::{Host, text};
 use crate::tree::Site;
 use std::fs;
 
 /// A commit, edits, a deletion, a rename, new files, a binary, mode changes, links, and files that
-/// change their kind.
+/// change their type.
 const WORK: &str = r"umask 022
 printf 'one\nchanged in the guest\n' > a
 printf 'committed\n' > committed-new
@@ -55,7 +55,7 @@ fn fill(site: &Site) {
     site.link("a", "link");
 }
 
-/// The names of the files in a patch, as git writes them.
+/// Returns the names of the files in a patch as git writes them.
 fn touched(patch: &str) -> Vec<&str> {
     patch
         .lines()
@@ -66,8 +66,8 @@ fn touched(patch: &str) -> Vec<&str> {
         .collect()
 }
 
-/// Copies a tree to the guest, works there, and checks the exported patch. The user has changed the
-/// files in `users`, which must not be in the patch.
+/// Copies a tree to the guest, works there and checks the exported patch. The patch must not
+/// contain the files in `users`, which the user changed before the copy.
 #[track_caller]
 fn there_and_back(site: &Site, has_git: bool, users: &[&str]) {
     site.prepare();
@@ -142,7 +142,7 @@ fn refuses_what_is_there(site: &Site, file: &str, patch: &[u8], tree: &str) {
 }
 
 #[test]
-fn work_in_a_guest_comes_back() {
+fn changes_in_guest_are_exported() {
     let host = Host::start();
     host.boot("box");
     from_a_clean_tree(&host);
@@ -200,7 +200,7 @@ fn from_a_tree_without_git(host: &Host) {
     there_and_back(&site, false, &["x.o", "crlf"]);
 }
 
-/// With UTF-16, `ident`, a filter and line endings, the exported content is that of the guest.
+/// Despite UTF-16, `ident`, a filter and line endings, the exported content is the guest's.
 fn from_a_tree_that_git_converts(host: &Host) {
     let site = Site::unborn(host, "box", "converted");
     site.git(&["config", "filter.shout.clean", "tr A-Z a-z"]);
@@ -231,8 +231,8 @@ fn from_a_tree_that_git_converts(host: &Host) {
     site.assert_same_tree();
 }
 
-/// The files of a repository made in the guest are exported and its history is reported. The next
-/// import keeps it, and `run --rm` keeps the VM because of it.
+/// An export brings back the files of a repository made in the guest and reports its history. The
+/// next import keeps the repository, and `run --rm` keeps the VM because of it.
 fn a_repository_made_in_the_guest(host: &Host) {
     let site = Site::unborn(host, "box", "nested");
     site.write("a", "one\n");
@@ -293,8 +293,8 @@ fn a_repository_made_in_the_guest(host: &Host) {
     assert!(!host.ok(&["ps", "-aq", "--json"]).contains("gone"));
 }
 
-/// No filter runs. The guest shows no difference, and does not commit what the filter would have
-/// changed.
+/// No filter runs. The guest shows no difference, and it cannot commit files that the filter would
+/// have changed.
 fn files_under_a_filter(host: &Host) {
     let site = Site::unborn(host, "box", "filtered");
     site.git(&["config", "filter.crypt.clean", "rev"]);
@@ -326,7 +326,7 @@ fn files_under_a_filter(host: &Host) {
     site.assert_same_tree();
 }
 
-/// `run PATH --export-patch FILE`: the patch is written before `--rm` deletes the VM.
+/// `run PATH --export-patch FILE` writes the patch before `--rm` deletes the VM.
 fn run_with_export_patch(host: &Host) {
     let site = Site::unborn(host, "box", "run");
     fill(&site);

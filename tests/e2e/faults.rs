@@ -1,5 +1,5 @@
-//! Tests of what a host can lack or lose: errors are typed, nothing is left half done, and the
-//! daemon recovers on its own.
+//! Tests of a host that lacks or loses a resource: errors have a kind, operations are undone, and
+//! the daemon recovers automatically.
 
 use crate::host::{Host, text, vmm_processes, wait_for, wait_for_or};
 use serde_json::Value;
@@ -11,13 +11,13 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-/// More inodes than a start needs, and fewer than a few hundred files need.
+/// A start needs fewer inodes than this. A few hundred files need more.
 const INODES: u64 = 400;
-/// Less memory than a guest has.
+/// Less memory than a guest needs.
 const LITTLE_BYTES: u64 = 384 << 20;
 const IDLE: usize = 10_000;
 const CALLS: usize = 200;
-/// How much memory ten thousand callers may cost a daemon that accepts few of them.
+/// Limit of the memory that ten thousand callers may cost a daemon that accepts few of them.
 const RSS_KIB_MAX: u64 = 128 << 10;
 
 #[track_caller]
@@ -46,7 +46,7 @@ fn begins_again(host: &Host, vm: &str) {
 }
 
 #[test]
-fn no_inode_is_left() {
+fn file_system_without_inodes_is_reported() {
     let host = Host::on_few_inodes(INODES);
     host.ok(&["vm", "create", "--name", "a"]);
     host.ok(&["vm", "create", "--name", "gone"]);
@@ -60,10 +60,10 @@ fn no_inode_is_left() {
     begins_again(&host, "a");
 }
 
-/// The kernel finds an error on the file system. Reads continue, nothing more is acknowledged, and
-/// nothing that was acknowledged is lost.
+/// After the kernel finds an error on the file system, reads continue, no change is acknowledged,
+/// and no acknowledged change is lost.
 #[test]
-fn the_state_directory_becomes_read_only() {
+fn read_only_state_directory_loses_nothing() {
     let mut host = Host::on_ext4();
     host.boot("a");
     host.ok(&["vm", "create", "--name", "b"]);
@@ -109,7 +109,7 @@ fn the_state_directory_becomes_read_only() {
 }
 
 #[test]
-fn a_daemon_does_not_start_where_it_cannot_write() {
+fn daemon_without_writable_directory_does_not_start() {
     let mut host = Host::on_small_disk(640);
     host.ok(&["vm", "create", "--name", "a"]);
     host.stop_daemon();
@@ -135,7 +135,7 @@ fn a_daemon_does_not_start_where_it_cannot_write() {
     begins_again(&host, "a");
 }
 
-/// Sets a soft limit of the daemon (prlimit(1)).
+/// Sets a soft limit of the daemon with prlimit(1).
 fn limit(host: &Host, name: &str, value: &str) {
     let status = Command::new("prlimit")
         .arg(format!("--pid={}", host.pid()))
@@ -144,7 +144,7 @@ fn limit(host: &Host, name: &str, value: &str) {
     assert!(status.unwrap().success());
 }
 
-/// The soft limit of open files that the daemon has set for itself.
+/// Returns the soft limit of open files that the daemon has set for itself.
 fn open_files_max(host: &Host) -> String {
     let limits = fs::read_to_string(format!("/proc/{}/limits", host.pid())).unwrap();
     let line = limits
@@ -169,7 +169,7 @@ fn status_kib(pid: u32, name: &str) -> u64 {
         .unwrap()
 }
 
-/// The CPU time of a process in clock ticks (proc(5), stat: utime and stime).
+/// Returns the CPU time of a process in clock ticks (proc(5), stat: utime and stime).
 fn cpu_ticks(pid: u32) -> u64 {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
     let fields: Vec<&str> = stat
@@ -182,14 +182,13 @@ fn cpu_ticks(pid: u32) -> u64 {
 }
 
 #[test]
-fn no_descriptor_and_no_memory_is_left() {
+fn daemon_without_descriptors_or_memory_recovers() {
     let host = Host::start();
     host.ok(&["vm", "create", "--name", "a"]);
     let (at_rest, files_max) = (open_files(host.pid()), open_files_max(&host));
-    // There are enough descriptors for the call but not for a boot, and enough memory for the
-    // daemon but not for a
-    // guest, whose VMM inherits the limit. A daemon without memory would be aborted by its
-    // allocator, like every Rust program.
+    // The descriptors suffice for the call but not for a boot. The memory suffices for the daemon
+    // but not for a guest, whose VMM inherits the limit. With less memory, the allocator would
+    // abort the daemon, as in every Rust program.
     let little = (status_kib(host.pid(), "VmSize") << 10) + LITTLE_BYTES;
     for (name, few) in [
         ("nofile", (at_rest + 3).to_string()),
@@ -212,7 +211,7 @@ fn no_descriptor_and_no_memory_is_left() {
         });
         assert!(["created", "failed"].contains(&host.show("a", "state").as_str().unwrap()));
     }
-    // Callers for which there is no descriptor get an error at once, and cost nothing.
+    // Callers without a descriptor get an error immediately and cost nothing.
     limit(&host, "nofile", &open_files(host.pid()).to_string());
     let answers: Vec<String> = (0..20)
         .map(|_| {
@@ -220,7 +219,7 @@ fn no_descriptor_and_no_memory_is_left() {
             stream
                 .set_read_timeout(Some(Duration::from_secs(20)))
                 .unwrap();
-            // A refused connection is already closed.
+            // The connection may already be closed because the call was refused.
             let _ = stream.write_all(b"{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"fcd.info\"}\n");
             let mut answer = [0; 4096];
             let len = stream.read(&mut answer).unwrap();
@@ -243,12 +242,12 @@ fn no_descriptor_and_no_memory_is_left() {
 
 /// The daemon dies, and its record of the VMM then points to another process.
 #[test]
-fn a_vmm_that_hides_its_arguments_is_ended() {
+fn vmm_with_changed_arguments_is_killed() {
     let mut host = Host::start();
     host.boot("a");
     let hide = |host: &Host| {
         let pid = host.show("a", "pid");
-        // The address of its arguments in its own memory (proc(5)).
+        // The address of the VMM's arguments in its own memory (proc(5)).
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
         let fields: Vec<&str> = stat
             .rsplit_once(')')
@@ -295,7 +294,7 @@ fn a_vmm_that_hides_its_arguments_is_ended() {
 }
 
 #[test]
-fn a_stored_pid_is_somebody_elses() {
+fn stored_pid_of_other_process_is_not_killed() {
     let mut host = Host::start();
     host.boot("a");
     let shown = host.json(&["vm", "show", "a"]);
@@ -312,8 +311,8 @@ fn a_stored_pid_is_somebody_elses() {
         .parse()
         .unwrap();
     let db = host.state().join("fcd.db");
-    // A record with the bystander's pid, with and without its start time. Its program and arguments
-    // show that it is not ours.
+    // The record has the bystander's pid, with and without its start time. The bystander's program
+    // and arguments show that it is not a VMM of fcd.
     for own_start in [false, true] {
         host.kill_daemon();
         for pid in vmm_processes(&host.state()) {
@@ -323,7 +322,7 @@ fn a_stored_pid_is_somebody_elses() {
             vmm_processes(&host.state()).is_empty().then_some(())
         });
         let c = rusqlite::Connection::open(&db).unwrap();
-        // Changes that are not in the database file yet stay in the log, as after a crash.
+        // Changes that are not in the database file yet stay in the log, as they do after a crash.
         c.set_db_config(
             rusqlite::config::DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE,
             true,
@@ -370,9 +369,10 @@ fn a_stored_pid_is_somebody_elses() {
     bystander.wait().unwrap();
 }
 
-/// Somebody who can write in the directory puts links where the daemon and the VMM write.
+/// Somebody who can write to the directory places links at the paths that the daemon and the VMM
+/// write.
 #[test]
-fn links_in_a_vms_directory_lead_nowhere() {
+fn links_in_vm_directory_are_not_followed() {
     let host = Host::start();
     host.boot("a");
     host.ok(&["stop", "a"]);
@@ -412,7 +412,7 @@ fn links_in_a_vms_directory_lead_nowhere() {
         let out = host.fcctl(&["start", "a"]);
         is_well(name);
         if !out.status.success() {
-            // The start is refused, and the error names the link.
+            // The start is refused and names the link.
             assert!(
                 text(&out)
                     .1
@@ -429,10 +429,10 @@ fn links_in_a_vms_directory_lead_nowhere() {
     assert_eq!(fs::metadata(&canary).unwrap().mode(), before);
 }
 
-/// There are more callers than the limits allow. Those are refused at once, the others are served,
-/// and all of it costs little.
+/// More callers connect than the limits allow. The excess callers are refused immediately, the
+/// others are served, and both cost little.
 #[test]
-fn ten_thousand_idle_callers() {
+fn idle_callers_above_limit_are_refused() {
     nix::sys::resource::setrlimit(
         nix::sys::resource::Resource::RLIMIT_NOFILE,
         2 * IDLE as u64,
@@ -457,8 +457,8 @@ fn ten_thousand_idle_callers() {
         took[CALLS / 2]
     };
     let alone = p50();
-    // Connect as nobody, who cannot use the connections that are reserved for root. Refused
-    // connections are closed.
+    // The callers connect as nobody, who cannot use the connections that are reserved for root.
+    // Refused connections are closed.
     fs::set_permissions(host.socket(), fs::Permissions::from_mode(0o666)).unwrap();
     let connect = format!(
         "use IO::Socket::UNIX; my @s; for (1..{IDLE}) {{ my $s = IO::Socket::UNIX->new(Peer => $ARGV[0]) or next; push @s, $s }} \

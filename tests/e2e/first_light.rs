@@ -1,4 +1,5 @@
-//! The main job of fcd, and that its result survives the daemon.
+//! Tests of fcd's main use: run a command on a repository in a VM, and keep the VM when the daemon
+//! restarts.
 
 use crate::host::{Host, vmm_processes};
 use std::process::Command;
@@ -16,7 +17,7 @@ pub fn repository(dir: &std::path::Path) {
 }
 
 #[test]
-fn a_repository_goes_in_a_command_runs_and_its_status_comes_back() {
+fn run_copies_repository_and_returns_command_status() {
     let host = Host::start();
     let repo = tempfile::tempdir().unwrap();
     repository(repo.path());
@@ -43,7 +44,7 @@ fn a_repository_goes_in_a_command_runs_and_its_status_comes_back() {
 }
 
 #[test]
-fn a_running_vm_outlives_the_daemon() {
+fn running_vm_outlives_daemon() {
     let mut host = Host::start();
     host.boot("survivor");
     let before = vmm_processes(&host.state());

@@ -1,16 +1,16 @@
-//! Tests with a full disk under the state directory: every call reports it and leaves nothing
-//! behind, the daemon keeps running, and everything works again once there is room.
+//! Tests with a full disk under the state directory. Every call reports it and leaves nothing
+//! behind, the daemon keeps running, and everything works again when there is space.
 
 use crate::host::{Host, text, wait_for};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Output;
 
-/// Room for the image, one or two VMs, and a small import.
+/// The size of the disk: room for the image, one or two VMs, and a small import.
 const DISK_MIB: u64 = 512;
 const MIB: u64 = 1 << 20;
 
-/// Checks status, kind, message and hint of a call that failed because of the full disk.
+/// Checks the status, kind, message and hint of a call that failed because the disk is full.
 #[track_caller]
 fn full(out: &Output, status: i32) {
     let (stdout, stderr) = text(out);
@@ -34,7 +34,7 @@ fn full(out: &Output, status: i32) {
 fn files_below(dir: &Path, found: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
-        // The files of SQLite and of the store come and go.
+        // Skips the files of SQLite and of the store, which may appear and disappear at any time.
         let name = path.file_name().unwrap().to_string_lossy().into_owned();
         if path.is_dir() {
             files_below(&path, found);
@@ -44,7 +44,7 @@ fn files_below(dir: &Path, found: &mut Vec<PathBuf>) {
     }
 }
 
-/// The VMs, processes and files.
+/// Returns the VMs, processes and files.
 fn census(host: &Host) -> (Vec<String>, Vec<String>, Vec<PathBuf>) {
     let mut files = Vec::new();
     files_below(&host.state(), &mut files);
@@ -59,7 +59,7 @@ fn census(host: &Host) -> (Vec<String>, Vec<String>, Vec<PathBuf>) {
     (rows, host.census(), files)
 }
 
-/// Waits until the daemon has noticed that there is room again.
+/// Waits until the daemon has noticed the free space.
 fn writable(host: &Host) {
     wait_for("changes are taken again", || {
         host.fcctl(&["vm", "create", "--name", "probe"])
@@ -80,10 +80,10 @@ fn resumed(host: &Host) {
     });
 }
 
-/// The disk is completely full. Nothing can be started, a guest is paused only when it writes, and
+/// With a completely full disk, nothing can start, a guest is paused only when it writes, and
 /// everything can be deleted.
 #[test]
-fn a_full_disk_on_the_host() {
+fn full_host_disk_pauses_guest_and_allows_delete() {
     let mut host = Host::on_small_disk(DISK_MIB);
     host.boot("box");
     let tree = tempfile::tempdir().unwrap();
@@ -104,17 +104,17 @@ fn a_full_disk_on_the_host() {
             &host.fcctl(&["--json", "run", "--rm", path, "--", "true"]),
             125,
         );
-        // The import made the guest write, so QEMU has paused it.
+        // The import made the guest write, so QEMU has paused the guest.
         full(&host.fcctl(&["--json", "exec", "box", "--", "true"]), 125);
     };
-    // The guest is served until it writes, which it may do at any time.
+    // The guest works until it writes, which may happen at any time.
     let served = host.fcctl(&["--json", "exec", "box", "--", "true"]);
     if !served.status.success() {
         full(&served, 125);
     }
     refused(&host);
-    // The database's log has room of its own, so a row may still be written. If it is, it is
-    // durable.
+    // The database's log has reserved space, so the row may still be written. If the call succeeds,
+    // the row is durable.
     let created = host.fcctl(&["--json", "vm", "create", "--name", "third"]);
     if !created.status.success() {
         full(&created, 1);
@@ -129,7 +129,7 @@ fn a_full_disk_on_the_host() {
         .then_some(())
     });
     refused(&host);
-    // The new daemon knows that the owner wants the VM to run, but the guest must stay paused.
+    // The new daemon knows that the VM should run, but the guest must stay paused.
     assert!(!host.log().contains("the guest is resumed"));
     assert_eq!(
         host.fcctl(&["vm", "show", "third"]).status.success(),
@@ -157,9 +157,10 @@ fn a_full_disk_on_the_host() {
     );
 }
 
-/// There is little space. Guests are paused when they write, and resumed when there is space again.
+/// When space runs out, guests are paused at their next write. When there is space again, they are
+/// resumed.
 #[test]
-fn a_disk_on_the_host_that_fills_up() {
+fn guest_resumes_when_host_disk_has_space() {
     let host = Host::on_small_disk(DISK_MIB);
     host.boot("box");
     host.sh("box", "(while sleep 0.2; do echo tick; done) >/dev/shm/ticks 2>&1 </dev/null & echo $! >/dev/shm/ticker");
@@ -179,7 +180,7 @@ fn a_disk_on_the_host_that_fills_up() {
     let path = tree.path().to_str().unwrap();
     host.disk().free();
     writable(&host);
-    // A write of its own may have paused this guest, too.
+    // One of the guest's own writes may have paused it too.
     resumed(&host);
     host.disk().fill(4 * MIB);
     full(
@@ -197,7 +198,7 @@ fn a_disk_on_the_host_that_fills_up() {
     host.disk().free();
     resumed(&host);
     assert!(host.show("box", "reason").is_null());
-    // The guest has not been restarted.
+    // The guest was not restarted.
     host.sh("box", "kill $(cat /dev/shm/ticker)");
     writable(&host);
     host.ok(&["workspace", "prepare", "box", path]);

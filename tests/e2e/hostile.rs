@@ -1,4 +1,4 @@
-//! Tests with bad input and broken guests: each gives the right status, a message and a hint, and
+//! Tests with bad input and broken guests. Each gives the right status, a message and a hint, and
 //! leaves nothing behind.
 
 use crate::host::{FCCTL, Host, text, vmm_processes, wait_for};
@@ -9,10 +9,10 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
-/// How long a command that waits for nothing may take, including the time to free a VMM's memory.
+/// Limit of the time for a command that does not wait, including the time to free a VMM's memory.
 const PROMPT: Duration = Duration::from_secs(5);
 
-/// A uid that owns nothing.
+/// The uid of a user without VMs.
 const STRANGER: u32 = 65534;
 
 #[track_caller]
@@ -26,7 +26,7 @@ fn refused(out: &Output, status: i32, said: &str) {
     assert!(stderr.contains("hint: ") || status == 2, "{stderr}");
 }
 
-/// All VMs and everything else on the host.
+/// Returns all VMs and everything else on the host.
 fn everything(host: &Host) -> (String, Vec<String>) {
     (host.ok(&["ps", "-aq"]), host.census())
 }
@@ -60,7 +60,7 @@ fn bad_requests_change_nothing() {
     check(&["op", "show", "abcdef012345"], 3, "abcdef012345");
     assert_eq!(everything(&host), before);
     racing_creates(&host);
-    // Among 257 ids at least two share their first two digits, and usually among fewer.
+    // Among 257 ids, at least two share their first two digits. Usually far fewer are needed.
     let mut ids = vec![host.show("taken", "id").as_str().unwrap()[..2].to_owned()];
     let twice = loop {
         let name = host.ok(&["vm", "create"]);
@@ -94,11 +94,12 @@ fn racing_creates(host: &Host) {
     host.ok(&["rm", "wanted"]);
 }
 
-/// Runs `fcctl` as another user. The socket accepts everybody here, and the caller's uid decides
-/// what it may do.
+/// Runs `fcctl` as another user. This socket accepts every user, and the caller's uid decides what
+/// it may do.
 fn as_stranger(host: &Host, args: &[&str]) -> Output {
     fs::set_permissions(host.socket(), fs::Permissions::from_mode(0o666)).unwrap();
-    // Run it by descriptor, because the user may be unable to enter the directories above it.
+    // The program is run through a descriptor, because the user may not be able to enter the
+    // directories above it.
     let fcctl = fs::File::open(FCCTL).unwrap();
     let mut command = Command::new(format!("/proc/self/fd/{}", fcctl.as_raw_fd()));
     command
@@ -114,9 +115,9 @@ fn as_stranger(host: &Host, args: &[&str]) -> Output {
         .unwrap()
 }
 
-/// A tree is read with the caller's rights, and a VM exists only for its owner and root.
+/// fcctl reads a tree with the caller's rights, and a VM exists only for its owner and root.
 #[test]
-fn a_caller_reads_and_sees_what_is_its_own() {
+fn caller_sees_only_own_files_and_vms() {
     assert!(
         nix::unistd::geteuid().is_root(),
         "as root only: run the tests as root"
@@ -124,8 +125,8 @@ fn a_caller_reads_and_sees_what_is_its_own() {
     let host = Host::start();
     host.ok(&["vm", "create", "--name", "roots"]);
     let before = everything(&host);
-    // The tree must not be below our checkout, because then the whole checkout would be copied.
-    // TMPDIR may be accessible only to root.
+    // The tree must not be below the checkout, because then the whole checkout would be copied. It
+    // is not in TMPDIR either, because that may be accessible only to root.
     let tree = tempfile::tempdir_in("/tmp").unwrap();
     fs::set_permissions(tree.path(), fs::Permissions::from_mode(0o755)).unwrap();
     fs::write(tree.path().join("open"), "x").unwrap();
@@ -170,7 +171,7 @@ fn a_caller_reads_and_sees_what_is_its_own() {
 }
 
 #[test]
-fn guests_that_break() {
+fn broken_guest_is_reported() {
     let host = Host::start();
     host.boot("box");
     let tree = tempfile::tempdir().unwrap();
@@ -188,7 +189,7 @@ fn guests_that_break() {
 }
 
 fn a_full_disk(host: &Host, tree: &str) {
-    // Nothing is written for it, neither in the guest nor here.
+    // Filling the disk this way writes no data, neither in the guest nor on the host.
     host.sh(
         "box",
         "set -- $(df -k / | tail -n 1); fallocate -l $(($2 - $3 - 4096))K /root/fill; fallocate -l 1G /root/more; true",
@@ -259,7 +260,8 @@ fn a_dead_vmm(host: &Host) {
     host.ok(&["start", "box"]);
 }
 
-/// A hung VMM is detected, is not used in the meantime, and recovers. A stop does not wait for it.
+/// A hung VMM is detected and not used, and works again when it continues. A stop does not wait for
+/// it.
 fn a_hung_vmm(host: &Host) {
     let vmm = vmm_processes(&host.state())[0];
     let mut events = host.spawn(&["events"]);
@@ -315,7 +317,7 @@ fn a_hung_vmm(host: &Host) {
     host.ok(&["start", "box"]);
 }
 
-/// A guest with another host key is not talked to.
+/// fcd does not talk to a guest with a wrong host key.
 fn another_host_key(host: &Host) {
     let script = "cd /run/fcd/seed && rm -f host_key && ssh-keygen -q -t ed25519 -N '' -f host_key && \
         kill $(pidof sshd | tr ' ' '\\n' | sort -n | head -n 1)";
@@ -334,13 +336,13 @@ fn another_host_key(host: &Host) {
         "{:?}",
         text(&out)
     );
-    // The seed restores the right key.
+    // The next start restores the right key from the seed.
     host.ok(&["start", "box"]);
     assert_eq!(host.sh("box", "echo back"), "back\n");
 }
 
 #[test]
-fn stop_and_delete_answer_while_nobody_reads_the_log_and_the_vmm_hangs() {
+fn stop_and_delete_work_with_unread_log_and_hung_vmm() {
     let mut host = Host::with_unread_log();
     for verb in [&["stop", "--force", "box"][..], &["rm", "-f", "box"]] {
         host.fcctl(&["vm", "create", "--name", "box"]);
@@ -361,7 +363,7 @@ fn stop_and_delete_answer_while_nobody_reads_the_log_and_the_vmm_hangs() {
         );
     }
     assert_eq!(vmm_processes(&host.state()), Vec::<u32>::new());
-    // The daemon's exit does not wait for a reader either.
+    // The daemon's exit does not wait for a reader of the log either.
     let begun = Instant::now();
     host.stop_daemon();
     assert!(

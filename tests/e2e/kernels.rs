@@ -1,4 +1,4 @@
-//! Tests of VMs with a kernel other than the image's, as an ELF file and as a bzImage, with a
+//! Tests of VMs with another kernel than the image's, as an ELF file and as a bzImage, with a
 //! distribution's modules.
 
 use crate::host::{Host, image, text};
@@ -45,7 +45,7 @@ fn refused(host: &Host, args: &[&str], kind: &str) {
 }
 
 #[test]
-fn a_kernel_of_the_distribution_boots_beside_the_images() {
+fn distribution_kernel_boots_beside_image_kernel() {
     let host = Host::start();
     host.boot("box");
     let version = host.sh("box", "uname -r").trim().to_owned();

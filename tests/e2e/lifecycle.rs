@@ -1,15 +1,15 @@
-//! Tests of a VM's life through `fcctl`: data across stops, settings, several VMs at once, `--rm`,
-//! signals, draining.
+//! Tests of a VM's life through `fcctl`: data after stops, settings, several VMs at once, `--rm`,
+//! signals and draining.
 
 use crate::host::{Host, signal, text, vmm_processes, wait_for};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-/// How long the daemon may take to exit after SIGTERM, with a second added for a busy machine.
+/// Limit of the time for the daemon to exit after SIGTERM, plus a second for a busy machine.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(16);
 
-/// The number of vCPUs, and the sizes of memory and root file system in MiB, as the guest sees
-/// them.
+/// Returns the number of vCPUs and the sizes of memory and root file system in MiB, as the guest
+/// sees them.
 fn shape(host: &Host, vm: &str) -> (u64, u64, u64) {
     let script = "nproc; awk '/MemTotal/ {print int($2/1024)}' /proc/meminfo; df -m / | awk 'NR == 2 {print $2}'";
     let numbers: Vec<u64> = host
@@ -21,7 +21,7 @@ fn shape(host: &Host, vm: &str) -> (u64, u64, u64) {
 }
 
 #[test]
-fn data_outlives_a_stop_and_settings_hold_from_the_next_start() {
+fn stop_keeps_data_and_next_start_applies_settings() {
     let host = Host::start();
     host.boot("keeper");
     let before = shape(&host, "keeper");
@@ -112,8 +112,8 @@ fn verbs_take_several_vms_and_continue_after_error() {
     }
     let mut events = host.spawn(&["events"]);
     events.says("alpha  is created");
-    // Nothing has been printed yet. A follower gets the first boot, or learns that the VM has been
-    // deleted.
+    // Nothing has been printed yet. A follower gets the output of the first boot, or learns that
+    // the VM was deleted.
     assert_eq!(host.ok(&["logs", "alpha"]), "");
     let mut following = host.spawn(&["logs", "-f", "alpha"]);
     let mut in_vain = host.spawn(&["logs", "-f", "gamma"]);
@@ -157,7 +157,7 @@ fn verbs_take_several_vms_and_continue_after_error() {
     following.says("shutting down");
     events.says("beta  vm.stop ok");
     events.signal("INT");
-    // It was ended by the signal, which a shell reports as 130.
+    // The signal ended the process, which a shell reports as 130.
     assert_eq!(events.end().0, None, "{}", events.stderr());
     let line = events
         .stdout()
@@ -209,7 +209,7 @@ fn run_on_a_taken_name(host: &Host) {
 }
 
 #[test]
-fn without_rm_a_vm_runs_on_and_signals_go_to_the_guests_command() {
+fn run_without_rm_keeps_vm_and_forwards_signals() {
     let mut host = Host::start();
     let out = host.fcctl(&["run", "--", "sh", "-c", "exit 3"]);
     let (_, said) = text(&out);
@@ -243,8 +243,8 @@ fn without_rm_a_vm_runs_on_and_signals_go_to_the_guests_command() {
         stubborn.stderr()
     );
 
-    // SIGTERM drains: a command in a guest may run for some seconds and is then ended. The VM keeps
-    // running.
+    // SIGTERM drains the daemon: a command in a guest may run for some more seconds and is then
+    // ended. The VM keeps running.
     let mut endless = host.spawn(&[
         "exec",
         &name,
@@ -272,7 +272,7 @@ fn without_rm_a_vm_runs_on_and_signals_go_to_the_guests_command() {
 }
 
 #[test]
-fn a_daemon_that_is_killed_finishes_or_takes_back_what_it_was_at() {
+fn killed_daemon_completes_or_undoes_operations() {
     let mut host = Host::start();
     host.ok(&["vm", "create", "--name", "box"]);
     let mut start = host.spawn(&["start", "box"]);
@@ -342,7 +342,7 @@ fn wait_empty(host: &Host) {
 }
 
 #[test]
-fn an_interrupt_before_the_command_cleans_up() {
+fn run_interrupted_before_command_cleans_up() {
     let host = Host::start();
     for rm in [&["--rm"][..], &[]] {
         let mut run = host.spawn(&[&["run"], rm, &["--", "echo", "it began"]].concat());

@@ -1,5 +1,5 @@
-//! End-to-end tests with real daemons, real guests and real repositories. No test is skipped: if
-//! something is missing, it fails.
+//! End-to-end tests with real daemons, real guests and real repositories. A test fails if a
+//! requirement is missing; it is never skipped.
 #![allow(clippy::disallowed_methods)] // Tests start processes of their own.
 
 mod adjusting;

@@ -1,4 +1,4 @@
-//! Tests of the two programs as processes: exit statuses, refusals, leaks, and what a script sees.
+//! Tests of the two programs as processes: exit statuses, refusals, leaks, and use from scripts.
 
 use crate::host::{FCCTL, FCD, Host, text, vmm_processes};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
@@ -12,7 +12,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-/// Runs an `fcd` that is expected to exit on its own.
+/// Runs an `fcd` that should exit on its own.
 fn fcd(dir: &Path, args: &[&str]) -> Output {
     let mut command = Command::new("timeout");
     command
@@ -36,7 +36,7 @@ fn refuses(out: &Output, status: i32, said: &str) {
 }
 
 #[test]
-fn a_daemon_refuses_what_it_cannot_serve() {
+fn daemon_refuses_invalid_start() {
     let mut host = Host::start();
     refuses(
         &fcd(host.path(), &[]),
@@ -115,9 +115,9 @@ fn a_daemon_refuses_what_it_cannot_serve() {
     assert_eq!(host.ok(&["ps", "-aq"]), "");
 }
 
-/// Tests everything but the guest, as seen by a script or from another terminal.
+/// Tests everything except the guest, as a script or another terminal sees it.
 #[test]
-fn scripts_can_rely_on_it() {
+fn scripts_get_stable_output_and_statuses() {
     let mut host = Host::start();
     host.ok(&["vm", "create", "--name", "box"]);
     let version = host.json(&["version"]);
@@ -189,7 +189,7 @@ fn scripts_can_rely_on_it() {
     a_daemon_that_is_away(&mut host);
 }
 
-/// Sends one request with descriptors and returns the answer.
+/// Sends one request with descriptors and returns the reply.
 fn call_with(host: &Host, method: &str, params: Value, fds: &[&OwnedFd]) -> Value {
     let stream = UnixStream::connect(host.socket()).unwrap();
     let line = format!(
@@ -211,7 +211,7 @@ fn call_with(host: &Host, method: &str, params: Value, fds: &[&OwnedFd]) -> Valu
     serde_json::from_str(&answer).unwrap()
 }
 
-/// Only pipes are accepted, only their right ends, and only as many as the method takes.
+/// A method accepts only pipes, only their right ends, and only as many as it takes.
 fn wrong_descriptors(host: &Host) {
     let (read_end, write_end) = nix::unistd::pipe().unwrap();
     let socket = OwnedFd::from(UnixStream::pair().unwrap().0);
@@ -251,7 +251,7 @@ fn a_daemon_that_is_away(host: &mut Host) {
     assert!(status == 5 && said.contains("hint: "), "{status} {said}");
     assert_eq!(host.fails(&["exec", "box", "--", "true"]).0, 125);
     assert!(host.ok(&["version"]).contains("is not running"));
-    // Without a daemon, `doctor` runs the checks of the fcd next to fcctl.
+    // Without a daemon, `doctor` runs the checks of the fcd that is installed beside fcctl.
     let out = host
         .command(&["--json", "doctor"])
         .env("FCD_STATE_DIR", host.state())
@@ -279,7 +279,7 @@ fn status_line(pid: u32, name: &str) -> String {
         .join(" ")
 }
 
-/// Lists what a process has open.
+/// Lists the open descriptors of a process.
 fn descriptors(pid: u32) -> Vec<String> {
     let entries = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
     entries
@@ -292,7 +292,7 @@ fn descriptors(pid: u32) -> Vec<String> {
         .collect()
 }
 
-/// True if a VMM may have this open.
+/// True if a VMM may have this file open.
 fn is_allowed(target: &str, dir: &str, image: &str) -> bool {
     let anonymous = [
         "anon_inode:[eventfd]",
@@ -317,7 +317,7 @@ fn is_allowed(target: &str, dir: &str, image: &str) -> bool {
 }
 
 #[test]
-fn a_vmm_is_confined() {
+fn vmm_is_confined() {
     assert!(
         nix::unistd::geteuid().is_root(),
         "as root only: run the tests as root"
@@ -368,8 +368,8 @@ fn a_vmm_is_confined() {
                 is_allowed(&target, dir.to_str().unwrap(), image.to_str().unwrap()),
                 "{vm}: {target}"
             );
-            // The two ends of a socket have different numbers. A number in both processes means
-            // that the descriptor was inherited.
+            // The two ends of a socket have different numbers. If both processes have the same
+            // number, the VMM inherited the descriptor.
             let is_shared = ["socket:[", "pipe:["].iter().any(|k| target.starts_with(k))
                 && ours.contains(&target);
             assert!(!is_shared, "{vm} has the daemon's {target}");
@@ -395,7 +395,7 @@ fn a_vmm_is_confined() {
 }
 
 /// User-mode networking maps the host's loopback to 10.0.2.2. A VM created with `--net none` cannot
-/// reach it, but commands can run in it.
+/// reach it, but commands can run in the VM.
 fn only_a_vm_with_a_network_reaches_the_host(host: &Host) {
     let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -449,10 +449,10 @@ fn operations(host: &Host) {
     assert_eq!(vmm_processes(&host.state()).len(), 1);
 }
 
-/// The state directory is below a closed one, such as root's home. The daemon reports that when it
-/// starts, and so do `doctor` and the start of a VM, each with a command that helps.
+/// The state directory is below a closed directory, such as root's home. The daemon at its start,
+/// `doctor` and the start of a VM all report this with a command that fixes it.
 #[test]
-fn state_directory_below_a_closed_one_is_named_at_every_turn() {
+fn state_directory_below_closed_one_is_reported() {
     assert!(
         nix::unistd::geteuid().is_root(),
         "as root only: run the tests as root"
@@ -483,7 +483,7 @@ fn state_directory_below_a_closed_one_is_named_at_every_turn() {
         !start.status.success() && said.contains(&named) && said.contains(&fix),
         "{said}"
     );
-    // The printed command helps.
+    // The printed command fixes the problem.
     fs::set_permissions(&place, fs::Permissions::from_mode(0o711)).unwrap();
     host.ok(&["start", "box"]);
 }

@@ -1,4 +1,4 @@
-//! Tests with real guests that no lifecycle operation waits for a slow one, such as a stalled
+//! Tests with real guests that no lifecycle operation waits for a slow operation, such as a stalled
 //! import or a boot.
 
 use crate::host::{Host, Spawned, vmm_processes, wait_for};
@@ -7,18 +7,19 @@ use std::io::Write;
 use std::process::{ChildStdin, Stdio};
 use std::time::{Duration, Instant};
 
-/// After a stop or a delete, the import's error and the end of the VMM must come within this time.
+/// Limit of the time from a stop or delete until the import's error and the VMM's end.
 const SOON: Duration = Duration::from_secs(1);
-/// How long an answer of the daemon may take here. On an idle machine it takes a few milliseconds,
-/// but other tests and emulated guests run at the same time.
+/// Limit of the time for a reply of the daemon. On an idle machine it takes a few milliseconds, but
+/// other tests and emulated guests run at the same time.
 const AT_ONCE: Duration = Duration::from_millis(250);
-/// How much two stops of a guest may differ on a busy machine, in addition to half of the longer
-/// idle one. A stop that waited for the import would take `transfer_idle_s`, which is a minute. One
-/// that waited for the guest to accept the end of the import would take `stop_timeout_s`.
+/// Allowed difference between two stops of a guest on a busy machine, in addition to half of the
+/// longer idle stop. A stop that waited for the import would take `transfer_idle_s`, which is a
+/// minute. A stop that waited for the guest to accept the end of the import would take
+/// `stop_timeout_s`.
 const NOISE: Duration = Duration::from_secs(2);
 const MIB: usize = 1 << 20;
 
-/// Makes a call on a connection of its own. Returns the answer and how long it took.
+/// Makes a call on a new connection. Returns the reply and the time that it took.
 fn timed(host: &Host, method: &str, params: Value) -> (Value, Duration) {
     let begun = Instant::now();
     let answer = host.rpc(method, params);
@@ -37,7 +38,7 @@ fn answers_at_once(host: &Host, vm: &str) {
     }
 }
 
-/// Starts an import of a tar whose only file never ends. Its bytes come from `stdin`.
+/// Starts an import of a tar archive whose only file never ends. Its bytes come from `stdin`.
 fn endless_import(host: &Host, vm: &str) -> (Spawned, ChildStdin) {
     let args = [
         "workspace",
@@ -59,7 +60,7 @@ fn endless_import(host: &Host, vm: &str) -> (Spawned, ChildStdin) {
     (import, stdin)
 }
 
-/// How many bytes the import has transferred.
+/// Returns the number of bytes that the import has transferred.
 fn gone_in(host: &Host) -> u64 {
     let ops = host.json(&["op", "list"]);
     let import = ops
@@ -72,8 +73,7 @@ fn gone_in(host: &Host) -> u64 {
         .unwrap_or(0)
 }
 
-/// Checks that the import has failed because of what happened to its VM, and that it reports its
-/// progress.
+/// Checks that the import failed with this cause and reports its progress.
 #[track_caller]
 fn ended_because(import: &mut Spawned, cause: &str, since: Instant) {
     let (status, _) = import.end();
@@ -92,7 +92,7 @@ fn ended_because(import: &mut Spawned, cause: &str, since: Instant) {
 
 #[test]
 fn stalled_import_delays_nothing() {
-    // There is one worker. If a stalled import blocked it, nothing else could run.
+    // There is only one worker. If a stalled import blocked it, no other transfer could run.
     let host = Host::with_config("[limits]\npool_workers = 1\npool_queue = 3\n");
     host.boot("box");
     let before = idle_stop(&host);
@@ -131,7 +131,8 @@ fn stalled_import_delays_nothing() {
     );
     drop(stdin);
 
-    // The guest stops reading. The import uses the worker that the first one has released.
+    // The guest stops reading. The second import uses the worker that the first import has
+    // released.
     host.ok(&["start", "box"]);
     let (mut import, feeder) = unread_import(&host);
     answers_at_once(&host, "box");
@@ -147,7 +148,7 @@ fn stalled_import_delays_nothing() {
     );
     feeder.join().unwrap();
 
-    // The time must be that of an idle VM, measured before and after.
+    // A stop must take as long as on an idle VM, which is measured before and after.
     host.ok(&["start", "box"]);
     let after = idle_stop(&host);
     println!(
@@ -170,7 +171,7 @@ fn stalled_import_delays_nothing() {
     feeder.join().unwrap();
 }
 
-/// How long a stop takes if the guest has as much to sync as after an import in the other
+/// Returns the time of a stop whose guest has as much to sync as after an import in the other
 /// measurements.
 fn idle_stop(host: &Host) -> Duration {
     host.sh("box", "head -c 2M /dev/zero > /root/zeros");
@@ -179,7 +180,7 @@ fn idle_stop(host: &Host) -> Duration {
     begun.elapsed()
 }
 
-/// Starts an import that stalls because nobody in the guest reads it.
+/// Starts an import that stalls because no process in the guest reads it.
 fn unread_import(host: &Host) -> (Spawned, std::thread::JoinHandle<()>) {
     let (import, stdin) = endless_import(host, "box");
     let feeder = feed(stdin);
@@ -198,8 +199,8 @@ fn unread_import(host: &Host) -> (Spawned, std::thread::JoinHandle<()>) {
     (import, feeder)
 }
 
-/// Neither a killed client nor a tar that is cut off between two blocks leaves a workspace that
-/// looks complete.
+/// Neither a killed client nor a tar archive that is cut off between two blocks leaves a workspace
+/// that looks complete.
 fn cut_off(host: &Host) {
     let (mut import, mut stdin) = endless_import(host, "box");
     stdin.write_all(&vec![0; 2 * MIB]).unwrap();
@@ -227,7 +228,7 @@ fn cut_off(host: &Host) {
     assert_eq!(host.show("box", "workspace")["state"], "incomplete");
 }
 
-/// Behind a stalled import, a call that may not wait fails at once, one that waits can be
+/// Behind a stalled import, a call with `no_wait` fails immediately, a waiting call can be
 /// cancelled, and a full queue is reported. Returns the stalled import.
 fn behind_it(host: &Host) -> Spawned {
     let tree = tempfile::tempdir().unwrap();
@@ -273,7 +274,7 @@ fn behind_it(host: &Host) -> Spawned {
     last
 }
 
-/// Writes zeros until nobody reads them.
+/// Writes zeros until the reader is gone.
 fn feed(mut stdin: ChildStdin) -> std::thread::JoinHandle<()> {
     std::thread::spawn(move || {
         let zeros = vec![0; MIB];
@@ -281,7 +282,7 @@ fn feed(mut stdin: ChildStdin) -> std::thread::JoinHandle<()> {
     })
 }
 
-/// Starts a VM, and returns when its VMM runs and its guest does not respond yet.
+/// Starts a VM. Returns when its VMM runs and its guest does not respond yet.
 fn booting(host: &Host, vm: &str) -> Spawned {
     let start = host.spawn(&["start", vm]);
     wait_for("its VMM runs", || {
@@ -292,7 +293,7 @@ fn booting(host: &Host, vm: &str) -> Spawned {
 }
 
 #[test]
-fn a_vm_that_boots_is_stopped_and_deleted_at_once() {
+fn booting_vm_is_stopped_and_deleted_immediately() {
     let host = Host::start();
     host.ok(&["vm", "create", "--name", "box"]);
     for (method, params) in [
@@ -327,7 +328,7 @@ fn a_vm_that_boots_is_stopped_and_deleted_at_once() {
 }
 
 #[test]
-fn races_end_in_one_sane_state() {
+fn concurrent_calls_end_in_valid_state_with_real_guest() {
     let host = Host::start();
     host.ok(&["vm", "create", "--name", "box"]);
     let mut start = booting(&host, "box");

@@ -1,10 +1,10 @@
-//! Tests that repositories of every kind that git accepts work in a real guest.
+//! Tests that all kinds of repositories that git accepts work in a real guest.
 
 use crate::host::{Host, text};
 use crate::tree::Site;
 use std::fs;
 
-/// Creates a repository with two commits next to the tree, and makes the tree from it with `make`.
+/// Creates a repository with two commits beside the tree, and runs `make` to make the tree from it.
 fn derived<'a>(host: &'a Host, name: &str, make: &str) -> Site<'a> {
     let site = Site::unborn(host, "box", name);
     site.on_host(
@@ -41,7 +41,7 @@ fn commit_in_guest(site: &Site) {
 }
 
 #[test]
-fn repositories_of_every_kind_work_in_a_guest() {
+fn all_kinds_of_repositories_work_in_guest() {
     let host = Host::start();
     host.boot("box");
 

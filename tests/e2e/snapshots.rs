@@ -1,5 +1,5 @@
-//! Tests of saved and restored guests: memory and disks of one moment, in the same VM and in others
-//! at the same time.
+//! Tests of saved and restored guests: memory and disks of one moment, in the same VM and in
+//! several VMs at the same time.
 
 use crate::bridge::{enter_a_host_with_an_outside, on_the_bridge};
 use crate::host::{Host, text, wait_for};
@@ -10,7 +10,7 @@ const SCENE: &str = "echo disk >/root/mark; echo memory >/dev/shm/mark; \
     (i=0; while :; do i=$((i+1)); echo $i >/dev/shm/count; sleep 0.1; done) >/dev/null 2>&1 </dev/null & \
     echo $! >/dev/shm/counter";
 const STATE: &str = "cat /root/mark /dev/shm/mark; cat /proc/sys/kernel/random/boot_id";
-/// How much a restored guest's clock may be off, in seconds.
+/// Limit of the error of a restored guest's clock, in seconds.
 const CLOCK_OFF_MAX: u64 = 8;
 
 fn count(host: &Host, vm: &str) -> u64 {
@@ -20,7 +20,7 @@ fn count(host: &Host, vm: &str) -> u64 {
         .unwrap_or(0)
 }
 
-/// Checks that the process that counted still counts.
+/// Checks that the counting process still counts.
 #[track_caller]
 pub fn counts_on(host: &Host, vm: &str) {
     assert_eq!(
@@ -53,14 +53,14 @@ fn refused(host: &Host, args: &[&str], kind: &str) {
     );
 }
 
-/// Tests everything that a snapshot can do, with whatever driver the host has.
+/// Tests all snapshot operations with any driver.
 pub fn go_through(host: &Host) {
     host.ok(&["vm", "create", "--name", "box", "--work-disk", "64M"]);
     host.ok(&["start", "box"]);
     host.sh("box", SCENE);
     host.sh("box", "echo work >/work/mark");
     let then = host.sh("box", STATE);
-    // Two snapshots in quick succession. Deleting the first one must not affect the second one.
+    // Two snapshots are made in quick succession. Deleting the first must not affect the second.
     host.ok(&["snapshot", "create", "box", "--name", "zero"]);
     host.ok(&["snapshot", "create", "box", "--name", "one"]);
     host.ok(&["snapshot", "delete", "zero"]);
@@ -84,7 +84,7 @@ pub fn go_through(host: &Host) {
     counts_on(host, "box");
     clock_is_right(host, "box");
 
-    // Start two more guests with the same memory.
+    // Two more guests start from the same memory.
     host.ok(&["vm", "fork", "box", "twin"]);
     host.ok(&["snapshot", "restore", "one", "--as", "third"]);
     let all = ["box", "twin", "third"];
@@ -119,7 +119,7 @@ pub fn go_through(host: &Host) {
         assert_eq!(host.show(vm, "rm"), false);
     }
 
-    // A snapshot outlives its VM, and guests restored from it outlive both.
+    // A snapshot outlives its VM, and restored guests outlive the VM and the snapshot.
     host.ok(&["rm", "-f", "box"]);
     refused(host, &["snapshot", "restore", "one"], "vm_not_found");
     refused(
@@ -147,7 +147,7 @@ pub fn go_through(host: &Host) {
     );
 }
 
-/// On the bridge each VM has its own address, which a restored guest takes over.
+/// Each VM on the bridge has its own address, and a restored guest switches to its VM's address.
 #[test]
 fn saved_guest_is_restored_at_another_address() {
     enter_a_host_with_an_outside();
@@ -157,13 +157,13 @@ fn saved_guest_is_restored_at_another_address() {
 }
 
 #[test]
-fn guest_is_restored_to_its_saved_state() {
+fn guest_is_restored_to_saved_state() {
     go_through(&Host::start());
 }
 
-/// An abandoned save in QEMU would stop the guest when it completes.
+/// If QEMU continued an abandoned save, completing it would stop the guest.
 #[test]
-fn a_save_that_is_given_up_leaves_a_guest_that_runs() {
+fn abandoned_save_leaves_guest_running() {
     let host = Host::start();
     host.boot("box");
     host.sh("box", SCENE);

@@ -1,5 +1,5 @@
-//! Kills the daemon again and again while clients use real guests on a bridge. Nothing acknowledged
-//! may be lost and nothing may be left over. `scripts/soak` chooses the duration.
+//! Kills the daemon repeatedly while clients use real guests on a bridge. No acknowledged change
+//! may be lost, and nothing may be left over. `scripts/soak` sets the duration.
 
 use crate::bridge::{enter_a_host_with_an_outside, on_the_bridge, published};
 use crate::host::{Host, fcctl_at, wait_for};
@@ -10,33 +10,33 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 const CLIENTS: u64 = 4;
-/// Milliseconds between two kills, on a logarithmic scale.
+/// Time between two kills in milliseconds, chosen on a logarithmic scale.
 const KILL_MS: (f64, f64) = (50.0, 30_000.0);
 const SECONDS_DEFAULT: u64 = 600;
-/// The size of a tree for which an import takes one or two seconds.
+/// The size of a tree whose import takes one or two seconds.
 const TREE_BYTES: usize = 15 << 20;
-/// `fcctl`'s exit statuses for a VM that does not exist, for one that is not reconciled yet, and
+/// `fcctl`'s exit statuses for a VM that does not exist, for a VM that is not reconciled yet, and
 /// for a daemon that does not respond.
 const NOT_FOUND: i32 = 3;
 const BUSY: i32 = 4;
 const UNREACHABLE: i32 = 5;
 
-/// A VM as reported by `vm show`.
+/// A VM as `vm show` reports it.
 #[derive(Clone, Debug, PartialEq)]
 struct Seen {
     state: String,
     pid: Option<u64>,
 }
 
-/// What a client knows about its VM.
+/// A client's knowledge of its VM.
 #[derive(Clone, Debug, PartialEq)]
 enum Known {
-    /// It does not exist.
+    /// The VM does not exist.
     Gone,
     Is(Seen),
-    /// It has this state, and a process that the next look reports.
+    /// The VM has this state. The next look shows its process.
     Became(&'static str),
-    /// There was no answer. If true, it may have been deleted.
+    /// The last call got no reply. If true, the VM may have been deleted.
     Open(bool),
 }
 
@@ -46,13 +46,15 @@ struct Worker<'a> {
     tree: tempfile::TempDir,
     random: Random,
     known: Known,
-    /// The tag of the last acknowledged import. None once something may have changed it.
+    /// The tag of the last acknowledged import, or `None` if a later operation may have changed the
+    /// workspace.
     tag: Option<String>,
     acknowledged: &'a AtomicU64,
 }
 
 impl Worker<'_> {
-    /// Waits until the VM is in no transition. The daemon may die and come back in the meantime.
+    /// Waits until the VM is in no transition. The daemon may be killed and restarted during the
+    /// wait.
     fn settled(&self) -> Option<Seen> {
         wait_for(&format!("{} is at rest", self.name), || {
             let out = fcctl_at(&self.socket, &["--json", "vm", "show", &self.name])
@@ -100,7 +102,7 @@ impl Worker<'_> {
         let out = fcctl_at(&self.socket, &all).output().unwrap();
         let status = out.status.code().expect("fcctl is not killed");
         let said = String::from_utf8_lossy(&out.stderr);
-        // The daemon was killed, or it has not reconciled the VM since.
+        // The daemon was killed, or it has not reconciled the VM since its restart.
         assert!(
             matches!(status, 0 | BUSY | UNREACHABLE),
             "{args:?} {}: {said}",
@@ -197,7 +199,7 @@ impl Worker<'_> {
     }
 }
 
-/// The numbers of kills, by what was in progress.
+/// The number of kills for each kind of operation in progress.
 #[derive(Default, Debug)]
 struct Kills {
     all: u64,
@@ -239,7 +241,7 @@ fn env(name: &str) -> Option<u64> {
 
 #[test]
 #[ignore = "takes as long as requested: scripts/soak"]
-fn killed_again_and_again() {
+fn soak_with_repeated_kills_loses_nothing() {
     let seconds = env("FCD_SOAK_SECONDS").unwrap_or(SECONDS_DEFAULT);
     let seed = env("FCD_SOAK_SEED")
         .unwrap_or_else(|| std::time::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64);

@@ -1,5 +1,4 @@
-//! A tree on the host and its copy in a guest, compared by a listing that the same tools make on
-//! both sides.
+//! A tree on the host and its copy in a guest. The same tools list both sides for a comparison.
 
 use crate::host::{Host, text};
 use std::ffi::OsStr;
@@ -9,8 +8,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-/// Records that end in NUL: kind, mode, size or target, and path, and then the hash and path of
-/// each file. git's directory is left out.
+/// Lists records that end in NUL: first type, mode, size or target, and path of each entry, and
+/// then hash and path of each file. git's directory is left out.
 // b2sum is the fastest good hash under software emulation.
 const LIST: &str = r"
 export LC_ALL=C
@@ -18,13 +17,13 @@ find . -mindepth 1 -path ./.git -prune -o -type f -printf 'f %m %s %P\0' -o -typ
   -o -type d DIRS -o -printf 'other %y %P\0' | sort -z
 find . -path ./.git -prune -o -type f -print0 | sort -z | xargs -0 -r b2sum -bz
 ";
-/// Everything in the guest's repository: index, refs, objects and settings.
+/// Lists everything in the guest's repository: index, refs, objects and settings.
 const REPOSITORY: &str =
     "export GIT_OPTIONAL_LOCKS=0; git for-each-ref; git rev-parse HEAD; git count-objects -v
     find .git -type f -print0 | sort -z | xargs -0 -r sha256sum";
 
-/// Compares two listings. On a difference, the message shows the first few records that are on one
-/// side only.
+/// Compares two listings. If they differ, the message shows the first few records that only one
+/// side has.
 #[track_caller]
 fn assert_same(host: &[u8], guest: &[u8]) {
     assert!(
@@ -39,7 +38,8 @@ fn assert_same(host: &[u8], guest: &[u8]) {
             .map(|record| record.escape_ascii().to_string())
             .collect::<Vec<_>>()
     };
-    // Formatted only on a difference, because a large listing takes half a minute.
+    // The message is formatted only if there is a difference, because a large listing takes half a
+    // minute.
     assert!(
         host == guest,
         "on the host only: {:#?}\nin the guest only: {:#?}",
@@ -57,10 +57,10 @@ pub struct Site<'a> {
 }
 
 impl<'a> Site<'a> {
-    /// An empty directory that is copied to `/root/<name>`. Everything in it is compared, including
-    /// directories.
+    /// Creates an empty directory that is copied to `/root/<name>`. Everything in it is compared,
+    /// including directories.
     pub fn plain(host: &'a Host, vm: &'a str, name: &str) -> Self {
-        // Not below the checkout, because then the whole checkout would be copied.
+        // The tree is not below the checkout, because then the whole checkout would be copied.
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir_all(dir.path().join("repo")).unwrap();
         fs::create_dir_all(dir.path().join("home")).unwrap();
@@ -73,7 +73,7 @@ impl<'a> Site<'a> {
         }
     }
 
-    /// A repository without a commit. Like git, it ignores empty directories.
+    /// Creates a repository without commits. Like git, it ignores empty directories.
     pub fn unborn(host: &'a Host, vm: &'a str, name: &str) -> Self {
         let site = Self {
             has_dirs: false,
@@ -109,7 +109,8 @@ impl<'a> Site<'a> {
         std::os::unix::fs::symlink(target, self.path(name)).unwrap();
     }
 
-    /// Runs a command with the settings of the site's user, and with no repository above.
+    /// Runs a command with the settings of the site's user and without a repository in any parent
+    /// directory.
     fn as_user(&self, command: &mut Command) -> Output {
         let command = command
             .env("HOME", self.beside("home"))
@@ -236,7 +237,7 @@ impl<'a> Site<'a> {
             "git status --porcelain -z --untracked-files=all; git status --porcelain",
         )
     }
-    /// Runs a script about the repository on both sides, which must print the same, and returns its
+    /// Runs a script about the repository on both sides. Both must print the same. Returns the
     /// output.
     #[track_caller]
     pub fn assert_same_output(&self, script: &str) -> String {
@@ -249,7 +250,7 @@ impl<'a> Site<'a> {
         );
         String::from_utf8_lossy(&host).into_owned()
     }
-    /// The guest's repository, for a later comparison with itself.
+    /// Describes the guest's repository for a later comparison.
     #[track_caller]
     pub fn repository(&self) -> String {
         self.said_in_guest(REPOSITORY)

@@ -1,4 +1,4 @@
-//! An allocator that counts the memory held, to find readers that keep too much.
+//! An allocator that counts the allocated memory, to find readers that keep too much.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -34,7 +34,7 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
-/// Returns the number of bytes allocated now, and restarts the peak from there.
+/// Returns the number of allocated bytes, and resets the peak to this number.
 pub fn mark() -> usize {
     let held = HELD.load(Ordering::Relaxed);
     PEAK.store(held, Ordering::Relaxed);

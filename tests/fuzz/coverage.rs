@@ -1,6 +1,6 @@
-//! Counts the edges that an execution takes, if the program was built with LLVM's `sancov-module`
-//! pass and its `inline-8bit-counters`. This works with a stable compiler; `scripts/fuzz` has the
-//! flags.
+//! Counts the edges that an execution takes if the program was built with LLVM's `sancov-module`
+//! pass and its `inline-8bit-counters`. This works with a stable compiler. `scripts/fuzz` passes
+//! the flags.
 
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 
@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 static START: AtomicPtr<u8> = AtomicPtr::new(std::ptr::null_mut());
 static LEN: AtomicUsize = AtomicUsize::new(0);
 
-/// Called for every object file of the program before `main`, with the same section.
+/// Called before `main` for every object file of the program, always with the same section.
 #[allow(unsafe_code)]
 #[unsafe(no_mangle)]
 extern "C" fn __sanitizer_cov_8bit_counters_init(start: *mut u8, stop: *mut u8) {
@@ -22,8 +22,8 @@ fn counters() -> &'static mut [u8] {
     if start.is_null() {
         return &mut [];
     }
-    // SAFETY: the section exists as long as the program. Targets run on this thread, and no slice
-    // outlives a function of this file, none of which runs a target.
+    // SAFETY: the section exists as long as the program. Targets run on this thread. No slice
+    // outlives a function of this file, and none of these functions runs a target.
     unsafe { std::slice::from_raw_parts_mut(start, LEN.load(Ordering::Relaxed)) }
 }
 
@@ -62,7 +62,7 @@ impl Coverage {
         is_new
     }
 
-    /// The number of edges taken so far. None without the pass.
+    /// Returns the number of edges taken so far, or `None` without the pass.
     pub fn edges(&self) -> Option<usize> {
         (!self.seen.is_empty()).then(|| self.seen.iter().filter(|seen| **seen > 0).count())
     }

@@ -1,14 +1,14 @@
-//! Fuzzes the readers of hostile bytes. `scripts/fuzz` builds and runs it; ARCHITECTURE.md says how
+//! Fuzzes the readers of hostile bytes. `scripts/fuzz` builds and runs it. ARCHITECTURE.md says how
 //! to add a target.
 //!
-//! The loop is our own because it must run on the stable toolchain. LLVM's `sancov-module` pass
-//! counts the edges (`coverage.rs`), an input that reaches a new edge is added to the corpus, and
-//! `mutate.rs` changes a corpus entry for each execution. Without the pass the fuzzer mutates the
-//! seeds blindly. The seed alone decides a run, so it can be repeated.
+//! The fuzzer has its own loop because it must run on the stable toolchain. LLVM's `sancov-module`
+//! pass counts the edges (`coverage.rs`), an input that reaches a new edge is added to the corpus,
+//! and `mutate.rs` changes a corpus entry for each execution. Without the pass the fuzzer mutates
+//! the seeds blindly. A run depends only on its seed, so it can be repeated.
 //!
 //! A target fails when it panics, allocates more than its bound, or takes more than
-//! [`EXECUTION_MAX`]. The input is then made smaller as long as it still fails, and written to a
-//! file.
+//! [`EXECUTION_MAX`]. The fuzzer then shrinks the input as long as it still fails, and writes it to
+//! a file.
 
 mod allocations;
 mod coverage;
@@ -24,21 +24,22 @@ use std::time::{Duration, Instant};
 #[global_allocator]
 static ALLOCATOR: allocations::Counting = allocations::Counting;
 
-/// Longest input. No reader keeps more.
+/// Limit of an input's length. No reader keeps more.
 const INPUT_BYTES_MAX: usize = 192 * 1024;
-/// An execution that takes longer is a failure. Generous enough for a busy machine.
+/// Limit of the time of one execution. A longer execution is a failure. The limit is generous for a
+/// busy machine.
 const EXECUTION_MAX: Duration = Duration::from_secs(5);
 /// SIGALRM ends an execution that hangs.
 const ALARM_S: u32 = 60;
 /// The time between two progress lines.
 const REPORT_PERIOD: Duration = Duration::from_secs(10);
-/// How many attempts are made to shrink a failing input.
+/// Limit of the attempts to shrink a failing input.
 const SHRINKS_MAX: usize = 20_000;
 
 struct Target {
     name: &'static str,
     run: fn(&[u8]),
-    /// The most memory that one execution may hold at once, in addition to the input.
+    /// Limit of the memory that one execution may hold at once, in addition to the input.
     memory_max: usize,
     /// Words that mutations insert because random changes do not find them.
     words: &'static [&'static str],
@@ -267,7 +268,7 @@ fn seeds(name: &str) -> Vec<Vec<u8>> {
         .flatten()
         .map(|item| item.path())
         .collect();
-    // Sorted, so that a run can be repeated.
+    // The files are sorted so that a run can be repeated.
     files.sort();
     let seeds: Vec<_> = files
         .iter()
@@ -277,7 +278,7 @@ fn seeds(name: &str) -> Vec<Vec<u8>> {
     seeds
 }
 
-/// Runs the target once. The error says why it failed.
+/// Runs the target once. The error gives the reason of a failure.
 fn execute(target: &Target, input: &[u8]) -> Result<(), String> {
     coverage::reset();
     let begun = Instant::now();
@@ -332,7 +333,7 @@ fn failed(target: &Target, input: Vec<u8>, why: &str, executions: u64, seed: u64
     ExitCode::FAILURE
 }
 
-/// Shrinks a failing input by removing ever smaller pieces.
+/// Shrinks a failing input by removing smaller and smaller pieces.
 fn shrink(target: &Target, mut input: Vec<u8>) -> Vec<u8> {
     let mut tries = 0;
     let mut piece = input.len().div_ceil(2);

@@ -19,9 +19,9 @@ const NUMBERS: [&str; 10] = [
     "4294967296",
     "18446744073709551616",
 ];
-/// The most changes made to one input.
+/// Limit of the changes to one input.
 const CHANGES_MAX: usize = 8;
-/// How often a piece may be repeated. Repetition is how inputs become long.
+/// Limit of the repetitions of a piece. Repetition makes inputs long.
 const REPEATS_MAX: usize = 2000;
 
 impl Mutator {
@@ -43,7 +43,7 @@ impl Mutator {
         input
     }
 
-    /// SplitMix64.
+    /// Returns the next number of SplitMix64.
     fn random(&mut self) -> u64 {
         self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.random;

@@ -91,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn fifo_ends_are_accepted_and_only_ours_is_non_blocking() {
+    fn fifo_ends_are_accepted_and_only_own_end_is_non_blocking() {
         let (r, w) = pipe();
         let r_kept = r.try_clone().unwrap();
         let ours = accept(r, Direction::Read).unwrap();
@@ -114,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn fifo_anything_else_is_refused() {
+    fn other_descriptor_than_fifo_is_refused() {
         let (r, w) = pipe();
         assert_eq!(kind(r, Direction::Write), Kind::InvalidArgument);
         assert_eq!(kind(w, Direction::Read), Kind::InvalidArgument);

@@ -92,7 +92,7 @@ mod tests {
         elf[..7].copy_from_slice(b"\x7fELF\x02\x01\x01");
         elf[16] = 2;
         elf[18] = 62;
-        // One loadable segment of 8 bytes at the end.
+        // The file has one loadable segment of 8 bytes at the end.
         (elf[32], elf[54], elf[56]) = (64, 56, 1);
         (elf[64 + 8], elf[64 + 32]) = (120, 8);
         check_elf(&elf).unwrap();

@@ -96,7 +96,7 @@ mod tests {
             limiter.admit(client(n), now);
         }
         assert_eq!(limiter.buckets.len(), CLIENTS_MAX);
-        // Buckets that are full again make room.
+        // Clients whose buckets are full again are forgotten, which makes room for new clients.
         assert!(limiter.admit(client(3 * CLIENTS_MAX), now + Duration::from_secs(10)));
         assert_eq!(limiter.buckets.len(), 1);
     }

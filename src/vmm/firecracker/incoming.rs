@@ -195,7 +195,7 @@ mod tests {
         assert_eq!(error(&[b'x'; HEAD_BYTES_MAX + 1]), "its headers do not end");
     }
 
-    /// Found by `scripts/fuzz firecracker-http`.
+    /// `scripts/fuzz firecracker-http` found this bug.
     #[test]
     fn header_is_parsed_once_its_line_is_complete() {
         let mut incoming = Incoming::default();

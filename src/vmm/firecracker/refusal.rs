@@ -229,7 +229,7 @@ mod tests {
         assert!(text(&[b'x'; 10_000]).len() <= TEXT_CHARS_MAX);
     }
 
-    /// The messages are from recorded transcripts.
+    /// The messages come from recorded transcripts.
     #[test]
     fn every_recorded_message_has_a_meaning() {
         for (message, kind) in [

@@ -116,7 +116,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn swap_of_a_process_is_read_from_its_status() {
+    fn swap_is_read_from_process_status() {
         assert_eq!(
             swapped_kib("VmPTE:\t      44 kB\nVmSwap:\t       0 kB\nThreads:\t1\n"),
             Some(0)

@@ -389,7 +389,7 @@ mod tests {
     #[test]
     fn start_of_exiting_qemu_fails_with_its_output() {
         let temp = tempfile::tempdir().unwrap();
-        // Not QEMU, but a program that rejects its arguments and exits.
+        // This program is not QEMU. It rejects its arguments and exits.
         let binary = "/bin/ls".into();
         let accel = crate::config::Accel::Tcg;
         let machine = crate::config::Machine::Q35;

@@ -237,8 +237,8 @@ mod tests {
         let _ = flood.join().unwrap();
     }
 
-    /// QEMU sends the event and hangs up. It must be seen even if another command is sent at that
-    /// moment.
+    /// QEMU sends the event and hangs up. The event must be read even if a command is sent at the
+    /// same moment.
     #[test]
     fn shutdown_cause_is_known_after_hang_up() {
         let event = "{\"event\": \"SHUTDOWN\", \"data\": {\"guest\": true, \"reason\": \"guest-shutdown\"}}\n";

@@ -51,7 +51,7 @@ mod tests {
 
     #[test]
     fn device_of_disk_is_found_by_node() {
-        // Shortened output of QEMU 7.2.
+        // This is shortened output of QEMU 7.2.
         let devices = json!([
             {"device": "", "qdev": "/machine/peripheral-anon/device[0]", "inserted": {"node-name": "root", "bps": 0}},
             {"device": "", "qdev": "/machine/peripheral-anon/device[1]", "inserted": {"node-name": "seed"}},

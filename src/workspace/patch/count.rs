@@ -263,8 +263,8 @@ mod tests {
         );
         // Names without a hunk change nothing.
         check("--- a/x\n+++ b/x\n", 0);
-        // A hunk that claims to be endless hides nothing: git ends it at the first line that cannot
-        // belong to it.
+        // A hunk with an endless claimed length hides nothing: git ends it at the first line that
+        // cannot belong to it.
         check(
             "diff --git a/x b/x\n--- a/x\n+++ b/x\n@@ -1,99 +1,99 @@\n x\ndiff --git a/y b/y\nnew file mode 100644\n",
             2,

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 const ROUNDS: usize = 40;
 
-/// Makes the same calls as the driver with a bare socket. Returns the time from the process's start
-/// to the answer to InstanceStart.
+/// Makes the driver's calls on a bare socket. Returns the time from the process's start to the
+/// reply to InstanceStart.
 fn bare_start(dir: &Path, calls: &[(String, String)]) -> Duration {
     let socket = dir.join("bare.sock");
     for left in [&socket, &dir.join("bare.vsock")] {
@@ -60,8 +60,8 @@ fn percentile(took: &mut [Duration], p: usize) -> Duration {
     took[(took.len() - 1) * p / 100]
 }
 
-/// Measures the time from create to the answer to InstanceStart, for the driver and for a bare
-/// client in turn, on this host's `/dev/kvm`.
+/// Measures the time from create to the reply to InstanceStart on this host's `/dev/kvm`. The
+/// driver and a bare client take turns.
 #[test]
 #[ignore = "measures: scripts/bench boot"]
 fn bench_boot() {

@@ -10,8 +10,8 @@ use nix::sched::{CloneFlags, unshare};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// Runs the driver's state machine against the real program on this host's `/dev/kvm`. Whether the
-/// guest boots does not matter.
+/// Runs the driver's state machine against the real program on this host's `/dev/kvm`. The guest
+/// does not have to boot.
 #[test]
 #[ignore = "needs a binary of Firecracker's: scripts/test"]
 fn the_control_plane_on_this_hosts_kvm() {
@@ -19,7 +19,7 @@ fn the_control_plane_on_this_hosts_kvm() {
         eprintln!("NOT RUN, for there is no /dev/kvm: the control plane of firecracker");
         return;
     }
-    // The image is built from packages, which cannot be downloaded in the namespace.
+    // Building the image downloads packages, which is impossible in the namespace.
     let image = crate::host::image();
     // Firecracker creates a missing tap. In a namespace the tap disappears with the test.
     unshare(CloneFlags::CLONE_NEWNET).unwrap();
@@ -29,7 +29,7 @@ fn the_control_plane_on_this_hosts_kvm() {
     let spec = |kernel: &Path| control_plane_spec(dir.path(), kernel);
     let tag = spec(image).tag;
     let first = new_driver();
-    // A file that it cannot boot is refused with the reason, and leaves nothing behind.
+    // A kernel that cannot boot is refused with the reason and leaves nothing behind.
     let e = first
         .start(&spec(&image.join("initrd")), &never, &mut |_| {})
         .unwrap_err();
@@ -60,8 +60,8 @@ fn the_control_plane_on_this_hosts_kvm() {
             running_vm.resume(&never).unwrap();
         }
     }
-    // Limits can be set while it runs and while it is paused. This guest never loads a balloon's
-    // driver.
+    // Limits can be set while the guest runs and while it is paused. This guest never loads a
+    // balloon driver.
     let with = |rates| VmmSpec {
         rates,
         ..spec.clone()
@@ -85,7 +85,7 @@ fn the_control_plane_on_this_hosts_kvm() {
         running_vm.set_rates(&with(rates), &never).unwrap();
         let config = vm_config(&vm.join("run/api.sock"));
         let size = |of: &serde_json::Value, bucket: &str| of[bucket]["size"].to_string();
-        // The drives are in no particular order.
+        // The order of the drives is not defined.
         let limiter = |id: &str| {
             let drive = config["drives"]
                 .as_array()
@@ -108,7 +108,7 @@ fn the_control_plane_on_this_hosts_kvm() {
         assert_eq!(found, shown, "{config}");
         assert!(seed.is_null(), "{config}");
     }
-    // Each document contains what has happened since the one before.
+    // Each document covers the time since the previous document.
     for _ in 0..2 {
         let metrics = running_vm.metrics(&never).unwrap();
         let last = metrics.last().unwrap();
@@ -117,7 +117,7 @@ fn the_control_plane_on_this_hosts_kvm() {
             "{last}"
         );
     }
-    // The socket exists, but nothing in the guest listens.
+    // The socket exists, but no program in the guest listens.
     assert_eq!(
         running_vm.connect(5000, &never).unwrap_err().kind(),
         Kind::Timeout
@@ -140,7 +140,7 @@ fn the_control_plane_on_this_hosts_kvm() {
     running_vm.save(&spec, to, &never).unwrap();
     let saved = std::fs::metadata(&memory).unwrap();
     assert_eq!(saved.len(), spec.mem_mib << 20);
-    // Only the pages that the guest has touched are saved, which are few by now.
+    // Only pages that the guest has touched are saved, and it has touched few so far.
     let allocated_mib = (std::os::unix::fs::MetadataExt::blocks(&saved) * 512) >> 20;
     println!("saved: {allocated_mib} of {} MiB", spec.mem_mib);
     assert!(allocated_mib < spec.mem_mib * 3 / 4, "{allocated_mib} MiB");
@@ -161,7 +161,8 @@ fn the_control_plane_on_this_hosts_kvm() {
         .unwrap();
     assert!(deaths.recv_timeout(Duration::from_secs(30)).is_ok());
     assert_eq!(next.processes().find(tag.as_str()).unwrap(), None);
-    // Restore it with another tap. A damaged copy is refused and leaves nothing behind.
+    // The guest is restored with another tap. A damaged copy of the snapshot is refused and leaves
+    // nothing behind.
     let network = GuestNetwork::Tap {
         name: "fctest1".into(),
         mac: "02:fc:0a:59:00:06".into(),

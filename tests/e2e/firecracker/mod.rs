@@ -1,6 +1,6 @@
-//! Tests of the driver `firecracker` with the real program in a test host, where nested
-//! virtualisation runs the same guests. `scripts/test` runs them if there is a binary
-//! (`FCD_FIRECRACKER` or on the PATH), and reports it if there is none.
+//! Tests of the `firecracker` driver with the real program. They run in a test host, where nested
+//! virtualization runs the same guests. `scripts/test` runs them if a binary exists
+//! (`FCD_FIRECRACKER` or in PATH), and otherwise reports that it is missing.
 
 mod bench;
 mod control_plane;
@@ -25,7 +25,7 @@ fn binary() -> PathBuf {
         .into()
 }
 
-/// The jailer of the same release.
+/// Returns the jailer of the same release.
 fn jailer() -> PathBuf {
     std::env::var_os("FCD_JAILER").map_or_else(|| binary().with_file_name("jailer"), PathBuf::from)
 }
@@ -40,13 +40,13 @@ fn boot() -> TestHost {
         );
     }
     host.bring_image();
-    // The jailer makes nodes of its own, so only root needs those of the host.
+    // The jailer creates its own device nodes, so only root needs access to the host's.
     host.sh("chmod 600 /dev/kvm /dev/net/tun");
     host.start_daemon_with(CONFIG);
     host
 }
 
-/// The daemon dies at the n-th effect or commit of a start. The next daemon leaves nothing behind
+/// The daemon dies at the n-th effect or commit of a start. The next daemon removes all leftovers
 /// and starts the guest.
 fn dies_at(host: &TestHost, n: u64) {
     host.sh(&format!(
@@ -79,7 +79,7 @@ fn dies_at(host: &TestHost, n: u64) {
     host.sh("fcctl stop a");
 }
 
-/// A server in the guest. It sends its host's name and the line that it received to every client of
+/// A server for the guest. It sends its host name and the line that it received to every client of
 /// vsock port 5000.
 const GREETER: &str = r#"socket(S, 40, 1, 0) or die "socket: $!";
 bind(S, pack("SSLLCx3", 40, 0, 5000, 0xffffffff, 0)) or die "bind: $!";
@@ -104,7 +104,7 @@ fn greeting(host: &TestHost, vm: &str) -> String {
     host.sh(&format!("echo hello | fcctl vm connect {vm} 5000"))
 }
 
-/// The guest cannot be reached over SSH. Its init handles Ctrl-Alt-Del, syncs and powers off.
+/// The guest is unreachable over SSH. Its init handles Ctrl-Alt-Del, syncs and powers off.
 fn goes_without_ssh(host: &TestHost) {
     host.sh("fcctl exec a -- sh -c 'echo late > /root/late; (sleep 1; /usr/lib/fcd/bin/ip link set eth0 down) > /dev/null 2>&1 < /dev/null &'
              until ! timeout 2 fcctl exec a -- true 2> /dev/null; do sleep 0.2; done");
@@ -117,7 +117,8 @@ fn goes_without_ssh(host: &TestHost) {
     assert_eq!(host.sh("fcctl exec a -- cat /root/late"), "late\n");
 }
 
-/// Tests power-off, panic and reset with a running daemon, after its restart, and while none runs.
+/// Tests power-off, panic and reset with a running daemon, after its restart, and while no daemon
+/// runs.
 #[test]
 #[ignore = "needs a binary of Firecracker's: scripts/test"]
 fn real_guests_end() {
@@ -178,8 +179,8 @@ fn real_guests_end() {
     assert_eq!(host.devices(), "");
 }
 
-/// Restores memory and disks of one moment, in the same VM and in two others at the same time.
-/// Every jail has the disks at the same paths.
+/// Restores memory and disks of one moment in the same VM and in two others at the same time. Every
+/// jail has the disks at the same paths.
 fn restores_snapshots(host: &TestHost) {
     host.sh("fcctl vm create --name s --memory 256M --work-disk 32M && fcctl start s");
     host.sh("fcctl exec s -- sh -c 'echo disk > /root/mark; echo work > /work/mark; echo memory > /dev/shm/mark
@@ -233,8 +234,8 @@ fn restores_snapshots(host: &TestHost) {
             host.sh(&format!("for vm in s twin third; do fcctl exec $vm -- sh -c '{what}' | sha256sum; done | sort -u | wc -l"));
         assert_eq!(lines, "3\n", "{what}");
     }
-    // A damaged snapshot cannot be loaded. The VMM exits, which is reported and leaves nothing
-    // behind.
+    // Firecracker exits when it cannot load a damaged snapshot. The error is reported, and nothing
+    // is left behind.
     let broken = host.sh("fcctl stop s > /dev/null; for f in state/snapshots/*/private/devices; do echo broken > $f; done; fcctl snapshot restore one 2>&1 || true");
     assert!(broken.contains("load the saved guest"), "{broken}");
     assert_eq!(
@@ -268,7 +269,7 @@ fn real_guests() {
             .starts_with("SSH-2.0")
     );
     assert!(host.sh("fcctl logs a").contains("ssh is up"));
-    // Copy a repository to the guest, and export its changes.
+    // Copies a repository to the guest and exports its changes.
     host.sh("mkdir repo && cd repo && echo hello > greeting && fcctl workspace prepare a . --guest-path /root/repo");
     assert_eq!(
         host.sh("fcctl exec a -- cat /root/repo/greeting"),
@@ -279,7 +280,7 @@ fn real_guests() {
     );
     host.sh("fcctl workspace export a --patch out.patch && cd repo && git init -q . && git apply ../out.patch");
     assert_eq!(host.sh("cat repo/greeting repo/new"), "changed\nnew\n");
-    // The VMM has inherited no descriptor from the daemon.
+    // The VMM has not inherited any descriptor from the daemon.
     let open = host.sh("ls -l /proc/$(pgrep -x firecracker)/fd | sed -n 's/.*-> //p'");
     for target in open.lines() {
         let own = [
@@ -319,7 +320,7 @@ fn real_guests() {
         limits,
         format!("{}\n17\n200000 100000\n1\n", (1024_u64 << 20) + (256 << 20))
     );
-    // It is the first process of its own PID namespace.
+    // The VMM is the first process of its PID namespace.
     assert_eq!(
         host.sh("sed -n 's/^NSpid:.*\\t//p' /proc/$(pgrep -x firecracker)/status"),
         "1\n"
@@ -332,7 +333,7 @@ fn real_guests() {
         "{nobody}"
     );
     greets(&host, "a");
-    // Pause and resume it.
+    // The guest is paused and resumed.
     assert_eq!(host.sh("fcctl vm pause a"), "a: running (paused)\n");
     assert!(
         host.sh("fcctl exec a -- true 2>&1 || true")
@@ -343,7 +344,7 @@ fn real_guests() {
         "a: running\non\n"
     );
     assert_eq!(greeting(&host, "a"), "a got hello\n", "also by vsock");
-    // The daemon is killed, and the next one adopts the guest.
+    // The daemon is killed, and the next daemon adopts the guest.
     let pid = host.sh("pgrep -x firecracker");
     host.sh("pkill -KILL -x fcd; until ! pgrep -x fcd; do sleep 0.1; done");
     host.start_daemon_with(CONFIG);
@@ -352,7 +353,8 @@ fn real_guests() {
         "kept\nkept\n"
     );
     assert_eq!(host.sh("pgrep -x firecracker"), pid);
-    // A stop syncs and ends the guest even if a process in it hangs. The next start has the data.
+    // A stop syncs and ends the guest even if a process in the guest hangs. The next start has the
+    // data.
     let import = "{ head -c 100000 /dev/zero; exec sleep 3600; } | fcctl workspace prepare a --tar - --guest-path /root/stalled";
     let stopped = host.sh(&format!(
         "({import} > import.log 2>&1 && echo done > import.status || echo failed > import.status) & \
@@ -376,7 +378,7 @@ fn real_guests() {
         dies_at(&host, n);
     }
     restores_snapshots(&host);
-    // Deleting a booting VM waits for nothing.
+    // Deleting a booting VM does not wait for the boot.
     host.sh("fcctl vm create --name b; fcctl start b & until pgrep -x firecracker > /dev/null; do sleep 0.05; done
              fcctl rm -f b; wait $! || true");
     host.sh("fcctl rm -f a");
@@ -387,12 +389,12 @@ fn real_guests() {
     );
 }
 
-/// The VMM and its control group apply the rates, and the metrics show it. The guest returns memory
-/// and takes it back.
+/// The VMM and its control group apply the rates, and the metrics show this. The balloon returns
+/// memory and takes it back.
 fn adjusts(host: &TestHost) {
     let io_max = || host.sh("cut -d' ' -f2- /sys/fs/cgroup/fcd-*/fc-*-1/io.max");
     let both = |rate: &str| format!("{rate}\n").repeat(2);
-    // The device of the snapshot, and the one with the work disk.
+    // The limits are on the snapshot's device and on the device of the work disk.
     assert_eq!(
         io_max(),
         both("rbps=419430400 wbps=419430400 riops=max wiops=max")
@@ -415,7 +417,7 @@ fn adjusts(host: &TestHost) {
         "{:?}",
         begun.elapsed()
     );
-    // The metrics may be from this minute or an earlier one.
+    // The metrics may have been read in this minute or in an earlier one.
     let metrics: serde_json::Value = serde_json::from_str(&host.sh("fcctl vm metrics a")).unwrap();
     let disks: Vec<_> = metrics["metrics"]
         .as_array()
@@ -435,7 +437,7 @@ fn adjusts(host: &TestHost) {
         until fcctl vm balloon a | grep -q 'keeps 1 GiB of 1 GiB$'; do sleep 0.2; done; echo done"), "done\n");
 }
 
-/// A VM in `dir/vm` with empty disks.
+/// Returns the spec of a VM in `dir/vm` with empty disks.
 fn control_plane_spec(dir: &Path, kernel: &Path) -> VmmSpec {
     let vm = dir.join("vm");
     for name in ["disk", "seed"] {
@@ -444,7 +446,7 @@ fn control_plane_spec(dir: &Path, kernel: &Path) -> VmmSpec {
             .set_len(1 << 20)
             .unwrap();
     }
-    // A tag that no other process has now.
+    // No other process has this tag.
     let tag = Tag::new(
         &format!("{:08x}", std::process::id()),
         &"0123456789ab".parse().unwrap(),

@@ -1,4 +1,4 @@
-//! A small file system of its own, which a test can fill or break.
+//! A small file system that a test can fill or break.
 
 use super::{run, wait_for};
 use std::fs;
@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 /// them.
 pub struct SmallDisk(PathBuf);
 
-/// The files are sparse, so only what is written takes space.
+/// The file is sparse, so only written blocks use space.
 const XFS_BYTES: u64 = 2 << 30;
 
 const EXT4_BYTES: u64 = 2 << 30;
@@ -74,7 +74,7 @@ impl SmallDisk {
         mounted
     }
 
-    /// Triggers an error in the file system, which is read-only from then on, even for open files.
+    /// Triggers an error in the file system, which then becomes read-only, even for open files.
     pub fn break_ext4(&self) {
         let out = Command::new("findmnt")
             .args(["-no", "SOURCE"])
@@ -92,9 +92,9 @@ impl SmallDisk {
         .unwrap();
     }
 
-    /// Repairs the file system, as an administrator does after a reboot.
+    /// Repairs the file system as an administrator would after a reboot.
     pub fn mend_ext4(&self) {
-        // The processes with open files on it have just been killed.
+        // The processes that had files open on it have just been killed.
         wait_for("it is unmounted", || {
             Command::new("umount")
                 .arg(&self.0)
@@ -132,7 +132,7 @@ impl SmallDisk {
         Self(at)
     }
 
-    /// Fills the file system so that only this much room is left.
+    /// Fills the file system until only this much space is left.
     pub fn fill(&self, leave_bytes: u64) {
         let stat = nix::sys::statvfs::statvfs(&self.0).unwrap();
         let free = stat.blocks_free() * stat.fragment_size();

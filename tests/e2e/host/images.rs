@@ -1,4 +1,4 @@
-//! The image that the guests of all tests boot, built once and cached.
+//! The image of all tests' guests. It is built once and cached.
 
 use super::{Host, base};
 use std::fs;
@@ -6,13 +6,15 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-/// The directory of the default image, which is built once for all test binaries of this source.
+/// Returns the directory of the default image, which is built once for all test binaries of this
+/// source.
 pub fn image() -> &'static Path {
     static IMAGE: OnceLock<PathBuf> = OnceLock::new();
     IMAGE.get_or_init(|| cached_image("default", &[]))
 }
 
-/// The directory of an image with these packages. It is built if it does not exist.
+/// Returns the directory of an image with these packages, and builds the image if it does not
+/// exist.
 pub fn cached_image(name: &str, packages: &[&str]) -> PathBuf {
     let cache = base().join("image-cache");
     fs::create_dir_all(&cache).unwrap();
@@ -49,7 +51,7 @@ pub fn cached_image(name: &str, packages: &[&str]) -> PathBuf {
     image
 }
 
-/// A name for what an image is built from, so that another recipe gives another image.
+/// Returns a name that depends on the image's recipe, so that another recipe builds another image.
 fn image_key(packages: &[&str]) -> String {
     use std::hash::{Hash, Hasher};
     let mut hasher = std::hash::DefaultHasher::new();

@@ -18,23 +18,23 @@ use std::time::{Duration, Instant};
 pub const FCD: &str = env!("CARGO_BIN_EXE_fcd");
 pub const FCCTL: &str = env!("CARGO_BIN_EXE_fcctl");
 
-/// Everything that tests wait for takes seconds. This only limits a hang.
+/// Limit for a hang. Everything that tests wait for takes seconds.
 const DEADLINE: Duration = Duration::from_secs(120);
 
 pub struct Host {
-    // Dropped first, because nothing below a mount can be removed while it is mounted.
+    // This field is first and so dropped first, because a mounted directory cannot be removed.
     disk: Option<SmallDisk>,
     dir: tempfile::TempDir,
     fcd: Option<Child>,
     config: String,
-    /// The read end of the daemon's stderr, if that is a full pipe.
+    /// The read end of the daemon's stderr if stderr is a full pipe.
     unread_log: Option<std::os::fd::OwnedFd>,
 }
 
-/// The directory of the tests' hosts: `target/tmp/e2e`, on the file system of the checkout. If root
-/// runs the tests, VMMs and other callers have uids of their own. If those may not enter the
-/// checkout, which may be in root's home, it is a directory in `/var/tmp` with a name that depends
-/// on the checkout.
+/// Returns the directory of the tests' hosts. It is `target/tmp/e2e`, on the file system of the
+/// checkout. If root runs the tests, VMMs and other callers have their own uids, which may not be
+/// able to enter the checkout, for example in root's home. In that case it is a directory in
+/// `/var/tmp` whose name depends on the checkout.
 fn base() -> PathBuf {
     use std::hash::{DefaultHasher, Hash, Hasher};
     let own = Path::new(env!("CARGO_TARGET_TMPDIR")).join("e2e");
@@ -47,17 +47,17 @@ fn base() -> PathBuf {
     let mut hasher = DefaultHasher::new();
     own.hash(&mut hasher);
     let dir = Path::new("/var/tmp").join(format!("fcd-e2e-{:016x}", hasher.finish()));
-    // Fails if it is a link or belongs to another user.
+    // This fails if the directory is a link or belongs to another user.
     fcd::testing::host::fs::create_dir(&dir, 0o755).unwrap();
     dir
 }
 
-/// Waits until `probe` returns a value. Polls it with short pauses.
+/// Polls `probe` with short pauses until it returns a value.
 pub fn wait_for<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
     wait_for_or(what, &mut String::new(), |_| probe())
 }
 
-/// The same, with a failure message that contains the last text of the probe.
+/// Like [`wait_for`], but a failure message contains the probe's last text.
 pub fn wait_for_or<T>(
     what: &str,
     said: &mut String,
@@ -86,7 +86,7 @@ impl Host {
         Self::prepared(config, None)
     }
 
-    /// Starts a host whose daemon logs into a full pipe that nobody reads.
+    /// Starts a host whose daemon logs to a full pipe that nobody reads.
     pub fn with_unread_log() -> Self {
         let mut host = Self::start();
         host.stop_daemon();
@@ -100,23 +100,23 @@ impl Host {
         host
     }
 
-    /// Starts a host whose state directory is a file system of this size. Needs root. Must be used
-    /// only by the calling thread, because other threads do not see the mount.
+    /// Starts a host whose state directory is a file system of this size. Needs root. Only the
+    /// calling thread may use the host, because other threads do not see the mount.
     pub fn on_small_disk(size_mib: u64) -> Self {
         Self::prepared("", Some(&|at| SmallDisk::in_memory(at, size_mib)))
     }
 
-    /// The same with room for this many files.
+    /// Like [`Self::on_small_disk`], but limits the number of files.
     pub fn on_few_inodes(count: u64) -> Self {
         Self::prepared("", Some(&|at| SmallDisk::of_few_inodes(at, count)))
     }
 
-    /// The same on ext4, which becomes read-only after an error.
+    /// Like [`Self::on_small_disk`], but uses ext4, which becomes read-only after an error.
     pub fn on_ext4() -> Self {
         Self::prepared("", Some(&SmallDisk::ext4))
     }
 
-    /// The same on XFS, where files can share blocks.
+    /// Like [`Self::on_small_disk`], but uses XFS, where files can share blocks.
     pub fn on_xfs() -> Self {
         Self::prepared("", Some(&SmallDisk::xfs))
     }
@@ -162,7 +162,7 @@ impl Host {
             }
         }
         if self.disk.is_some() {
-            // A build does the same.
+            // A real image build also syncs.
             run(Command::new("sync").arg("-f").arg(&own));
         }
     }
@@ -207,10 +207,10 @@ impl Host {
                 state.as_os_str(),
             ])
             .args(["--socket".as_ref(), self.socket().as_os_str()])
-            // A violation of the lock order must end the daemon even where panics are caught.
+            // A lock-order violation must end the daemon even where panics are caught.
             .env("FCD_LOCK_ABORT", "1")
             .env("FCD_TEST_DIE_AT", self.die_at())
-            // The daemon of each test is alone on what counts as its host.
+            // The tests' daemons must not see each other's claims on the host.
             .env("FCD_TEST_CLAIMS", self.dir.path().join("claims"))
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
@@ -228,21 +228,21 @@ impl Host {
         });
     }
 
-    /// The file that tells the daemon at which of its next points to die.
+    /// Returns the path of the file that tells the daemon at which point to die.
     fn die_at(&self) -> PathBuf {
         self.dir.path().join("die-at")
     }
 
-    /// Makes the daemon die at the n-th effect or commit from now on, as if killed by `kill -9`.
+    /// Makes the daemon die at the n-th effect or commit from now on, as if `kill -9` had ended it.
     pub fn arm(&self, n: u64) {
-        // Renamed into place, because the daemon reads the file at every point.
+        // The file is renamed into place because the daemon reads it at every point.
         let draft = self.dir.path().join("die-at.new");
         fs::write(&draft, n.to_string()).unwrap();
         fs::rename(draft, self.die_at()).unwrap();
     }
 
-    /// Removes that order. Returns true if the daemon has died of it. A daemon that has hung up on
-    /// a caller is about to.
+    /// Removes the order to die. Returns true if the daemon has died. After it has hung up on a
+    /// caller, this waits for its death.
     pub fn disarm(&mut self, has_hung_up: bool) -> bool {
         fs::remove_file(self.die_at()).unwrap();
         let mut fcd = self.fcd.take().expect("a daemon runs");
@@ -284,7 +284,7 @@ impl Host {
         fcd.wait().unwrap();
     }
 
-    /// An `fcctl` command with these arguments.
+    /// Returns an `fcctl` command with these arguments.
     pub fn command(&self, args: &[&str]) -> Command {
         fcctl_at(&self.socket(), args)
     }
@@ -351,8 +351,8 @@ impl Host {
         self.command(args).stdin(file).output().unwrap()
     }
 
-    /// Makes one call on a connection of its own, like a script without `fcctl`, and returns the
-    /// whole answer.
+    /// Makes one call on a new connection, like a script without `fcctl`, and returns the whole
+    /// reply.
     pub fn rpc(&self, method: &str, params: serde_json::Value) -> serde_json::Value {
         let mut stream = std::os::unix::net::UnixStream::connect(self.socket()).unwrap();
         let line =
@@ -369,7 +369,7 @@ impl Host {
         self.json(&["vm", "show", vm])[fact].clone()
     }
 
-    /// The consoles of all guests.
+    /// Returns the consoles of all guests.
     fn consoles(&self) -> Vec<(PathBuf, String)> {
         let dirs = fs::read_dir(self.state().join("vms"))
             .into_iter()
@@ -385,7 +385,8 @@ impl Host {
         .collect()
     }
 
-    /// Everything on the host that belongs to this daemon: VMM processes and the files of its VMs.
+    /// Returns everything on the host that belongs to this daemon: VMM processes and files of its
+    /// VMs.
     pub fn census(&self) -> Vec<String> {
         let mut found: Vec<String> = vmm_processes(&self.state())
             .into_iter()
@@ -399,7 +400,7 @@ impl Host {
     }
 }
 
-/// An `fcctl` command with these arguments for the daemon with this socket.
+/// Returns an `fcctl` command with these arguments for the daemon at this socket.
 pub fn fcctl_at(socket: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(FCCTL);
     command
@@ -443,7 +444,7 @@ fn run(command: &mut Command) {
     assert!(status.success(), "{command:?}: {status}");
 }
 
-/// The VMM processes that use this state directory.
+/// Returns the VMM processes that use this state directory.
 pub fn vmm_processes(state: &Path) -> Vec<u32> {
     let needle = state.join("vms").display().to_string();
     let mut found = Vec::new();

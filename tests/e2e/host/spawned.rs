@@ -5,8 +5,8 @@ use std::fs;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
-/// A process with its output in files, so that a test can read it while the process runs, and the
-/// process never blocks on it.
+/// A process whose output goes to files. The test can read the output while the process runs, and
+/// the process never blocks on it.
 pub struct Spawned {
     pub child: Child,
     out: tempfile::NamedTempFile,
@@ -55,7 +55,7 @@ impl Spawned {
         });
     }
 
-    /// Waits for the end. Returns the exit status and how long the wait took.
+    /// Waits for the process to end. Returns its exit status and the duration of the wait.
     pub fn end(&mut self) -> (Option<i32>, Duration) {
         let begun = Instant::now();
         let status = wait_for("the end of a process", || self.child.try_wait().unwrap());

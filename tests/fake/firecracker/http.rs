@@ -13,7 +13,7 @@ pub struct Request {
     pub body: Vec<u8>,
 }
 
-/// Reads one request. Returns None at the end of the connection, and the length alone if the body
+/// Reads one request. Returns `None` at the end of the connection, and only the length if the body
 /// is too long.
 pub fn read_request(
     stream: &mut UnixStream,

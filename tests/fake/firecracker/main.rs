@@ -1,11 +1,12 @@
 //! A fake Firecracker v1.16.1. Replies, phases and quirks of the API follow recorded transcripts of
 //! the real program. There is no guest: a guest that "runs" prints one line on its serial console.
 //!
-//! The fake reads `script` next to its executable. Each line `METHOD PATH FAULT [ARGUMENT]` says
-//! what happens to which request. It writes the requests that it received to `requests`. Faults are
-//! `hang`, `die`, `garbage`, `hangup`, `slow` with milliseconds, and `refuse` with a message.
-//! `KEYBOARD` makes the guest shut down at Ctrl-Alt-Del. `VERSION` with a number sets the version.
-//! `EXIT` with a text makes it print the text and exit at once.
+//! The fake reads the file `script` next to its executable. Each line `METHOD PATH FAULT
+//! [ARGUMENT]` selects a fault for one kind of request. The fake writes all received requests to
+//! the file `requests`. Faults are `hang`, `die`, `garbage`, `hangup`, `slow` with milliseconds,
+//! and `refuse` with a message. A line `KEYBOARD` makes the guest shut down at Ctrl-Alt-Del.
+//! `VERSION` with a number sets the version. `EXIT` with a text makes the fake print the text and
+//! exit immediately.
 
 #![allow(clippy::disallowed_methods, clippy::disallowed_types)]
 
@@ -22,7 +23,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use vmm::Vmm;
 
-/// Looks up in the script what happens to this request, and the argument.
+/// Returns the fault for this request and its argument, according to the script.
 fn fault(program_dir: &Path, method: &str, path: &str) -> Option<(String, String)> {
     let script = std::fs::read_to_string(program_dir.join("script")).unwrap_or_default();
     script.lines().find_map(|line| {

@@ -1,4 +1,4 @@
-//! The state of the microVM, and what each request does to it.
+//! The state of the microVM, and the effects of requests on it.
 
 mod snapshots;
 
@@ -36,15 +36,15 @@ pub struct Vmm {
     drives: Vec<(String, bool)>,
     networks: Vec<(String, String)>,
     serial: Option<PathBuf>,
-    /// The disks' files.
+    /// The paths of the disks' files.
     paths: Vec<String>,
     is_ending: bool,
     is_shut_down_by_key: bool,
-    /// How many MiB the guest is to return. A guest that "runs" returns them immediately.
+    /// The memory that the guest should return, in MiB. A guest that "runs" returns it immediately.
     balloon_mib: Option<u64>,
     metrics: Option<File>,
     flushes: u64,
-    /// The vsock device's socket.
+    /// The path of the vsock device's socket.
     vsock: Option<String>,
 }
 
@@ -317,7 +317,7 @@ impl Vmm {
     pub(super) fn say(&self, text: &str) {
         if let Some(mut serial) = self.serial.as_ref().and_then(|path| open_serial(path).ok()) {
             let _ = serial.write_all(text.as_bytes());
-            // The real program keeps it open for as long as it lives.
+            // The real program keeps the file open until it exits.
             std::mem::forget(serial);
         }
     }

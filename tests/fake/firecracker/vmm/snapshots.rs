@@ -6,7 +6,8 @@ use serde_json::Value;
 use std::fs::File;
 
 impl Vmm {
-    /// Writes which disks the VM has to both files. The real ones hold its memory and its devices.
+    /// Writes the paths of the VM's disks to both files. The real files contain memory and device
+    /// state.
     pub(super) fn save(&mut self, body: &Value) -> Outcome {
         match self.state {
             State::NotStarted => return Err(BEFORE.to_owned()),
@@ -38,7 +39,7 @@ impl Vmm {
         Ok(None)
     }
 
-    /// Loads a snapshot. A failure ends the process after it was answered.
+    /// Loads a snapshot. After a failure is answered, the process ends.
     pub(super) fn load(&mut self, body: &Value) -> Outcome {
         let failed = |why: String| {
             Err(format!(

@@ -1,9 +1,8 @@
-//! A QMP client with the parts that a driver needs: greeting, capabilities and commands. Every
-//! answer has a deadline and a size limit, and the number of events is limited as well
-//! ([`super::incoming`]).
+//! A QMP client with the parts that a driver needs: greeting, capabilities and commands. A
+//! guest may control the VMM, so every answer has a deadline and a size limit, and the number of
+//! events is limited too ([`super::incoming`]).
 //!
-//! Source: docs/interop/qmp-spec.txt of QEMU 7.2. A guest may have taken over the process on the
-//! other side.
+//! Source: docs/interop/qmp-spec.txt of QEMU 7.2.
 
 use super::incoming::{Budget, Incoming, LINE_BYTES_MAX, LINES_MAX, Message, Unusable};
 use crate::error::{Error, Kind, Result};

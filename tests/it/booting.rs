@@ -389,6 +389,13 @@ fn stop_during_restart_leaves_vm_stopped() {
         let (world, vm) = lingering();
         let mut restart = world.begin::<VmRestart>(stop("web"), vec![]);
         restart.stage("sync and shut down");
+        await_that("the guest has synced", || {
+            let calls = world.guest.calls();
+            let is_asked = calls
+                .iter()
+                .any(|call| call.command == fcd::testing::image::SHUTDOWN_COMMAND);
+            is_asked && world.guest.live_total() == 0
+        });
         let mut end = world.begin::<VmStop>(
             VmStopRequest {
                 force: kill,

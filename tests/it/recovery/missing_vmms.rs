@@ -3,6 +3,7 @@
 use crate::world::*;
 use fcd::testing::api::vm::*;
 use fcd::testing::vmm::Exit;
+use std::path::Path;
 
 /// Creates a VM whose VMM ends with `exit` while no daemon is running.
 fn world_without_vmm(exit: Exit) -> (World, Vm) {
@@ -59,6 +60,17 @@ fn vm_after_host_reboot_is_stopped() {
     assert_eq!(world.state("web"), VmState::Stopped);
 }
 
+/// Replaces the console log of a VM that has started.
+fn overwrite_console(dir: &Path, words: &str) {
+    let log = dir.join("console.log");
+    // The thread that reads consoles records the start on its own time. What it appends later would
+    // hide the words.
+    await_that("the start is in the log", || {
+        std::fs::read_to_string(&log).is_ok_and(|text| text.contains("--- fcd: started"))
+    });
+    std::fs::write(&log, format!("--- fcd: started ---\r\n{words}")).unwrap();
+}
+
 /// The earlier daemon logged the guest's last output and died before it saw the VMM exit.
 #[test]
 fn missing_vmm_is_judged_by_guests_last_words() {
@@ -80,8 +92,7 @@ fn missing_vmm_is_judged_by_guests_last_words() {
         ),
     ] {
         let (mut world, vm) = world_without_vmm(Exit::Unknown);
-        let log = world.vm_dir(&vm.id).join("console.log");
-        std::fs::write(log, format!("--- fcd: started ---\r\n{words}")).unwrap();
+        overwrite_console(&world.vm_dir(&vm.id), words);
         world.restart_daemon();
         let vm = world.show("web").unwrap();
         assert_eq!(
@@ -116,7 +127,7 @@ fn missing_vmm_is_judged_by_its_own_log() {
     ] {
         let (mut world, vm) = world_without_vmm(Exit::Unknown);
         let dir = world.vm_dir(&vm.id);
-        std::fs::write(dir.join("console.log"), "--- fcd: started ---\r\n").unwrap();
+        overwrite_console(&dir, "");
         std::fs::write(dir.join("vmm.log"), log).unwrap();
         world.restart_daemon();
         let vm = world.show("web").unwrap();

@@ -79,18 +79,18 @@ text_newtype!(
 text_newtype!(
     /// A VM's name, unique on the host: a lower-case DNS label of at most 32 characters.
     VmName, name_is_valid, "VM name",
-    "use 1 to 32 of a-z, 0-9 and -, beginning with a letter and not ending with -"
+    "use 1 to 32 characters from a-z, 0-9 and -; begin with a letter and do not end with -"
 );
 text_newtype!(
     /// The name of an image in the registry of this host.
     ImageRef, name_is_valid, "image name",
-    "use 1 to 32 of a-z, 0-9 and -, beginning with a letter and not ending with -"
+    "use 1 to 32 characters from a-z, 0-9 and -; begin with a letter and do not end with -"
 );
 
 text_newtype!(
     /// The name of a kernel in the registry of this host.
     KernelName, name_is_valid, "kernel name",
-    "use 1 to 32 of a-z, 0-9 and -, beginning with a letter and not ending with -"
+    "use 1 to 32 characters from a-z, 0-9 and -; begin with a letter and do not end with -"
 );
 text_newtype!(
     /// The id of a snapshot, in the form of a [`VmId`].
@@ -99,7 +99,7 @@ text_newtype!(
 text_newtype!(
     /// A snapshot's name, unique on the host.
     SnapshotName, name_is_valid, "snapshot name",
-    "use 1 to 32 of a-z, 0-9 and -, beginning with a letter and not ending with -"
+    "use 1 to 32 characters from a-z, 0-9 and -; begin with a letter and do not end with -"
 );
 
 macro_rules! random_ids {

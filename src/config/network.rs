@@ -63,7 +63,7 @@ impl Network {
         if !begins_well || name.len() > INTERFACE_NAME_LEN_MAX || !name.iter().all(|b| is_plain(*b))
         {
             return bad(
-                "network.bridge must be 1 to 15 of a-z, 0-9 and -, beginning with a letter",
+                "network.bridge must be 1 to 15 characters from a-z, 0-9 and -, and begin with a letter",
             );
         }
         if self.taps_ahead > TAPS_AHEAD_MAX {

@@ -85,7 +85,7 @@ pub(super) fn missing(config: &Config, firecracker: &dyn Driver, is_root: bool) 
     if let Err(e) = on_disk {
         return Some(Missing::new(
             format!("this is missing: {e}"),
-            e.hint_text().unwrap_or("another state_dir"),
+            e.hint_text().unwrap_or("use another state_dir"),
         ));
     }
     if let Some(disk) = qcow2_disk(&config.state_dir) {

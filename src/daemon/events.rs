@@ -30,8 +30,8 @@ pub trait WatchLine {
     /// Sends a notification, and waits if the caller reads slowly.
     ///
     /// # Errors
-    /// Fails if the caller hung up or does not read; `InvalidData` for a notification that is too
-    /// long.
+    /// Fails if the caller hung up or does not read. Fails with `InvalidData` if the notification
+    /// is too long.
     fn send_note(&self, note: Note) -> io::Result<()>;
     /// Sends bytes that are complete lines already.
     fn send_bytes(&self, bytes: &[u8]) -> io::Result<()>;

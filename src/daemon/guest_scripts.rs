@@ -6,7 +6,7 @@ use crate::host::time::now_s;
 /// of the script open, and with it the connection.
 pub(super) const GUEST_SHELL: &str = "/usr/lib/fcd/busybox sh -c \"$(cat)\"";
 
-/// Sets the guest's clock to the current time of the host.
+/// Returns the command that sets the guest's clock to the host's current time.
 pub(super) fn set_clock_command() -> String {
     format!("/usr/lib/fcd/busybox date -s @{} >/dev/null", now_s())
 }

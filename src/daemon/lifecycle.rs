@@ -151,7 +151,7 @@ impl Lifecycle {
         }
     }
 
-    /// Decides the answer to a request, and makes the changes for it.
+    /// Decides how to answer a request, and updates the VM's row accordingly.
     fn grant_locked(
         &self,
         vm: &KeyGuard<'_, VmId>,

@@ -228,7 +228,7 @@ impl Networks {
         const ID: &str = "name_server";
         let trouble = self.name_server.lock().as_ref().map(dns::Server::trouble)?;
         Some(match trouble {
-            None => Check::ok(ID, "the name server's helper process runs"),
+            None => Check::ok(ID, "the name server's helper process is running"),
             Some(trouble) => Check::warn(
                 ID,
                 trouble,

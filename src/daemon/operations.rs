@@ -109,8 +109,8 @@ impl Core {
         )
     }
 
-    /// Begins an operation that ends something. No limit applies, because a VM has at most two of
-    /// them and everybody must be able to stop a VM.
+    /// Begins an operation that stops or deletes a VM. No limit applies, because a VM has at most
+    /// two such operations and everybody must be able to stop a VM.
     pub(super) fn begin_end_op(&self, method: &str, vm: &VmId, uid: u32) -> Result<OpHandle> {
         self.begin_own_op(method, Some(vm.clone()), uid)
     }

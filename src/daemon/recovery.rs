@@ -82,7 +82,8 @@ impl Recovery {
         self.core.store.read(|s| deaths(s, vm))
     }
 
-    /// Why the guest was not asked to shut down, if its record is the reason.
+    /// Explains why the guest was not asked to shut down. Returns None unless the reason is that
+    /// daemons died while they recovered or adopted this VM.
     pub(super) fn recovery_note(&self, vm: &VmId) -> Option<String> {
         let why = match (
             self.recovery_deaths(vm),

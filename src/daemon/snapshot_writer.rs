@@ -347,7 +347,7 @@ fn make_directories(files: &Files) -> Result<()> {
     Ok(())
 }
 
-/// Links the kernel, and makes the files that the VMM writes.
+/// Links the kernel and the initrd, and creates the files that the VMM writes.
 fn make_files(files: &Files, spec: &VmmSpec) -> Result<()> {
     link(&spec.kernel, &files.kernel)?;
     link(&spec.initrd, &files.initrd)?;

@@ -100,7 +100,6 @@ mod tests {
         Cancel::try_new().unwrap()
     }
 
-    /// The copy is independent of its source, which may change or be deleted.
     #[test]
     fn qcow2_copy_does_not_depend_on_its_source() {
         let dir = tempfile::tempdir().unwrap();

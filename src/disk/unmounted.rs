@@ -92,7 +92,8 @@ fn says_unmounted(superblock: &[u8; SUPERBLOCK_BYTES]) -> bool {
 }
 
 /// Returns the offset of the disk's first cluster in a qcow2 file. Returns None if the guest has
-/// not written that cluster yet. Mounting the disk writes it.
+/// not written that cluster yet, or if the file is not a supported qcow2 file. The guest writes the
+/// cluster when it mounts the disk.
 fn first_cluster(file: &impl ReadAt) -> std::io::Result<Option<u64>> {
     let mut header = [0; QCOW2_HEADER_BYTES];
     read(file, &mut header, 0)?;

@@ -139,8 +139,8 @@ fn pump_output(
                 .as_ref()
                 .map(|(p, _)| PollFd::new(p.as_fd(), PollFlags::POLLOUT)),
         );
-        // Both streams are closed, so the command is about to exit, but no descriptor here reports
-        // that.
+        // Once both streams are closed, the command is about to exit, but no descriptor here
+        // reports the exit. Poll more often then.
         let tick = if fds.len() == 1 {
             Duration::from_millis(1)
         } else {

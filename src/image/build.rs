@@ -188,7 +188,7 @@ fn write_inputs(stage: &Path, commands: &dyn Commands, cancel: &Cancel) -> Resul
     if sources.is_empty() {
         let text = format!("/etc/apt has no source for {} main", os.codename);
         return Err(Error::new(Kind::Unsupported, text).hint(format!(
-            "add to /etc/apt/sources.list, with your mirror of Debian: deb MIRROR {} main",
+            "add this line to /etc/apt/sources.list, replacing MIRROR with your Debian mirror: deb MIRROR {} main",
             os.codename
         )));
     }

@@ -66,8 +66,8 @@ impl<K: Clone + Ord + Hash + Debug> Slots<K> {
         true
     }
 
-    /// Returns false if the lock has already been granted. The caller then holds it, even if it was
-    /// cancelled.
+    /// Removes the waiter from the queue. Returns false if the waiter has already been granted the
+    /// lock. The caller then holds the lock, even if the wait was cancelled.
     pub(super) fn leave_queue(&self, key: &K, waiter: &Arc<Waiter>) -> bool {
         let mut slots = self.lock();
         let Some(slot) = slots.get_mut(key) else {

@@ -71,7 +71,7 @@ impl Feed {
         due.collect()
     }
 
-    /// Returns subscriptions from [`Feed::take`], with the changes that were not sent.
+    /// Hands back the subscriptions from [`Feed::take`], with the changes that were not sent.
     pub fn finish(&mut self, done: Vec<Due>) {
         let mut to_wake = Vec::new();
         let mut published = self.inner.events.published.lock();

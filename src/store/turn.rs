@@ -29,8 +29,8 @@ enum Work {
 struct Turn<'a> {
     inner: &'a Inner,
     writer: Option<Box<Writer>>,
-    /// True if the thread was already unwinding when it took the writer. A destructor that waits
-    /// for a change does this.
+    /// True if the thread was already unwinding when it took the writer. This happens if a
+    /// destructor waits for a change during a panic.
     was_panicking: bool,
 }
 

@@ -5,7 +5,7 @@
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Mtime {
     pub seconds: i64,
-    /// Below 1,000,000,000.
+    /// The nanoseconds within the second, less than 1,000,000,000.
     pub nanoseconds: u32,
 }
 

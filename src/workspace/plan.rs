@@ -77,7 +77,7 @@ impl Plan {
                 Kind::InvalidTree,
                 format!("{} is not a directory", path.display()),
             );
-            return Err(e.hint("pass the directory of the project; for a tar use --tar -"));
+            return Err(e.hint("pass the project's directory, or use --tar - for a tar archive"));
         }
         match git::find_top(&real)? {
             Some(top) => Self::of_repository(&top, &real, options, cancel),

@@ -54,7 +54,7 @@ pub(super) fn checks(host: &HostView<'_>) -> Vec<Check> {
         Err(e) => Check::fail(
             "jail-mount",
             e.to_string(),
-            e.hint_text().unwrap_or("another state_dir"),
+            e.hint_text().unwrap_or("use another state_dir"),
         ),
     }]
 }

@@ -19,8 +19,8 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// A session's buffers and libssh2's window take 3 MiB. Output in small messages costs libssh2
-/// several times its size.
+/// The memory limit of a helper. A session's buffers and libssh2's window take 3 MiB. If output
+/// arrives in small messages, libssh2 needs several times the size of the output.
 const MEMORY_BYTES_MAX: u64 = 64 * 1024 * 1024;
 /// Enough for the standard streams, the socket, three passed streams, an eventfd, and file
 /// descriptors that are received before an earlier one is closed.

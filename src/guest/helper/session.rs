@@ -281,10 +281,10 @@ impl<'w, 'a> Session<'w, 'a> {
     fn died(&mut self) -> Error {
         let how = match self.helper.wait(Instant::now() + EXIT_TIMEOUT) {
             Some(exit) => exit.to_string(),
-            None => "it still runs".to_owned(),
+            None => "it closed its channel but is still running".to_owned(),
         };
         lost(format!(
-            "the helper process that speaks SSH with it died ({how})"
+            "the helper process that speaks SSH with it failed ({how})"
         ))
     }
 

@@ -146,7 +146,7 @@ fn helper_that_breaks_the_protocol_is_guest_lost() {
 
 #[test]
 fn helper_that_dies_is_guest_lost_with_the_cause() {
-    let died = "the connection to the guest broke: the helper process that speaks SSH with it died (exit status 0)";
+    let died = "the connection to the guest broke: the helper process that speaks SSH with it failed (exit status 0)";
     check("die", died);
     check("die after the start", died);
 }

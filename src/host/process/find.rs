@@ -47,8 +47,8 @@ fn scan(fits: impl Fn(&[u8]) -> bool) -> Result<Vec<(String, Identity)>> {
         let Some(before) = read_stat(pid).filter(|stat| !stat.is_dead()) else {
             continue;
         };
-        // Read again after the stat: if the pid was reused in between, the identity is another
-        // process's.
+        // Read the arguments again after the stat. If the pid was reused between the two reads, the
+        // stat belongs to another process.
         if arguments(pid).iter().any(|a| *a == argument.as_bytes()) {
             found.push((
                 argument,

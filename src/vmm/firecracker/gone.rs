@@ -22,7 +22,7 @@ fn empty_group_at(groups: &Path, install: &str) -> Option<PathBuf> {
         .then_some(group)
 }
 
-/// Removes the control group with those of its VMs.
+/// Removes the installation's control group and the control groups of its VMs.
 pub fn remove_group(group: &Path) -> Result<()> {
     let io = |path: &Path, e| Error::io(format!("remove control group {}", path.display()), e);
     let entries = std::fs::read_dir(group).map_err(|e| io(group, e))?;

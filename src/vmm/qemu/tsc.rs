@@ -1,6 +1,6 @@
 //! Measures the frequency of this host's time stamp counter (TSC). Under emulation the guest reads
-//! the host's counter. The `microvm` board has no timer for the guest to measure the frequency, so
-//! the guest's kernel gets it as an argument.
+//! the host's counter. The `microvm` board has no timer against which the guest could measure the
+//! counter's frequency, so the guest's kernel gets the frequency as an argument.
 
 use crate::error::{Error, Result};
 use crate::host::wait::{cancelled, sleep};

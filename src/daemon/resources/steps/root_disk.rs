@@ -63,9 +63,9 @@ impl Resources {
     fn probe_again(&self) -> Result<Method> {
         let now = probe(&self.disk, self.vmm.as_ref(), &self.core.state_dir)?.method;
         match self.specs.disk_probe.as_ref() {
-            Err(e) if now == Method::DmSnapshot => {
-                Err(e.clone().hint("restart fcd, which can make root disks now"))
-            }
+            Err(e) if now == Method::DmSnapshot => Err(e
+                .clone()
+                .hint("restart fcd; it will then be able to create root disks")),
             _ => Ok(now),
         }
     }

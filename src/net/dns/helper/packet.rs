@@ -243,8 +243,8 @@ fn write_label(out: &mut Vec<u8>, label: &[u8]) {
     out.extend(label);
 }
 
-/// Reads the labels in lower case and returns where the name ends. Every step advances by at least
-/// one byte.
+/// Returns the name's labels in lower case, and the offset at which the name ends. Every step
+/// advances by at least one byte.
 fn read_name(packet: &[u8], begin: usize) -> Option<(Vec<Vec<u8>>, usize)> {
     let mut labels = Vec::new();
     let mut at = begin;

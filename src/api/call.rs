@@ -29,7 +29,7 @@ pub struct CallInfo {
 /// Who may make a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// Every user. A list contains only what the caller owns, except that all users share images
+    /// Every user. A list contains only what the caller may see, except that all users share images
     /// and kernels.
     Anybody,
     /// Root and the owner of the object that the call names.
@@ -51,7 +51,7 @@ pub enum Key {
 pub enum OnDisconnect {
     /// The call is completed.
     Nothing,
-    /// The call ends. Used by calls that wait, send notes or run a command.
+    /// The call ends. Calls that wait, send notes or run a command use this.
     EndCall,
     CancelOperation,
     FinishOperation,
@@ -102,7 +102,7 @@ macro_rules! calls {
         }
 
         impl NounCall {
-            /// Returns None if the noun does not have this method.
+            /// Parses the parameters of a call. Returns None if the noun does not have this method.
             pub fn parse(method: &str, params: &str) -> Option<serde_json::Result<Self>> {
                 match method {
                     $($method => Some(serde_json::from_str(params).map(Self::$call)),)*

@@ -100,7 +100,7 @@ pub struct LeaksReply {
     pub leaks: Vec<Leak>,
 }
 
-/// One keyed lock that is held or awaited.
+/// A lock that is held or awaited.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LockRecord {
     /// The name of the lock set, such as `vm_locks`.
@@ -122,8 +122,8 @@ pub struct LockParty {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DebugLocksReply {
     pub locks: Vec<LockRecord>,
-    /// Lock order violations since the daemon started. Only builds with the lock checker count
-    /// them.
+    /// The number of lock order violations since the daemon started. Only builds with the lock
+    /// checker count them.
     pub violations: u64,
     pub checked: bool,
 }

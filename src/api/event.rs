@@ -24,16 +24,17 @@ pub struct EventsWatchRequest {
     pub since: Option<u64>,
 }
 
-/// The caller's VMs after the change `seq`. Changes that are not yet durable are not included.
+/// The VMs that the caller may see, after the change `seq`. Changes that are not yet durable are
+/// not included.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Snapshot {
     pub seq: u64,
-    /// Seconds since the epoch.
+    /// When the snapshot was sent, in seconds since the epoch.
     pub at: u64,
-    /// `since` was given but the later changes are no longer kept, so the client must start over
-    /// from this snapshot.
+    /// True if `since` was given but the later changes are no longer kept. The client must then
+    /// start over from this snapshot.
     pub resync: bool,
-    /// Another note continues this snapshot.
+    /// True if another note continues this snapshot.
     pub more: bool,
     pub vms: Vec<Vm>,
 }
@@ -51,7 +52,7 @@ pub struct Event {
     pub seq: u64,
     /// When the change became durable, in seconds since the epoch.
     pub at: u64,
-    /// None for an operation that does not concern a VM.
+    /// The VM of the event. None for an operation that does not concern a VM.
     pub vm: Option<VmId>,
     pub name: Option<VmName>,
     /// The owner of the VM, or of the operation if there is no VM.
@@ -88,7 +89,7 @@ pub enum What {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         error: Option<Fault>,
     },
-    /// An event that this client does not know. Never sent.
+    /// An event that this client does not know. The daemon never sends this variant.
     #[serde(other, rename = "unknown")]
     Unknown,
 }
@@ -107,7 +108,7 @@ pub struct EventsWatchReply {
 }
 
 calls! {
-    /// Sends `snapshot` and `events` notes (`more`) until the caller disconnects. The reply comes
-    /// only after a `lagged` note.
+    /// Sends `snapshot` and `events` notes (`more`) until the caller disconnects or reads too
+    /// slowly. A caller that reads too slowly gets a `lagged` note and then the reply.
     EventsWatch = "events.watch" (EventsWatchRequest) -> EventsWatchReply [Anybody, Unkeyed, EndCall, NoFds, feature "events"];
 }

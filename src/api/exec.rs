@@ -1,4 +1,5 @@
-//! Running commands in a guest. Their input and output go through FIFOs that the caller passes.
+//! Calls that run commands in a guest. The input and output of a command go through FIFOs that the
+//! caller passes.
 
 use super::call::calls;
 use crate::ids::SessionId;
@@ -35,7 +36,7 @@ pub enum Stream {
     Stdin,
     /// The write end of a FIFO.
     Stdout,
-    /// The write end of a FIFO. Not used with a pty.
+    /// The write end of a FIFO. A command with a pty does not write to it.
     Stderr,
     /// The read end of a FIFO with the command, for commands that are not UTF-8 or do not fit into
     /// the request. `argv`, `env` and `workdir` are then empty. See [`CommandWords`].
@@ -66,7 +67,8 @@ impl CommandWords {
         bytes
     }
 
-    /// None if `bytes` are not in the form that [`CommandWords::encode`] produces.
+    /// Decodes a command. Returns None if `bytes` are not in the form that [`CommandWords::encode`]
+    /// produces.
     pub fn decode(bytes: &[u8]) -> Option<Self> {
         let mut fields = bytes
             .strip_suffix(b"\0")?
@@ -87,13 +89,15 @@ impl CommandWords {
     }
 }
 
-/// Requires `more`. The daemon sends a `session` note first, and the reply when the command has
-/// ended. If the caller disconnects, the command ends.
+/// Requires `more`. The daemon sends a `session` note first. It replies when the command has ended
+/// and, unless `no_wait_children` is set, its output is closed. If the caller disconnects, the
+/// command ends.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ExecStartRequest {
     pub vm: String,
-    /// The command; the login shell if empty.
+    /// The command and its arguments. If empty, and no [`Stream::Command`] is passed, the login
+    /// shell runs.
     pub argv: Vec<String>,
     #[serde(default)]
     pub env: Vec<(String, String)>,
@@ -106,7 +110,7 @@ pub struct ExecStartRequest {
     /// an empty input; output without a descriptor is discarded.
     #[serde(default)]
     pub streams: Vec<Stream>,
-    /// End when the command exits, even if its background processes still hold its output open.
+    /// Reply when the command exits, even if its background processes still hold its output open.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub no_wait_children: bool,
 }
@@ -117,13 +121,13 @@ pub struct ExecStartRequest {
 pub enum Exit {
     /// The status as a shell reports it: 128+n if signal n ended the command.
     Status(u8),
-    /// The signal's name without `SIG`, such as `KILL`. Used for a login shell, and if the signal
-    /// also ended the shell that waits for the command.
+    /// The signal's name without `SIG`, such as `KILL`. This is reported if the signal ended a
+    /// login shell, or if it also ended the shell that waits for the command.
     Signal(String),
 }
 
 impl Exit {
-    /// The status as a shell reports it: 128+n for signal n.
+    /// Returns the status as a shell reports it: 128+n for signal n.
     pub fn shell_status(&self) -> u8 {
         match self {
             Exit::Status(status) => *status,
@@ -132,7 +136,7 @@ impl Exit {
     }
 }
 
-/// The number of a signal on Linux for x86 and Arm (signal(7)), or 0 for an unknown name.
+/// Returns the number of a signal on Linux for x86 and Arm (signal(7)), or 0 for an unknown name.
 pub fn signal_number(name: &str) -> u8 {
     format!("SIG{name}")
         .parse::<nix::sys::signal::Signal>()
@@ -161,9 +165,9 @@ pub struct ExecSignalRequest {
 
 calls! {
     ExecStart = "exec.start" (ExecStartRequest) -> ExecReply [Owner, Unkeyed, EndCall, TakesFds, feature "exec"];
-    /// Called on a second connection.
+    /// Changes the size of a session's terminal. The caller uses a second connection for this.
     ExecResize = "exec.resize" (ExecResizeRequest) -> super::Empty [Owner, Unkeyed, Nothing, NoFds];
-    /// Called on a second connection.
+    /// Sends a signal to a session's command. The caller uses a second connection for this.
     ExecSignal = "exec.signal" (ExecSignalRequest) -> super::Empty [Owner, Unkeyed, Nothing, NoFds];
 }
 

@@ -49,7 +49,8 @@ mod tests {
     use super::*;
     use crate::error::Kind;
 
-    /// A changed host key and a full disk persist until somebody acts, so a retry cannot help.
+    /// A changed host key persists until somebody acts, and a command that failed in the guest
+    /// would fail again, so a retry cannot help.
     #[test]
     fn fault_kind_decides_whether_a_retry_can_help() {
         let retryable = |kind| Fault::from(Error::new(kind, "it failed")).retryable;

@@ -1,5 +1,5 @@
-//! The envelopes. A request is one line; a response is any number of notifications and one final
-//! line.
+//! The envelopes of the protocol. A request is one line. The daemon answers it with any number of
+//! notifications and one final line, the response.
 
 use super::fault::Fault;
 use crate::ids::OpId;
@@ -45,7 +45,7 @@ pub struct Request<'a> {
     pub key: Option<std::borrow::Cow<'a, str>>,
 }
 
-/// A line before the final one of a `more` call.
+/// A line that the daemon sends before the response of a `more` call.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Notification {
     pub jsonrpc: Version,
@@ -135,7 +135,7 @@ struct AnyLine<'a, R> {
 }
 
 impl<R: DeserializeOwned> Line<R> {
-    /// Parses one line. None for a note whose method this client does not know.
+    /// Parses one line. Returns None for a note whose method this client does not know.
     pub fn parse(line: &[u8]) -> serde_json::Result<Option<Self>> {
         const KNOWN: &[&str] = &[
             "op", "progress", "created", "session", "ready", "log", "snapshot", "events", "lagged",

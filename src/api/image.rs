@@ -1,4 +1,4 @@
-//! Images: a root file system with its kernel and initramfs.
+//! Calls about images. An image is a root file system with its kernel and initramfs.
 
 use super::call::calls;
 use crate::ids::ImageRef;
@@ -15,9 +15,9 @@ pub struct Image {
     pub kernel: String,
     /// The distribution, such as `Debian GNU/Linux 12 (bookworm)`.
     pub os: String,
-    /// Seconds since the epoch.
+    /// When the image was built, in seconds since the epoch.
     pub built_at: u64,
-    /// The number of VMs created from the image.
+    /// The number of existing VMs that were created from the image.
     pub vms: u64,
     /// The user who built the image; null if it belongs to the host.
     pub owner_uid: Option<u32>,
@@ -26,7 +26,7 @@ pub struct Image {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ImageBuildRequest {
-    /// Defaults to `default`.
+    /// The name of the new image. Defaults to `image` under `[vm]` in the daemon's configuration.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<ImageRef>,
     /// Additional packages of the distribution.
@@ -41,9 +41,9 @@ pub struct ImageReply {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ImageListReply<I = Image> {
-    /// Sorted by name.
+    /// The images, sorted by name.
     pub images: Vec<I>,
-    /// If set, there are more items: repeat the call with `after` set to this.
+    /// The cursor of the next page, or None if there are no more items.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next: Option<String>,
 }
@@ -64,8 +64,8 @@ calls! {
     ImageBuild = "image.build" (ImageBuildRequest) -> ImageReply
         [Anybody, Keyed, CancelOperation, NoFds, feature "image_build"];
     ImageList = "image.list" (super::page::ListRequest) -> ImageListReply [Anybody, Unkeyed, Nothing, NoFds];
-    /// The owner is the user who built the image. The user who runs the daemon may delete it, too.
-    /// Fails with `conflict` while a VM or a snapshot needs it.
+    /// The owner is the user who built the image. The user who runs the daemon may delete the
+    /// image, too. Fails with `conflict` while a VM or a snapshot needs the image.
     ImageDelete = "image.delete" (ImageRequest) -> ImageDeleteReply [Owner, Keyed, Nothing, NoFds];
 }
 

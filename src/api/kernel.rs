@@ -12,11 +12,11 @@ pub struct Kernel {
     pub version: String,
     /// The modules in its initramfs. Everything else that a guest needs to boot is built in.
     pub modules: Vec<String>,
-    /// Seconds since the epoch.
+    /// When the kernel was imported, in seconds since the epoch.
     pub imported_at: u64,
     /// The space that the kernel uses on the host.
     pub bytes: u64,
-    /// The number of VMs that boot the kernel.
+    /// The number of VMs that are set to boot the kernel.
     pub vms: u64,
 }
 
@@ -47,9 +47,9 @@ pub struct KernelReply {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct KernelListReply<K = Kernel> {
-    /// Sorted by name.
+    /// The kernels, sorted by name.
     pub kernels: Vec<K>,
-    /// If set, there are more items: repeat the call with `after` set to this.
+    /// The cursor of the next page, or None if there are no more items.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next: Option<String>,
 }
@@ -67,7 +67,7 @@ calls! {
     KernelList = "kernel.list" (super::page::ListRequest) -> KernelListReply
         [Anybody, Unkeyed, Nothing, NoFds, feature "kernels"];
     KernelShow = "kernel.show" (KernelRequest) -> KernelReply [Anybody, Unkeyed, Nothing, NoFds, feature "kernels"];
-    /// Refused while VMs use the kernel.
+    /// Fails with `conflict` while a VM or a snapshot uses the kernel.
     KernelDelete = "kernel.delete" (KernelRequest) -> KernelDeleteReply
         [Privileged, Unkeyed, Nothing, NoFds, feature "kernels"];
 }

@@ -36,7 +36,7 @@ pub struct Progress {
     pub unit: Option<String>,
 }
 
-/// An operation, as shown to everyone who may see its VM.
+/// An operation. Root, the user who began it and the owner of its VM may see it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Op {
     pub id: OpId,
@@ -47,7 +47,7 @@ pub struct Op {
     pub state: OpState,
     pub may_cancel: bool,
     pub progress: Progress,
-    /// Seconds since the epoch.
+    /// When the operation began, in seconds since the epoch.
     pub started_at: u64,
     pub ended_at: Option<u64>,
     /// The reply of an operation that succeeded.
@@ -93,9 +93,9 @@ pub struct OpReply {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct OpListReply<O = Op> {
-    /// Sorted by start, oldest first.
+    /// The operations, sorted by their start, oldest first.
     pub ops: Vec<O>,
-    /// If set, there are more items: repeat the call with `after` set to this.
+    /// The cursor of the next page, or None if there are no more items.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next: Option<String>,
 }
@@ -109,8 +109,9 @@ pub struct OpStarted {
 calls! {
     OpList = "op.list" (OpListRequest) -> OpListReply [Anybody, Unkeyed, Nothing, NoFds];
     OpShow = "op.show" (OpRequest) -> OpReply [Owner, Unkeyed, Nothing, NoFds];
-    /// Replies when the operation has ended, whether it succeeded or not. With `more`, sends the
-    /// operation's progress first.
+    /// Replies when the operation has ended, whether it succeeded or not. Fails with `timeout` if
+    /// the operation is still running after `timeout_ms`. With `more`, sends the operation's
+    /// progress first.
     OpWait = "op.wait" (OpWaitRequest) -> OpReply [Owner, Unkeyed, EndCall, NoFds];
     /// Requests cancellation and replies without waiting for it.
     OpCancel = "op.cancel" (OpRequest) -> OpReply [Owner, Unkeyed, Nothing, NoFds];

@@ -14,8 +14,8 @@ use serde_json::value::{RawValue, to_raw_value};
 
 /// The most items in one page, even if `limit` is higher.
 pub const PAGE_ITEMS_MAX: u32 = 1000;
-/// The most bytes of JSON in one page. This leaves room for the envelope and one more item of any
-/// kind.
+/// The most bytes of JSON in a page of several items. A single item may be larger. The rest of the
+/// frame leaves room for that and for the envelope.
 pub const PAGE_BYTES_MAX: usize = FRAME_BYTES_MAX / 2;
 
 /// Items that are already JSON, and the cursor of the next page.
@@ -49,7 +49,7 @@ pub fn fill<P: ToString, T: Serialize>(
     Ok((page, None))
 }
 
-/// The error for an `after` that no page of this list returned as `next`.
+/// Returns the error for an `after` that no page of this list returned as `next`.
 pub fn bad_cursor(after: &str) -> Error {
     Error::invalid(format!(
         "`after` is {}, which no page of this list returned as `next`",

@@ -30,7 +30,7 @@ pub struct Port {
     /// The address on the host. It defaults to 127.0.0.1; 0.0.0.0 means every address.
     #[serde(default = "loopback")]
     pub host_addr: Ipv4Addr,
-    /// 0 in a request asks for a free port, which the VM then keeps.
+    /// The port on the host. A 0 in a request asks for a free port, which the VM then keeps.
     #[serde(default)]
     pub host_port: u16,
     pub guest_port: u16,
@@ -38,13 +38,13 @@ pub struct Port {
     pub protocol: Protocol,
 }
 
-/// The default of `host_addr`.
+/// Returns the default of `host_addr`.
 pub const fn loopback() -> Ipv4Addr {
     Ipv4Addr::LOCALHOST
 }
 
 impl Port {
-    /// True if the host cannot forward both ports.
+    /// True if the host cannot forward both ports, because they overlap.
     pub fn overlaps(&self, other: &Port) -> bool {
         let any = self.host_addr.is_unspecified() || other.host_addr.is_unspecified();
         self.protocol == other.protocol

@@ -15,7 +15,7 @@ pub struct RateLimits {
 }
 
 impl RateLimits {
-    /// Combines each limit with the same limit in `other`.
+    /// Combines each limit with the same limit in `other` by calling `f`.
     pub fn zip_with(
         &self,
         other: &Self,
@@ -36,17 +36,17 @@ impl RateLimits {
         })
     }
 
-    /// The limits of `self` that `other` does not have.
+    /// Returns the limits of `self` that `other` does not have.
     pub fn without(&self, other: &Self) -> Self {
         self.zip_with(other, |own, other| own.filter(|_| other.is_none()))
     }
 
-    /// The limits of `self`. If `self` lacks a limit, it is taken from `other`.
+    /// Returns the limits of `self`. A limit that `self` lacks is taken from `other`.
     pub fn or(&self, other: &Self) -> Self {
         self.zip_with(other, Option::or)
     }
 
-    /// True if the guest's network is limited.
+    /// True if a limit above 0 is set for the guest's network.
     pub fn limits_network(&self) -> bool {
         [self.net_rx_bytes_per_s, self.net_tx_bytes_per_s]
             .into_iter()

@@ -14,7 +14,7 @@ pub struct Snapshot {
     pub vm: VmId,
     /// The VM's name when the snapshot was taken.
     pub vm_name: VmName,
-    /// Seconds since the epoch.
+    /// When the snapshot was taken, in seconds since the epoch.
     pub created_at: u64,
     pub image: ImageRef,
     pub vcpus: u32,
@@ -37,7 +37,7 @@ pub struct Snapshot {
 #[serde(deny_unknown_fields)]
 pub struct SnapshotCreateRequest {
     pub vm: String,
-    /// Defaults to the VM's name followed by a number.
+    /// The name of the snapshot. Defaults to the VM's name followed by a number.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<SnapshotName>,
 }
@@ -52,7 +52,7 @@ pub struct SnapshotRequest {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SnapshotListRequest {
-    /// Only the snapshots of this VM.
+    /// Return only the snapshots of this VM.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vm: Option<String>,
     /// The cursor of the page: `next` of the previous one.
@@ -80,9 +80,9 @@ pub struct SnapshotReply {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SnapshotListReply<S = Snapshot> {
-    /// Oldest first.
+    /// The snapshots, oldest first.
     pub snapshots: Vec<S>,
-    /// If set, there are more items: repeat the call with `after` set to this.
+    /// The cursor of the next page, or None if there are no more items.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next: Option<String>,
 }
@@ -101,7 +101,8 @@ calls! {
     SnapshotShow = "snapshot.show" (SnapshotRequest) -> SnapshotReply [Owner, Unkeyed, Nothing, NoFds, feature "snapshots"];
     SnapshotDelete = "snapshot.delete" (SnapshotRequest) -> SnapshotDeleteReply
         [Owner, Keyed, Nothing, NoFds, feature "snapshots"];
-    /// Replaces the VM's disks with those of the snapshot.
+    /// Starts a VM from the snapshot. The VM is the one from which the snapshot was taken, whose
+    /// disks are then replaced, or a new one (`new_vm`).
     SnapshotRestore = "snapshot.restore" (SnapshotRestoreRequest) -> VmReply
         [Owner, Keyed, CancelOperation, NoFds, feature "snapshots"];
 }

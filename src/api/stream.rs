@@ -46,7 +46,7 @@ pub struct Encoder {
 }
 
 impl Encoder {
-    /// The header for `payload`, which has 1 to `CHUNK_BYTES_MAX` bytes.
+    /// Returns the header for `payload`, which has 1 to `CHUNK_BYTES_MAX` bytes.
     pub fn header(&mut self, payload: &[u8]) -> [u8; HEADER_BYTES] {
         debug_assert!(!payload.is_empty() && payload.len() <= CHUNK_BYTES_MAX);
         self.sha256.update(payload);
@@ -54,7 +54,8 @@ impl Encoder {
         (payload.len() as u32).to_be_bytes()
     }
 
-    /// The end of the stream: a chunk of length 0 and the trailer.
+    /// Returns the bytes that end the stream (a chunk of length 0 and the trailer), and the trailer
+    /// itself.
     pub fn end(self, entries: u64) -> (Vec<u8>, Trailer) {
         let trailer = Trailer {
             entries,
@@ -103,7 +104,7 @@ impl Default for Decoder {
 }
 
 impl Decoder {
-    /// How many bytes to read next. Never 0.
+    /// Returns the most bytes to read next, which is never 0.
     pub fn want(&self) -> usize {
         match &self.state {
             State::Header { filled, .. } => HEADER_BYTES - filled,
@@ -116,6 +117,9 @@ impl Decoder {
 
     /// Processes bytes that were read. Returns true if they are payload and false if they are
     /// framing.
+    ///
+    /// # Errors
+    /// Fails with [`Broken`] if a chunk or the trailer is too long, or if bytes follow the end.
     pub fn take(&mut self, bytes: &[u8]) -> io::Result<bool> {
         match &mut self.state {
             State::Header { have, filled } => {
@@ -155,7 +159,8 @@ impl Decoder {
         }
     }
 
-    /// Checks at the end of file that the stream is complete. Idempotent.
+    /// Checks at the end of file that the stream is complete, and returns its trailer. May be
+    /// called more than once.
     pub fn end(&mut self) -> io::Result<&Trailer> {
         if let State::Trailer { json } = &self.state {
             let trailer: Trailer = serde_json::from_slice(json)
@@ -178,7 +183,7 @@ impl Decoder {
         }
     }
 
-    /// The trailer, once [`Decoder::end`] has succeeded.
+    /// Returns the trailer, once [`Decoder::end`] has succeeded.
     pub fn trailer(&self) -> Option<&Trailer> {
         match &self.state {
             State::Finished(trailer) => Some(trailer),
@@ -217,13 +222,14 @@ impl<W: Write> ChunkWriter<W> {
         Ok(())
     }
 
-    /// The number of payload bytes so far.
+    /// Returns the number of payload bytes so far.
     #[cfg(any(test, feature = "fakes"))]
     pub fn bytes(&self) -> u64 {
         self.encoder.bytes + (self.buffer.len() - HEADER_BYTES) as u64
     }
 
-    /// Writes the trailer. The stream is complete when the reader sees the end of file after it.
+    /// Writes the rest of the payload and the trailer. The stream is complete when the reader sees
+    /// the end of file after the trailer.
     pub fn finish(mut self, entries: u64) -> io::Result<(W, Trailer)> {
         self.flush_chunk()?;
         let (end, trailer) = self.encoder.end(entries);
@@ -278,8 +284,8 @@ impl<R: Read> Read for ChunkReader<R> {
     }
 }
 
-/// Makes one read through a decoder. The daemon also passes non-blocking sources, so `WouldBlock`
-/// is returned to the caller.
+/// Reads from a stream until `buffer` has some payload, or returns 0 at the end of a complete
+/// stream. The daemon also passes non-blocking sources, so `WouldBlock` is returned to the caller.
 pub fn read_payload(
     decoder: &mut Decoder,
     buffer: &mut [u8],
@@ -314,7 +320,7 @@ mod tests {
         writer.finish(entries).unwrap().0
     }
 
-    /// Returns at most `step` bytes per read.
+    /// A reader that returns at most as many bytes per read as its second field says.
     struct Drip<'a>(&'a [u8], usize);
     impl Read for Drip<'_> {
         fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {

@@ -29,7 +29,7 @@ nouns! {
     daemon: Daemon
 }
 
-/// Every call, in the order of the documentation.
+/// Returns every call, in the order of the documentation.
 pub fn calls() -> impl Iterator<Item = &'static CallInfo> {
     NOUNS.iter().copied().flatten()
 }
@@ -38,7 +38,7 @@ pub fn find(method: &str) -> Option<&'static CallInfo> {
     calls().find(|call| call.method == method)
 }
 
-/// The names of the features that were added since the first version of the protocol.
+/// Returns the names of the features that were added since the first version of the protocol.
 pub fn features() -> Vec<String> {
     let mut names: Vec<String> = Vec::new();
     for name in calls().filter_map(|call| call.feature) {
@@ -49,7 +49,7 @@ pub fn features() -> Vec<String> {
     names
 }
 
-/// The table for the protocol's documentation.
+/// Renders the table for the protocol's documentation.
 #[cfg(any(test, feature = "fakes"))]
 pub fn markdown_table() -> String {
     use super::call::{Access, FdPassing, Key, OnDisconnect};

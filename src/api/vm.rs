@@ -10,7 +10,7 @@ use std::borrow::Cow;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum VmState {
-    /// Never started.
+    /// The VM was never started.
     Created,
     Starting,
     Running,
@@ -47,10 +47,11 @@ impl VmState {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Net {
-    /// Outgoing connections through the host's address, and DNS.
+    /// The guest can use DNS and make outgoing connections through the host's address.
     #[default]
     Nat,
-    /// Nothing. The host can still reach the guest by SSH, so commands and copies work.
+    /// The guest can reach nothing. The host can still reach the guest by SSH, so commands and
+    /// copies work.
     None,
 }
 
@@ -83,7 +84,8 @@ pub struct WorkspaceInfo {
     /// The number of entries in the last complete import.
     pub entries: u64,
     pub bytes: u64,
-    /// Seconds since the epoch.
+    /// When the last import was completed or, if it is incomplete, when it began. In seconds since
+    /// the epoch.
     pub prepared_at: u64,
 }
 
@@ -118,9 +120,9 @@ pub struct Vm {
     pub ports: Vec<Port>,
     /// Settings that `vm.set` has changed and that will apply at the guest's next start.
     pub pending: Option<Pending>,
-    /// The VM is deleted when it stops or its holder disconnects.
+    /// True if the VM is deleted when it stops or its holder disconnects.
     pub rm: bool,
-    /// Seconds since the epoch.
+    /// When the VM was created, in seconds since the epoch.
     pub created_at: u64,
     pub started_at: Option<u64>,
     /// The operation that currently changes the VM.
@@ -135,10 +137,10 @@ pub struct Vm {
     pub disk_driver: Option<String>,
     /// Whether the guest was synced at its last stop.
     pub synced: Option<Synced>,
-    /// The VMM runs but does not respond.
+    /// True if the VMM runs but does not respond.
     #[serde(default)]
     pub unresponsive: bool,
-    /// The guest is paused (`vm.pause`).
+    /// True if the guest is paused (`vm.pause`).
     #[serde(default)]
     pub paused: bool,
     /// How much memory the guest keeps (`vm.balloon`). It returns the rest to the host.
@@ -184,7 +186,7 @@ pub struct Pending {
     pub vcpus: Option<u32>,
     pub mem_mib: Option<u64>,
     pub disk_bytes: Option<u64>,
-    /// 0 means that the limit will be removed.
+    /// The rate limits that will apply. A limit of 0 will be removed.
     #[serde(flatten)]
     pub rates: RateLimits,
 }
@@ -192,10 +194,10 @@ pub struct Pending {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VmCreateRequest {
-    /// Defaults to a generated name, adjective-noun.
+    /// The name of the VM. Defaults to a generated name, adjective-noun.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<VmName>,
-    /// Defaults to `default`.
+    /// The image of the VM. Defaults to `image` under `[vm]` in the daemon's configuration.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<ImageRef>,
     /// A kernel from `kernel.list` to boot instead of the image's.
@@ -222,10 +224,11 @@ pub struct VmCreateRequest {
     /// The limit for traffic from the guest. 0 removes the limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub net_tx_bytes_per_s: Option<u64>,
-    /// Defaults to `nat`.
+    /// The network that the guest can reach. Defaults to `nat`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub net: Option<Net>,
-    /// A host port belongs to one VM from its creation to its deletion.
+    /// The host ports to forward to the guest. They stay reserved for the VM until the VM is
+    /// deleted.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ports: Vec<Port>,
     /// Delete the VM when it stops, when its holder disconnects, or when the daemon restarts while
@@ -305,7 +308,7 @@ pub struct VmSetRequest {
     pub vcpus: Option<u32>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mem_mib: Option<u64>,
-    /// The new size, which may only grow.
+    /// The new size of the root disk, which may only grow.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_bytes: Option<u64>,
     /// The limit for each disk, with reads and writes counted together. 0 removes the limit.
@@ -378,7 +381,7 @@ pub struct LogChunk {
 #[serde(deny_unknown_fields)]
 pub struct VmWaitRequest {
     pub vm: String,
-    /// Defaults to `stopped`. `failed` also ends a wait for `stopped`.
+    /// The state to wait for. Defaults to `stopped`. `failed` also ends a wait for `stopped`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub state: Option<VmState>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -392,16 +395,16 @@ pub struct VmReply {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VmListReply<V = Vm> {
-    /// Oldest first.
+    /// The VMs, oldest first.
     pub vms: Vec<V>,
-    /// If set, there are more items: repeat the call with `after` set to this.
+    /// The cursor of the next page, or None if there are no more items.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next: Option<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VmDeleteReply {
-    /// None if the VM did not exist and `if_exists` was set.
+    /// The deleted VM. None if the VM did not exist and `if_exists` was set.
     pub deleted: Option<VmId>,
 }
 
@@ -410,14 +413,15 @@ pub struct VmPruneReply {
     pub deleted: Vec<VmId>,
 }
 
-/// What an ordinary SSH client needs. The key is for this VM only and is sent to its owner only.
+/// What an ordinary SSH client needs to reach a VM. The private key works for this VM only, and
+/// only root and the VM's owner can get it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SshConfigReply {
     pub vm: VmId,
     pub name: VmName,
     pub addr: std::net::SocketAddr,
     pub user: String,
-    /// In OpenSSH's format.
+    /// The private key with which the client logs in, in OpenSSH's format.
     pub private_key: String,
     /// The guest's public host key, such as `ssh-ed25519 AAAA...`.
     pub host_key: String,
@@ -427,7 +431,7 @@ pub struct SshConfigReply {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VmStatsRequest {
-    /// The VMs to report. If empty, all running VMs of the caller.
+    /// The VMs to report. If empty, the reply has all running VMs that the caller may see.
     #[serde(default)]
     pub vms: Vec<String>,
     /// The cursor of the page: `next` of the previous one.
@@ -455,7 +459,7 @@ pub struct VmStats {
     /// Bytes read from the host's block devices.
     pub disk_read_bytes: Option<u64>,
     pub disk_written_bytes: Option<u64>,
-    /// Bytes received by the guest; counted on a bridge only.
+    /// Bytes that the guest has received. They are counted only on a bridge.
     pub net_received_bytes: Option<u64>,
     pub net_sent_bytes: Option<u64>,
 }
@@ -463,7 +467,7 @@ pub struct VmStats {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VmStatsReply<S = VmStats> {
     pub stats: Vec<S>,
-    /// If set, there are more items: repeat the call with `after` set to this.
+    /// The cursor of the next page, or None if there are no more items.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next: Option<String>,
 }
@@ -475,9 +479,9 @@ pub struct VmMetricsReply {
     pub name: VmName,
     /// The driver that defines the format.
     pub driver: Option<String>,
-    /// Oldest first. Firecracker writes a report once a minute and on request, about the time since
-    /// its previous report. The reply contains a new report and all kept reports that were not read
-    /// yet. QEMU's report covers the time since its start.
+    /// The reports, oldest first. Firecracker writes a report once a minute and on request. Each
+    /// covers the time since the previous report. The reply contains a new report and all kept
+    /// reports that were not read yet. QEMU's report covers the time since its start.
     pub metrics: Vec<serde_json::Value>,
 }
 
@@ -529,7 +533,8 @@ calls! {
     VmPause = "vm.pause" (VmRequest) -> VmReply [Owner, Keyed, Nothing, NoFds];
     VmResume = "vm.resume" (VmRequest) -> VmReply [Owner, Keyed, Nothing, NoFds];
     VmSet = "vm.set" (VmSetRequest) -> VmReply [Owner, Keyed, Nothing, NoFds];
-    /// Makes the guest return memory to the host or take it back.
+    /// Makes the guest return memory to the host or take it back, and reports how much the guest
+    /// keeps.
     VmBalloon = "vm.balloon" (VmBalloonRequest) -> VmBalloonReply [Owner, Keyed, Nothing, NoFds];
     /// Sends `log` notes (`more`), then the reply.
     VmLogs = "vm.logs" (VmLogsRequest) -> LogsReply [Owner, Unkeyed, EndCall, NoFds];

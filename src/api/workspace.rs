@@ -28,7 +28,7 @@ pub const CHUNK_BYTES_MAX: usize = 256 * 1024;
 /// The longest trailer, in bytes of JSON.
 pub const TRAILER_BYTES_MAX: usize = 4096;
 
-/// What the sender claims to have sent.
+/// What the sender claims to have sent. The receiver compares it with what has arrived.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Trailer {
@@ -63,8 +63,8 @@ pub struct PrepareRequest {
     /// The expected size, for the progress bar.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bytes_expected: Option<u64>,
-    /// The payload is an ordinary tar. Its paths were not checked, and no list of its files is
-    /// sent.
+    /// True if the payload is an ordinary tar. The paths in the tar were not checked, and no list
+    /// of its files is sent.
     #[serde(default)]
     pub raw_tar: bool,
 }

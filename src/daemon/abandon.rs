@@ -12,7 +12,7 @@ use std::time::Duration;
 const ABANDON_RETRY: Duration = Duration::from_millis(250);
 
 impl Lifecycle {
-    /// Settles a dropped claim. It uses another thread, because the current one may hold any lock.
+    /// Settles a dropped claim on another thread, because the current thread may hold any lock.
     pub(super) fn abandon(&self, vm: &VmId, op: OpHandle) {
         let (lifecycle, vm) = (self.clone(), vm.clone());
         let body = move || {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 /// The shortest text that is looked up as a prefix of an ID.
 pub(super) const PREFIX_LEN_MIN: usize = 2;
-/// How many VMs an error names if a prefix of an ID matches several.
+/// The most VMs that an error names if a prefix of an ID matches several.
 const AMBIGUOUS_SHOWN_MAX: usize = 4;
 
 /// The peer of a connection, from its credentials.
@@ -17,7 +17,7 @@ const AMBIGUOUS_SHOWN_MAX: usize = 4;
 pub struct Caller {
     pub uid: u32,
     pub gid: u32,
-    /// Use it in logs only, because the pid may have been reused.
+    /// The process id. Use it in logs only, because it may have been reused.
     pub pid: i32,
 }
 
@@ -37,8 +37,8 @@ pub(super) fn vm_not_found(text: &str) -> Error {
         .hint("list your VMs: fcctl ps -a")
 }
 
-/// Finds a VM by its name, its ID, or a unique prefix of its ID. Uses the store's indexes, so the
-/// cost does not grow with the number of VMs.
+/// Finds a VM by its name, its ID, or a unique prefix of its ID. VMs that the caller may not see
+/// are ignored. Uses the store's indexes, so the cost does not grow with the number of VMs.
 pub(super) fn find<'s>(state: &'s State, caller: &Caller, text: &'s str) -> Result<&'s VmRow> {
     let visible = |row: &&'s Arc<VmRow>| caller.may_see(row.owner_uid);
     if let Some(row) = state.vm_by_name_or_id(text).filter(visible) {

@@ -18,15 +18,17 @@ use crate::locks::KeyGuard;
 use crate::store::{Ticket, VmRow};
 use crate::vmm::{GuestNetwork, Identity};
 
-/// At a lower rate, a guest reads its own programs too slowly to boot.
+/// The lowest rate in bytes. At a lower rate, a guest reads its own programs too slowly to boot.
 const BYTES_PER_S_MIN: u64 = 64 << 10;
 const BYTES_PER_S_MAX: u64 = 1 << 40;
-/// The kernel's packet filter does not accept a higher rate (nft(8)).
+/// The highest network rate that the kernel's packet filter accepts (nft(8)).
 const NET_BYTES_PER_S_MAX: u64 = 16 << 30;
 const OPS_PER_S_MIN: u64 = 10;
 const OPS_PER_S_MAX: u64 = 1_000_000_000;
 
 impl Controls {
+    /// Checks that the rates are within bounds and can be enforced.
+    ///
     /// # Errors
     /// `invalid_argument` for a rate out of bounds; `unsupported` if nothing could enforce a
     /// network rate.
@@ -98,8 +100,8 @@ impl Controls {
         Ok(())
     }
 
-    /// Applies the rates that the row already has. `before` is the row before the rates were
-    /// changed.
+    /// Applies the rates that the row already has. If the driver refuses them, restores the rates
+    /// of `before`, which is the row before the change.
     pub(super) fn adjust_rates(&self, before: &VmRow, change: &RateLimits) -> Result<()> {
         self.apply_rates(&before.id, before.generation)
             .map_err(|e| {

@@ -8,7 +8,7 @@
 //! | survived its first minute | adopts all VMs, and writes one mark before the first |
 //! | died in its first minute | records each adoption before it begins |
 //! | died while it adopted a VM | records each adoption, and adopts that VM last |
-//! | was the second to die while adopting a VM | does not adopt that VM: it is `unresponsive`, so a stop or delete kills its VMM |
+//! | was the second to die while adopting a VM | marks it `unresponsive`; a stop kills its VMM |
 //!
 //! A recorded adoption lasts until the VMM has first answered the thread that monitors it, because
 //! that thread also reads what the VMM sends. If no daemon has died, the records cost one durable
@@ -30,7 +30,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 const PREFIX: &str = "adoption/";
-/// Meta key that exists while a daemon may be adopting VMs.
+/// The meta key that exists while a daemon may be adopting VMs.
 const MARK: &str = "adopting";
 /// How many daemons may die while adopting a VM before the VM is no longer adopted. A death that
 /// cannot be attributed to a VM is not counted.
@@ -72,7 +72,7 @@ impl Adoptions {
         row.state == VmState::Running && self.failed.lock().get(&row.id) == Some(&row.generation)
     }
 
-    /// The VMs whose adoption has failed, even if they were adopted or ended since.
+    /// Returns the VMs whose adoption has failed, even if they were adopted or ended since.
     pub(super) fn failures(&self) -> Vec<VmId> {
         self.failed.lock().keys().cloned().collect()
     }
@@ -94,17 +94,19 @@ pub(super) fn name(vm: &VmId) -> String {
     format!("{PREFIX}{vm}")
 }
 
-/// The VM of the record with this name.
+/// Returns the VM whose adoption record has this name. Returns None if `name` belongs to another
+/// kind of record.
 pub(super) fn vm_of(name: &str) -> Option<VmId> {
     name.strip_prefix(PREFIX)?.parse().ok()
 }
 
-/// The number of daemons that died while adopting the VM, without the current adoption.
+/// Returns the number of daemons that died while adopting the VM, without the current adoption.
 pub(super) fn deaths(state: &State, vm: &VmId) -> u32 {
     records::read(state, &name(vm)).deaths
 }
 
-/// The number of daemons that died while adopting the VM, if it is no longer adopted; else `None`.
+/// Returns the number of daemons that died while adopting the VM, if the VM is no longer adopted,
+/// and otherwise `None`.
 pub(super) fn left_alone(state: &State, vm: &VmId) -> Option<u32> {
     let record = records::read(state, &name(vm));
     record.is_left_alone.then_some(record.deaths)
@@ -114,7 +116,8 @@ pub(super) fn forget(tx: &mut Tx, vm: &VmId) {
     tx.remove_meta(&name(vm));
 }
 
-/// Reads the state that the previous daemon left, and sets the mark. Call it before any adoption.
+/// Reads the state that the previous daemon left, and sets the mark if there are VMs to adopt. Call
+/// this before any adoption.
 pub(super) fn open(store: &Store) -> Adoptions {
     let (is_careful, has_running) = store.read(|s| {
         (
@@ -152,7 +155,7 @@ pub(super) struct Adopter {
 }
 
 impl Adopter {
-    /// Removes the mark. Call it some time after all VMs were adopted, or when the daemon exits
+    /// Removes the mark. Call this some time after all VMs were adopted, or when the daemon exits
     /// normally.
     pub(super) fn end_all(&self) {
         if !self.adoptions.is_marked.swap(false, Ordering::SeqCst) {
@@ -167,15 +170,16 @@ impl Adopter {
         }
     }
 
-    /// How many daemons have died while adopting this VM, including the previous one.
+    /// Returns how many daemons have died while adopting this VM, including the previous one.
     pub(super) fn deaths(&self, vm: &VmId) -> u32 {
         self.core
             .store
             .read(|s| records::read(s, &name(vm)).deaths_at_start())
     }
 
-    /// Begins the adoption of a VM. Call it before talking to a VMM that an earlier daemon started.
-    /// Returns false if the VM must be left alone.
+    /// Begins the adoption of a VM, and records it if the crash budget requires a record. Call this
+    /// before talking to a VMM that an earlier daemon started. Returns false if the VM must be left
+    /// alone.
     pub(super) fn begin(&self, row: &VmRow, is_late: bool) -> bool {
         let record = self.core.store.read(|s| records::read(s, &name(&row.id)));
         let deaths = record.deaths_at_start();
@@ -207,8 +211,8 @@ impl Adopter {
         true
     }
 
-    /// Records that the daemon survived an adoption. If the adoption failed, the record stays,
-    /// because a retry may kill the daemon.
+    /// Records that the daemon survived an adoption, if the adoption is recorded. After a failed
+    /// adoption, the record stays, because a retry may kill the daemon.
     pub(super) fn survive(&self, row: &VmRow, is_adopted: bool) {
         let record = self.core.store.read(|s| records::read(s, &name(&row.id)));
         if record == Record::default() {
@@ -231,7 +235,8 @@ impl Adopter {
         }
     }
 
-    /// Calls [`Self::survive`] once the VMM has answered its monitor, if the adoption is recorded.
+    /// Calls [`Self::survive`]. If the adoption is recorded, first waits until the VMM has answered
+    /// its monitor, for at most [`ANSWER_DEADLINE`].
     pub(super) fn end(&self, row: &VmRow, is_adopted: bool) {
         self.adoptions.await_answer(&row.id, &self.core.closing);
         self.survive(row, is_adopted);

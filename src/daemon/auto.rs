@@ -1,4 +1,5 @@
-//! `driver = "auto"` under `[vmm]`: Firecracker where everything it needs is available, else QEMU.
+//! Chooses the driver for `driver = "auto"` under `[vmm]`: Firecracker if everything that it needs
+//! is available, and QEMU otherwise.
 //!
 //! The choice is made once, when the daemon starts. It does not change while the daemon runs,
 //! because disks, snapshots and the ledger depend on it. Doctor names the first thing that
@@ -39,7 +40,7 @@ impl Missing {
     }
 }
 
-/// The doctor check that explains the choice.
+/// Returns the check of `doctor` that explains the choice.
 pub(super) fn check(missing: Option<&Missing>) -> Check {
     match missing {
         None => Check::ok(
@@ -57,8 +58,9 @@ pub(super) fn check(missing: Option<&Missing>) -> Check {
     }
 }
 
-/// Returns the first thing that Firecracker lacks. Cheap conditions come first. The last one boots
-/// a kernel, which takes a second or two if KVM works, and ten seconds if it does not.
+/// Returns the first thing that Firecracker lacks, or None if it can be used. Cheap conditions come
+/// first. The last one boots a kernel, which takes a second or two if KVM works, and ten seconds if
+/// it does not.
 pub(super) fn missing(config: &Config, firecracker: &dyn Driver, is_root: bool) -> Option<Missing> {
     if !is_root {
         return Some(Missing::new("fcd must run as root", "run fcd as root"));
@@ -118,7 +120,7 @@ fn kvm(state_dir: &Path, image: &ImageRef, qemu: &Qemu) -> Option<Missing> {
     })
 }
 
-/// A root disk of an existing VM that only QEMU reads.
+/// Finds a root disk that is a qcow2 file, which only QEMU can read.
 fn qcow2_disk(state_dir: &Path) -> Option<PathBuf> {
     let vms = std::fs::read_dir(state_dir.join(VMS_DIR))
         .into_iter()

@@ -155,7 +155,6 @@ impl Lifecycle {
             "until read -r seen </run/fcd/rejoined && [ \"$seen\" = {} ]; do /usr/lib/fcd/busybox usleep 50000; done 2>/dev/null",
             seed.token
         );
-        // The clock in the seed is out of date, because loading the memory took time.
         let script = Script {
             command: &command,
             stdin: &[],
@@ -166,6 +165,7 @@ impl Lifecycle {
             .map_err(|e| e.context("wait for the guest to apply its new identity"))?;
         match output.exit {
             Exit::Status(0) => {
+                // The clock in the seed is out of date, because loading the memory took time.
                 let command = set_clock_command();
                 let script = Script {
                     command: &command,
@@ -181,8 +181,8 @@ impl Lifecycle {
         }
     }
 
-    /// Waits for a guest that was restored into another VM. At first, the guest still has the keys
-    /// of the original VM.
+    /// Waits for a restored guest. If it was restored into another VM, it still has the keys of the
+    /// original VM at first.
     fn wait_with_new_keys(
         &self,
         boot: &Boot<'_>,

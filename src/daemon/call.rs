@@ -10,7 +10,7 @@ use serde_json::Value;
 pub enum CallOutcome {
     /// The call started this operation.
     Op(OpId),
-    /// The operation was in progress already. The call waits for it but does not own it.
+    /// The operation was in progress already. The call waits for the operation but does not own it.
     Joined(OpId),
     /// There is nothing to wait for.
     Done(Value),

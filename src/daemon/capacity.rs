@@ -8,14 +8,14 @@ use crate::error::{Error, Kind, Result};
 use crate::ids::VmId;
 use crate::store::{State, VmRow};
 
-/// The smallest ext4 file system with a journal.
+/// The smallest size of a work disk. A smaller ext4 file system cannot have a journal.
 const WORK_DISK_BYTES_MIN: u64 = 16 << 20;
 
 /// Checks sizes of VMs against the limits.
 #[derive(Clone)]
 pub(super) struct Capacity {
     pub(super) core: Core,
-    /// The limit for all VMs together.
+    /// The memory limit for all VMs together.
     pub(super) mem_mib_max: u64,
 }
 
@@ -92,8 +92,8 @@ impl Capacity {
         .hint("use for example --work-disk 20G; limits.disk_bytes_max sets the maximum"))
     }
 
-    /// Checks that there is memory for the VM. Called in the transaction of a claim, so the sum
-    /// over all started VMs stays below the limits.
+    /// Checks that there is memory for the VM. It must be called in the transaction of a claim, so
+    /// that the sum over all started VMs stays within the limits.
     pub(super) fn reserve_memory(&self, state: &State, row: &VmRow) -> Result<()> {
         let check = |used: u64, max: u64, whose: &str, key: &str| {
             if used + row.shape.mem_mib <= max {
@@ -128,7 +128,7 @@ impl Capacity {
     }
 }
 
-/// Formats a size as `--disk` accepts it.
+/// Formats a size as `--disk` accepts it, or in bytes if it is not a whole number of MiB.
 fn size(bytes: u64) -> String {
     const MIB: u64 = 1 << 20;
     if bytes.is_multiple_of(MIB) {
@@ -138,8 +138,8 @@ fn size(bytes: u64) -> String {
     }
 }
 
-/// The memory of all VMs that are starting, running or stopping, except `apart`, whose memory is
-/// being checked.
+/// Returns the memory of all VMs that are starting, running or stopping, except `apart`, whose
+/// memory is being checked. If `owner_uid` is given, counts only the VMs of that user.
 fn reserved_mib(state: &State, owner_uid: Option<u32>, apart: &VmId) -> u64 {
     state
         .vms()

@@ -11,7 +11,8 @@ use crate::store::StoreChange;
 use crate::store::VmChange;
 use serde_json::Value;
 
-/// Members of a VM that its owner sets, and its workspace. All other members change with its state.
+/// The members of a VM that its owner sets, and its workspace. When a change affects the state,
+/// these get a `vm.changed` event of their own; the `vm.state` event has all other members.
 const SETTINGS: [&str; 8] = [
     "name",
     "image",
@@ -23,7 +24,7 @@ const SETTINGS: [&str; 8] = [
     "workspace",
 ];
 
-/// The events of a change that the caller may see.
+/// Returns the events of a change that the caller may see.
 pub(super) fn events_for(caller: &Caller, store_change: &StoreChange) -> Result<Vec<Event>> {
     let mut events = Vec::new();
     for change in store_change

@@ -9,12 +9,12 @@ struct Shared {
     idle: Condvar,
 }
 
-/// The number of operation threads.
+/// Counts the operation threads.
 pub(super) struct Threads {
     shared: Arc<Shared>,
 }
 
-/// Counts one thread while it lives.
+/// Counts one thread until this is dropped.
 pub(super) struct Counted {
     shared: Arc<Shared>,
 }
@@ -41,7 +41,7 @@ impl Threads {
         *self.shared.running.lock()
     }
 
-    /// Waits until no thread runs. Returns false at the deadline.
+    /// Waits until no thread runs. Returns false if some still run at the deadline.
     pub(super) fn wait_idle(&self, deadline: Instant) -> bool {
         let mut running = self.shared.running.lock();
         self.shared

@@ -24,7 +24,7 @@ use crate::store::{Intent, Ticket, VmRow};
 use serde_json::Value;
 use std::time::{Duration, Instant};
 
-/// Pause between two attempts to commit.
+/// How long to pause between two attempts to commit.
 const RETRY_PERIOD: Duration = Duration::from_millis(250);
 
 /// A claim that is being committed.
@@ -39,7 +39,8 @@ struct Settlement {
     /// Successors that a heavier request replaced. Their operations end after the VM's lock is
     /// released.
     replaced: Vec<Successor>,
-    /// Why a guest was not asked to shut down: see `recovery.rs`.
+    /// The reason that the guest was not asked to shut down, if daemons died while they recovered
+    /// or adopted the VM (`recovery.rs`).
     note: Option<String>,
     /// A log line to write after the VM's lock is released.
     warning: Option<String>,
@@ -54,7 +55,7 @@ enum NextStep {
     Gone,
 }
 
-/// The result of one attempt to commit.
+/// The result of an attempt to commit that the store has accepted.
 struct Written {
     /// The row after the commit, or the last row of a deleted VM.
     row: VmRow,
@@ -65,7 +66,8 @@ struct Written {
 
 impl Lifecycle {
     /// Commits the outcome. Returns the claim to continue with: the second half of a restart, or
-    /// the successor.
+    /// the successor. Returns None if nothing follows, or if the daemon closes before the store
+    /// accepts the commit.
     pub(super) fn commit(&self, mut claim: Claim, outcome: Outcome) -> Option<Claim> {
         let outcome = self.end_if_unwanted(&claim, outcome);
         let op = claim.op.take().expect("unsettled");
@@ -113,7 +115,7 @@ impl Lifecycle {
             });
             match durable {
                 Ok((result, step)) => {
-                    // The VMM died between the guest's first answer and the commit. Nothing else
+                    // If the VMM died between the guest's first answer and the commit, nothing else
                     // cleans up after it.
                     if settlement.died.is_some()
                         && let Err(e) = self.resources.release_boot(&settlement.vm, generation)
@@ -134,7 +136,8 @@ impl Lifecycle {
         }
     }
 
-    /// Ends a guest that booted although it was cancelled.
+    /// Ends a guest whose boot succeeded although it had been cancelled, and returns the outcome of
+    /// that. Returns any other outcome unchanged.
     fn end_if_unwanted(&self, claim: &Claim, outcome: Outcome) -> Outcome {
         match outcome {
             Outcome::Booted(running) if claim.cancel.is_cancelled() => {
@@ -192,7 +195,7 @@ impl Lifecycle {
             }
             // Settle again, on the row as this transaction sees it.
             tx.update_vm(vm, |row| {
-                // The result is known already.
+                // The result of the operation was determined above.
                 drop(settle(row, settlement, at));
                 (row.intent, row.op) = (None, None);
                 if let Some(next) = settlement.next(&step) {
@@ -235,7 +238,8 @@ impl Lifecycle {
         })
     }
 
-    /// Decides what follows for the VM, and the result of its operation.
+    /// Decides what follows for the VM, and the result of its operation. If an `rm` VM has settled,
+    /// begins the operation that deletes it.
     fn choose(
         &self,
         row: &mut VmRow,
@@ -295,7 +299,8 @@ impl Lifecycle {
         room.map_err(|e| e.context(format!("restart VM {}: it was stopped", row.name)))
     }
 
-    /// Ends the operation and makes the claim to continue with.
+    /// Returns the claim to continue with, if something follows. Ends the operation, unless the
+    /// second half of its restart follows.
     fn finish(
         &self,
         settlement: Settlement,
@@ -359,7 +364,8 @@ impl Settlement {
         }
     }
 
-    /// Keeps the heavier of two successors and returns the other.
+    /// Keeps the heavier of the two successors and returns the other. Returns None if `late` is the
+    /// only successor.
     fn take_heavier(&mut self, late: Successor) -> Option<Successor> {
         match &self.successor {
             Some(early) if Successor::weight(early.verb) > Successor::weight(late.verb) => {
@@ -369,7 +375,7 @@ impl Settlement {
         }
     }
 
-    /// The operation that owns the VM next.
+    /// Returns the operation that owns the VM next, if something follows.
     fn next(&self, step: &NextStep) -> Option<NextOperation<'_>> {
         match step {
             NextStep::Restart => Some(NextOperation {

@@ -1,6 +1,6 @@
 //! Connects a caller to a vsock port in a guest. The daemon opens the stream and passes it to the
-//! caller. Its bytes do not pass through the daemon, and it lasts until the VMM or the caller
-//! closes it.
+//! caller. The bytes do not pass through the daemon, and the stream lasts until the VMM or the
+//! caller closes it.
 
 use super::access::Caller;
 use super::runtime::Use;
@@ -11,9 +11,12 @@ use crate::locks::Cancel;
 use std::os::unix::net::UnixStream;
 
 impl Sessions {
+    /// Connects to a port, and returns the VM and the connected stream.
+    ///
     /// # Errors
-    /// `guest_unavailable` if nothing listens on the port, `timeout` if the guest does not respond,
-    /// `unsupported` if the guest has no vsock.
+    /// `invalid_argument` for the port that means any port, `guest_unavailable` if nothing listens
+    /// on the port, `timeout` if the guest does not respond, `unsupported` if the guest has no
+    /// vsock.
     pub fn connect(&self, caller: &Caller, request: &VmConnectRequest) -> Result<(Vm, UnixStream)> {
         if request.port == u32::MAX {
             return Err(Error::invalid(format!(

@@ -8,8 +8,8 @@ use crate::api::vm::{LogChunk, LogsReply, VmLogsRequest};
 use crate::error::Result;
 
 impl Sessions {
-    /// Sends the log, and with `follow` everything that is added to it until the VM is deleted or
-    /// the caller hangs up.
+    /// Sends the log, and with `follow` everything that is added to it until the VM is deleted, the
+    /// caller hangs up or the daemon closes.
     pub fn logs(
         &self,
         caller: &Caller,

@@ -60,7 +60,7 @@ impl Core {
         self.store.read(|s| find(s, caller, text).cloned())
     }
 
-    /// The current row.
+    /// Returns the VM's current row.
     ///
     /// # Errors
     /// `vm_not_found` if the VM has been deleted.
@@ -75,7 +75,7 @@ impl Core {
         self.closing.is_cancelled()
     }
 
-    /// Starts a thread for an operation. It is counted, so that `close` can wait for it.
+    /// Starts a thread for an operation. The thread is counted, so that `close` can wait for it.
     pub(super) fn spawn(&self, name: &str, body: impl FnOnce() + Send + 'static) -> Result<()> {
         let count = self.threads.enter();
         crate::host::thread::spawn(name, move || {
@@ -88,7 +88,7 @@ impl Core {
         .map(drop)
     }
 
-    /// How many operation threads are running.
+    /// Returns how many operation threads are running.
     #[cfg(any(test, feature = "fakes"))]
     pub fn thread_count(&self) -> usize {
         self.threads.count()
@@ -126,17 +126,17 @@ impl Core {
         self.closing.is_cancelled()
     }
 
-    /// The VM's own directory.
+    /// Returns the VM's own directory.
     pub(super) fn vm_dir(&self, vm: &VmId) -> PathBuf {
         self.state_dir.join(VMS_DIR).join(vm.as_str())
     }
 
-    /// The tag of the VM's current boot.
+    /// Returns the tag of the VM's current boot.
     pub(super) fn tag(&self, row: &VmRow) -> Tag {
         Tag::new(self.store.install_id(), &row.id, row.generation)
     }
 
-    /// The prefix of every tag of this installation.
+    /// Returns the prefix of every tag of this installation.
     pub(super) fn tag_prefix(&self) -> String {
         Tag::prefix(self.store.install_id())
     }

@@ -22,9 +22,10 @@ use crate::ids::{VmId, VmName};
 use crate::ops::OpHandle;
 use crate::store::{State, Ticket, Tx, VmRow, VmShape};
 
-/// How many times ports are picked because another VM may take one of them first.
+/// The most attempts to pick ports. Another VM may take a picked port before the new VM has its
+/// row.
 const PORT_TRIES_MAX: u32 = 16;
-/// Limit of candidates for a generated name. Later candidates contain a random number.
+/// The most candidates for a generated name. Later candidates contain a number.
 const NAME_TRIES_MAX: u32 = 64;
 
 /// Creates VMs.
@@ -36,7 +37,7 @@ pub struct Creator {
     pub(super) capacity: Capacity,
     pub(super) image_service: ImageService,
     pub(super) kernel_service: KernelService,
-    /// Image, vCPUs and memory of a VM that is created without them.
+    /// The image, vCPUs and memory of a VM whose request does not set them.
     pub(super) defaults: config::VmDefaults,
 }
 
@@ -62,7 +63,7 @@ impl Creator {
         let (image, _image) = self.image_service.use_image(&image_name)?;
         let row = VmRow {
             id: VmId::random(),
-            // `insert` replaces it if none was given.
+            // If the request has no name, `insert` replaces this one with a free name.
             name: request
                 .name
                 .clone()
@@ -79,11 +80,11 @@ impl Creator {
                 rates: RateLimits::default().with(&request.rates()),
                 net: request.net.unwrap_or_default(),
             },
-            // Set by `insert_with_ports`.
+            // `insert_with_ports` sets the ports.
             ports: Vec::new(),
             rm: request.rm,
             created_at: now_s(),
-            // Set by `insert`.
+            // `insert` sets the slot.
             slot: 0,
             generation: 0,
             reason: None,
@@ -147,9 +148,9 @@ impl Creator {
         vm
     }
 
-    /// Only binding a socket shows whether a port is free, and no socket may be opened under
-    /// `create_vm`. So the ports are picked before the lock is taken, and picked again if another
-    /// VM takes one first.
+    /// Picks the ports and inserts the row. Only binding a socket shows whether a port is free, and
+    /// no socket may be opened under `create_vm`. So the ports are picked before the lock is taken,
+    /// and picked again if another VM takes one first.
     fn insert_with_ports(
         &self,
         row: &VmRow,
@@ -174,7 +175,8 @@ impl Creator {
         }
     }
 
-    /// Call it with `create_vm` held.
+    /// Inserts the row, and the key if there is one, in one transaction. The caller must hold
+    /// `create_vm`.
     fn insert_row(
         &self,
         row: VmRow,
@@ -183,7 +185,7 @@ impl Creator {
     ) -> Result<(Vm, Ticket)> {
         self.core.store.change(|tx| {
             let row = self.insert(tx, row, name_given)?;
-            // The view is made here, because the VM may be deleted before this is durable.
+            // The view is made here, because the VM may be deleted before its row is durable.
             let vm = super::vm_view::view_of(tx, &row);
             if let Some((key, op)) = key {
                 key.put(tx, &op.id)?;

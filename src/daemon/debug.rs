@@ -1,4 +1,5 @@
-//! Lists which threads hold or await each lock, and for how long. Release builds include this.
+//! Lists which threads hold or await each lock, and for how long. Release builds include this
+//! module.
 
 use super::core::Core;
 use crate::api::daemon::{DebugLocksReply, LockParty, LockRecord};

@@ -1,5 +1,5 @@
-//! `doctor`: reports what fcd needs, what it found, what it chose, and how to fix problems.
-//! Read-only.
+//! Implements `doctor`, which reports what fcd needs, what it found, what it chose, and how to fix
+//! problems. Only `doctor --leaks --fix` changes anything on the host.
 //!
 //! The checks run programs as the daemon's user, and every local user may call `doctor`. So
 //! concurrent callers share one run, and users other than root and the daemon's own user get
@@ -51,6 +51,8 @@ pub struct Doctor {
 }
 
 impl Doctor {
+    /// Runs the checks, or returns the recent result of another caller's run.
+    ///
     /// # Errors
     /// `busy` if another caller's run takes too long.
     pub fn doctor(&self, caller: &Caller) -> Result<DoctorReply> {
@@ -93,7 +95,8 @@ impl Doctor {
     /// `fix` is set.
     ///
     /// # Errors
-    /// `busy` if the daemon has just started and has not yet removed what its predecessor left.
+    /// `busy` if the daemon has just started and does not finish removing what its predecessor left
+    /// in time.
     pub fn leaks(&self, fix: bool) -> Result<LeaksReply> {
         self.reconciler.wait_first_pass()?;
         Ok(LeaksReply {
@@ -117,7 +120,7 @@ impl Doctor {
     }
 }
 
-/// Runs the checks that do not need a daemon.
+/// Runs the checks that do not need a daemon, and adds a warning that no daemon answers.
 pub fn host_checks(config: &Config, seams: &Seams) -> Result<Vec<Check>> {
     let cancel = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
     let mut all = checks(config, seams.vmm.as_ref(), seams.commands.as_ref(), &cancel);

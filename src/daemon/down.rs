@@ -13,19 +13,20 @@ use crate::vmm::Identity;
 use std::time::{Duration, Instant};
 
 const SYNCED: &[u8] = b"synced\n";
-/// Limit for the output of the shutdown command.
+/// How much of the shutdown command's output is kept.
 const OUTPUT_BYTES_MAX: usize = 4096;
 
 impl Lifecycle {
-    /// Asks the guest to sync and shut down, waits for it, and ends the VMM if the guest is too
-    /// slow.
+    /// Stops the VM. Unless the verb forces the stop, asks the guest to sync and shut down, and
+    /// waits for it. Then ends the VMM, if it still runs, and releases the resources of the boot.
     pub(super) fn shut_down(&self, claim: &Claim) -> Outcome {
         let row = match self.core.row(&claim.vm) {
             Ok(row) => row,
             Err(e) => return Outcome::StillThere(e),
         };
         let Some(identity) = self.vmms.identity(&row) else {
-            // The VMM has exited. If the first half of a restart ended it, the row says how.
+            // The VMM has exited. If the first half of a restart ended it, the row says whether the
+            // guest was synced.
             return match self.resources.release_boot(&row.id, row.generation) {
                 Ok(()) => Outcome::Ended {
                     synced: row.synced.unwrap_or(Synced::No),
@@ -120,7 +121,8 @@ impl Lifecycle {
     }
 
     /// Presses Ctrl-Alt-Del, for a guest that cannot be reached over SSH: its init then syncs and
-    /// shuts down. Returns true if the guest has shut down by the deadline.
+    /// shuts down. Returns true if the guest has shut down by the deadline. Returns false at once
+    /// if the VM has no keyboard or the stop has been cut short.
     fn press_key(
         &self,
         claim: &Claim,

@@ -5,7 +5,7 @@ use crate::error::Result;
 
 #[cfg(any(test, feature = "fakes"))]
 pub trait Plan: Send + Sync {
-    /// Called before an effect. If it returns an error, the effect does not happen.
+    /// The daemon calls this before an effect. If it returns an error, the effect does not happen.
     fn before(&self, what: &str) -> Result<()>;
 }
 
@@ -42,13 +42,13 @@ impl Effects {
 #[cfg(feature = "fakes")]
 pub struct DieAt {
     file: std::path::PathBuf,
-    /// The number of points left before the kill. 0 if the file has not been read yet.
+    /// The number of points left before the kill, or 0 if it must be read from the file.
     left: std::sync::atomic::AtomicU64,
 }
 
 #[cfg(feature = "fakes")]
 impl DieAt {
-    /// Environment variable with the path of the file.
+    /// The environment variable that contains the path of the file.
     pub const VARIABLE: &str = "FCD_TEST_DIE_AT";
 
     pub fn from_env() -> Option<std::sync::Arc<Self>> {

@@ -1,4 +1,4 @@
-//! Streams events: changes of rows, in the form that the API reports them.
+//! Streams events: changes of VMs and ends of operations, in the form that the API reports them.
 //!
 //! A watch begins on its connection's own thread, which sends the snapshot or the missed events.
 //! Once the watcher is up to date, the feeder's thread sends to it (`feeder.rs`). The connection's
@@ -20,8 +20,8 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-/// Limit of VMs per snapshot notification. With it, a notification fits into a frame even if every
-/// VM has a long reason.
+/// The most VMs in a snapshot notification. With this limit, a notification fits into a frame even
+/// if every VM has a long reason.
 const VMS_PER_NOTE_MAX: usize = 128;
 
 /// The connection of a watch.
@@ -33,9 +33,10 @@ pub trait WatchLine {
     /// Fails if the caller hung up or does not read. Fails with `InvalidData` if the notification
     /// is too long.
     fn send_note(&self, note: Note) -> io::Result<()>;
-    /// Sends bytes that are complete lines already.
+    /// Sends bytes that are already rendered, such as the rest of a line.
     fn send_bytes(&self, bytes: &[u8]) -> io::Result<()>;
-    /// The socket for the feeder. If `None`, everything is sent on the thread of the watch.
+    /// Returns the socket for the feeder. If this is `None`, everything is sent on the thread of
+    /// the watch.
     fn socket(&self) -> Option<Arc<UnixStream>>;
 }
 
@@ -46,8 +47,8 @@ pub struct Watchers {
 }
 
 impl Watchers {
-    /// Sends events until the caller hangs up or reads too slowly. A slow caller gets the number at
-    /// which it can resume.
+    /// Sends events until the caller hangs up or reads too slowly, or the daemon closes. A slow
+    /// caller gets the number at which it can resume.
     pub fn watch_events(
         &self,
         caller: &Caller,
@@ -98,7 +99,8 @@ impl Watchers {
                     return Ok(EventsWatchReply { resume_seq });
                 }
                 None if self.core.closing.is_cancelled() => {
-                    // Two threads must never write to one connection.
+                    // Take the watch back if the feeder has it, because two threads must never
+                    // write to one connection.
                     if listening.keep() {
                         continue;
                     }

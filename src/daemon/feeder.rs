@@ -1,6 +1,6 @@
 //! Sends events to all watchers that keep up, from one thread.
 //!
-//! This thread takes new changes for all watchers from the store's feed. It renders the
+//! The thread takes new changes for all watchers from the store's feed. It renders the
 //! notifications once for callers that see the same events, and sends them without waiting. If a
 //! watcher's socket is full or broken, its watch is returned to the thread of its connection, which
 //! waits for the socket or ends the watch ([`super::events`]). So a slow watcher costs the others
@@ -23,7 +23,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-/// Notifications that become due together are sent together, up to this size.
+/// Notifications that become due together are sent as one block, which is full once it has this
+/// size.
 const BLOCK_BYTES_MAX: usize = 64 * 1024;
 /// How often the thread wakes up if nothing happens.
 const IDLE: Duration = Duration::from_secs(600);
@@ -63,13 +64,13 @@ impl Outlet {
 
 type Outlets = Mutex<HashMap<u64, Arc<Outlet>>>;
 
-/// The thread and the watchers that it sends to. It starts with the first watcher.
+/// The thread and the watchers that it sends to. The thread starts with the first watcher.
 pub(super) struct Feeder {
     outlets: Arc<Outlets>,
     started: OnceLock<bool>,
 }
 
-/// Events are sent to a watcher while this lives.
+/// The registration of an outlet with the thread. It ends when this is dropped.
 pub(super) struct Registered<'a> {
     feeder: &'a Feeder,
     id: u64,
@@ -77,7 +78,7 @@ pub(super) struct Registered<'a> {
 
 impl Drop for Registered<'_> {
     fn drop(&mut self) {
-        // Dropped outside the lock, because this may close a socket.
+        // Drop the outlet outside the lock, because that may close a socket.
         let outlet = self.feeder.outlets.lock().remove(&self.id);
         drop(outlet);
     }
@@ -91,8 +92,8 @@ impl Feeder {
         }
     }
 
-    /// Registers the outlet of a subscription, which is then lent to the thread. Returns `None` if
-    /// the thread could not be started.
+    /// Registers the outlet of a subscription. The caller then lends the subscription to the
+    /// thread. Returns `None` if the thread could not be started.
     pub(super) fn register(
         &self,
         store: &Store,
@@ -119,7 +120,8 @@ impl Feeder {
     }
 }
 
-/// Runs until the daemon closes. Then the watchers continue on their own threads.
+/// Runs until the daemon closes or an error ends the thread. Then the watchers continue on their
+/// own threads.
 fn run(mut feed: Feed, outlets: &Outlets, closing: &Cancel) {
     while !closing.is_cancelled() {
         let mut due = feed.take();
@@ -168,7 +170,7 @@ fn send_some(due: &mut Due, outlet: &Outlet, blocks: &mut Blocks) -> bool {
         return false;
     };
     let mut sent = 0;
-    // Some changes have no events for this caller.
+    // The block has no bytes if its changes have no events for this caller.
     if !block.bytes.is_empty() {
         match rustix::net::send(
             &*outlet.socket,
@@ -204,7 +206,7 @@ struct Block {
 struct Blocks(HashMap<(Option<u32>, u64, usize), Option<Block>>);
 
 impl Blocks {
-    /// Returns a block with the first changes of `due`. `None` if they cannot be rendered.
+    /// Returns a block with the first changes of `due`, or `None` if they cannot be rendered.
     fn next(&mut self, caller: &Caller, due: &Due) -> Option<Block> {
         let sees_only = (caller.uid != 0).then_some(caller.uid);
         let first = due.changes.front()?.seq;

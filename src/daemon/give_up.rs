@@ -10,8 +10,8 @@ use crate::store::VmRow;
 use crate::vmm::Identity;
 
 impl Reconciler {
-    /// Leaves a VM unadopted. Its guest keeps running. The daemon notices when the VMM ends but
-    /// does not talk to it.
+    /// Marks a VM as unresponsive instead of adopting it. Its guest keeps running. The daemon
+    /// notices when the VMM ends but does not talk to it.
     pub(super) fn leave_unadopted(&self, row: &VmRow, identity: &Identity) -> Result<()> {
         let deaths = self.adopter.deaths(&row.id);
         let reason = format!(
@@ -63,8 +63,9 @@ impl Reconciler {
         Ok(gives_up)
     }
 
-    /// Marks the VM as failed and cleans up after it. The state is written first: if the clean-up
-    /// kills the daemon, the next daemon must not find anything to resume.
+    /// Marks the VM as failed and, unless `leaves_alone` is set, cleans up after it. The state is
+    /// written first: if the clean-up kills the daemon, the next daemon must not find anything to
+    /// resume.
     fn give_up(&self, row: &VmRow, deaths: u32, leaves_alone: bool) -> Result<()> {
         let reason = format!("{}, so it is not resumed again", recovery::times(deaths));
         log::error!("VM {}: {reason}", row.name);

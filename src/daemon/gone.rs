@@ -27,7 +27,7 @@ pub struct GoneInstallation {
     pub has_network: bool,
 }
 
-/// Knows the installations of this host.
+/// Records the installations of this host and finds those that are gone.
 pub trait Installations: Send + Sync {
     /// Sets the ID of the daemon's own installation. Another installation that had the same state
     /// directory is then gone.
@@ -76,6 +76,7 @@ fn sweep_groups(gone: &GoneInstallation, fix: bool, leaks: &mut Vec<Leak>) {
     }
 }
 
+/// Finds what an installation that is gone has left on the network, and removes it if `fix` is set.
 /// Returns false if the network is in use.
 fn sweep_network(
     gone: &GoneInstallation,

@@ -11,10 +11,11 @@ use crate::locks::Cancel;
 use crate::store::VmRow;
 use std::time::Duration;
 
-/// Time between two attempts to resume a guest.
+/// How long to pause between two attempts to resume a guest.
 const RESUME_PERIOD: Duration = Duration::from_millis(250);
 
-/// A guest that is paused while it is saved. It resumes when this is dropped.
+/// Keeps a guest paused while it is saved. When this is dropped, the guest resumes unless its owner
+/// has paused it.
 pub(super) struct HoldGuard {
     holder: GuestHolder,
     vm: VmId,
@@ -30,8 +31,8 @@ impl Drop for HoldGuard {
         log::warn!("resume VM {}: {e}; retrying", self.vm);
         let (holder, vm, generation) = (self.holder.clone(), self.vm.clone(), self.generation);
         let retried = self.holder.core.spawn(&format!("resume-{vm}"), move || {
-            // The loop ends when the VM ends. If the daemon closes first, the next daemon resumes
-            // the guest.
+            // The loop ends when the guest has resumed or its VMM has exited. If the daemon closes
+            // first, the next daemon resumes the guest.
             while holder.vmm_is_alive(&vm, generation) && holder.resume(&vm, generation).is_err() {
                 if holder.core.sleep(RESUME_PERIOD) {
                     return;

@@ -17,7 +17,8 @@ pub(super) struct Guests {
 }
 
 impl Guests {
-    /// The address of a running guest, and the keys for both sides.
+    /// Returns the address of a running guest, and the keys for both sides. Fails if the guest has
+    /// no address.
     pub(super) fn target(&self, row: &VmRow) -> Result<Target> {
         match row.ssh_addr {
             Some(addr) => self.target_at(row, addr),

@@ -4,7 +4,7 @@
 use crate::host::confine::Asked;
 use std::process::ExitCode;
 
-/// Exit status for a helper name that this version does not know: `EX_USAGE` (sysexits.h).
+/// The exit status for a helper name that this version does not know: `EX_USAGE` (sysexits.h).
 const UNKNOWN: u8 = 64;
 
 /// Runs the helper that this process's arguments name, until the helper ends. Returns `None` if the

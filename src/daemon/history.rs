@@ -1,6 +1,6 @@
-//! Records for tests what happened to each VM, in order. Every entry is made while the VM's lock is
-//! held and carries the number of the store's change, so that a test can replay the history through
-//! the transition table.
+//! Records for tests what happened to each VM, in order. Every entry except that of a creation is
+//! made while the VM's lock is held. Every entry carries the number of the store's change, so that
+//! a test can replay the history through the transition table.
 
 pub use super::transitions::Verb;
 use crate::api::vm::VmState;
@@ -13,7 +13,7 @@ use std::time::Instant;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answer {
     Claimed,
-    /// Nothing to do.
+    /// There was nothing to do.
     Nothing,
     Joined,
     Queued,
@@ -33,7 +33,7 @@ pub enum What {
         answer: Answer,
         op: Option<OpId>,
     },
-    /// An operation released the VM.
+    /// The claim of an operation was committed.
     Committed {
         op: OpId,
         ending: CommitKind,

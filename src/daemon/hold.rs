@@ -34,7 +34,10 @@ impl Lifecycle {
 }
 
 impl Views {
-    /// Waits until the VM is in a state or deleted, or until the timeout.
+    /// Waits until the VM is in the requested state. A wait for `stopped` also ends at `failed`.
+    ///
+    /// # Errors
+    /// `timeout`; `vm_not_found` if the VM is deleted first; `cancelled` if the caller hangs up.
     pub fn wait_state(
         &self,
         caller: &Caller,
@@ -72,8 +75,8 @@ impl Views {
         }
     }
 
-    /// Waits until the VM has its directory, which its first start creates. Returns false if the VM
-    /// is deleted first.
+    /// Waits until the VM has its directory, which the first start creates. Returns false if the VM
+    /// is deleted before that.
     pub(super) fn wait_directory(&self, id: &VmId, waiter: Hangup<'_>) -> Result<bool> {
         let dir = self.core.vm_dir(id);
         match self.wait_vm(id, waiter, None, &mut |_| dir.exists()) {
@@ -118,7 +121,7 @@ impl Views {
     }
 }
 
-/// Why a wait ended early.
+/// The reason that a wait ended early.
 enum WaitEnd {
     VmGone,
     CallerGone,

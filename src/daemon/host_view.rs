@@ -1,4 +1,4 @@
-//! The part of the host that the checks of `doctor` can see.
+//! What the checks of `doctor` can see: the configuration, and the host through the daemon's seams.
 
 use crate::config::Config;
 use crate::host::Commands;

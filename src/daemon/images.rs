@@ -66,7 +66,7 @@ pub struct ImageService {
     pub(super) uses: Uses<ImageRef>,
     pub(super) builds: Arc<Mutex<Builds>>,
     pub(super) build_admission: Admission,
-    /// The name of an image that is built without a name.
+    /// The name of an image whose build request has no name.
     pub(super) default_image: ImageRef,
 }
 

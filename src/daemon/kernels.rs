@@ -115,7 +115,8 @@ impl KernelService {
         })
     }
 
-    /// Kernels belong to the host, so the server lets only privileged callers delete them.
+    /// Deletes a kernel that no VM and no snapshot uses. Kernels belong to the host, so the server
+    /// lets only privileged callers delete them.
     pub fn kernel_delete(&self, name: &KernelName) -> Result<KernelDeleteReply> {
         let _delete_guard = self.uses.begin_delete(name).ok_or_else(|| {
             Error::new(
@@ -173,7 +174,7 @@ impl KernelService {
         Ok(in_use)
     }
 
-    /// Checks that the kernel exists.
+    /// Checks that the kernel exists, if one is named.
     pub(super) fn check_kernel(&self, name: Option<&KernelName>) -> Result<()> {
         name.map_or(Ok(()), |name| self.kernels.get(name).map(drop))
     }

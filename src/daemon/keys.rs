@@ -1,5 +1,5 @@
-//! Idempotency keys. For a day, a call with the same key and parameters gets the same operation.
-//! The store keeps that operation's result for as long as the key.
+//! Idempotency keys. For a day, a call with the same key, method and parameters gets the same
+//! operation. The store keeps that operation's result for as long as the key.
 
 use super::access::Caller;
 use super::call::CallOutcome;
@@ -41,7 +41,7 @@ impl Beginning {
     }
 }
 
-/// The meaning of a call's key.
+/// Whether a call's key is new or stands for an earlier call.
 pub enum Keyed {
     /// The key is new. The call must begin and record its outcome.
     New(HeldKey),
@@ -66,7 +66,7 @@ impl Drop for HeldKey {
     }
 }
 
-/// Idempotency keys.
+/// Claims idempotency keys for calls.
 #[derive(Clone)]
 pub struct Keys {
     pub(super) core: Core,
@@ -147,7 +147,7 @@ impl Keys {
 }
 
 impl HeldKey {
-    /// Writes the key's row. Call it in the transaction that creates what the key stands for.
+    /// Writes the key's row. Call this in the transaction that creates what the key stands for.
     pub(super) fn put(&self, tx: &mut Tx, op: &OpId) -> Result<()> {
         let now = now_s();
         tx.expire_keys(now);
@@ -161,7 +161,8 @@ impl HeldKey {
         })
     }
 
-    /// Records the outcome, durably. If that fails, the operation continues without the key.
+    /// Records the outcome, durably. If that fails, logs the error, and the operation continues
+    /// without the key.
     pub fn record(self, outcome: CallOutcome) -> CallOutcome {
         let recorded = match &outcome {
             CallOutcome::Op(op) | CallOutcome::Joined(op) => self.write(op),

@@ -1,7 +1,7 @@
 //! Claims VMs and runs the operations that own them. A verb consults the transition table and
 //! claims the VM under its lock. Then the operation's own thread does the work without a lock, and
-//! `commit.rs` settles the claim. So a VM that is not at rest always has exactly one operation that
-//! owns it.
+//! `commit.rs` settles the claim. So a VM in a transitional state always has exactly one operation
+//! that owns it.
 
 use super::access::{Caller, vm_not_found};
 use super::call::CallOutcome;
@@ -115,7 +115,8 @@ pub struct Lifecycle {
 }
 
 impl Lifecycle {
-    /// Does what the transition table says. Returns at once; the work is done by another thread.
+    /// Answers a request as the transition table says. If the request claims the VM, another thread
+    /// does the work.
     pub(super) fn request(
         &self,
         caller: &Caller,
@@ -174,8 +175,8 @@ impl Lifecycle {
         }
     }
 
-    /// Claims the VM: writes the row's new state and its operation, and cancels sessions and
-    /// transfers.
+    /// Claims the VM: writes the row's new state and its operation. Unless the VM starts, also
+    /// cancels its sessions and transfers.
     fn claim_locked(
         &self,
         vm: &KeyGuard<'_, VmId>,
@@ -248,8 +249,8 @@ impl Lifecycle {
         }
     }
 
-    /// Reserves the boot's memory, and writes ledger rows for everything that the boot is about to
-    /// acquire.
+    /// Reserves the boot's memory, resets the VM's crash budget, and writes ledger rows for
+    /// everything that the boot is about to acquire.
     fn intend_boot(&self, vm: &KeyGuard<'_, VmId>, tx: &mut Tx) -> Result<()> {
         let row = tx
             .vm(vm.key())
@@ -261,8 +262,8 @@ impl Lifecycle {
         Ok(())
     }
 
-    /// Makes `op` the owner of the VM: registers its cancel token and cancels the users of the
-    /// guest.
+    /// Makes `op` the owner of the VM: registers its cancel token and, unless the VM starts,
+    /// cancels the users of the guest.
     pub(super) fn arm_locked(
         &self,
         vm: &KeyGuard<'_, VmId>,
@@ -302,7 +303,9 @@ impl Lifecycle {
         }
     }
 
-    /// Sets the successor slot, and aborts or shortens the operation in progress.
+    /// Puts the request into the successor slot, and aborts or shortens the operation in progress.
+    /// If the slot already holds an operation of the same or a higher weight, joins or refuses
+    /// instead.
     fn queue_locked(
         &self,
         vm: &KeyGuard<'_, VmId>,
@@ -411,8 +414,8 @@ impl Lifecycle {
             .is_ok_and(|row| self.vmms.identity(&row).is_some())
     }
 
-    /// Ends a claim that never became durable. The store has undone it, and the caller gets the
-    /// error.
+    /// Ends a claim that never became durable. The store has undone the claim, and its operation
+    /// ends with the error.
     fn abort_unpersisted(&self, mut claim: Claim, error: &Error) {
         let op = claim.op.take().expect("unsettled");
         let successor = {

@@ -23,6 +23,8 @@ impl<I: fmt::Display> fmt::Display for Position<I> {
 }
 
 impl<I: FromStr> Position<I> {
+    /// Parses a cursor.
+    ///
     /// # Errors
     /// `invalid_argument` if the text is not a position.
     pub(super) fn parse(text: &str) -> Result<Self> {
@@ -34,11 +36,11 @@ impl<I: FromStr> Position<I> {
     }
 }
 
-/// Iterates over the caller's VMs for which `shown` is true, from the oldest to the newest. Each
-/// piece of up to [`SCAN_MAX`] VMs is consistent in itself.
+/// Iterates over the VMs that the caller may see and for which `shown` is true, from the oldest to
+/// the newest. Each piece of up to [`SCAN_MAX`] VMs is consistent in itself.
 pub(super) struct VmScan<'a, F> {
     store: &'a Store,
-    /// The owner of the VMs, or `None` for all owners.
+    /// The owner whose VMs are listed, or `None` for all owners.
     owner_uid: Option<u32>,
     after: Option<Age>,
     shown: F,

@@ -16,9 +16,9 @@ impl std::fmt::Debug for WorkspaceOf {
 }
 
 pub struct OpLocks {
-    /// Protects state checks and state changes of one VM. Held only briefly.
+    /// Protects state checks and state changes of one VM. It is held only briefly.
     pub vm: LockSet<VmId>,
-    /// Allows one import or export at a time per VM. Held during guest I/O.
+    /// Allows one import or export at a time per VM. It is held during guest I/O.
     pub workspace: LockSet<WorkspaceOf>,
     /// Keeps names unique. It is a set with one key, so that its holder is shown in `debug locks`.
     pub create_vm: LockSet<()>,
@@ -36,7 +36,8 @@ impl OpLocks {
         }
     }
 
-    /// The number of keys that are held or waited for. 0 when nothing is in progress.
+    /// Returns the number of keys that are held or waited for, which is 0 if nothing is in
+    /// progress.
     #[cfg(any(test, feature = "fakes"))]
     pub fn entries(&self) -> usize {
         self.vm.len() + self.workspace.len() + self.create_vm.len() + self.image_ops.len()

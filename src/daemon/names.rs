@@ -18,8 +18,8 @@ const NOUNS: &[&str] = &[
     "walnut", "willow", "wren",
 ];
 
-/// The `n`-th candidate for a seed. The first ones are plain pairs of words. Later ones have a
-/// number, so that candidates never run out.
+/// Returns the `n`-th candidate for a seed. The first 16 candidates are plain pairs of words. Later
+/// candidates have a number, so that they never run out.
 pub(super) fn candidate(seed: u64, n: u32) -> VmName {
     let mixed = seed
         .wrapping_add(u64::from(n))

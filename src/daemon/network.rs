@@ -56,8 +56,9 @@ pub(super) fn checks(host: &HostView<'_>) -> Vec<Check> {
     all
 }
 
-/// If the jailer gives each VMM a device node, the mode of the host's node does not matter. Opening
-/// the host's node to a group is safe, because a user can attach only to taps of their own uid.
+/// Checks whether VMMs can attach to taps. If the jailer gives each VMM a device node, the mode of
+/// the host's node does not matter. Opening the host's node to a group is safe, because a user can
+/// attach only to taps of their own uid.
 fn tun(
     vmms_have_own_nodes: bool,
     exists: std::result::Result<(), String>,
@@ -109,7 +110,7 @@ pub(super) struct Networks {
 }
 
 impl Networks {
-    /// The number of slots for VMs.
+    /// Returns the number of slots for VMs.
     pub(super) fn slots_max(&self) -> u32 {
         if self.net.is_none() {
             self.vm_uids
@@ -140,7 +141,7 @@ impl Networks {
         })
     }
 
-    /// The network for the VM's VMM, as it was when the VM was started.
+    /// Returns the network for the VM's VMM, as it was when the VM was started.
     pub(super) fn guest_network(&self, row: &VmRow) -> GuestNetwork {
         match &row.tap {
             Some(tap) => GuestNetwork::Tap {
@@ -155,7 +156,7 @@ impl Networks {
         }
     }
 
-    /// The network configuration for the seed drive of the next start.
+    /// Returns the network configuration for the seed drive of the next start.
     pub(super) fn seed_network(&self, row: &VmRow) -> Result<SeedNetwork> {
         let Some(net) = &self.net else {
             return Ok(SeedNetwork::user_mode());
@@ -223,7 +224,8 @@ impl Networks {
         Ok(())
     }
 
-    /// Reports the state of the name server's helper process. `None` without a name server.
+    /// Reports the state of the name server's helper process. Returns `None` if there is no name
+    /// server.
     pub(super) fn name_server_check(&self) -> Option<Check> {
         const ID: &str = "name_server";
         let trouble = self.name_server.lock().as_ref().map(dns::Server::trouble)?;
@@ -256,8 +258,8 @@ fn access(row: &VmRow) -> Access {
     }
 }
 
-/// Looks up names of VMs that are starting, running or stopping. A guest can only find VMs of its
-/// own owner.
+/// Looks up names and addresses of VMs that are starting, running or stopping. A guest can only
+/// find VMs of its own owner. The host can find all VMs.
 struct Book {
     store: Store,
     gateway: Ipv4Addr,

@@ -16,7 +16,7 @@ struct Inner {
     event: EventFd,
 }
 
-/// Clones share one queue.
+/// A queue of notifications. Clones share one queue.
 #[derive(Clone)]
 pub struct Notes {
     inner: Arc<Inner>,
@@ -34,7 +34,7 @@ impl Notes {
         })
     }
 
-    /// Queues a notification. If the queue is full, the oldest one is dropped. Never blocks.
+    /// Queues a notification without blocking. If the queue is full, drops the oldest notification.
     pub fn send(&self, note: Note) {
         let mut queue = self.inner.queue.lock();
         if queue.len() == NOTES_MAX {
@@ -45,7 +45,7 @@ impl Notes {
         let _ = self.inner.event.write(1);
     }
 
-    /// Readable when the queue is not empty.
+    /// Returns a descriptor that is readable when the queue is not empty.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.inner.event.as_fd()
     }

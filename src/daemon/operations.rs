@@ -16,7 +16,8 @@ use std::time::{Duration, Instant};
 const WRITABLE_DEADLINE: Duration = Duration::from_secs(1);
 
 impl Core {
-    /// The cursor is the number of an operation, which stays the same while the daemon runs.
+    /// Lists the operations that the caller may see. The cursor is the number of an operation,
+    /// which stays the same while the daemon runs.
     pub fn op_list(
         &self,
         caller: &Caller,
@@ -41,7 +42,8 @@ impl Core {
         Ok(OpListReply { ops, next })
     }
 
-    /// Finds an operation by its ID or by a unique prefix of it.
+    /// Finds an operation by its ID or by a unique prefix of the ID. An operation of another user
+    /// on the caller's VM is found only by its full ID.
     pub fn op_find(&self, caller: &Caller, text: &str) -> Result<Op> {
         let found = self.ops.find(text, owner(caller));
         if !found
@@ -191,7 +193,7 @@ impl Core {
     }
 }
 
-/// The uid whose operations the caller sees. `None` for root, who sees all.
+/// Returns the uid whose operations the caller sees, or `None` for root, who sees all.
 fn owner(caller: &Caller) -> Option<u32> {
     (caller.uid != 0).then_some(caller.uid)
 }

@@ -73,7 +73,8 @@ impl Controls {
     /// Calls the driver until the guest matches the row. A guest is also paused while the host has
     /// no room for its disk.
     ///
-    /// Does nothing while a save holds the guest. The save calls this when it releases the guest.
+    /// Does nothing while a save holds the guest, because the save applies the row when it releases
+    /// the guest.
     pub(super) fn apply_pause(&self, vm: &VmId, generation: u64) -> Result<()> {
         if self.runtimes.is_held(vm) {
             return Ok(());
@@ -89,7 +90,8 @@ impl Controls {
                 row.generation == generation && row.state == VmState::Running,
                 &row.identity,
             ) else {
-                // A stop has begun. The guest must run so that it can shut down.
+                // If a stop has begun since the driver paused the guest, the guest must run so that
+                // it can shut down.
                 if applied == Some(true) && row.generation == generation {
                     row.identity
                         .as_ref()
@@ -122,7 +124,7 @@ impl Controls {
         }
     }
 
-    /// Resumes a guest so that it can shut down.
+    /// Resumes a guest that is paused on request or for a save, so that it can shut down.
     pub(super) fn resume_for_stop(&self, row: &VmRow, identity: &crate::vmm::Identity) {
         // A guest that is paused because the host has no room stays paused, because it would lose
         // its disk if it ran.

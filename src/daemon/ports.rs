@@ -1,5 +1,5 @@
-//! Checks and picks the host ports of a new VM. A port belongs to one VM from its creation to its
-//! deletion. Each start checks whether another program on the host uses the port.
+//! Checks and picks the host ports of a new VM. A port belongs to one VM from the VM's creation to
+//! its deletion. Each start checks whether another program on the host uses the port.
 
 use super::access::Caller;
 use super::network::Networks;
@@ -9,22 +9,23 @@ use crate::error::{Error, Kind, Result};
 use crate::net;
 use crate::store::State;
 
-/// Limit of ports per VM.
+/// The most ports per VM.
 const PORTS_MAX: usize = 64;
-/// How many free ports of the host are tried, because each may belong to a VM that does not run.
+/// How many free ports of the host are tried. A port that is free on the host may belong to a VM
+/// that does not run.
 const PICK_TRIES_MAX: u32 = 64;
 /// The file with the first port that needs no privilege (ip(7)).
 const UNPRIVILEGED: &str = "/proc/sys/net/ipv4/ip_unprivileged_port_start";
 const UNPRIVILEGED_DEFAULT: u16 = 1024;
 
-/// The first port that needs no privilege on this host.
+/// Returns the first port that needs no privilege on this host.
 pub(super) fn unprivileged_from() -> u16 {
     let text = std::fs::read_to_string(UNPRIVILEGED).unwrap_or_default();
     text.trim().parse().unwrap_or(UNPRIVILEGED_DEFAULT)
 }
 
 impl Networks {
-    /// Makes the checks that do not depend on other VMs.
+    /// Checks the ports of a request, but not whether they belong to other VMs.
     pub(super) fn check_ports(&self, caller: &Caller, network: Net, ports: &[Port]) -> Result<()> {
         if ports.len() > PORTS_MAX {
             return Err(Error::invalid(format!(

@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 #[derive(Clone, Debug, Default)]
 pub(super) struct Moved {
     pub bytes: Arc<AtomicU64>,
-    /// The stream has ended. The guest may then take as long as it needs to process it.
+    /// True once the stream has ended. The guest may then take as long as it needs to process the
+    /// stream.
     pub is_over: Arc<AtomicBool>,
 }
 

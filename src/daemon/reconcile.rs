@@ -1,5 +1,6 @@
-//! Adopts, finishes or undoes what an earlier daemon left, once this daemon has started. It is
-//! idempotent. It never kills a live healthy VMM, and never touches what does not belong to fcd.
+//! Adopts, finishes or undoes what an earlier daemon left, once this daemon has started.
+//! Reconciliation is idempotent. It does not kill a VMM that cannot be adopted, and never touches
+//! what does not belong to fcd.
 //!
 //! The reconciler's thread handles VMs one after the other, running VMs first; `unreconciled.rs`
 //! tracks which VMs are left. VMs at rest without ledger rows of a boot are usable at once. A call
@@ -31,7 +32,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Pause between two sweeps.
+/// How long to pause between two sweeps.
 const SWEEP_PERIOD: Duration = Duration::from_secs(60);
 
 /// The reason of a VM whose VMM had exited when the daemon started, if nothing shows the cause.
@@ -49,11 +50,12 @@ pub(super) struct FirstPass {
 /// What to do with a VM after it was reconciled.
 enum Next {
     Nothing,
-    /// Delete it, because it is an `rm` VM without a holder.
+    /// Delete the VM, because it is an `rm` VM without a holder.
     Delete,
 }
 
-/// The VMs with work or a VMM that an earlier daemon left, each with its generation.
+/// Returns the VMs that this daemon must reconcile, because an earlier daemon left a VMM, an
+/// operation or other work, each with its generation.
 pub(super) fn unreconciled_vms(state: &State) -> HashMap<VmId, u64> {
     let boot_rows = state
         .ledger()
@@ -73,11 +75,11 @@ pub(super) fn unreconciled_vms(state: &State) -> HashMap<VmId, u64> {
         .collect()
 }
 
-/// What must be done with a VM, the most urgent first.
+/// What must be done with a VM, in the order from the most to the least urgent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Need {
     Adopt,
-    /// Daemons have died while adopting it.
+    /// Adopt the VM after all others, because daemons have died while adopting it.
     AdoptLast,
     Finish,
     Clean,
@@ -110,10 +112,10 @@ pub struct Reconciler {
 }
 
 impl Reconciler {
-    /// Reconciles every VM that an earlier daemon left in the middle of something.
+    /// Reconciles all VMs that are still unreconciled. Then sweeps once and restores the network.
     pub fn reconcile(&self) {
         for id in self.in_order_of_need() {
-            // A call is reconciling it, or has done so.
+            // If there is no guard, a call is reconciling the VM or has done so.
             let Some(guard) = self.unreconciled.begin(&id) else {
                 continue;
             };
@@ -126,7 +128,8 @@ impl Reconciler {
         self.networks.mend_network();
     }
 
-    /// Running VMs come first, because their end is not noticed before they are adopted.
+    /// Returns the unreconciled VMs in the order in which they must be reconciled. Running VMs come
+    /// first, because their end is not noticed before they are adopted.
     fn in_order_of_need(&self) -> Vec<VmId> {
         let needs = |id: &VmId| match self.core.store.read(|s| s.vm(id).map(|row| row.state)) {
             Some(VmState::Running) if self.adopter.deaths(id) == 0 => Need::Adopt,
@@ -175,7 +178,7 @@ impl Reconciler {
         }
     }
 
-    /// Sweeps once.
+    /// Removes leftovers, restores the network, and retries adoptions that have failed.
     pub fn sweep_once(&self) {
         self.adopter.end_all();
         self.resources.sweep(true);
@@ -233,7 +236,7 @@ impl Reconciler {
             }
             VmState::Created | VmState::Stopped | VmState::Failed => self.end_leftover(&row)?,
         }
-        // The connection of its holder died with the earlier daemon.
+        // The earlier daemon's end has closed the connection of the VM's holder.
         Ok(if row.rm { Next::Delete } else { Next::Nothing })
     }
 
@@ -268,7 +271,7 @@ impl Reconciler {
                 self.adopter.end(row, true);
                 self.controls.adopt_adjusted(row);
                 self.controls.adopt_pause(row);
-                // An earlier daemon that could not adopt the VM has set the reason.
+                // An earlier daemon that could not adopt the VM may have set a reason.
                 let adopted = (Some(running.identity), Some(running.ssh_addr), None);
                 if adopted == (row.identity.clone(), row.ssh_addr, row.reason.clone()) {
                     // In the usual case nothing has to be written, so adoption works even if the

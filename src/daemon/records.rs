@@ -18,14 +18,14 @@ pub(super) struct Record {
 }
 
 impl Record {
-    /// The number of deaths, for a starting daemon. An attempt that is still marked as under way
-    /// has killed its daemon, so it counts.
+    /// Returns the number of deaths, for a starting daemon. An attempt that is still marked as
+    /// under way has killed its daemon, so it counts.
     pub(super) fn deaths_at_start(self) -> u32 {
         self.deaths + u32::from(self.is_under_way)
     }
 }
 
-/// Reads a record.
+/// Reads a record. Returns an empty record if there is none or if it is unreadable.
 pub(super) fn read(state: &State, name: &str) -> Record {
     // A record of another version may be unreadable. One attempt too many is better than none.
     state

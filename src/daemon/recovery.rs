@@ -6,7 +6,7 @@
 //! |---|---|
 //! | not in a resumed operation | resumes what was in progress |
 //! | in a resumed stop | resumes it, but kills the VMM without asking the guest |
-//! | in such a kill, or in a resumed delete | marks the VM `failed`, then kills the VMM and cleans up |
+//! | in such a kill, or in a resumed delete | marks the VM `failed`, kills the VMM and cleans up |
 //! | in the clean-up of a failed VM | leaves the VM to its owner |
 //!
 //! Before each attempt, a durable record in the store's `meta` table marks the attempt as in
@@ -29,7 +29,8 @@ pub(super) fn name(vm: &VmId) -> String {
     format!("{PREFIX}{vm}")
 }
 
-/// The number of daemons that died in attempts to recover the VM, without the current attempt.
+/// Returns the number of daemons that died in attempts to recover the VM, without the current
+/// attempt.
 fn deaths(state: &State, vm: &VmId) -> u32 {
     read(state, &name(vm)).deaths
 }
@@ -77,7 +78,7 @@ pub(super) struct Recovery {
 }
 
 impl Recovery {
-    /// How many daemons died in attempts to recover the VM.
+    /// Returns how many daemons died in attempts to recover the VM.
     pub(super) fn recovery_deaths(&self, vm: &VmId) -> u32 {
         self.core.store.read(|s| deaths(s, vm))
     }

@@ -1,10 +1,10 @@
 //! Restores snapshots, in their own VM or in a new one.
 //!
-//! A restore is a start (`Verb::Restore`). A boot step replaces the VM's disks with the snapshot's,
-//! and its VMM loads the saved state instead of booting: QEMU as an incoming migration from a file,
-//! Firecracker with `/snapshot/load` and another tap. A snapshot contains the paths of its disks.
-//! In a jail every VM's disks have the same paths, so a fork works. Without a jail, a fork on
-//! Firecracker is `unsupported`.
+//! A restore is a start (`Verb::Restore`). A boot step replaces the VM's disks with copies of the
+//! snapshot's disks, and the VMM loads the saved state instead of booting: QEMU as an incoming
+//! migration from a file, Firecracker with `/snapshot/load` and another tap. A snapshot contains
+//! the paths of its disks. In a jail every VM's disks have the same paths, so a fork works. Without
+//! a jail, a fork on Firecracker is `unsupported`.
 //!
 //! The script in the saved memory finds the new seed within a quarter of a second and sets the
 //! clock, random numbers, name, address and keys. The start waits for that. Until then the rules of
@@ -12,8 +12,8 @@
 //!
 //! Until the guest runs, the VM's own disks are kept in `former/`, which is in the ledger. If the
 //! start fails for any reason (the VMM refuses to load, a stop, a daemon that dies), they are
-//! restored. vCPUs and memory stay those of the snapshot until `vm set`. A snapshot cannot be
-//! deleted while a start uses it.
+//! restored. The VM keeps the snapshot's vCPUs and memory until `vm set` changes them. A snapshot
+//! cannot be deleted while a start uses it.
 //!
 //! `vm fork` is a save and a restore. The new VM is marked `rm` until it runs, so it is deleted if
 //! anything fails.
@@ -36,12 +36,13 @@ use crate::store::{SnapshotRow, VmShape};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Time limit for a whole start from a snapshot. Its steps have their own deadlines.
+/// The time limit for a whole start from a snapshot. The steps of the start have their own
+/// deadlines.
 const RESTORE_DEADLINE: Duration = Duration::from_secs(3600);
 
 impl Snapshots {
-    /// Restores a snapshot. Its own VM must not be running. A new VM is deleted if the restore
-    /// fails.
+    /// Restores a snapshot, into the VM from which it was taken or into a new one. The former must
+    /// not be running. A new VM is deleted if the restore fails.
     pub fn snapshot_restore(
         &self,
         caller: &Caller,
@@ -131,8 +132,8 @@ impl Snapshots {
         Ok(CallOutcome::Op(id))
     }
 
-    /// Creates a VM of this shape. It is marked `rm` until it runs, so it is deleted if its start
-    /// fails or the daemon dies.
+    /// Creates a VM of this shape. The VM is marked `rm` until it runs, so it is deleted if its
+    /// start fails or the daemon dies.
     fn create_like(&self, caller: &Caller, shape: &VmShape, name: Option<VmName>) -> Result<Vm> {
         self.creator.create(caller, &request(shape, name))
     }
@@ -212,8 +213,8 @@ impl Snapshots {
         }
     }
 
-    /// Makes the checks that are possible before anything begins, and protects the snapshot from
-    /// deletion.
+    /// Makes the checks that are possible before anything begins, and returns what a boot needs to
+    /// restore the snapshot. The snapshot cannot be deleted until that is dropped.
     fn restore_of(&self, row: SnapshotRow, in_other_vm: bool) -> Result<Restore> {
         self.vmm.can_load(&row.driver, in_other_vm)?;
         if row.on_bridge != self.networks.net.is_some() {

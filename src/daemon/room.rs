@@ -17,13 +17,14 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Pause between two checks. A guest that writes more than [`snapshot::AHEAD_BYTES`] in this time
-/// may use up its space.
+/// How long to pause between two checks. A guest that writes more than [`snapshot::AHEAD_BYTES`] in
+/// this time may use up its space.
 const CHECK_PERIOD: Duration = Duration::from_millis(500);
-/// Pause between two checks while no VM has such a disk.
+/// How long to pause between two checks while no running VM has a disk that is a device-mapper
+/// snapshot.
 const IDLE_PERIOD: Duration = Duration::from_secs(2);
 
-/// The tags of the VMs that the monitor has resumed or paused.
+/// The tags of the VMs that the monitor has resumed or paused, or whose disks are lost.
 #[derive(Default)]
 struct Monitored {
     /// Guests that this daemon has resumed once, because an earlier daemon may have paused them.
@@ -33,7 +34,7 @@ struct Monitored {
     lost: HashSet<String>,
 }
 
-/// Keeps room on the host for guests on device-mapper snapshots.
+/// Keeps space allocated for guests on device-mapper snapshots, and pauses them if there is none.
 #[derive(Clone)]
 pub struct SpaceMonitor {
     pub(super) core: Core,
@@ -126,7 +127,8 @@ impl SpaceMonitor {
         let is_paused = monitored.paused.contains(tag);
         match reserved {
             Err(e) if !is_paused && e.kind() == Kind::DiskFull => {
-                // Record the pause first, because a resume by the owner reads the record.
+                // Record the pause first. A resume by the owner then sees it and leaves the guest
+                // paused.
                 self.runtimes.set_paused(&row.id, true);
                 let paused = self
                     .vmms

@@ -51,7 +51,8 @@ pub(super) fn take_pending(row: &mut VmRow) {
     row.shape.rates = row.shape.rates.with(&rates);
 }
 
-/// Puts a row into a transitional state.
+/// Puts a row into a transitional state for `op`. A start also applies the pending settings and
+/// begins a new generation.
 pub(super) fn enter(row: &mut VmRow, to: VmState, op: &OpHandle, verb: Verb) {
     if to == VmState::Starting {
         take_pending(row);
@@ -60,8 +61,8 @@ pub(super) fn enter(row: &mut VmRow, to: VmState, op: &OpHandle, verb: Verb) {
         row.unresponsive = false;
         row.paused = false;
         (row.has_balloon, row.balloon_mib) = (false, None);
-        // `identity` stays, because the boot first has to kill a VMM that could not be killed
-        // before.
+        // `identity` stays, because the boot first has to kill a VMM that an earlier operation
+        // could not kill.
         row.ssh_addr = None;
     }
     row.intent = (verb == Verb::Restart && to == VmState::Stopping).then_some(Intent::Restart);
@@ -96,7 +97,7 @@ pub(super) fn superseded(row: &VmRow, verb: Verb) -> Error {
     .hint(format!("fcctl vm show {}", row.name))
 }
 
-/// Why transfers, sessions and boots are cancelled by a verb.
+/// Returns the cause that is recorded when a verb cancels transfers, sessions or boots.
 pub(super) fn cause_for(verb: Verb) -> CancelCause {
     match verb {
         Verb::Delete | Verb::DeleteForce => CancelCause::VmDeleted,

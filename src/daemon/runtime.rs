@@ -50,7 +50,7 @@ impl Successor {
     pub(super) fn deletes(verb: Verb) -> bool {
         Self::weight(verb) == 2
     }
-    /// The state of the VM when the successor begins.
+    /// Returns the state that the VM enters when the successor begins.
     pub(super) fn target(&self) -> VmState {
         if Self::deletes(self.verb) {
             VmState::Deleting
@@ -58,8 +58,8 @@ impl Successor {
             VmState::Stopping
         }
     }
-    /// A successor replaces a queued successor of lower weight: a delete replaces a stop, and a
-    /// forced stop replaces a graceful one.
+    /// Returns the weight of a successor. A successor replaces a queued one of lower weight: a
+    /// delete replaces a stop, and a forced stop replaces a graceful stop.
     pub(super) fn weight(verb: Verb) -> u8 {
         match verb {
             Verb::Delete | Verb::DeleteForce => 2,
@@ -81,9 +81,9 @@ struct Runtime {
     /// The transfers and sessions that a stop ends.
     users: BTreeMap<u64, (Use, Cancel)>,
     next_user: u64,
-    /// The guest is paused until the host's disk has room.
+    /// True if the guest is paused until the host's disk has room.
     is_paused: bool,
-    /// The guest is paused while it is saved.
+    /// True if the guest is paused while it is saved.
     is_held: bool,
 }
 
@@ -150,8 +150,8 @@ impl Runtimes {
         }
     }
 
-    /// Cancels a boot that has failed and records why. If the boot was cancelled earlier, that is
-    /// the cause, so nothing is recorded.
+    /// Cancels a boot that has failed and records why. Does nothing if the VM is not booting, or if
+    /// the boot was cancelled earlier, because the earlier cause counts.
     pub(super) fn boot_died(&self, vm: &VmId, how: BootEnd) {
         let cause = how.cause();
         let token = self.with(vm, |r| {
@@ -164,7 +164,7 @@ impl Runtimes {
         }
     }
 
-    /// Forgets the boot of a VM that has failed and now ends its VMM, so that the end of the VMM is
+    /// Forgets a boot that has failed and is about to kill its VMM, so that the end of the VMM is
     /// not recorded as the cause.
     pub(super) fn give_up_boot(&self, vm: &VmId) {
         self.with(vm, |r| r.boot = None);
@@ -184,7 +184,7 @@ impl Runtimes {
         })
     }
 
-    /// Puts a successor in the slot and returns the replaced successor.
+    /// Puts a successor in the slot and returns the replaced successor, if there was one.
     pub(super) fn set_successor(&self, vm: &VmId, successor: Successor) -> Option<Successor> {
         self.with(vm, |r| r.successor.replace(successor))
     }

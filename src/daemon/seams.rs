@@ -23,7 +23,7 @@ pub struct Seams {
 }
 
 impl Seams {
-    /// The seams of a real daemon.
+    /// Returns the seams of a real daemon. `installations` is left for the caller to set.
     pub fn real(config: &Config) -> Result<Self> {
         Ok(Self {
             vmm: Arc::new(drivers(config)?),

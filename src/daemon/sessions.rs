@@ -44,7 +44,7 @@ pub struct ExecIo {
 
 /// How long a caller may take to send a command through a FIFO.
 const COMMAND_DEADLINE: Duration = Duration::from_secs(30);
-/// How much of the guest's error output is kept when it refuses a command.
+/// How much of the error output is kept when a command cannot be written into the guest.
 const STDERR_BYTES_MAX: usize = 1024;
 
 impl ExecIo {
@@ -153,8 +153,8 @@ pub struct Sessions {
 }
 
 impl Sessions {
-    /// Runs the command until it ends. It is cancelled if the caller hangs up or the VM is stopped
-    /// or deleted.
+    /// Runs a command in the guest until it ends. The command is cancelled if the caller hangs up
+    /// or the VM is stopped or deleted.
     pub fn exec(
         &self,
         caller: &Caller,
@@ -226,7 +226,7 @@ impl Sessions {
             BytesSource::new([format!("rm -f {file}; ").as_bytes(), &line, b"\n"].concat());
         let mut stderr = VecSink::new(STDERR_BYTES_MAX);
         let spec = ExecSpec {
-            // Fails if the file exists.
+            // With `set -C`, the command fails if the file exists.
             command: format!("umask 077; set -C; cat >{file}"),
             idle: Some(Duration::from_secs(self.core.limits.transfer_idle_s)),
             ..ExecSpec::default()
@@ -253,8 +253,8 @@ impl Sessions {
         }
     }
 
-    /// Checks that the guest can be used and adds the caller to the VM's cancel set, in one
-    /// critical section.
+    /// Checks that the VM is running and adds the caller to the VM's cancel set, in one critical
+    /// section. Afterwards, refuses a guest that is paused or unresponsive, or whose VMM has died.
     pub(super) fn join_guest(
         &self,
         found: &VmRow,
@@ -308,7 +308,8 @@ impl Sessions {
         Ok(())
     }
 
-    /// Explains why a guest could not be reached if it has been paused since `row` was read.
+    /// Returns the error that explains why a guest could not be reached: its pause, if it has been
+    /// paused since `row` was read, and `e` otherwise.
     fn explain_pause(&self, row: &VmRow, e: Error) -> Error {
         if !matches!(e.kind(), Kind::Timeout | Kind::GuestUnavailable) {
             return e;
@@ -330,7 +331,8 @@ impl Sessions {
         )
     }
 
-    /// The working directory of commands: a complete workspace, or else the home directory.
+    /// Returns the working directory of commands if the VM has a complete workspace. Otherwise,
+    /// commands run in the home directory.
     fn workdir(&self, row: &VmRow) -> Option<String> {
         self.core.store.read(|s| {
             s.workspace(&row.id)

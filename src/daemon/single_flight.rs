@@ -27,9 +27,9 @@ struct Finished<T> {
 /// How fresh a result must be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Freshness {
-    /// From a run whose result is still kept.
+    /// The result may come from an earlier run, if it is still kept.
     Recent,
-    /// From a run that began after the call.
+    /// The result must come from a run that began after the call.
     New,
 }
 
@@ -58,7 +58,8 @@ impl<T: Clone> SingleFlight<T> {
         }
     }
 
-    /// Returns the result of the run in progress, of the last one, or of a new one on this thread.
+    /// Returns the result of the last run, of the run in progress, or of a new run on this thread,
+    /// depending on `freshness`.
     ///
     /// # Errors
     /// `busy` at the deadline, if another caller's run takes too long.

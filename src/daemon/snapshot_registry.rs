@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 pub(super) const SNAPSHOTS_DIR: &str = "snapshots";
 
-/// The snapshots that this daemon is making, each with its VM.
+/// The snapshots that this daemon is making, each with its VM, and the snapshots that starts use.
 #[derive(Clone)]
 pub(super) struct SnapshotRegistry {
     /// The directory of all snapshots.
@@ -31,7 +31,7 @@ impl std::fmt::Debug for SnapshotRegistry {
     }
 }
 
-/// Marks a snapshot as being made while this lives.
+/// Marks a snapshot as being made until this is dropped.
 pub(super) struct CreateGuard {
     registry: SnapshotRegistry,
     pub id: SnapshotId,
@@ -52,6 +52,8 @@ impl SnapshotRegistry {
         }
     }
 
+    /// Begins a snapshot of a VM under a new ID.
+    ///
     /// # Errors
     /// `busy` while another snapshot of this VM is being made, because the two would pause and
     /// resume the guest independently.
@@ -77,7 +79,7 @@ impl SnapshotRegistry {
         &self.dir
     }
 
-    /// The files of a snapshot.
+    /// Returns the paths of a snapshot's files.
     pub(super) fn files(&self, id: &SnapshotId) -> Files {
         Files::at(self.dir.join(id.as_str()))
     }
@@ -91,7 +93,7 @@ impl SnapshotRegistry {
 #[derive(Clone, Debug)]
 pub(super) struct Files {
     pub dir: PathBuf,
-    /// Only the daemon's user can enter it.
+    /// The directory of `memory` and `devices`, which only the daemon's user can enter.
     pub private: PathBuf,
     pub memory: PathBuf,
     pub devices: PathBuf,
@@ -148,11 +150,12 @@ impl Restore {
     }
 }
 
-/// How many bytes the files in a directory occupy.
+/// Returns how many bytes the files in a directory occupy, without those that have other hard
+/// links.
 pub(super) fn allocated_bytes(dir: &Path) -> u64 {
     use std::os::unix::fs::MetadataExt;
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
-    // Files with other hard links are not counted, because they are shared.
+    // Files with other hard links are shared, for example with an image.
     entries
         .filter_map(|e| e.metadata().ok())
         .filter(|m| m.nlink() == 1)
@@ -160,7 +163,8 @@ pub(super) fn allocated_bytes(dir: &Path) -> u64 {
         .sum()
 }
 
-/// How many bytes the disks in a VM's directory occupy, including those with several hard links.
+/// Returns how many bytes the files in a VM's directory occupy, including those with several hard
+/// links.
 pub(super) fn disk_bytes(dir: &Path) -> u64 {
     use std::os::unix::fs::MetadataExt;
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
@@ -173,8 +177,10 @@ pub(super) fn disk_bytes(dir: &Path) -> u64 {
         .sum()
 }
 
-/// Opens a finished file of a snapshot and makes it read-only. VMMs of any uid may read it through
-/// a link or a descriptor. The private directory keeps all other processes out.
+/// Opens a finished file of a snapshot and sets its owner and mode. If VMMs have their own uids
+/// (`credentials`), a VMM of any uid may then read the file through a link or a descriptor, and the
+/// private directory keeps all other processes out. Otherwise, only the daemon's user can use the
+/// file.
 pub(super) fn share_saved(path: &Path, credentials: Option<Credentials>) -> Result<File> {
     let io = |e: std::io::Error| Error::io(format!("share {}", path.display()), e);
     let file = crate::host::fs::open_nofollow(path)?;

@@ -1,9 +1,9 @@
 //! Writes the files of snapshots: a guest's memory and disks at one moment.
 //!
 //! A snapshot is a directory, and a row once it is complete. `private/` holds `memory` and
-//! `devices`, which a VMM gets as a descriptor or a hard link. The files `disk`, `work` and the
-//! kernel are next to it. The directory is in the ledger until the row exists, and again while the
-//! snapshot is being deleted. A snapshot outlives its VM.
+//! `devices`, which a VMM gets as a descriptor or a hard link. The files `disk` and `work`, the
+//! kernel and the initrd are next to it. The directory is in the ledger until the row exists, and
+//! again while the snapshot is being deleted. A snapshot outlives its VM.
 //!
 //! 1. The guest gets a script (`src/guest/rejoin.sh`) that waits for another seed drive. The script
 //!    is part of the saved memory and continues in the restored guest.
@@ -182,8 +182,8 @@ impl SnapshotWriter {
         })
     }
 
-    /// Saves memory, devices and disks at one moment. The guest is paused for the save and has
-    /// resumed when this returns.
+    /// Saves memory, devices and disks at one moment. The guest is paused for the save and resumed
+    /// before this returns.
     fn save_guest(&self, source: &Source<'_>, op: &OpHandle) -> Result<Saved> {
         let row = source.row;
         let since = Instant::now();
@@ -305,12 +305,13 @@ impl SnapshotWriter {
 
     fn discard_guarded(&self, create_guard: CreateGuard, ledger: u64) {
         let id = create_guard.id.clone();
-        // The files of a snapshot that is being made are not deleted.
+        // Drop the guard first, because the files of a snapshot that is being made are not deleted.
         drop(create_guard);
         self.discard_files(&id, ledger);
     }
 
-    /// Deletes the files of a snapshot that has no row and is not in use.
+    /// Deletes the files of a snapshot that has no row and is not in use. If that fails, the next
+    /// sweep retries it.
     pub(super) fn discard_files(&self, id: &SnapshotId, ledger: u64) {
         if let Err(e) = resources::discard_snapshot(&self.resources, id, ledger) {
             log::warn!("{e}; retrying every minute");
@@ -318,7 +319,7 @@ impl SnapshotWriter {
     }
 
     /// Fails if the snapshot could fill the host's disk, because some guests get an I/O error when
-    /// it is full.
+    /// that disk is full.
     fn require_room(&self, row: &VmRow) -> Result<()> {
         let needed =
             (row.shape.mem_mib << 20) + disk_bytes(&self.core.vm_dir(&row.id)) + SPARE_BYTES;
@@ -429,7 +430,8 @@ fn link(from: &Path, to: &Path) -> Result<()> {
         })
 }
 
-/// Makes a name of an ID. It has a prefix because an ID may begin with a digit and a name cannot.
+/// Makes a name of an ID. The name has a prefix, because an ID may begin with a digit and a name
+/// may not.
 pub(super) fn id_name(id: &SnapshotId) -> SnapshotName {
     format!("s{id}").parse().expect("letters and digits")
 }

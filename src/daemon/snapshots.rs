@@ -29,7 +29,7 @@ use crate::vmm::Driver;
 use serde_json::value::RawValue;
 use std::sync::Arc;
 
-/// Limit of snapshots per uid.
+/// The most snapshots per uid.
 pub(super) const SNAPSHOTS_PER_UID_MAX: usize = 64;
 
 /// Makes snapshots, and new VMs from them.
@@ -126,7 +126,7 @@ impl Snapshots {
         })
     }
 
-    /// Deletes a snapshot. VMs that were started from the snapshot no longer need it.
+    /// Deletes a snapshot. A VM that was started from the snapshot no longer needs it.
     pub fn snapshot_delete(&self, caller: &Caller, snapshot: &str) -> Result<SnapshotDeleteReply> {
         let SnapshotRow { id, name, .. } = self.find_snapshot(caller, snapshot)?;
         let _delete_guard = self
@@ -182,7 +182,8 @@ impl Snapshots {
         }
     }
 
-    /// Makes the snapshot visible: its row replaces its ledger row.
+    /// Makes the snapshot visible: its row replaces its ledger row. If that fails, discards the
+    /// snapshot.
     fn publish(&self, captured: Captured, name: Option<SnapshotName>) -> Result<Snapshot> {
         let published = self.core.store.change(|tx| {
             let row = &captured.row;
@@ -245,7 +246,8 @@ fn allow_another(state: &State, owner_uid: u32, name: Option<&SnapshotName>) -> 
     .hint("delete some: fcctl snapshot list, fcctl snapshot delete"))
 }
 
-/// Picks a free name: `web-1`, `web-2` and so on.
+/// Picks a free name: `web-1`, `web-2` and so on, or a name made of the ID if none of these is
+/// free.
 fn some_name(state: &State, vm: &VmName, id: &SnapshotId) -> SnapshotName {
     let candidates = (1..=SNAPSHOTS_PER_UID_MAX * 2)
         .filter_map(|n| format!("{vm}-{n}").parse::<SnapshotName>().ok());

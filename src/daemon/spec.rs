@@ -15,7 +15,7 @@ use crate::vmm::{DiskFormat, VmmSpec};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// Makes specifications.
+/// Makes the specifications of VMs for the driver.
 #[derive(Clone)]
 pub(super) struct Specs {
     pub(super) core: Core,
@@ -85,8 +85,9 @@ impl Specs {
         }
     }
 
-    /// How this VM's root disk was made from the image. If it does not exist yet, how this host
-    /// would make it; `None` if this host cannot make root disks.
+    /// Returns how the VM's root disk was made from the image or, if the disk does not exist yet,
+    /// how this host would make it. Returns `None` if this host cannot make root disks, or if the
+    /// row names a method that this version does not know.
     pub(super) fn disk_method(&self, row: &VmRow) -> Option<Method> {
         match row.disk_driver.as_deref() {
             Some(name) => Method::from_name(name),
@@ -94,7 +95,8 @@ impl Specs {
         }
     }
 
-    /// The file of a root disk made in this way, or of its changes.
+    /// Returns the file of a root disk that is made by `method`. For a device-mapper snapshot, the
+    /// file holds only the changes.
     pub(super) fn disk_path(&self, vm: &VmId, method: Method) -> PathBuf {
         self.core.vm_dir(vm).join(if method == Method::DmSnapshot {
             CHANGES_FILE
@@ -103,7 +105,8 @@ impl Specs {
         })
     }
 
-    /// The VMM's credentials, which are unique to the VM. `None` if the daemon is not root.
+    /// Returns the VMM's credentials, which are unique to the VM, or `None` if the daemon is not
+    /// root.
     pub(super) fn credentials(&self, row: &VmRow) -> Option<Credentials> {
         let own = self.uid_base + row.slot;
         nix::unistd::geteuid()

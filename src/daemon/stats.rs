@@ -14,7 +14,8 @@ use crate::store::VmRow;
 use serde_json::value::RawValue;
 
 impl Views {
-    /// Returns the stats of the named VMs, or of all running VMs of the caller.
+    /// Returns the stats of the named VMs. If none are named, returns those of all running VMs that
+    /// the caller may see.
     pub fn stats(
         &self,
         caller: &Caller,

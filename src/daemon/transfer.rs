@@ -1,5 +1,5 @@
-//! The work of an import or export on a pool worker: scripts and streams. No lock of the daemon is
-//! held.
+//! The work of an import or export on a pool worker: scripts and streams. The worker holds no lock
+//! of the daemon.
 
 use super::notes::Notes;
 use super::rate_floor::Moved;
@@ -19,8 +19,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// Time limit for each script before or after a stream. The scripts hash whole trees, which is slow
-/// in some guests.
+/// The time limit for each script before or after the stream of an import, and for a whole export.
+/// The scripts hash whole trees, which is slow in some guests.
 const SCRIPT_DEADLINE: Duration = Duration::from_secs(1800);
 /// How much of a guest's error output is kept.
 const STDERR_BYTES_MAX: usize = 16 * 1024;
@@ -129,7 +129,8 @@ impl Transfer {
         }
     }
 
-    /// Sends the patch or the tree as the guest produces it. The daemon does not parse it.
+    /// Sends the caller the patch or the tree as the guest produces it. The daemon does not parse
+    /// this output.
     pub(super) fn export(self, cancel: &Cancel, kind: ExportKind) -> Result<Trailer> {
         self.reporter.progress("compare the guest's files");
         let command = match kind {
@@ -188,7 +189,7 @@ impl Transfer {
         }
     }
 
-    /// Adds the number of bytes so far to an error.
+    /// Adds the number of bytes that were moved so far to an error.
     fn with_progress(&self, e: Error) -> Error {
         e.context(format!(
             "after {} bytes",

@@ -7,9 +7,9 @@ use crate::api::vm::VmState;
 pub enum Verb {
     Start,
     Stop,
-    /// Ends the guest without a grace period. Does nothing to a VM that does not run.
+    /// Ends the guest without a grace period. Succeeds if the VM is at rest.
     StopForce,
-    /// Ends the guest without a grace period. Refused if the VM does not run.
+    /// Ends the guest without a grace period. Is refused if the VM is at rest.
     Kill,
     Restart,
     /// A start that restores a snapshot.
@@ -17,7 +17,7 @@ pub enum Verb {
     Delete,
     DeleteForce,
     Set,
-    /// Anything that talks to the guest: import, export, exec, ssh.
+    /// Anything that uses a running guest, such as exec, ssh, import, export, pause or snapshot.
     Guest,
 }
 
@@ -70,12 +70,12 @@ pub enum Decision {
     Allow,
     /// The call gets the result of the operation in progress.
     Join,
-    /// Shortens the operation in progress, and gets its result.
+    /// The call shortens the stop in progress and gets its result.
     Escalate,
-    /// Takes the successor slot. A boot in progress is aborted, but a stop is finished. The
-    /// successor begins in the critical section that ends it.
+    /// The call's operation takes the successor slot. A boot in progress is aborted, but a stop is
+    /// finished. The successor begins in the critical section that ends the operation in progress.
     Queue,
-    /// Fails with `wrong_state` and this hint.
+    /// The call fails with `wrong_state` and this hint.
     Refuse(&'static str),
 }
 
@@ -176,7 +176,7 @@ mod tests {
     use super::*;
     use expect_test::expect;
 
-    /// Lists every pair, so that a change of the table is visible in review.
+    /// The expected table lists every pair, so that a change of a decision is visible in review.
     #[test]
     fn every_state_and_verb_has_its_decision() {
         expect![[r#"

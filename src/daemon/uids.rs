@@ -10,7 +10,7 @@ fn has_name_server(network: &Network) -> bool {
     network.is_bridge() && network.dns
 }
 
-/// The number of uids available to VMs.
+/// Returns the number of uids available to VMs.
 pub(super) fn for_vms(qemu: &Qemu, network: &Network) -> u32 {
     qemu.uid_count - u32::from(has_name_server(network))
 }

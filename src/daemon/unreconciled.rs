@@ -37,8 +37,8 @@ pub(super) struct Unreconciled {
     reconciler: OnceLock<Weak<dyn VmReconciler>>,
 }
 
-/// Reconciles VMs for the callers of [`Unreconciled`]. The reconciler implements it. It is a trait
-/// because the reconciler is built from parts that hold the `Unreconciled`.
+/// Reconciles VMs for the callers of [`Unreconciled`]. The reconciler implements this trait. A
+/// trait is needed because the reconciler is built from parts that hold the `Unreconciled`.
 pub(super) trait VmReconciler: Send + Sync {
     fn reconcile_one(&self, vm: &VmId, guard: ReconcileGuard<'_>);
 
@@ -64,7 +64,7 @@ impl Drop for ReconcileGuard<'_> {
 }
 
 impl Unreconciled {
-    /// Takes the VMs with their generations.
+    /// Takes the VMs that must be reconciled, each with its generation.
     pub(super) fn new(due: impl IntoIterator<Item = (VmId, u64)>) -> Self {
         let due_at = |(vm, generation)| {
             (
@@ -93,10 +93,10 @@ impl Unreconciled {
         reconciler.ok_or_else(|| Error::new(Kind::ShuttingDown, "the daemon is shutting down"))
     }
 
-    /// Call this before anything changes a VM. If the VM is not reconciled, the caller's thread
-    /// reconciles it, or waits for a thread that is reconciling it. A call that ends a running
-    /// guest does not need this: the VMM is in the row, and the kill must not wait for a VMM that
-    /// hangs and cannot be adopted.
+    /// Makes sure that a VM is reconciled. Call this before anything changes a VM. If the VM is not
+    /// reconciled, the caller's thread reconciles it, or waits for a thread that is reconciling it.
+    /// A call that ends a running guest does not need this: the VMM is in the row, and the kill
+    /// must not wait for a VMM that hangs and cannot be adopted.
     pub(super) fn ensure_reconciled(
         &self,
         row: &VmRow,
@@ -116,7 +116,7 @@ impl Unreconciled {
         Ok(())
     }
 
-    /// See [`VmReconciler::adopt_late`].
+    /// Calls [`VmReconciler::adopt_late`].
     pub(super) fn adopt_late(&self, row: &VmRow) -> Result<()> {
         self.reconciler()?.adopt_late(row)
     }
@@ -129,7 +129,8 @@ impl Unreconciled {
         self.left.lock().keys().cloned().collect()
     }
 
-    /// Returns `None` if the VM is reconciled or another thread is reconciling it.
+    /// Begins to reconcile a VM. Returns `None` if the VM is reconciled or another thread is
+    /// reconciling it.
     pub(super) fn begin(&self, vm: &VmId) -> Option<ReconcileGuard<'_>> {
         let mut left = self.left.lock();
         let due = left
@@ -143,8 +144,8 @@ impl Unreconciled {
         })
     }
 
-    /// Waits while another thread reconciles the VM, and then returns `None`. Returns a guard if
-    /// the caller must reconcile it.
+    /// Begins to reconcile a VM, or waits while another thread reconciles it. Returns `None` if the
+    /// VM is reconciled, and a guard if the caller must reconcile it.
     pub(super) fn begin_or_wait(
         &self,
         vm: &VmId,
@@ -187,10 +188,10 @@ impl Unreconciled {
     }
 }
 
-/// The VMMs that ran when this daemon began, from one scan of the host's processes. No VMM of an
-/// earlier boot can appear later, so a VMM that is not in the scan has exited.
+/// The VMMs that earlier daemons left, from one scan of the host's processes. No VMM of an earlier
+/// boot can appear after the scan, so one that is not in the scan has exited.
 pub(super) struct EarlierVmms {
-    /// The VMs that were not reconciled at the scan, each with its generation.
+    /// The VMs that were not reconciled when this daemon started, each with its generation.
     generations: HashMap<VmId, u64>,
     /// `None` if the scan failed.
     tags: OnceLock<Option<HashMap<String, u32>>>,

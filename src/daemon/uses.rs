@@ -48,7 +48,7 @@ impl<K: Eq + Hash + Clone> Uses<K> {
         }
     }
 
-    /// Returns `None` while the thing is being deleted.
+    /// Begins a use of the thing. Returns `None` while the thing is being deleted.
     pub(super) fn begin_use(&self, key: &K) -> Option<UseGuard<K>> {
         let mut known = self.known.lock();
         if known.deleting.contains(key) {
@@ -61,7 +61,7 @@ impl<K: Eq + Hash + Clone> Uses<K> {
         })
     }
 
-    /// Returns `None` while the thing is in use or being deleted.
+    /// Begins to delete the thing. Returns `None` while the thing is in use or being deleted.
     pub(super) fn begin_delete(&self, key: &K) -> Option<DeleteGuard<K>> {
         let mut known = self.known.lock();
         if known.used.contains_key(key) || !known.deleting.insert(key.clone()) {

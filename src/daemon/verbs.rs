@@ -9,7 +9,7 @@ use crate::error::{Kind, Result};
 use crate::ids::VmId;
 use std::time::Duration;
 
-/// Longest grace period that a caller may ask for.
+/// The longest grace period. If a caller asks for a longer one, this one applies.
 const STOP_TIMEOUT_MAX: Duration = Duration::from_secs(3600);
 
 impl Lifecycle {
@@ -98,8 +98,9 @@ impl Lifecycle {
         }
     }
 
-    /// Deletes the caller's VMs that do not run. A VM that another operation claims first is
-    /// skipped.
+    /// Begins to delete the caller's own VMs that do not run. Returns their IDs and, in the same
+    /// order, the outcomes. A VM that cannot be deleted is skipped, for example because another
+    /// operation has claimed it.
     pub fn prune(&self, caller: &Caller) -> Result<(VmPruneReply, Vec<CallOutcome>)> {
         let settled: Vec<VmId> = self.core.store.read(|s| {
             s.vms()

@@ -1,4 +1,4 @@
-//! Shows VMs to their owners, one at a time or in pages.
+//! Shows VMs to the callers that may see them, one at a time or in pages.
 
 use super::access::{self, Caller, vm_not_found};
 use super::call::to_value;
@@ -42,7 +42,8 @@ impl Views {
         vm
     }
 
-    /// The reason that replaces the row's reason.
+    /// Returns the reason that replaces the row's reason while the guest is paused because of a
+    /// full disk.
     fn pause_reason(&self, state: VmState, vm: &VmId) -> Option<String> {
         let is_paused = state == VmState::Running && self.runtimes.is_paused(vm);
         is_paused.then(|| format!("paused: {}", CancelCause::HostDiskFull))
@@ -90,7 +91,7 @@ impl Views {
         Ok(VmListReply { vms, next })
     }
 
-    /// Returns one VM.
+    /// Returns the VM with this name, ID or prefix of an ID, if the caller may see it.
     pub fn show(&self, caller: &Caller, vm: &str) -> Result<VmReply> {
         let vm = self
             .core
@@ -101,7 +102,8 @@ impl Views {
         })
     }
 
-    /// The reply of a lifecycle operation: the row as its commit is about to write it.
+    /// Returns the reply of a lifecycle operation, made of the row that its commit is about to
+    /// write.
     pub(super) fn vm_value(&self, row: &VmRow) -> Result<Value> {
         to_value(&VmReply {
             vm: self.core.store.read(|s| view_of(s, row)),
@@ -109,8 +111,8 @@ impl Views {
     }
 }
 
-/// One VM in a list. Its view is built when it is serialised, because a brief view borrows from the
-/// rows.
+/// One VM in a list. The view is built when the VM is serialised, because a brief view borrows from
+/// the rows.
 struct Listed<'a> {
     views: &'a Views,
     seen: Seen,

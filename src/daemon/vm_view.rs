@@ -4,12 +4,12 @@ use crate::api::vm::{Vm, VmBrief, VmState};
 use crate::store::{Seen, State, VmRow, WorkspaceRow};
 use std::borrow::Cow;
 
-/// The full view of a row, with its workspace.
+/// Returns the full view of a row, with the VM's workspace from the store.
 pub(super) fn view_of(state: &State, row: &VmRow) -> Vm {
     view(row, state.workspace(&row.id).map(|w| &**w))
 }
 
-/// The full view.
+/// Returns the full view of a row with this workspace.
 pub(super) fn view(row: &VmRow, workspace: Option<&WorkspaceRow>) -> Vm {
     Vm {
         id: row.id.clone(),
@@ -46,7 +46,7 @@ pub(super) fn view(row: &VmRow, workspace: Option<&WorkspaceRow>) -> Vm {
     }
 }
 
-/// The members of [`view`] that a long list needs.
+/// Returns the members of [`view`] that a long list needs.
 pub(super) fn brief(seen: &Seen) -> VmBrief<'_> {
     let row = &*seen.row;
     VmBrief {

@@ -36,8 +36,9 @@ impl Vmms {
         all.iter().try_for_each(|vmm| self.kill_vmm(&vmm.identity))
     }
 
-    /// The VM's live VMM process: the process in the row, or else a process that carries the VM's
-    /// tag.
+    /// Returns the VM's live VMM process: the process in the row, or else a process that carries
+    /// the tag of the VM's current boot. Returns `None` if there is none, or if the processes could
+    /// not be searched.
     pub(super) fn identity(&self, row: &VmRow) -> Option<Identity> {
         let known = row.identity.clone();
         if let Some(identity) = known
@@ -59,8 +60,8 @@ impl Vmms {
         found.filter(|identity| self.has_its_uid(row, identity))
     }
 
-    /// True if the process in the row runs under the VM's own uid. The uid also identifies a
-    /// compromised VMM that has overwritten its arguments.
+    /// True if the process in the row is alive and runs under the VM's own uid. The uid also
+    /// identifies a compromised VMM that has overwritten its arguments.
     fn runs_as_it(&self, row: &VmRow, identity: &Identity) -> bool {
         let its = self.specs.credentials(row).map(|its| its.uid);
         its.is_some()
@@ -68,8 +69,9 @@ impl Vmms {
             && self.vmm.processes().is_alive(identity)
     }
 
-    /// True if the process runs under the VM's own uid. A compromised VMM can copy another VM's
-    /// arguments, but not its uid. Root is allowed because a jailer starts as root.
+    /// False if the process runs under a uid that the VM's VMM cannot have. A compromised VMM can
+    /// copy another VM's arguments, but not its uid. Root is allowed because a jailer starts as
+    /// root.
     fn has_its_uid(&self, row: &VmRow, identity: &Identity) -> bool {
         let its = self.specs.credentials(row).map(|its| its.uid);
         its.is_none_or(|its| {
@@ -105,8 +107,8 @@ impl Vmms {
         self.vmm.processes().find(tag)
     }
 
-    /// How a guest ended while no daemon watched it, if the console, the VMM's log or the root disk
-    /// shows the cause.
+    /// Returns how a guest ended while no daemon watched it, if the console, the VMM's log or the
+    /// root disk shows the cause.
     pub(super) fn unseen_end(&self, row: &VmRow) -> Option<End> {
         let dir = self.core.vm_dir(&row.id);
         let end = end_from_files(&dir);

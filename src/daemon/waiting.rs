@@ -31,7 +31,8 @@ impl Hangup<'_> {
         match poll_until(&mut set, deadline) {
             Ok(0) => Ok(false),
             Ok(_) if set[0].revents().is_none_or(|r| r.is_empty()) => Ok(true),
-            // ENOMEM or EINVAL: the wait cannot continue, so it ends as after a hang-up.
+            // The peer has hung up, or `poll` has failed (ENOMEM or EINVAL). After a failure the
+            // wait cannot continue, so it ends as after a hang-up.
             Ok(_) | Err(_) => Err(Gone),
         }
     }

@@ -1,5 +1,6 @@
 //! Watches VMMs. If a VMM dies without a request, the row records its death and the users of the
-//! guest are cancelled. Also records when a VMM stops responding.
+//! guest are cancelled. The watch also records when a VMM stops responding and when it responds
+//! again.
 
 use super::access::Caller;
 use super::lifecycle::{Lifecycle, LifecycleRequest};
@@ -13,11 +14,11 @@ use crate::store::VmRow;
 use crate::vmm::{End, GuestEvent, Identity};
 use std::time::Duration;
 
-/// Pause between two attempts to record a death.
+/// How long to pause between two attempts to record a death.
 const RETRY_PERIOD: Duration = Duration::from_millis(250);
 
 impl Lifecycle {
-    /// Begins to watch a VMM: its exit, its answers, and its pauses of the guest.
+    /// Begins to watch a VMM: its exit, whether it answers, and whether it has paused the guest.
     pub(super) fn watch(&self, row: &VmRow, identity: &Identity) -> Result<()> {
         let (lifecycle, vm, generation) = (self.clone(), row.id.clone(), row.generation);
         let report = Box::new(move |event| match event {
@@ -123,7 +124,9 @@ impl Lifecycle {
         }
     }
 
-    /// Records the death. Returns true if the VM must be deleted now.
+    /// Records the death, unless it belongs to an earlier boot or an operation in progress expects
+    /// it. The death of a booting VMM is recorded for the boot. Returns true if the VM must be
+    /// deleted now.
     fn record_death(&self, vm: &VmId, generation: u64, end: &End) -> Result<bool> {
         let guard = self.core.locks.vm.lock(vm);
         let Some(row) = self.core.store.read(|s| s.vm(vm).map(|r| (**r).clone())) else {
@@ -171,7 +174,8 @@ impl Lifecycle {
         Ok(rm)
     }
 
-    /// Deletes an `rm` VM without a request. Another operation may be doing so already.
+    /// Begins to delete an `rm` VM without a request of a user. An error is only logged, because
+    /// another operation may already be deleting the VM.
     pub(super) fn delete_unasked(&self, vm: &VmId) {
         let root = Caller {
             uid: 0,

@@ -180,7 +180,8 @@ impl Daemon {
         Ok(daemon)
     }
 
-    /// Probes the host's virtualisation before the first boot. Takes a few seconds at most.
+    /// Probes the host's virtualisation before the first boot, if the default image exists to probe
+    /// it with. May take several seconds.
     pub fn warm_up(&self) {
         if let Ok(image) = self.lifecycle.images.get(&self.config.vm.image) {
             self.lifecycle
@@ -193,8 +194,8 @@ impl Daemon {
         self.started.elapsed()
     }
 
-    /// Shuts down once no new call can arrive. Transfers may finish until `transfers_until`,
-    /// everything else until `deadline`. VMs keep running.
+    /// Shuts the daemon down. The caller must make sure that no new call can arrive. Transfers may
+    /// finish until `transfers_until`, everything else until `deadline`. VMs keep running.
     pub fn close(&self, transfers_until: Instant, deadline: Instant) {
         self.core.closing.cancel(CancelCause::DaemonStops);
         if !self.core.threads.wait_idle(transfers_until) {
@@ -583,7 +584,7 @@ impl Parts {
     }
 }
 
-/// How much memory all VMs together may have.
+/// Returns how much memory all VMs together may have.
 fn mem_mib_max(limits: &Limits) -> Result<u64> {
     match limits.mem_mib_max {
         0 => Ok(crate::host::limits::mem_total_mib()? * MEM_SHARE_PERCENT / 100),

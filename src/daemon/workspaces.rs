@@ -54,7 +54,7 @@ struct Admitted {
 struct Stream {
     fifo: OwnedFd,
     slot: QueueSlot,
-    /// Fail instead of waiting for another transfer of the VM.
+    /// True if the transfer fails instead of waiting for another transfer of the VM.
     no_wait: bool,
 }
 
@@ -70,7 +70,7 @@ pub struct Transfers {
 }
 
 impl Transfers {
-    /// The directories below which a workspace may be.
+    /// Returns the directories below which a workspace may be.
     pub fn guest_roots(&self) -> Vec<String> {
         guest_path::ROOTS.iter().map(|r| (*r).to_owned()).collect()
     }
@@ -105,7 +105,8 @@ impl Transfers {
         )
     }
 
-    /// Begins an export into the FIFO in `fds`. The export waits for an import in progress.
+    /// Begins an export into the FIFO in `fds`. The export waits for another transfer of the VM,
+    /// unless the request has `no_wait`.
     pub fn export(
         &self,
         caller: &Caller,
@@ -157,7 +158,8 @@ impl Transfers {
         Ok(CallOutcome::Op(id))
     }
 
-    /// Makes the checks that do not wait: the descriptor, the VM's state, and a slot in the queue.
+    /// Admits a transfer: checks the descriptor and the VM's state, joins the VM's cancel set,
+    /// takes a slot in the queue and records the operation. Does not wait for other transfers.
     fn admit(
         &self,
         caller: &Caller,
@@ -309,7 +311,7 @@ impl Transfers {
     }
 
     /// Locks the workspace, in order of arrival. A waiting transfer occupies no worker and can be
-    /// cancelled.
+    /// cancelled. With `no_wait`, fails with `busy` instead of waiting.
     fn lock_workspace<'a>(
         &'a self,
         op: &OpHandle,
@@ -334,7 +336,7 @@ impl Transfers {
             .map_err(|_| cancelled("wait for another import or export", op.cancel()))
     }
 
-    /// Runs the transfer with the VM's current address, keys and generation, because the VM may
+    /// Prepares the transfer with the VM's current address, keys and generation, because the VM may
     /// have been restarted while the transfer waited.
     fn transfer(
         &self,
@@ -346,7 +348,7 @@ impl Transfers {
         let row = self.core.row(vm)?;
         if let Err(refused) = self.core.allow(&row, super::transitions::Verb::Guest) {
             // A stop has claimed the VM since the transfer joined the cancel set. Wait for the stop
-            // to cancel the transfer, because that sets the reason.
+            // to cancel the transfer, because the stop also sets the reason.
             let _ = sleep(CAUSE_DEADLINE, op.cancel());
             return Err(if op.cancel().is_cancelled() {
                 cancelled_by(op.cancel())
@@ -366,8 +368,8 @@ impl Transfers {
         })
     }
 
-    /// Marks the workspace as incomplete, durably, before the first byte. So an interrupted import
-    /// never looks finished.
+    /// Marks the workspace as incomplete, durably, before the first byte arrives, so that an
+    /// interrupted import never looks finished. Returns the workspace's row.
     fn mark_incomplete(&self, row: &VmRow, request: &PrepareRequest) -> Result<WorkspaceRow> {
         let workdir = match request.subdir.as_str() {
             "" => request.guest_path.clone(),
@@ -394,8 +396,8 @@ impl Transfers {
         Ok(row_at_start)
     }
 
-    /// Marks the workspace as complete, unless the VM was restarted or another import has begun
-    /// since. Compares and writes in one transaction.
+    /// Marks the workspace as complete. Fails with `conflict` if the VM was restarted or another
+    /// import has begun since. Compares and writes in one transaction.
     fn mark_complete(&self, row_at_start: &WorkspaceRow, imported: &Imported) -> Result<()> {
         let ((), ticket) = self.core.store.change(|tx| {
             let same_vm = tx

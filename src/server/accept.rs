@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 /// How long to pause after a failed accept.
 const BACK_OFF: Duration = Duration::from_millis(50);
-/// How often refused connections are logged. A refused caller can retry quickly.
+/// How often refused connections are logged at most. A refused caller can retry quickly.
 const WARN_EVERY: Duration = Duration::from_secs(10);
 
 pub(super) struct Acceptor {
@@ -118,8 +118,8 @@ impl Acceptor {
         self.spare = spare().ok();
     }
 
-    /// Sends one error line and drops the connection. The buffer of a new socket has room for the
-    /// line.
+    /// Sends one error line to a connection, which the caller then drops. The buffer of a new
+    /// socket has room for the line.
     fn refuse(&mut self, stream: &UnixStream, error: &Error) {
         let line = error_line(&CallError::from(error));
         let _ = rustix::net::send(stream, &line, SendFlags::NOSIGNAL | SendFlags::DONTWAIT);

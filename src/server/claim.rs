@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 
 /// The directory of the claims.
 pub(super) const DIR: &str = "/run/fcd-claims";
-/// The lock that is held while claims are compared, for a few milliseconds.
+/// The file whose lock is held while claims are compared, for a few milliseconds.
 const LOCK_FILE: &str = "lock";
 const LOCK_DEADLINE: Duration = Duration::from_secs(10);
 const LOCK_PERIOD: Duration = Duration::from_millis(20);
@@ -77,13 +77,15 @@ impl Claim {
         })
     }
 
-    /// Copies the former installations from an earlier claim of the same state directory.
+    /// Takes over the installations of an earlier claim of the same state directory, all as former
+    /// installations.
     fn inherit(&mut self, earlier: Claim) {
         self.former = earlier.former;
         self.former.extend(earlier.install_id);
     }
 
-    /// Sets the installation that uses the state directory now.
+    /// Sets the installation that uses the state directory now, and forgets the oldest former
+    /// installations if there are too many.
     fn become_installation(&mut self, id: &str) {
         self.install_id = Some(id.to_owned());
         self.former.retain(|former| former != id);
@@ -92,7 +94,7 @@ impl Claim {
             .drain(..self.former.len().saturating_sub(FORMER_MAX));
     }
 
-    /// The name of the claim's file. It depends only on the state directory.
+    /// Returns the name of the claim's file, which depends only on the state directory.
     fn file_name(&self) -> String {
         let hash = Sha256::digest(self.state_dir.as_os_str().as_encoded_bytes());
         format!("{}.json", hex::encode(&hash[..8]))
@@ -146,8 +148,8 @@ impl Claim {
 /// Claims the uids and the subnet of `config` for its state directory.
 ///
 /// # Errors
-/// `conflict` if another installation has some of them (the hint names the setting to change), or
-/// `host`.
+/// `conflict` if another installation has some of them (the hint names the setting to change),
+/// `busy` if another process holds a lock for too long, or `host`.
 pub(super) fn take(config: &Config, dir: &Path) -> Result<Held> {
     drop(crate::host::fs::create_dir(dir, 0o700)?);
     let mut claim = Claim::of(config)?;
@@ -251,7 +253,7 @@ impl Registry {
         let Some(mut claim) = read(&file, &path)? else {
             return Ok(());
         };
-        // The current installation of the directory is not known yet.
+        // Until the claim names its installation, that installation may be one of the former ones.
         if claim.install_id.is_none() {
             return Ok(());
         }
@@ -376,7 +378,7 @@ fn flock(file: &File, path: &Path) -> Result<()> {
 }
 
 impl Held {
-    /// The registry of claims, for a daemon that does not know its installation yet.
+    /// Returns the registry of claims. The daemon need not know its own installation yet.
     pub(super) fn registry(&self) -> Registry {
         Registry {
             dir: self.dir.clone(),

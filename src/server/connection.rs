@@ -30,8 +30,9 @@ pub struct Connection<'a> {
 }
 
 impl Connection<'_> {
-    /// A descriptor for `poll` without requested events. POLLHUP or POLLERR means that the caller
-    /// has disconnected. A caller that has only shut down its sending side is still connected.
+    /// Returns a descriptor for `poll` without requested events. POLLHUP or POLLERR means that the
+    /// caller has disconnected. A caller that has only shut down its sending side is still
+    /// connected.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
@@ -50,7 +51,8 @@ impl Connection<'_> {
     /// does not read.
     ///
     /// # Errors
-    /// The caller has disconnected or does not read. Both count as a hang-up.
+    /// `InvalidData` if the note is too long. Every other error means that the caller has
+    /// disconnected or does not read. Both count as a hang-up.
     pub fn notify(&self, note: Note) -> io::Result<()> {
         let line = Notification::line(note)?;
         if line.len() > FRAME_BYTES_MAX {
@@ -60,7 +62,7 @@ impl Connection<'_> {
         self.send(&line, None)
     }
 
-    /// Sends bytes, and the descriptor with the first of them.
+    /// Sends bytes, and the descriptor, if there is one, with the first of them.
     pub(super) fn send(&self, mut bytes: &[u8], mut fd: Option<OwnedFd>) -> io::Result<()> {
         if self.broken.get() {
             return Err(io::ErrorKind::BrokenPipe.into());
@@ -141,7 +143,7 @@ pub(super) fn serve(
     }
 }
 
-/// The error for a line that was not completed.
+/// Returns the error for a line that is too long, late or cut off.
 fn line_error(incoming: &Incoming, limits: &Limits) -> CallError {
     let error = match incoming {
         Incoming::TooLong => Error::new(

@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 const READ_BYTES: usize = 4096;
-/// The buffer's capacity is reduced to this after a longer line.
+/// The capacity to which the buffer is reduced after a longer line.
 const KEPT_BYTES: usize = 64 * 1024;
 /// How much later than its deadline a read may end.
 const SLACK: Duration = Duration::from_millis(1);
@@ -95,8 +95,8 @@ impl<'a> LineReader<'a> {
         }
     }
 
-    /// Reads the available bytes, but never a byte of the next line, because its descriptors would
-    /// come with its first byte.
+    /// Reads the available bytes, but never a byte of the next line, because the descriptors of
+    /// that line come with its first byte.
     fn read_some(&mut self, deadline: Instant, descriptors: &mut Descriptors) -> io::Result<usize> {
         let old = self.buffer.len();
         let room = old.clamp(READ_BYTES, KEPT_BYTES).min(FRAME_BYTES_MAX - old);
@@ -151,7 +151,8 @@ impl<'a> LineReader<'a> {
     }
 }
 
-/// Reads at most `space` bytes, which are known to be available.
+/// Reads up to `space.len()` bytes, which are known to be available, and the descriptors that come
+/// with them.
 fn take(
     socket: &UnixStream,
     space: &mut [u8],
@@ -168,8 +169,8 @@ fn take(
             fds.extend(passed);
         }
     }
-    // The descriptors were truncated: there were more than fit, or this process has too many open.
-    // The kernel has closed the rest.
+    // The flag means that the descriptors were truncated: there were more than fit, or this process
+    // has too many open. The kernel has then closed the rest.
     let cut = message.flags.contains(ReturnFlags::CTRUNC);
     if cut || fds.len() > FDS_MAX || (!first && !fds.is_empty()) {
         descriptors.wrong = true;

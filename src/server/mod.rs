@@ -61,7 +61,7 @@ pub struct Limits {
     pub connections_root_reserved: usize,
     /// Time limit from the first byte of a line to its end.
     pub line: Duration,
-    /// Time limit without a call.
+    /// How long a connection may be idle before the first byte of a line.
     pub idle: Duration,
     /// Time limit for a caller to accept another byte of an answer.
     pub write_stall: Duration,
@@ -90,7 +90,7 @@ impl From<&crate::config::Limits> for Limits {
 pub struct Server {
     registry: Arc<Registry>,
     stop: Cancel,
-    // Taken by the first call that stops the server.
+    // The first call that stops the server takes this handle.
     acceptor: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -140,7 +140,7 @@ impl Server {
         self.registry.hang_up();
     }
 
-    /// The number of connections.
+    /// Returns the number of connections.
     #[cfg(any(test, feature = "fakes"))]
     pub fn connections(&self) -> usize {
         self.registry.len()

@@ -43,8 +43,8 @@ impl OpWait<'_> {
         Hangup(self.connection.fd())
     }
 
-    /// Answers a call that has begun an operation: at once without `more`, and otherwise when the
-    /// operation has ended.
+    /// Answers a call that has begun or joined an operation: at once without `more`, and otherwise
+    /// when the operation has ended.
     pub(super) fn follow(
         &self,
         outcome: CallOutcome,
@@ -57,7 +57,7 @@ impl OpWait<'_> {
             CallOutcome::Joined(id) => (id, false),
         };
         if !self.more {
-            // The operation may fail at once because its start could not be recorded.
+            // If the start cannot be recorded, the call fails with that error.
             self.core
                 .wait_begun()
                 .map_err(|e| CallError::from(e).with_op(id.clone()))?;
@@ -91,7 +91,8 @@ impl OpWait<'_> {
         }
     }
 
-    /// Answers `op.wait`.
+    /// Answers `op.wait`: waits until the operation has ended, or fails with `timeout` at the
+    /// deadline.
     pub(super) fn op_wait(&self, caller: &Caller, request: &OpWaitRequest) -> CallResult {
         let op = self.core.op_find(caller, &request.op)?;
         let deadline = request
@@ -113,7 +114,8 @@ impl OpWait<'_> {
         }
     }
 
-    /// Waits for an operation and returns it. None at the deadline.
+    /// Waits for an operation and returns it. Returns None at the deadline, and for an operation
+    /// that is no longer kept.
     fn wait(
         &self,
         id: &OpId,

@@ -23,8 +23,8 @@ struct Connected {
     /// The most connections since memory was returned to the system.
     peak: usize,
     last_id: u64,
-    /// The sockets by connection. They are weak because a connection's slot is freed after its
-    /// descriptor.
+    /// The sockets by connection. The references are weak, because a connection's slot is freed
+    /// after its descriptor.
     sockets: HashMap<u64, Weak<UnixStream>>,
     per_uid: HashMap<u32, usize>,
 }

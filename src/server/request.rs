@@ -12,9 +12,9 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use std::os::fd::OwnedFd;
 
-/// Longest idempotency key, in bytes.
+/// The longest idempotency key, in bytes.
 pub(super) const KEY_LEN_MAX: usize = 64;
-/// Longest id of a request, as JSON. Every answer repeats it.
+/// The longest id of a request, in bytes of JSON. Every answer repeats the id.
 const ID_LEN_MAX: usize = 128;
 
 /// A call as it was received.
@@ -32,8 +32,8 @@ pub struct IncomingCall<'a> {
 }
 
 impl IncomingCall<'_> {
-    /// The error for invalid params (-32602, kind `invalid_argument`): a wrong type, an unknown or
-    /// duplicate member, or too much nesting.
+    /// Returns the error for invalid params (-32602, kind `invalid_argument`): a wrong type, an
+    /// unknown or duplicate member, or too much nesting.
     pub(super) fn invalid_params(&self, source: serde_json::Error) -> CallError {
         let error =
             Error::invalid(format!("parameters of {}", quoted(self.method))).with_source(source);
@@ -71,7 +71,7 @@ pub struct CallError {
 }
 
 impl CallError {
-    /// The error for an unknown method.
+    /// Returns the error for an unknown method.
     pub fn unknown_method(method: &str) -> Self {
         Error::new(
             Kind::MethodNotFound,
@@ -110,7 +110,7 @@ impl From<Error> for CallError {
     }
 }
 
-/// The fault of a failed operation.
+/// Converts the fault of a failed operation.
 impl From<Fault> for CallError {
     fn from(fault: Fault) -> Self {
         let code = if fault.code == crate::error::Code::Internal {
@@ -193,7 +193,8 @@ fn id_is_usable(id: &RawValue) -> bool {
         && text.starts_with(|c: char| c == '"' || c == '-' || c.is_ascii_digit())
 }
 
-/// Finds the id of a request that is otherwise invalid.
+/// Finds the id of a request that is otherwise invalid. Returns None if there is no id that can be
+/// repeated.
 fn usable_id(line: &[u8]) -> Option<Box<RawValue>> {
     #[derive(Deserialize)]
     struct OnlyId {

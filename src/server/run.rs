@@ -23,7 +23,7 @@ pub(super) const EXIT_REFUSED: u8 = 78;
 
 /// How long transfers may continue after SIGTERM.
 const TRANSFERS_GRACE: Duration = Duration::from_secs(10);
-/// The daemon exits at most this long after SIGTERM.
+/// How long the daemon may take to exit after SIGTERM.
 const EXIT_DEADLINE: Duration = Duration::from_secs(15);
 /// How long callers may stay connected after all operations have ended.
 const ANSWERS_GRACE: Duration = Duration::from_secs(1);
@@ -31,11 +31,11 @@ const LOCK_FILE: &str = "lock";
 /// How long to wait for the lock of a daemon that has died.
 const HELD_BY_NOBODY_GRACE: Duration = Duration::from_secs(5);
 const HELD_BY_NOBODY_PERIOD: Duration = Duration::from_millis(20);
-/// Descriptors that are needed in addition to those of connections, for consoles, monitors, disks
-/// and the database.
+/// How many descriptors are needed in addition to those of connections, for consoles, monitors,
+/// disks and the database.
 const OPEN_FILES_RESERVE: u64 = 4096;
 
-/// The exit status for an error that ends the daemon.
+/// Returns the exit status for an error that ends the daemon.
 pub fn exit_status(error: &Error) -> u8 {
     match error.kind() {
         Kind::Busy => EXIT_HELD,
@@ -160,7 +160,7 @@ pub fn drain(
 ) -> usize {
     server.stop_accepting();
     daemon.close(transfers_until, deadline);
-    // The callers of these operations are getting their answers now.
+    // The callers of the operations that have just ended are getting their answers now.
     server.drain(deadline.min(Instant::now() + ANSWERS_GRACE));
     server.hang_up();
     server.drain(deadline)
@@ -175,8 +175,8 @@ pub fn print_doctor(config: &Config) -> Result<()> {
     Ok(())
 }
 
-/// Locks the state directory, so that only one daemon uses it. This is an flock(2) on a file that
-/// is never unlinked. The error names the process that holds it.
+/// Locks the state directory, so that only one daemon uses it. The lock is an flock(2) on a file
+/// that is never unlinked. The error names the process that holds the lock.
 fn hold(state_dir: &Path) -> Result<File> {
     let path = state_dir.join(LOCK_FILE);
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
@@ -190,7 +190,7 @@ fn hold(state_dir: &Path) -> Result<File> {
             .rewind()
             .and_then(|()| (&file).take(32).read_to_string(&mut holder));
         // A daemon that was killed while starting a process leaves its lock to that process until
-        // its exec.
+        // the process calls exec.
         let is_dead = holder
             .trim()
             .parse()

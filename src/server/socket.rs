@@ -12,11 +12,11 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// Members of this group may use the socket of root's daemon.
+/// The group whose members may use the socket of root's daemon.
 const SOCKET_GROUP: &str = "fcd";
 /// How long the name service may take to look up the group.
 const GETENT_DEADLINE: Duration = Duration::from_secs(10);
-/// getent(1): a key was not found.
+/// The exit status of getent(1) if a key was not found.
 const GETENT_NOT_FOUND: i32 = 2;
 
 /// A listening socket and its file.
@@ -101,7 +101,7 @@ fn gid_of(group: &str) -> Result<Option<u32>> {
     }
 }
 
-/// The third field of a line as in group(5).
+/// Parses the gid, which is the third field of a line as in group(5).
 fn gid_in(line: &[u8]) -> Option<u32> {
     std::str::from_utf8(line)
         .ok()?
@@ -183,7 +183,7 @@ fn is_listened_on(path: &Path) -> Result<bool> {
     let probe = socket(AddressFamily::Unix, SockType::Stream, flags, None).map_err(doing)?;
     match connect(probe.as_raw_fd(), &UnixAddr::new(path).map_err(doing)?) {
         Err(nix::errno::Errno::ECONNREFUSED | nix::errno::Errno::ENOENT) => Ok(false),
-        // EAGAIN: something listens, but its backlog is full.
+        // EAGAIN means that something listens, but its backlog is full.
         Ok(()) | Err(nix::errno::Errno::EAGAIN) => Ok(true),
         Err(e) => Err(doing(e)),
     }

@@ -12,7 +12,7 @@ use crate::vmm::{Running, VmmSpec};
 
 /// Something that a boot does on the host.
 pub(super) trait BootStep: Send + Sync {
-    /// The progress stage while the step runs.
+    /// Returns the progress stage to report while the step runs.
     fn stage(&self) -> &'static str;
 
     /// Performs the step if this boot needs it. Reuses or replaces what an earlier attempt left.
@@ -34,13 +34,15 @@ pub(in crate::daemon) struct Boot<'a> {
     pub files: Vec<SeedFile>,
     /// The seed that a restored guest gets after its memory is loaded.
     pub restore_seed: Option<RestoreSeed>,
-    /// The ledger row of the disks that the VM had before the restore.
+    /// The ledger row of the disks that the VM had before the restore, once they are about to be
+    /// set aside.
     pub former_disks: Option<u64>,
     pub running: Option<Running>,
 }
 
 impl Boot<'_> {
-    /// Fails if the guest's init is too old for `what`. An old init would silently ignore it.
+    /// Fails if the guest's init is too old for `what`. An old init would silently ignore what it
+    /// does not know.
     pub(crate) fn needs_guest(&self, what: &str) -> Result<()> {
         if self.row.guest_version >= 1 {
             return Ok(());

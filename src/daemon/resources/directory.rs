@@ -19,7 +19,7 @@ const USER_KEY_COMMENT: &str = "fcd";
 
 /// How many times to try to remove a directory that is still being written to.
 const REMOVE_TRIES_MAX: u32 = 100;
-/// Pause between two attempts to remove a directory.
+/// How long to pause between two attempts to remove a directory.
 const REMOVE_PERIOD: Duration = Duration::from_millis(20);
 /// `doctor` warns if the state directory's file system has less free space than this. An image
 /// takes about 400 MB.
@@ -56,7 +56,7 @@ impl Resource for Directory {
             tries += 1;
             match crate::host::fs::remove_tree(dir) {
                 Ok(()) => return Ok(()),
-                // The last output of the guest is still being written to its log.
+                // The last output of the guest may still be on its way to the log in the directory.
                 Err(e)
                     if e.kind() == std::io::ErrorKind::DirectoryNotEmpty
                         && tries < REMOVE_TRIES_MAX =>
@@ -68,7 +68,7 @@ impl Resource for Directory {
         }
     }
 
-    /// A directory whose name is not an ID does not belong to fcd.
+    /// Skips directories whose names are not IDs, because they do not belong to fcd.
     fn found(&self, resources: &Resources) -> Result<Vec<String>> {
         let vms = resources.core.state_dir.join(VMS_DIR);
         let entries = match std::fs::read_dir(&vms) {
@@ -93,8 +93,8 @@ pub(super) fn checks(host: &HostView<'_>) -> Vec<Check> {
 }
 
 /// Checks that VMMs can reach the state directory. If the daemon is root, QEMU runs under another
-/// uid and opens its files by their paths. Firecracker's jailer opens them as root. `None` if
-/// nothing is wrong.
+/// uid and opens its files by their paths. Firecracker's jailer opens them as root. Returns `None`
+/// if nothing is wrong.
 pub(super) fn reach_check(state_dir: &Path, driver: VmmDriver) -> Option<Check> {
     if !nix::unistd::geteuid().is_root() || driver == VmmDriver::Firecracker {
         return None;
@@ -147,9 +147,9 @@ impl Resources {
             .map_or_else(|| self.make_keys(row, spec), Ok)
     }
 
-    /// Returns `None` if a key is missing or does not match the row. Then the VM has never been
-    /// started, or was started by an earlier version, which kept the host's key only in the seed
-    /// drive.
+    /// Reads the VM's keys. Returns `None` if a key is missing or does not match the row. Then the
+    /// VM has never been started, or was started by an earlier version, which kept the host's key
+    /// only in the seed drive.
     fn read_keys(&self, row: &VmRow, spec: &VmmSpec) -> Result<Option<(KeyPair, KeyPair)>> {
         let read = |name: &str| match std::fs::read_to_string(spec.dir.join(name)) {
             Ok(text) => KeyPair::from_private_openssh(&text).map(Some),

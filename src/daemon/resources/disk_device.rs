@@ -1,5 +1,5 @@
 //! The device of a root disk that is a device-mapper snapshot. Other disks do not have a device.
-//! Its name is the VM's tag.
+//! The name of the device is the VM's tag.
 
 use super::{Boot, BootStep, Resource, Resources, Span};
 use crate::disk::{Method, snapshot};

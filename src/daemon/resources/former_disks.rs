@@ -12,8 +12,8 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 const FORMER_DIR: &str = "former";
-/// `DISK_FILE` is a device node if the disk is a device-mapper snapshot. It is recreated with the
-/// device.
+/// The files that are set aside, if they exist. `DISK_FILE` is a device node if the disk is a
+/// device-mapper snapshot. The node is recreated with the device.
 const FILES: [&str; 3] = [DISK_FILE, CHANGES_FILE, WORK_DISK_FILE];
 
 /// Disks that are set aside while the start is in progress. A restore writes the ledger row: see
@@ -93,15 +93,15 @@ pub(in crate::daemon) fn set_aside(dir: &Path) -> Result<()> {
         .map_err(io)
 }
 
-/// Marks the former disks for removal, because the guest runs from the new disks. Call it in the
+/// Marks the former disks for removal, because the guest runs from the new disks. Call this in the
 /// transaction that records the new disks.
 pub(in crate::daemon) fn mark_replaced(tx: &mut Tx, former: u64, row: &VmRow, tag: &str) -> u64 {
     tx.strike(former);
     tx.intend(Some(&row.id), row.generation, ReplacedDisks.kind(), tag)
 }
 
-/// Removes the replaced disks. Call it after the transaction of [`mark_replaced`]. A failed removal
-/// is retried when the VM has stopped.
+/// Removes the replaced disks. Call this after the transaction of [`mark_replaced`]. If the removal
+/// fails, the ledger row stays, so a later clean-up retries it.
 pub(in crate::daemon) fn remove(resources: &Resources, row: &VmRow, tag: &str, replaced: u64) {
     let (vm, kind, name) = (
         Some(row.id.clone()),

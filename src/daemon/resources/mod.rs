@@ -76,25 +76,25 @@ const ALL: [&dyn Resource; 9] = [
 /// How long a VM has a resource.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Span {
-    /// Only while a start is in progress.
+    /// The VM has the resource only while a start is in progress.
     Start,
-    /// From a start until the VMM has exited.
+    /// The VM has the resource from a start until the VMM has exited.
     Boot,
-    /// From the first start until the VM is deleted.
+    /// The VM has the resource from the first start until the VM is deleted.
     Life,
 }
 
 /// One kind of resource.
 pub(super) trait Resource: Send + Sync {
-    /// The name of this kind in the ledger. Never change it.
+    /// Returns the name of this kind in the ledger. Never change the name of a kind.
     fn kind(&self) -> &'static str;
 
     fn span(&self) -> Span;
 
-    /// The name of the resource that a boot of `row` acquires. The name identifies the resource on
-    /// the host. `None` if the boot does not need this kind, or if another operation writes the
-    /// ledger row. If the span is `Boot`, the name must be unique to the boot. This runs inside the
-    /// claim's transaction, so it may only access memory.
+    /// Returns the name of the resource that a boot of `row` acquires. The name identifies the
+    /// resource on the host. Returns `None` if the boot does not need this kind, or if another
+    /// operation writes the ledger row. If the span is `Boot`, the name must be unique to the boot.
+    /// This runs inside the claim's transaction, so it may only access memory.
     fn intent(&self, _resources: &Resources, _row: &VmRow) -> Option<String> {
         None
     }
@@ -108,7 +108,8 @@ pub(super) trait Resource: Send + Sync {
         false
     }
 
-    /// The names of all resources of this kind on the host that carry fcd's names.
+    /// Returns the names of all resources of this kind that are on the host and carry a name of
+    /// fcd.
     fn found(&self, resources: &Resources) -> Result<Vec<String>>;
 
     /// True if the resource must not be removed although it is not in the ledger.
@@ -117,7 +118,8 @@ pub(super) trait Resource: Send + Sync {
     }
 }
 
-/// The checks of `doctor` for what boots need. They are read-only, and also run without a daemon.
+/// Returns the checks of `doctor` for what boots need. They are read-only, and also run without a
+/// daemon.
 pub(super) fn checks(host: &HostView<'_>) -> Vec<Check> {
     [
         directory::checks(host),
@@ -132,12 +134,14 @@ pub(super) fn checks(host: &HostView<'_>) -> Vec<Check> {
     .concat()
 }
 
-/// Explains why no VM can start from this state directory, if so, with a fix.
+/// Explains why no VM can start from this state directory, and how to fix that. Returns `None` if
+/// nothing is wrong.
 pub(crate) fn state_dir_check(state_dir: &Path, driver: VmmDriver) -> Option<Check> {
     directory::reach_check(state_dir, driver)
 }
 
-/// The nearest ancestor that exists, because the state directory may not exist yet.
+/// Returns the path or its nearest ancestor that exists, because the state directory may not exist
+/// yet.
 pub(super) fn existing(path: &Path) -> &Path {
     path.ancestors()
         .find(|p| p.exists())
@@ -221,7 +225,7 @@ pub(super) struct Resources {
     pub(in crate::daemon) snapshot_registry: SnapshotRegistry,
     pub(in crate::daemon) commands: Arc<dyn Commands>,
     pub(in crate::daemon) vmm: Arc<dyn Driver>,
-    /// Knows which other installations are alive. `None` if the daemon is not root.
+    /// Finds other installations that are gone. `None` if the daemon is not root.
     pub(in crate::daemon) installations: Option<Arc<dyn Installations>>,
     pub(in crate::daemon) disk: config::Disk,
     /// Files that every guest gets.
@@ -262,7 +266,10 @@ impl Resources {
         left.into_iter().next().map_or(Ok(()), Err)
     }
 
-    /// Releases resources and collects the errors. Releases nothing that a running VMM uses.
+    /// Releases resources and returns the errors of those that could not be released.
+    ///
+    /// # Errors
+    /// Fails if the VMM could not be killed. Then the resources that it uses are not released.
     fn release(
         &self,
         vm: &VmId,
@@ -290,8 +297,8 @@ impl Resources {
     fn release_row(&self, resource: &dyn Resource, row: &LedgerRow) -> Result<()> {
         self.core.effects.before("release a resource")?;
         resource.release(self, &row.name)?;
-        // The resource is gone even if this fails: the next attempt finds nothing and deletes the
-        // row.
+        // If the row cannot be deleted, the resource is gone even so. The next attempt finds
+        // nothing to release and deletes the row.
         match self.core.store.change_essential(|tx| Ok(tx.strike(row.id))) {
             Ok((_, ticket)) => ticket.detach(),
             Err(e) => log::warn!("delete {} {} from the ledger: {e}", row.kind, row.name),
@@ -302,14 +309,14 @@ impl Resources {
     /// Compares the ledger, the rows of VMs and the host. Reports what belongs to fcd but not to a
     /// VM, and removes it if `fix` is set.
     ///
-    /// It is idempotent, and skips what is currently being acquired or released.
+    /// A sweep is idempotent. It skips what is currently being acquired or released.
     pub(super) fn sweep(&self, fix: bool) -> Vec<Leak> {
         let mut leaks = Vec::new();
-        // If a VMM could not be killed, its VM keeps everything.
+        // The VMs whose VMM could not be killed. They keep everything.
         let mut stuck: Vec<Option<VmId>> = Vec::new();
         for resource in ALL.into_iter().rev() {
-            // Look at the host before the ledger: everything on it was in the ledger before it was
-            // acquired.
+            // Look at the host before the ledger, because a resource is in the ledger before it
+            // appears on the host.
             let found = resource.found(self).unwrap_or_else(|e| {
                 log::warn!("look for leftovers of kind {}: {e}", resource.kind());
                 Vec::new()
@@ -374,8 +381,8 @@ impl Resources {
         leaks
     }
 
-    /// The names of the resources of all VMs, for VMs that were started by an earlier version,
-    /// which had no ledger.
+    /// Returns the names that the resources of all VMs would have. A VM that was started by an
+    /// earlier version, which had no ledger, has resources without ledger rows.
     fn intended_by_all(&self, resource: &dyn Resource) -> HashSet<String> {
         let rows = self
             .core

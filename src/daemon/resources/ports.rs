@@ -1,5 +1,5 @@
-//! Ports of the host that are forwarded into a guest. On the bridge this takes rules with the VM's
-//! tag. In user mode the VMM opens the ports itself.
+//! Ports of the host that are forwarded into a guest. On the bridge, rules with the VM's tag
+//! forward them. In user mode the VMM opens the ports itself.
 
 use super::{Boot, BootStep, HostView, Resource, Resources, Span};
 use crate::api::daemon::Check;

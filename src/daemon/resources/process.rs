@@ -66,7 +66,7 @@ impl Resources {
     fn start_vmm(&self, boot: &Boot<'_>) -> Result<Running> {
         let (spec, vm) = (&boot.spec, &boot.row.id);
         self.vmm.start(spec, boot.cancel, &mut |identity| {
-            // This need not be durable, because the process can also be found by its tag.
+            // The record need not be durable, because the process can also be found by its tag.
             let identity = identity.clone();
             let driver = self.vmm.describe();
             let has_balloon = spec.has_balloon;

@@ -1,5 +1,5 @@
-//! A VM's tap on the bridge, with its rules. The VM's tag in its alias identifies it. In user mode
-//! there is no tap.
+//! A VM's tap on the bridge, with its rules. The VM's tag in the alias of the tap identifies it. In
+//! user mode there is no tap.
 
 use super::{Boot, BootStep, Resource, Resources, Span};
 use crate::error::{Error, Kind, Result};

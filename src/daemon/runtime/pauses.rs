@@ -1,4 +1,4 @@
-//! Records why a guest is paused although its owner did not ask for it.
+//! Records why a guest is paused although its owner has not paused it.
 
 use super::{BootEnd, Runtime, Runtimes, Use};
 use crate::ids::VmId;

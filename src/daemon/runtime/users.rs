@@ -7,7 +7,7 @@ use crate::locks::{Cancel, CancelCause};
 /// How a guest is being used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Use {
-    /// Continues when a paused guest is resumed.
+    /// A command or a connection. It continues when a paused guest is resumed.
     Session,
     Transfer,
 }
@@ -28,7 +28,7 @@ impl Drop for User {
 }
 
 impl Runtimes {
-    /// Adds a session or transfer to the VM's cancel set. Call it with the VM's lock held, after
+    /// Adds a session or transfer to the VM's cancel set. Call this with the VM's lock held, after
     /// checking the VM's state.
     pub(crate) fn join(&self, vm: &VmId, kind: Use, cancel: Cancel) -> User {
         let id = self.with(vm, |r| {
@@ -43,7 +43,7 @@ impl Runtimes {
         }
     }
 
-    /// Ends every transfer and session of the VM.
+    /// Cancels every transfer and session of the VM.
     pub(crate) fn cancel_users(&self, vm: &VmId, cause: &CancelCause) {
         // The newest user is cancelled first, because a user that waits for an older user must be
         // cancelled before its turn comes.
@@ -59,7 +59,7 @@ impl Runtimes {
         }
     }
 
-    /// Ends every transfer, session and boot of every VM.
+    /// Cancels every transfer, session and boot of every VM.
     pub(crate) fn cancel_everything(&self, cause: &CancelCause) {
         let tokens: Vec<_> = {
             let map = self.map.lock();

@@ -41,7 +41,8 @@ impl Resources {
             }
         }
         for path in [&from.memory, &from.devices] {
-            // An earlier version gave the saved state to a group of all VMMs.
+            // Share the files again, because an earlier version gave the saved state to a group of
+            // all VMMs.
             share_saved(path, boot.spec.credentials)
                 .map_err(|e| damaged(saved, path, &e.to_string()))?;
         }
@@ -101,8 +102,8 @@ impl Resources {
         Ok(())
     }
 
-    /// Keeps the new disks, because the guest runs, and copies their description from the snapshot
-    /// to the VM.
+    /// Keeps the new disks, because the guest runs: copies their description from the snapshot to
+    /// the VM, and removes the former disks. Does nothing if the boot restores no snapshot.
     pub(in crate::daemon) fn keep_disks(&self, boot: &mut Boot<'_>) -> Result<()> {
         let (Some(restore), Some(former)) = (boot.restore, boot.former_disks.take()) else {
             return Ok(());

@@ -1,5 +1,5 @@
-//! Files of the host that the configuration gives to every guest. They are read at each start and
-//! put on its seed drive.
+//! Files of the host that the configuration gives to every guest. They are read at each start,
+//! except a restore, and put on the guest's seed drive.
 
 use super::super::{Boot, BootStep, HostView, Resources};
 use crate::api::daemon::Check;
@@ -9,8 +9,8 @@ use crate::error::{Error, Kind, Result};
 use std::fs::File;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 
-/// Limits for one file and for all files together, because a guest holds them in memory for a
-/// moment.
+/// The limits for one file and for all files together. A guest holds all of the files in memory for
+/// a moment.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 const ALL_BYTES_MAX: u64 = 8 << 20;
 
@@ -76,7 +76,7 @@ fn read(file: &SyncedFile) -> Result<SeedFile> {
     let bad = |what: String| {
         Err(Error::new(Kind::InvalidConfig, format!("sync {from}: {what}")).hint(hint.clone()))
     };
-    // `O_NONBLOCK`, so that opening a FIFO does not block.
+    // With `O_NONBLOCK`, opening a FIFO does not block.
     let opened = File::options()
         .read(true)
         .custom_flags(libc::O_NONBLOCK)

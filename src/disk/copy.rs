@@ -38,7 +38,8 @@ pub(super) fn copy_sparse(
     Ok(())
 }
 
-/// The next range of data at or after `at` (SEEK_DATA, lseek(2)).
+/// Returns the next range of data at or after `at` (SEEK_DATA, lseek(2)), or None if only a hole
+/// follows.
 fn next_data(file: &File, at: u64, len: u64) -> rustix::io::Result<Option<(u64, u64)>> {
     if at >= len {
         return Ok(None);

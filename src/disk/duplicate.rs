@@ -15,7 +15,7 @@ use std::path::Path;
 /// A disk to copy.
 #[derive(Clone, Copy, Debug)]
 pub struct Source<'a> {
-    /// How the disk was created. None for an independent raw file.
+    /// How the disk was created, or None for an independent raw file.
     pub method: Option<Method>,
     /// The disk's file, or for a device-mapper snapshot the file with its changes.
     pub path: &'a Path,
@@ -31,7 +31,7 @@ pub struct Copied {
 
 impl Copied {
     /// Moves the copy to its place, replacing an existing file. The `owner` that was passed to
-    /// [`copy`] can then open it.
+    /// [`copy`] can then open it, unless it is the store of a device-mapper snapshot.
     pub fn publish(self) -> Result<()> {
         self.draft.publish(self.owner)
     }

@@ -36,7 +36,7 @@ impl Method {
         Self::ALL.into_iter().find(|m| m.name() == name)
     }
 
-    /// True if a disk of this kind reads the image's file as long as it exists.
+    /// True if a disk of this kind reads the image's file as long as the disk exists.
     pub const fn needs_image(self) -> bool {
         matches!(self, Self::Qcow2 | Self::DmSnapshot)
     }
@@ -102,7 +102,7 @@ fn can(
     })
 }
 
-/// Tries FICLONE with two small files.
+/// Tries FICLONE with two small files in `dir`.
 fn try_clone(dir: &Path) -> Result<Cloned> {
     let io = |e: std::io::Error| Error::io(format!("probe {}", dir.display()), e);
     let source = tempfile::NamedTempFile::new_in(dir).map_err(io)?;

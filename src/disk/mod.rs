@@ -68,16 +68,16 @@ fn ficlone(target: &File, source: &File) -> std::io::Result<Cloned> {
     }
 }
 
-/// A file that is written next to its target and renamed when it is complete. Dropping it before
-/// the rename removes the file.
+/// A file that is written next to its target and renamed when it is complete. Dropping the draft
+/// before the rename removes the file.
 struct Draft {
     path: PathBuf,
     target: PathBuf,
     published: bool,
 }
 
-/// The temporary path of a file that will be renamed to `target`. It may be left over from an
-/// attempt that was killed.
+/// Returns the temporary path of a file that will be renamed to `target`. A file at this path may
+/// be left over from an attempt that was killed.
 pub fn draft(target: &Path) -> PathBuf {
     let mut name = std::ffi::OsString::from(".");
     name.push(target.file_name().unwrap_or_default());
@@ -86,7 +86,8 @@ pub fn draft(target: &Path) -> PathBuf {
 }
 
 impl Draft {
-    /// Removes the leftover of an earlier attempt.
+    /// Picks the path of the draft, and removes the draft of an earlier attempt. Does not create
+    /// the file.
     fn new(target: &Path) -> Result<Self> {
         let draft = Self {
             path: draft(target),
@@ -102,7 +103,7 @@ impl Draft {
     }
 
     /// Sets the owner, syncs the file and renames it. After a crash the target is either complete
-    /// or absent.
+    /// or what it was before.
     fn publish(mut self, owner: Option<Credentials>) -> Result<()> {
         let doing = || format!("write {}", self.target.display());
         let io = |e: std::io::Error| Error::io(doing(), e);

@@ -34,8 +34,8 @@ pub struct RootSpec<'a> {
     pub owner: Option<Credentials>,
 }
 
-/// Creates a root disk from an image. After a crash it is either complete or absent. `progress`
-/// receives the bytes copied and their total, if the disk is a copy.
+/// Creates a root disk from an image. A crash never leaves a partly written disk at the path.
+/// `progress` receives the bytes copied and their total, if the disk is a copy.
 ///
 /// # Errors
 /// `invalid_argument` for a size below the base's, `disk_full`, `host`, `command_missing`
@@ -90,8 +90,8 @@ pub fn make_root(
 }
 
 /// Creates a hard link to the image's file in the VM's directory, so that deleting or rebuilding
-/// the image does not affect the disk. Returns the image's own path if the file system does not
-/// support hard links.
+/// the image does not affect the disk. Returns the image's own path if no hard link is possible,
+/// for example because the image is on another file system.
 pub(super) fn link_origin(base: &Path, disk: &Path) -> Result<PathBuf> {
     use rustix::io::Errno;
     let origin = origin_path(disk);
@@ -116,7 +116,8 @@ fn origin_path(disk: &Path) -> PathBuf {
     disk.with_file_name("origin")
 }
 
-/// The file on which the disk at `path` is based: the hard link of [`make_root`], or else `base`.
+/// Returns the file on which the disk at `path` is based: the hard link that [`make_root`] created,
+/// or else `base`.
 pub fn origin(path: &Path, base: &Path) -> PathBuf {
     let origin = origin_path(path);
     if origin.exists() {
@@ -165,7 +166,7 @@ pub fn grow(
         .map_err(|e| doing(Error::io("set its size", e)))
 }
 
-/// The virtual size in bytes of a disk that is a file.
+/// Returns the virtual size in bytes of a disk that is a file. Fails for a device-mapper snapshot.
 pub fn disk_size(path: &Path, method: Method) -> Result<u64> {
     let io = |e| Error::io(format!("read the size of {}", path.display()), e);
     let mut file = File::open(path).map_err(io)?;
@@ -233,7 +234,8 @@ fn set_private(path: &Path) -> Result<()> {
         .map_err(|e| Error::io(format!("set the mode of {}", path.display()), e))
 }
 
-/// The size is in bytes 24 to 31 of the header, big-endian (docs/interop/qcow2.txt in QEMU).
+/// Returns the disk's size, which is in bytes 24 to 31 of the header, big-endian
+/// (docs/interop/qcow2.txt in QEMU). Returns None if this is not the header of a qcow2 file.
 fn qcow2_size(header: &[u8; 32]) -> Option<u64> {
     if header[..4] != QCOW2_MAGIC {
         return None;

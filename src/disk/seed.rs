@@ -18,8 +18,8 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-/// A drive's length is a multiple of this. A restored guest gets a new drive but still assumes the
-/// length of the old one.
+/// A drive's length is a multiple of this number of bytes. A restored guest gets a new drive but
+/// still assumes the length of the old one.
 pub const UNIT_BYTES: usize = 16 << 10;
 
 /// The settings of a guest's only interface, `eth0`.
@@ -33,8 +33,8 @@ pub struct Network {
 }
 
 impl Network {
-    /// QEMU's default user-mode network ("Using the user mode network stack" in QEMU's
-    /// documentation).
+    /// Returns the settings for QEMU's default user-mode network ("Using the user mode network
+    /// stack" in QEMU's documentation).
     pub fn user_mode() -> Self {
         Self {
             address: Ipv4Addr::new(10, 0, 2, 15).into(),
@@ -62,15 +62,15 @@ pub struct Seed<'a> {
     pub restore: Option<&'a RestoreSeed>,
 }
 
-/// The values that a restored guest has to update. `src/guest/rejoin.sh` reads it.
+/// The values that a restored guest has to update. `src/guest/rejoin.sh` reads them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RestoreSeed {
     /// A hexadecimal token, new for each start, with which the guest confirms that it has read this
     /// seed.
     pub token: String,
-    /// Seconds since the epoch.
+    /// The current time of the host, in seconds since the epoch.
     pub now_s: u64,
-    /// Hexadecimal seed for the guest's random number generator.
+    /// A hexadecimal seed for the guest's random number generator.
     pub random: String,
     /// The new Ethernet address of the guest's interface, if the host assigns one.
     pub mac: Option<String>,
@@ -84,7 +84,7 @@ pub struct SeedFile {
     /// The absolute path in the guest, without `..`.
     pub path: PathBuf,
     pub mode: u32,
-    /// Seconds since the epoch.
+    /// The modification time of the file, in seconds since the epoch.
     pub mtime_s: u64,
     pub bytes: Vec<u8>,
 }
@@ -241,16 +241,17 @@ impl KeyPair {
         })
     }
 
-    /// The unencrypted private key in OpenSSH's format.
+    /// Returns the unencrypted private key in OpenSSH's format.
     pub fn private_openssh(&self) -> &str {
         &self.private
     }
-    /// The public key as a line of `authorized_keys` (`ssh-ed25519 AAAA... comment`), without a
-    /// line end.
+    /// Returns the public key as a line of `authorized_keys` (`ssh-ed25519 AAAA... comment`),
+    /// without a line end.
     pub fn public_line(&self) -> &str {
         &self.public_line
     }
-    /// The public key in SSH's wire format (RFC 4253, 6.6; RFC 8709), for comparing host keys.
+    /// Returns the public key in SSH's wire format (RFC 4253, 6.6; RFC 8709), for comparing host
+    /// keys.
     pub fn public_blob(&self) -> &[u8] {
         &self.public_blob
     }

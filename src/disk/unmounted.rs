@@ -19,7 +19,8 @@ use std::path::Path;
 const SUPERBLOCK_AT: u64 = 1024;
 /// The length of the part of the superblock that is read.
 const SUPERBLOCK_BYTES: usize = 0x64;
-/// Offsets in the superblock. The first two fields have two bytes, the third has four.
+/// The offsets of three fields in the superblock. The first two fields have two bytes, the third
+/// has four.
 const MAGIC_AT: usize = 0x38;
 const STATE_AT: usize = 0x3a;
 const INCOMPAT_AT: usize = 0x60;
@@ -35,7 +36,7 @@ const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 12..=21;
 const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 const L2_COMPRESSED: u64 = 1 << 62;
 const L2_ZERO: u64 = 1;
-/// Features that change how a file must be read: all but "dirty" and "corrupt".
+/// The features that change how a file must be read: all but "dirty" and "corrupt".
 const INCOMPATIBLE: u64 = !3;
 
 /// The file of a disk. Tests use bytes instead.

@@ -14,7 +14,8 @@ use std::time::Duration;
 /// The mount point of the work disk in the guest.
 pub const GUEST_PATH: &str = "/work";
 pub const MKFS: &str = "mkfs.ext4";
-/// Writing the tables of a terabyte takes some seconds. The guest's kernel initializes the rest.
+/// How long mkfs may take. Writing the tables of a terabyte takes some seconds. The guest's kernel
+/// initializes the rest.
 const MKFS_DEADLINE: Duration = Duration::from_secs(120);
 
 /// Creates a sparse disk of this size at `path`, with mode 0600. After a crash it is either

@@ -36,7 +36,7 @@ pub struct Command {
     pub args: Vec<OsString>,
     pub env: Vec<(OsString, OsString)>,
     pub cwd: Option<PathBuf>,
-    /// The daemon's own credentials if None.
+    /// The user and the group to run as. None means the daemon's own.
     pub credentials: Option<Credentials>,
     /// The largest file that the command may write (`RLIMIT_FSIZE`). If it writes more, the kernel
     /// kills it with SIGXFSZ.
@@ -126,7 +126,7 @@ impl Command {
 pub struct Complaint(pub String);
 
 impl Complaint {
-    /// The text of the complaint, which is empty if the error does not come from a program.
+    /// Returns the text of the complaint, which is empty if the error does not come from a program.
     pub fn of(error: &Error) -> &str {
         error
             .source_as::<Self>()
@@ -147,7 +147,8 @@ pub trait Commands: Send + Sync {
     /// Runs a command to its end and calls `on_line` for each line of either stream as it arrives.
     ///
     /// # Errors
-    /// `command_failed`, with the end of stderr, if the exit status is not 0.
+    /// `command_failed`, with the end of stderr, if the exit status is not 0; otherwise
+    /// `command_missing`, `cancelled`, `timeout` or `host`.
     fn run(
         &self,
         command: &Command,
@@ -333,7 +334,8 @@ impl Stream {
     }
 }
 
-/// Reads stdout and stderr until the command has exited and both are complete.
+/// Writes stdin, and reads stdout and stderr until the command has exited and both are complete,
+/// but for at most [`PIPES_GRACE`] after the exit. Fails at the deadline and when `cancel` fires.
 fn collect_output(
     command: &Command,
     child: &mut std::process::Child,
@@ -428,8 +430,8 @@ pub(super) fn feed(
     Ok(())
 }
 
-/// The path of the program that a command of this name would run. A name without a slash is looked
-/// up in [`Command`]'s search path.
+/// Returns the path of the program that a command of this name would run, or None if there is none.
+/// A name without a slash is looked up in [`Command`]'s search path.
 pub fn find_program(name: &std::path::Path) -> Option<PathBuf> {
     use std::os::unix::fs::PermissionsExt;
     let runs = |p: &PathBuf| {

@@ -56,7 +56,7 @@ pub fn open_nofollow(path: &Path) -> Result<File> {
 /// Creates a directory and its parents if they do not exist, and sets its mode to exactly `mode`.
 ///
 /// # Errors
-/// If the path is a link, is not a directory, or belongs to another user.
+/// Fails if the path is a link, is not a directory, or belongs to another user.
 pub fn create_dir(path: &Path, mode: RawMode) -> Result<OwnedFd> {
     crate::locks::require_memory_only("file access");
     let doing = || format!("create directory {}", path.display());
@@ -86,7 +86,7 @@ pub fn create_dir(path: &Path, mode: RawMode) -> Result<OwnedFd> {
     Ok(dir)
 }
 
-/// Like [`create_dir`], with mode 0700.
+/// Creates a directory like [`create_dir`], with mode 0700.
 pub fn create_private_dir(path: &Path) -> Result<OwnedFd> {
     create_dir(path, 0o700)
 }
@@ -221,7 +221,7 @@ fn lift(top: &OwnedFd, name: &std::ffi::CStr, lifted: &mut u64) -> std::io::Resu
     Ok(())
 }
 
-/// The space on the file system of `path`.
+/// Returns the space on the file system of `path`.
 pub fn space(path: &Path) -> Result<Space> {
     crate::locks::require_memory_only("file access");
     let stat = rustix::fs::statvfs(path)

@@ -1,4 +1,4 @@
-//! Bytes as lower-case hexadecimal digits.
+//! Writes bytes as lower-case hexadecimal digits.
 
 const DIGITS: &[u8; 16] = b"0123456789abcdef";
 

@@ -9,7 +9,8 @@ const FIRST: RawFd = 3;
 /// Closes every descriptor except stdin, stdout, stderr and those that systemd passes
 /// (`LISTEN_FDS`), which become close-on-exec.
 ///
-/// Call it before the program opens anything, because it closes every other open descriptor.
+/// Call this function before the program opens anything, because it closes every other open
+/// descriptor.
 pub fn close_descriptors(env: &dyn Fn(&str) -> Option<String>) -> Result<()> {
     let kept = listen_fds(env, std::process::id());
     let closed = close_range(FIRST + kept, RawFd::MAX, 0);
@@ -23,7 +24,7 @@ pub fn close_descriptors(env: &dyn Fn(&str) -> Option<String>) -> Result<()> {
         .map_err(|e| Error::io("close the inherited descriptors", e))
 }
 
-/// How many descriptors systemd passes to the process `pid`; the first one is [`FIRST`].
+/// Returns how many descriptors systemd passes to the process `pid`. The first one is [`FIRST`].
 fn listen_fds(env: &dyn Fn(&str) -> Option<String>, pid: u32) -> RawFd {
     let number = |name: &str| env(name)?.parse::<u32>().ok();
     if number("LISTEN_PID") != Some(pid) {
@@ -54,7 +55,7 @@ pub fn ignores(signal: i32) -> Result<bool> {
     Ok(ignored(&status).is_some_and(|set| set & (1 << (signal - 1)) != 0))
 }
 
-/// The set of ignored signals, from proc(5).
+/// Returns the set of ignored signals from the text of `/proc/<pid>/status` (proc(5)).
 fn ignored(status: &str) -> Option<u64> {
     let line = status.lines().find_map(|l| l.strip_prefix("SigIgn:"))?;
     u64::from_str_radix(line.trim(), 16).ok()
@@ -91,7 +92,7 @@ mod tests {
 
     #[test]
     fn ignored_signals_are_read_from_status() {
-        // SIGHUP and SIGPIPE.
+        // The process ignores SIGHUP and SIGPIPE.
         let status = "Name:\tfcd\nSigIgn:\t0000000000001001\nSigCgt:\t0000000000004002\n";
         assert_eq!(ignored(status), Some(0x1001));
         assert_eq!(ignored("Name:\tfcd\n"), None);

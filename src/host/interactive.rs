@@ -10,9 +10,9 @@ use std::os::fd::AsFd;
 use std::os::unix::process::ExitStatusExt;
 
 /// Runs a program with this process's streams and environment and returns its status (128+n if
-/// signal n killed it). It stays in this process group, so that the terminal's signals reach it;
-/// the caller has to catch them itself. When `cancel` fires, the program gets SIGTERM and is still
-/// waited for.
+/// signal n killed it). The program stays in this process group, so that the terminal's signals
+/// reach it. They also reach the caller, which has to catch them. When `cancel` fires, the program
+/// gets SIGTERM and is still waited for.
 ///
 /// # Errors
 /// `command_missing` or `host`.
@@ -37,7 +37,7 @@ pub fn run(program: &str, args: &[OsString], cancel: &Cancel) -> Result<u8> {
     ];
     poll_until(&mut fds, None).map_err(io)?;
     if cancel.is_cancelled() {
-        // Fails if the program has just exited.
+        // This fails if the program has just exited.
         let _ = pidfd_send_signal(&exited, Signal::TERM);
     }
     let status = child.wait().map_err(io)?;

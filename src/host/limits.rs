@@ -6,7 +6,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 /// Raises the soft limit of open files to the hard one and returns the resulting limit.
 ///
 /// # Errors
-/// `exhausted` if that is below `needed`.
+/// `exhausted` if the resulting limit is below `needed`.
 pub fn raise_open_files(needed: u64) -> Result<u64> {
     let doing = "raise the limit of open files";
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).map_err(|e| Error::io(doing, e))?;
@@ -24,7 +24,7 @@ pub fn raise_open_files(needed: u64) -> Result<u64> {
     Ok(limit)
 }
 
-/// The host's memory in MiB (`MemTotal` in `/proc/meminfo`).
+/// Returns the host's memory in MiB (`MemTotal` in `/proc/meminfo`).
 pub fn mem_total_mib() -> Result<u64> {
     let text =
         std::fs::read_to_string("/proc/meminfo").map_err(|e| Error::io("read /proc/meminfo", e))?;
@@ -38,7 +38,7 @@ fn parse_mem_total_mib(meminfo: &str) -> Option<u64> {
     Some(kib / 1024)
 }
 
-/// The number of cores that this process may use.
+/// Returns the number of cores that this process may use, or 1 if that is unknown.
 pub fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }

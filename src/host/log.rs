@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 /// The queue's capacity in lines.
 const LINES_MAX: usize = 4096;
-/// Longer lines are truncated.
+/// The maximum length of a line. Longer lines are truncated.
 const LINE_BYTES_MAX: usize = 8 * 1024;
 /// How long the daemon waits for the last lines when it exits.
 pub const FLUSH_MAX: Duration = Duration::from_secs(1);
@@ -57,7 +57,7 @@ impl Queue {
         )
     }
 
-    /// Queues a line without waiting.
+    /// Queues a line without waiting. If the queue is full, drops and counts the line.
     fn put(&self, line: &[u8]) {
         let line = match line.len().checked_sub(LINE_BYTES_MAX) {
             None | Some(0) => line.to_vec(),
@@ -85,7 +85,7 @@ impl Queue {
 }
 
 impl Write for Queue {
-    /// `env_logger` writes each record in one piece.
+    /// Queues a record, which `env_logger` writes in one piece.
     fn write(&mut self, record: &[u8]) -> std::io::Result<usize> {
         self.put(record);
         Ok(record.len())
@@ -103,7 +103,8 @@ fn write_all_of(receiver: &Receiver<Item>, dropped: &AtomicU64, mut out: impl Wr
             Item::Line(line) => write_line(&mut out, &line),
             Item::Flush(done) => drop(done.try_send(())),
         }
-        // Reported after the next line, so that the reader sees roughly where the gap is.
+        // Report dropped lines after the next line, so that the reader sees roughly where the gap
+        // is.
         let lost = dropped.swap(0, Ordering::Relaxed);
         if lost > 0 {
             write_line(
@@ -151,7 +152,7 @@ impl log::Log for Logger {
     }
 }
 
-/// Sets up the log of this process. Call it once, before anything logs.
+/// Sets up the log of this process. Call this function once, before anything logs.
 pub fn init() -> Result<()> {
     let (queue, receiver) = Queue::new(LINES_MAX);
     let dropped = queue.dropped.clone();

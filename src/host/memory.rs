@@ -5,14 +5,14 @@
 /// small blocks of their own.
 #[cfg(target_env = "gnu")]
 const ARENAS_MAX: libc::c_int = 2;
-/// Larger blocks get their own mappings, which return to the system when they are freed. Setting
-/// this threshold stops the C library from raising it to the size of the largest freed block
-/// (mallopt(3), `M_MMAP_THRESHOLD`).
+/// Blocks of at least this size get their own mappings, which return to the system when the blocks
+/// are freed. Setting this threshold stops the C library from raising it to the size of the largest
+/// freed block (mallopt(3), `M_MMAP_THRESHOLD`).
 #[cfg(target_env = "gnu")]
 const MAPPED_BYTES_MIN: libc::c_int = 128 * 1024;
 
-/// Limits how much freed memory the allocator keeps. Call it before the first thread starts,
-/// because existing arenas are not removed.
+/// Limits how much freed memory the allocator keeps. Call this function before the first thread
+/// starts, because existing arenas are not removed.
 pub fn bound_allocator() {
     #[cfg(target_env = "gnu")]
     for (option, value) in [
@@ -79,8 +79,8 @@ fn unmodified_file_ranges(smaps: &str) -> Vec<std::ops::Range<usize>> {
     ranges
 }
 
-/// Parses the first line of a mapping. The inner value is None if the mapping has no file or can be
-/// written.
+/// Parses the first line of a mapping, and returns None for any other line. The inner value is None
+/// if the mapping has no file or can be written.
 fn file_range(line: &str) -> Option<Option<std::ops::Range<usize>>> {
     let mut words = line.split_ascii_whitespace();
     let (start, end) = words.next()?.split_once('-')?;

@@ -13,7 +13,7 @@ pub struct Flags {
 }
 
 impl Flags {
-    /// The options that were set, as mount(8) names them.
+    /// Returns the options that are set, as mount(8) names them.
     pub fn names(self) -> Vec<&'static str> {
         [("nodev", self.nodev), ("noexec", self.noexec)]
             .into_iter()
@@ -33,8 +33,8 @@ pub fn flags(path: &Path) -> std::io::Result<Flags> {
     })
 }
 
-/// The highest directory on the same file system. Bind mounts within a file system are not
-/// detected.
+/// Returns the highest ancestor of `path` on the same file system. Bind mounts within a file system
+/// are not detected.
 pub fn point(path: &Path) -> PathBuf {
     let device = |p: &Path| std::fs::metadata(p).map(|m| m.dev()).ok();
     let own = device(path);

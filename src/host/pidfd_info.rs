@@ -10,12 +10,12 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
-/// How long the parent may take to reap the process. It is PID 1, which does little else.
+/// How long the parent may take to reap the process. The parent is PID 1, which does little else.
 const REAP_DEADLINE: Duration = Duration::from_secs(2);
 
 const PIDFD_INFO_EXIT: u64 = 1 << 3;
 
-/// `struct pidfd_info` in its first version.
+/// The kernel's `struct pidfd_info` in its first version.
 #[repr(C)]
 #[derive(Default)]
 struct PidfdInfo {
@@ -29,7 +29,7 @@ struct PidfdInfo {
 nix::ioctl_readwrite!(get_info, 0xff, 11, PidfdInfo);
 
 /// Returns how an exited process ended. Waits a moment for its parent to reap it. Returns
-/// `Exit::Unknown` on an older kernel.
+/// `Exit::Unknown` on an older kernel, or if the parent has not reaped the process by then.
 pub fn wait_exit(process: &Process) -> Exit {
     // Requesting no events still reports POLLHUP, which follows the reaping.
     let reaped = wait_uncancelled(

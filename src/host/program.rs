@@ -7,7 +7,7 @@ use rustix::fs::Access;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-/// The path of the program, which this process may execute.
+/// Returns the path of the program, which this process may execute.
 ///
 /// # Errors
 /// `command_missing` if it does not exist, and `unsupported`, with the cause and a hint, if it
@@ -30,7 +30,7 @@ pub fn locate(name: &Path) -> Result<PathBuf> {
     }
 }
 
-/// Why the program cannot be executed. None if it does not exist.
+/// Returns why the program cannot be executed, or None if it does not exist.
 fn why_not(path: &Path) -> Option<Error> {
     let meta = std::fs::metadata(path).ok()?;
     let shown = path.display();

@@ -6,8 +6,8 @@ use rustix::rand::{GetRandomFlags, getrandom};
 /// Returns `N` random bytes. Waits until the kernel's pool is seeded, early in the host's boot.
 ///
 /// # Panics
-/// If getrandom(2) fails. Without flags it fails only for a bad address, or in a kernel or a
-/// sandbox without that call.
+/// Panics if getrandom(2) fails. Without flags, getrandom(2) fails only for a bad address, or in a
+/// kernel or a sandbox without that call.
 pub fn bytes<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];
     let mut filled = 0;

@@ -8,9 +8,9 @@ use std::path::{Component, Path, PathBuf};
 /// The number of symbolic links that the kernel follows in one path (path_resolution(7)).
 const LINKS_MAX: usize = 40;
 
-/// The first directory on the path to `path` that users other than its owner and group cannot
-/// enter. Symbolic links are followed as the kernel does; components that do not exist yet are
-/// ignored.
+/// Returns the first directory on the path to `path` that users other than its owner and group
+/// cannot enter, or None if there is none. Symbolic links are followed as the kernel does;
+/// components that do not exist yet are ignored.
 ///
 /// Access control lists are ignored: VMMs have thousands of uids, which no one lists in an ACL.
 pub fn closed_to_others(path: &Path) -> Option<PathBuf> {
@@ -45,7 +45,7 @@ pub fn closed_to_others(path: &Path) -> Option<PathBuf> {
     None
 }
 
-/// The hint for a state directory inside a closed directory.
+/// Returns the hint for a state directory inside a closed directory.
 pub fn state_dir_fix(closed: &dyn std::fmt::Display) -> String {
     format!(
         "start fcd with a state directory that every user may enter (state_dir, --state-dir or FCD_STATE_DIR; /var/lib/fcd by \

@@ -10,7 +10,7 @@ pub fn quote(word: &str) -> String {
     String::from_utf8_lossy(&quote_bytes(word.as_bytes())).into_owned()
 }
 
-/// Like [`quote`], for a word that need not be UTF-8.
+/// Quotes a word like [`quote`], but the word need not be UTF-8.
 pub fn quote_bytes(word: &[u8]) -> Vec<u8> {
     let plain = |b: &u8| b.is_ascii_alphanumeric() || b"%+,-./:=@_".contains(b);
     if !word.is_empty() && word.iter().all(plain) {

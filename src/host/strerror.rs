@@ -2,14 +2,14 @@
 //!
 //! Programs print the text of `strerror` but not the number, so a decision that depends on the
 //! number has to compare this text. Commands run with `LC_ALL=C.UTF-8`, so it is never translated.
-//! Both C libraries are read: the host's programs use glibc (2.36, sysdeps/gnu/errlist.h), and
-//! static builds use musl (1.2.5, src/errno/__strerror.h).
+//! The texts of two C libraries are recognised: the host's programs use glibc (2.36,
+//! sysdeps/gnu/errlist.h), and static builds use musl (1.2.5, src/errno/__strerror.h).
 
-/// ENOSPC. Both libraries have the same text.
+/// The text for ENOSPC, which is the same in both libraries.
 const DISK_FULL: &[&str] = &["No space left on device"];
-/// EBUSY: glibc, then musl.
+/// The texts for EBUSY, first that of glibc, then that of musl.
 const BUSY: &[&str] = &["Device or resource busy", "Resource busy"];
-/// ENOENT. Both libraries have the same text.
+/// The text for ENOENT, which is the same in both libraries.
 const NOT_FOUND: &[&str] = &["No such file or directory"];
 
 pub fn says_disk_full(text: &str) -> bool {

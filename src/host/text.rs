@@ -21,8 +21,8 @@ pub fn printable(text: &str) -> String {
     out
 }
 
-/// Like [`printable`], but keeps line breaks and tabs, and removes whole escape sequences. Use it
-/// for the output of a guest.
+/// Makes text harmless like [`printable`], but keeps line breaks and tabs, and removes whole escape
+/// sequences. Use it for the output of a guest.
 pub fn printable_lines(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let mut chars = text.chars().peekable();

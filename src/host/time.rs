@@ -2,14 +2,14 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// The time since the epoch, or nothing if the clock is set to before it.
+/// Returns the time since the epoch, or zero if the clock is set to before the epoch.
 pub fn since_epoch() -> Duration {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default()
 }
 
-/// Whole seconds since the epoch.
+/// Returns the whole seconds since the epoch.
 pub fn now_s() -> u64 {
     since_epoch().as_secs()
 }

@@ -16,10 +16,10 @@ pub struct Usage {
     pub disk_written_bytes: Option<u64>,
 }
 
-/// The usage of a VMM's process.
+/// Returns the usage of a VMM's process.
 ///
 /// # Errors
-/// `vmm_failed` if it has exited.
+/// `vmm_failed` if the process has exited.
 pub fn of(identity: &Identity) -> Result<Usage> {
     let gone = || {
         Error::new(
@@ -46,8 +46,9 @@ pub fn of(identity: &Identity) -> Result<Usage> {
     }
 }
 
-/// The sum of fields 14 and 15, which are in clock ticks. The name may contain anything, so the
-/// fields are counted from the last parenthesis.
+/// Returns the CPU time from `/proc/<pid>/stat`: the sum of fields 14 and 15, which are in clock
+/// ticks. The process's name may contain anything, so the fields are counted from the last
+/// parenthesis.
 fn cpu_ns(stat: &str) -> Option<u64> {
     let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
     let ticks = fields
@@ -61,7 +62,7 @@ fn cpu_ns(stat: &str) -> Option<u64> {
     ticks.checked_mul(1_000_000_000 / per_s)
 }
 
-/// The second field, which is in pages.
+/// Returns the resident memory from `/proc/<pid>/statm`: the second field, which is in pages.
 fn memory_bytes(statm: &str) -> Option<u64> {
     let pages: u64 = statm.split_whitespace().nth(1)?.parse().ok()?;
     pages.checked_mul(u64::try_from(sysconf(SysconfVar::PAGE_SIZE).ok()??).ok()?)

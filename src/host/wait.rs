@@ -17,7 +17,8 @@ pub enum WaitResult {
     Cancelled,
 }
 
-/// The time left in `poll`'s milliseconds, rounded up so that the last one is not spent spinning.
+/// Returns the time left in `poll`'s milliseconds, rounded up so that the last millisecond is not
+/// spent spinning.
 fn timeout_until(deadline: Option<Instant>) -> PollTimeout {
     let Some(deadline) = deadline else {
         return PollTimeout::NONE;
@@ -41,8 +42,8 @@ pub fn poll_until(fds: &mut [PollFd<'_>], deadline: Option<Instant>) -> io::Resu
     }
 }
 
-/// Waits until one of the descriptors is ready. A fired token takes precedence over a ready
-/// descriptor.
+/// Waits until one of the descriptors is ready, the deadline has passed, or the token fires. A
+/// fired token takes precedence over a ready descriptor.
 pub fn wait_any(
     fds: &[(BorrowedFd<'_>, PollFlags)],
     deadline: Instant,
@@ -51,7 +52,7 @@ pub fn wait_any(
     wait(fds, deadline, Some(cancel))
 }
 
-/// Like [`wait_any`], but ignores cancellation. Use it to clean up.
+/// Waits like [`wait_any`], but ignores cancellation. Use it to clean up.
 pub fn wait_uncancelled(
     fds: &[(BorrowedFd<'_>, PollFlags)],
     deadline: Instant,
@@ -107,12 +108,12 @@ pub fn sleep(duration: Duration, cancel: &Cancel) -> io::Result<bool> {
     Ok(wait_any(&[], Instant::now() + duration, cancel)? == WaitResult::Deadline)
 }
 
-/// The error for work that was cancelled while `doing`.
+/// Returns the error for work that was cancelled while `doing`.
 pub fn cancelled(doing: &str, cancel: &Cancel) -> Error {
     cancelled_by(cancel).context(doing)
 }
 
-/// The error for work that a token has cancelled. Its source is the cause.
+/// Returns the error for work that a token has cancelled. The error's source is the cause.
 pub fn cancelled_by(cancel: &Cancel) -> Error {
     let error = Error::new(Kind::Cancelled, "cancelled");
     match cancel.cause() {

@@ -37,7 +37,7 @@ pub const PACKAGES: [&str; 13] = [
     "procps",
 ];
 const BUILD_DEADLINE: Duration = Duration::from_secs(30 * 60);
-/// Limits the memory of a build, whose tree is in a tmpfs.
+/// The size limit of a build's tree, which is in a tmpfs and therefore uses memory.
 const TREE_BYTES_MAX: u64 = 6 << 30;
 const INCLUDE_MAX: usize = 256;
 /// The number of error lines of a failed build that are shown.
@@ -68,7 +68,7 @@ const INPUTS: [(&str, &str); 6] = [
     ("sshd_config", include_str!("guest/sshd_config")),
     ("modprobe.conf", include_str!("guest/modprobe.conf")),
 ];
-/// What to build.
+/// The image to build.
 #[derive(Clone, Debug)]
 pub struct BuildSpec {
     pub name: ImageRef,
@@ -140,8 +140,8 @@ pub fn build(
     Ok(info)
 }
 
-/// Checks that the names are names of Debian packages (Policy 5.6.1), so that none of them is an
-/// option of mmdebstrap or apt.
+/// Returns all packages to install. Checks that the names in `include` are names of Debian packages
+/// (Policy 5.6.1), so that none of them is an option of mmdebstrap or apt.
 fn package_list(include: &[String]) -> Result<Vec<String>> {
     if include.len() > INCLUDE_MAX {
         return Err(Error::invalid(format!(

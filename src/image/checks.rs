@@ -64,7 +64,8 @@ impl Host {
         std::fs::read_to_string(self.root.join(path)).unwrap_or_default()
     }
 
-    /// The first program that is missing, with its package.
+    /// Returns the first program that is missing, with its package, or None if all programs are
+    /// installed.
     fn missing(&self) -> Option<(&'static str, &'static str)> {
         let extra = if self.is_root() {
             None
@@ -91,7 +92,8 @@ impl Host {
         )
     }
 
-    /// The command that allows ordinary users to create user namespaces, if the host forbids it.
+    /// Returns the command that allows ordinary users to create user namespaces if the host forbids
+    /// it, or other advice if no setting of the host forbids it.
     fn namespace_fix(&self) -> String {
         let is = |path: &str, value: &str| self.read(path).trim() == value;
         if is("proc/sys/kernel/apparmor_restrict_unprivileged_userns", "1") {
@@ -144,9 +146,9 @@ impl Host {
     }
 }
 
-/// The beginning of a command that runs a program in its own namespaces, which end with the program
-/// and with the daemon. Without root, it maps all of the user's subordinate ids and runs the
-/// program as root of a user namespace.
+/// Returns the beginning of a command that runs a program in its own namespaces. The program is
+/// killed when the daemon dies. Without root, the command maps all of the user's subordinate ids
+/// and runs the program as root of a user namespace.
 pub(super) fn namespace(root: bool) -> Command {
     let command = Command::new("setpriv").args(["--pdeathsig", "KILL", "unshare"]);
     let command = if root {
@@ -164,7 +166,8 @@ pub(super) fn namespace(root: bool) -> Command {
     ])
 }
 
-/// The size of the largest range that `text` (subuid(5)) assigns to the user, by name or by number.
+/// Returns the size of the largest range that `text` (subuid(5)) assigns to the user, by name or by
+/// number.
 fn subids(text: &str, user: &str, uid: u32) -> u64 {
     let uid = uid.to_string();
     let ranges = text.lines().filter_map(|line| {
@@ -211,7 +214,8 @@ fn checks_of(host: &Host, commands: &dyn Commands, cancel: &Cancel) -> Vec<Check
     }]
 }
 
-/// The names and contents of the host's apt sources, in both formats.
+/// Returns the names and contents of the host's apt sources, in both formats. Files that cannot be
+/// read are omitted.
 pub(super) fn source_files(root: &Path) -> Vec<(String, String)> {
     let parts = std::fs::read_dir(root.join("etc/apt/sources.list.d"))
         .into_iter()

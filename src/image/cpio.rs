@@ -5,7 +5,7 @@ const DIRECTORY: u32 = 0o040_000;
 const FILE: u32 = 0o100_000;
 const SYMLINK: u32 = 0o120_000;
 const TYPE: u32 = 0o170_000;
-/// The magic number and thirteen fields.
+/// The length of a member's header: the magic number and thirteen fields.
 const HEAD_BYTES: usize = 110;
 const TRAILER: &str = "TRAILER!!!";
 
@@ -48,7 +48,8 @@ impl Cpio {
     fn member_with_inode(&mut self, inode: u32, path: &str, mode: u32, links: u32, content: &[u8]) {
         let size = u32::try_from(content.len()).expect("a member below 4 GiB");
         let name_size = u32::try_from(path.len() + 1).expect("a short path");
-        // ino mode uid gid nlink mtime filesize maj min rmaj rmin namesize chksum
+        // The fields are ino, mode, uid, gid, nlink, mtime, filesize, maj, min, rmaj, rmin,
+        // namesize and chksum.
         let fields = [inode, mode, 0, 0, links, 0, size, 0, 0, 0, 0, name_size, 0];
         self.bytes.extend_from_slice(b"070701");
         for field in fields {
@@ -67,8 +68,8 @@ impl Cpio {
     }
 }
 
-/// The content of a regular file in an archive. None if there is no such file or the archive is
-/// malformed.
+/// Returns the content of a regular file in an archive, or None if there is no such file or the
+/// archive is malformed.
 pub(super) fn find<'a>(archive: &'a [u8], path: &str) -> Option<&'a [u8]> {
     let mut at = 0usize;
     loop {

@@ -12,9 +12,9 @@ use std::path::Path;
 
 const BLOCK: usize = 4096;
 
-/// The size and the digest of a file. The root file system is sparse, so its digest covers only its
-/// non-zero blocks of 4096 bytes, each preceded by its number (64 bits, little-endian). The digest
-/// therefore does not depend on the positions of the holes.
+/// Returns the size and the digest of a file. The root file system is sparse, so its digest covers
+/// only its non-zero blocks of 4096 bytes, each preceded by its number (64 bits, little-endian).
+/// The digest therefore does not depend on the positions of the holes.
 pub(super) fn record(dir: &Path, name: &str, cancel: &Cancel) -> Result<FileRecord> {
     let io = |e: std::io::Error| Error::io(format!("hash {name}"), e);
     let file = File::open(dir.join(name)).map_err(io)?;

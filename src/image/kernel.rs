@@ -6,7 +6,7 @@
 use crate::error::{Error, Kind, Result};
 use std::collections::BTreeMap;
 
-/// Offsets of the boot protocol's fields (Documentation/arch/x86/boot.rst in the kernel).
+/// The offsets of the boot protocol's fields (Documentation/arch/x86/boot.rst in the kernel).
 const SETUP_SECTORS_AT: usize = 0x1f1;
 const MAGIC_AT: usize = 0x202;
 const VERSION_AT: usize = 0x206;
@@ -17,7 +17,7 @@ const PAYLOAD_LENGTH_AT: usize = 0x24c;
 /// The first version of the protocol with a payload.
 const VERSION_MIN: u16 = 0x0208;
 const SECTOR: usize = 512;
-/// The largest kernel. A malformed image may claim any size.
+/// The size limit of an unpacked kernel. A malformed image may claim any size.
 pub(super) const VMLINUX_BYTES_MAX: u32 = 512 << 20;
 
 /// A signed module ends with this mark (include/linux/module_signature.h in the kernel).
@@ -50,7 +50,7 @@ impl Compression {
             .map(|(_, c)| *c)
     }
 
-    /// The program that unpacks this format, and the suffix that the program expects.
+    /// Returns the program that unpacks this format, and the suffix that the program expects.
     pub(super) const fn program(self) -> (&'static str, &'static str) {
         match self {
             Compression::Lz4 => ("lz4", "lz4"),
@@ -117,8 +117,8 @@ pub(super) fn payload(image: &[u8]) -> Result<Payload<'_>> {
     })
 }
 
-/// The version in a bzImage's header. `kernel_version` is the offset of a text, counted from the
-/// second sector.
+/// Returns the version in a bzImage's header, or None if it has none. `kernel_version` is the
+/// offset of a text, counted from the second sector.
 pub(super) fn version(image: &[u8]) -> Option<String> {
     let at = image
         .get(KERNEL_VERSION_AT..KERNEL_VERSION_AT + 2)
@@ -131,8 +131,8 @@ pub(super) fn version(image: &[u8]) -> Option<String> {
     version.filter(|version| version.starts_with(|c: char| c.is_ascii_digit()))
 }
 
-/// The first word of a text, up to a blank or a NUL. None if it cannot be a version because of its
-/// characters or its length (`__NEW_UTS_LEN`).
+/// Returns the first word of a text, up to a blank or a NUL. Returns None if that word cannot be a
+/// version because of its characters or its length (`__NEW_UTS_LEN`).
 pub(super) fn word(text: &[u8]) -> Option<String> {
     let end = text
         .iter()
@@ -143,8 +143,8 @@ pub(super) fn word(text: &[u8]) -> Option<String> {
         .then(|| String::from_utf8_lossy(&text[..end]).into_owned())
 }
 
-/// Strips the signature from a module, if it has one. The guest then does not verify it, which
-/// saves an RSA computation per module on a slow guest.
+/// Strips the signature from a module, if it has one. The guest then has no signature to verify,
+/// which saves an RSA computation per module on a slow guest.
 pub(super) fn without_signature(module: &[u8]) -> &[u8] {
     let Some(rest) = module.strip_suffix(SIGNATURE_MARK) else {
         return module;

@@ -26,9 +26,9 @@ pub use build::{BuildSpec, build};
 pub use checks::checks;
 pub use registry::{BALLOON_SINCE, CTRL_ALT_DEL_SINCE, ImageInfo, Images, kernel_path};
 
-/// Kernel arguments for every VMM, in addition to those for the console and the clock. They skip
-/// the self-tests of the crypto modules (0.2 s under emulation), take entropy from the processor,
-/// and end the VM immediately after a panic.
+/// The kernel arguments for every VMM, in addition to those for the console and the clock. They
+/// skip the self-tests of the crypto modules (0.2 s under emulation), take entropy from the
+/// processor, and end the VM immediately after a panic.
 pub const BOOT_ARGS: &[&str] = &[
     "quiet",
     "panic=-1",

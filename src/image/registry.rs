@@ -19,9 +19,10 @@ const FORMAT: u32 = 1;
 /// seed. In version 2 the initramfs loads the balloon driver. Version 3 shuts down on Ctrl-Alt-Del
 /// and loads the vsock driver on demand.
 const GUEST_VERSION: u32 = CTRL_ALT_DEL_SINCE;
-/// Guests of images since this version can return memory to the host.
+/// The first version of the init whose guests can return memory to the host.
 pub const BALLOON_SINCE: u32 = 2;
-/// Guests of images since this version shut down on Ctrl-Alt-Del. Earlier ones would be reset.
+/// The first version of the init whose guests shut down on Ctrl-Alt-Del. Earlier guests would be
+/// reset.
 pub const CTRL_ALT_DEL_SINCE: u32 = 3;
 /// The prefix of a build's directory. No image name begins with a dot.
 const STAGING_PREFIX: &str = ".building-";
@@ -42,15 +43,15 @@ pub struct ImageInfo {
     pub disk_bytes: u64,
     /// The space that the image uses on the host.
     pub allocated_bytes: u64,
-    /// For example `Debian GNU/Linux 12 (bookworm)`.
+    /// The distribution's name, for example `Debian GNU/Linux 12 (bookworm)`.
     pub os: String,
-    /// For example `6.1.0-56-cloud-amd64`.
+    /// The kernel's version, for example `6.1.0-56-cloud-amd64`.
     pub kernel_version: String,
-    /// Seconds since the epoch.
+    /// When the image was built, in seconds since the epoch.
     pub built_at: u64,
     /// The version of the image's init; see [`GUEST_VERSION`].
     pub guest_version: u32,
-    /// The user who built the image. None if the image belongs to the host.
+    /// The user who built the image, or None if the image belongs to the host.
     pub owner_uid: Option<u32>,
 }
 
@@ -118,14 +119,15 @@ pub struct Images {
     dir: PathBuf,
 }
 
-/// The path of an image's kernel, which may not exist.
+/// Returns the path of an image's kernel, which may not exist.
 pub fn kernel_path(state_dir: &Path, name: &ImageRef) -> PathBuf {
     state_dir.join(IMAGES_DIR).join(name.as_str()).join(KERNEL)
 }
 
 impl Images {
     /// Opens `<state_dir>/images`, which is created if it does not exist, and removes the leftovers
-    /// of unfinished builds. The caller holds the state directory's lock, so no build is running.
+    /// of unfinished builds and deletions. The caller holds the state directory's lock, so no build
+    /// is running.
     pub fn open(state_dir: &Path) -> Result<Self> {
         let dir = state_dir.join(IMAGES_DIR);
         let io = |e| Error::io(format!("open image registry {}", dir.display()), e);
@@ -156,7 +158,7 @@ impl Images {
         Ok(Self { dir })
     }
 
-    /// All complete images, sorted by name. Damaged ones are logged and omitted.
+    /// Returns all complete images, sorted by name. Damaged ones are logged and omitted.
     pub fn list(&self) -> Result<Vec<ImageInfo>> {
         let io = |e| Error::io(format!("read image registry {}", self.dir.display()), e);
         let mut images = Vec::new();
@@ -177,7 +179,8 @@ impl Images {
     /// Reads the information about an image.
     ///
     /// # Errors
-    /// `image_not_found`, or `host` if a file is missing or its size has changed since the build.
+    /// `image_not_found`, or `host` if the image is damaged, for example because a file is missing
+    /// or its size has changed since the build.
     pub fn get(&self, name: &ImageRef) -> Result<ImageInfo> {
         crate::locks::require_memory_only("file access");
         let dir = self.path(name);
@@ -259,7 +262,7 @@ impl Images {
         File::open(&self.dir).and_then(|d| d.sync_all()).map_err(io)
     }
 
-    /// Creates an empty directory for a build. It is removed when the result is dropped.
+    /// Creates an empty directory for a build. The directory is removed when the result is dropped.
     pub(super) fn stage(&self, name: &ImageRef) -> Result<Staging> {
         if self.path(name).exists() {
             return Err(name_taken(name));
@@ -267,8 +270,8 @@ impl Images {
         Staging::new(&self.dir, &format!("{STAGING_PREFIX}{name}-"))
     }
 
-    /// Publishes `files`, a directory below the staging directory, as an image: makes the files
-    /// read-only, syncs everything, and renames the directory.
+    /// Publishes `files`, a directory below the staging directory, as an image: writes
+    /// `image.json`, makes the files read-only, syncs everything, and renames the directory.
     pub(super) fn publish(&self, files: &Path, metadata: &Metadata) -> Result<ImageInfo> {
         let name = &metadata.name;
         let io = |e: std::io::Error| Error::io(format!("publish image {name}"), e);

@@ -16,9 +16,9 @@ const CONFIG_KEPT: [&str; 7] = [
 /// The distribution of the host, from os-release(5).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Os {
-    /// For example `debian`.
+    /// The distribution's id, for example `debian`.
     pub id: String,
-    /// For example `bookworm`; may be empty.
+    /// The release's code name, for example `bookworm`. It may be empty.
     pub codename: String,
 }
 
@@ -35,7 +35,7 @@ pub(super) fn os(os_release: &str) -> Os {
     }
 }
 
-/// An apt.conf for a build: the needed lines of `apt-config dump`, and no translations.
+/// Returns an apt.conf for a build: the needed lines of `apt-config dump`, and no translations.
 pub(super) fn apt_conf(dump: &str) -> String {
     let mut conf = String::from("Acquire::Languages \"none\";\n");
     for line in dump
@@ -51,9 +51,9 @@ pub(super) fn apt_conf(dump: &str) -> String {
     conf
 }
 
-/// The host's sources for `codename` and its updates as one-line entries (sources.list(5)). `files`
-/// has names and contents in either format. Third-party archives are omitted: their suites have
-/// other names, or they have no `main`.
+/// Returns the host's sources for `codename` and its updates as one-line entries (sources.list(5)).
+/// `files` has names and contents in either format. Third-party archives are omitted: their suites
+/// have other names, or they have no `main`.
 pub(super) fn sources_list(files: &[(String, String)], codename: &str) -> String {
     let mut lines = Vec::new();
     for (name, text) in files {

@@ -46,9 +46,9 @@ pub(super) fn unpack(
     Ok(())
 }
 
-/// Unpacks `packed` to `to` and removes it. `packed` has the suffix of its compression, and `to` is
-/// its name without the suffix. A small file that unpacks to more than `bytes_max` is refused, so
-/// that it cannot fill the disk.
+/// Unpacks `packed` to `to` and then removes `packed`. `packed` has the suffix of its compression,
+/// and `to` is its name without the suffix. Fails if the result is larger than `bytes_max`, so that
+/// it cannot fill the disk.
 pub(super) fn unpack_file(
     commands: &dyn Commands,
     compression: Compression,

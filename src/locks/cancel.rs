@@ -24,14 +24,14 @@ struct Wakers {
     running: Option<(u64, raw::ThreadId)>,
 }
 
-/// Fires at most once and stays fired. Clones share one state.
+/// A token that fires at most once and stays fired. Clones share one state.
 #[derive(Clone)]
 pub struct Cancel {
     inner: Arc<Inner>,
 }
 
 impl Cancel {
-    /// Fails with the eventfd's error (EMFILE, ENFILE).
+    /// Creates a token that has not fired. Fails if no eventfd can be created (EMFILE, ENFILE).
     pub fn try_new() -> std::io::Result<Self> {
         let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         let (cause, wakers) = (OnceLock::new(), raw::Mutex::new(Wakers::default()));
@@ -75,13 +75,13 @@ impl Cancel {
         self.inner.cause.get().is_some()
     }
 
-    /// None if the token has not fired.
+    /// Returns why the token fired, or None if it has not fired.
     pub fn cause(&self) -> Option<&CancelCause> {
         self.inner.cause.get()
     }
 
-    /// A descriptor that becomes readable when the token fires, and stays readable. Never read from
-    /// it.
+    /// Returns a descriptor that becomes readable when the token fires, and stays readable. Never
+    /// read from this descriptor.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.inner.event.as_fd()
     }
@@ -89,7 +89,7 @@ impl Cancel {
     /// Calls `waker` once: when the token fires, on the thread that fires it, or now if it has
     /// already fired. Dropping the result unsubscribes; after the drop the waker is not running and
     /// will not run. The waker must not block or take a lock that has a rank, because the firing
-    /// thread may hold any lock. It may use this token.
+    /// thread may hold any lock. The waker may use this token.
     pub fn on_cancel(&self, waker: impl FnOnce() + Send + 'static) -> Subscription {
         let mut wakers = self.inner.wakers.lock();
         // Check under the mutex, which `cancel` takes after setting the cause. Either this function
@@ -127,9 +127,9 @@ pub struct Subscription {
 }
 
 impl Drop for Subscription {
-    /// If another thread is currently calling the waker, waits until it returns, so that the caller
-    /// can then close what the waker uses, such as a descriptor. Wakers do not block, so the wait
-    /// is short.
+    /// Unsubscribes the waker. If another thread is currently calling the waker, waits until that
+    /// call returns, so that the caller can then close what the waker uses, such as a descriptor.
+    /// Wakers do not block, so the wait is short.
     fn drop(&mut self) {
         let inner = &self.cancel.inner;
         let mut wakers = inner.wakers.lock();

@@ -28,7 +28,7 @@ pub enum CancelCause {
     DaemonStops,
     /// The command in the guest or the call has ended.
     CommandEnded,
-    /// The owner of the token has ended. Used for tokens that serve as events.
+    /// The owner of the token has ended. Tokens that serve as events fire with this cause.
     Finished,
 }
 

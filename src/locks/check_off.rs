@@ -58,7 +58,7 @@ pub fn set_chaos(_hook: Option<fn(Rank)>) {}
 pub fn observed() -> Vec<Edge> {
     Vec::new()
 }
-/// The table as a Graphviz graph.
+/// Returns the table as a Graphviz graph.
 pub fn dot() -> String {
     super::rank::dot(None)
 }

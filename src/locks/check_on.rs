@@ -41,8 +41,8 @@ pub struct Request<'a> {
     pub blocks: bool,
 }
 
-/// A thread that only touches memory releases its lock within microseconds. More CPU time than this
-/// counts as a long hold.
+/// A hold that takes more CPU time than this counts as long. A thread that only touches memory
+/// releases its lock within microseconds.
 pub const HOLD_CPU_LONG: Duration = Duration::from_millis(1);
 
 /// Statistics about the holds of one rank's locks since the process started.
@@ -150,9 +150,9 @@ static THREADS: Mutex<Vec<Arc<Mutex<HeldList>>>> = Mutex::new(Vec::new());
 static EDGES: [AtomicU32; Rank::ALL.len()] = [const { AtomicU32::new(0) }; Rank::ALL.len()];
 static SITES: Mutex<BTreeMap<(Rank, Rank), (Site, Site)>> = Mutex::new(BTreeMap::new());
 static VIOLATIONS: AtomicU64 = AtomicU64::new(0);
-/// Violations that the checker's own tests provoke.
+/// The number of violations that the checker's own tests have provoked.
 static EXPECTED: AtomicU64 = AtomicU64::new(0);
-/// Holds of `vm_locks`, which must be short.
+/// Statistics about the holds of `vm_locks`, which must be short.
 static HOLDS: Mutex<Option<Holds>> = Mutex::new(None);
 static CHAOS_ON: AtomicBool = AtomicBool::new(false);
 static CHAOS: Mutex<Option<fn(Rank)>> = Mutex::new(None);
@@ -161,8 +161,8 @@ thread_local! {
     static LOCAL: Local = Local::register();
 }
 std::thread_local! {
-    /// False in the checker's own tests, whose edges and violations must not be counted as the
-    /// daemon's.
+    /// Whether this thread's edges and violations are recorded. False in the checker's own tests,
+    /// whose edges and violations must not be counted as the daemon's.
     static RECORDING: Cell<bool> = const { Cell::new(true) };
     /// How often this thread had to wait for a mutex.
     static CONTENDED: Cell<u64> = const { Cell::new(0) };
@@ -194,7 +194,8 @@ impl Token {
 }
 
 impl Drop for Token {
-    // Must not panic, because it also runs during unwinding. Guards may be dropped in any order.
+    // This must not panic, because it also runs during unwinding. Guards may be dropped in any
+    // order.
     fn drop(&mut self) {
         let mut ended = None;
         self.edit(|held, i| {
@@ -227,7 +228,7 @@ fn measure(since: Usage, at: Site) {
     }
 }
 
-/// Statistics about the holds of `vm_locks` so far.
+/// Returns statistics about the holds of `vm_locks` so far.
 #[cfg(any(test, feature = "fakes"))]
 pub fn holds() -> Holds {
     HOLDS.lock().clone().unwrap_or_default()
@@ -241,8 +242,8 @@ pub fn lock_beneath<T>(mutex: &Mutex<T>) -> parking_lot::MutexGuard<'_, T> {
     })
 }
 
-/// Panics before the thread blocks if the table does not allow this lock together with those that
-/// the thread holds.
+/// Adds the wanted lock to this thread's list. Panics before the thread blocks if the table does
+/// not allow this lock together with those that the thread holds.
 #[track_caller]
 pub fn acquire(tag: &Tag, want: Request<'_>) -> Token {
     let (rank, at) = (tag.0, Location::caller());
@@ -262,7 +263,7 @@ pub fn acquire(tag: &Tag, want: Request<'_>) -> Token {
         at,
         taken: want.instance.is_null(),
     };
-    // Judge under the list's mutex, but report and record outside it, because both may call other
+    // Judge under the list's mutex, but panic and record outside it, because both may call other
     // code.
     let judged = LOCAL.with(|local| {
         let list = &mut *local.0.lock();
@@ -299,7 +300,8 @@ pub fn acquire(tag: &Tag, want: Request<'_>) -> Token {
     }
 }
 
-/// Checks a condition wait, which releases the lock of `except`.
+/// Panics if the table does not allow a condition wait under the locks that the thread holds. The
+/// lock of `except` is ignored, because the wait releases it.
 #[track_caller]
 pub fn check_wait(region: Rank, except: &Token) {
     let at = Location::caller();
@@ -333,15 +335,17 @@ pub fn check_wait(region: Rank, except: &Token) {
     }
 }
 
-/// Panics if this thread holds a lock under which only memory may be touched. Call it before
-/// anything that may take a moment in the kernel or in another process; longer waits have virtual
-/// ranks. A panic may drop values that do such things, so an unwinding thread is not checked.
+/// Panics if this thread holds a lock under which only memory may be touched. Call this function
+/// before anything that may take a moment in the kernel or in another process; longer waits have
+/// virtual ranks. A panic may drop values that do such things, so an unwinding thread is not
+/// checked.
 #[track_caller]
 pub fn require_memory_only(what: &str) {
     require_none(what, &Location::caller());
 }
 
-/// Applies the same check to a log call, because it may block on the reader of the log.
+/// Panics like [`require_memory_only`] for a log call, because the call may block on the reader of
+/// the log.
 pub fn log_call(record: &log::Record<'_>) {
     require_none(
         "log call",
@@ -378,7 +382,7 @@ fn require_none(what: &str, at: &dyn std::fmt::Display) {
     }
 }
 
-/// The number of locks and regions of this thread.
+/// Returns the number of locks and regions that this thread holds or waits for.
 #[cfg(any(test, feature = "fakes"))]
 pub fn held() -> usize {
     LOCAL.with(|local| local.0.lock().held.len())
@@ -399,7 +403,7 @@ pub fn assert_none_held(at: &str) {
     }
 }
 
-/// The number of violations so far, including those whose panic was caught.
+/// Returns the number of violations so far, including those whose panic was caught.
 pub fn violations() -> u64 {
     VIOLATIONS.load(Ordering::SeqCst)
 }
@@ -411,7 +415,7 @@ pub fn set_chaos(hook: Option<fn(Rank)>) {
     CHAOS_ON.store(hook.is_some(), Ordering::Relaxed);
 }
 
-/// The declared edges that occurred in this process.
+/// Returns the declared edges that occurred in this process.
 #[cfg(any(test, feature = "fakes"))]
 pub fn observed() -> Vec<super::rank::Edge> {
     SITES
@@ -421,7 +425,7 @@ pub fn observed() -> Vec<super::rank::Edge> {
         .collect()
 }
 
-/// The table as a Graphviz graph, with the edges observed so far.
+/// Returns the table as a Graphviz graph, with the edges observed so far.
 #[cfg(any(test, feature = "fakes"))]
 pub fn dot() -> String {
     super::rank::dot(Some(&observed()))
@@ -452,7 +456,7 @@ pub fn dump() -> String {
     }
 }
 
-/// From now on, does not record this thread's edges, and counts its violations as expected.
+/// Stops recording this thread's edges, and counts its later violations as expected.
 #[cfg(all(test, not(feature = "shuttle")))]
 pub(super) fn stop_recording() {
     RECORDING.with(|r| r.set(false));
@@ -519,7 +523,7 @@ fn fail(report: &str, hangs: bool) {
         && *ABORT.get_or_init(|| std::env::var_os("FCD_LOCK_ABORT").is_some_and(|v| v == "1"));
     let unwinding = std::thread::panicking();
     if aborts || (unwinding && hangs) {
-        eprintln!("{report}"); // Not through the log, which may be off or locked by this thread.
+        eprintln!("{report}"); // Do not use the log, which may be off or locked by this thread.
         std::process::abort();
     }
     if unwinding {

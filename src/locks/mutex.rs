@@ -11,7 +11,8 @@ pub struct Mutex<T> {
     inner: parking_lot::Mutex<T>,
 }
 
-/// Unlocks on drop. It is not `Send`, even if another crate enables parking_lot's `send_guard`.
+/// Gives access to the data of a locked [`Mutex`], and unlocks it on drop. The guard is not `Send`,
+/// even if another crate enables parking_lot's `send_guard`.
 #[must_use = "dropping it unlocks"]
 pub struct MutexGuard<'a, T> {
     inner: parking_lot::MutexGuard<'a, T>,
@@ -64,7 +65,7 @@ impl<T> DerefMut for MutexGuard<'_, T> {
 /// How a wait ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Waited {
-    /// The condition no longer holds. Takes precedence over a cancel and the deadline.
+    /// The condition no longer holds. This takes precedence over a cancel and the deadline.
     Done,
     Cancelled,
     TimedOut,
@@ -108,7 +109,7 @@ impl Condvar {
         true
     }
 
-    /// Like [`Condvar::wait_while`], but also ends when `cancel` fires.
+    /// Waits like [`Condvar::wait_while`], but also ends when `cancel` fires.
     #[cfg_attr(any(debug_assertions, feature = "lock-check"), track_caller)]
     pub fn wait_while_cancellable<T>(
         &self,

@@ -98,8 +98,8 @@ impl Rank {
         CondWait,
     ];
 
-    /// The ranks that may be held when this one is taken; any other held rank is a violation. Two
-    /// ranks that do not list each other are therefore never held together.
+    /// Returns the ranks that may be held when this one is taken; any other held rank is a
+    /// violation. Two ranks that do not list each other are therefore never held together.
     pub const fn under(self) -> RankSet {
         match self {
             Job | Vm => RankSet::EMPTY,
@@ -118,7 +118,7 @@ impl Rank {
         }
     }
 
-    /// A virtual rank is not a lock; it states what the thread is doing.
+    /// True if this rank is not a lock but states what the thread is doing.
     pub const fn is_virtual(self) -> bool {
         matches!(
             self,
@@ -126,8 +126,9 @@ impl Rank {
         )
     }
 
-    /// A thread that holds such a lock may touch memory only: no file, socket, process or log line.
-    /// The workspace lock is the exception, because an operation holds it across its guest I/O.
+    /// True if a thread that holds such a lock may touch memory only: no file, socket, process or
+    /// log line. The workspace lock is the exception, because an operation holds it across its
+    /// guest I/O.
     pub const fn is_memory_only(self) -> bool {
         !self.is_virtual() && !matches!(self, Workspace) && !ONE_LOCK.contains(self)
     }
@@ -186,7 +187,7 @@ pub struct Edge {
     pub first: (Site, Site),
 }
 
-/// Every pair (held, taken) that the table allows.
+/// Returns every pair (held, taken) that the table allows.
 pub fn declared() -> impl Iterator<Item = (Rank, Rank)> {
     Rank::ALL
         .into_iter()
@@ -202,12 +203,12 @@ fn names(ranks: impl Iterator<Item = Rank>) -> String {
     }
 }
 
-/// The rule for one rank, as violation reports and the table print it.
+/// Returns the rule for one rank, as violation reports and the table print it.
 pub(super) fn rule(rank: Rank) -> String {
     names(rank.under().iter())
 }
 
-/// The table for `ARCHITECTURE.md`. Consecutive ranks with the same rule share a line.
+/// Returns the table for `ARCHITECTURE.md`. Consecutive ranks with the same rule share a line.
 #[cfg(any(test, feature = "fakes"))]
 pub fn markdown_table() -> String {
     let mut out = String::from("| taken | kind | while holding only |\n|---|---|---|\n");
@@ -237,7 +238,7 @@ pub struct Rule {
     pub under: Vec<&'static str>,
 }
 
-/// The table, outermost first.
+/// Returns the rules of the table, outermost rank first.
 pub fn order() -> Vec<Rule> {
     let rule = |r: Rank| Rule {
         taken: r.name(),
@@ -247,8 +248,8 @@ pub fn order() -> Vec<Rule> {
     Rank::ALL.into_iter().map(rule).collect()
 }
 
-/// The table as a Graphviz graph. If `observed` is given, edges that never occurred are dotted, and
-/// the tooltip of the others says where they were first seen.
+/// Returns the table as a Graphviz graph. If `observed` is given, edges that never occurred are
+/// dotted, and the tooltip of the others says where they were first seen.
 pub fn dot(observed: Option<&[Edge]>) -> String {
     let mut out = String::from("digraph locks {\n");
     for rank in Rank::ALL {

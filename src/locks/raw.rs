@@ -14,7 +14,7 @@ mod imp {
     pub use shuttle::sync::atomic::AtomicBool;
     pub use shuttle::thread::{Thread, ThreadId, current, park};
 
-    /// Has parking_lot's signatures; a panic under the lock does not poison it.
+    /// A mutex with parking_lot's signatures. A panic under the lock does not poison the mutex.
     pub struct Mutex<T>(shuttle::sync::Mutex<T>);
     pub struct MutexGuard<'a, T>(Option<shuttle::sync::MutexGuard<'a, T>>);
     pub struct Condvar(shuttle::sync::Condvar);

@@ -14,7 +14,7 @@ pub struct LockSet<K: Eq + Hash> {
     slots: Slots<K>,
 }
 
-/// The token fired before the lock was granted.
+/// The error if the token fired before the lock was granted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct WaitCancelled;
 
@@ -85,7 +85,7 @@ impl<K: Clone + Ord + Hash + Debug> LockSet<K> {
         Some(self.guard(key.clone(), token))
     }
 
-    /// Every key that is held, with its current holder and its waiters.
+    /// Returns every key that is held, with its current holder and its waiters.
     pub fn records(&self) -> Vec<KeyRecord> {
         self.slots.records()
     }
@@ -116,7 +116,7 @@ impl<K: Clone + Ord + Hash + Debug> LockSet<K> {
 }
 
 impl<K: Eq + Hash> LockSet<K> {
-    /// The number of keys that are held.
+    /// Returns the number of keys that are held.
     #[cfg(any(test, feature = "fakes"))]
     pub fn len(&self) -> usize {
         self.slots.len()

@@ -8,7 +8,7 @@ use std::hash::Hash;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-/// When the set becomes empty, it frees a map with a capacity above this.
+/// The largest capacity that an empty set keeps. A larger map is freed when the set becomes empty.
 const IDLE_CAPACITY_MAX: usize = 1024;
 
 /// The lock of one key. A slot always has a holder: a release either hands it to the first waiter
@@ -32,7 +32,8 @@ impl<K: Clone + Ord + Hash + Debug> Slots<K> {
         Self(raw::Mutex::new(HashMap::new()))
     }
 
-    /// Takes the lock if it is free (None) or joins its queue.
+    /// Takes the lock if it is free, and then returns None. Otherwise joins the lock's queue and
+    /// returns the waiter.
     pub(super) fn enter(&self, key: &K) -> Option<Arc<Waiter>> {
         let here = PartyRecord::now();
         match self.lock().entry(key.clone()) {
@@ -54,7 +55,7 @@ impl<K: Clone + Ord + Hash + Debug> Slots<K> {
         }
     }
 
-    /// Takes the lock if it is free.
+    /// Takes the lock if it is free. Returns false if it is held.
     pub(super) fn enter_if_free(&self, key: &K) -> bool {
         match self.lock().entry(key.clone()) {
             Entry::Occupied(_) => return false,
@@ -78,7 +79,7 @@ impl<K: Clone + Ord + Hash + Debug> Slots<K> {
         slot.waiters.len() < before
     }
 
-    /// See [`LockSet::records`](super::LockSet::records).
+    /// Returns the result of [`LockSet::records`](super::LockSet::records).
     pub(super) fn records(&self) -> Vec<KeyRecord> {
         let slots = self.lock();
         let mut all: Vec<_> = slots

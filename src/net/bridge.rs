@@ -19,9 +19,9 @@ pub(super) fn is_ours(names: &Names, link: &Link) -> bool {
     link.is_kind("bridge") && (link.alias() == names.bridge() || is_new)
 }
 
-/// Checks that nothing else uses the bridge's name or the guests' subnet. Call it before anything
-/// is created. Once our bridge has the subnet, another route into it is not an error, because the
-/// VMs are already there.
+/// Checks that nothing else uses the bridge's name or the guests' subnet. Call this function before
+/// anything is created. Once our bridge has the subnet, another route into it is not an error,
+/// because the VMs are already there.
 ///
 /// # Errors
 /// `conflict`, with the settings to change.
@@ -164,7 +164,8 @@ pub(super) fn ensure_forwarding() -> Result<bool> {
     Ok(true)
 }
 
-/// The addresses of the permanent neighbour entries on the bridge, which `Net::joining` sets.
+/// Returns the addresses of the permanent neighbour entries on the bridge, which `Net::joining`
+/// sets. Returns none if the bridge does not exist.
 pub(super) fn neighbours(bridge: &str, tools: &Tools) -> Result<Vec<Ipv4Addr>> {
     let args = ["-4", "neighbour", "show", "nud", "permanent", "dev", bridge];
     match tools.ip_json(&args, tools.never()) {

@@ -15,7 +15,7 @@ use serde::Deserialize;
 use std::path::Path;
 use std::time::Duration;
 
-/// Lists tables of legacy iptables, whose rules `nft` does not show.
+/// The file that lists the tables of legacy iptables, whose rules `nft` does not show.
 const LEGACY_TABLES: &str = "/proc/net/ip_tables_names";
 const LEGACY_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -238,8 +238,8 @@ fn parse_chains(json: &[u8]) -> Result<Vec<Chain>> {
 
 type TextOf<'a> = dyn FnMut(&str, &str) -> Result<String> + 'a;
 
-/// Finds chains in other tables that drop by default and do not mention the bridge. Returns what
-/// was found and how to fix it.
+/// Finds chains in other tables that drop packets by default. Skips tables that mention the bridge.
+/// Returns a description of each problem and how to fix it.
 fn blockers(
     chains: &[Chain],
     bridge: &str,

@@ -1,6 +1,6 @@
 //! Deletes entries from the kernel's connection tracking table (nf_conntrack). The address
-//! translation of a connection is fixed when it begins, so an entry that is older than a rule or a
-//! guest would bypass both.
+//! translation of a connection is fixed when the connection begins, so packets of an old connection
+//! would bypass a newer rule, or reach a newer guest with the same address.
 //!
 //! Sources: linux/netlink.h, linux/netfilter/nfnetlink.h, linux/netfilter/nfnetlink_conntrack.h.
 
@@ -28,11 +28,11 @@ const NLMSG_DONE: u16 = 3;
 const NLM_F_REQUEST: u16 = 1;
 const NLM_F_ACK: u16 = 4;
 const NLM_F_DUMP: u16 = 0x300;
-/// Message types. Each is `NFNL_SUBSYS_CTNETLINK << 8` plus the number of the message.
+/// The types of messages. Each type is `NFNL_SUBSYS_CTNETLINK << 8` plus the number of the message.
 const CT_NEW: u16 = 0x100;
 const CT_GET: u16 = 0x101;
 const CT_DELETE: u16 = 0x102;
-/// `struct nfgenmsg`: family, version, resource.
+/// The `struct nfgenmsg` of every message: family, version and resource.
 const GENERIC: [u8; 4] = [libc::AF_INET as u8, 0, 0, 0];
 const TYPE_MASK: u16 = 0x3fff;
 const CTA_TUPLE_ORIG: u16 = 1;
@@ -51,9 +51,9 @@ const CTA_PROTO_DST_PORT: u16 = 3;
 pub(super) struct Tuple {
     pub source: Ipv4Addr,
     pub destination: Ipv4Addr,
-    /// `IPPROTO_*`.
+    /// The number of the protocol (`IPPROTO_*`).
     pub protocol: u8,
-    /// 0 if the protocol has no ports.
+    /// The destination port, or 0 if the protocol has no ports.
     pub destination_port: u16,
 }
 
@@ -160,7 +160,7 @@ struct Message<'a> {
     body: &'a [u8],
 }
 
-/// Returns the first message and the rest of the bytes.
+/// Returns the first message and the rest of the bytes, or None if there is no complete message.
 fn next_message(bytes: &[u8]) -> Option<(Message<'_>, &[u8])> {
     let len = u32::from_ne_bytes(bytes.get(..4)?.try_into().ok()?) as usize;
     let kind = u16::from_ne_bytes(bytes.get(4..6)?.try_into().ok()?);
@@ -176,7 +176,8 @@ struct Attribute<'a> {
     whole: &'a [u8],
 }
 
-/// Returns the first attribute and the rest of the bytes.
+/// Returns the first attribute and the rest of the bytes, or None if there is no complete
+/// attribute.
 fn next_attribute(bytes: &[u8]) -> Option<(Attribute<'_>, &[u8])> {
     let len = u16::from_ne_bytes(bytes.get(..2)?.try_into().ok()?) as usize;
     let kind = u16::from_ne_bytes(bytes.get(2..4)?.try_into().ok()?) & TYPE_MASK;

@@ -110,8 +110,8 @@ fn refused(port: &Port, e: rustix::io::Errno) -> Error {
 }
 
 impl Net {
-    /// Publishes these ports to the guest and replaces those that the VM had before. After an error
-    /// nothing is left, or [`Net::unforward`] can remove it.
+    /// Publishes these ports to the guest and replaces those that the VM had before. After an
+    /// error, no port is published, or [`Net::unforward`] can remove those that are.
     pub fn forward(&self, guest: &Guest, ports: &[Port], cancel: &Cancel) -> Result<()> {
         self.unforward(&guest.tag)?;
         let sockets = reserve(ports)?;
@@ -141,7 +141,7 @@ impl Net {
     }
 
     /// Reserves the ports of a running VM after a restart of the daemon. The rules are still in
-    /// place.
+    /// place. Ports that cannot be reserved are only logged.
     pub fn adopt_forwards(&self, guest: &Guest, ports: &[Port]) {
         let sockets = reserve(ports).unwrap_or_else(|e| {
             log::warn!("network: {}: {e}", guest.tag);
@@ -179,7 +179,7 @@ impl Net {
             .map_err(|e| e.context(format!("unpublish the ports of {tag}")))
     }
 
-    /// The tags of the VMs that have published ports.
+    /// Returns the tags of the VMs that have published ports.
     pub fn forwarded(&self) -> Result<Vec<String>> {
         let mut tags: Vec<_> = self
             .published()?

@@ -1,6 +1,6 @@
 //! Finds and removes the network of a removed installation: taps without an attached process, its
-//! bridge if nothing else is connected to it, and its tables. They are found by the installation's
-//! id, like the network of this installation.
+//! bridge if nothing else is connected to it, and its tables. All of these are found by the
+//! installation's id, like the network of this installation.
 
 use super::links::Link;
 use super::names::Names;
@@ -19,9 +19,9 @@ const HAS_CARRIER: &str = "LOWER_UP";
 pub struct Leftovers {
     pub taps: Vec<String>,
     pub bridges: Vec<String>,
-    /// Family and name, as nft prints them: `inet fcd_1a2b3c4d`.
+    /// The family and name of each table, as nft prints them: `inet fcd_1a2b3c4d`.
     pub tables: Vec<String>,
-    /// True if something still uses the network. Then nothing may be removed.
+    /// True if something still uses the network. Nothing may be removed in this case.
     pub is_in_use: bool,
 }
 
@@ -184,7 +184,7 @@ mod tests {
             .host
             .run(|| net.take(&lost, 4711, &Cancel::try_new().unwrap()))
             .unwrap();
-        // Kills the installation's daemon and VM.
+        // Leave the network as if the installation's daemon and its VM had been killed.
         std::mem::forget(net);
         let all = || {
             lab.host.sh("ip -o link show type tun | cut -d: -f2; ip -o link show type bridge | cut -d: -f2; nft list ruleset")

@@ -1,4 +1,4 @@
-//! The addresses of a guest, computed from the subnet and the VM's slot. Pure.
+//! Computes the addresses of a guest from the subnet and the VM's slot, without doing any I/O.
 
 use crate::config::Subnet;
 use crate::error::{Error, Kind, Result};
@@ -48,6 +48,8 @@ pub struct Lease {
 }
 
 impl Lease {
+    /// Returns the addresses for this slot of the subnet.
+    ///
     /// # Errors
     /// `exhausted` when the subnet has no address for this slot.
     pub fn of(subnet: Subnet, slot: u32) -> Result<Self> {
@@ -71,11 +73,12 @@ impl Lease {
 /// A VM as the network sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Guest {
-    /// `fc-<install>-<vm>-<generation>`, the alias of its tap. Contains only a-z, 0-9 and `-`.
+    /// The VM's tag, `fc-<install>-<vm>-<generation>`, which is also the alias of its tap. It
+    /// contains only a-z, 0-9 and `-`.
     pub tag: String,
     pub lease: Lease,
     pub access: Access,
-    /// The maximum rate at which the guest receives. None if nftables does not limit it.
+    /// The maximum rate at which the guest receives, or None if nftables does not limit that rate.
     pub rx_bytes_per_s: Option<u64>,
     pub tx_bytes_per_s: Option<u64>,
 }

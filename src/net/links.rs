@@ -1,4 +1,4 @@
-//! Parses the interfaces, addresses and routes that `ip` prints. Pure.
+//! Parses the interfaces, addresses and routes that `ip` prints.
 
 use crate::error::{Error, Kind, Result};
 use serde::Deserialize;
@@ -24,7 +24,7 @@ pub(super) struct Link {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
 pub(super) struct Info {
-    /// `bridge`, `tun` or `veth`. None for hardware.
+    /// The kind of a virtual interface, such as `bridge`, `tun` or `veth`, or None for hardware.
     pub info_kind: Option<String>,
     pub info_slave_data: SlaveData,
 }
@@ -70,7 +70,7 @@ struct Address {
     prefixlen: u8,
 }
 
-/// Parses `ip -json -4 address show dev X` into addresses and prefix lengths.
+/// Parses the output of `ip -json -4 address show dev X` into addresses and prefix lengths.
 pub(super) fn parse_addresses(json: &[u8]) -> Result<Vec<(Ipv4Addr, u8)>> {
     let links: Vec<Addressed> = parse("the addresses", json)?;
     let all = links.into_iter().flat_map(|l| l.addr_info);
@@ -83,7 +83,7 @@ struct Neighbour {
     dst: Option<Ipv4Addr>,
 }
 
-/// Parses `ip -json -4 neighbour show`.
+/// Parses the output of `ip -json -4 neighbour show` into addresses.
 pub(super) fn parse_neighbours(json: &[u8]) -> Result<Vec<Ipv4Addr>> {
     let all: Vec<Neighbour> = parse("the neighbours", json)?;
     Ok(all.into_iter().filter_map(|n| n.dst).collect())
@@ -105,7 +105,8 @@ struct RouteLine {
     r#type: Option<String>,
 }
 
-/// Parses `ip -json -4 -details route show table all`. Broadcast and default routes are left out.
+/// Parses the output of `ip -json -4 -details route show table all`. Broadcast and default routes
+/// are left out.
 pub(super) fn parse_routes(json: &[u8]) -> Result<Vec<Route>> {
     let lines: Vec<RouteLine> = parse("the routes", json)?;
     let route = |line: RouteLine| {
@@ -137,8 +138,8 @@ fn parse<T: DeserializeOwned + Default>(what: &str, json: &[u8]) -> Result<T> {
         .map_err(|e| Error::new(Kind::Host, format!("read {what} of this host")).with_source(e))
 }
 
-/// Returns the bytes that an interface has received and sent. It does not read sysfs, which shows
-/// the network namespace in which it was mounted.
+/// Returns the bytes that an interface has received and sent, or None if they cannot be read. Does
+/// not read sysfs, which shows the network namespace in which it was mounted.
 pub fn received_and_sent(interface: &str) -> Option<(u64, u64)> {
     parse_counters(
         &std::fs::read_to_string("/proc/thread-self/net/dev").ok()?,
@@ -146,7 +147,8 @@ pub fn received_and_sent(interface: &str) -> Option<(u64, u64)> {
     )
 }
 
-/// Returns the first and the ninth number of the interface's line in /proc/net/dev.
+/// Returns the first and the ninth number of the interface's line in /proc/net/dev, or None if
+/// there is no such line.
 fn parse_counters(dev: &str, interface: &str) -> Option<(u64, u64)> {
     let line = dev
         .lines()

@@ -79,8 +79,8 @@ pub struct Tap {
     pub name: String,
 }
 
-/// Deletes the conntrack entries of earlier guests. If the kernel refuses, the start continues: the
-/// entries expire when they are idle.
+/// Deletes the conntrack entries that `is_stale` selects, such as those of an earlier guest. A
+/// failure is only logged, because the entries expire when they are idle.
 fn forget_flows(is_stale: &dyn Fn(&conntrack::Flow) -> bool) {
     match conntrack::forget(is_stale) {
         Ok(0) => {}
@@ -172,10 +172,10 @@ impl Net {
         Ok(net)
     }
 
-    /// Returns the addresses of the VM in this slot. Pure.
+    /// Returns the addresses of the VM in this slot.
     ///
     /// # Errors
-    /// `exhausted` when the subnet has no address for it.
+    /// `exhausted` when the subnet has no address for this slot.
     pub fn lease(&self, slot: u32) -> Result<Lease> {
         Lease::of(self.config.subnet, slot)
     }
@@ -239,8 +239,8 @@ impl Net {
         Ok(Tap { name })
     }
 
-    /// The commands that put a tap on the bridge. The permanent neighbour entry saves the first
-    /// connection an ARP exchange, and keeps other guests from answering for this address.
+    /// Returns the commands that put a tap on the bridge. The permanent neighbour entry saves the
+    /// first connection an ARP exchange, and keeps other guests from answering for this address.
     fn joining(&self, tap: &str, lease: &Lease) -> Vec<String> {
         let bridge = &self.config.bridge;
         let isolated = if self.config.allow_between_vms {
@@ -332,7 +332,7 @@ impl Net {
         Ok(())
     }
 
-    /// The tags of all VMs' taps on the host, without the spare taps.
+    /// Returns the tags of all VMs' taps on the host, without the spare taps.
     pub fn list(&self) -> Result<Vec<String>> {
         let links = all_links(&self.tools, self.tools.never())?;
         let mut tags: Vec<_> = links
@@ -363,8 +363,9 @@ impl Net {
         Ok(())
     }
 
-    /// Repairs the bridge, the rules and the taps of connected guests, because a restart of another
-    /// firewall can flush all rules. Also removes the rules of taps that no longer exist. Returns a
+    /// Repairs the bridge, IPv4 forwarding, the rules, the published ports and the taps of
+    /// connected guests, because a restart of another firewall can flush all rules. Also removes
+    /// the rules of taps that no longer exist, and refills the pool of spare taps. Returns a
     /// description of each repair.
     ///
     /// May run at any time after [`Net::adopt`]. The sweeper calls it every minute.
@@ -448,7 +449,7 @@ impl Net {
             .map_err(|e| e.context(doing()))
     }
 
-    /// The number of spare taps.
+    /// Returns the number of spare taps.
     #[cfg(test)]
     pub fn taps_ready(&self) -> usize {
         self.pool.ready()

@@ -26,20 +26,20 @@ impl Names {
         })
     }
 
-    /// The bridge's alias.
+    /// Returns the bridge's alias.
     pub(super) fn bridge(&self) -> String {
         format!("fc-{}", self.install)
     }
 
-    /// The bridge's MAC address. The bridge is created with this address, while its alias can only
-    /// be set afterwards.
+    /// Returns the bridge's MAC address. The bridge is created with this address, while its alias
+    /// can only be set afterwards.
     pub(super) fn bridge_mac(&self) -> Mac {
         let number = u32::from_str_radix(&self.install, 16).unwrap_or_default();
         let [a, b, c, d] = number.to_be_bytes();
         Mac([0x06, 0xfc, a, b, c, d])
     }
 
-    /// The alias of a spare tap.
+    /// Returns the alias of a spare tap.
     pub(super) fn spare(&self) -> String {
         format!("{}tap", Tag::prefix(&self.install))
     }
@@ -51,7 +51,7 @@ impl Names {
         rest.is_some_and(|rest| !rest.is_empty() && rest != "tap" && rest.bytes().all(is_plain))
     }
 
-    /// The prefix of the names of this installation's taps.
+    /// Returns the prefix of the names of this installation's taps.
     pub(super) fn tap_prefix(&self) -> String {
         format!("fc{}-", self.install)
     }
@@ -60,12 +60,13 @@ impl Names {
         format!("{}{number}", self.tap_prefix())
     }
 
-    /// The number in the name of one of this installation's taps.
+    /// Returns the number in the name of one of this installation's taps, or None for any other
+    /// name.
     pub(super) fn tap_number(&self, name: &str) -> Option<u32> {
         name.strip_prefix(&self.tap_prefix())?.parse().ok()
     }
 
-    /// The name of this installation's table, in both families.
+    /// Returns the name of this installation's table, which is the same in both families.
     pub(super) fn table(&self) -> String {
         format!("fcd_{}", self.install)
     }

@@ -1,4 +1,4 @@
-//! The nftables rules as scripts for `nft -f -`. Pure.
+//! Builds the nftables rules as scripts for `nft -f -`, without doing any I/O.
 //!
 //! There are two tables, both named `fcd_<install>`, and no script ever names another one. The
 //! `bridge` table lets a frame from one of our taps pass only if it has the MAC and the address of
@@ -78,8 +78,8 @@ impl Rules {
         );
         let _ = writeln!(script, "add set bridge {table} {OPEN} {{ type ifname; }}");
         for set in [RECEIVING, SENDING] {
-            // nft requires a default limit for the set. It is never used, because every element has
-            // its own.
+            // nft requires a default limit for the set. The default is never used, because every
+            // element has its own limit.
             let _ = writeln!(
                 script,
                 "add set bridge {table} {set} {{ type ifname; limit rate over 1 bytes/second; }}"
@@ -199,7 +199,7 @@ impl Rules {
             format!("iifname \"{bridge}\" ip saddr @{NAT} accept"),
             format!("iifname \"{bridge}\" drop"),
             format!("oifname \"{bridge}\" ip daddr @{NAT} ct state established,related accept"),
-            // Packets to a published port of the guest.
+            // This rule accepts packets to a published port of the guest.
             format!("oifname \"{bridge}\" ip daddr @{NAT} ct status dnat accept"),
             format!("oifname \"{bridge}\" drop"),
         ];
@@ -213,8 +213,8 @@ impl Rules {
         self.published(script);
         let leaving = [
             format!("oifname != \"{bridge}\" ip saddr @{NAT} masquerade"),
-            // The host's own connections to a published loopback port. The guest could not answer
-            // 127.0.0.1.
+            // This rule masquerades the host's own connections to a published loopback port,
+            // because the guest could not answer 127.0.0.1.
             format!("oifname \"{bridge}\" ip saddr 127.0.0.0/8 ct status dnat masquerade"),
         ];
         self.chain(
@@ -226,8 +226,8 @@ impl Rules {
         );
     }
 
-    /// The maps and rules of published ports, for packets that arrive and for those that the host
-    /// sends.
+    /// Appends the maps and rules of published ports to `script`, for packets that arrive and for
+    /// those that the host sends.
     fn published(&self, script: &mut String) {
         let table = &self.table;
         let (key, target) = ("inet_proto . inet_service", "ipv4_addr . inet_service");
@@ -264,7 +264,7 @@ impl Rules {
         );
     }
 
-    /// Removes both tables. Missing tables are not an error.
+    /// Returns the script that removes both tables. Missing tables are not an error.
     #[cfg(test)]
     pub(super) fn remove_all(&self) -> String {
         let table = &self.table;

@@ -1,5 +1,5 @@
 //! The sets and maps that hold the guests and their published ports. `rules.rs` creates them and
-//! contains the rules that use them. Pure.
+//! contains the rules that use them. This module only builds scripts and parses nft's answers.
 
 use super::names::Names;
 use super::{Access, Guest};
@@ -39,7 +39,7 @@ pub(super) struct Element {
 /// An element of the maps of published ports, as read from the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Published {
-    /// The VM's tag. Empty if something else added the element.
+    /// The VM's tag, which is empty if something else added the element.
     pub tag: String,
     /// The guest's address.
     pub address: Ipv4Addr,
@@ -56,7 +56,7 @@ impl Element {
     }
 }
 
-/// Scripts that change the elements of the sets.
+/// Builds the scripts that change the elements of the sets.
 #[derive(Clone, Debug)]
 pub(super) struct Sets {
     table: String,
@@ -69,7 +69,7 @@ impl Sets {
         }
     }
 
-    /// Adds a guest's elements. Adding them twice is not an error.
+    /// Returns the script that adds a guest's elements. Adding them twice is not an error.
     pub(super) fn add(&self, tap: &str, guest: &Guest) -> String {
         let mut script = self.element("add", &Element::of(tap, guest));
         if guest.access == Access::Nat {
@@ -79,7 +79,7 @@ impl Sets {
         script + &self.rates(tap, guest)
     }
 
-    /// Replaces the rate limits of a guest.
+    /// Returns the script that replaces the rate limits of a guest.
     pub(super) fn rates(&self, tap: &str, guest: &Guest) -> String {
         let of = |set: &str, rate: Option<u64>| {
             let limit = rate.map(|rate| {
@@ -93,13 +93,14 @@ impl Sets {
         of(RECEIVING, guest.rx_bytes_per_s) + &of(SENDING, guest.tx_bytes_per_s)
     }
 
-    /// Removes a rate limit. Deleting a missing element fails, so the script adds it first.
+    /// Returns the script that removes a rate limit. Deleting a missing element fails, so the
+    /// script adds it first.
     fn no_rate(&self, set: &str, tap: &str) -> String {
         let element = format!("element bridge {} {set} {{ \"{tap}\" }}\n", self.table);
         format!("add {element}delete {element}")
     }
 
-    /// Removes elements. Missing elements are not an error.
+    /// Returns the script that removes these elements. Missing elements are not an error.
     pub(super) fn remove(&self, guests: &[Element], nat: &[Ipv4Addr]) -> String {
         let mut script = String::new();
         for element in guests {
@@ -136,7 +137,7 @@ impl Sets {
         format!("{verb} element inet {} {NAT} {{ {address} }}\n", self.table)
     }
 
-    /// Publishes a port. Publishing the same one again is not an error.
+    /// Returns the script that publishes a port. Publishing the same port again is not an error.
     pub(super) fn publish(&self, p: &Published) -> String {
         let (map, key) = Self::key(&p.port);
         let Port { guest_port, .. } = p.port;
@@ -146,7 +147,7 @@ impl Sets {
         )
     }
 
-    /// Fails if the port is not published.
+    /// Returns the script that unpublishes a port. The script fails if the port is not published.
     pub(super) fn unpublish(&self, p: &Published) -> String {
         let (map, key) = Self::key(&p.port);
         format!("delete element inet {} {map} {{ {key} }}\n", self.table)
@@ -174,8 +175,8 @@ impl Sets {
     }
 }
 
-/// The elements in the answer to [`Sets::list_guests`]. Elements that fcd did not create are
-/// skipped.
+/// Returns the elements in the answer to [`Sets::list_guests`]. Elements that fcd did not create
+/// are skipped.
 pub(super) fn parse_guests(json: &[u8]) -> Result<Vec<Element>> {
     let element = |value: &Value| {
         let parts = value.get("concat")?.as_array()?;
@@ -191,7 +192,7 @@ pub(super) fn parse_guests(json: &[u8]) -> Result<Vec<Element>> {
     Ok(elements(json)?.iter().filter_map(element).collect())
 }
 
-/// The elements in the answer to [`Sets::list_nat`].
+/// Returns the elements in the answer to [`Sets::list_nat`].
 pub(super) fn parse_nat(json: &[u8]) -> Result<Vec<Ipv4Addr>> {
     Ok(elements(json)?
         .iter()
@@ -199,7 +200,7 @@ pub(super) fn parse_nat(json: &[u8]) -> Result<Vec<Ipv4Addr>> {
         .collect())
 }
 
-/// The elements in one of the answers to [`Sets::list_published`].
+/// Returns the elements in one of the answers to [`Sets::list_published`].
 pub(super) fn parse_published(json: &[u8]) -> Result<Vec<Published>> {
     let element = |pair: &Value| {
         let [key, target] = pair.as_array()?.as_slice() else {

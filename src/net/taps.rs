@@ -28,7 +28,7 @@ pub(super) struct Pool {
 #[derive(Default)]
 struct State {
     ready: VecDeque<String>,
-    /// The last used number.
+    /// The last number that was used in the name of a tap.
     last: u32,
     making: usize,
     makers: Vec<JoinHandle<()>>,
@@ -36,7 +36,7 @@ struct State {
 }
 
 impl Pool {
-    /// `last` is the highest number among the taps on the host.
+    /// Creates an empty pool. `last` is the highest number among the taps on the host.
     pub(super) fn new(names: Names, tools: Tools, target: usize, last: u32) -> Result<Arc<Self>> {
         let closing = Cancel::try_new().map_err(|e| Error::io("create an eventfd", e))?;
         let state = Mutex::new(
@@ -55,12 +55,12 @@ impl Pool {
         }))
     }
 
-    /// Takes a tap that is ready.
+    /// Takes a tap that is ready. Returns None if there is none.
     pub(super) fn pop(&self) -> Option<String> {
         self.state.lock().ready.pop_front()
     }
 
-    /// The number of taps that are ready.
+    /// Returns the number of taps that are ready.
     #[cfg(test)]
     pub(super) fn ready(&self) -> usize {
         self.state.lock().ready.len()
@@ -100,7 +100,7 @@ impl Pool {
         state.last
     }
 
-    /// Fills the pool in the background.
+    /// Starts threads that fill the pool in the background, unless it is full or closed.
     pub(super) fn refill(self: &Arc<Self>) {
         loop {
             {
@@ -161,7 +161,7 @@ impl Pool {
         }
     }
 
-    /// Removes these taps. Taps that do not exist are ignored.
+    /// Removes these taps. A failure is only logged.
     pub(super) fn remove(&self, names: &[String]) {
         if names.is_empty() {
             return;
@@ -175,7 +175,7 @@ impl Pool {
         }
     }
 
-    /// Stops creating taps and removes the spare taps.
+    /// Stops creating taps, waits for the threads that create them, and removes the spare taps.
     pub(super) fn close(&self) {
         let (makers, ready) = {
             let mut state = self.state.lock();

@@ -32,7 +32,7 @@ impl Tools {
         run(self.commands.as_ref(), command, cancel)
     }
 
-    /// Runs `ip -json ...`.
+    /// Runs `ip -json` with these arguments and returns its output.
     pub(super) fn ip_json(&self, args: &[&str], cancel: &Cancel) -> Result<Vec<u8>> {
         self.run(&ip_json(args), cancel)
     }

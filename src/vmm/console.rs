@@ -23,7 +23,8 @@ use std::time::{Duration, Instant};
 
 /// The maximum number of bytes of a log that are returned at once.
 pub const CHUNK_BYTES_MAX: usize = 64 * 1024;
-/// The VMM's own output (stdout and stderr) in the VM's directory.
+/// The name of the file in the VM's directory that receives the VMM's own output (stdout and
+/// stderr).
 pub const VMM_LOG: &str = "vmm.log";
 /// The size limit of [`VMM_LOG`]. A larger log is truncated to length 0.
 pub const VMM_LOG_BYTES_MAX: u64 = 256 * 1024;
@@ -38,8 +39,8 @@ fn event() -> io::Result<EventFd> {
     )?)
 }
 
-/// A console to read: the directory of its log, the log's size limit, and a line from fcd with
-/// which the output begins.
+/// A console to read, the directory of its log, the log's size limit, and a line from fcd that is
+/// logged before the output.
 pub(super) struct Attach {
     pub dir: PathBuf,
     pub bytes_max: u64,
@@ -89,14 +90,15 @@ impl Shared {
     }
 }
 
-/// The consoles of all VMs. Dropping it ends the thread. The VMs keep running, and their output
-/// waits for the next daemon.
+/// The consoles of all VMs. Dropping this value ends the thread that reads them. The VMs keep
+/// running, and their output waits for the next daemon.
 pub struct Consoles {
     shared: Arc<Shared>,
 }
 
 impl Consoles {
-    /// Fails with the eventfd's error (EMFILE, ENFILE).
+    /// Creates the consoles. The thread starts with the first console. Fails if no eventfd can be
+    /// created (EMFILE, ENFILE).
     pub fn try_new() -> Result<Self> {
         let wake = event().map_err(|e| Error::io("create an eventfd for the consoles", e))?;
         Ok(Self {
@@ -107,7 +109,8 @@ impl Consoles {
         })
     }
 
-    /// Hands a console to the thread, which reads it until it ends. Does not block.
+    /// Hands a console to the thread, which reads the console to its end. Starts the thread if it
+    /// is not running yet. Does not block.
     pub(super) fn attach(&self, console: Attach) -> Result<()> {
         set_nonblocking(&console.from).map_err(|e| Error::io("attach to a console", e))?;
         let mut state = self.shared.state.lock();
@@ -124,8 +127,8 @@ impl Consoles {
         Ok(())
     }
 
-    /// Follows the log of the VM in `dir`, starting with its last `tail` lines or at its beginning.
-    /// The VM need not be running, and may never have run.
+    /// Follows the log of the VM in `dir`, starting with its last `tail` lines, or at its beginning
+    /// if `tail` is None. The VM need not be running, and may never have run.
     pub fn follow(&self, dir: &Path, tail: Option<u64>) -> Result<Follower> {
         let doing = || format!("read the console log in {}", dir.display());
         let fd = event().map_err(|e| Error::io(doing(), e))?;
@@ -225,8 +228,8 @@ pub struct Follower {
 }
 
 impl Follower {
-    /// Returns the next piece of the log, at most [`CHUNK_BYTES_MAX`] bytes. None if there is
-    /// nothing new. Blocks only for reads from the disk.
+    /// Returns the next piece of the log, at most [`CHUNK_BYTES_MAX`] bytes of it. Returns None if
+    /// there is no complete new character or no log yet. Blocks only for reads from the disk.
     pub fn next_chunk(&mut self) -> Result<Option<String>> {
         // Reset the event before reading the log, so that later changes set it again. After the end
         // of the log, the event stays set.
@@ -253,8 +256,8 @@ impl Follower {
         Ok((!bytes.is_empty()).then(|| String::from_utf8_lossy(&bytes).into_owned()))
     }
 
-    /// A descriptor for `poll`. It is readable if more output may be available, or at the end of
-    /// the log.
+    /// Returns a descriptor for `poll`. It is readable if more output may be available, or if the
+    /// VM has been deleted.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.event.fd.as_fd()
     }
@@ -263,7 +266,8 @@ impl Follower {
         self.event.is_ended.load(Ordering::SeqCst)
     }
 
-    /// Waits until more output may be available. Fails with `cancelled` when `cancel` fires.
+    /// Waits until more output may be available, the VM has been deleted, or `deadline` has passed.
+    /// Fails with `cancelled` when `cancel` fires.
     pub fn wait(&self, deadline: Instant, cancel: &Cancel) -> Result<FollowerState> {
         let doing = "follow a console log";
         match wait_any(&[(self.fd(), PollFlags::POLLIN)], deadline, cancel)
@@ -289,7 +293,7 @@ impl Drop for Follower {
     }
 }
 
-/// Returns the length without an incomplete character at the end.
+/// Returns the length of `bytes` without an incomplete UTF-8 character at the end.
 pub(super) fn whole_characters(bytes: &[u8]) -> usize {
     let tail = bytes.len().saturating_sub(3);
     for i in (tail..bytes.len()).rev() {
@@ -371,7 +375,8 @@ impl Reader {
         }
     }
 
-    /// Returns the indexes of the consoles that are ready.
+    /// Waits until a console is ready, a console is attached, or the next tick is due. Returns the
+    /// indexes of the consoles that are ready, or none after an error.
     fn poll(&self) -> Vec<usize> {
         let mut fds = vec![PollFd::new(self.shared.wake.as_fd(), PollFlags::POLLIN)];
         fds.extend(
@@ -422,7 +427,8 @@ impl Reader {
         });
     }
 
-    /// Reads from a console. Returns false at its end.
+    /// Reads once from a console, and logs what it read. Returns false if the console has ended or
+    /// cannot be read.
     fn read_one(&mut self, i: usize) -> bool {
         let console = &mut self.consoles[i];
         let n = match console.from.read(&mut self.buffer) {

@@ -10,15 +10,15 @@ use std::io::{ErrorKind, IoSlice, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
-/// A non-blocking stream, and the deadline for sending and reading. Errors begin with `doing`. They
-/// are `timeout`, `cancelled`, or `vmm_failed` if the VMM hangs up.
+/// A non-blocking stream, and the deadline for sending and reading. The errors of the methods begin
+/// with `doing`. Their kinds include `timeout`, `cancelled`, and `vmm_failed` if the VMM hangs up.
 pub(super) struct Conversation<'a> {
     stream: UnixStream,
     pub deadline: Deadline<'a>,
 }
 
 impl<'a> Conversation<'a> {
-    /// `stream` must be non-blocking.
+    /// Begins a conversation over `stream`, which must be non-blocking.
     pub(super) fn new(stream: UnixStream, deadline: Deadline<'a>) -> Self {
         Self { stream, deadline }
     }
@@ -34,7 +34,8 @@ impl<'a> Conversation<'a> {
         Ok(())
     }
 
-    /// Sends a message with a descriptor, in one piece.
+    /// Sends a message together with a descriptor. Fails if the socket does not accept the whole
+    /// message at once.
     pub(super) fn send_with(
         &mut self,
         bytes: &[u8],

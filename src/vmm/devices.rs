@@ -11,15 +11,17 @@ use std::path::Path;
 pub const KVM: &str = "/dev/kvm";
 pub const TUN: &str = "/dev/net/tun";
 
-/// The groups that a VMM needs to open a device, or the reason why it cannot.
+/// The groups that a VMM needs to open a device, or the reason why the VMM cannot open it.
 pub type Access = std::result::Result<Vec<u32>, String>;
 
-/// Returns the access of this daemon's VMMs, which have their own uids if the daemon is root.
+/// Returns the access that this daemon's VMMs have to a device. They have their own uids if the
+/// daemon is root.
 pub fn access(device: &str) -> Access {
     access_as(device, rustix::process::geteuid().is_root())
 }
 
-/// Returns the access of a VMM. `has_other_uid` is true if its uid differs from the daemon's.
+/// Returns the access of a VMM to a device. `has_other_uid` is true if the VMM's uid differs from
+/// the daemon's.
 pub fn access_as(device: &str, has_other_uid: bool) -> Access {
     let stat = std::fs::metadata(device).map_err(|_| format!("there is no {device}"))?;
     if has_other_uid {
@@ -59,7 +61,8 @@ pub fn exists(device: &str) -> std::result::Result<(), String> {
     }
 }
 
-/// The command that lets VMMs open a device through a group without opening it to all users.
+/// Returns the command that lets VMMs open a device through a group without opening it to all
+/// users.
 pub fn open_to_group(device: &str) -> String {
     format!("getent group kvm || groupadd --system kvm; chgrp kvm {device} && chmod 0660 {device}")
 }

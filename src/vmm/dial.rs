@@ -10,7 +10,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-/// How long to wait before trying again to connect to a socket that the VMM has not created yet.
+/// The shortest wait before trying again to connect to a socket that the VMM has not created yet.
 /// Most sockets exist after about ten milliseconds.
 const RETRY_MIN: Duration = Duration::from_millis(1);
 const RETRY_MAX: Duration = Duration::from_millis(16);

@@ -39,7 +39,8 @@ impl Drivers {
         }
     }
 
-    /// Returns the driver that started this process.
+    /// Returns the driver that started this process. Fails with `vmm_failed` if the process has
+    /// exited.
     fn of(&self, identity: &Identity) -> Result<&dyn Driver> {
         let driver = self
             .all

@@ -36,7 +36,7 @@ const LAST_WORDS_DEADLINE: Duration = Duration::from_secs(10);
 /// The number of lines of the console that are searched. A panicking kernel prints fewer lines,
 /// even with the registers of every CPU.
 const LAST_LINES: u64 = 400;
-/// The length limit of a panic's message.
+/// The maximum number of characters of a panic's message that are kept.
 const PANIC_CHARS_MAX: usize = 160;
 
 /// Why a VMM exited without a request to fcd.
@@ -92,8 +92,9 @@ impl Notes {
         Ok(note)
     }
 
-    /// Removes and returns the reason of a VMM that has exited. Waits until its monitor has read
-    /// everything.
+    /// Removes and returns the reason that a VMM gave before it exited. Waits, for at most
+    /// [`LAST_WORDS_DEADLINE`], until the VMM's monitor has read everything. Returns None if the
+    /// VMM gave no reason or had no monitor.
     pub(super) fn take(&self, identity: &Identity) -> Option<Cause> {
         let note = self.0.lock().remove(identity)?;
         let deadline = Instant::now() + LAST_WORDS_DEADLINE;
@@ -123,7 +124,7 @@ impl End {
         )
     }
 
-    /// True if no daemon saw how the VMM ended.
+    /// True if nothing shows how the VMM ended.
     pub fn is_unseen(&self) -> bool {
         *self == End::Vmm(Exit::Unknown)
     }
@@ -149,8 +150,8 @@ impl fmt::Display for End {
     }
 }
 
-/// Finds out how the VMM in `dir` ended. `cause` is the reason that the VMM gave. Waits for the
-/// rest of the console.
+/// Finds out how the VMM in `dir` ended. `cause` is the reason that the VMM gave, if any. Waits for
+/// the rest of the console.
 pub(super) fn of(exit: Exit, cause: Option<Cause>, consoles: &Consoles, dir: &Path) -> End {
     let (Exit::Status(0) | Exit::Unknown) = exit else {
         return End::Vmm(exit);
@@ -171,7 +172,7 @@ pub(super) fn of(exit: Exit, cause: Option<Cause>, consoles: &Consoles, dir: &Pa
 }
 
 /// Finds out how a guest ended from the console log in `dir`, or else from the VMM's log. Both must
-/// be complete.
+/// be complete. Returns None if neither shows it.
 pub fn from_files(dir: &Path) -> Option<End> {
     from_console(dir).or_else(|| match vmm_log::cause(dir)? {
         Cause::GuestShutdown => Some(End::GuestShutDown),

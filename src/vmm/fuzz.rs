@@ -13,7 +13,7 @@ use super::qemu::incoming::{self as qmp, Message};
 
 /// The maximum number of bytes that a driver reads at once.
 const READ_BYTES_MAX: usize = 4096;
-/// An error's text must fit into one line of a log or a terminal.
+/// The maximum length of an error's text, which must fit into one line of a log or a terminal.
 const TEXT_CHARS_MAX: usize = 4096;
 
 /// Parses messages of QEMU's monitor.

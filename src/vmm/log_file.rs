@@ -27,7 +27,8 @@ pub(super) struct LogWriter {
 }
 
 impl LogWriter {
-    /// `bytes_max` limits the size of both files together.
+    /// Opens the log in `dir`, and creates it if it does not exist. `bytes_max` limits the size of
+    /// both files together.
     pub(super) fn open(dir: &Path, bytes_max: u64) -> io::Result<Self> {
         let dir = open_dir(dir).map_err(io::Error::other)?;
         let file = open_at(
@@ -50,7 +51,7 @@ impl LogWriter {
         })
     }
 
-    /// Appends a line from fcd, which begins a new line.
+    /// Appends a line from fcd. Ends the log's last line first if it is incomplete.
     pub(super) fn append_mark(&mut self, mark: &str) -> io::Result<()> {
         let start = if self.is_at_line_start { "" } else { "\r\n" };
         self.append(format!("{start}{MARK}{mark} ---\r\n").as_bytes())

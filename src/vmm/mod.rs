@@ -120,7 +120,7 @@ pub struct VmmSpec {
     pub saved: Option<Saved>,
 }
 
-/// The result of [`Vm::save`].
+/// A guest that [`Vm::save`] has saved.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Saved {
     /// The guest's memory. The VMM's uid must be able to read it. It must not be written while a
@@ -135,13 +135,13 @@ pub struct Saved {
 /// The files to save a guest to.
 #[derive(Clone, Copy, Debug)]
 pub struct SaveTo<'a> {
-    /// Two existing, empty files that the VMM's uid may write.
+    /// This file and `devices` exist and are empty, and the VMM's uid may write them.
     pub memory: &'a Path,
     pub devices: &'a Path,
 }
 
 impl VmmSpec {
-    /// The VM that was started from this specification.
+    /// Returns a reference to the VM that was started from this specification as this process.
     #[cfg(any(test, feature = "fakes"))]
     pub fn running_as(&self, identity: &Identity) -> VmRef {
         VmRef {
@@ -249,25 +249,25 @@ pub trait Vm {
 
 /// A kind of VMM, such as QEMU or Firecracker.
 pub trait Driver: Send + Sync {
-    /// A description for people: `qemu (tcg, microvm)`.
+    /// Returns a description for people, for example `qemu (tcg, microvm)`.
     fn describe(&self) -> String;
 
-    /// The capabilities of VMMs that this driver starts.
+    /// Returns the capabilities of VMMs that this driver starts.
     fn capabilities(&self) -> Capabilities;
 
-    /// The capabilities of a running VMM. None if it has exited.
+    /// Returns the capabilities of a running VMM, or None if the VMM has exited.
     fn capabilities_of(&self, _running: &Identity) -> Option<Capabilities> {
         Some(self.capabilities())
     }
 
     /// Probes the host in advance for the first start, for example whether its virtualisation runs
-    /// `kernel`. May take seconds. Failures show up in `describe` and `checks`.
+    /// `kernel`. This may take seconds. Failures show up in `describe` and `checks`.
     fn warm_up(&self, kernel: &Path, cancel: &Cancel);
 
-    /// The console logs of the driver's VMs.
+    /// Returns the console logs of the driver's VMs.
     fn consoles(&self) -> &Consoles;
 
-    /// The processes of the driver's VMMs.
+    /// Returns the processes of the driver's VMMs.
     fn processes(&self) -> &dyn Processes;
 
     /// Starts a VMM, and returns as soon as the guest runs, while it is still booting. Calls
@@ -287,8 +287,9 @@ pub trait Driver: Send + Sync {
     /// Returns a handle of a running VM. Fails if its VMM is known to have exited.
     fn vm(&self, at: VmRef) -> Result<Box<dyn Vm + '_>>;
 
-    /// Calls `on_event` from a thread of the driver for each [`GuestEvent`]. The last event is
-    /// `Paused(false)`, when the thread ends.
+    /// Calls `on_event` from a thread of the driver for each [`GuestEvent`], until the VMM exits. A
+    /// driver that reports pauses reports `Paused(false)` last. Reports nothing if the VMM has
+    /// already exited.
     fn watch_guest(
         &self,
         dir: &Path,

@@ -15,7 +15,7 @@ use std::time::Instant;
 
 /// Finds VMM processes by their tags, watches them and kills them.
 pub trait Processes: Send + Sync {
-    /// Finds the live process with this tag.
+    /// Finds the live process with this tag. Returns None if there is no such process.
     fn find(&self, tag: &str) -> Result<Option<Identity>>;
 
     /// Finds all live processes whose tag has this prefix, in one pass over the host's processes.
@@ -35,8 +35,8 @@ pub trait Processes: Send + Sync {
     fn wait_exit(&self, identity: &Identity, deadline: Instant, cancel: &Cancel) -> Result<bool>;
 
     /// Kills the process (SIGKILL by pidfd) and waits until it has exited. Succeeds if it has
-    /// already exited. Fails with `timeout` if the process still exists at the deadline. Its
-    /// resources must not be reused then.
+    /// already exited. Fails with `timeout` if the process still exists at the deadline. The
+    /// resources of the process must not be reused then.
     fn kill(&self, identity: &Identity, deadline: Instant) -> Result<()>;
 
     /// Calls `died` once, on a separate thread, when the process exits or if it has already exited.
@@ -58,7 +58,8 @@ pub(super) struct HostProcesses {
 }
 
 impl HostProcesses {
-    /// Fails with the eventfd's error (EMFILE, ENFILE).
+    /// Creates the collection, which watches no process yet. Fails if no eventfd can be created
+    /// (EMFILE, ENFILE).
     pub(super) fn try_new(
         consoles: Arc<Consoles>,
         uids: Range<u32>,
@@ -86,8 +87,8 @@ impl HostProcesses {
         Ok((is_ours && process.is_alive()).then_some(process))
     }
 
-    /// An ordinary user's daemon accepts only its own uid. A root daemon accepts root and the uids
-    /// of VMs.
+    /// True if a process with this uid may be one of our VMMs. An ordinary user's daemon accepts
+    /// only its own uid. A root daemon accepts root and the uids of VMs.
     fn may_be_ours(&self, uid: u32) -> bool {
         let me = rustix::process::geteuid().as_raw();
         uid == me || (me == 0 && self.uids.contains(&uid))
@@ -163,7 +164,7 @@ impl Processes for HostProcesses {
             self.notes.clone(),
             identity.clone(),
         );
-        // The watcher calls this on a thread of its own, so it may wait for the console.
+        // This callback runs on a separate thread, so it may wait for the console.
         let died = Box::new(move |exit| died(end::of(exit, notes.take(&whose), &consoles, &dir)));
         match Process::open(identity)? {
             Some(process) => self.watcher.add(process, died),

@@ -59,22 +59,22 @@ pub(super) fn open(dir: &Path, doing: &str) -> Result<OwnedFd> {
     ))
 }
 
-/// Opens an empty log for the VMM's own output.
+/// Opens the log for the VMM's own output, and discards its earlier content.
 pub(super) fn open_log(dir: &OwnedFd, spec: &VmmSpec) -> Result<File> {
     let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::CREATE | OFlags::TRUNC;
     open_at(dir, VMM_LOG, flags, 0o600)
         .map_err(|e| Error::io(format!("open {}", spec.dir.join(VMM_LOG).display()), e))
 }
 
-/// True if the VMM exits soon. A VMM that hangs up is usually about to exit, and its output then
-/// makes a better error than the hang-up.
+/// Returns true if the VMM exits within [`EXIT_GRACE`]. A VMM that hangs up is usually about to
+/// exit, and its output then makes a better error than the hang-up.
 pub(super) fn is_exiting(process: &Process) -> bool {
     process
         .wait_uncancelled(Instant::now() + EXIT_GRACE)
         .unwrap_or(false)
 }
 
-/// The error for a VMM that exited during its start, with the last lines of its output.
+/// Returns the error for a VMM that exited during its start, with the last lines of its output.
 pub(super) fn exited_early(program: &str, spec: &VmmSpec, process: &Process) -> Error {
     let exit = process.exit().unwrap_or(Exit::Unknown);
     let said = last_said(&spec.dir).map_or_else(String::new, |said| format!(": {said}"));

@@ -11,7 +11,8 @@ pub(super) enum Cause {
 }
 
 impl Cause {
-    /// Returns None for causes that do not end the VMM.
+    /// Parses QEMU's name of a cause. Returns None for an unknown name and for causes that do not
+    /// end the VMM.
     pub(super) fn parse(name: &str) -> Option<Self> {
         const OF_HOST: [&str; 5] = [
             "host-error",
@@ -31,7 +32,7 @@ impl Cause {
         }
     }
 
-    /// Parses a number of `ShutdownCause`.
+    /// Parses a number of `ShutdownCause`. Returns None in the same cases as [`Cause::parse`].
     pub(super) fn from_number(number: usize) -> Option<Self> {
         const NAMES: [&str; 9] = [
             "none",

@@ -1,7 +1,7 @@
 //! Reads the reason of a VMM's end from the VMM's own log. Unlike the console and the monitor, the
 //! log is written even while no daemon is running.
 //!
-//! QEMU writes trace events to it ([`TRACED`]). The texts are those of QEMU 7.2
+//! QEMU writes trace events to its log ([`TRACED`]). The texts are those of QEMU 7.2
 //! (softmmu/trace-events and softmmu/runstate.c), which 10.0 also has. Firecracker logs nothing
 //! about a successful end at its configured level.
 
@@ -16,11 +16,12 @@ use std::path::Path;
 /// The trace events that QEMU is started with.
 pub(super) const TRACED: [&str; 2] = ["qemu_system_shutdown_request", "vm_state_notify"];
 
-/// The length of the end of the log that is read. The relevant lines are the last that QEMU writes.
+/// The number of bytes at the end of the log that are read. The relevant lines are the last that
+/// QEMU writes.
 const TAIL_BYTES_MAX: u64 = 4096;
 
-/// Returns why the VMM with this directory ended. None if its log contains no reason, for example
-/// because the VMM was killed.
+/// Returns why the VMM with this directory ended. Returns None if its log cannot be read or
+/// contains no reason, for example because the VMM was killed.
 pub(super) fn cause(dir: &Path) -> Option<Cause> {
     let mut file = open_at(open_dir(dir).ok()?, VMM_LOG, OFlags::RDONLY, 0).ok()?;
     let size = file.metadata().ok()?.len();
@@ -31,8 +32,9 @@ pub(super) fn cause(dir: &Path) -> Option<Cause> {
     ))
 }
 
-/// QEMU traces a request for a power-off or for an end from the host. It does not trace a reset
-/// that ends it (`-no-reboot`), but it traces that the guest stops for a shutdown.
+/// Finds the reason in the end of QEMU's log. QEMU traces a request for a power-off or for an end
+/// from the host. It does not trace a request for a reset that ends QEMU (`-no-reboot`), but it
+/// traces that the guest stops for a shutdown.
 fn parse(text: &str) -> Option<Cause> {
     const REQUEST: &str = "qemu_system_shutdown_request reason=";
     const SIGNAL: &str = "terminating on signal ";

@@ -29,13 +29,14 @@ struct Shared {
     wake: EventFd,
 }
 
-/// Watches processes. Dropping it ends the thread, and no callback is called afterwards.
+/// Watches processes. Dropping the watcher ends its thread, and exits are no longer reported.
 pub(super) struct Watcher {
     shared: Arc<Shared>,
 }
 
 impl Watcher {
-    /// Fails with the eventfd's error (EMFILE, ENFILE).
+    /// Creates the watcher. Its thread starts with the first process. Fails if no eventfd can be
+    /// created (EMFILE, ENFILE).
     pub(super) fn try_new() -> Result<Self> {
         let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
             .map_err(|e| Error::io("create an eventfd for the process watcher", e))?;
@@ -119,7 +120,7 @@ fn run(shared: &Shared) {
 }
 
 /// Calls `died` on a separate thread, because `died` takes locks and waits for commits, while other
-/// VMMs may exit.
+/// VMMs may exit. If no thread can be started, calls `died` on this thread.
 pub(super) fn report(exit: Exit, died: Died) {
     let died = Arc::new(Mutex::new(Rank::Consoles, Some(died)));
     let call = move |died: &Mutex<Option<Died>>| {

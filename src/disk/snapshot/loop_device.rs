@@ -20,7 +20,7 @@ const TRIES_MAX: u32 = 64;
 #[derive(Debug)]
 pub(super) struct LoopDevice {
     device: File,
-    /// `major:minor`, the form that device-mapper expects.
+    /// The device's number as `major:minor`, the form that device-mapper expects.
     pub number: String,
 }
 

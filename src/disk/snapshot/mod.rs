@@ -2,9 +2,9 @@
 //! a sparse file, the store (Documentation/admin-guide/device-mapper/snapshot.rst in Linux).
 //!
 //! The device exists while the VM runs; between two starts only the store exists. The device is
-//! named after the VM's tag, so that fcd finds it after a restart. Its loop devices end with it.
-//! The VMM opens a device node in the VM's directory, so that nothing depends on udev. udev is
-//! configured to ignore the device, because a guest controls its content.
+//! named after the VM's tag, so that fcd finds it after a restart. Its loop devices are detached
+//! when it is removed. The VMM opens a device node in the VM's directory, so that nothing depends
+//! on udev. udev is configured to ignore the device, because a guest controls its content.
 //!
 //! The kernel invalidates a snapshot whose store is full. The store is therefore large enough for
 //! every block of the disk, and space for the guest's next writes is allocated ahead ([`reserve`]),
@@ -22,12 +22,13 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// The size of a chunk, in sectors and in bytes. It is the guest's block size.
+/// The size of a chunk, in sectors and in bytes. A chunk has the guest's block size.
 const CHUNK_SECTORS: u64 = 8;
 const CHUNK_BYTES: u64 = CHUNK_SECTORS * SECTOR_BYTES;
 const SECTOR_BYTES: u64 = 512;
-/// A persistent store consists of areas. Each begins with one chunk of exceptions of 16 bytes,
-/// followed by the chunks that the exceptions describe (dm-snap-persistent.c).
+/// The number of exceptions in an area. A persistent store consists of areas. Each begins with one
+/// chunk of exceptions of 16 bytes, followed by the chunks that the exceptions describe
+/// (dm-snap-persistent.c).
 const EXCEPTIONS_PER_AREA: u64 = CHUNK_BYTES / 16;
 /// The space that is allocated beyond the data that the guest has written.
 pub const AHEAD_BYTES: u64 = 256 << 20;
@@ -67,7 +68,8 @@ pub enum Fill {
     Lost(String),
 }
 
-/// The size of a store that can hold every block of a disk of `size_bytes`, including its metadata.
+/// Returns the size of a store that can hold every block of a disk of `size_bytes`, including its
+/// metadata.
 pub fn store_bytes(size_bytes: u64) -> u64 {
     let chunks = size_bytes.div_ceil(CHUNK_BYTES);
     let areas = chunks.div_ceil(EXCEPTIONS_PER_AREA) + 1;
@@ -252,14 +254,15 @@ fn remove(commands: &dyn Commands, name: &str, cancel: &Cancel) -> Result<()> {
     Ok(())
 }
 
-/// dmsetup (lvm2 2.03, libdm/ioctl/libdm-iface.c) exits with status 1 after every failure and
-/// prints the text of `strerror` for the ioctl.
+/// True if dmsetup failed because the device is busy. dmsetup (lvm2 2.03,
+/// libdm/ioctl/libdm-iface.c) exits with status 1 after every failure and prints the text of
+/// `strerror` for the ioctl.
 fn is_busy(e: &Error) -> bool {
     strerror::says_busy(Complaint::of(e))
 }
 
-/// The names of the snapshots that begin with `prefix`. A snapshot that consists of two devices is
-/// listed once.
+/// Returns the names of the snapshots that begin with `prefix`. A snapshot that consists of two
+/// devices is listed once.
 pub fn list(prefix: &str) -> Result<Vec<String>> {
     let mut names: Vec<String> = devices()?
         .into_iter()
@@ -291,8 +294,8 @@ pub fn fill(commands: &dyn Commands, prefix: &str, cancel: &Cancel) -> Result<Ve
         .collect())
 }
 
-/// Parses `NAME: 0 131072 snapshot 8392/65536 48`. An invalid snapshot has a word instead of the
-/// numbers.
+/// Parses a line such as `NAME: 0 131072 snapshot 8392/65536 48`. An invalid snapshot has a word
+/// instead of the numbers.
 fn parse_status(line: &str) -> Option<(String, Fill)> {
     let (name, rest) = line.split_once(": ")?;
     let state = rest
@@ -342,7 +345,7 @@ fn find(name: &str) -> Option<String> {
         .map(|(_, number)| number)
 }
 
-/// The `major:minor` of a device.
+/// Returns the `major:minor` of a device. Fails if the device does not exist.
 fn number(name: &str) -> Result<String> {
     find(name).ok_or_else(|| {
         Error::new(Kind::Host, format!("device {name} does not exist")).hint("dmsetup ls")
@@ -362,7 +365,7 @@ fn numbers(name: &str) -> Result<(u32, u32)> {
     })
 }
 
-/// The name and number of every device-mapper device.
+/// Returns the name and the `major:minor` of every device-mapper device.
 fn devices() -> Result<Vec<(String, String)>> {
     let io = |e| Error::io(format!("list {SYS_BLOCK}"), e);
     let mut devices = Vec::new();
@@ -378,7 +381,7 @@ fn devices() -> Result<Vec<(String, String)>> {
     Ok(devices)
 }
 
-/// The size of an open block device.
+/// Returns the size of an open block device in sectors.
 fn sectors(mut device: &File) -> std::io::Result<u64> {
     Ok(device.seek(SeekFrom::End(0))? / SECTOR_BYTES)
 }

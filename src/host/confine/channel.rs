@@ -37,7 +37,7 @@ impl Channel {
         Ok((Self(ours), Self(theirs)))
     }
 
-    /// The helper's end, which the helper inherits as its standard input.
+    /// Returns the helper's end, which the helper inherits as its standard input.
     #[allow(unsafe_code)]
     pub fn inherited() -> Self {
         // SAFETY: a helper uses descriptor 0 for nothing else and calls this function once.
@@ -83,7 +83,7 @@ impl Channel {
         Ok(received.len)
     }
 
-    /// Receives one message with its descriptors. Only helpers call it.
+    /// Receives one message with its descriptors. Only helpers call this method.
     pub fn receive_with_fds(&self, buffer: &mut [u8]) -> io::Result<Received> {
         let mut control = nix::cmsg_space!([RawFd; FDS_MAX]);
         self.receive_message(buffer, &mut control)

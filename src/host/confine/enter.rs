@@ -20,7 +20,7 @@ pub struct Profile {
     /// Whether the helper may bind and connect TCP sockets. [`Profile::calls`] must then include
     /// the calls for sockets.
     pub has_network: bool,
-    /// System calls beyond [`BASE`].
+    /// The system calls that the helper may make in addition to [`BASE`].
     pub calls: &'static [Call],
 }
 
@@ -34,7 +34,7 @@ pub struct Asked {
 
 const OWN: &str = "-";
 
-/// The arguments of a helper, read back by [`Asked::parse`].
+/// Returns the arguments of a helper, which [`Asked::parse`] reads back.
 pub(super) fn arguments(name: &str, owner: Option<Credentials>) -> [OsString; 4] {
     let owner = owner.map_or(OWN.to_owned(), |o| format!("{}:{}", o.uid, o.gid));
     [
@@ -45,7 +45,7 @@ pub(super) fn arguments(name: &str, owner: Option<Credentials>) -> [OsString; 4]
     ]
 }
 
-/// Prefixes an error with the step that failed.
+/// Returns a closure that prefixes an error with the step that failed.
 fn failed(doing: &str) -> impl FnOnce(io::Error) -> io::Error {
     move |e| io::Error::new(e.kind(), format!("{doing}: {e}"))
 }
@@ -59,7 +59,8 @@ fn check(result: libc::c_int) -> io::Result<()> {
 }
 
 impl Asked {
-    /// Returns None if this process is not a helper.
+    /// Reads the request from this process's arguments. Returns None if this process is not a
+    /// helper.
     pub fn from_args() -> Option<Self> {
         Self::parse(std::env::args_os().skip(1))
     }
@@ -90,8 +91,9 @@ impl Asked {
         })
     }
 
-    /// Gives up every right that the profile does not grant. Call it while the process has only one
-    /// thread, and before it reads anything that a guest sent. Descriptor 0 is the channel.
+    /// Gives up every right that the profile does not grant. Call this method while the process has
+    /// only one thread, and before it reads anything that a guest sent. Descriptor 0 is the
+    /// channel.
     ///
     /// # Errors
     /// The error names the step that failed. The helper must then exit.
@@ -103,7 +105,7 @@ impl Asked {
                 .map_err(failed("close files"))?;
             libc::signal(libc::SIGPIPE, libc::SIG_IGN);
             libc::umask(0o777);
-            // Fails if the process already leads a session, which is just as good.
+            // This call fails if the process already leads a session, which is just as good.
             libc::setsid();
             check(libc::chdir(c"/".as_ptr())).map_err(failed("leave the working directory"))?;
         }
@@ -113,7 +115,7 @@ impl Asked {
         }
         self.die_with_parent()
             .map_err(failed("set the parent-death signal"))?;
-        // SAFETY: as above.
+        // SAFETY: prctl gets only numbers.
         unsafe {
             check(libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0))
                 .map_err(failed("make the process undumpable"))?;
@@ -132,7 +134,7 @@ impl Asked {
     /// setting, so change the uid first.
     #[allow(unsafe_code)]
     fn die_with_parent(&self) -> io::Result<()> {
-        // SAFETY: no pointers.
+        // SAFETY: the call takes no pointers.
         unsafe {
             check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0))?;
             // The parent may have died before the setting took effect.
@@ -177,7 +179,7 @@ fn address_space_bytes() -> io::Result<u64> {
     let statm = std::fs::read_to_string("/proc/self/statm")?;
     let pages: Option<u64> = statm.split_whitespace().next().and_then(|n| n.parse().ok());
     let pages = pages.ok_or_else(|| io::Error::other("no size in /proc/self/statm"))?;
-    // SAFETY: no pointers.
+    // SAFETY: the call takes no pointers.
     let page_bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
     Ok(pages.saturating_mul(page_bytes.cast_unsigned() as u64))
 }
@@ -199,7 +201,7 @@ fn become_owner(owner: Credentials) -> io::Result<()> {
     }
 }
 
-/// `struct landlock_ruleset_attr` (linux/landlock.h).
+/// The kernel's `struct landlock_ruleset_attr` (linux/landlock.h).
 #[repr(C)]
 #[derive(Default)]
 struct Ruleset {
@@ -209,8 +211,8 @@ struct Ruleset {
 }
 
 const LANDLOCK_CREATE_RULESET_VERSION: libc::c_uint = 1;
-/// The accesses that each version of the interface can deny (linux/landlock.h): the file accesses
-/// up to `make_sym`, then `refer`, `truncate`, TCP, `ioctl_dev`, and the scopes.
+/// Returns the accesses that this version of the interface can deny (linux/landlock.h): the file
+/// accesses up to `make_sym`, then `refer`, `truncate`, TCP, `ioctl_dev`, and the scopes.
 const fn deniable(version: libc::c_long, has_network: bool) -> Ruleset {
     let fs_bits = match version {
         1 => 13,

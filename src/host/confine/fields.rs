@@ -69,7 +69,7 @@ impl<'a> Reader<'a> {
     pub fn text(&mut self) -> Option<String> {
         String::from_utf8(self.bytes()?.to_vec()).ok()
     }
-    /// Returns None if the message has further bytes.
+    /// Checks that the whole message has been read. Returns None if it has further bytes.
     pub fn end(self) -> Option<()> {
         self.0.is_empty().then_some(())
     }

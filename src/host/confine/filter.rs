@@ -1,8 +1,8 @@
-//! The system calls that a helper may make. Every other one fails with EPERM.
+//! The system calls that a helper may make. Every other call fails with EPERM.
 //!
-//! They do not kill the helper, because a library may try something optional, such as reading a
-//! configuration file or the number of cores, and then continues without it. A helper that a guest
-//! controls gains nothing by trying.
+//! A refused call does not kill the helper, because a library may try something optional, such as
+//! reading a configuration file or the number of cores, and then continues without it. A helper
+//! that a guest controls gains nothing by trying.
 
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
@@ -25,9 +25,10 @@ use Allowed::{Always, ArgumentIn, ArgumentLacks};
 #[derive(Clone, Copy, Debug)]
 pub struct Call(pub libc::c_long, pub Allowed);
 
-/// Memory must not become executable.
+/// Allows a call only if it does not make memory executable.
 const NO_EXEC: Allowed = ArgumentLacks(2, libc::PROT_EXEC as u64);
-/// `F_SETOWN` is not allowed, because it sends signals to other processes.
+/// Allows fcntl(2) only with these commands. `F_SETOWN` is not among them, because it sends signals
+/// to other processes.
 const FCNTL: Allowed = ArgumentIn(
     1,
     &[
@@ -39,9 +40,9 @@ const FCNTL: Allowed = ArgumentIn(
     ],
 );
 
-/// The address must be null, so that a helper sends only to the peers that its sockets are
-/// connected to. sendmsg(2) is not allowed at all, because it could name another address or pass
-/// descriptors.
+/// Allows a call only if its address is null, so that a helper sends only to the peers that its
+/// sockets are connected to. sendmsg(2) is not allowed at all, because it could name another
+/// address or pass descriptors.
 const TO_ITS_PEER: Allowed = ArgumentIn(4, &[0]);
 
 /// The calls that every helper needs: memory, time, randomness, waiting, and the use of its
@@ -110,7 +111,7 @@ impl Call {
     }
 }
 
-/// The filter for these calls.
+/// Returns the filter that allows only these calls.
 pub(super) fn compile(
     calls: impl Iterator<Item = Call>,
 ) -> Result<BpfProgram, seccompiler::BackendError> {

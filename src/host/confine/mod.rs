@@ -45,7 +45,7 @@ use std::time::{Duration, Instant};
 
 /// The first argument of a helper; its name is the second.
 pub const ARGUMENT: &str = "helper";
-/// The running executable, even after an upgrade has replaced its file.
+/// The path of the running executable, even after an upgrade has replaced its file.
 const OWN_EXECUTABLE: &str = "/proc/self/exe";
 /// How long to wait for a killed helper to exit before a separate thread waits for it.
 const REAP_PATIENCE: Duration = Duration::from_secs(1);
@@ -108,12 +108,12 @@ pub fn spawn(name: &str, owner: Option<Credentials>) -> Result<Helper> {
 }
 
 impl Helper {
-    /// The pid for log lines. Code that acts on the process uses the pidfd.
+    /// Returns the pid for log lines. Code that acts on the process uses the pidfd.
     pub fn pid(&self) -> u32 {
         self.pid.as_raw_nonzero().get().cast_unsigned()
     }
 
-    /// A descriptor that becomes readable once the helper has exited.
+    /// Returns a descriptor that becomes readable once the helper has exited.
     pub fn exited(&self) -> BorrowedFd<'_> {
         self.pidfd.as_fd()
     }

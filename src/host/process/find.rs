@@ -6,7 +6,7 @@ use std::fs::File;
 use std::path::PathBuf;
 
 /// Finds running processes that have exactly `argument` as an argument. Root finds processes of all
-/// users; others only their own.
+/// users, and other users find only their own.
 pub fn find_by_argument(argument: &str) -> Result<Vec<Identity>> {
     Ok(scan(|a| a == argument.as_bytes())?
         .into_iter()
@@ -15,7 +15,7 @@ pub fn find_by_argument(argument: &str) -> Result<Vec<Identity>> {
 }
 
 /// Finds running processes with an argument that begins with `prefix`, and returns each with that
-/// argument. Root finds processes of all users; others only their own.
+/// argument. Root finds processes of all users, and other users find only their own.
 pub fn find_by_prefix(prefix: &str) -> Result<Vec<(String, Identity)>> {
     scan(|a| a.starts_with(prefix.as_bytes()))
 }
@@ -63,7 +63,7 @@ fn scan(fits: impl Fn(&[u8]) -> bool) -> Result<Vec<(String, Identity)>> {
     Ok(found)
 }
 
-/// The argv of a process, empty if it has exited.
+/// Returns the argv of a process, which is empty if the process has exited or cannot be read.
 pub fn arguments(pid: u32) -> Vec<Vec<u8>> {
     crate::locks::require_memory_only("look at a process");
     const CMDLINE_BYTES_MAX: u64 = 256 * 1024;
@@ -76,7 +76,8 @@ pub fn arguments(pid: u32) -> Vec<Vec<u8>> {
     bytes.split(|b| *b == 0).map(<[u8]>::to_vec).collect()
 }
 
-/// The path of the executable, without the ` (deleted)` that the kernel appends if it was replaced.
+/// Returns the path of the executable, without the ` (deleted)` that the kernel appends if it was
+/// replaced.
 pub fn executable(pid: u32) -> Option<PathBuf> {
     let path = std::fs::read_link(format!("/proc/{pid}/exe")).ok()?;
     Some(
@@ -86,7 +87,7 @@ pub fn executable(pid: u32) -> Option<PathBuf> {
     )
 }
 
-/// The real uid of a process.
+/// Returns the real uid of a process, or None if the process has exited.
 pub fn uid(pid: u32) -> Option<u32> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     status

@@ -16,7 +16,8 @@ use std::time::Instant;
 pub enum Exit {
     Status(i32),
     Signal(i32),
-    /// The process was not a child of this daemon, so its exit status is not available.
+    /// The exit status is not available, for example because the process was not a child of this
+    /// daemon.
     Unknown,
 }
 
@@ -33,8 +34,8 @@ impl fmt::Display for Exit {
     }
 }
 
-/// Our children by start time and pid; `None` until they are reaped. The first thread that sees a
-/// child exit reaps it and records its exit here for the others.
+/// How our children ended, by start time and pid, or None until a child has been reaped. The first
+/// thread that sees a child exit reaps it and records its exit here for the others.
 static CHILDREN: Mutex<BTreeMap<(u64, u32), Option<Exit>>> =
     Mutex::new(Rank::Consoles, BTreeMap::new());
 /// How many exits are remembered. The oldest is dropped first.
@@ -48,8 +49,8 @@ pub struct Process {
 }
 
 impl Process {
-    /// Opens a process. None if it has been reaped, its pid belongs to another process, or the host
-    /// has rebooted.
+    /// Opens a process. Returns None if it has been reaped, its pid belongs to another process, or
+    /// the host has rebooted.
     pub fn open(identity: &Identity) -> Result<Option<Self>> {
         let doing = || format!("open process {}", identity.pid);
         if identity.boot_id != boot_id()? {
@@ -78,12 +79,12 @@ impl Process {
         &self.identity
     }
 
-    /// The pidfd, which is readable once the process has exited.
+    /// Returns the pidfd, which is readable once the process has exited.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
 
-    /// False if the process has exited, even if it is not reaped yet.
+    /// Returns false if the process has exited, even if it is not reaped yet.
     pub fn is_alive(&self) -> bool {
         !is_readable(&self.fd)
     }
@@ -119,7 +120,7 @@ impl Process {
         }
     }
 
-    /// Like [`Process::wait`], but ignores cancellation. Use it to clean up.
+    /// Waits like [`Process::wait`], but ignores cancellation. Use it to clean up.
     pub fn wait_uncancelled(&self, deadline: Instant) -> Result<bool> {
         let woken = wait_uncancelled(&[(self.fd(), PollFlags::POLLIN)], deadline)
             .map_err(|e| Error::io(format!("wait for process {} to exit", self.identity.pid), e))?;
@@ -129,7 +130,7 @@ impl Process {
         Ok(woken == WaitResult::Ready)
     }
 
-    /// How the process ended, or None while it runs. Reaps it if it is our child.
+    /// Returns how the process ended, or None while it runs. Reaps the process if it is our child.
     pub fn exit(&self) -> Option<Exit> {
         let key = (self.identity.start_time, self.identity.pid);
         let mut children = CHILDREN.lock();
@@ -167,14 +168,14 @@ impl Process {
     }
 }
 
-/// Notes a new child, so that its exit will be remembered. It must not have been reaped.
+/// Notes a new child, so that its exit will be remembered. The child must not have been reaped.
 pub(super) fn remember_child(identity: &Identity) {
     CHILDREN
         .lock()
         .insert((identity.start_time, identity.pid), None);
 }
 
-/// How a process that no longer exists ended, if that is still remembered.
+/// Returns how a process that no longer exists ended, or `Exit::Unknown` if that is not remembered.
 pub fn exit_of_gone(identity: &Identity) -> Exit {
     CHILDREN
         .lock()

@@ -14,7 +14,7 @@ pub struct Identity {
     pub boot_id: String,
 }
 
-/// The kernel's id of the current boot.
+/// Returns the kernel's id of the current boot.
 pub fn boot_id() -> Result<&'static str> {
     static BOOT_ID: OnceLock<String> = OnceLock::new();
     if let Some(id) = BOOT_ID.get() {

@@ -18,9 +18,9 @@ pub struct Spawn {
     pub args: Vec<OsString>,
     pub env: Vec<(OsString, OsString)>,
     pub cwd: PathBuf,
-    /// Receives stdout and stderr; `/dev/null` if None.
+    /// The file that receives stdout and stderr. None means `/dev/null`.
     pub output: Option<File>,
-    /// The daemon's own credentials if None.
+    /// The user and the group to run as. None means the daemon's own.
     pub credentials: Option<Credentials>,
     /// The supplementary groups that go with `credentials`; all others are dropped.
     pub groups: Vec<u32>,
@@ -79,10 +79,10 @@ pub fn spawn(spec: Spawn) -> Result<Process> {
     Ok(process)
 }
 
-/// Like [`spawn`], but makes the process the init of a new PID namespace. It sees no other process,
-/// and everything it starts ends with it. It is still our child, so its exit status is known. As
-/// pid 1 of its namespace it receives only signals that it handles, and SIGKILL and SIGSTOP. Needs
-/// root.
+/// Starts a process like [`spawn`], but as the init of a new PID namespace. The process sees no
+/// other process, and everything it starts ends with it. The process is still our child, so its
+/// exit status is known. As pid 1 of its namespace it receives only signals that it handles, and
+/// SIGKILL and SIGSTOP. The caller needs root.
 pub fn spawn_in_own_pids(spec: Spawn) -> Result<Process> {
     // unshare(2) affects later children of the calling thread, so use a thread that starts only
     // this one.
@@ -126,8 +126,8 @@ fn detach(command: &mut std::process::Command, credentials: Option<Credentials>,
                 rlim_max: 0,
             };
             ok(libc::setrlimit(libc::RLIMIT_CORE, &no_core))?;
-            // Our own descriptors are close-on-exec; this catches those of a library that forgot
-            // it.
+            // Our own descriptors are close-on-exec; this call covers those of a library that
+            // forgot the flag.
             ok(libc::syscall(
                 libc::SYS_close_range,
                 3,

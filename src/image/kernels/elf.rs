@@ -24,7 +24,7 @@ pub(super) fn is_whole(elf: &[u8]) -> bool {
 
 fn header_of(bytes: &[u8]) -> Option<&Header> {
     let header = Header::parse(bytes).ok()?;
-    // An error if the file is big-endian.
+    // This fails if the file is big-endian.
     header.endian().ok()?;
     Some(header)
 }

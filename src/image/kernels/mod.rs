@@ -5,10 +5,10 @@
 //!
 //! An import takes an ELF file as it is and unpacks a bzImage. The initramfs gets the modules that
 //! a guest needs to reach its root disk and network, unless they are built in (`modules.builtin`),
-//! and their dependencies (`modules.dep`). They are read only from below the modules' directory,
-//! because every guest can read an initramfs. The initramfs takes its busybox from an image. The
-//! guest loads later modules from its own root file system, which has only the modules of the
-//! image's kernel.
+//! and their dependencies (`modules.dep`). These lists and the modules are read only from below the
+//! modules' directory, because every guest can read an initramfs. The initramfs takes its busybox
+//! from an image. The guest loads later modules from its own root file system, which has only the
+//! modules of the image's kernel.
 //!
 //! The daemon reads the files, so only root and the daemon's own user may import.
 
@@ -45,18 +45,18 @@ const METADATA_BYTES_MAX: u64 = 64 << 10;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KernelInfo {
     pub name: KernelName,
-    /// For example `6.1.0-56-cloud-amd64`.
+    /// The kernel's version, for example `6.1.0-56-cloud-amd64`.
     pub version: String,
     /// The modules in the initramfs. All others that a guest needs are built in.
     pub modules: Vec<String>,
-    /// Seconds since the epoch.
+    /// When the kernel was imported, in seconds since the epoch.
     pub imported_at: u64,
     /// The space that the kernel uses on the host.
     #[serde(skip)]
     pub bytes: u64,
 }
 
-/// What to import.
+/// The kernel to import.
 #[derive(Clone, Debug)]
 pub struct ImportSpec {
     /// The absolute path of an ELF file or a bzImage.
@@ -73,7 +73,8 @@ pub struct Kernels {
 }
 
 impl Kernels {
-    /// Opens the registry like [`Images::open`].
+    /// Opens `<state_dir>/kernels`, which is created if it does not exist, and removes the
+    /// leftovers of unfinished imports and deletions.
     pub fn open(state_dir: &Path) -> Result<Self> {
         let dir = state_dir.join(KERNELS_DIR);
         let io = |e| Error::io(format!("open kernel registry {}", dir.display()), e);
@@ -99,7 +100,7 @@ impl Kernels {
         Ok(Self { dir })
     }
 
-    /// The paths of a kernel and its initramfs, which may not exist.
+    /// Returns the paths of a kernel and its initramfs, which may not exist.
     pub fn files(&self, name: &KernelName) -> (PathBuf, PathBuf) {
         let dir = self.dir.join(name.as_str());
         (dir.join(KERNEL), dir.join(INITRD))
@@ -108,7 +109,8 @@ impl Kernels {
     /// Reads the information about a kernel.
     ///
     /// # Errors
-    /// `kernel_not_found`, or `host` if a file is missing.
+    /// `kernel_not_found`, or `host` if the kernel is damaged, for example because a file is
+    /// missing.
     pub fn get(&self, name: &KernelName) -> Result<KernelInfo> {
         crate::locks::require_memory_only("file access");
         let dir = self.dir.join(name.as_str());
@@ -139,7 +141,7 @@ impl Kernels {
         Ok(info)
     }
 
-    /// All kernels, sorted by name. Damaged ones are logged and omitted.
+    /// Returns all kernels, sorted by name. Damaged ones are logged and omitted.
     pub fn list(&self) -> Result<Vec<KernelInfo>> {
         let entries =
             std::fs::read_dir(&self.dir).map_err(|e| Error::io("read the kernel registry", e))?;
@@ -160,7 +162,7 @@ impl Kernels {
         if !dir.is_dir() {
             return self.get(name).map(drop);
         }
-        // Move it away first, so that no VM can boot a kernel that is partly deleted.
+        // Move the kernel away first, so that no VM can boot a kernel that is partly deleted.
         let gone = tempfile::Builder::new()
             .prefix(DELETING)
             .tempdir_in(&self.dir)
@@ -256,7 +258,7 @@ fn taken(name: &KernelName) -> Error {
         .hint("choose another with --name, or run fcctl kernel list")
 }
 
-/// The default name for a version, such as `linux-6-1-0-56-cloud-amd64`.
+/// Returns the default name for a version, such as `linux-6-1-0-56-cloud-amd64`.
 fn name_of(version: &str) -> Result<KernelName> {
     let plain: String = version
         .to_lowercase()
@@ -270,7 +272,8 @@ fn name_of(version: &str) -> Result<KernelName> {
         .map_err(|e| e.hint("give it a name: --name"))
 }
 
-/// A static busybox, taken from any image's initramfs.
+/// Returns a static busybox from the initramfs of the first image. Fails if there is no image, or
+/// if that initramfs has no busybox.
 fn busybox(images: &Images) -> Result<Vec<u8>> {
     let none = || {
         Error::new(

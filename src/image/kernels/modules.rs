@@ -17,7 +17,7 @@ use std::path::Path;
 
 /// The directory in which distributions keep modules, by kernel version.
 const MODULES_DIR: &str = "/lib/modules";
-/// The largest list of modules.
+/// The size limit of `modules.dep` and `modules.builtin`.
 const LIST_BYTES_MAX: u64 = 16 << 20;
 /// The modules that a guest needs to boot, in loading order, and whether each is optional. At least
 /// one of the two transports is needed. ext4 also needs a checksum module, which it declares only
@@ -120,13 +120,13 @@ fn has_word(bytes: &[u8], word: &[u8]) -> bool {
     false
 }
 
-/// The module's name: `virtio_blk` for `kernel/drivers/x/virtio-blk.ko.xz`.
+/// Returns the module's name: `virtio_blk` for `kernel/drivers/x/virtio-blk.ko.xz`.
 fn module_of(path: &str) -> String {
     let file = path.rsplit('/').next().unwrap_or(path);
     file.split(".ko").next().unwrap_or(file).replace('-', "_")
 }
 
-/// The path without the suffix of its compression.
+/// Returns the path without the suffix of its compression. Keeps a colon at the end.
 fn unpacked_name(path: &str) -> String {
     let (path, colon) = path
         .strip_suffix(':')
@@ -138,7 +138,8 @@ fn unpacked_name(path: &str) -> String {
     format!("{plain}{colon}")
 }
 
-/// The paths of the modules that a guest needs and of their dependencies.
+/// Returns the paths of the modules that a guest needs and of their dependencies. Fails if a module
+/// that is not optional is neither listed nor built in.
 fn needed(dep: &str, builtin: &str) -> Result<BTreeSet<String>> {
     let built_in: BTreeSet<String> = builtin.lines().map(module_of).collect();
     let mut paths = BTreeSet::new();
@@ -313,7 +314,7 @@ mod tests {
         for path in ["good.ko", "beside.ko"] {
             assert_eq!(read(path).unwrap(), (path.to_owned(), module.clone()));
         }
-        // A small file that would fill the disk when unpacked.
+        // This small file would fill the disk when unpacked.
         let bomb = File::create(at("m/bomb.ko")).unwrap();
         bomb.set_len(PART_BYTES_MAX + 1).unwrap();
         let packed = crate::host::Command::new("gzip")

@@ -11,7 +11,7 @@ use std::path::Path;
 
 /// Reads a regular file of at most `bytes_max` bytes.
 pub(super) fn read_file(path: &Path, bytes_max: u64) -> Result<Vec<u8>> {
-    // O_NONBLOCK, because opening a FIFO would otherwise wait for a writer.
+    // Use O_NONBLOCK, because opening a FIFO would otherwise wait for a writer.
     let opened = File::options()
         .read(true)
         .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)

@@ -56,7 +56,7 @@ fn check_elf(bytes: &[u8]) -> Result<()> {
     .hint("use a distribution's /boot/vmlinuz-VERSION"))
 }
 
-/// The version, which follows the banner.
+/// Returns the version, which follows the banner, or None if there is none.
 fn version_in(bytes: &[u8]) -> Option<String> {
     let mut rest = bytes;
     loop {

@@ -67,15 +67,15 @@ pub fn packets(packet: &[u8]) {
             );
         }
     }
-    // Must not panic for an answer to a query that is its own second half.
+    // `is_answer` must not panic for an answer to a query that is its own second half.
     let (_, half) = packet.split_at(packet.len() / 2);
     let id = packet.first_chunk().map_or(0, |id| u16::from_be_bytes(*id));
     let _ = is_answer(packet, id, half);
 }
 
-/// Feeds messages to the daemon's side as if from the helper, each prefixed with its length in two
-/// bytes. For any messages, the daemon must act only for known clients, and only a limited number
-/// of times.
+/// Feeds messages to the daemon's side as if the helper had sent them. In the input, each message
+/// is prefixed with its length in two bytes. For any messages, the daemon must act only for known
+/// clients, and only a limited number of times.
 pub fn requests(input: &[u8]) {
     let begun = Instant::now();
     let mut gatekeeper = Gatekeeper::new(begun);

@@ -22,13 +22,14 @@ pub(super) const CONNECTIONS_PER_CLIENT_MAX: usize = 4;
 pub(super) const TRIES_MAX: u8 = 3;
 /// The maximum number of queries on one connection.
 pub(super) const QUESTIONS_PER_CONNECTION_MAX: u16 = 64;
-/// A query needs either one lookup in the daemon, or one socket for each resolver that is tried.
+/// The maximum number of requests from the helper for one query. A query needs either one lookup in
+/// the daemon, or one socket for each resolver that is tried.
 const REQUESTS_PER_QUESTION_MAX: u16 = TRIES_MAX as u16;
-/// A helper that keeps a query for longer than this counts as hanging. It normally gives up much
-/// earlier.
+/// How long the helper may keep a query over UDP before the helper counts as hanging. The helper
+/// normally gives up much earlier.
 const DATAGRAM_KEPT_MAX: Duration = Duration::from_secs(20);
 const CONNECTION_KEPT_MAX: Duration = Duration::from_secs(120);
-/// Limits how fast sockets to resolvers are opened.
+/// The rate limit for opening sockets to resolvers, in sockets per second.
 const SOCKETS_PER_S: u32 = 2000;
 const SOCKETS_BURST: u32 = 4000;
 
@@ -89,7 +90,7 @@ pub(super) enum Action<'a> {
         client: Ipv4Addr,
         address: Ipv4Addr,
     },
-    /// `is_allowed` is false if sockets are being opened too fast.
+    /// Opens a socket to a resolver. `is_allowed` is false if sockets are being opened too fast.
     OpenSocket {
         ticket: Ticket,
         kind: Kind,
@@ -167,7 +168,7 @@ impl Gatekeeper {
         Some(ticket)
     }
 
-    /// Decides what to do about one message from the helper.
+    /// Decides what to do about one message from the helper. Fails if the message is a breach.
     pub(super) fn judge<'a>(
         &mut self,
         message: &'a [u8],
@@ -233,7 +234,8 @@ impl Gatekeeper {
         Ok(client)
     }
 
-    /// The time by which the helper must have answered. None if there are no open queries.
+    /// Returns the time by which the helper must have answered, or None if there are no open
+    /// queries.
     pub(super) fn deadline(&self) -> Option<Instant> {
         self.clients.values().map(|client| client.until).min()
     }

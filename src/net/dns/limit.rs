@@ -1,4 +1,4 @@
-//! Token buckets: a single bucket, and one bucket for each client. Pure.
+//! Token buckets: a single bucket, and one bucket for each client. This module does no I/O.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -56,7 +56,8 @@ impl Limiter {
         }
     }
 
-    /// True if `client` may send one more query now.
+    /// Takes a token from the bucket of `client`. Returns false if that bucket is empty, or if
+    /// there are too many clients.
     pub(super) fn admit(&mut self, client: IpAddr, now: Instant) -> bool {
         if !self.buckets.contains_key(&client) && self.buckets.len() >= CLIENTS_MAX {
             self.buckets

@@ -73,12 +73,12 @@ pub struct Setup {
     /// The file that lists the host's resolvers, and the port to send queries to.
     pub resolv_conf: PathBuf,
     pub upstream_port: u16,
-    /// The user that the helper runs as. None if the daemon is unprivileged, because then the
+    /// The user that the helper runs as, or None if the daemon is unprivileged, because then the
     /// helper runs as the daemon's user.
     pub owner: Option<Credentials>,
 }
 
-/// A running name server. Dropping it stops it and waits for its thread.
+/// A running name server. Dropping this value stops the server and waits for its thread.
 pub struct Server {
     cancel: Cancel,
     thread: Option<JoinHandle<()>>,
@@ -86,6 +86,8 @@ pub struct Server {
 }
 
 impl Server {
+    /// Starts a name server on its own thread.
+    ///
     /// # Errors
     /// `conflict` if something else listens on the address.
     pub fn start(setup: Setup) -> Result<Self> {
@@ -128,7 +130,8 @@ impl Server {
         })
     }
 
-    /// Describes repeated failures of the helper, for `fcctl doctor`.
+    /// Describes the helper's failures since it was last healthy, for `fcctl doctor`. Returns None
+    /// if there are none.
     pub fn trouble(&self) -> Option<String> {
         let failures = self.health.failures.load(Ordering::Relaxed);
         let times = if failures == 1 {
@@ -171,7 +174,7 @@ impl Drop for Server {
 struct Health {
     /// The number of helpers in a row that exited before [`supervisor::HEALTHY_AFTER`].
     failures: AtomicU32,
-    /// The pid of the current or the last helper. 0 if none has started yet.
+    /// The pid of the current or the last helper, or 0 if none has started yet.
     pid: AtomicU32,
 }
 

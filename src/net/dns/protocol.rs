@@ -15,7 +15,7 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 pub(super) const QUESTION_BYTES_MAX: usize = 4096;
 /// The length of the longest answer.
 pub(super) const ANSWER_BYTES_MAX: usize = 65_535;
-/// Room for a tag, a ticket, an address with its port, and a length.
+/// The room in a message for a tag, a ticket, an address with its port, and a length.
 const FIELDS_BYTES_MAX: usize = 32;
 pub(super) const TO_HELPER_BYTES_MAX: usize = QUESTION_BYTES_MAX + FIELDS_BYTES_MAX;
 pub(super) const FROM_HELPER_BYTES_MAX: usize = ANSWER_BYTES_MAX + FIELDS_BYTES_MAX;
@@ -185,7 +185,8 @@ impl<'a> Request<'a> {
         .finish()
     }
 
-    /// Decodes a message. Text from the helper is made printable.
+    /// Decodes a message, and makes text from the helper printable. Returns None if the message is
+    /// invalid.
     pub fn decode(message: &'a [u8]) -> Option<Self> {
         if message.len() > FROM_HELPER_BYTES_MAX {
             return None;

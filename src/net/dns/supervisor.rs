@@ -23,7 +23,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Rate limit of one client, in queries per second.
+/// The rate limit of one client, in queries per second.
 const PER_S: u32 = 500;
 const BURST: u32 = 1000;
 /// The number of queries, connections or messages that are handled in a row before the other
@@ -38,7 +38,7 @@ const IDLE: Duration = Duration::from_secs(3600);
 /// How long to pause after an error that would otherwise repeat at once, such as a lack of
 /// descriptors.
 const ERROR_PAUSE: Duration = Duration::from_millis(100);
-/// Delay before a restart. It doubles with each further exit.
+/// The delay before the first restart. The delay doubles with each further exit in a row.
 const BACKOFF_MIN: Duration = Duration::from_millis(20);
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
 /// A helper counts as healthy after it has run for this long.
@@ -71,7 +71,7 @@ impl From<Breach> for End {
 }
 
 impl Supervisor {
-    /// Both sockets must be non-blocking.
+    /// Creates the supervisor without starting a helper. Both sockets must be non-blocking.
     pub(super) fn new(
         (socket, listener): (UdpSocket, TcpListener),
         setup: Setup,
@@ -96,7 +96,8 @@ impl Supervisor {
         }
     }
 
-    /// Serves until it is cancelled. The helper never outlives this thread.
+    /// Serves until `cancel` fires, and restarts the helper when it exits. The helper never
+    /// outlives this thread.
     pub(super) fn run(mut self) {
         while !self.cancel.is_cancelled() {
             let End::Because(why) = self.serve() else {
@@ -139,7 +140,7 @@ impl Supervisor {
         }
     }
 
-    /// Looks up a name. If the daemon panics in the lookup, the name counts as unknown.
+    /// Looks up a name or an address. If the lookup panics, the result is None.
     fn look_up<T>(&self, look: impl FnOnce(&dyn Names) -> Option<T>) -> Option<T> {
         let names = self.setup.names.as_ref();
         std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| look(names))).unwrap_or_else(
@@ -159,7 +160,7 @@ struct Service<'a> {
     /// Messages that the channel has not accepted yet.
     outbox: VecDeque<(Order, Option<OwnedFd>)>,
     listen_from: Instant,
-    /// When the helper will count as healthy. None if it already does.
+    /// When the helper will count as healthy, or None if it already does.
     healthy_from: Option<Instant>,
     buffer: Vec<u8>,
 }
@@ -406,7 +407,8 @@ impl Service<'_> {
         Ok(())
     }
 
-    /// Returns why the helper ended after the channel has closed.
+    /// Waits up to [`EXIT_DEADLINE`] for the helper to exit after its channel has closed, and
+    /// returns why the helper ended.
     fn died(&mut self) -> End {
         End::Because(match self.helper.wait(Instant::now() + EXIT_DEADLINE) {
             Some(exit) => exit.to_string(),
@@ -415,8 +417,8 @@ impl Service<'_> {
     }
 }
 
-/// Returns the client's address if it is served. Clients are guests and the host, whose queries
-/// come from the bridge's address.
+/// Returns the client's address, or None if this client is not served. Clients are guests and the
+/// host, whose queries come from the bridge's address.
 pub(super) fn served(client: SocketAddr, subnet: Subnet) -> Option<SocketAddrV4> {
     match client {
         SocketAddr::V4(client) if subnet.contains(*client.ip()) || client.ip().is_loopback() => {

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 pub const PORT: u16 = 53;
-/// The maximum number of resolvers in resolv.conf(5).
+/// The maximum number of resolvers that are used from resolv.conf(5).
 const SERVERS_MAX: usize = 3;
 const FILE_BYTES_MAX: u64 = 64 * 1024;
 /// How long the list of resolvers is cached.
@@ -34,9 +34,9 @@ impl Upstreams {
         }
     }
 
-    /// Opens a non-blocking socket to the first reachable resolver, starting with number `skip`. A
-    /// TCP socket may still be connecting. Every query over UDP gets a new socket, so that a forger
-    /// of answers has to guess its port as well.
+    /// Opens a non-blocking socket to the first reachable resolver, starting with number `skip`.
+    /// Returns None if no resolver is reachable. A TCP socket may still be connecting. Every query
+    /// over UDP gets a new socket, so that a forger of answers has to guess its port as well.
     pub(super) fn open(&mut self, kind: Kind, skip: usize, now: Instant) -> Option<OwnedFd> {
         let servers = self.get(now);
         let count = servers.len();

@@ -33,7 +33,7 @@ pub(crate) enum State {
     Paused,
 }
 
-/// `GET /`.
+/// The answer to `GET /`.
 #[derive(Debug, PartialEq, Eq, Deserialize)]
 pub(crate) struct Instance {
     pub id: String,
@@ -149,8 +149,8 @@ struct Action {
     action_type: &'static str,
 }
 
-/// Loads a snapshot. All devices except the network interfaces keep the paths that they had when
-/// the guest was saved.
+/// The request to load a snapshot. All devices except the network interfaces keep the paths that
+/// they had when the guest was saved.
 #[derive(Debug, Serialize)]
 pub(crate) struct LoadSnapshot<'a> {
     snapshot_path: &'a str,
@@ -190,7 +190,7 @@ impl<'a> LoadSnapshot<'a> {
     }
 }
 
-/// The part of the guest's memory that a snapshot writes.
+/// The part of the guest's memory that a snapshot contains.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub(crate) enum SnapshotType {
     /// All of the guest's memory.
@@ -299,8 +299,10 @@ fn check(doing: &str, answer: Answer) -> Result<Answer> {
 }
 
 impl<'a> PreBoot<'a> {
+    /// Opens the API of a VMM that has not started its guest yet.
+    ///
     /// # Errors
-    /// `vmm_failed` if the VMM already runs a guest.
+    /// `vmm_failed` if the guest already runs or is paused.
     pub(crate) fn open(stream: UnixStream, deadline: Deadline<'a>) -> Result<(Self, Instance)> {
         let (api, instance) = Api::open(stream, deadline)?;
         match instance.state {
@@ -421,6 +423,8 @@ impl<'a> PreBoot<'a> {
 }
 
 impl<'a> Booted<'a> {
+    /// Opens the API of a VMM whose guest runs or is paused.
+    ///
     /// # Errors
     /// `vmm_failed` if no guest was started.
     pub(crate) fn open(stream: UnixStream, deadline: Deadline<'a>) -> Result<(Self, Instance)> {
@@ -457,7 +461,7 @@ impl<'a> Booted<'a> {
             .is_some_and(|source| !source.kernel_image_path.is_empty()))
     }
 
-    /// The guest must be paused.
+    /// Saves the guest's devices and its memory to these two paths. The guest must be paused.
     pub(crate) fn save(
         &mut self,
         snapshot_type: SnapshotType,

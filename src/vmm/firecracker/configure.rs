@@ -14,12 +14,13 @@ use std::net::{Ipv4Addr, SocketAddr};
 
 /// The name of the guest's network interface.
 const INTERFACE: &str = "eth0";
-/// `reboot=k` makes the guest reset when it powers off, because only a reset ends the VMM
-/// (docs/getting-started.md).
+/// The kernel arguments that follow the spec's `boot_args`. `reboot=k` makes the guest reset when
+/// it powers off, because only a reset ends the VMM (docs/getting-started.md).
 const KERNEL_ARGS: &str = "console=ttyS0 reboot=k panic=-1 net.ifnames=0 quiet cryptomgr.notests random.trust_cpu=on audit=0 \
                            i8042.noaux i8042.nomux fcd.off=reset";
 
-/// Configures a guest that boots. The guest numbers its disks in the order in which they are added.
+/// Configures a guest that boots, and returns the address of its SSH server. The guest numbers its
+/// disks in the order in which they are added.
 pub(super) fn configure(
     vmm: &mut PreBoot<'_>,
     spec: &VmmSpec,
@@ -82,7 +83,8 @@ pub(super) fn configure(
     Ok(api::ssh_addr(address))
 }
 
-/// Loads a saved guest, whose disks and console keep their paths.
+/// Loads and resumes a saved guest, whose disks and console keep their paths, and sets its rates.
+/// Returns the address of the guest's SSH server.
 pub(super) fn load(mut vmm: PreBoot<'_>, spec: &VmmSpec, saved: &SavedFiles) -> Result<SocketAddr> {
     let (tap, address) = tap(spec)?;
     vmm.serial(CONSOLE_PIPE)?;
@@ -95,7 +97,8 @@ pub(super) fn load(mut vmm: PreBoot<'_>, spec: &VmmSpec, saved: &SavedFiles) -> 
             host_dev_name: tap,
         }],
     ))?;
-    // The saved state contains the rates that applied when the guest was saved.
+    // Set the current rates, because the saved state contains the rates that applied when the guest
+    // was saved.
     limit(&mut vmm, spec)?;
     Ok(api::ssh_addr(address))
 }

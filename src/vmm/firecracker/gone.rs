@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use std::path::{Path, PathBuf};
 
 /// Returns the installation's control group if it exists and no process is in it or below it.
-/// Otherwise the kernel would not remove it.
+/// Otherwise returns None. The kernel does not remove a group that contains a process.
 pub fn empty_group(install: &str) -> Option<PathBuf> {
     empty_group_at(Path::new(jail::CGROUPS), install)
 }

@@ -37,7 +37,7 @@ pub(super) struct Connection<'a> {
 }
 
 impl<'a> Connection<'a> {
-    /// `stream` must be non-blocking.
+    /// Begins a conversation over `stream`, which must be non-blocking.
     pub(super) fn new(stream: UnixStream, deadline: Deadline<'a>) -> Self {
         Self {
             conversation: Conversation::new(stream, deadline),

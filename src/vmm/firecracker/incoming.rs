@@ -17,7 +17,7 @@ pub(crate) const STATUSES: std::ops::Range<u16> = 200..600;
 pub(crate) struct Answer {
     pub status: u16,
     pub body: Vec<u8>,
-    /// A field of the request is deprecated.
+    /// True if the server says that a field of the request is deprecated.
     pub is_deprecated: bool,
 }
 
@@ -45,12 +45,14 @@ impl Incoming {
         self.buffer.extend_from_slice(bytes);
     }
 
-    /// True if no bytes are buffered, so the server has sent nothing before a request.
+    /// True if no bytes are buffered. If bytes are buffered before a request, the server has sent
+    /// an answer without a request.
     pub(crate) fn is_empty(&self) -> bool {
         self.buffer.is_empty()
     }
 
-    /// Returns the answer once it is complete. The error says why the bytes are not HTTP.
+    /// Returns the answer, or None if it is not complete yet. The error says why the bytes are not
+    /// HTTP.
     pub(crate) fn answer(&mut self) -> Result<Option<Answer>, String> {
         let head = match self.head {
             Some(head) => head,
@@ -103,7 +105,7 @@ impl Incoming {
     }
 }
 
-/// Returns None if more bytes are needed.
+/// Parses the status line and the headers of an answer. Returns None if more bytes are needed.
 fn parse_head(bytes: &[u8]) -> Result<Option<Head>, String> {
     let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
     let mut response = httparse::Response::new(&mut headers);
@@ -195,7 +197,7 @@ mod tests {
         assert_eq!(error(&[b'x'; HEAD_BYTES_MAX + 1]), "its headers do not end");
     }
 
-    /// `scripts/fuzz firecracker-http` found this bug.
+    /// Covers a bug that `scripts/fuzz firecracker-http` found.
     #[test]
     fn header_is_parsed_once_its_line_is_complete() {
         let mut incoming = Incoming::default();

@@ -6,11 +6,11 @@ use serde_json::Value;
 use std::fs::File;
 use std::io::{ErrorKind, Read};
 
-/// The limit is more than a pipe holds. It is needed because a guest that controls the VMM may
-/// write without end.
+/// The maximum number of bytes of metrics that are read. This is more than a pipe holds. A limit is
+/// needed because a guest that controls the VMM may write without end.
 const BYTES_MAX: usize = 256 << 10;
 
-/// Appends the current content of the pipe to `lines`.
+/// Appends the current content of the pipe to `lines`, and returns at most [`BYTES_MAX`] bytes.
 pub(crate) fn read(pipe: &mut File, mut lines: Vec<u8>) -> std::io::Result<Vec<u8>> {
     let mut piece = [0; 16 << 10];
     while lines.len() < BYTES_MAX {
@@ -26,7 +26,7 @@ pub(crate) fn read(pipe: &mut File, mut lines: Vec<u8>) -> std::io::Result<Vec<u
     Ok(lines)
 }
 
-/// Parses the complete lines. None if no line is complete.
+/// Parses the lines that are JSON objects, and skips the others. Returns None if there are none.
 pub(crate) fn parse(bytes: &[u8]) -> Option<Vec<Value>> {
     let lines = bytes
         .split(|b| *b == b'\n')

@@ -165,8 +165,8 @@ impl Firecracker {
         })
     }
 
-    /// Replaces the error of a failed start if the program is not a jailer, or is from another
-    /// release.
+    /// Adds the cause to the error of a failed start if the jailer or Firecracker is not suitable
+    /// for a jail, or if they are from different releases.
     fn with_cause(&self, e: Error, spec: &VmmSpec, cancel: &Cancel) -> Error {
         if e.kind() == Kind::Cancelled || !is_jailed(&self.config, spec) {
             return e;
@@ -195,7 +195,7 @@ impl Firecracker {
         self
     }
 
-    /// Configures a VMM that has just been spawned, and runs its guest.
+    /// Configures a VMM that has just been spawned, and starts or restores its guest.
     fn configure_and_run(
         &self,
         spec: &VmmSpec,
@@ -230,7 +230,7 @@ impl Firecracker {
                 ssh_addr,
             })
         };
-        // After it rejects a load, the VMM exits, but the rejection is the better error.
+        // A VMM that rejects a load also exits, but its rejection says more than its exit.
         let says_why = |e: &Error| e.kind() == Kind::Cancelled || files.saved.is_some();
         configure().map_err(|e| {
             if !says_why(&e) && run_dir::is_exiting(process) {
@@ -260,7 +260,8 @@ impl Drop for Firecracker {
 
 impl Driver for Firecracker {
     fn describe(&self) -> String {
-        // A saved guest contains the paths of its disks, which depend on the jail.
+        // Name the jail, because a saved guest contains the paths of its disks, which depend on the
+        // jail.
         if self.jails_all() {
             "firecracker (kvm, jailed)"
         } else {

@@ -58,8 +58,8 @@ impl Monitor {
         }
     }
 
-    /// Queries the VMM. Each query opens a new connection, because the server allows only a few
-    /// connections and other conversations need them too.
+    /// Queries the VMM. Succeeds if the VMM has exited. Each query opens a new connection, because
+    /// the server allows only a few connections and other conversations need them too.
     fn look(&self) -> Result<()> {
         let _blocking = region(Rank::VmmApi);
         let deadline = Deadline {

@@ -7,7 +7,7 @@ use rustix::fs::{FileType, Gid, Mode, OFlags, Uid};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 
-/// The guest's serial console.
+/// The name of the pipe that receives the output of the guest's serial console.
 pub(super) const CONSOLE_PIPE: &str = "console";
 pub(super) const METRICS_PIPE: &str = "metrics";
 

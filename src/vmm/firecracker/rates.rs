@@ -2,8 +2,8 @@
 
 use serde::Serialize;
 
-/// A missing bucket leaves the limit as it is, and a bucket of size 0 removes it
-/// (docs/api_requests/patch-block.md).
+/// The limits of one device. A missing bucket leaves a limit as it is, and a bucket of size 0
+/// removes the limit (docs/api_requests/patch-block.md).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub(crate) struct RateLimiter {
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -47,7 +47,7 @@ impl TokenBucket {
 }
 
 impl RateLimiter {
-    /// The limits of a new device. None if the device is not limited.
+    /// Returns the limits of a new device, or None if the device is not limited.
     pub(crate) fn new(bytes_per_s: Option<u64>, ops_per_s: Option<u64>) -> Option<Self> {
         let limiter = Self {
             bandwidth: bytes_per_s.map(TokenBucket::bytes),
@@ -56,7 +56,8 @@ impl RateLimiter {
         Some(limiter).filter(|l| *l != Self::default())
     }
 
-    /// The limits of an existing device, which replace its previous limits.
+    /// Returns the limits of an existing device, which replace its previous limits. A limit of None
+    /// removes the previous limit.
     pub(crate) fn instead(bytes_per_s: Option<u64>, ops_per_s: Option<u64>) -> Self {
         let bandwidth = bytes_per_s.map_or(TokenBucket::NONE, TokenBucket::bytes);
         Self {

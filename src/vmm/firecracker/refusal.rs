@@ -18,11 +18,12 @@ struct Fault {
     fault_message: String,
 }
 
-/// The HTTP server below the API writes this form by hand, without a JSON library.
+/// The beginning of a body from the HTTP server below the API, which writes this form by hand,
+/// without a JSON library.
 const SERVER_PREFIX: &str = "{ \"error\": \"";
 const SERVER_SUFFIX: &str = "\" }";
 
-/// Returns the message in a body.
+/// Returns the message in a body as one line of limited length.
 fn text(body: &[u8]) -> String {
     let all = String::from_utf8_lossy(body);
     let said = match serde_json::from_slice::<Fault>(body) {
@@ -43,9 +44,9 @@ fn text(body: &[u8]) -> String {
     printable(&line.chars().take(TEXT_CHARS_MAX).collect::<String>())
 }
 
-/// Returns the number of the host's error. std prints it as `(os error 16)` or, with `{:?}`, as `Os
-/// { code: 16, ... }`, and Firecracker uses both forms. If there are several, the last is the
-/// cause.
+/// Returns the number of the host's error, or None if the message contains none. std prints the
+/// number as `(os error 16)` or, with `{:?}`, as `Os { code: 16, ... }`, and Firecracker uses both
+/// forms. If there are several, the last is the cause.
 fn errno(said: &str) -> Option<i32> {
     let after = |mark: &str| said.rfind(mark).map(|at| &said[at + mark.len()..]);
     let rest = after("(os error ").or_else(|| after("Os { code: "))?;
@@ -56,9 +57,9 @@ fn errno(said: &str) -> Option<i32> {
 
 /// How a message is recognised.
 enum Sign {
-    /// By a part of Firecracker's own text.
+    /// The message contains this part of Firecracker's own text.
     Text(&'static str),
-    /// By the number of the host's error.
+    /// The message contains this number of an error of the host.
     Errno(i32),
     Both(&'static str, i32),
 }
@@ -79,7 +80,8 @@ const REPORT: &str = "report it, with the VM's vmm.log";
 const FREE_SPACE: &str = "free some space on the host";
 const READ_IMAGE: &str = "make the image readable for the VMM's uid: see fcctl doctor";
 
-/// Known messages of v1.16. The first sign that matches decides.
+/// The known messages of v1.16, and the kind and hint for each. The first sign that matches
+/// decides.
 const MEANINGS: [(Sign, Kind, &str); 27] = [
     (
         Text("Invalid Elf magic number"),

@@ -8,7 +8,7 @@ use crate::vmm::dial::{self, Deadline};
 use rustix::fs::{Mode, OFlags};
 use std::os::fd::OwnedFd;
 
-/// The error for a VMM that has exited.
+/// Returns the error for a VMM that has exited.
 pub(super) fn gone(doing: &str) -> Error {
     Error::new(Kind::VmmFailed, format!("{doing}: the VMM has exited"))
 }

@@ -90,7 +90,7 @@ pub(super) fn spawn(config: &Config, spec: &VmmSpec, needs_kvm: bool) -> Result<
 }
 
 /// Returns the groups that a VMM without a jail needs to open its devices. A jailed VMM has its own
-/// nodes.
+/// nodes and needs no groups. Fails if a device is missing or the VMM may not open it.
 fn device_groups(config: &Config, spec: &VmmSpec) -> Result<Vec<u32>> {
     let mut groups = Vec::new();
     for device in [KVM, TUN] {

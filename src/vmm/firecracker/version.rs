@@ -59,7 +59,7 @@ pub(super) fn install_if_missing(e: Error) -> Error {
 /// A release, as a program or the API reports it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Release {
-    /// `1.16.1`, or `1.17.0-dev`.
+    /// The whole version, for example `1.16.1` or `1.17.0-dev`.
     pub text: String,
     pub numbers: (u32, u32),
 }
@@ -95,7 +95,8 @@ fn release(program: &Path, name: &str, cancel: &Cancel) -> Result<Release> {
     })
 }
 
-/// Returns the version of the configured program, if it is supported.
+/// Returns the version of the configured Firecracker. Fails with `unsupported` if that version is
+/// too old.
 pub(super) fn version(config: &Config, cancel: &Cancel) -> Result<Release> {
     let path = program::locate(&config.binary).map_err(install_if_missing)?;
     let release = release(&path, FIRECRACKER, cancel)?;
@@ -103,7 +104,7 @@ pub(super) fn version(config: &Config, cancel: &Cancel) -> Result<Release> {
 }
 
 /// Checks that the configured jailer is a jailer and from the same release as Firecracker. This
-/// needs two processes, so it happens only after a start has failed.
+/// runs two processes, so it happens only in `fcctl doctor` and after a start has failed.
 ///
 /// # Errors
 /// `unsupported`, with both versions.

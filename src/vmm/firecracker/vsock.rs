@@ -54,7 +54,7 @@ pub(super) fn open(stream: UnixStream, port: u32, deadline: Deadline<'_>) -> Res
     Ok(stream)
 }
 
-/// Asks for the port and returns the answer, up to the end of the line.
+/// Requests a connection to the port, and returns the first line of the VMM's answer.
 fn read_answer(conversation: &mut Conversation<'_>, port: u32, doing: &str) -> Result<Vec<u8>> {
     conversation.send(format!("CONNECT {port}\n").as_bytes(), doing)?;
     let mut line = Vec::new();
@@ -67,7 +67,7 @@ fn read_answer(conversation: &mut Conversation<'_>, port: u32, doing: &str) -> R
     Ok(line)
 }
 
-/// The error for a hang-up, which is the VMM's only way to refuse a port.
+/// Returns the error for a hang-up, which is the VMM's only way to refuse a port.
 fn refused(port: u32) -> Error {
     Error::new(
         Kind::GuestUnavailable,

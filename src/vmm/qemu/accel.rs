@@ -25,7 +25,7 @@ const PROBE_DEADLINE: Duration = Duration::from_secs(10);
 /// How long picking may take, including the probe.
 const PICK_DEADLINE: Duration = Duration::from_secs(20);
 
-/// The result, and the reason for it.
+/// The platform that was picked, and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Picked {
     pub platform: Platform,
@@ -61,9 +61,9 @@ impl Picker {
         }
     }
 
-    /// Returns the picked platform, and waits if a probe is still running. The probe runs on a
-    /// separate thread, so a cancelled caller does not stop it, and the next caller gets its
-    /// result.
+    /// Returns the picked platform. If none has been picked yet, starts a probe, or joins the one
+    /// that is running, and waits for its result. The probe runs on a separate thread, so a
+    /// cancelled caller does not stop it, and the next caller gets its result.
     pub(super) fn pick(&self, kernel: &Path, cancel: &Cancel) -> Result<Picked> {
         let doing = "pick an accelerator";
         let deadline = Instant::now() + PICK_DEADLINE;

@@ -1,4 +1,4 @@
-//! QEMU's command line. Pure.
+//! Builds QEMU's command line without doing any I/O.
 //!
 //! Sources: qemu(1) 7.2; docs/system/i386/microvm.rst; the kernel's kernel-parameters.txt.
 
@@ -76,7 +76,7 @@ impl Platform {
         }
     }
 
-    /// The arguments for the machine and the sandbox, which VMs and probes have in common.
+    /// Returns the arguments for the machine and the sandbox, which VMs and probes have in common.
     pub(crate) fn base(&self) -> Vec<OsString> {
         let mut args: Vec<OsString> = ["-machine", self.machine(), "-accel"]
             .map(OsString::from)
@@ -132,7 +132,7 @@ impl Platform {
 const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
 
 /// Returns the arguments for one VM. QEMU runs in the VM's `run/`, so its sockets have short names.
-/// It starts with the guest stopped, so that the console is read from its first byte.
+/// QEMU starts with the guest stopped, so that the console is read from its first byte.
 pub(crate) fn argv(
     spec: &VmmSpec,
     platform: &Platform,

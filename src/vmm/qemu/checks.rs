@@ -92,12 +92,12 @@ fn binary(config: &Qemu) -> Check {
     }
 }
 
-/// The hint for a QEMU in a directory that the VMM's uid may not enter.
+/// Returns the hint for a QEMU in a directory that the VMM's uid may not enter.
 pub(super) fn binary_fix(closed: &dyn std::fmt::Display) -> String {
     format!("set another binary under [qemu], or chmod o+x {closed}")
 }
 
-/// `QEMU emulator version 7.2.22 (Debian ...)`.
+/// Parses the output of `--version`, for example `QEMU emulator version 7.2.22 (Debian ...)`.
 fn parse_version(text: &str) -> Option<(u32, u32)> {
     let version = text
         .lines()
@@ -118,8 +118,8 @@ fn accelerator(config: &Qemu, picked: Option<&Picked>) -> Check {
         let is_slow = config.accel == Accel::Auto
             && picked.platform.accelerator == super::argv::Accelerator::Tcg;
         let found = format!("{} is used: {}", picked.platform, picked.why);
-        // Emulation is slow but correct. A host without virtualisation cannot be fixed, so this is
-        // not a warning.
+        // Emulation is slow but correct, so it is only a warning, and not even that if the
+        // configuration asks for it.
         return check(
             "accelerator",
             if is_slow {

@@ -18,7 +18,7 @@ pub(crate) const LINES_MAX: u32 = 2000;
 /// The number of lines that a conversation may receive per second.
 pub(crate) const LINES_PER_S: u32 = 100;
 
-/// The length limits of a refusal in an error.
+/// The maximum lengths of a refusal's class and description in an error.
 const CLASS_CHARS_MAX: usize = 64;
 const DESC_CHARS_MAX: usize = 512;
 
@@ -51,7 +51,7 @@ pub(crate) struct Refusal {
 }
 
 impl Refusal {
-    /// Returns one line of limited length without control characters.
+    /// Returns the refusal as one line of limited length without control characters.
     pub(crate) fn text(&self, doing: &str) -> String {
         let bounded = |text: &str, max: usize| text.chars().take(max).collect::<String>();
         let (class, desc) = (
@@ -82,8 +82,8 @@ impl Incoming {
         self.buffer.extend_from_slice(bytes);
     }
 
-    /// Returns the next message. None if more bytes are needed. Call it until it returns None
-    /// before the next [`Incoming::push`].
+    /// Returns the next message, or None if more bytes are needed. Call this method until it
+    /// returns None before the next [`Incoming::push`].
     pub(crate) fn message(&mut self) -> Result<Option<Message>, Unusable> {
         let end = self.buffer[self.searched..]
             .iter()

@@ -68,7 +68,7 @@ pub struct Qemu {
 }
 
 impl Qemu {
-    /// Creates the driver without checking the host. Fails with the eventfd's error (EMFILE,
+    /// Creates the driver without checking the host. Fails if no eventfd can be created (EMFILE,
     /// ENFILE).
     pub fn new(config: Config, consoles: Arc<Consoles>) -> Result<Self> {
         let picker = Picker::new(config.clone());
@@ -128,8 +128,8 @@ impl Qemu {
         Ok((process, run))
     }
 
-    /// Connects to a VMM that has just been spawned, and runs its guest. The console is attached
-    /// first, so that none of the guest's output is lost.
+    /// Connects to a VMM that has just been spawned, and starts or restores its guest. The console
+    /// is attached first, so that none of the guest's output is lost.
     fn configure_and_run(
         &self,
         spec: &VmmSpec,
@@ -174,7 +174,7 @@ impl Qemu {
     }
 }
 
-/// Returns the group that QEMU needs to open its tap device.
+/// Returns the groups that QEMU needs to open its tap device, or none in user mode.
 fn tap_groups(spec: &VmmSpec) -> Result<Vec<u32>> {
     if matches!(spec.network, GuestNetwork::UserMode { .. }) {
         return Ok(Vec::new());
@@ -200,7 +200,8 @@ fn can_reach(
     Err(Error::new(Kind::Host, message).hint(fix(&closed)))
 }
 
-/// The deadline for a start, which is longer for a saved guest, whose memory has to be read first.
+/// Returns how long a start may take. A saved guest gets more time, because its memory has to be
+/// read first.
 fn start_deadline(spec: &VmmSpec) -> Duration {
     if spec.saved.is_some() {
         save::DEADLINE

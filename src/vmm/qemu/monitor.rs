@@ -21,11 +21,11 @@ use std::time::{Duration, Instant};
 
 /// How often the free space is checked while a guest is paused.
 const LOOK_PERIOD: Duration = Duration::from_millis(500);
-/// A guest is resumed if more space than this is free. The store's reserve for deletes is smaller,
-/// so guests do not use it up.
+/// The free space, in bytes, at which a paused guest is resumed. The store's reserve for deletes is
+/// smaller, so guests do not use it up.
 const FREE_BYTES_MIN: u64 = 16 << 20;
 /// The answer to `query-status` if the guest was paused because of an error of its disk. Only a
-/// full disk pauses it.
+/// full disk makes QEMU pause a guest.
 pub(super) const PAUSED_BY_FULL_DISK: &str = "io-error";
 
 /// Monitors one VMM until it exits or the driver is dropped.

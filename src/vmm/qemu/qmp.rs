@@ -1,6 +1,6 @@
-//! A QMP client with the parts that a driver needs: greeting, capabilities and commands. A
-//! guest may control the VMM, so every answer has a deadline and a size limit, and the number of
-//! events is limited too ([`super::incoming`]).
+//! A QMP client with the parts that a driver needs: greeting, capabilities and commands. A guest
+//! may control the VMM, so every answer has a deadline and a size limit, and the number of events
+//! is limited too ([`super::incoming`]).
 //!
 //! Source: docs/interop/qmp-spec.txt of QEMU 7.2.
 
@@ -55,7 +55,7 @@ impl<'a> Qmp<'a> {
         self.shutdown_cause
     }
 
-    /// Waits for the next event of the VMM.
+    /// Waits for the VMM's next message, which is an event if no command is pending.
     pub(super) fn event(&mut self) -> Result<()> {
         self.message("wait for an event of the VMM").map(drop)
     }
@@ -83,7 +83,7 @@ impl<'a> Qmp<'a> {
             .send(line.as_bytes(), &format!("send {command} to the VMM"))
     }
 
-    /// Reads the answer to the last command. After a `timeout` it can be called again.
+    /// Reads the answer to the last command. After a `timeout`, this method can be called again.
     pub(super) fn answer(&mut self, command: &str) -> Result<Value> {
         let doing = format!("send {command} to the VMM");
         loop {

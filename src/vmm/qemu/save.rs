@@ -19,8 +19,8 @@ const BANDWIDTH_MAX: u64 = 1 << 40;
 /// (migration/qemu-file.c), but other processes write at the same time.
 const FULL_BYTES: u64 = 1 << 20;
 
-/// Saves a paused guest. QEMU flushes the disks and releases their locks. It takes them again when
-/// the guest is resumed.
+/// Saves a paused guest. QEMU flushes the disks and releases their locks. QEMU takes the locks
+/// again when the guest is resumed.
 pub(super) fn save(qmp: &mut Qmp<'_>, memory: &Path) -> Result<()> {
     let file = File::options().write(true).open(memory);
     let file = file.map_err(|e| Error::io(format!("open {}", memory.display()), e))?;
@@ -41,8 +41,8 @@ pub(super) fn save(qmp: &mut Qmp<'_>, memory: &Path) -> Result<()> {
 }
 
 /// True if the file system is full. QMP reports the reason of a failed migration only as text for
-/// people, so this checks the file system. QEMU does not run as root, so blocks that are reserved
-/// for root do not count.
+/// people, so this function checks the file system instead. QEMU does not run as root, so blocks
+/// that are reserved for root do not count.
 fn has_no_room(file: &File) -> bool {
     rustix::fs::fstatvfs(file).is_ok_and(|s| s.f_bavail.saturating_mul(s.f_frsize) < FULL_BYTES)
 }
@@ -52,7 +52,7 @@ fn full(e: Error) -> Error {
         .hint("free some space (df -h), then try again")
 }
 
-/// `7.2.22`.
+/// Returns the VMM's version, for example `7.2.22`.
 pub(super) fn version(qmp: &mut Qmp<'_>) -> Result<String> {
     let answer = qmp.execute("query-version", &json!({}))?;
     let number = |name: &str| answer["qemu"][name].as_u64();

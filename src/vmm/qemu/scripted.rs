@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 
 pub(super) const GREETING: &str = "{\"QMP\": {\"version\": {}, \"capabilities\": []}}\r\n";
 
-/// Runs a server that sends `script` regardless of the requests. Returns the requests.
+/// Runs `with` against a server that sends `script` regardless of the requests. The client's
+/// deadline is `ms` milliseconds away. Returns the result of `with`, and the requests.
 pub(super) fn talk<T>(
     script: &str,
     ms: u64,

@@ -29,8 +29,8 @@ fn flags_are_constant(cpuinfo: &str) -> bool {
         .all(|want| flags.split_whitespace().any(|f| f == *want))
 }
 
-/// Returns the frequency in kHz, measured against CLOCK_MONOTONIC. Takes a tenth of a second. None
-/// on other architectures.
+/// Returns the frequency in kHz, measured against CLOCK_MONOTONIC. Takes a tenth of a second.
+/// Returns None on other architectures, or if no current CPU has the measured frequency.
 pub(super) fn measure_khz(cancel: &Cancel) -> Result<Option<u64>> {
     let doing = "measure the time stamp counter";
     let Some((before, ticks_before)) = look() else {
@@ -54,7 +54,7 @@ fn khz(ticks: u64, time: Duration) -> Option<u64> {
     (100_000..=20_000_000).contains(&khz).then_some(khz)
 }
 
-/// Reads both clocks at the same time.
+/// Reads both clocks at nearly the same time. Returns None on other architectures.
 fn look() -> Option<(Instant, u64)> {
     let mut best: Option<(Duration, Instant, u64)> = None;
     for _ in 0..LOOKS {

@@ -55,7 +55,7 @@ struct Forwarded {
     until: Instant,
 }
 
-/// The result of a step.
+/// What a connection does next after one step.
 enum Step {
     /// The connection has to wait in this state.
     Stay(State),
@@ -79,7 +79,8 @@ impl Connections {
         self.open.iter().any(|c| c.ticket == ticket)
     }
 
-    /// Returns the descriptor that each connection waits for.
+    /// Returns the descriptor that each connection waits for, or None for a connection that waits
+    /// for the daemon.
     pub(super) fn waits(&self) -> impl Iterator<Item = Option<(BorrowedFd<'_>, PollFlags)>> {
         self.open.iter().map(|c| match &c.state {
             State::Question(_) => Some((c.stream.as_fd(), PollFlags::POLLIN)),
@@ -94,8 +95,8 @@ impl Connections {
         self.open.iter().map(|c| c.due().min(c.ends)).min()
     }
 
-    /// Advances the connections that are ready or whose deadline has passed. `ready` corresponds to
-    /// [`Self::waits`].
+    /// Advances the connections that are ready or whose deadline has passed, and closes those that
+    /// are finished. `ready` corresponds to [`Self::waits`].
     pub(super) fn advance(
         &mut self,
         ready: &[bool],
@@ -103,7 +104,7 @@ impl Connections {
         subnet: Subnet,
         now: Instant,
     ) -> Result<(), Disconnected> {
-        // Iterates backwards because closed connections are removed.
+        // Iterate backwards, because closed connections are removed.
         for at in (0..ready.len().min(self.open.len())).rev() {
             let connection = &mut self.open[at];
             let is_open = if now >= connection.ends {
@@ -125,7 +126,8 @@ impl Connections {
         Ok(())
     }
 
-    /// Answers a query with the daemon's result.
+    /// Answers a query with the daemon's result. Does nothing if no connection waits for that
+    /// result.
     pub(super) fn found(&mut self, ticket: Ticket, found: &Found, subnet: Subnet, now: Instant) {
         let waiting = self.open.iter_mut().find(|c| c.ticket == ticket);
         let Some((connection, reply)) = waiting.and_then(|c| match &c.state {
@@ -137,8 +139,8 @@ impl Connections {
         connection.enter(State::Reply(Outgoing::new(&reply)), now);
     }
 
-    /// Forwards a query through the socket that the daemon has opened, or fails it if there is
-    /// none.
+    /// Forwards a query through the socket that the daemon has opened. If `fd` is None, answers the
+    /// query with an error. Does nothing if no connection waits for a socket.
     pub(super) fn resolver(&mut self, ticket: Ticket, fd: Option<OwnedFd>, now: Instant) {
         let Some(connection) = self.open.iter_mut().find(|c| c.ticket == ticket) else {
             return;
@@ -182,7 +184,8 @@ impl Connection {
         }
     }
 
-    /// Handles a passed deadline. Returns false if the connection is finished.
+    /// Answers a forwarded query whose deadline has passed with an error. Returns false in all
+    /// other states, because the connection is finished then.
     fn time_out(&mut self, now: Instant) -> bool {
         match &self.state {
             State::Opening(f) | State::Sending(f, ..) | State::Receiving(f, ..) => {

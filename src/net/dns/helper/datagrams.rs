@@ -35,7 +35,7 @@ struct Pending {
     client_id: u16,
     packet: Vec<u8>,
     question: Vec<u8>,
-    /// The current try. None while the daemon opens a socket.
+    /// The current try, or None while the daemon opens a socket.
     asked: Option<Asked>,
     tries: u8,
     /// The answer to send if all resolvers fail.
@@ -60,7 +60,8 @@ impl Default for Datagrams {
 }
 
 impl Datagrams {
-    /// Returns the descriptor that each pending query waits for.
+    /// Returns the descriptor that each pending query waits for, or None while the daemon opens a
+    /// socket for the query.
     pub(super) fn waits(&self) -> impl Iterator<Item = Option<(BorrowedFd<'_>, PollFlags)>> {
         self.pending.iter().map(|p| {
             p.asked
@@ -77,7 +78,7 @@ impl Datagrams {
             .min()
     }
 
-    /// Handles a query.
+    /// Drops, answers or forwards a query, or asks the daemon to look it up.
     pub(super) fn question(
         &mut self,
         (ticket, client): (Ticket, SocketAddrV4),
@@ -153,8 +154,8 @@ impl Datagrams {
         }
     }
 
-    /// Forwards a query through the socket that the daemon has opened, or fails it if there is
-    /// none.
+    /// Forwards a query through the socket that the daemon has opened. If `fd` is None, answers the
+    /// query with an error. Does nothing if the query no longer waits for a socket.
     pub(super) fn resolver(
         &mut self,
         ticket: Ticket,
@@ -196,7 +197,7 @@ impl Datagrams {
         daemon: &Daemon,
         now: Instant,
     ) -> Result<(), Disconnected> {
-        // Iterates backwards because finished queries are removed.
+        // Iterate backwards, because finished queries are removed.
         for at in (0..ready.len().min(self.pending.len())).rev() {
             let Some(asked) = &self.pending[at].asked else {
                 continue;
@@ -225,7 +226,7 @@ impl Datagrams {
                     packet: &self.buffer[..len],
                 })
             }
-            // A stray packet. Keep waiting.
+            // This is a stray packet, so keep waiting.
             Ok(_) => Ok(()),
             Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Ok(()),
             // Nothing listens on the resolver's port.

@@ -26,10 +26,12 @@ use zone::Found;
 /// This helper's name for [`crate::host::confine::spawn`].
 pub const NAME: &str = "dns";
 
-/// Open queries need at most 3 MiB, and resolvers' answers over TCP 2 MiB.
+/// The limit of the helper's memory. Open queries need at most 3 MiB, and resolvers' answers over
+/// TCP 2 MiB.
 const MEMORY_BYTES_MAX: u64 = 32 * 1024 * 1024;
-/// Enough for the standard streams, a resolver's socket per client, the connections, and a few
-/// descriptors that were just received.
+/// The maximum number of files that the helper may have open. This is enough for the standard
+/// streams, a resolver's socket per client, the connections, and a few descriptors that were just
+/// received.
 const OPEN_FILES_MAX: u64 = (3 + DATAGRAMS_MAX + 2 * CONNECTIONS_MAX + 8) as u64;
 /// The number of messages that are handled in a row before the sockets.
 const TAKEN_AT_ONCE: usize = 64;
@@ -51,7 +53,7 @@ pub fn run(asked: &Asked) -> ExitCode {
         let _ = daemon.ask(&Request::Failed(e.to_string()));
         return ExitCode::FAILURE;
     }
-    // Returns only if the daemon has exited or has broken the protocol.
+    // `serve` returns only if the daemon has exited or has broken the protocol.
     let Disconnected = serve(&daemon);
     ExitCode::FAILURE
 }
@@ -79,7 +81,8 @@ impl Daemon {
         }
     }
 
-    /// Waits without a deadline: this process is killed when the daemon dies.
+    /// Waits for these events on the channel. No deadline is needed, because this process is killed
+    /// when the daemon dies.
     fn wait(&self, events: PollFlags) {
         let _ = poll_until(&mut [PollFd::new(self.0.fd(), events)], None);
     }

@@ -1,4 +1,4 @@
-//! Parses queries and writes answers (RFC 1035, RFC 6891). Pure.
+//! Parses queries and writes answers (RFC 1035, RFC 6891) without doing any I/O.
 //!
 //! A query begins with its name, so the name has nothing that a compression pointer could refer to.
 //! Compressed names are therefore rejected, and parsing cannot loop. Records that follow the
@@ -11,7 +11,7 @@ pub const HEADER_LEN: usize = 12;
 /// The length of the longest name on the wire, including the final zero.
 const NAME_LEN_MAX: usize = 255;
 const LABEL_LEN_MAX: u8 = 63;
-/// The additional records of a query may be EDNS and a signature.
+/// The maximum number of additional records of a query, which may be EDNS and a signature.
 const ADDITIONAL_MAX: u16 = 2;
 /// The UDP payload size that our answers advertise.
 const UDP_PAYLOAD_MAX: u16 = 1232;
@@ -33,7 +33,8 @@ const FLAG_RECURSION_DESIRED: u16 = 0x0100;
 const FLAG_RECURSION_AVAILABLE: u16 = 0x0080;
 const RCODE: u16 = 0x000f;
 
-/// VMs' names and addresses are reused, so answers must not be cached for long.
+/// How long resolvers may cache an answer, in seconds. VMs' names and addresses are reused, so
+/// answers must not be cached for long.
 const TTL_S: u32 = 5;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,7 +112,7 @@ impl<'a> Query<'a> {
         u16_at(self.packet, 0).unwrap_or_default()
     }
 
-    /// The question section of the packet, unchanged.
+    /// Returns the question section of the packet, unchanged.
     pub fn question(&self) -> &'a [u8] {
         &self.packet[HEADER_LEN..self.question_end]
     }
@@ -194,7 +195,7 @@ impl<'a> Query<'a> {
             out.push(0);
             out.extend(TYPE_OPT.to_be_bytes());
             out.extend(UDP_PAYLOAD_MAX.to_be_bytes());
-            // Extended code 0, version 0, no flags, no options.
+            // These bytes mean extended code 0, version 0, no flags and no options.
             out.extend([0; 6]);
         }
         out
@@ -224,7 +225,8 @@ fn record(out: &mut Vec<u8>, owner: u16, kind: u16, data: &[u8]) {
     out.extend(data);
 }
 
-/// Tells resolvers how long to cache a negative answer (RFC 2308).
+/// Returns the data of an SOA record, which says how long resolvers may cache a negative answer
+/// (RFC 2308).
 fn soa() -> Vec<u8> {
     let mut data = Vec::new();
     for name in [&[b"ns".as_slice(), b"vm"], &[b"nobody".as_slice(), b"vm"]] {
@@ -243,8 +245,8 @@ fn write_label(out: &mut Vec<u8>, label: &[u8]) {
     out.extend(label);
 }
 
-/// Returns the name's labels in lower case, and the offset at which the name ends. Every step
-/// advances by at least one byte.
+/// Returns the name's labels in lower case, and the offset at which the name ends. Returns None for
+/// an invalid or compressed name. Every step advances by at least one byte.
 fn read_name(packet: &[u8], begin: usize) -> Option<(Vec<Vec<u8>>, usize)> {
     let mut labels = Vec::new();
     let mut at = begin;

@@ -1,4 +1,4 @@
-//! Decides which queries are answered, looked up or forwarded. Pure.
+//! Decides, without doing any I/O, which queries are answered, looked up or forwarded.
 
 use super::packet::{Bad, CLASS_ANY, CLASS_IN, Outcome, Query, Rcode, TYPE_A, TYPE_ANY, TYPE_PTR};
 use crate::config::Subnet;
@@ -6,7 +6,8 @@ use crate::ids::VmName;
 use crate::net::dns::protocol::{Request, Ticket};
 use std::net::Ipv4Addr;
 
-/// Zone transfers (RFC 5936) and the related types, which are never answered.
+/// The types of zone transfers (RFC 5936) and the related types. Queries of these types are
+/// refused.
 const TYPES_REFUSED: std::ops::RangeInclusive<u16> = 251..=254;
 /// The numbers of labels in the names of our zones: `vm`, and the subnet's reverse zone.
 const FORWARD_ZONE_LABELS: usize = 1;
@@ -63,8 +64,8 @@ pub fn judge(packet: &[u8], subnet: Subnet) -> Verdict<'_> {
     }
 }
 
-/// Answers a packet for which [`judge`] returned a lookup. None if the result does not match the
-/// query in the packet.
+/// Answers a packet for which [`judge`] returned a lookup. Returns None if the result does not
+/// match the query in the packet.
 pub fn answer(packet: &[u8], subnet: Subnet, found: &Found) -> Option<Vec<u8>> {
     let query = Query::parse(packet).ok()?;
     let Some(Own::LookUp(lookup)) = own(&query, subnet) else {
@@ -89,12 +90,12 @@ pub fn answer(packet: &[u8], subnet: Subnet, found: &Found) -> Option<Vec<u8>> {
 
 /// A query for one of our zones.
 enum Own {
-    /// In the zone `vm`, with a known answer.
+    /// The query is for a name in the zone `vm`, and its answer is known.
     Known(Outcome),
     LookUp(Lookup),
 }
 
-/// Returns None for a name outside our zones.
+/// Returns how to answer a query for a name in our zones, or None for a name outside them.
 fn own(query: &Query<'_>, subnet: Subnet) -> Option<Own> {
     let labels: Vec<&[u8]> = query.labels.iter().map(Vec::as_slice).collect();
     match labels.as_slice() {

@@ -9,16 +9,16 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// Where control groups of version 2 are mounted (cgroups(7)).
+/// The directory where control groups of version 2 are mounted (cgroups(7)).
 pub(crate) const CGROUPS: &str = "/sys/fs/cgroup";
 pub(super) const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
 /// The controller for VMs with disk rates.
 const IO: &str = "io";
 /// The ratio of the control group's limits to the guest's limits. If the kernel throttles a VMM,
 /// all of its devices stall, so the VMM's own limits should take effect first. In a measurement
-/// with equal limits, they never did.
+/// with equal limits, the VMM's own limits never took effect first.
 const IO_FACTOR: u64 = 2;
-/// Block devices by number (sysfs).
+/// The directory that contains all block devices, named by their numbers (sysfs).
 const BLOCK_DEVICES: &str = "/sys/dev/block";
 /// The number of threads that a VMM may have in addition to its vCPUs, for its API and its main
 /// loop.
@@ -36,7 +36,8 @@ const REMOVE_PERIOD: Duration = Duration::from_millis(5);
 /// Returns the limits of the control group for this VM, as arguments of `--cgroup`.
 ///
 /// # Errors
-/// `unsupported` if a controller is missing, unless the configuration says `best-effort`.
+/// `unsupported` if a controller is missing or the device of a disk cannot be limited, unless the
+/// configuration says `best-effort`.
 pub(crate) fn limits(config: &Config, spec: &VmmSpec) -> Result<Vec<String>> {
     if config.limits == VmmLimits::Required && has_disk_rate(spec) {
         io_limits(spec, device_of)?;
@@ -149,8 +150,8 @@ fn no_io(e: &std::io::Error) -> Error {
         .hint("enable the io controller of control groups (version 2), or set limits = \"best-effort\" under [firecracker]")
 }
 
-/// Returns the lines for `io.max`, one per device. Each limit is the total for all disks on that
-/// device, or `max` if no rate is set.
+/// Returns the lines for `io.max`, one per device. Each limit is [`IO_FACTOR`] times the total rate
+/// of all disks on that device, or `max` if no rate is set.
 pub(super) fn io_limits(
     spec: &VmmSpec,
     device_of: impl Fn(&Path) -> Result<String>,
@@ -218,7 +219,7 @@ pub(super) fn device_of(path: &Path) -> Result<String> {
         .ok_or_else(none)
 }
 
-/// The name of the control group that contains the groups of an installation's VMs.
+/// Returns the name of the control group that contains the groups of an installation's VMs.
 pub(crate) fn parent_group(install: &str) -> String {
     format!("fcd-{install}")
 }
@@ -229,8 +230,8 @@ fn group(tag: &Tag) -> PathBuf {
         .join(tag.as_str())
 }
 
-/// Removes the control group and kills the processes in it. This also ends a VMM that a guest
-/// controls and that has hidden its arguments.
+/// Removes the VMM's control group, if it exists, and kills the processes in it. This also ends a
+/// VMM that a guest controls and that has hidden its arguments.
 pub(super) fn remove_group(tag: &Tag) -> Result<()> {
     let group = group(tag);
     // cgroup.kill exists since Linux 5.14 (cgroups(7)).

@@ -28,7 +28,7 @@ const ROOT_DIR: &str = "root";
 /// The maximum number of files that a VMM may have open: disks, its tap and KVM.
 const FILES_MAX: u32 = 256;
 
-/// Names of the files in the jail.
+/// The names of the files in the jail.
 pub(super) const KERNEL: &str = "vmlinux";
 pub(super) const INITRD: &str = "initrd";
 pub(super) const DISK: &str = "disk";
@@ -109,7 +109,7 @@ pub(super) fn make(spec: &VmmSpec, programs: &Programs) -> Result<OwnedFd> {
         .map_err(|e| Error::io(doing(), std::io::Error::from(e)))
 }
 
-/// Opens the root of an existing jail.
+/// Opens the root of the jail with this tag. Returns None if there is no such jail.
 pub(super) fn find(dir: &Path, tag: &Tag) -> Result<Option<OwnedFd>> {
     let jail = dir.join(JAIL_DIR);
     let roots = names(&jail)

@@ -16,6 +16,8 @@ pub(crate) struct Programs {
     pub firecracker: PathBuf,
 }
 
+/// Finds the jailer and Firecracker, and checks that they are suitable for a jail.
+///
 /// # Errors
 /// `command_missing` or `unsupported`, with a hint.
 pub(crate) fn programs(config: &Config) -> Result<Programs> {

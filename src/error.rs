@@ -1,5 +1,5 @@
-//! The crate's error type. An [`Error`] has a [`Kind`], a message, a hint for the user and a
-//! source. Each kind belongs to one [`Code`], which decides the exit status of `fcctl`.
+//! Defines the crate's error type. An [`Error`] has a [`Kind`], a message, a hint for the user and
+//! a source. Each kind belongs to one [`Code`], which decides the exit status of `fcctl`.
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -27,7 +27,7 @@ pub enum Code {
 }
 
 impl Code {
-    /// The exit status of `fcctl` for this code, except for `exec` and `run`.
+    /// Returns the exit status of `fcctl` for this code, except for `exec` and `run`.
     pub const fn exit_status(self) -> u8 {
         match self {
             Code::NotFound => 3,
@@ -63,7 +63,7 @@ macro_rules! kinds {
         impl Kind {
             pub const ALL: &'static [Kind] = &[$(Kind::$kind),*];
             pub const fn code(self) -> Code { match self { $(Kind::$kind => Code::$code,)* } }
-            /// The stable name in the protocol.
+            /// Returns the kind's stable name in the protocol.
             pub const fn name(self) -> &'static str { match self { $(Kind::$kind => $name,)* } }
             /// True if the same call may succeed later even if nobody fixes anything.
             pub const fn retryable(self) -> bool {
@@ -157,8 +157,8 @@ pub struct Error {
 }
 
 impl Error {
-    /// The message begins in lower case, has no full stop, and says what was being done and to
-    /// what.
+    /// Creates an error without a hint or a source. The message must begin in lower case, have no
+    /// full stop, and say what was being done and to what.
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
         Self {
             kind,
@@ -176,7 +176,8 @@ impl Error {
         Self::new(Kind::InvalidArgument, message)
     }
 
-    /// The error for a failed system call. A full disk has its own kind.
+    /// Builds the error for a failed system call. The kind is `disk_full` for a full disk or an
+    /// exceeded quota, and `host` otherwise.
     pub fn io(doing: impl Into<String>, source: impl Into<std::io::Error>) -> Self {
         let source = source.into();
         let kind = match source.kind() {
@@ -224,7 +225,7 @@ impl Error {
         self
     }
 
-    /// Changes the kind, for callers that know more about what the error means.
+    /// Changes the kind. Callers use this if they know more about what the error means.
     #[must_use]
     pub fn with_kind(mut self, kind: Kind) -> Self {
         self.kind = kind;
@@ -237,11 +238,11 @@ impl Error {
     pub fn code(&self) -> Code {
         self.kind.code()
     }
-    /// The message without its sources.
+    /// Returns the message without the sources.
     pub fn message(&self) -> &str {
         &self.message
     }
-    /// The source, if it is a `T`. Callers use it to branch on the source.
+    /// Returns the source if it is a `T`, so that callers can branch on it.
     pub fn source_as<T: std::error::Error + 'static>(&self) -> Option<&T> {
         self.source
             .as_deref()

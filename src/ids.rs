@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
 
-/// The longest name of a VM, an image, a kernel or a snapshot.
+/// Maximum length of the name of a VM, an image, a kernel or a snapshot.
 pub const NAME_LEN_MAX: usize = 32;
 /// The number of hexadecimal digits in an id.
 pub const ID_LEN: usize = 12;
@@ -125,12 +125,12 @@ impl Tag {
         }
     }
 
-    /// The beginning of every tag of an installation.
+    /// Returns the beginning of every tag of an installation.
     pub fn prefix(install: &str) -> String {
         format!("fc-{install}-")
     }
 
-    /// The beginning of every tag of a VM.
+    /// Returns the beginning of every tag of a VM.
     pub fn prefix_of_vm(install: &str, vm: &VmId) -> String {
         format!("{}{vm}-", Self::prefix(install))
     }

@@ -1,9 +1,9 @@
-//! Counts per uid, for limits per local user.
+//! Counts objects per uid, so that limits per local user can be enforced.
 
 use std::cmp::Reverse;
 use std::collections::HashMap;
 
-/// Counts objects per uid. A uid without objects uses no memory.
+/// The number of objects of each uid. A uid without objects uses no memory.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct UidCounts {
     counts: HashMap<u32, usize>,
@@ -15,7 +15,7 @@ impl UidCounts {
         self.counts.get(&uid).copied().unwrap_or(0)
     }
 
-    /// The count over all uids.
+    /// Returns the number of objects of all uids together.
     pub fn total(&self) -> usize {
         self.total
     }
@@ -37,8 +37,8 @@ impl UidCounts {
         }
     }
 
-    /// The uid with the most objects. Root is returned only if no other uid has any, so that other
-    /// users cannot displace root's records.
+    /// Returns the uid with the most objects, or `None` if there are no objects. Returns root only
+    /// if no other uid has objects, so that other users cannot displace root's records.
     pub fn largest(&self) -> Option<u32> {
         let others = self.counts.iter().filter(|(uid, _)| **uid != 0);
         let largest = others
@@ -50,14 +50,14 @@ impl UidCounts {
 
 /// How many ended operations and similar records are kept. If a uid exceeds its limit, its oldest
 /// record is removed. If all uids together exceed the total limit, the oldest record of the uid
-/// with the most is removed; see [`UidCounts::largest`].
+/// with the most records is removed; see [`UidCounts::largest`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Retention {
     pub per_uid_max: usize,
     pub total_max: usize,
 }
 
-/// The default limits.
+/// The default limits on records that are kept.
 pub const RETENTION: Retention = Retention {
     per_uid_max: 500,
     total_max: 10_000,

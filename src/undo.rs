@@ -6,8 +6,8 @@ type Step<'a> = (
     Box<dyn FnOnce() -> crate::error::Result<()> + 'a>,
 );
 
-/// A stack of named undo steps, which run when it is dropped. A step that fails or panics is
-/// logged, and the remaining steps still run.
+/// A stack of named undo steps, which run in reverse order when the stack is dropped. A step that
+/// fails or panics is logged, and the remaining steps still run.
 #[derive(Default)]
 pub(crate) struct Undo<'a> {
     steps: Vec<Step<'a>>,

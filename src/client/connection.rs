@@ -1,5 +1,5 @@
-//! One connection to the daemon: sends requests with descriptors and reads lines of bounded length,
-//! with deadlines for both.
+//! Implements one connection to the daemon. It sends requests with descriptors and reads lines of
+//! bounded length, with deadlines for both.
 
 use super::failure::{self, Failure, Result};
 use crate::api::frame::{Request, Version};
@@ -20,7 +20,8 @@ use std::time::Duration;
 
 /// The deadline of the connect, which blocks on a full backlog, and of each write.
 const SEND_DEADLINE: Duration = Duration::from_secs(10);
-/// A page of a list comes in a few reads, and the daemon rarely waits for the next one.
+/// Size of one read. With this size, a page of a list takes only a few reads, and the daemon rarely
+/// waits for the client to read.
 const READ_BYTES: usize = 128 * 1024;
 
 pub(super) struct Connection {
@@ -58,7 +59,7 @@ impl Connection {
         self.last_id
     }
 
-    /// Takes the descriptor that arrived with a line.
+    /// Takes the descriptor that arrived with a line, if there is one.
     pub(super) fn take_received(&mut self) -> Option<OwnedFd> {
         self.received.take()
     }
@@ -78,7 +79,9 @@ impl Connection {
         let _ = self.stream.shutdown(std::net::Shutdown::Both);
     }
 
-    /// Sends one request. The descriptors accompany its first byte.
+    /// Sends one request. The descriptors accompany its first byte. Succeeds even if the daemon has
+    /// already closed the connection, because the next read returns the daemon's last error or
+    /// reports the lost connection.
     pub(super) fn send(
         &mut self,
         method: &str,
@@ -135,7 +138,8 @@ impl Connection {
         }
     }
 
-    /// Reads the next line and returns it without the newline.
+    /// Reads the next line and returns it without the newline. Closes the connection if the
+    /// deadline passes or the line is too long.
     pub(super) fn read_line(&mut self, method: &str) -> Result<&[u8]> {
         self.buffer.drain(..std::mem::take(&mut self.returned));
         let mut searched = 0;
@@ -182,8 +186,8 @@ impl Connection {
     }
 }
 
-/// Reads what has arrived. If descriptors arrive with it, keeps the last one; the daemon never
-/// sends more than one at a time.
+/// Waits for bytes and reads what has arrived. If descriptors arrive with the bytes, keeps the last
+/// one; the daemon never sends more than one at a time.
 fn read_some(
     stream: &UnixStream,
     received: &mut Option<OwnedFd>,
@@ -201,7 +205,7 @@ fn read_some(
     Ok(got.bytes)
 }
 
-/// The length of the first line, with its newline.
+/// Returns the length of the first line, with its newline, or `None` if there is no newline.
 fn end_of_line(bytes: &[u8]) -> Option<usize> {
     // For a single byte, `contains` compares whole words, which is faster than `position`, which
     // compares byte by byte.
@@ -216,7 +220,8 @@ fn lost(method: &str) -> Failure {
     Failure::unreachable(failure::LOST, message, "see whether fcd runs: fcctl doctor")
 }
 
-/// Like `UnixStream::connect`, but with a timeout for a full backlog (`SO_SNDTIMEO`, unix(7)).
+/// Connects to the daemon's socket. If the backlog is full, waits at most [`SEND_DEADLINE`]
+/// (`SO_SNDTIMEO`, unix(7)), whereas `UnixStream::connect` has no limit.
 fn connect(socket: &Path) -> io::Result<UnixStream> {
     let address = SocketAddrUnix::new(socket)?;
     let fd = rustix::net::socket_with(

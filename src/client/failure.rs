@@ -1,4 +1,5 @@
-//! Why a call failed: the fault that the daemon sent, or an error on the client's side.
+//! Describes why a call failed: with the fault that the daemon sent, or with an error on the
+//! client's side.
 
 use crate::api::fault::Fault;
 use crate::api::frame::{RpcError, rpc_code};
@@ -16,16 +17,17 @@ pub struct Failure {
 
 /// Exit status for a daemon that cannot be reached.
 pub(super) const UNREACHABLE_STATUS: u8 = 5;
-/// No daemon listens on the socket.
+/// Kind of the failure if no daemon listens on the socket.
 pub const ABSENT: &str = "daemon_absent";
-/// This user may not use the socket.
+/// Kind of the failure if this user may not use the socket.
 pub(super) const DENIED: &str = "daemon_denied";
-/// The daemon does not accept connections, or has closed this one without an answer.
+/// Kind of the failure if the daemon does not accept connections, or has closed this one without an
+/// answer.
 pub(super) const LOST: &str = "daemon_lost";
 
 impl Failure {
-    /// The daemon could not be reached. `kind` is one of the client's own: [`ABSENT`], [`DENIED`]
-    /// or [`LOST`].
+    /// Builds the failure for a daemon that could not be reached. `kind` is one of the client's
+    /// own: [`ABSENT`], [`DENIED`] or [`LOST`].
     pub fn unreachable(kind: &str, message: impl Into<String>, hint: impl Into<String>) -> Self {
         let fault = Fault {
             code: Code::Host,
@@ -42,7 +44,8 @@ impl Failure {
         }
     }
 
-    /// Converts the error of a response. Errors of the JSON-RPC layer may have no data.
+    /// Converts the error of a response. Errors of the JSON-RPC layer may have no data; their kind
+    /// then follows from the error code.
     pub fn from_rpc(error: RpcError) -> Self {
         if let Some(fault) = error.data {
             return Self {
@@ -64,14 +67,14 @@ impl Failure {
     pub fn code(&self) -> Code {
         self.fault.code
     }
-    /// The stable name of the error.
+    /// Returns the stable name of the failure's kind.
     pub fn kind(&self) -> &str {
         &self.fault.kind
     }
     pub fn is(&self, kind: Kind) -> bool {
         self.fault.kind == kind.name()
     }
-    /// The exit status of `fcctl`, except for `exec` and `run`.
+    /// Returns the exit status of `fcctl` for this failure, except for `exec` and `run`.
     pub fn exit_status(&self) -> u8 {
         if self.unreachable {
             UNREACHABLE_STATUS

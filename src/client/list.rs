@@ -1,4 +1,4 @@
-//! Lists, which the daemon returns in pages.
+//! Reads lists, which the daemon returns in pages.
 
 use super::{Client, Result};
 use crate::api::page::ListCall;

@@ -26,8 +26,8 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// The deadline of a plain call. The daemon answers it from memory, so this is enough on a very
-/// busy host.
+/// The deadline of a plain call. The daemon answers such a call from memory, so this is enough even
+/// on a very busy host.
 pub const CALL_DEADLINE: Duration = Duration::from_secs(30);
 /// The deadline of the `fcd.info` call after the connect.
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);
@@ -62,7 +62,7 @@ pub struct Hangup(std::os::unix::net::UnixStream);
 
 impl Hangup {
     pub fn hang_up(&self) {
-        // Fails only if the daemon has already closed the connection.
+        // This fails only if the daemon has already closed the connection.
         let _ = self.0.shutdown(std::net::Shutdown::Both);
     }
 }
@@ -104,12 +104,13 @@ impl Client {
         &self.socket
     }
 
-    /// A difference between the versions that the user should know about.
+    /// Returns a warning about a difference between the versions, if there is one that the user
+    /// should know about.
     pub fn warning(&self) -> Option<&str> {
         self.warning.as_deref()
     }
 
-    /// A handle that closes this connection from another thread.
+    /// Returns a handle that closes this connection from another thread.
     pub fn hangup(&self) -> Result<Hangup> {
         Ok(Hangup(self.connection.try_clone()?))
     }
@@ -130,7 +131,8 @@ impl Client {
         self.flight::<C::Reply>(C::METHOD).finish(&mut |_| Ok(()))
     }
 
-    /// Like [`Client::call`], for a call whose answer comes with a descriptor.
+    /// Makes a call as [`Client::call`] does, and also returns the descriptor that comes with the
+    /// answer. Returns `version_mismatch` if no descriptor came.
     pub fn call_for_fd<C: Call>(&mut self, request: &C::Request) -> Result<(C::Reply, OwnedFd)> {
         let reply = self.call::<C>(request)?;
         let missing = || {
@@ -165,7 +167,7 @@ impl Client {
         Ok(self.flight(C::METHOD))
     }
 
-    /// Calls any method with any parameters.
+    /// Calls any method with any parameters. Fails with `timeout` after `deadline`.
     pub fn call_raw(
         &mut self,
         method: &str,
@@ -177,7 +179,8 @@ impl Client {
         self.flight::<Box<RawValue>>(method).finish(&mut |_| Ok(()))
     }
 
-    /// Like [`Client::call_raw`], with `more`.
+    /// Calls any method with any parameters as a `more` call, without a deadline. Notes go to
+    /// `on_note`, whose error ends the call and the connection.
     pub fn call_raw_more(
         &mut self,
         method: &str,
@@ -241,7 +244,8 @@ impl<R: serde::de::DeserializeOwned> InFlight<'_, R> {
         protocol(&format!("read the answer to {}", self.method), e)
     }
 
-    /// Reads until the reply.
+    /// Reads until the reply, and passes notes to `on_note`. If `on_note` fails, closes the
+    /// connection and returns its error.
     pub fn finish(mut self, on_note: &mut dyn FnMut(Note) -> Result<()>) -> Result<R> {
         loop {
             match self.next_event()? {

@@ -9,17 +9,18 @@ use crate::host::text::quoted;
 pub(super) const CANNOT_ENTER_STATUS: u8 = 125;
 pub(super) const CANNOT_ENTER: &str = "fcd: cannot enter the directory ";
 
-/// Starts a subshell for the command and waits for it. sshd reports few signals by name and none by
-/// number, so the shell stays and exits with 128+n. It ignores signals sent to its process group,
-/// and prints no messages such as `Bus error`.
+/// The part of the line that starts a subshell for the command and waits for it. sshd reports few
+/// signals by name and none by number, so the outer shell stays and exits with 128+n. The outer
+/// shell survives signals that are sent to its process group, and prints no messages such as `Bus
+/// error`.
 const WAIT: &str =
     "exec 3>&2 2>/dev/null; trap : 1 2 3 4 5 6 7 8 10 11 12 13 14 15 16 24 25 26 27 29 30 31; (";
 const WAIT_END: &str = " 2>&3 3>&-); exit $?";
 
 /// Builds a line that changes to `workdir` and runs `argv` with the environment `env`. An empty
-/// `argv` runs the login shell. The exit status is the command's, or 128+n after a signal. The
-/// guest's shell produces 126 and 127; [`CANNOT_ENTER_STATUS`] means that `workdir` cannot be
-/// entered. `invalid_argument`: a NUL, or a bad variable name.
+/// `argv` runs the login shell. The line exits with the command's status, or with 128+n after a
+/// signal. The guest's shell produces 126 and 127; [`CANNOT_ENTER_STATUS`] means that `workdir`
+/// cannot be entered. Returns `invalid_argument` for a NUL and for an invalid variable name.
 pub fn command_bytes(
     argv: &[Vec<u8>],
     env: &[(String, Vec<u8>)],
@@ -99,7 +100,7 @@ fn check_name(name: &str) -> Result<()> {
     .hint("use A-Z, a-z, 0-9 and _, as in -e NAME=VALUE"))
 }
 
-/// Like [`command_bytes`], but for text.
+/// Calls [`command_bytes`] with words that are text.
 #[cfg(test)]
 pub fn command_line(
     argv: &[String],
@@ -268,7 +269,8 @@ mod tests {
         assert!(command_line(&[], &[], Some("\0")).is_err());
     }
 
-    /// Some of these signals have no name in sshd. The shell must not print anything either.
+    /// sshd has no name for some of these signals, so the shell must turn each one into a status.
+    /// It must also print nothing.
     #[test]
     fn command_line_maps_signals_to_shell_statuses() {
         let all = [

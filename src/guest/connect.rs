@@ -12,20 +12,22 @@ use std::time::{Duration, Instant};
 
 /// Deadline for the connection, the key exchange, the authentication and the start of one command.
 pub(super) const DIAL_TIMEOUT: Duration = Duration::from_secs(20);
-/// Interval between two probes of a booting guest: an eighth of the time waited so far, within
-/// these limits. QEMU's user-mode network accepts a connection at once and loses what was sent if
-/// the guest has no network yet, so an unanswered probe is abandoned. Each probe makes the booting
-/// guest start a process, so the interval grows. About two probes are pending at any time.
+/// Shortest and longest interval between two probes of a booting guest. Between these limits, the
+/// interval is an eighth of the time waited so far. QEMU's user-mode network accepts a connection
+/// at once and loses what was sent if the guest has no network yet, so an unanswered probe is
+/// abandoned. Each probe makes the booting guest start a process, so the interval grows. About two
+/// probes are pending at any time.
 const PROBE_INTERVAL: Duration = Duration::from_millis(250);
 const PROBE_INTERVAL_MAX: Duration = Duration::from_secs(1);
-/// How long a probe waits for the banner: a quarter of the time waited so far, within these limits.
-/// A slow guest gets enough time, and a fast guest is detected early.
+/// Shortest and longest time that a probe waits for the banner. Between these limits, that is a
+/// quarter of the time waited so far. A slow guest gets enough time, and a fast guest is detected
+/// early.
 const PROBE_TIMEOUT_MIN: Duration = Duration::from_millis(250);
 const PROBE_TIMEOUT_MAX: Duration = Duration::from_secs(3);
 const PROBES_MAX: usize = 8;
-/// Pause after a refused connection.
+/// Pause after a failed probe, for example after a refused connection.
 const REFUSED_PAUSE: Duration = Duration::from_millis(50);
-/// Number of refused keys or failed helpers after which more attempts are pointless.
+/// Number of refused keys and failed helpers after which [`wait_ready`] gives up.
 const REFUSALS_MAX: u32 = 5;
 
 /// Builds the error of a session that could not be established.
@@ -37,7 +39,8 @@ pub(super) fn unavailable(what: impl std::fmt::Display, target: &Target) -> Erro
     .hint("check that the VM still runs (fcctl ps) and read its console (fcctl logs {vm})")
 }
 
-/// Starts a connection attempt. The socket becomes writable when it is connected or has failed.
+/// Starts a connection attempt on a non-blocking socket. The socket becomes writable when the
+/// attempt has succeeded or failed.
 fn begin_connect(addr: SocketAddr) -> std::io::Result<TcpStream> {
     let family = if addr.is_ipv4() {
         AddressFamily::INET
@@ -59,11 +62,12 @@ fn begin_connect(addr: SocketAddr) -> std::io::Result<TcpStream> {
     Ok(socket)
 }
 
-/// Returns a connected, non-blocking socket.
+/// Connects to the guest and returns the non-blocking socket. Returns `guest_unavailable` if the
+/// guest cannot be reached, and the wait's error if the wait ends first.
 pub(super) fn connect(target: &Target, wait: &Wait<'_>) -> Result<TcpStream> {
     let socket = begin_connect(target.addr).map_err(|e| unavailable(e, target))?;
-    // Waits for the connection. The poll also notices a token that fired earlier, and does not
-    // reset it.
+    // Wait for the connection. The poll also notices a cancel token that fired earlier, and does
+    // not reset that token.
     wait.poll(&[PollFd::new(socket.as_fd(), PollFlags::POLLOUT)], None)?;
     match socket.take_error() {
         Ok(None) => Ok(socket),
@@ -86,7 +90,8 @@ struct Probe {
 }
 
 /// Probes the guest until it answers and `log_in` succeeds. At the deadline, returns `boot_timeout`
-/// with the last obstacle.
+/// with the last obstacle. After [`REFUSALS_MAX`] refused logins, returns the error of the last
+/// one.
 pub(super) fn wait_ready(
     target: &Target,
     wait: &Wait<'_>,
@@ -157,7 +162,8 @@ fn probe_until_ready(
     }
 }
 
-/// Waits until a probe has received something or has failed, and removes it from `probes`.
+/// Waits until a probe has received something or has failed. Removes that probe from `probes`, and
+/// returns its socket or the reason why it failed. Returns `None` if no probe is ready at `until`.
 fn poll_probes(
     probes: &mut Vec<Probe>,
     wait: &Wait<'_>,

@@ -1,4 +1,5 @@
-//! A bounded queue of controls, from the holder of the sender to the thread that runs the command.
+//! A bounded queue that passes controls from the holders of its sender to the thread that runs the
+//! command.
 
 use super::{Control, Controls};
 use crate::api::exec::signal_number;
@@ -42,9 +43,9 @@ pub fn control_queue() -> Result<(ControlSender, ControlReceiver)> {
 }
 
 impl ControlSender {
-    /// Queues a control without blocking. A resize replaces a queued resize. Errors:
-    /// `invalid_argument` for an unknown signal, `busy` if the queue is full, `session_not_found`
-    /// if the command has ended.
+    /// Queues a control without blocking. A resize replaces the last queued control if that control
+    /// is also a resize. Errors: `invalid_argument` for an unknown signal, `busy` if the queue is
+    /// full, `session_not_found` if the command has ended.
     pub fn send(&self, control: Control) -> Result<()> {
         let mut waiting = self.0.waiting.lock();
         if waiting.ended {

@@ -44,15 +44,16 @@ pub struct Target {
     pub private_key: String,
     /// The only accepted host key: the raw public key blob (RFC 4253, 6.6; `ssh-ed25519`).
     pub host_key: Vec<u8>,
-    /// The user that the helper process runs as. `None` if the daemon has no privileges, so that it
-    /// runs as the daemon's user.
+    /// The user that the helper process runs as. `None` if the daemon has no privileges. The helper
+    /// then runs as the daemon's user.
     pub owner: Option<Credentials>,
 }
 
-/// A non-blocking stream that can be polled. If `fd` is `None`, it is always ready.
+/// A non-blocking stream that can be polled. If `fd` is `None`, the stream is always ready.
 pub trait Source: Send {
     fn fd(&self) -> Option<BorrowedFd<'_>>;
-    /// A pipe that carries exactly this stream's bytes, if another process may read it directly.
+    /// Returns a pipe that carries exactly this stream's bytes, if another process may read the
+    /// pipe directly.
     fn pipe(&self) -> Option<BorrowedFd<'_>> {
         None
     }
@@ -63,7 +64,8 @@ pub trait Source: Send {
 
 pub trait Sink: Send {
     fn fd(&self) -> Option<BorrowedFd<'_>>;
-    /// A pipe that takes exactly this stream's bytes, if another process may write it directly.
+    /// Returns a pipe that takes exactly this stream's bytes, if another process may write to the
+    /// pipe directly.
     fn pipe(&self) -> Option<BorrowedFd<'_>> {
         None
     }
@@ -95,8 +97,8 @@ pub struct Streams<'a> {
     pub stdout: Option<&'a mut dyn Sink>,
     pub stderr: Option<&'a mut dyn Sink>,
     pub controls: Option<&'a mut dyn Controls>,
-    /// The caller's connection. If it hangs up (POLLHUP or POLLERR), the command ends as it does
-    /// after a cancel.
+    /// The caller's connection. If the caller hangs up (POLLHUP or POLLERR), the command ends as it
+    /// does after a cancel.
     pub hangup: Option<BorrowedFd<'a>>,
 }
 
@@ -117,8 +119,8 @@ pub struct ExecSpec {
 
 /// The interface to guests: SSH in production, a fake in tests.
 pub trait Transport: Send + Sync {
-    /// Waits until the guest's SSH server accepts our key. Ends at the deadline or at a cancel.
-    /// Opens `Rank::GuestIo`.
+    /// Waits until the guest's SSH server accepts our key. Returns `boot_timeout` at the deadline
+    /// and `cancelled` at a cancel. Opens `Rank::GuestIo`.
     fn wait_ready(&self, target: &Target, deadline: Instant, cancel: &Cancel) -> Result<()>;
 
     /// Dials, runs one command to its end and hangs up. Errors: `guest_unavailable` (cannot dial),

@@ -25,8 +25,9 @@ pub struct ScriptOutput {
     pub stderr: Vec<u8>,
 }
 
-/// Runs the command to its end. Too much stdout is `guest_command_failed`, because a truncated
-/// answer would mislead; stderr is truncated. Other errors are those of [`Transport::exec`].
+/// Runs the command to its end. Returns `guest_command_failed` if stdout exceeds its limit, because
+/// a truncated answer would mislead. Truncates stderr at its limit. Other errors are those of
+/// [`Transport::exec`].
 pub fn run_script(
     transport: &dyn Transport,
     target: &Target,

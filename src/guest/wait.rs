@@ -102,7 +102,7 @@ impl<'a> Wait<'a> {
     }
 
     /// Waits until one of `fds` is ready, `until` is reached, or something ends the wait. Returns
-    /// which of `fds` are ready or have failed.
+    /// which of `fds` are ready or have failed, or the error of whatever ended the wait.
     pub(super) fn poll(&self, fds: &[PollFd<'_>], until: Option<Instant>) -> Result<Vec<bool>> {
         let mut all: Vec<PollFd<'_>> = fds.to_vec();
         all.push(PollFd::new(self.cancel.fd(), PollFlags::POLLIN));
@@ -126,7 +126,7 @@ impl<'a> Wait<'a> {
     }
 }
 
-/// The error after the caller has hung up.
+/// Builds the error for a wait that ended because the caller hung up.
 pub(super) fn hung_up() -> Error {
     Error::new(Kind::Cancelled, "cancelled").with_source(CancelCause::CallerHungUp)
 }

@@ -1,4 +1,4 @@
-//! The handles of the code that carries out an operation.
+//! Defines the handles for the code that carries out an operation.
 
 use super::{EndedOp, Ops};
 use crate::api::op::{Op, Progress};
@@ -6,8 +6,8 @@ use crate::error::{Error, Result};
 use crate::ids::OpId;
 use crate::locks::Cancel;
 
-/// An operation in progress. If it is dropped without a result, for example by a panic, the
-/// operation ends as `internal`.
+/// The handle of an operation in progress. If the handle is dropped without a result, for example
+/// by a panic, the operation fails with `internal`.
 #[must_use = "dropping it ends the operation as failed"]
 pub struct OpHandle {
     reporter: Reporter,
@@ -81,7 +81,7 @@ impl OpHandle {
     pub fn reporter(&self) -> Reporter {
         self.reporter.clone()
     }
-    /// The operation's current state.
+    /// Returns the operation in its current state.
     pub fn op(&self) -> Op {
         self.reporter
             .ops
@@ -95,7 +95,7 @@ impl OpHandle {
     }
 
     /// Ends the operation as `ok`, as `cancelled` if the error has that kind, or as `failed`. Wakes
-    /// all threads that wait for it.
+    /// all threads that wait for the operation.
     pub fn finish(mut self, result: Result<serde_json::Value>) -> EndedOp {
         self.end(result)
             .expect("an operation under way is never pruned")

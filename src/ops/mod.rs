@@ -1,4 +1,4 @@
-//! The registry of operations, in memory.
+//! Keeps the registry of operations in memory.
 //!
 //! [`Ops`] holds running operations and a bounded number of ended ones per user. The code that
 //! carries out an operation holds its [`OpHandle`]; other threads find, watch ([`Watcher`]) or
@@ -51,9 +51,9 @@ struct State {
 
 struct Entry {
     op: Op,
-    /// None once the operation has ended.
+    /// The operation's cancel token, or `None` once the operation has ended.
     cancel: Option<Cancel>,
-    /// Counts up in the order in which operations began.
+    /// The operation's number. Numbers grow in the order in which operations began.
     number: u64,
     /// Counts the changes that watchers are notified of.
     changes: u64,
@@ -73,13 +73,13 @@ pub struct Limits {
 /// Which operations a list contains.
 #[derive(Clone, Debug, Default)]
 pub struct Filter {
-    /// Only operations of this uid.
+    /// If set, the list contains only operations of this uid.
     pub owner: Option<u32>,
-    /// Only operations on this VM.
+    /// If set, the list contains only operations on this VM.
     pub vm: Option<VmId>,
-    /// Include operations that have ended.
+    /// If true, the list also contains operations that have ended.
     pub all: bool,
-    /// Only operations with a higher number than this.
+    /// If set, the list contains only operations with a higher number than this.
     pub after: Option<u64>,
 }
 
@@ -108,8 +108,8 @@ impl Entry {
         }
     }
 
-    /// The operation as callers see it. It shows as cancelling if something else, such as a stop of
-    /// its VM, has fired its token.
+    /// Returns the operation as callers see it. Its state is `cancelling` even if only something
+    /// else, such as a stop of its VM, has fired its token.
     fn snapshot(&self) -> Op {
         let mut op = self.op.clone();
         if op.state == OpState::Running && self.cancel.as_ref().is_some_and(Cancel::is_cancelled) {
@@ -118,7 +118,7 @@ impl Entry {
         op
     }
 
-    /// True if no thread waits for it or watches it.
+    /// True if no thread waits for the operation or watches it.
     fn is_unseen(&self) -> bool {
         self.waiting == 0 && self.watchers.is_empty()
     }
@@ -172,8 +172,8 @@ impl State {
         self.ended_counts.add(uid);
     }
 
-    /// Removes an operation as if it had never begun. Returns false if a thread already waits for
-    /// it or watches it.
+    /// Removes an operation as if it had never begun. Returns false and keeps the operation if a
+    /// thread already waits for it or watches it.
     fn discard(&mut self, id: &OpId) -> bool {
         let is_unseen = self.entries.get(id).is_some_and(Entry::is_unseen);
         if is_unseen {
@@ -214,7 +214,8 @@ impl State {
         Some(EndedOp { op, pruned })
     }
 
-    /// Removes the oldest ended operations while there are too many of `uid` or in total.
+    /// Removes the oldest ended operations while there are too many of `uid` or in total. Returns
+    /// their IDs.
     fn prune(&mut self, uid: u32, retention: Retention) -> Vec<OpId> {
         let mut pruned = Vec::new();
         while self.ended_counts.of(uid) > retention.per_uid_max {
@@ -236,7 +237,8 @@ impl State {
         pruned
     }
 
-    /// Removes the oldest ended operation of this uid that no thread waits for or watches.
+    /// Removes the oldest ended operation of this uid that no thread waits for or watches. Returns
+    /// `None` if there is no such operation.
     fn forget_oldest(&mut self, uid: u32) -> Option<OpId> {
         let theirs = self.ended.get_mut(&uid)?;
         let at = theirs
@@ -253,8 +255,9 @@ impl State {
 }
 
 impl Ops {
-    /// `on_dropped` receives operations whose handle was dropped without a result, for example by a
-    /// panic; they end as `internal`. It runs on the dropping thread, without the registry's lock.
+    /// Creates an empty registry. `on_dropped` receives operations whose handle was dropped without
+    /// a result, for example by a panic; these have failed with `internal`. The callback runs on
+    /// the thread that drops the handle, without the registry's lock.
     pub fn new(retention: Retention, on_dropped: impl Fn(EndedOp) + Send + Sync + 'static) -> Self {
         let state = Mutex::new(Rank::Ops, State::default());
         Self {
@@ -266,7 +269,7 @@ impl Ops {
         }
     }
 
-    /// Begins an operation.
+    /// Registers a new operation and returns its handle.
     ///
     /// # Errors
     /// `operation_limit`, or `host` if no descriptor is left for its cancel token.
@@ -304,9 +307,8 @@ impl Ops {
     }
 
     /// Loads the operations that the store has kept, in the order in which they began. Operations
-    /// that had not ended are marked as failed (`the daemon was restarted`) and returned for
-    /// recording. Recovery first calls [`Ops::resume`] for the operations that it continues.
-    /// Operations that the registry already has are skipped.
+    /// that had not ended are marked as failed (`the daemon was restarted`), and are returned so
+    /// that the caller records them. Operations that the registry already has are skipped.
     pub fn restore(&self, ops: Vec<Op>) -> Result<Vec<EndedOp>> {
         let mut broken = Vec::new();
         for op in ops {
@@ -332,7 +334,7 @@ impl Ops {
         self.shared.state.lock().entry(id).map(|e| e.snapshot())
     }
 
-    /// Operations with their numbers, in the order in which they began.
+    /// Returns operations with their numbers, in the order in which they began.
     pub fn list(&self, filter: &Filter) -> Vec<(u64, Op)> {
         let fits = |e: &&Entry| {
             filter.owner.is_none_or(|uid| uid == e.op.owner_uid)
@@ -352,7 +354,7 @@ impl Ops {
         found
     }
 
-    /// The number of operations in progress.
+    /// Returns the number of operations in progress.
     #[cfg(any(test, feature = "fakes"))]
     pub fn running(&self) -> usize {
         self.shared
@@ -390,7 +392,7 @@ impl Ops {
     /// Requests cancellation and returns without waiting for it. Further requests have no effect.
     ///
     /// # Errors
-    /// `wrong_state` if the operation has ended or cannot be cancelled.
+    /// `wrong_state` if the operation has ended or cannot be cancelled; `operation_not_found`.
     pub fn cancel(&self, id: &OpId, cause: CancelCause) -> Result<Op> {
         let mut state = self.shared.state.lock();
         let entry = state.entry(id)?;
@@ -421,7 +423,7 @@ impl Ops {
     ///
     /// # Errors
     /// `timeout` at the deadline, and `cancelled` if the waiter's own token fires. The operation
-    /// continues in both cases.
+    /// continues in both cases. `operation_not_found` if there is no such operation.
     pub fn wait(&self, id: &OpId, deadline: Instant, cancel: &Cancel) -> Result<Op> {
         let mut state = self.shared.state.lock();
         let entry = state.entry(id)?;

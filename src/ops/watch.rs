@@ -1,4 +1,4 @@
-//! Watching one operation with `poll`.
+//! Lets a thread watch one operation with `poll`.
 
 use super::{Ops, Shared};
 use crate::api::op::{Op, Progress};
@@ -25,8 +25,8 @@ pub(super) struct Notifier {
 }
 
 impl Notifier {
-    /// Sets the timer if it is not set. If `urgent`, it fires immediately in any case. Does not
-    /// block.
+    /// Sets the timer if it is not set. If `urgent`, the timer fires immediately in any case. Does
+    /// not block.
     pub(super) fn notify(&mut self, urgent: bool) {
         if self.is_set && !urgent {
             return;
@@ -94,7 +94,8 @@ impl Watcher {
         })
     }
 
-    /// A descriptor that is readable when [`Watcher::next`] should be called. Never read from it.
+    /// Returns a descriptor that is readable when [`Watcher::next`] should be called. The caller
+    /// must never read from the descriptor.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.timer.as_fd()
     }

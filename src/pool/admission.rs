@@ -29,7 +29,7 @@ struct State {
     line: VecDeque<u64>,
 }
 
-/// Permission to run. Dropping it admits the next in the queue.
+/// Permission to run. Dropping it admits the next waiter in the queue.
 #[must_use = "dropping it returns the permit"]
 pub struct Permit {
     shared: Arc<Shared>,
@@ -82,11 +82,12 @@ impl Admission {
         }
     }
 
-    /// Waits for a permit. `on_wait` is called with the number of waiters ahead, first if no permit
-    /// is free and then whenever the number falls. No lock is held during the call.
+    /// Waits for a permit. `on_wait` is called with the number of waiters ahead, first if the
+    /// caller cannot enter at once, and then whenever the number falls. No lock is held during the
+    /// call.
     ///
     /// # Errors
-    /// `cancelled` within 100 ms after the token fires.
+    /// `cancelled` within 100 ms after the token fires, and `timeout` after `WAIT_MAX`.
     pub fn enter(&self, cancel: &Cancel, mut on_wait: impl FnMut(usize)) -> Result<Permit> {
         let shared = &*self.shared;
         let deadline = Instant::now() + WAIT_MAX;
@@ -99,7 +100,7 @@ impl Admission {
         let mut reported = None;
         loop {
             let mut state = shared.state.lock();
-            // Checked before taking a permit, so that a cancelled operation never boots.
+            // Check the token before taking a permit, so that a cancelled operation never boots.
             if let Some(cause) = cancel.cause() {
                 return Err(Error::new(
                     Kind::Cancelled,
@@ -135,7 +136,7 @@ impl Admission {
         }
     }
 
-    /// The number of free permits and of waiters.
+    /// Returns the number of free permits and the number of waiters.
     #[cfg(any(test, feature = "fakes"))]
     pub fn counts(&self) -> (usize, usize) {
         let state = self.shared.state.lock();

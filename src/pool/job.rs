@@ -1,4 +1,4 @@
-//! One job: its entry in the queue, and the handle for waiting for its result.
+//! Defines a job's entry in the queue, and the handle for waiting for the job's result.
 
 use super::Shared;
 use crate::error::{Error, Kind, Result};
@@ -95,7 +95,7 @@ pub(super) fn new<T: Send + 'static>(
     )
 }
 
-/// Runs a job on a worker thread, which survives the job's panics.
+/// Runs a job on a worker thread. If the job panics, returns `internal`, and the thread survives.
 fn run<T>(label: &Arc<str>, cancel: &Cancel, job: impl FnOnce(&Cancel) -> Result<T>) -> Result<T> {
     let guarded = AssertUnwindSafe(|| {
         let scope = operation_scope(label.clone());
@@ -118,8 +118,8 @@ fn run<T>(label: &Arc<str>, cancel: &Cancel, job: impl FnOnce(&Cancel) -> Result
 impl<T> JobHandle<T> {
     /// Waits for the job and returns its result, which can be taken once. If the token fires before
     /// the job runs, returns `cancelled` immediately. If it fires later, this call still waits for
-    /// the job, which sees the same token. The caller may hold a lock that must not be released
-    /// before the job has ended.
+    /// the job, which sees the same token, because the caller may hold a lock that must not be
+    /// released before the job has ended.
     ///
     /// # Errors
     /// The job's error, `cancelled`, or `timeout` at the deadline, after which the job continues.

@@ -74,8 +74,8 @@ struct State {
 }
 
 impl State {
-    /// The queue index of the next job that may run: the oldest job of the uid with the fewest
-    /// running jobs. A cancelled job may always leave the queue.
+    /// Returns the queue index of the next job that may run: the oldest job of the uid with the
+    /// fewest running jobs. A cancelled job may always leave the queue.
     fn next(&self, running_per_uid_max: usize) -> Option<usize> {
         let weight = |queued: &QueuedJob| {
             if queued.cancel.is_cancelled() {
@@ -97,14 +97,15 @@ impl State {
         self.queue.remove(at)
     }
 
-    /// True if a worker has nothing to do and the pool is not closing.
+    /// True if no queued job may run now and the worker must not end, because the pool is open or
+    /// jobs are still queued.
     fn must_wait(&self, running_per_uid_max: usize) -> bool {
         self.next(running_per_uid_max).is_none() && !(self.is_closing && self.queue.is_empty())
     }
 }
 
 impl Pool {
-    /// Starts the workers.
+    /// Creates a pool and starts its workers.
     ///
     /// # Errors
     /// `exhausted` if a thread cannot be started.
@@ -209,7 +210,8 @@ pub struct QueueSlot {
 }
 
 impl QueueSlot {
-    /// Queues the job without blocking. `label` names it in lock records and messages, for example
+    /// Queues the job without blocking. A pool that is closing refuses the job with
+    /// `shutting_down`. `label` names the job in lock records and messages, for example
     /// `workspace.prepare web`. If `cancel` fires before a worker takes the job, the job leaves the
     /// queue and never runs; a running job has to check the token itself.
     pub fn submit<T: Send + 'static>(
@@ -241,7 +243,7 @@ impl Drop for QueueSlot {
 }
 
 impl Shared {
-    /// The main loop of a worker thread.
+    /// Runs jobs on a worker thread until the pool is closing and the queue is empty.
     fn work(self: Arc<Self>) {
         let most = self.bounds.running_per_uid_max;
         loop {
@@ -268,7 +270,8 @@ impl Shared {
         }
     }
 
-    /// Records that a worker's job has ended. Called before its result becomes visible.
+    /// Records that a worker's job has ended. The worker calls this before the job's result becomes
+    /// visible.
     fn ended(&self, uid: u32) {
         let mut state = self.state.lock();
         state.running.remove(uid);
@@ -296,8 +299,8 @@ impl Shared {
         self.refuse(gone.into(), |_| shutting_down());
     }
 
-    /// Ends jobs that have left the queue. No lock may be held, because the values that the jobs
-    /// own are dropped here.
+    /// Ends jobs that have left the queue, with the error that `why` returns. No lock may be held,
+    /// because the values that the jobs own are dropped here.
     fn refuse(&self, gone: Vec<QueuedJob>, why: fn(&QueuedJob) -> Error) {
         for queued in gone {
             let mut state = self.state.lock();

@@ -1,7 +1,7 @@
-//! Exec sessions: which caller may control which running command.
+//! Keeps the exec sessions, and decides which caller may control which running command.
 //!
-//! [`Registry`] maps session ids to handles. Its only lock is `Rank::Sessions`, and no handle is
-//! used or dropped while it is held.
+//! [`Registry`] maps session ids to handles. The registry's only lock has `Rank::Sessions`. No
+//! handle is used or dropped while this lock is held.
 
 use crate::error::{Error, Kind, Result};
 use crate::ids::SessionId;

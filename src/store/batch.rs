@@ -1,4 +1,5 @@
-//! Changes that are committed together, and the result of the commit.
+//! Defines batches of changes that are committed together, their outcome, and the tickets that
+//! callers wait on.
 
 use super::Inner;
 use super::reserve::{PROBE_FREE_BYTES, RESERVE_BYTES};
@@ -10,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-/// A change that waits for the disk.
+/// A change that is not yet on disk.
 pub(super) struct Change {
     pub(super) seq: u64,
     pub(super) essential: bool,
@@ -32,7 +33,7 @@ impl Batch {
     }
 }
 
-/// Why a write failed, for all callers that waited for it.
+/// The reason why a write failed. All callers that waited for the write get a copy.
 #[derive(Clone, Debug)]
 pub(super) struct Failure {
     pub(super) kind: Kind,
@@ -76,7 +77,7 @@ impl Failure {
     }
 }
 
-/// The result of a batch. It is set once.
+/// The result of a batch. Only the first result that is set counts.
 pub(super) struct Outcome {
     // This lock has the same rank as the store's other lock, so the two are never held together.
     settled: Mutex<Option<std::result::Result<(), Failure>>>,
@@ -99,8 +100,8 @@ impl Outcome {
     }
 }
 
-/// A change that was made in memory and still has to be written. It is written when a caller waits
-/// for it or for another change, or when the ticket is dropped.
+/// A change that was made in memory and still has to be written. The change is written when a
+/// caller waits for it or for another change, or when the ticket is dropped.
 #[must_use = "a change is not durable before its ticket was waited for"]
 pub struct Ticket {
     seq: u64,
@@ -115,7 +116,7 @@ struct Pending {
     is_asked_for: AtomicBool,
 }
 
-/// Who writes a change that a caller waits for.
+/// The thread that writes a change when a caller waits for the change.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Writes {
     /// The caller, if no other thread is writing and the caller's deadline is not near.
@@ -136,25 +137,27 @@ impl Ticket {
         }
     }
 
-    /// The change's position in the order of all changes, also across restarts of the daemon.
+    /// Returns the change's position in the order of all changes, which continues across restarts
+    /// of the daemon.
     pub fn seq(&self) -> u64 {
         self.seq
     }
 
     /// Waits until the change and all changes before it are durable, and returns its number. Writes
-    /// it on this thread if no other thread writes and the deadline is not near
-    /// (`OWN_WRITE_TIME_MIN`). If the disk then hangs, this call may take longer than its deadline.
-    /// Opens `Rank::DurableWait`.
+    /// the change on this thread if no other thread writes and the deadline is not near
+    /// (`OWN_WRITE_TIME_MIN`). If the disk hangs during that write, this call may take longer than
+    /// its deadline. Opens `Rank::DurableWait`.
     ///
     /// # Errors
-    /// `disk_full` or `store_read_only` if the change was not written; it is then undone in memory
-    /// too. `timeout` if the outcome is unknown at the deadline.
+    /// `disk_full` or `store_read_only` if the change was not written; the store has then also
+    /// undone it in memory. `shutting_down` if the store was closed first. `timeout` if the outcome
+    /// is unknown at the deadline.
     pub fn wait(&self, deadline: Instant) -> Result<u64> {
         self.wait_as(Writes::Own, deadline)
     }
 
-    /// Like [`Ticket::wait`], but leaves the write to the store's thread, so that the deadline
-    /// holds even if the disk hangs.
+    /// Waits as [`Ticket::wait`] does, but leaves the write to the store's thread, so that the
+    /// deadline holds even if the disk hangs.
     pub fn wait_for_thread(&self, deadline: Instant) -> Result<u64> {
         self.wait_as(Writes::ByThread, deadline)
     }
@@ -193,8 +196,8 @@ impl Ticket {
         }
     }
 
-    /// Drops the ticket without waiting, for a change that may be lost in a crash, such as the
-    /// removal of a ledger row.
+    /// Drops the ticket without waiting. This is for a change that may be lost in a crash, such as
+    /// the removal of a ledger row.
     pub fn detach(self) {}
 }
 

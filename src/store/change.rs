@@ -1,4 +1,4 @@
-//! Makes changes.
+//! Implements the calls that change the store's state in memory and queue the change for the disk.
 
 use super::batch::{Change, Failure, Ticket};
 use super::tx::Tx;
@@ -17,8 +17,9 @@ impl Store {
         self.enqueue(false, change)
     }
 
-    /// Like [`Store::change`], for changes that free space, such as deletes. They are attempted
-    /// even while the store is read-only, and may use the reserve if the disk is full.
+    /// Makes a change that frees space, such as a delete. In contrast to [`Store::change`], this is
+    /// attempted even while the store is read-only or the queue is full, and may use the reserve if
+    /// the disk is full.
     pub fn change_essential<T>(
         &self,
         change: impl FnOnce(&mut Tx) -> Result<T>,
@@ -26,7 +27,7 @@ impl Store {
         self.enqueue(true, change)
     }
 
-    /// Makes a change and waits until it is durable, at most for [`DURABLE_WAIT`].
+    /// Makes a change and waits for up to [`DURABLE_WAIT`] until it is durable.
     #[cfg(any(test, feature = "fakes"))]
     pub fn change_durable<T>(&self, change: impl FnOnce(&mut Tx) -> Result<T>) -> Result<T> {
         let (value, ticket) = self.change(change)?;

@@ -1,4 +1,4 @@
-//! The database as the writer uses it. It reopens the connection after an error, repairs what a
+//! Gives the writer access to the database. Reopens the connection after an error, repairs what a
 //! failed commit may have left, and keeps the write-ahead log short.
 
 use super::batch::Failure;
@@ -16,12 +16,14 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 pub(super) struct Database {
     dir: PathBuf,
-    /// Dropped after an I/O error, because a descriptor whose sync has failed must not be synced
-    /// again.
+    /// `None` after an I/O error. The connection is dropped then, because a descriptor whose sync
+    /// has failed must not be synced again.
     connection: Option<Connection>,
-    /// The number of frames in the log after the last commit, or zero after an attempt to fold it.
+    /// The number of frames in the log after the last commit, or zero after an attempt to fold the
+    /// log.
     log_frames: Arc<AtomicU32>,
-    /// This connection has recorded that the log belongs to the database; see `schema::open`.
+    /// True if this connection has recorded that the log belongs to the database; see
+    /// `schema::open`.
     is_marked_open: bool,
     pub reserve: Reserve,
     /// The correct contents of the rows that a failed commit may have changed on disk.
@@ -85,7 +87,8 @@ impl Database {
         connection.wal_hook(Some(count))
     }
 
-    /// Writes the rows to repair and then `images`, in one transaction.
+    /// Writes the rows to repair and then `images`, in one transaction. After a failure, the rows
+    /// to repair are kept for the next write.
     pub(super) fn write(
         &mut self,
         inner: &Inner,
@@ -105,8 +108,9 @@ impl Database {
         Err(self.failed(error))
     }
 
-    /// Drops the connection, unless the error only says that the disk is full. Also recognizes a
-    /// full disk behind other errors.
+    /// Builds the failure for an error of the database. Drops the connection, unless the error says
+    /// that the disk is full. If the disk is nearly full, reports any other error as `disk_full`
+    /// too.
     fn failed(&mut self, mut error: Error) -> Failure {
         if error.kind() != Kind::DiskFull {
             self.connection = None;
@@ -122,8 +126,9 @@ impl Database {
         self.failure(&error)
     }
 
-    /// Folds the log into the database file if it is due. If syncing the database file fails, the
-    /// log still has every change, and a new connection copies them again.
+    /// Folds the log into the database file if the log has reached [`schema::LOG_FRAMES`]. If
+    /// syncing the database file fails, the log still has every change, and a new connection copies
+    /// these changes again.
     #[cfg_attr(not(any(test, feature = "fakes")), allow(unused_variables))]
     pub(super) fn fold_log(&mut self, inner: &Inner) -> std::result::Result<(), Failure> {
         // After a failure, the next commit counts the frames again.
@@ -144,7 +149,8 @@ impl Database {
         })
     }
 
-    /// Extends the log if the disk has room for it with some space to spare.
+    /// Extends the log if the disk has room for the whole log with some space to spare. A failure
+    /// is only logged, because commits then merely take longer.
     pub(super) fn extend_log(&self) {
         if self
             .reserve

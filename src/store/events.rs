@@ -5,9 +5,9 @@
 //! answers anybody. A change is published as a whole; a failed change is never published.
 //!
 //! The last [`KEPT_MAX`] changes are kept, so that a listener can resume where it stopped. A mirror
-//! of the durable rows is kept too. It shares its rows with the state, so it costs only a map of
-//! pointers. The changes after a snapshot of the mirror apply to it exactly, and the snapshot
-//! contains nothing that may still be undone.
+//! of the durable rows is kept too. The mirror shares its rows with the state, so it costs only a
+//! map of pointers. The changes after a snapshot of the mirror apply exactly to that snapshot, and
+//! the snapshot contains nothing that may still be undone.
 //!
 //! The publisher never waits. It puts a pointer into each listener's bounded queue. A listener
 //! whose queue is full gets one `lagged` notification with the number to resume from, and is
@@ -32,9 +32,9 @@ use std::time::{Duration, Instant};
 
 /// How many changes are kept for listeners that resume.
 pub const KEPT_MAX: usize = 4096;
-/// Limit of changes that wait for one listener.
+/// Maximum number of changes that wait for one listener.
 pub const QUEUE_MAX: usize = 1024;
-/// How often a thread that waits for the feed checks without being woken.
+/// How often a thread that waits for the feed checks again even if nothing has woken it.
 const CHECK_PERIOD: Duration = Duration::from_secs(1);
 
 /// A VM's rows at one moment.
@@ -67,7 +67,7 @@ pub struct OpEnd {
 #[derive(Clone, Debug, PartialEq)]
 pub struct StoreChange {
     pub seq: u64,
-    /// When it became durable, in seconds since the epoch.
+    /// The time when the change became durable, in seconds since the epoch.
     pub at: u64,
     pub vms: Vec<VmChange>,
     pub ended: Vec<OpEnd>,
@@ -83,7 +83,7 @@ impl VmChange {
 }
 
 impl OpEnd {
-    /// The user who began it, and the owner of its VM.
+    /// Returns the user who began the operation and, if the operation has a VM, that VM's owner.
     pub fn owners(&self) -> impl Iterator<Item = u32> {
         [
             Some(self.owner_uid),
@@ -107,14 +107,14 @@ impl StoreChange {
 /// How a listener's stream begins.
 #[derive(Debug)]
 pub enum Start {
-    /// All VMs. `resync` is true if the listener asked for changes that are no longer kept or never
-    /// existed.
+    /// The stream begins with all VMs that the listener may see. `resync` is true if the listener
+    /// asked for changes that are no longer kept or that never existed.
     Snapshot {
         seq: u64,
         resync: bool,
         vms: Vec<Seen>,
     },
-    /// All changes that the listener missed.
+    /// The stream begins with all changes that the listener missed.
     Missed(Vec<Arc<StoreChange>>),
 }
 
@@ -146,7 +146,8 @@ pub(super) enum Taker {
 pub(super) struct Listener {
     sees: Sees,
     pub(super) queue: VecDeque<Arc<StoreChange>>,
-    /// Set by the first change that did not fit. No more changes are queued after that.
+    /// The number of dropped changes, and the number of the last change before them. The first
+    /// change that does not fit sets this, and no more changes are queued after that.
     pub(super) lag: Option<(u64, u64)>,
     pub(super) taker: Taker,
     pub(super) fd: Arc<EventFd>,
@@ -173,12 +174,13 @@ pub(super) struct Published {
     vms: BTreeMap<VmId, Seen>,
     /// The number of the last durable change.
     seq: u64,
-    /// `kept` contains every later change that has events.
+    /// The number after which `kept` contains every change that has events.
     floor: u64,
     kept: VecDeque<Arc<StoreChange>>,
     pub(super) listeners: BTreeMap<u64, Listener>,
     last_listener: u64,
-    /// Becomes readable when a lent queue has changes.
+    /// The feed's descriptor, or `None` if there is no feed. It becomes readable when a lent queue
+    /// has changes.
     pub(super) feed: Option<Arc<EventFd>>,
 }
 
@@ -327,8 +329,8 @@ impl Published {
         }
     }
 
-    /// The descriptors of all threads that have something to take. The feed has one descriptor for
-    /// all lent queues.
+    /// Returns the descriptors of all threads that have something to take. The feed has one
+    /// descriptor for all lent queues.
     fn to_wake(&self) -> Vec<Arc<EventFd>> {
         let (own, lent): (Vec<_>, Vec<_>) = self
             .listeners
@@ -414,32 +416,34 @@ impl Subscription {
         ))
     }
 
-    /// The unique number of this subscription.
+    /// Returns the unique number of this subscription.
     pub fn id(&self) -> u64 {
         self.id
     }
 
-    /// Readable while there are changes to take.
+    /// Returns the descriptor that is readable while there are changes to take.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
 
     /// Lends the subscription to the feed, if there is one. The feed takes over once
-    /// [`Subscription::next`] returns `None`. It stops when it cannot continue or at
-    /// [`Subscription::take_back`]; then the descriptor is readable.
+    /// [`Subscription::next`] returns `None`. If the feed cannot continue, it returns the
+    /// subscription and makes the descriptor readable. The listener can end this with
+    /// [`Subscription::keep`].
     pub fn lend(&mut self) {
         self.lends = true;
     }
 
-    /// Stops lending the subscription and takes it back. Returns false if it was not lent.
+    /// Stops lending the subscription and takes its queue back. Returns false if the subscription
+    /// was not lent.
     pub fn keep(&mut self) -> bool {
         let was_lent = std::mem::take(&mut self.lends);
         self.take_back();
         was_lent
     }
 
-    /// Returns the oldest change that has not been taken, or `None` if the queue is empty. Nothing
-    /// follows [`Next::Lagged`].
+    /// Returns the oldest change that has not been taken. Returns `None` if the queue is empty or
+    /// the feed is serving it. Nothing follows [`Next::Lagged`].
     #[allow(clippy::should_implement_trait)] // Not an iterator, because `None` is not the end.
     pub fn next(&mut self) -> Option<Next> {
         let mut published = self.inner.events.published.lock();
@@ -461,14 +465,15 @@ impl Subscription {
         if self.lends && has_feed {
             listener.taker = Taker::Feed;
         }
-        // Clear it under the lock, so that no change is missed. EAGAIN means that nothing has
-        // arrived.
+        // Clear the descriptor under the lock, so that no change is missed. EAGAIN means that
+        // nothing has arrived.
         let _ = self.fd.read();
         None
     }
 
-    /// Waits until the feed has stopped sending for this subscription. The wait is short, because
-    /// the feed sends only what it has already taken and never waits for a caller.
+    /// Takes the queue back from the feed. Waits until the feed has stopped sending for this
+    /// subscription, but leaves the subscription lent. The wait is short, because the feed sends
+    /// only what it has already taken and never waits for a caller.
     pub fn take_back(&mut self) {
         loop {
             let mut published = self.inner.events.published.lock();
@@ -496,7 +501,7 @@ impl Drop for Subscription {
             .lock()
             .listeners
             .remove(&self.id);
-        // Dropped outside the lock, because it may hold the last pointers to many rows.
+        // Drop the listener outside the lock, because it may hold the last pointers to many rows.
         drop(removed);
     }
 }

@@ -18,7 +18,7 @@ pub enum Fault {
     Panic,
 }
 
-/// Called before every commit, including probes.
+/// A hook that a test sets, and that is called before every commit, including probes.
 pub trait CommitHook: Send + Sync {
     /// Returns the fault of this commit, or `None` to let the commit proceed.
     fn before_commit(&self) -> Option<Fault>;
@@ -67,7 +67,7 @@ impl Faults {
         self.plan.lock().hook = Some(hook);
     }
 
-    /// Ends the failures.
+    /// Ends the failures that [`Faults::fail`] has begun.
     pub fn heal(&self) {
         self.plan.lock().fault = None;
     }

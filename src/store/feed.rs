@@ -1,9 +1,9 @@
 //! Serves all subscriptions that are lent to the feed, from one thread.
 //!
 //! If each listener had its own thread, every change would wake hundreds of threads, which would
-//! compete for the lock and the processors to do the same work. The feed takes the new changes of
-//! all its listeners while it holds the lock once, and sends them without waiting for anybody. The
-//! feed returns changes that it cannot send to the listener's own thread. That thread may wait, and
+//! compete for the lock and the processors to do the same work. The feed locks once to take the new
+//! changes of all its listeners, and sends the changes without waiting for anybody. If it cannot
+//! send some of them, it returns these to the listener's own thread. That thread may wait, and
 //! continues where the feed stopped. Only one thread takes from a queue at a time ([`Taker`]), so
 //! nothing is sent twice, left out, or out of order.
 
@@ -15,8 +15,8 @@ use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
-/// New changes for one subscription. If some are left when this is returned, the subscription's own
-/// thread sends them.
+/// New changes for one subscription. If some are left when [`Feed::finish`] gets them back, the
+/// subscription's own thread sends them.
 pub struct Due {
     /// See [`super::Subscription::id`].
     pub id: u64,
@@ -26,7 +26,8 @@ pub struct Due {
 }
 
 /// The handle of the feed's thread. Poll [`Feed::fd`], then call [`Feed::take`] and
-/// [`Feed::finish`] until `take` returns nothing. Dropping the handle returns all subscriptions.
+/// [`Feed::finish`] until `take` returns nothing. Dropping the handle returns all subscriptions to
+/// their own threads.
 pub struct Feed {
     inner: Arc<Inner>,
     fd: Arc<EventFd>,
@@ -45,7 +46,7 @@ impl Feed {
         Ok(Self { inner, fd })
     }
 
-    /// Readable when there may be new changes.
+    /// Returns the descriptor that is readable when there may be new changes.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }

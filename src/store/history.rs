@@ -6,9 +6,9 @@ use crate::ids::OpId;
 use crate::uids::Retention;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-/// When an operation ended, in seconds, and its number in the order of insertion. Many operations
-/// end in the same second. The latest must not be pruned first, because its key may not be recorded
-/// yet.
+/// An operation's position in the history: the second in which it ended, and its number in the
+/// order of insertion. Many operations end in the same second. The one inserted last must not be
+/// pruned first, because its key may not be recorded yet.
 type EndOrder = (u64, u64);
 
 #[derive(Clone, Debug, Default)]
@@ -18,7 +18,7 @@ pub(super) struct OpHistory {
     /// The position of each operation in `free`.
     orders: HashMap<OpId, EndOrder>,
     added: u64,
-    /// How many keys refer to an operation, ended or not.
+    /// The number of keys that refer to each operation, ended or not.
     keyed: BTreeMap<OpId, usize>,
 }
 
@@ -62,7 +62,8 @@ impl OpHistory {
         }
     }
 
-    /// Adds a key that refers to the operation. `row` is the operation, if the store has it.
+    /// Records that one more key refers to the operation, so that the operation is not pruned.
+    /// `row` is the operation, if the store has it.
     pub(super) fn key_added(&mut self, op: &OpId, row: Option<&OpRow>) {
         *self.keyed.entry(op.clone()).or_default() += 1;
         if let Some(row) = row {
@@ -70,7 +71,8 @@ impl OpHistory {
         }
     }
 
-    /// Removes a key that refers to the operation.
+    /// Records that one key fewer refers to the operation. If no key is left and the operation has
+    /// ended, it can be pruned again.
     pub(super) fn key_removed(&mut self, op: &OpId, row: Option<&OpRow>) {
         let Some(keys) = self.keyed.get_mut(op) else {
             return;
@@ -84,8 +86,9 @@ impl OpHistory {
         }
     }
 
-    /// Returns the operation to remove next if `uid` or all users together have too many. An
-    /// operation of root is removed only to make room for another operation of root.
+    /// Returns the operation to remove next if `uid` or all users together have too many, and
+    /// `None` otherwise. An operation of root is removed only to make room for another operation of
+    /// root.
     pub(super) fn to_prune(&self, uid: u32, retention: Retention) -> Option<&OpId> {
         let oldest = |uid: u32| self.free.get(&uid)?.first_key_value().map(|(_, id)| id);
         if self

@@ -5,7 +5,7 @@ use crate::ids::OpId;
 use rusqlite::{Connection, params};
 use serde::{Deserialize, Serialize};
 
-/// Limit of live keys per uid.
+/// Maximum number of live keys per uid.
 pub const KEYS_PER_UID_MAX: usize = 4096;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -13,11 +13,11 @@ pub const KEYS_PER_UID_MAX: usize = 4096;
 pub struct KeyRow {
     pub uid: u32,
     pub key: String,
-    /// Hash of method and parameters. If they differ for the same key, the call fails with
-    /// `idempotency_conflict`.
+    /// A hash of the method and its parameters. A call with the same key and another hash fails
+    /// with `idempotency_conflict`.
     pub params_hash: String,
     pub op: OpId,
-    /// Seconds since the epoch.
+    /// The time when the key expires, in seconds since the epoch.
     pub expires_at: u64,
 }
 

@@ -12,11 +12,11 @@ pub struct LedgerRow {
     pub id: u64,
     pub vm: Option<VmId>,
     pub generation: u64,
-    /// For example `process` or `directory`.
+    /// The kind of the resource, for example `process` or `directory`.
     pub kind: String,
-    /// How it is found on the host: a path, a tag, or a device name.
+    /// The name that identifies the resource on the host: a path, a tag or a device name.
     pub name: String,
-    /// Always None. It stays because rows of earlier versions contain it.
+    /// Always `None`. The member stays because rows of earlier versions contain it.
     pub facts: Option<serde_json::Value>,
 }
 

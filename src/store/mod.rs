@@ -10,7 +10,7 @@
 //! A commit is one write and one fdatasync(2). SQLite's writes to the write-ahead log are joined
 //! (`vfs.rs`). The log is extended in advance (`schema::extend_log`), so that a commit only
 //! overwrites blocks and fdatasync(2) has no metadata to write. The store's thread folds the log
-//! into the database file after a batch was answered.
+//! into the database file after the callers of a batch have been answered.
 //!
 //! If a commit fails, all callers that wait for it or for a later change get the error. Memory
 //! returns to the last durable state, and the store is read-only until a probe, which is a real
@@ -82,8 +82,8 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 use writer::Writer;
 
-/// Limit of changes that wait for the disk. If it is reached, changes that are not essential are
-/// refused.
+/// Maximum number of changes that wait for the disk. Once this many wait, changes that are not
+/// essential are refused.
 pub const QUEUE_CHANGES_MAX: usize = 16_384;
 /// How long [`Store::change_durable`] waits for the disk.
 #[cfg(any(test, feature = "fakes"))]
@@ -101,7 +101,7 @@ impl Mode {
     }
 }
 
-/// What the store's lock protects.
+/// The data that the store's lock protects.
 struct Core {
     state: State,
     retention: Retention,
@@ -109,7 +109,7 @@ struct Core {
     seq: u64,
     ledger_next: u64,
     queue: Batch,
-    /// The batch that is being written.
+    /// The outcome of the batch that is being written, if there is one.
     in_flight: Option<Arc<Outcome>>,
     mode: Mode,
     /// The writer, while no thread uses it and the store is not closed. See `turn.rs`.
@@ -122,7 +122,7 @@ struct Core {
 }
 
 impl Core {
-    /// Undoes changes, the last one first.
+    /// Undoes changes in memory, the last one first, and notifies the watchers.
     fn revert(&mut self, changes: Vec<Change>) {
         for mut change in changes.into_iter().rev() {
             self.watchers.notify(&change.steps);
@@ -135,7 +135,7 @@ struct Inner {
     install_id: String,
     seq_at_open: u64,
     core: Mutex<Core>,
-    /// The store's thread waits here.
+    /// The store's thread waits on this condition.
     wake: Condvar,
     mode_changed: Condvar,
     events: events::Bus,
@@ -149,10 +149,10 @@ struct Inner {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg(any(test, feature = "fakes"))]
 pub struct Stats {
-    /// Successful commits, and the changes in them.
+    /// The number of successful commits. The next field counts the changes in them.
     pub batches: u64,
     pub changes: u64,
-    /// Changes that are waiting for the disk.
+    /// The number of changes that are waiting for the disk.
     pub queued: usize,
     pub read_only: bool,
 }
@@ -163,7 +163,8 @@ pub struct Store(Arc<Handle>);
 
 struct Handle {
     inner: Arc<Inner>,
-    // Taken by `close`. Never held together with the other lock of the same rank.
+    // `close` takes the thread's handle. This lock is never held together with the other lock of
+    // the same rank.
     writer: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -172,14 +173,15 @@ impl Store {
     /// else. On a full disk an existing store opens read-only and recovers automatically.
     ///
     /// # Errors
-    /// `store_refused` if it is damaged, foreign, newer, in use, or open to others; `host` and
-    /// `disk_full` if it cannot be created.
+    /// `store_refused` if the database is damaged, foreign, newer, in use, or open to others;
+    /// `host` or `disk_full` if it cannot be created.
     #[cfg(any(test, feature = "fakes"))]
     pub fn open(dir: &Path) -> Result<Store> {
         Self::open_keeping(dir, crate::uids::RETENTION)
     }
 
-    /// Like [`Store::open`], with other limits for the ended operations that are kept.
+    /// Opens the database as [`Store::open`] does, with these limits for the ended operations that
+    /// are kept.
     ///
     /// # Errors
     /// Those of [`Store::open`].
@@ -241,8 +243,8 @@ impl Store {
         look(&self.0.inner.core.lock().state)
     }
 
-    /// Returns an eventfd that becomes readable after every change, or after those of one VM. The
-    /// changes may not be durable yet. See also [`Store::subscribe`].
+    /// Returns an eventfd that becomes readable after every change, or after every change of one
+    /// VM. The changes may not be durable yet. See also [`Store::subscribe`].
     ///
     /// # Errors
     /// `exhausted` if no file descriptor is left.
@@ -251,8 +253,9 @@ impl Store {
     }
 
     /// Subscribes to durable changes, in the order of their numbers, that concern an owner for whom
-    /// `sees` returns true. With `since`, only changes after that number are delivered. `sees` must
-    /// not block or take a lock.
+    /// `sees` returns true. With `since`, the stream begins with the changes after that number, or
+    /// with a snapshot if some of these are no longer kept. Without `since`, it begins with a
+    /// snapshot. `sees` must not block or take a lock.
     ///
     /// # Errors
     /// `exhausted` if no file descriptor is left.
@@ -281,8 +284,8 @@ impl Store {
         }
     }
 
-    /// Probes a read-only store now, and waits until it is writable. Returns false at the deadline.
-    /// Opens `Rank::DurableWait`.
+    /// Probes a read-only store now, and waits until it is writable. Returns false if it is still
+    /// read-only at the deadline or when the store is closed. Opens `Rank::DurableWait`.
     pub fn wait_writable(&self, deadline: Instant) -> bool {
         let _waiting = region(Rank::DurableWait);
         let inner = &self.0.inner;
@@ -295,7 +298,7 @@ impl Store {
         !core.mode.is_read_only()
     }
 
-    /// The number of the last change.
+    /// Returns the number of the last change, which may not be durable yet.
     pub fn seq(&self) -> u64 {
         self.0.inner.core.lock().seq
     }
@@ -344,7 +347,7 @@ impl Drop for Handle {
     }
 }
 
-/// What a database contains.
+/// The contents of a database.
 struct Loaded {
     state: State,
     install_id: String,

@@ -6,7 +6,7 @@ use rustix::fs::{FallocateFlags, Mode, OFlags};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-/// This is far more than the pages that a delete writes.
+/// Size of the reserve. It is far larger than the pages that a delete writes.
 pub const RESERVE_BYTES: u64 = 4 << 20;
 /// Free space, in addition to the reserve, that a store needs after a full disk before it becomes
 /// writable.
@@ -68,7 +68,8 @@ impl Reserve {
         file.sync_all()
     }
 
-    /// Releases the blocks to the file system. Returns true if there were any.
+    /// Releases the blocks to the file system. Returns true if blocks were held and are now
+    /// released.
     pub(super) fn release(&mut self) -> bool {
         let had = std::mem::replace(&mut self.held, false);
         match std::fs::remove_file(self.dir.join("reserve")) {
@@ -77,7 +78,7 @@ impl Reserve {
         }
     }
 
-    /// The free bytes of the file system. `None` if the file system does not report them.
+    /// Returns the free bytes of the file system, or `None` if the system call fails.
     pub(super) fn free_bytes(&self) -> Option<u64> {
         let stat = rustix::fs::statvfs(&self.dir).ok()?;
         let blocks = if rustix::process::geteuid().is_root() {

@@ -1,5 +1,5 @@
-//! The database file. It is created once, checked whenever it is opened, and migrated step by step.
-//! It is never silently replaced.
+//! Opens the database file. It is created once, checked whenever it is opened, and migrated step by
+//! step. It is never silently replaced.
 
 use super::sql::refused;
 use super::{key, ledger, meta, op, snapshot, vfs, vm, workspace};
@@ -19,16 +19,16 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
 /// After this many frames, the write-ahead log is folded into the database file and written from
 /// its start again.
 pub(super) const LOG_FRAMES: u32 = 250;
-/// The log is made this long in advance, and cut back to this length after a large commit. It has
-/// room for [`LOG_FRAMES`] pages of 4 KiB with their headers.
+/// Length of the write-ahead log. The log is extended to this length in advance, and cut back to it
+/// after a large commit. It then has room for [`LOG_FRAMES`] pages of 4 KiB with their headers.
 pub(super) const LOG_BYTES: u64 = 1 << 20;
 /// How many prepared statements a connection keeps. This is more than the tables need.
 const STATEMENTS_MAX: usize = 32;
-/// Hexadecimal digits of an install id.
+/// Number of hexadecimal digits in an install id.
 pub const INSTALL_ID_LEN: usize = 8;
 
-/// The entry with index `i` migrates version `i` to `i + 1`. If the shape of a row changes, add an
-/// entry. Never change one.
+/// Returns the SQL of all migrations. The entry with index `i` migrates version `i` to `i + 1`. If
+/// the shape of a row changes, add an entry. Never change an existing entry.
 pub(super) fn migrations() -> Vec<String> {
     let info = "CREATE TABLE store_info (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;";
     let first = [
@@ -58,8 +58,8 @@ pub(super) fn migrations() -> Vec<String> {
 /// Opens `dir/fcd.db`, and creates it if it does not exist.
 ///
 /// # Errors
-/// `store_refused` if the file is not a sound database of fcd, of this version or an older one. The
-/// file is not changed.
+/// `store_refused` if the file is not a sound database of fcd, of this version or an older one. A
+/// file that is refused is not changed.
 pub(super) fn open(dir: &Path, migrations: &[String]) -> Result<Connection> {
     check_dir(dir)?;
     let path = dir.join(FILE_NAME);
@@ -94,8 +94,8 @@ pub(super) fn reopen(dir: &Path) -> Result<Connection> {
     Ok(c)
 }
 
-/// A transaction of prepared statements, because parsing SQL takes longer than running it. Dropping
-/// the transaction rolls it back.
+/// A transaction that begins and commits with prepared statements, because parsing such a statement
+/// takes longer than running it. Dropping the transaction rolls it back.
 pub(super) struct Transaction<'c>(&'c Connection);
 
 impl<'c> Transaction<'c> {
@@ -139,8 +139,8 @@ pub(super) fn set_info(c: &Connection, name: &str, value: &str) -> rusqlite::Res
     .map(drop)
 }
 
-/// Records that the database was closed cleanly, so the log may be missing, and folds the log into
-/// the file.
+/// Records that the database was closed cleanly, so that the next start accepts a missing log. Then
+/// folds the log into the file.
 pub(super) fn close(c: Connection) -> rusqlite::Result<()> {
     set_info(&c, "open", "0")?;
     c.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, false)?;
@@ -152,8 +152,8 @@ pub(super) fn close(c: Connection) -> rusqlite::Result<()> {
 ///
 /// A commit that makes the file longer changes its size and its block map. Then fdatasync(2) also
 /// has to commit the file system's journal, which doubles the time. fallocate(2) does not help,
-/// because the first write to each reserved block changes the block map too. SQLite ignores what
-/// follows the last frame of a log.
+/// because the first write to each reserved block changes the block map too. SQLite ignores the
+/// zeros after the last frame of a log.
 pub(super) fn extend_log(dir: &Path) -> std::io::Result<()> {
     let flags = OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let mut file = std::fs::File::from(rustix::fs::open(
@@ -174,13 +174,14 @@ pub(super) fn extend_log(dir: &Path) -> std::io::Result<()> {
     written
 }
 
-/// Copies the log's changes into the database file. The next commit starts the log again.
+/// Copies the log's changes into the database file. The next commit writes the log from its start
+/// again.
 pub(super) fn fold_log(c: &Connection) -> rusqlite::Result<()> {
     c.prepare_cached("PRAGMA wal_checkpoint(PASSIVE)")?
         .query_row([], |_| Ok(()))
 }
 
-/// The error for a database that cannot be used, with a hint.
+/// Builds the error for a database that cannot be used, with a hint.
 pub(super) fn refuse(path: &Path, e: rusqlite::Error) -> Error {
     let shown = path.display();
     let hint = match e.sqlite_error_code() {
@@ -292,7 +293,7 @@ fn connect(path: &Path) -> Result<Connection> {
         c.pragma_update_and_check(None, "journal_mode", "WAL", |_| Ok(()))?;
         c.pragma_update(None, "synchronous", "FULL")?;
         c.pragma_update_and_check(None, "journal_size_limit", LOG_BYTES as i64, |_| Ok(()))?;
-        // The writer does this after it has answered: see `fold_log`.
+        // The writer folds the log itself after it has answered its callers: see `fold_log`.
         c.pragma_update_and_check(None, "wal_autocheckpoint", 0, |_| Ok(()))?;
         c.pragma_update(None, "trusted_schema", "OFF")?;
         // Only a clean close folds the log into the file and removes it: see `close`.
@@ -336,7 +337,8 @@ fn check_contents(c: &Connection, path: &Path, newest: usize) -> Result<()> {
     Ok(())
 }
 
-/// Creates the file under another name first, so that `fcd.db` is either complete or missing.
+/// Creates the database. The file has another name until it is complete, so that `fcd.db` is either
+/// complete or missing.
 fn create(dir: &Path, path: &Path, migrations: &[String]) -> Result<()> {
     if path_exists(&wal_path(path))? {
         let text = format!(
@@ -427,7 +429,7 @@ fn migrate(c: &mut Connection, path: &Path, migrations: &[String]) -> Result<()>
     Ok(())
 }
 
-/// Copies the database. The copy is complete or does not exist.
+/// Copies the database before a migration. The copy is either complete or missing.
 fn back_up(c: &Connection, path: &Path, version: usize) -> Result<()> {
     let copy = PathBuf::from(format!("{}.v{version}.bak", path.display()));
     let fresh = PathBuf::from(format!("{}.new", copy.display()));

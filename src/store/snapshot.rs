@@ -7,19 +7,19 @@ use crate::ids::{SnapshotId, SnapshotName, VmId, VmName};
 use rusqlite::{Connection, params};
 use serde::{Deserialize, Serialize};
 
-/// A snapshot, with everything of its VM that must be the same in a restore. Any change of its
+/// A snapshot, with every property of its VM that must be the same in a restore. Any change of the
 /// members needs a new schema version: see `schema.rs`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SnapshotRow {
     pub id: SnapshotId,
-    /// Unique among the rows.
+    /// The snapshot's name, which is unique among the rows.
     pub name: SnapshotName,
     pub owner_uid: u32,
-    /// The VM may have been deleted.
+    /// The VM that was saved. It may have been deleted.
     pub vm: VmId,
     pub vm_name: VmName,
-    /// Seconds since the epoch.
+    /// The time when the snapshot was created, in seconds since the epoch.
     pub created_at: u64,
     /// The shape that the VM had.
     #[serde(flatten)]
@@ -28,21 +28,21 @@ pub struct SnapshotRow {
     pub guest_version: u32,
     pub has_balloon: bool,
     pub balloon_mib: Option<u64>,
-    /// True if its network interface was a tap.
+    /// True if the VM's network interface was a tap.
     pub on_bridge: bool,
-    /// The VMM that it ran on, as [`crate::vmm::Driver::describe`] reports it.
+    /// The VMM that the VM ran on, as [`crate::vmm::Driver::describe`] reports it.
     pub driver: String,
     /// The VMM's version. `None` if an earlier fcd saved the guest.
     pub vmm_version: Option<String>,
     pub workspace: Option<WorkspaceRow>,
-    /// How many bytes its files occupy on the host.
+    /// The number of bytes that the snapshot's files occupy on the host.
     pub bytes: u64,
 }
 
-/// Schema version 5.
+/// The migration to schema version 5, which creates the table.
 pub(super) const CREATE: &str = "CREATE TABLE snapshots (id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, body TEXT NOT NULL) STRICT;";
 
-/// A later schema version.
+/// The migration to schema version 8, which adds `vmm_version`.
 pub(super) const ADD_VMM_VERSION: &str =
     "UPDATE snapshots SET body = json_set(body, '$.vmm_version', json('null'));";
 

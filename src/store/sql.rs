@@ -1,5 +1,5 @@
-//! Helpers that the tables share. A row consists of key columns and a body as JSON. Lookups read
-//! memory and never use SQL.
+//! Provides the helpers that the tables share. A row consists of key columns and a body as JSON.
+//! Lookups read memory and never use SQL.
 
 use crate::error::{Error, Kind, Result};
 use rusqlite::{Connection, Params};
@@ -17,7 +17,8 @@ pub(super) fn delete(c: &Connection, sql: &str, key: impl Params) -> rusqlite::R
     c.prepare_cached(sql)?.execute(key).map(drop)
 }
 
-/// Reads the bodies of one table. `sql` selects key and body as text.
+/// Reads and parses the bodies of one table. `sql` selects the key and the body of each row as
+/// text. Returns `store_refused` if the table cannot be read or a body cannot be parsed.
 pub(super) fn load<T: DeserializeOwned>(c: &Connection, table: &str, sql: &str) -> Result<Vec<T>> {
     let read = || -> rusqlite::Result<Vec<(String, String)>> {
         c.prepare(sql)?

@@ -1,5 +1,5 @@
-//! Keeps the whole state in memory. Every change of a row is an [`Image`]. Applying one returns the
-//! image that it replaces.
+//! Keeps the whole state in memory. Every change of a row is an [`Image`]. Applying an image
+//! returns the image that it replaces.
 
 mod ops;
 mod vms;
@@ -14,7 +14,7 @@ use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
-/// The contents of one row. `None` means that it does not exist.
+/// The contents of one row. `None` means that the row does not exist.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Image {
     Vm(VmId, Option<Arc<VmRow>>),
@@ -27,7 +27,7 @@ pub(super) enum Image {
 }
 
 impl Image {
-    /// Identifies the row across all tables.
+    /// Returns a key that identifies the row across all tables.
     pub(super) fn row_key(&self) -> (u8, String) {
         match self {
             Image::Vm(id, _) => (0, id.to_string()),
@@ -52,7 +52,8 @@ impl Image {
         }
     }
 
-    /// The VM that the row belongs to.
+    /// Returns the VM that the row belongs to. Returns `None` for a row without a VM, and for an
+    /// operation or a ledger row that does not exist.
     pub(super) fn vm(&self) -> Option<&VmId> {
         match self {
             Image::Vm(id, _) | Image::Workspace(id, _) => Some(id),
@@ -89,9 +90,9 @@ pub struct State {
     vms: BTreeMap<VmId, Arc<VmRow>>,
     names: HashMap<VmName, VmId>,
     slots: BTreeSet<u32>,
-    /// All VMs by age, the oldest first, and the same per owner. These maps hold the rows
-    /// themselves, because looking up every VM of a long list by its ID would cost more than the
-    /// rest of the list.
+    /// All VMs by age, the oldest first. `owners` has the same for each owner. These maps hold the
+    /// rows themselves, because looking up every VM of a long list by its ID would cost more than
+    /// the rest of the list.
     ages: BTreeMap<Age, Arc<VmRow>>,
     owners: BTreeMap<u32, BTreeMap<Age, Arc<VmRow>>>,
     workspaces: BTreeMap<VmId, Arc<WorkspaceRow>>,
@@ -240,7 +241,8 @@ impl State {
         }
     }
 
-    /// Loads everything from the database. Fails if rows contradict each other.
+    /// Loads everything from the database. Returns `store_refused` if a row cannot be read, or if
+    /// rows contradict each other.
     pub(super) fn load(c: &Connection) -> Result<State> {
         let mut state = State::default();
         for row in vm::load(c)? {

@@ -4,7 +4,7 @@
 //! caller that waits for its change takes the writer if it is free, and commits all waiting changes
 //! on its own thread. Waking another thread and being woken by it would take half as long as the
 //! fdatasync(2) itself. The store's own thread writes changes that nobody waits for, and those that
-//! arrive while another thread writes. It also folds the log and probes a read-only store.
+//! arrive while another thread writes. This thread also folds the log and probes a read-only store.
 
 use super::batch::{Batch, Failure, Outcome, Writes};
 use super::writer::Writer;
@@ -12,10 +12,11 @@ use super::{Core, Inner};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How often the store's thread wakes up if nobody calls.
+/// How often the store's thread wakes up if nothing else wakes it.
 const IDLE: Duration = Duration::from_secs(600);
-/// A caller with less time than this leaves the write to the store's thread, because a system call
-/// that waits for the disk does not end at a deadline.
+/// The time that a caller must have until its deadline to write on its own thread. A caller with
+/// less time leaves the write to the store's thread, because a system call that waits for the disk
+/// does not end at a deadline.
 pub(super) const OWN_WRITE_TIME_MIN: Duration = Duration::from_secs(5);
 
 enum Work {
@@ -25,7 +26,8 @@ enum Work {
     Close,
 }
 
-/// Holds the writer and returns it when dropped.
+/// Holds the writer and returns it to the core when dropped. If the writer has panicked, the drop
+/// also closes the store.
 struct Turn<'a> {
     inner: &'a Inner,
     writer: Option<Box<Writer>>,
@@ -94,8 +96,8 @@ impl Core {
         batch
     }
 
-    /// Takes the writer for a caller. Returns `None` if the writer is in use or has work that only
-    /// the store's thread does.
+    /// Takes the writer for a caller. Returns `None` if another thread uses the writer, if the
+    /// store is closing or read-only, or if the writer has work that only the store's thread does.
     fn take_writer(&mut self) -> Option<Box<Writer>> {
         let is_free = !self.closing && !self.mode.is_read_only();
         self.writer

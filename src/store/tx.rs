@@ -1,4 +1,5 @@
-//! Transactions. A transaction reads its own writes, and an error or a panic undoes all of it.
+//! Implements transactions. A transaction reads its own writes, and an error or a panic undoes all
+//! of them.
 
 mod ops;
 mod vms;
@@ -18,7 +19,7 @@ pub(super) struct Step {
     pub(super) after: Image,
 }
 
-/// The transaction in progress. All lookups of [`State`] work on it too.
+/// The transaction in progress. All lookups of [`State`] also work on a transaction.
 pub struct Tx<'a> {
     state: &'a mut State,
     ledger_next: &'a mut u64,
@@ -72,8 +73,9 @@ impl<'a> Tx<'a> {
         }
     }
 
-    /// Records that a host resource may exist from now on. Wait for the change before acquiring the
-    /// resource. IDs are never reused while the daemon lives.
+    /// Records that a host resource may exist from now on, and returns the ID of the new ledger
+    /// row. The caller must wait until the change is durable before it acquires the resource. IDs
+    /// are never reused while the daemon lives.
     pub fn intend(
         &mut self,
         vm: Option<&VmId>,
@@ -95,15 +97,17 @@ impl<'a> Tx<'a> {
         id
     }
 
-    /// Deletes a ledger row, because its resource is gone. Returns false if it was deleted before.
+    /// Deletes a ledger row, because its resource is gone. Returns false if there is no such row.
     pub fn strike(&mut self, id: u64) -> bool {
         let was = self.ledger_row(id).is_some();
         self.apply(Image::Ledger(id, None));
         was
     }
 
+    /// Adds or replaces a snapshot.
+    ///
     /// # Errors
-    /// `name_taken`.
+    /// `name_taken` if another snapshot has the name.
     pub fn put_snapshot(&mut self, row: SnapshotRow) -> Result<()> {
         if self
             .snapshot_by_name(&row.name)

@@ -3,11 +3,12 @@
 //! SQLite writes the header and the page of every frame of its log separately. A commit of four
 //! pages takes eight system calls, which together take a tenth as long as the fdatasync(2) after
 //! them. [`register`] adds a VFS (sqlite.org/vfs.html) that collects writes to a log as long as
-//! each begins where the previous one ended. It writes them as one piece before the log is synced,
-//! read or truncated. Everything else, and all other files, are left to SQLite's own VFS.
+//! each begins where the previous one ended. The VFS writes the collected bytes as one piece before
+//! the log is synced, read, truncated or closed. It leaves all other calls and all other files to
+//! SQLite's own VFS.
 //!
-//! This loses nothing, because what SQLite has not synced may be lost in a crash anyway. SQLite
-//! learns of a failed write from the sync that caused it.
+//! This loses nothing, because what SQLite has not synced may be lost in a crash anyway. If writing
+//! a piece fails, the call that needed the write, usually the sync, returns the error to SQLite.
 
 #![allow(unsafe_code)] // SQLite is a C library; its files are tables of functions.
 
@@ -17,20 +18,21 @@ use std::sync::OnceLock;
 
 /// The name of the VFS, for [`rusqlite::Connection::open_with_flags_and_vfs`].
 pub(super) const NAME: &CStr = c"fcd";
-/// How many bytes are collected before they are written. A longer transaction is written in several
-/// pieces. SQLite's own VFS writes at most 2^17 - 1 bytes at once and reports a longer write as a
-/// full disk (`seekAndWriteFd` in `os_unix.c`).
+/// Maximum number of bytes that are collected before they are written. A longer transaction is
+/// written in several pieces. SQLite's own VFS writes at most 2^17 - 1 bytes at once and reports a
+/// longer write as a full disk (`seekAndWriteFd` in `os_unix.c`).
 pub(super) const PIECE_BYTES_MAX: usize = 64 * 1024;
 
-/// SQLite's view of an open log. The file of SQLite's own VFS follows it in memory.
+/// SQLite's view of an open log. The file of SQLite's own VFS follows this struct in memory.
 #[repr(C)]
 struct Log {
     base: sqlite3_file,
-    /// Owned. It is allocated when the log is opened and freed when it is closed.
+    /// The collected bytes. They belong to this log: they are allocated when the log is opened and
+    /// freed when it is closed.
     piece: *mut Piece,
 }
 
-/// The collected bytes.
+/// Bytes that are collected for one write, and their offset in the log.
 struct Piece {
     offset: sqlite3_int64,
     bytes: Vec<u8>,
@@ -61,7 +63,8 @@ static METHODS: sqlite3_io_methods = sqlite3_io_methods {
     xFileControl: Some(file_control),
     xSectorSize: Some(sector_size),
     xDeviceCharacteristics: Some(device_characteristics),
-    // These belong to later versions. SQLite calls them only for a database file.
+    // These methods belong to later versions of the interface. SQLite calls them only for a
+    // database file.
     xShmMap: None,
     xShmLock: None,
     xShmBarrier: None,
@@ -109,7 +112,8 @@ unsafe extern "C" fn open(
         if flags & ffi::SQLITE_OPEN_WAL == 0 {
             return open(default.0, name, file, flags, out);
         }
-        // A null pointer means that nothing is open, so SQLite does not close it.
+        // A null pointer means that nothing is open, so SQLite does not close the file if opening
+        // fails.
         (*file).pMethods = std::ptr::null();
         let status = open(default.0, name, beneath(file), flags, out);
         if status == ffi::SQLITE_OK {

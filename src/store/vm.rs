@@ -1,4 +1,4 @@
-//! Table `vms`: one row per VM, which holds its state while it exists.
+//! Table `vms`: one row per VM, which holds the VM's state for as long as the VM exists.
 
 use super::sql::{self, json};
 use crate::api::port::Port;
@@ -13,7 +13,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Intent {
-    /// The stop is the first half of a restart.
+    /// A start follows, because the stop in progress is the first half of a restart.
     Restart,
 }
 
@@ -30,7 +30,7 @@ pub struct TapFact {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VmShape {
     pub image: ImageRef,
-    /// Replaces the image's kernel.
+    /// The kernel that the VM boots instead of the image's kernel, if one was chosen.
     pub kernel: Option<KernelName>,
     pub vcpus: u32,
     pub mem_mib: u64,
@@ -45,24 +45,24 @@ pub struct VmShape {
 #[serde(deny_unknown_fields)]
 pub struct VmRow {
     pub id: VmId,
-    /// Unique among the rows.
+    /// The VM's name, which is unique among the rows.
     pub name: VmName,
     pub owner_uid: u32,
     pub state: VmState,
     pub reason: Option<String>,
     #[serde(flatten)]
     pub shape: VmShape,
-    /// No two ports of any VMs overlap, and none is 0.
+    /// The VM's published ports. No two ports of any VMs overlap, and none is 0.
     pub ports: Vec<Port>,
     pub pending: Option<Pending>,
     pub rm: bool,
-    /// Seconds since the epoch.
+    /// The time when the VM was created, in seconds since the epoch.
     pub created_at: u64,
     pub started_at: Option<u64>,
     /// The operation that owns the VM now.
     pub op: Option<OpId>,
     pub intent: Option<Intent>,
-    /// Grows by one with every boot.
+    /// The VM's generation, which grows by one with every boot.
     pub generation: u64,
     /// A small number that is unique among the rows. The VMM's uid is a base plus this slot.
     pub slot: u32,
@@ -71,8 +71,8 @@ pub struct VmRow {
     /// The tap of the last start. `None` with user-mode networking.
     pub tap: Option<TapFact>,
     pub disk_driver: Option<String>,
-    /// The version of the init on its root disk (`image.json`). 0 for earlier versions, and if
-    /// there is no disk yet.
+    /// The version of the init on the VM's root disk (`image.json`). It is 0 for earlier versions,
+    /// and while there is no disk.
     pub guest_version: u32,
     pub driver: Option<String>,
     /// The guest's public host key, raw (RFC 4253, 6.6).
@@ -82,30 +82,31 @@ pub struct VmRow {
     pub unresponsive: bool,
     /// True if the owner of the running VM wants it to be paused.
     pub paused: bool,
-    /// True if, in the last start, the VMM had a balloon and the initramfs its driver.
+    /// True if, at the last start, the VMM had a balloon and the initramfs had the balloon driver.
     pub has_balloon: bool,
-    /// The memory that the owner of the running VM lets it keep.
+    /// The memory that the owner lets the running VM keep.
     pub balloon_mib: Option<u64>,
 }
 
 pub(super) const CREATE: &str = "CREATE TABLE vms (
     id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, slot INTEGER NOT NULL UNIQUE, body TEXT NOT NULL) STRICT;";
 
-/// Schema version 2: `net` and `tap`.
+/// The migration to schema version 2, which adds `net` and `tap`.
 pub(super) const ADD_NETWORK: &str =
     "UPDATE vms SET body = json_set(body, '$.net', 'nat', '$.tap', json('null'));";
 
-/// Schema version 3: `unresponsive`.
+/// The migration to schema version 3, which adds `unresponsive`.
 pub(super) const ADD_UNRESPONSIVE: &str =
     "UPDATE vms SET body = json_set(body, '$.unresponsive', json('false'));";
 
-/// Schema version 4: `work_disk_bytes`, `ports`, `guest_version`, `paused`.
+/// The migration to schema version 4, which adds `work_disk_bytes`, `ports`, `guest_version` and
+/// `paused`.
 pub(super) const ADD_CAPABILITIES: &str = "UPDATE vms SET body = json_set(body, '$.work_disk_bytes', json('null'), '$.ports', json('[]'), '$.guest_version', 0, '$.paused', json('false'));";
 
-/// Schema version 6: `rates`, `has_balloon`, `balloon_mib`.
+/// The migration to schema version 6, which adds `rates`, `has_balloon` and `balloon_mib`.
 pub(super) const ADD_RATES: &str = "UPDATE vms SET body = json_set(body, '$.rates', json('{}'), '$.has_balloon', json('false'), '$.balloon_mib', json('null'));";
 
-/// Schema version 7: `kernel`.
+/// The migration to schema version 7, which adds `kernel`.
 pub(super) const ADD_KERNEL: &str =
     "UPDATE vms SET body = json_set(body, '$.kernel', json('null'));";
 
@@ -115,7 +116,8 @@ pub(super) fn save(c: &Connection, id: &VmId, row: Option<&VmRow>) -> rusqlite::
     };
     let body = json(row)?;
     let columns = params![id.as_str(), row.name.as_str(), row.slot, body];
-    // Most changes keep the name and the slot. An upsert would write their indexes again anyway.
+    // Most changes keep the name and the slot. An upsert would write the indexes of both again even
+    // then.
     let updated = c
         .prepare_cached("UPDATE vms SET body = ?4 WHERE id = ?1 AND name = ?2 AND slot = ?3")?
         .execute(columns)?;

@@ -16,11 +16,13 @@ struct Event {
 pub struct Watch(Arc<Event>);
 
 impl Watch {
-    /// Readable after a change, even if the change was undone, until [`Watch::clear`].
+    /// Returns the descriptor. It is readable after a change, even if the change was undone, until
+    /// [`Watch::clear`] is called.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.0.fd.as_fd()
     }
-    /// Call this before reading the state again, so that no change is missed.
+    /// Makes the descriptor unreadable until the next change. Call this before reading the state
+    /// again, so that no change is missed.
     pub fn clear(&self) {
         // The descriptor does not block. EAGAIN means that there was nothing to clear.
         let _ = self.0.fd.read();

@@ -1,5 +1,5 @@
-//! Table `workspaces`: the last workspace that was imported into each VM. It is deleted with the
-//! VM.
+//! Table `workspaces`: the last workspace that was imported into each VM. A row is deleted together
+//! with its VM.
 
 use super::sql::{self, json};
 use crate::api::vm::WorkspaceInfo;

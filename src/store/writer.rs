@@ -1,5 +1,5 @@
-//! The writer commits all waiting changes as one transaction, and then answers their callers.
-//! `turn.rs` decides on which thread it runs.
+//! The writer commits all waiting changes as one transaction, and then answers the callers of these
+//! changes. `turn.rs` decides on which thread the writer runs.
 
 use super::batch::{Batch, Failure};
 use super::database::Database;
@@ -18,7 +18,7 @@ const PROBE_PAUSE_MAX: Duration = Duration::from_secs(2);
 
 pub(super) struct Writer {
     database: Database,
-    /// The reserve was used and must be taken again.
+    /// True if the reserve was used and must be taken again.
     is_reserve_spent: bool,
     probe_at: Instant,
     probe_pause: Duration,
@@ -37,7 +37,7 @@ impl Writer {
         })
     }
 
-    /// When a read-only store is probed next.
+    /// Returns the time when a read-only store is probed next.
     pub(super) fn probe_at(&self) -> Instant {
         self.probe_at
     }
@@ -47,7 +47,8 @@ impl Writer {
         self.is_reserve_spent || self.database.is_log_full()
     }
 
-    /// Takes the reserve again and folds the log, if due. Only the next batch waits for this.
+    /// Takes the reserve again and folds the log, if they are due. Only the next batch waits for
+    /// this. If either fails, the store becomes read-only.
     pub(super) fn do_chores(&mut self, inner: &Inner) {
         if std::mem::take(&mut self.is_reserve_spent) {
             log::warn!("store: the disk is full, so the reserve was used for a delete");
@@ -61,8 +62,8 @@ impl Writer {
         }
     }
 
-    /// Makes the first write after the daemon's start. If the disk is full, the store is read-only
-    /// but can be read.
+    /// Makes the first write after the daemon's start. If this write fails, for example because the
+    /// disk is full, the store is read-only but can still be read.
     pub(super) fn begin(&mut self, inner: &Inner) {
         match self.probe(inner) {
             Ok(()) => {}
@@ -110,8 +111,8 @@ impl Writer {
             .map(|()| true)
     }
 
-    /// Fails all callers of the batch and of later changes, and restores the durable state in
-    /// memory.
+    /// Makes the store read-only, restores the durable state in memory, and returns the error to
+    /// all callers of the batch and of later changes.
     fn fail(&mut self, inner: &Inner, batch: Batch, failure: Failure) {
         let mut core = inner.core.lock();
         let behind = std::mem::take(&mut core.queue);
@@ -141,7 +142,8 @@ impl Writer {
         self.probe_pause = (self.probe_pause * 2).min(PROBE_PAUSE_MAX);
     }
 
-    /// Probes the store by a real commit, with the reserve held and some free space in addition.
+    /// Probes the store with a real commit, which requires the reserve and some free space in
+    /// addition. Then extends and folds the log.
     fn probe(&mut self, inner: &Inner) -> std::result::Result<(), Failure> {
         self.database
             .reserve
@@ -183,7 +185,7 @@ impl Writer {
 
     pub(super) fn finish(mut self: Box<Self>, inner: &Inner) {
         if self.database.needs_repair() {
-            // Try one last time. The log stays even if this fails.
+            // Try one last time to repair the rows. The log stays even if this fails.
             let seq = inner.core.lock().seq;
             let _ = self.database.write(inner, &[], seq);
         }

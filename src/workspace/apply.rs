@@ -2,9 +2,9 @@
 //!
 //! The patch holds the bytes of a work tree. Inside a repository, `git apply` would take them for
 //! stored content and convert them again: `working-tree-encoding` encodes twice, a filter smudges,
-//! `ident` and line endings no longer match. So git gets a scratch repository whose attributes
-//! disable every conversion, with the caller's tree as its work tree. git reads nothing from the
-//! caller's repository, so no filter or hook can run.
+//! `ident` and line endings no longer match. Therefore git gets a scratch repository whose
+//! attributes disable every conversion, with the caller's tree as its work tree. git reads nothing
+//! from the caller's repository, so no filter or hook can run.
 //!
 //! git itself rejects paths that lead out of the tree, through a symbolic link or into a `.git`. It
 //! checks the whole patch before it changes the first file, but it does not check everything that
@@ -38,17 +38,17 @@ const LIST_BYTES_MAX: usize = 1024 * 1024 * 1024;
 const NAMED_MAX: usize = 5;
 const UNCHANGED: &str =
     "nothing was changed; move or commit your files, then run the command again";
-/// How much of the patch is searched for the first object name.
+/// Maximum number of bytes of the patch that are searched for the first object name.
 const PROBE_BYTES_MAX: u64 = 64 * 1024 * 1024;
-/// Disables every conversion, including those that the tree's own attributes request. The guest's
-/// private repository has the same attributes.
+/// The attributes that disable every conversion, including those that the tree's own attributes
+/// request. The guest's private repository has the same attributes.
 const NO_CONVERSION: &str = "* -text !eol -filter -ident -working-tree-encoding !diff\n";
 
 /// A file that the patch changes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Change {
     pub path: Vec<u8>,
-    /// Number of lines; `None` for a binary file.
+    /// The number of added lines, or `None` for a binary file.
     pub added: Option<u64>,
     pub removed: Option<u64>,
 }
@@ -63,8 +63,9 @@ pub struct Checked {
     pub changes: Vec<Change>,
 }
 
-/// Returns the tree to which a patch in `dir` applies: its repository, or the directory itself if
-/// there is none.
+/// Returns the tree to which a patch in `dir` applies: the top of the repository that contains
+/// `dir`, or `dir` itself outside a repository. Returns `path_not_found` if `dir` is not a
+/// directory.
 pub fn top_of(dir: &Path) -> Result<PathBuf> {
     let real = std::fs::canonicalize(dir).map_err(|e| match e.kind() {
         std::io::ErrorKind::NotFound => Error::new(
@@ -121,8 +122,8 @@ pub fn check(top: &Path, patch: &Path, env: &CallerEnv, cancel: &Cancel) -> Resu
 }
 
 impl Checked {
-    /// Applies the patch. It cannot be cancelled once started, so that an interruption leaves all
-    /// of it or nothing.
+    /// Applies the patch. This cannot be cancelled once it has started, so that an interruption
+    /// leaves either all of the patch or nothing.
     pub fn apply_all(self) -> Result<Vec<Change>> {
         if self.changes.is_empty() {
             return Ok(self.changes);
@@ -273,8 +274,8 @@ impl Checked {
         Ok(false)
     }
 
-    /// Checks that the closest existing directory is writable, because git replaces every file that
-    /// it changes.
+    /// Checks that the closest existing directory above `path` is writable, because git replaces
+    /// every file that it changes.
     fn look_at_rights(&self, path: &[u8]) -> Result<()> {
         use rustix::fs::{Access, AtFlags, CWD, accessat};
         let full = self.top.join(OsStr::from_bytes(path));
@@ -392,7 +393,7 @@ fn is_sha256(patch: impl Read) -> std::io::Result<bool> {
 
 /// Builds the shell command that applies a patch file to `top` from `cwd` without a repository. It
 /// disables each conversion that the caller has configured for all repositories. Returns `None` if
-/// only fcctl can apply the patch.
+/// only fcctl can apply the patch, or if the patch or the caller's settings cannot be read.
 pub fn by_hand(
     top: &Path,
     cwd: &Path,
@@ -439,7 +440,8 @@ pub fn by_hand(
     Some(words.join(" "))
 }
 
-/// Lists the caller's settings for all repositories that change what `git apply` writes.
+/// Lists the caller's settings for all repositories that change what `git apply` writes. Returns
+/// `None` if git fails.
 fn settings(env: &CallerEnv, cancel: &Cancel) -> Option<Vec<String>> {
     let keys = r"^(core\.(autocrlf|attributesfile)|apply\.(whitespace|ignorewhitespace))$";
     let mut c = Command::new("git").deadline(ASK_DEADLINE).cwd("/");

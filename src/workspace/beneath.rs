@@ -11,8 +11,8 @@ use std::path::Path;
 const RESOLVE: ResolveFlags = ResolveFlags::BENEATH
     .union(ResolveFlags::NO_SYMLINKS)
     .union(ResolveFlags::NO_MAGICLINKS);
-/// How often to retry openat2(2), which fails with EAGAIN if something is renamed during the
-/// lookup.
+/// Maximum number of calls of openat2(2) for one lookup. A call fails with EAGAIN if something is
+/// renamed during the lookup.
 const TRIES: usize = 64;
 
 /// A directory and everything below it.
@@ -72,8 +72,8 @@ impl Beneath {
         Ok(rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW)?)
     }
 
-    /// Opens a file for reading. It follows no link and does not wait for a FIFO's writer, so the
-    /// caller must check the type of what was opened.
+    /// Opens a file for reading. The call follows no link and does not wait for a FIFO's writer, so
+    /// the caller must check the type of what was opened.
     pub(super) fn open_file(&mut self, path: &[u8]) -> io::Result<File> {
         let flags =
             OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
@@ -102,7 +102,7 @@ impl Beneath {
     }
 }
 
-/// True if the path does not exist or leads through a link or a file.
+/// True if the error means that the path does not exist, or that it leads through a link or a file.
 pub(super) fn is_absent(e: &io::Error) -> bool {
     matches!(
         e.raw_os_error(),

@@ -13,9 +13,11 @@ pub struct CallerEnv {
     pub config_home: Option<PathBuf>,
     /// Variables that decide which settings git reads, and settings given as variables.
     pub git: Vec<(OsString, OsString)>,
-    /// `GIT_AUTHOR_NAME`, `EMAIL` and the like, if they are set.
+    /// The variables that name the author and the committer, such as `GIT_AUTHOR_NAME` and `EMAIL`,
+    /// if they are set.
     pub identity: HashMap<OsString, OsString>,
-    /// `SUDO_UID`. Because of it, git lets root use a repository of the user who ran sudo.
+    /// The value of `SUDO_UID`, if it is set. Because of this variable, git lets root use a
+    /// repository of the user who ran sudo.
     pub sudo_uid: Option<OsString>,
 }
 
@@ -77,12 +79,12 @@ impl CallerEnv {
         }
     }
 
-    /// The file in which git looks for ignore rules by default.
+    /// Returns the file in which git looks for ignore rules by default, if it exists.
     pub(super) fn default_excludes(&self) -> Option<PathBuf> {
         self.default_file("git/ignore")
     }
 
-    /// The file in which git looks for attributes by default.
+    /// Returns the file in which git looks for attributes by default, if it exists.
     pub(super) fn default_attributes(&self) -> Option<PathBuf> {
         self.default_file("git/attributes")
     }

@@ -18,7 +18,7 @@ pub fn encode(path: &[u8]) -> String {
     out
 }
 
-/// Reverses [`encode`]. Text that `encode` cannot produce is `invalid_argument`.
+/// Reverses [`encode`]. Returns `invalid_argument` for text that is not percent-encoded.
 pub fn decode(text: &str) -> Result<Vec<u8>> {
     let bad = || Error::invalid(format!("decode path {text:?}: not percent-encoded"));
     let mut out = Vec::with_capacity(text.len());
@@ -66,7 +66,7 @@ pub fn encode_some<'a>(paths: impl ExactSizeIterator<Item = &'a Vec<u8>>) -> Vec
     out
 }
 
-/// Decodes all paths.
+/// Decodes all paths. Returns `invalid_argument` if one of them is not percent-encoded.
 pub fn decode_all<S: AsRef<str>>(paths: &[S]) -> Result<Vec<Vec<u8>>> {
     paths.iter().map(|p| decode(p.as_ref())).collect()
 }

@@ -24,9 +24,10 @@ use layout::Layout;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// Maximum size of an exclude or attributes file that is sent to the guest.
+/// Maximum number of bytes of an exclude or attributes file that are sent to the guest.
 const RULES_BYTES_MAX: u64 = 1024 * 1024;
-/// Files in a git directory that exist while an operation is in progress.
+/// Files in a git directory that exist while an operation is in progress, each with a name for that
+/// operation.
 const IN_PROGRESS: &[(&str, &str)] = &[
     ("MERGE_HEAD", "a merge"),
     ("CHERRY_PICK_HEAD", "a cherry-pick"),
@@ -49,12 +50,12 @@ pub(super) struct Git {
 pub(super) struct Head {
     /// A full ref name such as `refs/heads/main`, in any encoding. `None` if HEAD is detached.
     pub branch: Option<Vec<u8>>,
-    /// `None` if there is no commit yet.
+    /// The commit that HEAD leads to, or `None` if there is no commit yet.
     pub oid: Option<String>,
 }
 
-/// Finds the top of the repository that contains `path`: the closest ancestor with a `.git`, on the
-/// same file system.
+/// Finds the top of the repository that contains `path`: the closest ancestor with a `.git` on the
+/// same file system. Returns `None` if there is no such ancestor.
 pub(super) fn find_top(path: &Path) -> Result<Option<PathBuf>> {
     let device = |p: &Path| {
         std::fs::metadata(p)
@@ -81,7 +82,7 @@ pub(super) fn find_top(path: &Path) -> Result<Option<PathBuf>> {
 }
 
 impl Git {
-    /// The ignore file that the caller's git reads in addition to the repository's own.
+    /// Returns the ignore file that the caller's git reads in addition to the repository's own.
     fn excludes_path(&self, config: &Config) -> Option<PathBuf> {
         match &config.excludes_file {
             Some((path, _)) if path.is_empty() => None,
@@ -90,7 +91,7 @@ impl Git {
         }
     }
 
-    /// The attributes file that the caller's git uses for all repositories. A file that the
+    /// Returns the attributes file that the caller's git uses for all repositories. A file that the
     /// repository names is ignored, because that could be any of the caller's files.
     fn attributes_path(&self, config: &Config) -> Option<PathBuf> {
         match &config.attributes_file {
@@ -100,7 +101,8 @@ impl Git {
         }
     }
 
-    /// The text of the caller's attributes file.
+    /// Returns the text of the caller's attributes file. The text is empty if there is no such file
+    /// or it cannot be read.
     pub(super) fn global_attributes(&self, config: &Config) -> Vec<u8> {
         let file = self
             .attributes_path(config)
@@ -150,12 +152,12 @@ impl Git {
             .collect()
     }
 
-    /// Returns `sha1` or `sha256`.
+    /// Returns the repository's object format: `sha1` or `sha256`.
     pub(super) fn object_format(&self) -> Result<String> {
         self.commands.text(&["rev-parse", "--show-object-format"])
     }
 
-    /// The directory that holds objects and refs.
+    /// Returns the directory that holds objects and refs.
     pub(super) fn common_dir(&self) -> &Path {
         &self.layout.common
     }
@@ -234,12 +236,13 @@ impl Git {
         Ok((rules, note))
     }
 
-    /// Reads a file in `.git/info`. Returns nothing if it is missing or a link.
+    /// Reads a file in `.git/info`. Returns no bytes if the file is missing or its path contains a
+    /// link.
     pub(super) fn info_file(&self, name: &str) -> Result<Vec<u8>> {
         self.own_file(&format!("info/{name}"), RULES_BYTES_MAX)
     }
 
-    /// Reads the sparse-checkout patterns. Each work tree has its own.
+    /// Reads the sparse-checkout patterns. Each work tree has its own patterns.
     pub(super) fn sparse_patterns(&self) -> Result<Vec<u8>> {
         read_own(
             &self.layout.git_dir,
@@ -248,8 +251,8 @@ impl Git {
         )
     }
 
-    /// Reads up to `bytes_max` bytes of a file in the repository. Returns nothing if the file is
-    /// missing or its path contains a link.
+    /// Reads up to `bytes_max` bytes of a file in the repository. Returns no bytes if the file
+    /// cannot be opened, is not a regular file, or has a link in its path.
     pub(super) fn own_file(&self, name: &str, bytes_max: u64) -> Result<Vec<u8>> {
         read_own(self.common_dir(), name, bytes_max)
     }

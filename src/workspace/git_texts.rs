@@ -1,14 +1,15 @@
 //! Recognizes conditions that git reports only as text: its exit status is 128 for every fatal
 //! error. The texts are those of git 2.39 to 2.47; each comment names the file in git's source. git
-//! runs with `LC_ALL=C.UTF-8`, so they are never translated.
+//! runs with `LC_ALL=C.UTF-8`, so the texts are never translated.
 
 use crate::host::strerror;
 
-/// setup.c.
+/// setup.c. git prints this if a repository belongs to another user.
 const DUBIOUS_OWNERSHIP: &str = "dubious ownership";
 /// dir.c. git leaves the directory out and ends with status 0.
 const UNREADABLE_DIR: &str = "warning: could not open directory ";
-/// csum-file.c. git prints its own text when it writes packs and the index.
+/// csum-file.c. git prints this instead of the `strerror` text when the disk is full while it
+/// writes a pack or the index.
 const OUT_OF_SPACE: &str = "Out of diskspace";
 /// apply.c. git prints this for each hunk that does not fit, before it names the whole file.
 const HUNK_FAILED: &str = "patch failed: ";

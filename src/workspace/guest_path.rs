@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Kind, Result};
 
-/// A workspace must be below one of these directories. `/workspace` itself is also allowed.
+/// The directories that a workspace must be below. `/workspace` itself is also allowed.
 pub const ROOTS: &[&str] = &["/home", "/root", "/srv", "/workspace"];
 /// Maximum length of a guest path, in bytes.
 pub const GUEST_PATH_BYTES_MAX: usize = 200;
@@ -18,8 +18,9 @@ fn refuse(path: &str, why: &str) -> Error {
     ))
 }
 
-/// Checks a path from the caller and removes a trailing slash. Returns `invalid_guest_path` if it
-/// is not absolute, not normalized, outside [`ROOTS`], too long, or has control characters.
+/// Checks a path from the caller and removes a trailing slash. Returns `invalid_guest_path` if the
+/// path is not absolute, is not normalized, is outside [`ROOTS`], is too long, or contains a
+/// reserved name or a control character.
 pub fn validate(path: &str) -> Result<String> {
     let trimmed = path.trim_end_matches('/');
     if path.len() > GUEST_PATH_BYTES_MAX {
@@ -43,8 +44,8 @@ pub fn validate(path: &str) -> Result<String> {
     Ok(trimmed.to_owned())
 }
 
-/// Checks the directory in which commands start. It must be relative to the guest path and
-/// normalized, or empty.
+/// Checks the directory in which commands start. It must be empty, or relative to the guest path
+/// and normalized. Returns `invalid_argument` otherwise.
 pub fn validate_subdir(subdir: &str) -> Result<()> {
     if subdir.is_empty() {
         return Ok(());
@@ -81,8 +82,8 @@ pub fn default_for(name: &str) -> String {
     format!("/root/{}", sanitise(name.as_bytes()))
 }
 
-/// Turns a name into a component that [`validate`] accepts: ASCII letters, digits, `.`, `_` and
-/// `-`, at most 64 bytes.
+/// Turns a name into a component that [`validate`] accepts: at most 64 ASCII letters, digits, `.`,
+/// `_` and `-`. A name of which nothing is left becomes `workspace`.
 pub fn sanitise(name: &[u8]) -> String {
     let plain = |b: &u8| {
         if b.is_ascii_alphanumeric() || b"._-".contains(b) {

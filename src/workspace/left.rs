@@ -1,4 +1,4 @@
-//! The list of paths that an export could not put into a patch or a tree.
+//! Reads the list of paths that an export could not put into a patch or a tree.
 //!
 //! An export's payload begins with this list: a line `fcd-export 1 <count> <bytes>`, then that
 //! number of bytes of records, each a letter, a space, a path and NUL. The guest writes the list,
@@ -54,7 +54,9 @@ fn unknown() -> Error {
     .hint("a login script in the guest may print text; check with: fcctl exec {vm} -- true")
 }
 
-/// Reads the list at the beginning of an export's payload. The patch or the tree follows it.
+/// Reads the list at the beginning of an export's payload, and leaves the patch or the tree after
+/// it unread. Returns `guest_command_failed` for an invalid list, and `stream_incomplete` for a
+/// truncated one.
 pub fn read(from: &mut dyn Read) -> Result<LeftBehind> {
     let mut line = Vec::new();
     loop {

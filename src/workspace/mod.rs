@@ -1,4 +1,4 @@
-//! Workspaces: sends a tree into a guest and brings a patch or a tree back.
+//! Sends a tree into a guest's workspace and brings a patch or a tree back.
 //!
 //! The module has three parts, which share only data formats:
 //! - The host side runs with the caller's rights, in `fcctl`. [`plan`] decides what a tree consists

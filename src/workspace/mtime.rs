@@ -1,7 +1,7 @@
-//! Modification times as POSIX tar headers store them: 64-bit seconds and nanoseconds.
+//! Modification times with 64-bit seconds and nanoseconds, and their forms in tar headers.
 
-/// A modification time. Seconds count from the epoch and may be negative; the nanoseconds are added
-/// to them.
+/// A modification time. The seconds count from the epoch and may be negative; the nanoseconds are
+/// added to the seconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Mtime {
     pub seconds: i64,
@@ -21,7 +21,7 @@ impl Mtime {
         }
     }
 
-    /// The seconds, clamped to what a header's octal field can hold.
+    /// Returns the seconds, clamped to what a header's octal field can hold.
     pub(super) fn octal(self) -> u64 {
         self.seconds.clamp(0, OCTAL_MAX) as u64
     }
@@ -48,7 +48,8 @@ impl Mtime {
         text.trim_end_matches('0').trim_end_matches('.').to_owned()
     }
 
-    /// Parses a decimal number of seconds. Digits after the ninth decimal are dropped.
+    /// Parses a decimal number of seconds. Drops digits after the ninth decimal. Returns `None` for
+    /// any other text and for seconds that do not fit into 64 bits.
     pub(super) fn parse(text: &str) -> Option<Self> {
         let (is_negative, digits) = match text.strip_prefix('-') {
             Some(rest) => (true, rest),

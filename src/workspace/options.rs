@@ -7,16 +7,16 @@ use std::str::FromStr;
 
 /// Number of commits that are sent by default.
 pub const HISTORY_DEFAULT: u32 = 50;
-/// Maximum number of commits. Use `full` for more.
+/// Maximum depth that a caller may request. `full` sends more.
 pub const HISTORY_MAX: u32 = 1_000_000;
 
 /// How much history is sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum History {
-    /// This many commits deep, as a shallow repository.
+    /// The history is cut at this depth, and the guest gets a shallow repository.
     Depth(u32),
     Full,
-    /// Only the files. The guest has no repository.
+    /// Only the files are sent, and the guest has no repository.
     None,
 }
 
@@ -52,7 +52,8 @@ pub struct Options {
 }
 
 impl Options {
-    /// Resolves all links, so that the paths can be compared.
+    /// Returns `allow_alternates` with all links resolved, so that the paths can be compared.
+    /// Returns `path_not_found` if one does not exist.
     pub(super) fn allowed_alternates(&self) -> Result<Vec<PathBuf>> {
         let real = |path: &PathBuf| {
             std::fs::canonicalize(path).map_err(|e| match e.kind() {

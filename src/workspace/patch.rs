@@ -10,17 +10,17 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::path::Path;
 
-/// The size of a received patch.
+/// The size of a received patch, and the number of files that it changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Patch {
     pub bytes: u64,
-    /// The number of files that the patch creates, deletes or changes. Counted here, because the
-    /// guest's own number cannot be trusted.
+    /// The number of files that the patch creates, deletes or changes. The host counts them,
+    /// because the guest's own number cannot be trusted.
     pub files: u64,
 }
 
-/// Checks that a patch may be written to `path`. Errors: `target_exists`, `path_not_found` (its
-/// directory).
+/// Checks that a patch may be written to `path`. Errors: `target_exists`, `path_not_found` (the
+/// directory of `path` does not exist).
 pub fn check_target(path: &Path) -> Result<()> {
     if path.symlink_metadata().is_ok() {
         return Err(exists(path));
@@ -76,7 +76,8 @@ pub fn receive(from: &mut dyn Read, path: &Path, bytes_max: u64, cancel: &Cancel
     Ok(patch)
 }
 
-/// Like [`receive`], but into an unnamed file. Used for stdout, which must not get half a patch.
+/// Copies all of `from` to an unnamed temporary file, for a patch that is then printed to stdout.
+/// stdout must not get half a patch.
 pub fn spool(from: &mut dyn Read, bytes_max: u64, cancel: &Cancel) -> Result<(File, Patch)> {
     let dir = std::env::temp_dir();
     let mut file = tempfile::tempfile_in(&dir)

@@ -23,11 +23,12 @@ pub enum TreeKind {
     Git,
     /// A git repository of which only the files are sent (`--history none`).
     GitFiles,
-    /// Not in a repository on this file system. Everything is sent as files.
+    /// A directory that is not in a repository on its file system. Everything is sent as files.
     Plain,
 }
 
-/// The content to send and its place on the host. So far, only git's own files have been read.
+/// The content to send and its place on the host. Making a plan reads only git's own files.
+/// [`Plan::send`] reads the others.
 pub struct Plan {
     pub(super) kind: TreeKind,
     root: PathBuf,
@@ -40,7 +41,7 @@ pub struct Plan {
     bytes_expected: u64,
 }
 
-/// The parts of the guest's repository.
+/// The content of the guest's repository.
 struct Repo {
     head: Head,
     format: String,
@@ -88,7 +89,7 @@ impl Plan {
     fn of_plain(root: &Path, cancel: &Cancel) -> Result<Self> {
         let mut walk = Walk::new(open_root(root)?, cancel);
         walk.everything()?;
-        // The directory was no repository a moment ago. Sending it as plain files would skip the
+        // The directory was not a repository a moment ago. Sending it as plain files would skip the
         // checks for repositories.
         if walk
             .entries
@@ -189,28 +190,29 @@ impl Plan {
         Ok(plan)
     }
 
-    /// The top of the tree on this host.
+    /// Returns the top of the tree on this host.
     pub fn root(&self) -> &Path {
         &self.root
     }
-    /// The directory in which commands start, below the workspace's directory:
-    /// `PrepareRequest::subdir`.
+    /// Returns the directory in which commands start, relative to the workspace's directory. It
+    /// becomes `PrepareRequest::subdir`.
     pub fn subdir(&self) -> &str {
         &self.subdir
     }
-    /// The name of the tree's directory, adapted to a guest path.
+    /// Returns the name of the tree's directory, adapted to a guest path.
     pub fn guest_name(&self) -> String {
         guest_path::sanitise(self.root.file_name().unwrap_or_default().as_bytes())
     }
-    /// The default guest path, `/root/<name>`.
+    /// Returns the default guest path, `/root/<name>`.
     pub fn guest_path(&self) -> String {
         guest_path::default_for(&self.guest_name())
     }
-    /// Approximate size of the payload.
+    /// Returns the approximate size of the payload.
     pub fn bytes_expected(&self) -> u64 {
         self.bytes_expected
     }
-    /// What is left out and why, one sentence each.
+    /// Returns the warnings for the caller, one sentence each. Most of them say what is left out
+    /// and why.
     pub fn warnings(&self) -> &[String] {
         &self.warnings
     }
@@ -239,8 +241,8 @@ impl Plan {
     }
 }
 
-/// Returns the warning that no filter runs on either side. The caller must know this, because git
-/// would store other content for these files.
+/// Returns the warning that no filter runs on either side, or `None` if no file has a filter. The
+/// caller must know this, because git would store other content for these files.
 fn filter_warning(filtered: &git::Filtered) -> Option<String> {
     let of = |(name, count): (&Vec<u8>, &u64)| {
         let files = if *count == 1 { "file" } else { "files" };
@@ -266,8 +268,8 @@ fn open_root(root: &Path) -> Result<Beneath> {
 }
 
 impl Repo {
-    /// Collects everything except the pack and the exclude rules. Also returns the blobs that only
-    /// the index has.
+    /// Collects everything except the history, the pack, the exclude rules and the files with
+    /// filters. Also returns the blobs that only the index has.
     fn look(git: &Git, config: &Config) -> Result<(Self, HashSet<String>)> {
         let (head, format, index) = (git.head()?, git.object_format()?, git.index()?);
         let staged = git.staged(&head, &format, false)?;
@@ -303,8 +305,8 @@ impl Repo {
         Ok((repo, blobs))
     }
 
-    /// Finds paths from `git add --intent-to-add`. They look like empty files in the index, and a
-    /// diff shows them only on request.
+    /// Finds the paths that were added with `git add --intent-to-add`. In the index, these paths
+    /// look like empty files, and a diff shows them only on request.
     fn intents(
         git: &Git,
         head: &Head,
@@ -363,7 +365,7 @@ impl Repo {
 }
 
 impl Entry {
-    /// The mode as git records it.
+    /// Returns the mode that git records for this file or link.
     fn git_mode(&self) -> &'static str {
         match self.kind {
             EntryKind::Symlink => "120000",

@@ -14,9 +14,9 @@ const PIECE_BYTES: usize = 64 * 1024;
 #[derive(Debug, Default)]
 pub struct Watch {
     block: Vec<u8>,
-    /// Bytes of data and padding before the next header.
+    /// The number of bytes of data and padding before the next header.
     skip: u64,
-    /// True if the next block extends a sparse header.
+    /// True if the next block is an extension of a sparse header.
     extended: bool,
     zeros: u8,
     entries: u64,
@@ -32,7 +32,8 @@ impl Watch {
         Self::default()
     }
 
-    /// Processes the next bytes. An invalid header is `invalid_tree`.
+    /// Processes the next bytes, and ignores everything after the end of the archive. Returns
+    /// `invalid_tree` for an invalid header.
     pub fn feed(&mut self, mut bytes: &[u8]) -> Result<()> {
         while !bytes.is_empty() && !self.has_ended() {
             if self.skip > 0 {
@@ -120,10 +121,10 @@ impl Watch {
 
 /// Sends a tar as the payload of an import.
 ///
-/// `keep` lists what the guest changed. If it is not empty, the call fails with `conflict`, because
-/// nothing can be left out of this tar; with `--overwrite` the caller passes an empty list.
-/// `stream_incomplete` means that the tar ends before its end-of-archive blocks. `progress` gets
-/// the number of entries and bytes so far.
+/// `keep` lists what the guest changed. If the list is not empty, returns `conflict`, because
+/// nothing can be left out of this tar; with `--overwrite` the caller passes an empty list. Returns
+/// `stream_incomplete` if the tar ends before its end-of-archive blocks, and `invalid_tree` if it
+/// is not a valid tar. `progress` gets the number of entries and bytes so far.
 pub fn send(
     input: &mut dyn Read,
     out: &mut dyn Write,

@@ -7,12 +7,12 @@ use std::path::{Path, PathBuf};
 
 /// Default of `--max-bytes`.
 pub const BYTES_MAX_DEFAULT: u64 = 8 << 30;
-/// An export never leaves less free space than this on the host.
+/// The free space that an export must leave on the host, except on a small file system.
 const FREE_BYTES_MIN: u64 = 512 << 20;
 /// On a small file system, the minimum is this fraction of its size, written as a divisor.
 const FREE_FRACTION: u64 = 20;
-/// How much is written between two checks of the free space. A smaller export is always accepted,
-/// so that work is not lost because a disk is nearly full.
+/// How much is written between two checks of the free space. An export of at most this size is
+/// accepted even on a full disk, so that work is not lost because a disk is nearly full.
 const LOOK_BYTES: u64 = 16 << 20;
 /// Approximate disk usage of an empty file or a directory.
 const ENTRY_BYTES: u64 = 4096;
@@ -27,7 +27,7 @@ pub struct Room {
 }
 
 impl Room {
-    /// Allows at most `bytes_max` bytes to be written to `dir`.
+    /// Creates the account of an export that may write at most `bytes_max` bytes to `dir`.
     pub fn new(dir: &Path, bytes_max: u64) -> Self {
         let target = dir.to_owned();
         let free = Box::new(move || space(&target));
@@ -53,7 +53,7 @@ impl Room {
     /// Checks that `bytes` more may be written, without accounting for them.
     ///
     /// # Errors
-    /// `exhausted`.
+    /// `exhausted` above `bytes_max`.
     pub fn check_bound(&self, bytes: u64) -> Result<()> {
         if self
             .bytes
@@ -70,7 +70,7 @@ impl Room {
     /// Accounts for a file, a link or a directory that is about to be created.
     ///
     /// # Errors
-    /// The same as [`Room::take`].
+    /// `disk_full` if too little space would remain.
     pub fn take_entry(&mut self) -> Result<()> {
         self.spend(ENTRY_BYTES)
     }

@@ -15,13 +15,14 @@ use std::io::{Read, Seek, SeekFrom, Write};
 pub(super) const BLOCK: u64 = 512;
 /// Size of one read from a file.
 const PIECE_BYTES: usize = 256 * 1024;
-/// A sparse file with more data segments than this is sent in full.
+/// Maximum number of data segments in a sparse file. A file with more segments is sent in full,
+/// with zeros for its holes.
 const SEGMENTS_MAX: usize = 65_536;
 
 /// The metadata in an entry's header.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Meta {
-    /// Permission bits.
+    /// The permission bits.
     pub mode: u32,
     pub mtime: Mtime,
 }
@@ -141,8 +142,8 @@ impl<'a, W: Write> TarWriter<'a, W> {
         self.pad(data.len() as u64)
     }
 
-    /// Writes a file with the size that it has now. A file that becomes shorter while it is read is
-    /// `conflict`. `progress` gets the size of every piece.
+    /// Writes a file with the size that it has now. Returns `conflict` if the file becomes shorter
+    /// while it is read. `progress` gets the size of each piece.
     pub(super) fn file(
         &mut self,
         path: &[u8],
@@ -294,7 +295,8 @@ impl<'a, W: Write> TarWriter<'a, W> {
     }
 }
 
-/// Writes all of `bytes`, unless the token is cancelled. A broken pipe is `stream_incomplete`.
+/// Writes all of `bytes`. Returns `cancelled` if the token is cancelled, and `stream_incomplete`
+/// for a broken pipe.
 pub(super) fn write_all(out: &mut impl Write, bytes: &[u8], cancel: &Cancel) -> Result<()> {
     if let Some(cause) = cancel.cause() {
         return Err(Error::new(
@@ -326,7 +328,8 @@ fn new_header(kind: tar::EntryType, meta: Meta, size: u64) -> tar::Header {
     header
 }
 
-/// Copies as much of `value` as fits. If it does not fit, an earlier entry contains all of it.
+/// Copies as much of `value` into the field as fits. If a part does not fit, an earlier entry
+/// contains the whole value.
 fn set_bytes(field: &mut [u8], value: &[u8]) {
     let n = value.len().min(field.len());
     field.fill(0);
@@ -338,8 +341,8 @@ fn set_segment(slot: &mut tar::GnuSparseHeader, (offset, len): (u64, u64)) {
     slot.set_length(len);
 }
 
-/// Finds the offset and length of each data segment. Returns `None` if the file system does not
-/// support it, or if there are too many.
+/// Finds the offset and length of each data segment. Returns `None` if the file system cannot
+/// report segments, or if there are too many of them.
 fn segments(file: &File, size: u64) -> Option<Vec<(u64, u64)>> {
     use rustix::fs::{SeekFrom as At, seek};
     let mut out = Vec::new();
@@ -360,7 +363,7 @@ fn segments(file: &File, size: u64) -> Option<Vec<(u64, u64)>> {
         }
         at = end;
     }
-    // Seeking moved the file position; both callers expect it at the start.
+    // Seeking moved the file position; the caller expects the position at the start.
     seek(file, At::Start(0)).ok()?;
     Some(out)
 }

@@ -33,7 +33,7 @@ const TREE: &str = "tree";
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     pub entries: u64,
-    /// Bytes of file content, without holes.
+    /// The number of bytes of file content, without holes.
     pub bytes: u64,
 }
 
@@ -54,8 +54,8 @@ pub struct Unpacked {
     pub bytes: u64,
 }
 
-/// A tree in a staging directory beside its target. Dropping it without [`commit`](Staged::commit)
-/// removes it.
+/// A tree in a staging directory beside its target. Dropping it without calling
+/// [`commit`](Staged::commit) removes the tree.
 #[derive(Debug)]
 pub struct Staged {
     staging: tempfile::TempDir,
@@ -64,7 +64,8 @@ pub struct Staged {
 }
 
 /// Checks that `target` does not exist or is an empty directory. Errors: `target_exists`,
-/// `path_not_found`.
+/// `path_not_found` (its parent is not a directory), `invalid_argument` (it has no final
+/// component).
 pub fn check_target(target: &Path) -> Result<()> {
     match std::fs::symlink_metadata(target) {
         Ok(m) if m.is_dir() => {
@@ -112,8 +113,8 @@ fn parent_of(target: &Path) -> &Path {
 
 /// Unpacks all of `from` into a staging directory beside `target`. `from` must return an error if
 /// its stream lacks a matching trailer. Errors: `invalid_tree` (names the offending entry),
-/// `stream_incomplete`, `target_exists`, `exhausted` (over `limits`), `cancelled`, `host`. An error
-/// leaves nothing behind.
+/// `stream_incomplete`, `target_exists`, `exhausted` (over `limits`), `disk_full`, `cancelled`,
+/// `host`. An error leaves nothing behind.
 pub fn stage(
     from: &mut dyn Read,
     target: &Path,
@@ -155,8 +156,8 @@ pub fn stage(
 }
 
 impl Staged {
-    /// Moves the tree to its target in one step. Returns `target_exists` if something else appeared
-    /// there.
+    /// Moves the tree to its target in one step. Returns `target_exists` if something else has
+    /// appeared at the target.
     pub fn commit(self) -> Result<Unpacked> {
         let tree = self.staging.path().join(TREE);
         match rustix::fs::rename(&tree, &self.target) {
@@ -195,7 +196,7 @@ struct Writer {
     done: Unpacked,
     buffer: Vec<u8>,
     /// Directories and their times. The times are set last, because creating a file in a directory
-    /// changes its time.
+    /// changes the directory's time.
     dirs: Vec<(Vec<u8>, Mtime)>,
 }
 
@@ -344,8 +345,9 @@ impl Writer {
     }
 }
 
-/// Maps an error of creating `path`. A name that exists already or that leads through a link or a
-/// file is the archive's fault; anything else is a host error.
+/// Maps an error of creating `path`. Returns `invalid_tree` if the archive's path is at fault: it
+/// occurs twice, leads through a link or a file, or is not a name that this host supports. Any
+/// other error is a host error.
 fn wrong(path: &[u8], e: std::io::Error) -> Error {
     match e.raw_os_error() {
         Some(libc::EEXIST) => refuse(path, "it occurs twice"),

@@ -1,4 +1,4 @@
-//! Lists the entries of a tree. It examines every path but opens no file for reading.
+//! Lists the entries of a tree. The walk examines every path but opens no file for reading.
 
 use super::beneath::{Beneath, is_absent};
 use super::encode::encode;
@@ -25,10 +25,10 @@ pub(super) enum EntryKind {
 pub(super) struct Entry {
     pub path: Vec<u8>,
     pub kind: EntryKind,
-    /// Permission bits without set-id and sticky bits.
+    /// The permission bits, without set-id and sticky bits.
     pub mode: u32,
     pub mtime: Mtime,
-    /// Number of bytes to send, without holes.
+    /// The approximate number of bytes to send, without holes.
     pub bytes: u64,
 }
 
@@ -36,7 +36,7 @@ pub(super) struct Entry {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Apart {
     pub path: Vec<u8>,
-    /// The submodule's commit.
+    /// The submodule's commit, or `None` for a repository that git does not track.
     pub commit: Option<String>,
     /// True if the host has files there. Nothing from a guest may overwrite them.
     pub has_files: bool,
@@ -167,8 +167,8 @@ impl<'a> Walk<'a> {
         }
     }
 
-    /// Examines the paths that git lists. `submodules` maps directories that git records as commits
-    /// to those commits.
+    /// Examines the paths that git lists, and fails if some of them cannot be read. `submodules`
+    /// maps each directory that git records as a commit to that commit.
     pub(super) fn listed(
         &mut self,
         paths: &[Vec<u8>],
@@ -221,7 +221,8 @@ impl<'a> Walk<'a> {
         self.settle()
     }
 
-    /// Examines everything below the root, including directories and other file systems.
+    /// Examines everything below the root, including directories and other file systems. Fails if
+    /// something cannot be read.
     pub(super) fn everything(&mut self) -> Result<()> {
         let mut pending = vec![Vec::new()];
         while let Some(dir) = pending.pop() {
@@ -314,8 +315,9 @@ fn name_of(kind: FileType) -> &'static str {
     }
 }
 
-/// Returns the path up to a component that is `.git` in any case. git refuses to record such a
-/// path, and an exported patch or tree never has one.
+/// Returns the path up to the first component that is `.git` in upper or lower case, or `None` if
+/// there is no such component. git refuses to record such a path, and an exported patch or tree
+/// never has one.
 fn git_dir_of(path: &[u8]) -> Option<&[u8]> {
     let mut from = 0;
     for part in path.split(|b| *b == b'/') {

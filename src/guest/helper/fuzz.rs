@@ -1,5 +1,5 @@
-//! Targets of `scripts/fuzz`: every message of the helper protocol, in both directions. An input is
-//! one message.
+//! Fuzz targets for the messages of the helper protocol, in both directions. `scripts/fuzz` runs
+//! them. An input is one message.
 
 use super::protocol::{FROM_HELPER_BYTES_MAX, Job, Order, Reply};
 use crate::api::exec::Exit;
@@ -7,7 +7,8 @@ use crate::api::exec::Exit;
 /// Maximum length of a reply's text after escaping each of its bytes.
 const TEXT_SHOWN_BYTES_MAX: usize = 10 * FROM_HELPER_BYTES_MAX;
 
-/// Replies that the daemon reads. A guest may have written them.
+/// Decodes a message as the daemon decodes a reply, and checks that its text is bounded and
+/// harmless. A guest may have written the message.
 pub fn replies(message: &[u8]) {
     match Reply::decode(message) {
         Some(Reply::Failed(_, text)) => {
@@ -29,7 +30,8 @@ pub fn replies(message: &[u8]) {
     }
 }
 
-/// Jobs and orders that a helper reads. A helper must accept only what the daemon can send.
+/// Decodes a message as a helper decodes jobs and orders. A helper must accept only what the daemon
+/// can send.
 pub fn orders(message: &[u8]) {
     if let Some(job) = Job::decode(message) {
         assert_eq!(job.encode(), message);

@@ -1,5 +1,6 @@
-//! The real transport. Each connection to a guest has its own helper process, which speaks SSH and
-//! runs one command. Therefore the daemon never parses a byte that a guest's SSH server sends.
+//! Implements the real transport. Each connection to a guest has its own helper process, which
+//! speaks SSH and runs one command. Therefore the daemon never parses a byte that a guest's SSH
+//! server sends.
 //!
 //! ```text
 //! daemon: connect, deadlines, cancel, hang-up      helper (VM's uid, confined)           guest

@@ -5,8 +5,8 @@ use crate::guest::{Control, Controls};
 use crate::host::confine::Channel;
 use std::collections::VecDeque;
 
-/// The orders that the helper has not accepted yet. Controls are taken only when there are none, so
-/// the queue stays short, and the caller's own queue is bounded.
+/// The orders that the helper has not accepted yet. Controls are taken only when no order is
+/// queued, so this queue stays short. The caller's own queue is bounded.
 #[derive(Default)]
 pub(super) struct Orders<'a> {
     pub controls: Option<&'a mut dyn Controls>,
@@ -24,7 +24,7 @@ impl Orders<'_> {
         self.send(channel);
     }
 
-    /// Sends as many orders as the helper accepts. If it accepts none, a few stay queued.
+    /// Sends as many orders as the helper accepts now. The others stay queued.
     pub(super) fn send(&mut self, channel: &Channel) {
         while let Some(order) = self.queue.front() {
             match channel.send(&order.encode(), &[]) {

@@ -1,5 +1,5 @@
-//! The protocol between the daemon and a helper. A message is a tag and its fields; no field is
-//! optional.
+//! Defines the protocol between the daemon and a helper. A message consists of a tag and the fields
+//! that belong to the tag; no field is optional.
 //!
 //! The daemon first sends a [`Job`] and then [`Order`]s; the helper answers with [`Reply`]s. Both
 //! sides reject a message that is unknown, truncated, too long or followed by extra bytes. The
@@ -23,10 +23,10 @@ const SIGNAL_BYTES_MAX: usize = 16;
 #[derive(Clone, Debug, PartialEq)]
 pub struct Job {
     pub user: String,
-    /// In OpenSSH format.
+    /// The VM's private key in OpenSSH format.
     pub private_key: String,
     pub host_key: Vec<u8>,
-    /// `None` to only log in.
+    /// The command to run. With `None`, the helper only logs in.
     pub command: Option<Command>,
 }
 
@@ -72,7 +72,7 @@ impl<'a> Passed<'a> {
     }
 }
 
-/// An order from the daemon to a helper that has its job.
+/// An order from the daemon to a helper that has already received its job.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Order {
     Resize(PtySize),
@@ -105,7 +105,7 @@ pub enum Failure {
     HostKeyMismatch,
     /// The connection broke.
     Lost,
-    /// A descriptor of the caller's could not be read or written.
+    /// One of the caller's descriptors could not be read or written.
     Stream,
 }
 
@@ -263,7 +263,7 @@ impl Reply {
         }
     }
 
-    /// Decodes a message. Text is made printable.
+    /// Decodes a message and makes its text printable. Returns `None` for an invalid message.
     pub fn decode(message: &[u8]) -> Option<Self> {
         if message.len() > FROM_HELPER_BYTES_MAX {
             return None;

@@ -1,5 +1,5 @@
-//! The daemon's side of a stream that is not a plain pipe. Its bytes go through a pipe to or from
-//! the helper.
+//! The daemon's side of a stream that is not a plain pipe. The stream's bytes go through a pipe to
+//! or from the helper.
 
 use super::protocol::Input;
 use crate::api::stream;
@@ -12,18 +12,18 @@ use std::os::fd::{AsFd, OwnedFd};
 
 /// Maximum size of one read.
 const PIECE_BYTES: usize = 128 * 1024;
-/// How many pieces of one stream to move before the session turns to anything else.
+/// Maximum number of pieces of one stream to move before the session turns to something else.
 const PIECES_PER_TURN: usize = 8;
-/// Size of a pipe for a bulk stream. Pipes above 64 KiB may use 64 MiB per user in all; beyond that
-/// the pipe stays smaller.
+/// Size of a pipe for a bulk stream. The kernel limits the pipe buffers of one unprivileged user to
+/// 64 MiB in all. Beyond that limit, a pipe keeps its default size.
 const PIPE_BYTES: usize = 256 * 1024;
 
-/// The result of a turn.
+/// The result of one call of `turn`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Turn {
-    /// Bytes have moved.
+    /// True if bytes have moved.
     pub progress: bool,
-    /// More bytes can move at once.
+    /// True if more bytes can move without waiting.
     pub has_more: bool,
 }
 
@@ -52,12 +52,13 @@ pub(super) struct Inward<'a> {
     buffer: Vec<u8>,
     at: usize,
     has_ended: bool,
-    /// Bytes in the pipe at the last check.
+    /// The number of bytes in the pipe at the last call of `has_drained`.
     in_pipe: u64,
 }
 
 impl<'a> Inward<'a> {
-    /// Creates a feed. Also returns the end that the helper reads.
+    /// Creates the pump of `source` with its pipe. Also returns the end of the pipe that the helper
+    /// reads.
     pub(super) fn new(source: &'a mut dyn Source) -> Result<(Self, OwnedFd)> {
         let (r, w) = pipe()?;
         Ok((
@@ -114,7 +115,7 @@ impl<'a> Inward<'a> {
                 }
                 Err(rustix::io::Errno::AGAIN) => return Ok(turn),
                 Err(rustix::io::Errno::INTR) => {}
-                // The command accepts no more input.
+                // A failed write means that the command accepts no more input.
                 Err(_) => self.pipe = None,
             }
         }
@@ -122,7 +123,7 @@ impl<'a> Inward<'a> {
         Ok(turn)
     }
 
-    /// Reads from the source. Returns false if it is not ready.
+    /// Reads from the source. Returns false if the source is not ready or has ended.
     fn read(&mut self) -> Result<bool> {
         self.at = 0;
         self.buffer.resize(PIECE_BYTES, 0);
@@ -151,7 +152,8 @@ pub(super) struct Outward<'a> {
 }
 
 impl<'a> Outward<'a> {
-    /// Creates a drain. Also returns the end that the helper writes.
+    /// Creates the pump of `sink` with its pipe. Also returns the end of the pipe that the helper
+    /// writes.
     pub(super) fn new(sink: &'a mut dyn Sink) -> Result<(Self, OwnedFd)> {
         let (r, w) = pipe()?;
         Ok((
@@ -204,7 +206,8 @@ impl<'a> Outward<'a> {
         Ok(turn)
     }
 
-    /// Writes to the sink. Returns true if it accepts more now.
+    /// Writes to the sink, or discards the output if the caller no longer reads. Returns false if
+    /// the sink accepts nothing now.
     fn write(&mut self, turn: &mut Turn) -> Result<bool> {
         let Some(sink) = &mut self.sink else {
             self.at = self.buffer.len();
@@ -228,7 +231,8 @@ fn failed_sink(e: io::Error) -> Error {
     stream::error("write the command's output", e)
 }
 
-/// The helper's ends of the streams. They are closed here once the helper has them.
+/// The helper's ends of the streams. The daemon closes its copies once it has passed them to the
+/// helper.
 #[derive(Default)]
 pub(super) struct HelperEnds {
     pub stdin: Option<OwnedFd>,

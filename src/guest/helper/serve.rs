@@ -1,4 +1,4 @@
-//! The helper's side: drops its privileges, takes one job, speaks SSH for it, and exits.
+//! The helper's side: drops its privileges, takes one job, speaks SSH for the job, and exits.
 
 use super::protocol::{
     FROM_HELPER_BYTES_MAX, Failure, Input, Job, Order, Reply, TO_HELPER_BYTES_MAX,
@@ -22,8 +22,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// The memory limit of a helper. A session's buffers and libssh2's window take 3 MiB. If output
 /// arrives in small messages, libssh2 needs several times the size of the output.
 const MEMORY_BYTES_MAX: u64 = 64 * 1024 * 1024;
-/// Enough for the standard streams, the socket, three passed streams, an eventfd, and file
-/// descriptors that are received before an earlier one is closed.
+/// The limit of a helper's open files. It is enough for the standard streams, the socket, three
+/// passed streams, an eventfd, and file descriptors that are received before an earlier one is
+/// closed.
 const OPEN_FILES_MAX: u64 = 16;
 
 const PROFILE: Profile = Profile {
@@ -50,7 +51,8 @@ pub fn run(asked: &Asked) -> ExitCode {
     }
 }
 
-/// The daemon no longer wants an answer, or sent something that is not a job.
+/// The reason why no reply is sent: the daemon no longer wants an answer, or it sent something that
+/// is not a job.
 struct NoReply;
 
 impl From<io::Error> for NoReply {
@@ -141,7 +143,8 @@ fn receive_job(channel: &Channel) -> Result<(Job, impl Iterator<Item = OwnedFd> 
     Ok((job, received.fds.into_iter()))
 }
 
-/// Waits without a deadline. When the daemon dies, this process is killed.
+/// Waits until the channel is ready. No deadline is needed, because this process is killed when the
+/// daemon dies.
 fn wait_for(channel: &Channel, events: PollFlags) {
     let _ = poll_until(&mut [PollFd::new(channel.fd(), events)], None);
 }
@@ -170,7 +173,7 @@ impl Source for PipeSource {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         match self.inner.read(buffer)? {
             // Either the confirmation is on its way or the daemon is gone. The next round reads the
-            // channel and finds out.
+            // channel and finds out which.
             0 if !self.ended.load(Ordering::Relaxed) => Err(io::ErrorKind::WouldBlock.into()),
             n => Ok(n),
         }

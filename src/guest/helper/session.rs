@@ -27,7 +27,7 @@ pub(super) struct Session<'w, 'a> {
     helper: Helper,
     target: &'w Target,
     wait: Wait<'w>,
-    /// Ends the wait for the command to start.
+    /// The wait until the command has started, with its shorter deadline.
     dial: Wait<'w>,
     idle: Option<Duration>,
     pumps: Pumps<'a>,
@@ -106,7 +106,8 @@ impl<'w, 'a> Session<'w, 'a> {
         }
     }
 
-    /// Logs in over a connected socket and does nothing else.
+    /// Starts a helper that only logs in over a connected socket. Returns an error only if another
+    /// attempt cannot help.
     pub(super) fn log_in(target: &'w Target, socket: TcpStream, wait: &Wait<'w>) -> Result<LogIn> {
         let mut session = Self::new(confine::spawn(NAME, target.owner)?, target, wait.clone());
         let passed = Passed {
@@ -143,7 +144,7 @@ impl<'w, 'a> Session<'w, 'a> {
         }
     }
 
-    /// Connects and gives the helper its job.
+    /// Starts a helper, connects to the guest and sends the helper its job.
     pub(super) fn start(
         target: &'w Target,
         spec: &ExecSpec,
@@ -208,7 +209,8 @@ impl<'w, 'a> Session<'w, 'a> {
             );
             return Err(Error::invalid(text).hint("pass less on the command line"));
         }
-        // This is the first message in an empty channel, so it fails only if the helper has died.
+        // This is the first message in an empty channel, so sending it fails only if the helper has
+        // died.
         if self.helper.channel.send(&message, &passed.list()).is_err() {
             return Err(self.died());
         }
@@ -246,7 +248,8 @@ impl<'w, 'a> Session<'w, 'a> {
         }
     }
 
-    /// Receives replies, up to the final one.
+    /// Receives the replies that have arrived, up to the final one. Kills the helper after the
+    /// final reply or an invalid one.
     fn receive(&mut self) {
         let mut buffer = [0; FROM_HELPER_BYTES_MAX];
         while self.result.is_none() {
@@ -273,11 +276,13 @@ impl<'w, 'a> Session<'w, 'a> {
                 _ => self.result = Some(Err(lost("its helper process sent an invalid reply"))),
             }
         }
-        // Output from before the final reply is still in the pipes. Killing the helper closes them.
+        // Output from before the final reply is still in the pipes. Killing the helper closes its
+        // ends of the pipes.
         self.helper.kill();
     }
 
-    /// Builds the error of a helper whose channel ended without a final reply.
+    /// Builds the error for a helper whose channel ended without a final reply. Waits a moment for
+    /// the helper's exit status, which the error contains.
     fn died(&mut self) -> Error {
         let how = match self.helper.wait(Instant::now() + EXIT_TIMEOUT) {
             Some(exit) => exit.to_string(),

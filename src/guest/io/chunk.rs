@@ -1,4 +1,5 @@
-//! The framed workspace streams without blocking: the daemon's side of [`crate::api::stream`].
+//! Reads and writes the framed workspace streams without blocking. This is the daemon's side of
+//! [`crate::api::stream`].
 
 use crate::api::stream::{Decoder, Encoder, read_payload};
 use crate::api::workspace::{CHUNK_BYTES_MAX, Trailer};
@@ -23,7 +24,7 @@ pub struct ChunkSource<S: Source> {
 }
 
 impl<S: Source> ChunkSource<S> {
-    /// `bytes` counts the payload, for progress reports.
+    /// Creates a source that reads from `inner` and adds the size of the payload to `bytes`.
     pub fn new(inner: S, bytes: Arc<AtomicU64>) -> Self {
         Self {
             inner,
@@ -59,7 +60,7 @@ pub struct ChunkSink<S: Sink> {
 }
 
 impl<S: Sink> ChunkSink<S> {
-    /// `bytes` counts the payload, for progress reports.
+    /// Creates a sink that writes to `inner` and adds the size of the payload to `bytes`.
     pub fn new(inner: S, bytes: Arc<AtomicU64>) -> Self {
         Self {
             inner,

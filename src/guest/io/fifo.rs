@@ -32,10 +32,10 @@ impl Direction {
 /// Accepts the end of a FIFO from the caller and reopens it non-blocking, so that neither side's
 /// flags affect the other's.
 ///
-/// `invalid_argument`: not a FIFO, or the wrong end. `cancelled`: nobody reads the write end any
-/// more. The access mode must match exactly. The kernel checks a reopen through `/proc/self/fd`
-/// against the daemon's rights, so without this check the daemon could gain access that the
-/// caller's descriptor did not give (an `O_PATH` descriptor gives none).
+/// Returns `invalid_argument` if the descriptor is not a FIFO or is the wrong end, and `cancelled`
+/// if nobody reads the FIFO any more. The access mode must match exactly. The kernel checks a
+/// reopen through `/proc/self/fd` against the daemon's rights, so without this check the daemon
+/// could gain access that the caller's descriptor did not give (an `O_PATH` descriptor gives none).
 pub fn accept(fd: OwnedFd, direction: Direction) -> Result<OwnedFd> {
     let wanted = direction.end();
     let refused = |what: &str| {
@@ -70,7 +70,8 @@ pub fn accept(fd: OwnedFd, direction: Direction) -> Result<OwnedFd> {
         Errno::NXIO => unread(),
         e => Error::io("open the passed fifo", e),
     })?;
-    // A pipe from pipe(2) can be reopened without a reader. poll(2) reports it.
+    // A pipe from pipe(2) can be reopened without a reader, but poll(2) reports that the reader is
+    // gone.
     if direction == Direction::Write && is_hung_up(&own) {
         return Err(unread());
     }

@@ -56,8 +56,8 @@ impl Sink for FdSink {
     }
 }
 
-/// Reads everything from a source, at most `bytes_max` bytes. Ends early at a cancel, the caller's
-/// hang-up or the deadline.
+/// Reads a source to its end. Fails with `invalid_argument` if the source has more than `bytes_max`
+/// bytes. Also fails at a cancel, the caller's hang-up or the deadline.
 pub fn read_to_end(
     source: &mut dyn Source,
     bytes_max: usize,
@@ -97,7 +97,7 @@ pub(super) fn retry(mut call: impl FnMut() -> rustix::io::Result<usize>) -> io::
     }
 }
 
-/// Bytes in memory, always ready.
+/// A source of bytes in memory. It is always ready.
 pub struct BytesSource {
     bytes: Vec<u8>,
     at: usize,
@@ -124,7 +124,7 @@ impl Source for BytesSource {
     }
 }
 
-/// Keeps the first `bytes_max` bytes and drops the rest.
+/// A sink that keeps the first `bytes_max` bytes and drops the rest.
 pub struct VecSink {
     pub bytes: Vec<u8>,
     pub truncated: bool,

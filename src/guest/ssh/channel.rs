@@ -1,5 +1,6 @@
-//! An SSH channel directly on libssh2. The channel of the ssh2 crate is freed without the session's
-//! lock, cannot send signals, and cannot distinguish exit status 0 from no exit status.
+//! Implements an SSH channel directly on libssh2. The channel of the ssh2 crate is freed without
+//! the session's lock, cannot send signals, and cannot distinguish exit status 0 from no exit
+//! status.
 
 use super::wire::Shared;
 use crate::api::exec::{Exit, Pty, PtySize};
@@ -8,12 +9,13 @@ use std::os::raw::{c_char, c_int, c_uint};
 use std::ptr::null;
 use std::rc::Rc;
 
-/// `Ok(None)` means that more bytes must arrive first.
+/// The result of a libssh2 call. `Ok(None)` means that more bytes must arrive before the call can
+/// finish.
 pub(super) type Step<T> = Result<Option<T>, ssh2::Error>;
 
 /// How much the guest may send before we read it, for both streams together (RFC 4254, 5.2).
-/// libssh2 enforces it, so it bounds a session's memory. If nobody reads one sink, the other stream
-/// stalls after this many bytes.
+/// libssh2 enforces this limit, which therefore bounds a session's memory. If nobody reads one
+/// sink, the other stream stalls after this many bytes.
 pub(super) const WINDOW_BYTES: c_uint = 2 * 1024 * 1024;
 const PACKET_BYTES: c_uint = 32 * 1024;
 /// Maximum number of bytes that one write accepts (`ssh2_channel_write`).
@@ -30,8 +32,8 @@ pub(super) const STDERR: c_int = 1;
 /// A stream that no server uses. Reading it only processes incoming packets.
 const NO_STREAM: c_int = 7;
 
-/// Turns IUTF8 on (RFC 4254, 8 and RFC 8160) and ends the list with TTY_OP_END. All other modes
-/// keep the guest kernel's default.
+/// The encoded terminal modes of a pty. They turn IUTF8 on (RFC 4254, 8 and RFC 8160), and
+/// TTY_OP_END ends the list. All other modes keep the guest kernel's default.
 const PTY_MODES: [u8; 6] = [42, 0, 0, 0, 1, 0];
 
 #[allow(unsafe_code)]
@@ -53,7 +55,8 @@ pub(in crate::guest) struct Channel {
 // call, except for a write, which is repeated with the same number of bytes.
 #[allow(unsafe_code)]
 impl Channel {
-    /// Opens a channel. Until it succeeds, repeat the call and open nothing else.
+    /// Opens a channel. After `None`, the caller must repeat the call until it succeeds or fails,
+    /// and open nothing else before that.
     pub(crate) fn open(shared: &Rc<Shared>) -> Step<Self> {
         const KIND: &str = "session";
         let raw = unsafe {
@@ -151,8 +154,8 @@ impl Channel {
         }
     }
 
-    /// Writes a part of `bytes`. After `None`, repeat the call with the same bytes; more may follow
-    /// them.
+    /// Writes a part of `bytes`. After `None`, the caller must repeat the call with the same bytes,
+    /// and may append more to them.
     pub(crate) fn write(&mut self, bytes: &[u8]) -> Step<usize> {
         let n = self.offered.unwrap_or(bytes.len().min(WRITE_BYTES_MAX));
         let bytes = &bytes[..n];
@@ -175,19 +178,19 @@ impl Channel {
     /// True if the server has closed the channel. Some of its output may still be unread.
     pub(crate) fn remote_closed(&mut self) -> Result<bool, ssh2::Error> {
         match unsafe { raw::libssh2_channel_wait_closed(self.raw) } {
-            // libssh2 refuses the call before the end of the output was announced.
+            // libssh2 refuses this call until the server has announced the end of the output.
             raw::LIBSSH2_ERROR_INVAL => Ok(false),
             rc => self.step(rc as isize).map(|done| done.is_some()),
         }
     }
 
-    /// True if the end of the output was announced and everything was read.
+    /// True if the server has announced the end of the output and all output has been read.
     pub(crate) fn is_drained(&self) -> bool {
         unsafe { raw::libssh2_channel_eof(self.raw) == 1 }
     }
 
-    /// How the command ended, if the server said so: `exit-signal` or `exit-status` (RFC 4254,
-    /// 6.10).
+    /// Returns how the command ended, if the server has reported it with `exit-signal` or
+    /// `exit-status` (RFC 4254, 6.10).
     pub(crate) fn exit(&self) -> Option<Exit> {
         if let Some(name) = self.exit_signal() {
             return Some(Exit::Signal(name));
@@ -219,7 +222,8 @@ impl Channel {
         }
         let bytes = unsafe { std::slice::from_raw_parts(name.cast::<u8>(), len) }.to_vec();
         unsafe { raw::libssh2_free(self.shared.raw(), name.cast()) };
-        // The name comes from the guest: so accept only characters that signal names have.
+        // The name comes from the guest, so accept only a short name with characters that signal
+        // names have.
         let good = |b: &u8| b.is_ascii_alphanumeric();
         Some(
             String::from_utf8(bytes)
@@ -231,8 +235,8 @@ impl Channel {
 }
 
 impl Drop for Channel {
-    /// If the server has not closed the channel, libssh2 defers freeing it until the session is
-    /// freed.
+    /// Frees the channel. If the server has not closed it, libssh2 keeps the channel until the
+    /// session is freed.
     #[allow(unsafe_code)]
     fn drop(&mut self) {
         // SAFETY: as above; `raw` is not used after this.

@@ -1,4 +1,4 @@
-//! The streams of a command, from the caller into the channel and back, each with one buffer.
+//! Moves the streams of a command between the caller and the channel. Each stream has one buffer.
 
 use super::channel::{Channel, READ_BYTES, Step, WRITE_BYTES_MAX};
 use super::wire::Shared;
@@ -10,19 +10,19 @@ use std::io::ErrorKind;
 use std::os::raw::c_int;
 
 const IN_BYTES: usize = 4 * WRITE_BYTES_MAX;
-/// How many pieces of one stream to move before the session turns to anything else.
+/// Maximum number of pieces of one stream to move before the session turns to something else.
 const PIECES_PER_ROUND: usize = 8;
 
 /// The state of a stream after its turn.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Turn {
-    /// It waits for the peer or the caller, or has ended.
+    /// The stream waits for the peer or the caller, or has ended.
     Waits,
-    /// It can continue at once.
+    /// The stream can continue at once.
     More,
 }
 
-/// What can end a stream's turn early.
+/// An error that ended a stream's turn early, from libssh2 or from the caller's stream.
 pub(super) enum TurnError {
     Ssh(ssh2::Error),
     Caller(crate::error::Error),
@@ -38,15 +38,17 @@ pub(super) struct Inlet<'a> {
     source: Option<&'a mut dyn Source>,
     buffer: Vec<u8>,
     at: usize,
-    /// True unless the source returned `WouldBlock` since the last poll that reported it ready.
+    /// True unless the source returned `WouldBlock` since the last poll that reported the source
+    /// ready.
     pub is_ready: bool,
     eof_read: bool,
     eof_sent: bool,
 }
 
 impl<'a> Inlet<'a> {
-    /// With a pty and no source, nothing is sent, not even an EOF. On EOF, sshd would close its
-    /// side of the terminal, and changes of the window size would no longer reach the command.
+    /// Creates the inlet of a command. With a pty and no source, it sends nothing, not even an EOF.
+    /// On EOF, sshd would close its side of the terminal, and changes of the window size would no
+    /// longer reach the command.
     pub(super) fn new(source: Option<&'a mut dyn Source>, has_pty: bool) -> Self {
         let eof_read = source.is_none();
         let eof_sent = eof_read && has_pty;
@@ -64,7 +66,7 @@ impl<'a> Inlet<'a> {
         self.buffer.len() - self.at < IN_BYTES
     }
 
-    /// The source's descriptor, if this stream waits for the source.
+    /// Returns the source's descriptor if this stream waits for the source.
     pub(super) fn poll_fd(&self) -> Option<PollFd<'_>> {
         let waits = !self.is_ready && !self.eof_read && self.has_room();
         let fd = self.source.as_ref().filter(|_| waits)?.fd()?;
@@ -101,7 +103,8 @@ impl<'a> Inlet<'a> {
         Ok(())
     }
 
-    /// Reads and sends. Sets `progress` if the channel accepted bytes.
+    /// Reads from the source and writes to the channel. Sets `progress` if the channel accepted
+    /// bytes.
     pub(super) fn turn(
         &mut self,
         shared: &Shared,
@@ -162,7 +165,7 @@ impl<'a> Outlet<'a> {
         self.at == self.len
     }
 
-    /// The sink's descriptor, if this stream waits for the sink.
+    /// Returns the sink's descriptor if this stream waits for the sink.
     pub(super) fn poll_fd(&self) -> Option<PollFd<'_>> {
         let fd = self
             .sink
@@ -196,7 +199,8 @@ impl<'a> Outlet<'a> {
         Ok(())
     }
 
-    /// Forwards what has arrived. Sets `progress` if the sink accepted bytes.
+    /// Forwards output that has arrived to the sink. Sets `progress` if the sink accepted bytes, or
+    /// if output was discarded because the caller no longer reads.
     pub(super) fn turn(
         &mut self,
         channel: &mut Channel,

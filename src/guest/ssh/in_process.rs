@@ -1,5 +1,5 @@
 //! Does the helper's work in the caller's process, so that `scripts/bench helper` can compare it
-//! with the real helper. It must never talk to a guest.
+//! with the real helper. This transport must never talk to a guest.
 
 use super::{Identity, LogInError, Pump, log_in, start};
 use crate::api::exec::Exit;

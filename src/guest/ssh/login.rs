@@ -10,8 +10,8 @@ use std::rc::Rc;
 
 const KEX: &str = "curve25519-sha256,curve25519-sha256@libssh.org,ecdh-sha2-nistp256,ecdh-sha2-nistp384,ecdh-sha2-nistp521";
 const CIPHERS: &str = "chacha20-poly1305@openssh.com,aes128-gcm@openssh.com,aes256-gcm@openssh.com,aes128-ctr,aes256-ctr";
-/// Our host keys are of the first type. The others are listed so that a changed key is recognized
-/// as such.
+/// The accepted types of host keys. Our guests have host keys of the first type. The other types
+/// are listed so that a changed key is reported as `host_key_mismatch`.
 const HOST_KEYS: &str = "ssh-ed25519,ecdsa-sha2-nistp256,rsa-sha2-512,rsa-sha2-256";
 /// Maximum number of bytes from a server before a command runs. A login needs a few KiB. libssh2
 /// buffers some of what arrives, so more is treated as a flood.
@@ -20,17 +20,17 @@ const LOGIN_BYTES_MAX: u64 = 1024 * 1024;
 /// The user, the key and the expected host key of a login.
 pub(crate) struct Identity<'a> {
     pub user: &'a str,
-    /// In OpenSSH format.
+    /// The private key in OpenSSH format.
     pub private_key: &'a str,
     /// The only accepted host key.
     pub host_key: &'a [u8],
 }
 
-/// Why there is no session.
+/// Why a session could not be established.
 #[derive(Debug)]
 pub(crate) enum LogInError {
     HostKeyMismatch,
-    /// Contains the server's message.
+    /// The login failed. Contains libssh2's message.
     KeyRefused(String),
     Unavailable(String),
     /// The [`Wait`] has ended.
@@ -59,7 +59,7 @@ impl StepError {
     }
 }
 
-/// Repeats a libssh2 step and moves bytes until it is done.
+/// Repeats a libssh2 step, and moves bytes in between, until the step is done.
 fn drive<T>(
     shared: &Rc<Shared>,
     wait: &Wait<'_>,

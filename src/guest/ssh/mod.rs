@@ -1,5 +1,5 @@
-//! SSH with libssh2: one session, connection and thread per command. Every wait is part of one
-//! poll.
+//! Speaks SSH with libssh2. Each command has one session, one connection and one thread, and the
+//! thread waits for everything in a single poll.
 //!
 //! **This code parses what a guest sends, so it must run only in a helper process**
 //! ([`super::helper`]). The test `layers` checks that nothing else names it.

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 /// How long a connection may be quiet before a keepalive is sent, and the interval between
 /// keepalives after that.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
-/// A connection without an answer for this long is lost.
+/// How long a keepalive may stay unanswered before the connection is treated as lost.
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(75);
 /// How long to try to send SIGHUP to an abandoned command.
 const HANGUP_TIMEOUT: Duration = Duration::from_secs(2);
@@ -56,7 +56,8 @@ pub(in crate::guest) struct Pump<'w, 'a> {
     last_output: Option<LastOutput>,
 }
 
-/// The command has ended, but its output is still open.
+/// The time when the exit status of a command arrived, and the time since when its output has been
+/// quiet.
 #[derive(Clone, Copy)]
 struct LastOutput {
     since: Instant,
@@ -130,8 +131,8 @@ impl<'w, 'a> Pump<'w, 'a> {
         let Some(turn) = turn else {
             return self.finish().map(Some);
         };
-        // No keepalive answer can arrive while reading from the server is suspended, so this does
-        // not check for one.
+        // No keepalive answer can arrive while reading from the server is suspended, so skip the
+        // check for one.
         let next = if self.flood.is_held {
             Instant::now() + KEEPALIVE_INTERVAL
         } else {
@@ -161,7 +162,8 @@ impl<'w, 'a> Pump<'w, 'a> {
         if closed && self.stdout.is_empty() && self.stderr.is_empty() && self.channel.is_drained() {
             return Ok(None);
         }
-        // A control may end the wait for output, so it is handled before deciding whether to wait.
+        // A control may end the wait for output, so controls are handled before deciding whether to
+        // wait.
         self.control()?;
         if self.leaves_children(progress) {
             return Ok(None);
@@ -280,13 +282,14 @@ impl<'w, 'a> Pump<'w, 'a> {
 }
 
 /// Detects floods. libssh2 queues every unexpected message without limit and answers unwanted
-/// requests. Both grow with the bytes received since a stream last made progress.
+/// requests. The queue and the answers grow with the bytes received since a stream last made
+/// progress.
 #[derive(Default)]
 struct Flood {
     /// Bytes received when a stream last made progress.
     at_progress: u64,
     since: Option<Instant>,
-    /// Reading from the server is suspended until the caller accepts output.
+    /// True while reading from the server is suspended until the caller accepts output.
     is_held: bool,
 }
 
@@ -296,13 +299,13 @@ const FLOOD_BYTES_MAX: u64 = 1024 * 1024;
 /// If the caller must first accept earlier output, reading is suspended after this many bytes. This
 /// is well above a full window.
 const HELD_BYTES: u64 = 4 * WINDOW_BYTES as u64;
-/// Additional allowance per second, because the server of a quiet command may send keepalives for
-/// days.
+/// Number of additional bytes allowed for each second without progress, because the server of a
+/// quiet command may send keepalives for days.
 const QUIET_BYTES_PER_S: u64 = 4 * 1024;
 
 impl Flood {
-    /// Returns `guest_lost` for a flood. If everything waits for the caller, it suspends reading
-    /// instead, because the output of a command in small messages can be as large as a flood.
+    /// Returns `guest_lost` for a flood. If output waits for the caller, suspends reading instead,
+    /// because the output of a command in small messages can be as large as a flood.
     fn check(&mut self, received: u64, progress: bool, waits_for_caller: bool) -> Result<()> {
         let now = Instant::now();
         if progress {
@@ -343,7 +346,8 @@ impl Keepalive {
         }
     }
 
-    /// Returns the time of the next check, or `guest_lost` if nothing arrived for too long.
+    /// Sends a keepalive if one is due. Returns the time of the next check, or `guest_lost` if
+    /// nothing arrived for too long.
     fn check(&mut self, shared: &Shared) -> Result<Instant> {
         let now = Instant::now();
         if shared.received() != self.received {
@@ -366,8 +370,8 @@ impl Keepalive {
         self.asked_last = Some(now);
         let before = shared.outbox_len();
         let asked = shared.session.borrow().keepalive_send();
-        // libssh2 uses the wall clock and may not send after it was set back. Then no keepalive is
-        // outstanding.
+        // libssh2 uses the wall clock and may not send after that clock was set back. In that case
+        // no keepalive is outstanding.
         if asked.is_ok() && shared.outbox_len() > before {
             self.unanswered_since.get_or_insert(now);
             shared.flush();

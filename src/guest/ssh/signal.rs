@@ -5,9 +5,9 @@
 //! ("session signalling requires privilege separation", session.c), and other servers do not
 //! implement it. Instead a shell on the second channel asks the kernel for the other children of
 //! its own parent, the process that serves this connection. Each child leads the process group of
-//! one command. If the connection ends before the shell looks, its parent is the process that
-//! adopts orphans, whose children have nothing to do with this connection. Therefore the shell
-//! sends a signal only if its parent is an SSH server.
+//! one command. If the connection ends before the shell looks, the shell's parent is the process
+//! that adopts orphans, and that process's children have nothing to do with this connection.
+//! Therefore the shell sends a signal only if its parent is an SSH server.
 
 use super::channel::{Channel, READ_BYTES, STDERR, STDOUT};
 use super::wire::Shared;
@@ -35,8 +35,8 @@ enum State {
 }
 
 fn command(signal: &str) -> String {
-    // /proc/PID/task/TID/children requires CONFIG_PROC_CHILDREN. Otherwise read the parent from
-    // each stat file, after the name.
+    // /proc/PID/task/TID/children requires CONFIG_PROC_CHILDREN. Without it, the script finds each
+    // process's parent in its stat file, after the name.
     let children = "cat /proc/$P/task/$P/children 2>/dev/null || for s in /proc/[0-9]*/stat; do \
         read -r pid rest 2>/dev/null <$s && set -- ${rest##*) } && [ \"$2\" = $P ] && echo $pid; done";
     let script = format!(
@@ -46,8 +46,8 @@ fn command(signal: &str) -> String {
 }
 
 impl Signaller {
-    /// Queues a signal, named without `SIG`. An unknown one is dropped, because it must not get
-    /// into a script.
+    /// Queues a signal, named without `SIG`. Drops the signal if the queue is full or if the name
+    /// is unknown, because an unknown name must not get into a script.
     pub(super) fn push(&mut self, signal: String) {
         if self.queue.len() < QUEUE_MAX && signal_number(&signal) != 0 {
             self.queue.push_back(signal);
@@ -58,8 +58,8 @@ impl Signaller {
         self.queue.is_empty() && matches!(self.state, State::Idle)
     }
 
-    /// Continues as far as possible. If the server has no room for a second channel, the signal is
-    /// lost but the command is not affected.
+    /// Sends the queued signals as far as possible without waiting. If the server has no room for a
+    /// second channel, the signal is lost but the command is not affected.
     pub(super) fn step(&mut self, shared: &Rc<Shared>) {
         while let Some(signal) = self.queue.front() {
             let next = match &mut self.state {
@@ -75,7 +75,7 @@ impl Signaller {
             let was = match next {
                 Ok(None) => return,
                 Ok(Some(next)) => std::mem::replace(&mut self.state, next),
-                // A helper has nowhere to log.
+                // Skip this signal without a message, because a helper has nowhere to log.
                 Err(_) => {
                     self.state = State::Idle;
                     self.queue.pop_front();
@@ -91,7 +91,7 @@ impl Signaller {
     }
 }
 
-/// Discards the output. Returns true at the end of the channel.
+/// Discards the channel's output. Returns true if the server has closed the channel.
 fn drain(channel: &mut Channel) -> Result<bool, ssh2::Error> {
     let mut scratch = [0; READ_BYTES];
     for stream in [STDOUT, STDERR] {
@@ -104,9 +104,9 @@ fn drain(channel: &mut Channel) -> Result<bool, ssh2::Error> {
 mod tests {
     use super::*;
 
-    /// If the connection ends before the shell runs, its parent is the process that adopts orphans,
-    /// and that process's children have nothing to do with the connection. The test runs in a PID
-    /// namespace, whose init adopts the orphans.
+    /// If the connection ends before the shell runs, the shell's parent is the process that adopts
+    /// orphans, and that process's children have nothing to do with the connection. The test runs
+    /// in a PID namespace, whose init adopts the orphans.
     #[test]
     fn signal_after_lost_connection_reaches_nobody() {
         let is_orphan =

@@ -15,9 +15,9 @@ use std::os::fd::AsFd;
 use std::os::raw::{c_int, c_void};
 use std::rc::Rc;
 
-/// Maximum number of bytes to take from the socket before the session turns to anything else.
+/// Maximum number of bytes to take from the socket before the session turns to something else.
 const ROUND_BYTES: usize = 256 * 1024;
-/// While this much is unsent, no more of the command's input is encrypted.
+/// While at least this many bytes are unsent, no more of the command's input is encrypted.
 const OUTBOX_BYTES_HIGH: usize = 256 * 1024;
 
 /// Bytes in transit. libssh2's callbacks reach them through a `RefCell`.
@@ -27,12 +27,12 @@ struct Wire {
     inbox_at: usize,
     outbox: Vec<u8>,
     outbox_at: usize,
-    /// The peer will send no more. libssh2 is not informed, because it would then discard what it
-    /// has buffered.
+    /// True if the peer will send no more. libssh2 is not informed, because it would then discard
+    /// what it has buffered.
     ended: bool,
-    /// Sending failed. Further output is discarded.
+    /// True if sending has failed. Further output is discarded.
     unsendable: bool,
-    /// The session is being freed.
+    /// True while the session is being freed. libssh2 then reads the end of the stream.
     shut: bool,
 }
 
@@ -65,7 +65,8 @@ unsafe extern "C" {
 const LIBSSH2_CALLBACK_SEND: c_int = 5;
 const LIBSSH2_CALLBACK_RECV: c_int = 6;
 
-/// `LIBSSH2_RECV_FUNC`: negative errno on failure, 0 at the end.
+/// Implements `LIBSSH2_RECV_FUNC`. Returns a negative errno if there is nothing to read, or 0 once
+/// the session is being freed.
 #[allow(unsafe_code)]
 unsafe extern "C" fn receive(
     _fd: c_int,
@@ -93,7 +94,7 @@ unsafe extern "C" fn receive(
     n as isize
 }
 
-/// `LIBSSH2_SEND_FUNC`: always accepts everything.
+/// Implements `LIBSSH2_SEND_FUNC`. Always accepts all bytes.
 #[allow(unsafe_code)]
 unsafe extern "C" fn send(
     _fd: c_int,
@@ -147,7 +148,7 @@ impl Shared {
         }))
     }
 
-    /// The raw session. Valid as long as `self`.
+    /// Returns the raw session, which is valid as long as `self`.
     pub(super) fn raw(&self) -> *mut raw::LIBSSH2_SESSION {
         self.raw
     }
@@ -181,7 +182,8 @@ impl Shared {
         false
     }
 
-    /// Sends as much as the socket accepts. A failure shows when the peer's end is read.
+    /// Sends as much as the socket accepts. After a failure, the outbox is discarded; the next read
+    /// of the socket shows that the connection is lost.
     pub(crate) fn flush(&self) {
         let mut wire = self.wire.borrow_mut();
         let Wire {
@@ -215,7 +217,8 @@ impl Shared {
         let wire = self.wire.borrow();
         wire.outbox.len() - wire.outbox_at >= OUTBOX_BYTES_HIGH
     }
-    /// Number of bytes to be sent. Grows when a libssh2 call sends.
+    /// Returns the size of the outbox, including bytes that a partial flush has already sent. It
+    /// grows when a libssh2 call sends.
     pub(crate) fn outbox_len(&self) -> usize {
         self.wire.borrow().outbox.len()
     }

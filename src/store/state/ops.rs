@@ -37,6 +37,8 @@ impl State {
             .take_while(move |row| row.uid == uid)
     }
 
+    /// Checks that the uid may add another key.
+    ///
     /// # Errors
     /// `operation_limit` if the uid has too many keys to add another one. Keys that have expired at
     /// `now` do not count.

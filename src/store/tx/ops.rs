@@ -1,4 +1,4 @@
-//! Changes of operations, and of the idempotency keys that name them.
+//! Changes operations, and the idempotency keys that name them.
 
 use super::{Image, Tx};
 use crate::error::Result;
@@ -6,8 +6,8 @@ use crate::store::{KeyRow, OpRow};
 use std::sync::Arc;
 
 impl Tx<'_> {
-    /// Adds or replaces an operation. If the user has too many, the oldest ended ones are removed,
-    /// except for those that a key names.
+    /// Adds or replaces an operation. If the user or all users together have too many ended
+    /// operations, the oldest ones are removed, except for those that a key names.
     pub fn put_op(&mut self, row: OpRow) {
         let uid = row.owner_uid;
         self.apply(Image::Op(row.id.clone(), Some(Arc::new(row))));
@@ -20,6 +20,8 @@ impl Tx<'_> {
         }
     }
 
+    /// Adds or replaces a key.
+    ///
     /// # Errors
     /// `operation_limit` if the uid has too many keys.
     pub fn put_key(&mut self, row: KeyRow) -> Result<()> {
@@ -30,7 +32,8 @@ impl Tx<'_> {
         Ok(())
     }
 
-    /// Sets or removes a key. The operation that it named before may be removed with it.
+    /// Sets or removes a key. If the key named an operation before, that operation may then be
+    /// pruned.
     fn set_key(&mut self, key: (u32, String), row: Option<Arc<KeyRow>>) {
         let former = self.key(key.0, &key.1).map(|former| former.op.clone());
         self.apply(Image::Key(key, row));

@@ -1,4 +1,4 @@
-//! Changes of VMs and their workspaces.
+//! Changes VMs and their workspaces.
 
 use super::{Image, Tx};
 use crate::error::{Error, Kind, Result};
@@ -68,7 +68,8 @@ impl Tx<'_> {
         self.write_vm(row)
     }
 
-    /// Removes the VM and its workspace. Its ledger rows stay until they are deleted.
+    /// Removes the VM and its workspace. Returns the VM's row, or `None` if there is no such VM.
+    /// The VM's ledger rows stay until they are deleted themselves.
     pub fn remove_vm(&mut self, vm: &KeyGuard<'_, VmId>) -> Option<Arc<VmRow>> {
         self.take_vm(vm.key())
     }
@@ -86,21 +87,23 @@ impl Tx<'_> {
         self.write_vm(row)
     }
 
-    /// Like [`Tx::update_vm`] without the lock, for tests that act for a dead daemon or use the
-    /// store alone.
+    /// Does the same as [`Tx::update_vm`] without the lock, for tests that act for a dead daemon or
+    /// use the store alone.
     #[cfg(any(test, feature = "fakes"))]
     pub fn update_vm_unlocked(&mut self, id: &VmId, change: impl FnOnce(&mut VmRow)) -> Result<()> {
         self.change_vm(id, change)
     }
 
-    /// Like [`Tx::remove_vm`] without the lock, for tests of the store.
+    /// Does the same as [`Tx::remove_vm`] without the lock, for tests of the store.
     #[cfg(test)]
     pub fn remove_vm_unlocked(&mut self, id: &VmId) -> Option<Arc<VmRow>> {
         self.take_vm(id)
     }
 
+    /// Adds or replaces a VM's workspace.
+    ///
     /// # Errors
-    /// `vm_not_found`.
+    /// `vm_not_found` if there is no such VM.
     pub fn put_workspace(&mut self, row: WorkspaceRow) -> Result<()> {
         if self.vm(&row.vm).is_none() {
             return Err(

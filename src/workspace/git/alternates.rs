@@ -20,7 +20,8 @@ pub(super) fn alternate_entries(text: &[u8]) -> Vec<Vec<u8>> {
     out
 }
 
-/// Parses a quoted path at the start of `text`. Returns it with the offset of its end.
+/// Parses a quoted path at the start of `text`. Returns the path and the offset after its closing
+/// quote, or `None` if the quoting is invalid.
 fn unquote(text: &[u8]) -> Option<(Vec<u8>, usize)> {
     let mut out = Vec::new();
     let mut at = 1;

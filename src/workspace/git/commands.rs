@@ -24,7 +24,8 @@ pub(in crate::workspace) struct Commands {
     pub top: PathBuf,
     pub env: CallerEnv,
     pub cancel: Cancel,
-    /// `-c` settings for every command.
+    /// The `-c` arguments that are added to every command, except for those of
+    /// [`Commands::ask_config`].
     config: Vec<OsString>,
 }
 
@@ -158,7 +159,8 @@ impl Commands {
         Ok(self.ask_status(&self.command(args), &[0])?.1)
     }
 
-    /// Runs git and returns one line without its final newline. A path may contain newlines.
+    /// Runs git and returns its output without the final newline. If the output is a path, it may
+    /// contain other newlines.
     pub(crate) fn line(&self, args: &[&str]) -> Result<Vec<u8>> {
         let mut out = self.ask(args)?;
         out.pop_if(|b| *b == b'\n');

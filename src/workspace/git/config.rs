@@ -5,7 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 
-/// Settings that affect `git status` and hold no secret. Their values are single words.
+/// The settings that are sent to the guest: they affect `git status` and hold no secret. Their
+/// values are single words.
 const CARRIED: &[&str] = &[
     "core.filemode",
     "core.symlinks",
@@ -32,7 +33,8 @@ struct Remote {
     url: Option<String>,
 }
 
-/// Settings that name the author and committer, and the environment variables that override them.
+/// Settings that name the author and the committer, each with an environment variable that
+/// overrides it or, in the case of `EMAIL`, replaces a missing value. `user.name` has no variable.
 const IDENTITY: &[(&str, &str)] = &[
     ("user.name", ""),
     ("user.email", "EMAIL"),
@@ -45,21 +47,21 @@ const IDENTITY: &[(&str, &str)] = &[
 /// The caller's git configuration.
 #[derive(Debug, Default)]
 pub(in crate::workspace) struct Config {
-    /// `user.name`, `author.email` and so on, for commits in the guest.
+    /// The values of the settings in [`IDENTITY`], for commits in the guest.
     identity: BTreeMap<String, Vec<u8>>,
     /// Settings listed in [`CARRIED`], in the order in which they were found.
     pub carried: Vec<(String, String)>,
     pub(super) safe_directories: Vec<Vec<u8>>,
-    /// The value, and whether the repository itself set it.
+    /// The value of `core.excludesFile`, and whether the repository itself set it.
     pub(super) excludes_file: Option<(Vec<u8>, bool)>,
-    /// The value, and whether the repository itself set it.
+    /// The value of `core.attributesFile`, and whether the repository itself set it.
     pub(super) attributes_file: Option<(Vec<u8>, bool)>,
     /// Names of filters that the caller's git would run.
     pub filters: BTreeSet<Vec<u8>>,
     pub partial_clone: bool,
     /// Remotes by name. Only promisors are sent to the guest.
     remotes: BTreeMap<String, Remote>,
-    /// `extensions.partialClone`, an older way to name a promisor.
+    /// The value of `extensions.partialClone`, an older way to name a promisor.
     promisor: Option<String>,
 }
 
@@ -168,8 +170,9 @@ impl Config {
         }
     }
 
-    /// Configures the remote that has the objects a partial clone lacks. Without it, git in the
-    /// guest considers them lost and refuses to commit.
+    /// Builds the guest's configuration of the remote that has the objects that a partial clone
+    /// lacks. Without this remote, git in the guest considers those objects lost and refuses to
+    /// commit. The text is empty if the repository is not a partial clone.
     fn promisor_for_guest(&self) -> String {
         if !self.partial_clone {
             return String::new();
@@ -240,7 +243,8 @@ fn is_of_repository(scope: &[u8]) -> bool {
     matches!(scope, b"local" | b"worktree")
 }
 
-/// Returns an HTTPS URL without its credentials, and `None` for any other URL.
+/// Returns an HTTPS URL without its credentials. Returns `None` for any other URL and for unusual
+/// characters.
 fn public_url(url: &str) -> Option<String> {
     let rest = url.strip_prefix("https://")?;
     let (host, path) = rest.split_at(rest.find('/')?);

@@ -1,8 +1,8 @@
-//! Files with a `filter` attribute, as git-lfs, git-crypt or nbstripout use it.
+//! Finds the files with a `filter` attribute, which git-lfs, git-crypt and nbstripout use.
 //!
 //! git stores different content for such a file than the tree has, and only the filter can convert
-//! between the two. No filter ever runs here. So a file counts as unchanged if it still matches
-//! what the index recorded, and its content is never compared.
+//! between the two. No filter ever runs here. Therefore a file counts as unchanged if its metadata
+//! still equals what the index recorded, and its content is never compared.
 
 use super::Git;
 use crate::error::{Error, Kind, Result};
@@ -19,7 +19,8 @@ pub(in crate::workspace) struct Filtered {
     pub unchanged: Vec<Vec<u8>>,
 }
 
-/// The file's metadata from the time when it last matched its index entry, 32 bits of each field.
+/// The metadata that git recorded when a file last matched its index entry. git keeps 32 bits of
+/// each field.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Recorded {
     seconds: u32,
@@ -55,7 +56,7 @@ impl Git {
         let (_, answer) = self.commands.ask_status(&command, &[0])?;
         let mut out = Filtered::default();
         let mut covered = Vec::new();
-        // NUL-terminated triples of path, attribute and value.
+        // The answer consists of NUL-terminated triples of path, attribute and value.
         let fields: Vec<&[u8]> = answer.split(|b| *b == 0).collect();
         for record in fields.chunks_exact(3) {
             if configured.contains(record[2]) {

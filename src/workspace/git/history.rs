@@ -10,7 +10,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// How often to retry the pack if the repository changes while git reads it.
+/// Maximum number of attempts to make the pack while the repository changes.
 const PACK_TRIES: usize = 5;
 const PACK_DEADLINE: Duration = Duration::from_secs(1800);
 /// How many commits beyond the requested depth the first query asks for, so that one query is
@@ -24,9 +24,10 @@ const TAGS_MAX: usize = 10_000;
 /// The part of the history that is sent.
 #[derive(Debug, Default)]
 pub(in crate::workspace) struct HistorySelection {
-    /// Commits whose parents are left out.
+    /// Commits whose parents are not sent, including those at which the repository itself is
+    /// shallow.
     pub shallow: BTreeSet<String>,
-    /// The commits that are sent. Empty if the whole history is sent.
+    /// The commits that are sent. The set is empty if the whole history is sent.
     pub commits: BTreeSet<String>,
     pub tags: Vec<Tag>,
 }
@@ -42,7 +43,7 @@ pub(in crate::workspace) struct Tag {
 /// A pack and its index. Both files are unlinked already.
 #[derive(Debug)]
 pub(in crate::workspace) struct Pack {
-    /// `pack-<hash>`.
+    /// The pack's name, `pack-<hash>`.
     pub name: String,
     pub pack: File,
     pub idx: File,
@@ -70,7 +71,7 @@ impl Git {
         })
     }
 
-    /// The commits at which this repository itself is shallow.
+    /// Returns the commits at which this repository itself is shallow.
     fn own_shallow(&self) -> Result<BTreeSet<String>> {
         let text = self.own_file("shallow", SHALLOW_BYTES_MAX)?;
         Ok(String::from_utf8_lossy(&text)
@@ -149,8 +150,8 @@ impl Git {
         Ok(())
     }
 
-    /// Lists the objects that `wanted` needs and that exist locally. Objects that a partial clone
-    /// lacks are not fetched.
+    /// Lists the local objects that are needed for the commits, tags and blobs in `wanted`. Objects
+    /// that a partial clone lacks are not fetched.
     fn present_objects(&self, wanted: String, history: &HistorySelection) -> Result<Vec<u8>> {
         let args = [
             "rev-list",
@@ -187,7 +188,8 @@ impl Git {
             args.push("--merged=HEAD");
         }
         args.push("refs/tags");
-        // A tag with a missing object must not fail the import.
+        // A tag whose object is missing must not make the import fail. In that case no tags are
+        // sent.
         let (status, text) = self
             .commands
             .ask_status(&self.commands.command(&args), &[0, 1, 128])?;
@@ -215,7 +217,8 @@ impl Git {
     }
 }
 
-/// Makes a pack of the history and `blobs` below `dir`. Returns `None` if there is nothing to pack.
+/// Makes a pack of the history and `blobs` in a directory below `dir`. Returns `None` if there is
+/// nothing to pack, and `conflict` if the repository changed during every attempt.
 ///
 /// Another user may change the repository while git reads it and then undo the change, to get
 /// objects of another repository into the pack. To prevent that, each object store is checked
@@ -269,7 +272,7 @@ fn pack_once(
     }
     let lines =
         |oids: &mut dyn Iterator<Item = &str>| oids.flat_map(|oid| [oid, "\n"]).collect::<String>();
-    // pack-objects fails at a tree that a partial clone lacks; rev-list skips it.
+    // pack-objects fails at a tree that a partial clone lacks; rev-list skips such a tree.
     let (walk, input) = if partial {
         let commits = history.commits.iter().map(String::as_str);
         (
@@ -344,8 +347,8 @@ fn pack_once(
 ///
 /// git resolves the path of a store to one without links (`link_alt_odb_entry` in its
 /// object-file.c). A bare `/proc/PID/fd/N` would become the original path, which another user may
-/// swap. The entries inside a store are opened as they are, so this directory links to `pack` and
-/// to the loose object directories. `info` is left out, because the alternates that it names have
+/// swap. git does not resolve the entries inside a store, so this directory links to `pack` and to
+/// the loose object directories. `info` is left out, because the alternates that it names have
 /// views of their own.
 fn view_of(store: &OwnedFd, at: &Path) -> std::io::Result<()> {
     std::fs::create_dir(at)?;

@@ -1,4 +1,4 @@
-//! Finds the directories of a repository and determines whether it belongs to the tree.
+//! Finds the directories of a repository and determines whether the repository belongs to the tree.
 //!
 //! A hostile tree can claim any repository that the caller can read: with a link, a `.git` or
 //! `commondir` file, or an alternate. Everything that git would read must be below the top of the
@@ -22,7 +22,7 @@ pub(super) struct Layout {
     pub common: PathBuf,
 }
 
-/// How a repository outside the tree declares that the tree belongs to it.
+/// The evidence that a repository belongs to the tree.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Claim {
     /// The repository is inside the tree.
@@ -38,7 +38,8 @@ pub(super) enum Claim {
 }
 
 impl Layout {
-    /// Follows `.git` and `commondir` as git does. `top` must not contain links.
+    /// Follows `.git` and `commondir` as git does. `top` must not contain links. Returns
+    /// `invalid_tree` if `.git` or `commondir` cannot be followed to a directory.
     pub(super) fn find(top: &Path) -> Result<Self> {
         let dot_git = top.join(".git");
         let target =

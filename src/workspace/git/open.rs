@@ -13,8 +13,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 impl Git {
-    /// Checks that the repository belongs to the tree and that git accepts `top` as the top of its
-    /// work tree. Returns `invalid_tree` with git's reason otherwise.
+    /// Opens the repository and reads its configuration. Returns `invalid_tree` if the repository
+    /// does not belong to the tree, or if git does not accept `top` as the top of its work tree.
     pub(crate) fn open(top: &Path, options: &Options, cancel: &Cancel) -> Result<(Self, Config)> {
         let layout = Layout::find(top)?;
         let allowed = options.allowed_alternates()?;
@@ -43,7 +43,8 @@ impl Git {
         Ok((git, config))
     }
 
-    /// Checks that git finds the same repository that was checked.
+    /// Checks that git finds the same repository that `Layout::find` found. Returns `invalid_tree`
+    /// otherwise.
     fn check_answers(&self) -> Result<()> {
         let shown = self
             .commands
@@ -109,7 +110,7 @@ impl Git {
             if !file.is_file() {
                 continue;
             }
-            // Runs outside the tree, so that nothing in the tree can influence the answer.
+            // Run git outside the tree, so that nothing in the tree can influence the answer.
             let c = self
                 .commands
                 .command(&["config", "--null", "--no-includes", "--file"]);
@@ -156,8 +157,8 @@ impl Git {
         .any(|dir| file.starts_with(dir))
     }
 
-    /// Resolves the values as git does: `~/proj` is relative to the caller's home, not to the home
-    /// that our git commands get.
+    /// Returns the caller's `safe.directory` values, with paths such as `~/proj` resolved in the
+    /// caller's home. Our other git commands get a different home.
     fn safe_directories(&self, config: &Config) -> Result<Vec<Vec<u8>>> {
         let given = &config.safe_directories;
         if !given

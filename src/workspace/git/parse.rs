@@ -7,7 +7,7 @@ use crate::error::{Error, Kind, Result};
 pub(in crate::workspace) struct IndexEntry {
     pub mode: u32,
     pub oid: String,
-    /// 0, or 1 to 3 during a conflict.
+    /// The entry's stage: 0, or 1 to 3 during a conflict.
     pub stage: u8,
     pub path: Vec<u8>,
     pub skip_worktree: bool,

@@ -10,8 +10,8 @@ const POINTER_BYTES_MAX: u64 = 1024 * 1024;
 /// Maximum number of links to follow in one path, as in the kernel.
 const LINKS_MAX: usize = 40;
 
-/// Like realpath(3), but also resolves paths that do not exist, because a dangling link may have a
-/// target later.
+/// Resolves all links in a path, as realpath(3) does. Also resolves a path that does not exist,
+/// because a dangling link may have a target later.
 pub(super) fn real(path: &Path) -> std::io::Result<PathBuf> {
     let mut links = 0;
     let mut done = PathBuf::from("/");
@@ -59,7 +59,8 @@ pub(super) fn real(path: &Path) -> std::io::Result<PathBuf> {
     Ok(done)
 }
 
-/// Opens a small file that names a path. Returns `None` if it does not exist.
+/// Opens a small file that names a path. Returns `None` if it does not exist, and `EINVAL` if it is
+/// not a regular file.
 pub(super) fn open_pointer(path: &Path) -> std::io::Result<Option<std::fs::File>> {
     use std::os::unix::fs::OpenOptionsExt;
     let mut options = std::fs::OpenOptions::new();

@@ -17,8 +17,8 @@ use std::time::Duration;
 
 /// Resolution of the coarsest clock that a kernel uses for the time of a change.
 const CLOCK_TICK: Duration = Duration::from_millis(10);
-/// How often to retry openat2(2), which fails with EAGAIN if something is renamed during the
-/// lookup.
+/// Maximum number of calls of openat2(2) for one path. A call fails with EAGAIN if something is
+/// renamed during the lookup.
 const OPEN_TRIES: usize = 64;
 /// Entries of a git directory that our git commands never read, so links among them may point
 /// anywhere.
@@ -36,8 +36,9 @@ const NOT_READ: &[&[u8]] = &[
 const DEEP: &[&[u8]] = &[b"info", b"objects", b"refs", b"reftable"];
 
 impl Layout {
-    /// Checks everything that git would read and rejects what leads out of the repository.
-    /// `allowed` must not contain links. If two results are equal, nothing changed in between.
+    /// Checks everything that git would read and rejects what leads out of the repository. The
+    /// paths in `allowed` must not contain links. If two results are equal, nothing changed in
+    /// between.
     pub(super) fn check(&self, allowed: &[PathBuf]) -> Result<CheckedStores> {
         let own = BTreeSet::from([self.top.clone(), self.git_dir.clone(), self.common.clone()]);
         let mut check = Check {
@@ -71,7 +72,7 @@ impl Layout {
 
 /// The state of the object and ref directories at one moment.
 ///
-/// Everything in it was read through descriptors, starting at each store. A path could lead
+/// All directories were read through descriptors, starting at each store. A path could lead
 /// somewhere else at each lookup, because another user may rename the directories above it.
 #[derive(Debug)]
 pub(super) struct CheckedStores {
@@ -101,7 +102,8 @@ impl Stamp {
 }
 
 impl CheckedStores {
-    /// The object directories that were checked: first the repository's own, then its alternates'.
+    /// Returns the object directories that were checked: first the repository's own, then those of
+    /// its alternates.
     pub(super) fn stores(&self) -> impl Iterator<Item = &OwnedFd> {
         self.stores.iter().map(|fd| &**fd)
     }
@@ -111,7 +113,8 @@ impl CheckedStores {
         self.stamps == other.stamps && self.ways == other.ways
     }
 
-    /// True if a change within the last clock tick might go unnoticed.
+    /// True if something changed within the last clock tick. Another change in the same tick would
+    /// go unnoticed.
     pub(super) fn is_fresh(&self) -> bool {
         let now = since_epoch();
         let age = |stamp: &Stamp| {
@@ -171,9 +174,9 @@ fn open_exactly(path: &Path) -> std::io::Result<OwnedFd> {
 struct Check<'a> {
     own: BTreeSet<PathBuf>,
     allowed: &'a [PathBuf],
-    /// Directories that were checked, and lists of alternates.
+    /// Stamps of the directories and the lists of alternates that were checked.
     seen: BTreeMap<PathBuf, Stamp>,
-    /// Directories on the paths to the targets of links and alternates.
+    /// Stamps of the repository's directories on the paths to the targets of links and alternates.
     ways: BTreeMap<PathBuf, Stamp>,
 }
 
@@ -195,7 +198,8 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// Checks that a link stays inside. Links in an object store may also lead to an allowed path.
+    /// Returns the target of a link, or `invalid_tree` if the link leads out of the repository.
+    /// Links in an object store may also lead to an allowed path.
     fn link(&self, path: &Path, of_objects: bool) -> Result<PathBuf> {
         let target = real(path).map_err(|e| refusal(format!("follow {}", path.display()), e))?;
         self.require_known(path, &target, of_objects)?;
@@ -229,7 +233,8 @@ impl Check<'_> {
         Err(Error::new(Kind::InvalidTree, text).hint(hint))
     }
 
-    /// Checks everything below the directory at `path`, which may be a link.
+    /// Checks everything below the directory at `path`, which may be a link. Accepts a path that is
+    /// a file or does not exist.
     fn through(&mut self, path: &Path, of_objects: bool) -> Result<()> {
         let Ok(target) = real(path) else {
             return Ok(());
@@ -249,11 +254,11 @@ impl Check<'_> {
         }
     }
 
-    /// Checks everything below an open directory. Subdirectories are opened from it, so that all of
-    /// them belong to the same tree.
+    /// Checks everything below an open directory. Each subdirectory is opened through its parent's
+    /// descriptor, so that all of them belong to the same tree.
     fn walk(&mut self, root: Dir, of_objects: bool) -> Result<()> {
         let mut links = Vec::new();
-        // A directory is opened only when its turn comes, relative to its parent.
+        // Each directory is opened relative to its parent, and only when it is about to be read.
         let mut pending: Vec<(Dir, Option<OsString>)> = vec![(root, None)];
         while let Some((above, name)) = pending.pop() {
             let dir = match &name {
@@ -290,7 +295,7 @@ impl Check<'_> {
     }
 
     /// Records a directory before it is read, so that any later change is noticed. Returns false if
-    /// it is already recorded.
+    /// the directory is already recorded, and `conflict` if it has changed since then.
     fn is_new(&mut self, dir: &Dir) -> Result<bool> {
         let stamp = Stamp::of(&dir.fd, &dir.path)?;
         match self.seen.insert(dir.path.clone(), stamp.clone()) {
@@ -319,7 +324,8 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// Finds the stores from which `objects` takes further objects, recursively.
+    /// Checks the stores from which `objects` takes further objects, recursively, and adds
+    /// `objects` and all of them to `stores`.
     fn alternates(
         &mut self,
         objects: &Dir,
@@ -332,7 +338,7 @@ impl Check<'_> {
             return Ok(());
         }
         let list = objects.path.join("info/alternates");
-        // Opens the list through the directory's descriptor, because the path may now lead
+        // Open the list through the directory's descriptor, because the path may now lead
         // elsewhere.
         let by_fd = PathBuf::from(format!(
             "/proc/self/fd/{}/info/alternates",

@@ -7,13 +7,14 @@
 //! A file whose type changed has two entries in a patch, a deletion and a creation, but counts
 //! once. A forged patch can use this to halve its count, but not to reduce it further.
 
-/// How many bytes of a line are kept. They are enough to classify the line, and include the numbers
-/// of a hunk's header.
+/// Maximum number of bytes of a line that are kept. They are enough to classify the line, and
+/// include the numbers of a hunk's header.
 const LINE_BYTES_KEPT: usize = 128;
 
 const GIT_HEADER: &[u8] = b"diff --git ";
 
-/// The number of remaining lines in the current hunk, of the old file and of the new one.
+/// The numbers of lines of the old file and of the new file that the current hunk still has to
+/// list.
 #[derive(Clone, Copy, Debug, Default)]
 struct Hunk {
     old: u64,
@@ -29,17 +30,18 @@ impl Hunk {
 /// The position of the current line in a patch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Place {
-    /// Between files, or after a hunk. git ignores every line that is not a header.
+    /// The line is between files or after a hunk. git ignores every line here that is not a header.
     Outside,
-    /// After `diff --git` and before the file's first hunk. A `---` here belongs to that file.
+    /// The line is after a `diff --git` and before the file's first hunk. A `---` here belongs to
+    /// that file.
     GitHeader,
-    /// After a `---` without a `diff --git` before it.
+    /// The line is after a `---` that has no `diff --git` before it.
     OldName,
-    /// After such a `---` and its `+++`. A hunk makes them count as a file.
+    /// The line is after such a `---` and its `+++`. If a hunk follows, it counts as a file.
     NewName,
 }
 
-/// The current file's `diff --git` line.
+/// The `diff --git` line of the current file, and whether the patch deletes that file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Section {
     /// A hash of the whole line.
@@ -56,8 +58,8 @@ pub(super) struct Counter {
     /// A hash of the current line, if the line is a `diff --git`.
     name: u64,
     section: Section,
-    /// The file before the current one was deleted under the same name. If the current file is
-    /// created, its type changed.
+    /// True if the patch deleted a file with the same name just before the current one. If the
+    /// current file is created, its type changed.
     follows_deletion: bool,
 }
 
@@ -85,7 +87,7 @@ impl Counter {
         self.extend(bytes);
     }
 
-    /// Files that the patch creates, deletes or changes.
+    /// Returns the number of files that the patch creates, deletes or changes.
     pub(super) fn finish(mut self) -> u64 {
         if !self.line.is_empty() {
             self.end_line();
@@ -148,7 +150,8 @@ impl Counter {
         }
     }
 
-    /// Returns false if the line cannot belong to the hunk. git ends the hunk at such a line.
+    /// Counts a line of the current hunk. Returns false if the line cannot belong to the hunk. git
+    /// ends the hunk at such a line.
     fn take_hunk_line(&mut self, line: &[u8]) -> bool {
         let Hunk { old, new } = self.hunk;
         let next = match line.first() {
@@ -156,7 +159,7 @@ impl Counter {
             None | Some(b' ') => old.checked_sub(1).zip(new.checked_sub(1)),
             Some(b'-') => old.checked_sub(1).map(|old| (old, new)),
             Some(b'+') => new.checked_sub(1).map(|new| (old, new)),
-            // `\ No newline at end of file`.
+            // The line `\ No newline at end of file` counts for neither file.
             Some(b'\\') => Some((old, new)),
             Some(_) => None,
         };
@@ -170,7 +173,8 @@ impl Counter {
 const FNV_BASIS: u64 = 0xcbf2_9ce4_8422_2325;
 const FNV_PRIME: u64 = 0x0100_0000_01b3;
 
-/// Parses `@@ -1,2 +3,4 @@`. A missing count is 1.
+/// Parses a hunk's header, `@@ -1,2 +3,4 @@`. A missing count is 1. Returns `None` for an invalid
+/// header.
 fn parse_hunk(line: &[u8]) -> Option<Hunk> {
     let text = std::str::from_utf8(line.split(|b| !b.is_ascii()).next()?).ok()?;
     let mut ranges = text.strip_prefix("@@ -")?.split(' ');

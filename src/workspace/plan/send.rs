@@ -38,8 +38,8 @@ use std::fs::File;
 use std::io::{BufWriter, Read, Write};
 
 const BUFFER_BYTES: usize = 256 * 1024;
-/// If more bytes or files than this are in no pack, the guest keeps the archive, because storing
-/// them as blobs would take longer.
+/// If more bytes or more files than this are not in the pack, the guest keeps the archive, because
+/// storing them as blobs would take longer.
 const LOOSE_BYTES_MAX: u64 = 8 * 1024 * 1024;
 const LOOSE_FILES_MAX: usize = 2000;
 
@@ -50,7 +50,7 @@ pub struct Sent {
     pub entries: u64,
     /// Size of the payload.
     pub bytes: u64,
-    /// Files that vanished or changed while the tree was packed, one sentence each.
+    /// A sentence for each file that vanished or changed while the tree was packed.
     pub warnings: Vec<String>,
 }
 
@@ -378,7 +378,8 @@ impl Repo {
     }
 }
 
-/// Sends one entry. Returns a warning if the file vanished or changed while it was packed.
+/// Sends one entry. Returns a warning if a file or link vanished, or if a file changed, while the
+/// tree was packed.
 fn send_entry<W: Write>(
     tar: &mut TarWriter<'_, W>,
     beneath: &mut Beneath,
@@ -430,7 +431,8 @@ fn send_entry<W: Write>(
     }
 }
 
-/// Returns `Err(None)` if the file no longer exists or is no longer a regular file.
+/// Opens a regular file for reading. Returns `Err(None)` if the file no longer exists or is no
+/// longer a regular file.
 fn open_regular(beneath: &mut Beneath, entry: &Entry) -> Result<File, Option<Error>> {
     match beneath.open_file(&entry.path) {
         Ok(file) if file.metadata().is_ok_and(|m| m.is_file()) => Ok(file),
@@ -444,7 +446,8 @@ fn open_regular(beneath: &mut Beneath, entry: &Entry) -> Result<File, Option<Err
     }
 }
 
-/// Computes git's object name of the content: the hash of `blob <size> NUL <bytes>`.
+/// Computes git's object name of the content: the hash of `blob <size> NUL <bytes>`. Returns
+/// `Err(None)` if the entry no longer exists.
 fn blob_id(
     beneath: &mut Beneath,
     entry: &Entry,

@@ -40,12 +40,13 @@ pub struct GuestWorkspace {
 }
 
 impl GuestWorkspace {
-    /// `guest_path` must have passed [`super::guest_path::validate`].
+    /// Returns the paths of the workspace at `guest_path`, which must have passed
+    /// [`super::guest_path::validate`].
     pub fn new(guest_path: &str) -> Self {
         Self::with_root(guest_path, STATE_ROOT)
     }
 
-    /// Like [`GuestWorkspace::new`], with another directory for states.
+    /// Does the same as [`GuestWorkspace::new`] with another directory for the state directories.
     pub fn with_root(guest_path: &str, state_root: &str) -> Self {
         use sha2::Digest;
         let hash = sha2::Sha256::digest(guest_path.as_bytes());
@@ -57,7 +58,7 @@ impl GuestWorkspace {
     }
 }
 
-/// Removes comments and indentation, because the length of a command line is limited.
+/// Removes comments, blank lines and indentation, because the length of a command line is limited.
 fn compact(script: &str) -> String {
     let lines = script
         .lines()
@@ -84,26 +85,28 @@ fn flag(on: bool) -> &'static str {
     if on { "1" } else { "0" }
 }
 
-/// Creates the directory, marks the workspace dirty, and prints what the guest changed since the
-/// last complete import.
+/// Returns the command that creates the directory, marks the workspace dirty, and prints what the
+/// guest changed since the last complete import.
 pub fn begin_command(workspace: &GuestWorkspace) -> String {
     command(BEGIN, workspace, &[])
 }
 
-/// Reads the payload on stdin and writes the tree. The workspace stays dirty.
+/// Returns the command that reads the payload on stdin and writes the tree. It leaves the workspace
+/// marked dirty.
 pub fn receive_command(workspace: &GuestWorkspace, overwrite: bool) -> String {
     command(RECEIVE, workspace, &[flag(overwrite)])
 }
 
-/// Options of [`finish_command`], which runs after the trailer was verified: it writes the guest's
-/// index, records the baseline, syncs, and marks the workspace complete.
+/// Options of [`finish_command`]. That command runs after the daemon has verified the trailer. It
+/// writes the guest's index, records the baseline, syncs, and marks the workspace complete.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Finish<'a> {
     pub overwrite: bool,
-    /// Makes the workspace read-only with a bind mount over itself. [`status_command`] mounts it
-    /// again after a boot.
+    /// Makes the workspace read-only with a bind mount over itself. [`status_command`] makes the
+    /// mount again after a boot.
     pub readonly: bool,
-    /// `PrepareRequest::subdir`. Created if it does not exist.
+    /// The directory in which commands start (`PrepareRequest::subdir`). The command creates it if
+    /// it does not exist.
     pub subdir: &'a str,
 }
 
@@ -115,17 +118,20 @@ pub fn finish_command(workspace: &GuestWorkspace, finish: &Finish<'_>) -> String
     )
 }
 
-/// Prints a binary git patch from the baseline to the present state. Empty if nothing differs.
+/// Returns the command that prints a binary git patch from the baseline to the present state. The
+/// patch is empty if nothing differs.
 pub fn export_patch_command(workspace: &GuestWorkspace) -> String {
     command(EXPORT, workspace, &["patch"])
 }
 
-/// Prints a GNU tar of the present state: what was sent and what git does not ignore.
+/// Returns the command that prints a GNU tar of the present state: the paths that were sent and
+/// those that git does not ignore.
 pub fn export_tree_command(workspace: &GuestWorkspace) -> String {
     command(EXPORT, workspace, &["tree"])
 }
 
-/// Prints the state, and renews a read-only mount after a boot.
+/// Returns the command that prints the workspace's state, and makes a read-only mount again after a
+/// boot.
 pub fn status_command(workspace: &GuestWorkspace) -> String {
     command(STATUS, workspace, &[])
 }
@@ -133,10 +139,10 @@ pub fn status_command(workspace: &GuestWorkspace) -> String {
 /// The report of `finish`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Finished {
-    /// Files and links that the host has.
+    /// The number of files and links that the host has.
     pub entries: u64,
-    /// Paths that the guest changed and that differ from the host's. Includes `.git/HEAD` if the
-    /// guest's commits or branch were kept.
+    /// Paths that the guest changed and that differ from the host's. The list includes `.git/HEAD`
+    /// if the guest's commits or branch were kept.
     pub kept: Vec<Vec<u8>>,
 }
 
@@ -168,7 +174,8 @@ fn nul_list(bytes: &[u8], step: &str) -> Result<Vec<Vec<u8>>> {
     }
 }
 
-/// Parses the sorted paths that the guest changed since the last complete import.
+/// Parses the output of `begin`: the sorted paths that the guest changed since the last complete
+/// import.
 pub fn parse_begin(stdout: &[u8]) -> Result<Vec<Vec<u8>>> {
     let (_, list) = header(stdout, "fcd-begin 1", "begin the import")?;
     nul_list(list, "begin the import")
@@ -183,7 +190,7 @@ pub fn parse_finish(stdout: &[u8]) -> Result<Finished> {
     })
 }
 
-/// Builds the error of a step that did not end with status 0. `doing` names the step, as in
+/// Builds the error for a step that did not end with status 0. `doing` names the step, as in
 /// `receive the tree`.
 pub fn failure(doing: &str, exit: &Exit, stderr: &[u8]) -> Error {
     let text = String::from_utf8_lossy(stderr);

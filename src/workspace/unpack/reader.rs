@@ -1,7 +1,8 @@
 //! Reads tars that GNU tar writes, in GNU and POSIX format. Nothing in them is trusted.
 //!
-//! It accepts regular files, sparse files, links and directories, and ignores owners. The only
-//! extensions it accepts are long names, exact times and holes, and their sizes are bounded.
+//! The reader accepts regular files, sparse files, symbolic links and directories, and ignores
+//! owners. The only extensions that it accepts are long names, large sizes, exact times and holes.
+//! The sizes of these extensions are bounded.
 
 use super::{refuse, stream_error};
 use crate::error::{Error, Kind, Result};
@@ -12,7 +13,7 @@ use std::io::Read;
 const BLOCK: usize = 512;
 /// Maximum number of data segments in a sparse file.
 const SEGMENTS_MAX: usize = 1_000_000;
-/// Maximum number of zeros after the end of the archive. tar pads its last record.
+/// Maximum number of zeros after the end of the archive. tar pads its last record with zeros.
 const PADDING_BYTES_MAX: u64 = 1024 * 1024;
 /// Maximum size of the extended header records of one entry: a path, a link target, a time.
 const RECORDS_BYTES_MAX: u64 = 4 * PATH_BYTES_MAX as u64;
@@ -33,9 +34,9 @@ pub(super) enum EntryData {
 
 #[derive(Debug)]
 pub(super) struct Item {
-    /// Without the trailing slash of a directory.
+    /// The path without a directory's trailing slash.
     pub path: Vec<u8>,
-    /// Permission bits only.
+    /// The permission bits, without set-id and sticky bits.
     pub mode: u32,
     pub mtime: Mtime,
     pub data: EntryData,
@@ -43,7 +44,8 @@ pub(super) struct Item {
 
 pub(super) struct TarReader<'a> {
     from: &'a mut dyn Read,
-    /// Unread bytes of the current entry's data, and the padding after them.
+    /// The number of unread bytes of the current entry's data. `padding` counts the bytes after the
+    /// data.
     left: u64,
     padding: u64,
 }
@@ -73,8 +75,8 @@ impl<'a> TarReader<'a> {
         Ok(block)
     }
 
-    /// Returns the next entry, whose data must be read before the next call. `None` means that the
-    /// end mark and the end of the stream were read.
+    /// Returns the next entry, whose data must be read before the next call. Returns `None` once it
+    /// has read the end mark and the end of the stream.
     pub(super) fn next(&mut self) -> Result<Option<Item>> {
         let (mut path, mut link, mut records) = (None, None, None);
         loop {
@@ -312,7 +314,8 @@ impl<'a> TarReader<'a> {
         Ok(out)
     }
 
-    /// Reads some of the current entry's data. Returns 0 only at its end.
+    /// Reads some of the current entry's data, which must not have ended. Returns
+    /// `stream_incomplete` if the stream ends first.
     pub(super) fn data(&mut self, buffer: &mut [u8]) -> Result<usize> {
         let want = (buffer.len() as u64).min(self.left) as usize;
         loop {
@@ -368,9 +371,9 @@ struct Records {
     path: Option<Vec<u8>>,
     link: Option<Vec<u8>>,
     mtime: Option<Mtime>,
-    /// Size of the data if it does not fit into the header.
+    /// The size of the data, if it does not fit into the header.
     size: Option<u64>,
-    /// Real size of a sparse file.
+    /// The size of a sparse file with its holes.
     real_size: Option<u64>,
 }
 
@@ -418,7 +421,7 @@ struct Record<'a> {
     value: &'a [u8],
 }
 
-/// Returns the first record and the rest of the bytes.
+/// Returns the first record and the bytes after it, or `None` if the record is invalid.
 fn record(bytes: &[u8]) -> Option<(Record<'_>, &[u8])> {
     let blank = bytes.iter().position(|b| *b == b' ')?;
     let length: usize = std::str::from_utf8(&bytes[..blank]).ok()?.parse().ok()?;
@@ -429,8 +432,8 @@ fn record(bytes: &[u8]) -> Option<(Record<'_>, &[u8])> {
     Some((Record { key, value }, after))
 }
 
-/// Returns the name in a GNU or POSIX header. A POSIX header may hold the first part of the name in
-/// a separate field.
+/// Returns the name in a GNU or POSIX header, or `None` for a header of another format. A POSIX
+/// header may hold the first part of the name in a separate field.
 fn name_in(header: &tar::Header) -> Option<Vec<u8>> {
     if header.as_gnu().is_some() {
         return Some(until_nul(&header.as_old().name));

@@ -16,7 +16,8 @@ use std::io::Write;
 const LAST_LINE: &str =
     "VM web keeps running. Enter: fcctl ssh web, stop: fcctl stop web, delete: fcctl rm -f web\n";
 
-/// A daemon on which every call succeeds. `special` may handle a request itself.
+/// Starts a daemon on which every call succeeds. `special` may handle a request itself and then
+/// returns `None`.
 fn daemon(special: impl Fn(Request) -> Option<Request> + Send + Sync + 'static) -> Fake {
     Fake::start(move |r| {
         let Some(mut r) = special(r) else { return };
@@ -61,7 +62,8 @@ fn fail_at(method: &'static str) -> Fake {
     })
 }
 
-/// Sends SIGINT as soon as `method` is called, and hangs up without an answer.
+/// Runs fcctl, and sends it SIGINT as soon as it calls `method`, which is never answered. Returns
+/// the result and the methods that were called.
 fn interrupted_at(method: &'static str, args: &[&str]) -> (Ran, String) {
     let (signal, signals) = unbounded();
     let fake = daemon(move |mut r| {
@@ -328,7 +330,7 @@ fn run_without_i_does_not_pass_stdin() {
     assert_eq!((ran.status, ran.out.as_slice()), (0, &b"PIPED"[..]));
 }
 
-/// A daemon whose guest has created a repository that a patch cannot contain.
+/// Starts a daemon whose guest has created a repository that a patch cannot contain.
 fn with_a_repository_in_the_guest() -> Fake {
     daemon(|mut r| {
         if r.method == "vm.set" {

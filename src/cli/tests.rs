@@ -87,7 +87,7 @@ pub(super) fn fcctl(fake: &Fake, args: &[&str]) -> Ran {
     fcctl_from(fake, Start::default(), args)
 }
 
-/// Compares the status, calls, stdout and stderr as one text.
+/// Runs fcctl, and compares its status, calls, stdout and stderr as one text.
 #[track_caller]
 pub(super) fn check(fake: &Fake, args: &[&str], expected: Expect) {
     let ran = fcctl(fake, args);
@@ -147,8 +147,8 @@ pub(super) fn vm(name: &str, state: VmState) -> Vm {
     }
 }
 
-/// A daemon with the VMs `web` and `db`. Every call on them succeeds and changes nothing. Other
-/// names are not found.
+/// Starts a daemon with the VMs `web` and `db`. Every call on them succeeds and changes nothing.
+/// Other names are not found.
 pub(super) fn two_vms() -> Fake {
     Fake::start(|r: Request| {
         if r.method == "vm.list" {
@@ -194,7 +194,7 @@ fn json_prints_one_document_and_json_errors() {
     let error: serde_json::Value = serde_json::from_str(&ran.err).unwrap();
     expect![[r#"{"error":{"code":"not_found","exit_status":3,"hint":"fcctl ps -a","kind":"vm_not_found","message":"no VM nope","retryable":false}}"#]]
         .assert_eq(&error.to_string());
-    // One target prints an object.
+    // With one target, `--json` prints an object.
     let ran = fcctl(&fake, &["vm", "show", "web", "--json"]);
     assert_eq!(
         serde_json::from_slice::<Vm>(&ran.out)
@@ -270,7 +270,7 @@ fn absent_daemon_suggests_starting_it() {
     drop(fake);
 }
 
-/// Like [`fcctl`], but `--socket` is one of the words.
+/// Like [`fcctl`], but `words` includes `--socket`.
 fn fcctl_other_socket(words: &[&str]) -> Ran {
     let mut err = tempfile::tempfile().unwrap();
     let stdio = Stdio {
@@ -549,8 +549,8 @@ fn version_difference_is_reported_once() {
     assert_eq!(fcctl(&fake, &["exec", "x", "--", "true"]).status, 125);
 }
 
-/// Splits a line of the README into words. Two spaces begin the explanation, and quotes group
-/// words.
+/// Splits a line of the README into commands, and each command into words. Two spaces begin the
+/// explanation, and quotes group words.
 fn commands(line: &str) -> Vec<Vec<String>> {
     let (mut all, mut words, mut word, mut is_quoted) =
         (Vec::new(), Vec::new(), String::new(), false);

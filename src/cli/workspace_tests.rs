@@ -26,8 +26,8 @@ pub(crate) fn with_workspace(name: &str) -> Vm {
     }
 }
 
-/// The daemon's side of a prepare: reads the stream to its end. Returns `None` if the stream was
-/// cut off.
+/// Plays the daemon's side of a prepare. Reads the stream to its end and returns its payload and
+/// its number of entries, or `None` if the stream was cut off.
 pub(crate) fn take_stream(r: &mut Request, keep: &[&str]) -> Option<(Vec<u8>, u64)> {
     // Notes of other kinds arrive first.
     r.note(Note::Op {
@@ -43,7 +43,7 @@ pub(crate) fn take_stream(r: &mut Request, keep: &[&str]) -> Option<(Vec<u8>, u6
     Some((payload, reader.finish().unwrap().entries))
 }
 
-/// The daemon's side of an export.
+/// Plays the daemon's side of an export of this payload.
 pub(crate) fn give_stream(r: &mut Request, payload: &[u8]) {
     let mut writer = ChunkWriter::new(File::from(r.fds.pop().expect("one descriptor")));
     writer.write_all(b"fcd-export 1 0 0\n").unwrap();
@@ -51,7 +51,7 @@ pub(crate) fn give_stream(r: &mut Request, payload: &[u8]) {
     writer.finish(1).unwrap();
 }
 
-/// The daemon's side of an export that lists paths which could not be brought back.
+/// Plays the daemon's side of an export that lists paths which could not be brought back.
 pub(crate) fn give_stream_without(r: &mut Request, left: &[u8], payload: &[u8]) {
     let mut writer = ChunkWriter::new(File::from(r.fds.pop().expect("one descriptor")));
     let count = left.iter().filter(|b| **b == 0).count();
@@ -187,7 +187,7 @@ fn prepare_reports_own_error_not_broken_stream() {
         assert!(take_stream(&mut r, &[]).is_none());
         r.fault(Error::new(Kind::StreamIncomplete, "the stream broke off"));
     });
-    // A tar archive that ends in the middle of a file.
+    // This tar archive ends in the middle of a file.
     let mut tar = tar::Builder::new(Vec::new());
     let mut header = tar::Header::new_gnu();
     header.set_size(2000);
@@ -331,7 +331,7 @@ fn export_truncated_patch_writes_nothing() {
         (1, "fcctl: the guest went away\n")
     );
     assert_eq!(fcctl(&fake, &["workspace", "export", "web"]).out, b"");
-    // Only the socket is left.
+    // Only the socket is left in the directory.
     assert_eq!(std::fs::read_dir(fake.dir()).unwrap().count(), 1);
 }
 

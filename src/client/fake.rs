@@ -1,4 +1,4 @@
-//! A fake daemon for tests. It has a thread per connection, and a closure answers its calls.
+//! A fake daemon for tests. It has a thread per connection, and a closure answers the calls.
 
 use crate::api::frame::{Note, Notification, Version};
 use crate::api::limits::FDS_MAX;
@@ -105,11 +105,11 @@ impl Fake {
     pub(crate) fn dir(&self) -> &Path {
         self.dir.path()
     }
-    /// Returns the calls so far except `fcd.info`, such as `vm.stop {"vm":"a"}`.
+    /// Takes the calls since the last look, except `fcd.info`, such as `vm.stop {"vm":"a"}`.
     pub(crate) fn calls(&self) -> Vec<String> {
         self.calls.try_iter().collect()
     }
-    /// Returns the methods of the calls so far, without parameters.
+    /// Takes the calls since the last look, and returns their methods without parameters.
     pub(crate) fn methods(&self) -> String {
         let methods: Vec<_> = self
             .calls
@@ -146,7 +146,8 @@ fn serve(stream: UnixStream, info: &Value, handler: &Handler, calls: &Sender<Str
     }
 }
 
-/// Reads a line and the descriptors that came with its first byte.
+/// Reads a line and the descriptors that came with its first byte. Returns `None` if the connection
+/// ends or fails first.
 fn read_request(stream: &UnixStream) -> Option<(String, Vec<OwnedFd>)> {
     let mut fds = Vec::new();
     let mut line = Vec::new();

@@ -16,7 +16,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// Limit of the input that is kept of a command.
+/// Limit of the bytes that are kept of a command's input.
 const STDIN_KEPT_MAX: usize = 4 << 20;
 
 /// A gate that stays closed until it is opened, and then stays open. Clones share one gate.
@@ -101,7 +101,7 @@ impl Answer {
 pub struct Call {
     pub addr: SocketAddr,
     pub command: String,
-    /// The first 4 MiB of its input, available once the input has ended.
+    /// The first 4 MiB of the command's input, available once the input has ended.
     pub stdin: Vec<u8>,
     pub stdin_bytes: u64,
 }
@@ -112,7 +112,7 @@ type Respond = Arc<dyn Fn(&Call) -> Answer + Send + Sync>;
 #[derive(Default, Clone)]
 struct Guest {
     readiness: Readiness,
-    /// Called at each dial. Dialing then fails with the kind that the function returns.
+    /// A function that is called at each dial. Dialing then fails with the kind that it returns.
     on_dial: Option<OnDial>,
     /// True if no bytes pass in either direction.
     cut: bool,
@@ -158,7 +158,7 @@ impl FakeTransport {
     pub fn set_readiness(&self, addr: SocketAddr, readiness: Readiness) {
         self.guest(addr, |g| g.readiness = readiness);
     }
-    /// Makes dialing fail with `guest_unavailable`.
+    /// Makes dialing fail with `guest_unavailable`, or succeed again.
     pub fn set_unreachable(&self, addr: SocketAddr, unreachable: bool) {
         let refuse: OnDial = Arc::new(|| Kind::GuestUnavailable);
         self.guest(addr, |g| g.on_dial = unreachable.then_some(refuse));
@@ -171,8 +171,8 @@ impl FakeTransport {
     ) {
         self.guest(addr, |g| g.on_dial = Some(Arc::new(on_dial)));
     }
-    /// Makes commands that start later neither answer nor end, as if the network were cut. Only the
-    /// caller can end them.
+    /// Cuts or restores the guest's network. Commands that start while it is cut neither answer nor
+    /// end, and only the caller can end them.
     pub fn set_cut(&self, addr: SocketAddr, cut: bool) {
         self.guest(addr, |g| g.cut = cut);
     }
@@ -349,7 +349,7 @@ impl Run<'_, '_, '_> {
             .map_err(|panic| std::panic::resume_unwind(panic))
     }
 
-    /// Polls `fd` and everything that can end the wait once.
+    /// Polls once, for `fd` and for everything that can end the wait.
     fn step(&mut self, fd: Option<PollFd<'_>>) -> Result<()> {
         let lost = self
             .guest

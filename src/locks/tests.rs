@@ -319,7 +319,7 @@ fn is_child() -> bool {
     std::env::var_os("FCD_TEST_CHILD").is_some()
 }
 
-/// A value that takes locks when it is dropped while its thread unwinds.
+/// A value that takes a lock when it is dropped.
 struct LocksOnDrop<'a>(&'a LockSet<u32>, u32);
 impl Drop for LocksOnDrop<'_> {
     fn drop(&mut self) {
@@ -396,7 +396,7 @@ fn dump_shows_holders_and_waiters() {
 
 #[test]
 fn observed_edge_has_its_first_sites_in_the_graph() {
-    // This thread is new, so that the graph has only its edges.
+    // A new thread records its edges. The test's own thread may have stopped recording.
     std::thread::scope(|s| {
         s.spawn(|| {
             drop((

@@ -11,8 +11,7 @@ use std::time::{Duration, Instant};
 /// Limit of the time that a cancelled waiter may take to leave.
 const LEAVE_MAX: Duration = Duration::from_millis(100);
 
-// Guards must not be Send. If the type were Send, `f` would be ambiguous and this would not
-// compile.
+// Guards must not be Send. If a guard were Send, `f` would be ambiguous and this would not compile.
 trait NotSend<A> {
     fn f() {}
 }

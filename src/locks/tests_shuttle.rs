@@ -105,7 +105,7 @@ fn dropped_subscription_never_runs() {
     );
 }
 
-/// The checker has a separate list for each shuttle task.
+/// The checker has a separate list of held locks for each shuttle task.
 #[test]
 #[should_panic(expected = "lock order violation")]
 fn violation_of_one_task_is_found() {

@@ -32,7 +32,7 @@ impl Fixture {
     fn follow(&self, tail: Option<u64>) -> Follower {
         self.consoles.follow(self.dir.path(), tail).unwrap()
     }
-    /// Follows the log until it ends with `end`.
+    /// Follows the log until the text that it has received ends with `end`. Returns this text.
     #[track_caller]
     fn until(&self, follower: &mut Follower, end: &str) -> String {
         let deadline = Instant::now() + Duration::from_secs(10);

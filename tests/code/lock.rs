@@ -1,7 +1,7 @@
 //! `scripts/lock-code` compiles this file and compares the machine code of both functions. With the
 //! checker off, fcd's lock must have the same instructions as parking_lot's.
 
-#![allow(clippy::disallowed_types)] // The comparison needs it.
+#![allow(clippy::disallowed_types)] // `through_parking_lot` needs parking_lot's `Mutex`.
 
 use std::hint::black_box;
 
@@ -19,8 +19,9 @@ pub fn through_parking_lot(counter: &parking_lot::Mutex<u64>) -> u64 {
     *guard
 }
 
-/// Names that only the checker contains. Keyed sets are excluded because `fcctl debug locks` names
-/// them in every build. Single words are excluded because they may be part of another text.
+/// Returns names that only a build with the checker contains. Keyed sets are excluded because
+/// `fcctl debug locks` names them in every build. Single words are excluded because they may be
+/// part of another text.
 fn ranks() -> impl Iterator<Item = &'static str> {
     fcd::testing::locks::rank::order()
         .into_iter()

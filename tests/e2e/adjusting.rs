@@ -13,7 +13,8 @@ const MIB: u64 = 1 << 20;
 /// makes no calls to the daemon until this returns.
 fn qmp(host: &Host, vm: &str, command: &str) -> Value {
     let id = host.show(vm, "id");
-    // The socket's path is too long for bind(2), so this opens it through its directory.
+    // The socket's path is too long for a socket address, so the test connects through a descriptor
+    // of the directory.
     let run = host
         .state()
         .join("vms")
@@ -64,7 +65,7 @@ fn named(all: [(&str, u64, u64); 3]) -> Vec<(String, u64, u64)> {
         .to_vec()
 }
 
-/// Reads from a disk, bypassing the guest's cache.
+/// Reads from a disk, bypassing the guest's cache. Returns the time that the read took.
 fn read_disk(host: &Host, disk: &str, bytes: u64) -> Duration {
     let begun = Instant::now();
     host.sh(
@@ -88,7 +89,7 @@ fn available_mib(host: &Host) -> u64 {
         >> 10
 }
 
-/// Returns the resident memory of a process.
+/// Returns the resident memory of a process in MiB.
 fn resident_mib(pid: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status
@@ -145,7 +146,7 @@ fn disk_limits_apply_and_balloon_returns_memory() {
         named([("root", 2 * MIB, 0), ("seed", 0, 0), ("work", 2 * MIB, 0)])
     );
     // Each disk has a limit of 2 MiB per second and may exceed it by a tenth at once. Reading 6 MiB
-    // takes at least this long on any host.
+    // takes more than 2.7 seconds on any host.
     for disk in ["vda", "vdc"] {
         let took = read_disk(&host, disk, 6 * MIB);
         assert!(took > Duration::from_millis(2700), "{disk}: {took:?}");
@@ -165,7 +166,7 @@ fn disk_limits_apply_and_balloon_returns_memory() {
     let before = read();
     read_disk(&host, "vda", MIB);
     assert!(read() >= before + MIB);
-    // The next daemon keeps the limits, and it can remove them.
+    // The next daemon keeps the disks' limits and can remove them.
     host.kill_daemon();
     host.relaunch();
     wait_for("the VM is reconciled", || {

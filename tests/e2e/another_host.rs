@@ -1,7 +1,7 @@
 //! Tests in a test host: a VM of fcd that acts as a host and has features that this host's kernel
 //! may lack. It has device-mapper and runs stock kernels in VMs (KVM nested in the emulated
 //! processor). The built programs and tests are copied into it unchanged. These tests take longest,
-//! so the module's name sorts first.
+//! so the module's name sorts first and they start first.
 
 use crate::host::{FCCTL, FCD, Host, cached_image, image};
 use std::path::{Path, PathBuf};
@@ -24,7 +24,8 @@ const NAME_WITH_SYSTEMD: &str = "systemd-host";
 const SYSTEMD: [&str; 3] = ["systemd", "systemd-resolved", "dbus"];
 /// The directory of all files in the test host. VMMs with other uids can reach it.
 pub const PLACE: &str = "/srv/f";
-/// Limit of the time for a command in the test host. Emulation makes it about twenty times slower.
+/// Limit of the time for a command in the test host. Emulation makes commands about twenty times
+/// slower.
 const DEADLINE_S: u32 = 600;
 
 pub struct TestHost(Host);
@@ -51,6 +52,7 @@ impl TestHost {
     }
 
     /// Runs a line of shell with fcd's programs in PATH and the daemon's socket in the environment.
+    /// Returns its stdout.
     #[track_caller]
     pub fn sh(&self, line: &str) -> String {
         let script = format!(
@@ -139,7 +141,7 @@ impl TestHost {
         ));
     }
 
-    /// Returns fcd's devices and all loop devices.
+    /// Lists all device-mapper devices and loop devices.
     pub fn devices(&self) -> String {
         self.sh("dmsetup ls | grep -v '^No devices' || true; losetup --noheadings --list")
     }
@@ -272,7 +274,7 @@ fn a_daemon_that_is_killed_finds_its_guest(host: &TestHost) {
 /// Room for a guest's next writes is allocated ahead. Without room the guest is paused and loses
 /// nothing.
 fn guest_is_paused_before_host_disk_is_full(host: &TestHost) {
-    // The daemon runs as root there, so it can use the space reserved for root.
+    // The daemon runs as root in the test host, so it can use the space reserved for root.
     host.sh(
         "free=$(stat -f -c %f .); fallocate -l $(((free - 8192) * $(stat -f -c %S .))) fill; df .",
     );
@@ -286,7 +288,7 @@ fn guest_is_paused_before_host_disk_is_full(host: &TestHost) {
     assert!(!host.sh("dmsetup status").contains("Invalid"));
 }
 
-/// Another process has the device open when the daemon removes it.
+/// The daemon removes a device that another process has open.
 fn removal_waits_for_device_in_use(host: &TestHost) {
     host.sh("exec 9< $(echo state/vms/*/disk)
              fcctl rm -f a 9<&- & until ! pgrep -x qemu-system-x86 > /dev/null; do sleep 0.1; done
@@ -295,7 +297,8 @@ fn removal_waits_for_device_in_use(host: &TestHost) {
     assert_eq!(host.sh("fcctl ps -aq"), "");
 }
 
-/// Starts systemd in new process, mount and control group namespaces.
+/// A script that starts systemd in new process, mount and control group namespaces, and writes the
+/// script `in-systemd`, which runs a command in them.
 const START_SYSTEMD: &str = r#"
     mkdir /sys/fs/cgroup/services
     cat > systemd.sh <<'END'
@@ -309,7 +312,7 @@ END
     do sleep 0.5; done
     echo "nsenter -t $pid -a \"\$@\"" > in-systemd"#;
 
-/// On a host with systemd-resolved, only queries for `.vm` go to the bridge.
+/// Checks that, on a host with systemd-resolved, only queries for `.vm` go to the bridge.
 fn names_by_resolved(host: &TestHost, systemd: &dyn Fn(&str) -> String) {
     host.sh(
         "chmod 666 /dev/net/tun; printf '[network]\\ndriver = \"bridge\"\\n[qemu]\\naccel = \"kvm\"\\n' > /etc/fcd/config.toml",

@@ -47,8 +47,8 @@ pub fn enter_a_host_with_an_outside() {
     });
     let outside = outside.join().unwrap();
     unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).unwrap();
-    // On Debian, udev creates the device with this mode (50-udev-default.rules). Without udev only
-    // root could open it.
+    // On Debian, udev creates `/dev/net/tun` with this mode (50-udev-default.rules). Without udev,
+    // only root could open the device.
     sh(
         "mount --make-rprivate /; mkdir -p /dev/net; mount -t tmpfs fcd-test /dev/net; mknod -m 666 /dev/net/tun c 10 200",
     );
@@ -62,7 +62,8 @@ pub fn enter_a_host_with_an_outside() {
     serve(Some(outside), "the outside");
 }
 
-/// Answers each caller with the name of this side and the caller's address, until the process ends.
+/// Starts a server that answers each caller with the name of this side and the caller's address
+/// until the process ends. Returns once the server listens.
 fn serve(there: Option<File>, who: &'static str) {
     let (ready, is_ready) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
@@ -79,7 +80,8 @@ fn serve(there: Option<File>, who: &'static str) {
     is_ready.recv().unwrap();
 }
 
-/// Returns what a guest receives from this address, or `None` if nothing arrives for a moment.
+/// Returns the line that a guest receives from this address, or `None` if the guest cannot connect
+/// or no line arrives within five seconds.
 fn ask(host: &Host, vm: &str, address: &str, port: u16) -> Option<String> {
     let script = format!(
         "timeout 5 bash -c 'exec 3<>/dev/tcp/{address}/{port} && head -n 1 <&3' || echo no"
@@ -181,7 +183,7 @@ fn guest_reaches_only_allowed_networks() {
     assert_eq!(published(), 2);
     assert_eq!(ask(&host, "b", GATEWAY, 1023), None, "another guest");
 
-    // The statistics show the data that the guest has sent and received, and its CPU use.
+    // The statistics show how much the guest has sent and received, its CPU use and its memory.
     let stats = |what: &str| host.json(&["vm", "stats", "a"])[0][what].as_u64().unwrap();
     let (sent, cpu) = (stats("net_sent_bytes"), stats("cpu_ns"));
     assert!(sent > 0 && stats("net_received_bytes") > 0 && stats("memory_bytes") > 32 << 20);
@@ -191,7 +193,7 @@ fn guest_reaches_only_allowed_networks() {
     assert!(shown.lines().count() == 4 && shown.contains('%'), "{shown}");
 
     // Packets above the rates are dropped, also after a restart of the daemon. Of five MiB, 1.25
-    // pass at once, and the rest takes at least this long on any host.
+    // pass at once, and the rest takes more than 3.5 seconds on any host.
     let rates = || {
         sh(
             "nft list table bridge fcd_$(nft list tables | sed -n 's/^table bridge fcd_//p') | grep -c 'limit rate over 1 mbytes/second burst' || true",
@@ -238,7 +240,7 @@ fn guest_reaches_only_allowed_networks() {
     assert_eq!(rates(), "0\n");
     feed(&host);
 
-    // The guest can resolve names.
+    // Guests can resolve the names and addresses of VMs.
     let resolved = |vm: &str, name: &str| {
         host.sh(
             vm,
@@ -281,7 +283,7 @@ fn guest_reaches_only_allowed_networks() {
         Some(0)
     );
 
-    // A stopped VM leaves nothing, and its next start gets the same address.
+    // A stopped VM leaves no tap, rule or port behind, and its next start gets the same address.
     host.ok(&["stop", "a"]);
     assert_eq!(on_the_bridge(), (2, 2));
     assert!(!here());
@@ -326,7 +328,8 @@ fn interrupted_boot_leaves_no_tap() {
     assert_eq!(host.sh("b", "echo up").trim(), "up");
 }
 
-/// Starts a second daemon on this host with its state in `name` beside the first daemon's.
+/// Starts a second daemon on this host with its state in the directory `name`, beside the first
+/// daemon's state directory.
 fn start_beside(host: &Host, name: &str) -> std::process::Child {
     let at = |file: &str| host.path().join(format!("{name}{file}"));
     let config = "[network]\ndriver = \"bridge\"\nbridge = \"fcbr9\"\nsubnet = \"10.99.0.0/24\"\n[qemu]\nuid_base = 700000\nuid_count = 100\n";
@@ -361,12 +364,12 @@ fn leaks_of_gone_installation_are_removed_and_live_one_is_kept() {
     enter_a_host_with_an_outside();
     let mut host = Host::with_config("[network]\ndriver = \"bridge\"\n");
     host.boot("a");
-    // The daemon sweeps when it starts and then not for a minute.
+    // The daemon sweeps when it starts, and then not again for a minute.
     host.kill_daemon();
     host.relaunch();
     let links = || sh("ip -o link show type bridge | cut -d: -f2; nft list tables");
     let ours = links();
-    // The exit status tells whether there are leaks.
+    // The exit status is ignored because it only says whether there are leaks.
     let leaks = |args: &[&str]| {
         String::from_utf8(host.fcctl(&[&["doctor", "--leaks"], args].concat()).stdout).unwrap()
     };
@@ -376,7 +379,7 @@ fn leaks_of_gone_installation_are_removed_and_live_one_is_kept() {
     let both = links();
     assert!(both.contains("fcbr9") && both != ours, "{both}");
     assert_eq!(leaks(&[]), NONE, "it runs");
-    // Moves the directory of a running daemon away.
+    // The directory of a running daemon is moved away.
     std::fs::rename(&state, host.path().join("aside")).unwrap();
     assert_eq!(leaks(&[]), NONE, "it still runs");
     second.kill().unwrap();
@@ -401,7 +404,8 @@ fn leaks_of_gone_installation_are_removed_and_live_one_is_kept() {
         std::fs::remove_dir_all(&state).unwrap();
     }
     let mut third = start_beside(&host, "second");
-    // The new daemon's bridge has the same name as the old one's.
+    // The third daemon's bridge has the same name as the bridge that the deleted installations
+    // left.
     assert_eq!(
         sh("nft list tables | grep -c fcd_").trim(),
         "4",

@@ -7,8 +7,9 @@ use std::time::Duration;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Returns the first line that a server sends. In user mode, connecting to a port that the guest
-/// does not serve succeeds, but the connection is closed.
+/// Returns the first seven bytes that a server sends, or `None` if the connection fails or closes
+/// before they arrive. In user mode, connecting to a port that the guest does not serve succeeds,
+/// but the connection is closed.
 fn banner(at: &str) -> Option<String> {
     let mut stream = TcpStream::connect(at.parse::<SocketAddr>().unwrap()).ok()?;
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -83,8 +84,8 @@ fn guest_has_ports_work_disk_and_host_files() {
         "{ports}"
     );
 
-    // If a program on the host uses the port, the error names the port. The VM starts after the
-    // program has exited.
+    // If a program on the host uses the port, the error names the port. The VM starts once the port
+    // is free.
     let listener = TcpListener::bind(&ssh).unwrap();
     let (status, said) = host.fails(&["start", "a"]);
     assert!(

@@ -99,8 +99,8 @@ fn every_kind_of_name_and_file(host: &Host) {
     site.assert_is_guests(&back);
 }
 
-/// The files are staged, unstaged, both, renamed, deleted, intended, untracked, ignored, and
-/// ignored but tracked.
+/// The files are staged, unstaged, both, renamed, deleted, added with `git add -N`, untracked,
+/// ignored, and ignored but tracked.
 fn a_repository_with_everything_at_once(host: &Host) {
     let site = Site::unborn(host, "box", "dirty");
     site.write(".gitignore", "*.o\nbuild/\n");
@@ -152,7 +152,8 @@ fn a_repository_with_everything_at_once(host: &Host) {
     site.assert_same_output(
         "git diff; git diff --cached; git log --format='%H %an %s'; git symbolic-ref HEAD",
     );
-    // The guest has the ignored files too. Without them the trees are equal.
+    // The guest does not have the ignored files. Once the host has removed them too, the trees are
+    // equal.
     site.git(&["clean", "-fdXq"]);
     site.assert_same_tree();
     site.in_guest("git fsck --strict --no-dangling; git add -A; git commit -qm 'in the guest'; test -z \"$(git status -s)\"");
@@ -352,7 +353,7 @@ fn nothing_of_a_hostile_repository_runs(host: &Host) {
         site.git(&["config", key, evil]);
     }
     site.write("a", "touched, so that its filter would be asked\n");
-    // The trap works: git itself triggers it when the user runs it.
+    // The trap works: when the user runs git, git triggers it.
     let _ = fs::remove_file(&canary);
     let _ = Command::new("timeout")
         .args(["10", "git", "status"])
@@ -398,7 +399,7 @@ fn readonly(host: &Host) {
     site.assert_same_tree();
 }
 
-/// Runs a line of shell on the host. `$FCCTL` in it is this host's fcctl.
+/// Runs a line of shell on the host. `$FCCTL` in the line stands for fcctl with this host's socket.
 #[track_caller]
 fn pipeline(site: &Site, script: &str) {
     let fcctl = format!("'{FCCTL}' --socket '{}'", site.host.socket().display());

@@ -1,10 +1,11 @@
 //! Kills the daemon at points of its operations on real guests with a bridge, ports and work disks.
-//! `it` `crash::` covers all points with fake guests and defines the invariants I1 to I7.
+//! The module `crash` of the `it` tests covers all points with fake guests and defines the
+//! invariants I1 to I7.
 
 use crate::bridge::{enter_a_host_with_an_outside, on_the_bridge, published};
 use crate::host::{Host, wait_for};
 
-/// Limit above the number of points of any operation.
+/// The highest number of points to try. Every operation has fewer.
 const POINTS_MAX: u64 = 100;
 /// The distance between two tested points. `--long` tests every point.
 const STEP: u64 = 6;
@@ -85,7 +86,8 @@ impl Trial<'_> {
         })
     }
 
-    /// Brings the VM into its initial state, running or stopped, and writes a mark to its disk.
+    /// Creates the VM, with a mark on its disks, if it does not exist. Brings it into the
+    /// operation's initial state.
     fn set_the_scene(&self) {
         if self.state() == "gone" {
             self.host.ok(&[
@@ -110,8 +112,8 @@ impl Trial<'_> {
         self.host.ok(&[verb, "web"]);
     }
 
-    /// Runs the operation once and kills the daemon at point `n`. Returns false if the operation
-    /// has fewer points.
+    /// Runs the operation once, kills the daemon at point `n`, and checks the invariants. Returns
+    /// false if the operation has fewer points.
     fn at_point(&mut self, n: u64, figures: &mut Figures) -> bool {
         self.set_the_scene();
         let pid = self.host.show("web", "pid");
@@ -185,7 +187,8 @@ fn go_through(step: u64) {
             host: &mut host,
             operation,
         };
-        // Starts with the first point, because a guest always survives the first point of `vm set`.
+        // The loop starts with the first point, because a guest always survives the first point of
+        // `vm set`.
         let mut points = (1..POINTS_MAX).step_by(usize::try_from(step).unwrap());
         assert!(
             points.any(|n| !trial.at_point(n, &mut figures)),

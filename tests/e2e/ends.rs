@@ -1,9 +1,9 @@
-//! Tests of the reported reason for a guest's end: with a running daemon, after its restart, and if
-//! no daemon ran at the time.
+//! Tests of the reported reason for a guest's end: the guest ends under the daemon that started it,
+//! under the next daemon, or while no daemon runs.
 
 use crate::host::{Host, signal, vmm_processes, wait_for};
 
-/// Time until a guest ends, long enough to stop the daemon before.
+/// The time until a guest ends. It is long enough to stop the daemon first.
 const DELAY_S: u64 = 3;
 
 /// A way for a guest to end, and the reported reasons.
@@ -16,7 +16,8 @@ struct End {
     unseen: &'static str,
 }
 
-/// QEMU's log says so. Nobody recorded the console, which would tell the two apart.
+/// The reported reason for a panic or a reset that no daemon saw. It comes from QEMU's log, which
+/// does not distinguish the two. The console would, but no daemon recorded it.
 const UNSEEN_RESET: &str =
     "while fcd was not running: the guest was reset, according to the VMM's log";
 

@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 
 const BLOB_BYTES: usize = 20 << 20;
 
-/// All these tests share one VM, because none affects the others.
+/// These tests can share one VM because none of them affects the others.
 #[test]
 fn commands_in_a_guest() {
     let host = Host::start();
@@ -70,7 +70,7 @@ fn many_at_once_and_long_ones(host: &Host) {
     long_commands(host);
 }
 
-/// Linux accepts 128 KiB for one string and 2 MiB in all.
+/// Linux accepts arguments of up to 128 KiB each and 2 MiB in total.
 fn long_commands(host: &Host) {
     let string = "x".repeat((128 << 10) - 32);
     let script = "printf %s \"$@$BIG\" | wc -c";
@@ -131,7 +131,7 @@ fn long_commands(host: &Host) {
     );
 }
 
-/// File names and arguments on Linux may be any bytes.
+/// On Linux, file names and arguments may contain any bytes except NUL.
 fn bytes_that_are_not_utf8(host: &Host) {
     let raw: Vec<u8> = (1..=255).collect();
     let word = |bytes: &[u8]| OsString::from_vec(bytes.to_vec());
@@ -250,7 +250,7 @@ fn command_ends_with_client_and_vm(host: &Host) {
         stopped.stderr()
     );
     assert_eq!(stop.end().0, Some(0));
-    // If a guest shuts itself down, its VM is stopped and not failed.
+    // If a guest shuts itself down, its VM becomes `stopped` and not `failed`.
     host.ok(&["start", "box"]);
     let mut left = sleeping();
     host.fcctl(&["exec", "box", "--", "kill", "-TERM", "1"]);
@@ -466,7 +466,7 @@ fn a_tree_through_pipes(host: &Host) {
     );
 }
 
-/// A person at a terminal: the keyboard, the screen and the terminal device.
+/// A person at a terminal: the keyboard, the terminal device, and the text seen so far.
 struct Person {
     keyboard: File,
     terminal: File,

@@ -5,8 +5,8 @@ use crate::host::{Host, text};
 use crate::tree::Site;
 use std::fs;
 
-/// A commit, edits, a deletion, a rename, new files, a binary, mode changes, links, and files that
-/// change their type.
+/// A script that changes the guest's tree: a commit, edits, a deletion, a rename, new files, a
+/// binary, mode changes, links, and files that change their type.
 const WORK: &str = r"umask 022
 printf 'one\nchanged in the guest\n' > a
 printf 'committed\n' > committed-new
@@ -55,7 +55,8 @@ fn fill(site: &Site) {
     site.link("a", "link");
 }
 
-/// Returns the names of the files in a patch as git writes them.
+/// Returns what follows the first `a/` in each `diff --git` line of a patch: both names of a file,
+/// as git writes them.
 fn touched(patch: &str) -> Vec<&str> {
     patch
         .lines()
@@ -180,7 +181,7 @@ fn from_a_dirty_tree(host: &Host) {
     site.chmod("users-mode", 0o755);
     site.write("users-new", "untracked\n");
     there_and_back(&site, true, &["users-"]);
-    // Ignored files stay in the guest.
+    // An export does not contain ignored files.
     site.in_guest("echo x > made.o");
     assert!(!String::from_utf8_lossy(&site.export(&["--patch", "-"]).0).contains("made.o"));
 }
@@ -200,7 +201,8 @@ fn from_a_tree_without_git(host: &Host) {
     there_and_back(&site, false, &["x.o", "crlf"]);
 }
 
-/// Despite UTF-16, `ident`, a filter and line endings, the exported content is the guest's.
+/// The exported content is the guest's, although git converts UTF-16, `ident`, filtered content and
+/// line endings.
 fn from_a_tree_that_git_converts(host: &Host) {
     let site = Site::unborn(host, "box", "converted");
     site.git(&["config", "filter.shout.clean", "tr A-Z a-z"]);
@@ -232,7 +234,7 @@ fn from_a_tree_that_git_converts(host: &Host) {
 }
 
 /// An export brings back the files of a repository made in the guest and reports its history. The
-/// next import keeps the repository, and `run --rm` keeps the VM because of it.
+/// next import keeps the repository, and because of the repository, `run --rm` keeps the VM.
 fn a_repository_made_in_the_guest(host: &Host) {
     let site = Site::unborn(host, "box", "nested");
     site.write("a", "one\n");
@@ -293,8 +295,8 @@ fn a_repository_made_in_the_guest(host: &Host) {
     assert!(!host.ok(&["ps", "-aq", "--json"]).contains("gone"));
 }
 
-/// No filter runs. The guest shows no difference, and it cannot commit files that the filter would
-/// have changed.
+/// No filter runs. The guest's git shows no difference, and it cannot commit files that the filter
+/// would have changed.
 fn files_under_a_filter(host: &Host) {
     let site = Site::unborn(host, "box", "filtered");
     site.git(&["config", "filter.crypt.clean", "rev"]);

@@ -11,9 +11,9 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-/// A start needs fewer inodes than this. A few hundred files need more.
+/// The number of inodes of the small file system, which is more than a start needs.
 const INODES: u64 = 400;
-/// Less memory than a guest needs.
+/// The memory that a limit leaves beyond what the daemon already uses. A guest needs more.
 const LITTLE_BYTES: u64 = 384 << 20;
 const IDLE: usize = 10_000;
 const CALLS: usize = 200;
@@ -211,7 +211,8 @@ fn daemon_without_descriptors_or_memory_recovers() {
         });
         assert!(["created", "failed"].contains(&host.show("a", "state").as_str().unwrap()));
     }
-    // Callers without a descriptor get an error immediately and cost nothing.
+    // If the daemon has no free descriptor, callers get an error immediately, and the daemon does
+    // not spin.
     limit(&host, "nofile", &open_files(host.pid()).to_string());
     let answers: Vec<String> = (0..20)
         .map(|_| {
@@ -240,14 +241,15 @@ fn daemon_without_descriptors_or_memory_recovers() {
     begins_again(&host, "a");
 }
 
-/// The daemon dies, and its record of the VMM then points to another process.
+/// A hostile VMM can overwrite its own arguments. The daemon must still recognize and kill the VMM.
 #[test]
 fn vmm_with_changed_arguments_is_killed() {
     let mut host = Host::start();
     host.boot("a");
     let hide = |host: &Host| {
         let pid = host.show("a", "pid");
-        // The address of the VMM's arguments in its own memory (proc(5)).
+        // The stat file contains the addresses of the VMM's arguments in the VMM's memory
+        // (proc(5)).
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
         let fields: Vec<&str> = stat
             .rsplit_once(')')

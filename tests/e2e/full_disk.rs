@@ -1,5 +1,6 @@
-//! Tests with a full disk under the state directory. Every call reports it and leaves nothing
-//! behind, the daemon keeps running, and everything works again when there is space.
+//! Tests with a full disk under the state directory. A call that needs space reports the full disk
+//! and leaves nothing behind, the daemon keeps running, and everything works again when there is
+//! space.
 
 use crate::host::{Host, text, wait_for};
 use std::fs;
@@ -34,7 +35,8 @@ fn full(out: &Output, status: i32) {
 fn files_below(dir: &Path, found: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
-        // Skips the files of SQLite and of the store, which may appear and disappear at any time.
+        // Skips the files of SQLite and of the store, which may appear and disappear at any time,
+        // and the file that fills the disk.
         let name = path.file_name().unwrap().to_string_lossy().into_owned();
         if path.is_dir() {
             files_below(&path, found);
@@ -44,7 +46,8 @@ fn files_below(dir: &Path, found: &mut Vec<PathBuf>) {
     }
 }
 
-/// Returns the VMs, processes and files.
+/// Returns the VMs with their states, the daemon's processes and directories, and all files of the
+/// state directory.
 fn census(host: &Host) -> (Vec<String>, Vec<String>, Vec<PathBuf>) {
     let mut files = Vec::new();
     files_below(&host.state(), &mut files);
@@ -180,7 +183,7 @@ fn guest_resumes_when_host_disk_has_space() {
     let path = tree.path().to_str().unwrap();
     host.disk().free();
     writable(&host);
-    // One of the guest's own writes may have paused it too.
+    // The guest may also have been paused by one of its own writes.
     resumed(&host);
     host.disk().fill(4 * MIB);
     full(

@@ -1,5 +1,5 @@
-//! Tests with bad input and broken guests. Each gives the right status, a message and a hint, and
-//! leaves nothing behind.
+//! Tests with bad input and broken guests. Each refused call has the right status, a message and a
+//! hint, and leaves nothing behind.
 
 use crate::host::{FCCTL, Host, text, vmm_processes, wait_for};
 use std::fs;
@@ -26,7 +26,7 @@ fn refused(out: &Output, status: i32, said: &str) {
     assert!(stderr.contains("hint: ") || status == 2, "{stderr}");
 }
 
-/// Returns all VMs and everything else on the host.
+/// Returns all VMs, and what they have on the host: VMM processes and directories.
 fn everything(host: &Host) -> (String, Vec<String>) {
     (host.ok(&["ps", "-aq"]), host.census())
 }
@@ -94,8 +94,8 @@ fn racing_creates(host: &Host) {
     host.ok(&["rm", "wanted"]);
 }
 
-/// Runs `fcctl` as another user. This socket accepts every user, and the caller's uid decides what
-/// it may do.
+/// Runs `fcctl` as another user. This socket accepts every user, and the uid decides what a caller
+/// may do.
 fn as_stranger(host: &Host, args: &[&str]) -> Output {
     fs::set_permissions(host.socket(), fs::Permissions::from_mode(0o666)).unwrap();
     // The program is run through a descriptor, because the user may not be able to enter the
@@ -260,8 +260,8 @@ fn a_dead_vmm(host: &Host) {
     host.ok(&["start", "box"]);
 }
 
-/// A hung VMM is detected and not used, and works again when it continues. A stop does not wait for
-/// it.
+/// fcd detects a hung VMM and does not use it until it responds again. A stop does not wait for a
+/// hung VMM.
 fn a_hung_vmm(host: &Host) {
     let vmm = vmm_processes(&host.state())[0];
     let mut events = host.spawn(&["events"]);

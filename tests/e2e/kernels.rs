@@ -1,12 +1,12 @@
-//! Tests of VMs with another kernel than the image's, as an ELF file and as a bzImage, with a
+//! Tests of VMs with a kernel other than the image's, as an ELF file and as a bzImage, with a
 //! distribution's modules.
 
 use crate::host::{Host, image, text};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-/// Prefixes a packed kernel with the header of the boot protocol, as the kernel's build does
-/// (Documentation/arch/x86/boot.rst).
+/// Makes a bzImage: packs the kernel and prefixes it with the header of the boot protocol, as the
+/// kernel's build does (Documentation/arch/x86/boot.rst).
 fn bzimage(vmlinux: &Path, version: &str) -> Vec<u8> {
     const SECTOR: usize = 512;
     let packed = Command::new("gzip")

@@ -279,7 +279,7 @@ fn status_line(pid: u32, name: &str) -> String {
         .join(" ")
 }
 
-/// Lists the open descriptors of a process.
+/// Returns the files behind the open descriptors of a process.
 fn descriptors(pid: u32) -> Vec<String> {
     let entries = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
     entries
@@ -353,7 +353,7 @@ fn vmm_is_confined() {
             ),
             ("", "0000000000000000")
         );
-        // 2 means that a seccomp filter is active (proc(5)).
+        // A `Seccomp` of 2 means that a filter is active (proc(5)).
         assert_eq!(
             (
                 status_line(pid, "Seccomp:").as_str(),

@@ -38,7 +38,8 @@ fn answers_at_once(host: &Host, vm: &str) {
     }
 }
 
-/// Starts an import of a tar archive whose only file never ends. Its bytes come from `stdin`.
+/// Starts an import of a tar archive whose only file never ends. The caller writes its bytes to the
+/// returned stdin.
 fn endless_import(host: &Host, vm: &str) -> (Spawned, ChildStdin) {
     let args = [
         "workspace",
@@ -60,7 +61,7 @@ fn endless_import(host: &Host, vm: &str) -> (Spawned, ChildStdin) {
     (import, stdin)
 }
 
-/// Returns the number of bytes that the import has transferred.
+/// Returns the number of bytes that the import has transferred, or 0 if no import is in progress.
 fn gone_in(host: &Host) -> u64 {
     let ops = host.json(&["op", "list"]);
     let import = ops
@@ -73,7 +74,8 @@ fn gone_in(host: &Host) -> u64 {
         .unwrap_or(0)
 }
 
-/// Checks that the import failed with this cause and reports its progress.
+/// Checks that the import failed soon after `since`, and that its error gives this cause and its
+/// progress.
 #[track_caller]
 fn ended_because(import: &mut Spawned, cause: &str, since: Instant) {
     let (status, _) = import.end();
@@ -92,7 +94,7 @@ fn ended_because(import: &mut Spawned, cause: &str, since: Instant) {
 
 #[test]
 fn stalled_import_delays_nothing() {
-    // There is only one worker. If a stalled import blocked it, no other transfer could run.
+    // There is only one worker. If a stalled import kept this worker, no other transfer could run.
     let host = Host::with_config("[limits]\npool_workers = 1\npool_queue = 3\n");
     host.boot("box");
     let before = idle_stop(&host);
@@ -148,7 +150,7 @@ fn stalled_import_delays_nothing() {
     );
     feeder.join().unwrap();
 
-    // A stop must take as long as on an idle VM, which is measured before and after.
+    // A stop must not take much longer than on an idle VM, which is measured before and after.
     host.ok(&["start", "box"]);
     let after = idle_stop(&host);
     println!(
@@ -180,7 +182,8 @@ fn idle_stop(host: &Host) -> Duration {
     begun.elapsed()
 }
 
-/// Starts an import that stalls because no process in the guest reads it.
+/// Starts an import that stalls because no process in the guest reads it. Returns the import and
+/// the thread that feeds it.
 fn unread_import(host: &Host) -> (Spawned, std::thread::JoinHandle<()>) {
     let (import, stdin) = endless_import(host, "box");
     let feeder = feed(stdin);
@@ -274,7 +277,7 @@ fn behind_it(host: &Host) -> Spawned {
     last
 }
 
-/// Writes zeros until the reader is gone.
+/// Starts a thread that writes zeros until the reader is gone.
 fn feed(mut stdin: ChildStdin) -> std::thread::JoinHandle<()> {
     std::thread::spawn(move || {
         let zeros = vec![0; MIB];

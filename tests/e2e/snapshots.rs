@@ -1,11 +1,11 @@
-//! Tests of saved and restored guests: memory and disks of one moment, in the same VM and in
-//! several VMs at the same time.
+//! Tests of saved and restored guests: a restore brings back memory and disks of one moment, in the
+//! same VM or in several VMs at the same time.
 
 use crate::bridge::{enter_a_host_with_an_outside, on_the_bridge};
 use crate::host::{Host, text, wait_for};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// Creates a file on the disk, one in memory, and a process that counts.
+/// A script that creates a file on the disk, a file in memory, and a process that counts.
 const SCENE: &str = "echo disk >/root/mark; echo memory >/dev/shm/mark; \
     (i=0; while :; do i=$((i+1)); echo $i >/dev/shm/count; sleep 0.1; done) >/dev/null 2>&1 </dev/null & \
     echo $! >/dev/shm/counter";
@@ -53,7 +53,7 @@ fn refused(host: &Host, args: &[&str], kind: &str) {
     );
 }
 
-/// Tests all snapshot operations with any driver.
+/// Tests all snapshot operations with the host's driver.
 pub fn go_through(host: &Host) {
     host.ok(&["vm", "create", "--name", "box", "--work-disk", "64M"]);
     host.ok(&["start", "box"]);

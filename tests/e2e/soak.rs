@@ -10,7 +10,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 const CLIENTS: u64 = 4;
-/// Time between two kills in milliseconds, chosen on a logarithmic scale.
+/// The bounds of the time between two kills in milliseconds. The time is chosen on a logarithmic
+/// scale.
 const KILL_MS: (f64, f64) = (50.0, 30_000.0);
 const SECONDS_DEFAULT: u64 = 600;
 /// The size of a tree whose import takes one or two seconds.
@@ -36,7 +37,7 @@ enum Known {
     Is(Seen),
     /// The VM has this state. The next look shows its process.
     Became(&'static str),
-    /// The last call got no reply. If true, the VM may have been deleted.
+    /// The last call did not succeed, so its effect is unknown. If true, the VM may not exist.
     Open(bool),
 }
 
@@ -53,8 +54,8 @@ struct Worker<'a> {
 }
 
 impl Worker<'_> {
-    /// Waits until the VM is in no transition. The daemon may be killed and restarted during the
-    /// wait.
+    /// Waits until the VM is in no transition. Returns `None` if the VM does not exist. The daemon
+    /// may be killed and restarted during the wait.
     fn settled(&self) -> Option<Seen> {
         wait_for(&format!("{} is at rest", self.name), || {
             let out = fcctl_at(&self.socket, &["--json", "vm", "show", &self.name])
@@ -102,7 +103,7 @@ impl Worker<'_> {
         let out = fcctl_at(&self.socket, &all).output().unwrap();
         let status = out.status.code().expect("fcctl is not killed");
         let said = String::from_utf8_lossy(&out.stderr);
-        // The daemon was killed, or it has not reconciled the VM since its restart.
+        // A call may fail only because the daemon was killed or has not reconciled the VM yet.
         assert!(
             matches!(status, 0 | BUSY | UNREACHABLE),
             "{args:?} {}: {said}",
@@ -111,7 +112,7 @@ impl Worker<'_> {
         status
     }
 
-    /// Runs one operation that the VM's state allows.
+    /// Runs one operation that the VM's state allows, and records what the client knows afterwards.
     fn act(&mut self) {
         let is_running = matches!(&self.known, Known::Is(seen) if seen.state == "running");
         let (args, became): (&[&str], _) = match (&self.known, is_running, self.random.one_in(8)) {
@@ -170,7 +171,7 @@ impl Worker<'_> {
         }
     }
 
-    /// Checks that the imported data is there.
+    /// Checks that the guest has the data of the last acknowledged import, if the client knows it.
     fn read(&mut self) {
         let Some(tag) = &self.tag else { return };
         let out = fcctl_at(

@@ -8,8 +8,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-/// Lists records that end in NUL: first type, mode, size or target, and path of each entry, and
-/// then hash and path of each file. git's directory is left out.
+/// A script that lists records, each ending in NUL: first type, mode, size or target, and path of
+/// each entry, and then hash and path of each file. git's directory is left out.
 // b2sum is the fastest good hash under software emulation.
 const LIST: &str = r"
 export LC_ALL=C
@@ -17,7 +17,7 @@ find . -mindepth 1 -path ./.git -prune -o -type f -printf 'f %m %s %P\0' -o -typ
   -o -type d DIRS -o -printf 'other %y %P\0' | sort -z
 find . -path ./.git -prune -o -type f -print0 | sort -z | xargs -0 -r b2sum -bz
 ";
-/// Lists everything in the guest's repository: index, refs, objects and settings.
+/// A script that lists everything in the guest's repository: index, refs, objects and settings.
 const REPOSITORY: &str =
     "export GIT_OPTIONAL_LOCKS=0; git for-each-ref; git rev-parse HEAD; git count-objects -v
     find .git -type f -print0 | sort -z | xargs -0 -r sha256sum";
@@ -73,7 +73,7 @@ impl<'a> Site<'a> {
         }
     }
 
-    /// Creates a repository without commits. Like git, it ignores empty directories.
+    /// Creates a repository without commits. Like git, comparisons ignore empty directories.
     pub fn unborn(host: &'a Host, vm: &'a str, name: &str) -> Self {
         let site = Self {
             has_dirs: false,

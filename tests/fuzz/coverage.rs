@@ -4,11 +4,12 @@
 
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 
-/// The counters of the whole program, which are in one section. Null without the pass.
+/// The start of the program's counters, which are in one section. This is null without the pass.
 static START: AtomicPtr<u8> = AtomicPtr::new(std::ptr::null_mut());
 static LEN: AtomicUsize = AtomicUsize::new(0);
 
-/// Called before `main` for every object file of the program, always with the same section.
+/// The code that the pass generates calls this before `main` for every object file of the program,
+/// always with the same section.
 #[allow(unsafe_code)]
 #[unsafe(no_mangle)]
 extern "C" fn __sanitizer_cov_8bit_counters_init(start: *mut u8, stop: *mut u8) {

@@ -29,7 +29,7 @@ const INPUT_BYTES_MAX: usize = 192 * 1024;
 /// Limit of the time of one execution. A longer execution is a failure. The limit is generous for a
 /// busy machine.
 const EXECUTION_MAX: Duration = Duration::from_secs(5);
-/// SIGALRM ends an execution that hangs.
+/// The time after which SIGALRM ends the process, because an execution hangs.
 const ALARM_S: u32 = 60;
 /// The time between two progress lines.
 const REPORT_PERIOD: Duration = Duration::from_secs(10);
@@ -45,7 +45,7 @@ struct Target {
     words: &'static [&'static str],
 }
 
-/// To add a target, add a line here and valid inputs in `seeds/NAME/`.
+/// All targets. To add a target, add it here and put valid inputs in `seeds/NAME/`.
 const TARGETS: [Target; 9] = [
     Target {
         name: "qmp",
@@ -278,7 +278,7 @@ fn seeds(name: &str) -> Vec<Vec<u8>> {
     seeds
 }
 
-/// Runs the target once. The error gives the reason of a failure.
+/// Runs the target once. Returns an error with the reason if the target fails.
 fn execute(target: &Target, input: &[u8]) -> Result<(), String> {
     coverage::reset();
     let begun = Instant::now();
@@ -333,7 +333,7 @@ fn failed(target: &Target, input: Vec<u8>, why: &str, executions: u64, seed: u64
     ExitCode::FAILURE
 }
 
-/// Shrinks a failing input by removing smaller and smaller pieces.
+/// Shrinks a failing input by removing smaller and smaller pieces. The result still fails.
 fn shrink(target: &Target, mut input: Vec<u8>) -> Vec<u8> {
     let mut tries = 0;
     let mut piece = input.len().div_ceil(2);

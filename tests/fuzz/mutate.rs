@@ -101,7 +101,7 @@ impl Mutator {
         }
     }
 
-    /// Replaces a number with another one.
+    /// Replaces a number in the input, if there is one, with another number.
     fn number(&mut self, input: &mut Vec<u8>) {
         let digits: Vec<usize> = (0..input.len())
             .filter(|at| input[*at].is_ascii_digit())

@@ -1,4 +1,4 @@
-//! Changes to a running guest: the rates of its devices and the size of its memory.
+//! Tests of changes to a running guest: the rates of its devices and the size of its memory.
 
 use crate::world::*;
 use fcd::testing::api::vm::*;
@@ -105,7 +105,7 @@ fn invalid_settings_change_nothing() {
             "{bytes}"
         );
     }
-    // One more than the highest rate that nft(8) accepts.
+    // This is one more than the highest rate that nft(8) accepts.
     assert_eq!(
         kind(&|r| r.net_rx_bytes_per_s = Some((16 << 30) + 1)),
         name(Kind::InvalidArgument)
@@ -245,7 +245,7 @@ fn concurrent_refused_sets_match_row() {
             });
         }
     });
-    // Drops failures that were injected but did not occur, so that they do not affect later calls.
+    // Failures may still be pending. These calls use them up, so that later calls succeed.
     for _ in 0..100 {
         if set(&world, |r| (r.disk_ops_per_s, r.now) = (Some(77), true)).is_ok()
             && balloon(&world, Some(300)).is_ok()
@@ -311,7 +311,7 @@ fn balloon_lasts_until_next_start() {
         );
     }
     assert_eq!(balloon(&world, None).unwrap().kept_mib, 512);
-    // The next start has the full memory again.
+    // After the next start, the guest has its full memory again.
     assert_eq!(
         world.run::<VmRestart>(stop("web")).unwrap().vm.balloon_mib,
         None

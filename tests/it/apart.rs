@@ -3,10 +3,10 @@
 
 use std::process::{Command, Stdio};
 
-/// Deadline for the whole process. Most take one second, even on a busy machine.
+/// The deadline for the whole process. Most processes take one second, even on a busy machine.
 const DEADLINE_S: &str = "60";
 
-/// Runs this ignored test in its own process. Shows its output if it fails.
+/// Runs this ignored test in its own process. Panics with the process's stdout if the test fails.
 #[track_caller]
 pub fn run_in_own_process(test: &str, stderr: impl Into<Stdio>) {
     let out = Command::new("timeout")

@@ -1,5 +1,5 @@
-//! Calls on a VM that is booting or stopping. They are accepted immediately, and the VM ends in a
-//! valid state without leftovers.
+//! Tests of calls on a VM that is booting or stopping. The calls are accepted immediately, and the
+//! VM ends in a valid state without leftovers.
 
 use crate::world::*;
 use fcd::testing::api::op::{OpCancel, OpRequest, OpState};
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 /// The step at which a boot is held.
 #[derive(Clone, Copy, Debug)]
 enum At {
-    /// Queued, because other VMs are booting.
+    /// The boot is queued because other VMs are booting.
     Admission,
     BeforeSpawn,
     AfterSpawn,
@@ -21,8 +21,8 @@ enum At {
 }
 const PLACES: [At; 4] = [At::Admission, At::BeforeSpawn, At::AfterSpawn, At::Guest];
 
-/// The promised bounds. The median of the rounds must meet them, because a busy machine may delay a
-/// single round.
+/// The promised limits of the time until a call is accepted and until it is done. The median of the
+/// rounds must meet them, because a busy machine may delay a single round.
 const ACCEPTED: Duration = Duration::from_millis(50);
 const DONE: Duration = Duration::from_secs(1);
 
@@ -252,7 +252,8 @@ fn successor_replaces_weaker_successor() {
     b.end();
 }
 
-/// Creates a running VM whose guest shuts down slowly.
+/// Creates a running VM whose guest syncs when it is asked to shut down, but does not end on its
+/// own.
 fn lingering() -> (World, Vm) {
     let world = World::new();
     let (vm, _) = world.running("web");

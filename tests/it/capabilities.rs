@@ -1,4 +1,4 @@
-//! The optional capabilities of a VM: published ports, a work disk and host files.
+//! Tests of the optional capabilities of a VM: published ports, a work disk and host files.
 
 use crate::world::*;
 use fcd::testing::api::daemon::Severity;

@@ -13,7 +13,7 @@ use fcd::testing::client::Failure;
 use fcd::testing::error::Kind;
 use std::collections::BTreeSet;
 
-/// Limit above the number of points of any operation. An operation that exceeds it never ends.
+/// The highest number of points to try. Every operation has fewer, unless it never ends.
 const POINTS_MAX: u64 = 200;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,7 +25,7 @@ enum Verb {
     Restart,
     Delete,
     Set,
-    /// `set --now`
+    /// A `set` with `now`.
     Adjust,
     Balloon,
     Prepare,
@@ -45,7 +45,8 @@ const VERBS: [Verb; 9] = [
     Start, Stop, Kill, Restart, Delete, Set, Adjust, Balloon, Prepare,
 ];
 
-/// Sequences that end with an operation on snapshots. The operations before it prepare it.
+/// Sequences that end with an operation on snapshots. The operations before the last one prepare
+/// it.
 const SNAPSHOT_SEQUENCES: [&[Verb]; 9] = [
     &[Start, Snapshot],
     &[Snapshot],
@@ -167,7 +168,8 @@ fn now(world: &World) -> Option<VmState> {
     row_of(world, "web").map(|r| r.state)
 }
 
-/// The states in which a VM may be found after `verb` was cut off, given its state before.
+/// Returns the states in which the VM may be found after `verb` was cut off, given the state
+/// before. Except for `Restart`, the last one is the state after a complete `verb`.
 fn may_be(verb: Verb, before: Option<VmState>) -> Vec<Option<VmState>> {
     use VmState::{Created, Running, Stopped};
     let mut may = vec![before];
@@ -184,7 +186,7 @@ fn may_be(verb: Verb, before: Option<VmState>) -> Vec<Option<VmState>> {
     may
 }
 
-/// I1 and I2: rows, ledger and host agree.
+/// Checks I1 and I2: rows, ledger and host agree.
 #[track_caller]
 fn agrees(world: &World, at: &str) {
     let live: BTreeSet<String> = world.vmm.live().into_iter().collect();
@@ -290,8 +292,8 @@ fn agrees(world: &World, at: &str) {
     );
 }
 
-/// I6: the next operations, which delete all VMs and snapshots, work and leave the host as it was
-/// at the beginning.
+/// Checks I6: the next operations, which delete all VMs and snapshots, work and leave the host as
+/// it was at the beginning.
 #[track_caller]
 fn next_operation_works(world: &World, empty: &BTreeSet<String>, at: &str) {
     for vm in ["web", "twin"] {
@@ -315,7 +317,7 @@ fn next_operation_works(world: &World, empty: &BTreeSet<String>, at: &str) {
     assert_eq!(world.census(), *empty, "{at}");
 }
 
-/// Creates the VM `web` if `verbs` needs it and it does not exist, and runs these operations.
+/// Creates the VM `web` if it does not exist and `verbs` is not empty, and runs all of `verbs`.
 fn run_all_but_last(world: &World, verbs: &[Verb]) {
     if !verbs.is_empty() && now(world).is_none() {
         let vm = world.create("web");
@@ -335,7 +337,8 @@ struct Figures {
 
 const MARK: &[u8] = b"mine";
 
-/// Writes a mark to the VM's disk before a restore. No snapshot contains the mark.
+/// Before a restore of a VM that does not run, appends a mark to its disk. No snapshot contains the
+/// mark. Returns the disk's path and its content, or `None` if there is nothing to mark.
 fn mark_disk(world: &World, verb: Verb) -> Option<(std::path::PathBuf, Vec<u8>)> {
     let row = row_of(world, "web").filter(|r| verb == Restore && r.state != VmState::Running)?;
     let path = world
@@ -350,7 +353,8 @@ fn mark_disk(world: &World, verb: Verb) -> Option<(std::path::PathBuf, Vec<u8>)>
     Some((path, mine))
 }
 
-/// Kills the daemon at every point of the last of `verbs`.
+/// Kills the daemon at every point of the last of `verbs`, and checks the invariants after each
+/// kill.
 fn crash_everywhere(world: &mut World, verbs: &[Verb], figures: &mut Figures) {
     let empty = world.census();
     let (last, scene) = verbs.split_last().unwrap();
@@ -378,7 +382,7 @@ fn crash_everywhere(world: &mut World, verbs: &[Verb], figures: &mut Figures) {
         world.await_rest();
         let after = now(world);
         if matches!(ended, Some(Ok(()))) {
-            // I5: the daemon sent the reply before it died.
+            // I5: an acknowledged operation must have happened.
             let done = may_be(*last, before).pop().unwrap();
             assert!(
                 after == done || *last == Restart,
@@ -426,7 +430,8 @@ fn crash_everywhere(world: &mut World, verbs: &[Verb], figures: &mut Figures) {
     panic!("{verbs:?} has more than {POINTS_MAX} points");
 }
 
-/// Makes every effect of the last operation fail, one at a time. The daemon keeps running.
+/// Makes every effect of the last operation fail, one at a time. `mode` decides whether commits
+/// fail too. The daemon keeps running.
 fn fail_everywhere(world: &World, verbs: &[Verb], mode: Mode, figures: &mut Figures) {
     let empty = world.census();
     let (last, scene) = verbs.split_last().unwrap();
@@ -440,8 +445,8 @@ fn fail_everywhere(world: &World, verbs: &[Verb], mode: Mode, figures: &mut Figu
         world.points.arm(mode, n);
         let ended = end(world, begin(world, *last)).expect("nobody dies here");
         world.await_rest();
-        // Also waits for commits that no call waits for, because the injected failure may hit one
-        // of them.
+        // This also waits for commits that no call waits for, because the injected failure may hit
+        // one of them.
         let _ = world
             .daemon()
             .core

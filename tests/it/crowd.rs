@@ -14,7 +14,7 @@ const P99_MAX: Duration = Duration::from_millis(50);
 /// The longest frame that the protocol allows.
 const FRAME_BYTES_MAX: usize = 1 << 20;
 
-/// One bad request. It ends when the connection closes or a reply arrives.
+/// Writes one bad request, or a part of one.
 type Misdeed = fn(&mut UnixStream) -> std::io::Result<()>;
 
 const MISDEEDS: [Misdeed; 5] = [
@@ -39,7 +39,8 @@ fn misbehave(world: &World, n: usize) {
     };
     stream.set_read_timeout(Some(SOON)).unwrap();
     stream.set_write_timeout(Some(SOON)).unwrap();
-    // The daemon may hang up or reply. Some misdeeds hang up before the request is complete.
+    // The daemon may hang up before it has read everything. Half of the clients do not wait for a
+    // reply.
     _ = MISDEEDS[n % MISDEEDS.len()](&mut stream);
     if n.is_multiple_of(2) {
         _ = stream.shutdown(Shutdown::Write);

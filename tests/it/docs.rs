@@ -1,4 +1,4 @@
-//! Compares the tables in the documentation that are generated from the code. `FCD_UPDATE_DOCS=1`
+//! Checks that the generated tables in the documentation match the code. `FCD_UPDATE_DOCS=1`
 //! rewrites them.
 
 use std::path::Path;

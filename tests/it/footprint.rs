@@ -35,8 +35,8 @@ fn timed(body: impl FnOnce()) -> Duration {
     begun.elapsed()
 }
 
-/// Compares a caller that waits for each change with writing as many bytes over allocated blocks of
-/// a file beside the database.
+/// Compares the time of a durable change with the time to write and sync as many bytes over
+/// allocated blocks of a file.
 fn durable_write() {
     let world = World::new();
     let vm = world.create("web");
@@ -100,7 +100,7 @@ fn durable_write() {
     );
 }
 
-/// `VmRSS` and `RssAnon` of proc(5) status, in MB.
+/// Returns `VmRSS` and `RssAnon` of the process (proc(5), `status`), in MB.
 fn memory(process: &Process) -> (f64, f64) {
     let status = std::fs::read_to_string(format!("/proc/{}/status", process.child.id())).unwrap();
     let kib = |name: &str| {

@@ -118,7 +118,7 @@ impl Sink for Nothing {
     }
 }
 
-/// Hashes the bytes as an import does. Both sides of the comparison use it.
+/// A source that hashes its bytes, as an import does. Both sides of the comparison use it.
 struct Hashed {
     left: usize,
     digest: sha2::Sha256,

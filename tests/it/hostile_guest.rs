@@ -1,5 +1,5 @@
-//! Guests whose SSH server attacks its clients. `tests/fake/hostile_sshd.py` talks to the real
-//! transport.
+//! Tests with guests whose SSH server attacks its clients. `tests/fake/hostile_sshd.py` talks to
+//! the real transport.
 
 use crate::world::{SOON, World};
 use fcd::testing::api::exec::{ExecStart, ExecStartRequest, Exit};
@@ -84,8 +84,8 @@ impl HostileGuest {
         }
     }
 
-    /// Runs a command without fcd's own deadline, like a command of the user. The test's token ends
-    /// it after a timeout.
+    /// Runs a command in the guest. Without `deadline` only `cancel` ends it, like a command of the
+    /// user.
     fn exec(&self, deadline: Option<Instant>, cancel: &Cancel) -> Result<Exit> {
         let spec = ExecSpec {
             command: "true".into(),
@@ -215,7 +215,7 @@ fn exec_request(vm: &str) -> ExecStartRequest {
     }
 }
 
-/// Everyday calls on VMs with healthy guests.
+/// Makes everyday calls on VMs with healthy guests. Returns the time of each.
 fn verbs(world: &World) -> Vec<(&'static str, Duration)> {
     let timed = |verb: &'static str, run: &dyn Fn()| {
         let begun = Instant::now();

@@ -1,5 +1,5 @@
-//! Kernels over the socket: who may import them, and which imports are refused before anything is
-//! read. End-to-end tests cover successful imports.
+//! Tests of kernels over the socket: who may import them, and which imports are refused before
+//! anything is read. End-to-end tests cover successful imports.
 
 use crate::world::*;
 use fcd::testing::api::kernel::*;
@@ -36,8 +36,8 @@ fn kernel_import_of_invalid_file_leaves_nothing() {
     assert!(import("vmlinuz".into()).is(Kind::InvalidArgument));
     assert!(import("/no/such/file".into()).is(Kind::PathNotFound));
     let file = tempfile::NamedTempFile::new().unwrap();
-    // A missing file, a directory, a device, a pipe without a writer, a file that is not a kernel,
-    // half a kernel.
+    // These are an empty file, a directory, a device, a pipe without a writer, a script, half a
+    // kernel, and a 32-bit kernel.
     assert!(import(file.path().to_owned()).is(Kind::Unsupported));
     assert!(import(std::env::temp_dir()).is(Kind::Unsupported));
     assert!(import("/dev/zero".into()).is(Kind::Unsupported));
@@ -59,7 +59,7 @@ fn kernel_import_of_invalid_file_leaves_nothing() {
     );
 }
 
-/// Creates the files of an imported kernel.
+/// Creates the files of an imported kernel. Returns their directory.
 fn make_kernel(world: &World) -> PathBuf {
     let dir = world.config.state_dir.join("kernels/mine");
     let draft = dir.with_file_name("draft");

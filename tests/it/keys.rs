@@ -1,4 +1,5 @@
-//! Idempotency keys: two calls with the same key and the same parameters are one operation.
+//! Tests of idempotency keys: two calls with the same key and the same parameters are one
+//! operation.
 
 use crate::world::*;
 use fcd::testing::api::call::Key;
@@ -10,12 +11,12 @@ use serde_json::value::RawValue;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 
-/// Makes one call with a key, as a script would.
+/// Makes one call with a key, as a script would. Returns the response.
 pub fn call(world: &World, method: &str, params: &str, key: &str, more: bool) -> Response {
     send(world, method, params, Some(key), more)
 }
 
-/// Makes one call.
+/// Makes one call, with `key` if there is one. Returns the response.
 pub fn send(world: &World, method: &str, params: &str, key: Option<&str>, more: bool) -> Response {
     let (id, params) = (
         RawValue::from_string("1".into()).unwrap(),
@@ -249,7 +250,6 @@ fn key_of_refused_call_is_free() {
     vm(&call(&world, "vm.create", "{}", "full", false));
 }
 
-/// A key expires after a day.
 #[test]
 fn key_expires_after_a_day() {
     let mut world = World::new();

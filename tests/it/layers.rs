@@ -23,6 +23,7 @@ pub fn rust_files(dir: &Path, into: &mut Vec<PathBuf>) {
 }
 
 /// Returns the module of a file: `src/store/tx.rs` belongs to `store`, `src/ids.rs` to `ids`.
+/// Returns `None` for `lib.rs` and the binaries.
 fn module_of(path: &Path) -> Option<String> {
     let below = path.strip_prefix(root().join("src")).unwrap();
     let first = below
@@ -85,7 +86,8 @@ fn imports(text: &str) -> BTreeSet<String> {
     found
 }
 
-/// Reads the rows `| modules | what they may import |`. Each cell is a list of names in backticks.
+/// Reads the layer table. Its rows are `| modules | what they may import |`, and each cell is a
+/// list of names in backticks.
 fn table() -> BTreeMap<String, BTreeSet<String>> {
     let text = std::fs::read_to_string(root().join("ARCHITECTURE.md")).expect("ARCHITECTURE.md");
     let section = text
@@ -154,7 +156,6 @@ fn import_scan_finds_imports() {
     assert_eq!(found, ["api", "daemon", "ids"]);
 }
 
-/// Only `src/daemon` names the locks of operations.
 #[test]
 fn op_level_ranks_are_named_in_locks_and_daemon_only() {
     let mut files = Vec::new();
@@ -208,7 +209,7 @@ fn ssh_is_used_by_helper_process_only() {
             "{library} parses what a guest sends, and is named by {outside:?}"
         );
     }
-    // `mod.rs` only declares the module.
+    // `mod.rs` only declares the module, which these patterns do not match.
     for way in ["guest::ssh", "super::ssh", "ssh::{"] {
         let ways: Vec<_> = named_by(way)
             .into_iter()

@@ -1,4 +1,4 @@
-//! Paged lists: each item appears exactly once and in order for any page size.
+//! Tests of paged lists: each item appears exactly once and in order for any page size.
 
 use crate::world::*;
 use fcd::testing::api::op::{OpList, OpListRequest};
@@ -11,7 +11,7 @@ use fcd::testing::error::Kind;
 use serde_json::Value;
 use serde_json::value::RawValue;
 
-/// Fetches all items and counts the pages.
+/// Fetches all pages. Returns their items and the number of pages.
 fn pages<C: ListCall<Request: Clone>>(
     world: &World,
     request: &C::Request,
@@ -131,7 +131,7 @@ fn page_of_running_vms_is_full() {
     world.stop("v3").unwrap();
 }
 
-/// Lists with any parameters.
+/// Calls `vm.list` with these parameters and returns the raw result.
 fn list_raw(world: &World, params: &str) -> Result<Value, Failure> {
     let params = RawValue::from_string(params.to_owned()).unwrap();
     world

@@ -1,5 +1,5 @@
-//! Several threads change one VM's row at the same time, and no change is lost. The lock checker's
-//! hook widens the race windows, so these tests run in their own process.
+//! Tests that no change is lost if several threads change one VM's row at the same time. The lock
+//! checker's hook widens the race windows, so these tests run in their own process.
 
 use crate::apart::run_in_own_process;
 use crate::world::*;
@@ -9,12 +9,13 @@ use std::process::Stdio;
 use std::time::Duration;
 
 const ROUNDS: u32 = 8;
-/// Pause between reading and changing a row. It happens where a call locks the operation registry.
+/// The pause between reading and changing a row. The hook pauses a call when the call locks the
+/// operation registry.
 const WINDOW: Duration = Duration::from_millis(30);
 
 fn widen_windows() {
     check::set_chaos(Some(|rank| {
-        // Pauses only if the thread already holds a lock of the daemon, which is usually the VM's.
+        // The hook pauses only a thread that already holds a lock of the daemon, usually the VM's.
         if rank == Rank::Ops && check::held() > 0 {
             std::thread::park_timeout(WINDOW);
         }
@@ -47,7 +48,7 @@ fn with_wide_windows_in_own_process() {
     world.await_state("web", VmState::Failed);
 }
 
-/// One thread marks a fork as kept while another thread stops it.
+/// One thread marks a fork as kept while another thread stops the new VM.
 fn kept_fork_survives_concurrent_stop(world: &World, round: u32) {
     let name = format!("twin-{round}");
     let request = VmForkRequest {

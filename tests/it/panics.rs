@@ -1,5 +1,5 @@
-//! Panics in a request, in a job and in an operation's thread. No VM stays `starting`, no lock
-//! stays held, and the daemon keeps serving.
+//! Tests of panics in a request, in a job and in an operation's thread. No VM stays `starting`, no
+//! lock stays held, and the daemon keeps serving.
 
 use crate::points::HookedVm;
 use crate::world::*;
@@ -203,7 +203,6 @@ fn panic_in_stop_and_delete_fails_vm() {
     world.delete("web").unwrap();
 }
 
-/// The successor of an operation that panicked gets the error.
 #[test]
 fn panic_is_reported_to_successor() {
     let (world, driver) = world();

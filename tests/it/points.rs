@@ -54,11 +54,11 @@ impl Points {
         *self.hit.lock().unwrap() = None;
         *self.armed.lock().unwrap() = Some((mode, n));
     }
-    /// The daemon is dead from now on.
+    /// Kills the daemon: from now on, none of its effects and commits happen.
     pub fn die(&self) {
         self.dead.store(true, Ordering::SeqCst);
     }
-    /// The daemon dies at the next point whose name contains `what`.
+    /// Makes the daemon die at the next point whose name contains `what`.
     pub fn die_at(&self, what: &'static str) {
         *self.last.lock().unwrap() = Some(what);
     }
@@ -68,12 +68,13 @@ impl Points {
     pub fn is_dead(&self) -> bool {
         self.dead.load(Ordering::SeqCst)
     }
-    /// Returns the name of the armed point if it was reached.
+    /// Returns the name of the armed point, or `None` if it was not reached.
     pub fn hit(&self) -> Option<String> {
         self.hit.lock().unwrap().clone()
     }
 
-    /// Counts this point. Returns the mode if it is the armed one.
+    /// Counts this point. Returns the mode if this is the armed point. Commits do not count with
+    /// `Mode::Fail`.
     fn is_it(&self, what: &str) -> Option<Mode> {
         let (mode, n) = (*self.armed.lock().unwrap())?;
         let is_commit = what.contains("commit");
@@ -101,7 +102,8 @@ impl Points {
         }
     }
 
-    /// A point without an effect on the host. Only [`Points::die_at`] counts it.
+    /// Passes a point without an effect on the host, which only [`Points::die_at`] counts. Returns
+    /// an error if the daemon is dead.
     pub fn reach(&self, what: &str) -> Result<()> {
         if self
             .last
@@ -247,7 +249,7 @@ impl Processes for PointDriver {
     }
 }
 
-/// Calls `before` with the name of each method first.
+/// A VM that calls `before` with the name of each method before it runs the method.
 pub struct HookedVm<'a> {
     pub inner: Box<dyn Vm + 'a>,
     pub before: Box<dyn Fn(&'static str) -> Result<()> + 'a>,

@@ -1,4 +1,4 @@
-//! The daemon as a separate process: its signals and the descriptors that it inherits.
+//! Tests of the daemon as a separate process: its signals and the descriptors that it inherits.
 
 use crate::world::{SOON, await_that};
 use std::fs::{self, File};
@@ -71,7 +71,7 @@ impl Process {
         }
     }
 
-    /// Returns the file behind the daemon's descriptor `fd`.
+    /// Returns the file behind the daemon's descriptor `fd`, or `None` if the descriptor is closed.
     fn descriptor(&self, fd: i32) -> Option<PathBuf> {
         fs::read_link(
             Path::new("/proc")
@@ -177,7 +177,7 @@ fn through_shell(command: &mut Command, script: &str) {
         .stderr(log);
 }
 
-/// Passes `file` on as descriptor `to`.
+/// Makes the new process inherit `file` as its descriptor `to`.
 fn inherit(command: &mut Command, file: &File, to: i32) {
     let from = file.as_raw_fd();
     // SAFETY: dup2(2) may be called between fork and exec.

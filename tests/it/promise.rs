@@ -1,6 +1,6 @@
-//! No lifecycle operation ever waits for a slow one. `scripts/negative-control` runs the tests
-//! whose names begin with `stop_` and `delete_` on a build in which an import holds its VM's lock.
-//! Each of them must fail there.
+//! Tests that no lifecycle operation ever waits for a slow one. `scripts/negative-control` runs the
+//! tests whose names begin with `stop_` and `delete_` on a build in which an import holds its VM's
+//! lock. Each of them must fail there.
 
 use crate::world::*;
 use fcd::testing::api::op::{OpCancel, OpRequest, OpState};
@@ -61,7 +61,8 @@ fn ended(world: &World, mut import: Import, cause: &str, since: Instant) -> Dura
     at.saturating_duration_since(since)
 }
 
-/// Runs the rounds. `round` returns the time from the call until the import ended.
+/// Runs the rounds and checks their median. `round` returns the time from the call until the import
+/// ended.
 #[track_caller]
 fn in_time(round: impl Fn() -> Duration) {
     let took = median((0..ROUNDS).map(|_| round()).collect());

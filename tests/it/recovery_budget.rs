@@ -1,5 +1,5 @@
-//! A guest or VMM that kills the daemon each time the daemon resumes its stop or delete, or adopts
-//! the VMM.
+//! Tests with a guest or VMM that kills the daemon each time the daemon resumes the stop or delete
+//! of its VM, or adopts the VMM.
 
 use crate::world::*;
 use fcd::testing::api::Empty;
@@ -11,7 +11,7 @@ use fcd::testing::guest::fake::Answer;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// A VM whose guest kills a daemon that asks it to shut down.
+/// A VM whose guest kills each daemon that asks the guest to shut down.
 struct Hostile {
     world: World,
     asked: Arc<AtomicU32>,
@@ -45,7 +45,8 @@ impl Hostile {
         self.asked.load(Ordering::SeqCst)
     }
 
-    /// Starts the next daemon, which recovers the VMs.
+    /// Opens the next daemon without reconciling. This daemon also dies when it asks the guest to
+    /// shut down.
     fn next_daemon(&mut self) {
         if self.world.points.is_dead() {
             self.world.crash();
@@ -54,7 +55,7 @@ impl Hostile {
         self.guest_kills_asking_daemon();
     }
 
-    /// Waits until the current daemon has died while asking the guest.
+    /// Reconciles, and waits until the daemon has died while it asks the guest to shut down.
     fn dies_asking(&mut self) {
         self.guest_kills_asking_daemon();
         self.world.daemon().reconciler.reconcile();
@@ -62,7 +63,7 @@ impl Hostile {
         await_that("the daemon dies of asking", || points.is_dead());
     }
 
-    /// Waits until the current daemon has died while killing the VMM.
+    /// Reconciles, and waits until the daemon has died while it kills the VMM.
     fn dies_killing(&mut self) {
         self.world.points.die_at("kill the VMM");
         self.world.daemon().reconciler.reconcile();
@@ -159,7 +160,7 @@ fn stop_that_killed_three_daemons_is_not_resumed() {
         (hostile.world.state("well"), hostile.world.state("evil")),
         (VmState::Running, VmState::Failed)
     );
-    // Its owner can delete it.
+    // The VM's owner can delete it.
     hostile.world.delete("evil").unwrap();
     assert_eq!(hostile.world.vmm.live().len(), 1);
     assert_eq!(hostile.doctor_says().0, Severity::Ok);
@@ -208,7 +209,7 @@ fn orderly_exit_during_resumed_stop_is_not_counted() {
     await_that("the stop is resumed", || {
         hostile.world.daemon().leftovers().threads == 1
     });
-    // A drain ends like this if the stop exceeds its deadline.
+    // A drain ends like this if the stop takes longer than the drain's deadline.
     let daemon = hostile.world.daemon().clone();
     let id = hostile.shown().id;
     let record = format!("recovery/{id}");
@@ -252,7 +253,8 @@ impl HostileVmm {
         Self::that_kills_at("adopt the VMM of ")
     }
 
-    /// Creates the VMs. The VMM kills the daemon at the point named `what` followed by the VM's id.
+    /// Creates the VMs. The VMM kills the daemon at the point named `what` followed by the VM's ID.
+    /// `DIR` in `what` stands for the directory of all VMs.
     fn that_kills_at(what: &str) -> Self {
         let world = World::new();
         let (evil, _) = world.running("evil");
@@ -264,7 +266,7 @@ impl HostileVmm {
         hostile
     }
 
-    /// Waits until the current daemon has died during the adoption, and starts the next one.
+    /// Reconciles, checks that the daemon has died during the adoption, and opens the next daemon.
     fn dies_adopting(&mut self) {
         self.world.points.die_at(self.point);
         self.world.daemon().reconciler.reconcile();
@@ -348,8 +350,8 @@ fn adoption_that_killed_three_daemons_is_not_retried() {
     );
 }
 
-/// The VMM answers while the daemon adopts it, and kills the daemon when it subscribes to the VMM's
-/// events.
+/// The VMM answers while the daemon adopts it, and kills the daemon when the daemon subscribes to
+/// the VMM's events.
 #[test]
 fn vmm_that_kills_daemon_on_subscribe_is_left_alone() {
     let mut hostile = HostileVmm::that_kills_at("listen to the VMM in DIR/");
@@ -383,7 +385,7 @@ fn record_is_cleared_by_successful_adoption() {
         (VmState::Running, None, false)
     );
     hostile.world.reopen();
-    // The VMM has the full number of attempts again.
+    // The daemon makes the full number of attempts again.
     for _ in 0..3 {
         hostile.dies_adopting();
     }

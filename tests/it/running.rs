@@ -1,4 +1,4 @@
-//! A call in progress. A separate thread reads its notes and its result.
+//! A call in progress. A separate thread reads the call's notes and result.
 
 use crate::world::soon;
 use fcd::testing::api::Call;
@@ -125,7 +125,7 @@ impl<R> Running<R> {
         self.finish_at(patience).0
     }
 
-    /// Waits for the result. Returns `None` if `is_over` returns true first.
+    /// Waits for the result. Returns `None` if `is_over` returns true first. Panics on a timeout.
     #[track_caller]
     pub fn finish_unless(&mut self, is_over: impl Fn() -> bool) -> Option<Result<R, Failure>> {
         const LOOK: Duration = Duration::from_millis(1);
@@ -143,7 +143,7 @@ impl<R> Running<R> {
         }
     }
 
-    /// Waits for the result. Also returns the time at which it arrived.
+    /// Waits for the result. Also returns the time at which it arrived. Panics after `patience`.
     #[track_caller]
     pub fn finish_at(&mut self, patience: Duration) -> (Result<R, Failure>, Instant) {
         if let Some(ended) = self.ended.take() {

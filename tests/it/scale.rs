@@ -9,13 +9,13 @@ use nix::sys::resource::{UsageWho, getrusage};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// Unrelated processes on the host, because a host in use has many.
+/// The number of unrelated processes to start, because a host in use has many.
 const OTHER_PROCESSES: usize = 200;
 const ROUNDS: usize = 5;
 /// The number of VMs that are changed after the restart, evenly spread.
 const CHANGED: usize = 10;
 
-/// Processes that are not the daemon's. It only has to skip them.
+/// Processes that do not belong to the daemon, which only has to skip them.
 struct Others(Vec<Child>);
 
 impl Others {
@@ -85,7 +85,8 @@ fn at_rest(vms: usize) -> World {
 }
 
 /// Measures the time from starting a daemon with the real drivers until several changes are
-/// durable.
+/// durable. Returns the time to open the daemon, that whole time, and the CPU time until every VM
+/// is reconciled.
 fn usable_after(config: &Config, vms: usize) -> (Duration, Duration, Duration) {
     let (begun, used) = (Instant::now(), cpu());
     let daemon = Daemon::open(config.clone(), Seams::real(config).unwrap()).unwrap();
@@ -132,7 +133,8 @@ fn resting(vms: usize) {
     );
 }
 
-/// Measures only the daemon's own part: the fake VMMs answer immediately.
+/// Measures how long it takes to reconcile running VMs. This is only the daemon's own part, because
+/// the fake VMMs answer immediately.
 fn running(vms: usize) {
     let mut world = World::with(|config| many(config, vms));
     for n in 0..vms {

@@ -64,7 +64,8 @@ impl Watchers {
         Self { epoll, sockets }
     }
 
-    /// Returns when the last watcher could read the next event, or `None` if the daemon hung up.
+    /// Returns the time at which the last watcher could read the next event, or `None` if the
+    /// daemon hung up.
     fn await_all(&mut self) -> Option<Instant> {
         let mut is_told = vec![false; self.sockets.len()];
         let (mut left, mut events) = (self.sockets.len(), [EpollEvent::empty(); WATCHERS]);
@@ -167,7 +168,7 @@ fn watchers() {
     for round in 0..EVENTS + 10 {
         for (_, watched, after_answer, after_call) in &mut sides {
             let (answer, call) = watched.change();
-            // The first ones warm up.
+            // The first ten rounds only warm up.
             if round >= 10 {
                 after_answer.push(answer);
                 after_call.push(call);
@@ -191,7 +192,7 @@ fn watchers() {
     );
 }
 
-/// Runs `fcctl ps -a` as a whole process whose output goes to a pipe.
+/// Measures `fcctl ps -a` as a separate process whose output goes to a pipe.
 fn ps(world: &World, vms: usize) -> Duration {
     let begun = Instant::now();
     let out = Command::new(env!("CARGO_BIN_EXE_fcctl"))

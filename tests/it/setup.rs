@@ -178,7 +178,7 @@ impl Lab {
         )
     }
 
-    /// Writes sources.list and updates the package lists.
+    /// Writes a sources.list with these suites and updates the package lists.
     fn offer(&self, suites: &[&str]) {
         let mut sources = String::new();
         for suite in suites {
@@ -359,7 +359,7 @@ fn setup_held_package_is_not_changed() {
     );
 }
 
-/// The result depends on which programs exist afterwards, not on apt-get's output.
+/// The result depends on which programs exist afterwards, not on apt-get's exit status.
 #[test]
 fn setup_program_that_does_not_appear_is_an_error() {
     let lab = Lab::new();

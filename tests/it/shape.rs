@@ -102,7 +102,7 @@ fn graph_of(dir: &Path) -> Graph {
     graph
 }
 
-/// Returns a cycle of imports if one exists.
+/// Returns a cycle of imports, or `None` if there is none.
 fn circle(graph: &Graph) -> Option<Vec<String>> {
     fn walk(graph: &Graph, path: &mut Vec<String>, done: &mut BTreeSet<String>) -> bool {
         let at = path.last().expect("a path begins somewhere").clone();
@@ -200,7 +200,7 @@ fn root_of_daemon_has_no_items_of_its_own() {
     assert_eq!(items, [""; 0], "move these into a file of their own");
 }
 
-/// Counts the methods in `impl` blocks for each type.
+/// Returns the number of methods of each type, without those of trait implementations.
 fn methods(text: &str) -> BTreeMap<String, usize> {
     let (mut counts, mut of): (BTreeMap<String, usize>, Option<String>) = (BTreeMap::new(), None);
     for line in code_of(text).lines() {

@@ -1,5 +1,5 @@
-//! Snapshots, restores and forks over the socket: who may use them and when, and what remains after
-//! a failure or a stop.
+//! Tests of snapshots, restores and forks over the socket: who may use them and when, and what
+//! remains after a failure or a stop.
 
 use crate::world::*;
 use fcd::testing::api::op::{OpCancel, OpRequest};
@@ -240,7 +240,7 @@ fn guest_is_resumed_after_save_or_failure() {
     world.vmm.hold_starts(Stage::Save);
     let mut saving = world.begin::<SnapshotCreate>(save("web", "one"), vec![]);
     assert!(world.vmm.await_held(1, soon()));
-    // The owner pauses the guest during the save, so it stays paused.
+    // The owner pauses the guest during the save, so the guest stays paused.
     world.call::<VmPause>(&request("web")).unwrap();
     world.vmm.release_starts();
     saving.finish(SOON).unwrap();
@@ -315,7 +315,7 @@ fn fork_is_complete_or_absent() {
     world.await_rest();
     assert_eq!(world.census(), before);
 
-    // A cancellation at any stage leaves nothing.
+    // A cancellation at any stage leaves nothing behind.
     for stage in [Stage::Save, Stage::BeforeSpawn, Stage::AfterSpawn] {
         world.vmm.hold_starts(stage);
         let mut forking = world.begin::<VmFork>(
@@ -353,7 +353,7 @@ fn fork_is_complete_or_absent() {
         "{twin:?}"
     );
     assert_eq!(list(&world), [""; 0], "what it began with is gone");
-    // Original and clone are independent.
+    // The original and the clone are independent.
     world.delete("web").unwrap();
     assert_eq!(world.state("twin"), VmState::Running);
 }
@@ -369,7 +369,7 @@ fn failed_restore_leaves_startable_vm() {
         .state_dir
         .join("snapshots")
         .join(made.id.as_str());
-    // The snapshot's memory is missing. The daemon notices this before it changes the VM's disk.
+    // The snapshot's memory file is empty. The daemon notices this before it changes the VM's disk.
     let disk = world.vmm.last_spec(&made.vm).unwrap().disk;
     let mut mine = std::fs::read(&disk).unwrap();
     mine.extend(b"what was written since");
@@ -392,7 +392,7 @@ fn failed_restore_leaves_startable_vm() {
     world.start("web").unwrap();
     world.stop("web").unwrap();
     world.stop("web").unwrap();
-    // Put the missing file back.
+    // The memory file is restored.
     std::fs::write(dir.join("private/memory"), &memory).unwrap();
     let aside = disk.with_file_name("former");
     world.vmm.fail_next_start("another version made it");
@@ -432,7 +432,7 @@ fn failed_restore_leaves_startable_vm() {
     assert!(std::fs::read(&disk).unwrap() != mine && !aside.exists());
     world.stop("web").unwrap();
     std::fs::write(&disk, &mine).unwrap();
-    // The snapshot's disk is missing, so the VM keeps its own.
+    // The snapshot's disk is missing, so the VM keeps its own disk.
     std::fs::remove_file(dir.join("disk")).unwrap();
     assert!(restore(&world, "one", None).is_err());
     assert_eq!(std::fs::read(&disk).unwrap(), mine);

@@ -11,8 +11,8 @@ use fcd::testing::error::Kind;
 use std::io::Write;
 use std::time::{Duration, Instant};
 
-/// Time after which the daemon ends a stalled import, and so the longest time that a call would
-/// wait for it. It is short in the negative control, where calls do wait.
+/// The time after which the daemon ends a stalled import, and so the longest time that a call would
+/// wait for the import. It is short in the negative control, where calls do wait.
 const STALL: Duration = Duration::from_secs(if cfg!(feature = "one-lock") { 4 } else { 30 });
 /// Time for a guest to shut down. With the network cut, both sides wait this long in vain.
 const GRACE_MS: u64 = 50;
@@ -44,11 +44,12 @@ struct Stage {
     world: World,
     client: Client,
     others: Vec<Import>,
-    /// The side that is timed first has colder caches, so the two sides take turns.
+    /// True if the VM with the import is timed first. The first side has colder caches, so the two
+    /// sides take turns.
     is_held_first: bool,
 }
 
-/// The number of running and waiting imports.
+/// The number of other imports, the number of workers, and the length of the queue.
 #[derive(Clone, Copy, Debug)]
 struct Load {
     others: usize,
@@ -105,7 +106,7 @@ impl Stage {
         import
     }
 
-    /// Starts a VM that has the fault.
+    /// Starts a VM, which is created if it does not exist. With `Unread`, its guest stops reading.
     fn vm(&self, name: &str, fault: Fault) -> std::net::SocketAddr {
         let addr = match self.world.show(name) {
             Ok(vm) => {
@@ -121,7 +122,7 @@ impl Stage {
         addr
     }
 
-    /// Starts the VM's import. If the pool is full, the import waits for a worker.
+    /// Starts an import that stalls. If the pool is full, the import waits for a worker.
     fn stall(&self, name: &str, fault: Fault) -> Import {
         let runs = self.world.daemon().transfers.pool.counts().running
             < self.world.config.limits.pool_workers;
@@ -137,7 +138,7 @@ impl Stage {
         import
     }
 
-    /// Times one call.
+    /// Makes one call and returns the time that it took.
     fn time(&mut self, verb: Verb, name: &str) -> Duration {
         let begun = Instant::now();
         match verb {
@@ -187,7 +188,8 @@ impl Stage {
         begun.elapsed()
     }
 
-    /// Measures both sides once: without an import, and with a stalled one.
+    /// Measures both sides once. Returns the time without an import and the time with a stalled
+    /// one.
     fn round(&mut self, verb: Verb, fault: Fault) -> (Duration, Duration) {
         let (idle_addr, addr) = (self.vm("idle", fault), self.vm("held", fault));
         let import = self.stall("held", fault);
@@ -221,8 +223,8 @@ impl Stage {
         (idle, held)
     }
 
-    /// Queues a second import behind a stalled one. It reports that it waits, and cancelling it
-    /// ends it.
+    /// Queues a second import behind a stalled one. Checks that the second import reports that it
+    /// waits, and that cancelling ends it. Returns the time that the cancel took.
     fn second_import_waits_visibly(&mut self) -> Duration {
         self.vm("held", Silent);
         let first = self.stall("held", Silent);
@@ -269,8 +271,8 @@ fn write_some(import: &mut Import) {
     import.stream.write_all(&chunk).unwrap();
 }
 
-/// The calls to measure. An exec is left out if the guest does not respond, because it would never
-/// end.
+/// Returns the calls to measure. An exec is left out if the guest does not respond, because it
+/// would never end.
 fn verbs(fault: Fault) -> &'static [Verb] {
     match fault {
         Cut => &[Verb::Show, Verb::List, Verb::Stop, Verb::Delete],

@@ -1,4 +1,5 @@
-//! The daemon logs to a pipe that nobody reads. Nothing except the log may wait for it.
+//! A test of a daemon that logs to a pipe that nobody reads. Nothing except the log may wait for
+//! the pipe.
 
 use crate::apart::run_in_own_process;
 use crate::world::*;
@@ -40,7 +41,8 @@ fn with_full_stderr_in_own_process() {
     let (other, _) = world.running("other");
     world.create("rests");
 
-    // Under the VM's lock the watcher records that the VMM does not respond. It also logs this.
+    // The watcher takes the VM's lock to record that the VMM does not respond. It also logs this
+    // fact.
     assert!(world.vmm.report(&web.id, GuestEvent::Unresponsive(true)));
     await_that("the row says that the VMM is silent", || {
         world.show("web").unwrap().unresponsive

@@ -229,7 +229,7 @@ fn lower_case_vms(text: &str) -> Vec<&str> {
     found
 }
 
-/// Findings by module.
+/// The findings of each module.
 #[derive(Default)]
 struct Findings(BTreeMap<String, Vec<String>>);
 
@@ -241,7 +241,8 @@ impl Findings {
             .push(format!("{}:{line}: {finding}", path.display()));
     }
 
-    /// Compares the findings with the allowed numbers, which must match exactly.
+    /// Compares the findings with the allowed numbers, which must match exactly. Returns one
+    /// message per difference.
     fn compare(&self, list: &str, remaining: &[(&str, usize)]) -> Vec<String> {
         let mut wrong = Vec::new();
         for (module, found) in &self.0 {
@@ -517,8 +518,8 @@ fn is_phrase(literal: &str) -> bool {
     words.windows(2).any(|pair| pair.iter().all(is_word))
 }
 
-/// Returns the literal at the beginning of `code` without its quotes. Byte strings are parts of
-/// file formats and do not count.
+/// Returns the string literal at the beginning of `code` without its quotes, or `None` if there is
+/// none. Byte strings are parts of file formats and do not count.
 fn literal(code: &str) -> Option<&str> {
     code.trim_start_matches("Some(")
         .trim_start_matches('&')

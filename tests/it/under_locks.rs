@@ -1,9 +1,9 @@
-//! Code under a lock may only access memory. The lock checker sees only the code that runs. This
-//! test reads the source, because most log calls are on paths that no test takes.
+//! Checks that code under a lock only accesses memory. The lock checker sees only the code that
+//! runs. This test reads the source, because most log calls are on paths that no test takes.
 
 use crate::layers::{is_test, root, rust_files};
 
-/// Forbidden texts while a guard is in scope. `log::` stands for any log macro.
+/// Texts that are forbidden while a guard is in scope. `log::` stands for any log macro.
 const FORBIDDEN: [&str; 1] = ["log::"];
 
 /// A guard in scope: its name, if it has one, and the brace depth at which its scope ends.
@@ -12,7 +12,7 @@ struct Guard {
     ends_below: i32,
 }
 
-/// Returns the name of the guard that a statement binds: `let guard = self.locks.vm.lock(&id);`.
+/// Returns the name of the guard if a statement binds one: `let guard = self.locks.vm.lock(&id);`.
 fn bound_guard(line: &str) -> Option<&str> {
     let (name, value) = line.trim().strip_prefix("let ")?.split_once(" = ")?;
     let value = value.trim_end().trim_end_matches(';').trim_end_matches('?');

@@ -1,4 +1,4 @@
-//! Local users against each other: how much one uid can take away from the others.
+//! Tests of local users against each other: how much one uid can take away from the others.
 
 use crate::world::*;
 use fcd::testing::api::Empty;
@@ -36,7 +36,7 @@ fn doctor_of_other_user_is_run_once_for_many_calls() {
     assert_eq!(world.vmm.checks_run(), runs + 1);
 }
 
-/// Makes more refused calls as Alice than the daemon keeps operations.
+/// Creates a VM as Alice, and makes this many calls on it that are refused.
 fn refused_calls(world: &World, calls: usize) {
     as_uid(ALICE, || {
         world.create("of-alice");
@@ -257,7 +257,8 @@ fn transfers_of_one_user_leave_workers_to_others() {
     }
 }
 
-/// A client that sends one byte a minute never exceeds the idle limit.
+/// A client that sends one byte a minute never exceeds the idle limit, so a minimum rate ends its
+/// transfer.
 #[test]
 fn transfer_below_minimum_rate_ends() {
     let world = World::with(|config| {
@@ -313,7 +314,8 @@ fn builds_of_one_user_are_limited_and_one_runs_at_a_time() {
             .unwrap_err();
         assert!(e.is(Kind::Busy) && e.fault.hint.is_some(), "{e:?}");
     }
-    // Other builds wait and report this. A hang-up removes a build from the queue.
+    // Builds of other users wait, and report that they wait. A hang-up removes a build from the
+    // queue.
     let of_bob = as_uid(BOB, || build(&world, "b"));
     of_bob.stage("wait for another build");
     let mut of_root = build(&world, "r");

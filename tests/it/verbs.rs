@@ -1,4 +1,4 @@
-//! The other calls over the real socket: set, wait, op.*, logs, exec and prune.
+//! Tests of the other calls over the real socket: set, wait, op.*, logs, exec and prune.
 
 use crate::world::*;
 use fcd::testing::api::Empty;
@@ -35,7 +35,7 @@ fn set_applies_at_next_start() {
             .unwrap()
             .vm
     };
-    // A stopped VM changes at once.
+    // A stopped VM changes immediately.
     let now = set(Some(2), None, None);
     assert_eq!((now.vcpus, now.pending), (2, None));
     world.place(&vm.id);
@@ -517,7 +517,7 @@ fn vsock_without_listener_is_refused() {
     assert_eq!(kind(1), "wrong_state");
 }
 
-/// Makes the guest unreachable over SSH.
+/// Starts a VM whose guest is unreachable over SSH.
 fn out_of_reach(world: &World) {
     let (_, addr) = world.running("web");
     world.guest.set_unreachable(addr, true);
@@ -562,7 +562,7 @@ fn stop_of_deaf_guest_kills_at_deadline_or_by_force() {
     assert_eq!(down.finish(SOON).unwrap().vm.state, VmState::Stopped);
 }
 
-/// An older kernel would reset on the keys before the guest syncs anything.
+/// The kernel of an older image would reset at Ctrl-Alt-Del before the guest syncs anything.
 #[test]
 fn stop_presses_no_keys_for_old_image() {
     let world = World::new();

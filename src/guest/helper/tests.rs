@@ -73,8 +73,8 @@ fn run(target: &Target, spec: &ExecSpec, stdin: &[u8]) -> Result<(Exit, Vec<u8>,
     Ok((exit, stdout.bytes, stderr.bytes))
 }
 
-/// Runs `body` on a thread and waits for the command's first byte on stdout, which shows that it
-/// runs. Returns the read end of its output.
+/// Runs `body` on a thread and waits for the command's first byte on stdout, which shows that the
+/// command runs. Returns the read end of its stdout, and the thread.
 fn begin(
     body: impl FnOnce(FdSink) -> Result<Exit> + Send + 'static,
 ) -> (OwnedFd, std::thread::JoinHandle<Result<Exit>>) {
@@ -220,8 +220,8 @@ fn exec_unread_sink_does_not_block_the_other_stream() {
     assert_eq!(thread.join().unwrap().unwrap_err().kind(), Kind::Cancelled);
 }
 
-/// Sends data through FIFOs in both directions, as production does, while the server renews its
-/// keys.
+/// Sends data through pipes in both directions at the same time, to a server with this
+/// configuration. Returns the time that this took.
 fn round_trip(config: &str, bytes: usize) -> Duration {
     let (_sshd, target) = ready(config);
     let (stdin, stdin_write) = pipe();
@@ -480,7 +480,8 @@ fn exec_unauthorized_key_is_unavailable() {
     ));
 }
 
-/// A server that accepts every connection and runs `serve` with it.
+/// Starts a server that accepts every connection and runs `serve` with it. Returns a target with
+/// the server's address.
 fn listener(serve: impl Fn(std::net::TcpStream) + Send + 'static) -> Target {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let addr = listener.local_addr().unwrap();

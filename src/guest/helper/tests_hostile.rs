@@ -19,8 +19,8 @@ use std::time::{Duration, Instant};
 
 pub const NAME: &str = "hostile";
 
-/// A helper that does what the command says. It is not confined, because the daemon must behave the
-/// same without confinement.
+/// Runs a helper that does what the command says. It is not confined, because the daemon must
+/// behave the same without confinement.
 pub fn run() -> ExitCode {
     let channel = Channel::inherited();
     let mut buffer = vec![0; TO_HELPER_BYTES_MAX];
@@ -241,6 +241,6 @@ fn helper_that_reads_no_orders_has_a_bounded_queue() {
         Kind::Timeout
     );
     drop(controls);
-    // The helper can be sent at most a full socket buffer of orders, plus the queue.
+    // At most a full socket buffer and a full queue of orders can be sent to the helper.
     assert!(feeder.join().unwrap() < 100_000);
 }

@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 
 pub const PROBE: &str = "probe";
 const MIB: u64 = 1024 * 1024;
-/// Allows a few calls more than [`super::BASE`], so that the other limits can be observed
-/// separately.
+/// A profile that allows a few calls more than [`super::BASE`], so that the other limits can be
+/// observed separately.
 const PROFILE: Profile = Profile {
     memory_bytes_max: 32 * MIB,
     open_files_max: 8,
@@ -27,8 +27,8 @@ const PROFILE: Profile = Profile {
     ],
 };
 
-/// The helper's main function: tries the calls that each message names and replies with the error
-/// number, or 0.
+/// Runs the helper. It tries the calls that each message names and replies with the error number,
+/// or with 0.
 pub fn run_probe(asked: &Asked) -> ExitCode {
     let channel = Channel::inherited();
     if let Err(e) = asked.confine(&PROFILE) {

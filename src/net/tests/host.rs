@@ -47,7 +47,7 @@ fn tap_is_owned_by_its_vm_and_removed_with_it() {
             "10.89.0.3"
         ]
     );
-    // A second take replaces the first.
+    // A second take for the same guest replaces the guest's tap.
     let again = lab.take(&a);
     assert_ne!(again, tap_a);
     lab.release(0);
@@ -242,7 +242,7 @@ fn second_installation_is_refused_before_creating_anything() {
     open(&lab.host, &config(), Arc::new(HostCommands)).unwrap();
 }
 
-/// Makes the `fail_at`-th command fail, or none if it is 0.
+/// Host commands of which the `fail_at`-th fails. None fails if `fail_at` is 0.
 struct Failing {
     count: AtomicUsize,
     fail_at: AtomicUsize,

@@ -1,7 +1,7 @@
 //! A lab of unnamed network namespaces. A namespace disappears with its last thread, socket and
 //! process, so a panicking test leaves nothing behind. [`Net`] works in `host`, and `outside` is
 //! the network behind the host. Each guest is a namespace whose only interface is relayed to the
-//! guest's tap, as a VMM does.
+//! guest's tap, as a VMM relays its guest's interface.
 
 use super::super::{Access, Guest, Net, Tap, tun};
 use crate::config::Network as Config;
@@ -23,7 +23,7 @@ pub(crate) const OUTSIDE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
 pub(crate) const HOST: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 2);
 pub(crate) const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 89, 0, 1);
 pub(crate) const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
-/// Only a failing test waits this long.
+/// The deadline of each wait. Only a failing test waits this long.
 const DEADLINE: Duration = Duration::from_secs(30);
 
 /// True if the tests run as root, which namespaces need. Otherwise prints that the test is skipped.
@@ -190,7 +190,7 @@ impl Lab {
         self.host.run(|| self.net.release(&tag(n))).unwrap();
     }
 
-    /// Starts a guest.
+    /// Takes a tap for the guest of this slot, and starts the guest.
     pub(crate) fn start(&self, slot: u32, access: Access) -> Machine {
         let guest = self.guest(slot, access);
         let tap = self.take(&guest);

@@ -114,7 +114,8 @@ fn descriptors_within_request_are_rejected_and_closed() {
     let mut c = f.client();
     let (read_end, write_end) = pipe_with("x");
     let line = call(7, "fds");
-    // Longer than one read, so that the first part has been received when the rest is sent.
+    // The line is longer than one read, so that the first part has been received when the rest is
+    // sent.
     let long = format!(
         "{}{}",
         " ".repeat(300_000),

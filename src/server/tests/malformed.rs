@@ -146,7 +146,7 @@ fn wrong_parameters_are_rejected() {
         )
     };
     for bad in [&"[".repeat(100_000) as &str, "\"\\ud800\"", "1e999"] {
-        // The input is nested deeply, but every bracket is closed.
+        // The deeply nested input gets its closing brackets, so that only its depth is wrong.
         let bad = if bad.len() > 1000 {
             format!("{bad}{}", "]".repeat(bad.len()))
         } else {
@@ -210,7 +210,7 @@ fn endless_line_is_rejected() {
     let f = fixture();
     let mut c = f.client();
     let chunk = vec![b'x'; 64 * 1024];
-    // This is far more than the limit. Writing fails when the server hangs up.
+    // The client would send far more than the limit, but writing fails when the server hangs up.
     let sent = (0..1024)
         .take_while(|_| c.stream().write_all(&chunk).is_ok())
         .count();

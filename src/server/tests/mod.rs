@@ -90,7 +90,8 @@ impl Handler for Probe {
                 self.hung_up.fetch_add(1, Ordering::SeqCst);
                 reply(json!(null))
             }
-            // Returns the number of descriptors and the content of the first one.
+            // Returns the number of descriptors, whether all of them are close-on-exec, and the
+            // content of the first one.
             "fds" => {
                 let cloexec = |fd: &OwnedFd| {
                     let flags = nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_GETFD).unwrap();

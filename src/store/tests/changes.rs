@@ -356,7 +356,7 @@ fn operation_is_kept_until_its_last_key_is_removed() {
         op: op_id(1),
         expires_at,
     };
-    // The key may be added before its operation, or while that runs.
+    // The key may be added before its operation, or while the operation runs.
     store
         .change_durable(|tx| {
             tx.put_key(key("a", 10))

@@ -301,7 +301,7 @@ fn listener_gets_snapshot_for_changes_no_longer_kept() {
         snapshot(all(&store, Some(first - 1)).1),
         (last, true, vec![1])
     );
-    // This number belongs to another database.
+    // A number that this store has not assigned belongs to another database.
     assert_eq!(
         snapshot(all(&store, Some(last + 1)).1),
         (last, true, vec![1])

@@ -1,7 +1,8 @@
 use super::faults::Fault;
 use super::*;
 
-/// Makes one change before the gate and two after it. None of them can be written.
+/// Makes one change before the gate and two after it. Checks that none of them is written, that
+/// each fails with this kind, and that the store then recovers.
 #[track_caller]
 fn check_failed_batch(fault: Fault, kind: Kind) {
     let dir = dir();
@@ -95,7 +96,7 @@ fn failed_log_fold_loses_nothing_and_is_retried() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     store.faults().fail_folds(u64::MAX);
-    // Each change writes at least one page. It is durable before the log is folded.
+    // Each change writes at least one page and is durable before the log is folded.
     let count = (0..schema::LOG_FRAMES)
         .take_while(|n| store.change_durable(|tx| tx.put_vm(row(*n))).is_ok())
         .count();
@@ -212,7 +213,7 @@ fn changes_of_many_threads_survive_failing_commits() {
     );
 }
 
-/// A mounted tmpfs that is unmounted when this is dropped.
+/// A tmpfs that is unmounted when the value is dropped.
 struct Tmpfs(TempDir);
 
 impl Tmpfs {

@@ -5,7 +5,8 @@ use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 use std::os::unix::fs::{PermissionsExt, symlink};
 
-/// Creates, fills and closes a store, damages its files with `harm`, and opens it again.
+/// Creates, fills and closes a store, damages its files with `harm`, and opens it again. Returns
+/// the directory and the result of the second open.
 fn harmed(harm: impl FnOnce(&Path, &Path)) -> (TempDir, Result<Store>) {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();

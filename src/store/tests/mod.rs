@@ -26,7 +26,7 @@ fn dir() -> TempDir {
     dir
 }
 
-/// Returns an ID with the digits of `n`.
+/// Returns the ID whose hexadecimal digits are `n`.
 fn vm_id(n: u32) -> VmId {
     format!("{n:012x}").parse().unwrap()
 }
@@ -119,6 +119,7 @@ fn put(store: &Store, n: u32) -> Result<Ticket> {
 }
 
 /// Closes `store`, opens it again, and checks that the disk equals the memory of the closed store.
+/// Returns the new store.
 #[track_caller]
 fn check_reopened(store: Store, dir: &Path) -> Store {
     let memory = state(&store);

@@ -1,5 +1,5 @@
-//! The test's controls of the fake: where operations are held, which fail, and how guests are
-//! reached.
+//! The test's controls of the fake: where operations are held, which operations fail, and how
+//! guests are reached.
 
 use super::{Fake, Keyboard, Stage};
 use crate::ids::VmId;
@@ -11,7 +11,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::Instant;
 
 impl Fake {
-    /// Holds later starts at this stage until [`Fake::release_starts`].
+    /// Holds later operations at this stage until [`Fake::release_starts`].
     pub fn hold_starts(&self, stage: Stage) {
         let gate = Cancel::try_new().expect("create an eventfd");
         self.state.lock().gate = Some((stage, gate));
@@ -24,7 +24,7 @@ impl Fake {
         }
     }
 
-    /// Waits until this many starts are held. Returns false at the deadline.
+    /// Waits until this many operations are held. Returns false at the deadline.
     pub fn await_held(&self, starts: usize, deadline: Instant) -> bool {
         self.changed
             .wait_while(&mut self.state.lock(), deadline, |s| s.waiting < starts)
@@ -66,7 +66,7 @@ impl Fake {
         self.state.lock().change_failures.push(message.to_owned());
     }
 
-    /// Makes `kill` time out, as for a process in uninterruptible sleep.
+    /// Makes `kill` time out, as for a process in uninterruptible sleep, or work again.
     pub fn set_unkillable(&self, is_unkillable: bool) {
         self.state.lock().is_unkillable = is_unkillable;
     }

@@ -66,7 +66,7 @@ struct Vmm {
     ssh_addr: SocketAddr,
     /// How the VMM ended, or `None` if it is alive.
     end: Option<End>,
-    /// Fires when the VMM ends.
+    /// A token that fires when the VMM ends.
     gone: Cancel,
     watchers: Vec<Died>,
     is_paused: bool,
@@ -84,14 +84,14 @@ struct State {
     waiting: usize,
     failures: Vec<String>,
     adopt_failures: Vec<String>,
-    /// Holds changes of running guests.
+    /// The gate that holds changes of running guests.
     change_gate: Option<Cancel>,
     changes_held: usize,
     change_failures: Vec<String>,
     is_unkillable: bool,
     ssh_addr: Option<SocketAddr>,
     ssh_addrs: HashMap<VmId, SocketAddr>,
-    /// The receivers of connections to guests' vsock ports.
+    /// The channels that receive the guests' ends of new vsock connections.
     vsock: HashMap<(VmId, u32), Sender<UnixStream>>,
     keyboard: Option<Keyboard>,
     presses: u64,
@@ -109,7 +109,8 @@ pub struct Fake {
     state: Mutex<State>,
     changed: Condvar,
     consoles: Consoles,
-    /// This is not in `state` because capabilities are queried under the locks of VMs.
+    /// True if guests react to a keyboard. This is not in `state` because capabilities are queried
+    /// under the locks of VMs.
     has_keyboard: AtomicBool,
 }
 
@@ -124,7 +125,8 @@ impl Fake {
         })
     }
 
-    /// Reports an event of this VM's live VMM. Returns false if no VMM is alive.
+    /// Reports an event of this VM's live VMM. Returns false if no VMM is alive or nothing watches
+    /// it.
     pub fn report(&self, vm: &VmId, event: GuestEvent) -> bool {
         let mut state = self.state.lock();
         let live = state
@@ -152,7 +154,7 @@ impl Fake {
         self.end(|vmm| &vmm.spec.vm == vm, how)
     }
 
-    /// Writes to the guest's console on its behalf.
+    /// Writes text to the guest's console, as the guest would.
     pub fn guest_says(&self, vm: &VmId, text: &str) {
         let state = self.state.lock();
         let console = state

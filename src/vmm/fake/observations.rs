@@ -1,4 +1,4 @@
-//! Observations of the fake VMMs for tests.
+//! Returns to tests what the fake VMMs have done.
 
 use super::Fake;
 use crate::api::vm::RateLimits;
@@ -15,7 +15,8 @@ impl Fake {
             .any(|v| v.spec.vm == *vm && v.end.is_none() && v.is_paused)
     }
 
-    /// Returns the guest's rates and the memory that it has to keep.
+    /// Returns the guest's rates and the memory in MiB that it has to keep, or `None` if no VMM is
+    /// alive.
     pub fn adjusted(&self, vm: &VmId) -> Option<(RateLimits, u64)> {
         let state = self.state.lock();
         state
@@ -36,7 +37,7 @@ impl Fake {
             .collect()
     }
 
-    /// Returns the spec of the VM's last start.
+    /// Returns the spec of the VM's last start, or `None` if the VM has never started.
     pub fn last_spec(&self, vm: &VmId) -> Option<VmmSpec> {
         self.state
             .lock()
@@ -67,7 +68,7 @@ impl Fake {
         self.state.lock().kills
     }
 
-    /// Returns how often all processes of the host were listed.
+    /// Returns how often all processes of the host were listed or searched.
     pub fn scans(&self) -> u64 {
         let state = self.state.lock();
         state.lists + state.finds

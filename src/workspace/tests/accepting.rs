@@ -1,4 +1,4 @@
-//! Repositories that git accepts, and the warnings about files that are not sent.
+//! Tests of repositories that git accepts, and of the warnings about files that are not sent.
 
 use super::*;
 use crate::error::Kind;
@@ -21,7 +21,7 @@ fn safe_directory_is_honored_wherever_git_reads_it() {
     inspect(&options).unwrap();
     config("[safe]\n\tdirectory = ~/host/*\n");
     inspect(&options).unwrap();
-    // An empty value resets the list.
+    // An empty value resets the list of safe directories.
     config("[safe]\n\tdirectory = ~/host/repo\n\tdirectory =\n");
     assert_eq!(inspect(&options).unwrap_err().kind(), Kind::InvalidTree);
     config("");
@@ -262,7 +262,7 @@ fn workspace_removed_in_the_guest_is_sent_again() {
         assert_eq!(export(site).1, 1);
     }
     git_tree.assert_same_status_without("new");
-    // The guest created an empty directory in its workspace.
+    // The guest replaces its workspace with an empty directory.
     std::fs::remove_dir_all(git_tree.guest()).unwrap();
     std::fs::create_dir(git_tree.guest()).unwrap();
     assert_eq!(git_tree.prepare(), [""; 0]);
@@ -313,8 +313,8 @@ fn names_like_git_directories_are_left_out_with_a_warning() {
     assert!(plain.guest().join("in/.Git/x").exists());
 }
 
-/// Creates a partial clone of a repository with two commits. With `sparse`, only one of its
-/// directories is checked out.
+/// Creates a repository with two commits and a partial clone of it. Returns both. With `sparse`,
+/// only the clone's top-level files are checked out.
 fn partial_clone(filter: &str, sparse: bool) -> (Site, Site) {
     let origin = Site::committed();
     origin.git(&["config", "uploadpack.allowFilter", "true"]);

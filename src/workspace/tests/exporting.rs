@@ -35,7 +35,8 @@ fn work_in_the_guest(site: &Site, has_git: bool) {
     symlink("/etc/passwd", guest.join("link-new")).unwrap();
     std::fs::remove_file(guest.join("link")).unwrap();
     symlink("elsewhere", guest.join("link")).unwrap();
-    // A file becomes a directory, a directory becomes a file, and a file becomes a link.
+    // A file becomes a directory, a directory becomes a file, and both a directory and a file
+    // become links.
     std::fs::remove_file(guest.join("file-to-dir")).unwrap();
     site.write_guest("file-to-dir/inside", "x\n");
     std::fs::remove_dir_all(guest.join("dir-to-file")).unwrap();

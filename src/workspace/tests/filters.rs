@@ -1,9 +1,9 @@
-//! Files with git filters. No filter runs on the host or in the guest.
+//! Tests of files with git filters. No filter runs on the host or in the guest.
 
 use super::*;
 
 /// Creates a repository with two filters that leave a mark when they run, and with committed files
-/// that they cover.
+/// that the filters cover. Returns the repository and the path of the mark.
 fn filtered() -> (Site, PathBuf) {
     let site = Site::unborn();
     let canary = site.dir.path().join("canary");
@@ -112,7 +112,7 @@ fn filtered_files_are_reported_and_look_unchanged_in_the_guest() {
         site.git(&["ls-files", "-s"]),
         site.git_guest(&["ls-files", "-s"])
     );
-    // They still look unchanged when git has to read their content.
+    // The filtered files still look unchanged when git has to read their content.
     for name in ["a.loud", "secret/key"] {
         let bytes = std::fs::read(site.guest().join(name)).unwrap();
         std::fs::remove_file(site.guest().join(name)).unwrap();
@@ -193,8 +193,7 @@ fn commit_of_other_files_succeeds_while_a_filtered_file_is_changed() {
         2
     );
     assert_not_stored(&site, "PLAINTEXT\n");
-    // Checking out another branch restores the content that was sent, not the content that git
-    // stores.
+    // A checkout restores the content that was sent, not the content that git stores.
     let sent = std::fs::read(site.path("secret/key")).unwrap();
     site.git_guest(&["checkout", "-q", "--", "secret/key"]);
     assert_eq!(

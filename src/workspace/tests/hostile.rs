@@ -211,7 +211,7 @@ fn unpack_writes_nothing_through_links() {
             entry(t, b'0', b"l/victim", b"", b"evil");
         };
         check_refused(through, Kind::InvalidTree, "l/victim");
-        // The archive overwrites the link itself, and replaces a directory.
+        // One archive replaces the link with a file, and another replaces it with a directory.
         let over = |t: &mut Vec<u8>| {
             entry(t, b'2', b"l", b"../../victim", b"");
             entry(t, b'0', b"l", b"", b"evil");
@@ -247,7 +247,7 @@ fn posix(t: &mut Vec<u8>, records: &[u8]) {
     entry(t, b'x', b"././@PaxHeader", b"", records);
 }
 
-/// Formats `<length> <key>=<value>LF`.
+/// Formats an extended header record: `<length> <key>=<value>`, followed by a line feed.
 fn record(text: &str) -> Vec<u8> {
     let length = (1..200)
         .find(|n| n.to_string().len() + text.len() + 2 == *n)

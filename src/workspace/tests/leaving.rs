@@ -1,4 +1,5 @@
-//! An export reports what a patch or a tree cannot contain, and brings back everything else.
+//! Tests that an export reports what a patch or a tree cannot contain, and brings back everything
+//! else.
 
 use super::*;
 use std::os::unix::fs::symlink;
@@ -258,8 +259,8 @@ fn export_repository_in_a_plain_tree_is_named_if_the_guest_changed_it() {
             "Repository new/.git"
         ]
     );
-    // A second import keeps the guest's changes there and names them, although it also sends that
-    // directory.
+    // A second import keeps the guest's changes in these repositories and names them, although it
+    // also sends `inner`.
     let head = git(
         &site.guest().join("inner"),
         &site.dir.path().join("guest"),
@@ -372,8 +373,8 @@ fn export_files_in_a_submodule_are_named_and_the_rest_applies() {
     site.write("own repository/a", "x");
     site.prepare();
     assert_eq!(site.left(), Vec::<String>::new());
-    // In each submodule the guest has the host's files and some new ones. One workspace is a
-    // checkout without changes.
+    // The guest adds or changes files in these directories, and clones two submodules into their
+    // paths. `clean` stays a checkout without changes.
     for name in ["sub/a", "sub/new", "own repository/a", "plain/new"] {
         site.write_guest(name, "guest\n");
     }

@@ -1,5 +1,5 @@
-//! Round trips with real repositories. The guest's scripts run on this host under `sh` in a
-//! separate directory.
+//! Tests of round trips with real repositories. The guest's scripts run on this host under `sh` in
+//! a separate directory.
 
 mod accepting;
 mod applying;
@@ -235,7 +235,7 @@ impl Site {
         assert_eq!(finished.kept, Vec::<Vec<u8>>::new());
     }
 
-    /// Exports. Returns the payload without the list at its beginning, and the list.
+    /// Runs an export. Returns the payload without the list at its beginning, and the list.
     fn export(&self, command: &str) -> Result<(Vec<u8>, Vec<left::Left>)> {
         let (payload, _) = self.sh("export", command, Vec::new())?;
         let mut rest = payload.as_slice();
@@ -283,12 +283,13 @@ impl Site {
         let line = format!("?? {only_in_guest}\n");
         assert_eq!(self.git(&args), self.git_guest(&args).replace(&line, ""));
     }
-    /// Checks that the guest has exactly the files that git lists on the host, byte for byte.
+    /// Checks that the guest has exactly the host's files, with the same content and permission
+    /// bits.
     #[track_caller]
     fn assert_same_tree(&self) {
         assert_eq!(listing(&self.host()), listing(&self.guest()));
     }
-    /// Exports a patch into a file.
+    /// Exports a patch into a file. Returns the file's path.
     fn patch_file(&self) -> PathBuf {
         let file = self.dir.path().join("p.patch");
         std::fs::write(&file, self.export_patch().unwrap().0).unwrap();

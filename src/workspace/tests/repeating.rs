@@ -465,7 +465,7 @@ fn raw_tar_makes_a_workspace() {
     import(&site, true).unwrap();
     site.assert_same_tree();
     assert_eq!(site.export_patch().unwrap().1, 0);
-    // They also do not count after an import whose content stayed in its archive.
+    // Imported files also do not count after an import whose content stayed in its archive.
     site.write("big", vec![7; 9_000_000]);
     site.prepare();
     assert!(

@@ -1,10 +1,10 @@
-//! Modification times survive the round trip.
+//! Tests that modification times survive the round trip.
 
 use super::*;
 use std::os::unix::fs::symlink;
 
-/// Seconds and nanoseconds. The times are before 1970, at the epoch, today, beyond 32 bits, beyond
-/// 64 bits of nanoseconds (2262), and the latest time of ext4.
+/// Modification times in seconds and nanoseconds. They are before 1970, at the epoch, today, beyond
+/// 32 bits, beyond 64 bits of nanoseconds (2262), and the latest time of ext4.
 const TIMES: [(i64, i64); 8] = [
     (-315_619_200, 0),
     (-1, 500_000_001),
@@ -34,7 +34,8 @@ fn set(path: &Path, (seconds, nanoseconds): (i64, i64)) {
     .unwrap();
 }
 
-/// Returns the times of every file, link and directory, except git's own.
+/// Returns the modification times of every file and link, except git's own, and with `dirs` of
+/// every directory.
 fn times(root: &Path, dirs: bool) -> BTreeMap<PathBuf, (i64, i64)> {
     let mut out = BTreeMap::new();
     let mut pending = vec![root.to_owned()];
@@ -57,7 +58,7 @@ fn times(root: &Path, dirs: bool) -> BTreeMap<PathBuf, (i64, i64)> {
     out
 }
 
-/// Creates one file of each type for each time, and sets the times again in the guest.
+/// Creates one file of each type for each time, and sets the directories' times last.
 fn fill(root: &Path) {
     for (i, time) in TIMES.iter().enumerate() {
         let long = format!("{}/{}", "d".repeat(150), "n".repeat(200));

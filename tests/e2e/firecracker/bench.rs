@@ -1,4 +1,4 @@
-//! Measures how long a guest takes to boot.
+//! Measures how long Firecracker takes to start a guest, with the driver and without it.
 
 use super::{binary, control_plane_spec, new_driver};
 use fcd::testing::locks::Cancel;
@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 const ROUNDS: usize = 40;
 
-/// Makes the driver's calls on a bare socket. Returns the time from the process's start to the
-/// reply to InstanceStart.
+/// Starts Firecracker without the driver and makes the driver's calls on its socket. Returns the
+/// time from the process's start to the reply to InstanceStart.
 fn bare_start(dir: &Path, calls: &[(String, String)]) -> Duration {
     let socket = dir.join("bare.sock");
     for left in [&socket, &dir.join("bare.vsock")] {

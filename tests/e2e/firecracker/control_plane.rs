@@ -1,4 +1,4 @@
-//! The whole daemon with Firecracker on this host's KVM.
+//! A test of the driver's operations with Firecracker on this host's KVM.
 
 use super::{control_plane_spec, new_driver, vm_config};
 use fcd::testing::api::vm::RateLimits;
@@ -108,7 +108,7 @@ fn the_control_plane_on_this_hosts_kvm() {
         assert_eq!(found, shown, "{config}");
         assert!(seed.is_null(), "{config}");
     }
-    // Each document covers the time since the previous document.
+    // Each metrics document covers the time since the previous one.
     for _ in 0..2 {
         let metrics = running_vm.metrics(&never).unwrap();
         let last = metrics.last().unwrap();

@@ -1,5 +1,5 @@
-//! Tests of the `firecracker` driver with the real program. They run in a test host, where nested
-//! virtualization runs the same guests. `scripts/test` runs them if a binary exists
+//! Tests of the `firecracker` driver with the real program. Most of them run in a test host, where
+//! nested virtualization runs the guests. `scripts/test` runs them if a binary exists
 //! (`FCD_FIRECRACKER` or in PATH), and otherwise reports that it is missing.
 
 mod bench;
@@ -25,7 +25,7 @@ fn binary() -> PathBuf {
         .into()
 }
 
-/// Returns the jailer of the same release.
+/// Returns the path of the jailer: `FCD_JAILER`, or the jailer beside the binary.
 fn jailer() -> PathBuf {
     std::env::var_os("FCD_JAILER").map_or_else(|| binary().with_file_name("jailer"), PathBuf::from)
 }
@@ -88,7 +88,8 @@ print STDERR "listens\n";
 while (accept(C, S)) { my $got = <C>; open(H, "/proc/sys/kernel/hostname"); my $name = <H>; chomp $name; print C "$name got $got"; close C }
 "#;
 
-/// Starts the server in the guest. Its first socket loads the vsock driver.
+/// Starts the server in the guest and checks its greeting. The server's first socket loads the
+/// vsock driver.
 fn greets(host: &TestHost, vm: &str) {
     host.sh(&format!(
         "cat > greeter.pl <<'END'\n{GREETER}END\nfcctl exec -i {vm} -- sh -c 'cat > /root/greeter.pl' < greeter.pl"
@@ -269,7 +270,7 @@ fn real_guests() {
             .starts_with("SSH-2.0")
     );
     assert!(host.sh("fcctl logs a").contains("ssh is up"));
-    // Copies a repository to the guest and exports its changes.
+    // A directory is copied to the guest, and the guest's changes are exported.
     host.sh("mkdir repo && cd repo && echo hello > greeting && fcctl workspace prepare a . --guest-path /root/repo");
     assert_eq!(
         host.sh("fcctl exec a -- cat /root/repo/greeting"),
@@ -353,8 +354,8 @@ fn real_guests() {
         "kept\nkept\n"
     );
     assert_eq!(host.sh("pgrep -x firecracker"), pid);
-    // A stop syncs and ends the guest even if a process in the guest hangs. The next start has the
-    // data.
+    // A stop syncs and ends the guest even if an import is stalled. After the next start, the guest
+    // has its data.
     let import = "{ head -c 100000 /dev/zero; exec sleep 3600; } | fcctl workspace prepare a --tar - --guest-path /root/stalled";
     let stopped = host.sh(&format!(
         "({import} > import.log 2>&1 && echo done > import.status || echo failed > import.status) & \
@@ -417,7 +418,7 @@ fn adjusts(host: &TestHost) {
         "{:?}",
         begun.elapsed()
     );
-    // The metrics may have been read in this minute or in an earlier one.
+    // The throttling may be in the metrics of this minute or of an earlier one.
     let metrics: serde_json::Value = serde_json::from_str(&host.sh("fcctl vm metrics a")).unwrap();
     let disks: Vec<_> = metrics["metrics"]
         .as_array()
@@ -437,7 +438,7 @@ fn adjusts(host: &TestHost) {
         until fcctl vm balloon a | grep -q 'keeps 1 GiB of 1 GiB$'; do sleep 0.2; done; echo done"), "done\n");
 }
 
-/// Returns the spec of a VM in `dir/vm` with empty disks.
+/// Creates empty disks in `dir/vm`. Returns the spec of a VM that uses them.
 fn control_plane_spec(dir: &Path, kernel: &Path) -> VmmSpec {
     let vm = dir.join("vm");
     for name in ["disk", "seed"] {

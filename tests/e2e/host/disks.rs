@@ -6,11 +6,11 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// A file system in a mount namespace of the calling thread and its children. It disappears with
-/// them.
+/// A file system in a mount namespace of the calling thread and its children. It disappears when
+/// they have all ended.
 pub struct SmallDisk(PathBuf);
 
-/// The file is sparse, so only written blocks use space.
+/// The size of the XFS file system. Its file is sparse, so only written blocks use space.
 const XFS_BYTES: u64 = 2 << 30;
 
 const EXT4_BYTES: u64 = 2 << 30;
@@ -94,7 +94,8 @@ impl SmallDisk {
 
     /// Repairs the file system as an administrator would after a reboot.
     pub fn mend_ext4(&self) {
-        // The processes that had files open on it have just been killed.
+        // The processes that had files open on it have just been killed, so the first attempts may
+        // fail.
         wait_for("it is unmounted", || {
             Command::new("umount")
                 .arg(&self.0)

@@ -1,4 +1,4 @@
-//! The image of all tests' guests. It is built once and cached.
+//! The images of the tests' guests. Each image is built once and cached.
 
 use super::{Host, base};
 use std::fs;

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 pub const FCD: &str = env!("CARGO_BIN_EXE_fcd");
 pub const FCCTL: &str = env!("CARGO_BIN_EXE_fcctl");
 
-/// Limit for a hang. Everything that tests wait for takes seconds.
+/// The time after which a wait fails the test. Everything that tests wait for takes seconds.
 const DEADLINE: Duration = Duration::from_secs(120);
 
 pub struct Host {
@@ -33,7 +33,7 @@ pub struct Host {
 
 /// Returns the directory of the tests' hosts. It is `target/tmp/e2e`, on the file system of the
 /// checkout. If root runs the tests, VMMs and other callers have their own uids, which may not be
-/// able to enter the checkout, for example in root's home. In that case it is a directory in
+/// able to enter the checkout, for example in root's home. In that case this returns a directory in
 /// `/var/tmp` whose name depends on the checkout.
 fn base() -> PathBuf {
     use std::hash::{DefaultHasher, Hash, Hasher};
@@ -52,12 +52,12 @@ fn base() -> PathBuf {
     dir
 }
 
-/// Polls `probe` with short pauses until it returns a value.
+/// Polls `probe` with short pauses until it returns a value. Fails the test at the deadline.
 pub fn wait_for<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
     wait_for_or(what, &mut String::new(), |_| probe())
 }
 
-/// Like [`wait_for`], but a failure message contains the probe's last text.
+/// Like [`wait_for`], but the failure message contains the probe's last text.
 pub fn wait_for_or<T>(
     what: &str,
     said: &mut String,
@@ -241,8 +241,8 @@ impl Host {
         fs::rename(draft, self.die_at()).unwrap();
     }
 
-    /// Removes the order to die. Returns true if the daemon has died. After it has hung up on a
-    /// caller, this waits for its death.
+    /// Removes the order to die. If the daemon has hung up on a caller, waits until the daemon is
+    /// dead. Returns true if the daemon has died.
     pub fn disarm(&mut self, has_hung_up: bool) -> bool {
         fs::remove_file(self.die_at()).unwrap();
         let mut fcd = self.fcd.take().expect("a daemon runs");
@@ -369,7 +369,7 @@ impl Host {
         self.json(&["vm", "show", vm])[fact].clone()
     }
 
-    /// Returns the consoles of all guests.
+    /// Returns the path and the text of each VM's console log.
     fn consoles(&self) -> Vec<(PathBuf, String)> {
         let dirs = fs::read_dir(self.state().join("vms"))
             .into_iter()
@@ -385,8 +385,8 @@ impl Host {
         .collect()
     }
 
-    /// Returns everything on the host that belongs to this daemon: VMM processes and files of its
-    /// VMs.
+    /// Returns everything on the host that belongs to this daemon: its VMM processes and the
+    /// directories of its VMs.
     pub fn census(&self) -> Vec<String> {
         let mut found: Vec<String> = vmm_processes(&self.state())
             .into_iter()

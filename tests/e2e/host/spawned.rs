@@ -37,7 +37,7 @@ impl Spawned {
         signal(self.child.id(), name);
     }
 
-    /// Waits until its stdout contains `text`.
+    /// Waits until the process's stdout contains `text`. Fails the test if the process ends first.
     #[track_caller]
     pub fn says(&mut self, text: &str) {
         wait_for(&format!("{text:?} on stdout"), || {

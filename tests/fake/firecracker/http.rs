@@ -1,4 +1,4 @@
-//! Reads requests and writes responses.
+//! Reads HTTP requests and writes responses.
 
 use super::vmm::Outcome;
 use serde_json::json;
@@ -13,8 +13,8 @@ pub struct Request {
     pub body: Vec<u8>,
 }
 
-/// Reads one request. Returns `None` at the end of the connection, and only the length if the body
-/// is too long.
+/// Reads one request. Returns `None` if the connection ends or fails, and `Some(Err(length))` if
+/// the body is too long.
 pub fn read_request(
     stream: &mut UnixStream,
     buffer: &mut Vec<u8>,

@@ -23,7 +23,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use vmm::Vmm;
 
-/// Returns the fault for this request and its argument, according to the script.
+/// Returns the fault for this request and the fault's argument, or `None` if the script has no
+/// fault for it.
 fn fault(program_dir: &Path, method: &str, path: &str) -> Option<(String, String)> {
     let script = std::fs::read_to_string(program_dir.join("script")).unwrap_or_default();
     script.lines().find_map(|line| {

@@ -3,8 +3,8 @@
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 
-/// Serves vsock connections. The guest echoes on port 7 and stays silent on port 8. Nothing listens
-/// on other ports.
+/// Listens on the socket `path` and serves vsock connections. The guest echoes on port 7 and stays
+/// silent on port 8. Nothing listens on other ports.
 pub fn listen_for_vsock(path: &str) -> std::io::Result<()> {
     let listener = UnixListener::bind(path)?;
     std::thread::spawn(move || {

@@ -1,5 +1,5 @@
-//! One golden per message on the wire, so that a change shows in review, and the table of error
-//! kinds.
+//! Contains one golden per message on the wire, so that a change shows in review, and the table of
+//! error kinds.
 
 mod daemon;
 mod frames;
@@ -141,7 +141,6 @@ fn reply() -> VmReply {
     }
 }
 
-/// Every method has a golden in one of these files.
 #[test]
 fn every_method_has_a_golden() {
     let declared: BTreeSet<&str> = fcd::testing::api::table::calls()
@@ -162,7 +161,8 @@ fn every_method_has_a_golden() {
     assert!(missing.is_empty(), "{missing:?}");
 }
 
-/// The documented error kinds: code, exit status of `fcctl`, and whether a retry can help.
+/// The documented table gives, for each error kind, its code, `fcctl`'s exit status, and whether a
+/// retry can help.
 #[test]
 fn kind_table_golden() {
     let mut table = String::from("| kind | code | exit | try again |\n|---|---|---|---|\n");

@@ -1,4 +1,4 @@
-//! A guest or a disk that breaks under a running daemon.
+//! Tests with a guest or a disk that breaks under a running daemon.
 
 use super::{create, exec, refused};
 use crate::world::*;

@@ -1,4 +1,4 @@
-//! Limits of the pool, of VMs and of memory.
+//! Tests of the limits of the pool, of VMs and of memory.
 
 use super::{create, refused, user};
 use crate::world::*;

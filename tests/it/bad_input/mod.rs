@@ -1,4 +1,5 @@
-//! Invalid requests: each fails with the right kind, a message and a hint, and changes nothing.
+//! Tests of invalid requests. Each fails with the right kind, a message and a hint, and changes
+//! nothing.
 
 mod broken_host;
 mod limits;
@@ -16,7 +17,8 @@ use fcd::testing::daemon::Caller;
 use fcd::testing::error::{Code, Kind};
 use std::os::fd::OwnedFd;
 
-/// Checks that the call fails with this kind, gives a hint, and changes nothing.
+/// Checks that the call fails with this kind, gives a hint, and changes nothing. Returns the
+/// error's message.
 #[track_caller]
 fn refused<R: std::fmt::Debug>(
     world: &World,

@@ -1,4 +1,5 @@
-//! Listeners that read slowly, that may see only their own VMs, or that send invalid requests.
+//! Tests with listeners that read slowly, that may see only their own VMs, or that send invalid
+//! requests.
 
 use super::{listen, read_line, set_vcpus, watch_from_snapshot};
 use crate::world::*;

@@ -1,4 +1,4 @@
-//! Many watchers that join and lag while many changes happen.
+//! A test with many watchers that join and lag while many changes happen.
 
 use super::{Ours, read_line};
 use crate::world::*;
@@ -12,8 +12,8 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 
-/// A watcher of `uid` that reads one line per permit. When the permits' sender is gone, it reads
-/// without limit.
+/// A watcher that runs as `uid` and reads one line per permit. When the permits' sender is gone, it
+/// reads without limit.
 struct Tail {
     daemon: fcd::testing::daemon::Daemon,
     uid: u32,
@@ -21,7 +21,8 @@ struct Tail {
     permits: Receiver<()>,
 }
 
-/// The changes that a watcher received after its first snapshot, by number and memory.
+/// What a watcher received after its first snapshot. Each change is a sequence number and a memory
+/// size.
 #[derive(Debug, PartialEq)]
 struct Tailed {
     after: u64,
@@ -30,7 +31,8 @@ struct Tailed {
 }
 
 impl Tail {
-    /// Watches until this change arrives. After every lag, watches again.
+    /// Watches until the last of the changes `last` that this uid may see arrives. After every lag,
+    /// watches again.
     fn until(self, last: &[(u32, u64)]) -> Tailed {
         let is_seen = |owner: u32| self.uid == 0 || self.uid == owner;
         let last = last
@@ -196,7 +198,7 @@ fn lagging_watchers_under_load_match_store() {
         truth.push((*owner, ticket.seq(), mem));
         if n % 50 == 0 {
             ticket.wait(soon()).unwrap();
-            // These watchers read a few lines at a time.
+            // The stuttering watchers read a few lines at a time.
             for permit in &stutterers {
                 (0..n % 150 / 50 * 40).for_each(|_| permit.send(()).unwrap_or_default());
             }

@@ -1,4 +1,4 @@
-//! `events.watch`: which events a listener gets, in which order, and how it resumes.
+//! Tests of `events.watch`: which events a listener gets, in which order, and how it resumes.
 
 mod listeners;
 mod load;
@@ -253,7 +253,8 @@ fn watch_through_a_thousand_changes_matches_daemon() {
             }
         }
     };
-    // Gives every boot a guest that answers.
+    // This places a guest for an ID that no VM has. The workers' VMs share the fake's default
+    // guest, which always answers.
     world.place(&"0123456789ab".parse().unwrap());
     std::thread::scope(|scope| {
         (0..WORKERS).for_each(|n| drop(scope.spawn(move || worker(n))));
@@ -343,7 +344,7 @@ fn watch_resumes_after_daemon_restart() {
     let before = mirror.seq;
     world.reopen();
     assert!(call.finish(SOON).unwrap_err().is(Kind::ShuttingDown));
-    // The VMM dies while no daemon runs. Reconciling reports its death.
+    // The VMM dies before the new daemon has reconciled. Reconciling reports the death.
     world.vmm.die(
         &vm.id,
         &fcd::testing::vmm::End::Vmm(fcd::testing::vmm::Exit::Signal(9)),
@@ -432,7 +433,7 @@ fn listen(world: &World, uid: u32) -> Listener {
     }
 }
 
-/// Reads one line, or `None` at the end of the connection.
+/// Reads one line. Returns `None` at the end of the connection.
 fn read_line(from: &mut impl BufRead) -> Option<Line> {
     let mut line = String::new();
     from.read_line(&mut line).unwrap();
@@ -445,7 +446,7 @@ fn read_line(from: &mut impl BufRead) -> Option<Line> {
 }
 
 impl Listener {
-    /// Listens until the VM has this number of vCPUs, then hangs up.
+    /// Listens until the VM has this number of vCPUs, then hangs up. Returns one line per event.
     #[track_caller]
     fn lines_until(self, vm: &str, vcpus: u32) -> Vec<String> {
         let mut mirror = self.mirror;

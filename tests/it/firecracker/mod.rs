@@ -1,6 +1,6 @@
 //! Tests the `firecracker` driver against a fake with the real program's API
 //! (`tests/fake/firecracker/`). A test's script can make the fake slow, hang, die or send wrong
-//! answers. `another_host::` in `e2e` runs the real program.
+//! answers. The module `firecracker` of the `e2e` tests runs the real program.
 
 mod running;
 mod saving;
@@ -27,7 +27,7 @@ struct Bench {
     dir: tempfile::TempDir,
     /// The installation name in the VMM tags. No other test uses it.
     install: String,
-    /// The prefix of those tags.
+    /// The prefix of the tags with this installation name.
     prefix: String,
     driver: Firecracker,
 }
@@ -35,9 +35,9 @@ struct Bench {
 impl Bench {
     fn new(script: &str) -> Self {
         let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        // A hard link with its own name, because the fake reads the script beside its executable. A
-        // copy would not do: if another test forks while the copy is open for writing, executing it
-        // fails (ETXTBSY).
+        // The fake reads the script beside its executable, so each test needs its own executable.
+        // This is a hard link because a copy would not do: if another test forks while the copy is
+        // open for writing, executing it fails (ETXTBSY).
         std::fs::hard_link(PROGRAM, dir.path().join("firecracker")).unwrap();
         std::fs::create_dir(dir.path().join("vm")).unwrap();
         for (name, bytes) in [
@@ -109,7 +109,7 @@ impl Bench {
             .unwrap_or_else(|e| panic!("{e}"))
     }
 
-    /// Checks that the start fails and leaves no process.
+    /// Checks that the start fails and leaves no process. Returns the error.
     #[track_caller]
     fn fails(&self, cancel: &Cancel) -> Error {
         let (started, reported) = self.start(cancel);
@@ -147,7 +147,7 @@ impl Bench {
     }
 }
 
-/// Kills the VMM if the test ends or fails while it runs.
+/// Kills the VMM if the test ends or fails while the VMM runs.
 impl Drop for Bench {
     fn drop(&mut self) {
         for vmm in self

@@ -1,4 +1,4 @@
-//! The driver's operations on a running guest.
+//! Tests of the driver's operations on a running guest.
 
 use super::{Bench, SOON, driver, soon};
 use expect_test::expect;
@@ -167,7 +167,7 @@ fn vsock_connects_to_listener_in_guest() {
             && e.hint_text().is_some(),
         "{e}"
     );
-    // Nobody answers, so the caller cancels the call.
+    // The guest does not answer on port 8, so only the cancel token ends the call.
     let enough = Cancel::try_new().unwrap();
     enough.cancel(CancelCause::VmStopped);
     assert_eq!(
@@ -259,7 +259,7 @@ fn metrics_are_read_line_by_line() {
             .collect()
     };
     assert_eq!((flushes(), flushes()), (vec![1], vec![2]));
-    // The driver skips lines that it did not request, and garbage.
+    // The driver also returns documents that it did not request, but skips garbage.
     let pipe = bench.dir.path().join("vm/run/metrics");
     std::fs::write(&pipe, "{\"flushes\":77}\n\u{1b}[2J\n").unwrap();
     assert_eq!(flushes(), [77, 3]);

@@ -1,4 +1,4 @@
-//! Saving and restoring a guest.
+//! Tests of saving and restoring a guest.
 
 use super::{Bench, soon};
 use expect_test::expect;
@@ -32,7 +32,7 @@ impl Bench {
             .save(&self.spec(), to, &Cancel::try_new().unwrap())
     }
 
-    /// The types of snapshot that were requested, in order.
+    /// Returns the types of the requested snapshots, in order.
     fn snapshot_types(&self) -> Vec<String> {
         let requests = self.requests();
         let bodies = requests
@@ -142,7 +142,7 @@ fn save_and_restore_guest() {
         .unwrap();
 }
 
-/// The real program also exits after a refused load.
+/// Like the real program, the fake exits after it has refused to load a snapshot.
 #[test]
 fn refused_load_reports_cause_and_leaves_nothing() {
     let bench = Bench::new("");
@@ -164,7 +164,7 @@ fn refused_load_reports_cause_and_leaves_nothing() {
     );
     assert!(e.hint_text().is_some_and(|h| h.contains("snapshot")), "{e}");
     assert_eq!(bench.driver.processes().list(&bench.prefix).unwrap(), []);
-    // A driver without this snapshot format refuses the snapshot too.
+    // The driver also refuses a snapshot that another driver made.
     assert_eq!(
         bench
             .driver

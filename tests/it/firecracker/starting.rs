@@ -1,4 +1,4 @@
-//! Starting a VMM, failing to start a broken VMM, and adopting a running VMM.
+//! Tests of starting a VMM, failing to start a broken VMM, and adopting a running VMM.
 
 use super::{Bench, driver, soon};
 use expect_test::expect;

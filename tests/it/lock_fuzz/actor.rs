@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 
 /// A command that runs until something else ends it.
 const HELD: &str = "hold";
-/// Time that an actor waits for a call that may never end. After it the actor hangs up.
+/// How long an actor waits for a call that may never end before it hangs up.
 const PATIENCE: Duration = Duration::from_millis(20);
 
 /// The result of a call for its caller.
@@ -51,7 +51,7 @@ pub fn name(n: u64) -> String {
     format!("vm-{n}")
 }
 
-/// Defines how every guest answers commands.
+/// Makes every guest run the command [`HELD`] until something else ends it.
 pub fn script_guests(world: &World) {
     let never = Gate::closed();
     world
@@ -161,7 +161,7 @@ impl<'a> Actor<'a> {
         );
     }
 
-    /// Makes one call and waits for its end.
+    /// Makes one call, waits for its end, and records the reply.
     fn verb<C: Call>(&mut self, vm: &str, verb: Verb, request: &C::Request) {
         let (sent, mut op) = (Instant::now(), None);
         let result = follow::<C>(&mut self.client, request, &mut op);
@@ -201,7 +201,7 @@ impl<'a> Actor<'a> {
         });
     }
 
-    /// A caller that began or joined an operation must get the operation's result.
+    /// Checks that a caller that began or joined an operation got the operation's result.
     fn is_what_the_operation_says(&mut self, op: &OpId, result: &Result<(), Failure>) {
         // The registry drops old finished operations.
         let Ok(reply) = self
@@ -228,10 +228,10 @@ impl<'a> Actor<'a> {
             .begin::<WorkspacePrepare>(prepare(vm), vec![read]);
         let mut stream = std::fs::File::from(write);
         match self.random.below(3) {
-            // A complete payload, a truncated one, or one that stalls in the middle of a chunk.
+            // The payload is complete, is truncated, or stalls in the middle of a chunk.
             0 => {
                 let mut writer = ChunkWriter::new(stream);
-                // A refused import reads nothing.
+                // If the import was refused, the daemon reads nothing.
                 _ = writer
                     .write_all(b"some payload")
                     .and_then(|()| writer.finish(3).map(drop));
@@ -365,7 +365,7 @@ impl<'a> Actor<'a> {
         assert!(follow::<ImageBuild>(&mut self.client, &request, &mut None).is_err());
     }
 
-    /// Events that guests and VMMs cause themselves.
+    /// Makes the guest or its VMM do something on its own, such as die or stop answering.
     fn fate(&mut self, vm: &str) {
         let Ok(shown) = self.client.call::<VmShow>(&request(vm)) else {
             return;

@@ -4,8 +4,8 @@
 //! history through the transition table must explain every reply.
 //!
 //! `FCD_FUZZ_SEED=N` draws the same requests again (threads still differ). `FCD_FUZZ_SECONDS=N`
-//! sets how long to run; the current round is then finished. It runs in its own process, so that
-//! all its threads can be counted, and a deadlock ends that process instead of the suite.
+//! sets how long to run; the current round is then finished. The fuzzer runs in its own process, so
+//! that all its threads can be counted, and a deadlock ends that process instead of the suite.
 
 mod actor;
 pub mod random;
@@ -28,21 +28,23 @@ const ACTORS: u64 = 8;
 pub const VMS: u64 = 4;
 const REQUESTS: u64 = 60;
 const SECONDS_DEFAULT: u64 = 40;
-/// Calls in progress without any reply for this long count as a deadlock.
+/// The time without any reply that counts as a deadlock if calls are in progress.
 const STUCK: Duration = Duration::from_secs(60);
-/// The daemon's own limits keep each wait in a round below two seconds.
+/// The time that a stop gives the guest to shut down. Together with the daemon's own limits, this
+/// keeps each wait in a round below two seconds.
 const GRACE_MS: u64 = 50;
-/// Holds of a VM's lock, per thousand, that may use more than a millisecond of CPU time. On a
-/// virtual machine, time that the host steals is charged to the thread. A hold that computes or
-/// copies would exceed the limit every time.
+/// The number of holds of a VM's lock, per thousand, that may use more than a millisecond of CPU
+/// time. On a virtual machine, time that the host steals is charged to the thread. A hold that
+/// computes or copies would exceed the limit every time.
 const LONG_PER_MILLE_MAX: u64 = 1;
-/// A short run may have this many holds of either kind.
+/// The number of unusual holds of each kind that even a short run may have.
 const ODD_HOLDS_MAX: u64 = 5;
-/// Holds of a VM's lock, per thousand, in which the thread may sleep for a reason that the checker
-/// does not know. The only legitimate reason is a page fault that reads from disk.
+/// The number of holds of a VM's lock, per thousand, in which the thread may sleep for a reason
+/// that the checker does not know. The only legitimate reason is a page fault that reads from disk.
 const UNEXPLAINED_PER_MILLE_MAX: u64 = 1;
-/// glibc's allocator has one lock per arena. With fewer arenas than threads, threads sleep on these
-/// locks: in 3.4 % of the holds with one arena, 0.1 % with 16, none with 256.
+/// The number of arenas of glibc's allocator, which has one lock per arena. With fewer arenas than
+/// threads, threads sleep on these locks: in 3.4 % of the holds with one arena, 0.1 % with 16, none
+/// with 256.
 const ARENAS: &str = "1024";
 
 #[derive(Default)]
@@ -172,7 +174,8 @@ fn chaos(_: Rank) {
         drawn
     });
     match drawn % 256 {
-        // Does not sleep while a lock is held, because the sleep would lengthen the hold.
+        // A thread that holds a lock neither sleeps nor yields here, because that would lengthen
+        // the hold.
         0 if check::held() == 0 => std::thread::sleep(PAUSE),
         1..16 if check::held() == 0 => std::thread::yield_now(),
         _ => {}
@@ -250,8 +253,8 @@ fn round(seed: u64, figures: &mut Figures) {
     // Dropping the world checks that memory and disk agree.
 }
 
-/// Waits until the store has recorded the death of every VMM. The fake reports it on a thread that
-/// the daemon does not count.
+/// Waits until the store has recorded the death of every VMM that has died. The fake reports deaths
+/// on threads that the daemon does not count.
 fn await_all_ended(world: &World) {
     await_that("every death is written down", || {
         let live = world.vmm.live();

@@ -25,8 +25,9 @@ struct Model {
 }
 
 impl Default for Model {
-    /// Another call can find a new VM by name before the history contains its creation, because no
-    /// VM lock is held while that entry is written.
+    /// Returns the model of a VM that has just been created. Another call can find a new VM by name
+    /// before the history contains its creation, because no VM lock is held while that entry is
+    /// written.
     fn default() -> Self {
         Self {
             state: Some(VmState::Created),
@@ -42,7 +43,8 @@ fn deletes(verb: Verb) -> bool {
     matches!(verb, Verb::Delete | Verb::DeleteForce)
 }
 
-/// A delete replaces a stop, and force replaces a graceful stop.
+/// Returns the weight of a call as a successor. A delete replaces a stop, and force replaces a
+/// graceful stop.
 fn weight(verb: Verb) -> u8 {
     match verb {
         _ if deletes(verb) => 2,
@@ -215,8 +217,8 @@ pub fn check(events: &[Event], seen: &[Seen]) -> Result<Told, String> {
     })
 }
 
-/// Finds a history entry for each reply that explains it and was made between the call and the
-/// reply. Each entry explains at most one reply.
+/// Finds, for each reply, a history entry that explains the reply and was made between the call and
+/// the reply. Each entry explains at most one reply. Returns an error if there is no such entry.
 fn explain(events: &[Event], seen: &[Seen]) -> Result<(), String> {
     let mut used = vec![false; events.len()];
     let mut by_end: Vec<&Seen> = seen.iter().collect();
@@ -279,7 +281,7 @@ fn gives(event: &Event, call: &Seen) -> bool {
     }
 }
 
-/// True if no VM with that name existed at some moment of the call.
+/// Returns an error unless no VM with that name existed at some moment of the call.
 fn was_absent(events: &[Event], call: &Seen) -> Result<(), String> {
     let of_name = || events.iter().filter(|e| e.name.as_str() == call.name);
     for made in of_name().filter(|e| matches!(e.what, What::Created) && e.between.1 <= call.sent) {

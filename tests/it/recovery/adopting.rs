@@ -1,4 +1,4 @@
-//! VMMs that keep running while the daemon restarts.
+//! Tests with VMMs that keep running while the daemon restarts.
 
 use crate::world::*;
 use fcd::testing::api::Call;
@@ -42,7 +42,7 @@ where
     world.begin::<C>(request, vec![]).finish(PROMPT).map(|_| ())
 }
 
-/// The reconciler is blocked at another VM and has not reached this VM yet.
+/// The reconciler is blocked at one VM and has not reached the other yet.
 #[test]
 fn stop_and_delete_after_restart_do_not_wait_for_reconciler() {
     for verb in ["stop", "stop --force", "kill", "restart", "rm -f"] {

@@ -1,4 +1,4 @@
-//! VMMs that ended while no daemon was running.
+//! Tests with VMMs that ended while no daemon was running.
 
 use crate::world::*;
 use fcd::testing::api::vm::*;
@@ -63,8 +63,8 @@ fn vm_after_host_reboot_is_stopped() {
 /// Replaces the console log of a VM that has started.
 fn overwrite_console(dir: &Path, words: &str) {
     let log = dir.join("console.log");
-    // The thread that reads consoles records the start on its own time. What it appends later would
-    // hide the words.
+    // The thread that reads consoles records the start with a delay. Text that it appends later
+    // would hide the words.
     await_that("the start is in the log", || {
         std::fs::read_to_string(&log).is_ok_and(|text| text.contains("--- fcd: started"))
     });

@@ -1,4 +1,5 @@
-//! Recovery from the state that an earlier daemon left, and VMs that were created with `--rm`.
+//! Tests of the recovery from the state that an earlier daemon left, and of VMs that were created
+//! with `--rm`.
 
 mod adopting;
 mod missing_vmms;
@@ -199,7 +200,7 @@ fn leftover_directories_are_removed() {
 }
 
 /// SIGTERM arrives while operations of every kind run. The daemon exits in time, and the next
-/// daemon continues the operations.
+/// daemon leaves every VM in a valid state.
 #[test]
 fn close_during_operations_ends_in_time() {
     let mut world = World::new();

@@ -1,4 +1,4 @@
-//! Guests that are paused, and VMMs that do not respond.
+//! Tests with guests that are paused, and with VMMs that do not respond.
 
 use super::exec;
 use crate::world::*;
@@ -60,8 +60,8 @@ fn paused_guest_stays_paused_after_daemon_restart() {
         refused.is(Kind::WrongState) && refused.to_string().contains("is paused"),
         "{refused}"
     );
-    // The daemon is killed after it writes the row and before it calls the driver. The next daemon
-    // calls the driver.
+    // A restart of the daemon leaves the guest paused. If a daemon is killed after it writes the
+    // row and before it calls the driver, the next daemon calls the driver.
     world.reopen();
     assert!(world.vmm.is_paused(&vm.id));
     world.daemon().reconciler.reconcile();

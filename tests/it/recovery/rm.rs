@@ -1,4 +1,4 @@
-//! VMs that were created with `--rm`.
+//! Tests of VMs that were created with `--rm`.
 
 use crate::world::*;
 use fcd::testing::api::frame::Note;

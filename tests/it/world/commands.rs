@@ -39,8 +39,8 @@ impl Builds {
     }
 }
 
-/// Fake host commands: a `qemu-img` that writes only a header, `dmsetup` on a test host, and image
-/// builds that fail at the end.
+/// Fake host commands: a `qemu-img` that writes only a header, the real `dmsetup` on a test host,
+/// and image builds that fail at the end.
 pub struct FakeCommands(pub Arc<Builds>);
 
 impl Commands for FakeCommands {

@@ -65,7 +65,7 @@ pub fn prepare(vm: &str) -> PrepareRequest {
     }
 }
 
-/// Returns the read end and the write end.
+/// Creates a pipe. Returns its read end and its write end.
 pub fn pipe() -> (OwnedFd, OwnedFd) {
     rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap()
 }

@@ -101,7 +101,8 @@ pub fn as_uid<T: Send>(uid: u32, body: impl FnOnce() -> T + Send) -> T {
         .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
-/// Creates the directory in memory if possible, so that no test depends on the disk's speed.
+/// Creates a temporary directory, in memory if possible, so that no test depends on the disk's
+/// speed.
 fn temp_dir() -> tempfile::TempDir {
     if std::env::var_os(REAL_DISKS).is_some() {
         // The directory will contain device nodes, which the tmpfs for tests may not allow.
@@ -122,12 +123,12 @@ fn limits() -> Limits {
     }
 }
 
-/// Creates an empty image with the files that the image registry expects.
+/// Creates an image with empty contents in the files that the image registry expects.
 pub fn make_image(state_dir: &Path, name: &str) {
     make_image_of(state_dir, name, None);
 }
 
-/// Creates an empty image that this user has built.
+/// Creates an image with empty contents that this user has built, or that has no owner.
 pub fn make_image_of(state_dir: &Path, name: &str, owner_uid: Option<u32>) {
     let dir = state_dir.join("images").join(name);
     std::fs::create_dir_all(&dir).unwrap();
@@ -322,7 +323,7 @@ impl World {
         self.daemon().reconciler.reconcile();
     }
 
-    /// Makes a VM's VMM exit without the daemon.
+    /// Makes a VM's VMM exit, although the daemon has not asked for it.
     #[track_caller]
     pub fn kill_vmm(&self, vm: &VmId, exit: Exit) {
         assert!(self.vmm.die(vm, &End::Vmm(exit)), "no VMM of {vm}");
@@ -402,7 +403,7 @@ impl World {
         addr
     }
 
-    /// Starts a VM. Returns the VM and its guest's address.
+    /// Creates and starts a VM. Returns the VM and its guest's address.
     pub fn running(&self, name: &str) -> (Vm, SocketAddr) {
         let vm = self.create(name);
         let addr = self.place(&vm.id);

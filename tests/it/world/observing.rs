@@ -1,4 +1,4 @@
-//! Waits for states, and compares everything that a daemon keeps.
+//! Waits for states, and lists everything that a daemon keeps.
 
 use super::{SOON, World, soon};
 use fcd::testing::api::op::{OpRequest, OpShow};
@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 impl World {
-    /// Waits until the VM has this state.
+    /// Waits until the VM has this state. Returns the VM.
     #[track_caller]
     pub fn await_state(&self, name: &str, state: VmState) -> Vm {
         let timeout_ms = Some(SOON.as_millis() as u64);
@@ -79,7 +79,7 @@ impl World {
             .op
     }
 
-    /// Returns the files, VMMs and rows, which a failed call must not change.
+    /// Returns the VMMs, files, kernel devices and rows, which a failed call must not change.
     pub fn census(&self) -> BTreeSet<String> {
         let mut all: BTreeSet<String> = self
             .vmm
@@ -149,7 +149,8 @@ fn poll(watch: &fcd::testing::store::Watch, left: Duration) {
     poll(&mut [PollFd::new(watch.fd(), PollFlags::POLLIN)], timeout).unwrap();
 }
 
-/// Polls until the deadline, for conditions that have no descriptor to wait on.
+/// Polls until the condition is true, and panics at the deadline. This is for conditions that have
+/// no descriptor to wait on.
 #[track_caller]
 pub fn await_that(what: &str, mut is_so: impl FnMut() -> bool) {
     let deadline = soon();

@@ -14,7 +14,7 @@ const WINDOW: usize = 32;
 const EACH: usize = 600;
 const LATENCIES: usize = 900;
 
-/// Makes sockets with new client addresses, because every client has a rate limit.
+/// A source of sockets with new client addresses, because every client has a rate limit.
 struct Clients {
     at: SocketAddr,
     next: u16,
@@ -33,7 +33,7 @@ impl Clients {
     }
 }
 
-/// Answers every query with the query itself until a short packet arrives.
+/// Answers every query with the query itself, marked as a response, until a short packet arrives.
 fn resolver(socket: UdpSocket) {
     let mut buffer = [0; 4096];
     loop {

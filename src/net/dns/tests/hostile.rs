@@ -169,7 +169,7 @@ fn helper_that_does_not_read_its_answers_is_killed_and_replaced() {
 
 #[test]
 fn helper_can_look_up_names_only_for_its_client() {
-    /// Checks and counts the clients that lookups are made for.
+    /// An implementation of `Names` that checks and counts the clients that lookups are made for.
     struct Clients(AtomicUsize);
     impl Names for Clients {
         fn address(&self, _: &str, client: IpAddr) -> Option<Ipv4Addr> {

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-/// A zone in which web is 10.89.0.5. The client 10.89.0.66 must not learn it.
+/// A zone in which web is 10.89.0.5. The client 10.89.0.66 must not learn this address.
 struct Web;
 
 impl Names for Web {
@@ -387,7 +387,8 @@ impl Lab {
     }
 }
 
-/// Returns the user to run the helper as, if the tests may choose a user.
+/// Returns the user to run the helper as, or `None` if the tests do not run as root and cannot
+/// choose a user.
 fn owner() -> Option<Credentials> {
     rustix::process::geteuid().is_root().then_some(Credentials {
         uid: 1_900_065_535,

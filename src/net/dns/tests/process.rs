@@ -18,7 +18,8 @@ pub(super) fn helper_pid(server: &Server) -> u32 {
     server.health.pid.load(Ordering::Relaxed)
 }
 
-/// Repeats a query until it is answered, because open queries are lost when a helper exits.
+/// Repeats a query until it is answered, because open queries are lost when a helper exits. Returns
+/// the answer.
 #[track_caller]
 pub(super) fn ask_until_answered(lab: &Lab, packet: &[u8]) -> Vec<u8> {
     let client = UdpSocket::bind("127.0.0.1:0").unwrap();

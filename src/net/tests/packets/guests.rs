@@ -1,16 +1,16 @@
-//! What a guest can do to another guest, and which packets with false addresses pass.
+//! Tests of what a guest can do to another guest, and of which packets with false addresses pass.
 
 use super::super::lab::{GATEWAY, INSTALL, Lab, Machine, OUTSIDE, config, is_root};
 use super::{ANY, assert_dropped, udp_packet};
 use crate::net::Access;
 use std::net::SocketAddr;
 
-/// Sends a packet from `a` to `b` with `bad`. Returns true if it arrives at `b` before a later
-/// packet from the host.
+/// Runs `bad`, which sends a packet from `a` to `b`. Returns true if this packet arrives at `b`
+/// before a later packet from the host.
 fn passes(lab: &Lab, a: &Machine, b: &Machine, bad: impl FnOnce()) -> bool {
     let (outside, at_b) = (lab.outside.udp((ANY, 9001)), b.ns.udp((ANY, 9000)));
     bad();
-    // When this arrives outside, the host has handled every earlier packet.
+    // When "mark" arrives outside, the host has handled every earlier packet.
     a.udp().send("mark", (OUTSIDE, 9001));
     assert_eq!(outside.next().0, "mark");
     lab.host.udp((ANY, 0)).send("good", (b.address(), 9000));
@@ -109,8 +109,7 @@ fn guest_cannot_spoof_addresses() {
         };
         assert_dropped(&a, forge, &outside, at);
     }
-    // An unsolicited ARP answer claims that the gateway is at a, sent from a's address and from
-    // b's.
+    // In an unsolicited ARP answer, a claims to have the gateway's address.
     let gateway_of_b = || b.ns.sh(&format!("ip neighbour show {GATEWAY} dev eth0"));
     b.udp().send("hello", at);
     assert_eq!(outside.next().0, "hello");
@@ -133,7 +132,7 @@ fn guest_cannot_spoof_addresses() {
     };
     assert!(!passes(&lab, &a, &b, || a.inject(&claim(GATEWAY.octets()))));
     assert_eq!(gateway_of_b().split(' ').nth(2), before.split(' ').nth(2));
-    // The bridge accepts a's claim for its own address.
+    // In another ARP answer, a claims its own address, which is correct.
     assert!(!passes(&lab, &a, &b, || a.inject(&claim(a.address().octets()))));
     let own =
         b.ns.sh(&format!("ip neighbour show {} dev eth0", a.address()));

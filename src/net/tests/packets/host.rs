@@ -1,4 +1,4 @@
-//! Which services of the host and of the networks behind it a guest can reach.
+//! Tests of which services of the host, and of the networks behind it, a guest can reach.
 
 use super::super::lab::{
     GATEWAY, HOST, INSTALL, Lab, METADATA, Machine, OUTSIDE, config, is_root, tag,

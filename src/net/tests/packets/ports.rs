@@ -1,4 +1,4 @@
-//! Published ports, and open connections when a rule changes.
+//! Tests of published ports, and of open connections when a rule changes.
 
 use super::super::lab::{GATEWAY, HOST, INSTALL, Lab, Ns, OUTSIDE, config, is_root, tag};
 use super::{ANY, assert_dropped, udp_packet};
@@ -93,7 +93,8 @@ fn published_ports_forward_to_guest() {
         .send("open", (Ipv4Addr::LOCALHOST, 8083));
     assert_eq!(datagrams.next().0, "open");
     lab.host.run(|| lab.net.mend()).unwrap();
-    // No other guest can use the published ports.
+    // The outside cannot use a port published on the loopback, and another guest cannot use any
+    // published port.
     assert!(
         lab.outside
             .run(|| TcpStream::connect((HOST, 8080)))

@@ -1,4 +1,4 @@
-//! Rate limits of a tap.
+//! Tests of the rate limits of a tap.
 
 use super::super::lab::{INSTALL, Lab, OUTSIDE, Udp, config, is_root, tag};
 use super::ANY;
@@ -34,7 +34,8 @@ fn guest_traffic_is_limited_by_its_rates() {
             arrivals(&outside, &inside, back, most),
         ]
     };
-    // Three times the burst. Beyond the burst, each datagram would take seconds at this rate.
+    // The number of datagrams to send, three times the burst. Beyond the burst, each datagram would
+    // take seconds at this rate.
     const FLOOD: usize = 600;
     let burst = 256 * 1024 / 1442;
     assert_eq!(counts(FLOOD), [FLOOD; 2]);

@@ -75,7 +75,7 @@ fn jail_is_recreated_and_removed_without_following_links() {
     assert!(outside.join("kept").exists() && spec.disk.exists() && spec.kernel.exists());
 }
 
-/// Runs in its own mount namespace.
+/// If the tests run as root, a thread of this test mounts a file system in its own mount namespace.
 #[test]
 fn jail_on_nodev_or_noexec_file_system_is_rejected() {
     let dir = Path::new("/srv");

@@ -1,4 +1,4 @@
-//! Objects that a repository borrows from another repository.
+//! Tests with objects that a repository borrows from another repository.
 
 use super::super::*;
 use super::{Heist, SECRET};
@@ -81,7 +81,7 @@ fn pack_named_by_multi_pack_index_outside_is_not_used() {
     let at = midx.windows(5).position(|w| w == b"pack-").unwrap();
     let name = String::from_utf8(midx[at..at + 49].to_vec()).unwrap();
     assert!(name.ends_with(".idx"), "{name}");
-    // The new name has the same length, so all offsets stay valid.
+    // The new name is longer, so `forge_midx` also changes the offsets.
     let short = heist.site.dir.path().join("host/p");
     symlink(&packs, &short).unwrap();
     let way = format!("../../../../p/{name}");
@@ -104,8 +104,8 @@ fn pack_named_by_multi_pack_index_outside_is_not_used() {
     assert!(heist.run().is_some());
 }
 
-/// Replaces the only name in the PNAM chunk with a longer name. git does not verify the file's
-/// checksum.
+/// Returns a copy of the multi-pack index in which a longer name replaces the only name in the PNAM
+/// chunk. git does not verify the file's checksum.
 fn forge_midx(midx: &[u8], at: usize, name: &str, way: &str, grow: usize) -> Vec<u8> {
     let end = at + name.len() + 1;
     let padded = end.next_multiple_of(4).max(end);
@@ -113,7 +113,7 @@ fn forge_midx(midx: &[u8], at: usize, name: &str, way: &str, grow: usize) -> Vec
     let old_size = (padded - at).max(end - at);
     new.resize(old_size + grow, 0);
     let mut out = [&midx[..at], &new, &midx[at + old_size..]].concat();
-    // The table of chunks holds an id and an offset for each.
+    // The table of chunks contains an ID and an offset for each chunk.
     let chunks = midx[6] as usize;
     for i in 0..=chunks {
         let entry = 12 + 12 * i + 4;
@@ -125,7 +125,8 @@ fn forge_midx(midx: &[u8], at: usize, name: &str, way: &str, grow: usize) -> Vec
     out
 }
 
-/// Creates a repository whose objects are all in another repository.
+/// Replaces the hostile tree with a repository whose objects are all in the private repository.
+/// Returns the directory of the objects.
 fn shared_clone(heist: &Heist) -> PathBuf {
     let main = heist.private.host();
     let site = &heist.site;

@@ -1,4 +1,4 @@
-//! Attempts by a hostile repository to make fcd send another repository of the caller.
+//! Tests with a hostile repository that tries to make fcd send another repository of the caller.
 
 mod alternates;
 mod worktrees;
@@ -46,8 +46,8 @@ impl Heist {
         symlink(target, path).unwrap();
     }
 
-    /// Sends what can be sent and searches it for the private repository, as the guest could.
-    /// Returns the error if the import is refused.
+    /// Imports the hostile tree, and checks that the guest cannot find the private repository in
+    /// it. Returns the error if the import is refused.
     #[track_caller]
     fn run(&self) -> Option<Error> {
         self.run_with(&self.site.options(History::Full))

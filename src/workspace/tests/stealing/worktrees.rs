@@ -1,4 +1,4 @@
-//! Git directories outside the tree: worktrees, `.git` files and separate directories.
+//! Tests with git directories outside the tree: worktrees, `.git` files and separate directories.
 
 use super::super::*;
 use super::Heist;

@@ -1,8 +1,8 @@
 //! The properties of a call that the daemon checks before it reads the parameters.
 //!
-//! Each noun lists its calls with the macro `calls!`. A row of the list has the method's name, the
-//! types of its request and its reply, and the columns of [`CallInfo`]. The server routes and
-//! checks calls by these rows, and the protocol's documentation shows them.
+//! Each noun of the API, such as `vm` or `exec`, lists its calls with the macro `calls!`. Each row
+//! has the method's name, the types of its request and its reply, and the fields of [`CallInfo`].
+//! The server uses the rows to route and check calls, and the protocol's documentation lists them.
 
 use serde::{Serialize, de::DeserializeOwned};
 

@@ -9,7 +9,7 @@ use serde::Serialize;
 use std::fs::File;
 
 pub(super) struct Printer {
-    /// Results as one JSON document on stdout, failures as JSON on stderr.
+    /// Print results as one JSON document on stdout, and failures as JSON on stderr.
     pub json: bool,
     out: Out,
     err: Out,

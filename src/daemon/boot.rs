@@ -1,5 +1,5 @@
-//! The work of a start. The boot runs its steps one by one (`resources`) and then waits for the
-//! guest. A boot that fails releases the resources that its steps acquired, in reverse order.
+//! Boots a VM. A boot runs its steps (`resources`) in order, and then waits for the guest. A boot
+//! that fails releases the resources that its steps acquired, in reverse order.
 
 use super::guest_scripts::set_clock_command;
 use super::lifecycle::{Claim, Lifecycle};

@@ -11,8 +11,9 @@ use crate::store::StoreChange;
 use crate::store::VmChange;
 use serde_json::Value;
 
-/// The members of a VM that its owner sets, and its workspace. When a change affects the state,
-/// these get a `vm.changed` event of their own; the `vm.state` event has all other members.
+/// The fields of a VM that its owner sets, and its workspace. If a change also alters the VM's
+/// state or reason, changes of these fields are sent in a separate `vm.changed` event. The
+/// `vm.state` event contains the other changed fields.
 const SETTINGS: [&str; 8] = [
     "name",
     "image",

@@ -164,7 +164,8 @@ fn send_all(due: &mut [Due], outlets: &Outlets) {
     }
 }
 
-/// Sends one block to a watcher. Returns false if the watcher's own thread must continue.
+/// Sends one block to a watcher. Returns false if the watch must be returned to the thread of its
+/// connection.
 fn send_some(due: &mut Due, outlet: &Outlet, blocks: &mut Blocks) -> bool {
     let Some(block) = blocks.next(&outlet.caller, due) else {
         return false;

@@ -42,7 +42,7 @@ pub(super) struct Unreconciled {
 pub(super) trait VmReconciler: Send + Sync {
     fn reconcile_one(&self, vm: &VmId, guard: ReconcileGuard<'_>);
 
-    /// Adopts the VMM of `row`, which responds again, if an earlier adoption failed.
+    /// Adopts the VMM of `row` if an earlier adoption failed. Called when the VMM responds again.
     fn adopt_late(&self, row: &VmRow) -> Result<()>;
 }
 

@@ -9,7 +9,7 @@ pub(super) fn view_of(state: &State, row: &VmRow) -> Vm {
     view(row, state.workspace(&row.id).map(|w| &**w))
 }
 
-/// Returns the full view of a row with this workspace.
+/// Builds the full API view of a VM from its row and the row of its workspace.
 pub(super) fn view(row: &VmRow, workspace: Option<&WorkspaceRow>) -> Vm {
     Vm {
         id: row.id.clone(),

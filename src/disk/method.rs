@@ -50,11 +50,13 @@ pub struct Probe {
     pub reason: String,
 }
 
-/// Chooses the method for disks in `dir`: `wanted`, or the best that works. A copy is never chosen
-/// unless it is wanted, because it is slow and uses the image's size for each VM.
+/// Chooses the method for disks in `dir`: `wanted` if it is given, otherwise the best that works.
+/// `Copy` is chosen only if it is wanted, because each VM then takes the time and space of a full
+/// copy of the image.
 ///
 /// # Errors
-/// `unsupported`, with the reasons, if the wanted method or every method does not work.
+/// `unsupported`, with the reasons, if the wanted method does not work, or if none of the others
+/// does.
 pub fn probe(dir: &Path, wanted: Option<Method>, reads_qcow2: bool) -> Result<Probe> {
     let mut refused = Vec::new();
     for method in wanted.map_or_else(

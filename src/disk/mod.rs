@@ -9,9 +9,9 @@
 //!   the VM runs.
 //! - `copy`: a full copy, only if the configuration asks for it.
 //!
-//! `auto` takes the first of the first three that the host and the VMM support. A disk that depends
-//! on its image keeps a hard link to the image's file in the VM's directory, so removing or
-//! rebuilding the image does not affect it.
+//! `auto` tries the first three in this order, and takes the first that the host and the VMM
+//! support. A disk that depends on its image keeps a hard link to the image's file in the VM's
+//! directory, so removing or rebuilding the image does not affect it.
 //!
 //! The devices of a snapshot exist while the VM runs and carry its tag (`snapshot/`). Their loop
 //! devices are set to clear themselves, so nothing is left if a process dies between two steps. The

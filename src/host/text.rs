@@ -59,9 +59,9 @@ fn is_harmful(c: char) -> bool {
         || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
-/// Skips a whole escape sequence, so that no remainder such as `[0;32m` is printed: CSI up to its
-/// final byte, OSC and similar up to BEL or ST, else one character (ECMA-48, 5.4 and 5.6). It never
-/// skips past the end of the line.
+/// Skips a whole escape sequence, so that no remainder such as `[0;32m` is printed. CSI ends at its
+/// final byte. OSC and similar sequences end at BEL or ST. Of any other sequence, one character is
+/// skipped (ECMA-48, 5.4 and 5.6). Never skips past the end of the line.
 fn skip_escape(chars: &mut std::iter::Peekable<std::str::Chars<'_>>) {
     let Some(kind) = chars.next_if(|c| *c != '\n') else {
         return;

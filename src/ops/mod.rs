@@ -27,7 +27,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 
-/// The registry. Clones share one state.
+/// The registry of operations. All clones share the same state.
 #[derive(Clone)]
 pub struct Ops {
     shared: Arc<Shared>,

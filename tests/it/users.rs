@@ -1,4 +1,5 @@
-//! Tests of local users against each other: how much one uid can take away from the others.
+//! Tests that local users are isolated from each other: one uid must not use up what the others
+//! need.
 
 use crate::world::*;
 use fcd::testing::api::Empty;

@@ -80,9 +80,9 @@ pub fn spawn(name: &str, owner: Option<Credentials>) -> Result<Helper> {
     let program = PROGRAM
         .get()
         .map_or(Path::new(OWN_EXECUTABLE), PathBuf::as_path);
-    // Without a working directory, credentials or a closure before the exec, the standard library
-    // uses posix_spawn(3), which copies nothing of a large daemon. The new process makes these
-    // settings itself.
+    // The standard library uses posix_spawn(3), which does not copy the page tables of a large
+    // daemon, only if no working directory, credentials or pre-exec closure is set. The new process
+    // therefore applies these settings itself.
     let mut command = std::process::Command::new(program);
     command
         .arg0("fcd")

@@ -100,7 +100,7 @@ impl Kernels {
         Ok(Self { dir })
     }
 
-    /// Returns the paths of a kernel and its initramfs, which may not exist.
+    /// Returns the paths of a kernel and its initramfs. Does not check that the files exist.
     pub fn files(&self, name: &KernelName) -> (PathBuf, PathBuf) {
         let dir = self.dir.join(name.as_str());
         (dir.join(KERNEL), dir.join(INITRD))

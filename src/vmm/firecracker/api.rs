@@ -81,7 +81,7 @@ struct NetworkRates<'a> {
     tx_rate_limiter: RateLimiter,
 }
 
-/// A balloon. The size of the balloon is the memory that the guest has returned.
+/// The body of `PUT /balloon`. `amount_mib` is the memory that the guest gives up to the host.
 #[derive(Debug, Serialize)]
 struct Balloon {
     amount_mib: u64,

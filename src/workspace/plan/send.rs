@@ -38,8 +38,8 @@ use std::fs::File;
 use std::io::{BufWriter, Read, Write};
 
 const BUFFER_BYTES: usize = 256 * 1024;
-/// If more bytes or more files than this are not in the pack, the guest keeps the archive, because
-/// storing them as blobs would take longer.
+/// Limits for files that are not in the pack. If they exceed either limit, the guest keeps the
+/// archive, because storing the files as git blobs would take longer.
 const LOOSE_BYTES_MAX: u64 = 8 * 1024 * 1024;
 const LOOSE_FILES_MAX: usize = 2000;
 

@@ -268,7 +268,7 @@ fn workspace_removed_in_the_guest_is_sent_again() {
     assert_eq!(git_tree.prepare(), [""; 0]);
     git_tree.assert_same_tree();
     git_tree.assert_same_status();
-    // Deleting files one by one is a change by the guest.
+    // Unlike an emptied workspace, a single deleted file counts as a change by the guest.
     std::fs::remove_file(git_tree.guest().join("a")).unwrap();
     assert_eq!(git_tree.prepare(), ["a"]);
     assert!(!git_tree.guest().join("a").exists());

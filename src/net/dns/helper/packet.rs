@@ -92,7 +92,8 @@ impl<'a> Query<'a> {
             return Err(bad(Rcode::FormErr));
         };
         let question_end = end + 4;
-        // An EDNS record begins with the root's name and its type.
+        // An EDNS record begins with the root name (one zero byte), followed by the record type
+        // OPT.
         let has_edns = additional > 0
             && packet.get(question_end) == Some(&0)
             && u16_at(packet, question_end + 1) == Some(TYPE_OPT);

@@ -1,7 +1,7 @@
 //! The disabled checker. It has the items of `check_on.rs`, which documents them; here they store
 //! nothing and do nothing.
 
-use super::rank::{Edge, Rank};
+use super::rank::Rank;
 use std::fmt::Debug;
 
 /// Whether this build checks locks.
@@ -17,6 +17,7 @@ impl Tag {
 }
 
 /// A lock that a thread is about to take.
+#[allow(dead_code, reason = "check_on.rs reads the fields")]
 pub struct Request<'a> {
     pub key: Option<&'a dyn Debug>,
     pub instance: *const (),
@@ -41,6 +42,7 @@ pub fn require_memory_only(_what: &str) {}
 pub fn log_call(_record: &log::Record<'_>) {}
 #[inline(always)]
 pub fn assert_none_held(_at: &str) {}
+#[cfg(any(test, feature = "fakes"))]
 #[inline(always)]
 pub fn held() -> usize {
     0
@@ -53,15 +55,19 @@ pub fn lock_beneath<T>(mutex: &parking_lot::Mutex<T>) -> parking_lot::MutexGuard
 pub fn violations() -> u64 {
     0
 }
+#[cfg(any(test, feature = "fakes"))]
 #[inline(always)]
 pub fn set_chaos(_hook: Option<fn(Rank)>) {}
-pub fn observed() -> Vec<Edge> {
+#[cfg(any(test, feature = "fakes"))]
+pub fn observed() -> Vec<super::rank::Edge> {
     Vec::new()
 }
 /// Returns the table as a Graphviz graph.
+#[cfg(any(test, feature = "fakes"))]
 pub fn dot() -> String {
     super::rank::dot(None)
 }
+#[cfg(any(test, feature = "fakes"))]
 pub fn dump() -> String {
     "the lock checker is off in this build\n".to_owned()
 }

@@ -129,6 +129,10 @@ impl Rank {
     /// True if a thread that holds such a lock may touch memory only: no file, socket, process or
     /// log line. The workspace lock is the exception, because an operation holds it across its
     /// guest I/O.
+    #[cfg_attr(
+        not(any(debug_assertions, feature = "lock-check")),
+        allow(dead_code, reason = "only the lock checker calls it")
+    )]
     pub const fn is_memory_only(self) -> bool {
         !self.is_virtual() && !matches!(self, Workspace) && !ONE_LOCK.contains(self)
     }
@@ -194,6 +198,10 @@ pub fn declared() -> impl Iterator<Item = (Rank, Rank)> {
         .flat_map(|to| to.under().iter().map(move |from| (from, to)))
 }
 
+#[cfg_attr(
+    not(any(debug_assertions, feature = "lock-check")),
+    allow(dead_code, reason = "only the lock checker calls it")
+)]
 fn names(ranks: impl Iterator<Item = Rank>) -> String {
     let names: Vec<_> = ranks.map(Rank::name).collect();
     if names.is_empty() {
@@ -204,6 +212,10 @@ fn names(ranks: impl Iterator<Item = Rank>) -> String {
 }
 
 /// Returns the rule for one rank, as violation reports and the table print it.
+#[cfg_attr(
+    not(any(debug_assertions, feature = "lock-check")),
+    allow(dead_code, reason = "only the lock checker calls it")
+)]
 pub(super) fn rule(rank: Rank) -> String {
     names(rank.under().iter())
 }
@@ -250,6 +262,10 @@ pub fn order() -> Vec<Rule> {
 
 /// Returns the table as a Graphviz graph. If `observed` is given, edges that never occurred are
 /// dotted, and the tooltip of the others says where they were first seen.
+#[cfg_attr(
+    not(any(debug_assertions, feature = "lock-check")),
+    allow(dead_code, reason = "only the lock checker calls it")
+)]
 pub fn dot(observed: Option<&[Edge]>) -> String {
     let mut out = String::from("digraph locks {\n");
     for rank in Rank::ALL {

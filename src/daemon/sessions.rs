@@ -310,7 +310,7 @@ impl Sessions {
 
     /// Returns the error that explains why a guest could not be reached: its pause, if it has been
     /// paused since `row` was read, and `e` otherwise.
-    fn explain_pause(&self, row: &VmRow, e: Error) -> Error {
+    pub(super) fn explain_pause(&self, row: &VmRow, e: Error) -> Error {
         if !matches!(e.kind(), Kind::Timeout | Kind::GuestUnavailable) {
             return e;
         }

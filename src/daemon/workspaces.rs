@@ -150,6 +150,7 @@ impl Transfers {
             let _label = crate::locks::operation_scope(format!("{method} {}", row.id));
             let result = work(&transfers, &row, &op, stream).map_err(|e| {
                 let e = transfers.explain_full_disk(&op, e);
+                let e = transfers.sessions.explain_pause(&row, e);
                 e.context(format!("{doing} VM {}", row.name))
                     .of_vm(&row.name)
             });

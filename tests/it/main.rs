@@ -31,6 +31,7 @@ mod lock_fuzz;
 #[cfg(any(debug_assertions, feature = "lock-check"))]
 mod lost_updates;
 mod panics;
+mod pauses;
 mod points;
 mod process;
 mod promise;

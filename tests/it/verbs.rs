@@ -12,12 +12,10 @@ use fcd::testing::client::Failure;
 use fcd::testing::daemon::Caller;
 use fcd::testing::error::Kind;
 use fcd::testing::guest::fake::{Answer, Gate};
-use fcd::testing::vmm::GuestEvent;
 use fcd::testing::vmm::fake::Keyboard;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 
 #[test]
 fn set_applies_at_next_start() {
@@ -330,47 +328,6 @@ fn exec_relays_its_streams() {
     assert_eq!(
         (read(from).as_slice(), read(errors).as_slice()),
         (&b"a\0b"[..], &b"oops"[..])
-    );
-}
-
-/// The guest does not respond because it was paused after the command began.
-#[test]
-fn exec_names_pause_that_began_while_dialing() {
-    let world = World::new();
-    let (web, addr) = world.running("web");
-    let exec_while = |pause: Box<dyn Fn() + Send + Sync>| {
-        let pause = Arc::new(pause);
-        world.guest.fail_dialing(addr, move || {
-            // The pause runs on its own thread, as in the daemon, where a thread that dials a guest
-            // never pauses it.
-            let pause = pause.clone();
-            let paused = fcd::testing::host::thread::spawn("pause", move || pause());
-            paused.unwrap().join().unwrap();
-            Kind::Timeout
-        });
-        let e = world.run::<ExecStart>(exec("web", vec![])).unwrap_err();
-        (e.fault.kind.clone(), e.fault.message.clone())
-    };
-    let (vmm, id) = (world.vmm.clone(), web.id.clone());
-    assert_eq!(
-        exec_while(Box::new(move || {
-            assert!(vmm.report(&id, GuestEvent::Paused(true)));
-        })),
-        (
-            "disk_full".into(),
-            "exec in VM web: VM web is paused: the host's disk is full".into()
-        )
-    );
-    assert!(world.vmm.report(&web.id, GuestEvent::Paused(false)));
-    let controls = world.daemon().controls.clone();
-    assert_eq!(
-        exec_while(Box::new(move || {
-            controls.pause_vm(&root(), "web").unwrap();
-        })),
-        (
-            "wrong_state".into(),
-            "exec in VM web: VM web is paused".into()
-        )
     );
 }
 

@@ -7,7 +7,7 @@ use super::values::{
     parse_count_rate, parse_duration, parse_mem_mib, parse_net, parse_port, parse_rate, parse_size,
     timeout_ms,
 };
-use super::vm_text::{kept, port_line, settings, sheet, state, synced};
+use super::vm_text::{ended, kept, port_line, settings, sheet, state};
 use crate::api::port::Port;
 use crate::api::vm::{
     Net, Pending, RateLimits, VmBalloon, VmBalloonRequest, VmCreate, VmCreateRequest, VmDelete,
@@ -325,12 +325,7 @@ pub(super) fn stop(connector: &mut Connector, printer: &mut Printer, args: StopA
             &stop_request(vm, &args),
         )?
         .vm;
-        printer.say(&format!(
-            "{}: {}{}",
-            vm.name,
-            vm.state.name(),
-            synced(vm.synced)
-        ))?;
+        printer.say(&ended(&vm))?;
         Ok(vm)
     })
 }
@@ -344,12 +339,7 @@ fn restart(connector: &mut Connector, printer: &mut Printer, args: StopArgs) -> 
             &stop_request(vm, &args),
         )?
         .vm;
-        printer.say(&format!(
-            "{}: {}{}",
-            vm.name,
-            vm.state.name(),
-            synced(vm.synced)
-        ))?;
+        printer.say(&ended(&vm))?;
         Ok(vm)
     })
 }
@@ -363,12 +353,7 @@ fn kill(connector: &mut Connector, printer: &mut Printer, args: Targets) -> Resu
             &VmRequest { vm: vm.to_owned() },
         )?
         .vm;
-        printer.say(&format!(
-            "{}: {}{}",
-            vm.name,
-            vm.state.name(),
-            synced(vm.synced)
-        ))?;
+        printer.say(&ended(&vm))?;
         Ok(vm)
     })
 }

@@ -77,7 +77,11 @@ pub(super) fn rates(rates: &RateLimits) -> String {
     all.into_iter().flatten().collect::<Vec<_>>().join(", ")
 }
 
-/// Says whether the guest's data reached its disk.
+/// Says whether the guest's data reached its disk. Says how a VM ended.
+pub(super) fn ended(vm: &Vm) -> String {
+    format!("{}: {}{}", vm.name, vm.state.name(), synced(vm.synced))
+}
+
 pub(super) fn synced(synced: Option<Synced>) -> &'static str {
     match synced {
         Some(Synced::Yes) => ", the guest's data was synced",
@@ -92,12 +96,13 @@ pub(super) fn synced(synced: Option<Synced>) -> &'static str {
 pub(super) fn kept(reply: &VmBalloonReply) -> String {
     let mib = |mib: u64| size(mib << 20);
     let vm = &reply.vm;
-    let goal = vm.balloon_mib.filter(|keep| *keep != reply.kept_mib);
-    let goal = goal
+    let asked = vm
+        .balloon_mib
+        .filter(|keep| *keep != reply.kept_mib)
         .map(|keep| format!(", and is asked to keep {}", mib(keep)))
         .unwrap_or_default();
     format!(
-        "{}: keeps {} of {}{goal}",
+        "{}: keeps {} of {}{asked}",
         vm.name,
         mib(reply.kept_mib),
         mib(vm.mem_mib)

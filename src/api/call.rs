@@ -45,8 +45,8 @@ pub enum Key {
     Unkeyed,
 }
 
-/// What happens if the caller disconnects before the reply. The last two variants are used by
-/// operations only.
+/// What happens if the caller disconnects before the reply. Only operations use the last two
+/// variants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnDisconnect {
     /// The call is completed.

@@ -26,7 +26,7 @@ pub struct Kernel {
 pub struct KernelImportRequest {
     /// The absolute path of an ELF file (`vmlinux`) or a bzImage (`vmlinuz`) on the daemon's host.
     pub path: PathBuf,
-    /// By default, the name is derived from the version.
+    /// The default name is derived from the version.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<KernelName>,
     /// The directory that contains `modules.dep`; `/lib/modules/VERSION` if not given.

@@ -413,8 +413,8 @@ pub struct VmPruneReply {
     pub deleted: Vec<VmId>,
 }
 
-/// What an ordinary SSH client needs to reach a VM. The private key works for this VM only, and
-/// only root and the VM's owner can get it.
+/// The address, the keys and the user with which an ordinary SSH client reaches a VM. The private
+/// key works for this VM only, and only root and the VM's owner can get it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SshConfigReply {
     pub vm: VmId,

@@ -28,7 +28,7 @@ pub const CHUNK_BYTES_MAX: usize = 256 * 1024;
 /// The longest trailer, in bytes of JSON.
 pub const TRAILER_BYTES_MAX: usize = 4096;
 
-/// What the sender claims to have sent. The receiver compares it with what has arrived.
+/// The totals that the sender claims. The receiver compares them with what has arrived.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Trailer {

@@ -205,9 +205,9 @@ fn read_some(
     Ok(got.bytes)
 }
 
-/// Returns the length of the first line, with its newline, or `None` if there is no newline.
+/// Returns the length of the first line, with its newline, or `None` without a newline.
 fn end_of_line(bytes: &[u8]) -> Option<usize> {
-    // For a single byte, `contains` compares whole words, which is faster than `position`, which
+    // `contains` compares whole words for a single byte. That is faster than `position`, which
     // compares byte by byte.
     if !bytes.contains(&b'\n') {
         return None;

@@ -311,7 +311,7 @@ fn check_balloon(row: &VmRow, keep_mib: Option<u64>) -> Result<()> {
     match keep_mib {
         Some(mib) if !(MEM_MIB_MIN..=row.shape.mem_mib).contains(&mib) => {
             let message = format!(
-                "balloon of VM {}: it cannot keep {mib} MiB of its {}",
+                "balloon of VM {}: the guest cannot keep {mib} MiB of its {} MiB",
                 row.name, row.shape.mem_mib
             );
             Err(Error::invalid(message).hint(format!(

@@ -86,7 +86,7 @@ pub(super) fn missing(config: &Config, firecracker: &dyn Driver, is_root: bool) 
         .and_then(|()| probe(&config.disk, firecracker, state_dir).map(drop));
     if let Err(e) = on_disk {
         return Some(Missing::new(
-            format!("this is missing: {e}"),
+            format!("the state directory is not suitable: {e}"),
             e.hint_text().unwrap_or("use another state_dir"),
         ));
     }

@@ -142,12 +142,12 @@ impl Lifecycle {
             .vmms
             .vm(row, identity)
             .and_then(|vm| vm.press_ctrl_alt_del(&claim.cancel));
-        let gone = pressed.and_then(|()| {
+        let has_exited = pressed.and_then(|()| {
             self.vmm
                 .processes()
                 .wait_exit(identity, deadline, &claim.cancel)
         });
-        gone.unwrap_or_else(|e| {
+        has_exited.unwrap_or_else(|e| {
             log::warn!("press Ctrl-Alt-Del for VM {}: {e}", row.name);
             false
         })

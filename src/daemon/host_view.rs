@@ -1,4 +1,4 @@
-//! What the checks of `doctor` can see: the configuration, and the host through the daemon's seams.
+//! The view of the checks of `doctor`: the configuration, and the host through the daemon's seams.
 
 use crate::config::Config;
 use crate::host::Commands;

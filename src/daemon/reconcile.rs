@@ -75,7 +75,7 @@ pub(super) fn unreconciled_vms(state: &State) -> HashMap<VmId, u64> {
         .collect()
 }
 
-/// What must be done with a VM, in the order from the most to the least urgent.
+/// The work that a VM needs, from the most to the least urgent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Need {
     Adopt,
@@ -115,7 +115,7 @@ impl Reconciler {
     /// Reconciles all VMs that are still unreconciled. Then sweeps once and restores the network.
     pub fn reconcile(&self) {
         for id in self.in_order_of_need() {
-            // If there is no guard, a call is reconciling the VM or has done so.
+            // No guard means that a call is reconciling the VM or has done so.
             let Some(guard) = self.unreconciled.begin(&id) else {
                 continue;
             };

@@ -13,9 +13,9 @@
 //! support. A disk that depends on its image keeps a hard link to the image's file in the VM's
 //! directory, so removing or rebuilding the image does not affect it.
 //!
-//! The devices of a snapshot exist while the VM runs and carry its tag (`snapshot/`). Their loop
+//! The devices of a dm-snapshot exist while the VM runs and carry its tag (`snapshot/`). Their loop
 //! devices are set to clear themselves, so nothing is left if a process dies between two steps. The
-//! kernel invalidates a snapshot that has no space for a change, so its file is long enough for
+//! kernel invalidates a dm-snapshot that has no space for a change, so its file is long enough for
 //! every block of the disk, and the next 256 MiB are always allocated. If the host has no space for
 //! that, `daemon/room.rs` pauses the guest.
 //!

@@ -49,7 +49,7 @@ impl fmt::Display for CancelCause {
             CancelCause::ParentCancelled => "the operation that needed it was cancelled",
             CancelCause::DaemonStops => "the daemon is shutting down",
             CancelCause::CommandEnded => "the command has ended",
-            CancelCause::Finished => "it has ended",
+            CancelCause::Finished => "no longer needed",
         })
     }
 }

@@ -71,7 +71,7 @@ pub struct CallError {
 }
 
 impl CallError {
-    /// Returns the error for an unknown method.
+    /// Returns the reply to a call of a method that this daemon does not have.
     pub fn unknown_method(method: &str) -> Self {
         Error::new(
             Kind::MethodNotFound,

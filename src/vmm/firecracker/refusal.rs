@@ -135,7 +135,7 @@ const MEANINGS: [(Sign, Kind, &str); 27] = [
     (
         Text("Failed to restore from snapshot"),
         Kind::VmmFailed,
-        "the snapshot is damaged, or was made by another version or on another CPU: fcctl snapshot show",
+        "the snapshot is damaged, or comes from another Firecracker version or CPU: see fcctl snapshot show",
     ),
     (
         Both("tap", EBUSY),

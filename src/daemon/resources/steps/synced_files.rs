@@ -26,7 +26,7 @@ impl BootStep for SyncedFiles {
         if resources.synced.is_empty() || boot.restore.is_some() {
             return Ok(());
         }
-        boot.needs_guest("files of [[sync]]")?;
+        boot.needs_guest("the files listed under [[sync]]")?;
         boot.files = read_all(&resources.synced)?;
         Ok(())
     }

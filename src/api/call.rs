@@ -73,7 +73,7 @@ impl OnDisconnect {
     }
 }
 
-/// Declares the calls of one noun.
+/// Declares the calls whose methods begin with the same noun, such as `vm.` or `image.`.
 macro_rules! calls {
     ($($(#[$doc:meta])* $call:ident = $method:literal ($request:ty) -> $reply:ty
         [$access:ident, $key:ident, $on_disconnect:ident, $fds:ident $(, feature $feature:literal)?];)*) => {

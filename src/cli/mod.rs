@@ -88,7 +88,7 @@ enum Noun {
     Ps(ps::Args),
     /// Start VMs
     Start(vm::Targets),
-    /// Stop VMs: shut down the guest, and force it after a timeout
+    /// Stop VMs: shut down each guest, and kill the VM after a timeout
     Stop(vm::StopArgs),
     /// Delete VMs and their disks
     Rm(vm::DeleteArgs),

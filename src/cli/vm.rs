@@ -28,7 +28,7 @@ pub(super) enum Verb {
     Create(CreateArgs),
     /// Start VMs
     Start(Targets),
-    /// Stop VMs: shut down the guest, and force it after a timeout
+    /// Stop VMs: shut down each guest, and kill the VM after a timeout
     Stop(StopArgs),
     /// Restart VMs
     Restart(StopArgs),

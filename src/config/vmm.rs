@@ -30,7 +30,7 @@ choices! {
     pub enum VmmLimits {
         /// Starting a VM fails if the host lacks a controller.
         Required = "required",
-        /// Limits are set as far as the host has controllers.
+        /// The limits of missing controllers are not set.
         BestEffort = "best-effort",
     }
 }

@@ -100,7 +100,8 @@ pub(super) fn vm_of(name: &str) -> Option<VmId> {
     name.strip_prefix(PREFIX)?.parse().ok()
 }
 
-/// Returns the number of daemons that died while adopting the VM, without the current adoption.
+/// Returns the number of daemons that died while adopting the VM. An adoption in progress does not
+/// count.
 pub(super) fn deaths(state: &State, vm: &VmId) -> u32 {
     records::read(state, &name(vm)).deaths
 }

@@ -9,7 +9,7 @@ use crate::error::{Error, Kind, Result};
 use crate::net;
 use crate::store::State;
 
-/// The most ports per VM.
+/// The maximum number of published ports per VM.
 const PORTS_MAX: usize = 64;
 /// How many free ports of the host are tried. A port that is free on the host may belong to a VM
 /// that does not run.

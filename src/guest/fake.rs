@@ -183,7 +183,7 @@ impl FakeTransport {
         self.guest(addr, |g| g.stall = Some((after_bytes, gate.clone())));
         gate
     }
-    /// Breaks all connections to the guest with `guest_lost`.
+    /// Breaks all connections to the guest. Calls that use them fail with `guest_lost`.
     pub fn lose(&self, addr: SocketAddr) {
         if let Some(gate) = self.guest(addr, |g| g.lost.take()) {
             gate.open();

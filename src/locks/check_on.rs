@@ -336,9 +336,9 @@ pub fn check_wait(region: Rank, except: &Token) {
 }
 
 /// Panics if this thread holds a lock under which only memory may be touched. Call this function
-/// before anything that may take a moment in the kernel or in another process; longer waits have
-/// virtual ranks. A panic may drop values that do such things, so an unwinding thread is not
-/// checked.
+/// before a system call or a message to another process. Waits for a guest, a host command or the
+/// disk have virtual ranks instead. An unwinding thread is not checked, because the destructors
+/// that it runs may make system calls.
 #[track_caller]
 pub fn require_memory_only(what: &str) {
     require_none(what, &Location::caller());

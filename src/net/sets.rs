@@ -13,9 +13,10 @@ pub(super) const GUESTS: &str = "guests";
 /// The set of taps of guests with a network, in the `bridge` table. Only these guests may reach
 /// each other.
 pub(super) const OPEN: &str = "open";
-/// The sets of taps with a rate limit for what the guest receives and sends, in the `bridge` table.
-/// Each element has its own limit.
+/// The set of taps whose guests have a limit on what they receive, in the `bridge` table. Each
+/// element has its own limit.
 pub(super) const RECEIVING: &str = "receiving";
+/// The set of taps whose guests have a limit on what they send, in the `bridge` table.
 pub(super) const SENDING: &str = "sending";
 /// The number of bytes that may pass at once in addition to one second's worth
 /// (net/netfilter/nft_limit.c in Linux). This is enough for a few of the largest frames, which have

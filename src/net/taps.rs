@@ -11,8 +11,8 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-/// The largest number of a tap, after which numbers start again. Four digits fit into an interface
-/// name.
+/// The highest tap number. The tap after it gets number 1 again. An interface name has room for
+/// four digits.
 const NUMBER_MAX: u32 = 9999;
 /// The maximum number of threads that fill the pool.
 const MAKERS_MAX: usize = 2;

@@ -173,7 +173,7 @@ impl State {
     }
 
     /// Removes an operation as if it had never begun. Returns false and keeps the operation if a
-    /// thread already waits for it or watches it.
+    /// thread is waiting for it or watching it.
     fn discard(&mut self, id: &OpId) -> bool {
         let is_unseen = self.entries.get(id).is_some_and(Entry::is_unseen);
         if is_unseen {
@@ -334,7 +334,8 @@ impl Ops {
         self.shared.state.lock().entry(id).map(|e| e.snapshot())
     }
 
-    /// Returns operations with their numbers, in the order in which they began.
+    /// Returns the operations that match `filter`, with their numbers, in the order in which they
+    /// began.
     pub fn list(&self, filter: &Filter) -> Vec<(u64, Op)> {
         let fits = |e: &&Entry| {
             filter.owner.is_none_or(|uid| uid == e.op.owner_uid)

@@ -20,7 +20,8 @@ use std::time::{Duration, Instant};
 
 /// How long to pause after a failed accept.
 const BACK_OFF: Duration = Duration::from_millis(50);
-/// How often refused connections are logged at most. A refused caller can retry quickly.
+/// The minimum interval between two log lines about refused connections. A refused caller can retry
+/// quickly.
 const WARN_EVERY: Duration = Duration::from_secs(10);
 
 pub(super) struct Acceptor {

@@ -1,9 +1,9 @@
-//! Reads the reason of a VMM's end from the VMM's own log. Unlike the console and the monitor, the
-//! log is written even while no daemon is running.
+//! Finds out from a VMM's own log why the VMM exited. Unlike the console and the monitor, the log
+//! is written even while no daemon is running.
 //!
-//! QEMU writes trace events to its log ([`TRACED`]). The texts are those of QEMU 7.2
-//! (softmmu/trace-events and softmmu/runstate.c), which 10.0 also has. Firecracker logs nothing
-//! about a successful end at its configured level.
+//! QEMU writes trace events to its log ([`TRACED`]). Their texts are the same in QEMU 7.2
+//! (softmmu/trace-events and softmmu/runstate.c) and 10.0. Firecracker logs nothing about a
+//! successful exit at its configured level.
 
 use super::console::VMM_LOG;
 use super::shutdown_cause::Cause;

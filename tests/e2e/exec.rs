@@ -561,7 +561,7 @@ fn a_terminal(host: &Host) {
     });
     person.type_in("echo sle\"\"eping; sleep 1000\n");
     person.sees("sleeping");
-    // Before the command runs in the foreground, the signal would go to the shell.
+    // Until the command runs in the foreground, the signal would go to the shell.
     wait_for("the command in the foreground", || {
         (host.sh("box", "pidof sleep | wc -w") == "1\n").then_some(())
     });

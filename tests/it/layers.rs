@@ -1,5 +1,5 @@
-//! Checks the layer table of `ARCHITECTURE.md`. The code is one package, so the compiler cannot
-//! check it.
+//! Checks that imports between modules follow the layer table of `ARCHITECTURE.md`. The compiler
+//! cannot check them, because the code is one package.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};

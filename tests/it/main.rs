@@ -1,5 +1,5 @@
-//! The integration test binary. It runs a daemon in-process in a temporary directory, with fakes at
-//! the three seams.
+//! The integration test binary. It runs a daemon in-process in a temporary directory, with fakes
+//! for the VMM, the guest and the host's commands.
 
 #![allow(clippy::disallowed_methods, clippy::disallowed_types)]
 

@@ -34,8 +34,8 @@ pub(in crate::daemon) struct Boot<'a> {
     pub files: Vec<SeedFile>,
     /// The seed that a restored guest gets after its memory is loaded.
     pub restore_seed: Option<RestoreSeed>,
-    /// The ledger row of the disks that the VM had before the restore, once they are about to be
-    /// set aside.
+    /// The ledger row of the disks that the VM had before the restore. None until the restore sets
+    /// these disks aside.
     pub former_disks: Option<u64>,
     pub running: Option<Running>,
 }

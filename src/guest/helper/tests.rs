@@ -542,7 +542,8 @@ fn wait_ready_finds_a_guest_that_comes_up_late() {
         SshTransport.wait_ready(&there, later(), &cancel())
     })
     .unwrap();
-    // User-mode networking also accepts the connection and never answers.
+    // Until sshd runs, the listener behaves like QEMU's user-mode networking: it accepts the
+    // connection and never answers.
     let kept = mute.accept().unwrap();
     drop(mute);
     sshd.launch();

@@ -43,7 +43,7 @@ use std::process::Stdio;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-/// The first argument of a helper; its name is the second.
+/// The first argument of a helper process. The second argument is the helper's name.
 pub const ARGUMENT: &str = "helper";
 /// The path of the running executable, even after an upgrade has replaced its file.
 const OWN_EXECUTABLE: &str = "/proc/self/exe";

@@ -210,8 +210,8 @@ pub fn failure(doing: &str, exit: &Exit, stderr: &[u8]) -> Error {
         return full.hint("enlarge it: fcctl vm set {vm} --disk SIZE, then fcctl restart {vm}");
     }
     match exit {
-        // Status 137 is usually the guest's OOM killer: a patch of a large binary file holds both
-        // versions in memory.
+        // Usually the guest's OOM killer causes status 137, because git holds both versions of a
+        // large binary file in memory.
         _ if exit.shell_status() == 137 => error(
             Kind::GuestCommandFailed,
             "the guest may be out of memory: fcctl vm set {vm} --memory SIZE",

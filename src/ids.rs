@@ -1,5 +1,9 @@
 //! Newtypes for names and ids, which are validated when they are parsed.
 
+mod image_name;
+
+pub use image_name::ImageNameParts;
+
 use crate::error::{Error, Kind, Result};
 use crate::host::text::quoted;
 use crate::host::{hex, random};
@@ -7,8 +11,10 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
 
-/// Maximum length of the name of a VM, an image, a kernel or a snapshot.
+/// Maximum length of the name of a VM, a kernel or a snapshot.
 pub const NAME_LEN_MAX: usize = 32;
+/// The tag of an image whose name does not give one, as in docker.
+pub const DEFAULT_TAG: &str = "latest";
 /// The number of hexadecimal digits in an id.
 pub const ID_LEN: usize = 12;
 
@@ -82,10 +88,38 @@ text_newtype!(
     "use 1 to 32 characters from a-z, 0-9 and -; begin with a letter and do not end with -"
 );
 text_newtype!(
-    /// The name of an image in the registry of this host.
-    ImageRef, name_is_valid, "image name",
-    "use 1 to 32 characters from a-z, 0-9 and -; begin with a letter and do not end with -"
+    /// The name of an image of this host. It has the form of a reference to a registry.
+    ImageRef, image_name::is_valid, "image name",
+    "use a name such as tools, gcc:13 or ghcr.io/owner/app:tag, of at most 200 characters"
 );
+
+impl ImageRef {
+    pub fn parts(&self) -> ImageNameParts<'_> {
+        image_name::parts(&self.0).expect("validated when it was parsed")
+    }
+
+    /// Returns the name of the image's directory.
+    pub fn dir_name(&self) -> String {
+        image_name::dir_name(&self.0)
+    }
+
+    /// Returns the image whose directory has this name. Returns None if there cannot be one.
+    pub fn of_dir_name(dir: &str) -> Option<Self> {
+        image_name::of_dir_name(dir).parse().ok()
+    }
+
+    /// Returns the same name with the tag `latest` if the name has neither a tag nor a digest.
+    pub fn with_default_tag(&self) -> Self {
+        match self.parts() {
+            ImageNameParts {
+                tag: None,
+                digest: None,
+                ..
+            } => Self(format!("{}:{DEFAULT_TAG}", self.0)),
+            _ => self.clone(),
+        }
+    }
+}
 
 text_newtype!(
     /// The name of a kernel in the registry of this host.

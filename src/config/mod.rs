@@ -219,10 +219,8 @@ impl Config {
         {
             return bad("qemu.uid_base must be at least 1000 and the range must fit 32 bits");
         }
-        if self.network.is_bridge() && self.network.dns && self.qemu.uid_count < 2 {
-            return bad(
-                "qemu.uid_count must be at least 2 with a bridge: one uid is the name server's",
-            );
+        if self.qemu.uid_count < 2 {
+            return bad("qemu.uid_count must be at least 2: one uid is for helper processes");
         }
         sync::validate(&self.sync)?;
         vmm::validate(&self.vmm, self.network.is_bridge())?;
@@ -341,20 +339,19 @@ mod tests {
     }
 
     #[test]
-    fn name_server_with_a_bridge_has_its_own_uid() {
-        let of = |driver, uid_count| {
+    fn helper_processes_have_the_last_uid() {
+        let of = |uid_count| {
             let mut file = File::default();
-            (file.network.driver, file.qemu.uid_base, file.qemu.uid_count) =
-                (driver, 5000, uid_count);
+            (file.qemu.uid_base, file.qemu.uid_count) = (5000, uid_count);
             config(file)
         };
-        let ten = of(NetworkDriver::Bridge, 10);
+        let ten = of(10);
         assert_eq!(
-            (ten.qemu.uids().last(), ten.qemu.name_server_uid()),
+            (ten.qemu.uids().last(), ten.qemu.helper_uid()),
             (Some(5009), 5009)
         );
-        assert!(ten.validate().is_ok() && of(NetworkDriver::User, 1).validate().is_ok());
-        let e = of(NetworkDriver::Bridge, 1).validate().unwrap_err();
+        assert!(ten.validate().is_ok());
+        let e = of(1).validate().unwrap_err();
         assert!(
             e.to_string().contains("qemu.uid_count must be at least 2"),
             "{e}"

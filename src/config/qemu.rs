@@ -40,8 +40,8 @@ section! {
         /// number. The default is above systemd's range for containers and below its range for
         /// foreign images.
         uid_base: u32 = 1_900_000_000,
-        /// Number of these uids. With a bridge, the last one is for the helper process of the name
-        /// server. A VM keeps its uid, so fcd refuses to start if the VMs that exist do not fit.
+        /// Number of these uids. The last one is for the helper processes of the name server and of
+        /// images. A VM keeps its uid, so fcd refuses to start if the VMs that exist do not fit.
         uid_count: u32 = 65_536,
         /// Keeps guests with user-mode networking from reaching anything. Their SSH port and
         /// published ports can still be reached.
@@ -55,9 +55,9 @@ impl Qemu {
         self.uid_base..self.uid_base.saturating_add(self.uid_count)
     }
 
-    /// The uid of the name server's helper process if the daemon has a bridge: the last of the
-    /// range, which no VM gets then.
-    pub fn name_server_uid(&self) -> u32 {
+    /// The uid of the helper processes that belong to no VM: the last of the range, which no VM
+    /// gets.
+    pub fn helper_uid(&self) -> u32 {
         self.uid_base
             .saturating_add(self.uid_count.saturating_sub(1))
     }

@@ -71,7 +71,7 @@ impl Creator {
             owner_uid: caller.uid,
             state: VmState::Created,
             shape: VmShape {
-                image: image_name,
+                image: image.name.clone(),
                 kernel: request.kernel.clone(),
                 vcpus: request.vcpus.unwrap_or(self.defaults.vcpus),
                 mem_mib: request.mem_mib.unwrap_or(self.defaults.mem_mib),

@@ -277,9 +277,18 @@ impl ImageService {
             .read(|s| s.vms().filter(|row| row.shape.image == *name).count() as u64)
     }
 
-    /// Returns the image. The guard prevents its deletion. A row must name the image before the
-    /// guard is dropped.
+    /// Returns the image with this name or, if the name has no tag, with the tag `latest`. The
+    /// guard prevents the image's deletion. A row must name the image before the guard is dropped.
     pub(super) fn use_image(&self, name: &ImageRef) -> Result<(ImageInfo, UseGuard<ImageRef>)> {
+        match self.use_named(name) {
+            Err(e) if e.kind() == Kind::ImageNotFound && name.with_default_tag() != *name => {
+                self.use_named(&name.with_default_tag()).map_err(|_| e)
+            }
+            found => found,
+        }
+    }
+
+    fn use_named(&self, name: &ImageRef) -> Result<(ImageInfo, UseGuard<ImageRef>)> {
         let in_use = self.uses.begin_use(name).ok_or_else(|| {
             Error::new(
                 Kind::ImageNotFound,

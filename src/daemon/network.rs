@@ -106,7 +106,7 @@ pub(super) struct Networks {
     pub(super) config: config::Network,
     /// The number of uids reserved for VMs.
     pub(super) vm_uids: u32,
-    pub(super) name_server_uid: u32,
+    pub(super) helper_uid: u32,
 }
 
 impl Networks {
@@ -218,7 +218,7 @@ impl Networks {
             store: self.core.store.clone(),
             gateway: self.config.subnet.gateway(),
         };
-        let uid = self.name_server_uid;
+        let uid = self.helper_uid;
         let server = net.serve_names(Arc::new(book), Credentials { uid, gid: uid })?;
         *self.name_server.lock() = Some(server);
         Ok(())

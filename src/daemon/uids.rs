@@ -1,49 +1,42 @@
 //! Checks the configured uids of VMs against the existing VMs. A VM keeps its slot, and so its uid,
 //! but the configuration may change between two starts of the daemon.
 
-use crate::config::{Network, Qemu};
+use crate::config::Qemu;
 use crate::error::{Error, Kind, Result};
 use crate::store::State;
 
-/// True if the last uid belongs to the name server's helper process.
-fn has_name_server(network: &Network) -> bool {
-    network.is_bridge() && network.dns
-}
+/// The uids at the end of the range that belong to helper processes.
+const HELPER_UIDS: u32 = 1;
 
 /// Returns the number of uids available to VMs.
-pub(super) fn for_vms(qemu: &Qemu, network: &Network) -> u32 {
-    qemu.uid_count - u32::from(has_name_server(network))
+pub(super) fn for_vms(qemu: &Qemu) -> u32 {
+    qemu.uid_count - HELPER_UIDS
 }
 
-/// Checks that no VM has the name server's uid or a uid outside the range. The daemon cannot find
-/// the VMM of a VM outside the range.
+/// Checks that no VM has the uid of helper processes or a uid outside the range. The daemon cannot
+/// find the VMM of a VM outside the range.
 ///
 /// # Errors
 /// `invalid_config`.
-pub(super) fn require(qemu: &Qemu, network: &Network, state: &State) -> Result<()> {
+pub(super) fn require(qemu: &Qemu, state: &State) -> Result<()> {
     let Some(last) = state.vms().max_by_key(|row| row.slot) else {
         return Ok(());
     };
-    check(
-        qemu,
-        has_name_server(network),
-        last.name.as_str(),
-        last.slot,
-    )
+    check(qemu, last.name.as_str(), last.slot)
 }
 
 /// Checks the VM with the highest slot.
-fn check(qemu: &Qemu, has_name_server: bool, name: &str, slot: u32) -> Result<()> {
-    let (count, kept) = (qemu.uid_count, u32::from(has_name_server));
-    if slot.saturating_add(kept) < count {
+fn check(qemu: &Qemu, name: &str, slot: u32) -> Result<()> {
+    let count = qemu.uid_count;
+    if slot.saturating_add(HELPER_UIDS) < count {
         return Ok(());
     }
     let (uid, enough) = (
         qemu.uid_base.saturating_add(slot),
-        slot.saturating_add(kept + 1),
+        slot.saturating_add(HELPER_UIDS + 1),
     );
     let whose = if slot < count {
-        "which is the name server's"
+        "which is that of helper processes"
     } else {
         "which is outside of the range"
     };
@@ -61,18 +54,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn vm_never_has_the_uid_of_the_name_server() {
+    fn vm_never_has_the_uid_of_helper_processes() {
         let qemu = Qemu {
             uid_base: 5000,
             uid_count: 10,
             ..Qemu::default()
         };
-        assert_eq!(qemu.name_server_uid(), 5009);
-        assert!(check(&qemu, true, "web", 8).is_ok());
-        let e = check(&qemu, true, "web", 9).unwrap_err();
+        assert_eq!(qemu.helper_uid(), 5009);
+        assert!(check(&qemu, "web", 8).is_ok());
+        let e = check(&qemu, "web", 9).unwrap_err();
         assert_eq!(
             e.to_string(),
-            "qemu.uid_count = 10 is too small: VM web has uid 5009, which is the name server's"
+            "qemu.uid_count = 10 is too small: VM web has uid 5009, which is that of helper processes"
         );
         assert!(
             e.hint_text()
@@ -80,8 +73,7 @@ mod tests {
                 .starts_with("set uid_count = 11 or more under [qemu]"),
             "{e:?}"
         );
-        assert!(check(&qemu, false, "web", 9).is_ok());
-        let e = check(&qemu, false, "web", 10).unwrap_err();
+        let e = check(&qemu, "web", 10).unwrap_err();
         assert!(
             e.kind() == Kind::InvalidConfig
                 && e.to_string()

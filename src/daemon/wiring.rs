@@ -148,7 +148,7 @@ fn open_core(config: &Config) -> Result<Core> {
         )?);
     }
     let store = Store::open_keeping(&config.state_dir, config.limits.retention())?;
-    store.read(|s| uids::require(&config.qemu, &config.network, s))?;
+    store.read(|s| uids::require(&config.qemu, s))?;
     let rows = store.read(|s| s.ops().map(|o| (**o).clone()).collect::<Vec<_>>());
     let ops = open_ops(&store, config.limits.retention(), rows)?;
     Ok(Core::new(Shared {
@@ -535,8 +535,8 @@ fn open_networks(core: &Core, config: &Config, seams: &Seams) -> Result<Networks
             .map(Arc::new),
         name_server: Arc::new(Mutex::new(Rank::Runtimes, None)),
         config: config.network.clone(),
-        vm_uids: uids::for_vms(&config.qemu, &config.network),
-        name_server_uid: config.qemu.name_server_uid(),
+        vm_uids: uids::for_vms(&config.qemu),
+        helper_uid: config.qemu.helper_uid(),
     })
 }
 

@@ -121,7 +121,10 @@ pub struct Images {
 
 /// Returns the path of an image's kernel, which may not exist.
 pub fn kernel_path(state_dir: &Path, name: &ImageRef) -> PathBuf {
-    state_dir.join(IMAGES_DIR).join(name.as_str()).join(KERNEL)
+    state_dir
+        .join(IMAGES_DIR)
+        .join(name.dir_name())
+        .join(KERNEL)
 }
 
 impl Images {
@@ -164,7 +167,7 @@ impl Images {
         let mut images = Vec::new();
         for entry in std::fs::read_dir(&self.dir).map_err(io)? {
             let name = entry.map_err(io)?.file_name();
-            let Some(name) = name.to_str().and_then(|n| n.parse::<ImageRef>().ok()) else {
+            let Some(name) = name.to_str().and_then(ImageRef::of_dir_name) else {
                 continue;
             };
             match self.get(&name) {
@@ -243,7 +246,7 @@ impl Images {
     }
 
     fn path(&self, name: &ImageRef) -> PathBuf {
-        self.dir.join(name.as_str())
+        self.dir.join(name.dir_name())
     }
 
     /// Deletes an image, even a damaged one. It is renamed first, so it disappears at once. The
@@ -254,7 +257,7 @@ impl Images {
     pub fn delete(&self, name: &ImageRef) -> Result<()> {
         crate::locks::require_memory_only("file access");
         let io = |e: std::io::Error| Error::io(format!("delete image {name}"), e);
-        let gone = Staging::new(&self.dir, &format!("{DELETING_PREFIX}{name}-"))?;
+        let gone = Staging::new(&self.dir, &format!("{DELETING_PREFIX}{}-", name.dir_name()))?;
         match std::fs::rename(self.path(name), gone.path().join("gone")) {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Err(not_found(name)),
             renamed => renamed.map_err(io)?,
@@ -267,7 +270,7 @@ impl Images {
         if self.path(name).exists() {
             return Err(name_taken(name));
         }
-        Staging::new(&self.dir, &format!("{STAGING_PREFIX}{name}-"))
+        Staging::new(&self.dir, &format!("{STAGING_PREFIX}{}-", name.dir_name()))
     }
 
     /// Publishes `files`, a directory below the staging directory, as an image: writes

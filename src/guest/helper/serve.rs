@@ -32,6 +32,8 @@ const PROFILE: Profile = Profile {
     open_files_max: OPEN_FILES_MAX,
     has_threads: false,
     has_network: false,
+    readable: &[],
+    file_bytes_max: 0,
     calls: &[Call(libc::SYS_eventfd2, Allowed::Always)],
 };
 

@@ -6,6 +6,7 @@ use super::filter::{self, BASE, Call};
 use crate::host::Credentials;
 use std::ffi::OsString;
 use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 /// The limits and rights of a helper.
 #[derive(Clone, Copy, Debug)]
@@ -20,6 +21,11 @@ pub struct Profile {
     /// Whether the helper may bind and connect TCP sockets. [`Profile::calls`] must then include
     /// the calls for sockets.
     pub has_network: bool,
+    /// The files and directories that the helper may read. [`Profile::calls`] must then include the
+    /// calls that open files. Paths that do not exist are skipped.
+    pub readable: &'static [&'static str],
+    /// The size limit of the files that the helper writes. It gets these files from its parent.
+    pub file_bytes_max: u64,
     /// The system calls that the helper may make in addition to [`BASE`].
     pub calls: &'static [Call],
 }
@@ -122,7 +128,7 @@ impl Asked {
             check(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
                 .map_err(failed("set no_new_privs"))?;
         }
-        landlock(profile.has_network).map_err(failed("restrict file access with Landlock"))?;
+        landlock(profile).map_err(failed("restrict file access with Landlock"))?;
         let calls = BASE.iter().chain(profile.calls).copied();
         let program = filter::compile(calls)
             .map_err(|e| io::Error::other(format!("compile the system call filter: {e}")))?;
@@ -152,7 +158,7 @@ fn set_limits(profile: &Profile) -> io::Result<()> {
     let used = address_space_bytes()?;
     let limits = [
         (libc::RLIMIT_CORE, 0),
-        (libc::RLIMIT_FSIZE, 0),
+        (libc::RLIMIT_FSIZE, profile.file_bytes_max),
         (
             libc::RLIMIT_AS,
             used.saturating_add(profile.memory_bytes_max),
@@ -231,10 +237,21 @@ const fn deniable(version: libc::c_long, has_network: bool) -> Ruleset {
     }
 }
 
-/// Installs a ruleset without rules, which denies every access that it handles. Does nothing if the
-/// kernel has no Landlock, because the system call filter alone denies the same accesses.
+/// The kernel's `struct landlock_path_beneath_attr` (linux/landlock.h).
+#[repr(C, packed)]
+struct PathBeneath {
+    allowed_access: u64,
+    parent_fd: libc::c_int,
+}
+
+const LANDLOCK_RULE_PATH_BENEATH: libc::c_int = 1;
+const ACCESS_READ_FILE: u64 = 1 << 2;
+const ACCESS_READ_DIR: u64 = 1 << 3;
+
+/// Denies every access that Landlock handles, except reading [`Profile::readable`]. Does nothing if
+/// the kernel has no Landlock, because the system call filter and the modes of files still apply.
 #[allow(unsafe_code)]
-fn landlock(has_network: bool) -> io::Result<()> {
+fn landlock(profile: &Profile) -> io::Result<()> {
     // SAFETY: without attributes, the call only returns the version of the interface.
     let version = unsafe {
         libc::syscall(
@@ -247,12 +264,12 @@ fn landlock(has_network: bool) -> io::Result<()> {
     if version < 1 {
         return Ok(());
     }
-    let ruleset = deniable(version, has_network);
+    let ruleset = deniable(version, profile.has_network);
     // Earlier versions know only the first members, and accept a larger structure if the other
     // members are 0.
     let size = std::mem::size_of::<Ruleset>();
-    // SAFETY: the structure outlives the call; the descriptor is closed with the process or below.
-    unsafe {
+    // SAFETY: the structure outlives the call, which returns a new descriptor.
+    let rules = unsafe {
         let fd = libc::syscall(
             libc::SYS_landlock_create_ruleset,
             &raw const ruleset,
@@ -262,11 +279,40 @@ fn landlock(has_network: bool) -> io::Result<()> {
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
-        let restricted =
-            check(libc::syscall(libc::SYS_landlock_restrict_self, fd, 0) as libc::c_int);
-        libc::close(fd as libc::c_int);
-        restricted
+        OwnedFd::from_raw_fd(fd as libc::c_int)
+    };
+    for path in profile.readable {
+        allow_reading(&rules, path)?;
     }
+    // SAFETY: the call takes no pointers.
+    check(unsafe {
+        libc::syscall(libc::SYS_landlock_restrict_self, rules.as_raw_fd(), 0) as libc::c_int
+    })
+}
+
+#[allow(unsafe_code)]
+fn allow_reading(rules: &OwnedFd, path: &str) -> io::Result<()> {
+    use rustix::fs::{FileType, Mode, OFlags};
+    let opened = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
+    let Ok(file) = opened else {
+        return Ok(());
+    };
+    let is_dir = FileType::from_raw_mode(rustix::fs::fstat(&file)?.st_mode) == FileType::Directory;
+    let rule = PathBeneath {
+        // A rule for a file must not name an access to directories.
+        allowed_access: ACCESS_READ_FILE | if is_dir { ACCESS_READ_DIR } else { 0 },
+        parent_fd: file.as_raw_fd(),
+    };
+    // SAFETY: the rule and both descriptors outlive the call.
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_landlock_add_rule,
+            rules.as_raw_fd(),
+            LANDLOCK_RULE_PATH_BENEATH,
+            &raw const rule,
+            0,
+        ) as libc::c_int
+    })
 }
 
 #[cfg(test)]

@@ -21,6 +21,8 @@ const PROFILE: Profile = Profile {
     open_files_max: 8,
     has_threads: false,
     has_network: false,
+    readable: &["/etc/hosts", "/proc/sys", "/no/such/path"],
+    file_bytes_max: 0,
     calls: &[
         Call(libc::SYS_openat, Allowed::Always),
         Call(libc::SYS_dup, Allowed::Always),
@@ -66,6 +68,13 @@ fn attempt_by_name(attempt: &[u8]) -> i32 {
     let result = unsafe {
         match attempt {
             b"open a file" => libc::open(c"/etc/passwd".as_ptr(), libc::O_RDONLY).into(),
+            b"open a readable file" => libc::open(c"/etc/hosts".as_ptr(), libc::O_RDONLY).into(),
+            b"list a readable directory" => libc::open(
+                c"/proc/sys/kernel".as_ptr(),
+                libc::O_RDONLY | libc::O_DIRECTORY,
+            )
+            .into(),
+            b"write a readable file" => libc::open(c"/etc/hosts".as_ptr(), libc::O_RDWR).into(),
             b"open a directory" => {
                 libc::open(c"/".as_ptr(), libc::O_RDONLY | libc::O_DIRECTORY).into()
             }
@@ -188,6 +197,9 @@ fn confined_process_may_only_do_its_work() {
     let got = [
         "open a file",
         "open a directory",
+        "open a readable file",
+        "list a readable directory",
+        "write a readable file",
         "make a file",
         "make a socket",
         "fork",
@@ -206,6 +218,9 @@ fn confined_process_may_only_do_its_work() {
     expect_test::expect![[r#"
         open a file: EACCES
         open a directory: EACCES
+        open a readable file: none
+        list a readable directory: none
+        write a readable file: EACCES
         make a file: EACCES
         make a socket: EPERM
         fork: EPERM

@@ -1,0 +1,189 @@
+//! The grammar of image names: a name of this host such as `default`, or a reference to a
+//! repository of a registry, such as `gcc:13` or `localhost:5000/team/app@sha256:...` (the file
+//! reference/reference.go of the project distribution/reference).
+
+/// The length limit of an image's name. A directory has this name with a prefix and a suffix, and
+/// the kernel limits a file's name to 255 bytes.
+pub(super) const IMAGE_NAME_LEN_MAX: usize = 200;
+const TAG_LEN_MAX: usize = 128;
+const DIGEST_PREFIX: &str = "sha256:";
+const DIGEST_HEX_LEN: usize = 64;
+/// Replaces `/` in the name of a directory. No image name contains it.
+const SLASH_IN_DIR: &str = "+";
+
+/// The parts of an image's name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ImageNameParts<'a> {
+    /// The registry and the repository, or a plain name.
+    pub repository: &'a str,
+    pub tag: Option<&'a str>,
+    pub digest: Option<&'a str>,
+}
+
+/// Splits a name into its parts. Returns None if it is not valid.
+pub(super) fn parts(name: &str) -> Option<ImageNameParts<'_>> {
+    let (rest, digest) = match name.split_once('@') {
+        Some((rest, digest)) => (rest, Some(digest)),
+        None => (name, None),
+    };
+    // A colon before the last slash belongs to the registry's port.
+    let last = rest.rfind('/').map_or(0, |slash| slash + 1);
+    let (repository, tag) = match rest[last..].find(':') {
+        Some(colon) => (&rest[..last + colon], Some(&rest[last + colon + 1..])),
+        None => (rest, None),
+    };
+    let is_valid = name.len() <= IMAGE_NAME_LEN_MAX
+        && is_repository(repository)
+        && tag.is_none_or(is_tag)
+        && digest.is_none_or(is_digest);
+    is_valid.then_some(ImageNameParts {
+        repository,
+        tag,
+        digest,
+    })
+}
+
+pub(super) fn is_valid(name: &str) -> bool {
+    parts(name).is_some()
+}
+
+/// Returns the name of the directory of the image `name`.
+pub(super) fn dir_name(name: &str) -> String {
+    name.replace('/', SLASH_IN_DIR)
+}
+
+/// Reverses [`dir_name`].
+pub(super) fn of_dir_name(dir: &str) -> String {
+    dir.replace(SLASH_IN_DIR, "/")
+}
+
+fn is_repository(text: &str) -> bool {
+    let path = match text.split_once('/') {
+        Some((host, path)) if is_host(host) => path,
+        _ => text,
+    };
+    path.split('/').all(is_component)
+}
+
+/// Tells whether the first component is a registry. As in docker, it is one if it contains a dot or
+/// a colon or if it is `localhost`.
+fn is_host(text: &str) -> bool {
+    let (name, port) = match text.split_once(':') {
+        Some((name, port)) => (name, Some(port)),
+        None => (text, None),
+    };
+    let is_label = |label: &str| {
+        !label.is_empty()
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+            && label
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b == b'-')
+    };
+    (text == "localhost" || text.contains(['.', ':']))
+        && name.split('.').all(is_label)
+        && port.is_none_or(|p| (1..=5).contains(&p.len()) && p.bytes().all(|b| b.is_ascii_digit()))
+}
+
+/// A component is made of runs of a-z and 0-9, separated by `.`, `_`, `__` or any number of `-`.
+fn is_component(text: &str) -> bool {
+    let is_word = |b: &u8| b.is_ascii_lowercase() || b.is_ascii_digit();
+    let bytes = text.as_bytes();
+    let ends_well = bytes.first().is_some_and(is_word) && bytes.last().is_some_and(is_word);
+    let is_separator =
+        |run: &[u8]| matches!(run, b"." | b"_" | b"__") || run.iter().all(|b| *b == b'-');
+    ends_well
+        && bytes
+            .split(|b| is_word(b))
+            .filter(|run| !run.is_empty())
+            .all(is_separator)
+}
+
+fn is_tag(text: &str) -> bool {
+    let is_word = |b: u8| b.is_ascii_alphanumeric() || b == b'_';
+    (1..=TAG_LEN_MAX).contains(&text.len())
+        && is_word(text.as_bytes()[0])
+        && text.bytes().all(|b| is_word(b) || b == b'.' || b == b'-')
+}
+
+fn is_digest(text: &str) -> bool {
+    text.strip_prefix(DIGEST_PREFIX).is_some_and(|hex| {
+        hex.len() == DIGEST_HEX_LEN
+            && hex
+                .bytes()
+                .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn name_is_split_into_its_parts() {
+        let digest = format!("sha256:{}", "a".repeat(64));
+        let with_digest = format!("localhost:5000/team/app:1@{digest}");
+        for (name, repository, tag, found) in [
+            ("default", "default", None, None),
+            ("gcc:13", "gcc", Some("13"), None),
+            ("a--b", "a--b", None, None),
+            ("localhost:5000/a", "localhost:5000/a", None, None),
+            (
+                "ghcr.io/a/b_c:V1.0-x",
+                "ghcr.io/a/b_c",
+                Some("V1.0-x"),
+                None,
+            ),
+            (
+                &with_digest,
+                "localhost:5000/team/app",
+                Some("1"),
+                Some(digest.as_str()),
+            ),
+        ] {
+            let expected = ImageNameParts {
+                repository,
+                tag,
+                digest: found,
+            };
+            assert_eq!(parts(name), Some(expected), "{name}");
+            assert_eq!(of_dir_name(&dir_name(name)), name);
+            assert!(!dir_name(name).contains('/'));
+        }
+    }
+
+    #[test]
+    fn invalid_names_are_refused() {
+        let long = "a".repeat(IMAGE_NAME_LEN_MAX + 1);
+        for bad in [
+            "",
+            "-a",
+            "a-",
+            "A",
+            "a b",
+            "a\n",
+            "ä",
+            "../x",
+            "/a",
+            "a/",
+            "a//b",
+            "a/../b",
+            "a:",
+            "a:-b",
+            "a:b:c",
+            "a@",
+            "a@sha256:12",
+            "a..b",
+            "a___b",
+            "a+b",
+            ".a",
+            "a/.",
+            "host:port/a",
+            "a@sha256:x@sha256:y",
+            "%2e",
+            &long,
+        ] {
+            assert_eq!(parts(bad), None, "{bad}");
+        }
+    }
+}

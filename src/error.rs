@@ -102,6 +102,8 @@ kinds! {
     InvalidGuestPath => InvalidArgument, Useless, "invalid_guest_path";
     /// The repository or tree cannot be sent as it is.
     InvalidTree => InvalidArgument, Useless, "invalid_tree";
+    /// An image or a part of it is malformed, exceeds a limit, or does not match its digest.
+    InvalidImage => InvalidArgument, Useless, "invalid_image";
     /// The VM's state does not allow the verb.
     WrongState => WrongState, Useless, "wrong_state";
     /// The workspace is incomplete because an import was interrupted.

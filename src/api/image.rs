@@ -59,6 +59,47 @@ pub struct ImageDeleteReply {
     pub deleted: ImageRef,
 }
 
+/// What an OCI image says about the process to start. All of it is data: nothing here is ever part
+/// of a command line of the host.
+#[cfg(any(test, feature = "fakes"))]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ImageConfig {
+    /// `USER[:GROUP]`, each a name or a number. Empty for root.
+    #[serde(default)]
+    pub user: String,
+    /// Entries of the form `NAME=VALUE`.
+    #[serde(default)]
+    pub env: Vec<String>,
+    /// Empty for the root directory.
+    #[serde(default)]
+    pub working_dir: String,
+    #[serde(default)]
+    pub entrypoint: Vec<String>,
+    #[serde(default)]
+    pub cmd: Vec<String>,
+    /// The signal that stops the process, such as `SIGTERM` or `15`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stop_signal: Option<String>,
+}
+
+/// One step of how an image was built.
+#[cfg(any(test, feature = "fakes"))]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ImageHistory {
+    /// When the step ran, in RFC 3339.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub created: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub created_by: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub author: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub comment: Option<String>,
+    /// True if the step added no layer.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub empty_layer: bool,
+}
+
 calls! {
     /// Fails if an image of that name exists.
     ImageBuild = "image.build" (ImageBuildRequest) -> ImageReply

@@ -18,6 +18,9 @@ mod digest;
 mod initrd;
 mod kernel;
 pub mod kernels;
+// Only tests use it until the daemon pulls images.
+#[cfg(any(test, feature = "fakes"))]
+pub mod oci;
 mod registry;
 mod sources;
 mod unpack;

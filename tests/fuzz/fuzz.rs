@@ -46,7 +46,7 @@ struct Target {
 }
 
 /// All targets. To add a target, add it here and put valid inputs in `seeds/NAME/`.
-const TARGETS: [Target; 9] = [
+const TARGETS: [Target; 11] = [
     Target {
         name: "qmp",
         run: fcd::testing::vmm::fuzz::qmp,
@@ -153,6 +153,33 @@ const TARGETS: [Target; 9] = [
             "\u{0}\u{9}\u{5}\u{1}\u{0}\u{0}\u{0}\u{a}Y\u{0}\u{5}",
             "\u{0}\u{c}\u{4}\u{1}\u{0}\u{0}\u{0}\u{3}\u{0}\u{0}\u{0}web",
             "\u{1b}[2J",
+        ],
+    },
+    Target {
+        name: "image-reference",
+        run: fcd::testing::image::oci::fuzz::reference,
+        memory_max: 1 << 20,
+        words: &[
+            "docker://",
+            "docker.io/library/",
+            "@sha256:",
+            ":5000/",
+            "[::1]",
+            "__",
+        ],
+    },
+    Target {
+        name: "image-manifest",
+        run: fcd::testing::image::oci::fuzz::manifest,
+        memory_max: 64 << 20,
+        words: &[
+            "\u{0}",
+            "\"manifests\":[",
+            "\"layers\":[",
+            "\"mediaType\":\"application/vnd.oci.image.",
+            "\"platform\":{\"os\":\"linux\",\"architecture\":\"amd64\"}",
+            "[[[[[[[[",
+            "18446744073709551615",
         ],
     },
 ];

@@ -201,6 +201,7 @@ fn kind_table_golden() {
         | method_not_found | invalid_argument | 2 |  |
         | invalid_guest_path | invalid_argument | 2 |  |
         | invalid_tree | invalid_argument | 2 |  |
+        | invalid_image | invalid_argument | 2 |  |
         | wrong_state | wrong_state | 1 |  |
         | workspace_incomplete | wrong_state | 1 |  |
         | busy | busy | 4 | yes |

@@ -104,6 +104,10 @@ pub struct ExecStartRequest {
     /// If absent, the command runs in the workspace, or in the home directory if the VM has none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub workdir: Option<String>,
+    /// The user of the guest who runs the command, as `USER[:GROUP]` with names or numbers. If
+    /// absent, the command runs as root.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pty: Option<Pty>,
     /// The purposes of the passed descriptors, in the same order. Without stdin, the command reads

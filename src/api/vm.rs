@@ -413,6 +413,15 @@ pub struct VmPruneReply {
     pub deleted: Vec<VmId>,
 }
 
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SshConfigRequest {
+    pub vm: String,
+    /// The user of the guest to log in as. Defaults to root.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+}
+
 /// The address, the keys and the user with which an ordinary SSH client reaches a VM. The private
 /// key works for this VM only, and only root and the VM's owner can get it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -541,7 +550,7 @@ calls! {
     VmWait = "vm.wait" (VmWaitRequest) -> VmReply [Owner, Unkeyed, EndCall, NoFds];
     /// Deletes the caller's VMs in the states `created`, `stopped` and `failed`.
     VmPrune = "vm.prune" (super::Empty) -> VmPruneReply [Anybody, Unkeyed, Nothing, NoFds];
-    VmSshConfig = "vm.ssh_config" (VmRequest) -> SshConfigReply [Owner, Unkeyed, Nothing, NoFds];
+    VmSshConfig = "vm.ssh_config" (SshConfigRequest) -> SshConfigReply [Owner, Unkeyed, Nothing, NoFds];
 }
 
 /// `vm.list` with `brief` set in the request.

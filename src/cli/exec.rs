@@ -47,6 +47,9 @@ pub(super) struct How {
     /// Working directory in the guest [default: the workspace, if there is one]
     #[arg(short, long, value_name = "DIR")]
     pub workdir: Option<OsString>,
+    /// User of the guest who runs the command, by name or number [default: root]
+    #[arg(short, long, value_name = "USER[:GROUP]")]
+    pub user: Option<String>,
     /// Set a variable: K=V, or K to pass your own value
     #[arg(short, long, value_name = "K[=V]")]
     pub env: Vec<OsString>,
@@ -64,6 +67,7 @@ pub(super) struct Spec {
     pub argv: Vec<OsString>,
     pub env: Vec<(String, OsString)>,
     pub workdir: Option<OsString>,
+    pub user: Option<String>,
     pub stdin: bool,
     /// The type of the terminal to allocate, such as `xterm`. `None` means no terminal.
     pub term: Option<String>,
@@ -98,6 +102,7 @@ impl How {
             argv,
             env: variables,
             workdir: self.workdir,
+            user: self.user,
             stdin: self.interactive || auto,
             term: (self.tty || auto).then(term),
             no_wait_children: self.no_wait_children,
@@ -194,7 +199,7 @@ fn request(stdio: &Stdio, vm: &str, mut spec: Spec, relay: &mut Relay) -> Result
             .unwrap_or(terminal::DEFAULT_SIZE)
     };
     let pty = spec.term.take().map(|term| Pty { size: size(), term });
-    let no_wait_children = spec.no_wait_children;
+    let (user, no_wait_children) = (spec.user.take(), spec.no_wait_children);
     let text = match as_text(&spec) {
         Some(text) => text,
         None => {
@@ -208,6 +213,7 @@ fn request(stdio: &Stdio, vm: &str, mut spec: Spec, relay: &mut Relay) -> Result
         argv,
         env,
         workdir,
+        user,
         pty,
         streams: relay.streams().to_vec(),
         no_wait_children,

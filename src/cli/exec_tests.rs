@@ -111,6 +111,8 @@ fn exec_options_map_to_request() {
             "web",
             "-w",
             "/tmp",
+            "-u",
+            "dev:adm",
             "-e",
             "A=b c",
             "-e",
@@ -125,7 +127,7 @@ fn exec_options_map_to_request() {
             "--x",
         ],
         expect![[r#"
-        > exec.start {"argv":["ls","-la","--x"],"env":[["FILE","1"],["A","b c"],["MINE","from me"]],"streams":["stdout","stderr"],"vm":"web","workdir":"/tmp"}
+        > exec.start {"argv":["ls","-la","--x"],"env":[["FILE","1"],["A","b c"],["MINE","from me"]],"streams":["stdout","stderr"],"user":"dev:adm","vm":"web","workdir":"/tmp"}
         status 0
     "#]],
     );

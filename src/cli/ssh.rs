@@ -2,7 +2,7 @@
 
 use super::context::Context;
 use super::signals::Interrupts;
-use crate::api::vm::{SshConfigReply, VmRequest, VmSshConfig};
+use crate::api::vm::{SshConfigReply, SshConfigRequest, VmSshConfig};
 use crate::client::{Failure, Result};
 use crate::error::{Error, Kind};
 use std::ffi::OsString;
@@ -14,6 +14,9 @@ use std::path::Path;
 pub(super) struct Args {
     /// Name, ID, or ID prefix
     vm: String,
+    /// Log in as this user of the guest [default: root]
+    #[arg(short, long, value_name = "USER")]
+    user: Option<String>,
     /// A command, or options for ssh such as -L 8080:localhost:80
     #[arg(last = true, value_name = "ARGS")]
     args: Vec<OsString>,
@@ -29,7 +32,10 @@ pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     } = ctx;
     let config = connector
         .connect(printer)?
-        .call::<VmSshConfig>(&VmRequest { vm: args.vm })?;
+        .call::<VmSshConfig>(&SshConfigRequest {
+            vm: args.vm,
+            user: args.user,
+        })?;
     // The directory has mode 0700, so only this user can read the key in it. It is removed when
     // dropped.
     let dir = tempfile::Builder::new()

@@ -270,6 +270,7 @@ fn large_request_carries_descriptors() {
         argv: vec!["x".repeat(500_000)],
         env: vec![],
         workdir: None,
+        user: None,
         pty: None,
         streams: vec![crate::api::exec::Stream::Stdout],
         no_wait_children: false,

@@ -13,18 +13,18 @@ use crate::api::exec::{
     COMMAND_BYTES_MAX, COMMAND_STREAM_BYTES_MAX, CommandWords, ExecReply, ExecResizeRequest,
     ExecSignalRequest, ExecStartRequest, Exit, Stream,
 };
-use crate::api::vm::SshConfigReply;
-use crate::api::vm::WorkspaceState;
+use crate::api::vm::{SshConfigReply, SshConfigRequest, WorkspaceState};
 use crate::error::{Error, Kind, Result};
 use crate::guest::ControlSender;
 use crate::guest::Transport;
 use crate::guest::io::fifo::{self, Direction};
 use crate::guest::io::{BytesSource, FdSink, FdSource, VecSink, read_to_end};
 use crate::guest::{
-    Control, ExecSpec, Sink, Source, Streams, Target, command_bytes, control_queue,
+    Control, ExecSpec, GuestUser, Sink, Source, Streams, Target, command_bytes, control_queue,
 };
 use crate::host::text::printable;
 use crate::ids::SessionId;
+use crate::image::USER_LOGIN_SINCE;
 use crate::locks::Cancel;
 use crate::locks::CancelCause;
 use crate::session::Registry;
@@ -165,6 +165,7 @@ impl Sessions {
     ) -> Result<ExecReply> {
         let cancel = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
         let found = self.core.resolve(caller, &request.vm)?;
+        let user = request.user.as_deref().map(GuestUser::parse).transpose()?;
         let words = io
             .command(request, connection, &cancel)
             .map_err(|e| e.context(format!("exec in VM {}", found.name)))?;
@@ -178,7 +179,8 @@ impl Sessions {
         let workdir = words
             .workdir
             .or_else(|| self.workdir(&row).map(String::into_bytes));
-        let line = command_bytes(&words.argv, &words.env, workdir.as_deref()).map_err(doing)?;
+        let line = command_bytes(&words.argv, &words.env, workdir.as_deref(), user.as_ref())
+            .map_err(doing)?;
         let target = self.guests.target(&row).map_err(doing)?;
         let command = match String::from_utf8(line) {
             Ok(line) if line.len() <= COMMAND_BYTES_MAX => line,
@@ -353,9 +355,25 @@ impl Sessions {
             .send(Control::Signal(request.signal.clone()))
     }
 
-    pub fn ssh_config(&self, caller: &Caller, vm: &str) -> Result<SshConfigReply> {
-        let row = self.core.resolve(caller, vm)?;
+    pub fn ssh_config(
+        &self,
+        caller: &Caller,
+        request: &SshConfigRequest,
+    ) -> Result<SshConfigReply> {
+        let row = self.core.resolve(caller, &request.vm)?;
         self.core.allow(&row, Verb::Guest)?;
+        if let Some(user) = &request.user {
+            GuestUser::parse(user)?;
+        }
+        if let Some(user) = &request.user
+            && row.guest_version < USER_LOGIN_SINCE
+        {
+            let text = format!("VM {}: its image lets only root log in", row.name);
+            return Err(Error::new(Kind::Unsupported, text).hint(format!(
+                "run fcctl exec -it --user {user} {}, or create the VM from a new image",
+                row.name
+            )));
+        }
         let target = self.guests.target(&row)?;
         let workdir = self
             .core
@@ -366,7 +384,7 @@ impl Sessions {
             vm: row.id,
             name: row.name,
             addr: target.addr,
-            user: target.user,
+            user: request.user.clone().unwrap_or(target.user),
             private_key: target.private_key,
             host_key,
             workdir,

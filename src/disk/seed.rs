@@ -124,7 +124,7 @@ impl Seed<'_> {
                 0o600,
                 self.host_key.private_openssh().to_owned(),
             ),
-            ("authorized_keys", 0o600, keys),
+            ("authorized_keys", 0o644, keys),
         ] {
             append(&mut tar, Path::new(name), mode, 0, text.as_bytes())?;
         }
@@ -328,7 +328,7 @@ mod tests {
             dns=10.0.2.3
             host_key 600 0 0
             ...
-            authorized_keys 600 0 0
+            authorized_keys 644 0 0
             ssh-ed25519 AAAA fcd
         "#]]
         .assert_eq(&seen);

@@ -1,13 +1,12 @@
 //! Builds a command line for the guest's shell from words that may contain any byte except NUL.
 
+use super::user::{CANNOT_BEGIN_STATUS, GuestUser};
 use crate::error::{Error, Result};
 use crate::host::shell::quote_bytes;
 use crate::host::text::quoted;
 
-/// Exit status if the working directory cannot be entered. A line on stderr then begins with
-/// [`CANNOT_ENTER`].
-pub(super) const CANNOT_ENTER_STATUS: u8 = 125;
-pub(super) const CANNOT_ENTER: &str = "fcd: cannot enter the directory ";
+/// The beginning of the line on stderr if the working directory cannot be entered.
+const CANNOT_ENTER: &str = "fcd: cannot enter the directory ";
 
 /// The part of the line that starts a subshell for the command and waits for it. sshd reports few
 /// signals by name and none by number, so the outer shell stays and exits with 128+n. The outer
@@ -17,16 +16,21 @@ const WAIT: &str =
     "exec 3>&2 2>/dev/null; trap : 1 2 3 4 5 6 7 8 10 11 12 13 14 15 16 24 25 26 27 29 30 31; (";
 const WAIT_END: &str = " 2>&3 3>&-); exit $?";
 
-/// Builds a line that changes to `workdir` and runs `argv` with the environment `env`. An empty
-/// `argv` runs the login shell. The line exits with the command's status, or with 128+n after a
-/// signal. The guest's shell produces 126 and 127; [`CANNOT_ENTER_STATUS`] means that `workdir`
-/// cannot be entered. Returns `invalid_argument` for a NUL and for an invalid variable name.
+/// Builds a line that changes to `workdir` and runs `argv` as `user` with the environment `env`. An
+/// empty `argv` runs the login shell; without a user, the command runs as the one who logged in.
+/// The line exits with the command's status, or with 128+n after a signal. The guest's shell
+/// produces 126 and 127; [`CANNOT_BEGIN_STATUS`] means that `workdir` cannot be entered or that
+/// there is no such user. Returns `invalid_argument` for a NUL and for an invalid variable name.
 pub fn command_bytes(
     argv: &[Vec<u8>],
     env: &[(String, Vec<u8>)],
     workdir: Option<&[u8]>,
+    user: Option<&GuestUser>,
 ) -> Result<Vec<u8>> {
     let mut line = Vec::new();
+    if let Some(user) = user {
+        line.extend(user.look_up().into_bytes());
+    }
     if let Some(dir) = workdir.filter(|d| !d.is_empty()) {
         // The prefix prevents `cd` from reading the name as an option or as `-` (the previous
         // directory), and from searching CDPATH.
@@ -45,12 +49,15 @@ pub fn command_bytes(
             ]
             .concat(),
         );
-        line.extend(format!(" >&2; exit {CANNOT_ENTER_STATUS}; }}; ").into_bytes());
+        line.extend(format!(" >&2; exit {CANNOT_BEGIN_STATUS}; }}; ").into_bytes());
     }
     if !argv.is_empty() {
         line.extend(WAIT.as_bytes());
     }
     line.extend(b"exec");
+    if user.is_some() {
+        line.extend(GuestUser::BECOME.as_bytes());
+    }
     if !env.is_empty() {
         line.extend(b" env --");
     }
@@ -112,10 +119,13 @@ pub fn command_line(
         .iter()
         .map(|(name, value)| (name.clone(), value.clone().into()))
         .collect();
-    Ok(
-        String::from_utf8(command_bytes(&argv, &env, workdir.map(str::as_bytes))?)
-            .expect("built from UTF-8 strings"),
-    )
+    Ok(String::from_utf8(command_bytes(
+        &argv,
+        &env,
+        workdir.map(str::as_bytes),
+        None,
+    )?)
+    .expect("built from UTF-8 strings"))
 }
 
 #[cfg(test)]
@@ -231,7 +241,7 @@ mod tests {
                 shell,
                 &command_line(&strings(&["pwd"]), &[], Some("/no/such dir")).unwrap(),
             );
-            assert_eq!(output.status, i32::from(CANNOT_ENTER_STATUS));
+            assert_eq!(output.status, i32::from(CANNOT_BEGIN_STATUS));
             assert_eq!(
                 String::from_utf8(output.stderr).unwrap(),
                 format!("{CANNOT_ENTER}/no/such dir\n")
@@ -319,6 +329,7 @@ mod tests {
             &words(&[b"sh", b"-c", script, b"x", &raw]),
             &[("A".into(), raw.clone())],
             Some(&at),
+            None,
         )
         .unwrap();
         let wanted = [at.as_slice(), b"\n", &raw, &raw].concat();

@@ -15,6 +15,7 @@ mod script;
 pub mod ssh;
 #[cfg(test)]
 pub mod test_sshd;
+mod user;
 mod wait;
 
 pub use command_line::command_bytes;
@@ -23,6 +24,7 @@ pub use command_line::command_line;
 pub use controls::{ControlSender, control_queue};
 pub use helper::SshTransport;
 pub use script::{Script, run_script};
+pub use user::GuestUser;
 
 use crate::api::exec::{Exit, Pty, PtySize};
 use crate::error::Result;

@@ -27,7 +27,9 @@ mod unpack;
 
 pub use build::{BuildSpec, build};
 pub use checks::checks;
-pub use registry::{BALLOON_SINCE, CTRL_ALT_DEL_SINCE, ImageInfo, Images, kernel_path};
+pub use registry::{
+    BALLOON_SINCE, CTRL_ALT_DEL_SINCE, ImageInfo, Images, USER_LOGIN_SINCE, kernel_path,
+};
 
 /// The kernel arguments for every VMM, in addition to those for the console and the clock. They
 /// skip the self-tests of the crypto modules (0.2 s under emulation), take entropy from the

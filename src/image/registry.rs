@@ -17,13 +17,15 @@ const METADATA_BYTES_MAX: u64 = 64 * 1024;
 const FORMAT: u32 = 1;
 /// The version of the init in new images. Version 1 supports `work_disk` and `files.tar` in the
 /// seed. In version 2 the initramfs loads the balloon driver. Version 3 shuts down on Ctrl-Alt-Del
-/// and loads the vsock driver on demand.
-const GUEST_VERSION: u32 = CTRL_ALT_DEL_SINCE;
+/// and loads the vsock driver on demand. In version 4, users other than root can log in.
+const GUEST_VERSION: u32 = USER_LOGIN_SINCE;
 /// The first version of the init whose guests can return memory to the host.
 pub const BALLOON_SINCE: u32 = 2;
 /// The first version of the init whose guests shut down on Ctrl-Alt-Del. Earlier guests would be
 /// reset.
 pub const CTRL_ALT_DEL_SINCE: u32 = 3;
+/// The first version of the init whose guests let fcd's key log in as any user of the guest.
+pub const USER_LOGIN_SINCE: u32 = 4;
 /// The prefix of a build's directory. No image name begins with a dot.
 const STAGING_PREFIX: &str = ".building-";
 /// The prefix of the directory of an image that is being deleted.

@@ -240,7 +240,7 @@ impl CallContext<'_> {
             })),
             Vm::VmWait(r) => reply(d.views.wait_state(c, &r, self.wait.hangup())),
             Vm::VmPrune(Empty {}) => self.prune(),
-            Vm::VmSshConfig(r) => reply(d.sessions.ssh_config(c, &r.vm)),
+            Vm::VmSshConfig(r) => reply(d.sessions.ssh_config(c, &r)),
         }
     }
 

@@ -342,7 +342,7 @@ fn balloon_without_guest_driver_is_refused() {
     let text = std::fs::read_to_string(&path).unwrap();
     std::fs::write(
         &path,
-        text.replace("\"guest_version\":3", "\"guest_version\":1"),
+        text.replace("\"guest_version\":4", "\"guest_version\":1"),
     )
     .unwrap();
     let (vm, _) = world.running("web");

@@ -262,7 +262,7 @@ fn image_with_old_init_refuses_capabilities() {
     let world = World::new();
     let path = world.config.state_dir.join("images/default/image.json");
     let text = std::fs::read_to_string(&path).unwrap();
-    std::fs::write(&path, text.replace("\"guest_version\":3,", "")).unwrap();
+    std::fs::write(&path, text.replace("\"guest_version\":4,", "")).unwrap();
     let request = VmCreateRequest {
         work_disk_bytes: Some(32 << 20),
         ..with_ports("a", &[])

@@ -185,7 +185,7 @@ fn world(guest: &HostileGuest) -> World {
     let (_, addr) = world.running("evil");
     // Only this command reaches the hostile guest. The shutdown of a stop is also an `exec`, and
     // the fake must handle it.
-    let harmless = command_bytes(&[b"true".to_vec()], &[], None).unwrap();
+    let harmless = command_bytes(&[b"true".to_vec()], &[], None, None).unwrap();
     world
         .guest
         .on(&String::from_utf8(harmless).unwrap(), |_| Answer::status(0));
@@ -209,6 +209,7 @@ fn exec_request(vm: &str) -> ExecStartRequest {
         argv,
         env: vec![],
         workdir: None,
+        user: None,
         pty: None,
         streams: vec![],
         no_wait_children: false,

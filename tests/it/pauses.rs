@@ -14,6 +14,7 @@ fn exec(world: &World) -> Failure {
         argv: vec!["true".into()],
         env: vec![],
         workdir: None,
+        user: None,
         pty: None,
         streams: vec![],
         no_wait_children: false,

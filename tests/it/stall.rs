@@ -158,6 +158,7 @@ impl Stage {
                     argv,
                     env: vec![],
                     workdir: None,
+                    user: None,
                     pty: None,
                     streams: vec![],
                     no_wait_children: false,

@@ -94,7 +94,7 @@ fn set_during_boot_loses_nothing() {
             vm.pid.is_some() && vm.driver.is_some() && vm.disk_driver.is_some(),
             "{vm:?}"
         );
-        world.call::<VmSshConfig>(&request(&name)).unwrap();
+        world.call::<VmSshConfig>(&ssh_config(&name)).unwrap();
     }
 }
 
@@ -300,6 +300,7 @@ fn exec(vm: &str, streams: Vec<Stream>) -> ExecStartRequest {
         argv: vec!["cat".into()],
         env: vec![],
         workdir: None,
+        user: None,
         pty: None,
         streams,
         no_wait_children: false,
@@ -527,7 +528,7 @@ fn stop_presses_no_keys_for_old_image() {
     let text = std::fs::read_to_string(&path).unwrap();
     std::fs::write(
         &path,
-        text.replace("\"guest_version\":3", "\"guest_version\":2"),
+        text.replace("\"guest_version\":4", "\"guest_version\":2"),
     )
     .unwrap();
     out_of_reach(&world);

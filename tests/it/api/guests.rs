@@ -17,6 +17,7 @@ fn exec_goldens() {
             argv: vec!["ls".into()],
             env: vec![("A".into(), "b".into())],
             workdir: Some("/".into()),
+            user: Some("dev:adm".into()),
             pty: Some(Pty {
                 size,
                 term: "xterm".into(),
@@ -34,7 +35,7 @@ fn exec_goldens() {
         },
         expect![[r#"
             exec.start
-            {"vm":"web","argv":["ls"],"env":[["A","b"]],"workdir":"/","pty":{"size":{"rows":24,"cols":80},"term":"xterm"},"streams":["stdin","stdout","stderr","command"],"no_wait_children":true}
+            {"vm":"web","argv":["ls"],"env":[["A","b"]],"workdir":"/","user":"dev:adm","pty":{"size":{"rows":24,"cols":80},"term":"xterm"},"streams":["stdin","stdout","stderr","command"],"no_wait_children":true}
             {"exit":{"status":3}}
         "#]],
     );

@@ -317,20 +317,23 @@ fn vm_goldens() {
     "#]],
     );
     call::<VmSshConfig>(
-        request(),
+        SshConfigRequest {
+            vm: "web".into(),
+            user: Some("dev".into()),
+        },
         SshConfigReply {
             vm: id(),
             name: name("web"),
             addr: "127.0.0.1:22".parse().unwrap(),
-            user: "root".into(),
+            user: "dev".into(),
             private_key: "KEY".into(),
             host_key: "ssh-ed25519 AAAA".into(),
             workdir: None,
         },
         expect![[r#"
             vm.ssh_config
-            {"vm":"web"}
-            {"vm":"0123456789ab","name":"web","addr":"127.0.0.1:22","user":"root","private_key":"KEY","host_key":"ssh-ed25519 AAAA","workdir":null}
+            {"vm":"web","user":"dev"}
+            {"vm":"0123456789ab","name":"web","addr":"127.0.0.1:22","user":"dev","private_key":"KEY","host_key":"ssh-ed25519 AAAA","workdir":null}
         "#]],
     );
 }

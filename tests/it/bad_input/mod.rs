@@ -75,7 +75,7 @@ fn unknown_vm_is_not_found() {
         })
     });
     refused(&world, Kind::VmNotFound, || {
-        world.call::<VmSshConfig>(&request("nobody"))
+        world.call::<VmSshConfig>(&ssh_config("nobody"))
     });
     let (read, _write) = pipe();
     refused(&world, Kind::VmNotFound, || {
@@ -277,7 +277,7 @@ fn calls_in_wrong_state_are_refused() {
         world.run::<VmKill>(request("web"))
     });
     refused(&world, Kind::WrongState, || {
-        world.call::<VmSshConfig>(&request("web"))
+        world.call::<VmSshConfig>(&ssh_config("web"))
     });
     let (read, _write) = pipe();
     refused(&world, Kind::WrongState, || {
@@ -322,6 +322,7 @@ fn exec(
         argv: vec!["true".into()],
         env: vec![],
         workdir: None,
+        user: None,
         pty: None,
         streams,
         no_wait_children: false,

@@ -56,7 +56,11 @@ fn vm_of_another_uid_is_not_found() {
                 .delete(&them, &delete(text))
                 .unwrap_err()
                 .kind(),
-            daemon.sessions.ssh_config(&them, text).unwrap_err().kind(),
+            daemon
+                .sessions
+                .ssh_config(&them, &ssh_config(text))
+                .unwrap_err()
+                .kind(),
             daemon
                 .controls
                 .set(

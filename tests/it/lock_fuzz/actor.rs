@@ -265,6 +265,7 @@ impl<'a> Actor<'a> {
             argv: vec![command.to_owned()],
             env: vec![],
             workdir: None,
+            user: None,
             pty: None,
             streams: vec![],
             no_wait_children: false,

@@ -24,6 +24,7 @@ fn exec(vm: &str, program: &str) -> ExecStartRequest {
         argv: vec![program.into()],
         env: vec![],
         workdir: None,
+        user: None,
         pty: None,
         streams: vec![],
         no_wait_children: false,

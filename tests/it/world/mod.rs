@@ -138,7 +138,7 @@ pub fn make_image_of(state_dir: &Path, name: &str, owner_uid: Option<u32>) {
         files.push(serde_json::json!({"name": file, "bytes": bytes, "sha256": ""}));
     }
     let image = serde_json::json!({"format": 1, "name": name, "os": "Fake OS", "kernel_version": "6.1",
-        "packages": [], "built_at": 7, "guest_version": 3, "owner_uid": owner_uid, "files": files});
+        "packages": [], "built_at": 7, "guest_version": 4, "owner_uid": owner_uid, "files": files});
     std::fs::write(dir.join("image.json"), image.to_string()).unwrap();
 }
 
@@ -437,6 +437,13 @@ pub fn root() -> Caller {
         uid: 0,
         gid: 0,
         pid: 0,
+    }
+}
+
+pub fn ssh_config(vm: &str) -> SshConfigRequest {
+    SshConfigRequest {
+        vm: vm.into(),
+        ..Default::default()
     }
 }
 

@@ -32,6 +32,9 @@ pub struct ImageBuildRequest {
     /// Additional packages of the distribution.
     #[serde(default)]
     pub include: Vec<String>,
+    /// Omit the compilers, tools and the user `dev` that an image has otherwise.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub minimal: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

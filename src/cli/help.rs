@@ -10,6 +10,11 @@ pub(super) const TOPICS: &[(&str, &str, &str)] = &[
         include_str!("../docs/workspaces.md"),
     ),
     (
+        "images",
+        "what is in an image, how to build one, users of the guest",
+        include_str!("../docs/images.md"),
+    ),
+    (
         "networking",
         "user mode, the bridge, ports, names, vsock",
         include_str!("../docs/networking.md"),

@@ -15,13 +15,17 @@ use crate::ids::ImageRef;
 
 #[derive(clap::Subcommand, Debug)]
 pub(super) enum Verb {
-    /// Build an image from the distribution's packages
+    /// Build an image from the distribution's packages. It has compilers, Python, the usual tools
+    /// and a user dev who may use sudo
     Build {
         /// Name of the image [default: default]
         name: Option<ImageRef>,
         /// Install this package too. Can be repeated
         #[arg(long, value_name = "PACKAGE", value_delimiter = ',')]
         include: Vec<String>,
+        /// Install only what fcd needs
+        #[arg(long)]
+        minimal: bool,
     },
     /// List images
     #[command(visible_alias = "ls")]
@@ -44,12 +48,20 @@ pub(super) fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
         ..
     } = ctx;
     match verb {
-        Verb::Build { name, include } => build(
+        Verb::Build {
+            name,
+            include,
+            minimal,
+        } => build(
             connector,
             printer,
             stdio,
             signals,
-            ImageBuildRequest { name, include },
+            ImageBuildRequest {
+                name,
+                include,
+                minimal,
+            },
         ),
         Verb::List => list(connector, printer, *now_s),
         Verb::Delete { images } => delete(connector, printer, images),

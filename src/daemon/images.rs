@@ -19,7 +19,7 @@ use crate::host::Commands;
 use crate::host::plural::count;
 use crate::ids::ImageRef;
 use crate::image::Images;
-use crate::image::{BuildSpec, DISK_BYTES_DEFAULT, ImageInfo};
+use crate::image::{BuildSpec, DISK_BYTES_DEFAULT, ImageInfo, Profile};
 use crate::locks::Mutex;
 use crate::ops::OpHandle;
 use crate::pool::Admission;
@@ -81,6 +81,11 @@ impl ImageService {
         let spec = BuildSpec {
             name: name.clone(),
             include,
+            profile: if request.minimal {
+                Profile::Minimal
+            } else {
+                Profile::Full
+            },
             disk_bytes: DISK_BYTES_DEFAULT,
             owner_uid: caller.uid,
         };

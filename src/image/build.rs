@@ -19,9 +19,9 @@ use std::path::Path;
 use std::time::Duration;
 
 /// The packages of every image, in addition to the distribution's essential ones: packages that fcd
-/// uses in the guest (openssh-server, git, iproute2, e2fsprogs, kmod, mount), and packages that
-/// developers expect.
-pub const PACKAGES: [&str; 13] = [
+/// uses in the guest (openssh-server, git, iproute2, e2fsprogs, kmod, mount), and a few that cost
+/// little.
+const PACKAGES: [&str; 13] = [
     "apt",
     "ca-certificates",
     "e2fsprogs",
@@ -35,6 +35,23 @@ pub const PACKAGES: [&str; 13] = [
     "openssh-server",
     "patch",
     "procps",
+];
+/// The packages of an image that is not minimal: what builds, tests and agents usually need.
+const TOOL_PACKAGES: [&str; 14] = [
+    "curl",
+    "file",
+    "gcc",
+    "iputils-ping",
+    "jq",
+    "libc6-dev",
+    "nano",
+    "python3",
+    "python3-pip",
+    "python3-venv",
+    "sudo",
+    "unzip",
+    "vim-tiny",
+    "wget",
 ];
 const BUILD_DEADLINE: Duration = Duration::from_secs(30 * 60);
 /// The size limit of a build's tree, which is in a tmpfs and therefore uses memory.
@@ -68,12 +85,42 @@ const INPUTS: [(&str, &str); 6] = [
     ("sshd_config", include_str!("guest/sshd_config")),
     ("modprobe.conf", include_str!("guest/modprobe.conf")),
 ];
+
+/// What an image contains in addition to the packages that its builder names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Profile {
+    /// Compilers, Python and the usual tools, the CA certificates that the host's administrator
+    /// added, and an ordinary user `dev`.
+    Full,
+    /// Only what fcd itself needs.
+    Minimal,
+}
+
+impl Profile {
+    fn packages(self) -> impl Iterator<Item = &'static str> {
+        let tools: &[&str] = match self {
+            Self::Full => &TOOL_PACKAGES,
+            Self::Minimal => &[],
+        };
+        PACKAGES.iter().chain(tools).copied()
+    }
+
+    /// The word that tells `build.sh` about the profile.
+    fn word(self) -> &'static str {
+        match self {
+            Self::Full => "full",
+            Self::Minimal => "minimal",
+        }
+    }
+}
+
 /// The image to build.
 #[derive(Clone, Debug)]
 pub struct BuildSpec {
     pub name: ImageRef,
-    /// Packages of the distribution in addition to [`PACKAGES`].
+    /// Packages of the distribution in addition to those of the profile.
     pub include: Vec<String>,
+    pub profile: Profile,
     /// The virtual size of the root disk, a multiple of 1 MiB; see [`super::DISK_BYTES_DEFAULT`].
     pub disk_bytes: u64,
     pub owner_uid: u32,
@@ -96,18 +143,12 @@ pub fn build(
     let mut report = |stage: usize| progress(STAGES[stage].0, stage as u64, STAGES.len() as u64);
     let doing = |e: Error| e.context(format!("build image {}", spec.name));
     report(0);
-    let packages = package_list(&spec.include)?;
+    let packages = package_list(spec.profile, &spec.include)?;
     let staging = images.stage(&spec.name)?;
     let host = Host::this();
     host.ready(commands, cancel).map_err(doing)?;
     let suite = write_inputs(staging.path(), commands, cancel).map_err(doing)?;
-    let command = script_command(
-        host.is_root(),
-        staging.path(),
-        &suite,
-        &packages,
-        spec.disk_bytes,
-    );
+    let command = script_command(host.is_root(), staging.path(), &suite, &packages, spec);
     run_script(commands, &command, cancel, &mut report).map_err(doing)?;
 
     report(STAGE_INITRAMFS);
@@ -142,7 +183,7 @@ pub fn build(
 
 /// Returns all packages to install. Checks that the names in `include` are names of Debian packages
 /// (Policy 5.6.1), so that none of them is an option of mmdebstrap or apt.
-fn package_list(include: &[String]) -> Result<Vec<String>> {
+fn package_list(profile: Profile, include: &[String]) -> Result<Vec<String>> {
     if include.len() > INCLUDE_MAX {
         return Err(Error::invalid(format!(
             "more than {INCLUDE_MAX} packages to include"
@@ -162,9 +203,9 @@ fn package_list(include: &[String]) -> Result<Vec<String>> {
             );
         }
     }
-    let mut packages: Vec<String> = PACKAGES
-        .iter()
-        .map(|p| (*p).to_owned())
+    let mut packages: Vec<String> = profile
+        .packages()
+        .map(str::to_owned)
         .chain(include.iter().cloned())
         .collect();
     packages.sort();
@@ -212,7 +253,7 @@ fn script_command(
     stage: &Path,
     suite: &str,
     packages: &[String],
-    disk_bytes: u64,
+    spec: &BuildSpec,
 ) -> Command {
     let mut command = namespace(root)
         .arg("sh")
@@ -221,8 +262,9 @@ fn script_command(
         .args([
             suite,
             &packages.join(","),
-            &disk_bytes.to_string(),
+            &spec.disk_bytes.to_string(),
             &TREE_BYTES_MAX.to_string(),
+            spec.profile.word(),
         ])
         .deadline(BUILD_DEADLINE);
     for key in ["http_proxy", "https_proxy", "no_proxy"] {
@@ -317,33 +359,44 @@ mod tests {
     fn argv() {
         let packages = ["git".to_owned(), "make".to_owned()];
         let stage = Path::new("/s/images/.building-a-1");
+        let spec = |profile, disk_bytes| BuildSpec {
+            name: "a".parse().unwrap(),
+            include: Vec::new(),
+            profile,
+            disk_bytes,
+            owner_uid: 0,
+        };
+        let full = spec(Profile::Full, 8 << 30);
         check(
-            &script_command(false, stage, "bookworm", &packages, 8 << 30),
+            &script_command(false, stage, "bookworm", &packages, &full),
             expect![
                 "setpriv --pdeathsig KILL unshare --user --map-root-user --map-auto --mount --propagation private --pid --fork \
-                 --kill-child sh /s/images/.building-a-1/in/build.sh /s/images/.building-a-1 bookworm git,make 8589934592 6442450944"
+                 --kill-child sh /s/images/.building-a-1/in/build.sh /s/images/.building-a-1 bookworm git,make 8589934592 6442450944 full"
             ],
         );
         check(
-            &script_command(true, stage, "trixie", &packages[..1], 4096),
+            &script_command(
+                true,
+                stage,
+                "trixie",
+                &packages[..1],
+                &spec(Profile::Minimal, 4096),
+            ),
             expect![
                 "setpriv --pdeathsig KILL unshare --mount --propagation private --pid --fork --kill-child sh \
-                 /s/images/.building-a-1/in/build.sh /s/images/.building-a-1 trixie git 4096 6442450944"
+                 /s/images/.building-a-1/in/build.sh /s/images/.building-a-1 trixie git 4096 6442450944 minimal"
             ],
         );
     }
 
     #[test]
     fn package_names() {
-        let list = package_list(&[
-            "gcc".to_owned(),
-            "g++".to_owned(),
-            "git".to_owned(),
-            "libc6-dev".to_owned(),
-        ])
-        .unwrap();
+        let include = ["gcc", "g++", "git", "libc6-dev"].map(str::to_owned);
+        let list = package_list(Profile::Minimal, &include).unwrap();
         assert_eq!(list.len(), PACKAGES.len() + 3);
         assert!(list.is_sorted());
+        let list = package_list(Profile::Full, &include).unwrap();
+        assert_eq!(list.len(), PACKAGES.len() + TOOL_PACKAGES.len() + 1);
         for bad in [
             "",
             "a",
@@ -357,7 +410,9 @@ mod tests {
             "?essential",
         ] {
             assert_eq!(
-                package_list(&[bad.to_owned()]).unwrap_err().kind(),
+                package_list(Profile::Full, &[bad.to_owned()])
+                    .unwrap_err()
+                    .kind(),
                 Kind::InvalidArgument,
                 "{bad}"
             );

@@ -1,10 +1,10 @@
 #!/bin/sh
 # Builds an image's parts in STAGE_DIR/out. Runs as root, or as the root of a user namespace, in its own mount and PID
 # namespaces, so its mounts and processes end with it.
-#   build.sh STAGE_DIR SUITE PACKAGES DISK_BYTES TREE_BYTES_MAX
+#   build.sh STAGE_DIR SUITE PACKAGES DISK_BYTES TREE_BYTES_MAX full|minimal
 # STAGE_DIR/in holds sources.list, apt.conf and the guest's files. Each stage begins with a line "fcd-stage NAME".
 set -eu
-stage_dir=$1 suite=$2 packages=$3 disk_bytes=$4 tree_bytes_max=$5
+stage_dir=$1 suite=$2 packages=$3 disk_bytes=$4 tree_bytes_max=$5 profile=$6
 work=$stage_dir/work out=$stage_dir/out in=$stage_dir/in
 tree=$work/tree
 umask 022
@@ -75,6 +75,21 @@ rm -rf "$tree"/var/log/* "$tree"/var/cache/debconf/*-old "$tree"/var/lib/dpkg/*-
 install -d -m 700 "$tree/root"
 # In a user namespace, mmdebstrap leaves these directories owned by root.
 chroot "$tree" chown _apt /var/lib/apt/lists/partial /var/cache/apt/archives/partial
+if [ "$profile" = full ]; then
+	# A locked password ("!") would make sshd refuse the user's keys, because it does not use PAM.
+	chroot "$tree" useradd --uid 1000 --user-group --create-home --shell /bin/bash --password '*' dev
+	echo 'dev ALL=(ALL:ALL) NOPASSWD: ALL' >"$tree/etc/sudoers.d/dev"
+	chmod 440 "$tree/etc/sudoers.d/dev"
+	echo LANG=C.UTF-8 >"$tree/etc/default/locale"
+	# A host behind a proxy that inspects TLS trusts the proxy's CA, and its guests have to trust it too.
+	certificates=/usr/local/share/ca-certificates
+	if [ -d "$certificates" ]; then
+		(cd "$certificates" && find -L . -type f -name '*.crt') | while read -r file; do
+			install -D -m 644 "$certificates/$file" "$tree$certificates/$file"
+		done
+		TMPDIR=/tmp chroot "$tree" update-ca-certificates >/dev/null
+	fi
+fi
 echo $((disk_bytes / 512)) >"$tree/var/lib/fcd/disk-sectors"
 # shellcheck source=/dev/null
 . "$tree/etc/os-release"

@@ -25,7 +25,7 @@ mod registry;
 mod sources;
 mod unpack;
 
-pub use build::{BuildSpec, build};
+pub use build::{BuildSpec, Profile, build};
 pub use checks::checks;
 pub use registry::{
     BALLOON_SINCE, CTRL_ALT_DEL_SINCE, ImageInfo, Images, USER_LOGIN_SINCE, kernel_path,

@@ -17,6 +17,7 @@ mod faults;
 mod firecracker;
 mod first_light;
 mod full_disk;
+mod full_image;
 mod host;
 mod hostile;
 mod kernels;

@@ -284,7 +284,7 @@ fn transfer_below_minimum_rate_ends() {
 fn build(world: &World, name: &str) -> Running<ImageReply> {
     let request = ImageBuildRequest {
         name: Some(name.parse().unwrap()),
-        include: vec![],
+        ..Default::default()
     };
     world.begin::<ImageBuild>(request, vec![])
 }

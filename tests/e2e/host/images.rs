@@ -6,22 +6,36 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-/// Returns the directory of the default image, which is built once for all test binaries of this
-/// source.
+/// Returns the directory of a minimal image named `default`, which is built once for all test
+/// binaries of this source.
 pub fn image() -> &'static Path {
     static IMAGE: OnceLock<PathBuf> = OnceLock::new();
     IMAGE.get_or_init(|| cached_image("default", &[]))
 }
 
-/// Returns the directory of an image with these packages, and builds the image if it does not
-/// exist.
+/// Returns the directory of the image that `fcctl image build` makes, under the name `full`.
+pub fn full_image() -> PathBuf {
+    cached("full", &[])
+}
+
+/// Returns the directory of a minimal image with these packages, and builds the image if it does
+/// not exist.
 pub fn cached_image(name: &str, packages: &[&str]) -> PathBuf {
+    let include = packages.join(",");
+    let mut args = vec!["--minimal"];
+    if !packages.is_empty() {
+        args.extend(["--include", &include]);
+    }
+    cached(name, &args)
+}
+
+fn cached(name: &str, args: &[&str]) -> PathBuf {
     let cache = base().join("image-cache");
     fs::create_dir_all(&cache).unwrap();
     fs::set_permissions(&cache, fs::Permissions::from_mode(0o755)).unwrap();
     let lock = fs::File::create(cache.join(format!("lock-{name}"))).unwrap();
     lock.lock().unwrap();
-    let state = cache.join(image_key(packages));
+    let state = cache.join(image_key(args));
     let image = state.join("images").join(name);
     if !image.join("image.json").exists() {
         let _ = fs::remove_dir_all(&state);
@@ -33,14 +47,7 @@ pub fn cached_image(name: &str, packages: &[&str]) -> PathBuf {
             unread_log: None,
         };
         host.launch(&state);
-        let include = packages.join(",");
-        let mut args = vec!["image", "build", name];
-        args.extend(
-            ["--include", &include]
-                .into_iter()
-                .filter(|_| !packages.is_empty()),
-        );
-        let built = host.fcctl(&args);
+        let built = host.fcctl(&[&["image", "build", name], args].concat());
         assert!(
             built.status.success(),
             "image build: {}",
@@ -52,10 +59,10 @@ pub fn cached_image(name: &str, packages: &[&str]) -> PathBuf {
 }
 
 /// Returns a name that depends on the image's recipe, so that another recipe builds another image.
-fn image_key(packages: &[&str]) -> String {
+fn image_key(args: &[&str]) -> String {
     use std::hash::{Hash, Hasher};
     let mut hasher = std::hash::DefaultHasher::new();
-    packages.hash(&mut hasher);
+    args.hash(&mut hasher);
     let mut dirs = vec![Path::new(env!("CARGO_MANIFEST_DIR")).join("src/image")];
     let mut files = Vec::new();
     while let Some(dir) = dirs.pop() {

@@ -77,13 +77,14 @@ fn image_goldens() {
     let build = ImageBuildRequest {
         name: Some(name("default")),
         include: vec!["make".into()],
+        minimal: true,
     };
     call::<ImageBuild>(
         build,
         ImageReply { image: image() },
         expect![[r#"
         image.build
-        {"name":"default","include":["make"]}
+        {"name":"default","include":["make"],"minimal":true}
         {"image":{"name":"default","disk_bytes":1,"allocated_bytes":2,"kernel":"Linux 6.1","os":"Debian","built_at":3,"vms":4,"owner_uid":1000}}
     "#]],
     );

@@ -39,6 +39,7 @@ mod values;
 mod version;
 mod vm;
 mod vm_text;
+mod words;
 mod workspace;
 
 use crate::client::Result;
@@ -149,6 +150,7 @@ fn command(ctx: &mut Context, args: &[OsString]) -> u8 {
     if let Some(page) = help::page(args) {
         return u8::from(ctx.printer.text(&page).is_err());
     }
+    let args = &words::with_separator(Cli::command(), args);
     let is_guests = runs_in_guest(args);
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,

@@ -22,7 +22,8 @@ use std::path::{Path, PathBuf};
 #[derive(clap::Args, Debug)]
 pub(super) struct Args {
     /// Directory to copy into the VM. In a git repository, the whole repository is copied, and the
-    /// command starts in this directory
+    /// command starts in this directory. After --image, a word without a slash that is not . is
+    /// the command instead
     path: Option<PathBuf>,
     /// Delete the VM afterwards, even if fcctl is killed
     #[arg(long)]
@@ -74,6 +75,7 @@ fn run_in_new_vm(
     interrupts: &Interrupts,
     args: Args,
 ) -> Result<u8> {
+    refuse_directory_as_command(&args)?;
     // Check everything that can be checked before anything is created.
     let spec = args.how.spec(stdio, env, args.argv)?;
     let to = args.export_patch.map(ExportTo::patch);
@@ -114,6 +116,22 @@ fn run_in_new_vm(
         Err(e) => Err(e),
     };
     finish(printer, interrupts, new_vm, outcome, export)
+}
+
+/// Refuses `run --image IMAGE DIR -- CMD`, where DIR would be the command.
+fn refuse_directory_as_command(args: &Args) -> Result<()> {
+    let [first, second, ..] = &args.argv[..] else {
+        return Ok(());
+    };
+    if args.path.is_some() || second != "--" || !Path::new(first).is_dir() {
+        return Ok(());
+    }
+    let name = first.to_string_lossy();
+    Err(Error::invalid(format!(
+        "{name} after --image is a command, not a directory"
+    ))
+    .hint(format!("to copy the directory, write ./{name}"))
+    .into())
 }
 
 /// The target and limit of `--export-patch`.

@@ -413,3 +413,26 @@ fn run_without_rm_or_export_exits_with_command_status() {
         "--rm alone always deletes"
     );
 }
+
+#[test]
+fn run_with_image_takes_first_word_as_command() {
+    let fake = daemon(Some);
+    let ran = fcctl(&fake, &["run", "--image", "alpine", "ls", "-l", "/"]);
+    assert_eq!(ran.status, 7, "{}", ran.err);
+    let calls = fake.calls();
+    let start = calls.iter().find(|c| c.starts_with("exec.start")).unwrap();
+    assert!(start.contains(r#""argv":["ls","-l","/"]"#), "{start}");
+}
+
+#[test]
+fn run_with_image_and_directory_without_slash_names_the_fix() {
+    let fake = daemon(Some);
+    let ran = fcctl(&fake, &["run", "--image", "big", "src", "--", "make"]);
+    assert_eq!(ran.status, 125);
+    assert_eq!(
+        ran.err,
+        "fcctl: src after --image is a command, not a directory\n\
+         hint: to copy the directory, write ./src\n"
+    );
+    assert_eq!(fake.methods(), "");
+}

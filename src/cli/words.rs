@@ -1,0 +1,160 @@
+//! Finds the command in `fcctl run --image IMAGE CMD ARGS`, which needs no `--`.
+//!
+//! After `--image`, a first word without `/` that is not `.` is the command, as with docker, and
+//! everything behind it belongs to the command. Any other first word is the directory to copy. clap
+//! cannot make this distinction, so the missing `--` is inserted before clap sees the words.
+
+use std::ffi::OsString;
+
+/// Returns the words of a command line with `--` before the command, if it is missing.
+pub(super) fn with_separator(mut cli: clap::Command, args: &[OsString]) -> Vec<OsString> {
+    cli.build();
+    let command = run_at(&cli, args).and_then(|at| {
+        let run = cli.find_subcommand("run")?;
+        command_at(run, &args[at..]).map(|n| at + n)
+    });
+    let mut args = args.to_vec();
+    if let Some(at) = command {
+        args.insert(at, "--".into());
+    }
+    args
+}
+
+/// Returns the place behind the word `run`, if it is the noun of this command line.
+fn run_at(cli: &clap::Command, args: &[OsString]) -> Option<usize> {
+    let mut at = 1;
+    loop {
+        match Word::of(cli, args.get(at)?) {
+            Word::Option { words, .. } => at += words,
+            Word::Plain(word) => return (word == "run").then_some(at + 1),
+            Word::Separator => return None,
+        }
+    }
+}
+
+/// Returns the place of the command in the words behind `run`, if no `--` precedes it.
+fn command_at(run: &clap::Command, args: &[OsString]) -> Option<usize> {
+    let (mut at, mut has_image) = (0, false);
+    loop {
+        match Word::of(run, args.get(at)?) {
+            Word::Option { words, is_image } => {
+                at += words;
+                has_image |= is_image;
+            }
+            Word::Plain(word) => {
+                let is_directory = word == "." || word.contains('/');
+                return (has_image && !is_directory).then_some(at);
+            }
+            Word::Separator => return None,
+        }
+    }
+}
+
+/// A word at a place where an option can be.
+enum Word {
+    Option {
+        /// 2 if the next word is the option's value.
+        words: usize,
+        is_image: bool,
+    },
+    Separator,
+    Plain(String),
+}
+
+impl Word {
+    fn of(command: &clap::Command, word: &OsString) -> Self {
+        let word = word.to_string_lossy();
+        let takes_value = |arg: &clap::Arg| arg.get_action().takes_values();
+        if word == "--" {
+            return Self::Separator;
+        }
+        if let Some(long) = word.strip_prefix("--") {
+            let name = long.split('=').next().unwrap_or_default();
+            let takes_next = !long.contains('=')
+                && command
+                    .get_arguments()
+                    .any(|arg| arg.get_long() == Some(name) && takes_value(arg));
+            return Self::Option {
+                words: 1 + usize::from(takes_next),
+                is_image: name == "image",
+            };
+        }
+        let Some(shorts) = word.strip_prefix('-').filter(|rest| !rest.is_empty()) else {
+            return Self::Plain(word.into_owned());
+        };
+        // The first option with a value takes the rest of the word, or the next one.
+        let with_value = shorts.char_indices().find(|(_, short)| {
+            command
+                .get_arguments()
+                .any(|arg| arg.get_short() == Some(*short) && takes_value(arg))
+        });
+        let takes_next = with_value.is_some_and(|(i, short)| i + short.len_utf8() == shorts.len());
+        Self::Option {
+            words: 1 + usize::from(takes_next),
+            is_image: false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Cli;
+    use super::*;
+    use clap::CommandFactory;
+
+    #[track_caller]
+    fn check(line: &str, expected: &str) {
+        let args: Vec<OsString> = line.split(' ').map(OsString::from).collect();
+        let words = with_separator(Cli::command(), &args);
+        let words: Vec<_> = words.iter().map(|w| w.to_str().unwrap()).collect();
+        assert_eq!(words.join(" "), expected);
+    }
+
+    #[test]
+    fn first_word_after_image_is_command() {
+        for (line, expected) in [
+            (
+                "fcctl run --image alpine ls /",
+                "fcctl run --image alpine -- ls /",
+            ),
+            (
+                "fcctl run --image=a:1 -it sh -l",
+                "fcctl run --image=a:1 -it -- sh -l",
+            ),
+            (
+                "fcctl --socket S --json run --rm -n box --image a -e A=b -uroot ls --rm",
+                "fcctl --socket S --json run --rm -n box --image a -e A=b -uroot -- ls --rm",
+            ),
+            (
+                "fcctl run --image a -ie A=b ls",
+                "fcctl run --image a -ie A=b -- ls",
+            ),
+            (
+                "fcctl run --image a ls -- x",
+                "fcctl run --image a -- ls -- x",
+            ),
+        ] {
+            check(line, expected);
+        }
+    }
+
+    #[test]
+    fn other_lines_are_unchanged() {
+        for line in [
+            "fcctl",
+            "fcctl run",
+            "fcctl run repo -- make",
+            "fcctl run repo --image a -- make",
+            "fcctl run --image a",
+            "fcctl run --image a . -- make",
+            "fcctl run --image a ./repo -- make",
+            "fcctl run --image a /bin -- make",
+            "fcctl run --image a -- make",
+            "fcctl run --rm -- --image a ls",
+            "fcctl exec web --image a ls",
+            "fcctl image build --image run ls",
+        ] {
+            check(line, line);
+        }
+    }
+}

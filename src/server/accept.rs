@@ -98,8 +98,11 @@ impl Acceptor {
         let started = Peer::of(&stream).and_then(|peer| {
             let slot = self.registry.enter(&stream, peer.uid)?;
             let (handler, socket) = (self.handler.clone(), stream.clone());
+            let (registry, stop) = (self.registry.clone(), self.stop.clone());
             thread::spawn("connection", move || {
-                connection::serve(slot, socket, peer, &*handler)
+                connection::serve(slot, socket, peer, &*handler);
+                drop(handler);
+                registry.give_back_after_peak(&stop);
             })
             .map(drop)
         });

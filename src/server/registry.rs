@@ -4,19 +4,23 @@ use super::Limits;
 use crate::error::{Error, Kind, Result};
 use crate::host::memory;
 use crate::host::plural::count;
-use crate::locks::{Condvar, Mutex, Rank};
+use crate::host::wait::sleep;
+use crate::locks::{Cancel, Condvar, Mutex, Rank};
 use std::collections::HashMap;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// The smallest number of connections that counts as a peak. After a peak, freed memory is returned
 /// to the system.
 const PEAK_MIN: usize = 32;
 /// A peak is over when at most 1/8 of its connections are left.
 const PEAK_PART_LEFT: usize = 8;
+/// Time between the end of a peak and the return of memory. The connections of a crowd end within
+/// milliseconds of each other, and what a thread frees as it ends after the return is kept.
+const PEAK_SETTLES: Duration = Duration::from_millis(250);
 
 #[derive(Default)]
 struct Connected {
@@ -66,12 +70,8 @@ impl Drop for ConnectionSlot {
                 connected.per_uid.remove(&self.uid);
             }
         }
-        let is_peak_over = connected.is_peak_over();
         drop(connected);
         self.registry.left.notify_all();
-        if is_peak_over {
-            memory::give_back();
-        }
     }
 }
 
@@ -133,6 +133,15 @@ impl Registry {
             id,
             uid,
         })
+    }
+
+    /// Returns freed memory to the system if a peak is over. A connection's thread calls this after
+    /// its slot has been freed.
+    pub(super) fn give_back_after_peak(&self, stop: &Cancel) {
+        let is_peak_over = self.connected.lock().is_peak_over();
+        if is_peak_over && sleep(PEAK_SETTLES, stop).unwrap_or(false) {
+            memory::give_back();
+        }
     }
 
     fn all_sockets(&self) -> Vec<Arc<UnixStream>> {

@@ -83,6 +83,8 @@ kinds! {
     SessionNotFound => NotFound, Useless, "session_not_found";
     /// The VM has no prepared workspace.
     WorkspaceNotFound => NotFound, Useless, "workspace_not_found";
+    /// The registry has no such repository, tag or digest.
+    ReferenceNotFound => NotFound, Useless, "reference_not_found";
     /// A path on the caller's side does not exist.
     PathNotFound => NotFound, Useless, "path_not_found";
     NameTaken => AlreadyExists, Useless, "name_taken";
@@ -112,6 +114,8 @@ kinds! {
     PoolFull => Busy, MayHelp, "pool_full";
     ConnectionLimit => Busy, MayHelp, "connection_limit";
     OperationLimit => Busy, MayHelp, "operation_limit";
+    /// The registry answers that it is overloaded or that the caller asks too often.
+    RegistryBusy => Busy, MayHelp, "registry_busy";
     /// The daemon is shutting down.
     ShuttingDown => Busy, MayHelp, "shutting_down";
     Conflict => Conflict, Useless, "conflict";
@@ -140,7 +144,15 @@ kinds! {
     StoreReadOnly => Host, Useless, "store_read_only";
     StoreRefused => Host, Useless, "store_refused";
     VmmFailed => Host, Useless, "vmm_failed";
+    /// A registry or a proxy cannot be reached, or the connection to it was lost.
+    RegistryUnreachable => Host, MayHelp, "registry_unreachable";
+    /// A registry's answer violates the protocol, a limit or a digest, or would lead fcd astray.
+    RegistryInvalid => Host, Useless, "registry_invalid";
     Denied => Denied, Useless, "denied";
+    /// The registry wants other credentials, or any at all.
+    RegistryDenied => Denied, Useless, "registry_denied";
+    /// The registry's certificate is not trusted.
+    RegistryUntrusted => Denied, Useless, "registry_untrusted";
     Unsupported => Unsupported, Useless, "unsupported";
     /// `fcctl` and `fcd` speak incompatible versions of the protocol.
     VersionMismatch => Unsupported, Useless, "version_mismatch";

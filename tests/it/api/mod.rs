@@ -189,6 +189,7 @@ fn kind_table_golden() {
         | operation_not_found | not_found | 3 |  |
         | session_not_found | not_found | 3 |  |
         | workspace_not_found | not_found | 3 |  |
+        | reference_not_found | not_found | 3 |  |
         | path_not_found | not_found | 3 |  |
         | name_taken | already_exists | 4 |  |
         | target_exists | already_exists | 4 |  |
@@ -208,6 +209,7 @@ fn kind_table_golden() {
         | pool_full | busy | 4 | yes |
         | connection_limit | busy | 4 | yes |
         | operation_limit | busy | 4 | yes |
+        | registry_busy | busy | 4 | yes |
         | shutting_down | busy | 4 | yes |
         | conflict | conflict | 4 |  |
         | idempotency_conflict | conflict | 4 |  |
@@ -230,7 +232,11 @@ fn kind_table_golden() {
         | store_read_only | host | 1 |  |
         | store_refused | host | 1 |  |
         | vmm_failed | host | 1 |  |
+        | registry_unreachable | host | 1 | yes |
+        | registry_invalid | host | 1 |  |
         | denied | denied | 1 |  |
+        | registry_denied | denied | 1 |  |
+        | registry_untrusted | denied | 1 |  |
         | unsupported | unsupported | 1 |  |
         | version_mismatch | unsupported | 1 |  |
         | stream_incomplete | conflict | 4 | yes |

@@ -18,6 +18,7 @@ pub mod op;
 pub mod page;
 pub mod port;
 pub mod rates;
+pub mod registry;
 pub mod snapshot;
 pub mod stream;
 pub mod table;

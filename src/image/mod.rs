@@ -15,6 +15,8 @@ pub mod build;
 mod checks;
 mod cpio;
 mod digest;
+#[allow(dead_code)] // Until the daemon pulls images.
+pub mod fetch;
 mod initrd;
 mod kernel;
 pub mod kernels;

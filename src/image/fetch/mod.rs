@@ -1,0 +1,43 @@
+//! The client of OCI and Docker registries.
+//!
+//! It is blocking and runs in an unprivileged helper process, because a registry's bytes are
+//! hostile. Everything that it needs comes with its [`Settings`]: it opens no file and reads no
+//! variable of the environment. It makes no socket either: it asks a [`Dial`] for connections,
+//! which resolves names and refuses addresses that no registry may lead to.
+//!
+//! [`Client`] fetches manifests and blobs of one repository. Its methods need `&mut self`, because
+//! it keeps the token that the registry has given it. A clone shares the pool of connections and
+//! starts with the same token, so each thread gets a clone of its own.
+//!
+//! ```text
+//! Client ─ Session: authentication, redirects, retries ─ Http: one exchange ─ ureq, rustls
+//!    │        │ challenge, auth        │ redirect           │ transport: poll, cancel, pace
+//!    └ Blob: reads, resumes            └ url, address       └ proxy ─ Dial
+//! ```
+//!
+//! Every wait has a deadline and ends when the token [`Cancel`](crate::locks::Cancel) fires. Every
+//! body has a limit. No text of a registry decides anything, and no credential is sent to a host
+//! that is neither the registry nor its configured or well-known token server.
+
+mod address;
+mod auth;
+mod blob;
+mod challenge;
+mod client;
+mod dial;
+mod http;
+mod proxy;
+mod redirect;
+mod reply;
+mod session;
+mod settings;
+#[cfg(test)]
+mod tests;
+mod transport;
+mod url;
+
+pub use blob::{Blob, error_of};
+pub use client::{Client, Manifest, Selector};
+pub use dial::{Dial, Reach, SystemDialer, Target};
+pub use proxy::Proxies;
+pub use settings::{Limits, Repository, Settings, TokenServer};

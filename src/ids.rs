@@ -127,6 +127,11 @@ text_newtype!(
     "use 1 to 32 characters from a-z, 0-9 and -; begin with a letter and do not end with -"
 );
 text_newtype!(
+    /// The id of a guest runtime: the beginning of a digest of its content, in the form of a
+    /// [`VmId`].
+    RuntimeId, id_is_valid, "guest runtime id", "an id has 12 hexadecimal digits"
+);
+text_newtype!(
     /// The id of a snapshot, in the form of a [`VmId`].
     SnapshotId, id_is_valid, "snapshot id", "an id has 12 hexadecimal digits"
 );

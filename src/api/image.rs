@@ -64,8 +64,7 @@ pub struct ImageDeleteReply {
 
 /// What an OCI image says about the process to start. All of it is data: nothing here is ever part
 /// of a command line of the host.
-#[cfg(any(test, feature = "fakes"))]
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageConfig {
     /// `USER[:GROUP]`, each a name or a number. Empty for root.
     #[serde(default)]

@@ -1,13 +1,14 @@
 //! Boots a VM. A boot runs its steps (`resources`) in order, and then waits for the guest. A boot
 //! that fails releases the resources that its steps acquired, in reverse order.
 
-use super::guest_scripts::set_clock_command;
+use super::guest_scripts::Layout;
 use super::lifecycle::{Claim, Lifecycle};
 use super::resources::Boot;
 use crate::api::exec::Exit;
 use crate::disk::RestoreSeed;
 use crate::error::{Error, Kind, Result};
 use crate::guest::{Script, Target, run_script};
+use crate::image::{Boots, ImageInfo};
 use crate::store::VmRow;
 use crate::vmm::Running;
 use crate::workspace::remote;
@@ -48,10 +49,13 @@ impl Lifecycle {
         self.resources
             .release_boot(&row.id, row.generation.saturating_sub(1))?;
         let image = self.images.get(&row.shape.image)?;
-        if restore.is_none() {
+        let row = if restore.is_none() {
             self.kernel_service
-                .check_kernel(row.shape.kernel.as_ref())?;
-        }
+                .check_kernel(row.shape.kernel.as_ref(), &image)?;
+            self.choose_runtime(row, &image)?
+        } else {
+            row
+        };
         let spec = self.specs.boot_spec(restore, &row, &image);
         let (files, restore_seed, former_disks, running) = (Vec::new(), None, None, None);
         let mut boot = Boot {
@@ -68,6 +72,22 @@ impl Lifecycle {
         };
         self.resources.run_boot_steps(&mut boot)?;
         self.finish_boot(&mut boot)
+    }
+
+    /// Records the newest guest runtime in the VM's row if the image needs one.
+    fn choose_runtime(&self, row: VmRow, image: &ImageInfo) -> Result<VmRow> {
+        let wanted = match image.boots {
+            Boots::Own { .. } => None,
+            Boots::Runtime => Some(self.specs.guest_runtimes.newest()?.id),
+        };
+        if row.shape.runtime == wanted {
+            return Ok(row);
+        }
+        let ticket = self
+            .core
+            .change_row(&row.id, false, |row| row.shape.runtime = wanted)?;
+        self.core.wait_durable(ticket)?;
+        self.core.row(&row.id)
     }
 
     fn finish_boot(&self, boot: &mut Boot<'_>) -> Result<Running> {
@@ -122,7 +142,7 @@ impl Lifecycle {
         };
         let target = self
             .guests
-            .target_at(&self.core.row(&boot.row.id)?, running.ssh_addr)?;
+            .script_target_at(&self.core.row(&boot.row.id)?, running.ssh_addr)?;
         let command =
             remote::status_command(&remote::GuestWorkspace::new(&workspace.info.guest_path));
         let deadline = Instant::now() + WORKSPACE_DEADLINE;
@@ -147,14 +167,13 @@ impl Lifecycle {
     fn wait_rejoined(&self, boot: &Boot<'_>, running: &Running, seed: &RestoreSeed) -> Result<()> {
         boot.op
             .progress("wait for the guest to apply its new identity");
-        let target = self
-            .guests
-            .target_at(&self.core.row(&boot.row.id)?, running.ssh_addr)?;
-        let deadline = Instant::now() + REJOIN_DEADLINE;
-        let command = format!(
-            "until read -r seen </run/fcd/rejoined && [ \"$seen\" = {} ]; do /usr/lib/fcd/busybox usleep 50000; done 2>/dev/null",
-            seed.token
+        let row = self.core.row(&boot.row.id)?;
+        let (target, layout) = (
+            self.guests.script_target_at(&row, running.ssh_addr)?,
+            Layout::of(&row),
         );
+        let deadline = Instant::now() + REJOIN_DEADLINE;
+        let command = layout.wait_rejoined_command(&seed.token);
         let script = Script {
             command: &command,
             stdin: &[],
@@ -166,7 +185,7 @@ impl Lifecycle {
         match output.exit {
             Exit::Status(0) => {
                 // The clock in the seed is out of date, because loading the memory took time.
-                let command = set_clock_command();
+                let command = layout.set_clock_command();
                 let script = Script {
                     command: &command,
                     ..script

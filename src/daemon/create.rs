@@ -73,9 +73,10 @@ impl Creator {
             shape: VmShape {
                 image: image.name.clone(),
                 kernel: request.kernel.clone(),
+                runtime: None,
                 vcpus: request.vcpus.unwrap_or(self.defaults.vcpus),
                 mem_mib: request.mem_mib.unwrap_or(self.defaults.mem_mib),
-                disk_bytes: request.disk_bytes.unwrap_or(image.disk_bytes),
+                disk_bytes: request.disk_bytes.unwrap_or(image.default_disk_bytes()),
                 work_disk_bytes: request.work_disk_bytes,
                 rates: RateLimits::default().with(&request.rates()),
                 net: request.net.unwrap_or_default(),

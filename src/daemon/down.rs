@@ -1,5 +1,6 @@
 //! The work of stop and delete operations.
 
+use super::guest_scripts::Layout;
 use super::lifecycle::{Claim, Lifecycle, Outcome};
 use super::resources;
 use super::transitions::Verb;
@@ -7,7 +8,7 @@ use crate::api::vm::Synced;
 use crate::error::Result;
 use crate::guest::io::VecSink;
 use crate::guest::{ExecSpec, Streams};
-use crate::image::{CTRL_ALT_DEL_SINCE, SHUTDOWN_COMMAND};
+use crate::image::CTRL_ALT_DEL_SINCE;
 use crate::store::VmRow;
 use crate::vmm::Identity;
 use std::time::{Duration, Instant};
@@ -99,9 +100,9 @@ impl Lifecycle {
     /// is on its disks. The guest shuts down shortly afterwards.
     fn shut_down_over_ssh(&self, claim: &Claim, row: &VmRow, deadline: Instant) -> bool {
         let mut output = VecSink::new(OUTPUT_BYTES_MAX);
-        let asked = self.guests.target(row).and_then(|target| {
+        let asked = self.guests.script_target(row).and_then(|target| {
             let spec = ExecSpec {
-                command: SHUTDOWN_COMMAND.to_owned(),
+                command: Layout::of(row).shutdown_command().to_owned(),
                 deadline: Some(deadline),
                 ..ExecSpec::default()
             };

@@ -1,12 +1,89 @@
-//! Scripts that the daemon runs in guests around a snapshot.
+//! Scripts that the daemon runs in guests, and where a guest has what they need.
 
 use crate::host::time::now_s;
+use crate::image::SHUTDOWN_COMMAND;
+use crate::store::VmRow;
 
-/// The command that runs a script from standard input. With `sh -s`, background processes would
-/// keep a descriptor of the script open, and with it the connection.
-pub(super) const GUEST_SHELL: &str = "/usr/lib/fcd/busybox sh -c \"$(cat)\"";
+/// The kinds of guests, by the origin of their init.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Layout {
+    /// The image has our init, and the distribution's programs.
+    Own,
+    /// The guest runtime has our init and all programs. The image may have none.
+    Runtime,
+}
 
-/// Returns the command that sets the guest's clock to the host's current time.
-pub(super) fn set_clock_command() -> String {
-    format!("/usr/lib/fcd/busybox date -s @{} >/dev/null", now_s())
+impl Layout {
+    pub(super) fn of(row: &VmRow) -> Self {
+        match row.shape.runtime {
+            Some(_) => Self::Runtime,
+            None => Self::Own,
+        }
+    }
+
+    /// Returns the user as whom the daemon's own scripts run. In a guest with a runtime, this
+    /// user's shell finds the runtime's programs only; everybody else's shell is the image's.
+    pub(super) fn script_user(self) -> &'static str {
+        match self {
+            Self::Own => "root",
+            Self::Runtime => "fcd",
+        }
+    }
+
+    fn busybox(self) -> &'static str {
+        match self {
+            Self::Own => "/usr/lib/fcd/busybox",
+            Self::Runtime => "/.fcd/bin/busybox",
+        }
+    }
+
+    /// Returns the directory for files that do not outlive a boot.
+    fn run_dir(self) -> &'static str {
+        match self {
+            Self::Own => "/run/fcd",
+            Self::Runtime => "/.fcd/run",
+        }
+    }
+
+    /// Returns a directory in which every user of the guest may create files.
+    pub(super) fn shared_dir(self) -> &'static str {
+        match self {
+            Self::Own => "/tmp",
+            // An image may have no /tmp.
+            Self::Runtime => "/dev/shm",
+        }
+    }
+
+    /// Returns the command for a clean shutdown; see [`SHUTDOWN_COMMAND`].
+    pub(super) fn shutdown_command(self) -> &'static str {
+        match self {
+            Self::Own => SHUTDOWN_COMMAND,
+            Self::Runtime => "/.fcd/lib/shutdown",
+        }
+    }
+
+    /// Returns the command that runs a script from standard input. With `sh -s`, background
+    /// processes would keep a descriptor of the script open, and with it the connection.
+    pub(super) fn script_command(self) -> String {
+        format!("{} sh -c \"$(cat)\"", self.busybox())
+    }
+
+    /// Returns the script that a guest runs while it is saved in a snapshot.
+    pub(super) fn rejoin_script(self) -> String {
+        let variables = format!("bb={}\nrun={}\n", self.busybox(), self.run_dir());
+        variables + crate::guest::REJOIN
+    }
+
+    /// Returns the command that waits until the guest has applied the seed with this token.
+    pub(super) fn wait_rejoined_command(self, token: &str) -> String {
+        let (busybox, run) = (self.busybox(), self.run_dir());
+        format!(
+            "until read -r seen <{run}/rejoined && [ \"$seen\" = {token} ]; do {busybox} usleep 50000; done 2>/dev/null"
+        )
+    }
+
+    /// Returns the command that sets the guest's clock to the host's current time.
+    pub(super) fn set_clock_command(self) -> String {
+        format!("{} date -s @{} >/dev/null", self.busybox(), now_s())
+    }
 }

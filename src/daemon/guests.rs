@@ -1,13 +1,12 @@
 //! Finds the address and the keys for reaching a guest over SSH.
 
 use super::core::Core;
+use super::guest_scripts::Layout;
 use super::spec::Specs;
 use super::vm_dir::KEY_FILE;
 use crate::error::{Error, Kind, Result};
 use crate::guest::Target;
 use crate::store::VmRow;
-
-const GUEST_USER: &str = "root";
 
 /// Makes targets for the guest transport.
 #[derive(Clone)]
@@ -29,6 +28,21 @@ impl Guests {
         }
     }
 
+    /// Like [`Self::target`], for the daemon's own scripts. They run with programs that fcd has put
+    /// into the guest, never with those of an image that has no init of ours.
+    pub(super) fn script_target(&self, row: &VmRow) -> Result<Target> {
+        Ok(for_scripts(self.target(row)?, row))
+    }
+
+    /// Like [`Self::script_target`], for a guest whose address is not in the row yet.
+    pub(super) fn script_target_at(
+        &self,
+        row: &VmRow,
+        addr: std::net::SocketAddr,
+    ) -> Result<Target> {
+        Ok(for_scripts(self.target_at(row, addr)?, row))
+    }
+
     /// Like [`Self::target`], for a guest whose address is not in the row yet.
     pub(super) fn target_at(&self, row: &VmRow, addr: std::net::SocketAddr) -> Result<Target> {
         let Some(host_key) = row.host_key.clone() else {
@@ -37,7 +51,7 @@ impl Guests {
         let private_key = self.private_key(row)?;
         Ok(Target {
             addr,
-            user: GUEST_USER.to_owned(),
+            user: "root".to_owned(),
             private_key,
             host_key,
             owner: self.specs.credentials(row),
@@ -48,5 +62,12 @@ impl Guests {
         let path = self.core.vm_dir(&row.id).join(KEY_FILE);
         std::fs::read_to_string(&path)
             .map_err(|e| Error::io(format!("read the key of VM {}", row.name), e))
+    }
+}
+
+fn for_scripts(target: Target, row: &VmRow) -> Target {
+    Target {
+        user: Layout::of(row).script_user().to_owned(),
+        ..target
     }
 }

@@ -18,8 +18,8 @@ use crate::error::{Error, Kind, Result};
 use crate::host::Commands;
 use crate::host::plural::count;
 use crate::ids::ImageRef;
-use crate::image::Images;
 use crate::image::{BuildSpec, DISK_BYTES_DEFAULT, ImageInfo, Profile};
+use crate::image::{GuestRuntimes, Images};
 use crate::locks::Mutex;
 use crate::ops::OpHandle;
 use crate::pool::Admission;
@@ -63,6 +63,7 @@ pub struct ImageService {
     pub(super) core: Core,
     pub(super) commands: Arc<dyn Commands>,
     pub(super) images: Images,
+    pub(super) guest_runtimes: GuestRuntimes,
     pub(super) uses: Uses<ImageRef>,
     pub(super) builds: Arc<Mutex<Builds>>,
     pub(super) build_admission: Admission,
@@ -181,6 +182,15 @@ impl ImageService {
             op.cancel(),
             &mut |stage, done, total| {
                 reporter.progress(stage);
+                reporter.progress_units(done, Some(total), "steps");
+            },
+        )?;
+        crate::image::runtime::ensure(
+            &self.guest_runtimes,
+            self.commands.as_ref(),
+            op.cancel(),
+            &mut |stage, done, total| {
+                reporter.progress(&format!("guest runtime: {stage}"));
                 reporter.progress_units(done, Some(total), "steps");
             },
         )?;

@@ -13,9 +13,9 @@ use crate::error::{Error, Kind, Result};
 use crate::host::Commands;
 use crate::host::plural::count;
 use crate::ids::KernelName;
-use crate::image::Images;
 use crate::image::kernels::Kernels;
 use crate::image::kernels::{ImportSpec, KernelInfo};
+use crate::image::{Boots, GuestRuntimes, ImageInfo, Images};
 use serde_json::value::RawValue;
 use std::sync::Arc;
 
@@ -25,6 +25,7 @@ pub struct KernelService {
     pub(super) core: Core,
     pub(super) commands: Arc<dyn Commands>,
     pub(super) images: Images,
+    pub(super) guest_runtimes: GuestRuntimes,
     pub(super) kernels: Kernels,
     pub(super) uses: Uses<KernelName>,
 }
@@ -77,7 +78,7 @@ impl KernelService {
             let _label = crate::locks::operation_scope("kernel.import".to_owned());
             op.progress("read the kernel");
             let imported = service.kernels.import(
-                &service.images,
+                (&service.images, &service.guest_runtimes),
                 service.commands.as_ref(),
                 &spec,
                 op.cancel(),
@@ -174,9 +175,20 @@ impl KernelService {
         Ok(in_use)
     }
 
-    /// Checks that the kernel exists, if one is named.
-    pub(super) fn check_kernel(&self, name: Option<&KernelName>) -> Result<()> {
-        name.map_or(Ok(()), |name| self.kernels.get(name).map(drop))
+    /// Checks that the kernel exists, if one is named, and can boot the image.
+    pub(super) fn check_kernel(&self, name: Option<&KernelName>, image: &ImageInfo) -> Result<()> {
+        let Some(name) = name else { return Ok(()) };
+        let kernel = self.kernels.get(name)?;
+        if image.boots == Boots::Runtime && !kernel.boots_runtime {
+            let text = format!(
+                "kernel {name} was imported by an earlier fcd, and cannot boot image {}",
+                image.name
+            );
+            return Err(Error::new(Kind::Unsupported, text).hint(format!(
+                "run fcctl kernel delete {name}, then import it again"
+            )));
+        }
+        Ok(())
     }
 }
 
@@ -185,6 +197,7 @@ fn view(info: KernelInfo, vms: u64) -> Kernel {
         name,
         version,
         modules,
+        boots_runtime: _,
         imported_at,
         bytes,
     } = info;

@@ -3,6 +3,7 @@
 
 use super::access::Caller;
 use super::core::Core;
+use super::guest_scripts::Layout;
 use super::guests::Guests;
 use super::runtime::{Runtimes, Use, User};
 use super::transitions::Verb;
@@ -185,10 +186,10 @@ impl Sessions {
         let command = match String::from_utf8(line) {
             Ok(line) if line.len() <= COMMAND_BYTES_MAX => line,
             Ok(line) => self
-                .upload_command(&target, line.into_bytes(), connection, &cancel)
+                .upload_command((&target, &row), line.into_bytes(), connection, &cancel)
                 .map_err(doing)?,
             Err(e) => self
-                .upload_command(&target, e.into_bytes(), connection, &cancel)
+                .upload_command((&target, &row), e.into_bytes(), connection, &cancel)
                 .map_err(doing)?,
         };
         let (sender, mut controls) = control_queue()?;
@@ -218,12 +219,13 @@ impl Sessions {
     /// and returns the command line that runs it. The file is removed before the command begins.
     fn upload_command(
         &self,
-        target: &Target,
+        (target, row): (&Target, &VmRow),
         line: Vec<u8>,
         connection: BorrowedFd<'_>,
         cancel: &Cancel,
     ) -> Result<String> {
-        let file = format!("/tmp/.fcd-exec-{}", SessionId::random());
+        let dir = Layout::of(row).shared_dir();
+        let file = format!("{dir}/.fcd-exec-{}", SessionId::random());
         let mut stdin =
             BytesSource::new([format!("rm -f {file}; ").as_bytes(), &line, b"\n"].concat());
         let mut stderr = VecSink::new(STDERR_BYTES_MAX);
@@ -250,7 +252,7 @@ impl Sessions {
                         line.len()
                     ),
                 );
-                Err(e.hint("see whether the guest's disk has room: fcctl exec VM -- df /tmp"))
+                Err(e.hint("see whether the guest's disk has room: fcctl exec VM -- df"))
             }
         }
     }

@@ -99,6 +99,8 @@ pub(super) struct Files {
     pub devices: PathBuf,
     pub kernel: PathBuf,
     pub initrd: PathBuf,
+    /// The disk of the guest runtime, if the VM had one.
+    pub runtime: PathBuf,
     pub disk: PathBuf,
     pub work_disk: PathBuf,
 }
@@ -112,6 +114,7 @@ impl Files {
             devices: path("private/devices"),
             kernel: path("vmlinux"),
             initrd: path("initrd"),
+            runtime: path("runtime.ext4"),
             disk: path(DISK_FILE),
             work_disk: path(WORK_DISK_FILE),
             dir,
@@ -142,6 +145,7 @@ impl Restore {
     /// Copies the settings that must match the snapshot into the row. The boot replaces the disks.
     pub(super) fn enter(&self, row: &mut VmRow) {
         (row.shape.vcpus, row.shape.mem_mib) = (self.row.shape.vcpus, self.row.shape.mem_mib);
+        row.shape.runtime = self.row.shape.runtime.clone();
         (row.has_balloon, row.balloon_mib) = (self.row.has_balloon, self.row.balloon_mib);
         if row.disk_driver.is_none() {
             row.disk_driver = Some(self.row.disk_driver.clone());

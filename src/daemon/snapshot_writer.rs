@@ -20,7 +20,7 @@
 
 use super::core::Core;
 use super::guest_holder::GuestHolder;
-use super::guest_scripts::{GUEST_SHELL, set_clock_command};
+use super::guest_scripts::Layout;
 use super::guests::Guests;
 use super::resources::{self, Resources};
 use super::snapshot_registry::{
@@ -31,7 +31,7 @@ use crate::api::exec::Exit;
 use crate::disk::seed::UNIT_BYTES;
 use crate::disk::{Method, duplicate, punch_zeroes, snapshot as device};
 use crate::error::{Error, Kind, Result};
-use crate::guest::{REJOIN, Script, Transport, run_script};
+use crate::guest::{Script, Transport, run_script};
 use crate::host::fs::{create_dir, create_private_dir};
 use crate::host::time::now_s;
 use crate::host::{Commands, Credentials};
@@ -221,7 +221,7 @@ impl SnapshotWriter {
 
     /// Sets the guest's clock after the pause. If the guest is unreachable, its clock stays behind.
     fn set_clock(&self, row: &VmRow, op: &OpHandle) {
-        let command = set_clock_command();
+        let command = Layout::of(row).set_clock_command();
         let deadline = Instant::now() + PREPARE_DEADLINE;
         let script = Script {
             command: &command,
@@ -231,7 +231,7 @@ impl SnapshotWriter {
         };
         let set = self
             .guests
-            .target(row)
+            .script_target(row)
             .and_then(|target| run_script(self.transport.as_ref(), &target, &script, op.cancel()));
         if !set.is_ok_and(|output| output.exit == Exit::Status(0)) {
             log::info!(
@@ -243,15 +243,17 @@ impl SnapshotWriter {
 
     fn prepare_guest(&self, row: &VmRow, op: &OpHandle) -> Result<()> {
         let deadline = Instant::now() + PREPARE_DEADLINE;
+        let layout = Layout::of(row);
+        let (command, rejoin) = (layout.script_command(), layout.rejoin_script());
         let script = Script {
-            command: GUEST_SHELL,
-            stdin: REJOIN.as_bytes(),
+            command: &command,
+            stdin: rejoin.as_bytes(),
             deadline,
             output_bytes_max: OUTPUT_BYTES_MAX,
         };
         let output = run_script(
             self.transport.as_ref(),
-            &self.guests.target(row)?,
+            &self.guests.script_target(row)?,
             &script,
             op.cancel(),
         )?;
@@ -348,10 +350,14 @@ fn make_directories(files: &Files) -> Result<()> {
     Ok(())
 }
 
-/// Links the kernel and the initrd, and creates the files that the VMM writes.
+/// Links the kernel, the initrd and the guest runtime's disk, and creates the files that the VMM
+/// writes.
 fn make_files(files: &Files, spec: &VmmSpec) -> Result<()> {
     link(&spec.kernel, &files.kernel)?;
     link(&spec.initrd, &files.initrd)?;
+    if let Some(disk) = &spec.runtime_disk {
+        link(disk, &files.runtime)?;
+    }
     for path in [&files.memory, &files.devices] {
         let file = new_file(path)?;
         let owned = spec.credentials.map_or(Ok(()), |owner| {

@@ -8,8 +8,8 @@ use crate::disk::{Method, Probe};
 use crate::error::Result;
 use crate::host::Credentials;
 use crate::ids::VmId;
-use crate::image::ImageInfo;
 use crate::image::kernels::Kernels;
+use crate::image::{Boots, GuestRuntimes, ImageInfo};
 use crate::store::VmRow;
 use crate::vmm::{DiskFormat, VmmSpec};
 use std::path::PathBuf;
@@ -21,6 +21,7 @@ pub(super) struct Specs {
     pub(super) core: Core,
     pub(super) networks: Networks,
     pub(super) kernels: Kernels,
+    pub(super) guest_runtimes: GuestRuntimes,
     /// How root disks are made on this host, or why none can be made.
     pub(super) disk_probe: Arc<Result<Probe>>,
     /// The uid of the VM in slot 0.
@@ -32,18 +33,29 @@ impl Specs {
     /// was chosen when the disk was created.
     pub(super) fn spec(&self, row: &VmRow, image: &ImageInfo) -> VmmSpec {
         let dir = self.core.vm_dir(&row.id);
-        let own = row
+        let chosen = row.shape.kernel.as_ref();
+        let runtime = row
             .shape
-            .kernel
+            .runtime
             .as_ref()
-            .map(|name| self.kernels.files(name));
-        let (kernel, initrd) = own.unwrap_or_else(|| (image.kernel.clone(), image.initrd.clone()));
+            .map(|id| self.guest_runtimes.files(id));
+        let (kernel, initrd) = match (chosen, &image.boots) {
+            (Some(name), _) => self.kernels.files(name),
+            (None, Boots::Own { kernel, initrd }) => (kernel.clone(), initrd.clone()),
+            // A VM that has never booted has no runtime yet.
+            (None, Boots::Runtime) => {
+                let files = runtime.clone().unwrap_or_default();
+                (files.kernel, files.initrd)
+            }
+        };
+        let mut boot_args = crate::image::BOOT_ARGS.to_vec();
+        boot_args.extend(runtime.as_ref().map(|_| crate::image::runtime::BOOT_ARG));
         VmmSpec {
             vm: row.id.clone(),
             tag: self.core.tag(row),
             kernel,
             initrd,
-            boot_args: crate::image::BOOT_ARGS.join(" "),
+            boot_args: boot_args.join(" "),
             disk: dir.join(DISK_FILE),
             disk_format: match self.disk_method(row) {
                 Some(Method::Reflink | Method::Copy) => DiskFormat::Raw,
@@ -51,6 +63,7 @@ impl Specs {
                 Some(Method::Qcow2) | None => DiskFormat::Qcow2,
             },
             seed: dir.join(SEED_FILE),
+            runtime_disk: runtime.map(|files| files.disk),
             work_disk: row.shape.work_disk_bytes.map(|_| dir.join(WORK_DISK_FILE)),
             vcpus: row.shape.vcpus,
             mem_mib: row.shape.mem_mib,
@@ -78,6 +91,12 @@ impl Specs {
             Some(restore) => VmmSpec {
                 kernel: restore.files.kernel.clone(),
                 initrd: restore.files.initrd.clone(),
+                runtime_disk: restore
+                    .row
+                    .shape
+                    .runtime
+                    .as_ref()
+                    .map(|_| restore.files.runtime.clone()),
                 has_balloon: restore.row.has_balloon,
                 saved: Some(restore.saved()),
                 ..spec

@@ -46,8 +46,8 @@ use crate::error::{Error, Kind, Result};
 use crate::guest::Transport;
 use crate::host::Commands;
 use crate::ids::VmId;
-use crate::image::Images;
 use crate::image::kernels::Kernels;
+use crate::image::{Boots, GuestRuntimes, Images};
 use crate::locks::{Cancel, CancelCause, Mutex, Rank, check};
 use crate::ops::Ops;
 use crate::pool::{self, Admission, Pool};
@@ -183,10 +183,16 @@ impl Daemon {
     /// Probes the host's virtualisation before the first boot, if the default image exists to probe
     /// it with. May take several seconds.
     pub fn warm_up(&self) {
-        if let Ok(image) = self.lifecycle.images.get(&self.config.vm.image) {
-            self.lifecycle
-                .vmm
-                .warm_up(&image.kernel, &self.core.closing);
+        let Ok(image) = self.lifecycle.images.get(&self.config.vm.image) else {
+            return;
+        };
+        let runtimes = &self.lifecycle.specs.guest_runtimes;
+        let kernel = match image.boots {
+            Boots::Own { kernel, .. } => Some(kernel),
+            Boots::Runtime => runtimes.newest().ok().map(|r| runtimes.files(&r.id).kernel),
+        };
+        if let Some(kernel) = kernel {
+            self.lifecycle.vmm.warm_up(&kernel, &self.core.closing);
         }
     }
 
@@ -265,6 +271,7 @@ impl Base {
             Images::open(&config.state_dir)?,
             Kernels::open(&config.state_dir)?,
         );
+        let guest_runtimes = GuestRuntimes::open(&config.state_dir)?;
         let networks = open_networks(&core, config, seams)?;
         let disk_probe = Arc::new(disk_probe::probe(
             &config.disk,
@@ -276,6 +283,7 @@ impl Base {
             core: core.clone(),
             networks: networks.clone(),
             kernels: kernels.clone(),
+            guest_runtimes: guest_runtimes.clone(),
             disk_probe,
             uid_base,
         };
@@ -292,6 +300,7 @@ impl Base {
             core: core.clone(),
             commands: commands.clone(),
             images: images.clone(),
+            guest_runtimes: guest_runtimes.clone(),
             uses: Uses::new(),
             builds: Arc::new(Mutex::new(Rank::Runtimes, Builds::default())),
             build_admission: Admission::new("builds", limits.builds_max),
@@ -301,6 +310,7 @@ impl Base {
             core: core.clone(),
             commands: commands.clone(),
             images: images.clone(),
+            guest_runtimes,
             kernels,
             uses: Uses::new(),
         };

@@ -359,7 +359,7 @@ impl Transfers {
         }
         Ok(Transfer {
             transport: self.transport.clone(),
-            target: self.guests.target(&row)?,
+            target: self.guests.script_target(&row)?,
             reporter: op.reporter(),
             fifo,
             moved: Moved::default(),

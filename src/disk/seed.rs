@@ -1,12 +1,13 @@
 //! The seed drive, a read-only disk that contains a tar archive with a guest's identity and
 //! settings.
 //!
-//! Its members are `config`, `host_key` (an OpenSSH private key), `authorized_keys`, and
-//! `files.tar` if there are files. `config` has lines `key=value` with `host_name`, `address`,
-//! `gateway`, any number of `dns`, and `work_disk`, the mount point of the third disk.
-//! `src/image/guest/init` reads the drive at every boot.
+//! Its members are `config`, `host_key` (an OpenSSH private key), `authorized_keys`, `image` if the
+//! guest boots with a guest runtime, and `files.tar` if there are files. `config` has lines
+//! `key=value` with `host_name`, `address`, `gateway`, any number of `dns`, and `work_disk`, the
+//! mount point of the last disk. The guest's init reads the drive at every boot.
 
 use super::Draft;
+use crate::api::image::ImageConfig;
 use crate::error::{Error, Kind, Result};
 use crate::host::Credentials;
 use crate::ids::VmName;
@@ -58,6 +59,8 @@ pub struct Seed<'a> {
     pub work_disk: Option<&'a str>,
     /// Files that the guest copies over its own at boot.
     pub files: &'a [SeedFile],
+    /// The settings of the image's commands, for a guest that boots with a guest runtime.
+    pub image: Option<&'a ImageConfig>,
     /// Set if the guest is restored instead of booted.
     pub restore: Option<&'a RestoreSeed>,
 }
@@ -128,6 +131,15 @@ impl Seed<'_> {
         ] {
             append(&mut tar, Path::new(name), mode, 0, text.as_bytes())?;
         }
+        if let Some(image) = self.image {
+            append(
+                &mut tar,
+                Path::new("image"),
+                0o644,
+                0,
+                &image_settings(image)?,
+            )?;
+        }
         if !self.files.is_empty() {
             append(
                 &mut tar,
@@ -192,6 +204,21 @@ fn append(
     header.set_mtime(mtime_s);
     tar.append_data(&mut header, name, bytes)
         .map_err(|e| Error::io("pack the seed drive", e))
+}
+
+/// Encodes the settings for the guest's login shell (`src/image/guest/enter/settings.rs`): records
+/// that end with NUL.
+fn image_settings(image: &ImageConfig) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let env = image.env.iter().map(|variable| ("env", variable));
+    let others = [("user", &image.user), ("working_dir", &image.working_dir)];
+    for (key, value) in others.into_iter().chain(env) {
+        if value.contains('\0') {
+            return Err(Error::invalid("an image's settings cannot contain a NUL"));
+        }
+        bytes.extend(format!("{key}={value}\0").into_bytes());
+    }
+    Ok(bytes)
 }
 
 /// Packs files without entries for directories, so that the guest's directories keep their owner
@@ -289,6 +316,7 @@ mod tests {
             host_key: key,
             work_disk: None,
             files: &[],
+            image: None,
             restore: None,
         }
         .tar()
@@ -335,6 +363,22 @@ mod tests {
     }
 
     #[test]
+    fn image_settings_are_records_with_nul() {
+        let mut image = ImageConfig {
+            user: "dev".into(),
+            env: vec!["A=1\n2".into(), "B=".into()],
+            working_dir: "/srv".into(),
+            ..ImageConfig::default()
+        };
+        assert_eq!(
+            image_settings(&image).unwrap(),
+            b"user=dev\0working_dir=/srv\0env=A=1\n2\0env=B=\0"
+        );
+        image.env.push("C=\0user=root".into());
+        assert!(image_settings(&image).is_err());
+    }
+
+    #[test]
     fn seed_contains_files_and_work_disk() {
         let (name, key) = ("web".parse().unwrap(), KeyPair::generate("").unwrap());
         let long = format!(
@@ -356,6 +400,7 @@ mod tests {
             host_key: &key,
             work_disk: Some("/work"),
             files: &files,
+            image: None,
             restore: None,
         };
         assert!(seed.config().ends_with("\nwork_disk=/work\n"));
@@ -395,6 +440,7 @@ mod tests {
             host_key: &key,
             work_disk: None,
             files: &[],
+            image: None,
             restore: None,
         };
         seed.write(&path, None).unwrap();

@@ -2,8 +2,8 @@
 # guest resumes from the snapshot, the drive has other content, which this script applies: the
 # clock, random numbers and, in a new VM, the name, address and keys. In the original guest, which
 # continues to run, the script times out.
-bb=/usr/lib/fcd/busybox
-seed=/run/fcd/seed
+# Before it, the daemon sets bb, the guest's busybox, and run, the directory of the seed.
+seed=$run/seed
 
 say() { echo "fcd-rejoin: $*" >/dev/console; }
 
@@ -31,15 +31,19 @@ read_seed() {
 	done <"$seed.new/config"
 	# The seed that was last applied. It is not applied again.
 	seen=
-	[ -e /run/fcd/rejoined ] && read -r seen </run/fcd/rejoined
+	[ -e "$run/rejoined" ] && read -r seen <"$run/rejoined"
 	[ -n "$wake" ] && [ "$wake" != "$seen" ]
 }
 
 # Another guest may have started from the same memory, and would produce the same random numbers.
-# The ioctl, RNDRESEEDCRNG of random(4), makes the kernel use the new bytes at once; without perl it
-# does so within a minute.
+# The ioctl, RNDRESEEDCRNG of random(4), makes the kernel use the new bytes at once; without perl or
+# the program of the guest runtime, the kernel does so within a minute.
 set_random() {
 	echo "$random" >/dev/urandom
+	if [ -x /.fcd/lib/enter-reseed ]; then
+		/.fcd/lib/enter-reseed
+		return 0
+	fi
 	perl -e 'open(F, ">", "/dev/urandom") and ioctl(F, 0x5207, 0)' 2>/dev/null
 }
 
@@ -99,7 +103,7 @@ rejoin() {
 	done
 	$bb rm -rf "$seed.new"
 	[ -n "$same_key" ] || restart_sshd
-	echo "$wake" >/run/fcd/rejoined
+	echo "$wake" >"$run/rejoined"
 	say "resumed from a snapshot"
 }
 
@@ -113,7 +117,7 @@ watch() {
 		$bb usleep 250000
 		now_there=$(head_of_seed)
 		[ "$now_there" = "$before" ] || [ "$now_there" = "$nothing" ] || [ -z "$now_there" ] && continue
-		read -r last </run/fcd/watcher
+		read -r last <"$run/watcher"
 		[ "$last" = "$me" ] || return 0
 		rejoin && return 0
 	done
@@ -125,7 +129,7 @@ before=$(head_of_seed)
 nothing=$($bb md5sum </dev/null)
 read -r uptime </proc/uptime
 me="$$ $uptime"
-echo "$me" >/run/fcd/watcher
+echo "$me" >"$run/watcher"
 # exec also closes the old descriptors, which would keep the connection open. A redirection of
 # `watch` alone would not close them.
 (exec </dev/null >/dev/null 2>&1; watch) &

@@ -13,7 +13,15 @@ pub(super) const PART_BYTES_MAX: u64 = 64 << 20;
 
 /// The drivers of the transports and devices. modprobe loads their dependencies.
 const INITRD_MODULES: &str = "virtio_pci virtio_mmio virtio_blk virtio_net virtio_balloon";
-const BUSYBOX_APPLETS: [&str; 6] = ["sh", "modprobe", "mount", "sleep", "switch_root", "usleep"];
+const BUSYBOX_APPLETS: [&str; 7] = [
+    "mkdir",
+    "modprobe",
+    "mount",
+    "sh",
+    "sleep",
+    "switch_root",
+    "usleep",
+];
 const INITRD_INIT: &str = include_str!("guest/initrd-init");
 
 /// Writes `initrd`, the initramfs, from the files `busybox` and `modules`.

@@ -15,6 +15,13 @@ pub mod build;
 mod checks;
 mod cpio;
 mod digest;
+mod directory;
+#[cfg(test)]
+#[path = "guest/enter/accounts.rs"]
+mod enter_accounts;
+#[cfg(test)]
+#[path = "guest/enter/settings.rs"]
+mod enter_settings;
 #[allow(dead_code)] // Until the daemon pulls images.
 pub mod fetch;
 mod initrd;
@@ -24,14 +31,17 @@ pub mod kernels;
 #[cfg(any(test, feature = "fakes"))]
 pub mod oci;
 mod registry;
+pub mod runtime;
+mod script;
 mod sources;
 mod unpack;
 
 pub use build::{BuildSpec, Profile, build};
 pub use checks::checks;
 pub use registry::{
-    BALLOON_SINCE, CTRL_ALT_DEL_SINCE, ImageInfo, Images, USER_LOGIN_SINCE, kernel_path,
+    BALLOON_SINCE, Boots, CTRL_ALT_DEL_SINCE, ImageInfo, Images, USER_LOGIN_SINCE, kernel_path,
 };
+pub use runtime::GuestRuntimes;
 
 /// The kernel arguments for every VMM, in addition to those for the console and the clock. They
 /// skip the self-tests of the crypto modules (0.2 s under emulation), take entropy from the
@@ -49,6 +59,12 @@ pub const BOOT_ARGS: &[&str] = &[
 /// The default virtual size of an image's root disk. The file is sparse.
 pub const DISK_BYTES_DEFAULT: u64 = 8 << 30;
 
-/// The guest's command for a clean shutdown. It writes `synced` to stdout once the disks are synced
-/// and exits with status 0. A moment later the VM powers off, and the VMM exits.
+/// The command for a clean shutdown in a guest that has its own init. It writes `synced` to stdout
+/// once the disks are synced and exits with status 0. A moment later the VM powers off, and the VMM
+/// exits. A guest runtime has its own command that does the same.
 pub const SHUTDOWN_COMMAND: &str = "/sbin/fcd-shutdown";
+
+/// Completes a script for PID 1 of a guest with the functions that both kinds of guests share.
+fn init_script(script: &str) -> String {
+    script.replace("# @COMMON@\n", include_str!("guest/common.sh"))
+}

@@ -1,10 +1,12 @@
 //! The registry of images. It has one directory per image and keeps nothing in memory.
 
+use super::directory::{self, Staging, open_registry};
+use crate::api::image::ImageConfig;
 use crate::error::{Error, Kind, Result};
 use crate::ids::ImageRef;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 pub(super) const KERNEL: &str = "vmlinux";
@@ -13,8 +15,11 @@ pub(super) const INITRD: &str = "initrd";
 pub(super) const ROOTFS: &str = "rootfs.ext4";
 const METADATA: &str = "image.json";
 const METADATA_BYTES_MAX: u64 = 64 * 1024;
-/// The format of `image.json`. Images with another format are refused.
-const FORMAT: u32 = 1;
+/// The format of `image.json` for an image that has its own kernel and init.
+const FORMAT_OWN: u32 = 1;
+/// The format of `image.json` for an image that boots with a guest runtime. Images with another
+/// format are refused.
+const FORMAT_RUNTIME: u32 = 2;
 /// The version of the init in new images. Version 1 supports `work_disk` and `files.tar` in the
 /// seed. In version 2 the initramfs loads the balloon driver. Version 3 shuts down on Ctrl-Alt-Del
 /// and loads the vsock driver on demand. In version 4, users other than root can log in.
@@ -28,17 +33,13 @@ pub const CTRL_ALT_DEL_SINCE: u32 = 3;
 pub const USER_LOGIN_SINCE: u32 = 4;
 /// The prefix of a build's directory. No image name begins with a dot.
 const STAGING_PREFIX: &str = ".building-";
-/// The prefix of the directory of an image that is being deleted.
-const DELETING_PREFIX: &str = ".deleting-";
 
 /// A complete image. The paths are absolute if the registry's path is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ImageInfo {
     pub name: ImageRef,
     pub dir: PathBuf,
-    /// An ELF file that boots through PVH.
-    pub kernel: PathBuf,
-    pub initrd: PathBuf,
+    pub boots: Boots,
     /// The raw ext4 file system, which is read-only.
     pub rootfs: PathBuf,
     /// The virtual size of the root file system.
@@ -55,15 +56,44 @@ pub struct ImageInfo {
     pub guest_version: u32,
     /// The user who built the image, or None if the image belongs to the host.
     pub owner_uid: Option<u32>,
+    /// The digest of the manifest from which the image was made, such as `sha256:...`.
+    pub digest: Option<String>,
+    /// Where the image came from, as it was given to the command that made it.
+    pub source: Option<String>,
+    /// True if root has shared the image with all users.
+    pub shared: bool,
+    /// The settings of commands in the image.
+    pub config: ImageConfig,
+}
+
+/// What a VM boots.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Boots {
+    /// The image has a kernel, an ELF file that boots through PVH, and an init of ours.
+    Own { kernel: PathBuf, initrd: PathBuf },
+    /// The image holds only its own files, and boots with the newest guest runtime.
+    Runtime,
 }
 
 impl ImageInfo {
+    /// Returns the size of a VM's root disk if its creator does not choose one. The file system of
+    /// an image that boots with a runtime is only as large as its files.
+    pub fn default_disk_bytes(&self) -> u64 {
+        match self.boots {
+            Boots::Own { .. } => self.disk_bytes,
+            Boots::Runtime => self.disk_bytes.max(super::DISK_BYTES_DEFAULT),
+        }
+    }
+
     pub fn to_api(&self, vms: u64) -> crate::api::image::Image {
         crate::api::image::Image {
             name: self.name.clone(),
             disk_bytes: self.disk_bytes,
             allocated_bytes: self.allocated_bytes,
-            kernel: format!("Linux {}", self.kernel_version),
+            kernel: match self.boots {
+                Boots::Own { .. } => format!("Linux {}", self.kernel_version),
+                Boots::Runtime => "guest runtime".to_owned(),
+            },
             os: self.os.clone(),
             built_at: self.built_at,
             vms,
@@ -88,6 +118,14 @@ pub(super) struct Metadata {
     /// The user who built the image. Images of earlier versions lack this field.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub owner_uid: Option<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub digest: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<String>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub shared: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub config: Option<ImageConfig>,
     pub files: Vec<FileRecord>,
 }
 
@@ -102,7 +140,7 @@ pub(super) struct FileRecord {
 impl Metadata {
     pub(super) fn new(name: &ImageRef, packages: &[String], built_at: u64) -> Self {
         Self {
-            format: FORMAT,
+            format: FORMAT_OWN,
             name: name.clone(),
             os: String::new(),
             kernel_version: String::new(),
@@ -110,6 +148,10 @@ impl Metadata {
             built_at,
             guest_version: GUEST_VERSION,
             owner_uid: None,
+            digest: None,
+            source: None,
+            shared: false,
+            config: None,
             files: Vec::new(),
         }
     }
@@ -134,32 +176,7 @@ impl Images {
     /// of unfinished builds and deletions. The caller holds the state directory's lock, so no build
     /// is running.
     pub fn open(state_dir: &Path) -> Result<Self> {
-        let dir = state_dir.join(IMAGES_DIR);
-        let io = |e| Error::io(format!("open image registry {}", dir.display()), e);
-        // VMMs run under their own uids and have to read images.
-        std::fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o755)
-            .create(&dir)
-            .map_err(io)?;
-        std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o755)).map_err(io)?;
-        for entry in std::fs::read_dir(&dir).map_err(io)? {
-            let entry = entry.map_err(io)?;
-            let is = |prefix: &str| {
-                entry
-                    .file_name()
-                    .as_encoded_bytes()
-                    .starts_with(prefix.as_bytes())
-            };
-            if is(STAGING_PREFIX) || is(DELETING_PREFIX) {
-                log::info!(
-                    "removing the leftover image directory {}",
-                    entry.path().display()
-                );
-                std::fs::remove_dir_all(entry.path())
-                    .map_err(|e| Error::io(format!("remove {}", entry.path().display()), e))?;
-            }
-        }
+        let dir = open_registry(state_dir, IMAGES_DIR, STAGING_PREFIX)?;
         Ok(Self { dir })
     }
 
@@ -206,7 +223,7 @@ impl Images {
             .map_err(|e| damaged(e.to_string()))?;
         let metadata: Metadata =
             serde_json::from_slice(&bytes).map_err(|e| damaged(format!("{METADATA}: {e}")))?;
-        if metadata.format != FORMAT || metadata.name != *name {
+        if ![FORMAT_OWN, FORMAT_RUNTIME].contains(&metadata.format) || metadata.name != *name {
             return Err(damaged(format!(
                 "{METADATA} belongs to another image or another version of fcd"
             )));
@@ -228,21 +245,36 @@ impl Images {
             }
             Ok(record.bytes)
         };
-        size(KERNEL)?;
-        size(INITRD)?;
+        let boots = if metadata.format == FORMAT_RUNTIME {
+            Boots::Runtime
+        } else {
+            size(KERNEL)?;
+            size(INITRD)?;
+            Boots::Own {
+                kernel: dir.join(KERNEL),
+                initrd: dir.join(INITRD),
+            }
+        };
         let disk_bytes = size(ROOTFS)?;
         Ok(ImageInfo {
             name: name.clone(),
-            kernel: dir.join(KERNEL),
-            initrd: dir.join(INITRD),
             rootfs: dir.join(ROOTFS),
             disk_bytes,
             allocated_bytes,
             os: metadata.os,
             kernel_version: metadata.kernel_version,
             built_at: metadata.built_at,
-            guest_version: metadata.guest_version,
+            guest_version: match boots {
+                Boots::Own { .. } => metadata.guest_version,
+                // The init comes from the runtime.
+                Boots::Runtime => GUEST_VERSION,
+            },
             owner_uid: metadata.owner_uid,
+            digest: metadata.digest,
+            source: metadata.source,
+            shared: metadata.shared,
+            config: metadata.config.unwrap_or_default(),
+            boots,
             dir,
         })
     }
@@ -257,14 +289,10 @@ impl Images {
     /// # Errors
     /// `image_not_found`, `host`.
     pub fn delete(&self, name: &ImageRef) -> Result<()> {
-        crate::locks::require_memory_only("file access");
-        let io = |e: std::io::Error| Error::io(format!("delete image {name}"), e);
-        let gone = Staging::new(&self.dir, &format!("{DELETING_PREFIX}{}-", name.dir_name()))?;
-        match std::fs::rename(self.path(name), gone.path().join("gone")) {
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Err(not_found(name)),
-            renamed => renamed.map_err(io)?,
+        if directory::delete(&self.dir, &name.dir_name())? {
+            return Ok(());
         }
-        File::open(&self.dir).and_then(|d| d.sync_all()).map_err(io)
+        Err(not_found(name))
     }
 
     /// Creates an empty directory for a build. The directory is removed when the result is dropped.
@@ -282,77 +310,15 @@ impl Images {
         let io = |e: std::io::Error| Error::io(format!("publish image {name}"), e);
         let text = serde_json::to_vec_pretty(metadata).map_err(|e| io(e.into()))?;
         std::fs::write(files.join(METADATA), text).map_err(io)?;
-        for file in [KERNEL, INITRD, ROOTFS, METADATA] {
-            let file = File::open(files.join(file)).map_err(io)?;
-            file.set_permissions(std::fs::Permissions::from_mode(0o444))
-                .map_err(io)?;
-            file.sync_all().map_err(io)?;
-        }
-        std::fs::set_permissions(files, std::fs::Permissions::from_mode(0o755)).map_err(io)?;
-        File::open(files).and_then(|d| d.sync_all()).map_err(io)?;
-        let to = self.path(name);
+        let files_of: &[&str] = match metadata.format {
+            FORMAT_RUNTIME => &[ROOTFS, METADATA],
+            _ => &[KERNEL, INITRD, ROOTFS, METADATA],
+        };
         // If two builds use the same name, the first one wins.
-        match rustix::fs::renameat_with(
-            rustix::fs::CWD,
-            files,
-            rustix::fs::CWD,
-            &to,
-            rustix::fs::RenameFlags::NOREPLACE,
-        ) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::EXIST | rustix::io::Errno::NOTEMPTY) => {
-                return Err(name_taken(name));
-            }
-            Err(e) => return Err(io(e.into())),
+        if !directory::publish(files, files_of, &self.path(name)).map_err(io)? {
+            return Err(name_taken(name));
         }
-        File::open(&self.dir)
-            .and_then(|d| d.sync_all())
-            .map_err(io)?;
         self.get(name)
-    }
-}
-
-pub(super) struct Staging {
-    dir: PathBuf,
-}
-
-impl Staging {
-    /// Creates an empty directory whose name begins with `prefix`.
-    pub(super) fn new(dir: &Path, prefix: &str) -> Result<Self> {
-        let made = tempfile::Builder::new()
-            .prefix(prefix)
-            // apt's own user has to be able to enter the directory.
-            .permissions(std::fs::Permissions::from_mode(0o711))
-            .tempdir_in(dir)
-            .map_err(|e| Error::io(format!("create a directory in {}", dir.display()), e))?;
-        Ok(Self { dir: made.keep() })
-    }
-
-    pub(super) fn path(&self) -> &Path {
-        &self.dir
-    }
-}
-
-impl Drop for Staging {
-    /// Retries the removal, because the processes of a cancelled build may write until they are
-    /// killed.
-    fn drop(&mut self) {
-        const TRIES: u32 = 40;
-        const PAUSE: std::time::Duration = std::time::Duration::from_millis(50);
-        for last in (0..TRIES).rev() {
-            match std::fs::remove_dir_all(&self.dir) {
-                Err(e) if e.kind() != std::io::ErrorKind::NotFound && last > 0 => {
-                    std::thread::sleep(PAUSE)
-                }
-                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                    log::warn!(
-                        "remove {}: {e}; fcd will retry at its next start",
-                        self.dir.display()
-                    );
-                }
-                _ => return,
-            }
-        }
     }
 }
 
@@ -373,7 +339,9 @@ fn name_taken(name: &ImageRef) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use super::super::directory::DELETING_PREFIX;
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
 
     fn name() -> ImageRef {
         "default".parse().unwrap()
@@ -442,7 +410,7 @@ mod tests {
         );
         assert_eq!(std::fs::read(disk).unwrap(), vec![1; 8192]);
         // A damaged image can be deleted too.
-        std::fs::remove_file(publish(&images).unwrap().kernel).unwrap();
+        std::fs::remove_file(publish(&images).unwrap().dir.join(KERNEL)).unwrap();
         images.delete(&name()).unwrap();
         publish(&images).unwrap();
     }
@@ -474,7 +442,7 @@ mod tests {
         let state = tempfile::tempdir().unwrap();
         let images = Images::open(state.path()).unwrap();
         let info = publish(&images).unwrap();
-        std::fs::remove_file(&info.kernel).unwrap();
+        std::fs::remove_file(info.dir.join(KERNEL)).unwrap();
         let e = images.get(&name()).unwrap_err();
         assert_eq!(e.kind(), Kind::Host);
         assert!(e.to_string().contains("vmlinux"), "{e}");

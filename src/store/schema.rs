@@ -49,6 +49,7 @@ pub(super) fn migrations() -> Vec<String> {
         vm::ADD_RATES,
         vm::ADD_KERNEL,
         snapshot::ADD_VMM_VERSION,
+        vm::ADD_RUNTIME,
     ];
     std::iter::once(first)
         .chain(later.map(str::to_owned))

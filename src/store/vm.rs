@@ -4,7 +4,7 @@ use super::sql::{self, json};
 use crate::api::port::Port;
 use crate::api::vm::{Net, Pending, RateLimits, Synced, VmState};
 use crate::host::process::Identity;
-use crate::ids::{ImageRef, KernelName, OpId, VmId, VmName};
+use crate::ids::{ImageRef, KernelName, OpId, RuntimeId, VmId, VmName};
 use rusqlite::{Connection, params};
 use serde::{Deserialize, Serialize};
 use std::net::{Ipv4Addr, SocketAddr};
@@ -32,6 +32,8 @@ pub struct VmShape {
     pub image: ImageRef,
     /// The kernel that the VM boots instead of the image's kernel, if one was chosen.
     pub kernel: Option<KernelName>,
+    /// The guest runtime of the last boot, if the image has no init of its own.
+    pub runtime: Option<RuntimeId>,
     pub vcpus: u32,
     pub mem_mib: u64,
     pub disk_bytes: u64,
@@ -109,6 +111,11 @@ pub(super) const ADD_RATES: &str = "UPDATE vms SET body = json_set(body, '$.rate
 /// The migration to schema version 7, which adds `kernel`.
 pub(super) const ADD_KERNEL: &str =
     "UPDATE vms SET body = json_set(body, '$.kernel', json('null'));";
+
+/// The migration to schema version 9, which adds `runtime` to VMs and snapshots.
+pub(super) const ADD_RUNTIME: &str =
+    "UPDATE vms SET body = json_set(body, '$.runtime', json('null'));
+     UPDATE snapshots SET body = json_set(body, '$.runtime', json('null'));";
 
 pub(super) fn save(c: &Connection, id: &VmId, row: Option<&VmRow>) -> rusqlite::Result<()> {
     let Some(row) = row else {

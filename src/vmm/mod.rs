@@ -101,7 +101,10 @@ pub struct VmmSpec {
     pub disk_format: DiskFormat,
     /// The guest's second block device, which is read-only, with the serial number `seed`.
     pub seed: PathBuf,
-    /// The guest's third block device, a raw file, with the serial number `work`.
+    /// A raw file from which the guest boots, with the serial number `runtime`. It is read-only,
+    /// and the guest's third block device if there is one.
+    pub runtime_disk: Option<PathBuf>,
+    /// The guest's last block device, a raw file, with the serial number `work`.
     pub work_disk: Option<PathBuf>,
     pub vcpus: u32,
     pub mem_mib: u64,

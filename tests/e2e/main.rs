@@ -27,6 +27,7 @@ mod promise;
 #[path = "../it/lock_fuzz/random.rs"]
 mod random;
 mod repositories;
+mod runtime;
 mod snapshots;
 mod soak;
 mod tree;

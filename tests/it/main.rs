@@ -18,6 +18,7 @@ mod event_wire;
 mod events;
 mod firecracker;
 mod footprint;
+mod guest_runtime;
 mod helper_cost;
 mod hostile_guest;
 mod install_firecracker;

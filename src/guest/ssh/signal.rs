@@ -42,7 +42,8 @@ fn command(signal: &str) -> String {
     let script = format!(
         "P=$PPID; read -r name </proc/$P/comm; case $name in sshd*) ;; *) exit ;; esac; for c in $({children}); do [ $c = $$ ] || kill -s {signal} -- -$c 2>/dev/null || kill -s {signal} $c; done"
     );
-    format!("exec /bin/sh -c {}", quote(&script))
+    // An image may have no /bin/sh. The search path ends with a directory that has one.
+    format!("exec sh -c {}", quote(&script))
 }
 
 impl Signaller {

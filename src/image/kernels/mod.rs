@@ -17,9 +17,10 @@ mod modules;
 mod read;
 mod vmlinux;
 
+use super::directory::{self, Staging, open_registry};
 use super::initrd::{PART_BYTES_MAX, initrd};
-use super::registry::{INITRD, KERNEL, Staging};
-use super::{Images, cpio};
+use super::registry::{INITRD, KERNEL};
+use super::{Boots, GuestRuntimes, Images, cpio};
 use crate::error::{Error, Kind, Result};
 use crate::host::Commands;
 use crate::host::command::read_bounded;
@@ -30,14 +31,13 @@ use modules::{WANTED, find_modules};
 use read::read_file;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use vmlinux::take_kernel;
 
 const KERNELS_DIR: &str = "kernels";
-/// The prefix of directories that are being created or removed.
+/// The prefix of directories that are being created.
 const IMPORTING: &str = ".importing-";
-const DELETING: &str = ".deleting-";
 const METADATA: &str = "kernel.json";
 const METADATA_BYTES_MAX: u64 = 64 << 10;
 
@@ -49,6 +49,10 @@ pub struct KernelInfo {
     pub version: String,
     /// The modules in the initramfs. All others that a guest needs are built in.
     pub modules: Vec<String>,
+    /// True if the initramfs can start the init of a guest runtime. Kernels that were imported by
+    /// earlier versions lack this field.
+    #[serde(default)]
+    pub boots_runtime: bool,
     /// When the kernel was imported, in seconds since the epoch.
     pub imported_at: u64,
     /// The space that the kernel uses on the host.
@@ -76,27 +80,7 @@ impl Kernels {
     /// Opens `<state_dir>/kernels`, which is created if it does not exist, and removes the
     /// leftovers of unfinished imports and deletions.
     pub fn open(state_dir: &Path) -> Result<Self> {
-        let dir = state_dir.join(KERNELS_DIR);
-        let io = |e| Error::io(format!("open kernel registry {}", dir.display()), e);
-        // VMMs run under their own uids and have to read kernels.
-        std::fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o755)
-            .create(&dir)
-            .map_err(io)?;
-        std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o755)).map_err(io)?;
-        for entry in std::fs::read_dir(&dir).map_err(io)?.flatten() {
-            let (name, path) = (entry.file_name(), entry.path());
-            if [IMPORTING, DELETING]
-                .iter()
-                .any(|prefix| name.as_encoded_bytes().starts_with(prefix.as_bytes()))
-            {
-                log::info!("removing the unfinished kernel import {}", path.display());
-                if let Err(e) = std::fs::remove_dir_all(&path) {
-                    log::warn!("remove {}: {e}", path.display());
-                }
-            }
-        }
+        let dir = open_registry(state_dir, KERNELS_DIR, IMPORTING)?;
         Ok(Self { dir })
     }
 
@@ -162,13 +146,7 @@ impl Kernels {
         if !dir.is_dir() {
             return self.get(name).map(drop);
         }
-        // Move the kernel away first, so that no VM can boot a kernel that is partly deleted.
-        let gone = tempfile::Builder::new()
-            .prefix(DELETING)
-            .tempdir_in(&self.dir)
-            .map_err(|e| Error::io(format!("delete kernel {name}"), e))?;
-        std::fs::rename(&dir, gone.path().join("gone"))
-            .map_err(|e| Error::io(format!("delete kernel {name}"), e))
+        directory::delete(&self.dir, name.as_str()).map(drop)
     }
 
     /// Imports a kernel. The busybox of the initramfs comes from an image, so an image must exist.
@@ -179,7 +157,7 @@ impl Kernels {
     /// `command_missing`, `cancelled`.
     pub fn import(
         &self,
-        images: &Images,
+        (images, runtimes): (&Images, &GuestRuntimes),
         commands: &dyn Commands,
         spec: &ImportSpec,
         cancel: &Cancel,
@@ -194,7 +172,7 @@ impl Kernels {
         }
         let modules = find_modules(commands, spec.modules.as_deref(), &version, out, cancel)
             .map_err(doing)?;
-        let busybox = busybox(images).map_err(doing)?;
+        let busybox = busybox(images, runtimes).map_err(doing)?;
         let wanted: Vec<&str> = WANTED.iter().map(|(name, _)| *name).collect();
         let bytes = initrd(
             &busybox,
@@ -212,6 +190,7 @@ impl Kernels {
                 name,
                 version,
                 modules: names,
+                boots_runtime: true,
                 imported_at: now_s(),
                 bytes: 0,
             },
@@ -226,29 +205,10 @@ impl Kernels {
             serde_json::to_vec_pretty(info).map_err(|e| io(e.into()))?,
         )
         .map_err(io)?;
-        for file in [KERNEL, INITRD, METADATA] {
-            let file = File::open(files.join(file)).map_err(io)?;
-            file.set_permissions(std::fs::Permissions::from_mode(0o444))
-                .map_err(io)?;
-            file.sync_all().map_err(io)?;
-        }
-        std::fs::set_permissions(files, std::fs::Permissions::from_mode(0o755)).map_err(io)?;
-        File::open(files).and_then(|d| d.sync_all()).map_err(io)?;
         let to = self.dir.join(name.as_str());
-        match rustix::fs::renameat_with(
-            rustix::fs::CWD,
-            files,
-            rustix::fs::CWD,
-            &to,
-            rustix::fs::RenameFlags::NOREPLACE,
-        ) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::EXIST | rustix::io::Errno::NOTEMPTY) => return Err(taken(name)),
-            Err(e) => return Err(io(e.into())),
+        if !directory::publish(files, &[KERNEL, INITRD, METADATA], &to).map_err(io)? {
+            return Err(taken(name));
         }
-        File::open(&self.dir)
-            .and_then(|d| d.sync_all())
-            .map_err(io)?;
         self.get(name)
     }
 }
@@ -272,9 +232,9 @@ fn name_of(version: &str) -> Result<KernelName> {
         .map_err(|e| e.hint("give it a name: --name"))
 }
 
-/// Returns a static busybox from the initramfs of the first image. Fails if there is no image, or
-/// if that initramfs has no busybox.
-fn busybox(images: &Images) -> Result<Vec<u8>> {
+/// Returns a static busybox from the initramfs of the first image that has one, or of the newest
+/// guest runtime. Fails if there is neither.
+fn busybox(images: &Images, runtimes: &GuestRuntimes) -> Result<Vec<u8>> {
     let none = || {
         Error::new(
             Kind::ImageNotFound,
@@ -282,8 +242,19 @@ fn busybox(images: &Images) -> Result<Vec<u8>> {
         )
         .hint("run fcctl image build")
     };
-    let image = images.list()?.into_iter().next().ok_or_else(none)?;
-    let initrd = read_file(&image.initrd, PART_BYTES_MAX)?;
+    let mut initrds = images.list()?.into_iter().filter_map(|i| match i.boots {
+        Boots::Own { initrd, .. } => Some(initrd),
+        Boots::Runtime => None,
+    });
+    let initrd = match initrds.next() {
+        Some(initrd) => initrd,
+        None => {
+            runtimes
+                .files(&runtimes.newest().map_err(|_| none())?.id)
+                .initrd
+        }
+    };
+    let initrd = read_file(&initrd, PART_BYTES_MAX)?;
     cpio::find(&initrd, "bin/busybox")
         .map(<[u8]>::to_vec)
         .ok_or_else(none)
@@ -314,6 +285,7 @@ mod tests {
             name: name.clone(),
             version: "6.1".into(),
             modules: vec![],
+            boots_runtime: true,
             imported_at: 7,
             bytes: 0,
         };

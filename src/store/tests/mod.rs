@@ -43,6 +43,7 @@ fn row(n: u32) -> VmRow {
         state: VmState::Created,
         reason: None,
         shape: VmShape {
+            runtime: None,
             kernel: None,
             image: "default".parse().unwrap(),
             vcpus: 1,

@@ -482,6 +482,7 @@ pub fn spec(tag: Tag, state_dir: &Path) -> VmmSpec {
         disk: dir.join("disk"),
         disk_format: super::DiskFormat::Raw,
         seed: dir.join("seed"),
+        runtime_disk: None,
         work_disk: None,
         vcpus: 1,
         mem_mib: 128,

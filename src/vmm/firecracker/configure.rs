@@ -47,20 +47,23 @@ pub(super) fn configure(
         initrd_path: &files.initrd,
         boot_args: &boot_args,
     })?;
+    let runtime = files.runtime.as_deref().map(|path| ("runtime", path));
     let work = files.work.as_deref().map(|path| ("work", path));
     let rates = &spec.rates;
     let limiter = RateLimiter::new(rates.disk_bytes_per_s, rates.disk_ops_per_s);
     for (drive_id, path_on_host) in [("root", files.disk.as_str()), ("seed", &files.seed)]
         .into_iter()
+        .chain(runtime)
         .chain(work)
     {
+        let is_read_only = matches!(drive_id, "seed" | "runtime");
         vmm.drive(&Drive {
             drive_id,
             path_on_host,
             is_root_device: drive_id == "root",
-            is_read_only: drive_id == "seed",
+            is_read_only,
             cache_type: CacheType::Writeback,
-            rate_limiter: limiter.filter(|_| drive_id != "seed"),
+            rate_limiter: limiter.filter(|_| !is_read_only),
         })?;
     }
     vmm.network(&NetworkInterface {

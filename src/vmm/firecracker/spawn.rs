@@ -31,6 +31,7 @@ pub(super) struct Files {
     pub initrd: String,
     pub disk: String,
     pub seed: String,
+    pub runtime: Option<String>,
     pub work: Option<String>,
     pub saved: Option<SavedFiles>,
 }
@@ -123,6 +124,7 @@ fn jailed(config: &Config, spec: &VmmSpec, owner: Credentials, output: File) -> 
             initrd: at(jail::INITRD),
             disk: at(jail::DISK),
             seed: at(jail::SEED),
+            runtime: spec.runtime_disk.as_ref().map(|_| at(jail::RUNTIME)),
             work: spec.work_disk.as_ref().map(|_| at(jail::WORK)),
             saved: spec.saved.as_ref().map(|_| SavedFiles {
                 memory: at(jail::MEMORY),
@@ -176,6 +178,7 @@ fn bare(
             initrd: text(&spec.initrd)?,
             disk: text(&spec.disk)?,
             seed: text(&spec.seed)?,
+            runtime: spec.runtime_disk.as_deref().map(text).transpose()?,
             work: spec.work_disk.as_deref().map(text).transpose()?,
             // These files are linked into the VMM's working directory.
             saved: spec.saved.as_ref().map(|_| SavedFiles {

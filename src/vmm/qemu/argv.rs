@@ -155,6 +155,11 @@ pub(crate) fn argv(
         ("seed", &spec.seed, DiskFormat::Raw, true),
     ];
     disks.extend(
+        spec.runtime_disk
+            .as_ref()
+            .map(|path| ("runtime", path, DiskFormat::Raw, true)),
+    );
+    disks.extend(
         spec.work_disk
             .as_ref()
             .map(|path| ("work", path, DiskFormat::Raw, false)),
@@ -341,6 +346,7 @@ mod tests {
             disk: "/s/vms/0123456789ab/disk".into(),
             disk_format: DiskFormat::Raw,
             seed: "/s/vms/0123456789ab/seed, \"the\" one".into(),
+            runtime_disk: None,
             work_disk: None,
             vcpus: 2,
             mem_mib: 512,
@@ -514,8 +520,9 @@ mod tests {
     }
 
     #[test]
-    fn work_disk_is_third_device() {
+    fn work_disk_is_last_device() {
         let spec = VmmSpec {
+            runtime_disk: Some("/s/runtimes/0123456789ab/runtime.ext4".into()),
             work_disk: Some("/s/vms/0123456789ab/work".into()),
             ..spec()
         };
@@ -535,7 +542,8 @@ mod tests {
             .collect();
         assert_eq!(
             devices,
-            ["root", "seed", "work"].map(|n| format!("virtio-blk-pci,drive={n},serial={n}"))
+            ["root", "seed", "runtime", "work"]
+                .map(|n| format!("virtio-blk-pci,drive={n},serial={n}"))
         );
     }
 

@@ -415,6 +415,7 @@ mod tests {
             disk: path("d"),
             disk_format: crate::vmm::DiskFormat::Raw,
             seed: path("s"),
+            runtime_disk: None,
             work_disk: None,
             vcpus: 1,
             mem_mib: 128,

@@ -167,6 +167,19 @@ impl Host {
         }
     }
 
+    /// Adds the guest runtime that was built with the default image.
+    pub fn add_runtime(&self) {
+        let cache = image().parent().and_then(Path::parent).unwrap();
+        for runtime in fs::read_dir(cache.join("runtimes")).unwrap().flatten() {
+            let own = self.state().join("runtimes").join(runtime.file_name());
+            fs::create_dir(&own).unwrap();
+            fs::set_permissions(&own, fs::Permissions::from_mode(0o755)).unwrap();
+            for file in fs::read_dir(runtime.path()).unwrap().flatten() {
+                fs::hard_link(file.path(), own.join(file.file_name())).unwrap();
+            }
+        }
+    }
+
     pub fn disk(&self) -> &SmallDisk {
         self.disk.as_ref().expect("a small disk")
     }

@@ -84,6 +84,7 @@ impl Bench {
             boot_args: "root=/dev/vda init=/sbin/fcd-init".into(),
             disk: path("vm/disk"),
             seed: path("vm/seed"),
+            runtime_disk: None,
             work_disk: Some(path("vm/work")),
             network: GuestNetwork::Tap {
                 name: "fc0011aabb-1".into(),

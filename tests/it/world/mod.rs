@@ -142,6 +142,9 @@ pub fn make_image_of(state_dir: &Path, name: &str, owner_uid: Option<u32>) {
     std::fs::write(dir.join("image.json"), image.to_string()).unwrap();
 }
 
+/// The shutdown command in guests that boot with a guest runtime.
+const RUNTIME_SHUTDOWN_COMMAND: &str = "/.fcd/lib/shutdown";
+
 impl World {
     pub fn new() -> Self {
         Self::with(|_| {})
@@ -200,15 +203,19 @@ impl World {
 
     /// Sets how guests answer: a shutdown ends the guest, and imports and exports succeed.
     fn behave(&self) {
-        let (vmm, guests) = (self.vmm.clone(), self.guests.clone());
-        self.guest
-            .on(fcd::testing::image::SHUTDOWN_COMMAND, move |call| {
+        for command in [
+            fcd::testing::image::SHUTDOWN_COMMAND,
+            RUNTIME_SHUTDOWN_COMMAND,
+        ] {
+            let (vmm, guests) = (self.vmm.clone(), self.guests.clone());
+            self.guest.on(command, move |call| {
                 let vm = guests.lock().unwrap().get(&call.addr).cloned();
                 if let Some(vm) = vm {
                     vmm.die(&vm, &fcd::testing::vmm::End::GuestShutDown);
                 }
                 Answer::status(0).stdout("synced\n")
             });
+        }
         self.guest.on("/usr/lib/fcd/busybox sh -c", |_| {
             Answer::status(0).stdout("ready\n")
         });

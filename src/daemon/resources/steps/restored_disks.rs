@@ -32,7 +32,11 @@ impl Resources {
         // Make all checks before the VM's own disks are moved away.
         self.vmm.warm_up(&from.kernel, boot.cancel);
         self.vmm.can_load(&saved.driver, restore.in_other_vm)?;
-        for path in [&from.memory, &from.kernel, &from.initrd] {
+        let runtime = saved.shape.runtime.as_ref().map(|_| &from.runtime);
+        for path in [&from.memory, &from.kernel, &from.initrd]
+            .into_iter()
+            .chain(runtime)
+        {
             let len = std::fs::metadata(path)
                 .map_err(|e| damaged(saved, path, &e.to_string()))?
                 .len();

@@ -33,6 +33,7 @@ pub(super) const KERNEL: &str = "vmlinux";
 pub(super) const INITRD: &str = "initrd";
 pub(super) const DISK: &str = "disk";
 pub(super) const SEED: &str = "seed";
+pub(super) const RUNTIME: &str = "runtime";
 pub(super) const WORK: &str = "work";
 pub(super) const MEMORY: &str = "memory";
 pub(super) const DEVICES: &str = "devices";
@@ -92,6 +93,7 @@ pub(super) fn make(spec: &VmmSpec, programs: &Programs) -> Result<OwnedFd> {
         (&spec.disk, DISK),
         (&spec.seed, SEED),
     ];
+    files.extend(spec.runtime_disk.as_ref().map(|disk| (disk, RUNTIME)));
     files.extend(spec.work_disk.as_ref().map(|work| (work, WORK)));
     files.extend(
         spec.saved

@@ -20,6 +20,7 @@ fn spec(dir: &Path) -> VmmSpec {
         disk: path("vm/d"),
         disk_format: crate::vmm::DiskFormat::Raw,
         seed: path("vm/s"),
+        runtime_disk: None,
         work_disk: None,
         vcpus: 2,
         mem_mib: 512,

@@ -1,0 +1,119 @@
+//! What the registries of images, kernels and guest runtimes have in common: directories that are
+//! filled under a temporary name, published by one rename, and never change afterwards.
+
+use crate::error::{Error, Result};
+use std::fs::{File, Permissions};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+/// The prefix of a directory that is being deleted. No name begins with a dot.
+pub(super) const DELETING_PREFIX: &str = ".deleting-";
+
+/// Opens `<state_dir>/<name>`, which is created if it does not exist, and removes the directories
+/// that an earlier daemon was filling or deleting. The caller holds the state directory's lock.
+pub(super) fn open_registry(state_dir: &Path, name: &str, staging_prefix: &str) -> Result<PathBuf> {
+    let dir = state_dir.join(name);
+    let io = |e| Error::io(format!("open {}", dir.display()), e);
+    // VMMs run under their own uids and have to read the files.
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o755)
+        .create(&dir)
+        .map_err(io)?;
+    std::fs::set_permissions(&dir, Permissions::from_mode(0o755)).map_err(io)?;
+    for entry in std::fs::read_dir(&dir).map_err(io)? {
+        let entry = entry.map_err(io)?;
+        let (name, path) = (entry.file_name(), entry.path());
+        if [staging_prefix, DELETING_PREFIX]
+            .iter()
+            .any(|prefix| name.as_encoded_bytes().starts_with(prefix.as_bytes()))
+        {
+            log::info!("removing the leftover directory {}", path.display());
+            std::fs::remove_dir_all(&path)
+                .map_err(|e| Error::io(format!("remove {}", path.display()), e))?;
+        }
+    }
+    Ok(dir)
+}
+
+/// Publishes the directory `from`, which holds exactly `files`, as `to`: makes the files read-only,
+/// syncs everything and renames the directory. Returns false if `to` exists already.
+pub(super) fn publish(from: &Path, files: &[&str], to: &Path) -> std::io::Result<bool> {
+    for name in files {
+        let file = File::open(from.join(name))?;
+        file.set_permissions(Permissions::from_mode(0o444))?;
+        file.sync_all()?;
+    }
+    std::fs::set_permissions(from, Permissions::from_mode(0o755))?;
+    File::open(from)?.sync_all()?;
+    let (cwd, flags) = (rustix::fs::CWD, rustix::fs::RenameFlags::NOREPLACE);
+    match rustix::fs::renameat_with(cwd, from, cwd, to, flags) {
+        Ok(()) => {}
+        Err(rustix::io::Errno::EXIST | rustix::io::Errno::NOTEMPTY) => return Ok(false),
+        Err(e) => return Err(e.into()),
+    }
+    let parent = to.parent().unwrap_or(Path::new("/"));
+    File::open(parent)?.sync_all()?;
+    Ok(true)
+}
+
+/// Moves the directory `name` of a registry away, so that it disappears at once, and then removes
+/// it. Returns false if there is none.
+pub(super) fn delete(registry: &Path, name: &str) -> Result<bool> {
+    crate::locks::require_memory_only("file access");
+    let io = |e: std::io::Error| Error::io(format!("delete {}", registry.join(name).display()), e);
+    let gone = Staging::new(registry, &format!("{DELETING_PREFIX}{name}-"))?;
+    match std::fs::rename(registry.join(name), gone.path().join("gone")) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+        renamed => renamed.map_err(io)?,
+    }
+    File::open(registry)
+        .and_then(|d| d.sync_all())
+        .map_err(io)?;
+    Ok(true)
+}
+
+/// A directory that is removed with its content when this is dropped.
+pub(super) struct Staging {
+    dir: PathBuf,
+}
+
+impl Staging {
+    /// Creates an empty directory whose name begins with `prefix`.
+    pub(super) fn new(dir: &Path, prefix: &str) -> Result<Self> {
+        let made = tempfile::Builder::new()
+            .prefix(prefix)
+            // apt's own user has to be able to enter the directory.
+            .permissions(std::fs::Permissions::from_mode(0o711))
+            .tempdir_in(dir)
+            .map_err(|e| Error::io(format!("create a directory in {}", dir.display()), e))?;
+        Ok(Self { dir: made.keep() })
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.dir
+    }
+}
+
+impl Drop for Staging {
+    /// Retries the removal, because the processes of a cancelled build may write until they are
+    /// killed.
+    fn drop(&mut self) {
+        const TRIES: u32 = 40;
+        const PAUSE: std::time::Duration = std::time::Duration::from_millis(50);
+        for last in (0..TRIES).rev() {
+            match std::fs::remove_dir_all(&self.dir) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound && last > 0 => {
+                    std::thread::sleep(PAUSE)
+                }
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                    log::warn!(
+                        "remove {}: {e}; fcd will retry at its next start",
+                        self.dir.display()
+                    );
+                }
+                _ => return,
+            }
+        }
+    }
+}

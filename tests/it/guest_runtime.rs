@@ -1,0 +1,91 @@
+//! Tests of VMs whose image has no kernel and no init, and that boot with a guest runtime.
+
+use crate::world::World;
+use fcd::testing::api::image::ImageConfig;
+use fcd::testing::api::vm::{Synced, VmCreate, VmCreateRequest};
+use fcd::testing::error::Kind;
+use std::path::{Path, PathBuf};
+
+/// Registers an image that has only a root file system.
+fn make_image(state_dir: &Path, name: &str) {
+    let dir = state_dir.join("images").join(name);
+    std::fs::create_dir_all(&dir).unwrap();
+    std::fs::write(dir.join("rootfs.ext4"), vec![0; 8192]).unwrap();
+    let config = ImageConfig {
+        user: "dev".to_owned(),
+        ..ImageConfig::default()
+    };
+    let image = serde_json::json!({
+        "format": 2, "name": name, "os": "", "kernel_version": "", "packages": [], "built_at": 7,
+        "config": config, "files": [{"name": "rootfs.ext4", "bytes": 8192, "sha256": ""}],
+    });
+    std::fs::write(dir.join("image.json"), image.to_string()).unwrap();
+}
+
+/// Publishes a runtime with empty contents, and returns its directory.
+fn make_runtime(state_dir: &Path, id: &str, built_at: u64) -> PathBuf {
+    let dir = state_dir.join("runtimes").join(id);
+    std::fs::create_dir_all(&dir).unwrap();
+    let files = ["vmlinux", "initrd", "runtime.ext4"].map(|name| {
+        std::fs::write(dir.join(name), id).unwrap();
+        serde_json::json!({"name": name, "bytes": id.len(), "sha256": ""})
+    });
+    let runtime = serde_json::json!({
+        "id": id, "kernel_version": "6.1", "packages": [], "built_at": built_at, "own_digest": "", "files": files,
+    });
+    std::fs::write(dir.join("runtime.json"), runtime.to_string()).unwrap();
+    dir
+}
+
+#[test]
+fn image_without_init_boots_newest_runtime() {
+    let world = World::new();
+    let state = world.config.state_dir.clone();
+    make_image(&state, "small");
+    let request = VmCreateRequest {
+        name: Some("a".parse().unwrap()),
+        image: Some("small".parse().unwrap()),
+        work_disk_bytes: Some(32 << 20),
+        ..VmCreateRequest::default()
+    };
+    let vm = world.call::<VmCreate>(&request).unwrap().vm;
+    world.place(&vm.id);
+    let e = world.start("a").unwrap_err();
+    let hint = e.fault.hint.clone().unwrap_or_default();
+    assert!(
+        e.is(Kind::ImageNotFound) && hint.contains("image build"),
+        "{e:?}"
+    );
+
+    let old = make_runtime(&state, "00000000000a", 7);
+    world.start("a").unwrap();
+    let spec = world.vmm.last_spec(&vm.id).unwrap();
+    assert_eq!(
+        (&spec.kernel, &spec.initrd, spec.runtime_disk.as_ref()),
+        (
+            &old.join("vmlinux"),
+            &old.join("initrd"),
+            Some(&old.join("runtime.ext4"))
+        )
+    );
+    assert!(
+        spec.boot_args.ends_with(" fcd.runtime"),
+        "{}",
+        spec.boot_args
+    );
+    let seed = std::fs::read(&spec.seed).unwrap();
+    let text = String::from_utf8_lossy(&seed);
+    assert!(text.contains("user=dev\0working_dir=\0"));
+
+    // A running VM keeps its runtime. The next boot takes the newest one.
+    let new = make_runtime(&state, "00000000000b", 8);
+    assert_eq!(world.stop("a").unwrap().synced, Some(Synced::Yes));
+    world.start("a").unwrap();
+    let spec = world.vmm.last_spec(&vm.id).unwrap();
+    assert_eq!(spec.runtime_disk, Some(new.join("runtime.ext4")));
+
+    let (own, _) = world.running("own");
+    let spec = world.vmm.last_spec(&own.id).unwrap();
+    assert_eq!(spec.runtime_disk, None);
+    assert!(!spec.boot_args.contains("fcd.runtime"));
+}

@@ -16,3 +16,17 @@ pub fn spawn<T: Send + 'static>(
         .spawn(body)
         .map_err(|e| Error::new(Kind::Exhausted, format!("start thread {name}")).with_source(e))
 }
+
+/// Starts a named thread that may borrow from its scope.
+#[cfg(any(test, feature = "fakes"))]
+pub fn spawn_scoped<'scope, T: Send + 'scope>(
+    scope: &'scope std::thread::Scope<'scope, '_>,
+    name: &str,
+    body: impl FnOnce() -> T + Send + 'scope,
+) -> Result<std::thread::ScopedJoinHandle<'scope, T>> {
+    std::thread::Builder::new()
+        .name(name.to_owned())
+        .stack_size(STACK_BYTES)
+        .spawn_scoped(scope, body)
+        .map_err(|e| Error::new(Kind::Exhausted, format!("start thread {name}")).with_source(e))
+}

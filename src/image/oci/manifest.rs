@@ -35,6 +35,8 @@ const LAYERS: &[&str] = &[
     "application/vnd.docker.image.rootfs.diff.tar",
     "application/vnd.docker.image.rootfs.foreign.diff.tar",
 ];
+/// The media type for layers of archives that do not have one.
+pub(super) const DOCKER_LAYER: &str = "application/vnd.docker.image.rootfs.diff.tar";
 /// The annotation that names an image in an archive or a layout.
 const REF_NAME: &str = "org.opencontainers.image.ref.name";
 /// The annotation that containerd and Docker add, with the full name.
@@ -134,7 +136,7 @@ struct Manifest {
     layers: Vec<Descriptor>,
 }
 
-fn parse_json<T: DeserializeOwned>(what: &str, bytes: &[u8]) -> Result<T> {
+pub(super) fn parse_json<T: DeserializeOwned>(what: &str, bytes: &[u8]) -> Result<T> {
     serde_json::from_slice(bytes).map_err(|e| bad(format!("read the {what}")).with_source(e))
 }
 
@@ -260,7 +262,7 @@ pub(super) fn resolve_with(
             Parsed::Index(entries) => at = choose(entries, platform)?,
             Parsed::Manifest(manifest) => {
                 let config = fetch("configuration", &manifest.config)?;
-                return image_of(at.digest, manifest, &config, platform);
+                return image_of(at.digest, manifest.layers, &config, platform);
             }
         }
     }
@@ -359,9 +361,10 @@ struct RootFs {
     diff_ids: Option<Vec<Digest>>,
 }
 
-fn image_of(
+/// Puts an image together from the layers of its manifest and its configuration.
+pub(super) fn image_of(
     digest: Digest,
-    manifest: Manifest,
+    layers: Vec<Descriptor>,
     config: &[u8],
     platform: &Platform,
 ) -> Result<Image> {
@@ -373,14 +376,14 @@ fn image_of(
         return Err(wrong_platform(platform, &claimed.to_string()));
     }
     let diff_ids = configuration.rootfs.diff_ids.unwrap_or_default();
-    if diff_ids.len() != manifest.layers.len() {
+    if diff_ids.len() != layers.len() {
         return Err(bad(format!(
             "the manifest has {} layers, but the configuration has {}",
-            manifest.layers.len(),
+            layers.len(),
             diff_ids.len()
         )));
     }
-    let layers = manifest.layers.into_iter().zip(diff_ids);
+    let layers = layers.into_iter().zip(diff_ids);
     let history = configuration.history.unwrap_or_default();
     if history.len() > HISTORY_MAX {
         return Err(bad(format!(

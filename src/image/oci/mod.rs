@@ -6,16 +6,38 @@
 //! Everything here parses hostile bytes. The readers are functions over `Read` or over slices, with
 //! limits on every size and count ([`limits`]) and with fuzz targets.
 
+mod acl;
+mod budget;
+mod decompress;
 mod digest;
+mod entry;
 mod errors;
+mod filesystem;
+mod flatten;
 #[cfg(feature = "fuzz")]
 pub mod fuzz;
+mod header;
+mod index_file;
+mod layer;
 pub mod limits;
 pub mod manifest;
+mod merge;
+mod pax;
 mod platform;
 pub mod reference;
+mod spool;
+mod store;
+mod tar_reader;
+#[cfg(test)]
+mod test_image;
+#[cfg(test)]
+mod test_tar;
+#[cfg(test)]
+mod test_tree;
 
 pub use digest::Digest;
+pub use flatten::{Flatten, Flattened, Progress, flatten};
 pub use manifest::{Blobs, Descriptor, Image, Layer, resolve};
 pub use platform::Platform;
 pub use reference::{Location, Reference};
+pub use store::{CachedLayer, LayerStore, Pruned};

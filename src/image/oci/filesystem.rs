@@ -1,0 +1,332 @@
+//! Writes a file system. [`Filesystem`] is the seam at which the crate `mkext4` can be replaced.
+//!
+//! The output depends only on the options and on the sequence of calls, so an image always gives
+//! the same bytes.
+
+use super::acl;
+use super::entry::{Attributes, Time, Xattr};
+use super::errors::{bad, shown};
+use crate::error::{Error, Kind, Result};
+use mkext4::sink::RegionSink;
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::FileExt;
+
+/// The time of everything that has none of its own: directories that no layer names, and the file
+/// system itself. 2023-11-14, so that no program stumbles over a time before 1980.
+pub(super) const FIXED_TIME_S: i64 = 1_700_000_000;
+/// The times that ext4 can store with inodes of 256 bytes; the kernel also clamps to them.
+const TIME_MIN_S: i64 = -(1 << 31);
+const TIME_MAX_S: i64 = (1 << 34) - (1 << 31) - 1;
+const BLOCK_BYTES: u64 = 4096;
+/// The bytes for which mke2fs makes one inode by default.
+const BYTES_PER_INODE: u64 = 16384;
+const LABEL: &str = "fcd-root";
+/// Writes are collected up to this size.
+const WRITE_BYTES: usize = 1 << 20;
+
+/// A file or directory that was added.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Inode(mkext4::InodeHandle);
+
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Device {
+    Character { major: u32, minor: u32 },
+    Block { major: u32, minor: u32 },
+    Fifo,
+}
+
+/// What is written, and how large.
+pub(super) struct Options {
+    pub(super) disk_bytes: u64,
+    pub(super) uuid: [u8; 16],
+    /// The number of files and directories.
+    pub(super) inodes: u64,
+}
+
+/// The content of a file that was added with a size.
+pub(super) struct Fill<'a> {
+    pub(super) inode: Inode,
+    pub(super) content: Box<dyn Read + 'a>,
+}
+
+/// A file system in the making: all names first, then all contents.
+pub(super) trait Filesystem: Sized {
+    fn new(options: &Options) -> Result<Self>;
+    fn root(&self) -> Inode;
+    fn set_root(&mut self, attributes: &Attributes) -> Result<()>;
+    fn add_directory(&mut self, at: Inode, name: &str, attributes: &Attributes) -> Result<Inode>;
+    fn add_file(
+        &mut self,
+        at: Inode,
+        name: &str,
+        attributes: &Attributes,
+        bytes: u64,
+    ) -> Result<Inode>;
+    fn add_symlink(
+        &mut self,
+        at: Inode,
+        name: &str,
+        attributes: &Attributes,
+        target: &str,
+    ) -> Result<Inode>;
+    fn add_device(
+        &mut self,
+        at: Inode,
+        name: &str,
+        attributes: &Attributes,
+        device: Device,
+    ) -> Result<Inode>;
+    fn add_link(&mut self, at: Inode, name: &str, inode: Inode) -> Result<()>;
+    /// Writes everything. Every file that has a size above zero must be filled once.
+    fn write<'a>(self, out: &File, fills: impl Iterator<Item = Result<Fill<'a>>>) -> Result<()>;
+}
+
+/// Returns the attributes of a directory that no layer names.
+pub(super) fn unnamed_directory() -> Attributes {
+    Attributes {
+        mode: 0o755,
+        mtime: Time {
+            seconds: FIXED_TIME_S,
+            nanoseconds: 0,
+        },
+        ..Attributes::default()
+    }
+}
+
+pub(super) struct Ext4 {
+    builder: mkext4::FsBuilder,
+    options: mkext4::Options,
+}
+
+/// Converts an error of the crate: an I/O error is one of our readers or of the output.
+fn failed(doing: &str, error: mkext4::Error) -> Error {
+    match error {
+        mkext4::Error::Io(e) => super::errors::read_error(doing, e),
+        other => bad(doing).with_source(other),
+    }
+}
+
+fn in_name(name: &str) -> impl Fn(mkext4::Error) -> Error {
+    move |e| {
+        failed(
+            &format!("add {} to the file system", shown(name.as_bytes())),
+            e,
+        )
+    }
+}
+
+fn meta(attributes: &Attributes) -> mkext4::Meta {
+    let seconds = attributes.mtime.seconds.clamp(TIME_MIN_S, TIME_MAX_S);
+    let time = (seconds, attributes.mtime.nanoseconds);
+    mkext4::Meta::new(attributes.mode, attributes.uid, attributes.gid, time)
+}
+
+impl Ext4 {
+    /// Sets the attributes that ext4 has a place for. Docker also ignores the others, because
+    /// setxattr(2) refuses them.
+    fn set_xattrs(&mut self, inode: mkext4::InodeHandle, xattrs: &[Xattr]) -> Result<()> {
+        for xattr in xattrs {
+            let name = &*xattr.name;
+            let set = |builder: &mut mkext4::FsBuilder, value: &[u8]| {
+                builder.set_xattr(inode, name, value).map_err(in_name(name))
+            };
+            match name.split_once('.') {
+                Some(("user" | "trusted" | "security", rest)) if !rest.is_empty() => {
+                    set(&mut self.builder, &xattr.value)?;
+                }
+                Some(("system", "posix_acl_access" | "posix_acl_default")) => {
+                    let acl = acl::to_ext4(&xattr.value);
+                    let acl = acl.ok_or_else(|| bad(format!("the attribute {name} is damaged")))?;
+                    set(&mut self.builder, &acl)?;
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn finish(
+        &mut self,
+        inode: Result<mkext4::InodeHandle, mkext4::Error>,
+        name: &str,
+        attributes: &Attributes,
+    ) -> Result<Inode> {
+        let inode = inode.map_err(in_name(name))?;
+        self.set_xattrs(inode, &attributes.xattrs)?;
+        Ok(Inode(inode))
+    }
+}
+
+impl Filesystem for Ext4 {
+    fn new(options: &Options) -> Result<Self> {
+        let size = options.disk_bytes / BLOCK_BYTES * BLOCK_BYTES;
+        let mut all = mkext4::Options::new(size, options.uuid, FIXED_TIME_S);
+        all.label = Some(LABEL.to_owned());
+        all.reserved_percent = 0;
+        let inodes = (options.inodes + options.inodes / 2).max(size / BYTES_PER_INODE);
+        let inodes = u32::try_from(inodes).unwrap_or(u32::MAX);
+        all.inodes = mkext4::InodeCount::Exact(inodes);
+        let builder = mkext4::FsBuilder::new(all.clone());
+        Ok(Self {
+            builder: builder.map_err(|e| failed("begin the file system", e))?,
+            options: all,
+        })
+    }
+
+    fn root(&self) -> Inode {
+        Inode(mkext4::ROOT)
+    }
+
+    fn set_root(&mut self, attributes: &Attributes) -> Result<()> {
+        let set = self.builder.set_meta(mkext4::ROOT, meta(attributes));
+        set.map_err(in_name("/"))?;
+        self.set_xattrs(mkext4::ROOT, &attributes.xattrs)
+    }
+
+    fn add_directory(&mut self, at: Inode, name: &str, attributes: &Attributes) -> Result<Inode> {
+        let inode = self.builder.mkdir(at.0, name, meta(attributes));
+        self.finish(inode, name, attributes)
+    }
+
+    fn add_file(
+        &mut self,
+        at: Inode,
+        name: &str,
+        attributes: &Attributes,
+        bytes: u64,
+    ) -> Result<Inode> {
+        let inode = self.builder.file(at.0, name, meta(attributes), bytes);
+        self.finish(inode, name, attributes)
+    }
+
+    fn add_symlink(
+        &mut self,
+        at: Inode,
+        name: &str,
+        attributes: &Attributes,
+        target: &str,
+    ) -> Result<Inode> {
+        let mut meta = meta(attributes);
+        // Linux ignores the mode of a link and shows this one.
+        meta.mode = 0o777;
+        let inode = self.builder.symlink(at.0, name, target, meta);
+        self.finish(inode, name, attributes)
+    }
+
+    fn add_device(
+        &mut self,
+        at: Inode,
+        name: &str,
+        attributes: &Attributes,
+        device: Device,
+    ) -> Result<Inode> {
+        let kind = match device {
+            Device::Character { major, minor } => mkext4::SpecialKind::Char { major, minor },
+            Device::Block { major, minor } => mkext4::SpecialKind::Block { major, minor },
+            Device::Fifo => mkext4::SpecialKind::Fifo,
+        };
+        let inode = self.builder.mknod(at.0, name, meta(attributes), kind);
+        self.finish(inode, name, attributes)
+    }
+
+    fn add_link(&mut self, at: Inode, name: &str, inode: Inode) -> Result<()> {
+        let added = self.builder.hardlink(at.0, name, inode.0);
+        added.map_err(in_name(name))
+    }
+
+    fn write<'a>(self, out: &File, fills: impl Iterator<Item = Result<Fill<'a>>>) -> Result<()> {
+        let size = self.options.size_bytes;
+        let doing = "write the file system";
+        let layout = self.builder.seal().map_err(|e| match e {
+            // All names were checked when they were added, so what is left is the space.
+            mkext4::Error::Invalid(_) | mkext4::Error::Unsupported(_) => {
+                failed("the image does not fit on its disk", e)
+                    .with_kind(Kind::Exhausted)
+                    .hint("give the image a larger disk")
+            }
+            other => failed(doing, other),
+        })?;
+        // The file may have other content, and everything that is not written must be zero.
+        let sized = out.set_len(0).and_then(|()| out.set_len(size));
+        sized.map_err(|e| Error::io(doing, e))?;
+        let mut sink = Collecting {
+            file: out,
+            at: 0,
+            bytes: Vec::with_capacity(WRITE_BYTES),
+        };
+        let mut writer = layout.writer(&mut sink).map_err(|e| failed(doing, e))?;
+        for fill in fills {
+            let Fill { inode, content } = fill?;
+            let mut content = KeepingError {
+                inner: content,
+                error: None,
+            };
+            let filled = writer.fill(inode.0, &mut content);
+            filled.map_err(|e| match content.error {
+                Some(error) => super::errors::read_error(doing, error),
+                None => failed(doing, e),
+            })?;
+        }
+        writer.finish().map_err(|e| failed(doing, e))?;
+        sink.flush().map_err(|e| Error::io(doing, e))
+    }
+}
+
+/// Keeps the error of a reader, of which the crate passes on only the text.
+struct KeepingError<R> {
+    inner: R,
+    error: Option<std::io::Error>,
+}
+
+impl<R: Read> Read for KeepingError<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        self.inner.read(buffer).map_err(|e| {
+            let kind = e.kind();
+            self.error = Some(e);
+            kind.into()
+        })
+    }
+}
+
+/// Writes to a file, and joins writes that follow each other.
+struct Collecting<'a> {
+    file: &'a File,
+    /// The position of the collected bytes.
+    at: u64,
+    bytes: Vec<u8>,
+}
+
+impl Collecting<'_> {
+    fn flush(&mut self) -> std::io::Result<()> {
+        let written = self.file.write_all_at(&self.bytes, self.at);
+        self.bytes.clear();
+        written
+    }
+}
+
+impl RegionSink for Collecting<'_> {
+    fn data(&mut self, offset: u64, bytes: &[u8]) -> std::io::Result<()> {
+        if self.at + self.bytes.len() as u64 != offset
+            || self.bytes.len() + bytes.len() > WRITE_BYTES
+        {
+            self.flush()?;
+            self.at = offset;
+        }
+        if bytes.len() >= WRITE_BYTES {
+            self.at = offset + bytes.len() as u64;
+            return self.file.write_all_at(bytes, offset);
+        }
+        self.bytes.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    /// Small gaps are the ends of files. They are written, so that the next file can be joined.
+    fn zeros(&mut self, offset: u64, len: u64) -> std::io::Result<()> {
+        let end = self.at + self.bytes.len() as u64;
+        if end == offset && !self.bytes.is_empty() && len < BLOCK_BYTES {
+            self.bytes.resize(self.bytes.len() + len as usize, 0);
+        }
+        Ok(())
+    }
+}

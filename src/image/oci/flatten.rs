@@ -1,0 +1,504 @@
+//! From layers to an ext4 file: read the layers that the cache does not have, merge all of them,
+//! and write every surviving file once.
+
+use super::budget::Budget;
+use super::digest::Digest;
+use super::entry::{Entry, EntryKind};
+use super::errors::{Stopped, as_io, bad, check_cancel, shown};
+use super::filesystem::{self, Device, Ext4, Filesystem, Fill, Inode, Options};
+use super::layer::{LayerIndex, Reading, read_layer};
+use super::limits::THREADS_MAX;
+use super::manifest::{Blobs, Image, Layer};
+use super::merge::{Content, EntryRef, ROOT, Tree, merge};
+use super::spool::Portion;
+use super::store::{CachedLayer, LayerStore};
+use crate::api::image::{ImageConfig, ImageHistory};
+use crate::error::{Error, Kind, Result};
+use crate::host::thread;
+use crate::locks::Cancel;
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::Read;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+/// A directory that ext4 always has. An image that has it too must not be refused.
+const LOST_FOUND: &str = "lost+found";
+
+/// How far a pull is. The callback gets it from several threads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// The layer was in the cache.
+    Cached { layer: usize },
+    /// This many more bytes of the layer's blob were read.
+    Read { layer: usize, bytes: u64 },
+    /// The layer is complete and verified.
+    Complete { layer: usize },
+    /// The layers are merged. The tree has files of this size.
+    Merged { bytes: u64 },
+    /// This many more bytes of files were written.
+    Written { bytes: u64 },
+}
+
+/// What a flatten needs in addition to the image.
+pub struct Flatten<'a> {
+    pub store: &'a LayerStore,
+    /// The file that gets the file system. Its former content is lost.
+    pub out: &'a File,
+    /// The size of the file system.
+    pub disk_bytes: u64,
+    /// Limit of the uncompressed layers together.
+    pub unpacked_bytes_max: u64,
+    pub progress: &'a (dyn Fn(Progress) + Sync),
+    pub cancel: &'a Cancel,
+}
+
+/// A file system that was written. It is not synced yet.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Flattened {
+    /// The digest of the manifest.
+    pub digest: Digest,
+    pub config: ImageConfig,
+    pub layers: Vec<Layer>,
+    pub history: Vec<ImageHistory>,
+    /// The number of files and directories.
+    pub entries: u64,
+    /// The size of all files together.
+    pub bytes: u64,
+}
+
+/// Writes the image to `request.out`. The same image gives the same bytes.
+///
+/// # Errors
+/// `invalid_image` for hostile or damaged layers; `exhausted` if the image does not fit;
+/// `disk_full` and other errors of the host; `cancelled`; those of `blobs`. The output is then
+/// incomplete.
+/// Layers that were verified stay in the cache, so a retry does not read them again.
+pub fn flatten(image: &Image, blobs: &dyn Blobs, request: &Flatten<'_>) -> Result<Flattened> {
+    let budget = Budget::new(request.unpacked_bytes_max);
+    let layers = read_layers(&image.layers, blobs, request, &budget)?;
+    let indexes: Vec<&LayerIndex> = layers.iter().map(|layer| &layer.index).collect();
+    let tree = merge(&indexes, request.cancel)?;
+    let size = tree_size(&tree);
+    (request.progress)(Progress::Merged { bytes: size.bytes });
+    if size.bytes > request.disk_bytes {
+        let message = format!(
+            "the image has {} bytes of files, but its disk has only {}",
+            size.bytes, request.disk_bytes
+        );
+        return Err(Error::new(Kind::Exhausted, message).hint("give the image a larger disk"));
+    }
+    let options = Options {
+        disk_bytes: request.disk_bytes,
+        uuid: uuid_of(image.digest),
+        inodes: size.entries,
+    };
+    let mut writing: Writing<'_, Ext4> = Writing::new(&tree, &options, request.cancel)?;
+    writing.declare()?;
+    writing.write(&layers, request)?;
+    Ok(Flattened {
+        digest: image.digest,
+        config: image.config.clone(),
+        layers: image.layers.clone(),
+        history: image.history.clone(),
+        entries: size.entries,
+        bytes: size.bytes,
+    })
+}
+
+/// Makes a UUID of version 8 (RFC 9562) from a digest, so that the same image gives the same one.
+fn uuid_of(digest: Digest) -> [u8; 16] {
+    let mut uuid = [0; 16];
+    uuid.copy_from_slice(&digest.as_bytes()[..16]);
+    uuid[6] = uuid[6] & 0x0f | 0x80;
+    uuid[8] = uuid[8] & 0x3f | 0x80;
+    uuid
+}
+
+/// Returns all layers, the lowest first. Those that are not in the cache are read by several
+/// threads. A layer that occurs twice is read once.
+fn read_layers(
+    layers: &[Layer],
+    blobs: &dyn Blobs,
+    request: &Flatten<'_>,
+    budget: &Budget,
+) -> Result<Vec<CachedLayer>> {
+    let mut first_of: HashMap<Digest, usize> = HashMap::new();
+    for (at, layer) in layers.iter().enumerate() {
+        first_of.entry(layer.diff_id).or_insert(at);
+    }
+    let mut found: Vec<Option<CachedLayer>> = Vec::new();
+    let mut missing = Vec::new();
+    for (at, layer) in layers.iter().enumerate() {
+        check_cancel(request.cancel)?;
+        let is_first = first_of[&layer.diff_id] == at;
+        let cached = if is_first {
+            cached(layer, request, budget)?
+        } else {
+            None
+        };
+        if cached.is_some() {
+            (request.progress)(Progress::Cached { layer: at });
+        } else if is_first {
+            missing.push(at);
+        }
+        found.push(cached);
+    }
+    let reader = Readers {
+        layers,
+        blobs,
+        request,
+        budget,
+        missing: &missing,
+        next: AtomicUsize::new(0),
+        has_failed: AtomicBool::new(false),
+    };
+    for (at, layer) in reader.run()? {
+        found[at] = Some(layer);
+    }
+    let mut all = Vec::new();
+    for (at, layer) in layers.iter().enumerate() {
+        all.push(match found[at].take() {
+            Some(layer) => layer,
+            // The same content as a lower layer. It changes nothing unless a layer in between did.
+            None => again(&all[first_of[&layer.diff_id]], budget)?,
+        });
+    }
+    Ok(all)
+}
+
+fn cached(layer: &Layer, request: &Flatten<'_>, budget: &Budget) -> Result<Option<CachedLayer>> {
+    let Some(cached) = request.store.find(layer.diff_id)? else {
+        return Ok(None);
+    };
+    charge(&cached.index, budget)?;
+    Ok(Some(cached))
+}
+
+fn charge(index: &LayerIndex, budget: &Budget) -> Result<()> {
+    budget.add_bytes(index.tar_bytes)?;
+    let mut entries = index.entries.iter();
+    entries.try_for_each(|entry| budget.add_entry(entry.metadata_bytes()))
+}
+
+fn again(layer: &CachedLayer, budget: &Budget) -> Result<CachedLayer> {
+    charge(&layer.index, budget)?;
+    let tar = layer.tar.try_clone();
+    Ok(CachedLayer {
+        index: layer.index.clone(),
+        tar: tar.map_err(|e| Error::io("open a layer of the cache", e))?,
+    })
+}
+
+/// The threads that read layers.
+struct Readers<'a> {
+    layers: &'a [Layer],
+    blobs: &'a dyn Blobs,
+    request: &'a Flatten<'a>,
+    budget: &'a Budget,
+    /// The indexes of the layers that must be read.
+    missing: &'a [usize],
+    next: AtomicUsize,
+    has_failed: AtomicBool,
+}
+
+impl Readers<'_> {
+    /// Reads all missing layers. Returns each with its number, in any order.
+    fn run(&self) -> Result<Vec<(usize, CachedLayer)>> {
+        let threads = self.missing.len().min(THREADS_MAX);
+        std::thread::scope(|scope| {
+            let started: Vec<_> = (0..threads)
+                .map(|_| thread::spawn_scoped(scope, "layer", || self.read_some()))
+                .collect();
+            let (mut layers, mut failed) = (Vec::new(), None);
+            for thread in started {
+                match thread.map(std::thread::ScopedJoinHandle::join) {
+                    Ok(Ok(Ok(read))) => layers.extend(read),
+                    Ok(Ok(Err(e))) => failed = Some(first_cause(failed, e)),
+                    Ok(Err(panic)) => std::panic::resume_unwind(panic),
+                    Err(e) => {
+                        self.has_failed.store(true, Ordering::Relaxed);
+                        failed = Some(first_cause(failed, e));
+                    }
+                }
+            }
+            failed.map_or(Ok(layers), Err)
+        })
+    }
+
+    /// Reads layers until none is left or one has failed.
+    fn read_some(&self) -> Result<Vec<(usize, CachedLayer)>> {
+        let mut read = Vec::new();
+        while let Some(at) = self.missing.get(self.next.fetch_add(1, Ordering::Relaxed)) {
+            let layer = self.read(*at).inspect_err(|_| {
+                self.has_failed.store(true, Ordering::Relaxed);
+            })?;
+            read.push((*at, layer));
+        }
+        Ok(read)
+    }
+
+    fn read(&self, at: usize) -> Result<CachedLayer> {
+        let layer = &self.layers[at];
+        let in_layer = |e: Error| e.context(format!("layer {} ({})", at + 1, layer.blob.digest));
+        let store = self.request.store;
+        let progress = |bytes| (self.request.progress)(Progress::Read { layer: at, bytes });
+        let reading = Reading {
+            budget: self.budget,
+            cancel: self.request.cancel,
+            has_failed: &self.has_failed,
+            progress: &progress,
+        };
+        let read = || {
+            let spool = store.temporary()?;
+            let blob = self.blobs.open(&layer.blob)?;
+            let index = read_layer(layer, blob, &spool.file, &reading)?;
+            store.publish(spool, index, layer)
+        };
+        let cached = read().map_err(in_layer)?;
+        (self.request.progress)(Progress::Complete { layer: at });
+        Ok(cached)
+    }
+}
+
+/// Keeps the error that made the other threads stop.
+fn first_cause(before: Option<Error>, error: Error) -> Error {
+    match before {
+        Some(before) if before.source_as::<Stopped>().is_none() => before,
+        _ => error,
+    }
+}
+
+/// What a tree holds.
+#[derive(Clone, Copy, Debug, Default)]
+struct Size {
+    entries: u64,
+    bytes: u64,
+}
+
+fn tree_size(tree: &Tree<'_>) -> Size {
+    let mut size = Size::default();
+    let mut seen = std::collections::HashSet::new();
+    let mut work = vec![ROOT];
+    while let Some(id) = work.pop() {
+        match &tree.node(id).content {
+            Content::Directory { children, .. } => {
+                size.entries += 1;
+                work.extend(children.values());
+            }
+            Content::Object(object) => {
+                if seen.insert(*object) {
+                    size.entries += 1;
+                    if let EntryKind::File { bytes, .. } = tree.entry(*object).kind {
+                        size.bytes = size.bytes.saturating_add(bytes);
+                    }
+                }
+            }
+        }
+    }
+    size
+}
+
+/// A name of a regular file that is not in the file system yet.
+struct PendingFile<'a> {
+    object: EntryRef,
+    directory: Inode,
+    name: &'a str,
+}
+
+/// A file whose content must be written.
+struct PendingContent {
+    inode: Inode,
+    object: EntryRef,
+    offset: u64,
+    bytes: u64,
+}
+
+struct Writing<'a, F> {
+    tree: &'a Tree<'a>,
+    filesystem: F,
+    cancel: &'a Cancel,
+    inodes: HashMap<EntryRef, Inode>,
+    files: Vec<PendingFile<'a>>,
+    contents: Vec<PendingContent>,
+}
+
+impl<'a, F: Filesystem> Writing<'a, F> {
+    fn new(tree: &'a Tree<'a>, options: &Options, cancel: &'a Cancel) -> Result<Self> {
+        Ok(Self {
+            tree,
+            filesystem: F::new(options)?,
+            cancel,
+            inodes: HashMap::new(),
+            files: Vec::new(),
+            contents: Vec::new(),
+        })
+    }
+
+    /// Adds every name of the tree. Regular files come last and in the order of the layers' tars,
+    /// so that each tar is read forwards and the file system is written forwards.
+    fn declare(&mut self) -> Result<()> {
+        let root = self.filesystem.root();
+        let attributes = self.directory_attributes(ROOT);
+        self.filesystem.set_root(&attributes)?;
+        let mut work = vec![(ROOT, root)];
+        while let Some((id, directory)) = work.pop() {
+            check_cancel(self.cancel)?;
+            let Content::Directory { children, .. } = &self.tree.node(id).content else {
+                continue;
+            };
+            for (name, child) in children {
+                if id == ROOT && *name == LOST_FOUND {
+                    self.check_lost_found(*child)?;
+                    continue;
+                }
+                match &self.tree.node(*child).content {
+                    Content::Directory { .. } => {
+                        let attributes = self.directory_attributes(*child);
+                        let added = self
+                            .filesystem
+                            .add_directory(directory, name, &attributes)?;
+                        work.push((*child, added));
+                    }
+                    Content::Object(object) => self.declare_object(*object, directory, name)?,
+                }
+            }
+        }
+        self.declare_files()
+    }
+
+    fn directory_attributes(&self, id: u32) -> super::entry::Attributes {
+        match self.tree.node(id).content {
+            Content::Directory {
+                named_by: Some(entry),
+                ..
+            } => self.tree.entry(entry).attributes.clone(),
+            _ => filesystem::unnamed_directory(),
+        }
+    }
+
+    /// ext4 has this directory of its own, so one of the image must be empty.
+    fn check_lost_found(&self, id: u32) -> Result<()> {
+        match &self.tree.node(id).content {
+            Content::Directory { children, .. } if children.is_empty() => Ok(()),
+            _ => Err(bad("the image has files in /lost+found, which ext4 needs")
+                .with_kind(Kind::Unsupported)),
+        }
+    }
+
+    fn declare_object(&mut self, object: EntryRef, directory: Inode, name: &'a str) -> Result<()> {
+        let entry = self.tree.entry(object);
+        let attributes = &entry.attributes;
+        if let EntryKind::File { .. } = entry.kind {
+            self.files.push(PendingFile {
+                object,
+                directory,
+                name,
+            });
+            return Ok(());
+        }
+        if let Some(inode) = self.inodes.get(&object) {
+            return self.filesystem.add_link(directory, name, *inode);
+        }
+        let device = match &entry.kind {
+            EntryKind::Symlink { target } => {
+                let added = self
+                    .filesystem
+                    .add_symlink(directory, name, attributes, target)?;
+                self.inodes.insert(object, added);
+                return Ok(());
+            }
+            EntryKind::CharacterDevice { major, minor } => Device::Character {
+                major: *major,
+                minor: *minor,
+            },
+            EntryKind::BlockDevice { major, minor } => Device::Block {
+                major: *major,
+                minor: *minor,
+            },
+            EntryKind::Fifo => Device::Fifo,
+            EntryKind::Directory | EntryKind::File { .. } | EntryKind::HardLink { .. } => {
+                unreachable!("the tree has no object of this kind")
+            }
+        };
+        let added = self
+            .filesystem
+            .add_device(directory, name, attributes, device)?;
+        self.inodes.insert(object, added);
+        Ok(())
+    }
+
+    fn declare_files(&mut self) -> Result<()> {
+        let mut files = std::mem::take(&mut self.files);
+        // Stable, so that the names of one object keep their order.
+        files.sort_by_key(|file| file.object);
+        for file in files {
+            let entry: &Entry = self.tree.entry(file.object);
+            let EntryKind::File { offset, bytes } = entry.kind else {
+                continue;
+            };
+            if let Some(inode) = self.inodes.get(&file.object) {
+                self.filesystem
+                    .add_link(file.directory, file.name, *inode)?;
+                continue;
+            }
+            let added =
+                self.filesystem
+                    .add_file(file.directory, file.name, &entry.attributes, bytes)?;
+            self.inodes.insert(file.object, added);
+            if bytes > 0 {
+                self.contents.push(PendingContent {
+                    inode: added,
+                    object: file.object,
+                    offset,
+                    bytes,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn write(self, layers: &[CachedLayer], request: &Flatten<'_>) -> Result<()> {
+        let (tree, contents) = (self.tree, self.contents);
+        let fills = contents.into_iter().map(|content| {
+            let path = &tree.entry(content.object).path;
+            Ok(Fill {
+                inode: content.inode,
+                content: Box::new(Section {
+                    portion: Portion {
+                        file: &layers[content.object.layer as usize].tar,
+                        at: content.offset,
+                        left: content.bytes,
+                    },
+                    path,
+                    request,
+                }),
+            })
+        });
+        self.filesystem.write(request.out, fills)
+    }
+}
+
+/// The content of one file in a spooled tar.
+struct Section<'a> {
+    portion: Portion<'a>,
+    path: &'a str,
+    request: &'a Flatten<'a>,
+}
+
+impl Read for Section<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        check_cancel(self.request.cancel).map_err(as_io)?;
+        let n = self.portion.read(buffer)?;
+        if n == 0 && self.portion.left > 0 && !buffer.is_empty() {
+            let path = shown(self.path.as_bytes());
+            let message = format!("the layer in the cache is too short for {path}");
+            return Err(as_io(Error::new(Kind::Host, message)));
+        }
+        (self.request.progress)(Progress::Written { bytes: n as u64 });
+        Ok(n)
+    }
+}
+
+#[cfg(test)]
+#[path = "flatten_tests.rs"]
+mod tests;

@@ -7,6 +7,7 @@
 //! limits on every size and count ([`limits`]) and with fuzz targets.
 
 mod acl;
+mod archive;
 mod budget;
 mod decompress;
 mod digest;
@@ -35,6 +36,7 @@ mod test_tar;
 #[cfg(test)]
 mod test_tree;
 
+pub use archive::{Archive, ArchiveKind, Wanted};
 pub use digest::Digest;
 pub use flatten::{Flatten, Flattened, Progress, flatten};
 pub use manifest::{Blobs, Descriptor, Image, Layer, resolve};

@@ -1,0 +1,305 @@
+//! An archive of images that arrives as one stream: an `oci-archive`, or a `docker-archive` as
+//! `docker save` writes it.
+//!
+//! A stream cannot seek and its parts come in any order, so it is spooled to one temporary file,
+//! and the positions of its files are kept in memory. The archive may be compressed as a whole. Its
+//! content is verified when it is used: by the digests of the manifest, and in a docker-archive,
+//! which names no digests of blobs, by those of the configuration.
+
+use super::budget::Budget;
+use super::decompress::decoder;
+use super::digest::{Digest, Hashing};
+use super::entry::{EntryKind, clean_path};
+use super::errors::{as_io, bad, check_cancel, read_error, shown};
+use super::limits::{ARCHIVE_FILES_MAX, DOCUMENT_BYTES_MAX, LAYERS_MAX};
+use super::manifest::{
+    Blobs, DOCKER_LAYER, Descriptor, Image, find_in_layout, image_of, parse_json, resolve,
+};
+use super::platform::Platform;
+use super::reference::Reference;
+use super::spool::{Portion, Spooling};
+use super::store::{LayerStore, Temporary};
+use super::tar_reader::TarReader;
+use crate::error::{Error, Kind, Result};
+use crate::host::text;
+use crate::locks::Cancel;
+use serde::Deserialize;
+use std::collections::{BTreeMap, HashMap};
+use std::io::{BufReader, Read};
+
+const OCI_LAYOUT: &str = "oci-layout";
+const OCI_INDEX: &str = "index.json";
+const DOCKER_MANIFEST: &str = "manifest.json";
+/// Limit of the links from one file of a docker-archive to another. Old versions of docker store a
+/// layer once and link to it.
+const LINKS_MAX: usize = 8;
+const BUFFER_BYTES: usize = 256 << 10;
+
+/// The two kinds of archives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ArchiveKind {
+    Oci,
+    Docker,
+}
+
+/// Which image of an archive is meant.
+#[derive(Clone, Debug, Default)]
+pub struct Wanted {
+    /// If this is `None`, the archive's files decide.
+    pub kind: Option<ArchiveKind>,
+    /// A tag of an oci-archive, or a reference of a docker-archive. It may be missing if there is
+    /// only one image.
+    pub name: Option<String>,
+    pub platform: Platform,
+}
+
+/// A spooled archive. Dropping it removes the spool.
+pub struct Archive<'a> {
+    spool: Temporary<'a>,
+    files: BTreeMap<Box<str>, Position>,
+    /// Where symbolic and hard links lead, as paths from the root.
+    links: BTreeMap<Box<str>, Box<str>>,
+    /// The layers of a docker-archive.
+    layers: HashMap<Digest, Position>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Position {
+    offset: u64,
+    bytes: u64,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct DockerImage {
+    config: String,
+    #[serde(default)]
+    repo_tags: Option<Vec<String>>,
+    #[serde(default)]
+    layers: Option<Vec<String>>,
+}
+
+impl<'a> Archive<'a> {
+    /// Reads an archive of at most `bytes_max` uncompressed bytes to its end. `progress` is called
+    /// with the bytes that were read since the last call.
+    pub fn spool(
+        stream: impl Read,
+        store: &'a LayerStore,
+        bytes_max: u64,
+        progress: &dyn Fn(u64),
+        cancel: &Cancel,
+    ) -> Result<Self> {
+        let budget = Budget::new(bytes_max);
+        let spool = store.temporary()?;
+        let watched = Watched {
+            inner: stream,
+            progress,
+            cancel,
+        };
+        let inflated = decoder(BufReader::with_capacity(BUFFER_BYTES, watched));
+        let spooling = Spooling {
+            inner: inflated.map_err(|e| read_error("read the archive", e))?,
+            spool: &spool.file,
+            budget: &budget,
+        };
+        let buffered = BufReader::with_capacity(BUFFER_BYTES, spooling);
+        let (mut files, mut links) = (BTreeMap::new(), BTreeMap::new());
+        let mut reader = TarReader::new(buffered, &budget);
+        while let Some(entry) = reader.next()? {
+            if files.len() + links.len() >= ARCHIVE_FILES_MAX {
+                return Err(bad(format!(
+                    "the archive has more than {ARCHIVE_FILES_MAX} files"
+                )));
+            }
+            match entry.kind {
+                EntryKind::File { offset, bytes } => {
+                    files.insert(entry.path, Position { offset, bytes });
+                }
+                EntryKind::HardLink { target } => {
+                    links.insert(entry.path, target);
+                }
+                EntryKind::Symlink { target } => {
+                    if let Some(target) = beside(&entry.path, &target) {
+                        links.insert(entry.path, target);
+                    }
+                }
+                _ => {}
+            }
+        }
+        reader.finish()?;
+        Ok(Self {
+            spool,
+            files,
+            links,
+            layers: HashMap::new(),
+        })
+    }
+
+    /// Finds an image. [`flatten`](super::flatten()) then gets it with this archive as its blobs.
+    pub fn image(&mut self, wanted: &Wanted) -> Result<Image> {
+        let is_oci = self.files.contains_key(OCI_LAYOUT) && self.files.contains_key(OCI_INDEX);
+        let is_docker = self.files.contains_key(DOCKER_MANIFEST);
+        match wanted.kind {
+            Some(ArchiveKind::Docker) if is_docker => self.docker_image(wanted),
+            Some(ArchiveKind::Oci) | None if is_oci => {
+                let index = self.document(OCI_INDEX)?;
+                let root = find_in_layout(&index, wanted.name.as_deref(), &wanted.platform)?;
+                resolve(&root, &wanted.platform, self)
+            }
+            None if is_docker => self.docker_image(wanted),
+            kind => {
+                let what = match kind {
+                    Some(ArchiveKind::Docker) => "a docker-archive: it has no manifest.json",
+                    Some(ArchiveKind::Oci) => "an oci-archive: it has no index.json",
+                    None => "an archive of images: it has neither index.json nor manifest.json",
+                };
+                let error = bad(format!("this is not {what}"));
+                Err(error.hint("docker save IMAGE writes such an archive"))
+            }
+        }
+    }
+
+    fn docker_image(&mut self, wanted: &Wanted) -> Result<Image> {
+        let images: Vec<DockerImage> =
+            parse_json(DOCKER_MANIFEST, &self.document(DOCKER_MANIFEST)?)?;
+        let image = choose(images, wanted.name.as_deref())?;
+        let config = self.document(&image.config)?;
+        let paths = image.layers.unwrap_or_default();
+        if paths.len() > LAYERS_MAX {
+            return Err(bad(format!(
+                "the image has {} layers, at most {LAYERS_MAX} are allowed",
+                paths.len()
+            )));
+        }
+        let mut layers = Vec::new();
+        for path in &paths {
+            let position = self.find(path)?;
+            let digest = self.hash(position)?;
+            self.layers.insert(digest, position);
+            layers.push(Descriptor {
+                media_type: DOCKER_LAYER.to_owned(),
+                digest,
+                size: position.bytes,
+            });
+        }
+        // Docker also calls the digest of the configuration the image's id.
+        image_of(Digest::of(&config), layers, &config, &wanted.platform)
+    }
+
+    fn hash(&self, position: Position) -> Result<Digest> {
+        let mut hashing = Hashing::new(self.portion(position));
+        let read = std::io::copy(&mut hashing, &mut std::io::sink());
+        read.map_err(|e| read_error("read the archive", e))?;
+        Ok(hashing.digest())
+    }
+
+    /// Finds a file, through links.
+    fn find(&self, path: &str) -> Result<Position> {
+        let mut at = clean_path(path.as_bytes())?;
+        for _ in 0..=LINKS_MAX {
+            if let Some(position) = self.files.get(&at) {
+                return Ok(*position);
+            }
+            match self.links.get(&at) {
+                Some(target) => at = target.clone(),
+                None => break,
+            }
+        }
+        Err(bad(format!(
+            "the archive does not have {}",
+            shown(path.as_bytes())
+        )))
+    }
+
+    fn document(&self, path: &str) -> Result<Vec<u8>> {
+        let position = self.find(path)?;
+        if position.bytes > DOCUMENT_BYTES_MAX {
+            return Err(bad(format!(
+                "{} in the archive has more than {DOCUMENT_BYTES_MAX} bytes",
+                shown(path.as_bytes())
+            )));
+        }
+        let mut bytes = Vec::new();
+        let read = self.portion(position).read_to_end(&mut bytes);
+        read.map_err(|e| read_error("read the archive", e))?;
+        Ok(bytes)
+    }
+
+    fn portion(&self, position: Position) -> Portion<'_> {
+        Portion {
+            file: &self.spool.file,
+            at: position.offset,
+            left: position.bytes,
+        }
+    }
+}
+
+/// Returns where a relative link leads, or `None` if it leads out of the archive.
+fn beside(path: &str, target: &str) -> Option<Box<str>> {
+    let mut parts: Vec<&str> = path.split('/').collect();
+    parts.pop();
+    for part in target
+        .split('/')
+        .filter(|part| !part.is_empty() && *part != ".")
+    {
+        if part == ".." {
+            parts.pop()?;
+        } else {
+            parts.push(part);
+        }
+    }
+    clean_path(parts.join("/").as_bytes()).ok()
+}
+
+fn choose(mut images: Vec<DockerImage>, name: Option<&str>) -> Result<DockerImage> {
+    let Some(name) = name else {
+        return match images.len() {
+            0 => Err(bad("the archive has no image")),
+            1 => Ok(images.swap_remove(0)),
+            count => {
+                let message = format!("the archive has {count} images");
+                Err(Error::invalid(message).hint("name one: docker-archive:FILE:IMAGE:TAG"))
+            }
+        };
+    };
+    let wanted: Reference = name.parse()?;
+    let is_wanted = |tag: &String| tag.parse::<Reference>().is_ok_and(|tag| tag == wanted);
+    let found = images.iter().position(|image| {
+        let mut tags = image.repo_tags.iter().flatten();
+        tags.any(is_wanted)
+    });
+    found.map(|at| images.swap_remove(at)).ok_or_else(|| {
+        let message = format!("the archive has no image named {}", text::quoted(name));
+        Error::new(Kind::ImageNotFound, message)
+    })
+}
+
+impl Blobs for Archive<'_> {
+    fn open(&self, blob: &Descriptor) -> Result<Box<dyn Read + Send + '_>> {
+        let position = match self.layers.get(&blob.digest) {
+            Some(position) => *position,
+            None => self.find(&format!("blobs/sha256/{}", blob.digest.hex()))?,
+        };
+        Ok(Box::new(self.portion(position)))
+    }
+}
+
+/// Reports what is read through it, and fails when the pull is cancelled.
+struct Watched<'a, R> {
+    inner: R,
+    progress: &'a dyn Fn(u64),
+    cancel: &'a Cancel,
+}
+
+impl<R: Read> Read for Watched<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        check_cancel(self.cancel).map_err(as_io)?;
+        let n = self.inner.read(buffer)?;
+        (self.progress)(n as u64);
+        Ok(n)
+    }
+}
+
+#[cfg(test)]
+#[path = "archive_tests.rs"]
+mod tests;

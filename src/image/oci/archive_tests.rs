@@ -1,0 +1,246 @@
+use super::super::test_image::{Compression, TestImage};
+use super::super::test_tar::{Item, dir, file, gzip, hardlink, item, symlink, tar};
+use super::*;
+use crate::host::fs;
+use crate::locks::CancelCause;
+
+fn store(dir: &tempfile::TempDir) -> LayerStore {
+    LayerStore::new(fs::create_private_dir(&dir.path().join("layers")).unwrap())
+}
+
+/// Spools an archive and finds an image in it.
+fn found(archive: &[u8], wanted: &Wanted) -> Result<Image> {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(&dir);
+    let cancel = Cancel::try_new().unwrap();
+    let mut archive = Archive::spool(archive, &store, 1 << 30, &|_| {}, &cancel)?;
+    let image = archive.image(wanted)?;
+    for layer in &image.layers {
+        let mut hashing = Hashing::new(archive.open(&layer.blob)?);
+        std::io::copy(&mut hashing, &mut std::io::sink()).unwrap();
+        assert_eq!(hashing.count(), layer.blob.size);
+        assert_eq!(hashing.digest(), layer.blob.digest);
+    }
+    drop(archive);
+    assert_eq!(
+        std::fs::read_dir(dir.path().join("layers"))
+            .unwrap()
+            .count(),
+        0
+    );
+    Ok(image)
+}
+
+fn wanted(kind: Option<ArchiveKind>, name: Option<&str>) -> Wanted {
+    Wanted {
+        kind,
+        name: name.map(str::to_owned),
+        platform: Platform::default(),
+    }
+}
+
+#[track_caller]
+fn refused(items: &[Item], wanted: &Wanted, kind: Kind, message: &str) {
+    let error = found(&tar(items), wanted).unwrap_err();
+    assert_eq!(error.kind(), kind, "{error}");
+    assert!(error.to_string().contains(message), "{error}");
+}
+
+fn sample(compression: Compression) -> TestImage {
+    let layers = [
+        vec![dir("d"), file("d/a", "1")],
+        vec![file("b", "2")],
+        vec![],
+        vec![],
+    ];
+    TestImage::new(&layers, compression)
+}
+
+#[test]
+fn both_kinds_of_archives_are_recognised() {
+    let image = sample(Compression::None);
+    for (items, kind, name) in [
+        (image.oci_archive("tag"), ArchiveKind::Oci, "tag"),
+        (
+            image.docker_archive("app:1"),
+            ArchiveKind::Docker,
+            "docker.io/library/app:1",
+        ),
+    ] {
+        for kind in [None, Some(kind)] {
+            for name in [None, Some(name)] {
+                let wanted = wanted(kind, name);
+                let plain = tar(&items);
+                for bytes in [&plain, &gzip(&plain)] {
+                    let found = found(bytes, &wanted).unwrap();
+                    assert_eq!(
+                        found.layers,
+                        image
+                            .resolve()
+                            .layers
+                            .iter()
+                            .map(|layer| {
+                                let media_type = found.layers[0].blob.media_type.clone();
+                                let mut layer = layer.clone();
+                                layer.blob.media_type = media_type;
+                                layer
+                            })
+                            .collect::<Vec<_>>()
+                    );
+                    assert_eq!(found.config.cmd, ["/a"]);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn archive_with_both_manifests_is_of_the_kind_that_is_wanted() {
+    let image = sample(Compression::None);
+    let both = [image.oci_archive("tag"), image.docker_archive("app:1")].concat();
+    let digest = |kind| found(&tar(&both), &wanted(kind, None)).unwrap().digest;
+    assert_eq!(digest(None), image.resolve().digest);
+    assert_eq!(digest(Some(ArchiveKind::Oci)), image.resolve().digest);
+    assert_ne!(digest(Some(ArchiveKind::Docker)), image.resolve().digest);
+}
+
+#[test]
+fn image_that_is_not_in_the_archive_is_not_found() {
+    let image = sample(Compression::Gzip);
+    let oci = image.oci_archive("tag");
+    let docker = image.docker_archive("app:1");
+    refused(
+        &oci,
+        &wanted(None, Some("other")),
+        Kind::ImageNotFound,
+        "\"other\"",
+    );
+    refused(
+        &docker,
+        &wanted(None, Some("app:2")),
+        Kind::ImageNotFound,
+        "\"app:2\"",
+    );
+    refused(
+        &docker,
+        &wanted(None, Some("A:")),
+        Kind::InvalidArgument,
+        "reference",
+    );
+    refused(
+        &oci,
+        &wanted(Some(ArchiveKind::Docker), None),
+        Kind::InvalidImage,
+        "docker-archive",
+    );
+    refused(
+        &docker,
+        &wanted(Some(ArchiveKind::Oci), None),
+        Kind::InvalidImage,
+        "oci-archive",
+    );
+    refused(
+        &[file("etc/passwd", "")],
+        &wanted(None, None),
+        Kind::InvalidImage,
+        "neither",
+    );
+    let other = Wanted {
+        platform: "linux/arm64".parse().unwrap(),
+        ..Wanted::default()
+    };
+    refused(&docker, &other, Kind::Unsupported, "not for linux/arm64");
+}
+
+#[test]
+fn hostile_archives_are_refused() {
+    let any = Wanted::default();
+    let manifest = |json: &str| vec![file("manifest.json", json)];
+    refused(&manifest("[]"), &any, Kind::InvalidImage, "no image");
+    refused(&manifest("{"), &any, Kind::InvalidImage, "manifest.json");
+    refused(
+        &manifest(r#"[{"Config":"a"},{"Config":"b"}]"#),
+        &any,
+        Kind::InvalidArgument,
+        "2 images",
+    );
+    refused(
+        &manifest(r#"[{"Config":"../../etc/shadow"}]"#),
+        &any,
+        Kind::InvalidImage,
+        "..",
+    );
+    refused(
+        &manifest(r#"[{"Config":"none"}]"#),
+        &any,
+        Kind::InvalidImage,
+        "does not have \"none\"",
+    );
+    let mut looping = manifest(r#"[{"Config":"a"}]"#);
+    looping.extend([symlink("a", "b"), symlink("b", "a")]);
+    refused(&looping, &any, Kind::InvalidImage, "does not have");
+    let mut outside = manifest(r#"[{"Config":"a"}]"#);
+    outside.push(symlink("a", "../../etc/shadow"));
+    refused(&outside, &any, Kind::InvalidImage, "does not have");
+    let mut large = manifest(r#"[{"Config":"a"}]"#);
+    large.push(file("a", "").with(|i| i.content = vec![b' '; DOCUMENT_BYTES_MAX as usize + 1]));
+    refused(&large, &any, Kind::InvalidImage, "more than");
+    refused(
+        &[file("../manifest.json", "")],
+        &any,
+        Kind::InvalidImage,
+        "..",
+    );
+    let many: Vec<Item> = (0..=ARCHIVE_FILES_MAX)
+        .map(|n| file(&n.to_string(), ""))
+        .collect();
+    refused(&many, &any, Kind::InvalidImage, "files");
+    let linked = [
+        hardlink("manifest.json", "m"),
+        file("m", "[]"),
+        item(b'6', "fifo"),
+    ];
+    refused(&linked, &any, Kind::InvalidImage, "neither");
+}
+
+#[test]
+fn changed_blob_of_archive_is_refused() {
+    let image = sample(Compression::Gzip);
+    let mut items = image.oci_archive("tag");
+    let name = image.resolve().digest.hex();
+    for item in &mut items {
+        if item.path.ends_with(name.as_bytes()) {
+            item.content[0] ^= 1;
+        }
+    }
+    refused(
+        &items,
+        &Wanted::default(),
+        Kind::InvalidImage,
+        "another digest",
+    );
+}
+
+#[test]
+fn spooling_is_limited_and_can_be_cancelled() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(&dir);
+    let cancel = Cancel::try_new().unwrap();
+    let large = tar(&[file("a", "").with(|item| item.content = vec![0; 2 << 20])]);
+    let spool = |bytes: &[u8], max, progress: &dyn Fn(u64)| {
+        Archive::spool(bytes, &store, max, progress, &cancel).map(drop)
+    };
+    for bytes in [&large, &gzip(&large)] {
+        let error = spool(bytes, 1 << 20, &|_| {}).unwrap_err();
+        assert_eq!(error.kind(), Kind::InvalidImage, "{error}");
+    }
+    assert!(spool(&large[..large.len() / 2], 1 << 30, &|_| {}).is_err());
+    let error = spool(&large, 1 << 30, &|_| cancel.cancel(CancelCause::Requested)).unwrap_err();
+    assert_eq!(error.kind(), Kind::Cancelled, "{error}");
+    assert_eq!(
+        std::fs::read_dir(dir.path().join("layers"))
+            .unwrap()
+            .count(),
+        0
+    );
+}

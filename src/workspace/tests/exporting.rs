@@ -243,7 +243,7 @@ fn export_tree_is_identical() {
         work_in_the_guest(&site, false);
         std::fs::File::create(site.guest().join("hole"))
             .unwrap()
-            .set_len(1 << 26)
+            .set_len(1 << 24)
             .unwrap();
         std::fs::hard_link(site.guest().join("a"), site.guest().join("hard")).unwrap();
         let out = site.dir.path().join("out");

@@ -1,6 +1,7 @@
 //! The credential for a registry, which `fcctl` finds with the caller's rights and sends to the
 //! daemon over a pipe, never as a parameter of a call.
 
+use crate::error::{Error, Kind, Result};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -45,6 +46,27 @@ pub enum Credential {
     },
 }
 
+impl Credential {
+    /// Returns what is written to the pipe. It must go nowhere else.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("a credential is JSON")
+    }
+
+    /// Reads what [`Credential::to_bytes`] has made. serde's message could quote a secret, so the
+    /// error does not have it.
+    ///
+    /// # Errors
+    /// `invalid_request`.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
+        let parsed = match bytes.len() <= CREDENTIAL_BYTES_MAX {
+            true => serde_json::from_slice(bytes).ok(),
+            false => None,
+        };
+        let why = "the credential for the registry is malformed or too long";
+        parsed.ok_or_else(|| Error::new(Kind::InvalidRequest, why))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -60,12 +82,27 @@ mod tests {
         };
         for credential in [basic, identity] {
             assert!(!format!("{credential:?}").contains("canary"));
-            let json = serde_json::to_string(&credential).unwrap();
-            assert!(json.contains("canary"), "{json}");
-            assert_eq!(
-                serde_json::from_str::<Credential>(&json).unwrap(),
-                credential
-            );
+            let bytes = credential.to_bytes();
+            assert!(bytes.windows(6).any(|part| part == b"canary"));
+            assert_eq!(Credential::from_bytes(&bytes).unwrap(), credential);
+        }
+    }
+
+    #[test]
+    fn malformed_bytes_are_refused_without_being_quoted() {
+        let long = Credential::Identity {
+            token: Secret::new("a".repeat(CREDENTIAL_BYTES_MAX)),
+        };
+        for bytes in [
+            b"canary".to_vec(),
+            br#"{"kind":"canary"}"#.to_vec(),
+            br#"{"kind":"identity","token":["canary"]}"#.to_vec(),
+            Vec::new(),
+            long.to_bytes(),
+        ] {
+            let e = Credential::from_bytes(&bytes).unwrap_err();
+            assert_eq!(e.kind(), Kind::InvalidRequest);
+            assert!(!format!("{e:?}").contains("canary"));
         }
     }
 }

@@ -24,6 +24,8 @@ mod pipes;
 mod printer;
 mod progress;
 mod ps;
+#[allow(dead_code)] // Until `image pull` uses it.
+mod registry_auth;
 mod relay;
 mod rpc;
 mod run;

@@ -484,6 +484,10 @@ let long = \"one \\
 /// test does not see `host/strerror.rs` (for the C library) and `vmm/firecracker/refusal.rs`, which
 /// use tables.
 const FOREIGN_TEXTS: &[(&str, &str)] = &[
+    (
+        "src/cli/registry_auth/helper.rs",
+        "docker's credential helpers",
+    ),
     ("src/image/apt_texts.rs", "mmdebstrap and apt"),
     ("src/vmm/end.rs", "Linux"),
     ("src/vmm/qemu/accel.rs", "Linux"),

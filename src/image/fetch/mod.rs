@@ -25,6 +25,8 @@ mod blob;
 mod challenge;
 mod client;
 mod dial;
+#[cfg(feature = "fuzz")]
+pub mod fuzz;
 mod http;
 mod proxy;
 mod redirect;

@@ -29,6 +29,19 @@ pub(super) struct Proxy {
 }
 
 impl Proxies {
+    /// Reads the variables. The names in lower case are as good, as for curl and Go.
+    pub fn from_env(env: &dyn Fn(&str) -> Option<String>) -> Self {
+        let read = |name: &str| {
+            let value = env(name).filter(|value| !value.is_empty());
+            value.or_else(|| env(&name.to_ascii_lowercase()))
+        };
+        Self {
+            https: read("HTTPS_PROXY").map(Secret::new),
+            http: read("HTTP_PROXY").map(Secret::new),
+            no_proxy: read("NO_PROXY").unwrap_or_default(),
+        }
+    }
+
     /// Returns the proxy for an origin, or None if it is spoken to directly.
     ///
     /// # Errors
@@ -200,6 +213,20 @@ mod unit {
             http: Some(Secret::new("plain")),
             no_proxy: no_proxy.into(),
         }
+    }
+
+    #[test]
+    fn variables_are_read_in_both_cases() {
+        let env = |name: &str| match name {
+            "HTTPS_PROXY" | "no_proxy" => Some(name.to_owned()),
+            "HTTP_PROXY" => Some(String::new()),
+            "http_proxy" => Some("lower".to_owned()),
+            _ => None,
+        };
+        let proxies = Proxies::from_env(&env);
+        assert_eq!(proxies.https, Some(Secret::new("HTTPS_PROXY")));
+        assert_eq!(proxies.http, Some(Secret::new("lower")));
+        assert_eq!(proxies.no_proxy, "no_proxy");
     }
 
     #[test]

@@ -6,7 +6,7 @@ use super::proxy::{Proxies, Proxy};
 use super::settings::Limits;
 use super::url::{Origin, Url};
 use crate::error::{Error, Kind, Result};
-use crate::host::wait::{WaitResult, cancelled, wait_any};
+use crate::host::wait::{WaitResult, cancelled, set_nonblocking, wait_any};
 use crate::locks::Cancel;
 use nix::poll::PollFlags;
 use std::fmt;
@@ -163,7 +163,7 @@ struct Socket {
 impl Socket {
     fn new(stream: TcpStream, network: &Network) -> Result<Self> {
         let failed = |e| Error::io("set up a connection", e);
-        stream.set_nonblocking(true).map_err(failed)?;
+        set_nonblocking(&stream).map_err(failed)?;
         stream.set_nodelay(true).map_err(failed)?;
         Ok(Self {
             stream,

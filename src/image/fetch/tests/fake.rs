@@ -150,7 +150,8 @@ pub(super) fn hangs_up(stream: &TcpStream, patience: Duration) -> bool {
     result == crate::host::wait::WaitResult::Ready
 }
 
-/// A registry on loopback. It answers `/v2/` by itself, and closes a connection for TLS.
+/// A registry on loopback. It answers `/v2/` without asking the test, and closes a connection
+/// for TLS immediately.
 pub(super) struct Fake {
     pub(super) address: SocketAddr,
     seen: Receiver<Asked>,

@@ -46,7 +46,7 @@ struct Target {
 }
 
 /// All targets. To add a target, add it here and put valid inputs in `seeds/NAME/`.
-const TARGETS: [Target; 11] = [
+const TARGETS: [Target; 12] = [
     Target {
         name: "qmp",
         run: fcd::testing::vmm::fuzz::qmp,
@@ -180,6 +180,26 @@ const TARGETS: [Target; 11] = [
             "\"platform\":{\"os\":\"linux\",\"architecture\":\"amd64\"}",
             "[[[[[[[[",
             "18446744073709551615",
+        ],
+    },
+    Target {
+        name: "registry-replies",
+        run: fcd::testing::image::fetch::fuzz::replies,
+        memory_max: 16 << 20,
+        words: &[
+            "Bearer realm=\"",
+            "https://registry.example/",
+            "https://",
+            "http://",
+            "127.0.0.1",
+            "[::ffff:127.0.0.1]",
+            "169.254.169.254",
+            "bytes ",
+            "{\"errors\":[{\"code\":\"",
+            "{\"token\":\"",
+            "HTTP/1.1 200 \r\n\r\n",
+            "\n",
+            "@",
         ],
     },
 ];

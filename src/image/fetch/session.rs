@@ -25,6 +25,7 @@ pub(super) struct Session {
     settings: Arc<Settings>,
     /// Known after the first request, which may have to find out whether the registry speaks TLS.
     registry: Option<Origin>,
+    has_answered: bool,
     authorization: Option<Secret>,
 }
 
@@ -59,6 +60,7 @@ impl Session {
             http: Http::new(&settings, Arc::new(network))?,
             settings: Arc::new(settings),
             registry: None,
+            has_answered: false,
             authorization: None,
         })
     }
@@ -92,9 +94,9 @@ impl Session {
                 Err(e) => return Err(e),
             };
             // A registry that has never answered may be a mistyped name.
-            let max = match self.registry {
-                Some(_) => self.limits().retries,
-                None => self.limits().retries.min(1),
+            let max = match self.has_answered {
+                true => self.limits().retries,
+                false => self.limits().retries.min(1),
             };
             if repetitions >= max {
                 return Err(error);
@@ -125,6 +127,7 @@ impl Session {
     fn get_once(&mut self, wanted: &Wanted) -> Result<Reply> {
         let registry = self.registry()?;
         let reply = self.follow(&registry, wanted)?;
+        self.has_answered = true;
         if reply.status != 401 {
             return Ok(reply);
         }

@@ -9,13 +9,14 @@ mod proxies;
 
 use super::*;
 use crate::api::registry::{Credential, Secret};
-use crate::error::{Kind, Result};
+use crate::error::{Error, Kind, Result};
 use crate::host::hex;
 use crate::locks::Cancel;
 use fake::{Answer, Asked, Fake};
 use sha2::{Digest, Sha256};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 const OCI: &str = "application/vnd.oci.image.manifest.v1+json";
@@ -158,6 +159,27 @@ fn closed_port_is_unreachable() {
         client(settings(&name)).manifest(&tag()),
         Kind::RegistryUnreachable,
     );
+}
+
+/// Counts the connections that it refuses.
+struct Refusing(AtomicUsize);
+
+impl Dial for Refusing {
+    fn dial(&self, target: &Target, _: Instant, _: &Cancel) -> Result<TcpStream> {
+        self.0.fetch_add(1, Ordering::SeqCst);
+        assert_eq!((target.port, target.reach), (443, Reach::Loopback));
+        Err(Error::new(Kind::RegistryUnreachable, "refused"))
+    }
+}
+
+#[test]
+fn registry_that_never_answered_is_tried_twice() {
+    let dial = Arc::new(Refusing(AtomicUsize::new(0)));
+    let cancel = Cancel::try_new().unwrap();
+    let settings = settings("registry.example");
+    let mut client = Client::new(settings, Arc::clone(&dial) as Arc<dyn Dial>, cancel).unwrap();
+    fails(client.manifest(&tag()), Kind::RegistryUnreachable);
+    assert_eq!(dial.0.load(Ordering::SeqCst), 2);
 }
 
 #[test]

@@ -34,7 +34,7 @@ pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
         .connect(printer)?
         .call::<VmSshConfig>(&SshConfigRequest {
             vm: args.vm,
-            user: args.user,
+            user: args.user.clone(),
         })?;
     // The directory has mode 0700, so only this user can read the key in it. It is removed when
     // dropped.
@@ -55,7 +55,12 @@ pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     )
     .map_err(io)?;
     let file = dir.path().join("config");
-    write_private(&file, &render(&config, dir.path(), args.args.is_empty())).map_err(io)?;
+    let mut text = render(&config, dir.path(), args.args.is_empty());
+    if let Some(user) = &args.user {
+        // The login shell of a guest runtime takes it. Other guests have logged in as the user.
+        text.push_str(&format!("  SetEnv FCD_USER={user}\n"));
+    }
+    write_private(&file, &text).map_err(io)?;
     let mut argv: Vec<OsString> = vec!["-F".into(), file.into(), config.name.as_str().into()];
     argv.extend(args.args);
     // ssh owns the terminal and handles its signals. This process must not exit first and leave the

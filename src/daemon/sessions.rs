@@ -180,16 +180,31 @@ impl Sessions {
         let workdir = words
             .workdir
             .or_else(|| self.workdir(&row).map(String::into_bytes));
-        let line = command_bytes(&words.argv, &words.env, workdir.as_deref(), user.as_ref())
-            .map_err(doing)?;
+        // In a guest that boots with a guest runtime, the login shell changes the user.
+        let (in_line, user_line) = match Layout::of(&row) {
+            Layout::Own => (user.as_ref(), String::new()),
+            Layout::Runtime => (None, user.as_ref().map(GuestUser::line).unwrap_or_default()),
+        };
+        let line =
+            command_bytes(&words.argv, &words.env, workdir.as_deref(), in_line).map_err(doing)?;
         let target = self.guests.target(&row).map_err(doing)?;
         let command = match String::from_utf8(line) {
-            Ok(line) if line.len() <= COMMAND_BYTES_MAX => line,
+            Ok(line) if line.len() <= COMMAND_BYTES_MAX => user_line + &line,
             Ok(line) => self
-                .upload_command((&target, &row), line.into_bytes(), connection, &cancel)
+                .upload_command(
+                    (&target, &row),
+                    &user_line,
+                    line.into_bytes(),
+                    (connection, &cancel),
+                )
                 .map_err(doing)?,
             Err(e) => self
-                .upload_command((&target, &row), e.into_bytes(), connection, &cancel)
+                .upload_command(
+                    (&target, &row),
+                    &user_line,
+                    e.into_bytes(),
+                    (connection, &cancel),
+                )
                 .map_err(doing)?,
         };
         let (sender, mut controls) = control_queue()?;
@@ -220,9 +235,9 @@ impl Sessions {
     fn upload_command(
         &self,
         (target, row): (&Target, &VmRow),
+        user_line: &str,
         line: Vec<u8>,
-        connection: BorrowedFd<'_>,
-        cancel: &Cancel,
+        (connection, cancel): (BorrowedFd<'_>, &Cancel),
     ) -> Result<String> {
         let dir = Layout::of(row).shared_dir();
         let file = format!("{dir}/.fcd-exec-{}", SessionId::random());
@@ -231,7 +246,7 @@ impl Sessions {
         let mut stderr = VecSink::new(STDERR_BYTES_MAX);
         let spec = ExecSpec {
             // With `set -C`, the command fails if the file exists.
-            command: format!("umask 077; set -C; cat >{file}"),
+            command: format!("{user_line}umask 077; set -C; cat >{file}"),
             idle: Some(Duration::from_secs(self.core.limits.transfer_idle_s)),
             ..ExecSpec::default()
         };
@@ -242,7 +257,7 @@ impl Sessions {
             ..Streams::default()
         };
         match self.transport.exec(target, &spec, streams, cancel)? {
-            Exit::Status(0) => Ok(format!(". {file}")),
+            Exit::Status(0) => Ok(format!("{user_line}. {file}")),
             _ => {
                 let output = printable(String::from_utf8_lossy(&stderr.bytes).trim());
                 let e = Error::new(
@@ -377,6 +392,11 @@ impl Sessions {
             )));
         }
         let target = self.guests.target(&row)?;
+        let login_user = match Layout::of(&row) {
+            Layout::Own => request.user.clone(),
+            // The login shell changes the user: fcctl passes FCD_USER.
+            Layout::Runtime => None,
+        };
         let workdir = self
             .core
             .store
@@ -386,7 +406,7 @@ impl Sessions {
             vm: row.id,
             name: row.name,
             addr: target.addr,
-            user: request.user.clone().unwrap_or(target.user),
+            user: login_user.unwrap_or(target.user),
             private_key: target.private_key,
             host_key,
             workdir,

@@ -46,6 +46,13 @@ impl GuestUser {
         })
     }
 
+    /// Returns the line that makes the login shell of a guest runtime run the commands after it as
+    /// this user. Every other shell takes it for a comment.
+    pub fn line(&self) -> String {
+        let group = self.group.iter().map(|group| format!(":{group}"));
+        format!("#fcd-user {}{}\n", self.user, group.collect::<String>())
+    }
+
     /// Returns shell commands that find the user's ids, set the variables that depend on the user,
     /// and change to the home directory. They exit if the guest does not have the user or group.
     pub(super) fn look_up(&self) -> String {

@@ -163,6 +163,20 @@ fn image_with_a_shell_uses_its_own_programs_and_user() {
         host.ok(&["exec", "box", "--", "id"]).trim(),
         "uid=1000(dev) gid=1000(dev) groups=44(video),1000(dev)"
     );
+    for (user, wanted) in [
+        ("root", "uid=0(root) gid=0(root) groups=0(root)"),
+        ("1000:video", "uid=1000(dev) gid=44(video) groups=44(video)"),
+        ("7", "uid=7 gid=0(root) groups=0(root)"),
+    ] {
+        let said = host.ok(&["exec", "--user", user, "box", "--", "id"]);
+        assert_eq!(said.trim(), wanted, "{user}");
+    }
+    let (status, said) = host.fails(&["exec", "--user", "nobody", "box", "--", "id"]);
+    assert!(status == 125 && said.contains("nobody"), "{status} {said}");
+    assert_eq!(
+        host.ok(&["ssh", "--user", "dev", "box", "--", "id", "-un"]),
+        "dev\n"
+    );
     // A program of the image comes before the runtime's.
     assert_eq!(
         host.sh(

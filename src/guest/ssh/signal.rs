@@ -42,8 +42,10 @@ fn command(signal: &str) -> String {
     let script = format!(
         "P=$PPID; read -r name </proc/$P/comm; case $name in sshd*) ;; *) exit ;; esac; for c in $({children}); do [ $c = $$ ] || kill -s {signal} -- -$c 2>/dev/null || kill -s {signal} $c; done"
     );
-    // An image may have no /bin/sh. The search path ends with a directory that has one.
-    format!("exec sh -c {}", quote(&script))
+    // An image may have no /bin/sh, but the search path ends with a directory that has a shell. In
+    // a guest that boots with a guest runtime, the first line makes root run the script, because
+    // the command may belong to any user.
+    format!("#fcd-user 0\nexec sh -c {}", quote(&script))
 }
 
 impl Signaller {

@@ -31,7 +31,7 @@ const IMAGE_SHELL: &str = "/bin/sh";
 const SFTP_SERVER: &str = "/.fcd/lib/openssh/sftp-server";
 /// The descriptor in whose place the libc of sftp-server has /etc/passwd (see bundle.sh).
 const USERS_FD: i32 = 100;
-/// The variable with which the daemon chooses another user than the image's.
+/// The variable with which `fcctl ssh` chooses another user than the image's.
 const USER_VARIABLE: &str = "FCD_USER";
 /// The limit of a file of the image, which may be of any size.
 const FILE_BYTES_MAX: u64 = 4 << 20;
@@ -112,7 +112,17 @@ fn run_own(args: &[OsString]) -> Result<Never, String> {
 /// Becomes the image's shell, or a command of the image.
 fn run_image(args: &[OsString], is_login: bool) -> Result<Never, String> {
     let settings = settings::parse(&read(SETTINGS));
-    let wanted = std::env::var(USER_VARIABLE).unwrap_or_default();
+    let mut args = args.to_vec();
+    let mut wanted = std::env::var(USER_VARIABLE).unwrap_or_default();
+    if let [flag, line] = args.as_mut_slice()
+        && flag == "-c"
+    {
+        let split = settings::split_line(line.as_bytes());
+        let (user, command) = (split.user, split.command.to_vec());
+        wanted = user.unwrap_or(wanted);
+        *line = OsString::from_vec(command);
+    }
+    let args = args.as_slice();
     let wanted = if wanted.is_empty() {
         &settings.user
     } else {

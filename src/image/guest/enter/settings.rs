@@ -44,6 +44,36 @@ pub(crate) fn parse(bytes: &[u8]) -> Settings {
     settings
 }
 
+/// A line before a command that names the user to run it. Every other shell takes it for a comment.
+const USER_LINE: &[u8] = b"#fcd-user ";
+
+/// A command of the daemon or of a user.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Line<'a> {
+    /// The user in the first line, as `USER[:GROUP]`.
+    pub user: Option<String>,
+    pub command: &'a [u8],
+}
+
+/// Separates the line that names the user from the command.
+pub(crate) fn split_line(line: &[u8]) -> Line<'_> {
+    let found = line.strip_prefix(USER_LINE).and_then(|rest| {
+        let end = rest.iter().position(|b| *b == b'\n')?;
+        let user = std::str::from_utf8(&rest[..end]).ok()?;
+        Some((user.to_owned(), &rest[end + 1..]))
+    });
+    match found {
+        Some((user, command)) => Line {
+            user: Some(user),
+            command,
+        },
+        None => Line {
+            user: None,
+            command: line,
+        },
+    }
+}
+
 /// Splits `NAME=VALUE`.
 fn split(record: &[u8]) -> Option<(&[u8], &[u8])> {
     let at = record.iter().position(|b| *b == b'=')?;
@@ -81,6 +111,32 @@ mod tests {
             [(&b"A"[..], &b"1=2\nx"[..]), (&b"B"[..], &b"\xff"[..])]
         );
         assert_eq!(parse(b""), Settings::default());
+    }
+
+    #[test]
+    fn user_is_named_in_the_first_line_only() {
+        let split = |line: &'static str| {
+            let found = split_line(line.as_bytes());
+            (
+                found.user,
+                String::from_utf8_lossy(found.command).into_owned(),
+            )
+        };
+        let named = |user: &str, command: &str| (Some(user.to_owned()), command.to_owned());
+        assert_eq!(
+            split("#fcd-user dev:5\ncd /\nls"),
+            named("dev:5", "cd /\nls")
+        );
+        assert_eq!(split("#fcd-user 0\n"), named("0", ""));
+        for line in [
+            "ls",
+            "#fcd-user dev",
+            "ls\n#fcd-user dev\nx",
+            "# fcd-user a\nb",
+            "",
+        ] {
+            assert_eq!(split(line), (None, line.to_owned()));
+        }
     }
 
     #[test]

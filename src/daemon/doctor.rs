@@ -18,6 +18,7 @@ use crate::api::daemon::{Check, DoctorReply, LeaksReply};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::host::Commands;
+use crate::host::time::now_s;
 use crate::image::Images;
 use crate::locks::Cancel;
 use crate::vmm::Driver;
@@ -75,6 +76,7 @@ impl Doctor {
         let mut checks = found.map_err(|e| e.context("check this host"))?;
         // These checks read only files and memory, so there is no need to share them.
         checks.push(self.image_check());
+        checks.push(self.resources.specs.guest_runtimes.check(now_s()));
         checks.push(self.recovery.recovery_check(caller));
         checks.extend(self.networks.name_server_check());
         checks.push(match self.core.store.read_only() {

@@ -2,7 +2,7 @@
 //! `/.fcd`, and mkfs.ext4 makes the disk without mounting it.
 
 use super::{FILES, GuestRuntimes, Package, RuntimeInfo, id_of};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::host::time::now_s;
 use crate::host::{Commands, hex};
 use crate::image::checks::Host;
@@ -35,6 +35,8 @@ const PACKAGES: [&str; 17] = [
     "tar",
     "util-linux",
 ];
+/// The age at which a runtime is built again.
+const FRESH_DAYS: u64 = 7;
 /// The size limit of a build's tree, which is in a tmpfs and therefore uses memory.
 const TREE_BYTES_MAX: u64 = 2 << 30;
 /// The login shell of guests, a static program that `src/image/guest/build.rs` compiles.
@@ -125,10 +127,12 @@ fn build(
     runtimes.publish(&publish, &info)
 }
 
-/// Returns the newest runtime that this version of fcd has built, and builds one if there is none.
+/// Returns the newest runtime that this version of fcd has built. Builds one if there is none, or
+/// if it is so old that its packages may have had security updates. Keeps an old one if that fails,
+/// for example because the host has no network.
 ///
 /// # Errors
-/// Those of [`build`].
+/// Those of [`build`], if there is no runtime.
 pub fn ensure(
     runtimes: &GuestRuntimes,
     commands: &dyn Commands,
@@ -137,7 +141,19 @@ pub fn ensure(
 ) -> Result<RuntimeInfo> {
     let own = own_digest();
     let found = runtimes.list()?.into_iter().find(|r| r.own_digest == own);
-    found.map_or_else(|| build(runtimes, commands, cancel, progress), Ok)
+    if let Some(info) = found.as_ref().filter(|r| r.age_days(now_s()) < FRESH_DAYS) {
+        return Ok(info.clone());
+    }
+    match (build(runtimes, commands, cancel, progress), found) {
+        (Err(e), Some(info)) if e.kind() != Kind::Cancelled => {
+            log::warn!(
+                "the guest runtime {} is kept, although it is old: {e}",
+                info.id
+            );
+            Ok(info)
+        }
+        (built, _) => built,
+    }
 }
 
 fn init() -> String {

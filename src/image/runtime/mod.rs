@@ -18,8 +18,10 @@ pub use build::ensure;
 
 use super::directory::{self, Staging, open_registry};
 use super::registry::{FileRecord, INITRD, KERNEL};
+use crate::api::daemon::Check;
 use crate::error::{Error, Kind, Result};
 use crate::host::hex;
+use crate::host::plural::count;
 use crate::ids::{ID_LEN, RuntimeId};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -58,6 +60,13 @@ pub struct RuntimeInfo {
 pub struct Package {
     pub name: String,
     pub version: String,
+}
+
+impl RuntimeInfo {
+    /// Returns the time since the runtime was built, in whole days.
+    fn age_days(&self, now_s: u64) -> u64 {
+        now_s.saturating_sub(self.built_at) / (24 * 60 * 60)
+    }
 }
 
 /// The paths of a runtime's files, which are absolute if the registry's path is.
@@ -164,6 +173,25 @@ impl GuestRuntimes {
         })
     }
 
+    /// Reports the newest runtime and its age for `doctor`.
+    pub fn check(&self, now_s: u64) -> Check {
+        const ID: &str = "guest-runtime";
+        let Ok(info) = self.newest() else {
+            return Check::ok(ID, "no guest runtime has been built yet");
+        };
+        let (id, days) = (&info.id, info.age_days(now_s));
+        let text = format!(
+            "guest runtime {id}: kernel {}, built {} ago",
+            info.kernel_version,
+            count(days, "day")
+        );
+        if days < OLD_DAYS {
+            return Check::ok(ID, text);
+        }
+        let text = format!("{text}, so its packages may lack security updates");
+        Check::warn(ID, text, BUILD_HINT)
+    }
+
     /// Deletes a runtime, even a damaged one. Snapshots have links to its files. The caller checks
     /// that no VM uses it.
     #[cfg(any(test, feature = "fakes"))]
@@ -197,6 +225,8 @@ impl GuestRuntimes {
     }
 }
 
+/// The age from which `doctor` warns.
+const OLD_DAYS: u64 = 30;
 /// The files of a runtime, apart from `runtime.json`.
 const FILES: [&str; 3] = [DISK, KERNEL, INITRD];
 const BUILD_HINT: &str = "run fcctl image build NAME with a new name, which also builds a runtime";
@@ -263,6 +293,26 @@ mod tests {
             Kind::ImageNotFound
         );
         assert_eq!(runtimes.list().unwrap(), [new]);
+    }
+
+    #[test]
+    fn doctor_warns_about_an_old_runtime() {
+        use crate::api::daemon::Severity;
+        let state = tempfile::tempdir().unwrap();
+        let runtimes = GuestRuntimes::open(state.path()).unwrap();
+        let check = |days: u64| {
+            let check = runtimes.check(7 + days * 24 * 60 * 60);
+            (check.severity, check.found)
+        };
+        assert_eq!(check(0).0, Severity::Ok);
+        let id = publish(&runtimes, "text", 7).unwrap().id;
+        let (severity, found) = check(1);
+        assert_eq!(severity, Severity::Ok);
+        assert_eq!(
+            found,
+            format!("guest runtime {id}: kernel 6.1, built 1 day ago")
+        );
+        assert_eq!(check(OLD_DAYS).0, Severity::Warn);
     }
 
     #[test]

@@ -46,6 +46,7 @@ impl Bench {
             ("vm/disk", b"x"),
             ("vm/seed", b"x"),
             ("vm/work", b"x"),
+            ("runtime.ext4", b"x"),
         ] {
             std::fs::write(dir.path().join(name), bytes).unwrap();
         }
@@ -84,7 +85,7 @@ impl Bench {
             boot_args: "root=/dev/vda init=/sbin/fcd-init".into(),
             disk: path("vm/disk"),
             seed: path("vm/seed"),
-            runtime_disk: None,
+            runtime_disk: Some(path("runtime.ext4")),
             work_disk: Some(path("vm/work")),
             network: GuestNetwork::Tap {
                 name: "fc0011aabb-1".into(),

@@ -8,12 +8,13 @@ use fcd::testing::vmm::{Driver, GuestNetwork, VmmSpec};
 use std::time::Instant;
 
 /// The requests of a start in order.
-const REQUESTS: [(&str, &str); 13] = [
+const REQUESTS: [(&str, &str); 14] = [
     ("GET", "/"),
     ("PUT", "/machine-config"),
     ("PUT", "/boot-source"),
     ("PUT", "/drives/root"),
     ("PUT", "/drives/seed"),
+    ("PUT", "/drives/runtime"),
     ("PUT", "/drives/work"),
     ("PUT", "/network-interfaces/eth0"),
     ("PUT", "/entropy"),
@@ -35,6 +36,7 @@ fn start_configures_vm_and_runs_guest() {
         PUT /boot-source {"kernel_image_path":"DIR/vmlinux","initrd_path":"DIR/initrd","boot_args":"root=/dev/vda init=/sbin/fcd-init console=ttyS0 reboot=k panic=-1 net.ifnames=0 quiet cryptomgr.notests random.trust_cpu=on audit=0 i8042.noaux i8042.nomux fcd.off=reset"}
         PUT /drives/root {"drive_id":"root","path_on_host":"DIR/vm/disk","is_root_device":true,"is_read_only":false,"cache_type":"Writeback"}
         PUT /drives/seed {"drive_id":"seed","path_on_host":"DIR/vm/seed","is_root_device":false,"is_read_only":true,"cache_type":"Writeback"}
+        PUT /drives/runtime {"drive_id":"runtime","path_on_host":"DIR/runtime.ext4","is_root_device":false,"is_read_only":true,"cache_type":"Writeback"}
         PUT /drives/work {"drive_id":"work","path_on_host":"DIR/vm/work","is_root_device":false,"is_read_only":false,"cache_type":"Writeback"}
         PUT /network-interfaces/eth0 {"iface_id":"eth0","host_dev_name":"fc0011aabb-1","guest_mac":"02:fc:0a:59:00:05"}
         PUT /entropy {}

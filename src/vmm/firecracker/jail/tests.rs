@@ -6,7 +6,7 @@ use std::os::unix::fs::symlink;
 
 fn spec(dir: &Path) -> VmmSpec {
     let path = |name: &str| dir.join(name);
-    for name in ["k", "i", "vm/d", "vm/s"] {
+    for name in ["k", "i", "r", "vm/d", "vm/s"] {
         std::fs::create_dir_all(path(name).parent().unwrap()).unwrap();
         std::fs::write(path(name), name).unwrap();
     }
@@ -20,7 +20,7 @@ fn spec(dir: &Path) -> VmmSpec {
         disk: path("vm/d"),
         disk_format: crate::vmm::DiskFormat::Raw,
         seed: path("vm/s"),
-        runtime_disk: None,
+        runtime_disk: Some(path("r")),
         work_disk: None,
         vcpus: 2,
         mem_mib: 512,
@@ -58,7 +58,8 @@ fn jail_is_recreated_and_removed_without_following_links() {
             .join(spec.tag.as_str())
             .join("root");
         assert_eq!(std::fs::read_to_string(root.join("disk")).unwrap(), "vm/d");
-        assert_eq!(std::fs::read_dir(&root).unwrap().count(), 4);
+        assert_eq!(std::fs::read_to_string(root.join("runtime")).unwrap(), "r");
+        assert_eq!(std::fs::read_dir(&root).unwrap().count(), 5);
         symlink(&outside, root.join("link")).unwrap();
         assert_eq!(remains(vms, "11223344"), [spec.tag.as_str()]);
     }

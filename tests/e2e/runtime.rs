@@ -48,7 +48,18 @@ fn busybox(host: &Host, to: &Path) {
 /// Creates a VM without a network and boots it.
 fn boot(host: &Host, name: &str, image: &str) {
     host.ok(&[
-        "vm", "create", "--name", name, "--image", image, "--net", "none", "--disk", "3G",
+        "vm",
+        "create",
+        "--name",
+        name,
+        "--image",
+        image,
+        "--net",
+        "none",
+        "--disk",
+        "3G",
+        "--work-disk",
+        "64M",
     ]);
     host.ok(&["start", name]);
 }
@@ -121,7 +132,7 @@ fn image_of_one_static_program_boots() {
     // The guest has the image's own files, what Docker adds too, and /.fcd.
     assert_eq!(
         host.sh("one", "ls -A / | tr '\\n' ' '"),
-        ".fcd app dev etc lost+found proc srv sys "
+        ".fcd app dev etc lost+found proc srv sys work "
     );
     let kib = host.sh("one", "df -k / | tail -n 1 | tr -s ' ' | cut -d ' ' -f 2");
     assert!(
@@ -186,5 +197,18 @@ fn image_with_a_shell_uses_its_own_programs_and_user() {
         "/\n/home/dev\n/bin/busybox\ngit is /.fcd/bin/git\n"
     );
     check_ends(&host, "box");
+    let as_root =
+        |vm: &str, script: &str| host.ok(&["exec", "--user", "root", vm, "--", "sh", "-c", script]);
+    as_root("box", "echo before >/mark; echo work >/work/mark");
+    host.ok(&["snapshot", "create", "box", "--name", "saved"]);
+    as_root("box", "echo after >/mark");
+    host.ok(&["snapshot", "restore", "saved", "--as", "twin"]);
+    assert_eq!(
+        as_root("twin", "cat /mark /work/mark /etc/hostname; hostname"),
+        "before\nwork\ntwin\ntwin\n"
+    );
+    assert_eq!(host.ok(&["exec", "twin", "--", "id", "-un"]), "dev\n");
+    assert_eq!(as_root("box", "cat /mark"), "after\n");
+    check_stop(&host, "twin");
     check_stop(&host, "box");
 }

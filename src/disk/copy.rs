@@ -53,8 +53,40 @@ fn next_data(file: &File, at: u64, len: u64) -> rustix::io::Result<Option<(u64, 
 }
 
 fn copy_step(from: &File, to: &File, at: u64, bytes: u64) -> std::io::Result<u64> {
+    match copy_some(from, at, to, at, bytes)? {
+        0 => Err(std::io::ErrorKind::UnexpectedEof.into()),
+        copied => Ok(copied),
+    }
+}
+
+/// Copies bytes to another offset. Bytes beyond the end of `from` are zero.
+pub(super) fn copy_range(
+    from: &File,
+    mut from_at: u64,
+    to: &File,
+    mut to_at: u64,
+    mut bytes: u64,
+) -> std::io::Result<()> {
+    let len = from.metadata()?.len();
+    while bytes > 0 {
+        let rest = len.saturating_sub(from_at).min(bytes);
+        let copied = if rest == 0 {
+            0
+        } else {
+            copy_some(from, from_at, to, to_at, rest)?
+        };
+        if copied == 0 {
+            return punch_range(to, to_at, bytes);
+        }
+        (from_at, to_at, bytes) = (from_at + copied, to_at + copied, bytes - copied);
+    }
+    Ok(())
+}
+
+/// Copies at most this many bytes. Returns 0 at the end of `from`.
+fn copy_some(from: &File, from_at: u64, to: &File, to_at: u64, bytes: u64) -> std::io::Result<u64> {
     use std::os::unix::fs::FileExt;
-    let (mut offset_in, mut offset_out) = (at, at);
+    let (mut offset_in, mut offset_out) = (from_at, to_at);
     let wanted = usize::try_from(bytes).unwrap_or(usize::MAX);
     match copy_file_range(
         from,
@@ -63,20 +95,35 @@ fn copy_step(from: &File, to: &File, at: u64, bytes: u64) -> std::io::Result<u64
         Some(&mut offset_out),
         wanted,
     ) {
-        Ok(0) => Err(std::io::ErrorKind::UnexpectedEof.into()),
         Ok(copied) => Ok(copied as u64),
         // copy_file_range(2) does not work between these file systems.
         Err(Errno::XDEV | Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {
             let mut buffer = vec![0; wanted.min(1 << 20)];
-            let read = from.read_at(&mut buffer, at)?;
-            if read == 0 {
-                return Err(std::io::ErrorKind::UnexpectedEof.into());
-            }
-            to.write_all_at(&buffer[..read], at)?;
+            let read = from.read_at(&mut buffer, from_at)?;
+            to.write_all_at(&buffer[..read], to_at)?;
             Ok(read as u64)
         }
         Err(e) => Err(e.into()),
     }
+}
+
+/// Makes a range zero.
+pub(super) fn punch_range(file: &File, mut at: u64, mut bytes: u64) -> std::io::Result<()> {
+    use std::os::unix::fs::FileExt;
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    match fallocate(file, flags, at, bytes) {
+        Ok(()) => return Ok(()),
+        // The file system does not support holes.
+        Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
+        Err(e) => return Err(e.into()),
+    }
+    let zeroes = vec![0; PUNCH_BYTES];
+    while bytes > 0 {
+        let step = bytes.min(PUNCH_BYTES as u64);
+        file.write_all_at(&zeroes[..step as usize], at)?;
+        (at, bytes) = (at + step, bytes - step);
+    }
+    Ok(())
 }
 
 /// Turns blocks of zeroes into holes, which use no space. Returns an upper bound for the number of

@@ -1,7 +1,9 @@
 //! The fuzz target for the parts of a root disk that the daemon reads, for `tests/fuzz`.
 
 use super::Method;
-use super::unmounted::{ReadAt, look};
+use super::flatten::pieces;
+use super::read_at::{Piece, ReadAt};
+use super::unmounted::look;
 
 impl ReadAt for &[u8] {
     fn read_at(&self, buffer: &mut [u8], at: u64) -> std::io::Result<usize> {
@@ -19,5 +21,13 @@ impl ReadAt for &[u8] {
 pub fn root_disk(input: &[u8]) {
     for method in [Method::Copy, Method::Qcow2] {
         look(&input, method).expect("any content has an answer");
+    }
+    const SIZE_BYTES: u64 = 64 << 20;
+    for method in [Method::Qcow2, Method::DmSnapshot] {
+        let mut inside = |piece: Piece| {
+            assert!(piece.at + piece.bytes <= SIZE_BYTES);
+            Ok(true)
+        };
+        pieces(&input, method, SIZE_BYTES, &mut inside).expect("any content has an answer");
     }
 }

@@ -27,9 +27,12 @@
 
 mod copy;
 pub mod duplicate;
+mod flatten;
 #[cfg(any(test, feature = "fuzz"))]
 pub mod fuzz;
 mod method;
+mod qcow2;
+mod read_at;
 pub mod root;
 pub mod seed;
 pub mod snapshot;
@@ -37,6 +40,7 @@ mod unmounted;
 pub mod work;
 
 pub use copy::punch_zeroes;
+pub use flatten::flatten;
 pub use method::{Method, Probe, probe};
 pub use root::{RootSpec, grow, make_root, origin};
 pub use seed::{KeyPair, Network, RestoreSeed, Seed, SeedFile};

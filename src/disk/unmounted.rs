@@ -8,11 +8,10 @@
 //! guest controls its content. A guest that forges the numbers can only claim that it shut down.
 
 use super::Method;
-use super::root::QCOW2_MAGIC;
+use super::qcow2::{Cluster, Header};
+use super::read_at::{ReadAt, read};
 use crate::error::{Error, Result};
 use crate::host::fs::open_nofollow;
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 /// The offset of the superblock on the disk.
@@ -27,28 +26,6 @@ const INCOMPAT_AT: usize = 0x60;
 const MAGIC: u16 = 0xef53;
 const STATE_VALID: u16 = 1;
 const INCOMPAT_RECOVER: u32 = 4;
-
-/// The length of the part of a qcow2 header that is read. Only version 3 has all of these fields
-/// (QEMU, docs/interop/qcow2.txt).
-const QCOW2_HEADER_BYTES: usize = 80;
-const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 12..=21;
-/// The bits of an entry in the L1 or L2 table that contain the offset.
-const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
-const L2_COMPRESSED: u64 = 1 << 62;
-const L2_ZERO: u64 = 1;
-/// The features that change how a file must be read: all but "dirty" and "corrupt".
-const INCOMPATIBLE: u64 = !3;
-
-/// The file of a disk. Tests use bytes instead.
-pub(super) trait ReadAt {
-    fn read_at(&self, buffer: &mut [u8], at: u64) -> std::io::Result<usize>;
-}
-
-impl ReadAt for File {
-    fn read_at(&self, buffer: &mut [u8], at: u64) -> std::io::Result<usize> {
-        FileExt::read_at(self, buffer, at)
-    }
-}
 
 /// True if the guest has unmounted its root disk at `path`, or mounted it read-only, since it last
 /// wrote to it. No VMM may be running. A disk without a valid ext4 counts as mounted.
@@ -96,57 +73,26 @@ fn says_unmounted(superblock: &[u8; SUPERBLOCK_BYTES]) -> bool {
 /// not written that cluster yet, or if the file is not a supported qcow2 file. The guest writes the
 /// cluster when it mounts the disk.
 fn first_cluster(file: &impl ReadAt) -> std::io::Result<Option<u64>> {
-    let mut header = [0; QCOW2_HEADER_BYTES];
-    read(file, &mut header, 0)?;
-    let u32_at = |at: usize| u32::from_be_bytes(header[at..at + 4].try_into().unwrap_or_default());
-    let u64_at = |at: usize| u64::from_be_bytes(header[at..at + 8].try_into().unwrap_or_default());
-    let (version, cluster_bits, l1_entries, l1_at) =
-        (u32_at(4), u32_at(20), u32_at(36), u64_at(40));
-    let features = if version >= 3 { u64_at(72) } else { 0 };
-    if header[..4] != QCOW2_MAGIC
-        || !CLUSTER_BITS.contains(&cluster_bits)
-        || l1_entries == 0
-        || features & INCOMPATIBLE != 0
-    {
+    let Some(header) = Header::read(file)? else {
         return Ok(None);
-    }
-    let entry = |at: u64| -> std::io::Result<u64> {
-        let mut entry = [0; 8];
-        read(file, &mut entry, at)?;
-        Ok(u64::from_be_bytes(entry))
     };
-    let l2_at = entry(l1_at)? & OFFSET_MASK;
-    if l2_at == 0 {
+    let Some(table) = header.table(file, 0)? else {
         return Ok(None);
-    }
-    let cluster = entry(l2_at)?;
-    let at = cluster & OFFSET_MASK;
-    Ok((at != 0 && cluster & (L2_COMPRESSED | L2_ZERO) == 0).then_some(at))
-}
-
-/// Reads at an offset. Bytes beyond the end of the file are zero.
-fn read(file: &impl ReadAt, mut buffer: &mut [u8], mut at: u64) -> std::io::Result<()> {
-    while !buffer.is_empty() {
-        match file.read_at(buffer, at) {
-            Ok(0) => return Ok(()),
-            Ok(len) => {
-                buffer = &mut buffer[len..];
-                at = at.saturating_add(len as u64);
-            }
-            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-            // The offset is larger than a file can be.
-            Err(e) if e.kind() == std::io::ErrorKind::InvalidInput => return Ok(()),
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(())
+    };
+    Ok(match header.cluster(file, table, 0)? {
+        Cluster::At(at) => Some(at),
+        Cluster::OfBase | Cluster::Zero | Cluster::Compressed => None,
+    })
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::qcow2::HEADER_BYTES;
+    use super::super::root::QCOW2_MAGIC;
     use super::*;
     use crate::host::Command;
     use crate::locks::Cancel;
+    use std::fs::File;
     use std::io::Write;
 
     fn run(program: &str, args: &[&str]) {
@@ -226,7 +172,7 @@ mod tests {
     fn disk_without_valid_ext4_counts_as_mounted() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("disk");
-        let mut header = vec![0; QCOW2_HEADER_BYTES];
+        let mut header = vec![0; HEADER_BYTES];
         header[..4].copy_from_slice(&QCOW2_MAGIC);
         header[7] = 3;
         header[23] = 16;

@@ -11,6 +11,7 @@
 //! so that a full host is noticed before the guest loses anything.
 
 mod loop_device;
+pub(super) mod store;
 
 use crate::error::{Error, Kind, Result};
 use crate::host::Credentials;

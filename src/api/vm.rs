@@ -269,6 +269,9 @@ pub struct VmStopRequest {
     /// How long the guest may take to shut down before the VMM is killed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timeout_ms: Option<u64>,
+    /// Keep a VM with `rm` until its holder disconnects, so that its disk can be read.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub keep: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -313,6 +313,7 @@ fn stop_request(vm: &str, args: &StopArgs) -> VmStopRequest {
         vm: vm.to_owned(),
         force: args.force,
         timeout_ms: timeout_ms(args.timeout),
+        keep: false,
     }
 }
 

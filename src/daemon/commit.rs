@@ -36,6 +36,8 @@ struct Settlement {
     outcome: Outcome,
     died: Option<BootEnd>,
     successor: Option<Successor>,
+    /// True if a VM with `rm` is not deleted now.
+    keeps: bool,
     /// Successors that a heavier request replaced. Their operations end after the VM's lock is
     /// released.
     replaced: Vec<Successor>,
@@ -82,6 +84,7 @@ impl Lifecycle {
             outcome,
             died: None,
             successor: None,
+            keeps: false,
             replaced,
             note,
             warning,
@@ -162,6 +165,7 @@ impl Lifecycle {
     ) -> Result<Written> {
         let (died, successor) = self.runtimes.end(vm.key());
         settlement.died = settlement.died.take().or(died);
+        settlement.keeps |= self.runtimes.take_keep(vm.key());
         if let Some(late) = successor
             && let Some(old) = settlement.take_heavier(late)
         {
@@ -255,7 +259,8 @@ impl Lifecycle {
                     return (NextStep::Restart, settled);
                 }
             }
-            if !row.rm || row.state == VmState::Running || settlement.state == VmState::Deleting {
+            let is_kept = !row.rm || settlement.keeps;
+            if is_kept || row.state == VmState::Running || settlement.state == VmState::Deleting {
                 return (NextStep::Rest, settled);
             }
             // The daemon deletes a settled `rm` VM with its own operation. If a delete has already

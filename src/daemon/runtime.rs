@@ -78,6 +78,8 @@ struct Runtime {
     successor: Option<Successor>,
     /// The cause of the failure of the boot in progress.
     died: Option<BootEnd>,
+    /// True if the stop in progress does not delete a VM with `rm`.
+    keeps: bool,
     /// The transfers and sessions that a stop ends.
     users: BTreeMap<u64, (Use, Cancel)>,
     next_user: u64,
@@ -94,6 +96,7 @@ impl Runtime {
         nothing_under_way
             && self.died.is_none()
             && self.users.is_empty()
+            && !self.keeps
             && !self.is_paused
             && !self.is_held
     }
@@ -175,6 +178,15 @@ impl Runtimes {
         if let Some(token) = token {
             token.cancel(CancelCause::Forced);
         }
+    }
+
+    pub(super) fn set_keep(&self, vm: &VmId, keeps: bool) {
+        self.with(vm, |r| r.keeps = keeps);
+    }
+
+    /// Returns whether the stop that has ended keeps a VM with `rm`. Later stops do not.
+    pub(super) fn take_keep(&self, vm: &VmId) -> bool {
+        self.with(vm, |r| std::mem::take(&mut r.keeps))
     }
 
     /// Returns the operation in the successor slot, with its verb.

@@ -32,16 +32,22 @@ impl Lifecycle {
         } else {
             Verb::Stop
         };
-        self.request(
-            caller,
-            &request.vm,
-            &LifecycleRequest {
-                verb,
-                method: "vm.stop",
-                timeout: grace(request.timeout_ms),
-                restore: None,
-            },
-        )
+        let stop = LifecycleRequest {
+            verb,
+            method: "vm.stop",
+            timeout: grace(request.timeout_ms),
+            restore: None,
+        };
+        if !request.keep {
+            return self.request(caller, &request.vm, &stop);
+        }
+        let vm = self.core.resolve(caller, &request.vm)?.id;
+        self.runtimes.set_keep(&vm, true);
+        let begun = self.request(caller, vm.as_str(), &stop);
+        if !matches!(begun, Ok(CallOutcome::Op(_) | CallOutcome::Joined(_))) {
+            self.runtimes.set_keep(&vm, false);
+        }
+        begun
     }
 
     pub fn restart(&self, caller: &Caller, request: &VmStopRequest) -> Result<CallOutcome> {

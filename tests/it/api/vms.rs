@@ -35,6 +35,7 @@ fn stop() -> VmStopRequest {
         vm: "web".into(),
         force: true,
         timeout_ms: Some(7),
+        keep: false,
     }
 }
 

@@ -463,6 +463,7 @@ pub fn stop(vm: &str) -> VmStopRequest {
         vm: vm.into(),
         force: false,
         timeout_ms: None,
+        keep: false,
     }
 }
 

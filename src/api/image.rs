@@ -21,6 +21,14 @@ pub struct Image {
     pub vms: u64,
     /// The user who built the image; null if it belongs to the host.
     pub owner_uid: Option<u32>,
+    /// The digest of the manifest from which the image was made, or else of its files, such as
+    /// `sha256:...`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub digest: Option<String>,
+    /// What the image was made from, as the caller of `image.commit` named it. fcctl recognizes a
+    /// build that it has done before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recipe: Option<String>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -35,6 +43,17 @@ pub struct ImageBuildRequest {
     /// Omit the compilers, tools and the user `dev` that an image has otherwise.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub minimal: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ImageCommitRequest {
+    /// A VM that is stopped.
+    pub vm: String,
+    /// The name of the new image.
+    pub image: ImageRef,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recipe: Option<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -106,6 +125,10 @@ calls! {
     /// Fails if an image of that name exists.
     ImageBuild = "image.build" (ImageBuildRequest) -> ImageReply
         [Anybody, Keyed, CancelOperation, NoFds, feature "image_build"];
+    /// Makes an image of the root disk of a stopped VM, as it is. Keys and logs of the guest are
+    /// part of the image unless the guest removed them. Fails if an image of that name exists.
+    ImageCommit = "image.commit" (ImageCommitRequest) -> ImageReply
+        [Owner, Keyed, CancelOperation, NoFds, feature "image_commit"];
     ImageList = "image.list" (super::page::ListRequest) -> ImageListReply [Anybody, Unkeyed, Nothing, NoFds];
     /// The owner is the user who built the image. The user who runs the daemon may delete the
     /// image, too. Fails with `conflict` while a VM or a snapshot needs the image.

@@ -117,6 +117,7 @@ mod tests {
             "workspace",
             "snapshots",
             "image_build",
+            "image_commit",
             "kernels",
             "events",
         ];

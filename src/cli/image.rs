@@ -1,31 +1,32 @@
 //! `image`: base images that VMs are created from.
 
-use super::connector::Connector;
-use super::context::{Context, Stdio};
+use super::connector::{Connector, operate};
+use super::context::Context;
 use super::output::{self, age, size};
 use super::printer::Printer;
-use super::signals::{Interrupts, SignalSource};
-use crate::api::frame::Note;
+use super::provision::{self, Recipe};
+use super::signals::Interrupts;
 use crate::api::image::{
     Image, ImageBuild, ImageBuildRequest, ImageDelete, ImageList, ImageRequest,
 };
 use crate::api::page::ListRequest;
 use crate::client::Result;
+use crate::error::Error;
 use crate::ids::ImageRef;
+use std::path::PathBuf;
 
 #[derive(clap::Subcommand, Debug)]
 pub(super) enum Verb {
-    /// Build an image from the distribution's packages. It has compilers, Python, the usual tools
-    /// and a user dev who may use sudo
-    Build {
-        /// Name of the image [default: default]
-        name: Option<ImageRef>,
-        /// Install this package too. Can be repeated
-        #[arg(long, value_name = "PACKAGE", value_delimiter = ',')]
-        include: Vec<String>,
-        /// Install only what fcd needs
-        #[arg(long)]
-        minimal: bool,
+    /// Build an image from the distribution's packages, or with a script. An image of packages has
+    /// compilers, Python, the usual tools and a user dev who may use sudo
+    Build(BuildArgs),
+    /// Make an image of a stopped VM's disk, without the keys and logs of the guest
+    Commit {
+        /// Name, ID, or ID prefix
+        vm: String,
+        /// Name of the new image
+        #[arg(value_name = "NAME")]
+        image: ImageRef,
     },
     /// List images
     #[command(visible_alias = "ls")]
@@ -38,62 +39,92 @@ pub(super) enum Verb {
     },
 }
 
+#[derive(clap::Args, Debug)]
+pub(super) struct BuildArgs {
+    /// Name of the image [default: default]
+    name: Option<ImageRef>,
+    /// Install this package too. Can be repeated
+    #[arg(long, value_name = "PACKAGE", value_delimiter = ',')]
+    include: Vec<String>,
+    /// Install only what fcd needs
+    #[arg(long, conflicts_with_all = ["script", "from"])]
+    minimal: bool,
+    /// Run this script as root in a new VM, whose disk becomes the image
+    #[arg(long, value_name = "FILE", requires = "name")]
+    script: Option<PathBuf>,
+    /// Start from this image instead of packages [default with --script: default]
+    #[arg(long, value_name = "IMAGE", requires = "name")]
+    from: Option<ImageRef>,
+    /// Explain how to get the image of a Dockerfile
+    #[arg(short, long, value_name = "DOCKERFILE")]
+    file: Option<PathBuf>,
+}
+
 pub(super) fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
-    let Context {
-        connector,
-        printer,
-        stdio,
-        signals,
-        now_s,
-        ..
-    } = ctx;
     match verb {
-        Verb::Build {
-            name,
-            include,
-            minimal,
-        } => build(
-            connector,
-            printer,
-            stdio,
-            signals,
-            ImageBuildRequest {
-                name,
-                include,
-                minimal,
-            },
-        ),
-        Verb::List => list(connector, printer, *now_s),
-        Verb::Delete { images } => delete(connector, printer, images),
+        Verb::Build(args) => build(ctx, args),
+        Verb::Commit { vm, image } => {
+            let interrupts = Interrupts::start(&ctx.signals, &ctx.stdio.stderr)?;
+            let made = provision::commit(ctx, &interrupts, vm, image);
+            report_made(&mut ctx.printer, &interrupts, made)
+        }
+        Verb::List => list(&mut ctx.connector, &mut ctx.printer, ctx.now_s),
+        Verb::Delete { images } => delete(&mut ctx.connector, &mut ctx.printer, images),
     }
 }
 
-fn build(
-    connector: &mut Connector,
-    printer: &mut Printer,
-    stdio: &Stdio,
-    signals: &SignalSource,
-    request: ImageBuildRequest,
-) -> Result<u8> {
-    let interrupts = Interrupts::start(signals, &stdio.stderr)?;
-    let mut client = connector.connect(printer)?;
-    let guard = interrupts.guard(&client)?;
-    let mut progress = printer.progress("build image");
-    let result = client.call_more::<ImageBuild>(&request, &[], &mut |note| {
-        if let Note::Progress(p) = note {
-            progress.update(&p);
+fn build(ctx: &mut Context, args: BuildArgs) -> Result<u8> {
+    if let Some(file) = &args.file {
+        let text = format!(
+            "fcctl does not read Dockerfiles, such as {}",
+            file.display()
+        );
+        return Err(Error::invalid(text)
+            .hint(
+                "build with docker or buildah, then: docker save app | fcctl image pull -\n\
+                 or: buildah push app oci-archive:app.tar && fcctl image pull oci-archive:app.tar\n\
+                 or write a script: fcctl image build --script FILE NAME",
+            )
+            .into());
+    }
+    let interrupts = Interrupts::start(&ctx.signals, &ctx.stdio.stderr)?;
+    let made = match args.name {
+        Some(name) if args.script.is_some() || args.from.is_some() => {
+            let recipe = Recipe {
+                name,
+                from: args.from.unwrap_or_else(default_image),
+                include: args.include,
+                script: args.script,
+            };
+            provision::build(ctx, &interrupts, recipe)
         }
-        Ok(())
-    });
-    drop((progress, guard));
-    match interrupts.or_interrupted(result) {
+        name => {
+            let request = ImageBuildRequest {
+                name,
+                include: args.include,
+                minimal: args.minimal,
+            };
+            let mut client = ctx.connector.connect(&mut ctx.printer)?;
+            let _guard = interrupts.guard(&client)?;
+            operate::<ImageBuild>(&ctx.printer, &mut client, "build image", &request)
+                .map(|reply| reply.image)
+        }
+    };
+    report_made(&mut ctx.printer, &interrupts, made)
+}
+
+fn default_image() -> ImageRef {
+    "default".parse().expect("a valid name")
+}
+
+fn report_made(printer: &mut Printer, interrupts: &Interrupts, made: Result<Image>) -> Result<u8> {
+    match interrupts.or_interrupted(made) {
         Err(_) if interrupts.cause().is_some() => {
             printer.note("interrupted; fcd cancels the build");
             Ok(interrupts.status().unwrap_or(1))
         }
         Err(e) => Err(e),
-        Ok(reply) => {
-            let image = reply.image;
+        Ok(image) => {
             if printer.json {
                 printer.document(&image)?;
             } else {

@@ -23,6 +23,7 @@ mod output;
 mod pipes;
 mod printer;
 mod progress;
+mod provision;
 mod ps;
 #[allow(dead_code)] // Until `image pull` uses it.
 mod registry_auth;

@@ -3,12 +3,13 @@
 
 use super::connector::{Connector, operate};
 use super::context::{Context, Env, Stdio};
-use super::exec::{self, How, OUR_FAILURE, Outcome};
+use super::exec::{self, How, OUR_FAILURE, Outcome, Spec};
 use super::printer::Printer;
 use super::signals::{Interrupts, Phase, interrupted};
 use super::transfer::{Bound, ExportTo, PrepareHow, Source, Transfer, report_left_behind};
 use super::vm::Shape;
 use super::workspace::report_exported;
+use crate::api::exec::Exit;
 use crate::api::frame::Note;
 use crate::api::vm::{
     Vm, VmCreate, VmCreateRequest, VmDelete, VmDeleteRequest, VmRequest, VmSet, VmSetRequest,
@@ -17,6 +18,7 @@ use crate::api::vm::{
 use crate::client::{Client, Event, Failure, Result};
 use crate::error::{Error, Kind};
 use crate::ids::VmName;
+use std::io::{Seek, Write};
 use std::path::{Path, PathBuf};
 
 #[derive(clap::Args, Debug)]
@@ -143,13 +145,31 @@ struct Export {
 }
 
 /// The VM that this run created.
-struct NewVm {
-    vm: Vm,
+pub(super) struct NewVm {
+    pub vm: Vm,
     /// The connection for everything that is done with the VM.
-    client: Client,
+    pub client: Client,
     /// With `--rm`, the VM lives as long as this connection. Nothing more is read from it.
     _hold: Option<Client>,
     rm: bool,
+}
+
+impl NewVm {
+    /// Creates a VM that the daemon deletes when this process ends.
+    pub(super) fn held(
+        client: Client,
+        interrupts: &Interrupts,
+        request: &VmCreateRequest,
+    ) -> Result<Self> {
+        let mut hold = Client::connect_again(client.socket())?;
+        let vm = create_held(interrupts, &mut hold, request)?;
+        Ok(Self {
+            vm,
+            client,
+            _hold: Some(hold),
+            rm: true,
+        })
+    }
 }
 
 fn create(
@@ -178,27 +198,23 @@ fn create(
         hold: rm,
     };
     let result = if rm {
-        let mut hold = Client::connect_again(client.socket())?;
-        create_held(interrupts, &mut hold, &request).map(|vm| (vm, Some(hold)))
+        NewVm::held(client, interrupts, &request)
     } else {
         let _guard = interrupts.guard(&client)?;
-        client
-            .call::<VmCreate>(&request)
-            .map(|reply| (reply.vm, None))
+        client.call::<VmCreate>(&request).map(|reply| NewVm {
+            vm: reply.vm,
+            client,
+            _hold: None,
+            rm,
+        })
     };
-    let (vm, hold) = result.map_err(|e| match name {
+    result.map_err(|e| match name {
         Some(name) if e.is(Kind::NameTaken) => e.hint(format!(
             "use it: fcctl exec {name} -- CMD (after fcctl start {name} if it is stopped)\n\
              delete it: fcctl rm -f {name}\n\
              use another name: fcctl run --name {name}-2"
         )),
         _ => e,
-    })?;
-    Ok(NewVm {
-        vm,
-        client,
-        _hold: hold,
-        rm,
     })
 }
 
@@ -226,7 +242,7 @@ fn create_held(
     }
 }
 
-fn boot(
+pub(super) fn boot(
     printer: &mut Printer,
     interrupts: &Interrupts,
     new_vm: &mut NewVm,
@@ -255,6 +271,47 @@ fn boot(
         Err(interrupted())
     } else {
         Ok(())
+    }
+}
+
+/// Runs a command of fcctl's own in the guest, with its output on stderr.
+pub(super) fn as_root(
+    printer: &mut Printer,
+    stdio: &Stdio,
+    interrupts: &Interrupts,
+    new_vm: &mut NewVm,
+    argv: &[&str],
+    input: &[u8],
+) -> Result<()> {
+    let io = |e| Error::io("pass a script to the guest", e);
+    let mut stdin = tempfile::tempfile().map_err(io)?;
+    stdin
+        .write_all(input)
+        .and_then(|()| stdin.rewind())
+        .map_err(io)?;
+    let stdio = Stdio {
+        stdin,
+        stdout: stdio.stderr.try_clone().map_err(io)?,
+        stderr: stdio.stderr.try_clone().map_err(io)?,
+    };
+    let spec = Spec {
+        argv: argv.iter().map(Into::into).collect(),
+        env: Vec::new(),
+        workdir: Some("/".into()),
+        user: Some("0".to_owned()),
+        stdin: true,
+        term: None,
+        no_wait_children: false,
+    };
+    let vm = new_vm.vm.id.to_string();
+    match exec::execute(printer, &stdio, interrupts, &mut new_vm.client, &vm, spec)? {
+        Outcome::Exit(Exit::Status(0)) => Ok(()),
+        Outcome::Exit(exit) => Err(Error::new(
+            Kind::GuestCommandFailed,
+            format!("ended with status {}", exit.shell_status()),
+        )
+        .into()),
+        Outcome::Interrupted | Outcome::ReaderGone => Err(interrupted()),
     }
 }
 
@@ -374,7 +431,7 @@ fn collect(
 }
 
 /// Deletes the VM even after a cancellation. If this fails, the daemon deletes a VM with `--rm`.
-fn remove(printer: &mut Printer, interrupts: &Interrupts, new_vm: &NewVm) {
+pub(super) fn remove(printer: &mut Printer, interrupts: &Interrupts, new_vm: &NewVm) {
     // Entering this phase never fails.
     let _ = interrupts.enter(Phase::CleaningUp { asked: false });
     let name = new_vm.vm.name.as_str();

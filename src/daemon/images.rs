@@ -11,6 +11,7 @@
 use super::access::Caller;
 use super::call::{CallOutcome, to_value};
 use super::core::Core;
+use super::spec::Specs;
 use super::uses::{UseGuard, Uses};
 use crate::api::image::{Image, ImageBuildRequest, ImageDeleteReply, ImageListReply, ImageReply};
 use crate::api::page::{self, ListRequest};
@@ -43,7 +44,7 @@ impl Builds {
 }
 
 /// A build in progress. It ends when this is dropped.
-struct Reserved {
+pub(super) struct Reserved {
     builds: Arc<Mutex<Builds>>,
     name: ImageRef,
     uid: u32,
@@ -67,6 +68,7 @@ pub struct ImageService {
     pub(super) uses: Uses<ImageRef>,
     pub(super) builds: Arc<Mutex<Builds>>,
     pub(super) build_admission: Admission,
+    pub(super) specs: Specs,
     /// The name of an image whose build request has no name.
     pub(super) default_image: ImageRef,
 }
@@ -108,7 +110,7 @@ impl ImageService {
         Ok(CallOutcome::Op(id))
     }
 
-    fn reserve_build(&self, caller: &Caller, name: ImageRef) -> Result<Reserved> {
+    pub(super) fn reserve_build(&self, caller: &Caller, name: ImageRef) -> Result<Reserved> {
         // A damaged image also occupies its name.
         if !self
             .images

@@ -135,6 +135,7 @@ pub mod helpers;
 pub mod history;
 mod hold;
 mod host_view;
+mod image_commit;
 mod images;
 mod kernels;
 mod keys;

@@ -304,6 +304,7 @@ impl Base {
             uses: Uses::new(),
             builds: Arc::new(Mutex::new(Rank::Runtimes, Builds::default())),
             build_admission: Admission::new("builds", limits.builds_max),
+            specs: specs.clone(),
             default_image: config.vm.image.clone(),
         };
         let kernel_service = KernelService {

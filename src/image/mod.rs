@@ -13,6 +13,7 @@
 mod apt_texts;
 pub mod build;
 mod checks;
+mod commit;
 mod cpio;
 mod digest;
 mod directory;
@@ -38,6 +39,7 @@ mod unpack;
 
 pub use build::{BuildSpec, Profile, build};
 pub use checks::checks;
+pub use commit::{CommitSpec, commit};
 pub use registry::{
     BALLOON_SINCE, Boots, CTRL_ALT_DEL_SINCE, ImageInfo, Images, USER_LOGIN_SINCE, kernel_path,
 };

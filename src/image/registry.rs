@@ -3,8 +3,10 @@
 use super::directory::{self, Staging, open_registry};
 use crate::api::image::ImageConfig;
 use crate::error::{Error, Kind, Result};
+use crate::host::hex;
 use crate::ids::ImageRef;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -64,6 +66,10 @@ pub struct ImageInfo {
     pub shared: bool,
     /// The settings of commands in the image.
     pub config: ImageConfig,
+    /// The digest of the image's own files.
+    pub content: String,
+    /// What the image was made from; see [`crate::api::image::Image`].
+    pub recipe: Option<String>,
 }
 
 /// What a VM boots.
@@ -98,6 +104,8 @@ impl ImageInfo {
             built_at: self.built_at,
             vms,
             owner_uid: self.owner_uid,
+            digest: Some(self.digest.as_ref().unwrap_or(&self.content).clone()),
+            recipe: self.recipe.clone(),
         }
     }
 }
@@ -126,6 +134,8 @@ pub(super) struct Metadata {
     pub shared: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub config: Option<ImageConfig>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recipe: Option<String>,
     pub files: Vec<FileRecord>,
 }
 
@@ -152,8 +162,18 @@ impl Metadata {
             source: None,
             shared: false,
             config: None,
+            recipe: None,
             files: Vec::new(),
         }
+    }
+
+    /// Returns the digest of the image's content, made from those of its files.
+    fn content(&self) -> String {
+        let mut hash = Sha256::new();
+        for file in &self.files {
+            hash.update(format!("{} {}\n", file.sha256, file.name));
+        }
+        format!("sha256:{}", hex::encode(&hash.finalize()))
     }
 }
 
@@ -204,30 +224,9 @@ impl Images {
     /// `image_not_found`, or `host` if the image is damaged, for example because a file is missing
     /// or its size has changed since the build.
     pub fn get(&self, name: &ImageRef) -> Result<ImageInfo> {
-        crate::locks::require_memory_only("file access");
+        let metadata = self.metadata(name)?;
         let dir = self.path(name);
-        let damaged = |what: String| {
-            Error::new(Kind::Host, format!("image {name} is damaged: {what}")).hint(format!(
-                "move {} away, then build it again with fcctl image build",
-                dir.display()
-            ))
-        };
-        let file = match File::open(dir.join(METADATA)) {
-            Ok(file) => file,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound && !dir.exists() => {
-                return Err(not_found(name));
-            }
-            Err(e) => return Err(damaged(format!("{METADATA}: {e}"))),
-        };
-        let bytes = crate::host::command::read_bounded(file, METADATA_BYTES_MAX)
-            .map_err(|e| damaged(e.to_string()))?;
-        let metadata: Metadata =
-            serde_json::from_slice(&bytes).map_err(|e| damaged(format!("{METADATA}: {e}")))?;
-        if ![FORMAT_OWN, FORMAT_RUNTIME].contains(&metadata.format) || metadata.name != *name {
-            return Err(damaged(format!(
-                "{METADATA} belongs to another image or another version of fcd"
-            )));
-        }
+        let damaged = |what: String| damaged(&dir, name, &what);
         let mut allocated_bytes = 0;
         let mut size = |wanted: &str| {
             let record = metadata.files.iter().find(|f| f.name == wanted);
@@ -261,6 +260,7 @@ impl Images {
             rootfs: dir.join(ROOTFS),
             disk_bytes,
             allocated_bytes,
+            content: metadata.content(),
             os: metadata.os,
             kernel_version: metadata.kernel_version,
             built_at: metadata.built_at,
@@ -275,8 +275,33 @@ impl Images {
             shared: metadata.shared,
             config: metadata.config.unwrap_or_default(),
             boots,
+            recipe: metadata.recipe,
             dir,
         })
+    }
+
+    /// Reads an image's `image.json`.
+    pub(super) fn metadata(&self, name: &ImageRef) -> Result<Metadata> {
+        crate::locks::require_memory_only("file access");
+        let dir = self.path(name);
+        let damaged = |what: String| damaged(&dir, name, &what);
+        let file = match File::open(dir.join(METADATA)) {
+            Ok(file) => file,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound && !dir.exists() => {
+                return Err(not_found(name));
+            }
+            Err(e) => return Err(damaged(format!("{METADATA}: {e}"))),
+        };
+        let bytes = crate::host::command::read_bounded(file, METADATA_BYTES_MAX)
+            .map_err(|e| damaged(e.to_string()))?;
+        let metadata: Metadata =
+            serde_json::from_slice(&bytes).map_err(|e| damaged(format!("{METADATA}: {e}")))?;
+        if ![FORMAT_OWN, FORMAT_RUNTIME].contains(&metadata.format) || metadata.name != *name {
+            return Err(damaged(format!(
+                "{METADATA} belongs to another image or another version of fcd"
+            )));
+        }
+        Ok(metadata)
     }
 
     fn path(&self, name: &ImageRef) -> PathBuf {
@@ -320,6 +345,13 @@ impl Images {
         }
         self.get(name)
     }
+}
+
+fn damaged(dir: &Path, name: &ImageRef, what: &str) -> Error {
+    Error::new(Kind::Host, format!("image {name} is damaged: {what}")).hint(format!(
+        "move {} away, then build it again with fcctl image build",
+        dir.display()
+    ))
 }
 
 fn not_found(name: &ImageRef) -> Error {

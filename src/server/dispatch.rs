@@ -199,6 +199,7 @@ impl CallContext<'_> {
             }
             AnyCall::Image(Image::ImageBuild(r)) => operation(d.images.image_build(c, &r)),
             AnyCall::Image(Image::ImageList(r)) => reply(d.images.image_list(&r)),
+            AnyCall::Image(Image::ImageCommit(r)) => operation(d.images.image_commit(c, &r)),
             AnyCall::Image(Image::ImageDelete(r)) => reply(d.images.image_delete(c, &r.image)),
             AnyCall::Kernel(Kernel::KernelImport(r)) => operation(d.kernels.kernel_import(c, r)),
             AnyCall::Kernel(Kernel::KernelList(r)) => reply(d.kernels.kernel_list(&r)),

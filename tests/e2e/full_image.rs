@@ -99,6 +99,55 @@ fn dev_uses_exec_and_ssh(host: &Host) {
     assert_eq!(out, "mine\r\n");
 }
 
+/// A script and a stopped VM each become an image, without what its VMs must not share.
+#[test]
+fn script_and_stopped_vm_become_images() {
+    let host = Host::start();
+    let dir = tempfile::tempdir().unwrap();
+    let script = dir.path().join("setup");
+    let text = "#!/bin/sh\nset -e\necho setting up\necho built >/etc/made-by\nhead -c 3000000 /dev/urandom >/opt/blob\n\
+                sha256sum /opt/blob >/opt/sum\ntouch /etc/ssh/ssh_host_rsa_key /var/log/noise\n";
+    std::fs::write(&script, text).unwrap();
+    let script = script.to_str().unwrap();
+    let out = host.fcctl(&["image", "build", "--script", script, "mine"]);
+    let (stdout, stderr) = crate::host::text(&out);
+    assert!(
+        out.status.success() && stderr.contains("setting up\n"),
+        "{stderr}"
+    );
+    assert!(stdout.starts_with("mine: "), "{stdout}");
+    let again = host.ok(&["image", "build", "--script", script, "mine"]);
+    assert!(again.starts_with("mine: "), "{again}");
+    assert_eq!(host.json(&["ps", "-a"]), serde_json::json!([]));
+
+    host.ok(&["vm", "create", "--name", "box", "--image", "mine"]);
+    host.ok(&["start", "box"]);
+    let check = "cat /etc/made-by; sha256sum --quiet -c /opt/sum; ls /etc/ssh/ssh_host_* /var/log/noise 2>/dev/null; true";
+    assert_eq!(host.sh("box", check), "built\n");
+    let id = host.sh(
+        "box",
+        "cat /etc/machine-id; touch /etc/ssh/ssh_host_rsa_key /root/kept",
+    );
+    let (status, said) = host.fails(&["image", "commit", "box", "copy"]);
+    assert!(status == 1 && said.contains("fcctl stop box"), "{said}");
+    host.ok(&["stop", "box"]);
+    host.ok(&["image", "commit", "box", "copy"]);
+    assert_eq!(host.json(&["image", "list"]).as_array().unwrap().len(), 3);
+    let check = format!("{check}; ls /root/kept; cat /etc/machine-id");
+    let twin = host.ok(&["run", "--rm", "--image", "copy", "sh", "-c", &check]);
+    assert!(twin.starts_with("built\n/root/kept\n"), "{twin}");
+    assert!(!twin.ends_with(&id), "{twin}");
+
+    std::fs::write(script, "exit 3\n").unwrap();
+    let (status, said) = host.fails(&["image", "build", "--script", script, "broken"]);
+    assert!(
+        status == 1 && said.contains("ended with status 3"),
+        "{said}"
+    );
+    host.ok(&["rm", "box"]);
+    assert_eq!(host.census(), Vec::<String>::new());
+}
+
 /// Compares the time to the first command of the full image with that of a minimal one.
 #[test]
 #[ignore = "a measurement: scripts/bench first"]

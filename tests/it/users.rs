@@ -510,6 +510,7 @@ fn of_root(method: &str, op: &str) -> String {
             r#"{"snapshot":"saved"}"#.into()
         }
         "image.delete" => r#"{"image":"default"}"#.into(),
+        "image.commit" => r#"{"vm":"web","image":"other"}"#.into(),
         _ if method.starts_with("op.") => format!(r#"{{"op":"{op}"}}"#),
         _ => r#"{"vm":"web"}"#.into(),
     }

@@ -18,6 +18,8 @@ fn image() -> Image {
         built_at: 3,
         vms: 4,
         owner_uid: Some(1000),
+        digest: None,
+        recipe: None,
     }
 }
 
@@ -86,6 +88,25 @@ fn image_goldens() {
         image.build
         {"name":"default","include":["make"],"minimal":true}
         {"image":{"name":"default","disk_bytes":1,"allocated_bytes":2,"kernel":"Linux 6.1","os":"Debian","built_at":3,"vms":4,"owner_uid":1000}}
+    "#]],
+    );
+    call::<ImageCommit>(
+        ImageCommitRequest {
+            vm: "web".into(),
+            image: name("mine"),
+            recipe: Some("sha256:aa".into()),
+        },
+        ImageReply {
+            image: Image {
+                digest: Some("sha256:bb".into()),
+                recipe: Some("sha256:aa".into()),
+                ..image()
+            },
+        },
+        expect![[r#"
+        image.commit
+        {"vm":"web","image":"mine","recipe":"sha256:aa"}
+        {"image":{"name":"default","disk_bytes":1,"allocated_bytes":2,"kernel":"Linux 6.1","os":"Debian","built_at":3,"vms":4,"owner_uid":1000,"digest":"sha256:bb","recipe":"sha256:aa"}}
     "#]],
     );
     call::<ImageList>(

@@ -88,6 +88,8 @@ impl Commands for FakeCommands {
         };
         let mut header = [0u8; 32];
         header[..4].copy_from_slice(b"QFI\xfb");
+        // Version 3, clusters of 64 KiB, and no table: the guest has not written anything.
+        (header[7], header[23]) = (3, 16);
         header[24..].copy_from_slice(&size.parse::<u64>().unwrap().to_be_bytes());
         std::fs::write(path, header).map_err(|e| Error::io("write a disk", e))?;
         Ok(Output::default())

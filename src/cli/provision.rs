@@ -1,0 +1,265 @@
+//! `image build --script` and `image commit`: makes an image of the disk of a VM.
+//!
+//! Both work in a VM of their own, which the daemon deletes when the connection that holds it
+//! closes, whatever happens to this process. `image build` runs the script there. `image commit`
+//! must not change the disk of the caller's VM, so it takes an image of the disk as it is, and
+//! creates the VM from that. In both cases the guest then removes what must differ between VMs, and
+//! the disk of the stopped VM becomes the image.
+
+use super::connector::operate;
+use super::context::Context;
+use super::printer::Printer;
+use super::run::{self, NewVm};
+use super::signals::Interrupts;
+use crate::api::image::{
+    Image, ImageCommit, ImageCommitRequest, ImageDelete, ImageList, ImageRequest,
+};
+use crate::api::page::ListRequest;
+use crate::api::vm::{Synced, VmCreateRequest, VmStop, VmStopRequest};
+use crate::client::{Client, Result};
+use crate::error::{Error, Kind};
+use crate::host::shell::{quote, quote_bytes};
+use crate::host::{hex, random};
+use crate::ids::ImageRef;
+use sha2::{Digest, Sha256};
+use std::fs::File;
+use std::path::Path;
+
+/// The version of what a build does apart from its script. Images of other versions are built
+/// again.
+const RECIPE_VERSION: &str = "fcd script 1";
+/// The limit of a script, which is read into memory.
+const SCRIPT_BYTES_MAX: u64 = 16 << 20;
+/// Runs the script that comes on stdin. `/run` is in memory, so the script does not become part of
+/// the image.
+const RUN_SCRIPT: &str = "umask 077; cat >/run/fcd-script && chmod 700 /run/fcd-script && exec /run/fcd-script </dev/null";
+/// Removes what must differ between the VMs of an image.
+const CLEAN: &str = "set -e
+rm -f /etc/ssh/ssh_host_* /var/lib/dbus/machine-id /var/lib/systemd/random-seed
+if [ -e /etc/machine-id ]; then : >/etc/machine-id; fi
+if [ -d /var/log ]; then find /var/log -type f -exec rm -f {} +; fi
+rm -f /root/.bash_history /run/fcd-script /run/fcd-rest";
+
+/// What to build.
+pub(super) struct Recipe {
+    pub name: ImageRef,
+    pub from: ImageRef,
+    /// Packages to install before the script runs.
+    pub include: Vec<String>,
+    pub script: Option<std::path::PathBuf>,
+}
+
+/// Builds an image with a script, unless the image exists and was built from the same.
+pub(super) fn build(ctx: &mut Context, interrupts: &Interrupts, recipe: Recipe) -> Result<Image> {
+    let script = whole_script(&recipe)?;
+    let images = ctx
+        .connector
+        .connect(&mut ctx.printer)?
+        .list::<ImageList>(ListRequest::default())?;
+    let named = |name: &ImageRef| images.iter().find(|image| image.name == *name);
+    let Some(base) = named(&recipe.from) else {
+        let text = format!("there is no image {}", recipe.from);
+        return Err(Error::new(Kind::ImageNotFound, text)
+            .hint("list them: fcctl image list, or build one: fcctl image build")
+            .into());
+    };
+    let key = recipe_key(base, &script);
+    match named(&recipe.name) {
+        Some(image) if image.recipe.as_ref() == Some(&key) => {
+            ctx.printer.note("the image was built from the same before");
+            return Ok(image.clone());
+        }
+        Some(_) => {
+            let text = format!("image {} already exists", recipe.name);
+            return Err(Error::new(Kind::NameTaken, text)
+                .hint(format!(
+                    "choose another name, or delete it first: fcctl image rm {}",
+                    recipe.name
+                ))
+                .into());
+        }
+        None => {}
+    }
+    let target = ImageCommitRequest {
+        vm: String::new(),
+        image: recipe.name,
+        recipe: Some(key),
+    };
+    in_new_vm(ctx, interrupts, recipe.from, &target, Some(&script))
+}
+
+/// Makes an image of a stopped VM.
+pub(super) fn commit(
+    ctx: &mut Context,
+    interrupts: &Interrupts,
+    vm: String,
+    image: ImageRef,
+) -> Result<Image> {
+    let as_it_is: ImageRef = format!("commit-{}", hex::encode(&random::bytes::<6>())).parse()?;
+    let raw = ImageCommitRequest {
+        vm,
+        image: as_it_is.clone(),
+        recipe: None,
+    };
+    let mut client = ctx.connector.connect(&mut ctx.printer)?;
+    take_disk(&mut ctx.printer, interrupts, &mut client, &raw)?;
+    let target = ImageCommitRequest {
+        vm: String::new(),
+        image,
+        recipe: None,
+    };
+    let made = in_new_vm(ctx, interrupts, as_it_is.clone(), &target, None);
+    let removed = Client::connect_again(client.socket()).and_then(|mut client| {
+        client.call::<ImageDelete>(&ImageRequest {
+            image: as_it_is.clone(),
+        })
+    });
+    if let Err(e) = removed {
+        let e = e.context(format!("delete the intermediate image {as_it_is}"));
+        ctx.printer
+            .fail(&e.hint(format!("delete it: fcctl image rm {as_it_is}")), 1);
+    }
+    made
+}
+
+/// Returns the script with the installation of the packages before it.
+fn whole_script(recipe: &Recipe) -> Result<Vec<u8>> {
+    let mut script = match &recipe.script {
+        Some(path) => read_script(path)?,
+        None => Vec::new(),
+    };
+    if !recipe.include.is_empty() {
+        let packages: Vec<String> = recipe.include.iter().map(|name| quote(name)).collect();
+        // The script keeps its own interpreter.
+        script = [
+            b"#!/bin/sh\nset -e\nexport DEBIAN_FRONTEND=noninteractive\napt-get -q update\n\
+              apt-get -q -y --no-install-recommends install -- "
+                .as_slice(),
+            packages.join(" ").as_bytes(),
+            b"\nprintf %s ",
+            &quote_bytes(&script),
+            b" >/run/fcd-rest\n[ -s /run/fcd-rest ] || exit 0\n\
+              chmod 700 /run/fcd-rest\nexec /run/fcd-rest\n",
+        ]
+        .concat();
+    }
+    Ok(script)
+}
+
+fn read_script(path: &Path) -> Result<Vec<u8>> {
+    let doing = || format!("read the script {}", path.display());
+    let file = File::open(path).map_err(|e| Error::io(doing(), e))?;
+    let bytes = crate::host::command::read_bounded(file, SCRIPT_BYTES_MAX + 1)
+        .map_err(|e| Error::io(doing(), e))?;
+    if bytes.is_empty() || bytes.len() as u64 > SCRIPT_BYTES_MAX {
+        let text = format!(
+            "{}: it is empty, or has more than {SCRIPT_BYTES_MAX} bytes",
+            doing()
+        );
+        return Err(Error::invalid(text).into());
+    }
+    Ok(bytes)
+}
+
+/// Returns the key under which the same build is found again.
+fn recipe_key(base: &Image, script: &[u8]) -> String {
+    let mut hash = Sha256::new();
+    for part in [
+        RECIPE_VERSION.as_bytes(),
+        base.digest.as_deref().unwrap_or_default().as_bytes(),
+        script,
+    ] {
+        hash.update((part.len() as u64).to_le_bytes());
+        hash.update(part);
+    }
+    format!("sha256:{}", hex::encode(&hash.finalize()))
+}
+
+/// Runs the script in a new VM of `from` and makes its disk the image. The VM is deleted.
+fn in_new_vm(
+    ctx: &mut Context,
+    interrupts: &Interrupts,
+    from: ImageRef,
+    target: &ImageCommitRequest,
+    script: Option<&[u8]>,
+) -> Result<Image> {
+    let client = ctx.connector.connect(&mut ctx.printer)?;
+    let request = VmCreateRequest {
+        image: Some(from),
+        rm: true,
+        hold: true,
+        ..VmCreateRequest::default()
+    };
+    let (printer, stdio) = (&mut ctx.printer, &ctx.stdio);
+    let mut new_vm = NewVm::held(client, interrupts, &request)?;
+    let made = run::boot(printer, interrupts, &mut new_vm, None).and_then(|()| {
+        if let Some(script) = script {
+            run::as_root(
+                printer,
+                stdio,
+                interrupts,
+                &mut new_vm,
+                &["sh", "-c", RUN_SCRIPT],
+                script,
+            )
+            .map_err(|e| e.context("the script").hint("no image was made"))?;
+        }
+        run::as_root(
+            printer,
+            stdio,
+            interrupts,
+            &mut new_vm,
+            &["sh", "-c", CLEAN],
+            b"",
+        )
+        .map_err(|e| e.context("remove keys and logs in the guest"))?;
+        stop(printer, interrupts, &mut new_vm)?;
+        let request = ImageCommitRequest {
+            vm: new_vm.vm.id.to_string(),
+            ..target.clone()
+        };
+        take_disk(printer, interrupts, &mut new_vm.client, &request)
+    });
+    run::remove(printer, interrupts, &new_vm);
+    made
+}
+
+/// Stops the guest and makes sure that it shut down in order.
+fn stop(printer: &mut Printer, interrupts: &Interrupts, new_vm: &mut NewVm) -> Result<()> {
+    let name = new_vm.vm.name.clone();
+    let request = VmStopRequest {
+        vm: new_vm.vm.id.to_string(),
+        force: false,
+        timeout_ms: None,
+        keep: true,
+    };
+    let _guard = interrupts.guard(&new_vm.client)?;
+    let reply = operate::<VmStop>(
+        printer,
+        &mut new_vm.client,
+        &format!("stop {name}"),
+        &request,
+    )?;
+    if reply.vm.synced == Some(Synced::Yes) {
+        return Ok(());
+    }
+    let text = format!("VM {name} did not shut down in order, so its disk may be damaged");
+    Err(Error::new(Kind::GuestUnavailable, text)
+        .hint("try again")
+        .into())
+}
+
+fn take_disk(
+    printer: &mut Printer,
+    interrupts: &Interrupts,
+    client: &mut Client,
+    request: &ImageCommitRequest,
+) -> Result<Image> {
+    let _guard = interrupts.guard(client)?;
+    let doing = format!("make image {}", request.image);
+    Ok(operate::<ImageCommit>(printer, client, &doing, request)?.image)
+}
+
+#[cfg(test)]
+#[path = "provision_tests.rs"]
+mod tests;

@@ -1,0 +1,166 @@
+use super::super::exec::tests::{begin, status};
+use super::super::tests::{fcctl, vm};
+use crate::api::frame::Note;
+use crate::api::vm::{Synced, VmState};
+use crate::client::fake::{Fake, Request};
+use crate::locks::{Mutex, Rank};
+use serde_json::{Value, json};
+use std::io::Read;
+use std::sync::Arc;
+
+fn image(name: &str, recipe: Option<&str>) -> Value {
+    json!({"name": name, "disk_bytes": 1, "allocated_bytes": 2, "kernel": "Linux 6.1", "os": "Debian", "built_at": 3,
+        "vms": 0, "owner_uid": 0, "digest": "sha256:base", "recipe": recipe})
+}
+
+/// A daemon with the image `default`, and the image that `image.commit` has made. The guest's
+/// commands end with `ends` and their input is kept.
+struct Daemon {
+    fake: Fake,
+    inputs: Arc<Mutex<Vec<String>>>,
+}
+
+fn daemon(ends: u8) -> Daemon {
+    let inputs = Arc::new(Mutex::new(Rank::Connections, Vec::new()));
+    let made = Arc::new(Mutex::new(Rank::Connections, None::<String>));
+    let kept = inputs.clone();
+    let fake = Fake::start(move |mut r: Request| match r.method.as_str() {
+        "image.list" => {
+            let made = made.lock().clone();
+            let made = made.map(|recipe| image("mine", Some(&recipe)));
+            let images: Vec<Value> = [image("default", None)].into_iter().chain(made).collect();
+            r.result(json!({"images": images}));
+        }
+        "vm.create" => {
+            r.note(Note::Created(Box::new(vm("web", VmState::Created))));
+            r.wait_for_hangup();
+        }
+        "exec.start" => {
+            let mut guest = begin(&mut r);
+            let mut input = String::new();
+            guest
+                .stdin
+                .take()
+                .unwrap()
+                .read_to_string(&mut input)
+                .unwrap();
+            kept.lock().push(input);
+            drop(guest);
+            r.result(status(ends));
+        }
+        "vm.stop" => {
+            let mut stopped = vm("web", VmState::Stopped);
+            stopped.synced = Some(Synced::Yes);
+            r.result(json!({"vm": stopped}));
+        }
+        "image.commit" => {
+            let recipe = r.params["recipe"].as_str().map(str::to_owned);
+            *made.lock() = recipe.clone();
+            let name = r.params["image"].as_str().unwrap_or_default().to_owned();
+            r.result(json!({"image": image(&name, recipe.as_deref())}));
+        }
+        "image.delete" => {
+            let deleted = r.params["image"].clone();
+            r.result(json!({"deleted": deleted}));
+        }
+        "vm.delete" => r.result(json!({"deleted": vm("web", VmState::Stopped).id})),
+        _ => r.result(json!({"vm": vm("web", VmState::Running)})),
+    });
+    Daemon { fake, inputs }
+}
+
+fn script(dir: &tempfile::TempDir, text: &str) -> String {
+    let path = dir.path().join("script");
+    std::fs::write(&path, text).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+#[test]
+fn script_runs_in_vm_and_second_build_is_instant() {
+    let (daemon, dir) = (daemon(0), tempfile::tempdir().unwrap());
+    let path = script(&dir, "#!/bin/sh\necho hello\n");
+    let args = ["image", "build", "--script", &path, "mine"];
+    let ran = fcctl(&daemon.fake, &args);
+    assert_eq!(ran.status, 0, "{}", ran.err);
+    assert_eq!(
+        daemon.fake.methods(),
+        "image.list vm.create vm.start exec.start exec.start vm.stop image.commit vm.delete"
+    );
+    assert_eq!(*daemon.inputs.lock(), ["#!/bin/sh\necho hello\n", ""]);
+    let ran = fcctl(&daemon.fake, &args);
+    assert_eq!(
+        (ran.status, daemon.fake.methods().as_str()),
+        (0, "image.list")
+    );
+    // Another script is another image, whose name is taken.
+    script(&dir, "echo other\n");
+    let ran = fcctl(&daemon.fake, &args);
+    assert_eq!(
+        (ran.status, daemon.fake.methods().as_str()),
+        (4, "image.list")
+    );
+}
+
+#[test]
+fn failed_script_leaves_no_image_and_no_vm() {
+    let (daemon, dir) = (daemon(3), tempfile::tempdir().unwrap());
+    let path = script(&dir, "exit 3\n");
+    let ran = fcctl(&daemon.fake, &["image", "build", "--script", &path, "mine"]);
+    assert_eq!(ran.status, 1);
+    assert!(
+        ran.err.contains("the script: ended with status 3"),
+        "{}",
+        ran.err
+    );
+    assert_eq!(
+        daemon.fake.methods(),
+        "image.list vm.create vm.start exec.start vm.delete"
+    );
+}
+
+#[test]
+fn included_packages_are_installed_before_the_script() {
+    let (daemon, dir) = (daemon(0), tempfile::tempdir().unwrap());
+    let path = script(&dir, "it's mine");
+    let args = [
+        "image",
+        "build",
+        "--include",
+        "g++,cmake",
+        "--script",
+        &path,
+        "mine",
+    ];
+    assert_eq!(fcctl(&daemon.fake, &args).status, 0);
+    let inputs = daemon.inputs.lock();
+    for part in ["install -- g++ cmake\n", r"printf %s 'it'\''s mine' >"] {
+        assert!(inputs[0].contains(part), "{}", inputs[0]);
+    }
+}
+
+#[test]
+fn commit_goes_through_vm_of_its_own() {
+    let daemon = daemon(0);
+    let ran = fcctl(&daemon.fake, &["image", "commit", "web", "mine"]);
+    assert_eq!(ran.status, 0, "{}", ran.err);
+    assert_eq!(
+        daemon.fake.methods(),
+        "image.commit vm.create vm.start exec.start vm.stop image.commit vm.delete image.delete"
+    );
+}
+
+#[test]
+fn dockerfile_is_refused_with_what_to_do() {
+    let daemon = daemon(0);
+    let ran = fcctl(
+        &daemon.fake,
+        &["image", "build", "-f", "Dockerfile", "mine"],
+    );
+    assert_eq!(ran.status, 2);
+    assert!(
+        ran.err.contains("docker save app | fcctl image pull -"),
+        "{}",
+        ran.err
+    );
+    assert_eq!(daemon.fake.methods(), "");
+}

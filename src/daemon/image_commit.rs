@@ -1,0 +1,130 @@
+//! Makes an image of a VM's root disk, as `docker commit` does with a container.
+//!
+//! Only the stopped VM's disk is read, and no lock is held meanwhile. So a start or a delete of the
+//! VM never waits: if one begins, the disk is no longer what was read, and the commit fails.
+
+use super::access::Caller;
+use super::call::{CallOutcome, to_value};
+use super::images::ImageService;
+use crate::api::image::{Image, ImageCommitRequest, ImageReply};
+use crate::api::vm::VmState;
+use crate::disk::duplicate::Source;
+use crate::disk::{Method, flatten};
+use crate::error::{Error, Kind, Result};
+use crate::image::{CommitSpec, ImageInfo};
+use crate::ops::OpHandle;
+use crate::store::VmRow;
+
+impl ImageService {
+    /// Begins to make an image of a stopped VM.
+    ///
+    /// # Errors
+    /// `wrong_state` if the VM is not stopped or has no disk yet, `name_taken`, `conflict` if the
+    /// VM is started meanwhile.
+    pub fn image_commit(
+        &self,
+        caller: &Caller,
+        request: &ImageCommitRequest,
+    ) -> Result<CallOutcome> {
+        const METHOD: &str = "image.commit";
+        let core = &self.core;
+        let row = core.resolve(caller, &request.vm)?;
+        let method = self.disk_at_rest(&row)?;
+        let reserved = self.reserve_build(caller, request.image.clone())?;
+        let op = core.begin_op(METHOD, None, caller.uid, true)?;
+        if let Err(e) = core.persist_op(&op) {
+            op.finish(Err(e.clone()));
+            return Err(e);
+        }
+        let (id, service, request) = (op.id().clone(), self.clone(), request.clone());
+        let owner_uid = caller.uid;
+        core.spawn(&format!("op-{id}"), move || {
+            let _label = crate::locks::operation_scope(format!("{METHOD} {}", row.id));
+            let result = service
+                .make_of_disk(&op, &row, method, &request, owner_uid)
+                .map_err(|e| e.context(format!("make an image of VM {}", row.name)))
+                .and_then(|image| to_value(&ImageReply { image }));
+            drop(reserved);
+            service.core.end_op(op, result);
+        })?;
+        Ok(CallOutcome::Op(id))
+    }
+
+    /// Returns how the disk of a VM at rest was made.
+    fn disk_at_rest(&self, row: &VmRow) -> Result<Method> {
+        let refuse = |text: &str, hint: &str| {
+            Err(
+                Error::new(Kind::WrongState, format!("VM {} {text}", row.name))
+                    .hint(format!("{hint} {}", row.name)),
+            )
+        };
+        match row.state {
+            VmState::Stopped | VmState::Failed => {}
+            VmState::Created => return refuse("has no disk yet", "start it first: fcctl start"),
+            _ => return refuse("is not stopped", "stop it first: fcctl stop"),
+        }
+        match self.specs.disk_method(row) {
+            Some(method) => Ok(method),
+            None => refuse("has no disk yet", "start it first: fcctl start"),
+        }
+    }
+
+    fn make_of_disk(
+        &self,
+        op: &OpHandle,
+        row: &VmRow,
+        method: Method,
+        request: &ImageCommitRequest,
+        owner_uid: u32,
+    ) -> Result<Image> {
+        let _admitted = self
+            .build_admission
+            .enter(op.cancel(), |_| op.progress("wait for another build"))?;
+        let (base, _in_use) = self.use_image(&row.shape.image)?;
+        let spec = CommitSpec {
+            name: request.image.clone(),
+            base: &base,
+            guest_version: row.guest_version,
+            owner_uid,
+            recipe: request.recipe.clone(),
+        };
+        op.progress("read the disk");
+        let mut fill = |file: &std::fs::File| {
+            self.read_disk(op, row, method, &base, file)?;
+            op.progress("publish");
+            self.require_untouched(row)
+        };
+        let info = crate::image::commit(&self.images, &spec, &mut fill, op.cancel())?;
+        Ok(info.to_api(0))
+    }
+
+    fn read_disk(
+        &self,
+        op: &OpHandle,
+        row: &VmRow,
+        method: Method,
+        base: &ImageInfo,
+        to: &std::fs::File,
+    ) -> Result<()> {
+        let source = Source {
+            method: Some(method),
+            path: &self.specs.disk_path(&row.id, method),
+            base: &base.rootfs,
+        };
+        let reporter = op.reporter();
+        let report = &mut |done, total| reporter.progress_units(done, Some(total), "bytes");
+        flatten(&source, row.shape.disk_bytes, to, op.cancel(), report)
+    }
+
+    /// Fails if the VM was started or deleted while its disk was read.
+    fn require_untouched(&self, row: &VmRow) -> Result<()> {
+        let now = self.core.row(&row.id)?;
+        if (now.generation, now.state) == (row.generation, row.state) {
+            return Ok(());
+        }
+        Err(
+            Error::new(Kind::Conflict, "the VM was started while its disk was read")
+                .hint(format!("stop it, then try again: fcctl stop {}", row.name)),
+        )
+    }
+}

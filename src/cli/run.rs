@@ -107,16 +107,28 @@ fn run_in_new_vm(
     for port in &new_vm.vm.ports {
         printer.note(&format!("port {}", super::vm_text::port_line(port)));
     }
+    let mut how = args.workspace;
+    // Root's home is closed to other users.
+    let given = source
+        .as_ref()
+        .zip(spec.user.clone())
+        .map(|(source, user)| {
+            let path = how.guest_path.get_or_insert_with(|| source.path_for_user());
+            (path.clone(), user)
+        });
+    let given = given.filter(|_| !how.readonly);
     let vm = new_vm.vm.name.to_string();
-    let outcome = match boot(
+    let outcome = boot(
         printer,
         interrupts,
         &mut new_vm,
-        source.map(|s| (s, args.workspace)),
-    ) {
-        Ok(()) => exec::execute(printer, stdio, interrupts, &mut new_vm.client, &vm, spec),
-        Err(e) => Err(e),
-    };
+        source.map(|source| (source, how)),
+    )
+    .and_then(|()| match &given {
+        Some((path, user)) => give(printer, stdio, interrupts, &mut new_vm, path, user),
+        None => Ok(()),
+    })
+    .and_then(|()| exec::execute(printer, stdio, interrupts, &mut new_vm.client, &vm, spec));
     finish(printer, interrupts, new_vm, outcome, export)
 }
 
@@ -272,6 +284,27 @@ pub(super) fn boot(
     } else {
         Ok(())
     }
+}
+
+/// Makes the user who runs the command the owner of the copy.
+fn give(
+    printer: &mut Printer,
+    stdio: &Stdio,
+    interrupts: &Interrupts,
+    new_vm: &mut NewVm,
+    path: &str,
+    user: &str,
+) -> Result<()> {
+    let is_number = user.bytes().all(|b| b.is_ascii_digit());
+    // `NAME:` includes the user's own group. A number need not have one.
+    let owner = if is_number || user.contains(':') {
+        user.to_owned()
+    } else {
+        format!("{user}:")
+    };
+    let argv = ["chown", "-hR", "--", &owner, path];
+    as_root(printer, stdio, interrupts, new_vm, &argv, b"")
+        .map_err(|e| e.context(format!("give {path} to {user}: chown")))
 }
 
 /// Runs a command of fcctl's own in the guest, with its output on stderr.

@@ -436,3 +436,37 @@ fn run_with_image_and_directory_without_slash_names_the_fix() {
     );
     assert_eq!(fake.methods(), "");
 }
+
+/// Root's home is closed to other users, and a copy that belongs to root could not be changed.
+#[test]
+fn run_as_user_gives_copy_to_user() {
+    for (user, owner) in [("dev", "dev:"), ("1000", "1000"), ("dev:adm", "dev:adm")] {
+        let fake = daemon(|mut r| {
+            if r.method != "exec.start" || r.params["argv"][0] != "chown" {
+                return Some(r);
+            }
+            drop(begin(&mut r));
+            r.result(status(0));
+            None
+        });
+        let dir = tree();
+        let path = dir.path().join("app");
+        std::fs::create_dir(&path).unwrap();
+        let ran = fcctl(
+            &fake,
+            &["run", path.to_str().unwrap(), "-u", user, "--", "make"],
+        );
+        assert_eq!(ran.status, 7, "{}", ran.err);
+        let calls = fake.calls();
+        let of = |method: &str| {
+            calls
+                .iter()
+                .filter(|c| c.starts_with(method))
+                .collect::<Vec<_>>()
+        };
+        assert!(of("workspace.prepare")[0].contains(r#""guest_path":"/workspace/app""#));
+        let chown = format!(r#""argv":["chown","-hR","--","{owner}","/workspace/app"]"#);
+        assert!(of("exec.start")[0].contains(&chown), "{calls:?}");
+        assert!(of("exec.start")[1].contains(&format!(r#""user":"{user}""#)));
+    }
+}

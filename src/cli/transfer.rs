@@ -107,6 +107,15 @@ impl Source {
         }
     }
 
+    /// Returns the default directory for a user who cannot enter root's home.
+    pub(super) fn path_for_user(&self) -> String {
+        let default = match self {
+            Source::Tree(plan) => plan.guest_path(),
+            Source::Tar(_) => guest_path::default_for("workspace"),
+        };
+        default.replacen("/root", "/workspace", 1)
+    }
+
     fn request(&self, vm: &str, how: PrepareHow) -> Result<PrepareRequest> {
         let (default, subdir, bytes_expected) = match self {
             Source::Tree(plan) => (

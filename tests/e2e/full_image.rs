@@ -40,6 +40,12 @@ fn full_image_builds_c_and_has_tools() {
         host.sh("box", script);
     }
     dev_uses_exec_and_ssh(&host);
+    let who = "make >/dev/null; ls -l hello | cut -d ' ' -f 3; pwd";
+    let as_dev = [
+        "run", "--rm", "--image", "full", "--user", "dev", path, "--", "sh", "-c", who,
+    ];
+    let out = host.ok(&as_dev);
+    assert!(out.starts_with("dev\n/workspace/"), "{out}");
 }
 
 /// `dev` is an ordinary user who may become root.

@@ -1,5 +1,6 @@
 use super::super::test_image::{Compression, TestImage};
 use super::super::test_tar::{Item, dir, file, gzip, hardlink, item, symlink, tar};
+use super::super::test_tree::run;
 use super::*;
 use crate::host::fs;
 use crate::locks::CancelCause;
@@ -243,4 +244,25 @@ fn spooling_is_limited_and_can_be_cancelled() {
             .count(),
         0
     );
+}
+
+#[test]
+fn archives_of_skopeo_are_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = sample(Compression::Gzip);
+    image.write_layout(&dir.path().join("layout"), "tag");
+    let from = format!("oci:{}:tag", dir.path().join("layout").display());
+    for (prefix, suffix) in [("oci-archive", "tag"), ("docker-archive", "app:1")] {
+        let path = dir.path().join(format!("{prefix}.tar"));
+        let to = format!("{prefix}:{}:{suffix}", path.display());
+        run("skopeo", &["copy", "-q", "--insecure-policy", &from, &to]);
+        let archive = std::fs::read(&path).unwrap();
+        for name in [None, Some(suffix)] {
+            let found = found(&archive, &wanted(None, name)).unwrap();
+            let diff_ids = |image: &Image| -> Vec<Digest> {
+                image.layers.iter().map(|layer| layer.diff_id).collect()
+            };
+            assert_eq!(diff_ids(&found), diff_ids(&image.resolve()));
+        }
+    }
 }

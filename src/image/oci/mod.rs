@@ -8,6 +8,9 @@
 
 mod acl;
 mod archive;
+#[cfg(test)]
+#[path = "bench_tests.rs"]
+mod bench;
 mod budget;
 mod decompress;
 mod digest;

@@ -178,29 +178,34 @@ impl LayerStore {
         Ok(self.layers()?.iter().map(|layer| layer.bytes).sum())
     }
 
-    /// Removes what a crash left. The caller must make sure that no pull is in progress.
+    /// Removes what a crash left: temporary files, and tars without an index. The caller must make
+    /// sure that no pull is in progress.
     pub fn remove_temporaries(&self) -> Result<()> {
-        for name in self.names()?.iter().filter(|n| n.starts_with(TEMPORARY)) {
-            self.unlink(name)?;
+        for file in self.names()? {
+            let is_left = match file.split_once('.') {
+                Some((hex, TAR)) => self.open(&format!("{hex}.{INDEX}"))?.is_none(),
+                _ => file.starts_with(TEMPORARY),
+            };
+            if is_left {
+                self.unlink(&file)?;
+            }
         }
         Ok(())
     }
 
-    /// Removes the names of blobs whose layer is gone, and tars without an index.
+    /// Removes the names of blobs whose layer is gone.
     fn remove_dangling(&self) -> Result<()> {
         for file in self.names()? {
-            let is_dangling = match file.split_once('.') {
-                Some((hex, BLOB)) => {
-                    let blob = format!("sha256:{hex}").parse().ok();
-                    let layer = blob.map(|blob| self.find_blob(blob)).transpose()?.flatten();
-                    match layer {
-                        Some(diff_id) => self.open(&name(diff_id, INDEX))?.is_none(),
-                        None => true,
-                    }
-                }
-                _ => false,
+            let Some((hex, BLOB)) = file.split_once('.') else {
+                continue;
             };
-            if is_dangling {
+            let blob = format!("sha256:{hex}").parse().ok();
+            let layer = blob.map(|blob| self.find_blob(blob)).transpose()?.flatten();
+            let is_there = match layer {
+                Some(diff_id) => self.open(&name(diff_id, INDEX))?.is_some(),
+                None => false,
+            };
+            if !is_there {
                 self.unlink(&file)?;
             }
         }

@@ -46,7 +46,7 @@ struct Target {
 }
 
 /// All targets. To add a target, add it here and put valid inputs in `seeds/NAME/`.
-const TARGETS: [Target; 12] = [
+const TARGETS: [Target; 14] = [
     Target {
         name: "qmp",
         run: fcd::testing::vmm::fuzz::qmp,
@@ -183,23 +183,40 @@ const TARGETS: [Target; 12] = [
         ],
     },
     Target {
-        name: "registry-replies",
-        run: fcd::testing::image::fetch::fuzz::replies,
-        memory_max: 16 << 20,
+        name: "image-layer",
+        run: fcd::testing::image::oci::fuzz::layer,
+        memory_max: 64 << 20,
         words: &[
-            "Bearer realm=\"",
-            "https://registry.example/",
-            "https://",
-            "http://",
-            "127.0.0.1",
-            "[::ffff:127.0.0.1]",
-            "169.254.169.254",
-            "bytes ",
-            "{\"errors\":[{\"code\":\"",
-            "{\"token\":\"",
-            "HTTP/1.1 200 \r\n\r\n",
-            "\n",
-            "@",
+            "ustar  \u{0}",
+            "ustar\u{0}00",
+            "././@LongLink",
+            "SCHILY.xattr.user.",
+            "13 size=1000\n",
+            "../",
+            ".wh.",
+        ],
+    },
+    Target {
+        name: "image-index",
+        run: fcd::testing::image::oci::fuzz::index_of_layer,
+        memory_max: 64 << 20,
+        words: &["fcdlayr1", "../", "\u{0}\u{0}\u{0}\u{0}"],
+    },
+    Target {
+        name: "image-merge",
+        run: fcd::testing::image::oci::fuzz::merge,
+        memory_max: 64 << 20,
+        words: &[
+            "\n-\n",
+            "\nd",
+            "\nf",
+            "\nl",
+            "\nh",
+            ".wh.",
+            ".wh..wh..opq",
+            "\t/",
+            "\t../",
+            "/a/b",
         ],
     },
 ];

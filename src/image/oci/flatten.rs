@@ -499,6 +499,17 @@ impl Read for Section<'_> {
     }
 }
 
+/// Adds a merged tree to a file system that is never written.
+#[cfg(feature = "fuzz")]
+pub(super) fn declare_only(tree: &Tree<'_>, cancel: &Cancel) -> Result<()> {
+    let options = Options {
+        disk_bytes: 1 << 30,
+        uuid: [0; 16],
+        inodes: tree_size(tree).entries,
+    };
+    Writing::<Ext4>::new(tree, &options, cancel)?.declare()
+}
+
 #[cfg(test)]
 #[path = "flatten_tests.rs"]
 mod tests;

@@ -1,9 +1,14 @@
 //! Fuzz targets for what an image's author or its registry writes, for `tests/fuzz`.
 
+use super::budget::Budget;
+use super::decompress::inflate;
+use super::entry::{Attributes, Entry, EntryKind, clean_path};
 use super::errors::bad;
+use super::layer::{LayerIndex, index};
 use super::limits::{INDEX_DEPTH_MAX, LAYERS_MAX};
 use super::manifest::{Descriptor, find_in_layout, resolve_with};
-use super::{Digest, Location, Platform, Reference};
+use super::{Digest, Location, Platform, Reference, index_file};
+use crate::locks::Cancel;
 
 /// Parses a line as a location. What was parsed must mean the same when it is parsed again.
 pub fn reference(input: &[u8]) {
@@ -45,5 +50,114 @@ pub fn manifest(input: &[u8]) {
     }
     for name in [None, Some("latest")] {
         let _ = find_in_layout(input, name, &platform);
+    }
+}
+
+/// Gives every block that could be a header the right checksum, because a mutation of a header
+/// would otherwise be refused before it is read.
+fn seal_headers(tar: &mut [u8]) {
+    for block in tar.chunks_exact_mut(512) {
+        if block[257..].starts_with(b"ustar") {
+            block[148..156].fill(b' ');
+            let sum: u32 = block.iter().map(|b| u32::from(*b)).sum();
+            block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        }
+    }
+}
+
+/// Limit of the memory for an inflated layer in [`layer`].
+const INFLATED_BYTES_MAX: u64 = 1 << 20;
+
+/// Inflates and indexes a layer. What was indexed must be safe, and must survive the index file.
+pub fn layer(input: &[u8]) {
+    let Ok(mut tar) = inflate(input, INFLATED_BYTES_MAX) else {
+        return;
+    };
+    seal_headers(&mut tar);
+    let Ok(index) = index(&tar[..], &Budget::new(INFLATED_BYTES_MAX)) else {
+        return;
+    };
+    assert!(index.tar_bytes <= tar.len() as u64);
+    for entry in &index.entries {
+        let mut parts = entry.path.split('/');
+        assert!(entry.path.is_empty() || !parts.any(|part| matches!(part, "" | "." | "..")));
+        if let EntryKind::File { offset, bytes } = entry.kind {
+            assert!(offset + bytes <= index.tar_bytes);
+        }
+    }
+    let (mut file, digest) = (Vec::new(), Digest::of(b""));
+    index_file::write(&index, digest, &mut file).expect("memory takes every write");
+    let again = index_file::read(&file[..], digest, index.tar_bytes);
+    assert_eq!(again.expect("our own file is valid"), index);
+}
+
+/// Reads the file of a layer's index. Its digest is wrong after each mutation, but it comes last.
+pub fn index_of_layer(input: &[u8]) {
+    let Some((head, rest)) = input.split_first_chunk::<40>() else {
+        return;
+    };
+    let (mut diff_id, mut tar_bytes) = ([0; 32], [0; 8]);
+    diff_id.copy_from_slice(&head[8..]);
+    if let Some(number) = rest.first_chunk::<8>() {
+        tar_bytes = *number;
+    }
+    let found = index_file::read(
+        input,
+        Digest::from_bytes(diff_id),
+        u64::from_le_bytes(tar_bytes),
+    );
+    if let Ok(index) = found {
+        let mut file = Vec::new();
+        index_file::write(&index, Digest::from_bytes(diff_id), &mut file).expect("a vector");
+        assert!(file.len() <= input.len());
+    }
+}
+
+/// Parses one line of the input of [`merge`]: a letter for the kind, a path, and a target after a
+/// tab.
+fn entry_of(line: &str) -> Option<Entry> {
+    let (kind, rest) = line.split_at_checked(1)?;
+    let (path, target) = rest.split_once('\t').unwrap_or((rest, ""));
+    let kind = match kind {
+        "d" => EntryKind::Directory,
+        "f" => EntryKind::File {
+            offset: 0,
+            bytes: target.len() as u64,
+        },
+        "l" if !target.is_empty() => EntryKind::Symlink {
+            target: target.into(),
+        },
+        "h" => EntryKind::HardLink {
+            target: clean_path(target.as_bytes()).ok()?,
+        },
+        "p" => EntryKind::Fifo,
+        _ => return None,
+    };
+    Some(Entry {
+        path: clean_path(path.as_bytes()).ok()?,
+        kind,
+        attributes: Attributes::default(),
+    })
+}
+
+/// Merges layers that are written as lines; a line with a dash begins the next layer. No mutation
+/// of a tar would reach as much.
+pub fn merge(input: &[u8]) {
+    let Ok(text) = std::str::from_utf8(input) else {
+        return;
+    };
+    let mut layers = vec![LayerIndex::default()];
+    for line in text.lines() {
+        if line == "-" {
+            layers.push(LayerIndex::default());
+        } else if let Some(last) = layers.last_mut() {
+            last.entries.extend(entry_of(line));
+        }
+    }
+    let layers: Vec<&LayerIndex> = layers.iter().collect();
+    let cancel = Cancel::try_new().expect("an eventfd");
+    if let Ok(tree) = super::merge::merge(&layers, &cancel) {
+        tree.check();
+        super::flatten::declare_only(&tree, &cancel).ok();
     }
 }

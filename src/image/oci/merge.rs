@@ -145,6 +145,37 @@ impl<'a> Tree<'a> {
     fn child(&self, directory: NodeId, name: &str) -> Option<NodeId> {
         self.children(directory)?.get(name).copied()
     }
+
+    /// Panics if the tree is not one: a node has two parents, a name could not be one of a file, or
+    /// an object is of the wrong kind.
+    #[cfg(any(test, feature = "fuzz"))]
+    pub(super) fn check(&self) {
+        let mut seen = std::collections::HashSet::from([ROOT]);
+        let mut work = vec![ROOT];
+        while let Some(id) = work.pop() {
+            match &self.node(id).content {
+                Content::Directory { children, named_by } => {
+                    let by = named_by.map(|by| &self.entry(by).kind);
+                    assert!(by.is_none_or(|kind| *kind == EntryKind::Directory));
+                    for (name, child) in children {
+                        assert!(
+                            !name.is_empty() && !name.contains('/') && !name.starts_with(WHITEOUT)
+                        );
+                        assert!(!matches!(*name, "." | ".."));
+                        assert!(seen.insert(*child), "{name:?} has two parents");
+                        work.push(*child);
+                    }
+                }
+                Content::Object(object) => {
+                    let kind = &self.entry(*object).kind;
+                    assert!(!matches!(
+                        kind,
+                        EntryKind::Directory | EntryKind::HardLink { .. }
+                    ));
+                }
+            }
+        }
+    }
 }
 
 struct Merger<'a> {

@@ -15,6 +15,7 @@ fn merged_within(steps_max: u64, layers: &[Vec<Item>]) -> Result<Vec<String>> {
     let indexes: Vec<LayerIndex> = read.collect::<Result<_>>()?;
     let indexes: Vec<&LayerIndex> = indexes.iter().collect();
     let tree = merge_within(steps_max, &indexes, &Cancel::try_new().unwrap())?;
+    tree.check();
     let mut lines = Vec::new();
     let mut work = vec![(String::new(), ROOT)];
     while let Some((path, id)) = work.pop() {

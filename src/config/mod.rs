@@ -9,6 +9,7 @@ mod limits;
 mod network;
 mod qemu;
 mod reference;
+mod registry;
 mod section;
 mod sync;
 mod vm;
@@ -21,6 +22,7 @@ pub use network::{INTERFACE_NAME_LEN_MAX, NetworkDriver};
 pub use network::{Network, Subnet};
 pub use qemu::{Accel, Machine, Qemu};
 pub use reference::reference;
+pub use registry::Registry;
 pub use sync::SyncedFile;
 pub use vm::VmDefaults;
 pub use vmm::{Firecracker, Vmm, VmmDriver, VmmLimits};
@@ -42,6 +44,7 @@ pub struct File {
     pub firecracker: Firecracker,
     pub disk: Disk,
     pub network: Network,
+    pub registry: Registry,
     pub sync: Vec<SyncedFile>,
 }
 
@@ -101,6 +104,7 @@ pub struct Config {
     pub firecracker: Firecracker,
     pub disk: Disk,
     pub network: Network,
+    pub registry: Registry,
     pub sync: Vec<SyncedFile>,
 }
 
@@ -170,6 +174,7 @@ impl Config {
             firecracker: file.firecracker,
             disk: file.disk,
             network: file.network,
+            registry: file.registry,
             sync: file.sync,
         };
         config
@@ -222,6 +227,7 @@ impl Config {
         if self.qemu.uid_count < 2 {
             return bad("qemu.uid_count must be at least 2: one uid is for helper processes");
         }
+        registry::validate(&self.registry)?;
         sync::validate(&self.sync)?;
         vmm::validate(&self.vmm, self.network.is_bridge())?;
         self.network.validate()
@@ -327,6 +333,7 @@ mod tests {
             firecracker: file.firecracker,
             disk: file.disk,
             network: file.network,
+            registry: file.registry,
             sync: file.sync,
         }
     }

@@ -1,7 +1,7 @@
 //! Prints the configuration file as a reference: every setting with its default and its meaning.
 
 use super::section::{Choice, Setting};
-use super::{Disk, Firecracker, Limits, Network, Qemu, VmDefaults, Vmm};
+use super::{Disk, Firecracker, Limits, Network, Qemu, Registry, VmDefaults, Vmm};
 
 /// Longest comment line.
 const LINE_WIDTH: usize = 100;
@@ -42,6 +42,7 @@ pub fn reference() -> String {
         section("firecracker", Firecracker::DOC, &Firecracker::settings()),
         section("disk", Disk::DOC, &Disk::settings()),
         section("network", Network::DOC, &Network::settings()),
+        section("registry", Registry::DOC, &Registry::settings()),
     ];
     format!("{HEAD}{}{TAIL}", sections.concat())
 }

@@ -33,11 +33,13 @@ impl Value for u64 {}
 impl Value for usize {}
 impl Value for String {}
 impl Value for PathBuf {}
+impl Value for Vec<String> {}
+impl Value for Vec<PathBuf> {}
 impl Value for crate::ids::ImageRef {}
 
-/// Formats a value as TOML. Strings, numbers and booleans are written as in JSON.
+/// Formats a value as TOML. Strings, numbers, booleans and lists are written as in JSON.
 pub(crate) fn toml_value<T: Value>(value: &T) -> String {
-    serde_json::to_string(value).expect("settings are strings, numbers and booleans")
+    serde_json::to_string(value).expect("settings are strings, numbers, booleans and lists of them")
 }
 
 /// Declares a section: `/// doc` and `name: Type = default` for each setting.

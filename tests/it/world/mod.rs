@@ -168,6 +168,7 @@ impl World {
             qemu: Qemu::default(),
             firecracker: fcd::testing::config::Firecracker::default(),
             disk: fcd::testing::config::Disk::default(),
+            registry: Default::default(),
             network: fcd::testing::config::Network::default(),
             sync: Vec::new(),
         };

@@ -19,12 +19,15 @@ pub struct Image {
     pub built_at: u64,
     /// The number of existing VMs that were created from the image.
     pub vms: u64,
-    /// The user who built the image; null if it belongs to the host.
+    /// The user to whom the image belongs; null if all users share it.
     pub owner_uid: Option<u32>,
     /// The digest of the manifest from which the image was made, or else of its files, such as
     /// `sha256:...`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub digest: Option<String>,
+    /// Where the image was pulled from, such as a reference.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<String>,
     /// What the image was made from, as the caller of `image.commit` named it. fcctl recognizes a
     /// build that it has done before.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -43,6 +46,91 @@ pub struct ImageBuildRequest {
     /// Omit the compilers, tools and the user `dev` that an image has otherwise.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub minimal: bool,
+}
+
+/// The format of an archive. A file that `docker save` wrote may have both.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ArchiveFormat {
+    Oci,
+    Docker,
+}
+
+/// Where an image is pulled from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum PullSource {
+    /// A registry. If the call passes a descriptor, the daemon reads the credential from it.
+    Registry {
+        /// A reference as docker writes it, such as `gcc:13` or `ghcr.io/owner/app@sha256:...`.
+        reference: String,
+    },
+    /// An archive that the daemon reads from the passed descriptor, as `docker save` or `skopeo
+    /// copy ... oci-archive:` write it.
+    Archive {
+        /// Null if the archive's files decide.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        format: Option<ArchiveFormat>,
+        /// Chooses one of several images in the archive.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        reference: Option<String>,
+    },
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ImagePullRequest {
+    pub source: PullSource,
+    /// The name of the image on this host. Defaults to the reference, or to the name in the
+    /// archive.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<ImageRef>,
+    /// The platform to choose from an index, such as `linux/amd64`. Defaults to that of the host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub platform: Option<String>,
+    /// Share the image with all users. Only root and the user who runs the daemon may do this.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub shared: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ImageShowReply {
+    pub image: Image,
+    /// How commands run in the image.
+    pub config: ImageConfig,
+    /// The digests of the unpacked layers, lowest first.
+    pub layers: Vec<String>,
+    /// The steps that made the image, oldest first.
+    pub history: Vec<ImageHistory>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ImageTagRequest {
+    pub image: ImageRef,
+    /// The additional name.
+    pub name: ImageRef,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ImagePruneRequest {
+    /// Also delete the caller's images that no VM and no snapshot uses.
+    #[serde(default)]
+    pub all: bool,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ImagePruneReply {
+    /// The images that were deleted.
+    pub images: Vec<ImageRef>,
+    /// The number of cached layers that were removed.
+    pub layers: u64,
+    /// The guest runtimes that were removed.
+    pub runtimes: Vec<String>,
+    /// The space that was freed. Images that share files with VMs count only once these are
+    /// deleted.
+    pub bytes: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -104,7 +192,6 @@ pub struct ImageConfig {
 }
 
 /// One step of how an image was built.
-#[cfg(any(test, feature = "fakes"))]
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct ImageHistory {
     /// When the step ran, in RFC 3339.
@@ -125,6 +212,15 @@ calls! {
     /// Fails if an image of that name exists.
     ImageBuild = "image.build" (ImageBuildRequest) -> ImageReply
         [Anybody, Keyed, CancelOperation, NoFds, feature "image_build"];
+    /// Pulls an image. If an image of that name has the same digest, nothing changes. If it has
+    /// another digest and no VM and no snapshot uses it, it is replaced.
+    ImagePull = "image.pull" (ImagePullRequest) -> ImageReply
+        [Anybody, Keyed, CancelOperation, TakesFds, feature "image_pull"];
+    ImageShow = "image.show" (ImageRequest) -> ImageShowReply [Anybody, Unkeyed, Nothing, NoFds];
+    /// Gives an image an additional name. Both share their files.
+    ImageTag = "image.tag" (ImageTagRequest) -> ImageReply [Anybody, Keyed, Nothing, NoFds];
+    /// Removes what no VM and no image needs: cached layers and guest runtimes.
+    ImagePrune = "image.prune" (ImagePruneRequest) -> ImagePruneReply [Anybody, Keyed, Nothing, NoFds];
     /// Makes an image of the root disk of a stopped VM, as it is. Keys and logs of the guest are
     /// part of the image unless the guest removed them. Fails if an image of that name exists.
     ImageCommit = "image.commit" (ImageCommitRequest) -> ImageReply

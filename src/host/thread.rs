@@ -18,7 +18,6 @@ pub fn spawn<T: Send + 'static>(
 }
 
 /// Starts a named thread that may borrow from its scope.
-#[cfg(any(test, feature = "fakes"))]
 pub fn spawn_scoped<'scope, T: Send + 'scope>(
     scope: &'scope std::thread::Scope<'scope, '_>,
     name: &str,

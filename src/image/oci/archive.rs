@@ -18,13 +18,14 @@ use super::manifest::{
 use super::platform::Platform;
 use super::reference::Reference;
 use super::spool::{Portion, Spooling};
-use super::store::{LayerStore, Temporary};
 use super::tar_reader::TarReader;
+use crate::api::image::ArchiveFormat;
 use crate::error::{Error, Kind, Result};
 use crate::host::text;
 use crate::locks::Cancel;
 use serde::Deserialize;
 use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
 use std::io::{BufReader, Read};
 
 const OCI_LAYOUT: &str = "oci-layout";
@@ -35,27 +36,20 @@ const DOCKER_MANIFEST: &str = "manifest.json";
 const LINKS_MAX: usize = 8;
 const BUFFER_BYTES: usize = 256 << 10;
 
-/// The two kinds of archives.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ArchiveKind {
-    Oci,
-    Docker,
-}
-
 /// Which image of an archive is meant.
 #[derive(Clone, Debug, Default)]
 pub struct Wanted {
     /// If this is `None`, the archive's files decide.
-    pub kind: Option<ArchiveKind>,
+    pub format: Option<ArchiveFormat>,
     /// A tag of an oci-archive, or a reference of a docker-archive. It may be missing if there is
     /// only one image.
     pub name: Option<String>,
     pub platform: Platform,
 }
 
-/// A spooled archive. Dropping it removes the spool.
-pub struct Archive<'a> {
-    spool: Temporary<'a>,
+/// A spooled archive.
+pub struct Archive {
+    spool: File,
     files: BTreeMap<Box<str>, Position>,
     /// Where symbolic and hard links lead, as paths from the root.
     links: BTreeMap<Box<str>, Box<str>>,
@@ -79,18 +73,18 @@ struct DockerImage {
     layers: Option<Vec<String>>,
 }
 
-impl<'a> Archive<'a> {
-    /// Reads an archive of at most `bytes_max` uncompressed bytes to its end. `progress` is called
+impl Archive {
+    /// Reads an archive of at most `bytes_max` uncompressed bytes to its end, and writes it to the
+    /// empty file `spool`. `progress` is called
     /// with the bytes that were read since the last call.
     pub fn spool(
         stream: impl Read,
-        store: &'a LayerStore,
+        spool: File,
         bytes_max: u64,
         progress: &dyn Fn(u64),
         cancel: &Cancel,
     ) -> Result<Self> {
         let budget = Budget::new(bytes_max);
-        let spool = store.temporary()?;
         let watched = Watched {
             inner: stream,
             progress,
@@ -99,7 +93,7 @@ impl<'a> Archive<'a> {
         let inflated = decoder(BufReader::with_capacity(BUFFER_BYTES, watched));
         let spooling = Spooling {
             inner: inflated.map_err(|e| read_error("read the archive", e))?,
-            spool: &spool.file,
+            spool: &spool,
             budget: &budget,
         };
         let buffered = BufReader::with_capacity(BUFFER_BYTES, spooling);
@@ -139,18 +133,20 @@ impl<'a> Archive<'a> {
     pub fn image(&mut self, wanted: &Wanted) -> Result<Image> {
         let is_oci = self.files.contains_key(OCI_LAYOUT) && self.files.contains_key(OCI_INDEX);
         let is_docker = self.files.contains_key(DOCKER_MANIFEST);
-        match wanted.kind {
-            Some(ArchiveKind::Docker) if is_docker => self.docker_image(wanted),
-            Some(ArchiveKind::Oci) | None if is_oci => {
+        match wanted.format {
+            Some(ArchiveFormat::Docker) if is_docker => self.docker_image(wanted),
+            Some(ArchiveFormat::Oci) | None if is_oci => {
                 let index = self.document(OCI_INDEX)?;
                 let root = find_in_layout(&index, wanted.name.as_deref(), &wanted.platform)?;
-                resolve(&root, &wanted.platform, self)
+                let image = resolve(&root.blob, &wanted.platform, self)?;
+                let name = root.name.and_then(whole_name);
+                Ok(Image { name, ..image })
             }
             None if is_docker => self.docker_image(wanted),
-            kind => {
-                let what = match kind {
-                    Some(ArchiveKind::Docker) => "a docker-archive: it has no manifest.json",
-                    Some(ArchiveKind::Oci) => "an oci-archive: it has no index.json",
+            format => {
+                let what = match format {
+                    Some(ArchiveFormat::Docker) => "a docker-archive: it has no manifest.json",
+                    Some(ArchiveFormat::Oci) => "an oci-archive: it has no index.json",
                     None => "an archive of images: it has neither index.json nor manifest.json",
                 };
                 let error = bad(format!("this is not {what}"));
@@ -164,6 +160,7 @@ impl<'a> Archive<'a> {
             parse_json(DOCKER_MANIFEST, &self.document(DOCKER_MANIFEST)?)?;
         let image = choose(images, wanted.name.as_deref())?;
         let config = self.document(&image.config)?;
+        let name = image.repo_tags.into_iter().flatten().find_map(whole_name);
         let paths = image.layers.unwrap_or_default();
         if paths.len() > LAYERS_MAX {
             return Err(bad(format!(
@@ -183,7 +180,8 @@ impl<'a> Archive<'a> {
             });
         }
         // Docker also calls the digest of the configuration the image's id.
-        image_of(Digest::of(&config), layers, &config, &wanted.platform)
+        let image = image_of(Digest::of(&config), layers, &config, &wanted.platform)?;
+        Ok(Image { name, ..image })
     }
 
     fn hash(&self, position: Position) -> Result<Digest> {
@@ -227,11 +225,18 @@ impl<'a> Archive<'a> {
 
     fn portion(&self, position: Position) -> Portion<'_> {
         Portion {
-            file: &self.spool.file,
+            file: &self.spool,
             at: position.offset,
             left: position.bytes,
         }
     }
+}
+
+/// Returns the name in its shortest form, or None if it is only a tag.
+fn whole_name(name: String) -> Option<String> {
+    let is_tag = !name.contains(['/', ':']);
+    let parsed: Option<Reference> = name.parse().ok();
+    parsed.filter(|_| !is_tag).map(|name| name.familiar())
 }
 
 /// Returns where a relative link leads, or `None` if it leads out of the archive.
@@ -274,7 +279,7 @@ fn choose(mut images: Vec<DockerImage>, name: Option<&str>) -> Result<DockerImag
     })
 }
 
-impl Blobs for Archive<'_> {
+impl Blobs for Archive {
     fn open(&self, blob: &Descriptor) -> Result<Box<dyn Read + Send + '_>> {
         let position = match self.layers.get(&blob.digest) {
             Some(position) => *position,

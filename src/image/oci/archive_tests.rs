@@ -2,19 +2,13 @@ use super::super::test_image::{Compression, TestImage};
 use super::super::test_tar::{Item, dir, file, gzip, hardlink, item, symlink, tar};
 use super::super::test_tree::run;
 use super::*;
-use crate::host::fs;
 use crate::locks::CancelCause;
-
-fn store(dir: &tempfile::TempDir) -> LayerStore {
-    LayerStore::new(fs::create_private_dir(&dir.path().join("layers")).unwrap())
-}
 
 /// Spools an archive and finds an image in it.
 fn found(archive: &[u8], wanted: &Wanted) -> Result<Image> {
-    let dir = tempfile::tempdir().unwrap();
-    let store = store(&dir);
+    let spool = tempfile::tempfile().unwrap();
     let cancel = Cancel::try_new().unwrap();
-    let mut archive = Archive::spool(archive, &store, 1 << 30, &|_| {}, &cancel)?;
+    let mut archive = Archive::spool(archive, spool, 1 << 30, &|_| {}, &cancel)?;
     let image = archive.image(wanted)?;
     for layer in &image.layers {
         let mut hashing = Hashing::new(archive.open(&layer.blob)?);
@@ -22,19 +16,12 @@ fn found(archive: &[u8], wanted: &Wanted) -> Result<Image> {
         assert_eq!(hashing.count(), layer.blob.size);
         assert_eq!(hashing.digest(), layer.blob.digest);
     }
-    drop(archive);
-    assert_eq!(
-        std::fs::read_dir(dir.path().join("layers"))
-            .unwrap()
-            .count(),
-        0
-    );
     Ok(image)
 }
 
-fn wanted(kind: Option<ArchiveKind>, name: Option<&str>) -> Wanted {
+fn wanted(format: Option<ArchiveFormat>, name: Option<&str>) -> Wanted {
     Wanted {
-        kind,
+        format,
         name: name.map(str::to_owned),
         platform: Platform::default(),
     }
@@ -61,10 +48,10 @@ fn sample(compression: Compression) -> TestImage {
 fn both_kinds_of_archives_are_recognised() {
     let image = sample(Compression::None);
     for (items, kind, name) in [
-        (image.oci_archive("tag"), ArchiveKind::Oci, "tag"),
+        (image.oci_archive("tag"), ArchiveFormat::Oci, "tag"),
         (
             image.docker_archive("app:1"),
-            ArchiveKind::Docker,
+            ArchiveFormat::Docker,
             "docker.io/library/app:1",
         ),
     ] {
@@ -101,8 +88,8 @@ fn archive_with_both_manifests_is_of_the_kind_that_is_wanted() {
     let both = [image.oci_archive("tag"), image.docker_archive("app:1")].concat();
     let digest = |kind| found(&tar(&both), &wanted(kind, None)).unwrap().digest;
     assert_eq!(digest(None), image.resolve().digest);
-    assert_eq!(digest(Some(ArchiveKind::Oci)), image.resolve().digest);
-    assert_ne!(digest(Some(ArchiveKind::Docker)), image.resolve().digest);
+    assert_eq!(digest(Some(ArchiveFormat::Oci)), image.resolve().digest);
+    assert_ne!(digest(Some(ArchiveFormat::Docker)), image.resolve().digest);
 }
 
 #[test]
@@ -130,13 +117,13 @@ fn image_that_is_not_in_the_archive_is_not_found() {
     );
     refused(
         &oci,
-        &wanted(Some(ArchiveKind::Docker), None),
+        &wanted(Some(ArchiveFormat::Docker), None),
         Kind::InvalidImage,
         "docker-archive",
     );
     refused(
         &docker,
-        &wanted(Some(ArchiveKind::Oci), None),
+        &wanted(Some(ArchiveFormat::Oci), None),
         Kind::InvalidImage,
         "oci-archive",
     );
@@ -224,12 +211,10 @@ fn changed_blob_of_archive_is_refused() {
 
 #[test]
 fn spooling_is_limited_and_can_be_cancelled() {
-    let dir = tempfile::tempdir().unwrap();
-    let store = store(&dir);
     let cancel = Cancel::try_new().unwrap();
     let large = tar(&[file("a", "").with(|item| item.content = vec![0; 2 << 20])]);
     let spool = |bytes: &[u8], max, progress: &dyn Fn(u64)| {
-        Archive::spool(bytes, &store, max, progress, &cancel).map(drop)
+        Archive::spool(bytes, tempfile::tempfile().unwrap(), max, progress, &cancel).map(drop)
     };
     for bytes in [&large, &gzip(&large)] {
         let error = spool(bytes, 1 << 20, &|_| {}).unwrap_err();
@@ -238,12 +223,6 @@ fn spooling_is_limited_and_can_be_cancelled() {
     assert!(spool(&large[..large.len() / 2], 1 << 30, &|_| {}).is_err());
     let error = spool(&large, 1 << 30, &|_| cancel.cancel(CancelCause::Requested)).unwrap_err();
     assert_eq!(error.kind(), Kind::Cancelled, "{error}");
-    assert_eq!(
-        std::fs::read_dir(dir.path().join("layers"))
-            .unwrap()
-            .count(),
-        0
-    );
 }
 
 #[test]

@@ -2,16 +2,15 @@
 
 use super::archive::{Archive, Wanted};
 use super::errors::bad;
+use super::files::TestFiles;
 use super::flatten::{Flatten, flatten};
 use super::limits::UNPACKED_BYTES_MAX;
 use super::manifest::{Blobs, Descriptor, Image, find_in_layout, resolve};
 use super::platform::Platform;
-use super::store::LayerStore;
 use super::test_image::{Compression, TestImage};
 use super::test_tar::{Item, dir, file};
 use super::test_tree::run;
 use crate::error::Result;
-use crate::host::fs;
 use crate::locks::Cancel;
 use std::fs::File;
 use std::io::Read;
@@ -36,7 +35,7 @@ impl Layout<'_> {
     fn image(&self) -> Image {
         let index = std::fs::read(self.0.join("index.json")).unwrap();
         let root = find_in_layout(&index, None, &Platform::default()).unwrap();
-        resolve(&root, &Platform::default(), self).unwrap()
+        resolve(&root.blob, &Platform::default(), self).unwrap()
     }
 }
 
@@ -108,14 +107,15 @@ impl Place {
         self.dir.path().join(name)
     }
 
-    fn store(&self, name: &str) -> LayerStore {
-        LayerStore::new(fs::create_private_dir(&self.path(name)).unwrap())
+    fn store(&self, name: &str) -> TestFiles {
+        std::fs::create_dir(self.path(name)).unwrap();
+        TestFiles(self.path(name))
     }
 
-    fn flatten(&self, image: &Image, blobs: &dyn Blobs, store: &LayerStore) {
+    fn flatten(&self, image: &Image, blobs: &dyn Blobs, store: &TestFiles) {
         let out = File::create(self.path("ours.ext4")).unwrap();
         let request = Flatten {
-            store,
+            files: store,
             out: &out,
             disk_bytes: DISK_BYTES,
             unpacked_bytes_max: UNPACKED_BYTES_MAX,
@@ -126,13 +126,13 @@ impl Place {
     }
 
     /// Pulls from blobs that can be opened one by one, as from a registry.
-    fn pull(&self, layout: &Path, store: &LayerStore) {
+    fn pull(&self, layout: &Path, store: &TestFiles) {
         let layout = Layout(layout);
         self.flatten(&layout.image(), &layout, store);
     }
 
     /// Pulls the tar of a layout from a pipe, as `oci:DIR` does it.
-    fn pull_stream(&self, layout: &Path, store: &LayerStore) {
+    fn pull_stream(&self, layout: &Path, store: &TestFiles) {
         let (reader, writer) = std::io::pipe().unwrap();
         std::thread::scope(|scope| {
             scope.spawn(move || {
@@ -140,7 +140,13 @@ impl Place {
                 tar.append_dir_all(".", layout).unwrap();
                 tar.into_inner().unwrap();
             });
-            let archive = Archive::spool(reader, store, UNPACKED_BYTES_MAX, &|_| {}, &self.cancel);
+            let archive = Archive::spool(
+                reader,
+                tempfile::tempfile().unwrap(),
+                UNPACKED_BYTES_MAX,
+                &|_| {},
+                &self.cancel,
+            );
             let mut archive = archive.unwrap();
             let image = archive.image(&Wanted::default()).unwrap();
             self.flatten(&image, &archive, store);

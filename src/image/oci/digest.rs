@@ -21,10 +21,6 @@ impl Digest {
         Self(<Sha256 as sha2::Digest>::digest(bytes).into())
     }
 
-    pub(super) fn from_bytes(bytes: [u8; 32]) -> Self {
-        Self(bytes)
-    }
-
     pub(super) fn as_bytes(&self) -> &[u8; 32] {
         &self.0
     }
@@ -108,10 +104,6 @@ impl<R> Hashing<R> {
     /// Returns the digest of everything that was read.
     pub(super) fn digest(self) -> Digest {
         Digest(<Sha256 as sha2::Digest>::finalize(self.hash).into())
-    }
-
-    pub(super) fn get_mut(&mut self) -> &mut R {
-        &mut self.inner
     }
 
     pub(super) fn count(&self) -> u64 {

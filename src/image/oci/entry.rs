@@ -6,14 +6,14 @@ use crate::error::{Kind, Result};
 
 /// What a layer says about one path. The path has no leading slash; the root is the empty path.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Entry {
+pub(super) struct Entry {
     pub path: Box<str>,
     pub kind: EntryKind,
     pub attributes: Attributes,
 }
 
 #[derive(Clone, Debug, PartialEq)]
-pub enum EntryKind {
+pub(super) enum EntryKind {
     Directory,
     /// The content is at this position in the layer's uncompressed tar.
     File {
@@ -39,7 +39,7 @@ pub enum EntryKind {
 }
 
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Attributes {
+pub(super) struct Attributes {
     /// Permission bits, with setuid, setgid and sticky.
     pub mode: u16,
     pub uid: u32,
@@ -50,13 +50,13 @@ pub struct Attributes {
 
 /// A time since the epoch. It may be negative; the nanoseconds always count forwards.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Time {
+pub(super) struct Time {
     pub seconds: i64,
     pub nanoseconds: u32,
 }
 
 #[derive(Clone, Debug, PartialEq)]
-pub struct Xattr {
+pub(super) struct Xattr {
     pub name: Box<str>,
     pub value: Box<[u8]>,
 }

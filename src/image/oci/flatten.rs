@@ -5,13 +5,13 @@ use super::budget::Budget;
 use super::digest::Digest;
 use super::entry::{Entry, EntryKind};
 use super::errors::{Stopped, as_io, bad, check_cancel, shown};
+use super::files::{IndexedLayer, LayerFile, LayerFiles};
 use super::filesystem::{self, Device, Ext4, Filesystem, Fill, Inode, Options};
 use super::layer::{LayerIndex, Reading, read_layer};
 use super::limits::THREADS_MAX;
 use super::manifest::{Blobs, Image, Layer};
 use super::merge::{Content, EntryRef, ROOT, Tree, merge};
 use super::spool::Portion;
-use super::store::{CachedLayer, LayerStore};
 use crate::api::image::{ImageConfig, ImageHistory};
 use crate::error::{Error, Kind, Result};
 use crate::host::thread;
@@ -23,6 +23,14 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 /// A directory that ext4 always has. An image that has it too must not be refused.
 const LOST_FOUND: &str = "lost+found";
+
+/// The space of an entry in addition to its content: an inode, a directory entry, and on average
+/// half a block.
+const ENTRY_BYTES: u64 = 4096;
+/// The free space on a disk that is larger than wanted.
+const FREE_BYTES: u64 = 1 << 30;
+/// A disk's size is a multiple of this.
+const DISK_UNIT_BYTES: u64 = 1 << 20;
 
 /// How far a pull is. The callback gets it from several threads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,10 +49,10 @@ pub enum Progress {
 
 /// What a flatten needs in addition to the image.
 pub struct Flatten<'a> {
-    pub store: &'a LayerStore,
+    pub files: &'a dyn LayerFiles,
     /// The file that gets the file system. Its former content is lost.
     pub out: &'a File,
-    /// The size of the file system.
+    /// The size of the file system. It becomes larger if the image's files need more.
     pub disk_bytes: u64,
     /// Limit of the uncompressed layers together.
     pub unpacked_bytes_max: u64,
@@ -64,6 +72,8 @@ pub struct Flattened {
     pub entries: u64,
     /// The size of all files together.
     pub bytes: u64,
+    /// `PRETTY_NAME` of the image's os-release(5), if it has that file.
+    pub os: Option<String>,
 }
 
 /// Writes the image to `request.out`. The same image gives the same bytes.
@@ -71,8 +81,7 @@ pub struct Flattened {
 /// # Errors
 /// `invalid_image` for hostile or damaged layers; `exhausted` if the image does not fit;
 /// `disk_full` and other errors of the host; `cancelled`; those of `blobs`. The output is then
-/// incomplete.
-/// Layers that were verified stay in the cache, so a retry does not read them again.
+/// incomplete. Layers that were verified stay in the cache, so a retry does not read them again.
 pub fn flatten(image: &Image, blobs: &dyn Blobs, request: &Flatten<'_>) -> Result<Flattened> {
     let budget = Budget::new(request.unpacked_bytes_max);
     let layers = read_layers(&image.layers, blobs, request, &budget)?;
@@ -80,18 +89,12 @@ pub fn flatten(image: &Image, blobs: &dyn Blobs, request: &Flatten<'_>) -> Resul
     let tree = merge(&indexes, request.cancel)?;
     let size = tree_size(&tree);
     (request.progress)(Progress::Merged { bytes: size.bytes });
-    if size.bytes > request.disk_bytes {
-        let message = format!(
-            "the image has {} bytes of files, but its disk has only {}",
-            size.bytes, request.disk_bytes
-        );
-        return Err(Error::new(Kind::Exhausted, message).hint("give the image a larger disk"));
-    }
     let options = Options {
-        disk_bytes: request.disk_bytes,
+        disk_bytes: size.disk_bytes(request.disk_bytes),
         uuid: uuid_of(image.digest),
         inodes: size.entries,
     };
+    let os = super::os_release::pretty_name(&tree, &layers);
     let mut writing: Writing<'_, Ext4> = Writing::new(&tree, &options, request.cancel)?;
     writing.declare()?;
     writing.write(&layers, request)?;
@@ -102,6 +105,7 @@ pub fn flatten(image: &Image, blobs: &dyn Blobs, request: &Flatten<'_>) -> Resul
         history: image.history.clone(),
         entries: size.entries,
         bytes: size.bytes,
+        os,
     })
 }
 
@@ -121,27 +125,26 @@ fn read_layers(
     blobs: &dyn Blobs,
     request: &Flatten<'_>,
     budget: &Budget,
-) -> Result<Vec<CachedLayer>> {
+) -> Result<Vec<IndexedLayer>> {
     let mut first_of: HashMap<Digest, usize> = HashMap::new();
     for (at, layer) in layers.iter().enumerate() {
         first_of.entry(layer.diff_id).or_insert(at);
     }
-    let mut found: Vec<Option<CachedLayer>> = Vec::new();
+    let mut found: Vec<Option<IndexedLayer>> = Vec::new();
     let mut missing = Vec::new();
     for (at, layer) in layers.iter().enumerate() {
         check_cancel(request.cancel)?;
-        let is_first = first_of[&layer.diff_id] == at;
-        let cached = if is_first {
-            cached(layer, request, budget)?
-        } else {
-            None
-        };
-        if cached.is_some() {
-            (request.progress)(Progress::Cached { layer: at });
-        } else if is_first {
-            missing.push(at);
+        found.push(None);
+        if first_of[&layer.diff_id] != at {
+            continue;
         }
-        found.push(cached);
+        match request.files.open(layer.diff_id)? {
+            LayerFile::Cached(tar) => {
+                found[at] = Some(IndexedLayer::of_cached(tar, budget)?);
+                (request.progress)(Progress::Cached { layer: at });
+            }
+            LayerFile::Empty(spool) => missing.push(Missing { at, spool }),
+        }
     }
     let reader = Readers {
         layers,
@@ -166,12 +169,12 @@ fn read_layers(
     Ok(all)
 }
 
-fn cached(layer: &Layer, request: &Flatten<'_>, budget: &Budget) -> Result<Option<CachedLayer>> {
-    let Some(cached) = request.store.find(layer.diff_id)? else {
-        return Ok(None);
-    };
-    charge(&cached.index, budget)?;
-    Ok(Some(cached))
+/// A layer that is not in the cache.
+struct Missing {
+    /// The number of the layer.
+    at: usize,
+    /// The empty file for its tar.
+    spool: File,
 }
 
 fn charge(index: &LayerIndex, budget: &Budget) -> Result<()> {
@@ -180,10 +183,10 @@ fn charge(index: &LayerIndex, budget: &Budget) -> Result<()> {
     entries.try_for_each(|entry| budget.add_entry(entry.metadata_bytes()))
 }
 
-fn again(layer: &CachedLayer, budget: &Budget) -> Result<CachedLayer> {
+fn again(layer: &IndexedLayer, budget: &Budget) -> Result<IndexedLayer> {
     charge(&layer.index, budget)?;
     let tar = layer.tar.try_clone();
-    Ok(CachedLayer {
+    Ok(IndexedLayer {
         index: layer.index.clone(),
         tar: tar.map_err(|e| Error::io("open a layer of the cache", e))?,
     })
@@ -195,15 +198,15 @@ struct Readers<'a> {
     blobs: &'a dyn Blobs,
     request: &'a Flatten<'a>,
     budget: &'a Budget,
-    /// The indexes of the layers that must be read.
-    missing: &'a [usize],
+    /// The layers that must be read.
+    missing: &'a [Missing],
     next: AtomicUsize,
     has_failed: AtomicBool,
 }
 
 impl Readers<'_> {
     /// Reads all missing layers. Returns each with its number, in any order.
-    fn run(&self) -> Result<Vec<(usize, CachedLayer)>> {
+    fn run(&self) -> Result<Vec<(usize, IndexedLayer)>> {
         let threads = self.missing.len().min(THREADS_MAX);
         std::thread::scope(|scope| {
             let started: Vec<_> = (0..threads)
@@ -226,21 +229,21 @@ impl Readers<'_> {
     }
 
     /// Reads layers until none is left or one has failed.
-    fn read_some(&self) -> Result<Vec<(usize, CachedLayer)>> {
+    fn read_some(&self) -> Result<Vec<(usize, IndexedLayer)>> {
         let mut read = Vec::new();
-        while let Some(at) = self.missing.get(self.next.fetch_add(1, Ordering::Relaxed)) {
-            let layer = self.read(*at).inspect_err(|_| {
+        while let Some(missing) = self.missing.get(self.next.fetch_add(1, Ordering::Relaxed)) {
+            let layer = self.read(missing).inspect_err(|_| {
                 self.has_failed.store(true, Ordering::Relaxed);
             })?;
-            read.push((*at, layer));
+            read.push((missing.at, layer));
         }
         Ok(read)
     }
 
-    fn read(&self, at: usize) -> Result<CachedLayer> {
+    fn read(&self, missing: &Missing) -> Result<IndexedLayer> {
+        let at = missing.at;
         let layer = &self.layers[at];
         let in_layer = |e: Error| e.context(format!("layer {} ({})", at + 1, layer.blob.digest));
-        let store = self.request.store;
         let progress = |bytes| (self.request.progress)(Progress::Read { layer: at, bytes });
         let reading = Reading {
             budget: self.budget,
@@ -249,14 +252,16 @@ impl Readers<'_> {
             progress: &progress,
         };
         let read = || {
-            let spool = store.temporary()?;
             let blob = self.blobs.open(&layer.blob)?;
-            let index = read_layer(layer, blob, &spool.file, &reading)?;
-            store.publish(spool, index, layer)
+            let index = read_layer(layer, blob, &missing.spool, &reading)?;
+            self.request.files.complete(layer.diff_id)?;
+            let tar = missing.spool.try_clone();
+            let tar = tar.map_err(|e| Error::io("keep a layer open", e))?;
+            Ok(IndexedLayer { index, tar })
         };
-        let cached = read().map_err(in_layer)?;
+        let layer = read().map_err(in_layer)?;
         (self.request.progress)(Progress::Complete { layer: at });
-        Ok(cached)
+        Ok(layer)
     }
 }
 
@@ -273,6 +278,17 @@ fn first_cause(before: Option<Error>, error: Error) -> Error {
 struct Size {
     entries: u64,
     bytes: u64,
+}
+
+impl Size {
+    /// Returns `wanted` if a disk of that size has room for the files, and else a larger size.
+    fn disk_bytes(self, wanted: u64) -> u64 {
+        let needed = self.bytes / 4 * 5 + self.entries * ENTRY_BYTES;
+        if needed <= wanted {
+            return wanted;
+        }
+        (needed + FREE_BYTES).next_multiple_of(DISK_UNIT_BYTES)
+    }
 }
 
 fn tree_size(tree: &Tree<'_>) -> Size {
@@ -457,7 +473,7 @@ impl<'a, F: Filesystem> Writing<'a, F> {
         Ok(())
     }
 
-    fn write(self, layers: &[CachedLayer], request: &Flatten<'_>) -> Result<()> {
+    fn write(self, layers: &[IndexedLayer], request: &Flatten<'_>) -> Result<()> {
         let (tree, contents) = (self.tree, self.contents);
         let fills = contents.into_iter().map(|content| {
             let path = &tree.entry(content.object).path;

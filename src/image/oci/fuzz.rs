@@ -4,18 +4,20 @@ use super::budget::Budget;
 use super::decompress::inflate;
 use super::entry::{Attributes, Entry, EntryKind, clean_path};
 use super::errors::bad;
+use super::files::IndexedLayer;
 use super::layer::{LayerIndex, index};
 use super::limits::{INDEX_DEPTH_MAX, LAYERS_MAX};
 use super::manifest::{Descriptor, find_in_layout, resolve_with};
-use super::{Digest, Location, Platform, Reference, index_file};
+use super::{Digest, Platform, Reference};
 use crate::locks::Cancel;
+use std::io::{BufReader, Write};
 
 /// Parses a line as a location. What was parsed must mean the same when it is parsed again.
 pub fn reference(input: &[u8]) {
     let Ok(text) = std::str::from_utf8(input) else {
         return;
     };
-    let Ok(Location::Registry(reference)) = text.parse() else {
+    let Ok(reference) = text.parse::<Reference>() else {
         return;
     };
     for again in [reference.to_string(), reference.familiar()] {
@@ -68,13 +70,13 @@ fn seal_headers(tar: &mut [u8]) {
 /// Limit of the memory for an inflated layer in [`layer`].
 const INFLATED_BYTES_MAX: u64 = 1 << 20;
 
-/// Inflates and indexes a layer. What was indexed must be safe, and must survive the index file.
+/// Inflates and indexes a layer. What was indexed must be safe.
 pub fn layer(input: &[u8]) {
     let Ok(mut tar) = inflate(input, INFLATED_BYTES_MAX) else {
         return;
     };
     seal_headers(&mut tar);
-    let Ok(index) = index(&tar[..], &Budget::new(INFLATED_BYTES_MAX)) else {
+    let Ok(index) = index(BufReader::new(&tar[..]), &Budget::new(INFLATED_BYTES_MAX)) else {
         return;
     };
     assert!(index.tar_bytes <= tar.len() as u64);
@@ -85,32 +87,16 @@ pub fn layer(input: &[u8]) {
             assert!(offset + bytes <= index.tar_bytes);
         }
     }
-    let (mut file, digest) = (Vec::new(), Digest::of(b""));
-    index_file::write(&index, digest, &mut file).expect("memory takes every write");
-    let again = index_file::read(&file[..], digest, index.tar_bytes);
-    assert_eq!(again.expect("our own file is valid"), index);
+    // A cached layer is indexed by seeking, with the same result.
+    let mut cached = memory_file();
+    cached.write_all(&tar).expect("memory takes every write");
+    let again = IndexedLayer::of_cached(cached, &Budget::new(INFLATED_BYTES_MAX));
+    assert_eq!(again.expect("it was indexed before").index, index);
 }
 
-/// Reads the file of a layer's index. Its digest is wrong after each mutation, but it comes last.
-pub fn index_of_layer(input: &[u8]) {
-    let Some((head, rest)) = input.split_first_chunk::<40>() else {
-        return;
-    };
-    let (mut diff_id, mut tar_bytes) = ([0; 32], [0; 8]);
-    diff_id.copy_from_slice(&head[8..]);
-    if let Some(number) = rest.first_chunk::<8>() {
-        tar_bytes = *number;
-    }
-    let found = index_file::read(
-        input,
-        Digest::from_bytes(diff_id),
-        u64::from_le_bytes(tar_bytes),
-    );
-    if let Ok(index) = found {
-        let mut file = Vec::new();
-        index_file::write(&index, Digest::from_bytes(diff_id), &mut file).expect("a vector");
-        assert!(file.len() <= input.len());
-    }
+fn memory_file() -> std::fs::File {
+    let file = rustix::fs::memfd_create("layer", rustix::fs::MemfdFlags::CLOEXEC);
+    file.expect("a file in memory").into()
 }
 
 /// Parses one line of the input of [`merge`]: a letter for the kind, a path, and a target after a

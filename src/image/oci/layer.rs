@@ -8,7 +8,7 @@ use super::entry::Entry;
 use super::errors::{as_io, bad, check_cancel, read_error, stopped};
 use super::manifest::Layer;
 use super::spool::Spooling;
-use super::tar_reader::TarReader;
+use super::tar_reader::{Input, TarReader};
 use crate::error::Result;
 use crate::locks::Cancel;
 use std::fs::File;
@@ -20,7 +20,7 @@ const TAR_BUFFER_BYTES: usize = 256 << 10;
 
 /// The entries of a layer, in the order of its tar.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct LayerIndex {
+pub(super) struct LayerIndex {
     pub entries: Vec<Entry>,
     /// The size of the uncompressed tar.
     pub tar_bytes: u64,
@@ -69,7 +69,8 @@ pub(super) fn read_layer(
         spool,
         budget: reading.budget,
     };
-    let index = index(&mut tar, reading.budget)?;
+    let buffered = BufReader::with_capacity(TAR_BUFFER_BYTES, &mut tar);
+    let index = index(buffered, reading.budget)?;
     let diff_id = tar.inner.digest();
     // A decompressor may stop before the end of its input.
     std::io::copy(&mut compressed, &mut std::io::sink())
@@ -94,9 +95,8 @@ pub(super) fn read_layer(
 }
 
 /// Indexes an uncompressed tar.
-pub(super) fn index(tar: impl Read, budget: &Budget) -> Result<LayerIndex> {
-    let buffered = BufReader::with_capacity(TAR_BUFFER_BYTES, tar);
-    let mut reader = TarReader::new(buffered, budget);
+pub(super) fn index(tar: impl Input, budget: &Budget) -> Result<LayerIndex> {
+    let mut reader = TarReader::new(tar, budget);
     let mut entries = Vec::new();
     while let Some(entry) = reader.next()? {
         entries.push(entry);

@@ -87,6 +87,8 @@ pub struct Image {
     pub history: Vec<ImageHistory>,
     /// The layers, the lowest first.
     pub layers: Vec<Layer>,
+    /// The name of the image in its archive, if it has one.
+    pub name: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -115,6 +117,24 @@ impl IndexEntry {
             let value = self.annotations.get(*key);
             value.and_then(serde_json::Value::as_str) == Some(name)
         })
+    }
+}
+
+/// An image of a layout or an archive.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Named {
+    pub(super) blob: Descriptor,
+    /// The whole name of the image, or its tag.
+    pub(super) name: Option<String>,
+}
+
+impl Named {
+    fn of(entry: IndexEntry) -> Self {
+        let name = |key: &str| entry.annotations.get(key)?.as_str().map(str::to_owned);
+        Self {
+            name: name(CONTAINERD_NAME).or_else(|| name(REF_NAME)),
+            blob: entry.blob,
+        }
     }
 }
 
@@ -259,7 +279,7 @@ pub(super) fn resolve_with(
     // registry could serve an endless chain.
     for _ in 0..=INDEX_DEPTH_MAX {
         match parse(&fetch("manifest", &at)?)? {
-            Parsed::Index(entries) => at = choose(entries, platform)?,
+            Parsed::Index(entries) => at = choose(entries, platform)?.blob,
             Parsed::Manifest(manifest) => {
                 let config = fetch("configuration", &manifest.config)?;
                 return image_of(at.digest, manifest.layers, &config, platform);
@@ -273,7 +293,7 @@ pub(super) fn resolve_with(
 
 /// Returns the first entry that fits the platform. An entry without a platform fits if it is the
 /// only one, because archives of one image say nothing about it.
-fn choose(mut entries: Vec<IndexEntry>, platform: &Platform) -> Result<Descriptor> {
+fn choose(mut entries: Vec<IndexEntry>, platform: &Platform) -> Result<IndexEntry> {
     let fits = |entry: &IndexEntry| {
         let claimed = entry.platform.as_ref();
         claimed.is_some_and(|claimed| claimed.fits(platform))
@@ -281,7 +301,7 @@ fn choose(mut entries: Vec<IndexEntry>, platform: &Platform) -> Result<Descripto
     let only = entries.len() == 1 && entries[0].platform.is_none();
     let at = entries.iter().position(|entry| only || fits(entry));
     match at {
-        Some(at) => Ok(entries.swap_remove(at).blob),
+        Some(at) => Ok(entries.swap_remove(at)),
         None => {
             let mut offered: Vec<String> = entries
                 .iter()
@@ -308,7 +328,11 @@ fn wrong_platform(wanted: &Platform, offered: &str) -> Error {
 
 /// Finds an image in the `index.json` of an archive or a layout: the one named `name`, else the
 /// only one. Several entries are accepted without a name if their platforms tell them apart.
-pub fn find_in_layout(index: &[u8], name: Option<&str>, platform: &Platform) -> Result<Descriptor> {
+pub(super) fn find_in_layout(
+    index: &[u8],
+    name: Option<&str>,
+    platform: &Platform,
+) -> Result<Named> {
     let Parsed::Index(mut entries) = parse(index)? else {
         return Err(bad("index.json is not an index"));
     };
@@ -323,14 +347,14 @@ pub fn find_in_layout(index: &[u8], name: Option<&str>, platform: &Platform) -> 
             return Err(Error::new(Kind::ImageNotFound, message));
         }
         (0, None) => return Err(bad("the archive has no image")),
-        (1, _) => return Ok(entries.swap_remove(0).blob),
+        (1, _) => return Ok(Named::of(entries.swap_remove(0))),
         _ => {}
     }
     if entries.iter().any(|entry| entry.platform.is_none()) {
         let message = format!("the archive has {all} images");
         return Err(Error::invalid(message).hint("name one: oci-archive:FILE:TAG"));
     }
-    choose(entries, platform)
+    choose(entries, platform).map(Named::of)
 }
 
 #[derive(Deserialize)]
@@ -407,6 +431,7 @@ pub(super) fn image_of(
         layers: layers
             .map(|(blob, diff_id)| Layer { blob, diff_id })
             .collect(),
+        name: None,
     })
 }
 

@@ -325,11 +325,15 @@ fn layout_image_is_found_by_name_or_alone() {
         named(1, REF_NAME, "a"),
         named(2, CONTAINERD_NAME, "docker.io/library/b:1"),
     );
-    assert_eq!(find(std::slice::from_ref(&a), None).unwrap().size, 1);
-    assert_eq!(find(&[a.clone(), b.clone()], Some("a")).unwrap().size, 1);
+    assert_eq!(find(std::slice::from_ref(&a), None).unwrap().blob.size, 1);
+    assert_eq!(
+        find(&[a.clone(), b.clone()], Some("a")).unwrap().blob.size,
+        1
+    );
     assert_eq!(
         find(&[a.clone(), b.clone()], Some("docker.io/library/b:1"))
             .unwrap()
+            .blob
             .size,
         2
     );
@@ -346,5 +350,5 @@ fn layout_image_is_found_by_name_or_alone() {
         entry
     };
     let entries = [for_platform(1, "arm64"), for_platform(2, "amd64")];
-    assert_eq!(find(&entries, None).unwrap().size, 2);
+    assert_eq!(find(&entries, None).unwrap().blob.size, 2);
 }

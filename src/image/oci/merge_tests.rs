@@ -11,7 +11,9 @@ fn merged(layers: &[Vec<Item>]) -> Result<Vec<String>> {
 
 fn merged_within(steps_max: u64, layers: &[Vec<Item>]) -> Result<Vec<String>> {
     let budget = Budget::new(1 << 30);
-    let read = layers.iter().map(|items| index(&tar(items)[..], &budget));
+    let read = layers
+        .iter()
+        .map(|items| index(std::io::BufReader::new(&tar(items)[..]), &budget));
     let indexes: Vec<LayerIndex> = read.collect::<Result<_>>()?;
     let indexes: Vec<&LayerIndex> = indexes.iter().collect();
     let tree = merge_within(steps_max, &indexes, &Cancel::try_new().unwrap())?;

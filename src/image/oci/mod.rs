@@ -16,21 +16,21 @@ mod decompress;
 mod digest;
 mod entry;
 mod errors;
+mod files;
 mod filesystem;
 mod flatten;
 #[cfg(feature = "fuzz")]
 pub mod fuzz;
 mod header;
-mod index_file;
 mod layer;
 pub mod limits;
 pub mod manifest;
 mod merge;
+mod os_release;
 mod pax;
 mod platform;
 pub mod reference;
 mod spool;
-mod store;
 mod tar_reader;
 #[cfg(test)]
 mod test_image;
@@ -39,10 +39,10 @@ mod test_tar;
 #[cfg(test)]
 mod test_tree;
 
-pub use archive::{Archive, ArchiveKind, Wanted};
+pub use archive::{Archive, Wanted};
 pub use digest::Digest;
-pub use flatten::{Flatten, Flattened, Progress, flatten};
-pub use manifest::{Blobs, Descriptor, Image, Layer, resolve};
+pub use files::{LayerFile, LayerFiles};
+pub use flatten::{Flatten, Progress, flatten};
+pub use manifest::{Blobs, Descriptor, Image, resolve};
 pub use platform::Platform;
-pub use reference::{Location, Reference};
-pub use store::{CachedLayer, LayerStore, Pruned};
+pub use reference::Reference;

@@ -1,4 +1,4 @@
-//! Names of images, in docker's grammar and with skopeo's prefixes.
+//! Names of images in registries, in docker's grammar.
 //!
 //! A short name means what docker means by it: `alpine` is `docker.io/library/alpine:latest`. The
 //! first component of a name is a domain only if it has a dot or a port, is `localhost`, or has a
@@ -8,7 +8,6 @@ use super::digest::Digest;
 use crate::error::{Error, Result};
 use crate::host::text;
 use std::fmt;
-use std::path::PathBuf;
 use std::str::FromStr;
 
 const DEFAULT_DOMAIN: &str = "docker.io";
@@ -17,8 +16,6 @@ const DEFAULT_TAG: &str = "latest";
 /// Limit of docker for domain and path together.
 const NAME_BYTES_MAX: usize = 255;
 const TAG_BYTES_MAX: usize = 128;
-/// Limit of a whole reference with its prefix. A path can have 4096 bytes.
-const BYTES_MAX: usize = 4096 + 256;
 
 /// An image in a registry: a domain, a path and a tag or a digest or both. A digest says what to
 /// pull; the tag next to it is only a name.
@@ -223,72 +220,6 @@ fn is_hexadecimal(name: &str) -> bool {
     name.len() == 64 && name.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
 }
 
-/// Where an image comes from, as a caller names it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Location {
-    /// `REF` or `docker://REF`.
-    Registry(Reference),
-    /// `oci:DIR[:TAG]`: a directory in the OCI image layout.
-    Layout(ArchivePath),
-    /// `oci-archive:FILE[:TAG]`: a tar of such a directory.
-    OciArchive(ArchivePath),
-    /// `docker-archive:FILE[:REF]`: what `docker save` writes.
-    DockerArchive(ArchivePath),
-    /// `-`: an archive of either kind on standard input.
-    Stdin,
-}
-
-/// A path of the caller's, and which of the images there is meant.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ArchivePath {
-    pub path: PathBuf,
-    pub image: Option<String>,
-}
-
-impl FromStr for Location {
-    type Err = Error;
-
-    fn from_str(location: &str) -> Result<Self> {
-        if location.len() > BYTES_MAX {
-            return Err(Error::invalid("the name of the image is too long"));
-        }
-        if location == "-" {
-            return Ok(Self::Stdin);
-        }
-        if let Some(reference) = location.strip_prefix("docker://") {
-            return reference.parse().map(Self::Registry);
-        }
-        let archive = |rest: &str| archive_path(location, rest);
-        if let Some(rest) = location.strip_prefix("oci-archive:") {
-            archive(rest).map(Self::OciArchive)
-        } else if let Some(rest) = location.strip_prefix("docker-archive:") {
-            archive(rest).map(Self::DockerArchive)
-        } else if let Some(rest) = location.strip_prefix("oci:") {
-            archive(rest).map(Self::Layout)
-        } else {
-            location.parse().map(Self::Registry)
-        }
-    }
-}
-
-/// Splits `PATH[:IMAGE]` at the first colon, as skopeo does.
-fn archive_path(location: &str, rest: &str) -> Result<ArchivePath> {
-    let (path, image) = match rest.split_once(':') {
-        Some((path, image)) => (path, Some(image)),
-        None => (rest, None),
-    };
-    if path.is_empty() || image == Some("") || rest.contains('\0') {
-        let shown = text::quoted(location);
-        return Err(Error::invalid(format!(
-            "{shown} does not name an archive: PATH or PATH:TAG is expected"
-        )));
-    }
-    Ok(ArchivePath {
-        path: path.into(),
-        image: image.map(str::to_owned),
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -379,45 +310,5 @@ mod tests {
         format!("host.example/{}", "a".repeat(242))
             .parse::<Reference>()
             .unwrap();
-    }
-
-    #[test]
-    fn locations_are_recognised_by_prefix() {
-        let at = |path: &str, image: Option<&str>| ArchivePath {
-            path: path.into(),
-            image: image.map(str::to_owned),
-        };
-        let registry = |name: &str| Location::Registry(name.parse().unwrap());
-        for (text, expected) in [
-            ("-", Location::Stdin),
-            ("alpine", registry("alpine")),
-            ("oci/alpine", registry("oci/alpine")),
-            ("docker://alpine:3", registry("alpine:3")),
-            ("oci:dir", Location::Layout(at("dir", None))),
-            (
-                "oci:/a/dir:tag",
-                Location::Layout(at("/a/dir", Some("tag"))),
-            ),
-            (
-                "oci-archive:f.tar:t",
-                Location::OciArchive(at("f.tar", Some("t"))),
-            ),
-            (
-                "docker-archive:f.tar:a/b:1",
-                Location::DockerArchive(at("f.tar", Some("a/b:1"))),
-            ),
-        ] {
-            assert_eq!(text.parse::<Location>().unwrap(), expected);
-        }
-        for wrong in [
-            "oci:",
-            "oci::t",
-            "oci:d:",
-            "docker-archive:",
-            "docker://",
-            "oci-archive:a\0",
-        ] {
-            assert!(wrong.parse::<Location>().is_err(), "{wrong}");
-        }
     }
 }

@@ -19,6 +19,32 @@ const OCTAL_SIZE_MAX: u64 = 0o77_777_777_777;
 const MAJOR_MAX: i64 = 0xfff;
 const MINOR_MAX: i64 = 0xf_ffff;
 
+/// What a tar is read from.
+pub(super) trait Input: BufRead {
+    /// Skips bytes. Returns how many, which is fewer only at the end.
+    fn skip(&mut self, bytes: u64) -> std::io::Result<u64>;
+}
+
+/// Input that is read from its beginning to its end, because all of it is hashed and stored.
+impl<R: std::io::Read> Input for std::io::BufReader<R> {
+    fn skip(&mut self, mut bytes: u64) -> std::io::Result<u64> {
+        let wanted = bytes;
+        while bytes > 0 {
+            let n = match self.fill_buf() {
+                Ok(filled) => (filled.len() as u64).min(bytes),
+                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => continue,
+                Err(e) => return Err(e),
+            };
+            if n == 0 {
+                break;
+            }
+            self.consume(n as usize);
+            bytes -= n;
+        }
+        Ok(wanted - bytes)
+    }
+}
+
 pub(super) struct TarReader<'a, R> {
     inner: R,
     budget: &'a Budget,
@@ -35,7 +61,7 @@ struct Extensions {
     long_link: Option<Vec<u8>>,
 }
 
-impl<'a, R: BufRead> TarReader<'a, R> {
+impl<'a, R: Input> TarReader<'a, R> {
     pub(super) fn new(inner: R, budget: &'a Budget) -> Self {
         Self {
             inner,
@@ -145,15 +171,12 @@ impl<'a, R: BufRead> TarReader<'a, R> {
         filled.map_err(|e| read_error("read the tar", e))
     }
 
-    fn consume(&mut self, mut bytes: u64) -> Result<()> {
-        while bytes > 0 {
-            let n = (self.fill()?.len() as u64).min(bytes);
-            if n == 0 {
-                return Err(truncated());
-            }
-            self.inner.consume(n as usize);
-            self.position += n;
-            bytes -= n;
+    fn consume(&mut self, bytes: u64) -> Result<()> {
+        let skipped = self.inner.skip(bytes);
+        let skipped = skipped.map_err(|e| read_error("read the tar", e))?;
+        self.position += skipped;
+        if skipped < bytes {
+            return Err(truncated());
         }
         Ok(())
     }

@@ -6,7 +6,7 @@ use super::*;
 use crate::error::Error;
 
 fn read(tar: &[u8]) -> Result<LayerIndex> {
-    index(tar, &Budget::new(1 << 30))
+    index(std::io::BufReader::new(tar), &Budget::new(1 << 30))
 }
 
 #[track_caller]
@@ -142,7 +142,7 @@ fn long_size_comes_from_the_pax_header() {
         let item = file("a", "xyz").pax("size", pax.as_bytes());
         let bytes = tar(&[item.with(|item| item.size = Some(own))]);
         let budget = Budget::new(u64::MAX);
-        let mut reader = TarReader::new(&bytes[..], &budget);
+        let mut reader = TarReader::new(std::io::BufReader::new(&bytes[..]), &budget);
         let entry = reader.next().unwrap().unwrap();
         let EntryKind::File { bytes, .. } = entry.kind else {
             panic!("{entry:?}");
@@ -266,14 +266,18 @@ fn endless_archives_reach_a_limit() {
         block: cut_tar(&[item]),
         at: 0,
     };
-    let entries = index(endless(file("a", "")), &Budget::small(1000, 1 << 20)).unwrap_err();
+    let entries = index(
+        std::io::BufReader::new(endless(file("a", ""))),
+        &Budget::small(1000, 1 << 20),
+    )
+    .unwrap_err();
     assert!(
         entries.to_string().contains("more than 1000 entries"),
         "{entries}"
     );
     let long = format!("{}x", "d/".repeat(1000));
     let names = index(
-        endless(symlink(&long, &long)),
+        std::io::BufReader::new(endless(symlink(&long, &long))),
         &Budget::small(1000, 1 << 20),
     )
     .unwrap_err();

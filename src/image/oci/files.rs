@@ -1,0 +1,128 @@
+//! The files that hold the tars of layers. Their owner opens them, because the process that parses
+//! layers has no access to the file system.
+
+use super::budget::Budget;
+use super::digest::Digest;
+use super::layer::{LayerIndex, index};
+use super::tar_reader::Input;
+use crate::error::{Error, Result};
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read, Seek};
+
+const BUFFER_BYTES: usize = 16 << 10;
+
+/// The file of one layer.
+#[derive(Debug)]
+pub enum LayerFile {
+    /// The layer's uncompressed tar, whose digest was verified when it was written.
+    Cached(File),
+    /// An empty file to write the tar to.
+    Empty(File),
+}
+
+/// Opens the files of layers.
+pub trait LayerFiles: Sync {
+    /// Returns the file of the layer whose uncompressed tar has this digest.
+    fn open(&self, diff_id: Digest) -> Result<LayerFile>;
+    /// Reports that the empty file of this layer is complete and verified.
+    fn complete(&self, diff_id: Digest) -> Result<()>;
+}
+
+/// A layer that was read: its tar, and the index of its entries.
+#[derive(Debug)]
+pub(super) struct IndexedLayer {
+    pub(super) index: LayerIndex,
+    pub(super) tar: File,
+}
+
+impl IndexedLayer {
+    /// Indexes a cached tar. Skips the content of files.
+    pub(super) fn of_cached(tar: File, budget: &Budget) -> Result<Self> {
+        let io = |e| Error::io("read a cached layer", e);
+        let bytes = tar.metadata().map_err(io)?.len();
+        budget.add_bytes(bytes)?;
+        let from_start = tar.try_clone().and_then(|mut file| {
+            file.rewind()?;
+            Ok(file)
+        });
+        let index = index(Seeking::new(from_start.map_err(io)?, bytes), budget)?;
+        Ok(Self { index, tar })
+    }
+}
+
+/// Reads a file, and seeks instead of reading what is skipped.
+pub(super) struct Seeking {
+    inner: BufReader<File>,
+    /// The number of bytes that are not read or skipped yet.
+    left: u64,
+}
+
+impl Seeking {
+    fn new(file: File, bytes: u64) -> Self {
+        Self {
+            inner: BufReader::with_capacity(BUFFER_BYTES, file),
+            left: bytes,
+        }
+    }
+}
+
+impl Read for Seeking {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let n = self.inner.read(buffer)?;
+        self.left = self.left.saturating_sub(n as u64);
+        Ok(n)
+    }
+}
+
+impl BufRead for Seeking {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
+        self.inner.fill_buf()
+    }
+
+    fn consume(&mut self, n: usize) {
+        self.left = self.left.saturating_sub(n as u64);
+        self.inner.consume(n);
+    }
+}
+
+impl Input for Seeking {
+    fn skip(&mut self, bytes: u64) -> io::Result<u64> {
+        let n = bytes.min(self.left);
+        self.inner
+            .seek_relative(i64::try_from(n).map_err(io::Error::other)?)?;
+        self.left -= n;
+        Ok(n)
+    }
+}
+
+/// Opens files in a directory. The daemon's cache does this in the program.
+#[cfg(test)]
+pub(super) struct TestFiles(pub(super) std::path::PathBuf);
+
+#[cfg(test)]
+impl TestFiles {
+    pub(super) fn path(&self, diff_id: Digest) -> std::path::PathBuf {
+        self.0.join(diff_id.hex())
+    }
+}
+
+#[cfg(test)]
+impl LayerFiles for TestFiles {
+    fn open(&self, diff_id: Digest) -> Result<LayerFile> {
+        match File::open(self.path(diff_id)) {
+            Ok(file) => Ok(LayerFile::Cached(file)),
+            Err(_) => {
+                let path = self.0.join(format!("{}.new", diff_id.hex()));
+                let mut options = File::options();
+                options.read(true).write(true).create(true).truncate(true);
+                Ok(LayerFile::Empty(options.open(path).unwrap()))
+            }
+        }
+    }
+
+    fn complete(&self, diff_id: Digest) -> Result<()> {
+        let path = self.path(diff_id);
+        std::fs::rename(path.with_extension("new"), path).unwrap();
+        Ok(())
+    }
+}

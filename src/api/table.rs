@@ -117,6 +117,7 @@ mod tests {
             "workspace",
             "snapshots",
             "image_build",
+            "image_pull",
             "image_commit",
             "kernels",
             "events",

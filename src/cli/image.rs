@@ -2,16 +2,21 @@
 
 use super::connector::{Connector, operate};
 use super::context::Context;
+use super::image_pull;
 use super::output::{self, age, size};
 use super::printer::Printer;
 use super::provision::{self, Recipe};
 use super::signals::Interrupts;
 use crate::api::image::{
-    Image, ImageBuild, ImageBuildRequest, ImageDelete, ImageList, ImageRequest,
+    Image, ImageBuild, ImageBuildRequest, ImageDelete, ImageList, ImagePrune, ImagePruneRequest,
+    ImageRequest, ImageShow, ImageShowReply, ImageTag, ImageTagRequest,
 };
 use crate::api::page::ListRequest;
 use crate::client::Result;
 use crate::error::Error;
+use crate::host::plural::count;
+use crate::host::shell::quote;
+use crate::host::text::printable;
 use crate::ids::ImageRef;
 use std::path::PathBuf;
 
@@ -28,14 +33,33 @@ pub(super) enum Verb {
         #[arg(value_name = "NAME")]
         image: ImageRef,
     },
+    /// Pull an image from a registry or an archive
+    Pull(image_pull::Args),
     /// List images
     #[command(visible_alias = "ls")]
     List,
+    /// Show an image: its digest, configuration and layers
+    #[command(visible_alias = "inspect")]
+    Show { image: ImageRef },
+    /// Show the steps that made an image
+    History { image: ImageRef },
+    /// Give an image an additional name
+    Tag {
+        image: ImageRef,
+        /// The additional name
+        name: ImageRef,
+    },
     /// Delete images that no VM or snapshot needs
     #[command(name = "rm", visible_alias = "delete")]
     Delete {
         #[arg(required = true, value_name = "NAME")]
         images: Vec<ImageRef>,
+    },
+    /// Remove cached layers and guest runtimes that nothing needs
+    Prune {
+        /// Also delete your images that no VM and no snapshot uses
+        #[arg(short, long)]
+        all: bool,
     },
 }
 
@@ -68,6 +92,11 @@ pub(super) fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
             let made = provision::commit(ctx, &interrupts, vm, image);
             report_made(&mut ctx.printer, &interrupts, made)
         }
+        Verb::Pull(args) => pull(ctx, args),
+        Verb::Show { image } => show(&mut ctx.connector, &mut ctx.printer, ctx.now_s, image),
+        Verb::History { image } => history(&mut ctx.connector, &mut ctx.printer, image),
+        Verb::Tag { image, name } => tag(&mut ctx.connector, &mut ctx.printer, image, name),
+        Verb::Prune { all } => prune(&mut ctx.connector, &mut ctx.printer, all),
         Verb::List => list(&mut ctx.connector, &mut ctx.printer, ctx.now_s),
         Verb::Delete { images } => delete(&mut ctx.connector, &mut ctx.printer, images),
     }
@@ -141,6 +170,153 @@ fn report_made(printer: &mut Printer, interrupts: &Interrupts, made: Result<Imag
     }
 }
 
+fn pull(ctx: &mut Context, args: image_pull::Args) -> Result<u8> {
+    let Context {
+        connector,
+        printer,
+        stdio,
+        signals,
+        env,
+        ..
+    } = ctx;
+    let interrupts = Interrupts::start(signals, &stdio.stderr)?;
+    let mut client = connector.connect(printer)?;
+    let guard = interrupts.guard(&client)?;
+    let result = image_pull::pull(&mut client, printer, &interrupts, &stdio.stdin, env, args);
+    drop(guard);
+    match interrupts.or_interrupted(result) {
+        Err(_) if interrupts.cause().is_some() => {
+            printer.note("interrupted; fcd cancels the pull");
+            Ok(interrupts.status().unwrap_or(1))
+        }
+        Err(e) => Err(e),
+        Ok(image) => {
+            if printer.json {
+                printer.document(&image)?;
+            } else {
+                printer.line(&format!(
+                    "{}: {}, {} on this host",
+                    image.name,
+                    image.digest.as_deref().unwrap_or("no digest"),
+                    size(image.allocated_bytes)
+                ))?;
+            }
+            Ok(0)
+        }
+    }
+}
+
+fn show(
+    connector: &mut Connector,
+    printer: &mut Printer,
+    now_s: u64,
+    image: ImageRef,
+) -> Result<u8> {
+    let reply = connector
+        .connect(printer)?
+        .call::<ImageShow>(&ImageRequest { image })?;
+    if printer.json {
+        printer.document(&reply)?;
+        return Ok(0);
+    }
+    printer.text(&description(&reply, now_s))?;
+    Ok(0)
+}
+
+/// Describes an image, one property per line. Properties that the image does not have are left out.
+fn description(reply: &ImageShowReply, now_s: u64) -> String {
+    let (image, config) = (&reply.image, &reply.config);
+    let words = |words: &[String]| words.iter().map(|w| quote(w)).collect::<Vec<_>>().join(" ");
+    let lines = [
+        ("name", image.name.to_string()),
+        ("digest", image.digest.clone().unwrap_or_default()),
+        ("source", image.source.clone().unwrap_or_default()),
+        ("os", image.os.clone()),
+        ("kernel", image.kernel.clone()),
+        ("disk", size(image.disk_bytes)),
+        ("on host", size(image.allocated_bytes)),
+        ("built", age(now_s, image.built_at)),
+        ("vms", image.vms.to_string()),
+        ("user", config.user.clone()),
+        ("workdir", config.working_dir.clone()),
+        ("entrypoint", words(&config.entrypoint)),
+        ("command", words(&config.cmd)),
+    ];
+    let env = config.env.iter().map(|e| ("env", e.clone()));
+    let layers = reply.layers.iter().map(|l| ("layer", l.clone()));
+    lines
+        .into_iter()
+        .chain(env)
+        .chain(layers)
+        .filter(|(_, value)| !value.is_empty())
+        .map(|(name, value)| format!("{:<12}{}\n", format!("{name}:"), printable(&value)))
+        .collect()
+}
+
+fn history(connector: &mut Connector, printer: &mut Printer, image: ImageRef) -> Result<u8> {
+    let reply = connector
+        .connect(printer)?
+        .call::<ImageShow>(&ImageRequest { image })?;
+    if printer.json {
+        printer.document(&reply.history)?;
+        return Ok(0);
+    }
+    // The newest step is first, as in docker.
+    let rows: Vec<_> = reply
+        .history
+        .iter()
+        .rev()
+        .map(|step| {
+            let created = step.created.as_deref().unwrap_or("-");
+            // The date without the time.
+            let date = created.split('T').next().unwrap_or(created);
+            let layer = if step.empty_layer { "no" } else { "yes" };
+            let command = step.created_by.as_deref().unwrap_or_default();
+            let command = printable(&command.split_whitespace().collect::<Vec<_>>().join(" "));
+            vec![printable(date), layer.to_owned(), command]
+        })
+        .collect();
+    printer.text(&output::table(&["CREATED", "LAYER", "CREATED BY"], &rows))?;
+    Ok(0)
+}
+
+fn tag(
+    connector: &mut Connector,
+    printer: &mut Printer,
+    image: ImageRef,
+    name: ImageRef,
+) -> Result<u8> {
+    let reply = connector
+        .connect(printer)?
+        .call::<ImageTag>(&ImageTagRequest { image, name })?;
+    if printer.json {
+        printer.document(&reply.image)?;
+    } else {
+        printer.line(&format!("{}: tagged", reply.image.name))?;
+    }
+    Ok(0)
+}
+
+fn prune(connector: &mut Connector, printer: &mut Printer, all: bool) -> Result<u8> {
+    let reply = connector
+        .connect(printer)?
+        .call::<ImagePrune>(&ImagePruneRequest { all })?;
+    if printer.json {
+        printer.document(&reply)?;
+        return Ok(0);
+    }
+    for image in &reply.images {
+        printer.line(&format!("{image}: deleted"))?;
+    }
+    printer.line(&format!(
+        "removed {} and {}, {} in all",
+        count(reply.layers, "cached layer"),
+        count(reply.runtimes.len() as u64, "guest runtime"),
+        size(reply.bytes)
+    ))?;
+    Ok(0)
+}
+
 fn delete(connector: &mut Connector, printer: &mut Printer, images: Vec<ImageRef>) -> Result<u8> {
     let mut client = connector.connect(printer)?;
     for image in images {
@@ -165,6 +341,7 @@ fn list(connector: &mut Connector, printer: &mut Printer, now_s: u64) -> Result<
     let row = |image: &Image| {
         vec![
             image.name.to_string(),
+            image.digest.as_deref().map_or("-", short_digest).to_owned(),
             image.os.clone(),
             image.kernel.clone(),
             size(image.disk_bytes),
@@ -175,10 +352,18 @@ fn list(connector: &mut Connector, printer: &mut Printer, now_s: u64) -> Result<
     };
     let rows: Vec<_> = images.iter().map(row).collect();
     printer.text(&output::table(
-        &["NAME", "OS", "KERNEL", "DISK", "ON HOST", "BUILT", "VMS"],
+        &[
+            "NAME", "DIGEST", "OS", "KERNEL", "DISK", "ON HOST", "BUILT", "VMS",
+        ],
         &rows,
     ))?;
     Ok(0)
+}
+
+/// Shortens `sha256:...` to the twelve digits that docker shows.
+fn short_digest(digest: &str) -> &str {
+    let hex = digest.split_once(':').map_or(digest, |(_, hex)| hex);
+    hex.get(..12).unwrap_or(hex)
 }
 
 #[cfg(test)]

@@ -15,6 +15,8 @@ mod events;
 mod exec;
 mod help;
 mod image;
+mod image_pull;
+mod image_source;
 mod kernel;
 mod leaks;
 mod logs;
@@ -25,7 +27,6 @@ mod printer;
 mod progress;
 mod provision;
 mod ps;
-#[allow(dead_code)] // Until `image pull` uses it.
 mod registry_auth;
 mod relay;
 mod rpc;

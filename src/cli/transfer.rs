@@ -148,7 +148,7 @@ pub(super) struct Transfer<'a> {
 
 /// The thread that packs or unpacks during the call. The flag is true if the thread's error is only
 /// a consequence of a cancellation or of the other end closing its pipe.
-type TransferThread<T> = JoinHandle<(crate::error::Result<T>, bool)>;
+pub(super) type TransferThread<T> = JoinHandle<(crate::error::Result<T>, bool)>;
 
 impl Transfer<'_> {
     /// Sends `source`. Kept and omitted files are listed on stderr.
@@ -311,7 +311,7 @@ impl Transfer<'_> {
 
 /// Combines the results of both sides. The error is that of the side that failed first: the other
 /// side saw only a broken pipe.
-fn conclude<R, T>(
+pub(super) fn conclude<R, T>(
     reply: Result<R>,
     thread: Option<TransferThread<T>>,
     stop: &Cancel,

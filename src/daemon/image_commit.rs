@@ -37,11 +37,11 @@ impl ImageService {
             return Err(e);
         }
         let (id, service, request) = (op.id().clone(), self.clone(), request.clone());
-        let owner_uid = caller.uid;
+        let caller = *caller;
         core.spawn(&format!("op-{id}"), move || {
             let _label = crate::locks::operation_scope(format!("{METHOD} {}", row.id));
             let result = service
-                .make_of_disk(&op, &row, method, &request, owner_uid)
+                .make_of_disk(&op, &row, method, &request, &caller)
                 .map_err(|e| e.context(format!("make an image of VM {}", row.name)))
                 .and_then(|image| to_value(&ImageReply { image }));
             drop(reserved);
@@ -75,17 +75,17 @@ impl ImageService {
         row: &VmRow,
         method: Method,
         request: &ImageCommitRequest,
-        owner_uid: u32,
+        caller: &Caller,
     ) -> Result<Image> {
         let _admitted = self
             .build_admission
             .enter(op.cancel(), |_| op.progress("wait for another build"))?;
-        let (base, _in_use) = self.use_image(&row.shape.image)?;
+        let (base, _in_use) = self.use_image(caller, &row.shape.image)?;
         let spec = CommitSpec {
             name: request.image.clone(),
             base: &base,
             guest_version: row.guest_version,
-            owner_uid,
+            owner_uid: caller.uid,
             recipe: request.recipe.clone(),
         };
         op.progress("read the disk");

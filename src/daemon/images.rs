@@ -5,8 +5,9 @@
 //! once. Further builds wait. A build reserves its name under `image_ops`, works without a lock,
 //! and publishes the image by a rename that never replaces anything.
 //!
-//! An image belongs to the user who built it. Everybody can create VMs from it. Only its owner,
-//! root and the daemon's own user can delete it.
+//! An image belongs to the user who built or pulled it. Everybody can create VMs from an image that
+//! was built from packages. A pulled image is private unless root shares it. Only its owner, root
+//! and the daemon's own user can delete an image.
 
 use super::access::Caller;
 use super::call::{CallOutcome, to_value};
@@ -16,9 +17,10 @@ use super::uses::{UseGuard, Uses};
 use crate::api::image::{Image, ImageBuildRequest, ImageDeleteReply, ImageListReply, ImageReply};
 use crate::api::page::{self, ListRequest};
 use crate::error::{Error, Kind, Result};
-use crate::host::Commands;
 use crate::host::plural::count;
+use crate::host::{Commands, Credentials};
 use crate::ids::ImageRef;
+use crate::image::pull::Layers;
 use crate::image::{BuildSpec, DISK_BYTES_DEFAULT, ImageInfo, Profile};
 use crate::image::{GuestRuntimes, Images};
 use crate::locks::Mutex;
@@ -29,9 +31,10 @@ use serde_json::value::RawValue;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-/// The builds in progress, including those that wait.
+/// The builds and pulls in progress, including those that wait.
 #[derive(Default)]
 pub(super) struct Builds {
+    /// The names of the images that will be published.
     names: HashSet<ImageRef>,
     by_uid: UidCounts,
 }
@@ -43,19 +46,32 @@ impl Builds {
     }
 }
 
-/// A build in progress. It ends when this is dropped.
+/// A build or pull in progress. It ends when this is dropped.
 pub(super) struct Reserved {
     builds: Arc<Mutex<Builds>>,
-    name: ImageRef,
+    /// The reserved name. A pull may learn it late.
+    name: Option<ImageRef>,
     uid: u32,
 }
 
 impl Drop for Reserved {
     fn drop(&mut self) {
         let mut builds = self.builds.lock();
-        builds.names.remove(&self.name);
+        if let Some(name) = &self.name {
+            builds.names.remove(name);
+        }
         builds.by_uid.remove(self.uid);
     }
+}
+
+/// What pulls need in addition to builds.
+#[derive(Clone)]
+pub(super) struct Pulls {
+    pub layers: Layers,
+    pub admission: Admission,
+    /// The uid and gid of the helper process, if the daemon is root.
+    pub helper: Option<Credentials>,
+    pub config: crate::config::Registry,
 }
 
 /// The operations on images.
@@ -68,6 +84,7 @@ pub struct ImageService {
     pub(super) uses: Uses<ImageRef>,
     pub(super) builds: Arc<Mutex<Builds>>,
     pub(super) build_admission: Admission,
+    pub(super) pulls: Pulls,
     pub(super) specs: Specs,
     /// The name of an image whose build request has no name.
     pub(super) default_image: ImageRef,
@@ -92,7 +109,7 @@ impl ImageService {
             disk_bytes: DISK_BYTES_DEFAULT,
             owner_uid: caller.uid,
         };
-        let reserved = self.reserve_build(caller, name)?;
+        let reserved = self.reserve_build(caller, name.clone())?;
         let op = self.core.begin_op("image.build", None, caller.uid, true)?;
         if let Err(e) = self.core.persist_op(&op) {
             op.finish(Err(e.clone()));
@@ -100,7 +117,7 @@ impl ImageService {
         }
         let (id, service) = (op.id().clone(), self.clone());
         self.core.spawn(&format!("op-{id}"), move || {
-            let _label = crate::locks::operation_scope(format!("image.build {}", reserved.name));
+            let _label = crate::locks::operation_scope(format!("image.build {name}"));
             let result = service
                 .build_image(&op, &spec)
                 .and_then(|image| to_value(&ImageReply { image }));
@@ -112,16 +129,29 @@ impl ImageService {
 
     pub(super) fn reserve_build(&self, caller: &Caller, name: ImageRef) -> Result<Reserved> {
         // A damaged image also occupies its name.
-        if !self
-            .images
-            .get(&name)
-            .is_err_and(|e| e.kind() == Kind::ImageNotFound)
-        {
+        if self.exists(&name) {
             return Err(
                 Error::new(Kind::NameTaken, format!("the image {name} exists already"))
                     .hint("images never change, so choose another name: fcctl image build NAME"),
             );
         }
+        let doing = format!("build image {name}");
+        let max = self.core.limits.builds_per_uid_max;
+        let mut reserved = self.reserve(caller, max).map_err(|e| e.context(doing))?;
+        self.reserve_name(&mut reserved, name)?;
+        Ok(reserved)
+    }
+
+    /// Returns true if an image has this name, even a damaged one.
+    pub(super) fn exists(&self, name: &ImageRef) -> bool {
+        !self
+            .images
+            .get(name)
+            .is_err_and(|e| e.kind() == Kind::ImageNotFound)
+    }
+
+    /// Begins a build or pull, of which a user may have `max` in progress.
+    pub(super) fn reserve(&self, caller: &Caller, max: usize) -> Result<Reserved> {
         let stored = if caller.is_privileged() {
             0
         } else {
@@ -131,33 +161,38 @@ impl ImageService {
         let _images = self.core.locks.image_ops.lock(&());
         let mut builds = self.builds.lock();
         let running = builds.by_uid.of(caller.uid);
-        if running >= limits.builds_per_uid_max {
+        if running >= max {
             let text = format!(
-                "build image {name}: you have {} in progress, which is the limit",
-                count(running as u64, "build")
+                "you have {} in progress, which is the limit",
+                count(running as u64, "image")
             );
             return Err(Error::new(Kind::Busy, text)
                 .hint("wait for one to end or cancel one (fcctl op list, fcctl op cancel)"));
         }
         if stored + running >= limits.images_per_uid_max {
             let text = format!(
-                "build image {name}: you have {}, which is the limit",
+                "you have {}, which is the limit",
                 count(stored as u64, "image")
             );
             return Err(Error::new(Kind::Exhausted, text).hint("delete one: fcctl image rm NAME"));
         }
-        if !builds.names.insert(name.clone()) {
-            return Err(
-                Error::new(Kind::Busy, format!("image {name} is being built"))
-                    .hint("fcctl op list"),
-            );
-        }
         builds.by_uid.add(caller.uid);
         Ok(Reserved {
             builds: self.builds.clone(),
-            name,
+            name: None,
             uid: caller.uid,
         })
+    }
+
+    /// Reserves the name of the image that will be published.
+    pub(super) fn reserve_name(&self, reserved: &mut Reserved, name: ImageRef) -> Result<()> {
+        let _images = self.core.locks.image_ops.lock(&());
+        if !self.builds.lock().names.insert(name.clone()) {
+            let text = format!("image {name} is being built or pulled");
+            return Err(Error::new(Kind::Busy, text).hint("fcctl op list"));
+        }
+        reserved.name = Some(name);
+        Ok(())
     }
 
     fn stored_images(&self, uid: u32) -> Result<usize> {
@@ -199,13 +234,18 @@ impl ImageService {
         Ok(info.to_api(0))
     }
 
-    pub fn image_list(&self, request: &ListRequest) -> Result<ImageListReply<Box<RawValue>>> {
+    pub fn image_list(
+        &self,
+        caller: &Caller,
+        request: &ListRequest,
+    ) -> Result<ImageListReply<Box<RawValue>>> {
         let mut vms: HashMap<ImageRef, u64> = HashMap::new();
         self.core.store.read(|s| {
             s.vms()
                 .for_each(|row| *vms.entry(row.shape.image.clone()).or_default() += 1)
         });
         let mut infos = self.images.list()?;
+        infos.retain(|info| is_usable(caller, info));
         infos.sort_by(|a, b| a.name.cmp(&b.name));
         let rest = infos.into_iter().filter(|info| {
             request
@@ -223,15 +263,15 @@ impl ImageService {
         Ok(ImageListReply { images, next })
     }
 
-    /// Deletes an image. Root, the daemon's own user and the user who built the image may delete
-    /// it. An image cannot be deleted while a VM or a snapshot uses it, because VMs boot its
-    /// kernel.
+    /// Deletes an image. Root, the daemon's own user and the image's owner may delete it. An image
+    /// cannot be deleted while a VM or a snapshot uses it, because VMs boot its kernel.
     ///
     /// # Errors
     /// `denied`, `image_not_found`, `conflict`, `busy`.
     pub fn image_delete(&self, caller: &Caller, name: &ImageRef) -> Result<ImageDeleteReply> {
-        self.check_owner(caller, name)?;
+        let name = &self.resolve(name);
         let doing = format!("delete image {name}");
+        self.check_owner(caller, name, &doing)?;
         let _delete_guard = self.uses.begin_delete(name).ok_or_else(|| {
             Error::new(
                 Kind::Busy,
@@ -239,80 +279,102 @@ impl ImageService {
             )
             .hint("try again in a moment: fcctl image list")
         })?;
+        self.check_unused(name, &doing)?;
+        self.images.delete(name)?;
+        Ok(ImageDeleteReply {
+            deleted: name.clone(),
+        })
+    }
+
+    /// Checks that no VM and no snapshot uses an image.
+    pub(super) fn check_unused(&self, name: &ImageRef, doing: &str) -> Result<()> {
         let snapshots = self
             .core
             .store
             .read(|s| s.snapshots().filter(|row| row.shape.image == *name).count());
+        let conflict = |users: String, hint| {
+            let text = format!("{doing}: it is used by {users}");
+            Err(Error::new(Kind::Conflict, text).hint(hint))
+        };
         match (self.vms_of_image(name), snapshots) {
-            (0, 0) => self.images.delete(name).map(|()| ImageDeleteReply {
-                deleted: name.clone(),
-            }),
-            (0, snapshots) => Err(Error::new(
-                Kind::Conflict,
-                format!(
-                    "{doing}: it is used by {}",
-                    count(snapshots as u64, "snapshot")
-                ),
-            )
-            .hint("delete them first: fcctl snapshot list, fcctl snapshot delete")),
-            (vms, _) => Err(Error::new(
-                Kind::Conflict,
-                format!("{doing}: it is used by {}", count(vms, "VM")),
-            )
-            .hint("delete them first: fcctl ps -a, fcctl rm")),
+            (0, 0) => Ok(()),
+            (0, snapshots) => conflict(
+                count(snapshots as u64, "snapshot"),
+                "delete them first: fcctl snapshot list, fcctl snapshot delete",
+            ),
+            (vms, _) => conflict(count(vms, "VM"), "delete them first: fcctl ps -a, fcctl rm"),
         }
     }
 
-    fn check_owner(&self, caller: &Caller, name: &ImageRef) -> Result<()> {
+    pub(super) fn check_owner(&self, caller: &Caller, name: &ImageRef, doing: &str) -> Result<()> {
         if caller.is_privileged() {
             return Ok(());
         }
         let denied = |whose: String| {
-            Err(
-                Error::new(Kind::Denied, format!("delete image {name}: {whose}"))
-                    .hint("ask root or its owner"),
-            )
+            Err(Error::new(Kind::Denied, format!("{doing}: {whose}")).hint("ask root or its owner"))
         };
         match self.images.get(name) {
             Ok(info) if info.owner_uid == Some(caller.uid) => Ok(()),
             Ok(ImageInfo {
                 owner_uid: Some(uid),
                 ..
-            }) => denied(format!("uid {uid} built it")),
+            }) => denied(format!("it belongs to uid {uid}")),
             Ok(ImageInfo {
                 owner_uid: None, ..
             }) => denied("it belongs to the host".to_owned()),
             Err(e) if e.kind() == Kind::ImageNotFound => Err(e),
-            // Nobody knows who built a damaged image.
+            // Nobody knows who owns a damaged image.
             Err(e) => denied(e.to_string()),
         }
     }
 
-    fn vms_of_image(&self, name: &ImageRef) -> u64 {
+    pub(super) fn vms_of_image(&self, name: &ImageRef) -> u64 {
         self.core
             .store
             .read(|s| s.vms().filter(|row| row.shape.image == *name).count() as u64)
     }
 
-    /// Returns the image with this name or, if the name has no tag, with the tag `latest`. The
-    /// guard prevents the image's deletion. A row must name the image before the guard is dropped.
-    pub(super) fn use_image(&self, name: &ImageRef) -> Result<(ImageInfo, UseGuard<ImageRef>)> {
-        match self.use_named(name) {
-            Err(e) if e.kind() == Kind::ImageNotFound && name.with_default_tag() != *name => {
-                self.use_named(&name.with_default_tag()).map_err(|_| e)
-            }
-            found => found,
+    /// Returns the name of the image that a caller means: the name itself or, if there is no such
+    /// image and the name has no tag, the name with the tag `latest`.
+    pub(super) fn resolve(&self, name: &ImageRef) -> ImageRef {
+        let tagged = name.with_default_tag();
+        if tagged == *name || self.exists(name) || !self.exists(&tagged) {
+            name.clone()
+        } else {
+            tagged
         }
     }
 
-    fn use_named(&self, name: &ImageRef) -> Result<(ImageInfo, UseGuard<ImageRef>)> {
-        let in_use = self.uses.begin_use(name).ok_or_else(|| {
+    /// Returns an image that the caller may use.
+    pub(super) fn find(&self, caller: &Caller, name: &ImageRef) -> Result<ImageInfo> {
+        let info = self.images.get(&self.resolve(name))?;
+        if is_usable(caller, &info) {
+            return Ok(info);
+        }
+        let text = format!("image {} belongs to another user", info.name);
+        Err(Error::new(Kind::Denied, text).hint("pull or build one under another name"))
+    }
+
+    /// Returns the image. The guard prevents its deletion. A row must name the image before the
+    /// guard is dropped.
+    pub(super) fn use_image(
+        &self,
+        caller: &Caller,
+        name: &ImageRef,
+    ) -> Result<(ImageInfo, UseGuard<ImageRef>)> {
+        let name = self.resolve(name);
+        let in_use = self.uses.begin_use(&name).ok_or_else(|| {
             Error::new(
                 Kind::ImageNotFound,
                 format!("image {name} is being deleted"),
             )
             .hint("choose another: fcctl image list")
         })?;
-        Ok((self.images.get(name)?, in_use))
+        Ok((self.find(caller, &name)?, in_use))
     }
+}
+
+/// Tells whether a caller may see an image and create VMs from it.
+pub(super) fn is_usable(caller: &Caller, info: &ImageInfo) -> bool {
+    !info.private || caller.is_privileged() || info.owner_uid == Some(caller.uid)
 }

@@ -17,7 +17,7 @@ use super::gone::{self, Installations};
 use super::guest_holder::GuestHolder;
 use super::guests::Guests;
 use super::history::History;
-use super::images::{Builds, ImageService};
+use super::images::{Builds, ImageService, Pulls};
 use super::kernels::KernelService;
 use super::keys::{Beginning, Keys};
 use super::lifecycle::Lifecycle;
@@ -45,8 +45,10 @@ use crate::config::{Config, Limits, VmDefaults};
 use crate::error::{Error, Kind, Result};
 use crate::guest::Transport;
 use crate::host::Commands;
+use crate::host::Credentials;
 use crate::ids::VmId;
 use crate::image::kernels::Kernels;
+use crate::image::pull::Layers;
 use crate::image::{Boots, GuestRuntimes, Images};
 use crate::locks::{Cancel, CancelCause, Mutex, Rank, check};
 use crate::ops::Ops;
@@ -304,6 +306,7 @@ impl Base {
             uses: Uses::new(),
             builds: Arc::new(Mutex::new(Rank::Runtimes, Builds::default())),
             build_admission: Admission::new("builds", limits.builds_max),
+            pulls: pulls(&config)?,
             specs: specs.clone(),
             default_image: config.vm.image.clone(),
         };
@@ -601,4 +604,15 @@ fn mem_mib_max(limits: &Limits) -> Result<u64> {
         0 => Ok(crate::host::limits::mem_total_mib()? * MEM_SHARE_PERCENT / 100),
         set => Ok(set),
     }
+}
+
+fn pulls(config: &Config) -> Result<Pulls> {
+    let uid = config.qemu.helper_uid();
+    let is_root = nix::unistd::geteuid().is_root();
+    Ok(Pulls {
+        layers: Layers::open(&config.state_dir, config.registry.cache_bytes_max)?,
+        admission: Admission::new("pulls", config.registry.pulls_max),
+        helper: is_root.then_some(Credentials { uid, gid: uid }),
+        config: config.registry.clone(),
+    })
 }

@@ -50,7 +50,7 @@ pub fn commit(
     metadata.guest_version = spec.guest_version;
     metadata.owner_uid = Some(spec.owner_uid);
     metadata.recipe.clone_from(&spec.recipe);
-    // The content differs from what the base was made from.
-    (metadata.digest, metadata.source, metadata.shared) = (None, None, false);
+    // The content differs from what the base was made from, and may be confidential.
+    (metadata.digest, metadata.source, metadata.private) = (None, None, true);
     images.publish(&out, &metadata)
 }

@@ -39,22 +39,38 @@ pub(super) fn open_registry(state_dir: &Path, name: &str, staging_prefix: &str) 
 /// Publishes the directory `from`, which holds exactly `files`, as `to`: makes the files read-only,
 /// syncs everything and renames the directory. Returns false if `to` exists already.
 pub(super) fn publish(from: &Path, files: &[&str], to: &Path) -> std::io::Result<bool> {
-    for name in files {
-        let file = File::open(from.join(name))?;
-        file.set_permissions(Permissions::from_mode(0o444))?;
-        file.sync_all()?;
-    }
-    std::fs::set_permissions(from, Permissions::from_mode(0o755))?;
-    File::open(from)?.sync_all()?;
+    seal(from, files)?;
     let (cwd, flags) = (rustix::fs::CWD, rustix::fs::RenameFlags::NOREPLACE);
     match rustix::fs::renameat_with(cwd, from, cwd, to, flags) {
         Ok(()) => {}
         Err(rustix::io::Errno::EXIST | rustix::io::Errno::NOTEMPTY) => return Ok(false),
         Err(e) => return Err(e.into()),
     }
-    let parent = to.parent().unwrap_or(Path::new("/"));
-    File::open(parent)?.sync_all()?;
+    sync_parent(to)?;
     Ok(true)
+}
+
+/// Makes the files of a directory read-only and syncs everything.
+pub(super) fn seal(dir: &Path, files: &[&str]) -> std::io::Result<()> {
+    for name in files {
+        let file = File::open(dir.join(name))?;
+        file.set_permissions(Permissions::from_mode(0o444))?;
+        file.sync_all()?;
+    }
+    std::fs::set_permissions(dir, Permissions::from_mode(0o755))?;
+    File::open(dir)?.sync_all()
+}
+
+/// Exchanges two directories. At any time, both names exist.
+pub(super) fn exchange(one: &Path, other: &Path) -> std::io::Result<()> {
+    let (cwd, flags) = (rustix::fs::CWD, rustix::fs::RenameFlags::EXCHANGE);
+    rustix::fs::renameat_with(cwd, one, cwd, other, flags)?;
+    sync_parent(other)
+}
+
+fn sync_parent(path: &Path) -> std::io::Result<()> {
+    let parent = path.parent().unwrap_or(Path::new("/"));
+    File::open(parent)?.sync_all()
 }
 
 /// Moves the directory `name` of a registry away, so that it disappears at once, and then removes
@@ -81,12 +97,14 @@ pub(super) struct Staging {
 impl Staging {
     /// Creates an empty directory whose name begins with `prefix`.
     pub(super) fn new(dir: &Path, prefix: &str) -> Result<Self> {
+        let io = |e| Error::io(format!("create a directory in {}", dir.display()), e);
         let made = tempfile::Builder::new()
             .prefix(prefix)
-            // apt's own user has to be able to enter the directory.
-            .permissions(std::fs::Permissions::from_mode(0o711))
             .tempdir_in(dir)
-            .map_err(|e| Error::io(format!("create a directory in {}", dir.display()), e))?;
+            .map_err(io)?;
+        // The users of apt and of helper processes have to be able to enter the directory, whatever
+        // the umask is.
+        std::fs::set_permissions(made.path(), Permissions::from_mode(0o711)).map_err(io)?;
         Ok(Self { dir: made.keep() })
     }
 

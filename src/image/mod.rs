@@ -23,14 +23,12 @@ mod enter_accounts;
 #[cfg(test)]
 #[path = "guest/enter/settings.rs"]
 mod enter_settings;
-#[allow(dead_code)] // Until the daemon pulls images.
 pub mod fetch;
 mod initrd;
 mod kernel;
 pub mod kernels;
-// Only tests use it until the daemon pulls images.
-#[cfg(any(test, feature = "fakes"))]
 pub mod oci;
+pub mod pull;
 mod registry;
 pub mod runtime;
 mod script;
@@ -41,7 +39,8 @@ pub use build::{BuildSpec, Profile, build};
 pub use checks::checks;
 pub use commit::{CommitSpec, commit};
 pub use registry::{
-    BALLOON_SINCE, Boots, CTRL_ALT_DEL_SINCE, ImageInfo, Images, USER_LOGIN_SINCE, kernel_path,
+    BALLOON_SINCE, Boots, CTRL_ALT_DEL_SINCE, ImageDetails, ImageInfo, Images, USER_LOGIN_SINCE,
+    kernel_path,
 };
 pub use runtime::GuestRuntimes;
 

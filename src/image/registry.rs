@@ -1,9 +1,10 @@
 //! The registry of images. It has one directory per image and keeps nothing in memory.
 
 use super::directory::{self, Staging, open_registry};
-use crate::api::image::ImageConfig;
+use crate::api::image::{ImageConfig, ImageHistory};
 use crate::error::{Error, Kind, Result};
 use crate::host::hex;
+use crate::host::time::now_s;
 use crate::ids::ImageRef;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -16,7 +17,10 @@ const IMAGES_DIR: &str = "images";
 pub(super) const INITRD: &str = "initrd";
 pub(super) const ROOTFS: &str = "rootfs.ext4";
 const METADATA: &str = "image.json";
-const METADATA_BYTES_MAX: u64 = 64 * 1024;
+const METADATA_BYTES_MAX: u64 = 4 << 20;
+/// What is only shown on demand.
+const DETAILS: &str = "details.json";
+const DETAILS_BYTES_MAX: u64 = 8 << 20;
 /// The format of `image.json` for an image that has its own kernel and init.
 const FORMAT_OWN: u32 = 1;
 /// The format of `image.json` for an image that boots with a guest runtime. Images with another
@@ -62,8 +66,8 @@ pub struct ImageInfo {
     pub digest: Option<String>,
     /// Where the image came from, as it was given to the command that made it.
     pub source: Option<String>,
-    /// True if root has shared the image with all users.
-    pub shared: bool,
+    /// True if only the owner may use the image.
+    pub private: bool,
     /// The settings of commands in the image.
     pub config: ImageConfig,
     /// The digest of the image's own files.
@@ -105,6 +109,7 @@ impl ImageInfo {
             vms,
             owner_uid: self.owner_uid,
             digest: Some(self.digest.as_ref().unwrap_or(&self.content).clone()),
+            source: self.source.clone(),
             recipe: self.recipe.clone(),
         }
     }
@@ -131,7 +136,7 @@ pub(super) struct Metadata {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<String>,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub shared: bool,
+    pub private: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub config: Option<ImageConfig>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -160,7 +165,7 @@ impl Metadata {
             owner_uid: None,
             digest: None,
             source: None,
-            shared: false,
+            private: false,
             config: None,
             recipe: None,
             files: Vec::new(),
@@ -272,7 +277,7 @@ impl Images {
             owner_uid: metadata.owner_uid,
             digest: metadata.digest,
             source: metadata.source,
-            shared: metadata.shared,
+            private: metadata.private,
             config: metadata.config.unwrap_or_default(),
             boots,
             recipe: metadata.recipe,
@@ -333,17 +338,130 @@ impl Images {
     pub(super) fn publish(&self, files: &Path, metadata: &Metadata) -> Result<ImageInfo> {
         let name = &metadata.name;
         let io = |e: std::io::Error| Error::io(format!("publish image {name}"), e);
-        let text = serde_json::to_vec_pretty(metadata).map_err(|e| io(e.into()))?;
-        std::fs::write(files.join(METADATA), text).map_err(io)?;
-        let files_of: &[&str] = match metadata.format {
-            FORMAT_RUNTIME => &[ROOTFS, METADATA],
-            _ => &[KERNEL, INITRD, ROOTFS, METADATA],
-        };
+        self.write_metadata(files, metadata)?;
         // If two builds use the same name, the first one wins.
-        if !directory::publish(files, files_of, &self.path(name)).map_err(io)? {
+        if !directory::publish(files, &self.files_of(files), &self.path(name)).map_err(io)? {
             return Err(name_taken(name));
         }
         self.get(name)
+    }
+
+    fn write_metadata(&self, files: &Path, metadata: &Metadata) -> Result<()> {
+        serde_json::to_vec_pretty(metadata)
+            .map_err(std::io::Error::from)
+            .and_then(|text| std::fs::write(files.join(METADATA), text))
+            .map_err(|e| Error::io(format!("publish image {}", metadata.name), e))
+    }
+
+    /// Returns the files of an image that exist in a directory.
+    fn files_of(&self, dir: &Path) -> Vec<&'static str> {
+        [KERNEL, INITRD, ROOTFS, DETAILS, METADATA]
+            .into_iter()
+            .filter(|file| dir.join(file).exists())
+            .collect()
+    }
+}
+
+/// An image that was pulled.
+pub(super) struct Pulled {
+    pub name: ImageRef,
+    /// The digest of its manifest.
+    pub digest: String,
+    pub source: String,
+    pub owner_uid: u32,
+    pub private: bool,
+    pub config: ImageConfig,
+    pub details: ImageDetails,
+    pub os: String,
+}
+
+/// What is only shown on demand. It is the content of `details.json`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ImageDetails {
+    /// The digests of the unpacked layers, lowest first.
+    pub layers: Vec<String>,
+    /// The steps that made the image, oldest first.
+    pub history: Vec<ImageHistory>,
+}
+
+impl Images {
+    /// Creates an empty directory for an image whose name is not known yet.
+    pub(super) fn stage_pull(&self) -> Result<Staging> {
+        Staging::new(&self.dir, &format!("{STAGING_PREFIX}pull-"))
+    }
+
+    /// Publishes the directory `files`, which holds the root file system of a pulled image. If
+    /// `replaces`, the image of the same name is moved to `files`.
+    pub(super) fn publish_pulled(
+        &self,
+        files: &Path,
+        pulled: Pulled,
+        replaces: bool,
+    ) -> Result<ImageInfo> {
+        let io = |e: std::io::Error| Error::io(format!("publish image {}", pulled.name), e);
+        let details = serde_json::to_vec(&pulled.details).map_err(|e| io(e.into()))?;
+        std::fs::write(files.join(DETAILS), details).map_err(io)?;
+        let bytes = std::fs::metadata(files.join(ROOTFS)).map_err(io)?.len();
+        let metadata = Metadata {
+            format: FORMAT_RUNTIME,
+            os: pulled.os,
+            owner_uid: Some(pulled.owner_uid),
+            digest: Some(pulled.digest),
+            source: Some(pulled.source),
+            private: pulled.private,
+            config: Some(pulled.config),
+            files: vec![FileRecord {
+                name: ROOTFS.to_owned(),
+                bytes,
+                // The layers' digests were verified.
+                sha256: String::new(),
+            }],
+            ..Metadata::new(&pulled.name, &[], now_s())
+        };
+        if !replaces {
+            return self.publish(files, &metadata);
+        }
+        self.write_metadata(files, &metadata)?;
+        directory::seal(files, &self.files_of(files)).map_err(io)?;
+        directory::exchange(files, &self.path(&pulled.name)).map_err(io)?;
+        self.get(&pulled.name)
+    }
+
+    /// Reads what is only shown on demand. Images that were built here have nothing.
+    pub fn details(&self, name: &ImageRef) -> Result<ImageDetails> {
+        crate::locks::require_memory_only("file access");
+        let path = self.path(name).join(DETAILS);
+        let io = |e| Error::io(format!("read {}", path.display()), e);
+        let file = match File::open(&path) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                return Ok(ImageDetails::default());
+            }
+            opened => opened.map_err(io)?,
+        };
+        let bytes = crate::host::command::read_bounded(file, DETAILS_BYTES_MAX).map_err(io)?;
+        serde_json::from_slice(&bytes).map_err(|e| io(e.into()))
+    }
+
+    /// Gives an image an additional name. Both names share their files.
+    ///
+    /// # Errors
+    /// `image_not_found`, `name_taken`, `host`.
+    pub fn tag(&self, name: &ImageRef, new_name: &ImageRef, owner_uid: u32) -> Result<ImageInfo> {
+        let from = self.get(name)?.dir;
+        let mut metadata = self.metadata(name)?;
+        let io = |e: std::io::Error| Error::io(format!("tag image {name} as {new_name}"), e);
+        metadata.name = new_name.clone();
+        metadata.owner_uid = Some(owner_uid);
+        let staging = self.stage(new_name)?;
+        let out = staging.path().join("out");
+        std::fs::create_dir(&out).map_err(io)?;
+        for file in [KERNEL, INITRD, ROOTFS, DETAILS] {
+            match std::fs::hard_link(from.join(file), out.join(file)) {
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+                linked => linked.map_err(io)?,
+            }
+        }
+        self.publish(&out, &metadata)
     }
 }
 

@@ -198,7 +198,11 @@ impl CallContext<'_> {
                 operation(d.snapshots.snapshot_restore(c, r))
             }
             AnyCall::Image(Image::ImageBuild(r)) => operation(d.images.image_build(c, &r)),
-            AnyCall::Image(Image::ImageList(r)) => reply(d.images.image_list(&r)),
+            AnyCall::Image(Image::ImagePull(r)) => operation(d.images.image_pull(c, r, fds)),
+            AnyCall::Image(Image::ImageShow(r)) => reply(d.images.image_show(c, &r.image)),
+            AnyCall::Image(Image::ImageTag(r)) => reply(d.images.image_tag(c, &r)),
+            AnyCall::Image(Image::ImagePrune(r)) => reply(d.images.image_prune(c, &r)),
+            AnyCall::Image(Image::ImageList(r)) => reply(d.images.image_list(c, &r)),
             AnyCall::Image(Image::ImageCommit(r)) => operation(d.images.image_commit(c, &r)),
             AnyCall::Image(Image::ImageDelete(r)) => reply(d.images.image_delete(c, &r.image)),
             AnyCall::Kernel(Kernel::KernelImport(r)) => operation(d.kernels.kernel_import(c, r)),

@@ -475,13 +475,13 @@ fn random_key() -> String {
 /// refuses to start.
 #[test]
 fn uid_range_without_existing_vm_is_refused() {
-    let mut world = World::with(|config| config.qemu.uid_count = 2);
+    let mut world = World::with(|config| config.qemu.uid_count = 3);
     for name in ["one", "two"] {
         world.create(name);
     }
     world.shut();
     let mut config = world.config.clone();
-    config.qemu.uid_count = 1;
+    config.qemu.uid_count = 2;
     let seams = Seams {
         vmm: world.vmm.clone(),
         transport: Arc::new(world.guest.clone()),
@@ -492,7 +492,7 @@ fn uid_range_without_existing_vm_is_refused() {
     assert!(
         e.kind() == Kind::InvalidConfig
             && e.to_string()
-                .starts_with("qemu.uid_count = 1 is too small: VM two"),
+                .starts_with("qemu.uid_count = 2 is too small: VM two"),
         "{e}"
     );
     world.reopen();

@@ -2,8 +2,9 @@
 //! need.
 
 use super::ARGUMENT;
-use super::filter::{self, BASE, Call};
+use super::filter::{self, BASE, Call, THREADS};
 use crate::host::Credentials;
+use seccompiler::{BackendError, BpfProgram};
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -15,8 +16,7 @@ pub struct Profile {
     pub memory_bytes_max: u64,
     /// The limit of open files, including the three standard streams.
     pub open_files_max: u64,
-    /// Whether the helper may start threads. [`Profile::calls`] must then include the calls for
-    /// threads.
+    /// Whether the helper may start threads.
     pub has_threads: bool,
     /// Whether the helper may bind and connect TCP sockets. [`Profile::calls`] must then include
     /// the calls for sockets.
@@ -129,11 +129,16 @@ impl Asked {
                 .map_err(failed("set no_new_privs"))?;
         }
         landlock(profile).map_err(failed("restrict file access with Landlock"))?;
-        let calls = BASE.iter().chain(profile.calls).copied();
-        let program = filter::compile(calls)
-            .map_err(|e| io::Error::other(format!("compile the system call filter: {e}")))?;
-        seccompiler::apply_filter(&program)
-            .map_err(|e| io::Error::other(format!("install the system call filter: {e}")))
+        let threads = if profile.has_threads { THREADS } else { &[] };
+        if profile.has_threads {
+            install(filter::without_clone3())?;
+        }
+        install(filter::compile(
+            [BASE, threads, profile.calls]
+                .into_iter()
+                .flatten()
+                .copied(),
+        ))
     }
 
     /// Asks the kernel to kill this process when its parent ends. A change of the uid clears this
@@ -151,6 +156,14 @@ impl Asked {
             }
         }
     }
+}
+
+/// Installs a filter. The kernel obeys the strictest of all installed filters.
+fn install(program: Result<BpfProgram, BackendError>) -> io::Result<()> {
+    let program =
+        program.map_err(|e| io::Error::other(format!("compile the system call filter: {e}")))?;
+    seccompiler::apply_filter(&program)
+        .map_err(|e| io::Error::other(format!("install the system call filter: {e}")))
 }
 
 #[allow(unsafe_code)]

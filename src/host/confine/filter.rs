@@ -88,6 +88,25 @@ pub(super) const BASE: &[Call] = &[
     Call(libc::SYS_exit_group, Always),
 ];
 
+/// The calls that a helper with threads needs in addition.
+pub(super) const THREADS: &[Call] = &[
+    Call(libc::SYS_clone, ArgumentLacks(0, NAMESPACES)),
+    // Another filter makes this call fail with ENOSYS.
+    Call(libc::SYS_clone3, Always),
+    Call(libc::SYS_set_robust_list, Always),
+    Call(libc::SYS_rseq, Always),
+    Call(libc::SYS_sched_getaffinity, Always),
+    Call(libc::SYS_prctl, ArgumentIn(0, &[libc::PR_SET_NAME as u64])),
+];
+
+const NAMESPACES: u64 = (libc::CLONE_NEWUSER
+    | libc::CLONE_NEWNS
+    | libc::CLONE_NEWPID
+    | libc::CLONE_NEWNET
+    | libc::CLONE_NEWUTS
+    | libc::CLONE_NEWIPC
+    | libc::CLONE_NEWCGROUP) as u64;
+
 impl Call {
     fn rules(self) -> Result<Vec<SeccompRule>, seccompiler::BackendError> {
         let one = |condition| SeccompRule::new(vec![condition]);
@@ -109,6 +128,15 @@ impl Call {
             }
         }
     }
+}
+
+/// Returns a filter that makes clone3(2) fail with ENOSYS, so that the C library starts threads
+/// with clone(2) instead. A filter cannot check the flags of clone3, which are behind a pointer.
+pub(super) fn without_clone3() -> Result<BpfProgram, seccompiler::BackendError> {
+    let rules = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
+    let missing = SeccompAction::Errno(libc::ENOSYS as u32);
+    let arch = TargetArch::try_from(std::env::consts::ARCH)?;
+    SeccompFilter::new(rules, SeccompAction::Allow, missing, arch)?.try_into()
 }
 
 /// Returns the filter that allows only these calls.

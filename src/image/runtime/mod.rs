@@ -194,7 +194,6 @@ impl GuestRuntimes {
 
     /// Deletes a runtime, even a damaged one. Snapshots have links to its files. The caller checks
     /// that no VM uses it.
-    #[cfg(any(test, feature = "fakes"))]
     pub fn delete(&self, id: &RuntimeId) -> Result<()> {
         if directory::delete(&self.dir, id.as_str())? {
             return Ok(());

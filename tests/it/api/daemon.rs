@@ -19,6 +19,7 @@ fn image() -> Image {
         vms: 4,
         owner_uid: Some(1000),
         digest: None,
+        source: None,
         recipe: None,
     }
 }
@@ -119,6 +120,67 @@ fn image_goldens() {
         image.list
         {}
         {"images":[{"name":"default","disk_bytes":1,"allocated_bytes":2,"kernel":"Linux 6.1","os":"Debian","built_at":3,"vms":4,"owner_uid":1000}]}
+    "#]],
+    );
+    call::<ImagePull>(
+        ImagePullRequest {
+            source: PullSource::Registry {
+                reference: "gcc:13".into(),
+            },
+            name: None,
+            platform: Some("linux/amd64".into()),
+            shared: false,
+        },
+        ImageReply { image: image() },
+        expect![[r#"
+        image.pull
+        {"source":{"registry":{"reference":"gcc:13"}},"platform":"linux/amd64"}
+        {"image":{"name":"default","disk_bytes":1,"allocated_bytes":2,"kernel":"Linux 6.1","os":"Debian","built_at":3,"vms":4,"owner_uid":1000}}
+    "#]],
+    );
+    call::<ImageShow>(
+        ImageRequest {
+            image: name("default"),
+        },
+        ImageShowReply {
+            image: image(),
+            config: ImageConfig {
+                cmd: vec!["sh".into()],
+                ..Default::default()
+            },
+            layers: vec!["sha256:2".into()],
+            history: vec![],
+        },
+        expect![[r#"
+        image.show
+        {"image":"default"}
+        {"image":{"name":"default","disk_bytes":1,"allocated_bytes":2,"kernel":"Linux 6.1","os":"Debian","built_at":3,"vms":4,"owner_uid":1000},"config":{"user":"","env":[],"working_dir":"","entrypoint":[],"cmd":["sh"]},"layers":["sha256:2"],"history":[]}
+    "#]],
+    );
+    call::<ImageTag>(
+        ImageTagRequest {
+            image: name("default"),
+            name: name("other"),
+        },
+        ImageReply { image: image() },
+        expect![[r#"
+        image.tag
+        {"image":"default","name":"other"}
+        {"image":{"name":"default","disk_bytes":1,"allocated_bytes":2,"kernel":"Linux 6.1","os":"Debian","built_at":3,"vms":4,"owner_uid":1000}}
+    "#]],
+    );
+    call::<ImagePrune>(
+        ImagePruneRequest { all: true },
+        ImagePruneReply {
+            images: vec![name("default")],
+            layers: 1,
+            runtimes: vec!["1".into()],
+            bytes: 2,
+        },
+        expect![[r#"
+        image.prune
+        {"all":true}
+        {"images":["default"],"layers":1,"runtimes":["1"],"bytes":2}
     "#]],
     );
     call::<ImageDelete>(

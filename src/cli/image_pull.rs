@@ -1,0 +1,165 @@
+//! `image pull`, and the pull that `run --image` makes if the image is missing.
+
+use super::context::Env;
+use super::image_source::{Content, Source};
+use super::pipes::{self, End};
+use super::printer::Printer;
+use super::registry_auth;
+use super::signals::Interrupts;
+use super::transfer::{TransferThread, conclude};
+use crate::api::frame::Note;
+use crate::api::image::{Image, ImagePull, ImagePullRequest, PullSource};
+use crate::api::registry::Credential;
+use crate::client::{Client, Result};
+use crate::error::Error;
+use crate::host::thread;
+use crate::ids::ImageRef;
+use crate::locks::{Cancel, CancelCause};
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, OwnedFd};
+
+/// The registry of references that name none.
+const DOCKER_HUB: &str = "docker.io";
+
+/// What to pull, and how it is called on this host.
+#[derive(clap::Args, Debug)]
+pub(super) struct Args {
+    /// A reference such as gcc:13 or ghcr.io/owner/app, or oci:DIR[:TAG], oci-archive:FILE,
+    /// docker-archive:FILE, or - for an archive on stdin
+    #[arg(value_name = "REF")]
+    source: Source,
+    /// Name of the image on this host [default: REF, or the name in the archive]
+    #[arg(long, value_name = "NAME")]
+    name: Option<ImageRef>,
+    /// Choose this platform from an index, such as linux/amd64
+    #[arg(long, value_name = "OS/ARCH")]
+    platform: Option<String>,
+    /// Share the image with all users (root only)
+    #[arg(long)]
+    shared: bool,
+}
+
+impl Args {
+    /// The arguments of a pull of `reference` without options.
+    pub(super) fn of(reference: &ImageRef) -> Self {
+        Self {
+            source: Source::Registry(reference.to_string()),
+            name: None,
+            platform: None,
+            shared: false,
+        }
+    }
+}
+
+/// What is sent to the daemon through a pipe.
+enum Payload {
+    Credential(Credential),
+    Archive(Content),
+}
+
+/// Pulls an image and shows the progress.
+pub(super) fn pull(
+    client: &mut Client,
+    printer: &Printer,
+    interrupts: &Interrupts,
+    stdin: &File,
+    env: &Env,
+    args: Args,
+) -> Result<Image> {
+    let stop = Cancel::try_new().map_err(|e| Error::io("make a cancel token", e))?;
+    let fired = stop.clone();
+    interrupts.on_end(move || fired.cancel(CancelCause::Interrupted));
+    let (source, content) = args.source.open(stdin)?;
+    let payload = match (&source, content) {
+        (PullSource::Registry { reference }, _) => {
+            let caller = registry_auth::Caller::new(env, std::env::vars_os().collect());
+            match registry_auth::find(registry_of(reference), &caller, &stop)? {
+                Credential::Anonymous => None,
+                credential => Some(Payload::Credential(credential)),
+            }
+        }
+        (PullSource::Archive { .. }, content) => content.map(Payload::Archive),
+    };
+    let what = match &source {
+        PullSource::Registry { reference } => reference.clone(),
+        PullSource::Archive { .. } => "the archive".to_owned(),
+    };
+    let request = ImagePullRequest {
+        source,
+        name: args.name,
+        platform: args.platform,
+        shared: args.shared,
+    };
+    let (theirs, sender) = match payload {
+        Some(payload) => {
+            let (theirs, sender) = start_sending(payload, &stop)?;
+            (Some(theirs), Some(sender))
+        }
+        None => (None, None),
+    };
+    let mut progress = printer.progress(&format!("pull {what}"));
+    let fds: Vec<_> = theirs.iter().map(AsFd::as_fd).collect();
+    let reply = client.call_more::<ImagePull>(&request, &fds, &mut |note| {
+        if let Note::Progress(p) = note {
+            progress.update(&p);
+        }
+        Ok(())
+    });
+    drop(progress);
+    // Otherwise the sender would wait for a reader that does not exist.
+    drop(theirs);
+    let (reply, _) = conclude(reply, sender, &stop)?;
+    Ok(reply.image)
+}
+
+fn start_sending(payload: Payload, stop: &Cancel) -> Result<(OwnedFd, TransferThread<()>)> {
+    let (mut ours, theirs) = pipes::to_daemon(stop)?;
+    let token = stop.clone();
+    let sender = thread::spawn("send image", move || {
+        let result = send(payload, &mut ours);
+        (result, token.is_cancelled() || ours.is_unread())
+    })?;
+    Ok((theirs, sender))
+}
+
+fn send(payload: Payload, to: &mut End) -> crate::error::Result<()> {
+    let sent = match payload {
+        Payload::Credential(credential) => serde_json::to_vec(&credential)
+            .map_err(io::Error::from)
+            .and_then(|bytes| to.write_all(&bytes)),
+        Payload::Archive(content) => content.send(to),
+    };
+    match sent {
+        // The daemon stops reading once it has what it needs.
+        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        sent => sent.map_err(|e| Error::io("send the image", e)),
+    }
+}
+
+/// Returns the registry of a reference: its first component if that has a dot or a port or is
+/// `localhost`, as in docker.
+fn registry_of(reference: &str) -> &str {
+    match reference.split_once('/') {
+        Some((host, _)) if host == "localhost" || host.contains(['.', ':']) => host,
+        _ => DOCKER_HUB,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn registry_is_the_first_component_with_a_dot_or_port() {
+        for (reference, registry) in [
+            ("gcc:13", "docker.io"),
+            ("owner/app", "docker.io"),
+            ("ghcr.io/owner/app", "ghcr.io"),
+            ("localhost/app", "localhost"),
+            ("registry:5000/app:1", "registry:5000"),
+        ] {
+            assert_eq!(registry_of(reference), registry);
+        }
+    }
+}

@@ -1,0 +1,357 @@
+//! Pulls images from registries and archives.
+//!
+//! A pull counts against its user's limit from the start. Its helper process finds out which image
+//! it is; then the image's name is reserved under `image_ops`. The image is published by a rename
+//! without a lock. An image of the same name is replaced only if no VM and no snapshot uses it.
+
+use super::access::Caller;
+use super::call::{CallOutcome, to_value};
+use super::images::{ImageService, Reserved, is_usable};
+use crate::api::image::{
+    ImagePruneReply, ImagePruneRequest, ImagePullRequest, ImageReply, ImageShowReply,
+    ImageTagRequest, PullSource,
+};
+use crate::api::registry::{CREDENTIAL_BYTES_MAX, Credential};
+use crate::error::{Error, Kind, Result};
+use crate::guest::io::fifo::{self, Direction};
+use crate::host::text::quoted;
+use crate::host::wait::{WaitResult, cancelled_by, wait_any};
+use crate::ids::ImageRef;
+use crate::image::ImageInfo;
+use crate::image::pull::{self, Decision, Found, Observer, Progress, PullSpec, Source};
+use crate::ops::OpHandle;
+use nix::poll::PollFlags;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+/// How long the caller may take to send a credential.
+const CREDENTIAL_DEADLINE: Duration = Duration::from_secs(10);
+
+/// A pull in progress.
+struct Pull {
+    caller: Caller,
+    request: ImagePullRequest,
+    fifo: Option<OwnedFd>,
+    reserved: Reserved,
+}
+
+impl ImageService {
+    /// Begins to pull an image. `fds` has the read end of a FIFO with the archive or, for a
+    /// registry, with the caller's credential if there is one.
+    pub fn image_pull(
+        &self,
+        caller: &Caller,
+        request: ImagePullRequest,
+        fds: Vec<OwnedFd>,
+    ) -> Result<CallOutcome> {
+        if request.shared && !caller.is_privileged() {
+            let text = "only root and the user who runs fcd may share images";
+            return Err(Error::new(Kind::Denied, text).hint("leave out --shared"));
+        }
+        let fifo = accept(&request.source, fds)?;
+        let max = self.pulls.config.pulls_per_uid_max;
+        let reserved = self.reserve(caller, max)?;
+        let op = self.core.begin_op("image.pull", None, caller.uid, true)?;
+        if let Err(e) = self.core.persist_op(&op) {
+            op.finish(Err(e.clone()));
+            return Err(e);
+        }
+        let mut pull = Pull {
+            caller: *caller,
+            request,
+            fifo,
+            reserved,
+        };
+        let (id, service) = (op.id().clone(), self.clone());
+        self.core.spawn(&format!("op-{id}"), move || {
+            let _label = crate::locks::operation_scope("image.pull".to_owned());
+            let what = pull.describe();
+            let result = service
+                .pull(&op, &mut pull)
+                .map_err(|e| e.context(format!("pull {what}")))
+                .and_then(|info| {
+                    to_value(&ImageReply {
+                        image: info.to_api(0),
+                    })
+                });
+            drop(pull);
+            service.core.end_op(op, result);
+        })?;
+        Ok(CallOutcome::Op(id))
+    }
+
+    fn pull(&self, op: &OpHandle, pull: &mut Pull) -> Result<ImageInfo> {
+        let source = pull.source(op)?;
+        let _admitted = self
+            .pulls
+            .admission
+            .enter(op.cancel(), |_| op.progress("wait for another pull"))?;
+        let spec = PullSpec {
+            source,
+            platform: pull.request.platform.clone(),
+            owner_uid: pull.caller.uid,
+            private: !pull.request.shared,
+            bytes_max: self.bytes_left(&pull.caller)?,
+            helper: self.pulls.helper,
+            config: &self.pulls.config,
+        };
+        let info = pull::pull(
+            &self.images,
+            &self.pulls.layers,
+            self.commands.as_ref(),
+            spec,
+            op.cancel(),
+            &mut Follower {
+                service: self,
+                op,
+                pull,
+            },
+        )?;
+        self.ensure_runtime(op)?;
+        Ok(info)
+    }
+
+    /// Decides whether a pulled image may get this name.
+    fn admit_name(&self, pull: &mut Pull, name: ImageRef, digest: &str) -> Result<Decision> {
+        self.reserve_name(&mut pull.reserved, name.clone())?;
+        match self.images.get(&name) {
+            Ok(present)
+                if present.digest.as_deref() == Some(digest)
+                    && is_usable(&pull.caller, &present) =>
+            {
+                Ok(Decision::Present(Box::new(present)))
+            }
+            Ok(_) => {
+                let doing = format!("replace image {name}");
+                self.check_owner(&pull.caller, &name, &doing)?;
+                self.check_unused(&name, &doing)?;
+                Ok(Decision::Replace(name))
+            }
+            Err(e) if e.kind() == Kind::ImageNotFound => Ok(Decision::Add(name)),
+            Err(e) => Err(e),
+        }
+    }
+}
+
+impl ImageService {
+    /// Returns the space that the caller's images may still take.
+    fn bytes_left(&self, caller: &Caller) -> Result<u64> {
+        let max = self.core.limits.disk_bytes_max;
+        if caller.is_privileged() {
+            return Ok(max);
+        }
+        let images = self.images.list()?.into_iter();
+        let owned = images.filter(|info| info.owner_uid == Some(caller.uid));
+        let used: u64 = owned.map(|info| info.allocated_bytes).sum();
+        let limit = self.pulls.config.image_bytes_per_uid_max;
+        match limit.saturating_sub(used) {
+            0 => {
+                let text = format!("your images take {used} bytes, the limit is {limit}");
+                Err(Error::new(Kind::Exhausted, text).hint("delete one: fcctl image rm NAME"))
+            }
+            left => Ok(left.min(max)),
+        }
+    }
+
+    /// Makes sure that there is a guest runtime, without which a pulled image cannot boot.
+    fn ensure_runtime(&self, op: &OpHandle) -> Result<()> {
+        let reporter = op.reporter();
+        crate::image::runtime::ensure(
+            &self.guest_runtimes,
+            self.commands.as_ref(),
+            op.cancel(),
+            &mut |stage, done, total| {
+                reporter.progress(&format!("guest runtime: {stage}"));
+                reporter.progress_units(done, Some(total), "steps");
+            },
+        )
+        .map(drop)
+        .map_err(|e| e.context("build the guest runtime"))
+    }
+
+    pub fn image_show(&self, caller: &Caller, name: &ImageRef) -> Result<ImageShowReply> {
+        let info = self.find(caller, name)?;
+        let details = self.images.details(&info.name)?;
+        Ok(ImageShowReply {
+            image: info.to_api(self.vms_of_image(&info.name)),
+            config: info.config,
+            layers: details.layers,
+            history: details.history,
+        })
+    }
+
+    /// Gives an image an additional name, which belongs to the caller.
+    pub fn image_tag(&self, caller: &Caller, request: &ImageTagRequest) -> Result<ImageReply> {
+        let info = self.find(caller, &request.image)?;
+        let mut reserved = self.reserve(caller, self.pulls.config.pulls_per_uid_max)?;
+        self.reserve_name(&mut reserved, request.name.clone())?;
+        let tagged = self.images.tag(&info.name, &request.name, caller.uid)?;
+        Ok(ImageReply {
+            image: tagged.to_api(0),
+        })
+    }
+
+    /// Removes cached layers and unused guest runtimes and, if asked, the caller's unused images.
+    pub fn image_prune(
+        &self,
+        caller: &Caller,
+        request: &ImagePruneRequest,
+    ) -> Result<ImagePruneReply> {
+        let mut reply = ImagePruneReply::default();
+        if request.all {
+            for info in self.images.list()? {
+                let is_owned = info.owner_uid == Some(caller.uid);
+                if is_owned && self.image_delete(caller, &info.name).is_ok() {
+                    reply.bytes += info.allocated_bytes;
+                    reply.images.push(info.name);
+                }
+            }
+        }
+        // Layers and runtimes serve all users, so an ordinary user cannot remove them.
+        if caller.is_privileged() {
+            let pruned = self.pulls.layers.prune()?;
+            reply.layers = pruned.layers;
+            reply.bytes += pruned.bytes;
+            self.prune_runtimes(&mut reply)?;
+        }
+        Ok(reply)
+    }
+
+    /// Removes the runtimes that no VM uses, except the newest, which the next boot uses.
+    fn prune_runtimes(&self, reply: &mut ImagePruneReply) -> Result<()> {
+        let runtimes = self.guest_runtimes.list()?;
+        let Ok(newest) = self.guest_runtimes.newest() else {
+            return Ok(());
+        };
+        for runtime in runtimes {
+            let is_used = self.core.store.read(|s| {
+                let of_vms = s.vms().map(|row| &row.shape);
+                let of_snapshots = s.snapshots().map(|row| &row.shape);
+                of_vms
+                    .chain(of_snapshots)
+                    .any(|shape| shape.runtime.as_ref() == Some(&runtime.id))
+            });
+            if !is_used && runtime.id != newest.id {
+                self.guest_runtimes.delete(&runtime.id)?;
+                reply.bytes += runtime.bytes;
+                reply.runtimes.push(runtime.id.to_string());
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Pull {
+    fn describe(&self) -> String {
+        match &self.request.source {
+            PullSource::Registry { reference } => quoted(reference),
+            PullSource::Archive { .. } => "the archive".to_owned(),
+        }
+    }
+
+    fn source(&mut self, op: &OpHandle) -> Result<Source> {
+        match (&self.request.source, self.fifo.take()) {
+            (PullSource::Registry { reference }, fifo) => Ok(Source::Registry {
+                reference: reference.clone(),
+                credential: match fifo {
+                    Some(fifo) => read_credential(fifo, op)?,
+                    None => Credential::Anonymous,
+                },
+            }),
+            (PullSource::Archive { format, reference }, Some(stream)) => Ok(Source::Archive {
+                format: *format,
+                reference: reference.clone(),
+                stream,
+            }),
+            (PullSource::Archive { .. }, None) => Err(Error::internal("an archive has no stream")),
+        }
+    }
+
+    /// Returns the name that the image gets on this host.
+    fn name(&self, found: &Found) -> Result<ImageRef> {
+        if let Some(name) = &self.request.name {
+            return Ok(name.clone());
+        }
+        let no_name = |text: String| Error::invalid(text).hint("give it one: --name NAME");
+        let name = found
+            .name
+            .as_deref()
+            .ok_or_else(|| no_name("the image has no name".to_owned()))?;
+        let name: ImageRef = name
+            .parse()
+            .map_err(|e: Error| no_name(format!("the name of the image: {e}")))?;
+        Ok(name.with_default_tag())
+    }
+}
+
+/// Follows a pull for its operation.
+struct Follower<'a> {
+    service: &'a ImageService,
+    op: &'a OpHandle,
+    pull: &'a mut Pull,
+}
+
+impl Observer for Follower<'_> {
+    fn found(&mut self, found: &Found) -> Result<Decision> {
+        let name = self.pull.name(found)?;
+        self.service.admit_name(self.pull, name, &found.digest)
+    }
+
+    fn progress(&mut self, progress: &Progress) {
+        let reporter = self.op.reporter();
+        reporter.progress(&progress.stage);
+        reporter.progress_units(progress.done, progress.total, &progress.unit);
+    }
+}
+
+/// Checks the descriptors of a call and returns the FIFO, if there is one.
+fn accept(source: &PullSource, fds: Vec<OwnedFd>) -> Result<Option<OwnedFd>> {
+    let count = fds.len();
+    let mut fds = fds.into_iter();
+    let (fd, expected) = match source {
+        PullSource::Registry { .. } => (fds.next(), "at most one descriptor"),
+        PullSource::Archive { .. } if count == 1 => (fds.next(), ""),
+        PullSource::Archive { .. } => (None, "one descriptor"),
+    };
+    let fits = match source {
+        PullSource::Registry { .. } => count <= 1,
+        PullSource::Archive { .. } => count == 1,
+    };
+    if !fits {
+        let text = format!("image.pull takes {expected}, but got {count}");
+        return Err(Error::new(Kind::InvalidRequest, text).hint("pass the read end of a FIFO"));
+    }
+    fd.map(|fd| fifo::accept(fd, Direction::Read)).transpose()
+}
+
+/// Reads a credential, whose text must not appear in an error.
+fn read_credential(fifo: OwnedFd, op: &OpHandle) -> Result<Credential> {
+    let doing = "read the registry's credential";
+    let deadline = Instant::now() + CREDENTIAL_DEADLINE;
+    let mut bytes = Vec::new();
+    loop {
+        let waited = wait_any(&[(fifo.as_fd(), PollFlags::POLLIN)], deadline, op.cancel());
+        match waited.map_err(|e| Error::io(doing, e))? {
+            WaitResult::Ready => {}
+            WaitResult::Cancelled => return Err(cancelled_by(op.cancel())),
+            WaitResult::Deadline => {
+                let text = format!("{doing}: it did not arrive in time");
+                return Err(Error::new(Kind::Timeout, text).hint("try again"));
+            }
+        }
+        let mut piece = [0; 4096];
+        match rustix::io::read(&fifo, &mut piece) {
+            Ok(0) => break,
+            Ok(len) => bytes.extend_from_slice(&piece[..len]),
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {}
+            Err(e) => return Err(Error::io(doing, std::io::Error::from(e))),
+        }
+        if bytes.len() > CREDENTIAL_BYTES_MAX {
+            return Err(Error::invalid(format!(
+                "{doing}: it is longer than {CREDENTIAL_BYTES_MAX} bytes"
+            )));
+        }
+    }
+    serde_json::from_slice(&bytes)
+        .map_err(|_| Error::invalid(format!("{doing}: it is not in the expected form")))
+}

@@ -1,0 +1,266 @@
+//! The cache of unpacked layers, one tar archive per layer. Its name is the layer's diff id: the
+//! SHA-256 digest of the archive, which the daemon has computed itself. So users can share layers
+//! without trusting each other.
+
+use crate::error::{Error, Result};
+use crate::host::hex;
+use crate::locks::Cancel;
+use rustix::fs::{AtFlags, CWD, Mode, OFlags};
+use sha2::{Digest, Sha256};
+use std::fs::{DirBuilder, File, FileTimes};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+const LAYERS_DIR: &str = "layers";
+const DIGEST_PREFIX: &str = "sha256:";
+const HEX_LEN: usize = 64;
+const PIECE_BYTES: usize = 1 << 20;
+
+/// The cache. It keeps nothing in memory.
+#[derive(Clone, Debug)]
+pub(crate) struct Layers {
+    dir: PathBuf,
+    bytes_max: u64,
+}
+
+/// What [`Layers::prune`] removed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Pruned {
+    pub layers: u64,
+    pub bytes: u64,
+}
+
+/// One cached layer.
+struct Cached {
+    path: PathBuf,
+    bytes: u64,
+    used_at: SystemTime,
+}
+
+impl Layers {
+    /// Opens `<state_dir>/layers`, which is created if it does not exist. Layers beyond `bytes_max`
+    /// are removed after each pull.
+    pub(crate) fn open(state_dir: &Path, bytes_max: u64) -> Result<Self> {
+        let dir = state_dir.join(LAYERS_DIR);
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&dir)
+            .map_err(|e| Error::io(format!("create the layer cache {}", dir.display()), e))?;
+        Ok(Self { dir, bytes_max })
+    }
+
+    /// Returns the archive of a layer for reading, or None if it is not cached. Marks it as used.
+    pub(crate) fn get(&self, diff_id: &str) -> Result<Option<File>> {
+        crate::locks::require_memory_only("file access");
+        let Some(path) = self.path(diff_id) else {
+            return Ok(None);
+        };
+        match File::open(&path) {
+            Ok(file) => {
+                // The time only orders layers for pruning.
+                let _ = file.set_times(FileTimes::new().set_modified(SystemTime::now()));
+                Ok(Some(file))
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(Error::io(format!("open the cached layer {diff_id}"), e)),
+        }
+    }
+
+    /// Creates an empty file without a name, which disappears when it is closed.
+    pub(crate) fn new_file(&self) -> Result<File> {
+        let io = |e| Error::io(format!("create a file in {}", self.dir.display()), e);
+        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+        match rustix::fs::open(&self.dir, flags, Mode::RUSR | Mode::WUSR) {
+            Ok(fd) => Ok(fd.into()),
+            // Some file systems have no O_TMPFILE. Such a file cannot be added to the cache.
+            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::ISDIR) => {
+                tempfile::tempfile_in(&self.dir).map_err(io)
+            }
+            Err(e) => Err(io(e.into())),
+        }
+    }
+
+    /// Adds a file that [`Self::new_file`] created to the cache if its content has the digest
+    /// `diff_id`. Returns whether the layer is cached now.
+    pub(crate) fn insert(&self, diff_id: &str, file: &File, cancel: &Cancel) -> Result<bool> {
+        let Some(path) = self.path(diff_id) else {
+            return Ok(false);
+        };
+        let io = |e| Error::io(format!("cache the layer {diff_id}"), e);
+        let Some(found) = digest(file, cancel).map_err(io)? else {
+            return Ok(false);
+        };
+        if found != diff_id {
+            log::warn!("the layer {diff_id} is not cached, because its content is {found}");
+            return Ok(false);
+        }
+        file.set_permissions(std::fs::Permissions::from_mode(0o444))
+            .map_err(io)?;
+        file.sync_all().map_err(io)?;
+        let unnamed = format!("/proc/self/fd/{}", file.as_raw_fd());
+        match rustix::fs::linkat(CWD, &unnamed, CWD, &path, AtFlags::SYMLINK_FOLLOW) {
+            Ok(()) | Err(rustix::io::Errno::EXIST) => Ok(true),
+            Err(rustix::io::Errno::NOENT | rustix::io::Errno::OPNOTSUPP) => Ok(false),
+            Err(e) => Err(io(e.into())),
+        }
+    }
+
+    /// Removes the least recently used layers until the cache fits its limit.
+    pub(crate) fn trim(&self) -> Result<Pruned> {
+        self.remove_beyond(self.bytes_max)
+    }
+
+    /// Removes all layers. Pulls in progress keep the files that they have open.
+    pub(crate) fn prune(&self) -> Result<Pruned> {
+        self.remove_beyond(0)
+    }
+
+    fn remove_beyond(&self, bytes_max: u64) -> Result<Pruned> {
+        let mut cached = self.list()?;
+        cached.sort_by_key(|layer| layer.used_at);
+        let mut total: u64 = cached.iter().map(|layer| layer.bytes).sum();
+        let mut pruned = Pruned::default();
+        for layer in cached {
+            if total <= bytes_max {
+                break;
+            }
+            match std::fs::remove_file(&layer.path) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(Error::io(format!("remove {}", layer.path.display()), e));
+                }
+                _ => {}
+            }
+            total -= layer.bytes;
+            pruned.layers += 1;
+            pruned.bytes += layer.bytes;
+        }
+        Ok(pruned)
+    }
+
+    fn list(&self) -> Result<Vec<Cached>> {
+        let io = |e| Error::io(format!("read the layer cache {}", self.dir.display()), e);
+        let mut cached = Vec::new();
+        for entry in std::fs::read_dir(&self.dir).map_err(io)? {
+            let entry = entry.map_err(io)?;
+            // Another thread may remove the layer after it was listed.
+            let Ok(stat) = entry.metadata() else {
+                continue;
+            };
+            if stat.is_file() {
+                cached.push(Cached {
+                    path: entry.path(),
+                    bytes: stat.blocks() * 512,
+                    used_at: stat.modified().map_err(io)?,
+                });
+            }
+        }
+        Ok(cached)
+    }
+
+    /// Returns None if `diff_id` is not a SHA-256 digest.
+    fn path(&self, diff_id: &str) -> Option<PathBuf> {
+        let hex = diff_id.strip_prefix(DIGEST_PREFIX)?;
+        let is_hex = hex.len() == HEX_LEN
+            && hex
+                .bytes()
+                .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
+        is_hex.then(|| self.dir.join(hex))
+    }
+}
+
+/// Computes the digest of a whole file. Returns None if it is cancelled.
+fn digest(file: &File, cancel: &Cancel) -> std::io::Result<Option<String>> {
+    let mut hash = Sha256::new();
+    let mut piece = vec![0; PIECE_BYTES];
+    let mut at = 0;
+    loop {
+        if cancel.is_cancelled() {
+            return Ok(None);
+        }
+        match file.read_at(&mut piece, at)? {
+            0 => break,
+            len => {
+                hash.update(&piece[..len]);
+                at += len as u64;
+            }
+        }
+    }
+    Ok(Some(format!(
+        "{DIGEST_PREFIX}{}",
+        hex::encode(&hash.finalize())
+    )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::time::Duration;
+
+    fn id(content: &[u8]) -> String {
+        format!("sha256:{}", hex::encode(&Sha256::digest(content)))
+    }
+
+    fn add(layers: &Layers, content: &[u8], diff_id: &str) -> bool {
+        let mut file = layers.new_file().unwrap();
+        file.write_all(content).unwrap();
+        layers
+            .insert(diff_id, &file, &Cancel::try_new().unwrap())
+            .unwrap()
+    }
+
+    #[test]
+    fn layer_is_cached_only_under_its_own_digest() {
+        let dir = tempfile::tempdir().unwrap();
+        let layers = Layers::open(dir.path(), u64::MAX).unwrap();
+        assert!(add(&layers, b"one", &id(b"one")));
+        assert!(add(&layers, b"one", &id(b"one")), "it is cached already");
+        assert!(!add(&layers, b"evil", &id(b"two")));
+        for not_a_digest in ["sha256:../../x", "md5:1", "", "sha256:AA"] {
+            assert!(!add(&layers, b"x", not_a_digest), "{not_a_digest}");
+        }
+        let mut found = layers.get(&id(b"one")).unwrap().unwrap();
+        assert_eq!(std::io::read_to_string(&mut found).unwrap(), "one");
+        assert!(layers.get(&id(b"two")).unwrap().is_none());
+        assert_eq!(std::fs::read_dir(&layers.dir).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn cancelled_insert_caches_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let layers = Layers::open(dir.path(), u64::MAX).unwrap();
+        let cancel = Cancel::try_new().unwrap();
+        cancel.cancel(crate::locks::CancelCause::CommandEnded);
+        let file = layers.new_file().unwrap();
+        assert!(!layers.insert(&id(b""), &file, &cancel).unwrap());
+    }
+
+    #[test]
+    fn least_recently_used_layers_are_removed_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let block = vec![7; 4096];
+        let layers = Layers::open(dir.path(), 2 * 4096).unwrap();
+        let contents: Vec<Vec<u8>> = (0..3u8).map(|n| [&block[1..], &[n]].concat()).collect();
+        for (age, content) in [30, 20, 10].into_iter().zip(&contents) {
+            assert!(add(&layers, content, &id(content)));
+            let file = File::open(layers.path(&id(content)).unwrap()).unwrap();
+            let at = SystemTime::now() - Duration::from_secs(age);
+            file.set_times(FileTimes::new().set_modified(at)).unwrap();
+        }
+        // This makes the oldest layer the newest.
+        drop(layers.get(&id(&contents[0])).unwrap());
+        assert_eq!(
+            layers.trim().unwrap(),
+            Pruned {
+                layers: 1,
+                bytes: 4096
+            }
+        );
+        assert!(layers.get(&id(&contents[1])).unwrap().is_none());
+        assert_eq!(layers.prune().unwrap().layers, 2);
+        assert_eq!(layers.prune().unwrap(), Pruned::default());
+    }
+}

@@ -1,0 +1,203 @@
+//! The helper's side of a pull: drops its privileges, fetches the image and writes its file system.
+//!
+//! The first thread owns the channel. Other threads send it their requests and wait for the answer.
+
+use super::job::{Job, Outcome};
+use super::link::{Answer, Asking, Link};
+use super::protocol::{Failure, JOB_BYTES_MAX, MESSAGE_BYTES_MAX, Order, Request, decode, encode};
+use super::work;
+use crate::error::{Error, Kind, Result};
+use crate::host::command::read_bounded;
+use crate::host::confine::{Allowed, Asked, Call, Channel, Profile};
+use crate::host::thread;
+use crate::host::wait::poll_until;
+use crossbeam_channel::{Receiver, bounded};
+use nix::poll::{PollFd, PollFlags};
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
+use std::process::ExitCode;
+
+/// This helper's name for [`crate::host::confine::spawn`].
+pub(crate) const NAME: &str = "image";
+
+/// The memory limit of the helper. Its indexes of 10 million entries would not fit, so a layer has
+/// a smaller limit of entries.
+const MEMORY_BYTES_MAX: u64 = 2 << 30;
+/// The limit of a file that the helper writes: a layer or a file system.
+const FILE_BYTES_MAX: u64 = 1 << 40;
+/// The limit of open files: a file per layer, connections, and what name resolution opens.
+const OPEN_FILES_MAX: u64 = 1024;
+
+/// Files for resolving host names, and certificates.
+const READABLE: &[&str] = &[
+    "/etc/resolv.conf",
+    "/etc/hosts",
+    "/etc/nsswitch.conf",
+    "/etc/gai.conf",
+    "/etc/host.conf",
+    "/etc/services",
+    "/run/systemd/resolve",
+    "/run/nscd",
+    "/proc/self",
+    "/sys/devices/system/cpu",
+];
+
+/// Opening for writing, creating and truncating.
+const WRITES: u64 = (libc::O_WRONLY | libc::O_RDWR | libc::O_CREAT | libc::O_TRUNC) as u64;
+const INTERNET: Allowed = Allowed::ArgumentIn(
+    0,
+    &[
+        libc::AF_INET as u64,
+        libc::AF_INET6 as u64,
+        // getaddrinfo(3) asks for the host's addresses.
+        libc::AF_NETLINK as u64,
+    ],
+);
+
+const PROFILE: Profile = Profile {
+    memory_bytes_max: MEMORY_BYTES_MAX,
+    open_files_max: OPEN_FILES_MAX,
+    has_threads: true,
+    has_network: true,
+    readable: READABLE,
+    file_bytes_max: FILE_BYTES_MAX,
+    calls: &[
+        Call(libc::SYS_eventfd2, Allowed::Always),
+        // Files that the daemon passed.
+        Call(libc::SYS_lseek, Allowed::Always),
+        Call(libc::SYS_pread64, Allowed::Always),
+        Call(libc::SYS_pwrite64, Allowed::Always),
+        Call(libc::SYS_ftruncate, Allowed::Always),
+        Call(libc::SYS_fallocate, Allowed::Always),
+        Call(libc::SYS_fsync, Allowed::Always),
+        Call(libc::SYS_fdatasync, Allowed::Always),
+        Call(libc::SYS_fstat, Allowed::Always),
+        Call(libc::SYS_newfstatat, Allowed::Always),
+        Call(libc::SYS_statx, Allowed::Always),
+        // Files for resolving names.
+        Call(libc::SYS_openat, Allowed::ArgumentLacks(2, WRITES)),
+        // Connections to registries and name servers.
+        Call(libc::SYS_socket, INTERNET),
+        Call(libc::SYS_connect, Allowed::Always),
+        Call(libc::SYS_bind, Allowed::Always),
+        Call(libc::SYS_getsockopt, Allowed::Always),
+        Call(libc::SYS_setsockopt, Allowed::Always),
+        Call(libc::SYS_getsockname, Allowed::Always),
+        Call(libc::SYS_getpeername, Allowed::Always),
+        Call(libc::SYS_sendmmsg, Allowed::Always),
+        Call(libc::SYS_sendto, Allowed::Always),
+        Call(libc::SYS_uname, Allowed::Always),
+    ],
+};
+
+/// Runs this process as the helper of one pull.
+pub(crate) fn run(asked: &Asked) -> ExitCode {
+    let daemon = Daemon(Channel::inherited());
+    let ended = asked
+        .confine(&PROFILE)
+        .map_err(|e| Error::new(Kind::Host, format!("confine the image helper: {e}")))
+        .and_then(|()| serve(&daemon));
+    let last = match &ended {
+        Ok(()) => Request::Done,
+        Err(e) => Request::Failed(Failure::from(e)),
+    };
+    match daemon.send(&last) {
+        Ok(()) if ended.is_ok() => ExitCode::SUCCESS,
+        _ => ExitCode::FAILURE,
+    }
+}
+
+/// The channel to the daemon.
+struct Daemon(Channel);
+
+impl Daemon {
+    fn send(&self, request: &Request) -> io::Result<()> {
+        let message = encode(request);
+        loop {
+            match self.0.send(&message, &[]) {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.wait(PollFlags::POLLOUT)?,
+                sent => return sent,
+            }
+        }
+    }
+
+    fn receive(&self) -> io::Result<(Order, Vec<OwnedFd>)> {
+        let mut buffer = vec![0; MESSAGE_BYTES_MAX];
+        loop {
+            match self.0.receive_with_fds(&mut buffer) {
+                Ok(received) => {
+                    let order = decode(&buffer[..received.len]);
+                    let order = order.ok_or(io::ErrorKind::UnexpectedEof)?;
+                    return Ok((order, received.fds));
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.wait(PollFlags::POLLIN)?,
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
+    /// Waits without a deadline, because this process is killed when the daemon's thread ends.
+    fn wait(&self, events: PollFlags) -> io::Result<()> {
+        poll_until(&mut [PollFd::new(self.0.fd(), events)], None).map(drop)
+    }
+
+    /// Sends a request and, if the daemon answers it, returns the answer.
+    fn ask(&self, request: &Request) -> Result<Answer> {
+        let io = |e| Error::io("talk to the daemon", e);
+        self.send(request).map_err(io)?;
+        if !request.has_answer() {
+            return Ok(Answer::None);
+        }
+        let (order, fds) = self.receive().map_err(io)?;
+        let file = || {
+            let mut fds = fds.into_iter().map(File::from);
+            fds.next()
+                .ok_or_else(|| Error::internal("the daemon passed no file"))
+        };
+        match order {
+            Order::Continue => Ok(Answer::None),
+            Order::Cached => Ok(Answer::Cached(file()?)),
+            Order::Empty => Ok(Answer::Empty(file()?)),
+            Order::Pull => Err(Error::internal("a second job")),
+        }
+    }
+}
+
+fn serve(daemon: &Daemon) -> Result<()> {
+    let io = |e| Error::io("receive the job", e);
+    let (order, fds) = daemon.receive().map_err(io)?;
+    let mut fds = fds.into_iter();
+    let (Order::Pull, Some(job), Some(image), Some(result)) =
+        (order, fds.next(), fds.next(), fds.next())
+    else {
+        return Err(Error::internal("the first message is not a job"));
+    };
+    let bytes = read_bounded(File::from(job), JOB_BYTES_MAX).map_err(io)?;
+    let job: Job = serde_json::from_slice(&bytes).map_err(|e| io(e.into()))?;
+    let stream = fds.next();
+    let (asking, asked) = bounded(0);
+    let link = Link::new(asking);
+    let worker = thread::spawn("pull", move || {
+        let outcome = work::pull(job, stream, &File::from(image), &link)?;
+        write_outcome(File::from(result), &outcome)
+    })?;
+    answer(daemon, &asked);
+    worker
+        .join()
+        .unwrap_or_else(|_| Err(Error::internal("the thread of the pull panicked")))
+}
+
+/// Serves the threads until all of them have ended.
+fn answer(daemon: &Daemon, asked: &Receiver<Asking>) {
+    for (request, to) in asked {
+        // A thread that has ended needs no answer.
+        let _ = to.send(daemon.ask(&request));
+    }
+}
+
+fn write_outcome(mut file: File, outcome: &Outcome) -> Result<()> {
+    let io = |e: io::Error| Error::io("write the result", e);
+    let bytes = serde_json::to_vec(outcome).map_err(|e| io(e.into()))?;
+    file.write_all(&bytes).map_err(io)
+}

@@ -1,0 +1,41 @@
+//! What the daemon asks of the helper, and what the helper returns.
+
+use crate::api::image::{ArchiveFormat, ImageConfig, ImageHistory};
+use crate::image::fetch::{Selector, Settings};
+use serde::{Deserialize, Serialize};
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Job {
+    pub source: JobSource,
+    /// The platform to choose from an index.
+    pub platform: String,
+    /// The limit of the space that the image may take.
+    pub bytes_max: u64,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum JobSource {
+    Registry {
+        settings: Box<Settings>,
+        selector: Selector,
+        /// The name that the image gets unless the caller chose another.
+        name: String,
+    },
+    Archive {
+        format: Option<ArchiveFormat>,
+        /// Chooses one of several images.
+        reference: Option<String>,
+    },
+}
+
+/// The image that the helper has written.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Outcome {
+    pub config: ImageConfig,
+    pub history: Vec<ImageHistory>,
+    /// The digests of the unpacked layers, lowest first.
+    pub layers: Vec<String>,
+    /// `PRETTY_NAME` of the image's os-release(5), if it has that file.
+    pub os: Option<String>,
+}

@@ -1,0 +1,344 @@
+//! Pulls images from registries and archives.
+//!
+//! Registries and layers are hostile, so a helper process without rights talks to the registry,
+//! unpacks the layers and writes the file system. It cannot open files: it asks the daemon for each
+//! one and receives a descriptor.
+//!
+//! ```text
+//! daemon: deadlines, cancel, cache, publish      helper (no privileges, confined)     registry
+//!   session ── channel: typed messages, files ── helper: fetch, oci ── HTTPS ──────────────┘
+//! ```
+//!
+//! - [`session`] is the daemon's side. It hands out files, and does not trust the helper: a layer
+//!   enters the cache only if the daemon itself has computed its digest.
+//! - [`helper`], [`link`] and [`work`] are the helper's side.
+//! - [`protocol`] and [`job`] define the messages between the two.
+//! - [`cache`] keeps unpacked layers for later pulls.
+
+mod cache;
+pub(crate) mod helper;
+mod job;
+mod link;
+mod protocol;
+mod session;
+mod work;
+
+pub(crate) use cache::Layers;
+pub(crate) use protocol::{Found, Progress};
+
+use super::ImageInfo;
+use super::fetch::{Proxies, Repository, Selector, Settings, TokenServer};
+use super::oci::limits::UNPACKED_BYTES_MAX;
+use super::oci::{Platform, Reference};
+use super::registry::{ImageDetails, Images, Pulled, ROOTFS};
+use crate::api::image::ArchiveFormat;
+use crate::api::registry::{Credential, Secret};
+use crate::config::Registry;
+use crate::error::{Error, Kind, Result};
+use crate::host::{Command, Commands, Credentials};
+use crate::ids::ImageRef;
+use crate::locks::Cancel;
+use job::{Job, JobSource, Outcome};
+use session::Session;
+use std::fs::{File, Permissions};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+const CHECK_DEADLINE: Duration = Duration::from_secs(600);
+/// Where distributions keep the certificates of the authorities that they trust. The first file
+/// that exists is used, as OpenSSL of Debian, Red Hat, SUSE and Alpine does.
+const AUTHORITIES: [&str; 4] = [
+    "/etc/ssl/certs/ca-certificates.crt",
+    "/etc/pki/tls/certs/ca-bundle.crt",
+    "/etc/ssl/ca-bundle.pem",
+    "/etc/ssl/cert.pem",
+];
+/// The size limit of a file with certificates.
+const AUTHORITIES_BYTES_MAX: u64 = 2 << 20;
+
+/// Where an image comes from.
+pub(crate) enum Source {
+    Registry {
+        reference: String,
+        credential: Credential,
+    },
+    Archive {
+        format: Option<ArchiveFormat>,
+        /// Chooses one of several images.
+        reference: Option<String>,
+        stream: OwnedFd,
+    },
+}
+
+pub(crate) struct PullSpec<'a> {
+    pub source: Source,
+    pub platform: Option<String>,
+    /// The user to whom the image belongs.
+    pub owner_uid: u32,
+    /// True if no other user may use it.
+    pub private: bool,
+    /// The uid and gid of the helper, if the daemon is root.
+    pub helper: Option<Credentials>,
+    pub config: &'a Registry,
+    /// The limit of the space that the image may take.
+    pub bytes_max: u64,
+}
+
+/// What to do with an image that was found.
+#[derive(Debug)]
+pub(crate) enum Decision {
+    /// Publish it under this name, which is free.
+    Add(ImageRef),
+    /// Replace the image of this name.
+    Replace(ImageRef),
+    /// The same image is already there.
+    Present(Box<ImageInfo>),
+}
+
+/// Follows a pull.
+pub(crate) trait Observer {
+    /// Called once, when the image is known. An error ends the pull.
+    fn found(&mut self, found: &Found) -> Result<Decision>;
+    fn progress(&mut self, progress: &Progress);
+}
+
+/// Pulls an image and publishes it.
+///
+/// # Errors
+/// Those of the registry client (`registry_denied`, `registry_unreachable` and others),
+/// `invalid_image`, `unsupported`, `exhausted`, `disk_full`, `cancelled`, and those of the
+/// observer.
+pub(crate) fn pull(
+    images: &Images,
+    layers: &Layers,
+    commands: &dyn Commands,
+    spec: PullSpec<'_>,
+    cancel: &Cancel,
+    observer: &mut dyn Observer,
+) -> Result<ImageInfo> {
+    let source = describe(&spec.source);
+    let staging = images.stage_pull()?;
+    let out = staging.path().join("out");
+    let (rootfs, image) =
+        create(&out).map_err(|e| Error::io(format!("create a file in {}", out.display()), e))?;
+    let (job, stream) = job(spec.source, spec.platform, spec.config, spec.bytes_max)?;
+    let job = serde_json::to_vec(&job)
+        .map_err(|e| Error::io("write the job", std::io::Error::from(e)))?;
+    let mut deciding = Deciding {
+        observer,
+        decision: None,
+    };
+    let mut session = Session {
+        layers,
+        owner: spec.helper,
+        job: &job,
+        stream,
+        image: &image,
+    };
+    let result = session.run(helper::NAME, cancel, &mut deciding)?;
+    let (digest, name, replaces) = match deciding.decision {
+        Some((_, Decision::Present(present))) => return Ok(*present),
+        Some((digest, Decision::Add(name))) => (digest, name, false),
+        Some((digest, Decision::Replace(name))) => (digest, name, true),
+        None => return Err(Error::internal("the helper has found no image")),
+    };
+    let outcome: Outcome = result
+        .as_deref()
+        .and_then(protocol::decode)
+        .ok_or_else(|| Error::internal("the helper has sent a strange result"))?;
+    drop(image);
+    check(commands, &rootfs, spec.helper, cancel)?;
+    images.publish_pulled(
+        &out,
+        Pulled {
+            name,
+            digest,
+            source,
+            owner_uid: spec.owner_uid,
+            private: spec.private,
+            config: outcome.config,
+            details: ImageDetails {
+                layers: outcome.layers,
+                history: outcome.history,
+            },
+            os: outcome.os.unwrap_or_else(|| "unknown".to_owned()),
+        },
+        replaces,
+    )
+}
+
+/// Creates the image's directory and the file of its root file system. The helper's uid must be
+/// able to read both, whatever the umask is.
+fn create(out: &Path) -> std::io::Result<(PathBuf, File)> {
+    std::fs::create_dir(out)?;
+    std::fs::set_permissions(out, Permissions::from_mode(0o711))?;
+    let rootfs = out.join(ROOTFS);
+    let mut options = File::options();
+    let image = options
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(&rootfs)?;
+    image.set_permissions(Permissions::from_mode(0o644))?;
+    Ok((rootfs, image))
+}
+
+/// Remembers the observer's decision.
+struct Deciding<'a> {
+    observer: &'a mut dyn Observer,
+    /// The image's digest and what to do with it.
+    decision: Option<(String, Decision)>,
+}
+
+impl session::Observer for Deciding<'_> {
+    fn found(&mut self, found: Found) -> Result<bool> {
+        if self.decision.is_some() {
+            return Err(Error::internal("the helper has found two images"));
+        }
+        let decision = self.observer.found(&found)?;
+        let is_wanted = !matches!(decision, Decision::Present(_));
+        self.decision = Some((found.digest, decision));
+        Ok(is_wanted)
+    }
+
+    fn progress(&mut self, progress: &Progress) {
+        self.observer.progress(progress);
+    }
+}
+
+fn describe(source: &Source) -> String {
+    match source {
+        Source::Registry { reference, .. } => reference.clone(),
+        Source::Archive {
+            reference: Some(reference),
+            ..
+        } => format!("archive, {reference}"),
+        Source::Archive {
+            reference: None, ..
+        } => "archive".to_owned(),
+    }
+}
+
+fn job(
+    source: Source,
+    platform: Option<String>,
+    config: &Registry,
+    bytes_max: u64,
+) -> Result<(Job, Option<OwnedFd>)> {
+    let platform: Platform = platform.map_or(Ok(Platform::default()), |text| text.parse())?;
+    let (source, stream) = match source {
+        Source::Registry {
+            reference,
+            credential,
+        } => {
+            let reference: Reference = reference.parse()?;
+            let selector = match (reference.digest(), reference.tag()) {
+                (Some(digest), _) => Selector::Digest(digest.to_string()),
+                (None, Some(tag)) => Selector::Tag(tag.to_owned()),
+                (None, None) => return Err(Error::internal("a reference has no tag")),
+            };
+            let source = JobSource::Registry {
+                settings: Box::new(settings(&reference, credential, config)?),
+                selector,
+                name: reference.familiar(),
+            };
+            (source, None)
+        }
+        Source::Archive {
+            format,
+            reference,
+            stream,
+        } => (JobSource::Archive { format, reference }, Some(stream)),
+    };
+    let job = Job {
+        source,
+        platform: platform.to_string(),
+        bytes_max: bytes_max.min(UNPACKED_BYTES_MAX),
+    };
+    Ok((job, stream))
+}
+
+fn settings(reference: &Reference, credential: Credential, config: &Registry) -> Result<Settings> {
+    let repository = Repository {
+        registry: reference.domain().to_owned(),
+        name: reference.path().to_owned(),
+    };
+    let servers = config.token_servers()?.into_iter();
+    let token_servers = servers.map(|server| TokenServer {
+        registry: server.registry,
+        host: server.host,
+    });
+    Ok(Settings {
+        credential,
+        authorities: authorities(config)?,
+        proxies: proxies(config),
+        insecure: config.insecure.clone(),
+        token_servers: token_servers.collect(),
+        ..Settings::new(repository)
+    })
+}
+
+/// Returns the certificates of the host's authorities and of the configured ones.
+fn authorities(config: &Registry) -> Result<String> {
+    let host = AUTHORITIES.iter().map(Path::new).find(|path| path.exists());
+    let configured = config.authorities.iter().map(PathBuf::as_path);
+    let mut all = String::new();
+    for path in host.into_iter().chain(configured) {
+        let read = File::open(path)
+            .and_then(|file| crate::host::command::read_bounded(file, AUTHORITIES_BYTES_MAX));
+        let bytes =
+            read.map_err(|e| Error::io(format!("read the certificates in {}", path.display()), e))?;
+        all.push_str(&String::from_utf8_lossy(&bytes));
+        all.push('\n');
+    }
+    Ok(all)
+}
+
+fn proxies(config: &Registry) -> Proxies {
+    let value = |setting: &str, variable: &str| {
+        if !setting.is_empty() {
+            return Some(setting.to_owned());
+        }
+        let lower = variable.to_lowercase();
+        std::env::var(variable)
+            .or_else(|_| std::env::var(lower))
+            .ok()
+    };
+    Proxies {
+        https: value(&config.https_proxy, "HTTPS_PROXY").map(Secret::new),
+        http: value(&config.http_proxy, "HTTP_PROXY").map(Secret::new),
+        no_proxy: value(&config.no_proxy, "NO_PROXY").unwrap_or_default(),
+    }
+}
+
+/// Checks the file system that the helper has written, with the helper's rights.
+fn check(
+    commands: &dyn Commands,
+    rootfs: &Path,
+    helper: Option<Credentials>,
+    cancel: &Cancel,
+) -> Result<()> {
+    let command = match helper {
+        Some(Credentials { uid, gid }) => Command::new("setpriv").args([
+            format!("--reuid={uid}"),
+            format!("--regid={gid}"),
+            "--clear-groups".to_owned(),
+            "--no-new-privs".to_owned(),
+            "e2fsck".to_owned(),
+        ]),
+        None => Command::new("e2fsck"),
+    };
+    let command = command
+        .args(["-f", "-n"])
+        .arg(rootfs)
+        .deadline(CHECK_DEADLINE);
+    commands
+        .run(&command, cancel, &mut |_| {})
+        .map(drop)
+        .map_err(|e| match e.kind() {
+            Kind::CommandMissing => e.hint("sudo apt-get install e2fsprogs util-linux"),
+            _ => e.context("check the image's file system"),
+        })
+}

@@ -1,0 +1,216 @@
+//! The daemon's side of a pull: starts the helper, hands out files, and waits for the end.
+
+use super::cache::Layers;
+use super::protocol::{Found, MESSAGE_BYTES_MAX, Order, Progress, RESULT_BYTES_MAX, Request};
+use super::protocol::{decode, encode};
+use crate::error::{Error, Kind, Result};
+use crate::host::Credentials;
+use crate::host::confine::{self, Helper};
+use crate::host::text::printable;
+use crate::host::wait::{WaitResult, cancelled_by, wait_any};
+use crate::locks::Cancel;
+use nix::poll::PollFlags;
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{Seek, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+/// How long the helper may be silent. It reports progress at least once a second while bytes move,
+/// and gives up by itself if a registry sends nothing for a minute.
+const SILENCE_MAX: Duration = Duration::from_secs(180);
+/// The maximum number of files that the helper may ask for: the layers of an image and the blobs of
+/// an archive.
+const FILES_MAX: usize = 4096;
+const STAGE_CHARS_MAX: usize = 100;
+
+/// A pull to run.
+pub(super) struct Session<'a> {
+    pub layers: &'a Layers,
+    /// The uid and gid of the helper, if the daemon is root.
+    pub owner: Option<Credentials>,
+    /// The job, which only the helper reads.
+    pub job: &'a [u8],
+    /// An archive to read instead of asking a registry.
+    pub stream: Option<OwnedFd>,
+    /// The empty file that becomes the image's root file system.
+    pub image: &'a File,
+}
+
+/// What a pull reports while it runs.
+pub(super) trait Observer {
+    /// Called once, when the image is known. Returns false if it need not be pulled.
+    fn found(&mut self, found: Found) -> Result<bool>;
+    fn progress(&mut self, progress: &Progress);
+}
+
+/// The files that the helper writes layers to, by diff id.
+#[derive(Default)]
+struct HandedOut {
+    files: usize,
+    layers: HashMap<String, File>,
+    complete: Vec<String>,
+}
+
+impl Session<'_> {
+    /// Runs the pull, and returns the bytes of its result, or None if the image need not be pulled.
+    /// Complete layers are cached even if the pull fails, so that a retry need not fetch them
+    /// again.
+    pub(super) fn run(
+        &mut self,
+        name: &str,
+        cancel: &Cancel,
+        observer: &mut dyn Observer,
+    ) -> Result<Option<Vec<u8>>> {
+        let io = |e| Error::io("start the pull", e);
+        let helper = confine::spawn(name, self.owner)?;
+        let mut job = self.layers.new_file()?;
+        job.write_all(self.job).map_err(io)?;
+        job.rewind().map_err(io)?;
+        let result = self.layers.new_file()?;
+        let mut passed = vec![job.as_fd(), self.image.as_fd(), result.as_fd()];
+        passed.extend(self.stream.as_ref().map(AsFd::as_fd));
+        send(&helper, &Order::Pull, &passed)?;
+        // The reader of the stream is the helper alone, so its writer learns when the helper ends.
+        self.stream = None;
+        let mut handed_out = HandedOut::default();
+        let ended = self.serve(&helper, &mut handed_out, cancel, observer);
+        // The helper must not change a layer while its digest is computed.
+        drop(helper);
+        self.keep(handed_out, cancel);
+        if !ended? {
+            return Ok(None);
+        }
+        let mut result = result;
+        result.rewind().map_err(io)?;
+        crate::host::command::read_bounded(result, RESULT_BYTES_MAX)
+            .map(Some)
+            .map_err(|e| Error::io("read the result of the pull", e))
+    }
+
+    fn serve(
+        &self,
+        helper: &Helper,
+        handed_out: &mut HandedOut,
+        cancel: &Cancel,
+        observer: &mut dyn Observer,
+    ) -> Result<bool> {
+        loop {
+            match next(helper, cancel)? {
+                Request::Found(found) => {
+                    if !observer.found(found)? {
+                        return Ok(false);
+                    }
+                    send(helper, &Order::Continue, &[])?;
+                }
+                Request::Layer { diff_id } => self.hand_out_layer(helper, handed_out, diff_id)?,
+                Request::Stored { diff_id } => handed_out.complete.push(diff_id),
+                Request::File => {
+                    let file = self.new_file(handed_out)?;
+                    send(helper, &Order::Empty, &[file.as_fd()])?;
+                }
+                Request::Progress(mut progress) => {
+                    progress.stage = printable(&progress.stage);
+                    progress.stage = progress.stage.chars().take(STAGE_CHARS_MAX).collect();
+                    observer.progress(&progress);
+                }
+                Request::Done => return Ok(true),
+                Request::Failed(failure) => return Err(failure.into_error()),
+            }
+        }
+    }
+
+    fn hand_out_layer(
+        &self,
+        helper: &Helper,
+        handed_out: &mut HandedOut,
+        diff_id: String,
+    ) -> Result<()> {
+        if let Some(cached) = self.layers.get(&diff_id)? {
+            return send(helper, &Order::Cached, &[cached.as_fd()]);
+        }
+        let file = self.new_file(handed_out)?;
+        send(helper, &Order::Empty, &[file.as_fd()])?;
+        handed_out.layers.insert(diff_id, file);
+        Ok(())
+    }
+
+    fn new_file(&self, handed_out: &mut HandedOut) -> Result<File> {
+        handed_out.files += 1;
+        if handed_out.files > FILES_MAX {
+            return Err(violation("asked for too many files"));
+        }
+        self.layers.new_file()
+    }
+
+    /// Caches the complete layers. A failure costs only time at the next pull.
+    fn keep(&self, handed_out: HandedOut, cancel: &Cancel) {
+        for diff_id in &handed_out.complete {
+            if let Some(file) = handed_out.layers.get(diff_id)
+                && let Err(e) = self.layers.insert(diff_id, file, cancel)
+            {
+                log::warn!("{e}");
+            }
+        }
+        if let Err(e) = self.layers.trim() {
+            log::warn!("{e}");
+        }
+    }
+}
+
+/// Waits for the helper's next message.
+fn next(helper: &Helper, cancel: &Cancel) -> Result<Request> {
+    let deadline = Instant::now() + SILENCE_MAX;
+    let mut buffer = vec![0; MESSAGE_BYTES_MAX];
+    loop {
+        match helper.channel.receive(&mut buffer) {
+            Ok(0) => return Err(died()),
+            Ok(len) => {
+                return decode(&buffer[..len]).ok_or_else(|| violation("sent a strange message"));
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
+            Err(e) => return Err(Error::io("read from the image helper", e)),
+        }
+        let waited = wait_any(
+            &[(helper.channel.fd(), PollFlags::POLLIN)],
+            deadline,
+            cancel,
+        );
+        match waited.map_err(|e| Error::io("wait for the image helper", e))? {
+            WaitResult::Ready => {}
+            WaitResult::Cancelled => return Err(cancelled_by(cancel)),
+            WaitResult::Deadline => {
+                let text = format!(
+                    "the image helper reported nothing for {} s",
+                    SILENCE_MAX.as_secs()
+                );
+                return Err(Error::new(Kind::Timeout, text).hint("try again"));
+            }
+        }
+    }
+}
+
+/// Sends one message. The helper reads each before it sends the next request, so the channel has
+/// room for it.
+fn send(helper: &Helper, order: &Order, fds: &[BorrowedFd<'_>]) -> Result<()> {
+    helper
+        .channel
+        .send(&encode(order), fds)
+        .map_err(|e| match e.kind() {
+            std::io::ErrorKind::BrokenPipe => died(),
+            _ => Error::io("write to the image helper", e),
+        })
+}
+
+fn died() -> Error {
+    Error::new(Kind::Host, "the helper process that reads the image died")
+        .hint("the image may be larger than its limits, or crafted to attack; see the daemon's log")
+}
+
+fn violation(what: &str) -> Error {
+    Error::new(
+        Kind::Host,
+        format!("the helper process that reads the image {what}"),
+    )
+    .hint("do not trust this image")
+}

@@ -1,0 +1,284 @@
+//! The work of the helper: finds the image, fetches its layers and writes its file system.
+
+use super::job::{Job, JobSource, Outcome};
+use super::link::{LayerFile, Link};
+use super::protocol::{Found, Progress};
+use crate::error::{Error, Result};
+use crate::host::wait::poll_until;
+use crate::image::fetch::{Client, Selector, SystemDialer};
+use crate::image::oci::{
+    self, Archive, Blobs, Descriptor, Digest, Flatten, Image, LayerFiles, Wanted,
+};
+use crate::locks::Cancel;
+use nix::poll::{PollFd, PollFlags};
+use std::fs::File;
+use std::io::{self, Cursor, Read};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+/// How often progress is reported at most.
+const REPORT_EVERY: Duration = Duration::from_millis(200);
+
+/// Pulls the image into `file`.
+pub(super) fn pull(job: Job, stream: Option<OwnedFd>, file: &File, link: &Link) -> Result<Outcome> {
+    // The daemon cancels a pull by killing this process, so this token never fires.
+    let cancel = Cancel::try_new().map_err(|e| Error::io("make a cancel token", e))?;
+    let pull = Pull {
+        platform: job.platform.parse()?,
+        bytes_max: job.bytes_max,
+        file,
+        link,
+        files: DaemonFiles(link),
+        cancel,
+        reporter: Reporter::new(link),
+    };
+    match job.source {
+        JobSource::Registry {
+            settings,
+            selector,
+            name,
+        } => {
+            let dialer = Arc::new(SystemDialer);
+            let client = Client::new(*settings, dialer, pull.cancel.clone())?;
+            pull.from_registry(client, &selector, name)
+        }
+        JobSource::Archive { format, reference } => {
+            let stream = stream.ok_or_else(|| Error::internal("an archive has no stream"))?;
+            let wanted = Wanted {
+                format,
+                name: reference,
+                platform: pull.platform.clone(),
+            };
+            pull.from_archive(Stream(stream.into()), &wanted)
+        }
+    }
+}
+
+struct Pull<'a> {
+    platform: oci::Platform,
+    bytes_max: u64,
+    file: &'a File,
+    link: &'a Link,
+    files: DaemonFiles<'a>,
+    cancel: Cancel,
+    reporter: Reporter<'a>,
+}
+
+impl Pull<'_> {
+    fn from_registry(
+        &self,
+        mut client: Client,
+        selector: &Selector,
+        name: String,
+    ) -> Result<Outcome> {
+        self.reporter.stage(Stage::Find, None);
+        let manifest = client.manifest(selector)?;
+        let root = Descriptor {
+            media_type: manifest.media_type,
+            digest: manifest.digest.parse()?,
+            size: manifest.bytes.len() as u64,
+        };
+        let blobs = Registry {
+            client,
+            root: root.digest,
+            manifest: manifest.bytes,
+        };
+        let image = oci::resolve(&root, &self.platform, &blobs)?;
+        self.write(&image, &blobs, Some(name))
+    }
+
+    fn from_archive(&self, stream: Stream, wanted: &Wanted) -> Result<Outcome> {
+        self.reporter.stage(Stage::Read, None);
+        let progress = |bytes| self.reporter.add(bytes);
+        let mut archive = Archive::spool(
+            stream,
+            self.link.file()?,
+            self.bytes_max,
+            &progress,
+            &self.cancel,
+        )?;
+        let image = archive.image(wanted)?;
+        let name = image.name.clone();
+        self.write(&image, &archive, name)
+    }
+
+    fn write(&self, image: &Image, blobs: &dyn Blobs, name: Option<String>) -> Result<Outcome> {
+        self.link.found(Found {
+            digest: image.digest.to_string(),
+            name,
+        })?;
+        let total = image.layers.iter().map(|layer| layer.blob.size).sum();
+        self.reporter.stage(Stage::Fetch, Some(total));
+        let sizes: Vec<u64> = image.layers.iter().map(|layer| layer.blob.size).collect();
+        let progress = |progress| match progress {
+            oci::Progress::Cached { layer } => self.reporter.add(sizes[layer]),
+            oci::Progress::Read { bytes, .. } | oci::Progress::Written { bytes } => {
+                self.reporter.add(bytes);
+            }
+            oci::Progress::Merged { bytes } => {
+                self.reporter.stage(Stage::Write, Some(bytes));
+            }
+            oci::Progress::Complete { .. } => {}
+        };
+        let flattened = oci::flatten(
+            image,
+            blobs,
+            &Flatten {
+                files: &self.files,
+                out: self.file,
+                disk_bytes: crate::image::DISK_BYTES_DEFAULT,
+                unpacked_bytes_max: self.bytes_max,
+                progress: &progress,
+                cancel: &self.cancel,
+            },
+        )?;
+        let diff_ids = flattened.layers.iter();
+        Ok(Outcome {
+            config: flattened.config,
+            history: flattened.history,
+            layers: diff_ids.map(|layer| layer.diff_id.to_string()).collect(),
+            os: flattened.os,
+        })
+    }
+}
+
+/// The blobs of a repository.
+struct Registry {
+    client: Client,
+    root: Digest,
+    /// The bytes of the blob `root`, which was fetched first.
+    manifest: Vec<u8>,
+}
+
+impl Blobs for Registry {
+    fn open(&self, blob: &Descriptor) -> Result<Box<dyn Read + Send + '_>> {
+        if blob.digest == self.root {
+            return Ok(Box::new(Cursor::new(&self.manifest)));
+        }
+        let digest = blob.digest.to_string();
+        if blob.is_manifest() {
+            let manifest = self.client.clone().manifest(&Selector::Digest(digest))?;
+            return Ok(Box::new(Cursor::new(manifest.bytes)));
+        }
+        Ok(Box::new(self.client.blob(&digest, blob.size)?))
+    }
+}
+
+/// The files of layers, which the daemon opens.
+struct DaemonFiles<'a>(&'a Link);
+
+impl LayerFiles for DaemonFiles<'_> {
+    fn open(&self, diff_id: Digest) -> Result<oci::LayerFile> {
+        Ok(match self.0.layer(&diff_id.to_string())? {
+            LayerFile::Cached(file) => oci::LayerFile::Cached(file),
+            LayerFile::Empty(file) => oci::LayerFile::Empty(file),
+        })
+    }
+
+    fn complete(&self, diff_id: Digest) -> Result<()> {
+        self.0.stored(&diff_id.to_string())
+    }
+}
+
+/// The caller's stream, which is non-blocking.
+struct Stream(File);
+
+impl Read for Stream {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match self.0.read(buffer) {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    // The daemon kills this process if the caller sends nothing for too long.
+                    poll_until(&mut [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)], None)?;
+                }
+                read => return read,
+            }
+        }
+    }
+}
+
+/// What a pull is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Find,
+    Read,
+    Fetch,
+    Write,
+}
+
+impl Stage {
+    const ALL: [Self; 4] = [Self::Find, Self::Read, Self::Fetch, Self::Write];
+
+    fn text(self) -> &'static str {
+        match self {
+            Self::Find => "find the image",
+            Self::Read => "read the archive",
+            Self::Fetch => "fetch the layers",
+            Self::Write => "write the file system",
+        }
+    }
+}
+
+/// Reports progress to the daemon, from several threads.
+struct Reporter<'a> {
+    link: &'a Link,
+    begun: Instant,
+    /// The index of the stage in [`Stage::ALL`].
+    stage: AtomicUsize,
+    done: AtomicU64,
+    /// The number of bytes in this stage, or 0 if it is not known.
+    total: AtomicU64,
+    /// When progress was reported last, in milliseconds after `begun`.
+    reported_ms: AtomicU64,
+}
+
+impl<'a> Reporter<'a> {
+    fn new(link: &'a Link) -> Self {
+        Self {
+            link,
+            begun: Instant::now(),
+            stage: AtomicUsize::new(0),
+            done: AtomicU64::new(0),
+            total: AtomicU64::new(0),
+            reported_ms: AtomicU64::new(0),
+        }
+    }
+
+    /// Begins a stage in which `total` bytes will be moved, if that is known.
+    fn stage(&self, stage: Stage, total: Option<u64>) {
+        self.stage.store(stage as usize, Ordering::Relaxed);
+        self.total.store(total.unwrap_or(0), Ordering::Relaxed);
+        self.done.store(0, Ordering::Relaxed);
+        self.report();
+    }
+
+    fn add(&self, bytes: u64) {
+        self.done.fetch_add(bytes, Ordering::Relaxed);
+        let now_ms = self.begun.elapsed().as_millis() as u64;
+        let last_ms = self.reported_ms.load(Ordering::Relaxed);
+        let is_due = now_ms.saturating_sub(last_ms) >= REPORT_EVERY.as_millis() as u64;
+        // Only one of several threads reports.
+        let order = Ordering::Relaxed;
+        if is_due
+            && (self.reported_ms)
+                .compare_exchange(last_ms, now_ms, order, order)
+                .is_ok()
+        {
+            self.report();
+        }
+    }
+
+    fn report(&self) {
+        let total = self.total.load(Ordering::Relaxed);
+        self.link.progress(Progress {
+            stage: Stage::ALL[self.stage.load(Ordering::Relaxed)]
+                .text()
+                .to_owned(),
+            done: self.done.load(Ordering::Relaxed),
+            total: (total > 0).then_some(total),
+            unit: "bytes".to_owned(),
+        });
+    }
+}

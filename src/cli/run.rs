@@ -4,6 +4,7 @@
 use super::connector::{Connector, operate};
 use super::context::{Context, Env, Stdio};
 use super::exec::{self, How, OUR_FAILURE, Outcome, Spec};
+use super::image_pull;
 use super::printer::Printer;
 use super::signals::{Interrupts, Phase, interrupted};
 use super::transfer::{Bound, ExportTo, PrepareHow, Source, Transfer, report_left_behind};
@@ -11,13 +12,15 @@ use super::vm::Shape;
 use super::workspace::report_exported;
 use crate::api::exec::Exit;
 use crate::api::frame::Note;
+use crate::api::image::{ImageConfig, ImageRequest, ImageShow};
 use crate::api::vm::{
     Vm, VmCreate, VmCreateRequest, VmDelete, VmDeleteRequest, VmRequest, VmSet, VmSetRequest,
     VmStart,
 };
 use crate::client::{Client, Event, Failure, Result};
 use crate::error::{Error, Kind};
-use crate::ids::VmName;
+use crate::ids::{ImageRef, VmName};
+use std::ffi::OsString;
 use std::io::{Seek, Write};
 use std::path::{Path, PathBuf};
 
@@ -44,9 +47,12 @@ pub(super) struct Args {
     how: How,
     #[command(flatten)]
     workspace: PrepareHow,
-    /// Command and arguments [default: a shell]
+    /// Program to run instead of the image's entrypoint; empty for none
+    #[arg(long, value_name = "PROGRAM", requires = "image")]
+    entrypoint: Option<String>,
+    /// Command and arguments [default: those of the image, or a shell]
     #[arg(last = true, value_name = "CMD")]
-    argv: Vec<std::ffi::OsString>,
+    argv: Vec<OsString>,
 }
 
 /// Runs the whole sequence, from checking the tree to a VM that keeps running or has been deleted.
@@ -79,7 +85,14 @@ fn run_in_new_vm(
 ) -> Result<u8> {
     refuse_directory_as_command(&args)?;
     // Check everything that can be checked before anything is created.
-    let spec = args.how.spec(stdio, env, args.argv)?;
+    let argv = match &args.shape.image {
+        Some(image) => {
+            let config = image_config(connector, printer, stdio, env, interrupts, image)?;
+            command(config, args.entrypoint, args.argv)
+        }
+        None => args.argv,
+    };
+    let spec = args.how.spec(stdio, env, argv)?;
     let to = args.export_patch.map(ExportTo::patch);
     to.iter().try_for_each(ExportTo::check)?;
     let source = match &args.path {
@@ -130,6 +143,49 @@ fn run_in_new_vm(
     })
     .and_then(|()| exec::execute(printer, stdio, interrupts, &mut new_vm.client, &vm, spec));
     finish(printer, interrupts, new_vm, outcome, export)
+}
+
+/// Returns how commands run in an image. Pulls the image if this host does not have it.
+fn image_config(
+    connector: &mut Connector,
+    printer: &mut Printer,
+    stdio: &Stdio,
+    env: &Env,
+    interrupts: &Interrupts,
+    image: &ImageRef,
+) -> Result<ImageConfig> {
+    let mut client = connector.connect(printer)?;
+    let request = ImageRequest {
+        image: image.clone(),
+    };
+    let shown = client.call::<ImageShow>(&request);
+    match shown {
+        Err(e) if e.is(Kind::ImageNotFound) => {}
+        shown => return Ok(shown?.config),
+    }
+    let _guard = interrupts.guard(&client)?;
+    let args = image_pull::Args::of(image);
+    let pulled = image_pull::pull(&mut client, printer, interrupts, &stdio.stdin, env, args)?;
+    let request = ImageRequest { image: pulled.name };
+    Ok(client.call::<ImageShow>(&request)?.config)
+}
+
+/// Returns the command to run in an image, as docker chooses it: the arguments replace the image's
+/// command, and the entrypoint precedes both.
+fn command(config: ImageConfig, entrypoint: Option<String>, argv: Vec<OsString>) -> Vec<OsString> {
+    let (first, default) = match entrypoint {
+        Some(program) => (
+            Vec::from_iter(Some(program).filter(|p| !p.is_empty())),
+            Vec::new(),
+        ),
+        None => (config.entrypoint, config.cmd),
+    };
+    let argv = if argv.is_empty() {
+        default.into_iter().map(OsString::from).collect()
+    } else {
+        argv
+    };
+    first.into_iter().map(OsString::from).chain(argv).collect()
 }
 
 /// Refuses `run --image IMAGE DIR -- CMD`, where DIR would be the command.
@@ -497,3 +553,30 @@ pub(super) fn remove(printer: &mut Printer, interrupts: &Interrupts, new_vm: &Ne
 #[cfg(test)]
 #[path = "run_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+mod unit {
+    use super::*;
+
+    #[track_caller]
+    fn check(entrypoint: Option<&str>, argv: &[&str], expected: &[&str]) {
+        let words = |words: &[&str]| words.iter().map(|w| (*w).to_owned()).collect();
+        let config = ImageConfig {
+            entrypoint: words(&["/init", "-v"]),
+            cmd: words(&["serve"]),
+            ..ImageConfig::default()
+        };
+        let argv = argv.iter().map(OsString::from).collect();
+        let found = command(config, entrypoint.map(str::to_owned), argv);
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn command_is_chosen_like_docker() {
+        check(None, &[], &["/init", "-v", "serve"]);
+        check(None, &["ls", "/"], &["/init", "-v", "ls", "/"]);
+        check(Some(""), &["ls"], &["ls"]);
+        check(Some("sh"), &["-c", "x"], &["sh", "-c", "x"]);
+        check(Some(""), &[], &[]);
+    }
+}

@@ -27,6 +27,13 @@ fn daemon(special: impl Fn(Request) -> Option<Request> + Send + Sync + 'static) 
                 r.wait_for_hangup();
             }
             "vm.create" | "vm.start" => r.result(json!({"vm": vm("web", VmState::Running)})),
+            "image.show" => r.result(json!({
+                "image": {
+                    "name": "big", "disk_bytes": 1, "allocated_bytes": 1, "kernel": "", "os": "",
+                    "built_at": 1, "vms": 0, "owner_uid": null, "digest": null, "source": null,
+                },
+                "config": {}, "layers": [], "history": [],
+            })),
             "workspace.prepare" => {
                 let (_, entries) = take_stream(&mut r, &[]).unwrap();
                 r.result(json!({"vm": with_workspace("web"), "kept": [], "entries": entries, "bytes": 1}));

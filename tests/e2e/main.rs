@@ -24,6 +24,7 @@ mod kernels;
 mod lifecycle;
 mod process;
 mod promise;
+mod pulled;
 #[path = "../it/lock_fuzz/random.rs"]
 mod random;
 mod repositories;

@@ -32,7 +32,7 @@ fn register(host: &Host, name: &str, tree: &Path, config: Value) {
 }
 
 /// Copies the static busybox of the guest runtime to `to`.
-fn busybox(host: &Host, to: &Path) {
+pub fn busybox(host: &Host, to: &Path) {
     let runtimes = fs::read_dir(host.state().join("runtimes")).unwrap();
     let runtime = runtimes.flatten().next().expect("a guest runtime").path();
     fs::create_dir_all(to.parent().unwrap()).unwrap();

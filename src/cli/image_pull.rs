@@ -125,9 +125,7 @@ fn start_sending(payload: Payload, stop: &Cancel) -> Result<(OwnedFd, TransferTh
 
 fn send(payload: Payload, to: &mut End) -> crate::error::Result<()> {
     let sent = match payload {
-        Payload::Credential(credential) => serde_json::to_vec(&credential)
-            .map_err(io::Error::from)
-            .and_then(|bytes| to.write_all(&bytes)),
+        Payload::Credential(credential) => to.write_all(&credential.to_bytes()),
         Payload::Archive(content) => content.send(to),
     };
     match sent {

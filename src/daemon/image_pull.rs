@@ -352,6 +352,5 @@ fn read_credential(fifo: OwnedFd, op: &OpHandle) -> Result<Credential> {
             )));
         }
     }
-    serde_json::from_slice(&bytes)
-        .map_err(|_| Error::invalid(format!("{doing}: it is not in the expected form")))
+    Credential::from_bytes(&bytes)
 }

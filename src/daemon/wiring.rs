@@ -306,7 +306,7 @@ impl Base {
             uses: Uses::new(),
             builds: Arc::new(Mutex::new(Rank::Runtimes, Builds::default())),
             build_admission: Admission::new("builds", limits.builds_max),
-            pulls: pulls(&config)?,
+            pulls: pulls(config)?,
             specs: specs.clone(),
             default_image: config.vm.image.clone(),
         };

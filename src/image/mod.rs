@@ -39,8 +39,7 @@ pub use build::{BuildSpec, Profile, build};
 pub use checks::checks;
 pub use commit::{CommitSpec, commit};
 pub use registry::{
-    BALLOON_SINCE, Boots, CTRL_ALT_DEL_SINCE, ImageDetails, ImageInfo, Images, USER_LOGIN_SINCE,
-    kernel_path,
+    BALLOON_SINCE, Boots, CTRL_ALT_DEL_SINCE, ImageInfo, Images, USER_LOGIN_SINCE, kernel_path,
 };
 pub use runtime::GuestRuntimes;
 

@@ -206,7 +206,8 @@ impl Read for Blob {
 }
 
 /// Returns the error that a [`Blob`] failed with.
-pub fn error_of(error: io::Error) -> Error {
+#[cfg(test)]
+pub(super) fn error_of(error: io::Error) -> Error {
     match error
         .get_ref()
         .and_then(|inner| inner.downcast_ref::<Error>())

@@ -12,7 +12,6 @@ use crate::locks::Cancel;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::fmt;
-use std::io::Read;
 use std::sync::Arc;
 
 /// The media types of manifests and indexes that a pull understands.
@@ -149,6 +148,8 @@ impl Client {
     ///
     /// # Errors
     /// As [`Client::manifest`].
+    #[cfg(test)]
+    #[cfg(test)]
     pub fn blob_bytes(&self, digest: &str, size: u64, max: u64) -> Result<Vec<u8>> {
         if size > max {
             return Err(Error::new(
@@ -156,6 +157,7 @@ impl Client {
                 format!("blob {digest} has {size} bytes, more than {max}"),
             ));
         }
+        use std::io::Read;
         let mut bytes = Vec::new();
         self.blob(digest, size)?
             .read_to_end(&mut bytes)

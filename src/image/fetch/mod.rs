@@ -38,8 +38,14 @@ mod tests;
 mod transport;
 mod url;
 
-pub use blob::{Blob, error_of};
-pub use client::{Client, Manifest, Selector};
-pub use dial::{Dial, Reach, SystemDialer, Target};
+pub use client::{Client, Selector};
+pub use dial::SystemDialer;
 pub use proxy::Proxies;
-pub use settings::{Limits, Repository, Settings, TokenServer};
+pub use settings::{Repository, Settings, TokenServer};
+
+#[cfg(test)]
+use {
+    client::Manifest,
+    dial::{Dial, Reach, Target},
+    settings::Limits,
+};

@@ -296,20 +296,18 @@ fn authorities(config: &Registry) -> Result<String> {
     Ok(all)
 }
 
+/// Returns the configured proxies, or those of the daemon's environment.
 fn proxies(config: &Registry) -> Proxies {
-    let value = |setting: &str, variable: &str| {
-        if !setting.is_empty() {
-            return Some(setting.to_owned());
-        }
-        let lower = variable.to_lowercase();
-        std::env::var(variable)
-            .or_else(|_| std::env::var(lower))
-            .ok()
-    };
+    let environment = Proxies::from_env(&|name| std::env::var(name).ok());
+    let configured = |setting: &str| (!setting.is_empty()).then(|| Secret::new(setting));
     Proxies {
-        https: value(&config.https_proxy, "HTTPS_PROXY").map(Secret::new),
-        http: value(&config.http_proxy, "HTTP_PROXY").map(Secret::new),
-        no_proxy: value(&config.no_proxy, "NO_PROXY").unwrap_or_default(),
+        https: configured(&config.https_proxy).or(environment.https),
+        http: configured(&config.http_proxy).or(environment.http),
+        no_proxy: if config.no_proxy.is_empty() {
+            environment.no_proxy
+        } else {
+            config.no_proxy.clone()
+        },
     }
 }
 

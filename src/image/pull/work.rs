@@ -42,7 +42,7 @@ pub(super) fn pull(job: Job, stream: Option<OwnedFd>, file: &File, link: &Link) 
         } => {
             let dialer = Arc::new(SystemDialer);
             let client = Client::new(*settings, dialer, pull.cancel.clone())?;
-            pull.from_registry(client, &selector, name)
+            pull.pull_registry(client, &selector, name)
         }
         JobSource::Archive { format, reference } => {
             let stream = stream.ok_or_else(|| Error::internal("an archive has no stream"))?;
@@ -51,7 +51,7 @@ pub(super) fn pull(job: Job, stream: Option<OwnedFd>, file: &File, link: &Link) 
                 name: reference,
                 platform: pull.platform.clone(),
             };
-            pull.from_archive(Stream(stream.into()), &wanted)
+            pull.pull_archive(Stream(stream.into()), &wanted)
         }
     }
 }
@@ -67,7 +67,7 @@ struct Pull<'a> {
 }
 
 impl Pull<'_> {
-    fn from_registry(
+    fn pull_registry(
         &self,
         mut client: Client,
         selector: &Selector,
@@ -89,7 +89,7 @@ impl Pull<'_> {
         self.write(&image, &blobs, Some(name))
     }
 
-    fn from_archive(&self, stream: Stream, wanted: &Wanted) -> Result<Outcome> {
+    fn pull_archive(&self, stream: Stream, wanted: &Wanted) -> Result<Outcome> {
         self.reporter.stage(Stage::Read, None);
         let progress = |bytes| self.reporter.add(bytes);
         let mut archive = Archive::spool(

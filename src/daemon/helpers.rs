@@ -18,6 +18,8 @@ pub fn run_if_asked() -> Option<ExitCode> {
         #[cfg(test)]
         crate::guest::helper::tests_hostile::NAME => crate::guest::helper::tests_hostile::run(),
         #[cfg(test)]
+        crate::image::pull::tests::NAME => crate::image::pull::tests::run(),
+        #[cfg(test)]
         crate::net::dns::tests::hostile::NAME => crate::net::dns::tests::hostile::run(),
         #[cfg(test)]
         crate::host::confine::PROBE => crate::host::confine::run_probe(&asked),

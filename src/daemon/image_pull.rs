@@ -21,6 +21,7 @@ use crate::image::ImageInfo;
 use crate::image::pull::{self, Decision, Found, Observer, Progress, PullSpec, Source};
 use crate::ops::OpHandle;
 use nix::poll::PollFlags;
+use std::any::Any;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -295,6 +296,16 @@ impl Observer for Follower<'_> {
     fn found(&mut self, found: &Found) -> Result<Decision> {
         let name = self.pull.name(found)?;
         self.service.admit_name(self.pull, name, &found.digest)
+    }
+
+    fn begin_replace(&mut self, name: &ImageRef) -> Result<Box<dyn Any>> {
+        let doing = format!("replace image {name}");
+        let guard = self.service.uses.begin_delete(name).ok_or_else(|| {
+            let text = format!("{doing}: a VM is being created from it");
+            Error::new(Kind::Busy, text).hint("pull it again in a moment")
+        })?;
+        self.service.check_unused(name, &doing)?;
+        Ok(Box::new(guard))
     }
 
     fn progress(&mut self, progress: &Progress) {

@@ -1,14 +1,19 @@
-//! Images and kernels: building, importing and storing them.
+//! Images and kernels: building, pulling, importing and storing them.
 //!
-//! An image is a root file system with its kernel and initramfs, built from the distribution's
-//! archive. It is a directory `<state>/images/<name>` with `rootfs.ext4`, `vmlinux`, `initrd` and
-//! `image.json`, which is published with one rename and never changes afterwards, because disks of
-//! VMs use it as their base. [`Images`] is the registry.
+//! An image is a directory `<state>/images/<name>`, which is published with one rename and never
+//! changes afterwards, because disks of VMs use it as their base. [`Images`] is the registry. There
+//! are two kinds:
 //!
-//! An image needs these devices from its VMM: a first virtio disk as root disk (`/dev/vda`), a
-//! second one as seed drive (`/dev/vdb`), one virtio network interface (`eth0`), and a console at
-//! `ttyS0`. Virtio may be over PCI or MMIO. No kernel arguments are required, but [`BOOT_ARGS`]
-//! makes the boot faster.
+//! - An image that is built from the distribution's packages has `rootfs.ext4`, `vmlinux`, `initrd`
+//!   and `image.json`. Its init and its SSH server are part of the root file system.
+//! - An OCI image has only `rootfs.ext4`, without a byte of ours, `image.json` and `details.json`. It
+//!   boots with a guest runtime ([`runtime`]). [`pull`] makes it.
+//!
+//! A guest needs these devices from its VMM: a first virtio disk as root disk (`/dev/vda`), a
+//! second one as seed drive (`/dev/vdb`), with a runtime a third one for it (`/dev/vdc`), one
+//! virtio network interface (`eth0`), and a console at `ttyS0`. Virtio may be over PCI or MMIO. No
+//! kernel arguments are required for an image with its own init, but [`BOOT_ARGS`] makes the boot
+//! faster.
 
 mod apt_texts;
 pub mod build;

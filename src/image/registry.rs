@@ -347,10 +347,13 @@ impl Images {
     }
 
     fn write_metadata(&self, files: &Path, metadata: &Metadata) -> Result<()> {
-        serde_json::to_vec_pretty(metadata)
-            .map_err(std::io::Error::from)
-            .and_then(|text| std::fs::write(files.join(METADATA), text))
-            .map_err(|e| Error::io(format!("publish image {}", metadata.name), e))
+        let io = |e| Error::io(format!("publish image {}", metadata.name), e);
+        let text = serde_json::to_vec_pretty(metadata).map_err(|e| io(e.into()))?;
+        // What is longer could not be read back.
+        if text.len() as u64 > METADATA_BYTES_MAX {
+            return Err(too_long());
+        }
+        std::fs::write(files.join(METADATA), text).map_err(io)
     }
 
     /// Returns the files of an image that exist in a directory.
@@ -400,6 +403,9 @@ impl Images {
     ) -> Result<ImageInfo> {
         let io = |e: std::io::Error| Error::io(format!("publish image {}", pulled.name), e);
         let details = serde_json::to_vec(&pulled.details).map_err(|e| io(e.into()))?;
+        if details.len() as u64 > DETAILS_BYTES_MAX {
+            return Err(too_long());
+        }
         std::fs::write(files.join(DETAILS), details).map_err(io)?;
         let bytes = std::fs::metadata(files.join(ROOTFS)).map_err(io)?.len();
         let metadata = Metadata {
@@ -418,7 +424,8 @@ impl Images {
             }],
             ..Metadata::new(&pulled.name, &[], now_s())
         };
-        if !replaces {
+        // The image to replace may have been deleted during the pull.
+        if !replaces || !self.path(&pulled.name).exists() {
             return self.publish(files, &metadata);
         }
         self.write_metadata(files, &metadata)?;
@@ -470,6 +477,11 @@ fn damaged(dir: &Path, name: &ImageRef, what: &str) -> Error {
         "move {} away, then build it again with fcctl image build",
         dir.display()
     ))
+}
+
+fn too_long() -> Error {
+    let text = "the configuration or the history of the image is too long";
+    Error::new(Kind::InvalidImage, text)
 }
 
 fn not_found(name: &ImageRef) -> Error {

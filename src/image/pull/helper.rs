@@ -25,7 +25,7 @@ pub(crate) const NAME: &str = "image";
 /// a smaller limit of entries.
 const MEMORY_BYTES_MAX: u64 = 2 << 30;
 /// The limit of a file that the helper writes: a layer or a file system.
-const FILE_BYTES_MAX: u64 = 1 << 40;
+pub(super) const FILE_BYTES_MAX: u64 = 1 << 40;
 /// The limit of open files: a file per layer, connections, and what name resolution opens.
 const OPEN_FILES_MAX: u64 = 1024;
 

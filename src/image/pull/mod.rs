@@ -21,6 +21,8 @@ mod job;
 mod link;
 mod protocol;
 mod session;
+#[cfg(test)]
+pub(crate) mod tests;
 mod work;
 
 pub(crate) use cache::Layers;
@@ -29,7 +31,7 @@ pub(crate) use protocol::{Found, Progress};
 use super::ImageInfo;
 use super::fetch::{Proxies, Repository, Selector, Settings, TokenServer};
 use super::oci::limits::UNPACKED_BYTES_MAX;
-use super::oci::{Platform, Reference};
+use super::oci::{Digest, Platform, Reference};
 use super::registry::{ImageDetails, Images, Pulled, ROOTFS};
 use crate::api::image::ArchiveFormat;
 use crate::api::registry::{Credential, Secret};
@@ -38,11 +40,12 @@ use crate::error::{Error, Kind, Result};
 use crate::host::{Command, Commands, Credentials};
 use crate::ids::ImageRef;
 use crate::locks::Cancel;
+use helper::FILE_BYTES_MAX;
 use job::{Job, JobSource, Outcome};
 use session::Session;
 use std::fs::{File, Permissions};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -101,6 +104,9 @@ pub(crate) enum Decision {
 pub(crate) trait Observer {
     /// Called once, when the image is known. An error ends the pull.
     fn found(&mut self, found: &Found) -> Result<Decision>;
+    /// Called right before an image is replaced. Checks again that nothing uses it. While the
+    /// result lives, nothing can begin to use it.
+    fn begin_replace(&mut self, name: &ImageRef) -> Result<Box<dyn std::any::Any>>;
     fn progress(&mut self, progress: &Progress);
 }
 
@@ -148,8 +154,15 @@ pub(crate) fn pull(
         .as_deref()
         .and_then(protocol::decode)
         .ok_or_else(|| Error::internal("the helper has sent a strange result"))?;
+    check_size(&image, spec.bytes_max)?;
     drop(image);
     check(commands, &rootfs, spec.helper, cancel)?;
+    // No VM may be created from the old image until the new one has its place.
+    let _replaced = if replaces {
+        Some(deciding.observer.begin_replace(&name)?)
+    } else {
+        None
+    };
     images.publish_pulled(
         &out,
         Pulled {
@@ -196,6 +209,9 @@ impl session::Observer for Deciding<'_> {
     fn found(&mut self, found: Found) -> Result<bool> {
         if self.decision.is_some() {
             return Err(Error::internal("the helper has found two images"));
+        }
+        if found.digest.parse::<Digest>().is_err() {
+            return Err(Error::internal("the helper has found no digest"));
         }
         let decision = self.observer.found(&found)?;
         let is_wanted = !matches!(decision, Decision::Present(_));
@@ -309,6 +325,19 @@ fn proxies(config: &Registry) -> Proxies {
             config.no_proxy.clone()
         },
     }
+}
+
+/// Checks the size of the image's file, because the helper may have written anything to it.
+fn check_size(image: &File, bytes_max: u64) -> Result<()> {
+    let stat = image
+        .metadata()
+        .map_err(|e| Error::io("read the size of the image", e))?;
+    let allocated = stat.blocks() * 512;
+    if allocated <= bytes_max && stat.len() <= FILE_BYTES_MAX {
+        return Ok(());
+    }
+    let text = format!("the image takes {allocated} bytes, at most {bytes_max} are allowed");
+    Err(Error::new(Kind::Exhausted, text).hint("delete an image: fcctl image rm NAME"))
 }
 
 /// Checks the file system that the helper has written, with the helper's rights.

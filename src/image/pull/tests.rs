@@ -1,0 +1,181 @@
+//! Tests of a pull whose helper process misbehaves, as one that an image has taken over would.
+
+use super::cache::Layers;
+use super::protocol::{Found, Order, Progress, Request, decode, encode};
+use super::session::{Observer, Session};
+use crate::error::{Error, Kind, Result};
+use crate::host::confine::Channel;
+use crate::host::hex;
+use crate::host::wait::poll_until;
+use crate::locks::{Cancel, CancelCause};
+use nix::poll::{PollFd, PollFlags};
+use sha2::{Digest, Sha256};
+use std::fs::File;
+use std::io::{Read, Write};
+use std::process::ExitCode;
+
+/// This helper's name for [`crate::host::confine::spawn`].
+pub(crate) const NAME: &str = "image-hostile";
+
+/// The helper's end of the channel.
+struct Daemon(Channel);
+
+impl Daemon {
+    fn receive(&self) -> (Order, Vec<File>) {
+        let mut buffer = vec![0; 64 << 10];
+        loop {
+            poll_until(&mut [PollFd::new(self.0.fd(), PollFlags::POLLIN)], None).unwrap();
+            let Ok(received) = self.0.receive_with_fds(&mut buffer) else {
+                continue;
+            };
+            let Some(order) = decode(&buffer[..received.len]) else {
+                std::process::exit(0);
+            };
+            return (order, received.fds.into_iter().map(File::from).collect());
+        }
+    }
+
+    fn send(&self, message: &[u8]) {
+        let _ = self.0.send(message, &[]);
+    }
+
+    fn layer(&self, diff_id: &str) -> File {
+        let diff_id = diff_id.to_owned();
+        self.send(&encode(&Request::Layer { diff_id }));
+        self.receive().1.remove(0)
+    }
+
+    fn stored(&self, diff_id: &str) {
+        let diff_id = diff_id.to_owned();
+        self.send(&encode(&Request::Stored { diff_id }));
+    }
+}
+
+/// Runs the helper. The job names what it does.
+pub(crate) fn run() -> ExitCode {
+    let daemon = Daemon(Channel::inherited());
+    let (_, mut files) = daemon.receive();
+    let mut mode = String::new();
+    files.remove(0).read_to_string(&mut mode).unwrap();
+    match mode.as_str() {
+        "store a wrong layer" => {
+            daemon.layer(&id(b"good")).write_all(b"evil").unwrap();
+            daemon.stored(&id(b"good"));
+            daemon.stored(&id(b"never asked for"));
+            daemon.send(&encode(&Request::Done));
+        }
+        "store a right layer and fail" => {
+            daemon.layer(&id(b"good")).write_all(b"good").unwrap();
+            daemon.stored(&id(b"good"));
+            let failure = Error::new(Kind::RegistryBusy, "too many requests");
+            daemon.send(&encode(&Request::Failed((&failure).into())));
+        }
+        "change a stored layer" => {
+            let mut file = daemon.layer(&id(b"good"));
+            file.write_all(b"good").unwrap();
+            daemon.stored(&id(b"good"));
+            daemon.send(&encode(&Request::Done));
+            loop {
+                let _ = file.write_all(b"and more");
+            }
+        }
+        "ask for many files" => loop {
+            daemon.send(&encode(&Request::File));
+            drop(daemon.receive());
+        },
+        "send a strange message" => daemon.send(b"{\"no such\":1}"),
+        "be silent" => drop(daemon.receive()),
+        _ => {}
+    }
+    ExitCode::SUCCESS
+}
+
+fn id(content: &[u8]) -> String {
+    format!("sha256:{}", hex::encode(&Sha256::digest(content)))
+}
+
+struct Ignore;
+
+impl Observer for Ignore {
+    fn found(&mut self, _: Found) -> Result<bool> {
+        Ok(true)
+    }
+    fn progress(&mut self, _: &Progress) {}
+}
+
+struct Stage {
+    _dir: tempfile::TempDir,
+    layers: Layers,
+    cancel: Cancel,
+}
+
+impl Stage {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        Self {
+            layers: Layers::open(dir.path(), u64::MAX).unwrap(),
+            _dir: dir,
+            cancel: Cancel::try_new().unwrap(),
+        }
+    }
+
+    fn run(&self, mode: &str) -> Result<Option<Vec<u8>>> {
+        let image = tempfile::tempfile().unwrap();
+        let mut session = Session {
+            layers: &self.layers,
+            owner: None,
+            job: mode.as_bytes(),
+            stream: None,
+            image: &image,
+        };
+        session.run(NAME, &self.cancel, &mut Ignore)
+    }
+
+    fn has(&self, content: &[u8]) -> bool {
+        self.layers.get(&id(content)).unwrap().is_some()
+    }
+}
+
+#[test]
+fn layer_with_wrong_content_is_not_cached() {
+    let stage = Stage::new();
+    stage.run("store a wrong layer").unwrap();
+    assert!(!stage.has(b"good") && !stage.has(b"evil"));
+}
+
+#[test]
+fn complete_layers_of_failed_pull_are_cached() {
+    let stage = Stage::new();
+    let e = stage.run("store a right layer and fail").unwrap_err();
+    assert_eq!(e.kind(), Kind::RegistryBusy);
+    assert!(stage.has(b"good"));
+}
+
+#[test]
+fn layer_that_changes_after_its_end_is_not_cached_changed() {
+    let stage = Stage::new();
+    stage.run("change a stored layer").unwrap();
+    if let Some(mut cached) = stage.layers.get(&id(b"good")).unwrap() {
+        assert_eq!(std::io::read_to_string(&mut cached).unwrap(), "good");
+    }
+}
+
+#[test]
+fn misbehaving_helper_fails_its_own_pull() {
+    let stage = Stage::new();
+    for (mode, says) in [
+        ("ask for many files", "asked for too many files"),
+        ("send a strange message", "sent a strange message"),
+        ("die", "died"),
+    ] {
+        let e = stage.run(mode).unwrap_err();
+        assert!(e.to_string().contains(says), "{mode}: {e}");
+    }
+}
+
+#[test]
+fn silent_helper_is_ended_by_cancel() {
+    let stage = Stage::new();
+    stage.cancel.cancel(CancelCause::Requested);
+    assert_eq!(stage.run("be silent").unwrap_err().kind(), Kind::Cancelled);
+}

@@ -573,7 +573,8 @@ fn commands(line: &str) -> Vec<Vec<String>> {
 
 #[test]
 fn commands_in_readme_and_help_pages_parse() {
-    use clap::Parser;
+    use clap::{CommandFactory, Parser};
+    use std::ffi::OsString;
     let pages = super::help::TOPICS
         .iter()
         .map(|(name, _, page)| (*name, *page));
@@ -589,7 +590,9 @@ fn commands_in_readme_and_help_pages_parse() {
             .flat_map(commands)
             .filter(|words| words.first().is_some_and(|w| w == "fcctl"))
         {
-            if let Err(e) = super::Cli::try_parse_from(&words) {
+            let arguments: Vec<_> = words.iter().map(OsString::from).collect();
+            let arguments = super::words::with_separator(super::Cli::command(), &arguments);
+            if let Err(e) = super::Cli::try_parse_from(&arguments) {
                 wrong.push(format!("{place}: {}: {e}", words.join(" ")));
             }
             count += 1;

@@ -262,6 +262,13 @@ impl<'a> Merger<'a> {
                 }
                 _ => {}
             }
+            // The path itself has no such part, but a link may lead to one.
+            if name.starts_with(WHITEOUT) {
+                return Err(bad(format!(
+                    "a link leads to {}, which is the name of a whiteout",
+                    shown(name.as_bytes())
+                )));
+            }
             if place.directories.len() + place.missing.len() > DEPTH_MAX {
                 return Err(bad(format!(
                     "more than {DEPTH_MAX} directories are nested in each other"

@@ -369,6 +369,14 @@ fn link_to_nowhere_makes_its_target() {
 }
 
 #[test]
+fn link_to_name_of_whiteout_is_refused() {
+    for target in [".wh.", "/a/.wh.b", "../.wh..wh..opq/c"] {
+        let layer = vec![symlink("link", target), file("link/x", "")];
+        refused(&[layer], "the name of a whiteout");
+    }
+}
+
+#[test]
 fn loops_of_links_are_kept_but_lead_nowhere() {
     let loops = || {
         vec![

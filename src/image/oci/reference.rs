@@ -49,15 +49,15 @@ impl Reference {
     /// Returns the shortest form that means the same, as docker shows it.
     pub fn familiar(&self) -> String {
         let full = self.to_string();
-        let Some(short) = full.strip_prefix(DEFAULT_DOMAIN) else {
+        if self.domain != DEFAULT_DOMAIN {
             return full;
-        };
-        let short = &short[1..];
-        // A single component would get the prefix again; two would not.
-        match short.strip_prefix(OFFICIAL) {
-            Some(name) if !self.path[OFFICIAL.len()..].contains('/') => name.to_owned(),
-            _ => short.to_owned(),
         }
+        let short = &full[DEFAULT_DOMAIN.len() + 1..];
+        let shortest = short.strip_prefix(OFFICIAL).unwrap_or(short);
+        // A path can itself look like a domain or like an official image.
+        let means_this = |name: &&str| parse(name).as_ref() == Ok(self);
+        let found = [shortest, short].into_iter().find(means_this);
+        found.map_or(full.clone(), str::to_owned)
     }
 }
 
@@ -253,6 +253,10 @@ mod tests {
             "library/a/b:latest",
         );
         check("localhost/a:1", "localhost/a:1", "localhost/a:1");
+        let doubled = "docker.io/docker.io/library/a:1";
+        check(doubled, doubled, doubled);
+        // The registry's name only begins like Docker Hub's.
+        check("docker.iox/a", "docker.iox/a:latest", "docker.iox/a:latest");
         check("Host/a:1", "Host/a:1", "Host/a:1");
         check("host:5000/a", "host:5000/a:latest", "host:5000/a:latest");
         check("[::1]:5000/a", "[::1]:5000/a:latest", "[::1]:5000/a:latest");

@@ -6,8 +6,8 @@
 //!
 //! - An image that is built from the distribution's packages has `rootfs.ext4`, `vmlinux`, `initrd`
 //!   and `image.json`. Its init and its SSH server are part of the root file system.
-//! - An OCI image has only `rootfs.ext4`, without a byte of ours, `image.json` and `details.json`. It
-//!   boots with a guest runtime ([`runtime`]). [`pull`] makes it.
+//! - An OCI image has only `rootfs.ext4`, without a byte of ours, `image.json` and `details.json`.
+//!   It boots with a guest runtime ([`runtime`]). [`pull`] makes it.
 //!
 //! A guest needs these devices from its VMM: a first virtio disk as root disk (`/dev/vda`), a
 //! second one as seed drive (`/dev/vdb`), with a runtime a third one for it (`/dev/vdc`), one

@@ -47,7 +47,11 @@ fn bad_requests_change_nothing() {
     check(&["vm", "create", "--memory", "1M"], 2, "memory");
     check(&["vm", "create", "--vcpus", "0"], 2, "vCPUs");
     check(&["vm", "create", "--disk", "1K"], 2, "disk");
-    check(&["run", "--image", "nope", tree, "--", "true"], 125, "nope");
+    check(
+        &["run", "--image", "127.0.0.1:1/nope", tree, "--", "true"],
+        125,
+        "nope",
+    );
     check(&["run", "--memory", "900T", "--", "true"], 125, "memory");
     check(&["run", "/not/there", "--", "true"], 125, "/not/there");
     check(

@@ -64,6 +64,7 @@ const PROFILE: Profile = Profile {
     file_bytes_max: FILE_BYTES_MAX,
     calls: &[
         Call(libc::SYS_eventfd2, Allowed::Always),
+        Call(libc::SYS_pipe2, Allowed::Always),
         // Files that the daemon passed.
         Call(libc::SYS_lseek, Allowed::Always),
         Call(libc::SYS_pread64, Allowed::Always),

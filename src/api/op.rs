@@ -34,6 +34,66 @@ pub struct Progress {
     /// The unit of `done` and `total`, such as `bytes`, `files` or `steps`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unit: Option<String>,
+    /// What progresses on its own, such as the layers of an image, in their order. At most
+    /// [`PARTS_MAX`] parts are listed; those in progress and those that wait are preferred.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub parts: Vec<Part>,
+    /// The number of parts, including those that are not listed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parts_total: Option<u64>,
+}
+
+/// The most parts in one [`Progress`].
+pub const PARTS_MAX: usize = 32;
+
+/// A part of an operation, such as one layer of an image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Part {
+    /// A short name, such as the beginning of a layer's digest.
+    pub name: String,
+    pub state: PartState,
+    /// The unit is that of the whole [`Progress`].
+    pub done: u64,
+    pub total: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PartState {
+    Waiting,
+    Downloading,
+    /// An earlier operation has left it, so there is nothing to do.
+    Cached,
+    Done,
+}
+
+impl PartState {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Waiting => "waiting",
+            Self::Downloading => "downloading",
+            Self::Cached => "cached",
+            Self::Done => "done",
+        }
+    }
+}
+
+/// Chooses the parts to show if there is room for `max`: first those in progress, then those that
+/// wait. The parts keep their order.
+pub fn most_relevant(parts: Vec<Part>, max: usize) -> Vec<Part> {
+    if parts.len() <= max {
+        return parts;
+    }
+    let mut ranked: Vec<(usize, Part)> = parts.into_iter().enumerate().collect();
+    ranked.sort_by_key(|(_, part)| match part.state {
+        PartState::Downloading => 0,
+        PartState::Waiting => 1,
+        PartState::Done => 2,
+        PartState::Cached => 3,
+    });
+    ranked.truncate(max);
+    ranked.sort_by_key(|(at, _)| *at);
+    ranked.into_iter().map(|(_, part)| part).collect()
 }
 
 /// An operation. Root, the user who began it and the owner of its VM may see it.
@@ -118,3 +178,39 @@ calls! {
 }
 
 super::page::list_calls! { OpList: ops of Op; }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_in_progress_are_shown_first_and_in_order() {
+        use PartState::{Cached, Done, Downloading, Waiting};
+        let states = [
+            Cached,
+            Done,
+            Downloading,
+            Done,
+            Downloading,
+            Waiting,
+            Waiting,
+        ];
+        let parts: Vec<Part> = (states.into_iter().enumerate())
+            .map(|(at, state)| Part {
+                name: at.to_string(),
+                state,
+                done: 0,
+                total: 1,
+            })
+            .collect();
+        let shown = |max| {
+            let parts = most_relevant(parts.clone(), max);
+            parts.into_iter().map(|part| part.name).collect::<String>()
+        };
+        assert_eq!(shown(9), "0123456");
+        assert_eq!(shown(5), "12456");
+        assert_eq!(shown(3), "245");
+        assert_eq!(shown(1), "2");
+        assert_eq!(shown(0), "");
+    }
+}

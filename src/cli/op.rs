@@ -2,13 +2,13 @@
 
 use super::connector::Connector;
 use super::context::Context;
-use super::output::{self, age, size};
+use super::output::{self, age};
 use super::printer::Printer;
+use super::progress;
 use super::values::{parse_duration, timeout_ms};
 use crate::api::frame::Note;
 use crate::api::op::{
     Op, OpCancel, OpList, OpListRequest, OpRequest, OpShow, OpState, OpWait, OpWaitRequest,
-    Progress,
 };
 use crate::client::{Failure, Result};
 use crate::error::{Error, Kind};
@@ -101,7 +101,7 @@ fn list(
                     vm,
                     name(op.state).to_owned(),
                     started,
-                    progress(&op.progress),
+                    progress::line(&op.progress),
                 ]
             };
             let rows: Vec<_> = ops.iter().map(row).collect();
@@ -114,30 +114,6 @@ fn list(
     Ok(0)
 }
 
-fn progress(progress: &Progress) -> String {
-    let unit = progress.unit.as_deref().unwrap_or_default();
-    let show = |n: u64| {
-        if unit == "bytes" {
-            size(n)
-        } else {
-            format!("{n} {unit}").trim_end().to_owned()
-        }
-    };
-    match (progress.done, progress.total) {
-        (Some(done), Some(total)) if total > 0 => {
-            let percent = u128::from(done.min(total)) * 100 / u128::from(total);
-            format!(
-                "{}: {} of {} ({percent}%)",
-                progress.stage,
-                show(done),
-                show(total)
-            )
-        }
-        (Some(done), _) => format!("{}: {}", progress.stage, show(done)),
-        _ => progress.stage.clone(),
-    }
-}
-
 fn sheet(op: &Op, now_s: u64) -> String {
     let mut facts: Vec<(&str, String)> =
         vec![("id", op.id.to_string()), ("method", op.method.clone())];
@@ -146,8 +122,13 @@ fn sheet(op: &Op, now_s: u64) -> String {
     add("state", Some(name(op.state).to_owned()));
     add(
         "progress",
-        Some(progress(&op.progress)).filter(|p| !p.is_empty()),
+        Some(progress::line(&op.progress)).filter(|p| !p.is_empty()),
     );
+    for part in &op.progress.parts {
+        let unit = op.progress.unit.as_deref().unwrap_or_default();
+        let text = format!("{}: {}", part.name, progress::part_line(part, unit));
+        add("part", Some(text));
+    }
     add(
         "cancel",
         (!op.state.has_ended()).then(|| {
@@ -242,29 +223,4 @@ fn cancel(connector: &mut Connector, printer: &mut Printer, ops: &[String]) -> R
         }
         Ok(op)
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn op_progress_is_readable() {
-        let shown = |done, total, unit: &str| {
-            progress(&Progress {
-                stage: "copy".to_owned(),
-                done,
-                total,
-                unit: Some(unit.to_owned()).filter(|u| !u.is_empty()),
-            })
-        };
-        assert_eq!(shown(None, None, ""), "copy");
-        assert_eq!(shown(Some(3), None, "files"), "copy: 3 files");
-        assert_eq!(
-            shown(Some(1 << 20), Some(4 << 20), "bytes"),
-            "copy: 1 MiB of 4 MiB (25%)"
-        );
-        assert_eq!(shown(Some(9), Some(4), ""), "copy: 9 of 4 (100%)");
-        assert_eq!(shown(Some(9), Some(0), ""), "copy: 9");
-    }
 }

@@ -11,6 +11,7 @@ use crate::api::image::{
     ImagePruneReply, ImagePruneRequest, ImagePullRequest, ImageReply, ImageShowReply,
     ImageTagRequest, PullSource,
 };
+use crate::api::op;
 use crate::api::registry::{CREDENTIAL_BYTES_MAX, Credential};
 use crate::error::{Error, Kind, Result};
 use crate::guest::io::fifo::{self, Direction};
@@ -308,10 +309,15 @@ impl Observer for Follower<'_> {
         Ok(Box::new(guard))
     }
 
-    fn progress(&mut self, progress: &Progress) {
-        let reporter = self.op.reporter();
-        reporter.progress(&progress.stage);
-        reporter.progress_units(progress.done, progress.total, &progress.unit);
+    fn progress(&mut self, progress: Progress) {
+        self.op.reporter().replace(op::Progress {
+            stage: progress.stage,
+            done: Some(progress.done),
+            total: progress.total,
+            unit: Some("bytes".to_owned()),
+            parts: progress.parts,
+            parts_total: progress.parts_total,
+        });
     }
 }
 

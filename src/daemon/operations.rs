@@ -216,5 +216,6 @@ pub(super) fn ended_row(mut op: Op, result: &Result<serde_json::Value>) -> Op {
         }
     }
     op.ended_at = Some(now_s());
+    (op.progress.parts, op.progress.parts_total) = (Vec::new(), None);
     op
 }

@@ -52,6 +52,14 @@ impl Reporter {
         });
     }
 
+    /// Sets the whole progress at once.
+    pub fn replace(&self, progress: Progress) {
+        self.update(|p| {
+            *p = progress;
+            true
+        });
+    }
+
     fn update(&self, change: impl FnOnce(&mut Progress) -> bool) {
         let mut state = self.ops.shared.state.lock();
         let Some(entry) = state.entries.get_mut(&self.id) else {

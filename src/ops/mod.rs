@@ -205,6 +205,8 @@ impl State {
             }
         }
         op.ended_at = Some(now_s());
+        // They are many, and say nothing about an operation that has ended.
+        (op.progress.parts, op.progress.parts_total) = (Vec::new(), None);
         let op = op.clone();
         entry.cancel = None;
         entry.changed();

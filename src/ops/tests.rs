@@ -55,6 +55,33 @@ impl Watcher {
 }
 
 #[test]
+fn parts_of_progress_are_gone_when_operation_has_ended() {
+    use crate::api::op::{Part, PartState};
+    let ops = ops();
+    let handle = begin(&ops, 1000);
+    let parts = vec![Part {
+        name: "layer".into(),
+        state: PartState::Waiting,
+        done: 0,
+        total: 9,
+    }];
+    let progress = Progress {
+        stage: "fetch".into(),
+        parts,
+        parts_total: Some(1),
+        ..Progress::default()
+    };
+    handle.reporter().replace(progress.clone());
+    assert_eq!(handle.op().progress, progress);
+    let ended = handle.finish(Ok(json!({}))).op;
+    assert_eq!(ended.progress.stage, "fetch");
+    assert_eq!(
+        (ended.progress.parts.len(), ended.progress.parts_total),
+        (0, None)
+    );
+}
+
+#[test]
 fn operation_reports_progress_until_it_ends() {
     let ops = ops();
     let vm = VmId::random();
@@ -76,6 +103,7 @@ fn operation_reports_progress_until_it_ends() {
         done: Some(10),
         total: Some(100),
         unit: Some("bytes".into()),
+        ..Progress::default()
     };
     assert_eq!(seen, expected);
     handle.progress("mount");

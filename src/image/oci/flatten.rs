@@ -35,7 +35,7 @@ const DISK_UNIT_BYTES: u64 = 1 << 20;
 /// How far a pull is. The callback gets it from several threads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {
-    /// The layer was in the cache.
+    /// The layer was in the cache, or is the same as a lower one.
     Cached { layer: usize },
     /// This many more bytes of the layer's blob were read.
     Read { layer: usize, bytes: u64 },
@@ -136,6 +136,7 @@ fn read_layers(
         check_cancel(request.cancel)?;
         found.push(None);
         if first_of[&layer.diff_id] != at {
+            (request.progress)(Progress::Cached { layer: at });
             continue;
         }
         match request.files.open(layer.diff_id)? {

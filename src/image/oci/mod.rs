@@ -43,6 +43,6 @@ pub use archive::{Archive, Wanted};
 pub use digest::Digest;
 pub use files::{LayerFile, LayerFiles};
 pub use flatten::{Flatten, Progress, flatten};
-pub use manifest::{Blobs, Descriptor, Image, resolve};
+pub use manifest::{Blobs, Descriptor, Image, Layer, resolve};
 pub use platform::Platform;
 pub use reference::Reference;

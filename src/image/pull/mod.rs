@@ -11,7 +11,7 @@
 //!
 //! - [`session`] is the daemon's side. It hands out files, and does not trust the helper: a layer
 //!   enters the cache only if the daemon itself has computed its digest.
-//! - [`helper`], [`link`] and [`work`] are the helper's side.
+//! - [`helper`], [`link`], [`report`] and [`work`] are the helper's side.
 //! - [`protocol`] and [`job`] define the messages between the two.
 //! - [`cache`] keeps unpacked layers for later pulls.
 
@@ -20,6 +20,7 @@ pub(crate) mod helper;
 mod job;
 mod link;
 mod protocol;
+mod report;
 mod session;
 #[cfg(test)]
 pub(crate) mod tests;
@@ -107,7 +108,7 @@ pub(crate) trait Observer {
     /// Called right before an image is replaced. Checks again that nothing uses it. While the
     /// result lives, nothing can begin to use it.
     fn begin_replace(&mut self, name: &ImageRef) -> Result<Box<dyn std::any::Any>>;
-    fn progress(&mut self, progress: &Progress);
+    fn progress(&mut self, progress: Progress);
 }
 
 /// Pulls an image and publishes it.
@@ -219,7 +220,7 @@ impl session::Observer for Deciding<'_> {
         Ok(is_wanted)
     }
 
-    fn progress(&mut self, progress: &Progress) {
+    fn progress(&mut self, progress: Progress) {
         self.observer.progress(progress);
     }
 }

@@ -1,8 +1,10 @@
 //! The messages between the daemon and the helper that pulls an image: JSON, one message per
 //! packet. The job and the result may be longer than a packet, so they are in files.
 
+use crate::api::op::{PARTS_MAX, Part};
 use crate::error::{Error, Kind};
 use crate::host::text::printable;
+use crate::image::oci::limits::LAYERS_MAX;
 use serde::{Deserialize, Serialize};
 
 /// The size limit of a message in either direction.
@@ -70,9 +72,32 @@ pub(crate) struct Found {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Progress {
     pub stage: String,
+    /// In bytes, as is `total`.
     pub done: u64,
     pub total: Option<u64>,
-    pub unit: String,
+    /// The layers; see [`crate::api::op::Progress`].
+    pub parts: Vec<Part>,
+    pub parts_total: Option<u64>,
+}
+
+/// The length limit of a stage.
+const STAGE_CHARS_MAX: usize = 100;
+/// The length limit of a part's name, which is the beginning of a digest.
+const PART_CHARS_MAX: usize = 20;
+
+impl Progress {
+    /// Makes a report harmless that may come from a helper that an image has taken over.
+    pub(super) fn bounded(mut self) -> Self {
+        let short = |text: &str, max| printable(text).chars().take(max).collect();
+        self.stage = short(&self.stage, STAGE_CHARS_MAX);
+        self.parts.truncate(PARTS_MAX);
+        for part in &mut self.parts {
+            part.name = short(&part.name, PART_CHARS_MAX);
+            part.done = part.done.min(part.total);
+        }
+        self.parts_total = self.parts_total.map(|total| total.min(LAYERS_MAX as u64));
+        self
+    }
 }
 
 /// An error of the helper.
@@ -122,6 +147,7 @@ pub(super) fn decode<'a, T: Deserialize<'a>>(message: &'a [u8]) -> Option<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::api::op::PartState;
 
     #[test]
     fn failure_is_read_back_without_control_characters() {
@@ -143,6 +169,34 @@ mod tests {
         let back = strange.into_error();
         assert_eq!(back.kind(), Kind::Host);
         assert_eq!(back.to_string().len(), TEXT_CHARS_MAX);
+    }
+
+    #[test]
+    fn report_is_bounded_and_fits_into_message() {
+        let part = |name: String| Part {
+            name,
+            state: PartState::Downloading,
+            done: u64::MAX,
+            total: u64::MAX - 1,
+        };
+        let report = |parts: Vec<Part>| Progress {
+            stage: "fetch".to_owned(),
+            done: u64::MAX,
+            total: Some(u64::MAX),
+            parts,
+            parts_total: Some(u64::MAX),
+        };
+        let honest = vec![part("0123456789ab".to_owned()); PARTS_MAX];
+        let message = encode(&Request::Progress(report(honest)));
+        assert!(message.len() < MESSAGE_BYTES_MAX / 2, "{}", message.len());
+
+        let hostile = vec![part("\u{1b}[2J".repeat(99)); 10 * PARTS_MAX];
+        let bounded = report(hostile).bounded();
+        assert_eq!(bounded.parts.len(), PARTS_MAX);
+        assert_eq!(bounded.parts_total, Some(LAYERS_MAX as u64));
+        let first = &bounded.parts[0];
+        assert_eq!(first.name, "\\u{1b}[2J\\u{1b}[2J\\u");
+        assert_eq!(first.done, first.total);
     }
 
     #[test]

@@ -6,7 +6,6 @@ use super::protocol::{decode, encode};
 use crate::error::{Error, Kind, Result};
 use crate::host::Credentials;
 use crate::host::confine::{self, Helper};
-use crate::host::text::printable;
 use crate::host::wait::{WaitResult, cancelled_by, wait_any};
 use crate::locks::Cancel;
 use nix::poll::PollFlags;
@@ -22,7 +21,6 @@ const SILENCE_MAX: Duration = Duration::from_secs(180);
 /// The maximum number of files that the helper may ask for: the layers of an image and the blobs of
 /// an archive.
 const FILES_MAX: usize = 4096;
-const STAGE_CHARS_MAX: usize = 100;
 
 /// A pull to run.
 pub(super) struct Session<'a> {
@@ -41,7 +39,7 @@ pub(super) struct Session<'a> {
 pub(super) trait Observer {
     /// Called once, when the image is known. Returns false if it need not be pulled.
     fn found(&mut self, found: Found) -> Result<bool>;
-    fn progress(&mut self, progress: &Progress);
+    fn progress(&mut self, progress: Progress);
 }
 
 /// The files that the helper writes layers to, by diff id.
@@ -109,11 +107,7 @@ impl Session<'_> {
                     let file = self.new_file(handed_out)?;
                     send(helper, &Order::Empty, &[file.as_fd()])?;
                 }
-                Request::Progress(mut progress) => {
-                    progress.stage = printable(&progress.stage);
-                    progress.stage = progress.stage.chars().take(STAGE_CHARS_MAX).collect();
-                    observer.progress(&progress);
-                }
+                Request::Progress(progress) => observer.progress(progress.bounded()),
                 Request::Done => return Ok(true),
                 Request::Failed(failure) => return Err(failure.into_error()),
             }

@@ -100,7 +100,7 @@ impl Observer for Ignore {
     fn found(&mut self, _: Found) -> Result<bool> {
         Ok(true)
     }
-    fn progress(&mut self, _: &Progress) {}
+    fn progress(&mut self, _: Progress) {}
 }
 
 struct Stage {

@@ -2,7 +2,8 @@
 
 use super::job::{Job, JobSource, Outcome};
 use super::link::{LayerFile, Link};
-use super::protocol::{Found, Progress};
+use super::protocol::Found;
+use super::report::{Reporter, Stage};
 use crate::error::{Error, Result};
 use crate::host::wait::poll_until;
 use crate::image::fetch::{Client, Selector, SystemDialer};
@@ -15,11 +16,6 @@ use std::fs::File;
 use std::io::{self, Cursor, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
-
-/// How often progress is reported at most.
-const REPORT_EVERY: Duration = Duration::from_millis(200);
 
 /// Pulls the image into `file`.
 pub(super) fn pull(job: Job, stream: Option<OwnedFd>, file: &File, link: &Link) -> Result<Outcome> {
@@ -109,18 +105,13 @@ impl Pull<'_> {
             digest: image.digest.to_string(),
             name,
         })?;
-        let total = image.layers.iter().map(|layer| layer.blob.size).sum();
-        self.reporter.stage(Stage::Fetch, Some(total));
-        let sizes: Vec<u64> = image.layers.iter().map(|layer| layer.blob.size).collect();
+        self.reporter.begin_layers(&image.layers);
         let progress = |progress| match progress {
-            oci::Progress::Cached { layer } => self.reporter.add(sizes[layer]),
-            oci::Progress::Read { bytes, .. } | oci::Progress::Written { bytes } => {
-                self.reporter.add(bytes);
-            }
-            oci::Progress::Merged { bytes } => {
-                self.reporter.stage(Stage::Write, Some(bytes));
-            }
-            oci::Progress::Complete { .. } => {}
+            oci::Progress::Cached { layer } => self.reporter.layer_is_cached(layer),
+            oci::Progress::Read { layer, bytes } => self.reporter.layer_advances(layer, bytes),
+            oci::Progress::Complete { layer } => self.reporter.layer_is_done(layer),
+            oci::Progress::Merged { bytes } => self.reporter.stage(Stage::Write, Some(bytes)),
+            oci::Progress::Written { bytes } => self.reporter.add(bytes),
         };
         let flattened = oci::flatten(
             image,
@@ -196,89 +187,5 @@ impl Read for Stream {
                 read => return read,
             }
         }
-    }
-}
-
-/// What a pull is doing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stage {
-    Find,
-    Read,
-    Fetch,
-    Write,
-}
-
-impl Stage {
-    const ALL: [Self; 4] = [Self::Find, Self::Read, Self::Fetch, Self::Write];
-
-    fn text(self) -> &'static str {
-        match self {
-            Self::Find => "find the image",
-            Self::Read => "read the archive",
-            Self::Fetch => "fetch the layers",
-            Self::Write => "write the file system",
-        }
-    }
-}
-
-/// Reports progress to the daemon, from several threads.
-struct Reporter<'a> {
-    link: &'a Link,
-    begun: Instant,
-    /// The index of the stage in [`Stage::ALL`].
-    stage: AtomicUsize,
-    done: AtomicU64,
-    /// The number of bytes in this stage, or 0 if it is not known.
-    total: AtomicU64,
-    /// When progress was reported last, in milliseconds after `begun`.
-    reported_ms: AtomicU64,
-}
-
-impl<'a> Reporter<'a> {
-    fn new(link: &'a Link) -> Self {
-        Self {
-            link,
-            begun: Instant::now(),
-            stage: AtomicUsize::new(0),
-            done: AtomicU64::new(0),
-            total: AtomicU64::new(0),
-            reported_ms: AtomicU64::new(0),
-        }
-    }
-
-    /// Begins a stage in which `total` bytes will be moved, if that is known.
-    fn stage(&self, stage: Stage, total: Option<u64>) {
-        self.stage.store(stage as usize, Ordering::Relaxed);
-        self.total.store(total.unwrap_or(0), Ordering::Relaxed);
-        self.done.store(0, Ordering::Relaxed);
-        self.report();
-    }
-
-    fn add(&self, bytes: u64) {
-        self.done.fetch_add(bytes, Ordering::Relaxed);
-        let now_ms = self.begun.elapsed().as_millis() as u64;
-        let last_ms = self.reported_ms.load(Ordering::Relaxed);
-        let is_due = now_ms.saturating_sub(last_ms) >= REPORT_EVERY.as_millis() as u64;
-        // Only one of several threads reports.
-        let order = Ordering::Relaxed;
-        if is_due
-            && (self.reported_ms)
-                .compare_exchange(last_ms, now_ms, order, order)
-                .is_ok()
-        {
-            self.report();
-        }
-    }
-
-    fn report(&self) {
-        let total = self.total.load(Ordering::Relaxed);
-        self.link.progress(Progress {
-            stage: Stage::ALL[self.stage.load(Ordering::Relaxed)]
-                .text()
-                .to_owned(),
-            done: self.done.load(Ordering::Relaxed),
-            total: (total > 0).then_some(total),
-            unit: "bytes".to_owned(),
-        });
     }
 }

@@ -39,7 +39,7 @@ fn operation_goldens() {
         expect![[r#"
         op.list
         {"all":true}
-        {"ops":[{"id":"0123456789ab","method":"vm.start","vm":"0123456789ab","owner_uid":1000,"state":"failed","may_cancel":true,"progress":{"stage":"copy","done":1,"total":2,"unit":"bytes"},"started_at":1,"ended_at":2,"result":{"vm":1},"error":{"code":"busy","kind":"pool_full","message":"the queue is full","hint":"try again","retryable":true,"op":"0123456789ab"}}]}
+        {"ops":[{"id":"0123456789ab","method":"vm.start","vm":"0123456789ab","owner_uid":1000,"state":"failed","may_cancel":true,"progress":{"stage":"copy","done":1,"total":2,"unit":"bytes","parts":[{"name":"3f1d2a4b5c6d","state":"downloading","done":1,"total":2}],"parts_total":2},"started_at":1,"ended_at":2,"result":{"vm":1},"error":{"code":"busy","kind":"pool_full","message":"the queue is full","hint":"try again","retryable":true,"op":"0123456789ab"}}]}
     "#]],
     );
     call::<OpShow>(
@@ -48,7 +48,7 @@ fn operation_goldens() {
         expect![[r#"
         op.show
         {"op":"0123"}
-        {"op":{"id":"0123456789ab","method":"vm.start","vm":"0123456789ab","owner_uid":1000,"state":"failed","may_cancel":true,"progress":{"stage":"copy","done":1,"total":2,"unit":"bytes"},"started_at":1,"ended_at":2,"result":{"vm":1},"error":{"code":"busy","kind":"pool_full","message":"the queue is full","hint":"try again","retryable":true,"op":"0123456789ab"}}}
+        {"op":{"id":"0123456789ab","method":"vm.start","vm":"0123456789ab","owner_uid":1000,"state":"failed","may_cancel":true,"progress":{"stage":"copy","done":1,"total":2,"unit":"bytes","parts":[{"name":"3f1d2a4b5c6d","state":"downloading","done":1,"total":2}],"parts_total":2},"started_at":1,"ended_at":2,"result":{"vm":1},"error":{"code":"busy","kind":"pool_full","message":"the queue is full","hint":"try again","retryable":true,"op":"0123456789ab"}}}
     "#]],
     );
     call::<OpWait>(
@@ -60,7 +60,7 @@ fn operation_goldens() {
         expect![[r#"
         op.wait
         {"op":"0123","timeout_ms":1}
-        {"op":{"id":"0123456789ab","method":"vm.start","vm":"0123456789ab","owner_uid":1000,"state":"failed","may_cancel":true,"progress":{"stage":"copy","done":1,"total":2,"unit":"bytes"},"started_at":1,"ended_at":2,"result":{"vm":1},"error":{"code":"busy","kind":"pool_full","message":"the queue is full","hint":"try again","retryable":true,"op":"0123456789ab"}}}
+        {"op":{"id":"0123456789ab","method":"vm.start","vm":"0123456789ab","owner_uid":1000,"state":"failed","may_cancel":true,"progress":{"stage":"copy","done":1,"total":2,"unit":"bytes","parts":[{"name":"3f1d2a4b5c6d","state":"downloading","done":1,"total":2}],"parts_total":2},"started_at":1,"ended_at":2,"result":{"vm":1},"error":{"code":"busy","kind":"pool_full","message":"the queue is full","hint":"try again","retryable":true,"op":"0123456789ab"}}}
     "#]],
     );
     call::<OpCancel>(
@@ -69,7 +69,7 @@ fn operation_goldens() {
         expect![[r#"
         op.cancel
         {"op":"0123"}
-        {"op":{"id":"0123456789ab","method":"vm.start","vm":"0123456789ab","owner_uid":1000,"state":"failed","may_cancel":true,"progress":{"stage":"copy","done":1,"total":2,"unit":"bytes"},"started_at":1,"ended_at":2,"result":{"vm":1},"error":{"code":"busy","kind":"pool_full","message":"the queue is full","hint":"try again","retryable":true,"op":"0123456789ab"}}}
+        {"op":{"id":"0123456789ab","method":"vm.start","vm":"0123456789ab","owner_uid":1000,"state":"failed","may_cancel":true,"progress":{"stage":"copy","done":1,"total":2,"unit":"bytes","parts":[{"name":"3f1d2a4b5c6d","state":"downloading","done":1,"total":2}],"parts_total":2},"started_at":1,"ended_at":2,"result":{"vm":1},"error":{"code":"busy","kind":"pool_full","message":"the queue is full","hint":"try again","retryable":true,"op":"0123456789ab"}}}
     "#]],
     );
     expect![[r#"{"op":"0123456789ab"}"#]].assert_eq(&line(&OpStarted { op: id() }));

@@ -80,7 +80,7 @@ fn frame_goldens() {
     );
     expect![[r#"
         {"jsonrpc":"2.0","method":"op","params":{"op":"0123456789ab"}}
-        {"jsonrpc":"2.0","method":"progress","params":{"stage":"copy","done":1,"total":2,"unit":"bytes"}}
+        {"jsonrpc":"2.0","method":"progress","params":{"stage":"copy","done":1,"total":2,"unit":"bytes","parts":[{"name":"3f1d2a4b5c6d","state":"downloading","done":1,"total":2}],"parts_total":2}}
         {"jsonrpc":"2.0","method":"created","params":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","kernel":null,"vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null}}
         {"jsonrpc":"2.0","method":"session","params":{"session":"0123456789ab"}}
         {"jsonrpc":"2.0","method":"ready","params":{"keep":["a"]}}

@@ -108,6 +108,13 @@ fn progress() -> Progress {
         done: Some(1),
         total: Some(2),
         unit: Some("bytes".into()),
+        parts: vec![fcd::testing::api::op::Part {
+            name: "3f1d2a4b5c6d".into(),
+            state: fcd::testing::api::op::PartState::Downloading,
+            done: 1,
+            total: 2,
+        }],
+        parts_total: Some(2),
     }
 }
 

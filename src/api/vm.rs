@@ -99,6 +99,9 @@ pub struct Vm {
     /// Details about the state, such as `the VMM died: signal 9`.
     pub reason: Option<String>,
     pub image: ImageRef,
+    /// The digest of the image, such as `sha256:...`. Null for a VM of an earlier version of fcd.
+    #[serde(default)]
+    pub image_digest: Option<String>,
     /// The kernel that the VM boots instead of the image's.
     #[serde(default)]
     pub kernel: Option<KernelName>,

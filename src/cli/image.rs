@@ -3,7 +3,7 @@
 use super::connector::{Connector, operate};
 use super::context::Context;
 use super::image_pull;
-use super::output::{self, age, size};
+use super::output::{self, age, short_digest, size};
 use super::printer::Printer;
 use super::provision::{self, Recipe};
 use super::signals::Interrupts;
@@ -358,12 +358,6 @@ fn list(connector: &mut Connector, printer: &mut Printer, now_s: u64) -> Result<
         &rows,
     ))?;
     Ok(0)
-}
-
-/// Shortens `sha256:...` to the twelve digits that docker shows.
-fn short_digest(digest: &str) -> &str {
-    let hex = digest.split_once(':').map_or(digest, |(_, hex)| hex);
-    hex.get(..12).unwrap_or(hex)
 }
 
 #[cfg(test)]

@@ -1,9 +1,9 @@
 //! `ps` and `vm list`.
 
 use super::context::Context;
-use super::output::{Table, age, size};
-use super::vm_text::{state_text, workspace_line};
-use crate::api::vm::{VmBrief, VmList, VmListBrief, VmListRequest};
+use super::output::{Table, age, short_digest, size};
+use super::vm_text::{state, state_text, workspace_line};
+use crate::api::vm::{Vm, VmBrief, VmList, VmListBrief, VmListRequest};
 use crate::client::Result;
 
 /// Maximum number of VMs in a page. A long list has several pages, so that the daemon builds a page
@@ -18,6 +18,12 @@ pub(super) struct Args {
     /// Print only IDs, one per line
     #[arg(short, long)]
     quiet: bool,
+    /// Also show the digests of the images and the sizes of the disks
+    #[arg(short, long, conflicts_with = "quiet")]
+    size: bool,
+    /// Like --size, with whole digests
+    #[arg(long, conflicts_with = "quiet")]
+    no_trunc: bool,
 }
 
 pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
@@ -49,6 +55,21 @@ pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
         } else {
             printer.text(&ids.iter().map(|id| format!("{id}\n")).collect::<String>())?;
         }
+        return Ok(0);
+    }
+    if args.size || args.no_trunc {
+        let request = VmListRequest {
+            brief: false,
+            ..request
+        };
+        let mut table = Table::new(&[
+            "NAME", "ID", "STATE", "IMAGE", "DIGEST", "SIZE", "VCPUS", "MEMORY", "CREATED",
+        ]);
+        client.list_pages::<VmList>(request, &mut |vms| {
+            vms.iter()
+                .for_each(|vm| row_with_size(&mut table, vm, *now_s, args.no_trunc))
+        })?;
+        printer.text(&table.render())?;
         return Ok(0);
     }
     let mut table = Table::new(&[
@@ -87,6 +108,24 @@ fn row(table: &mut Table, vm: &VmBrief<'_>, now_s: u64) {
             .map(workspace_line)
             .unwrap_or_default(),
     );
+}
+
+/// Leaves out the workspace, because the digest takes its place.
+fn row_with_size(table: &mut Table, vm: &Vm, now_s: u64, is_whole: bool) {
+    let digest = match vm.image_digest.as_deref() {
+        None => "-",
+        Some(digest) if is_whole => digest,
+        Some(digest) => short_digest(digest),
+    };
+    table.cell(vm.name.as_str());
+    table.cell(vm.id.as_str());
+    table.cell(&state(vm));
+    table.cell(vm.image.as_str());
+    table.cell(digest);
+    table.cell(&size(vm.disk_bytes));
+    table.cell(&vm.vcpus.to_string());
+    table.cell(&size(vm.mem_mib << 20));
+    table.cell(&age(now_s, vm.created_at));
 }
 
 #[cfg(test)]
@@ -130,6 +169,39 @@ mod tests {
               "000000776562",
               "000000006462"
             ]
+            status 0
+        "#]],
+        );
+    }
+
+    #[test]
+    fn list_with_size_shows_digests_and_sizes() {
+        let fake = Fake::start(|r| {
+            let web = Vm {
+                image_digest: Some(format!("sha256:{}", "0123456789abcdef".repeat(4))),
+                ..vm("web", VmState::Running)
+            };
+            r.result(json!({"vms": [web, vm("db", VmState::Stopped)]}));
+        });
+        check(
+            &fake,
+            &["ps", "-as"],
+            expect![[r#"
+            > vm.list {"all":true,"limit":500}
+            NAME  ID            STATE    IMAGE    DIGEST        SIZE   VCPUS  MEMORY  CREATED
+            web   000000776562  running  default  0123456789ab  4 GiB  1      1 GiB   1h ago
+            db    000000006462  stopped  default  -             4 GiB  1      1 GiB   1h ago
+            status 0
+        "#]],
+        );
+        check(
+            &fake,
+            &["ps", "--no-trunc"],
+            expect![[r#"
+            > vm.list {"all":false,"limit":500}
+            NAME  ID            STATE    IMAGE    DIGEST                                                                   SIZE   VCPUS  MEMORY  CREATED
+            web   000000776562  running  default  sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef  4 GiB  1      1 GiB   1h ago
+            db    000000006462  stopped  default  -                                                                        4 GiB  1      1 GiB   1h ago
             status 0
         "#]],
         );

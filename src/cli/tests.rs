@@ -119,6 +119,7 @@ pub(super) fn vm(name: &str, state: VmState) -> Vm {
         state,
         reason: None,
         image: "default".parse().unwrap(),
+        image_digest: None,
         kernel: None,
         vcpus: 1,
         mem_mib: 1024,

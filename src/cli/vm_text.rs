@@ -128,6 +128,7 @@ pub(super) fn sheet(vm: &Vm, now_s: u64) -> String {
     add("operation", vm.op.as_ref().map(ToString::to_string));
     add("owner", Some(format!("uid {}", vm.owner_uid)));
     add("image", Some(vm.image.to_string()));
+    add("digest", vm.image_digest.clone());
     add("kernel", vm.kernel.as_ref().map(ToString::to_string));
     add("vcpus", Some(vm.vcpus.to_string()));
     add("memory", Some(size(vm.mem_mib << 20)));

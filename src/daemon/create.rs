@@ -72,6 +72,7 @@ impl Creator {
             state: VmState::Created,
             shape: VmShape {
                 image: image.name.clone(),
+                image_digest: Some(image.shown_digest().to_owned()),
                 kernel: request.kernel.clone(),
                 runtime: None,
                 vcpus: request.vcpus.unwrap_or(self.defaults.vcpus),

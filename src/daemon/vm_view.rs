@@ -18,6 +18,7 @@ pub(super) fn view(row: &VmRow, workspace: Option<&WorkspaceRow>) -> Vm {
         state: row.state,
         reason: row.reason.clone(),
         image: row.shape.image.clone(),
+        image_digest: row.shape.image_digest.clone(),
         kernel: row.shape.kernel.clone(),
         vcpus: row.shape.vcpus,
         mem_mib: row.shape.mem_mib,

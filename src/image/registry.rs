@@ -95,6 +95,12 @@ impl ImageInfo {
         }
     }
 
+    /// Returns the digest by which users know the image: that of its manifest or, if it was not
+    /// pulled, that of its files.
+    pub fn shown_digest(&self) -> &str {
+        self.digest.as_deref().unwrap_or(&self.content)
+    }
+
     pub fn to_api(&self, vms: u64) -> crate::api::image::Image {
         crate::api::image::Image {
             name: self.name.clone(),
@@ -108,7 +114,7 @@ impl ImageInfo {
             built_at: self.built_at,
             vms,
             owner_uid: self.owner_uid,
-            digest: Some(self.digest.as_ref().unwrap_or(&self.content).clone()),
+            digest: Some(self.shown_digest().to_owned()),
             source: self.source.clone(),
             recipe: self.recipe.clone(),
         }

@@ -50,6 +50,7 @@ pub(super) fn migrations() -> Vec<String> {
         vm::ADD_KERNEL,
         snapshot::ADD_VMM_VERSION,
         vm::ADD_RUNTIME,
+        vm::ADD_IMAGE_DIGEST,
     ];
     std::iter::once(first)
         .chain(later.map(str::to_owned))

@@ -30,6 +30,8 @@ pub struct TapFact {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VmShape {
     pub image: ImageRef,
+    /// The digest of the image when the VM was created. Unknown for older VMs.
+    pub image_digest: Option<String>,
     /// The kernel that the VM boots instead of the image's kernel, if one was chosen.
     pub kernel: Option<KernelName>,
     /// The guest runtime of the last boot, if the image has no init of its own.
@@ -116,6 +118,11 @@ pub(super) const ADD_KERNEL: &str =
 pub(super) const ADD_RUNTIME: &str =
     "UPDATE vms SET body = json_set(body, '$.runtime', json('null'));
      UPDATE snapshots SET body = json_set(body, '$.runtime', json('null'));";
+
+/// The migration to schema version 10, which adds `image_digest` to VMs and snapshots.
+pub(super) const ADD_IMAGE_DIGEST: &str =
+    "UPDATE vms SET body = json_set(body, '$.image_digest', json('null'));
+     UPDATE snapshots SET body = json_set(body, '$.image_digest', json('null'));";
 
 pub(super) fn save(c: &Connection, id: &VmId, row: Option<&VmRow>) -> rusqlite::Result<()> {
     let Some(row) = row else {

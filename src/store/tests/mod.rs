@@ -46,6 +46,7 @@ fn row(n: u32) -> VmRow {
             runtime: None,
             kernel: None,
             image: "default".parse().unwrap(),
+            image_digest: None,
             vcpus: 1,
             mem_mib: 512,
             disk_bytes: 1 << 30,

@@ -52,6 +52,7 @@ pub fn vm() -> Vm {
         reason: Some("why".into()),
         kernel: None,
         image: name("default"),
+        image_digest: Some("sha256:1".into()),
         vcpus: 1,
         mem_mib: 1024,
         disk_bytes: 4096,

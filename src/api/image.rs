@@ -1,7 +1,7 @@
 //! Calls about images. An image is a root file system with its kernel and initramfs.
 
 use super::call::calls;
-use crate::ids::ImageRef;
+use crate::ids::{ImageRef, KernelName};
 use serde::{Deserialize, Serialize};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -32,6 +32,19 @@ pub struct Image {
     /// build that it has done before.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub recipe: Option<String>,
+    /// The user's file that an image from `image.register` uses in place.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<ImageFile>,
+}
+
+/// A file outside of the daemon's state directory.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ImageFile {
+    pub path: String,
+    /// How the file differs from what was registered. Null if it does not differ. VMs of an image
+    /// whose file has changed do not start.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub changed: Option<String>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -144,6 +157,19 @@ pub struct ImageCommitRequest {
     pub recipe: Option<String>,
 }
 
+/// The call passes a descriptor of a regular file that is open for reading and belongs to the
+/// caller.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ImageRegisterRequest {
+    /// The name of the new image.
+    pub image: ImageRef,
+    /// The kernel that VMs of the image boot unless `vm.create` names another. Null for that of the
+    /// guest runtime.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<KernelName>,
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ImageReply {
     pub image: Image,
@@ -225,6 +251,10 @@ calls! {
     /// part of the image unless the guest removed them. Fails if an image of that name exists.
     ImageCommit = "image.commit" (ImageCommitRequest) -> ImageReply
         [Owner, Keyed, CancelOperation, NoFds, feature "image_commit"];
+    /// Makes an image of a file with an ext4 file system, which stays where it is. Fails if an
+    /// image of that name exists.
+    ImageRegister = "image.register" (ImageRegisterRequest) -> ImageReply
+        [Anybody, Keyed, CancelOperation, TakesFds, feature "image_register"];
     ImageList = "image.list" (super::page::ListRequest) -> ImageListReply [Anybody, Unkeyed, Nothing, NoFds];
     /// The owner is the user who built the image. The user who runs the daemon may delete the
     /// image, too. Fails with `conflict` while a VM or a snapshot needs the image.

@@ -119,6 +119,7 @@ mod tests {
             "image_build",
             "image_pull",
             "image_commit",
+            "image_register",
             "kernels",
             "events",
         ];

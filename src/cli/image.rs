@@ -3,6 +3,7 @@
 use super::connector::{Connector, operate};
 use super::context::Context;
 use super::image_pull;
+use super::image_register;
 use super::output::{self, age, short_digest, size};
 use super::printer::Printer;
 use super::provision::{self, Recipe};
@@ -35,6 +36,8 @@ pub(super) enum Verb {
     },
     /// Pull an image from a registry or an archive
     Pull(image_pull::Args),
+    /// Make an image of your file with an ext4 file system, which stays where it is
+    Register(image_register::Args),
     /// List images
     #[command(visible_alias = "ls")]
     List,
@@ -93,6 +96,7 @@ pub(super) fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
             report_made(&mut ctx.printer, &interrupts, made)
         }
         Verb::Pull(args) => pull(ctx, args),
+        Verb::Register(args) => register(ctx, args),
         Verb::Show { image } => show(&mut ctx.connector, &mut ctx.printer, ctx.now_s, image),
         Verb::History { image } => history(&mut ctx.connector, &mut ctx.printer, image),
         Verb::Tag { image, name } => tag(&mut ctx.connector, &mut ctx.printer, image, name),
@@ -206,6 +210,36 @@ fn pull(ctx: &mut Context, args: image_pull::Args) -> Result<u8> {
     }
 }
 
+fn register(ctx: &mut Context, args: image_register::Args) -> Result<u8> {
+    let interrupts = Interrupts::start(&ctx.signals, &ctx.stdio.stderr)?;
+    let mut client = ctx.connector.connect(&mut ctx.printer)?;
+    let guard = interrupts.guard(&client)?;
+    let result = image_register::register(&mut client, &ctx.printer, args);
+    drop(guard);
+    match interrupts.or_interrupted(result) {
+        Err(_) if interrupts.cause().is_some() => {
+            ctx.printer
+                .note("interrupted; fcd cancels the registration");
+            Ok(interrupts.status().unwrap_or(1))
+        }
+        Err(e) => Err(e),
+        Ok(image) => {
+            if ctx.printer.json {
+                ctx.printer.document(&image)?;
+            } else {
+                let file = image.file.as_ref().map_or("", |file| file.path.as_str());
+                ctx.printer.line(&format!(
+                    "{}: {}, in place at {}",
+                    image.name,
+                    size(image.disk_bytes),
+                    printable(file)
+                ))?;
+            }
+            Ok(0)
+        }
+    }
+}
+
 fn show(
     connector: &mut Connector,
     printer: &mut Printer,
@@ -227,14 +261,20 @@ fn show(
 fn description(reply: &ImageShowReply, now_s: u64) -> String {
     let (image, config) = (&reply.image, &reply.config);
     let words = |words: &[String]| words.iter().map(|w| quote(w)).collect::<Vec<_>>().join(" ");
+    let file = image.file.as_ref();
     let lines = [
         ("name", image.name.to_string()),
         ("digest", image.digest.clone().unwrap_or_default()),
         ("source", image.source.clone().unwrap_or_default()),
+        ("file", file.map(|f| f.path.clone()).unwrap_or_default()),
+        (
+            "changed",
+            file.and_then(|f| f.changed.clone()).unwrap_or_default(),
+        ),
         ("os", image.os.clone()),
         ("kernel", image.kernel.clone()),
         ("disk", size(image.disk_bytes)),
-        ("on host", size(image.allocated_bytes)),
+        ("on host", on_host(image)),
         ("built", age(now_s, image.built_at)),
         ("vms", image.vms.to_string()),
         ("user", config.user.clone()),
@@ -345,7 +385,7 @@ fn list(connector: &mut Connector, printer: &mut Printer, now_s: u64) -> Result<
             image.os.clone(),
             image.kernel.clone(),
             size(image.disk_bytes),
-            size(image.allocated_bytes),
+            on_host(image),
             age(now_s, image.built_at),
             image.vms.to_string(),
         ]
@@ -358,6 +398,15 @@ fn list(connector: &mut Connector, printer: &mut Printer, now_s: u64) -> Result<
         &rows,
     ))?;
     Ok(0)
+}
+
+/// Returns the space that an image uses on this host, or the state of a file that is in place.
+fn on_host(image: &Image) -> String {
+    match &image.file {
+        None => size(image.allocated_bytes),
+        Some(file) if file.changed.is_some() => "changed".to_owned(),
+        Some(_) => "in place".to_owned(),
+    }
 }
 
 #[cfg(test)]

@@ -49,6 +49,8 @@ impl Lifecycle {
         self.resources
             .release_boot(&row.id, row.generation.saturating_sub(1))?;
         let image = self.images.get(&row.shape.image)?;
+        // A VM starts only while its image is what it was, even if the VM's disk is a copy.
+        drop(image.open_in_place()?);
         let row = if restore.is_none() {
             self.kernel_service
                 .check_kernel(row.shape.kernel.as_ref(), &image)?;

@@ -73,7 +73,7 @@ impl Creator {
             shape: VmShape {
                 image: image.name.clone(),
                 image_digest: Some(image.shown_digest().to_owned()),
-                kernel: request.kernel.clone(),
+                kernel: request.kernel.clone().or_else(|| image.kernel.clone()),
                 runtime: None,
                 vcpus: request.vcpus.unwrap_or(self.defaults.vcpus),
                 mem_mib: request.mem_mib.unwrap_or(self.defaults.mem_mib),

@@ -137,7 +137,7 @@ impl ImageService {
 
 impl ImageService {
     /// Returns the space that the caller's images may still take.
-    fn bytes_left(&self, caller: &Caller) -> Result<u64> {
+    pub(super) fn bytes_left(&self, caller: &Caller) -> Result<u64> {
         let max = self.core.limits.disk_bytes_max;
         if caller.is_privileged() {
             return Ok(max);
@@ -156,7 +156,7 @@ impl ImageService {
     }
 
     /// Makes sure that there is a guest runtime, without which a pulled image cannot boot.
-    fn ensure_runtime(&self, op: &OpHandle) -> Result<()> {
+    pub(super) fn ensure_runtime(&self, op: &OpHandle) -> Result<()> {
         let reporter = op.reporter();
         crate::image::runtime::ensure(
             &self.guest_runtimes,
@@ -187,6 +187,11 @@ impl ImageService {
         let info = self.find(caller, &request.image)?;
         let mut reserved = self.reserve(caller, self.pulls.config.pulls_per_uid_max)?;
         self.reserve_name(&mut reserved, request.name.clone())?;
+        // The additional name needs the kernel, too.
+        let kernel = info.kernel.as_ref();
+        let _kernel = kernel
+            .map(|name| self.kernel_service.use_kernel(name))
+            .transpose()?;
         let tagged = self.images.tag(&info.name, &request.name, caller.uid)?;
         Ok(ImageReply {
             image: tagged.to_api(0),

@@ -12,6 +12,7 @@
 use super::access::Caller;
 use super::call::{CallOutcome, to_value};
 use super::core::Core;
+use super::kernels::KernelService;
 use super::spec::Specs;
 use super::uses::{UseGuard, Uses};
 use crate::api::image::{Image, ImageBuildRequest, ImageDeleteReply, ImageListReply, ImageReply};
@@ -35,8 +36,8 @@ use std::sync::Arc;
 #[derive(Default)]
 pub(super) struct Builds {
     /// The names of the images that will be published.
-    names: HashSet<ImageRef>,
-    by_uid: UidCounts,
+    pub(super) names: HashSet<ImageRef>,
+    pub(super) by_uid: UidCounts,
 }
 
 impl Builds {
@@ -48,10 +49,10 @@ impl Builds {
 
 /// A build or pull in progress. It ends when this is dropped.
 pub(super) struct Reserved {
-    builds: Arc<Mutex<Builds>>,
+    pub(super) builds: Arc<Mutex<Builds>>,
     /// The reserved name. A pull may learn it late.
-    name: Option<ImageRef>,
-    uid: u32,
+    pub(super) name: Option<ImageRef>,
+    pub(super) uid: u32,
 }
 
 impl Drop for Reserved {
@@ -86,6 +87,7 @@ pub struct ImageService {
     pub(super) build_admission: Admission,
     pub(super) pulls: Pulls,
     pub(super) specs: Specs,
+    pub(super) kernel_service: KernelService,
     /// The name of an image whose build request has no name.
     pub(super) default_image: ImageRef,
 }
@@ -127,81 +129,12 @@ impl ImageService {
         Ok(CallOutcome::Op(id))
     }
 
-    pub(super) fn reserve_build(&self, caller: &Caller, name: ImageRef) -> Result<Reserved> {
-        // A damaged image also occupies its name.
-        if self.exists(&name) {
-            return Err(
-                Error::new(Kind::NameTaken, format!("the image {name} exists already"))
-                    .hint("images never change, so choose another name: fcctl image build NAME"),
-            );
-        }
-        let doing = format!("build image {name}");
-        let max = self.core.limits.builds_per_uid_max;
-        let mut reserved = self.reserve(caller, max).map_err(|e| e.context(doing))?;
-        self.reserve_name(&mut reserved, name)?;
-        Ok(reserved)
-    }
-
     /// Returns true if an image has this name, even a damaged one.
     pub(super) fn exists(&self, name: &ImageRef) -> bool {
         !self
             .images
             .get(name)
             .is_err_and(|e| e.kind() == Kind::ImageNotFound)
-    }
-
-    /// Begins a build or pull, of which a user may have `max` in progress.
-    pub(super) fn reserve(&self, caller: &Caller, max: usize) -> Result<Reserved> {
-        let stored = if caller.is_privileged() {
-            0
-        } else {
-            self.stored_images(caller.uid)?
-        };
-        let limits = &self.core.limits;
-        let _images = self.core.locks.image_ops.lock(&());
-        let mut builds = self.builds.lock();
-        let running = builds.by_uid.of(caller.uid);
-        if running >= max {
-            let text = format!(
-                "you have {} in progress, which is the limit",
-                count(running as u64, "image")
-            );
-            return Err(Error::new(Kind::Busy, text)
-                .hint("wait for one to end or cancel one (fcctl op list, fcctl op cancel)"));
-        }
-        if stored + running >= limits.images_per_uid_max {
-            let text = format!(
-                "you have {}, which is the limit",
-                count(stored as u64, "image")
-            );
-            return Err(Error::new(Kind::Exhausted, text).hint("delete one: fcctl image rm NAME"));
-        }
-        builds.by_uid.add(caller.uid);
-        Ok(Reserved {
-            builds: self.builds.clone(),
-            name: None,
-            uid: caller.uid,
-        })
-    }
-
-    /// Reserves the name of the image that will be published.
-    pub(super) fn reserve_name(&self, reserved: &mut Reserved, name: ImageRef) -> Result<()> {
-        let _images = self.core.locks.image_ops.lock(&());
-        if !self.builds.lock().names.insert(name.clone()) {
-            let text = format!("image {name} is being built or pulled");
-            return Err(Error::new(Kind::Busy, text).hint("fcctl op list"));
-        }
-        reserved.name = Some(name);
-        Ok(())
-    }
-
-    fn stored_images(&self, uid: u32) -> Result<usize> {
-        Ok(self
-            .images
-            .list()?
-            .iter()
-            .filter(|info| info.owner_uid == Some(uid))
-            .count())
     }
 
     fn build_image(&self, op: &OpHandle, spec: &BuildSpec) -> Result<Image> {

@@ -12,7 +12,7 @@ use crate::api::page::{self, ListRequest};
 use crate::error::{Error, Kind, Result};
 use crate::host::Commands;
 use crate::host::plural::count;
-use crate::ids::KernelName;
+use crate::ids::{ImageRef, KernelName};
 use crate::image::kernels::Kernels;
 use crate::image::kernels::{ImportSpec, KernelInfo};
 use crate::image::{Boots, GuestRuntimes, ImageInfo, Images};
@@ -133,6 +133,11 @@ impl KernelService {
                 .filter(|row| row.shape.kernel.as_ref() == Some(name))
                 .count()
         });
+        if let Some(image) = self.image_with_kernel(name)? {
+            let text = format!("delete kernel {name}: it is the kernel of image {image}");
+            return Err(Error::new(Kind::Conflict, text)
+                .hint(format!("delete the image first: fcctl image rm {image}")));
+        }
         match (self.vms_with_kernel(name), snapshots) {
             (0, 0) => self.kernels.delete(name).map(|()| KernelDeleteReply {
                 deleted: name.clone(),
@@ -151,6 +156,13 @@ impl KernelService {
             )
             .hint("delete them first: fcctl ps -a, fcctl rm")),
         }
+    }
+
+    /// Returns an image whose VMs boot the kernel by default.
+    fn image_with_kernel(&self, name: &KernelName) -> Result<Option<ImageRef>> {
+        let mut images = self.images.list()?.into_iter();
+        let found = images.find(|image| image.kernel.as_ref() == Some(name));
+        Ok(found.map(|image| image.name))
     }
 
     fn vms_with_kernel(&self, name: &KernelName) -> u64 {
@@ -177,12 +189,21 @@ impl KernelService {
 
     /// Checks that the kernel exists, if one is named, and can boot the image.
     pub(super) fn check_kernel(&self, name: Option<&KernelName>, image: &ImageInfo) -> Result<()> {
-        let Some(name) = name else { return Ok(()) };
+        match name {
+            Some(name) if image.boots == Boots::Runtime => {
+                self.check_boots_runtime(name, &image.name)
+            }
+            Some(name) => self.kernels.get(name).map(drop),
+            None => Ok(()),
+        }
+    }
+
+    /// Checks that the kernel exists and can boot an image with a guest runtime.
+    pub(super) fn check_boots_runtime(&self, name: &KernelName, image: &ImageRef) -> Result<()> {
         let kernel = self.kernels.get(name)?;
-        if image.boots == Boots::Runtime && !kernel.boots_runtime {
+        if !kernel.boots_runtime {
             let text = format!(
-                "kernel {name} was imported by an earlier fcd, and cannot boot image {}",
-                image.name
+                "kernel {name} was imported by an earlier fcd, and cannot boot image {image}"
             );
             return Err(Error::new(Kind::Unsupported, text).hint(format!(
                 "run fcctl kernel delete {name}, then import it again"

@@ -137,6 +137,8 @@ mod hold;
 mod host_view;
 mod image_commit;
 mod image_pull;
+mod image_register;
+mod image_reserve;
 mod images;
 mod kernels;
 mod keys;

@@ -298,25 +298,26 @@ impl Base {
             adoptions,
             attempts: attempts.clone(),
         };
-        let image_service = ImageService {
+        let kernel_service = KernelService {
             core: core.clone(),
             commands: commands.clone(),
             images: images.clone(),
             guest_runtimes: guest_runtimes.clone(),
+            kernels,
+            uses: Uses::new(),
+        };
+        let image_service = ImageService {
+            core: core.clone(),
+            commands: commands.clone(),
+            images: images.clone(),
+            guest_runtimes,
             uses: Uses::new(),
             builds: Arc::new(Mutex::new(Rank::Runtimes, Builds::default())),
             build_admission: Admission::new("builds", limits.builds_max),
             pulls: pulls(config)?,
             specs: specs.clone(),
+            kernel_service: kernel_service.clone(),
             default_image: config.vm.image.clone(),
-        };
-        let kernel_service = KernelService {
-            core: core.clone(),
-            commands: commands.clone(),
-            images: images.clone(),
-            guest_runtimes,
-            kernels,
-            uses: Uses::new(),
         };
         Ok(Self {
             views: Views {

@@ -1,5 +1,6 @@
 //! Copies sparse files without filling their holes.
 
+use super::{Cloned, Method, ficlone};
 use crate::error::{Error, Result};
 use crate::locks::Cancel;
 use rustix::fs::{FallocateFlags, SeekFrom, copy_file_range, fallocate, seek};
@@ -11,6 +12,21 @@ const STEP_BYTES: u64 = 16 << 20;
 /// The smallest run of zeroes that is turned into a hole. The extents of smaller holes would cost
 /// more space than they free.
 const PUNCH_BYTES: usize = 64 << 10;
+
+/// Makes `to`, an empty file, share the blocks of `from`, or copies them if the file system cannot
+/// share them. Returns which of the two it was. `progress` receives the position and the file's
+/// length.
+pub fn share_or_copy(
+    from: &File,
+    to: &File,
+    cancel: &Cancel,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Method> {
+    match ficlone(to, from).map_err(|e| Error::io("share its blocks", e))? {
+        Cloned::Yes => Ok(Method::Reflink),
+        Cloned::No(_) => copy_sparse(from, to, cancel, progress).map(|()| Method::Copy),
+    }
+}
 
 /// Copies the data of `from` to `to`, which must be empty. `progress` receives the position and the
 /// file's length.

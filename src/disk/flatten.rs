@@ -4,12 +4,12 @@
 //! The VMM has written the disk's file, so its tables are not trusted. No program that would follow
 //! the names in a qcow2 file reads it, and every offset leads to bytes of the disk's own file.
 
-use super::copy::{copy_range, copy_sparse, punch_range};
+use super::copy::{copy_range, punch_range, share_or_copy};
 use super::duplicate::Source;
 use super::qcow2::{Cluster, Header};
 use super::read_at::{Piece, ReadAt};
 use super::snapshot::store::exceptions;
-use super::{Cloned, Method, ficlone, origin};
+use super::{Method, origin};
 use crate::error::{Error, Kind, Result};
 use crate::host::fs::open_nofollow;
 use crate::host::wait::cancelled;
@@ -66,18 +66,6 @@ pub fn flatten(
     }
     progress(size_bytes, size_bytes);
     Ok(())
-}
-
-fn share_or_copy(
-    from: &File,
-    to: &File,
-    cancel: &Cancel,
-    progress: &mut dyn FnMut(u64, u64),
-) -> Result<()> {
-    match ficlone(to, from).map_err(|e| Error::io("share its blocks", e))? {
-        Cloned::Yes => Ok(()),
-        Cloned::No(_) => copy_sparse(from, to, cancel, progress),
-    }
 }
 
 /// Visits the parts of a disk that differ from its base, all within `size_bytes`, until `visit`

@@ -13,6 +13,9 @@
 //! support. A disk that depends on its image keeps a hard link to the image's file in the VM's
 //! directory, so removing or rebuilding the image does not affect it.
 //!
+//! An image may be a user's file that can change. Its disks are always independent copies, whatever
+//! the method would be, and share blocks with the file where that is possible ([`copy_root`]).
+//!
 //! The devices of a dm-snapshot exist while the VM runs and carry its tag (`snapshot/`). Their loop
 //! devices are set to clear themselves, so nothing is left if a process dies between two steps. The
 //! kernel invalidates a dm-snapshot that has no space for a change, so its file is long enough for
@@ -39,10 +42,10 @@ pub mod snapshot;
 mod unmounted;
 pub mod work;
 
-pub use copy::punch_zeroes;
+pub use copy::{punch_zeroes, share_or_copy};
 pub use flatten::flatten;
 pub use method::{Method, Probe, probe};
-pub use root::{RootSpec, grow, make_root, origin};
+pub use root::{CopySpec, RootSpec, copy_root, grow, make_root, origin};
 pub use seed::{KeyPair, Network, RestoreSeed, Seed, SeedFile};
 pub use unmounted::is_unmounted;
 

@@ -1,6 +1,6 @@
 //! Creates root disks from an image, and grows them.
 
-use super::copy::copy_sparse;
+use super::copy::{copy_sparse, share_or_copy};
 use super::{Cloned, Draft, Method, ficlone, snapshot};
 use crate::error::{Error, Kind, Result};
 use crate::host::Credentials;
@@ -87,6 +87,40 @@ pub fn make_root(
         let _ = std::fs::remove_file(origin_path(spec.path));
         doing(e)
     })
+}
+
+/// A root disk to copy from an open file that somebody may change.
+pub struct CopySpec<'a> {
+    pub base: &'a File,
+    /// The size of the base when it was last known to be unchanged.
+    pub base_bytes: u64,
+    /// See [`RootSpec::path`].
+    pub path: &'a Path,
+    /// See [`RootSpec::size_bytes`].
+    pub size_bytes: u64,
+    /// See [`RootSpec::owner`].
+    pub owner: Option<Credentials>,
+}
+
+/// Creates a root disk that does not depend on its base. The disk is kept only if `is_same`, which
+/// is called after the copy, confirms that the base has not changed. Returns whether the disk
+/// shares blocks with the base or is a copy.
+pub fn copy_root(
+    spec: &CopySpec<'_>,
+    is_same: &dyn Fn() -> Result<()>,
+    cancel: &Cancel,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Method> {
+    let doing = |e: Error| e.context(format!("create root disk {}", spec.path.display()));
+    check_size(spec.base_bytes, spec.size_bytes).map_err(doing)?;
+    let draft = Draft::new(spec.path)?;
+    let file = new_file(&draft.path).map_err(doing)?;
+    let method = share_or_copy(spec.base, &file, cancel, progress).map_err(doing)?;
+    is_same()?;
+    file.set_len(spec.size_bytes)
+        .map_err(|e| doing(Error::io("set its size", e)))?;
+    draft.publish(spec.owner).map_err(doing)?;
+    Ok(method)
 }
 
 /// Creates a hard link to the image's file in the VM's directory, so that deleting or rebuilding

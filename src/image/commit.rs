@@ -52,5 +52,6 @@ pub fn commit(
     metadata.recipe.clone_from(&spec.recipe);
     // The content differs from what the base was made from, and may be confidential.
     (metadata.digest, metadata.source, metadata.private) = (None, None, true);
+    metadata.in_place = None;
     images.publish(&out, &metadata)
 }

@@ -18,6 +18,12 @@ const BLOCK: usize = 4096;
 pub(super) fn record(dir: &Path, name: &str, cancel: &Cancel) -> Result<FileRecord> {
     let io = |e: std::io::Error| Error::io(format!("hash {name}"), e);
     let file = File::open(dir.join(name)).map_err(io)?;
+    record_file(&file, name, cancel)
+}
+
+/// Like [`record`], but for an open file.
+pub(super) fn record_file(file: &File, name: &str, cancel: &Cancel) -> Result<FileRecord> {
+    let io = |e: std::io::Error| Error::io(format!("hash {name}"), e);
     let bytes = file.metadata().map_err(io)?.len();
     let sparse = name == ROOTFS;
     let mut hash = Sha256::new();

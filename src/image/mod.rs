@@ -9,6 +9,9 @@
 //! - An OCI image has only `rootfs.ext4`, without a byte of ours, `image.json` and `details.json`.
 //!   It boots with a guest runtime ([`runtime`]). [`pull`] makes it.
 //!
+//! The root file system of an image that was registered is a user's file elsewhere ([`in_place`]).
+//! [`register`] records it.
+//!
 //! A guest needs these devices from its VMM: a first virtio disk as root disk (`/dev/vda`), a
 //! second one as seed drive (`/dev/vdb`), with a runtime a third one for it (`/dev/vdc`), one
 //! virtio network interface (`eth0`), and a console at `ttyS0`. Virtio may be over PCI or MMIO. No
@@ -29,20 +32,26 @@ mod enter_accounts;
 #[path = "guest/enter/settings.rs"]
 mod enter_settings;
 pub mod fetch;
+mod fsck;
+mod in_place;
 mod initrd;
 mod kernel;
 pub mod kernels;
 pub mod oci;
 pub mod pull;
+mod register;
 mod registry;
 pub mod runtime;
 mod script;
 mod sources;
+mod superblock;
 mod unpack;
 
 pub use build::{BuildSpec, Profile, build};
 pub use checks::checks;
 pub use commit::{CommitSpec, commit};
+pub use in_place::InPlace;
+pub use register::{Copy, RegisterSpec, register};
 pub use registry::{
     BALLOON_SINCE, Boots, CTRL_ALT_DEL_SINCE, ImageInfo, Images, USER_LOGIN_SINCE, kernel_path,
 };

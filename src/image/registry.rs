@@ -1,11 +1,12 @@
 //! The registry of images. It has one directory per image and keeps nothing in memory.
 
 use super::directory::{self, Staging, open_registry};
-use crate::api::image::{ImageConfig, ImageHistory};
+use super::in_place::InPlace;
+use crate::api::image::{ImageConfig, ImageFile, ImageHistory};
 use crate::error::{Error, Kind, Result};
 use crate::host::hex;
 use crate::host::time::now_s;
-use crate::ids::ImageRef;
+use crate::ids::{ImageRef, KernelName};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::fs::File;
@@ -21,11 +22,13 @@ const METADATA_BYTES_MAX: u64 = 4 << 20;
 /// What is only shown on demand.
 const DETAILS: &str = "details.json";
 const DETAILS_BYTES_MAX: u64 = 8 << 20;
+/// The size of a disk is a multiple of this.
+const BLOCK_BYTES: u64 = 4096;
 /// The format of `image.json` for an image that has its own kernel and init.
 const FORMAT_OWN: u32 = 1;
 /// The format of `image.json` for an image that boots with a guest runtime. Images with another
 /// format are refused.
-const FORMAT_RUNTIME: u32 = 2;
+pub(super) const FORMAT_RUNTIME: u32 = 2;
 /// The version of the init in new images. Version 1 supports `work_disk` and `files.tar` in the
 /// seed. In version 2 the initramfs loads the balloon driver. Version 3 shuts down on Ctrl-Alt-Del
 /// and loads the vsock driver on demand. In version 4, users other than root can log in.
@@ -46,8 +49,12 @@ pub struct ImageInfo {
     pub name: ImageRef,
     pub dir: PathBuf,
     pub boots: Boots,
-    /// The raw ext4 file system, which is read-only.
+    /// The raw ext4 file system, which is read-only. It does not exist if the image is in place.
     pub rootfs: PathBuf,
+    /// The user's file that holds the root file system of an image that was registered.
+    pub in_place: Option<InPlace>,
+    /// The kernel that a VM of this image boots unless its creator chooses another.
+    pub kernel: Option<KernelName>,
     /// The virtual size of the root file system.
     pub disk_bytes: u64,
     /// The space that the image uses on the host.
@@ -106,9 +113,10 @@ impl ImageInfo {
             name: self.name.clone(),
             disk_bytes: self.disk_bytes,
             allocated_bytes: self.allocated_bytes,
-            kernel: match self.boots {
-                Boots::Own { .. } => format!("Linux {}", self.kernel_version),
-                Boots::Runtime => "guest runtime".to_owned(),
+            kernel: match (&self.kernel, &self.boots) {
+                (Some(name), _) => format!("kernel {name}"),
+                (None, Boots::Own { .. }) => format!("Linux {}", self.kernel_version),
+                (None, Boots::Runtime) => "guest runtime".to_owned(),
             },
             os: self.os.clone(),
             built_at: self.built_at,
@@ -117,7 +125,33 @@ impl ImageInfo {
             digest: Some(self.shown_digest().to_owned()),
             source: self.source.clone(),
             recipe: self.recipe.clone(),
+            file: self.in_place.as_ref().map(|file| ImageFile {
+                path: file.path.display().to_string(),
+                changed: file.difference(),
+            }),
         }
+    }
+
+    /// Opens the file of an image that is in place, or returns None if the image is not.
+    ///
+    /// # Errors
+    /// `conflict` if the file is no longer what was registered.
+    pub fn open_in_place(&self) -> Result<Option<File>> {
+        let opened = self.in_place.as_ref().map(InPlace::open).transpose();
+        opened.map_err(|e| self.about_file(e))
+    }
+
+    /// Checks that the file of an image that is in place has not changed since it was opened.
+    pub fn require_same(&self, file: &File) -> Result<()> {
+        let same = self.in_place.as_ref().map(|of| of.require_same(file));
+        same.unwrap_or(Ok(())).map_err(|e| self.about_file(e))
+    }
+
+    fn about_file(&self, e: Error) -> Error {
+        let name = &self.name;
+        e.context(format!("image {name}")).hint(format!(
+            "put the file back as it was, or run fcctl image rm {name} and register it again"
+        ))
     }
 }
 
@@ -147,6 +181,11 @@ pub(super) struct Metadata {
     pub config: Option<ImageConfig>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub recipe: Option<String>,
+    /// Where the root file system is, if it is not among the image's own files.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub in_place: Option<InPlace>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<KernelName>,
     pub files: Vec<FileRecord>,
 }
 
@@ -174,6 +213,8 @@ impl Metadata {
             private: false,
             config: None,
             recipe: None,
+            in_place: None,
+            kernel: None,
             files: Vec::new(),
         }
     }
@@ -243,6 +284,9 @@ impl Images {
             let record = metadata.files.iter().find(|f| f.name == wanted);
             let record =
                 record.ok_or_else(|| damaged(format!("{METADATA} does not name {wanted}")))?;
+            if wanted == ROOTFS && metadata.in_place.is_some() {
+                return Ok(record.bytes);
+            }
             let found = std::fs::metadata(dir.join(wanted))
                 .map_err(|e| damaged(format!("{wanted}: {e}")))?;
             allocated_bytes += found.blocks() * 512;
@@ -265,7 +309,8 @@ impl Images {
                 initrd: dir.join(INITRD),
             }
         };
-        let disk_bytes = size(ROOTFS)?;
+        // A user's file may have any size, but a disk consists of whole blocks.
+        let disk_bytes = size(ROOTFS)?.next_multiple_of(BLOCK_BYTES);
         Ok(ImageInfo {
             name: name.clone(),
             rootfs: dir.join(ROOTFS),
@@ -287,6 +332,8 @@ impl Images {
             config: metadata.config.unwrap_or_default(),
             boots,
             recipe: metadata.recipe,
+            in_place: metadata.in_place,
+            kernel: metadata.kernel,
             dir,
         })
     }
@@ -434,10 +481,21 @@ impl Images {
         if !replaces || !self.path(&pulled.name).exists() {
             return self.publish(files, &metadata);
         }
-        self.write_metadata(files, &metadata)?;
+        self.replace(files, &metadata)
+    }
+
+    /// Publishes `files` like [`Self::publish`], in the place of the image of the same name, which
+    /// is moved to `files`.
+    pub(super) fn replace(&self, files: &Path, metadata: &Metadata) -> Result<ImageInfo> {
+        let name = &metadata.name;
+        let io = |e: std::io::Error| match e.kind() {
+            std::io::ErrorKind::NotFound if !self.path(name).exists() => not_found(name),
+            _ => Error::io(format!("publish image {name}"), e),
+        };
+        self.write_metadata(files, metadata)?;
         directory::seal(files, &self.files_of(files)).map_err(io)?;
-        directory::exchange(files, &self.path(&pulled.name)).map_err(io)?;
-        self.get(&pulled.name)
+        directory::exchange(files, &self.path(name)).map_err(io)?;
+        self.get(name)
     }
 
     /// Reads what is only shown on demand. Images that were built here have nothing.
@@ -506,114 +564,5 @@ fn name_taken(name: &ImageRef) -> Error {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::directory::DELETING_PREFIX;
-    use super::*;
-    use std::os::unix::fs::PermissionsExt;
-
-    fn name() -> ImageRef {
-        "default".parse().unwrap()
-    }
-
-    fn publish(images: &Images) -> Result<ImageInfo> {
-        let staging = images.stage(&name())?;
-        let files = staging.path().join("out");
-        std::fs::create_dir(&files).unwrap();
-        let mut metadata = Metadata::new(&name(), &[], 7);
-        for (file, bytes) in [(KERNEL, 3), (INITRD, 2), (ROOTFS, 8192)] {
-            std::fs::write(files.join(file), vec![1; bytes]).unwrap();
-            metadata.files.push(FileRecord {
-                name: file.into(),
-                bytes: bytes as u64,
-                sha256: String::new(),
-            });
-        }
-        images.publish(&files, &metadata)
-    }
-
-    #[test]
-    fn published_image_is_complete_and_not_replaced() {
-        let state = tempfile::tempdir().unwrap();
-        let images = Images::open(state.path()).unwrap();
-        assert_eq!(images.get(&name()).unwrap_err().kind(), Kind::ImageNotFound);
-        let info = publish(&images).unwrap();
-        assert_eq!((info.disk_bytes, info.built_at), (8192, 7));
-        assert_eq!(
-            std::fs::metadata(&info.rootfs)
-                .unwrap()
-                .permissions()
-                .mode()
-                & 0o777,
-            0o444
-        );
-        assert_eq!(publish(&images).unwrap_err().kind(), Kind::NameTaken);
-        let again = Images::open(state.path()).unwrap();
-        assert_eq!(again.list().unwrap(), [info]);
-        assert_eq!(
-            std::fs::read_dir(state.path().join("images"))
-                .unwrap()
-                .count(),
-            1
-        );
-    }
-
-    #[test]
-    fn deleted_image_is_gone_but_hard_links_remain() {
-        let state = tempfile::tempdir().unwrap();
-        let images = Images::open(state.path()).unwrap();
-        assert_eq!(
-            images.delete(&name()).unwrap_err().kind(),
-            Kind::ImageNotFound
-        );
-        let info = publish(&images).unwrap();
-        let disk = state.path().join("disk");
-        std::fs::hard_link(&info.rootfs, &disk).unwrap();
-        images.delete(&name()).unwrap();
-        assert_eq!(images.get(&name()).unwrap_err().kind(), Kind::ImageNotFound);
-        assert_eq!(
-            std::fs::read_dir(state.path().join("images"))
-                .unwrap()
-                .count(),
-            0
-        );
-        assert_eq!(std::fs::read(disk).unwrap(), vec![1; 8192]);
-        // A damaged image can be deleted too.
-        std::fs::remove_file(publish(&images).unwrap().dir.join(KERNEL)).unwrap();
-        images.delete(&name()).unwrap();
-        publish(&images).unwrap();
-    }
-
-    #[test]
-    fn unfinished_builds_are_removed_at_open() {
-        let state = tempfile::tempdir().unwrap();
-        let images = Images::open(state.path()).unwrap();
-        std::mem::forget(images.stage(&name()).unwrap());
-        std::mem::forget(Staging::new(&state.path().join("images"), DELETING_PREFIX).unwrap());
-        assert_eq!(
-            std::fs::read_dir(state.path().join("images"))
-                .unwrap()
-                .count(),
-            2
-        );
-        let images = Images::open(state.path()).unwrap();
-        assert_eq!(
-            std::fs::read_dir(state.path().join("images"))
-                .unwrap()
-                .count(),
-            0
-        );
-        assert!(images.list().unwrap().is_empty());
-    }
-
-    #[test]
-    fn damaged_image_is_distinguished_from_a_missing_one() {
-        let state = tempfile::tempdir().unwrap();
-        let images = Images::open(state.path()).unwrap();
-        let info = publish(&images).unwrap();
-        std::fs::remove_file(info.dir.join(KERNEL)).unwrap();
-        let e = images.get(&name()).unwrap_err();
-        assert_eq!(e.kind(), Kind::Host);
-        assert!(e.to_string().contains("vmlinux"), "{e}");
-        assert!(images.list().unwrap().is_empty());
-    }
-}
+#[path = "registry_tests.rs"]
+mod tests;

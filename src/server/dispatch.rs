@@ -204,6 +204,9 @@ impl CallContext<'_> {
             AnyCall::Image(Image::ImagePrune(r)) => reply(d.images.image_prune(c, &r)),
             AnyCall::Image(Image::ImageList(r)) => reply(d.images.image_list(c, &r)),
             AnyCall::Image(Image::ImageCommit(r)) => operation(d.images.image_commit(c, &r)),
+            AnyCall::Image(Image::ImageRegister(r)) => {
+                operation(d.images.image_register(c, r, fds))
+            }
             AnyCall::Image(Image::ImageDelete(r)) => reply(d.images.image_delete(c, &r.image)),
             AnyCall::Kernel(Kernel::KernelImport(r)) => operation(d.kernels.kernel_import(c, r)),
             AnyCall::Kernel(Kernel::KernelList(r)) => reply(d.kernels.kernel_list(&r)),

@@ -27,6 +27,7 @@ mod promise;
 mod pulled;
 #[path = "../it/lock_fuzz/random.rs"]
 mod random;
+mod registered;
 mod repositories;
 mod runtime;
 mod snapshots;

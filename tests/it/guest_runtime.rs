@@ -23,7 +23,7 @@ fn make_image(state_dir: &Path, name: &str) {
 }
 
 /// Publishes a runtime with empty contents, and returns its directory.
-fn make_runtime(state_dir: &Path, id: &str, built_at: u64) -> PathBuf {
+pub fn make_runtime(state_dir: &Path, id: &str, built_at: u64) -> PathBuf {
     let dir = state_dir.join("runtimes").join(id);
     std::fs::create_dir_all(&dir).unwrap();
     let files = ["vmlinux", "initrd", "runtime.ext4"].map(|name| {

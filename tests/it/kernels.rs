@@ -59,16 +59,19 @@ fn kernel_import_of_invalid_file_leaves_nothing() {
     );
 }
 
-/// Creates the files of an imported kernel. Returns their directory.
-fn make_kernel(world: &World) -> PathBuf {
+/// Creates the files of an imported kernel, of this version or an earlier one. Returns their
+/// directory.
+pub fn make_kernel(world: &World, boots_runtime: bool) -> PathBuf {
     let dir = world.config.state_dir.join("kernels/mine");
     let draft = dir.with_file_name("draft");
     std::fs::create_dir(&draft).unwrap();
     for file in ["vmlinux", "initrd"] {
         std::fs::write(draft.join(file), "x").unwrap();
     }
-    let about =
-        serde_json::json!({"name": "mine", "version": "6.1", "modules": [], "imported_at": 7});
+    let about = serde_json::json!({
+        "name": "mine", "version": "6.1", "modules": [], "imported_at": 7,
+        "boots_runtime": boots_runtime,
+    });
     std::fs::write(draft.join("kernel.json"), about.to_string()).unwrap();
     std::fs::rename(&draft, &dir).unwrap();
     dir
@@ -80,7 +83,7 @@ fn kernel_in_use_by_create_is_not_deleted() {
     let world = World::new();
     let kernel = || "mine".parse().unwrap();
     for round in 0..ROUNDS {
-        let dir = make_kernel(&world);
+        let dir = make_kernel(&world, false);
         let name = format!("web-{round}");
         let create = VmCreateRequest {
             name: Some(name.parse().unwrap()),
@@ -120,7 +123,7 @@ fn kernel_in_use_by_vm_is_not_deleted() {
         })
     };
     assert!(create().unwrap_err().is(Kind::KernelNotFound));
-    let dir = make_kernel(&world);
+    let dir = make_kernel(&world, false);
     let vm = create().unwrap().vm;
     world.place(&vm.id);
     world.start("web").unwrap();

@@ -31,6 +31,7 @@ pub(crate) use protocol::{Found, Progress};
 
 use super::ImageInfo;
 use super::fetch::{Proxies, Repository, Selector, Settings, TokenServer};
+use super::fsck;
 use super::oci::limits::UNPACKED_BYTES_MAX;
 use super::oci::{Digest, Platform, Reference};
 use super::registry::{ImageDetails, Images, Pulled, ROOTFS};
@@ -38,7 +39,7 @@ use crate::api::image::ArchiveFormat;
 use crate::api::registry::{Credential, Secret};
 use crate::config::Registry;
 use crate::error::{Error, Kind, Result};
-use crate::host::{Command, Commands, Credentials};
+use crate::host::{Commands, Credentials};
 use crate::ids::ImageRef;
 use crate::locks::Cancel;
 use helper::FILE_BYTES_MAX;
@@ -48,9 +49,7 @@ use std::fs::{File, Permissions};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
-const CHECK_DEADLINE: Duration = Duration::from_secs(600);
 /// Where distributions keep the certificates of the authorities that they trust. The first file
 /// that exists is used, as OpenSSL of Debian, Red Hat, SUSE and Alpine does.
 const AUTHORITIES: [&str; 4] = [
@@ -157,7 +156,7 @@ pub(crate) fn pull(
         .ok_or_else(|| Error::internal("the helper has sent a strange result"))?;
     check_size(&image, spec.bytes_max)?;
     drop(image);
-    check(commands, &rootfs, spec.helper, cancel)?;
+    fsck::check(commands, &rootfs, spec.helper, cancel)?;
     // No VM may be created from the old image until the new one has its place.
     let _replaced = if replaces {
         Some(deciding.observer.begin_replace(&name)?)
@@ -339,34 +338,4 @@ fn check_size(image: &File, bytes_max: u64) -> Result<()> {
     }
     let text = format!("the image takes {allocated} bytes, at most {bytes_max} are allowed");
     Err(Error::new(Kind::Exhausted, text).hint("delete an image: fcctl image rm NAME"))
-}
-
-/// Checks the file system that the helper has written, with the helper's rights.
-fn check(
-    commands: &dyn Commands,
-    rootfs: &Path,
-    helper: Option<Credentials>,
-    cancel: &Cancel,
-) -> Result<()> {
-    let command = match helper {
-        Some(Credentials { uid, gid }) => Command::new("setpriv").args([
-            format!("--reuid={uid}"),
-            format!("--regid={gid}"),
-            "--clear-groups".to_owned(),
-            "--no-new-privs".to_owned(),
-            "e2fsck".to_owned(),
-        ]),
-        None => Command::new("e2fsck"),
-    };
-    let command = command
-        .args(["-f", "-n"])
-        .arg(rootfs)
-        .deadline(CHECK_DEADLINE);
-    commands
-        .run(&command, cancel, &mut |_| {})
-        .map(drop)
-        .map_err(|e| match e.kind() {
-            Kind::CommandMissing => e.hint("sudo apt-get install e2fsprogs util-linux"),
-            _ => e.context("check the image's file system"),
-        })
 }

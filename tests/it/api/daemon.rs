@@ -21,6 +21,7 @@ fn image() -> Image {
         digest: None,
         source: None,
         recipe: None,
+        file: None,
     }
 }
 
@@ -156,6 +157,26 @@ fn image_goldens() {
         {"image":"default"}
         {"image":{"name":"default","disk_bytes":1,"allocated_bytes":2,"kernel":"Linux 6.1","os":"Debian","built_at":3,"vms":4,"owner_uid":1000},"config":{"user":"","env":[],"working_dir":"","entrypoint":[],"cmd":["sh"]},"layers":["sha256:2"],"history":[]}
     "#]],
+    );
+    call::<ImageRegister>(
+        ImageRegisterRequest {
+            image: name("mine"),
+            kernel: Some(name("linux-6")),
+        },
+        ImageReply {
+            image: Image {
+                file: Some(ImageFile {
+                    path: "/srv/root.ext4".into(),
+                    changed: Some("it was written".into()),
+                }),
+                ..image()
+            },
+        },
+        expect![[r#"
+            image.register
+            {"image":"mine","kernel":"linux-6"}
+            {"image":{"name":"default","disk_bytes":1,"allocated_bytes":2,"kernel":"Linux 6.1","os":"Debian","built_at":3,"vms":4,"owner_uid":1000,"file":{"path":"/srv/root.ext4","changed":"it was written"}}}
+        "#]],
     );
     call::<ImageTag>(
         ImageTagRequest {

@@ -16,6 +16,9 @@ pub struct Builds {
     pub running: AtomicUsize,
     /// The highest number of builds that ran at once.
     pub peak: AtomicUsize,
+    /// While this is true, a check of a file system keeps running.
+    pub checks_are_held: AtomicBool,
+    pub checks_running: AtomicUsize,
 }
 
 impl Builds {
@@ -35,6 +38,24 @@ impl Builds {
                 Kind::CommandFailed,
                 "there is no archive in a test",
             )),
+        }
+    }
+}
+
+impl Builds {
+    /// Finds every file system in order, at the end.
+    fn check(&self, cancel: &Cancel) -> fcd::testing::error::Result<Output> {
+        self.checks_running.fetch_add(1, Ordering::SeqCst);
+        await_that("the check may end", || {
+            !self.checks_are_held.load(Ordering::SeqCst) || cancel.is_cancelled()
+        });
+        self.checks_running.fetch_sub(1, Ordering::SeqCst);
+        match cancel.cause() {
+            Some(cause) => Err(Error::new(
+                Kind::Cancelled,
+                format!("check: cancelled: {cause}"),
+            )),
+            None => Ok(Output::default()),
         }
     }
 }
@@ -63,6 +84,9 @@ impl Commands for FakeCommands {
             .collect();
         if command.program == "mkfs.ext4" {
             return Ok(Output::default());
+        }
+        if command.program == "e2fsck" || args.iter().any(|a| a == "e2fsck") {
+            return self.0.check(cancel);
         }
         if command.program == "apt-config"
             || (command.program == "setpriv" && args.iter().any(|a| a == "fcd-probe"))

@@ -3,8 +3,9 @@
 use super::super::{Boot, BootStep, HostView, Resources};
 use crate::api::daemon::Check;
 use crate::daemon::disk_probe::probe;
-use crate::disk::{self, Method, RootSpec};
-use crate::error::Result;
+use crate::disk::{self, CopySpec, Method, RootSpec};
+use crate::error::{Error, Result};
+use crate::image::InPlace;
 
 pub(in super::super) struct RootDisk;
 
@@ -80,21 +81,50 @@ impl Resources {
         if row.disk_driver.is_some() && path.exists() {
             return disk::grow(commands, &path, method, row.shape.disk_bytes, boot.cancel);
         }
-        let owner = boot.spec.credentials;
-        let wanted = RootSpec {
-            method,
-            base: &image.rootfs,
-            path: &path,
-            size_bytes: row.shape.disk_bytes,
-            owner,
-        };
         let reporter = boot.op.reporter();
         let report = &mut |done, total| reporter.progress_units(done, Some(total), "bytes");
-        disk::make_root(commands, &wanted, boot.cancel, report)?;
+        let method = if let Some(in_place) = &image.in_place {
+            self.copy_in_place(boot, in_place, report)?
+        } else {
+            let wanted = RootSpec {
+                method,
+                base: &image.rootfs,
+                path: &path,
+                size_bytes: row.shape.disk_bytes,
+                owner: boot.spec.credentials,
+            };
+            disk::make_root(commands, &wanted, boot.cancel, report)?;
+            method
+        };
         let ticket = self.core.change_row(&row.id, false, |r| {
             r.disk_driver = Some(method.name().to_owned());
             r.guest_version = image.guest_version;
         })?;
         self.core.wait_durable(ticket)
+    }
+
+    /// Makes the disk of an image whose file belongs to a user. The VM gets a copy, because the
+    /// user can change the file while the VM runs, and a VMM that opened its path could be led to
+    /// another file.
+    fn copy_in_place(
+        &self,
+        boot: &Boot<'_>,
+        in_place: &InPlace,
+        report: &mut dyn FnMut(u64, u64),
+    ) -> Result<Method> {
+        let image = boot.image;
+        let file = image
+            .open_in_place()?
+            .ok_or_else(|| Error::internal("an image has no file"))?;
+        boot.op.progress("copy the image's file");
+        let wanted = CopySpec {
+            base: &file,
+            base_bytes: in_place.bytes,
+            path: &self.specs.disk_path(&boot.row.id, Method::Copy),
+            size_bytes: boot.row.shape.disk_bytes,
+            owner: boot.spec.credentials,
+        };
+        let is_same = || image.require_same(&file);
+        disk::copy_root(&wanted, &is_same, boot.cancel, report)
     }
 }

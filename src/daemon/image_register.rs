@@ -1,0 +1,130 @@
+//! Registers a user's file as an image.
+//!
+//! The user passes a descriptor of the file, so the daemon never opens what the user may not open.
+//! The file stays where it is and belongs to the user, who may change it at any time. So each start
+//! compares it with what was registered ([`crate::image::InPlace`]), and each VM gets a copy of it.
+
+use super::access::Caller;
+use super::call::{CallOutcome, to_value};
+use super::images::{ImageService, Reserved};
+use super::uses::UseGuard;
+use crate::api::image::{Image, ImageRegisterRequest, ImageReply};
+use crate::error::{Error, Kind, Result};
+use crate::host::fs::space;
+use crate::ids::{ImageRef, KernelName};
+use crate::image::{InPlace, RegisterSpec};
+use crate::ops::OpHandle;
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
+
+/// The space that a copy leaves free on the host's disk.
+const SPARE_BYTES: u64 = 256 << 20;
+
+/// A registration in progress.
+struct Registration {
+    file: InPlace,
+    request: ImageRegisterRequest,
+    _reserved: Reserved,
+    /// Prevents the deletion of the image before the caller has learned that it exists.
+    _image: UseGuard<ImageRef>,
+    /// Prevents the deletion of the kernel until the image names it.
+    _kernel: Option<UseGuard<KernelName>>,
+}
+
+impl ImageService {
+    /// Begins to register the file whose descriptor is passed.
+    ///
+    /// # Errors
+    /// `invalid_argument` or `denied` if the descriptor is not that of a regular file of the
+    /// caller, `name_taken`, `kernel_not_found`, `busy`, `exhausted`.
+    pub fn image_register(
+        &self,
+        caller: &Caller,
+        request: ImageRegisterRequest,
+        fds: Vec<OwnedFd>,
+    ) -> Result<CallOutcome> {
+        const METHOD: &str = "image.register";
+        let doing = |e: Error| e.context(format!("register image {}", request.image));
+        let [fd] = <[OwnedFd; 1]>::try_from(fds).map_err(|fds| {
+            let text = format!("image.register takes one descriptor, but got {}", fds.len());
+            Error::new(Kind::InvalidRequest, text).hint("pass an open file; fcctl does")
+        })?;
+        let file = InPlace::accept(&fd, caller.uid).map_err(doing)?;
+        self.require_free(&request.image)?;
+        let max = self.pulls.config.pulls_per_uid_max;
+        let mut reserved = self.reserve(caller, max).map_err(doing)?;
+        self.reserve_name(&mut reserved, request.image.clone())?;
+        let image = self.uses.begin_use(&request.image).ok_or_else(|| {
+            let text = format!("image {} is being deleted", request.image);
+            Error::new(Kind::Busy, text).hint("try again in a moment")
+        })?;
+        let kernels = &self.kernel_service;
+        let kernel = request.kernel.as_ref();
+        let kernel = kernel.map(|name| {
+            let in_use = kernels.use_kernel(name)?;
+            kernels.check_boots_runtime(name, &request.image)?;
+            Ok(in_use)
+        });
+        let registration = Registration {
+            file,
+            _reserved: reserved,
+            _image: image,
+            _kernel: kernel.transpose().map_err(doing)?,
+            request,
+        };
+        let op = self.core.begin_op(METHOD, None, caller.uid, true)?;
+        if let Err(e) = self.core.persist_op(&op) {
+            op.finish(Err(e.clone()));
+            return Err(e);
+        }
+        let (id, service, caller) = (op.id().clone(), self.clone(), *caller);
+        self.core.spawn(&format!("op-{id}"), move || {
+            let name = registration.request.image.clone();
+            let _label = crate::locks::operation_scope(format!("{METHOD} {name}"));
+            let result = service
+                .register(&op, &caller, &registration)
+                .map_err(|e| e.context(format!("register image {name}")))
+                .and_then(|image| to_value(&ImageReply { image }));
+            drop(registration);
+            service.core.end_op(op, result);
+        })?;
+        Ok(CallOutcome::Op(id))
+    }
+
+    fn register(&self, op: &OpHandle, caller: &Caller, asked: &Registration) -> Result<Image> {
+        let _admitted = self
+            .pulls
+            .admission
+            .enter(op.cancel(), |_| op.progress("wait for a pull"))?;
+        op.progress("check the file system");
+        let spec = RegisterSpec {
+            name: asked.request.image.clone(),
+            file: &asked.file,
+            kernel: asked.request.kernel.clone(),
+            owner_uid: caller.uid,
+            helper: self.pulls.helper,
+        };
+        let mut copy = |from: &File, to: &File| self.copy_file(op, from, to);
+        let commands = self.commands.as_ref();
+        let info = crate::image::register(&self.images, commands, &spec, &mut copy, op.cancel())?;
+        if self.guest_runtimes.newest().is_err() {
+            self.ensure_runtime(op)?;
+        }
+        Ok(info.to_api(0))
+    }
+
+    /// Copies a file into the state directory if there is room.
+    fn copy_file(&self, op: &OpHandle, from: &File, to: &File) -> Result<()> {
+        let io = |e| Error::io("read the size of the file", e);
+        let needed = from.metadata().map_err(io)?.blocks() * 512 + SPARE_BYTES;
+        let free = space(&self.core.state_dir)?.free_bytes;
+        if free < needed {
+            let text = format!("a copy needs {needed} free bytes, but the host has {free}");
+            return Err(Error::new(Kind::DiskFull, text).hint("free some space (df -h)"));
+        }
+        let reporter = op.reporter();
+        let report = &mut |done, total| reporter.progress_units(done, Some(total), "bytes");
+        crate::disk::share_or_copy(from, to, op.cancel(), report).map(drop)
+    }
+}

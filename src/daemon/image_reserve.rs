@@ -1,0 +1,84 @@
+//! Reserves places and names for images that are being made. The name is reserved in memory, under
+//! `image_ops`; files are touched without a lock.
+
+use super::access::Caller;
+use super::images::{ImageService, Reserved};
+use crate::error::{Error, Kind, Result};
+use crate::host::plural::count;
+use crate::ids::ImageRef;
+
+impl ImageService {
+    pub(super) fn reserve_build(&self, caller: &Caller, name: ImageRef) -> Result<Reserved> {
+        self.require_free(&name)?;
+        let doing = format!("build image {name}");
+        let max = self.core.limits.builds_per_uid_max;
+        let mut reserved = self.reserve(caller, max).map_err(|e| e.context(doing))?;
+        self.reserve_name(&mut reserved, name)?;
+        Ok(reserved)
+    }
+
+    /// Fails if an image has this name.
+    pub(super) fn require_free(&self, name: &ImageRef) -> Result<()> {
+        // A damaged image also occupies its name.
+        if !self.exists(name) {
+            return Ok(());
+        }
+        let text = format!("the image {name} exists already");
+        Err(Error::new(Kind::NameTaken, text)
+            .hint("images never change, so choose another name, or see fcctl image list"))
+    }
+
+    /// Begins a build or pull, of which a user may have `max` in progress.
+    pub(super) fn reserve(&self, caller: &Caller, max: usize) -> Result<Reserved> {
+        let stored = if caller.is_privileged() {
+            0
+        } else {
+            self.stored_images(caller.uid)?
+        };
+        let limits = &self.core.limits;
+        let _images = self.core.locks.image_ops.lock(&());
+        let mut builds = self.builds.lock();
+        let running = builds.by_uid.of(caller.uid);
+        if running >= max {
+            let text = format!(
+                "you have {} in progress, which is the limit",
+                count(running as u64, "image")
+            );
+            return Err(Error::new(Kind::Busy, text)
+                .hint("wait for one to end or cancel one (fcctl op list, fcctl op cancel)"));
+        }
+        if stored + running >= limits.images_per_uid_max {
+            let text = format!(
+                "you have {}, which is the limit",
+                count(stored as u64, "image")
+            );
+            return Err(Error::new(Kind::Exhausted, text).hint("delete one: fcctl image rm NAME"));
+        }
+        builds.by_uid.add(caller.uid);
+        Ok(Reserved {
+            builds: self.builds.clone(),
+            name: None,
+            uid: caller.uid,
+        })
+    }
+
+    /// Reserves the name of the image that will be published.
+    pub(super) fn reserve_name(&self, reserved: &mut Reserved, name: ImageRef) -> Result<()> {
+        let _images = self.core.locks.image_ops.lock(&());
+        if !self.builds.lock().names.insert(name.clone()) {
+            let text = format!("image {name} is being built or pulled");
+            return Err(Error::new(Kind::Busy, text).hint("fcctl op list"));
+        }
+        reserved.name = Some(name);
+        Ok(())
+    }
+
+    fn stored_images(&self, uid: u32) -> Result<usize> {
+        Ok(self
+            .images
+            .list()?
+            .iter()
+            .filter(|info| info.owner_uid == Some(uid))
+            .count())
+    }
+}

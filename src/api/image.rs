@@ -255,6 +255,10 @@ calls! {
     /// image of that name exists.
     ImageRegister = "image.register" (ImageRegisterRequest) -> ImageReply
         [Anybody, Keyed, CancelOperation, TakesFds, feature "image_register"];
+    /// Copies the file of an image from `image.register` into the store. The image no longer
+    /// depends on the file then. Does nothing if the image is in the store.
+    ImagePromote = "image.promote" (ImageRequest) -> ImageReply
+        [Owner, Keyed, CancelOperation, NoFds, feature "image_register"];
     ImageList = "image.list" (super::page::ListRequest) -> ImageListReply [Anybody, Unkeyed, Nothing, NoFds];
     /// The owner is the user who built the image. The user who runs the daemon may delete the
     /// image, too. Fails with `conflict` while a VM or a snapshot needs the image.

@@ -9,8 +9,8 @@ use super::printer::Printer;
 use super::provision::{self, Recipe};
 use super::signals::Interrupts;
 use crate::api::image::{
-    Image, ImageBuild, ImageBuildRequest, ImageDelete, ImageList, ImagePrune, ImagePruneRequest,
-    ImageRequest, ImageShow, ImageShowReply, ImageTag, ImageTagRequest,
+    Image, ImageBuild, ImageBuildRequest, ImageDelete, ImageList, ImagePromote, ImagePrune,
+    ImagePruneRequest, ImageRequest, ImageShow, ImageShowReply, ImageTag, ImageTagRequest,
 };
 use crate::api::page::ListRequest;
 use crate::client::Result;
@@ -38,6 +38,8 @@ pub(super) enum Verb {
     Pull(image_pull::Args),
     /// Make an image of your file with an ext4 file system, which stays where it is
     Register(image_register::Args),
+    /// Copy the file of a registered image, which then no longer depends on it
+    Promote { image: ImageRef },
     /// List images
     #[command(visible_alias = "ls")]
     List,
@@ -97,6 +99,7 @@ pub(super) fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
         }
         Verb::Pull(args) => pull(ctx, args),
         Verb::Register(args) => register(ctx, args),
+        Verb::Promote { image } => promote(ctx, image),
         Verb::Show { image } => show(&mut ctx.connector, &mut ctx.printer, ctx.now_s, image),
         Verb::History { image } => history(&mut ctx.connector, &mut ctx.printer, image),
         Verb::Tag { image, name } => tag(&mut ctx.connector, &mut ctx.printer, image, name),
@@ -153,7 +156,7 @@ fn default_image() -> ImageRef {
 fn report_made(printer: &mut Printer, interrupts: &Interrupts, made: Result<Image>) -> Result<u8> {
     match interrupts.or_interrupted(made) {
         Err(_) if interrupts.cause().is_some() => {
-            printer.note("interrupted; fcd cancels the build");
+            printer.note("interrupted; fcd cancels it");
             Ok(interrupts.status().unwrap_or(1))
         }
         Err(e) => Err(e),
@@ -238,6 +241,17 @@ fn register(ctx: &mut Context, args: image_register::Args) -> Result<u8> {
             Ok(0)
         }
     }
+}
+
+fn promote(ctx: &mut Context, image: ImageRef) -> Result<u8> {
+    let interrupts = Interrupts::start(&ctx.signals, &ctx.stdio.stderr)?;
+    let mut client = ctx.connector.connect(&mut ctx.printer)?;
+    let guard = interrupts.guard(&client)?;
+    let request = ImageRequest { image };
+    let promoted = operate::<ImagePromote>(&ctx.printer, &mut client, "copy the file", &request);
+    drop(guard);
+    let image = promoted.map(|reply| reply.image);
+    report_made(&mut ctx.printer, &interrupts, image)
 }
 
 fn show(

@@ -115,7 +115,7 @@ impl ImageService {
     }
 
     /// Copies a file into the state directory if there is room.
-    fn copy_file(&self, op: &OpHandle, from: &File, to: &File) -> Result<()> {
+    pub(super) fn copy_file(&self, op: &OpHandle, from: &File, to: &File) -> Result<()> {
         let io = |e| Error::io("read the size of the file", e);
         let needed = from.metadata().map_err(io)?.blocks() * 512 + SPARE_BYTES;
         let free = space(&self.core.state_dir)?.free_bytes;

@@ -35,6 +35,16 @@ impl ImageService {
         } else {
             self.stored_images(caller.uid)?
         };
+        self.begin_work(caller, max, Some(stored))
+    }
+
+    /// Like [`Self::reserve`], but for work that adds no image.
+    pub(super) fn reserve_work(&self, caller: &Caller, max: usize) -> Result<Reserved> {
+        self.begin_work(caller, max, None)
+    }
+
+    /// `stored` is the number of the user's images if one will be added.
+    fn begin_work(&self, caller: &Caller, max: usize, stored: Option<usize>) -> Result<Reserved> {
         let limits = &self.core.limits;
         let _images = self.core.locks.image_ops.lock(&());
         let mut builds = self.builds.lock();
@@ -47,7 +57,9 @@ impl ImageService {
             return Err(Error::new(Kind::Busy, text)
                 .hint("wait for one to end or cancel one (fcctl op list, fcctl op cancel)"));
         }
-        if stored + running >= limits.images_per_uid_max {
+        if let Some(stored) = stored
+            && stored + running >= limits.images_per_uid_max
+        {
             let text = format!(
                 "you have {}, which is the limit",
                 count(stored as u64, "image")
@@ -66,7 +78,7 @@ impl ImageService {
     pub(super) fn reserve_name(&self, reserved: &mut Reserved, name: ImageRef) -> Result<()> {
         let _images = self.core.locks.image_ops.lock(&());
         if !self.builds.lock().names.insert(name.clone()) {
-            let text = format!("image {name} is being built or pulled");
+            let text = format!("image {name} is being made or copied");
             return Err(Error::new(Kind::Busy, text).hint("fcctl op list"));
         }
         reserved.name = Some(name);

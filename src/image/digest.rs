@@ -55,6 +55,8 @@ pub(super) fn record_file(file: &File, name: &str, cancel: &Cancel) -> Result<Fi
             {
                 hash.update((at / BLOCK as u64 + i as u64).to_le_bytes());
                 hash.update(block);
+                // The file may end within a block.
+                hash.update(&[0; BLOCK][block.len()..]);
             }
         } else {
             hash.update(&buffer[..n]);

@@ -10,7 +10,7 @@
 //!   It boots with a guest runtime ([`runtime`]). [`pull`] makes it.
 //!
 //! The root file system of an image that was registered is a user's file elsewhere ([`in_place`]).
-//! [`register`] records it.
+//! [`register`] records it, and [`promote`] copies it into the store.
 //!
 //! A guest needs these devices from its VMM: a first virtio disk as root disk (`/dev/vda`), a
 //! second one as seed drive (`/dev/vdb`), with a runtime a third one for it (`/dev/vdc`), one
@@ -38,6 +38,7 @@ mod initrd;
 mod kernel;
 pub mod kernels;
 pub mod oci;
+mod promote;
 pub mod pull;
 mod register;
 mod registry;
@@ -51,6 +52,7 @@ pub use build::{BuildSpec, Profile, build};
 pub use checks::checks;
 pub use commit::{CommitSpec, commit};
 pub use in_place::InPlace;
+pub use promote::promote;
 pub use register::{Copy, RegisterSpec, register};
 pub use registry::{
     BALLOON_SINCE, Boots, CTRL_ALT_DEL_SINCE, ImageInfo, Images, USER_LOGIN_SINCE, kernel_path,

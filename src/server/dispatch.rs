@@ -207,6 +207,9 @@ impl CallContext<'_> {
             AnyCall::Image(Image::ImageRegister(r)) => {
                 operation(d.images.image_register(c, r, fds))
             }
+            AnyCall::Image(Image::ImagePromote(r)) => {
+                operation(d.images.image_promote(c, &r.image))
+            }
             AnyCall::Image(Image::ImageDelete(r)) => reply(d.images.image_delete(c, &r.image)),
             AnyCall::Kernel(Kernel::KernelImport(r)) => operation(d.kernels.kernel_import(c, r)),
             AnyCall::Kernel(Kernel::KernelList(r)) => reply(d.kernels.kernel_list(&r)),

@@ -17,6 +17,8 @@ use std::sync::atomic::Ordering;
 
 /// The size of the test's file system, which is not a multiple of the block size.
 const BYTES: u64 = 64 * 1024 + 7;
+/// The size of the test's disks.
+const DISK_BYTES: u64 = 4 << 20;
 const STRANGER: u32 = 4_000_000;
 
 /// Returns a daemon with a guest runtime, and a directory for files.
@@ -27,7 +29,7 @@ fn world() -> (World, tempfile::TempDir) {
 }
 
 /// Writes a file that begins like an ext4 file system of 16 blocks.
-fn make_file(dir: &Path) -> PathBuf {
+pub fn make_file(dir: &Path) -> PathBuf {
     let path = dir.join("root.ext4");
     let mut bytes = vec![7; BYTES as usize];
     bytes[1024..2048].fill(0);
@@ -49,17 +51,17 @@ fn begin(world: &World, request: ImageRegisterRequest, fd: OwnedFd) -> Running<I
     world.begin::<ImageRegister>(request, vec![fd])
 }
 
-fn register(world: &World, name: &str, path: &Path) -> Result<Image, Failure> {
+pub fn register(world: &World, name: &str, path: &Path) -> Result<Image, Failure> {
     let file = File::open(path).unwrap();
     let reply = begin(world, named(name), file.into()).finish(SOON);
     reply.map(|reply| reply.image)
 }
 
-fn create(world: &World, name: &str, image: &str) -> Result<Vm, Failure> {
+pub fn create(world: &World, name: &str, image: &str) -> Result<Vm, Failure> {
     let request = VmCreateRequest {
         name: Some(name.parse().unwrap()),
         image: Some(image.parse().unwrap()),
-        disk_bytes: Some(1 << 20),
+        disk_bytes: Some(DISK_BYTES),
         ..VmCreateRequest::default()
     };
     let vm = world.call::<VmCreate>(&request)?.vm;
@@ -67,7 +69,7 @@ fn create(world: &World, name: &str, image: &str) -> Result<Vm, Failure> {
     Ok(vm)
 }
 
-fn image(name: &str) -> ImageRequest {
+pub fn image(name: &str) -> ImageRequest {
     ImageRequest {
         image: name.parse().unwrap(),
     }
@@ -367,6 +369,75 @@ fn register_create_and_rm_of_one_name_end_in_one_state() {
         }
         let _ = world.delete(&vm);
         if is_there {
+            world.call::<ImageDelete>(&image("mine")).unwrap();
+        }
+    }
+}
+
+/// VMs of a promoted image keep their disks, and new ones need no file.
+#[test]
+fn promoted_image_and_its_vms_do_not_need_the_file() {
+    let (world, dir) = world();
+    let path = make_file(dir.path());
+    register(&world, "mine", &path).unwrap();
+    create(&world, "old", "mine").unwrap();
+    world.start("old").unwrap();
+    let content = fs::read(&path).unwrap();
+    let made = world.run::<ImagePromote>(image("mine")).unwrap().image;
+    assert_eq!((made.file, made.vms), (None, 1));
+    fs::remove_file(&path).unwrap();
+    world.stop("old").unwrap();
+    world.start("old").unwrap();
+    let vm = create(&world, "new", "mine").unwrap();
+    world.start("new").unwrap();
+    let stored = world.config.state_dir.join("images/mine/rootfs.ext4");
+    assert!(fs::read(&stored).unwrap().starts_with(&content));
+    assert_eq!(vm.disk_bytes, DISK_BYTES);
+    // A second time, there is nothing to do.
+    world.run::<ImagePromote>(image("mine")).unwrap();
+    world.run::<ImagePromote>(image("default")).unwrap();
+    let e = world.run::<ImagePromote>(image("none")).unwrap_err();
+    assert!(e.is(Kind::ImageNotFound));
+}
+
+#[test]
+fn only_the_owner_promotes_and_only_what_was_registered() {
+    let (world, dir) = world();
+    world.open_to_everybody();
+    let path = make_file(dir.path());
+    register(&world, "mine", &path).unwrap();
+    let denied = as_uid(STRANGER, || {
+        let call = world.run::<ImagePromote>(image("mine"));
+        call.map(drop).unwrap_err()
+    });
+    assert!(denied.is(Kind::Denied), "{denied}");
+    fs::write(&path, "x").unwrap();
+    let e = world.run::<ImagePromote>(image("mine")).unwrap_err();
+    assert!(e.is(Kind::Conflict), "{e}");
+    world.await_rest();
+    assert_eq!(stored(&world), ["mine"]);
+}
+
+#[test]
+fn promote_and_rm_of_one_name_end_in_one_state() {
+    const ROUNDS: usize = 25;
+    let (world, dir) = world();
+    let path = make_file(dir.path());
+    for _ in 0..ROUNDS {
+        register(&world, "mine", &path).unwrap();
+        let (promoted, deleted) = std::thread::scope(|scope| {
+            let promoted = scope.spawn(|| world.run::<ImagePromote>(image("mine")));
+            let deleted = scope.spawn(|| world.call::<ImageDelete>(&image("mine")));
+            (promoted.join().unwrap(), deleted.join().unwrap())
+        });
+        match (&promoted, &deleted) {
+            (Ok(_), _) => {}
+            (Err(e), Ok(_)) => assert!(e.is(Kind::ImageNotFound), "{e}"),
+            (Err(e), Err(_)) => panic!("neither worked: {e}"),
+        }
+        assert_eq!(stored(&world).is_empty(), deleted.is_ok());
+        if let Err(e) = deleted {
+            assert!(e.is(Kind::Busy), "{e}");
             world.call::<ImageDelete>(&image("mine")).unwrap();
         }
     }

@@ -178,6 +178,17 @@ fn image_goldens() {
             {"image":{"name":"default","disk_bytes":1,"allocated_bytes":2,"kernel":"Linux 6.1","os":"Debian","built_at":3,"vms":4,"owner_uid":1000,"file":{"path":"/srv/root.ext4","changed":"it was written"}}}
         "#]],
     );
+    call::<ImagePromote>(
+        ImageRequest {
+            image: name("mine"),
+        },
+        ImageReply { image: image() },
+        expect![[r#"
+            image.promote
+            {"image":"mine"}
+            {"image":{"name":"default","disk_bytes":1,"allocated_bytes":2,"kernel":"Linux 6.1","os":"Debian","built_at":3,"vms":4,"owner_uid":1000}}
+        "#]],
+    );
     call::<ImageTag>(
         ImageTagRequest {
             image: name("default"),

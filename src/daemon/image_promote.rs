@@ -1,0 +1,70 @@
+//! Copies the file of a registered image into the store. VMs of the image keep their disks, and
+//! start without the file from then on.
+
+use super::access::Caller;
+use super::call::{CallOutcome, to_value};
+use super::images::ImageService;
+use crate::api::image::{Image, ImageReply};
+use crate::error::{Error, Kind, Result};
+use crate::ids::ImageRef;
+use crate::ops::OpHandle;
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+
+impl ImageService {
+    /// Begins to copy the file of an image into the store. Nothing else can publish or delete an
+    /// image of that name meanwhile.
+    ///
+    /// # Errors
+    /// `image_not_found`, `denied`, `busy`.
+    pub fn image_promote(&self, caller: &Caller, name: &ImageRef) -> Result<CallOutcome> {
+        const METHOD: &str = "image.promote";
+        let name = self.resolve(name);
+        let doing = format!("promote image {name}");
+        self.check_owner(caller, &name, &doing)?;
+        let (_, in_use) = self.use_image(caller, &name)?;
+        let max = self.pulls.config.pulls_per_uid_max;
+        let mut reserved = self
+            .reserve_work(caller, max)
+            .map_err(|e| e.context(&doing))?;
+        self.reserve_name(&mut reserved, name.clone())?;
+        let op = self.core.begin_op(METHOD, None, caller.uid, true)?;
+        if let Err(e) = self.core.persist_op(&op) {
+            op.finish(Err(e.clone()));
+            return Err(e);
+        }
+        let (id, service, caller) = (op.id().clone(), self.clone(), *caller);
+        self.core.spawn(&format!("op-{id}"), move || {
+            let _label = crate::locks::operation_scope(format!("{METHOD} {name}"));
+            let result = service
+                .promote(&op, &caller, &name)
+                .map_err(|e| e.context(doing))
+                .and_then(|image| to_value(&ImageReply { image }));
+            drop((in_use, reserved));
+            service.core.end_op(op, result);
+        })?;
+        Ok(CallOutcome::Op(id))
+    }
+
+    fn promote(&self, op: &OpHandle, caller: &Caller, name: &ImageRef) -> Result<Image> {
+        let _admitted = self
+            .pulls
+            .admission
+            .enter(op.cancel(), |_| op.progress("wait for a pull"))?;
+        op.progress("copy the file");
+        let left = self.bytes_left(caller)?;
+        let mut copy = |from: &File, to: &File| {
+            let io = |e| Error::io("read the size of the file", e);
+            let needed = from.metadata().map_err(io)?.blocks() * 512;
+            if needed > left {
+                let text = format!("the file takes {needed} bytes, but you have {left} left");
+                return Err(
+                    Error::new(Kind::Exhausted, text).hint("delete an image: fcctl image rm NAME")
+                );
+            }
+            self.copy_file(op, from, to)
+        };
+        let info = crate::image::promote(&self.images, name, &mut copy, op.cancel())?;
+        Ok(info.to_api(self.vms_of_image(name)))
+    }
+}

@@ -170,6 +170,30 @@ pub struct ImageRegisterRequest {
     pub kernel: Option<KernelName>,
 }
 
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExportFormat {
+    /// A tar archive in the OCI image layout, which also has the `manifest.json` of `docker save`.
+    #[default]
+    Oci,
+    /// The ext4 file system.
+    Raw,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ImageExportRequest {
+    pub image: ImageRef,
+    #[serde(default)]
+    pub format: ExportFormat,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ImageExportReply {
+    /// The number of bytes that were written.
+    pub bytes: u64,
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ImageReply {
     pub image: Image,
@@ -259,6 +283,10 @@ calls! {
     /// depends on the file then. Does nothing if the image is in the store.
     ImagePromote = "image.promote" (ImageRequest) -> ImageReply
         [Owner, Keyed, CancelOperation, NoFds, feature "image_register"];
+    /// Writes an image into the passed write end of a pipe. The image is complete only if the call
+    /// succeeds.
+    ImageExport = "image.export" (ImageExportRequest) -> ImageExportReply
+        [Anybody, Keyed, CancelOperation, TakesFds, feature "image_export"];
     ImageList = "image.list" (super::page::ListRequest) -> ImageListReply [Anybody, Unkeyed, Nothing, NoFds];
     /// The owner is the user who built the image. The user who runs the daemon may delete the
     /// image, too. Fails with `conflict` while a VM or a snapshot needs the image.

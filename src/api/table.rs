@@ -120,6 +120,7 @@ mod tests {
             "image_pull",
             "image_commit",
             "image_register",
+            "image_export",
             "kernels",
             "events",
         ];

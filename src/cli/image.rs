@@ -2,6 +2,7 @@
 
 use super::connector::{Connector, operate};
 use super::context::Context;
+use super::image_export;
 use super::image_pull;
 use super::image_register;
 use super::output::{self, age, short_digest, size};
@@ -38,6 +39,8 @@ pub(super) enum Verb {
     Pull(image_pull::Args),
     /// Make an image of your file with an ext4 file system, which stays where it is
     Register(image_register::Args),
+    /// Write an image to a file that docker load reads, or its file system
+    Export(image_export::Args),
     /// Copy the file of a registered image, which then no longer depends on it
     Promote { image: ImageRef },
     /// List images
@@ -100,6 +103,7 @@ pub(super) fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
         Verb::Pull(args) => pull(ctx, args),
         Verb::Register(args) => register(ctx, args),
         Verb::Promote { image } => promote(ctx, image),
+        Verb::Export(args) => export(ctx, &args),
         Verb::Show { image } => show(&mut ctx.connector, &mut ctx.printer, ctx.now_s, image),
         Verb::History { image } => history(&mut ctx.connector, &mut ctx.printer, image),
         Verb::Tag { image, name } => tag(&mut ctx.connector, &mut ctx.printer, image, name),
@@ -252,6 +256,45 @@ fn promote(ctx: &mut Context, image: ImageRef) -> Result<u8> {
     drop(guard);
     let image = promoted.map(|reply| reply.image);
     report_made(&mut ctx.printer, &interrupts, image)
+}
+
+fn export(ctx: &mut Context, args: &image_export::Args) -> Result<u8> {
+    let Context {
+        connector,
+        printer,
+        stdio,
+        signals,
+        ..
+    } = ctx;
+    if printer.json && args.is_stdout() {
+        let text = "an image on stdout cannot be one JSON document";
+        return Err(Error::invalid(text).hint("name a file: -o FILE").into());
+    }
+    let interrupts = Interrupts::start(signals, &stdio.stderr)?;
+    let mut client = connector.connect(printer)?;
+    let guard = interrupts.guard(&client)?;
+    let result = image_export::export(&mut client, printer, &interrupts, stdio, args);
+    drop(guard);
+    match interrupts.or_interrupted(result) {
+        Err(_) if interrupts.cause().is_some() => {
+            printer.note(if args.is_stdout() {
+                "interrupted; the image is incomplete"
+            } else {
+                "interrupted; nothing was written"
+            });
+            Ok(interrupts.status().unwrap_or(1))
+        }
+        Err(e) => Err(e),
+        Ok(reply) => {
+            if printer.json {
+                printer.document(&reply)?;
+            } else {
+                // stdout may be the image.
+                printer.note(&format!("{} written", size(reply.bytes)));
+            }
+            Ok(0)
+        }
+    }
 }
 
 fn show(

@@ -15,6 +15,7 @@ mod events;
 mod exec;
 mod help;
 mod image;
+mod image_export;
 mod image_pull;
 mod image_register;
 mod image_source;

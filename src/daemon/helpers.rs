@@ -14,6 +14,7 @@ pub fn run_if_asked() -> Option<ExitCode> {
     Some(match asked.name.as_str() {
         crate::net::dns::NAME => crate::net::dns::helper::run(&asked),
         crate::guest::helper::NAME => crate::guest::helper::serve::run(&asked),
+        crate::image::export::helper::NAME => crate::image::export::helper::run(&asked),
         crate::image::pull::helper::NAME => crate::image::pull::helper::run(&asked),
         #[cfg(test)]
         crate::guest::helper::tests_hostile::NAME => crate::guest::helper::tests_hostile::run(),

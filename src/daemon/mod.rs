@@ -136,6 +136,7 @@ pub mod history;
 mod hold;
 mod host_view;
 mod image_commit;
+mod image_export;
 mod image_promote;
 mod image_pull;
 mod image_register;

@@ -31,6 +31,11 @@ mod enter_accounts;
 #[cfg(test)]
 #[path = "guest/enter/settings.rs"]
 mod enter_settings;
+pub mod export;
+#[cfg(feature = "fuzz")]
+pub mod ext4;
+#[cfg(not(feature = "fuzz"))]
+mod ext4;
 pub mod fetch;
 mod fsck;
 mod in_place;
@@ -51,6 +56,7 @@ mod unpack;
 pub use build::{BuildSpec, Profile, build};
 pub use checks::checks;
 pub use commit::{CommitSpec, commit};
+pub(crate) use export::{DiskSpec, OciArchive};
 pub use in_place::InPlace;
 pub use promote::promote;
 pub use register::{Copy, RegisterSpec, register};

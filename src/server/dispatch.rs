@@ -210,6 +210,7 @@ impl CallContext<'_> {
             AnyCall::Image(Image::ImagePromote(r)) => {
                 operation(d.images.image_promote(c, &r.image))
             }
+            AnyCall::Image(Image::ImageExport(r)) => operation(d.images.image_export(c, &r, fds)),
             AnyCall::Image(Image::ImageDelete(r)) => reply(d.images.image_delete(c, &r.image)),
             AnyCall::Kernel(Kernel::KernelImport(r)) => operation(d.kernels.kernel_import(c, r)),
             AnyCall::Kernel(Kernel::KernelList(r)) => reply(d.kernels.kernel_list(&r)),

@@ -283,6 +283,20 @@ fn archives_are_pulled_from_files_directories_and_stdin() {
         assert_eq!(layers(name), layers("layout:1"), "{name}");
     }
 
+    // An export has the image's own layers, in both formats.
+    let exported = dir.path().join("exported.tar");
+    let to = exported.to_str().unwrap();
+    host.ok(&["image", "export", "app:5", "-o", to]);
+    for format in ["oci-archive", "docker-archive"] {
+        host.ok(&["image", "pull", &format!("{format}:{to}"), "--name", format]);
+        assert_eq!(layers(format), layers("layout:1"), "{format}");
+    }
+    let shown = host.json(&["image", "show", "oci-archive"]);
+    assert_eq!(
+        shown["config"],
+        host.json(&["image", "show", "app:5"])["config"]
+    );
+
     for (bad, says) in [
         ("oci:/nonexistent", "/nonexistent"),
         ("oci-archive:/etc/passwd", "the archive"),

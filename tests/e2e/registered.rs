@@ -77,3 +77,92 @@ fn file_of_mke2fs_boots_until_it_changes() {
     host.ok(&["image", "rm", "mine"]);
     assert!(file.exists());
 }
+
+/// Makes a program of the host check an archive, and returns what it prints.
+fn run(program: &str, args: &[&str]) -> String {
+    let ran = Command::new(program)
+        .args(args)
+        .output()
+        .unwrap_or_else(|e| panic!("{program}, which scripts/setup --test installs: {e}"));
+    let (out, err) = text(&ran);
+    assert!(ran.status.success(), "{program} {args:?}: {err}");
+    out
+}
+
+#[test]
+fn image_is_promoted_and_exported_in_both_formats() {
+    let host = Host::start();
+    host.add_runtime();
+    let dir = tempfile::tempdir().unwrap();
+    let file = root_file(&host, dir.path());
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let register = |name: &str, file: &Path| {
+        let file = file.to_str().unwrap();
+        host.ok(&["image", "register", name, "--rootfs", file]);
+    };
+    register("mine", &file);
+    host.ok(&["image", "promote", "mine"]);
+    let content = fs::read(&file).unwrap();
+    fs::remove_file(&file).unwrap();
+
+    // The file system comes back byte for byte and as sparse as it was, and can be registered.
+    let raw = path("raw.ext4");
+    let export = |format: &str, to: &str| {
+        host.ok(&["image", "export", "mine", "--format", format, "-o", to]);
+    };
+    export("raw", &raw);
+    let exported = fs::read(&raw).unwrap();
+    assert!(exported.starts_with(&content) && exported.len() % 4096 == 0);
+    let used = fs::metadata(&raw).unwrap().blocks() * 512;
+    assert!(used < 32 << 20, "{used}");
+    let (_, said) = host.fails(&["image", "export", "mine", "-o", &raw]);
+    assert!(said.contains("already exists"), "{said}");
+    register("again", Path::new(&raw));
+
+    // Other programs read the archive, and it can be pulled.
+    let tar = path("mine.tar");
+    export("oci", &tar);
+    assert_eq!(
+        fs::read_dir(dir.path()).unwrap().count(),
+        3,
+        "no temporary file is left"
+    );
+    let inspected = run("skopeo", &["inspect", &format!("oci-archive:{tar}")]);
+    assert!(inspected.contains("sha256:"), "{inspected}");
+    let layout = path("layout");
+    let from = format!("oci-archive:{tar}");
+    let to = format!("oci:{layout}:1");
+    run("skopeo", &["copy", "-q", "--insecure-policy", &from, &to]);
+    let bundle = path("bundle");
+    run(
+        "umoci",
+        &[
+            "unpack",
+            "--rootless",
+            "--image",
+            &format!("{layout}:1"),
+            &bundle,
+        ],
+    );
+    let unpacked = Path::new(&bundle).join("rootfs");
+    assert_eq!(
+        fs::read_to_string(unpacked.join("mark")).unwrap(),
+        "from a file\n"
+    );
+    assert_eq!(
+        fs::read_link(unpacked.join("bin/sh")).unwrap(),
+        Path::new("busybox")
+    );
+    let piped = host.fcctl(&["image", "export", "mine", "-o", "-"]);
+    assert!(
+        piped.stdout == fs::read(&tar).unwrap(),
+        "{:?}",
+        text(&piped).1
+    );
+    host.ok(&["image", "pull", &from, "--name", "back"]);
+
+    for (name, image) in [("one", "again"), ("two", "back")] {
+        boot(&host, name, image);
+        assert_eq!(host.sh(name, "cat /mark"), "from a file\n");
+    }
+}

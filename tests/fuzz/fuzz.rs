@@ -46,7 +46,7 @@ struct Target {
 }
 
 /// All targets. To add a target, add it here and put valid inputs in `seeds/NAME/`.
-const TARGETS: [Target; 14] = [
+const TARGETS: [Target; 15] = [
     Target {
         name: "qmp",
         run: fcd::testing::vmm::fuzz::qmp,
@@ -215,6 +215,12 @@ const TARGETS: [Target; 14] = [
             "../",
             ".wh.",
         ],
+    },
+    Target {
+        name: "image-ext4",
+        run: fcd::testing::image::ext4::fuzz::ext4,
+        memory_max: 64 << 20,
+        words: &["\u{a}\u{f3}", ".wh.", "..", "/", "lost+found"],
     },
     Target {
         name: "image-merge",

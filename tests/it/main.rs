@@ -22,6 +22,7 @@ mod guest_runtime;
 mod helper_cost;
 mod hostile_guest;
 mod image_commit;
+mod image_export;
 mod image_register;
 mod install_firecracker;
 mod kernels;

@@ -26,6 +26,30 @@ pub(super) fn to_ext4(xattr: &[u8]) -> Option<Vec<u8>> {
     Some(out)
 }
 
+/// Converts an ACL as ext4 stores it to what getxattr(2) returns, or returns `None` if it is
+/// malformed.
+pub fn from_ext4(mut acl: &[u8]) -> Option<Vec<u8>> {
+    let mut out = XATTR_VERSION.to_le_bytes().to_vec();
+    let version = acl.split_off(..4)?;
+    if version != EXT4_VERSION.to_le_bytes() {
+        return None;
+    }
+    while !acl.is_empty() {
+        let entry = acl.split_off(..4)?;
+        out.extend_from_slice(entry);
+        let tag = u16::from_le_bytes([entry[0], entry[1]]);
+        if WITH_ID.contains(&tag) {
+            out.extend_from_slice(acl.split_off(..4)?);
+        } else if WITHOUT_ID.contains(&tag) {
+            // ACL_UNDEFINED_ID.
+            out.extend_from_slice(&[0xff; 4]);
+        } else {
+            return None;
+        }
+    }
+    Some(out)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -43,6 +67,15 @@ mod tests {
             &[2, 0, 7, 0, 0xe8, 3, 0, 0],
         ];
         assert_eq!(to_ext4(&xattr.concat()), Some(ext4.concat()));
+        assert_eq!(from_ext4(&ext4.concat()), Some(xattr.concat()));
+        for wrong in [
+            &b""[..],
+            b"\x02\0\0\0",
+            b"\x01\0\0\0\x02\0\x07\0",
+            b"\x01\0\0\0\x03\0\0\0",
+        ] {
+            assert_eq!(from_ext4(wrong), None);
+        }
         for wrong in [
             &b""[..],
             b"\x02\0\0",

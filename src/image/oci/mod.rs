@@ -39,6 +39,7 @@ mod test_tar;
 #[cfg(test)]
 mod test_tree;
 
+pub use acl::from_ext4 as acl_of_ext4;
 pub use archive::{Archive, Wanted};
 pub use digest::Digest;
 pub use files::{LayerFile, LayerFiles};

@@ -172,7 +172,7 @@ impl Layers {
 }
 
 /// Computes the digest of a whole file. Returns None if it is cancelled.
-fn digest(file: &File, cancel: &Cancel) -> std::io::Result<Option<String>> {
+pub(in crate::image) fn digest(file: &File, cancel: &Cancel) -> std::io::Result<Option<String>> {
     let mut hash = Sha256::new();
     let mut piece = vec![0; PIECE_BYTES];
     let mut at = 0;

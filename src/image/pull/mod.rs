@@ -27,6 +27,8 @@ pub(crate) mod tests;
 mod work;
 
 pub(crate) use cache::Layers;
+pub(in crate::image) use cache::digest as digest_of;
+pub(in crate::image) use protocol::{Failure, decode, encode};
 pub(crate) use protocol::{Found, Progress};
 
 use super::ImageInfo;

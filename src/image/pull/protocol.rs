@@ -102,7 +102,7 @@ impl Progress {
 
 /// An error of the helper.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Failure {
+pub(in crate::image) struct Failure {
     /// The name of a [`Kind`].
     pub kind: String,
     pub text: String,
@@ -123,7 +123,7 @@ impl From<&Error> for Failure {
 impl Failure {
     /// Returns the error, whose texts may come from a registry or from a helper that an image has
     /// taken over.
-    pub(super) fn into_error(self) -> Error {
+    pub(in crate::image) fn into_error(self) -> Error {
         let short =
             |text: &str| -> String { printable(text).chars().take(TEXT_CHARS_MAX).collect() };
         let kind = Kind::ALL.iter().find(|kind| kind.name() == self.kind);
@@ -135,12 +135,12 @@ impl Failure {
     }
 }
 
-pub(super) fn encode(message: &impl Serialize) -> Vec<u8> {
+pub(in crate::image) fn encode(message: &impl Serialize) -> Vec<u8> {
     serde_json::to_vec(message).expect("only strings and numbers")
 }
 
 /// Returns None if the message is malformed.
-pub(super) fn decode<'a, T: Deserialize<'a>>(message: &'a [u8]) -> Option<T> {
+pub(in crate::image) fn decode<'a, T: Deserialize<'a>>(message: &'a [u8]) -> Option<T> {
     serde_json::from_slice(message).ok()
 }
 

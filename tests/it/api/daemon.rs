@@ -189,6 +189,18 @@ fn image_goldens() {
             {"image":{"name":"default","disk_bytes":1,"allocated_bytes":2,"kernel":"Linux 6.1","os":"Debian","built_at":3,"vms":4,"owner_uid":1000}}
         "#]],
     );
+    call::<ImageExport>(
+        ImageExportRequest {
+            image: name("mine"),
+            format: ExportFormat::Raw,
+        },
+        ImageExportReply { bytes: 5 },
+        expect![[r#"
+            image.export
+            {"image":"mine","format":"raw"}
+            {"bytes":5}
+        "#]],
+    );
     call::<ImageTag>(
         ImageTagRequest {
             image: name("default"),

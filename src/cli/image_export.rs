@@ -1,0 +1,261 @@
+//! `image export`. The output is opened here, with the caller's rights; the daemon writes into a
+//! pipe.
+
+use super::context::Stdio;
+use super::pipes::{self, End};
+use super::printer::Printer;
+use super::signals::Interrupts;
+use super::transfer::conclude;
+use crate::api::frame::Note;
+use crate::api::image::{ExportFormat, ImageExport, ImageExportReply, ImageExportRequest};
+use crate::client::{Client, Result};
+use crate::error::{Error, Kind};
+use crate::host::thread;
+use crate::ids::ImageRef;
+use crate::locks::{Cancel, CancelCause};
+use crate::workspace::patch::check_target;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+const PIECE_BYTES: usize = 256 << 10;
+/// A pipe that is ready for writing has room for this many bytes (PIPE_BUF of Linux).
+const PIPE_ROOM_BYTES: usize = 4096;
+
+#[derive(clap::Args, Debug)]
+pub(super) struct Args {
+    image: ImageRef,
+    /// Write to this new file, or to stdout if it is -
+    #[arg(short, long, value_name = "FILE")]
+    output: PathBuf,
+    /// The archive that docker load reads, or the ext4 file system itself
+    #[arg(long, value_enum, value_name = "FORMAT", default_value = "oci")]
+    format: Format,
+}
+
+#[derive(clap::ValueEnum, Clone, Copy, Debug)]
+enum Format {
+    Oci,
+    Raw,
+}
+
+impl Args {
+    /// True if the image is written to stdout.
+    pub(super) fn is_stdout(&self) -> bool {
+        self.output == Path::new("-")
+    }
+}
+
+/// Where the image is written.
+enum Target {
+    /// A file without its name, which it gets when it is complete.
+    File(tempfile::NamedTempFile, PathBuf),
+    Stdout(File),
+}
+
+impl Target {
+    fn open(args: &Args, stdio: &Stdio) -> crate::error::Result<Self> {
+        if args.is_stdout() {
+            if stdio.stdout_is_terminal() {
+                let text = "an image is not written to a terminal";
+                return Err(Error::invalid(text).hint("name a file: -o FILE"));
+            }
+            let stdout = stdio.stdout.try_clone();
+            let stdout = stdout.map_err(|e| Error::io("duplicate stdout", e))?;
+            return Ok(Self::Stdout(stdout));
+        }
+        let path = &args.output;
+        check_target(path)?;
+        let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty());
+        let file = tempfile::Builder::new()
+            .prefix(".fcctl-image-")
+            .tempfile_in(dir.unwrap_or(Path::new(".")))
+            .map_err(|e| Error::io(format!("write {}", path.display()), e))?;
+        Ok(Self::File(file, path.clone()))
+    }
+}
+
+/// Exports an image and shows the progress. A file appears only when it is complete.
+pub(super) fn export(
+    client: &mut Client,
+    printer: &Printer,
+    interrupts: &Interrupts,
+    stdio: &Stdio,
+    args: &Args,
+) -> Result<ImageExportReply> {
+    let target = Target::open(args, stdio)?;
+    let stop = Cancel::try_new().map_err(|e| Error::io("make a cancel token", e))?;
+    let fired = stop.clone();
+    interrupts.on_end(move || fired.cancel(CancelCause::Interrupted));
+    let (ours, theirs) = pipes::from_daemon(&stop)?;
+    let token = stop.clone();
+    let receiver = thread::spawn("receive image", move || {
+        let result = receive(ours, target, &token);
+        (result, token.is_cancelled())
+    })?;
+    let request = ImageExportRequest {
+        image: args.image.clone(),
+        format: match args.format {
+            Format::Oci => ExportFormat::Oci,
+            Format::Raw => ExportFormat::Raw,
+        },
+    };
+    let mut progress = printer.progress(&format!("export {}", args.image));
+    let in_flight = client.begin::<ImageExport>(&request, &[theirs.as_fd()]);
+    drop(theirs);
+    let reply = in_flight.and_then(|call| {
+        call.finish(&mut |note| {
+            if let Note::Progress(p) = note {
+                progress.update(&p);
+            }
+            Ok(())
+        })
+    });
+    drop(progress);
+    let (reply, received) = conclude(reply, Some(receiver), &stop)?;
+    let Some((target, bytes)) = received else {
+        return Err(Error::internal("an export ended without its receiver").into());
+    };
+    if bytes != reply.bytes {
+        let text = format!("{bytes} bytes arrived, but fcd has sent {}", reply.bytes);
+        return Err(Error::new(Kind::StreamIncomplete, text)
+            .hint("try again")
+            .into());
+    }
+    publish(target)?;
+    Ok(reply)
+}
+
+fn publish(target: Target) -> crate::error::Result<()> {
+    let Target::File(file, path) = target else {
+        return Ok(());
+    };
+    let doing = || format!("write {}", path.display());
+    file.as_file()
+        .sync_all()
+        .map_err(|e| Error::io(doing(), e))?;
+    match file.persist_noclobber(&path) {
+        Ok(_) => Ok(()),
+        Err(e) if e.error.kind() == io::ErrorKind::AlreadyExists => {
+            let text = format!("{} already exists", path.display());
+            Err(Error::new(Kind::TargetExists, text).hint("choose another name"))
+        }
+        Err(e) => Err(Error::io(doing(), e.error)),
+    }
+}
+
+/// Writes everything that arrives. Returns the target and the number of bytes.
+fn receive(
+    mut from: End,
+    mut target: Target,
+    cancel: &Cancel,
+) -> crate::error::Result<(Target, u64)> {
+    let mut piece = vec![0; PIECE_BYTES];
+    let mut bytes = 0;
+    loop {
+        let read = fill(&mut from, &mut piece)?;
+        let written = match &mut target {
+            Target::File(file, _) => write_sparse(file.as_file(), bytes, &piece[..read]),
+            Target::Stdout(stdout) => write_all(stdout, &piece[..read], cancel),
+        };
+        written.map_err(|e| Error::io("write the image", e))?;
+        bytes += read as u64;
+        if read < piece.len() {
+            break;
+        }
+    }
+    if let Target::File(file, _) = &target {
+        // The file may end with a hole.
+        let sized = file.as_file().set_len(bytes);
+        sized.map_err(|e| Error::io("write the image", e))?;
+    }
+    Ok((target, bytes))
+}
+
+/// Reads until the buffer is full or the stream ends.
+fn fill(from: &mut End, buffer: &mut [u8]) -> crate::error::Result<usize> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match from.read(&mut buffer[filled..]) {
+            Ok(0) => break,
+            Ok(read) => filled += read,
+            Err(e) => return Err(Error::io("receive the image", e)),
+        }
+    }
+    Ok(filled)
+}
+
+/// Writes the bytes, except zeroes, which become a hole.
+fn write_sparse(file: &File, at: u64, bytes: &[u8]) -> io::Result<()> {
+    const BLOCK: usize = 4096;
+    let is_zero = |block: &[u8]| block.iter().all(|byte| *byte == 0);
+    let mut done = 0;
+    while done < bytes.len() {
+        let rest = &bytes[done..];
+        // The blocks up to the next one that is zero are written at once.
+        let blocks = rest.chunks(BLOCK).take_while(|block| !is_zero(block));
+        let len = blocks.map(<[u8]>::len).sum::<usize>();
+        if len > 0 {
+            file.write_all_at(&rest[..len], at + done as u64)?;
+            done += len;
+        } else {
+            done += rest.len().min(BLOCK);
+        }
+    }
+    Ok(())
+}
+
+/// Writes to stdout, which may be a pipe that nobody reads.
+fn write_all(stdout: &mut File, mut bytes: &[u8], cancel: &Cancel) -> io::Result<()> {
+    while !bytes.is_empty() {
+        pipes::wait(stdout.as_fd(), nix::poll::PollFlags::POLLOUT, cancel, None)?;
+        match stdout.write(&bytes[..bytes.len().min(PIPE_ROOM_BYTES)]) {
+            Ok(written) => bytes = &bytes[written..],
+            // Another process shares the description, made it non-blocking, and wrote first.
+            Err(e)
+                if matches!(
+                    e.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+                ) => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::MetadataExt;
+
+    #[test]
+    fn zeroes_become_holes_and_data_is_kept() {
+        let file = tempfile::tempfile().unwrap();
+        let mut bytes = vec![0; 1 << 20];
+        for at in [0, 300_000, 300_001, 700_000, (1 << 20) - 1] {
+            bytes[at] = 7;
+        }
+        let (head, tail) = bytes.split_at(PIECE_BYTES);
+        write_sparse(&file, 0, head).unwrap();
+        write_sparse(&file, PIECE_BYTES as u64, tail).unwrap();
+        let mut back = vec![1; 1 << 20];
+        file.read_exact_at(&mut back, 0).unwrap();
+        assert!(back == bytes);
+        let used = file.metadata().unwrap().blocks() * 512;
+        assert!(used <= 64 << 10, "{used}");
+    }
+
+    #[test]
+    fn stdout_that_nobody_reads_is_given_up() {
+        let (_reader, writer) = io::pipe().unwrap();
+        let mut stdout = File::from(std::os::fd::OwnedFd::from(writer));
+        let cancel = Cancel::try_new().unwrap();
+        let token = cancel.clone();
+        let stopper = thread::spawn("stopper", move || token.cancel(CancelCause::CommandEnded));
+        let e = write_all(&mut stdout, &vec![0; 1 << 20], &cancel).unwrap_err();
+        assert_eq!(e.kind(), io::ErrorKind::ConnectionAborted);
+        stopper.unwrap().join().unwrap();
+    }
+}

@@ -1,0 +1,130 @@
+//! The helper's side: reads a file system and writes its files as a tar archive.
+
+use super::messages::{MESSAGE_BYTES_MAX, Message, Order};
+use crate::error::{Error, Kind, Result};
+use crate::host::confine::{Allowed, Asked, Call, Channel, Profile};
+use crate::host::wait::poll_until;
+use crate::image::ext4::write_tar;
+use crate::image::pull::{Failure, decode, encode};
+use nix::poll::{PollFd, PollFlags};
+use std::cell::Cell;
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::os::unix::fs::FileExt;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+/// This helper's name for [`crate::host::confine::spawn`].
+pub(crate) const NAME: &str = "layer";
+const MEMORY_BYTES_MAX: u64 = 1 << 30;
+/// The limit of the layer that the helper writes.
+const FILE_BYTES_MAX: u64 = 1 << 40;
+const OPEN_FILES_MAX: u64 = 16;
+const WRITE_BYTES: usize = 1 << 20;
+const BLOCK_BYTES: usize = 4096;
+/// How often progress is reported at most.
+const REPORT_EVERY: Duration = Duration::from_millis(200);
+
+const PROFILE: Profile = Profile {
+    memory_bytes_max: MEMORY_BYTES_MAX,
+    open_files_max: OPEN_FILES_MAX,
+    has_threads: false,
+    has_network: false,
+    readable: &[],
+    file_bytes_max: FILE_BYTES_MAX,
+    calls: &[
+        Call(libc::SYS_pread64, Allowed::Always),
+        Call(libc::SYS_pwrite64, Allowed::Always),
+        Call(libc::SYS_ftruncate, Allowed::Always),
+    ],
+};
+
+/// Runs this process as the helper of one export.
+pub(crate) fn run(asked: &Asked) -> ExitCode {
+    let daemon = Daemon(Channel::inherited());
+    let ended = asked
+        .confine(&PROFILE)
+        .map_err(|e| Error::new(Kind::Host, format!("confine the image helper: {e}")))
+        .and_then(|()| serve(&daemon));
+    let last = match &ended {
+        Ok(()) => Message::Done,
+        Err(e) => Message::Failed(Failure::from(e)),
+    };
+    match daemon.send(&last) {
+        Ok(()) if ended.is_ok() => ExitCode::SUCCESS,
+        _ => ExitCode::FAILURE,
+    }
+}
+
+fn serve(daemon: &Daemon) -> Result<()> {
+    let io = |e| Error::io("receive the file system", e);
+    let mut buffer = vec![0; MESSAGE_BYTES_MAX];
+    let received = loop {
+        match daemon.0.receive_with_fds(&mut buffer) {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                daemon.wait(PollFlags::POLLIN).map_err(io)?;
+            }
+            received => break received.map_err(io)?,
+        }
+    };
+    let order: Option<Order> = decode(&buffer[..received.len]);
+    let mut fds = received.fds.into_iter().map(File::from);
+    let (Some(order), Some(disk), Some(layer)) = (order, fds.next(), fds.next()) else {
+        return Err(Error::internal("the first message is not an order"));
+    };
+    let (done, reported) = (Cell::new(0), Cell::new(Instant::now()));
+    let progress = |bytes: u64| {
+        done.set(done.get() + bytes);
+        if reported.get().elapsed() >= REPORT_EVERY {
+            reported.set(Instant::now());
+            // A daemon that is gone has killed this process.
+            let _ = daemon.send(&Message::Progress(done.get()));
+        }
+    };
+    let mut to = BufWriter::with_capacity(WRITE_BYTES, Sparse { file: layer, at: 0 });
+    write_tar(&disk, &mut to, order.bytes_max, &progress)?;
+    let Sparse { file, at } = to.get_ref();
+    file.set_len(*at)
+        .map_err(|e| Error::io("write the layer", e))
+}
+
+/// A file in which blocks of zeroes become holes, so that sparse files cost nothing.
+struct Sparse {
+    file: File,
+    at: u64,
+}
+
+impl Write for Sparse {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        for block in bytes.chunks(BLOCK_BYTES) {
+            if block.iter().any(|byte| *byte != 0) {
+                self.file.write_all_at(block, self.at)?;
+            }
+            self.at += block.len() as u64;
+        }
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The channel to the daemon.
+struct Daemon(Channel);
+
+impl Daemon {
+    fn send(&self, message: &Message) -> io::Result<()> {
+        let message = encode(message);
+        loop {
+            match self.0.send(&message, &[]) {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.wait(PollFlags::POLLOUT)?,
+                sent => return sent,
+            }
+        }
+    }
+
+    /// Waits without a deadline, because this process is killed when the daemon's thread ends.
+    fn wait(&self, events: PollFlags) -> io::Result<()> {
+        poll_until(&mut [PollFd::new(self.0.fd(), events)], None).map(drop)
+    }
+}

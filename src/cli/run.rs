@@ -85,12 +85,13 @@ fn run_in_new_vm(
 ) -> Result<u8> {
     refuse_directory_as_command(&args)?;
     // Check everything that can be checked before anything is created.
-    let argv = match &args.shape.image {
+    let (argv, image_user) = match &args.shape.image {
         Some(image) => {
             let config = image_config(connector, printer, stdio, env, interrupts, image)?;
-            command(config, args.entrypoint, args.argv)
+            let user = config.user.clone();
+            (command(config, args.entrypoint, args.argv), Some(user))
         }
-        None => args.argv,
+        None => (args.argv, None),
     };
     let spec = args.how.spec(stdio, env, argv)?;
     let to = args.export_patch.map(ExportTo::patch);
@@ -120,29 +121,77 @@ fn run_in_new_vm(
     for port in &new_vm.vm.ports {
         printer.note(&format!("port {}", super::vm_text::port_line(port)));
     }
-    let mut how = args.workspace;
+    let work = Work {
+        source,
+        how: args.workspace,
+        spec,
+        image_user,
+    };
+    let outcome = perform(printer, stdio, interrupts, &mut new_vm, work);
+    finish(printer, interrupts, new_vm, outcome, export)
+}
+
+/// What a run does in its VM.
+struct Work {
+    source: Option<Source>,
+    how: PrepareHow,
+    spec: Spec,
+    /// The user of the image's commands, if the image is known.
+    image_user: Option<String>,
+}
+
+/// Boots the VM, copies the tree and runs the command.
+fn perform(
+    printer: &mut Printer,
+    stdio: &Stdio,
+    interrupts: &Interrupts,
+    new_vm: &mut NewVm,
+    work: Work,
+) -> Result<Outcome> {
+    let Work {
+        source,
+        mut how,
+        spec,
+        image_user,
+    } = work;
+    let user = match (&source, &spec.user) {
+        (None, _) => None,
+        (Some(_), Some(user)) => Some(user.clone()),
+        (Some(_), None) => user_of_image(new_vm, image_user)?,
+    };
     // Root's home is closed to other users.
-    let given = source
-        .as_ref()
-        .zip(spec.user.clone())
-        .map(|(source, user)| {
-            let path = how.guest_path.get_or_insert_with(|| source.path_for_user());
-            (path.clone(), user)
-        });
+    let given = source.as_ref().zip(user).map(|(source, user)| {
+        let path = how.guest_path.get_or_insert_with(|| source.path_for_user());
+        (path.clone(), user)
+    });
     let given = given.filter(|_| !how.readonly);
     let vm = new_vm.vm.name.to_string();
-    let outcome = boot(
+    boot(
         printer,
         interrupts,
-        &mut new_vm,
+        new_vm,
         source.map(|source| (source, how)),
-    )
-    .and_then(|()| match &given {
-        Some((path, user)) => give(printer, stdio, interrupts, &mut new_vm, path, user),
-        None => Ok(()),
-    })
-    .and_then(|()| exec::execute(printer, stdio, interrupts, &mut new_vm.client, &vm, spec));
-    finish(printer, interrupts, new_vm, outcome, export)
+    )?;
+    if let Some((path, user)) = &given {
+        give(printer, stdio, interrupts, new_vm, path, user)?;
+    }
+    exec::execute(printer, stdio, interrupts, &mut new_vm.client, &vm, spec)
+}
+
+/// Returns the user who runs commands in the VM's image, unless that is root.
+fn user_of_image(new_vm: &mut NewVm, known: Option<String>) -> Result<Option<String>> {
+    let user = match known {
+        Some(user) => user,
+        // The daemon has chosen the image.
+        None => {
+            let image = new_vm.vm.image.clone();
+            let shown = new_vm.client.call::<ImageShow>(&ImageRequest { image })?;
+            shown.config.user
+        }
+    };
+    let name = user.split(':').next().unwrap_or_default();
+    let is_root = name == "root" || name.bytes().all(|digit| digit == b'0');
+    Ok(Some(user).filter(|_| !is_root))
 }
 
 /// Returns how commands run in an image. Pulls the image if this host does not have it.

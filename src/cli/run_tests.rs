@@ -16,6 +16,16 @@ use std::io::Write;
 const LAST_LINE: &str =
     "VM web keeps running. Enter: fcctl ssh web, stop: fcctl stop web, delete: fcctl rm -f web\n";
 
+fn shown() -> serde_json::Value {
+    json!({
+        "image": {
+            "name": "big", "disk_bytes": 1, "allocated_bytes": 1, "kernel": "", "os": "",
+            "built_at": 1, "vms": 0, "owner_uid": null, "digest": null, "source": null,
+        },
+        "config": {}, "layers": [], "history": [],
+    })
+}
+
 /// Starts a daemon on which every call succeeds. `special` may handle a request itself and then
 /// returns `None`.
 fn daemon(special: impl Fn(Request) -> Option<Request> + Send + Sync + 'static) -> Fake {
@@ -27,13 +37,7 @@ fn daemon(special: impl Fn(Request) -> Option<Request> + Send + Sync + 'static) 
                 r.wait_for_hangup();
             }
             "vm.create" | "vm.start" => r.result(json!({"vm": vm("web", VmState::Running)})),
-            "image.show" => r.result(json!({
-                "image": {
-                    "name": "big", "disk_bytes": 1, "allocated_bytes": 1, "kernel": "", "os": "",
-                    "built_at": 1, "vms": 0, "owner_uid": null, "digest": null, "source": null,
-                },
-                "config": {}, "layers": [], "history": [],
-            })),
+            "image.show" => r.result(shown()),
             "workspace.prepare" => {
                 let (_, entries) = take_stream(&mut r, &[]).unwrap();
                 r.result(json!({"vm": with_workspace("web"), "kept": [], "entries": entries, "bytes": 1}));
@@ -119,7 +123,7 @@ fn run_creates_copies_runs_and_keeps() {
     );
     assert_eq!(
         fake.methods(),
-        "vm.create vm.start workspace.prepare exec.start workspace.export"
+        "vm.create image.show vm.start workspace.prepare exec.start workspace.export"
     );
     // stderr begins with the VM's name and ends with how to continue.
     assert!(
@@ -171,14 +175,14 @@ fn run_failure_before_command_deletes_vm() {
     let dir = tree();
     for (method, methods) in [
         ("vm.create", "vm.create"),
-        ("vm.start", "vm.create vm.start vm.delete"),
+        ("vm.start", "vm.create image.show vm.start vm.delete"),
         (
             "workspace.prepare",
-            "vm.create vm.start workspace.prepare vm.delete",
+            "vm.create image.show vm.start workspace.prepare vm.delete",
         ),
         (
             "exec.start",
-            "vm.create vm.start workspace.prepare exec.start vm.delete",
+            "vm.create image.show vm.start workspace.prepare exec.start vm.delete",
         ),
     ] {
         let fake = fail_at(method);
@@ -197,14 +201,14 @@ fn run_failure_before_command_deletes_vm() {
 fn run_interrupted_before_command_deletes_vm() {
     let dir = tree();
     for (method, methods) in [
-        ("vm.start", "vm.create vm.start vm.delete"),
+        ("vm.start", "vm.create image.show vm.start vm.delete"),
         (
             "workspace.prepare",
-            "vm.create vm.start workspace.prepare vm.delete",
+            "vm.create image.show vm.start workspace.prepare vm.delete",
         ),
         (
             "exec.start",
-            "vm.create vm.start workspace.prepare exec.start vm.delete",
+            "vm.create image.show vm.start workspace.prepare exec.start vm.delete",
         ),
     ] {
         for rm in [&["--rm"][..], &[]] {
@@ -475,5 +479,50 @@ fn run_as_user_gives_copy_to_user() {
         let chown = format!(r#""argv":["chown","-hR","--","{owner}","/workspace/app"]"#);
         assert!(of("exec.start")[0].contains(&chown), "{calls:?}");
         assert!(of("exec.start")[1].contains(&format!(r#""user":"{user}""#)));
+    }
+}
+
+/// A user that the image names gets the copy as one that `--user` names. The image may be the
+/// daemon's default.
+#[test]
+fn run_gives_copy_to_user_of_image() {
+    for (user, owner) in [
+        ("1000:1000", Some("1000:1000")),
+        ("app", Some("app:")),
+        ("", None),
+        ("root", None),
+        ("0:0", None),
+    ] {
+        for image in [&["--image", "big"][..], &[]] {
+            let fake = daemon(move |mut r| match r.method.as_str() {
+                "image.show" => {
+                    let mut shown = shown();
+                    shown["config"]["user"] = json!(user);
+                    r.result(shown);
+                    None
+                }
+                "exec.start" if r.params["argv"][0] == "chown" => {
+                    drop(begin(&mut r));
+                    r.result(status(0));
+                    None
+                }
+                _ => Some(r),
+            });
+            let dir = tree();
+            let path = dir.path().join("app");
+            std::fs::create_dir(&path).unwrap();
+            let args = [&["run"], image, &[path.to_str().unwrap(), "--", "make"]];
+            let ran = fcctl(&fake, &args.concat());
+            assert_eq!(ran.status, 7, "{}", ran.err);
+            let calls = fake.calls().join("\n");
+            let chown = owner
+                .map(|owner| format!(r#""argv":["chown","-hR","--","{owner}","/workspace/app"]"#));
+            let is_given = chown.is_some_and(|chown| calls.contains(&chown));
+            assert_eq!(is_given, owner.is_some(), "{user}: {calls}");
+            let is_in_root = calls.contains(r#""guest_path":"/root/app""#);
+            assert_eq!(is_in_root, owner.is_none(), "{user}: {calls}");
+            // The image chooses the user of the command itself.
+            assert!(!calls.contains(&format!(r#""user":"{user}""#)), "{calls}");
+        }
     }
 }

@@ -55,6 +55,17 @@ pub enum Net {
     None,
 }
 
+/// The first process of a guest that boots with a guest runtime (`--init`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Init {
+    /// fcd's own init, which starts nothing but an SSH server.
+    #[default]
+    Fcd,
+    /// The image's init, such as systemd. fcd's SSH server runs beside it.
+    Image,
+}
+
 /// Whether the guest's file systems were synced before its VMM ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -105,6 +116,8 @@ pub struct Vm {
     /// The kernel that the VM boots instead of the image's.
     #[serde(default)]
     pub kernel: Option<KernelName>,
+    #[serde(default)]
+    pub init: Init,
     pub vcpus: u32,
     pub mem_mib: u64,
     pub disk_bytes: u64,
@@ -206,6 +219,10 @@ pub struct VmCreateRequest {
     /// A kernel from `kernel.list` to boot instead of the image's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernel: Option<KernelName>,
+    /// The first process of the guest. Defaults to `fcd`. `image` needs an image from a registry or
+    /// an archive.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub init: Option<Init>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vcpus: Option<u32>,
     #[serde(default, skip_serializing_if = "Option::is_none")]

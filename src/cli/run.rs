@@ -304,6 +304,7 @@ fn create(
         net_tx_bytes_per_s: rates.net_tx_bps,
         name: name.clone(),
         kernel: shape.kernel.clone(),
+        init: shape.init,
         image: shape.image,
         vcpus: shape.vcpus,
         mem_mib: shape.memory,

@@ -121,6 +121,7 @@ pub(super) fn vm(name: &str, state: VmState) -> Vm {
         image: "default".parse().unwrap(),
         image_digest: None,
         kernel: None,
+        init: crate::api::vm::Init::Fcd,
         vcpus: 1,
         mem_mib: 1024,
         disk_bytes: 4 << 30,

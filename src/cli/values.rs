@@ -1,7 +1,7 @@
 //! Parsers for command-line values: sizes, durations, ports, environment variables.
 
 use crate::api::port::{Port, Protocol, loopback};
-use crate::api::vm::Net;
+use crate::api::vm::{Init, Net};
 use crate::error::{Error, Result};
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
@@ -99,6 +99,14 @@ pub(super) fn parse_net(text: &str) -> Result<Net, String> {
         "nat" => Ok(Net::Nat),
         "none" => Ok(Net::None),
         _ => Err("use nat or none".to_owned()),
+    }
+}
+
+pub(super) fn parse_init(text: &str) -> Result<Init, String> {
+    match text {
+        "fcd" => Ok(Init::Fcd),
+        "image" => Ok(Init::Image),
+        _ => Err("use fcd or image".to_owned()),
     }
 }
 

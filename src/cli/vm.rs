@@ -4,16 +4,16 @@ use super::connector::{Connector, operate};
 use super::context::Context;
 use super::printer::Printer;
 use super::values::{
-    parse_count_rate, parse_duration, parse_mem_mib, parse_net, parse_port, parse_rate, parse_size,
-    timeout_ms,
+    parse_count_rate, parse_duration, parse_init, parse_mem_mib, parse_net, parse_port, parse_rate,
+    parse_size, timeout_ms,
 };
 use super::vm_text::{ended, kept, port_line, settings, sheet, state};
 use crate::api::port::Port;
 use crate::api::vm::{
-    Net, Pending, RateLimits, VmBalloon, VmBalloonRequest, VmCreate, VmCreateRequest, VmDelete,
-    VmDeleteReply, VmDeleteRequest, VmFork, VmForkRequest, VmKill, VmMetrics, VmPause, VmPrune,
-    VmReply, VmRequest, VmRestart, VmResume, VmSet, VmSetRequest, VmShow, VmStart, VmState, VmStop,
-    VmStopRequest, VmWait, VmWaitRequest,
+    Init, Net, Pending, RateLimits, VmBalloon, VmBalloonRequest, VmCreate, VmCreateRequest,
+    VmDelete, VmDeleteReply, VmDeleteRequest, VmFork, VmForkRequest, VmKill, VmMetrics, VmPause,
+    VmPrune, VmReply, VmRequest, VmRestart, VmResume, VmSet, VmSetRequest, VmShow, VmStart,
+    VmState, VmStop, VmStopRequest, VmWait, VmWaitRequest,
 };
 use crate::api::{Call, Empty};
 use crate::client::Result;
@@ -118,6 +118,10 @@ pub(super) struct Shape {
     /// Kernel to boot instead of the image's (see fcctl kernel list)
     #[arg(long)]
     pub kernel: Option<KernelName>,
+    /// First process of the guest: `fcd` for an SSH server only, or `image` for the image's own
+    /// init, such as systemd [default: fcd]
+    #[arg(long, value_name = "fcd|image", value_parser = parse_init)]
+    pub init: Option<Init>,
     /// Number of virtual CPUs
     #[arg(long, value_name = "N", alias = "cpus")]
     pub vcpus: Option<u32>,
@@ -276,6 +280,7 @@ fn create(connector: &mut Connector, printer: &mut Printer, args: CreateArgs) ->
         name: args.name,
         image: args.shape.image,
         kernel: args.shape.kernel,
+        init: args.shape.init,
         vcpus: args.shape.vcpus,
         mem_mib: args.shape.memory,
         net: args.shape.net,

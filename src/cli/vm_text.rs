@@ -3,7 +3,8 @@
 use super::output::{age, size};
 use crate::api::port::Port;
 use crate::api::vm::{
-    Net, Pending, RateLimits, Synced, Vm, VmBalloonReply, VmState, WorkspaceInfo, WorkspaceState,
+    Init, Net, Pending, RateLimits, Synced, Vm, VmBalloonReply, VmState, WorkspaceInfo,
+    WorkspaceState,
 };
 use crate::host::plural::count;
 use crate::host::text::printable;
@@ -130,6 +131,10 @@ pub(super) fn sheet(vm: &Vm, now_s: u64) -> String {
     add("image", Some(vm.image.to_string()));
     add("digest", vm.image_digest.clone());
     add("kernel", vm.kernel.as_ref().map(ToString::to_string));
+    add(
+        "init",
+        (vm.init == Init::Image).then(|| "the image's own".to_owned()),
+    );
     add("vcpus", Some(vm.vcpus.to_string()));
     add("memory", Some(size(vm.mem_mib << 20)));
     add(

@@ -21,6 +21,7 @@ use crate::ids::VmId;
 use crate::locks::KeyGuard;
 use crate::ops::OpHandle;
 use crate::store::{Intent, Ticket, VmRow};
+use crate::vmm::End;
 use serde_json::Value;
 use std::time::{Duration, Instant};
 
@@ -474,6 +475,10 @@ fn died_booting(row: &VmRow, how: &BootEnd) -> Error {
     if *how == BootEnd::HostDiskFull {
         return Error::new(Kind::DiskFull, format!("start VM {}: {how}", row.name))
             .hint("free some disk space (df -h), then try again");
+    }
+    if *how == BootEnd::VmmDied(End::NoInit) {
+        return Error::new(Kind::Unsupported, format!("start VM {}: {how}", row.name))
+            .hint("create a VM without --init image");
     }
     Error::new(Kind::VmmFailed, format!("start VM {}: {how}", row.name))
         .hint(format!("fcctl logs {}", row.name))

@@ -13,12 +13,13 @@ use super::network::Networks;
 use super::operations::ended_row;
 use super::ports::require_free;
 use crate::api::op::Op;
-use crate::api::vm::{RateLimits, Vm, VmCreateRequest, VmReply, VmState};
+use crate::api::vm::{Init, RateLimits, Vm, VmCreateRequest, VmReply, VmState};
 use crate::config;
 use crate::error::{Error, Kind, Result};
 use crate::host::plural::count;
 use crate::host::time::now_s;
 use crate::ids::{VmId, VmName};
+use crate::image::{Boots, ImageInfo};
 use crate::ops::OpHandle;
 use crate::store::{State, Ticket, Tx, VmRow, VmShape};
 
@@ -75,6 +76,7 @@ impl Creator {
                 image_digest: Some(image.shown_digest().to_owned()),
                 kernel: request.kernel.clone().or_else(|| image.kernel.clone()),
                 runtime: None,
+                init: request.init.unwrap_or_default(),
                 vcpus: request.vcpus.unwrap_or(self.defaults.vcpus),
                 mem_mib: request.mem_mib.unwrap_or(self.defaults.mem_mib),
                 disk_bytes: request.disk_bytes.unwrap_or(image.default_disk_bytes()),
@@ -107,6 +109,7 @@ impl Creator {
             has_balloon: false,
             balloon_mib: None,
         };
+        check_init(row.shape.init, &image)?;
         self.capacity.check_vcpus(row.shape.vcpus)?;
         self.capacity.check_memory(row.shape.mem_mib)?;
         self.capacity
@@ -221,6 +224,19 @@ impl Creator {
         tx.insert_vm(row.clone())?;
         Ok(row)
     }
+}
+
+/// Fails if the image cannot boot with this init.
+fn check_init(init: Init, image: &ImageInfo) -> Result<()> {
+    if init == Init::Fcd || image.boots == Boots::Runtime {
+        return Ok(());
+    }
+    let text = format!(
+        "image {} was made by fcd image build or commit, and has no init but fcd's",
+        image.name
+    );
+    Err(Error::new(Kind::Unsupported, text)
+        .hint("omit --init, or use an image from a registry: fcctl help images"))
 }
 
 fn free_name(state: &State, name: VmName) -> Result<VmName> {

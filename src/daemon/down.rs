@@ -4,7 +4,7 @@ use super::guest_scripts::Layout;
 use super::lifecycle::{Claim, Lifecycle, Outcome};
 use super::resources;
 use super::transitions::Verb;
-use crate::api::vm::Synced;
+use crate::api::vm::{Init, Synced};
 use crate::error::Result;
 use crate::guest::io::VecSink;
 use crate::guest::{ExecSpec, Streams};
@@ -14,6 +14,8 @@ use crate::vmm::Identity;
 use std::time::{Duration, Instant};
 
 const SYNCED: &[u8] = b"synced\n";
+/// The shortest default timeout for an image's own init, which ends one service after the other.
+const INIT_STOP_TIMEOUT: Duration = Duration::from_secs(60);
 /// How much of the shutdown command's output is kept.
 const OUTPUT_BYTES_MAX: usize = 4096;
 
@@ -64,30 +66,37 @@ impl Lifecycle {
             return Synced::No;
         }
         self.controls.resume_for_stop(row, identity);
-        let timeout = claim
-            .timeout
-            .unwrap_or(Duration::from_secs(self.core.limits.stop_timeout_s));
+        let timeout = claim.timeout.unwrap_or_else(|| {
+            let usual = Duration::from_secs(self.core.limits.stop_timeout_s);
+            match row.shape.init {
+                Init::Fcd => usual,
+                Init::Image => usual.max(INIT_STOP_TIMEOUT),
+            }
+        });
         let now = Instant::now();
         let deadline = now + timeout;
         let takes_key = row.guest_version >= CTRL_ALT_DEL_SINCE;
         claim.op().progress("sync and shut down the guest");
-        if self.shut_down_over_ssh(
-            claim,
-            row,
-            if takes_key {
-                now + timeout / 2
-            } else {
-                deadline
-            },
-        ) {
-            if let Err(e) = self
+        let ssh_deadline = if takes_key {
+            now + timeout / 2
+        } else {
+            deadline
+        };
+        if self.shut_down_over_ssh(claim, row, timeout, ssh_deadline) {
+            let exited = self
                 .vmm
                 .processes()
-                .wait_exit(identity, deadline, &claim.cancel)
-            {
+                .wait_exit(identity, deadline, &claim.cancel);
+            let has_exited = exited.unwrap_or_else(|e| {
                 log::warn!("wait for the VMM of {}: {e}", row.name);
-            }
-            return Synced::Yes;
+                false
+            });
+            // An init of fcd's ends all processes and syncs within seconds. The services of another
+            // init write until they have ended, after the guest has reported that it synced.
+            return match row.shape.init {
+                Init::Image if !has_exited => Synced::Timeout,
+                _ => Synced::Yes,
+            };
         }
         if takes_key && self.press_key(claim, row, identity, deadline) {
             Synced::Yes
@@ -97,12 +106,18 @@ impl Lifecycle {
     }
 
     /// Runs the shutdown command over SSH. Returns true once the guest has reported that its data
-    /// is on its disks. The guest shuts down shortly afterwards.
-    fn shut_down_over_ssh(&self, claim: &Claim, row: &VmRow, deadline: Instant) -> bool {
+    /// is on its disks. The guest shuts down shortly afterwards, at the latest after `limit`.
+    fn shut_down_over_ssh(
+        &self,
+        claim: &Claim,
+        row: &VmRow,
+        limit: Duration,
+        deadline: Instant,
+    ) -> bool {
         let mut output = VecSink::new(OUTPUT_BYTES_MAX);
         let asked = self.guests.script_target(row).and_then(|target| {
             let spec = ExecSpec {
-                command: Layout::of(row).shutdown_command().to_owned(),
+                command: Layout::of(row).shutdown_command(limit),
                 deadline: Some(deadline),
                 ..ExecSpec::default()
             };

@@ -3,6 +3,10 @@
 use crate::host::time::now_s;
 use crate::image::SHUTDOWN_COMMAND;
 use crate::store::VmRow;
+use std::time::Duration;
+
+/// How long a guest may take to power off without its init: `src/image/runtime/guest/image-off`.
+const FORCED_POWER_OFF: Duration = Duration::from_secs(10);
 
 /// The kinds of guests, by the origin of their init.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,11 +58,15 @@ impl Layout {
         }
     }
 
-    /// Returns the command for a clean shutdown; see [`SHUTDOWN_COMMAND`].
-    pub(super) fn shutdown_command(self) -> &'static str {
+    /// Returns the command for a clean shutdown; see [`SHUTDOWN_COMMAND`]. If the image's own init
+    /// has not powered off after most of `limit`, the guest is powered off without it.
+    pub(super) fn shutdown_command(self, limit: Duration) -> String {
         match self {
-            Self::Own => SHUTDOWN_COMMAND,
-            Self::Runtime => "/.fcd/lib/shutdown",
+            Self::Own => SHUTDOWN_COMMAND.to_owned(),
+            Self::Runtime => {
+                let allowed = limit - FORCED_POWER_OFF.min(limit / 2);
+                format!("/.fcd/lib/shutdown {}", allowed.as_secs().max(1))
+            }
         }
     }
 

@@ -299,6 +299,7 @@ fn request(shape: &VmShape, name: Option<VmName>) -> VmCreateRequest {
         name,
         image: Some(shape.image.clone()),
         kernel: shape.kernel.clone(),
+        init: Some(shape.init),
         vcpus: Some(shape.vcpus),
         mem_mib: Some(shape.mem_mib),
         disk_bytes: Some(shape.disk_bytes),

@@ -4,6 +4,7 @@ use super::core::Core;
 use super::network::Networks;
 use super::snapshot_registry::Restore;
 use super::vm_dir::{CHANGES_FILE, DISK_FILE, SEED_FILE, WORK_DISK_FILE};
+use crate::api::vm::Init;
 use crate::disk::{Method, Probe};
 use crate::error::Result;
 use crate::host::Credentials;
@@ -50,6 +51,9 @@ impl Specs {
         };
         let mut boot_args = crate::image::BOOT_ARGS.to_vec();
         boot_args.extend(runtime.as_ref().map(|_| crate::image::runtime::BOOT_ARG));
+        if row.shape.init == Init::Image {
+            boot_args.extend(crate::image::runtime::SYSTEMD_ARGS);
+        }
         VmmSpec {
             vm: row.id.clone(),
             tag: self.core.tag(row),

@@ -20,6 +20,7 @@ pub(super) fn view(row: &VmRow, workspace: Option<&WorkspaceRow>) -> Vm {
         image: row.shape.image.clone(),
         image_digest: row.shape.image_digest.clone(),
         kernel: row.shape.kernel.clone(),
+        init: row.shape.init,
         vcpus: row.shape.vcpus,
         mem_mib: row.shape.mem_mib,
         disk_bytes: row.shape.disk_bytes,

@@ -3,11 +3,13 @@
 //!
 //! Its members are `config`, `host_key` (an OpenSSH private key), `authorized_keys`, `image` if the
 //! guest boots with a guest runtime, and `files.tar` if there are files. `config` has lines
-//! `key=value` with `host_name`, `address`, `gateway`, any number of `dns`, and `work_disk`, the
-//! mount point of the last disk. The guest's init reads the drive at every boot.
+//! `key=value` with `host_name`, `address`, `gateway`, any number of `dns`, `work_disk`, the mount
+//! point of the last disk, and `init=image` if the image's own init is to run. The guest's init
+//! reads the drive at every boot.
 
 use super::Draft;
 use crate::api::image::ImageConfig;
+use crate::api::vm::Init;
 use crate::error::{Error, Kind, Result};
 use crate::host::Credentials;
 use crate::ids::VmName;
@@ -59,6 +61,8 @@ pub struct Seed<'a> {
     pub work_disk: Option<&'a str>,
     /// Files that the guest copies over its own at boot.
     pub files: &'a [SeedFile],
+    /// The first process of the guest.
+    pub init: Init,
     /// The settings of the image's commands, for a guest that boots with a guest runtime.
     pub image: Option<&'a ImageConfig>,
     /// Set if the guest is restored instead of booted.
@@ -170,6 +174,9 @@ impl Seed<'_> {
         }
         if let Some(path) = self.work_disk {
             let _ = writeln!(text, "work_disk={path}");
+        }
+        if self.init == Init::Image {
+            text += "init=image\n";
         }
         if let Some(RestoreSeed {
             token,
@@ -316,6 +323,7 @@ mod tests {
             host_key: key,
             work_disk: None,
             files: &[],
+            init: Init::Fcd,
             image: None,
             restore: None,
         }
@@ -400,6 +408,7 @@ mod tests {
             host_key: &key,
             work_disk: Some("/work"),
             files: &files,
+            init: Init::Fcd,
             image: None,
             restore: None,
         };
@@ -440,6 +449,7 @@ mod tests {
             host_key: &key,
             work_disk: None,
             files: &[],
+            init: Init::Fcd,
             image: None,
             restore: None,
         };

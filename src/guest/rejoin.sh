@@ -77,14 +77,15 @@ set_network() {
 	done >/etc/resolv.conf
 }
 
-# The listening server is a child of init; servers of connections are its own children.
+# The servers of connections are children of the listening server.
 restart_sshd() {
 	for proc in /proc/[0-9]*; do
 		name= parent=
 		{ read -r name <"$proc/comm"; } 2>/dev/null
 		[ "$name" = sshd ] || continue
 		parent=$($bb sed -n 's/^PPid:[[:space:]]*//p' "$proc/status" 2>/dev/null)
-		[ "$parent" = 1 ] && kill -HUP "${proc#/proc/}"
+		{ read -r parent <"/proc/$parent/comm"; } 2>/dev/null
+		[ "$parent" != sshd ] && kill -HUP "${proc#/proc/}"
 	done
 }
 

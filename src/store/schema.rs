@@ -51,6 +51,7 @@ pub(super) fn migrations() -> Vec<String> {
         snapshot::ADD_VMM_VERSION,
         vm::ADD_RUNTIME,
         vm::ADD_IMAGE_DIGEST,
+        vm::ADD_INIT,
     ];
     std::iter::once(first)
         .chain(later.map(str::to_owned))

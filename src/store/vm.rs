@@ -2,7 +2,7 @@
 
 use super::sql::{self, json};
 use crate::api::port::Port;
-use crate::api::vm::{Net, Pending, RateLimits, Synced, VmState};
+use crate::api::vm::{Init, Net, Pending, RateLimits, Synced, VmState};
 use crate::host::process::Identity;
 use crate::ids::{ImageRef, KernelName, OpId, RuntimeId, VmId, VmName};
 use rusqlite::{Connection, params};
@@ -36,6 +36,7 @@ pub struct VmShape {
     pub kernel: Option<KernelName>,
     /// The guest runtime of the last boot, if the image has no init of its own.
     pub runtime: Option<RuntimeId>,
+    pub init: Init,
     pub vcpus: u32,
     pub mem_mib: u64,
     pub disk_bytes: u64,
@@ -123,6 +124,10 @@ pub(super) const ADD_RUNTIME: &str =
 pub(super) const ADD_IMAGE_DIGEST: &str =
     "UPDATE vms SET body = json_set(body, '$.image_digest', json('null'));
      UPDATE snapshots SET body = json_set(body, '$.image_digest', json('null'));";
+
+/// The migration to schema version 11, which adds `init` to VMs and snapshots.
+pub(super) const ADD_INIT: &str = "UPDATE vms SET body = json_set(body, '$.init', 'fcd');
+     UPDATE snapshots SET body = json_set(body, '$.init', 'fcd');";
 
 pub(super) fn save(c: &Connection, id: &VmId, row: Option<&VmRow>) -> rusqlite::Result<()> {
     let Some(row) = row else {

@@ -46,6 +46,8 @@ pub enum End {
     GuestShutDown,
     /// The console shows that the guest rebooted cleanly, which ends its VM.
     GuestRebooted,
+    /// The guest was to run its image's init, but the image has none.
+    NoInit,
     /// The console shows that the guest's kernel panicked with this message.
     GuestPanicked(String),
     /// The VMM exited normally, but the console shows no reason. The guest had a triple fault or
@@ -135,6 +137,7 @@ impl fmt::Display for End {
         match self {
             End::GuestShutDown => f.write_str("the guest shut itself down"),
             End::GuestRebooted => f.write_str("the guest rebooted, which ends its VM"),
+            End::NoInit => f.write_str("the image has no init, neither /sbin/init nor systemd"),
             End::GuestPanicked(message) => write!(f, "the guest's kernel panicked: {message}"),
             End::GuestReset => f.write_str("the guest was reset without a shutdown: a triple fault or a forced reset"),
             End::GuestResetUnrecorded => {
@@ -221,6 +224,9 @@ fn parse(text: &str) -> Option<End> {
                 &message.chars().take(PANIC_CHARS_MAX).collect::<String>(),
             )));
         }
+        if says("fcd-init: the image has no init") {
+            return Some(End::NoInit);
+        }
         if says("reboot: Power down") || says("reboot: System halted") || says("fcd-init: disk ") {
             return Some(End::GuestShutDown);
         }
@@ -266,6 +272,10 @@ mod tests {
                 None,
             ),
             ("[ 2.0] sysrq: Resetting\r\n", None),
+            (
+                "fcd-init: the image has no init\r\n[ 2.0] sysrq: Resetting\r\n",
+                Some(End::NoInit),
+            ),
             ("", None),
         ] {
             assert_eq!(parse(text), end, "{text}");

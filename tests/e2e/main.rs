@@ -32,4 +32,5 @@ mod repositories;
 mod runtime;
 mod snapshots;
 mod soak;
+mod systemd;
 mod tree;

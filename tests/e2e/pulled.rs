@@ -10,14 +10,14 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 /// A tar archive that is made entry by entry.
-struct Layer(tar::Builder<Vec<u8>>);
+pub struct Layer(tar::Builder<Vec<u8>>);
 
 impl Layer {
-    fn new() -> Self {
+    pub fn new() -> Self {
         Self(tar::Builder::new(Vec::new()))
     }
 
-    fn entry(mut self, path: &str, kind: tar::EntryType, mode: u32, content: &[u8]) -> Self {
+    pub fn entry(mut self, path: &str, kind: tar::EntryType, mode: u32, content: &[u8]) -> Self {
         let mut header = tar::Header::new_ustar();
         header.set_entry_type(kind);
         header.set_mode(mode);
@@ -27,15 +27,15 @@ impl Layer {
         self
     }
 
-    fn dir(self, path: &str) -> Self {
+    pub fn dir(self, path: &str) -> Self {
         self.entry(path, tar::EntryType::Directory, 0o755, &[])
     }
 
-    fn file(self, path: &str, content: &str) -> Self {
+    pub fn file(self, path: &str, content: &str) -> Self {
         self.entry(path, tar::EntryType::Regular, 0o644, content.as_bytes())
     }
 
-    fn link(mut self, path: &str, target: &str, kind: tar::EntryType) -> Self {
+    pub fn link(mut self, path: &str, target: &str, kind: tar::EntryType) -> Self {
         let mut header = tar::Header::new_ustar();
         header.set_entry_type(kind);
         header.set_mode(0o777);
@@ -44,12 +44,12 @@ impl Layer {
         self
     }
 
-    fn finish(self) -> Vec<u8> {
+    pub fn finish(self) -> Vec<u8> {
         self.0.into_inner().unwrap()
     }
 }
 
-fn put(layout: &Path, bytes: &[u8]) -> Value {
+pub fn put(layout: &Path, bytes: &[u8]) -> Value {
     let hex: String = Sha256::digest(bytes)
         .iter()
         .map(|b| format!("{b:02x}"))
@@ -60,13 +60,14 @@ fn put(layout: &Path, bytes: &[u8]) -> Value {
     json!({ "digest": format!("sha256:{hex}"), "size": bytes.len() })
 }
 
-fn with_type(mut descriptor: Value, media_type: &str) -> Value {
+pub fn with_type(mut descriptor: Value, media_type: &str) -> Value {
     descriptor["mediaType"] = json!(format!("application/vnd.oci.image.{media_type}"));
     descriptor
 }
 
 /// Writes a layout directory with one image, whose tag is `1`.
-fn write_layout(layout: &Path, layers: &[Vec<u8>], config: Value) {
+/// Returns the descriptor of the image.
+pub fn write_layout(layout: &Path, layers: &[Vec<u8>], config: Value) -> Value {
     let described: Vec<Value> = layers
         .iter()
         .map(|layer| with_type(put(layout, layer), "layer.v1.tar"))
@@ -83,12 +84,18 @@ fn write_layout(layout: &Path, layers: &[Vec<u8>], config: Value) {
         "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
         "config": config, "layers": described,
     });
-    let mut manifest = with_type(
+    let manifest = with_type(
         put(layout, manifest.to_string().as_bytes()),
         "manifest.v1+json",
     );
-    manifest["annotations"] = json!({ "org.opencontainers.image.ref.name": "1" });
-    let index = json!({ "schemaVersion": 2, "manifests": [manifest] });
+    write_index(layout, manifest.clone());
+    manifest
+}
+
+/// Gives what the descriptor describes the tag `1`.
+pub fn write_index(layout: &Path, mut described: Value) {
+    described["annotations"] = json!({ "org.opencontainers.image.ref.name": "1" });
+    let index = json!({ "schemaVersion": 2, "manifests": [described] });
     fs::write(layout.join("index.json"), index.to_string()).unwrap();
     fs::write(
         layout.join("oci-layout"),
@@ -98,7 +105,7 @@ fn write_layout(layout: &Path, layers: &[Vec<u8>], config: Value) {
 }
 
 /// An image with busybox, a whiteout, and a hard link across layers.
-fn small_image(host: &Host, layout: &Path) {
+pub fn small_image(host: &Host, layout: &Path) {
     let program = layout.join("busybox");
     busybox(host, &program);
     let program = fs::read(&program).unwrap();
@@ -121,13 +128,18 @@ fn small_image(host: &Host, layout: &Path) {
 }
 
 /// Debian's registry on a port of loopback. It ends when this is dropped.
-struct Registry {
+pub struct Registry {
     process: Child,
-    address: String,
+    pub address: String,
 }
 
 impl Registry {
-    fn start(dir: &Path) -> Self {
+    pub fn start(dir: &Path) -> Self {
+        Self::with(dir, |address| format!("http: {{addr: {address}}}\n"))
+    }
+
+    /// Starts a registry with additions to its configuration.
+    pub fn with(dir: &Path, configure: impl Fn(&str) -> String) -> Self {
         let port = TcpListener::bind("127.0.0.1:0")
             .unwrap()
             .local_addr()
@@ -135,8 +147,9 @@ impl Registry {
             .port();
         let address = format!("127.0.0.1:{port}");
         let config = format!(
-            "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: {address}}}\n",
-            dir.join("registry").display()
+            "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\n{}",
+            dir.join("registry").display(),
+            configure(&address)
         );
         fs::write(dir.join("registry.yml"), config).unwrap();
         let process = Command::new("docker-registry")

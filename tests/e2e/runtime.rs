@@ -88,7 +88,7 @@ fn check_ends(host: &Host, vm: &str) {
 }
 
 /// Copies a repository to the guest, changes it there and exports the change.
-fn check_workspace(host: &Host, vm: &str) {
+pub fn check_workspace(host: &Host, vm: &str) {
     let repo = tempfile::tempdir().unwrap();
     crate::first_light::repository(repo.path());
     host.ok(&["workspace", "prepare", vm, repo.path().to_str().unwrap()]);
@@ -100,7 +100,7 @@ fn check_workspace(host: &Host, vm: &str) {
 }
 
 /// Stops the VM, which must shut down in order, and checks its file system.
-fn check_stop(host: &Host, vm: &str) {
+pub fn check_stop(host: &Host, vm: &str) {
     let id = host.show(vm, "id");
     host.ok(&["stop", vm]);
     assert_eq!(host.show(vm, "synced"), "yes");

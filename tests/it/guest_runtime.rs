@@ -2,8 +2,11 @@
 
 use crate::world::World;
 use fcd::testing::api::image::ImageConfig;
-use fcd::testing::api::vm::{Synced, VmCreate, VmCreateRequest};
+use fcd::testing::api::vm::{
+    Init, Synced, VmCreate, VmCreateRequest, VmShow, VmStop, VmStopRequest,
+};
 use fcd::testing::error::Kind;
+use fcd::testing::guest::fake::Answer;
 use std::path::{Path, PathBuf};
 
 /// Registers an image that has only a root file system.
@@ -88,4 +91,48 @@ fn image_without_init_boots_newest_runtime() {
     let spec = world.vmm.last_spec(&own.id).unwrap();
     assert_eq!(spec.runtime_disk, None);
     assert!(!spec.boot_args.contains("fcd.runtime"));
+}
+
+#[test]
+fn init_of_image_is_run_and_must_power_off_itself() {
+    let world = World::new();
+    let state = world.config.state_dir.clone();
+    make_image(&state, "small");
+    make_runtime(&state, "00000000000a", 7);
+    let request = |image: Option<&str>| VmCreateRequest {
+        name: Some("a".parse().unwrap()),
+        image: image.map(|name| name.parse().unwrap()),
+        init: Some(Init::Image),
+        ..VmCreateRequest::default()
+    };
+    let e = world.call::<VmCreate>(&request(None)).unwrap_err();
+    assert!(e.is(Kind::Unsupported), "{e:?}");
+    let vm = world.call::<VmCreate>(&request(Some("small"))).unwrap().vm;
+    world.place(&vm.id);
+    world.start("a").unwrap();
+    let spec = world.vmm.last_spec(&vm.id).unwrap();
+    assert!(
+        spec.boot_args.contains(" systemd.firstboot=no "),
+        "{}",
+        spec.boot_args
+    );
+    let seed = std::fs::read(&spec.seed).unwrap();
+    assert!(String::from_utf8_lossy(&seed).contains("\ninit=image\n"));
+    assert_eq!(world.stop("a").unwrap().synced, Some(Synced::Yes));
+
+    // Its services may write after the guest has synced, until the guest has ended.
+    world.start("a").unwrap();
+    world.guest.on("/.fcd/lib/shutdown 1", |_| {
+        Answer::status(0).stdout("synced\n")
+    });
+    let request = VmStopRequest {
+        vm: "a".into(),
+        timeout_ms: Some(100),
+        force: false,
+        keep: false,
+    };
+    let vm = world.run::<VmStop>(request).unwrap().vm;
+    assert_eq!(vm.synced, Some(Synced::Timeout));
+    let request = fcd::testing::api::vm::VmRequest { vm: "a".into() };
+    assert_eq!(world.call::<VmShow>(&request).unwrap().vm.init, Init::Image);
 }

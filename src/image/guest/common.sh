@@ -20,6 +20,7 @@ read_seed() {
 	gateway=
 	dns=
 	work_disk=
+	chosen_init=fcd
 	while IFS='=' read -r key value; do
 		case $key in
 		host_name) host_name=$value ;;
@@ -27,6 +28,7 @@ read_seed() {
 		gateway) gateway=$value ;;
 		dns) dns="$dns $value" ;;
 		work_disk) work_disk=$value ;;
+		init) chosen_init=$value ;;
 		esac
 	done <"$seed/config"
 }

@@ -58,11 +58,12 @@ const STAGE_INITRAMFS: usize = 8;
 const STAGE_PUBLISH: usize = 9;
 
 /// The files for `build.sh`, apart from the init script and the login shell.
-const INPUTS: [(&str, &str); 10] = [
+const INPUTS: [(&str, &str); 11] = [
     ("build.sh", include_str!("build.sh")),
     ("bundle.sh", include_str!("bundle.sh")),
     ("fetch.sh", include_str!("../fetch.sh")),
     ("git", include_str!("guest/git")),
+    ("image-off", include_str!("guest/image-off")),
     ("modprobe", include_str!("guest/modprobe")),
     ("modprobe.conf", include_str!("../guest/modprobe.conf")),
     ("programs", include_str!("guest/programs")),

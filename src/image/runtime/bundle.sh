@@ -79,10 +79,11 @@ install -m 755 "$in/modprobe" "$to/bin/modprobe"
 mkdir "$to/etc/modprobe.d"
 install -m 644 "$in/modprobe.conf" "$to/etc/modprobe.d/fcd.conf"
 cp -a "$modules/." "$to/lib/modules/"
-for name in init sshd-root shutdown enter; do
+for name in init sshd-root shutdown image-off enter; do
 	install -m 755 "$in/$name" "$to/lib/$name"
 done
 ln -s lib/init "$to/init"
+ln -s ../bin/sh "$to/lib/@sh"
 ln -s enter "$to/lib/enter-own"
 ln -s enter "$to/lib/enter-reseed"
 install -m 644 "$in/sshd_config" "$to/etc/sshd_config"

@@ -31,6 +31,14 @@ use std::path::{Path, PathBuf};
 
 /// The kernel argument of a guest that boots with a runtime; see `guest/initrd-init`.
 pub const BOOT_ARG: &str = "fcd.runtime";
+/// The kernel arguments of a guest that runs its image's init. systemd must not ask for a password
+/// and a time zone on the console or wait for a login there, because nobody can type. It must not
+/// wait for networkd, which leaves `eth0` alone.
+pub const SYSTEMD_ARGS: [&str; 3] = [
+    "systemd.firstboot=no",
+    "systemd.mask=serial-getty@ttyS0.service",
+    "systemd.mask=systemd-networkd-wait-online.service",
+];
 const RUNTIMES_DIR: &str = "runtimes";
 const STAGING_PREFIX: &str = ".building-";
 const DISK: &str = "runtime.ext4";

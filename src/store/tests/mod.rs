@@ -45,6 +45,7 @@ fn row(n: u32) -> VmRow {
         shape: VmShape {
             runtime: None,
             kernel: None,
+            init: crate::api::vm::Init::Fcd,
             image: "default".parse().unwrap(),
             image_digest: None,
             vcpus: 1,

@@ -82,3 +82,22 @@ fn image_key(args: &[&str]) -> String {
     }
     format!("{:016x}", hasher.finish())
 }
+
+/// Returns a directory that `make` fills, once for all test binaries. Another recipe makes another
+/// directory.
+pub fn cached_dir(name: &str, recipe: &str, make: impl FnOnce(&Path)) -> PathBuf {
+    use std::hash::{Hash, Hasher};
+    let cache = base().join("image-cache");
+    fs::create_dir_all(&cache).unwrap();
+    let lock = fs::File::create(cache.join(format!("lock-{name}"))).unwrap();
+    lock.lock().unwrap();
+    let mut hasher = std::hash::DefaultHasher::new();
+    recipe.hash(&mut hasher);
+    let dir = cache.join(format!("{name}-{:016x}", hasher.finish()));
+    if !dir.exists() {
+        let draft = tempfile::tempdir_in(&cache).unwrap();
+        make(draft.path());
+        fs::rename(draft.keep(), &dir).unwrap();
+    }
+    dir
+}

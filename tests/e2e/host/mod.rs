@@ -5,7 +5,7 @@ mod images;
 mod spawned;
 
 pub use disks::SmallDisk;
-pub use images::{cached_image, full_image, image};
+pub use images::{cached_dir, cached_image, full_image, image};
 pub use spawned::Spawned;
 
 use std::fs;

@@ -51,6 +51,7 @@ pub fn vm() -> Vm {
         state: VmState::Running,
         reason: Some("why".into()),
         kernel: None,
+        init: fcd::testing::api::vm::Init::Fcd,
         image: name("default"),
         image_digest: Some("sha256:1".into()),
         vcpus: 1,

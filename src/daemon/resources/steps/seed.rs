@@ -34,6 +34,7 @@ impl BootStep for Seed {
             host_key: &host,
             work_disk: spec.work_disk.as_ref().map(|_| work::GUEST_PATH),
             files: &boot.files,
+            init: row.shape.init,
             image: row.shape.runtime.as_ref().map(|_| &boot.image.config),
             restore: boot.restore_seed.as_ref(),
         };

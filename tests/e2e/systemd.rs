@@ -1,0 +1,137 @@
+//! Tests of guests whose first process is the image's own init.
+
+use crate::host::{Host, cached_dir, wait_for};
+use crate::pulled::write_layout;
+use crate::runtime::check_workspace;
+use serde_json::json;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Instant;
+
+const PACKAGES: &str = "systemd,systemd-sysv,dbus,kmod";
+
+/// A service that takes a second to stop, and a configuration of networkd that would replace the
+/// address of every interface.
+const SETUP: &str = r#"
+cat >/etc/systemd/system/slow.service <<'END'
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/bin/sh -c 'echo started >>/root/journal'
+ExecStop=/bin/sh -c 'sleep 1; echo stopped >>/root/journal'
+[Install]
+WantedBy=multi-user.target
+END
+cat >/etc/systemd/network/10-all.network <<'END'
+[Match]
+Name=*
+[Network]
+Address=192.0.2.1/24
+END
+systemctl -q enable --now slow.service
+systemctl -q enable systemd-networkd.service
+"#;
+
+/// Returns a layout directory with an image of Debian with systemd, which is made once.
+fn debian_layout() -> PathBuf {
+    cached_dir("systemd-layout", PACKAGES, |dir| {
+        let tar = dir.join("root.tar");
+        let release = fs::read_to_string("/etc/os-release").unwrap();
+        let suite = release
+            .lines()
+            .find_map(|line| line.strip_prefix("VERSION_CODENAME="))
+            .expect("the distribution has a code name");
+        let mut command = Command::new("mmdebstrap");
+        command.args(["--quiet", "--variant=minbase", "--include", PACKAGES]);
+        for part in ["man", "doc", "info", "locale"] {
+            command.arg(format!("--dpkgopt=path-exclude=/usr/share/{part}/*"));
+        }
+        command.arg(suite).arg(&tar);
+        let sources = [
+            "/etc/apt/sources.list",
+            "/etc/apt/sources.list.d/debian.sources",
+        ];
+        command.args(sources.into_iter().filter(|path| Path::new(path).exists()));
+        assert!(command.status().unwrap().success(), "{command:?}");
+        let layer = fs::read(&tar).unwrap();
+        fs::remove_file(&tar).unwrap();
+        write_layout(dir, &[layer], json!({}));
+    })
+}
+
+/// Waits until systemd has started this unit.
+fn wait_unit(host: &Host, unit: &str) {
+    wait_for(unit, || {
+        let active = host.fcctl(&["exec", "deb", "--", "systemctl", "is-active", "-q", unit]);
+        active.status.success().then_some(())
+    });
+}
+
+#[test]
+fn systemd_of_image_runs_as_first_process_and_shuts_down_in_order() {
+    let layout = debian_layout();
+    let host = Host::start();
+    host.add_runtime();
+    let source = format!("oci:{}:1", layout.display());
+    host.ok(&["image", "pull", &source, "--name", "debian-systemd:1"]);
+    let shape = [
+        "--image",
+        "debian-systemd:1",
+        "--init",
+        "image",
+        "--net",
+        "none",
+    ];
+    host.ok(&[&["vm", "create", "--name", "deb"][..], &shape].concat());
+    let since = Instant::now();
+    host.ok(&["start", "deb"]);
+    assert_eq!(host.show("deb", "init"), "image");
+    assert_eq!(
+        host.sh("deb", "cat /proc/1/comm /proc/self/cgroup /etc/hostname"),
+        "systemd\n0::/fcd\ndeb\n"
+    );
+    check_workspace(&host, "deb");
+    wait_unit(&host, "multi-user.target");
+    eprintln!("systemd is up after {:?}", since.elapsed());
+    host.sh("deb", SETUP);
+    assert_eq!(
+        host.sh("deb", "systemctl is-active slow.service"),
+        "active\n"
+    );
+
+    let since = Instant::now();
+    host.ok(&["stop", "deb"]);
+    eprintln!("systemd is down after {:?}", since.elapsed());
+    assert_eq!(host.show("deb", "synced"), "yes");
+    let console = host.ok(&["logs", "deb"]);
+    assert!(console.contains("reboot: Power down"), "{console}");
+    assert!(!console.contains("has not powered off"), "{console}");
+
+    // networkd leaves the interface alone, or this would not return.
+    host.ok(&["start", "deb"]);
+    wait_unit(&host, "systemd-networkd.service");
+    wait_unit(&host, "multi-user.target");
+    assert_eq!(
+        host.sh("deb", "cat /root/journal hello.txt"),
+        "started\nstopped\nstarted\nchanged\n"
+    );
+    let addresses = host.sh("deb", "/.fcd/bin/busybox ip -4 -o address show dev eth0");
+    assert!(addresses.contains("10.0.2.15/24"), "{addresses}");
+    assert!(!addresses.contains("192.0.2.1"), "{addresses}");
+
+    // The server of this connection is a child of the one that ends.
+    let listener = "/.fcd/bin/busybox ps | sed -n 's/^ *\\([0-9]*\\) .*[[]listener[]].*/\\1/p'";
+    host.sh("deb", &format!("kill $({listener})"));
+    wait_for("sshd runs again", || {
+        let out = host.fcctl(&["exec", "deb", "--", "true"]);
+        out.status.success().then_some(())
+    });
+
+    host.ok(&["exec", "deb", "--", "systemctl", "poweroff"]);
+    wait_for("the guest ends", || {
+        (host.show("deb", "state") != "running").then_some(())
+    });
+    assert_eq!(host.show("deb", "state"), "stopped");
+    assert_eq!(host.show("deb", "reason"), "the guest shut itself down");
+}

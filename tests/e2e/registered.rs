@@ -28,7 +28,7 @@ fn root_file(host: &Host, dir: &Path) -> PathBuf {
 /// Creates a VM without a network and boots it.
 fn boot(host: &Host, name: &str, image: &str) {
     let create = ["vm", "create", "--name", name, "--image", image];
-    host.ok(&[&create[..], &["--net", "none", "--disk", "1G"]].concat());
+    host.ok(&[&create[..], &["--net", "none", "--disk", "8G"]].concat());
     host.ok(&["start", name]);
 }
 

@@ -109,6 +109,7 @@ impl ImageService {
                 pull,
             },
         )?;
+        pull.reserved.in_use = None;
         self.ensure_runtime(op)?;
         Ok(info)
     }
@@ -129,7 +130,10 @@ impl ImageService {
                 self.check_unused(&name, &doing)?;
                 Ok(Decision::Replace(name))
             }
-            Err(e) if e.kind() == Kind::ImageNotFound => Ok(Decision::Add(name)),
+            Err(e) if e.kind() == Kind::ImageNotFound => {
+                self.keep(&mut pull.reserved, &name)?;
+                Ok(Decision::Add(name))
+            }
             Err(e) => Err(e),
         }
     }
@@ -186,7 +190,7 @@ impl ImageService {
     pub fn image_tag(&self, caller: &Caller, request: &ImageTagRequest) -> Result<ImageReply> {
         let info = self.find(caller, &request.image)?;
         let mut reserved = self.reserve(caller, self.pulls.config.pulls_per_uid_max)?;
-        self.reserve_name(&mut reserved, request.name.clone())?;
+        self.reserve_new_name(&mut reserved, request.name.clone())?;
         // The additional name needs the kernel, too.
         let kernel = info.kernel.as_ref();
         let _kernel = kernel

@@ -11,7 +11,7 @@ use super::uses::UseGuard;
 use crate::api::image::{Image, ImageRegisterRequest, ImageReply};
 use crate::error::{Error, Kind, Result};
 use crate::host::fs::space;
-use crate::ids::{ImageRef, KernelName};
+use crate::ids::KernelName;
 use crate::image::{InPlace, RegisterSpec};
 use crate::ops::OpHandle;
 use std::fs::File;
@@ -26,8 +26,6 @@ struct Registration {
     file: InPlace,
     request: ImageRegisterRequest,
     _reserved: Reserved,
-    /// Prevents the deletion of the image before the caller has learned that it exists.
-    _image: UseGuard<ImageRef>,
     /// Prevents the deletion of the kernel until the image names it.
     _kernel: Option<UseGuard<KernelName>>,
 }
@@ -54,11 +52,7 @@ impl ImageService {
         self.require_free(&request.image)?;
         let max = self.pulls.config.pulls_per_uid_max;
         let mut reserved = self.reserve(caller, max).map_err(doing)?;
-        self.reserve_name(&mut reserved, request.image.clone())?;
-        let image = self.uses.begin_use(&request.image).ok_or_else(|| {
-            let text = format!("image {} is being deleted", request.image);
-            Error::new(Kind::Busy, text).hint("try again in a moment")
-        })?;
+        self.reserve_new_name(&mut reserved, request.image.clone())?;
         let kernels = &self.kernel_service;
         let kernel = request.kernel.as_ref();
         let kernel = kernel.map(|name| {
@@ -69,7 +63,6 @@ impl ImageService {
         let registration = Registration {
             file,
             _reserved: reserved,
-            _image: image,
             _kernel: kernel.transpose().map_err(doing)?,
             request,
         };

@@ -13,7 +13,7 @@ impl ImageService {
         let doing = format!("build image {name}");
         let max = self.core.limits.builds_per_uid_max;
         let mut reserved = self.reserve(caller, max).map_err(|e| e.context(doing))?;
-        self.reserve_name(&mut reserved, name)?;
+        self.reserve_new_name(&mut reserved, name)?;
         Ok(reserved)
     }
 
@@ -70,8 +70,26 @@ impl ImageService {
         Ok(Reserved {
             builds: self.builds.clone(),
             name: None,
+            in_use: None,
             uid: caller.uid,
         })
+    }
+
+    /// Reserves the name of an image that does not exist yet, and [keeps](Self::keep) the image.
+    pub(super) fn reserve_new_name(&self, reserved: &mut Reserved, name: ImageRef) -> Result<()> {
+        self.reserve_name(reserved, name.clone())?;
+        self.keep(reserved, &name)
+    }
+
+    /// Prevents the deletion of an image from its publication until the reservation ends. Otherwise
+    /// the operation could report that the image it has made does not exist.
+    pub(super) fn keep(&self, reserved: &mut Reserved, name: &ImageRef) -> Result<()> {
+        let in_use = self.uses.begin_use(name).ok_or_else(|| {
+            let text = format!("image {name} is being deleted");
+            Error::new(Kind::Busy, text).hint("try again in a moment")
+        })?;
+        reserved.in_use = Some(in_use);
+        Ok(())
     }
 
     /// Reserves the name of the image that will be published.

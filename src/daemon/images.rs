@@ -53,6 +53,8 @@ pub(super) struct Reserved {
     /// The reserved name. A pull may learn it late.
     pub(super) name: Option<ImageRef>,
     pub(super) uid: u32,
+    /// Prevents the deletion of a new image before its operation has read it back.
+    pub(super) in_use: Option<UseGuard<ImageRef>>,
 }
 
 impl Drop for Reserved {
@@ -204,11 +206,17 @@ impl ImageService {
     pub fn image_delete(&self, caller: &Caller, name: &ImageRef) -> Result<ImageDeleteReply> {
         let name = &self.resolve(name);
         let doing = format!("delete image {name}");
+        // The deletion of nothing must not be in the way of an image that is about to be published.
+        if let Err(e) = self.images.get(name)
+            && e.kind() == Kind::ImageNotFound
+        {
+            return Err(e);
+        }
         self.check_owner(caller, name, &doing)?;
         let _delete_guard = self.uses.begin_delete(name).ok_or_else(|| {
             Error::new(
                 Kind::Busy,
-                format!("{doing}: it is being deleted, or a VM is being created from it"),
+                format!("{doing}: it is being made or deleted, or a VM is being created from it"),
             )
             .hint("try again in a moment: fcctl image list")
         })?;

@@ -103,3 +103,34 @@ fn kept_rm_vm_becomes_image_and_is_deleted_with_its_holder() {
     held.hang_up();
     await_that("the VM is deleted", || world.show("web").is_err());
 }
+
+/// A commit never reports that the image it has made does not exist.
+#[test]
+fn commit_and_rm_of_one_name_end_in_one_state() {
+    const ROUNDS: usize = 15;
+    let world = World::new();
+    world.running("web");
+    world.stop("web").unwrap();
+    let delete = || {
+        world.call::<ImageDelete>(&ImageRequest {
+            image: "mine".parse().unwrap(),
+        })
+    };
+    for _ in 0..ROUNDS {
+        let is_deleted = std::thread::scope(|scope| {
+            let made = scope.spawn(|| world.run::<ImageCommit>(commit("web", "mine")));
+            let mut is_deleted = false;
+            while !made.is_finished() {
+                match delete() {
+                    Ok(_) => is_deleted = true,
+                    Err(e) => assert!(e.is(Kind::ImageNotFound) || e.is(Kind::Busy), "{e}"),
+                }
+            }
+            made.join().unwrap().unwrap();
+            is_deleted
+        });
+        if !is_deleted {
+            delete().unwrap();
+        }
+    }
+}

@@ -264,6 +264,9 @@ fn image_in_place_is_private_and_counts_against_the_limit() {
     world.open_to_everybody();
     let path = make_file(dir.path());
     std::os::unix::fs::chown(&path, Some(STRANGER), None).unwrap();
+    // Neither another user nor the uid of the check can open the file.
+    let private = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+    fs::set_permissions(&path, private).unwrap();
     let fd = File::open(&path).unwrap().into();
     as_uid(STRANGER, || {
         begin(&world, named("theirs"), fd).finish(SOON).unwrap();

@@ -26,7 +26,7 @@ section! {
         token_servers: Vec<String> = Vec::new(),
         /// Pulls that run at the same time. Others wait.
         pulls_max: usize = 2,
-        /// Pulls and builds of one user, running and waiting.
+        /// Pulls, registrations, promotions, exports and builds of one user, running and waiting.
         pulls_per_uid_max: usize = 4,
         /// Size of the cache of unpacked layers in bytes. The least recently used ones are removed.
         cache_bytes_max: u64 = 20 << 30,

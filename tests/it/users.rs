@@ -509,7 +509,7 @@ fn of_root(method: &str, op: &str) -> String {
         "snapshot.show" | "snapshot.delete" | "snapshot.restore" => {
             r#"{"snapshot":"saved"}"#.into()
         }
-        "image.delete" => r#"{"image":"default"}"#.into(),
+        "image.delete" | "image.promote" => r#"{"image":"default"}"#.into(),
         "image.commit" => r#"{"vm":"web","image":"other"}"#.into(),
         _ if method.starts_with("op.") => format!(r#"{{"op":"{op}"}}"#),
         _ => r#"{"vm":"web"}"#.into(),

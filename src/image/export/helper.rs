@@ -22,6 +22,7 @@ const FILE_BYTES_MAX: u64 = 1 << 40;
 const OPEN_FILES_MAX: u64 = 16;
 const WRITE_BYTES: usize = 1 << 20;
 const BLOCK_BYTES: usize = 4096;
+const ZEROES: [u8; BLOCK_BYTES] = [0; BLOCK_BYTES];
 /// How often progress is reported at most.
 const REPORT_EVERY: Duration = Duration::from_millis(200);
 
@@ -97,7 +98,7 @@ struct Sparse {
 impl Write for Sparse {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         for block in bytes.chunks(BLOCK_BYTES) {
-            if block.iter().any(|byte| *byte != 0) {
+            if *block != ZEROES[..block.len()] {
                 self.file.write_all_at(block, self.at)?;
             }
             self.at += block.len() as u64;

@@ -10,7 +10,7 @@ use super::disk_probe::probe;
 use super::resources::existing;
 use super::vm_dir::DISK_FILE;
 use crate::api::daemon::{Check, Severity};
-use crate::config::{Config, Qemu};
+use crate::config::{Disk, Network, Qemu};
 use crate::ids::ImageRef;
 use crate::locks::Cancel;
 use crate::vmm::Driver;
@@ -58,14 +58,28 @@ pub(super) fn check(missing: Option<&Missing>) -> Check {
     }
 }
 
+/// The settings that decide whether Firecracker can be used.
+pub(super) struct Settings<'a> {
+    pub state_dir: &'a Path,
+    pub network: &'a Network,
+    pub disk: &'a Disk,
+    pub qemu: &'a Qemu,
+    /// The image whose kernel tries out KVM.
+    pub image: &'a ImageRef,
+}
+
 /// Returns the first thing that Firecracker lacks, or None if it can be used. Cheap conditions come
 /// first. The last one boots a kernel, which takes a second or two if KVM works, and ten seconds if
 /// it does not.
-pub(super) fn missing(config: &Config, firecracker: &dyn Driver, is_root: bool) -> Option<Missing> {
+pub(super) fn missing(
+    settings: &Settings<'_>,
+    firecracker: &dyn Driver,
+    is_root: bool,
+) -> Option<Missing> {
     if !is_root {
         return Some(Missing::new("fcd must run as root", "run fcd as root"));
     }
-    if !config.network.is_bridge() {
+    if !settings.network.is_bridge() {
         return Some(Missing::new(
             "guests need a bridge",
             "driver = \"bridge\" under [network]",
@@ -81,23 +95,23 @@ pub(super) fn missing(config: &Config, firecracker: &dyn Driver, is_root: bool) 
             check.fix.unwrap_or_default(),
         ));
     }
-    let state_dir = existing(&config.state_dir);
+    let state_dir = existing(settings.state_dir);
     let on_disk = require_mount(state_dir)
-        .and_then(|()| probe(&config.disk, firecracker, state_dir).map(drop));
+        .and_then(|()| probe(settings.disk, firecracker, state_dir).map(drop));
     if let Err(e) = on_disk {
         return Some(Missing::new(
             format!("the state directory is not suitable: {e}"),
             e.hint_text().unwrap_or("use another state_dir"),
         ));
     }
-    if let Some(disk) = qcow2_disk(&config.state_dir) {
+    if let Some(disk) = qcow2_disk(settings.state_dir) {
         let fix = "delete that VM, or keep QEMU with driver = \"qemu\" under [vmm]";
         return Some(Missing::new(
             format!("disks must be raw, and {} is a qcow2 file", disk.display()),
             fix,
         ));
     }
-    kvm(&config.state_dir, &config.vm.image, &config.qemu)
+    kvm(settings.state_dir, settings.image, settings.qemu)
 }
 
 fn kvm(state_dir: &Path, image: &ImageRef, qemu: &Qemu) -> Option<Missing> {
@@ -142,7 +156,7 @@ fn qcow2_disk(state_dir: &Path) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Flags;
+    use crate::config::{Config, Flags};
     use crate::vmm::console::Consoles;
     use crate::vmm::firecracker::Firecracker;
     use std::sync::Arc;
@@ -172,7 +186,14 @@ mod tests {
         let consoles = Arc::new(Consoles::try_new().unwrap());
         let firecracker =
             Firecracker::new(config.firecracker.clone(), config.qemu.uids(), consoles).unwrap();
-        missing(config, &firecracker, is_root).expect("something is missing")
+        let settings = Settings {
+            state_dir: &config.state_dir,
+            network: &config.network,
+            disk: &config.disk,
+            qemu: &config.qemu,
+            image: &config.vm.image,
+        };
+        missing(&settings, &firecracker, is_root).expect("something is missing")
     }
 
     #[test]

@@ -48,11 +48,15 @@ fn drivers(config: &Config) -> Result<Drivers> {
         VmmDriver::Qemu => Drivers::new(qemu, vec![firecracker]),
         VmmDriver::Firecracker => Drivers::new(firecracker, vec![qemu]),
         VmmDriver::Auto => {
-            let missing = auto::missing(
-                config,
-                firecracker.as_ref(),
-                nix::unistd::geteuid().is_root(),
-            );
+            let settings = auto::Settings {
+                state_dir: &config.state_dir,
+                network: &config.network,
+                disk: &config.disk,
+                qemu: &config.qemu,
+                image: &config.vm.image,
+            };
+            let is_root = nix::unistd::geteuid().is_root();
+            let missing = auto::missing(&settings, firecracker.as_ref(), is_root);
             let check = auto::check(missing.as_ref());
             log::info!("{}", check.found);
             match missing {

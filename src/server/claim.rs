@@ -7,7 +7,7 @@
 //! VMs of its installation run. The file is kept even longer, because it maps the installation's id
 //! to its state directory. [`Registry`] uses this to find installations that were removed.
 
-use crate::config::{Config, Subnet};
+use crate::config::{Network, Qemu, Subnet};
 use crate::daemon::gone::{GoneInstallation, Installations};
 use crate::error::{Error, Kind, Result};
 use crate::host::hex;
@@ -59,18 +59,15 @@ pub(super) struct Held {
 }
 
 impl Claim {
-    fn of(config: &Config) -> Result<Self> {
+    fn new(state_dir: &Path, qemu: &Qemu, network: &Network) -> Result<Self> {
         const NETNS: &str = "/proc/self/ns/net";
         let netns = std::fs::read_link(NETNS).map_err(|e| Error::io(format!("read {NETNS}"), e))?;
         Ok(Self {
-            state_dir: config.state_dir.clone(),
+            state_dir: state_dir.to_owned(),
             pid: std::process::id(),
-            uid_base: config.qemu.uid_base,
-            uid_count: config.qemu.uid_count,
-            subnet: config
-                .network
-                .is_bridge()
-                .then(|| config.network.subnet.to_string()),
+            uid_base: qemu.uid_base,
+            uid_count: qemu.uid_count,
+            subnet: network.is_bridge().then(|| network.subnet.to_string()),
             netns,
             install_id: None,
             former: Vec::new(),
@@ -145,14 +142,14 @@ impl Claim {
     }
 }
 
-/// Claims the uids and the subnet of `config` for its state directory.
+/// Claims the configured uids and subnet for a state directory. The claims are files in `dir`.
 ///
 /// # Errors
 /// `conflict` if another installation has some of them (the hint names the setting to change),
 /// `busy` if another process holds a lock for too long, or `host`.
-pub(super) fn take(config: &Config, dir: &Path) -> Result<Held> {
+pub(super) fn take(state_dir: &Path, qemu: &Qemu, network: &Network, dir: &Path) -> Result<Held> {
     drop(crate::host::fs::create_dir(dir, 0o700)?);
-    let mut claim = Claim::of(config)?;
+    let mut claim = Claim::new(state_dir, qemu, network)?;
     let _lock = lock(dir)?;
     let own = claim.file_name();
     let entries =
@@ -391,7 +388,7 @@ impl Held {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Flags, NetworkDriver};
+    use crate::config::{Config, Flags, NetworkDriver};
 
     fn config(state_dir: &str, uids: (u32, u32), subnet: Option<&str>) -> Config {
         let nobody = |name: &str| (name == "HOME").then(|| "/nonexistent".to_owned());
@@ -406,6 +403,10 @@ mod tests {
                 (NetworkDriver::Bridge, subnet.parse().unwrap());
         }
         config
+    }
+
+    fn take(config: &Config, dir: &Path) -> Result<Held> {
+        super::take(&config.state_dir, &config.qemu, &config.network, dir)
     }
 
     #[track_caller]

@@ -125,12 +125,13 @@ fn claim_host(config: &Config) -> Result<Option<claim::Held>> {
     if !rustix::process::geteuid().is_root() {
         return Ok(None);
     }
+    let take = |dir: &Path| claim::take(&config.state_dir, &config.qemu, &config.network, dir);
     // Tests run many daemons at once, each with its own directory of claims.
     #[cfg(feature = "fakes")]
     if let Some(dir) = std::env::var_os("FCD_TEST_CLAIMS") {
-        return claim::take(config, Path::new(&dir)).map(Some);
+        return take(Path::new(&dir)).map(Some);
     }
-    claim::take(config, Path::new(claim::DIR)).map(Some)
+    take(Path::new(claim::DIR)).map(Some)
 }
 
 /// Sends a state to systemd, if it started this process (`Type=notify`).

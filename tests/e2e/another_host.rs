@@ -114,14 +114,22 @@ impl TestHost {
             .arg(dir.path())
             .status();
         assert!(status.unwrap().success(), "cp {}", image().display());
-        let from = format!(
-            "tar -C {} -S -c {} | lz4 -1 -c",
-            dir.path().display(),
-            image().file_name().unwrap().to_str().unwrap()
-        );
+        let name = image().file_name().unwrap().to_str().unwrap();
+        self.bring(&dir.path().join(name), "images");
+    }
+
+    /// Copies a directory to a registry of the daemon in the test host.
+    pub fn bring(&self, dir: &Path, registry: &str) {
+        let (parent, name) = (dir.parent().unwrap(), dir.file_name().unwrap());
         self.pipe(
-            &from,
-            &format!("lz4 -dc | tar -C {PLACE}/state/images -x -S"),
+            &format!(
+                "tar -C {} -S -c {} | lz4 -1 -c",
+                parent.display(),
+                name.to_str().unwrap()
+            ),
+            &format!(
+                "mkdir -p {PLACE}/state/{registry}; lz4 -dc | tar -C {PLACE}/state/{registry} -x -S"
+            ),
         );
     }
 

@@ -9,9 +9,13 @@ use std::process::Command;
 
 /// Registers the files below `tree` as an image, as `image pull` does with those of a registry.
 fn register(host: &Host, name: &str, tree: &Path, config: Value) {
-    let image = host.state().join("images").join(name);
-    fs::create_dir(&image).unwrap();
-    fs::set_permissions(&image, fs::Permissions::from_mode(0o755)).unwrap();
+    write_image(&host.state().join("images").join(name), name, tree, config);
+}
+
+/// Writes the files below `tree` to `image`, a directory of the registry.
+pub fn write_image(image: &Path, name: &str, tree: &Path, config: Value) {
+    fs::create_dir(image).unwrap();
+    fs::set_permissions(image, fs::Permissions::from_mode(0o755)).unwrap();
     let rootfs = image.join("rootfs.ext4");
     let made = Command::new("mkfs.ext4")
         .args(["-q", "-F", "-E", "root_owner=0:0", "-d"])
@@ -33,7 +37,12 @@ fn register(host: &Host, name: &str, tree: &Path, config: Value) {
 
 /// Copies the static busybox of the guest runtime to `to`.
 pub fn busybox(host: &Host, to: &Path) {
-    let runtimes = fs::read_dir(host.state().join("runtimes")).unwrap();
+    copy_busybox(&host.state().join("runtimes"), to);
+}
+
+/// Copies the static busybox of the first guest runtime in a registry to `to`.
+pub fn copy_busybox(runtimes: &Path, to: &Path) {
+    let runtimes = fs::read_dir(runtimes).unwrap();
     let runtime = runtimes.flatten().next().expect("a guest runtime").path();
     fs::create_dir_all(to.parent().unwrap()).unwrap();
     let dumped = Command::new("/sbin/debugfs")

@@ -6,10 +6,13 @@ mod bench;
 mod control_plane;
 
 use crate::another_host::{PLACE, TestHost};
+use crate::host::runtimes;
+use crate::runtime::{copy_busybox, write_image};
 use fcd::testing::ids::Tag;
 use fcd::testing::vmm::console::Consoles;
 use fcd::testing::vmm::firecracker::Firecracker;
 use fcd::testing::vmm::{GuestNetwork, VmmSpec};
+use serde_json::json;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -386,6 +389,56 @@ fn real_guests() {
     assert_eq!(host.devices(), "");
     assert_eq!(
         host.sh("fcctl ps -aq; fcctl doctor --leaks"),
+        "fcd has left nothing behind on this host\n"
+    );
+}
+
+/// An image with its own files only boots with the guest runtime, whose disk is the third drive.
+#[test]
+#[ignore = "needs a binary of Firecracker's: scripts/test"]
+fn image_of_one_static_program_boots() {
+    let host = boot();
+    let dir = tempfile::tempdir().unwrap();
+    let (tree, image) = (dir.path().join("tree"), dir.path().join("scratch"));
+    copy_busybox(&runtimes(), &tree.join("app/busybox"));
+    write_image(&image, "scratch", &tree, json!({"env": ["PATH=/app"]}));
+    host.bring(&image, "images");
+    for runtime in std::fs::read_dir(runtimes()).unwrap().flatten() {
+        host.bring(&runtime.path(), "runtimes");
+    }
+    host.sh(
+        "fcctl vm create --name a --image scratch --memory 256M --work-disk 64M; fcctl start a",
+    );
+    let shown = host.sh("fcctl vm show a");
+    assert!(shown.contains("firecracker (kvm, jailed)"), "{shown}");
+    assert_eq!(
+        host.sh("fcctl exec a -- busybox sh -c 'echo kept | /app/busybox tee /mark /work/mark; exit 7' || echo status $?"),
+        "kept\nstatus 7\n"
+    );
+    host.sh("mkdir repo; cd repo; git init -q; echo hello > greeting; git add greeting
+             git -c user.name=a -c user.email=a@b commit -q -m first; fcctl workspace prepare a . --guest-path /repo");
+    host.sh(
+        "fcctl exec a -- sh -c 'echo changed > /repo/greeting'; cd repo; fcctl workspace apply a",
+    );
+    assert_eq!(host.sh("cat repo/greeting"), "changed\n");
+    // The jailed VMM cannot write the runtime, which all VMs share.
+    let modes = host.sh("stat -c '%U %a' state/runtimes/*/runtime.ext4");
+    assert_eq!(modes, "root 444\n");
+    assert_eq!(
+        host.sh("fcctl stop a"),
+        "a: stopped, the guest's data was synced\n"
+    );
+    host.sh("fcctl start a");
+    assert_eq!(
+        host.sh("fcctl exec a -- busybox cat /mark /work/mark"),
+        "kept\nkept\n"
+    );
+    host.sh("fcctl vm fork a b");
+    assert_eq!(host.sh("fcctl exec b -- busybox cat /mark"), "kept\n");
+    host.sh("fcctl rm -f a b");
+    assert_eq!(host.devices(), "");
+    assert_eq!(
+        host.sh("fcctl doctor --leaks"),
         "fcd has left nothing behind on this host\n"
     );
 }

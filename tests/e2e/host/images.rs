@@ -13,6 +13,12 @@ pub fn image() -> &'static Path {
     IMAGE.get_or_init(|| cached_image("default", &[]))
 }
 
+/// Returns the directory of the guest runtime that was built with the default image.
+pub fn runtimes() -> PathBuf {
+    let state = image().parent().and_then(Path::parent).unwrap();
+    state.join("runtimes")
+}
+
 /// Returns the directory of the image that `fcctl image build` makes, under the name `full`.
 pub fn full_image() -> PathBuf {
     cached("full", &[])

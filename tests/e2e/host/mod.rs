@@ -5,7 +5,7 @@ mod images;
 mod spawned;
 
 pub use disks::SmallDisk;
-pub use images::{cached_dir, cached_image, full_image, image};
+pub use images::{cached_dir, cached_image, full_image, image, runtimes};
 pub use spawned::Spawned;
 
 use std::fs;
@@ -169,8 +169,7 @@ impl Host {
 
     /// Adds the guest runtime that was built with the default image.
     pub fn add_runtime(&self) {
-        let cache = image().parent().and_then(Path::parent).unwrap();
-        for runtime in fs::read_dir(cache.join("runtimes")).unwrap().flatten() {
+        for runtime in fs::read_dir(runtimes()).unwrap().flatten() {
             let own = self.state().join("runtimes").join(runtime.file_name());
             fs::create_dir(&own).unwrap();
             fs::set_permissions(&own, fs::Permissions::from_mode(0o755)).unwrap();

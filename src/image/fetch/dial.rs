@@ -45,10 +45,9 @@ impl std::fmt::Display for Target {
     }
 }
 
-/// Connects to a target until the deadline.
-///
-/// The helper process of a pull asks the daemon, which does what [`SystemDialer`] does and passes
-/// the socket. The addresses must be checked where the name is resolved.
+/// Connects to a target until the deadline. An implementation checks each address that it has
+/// resolved and then connects to that address, so a name cannot be resolved to another one in
+/// between. Tests replace [`SystemDialer`].
 pub trait Dial: Send + Sync {
     /// # Errors
     /// `registry_unreachable`, `registry_invalid` for an address out of reach, `cancelled`.

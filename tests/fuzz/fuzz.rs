@@ -26,6 +26,7 @@ static ALLOCATOR: allocations::Counting = allocations::Counting;
 
 /// Limit of an input's length. No reader keeps more.
 const INPUT_BYTES_MAX: usize = 192 * 1024;
+const SHORT_INPUT_BYTES_MAX: usize = 8 * 1024;
 /// Limit of the time of one execution. A longer execution is a failure. The limit is generous for a
 /// busy machine.
 const EXECUTION_MAX: Duration = Duration::from_secs(5);
@@ -41,6 +42,9 @@ struct Target {
     run: fn(&[u8]),
     /// Limit of the memory that one execution may hold at once, in addition to the input.
     memory_max: usize,
+    /// Limit of an input's length. A reader of short texts gets short inputs, so that it gets more
+    /// of them.
+    input_bytes_max: usize,
     /// Words that mutations insert because random changes do not find them.
     words: &'static [&'static str],
 }
@@ -51,6 +55,7 @@ const TARGETS: [Target; 15] = [
         name: "qmp",
         run: fcd::testing::vmm::fuzz::qmp,
         memory_max: 64 << 20,
+        input_bytes_max: INPUT_BYTES_MAX,
         words: &[
             "\r\n",
             "{\"return\": ",
@@ -67,12 +72,14 @@ const TARGETS: [Target; 15] = [
         name: "root-disk",
         run: fcd::testing::disk::fuzz::root_disk,
         memory_max: 1 << 20,
+        input_bytes_max: INPUT_BYTES_MAX,
         words: &["QFI", "\u{0}\u{0}\u{0}\u{10}"],
     },
     Target {
         name: "firecracker-http",
         run: fcd::testing::vmm::fuzz::firecracker_http,
         memory_max: 64 << 20,
+        input_bytes_max: INPUT_BYTES_MAX,
         words: &[
             "\r\n\r\n",
             "HTTP/1.1 200 \r\n",
@@ -88,12 +95,14 @@ const TARGETS: [Target; 15] = [
         name: "firecracker-metrics",
         run: fcd::testing::vmm::fuzz::firecracker_metrics,
         memory_max: 64 << 20,
+        input_bytes_max: INPUT_BYTES_MAX,
         words: &["\n", "{\"utc_timestamp_ms\":", "[[[[[[[[", "{\"\":{\"\":"],
     },
     Target {
         name: "console",
         run: fcd::testing::vmm::fuzz::console,
         memory_max: 16 << 20,
+        input_bytes_max: INPUT_BYTES_MAX,
         words: &[
             "\r\n",
             "\u{e9}",
@@ -106,6 +115,7 @@ const TARGETS: [Target; 15] = [
         name: "helper-replies",
         run: fcd::testing::guest::helper::fuzz::replies,
         memory_max: 1 << 20,
+        input_bytes_max: INPUT_BYTES_MAX,
         words: &[
             "\u{1}",
             "\u{2}",
@@ -120,6 +130,7 @@ const TARGETS: [Target; 15] = [
         name: "helper-orders",
         run: fcd::testing::guest::helper::fuzz::orders,
         memory_max: 1 << 20,
+        input_bytes_max: INPUT_BYTES_MAX,
         words: &[
             "\u{1}",
             "\u{2}",
@@ -134,6 +145,7 @@ const TARGETS: [Target; 15] = [
         name: "dns-packets",
         run: fcd::testing::net::dns::fuzz::packets,
         memory_max: 1 << 20,
+        input_bytes_max: INPUT_BYTES_MAX,
         words: &[
             "\u{2}vm\u{0}",
             "\u{3}web",
@@ -147,6 +159,7 @@ const TARGETS: [Target; 15] = [
         name: "dns-requests",
         run: fcd::testing::net::dns::fuzz::requests,
         memory_max: 1 << 20,
+        input_bytes_max: INPUT_BYTES_MAX,
         words: &[
             "\u{0}\u{5}\u{8}\u{0}\u{0}\u{0}\u{0}",
             "\u{0}\u{6}\u{6}\u{1}\u{0}\u{0}\u{0}\u{1}",
@@ -159,6 +172,7 @@ const TARGETS: [Target; 15] = [
         name: "image-reference",
         run: fcd::testing::image::oci::fuzz::reference,
         memory_max: 1 << 20,
+        input_bytes_max: SHORT_INPUT_BYTES_MAX,
         words: &[
             "docker://",
             "docker.io/library/",
@@ -172,6 +186,7 @@ const TARGETS: [Target; 15] = [
         name: "image-manifest",
         run: fcd::testing::image::oci::fuzz::manifest,
         memory_max: 64 << 20,
+        input_bytes_max: INPUT_BYTES_MAX,
         words: &[
             "\u{0}",
             "\"manifests\":[",
@@ -186,6 +201,7 @@ const TARGETS: [Target; 15] = [
         name: "registry-replies",
         run: fcd::testing::image::fetch::fuzz::replies,
         memory_max: 16 << 20,
+        input_bytes_max: SHORT_INPUT_BYTES_MAX,
         words: &[
             "Bearer realm=\"",
             "https://registry.example/",
@@ -206,6 +222,7 @@ const TARGETS: [Target; 15] = [
         name: "image-layer",
         run: fcd::testing::image::oci::fuzz::layer,
         memory_max: 64 << 20,
+        input_bytes_max: INPUT_BYTES_MAX,
         words: &[
             "ustar  \u{0}",
             "ustar\u{0}00",
@@ -226,6 +243,7 @@ const TARGETS: [Target; 15] = [
         name: "image-merge",
         run: fcd::testing::image::oci::fuzz::merge,
         memory_max: 64 << 20,
+        input_bytes_max: SHORT_INPUT_BYTES_MAX,
         words: &[
             "\n-\n",
             "\nd",
@@ -301,13 +319,11 @@ fn fuzz(target: &Target, time: Duration, seed: u64) -> ExitCode {
         seen.add();
         corpus.push(input);
     }
-    let mut mutator = Mutator::new(seed, target.words, INPUT_BYTES_MAX);
+    let mut mutator = Mutator::new(seed, target.words, target.input_bytes_max);
     while begun.elapsed() < time {
         let input = mutator.next(&corpus);
         executions += 1;
-        if executions.is_multiple_of(64) {
-            nix::unistd::alarm::set(ALARM_S);
-        }
+        nix::unistd::alarm::set(ALARM_S);
         if let Err(why) = execute(target, &input) {
             return failed(target, input, &why, executions, seed);
         }

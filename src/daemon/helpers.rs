@@ -23,7 +23,9 @@ pub fn run_if_asked() -> Option<ExitCode> {
         #[cfg(test)]
         crate::net::dns::tests::hostile::NAME => crate::net::dns::tests::hostile::run(),
         #[cfg(test)]
-        crate::host::confine::PROBE => crate::host::confine::run_probe(&asked),
+        crate::host::confine::PROBE | crate::host::confine::PROBE_WITH_THREADS => {
+            crate::host::confine::run_probe(&asked)
+        }
         _ => ExitCode::from(UNKNOWN),
     })
 }

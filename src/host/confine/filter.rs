@@ -18,8 +18,10 @@ pub enum Allowed {
     ArgumentIn(u8, &'static [u64]),
     /// The argument with this index has none of these bits.
     ArgumentLacks(u8, u64),
+    /// Those bits of the argument with this index that are in the mask have this value.
+    ArgumentMasked(u8, u64, u64),
 }
-use Allowed::{Always, ArgumentIn, ArgumentLacks};
+use Allowed::{Always, ArgumentIn, ArgumentLacks, ArgumentMasked};
 
 /// One system call (`libc::SYS_*`).
 #[derive(Clone, Copy, Debug)]
@@ -90,7 +92,7 @@ pub(super) const BASE: &[Call] = &[
 
 /// The calls that a helper with threads needs in addition.
 pub(super) const THREADS: &[Call] = &[
-    Call(libc::SYS_clone, ArgumentLacks(0, NAMESPACES)),
+    Call(libc::SYS_clone, ArgumentMasked(0, CLONE_MASK, CLONE_THREAD)),
     // Another filter makes this call fail with ENOSYS.
     Call(libc::SYS_clone3, Always),
     Call(libc::SYS_set_robust_list, Always),
@@ -99,17 +101,27 @@ pub(super) const THREADS: &[Call] = &[
     Call(libc::SYS_prctl, ArgumentIn(0, &[libc::PR_SET_NAME as u64])),
 ];
 
-const NAMESPACES: u64 = (libc::CLONE_NEWUSER
-    | libc::CLONE_NEWNS
-    | libc::CLONE_NEWPID
-    | libc::CLONE_NEWNET
-    | libc::CLONE_NEWUTS
-    | libc::CLONE_NEWIPC
-    | libc::CLONE_NEWCGROUP) as u64;
+/// The flags of clone(2) that start a thread of the process. A child process would be a process
+/// that neither [`super::Helper`] nor the parent-death signal ends.
+const CLONE_THREAD: u64 = (libc::CLONE_THREAD | libc::CLONE_VM) as u64;
+/// The flags that are compared: those of a thread, and those that make namespaces.
+const CLONE_MASK: u64 = CLONE_THREAD
+    | (libc::CLONE_NEWUSER
+        | libc::CLONE_NEWNS
+        | libc::CLONE_NEWPID
+        | libc::CLONE_NEWNET
+        | libc::CLONE_NEWUTS
+        | libc::CLONE_NEWIPC
+        | libc::CLONE_NEWCGROUP) as u64;
 
 impl Call {
     fn rules(self) -> Result<Vec<SeccompRule>, seccompiler::BackendError> {
         let one = |condition| SeccompRule::new(vec![condition]);
+        let masked = |index, mask, value| {
+            let equal = SeccompCmpOp::MaskedEq(mask);
+            let condition = SeccompCondition::new(index, SeccompCmpArgLen::Qword, equal, value);
+            Ok(vec![condition.and_then(one)?])
+        };
         match self.1 {
             Always => Ok(Vec::new()),
             ArgumentIn(index, values) => values
@@ -119,13 +131,8 @@ impl Call {
                         .and_then(one)
                 })
                 .collect(),
-            ArgumentLacks(index, bits) => {
-                let lacks = SeccompCmpOp::MaskedEq(bits);
-                Ok(vec![
-                    SeccompCondition::new(index, SeccompCmpArgLen::Qword, lacks, 0)
-                        .and_then(one)?,
-                ])
-            }
+            ArgumentLacks(index, bits) => masked(index, bits, 0),
+            ArgumentMasked(index, mask, value) => masked(index, mask, value),
         }
     }
 }

@@ -28,12 +28,12 @@ pub use enter::{Asked, Profile};
 pub use fields::{Reader, Writer};
 pub use filter::{Allowed, Call};
 #[cfg(test)]
-pub use tests::{PROBE, run_probe};
+pub use tests::{PROBE, PROBE_WITH_THREADS, run_probe};
 
 use super::Credentials;
 use super::process::Exit;
 use super::wait::{WaitResult, wait_uncancelled};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use nix::poll::PollFlags;
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -121,6 +121,20 @@ impl Helper {
     /// Kills the helper. Does nothing if it has already exited.
     pub fn kill(&self) {
         let _ = rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL);
+    }
+
+    /// Kills the helper and waits until it has exited. Only then can it no longer use the
+    /// descriptors that it got.
+    ///
+    /// # Errors
+    /// `host` at the deadline, because the process is stuck in the kernel.
+    pub fn end(&mut self, deadline: Instant) -> Result<()> {
+        self.kill();
+        if self.wait(deadline).is_some() {
+            return Ok(());
+        }
+        let text = format!("helper process {} was killed, but does not end", self.pid());
+        Err(Error::new(Kind::Host, text).hint("look at the kernel's log: dmesg"))
     }
 
     /// Waits until the helper has exited, and reaps it. Returns None at the deadline.

@@ -13,6 +13,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 pub const PROBE: &str = "probe";
+pub const PROBE_WITH_THREADS: &str = "probe-with-threads";
 const MIB: u64 = 1024 * 1024;
 /// A profile that allows a few calls more than [`super::BASE`], so that the other limits can be
 /// observed separately.
@@ -29,11 +30,21 @@ const PROFILE: Profile = Profile {
     ],
 };
 
+const PROFILE_WITH_THREADS: Profile = Profile {
+    has_threads: true,
+    ..PROFILE
+};
+
 /// Runs the helper. It tries the calls that each message names and replies with the error number,
 /// or with 0.
 pub fn run_probe(asked: &Asked) -> ExitCode {
     let channel = Channel::inherited();
-    if let Err(e) = asked.confine(&PROFILE) {
+    let profile = if asked.name == PROBE_WITH_THREADS {
+        &PROFILE_WITH_THREADS
+    } else {
+        &PROFILE
+    };
+    if let Err(e) = asked.confine(profile) {
         let _ = channel.send(e.to_string().as_bytes(), &[]);
         return ExitCode::FAILURE;
     }
@@ -86,6 +97,26 @@ fn attempt_by_name(attempt: &[u8]) -> i32 {
             .into(),
             b"make a socket" => libc::socket(libc::AF_INET, libc::SOCK_STREAM, 0).into(),
             b"fork" => libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0),
+            b"share memory with a child" => libc::syscall(
+                libc::SYS_clone,
+                libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD,
+                0,
+                0,
+                0,
+                0,
+            ),
+            b"make a namespace" => {
+                let flags = libc::CLONE_THREAD | libc::CLONE_VM | libc::CLONE_NEWNET;
+                libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0)
+            }
+            b"start a thread" => {
+                i64::from(
+                    std::thread::Builder::new()
+                        .stack_size(64 << 10)
+                        .spawn(|| ())
+                        .is_ok_and(|thread| thread.join().is_ok()),
+                ) - 1
+            }
             b"run a program" => {
                 libc::execve(c"/bin/true".as_ptr(), std::ptr::null(), std::ptr::null()).into()
             }
@@ -234,6 +265,26 @@ fn confined_process_may_only_do_its_work() {
         take much memory: ENOMEM
         take some memory: none
         take many descriptors: EMFILE"#]]
+    .assert_eq(&got.join("\n"));
+}
+
+#[test]
+fn confined_process_with_threads_cannot_start_a_process() {
+    let helper = spawn(PROBE_WITH_THREADS, None).unwrap();
+    let got = [
+        "start a thread",
+        "fork",
+        "share memory with a child",
+        "make a namespace",
+        "run a program",
+    ]
+    .map(|attempt| format!("{attempt}: {}", errno_name(&ask(&helper, attempt))));
+    expect_test::expect![[r#"
+        start a thread: none
+        fork: EPERM
+        share memory with a child: EPERM
+        make a namespace: EPERM
+        run a program: EPERM"#]]
     .assert_eq(&got.join("\n"));
 }
 

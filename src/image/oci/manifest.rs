@@ -435,7 +435,11 @@ pub(super) fn image_of(
     })
 }
 
-fn check_config(config: &ImageConfig) -> Result<()> {
+/// Checks the sizes of a configuration's parts.
+///
+/// # Errors
+/// `invalid_image`.
+pub fn check_config(config: &ImageConfig) -> Result<()> {
     let lists = [&config.env, &config.entrypoint, &config.cmd];
     if lists.iter().any(|list| list.len() > STRINGS_MAX) {
         return Err(bad(format!(

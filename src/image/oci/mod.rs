@@ -44,6 +44,6 @@ pub use archive::{Archive, Wanted};
 pub use digest::Digest;
 pub use files::{LayerFile, LayerFiles};
 pub use flatten::{Flatten, Progress, flatten};
-pub use manifest::{Blobs, Descriptor, Image, Layer, resolve};
+pub use manifest::{Blobs, Descriptor, Image, Layer, check_config, resolve};
 pub use platform::Platform;
 pub use reference::Reference;

@@ -1,7 +1,10 @@
 //! What the daemon asks of the helper, and what the helper returns.
 
 use crate::api::image::{ArchiveFormat, ImageConfig, ImageHistory};
+use crate::host::text;
 use crate::image::fetch::{Selector, Settings};
+use crate::image::oci::limits::{HISTORY_MAX, LAYERS_MAX};
+use crate::image::oci::{Digest, check_config};
 use serde::{Deserialize, Serialize};
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -38,4 +41,15 @@ pub(super) struct Outcome {
     pub layers: Vec<String>,
     /// `PRETTY_NAME` of the image's os-release(5), if it has that file.
     pub os: Option<String>,
+}
+
+impl Outcome {
+    /// Returns the outcome if an honest helper could have sent it. The daemon keeps these texts and
+    /// shows them to users.
+    pub(super) fn checked(mut self) -> Option<Self> {
+        let are_digests = self.layers.iter().all(|l| l.parse::<Digest>().is_ok());
+        let is_bounded = self.layers.len() <= LAYERS_MAX && self.history.len() <= HISTORY_MAX;
+        self.os = self.os.map(|os| text::printable(&os));
+        (are_digests && is_bounded && check_config(&self.config).is_ok()).then_some(self)
+    }
 }

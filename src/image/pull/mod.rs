@@ -127,14 +127,16 @@ pub(crate) fn pull(
     observer: &mut dyn Observer,
 ) -> Result<ImageInfo> {
     let source = describe(&spec.source);
+    let name = own_name(&spec.source)?;
     let staging = images.stage_pull()?;
     let out = staging.path().join("out");
-    let (rootfs, image) =
-        create(&out).map_err(|e| Error::io(format!("create a file in {}", out.display()), e))?;
+    let (rootfs, image) = create(&out, spec.helper)
+        .map_err(|e| Error::io(format!("create a file in {}", out.display()), e))?;
     let (job, stream) = job(spec.source, spec.platform, spec.config, spec.bytes_max)?;
     let job = serde_json::to_vec(&job)
         .map_err(|e| Error::io("write the job", std::io::Error::from(e)))?;
     let mut deciding = Deciding {
+        name,
         observer,
         decision: None,
     };
@@ -155,6 +157,7 @@ pub(crate) fn pull(
     let outcome: Outcome = result
         .as_deref()
         .and_then(protocol::decode)
+        .and_then(Outcome::checked)
         .ok_or_else(|| Error::internal("the helper has sent a strange result"))?;
     check_size(&image, spec.bytes_max)?;
     drop(image);
@@ -185,10 +188,12 @@ pub(crate) fn pull(
 }
 
 /// Creates the image's directory and the file of its root file system. The helper's uid must be
-/// able to read both, whatever the umask is.
-fn create(out: &Path) -> std::io::Result<(PathBuf, File)> {
+/// able to read both, whatever the umask is, and no other user may.
+fn create(out: &Path, helper: Option<Credentials>) -> std::io::Result<(PathBuf, File)> {
     std::fs::create_dir(out)?;
-    std::fs::set_permissions(out, Permissions::from_mode(0o711))?;
+    let gid = helper.map(|helper| helper.gid);
+    std::os::unix::fs::chown(out, None, gid)?;
+    std::fs::set_permissions(out, Permissions::from_mode(0o710))?;
     let rootfs = out.join(ROOTFS);
     let mut options = File::options();
     let image = options
@@ -202,13 +207,19 @@ fn create(out: &Path) -> std::io::Result<(PathBuf, File)> {
 
 /// Remembers the observer's decision.
 struct Deciding<'a> {
+    /// The name of an image from a registry. It is not left to the helper, which a registry may
+    /// have taken over.
+    name: Option<String>,
     observer: &'a mut dyn Observer,
     /// The image's digest and what to do with it.
     decision: Option<(String, Decision)>,
 }
 
 impl session::Observer for Deciding<'_> {
-    fn found(&mut self, found: Found) -> Result<bool> {
+    fn found(&mut self, mut found: Found) -> Result<bool> {
+        if self.name.is_some() {
+            found.name.clone_from(&self.name);
+        }
         if self.decision.is_some() {
             return Err(Error::internal("the helper has found two images"));
         }
@@ -223,6 +234,17 @@ impl session::Observer for Deciding<'_> {
 
     fn progress(&mut self, progress: Progress) {
         self.observer.progress(progress);
+    }
+}
+
+/// Returns the name of an image in a registry, or None for an archive, which has a name itself.
+fn own_name(source: &Source) -> Result<Option<String>> {
+    match source {
+        Source::Registry { reference, .. } => {
+            let reference: Reference = reference.parse()?;
+            Ok(Some(reference.familiar()))
+        }
+        Source::Archive { .. } => Ok(None),
     }
 }
 

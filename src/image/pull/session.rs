@@ -7,20 +7,28 @@ use crate::error::{Error, Kind, Result};
 use crate::host::Credentials;
 use crate::host::confine::{self, Helper};
 use crate::host::wait::{WaitResult, cancelled_by, wait_any};
+use crate::image::oci::limits::{LAYERS_MAX, UNPACKED_BYTES_MAX};
 use crate::locks::Cancel;
 use nix::poll::PollFlags;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::{Seek, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
 
 /// How long the helper may be silent. It reports progress at least once a second while bytes move,
 /// and gives up by itself if a registry sends nothing for a minute.
 const SILENCE_MAX: Duration = Duration::from_secs(180);
-/// The maximum number of files that the helper may ask for: the layers of an image and the blobs of
-/// an archive.
-const FILES_MAX: usize = 4096;
+/// How long to wait for the helper to end after it was killed. A large write may take seconds.
+const END_MAX: Duration = Duration::from_secs(30);
+/// The maximum number of files that the helper may ask for: the layers of an image and an archive.
+const FILES_MAX: usize = LAYERS_MAX + 1;
+/// The maximum space of all these files together: the layers, and an archive that holds them.
+const FILES_BYTES_MAX: u64 = 2 * UNPACKED_BYTES_MAX;
+
+/// The unit of `st_blocks` (stat(2)).
+const BLOCK_BYTES: u64 = 512;
 
 /// A pull to run.
 pub(super) struct Session<'a> {
@@ -46,8 +54,27 @@ pub(super) trait Observer {
 #[derive(Default)]
 struct HandedOut {
     files: usize,
+    /// The file of an archive.
+    other: Option<File>,
     layers: HashMap<String, File>,
-    complete: Vec<String>,
+    /// The layers whose file is complete.
+    complete: HashSet<String>,
+}
+
+impl HandedOut {
+    /// Fails if the helper has filled more of the disk than any image needs.
+    fn check_space(&self) -> Result<()> {
+        let mut used = 0;
+        for file in self.layers.values().chain(&self.other) {
+            let metadata = file.metadata();
+            let metadata = metadata.map_err(|e| Error::io("inspect a layer", e))?;
+            used += metadata.blocks() * BLOCK_BYTES;
+        }
+        if used > FILES_BYTES_MAX {
+            return Err(violation("wrote too much"));
+        }
+        Ok(())
+    }
 }
 
 impl Session<'_> {
@@ -73,8 +100,9 @@ impl Session<'_> {
         self.stream = None;
         let mut handed_out = HandedOut::default();
         let ended = self.serve(&helper, &mut handed_out, cancel, observer);
-        // The helper must not change a layer while its digest is computed.
-        drop(helper);
+        // The helper must not change a layer or the image once they have been checked.
+        let mut helper = helper;
+        helper.end(Instant::now() + END_MAX)?;
         self.keep(handed_out, cancel);
         if !ended? {
             return Ok(None);
@@ -102,12 +130,21 @@ impl Session<'_> {
                     send(helper, &Order::Continue, &[])?;
                 }
                 Request::Layer { diff_id } => self.hand_out_layer(helper, handed_out, diff_id)?,
-                Request::Stored { diff_id } => handed_out.complete.push(diff_id),
+                Request::Stored { diff_id } => {
+                    if !handed_out.layers.contains_key(&diff_id) {
+                        return Err(violation("completed a layer that it did not ask for"));
+                    }
+                    handed_out.complete.insert(diff_id);
+                }
                 Request::File => {
                     let file = self.new_file(handed_out)?;
                     send(helper, &Order::Empty, &[file.as_fd()])?;
+                    handed_out.other = Some(file);
                 }
-                Request::Progress(progress) => observer.progress(progress.bounded()),
+                Request::Progress(progress) => {
+                    handed_out.check_space()?;
+                    observer.progress(progress.bounded());
+                }
                 Request::Done => return Ok(true),
                 Request::Failed(failure) => return Err(failure.into_error()),
             }

@@ -61,6 +61,10 @@ pub(crate) fn run() -> ExitCode {
         "store a wrong layer" => {
             daemon.layer(&id(b"good")).write_all(b"evil").unwrap();
             daemon.stored(&id(b"good"));
+            daemon.send(&encode(&Request::Done));
+        }
+        "store a layer that was not asked for" => {
+            daemon.layer(&id(b"good")).write_all(b"good").unwrap();
             daemon.stored(&id(b"never asked for"));
             daemon.send(&encode(&Request::Done));
         }
@@ -141,6 +145,15 @@ fn layer_with_wrong_content_is_not_cached() {
     let stage = Stage::new();
     stage.run("store a wrong layer").unwrap();
     assert!(!stage.has(b"good") && !stage.has(b"evil"));
+}
+
+#[test]
+fn layer_that_was_not_asked_for_ends_pull() {
+    let stage = Stage::new();
+    let e = stage
+        .run("store a layer that was not asked for")
+        .unwrap_err();
+    assert!(e.to_string().contains("did not ask for"), "{e}");
 }
 
 #[test]

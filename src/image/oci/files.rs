@@ -40,12 +40,14 @@ impl IndexedLayer {
     pub(super) fn of_cached(tar: File, budget: &Budget) -> Result<Self> {
         let io = |e| Error::io("read a cached layer", e);
         let bytes = tar.metadata().map_err(io)?.len();
-        budget.add_bytes(bytes)?;
+        budget.check_bytes(bytes)?;
         let from_start = tar.try_clone().and_then(|mut file| {
             file.rewind()?;
             Ok(file)
         });
+        // The index compares each file with what is left, so the layer must not be counted yet.
         let index = index(Seeking::new(from_start.map_err(io)?, bytes), budget)?;
+        budget.add_bytes(bytes)?;
         Ok(Self { index, tar })
     }
 }

@@ -460,6 +460,26 @@ fn cached_layers_are_not_read_again() {
 }
 
 #[test]
+fn cached_layer_counts_once_against_the_limit() {
+    let half = file("half", "").with(|item| item.content = vec![7; 1 << 20]);
+    let image = TestImage::new(&[vec![half]], Compression::Gzip);
+    let bench = Bench::new();
+    for is_cached in [false, true] {
+        let out = File::create(bench.out()).unwrap();
+        let request = Flatten {
+            files: &bench.files,
+            out: &out,
+            disk_bytes: DISK_BYTES,
+            unpacked_bytes_max: (1 << 20) + (512 << 10),
+            progress: &|_| {},
+            cancel: &bench.cancel,
+        };
+        flatten(&image.resolve(), &image, &request)
+            .unwrap_or_else(|e| panic!("cached: {is_cached}: {e}"));
+    }
+}
+
+#[test]
 fn lying_blobs_are_refused_and_leave_nothing() {
     let bytes_of = |image: &TestImage, at: usize| image.blobs[&image.layers[at].digest].clone();
     let changes: [fn(&mut Vec<u8>); 5] = [

@@ -212,7 +212,6 @@ impl ImageService {
         {
             return Err(e);
         }
-        self.check_owner(caller, name, &doing)?;
         let _delete_guard = self.uses.begin_delete(name).ok_or_else(|| {
             Error::new(
                 Kind::Busy,
@@ -220,6 +219,8 @@ impl ImageService {
             )
             .hint("try again in a moment: fcctl image list")
         })?;
+        // The guard also prevents that another user's image gets the name after this check.
+        self.check_owner(caller, name, &doing)?;
         self.check_unused(name, &doing)?;
         self.images.delete(name)?;
         Ok(ImageDeleteReply {
@@ -254,17 +255,12 @@ impl ImageService {
         let denied = |whose: String| {
             Err(Error::new(Kind::Denied, format!("{doing}: {whose}")).hint("ask root or its owner"))
         };
-        match self.images.get(name) {
-            Ok(info) if info.owner_uid == Some(caller.uid) => Ok(()),
-            Ok(ImageInfo {
-                owner_uid: Some(uid),
-                ..
-            }) => denied(format!("it belongs to uid {uid}")),
-            Ok(ImageInfo {
-                owner_uid: None, ..
-            }) => denied("it belongs to the host".to_owned()),
+        match self.images.owner(name) {
+            Ok(Some(uid)) if uid == caller.uid => Ok(()),
+            Ok(Some(uid)) => denied(format!("it belongs to uid {uid}")),
+            Ok(None) => denied("it belongs to the host".to_owned()),
             Err(e) if e.kind() == Kind::ImageNotFound => Err(e),
-            // Nobody knows who owns a damaged image.
+            // Nobody knows who owns an image whose description is damaged.
             Err(e) => denied(e.to_string()),
         }
     }

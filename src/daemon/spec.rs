@@ -3,7 +3,8 @@
 use super::core::Core;
 use super::network::Networks;
 use super::snapshot_registry::Restore;
-use super::vm_dir::{CHANGES_FILE, DISK_FILE, SEED_FILE, WORK_DISK_FILE};
+use super::vm_dir::{CHANGES_FILE, DISK_FILE, INITRD_FILE, KERNEL_FILE};
+use super::vm_dir::{SEED_FILE, WORK_DISK_FILE};
 use crate::api::vm::Init;
 use crate::disk::{Method, Probe};
 use crate::error::Result;
@@ -42,6 +43,10 @@ impl Specs {
             .map(|id| self.guest_runtimes.files(id));
         let (kernel, initrd) = match (chosen, &image.boots) {
             (Some(name), _) => self.kernels.files(name),
+            // The boot links the files; see `resources/directory.rs`.
+            (None, Boots::Own { .. }) if image.private_kernel().is_some() => {
+                (dir.join(KERNEL_FILE), dir.join(INITRD_FILE))
+            }
             (None, Boots::Own { kernel, initrd }) => (kernel.clone(), initrd.clone()),
             // A VM that has never booted has no runtime yet.
             (None, Boots::Runtime) => {

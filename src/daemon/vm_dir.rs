@@ -12,3 +12,7 @@ pub(super) const SEED_FILE: &str = "seed";
 pub(super) const KEY_FILE: &str = "key";
 /// The private host key of the guest's SSH server.
 pub(super) const HOST_KEY_FILE: &str = "host_key";
+/// A link to the kernel of an image that only the daemon can read.
+pub(super) const KERNEL_FILE: &str = "kernel";
+/// A link to the initramfs of such an image.
+pub(super) const INITRD_FILE: &str = "initrd";

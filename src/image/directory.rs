@@ -8,19 +8,39 @@ use std::path::{Path, PathBuf};
 
 /// The prefix of a directory that is being deleted. No name begins with a dot.
 pub(super) const DELETING_PREFIX: &str = ".deleting-";
+/// The mode of a registry. VMMs run under their own uids and have to reach the files in it, but no
+/// other user can list it.
+const REGISTRY_MODE: u32 = 0o711;
+
+/// Who may read the files of a published directory. Their own modes let everybody read them,
+/// because a hard link in a VM's directory has the mode of its file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Readers {
+    Everybody,
+    /// The daemon, and a VMM through a hard link in its VM's directory.
+    Daemon,
+}
+
+impl Readers {
+    fn mode(self) -> u32 {
+        match self {
+            Self::Everybody => 0o755,
+            Self::Daemon => 0o700,
+        }
+    }
+}
 
 /// Opens `<state_dir>/<name>`, which is created if it does not exist, and removes the directories
 /// that an earlier daemon was filling or deleting. The caller holds the state directory's lock.
 pub(super) fn open_registry(state_dir: &Path, name: &str, staging_prefix: &str) -> Result<PathBuf> {
     let dir = state_dir.join(name);
     let io = |e| Error::io(format!("open {}", dir.display()), e);
-    // VMMs run under their own uids and have to read the files.
     std::fs::DirBuilder::new()
         .recursive(true)
-        .mode(0o755)
+        .mode(REGISTRY_MODE)
         .create(&dir)
         .map_err(io)?;
-    std::fs::set_permissions(&dir, Permissions::from_mode(0o755)).map_err(io)?;
+    std::fs::set_permissions(&dir, Permissions::from_mode(REGISTRY_MODE)).map_err(io)?;
     for entry in std::fs::read_dir(&dir).map_err(io)? {
         let entry = entry.map_err(io)?;
         let (name, path) = (entry.file_name(), entry.path());
@@ -38,8 +58,13 @@ pub(super) fn open_registry(state_dir: &Path, name: &str, staging_prefix: &str) 
 
 /// Publishes the directory `from`, which holds exactly `files`, as `to`: makes the files read-only,
 /// syncs everything and renames the directory. Returns false if `to` exists already.
-pub(super) fn publish(from: &Path, files: &[&str], to: &Path) -> std::io::Result<bool> {
-    seal(from, files)?;
+pub(super) fn publish(
+    from: &Path,
+    files: &[&str],
+    readers: Readers,
+    to: &Path,
+) -> std::io::Result<bool> {
+    seal(from, files, readers)?;
     let (cwd, flags) = (rustix::fs::CWD, rustix::fs::RenameFlags::NOREPLACE);
     match rustix::fs::renameat_with(cwd, from, cwd, to, flags) {
         Ok(()) => {}
@@ -51,14 +76,20 @@ pub(super) fn publish(from: &Path, files: &[&str], to: &Path) -> std::io::Result
 }
 
 /// Makes the files of a directory read-only and syncs everything.
-pub(super) fn seal(dir: &Path, files: &[&str]) -> std::io::Result<()> {
+pub(super) fn seal(dir: &Path, files: &[&str], readers: Readers) -> std::io::Result<()> {
+    // The directory first, so that no other user can open a private file in between.
+    set_readers(dir, readers)?;
     for name in files {
         let file = File::open(dir.join(name))?;
         file.set_permissions(Permissions::from_mode(0o444))?;
         file.sync_all()?;
     }
-    std::fs::set_permissions(dir, Permissions::from_mode(0o755))?;
     File::open(dir)?.sync_all()
+}
+
+/// Decides who may read the files of a directory.
+pub(super) fn set_readers(dir: &Path, readers: Readers) -> std::io::Result<()> {
+    std::fs::set_permissions(dir, Permissions::from_mode(readers.mode()))
 }
 
 /// Exchanges two directories. At any time, both names exist.

@@ -1,6 +1,6 @@
 //! The registry of images. It has one directory per image and keeps nothing in memory.
 
-use super::directory::{self, Staging, open_registry};
+use super::directory::{self, Readers, Staging, open_registry};
 use super::in_place::InPlace;
 use crate::api::image::{ImageConfig, ImageFile, ImageHistory};
 use crate::error::{Error, Kind, Result};
@@ -93,6 +93,15 @@ pub enum Boots {
 }
 
 impl ImageInfo {
+    /// Returns the image's own kernel and initrd if only the daemon can read them. A VMM with a uid
+    /// of its own then needs links in its VM's directory.
+    pub fn private_kernel(&self) -> Option<(&Path, &Path)> {
+        match &self.boots {
+            Boots::Own { kernel, initrd } if self.private => Some((kernel, initrd)),
+            _ => None,
+        }
+    }
+
     /// Returns the size of a VM's root disk if its creator does not choose one. The file system of
     /// an image that boots with a runtime is only as large as its files.
     pub fn default_disk_bytes(&self) -> u64 {
@@ -198,6 +207,14 @@ pub(super) struct FileRecord {
 }
 
 impl Metadata {
+    fn readers(&self) -> Readers {
+        if self.private {
+            Readers::Daemon
+        } else {
+            Readers::Everybody
+        }
+    }
+
     pub(super) fn new(name: &ImageRef, packages: &[String], built_at: u64) -> Self {
         Self {
             format: FORMAT_OWN,
@@ -249,7 +266,13 @@ impl Images {
     /// is running.
     pub fn open(state_dir: &Path) -> Result<Self> {
         let dir = open_registry(state_dir, IMAGES_DIR, STAGING_PREFIX)?;
-        Ok(Self { dir })
+        let images = Self { dir };
+        // Earlier versions let every user of the host read private images.
+        for image in images.list()?.iter().filter(|image| image.private) {
+            directory::set_readers(&image.dir, Readers::Daemon)
+                .map_err(|e| Error::io(format!("protect {}", image.dir.display()), e))?;
+        }
+        Ok(images)
     }
 
     /// Returns all complete images, sorted by name. Damaged ones are logged and omitted.
@@ -362,6 +385,15 @@ impl Images {
         Ok(metadata)
     }
 
+    /// Returns the user to whom an image belongs, even if its files are damaged, or None if it
+    /// belongs to the host.
+    ///
+    /// # Errors
+    /// `image_not_found`, or `host` if the owner cannot be read.
+    pub fn owner(&self, name: &ImageRef) -> Result<Option<u32>> {
+        Ok(self.metadata(name)?.owner_uid)
+    }
+
     fn path(&self, name: &ImageRef) -> PathBuf {
         self.dir.join(name.dir_name())
     }
@@ -393,7 +425,8 @@ impl Images {
         let io = |e: std::io::Error| Error::io(format!("publish image {name}"), e);
         self.write_metadata(files, metadata)?;
         // If two builds use the same name, the first one wins.
-        if !directory::publish(files, &self.files_of(files), &self.path(name)).map_err(io)? {
+        let (names, readers) = (self.files_of(files), metadata.readers());
+        if !directory::publish(files, &names, readers, &self.path(name)).map_err(io)? {
             return Err(name_taken(name));
         }
         self.get(name)
@@ -493,7 +526,7 @@ impl Images {
             _ => Error::io(format!("publish image {name}"), e),
         };
         self.write_metadata(files, metadata)?;
-        directory::seal(files, &self.files_of(files)).map_err(io)?;
+        directory::seal(files, &self.files_of(files), metadata.readers()).map_err(io)?;
         directory::exchange(files, &self.path(name)).map_err(io)?;
         self.get(name)
     }

@@ -9,10 +9,17 @@ fn name() -> ImageRef {
 }
 
 fn publish(images: &Images) -> Result<ImageInfo> {
+    publish_as(images, false)
+}
+
+fn publish_as(images: &Images, private: bool) -> Result<ImageInfo> {
     let staging = images.stage(&name())?;
     let files = staging.path().join("out");
     std::fs::create_dir(&files).unwrap();
-    let mut metadata = Metadata::new(&name(), &[], 7);
+    let mut metadata = Metadata {
+        private,
+        ..Metadata::new(&name(), &[], 7)
+    };
     for (file, bytes) in [(KERNEL, 3), (INITRD, 2), (ROOTFS, 8192)] {
         std::fs::write(files.join(file), vec![1; bytes]).unwrap();
         metadata.files.push(FileRecord {
@@ -48,6 +55,23 @@ fn published_image_is_complete_and_not_replaced() {
             .count(),
         1
     );
+}
+
+#[test]
+fn other_users_cannot_read_private_images_or_list_the_registry() {
+    let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    for (private, expected) in [(false, 0o755), (true, 0o700)] {
+        let state = tempfile::tempdir().unwrap();
+        let images = Images::open(state.path()).unwrap();
+        let info = publish_as(&images, private).unwrap();
+        assert_eq!(mode(&info.dir), expected);
+        assert_eq!(mode(&state.path().join("images")), 0o711);
+        // An image that an earlier version published.
+        std::fs::set_permissions(&info.dir, std::fs::Permissions::from_mode(0o755)).unwrap();
+        Images::open(state.path()).unwrap();
+        assert_eq!(mode(&info.dir), expected);
+        assert_eq!(info.private_kernel().is_some(), private);
+    }
 }
 
 #[test]

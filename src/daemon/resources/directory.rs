@@ -4,14 +4,15 @@ use super::{Boot, BootStep, HostView, Resource, Resources, Span};
 use crate::api::daemon::Check;
 use crate::config::VmmDriver;
 use crate::daemon::core::VMS_DIR;
-use crate::daemon::vm_dir::HOST_KEY_FILE;
-use crate::daemon::vm_dir::KEY_FILE;
+use crate::daemon::vm_dir::{HOST_KEY_FILE, INITRD_FILE, KERNEL_FILE, KEY_FILE};
 use crate::disk::KeyPair;
 use crate::error::{Error, Result};
+use crate::host::fs::create_dir;
 use crate::host::reach;
 use crate::ids::VmId;
 use crate::store::VmRow;
 use crate::vmm::VmmSpec;
+use rustix::process::Gid;
 use std::path::Path;
 use std::time::Duration;
 
@@ -33,9 +34,34 @@ impl BootStep for Directory {
     }
 
     fn run(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
-        drop(crate::host::fs::create_dir(&boot.spec.dir, 0o711)?);
+        make_directory(&boot.spec)?;
+        if let Some((kernel, initrd)) = boot.image.private_kernel() {
+            link(kernel, &boot.spec.dir.join(KERNEL_FILE))?;
+            link(initrd, &boot.spec.dir.join(INITRD_FILE))?;
+        }
         resources.keys(&boot.row, &boot.spec).map(drop)
     }
+}
+
+/// Creates the VM's directory. Besides the daemon, only the VM's own VMM can enter it, because it
+/// has links to files of images that may be private.
+fn make_directory(spec: &VmmSpec) -> Result<()> {
+    let dir = create_dir(&spec.dir, 0o710)?;
+    let gid = spec.credentials.map(|owner| Gid::from_raw(owner.gid));
+    rustix::fs::fchown(&dir, None, gid).map_err(|e| {
+        let doing = format!("set the group of {}", spec.dir.display());
+        Error::io(doing, e)
+    })
+}
+
+/// Makes `to` a hard link to a file of an image. A link of an earlier boot is replaced.
+fn link(from: &Path, to: &Path) -> Result<()> {
+    let io = |e| Error::io(format!("link {} to {}", to.display(), from.display()), e);
+    match std::fs::remove_file(to) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(io(e)),
+        _ => {}
+    }
+    std::fs::hard_link(from, to).map_err(io)
 }
 
 impl Resource for Directory {

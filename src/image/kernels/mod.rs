@@ -17,7 +17,7 @@ mod modules;
 mod read;
 mod vmlinux;
 
-use super::directory::{self, Staging, open_registry};
+use super::directory::{self, Readers, Staging, open_registry};
 use super::initrd::{PART_BYTES_MAX, initrd};
 use super::registry::{INITRD, KERNEL};
 use super::{Boots, GuestRuntimes, Images, cpio};
@@ -206,7 +206,9 @@ impl Kernels {
         )
         .map_err(io)?;
         let to = self.dir.join(name.as_str());
-        if !directory::publish(files, &[KERNEL, INITRD, METADATA], &to).map_err(io)? {
+        if !directory::publish(files, &[KERNEL, INITRD, METADATA], Readers::Everybody, &to)
+            .map_err(io)?
+        {
             return Err(taken(name));
         }
         self.get(name)

@@ -16,7 +16,7 @@ mod build;
 
 pub use build::ensure;
 
-use super::directory::{self, Staging, open_registry};
+use super::directory::{self, Readers, Staging, open_registry};
 use super::registry::{FileRecord, INITRD, KERNEL};
 use crate::api::daemon::Check;
 use crate::error::{Error, Kind, Result};
@@ -222,7 +222,7 @@ impl GuestRuntimes {
         let to = self.dir.join(info.id.as_str());
         let mut names = FILES.to_vec();
         names.push(METADATA);
-        if !directory::publish(files, &names, &to).map_err(io)? {
+        if !directory::publish(files, &names, Readers::Everybody, &to).map_err(io)? {
             self.get(&info.id)?;
             // The packages were checked now, so the age of this runtime counts from now.
             std::fs::rename(files.join(METADATA), to.join(METADATA)).map_err(io)?;

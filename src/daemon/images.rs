@@ -255,7 +255,7 @@ impl ImageService {
         let denied = |whose: String| {
             Err(Error::new(Kind::Denied, format!("{doing}: {whose}")).hint("ask root or its owner"))
         };
-        match self.images.owner(name) {
+        match crate::image::owner_of(&self.images, name) {
             Ok(Some(uid)) if uid == caller.uid => Ok(()),
             Ok(Some(uid)) => denied(format!("it belongs to uid {uid}")),
             Ok(None) => denied("it belongs to the host".to_owned()),

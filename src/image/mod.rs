@@ -43,6 +43,7 @@ mod initrd;
 mod kernel;
 pub mod kernels;
 pub mod oci;
+mod owner;
 mod promote;
 pub mod pull;
 mod register;
@@ -58,6 +59,7 @@ pub use checks::checks;
 pub use commit::{CommitSpec, commit};
 pub(crate) use export::{DiskSpec, OciArchive};
 pub use in_place::InPlace;
+pub use owner::owner_of;
 pub use promote::promote;
 pub use register::{Copy, RegisterSpec, register};
 pub use registry::{

@@ -385,15 +385,6 @@ impl Images {
         Ok(metadata)
     }
 
-    /// Returns the user to whom an image belongs, even if its files are damaged, or None if it
-    /// belongs to the host.
-    ///
-    /// # Errors
-    /// `image_not_found`, or `host` if the owner cannot be read.
-    pub fn owner(&self, name: &ImageRef) -> Result<Option<u32>> {
-        Ok(self.metadata(name)?.owner_uid)
-    }
-
     fn path(&self, name: &ImageRef) -> PathBuf {
         self.dir.join(name.dir_name())
     }

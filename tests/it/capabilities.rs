@@ -34,10 +34,13 @@ fn create(world: &World, name: &str, ports: &[Port]) -> Result<Vm, Failure> {
 }
 
 /// Listens on a free port, so that no other test takes the port. Returns the listener and the port.
+/// Listens on a port that the kernel gives to nobody who asks for any port, so that it stays free
+/// when the listener is closed. Tests of other processes may run at the same time.
 fn listening() -> (TcpListener, u16) {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let number = listener.local_addr().unwrap().port();
-    (listener, number)
+    let from = 20_100 + u16::try_from(std::process::id() % 10_000).unwrap();
+    let mut listeners = (from..from + 100)
+        .filter_map(|port| Some((TcpListener::bind(("127.0.0.1", port)).ok()?, port)));
+    listeners.next().expect("a free port")
 }
 
 #[test]

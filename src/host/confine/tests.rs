@@ -110,12 +110,8 @@ fn attempt_by_name(attempt: &[u8]) -> i32 {
                 libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0)
             }
             b"start a thread" => {
-                i64::from(
-                    std::thread::Builder::new()
-                        .stack_size(64 << 10)
-                        .spawn(|| ())
-                        .is_ok_and(|thread| thread.join().is_ok()),
-                ) - 1
+                let thread = crate::host::thread::spawn("probe", || ());
+                i64::from(thread.is_ok_and(|thread| thread.join().is_ok())) - 1
             }
             b"run a program" => {
                 libc::execve(c"/bin/true".as_ptr(), std::ptr::null(), std::ptr::null()).into()

@@ -4,6 +4,7 @@
 
 mod adjusting;
 mod another_host;
+mod another_init;
 mod big;
 mod bridge;
 mod capabilities;
@@ -32,5 +33,4 @@ mod repositories;
 mod runtime;
 mod snapshots;
 mod soak;
-mod systemd;
 mod tree;

@@ -29,6 +29,7 @@ mod pulled;
 #[path = "../it/lock_fuzz/random.rs"]
 mod random;
 mod registered;
+mod registries;
 mod repositories;
 mod runtime;
 mod snapshots;

@@ -251,8 +251,9 @@ fn promote(ctx: &mut Context, image: ImageRef) -> Result<u8> {
     let interrupts = Interrupts::start(&ctx.signals, &ctx.stdio.stderr)?;
     let mut client = ctx.connector.connect(&mut ctx.printer)?;
     let guard = interrupts.guard(&client)?;
+    let doing = format!("promote image {image}");
     let request = ImageRequest { image };
-    let promoted = operate::<ImagePromote>(&ctx.printer, &mut client, "copy the file", &request);
+    let promoted = operate::<ImagePromote>(&ctx.printer, &mut client, &doing, &request);
     drop(guard);
     let image = promoted.map(|reply| reply.image);
     report_made(&mut ctx.printer, &interrupts, image)

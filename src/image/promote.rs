@@ -92,7 +92,7 @@ mod tests {
             let mut content = vec![7; 64 * 1024 + 7];
             content[1024..2048].fill(0);
             content[1024 + 0x18] = 2;
-            content[1024 + 0x38..1024 + 0x3a].copy_from_slice(&[0x53, 0xef]);
+            content[1024 + 0x38..1024 + 0x3b].copy_from_slice(&[0x53, 0xef, 1]);
             std::fs::write(&file, content).unwrap();
             let images = Images::open(dir.path()).unwrap();
             let cancel = Cancel::try_new().unwrap();

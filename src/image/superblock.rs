@@ -11,6 +11,7 @@ const SUPERBLOCK_BYTES: usize = 1024;
 const MAGIC: u16 = 0xef53;
 /// The kernel mounts only file systems whose blocks are not larger than a page.
 const LOG_BLOCK_MAX: u32 = 2;
+const STATE_VALID: u16 = 1;
 const INCOMPAT_RECOVER: u32 = 0x4;
 const INCOMPAT_JOURNAL_DEV: u32 = 0x8;
 const INCOMPAT_64BIT: u32 = 0x80;
@@ -48,7 +49,8 @@ fn check_bytes(superblock: &[u8; SUPERBLOCK_BYTES], bytes: u64) -> Result<()> {
     if log_block > LOG_BLOCK_MAX {
         return unsupported("has blocks of more than 4096 bytes", make_again);
     }
-    if incompat & INCOMPAT_RECOVER != 0 {
+    // A file system with a journal says it in the first way, and one without in the second.
+    if incompat & INCOMPAT_RECOVER != 0 || u16_at(0x3a) & STATE_VALID == 0 {
         let hint = "unmount it, or replay its journal: e2fsck -p FILE";
         return unsupported("is mounted, or was not unmounted", hint);
     }
@@ -83,6 +85,7 @@ mod tests {
         bytes[0x4..0x8].copy_from_slice(&blocks.to_le_bytes());
         bytes[0x18] = 2;
         bytes[0x38..0x3a].copy_from_slice(&MAGIC.to_le_bytes());
+        bytes[0x3a] = 1;
         bytes
     }
 
@@ -108,6 +111,7 @@ mod tests {
     fn unusable_file_system_is_refused() {
         check(|bytes| bytes[0x38] = 0, "does not hold an ext4");
         check(|bytes| bytes[0x60] = 0x4, "was not unmounted");
+        check(|bytes| bytes[0x3a] = 0, "was not unmounted");
         check(|bytes| bytes[0x60] = 0x8, "journal of another");
         check(|bytes| bytes[0x62] = 0x1, "encrypted");
         check(|bytes| bytes[0x18] = 6, "more than 4096 bytes");

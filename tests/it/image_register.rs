@@ -35,7 +35,7 @@ pub fn make_file(dir: &Path) -> PathBuf {
     bytes[1024..2048].fill(0);
     bytes[1024 + 0x4] = 16;
     bytes[1024 + 0x18] = 2;
-    bytes[1024 + 0x38..1024 + 0x3a].copy_from_slice(&0xef53u16.to_le_bytes());
+    bytes[1024 + 0x38..1024 + 0x3b].copy_from_slice(&[0x53, 0xef, 1]);
     fs::write(&path, bytes).unwrap();
     path
 }
@@ -444,4 +444,28 @@ fn promote_and_rm_of_one_name_end_in_one_state() {
             world.call::<ImageDelete>(&image("mine")).unwrap();
         }
     }
+}
+
+/// What a VM has done is saved even if the image's file is gone.
+#[test]
+fn disk_of_vm_is_committed_without_the_file() {
+    let (world, dir) = world();
+    let path = make_file(dir.path());
+    register(&world, "mine", &path).unwrap();
+    create(&world, "web", "mine").unwrap();
+    world.start("web").unwrap();
+    world.stop("web").unwrap();
+    fs::remove_file(&path).unwrap();
+    assert!(world.start("web").unwrap_err().is(Kind::Conflict));
+    let request = ImageCommitRequest {
+        vm: "web".into(),
+        image: "saved".parse().unwrap(),
+        recipe: None,
+    };
+    let saved = world.run::<ImageCommit>(request).unwrap().image;
+    assert_eq!((saved.file, saved.disk_bytes), (None, DISK_BYTES));
+    world.delete("web").unwrap();
+    world.call::<ImageDelete>(&image("mine")).unwrap();
+    create(&world, "again", "saved").unwrap();
+    world.start("again").unwrap();
 }

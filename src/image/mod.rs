@@ -61,7 +61,7 @@ pub(crate) use export::{DiskSpec, OciArchive};
 pub use in_place::InPlace;
 pub use owner::owner_of;
 pub use promote::promote;
-pub use register::{Copy, RegisterSpec, register};
+pub use register::{RegisterSpec, register};
 pub use registry::{
     BALLOON_SINCE, Boots, CTRL_ALT_DEL_SINCE, ImageInfo, Images, USER_LOGIN_SINCE, kernel_path,
 };

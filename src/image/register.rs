@@ -20,7 +20,7 @@ use std::path::Path;
 const CHECKED: &str = "checked.ext4";
 
 /// Copies the content of a file to another, which is empty.
-pub type Copy<'a> = dyn FnMut(&File, &File) -> Result<()> + 'a;
+pub(super) type Copy<'a> = dyn FnMut(&File, &File) -> Result<()> + 'a;
 
 /// The image to register.
 pub struct RegisterSpec<'a> {

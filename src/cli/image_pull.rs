@@ -117,16 +117,16 @@ fn start_sending(payload: Payload, stop: &Cancel) -> Result<(OwnedFd, TransferTh
     let (mut ours, theirs) = pipes::to_daemon(stop)?;
     let token = stop.clone();
     let sender = thread::spawn("send image", move || {
-        let result = send(payload, &mut ours);
+        let result = send(payload, &mut ours, &token);
         (result, token.is_cancelled() || ours.is_unread())
     })?;
     Ok((theirs, sender))
 }
 
-fn send(payload: Payload, to: &mut End) -> crate::error::Result<()> {
+fn send(payload: Payload, to: &mut End, stop: &Cancel) -> crate::error::Result<()> {
     let sent = match payload {
         Payload::Credential(credential) => to.write_all(&credential.to_bytes()),
-        Payload::Archive(content) => content.send(to),
+        Payload::Archive(content) => content.send(to, stop),
     };
     match sent {
         // The daemon stops reading once it has what it needs.
@@ -145,19 +145,5 @@ fn registry_of(reference: &str) -> &str {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn registry_is_the_first_component_with_a_dot_or_port() {
-        for (reference, registry) in [
-            ("gcc:13", "docker.io"),
-            ("owner/app", "docker.io"),
-            ("ghcr.io/owner/app", "ghcr.io"),
-            ("localhost/app", "localhost"),
-            ("registry:5000/app:1", "registry:5000"),
-        ] {
-            assert_eq!(registry_of(reference), registry);
-        }
-    }
-}
+#[path = "image_pull_tests.rs"]
+mod tests;

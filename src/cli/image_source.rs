@@ -1,13 +1,15 @@
 //! Where `image pull` gets an image from, in the notation of skopeo (containers-transports(5)).
 //! Files are opened here, with the caller's rights; the daemon gets only their bytes.
 
+use super::pipes;
 use crate::api::image::{ArchiveFormat, PullSource};
 use crate::error::{Error, Result};
 use crate::host::text::quoted;
+use crate::locks::Cancel;
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
 
 /// The size limit of an index or a manifest in a layout directory.
@@ -94,14 +96,16 @@ impl Source {
         match self {
             Self::Registry(reference) => Ok((PullSource::Registry { reference }, None)),
             Self::Stdin => {
+                refuse_terminal(stdin, "stdin")?;
                 let file = stdin
                     .try_clone()
                     .map_err(|e| Error::io("duplicate stdin", e))?;
                 archive(None, None, Content::File(file))
             }
             Self::Archive(format, path, reference) => {
-                let file = File::open(&path)
+                let file = pipes::open(&path)
                     .map_err(|e| Error::io(format!("open {}", path.display()), e))?;
+                refuse_terminal(&file, &path.display().to_string())?;
                 archive(Some(format), reference, Content::File(file))
             }
             // The index is reduced to the image that the tag names.
@@ -114,11 +118,22 @@ impl Source {
     }
 }
 
+/// Nobody types an archive, so a terminal means that the pipe was forgotten.
+fn refuse_terminal(file: &File, name: &str) -> Result<()> {
+    if !file.is_terminal() {
+        return Ok(());
+    }
+    Err(
+        Error::invalid(format!("an archive is needed, but {name} is a terminal"))
+            .hint("docker save NAME | fcctl image pull -"),
+    )
+}
+
 impl Content {
-    /// Writes the archive.
-    pub(super) fn send(self, to: &mut dyn Write) -> io::Result<()> {
+    /// Writes the archive. Ends when `stop` fires, even if the input has not ended.
+    pub(super) fn send(self, to: &mut dyn Write, stop: &Cancel) -> io::Result<()> {
         match self {
-            Self::File(mut file) => io::copy(&mut file, to).map(drop),
+            Self::File(file) => io::copy(&mut pipes::Stoppable::new(file, stop), to).map(drop),
             Self::Layout(layout) => layout.send(to),
         }
     }
@@ -191,7 +206,7 @@ impl Layout {
             let whole = self.dir.join(path);
             let named =
                 |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", whole.display()));
-            let file = File::open(&whole).map_err(named)?;
+            let file = open_regular(&whole).map_err(named)?;
             let bytes = file.metadata().map_err(named)?.len();
             let mut header = header(bytes);
             // A file that shrinks while it is read ends the archive early, and the daemon refuses
@@ -214,9 +229,18 @@ fn append(tar: &mut tar::Builder<&mut dyn Write>, name: &str, bytes: &[u8]) -> i
     tar.append_data(&mut header(bytes.len() as u64), name, bytes)
 }
 
+/// Opens a file of a layout, which must not be a FIFO that never ends.
+fn open_regular(path: &Path) -> io::Result<File> {
+    let file = pipes::open(path)?;
+    if file.metadata()?.is_file() {
+        return Ok(file);
+    }
+    Err(io::Error::other("it is not a regular file"))
+}
+
 fn read_json(path: &Path) -> Result<Value> {
     let doing = |e: io::Error| Error::io(format!("read {}", path.display()), e);
-    let file = File::open(path).map_err(doing)?;
+    let file = open_regular(path).map_err(doing)?;
     let bytes = crate::host::command::read_bounded(file, JSON_BYTES_MAX).map_err(doing)?;
     serde_json::from_slice(&bytes).map_err(|e| doing(io::Error::from(e)))
 }
@@ -350,5 +374,14 @@ mod tests {
         let index = r#"{"manifests":[{"digest":"sha256:../../../etc/passwd"}]}"#;
         std::fs::write(dir.path().join(INDEX_FILE), index).unwrap();
         assert!(Layout::open(dir.path(), None).is_err());
+    }
+
+    #[test]
+    fn layout_with_a_fifo_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let fifo = dir.path().join(INDEX_FILE);
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let e = Layout::open(dir.path(), None).unwrap_err();
+        assert!(e.to_string().contains("not a regular file"), "{e}");
     }
 }

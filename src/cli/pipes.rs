@@ -5,8 +5,11 @@ use crate::error::{Error, Result};
 use crate::host::wait::{poll_until, set_nonblocking};
 use crate::locks::{Cancel, CancelCause};
 use nix::poll::{PollFd, PollFlags};
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 use std::time::Instant;
 
 /// Our end of a pipe. Reads and writes wait for the other end. Once `cancel` fires they fail with
@@ -81,14 +84,20 @@ impl Write for End {
     }
 }
 
+/// Opens a file of the caller without waiting for the writer of a FIFO. [`Stoppable`] waits for it.
+pub(super) fn open(path: &Path) -> io::Result<File> {
+    let mut options = File::options();
+    options.read(true).custom_flags(libc::O_NONBLOCK).open(path)
+}
+
 /// One of the caller's streams (a terminal, a pipe, a file) whose reads can be cancelled.
 pub(super) struct Stoppable {
-    file: std::fs::File,
+    file: File,
     cancel: Cancel,
 }
 
 impl Stoppable {
-    pub(super) fn new(file: std::fs::File, cancel: &Cancel) -> Self {
+    pub(super) fn new(file: File, cancel: &Cancel) -> Self {
         Self {
             file,
             cancel: cancel.clone(),
@@ -168,7 +177,7 @@ mod tests {
     fn pipe_passes_bytes_and_end() {
         let cancel = Cancel::try_new().unwrap();
         let (mut ours, theirs) = from_daemon(&cancel).unwrap();
-        std::fs::File::from(theirs).write_all(b"a\0b").unwrap();
+        File::from(theirs).write_all(b"a\0b").unwrap();
         let mut all = Vec::new();
         ours.read_to_end(&mut all).unwrap();
         assert_eq!(all, b"a\0b");

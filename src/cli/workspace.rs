@@ -4,6 +4,7 @@ use super::apply;
 use super::connector::Connector;
 use super::context::Context;
 use super::output::size;
+use super::pipes;
 use super::printer::Printer;
 use super::signals::Interrupts;
 use super::transfer::{
@@ -129,7 +130,7 @@ fn open_tar(stdin: &File, tar: &Path) -> Result<File> {
             .try_clone()
             .map_err(|e| Error::io("duplicate stdin", e).into());
     }
-    File::open(tar).map_err(|e| path_error(format!("open {}", tar.display()), e).into())
+    pipes::open(tar).map_err(|e| path_error(format!("open {}", tar.display()), e).into())
 }
 
 fn export(

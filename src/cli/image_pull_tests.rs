@@ -1,0 +1,109 @@
+use super::super::tests::{Ran, Start, fcctl_from};
+use crate::client::fake::{Fake, Request};
+use crate::error::{Error, Kind};
+use crate::host::thread;
+use crossbeam_channel::{Sender, bounded};
+use signal_hook::consts::signal::SIGINT;
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A pull whose input never ends while `_writer` lives.
+struct Endless {
+    stdin: File,
+    _writer: std::io::PipeWriter,
+}
+
+impl Endless {
+    fn new() -> Self {
+        let (reader, writer) = std::io::pipe().unwrap();
+        Self {
+            stdin: OwnedFd::from(reader).into(),
+            _writer: writer,
+        }
+    }
+}
+
+/// Runs fcctl in a thread, and returns None if it does not end.
+fn ran(fake: &Arc<Fake>, start: Start, args: &[&str]) -> Option<Ran> {
+    let (to, from) = bounded(1);
+    let fake = fake.clone();
+    let args: Vec<String> = args.iter().map(|&arg| arg.to_owned()).collect();
+    thread::spawn("fcctl", move || {
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        let _ = to.send(fcctl_from(&fake, start, &args));
+    })
+    .unwrap();
+    from.recv_timeout(PATIENCE).ok()
+}
+
+fn refusing() -> Arc<Fake> {
+    Arc::new(Fake::start(|r| {
+        r.fault(Error::new(Kind::InvalidArgument, "no such platform"));
+    }))
+}
+
+/// A daemon that never answers. Sends the signal once it has the call.
+fn silent(signals: Sender<i32>) -> Arc<Fake> {
+    Arc::new(Fake::start(move |mut r: Request| {
+        let _ = signals.send(SIGINT);
+        r.wait_for_hangup();
+    }))
+}
+
+#[test]
+fn refused_pull_ends_before_stdin_does() {
+    let input = Endless::new();
+    let start = Start {
+        stdin: input.stdin.try_clone().unwrap(),
+        ..Start::default()
+    };
+    let ran = ran(&refusing(), start, &["image", "pull", "-"]).expect("fcctl waits for stdin");
+    assert_eq!(ran.status, 2);
+    assert!(ran.err.contains("no such platform"), "{}", ran.err);
+}
+
+#[test]
+fn signal_ends_pull_that_waits_for_stdin() {
+    let input = Endless::new();
+    let (send, signals) = bounded(1);
+    let start = Start {
+        stdin: input.stdin.try_clone().unwrap(),
+        signals,
+        ..Start::default()
+    };
+    let ran = ran(&silent(send), start, &["image", "pull", "-"]).expect("fcctl waits for stdin");
+    assert_eq!((ran.status, ran.err.contains("interrupted")), (130, true));
+}
+
+#[test]
+fn pull_from_fifo_without_writer_ends_with_the_call() {
+    let dir = tempfile::tempdir().unwrap();
+    let fifo = dir.path().join("fifo");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let source = format!("docker-archive:{}", fifo.display());
+    let args = ["image", "pull", &source];
+    let ran = ran(&refusing(), Start::default(), &args).expect("fcctl waits for the FIFO");
+    assert!(ran.err.contains("no such platform"), "{}", ran.err);
+}
+
+#[test]
+fn archive_cannot_come_from_terminal() {
+    let pty = nix::pty::openpty(None, None).unwrap();
+    let start = Start {
+        stdin: pty.slave.into(),
+        ..Start::default()
+    };
+    let ran = ran(&refusing(), start, &["image", "pull", "-"]).expect("fcctl reads the terminal");
+    assert!(
+        ran.err.contains("stdin is a terminal")
+            && ran
+                .err
+                .contains("hint: docker save NAME | fcctl image pull -"),
+        "{}",
+        ran.err
+    );
+}

@@ -2,7 +2,7 @@
 
 mod image_name;
 
-pub use image_name::ImageNameParts;
+pub use image_name::{DEFAULT_REGISTRY, ImageNameParts, split_registry};
 
 use crate::error::{Error, Kind, Result};
 use crate::host::text::quoted;

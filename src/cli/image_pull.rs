@@ -13,14 +13,11 @@ use crate::api::registry::Credential;
 use crate::client::{Client, Result};
 use crate::error::Error;
 use crate::host::thread;
-use crate::ids::ImageRef;
+use crate::ids::{ImageRef, split_registry};
 use crate::locks::{Cancel, CancelCause};
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
-
-/// The registry of references that name none.
-const DOCKER_HUB: &str = "docker.io";
 
 /// What to pull, and how it is called on this host.
 #[derive(clap::Args, Debug)]
@@ -74,7 +71,7 @@ pub(super) fn pull(
     let payload = match (&source, content) {
         (PullSource::Registry { reference }, _) => {
             let caller = registry_auth::Caller::new(env, std::env::vars_os().collect());
-            match registry_auth::find(registry_of(reference), &caller, &stop)? {
+            match registry_auth::find(split_registry(reference).0, &caller, &stop)? {
                 Credential::Anonymous => None,
                 credential => Some(Payload::Credential(credential)),
             }
@@ -132,15 +129,6 @@ fn send(payload: Payload, to: &mut End, stop: &Cancel) -> crate::error::Result<(
         // The daemon stops reading once it has what it needs.
         Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         sent => sent.map_err(|e| Error::io("send the image", e)),
-    }
-}
-
-/// Returns the registry of a reference: its first component if that has a dot or a port or is
-/// `localhost`, as in docker.
-fn registry_of(reference: &str) -> &str {
-    match reference.split_once('/') {
-        Some((host, _)) if host == "localhost" || host.contains(['.', ':']) => host,
-        _ => DOCKER_HUB,
     }
 }
 

@@ -6,6 +6,10 @@
 /// the kernel limits a file's name to 255 bytes.
 pub(super) const IMAGE_NAME_LEN_MAX: usize = 200;
 const TAG_LEN_MAX: usize = 128;
+/// The registry of references that name none: Docker Hub.
+pub const DEFAULT_REGISTRY: &str = "docker.io";
+/// An old name of Docker Hub.
+const OLD_DEFAULT_REGISTRY: &str = "index.docker.io";
 const DIGEST_PREFIX: &str = "sha256:";
 const DIGEST_HEX_LEN: usize = 64;
 /// Replaces `/` in the name of a directory. No image name contains it.
@@ -57,6 +61,24 @@ pub(super) fn of_dir_name(dir: &str) -> String {
     dir.replace(SLASH_IN_DIR, "/")
 }
 
+/// Splits a reference into its registry and the rest, as docker's `splitDockerDomain` does. The
+/// command line chooses the credential by this registry and the daemon asks it for the image, so
+/// both must use this function.
+pub fn split_registry(reference: &str) -> (&str, &str) {
+    match reference.split_once('/') {
+        Some((DEFAULT_REGISTRY | OLD_DEFAULT_REGISTRY, rest)) => (DEFAULT_REGISTRY, rest),
+        Some((first, rest)) if is_registry(first) => (first, rest),
+        _ => (DEFAULT_REGISTRY, reference),
+    }
+}
+
+/// Tells whether the first component of a reference is a registry.
+fn is_registry(first: &str) -> bool {
+    first.contains(['.', ':'])
+        || first == "localhost"
+        || first.bytes().any(|b| b.is_ascii_uppercase())
+}
+
 fn is_repository(text: &str) -> bool {
     let path = match text.split_once('/') {
         Some((host, path)) if is_host(host) => path,
@@ -65,8 +87,7 @@ fn is_repository(text: &str) -> bool {
     path.split('/').all(is_component)
 }
 
-/// Tells whether the first component is a registry. As in docker, it is one if it contains a dot or
-/// a colon or if it is `localhost`.
+/// Tells whether the first component is a registry with a valid name.
 fn is_host(text: &str) -> bool {
     let (name, port) = match text.split_once(':') {
         Some((name, port)) => (name, Some(port)),
@@ -80,7 +101,7 @@ fn is_host(text: &str) -> bool {
                 .bytes()
                 .all(|b| b.is_ascii_alphanumeric() || b == b'-')
     };
-    (text == "localhost" || text.contains(['.', ':']))
+    is_registry(text)
         && name.split('.').all(is_label)
         && port.is_none_or(|p| (1..=5).contains(&p.len()) && p.bytes().all(|b| b.is_ascii_digit()))
 }
@@ -150,6 +171,23 @@ mod tests {
             assert_eq!(of_dir_name(&dir_name(name)), name);
             assert!(!dir_name(name).contains('/'));
         }
+    }
+
+    #[test]
+    fn registry_is_the_first_component_that_looks_like_a_host() {
+        for (reference, registry, rest) in [
+            ("gcc:13", DEFAULT_REGISTRY, "gcc:13"),
+            ("owner/app", DEFAULT_REGISTRY, "owner/app"),
+            ("docker.io/app", DEFAULT_REGISTRY, "app"),
+            ("index.docker.io/a/b", DEFAULT_REGISTRY, "a/b"),
+            ("ghcr.io/owner/app", "ghcr.io", "owner/app"),
+            ("localhost/app", "localhost", "app"),
+            ("LOCALHOST/app", "LOCALHOST", "app"),
+            ("registry:5000/app:1", "registry:5000", "app:1"),
+        ] {
+            assert_eq!(split_registry(reference), (registry, rest));
+        }
+        assert!(is_valid("LOCALHOST/app"));
     }
 
     #[test]

@@ -7,10 +7,10 @@
 use super::digest::Digest;
 use crate::error::{Error, Result};
 use crate::host::text;
+use crate::ids::{DEFAULT_REGISTRY, split_registry};
 use std::fmt;
 use std::str::FromStr;
 
-const DEFAULT_DOMAIN: &str = "docker.io";
 const OFFICIAL: &str = "library/";
 const DEFAULT_TAG: &str = "latest";
 /// Limit of docker for domain and path together.
@@ -49,10 +49,10 @@ impl Reference {
     /// Returns the shortest form that means the same, as docker shows it.
     pub fn familiar(&self) -> String {
         let full = self.to_string();
-        if self.domain != DEFAULT_DOMAIN {
+        if self.domain != DEFAULT_REGISTRY {
             return full;
         }
-        let short = &full[DEFAULT_DOMAIN.len() + 1..];
+        let short = &full[DEFAULT_REGISTRY.len() + 1..];
         let shortest = short.strip_prefix(OFFICIAL).unwrap_or(short);
         // A path can itself look like a domain or like an official image.
         let means_this = |name: &&str| parse(name).as_ref() == Ok(self);
@@ -132,23 +132,13 @@ fn parse(reference: &str) -> Result<Reference, &'static str> {
     })
 }
 
-/// Splits a name into domain and path as docker's `splitDockerDomain` does.
+/// Splits a name into domain and path. Official images of Docker Hub are below `library`.
 fn split_domain(name: &str) -> (String, String) {
-    let is_domain = |first: &str| {
-        first.contains(['.', ':'])
-            || first == "localhost"
-            || first.bytes().any(|b| b.is_ascii_uppercase())
-    };
-    let (domain, path) = match name.split_once('/') {
-        Some((first, rest)) if is_domain(first) => (first, rest),
-        _ => (DEFAULT_DOMAIN, name),
-    };
-    if domain != DEFAULT_DOMAIN && domain != "index.docker.io" {
-        (domain.to_owned(), path.to_owned())
-    } else if path.contains('/') {
-        (DEFAULT_DOMAIN.to_owned(), path.to_owned())
+    let (domain, path) = split_registry(name);
+    if domain == DEFAULT_REGISTRY && !path.contains('/') {
+        (domain.to_owned(), format!("{OFFICIAL}{path}"))
     } else {
-        (DEFAULT_DOMAIN.to_owned(), format!("{OFFICIAL}{path}"))
+        (domain.to_owned(), path.to_owned())
     }
 }
 
@@ -269,6 +259,60 @@ mod tests {
         check(&format!("a@{DIGEST}"), &pinned, &format!("a@{DIGEST}"));
         let both = format!("docker.io/library/a:t@{DIGEST}");
         check(&format!("a:t@{DIGEST}"), &both, &format!("a:t@{DIGEST}"));
+    }
+
+    /// The command line finds the credential by the registry of the whole text, before anything
+    /// has been parsed.
+    #[test]
+    fn credential_is_never_that_of_another_registry() {
+        let parts = [
+            "a",
+            "A",
+            "library",
+            "localhost",
+            "LOCALHOST",
+            "docker.io",
+            "Docker.io",
+            "index.docker.io",
+            "ghcr.io",
+            "host:5000",
+            "host:",
+            "[::1]",
+            "[::1]:5000",
+            "a@b",
+            "@",
+            ":",
+            ".",
+            "",
+            "x:1",
+        ];
+        let ends = [
+            "",
+            ":1",
+            ":A",
+            "@",
+            &format!("@{DIGEST}"),
+            &format!(":1@{DIGEST}"),
+        ];
+        let mut compared = 0;
+        for first in parts {
+            for second in parts {
+                for third in ["", "/c", "/docker.io/c", "/C"] {
+                    for end in ends {
+                        for text in [
+                            format!("{first}/{second}{third}{end}"),
+                            format!("{first}{third}{end}"),
+                        ] {
+                            if let Ok(parsed) = text.parse::<Reference>() {
+                                assert_eq!(split_registry(&text).0, parsed.domain(), "{text}");
+                                compared += 1;
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        assert!(compared > 1000, "{compared}");
     }
 
     #[test]

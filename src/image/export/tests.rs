@@ -43,7 +43,7 @@ fn cached(cache: &Layers) -> Vec<String> {
         file.write_all(&content).unwrap();
         let id = Digest::of(&content).to_string();
         let cancel = Cancel::try_new().unwrap();
-        assert!(cache.insert(&id, &file, &cancel).unwrap());
+        assert!(cache.insert(&id, &file, &|| false).unwrap());
         id
     });
     vec![ids[0].clone(), ids[1].clone(), ids[1].clone()]

@@ -8,8 +8,9 @@ use crate::host::Credentials;
 use crate::host::confine::{self, Helper};
 use crate::host::wait::{WaitResult, cancelled_by, wait_any};
 use crate::image::oci::limits::{LAYERS_MAX, UNPACKED_BYTES_MAX};
-use crate::locks::Cancel;
+use crate::locks::{Cancel, CancelCause};
 use nix::poll::PollFlags;
+use std::cell::Cell;
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::{Seek, Write};
@@ -20,6 +21,8 @@ use std::time::{Duration, Instant};
 /// How long the helper may be silent. It reports progress at least once a second while bytes move,
 /// and gives up by itself if a registry sends nothing for a minute.
 const SILENCE_MAX: Duration = Duration::from_secs(180);
+/// How long a cancelled pull may take to cache its complete layers.
+const KEEP_MAX: Duration = Duration::from_secs(30);
 /// How long to wait for the helper to end after it was killed. A large write may take seconds.
 const END_MAX: Duration = Duration::from_secs(30);
 /// The maximum number of files that the helper may ask for: the layers of an image and an archive.
@@ -174,11 +177,22 @@ impl Session<'_> {
         self.layers.new_file()
     }
 
-    /// Caches the complete layers. A failure costs only time at the next pull.
+    /// Caches the complete layers, also of a pull that was cancelled: the next one need not fetch
+    /// them again. A failure costs only time at the next pull.
     fn keep(&self, handed_out: HandedOut, cancel: &Cancel) {
+        let cancelled_at = Cell::new(None);
+        let gives_up = || match cancel.cause() {
+            None => false,
+            Some(CancelCause::DaemonStops) => true,
+            Some(_) => {
+                let at = cancelled_at.get().unwrap_or_else(Instant::now);
+                cancelled_at.set(Some(at));
+                at.elapsed() > KEEP_MAX
+            }
+        };
         for diff_id in &handed_out.complete {
             if let Some(file) = handed_out.layers.get(diff_id)
-                && let Err(e) = self.layers.insert(diff_id, file, cancel)
+                && let Err(e) = self.layers.insert(diff_id, file, &gives_up)
             {
                 log::warn!("{e}");
             }

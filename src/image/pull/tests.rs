@@ -74,6 +74,18 @@ pub(crate) fn run() -> ExitCode {
             let failure = Error::new(Kind::RegistryBusy, "too many requests");
             daemon.send(&encode(&Request::Failed((&failure).into())));
         }
+        "store a right layer and wait" => {
+            daemon.layer(&id(b"good")).write_all(b"good").unwrap();
+            daemon.stored(&id(b"good"));
+            // The daemon reads the messages in this order.
+            let found = Found {
+                digest: id(b"image"),
+                name: None,
+            };
+            daemon.send(&encode(&Request::Found(found)));
+            drop(daemon.receive());
+            drop(daemon.receive());
+        }
         "change a stored layer" => {
             let mut file = daemon.layer(&id(b"good"));
             file.write_all(b"good").unwrap();
@@ -124,6 +136,10 @@ impl Stage {
     }
 
     fn run(&self, mode: &str) -> Result<Option<Vec<u8>>> {
+        self.run_with(mode, &mut Ignore)
+    }
+
+    fn run_with(&self, mode: &str, observer: &mut dyn Observer) -> Result<Option<Vec<u8>>> {
         let image = tempfile::tempfile().unwrap();
         let mut session = Session {
             layers: &self.layers,
@@ -132,7 +148,7 @@ impl Stage {
             stream: None,
             image: &image,
         };
-        session.run(NAME, &self.cancel, &mut Ignore)
+        session.run(NAME, &self.cancel, observer)
     }
 
     fn has(&self, content: &[u8]) -> bool {
@@ -161,6 +177,28 @@ fn complete_layers_of_failed_pull_are_cached() {
     let stage = Stage::new();
     let e = stage.run("store a right layer and fail").unwrap_err();
     assert_eq!(e.kind(), Kind::RegistryBusy);
+    assert!(stage.has(b"good"));
+}
+
+/// Cancels the pull as soon as the image is known.
+struct CancelWhenFound<'a>(&'a Cancel);
+
+impl Observer for CancelWhenFound<'_> {
+    fn found(&mut self, _: Found) -> Result<bool> {
+        self.0.cancel(CancelCause::Requested);
+        Ok(true)
+    }
+    fn progress(&mut self, _: Progress) {}
+}
+
+#[test]
+fn complete_layers_of_cancelled_pull_are_cached() {
+    let stage = Stage::new();
+    let mut observer = CancelWhenFound(&stage.cancel);
+    let e = stage
+        .run_with("store a right layer and wait", &mut observer)
+        .unwrap_err();
+    assert_eq!(e.kind(), Kind::Cancelled);
     assert!(stage.has(b"good"));
 }
 

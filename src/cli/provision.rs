@@ -57,7 +57,9 @@ pub(super) fn build(ctx: &mut Context, interrupts: &Interrupts, recipe: Recipe) 
         .connect(&mut ctx.printer)?
         .list::<ImageList>(ListRequest::default())?;
     let named = |name: &ImageRef| images.iter().find(|image| image.name == *name);
-    let Some(base) = named(&recipe.from) else {
+    // The daemon resolves a name in the same way when the VM is created.
+    let base = named(&recipe.from).or_else(|| named(&recipe.from.with_default_tag()));
+    let Some(base) = base else {
         let text = format!("there is no image {}", recipe.from);
         return Err(Error::new(Kind::ImageNotFound, text)
             .hint("list them: fcctl image list, or build one: fcctl image build")

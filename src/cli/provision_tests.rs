@@ -28,7 +28,10 @@ fn daemon(ends: u8) -> Daemon {
         "image.list" => {
             let made = made.lock().clone();
             let made = made.map(|recipe| image("mine", Some(&recipe)));
-            let images: Vec<Value> = [image("default", None)].into_iter().chain(made).collect();
+            let images: Vec<Value> = [image("default", None), image("debian:latest", None)]
+                .into_iter()
+                .chain(made)
+                .collect();
             r.result(json!({"images": images}));
         }
         "vm.create" => {
@@ -99,6 +102,20 @@ fn script_runs_in_vm_and_second_build_is_instant() {
         (ran.status, daemon.fake.methods().as_str()),
         (4, "image.list")
     );
+}
+
+#[test]
+fn base_without_tag_is_the_pulled_image() {
+    let (daemon, dir) = (daemon(0), tempfile::tempdir().unwrap());
+    let path = script(&dir, "true");
+    let build = |from: &str| {
+        let args = ["image", "build", "--script", &path, "--from", from, "mine"];
+        fcctl(&daemon.fake, &args)
+    };
+    let ran = build("debian");
+    assert_eq!(ran.status, 0, "{}", ran.err);
+    let ran = build("gcc");
+    assert!(ran.err.contains("no image gcc"), "{}", ran.err);
 }
 
 #[test]

@@ -89,11 +89,11 @@ impl Blob {
     fn check_rest(&self, reply: &Reply) -> Result<u64> {
         let range = reply.content_range();
         let fits = range.is_some_and(|range| {
-            let length = range.last - range.first + 1;
+            // Once the last byte is known to be one of the blob, the length cannot overflow.
             range.first == self.offset
                 && range.total.is_none_or(|total| total == self.size)
                 && range.last < self.size
-                && reply.content_length().is_none_or(|sent| sent == length)
+                && (reply.content_length()).is_none_or(|sent| sent == range.last - range.first + 1)
         });
         match fits {
             true => Ok(0),

@@ -210,6 +210,11 @@ fn check_parts(config: &Descriptor, layers: &[Descriptor]) -> Result<()> {
             layers.len()
         )));
     }
+    let sizes = layers.iter().map(|layer| layer.size);
+    let all = sizes.fold(Some(0_u64), |sum, size| sum?.checked_add(size));
+    if all.is_none() {
+        return Err(bad("the layers of the image are larger than any disk"));
+    }
     for layer in layers {
         let known = LAYERS.iter().any(|prefix| {
             let rest = layer.media_type.strip_prefix(prefix);

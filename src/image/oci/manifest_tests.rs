@@ -199,6 +199,8 @@ fn wrong_documents_are_refused() {
     chart["mediaType"] = json!("application/vnd.cncf.helm.chart.content.v1.tar+gzip");
     let mut odd_digest = layer(0);
     odd_digest["digest"] = json!("sha256:../../etc/passwd");
+    let mut huge = layer(0);
+    huge["size"] = json!(u64::MAX);
     let entries: Vec<Value> = (0..=INDEX_ENTRIES_MAX).map(layer).collect();
     let invalid = Kind::InvalidImage;
     for (document, kind, message) in [
@@ -236,6 +238,11 @@ fn wrong_documents_are_refused() {
             json!({"config": good, "layers": [chart]}),
             Kind::Unsupported,
             "not a tar",
+        ),
+        (
+            json!({"config": good, "layers": [huge, huge]}),
+            invalid,
+            "larger than any disk",
         ),
         (
             json!({"config": good, "layers": [odd_digest]}),

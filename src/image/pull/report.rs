@@ -89,6 +89,12 @@ impl LayerProgress {
     }
 }
 
+fn add_saturating(to: &AtomicU64, bytes: u64) {
+    let order = Ordering::Relaxed;
+    // The closure always returns a value, so this cannot fail.
+    let _ = to.fetch_update(order, order, |sum| Some(sum.saturating_add(bytes)));
+}
+
 /// Shortens a digest to the digits that docker shows.
 fn short(digest: Digest) -> String {
     let digest = digest.to_string();
@@ -119,7 +125,9 @@ impl<'a> Reporter<'a> {
 
     /// Begins the stage in which the layers are fetched.
     pub(super) fn begin_layers(&self, layers: &[Layer]) {
-        let total = layers.iter().map(|layer| layer.blob.size).sum();
+        // The sizes are what a hostile manifest says.
+        let sizes = layers.iter().map(|layer| layer.blob.size);
+        let total = sizes.fold(0, u64::saturating_add);
         let layers = layers.iter().map(LayerProgress::new).collect();
         // A pull has one image, so nobody has set them before.
         let _ = self.layers.set(layers);
@@ -137,7 +145,7 @@ impl<'a> Reporter<'a> {
     pub(super) fn layer_advances(&self, layer: usize, bytes: u64) {
         if let Some(layer) = self.layer(layer) {
             layer.set_state(PartState::Downloading);
-            layer.done.fetch_add(bytes, Ordering::Relaxed);
+            add_saturating(&layer.done, bytes);
         }
         self.add(bytes);
     }
@@ -153,7 +161,7 @@ impl<'a> Reporter<'a> {
     }
 
     pub(super) fn add(&self, bytes: u64) {
-        self.done.fetch_add(bytes, Ordering::Relaxed);
+        add_saturating(&self.done, bytes);
         let now_ms = self.begun.elapsed().as_millis() as u64;
         let last_ms = self.reported_ms.load(Ordering::Relaxed);
         let is_due = now_ms.saturating_sub(last_ms) >= REPORT_EVERY.as_millis() as u64;
@@ -206,6 +214,11 @@ mod tests {
 
     /// Returns what is reported at the end of `work`.
     fn reported(layers: u8, work: impl FnOnce(&Reporter<'_>)) -> Progress {
+        let layers: Vec<Layer> = (0..layers).map(|n| layer(n, 100)).collect();
+        reported_of(&layers, work)
+    }
+
+    fn reported_of(layers: &[Layer], work: impl FnOnce(&Reporter<'_>)) -> Progress {
         let (asking, asked) = unbounded();
         let link = Link::new(asking);
         let answering = std::thread::scope(|scope| {
@@ -219,9 +232,8 @@ mod tests {
                 }
                 last
             });
-            let layers: Vec<Layer> = (0..layers).map(|n| layer(n, 100)).collect();
             let reporter = Reporter::new(&link);
-            reporter.begin_layers(&layers);
+            reporter.begin_layers(layers);
             work(&reporter);
             reporter.report();
             drop(link);
@@ -266,6 +278,16 @@ mod tests {
                 .iter()
                 .any(|p| p.state == PartState::Downloading)
         );
+    }
+
+    #[test]
+    fn sizes_beyond_all_numbers_do_not_end_the_pull() {
+        let layers = [layer(0, u64::MAX), layer(1, u64::MAX)];
+        let progress = reported_of(&layers, |reporter| {
+            reporter.layer_is_cached(0);
+            reporter.layer_is_cached(1);
+        });
+        assert_eq!((progress.done, progress.total), (u64::MAX, Some(u64::MAX)));
     }
 
     #[test]

@@ -100,6 +100,7 @@ fn wrong_ranges_are_refused() {
         (Some("bytes 4-19/20"), &BYTES[5..]),
         (Some("bytes x"), &BYTES[4..]),
         (None, &BYTES[4..]),
+        (Some("bytes 0-18446744073709551615/*"), &BYTES[4..]),
     ] {
         let mut partial = Answer::new(206).body(body);
         if let Some(range) = range {

@@ -13,7 +13,8 @@ use super::entry::{EntryKind, clean_path};
 use super::errors::{as_io, bad, check_cancel, read_error, shown};
 use super::limits::{ARCHIVE_FILES_MAX, DOCUMENT_BYTES_MAX, LAYERS_MAX};
 use super::manifest::{
-    Blobs, DOCKER_LAYER, Descriptor, Image, find_in_layout, image_of, parse_json, resolve,
+    Blobs, DOCKER_LAYER, Descriptor, Image, find_in_layout, image_of, parse_json, resolve, several,
+    whole_name,
 };
 use super::platform::Platform;
 use super::reference::Reference;
@@ -24,7 +25,7 @@ use crate::error::{Error, Kind, Result};
 use crate::host::text;
 use crate::locks::Cancel;
 use serde::Deserialize;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::io::{BufReader, Read};
 
@@ -139,7 +140,7 @@ impl Archive {
                 let index = self.document(OCI_INDEX)?;
                 let root = find_in_layout(&index, wanted.name.as_deref(), &wanted.platform)?;
                 let image = resolve(&root.blob, &wanted.platform, self)?;
-                let name = root.name.and_then(whole_name);
+                let name = root.name.as_deref().and_then(whole_name);
                 Ok(Image { name, ..image })
             }
             None if is_docker => self.docker_image(wanted),
@@ -160,7 +161,10 @@ impl Archive {
             parse_json(DOCKER_MANIFEST, &self.document(DOCKER_MANIFEST)?)?;
         let image = choose(images, wanted.name.as_deref())?;
         let config = self.document(&image.config)?;
-        let name = image.repo_tags.into_iter().flatten().find_map(whole_name);
+        // An image with several tags gets the one that was asked for.
+        let tags = wanted.name.iter().chain(image.repo_tags.iter().flatten());
+        let name = tags.filter_map(|tag| tag.parse::<Reference>().ok()).next();
+        let name = name.map(|name| name.familiar());
         let paths = image.layers.unwrap_or_default();
         if paths.len() > LAYERS_MAX {
             return Err(bad(format!(
@@ -232,13 +236,6 @@ impl Archive {
     }
 }
 
-/// Returns the name in its shortest form, or None if it is only a tag.
-fn whole_name(name: String) -> Option<String> {
-    let is_tag = !name.contains(['/', ':']);
-    let parsed: Option<Reference> = name.parse().ok();
-    parsed.filter(|_| !is_tag).map(|name| name.familiar())
-}
-
 /// Returns where a relative link leads, or `None` if it leads out of the archive.
 fn beside(path: &str, target: &str) -> Option<Box<str>> {
     let mut parts: Vec<&str> = path.split('/').collect();
@@ -258,12 +255,15 @@ fn beside(path: &str, target: &str) -> Option<Box<str>> {
 
 fn choose(mut images: Vec<DockerImage>, name: Option<&str>) -> Result<DockerImage> {
     let Some(name) = name else {
+        // Some tools write an entry for each tag of an image.
+        let mut seen = HashSet::new();
+        images.retain(|image| seen.insert((image.config.clone(), image.layers.clone())));
         return match images.len() {
             0 => Err(bad("the archive has no image")),
             1 => Ok(images.swap_remove(0)),
             count => {
-                let message = format!("the archive has {count} images");
-                Err(Error::invalid(message).hint("name one: docker-archive:FILE:IMAGE:TAG"))
+                let names = images.into_iter().flat_map(|image| image.repo_tags);
+                Err(several(count, names.flatten(), "docker-archive"))
             }
         };
     };

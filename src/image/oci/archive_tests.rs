@@ -92,6 +92,85 @@ fn archive_with_both_manifests_is_of_the_kind_that_is_wanted() {
     assert_ne!(digest(Some(ArchiveFormat::Docker)), image.resolve().digest);
 }
 
+/// An archive as `docker save` writes it since version 25, with one entry for each tag.
+fn saved(images: &[(&TestImage, &str)]) -> Vec<Item> {
+    let mut items = Vec::new();
+    let mut entries = Vec::new();
+    for (image, name) in images {
+        let tag = name.rsplit(':').next().unwrap();
+        for item in image.oci_archive(tag) {
+            match item.path.ends_with(b"index.json") {
+                true => {
+                    let index: serde_json::Value = serde_json::from_slice(&item.content).unwrap();
+                    let mut entry = index["manifests"][0].clone();
+                    entry["annotations"]["io.containerd.image.name"] = (*name).into();
+                    entries.push(entry);
+                }
+                false => items.push(item),
+            }
+        }
+    }
+    let index = serde_json::json!({"schemaVersion": 2, "manifests": entries}).to_string();
+    items.push(file("index.json", &index));
+    items
+}
+
+#[test]
+fn image_with_two_tags_is_one_image() {
+    let image = sample(Compression::None);
+    let names = ["docker.io/library/app:1", "docker.io/library/app:2"];
+    let items = saved(&[(&image, names[0]), (&image, names[1])]);
+    for (name, expected) in [
+        (None, "app:1"),
+        (Some("2"), "app:2"),
+        (Some("app:2"), "app:2"),
+        (Some("library/app:2"), "app:2"),
+        (Some(names[1]), "app:2"),
+    ] {
+        let found = found(&tar(&items), &wanted(None, name)).unwrap();
+        assert_eq!(found.digest, image.resolve().digest);
+        assert_eq!(found.name.as_deref(), Some(expected), "{name:?}");
+    }
+}
+
+#[test]
+fn images_to_choose_from_are_named() {
+    let other = TestImage::new(&[vec![file("other", "")]], Compression::None);
+    let image = sample(Compression::None);
+    let items = saved(&[
+        (&image, "docker.io/library/app:latest"),
+        (&other, "docker.io/library/other:latest"),
+    ]);
+    let any = Wanted::default();
+    refused(&items, &any, Kind::InvalidArgument, "2 images");
+    refused(
+        &items,
+        &any,
+        Kind::InvalidArgument,
+        "\"app:latest\", \"other:latest\"",
+    );
+    // A tag that both images have chooses neither, but a name without a tag is the tag `latest`.
+    refused(
+        &items,
+        &wanted(None, Some("latest")),
+        Kind::InvalidArgument,
+        "2 images",
+    );
+    let chosen = found(&tar(&items), &wanted(None, Some("other"))).unwrap();
+    assert_eq!(chosen.digest, other.resolve().digest);
+}
+
+#[test]
+fn docker_archive_gives_the_image_the_name_that_was_asked_for() {
+    let image = sample(Compression::None);
+    let mut items = image.docker_archive("app:1");
+    let manifest = items.last_mut().unwrap();
+    let text = String::from_utf8(manifest.content.clone()).unwrap();
+    manifest.content = text.replace(r#"["app:1"]"#, r#"["app:1","app:2"]"#).into();
+    let chosen = found(&tar(&items), &wanted(None, Some("app:2"))).unwrap();
+    assert_eq!(chosen.name.as_deref(), Some("app:2"));
+}
+
 #[test]
 fn image_that_is_not_in_the_archive_is_not_found() {
     let image = sample(Compression::Gzip);

@@ -11,11 +11,13 @@ use super::limits::{
     DOCUMENT_BYTES_MAX, HISTORY_MAX, INDEX_DEPTH_MAX, INDEX_ENTRIES_MAX, LAYERS_MAX,
 };
 use super::platform::{Claimed, Platform};
+use super::reference::Reference;
 use crate::api::image::{ImageConfig, ImageHistory};
 use crate::error::{Error, Kind, Result};
 use crate::host::text;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use std::collections::BTreeSet;
 use std::io::Read;
 
 /// The media types of indexes and manifests, for the `Accept` header of a request.
@@ -41,6 +43,9 @@ pub(super) const DOCKER_LAYER: &str = "application/vnd.docker.image.rootfs.diff.
 const REF_NAME: &str = "org.opencontainers.image.ref.name";
 /// The annotation that containerd and Docker add, with the full name.
 const CONTAINERD_NAME: &str = "io.containerd.image.name";
+
+/// How many names of images an error shows.
+const NAMES_SHOWN_MAX: usize = 8;
 
 /// Limit of a string of the configuration, and of the number of strings in a list of it.
 const STRING_BYTES_MAX: usize = 128 << 10;
@@ -112,12 +117,37 @@ struct IndexEntry {
 }
 
 impl IndexEntry {
-    fn is_named(&self, name: &str) -> bool {
-        [REF_NAME, CONTAINERD_NAME].iter().any(|key| {
-            let value = self.annotations.get(*key);
-            value.and_then(serde_json::Value::as_str) == Some(name)
-        })
+    fn annotation(&self, key: &str) -> Option<&str> {
+        self.annotations.get(key)?.as_str()
     }
+
+    fn is_named(&self, name: &str) -> bool {
+        [REF_NAME, CONTAINERD_NAME]
+            .iter()
+            .any(|key| self.annotation(key) == Some(name))
+    }
+
+    /// Tells whether docker would mean this entry by a reference.
+    fn is_meant_by(&self, reference: &Reference) -> bool {
+        let name = self.annotation(REF_NAME).filter(|name| !is_tag(name));
+        let names = [self.annotation(CONTAINERD_NAME), name];
+        let is_meant = |name: &str| {
+            name.parse::<Reference>()
+                .is_ok_and(|name| name == *reference)
+        };
+        names.into_iter().flatten().any(is_meant)
+    }
+}
+
+/// Tells whether the name in an archive is only a tag.
+fn is_tag(name: &str) -> bool {
+    !name.contains(['/', ':'])
+}
+
+/// Returns the name of an image in its shortest form, or None if it is only a tag.
+pub(super) fn whole_name(name: &str) -> Option<String> {
+    let parsed: Option<Reference> = name.parse().ok();
+    parsed.filter(|_| !is_tag(name)).map(|name| name.familiar())
 }
 
 /// An image of a layout or an archive.
@@ -130,7 +160,7 @@ pub(super) struct Named {
 
 impl Named {
     fn of(entry: IndexEntry) -> Self {
-        let name = |key: &str| entry.annotations.get(key)?.as_str().map(str::to_owned);
+        let name = |key| entry.annotation(key).map(str::to_owned);
         Self {
             name: name(CONTAINERD_NAME).or_else(|| name(REF_NAME)),
             blob: entry.blob,
@@ -342,8 +372,17 @@ pub(super) fn find_in_layout(
         return Err(bad("index.json is not an index"));
     };
     if let Some(name) = name {
-        entries.retain(|entry| entry.is_named(name));
+        let reference = name.parse::<Reference>().ok();
+        let has_exact = entries.iter().any(|entry| entry.is_named(name));
+        entries.retain(|entry| match &reference {
+            _ if has_exact => entry.is_named(name),
+            Some(reference) => entry.is_meant_by(reference),
+            None => false,
+        });
     }
+    // An image has an entry for each of its tags.
+    let mut seen = BTreeSet::new();
+    entries.retain(|entry| seen.insert(entry.blob.digest));
     let all = entries.len();
     match (all, name) {
         (0, Some(name)) => {
@@ -356,10 +395,23 @@ pub(super) fn find_in_layout(
         _ => {}
     }
     if entries.iter().any(|entry| entry.platform.is_none()) {
-        let message = format!("the archive has {all} images");
-        return Err(Error::invalid(message).hint("name one: oci-archive:FILE:TAG"));
+        let names = entries.into_iter().map(|entry| Named::of(entry).name);
+        return Err(several(all, names.flatten(), "oci-archive"));
     }
     choose(entries, platform).map(Named::of)
+}
+
+/// The error for an archive from which the caller must choose an image.
+pub(super) fn several(count: usize, names: impl Iterator<Item = String>, kind: &str) -> Error {
+    let shown = |name: String| text::quoted(&whole_name(&name).unwrap_or(name));
+    let names: Vec<String> = names.take(NAMES_SHOWN_MAX).map(shown).collect();
+    let mut message = format!("the archive has {count} images");
+    if !names.is_empty() {
+        message += &format!(": {}", names.join(", "));
+    }
+    Error::invalid(message).hint(format!(
+        "name one: fcctl image pull {kind}:FILE:NAME, where FILE may be /dev/stdin"
+    ))
 }
 
 #[derive(Deserialize)]

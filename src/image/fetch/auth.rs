@@ -95,8 +95,8 @@ fn basic(user: &str, password: &Secret) -> Secret {
     Secret::new(format!("Basic {}", BASE64_STANDARD.encode(pair)))
 }
 
-/// Checks where a challenge sends us. A registry must not learn a credential for another one, nor
-/// reach this host's own services.
+/// Checks where a challenge sends us. Only a trusted host may get a credential, and a registry must
+/// not reach this host's own services.
 pub(super) fn realm(text: &str, registry: &Origin, settings: &Settings) -> Result<Url> {
     let refused = |why: &str| {
         Error::new(
@@ -112,9 +112,13 @@ pub(super) fn realm(text: &str, registry: &Origin, settings: &Settings) -> Resul
     let is_trusted = trusted_hosts(settings, &registry.host)
         .iter()
         .any(|host| host == url.host());
-    if !is_trusted && !is_local {
+    // Without a credential, a token server learns nothing. Many registries have it on another host.
+    let is_anonymous = matches!(settings.credential, Credential::Anonymous);
+    if !is_trusted && !is_local && !is_anonymous {
         return Err(refused("is on another host").hint(format!(
-            "configure {} as the token server of the registry",
+            "if it may have your credential, ask root to add it to fcd's configuration: \
+             registry.token_servers = [\"{}={}\"]",
+            registry.host,
             url.host()
         )));
     }
@@ -152,8 +156,9 @@ fn fetch(http: &Http, settings: &Settings, bearer: &Bearer, realm: Url) -> Resul
 /// Returns the request for a token: a GET, with the password if there is one, or a POST that
 /// exchanges an identity token.
 fn request(settings: &Settings, bearer: &Bearer, mut realm: Url) -> Result<Request> {
-    let own_scope = format!("repository:{}:pull", settings.repository.path());
-    let scope = bearer.scope.as_deref().unwrap_or(&own_scope);
+    // Docker also sends a scope of its own. One that a registry chooses could be for more rights,
+    // and the registry gets the token.
+    let scope = format!("repository:{}:pull", settings.repository.path());
     let service = bearer.service.as_deref().unwrap_or_default();
     if scope.len() + service.len() > PARAMETER_BYTES_MAX {
         let why = format!(
@@ -166,7 +171,7 @@ fn request(settings: &Settings, bearer: &Bearer, mut realm: Url) -> Result<Reque
         let mut form = String::from("grant_type=refresh_token&client_id=fcd");
         for (name, value) in [
             ("service", service),
-            ("scope", scope),
+            ("scope", &scope),
             ("refresh_token", token.reveal()),
         ] {
             form += &format!("&{name}=");
@@ -179,10 +184,7 @@ fn request(settings: &Settings, bearer: &Bearer, mut realm: Url) -> Result<Reque
     if !service.is_empty() {
         realm.add_query("service", service);
     }
-    // Several scopes are separated by spaces.
-    for scope in scope.split(' ').filter(|scope| !scope.is_empty()) {
-        realm.add_query("scope", scope);
-    }
+    realm.add_query("scope", &scope);
     let mut request = Request::get(realm, "application/json");
     if let Credential::Basic { user, password } = &settings.credential {
         request.authorization = Some(basic(user, password));
@@ -220,10 +222,23 @@ mod unit {
         Url::parse(url).unwrap().origin
     }
 
+    fn login() -> Credential {
+        Credential::Basic {
+            user: "ann".into(),
+            password: Secret::new("pw"),
+        }
+    }
+
     #[track_caller]
     fn check(registry: &str, text: &str, trusted: bool) {
-        let origin = origin(registry);
-        let checked = realm(text, &origin, &settings(&origin.host));
+        let mut settings = settings(&origin(registry).host);
+        settings.credential = login();
+        check_with(&settings, registry, text, trusted);
+    }
+
+    #[track_caller]
+    fn check_with(settings: &Settings, registry: &str, text: &str, trusted: bool) {
+        let checked = realm(text, &origin(registry), settings);
         match checked {
             Ok(_) => assert!(trusted, "{text}"),
             Err(e) => {
@@ -283,8 +298,50 @@ mod unit {
     }
 
     #[test]
+    fn anonymous_token_may_come_from_any_ordinary_host() {
+        let check = |registry: &str, realm: &str, allowed| {
+            let settings = settings(&origin(registry).host);
+            check_with(&settings, registry, realm, allowed);
+        };
+        for realm in [
+            "https://ghcr.io/token",
+            "https://gitlab.corp/jwt/auth",
+            "https://10.0.0.1/token",
+            "https://localhost.corp/token",
+        ] {
+            check("https://lscr.io/", realm, true);
+        }
+        for realm in [
+            "http://ghcr.io/token",
+            "https://user@ghcr.io/token",
+            "https://169.254.169.254/latest",
+            "https://127.0.0.1/token",
+            "https://localhost/token",
+            "https://[::1]/token",
+            "https://[fd00:ec2::254]/latest",
+            "https://0/token",
+            "/token",
+        ] {
+            check("https://lscr.io/", realm, false);
+        }
+        check("http://insecure/", "http://other/token", false);
+    }
+
+    #[test]
+    fn refused_token_server_is_named_in_setting() {
+        let mut settings = settings("registry.corp");
+        settings.credential = login();
+        let registry = origin("https://registry.corp:5000/");
+        let e = realm("https://login.corp/t", &registry, &settings).unwrap_err();
+        let hint = e.hint_text().unwrap();
+        let setting = "registry.token_servers = [\"registry.corp=login.corp\"]";
+        assert!(hint.contains(setting), "{hint}");
+    }
+
+    #[test]
     fn configured_token_server_is_trusted_for_its_registry_only() {
         let mut settings = settings("r");
+        settings.credential = login();
         settings.token_servers = vec![TokenServer {
             registry: "r".into(),
             host: "login.corp".into(),
@@ -299,7 +356,6 @@ mod unit {
         let bearer = Bearer {
             realm: String::new(),
             service: Some("s".into()),
-            scope: None,
         };
         let url = || Url::parse("https://r/token?x=1").unwrap();
         let mut settings = settings("docker.io");

@@ -17,7 +17,6 @@ pub(super) enum Challenge {
 pub(super) struct Bearer {
     pub(super) realm: String,
     pub(super) service: Option<String>,
-    pub(super) scope: Option<String>,
 }
 
 /// Returns the challenge to answer: `Bearer` if there is one, else `Basic`. Other schemes and
@@ -95,8 +94,6 @@ impl<'a> Raw<'a> {
             self.bearer.realm = value;
         } else if is("service") {
             self.bearer.service.get_or_insert(value);
-        } else if is("scope") {
-            self.bearer.scope.get_or_insert(value);
         }
     }
 
@@ -182,7 +179,7 @@ mod unit {
             None => "nothing".to_owned(),
             Some(Challenge::Basic) => "Basic".to_owned(),
             Some(Challenge::Bearer(b)) => {
-                format!("Bearer {} {:?} {:?}", b.realm, b.service, b.scope)
+                format!("Bearer {} {:?}", b.realm, b.service)
             }
         };
         expected.assert_eq(&chosen);
@@ -194,9 +191,7 @@ mod unit {
             &[
                 r#"Bearer realm="https://auth.docker.io/token",service="registry.docker.io",scope="repository:library/gcc:pull""#,
             ],
-            expect![[
-                r#"Bearer https://auth.docker.io/token Some("registry.docker.io") Some("repository:library/gcc:pull")"#
-            ]],
+            expect![[r#"Bearer https://auth.docker.io/token Some("registry.docker.io")"#]],
         );
         check(&[r#"Basic realm="Registry Realm""#], expect!["Basic"]);
         check(&["BASIC"], expect!["Basic"]);
@@ -204,7 +199,7 @@ mod unit {
             &[
                 r#"Bearer realm="https://a/t",service="a",scope="repository:a:pull,push",error="invalid_token""#,
             ],
-            expect![[r#"Bearer https://a/t Some("a") Some("repository:a:pull,push")"#]],
+            expect![[r#"Bearer https://a/t Some("a")"#]],
         );
     }
 
@@ -213,15 +208,15 @@ mod unit {
         let bearer = r#"bearer Realm = "https://a/t""#;
         check(
             &["Basic realm=x", bearer],
-            expect!["Bearer https://a/t None None"],
+            expect!["Bearer https://a/t None"],
         );
         check(
             &[bearer, "Basic realm=x"],
-            expect!["Bearer https://a/t None None"],
+            expect!["Bearer https://a/t None"],
         );
         check(
             &[r#"Negotiate, Basic realm="x", Bearer realm="https://a/t", service=s"#],
-            expect![[r#"Bearer https://a/t Some("s") None"#]],
+            expect![[r#"Bearer https://a/t Some("s")"#]],
         );
     }
 
@@ -229,7 +224,7 @@ mod unit {
     fn quotes_hide_separators() {
         check(
             &[r#"Bearer realm="https://a/?x=\"y\", Basic realm=z",service="a\\b""#],
-            expect![[r#"Bearer https://a/?x="y", Basic realm=z Some("a\\b") None"#]],
+            expect![[r#"Bearer https://a/?x="y", Basic realm=z Some("a\\b")"#]],
         );
     }
 
@@ -252,8 +247,8 @@ mod unit {
         }
         check(&[&"Basic,".repeat(9000)], expect!["nothing"]);
         check(
-            &["Bearer realm=a, realm=b, scope=c, scope=d"],
-            expect![[r#"Bearer a None Some("c")"#]],
+            &["Bearer realm=a, realm=b, service=c, service=d"],
+            expect![[r#"Bearer a Some("c")"#]],
         );
     }
 }

@@ -13,7 +13,7 @@ fn with_tokens(token: &'static str) -> Fake {
             Some(value) if value == format!("Bearer {token}") => manifest(b"{}"),
             _ => Answer::new(401).header(
                 "WWW-Authenticate",
-                &format!(r#"Bearer realm="http://{host}/token",service="reg",scope="repository:app:pull""#),
+                &format!(r#"Bearer realm="http://{host}/token",service="reg",scope="registry:catalog:* repository:app:push""#),
             ),
         }
     })

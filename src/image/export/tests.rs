@@ -83,7 +83,7 @@ fn archive_is_read_back_in_both_formats() {
             name: None,
             platform: Platform::default(),
         };
-        let image = archive.image(&wanted).unwrap();
+        let image = archive.image(&wanted, &|_| {}, &cancel).unwrap();
         assert_eq!(image.layers.len(), 3);
         assert!(image.name.unwrap().ends_with("team/app:1"));
     }
@@ -142,7 +142,8 @@ fn file_system_becomes_one_layer() {
         name: None,
         platform: Platform::default(),
     };
-    assert_eq!(read.image(&wanted).unwrap().layers.len(), 1);
+    let image = read.image(&wanted, &|_| {}, &cancel).unwrap();
+    assert_eq!(image.layers.len(), 1);
     cancel.cancel(crate::locks::CancelCause::Requested);
     let e = of_disk(&disk, &cancel).err().unwrap();
     assert_eq!(e.kind(), crate::error::Kind::Cancelled);

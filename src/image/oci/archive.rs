@@ -131,11 +131,18 @@ impl Archive {
     }
 
     /// Finds an image. [`flatten`](super::flatten()) then gets it with this archive as its blobs.
-    pub fn image(&mut self, wanted: &Wanted) -> Result<Image> {
+    /// `progress` is called with the bytes that were read since the last call: the layers of a
+    /// docker-archive are read to compute their digests.
+    pub fn image(
+        &mut self,
+        wanted: &Wanted,
+        progress: &dyn Fn(u64),
+        cancel: &Cancel,
+    ) -> Result<Image> {
         let is_oci = self.files.contains_key(OCI_LAYOUT) && self.files.contains_key(OCI_INDEX);
         let is_docker = self.files.contains_key(DOCKER_MANIFEST);
         match wanted.format {
-            Some(ArchiveFormat::Docker) if is_docker => self.docker_image(wanted),
+            Some(ArchiveFormat::Docker) if is_docker => self.docker_image(wanted, progress, cancel),
             Some(ArchiveFormat::Oci) | None if is_oci => {
                 let index = self.document(OCI_INDEX)?;
                 let root = find_in_layout(&index, wanted.name.as_deref(), &wanted.platform)?;
@@ -143,7 +150,7 @@ impl Archive {
                 let name = root.name.as_deref().and_then(whole_name);
                 Ok(Image { name, ..image })
             }
-            None if is_docker => self.docker_image(wanted),
+            None if is_docker => self.docker_image(wanted, progress, cancel),
             format => {
                 let what = match format {
                     Some(ArchiveFormat::Docker) => "a docker-archive: it has no manifest.json",
@@ -156,7 +163,12 @@ impl Archive {
         }
     }
 
-    fn docker_image(&mut self, wanted: &Wanted) -> Result<Image> {
+    fn docker_image(
+        &mut self,
+        wanted: &Wanted,
+        progress: &dyn Fn(u64),
+        cancel: &Cancel,
+    ) -> Result<Image> {
         let images: Vec<DockerImage> =
             parse_json(DOCKER_MANIFEST, &self.document(DOCKER_MANIFEST)?)?;
         let image = choose(images, wanted.name.as_deref())?;
@@ -175,7 +187,11 @@ impl Archive {
         let mut layers = Vec::new();
         for path in &paths {
             let position = self.find(path)?;
-            let digest = self.hash(position)?;
+            let digest = digest_of(Watched {
+                inner: BufReader::with_capacity(BUFFER_BYTES, self.portion(position)),
+                progress,
+                cancel,
+            })?;
             self.layers.insert(digest, position);
             layers.push(Descriptor {
                 media_type: DOCKER_LAYER.to_owned(),
@@ -186,13 +202,6 @@ impl Archive {
         // Docker also calls the digest of the configuration the image's id.
         let image = image_of(Digest::of(&config), layers, &config, &wanted.platform)?;
         Ok(Image { name, ..image })
-    }
-
-    fn hash(&self, position: Position) -> Result<Digest> {
-        let mut hashing = Hashing::new(self.portion(position));
-        let read = std::io::copy(&mut hashing, &mut std::io::sink());
-        read.map_err(|e| read_error("read the archive", e))?;
-        Ok(hashing.digest())
     }
 
     /// Finds a file, through links.
@@ -234,6 +243,13 @@ impl Archive {
             left: position.bytes,
         }
     }
+}
+
+fn digest_of(reader: impl Read) -> Result<Digest> {
+    let mut hashing = Hashing::new(reader);
+    let read = std::io::copy(&mut hashing, &mut std::io::sink());
+    read.map_err(|e| read_error("read the archive", e))?;
+    Ok(hashing.digest())
 }
 
 /// Returns where a relative link leads, or `None` if it leads out of the archive.

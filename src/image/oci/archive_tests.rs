@@ -9,7 +9,7 @@ fn found(archive: &[u8], wanted: &Wanted) -> Result<Image> {
     let spool = tempfile::tempfile().unwrap();
     let cancel = Cancel::try_new().unwrap();
     let mut archive = Archive::spool(archive, spool, 1 << 30, &|_| {}, &cancel)?;
-    let image = archive.image(wanted)?;
+    let image = archive.image(wanted, &|_| {}, &cancel)?;
     for layer in &image.layers {
         let mut hashing = Hashing::new(archive.open(&layer.blob)?);
         std::io::copy(&mut hashing, &mut std::io::sink()).unwrap();
@@ -302,6 +302,25 @@ fn spooling_is_limited_and_can_be_cancelled() {
     assert!(spool(&large[..large.len() / 2], 1 << 30, &|_| {}).is_err());
     let error = spool(&large, 1 << 30, &|_| cancel.cancel(CancelCause::Requested)).unwrap_err();
     assert_eq!(error.kind(), Kind::Cancelled, "{error}");
+}
+
+#[test]
+fn computing_digests_of_docker_archive_is_reported_and_can_be_cancelled() {
+    let image = sample(Compression::None);
+    let cancel = Cancel::try_new().unwrap();
+    let spool = tempfile::tempfile().unwrap();
+    let bytes = tar(&image.docker_archive("app:1"));
+    let mut archive = Archive::spool(&bytes[..], spool, 1 << 30, &|_| {}, &cancel).unwrap();
+    let reported = std::cell::Cell::new(0);
+    let progress = |bytes| reported.set(reported.get() + bytes);
+    archive
+        .image(&Wanted::default(), &progress, &cancel)
+        .unwrap();
+    let layers: usize = image.tars.iter().map(Vec::len).sum();
+    assert_eq!(reported.get(), layers as u64);
+    cancel.cancel(CancelCause::Requested);
+    let error = archive.image(&Wanted::default(), &progress, &cancel);
+    assert_eq!(error.unwrap_err().kind(), Kind::Cancelled);
 }
 
 #[test]

@@ -148,7 +148,9 @@ impl Place {
                 &self.cancel,
             );
             let mut archive = archive.unwrap();
-            let image = archive.image(&Wanted::default()).unwrap();
+            let image = archive
+                .image(&Wanted::default(), &|_| {}, &self.cancel)
+                .unwrap();
             self.flatten(&image, &archive, store);
         });
     }

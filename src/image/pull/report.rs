@@ -17,18 +17,30 @@ const SHORT_DIGITS: usize = 12;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
     Find,
+    /// The caller has sent no byte of the archive yet.
+    Await,
     Read,
+    Verify,
     Fetch,
     Write,
 }
 
 impl Stage {
-    const ALL: [Self; 4] = [Self::Find, Self::Read, Self::Fetch, Self::Write];
+    const ALL: [Self; 6] = [
+        Self::Find,
+        Self::Await,
+        Self::Read,
+        Self::Verify,
+        Self::Fetch,
+        Self::Write,
+    ];
 
     fn text(self) -> &'static str {
         match self {
             Self::Find => "find the image",
+            Self::Await => "wait for the archive",
             Self::Read => "read the archive",
+            Self::Verify => "verify the archive",
             Self::Fetch => "fetch the layers",
             Self::Write => "write the file system",
         }
@@ -176,7 +188,8 @@ impl<'a> Reporter<'a> {
         }
     }
 
-    fn report(&self) {
+    /// Reports the progress although nothing has changed, because the daemon ends a silent helper.
+    pub(super) fn report(&self) {
         let total = self.total.load(Ordering::Relaxed);
         let stage = Stage::ALL[self.stage.load(Ordering::Relaxed)];
         let layers = self.layers.get().filter(|_| stage == Stage::Fetch);

@@ -4,7 +4,7 @@ use super::job::{Job, JobSource, Outcome};
 use super::link::{LayerFile, Link};
 use super::protocol::Found;
 use super::report::{Reporter, Stage};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::host::wait::poll_until;
 use crate::image::fetch::{Client, Selector, SystemDialer};
 use crate::image::oci::{
@@ -12,10 +12,18 @@ use crate::image::oci::{
 };
 use crate::locks::Cancel;
 use nix::poll::{PollFd, PollFlags};
+use std::cell::Cell;
 use std::fs::File;
 use std::io::{self, Cursor, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long the caller may send nothing of an archive. `docker save` of a large image writes its
+/// first byte after minutes.
+const SILENCE_MAX: Duration = Duration::from_secs(600);
+/// How often this helper reports that it waits for the caller.
+const REPORT_EVERY: Duration = Duration::from_secs(5);
 
 /// Pulls the image into `file`.
 pub(super) fn pull(job: Job, stream: Option<OwnedFd>, file: &File, link: &Link) -> Result<Outcome> {
@@ -47,7 +55,7 @@ pub(super) fn pull(job: Job, stream: Option<OwnedFd>, file: &File, link: &Link) 
                 name: reference,
                 platform: pull.platform.clone(),
             };
-            pull.pull_archive(Stream(stream.into()), &wanted)
+            pull.pull_archive(stream.into(), &wanted)
         }
     }
 }
@@ -85,9 +93,20 @@ impl Pull<'_> {
         self.write(&image, &blobs, Some(name))
     }
 
-    fn pull_archive(&self, stream: Stream, wanted: &Wanted) -> Result<Outcome> {
-        self.reporter.stage(Stage::Read, None);
-        let progress = |bytes| self.reporter.add(bytes);
+    fn pull_archive(&self, stream: File, wanted: &Wanted) -> Result<Outcome> {
+        self.reporter.stage(Stage::Await, None);
+        let has_begun = Cell::new(false);
+        let progress = |bytes| {
+            if !has_begun.replace(true) {
+                self.reporter.stage(Stage::Read, None);
+            }
+            self.reporter.add(bytes);
+        };
+        let stream = Stream {
+            file: stream,
+            silence_max: SILENCE_MAX,
+            reporter: &self.reporter,
+        };
         let mut archive = Archive::spool(
             stream,
             self.link.file()?,
@@ -95,7 +114,9 @@ impl Pull<'_> {
             &progress,
             &self.cancel,
         )?;
-        let image = archive.image(wanted)?;
+        self.reporter.stage(Stage::Verify, None);
+        let progress = |bytes| self.reporter.add(bytes);
+        let image = archive.image(wanted, &progress, &self.cancel)?;
         let name = image.name.clone();
         self.write(&image, &archive, name)
     }
@@ -174,18 +195,81 @@ impl LayerFiles for DaemonFiles<'_> {
 }
 
 /// The caller's stream, which is non-blocking.
-struct Stream(File);
+struct Stream<'a> {
+    file: File,
+    silence_max: Duration,
+    reporter: &'a Reporter<'a>,
+}
 
-impl Read for Stream {
+impl Read for Stream<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let begun = Instant::now();
         loop {
-            match self.0.read(buffer) {
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    // The daemon kills this process if the caller sends nothing for too long.
-                    poll_until(&mut [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)], None)?;
-                }
+            match self.file.read(buffer) {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
                 read => return read,
             }
+            let left = self.silence_max.saturating_sub(begun.elapsed());
+            if left.is_zero() {
+                let text = format!(
+                    "the caller sent nothing of the archive for {} s",
+                    self.silence_max.as_secs()
+                );
+                let error = Error::new(Kind::Timeout, text)
+                    .hint("check the command that writes the archive, or write it to a file first");
+                return Err(io::Error::other(error));
+            }
+            let until = Instant::now() + left.min(REPORT_EVERY);
+            let mut fds = [PollFd::new(self.file.as_fd(), PollFlags::POLLIN)];
+            if poll_until(&mut fds, Some(until))? == 0 {
+                self.reporter.report();
+            }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::link::Answer;
+    use super::super::protocol::Request;
+    use super::*;
+    use crate::host::thread;
+    use crossbeam_channel::unbounded;
+    use std::os::fd::OwnedFd;
+
+    #[test]
+    fn silent_caller_is_named() {
+        let (asking, asked) = unbounded::<super::super::link::Asking>();
+        let link = Link::new(asking);
+        let reports = thread::spawn("reports", move || {
+            let mut stages = Vec::new();
+            for (request, to) in asked {
+                if let Request::Progress(progress) = request {
+                    stages.push(progress.stage);
+                }
+                let _ = to.send(Ok(Answer::None));
+            }
+            stages
+        })
+        .unwrap();
+        let (reader, _writer) = io::pipe().unwrap();
+        crate::host::wait::set_nonblocking(&reader).unwrap();
+        {
+            let reporter = Reporter::new(&link);
+            reporter.stage(Stage::Await, None);
+            let mut stream = Stream {
+                file: OwnedFd::from(reader).into(),
+                silence_max: Duration::from_millis(50),
+                reporter: &reporter,
+            };
+            let e = stream.read(&mut [0]).unwrap_err();
+            let e = e.downcast::<Error>().unwrap();
+            assert_eq!(e.kind(), Kind::Timeout);
+            assert!(e.to_string().contains("the caller sent nothing"), "{e}");
+        }
+        drop(link);
+        let stages = reports.join().unwrap();
+        assert!(stages.len() >= 2, "it is silent: {stages:?}");
+        assert!(stages.iter().all(|stage| stage == "wait for the archive"));
     }
 }

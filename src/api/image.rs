@@ -101,7 +101,8 @@ pub struct ImagePullRequest {
     /// The platform to choose from an index, such as `linux/amd64`. Defaults to that of the host.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub platform: Option<String>,
-    /// Share the image with all users. Only root and the user who runs the daemon may do this.
+    /// Share the image with all users, also if it is present already. Only root and the user who
+    /// runs the daemon may do this.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub shared: bool,
 }

@@ -122,13 +122,20 @@ impl ImageService {
                 if present.digest.as_deref() == Some(digest)
                     && is_usable(&pull.caller, &present) =>
             {
-                Ok(Decision::Present(Box::new(present)))
+                let is_changed = pull.request.shared && present.private;
+                let info = match is_changed {
+                    true => self.images.share(&name)?,
+                    false => present,
+                };
+                Ok(Decision::Present(Box::new(info)))
             }
-            Ok(_) => {
+            Ok(present) => {
                 let doing = format!("replace image {name}");
                 self.check_owner(&pull.caller, &name, &doing)?;
                 self.check_unused(&name, &doing)?;
-                Ok(Decision::Replace(name))
+                // Only those who may share an image decide what other users run.
+                let is_shared = !present.private && pull.caller.is_privileged();
+                Ok(Decision::Replace { name, is_shared })
             }
             Err(e) if e.kind() == Kind::ImageNotFound => {
                 self.keep(&mut pull.reserved, &name)?;

@@ -50,6 +50,7 @@ mod register;
 mod registry;
 pub mod runtime;
 mod script;
+mod share;
 mod sources;
 mod superblock;
 mod unpack;

@@ -17,7 +17,7 @@ pub(super) const KERNEL: &str = "vmlinux";
 const IMAGES_DIR: &str = "images";
 pub(super) const INITRD: &str = "initrd";
 pub(super) const ROOTFS: &str = "rootfs.ext4";
-const METADATA: &str = "image.json";
+pub(super) const METADATA: &str = "image.json";
 const METADATA_BYTES_MAX: u64 = 4 << 20;
 /// What is only shown on demand.
 const DETAILS: &str = "details.json";
@@ -385,7 +385,7 @@ impl Images {
         Ok(metadata)
     }
 
-    fn path(&self, name: &ImageRef) -> PathBuf {
+    pub(super) fn path(&self, name: &ImageRef) -> PathBuf {
         self.dir.join(name.dir_name())
     }
 

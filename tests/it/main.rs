@@ -39,6 +39,7 @@ mod pauses;
 mod points;
 mod process;
 mod promise;
+mod pulls;
 mod recovery;
 mod recovery_budget;
 mod running;

@@ -97,7 +97,11 @@ pub(crate) enum Decision {
     /// Publish it under this name, which is free.
     Add(ImageRef),
     /// Replace the image of this name.
-    Replace(ImageRef),
+    Replace {
+        name: ImageRef,
+        /// True if all users may use the new image because they could use the old one.
+        is_shared: bool,
+    },
     /// The same image is already there.
     Present(Box<ImageInfo>),
 }
@@ -148,10 +152,14 @@ pub(crate) fn pull(
         image: &image,
     };
     let result = session.run(helper::NAME, cancel, &mut deciding)?;
+    let mut private = spec.private;
     let (digest, name, replaces) = match deciding.decision {
         Some((_, Decision::Present(present))) => return Ok(*present),
         Some((digest, Decision::Add(name))) => (digest, name, false),
-        Some((digest, Decision::Replace(name))) => (digest, name, true),
+        Some((digest, Decision::Replace { name, is_shared })) => {
+            private &= !is_shared;
+            (digest, name, true)
+        }
         None => return Err(Error::internal("the helper has found no image")),
     };
     let outcome: Outcome = result
@@ -175,7 +183,7 @@ pub(crate) fn pull(
             digest,
             source,
             owner_uid: spec.owner_uid,
-            private: spec.private,
+            private,
             config: outcome.config,
             details: ImageDetails {
                 layers: outcome.layers,

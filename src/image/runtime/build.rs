@@ -177,7 +177,7 @@ fn inputs(init: &str) -> Vec<Input<'_>> {
 }
 
 /// Returns the digest of everything in a runtime that comes from this version of fcd.
-fn own_digest() -> String {
+pub fn own_digest() -> String {
     let mut hash = Sha256::new();
     let init = init();
     for input in inputs(&init) {

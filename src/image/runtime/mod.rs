@@ -15,6 +15,8 @@
 mod build;
 
 pub use build::ensure;
+#[cfg(feature = "fakes")]
+pub use build::own_digest;
 
 use super::directory::{self, Readers, Staging, open_registry};
 use super::registry::{FileRecord, INITRD, KERNEL};

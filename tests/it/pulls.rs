@@ -1,0 +1,127 @@
+//! Tests of pulls: a daemon with fakes, but with the real helper process.
+
+use crate::world::{SOON, World, pipe};
+use fcd::testing::api::image::*;
+use fcd::testing::host::confine;
+use fcd::testing::image::runtime::own_digest;
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+fn descriptor(media_type: &str, bytes: &[u8]) -> Value {
+    let hex: String = Sha256::digest(bytes)
+        .iter()
+        .map(|b| format!("{b:02x}"))
+        .collect();
+    let media_type = format!("application/vnd.oci.image.{media_type}");
+    json!({ "mediaType": media_type, "digest": format!("sha256:{hex}"), "size": bytes.len() })
+}
+
+fn tar(files: &[(&str, &[u8])]) -> Vec<u8> {
+    let mut tar = tar::Builder::new(Vec::new());
+    for (path, content) in files {
+        let mut header = tar::Header::new_ustar();
+        header.set_mode(0o644);
+        header.set_size(content.len() as u64);
+        tar.append_data(&mut header, path, *content).unwrap();
+    }
+    tar.into_inner().unwrap()
+}
+
+/// Returns an oci-archive of an image with one file, which is named `app:1`.
+fn archive(content: &str) -> Vec<u8> {
+    let layer = tar(&[("file", content.as_bytes())]);
+    let layers = [descriptor("layer.v1.tar", &layer)];
+    let config = json!({
+        "architecture": "amd64", "os": "linux",
+        "rootfs": { "type": "layers", "diff_ids": [layers[0]["digest"]] },
+    })
+    .to_string();
+    let described = descriptor("config.v1+json", config.as_bytes());
+    let manifest = json!({ "schemaVersion": 2, "config": described, "layers": layers }).to_string();
+    let mut root = descriptor("manifest.v1+json", manifest.as_bytes());
+    root["annotations"] = json!({ "io.containerd.image.name": "docker.io/library/app:1" });
+    let index = json!({ "schemaVersion": 2, "manifests": [root] }).to_string();
+    let path = |of: &Value| {
+        let digest = of["digest"].as_str().unwrap();
+        format!("blobs/sha256/{}", &digest["sha256:".len()..])
+    };
+    tar(&[
+        ("oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#),
+        ("index.json", index.as_bytes()),
+        (&path(&root), manifest.as_bytes()),
+        (&path(&described), config.as_bytes()),
+        (&path(&layers[0]), &layer),
+    ])
+}
+
+/// A world whose newest guest runtime is that of this build, so that no pull builds one.
+fn world() -> World {
+    confine::set_program(env!("CARGO_BIN_EXE_fcd"));
+    let world = World::with(|config| config.registry.pulls_max = 3);
+    let id = "00000000000a";
+    let dir = world.config.state_dir.join("runtimes").join(id);
+    std::fs::create_dir_all(&dir).unwrap();
+    let files = ["vmlinux", "initrd", "runtime.ext4"].map(|name| {
+        std::fs::write(dir.join(name), id).unwrap();
+        json!({"name": name, "bytes": id.len(), "sha256": ""})
+    });
+    let runtime = json!({
+        "id": id, "kernel_version": "6.1", "packages": [], "built_at": u32::MAX,
+        "own_digest": own_digest(), "files": files,
+    });
+    std::fs::write(dir.join("runtime.json"), runtime.to_string()).unwrap();
+    world
+}
+
+fn request(shared: bool) -> ImagePullRequest {
+    ImagePullRequest {
+        source: PullSource::Archive {
+            format: None,
+            reference: None,
+        },
+        name: None,
+        platform: None,
+        shared,
+    }
+}
+
+/// Returns a pipe with an archive, which is small enough for it.
+fn stream(content: &str) -> OwnedFd {
+    let (theirs, ours) = pipe();
+    File::from(ours).write_all(&archive(content)).unwrap();
+    theirs
+}
+
+fn pull(world: &World, content: &str, shared: bool) -> Image {
+    let fds = vec![stream(content)];
+    let mut call = world.begin::<ImagePull>(request(shared), fds);
+    call.finish(SOON).unwrap().image
+}
+
+fn metadata(state_dir: &Path) -> Value {
+    let text = std::fs::read(state_dir.join("images/app:1/image.json")).unwrap();
+    serde_json::from_slice(&text).unwrap()
+}
+
+fn is_private(world: &World) -> bool {
+    metadata(&world.config.state_dir)["private"] == json!(true)
+}
+
+#[test]
+fn present_image_becomes_shared_and_stays_shared_when_it_is_replaced() {
+    let world = world();
+    let first = pull(&world, "one", false);
+    assert!(is_private(&world));
+    assert_eq!(pull(&world, "one", true).digest, first.digest);
+    assert!(!is_private(&world), "--shared has no effect");
+    let second = pull(&world, "two", false);
+    assert_ne!(second.digest, first.digest);
+    assert!(!is_private(&world), "the new image is private");
+    // A pull of the same image without --shared changes nothing.
+    pull(&world, "two", false);
+    assert!(!is_private(&world));
+}

@@ -6,6 +6,7 @@
 
 use super::access::Caller;
 use super::call::{CallOutcome, to_value};
+use super::image_reserve::name_is_busy;
 use super::images::{ImageService, Reserved, is_usable};
 use crate::api::image::{
     ImagePruneReply, ImagePruneRequest, ImagePullRequest, ImageReply, ImageShowReply,
@@ -30,6 +31,9 @@ use std::time::{Duration, Instant};
 const CREDENTIAL_DEADLINE: Duration = Duration::from_secs(10);
 
 /// A pull in progress.
+/// How long a pull waits for another operation on the same name.
+const NAME_DEADLINE: Duration = Duration::from_secs(3600);
+
 struct Pull {
     caller: Caller,
     request: ImagePullRequest,
@@ -115,8 +119,40 @@ impl ImageService {
     }
 
     /// Decides whether a pulled image may get this name.
-    fn admit_name(&self, pull: &mut Pull, name: ImageRef, digest: &str) -> Result<Decision> {
-        self.reserve_name(&mut pull.reserved, name.clone())?;
+    /// Reserves the name of a pulled image. As docker does, waits for another operation of the same
+    /// user that will publish an image of this name. Users do not wait for each other.
+    fn await_name(&self, op: &OpHandle, pull: &mut Pull, name: &ImageRef) -> Result<()> {
+        let deadline = Instant::now() + NAME_DEADLINE;
+        loop {
+            let held = {
+                let _images = self.core.locks.image_ops.lock(&());
+                pull.reserved.hold(name)
+            };
+            let Some(holder) = held else {
+                return Ok(());
+            };
+            if holder.uid != pull.caller.uid {
+                return Err(name_is_busy(name));
+            }
+            op.progress(&format!("wait for another pull of {name}"));
+            let ended = (holder.ended.fd(), PollFlags::POLLIN);
+            let waited = wait_any(&[ended], deadline, op.cancel());
+            match waited.map_err(|e| Error::io(format!("wait for image {name}"), e))? {
+                WaitResult::Ready => {}
+                WaitResult::Cancelled => return Err(cancelled_by(op.cancel())),
+                WaitResult::Deadline => return Err(name_is_busy(name)),
+            }
+        }
+    }
+
+    fn admit_name(
+        &self,
+        op: &OpHandle,
+        pull: &mut Pull,
+        name: ImageRef,
+        digest: &str,
+    ) -> Result<Decision> {
+        self.await_name(op, pull, &name)?;
         match self.images.get(&name) {
             Ok(present)
                 if present.digest.as_deref() == Some(digest)
@@ -313,7 +349,8 @@ struct Follower<'a> {
 impl Observer for Follower<'_> {
     fn found(&mut self, found: &Found) -> Result<Decision> {
         let name = self.pull.name(found)?;
-        self.service.admit_name(self.pull, name, &found.digest)
+        self.service
+            .admit_name(self.op, self.pull, name, &found.digest)
     }
 
     fn begin_replace(&mut self, name: &ImageRef) -> Result<Box<dyn Any>> {

@@ -2,10 +2,29 @@
 //! `image_ops`; files are touched without a lock.
 
 use super::access::Caller;
-use super::images::{ImageService, Reserved};
+use super::images::{ImageService, NameHolder, Reserved};
 use crate::error::{Error, Kind, Result};
 use crate::host::plural::count;
 use crate::ids::ImageRef;
+use crate::locks::Cancel;
+
+impl Reserved {
+    /// Reserves a name, unless another operation holds it. Returns that one.
+    pub(super) fn hold(&mut self, name: &ImageRef) -> Option<NameHolder> {
+        let mut builds = self.builds.lock();
+        if let Some(holder) = builds.names.get(name) {
+            return Some(holder.clone());
+        }
+        builds.names.insert(name.clone(), self.holder.clone());
+        self.name = Some(name.clone());
+        None
+    }
+}
+
+pub(super) fn name_is_busy(name: &ImageRef) -> Error {
+    let text = format!("image {name} is being made or copied");
+    Error::new(Kind::Busy, text).hint("fcctl op list")
+}
 
 impl ImageService {
     pub(super) fn reserve_build(&self, caller: &Caller, name: ImageRef) -> Result<Reserved> {
@@ -45,6 +64,7 @@ impl ImageService {
 
     /// `stored` is the number of the user's images if one will be added.
     fn begin_work(&self, caller: &Caller, max: usize, stored: Option<usize>) -> Result<Reserved> {
+        let ended = Cancel::try_new().map_err(|e| Error::io("make a cancel token", e))?;
         let limits = &self.core.limits;
         let _images = self.core.locks.image_ops.lock(&());
         let mut builds = self.builds.lock();
@@ -71,7 +91,10 @@ impl ImageService {
             builds: self.builds.clone(),
             name: None,
             in_use: None,
-            uid: caller.uid,
+            holder: NameHolder {
+                uid: caller.uid,
+                ended,
+            },
         })
     }
 
@@ -95,12 +118,10 @@ impl ImageService {
     /// Reserves the name of the image that will be published.
     pub(super) fn reserve_name(&self, reserved: &mut Reserved, name: ImageRef) -> Result<()> {
         let _images = self.core.locks.image_ops.lock(&());
-        if !self.builds.lock().names.insert(name.clone()) {
-            let text = format!("image {name} is being made or copied");
-            return Err(Error::new(Kind::Busy, text).hint("fcctl op list"));
+        match reserved.hold(&name) {
+            None => Ok(()),
+            Some(_) => Err(name_is_busy(&name)),
         }
-        reserved.name = Some(name);
-        Ok(())
     }
 
     fn stored_images(&self, uid: u32) -> Result<usize> {

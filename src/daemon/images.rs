@@ -24,19 +24,19 @@ use crate::ids::ImageRef;
 use crate::image::pull::Layers;
 use crate::image::{BuildSpec, DISK_BYTES_DEFAULT, ImageInfo, Profile};
 use crate::image::{GuestRuntimes, Images};
-use crate::locks::Mutex;
+use crate::locks::{Cancel, CancelCause, Mutex};
 use crate::ops::OpHandle;
 use crate::pool::Admission;
 use crate::uids::UidCounts;
 use serde_json::value::RawValue;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::Arc;
 
 /// The builds and pulls in progress, including those that wait.
 #[derive(Default)]
 pub(super) struct Builds {
     /// The names of the images that will be published.
-    pub(super) names: HashSet<ImageRef>,
+    pub(super) names: HashMap<ImageRef, NameHolder>,
     pub(super) by_uid: UidCounts,
 }
 
@@ -47,14 +47,22 @@ impl Builds {
     }
 }
 
+/// The operation that will publish an image of a name.
+#[derive(Clone)]
+pub(super) struct NameHolder {
+    pub uid: u32,
+    /// Fires once the operation has ended and the name is free again.
+    pub ended: Cancel,
+}
+
 /// A build or pull in progress. It ends when this is dropped.
 pub(super) struct Reserved {
     pub(super) builds: Arc<Mutex<Builds>>,
     /// The reserved name. A pull may learn it late.
     pub(super) name: Option<ImageRef>,
-    pub(super) uid: u32,
     /// Prevents the deletion of a new image before its operation has read it back.
     pub(super) in_use: Option<UseGuard<ImageRef>>,
+    pub(super) holder: NameHolder,
 }
 
 impl Drop for Reserved {
@@ -63,7 +71,11 @@ impl Drop for Reserved {
         if let Some(name) = &self.name {
             builds.names.remove(name);
         }
-        builds.by_uid.remove(self.uid);
+        builds.by_uid.remove(self.holder.uid);
+        drop(builds);
+        // The next holder of the name may have to replace the image.
+        self.in_use = None;
+        self.holder.ended.cancel(CancelCause::Finished);
     }
 }
 

@@ -10,6 +10,7 @@ use std::fs::File;
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::sync::atomic::Ordering;
 
 fn descriptor(media_type: &str, bytes: &[u8]) -> Value {
     let hex: String = Sha256::digest(bytes)
@@ -124,4 +125,22 @@ fn present_image_becomes_shared_and_stays_shared_when_it_is_replaced() {
     // A pull of the same image without --shared changes nothing.
     pull(&world, "two", false);
     assert!(!is_private(&world));
+}
+
+#[test]
+fn pull_waits_for_another_pull_of_the_same_name() {
+    let world = world();
+    world.builds.checks_are_held.store(true, Ordering::SeqCst);
+    let mut first = world.begin::<ImagePull>(request(false), vec![stream("one")]);
+    first.stage("write");
+    let mut second = world.begin::<ImagePull>(request(false), vec![stream("one")]);
+    second.stage("wait for another pull of app:1");
+    // A pull that waits can be cancelled.
+    let third = world.begin::<ImagePull>(request(false), vec![stream("one")]);
+    third.stage("wait for another pull of app:1");
+    drop(third);
+    world.builds.checks_are_held.store(false, Ordering::SeqCst);
+    let first = first.finish(SOON).unwrap().image;
+    let second = second.finish(SOON).unwrap().image;
+    assert_eq!(first, second);
 }

@@ -99,7 +99,8 @@ impl OciArchive {
         };
         // The helper has ended when this returns, so it cannot change the layer any more.
         layer::make(&made, cancel, progress)?;
-        let digest = digest_of(&file, &|| cancel.is_cancelled()).map_err(|e| Error::io("hash the layer", e))?;
+        let digest = digest_of(&file, &|| cancel.is_cancelled())
+            .map_err(|e| Error::io("hash the layer", e))?;
         let details = ImageDetails {
             layers: vec![digest.ok_or_else(|| cancelled_by(cancel))?],
             history: Vec::new(),

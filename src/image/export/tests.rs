@@ -42,7 +42,6 @@ fn cached(cache: &Layers) -> Vec<String> {
         let mut file = cache.new_file().unwrap();
         file.write_all(&content).unwrap();
         let id = Digest::of(&content).to_string();
-        let cancel = Cancel::try_new().unwrap();
         assert!(cache.insert(&id, &file, &|| false).unwrap());
         id
     });

@@ -114,8 +114,15 @@ pub struct ImageShowReply {
     pub config: ImageConfig,
     /// The digests of the unpacked layers, lowest first.
     pub layers: Vec<String>,
-    /// The steps that made the image, oldest first.
+    /// The steps that made the image, oldest first. Long texts of a step are shortened.
     pub history: Vec<ImageHistory>,
+    /// The number of older steps, for which the answer has no room.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub history_omitted: u64,
+}
+
+fn is_zero(n: &u64) -> bool {
+    *n == 0
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

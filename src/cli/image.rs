@@ -375,6 +375,12 @@ fn history(connector: &mut Connector, printer: &mut Printer, image: ImageRef) ->
         })
         .collect();
     printer.text(&output::table(&["CREATED", "LAYER", "CREATED BY"], &rows))?;
+    if reply.history_omitted > 0 {
+        let steps = count(reply.history_omitted, "older step");
+        printer.note(&format!(
+            "{steps} not shown, because the history is too long"
+        ));
+    }
     Ok(0)
 }
 

@@ -13,6 +13,7 @@ use crate::api::image::{
     ImageTagRequest, PullSource,
 };
 use crate::api::op;
+use crate::api::page;
 use crate::api::registry::{CREDENTIAL_BYTES_MAX, Credential};
 use crate::error::{Error, Kind, Result};
 use crate::guest::io::fifo::{self, Direction};
@@ -30,10 +31,10 @@ use std::time::{Duration, Instant};
 /// How long the caller may take to send a credential.
 const CREDENTIAL_DEADLINE: Duration = Duration::from_secs(10);
 
-/// A pull in progress.
 /// How long a pull waits for another operation on the same name.
 const NAME_DEADLINE: Duration = Duration::from_secs(3600);
 
+/// A pull in progress.
 struct Pull {
     caller: Caller,
     request: ImagePullRequest,
@@ -118,7 +119,6 @@ impl ImageService {
         Ok(info)
     }
 
-    /// Decides whether a pulled image may get this name.
     /// Reserves the name of a pulled image. As docker does, waits for another operation of the same
     /// user that will publish an image of this name. Users do not wait for each other.
     fn await_name(&self, op: &OpHandle, pull: &mut Pull, name: &ImageRef) -> Result<()> {
@@ -145,6 +145,7 @@ impl ImageService {
         }
     }
 
+    /// Decides whether a pulled image may get this name.
     fn admit_name(
         &self,
         op: &OpHandle,
@@ -221,11 +222,14 @@ impl ImageService {
     pub fn image_show(&self, caller: &Caller, name: &ImageRef) -> Result<ImageShowReply> {
         let info = self.find(caller, name)?;
         let details = self.images.details(&info.name)?;
+        // An answer is one line. The rest of it takes less than the other half.
+        let history = crate::image::shorten_history(details.history, page::PAGE_BYTES_MAX);
         Ok(ImageShowReply {
             image: info.to_api(self.vms_of_image(&info.name)),
             config: info.config,
             layers: details.layers,
-            history: details.history,
+            history: history.steps,
+            history_omitted: history.omitted,
         })
     }
 

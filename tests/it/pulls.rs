@@ -3,6 +3,7 @@
 use crate::world::{SOON, World, pipe};
 use fcd::testing::api::image::*;
 use fcd::testing::host::confine;
+use fcd::testing::ids::ImageRef;
 use fcd::testing::image::runtime::own_digest;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -143,4 +144,22 @@ fn pull_waits_for_another_pull_of_the_same_name() {
     let first = first.finish(SOON).unwrap().image;
     let second = second.finish(SOON).unwrap().image;
     assert_eq!(first, second);
+}
+
+#[test]
+fn image_with_long_history_is_shown() {
+    let world = world();
+    let image: ImageRef = "default".parse().unwrap();
+    let long = "x".repeat(40 << 10);
+    let steps: Vec<Value> = (0..40)
+        .map(|n| json!({ "created_by": format!("{n} {long}") }))
+        .collect();
+    let details = json!({ "layers": [], "history": steps });
+    let path = world.config.state_dir.join("images/default/details.json");
+    std::fs::write(path, details.to_string()).unwrap();
+    let shown = world.call::<ImageShow>(&ImageRequest { image }).unwrap();
+    assert!((20..40).contains(&shown.history.len()));
+    assert_eq!(shown.history.len() as u64 + shown.history_omitted, 40);
+    let newest = shown.history.last().unwrap().created_by.clone().unwrap();
+    assert!(newest.starts_with("39 xxx") && newest.ends_with("x [...]"));
 }

@@ -50,6 +50,9 @@ const NAMES_SHOWN_MAX: usize = 8;
 /// Limit of a string of the configuration, and of the number of strings in a list of it.
 const STRING_BYTES_MAX: usize = 128 << 10;
 const STRINGS_MAX: usize = 4096;
+/// Limit of the configuration as JSON. `image.show` answers with it in one line, which has at most
+/// 1 MiB.
+const CONFIG_JSON_BYTES_MAX: usize = 256 << 10;
 
 /// Refers to a blob by its digest.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -510,6 +513,12 @@ pub fn check_config(config: &ImageConfig) -> Result<()> {
     if all.any(|text| text.len() > STRING_BYTES_MAX || text.contains('\0')) {
         return Err(bad(format!(
             "a string in the configuration has a null character or more than {STRING_BYTES_MAX} bytes"
+        )));
+    }
+    let json = serde_json::to_vec(config).map_or(usize::MAX, |json| json.len());
+    if json > CONFIG_JSON_BYTES_MAX {
+        return Err(bad(format!(
+            "the configuration has {json} bytes as JSON, at most {CONFIG_JSON_BYTES_MAX} are allowed"
         )));
     }
     Ok(())

@@ -302,6 +302,12 @@ fn wrong_configurations_are_refused() {
         ),
         (
             "config",
+            json!({"Env": vec!["\u{1}".repeat(1024); 64]}),
+            Kind::InvalidImage,
+            "bytes as JSON",
+        ),
+        (
+            "config",
             json!({"Cmd": "a b"}),
             Kind::InvalidImage,
             "configuration",

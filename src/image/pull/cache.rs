@@ -84,8 +84,8 @@ impl Layers {
     }
 
     /// Adds a file that [`Self::new_file`] created to the cache if its content has the digest
-    /// `diff_id`. Returns whether the layer is cached now. `gives_up` is asked again and again while
-    /// the digest is computed.
+    /// `diff_id`. Returns whether the layer is cached now. `gives_up` is asked repeatedly while the
+    /// digest is computed.
     pub(crate) fn insert(
         &self,
         diff_id: &str,

@@ -151,11 +151,12 @@ fn image_goldens() {
             },
             layers: vec!["sha256:2".into()],
             history: vec![],
+            history_omitted: 7,
         },
         expect![[r#"
         image.show
         {"image":"default"}
-        {"image":{"name":"default","disk_bytes":1,"allocated_bytes":2,"kernel":"Linux 6.1","os":"Debian","built_at":3,"vms":4,"owner_uid":1000},"config":{"user":"","env":[],"working_dir":"","entrypoint":[],"cmd":["sh"]},"layers":["sha256:2"],"history":[]}
+        {"image":{"name":"default","disk_bytes":1,"allocated_bytes":2,"kernel":"Linux 6.1","os":"Debian","built_at":3,"vms":4,"owner_uid":1000},"config":{"user":"","env":[],"working_dir":"","entrypoint":[],"cmd":["sh"]},"layers":["sha256:2"],"history":[],"history_omitted":7}
     "#]],
     );
     call::<ImageRegister>(

@@ -90,12 +90,8 @@ impl Qemu {
 
     fn spawn(&self, spec: &VmmSpec, picked: &Picked) -> Result<(Process, OwnedFd)> {
         if let Some(Credentials { uid, .. }) = spec.credentials {
-            can_reach(
-                uid,
-                &spec.dir.join(RUN_DIR),
-                "the state directory",
-                reach::state_dir_fix,
-            )?;
+            // The directory itself is open to the VMM's group.
+            can_reach(uid, &spec.dir, "the state directory", reach::state_dir_fix)?;
             if let Ok(program) = program::locate(&self.config.binary) {
                 can_reach(uid, &program, "QEMU", checks::binary_fix)?;
             }

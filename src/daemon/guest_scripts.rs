@@ -6,7 +6,7 @@ use crate::store::VmRow;
 use std::time::Duration;
 
 /// How long a guest may take to power off without its init: `src/image/runtime/guest/image-off`.
-const FORCED_POWER_OFF: Duration = Duration::from_secs(10);
+const FORCED_POWER_OFF: Duration = Duration::from_secs(15);
 
 /// The kinds of guests, by the origin of their init.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -243,8 +243,8 @@ fn check_parts(config: &Descriptor, layers: &[Descriptor]) -> Result<()> {
             layers.len()
         )));
     }
-    let sizes = layers.iter().map(|layer| layer.size);
-    let all = sizes.fold(Some(0_u64), |sum, size| sum?.checked_add(size));
+    let mut sizes = layers.iter().map(|layer| layer.size);
+    let all = sizes.try_fold(0_u64, u64::checked_add);
     if all.is_none() {
         return Err(bad("the layers of the image are larger than any disk"));
     }

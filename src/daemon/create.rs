@@ -61,7 +61,7 @@ impl Creator {
             .clone()
             .unwrap_or_else(|| self.defaults.image.clone());
         // This prevents the image's deletion until the row names it.
-        let (image, _image) = self.image_service.use_image(caller, &image_name)?;
+        let (image, _image) = self.image_service.use_image_for_vm(caller, &image_name)?;
         let row = VmRow {
             id: VmId::random(),
             // If the request has no name, `insert` replaces this one with a free name.

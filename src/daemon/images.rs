@@ -294,9 +294,22 @@ impl ImageService {
         }
     }
 
+    /// Like [`Self::resolve`], but prefers an image that the caller made or that is shared, so that
+    /// nobody can put an image in front of it by its name without a tag.
+    fn resolve_for(&self, caller: &Caller, name: &ImageRef) -> ImageRef {
+        let is_trusted = |name: &ImageRef| {
+            let info = self.images.get(name);
+            info.is_ok_and(|info| is_trusted(caller, &info))
+        };
+        let found = [name.clone(), name.with_default_tag()]
+            .into_iter()
+            .find(is_trusted);
+        found.unwrap_or_else(|| self.resolve(name))
+    }
+
     /// Returns an image that the caller may use.
     pub(super) fn find(&self, caller: &Caller, name: &ImageRef) -> Result<ImageInfo> {
-        let info = self.images.get(&self.resolve(name))?;
+        let info = self.images.get(&self.resolve_for(caller, name))?;
         if is_usable(caller, &info) {
             return Ok(info);
         }
@@ -311,7 +324,7 @@ impl ImageService {
         caller: &Caller,
         name: &ImageRef,
     ) -> Result<(ImageInfo, UseGuard<ImageRef>)> {
-        let name = self.resolve(name);
+        let name = self.resolve_for(caller, name);
         let in_use = self.uses.begin_use(&name).ok_or_else(|| {
             Error::new(
                 Kind::ImageNotFound,
@@ -321,9 +334,35 @@ impl ImageService {
         })?;
         Ok((self.find(caller, &name)?, in_use))
     }
+
+    /// Like [`Self::use_image`], for a VM. Root may see every image, but must not boot another
+    /// user's because it has an ordinary name.
+    pub(super) fn use_image_for_vm(
+        &self,
+        caller: &Caller,
+        name: &ImageRef,
+    ) -> Result<(ImageInfo, UseGuard<ImageRef>)> {
+        let (info, in_use) = self.use_image(caller, name)?;
+        if is_trusted(caller, &info) {
+            return Ok((info, in_use));
+        }
+        let whose = info
+            .owner_uid
+            .map_or_else(String::new, |uid| format!(" of uid {uid}"));
+        let name = &info.name;
+        let text = format!("image {name} is a private image{whose}");
+        Err(Error::new(Kind::Denied, text).hint(format!(
+            "to use it nevertheless, take it over: fcctl image tag {name} NAME"
+        )))
+    }
 }
 
-/// Tells whether a caller may see an image and create VMs from it.
+/// Tells whether an image was made by the caller or is shared by root.
+fn is_trusted(caller: &Caller, info: &ImageInfo) -> bool {
+    !info.private || info.owner_uid == Some(caller.uid)
+}
+
+/// Tells whether a caller may see an image.
 pub(super) fn is_usable(caller: &Caller, info: &ImageInfo) -> bool {
     !info.private || caller.is_privileged() || info.owner_uid == Some(caller.uid)
 }

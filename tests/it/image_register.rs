@@ -289,7 +289,18 @@ fn image_in_place_is_private_and_counts_against_the_limit() {
         create(&world, "web", "theirs").unwrap_err()
     });
     assert!(other.is(Kind::Denied), "{other}");
-    // Root may use and name it, but not register the file as its own.
+    // Root may take it over by name, but does not boot it by mistake.
+    let e = create(&world, "web", "theirs").unwrap_err();
+    assert!(e.is(Kind::Denied), "{e}");
+    world
+        .call::<ImageTag>(&ImageTagRequest {
+            image: "theirs".parse().unwrap(),
+            name: "theirs:latest".parse().unwrap(),
+        })
+        .unwrap();
+    let vm = create(&world, "latest", "theirs").unwrap();
+    assert_eq!(vm.image.to_string(), "theirs:latest");
+    // Root may not register the file as its own.
     world
         .call::<ImageTag>(&ImageTagRequest {
             image: "theirs".parse().unwrap(),

@@ -237,6 +237,7 @@ const TARGETS: [Target; 15] = [
         name: "image-ext4",
         run: fcd::testing::image::ext4::fuzz::ext4,
         memory_max: 64 << 20,
+        input_bytes_max: INPUT_BYTES_MAX,
         words: &["\u{a}\u{f3}", ".wh.", "..", "/", "lost+found"],
     },
     Target {

@@ -24,8 +24,9 @@ section! {
         /// Registries whose token server is on another host, as `REGISTRY=HOST`. Credentials for
         /// the registry are sent to it. Docker Hub's is known.
         token_servers: Vec<String> = Vec::new(),
-        /// Pulls that run at the same time. Others wait.
-        pulls_max: usize = 2,
+        /// Pulls that run at the same time. Others wait. If it is more than one, the last place is
+        /// kept for other users than the one who has all the others.
+        pulls_max: usize = 3,
         /// Pulls, registrations, promotions, exports and builds of one user, running and waiting.
         pulls_per_uid_max: usize = 4,
         /// Size of the cache of unpacked layers in bytes. The least recently used ones are removed.

@@ -50,7 +50,7 @@ impl ImageService {
         let _admitted = self
             .pulls
             .admission
-            .enter(op.cancel(), |_| op.progress("wait for a pull"))?;
+            .enter_as(caller.uid, op.cancel(), |_| op.progress("wait for a pull"))?;
         op.progress("copy the file");
         let left = self.bytes_left(caller)?;
         let mut copy = |from: &File, to: &File| {

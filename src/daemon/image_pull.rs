@@ -92,7 +92,9 @@ impl ImageService {
         let _admitted = self
             .pulls
             .admission
-            .enter(op.cancel(), |_| op.progress("wait for another pull"))?;
+            .enter_as(pull.caller.uid, op.cancel(), |_| {
+                op.progress("wait for another pull")
+            })?;
         let spec = PullSpec {
             source,
             platform: pull.request.platform.clone(),

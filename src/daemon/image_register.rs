@@ -89,7 +89,7 @@ impl ImageService {
         let _admitted = self
             .pulls
             .admission
-            .enter(op.cancel(), |_| op.progress("wait for a pull"))?;
+            .enter_as(caller.uid, op.cancel(), |_| op.progress("wait for a pull"))?;
         op.progress("check the file system");
         let spec = RegisterSpec {
             name: asked.request.image.clone(),

@@ -612,7 +612,7 @@ fn pulls(config: &Config) -> Result<Pulls> {
     let is_root = nix::unistd::geteuid().is_root();
     Ok(Pulls {
         layers: Layers::open(&config.state_dir, config.registry.cache_bytes_max)?,
-        admission: Admission::new("pulls", config.registry.pulls_max),
+        admission: Admission::fair("pulls", config.registry.pulls_max),
         helper: is_root.then_some(Credentials { uid, gid: uid }),
         config: config.registry.clone(),
     })

@@ -1,8 +1,10 @@
 //! Limits how many boots or image builds run at the same time. The rest wait in a queue. Each wait
-//! can be cancelled and reports its position in the queue.
+//! can be cancelled and reports its position in the queue. Permits may be limited per user, so that
+//! one user cannot take all of them.
 
 use crate::error::{Error, Kind, Result};
 use crate::locks::{Cancel, Condvar, Mutex, Rank, Waited};
+use crate::uids::UidCounts;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -26,18 +28,34 @@ struct Shared {
 struct State {
     free: usize,
     last_ticket: u64,
-    line: VecDeque<u64>,
+    line: VecDeque<Waiter>,
+    /// The permits that users have now.
+    running: UidCounts,
+    /// The number of permits that one user may have.
+    per_uid_max: usize,
+}
+
+#[derive(Clone, Copy)]
+struct Waiter {
+    number: u64,
+    uid: Option<u32>,
 }
 
 /// Permission to run. Dropping it admits the next waiter in the queue.
 #[must_use = "dropping it returns the permit"]
 pub struct Permit {
     shared: Arc<Shared>,
+    uid: Option<u32>,
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        self.shared.state.lock().free += 1;
+        let mut state = self.shared.state.lock();
+        state.free += 1;
+        if let Some(uid) = self.uid {
+            state.running.remove(uid);
+        }
+        drop(state);
         self.shared.moved.notify_all();
     }
 }
@@ -50,17 +68,25 @@ struct Ticket<'a> {
 
 impl Drop for Ticket<'_> {
     fn drop(&mut self) {
-        self.shared.state.lock().line.retain(|n| *n != self.number);
+        let number = self.number;
+        self.shared.state.lock().line.retain(|w| w.number != number);
         self.shared.moved.notify_all();
     }
 }
 
 impl State {
     fn ahead_of(&self, number: u64) -> usize {
-        self.line.iter().take_while(|n| **n != number).count()
+        self.line.iter().take_while(|w| w.number != number).count()
     }
+
+    /// True if a permit is free and nobody before this waiter may take it.
     fn may_enter(&self, number: u64) -> bool {
-        self.free > 0 && self.line.front() == Some(&number)
+        let has_room = |w: &&Waiter| {
+            let running = w.uid.map_or(0, |uid| self.running.of(uid));
+            running < self.per_uid_max
+        };
+        let first = self.line.iter().find(has_room);
+        self.free > 0 && first.is_some_and(|w| w.number == number)
     }
 }
 
@@ -68,10 +94,21 @@ impl Admission {
     /// Creates `max` permits, at least one. `what` names what is limited in messages, such as
     /// `boots`.
     pub fn new(what: &'static str, max: usize) -> Self {
+        Self::with_state(what, max, usize::MAX)
+    }
+
+    /// Like [`Self::new`], but keeps one permit for other users if there is more than one.
+    pub fn fair(what: &'static str, max: usize) -> Self {
+        Self::with_state(what, max, max.saturating_sub(1).max(1))
+    }
+
+    fn with_state(what: &'static str, max: usize, per_uid_max: usize) -> Self {
         let state = State {
             free: max.max(1),
             last_ticket: 0,
             line: VecDeque::new(),
+            running: UidCounts::default(),
+            per_uid_max,
         };
         Self {
             shared: Arc::new(Shared {
@@ -88,13 +125,36 @@ impl Admission {
     ///
     /// # Errors
     /// `cancelled` within 100 ms after the token fires, and `timeout` after `WAIT_MAX`.
-    pub fn enter(&self, cancel: &Cancel, mut on_wait: impl FnMut(usize)) -> Result<Permit> {
+    pub fn enter(&self, cancel: &Cancel, on_wait: impl FnMut(usize)) -> Result<Permit> {
+        self.enter_line(None, cancel, on_wait)
+    }
+
+    /// Like [`Self::enter`], for a user. Waiters of other users may overtake if this user has as
+    /// many permits as one may have.
+    ///
+    /// # Errors
+    /// Those of [`Self::enter`].
+    pub fn enter_as(
+        &self,
+        uid: u32,
+        cancel: &Cancel,
+        on_wait: impl FnMut(usize),
+    ) -> Result<Permit> {
+        self.enter_line(Some(uid), cancel, on_wait)
+    }
+
+    fn enter_line(
+        &self,
+        uid: Option<u32>,
+        cancel: &Cancel,
+        mut on_wait: impl FnMut(usize),
+    ) -> Result<Permit> {
         let shared = &*self.shared;
         let deadline = Instant::now() + WAIT_MAX;
         let mut state = shared.state.lock();
         state.last_ticket += 1;
         let number = state.last_ticket;
-        state.line.push_back(number);
+        state.line.push_back(Waiter { number, uid });
         drop(state);
         let _ticket = Ticket { shared, number };
         let mut reported = None;
@@ -109,8 +169,12 @@ impl Admission {
             }
             if state.may_enter(number) {
                 state.free -= 1;
+                if let Some(uid) = uid {
+                    state.running.add(uid);
+                }
                 return Ok(Permit {
                     shared: self.shared.clone(),
+                    uid,
                 });
             }
             let ahead = state.ahead_of(number);

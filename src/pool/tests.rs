@@ -389,6 +389,27 @@ fn job_waiter_may_hold_a_workspace_lock() {
 }
 
 #[test]
+fn fair_admission_keeps_a_permit_for_other_users() {
+    let admission = Admission::fair("pulls", 2);
+    let ended = token();
+    let alice = admission.enter_as(1, &token(), |_| ()).unwrap();
+    // The second one of the same user waits until its token has fired.
+    let waited = admission.enter_as(1, &ended, |_| ended.cancel(CancelCause::Requested));
+    assert_eq!(waited.map(drop).unwrap_err().kind(), Kind::Cancelled);
+    let bob = admission
+        .enter_as(2, &token(), |_| panic!("no wait"))
+        .unwrap();
+    drop(alice);
+    drop(
+        admission
+            .enter_as(1, &token(), |_| panic!("no wait"))
+            .unwrap(),
+    );
+    drop(bob);
+    assert_eq!(admission.counts(), (2, 0));
+}
+
+#[test]
 fn admission_grants_its_permits_in_order() {
     let admission = Admission::new("boots", 2);
     let cancel = token();

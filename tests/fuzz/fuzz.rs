@@ -190,6 +190,7 @@ const TARGETS: [Target; 15] = [
         words: &[
             "\u{0}",
             "\"manifests\":[",
+            "{\"schemaVersion\":2,\"manifests\":[]}",
             "\"layers\":[",
             "\"mediaType\":\"application/vnd.oci.image.",
             "\"platform\":{\"os\":\"linux\",\"architecture\":\"amd64\"}",

@@ -32,13 +32,14 @@ struct Body {
 }
 
 impl Blob {
-    pub(super) fn open(session: Session, digest: &str, size: u64) -> Result<Self> {
+    /// Opens the blob at the byte `from`, which must exist unless the blob is empty.
+    pub(super) fn open(session: Session, digest: &str, size: u64, from: u64) -> Result<Self> {
         let resumes_left = session.limits().retries;
         let mut blob = Self {
             session,
             digest: digest.to_owned(),
             size,
-            offset: 0,
+            offset: from,
             body: None,
             resumes_left,
             earned: 0,

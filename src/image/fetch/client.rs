@@ -139,9 +139,9 @@ impl Client {
     ///
     /// # Errors
     /// As [`Client::manifest`].
-    pub fn blob(&self, digest: &str, size: u64) -> Result<Blob> {
+    pub fn blob(&self, digest: &str, size: u64, from: u64) -> Result<Blob> {
         check_digest(digest)?;
-        Blob::open(self.session.clone(), digest, size)
+        Blob::open(self.session.clone(), digest, size, from)
     }
 
     /// Reads a whole blob of at most `max` bytes, such as a configuration, and checks its digest.
@@ -159,7 +159,7 @@ impl Client {
         }
         use std::io::Read;
         let mut bytes = Vec::new();
-        self.blob(digest, size)?
+        self.blob(digest, size, 0)?
             .read_to_end(&mut bytes)
             .map_err(super::blob::error_of)?;
         same_digest(digest, &digest_of(&bytes)).map_err(|e| e.context("fetch a blob"))?;

@@ -18,7 +18,7 @@ use crate::host::thread;
 use crate::locks::Cancel;
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Seek};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 /// A directory that ext4 always has. An image that has it too must not be refused.
@@ -241,6 +241,27 @@ impl Readers<'_> {
         Ok(read)
     }
 
+    /// Reads a layer from its beginning if an earlier pull may have caused the error. The budget
+    /// counts both times, so a layer that is nearly too large may be refused. The pull after that
+    /// succeeds.
+    fn read_again(
+        &self,
+        missing: &Missing,
+        reading: &Reading<'_>,
+        error: Error,
+    ) -> Result<LayerIndex> {
+        let layer = &self.layers[missing.at];
+        let Some(blob) = self.blobs.open_again(&layer.blob)? else {
+            return Err(error);
+        };
+        let mut spool = &missing.spool;
+        spool
+            .set_len(0)
+            .and_then(|()| spool.rewind())
+            .map_err(|e| Error::io("empty the file of a layer", e))?;
+        read_layer(layer, blob, spool, reading)
+    }
+
     fn read(&self, missing: &Missing) -> Result<IndexedLayer> {
         let at = missing.at;
         let layer = &self.layers[at];
@@ -254,7 +275,10 @@ impl Readers<'_> {
         };
         let read = || {
             let blob = self.blobs.open(&layer.blob)?;
-            let index = read_layer(layer, blob, &missing.spool, &reading)?;
+            let index = match read_layer(layer, blob, &missing.spool, &reading) {
+                Err(e) if is_of_blob(&e) => self.read_again(missing, &reading, e),
+                read => read,
+            }?;
             self.request.files.complete(layer.diff_id)?;
             let tar = missing.spool.try_clone();
             let tar = tar.map_err(|e| Error::io("keep a layer open", e))?;
@@ -264,6 +288,14 @@ impl Readers<'_> {
         (self.request.progress)(Progress::Complete { layer: at });
         Ok(layer)
     }
+}
+
+/// True for an error that other bytes of the blob may not cause.
+fn is_of_blob(error: &Error) -> bool {
+    matches!(
+        error.kind(),
+        Kind::InvalidImage | Kind::RegistryInvalid | Kind::Unsupported
+    )
 }
 
 /// Keeps the error that made the other threads stop.

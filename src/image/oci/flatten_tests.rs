@@ -1,5 +1,6 @@
 use super::super::files::TestFiles;
 use super::super::limits::UNPACKED_BYTES_MAX;
+use super::super::manifest::{Blobs, Descriptor};
 use super::super::test_image::{Compression, TestImage};
 use super::super::test_tar::{Item, MTIME, device, dir, file, hardlink, item, symlink};
 use super::super::test_tree::{Mounted, is_root, run, scan};
@@ -505,6 +506,52 @@ fn lying_blobs_are_refused_and_leave_nothing() {
             assert!(error.to_string().starts_with("layer 2 (sha256:"), "{error}");
             assert!(!bench.files.path(Digest::of(&image.tars[1])).exists());
         }
+    }
+}
+
+/// An image of which an earlier pull has kept wrong bytes.
+struct Kept<'a>(&'a TestImage, Vec<u8>);
+
+impl Blobs for Kept<'_> {
+    fn open(&self, blob: &Descriptor) -> Result<Box<dyn Read + Send + '_>> {
+        let is_layer = self
+            .0
+            .layers
+            .iter()
+            .any(|layer| layer.digest == blob.digest);
+        if is_layer {
+            return Ok(Box::new(self.1.as_slice()));
+        }
+        self.0.open(blob)
+    }
+
+    fn open_again(&self, blob: &Descriptor) -> Result<Option<Box<dyn Read + Send + '_>>> {
+        self.0.open(blob).map(Some)
+    }
+}
+
+#[test]
+fn wrong_partial_download_is_fetched_once_more() {
+    let image = TestImage::new(&some_layers(), Compression::Gzip);
+    let bench = Bench::new();
+    bench.flatten(&image).unwrap();
+    let wanted = std::fs::read(bench.out()).unwrap();
+    // The first has a tar of another layer, the second no tar at all.
+    let other = TestImage::new(&[vec![dir("other")]], Compression::Gzip);
+    let other = other.blobs[&other.layers[0].digest].clone();
+    for kept in [other, b"neither gzip nor tar".repeat(99)] {
+        let bench = Bench::new();
+        let out = File::create(bench.out()).unwrap();
+        let request = Flatten {
+            files: &bench.files,
+            out: &out,
+            disk_bytes: DISK_BYTES,
+            unpacked_bytes_max: UNPACKED_BYTES_MAX,
+            progress: &|_| {},
+            cancel: &bench.cancel,
+        };
+        flatten(&image.resolve(), &Kept(&image, kept), &request).unwrap();
+        assert!(std::fs::read(bench.out()).unwrap() == wanted);
     }
 }
 

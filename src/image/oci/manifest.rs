@@ -75,6 +75,12 @@ impl Descriptor {
 pub trait Blobs: Sync {
     /// Opens a blob. The reader may return any bytes: the caller verifies size and digest.
     fn open(&self, blob: &Descriptor) -> Result<Box<dyn Read + Send + '_>>;
+
+    /// Opens a blob that was read and turned out to be wrong. Returns None if it would be the same
+    /// again, because no part of it was received by an earlier pull.
+    fn open_again(&self, _blob: &Descriptor) -> Result<Option<Box<dyn Read + Send + '_>>> {
+        Ok(None)
+    }
 }
 
 /// A layer of an image.

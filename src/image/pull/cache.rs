@@ -2,6 +2,7 @@
 //! SHA-256 digest of the archive, which the daemon has computed itself. So users can share layers
 //! without trusting each other.
 
+use super::partial::{self, Partials, hex_of};
 use crate::error::{Error, Result};
 use crate::host::hex;
 use crate::image::oci::limits::UNPACKED_BYTES_MAX;
@@ -15,13 +16,13 @@ use std::time::SystemTime;
 
 const LAYERS_DIR: &str = "layers";
 const DIGEST_PREFIX: &str = "sha256:";
-const HEX_LEN: usize = 64;
 const PIECE_BYTES: usize = 1 << 20;
 
 /// The cache. It keeps nothing in memory.
 #[derive(Clone, Debug)]
 pub(crate) struct Layers {
     dir: PathBuf,
+    pub(super) partials: Partials,
     bytes_max: u64,
 }
 
@@ -32,11 +33,12 @@ pub(crate) struct Pruned {
     pub bytes: u64,
 }
 
-/// One cached layer.
+/// One cached layer, or a partial download.
 struct Cached {
     path: PathBuf,
     bytes: u64,
     used_at: SystemTime,
+    is_partial: bool,
 }
 
 impl Layers {
@@ -49,7 +51,11 @@ impl Layers {
             .mode(0o700)
             .create(&dir)
             .map_err(|e| Error::io(format!("create the layer cache {}", dir.display()), e))?;
-        Ok(Self { dir, bytes_max })
+        Ok(Self {
+            partials: Partials::open(&dir)?,
+            dir,
+            bytes_max,
+        })
     }
 
     /// Returns the archive of a layer for reading, or None if it is not cached. Marks it as used.
@@ -118,12 +124,14 @@ impl Layers {
         }
     }
 
-    /// Removes the least recently used layers until the cache fits its limit.
+    /// Removes old partial downloads. Then removes the least recently used layers and partial
+    /// downloads until the cache fits its limit.
     pub(crate) fn trim(&self) -> Result<Pruned> {
         self.remove_beyond(self.bytes_max)
     }
 
-    /// Removes all layers. Pulls in progress keep the files that they have open.
+    /// Removes all layers and partial downloads. Pulls in progress keep the files that they have
+    /// open.
     pub(crate) fn prune(&self) -> Result<Pruned> {
         self.remove_beyond(0)
     }
@@ -134,8 +142,10 @@ impl Layers {
         let mut total: u64 = cached.iter().map(|layer| layer.bytes).sum();
         let mut pruned = Pruned::default();
         for layer in cached {
-            if total <= bytes_max {
-                break;
+            let is_old = layer.is_partial
+                && (layer.used_at.elapsed()).is_ok_and(|age| age > partial::AGE_MAX);
+            if total <= bytes_max && !is_old {
+                continue;
             }
             match std::fs::remove_file(&layer.path) {
                 Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
@@ -144,16 +154,23 @@ impl Layers {
                 _ => {}
             }
             total -= layer.bytes;
-            pruned.layers += 1;
+            pruned.layers += u64::from(!layer.is_partial);
             pruned.bytes += layer.bytes;
         }
         Ok(pruned)
     }
 
+    /// Lists the layers and the partial downloads.
     fn list(&self) -> Result<Vec<Cached>> {
-        let io = |e| Error::io(format!("read the layer cache {}", self.dir.display()), e);
         let mut cached = Vec::new();
-        for entry in std::fs::read_dir(&self.dir).map_err(io)? {
+        Self::list_directory(&self.dir, false, &mut cached)?;
+        Self::list_directory(self.partials.dir(), true, &mut cached)?;
+        Ok(cached)
+    }
+
+    fn list_directory(dir: &Path, is_partial: bool, cached: &mut Vec<Cached>) -> Result<()> {
+        let io = |e| Error::io(format!("read the layer cache {}", dir.display()), e);
+        for entry in std::fs::read_dir(dir).map_err(io)? {
             let entry = entry.map_err(io)?;
             // Another thread may remove the layer after it was listed.
             let Ok(stat) = entry.metadata() else {
@@ -164,20 +181,16 @@ impl Layers {
                     path: entry.path(),
                     bytes: stat.blocks() * 512,
                     used_at: stat.modified().map_err(io)?,
+                    is_partial,
                 });
             }
         }
-        Ok(cached)
+        Ok(())
     }
 
     /// Returns None if `diff_id` is not a SHA-256 digest.
     fn path(&self, diff_id: &str) -> Option<PathBuf> {
-        let hex = diff_id.strip_prefix(DIGEST_PREFIX)?;
-        let is_hex = hex.len() == HEX_LEN
-            && hex
-                .bytes()
-                .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
-        is_hex.then(|| self.dir.join(hex))
+        hex_of(diff_id).map(|hex| self.dir.join(hex))
     }
 }
 
@@ -236,7 +249,8 @@ mod tests {
         let mut found = layers.get(&id(b"one")).unwrap().unwrap();
         assert_eq!(std::io::read_to_string(&mut found).unwrap(), "one");
         assert!(layers.get(&id(b"two")).unwrap().is_none());
-        assert_eq!(std::fs::read_dir(&layers.dir).unwrap().count(), 1);
+        // The layer, and the directory of partial downloads.
+        assert_eq!(std::fs::read_dir(&layers.dir).unwrap().count(), 2);
     }
 
     #[test]
@@ -271,5 +285,24 @@ mod tests {
         assert!(layers.get(&id(&contents[1])).unwrap().is_none());
         assert_eq!(layers.prune().unwrap().layers, 2);
         assert_eq!(layers.prune().unwrap(), Pruned::default());
+    }
+
+    #[test]
+    fn old_partial_downloads_are_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let layers = Layers::open(dir.path(), u64::MAX).unwrap();
+        for (uid, age) in [(1, partial::AGE_MAX * 2), (2, partial::AGE_MAX / 2)] {
+            let mut file = layers.partials.get(uid, &id(b"")).unwrap().unwrap();
+            file.write_all(&[1; 4096]).unwrap();
+            let at = SystemTime::now() - age;
+            file.set_times(FileTimes::new().set_modified(at)).unwrap();
+        }
+        let left = || std::fs::read_dir(layers.partials.dir()).unwrap().count();
+        let (layers_removed, bytes) = (0, 4096);
+        let removed = layers.trim().unwrap();
+        assert_eq!((removed.layers, removed.bytes), (layers_removed, bytes));
+        assert_eq!(left(), 1);
+        layers.prune().unwrap();
+        assert_eq!(left(), 0);
     }
 }

@@ -160,6 +160,7 @@ impl Daemon {
             Order::Continue => Ok(Answer::None),
             Order::Cached => Ok(Answer::Cached(file()?)),
             Order::Empty => Ok(Answer::Empty(file()?)),
+            Order::Partial => Ok(Answer::Partial(file()?)),
             Order::Pull => Err(Error::internal("a second job")),
         }
     }

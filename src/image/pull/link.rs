@@ -14,6 +14,8 @@ pub(super) enum Answer {
     Cached(File),
     /// An empty file.
     Empty(File),
+    /// A partial download.
+    Partial(File),
 }
 
 /// A request of one thread, and where the answer goes.
@@ -52,13 +54,22 @@ impl Link {
         match self.ask(Request::Layer { diff_id })? {
             Answer::Cached(file) => Ok(LayerFile::Cached(file)),
             Answer::Empty(file) => Ok(LayerFile::Empty(file)),
-            Answer::None => Err(Error::internal("the daemon passed no file")),
+            _ => Err(Error::internal("the daemon passed no file")),
         }
     }
 
     pub(super) fn stored(&self, diff_id: &str) -> Result<()> {
         let diff_id = diff_id.to_owned();
         self.ask(Request::Stored { diff_id }).map(drop)
+    }
+
+    /// Returns the file of a blob that is fetched now, if it can be kept for a later pull.
+    pub(super) fn partial(&self, digest: &str) -> Result<Option<File>> {
+        let digest = digest.to_owned();
+        match self.ask(Request::Partial { digest })? {
+            Answer::Partial(file) => Ok(Some(file)),
+            _ => Ok(None),
+        }
     }
 
     /// Returns an empty file.

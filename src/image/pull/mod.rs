@@ -11,16 +11,19 @@
 //!
 //! - [`session`] is the daemon's side. It hands out files, and does not trust the helper: a layer
 //!   enters the cache only if the daemon itself has computed its digest.
-//! - [`helper`], [`link`], [`report`] and [`work`] are the helper's side.
+//! - [`helper`], [`link`], [`report`], [`resume`] and [`work`] are the helper's side.
 //! - [`protocol`] and [`job`] define the messages between the two.
-//! - [`cache`] keeps unpacked layers for later pulls.
+//! - [`cache`] keeps unpacked layers for later pulls, and [`partial`] what an interrupted pull has
+//!   received of a layer. [`resume`] continues there.
 
 mod cache;
 pub(crate) mod helper;
 mod job;
 mod link;
+mod partial;
 mod protocol;
 mod report;
+mod resume;
 mod session;
 #[cfg(test)]
 pub(crate) mod tests;
@@ -146,6 +149,7 @@ pub(crate) fn pull(
     };
     let mut session = Session {
         layers,
+        uid: spec.owner_uid,
         owner: spec.helper,
         job: &job,
         stream,

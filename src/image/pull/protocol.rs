@@ -23,8 +23,11 @@ pub(super) enum Order {
     /// The first message. Its descriptors are the job, the image's file, the result and, for an
     /// archive, the stream.
     Pull,
-    /// Answers [`Request::Found`]: pull this image.
+    /// Answers [`Request::Found`]: pull this image. Answers [`Request::Partial`]: there is no file.
     Continue,
+    /// Answers [`Request::Partial`]. The descriptor is the file for the compressed bytes, with
+    /// those that an earlier pull has received.
+    Partial,
     /// Answers [`Request::Layer`]. The descriptor is the layer's tar archive, for reading.
     Cached,
     /// Answers [`Request::Layer`] and [`Request::File`]. The descriptor is an empty file.
@@ -45,6 +48,10 @@ pub(super) enum Request {
     Stored {
         diff_id: String,
     },
+    /// Asks for the file of a blob that is fetched now.
+    Partial {
+        digest: String,
+    },
     /// Asks for an empty file.
     File,
     Progress(Progress),
@@ -56,7 +63,10 @@ pub(super) enum Request {
 impl Request {
     /// True if the daemon answers with an [`Order`].
     pub(super) fn has_answer(&self) -> bool {
-        matches!(self, Self::Found(_) | Self::Layer { .. } | Self::File)
+        matches!(
+            self,
+            Self::Found(_) | Self::Layer { .. } | Self::Partial { .. } | Self::File
+        )
     }
 }
 

@@ -1,6 +1,7 @@
 //! The daemon's side of a pull: starts the helper, hands out files, and waits for the end.
 
 use super::cache::Layers;
+use super::partial::is_worth_keeping;
 use super::protocol::{Found, MESSAGE_BYTES_MAX, Order, Progress, RESULT_BYTES_MAX, Request};
 use super::protocol::{decode, encode};
 use crate::error::{Error, Kind, Result};
@@ -27,7 +28,8 @@ const KEEP_MAX: Duration = Duration::from_secs(30);
 const END_MAX: Duration = Duration::from_secs(30);
 /// The maximum number of files that the helper may ask for: the layers of an image and an archive.
 const FILES_MAX: usize = LAYERS_MAX + 1;
-/// The maximum space of all these files together: the layers, and an archive that holds them.
+/// The maximum space of all files together: the layers, and an archive that holds them or their
+/// partial downloads.
 const FILES_BYTES_MAX: u64 = 2 * UNPACKED_BYTES_MAX;
 
 /// The unit of `st_blocks` (stat(2)).
@@ -36,6 +38,8 @@ const BLOCK_BYTES: u64 = 512;
 /// A pull to run.
 pub(super) struct Session<'a> {
     pub layers: &'a Layers,
+    /// The user who pulls.
+    pub uid: u32,
     /// The uid and gid of the helper, if the daemon is root.
     pub owner: Option<Credentials>,
     /// The job, which only the helper reads.
@@ -62,25 +66,29 @@ struct HandedOut {
     layers: HashMap<String, File>,
     /// The layers whose file is complete.
     complete: HashSet<String>,
+    /// The digests of the blobs whose partial downloads were handed out.
+    partials: HashSet<String>,
 }
 
-impl HandedOut {
+impl Session<'_> {
     /// Fails if the helper has filled more of the disk than any image needs.
-    fn check_space(&self) -> Result<()> {
+    fn check_space(&self, handed_out: &HandedOut) -> Result<()> {
         let mut used = 0;
-        for file in self.layers.values().chain(&self.other) {
+        for file in handed_out.layers.values().chain(&handed_out.other) {
             let metadata = file.metadata();
             let metadata = metadata.map_err(|e| Error::io("inspect a layer", e))?;
             used += metadata.blocks() * BLOCK_BYTES;
         }
+        let partials = handed_out.partials.iter();
+        used += partials
+            .map(|digest| self.layers.partials.bytes(self.uid, digest))
+            .sum::<u64>();
         if used > FILES_BYTES_MAX {
             return Err(violation("wrote too much"));
         }
         Ok(())
     }
-}
 
-impl Session<'_> {
     /// Runs the pull, and returns the bytes of its result, or None if the image need not be pulled.
     /// Complete layers are cached even if the pull fails, so that a retry need not fetch them
     /// again.
@@ -106,7 +114,13 @@ impl Session<'_> {
         // The helper must not change a layer or the image once they have been checked.
         let mut helper = helper;
         helper.end(Instant::now() + END_MAX)?;
-        self.keep(handed_out, cancel);
+        self.keep(&handed_out, cancel);
+        if ended.as_ref().err().is_none_or(|e| !is_worth_keeping(e)) {
+            for digest in &handed_out.partials {
+                self.layers.partials.forget(self.uid, digest);
+            }
+        }
+        self.trim();
         if !ended? {
             return Ok(None);
         }
@@ -139,13 +153,14 @@ impl Session<'_> {
                     }
                     handed_out.complete.insert(diff_id);
                 }
+                Request::Partial { digest } => self.hand_out_partial(helper, handed_out, digest)?,
                 Request::File => {
                     let file = self.new_file(handed_out)?;
                     send(helper, &Order::Empty, &[file.as_fd()])?;
                     handed_out.other = Some(file);
                 }
                 Request::Progress(progress) => {
-                    handed_out.check_space()?;
+                    self.check_space(handed_out)?;
                     observer.progress(progress.bounded());
                 }
                 Request::Done => return Ok(true),
@@ -169,6 +184,30 @@ impl Session<'_> {
         Ok(())
     }
 
+    /// Hands out the partial download of a blob. A pull can do without.
+    fn hand_out_partial(
+        &self,
+        helper: &Helper,
+        handed_out: &mut HandedOut,
+        digest: String,
+    ) -> Result<()> {
+        // An honest helper asks for one per layer.
+        if handed_out.partials.len() >= LAYERS_MAX && !handed_out.partials.contains(&digest) {
+            return Err(violation("asked for too many files"));
+        }
+        match self.layers.partials.get(self.uid, &digest) {
+            Ok(Some(file)) => {
+                handed_out.partials.insert(digest);
+                send(helper, &Order::Partial, &[file.as_fd()])
+            }
+            Ok(None) => send(helper, &Order::Continue, &[]),
+            Err(e) => {
+                log::warn!("{e}");
+                send(helper, &Order::Continue, &[])
+            }
+        }
+    }
+
     fn new_file(&self, handed_out: &mut HandedOut) -> Result<File> {
         handed_out.files += 1;
         if handed_out.files > FILES_MAX {
@@ -179,7 +218,7 @@ impl Session<'_> {
 
     /// Caches the complete layers, also of a pull that was cancelled: the next one need not fetch
     /// them again. A failure costs only time at the next pull.
-    fn keep(&self, handed_out: HandedOut, cancel: &Cancel) {
+    fn keep(&self, handed_out: &HandedOut, cancel: &Cancel) {
         let cancelled_at = Cell::new(None);
         let gives_up = || match cancel.cause() {
             None => false,
@@ -197,6 +236,9 @@ impl Session<'_> {
                 log::warn!("{e}");
             }
         }
+    }
+
+    fn trim(&self) {
         if let Err(e) = self.layers.trim() {
             log::warn!("{e}");
         }

@@ -86,6 +86,19 @@ pub(crate) fn run() -> ExitCode {
             drop(daemon.receive());
             drop(daemon.receive());
         }
+        "leave a partial download" | "leave a wrong partial download" => {
+            let digest = id(b"blob");
+            daemon.send(&encode(&Request::Partial { digest }));
+            let (order, mut files) = daemon.receive();
+            assert_eq!(order, Order::Partial);
+            files.remove(0).write_all(b"bl").unwrap();
+            let kind = match mode.as_str() {
+                "leave a partial download" => Kind::RegistryUnreachable,
+                _ => Kind::InvalidImage,
+            };
+            let failure = Error::new(kind, "it is so");
+            daemon.send(&encode(&Request::Failed((&failure).into())));
+        }
         "change a stored layer" => {
             let mut file = daemon.layer(&id(b"good"));
             file.write_all(b"good").unwrap();
@@ -143,6 +156,7 @@ impl Stage {
         let image = tempfile::tempfile().unwrap();
         let mut session = Session {
             layers: &self.layers,
+            uid: 7,
             owner: None,
             job: mode.as_bytes(),
             stream: None,
@@ -200,6 +214,19 @@ fn complete_layers_of_cancelled_pull_are_cached() {
         .unwrap_err();
     assert_eq!(e.kind(), Kind::Cancelled);
     assert!(stage.has(b"good"));
+}
+
+#[test]
+fn partial_download_is_kept_unless_it_may_be_wrong() {
+    let stage = Stage::new();
+    let kept = || {
+        let file = stage.layers.partials.get(7, &id(b"blob")).unwrap().unwrap();
+        std::io::read_to_string(file).unwrap()
+    };
+    stage.run("leave a partial download").unwrap_err();
+    assert_eq!(kept(), "bl");
+    stage.run("leave a wrong partial download").unwrap_err();
+    assert_eq!(kept(), "");
 }
 
 #[test]

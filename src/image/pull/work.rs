@@ -4,6 +4,7 @@ use super::job::{Job, JobSource, Outcome};
 use super::link::{LayerFile, Link};
 use super::protocol::Found;
 use super::report::{Reporter, Stage};
+use super::resume::{Body, Resuming};
 use crate::error::{Error, Kind, Result};
 use crate::host::wait::poll_until;
 use crate::image::fetch::{Client, Selector, SystemDialer};
@@ -17,6 +18,7 @@ use std::fs::File;
 use std::io::{self, Cursor, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// How long the caller may send nothing of an archive. `docker save` of a large image writes its
@@ -24,6 +26,8 @@ use std::time::{Duration, Instant};
 const SILENCE_MAX: Duration = Duration::from_secs(600);
 /// How often this helper reports that it waits for the caller.
 const REPORT_EVERY: Duration = Duration::from_secs(5);
+/// A blob with fewer bytes is fetched again after an interruption.
+const PARTIAL_BYTES_MIN: u64 = 1 << 20;
 
 /// Pulls the image into `file`.
 pub(super) fn pull(job: Job, stream: Option<OwnedFd>, file: &File, link: &Link) -> Result<Outcome> {
@@ -86,6 +90,8 @@ impl Pull<'_> {
         };
         let blobs = Registry {
             client,
+            link: self.link,
+            is_resumed: AtomicBool::new(false),
             root: root.digest,
             manifest: manifest.bytes,
         };
@@ -157,14 +163,17 @@ impl Pull<'_> {
 }
 
 /// The blobs of a repository.
-struct Registry {
+struct Registry<'a> {
     client: Client,
+    link: &'a Link,
+    /// True if a part of any blob comes from an earlier pull.
+    is_resumed: AtomicBool,
     root: Digest,
     /// The bytes of the blob `root`, which was fetched first.
     manifest: Vec<u8>,
 }
 
-impl Blobs for Registry {
+impl Blobs for Registry<'_> {
     fn open(&self, blob: &Descriptor) -> Result<Box<dyn Read + Send + '_>> {
         if blob.digest == self.root {
             return Ok(Box::new(Cursor::new(&self.manifest)));
@@ -174,7 +183,46 @@ impl Blobs for Registry {
             let manifest = self.client.clone().manifest(&Selector::Digest(digest))?;
             return Ok(Box::new(Cursor::new(manifest.bytes)));
         }
-        Ok(Box::new(self.client.blob(&digest, blob.size)?))
+        match self.partial(blob)? {
+            None => self.client_blob(blob, 0),
+            Some(file) => self.resume(blob, file),
+        }
+    }
+
+    fn open_again(&self, blob: &Descriptor) -> Result<Option<Box<dyn Read + Send + '_>>> {
+        if !self.is_resumed.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
+        let Some(file) = self.partial(blob)? else {
+            return Ok(None);
+        };
+        file.set_len(0)
+            .map_err(|e| Error::io("empty a partial download", e))?;
+        self.resume(blob, file).map(Some)
+    }
+}
+
+impl Registry<'_> {
+    fn client_blob(&self, blob: &Descriptor, from: u64) -> Result<Body<'_>> {
+        let digest = blob.digest.to_string();
+        Ok(Box::new(self.client.blob(&digest, blob.size, from)?))
+    }
+
+    fn partial(&self, blob: &Descriptor) -> Result<Option<File>> {
+        if blob.size < PARTIAL_BYTES_MIN {
+            return Ok(None);
+        }
+        self.link.partial(&blob.digest.to_string())
+    }
+
+    fn resume(&self, blob: &Descriptor, file: File) -> Result<Body<'_>> {
+        let wanted = blob.clone();
+        let open = move |from| self.client_blob(&wanted, from);
+        let blob = Resuming::new(file, blob.size, Box::new(open))?;
+        if blob.is_resumed() {
+            self.is_resumed.store(true, Ordering::Relaxed);
+        }
+        Ok(Box::new(blob))
     }
 }
 

@@ -41,7 +41,7 @@ fn reader_does_not_verify_but_bytes_do() {
     fails(fetch(&fake), Kind::RegistryInvalid);
     let client = client(settings(&fake.name()));
     let mut read = String::new();
-    let mut blob = client.blob(&sha256(BYTES), BYTES.len() as u64).unwrap();
+    let mut blob = client.blob(&sha256(BYTES), BYTES.len() as u64, 0).unwrap();
     blob.read_to_string(&mut read).unwrap();
     assert_eq!(read, "x".repeat(BYTES.len()));
 }
@@ -186,6 +186,6 @@ fn storage_is_found_again_through_registry() {
 fn missing_blob_is_not_found() {
     let fake = Fake::start(|_| Answer::new(404));
     fails(fetch(&fake), Kind::ReferenceNotFound);
-    let bad = client(settings(&fake.name())).blob("sha256:../../x", 1);
+    let bad = client(settings(&fake.name())).blob("sha256:../../x", 1, 0);
     assert_eq!(bad.err().unwrap().kind(), Kind::InvalidArgument);
 }

@@ -275,7 +275,7 @@ fn layer_is_read_in_parallel_by_clones() {
             let (client, digest) = (first.clone(), digest.clone());
             crate::host::thread::spawn("layer", move || {
                 let mut bytes = Vec::new();
-                let mut blob = client.blob(&digest, size).unwrap();
+                let mut blob = client.blob(&digest, size, 0).unwrap();
                 blob.read_to_end(&mut bytes).unwrap();
                 sha256(&bytes)
             })

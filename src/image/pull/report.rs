@@ -87,8 +87,9 @@ impl LayerProgress {
         }
     }
 
-    fn set_state(&self, state: PartState) {
-        self.state.store(state as usize, Ordering::Relaxed);
+    /// Returns true if the state is another one now.
+    fn set_state(&self, state: PartState) -> bool {
+        self.state.swap(state as usize, Ordering::Relaxed) != state as usize
     }
 
     fn part(&self) -> Part {
@@ -155,16 +156,22 @@ impl<'a> Reporter<'a> {
     }
 
     pub(super) fn layer_advances(&self, layer: usize, bytes: u64) {
+        let mut begins = false;
         if let Some(layer) = self.layer(layer) {
-            layer.set_state(PartState::Downloading);
+            begins = layer.set_state(PartState::Downloading);
             add_saturating(&layer.done, bytes);
         }
         self.add(bytes);
+        // The next bytes may take long.
+        if begins {
+            self.report();
+        }
     }
 
     pub(super) fn layer_is_done(&self, layer: usize) {
         if let Some(layer) = self.layer(layer) {
             layer.set_state(PartState::Done);
+            self.report();
         }
     }
 

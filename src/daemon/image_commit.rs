@@ -89,9 +89,11 @@ impl ImageService {
             recipe: request.recipe.clone(),
         };
         op.progress("read the disk");
+        self.core.effects.before("read the disk")?;
         let mut fill = |file: &std::fs::File| {
             self.read_disk(op, row, method, &base, file)?;
             op.progress("publish");
+            self.core.effects.before("publish the image")?;
             self.require_untouched(row)
         };
         let info = crate::image::commit(&self.images, &spec, &mut fill, op.cancel())?;

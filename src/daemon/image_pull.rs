@@ -89,6 +89,7 @@ impl ImageService {
 
     fn pull(&self, op: &OpHandle, pull: &mut Pull) -> Result<ImageInfo> {
         let source = pull.source(op)?;
+        self.core.effects.before("pull the image")?;
         let _admitted = self
             .pulls
             .admission
@@ -117,6 +118,7 @@ impl ImageService {
             },
         )?;
         pull.reserved.in_use = None;
+        self.core.effects.before("provide the guest runtime")?;
         self.ensure_runtime(op)?;
         Ok(info)
     }
@@ -246,6 +248,7 @@ impl ImageService {
         let _kernel = kernel
             .map(|name| self.kernel_service.use_kernel(name))
             .transpose()?;
+        self.core.effects.before("tag the image")?;
         let tagged = self.images.tag(&info.name, &request.name, caller.uid)?;
         Ok(ImageReply {
             image: tagged.to_api(0),
@@ -270,6 +273,7 @@ impl ImageService {
         }
         // Layers and runtimes serve all users, so an ordinary user cannot remove them.
         if caller.is_privileged() {
+            self.core.effects.before("remove the layers")?;
             let pruned = self.pulls.layers.prune()?;
             reply.layers = pruned.layers;
             reply.bytes += pruned.bytes;
@@ -293,6 +297,7 @@ impl ImageService {
                     .any(|shape| shape.runtime.as_ref() == Some(&runtime.id))
             });
             if !is_used && runtime.id != newest.id {
+                self.core.effects.before("remove a guest runtime")?;
                 self.guest_runtimes.delete(&runtime.id)?;
                 reply.bytes += runtime.bytes;
                 reply.runtimes.push(runtime.id.to_string());
@@ -355,6 +360,7 @@ struct Follower<'a> {
 impl Observer for Follower<'_> {
     fn found(&mut self, found: &Found) -> Result<Decision> {
         let name = self.pull.name(found)?;
+        self.service.core.effects.before("reserve the name")?;
         self.service
             .admit_name(self.op, self.pull, name, &found.digest)
     }
@@ -367,6 +373,10 @@ impl Observer for Follower<'_> {
         })?;
         self.service.check_unused(name, &doing)?;
         Ok(Box::new(guard))
+    }
+
+    fn begin_publish(&mut self) -> Result<()> {
+        self.service.core.effects.before("publish the image")
     }
 
     fn progress(&mut self, progress: Progress) {

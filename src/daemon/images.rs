@@ -234,6 +234,7 @@ impl ImageService {
         // The guard also prevents that another user's image gets the name after this check.
         self.check_owner(caller, name, &doing)?;
         self.check_unused(name, &doing)?;
+        self.core.effects.before("delete the image")?;
         self.images.delete(name)?;
         Ok(ImageDeleteReply {
             deleted: name.clone(),

@@ -116,6 +116,8 @@ pub(crate) trait Observer {
     /// Called right before an image is replaced. Checks again that nothing uses it. While the
     /// result lives, nothing can begin to use it.
     fn begin_replace(&mut self, name: &ImageRef) -> Result<Box<dyn std::any::Any>>;
+    /// Called right before the image is published.
+    fn begin_publish(&mut self) -> Result<()>;
     fn progress(&mut self, progress: Progress);
 }
 
@@ -180,6 +182,7 @@ pub(crate) fn pull(
     } else {
         None
     };
+    deciding.observer.begin_publish()?;
     images.publish_pulled(
         &out,
         Pulled {

@@ -2,6 +2,7 @@
 
 mod disks;
 mod images;
+pub mod registry;
 mod spawned;
 
 pub use disks::SmallDisk;
@@ -174,7 +175,12 @@ impl Host {
             fs::create_dir(&own).unwrap();
             fs::set_permissions(&own, fs::Permissions::from_mode(0o755)).unwrap();
             for file in fs::read_dir(runtime.path()).unwrap().flatten() {
-                fs::hard_link(file.path(), own.join(file.file_name())).unwrap();
+                let (from, to) = (file.path(), own.join(file.file_name()));
+                fs::hard_link(&from, &to).unwrap_or_else(|_| {
+                    run(Command::new("cp")
+                        .args(["--sparse=always"])
+                        .args([from, to]));
+                });
             }
         }
     }

@@ -163,6 +163,9 @@ pub struct ImageCommitRequest {
     pub image: ImageRef,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub recipe: Option<String>,
+    /// Delete the image once no VM uses it, at the earliest after half a minute.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub temporary: bool,
 }
 
 /// The call passes a descriptor of a regular file that is open for reading and belongs to the

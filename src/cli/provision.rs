@@ -3,8 +3,9 @@
 //! Both work in a VM of their own, which the daemon deletes when the connection that holds it
 //! closes, whatever happens to this process. `image build` runs the script there. `image commit`
 //! must not change the disk of the caller's VM, so it takes an image of the disk as it is, and
-//! creates the VM from that. In both cases the guest then removes what must differ between VMs, and
-//! the disk of the stopped VM becomes the image.
+//! creates the VM from that. The daemon deletes this image, too, if fcctl cannot. In both cases the
+//! guest then removes what must differ between VMs, and the disk of the stopped VM becomes the
+//! image.
 
 use super::connector::operate;
 use super::context::Context;
@@ -33,8 +34,10 @@ const SCRIPT_BYTES_MAX: u64 = 16 << 20;
 /// Runs the script that comes on stdin. `/run` is in memory, so the script does not become part of
 /// the image.
 const RUN_SCRIPT: &str = "umask 077; cat >/run/fcd-script && chmod 700 /run/fcd-script && exec /run/fcd-script </dev/null";
-/// Removes what must differ between the VMs of an image.
+/// Removes what must differ between the VMs of an image. Programs of the guest runtime do this if
+/// there is one, because the image may have none, or others of the same names.
 const CLEAN: &str = "set -e
+if [ -x /.fcd/bin/busybox ]; then PATH=/.fcd/bin; fi
 rm -f /etc/ssh/ssh_host_* /var/lib/dbus/machine-id /var/lib/systemd/random-seed
 if [ -e /etc/machine-id ]; then : >/etc/machine-id; fi
 if [ -d /var/log ]; then find /var/log -type f -exec rm -f {} +; fi
@@ -86,6 +89,7 @@ pub(super) fn build(ctx: &mut Context, interrupts: &Interrupts, recipe: Recipe) 
         vm: String::new(),
         image: recipe.name,
         recipe: Some(key),
+        temporary: false,
     };
     in_new_vm(ctx, interrupts, recipe.from, &target, Some(&script))
 }
@@ -102,6 +106,7 @@ pub(super) fn commit(
         vm,
         image: as_it_is.clone(),
         recipe: None,
+        temporary: true,
     };
     let mut client = ctx.connector.connect(&mut ctx.printer)?;
     take_disk(&mut ctx.printer, interrupts, &mut client, &raw)?;
@@ -109,6 +114,7 @@ pub(super) fn commit(
         vm: String::new(),
         image,
         recipe: None,
+        temporary: false,
     };
     let made = in_new_vm(ctx, interrupts, as_it_is.clone(), &target, None);
     let removed = Client::connect_again(client.socket()).and_then(|mut client| {
@@ -116,7 +122,10 @@ pub(super) fn commit(
             image: as_it_is.clone(),
         })
     });
-    if let Err(e) = removed {
+    // The daemon deletes the image itself if it is unused for a while.
+    if let Err(e) = removed
+        && !e.is(Kind::ImageNotFound)
+    {
         let e = e.context(format!("delete the intermediate image {as_it_is}"));
         ctx.printer
             .fail(&e.hint(format!("delete it: fcctl image rm {as_it_is}")), 1);

@@ -214,7 +214,8 @@ fn image_config(
     }
     let _guard = interrupts.guard(&client)?;
     let args = image_pull::Args::of(image);
-    let pulled = image_pull::pull(&mut client, printer, interrupts, &stdio.stdin, env, args)?;
+    let pulled = image_pull::pull(&mut client, printer, interrupts, &stdio.stdin, env, args)
+        .map_err(|e| e.context(format!("this host has no image {image}")))?;
     let request = ImageRequest { image: pulled.name };
     Ok(client.call::<ImageShow>(&request)?.config)
 }

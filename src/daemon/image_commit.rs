@@ -87,6 +87,7 @@ impl ImageService {
             guest_version: row.guest_version,
             owner_uid: caller.uid,
             recipe: request.recipe.clone(),
+            temporary: request.temporary,
         };
         op.progress("read the disk");
         self.core.effects.before("read the disk")?;
@@ -97,6 +98,9 @@ impl ImageService {
             self.require_untouched(row)
         };
         let info = crate::image::commit(&self.images, &spec, &mut fill, op.cancel())?;
+        if info.temporary {
+            self.delete_after_use(info.name.clone());
+        }
         Ok(info.to_api(0))
     }
 

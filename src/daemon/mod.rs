@@ -172,6 +172,7 @@ mod snapshot_writer;
 mod snapshots;
 mod spec;
 mod stats;
+mod temporary;
 mod transfer;
 mod transitions;
 mod uids;

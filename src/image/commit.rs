@@ -20,6 +20,8 @@ pub struct CommitSpec<'a> {
     pub owner_uid: u32,
     /// What the image was made from; see [`crate::api::image::Image`].
     pub recipe: Option<String>,
+    /// True if the image is deleted once nothing uses it.
+    pub temporary: bool,
 }
 
 /// Publishes an image. `fill` writes the root file system to the file that it gets. If it fails,
@@ -53,5 +55,6 @@ pub fn commit(
     // The content differs from what the base was made from, and may be confidential.
     (metadata.digest, metadata.source, metadata.private) = (None, None, true);
     metadata.in_place = None;
+    metadata.temporary = spec.temporary;
     images.publish(&out, &metadata)
 }

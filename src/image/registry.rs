@@ -53,6 +53,8 @@ pub struct ImageInfo {
     pub rootfs: PathBuf,
     /// The user's file that holds the root file system of an image that was registered.
     pub in_place: Option<InPlace>,
+    /// True if the image is deleted once nothing uses it.
+    pub temporary: bool,
     /// The kernel that a VM of this image boots unless its creator chooses another.
     pub kernel: Option<KernelName>,
     /// The virtual size of the root file system.
@@ -193,6 +195,8 @@ pub(super) struct Metadata {
     /// Where the root file system is, if it is not among the image's own files.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub in_place: Option<InPlace>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub temporary: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernel: Option<KernelName>,
     pub files: Vec<FileRecord>,
@@ -231,6 +235,7 @@ impl Metadata {
             config: None,
             recipe: None,
             in_place: None,
+            temporary: false,
             kernel: None,
             files: Vec::new(),
         }
@@ -356,6 +361,7 @@ impl Images {
             boots,
             recipe: metadata.recipe,
             in_place: metadata.in_place,
+            temporary: metadata.temporary,
             kernel: metadata.kernel,
             dir,
         })
@@ -573,13 +579,12 @@ fn too_long() -> Error {
 }
 
 fn not_found(name: &ImageRef) -> Error {
-    let build = if name.as_str() == "default" {
-        "fcctl image build".to_owned()
+    let hint = if name.as_str() == "default" {
+        "run fcctl image build".to_owned()
     } else {
-        "fcctl image list".to_owned()
+        format!("list images: fcctl image list, or pull one: fcctl image pull {name}")
     };
-    Error::new(Kind::ImageNotFound, format!("there is no image {name}"))
-        .hint(format!("run {build}"))
+    Error::new(Kind::ImageNotFound, format!("there is no image {name}")).hint(hint)
 }
 
 fn name_taken(name: &ImageRef) -> Error {

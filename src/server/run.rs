@@ -74,6 +74,7 @@ pub fn run(config: Config) -> Result<()> {
     let reconciling = daemon.clone();
     let reconciled = crate::host::thread::spawn("reconcile", move || {
         reconciling.reconciler.reconcile();
+        reconciling.images.delete_temporary_images();
         reconciling.warm_up();
         crate::host::memory::give_back();
         reconciling.reconciler.run_sweeper();

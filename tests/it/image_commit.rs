@@ -12,6 +12,7 @@ fn commit(vm: &str, image: &str) -> ImageCommitRequest {
         vm: vm.into(),
         image: image.parse().unwrap(),
         recipe: Some("sha256:of-a-script".into()),
+        temporary: false,
     }
 }
 
@@ -133,4 +134,32 @@ fn commit_and_rm_of_one_name_end_in_one_state() {
             delete().unwrap();
         }
     }
+}
+
+/// fcctl may be killed between the commit and the end of the VM that it creates from the image.
+#[test]
+fn temporary_image_is_deleted_with_its_last_vm() {
+    let mut world = World::new();
+    world.running("web");
+    world.stop("web").unwrap();
+    let request = ImageCommitRequest {
+        temporary: true,
+        ..commit("web", "copy")
+    };
+    world.run::<ImageCommit>(request).unwrap();
+    let request = VmCreateRequest {
+        name: Some("twin".parse().unwrap()),
+        image: Some("copy".parse().unwrap()),
+        ..VmCreateRequest::default()
+    };
+    world.call::<VmCreate>(&request).unwrap();
+    world.restart_daemon();
+    world.daemon().images.delete_temporary_images();
+    let images = || {
+        let listed = world.call::<ImageList>(&ListRequest::default()).unwrap();
+        listed.images.len()
+    };
+    assert_eq!(images(), 2, "it is in use");
+    world.delete("twin").unwrap();
+    await_that("the image is deleted", || images() == 1);
 }

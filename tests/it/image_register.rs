@@ -472,6 +472,7 @@ fn disk_of_vm_is_committed_without_the_file() {
         vm: "web".into(),
         image: "saved".parse().unwrap(),
         recipe: None,
+        temporary: false,
     };
     let saved = world.run::<ImageCommit>(request).unwrap().image;
     assert_eq!((saved.file, saved.disk_bytes), (None, DISK_BYTES));

@@ -14,6 +14,7 @@ fn info(name: &str) -> ImageInfo {
         boots: Boots::Runtime,
         rootfs: "/images/x/rootfs.ext4".into(),
         in_place: None,
+        temporary: false,
         kernel: None,
         disk_bytes: 1 << 20,
         allocated_bytes: 0,

@@ -97,6 +97,7 @@ fn image_goldens() {
             vm: "web".into(),
             image: name("mine"),
             recipe: Some("sha256:aa".into()),
+            temporary: true,
         },
         ImageReply {
             image: Image {
@@ -107,7 +108,7 @@ fn image_goldens() {
         },
         expect![[r#"
         image.commit
-        {"vm":"web","image":"mine","recipe":"sha256:aa"}
+        {"vm":"web","image":"mine","recipe":"sha256:aa","temporary":true}
         {"image":{"name":"default","disk_bytes":1,"allocated_bytes":2,"kernel":"Linux 6.1","os":"Debian","built_at":3,"vms":4,"owner_uid":1000,"digest":"sha256:bb","recipe":"sha256:aa"}}
     "#]],
     );

@@ -8,6 +8,7 @@ use super::settings::{Repository, Settings};
 use super::transport::tunnel_status;
 use super::url::{Scheme, Url};
 use super::{address, auth::parse_token};
+use crate::api::registry::{Credential, Secret};
 
 /// Reads an input as each part of a reply: its lines as the values of headers, all of it as a body
 /// and as a proxy's reply.
@@ -19,10 +20,17 @@ pub fn replies(input: &[u8]) {
     }
     let text = String::from_utf8_lossy(input);
     let from = Url::parse("https://registry.example/v2/").expect("a URL");
-    let settings = Settings::new(Repository {
+    let anonymous = Settings::new(Repository {
         registry: "registry.example".into(),
         name: "app".into(),
     });
+    let with_credential = Settings {
+        credential: Credential::Basic {
+            user: "ann".into(),
+            password: Secret::new("canary"),
+        },
+        ..anonymous.clone()
+    };
     let chosen = challenge::choose(text.split('\n'));
     for line in text.split('\n') {
         if let Some(range) = ContentRange::parse(line) {
@@ -35,7 +43,10 @@ pub fn replies(input: &[u8]) {
         if let Ok(to) = redirect::next(&from, line, |_| false) {
             check(&to);
         }
-        if let Ok(realm) = auth::realm(line, &from.origin, &settings) {
+        if let Ok(realm) = auth::realm(line, &from.origin, &anonymous) {
+            check(&realm);
+        }
+        if let Ok(realm) = auth::realm(line, &from.origin, &with_credential) {
             check(&realm);
             assert_eq!(realm.host(), "registry.example");
         }

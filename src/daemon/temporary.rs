@@ -1,5 +1,6 @@
 //! Deletes temporary images. `fcctl image commit` has one made of the caller's disk, to boot it in
-//! a VM that cleans the copy. fcctl deletes the image afterwards. If it was killed, the daemon does.
+//! a VM that cleans the copy. fcctl deletes the image afterwards. If it was killed, the daemon
+//! does.
 
 use super::images::ImageService;
 use crate::error::Kind;

@@ -54,7 +54,10 @@ fn pull_half(registry: &Registry, host: &mut Host, name: &str, last: &str, how: 
         host.relaunch();
     }
     registry.asked(last);
-    assert_eq!(image_directories(host), ["default"]);
+    // A cancelled pull first caches its complete layers.
+    wait_for("the pull has ended", || {
+        (image_directories(host) == ["default"]).then_some(())
+    });
 }
 
 #[test]
@@ -86,7 +89,10 @@ fn interrupted_pull_continues_in_the_middle_of_a_layer() {
         assert_eq!(registry.asked(&last), wanted, "{how}");
         let again: &[usize] = if how == "damaged" { &[0] } else { &[] };
         assert_eq!(registry.asked(&second), again, "{how}");
-        assert_eq!(partials(&host), Vec::<PathBuf>::new(), "{how}");
+        // A cancelled pull caches its complete layers, so the next one does not ask for what was
+        // received of them. That is removed after a week, or by a prune.
+        let left = usize::from(how != "killed");
+        assert_eq!(partials(&host).len(), left, "{how}");
         let show = host.json(&["image", "show", &name]);
         assert_eq!(show["layers"].as_array().unwrap().len(), 3, "{how}");
         host.ok(&["image", "rm", &name]);
@@ -182,8 +188,9 @@ fn full_disk_during_pull_publishes_nothing_and_retry_works() {
     let layers = [layer("a", 2 * MIB), layer("b", LAYER)];
     let name = registry.publish("big", &layers);
     let before = image_directories(&host);
-    // Room for: the small layer only; the layers, but no image; the image, but not all of it.
-    for leave in [8 * MIB, LAYER / 2 * 3, LAYER * 2 + 8 * MIB] {
+    // Room for: the small layer only; the layers, but no image; not all of the image, when the
+    // layers are cached.
+    for leave in [8 * MIB, LAYER / 2 * 3, LAYER / 2] {
         host.disk().fill(leave as u64);
         let failed = host.fcctl(&["--json", "image", "pull", &name]);
         let (_, stderr) = text(&failed);
@@ -196,15 +203,10 @@ fn full_disk_during_pull_publishes_nothing_and_retry_works() {
         assert_eq!(partials(&host), Vec::<PathBuf>::new(), "{leave}");
         host.disk().free();
     }
-    registry.asked(&digest(&layers[0]));
-    registry.asked(&digest(&layers[1]));
     let mut said = String::new();
     wait_for_or("the pull works", &mut said, |said| {
         let pulled = host.fcctl(&["image", "pull", &name]);
         *said = text(&pulled).1;
         pulled.status.success().then_some(())
     });
-    // The last attempt had verified both layers.
-    assert_eq!(registry.asked(&digest(&layers[0])), [0; 0]);
-    assert_eq!(registry.asked(&digest(&layers[1])), [0; 0]);
 }

@@ -19,7 +19,7 @@ impl ImageService {
     /// `image_not_found`, `denied`, `busy`.
     pub fn image_promote(&self, caller: &Caller, name: &ImageRef) -> Result<CallOutcome> {
         const METHOD: &str = "image.promote";
-        let name = self.resolve(name);
+        let name = self.resolve(caller, name);
         let doing = format!("promote image {name}");
         self.check_owner(caller, &name, &doing)?;
         let (_, in_use) = self.use_image(caller, &name)?;

@@ -240,7 +240,8 @@ impl ImageService {
     /// Gives an image an additional name, which belongs to the caller.
     pub fn image_tag(&self, caller: &Caller, request: &ImageTagRequest) -> Result<ImageReply> {
         // The image is neither deleted nor replaced while its files are linked.
-        let (info, _in_use) = self.use_image(caller, &request.image)?;
+        let name = self.resolve(caller, &request.image);
+        let (info, _in_use) = self.use_image(caller, &name)?;
         let mut reserved = self.reserve(caller, self.pulls.config.pulls_per_uid_max)?;
         self.reserve_new_name(&mut reserved, request.name.clone())?;
         // The additional name needs the kernel, too.

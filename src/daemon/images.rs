@@ -216,7 +216,7 @@ impl ImageService {
     /// # Errors
     /// `denied`, `image_not_found`, `conflict`, `busy`.
     pub fn image_delete(&self, caller: &Caller, name: &ImageRef) -> Result<ImageDeleteReply> {
-        let name = &self.resolve(name);
+        let name = &self.resolve(caller, name);
         let doing = format!("delete image {name}");
         // The deletion of nothing must not be in the way of an image that is about to be published.
         if let Err(e) = self.images.get(name)
@@ -284,66 +284,60 @@ impl ImageService {
             .read(|s| s.vms().filter(|row| row.shape.image == *name).count() as u64)
     }
 
-    /// Returns the name of the image that a caller means: the name itself or, if there is no such
-    /// image and the name has no tag, the name with the tag `latest`.
-    pub(super) fn resolve(&self, name: &ImageRef) -> ImageRef {
-        let tagged = name.with_default_tag();
-        if tagged == *name || self.exists(name) || !self.exists(&tagged) {
-            name.clone()
-        } else {
-            tagged
-        }
-    }
-
-    /// Like [`Self::resolve`], but prefers an image that the caller made or that is shared, so that
-    /// nobody can put an image in front of it by its name without a tag.
-    fn resolve_for(&self, caller: &Caller, name: &ImageRef) -> ImageRef {
-        let is_trusted = |name: &ImageRef| {
+    /// Returns the name of the image that a caller means: the name itself or, if the name has no
+    /// tag, the name with the tag `latest`. Prefers an image that the caller made or that is
+    /// shared, so that nobody can put an image in front of it.
+    pub(super) fn resolve(&self, caller: &Caller, name: &ImageRef) -> ImageRef {
+        let names = [name.clone(), name.with_default_tag()];
+        let is_trusted = |name: &&ImageRef| {
             let info = self.images.get(name);
             info.is_ok_and(|info| is_trusted(caller, &info))
         };
-        let found = [name.clone(), name.with_default_tag()]
-            .into_iter()
-            .find(is_trusted);
-        found.unwrap_or_else(|| self.resolve(name))
+        let mut found = names.iter().find(is_trusted);
+        found = found.or_else(|| names.iter().find(|name| self.exists(name)));
+        found.unwrap_or(name).clone()
     }
 
-    /// Returns an image that the caller may use.
+    /// Returns the image that the caller means, if the caller may use it.
     pub(super) fn find(&self, caller: &Caller, name: &ImageRef) -> Result<ImageInfo> {
-        let info = self.images.get(&self.resolve_for(caller, name))?;
+        self.get(caller, &self.resolve(caller, name))
+    }
+
+    /// Returns the image of exactly this name.
+    fn get(&self, caller: &Caller, name: &ImageRef) -> Result<ImageInfo> {
+        let info = self.images.get(name)?;
         if is_usable(caller, &info) {
             return Ok(info);
         }
-        let text = format!("image {} belongs to another user", info.name);
+        let text = format!("image {name} belongs to another user");
         Err(Error::new(Kind::Denied, text).hint("pull or build one under another name"))
     }
 
-    /// Returns the image. The guard prevents its deletion. A row must name the image before the
-    /// guard is dropped.
+    /// Returns the image of exactly this name. The guard prevents its deletion. A row must name the
+    /// image before the guard is dropped.
     pub(super) fn use_image(
         &self,
         caller: &Caller,
         name: &ImageRef,
     ) -> Result<(ImageInfo, UseGuard<ImageRef>)> {
-        let name = self.resolve_for(caller, name);
-        let in_use = self.uses.begin_use(&name).ok_or_else(|| {
+        let in_use = self.uses.begin_use(name).ok_or_else(|| {
             Error::new(
                 Kind::ImageNotFound,
                 format!("image {name} is being deleted"),
             )
             .hint("choose another: fcctl image list")
         })?;
-        Ok((self.find(caller, &name)?, in_use))
+        Ok((self.get(caller, name)?, in_use))
     }
 
-    /// Like [`Self::use_image`], for a VM. Root may see every image, but must not boot another
-    /// user's because it has an ordinary name.
+    /// Returns the image that the creator of a VM means, with a guard. Root may see every image, but
+    /// must not boot another user's because it has an ordinary name.
     pub(super) fn use_image_for_vm(
         &self,
         caller: &Caller,
         name: &ImageRef,
     ) -> Result<(ImageInfo, UseGuard<ImageRef>)> {
-        let (info, in_use) = self.use_image(caller, name)?;
+        let (info, in_use) = self.use_image(caller, &self.resolve(caller, name))?;
         if is_trusted(caller, &info) {
             return Ok((info, in_use));
         }

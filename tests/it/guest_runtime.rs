@@ -11,16 +11,22 @@ use std::path::{Path, PathBuf};
 
 /// Registers an image that has only a root file system.
 fn make_image(state_dir: &Path, name: &str) {
+    make_image_of(state_dir, name, "dev", None);
+}
+
+/// Registers an image whose commands run as `user`. An image with an owner is private.
+pub fn make_image_of(state_dir: &Path, name: &str, user: &str, owner_uid: Option<u32>) {
     let dir = state_dir.join("images").join(name);
     std::fs::create_dir_all(&dir).unwrap();
     std::fs::write(dir.join("rootfs.ext4"), vec![0; 8192]).unwrap();
     let config = ImageConfig {
-        user: "dev".to_owned(),
+        user: user.to_owned(),
         ..ImageConfig::default()
     };
     let image = serde_json::json!({
         "format": 2, "name": name, "os": "", "kernel_version": "", "packages": [], "built_at": 7,
         "config": config, "files": [{"name": "rootfs.ext4", "bytes": 8192, "sha256": ""}],
+        "owner_uid": owner_uid, "private": owner_uid.is_some(),
     });
     std::fs::write(dir.join("image.json"), image.to_string()).unwrap();
 }

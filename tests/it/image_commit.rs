@@ -1,5 +1,7 @@
 //! Tests of images that are made of VMs' disks.
 
+use crate::guest_runtime::{make_image_of, make_runtime};
+use crate::image_register::{create, image};
 use crate::world::*;
 use fcd::testing::api::image::*;
 use fcd::testing::api::page::ListRequest;
@@ -52,6 +54,26 @@ fn commit_needs_stopped_vm_with_disk() {
     }
     let images = world.call::<ImageList>(&ListRequest::default()).unwrap();
     assert_eq!(images.images.len(), 1);
+}
+
+/// A name without a tag can mean another image to root than to the VM's owner.
+#[test]
+fn commit_by_root_is_based_on_the_image_of_the_vm() {
+    const ALICE: u32 = 3001;
+    let world = World::new();
+    world.open_to_everybody();
+    let state = &world.config.state_dir;
+    make_runtime(state, "00000000000a", 7);
+    make_image_of(state, "plain", "alice", Some(ALICE));
+    make_image_of(state, "plain:latest", "root", None);
+    as_uid(ALICE, || {
+        create(&world, "web", "plain").unwrap();
+        world.start("web").unwrap();
+        world.stop("web").unwrap();
+    });
+    world.run::<ImageCommit>(commit("web", "mine")).unwrap();
+    let shown = world.call::<ImageShow>(&image("mine")).unwrap();
+    assert_eq!(shown.config.user, "alice");
 }
 
 /// A start never waits for a commit, and a disk that changes while it is read does not become an

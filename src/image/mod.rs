@@ -38,6 +38,7 @@ pub mod ext4;
 mod ext4;
 pub mod fetch;
 mod fsck;
+mod helper_side;
 mod history;
 mod in_place;
 mod initrd;

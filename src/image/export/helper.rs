@@ -1,12 +1,11 @@
 //! The helper's side: reads a file system and writes its files as a tar archive.
 
 use super::messages::{MESSAGE_BYTES_MAX, Message, Order};
-use crate::error::{Error, Kind, Result};
-use crate::host::confine::{Allowed, Asked, Call, Channel, Profile};
-use crate::host::wait::poll_until;
+use crate::error::{Error, Result};
+use crate::host::confine::{Allowed, Asked, Call, Profile};
 use crate::image::ext4::write_tar;
-use crate::image::pull::{Failure, decode, encode};
-use nix::poll::{PollFd, PollFlags};
+use crate::image::helper_side::{self, Daemon};
+use crate::image::pull::Failure;
 use std::cell::Cell;
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
@@ -42,36 +41,18 @@ const PROFILE: Profile = Profile {
 
 /// Runs this process as the helper of one export.
 pub(crate) fn run(asked: &Asked) -> ExitCode {
-    let daemon = Daemon(Channel::inherited());
-    let ended = asked
-        .confine(&PROFILE)
-        .map_err(|e| Error::new(Kind::Host, format!("confine the image helper: {e}")))
-        .and_then(|()| serve(&daemon));
-    let last = match &ended {
+    helper_side::run(asked, &PROFILE, serve, |ended| match ended {
         Ok(()) => Message::Done,
         Err(e) => Message::Failed(Failure::from(e)),
-    };
-    match daemon.send(&last) {
-        Ok(()) if ended.is_ok() => ExitCode::SUCCESS,
-        _ => ExitCode::FAILURE,
-    }
+    })
 }
 
 fn serve(daemon: &Daemon) -> Result<()> {
     let io = |e| Error::io("receive the file system", e);
-    let mut buffer = vec![0; MESSAGE_BYTES_MAX];
-    let received = loop {
-        match daemon.0.receive_with_fds(&mut buffer) {
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                daemon.wait(PollFlags::POLLIN).map_err(io)?;
-            }
-            received => break received.map_err(io)?,
-        }
-    };
-    let order: Option<Order> = decode(&buffer[..received.len]);
-    let mut fds = received.fds.into_iter().map(File::from);
-    let (Some(order), Some(disk), Some(layer)) = (order, fds.next(), fds.next()) else {
-        return Err(Error::internal("the first message is not an order"));
+    let (order, fds): (Order, _) = daemon.receive(MESSAGE_BYTES_MAX).map_err(io)?;
+    let mut fds = fds.into_iter().map(File::from);
+    let (Some(disk), Some(layer)) = (fds.next(), fds.next()) else {
+        return Err(Error::internal("the first message has no files"));
     };
     let (done, reported) = (Cell::new(0), Cell::new(Instant::now()));
     let progress = |bytes: u64| {
@@ -107,25 +88,5 @@ impl Write for Sparse {
     }
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
-    }
-}
-
-/// The channel to the daemon.
-struct Daemon(Channel);
-
-impl Daemon {
-    fn send(&self, message: &Message) -> io::Result<()> {
-        let message = encode(message);
-        loop {
-            match self.0.send(&message, &[]) {
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.wait(PollFlags::POLLOUT)?,
-                sent => return sent,
-            }
-        }
-    }
-
-    /// Waits without a deadline, because this process is killed when the daemon's thread ends.
-    fn wait(&self, events: PollFlags) -> io::Result<()> {
-        poll_until(&mut [PollFd::new(self.0.fd(), events)], None).map(drop)
     }
 }

@@ -4,18 +4,16 @@
 
 use super::job::{Job, Outcome};
 use super::link::{Answer, Asking, Link};
-use super::protocol::{Failure, JOB_BYTES_MAX, MESSAGE_BYTES_MAX, Order, Request, decode, encode};
+use super::protocol::{Failure, JOB_BYTES_MAX, MESSAGE_BYTES_MAX, Order, Request};
 use super::work;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::host::command::read_bounded;
-use crate::host::confine::{Allowed, Asked, Call, Channel, Profile};
+use crate::host::confine::{Allowed, Asked, Call, Profile};
 use crate::host::thread;
-use crate::host::wait::poll_until;
+use crate::image::helper_side::{self, Daemon};
 use crossbeam_channel::{Receiver, bounded};
-use nix::poll::{PollFd, PollFlags};
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 
 /// This helper's name for [`crate::host::confine::spawn`].
@@ -94,81 +92,37 @@ const PROFILE: Profile = Profile {
 
 /// Runs this process as the helper of one pull.
 pub(crate) fn run(asked: &Asked) -> ExitCode {
-    let daemon = Daemon(Channel::inherited());
-    let ended = asked
-        .confine(&PROFILE)
-        .map_err(|e| Error::new(Kind::Host, format!("confine the image helper: {e}")))
-        .and_then(|()| serve(&daemon));
-    let last = match &ended {
+    helper_side::run(asked, &PROFILE, serve, |ended| match ended {
         Ok(()) => Request::Done,
         Err(e) => Request::Failed(Failure::from(e)),
-    };
-    match daemon.send(&last) {
-        Ok(()) if ended.is_ok() => ExitCode::SUCCESS,
-        _ => ExitCode::FAILURE,
-    }
+    })
 }
 
-/// The channel to the daemon.
-struct Daemon(Channel);
-
-impl Daemon {
-    fn send(&self, request: &Request) -> io::Result<()> {
-        let message = encode(request);
-        loop {
-            match self.0.send(&message, &[]) {
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.wait(PollFlags::POLLOUT)?,
-                sent => return sent,
-            }
-        }
+/// Sends a request and, if the daemon answers it, returns the answer.
+fn ask(daemon: &Daemon, request: &Request) -> Result<Answer> {
+    let io = |e| Error::io("talk to the daemon", e);
+    daemon.send(request).map_err(io)?;
+    if !request.has_answer() {
+        return Ok(Answer::None);
     }
-
-    fn receive(&self) -> io::Result<(Order, Vec<OwnedFd>)> {
-        let mut buffer = vec![0; MESSAGE_BYTES_MAX];
-        loop {
-            match self.0.receive_with_fds(&mut buffer) {
-                Ok(received) => {
-                    let order = decode(&buffer[..received.len]);
-                    let order = order.ok_or(io::ErrorKind::UnexpectedEof)?;
-                    return Ok((order, received.fds));
-                }
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.wait(PollFlags::POLLIN)?,
-                Err(e) => return Err(e),
-            }
-        }
-    }
-
-    /// Waits without a deadline, because this process is killed when the daemon's thread ends.
-    fn wait(&self, events: PollFlags) -> io::Result<()> {
-        poll_until(&mut [PollFd::new(self.0.fd(), events)], None).map(drop)
-    }
-
-    /// Sends a request and, if the daemon answers it, returns the answer.
-    fn ask(&self, request: &Request) -> Result<Answer> {
-        let io = |e| Error::io("talk to the daemon", e);
-        self.send(request).map_err(io)?;
-        if !request.has_answer() {
-            return Ok(Answer::None);
-        }
-        let (order, fds) = self.receive().map_err(io)?;
-        let file = || {
-            let mut fds = fds.into_iter().map(File::from);
-            fds.next()
-                .ok_or_else(|| Error::internal("the daemon passed no file"))
-        };
-        match order {
-            Order::Continue => Ok(Answer::None),
-            Order::Cached => Ok(Answer::Cached(file()?)),
-            Order::Empty => Ok(Answer::Empty(file()?)),
-            Order::Partial => Ok(Answer::Partial(file()?)),
-            Order::Pull => Err(Error::internal("a second job")),
-        }
+    let (order, fds) = daemon.receive(MESSAGE_BYTES_MAX).map_err(io)?;
+    let file = || {
+        let mut fds = fds.into_iter().map(File::from);
+        fds.next()
+            .ok_or_else(|| Error::internal("the daemon passed no file"))
+    };
+    match order {
+        Order::Continue => Ok(Answer::None),
+        Order::Cached => Ok(Answer::Cached(file()?)),
+        Order::Empty => Ok(Answer::Empty(file()?)),
+        Order::Partial => Ok(Answer::Partial(file()?)),
+        Order::Pull => Err(Error::internal("a second job")),
     }
 }
 
 fn serve(daemon: &Daemon) -> Result<()> {
     let io = |e| Error::io("receive the job", e);
-    let (order, fds) = daemon.receive().map_err(io)?;
+    let (order, fds) = daemon.receive(MESSAGE_BYTES_MAX).map_err(io)?;
     let mut fds = fds.into_iter();
     let (Order::Pull, Some(job), Some(image), Some(result)) =
         (order, fds.next(), fds.next(), fds.next())
@@ -194,7 +148,7 @@ fn serve(daemon: &Daemon) -> Result<()> {
 fn answer(daemon: &Daemon, asked: &Receiver<Asking>) {
     for (request, to) in asked {
         // A thread that has ended needs no answer.
-        let _ = to.send(daemon.ask(&request));
+        let _ = to.send(ask(daemon, &request));
     }
 }
 

@@ -23,7 +23,8 @@ pub(super) enum Order {
     /// The first message. Its descriptors are the job, the image's file, the result and, for an
     /// archive, the stream.
     Pull,
-    /// Answers [`Request::Found`]: pull this image. Answers [`Request::Partial`]: there is no file.
+    /// Answers [`Request::Found`] if the image must be pulled, and [`Request::Partial`] if there is
+    /// no file for the blob.
     Continue,
     /// Answers [`Request::Partial`]. The descriptor is the file for the compressed bytes, with
     /// those that an earlier pull has received.

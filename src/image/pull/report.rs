@@ -13,7 +13,7 @@ const REPORT_EVERY: Duration = Duration::from_millis(200);
 /// The number of digits of a digest that docker shows.
 const SHORT_DIGITS: usize = 12;
 
-/// What a pull is doing.
+/// The stages of a pull.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
     Find,

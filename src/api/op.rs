@@ -34,7 +34,7 @@ pub struct Progress {
     /// The unit of `done` and `total`, such as `bytes`, `files` or `steps`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unit: Option<String>,
-    /// What progresses on its own, such as the layers of an image, in their order. At most
+    /// The parts that progress separately, such as the layers of an image, in their order. At most
     /// [`PARTS_MAX`] parts are listed; those in progress and those that wait are preferred.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub parts: Vec<Part>,

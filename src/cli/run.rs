@@ -131,7 +131,7 @@ fn run_in_new_vm(
     finish(printer, interrupts, new_vm, outcome, export)
 }
 
-/// What a run does in its VM.
+/// The steps of a run in its VM.
 struct Work {
     source: Option<Source>,
     how: PrepareHow,

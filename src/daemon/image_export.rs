@@ -26,7 +26,7 @@ const PIECE_BYTES: usize = 1 << 20;
 /// The space that a layer leaves free on the host's disk while it is made.
 const SPARE_BYTES: u64 = 1 << 30;
 
-/// What is exported. Its files are open.
+/// The content of an export, whose files are open.
 enum Content {
     Oci(OciArchive),
     Raw(File),

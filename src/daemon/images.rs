@@ -330,8 +330,8 @@ impl ImageService {
         Ok((self.get(caller, name)?, in_use))
     }
 
-    /// Returns the image that the creator of a VM means, with a guard. Root may see every image, but
-    /// must not boot another user's because it has an ordinary name.
+    /// Returns the image that the creator of a VM means, with a guard. Root may see every image,
+    /// but must not boot another user's because it has an ordinary name.
     pub(super) fn use_image_for_vm(
         &self,
         caller: &Caller,

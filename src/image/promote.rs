@@ -34,7 +34,7 @@ pub fn promote(
     options.read(true).write(true).create_new(true);
     let rootfs = options.open(out.join(ROOTFS)).map_err(io)?;
     copy(&file, &rootfs)?;
-    // What reads an image's file expects whole blocks. The digest does not cover zeroes.
+    // Readers of an image's file expect whole blocks. The digest does not cover zeroes.
     rootfs.set_len(info.disk_bytes).map_err(io)?;
     let record = record_file(&rootfs, ROOTFS, cancel)?;
     info.require_same(&file)?;

@@ -170,8 +170,8 @@ fn killed_daemon_leaves_no_half_image() {
 
     let tagged = |host: &Host| has(host, "mine:1");
     die_at_each_point(&mut host, &["image", "tag", &name, "mine:1"], &tagged);
-    let gone = |host: &Host| !has(host, "mine:1");
-    die_at_each_point(&mut host, &["image", "rm", "mine:1"], &gone);
+    let is_untagged = |host: &Host| !has(host, "mine:1");
+    die_at_each_point(&mut host, &["image", "rm", "mine:1"], &is_untagged);
     let pruned = |host: &Host| {
         let layers = fs::read_dir(host.state().join("layers")).unwrap();
         layers.count() == 1 && !has(host, &name)

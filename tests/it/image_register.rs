@@ -457,7 +457,7 @@ fn promote_and_rm_of_one_name_end_in_one_state() {
     }
 }
 
-/// What a VM has done is saved even if the image's file is gone.
+/// A commit saves the VM's disk even if the image's file is gone.
 #[test]
 fn disk_of_vm_is_committed_without_the_file() {
     let (world, dir) = world();

@@ -267,7 +267,7 @@ fn confined_process_may_only_do_its_work() {
 #[test]
 fn confined_process_with_threads_cannot_start_a_process() {
     let helper = spawn(PROBE_WITH_THREADS, None).unwrap();
-    let got = [
+    let results = [
         "start a thread",
         "fork",
         "share memory with a child",
@@ -281,7 +281,7 @@ fn confined_process_with_threads_cannot_start_a_process() {
         share memory with a child: EPERM
         make a namespace: EPERM
         run a program: EPERM"#]]
-    .assert_eq(&got.join("\n"));
+    .assert_eq(&results.join("\n"));
 }
 
 fn errno_name(answer: &str) -> String {

@@ -28,7 +28,7 @@ const INCOMPAT_KNOWN: u32 = INCOMPAT_FILETYPE
     | INCOMPAT_CSUM_SEED
     | INCOMPAT_LARGEDIR;
 
-/// What a file system is in.
+/// The bytes of a file system, such as an open file.
 pub(in crate::image) trait Source {
     /// Fills the buffer with the bytes at an offset.
     fn read_exact_at(&self, buffer: &mut [u8], at: u64) -> io::Result<()>;

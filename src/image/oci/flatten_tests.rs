@@ -56,6 +56,20 @@ impl Bench {
         self.flatten_with(image, DISK_BYTES, &|_| {})
     }
 
+    /// Flattens an image whose uncompressed layers may have this many bytes.
+    fn flatten_within(&self, image: &TestImage, unpacked_bytes_max: u64) -> Result<Flattened> {
+        let out = File::create(self.out()).unwrap();
+        let request = Flatten {
+            files: &self.files,
+            out: &out,
+            disk_bytes: DISK_BYTES,
+            unpacked_bytes_max,
+            progress: &|_| {},
+            cancel: &self.cancel,
+        };
+        flatten(&image.resolve(), image, &request)
+    }
+
     fn cached_files(&self) -> Vec<String> {
         let entries = std::fs::read_dir(self.dir.path().join("layers")).unwrap();
         let names = entries.map(|e| e.unwrap().file_name().into_string().unwrap());
@@ -466,16 +480,8 @@ fn cached_layer_counts_once_against_the_limit() {
     let image = TestImage::new(&[vec![half]], Compression::Gzip);
     let bench = Bench::new();
     for is_cached in [false, true] {
-        let out = File::create(bench.out()).unwrap();
-        let request = Flatten {
-            files: &bench.files,
-            out: &out,
-            disk_bytes: DISK_BYTES,
-            unpacked_bytes_max: (1 << 20) + (512 << 10),
-            progress: &|_| {},
-            cancel: &bench.cancel,
-        };
-        flatten(&image.resolve(), &image, &request)
+        bench
+            .flatten_within(&image, (1 << 20) + (512 << 10))
             .unwrap_or_else(|e| panic!("cached: {is_cached}: {e}"));
     }
 }
@@ -587,16 +593,7 @@ fn bombs_reach_the_limit_of_bytes() {
         let image = TestImage::new(&[vec![zeros.clone()]], compression);
         assert!(image.layers[0].size < 128 << 10);
         let bench = Bench::new();
-        let out = File::create(bench.out()).unwrap();
-        let request = Flatten {
-            files: &bench.files,
-            out: &out,
-            disk_bytes: DISK_BYTES,
-            unpacked_bytes_max: 1 << 20,
-            progress: &|_| {},
-            cancel: &bench.cancel,
-        };
-        let error = flatten(&image.resolve(), &image, &request).unwrap_err();
+        let error = bench.flatten_within(&image, 1 << 20).unwrap_err();
         assert!(
             error.to_string().contains("more than 1048576 bytes"),
             "{error}"

@@ -20,6 +20,9 @@ pub(super) struct Qmp<'a> {
     incoming: Incoming,
     budget: Budget,
     shutdown_cause: Option<Cause>,
+    /// True if an event has arrived since the last command was sent and [`Qmp::event`] has not yet
+    /// returned it.
+    has_event: bool,
 }
 
 impl<'a> Qmp<'a> {
@@ -31,6 +34,7 @@ impl<'a> Qmp<'a> {
             incoming: Incoming::default(),
             budget,
             shutdown_cause: None,
+            has_event: false,
         };
         let greeting = qmp.message("greet the VMM")?;
         if greeting.greeting.is_none() {
@@ -55,8 +59,13 @@ impl<'a> Qmp<'a> {
         self.shutdown_cause
     }
 
-    /// Waits for the VMM's next message, which is an event if no command is pending.
+    /// Waits for an event. Returns at once if one has arrived since the last command was sent: QEMU
+    /// sends the events of a migration from another thread, so an event may overtake the answer to
+    /// a query that does not yet reflect it.
     pub(super) fn event(&mut self) -> Result<()> {
+        if std::mem::take(&mut self.has_event) {
+            return Ok(());
+        }
         self.message("wait for an event of the VMM").map(drop)
     }
 
@@ -79,6 +88,7 @@ impl<'a> Qmp<'a> {
     pub(super) fn ask(&mut self, command: &str, arguments: &Value) -> Result<()> {
         let mut line = json!({ "execute": command, "arguments": arguments }).to_string();
         line.push('\n');
+        self.has_event = false;
         self.conversation
             .send(line.as_bytes(), &format!("send {command} to the VMM"))
     }
@@ -96,7 +106,10 @@ impl<'a> Qmp<'a> {
                     error: Some(refusal),
                     ..
                 } => return Err(Error::new(Kind::VmmFailed, refusal.text(&doing))),
-                Message { event, .. } => log::debug!("event of a VMM: {event:?}"),
+                Message { event, .. } => {
+                    log::debug!("event of a VMM: {event:?}");
+                    self.has_event = true;
+                }
             }
         }
     }

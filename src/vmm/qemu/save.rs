@@ -111,7 +111,6 @@ fn until_migrated(qmp: &mut Qmp<'_>) -> Result<()> {
                 let why: String = why.chars().take(512).collect();
                 return Err(failed(status, &crate::host::text::printable(&why)));
             }
-            // The answer to a query already reflects all earlier events.
             _ => qmp.event()?,
         }
     }
@@ -136,4 +135,45 @@ pub(super) fn require_same(then: &str, now: &str) -> Result<()> {
     .hint(
         "set driver under [vmm], and accel and machine under [qemu], back to their former values",
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vmm::qemu::scripted::{GREETING, talk};
+
+    /// A script in which the event of the last step overtakes the answer to the first query.
+    fn overtaking(last: &str) -> String {
+        let status = |s: &str| format!("{{\"return\": {{\"status\": \"{s}\"}}}}\n");
+        let event = format!("{{\"event\": \"MIGRATION\", \"data\": {{\"status\": \"{last}\"}}}}\n");
+        let done = "{\"return\": {}}\n";
+        format!(
+            "{GREETING}{done}{event}{}{}",
+            status("active"),
+            status(last)
+        )
+    }
+
+    #[test]
+    fn event_that_overtakes_an_answer_ends_the_wait_for_a_migration() {
+        let waited = |last| {
+            let (waited, _) = talk(&overtaking(last), 200, |qmp, _| {
+                until_migrated(&mut qmp.unwrap())
+            });
+            waited.map_err(|e| e.kind())
+        };
+        assert_eq!(waited("completed"), Ok(()));
+        assert_eq!(waited("failed"), Err(Kind::VmmFailed));
+    }
+
+    #[test]
+    fn event_that_overtakes_an_answer_ends_the_wait_for_a_cancelled_migration() {
+        let done = "{\"return\": {}}\n";
+        let query = "{\"return\": {\"status\": \"cancelling\"}}\n";
+        let event = "{\"event\": \"MIGRATION\", \"data\": {\"status\": \"cancelled\"}}\n";
+        let last = "{\"return\": {\"status\": \"cancelled\"}}\n";
+        let script = format!("{GREETING}{done}{query}{done}{event}{query}{last}");
+        let (waited, _) = talk(&script, 200, |qmp, _| cancel_migration(&mut qmp.unwrap()));
+        waited.unwrap();
+    }
 }

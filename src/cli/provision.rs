@@ -20,6 +20,7 @@ use crate::api::vm::{Synced, VmCreateRequest, VmStop, VmStopRequest};
 use crate::client::{Client, Result};
 use crate::error::{Error, Kind};
 use crate::host::shell::{quote, quote_bytes};
+use crate::host::text::printable;
 use crate::host::{hex, random};
 use crate::ids::ImageRef;
 use sha2::{Digest, Sha256};
@@ -31,9 +32,13 @@ use std::path::Path;
 const RECIPE_VERSION: &str = "fcd script 1";
 /// The limit of a script, which is read into memory.
 const SCRIPT_BYTES_MAX: u64 = 16 << 20;
-/// Runs the script that comes on stdin. `/run` is in memory, so the script does not become part of
-/// the image.
-const RUN_SCRIPT: &str = "umask 077; cat >/run/fcd-script && chmod 700 /run/fcd-script && exec /run/fcd-script </dev/null";
+/// Runs the script that comes on stdin. `/dev/shm` is in memory in every guest, so the script does
+/// not become part of the image. The runtime's programs are used if the guest has them, because the
+/// image may have none. The script itself gets the image's `PATH`.
+const RUN_SCRIPT: &str = "path=$PATH PATH=/.fcd/bin:$PATH
+cat >/dev/shm/fcd-script && chmod 700 /dev/shm/fcd-script || exit
+PATH=$path
+exec /dev/shm/fcd-script </dev/null";
 /// Removes what must differ between the VMs of an image. Programs of the guest runtime do this if
 /// there is one, because the image may have none, or others of the same names.
 const CLEAN: &str = "set -e
@@ -41,7 +46,7 @@ if [ -x /.fcd/bin/busybox ]; then PATH=/.fcd/bin; fi
 rm -f /etc/ssh/ssh_host_* /var/lib/dbus/machine-id /var/lib/systemd/random-seed
 if [ -e /etc/machine-id ]; then : >/etc/machine-id; fi
 if [ -d /var/log ]; then find /var/log -type f -exec rm -f {} +; fi
-rm -f /root/.bash_history /run/fcd-script /run/fcd-rest";
+rm -f /root/.bash_history";
 
 /// What to build.
 pub(super) struct Recipe {
@@ -133,28 +138,31 @@ pub(super) fn commit(
     made
 }
 
-/// Returns the script with the installation of the packages before it.
+/// Returns the script with the installation of the packages before it. It is empty if there is
+/// nothing to run.
 fn whole_script(recipe: &Recipe) -> Result<Vec<u8>> {
-    let mut script = match &recipe.script {
+    let script = match &recipe.script {
         Some(path) => read_script(path)?,
         None => Vec::new(),
     };
-    if !recipe.include.is_empty() {
-        let packages: Vec<String> = recipe.include.iter().map(|name| quote(name)).collect();
-        // The script keeps its own interpreter.
-        script = [
-            b"#!/bin/sh\nset -e\nexport DEBIAN_FRONTEND=noninteractive\napt-get -q update\n\
-              apt-get -q -y --no-install-recommends install -- "
-                .as_slice(),
-            packages.join(" ").as_bytes(),
-            b"\nprintf %s ",
-            &quote_bytes(&script),
-            b" >/run/fcd-rest\n[ -s /run/fcd-rest ] || exit 0\n\
-              chmod 700 /run/fcd-rest\nexec /run/fcd-rest\n",
-        ]
-        .concat();
+    if recipe.include.is_empty() {
+        return Ok(script);
     }
-    Ok(script)
+    let packages: Vec<String> = recipe.include.iter().map(|name| quote(name)).collect();
+    let mut whole = format!(
+        "#!/bin/sh\nset -e\n{}export DEBIAN_FRONTEND=noninteractive\napt-get -q update\n\
+         apt-get -q -y --no-install-recommends install -- {}\n",
+        require("command -v apt-get >/dev/null", "--include needs apt-get"),
+        packages.join(" ")
+    )
+    .into_bytes();
+    // The script keeps its own interpreter, which may be in the packages.
+    if let Some(program) = interpreter(&script) {
+        let line = require_interpreter(&program);
+        whole.extend([line.as_bytes(), b"printf %s ", &quote_bytes(&script)].concat());
+        whole.extend(b" >/dev/shm/fcd-rest\nchmod 700 /dev/shm/fcd-rest\nexec /dev/shm/fcd-rest\n");
+    }
+    Ok(whole)
 }
 
 fn read_script(path: &Path) -> Result<Vec<u8>> {
@@ -169,7 +177,33 @@ fn read_script(path: &Path) -> Result<Vec<u8>> {
         );
         return Err(Error::invalid(text).into());
     }
+    if interpreter(&bytes).is_none() {
+        let text = format!("{}: it does not begin with a #! line", doing());
+        return Err(Error::invalid(text)
+            .hint("name the program that runs it in the first line, such as #!/bin/sh")
+            .into());
+    }
     Ok(bytes)
+}
+
+/// Returns the program that runs a script, which the first line names (execve(2)).
+fn interpreter(script: &[u8]) -> Option<String> {
+    let line = script.strip_prefix(b"#!")?.split(|b| *b == b'\n').next()?;
+    let words = line.trim_ascii_start().split(|b| b" \t".contains(b));
+    let program = String::from_utf8(words.into_iter().next()?.to_vec()).ok()?;
+    Some(program).filter(|program| !program.is_empty())
+}
+
+/// Returns a line of a shell script that fails if the image does not have the program.
+fn require_interpreter(program: &str) -> String {
+    let word = quote(program);
+    let needs = format!("the script needs {}", printable(program));
+    require(&format!("[ -f {word} ] && [ -x {word} ]"), &needs)
+}
+
+fn require(condition: &str, needs: &str) -> String {
+    let text = quote(&format!("fcd: {needs}, which the image does not have"));
+    format!("{condition} || {{ printf '%s\\n' {text} >&2; exit 127; }}\n")
 }
 
 /// Returns the key under which the same build is found again.
@@ -204,16 +238,12 @@ fn in_new_vm(
     let (printer, stdio) = (&mut ctx.printer, &ctx.stdio);
     let mut new_vm = NewVm::held(client, interrupts, &request)?;
     let made = run::boot(printer, interrupts, &mut new_vm, None).and_then(|()| {
-        if let Some(script) = script {
-            run::as_root(
-                printer,
-                stdio,
-                interrupts,
-                &mut new_vm,
-                &["sh", "-c", RUN_SCRIPT],
-                script,
-            )
-            .map_err(|e| e.context("the script").hint("no image was made"))?;
+        if let Some(script) = script.filter(|script| !script.is_empty()) {
+            let check = interpreter(script).map_or_else(String::new, |p| require_interpreter(&p));
+            let run_it = format!("{check}{RUN_SCRIPT}");
+            let argv = ["sh", "-c", &run_it];
+            run::as_root(printer, stdio, interrupts, &mut new_vm, &argv, script)
+                .map_err(|e| e.context("the script").hint("no image was made"))?;
         }
         run::as_root(
             printer,

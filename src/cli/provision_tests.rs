@@ -1,5 +1,6 @@
 use super::super::exec::tests::{begin, status};
 use super::super::tests::{fcctl, vm};
+use super::{interpreter, require_interpreter};
 use crate::api::frame::Note;
 use crate::api::vm::{Synced, VmState};
 use crate::client::fake::{Fake, Request};
@@ -96,7 +97,7 @@ fn script_runs_in_vm_and_second_build_is_instant() {
         (0, "image.list")
     );
     // Another script is another image, whose name is taken.
-    script(&dir, "echo other\n");
+    script(&dir, "#!/bin/sh\necho other\n");
     let ran = fcctl(&daemon.fake, &args);
     assert_eq!(
         (ran.status, daemon.fake.methods().as_str()),
@@ -107,7 +108,7 @@ fn script_runs_in_vm_and_second_build_is_instant() {
 #[test]
 fn base_without_tag_is_the_pulled_image() {
     let (daemon, dir) = (daemon(0), tempfile::tempdir().unwrap());
-    let path = script(&dir, "true");
+    let path = script(&dir, "#!/bin/true");
     let build = |from: &str| {
         let args = ["image", "build", "--script", &path, "--from", from, "mine"];
         fcctl(&daemon.fake, &args)
@@ -121,7 +122,7 @@ fn base_without_tag_is_the_pulled_image() {
 #[test]
 fn failed_script_leaves_no_image_and_no_vm() {
     let (daemon, dir) = (daemon(3), tempfile::tempdir().unwrap());
-    let path = script(&dir, "exit 3\n");
+    let path = script(&dir, "#!/bin/sh\nexit 3\n");
     let ran = fcctl(&daemon.fake, &["image", "build", "--script", &path, "mine"]);
     assert_eq!(ran.status, 1);
     assert!(
@@ -138,7 +139,7 @@ fn failed_script_leaves_no_image_and_no_vm() {
 #[test]
 fn included_packages_are_installed_before_the_script() {
     let (daemon, dir) = (daemon(0), tempfile::tempdir().unwrap());
-    let path = script(&dir, "it's mine");
+    let path = script(&dir, "#!/bin/it's\nmine");
     let args = [
         "image",
         "build",
@@ -150,9 +151,45 @@ fn included_packages_are_installed_before_the_script() {
     ];
     assert_eq!(fcctl(&daemon.fake, &args).status, 0);
     let inputs = daemon.inputs.lock();
-    for part in ["install -- g++ cmake\n", r"printf %s 'it'\''s mine' >"] {
+    for part in [
+        "fcd: --include needs apt-get",
+        "install -- g++ cmake\n",
+        r"[ -x '/bin/it'\''s' ]",
+        "printf %s '#!/bin/it'\\''s\nmine' >",
+    ] {
         assert!(inputs[0].contains(part), "{}", inputs[0]);
     }
+}
+
+#[test]
+fn script_without_interpreter_is_refused() {
+    let (daemon, dir) = (daemon(0), tempfile::tempdir().unwrap());
+    for text in ["echo hello\n", "#!\necho hello\n", "#! \t", "\x7fELF"] {
+        let path = script(&dir, text);
+        let ran = fcctl(&daemon.fake, &["image", "build", "--script", &path, "mine"]);
+        assert_eq!(ran.status, 2, "{text:?}");
+        for part in ["it does not begin with a #! line", "such as #!/bin/sh"] {
+            assert!(ran.err.contains(part), "{}", ran.err);
+        }
+        assert_eq!(daemon.fake.methods(), "");
+    }
+}
+
+#[test]
+fn interpreter_is_read_as_the_kernel_does() {
+    for (script, program) in [
+        ("#!/bin/sh", "/bin/sh"),
+        ("#! /usr/bin/env  python3\nx", "/usr/bin/env"),
+        ("#!\t/bin/sh\t-e\n", "/bin/sh"),
+        ("#!/bin/sh\r\n", "/bin/sh\r"),
+    ] {
+        assert_eq!(interpreter(script.as_bytes()).as_deref(), Some(program));
+    }
+    let line = require_interpreter("/bin/sh\r");
+    assert!(
+        line.contains("fcd: the script needs /bin/sh\\r, which"),
+        "{line}"
+    );
 }
 
 #[test]

@@ -144,7 +144,7 @@ fn script_and_stopped_vm_become_images() {
     assert!(twin.starts_with("built\n/root/kept\n"), "{twin}");
     assert!(!twin.ends_with(&id), "{twin}");
 
-    std::fs::write(script, "exit 3\n").unwrap();
+    std::fs::write(script, "#!/bin/sh\nexit 3\n").unwrap();
     let (status, said) = host.fails(&["image", "build", "--script", script, "broken"]);
     assert!(
         status == 1 && said.contains("ended with status 3"),

@@ -25,6 +25,7 @@ mod kernels;
 mod lifecycle;
 mod process;
 mod promise;
+mod provisioning;
 mod pull_faults;
 mod pulled;
 #[path = "../it/lock_fuzz/random.rs"]

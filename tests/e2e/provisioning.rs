@@ -1,0 +1,50 @@
+//! Tests of images that scripts and commits make of pulled images.
+
+use crate::host::{Host, text};
+use crate::pulled::small_image;
+use std::fs;
+use std::path::Path;
+
+/// Pulls an image with busybox and no `/run`, under the name `small:1`.
+fn pull_small(host: &Host, dir: &Path) {
+    let layout = dir.join("layout");
+    fs::create_dir(&layout).unwrap();
+    small_image(host, &layout);
+    let source = format!("oci:{}:1", layout.display());
+    host.ok(&["image", "pull", &source, "--name", "small:1"]);
+}
+
+#[test]
+fn script_sets_up_image_without_run_directory() {
+    let host = Host::start();
+    host.add_runtime();
+    let dir = tempfile::tempdir().unwrap();
+    pull_small(&host, dir.path());
+    let script = dir.path().join("setup");
+    let path = script.to_str().unwrap();
+    let build = |name: &str, text: &str| {
+        fs::write(&script, text).unwrap();
+        host.fcctl(&[
+            "image", "build", "--script", path, "--from", "small:1", name,
+        ])
+    };
+
+    // The script has the environment of the image's commands.
+    let built = build("mine", "#!/bin/sh\necho \"$GREETING $PATH\" >/srv/made\n");
+    assert!(built.status.success(), "{}", text(&built).1);
+    let check = "cat /srv/made && [ ! -e /run ] && ls -A /dev/shm";
+    let show = [
+        "run", "--rm", "--net", "none", "--image", "mine", "sh", "-c", check,
+    ];
+    assert_eq!(
+        host.ok(&show),
+        "hello /usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/.fcd/bin\n"
+    );
+
+    let (_, said) = text(&build("other", "#!/usr/bin/python3 -u\n"));
+    let wanted = "fcd: the script needs /usr/bin/python3, which the image does not have\n";
+    assert!(said.contains(wanted), "{said}");
+    // The runtime has a shell for images without one.
+    let built = build("other", "#!/.fcd/bin/sh\ntrue\n");
+    assert!(built.status.success(), "{}", text(&built).1);
+}

@@ -13,7 +13,8 @@ use super::printer::Printer;
 use super::run::{self, NewVm};
 use super::signals::Interrupts;
 use crate::api::image::{
-    Image, ImageCommit, ImageCommitRequest, ImageDelete, ImageList, ImageRequest,
+    Image, ImageCommit, ImageCommitRequest, ImageDelete, ImageList, ImageRequest, ImageTag,
+    ImageTagRequest,
 };
 use crate::api::page::ListRequest;
 use crate::api::vm::{Synced, VmCreateRequest, VmStop, VmStopRequest};
@@ -74,12 +75,8 @@ pub(super) fn build(ctx: &mut Context, interrupts: &Interrupts, recipe: Recipe) 
             .into());
     };
     let key = recipe_key(base, &script);
-    match named(&recipe.name) {
-        Some(image) if image.recipe.as_ref() == Some(&key) => {
-            ctx.printer.note("the image was built from the same before");
-            return Ok(image.clone());
-        }
-        Some(_) => {
+    if let Some(image) = named(&recipe.name) {
+        if !is_built_from(image, &key) {
             let text = format!("image {} already exists", recipe.name);
             return Err(Error::new(Kind::NameTaken, text)
                 .hint(format!(
@@ -88,7 +85,13 @@ pub(super) fn build(ctx: &mut Context, interrupts: &Interrupts, recipe: Recipe) 
                 ))
                 .into());
         }
-        None => {}
+        ctx.printer.note("the image was built from the same before");
+        return Ok(image.clone());
+    }
+    if let Some(image) = images.iter().find(|image| is_built_from(image, &key)) {
+        let text = format!("image {} was built from the same before", image.name);
+        ctx.printer.note(&text);
+        return tag(ctx, interrupts, image, recipe.name);
     }
     let target = ImageCommitRequest {
         vm: String::new(),
@@ -97,6 +100,23 @@ pub(super) fn build(ctx: &mut Context, interrupts: &Interrupts, recipe: Recipe) 
         temporary: false,
     };
     in_new_vm(ctx, interrupts, recipe.from, &target, Some(&script))
+}
+
+/// True if this user built the image with this recipe. Other users may have given any image that
+/// recipe.
+fn is_built_from(image: &Image, key: &str) -> bool {
+    let own_uid = rustix::process::geteuid().as_raw();
+    image.recipe.as_deref() == Some(key) && image.owner_uid == Some(own_uid)
+}
+
+fn tag(ctx: &mut Context, interrupts: &Interrupts, image: &Image, name: ImageRef) -> Result<Image> {
+    let mut client = ctx.connector.connect(&mut ctx.printer)?;
+    let _guard = interrupts.guard(&client)?;
+    let request = ImageTagRequest {
+        image: image.name.clone(),
+        name,
+    };
+    Ok(client.call::<ImageTag>(&request)?.image)
 }
 
 /// Makes an image of a stopped VM.

@@ -1,9 +1,11 @@
 use super::super::exec::tests::{begin, status};
 use super::super::tests::{fcctl, vm};
-use super::{interpreter, require_interpreter};
+use super::{interpreter, recipe_key, require_interpreter};
 use crate::api::frame::Note;
+use crate::api::image::Image;
 use crate::api::vm::{Synced, VmState};
 use crate::client::fake::{Fake, Request};
+use crate::error::{Error, Kind};
 use crate::locks::{Mutex, Rank};
 use serde_json::{Value, json};
 use std::io::Read;
@@ -11,7 +13,7 @@ use std::sync::Arc;
 
 fn image(name: &str, recipe: Option<&str>) -> Value {
     json!({"name": name, "disk_bytes": 1, "allocated_bytes": 2, "kernel": "Linux 6.1", "os": "Debian", "built_at": 3,
-        "vms": 0, "owner_uid": 0, "digest": "sha256:base", "recipe": recipe})
+        "vms": 0, "owner_uid": rustix::process::geteuid().as_raw(), "digest": "sha256:base", "recipe": recipe})
 }
 
 /// A daemon with the image `default`, and the image that `image.commit` has made. The guest's
@@ -63,6 +65,11 @@ fn daemon(ends: u8) -> Daemon {
             let name = r.params["image"].as_str().unwrap_or_default().to_owned();
             r.result(json!({"image": image(&name, recipe.as_deref())}));
         }
+        "image.tag" => {
+            let name = r.params["name"].as_str().unwrap_or_default().to_owned();
+            let recipe = made.lock().clone();
+            r.result(json!({"image": image(&name, recipe.as_deref())}));
+        }
         "image.delete" => {
             let deleted = r.params["image"].clone();
             r.result(json!({"deleted": deleted}));
@@ -96,6 +103,17 @@ fn script_runs_in_vm_and_second_build_is_instant() {
         (ran.status, daemon.fake.methods().as_str()),
         (0, "image.list")
     );
+    // Under another name, it is the same image.
+    let ran = fcctl(&daemon.fake, &["image", "build", "--script", &path, "twin"]);
+    let (out, methods) = (String::from_utf8(ran.out).unwrap(), daemon.fake.methods());
+    assert_eq!((ran.status, methods.as_str()), (0, "image.list image.tag"));
+    assert!(out.starts_with("twin: "), "{out}");
+    assert!(
+        ran.err
+            .contains("image mine was built from the same before"),
+        "{}",
+        ran.err
+    );
     // Another script is another image, whose name is taken.
     script(&dir, "#!/bin/sh\necho other\n");
     let ran = fcctl(&daemon.fake, &args);
@@ -103,6 +121,32 @@ fn script_runs_in_vm_and_second_build_is_instant() {
         (ran.status, daemon.fake.methods().as_str()),
         (4, "image.list")
     );
+}
+
+/// The caller of `image.commit` chooses the recipe, so another user's is not to be trusted.
+#[test]
+fn image_of_other_user_is_not_taken_for_built() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = script(&dir, "#!/bin/sh\n");
+    let mut base: Image = serde_json::from_value(image("default", None)).unwrap();
+    let key = recipe_key(&base, b"#!/bin/sh\n");
+    base.owner_uid = Some(4242);
+    let fake = Fake::start(move |r: Request| match r.method.as_str() {
+        "image.list" => {
+            let other = Image {
+                name: "theirs".parse().unwrap(),
+                recipe: Some(key.clone()),
+                ..base.clone()
+            };
+            r.result(json!({"images": [base.clone(), other]}));
+        }
+        _ => r.fault(Error::new(Kind::Busy, "enough")),
+    });
+    for (name, methods) in [("mine", "image.list vm.create"), ("theirs", "image.list")] {
+        let ran = fcctl(&fake, &["image", "build", "--script", &path, name]);
+        assert_ne!(ran.status, 0, "{name}");
+        assert_eq!(fake.methods(), methods, "{name}");
+    }
 }
 
 #[test]

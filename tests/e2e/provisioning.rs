@@ -32,6 +32,16 @@ fn script_sets_up_image_without_run_directory() {
     // The script has the environment of the image's commands.
     let built = build("mine", "#!/bin/sh\necho \"$GREETING $PATH\" >/srv/made\n");
     assert!(built.status.success(), "{}", text(&built).1);
+    // The same script and base make no second image, and another script does not replace this one.
+    let twin = build("twin", "#!/bin/sh\necho \"$GREETING $PATH\" >/srv/made\n");
+    let (_, said) = text(&twin);
+    assert!(
+        said.contains("image mine was built from the same before"),
+        "{said}"
+    );
+    assert!(host.ok(&["image", "ls"]).contains("twin"));
+    let (_, said) = text(&build("mine", "#!/bin/sh\n"));
+    assert!(said.contains("fcctl image rm mine"), "{said}");
     let check = "cat /srv/made && [ ! -e /run ] && ls -A /dev/shm";
     let show = [
         "run", "--rm", "--net", "none", "--image", "mine", "sh", "-c", check,

@@ -84,7 +84,8 @@ pub(super) struct BuildArgs {
     /// Run this script as root in a new VM, whose disk becomes the image
     #[arg(long, value_name = "FILE", requires = "name")]
     script: Option<PathBuf>,
-    /// Start from this image instead of packages [default with --script: default]
+    /// Start from this image instead of packages, and pull it if this host does not have it
+    /// [default with --script: default]
     #[arg(long, value_name = "IMAGE", requires = "name")]
     from: Option<ImageRef>,
     /// Explain how to get the image of a Dockerfile
@@ -132,7 +133,7 @@ fn build(ctx: &mut Context, args: BuildArgs) -> Result<u8> {
         Some(name) if args.script.is_some() || args.from.is_some() => {
             let recipe = Recipe {
                 name,
-                from: args.from.unwrap_or_else(default_image),
+                from: args.from,
                 include: args.include,
                 script: args.script,
             };
@@ -151,10 +152,6 @@ fn build(ctx: &mut Context, args: BuildArgs) -> Result<u8> {
         }
     };
     report_made(&mut ctx.printer, &interrupts, made)
-}
-
-fn default_image() -> ImageRef {
-    "default".parse().expect("a valid name")
 }
 
 fn report_made(printer: &mut Printer, interrupts: &Interrupts, made: Result<Image>) -> Result<u8> {

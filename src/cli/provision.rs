@@ -13,8 +13,8 @@ use super::printer::Printer;
 use super::run::{self, NewVm};
 use super::signals::Interrupts;
 use crate::api::image::{
-    Image, ImageCommit, ImageCommitRequest, ImageDelete, ImageList, ImageRequest, ImageTag,
-    ImageTagRequest,
+    Image, ImageCommit, ImageCommitRequest, ImageDelete, ImageList, ImageRequest, ImageShow,
+    ImageTag, ImageTagRequest,
 };
 use crate::api::page::ListRequest;
 use crate::api::vm::{Synced, VmCreateRequest, VmStop, VmStopRequest};
@@ -52,7 +52,9 @@ rm -f /root/.bash_history";
 /// What to build.
 pub(super) struct Recipe {
     pub name: ImageRef,
-    pub from: ImageRef,
+    /// The base, which is pulled if this host does not have it. Defaults to the image `default`,
+    /// which is never pulled.
+    pub from: Option<ImageRef>,
     /// Packages to install before the script runs.
     pub include: Vec<String>,
     pub script: Option<std::path::PathBuf>,
@@ -61,20 +63,13 @@ pub(super) struct Recipe {
 /// Builds an image with a script, unless the image exists and was built from the same.
 pub(super) fn build(ctx: &mut Context, interrupts: &Interrupts, recipe: Recipe) -> Result<Image> {
     let script = whole_script(&recipe)?;
+    let base = find_base(ctx, interrupts, recipe.from)?;
     let images = ctx
         .connector
         .connect(&mut ctx.printer)?
         .list::<ImageList>(ListRequest::default())?;
     let named = |name: &ImageRef| images.iter().find(|image| image.name == *name);
-    // The daemon resolves a name in the same way when the VM is created.
-    let base = named(&recipe.from).or_else(|| named(&recipe.from.with_default_tag()));
-    let Some(base) = base else {
-        let text = format!("there is no image {}", recipe.from);
-        return Err(Error::new(Kind::ImageNotFound, text)
-            .hint("list them: fcctl image list, or build one: fcctl image build")
-            .into());
-    };
-    let key = recipe_key(base, &script);
+    let key = recipe_key(&base, &script);
     if let Some(image) = named(&recipe.name) {
         if !is_built_from(image, &key) {
             let text = format!("image {} already exists", recipe.name);
@@ -99,7 +94,26 @@ pub(super) fn build(ctx: &mut Context, interrupts: &Interrupts, recipe: Recipe) 
         recipe: Some(key),
         temporary: false,
     };
-    in_new_vm(ctx, interrupts, recipe.from, &target, Some(&script))
+    in_new_vm(ctx, interrupts, base.name, &target, Some(&script))
+}
+
+fn find_base(ctx: &mut Context, interrupts: &Interrupts, from: Option<ImageRef>) -> Result<Image> {
+    let Context {
+        connector,
+        printer,
+        stdio,
+        env,
+        ..
+    } = ctx;
+    let shown = match from {
+        Some(image) => run::find_or_pull(connector, printer, stdio, env, interrupts, &image)?,
+        None => {
+            let image = "default".parse().expect("a valid name");
+            let mut client = connector.connect(printer)?;
+            client.call::<ImageShow>(&ImageRequest { image })?
+        }
+    };
+    Ok(shown.image)
 }
 
 /// True if this user built the image with this recipe. Other users may have given any image that

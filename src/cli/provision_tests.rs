@@ -16,6 +16,11 @@ fn image(name: &str, recipe: Option<&str>) -> Value {
         "vms": 0, "owner_uid": rustix::process::geteuid().as_raw(), "digest": "sha256:base", "recipe": recipe})
 }
 
+/// Returns the reply to `image.show`.
+fn shown(image: Value) -> Value {
+    json!({"image": image, "config": {}, "layers": [], "history": []})
+}
+
 /// A daemon with the image `default`, and the image that `image.commit` has made. The guest's
 /// commands end with `ends` and their input is kept.
 struct Daemon {
@@ -37,6 +42,15 @@ fn daemon(ends: u8) -> Daemon {
                 .collect();
             r.result(json!({"images": images}));
         }
+        "image.show" => {
+            let name = r.params["image"].as_str().unwrap_or_default().to_owned();
+            match name.as_str() {
+                "default" | "gcc:13" => r.result(shown(image(&name, None))),
+                "debian" => r.result(shown(image("debian:latest", None))),
+                _ => r.fault(Error::new(Kind::ImageNotFound, "no such image")),
+            }
+        }
+        "image.pull" => r.result(json!({"image": image("gcc:13", None)})),
         "vm.create" => {
             r.note(Note::Created(Box::new(vm("web", VmState::Created))));
             r.wait_for_hangup();
@@ -95,18 +109,21 @@ fn script_runs_in_vm_and_second_build_is_instant() {
     assert_eq!(ran.status, 0, "{}", ran.err);
     assert_eq!(
         daemon.fake.methods(),
-        "image.list vm.create vm.start exec.start exec.start vm.stop image.commit vm.delete"
+        "image.show image.list vm.create vm.start exec.start exec.start vm.stop image.commit vm.delete"
     );
     assert_eq!(*daemon.inputs.lock(), ["#!/bin/sh\necho hello\n", ""]);
     let ran = fcctl(&daemon.fake, &args);
     assert_eq!(
         (ran.status, daemon.fake.methods().as_str()),
-        (0, "image.list")
+        (0, "image.show image.list")
     );
     // Under another name, it is the same image.
     let ran = fcctl(&daemon.fake, &["image", "build", "--script", &path, "twin"]);
     let (out, methods) = (String::from_utf8(ran.out).unwrap(), daemon.fake.methods());
-    assert_eq!((ran.status, methods.as_str()), (0, "image.list image.tag"));
+    assert_eq!(
+        (ran.status, methods.as_str()),
+        (0, "image.show image.list image.tag")
+    );
     assert!(out.starts_with("twin: "), "{out}");
     assert!(
         ran.err
@@ -119,7 +136,7 @@ fn script_runs_in_vm_and_second_build_is_instant() {
     let ran = fcctl(&daemon.fake, &args);
     assert_eq!(
         (ran.status, daemon.fake.methods().as_str()),
-        (4, "image.list")
+        (4, "image.show image.list")
     );
 }
 
@@ -132,6 +149,7 @@ fn image_of_other_user_is_not_taken_for_built() {
     let key = recipe_key(&base, b"#!/bin/sh\n");
     base.owner_uid = Some(4242);
     let fake = Fake::start(move |r: Request| match r.method.as_str() {
+        "image.show" => r.result(shown(json!(base))),
         "image.list" => {
             let other = Image {
                 name: "theirs".parse().unwrap(),
@@ -142,7 +160,10 @@ fn image_of_other_user_is_not_taken_for_built() {
         }
         _ => r.fault(Error::new(Kind::Busy, "enough")),
     });
-    for (name, methods) in [("mine", "image.list vm.create"), ("theirs", "image.list")] {
+    for (name, methods) in [
+        ("mine", "image.show image.list vm.create"),
+        ("theirs", "image.show image.list"),
+    ] {
         let ran = fcctl(&fake, &["image", "build", "--script", &path, name]);
         assert_ne!(ran.status, 0, "{name}");
         assert_eq!(fake.methods(), methods, "{name}");
@@ -150,17 +171,41 @@ fn image_of_other_user_is_not_taken_for_built() {
 }
 
 #[test]
-fn base_without_tag_is_the_pulled_image() {
-    let (daemon, dir) = (daemon(0), tempfile::tempdir().unwrap());
-    let path = script(&dir, "#!/bin/true");
-    let build = |from: &str| {
+fn base_is_resolved_and_pulled_like_the_image_of_a_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = script(&dir, "#!/bin/true\n");
+    for (from, base, methods) in [
+        ("debian", "debian:latest", "image.show image.list"),
+        (
+            "gcc",
+            "gcc:13",
+            "image.show image.pull image.show image.list",
+        ),
+    ] {
+        let daemon = daemon(0);
         let args = ["image", "build", "--script", &path, "--from", from, "mine"];
-        fcctl(&daemon.fake, &args)
-    };
-    let ran = build("debian");
-    assert_eq!(ran.status, 0, "{}", ran.err);
-    let ran = build("gcc");
-    assert!(ran.err.contains("no image gcc"), "{}", ran.err);
+        let ran = fcctl(&daemon.fake, &args);
+        assert_eq!(ran.status, 0, "{}", ran.err);
+        let calls = daemon.fake.calls();
+        let called = calls.iter().map(|call| call.split(' ').next().unwrap());
+        let called = called.collect::<Vec<_>>().join(" ");
+        assert!(
+            called.starts_with(&format!("{methods} vm.create")),
+            "{called}"
+        );
+        let created = calls.iter().find(|call| call.starts_with("vm.create"));
+        let named = format!(r#""image":"{base}""#);
+        assert!(created.unwrap().contains(&named), "{created:?}");
+    }
+}
+
+#[test]
+fn default_base_is_not_pulled() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = script(&dir, "#!/bin/true\n");
+    let fake = Fake::start(|r: Request| r.fault(Error::new(Kind::ImageNotFound, "no default")));
+    let ran = fcctl(&fake, &["image", "build", "--script", &path, "mine"]);
+    assert_eq!((ran.status, fake.methods().as_str()), (3, "image.show"));
 }
 
 #[test]
@@ -176,7 +221,7 @@ fn failed_script_leaves_no_image_and_no_vm() {
     );
     assert_eq!(
         daemon.fake.methods(),
-        "image.list vm.create vm.start exec.start vm.delete"
+        "image.show image.list vm.create vm.start exec.start vm.delete"
     );
 }
 

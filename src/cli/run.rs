@@ -12,7 +12,7 @@ use super::vm::Shape;
 use super::workspace::report_exported;
 use crate::api::exec::Exit;
 use crate::api::frame::Note;
-use crate::api::image::{ImageConfig, ImageRequest, ImageShow};
+use crate::api::image::{ImageConfig, ImageRequest, ImageShow, ImageShowReply};
 use crate::api::vm::{
     Vm, VmCreate, VmCreateRequest, VmDelete, VmDeleteRequest, VmRequest, VmSet, VmSetRequest,
     VmStart,
@@ -87,7 +87,8 @@ fn run_in_new_vm(
     // Check everything that can be checked before anything is created.
     let (argv, image_user) = match &args.shape.image {
         Some(image) => {
-            let config = image_config(connector, printer, stdio, env, interrupts, image)?;
+            let shown = find_or_pull(connector, printer, stdio, env, interrupts, image)?;
+            let config = shown.config;
             let user = config.user.clone();
             (command(config, args.entrypoint, args.argv), Some(user))
         }
@@ -194,15 +195,15 @@ fn user_of_image(new_vm: &mut NewVm, known: Option<String>) -> Result<Option<Str
     Ok(Some(user).filter(|_| !is_root))
 }
 
-/// Returns how commands run in an image. Pulls the image if this host does not have it.
-fn image_config(
+/// Returns an image. Pulls the image if this host does not have it.
+pub(super) fn find_or_pull(
     connector: &mut Connector,
     printer: &mut Printer,
     stdio: &Stdio,
     env: &Env,
     interrupts: &Interrupts,
     image: &ImageRef,
-) -> Result<ImageConfig> {
+) -> Result<ImageShowReply> {
     let mut client = connector.connect(printer)?;
     let request = ImageRequest {
         image: image.clone(),
@@ -210,14 +211,14 @@ fn image_config(
     let shown = client.call::<ImageShow>(&request);
     match shown {
         Err(e) if e.is(Kind::ImageNotFound) => {}
-        shown => return Ok(shown?.config),
+        shown => return shown,
     }
     let _guard = interrupts.guard(&client)?;
     let args = image_pull::Args::of(image);
     let pulled = image_pull::pull(&mut client, printer, interrupts, &stdio.stdin, env, args)
         .map_err(|e| e.context(format!("this host has no image {image}")))?;
     let request = ImageRequest { image: pulled.name };
-    Ok(client.call::<ImageShow>(&request)?.config)
+    client.call::<ImageShow>(&request)
 }
 
 /// Returns the command to run in an image, as docker chooses it: the arguments replace the image's

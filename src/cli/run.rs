@@ -24,6 +24,10 @@ use std::ffi::OsString;
 use std::io::{Seek, Write};
 use std::path::{Path, PathBuf};
 
+/// Changes the owner of a tree. The runtime's program does this if the guest has it, because the
+/// image may have none, or another of the same name.
+const CHOWN: &str = r#"PATH=/.fcd/bin:$PATH; exec chown -hR -- "$@""#;
+
 #[derive(clap::Args, Debug)]
 pub(super) struct Args {
     /// Directory to copy into the VM. In a git repository, the whole repository is copied, and the
@@ -410,7 +414,7 @@ fn give(
     } else {
         format!("{user}:")
     };
-    let argv = ["chown", "-hR", "--", &owner, path];
+    let argv = ["sh", "-c", CHOWN, "sh", &owner, path];
     as_root(printer, stdio, interrupts, new_vm, &argv, b"")
         .map_err(|e| e.context(format!("give {path} to {user}: chown")))
 }

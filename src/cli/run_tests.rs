@@ -453,7 +453,7 @@ fn run_with_image_and_directory_without_slash_names_the_fix() {
 fn run_as_user_gives_copy_to_user() {
     for (user, owner) in [("dev", "dev:"), ("1000", "1000"), ("dev:adm", "dev:adm")] {
         let fake = daemon(|mut r| {
-            if r.method != "exec.start" || r.params["argv"][0] != "chown" {
+            if r.method != "exec.start" || r.params["argv"][0] != "sh" {
                 return Some(r);
             }
             drop(begin(&mut r));
@@ -476,7 +476,7 @@ fn run_as_user_gives_copy_to_user() {
                 .collect::<Vec<_>>()
         };
         assert!(of("workspace.prepare")[0].contains(r#""guest_path":"/workspace/app""#));
-        let chown = format!(r#""argv":["chown","-hR","--","{owner}","/workspace/app"]"#);
+        let chown = format!(r#""sh","{owner}","/workspace/app"]"#);
         assert!(of("exec.start")[0].contains(&chown), "{calls:?}");
         assert!(of("exec.start")[1].contains(&format!(r#""user":"{user}""#)));
     }
@@ -501,7 +501,7 @@ fn run_gives_copy_to_user_of_image() {
                     r.result(shown);
                     None
                 }
-                "exec.start" if r.params["argv"][0] == "chown" => {
+                "exec.start" if r.params["argv"][0] == "sh" => {
                     drop(begin(&mut r));
                     r.result(status(0));
                     None
@@ -515,8 +515,7 @@ fn run_gives_copy_to_user_of_image() {
             let ran = fcctl(&fake, &args.concat());
             assert_eq!(ran.status, 7, "{}", ran.err);
             let calls = fake.calls().join("\n");
-            let chown = owner
-                .map(|owner| format!(r#""argv":["chown","-hR","--","{owner}","/workspace/app"]"#));
+            let chown = owner.map(|owner| format!(r#""sh","{owner}","/workspace/app"]"#));
             let is_given = chown.is_some_and(|chown| calls.contains(&chown));
             assert_eq!(is_given, owner.is_some(), "{user}: {calls}");
             let is_in_root = calls.contains(r#""guest_path":"/root/app""#);

@@ -1,9 +1,11 @@
 //! Tests of images that scripts and commits make of pulled images.
 
 use crate::host::{Host, text};
-use crate::pulled::small_image;
+use crate::pulled::{Layer, small_image, write_layout};
+use serde_json::json;
 use std::fs;
 use std::path::Path;
+use tar::EntryType;
 
 /// Pulls an image with busybox and no `/run`, under the name `small:1`.
 fn pull_small(host: &Host, dir: &Path) {
@@ -57,4 +59,38 @@ fn script_sets_up_image_without_run_directory() {
     // The runtime has a shell for images without one.
     let built = build("other", "#!/.fcd/bin/sh\ntrue\n");
     assert!(built.status.success(), "{}", text(&built).1);
+}
+
+#[test]
+fn copy_belongs_to_user_of_image_whose_programs_do_not_work() {
+    let host = Host::start();
+    host.add_runtime();
+    let dir = tempfile::tempdir().unwrap();
+    let refuse = b"#!/.fcd/bin/sh\nexit 9\n";
+    let mut layer = Layer::new().dir("bin");
+    for name in ["chown", "cat", "chmod", "rm", "find"] {
+        layer = layer.entry(&format!("bin/{name}"), EntryType::Regular, 0o755, refuse);
+    }
+    let layout = dir.path().join("layout");
+    fs::create_dir(&layout).unwrap();
+    let config = json!({"User": "1000", "Env": ["PATH=/bin"]});
+    write_layout(&layout, &[layer.finish()], config);
+    let source = format!("oci:{}:1", layout.display());
+
+    let repo = tempfile::tempdir().unwrap();
+    crate::first_light::repository(repo.path());
+    let path = repo.path().to_str().unwrap();
+    host.ok(&["image", "pull", &source, "--name", "odd:1"]);
+    let check = "/.fcd/bin/busybox stat -c %u hello.txt .git/HEAD && echo more >>hello.txt";
+    let ran = [
+        "run", "--rm", "--image", "odd:1", path, "--", "sh", "-c", check,
+    ];
+    assert_eq!(host.ok(&ran), "1000\n1000\n");
+
+    let script = dir.path().join("script");
+    fs::write(&script, "#!/.fcd/bin/sh\n").unwrap();
+    let script = script.to_str().unwrap();
+    host.ok(&[
+        "image", "build", "--script", script, "--from", "odd:1", "mine",
+    ]);
 }

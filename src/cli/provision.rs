@@ -30,7 +30,7 @@ use std::path::Path;
 
 /// The version of what a build does apart from its script. Images of other versions are built
 /// again.
-const RECIPE_VERSION: &str = "fcd script 1";
+const RECIPE_VERSION: &str = "fcd script 2";
 /// The limit of a script, which is read into memory.
 const SCRIPT_BYTES_MAX: u64 = 16 << 20;
 /// Runs the script that comes on stdin. `/dev/shm` is in memory in every guest, so the script does
@@ -41,9 +41,16 @@ cat >/dev/shm/fcd-script && chmod 700 /dev/shm/fcd-script || exit
 PATH=$path
 exec /dev/shm/fcd-script </dev/null";
 /// Removes what must differ between the VMs of an image. Programs of the guest runtime do this if
-/// there is one, because the image may have none, or others of the same names.
+/// there is one, because the image may have none, or others of the same names. Its init has kept a
+/// copy of each file that it wrote to `/etc`; these do not belong to the image either.
 const CLEAN: &str = "set -e
-if [ -x /.fcd/bin/busybox ]; then PATH=/.fcd/bin; fi
+if [ -x /.fcd/bin/busybox ]; then
+  PATH=/.fcd/bin
+  for copy in /.fcd/run/written/*; do
+    file=/etc/${copy##*/}
+    if cmp -s \"$copy\" \"$file\"; then rm \"$file\"; fi
+  done
+fi
 rm -f /etc/ssh/ssh_host_* /var/lib/dbus/machine-id /var/lib/systemd/random-seed
 if [ -e /etc/machine-id ]; then : >/etc/machine-id; fi
 if [ -d /var/log ]; then find /var/log -type f -exec rm -f {} +; fi

@@ -5,6 +5,7 @@ use crate::pulled::{Layer, small_image, write_layout};
 use serde_json::json;
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 use tar::EntryType;
 
 /// Pulls an image with busybox and no `/run`, under the name `small:1`.
@@ -14,6 +15,56 @@ fn pull_small(host: &Host, dir: &Path) {
     small_image(host, &layout);
     let source = format!("oci:{}:1", layout.display());
     host.ok(&["image", "pull", &source, "--name", "small:1"]);
+}
+
+/// Returns the names in a directory of an image.
+fn names_in(host: &Host, image: &str, dir: &str) -> Vec<String> {
+    let disk = host.state().join("images").join(image).join("rootfs.ext4");
+    let listed = Command::new("/sbin/debugfs")
+        .args(["-R", &format!("ls -p {dir}")])
+        .arg(disk)
+        .output()
+        .unwrap();
+    let (out, err) = text(&listed);
+    let names = out.lines().filter_map(|line| line.split('/').nth(5));
+    let mut names: Vec<String> = names.map(str::to_owned).collect();
+    names.sort();
+    assert!(
+        names.starts_with(&[".".to_owned(), "..".to_owned()]),
+        "{out}{err}"
+    );
+    names.split_off(2)
+}
+
+#[test]
+fn image_has_no_files_of_its_guest() {
+    let host = Host::start();
+    host.add_runtime();
+    let dir = tempfile::tempdir().unwrap();
+    pull_small(&host, dir.path());
+    let shape = ["--name", "box", "--image", "small:1"];
+    host.ok(&[&["vm", "create"][..], &shape].concat());
+    host.ok(&["start", "box"]);
+    let written = host.sh(
+        "box",
+        "cd /etc && echo mine >kept && ls && /.fcd/bin/cat hosts",
+    );
+    assert!(
+        written.starts_with("hostname\nhosts\nkept\nresolv.conf\n"),
+        "{written}"
+    );
+    host.ok(&["stop", "box"]);
+    host.ok(&["image", "commit", "box", "copy"]);
+    assert_eq!(names_in(&host, "copy", "/etc"), ["kept"]);
+
+    // What the script wrote belongs to the image.
+    let script = dir.path().join("setup");
+    fs::write(&script, "#!/bin/sh\necho 127.0.0.2 mine >>/etc/hosts\n").unwrap();
+    let script = script.to_str().unwrap();
+    host.ok(&[
+        "image", "build", "--script", script, "--from", "small:1", "made",
+    ]);
+    assert_eq!(names_in(&host, "made", "/etc"), ["hosts"]);
 }
 
 #[test]
@@ -44,13 +95,13 @@ fn script_sets_up_image_without_run_directory() {
     assert!(host.ok(&["image", "ls"]).contains("twin"));
     let (_, said) = text(&build("mine", "#!/bin/sh\n"));
     assert!(said.contains("fcctl image rm mine"), "{said}");
-    let check = "cat /srv/made && [ ! -e /run ] && ls -A /dev/shm";
+    let check = "cat /srv/made && ls -l /srv/made | cut -c 1-10 && [ ! -e /run ] && ls -A /dev/shm";
     let show = [
         "run", "--rm", "--net", "none", "--image", "mine", "sh", "-c", check,
     ];
     assert_eq!(
         host.ok(&show),
-        "hello /usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/.fcd/bin\n"
+        "hello /usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/.fcd/bin\n-rw-r--r--\n"
     );
 
     let (_, said) = text(&build("other", "#!/usr/bin/python3 -u\n"));

@@ -35,5 +35,6 @@ mod registries;
 mod repositories;
 mod runtime;
 mod snapshots;
+mod sftp;
 mod soak;
 mod tree;

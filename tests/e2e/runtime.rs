@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::Command;
 
 /// Registers the files below `tree` as an image, as `image pull` does with those of a registry.
-fn register(host: &Host, name: &str, tree: &Path, config: Value) {
+pub fn register(host: &Host, name: &str, tree: &Path, config: Value) {
     write_image(&host.state().join("images").join(name), name, tree, config);
 }
 

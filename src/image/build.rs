@@ -73,8 +73,9 @@ const STAGE_INITRAMFS: usize = 9;
 const STAGE_PUBLISH: usize = 10;
 
 /// The files that are written to the staging directory for `build.sh`.
-const INPUTS: [(&str, &str); 5] = [
+const INPUTS: [(&str, &str); 6] = [
     ("build.sh", include_str!("build.sh")),
+    ("certificates.sh", include_str!("certificates.sh")),
     ("fetch.sh", include_str!("fetch.sh")),
     ("shutdown", include_str!("guest/shutdown")),
     ("sshd_config", include_str!("guest/sshd_config")),
@@ -289,6 +290,40 @@ mod tests {
                 "{bad}"
             );
         }
+    }
+
+    #[test]
+    fn certificates_of_host_are_copied() {
+        let dir = tempfile::tempdir().unwrap();
+        let [script, from, to, outside] =
+            ["certificates.sh", "from", "to", "outside"].map(|name| dir.path().join(name));
+        std::fs::write(&script, include_str!("certificates.sh")).unwrap();
+        let copy = || {
+            let command = Command::new("sh").args([&script, &from, &to]);
+            let cancel = Cancel::try_new().unwrap();
+            let ran = crate::host::command::run_any_status(&command, &cancel, &mut |_| {}).unwrap();
+            assert_eq!(ran.status, 0);
+        };
+        copy();
+        assert!(!to.exists());
+
+        std::fs::create_dir_all(from.join("company")).unwrap();
+        for name in ["a.crt", "company/b c.crt", "notes.txt"] {
+            std::fs::write(from.join(name), name).unwrap();
+        }
+        std::fs::write(&outside, "linked").unwrap();
+        std::os::unix::fs::symlink(&outside, from.join("linked.crt")).unwrap();
+        copy();
+        for (name, content) in [
+            ("a.crt", "a.crt"),
+            ("company/b c.crt", "company/b c.crt"),
+            ("linked.crt", "linked"),
+        ] {
+            let path = to.join(name);
+            assert!(path.symlink_metadata().unwrap().is_file(), "{name}");
+            assert_eq!(std::fs::read_to_string(path).unwrap(), content);
+        }
+        assert!(!to.join("notes.txt").exists());
     }
 
     #[test]

@@ -81,14 +81,9 @@ if [ "$profile" = full ]; then
 	echo 'dev ALL=(ALL:ALL) NOPASSWD: ALL' >"$tree/etc/sudoers.d/dev"
 	chmod 440 "$tree/etc/sudoers.d/dev"
 	echo LANG=C.UTF-8 >"$tree/etc/default/locale"
-	# A host behind a proxy that inspects TLS trusts the proxy's CA, and its guests have to trust it too.
 	certificates=/usr/local/share/ca-certificates
-	if [ -d "$certificates" ]; then
-		(cd "$certificates" && find -L . -type f -name '*.crt') | while read -r file; do
-			install -D -m 644 "$certificates/$file" "$tree$certificates/$file"
-		done
-		TMPDIR=/tmp chroot "$tree" update-ca-certificates >/dev/null
-	fi
+	sh "$in/certificates.sh" "$certificates" "$tree$certificates"
+	TMPDIR=/tmp chroot "$tree" update-ca-certificates >/dev/null
 fi
 echo $((disk_bytes / 512)) >"$tree/var/lib/fcd/disk-sectors"
 # shellcheck source=/dev/null

@@ -34,7 +34,7 @@ mod registered;
 mod registries;
 mod repositories;
 mod runtime;
-mod snapshots;
 mod sftp;
+mod snapshots;
 mod soak;
 mod tree;

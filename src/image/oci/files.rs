@@ -4,6 +4,7 @@
 use super::budget::Budget;
 use super::digest::Digest;
 use super::layer::{LayerIndex, index};
+use super::manifest::Layer;
 use super::tar_reader::Input;
 use crate::error::{Error, Result};
 use std::fs::File;
@@ -25,7 +26,7 @@ pub trait LayerFiles: Sync {
     /// Returns the file of the layer whose uncompressed tar has this digest.
     fn open(&self, diff_id: Digest) -> Result<LayerFile>;
     /// Reports that the empty file of this layer is complete and verified.
-    fn complete(&self, diff_id: Digest) -> Result<()>;
+    fn complete(&self, layer: &Layer) -> Result<()>;
 }
 
 /// A layer that was read: its tar, and the index of its entries.
@@ -122,8 +123,8 @@ impl LayerFiles for TestFiles {
         }
     }
 
-    fn complete(&self, diff_id: Digest) -> Result<()> {
-        let path = self.path(diff_id);
+    fn complete(&self, layer: &Layer) -> Result<()> {
+        let path = self.path(layer.diff_id);
         std::fs::rename(path.with_extension("new"), path).unwrap();
         Ok(())
     }

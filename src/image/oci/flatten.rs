@@ -279,7 +279,7 @@ impl Readers<'_> {
                 Err(e) if is_of_blob(&e) => self.read_again(missing, &reading, e),
                 read => read,
             }?;
-            self.request.files.complete(layer.diff_id)?;
+            self.request.files.complete(layer)?;
             let tar = missing.spool.try_clone();
             let tar = tar.map_err(|e| Error::io("keep a layer open", e))?;
             Ok(IndexedLayer { index, tar })

@@ -58,9 +58,8 @@ impl Link {
         }
     }
 
-    pub(super) fn stored(&self, diff_id: &str) -> Result<()> {
-        let diff_id = diff_id.to_owned();
-        self.ask(Request::Stored { diff_id }).map(drop)
+    pub(super) fn stored(&self, diff_id: String, blob: String) -> Result<()> {
+        self.ask(Request::Stored { diff_id, blob }).map(drop)
     }
 
     /// Returns the file of a blob that is fetched now, if it can be kept for a later pull.

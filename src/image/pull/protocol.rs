@@ -48,6 +48,8 @@ pub(super) enum Request {
     /// The empty file of this layer is complete.
     Stored {
         diff_id: String,
+        /// The digest of the blob that the layer came from.
+        blob: String,
     },
     /// Asks for the file of a blob that is fetched now.
     Partial {

@@ -64,8 +64,8 @@ struct HandedOut {
     /// The file of an archive.
     other: Option<File>,
     layers: HashMap<String, File>,
-    /// The layers whose file is complete.
-    complete: HashSet<String>,
+    /// The layers whose file is complete, by diff id, with the digests of their blobs.
+    complete: HashMap<String, String>,
     /// The digests of the blobs whose partial downloads were handed out.
     partials: HashSet<String>,
 }
@@ -147,11 +147,11 @@ impl Session<'_> {
                     send(helper, &Order::Continue, &[])?;
                 }
                 Request::Layer { diff_id } => self.hand_out_layer(helper, handed_out, diff_id)?,
-                Request::Stored { diff_id } => {
+                Request::Stored { diff_id, blob } => {
                     if !handed_out.layers.contains_key(&diff_id) {
                         return Err(violation("completed a layer that it did not ask for"));
                     }
-                    handed_out.complete.insert(diff_id);
+                    handed_out.complete.insert(diff_id, blob);
                 }
                 Request::Partial { digest } => self.hand_out_partial(helper, handed_out, digest)?,
                 Request::File => {
@@ -217,7 +217,7 @@ impl Session<'_> {
     }
 
     /// Caches the complete layers, also of a pull that was cancelled: the next one need not fetch
-    /// them again. A failure costs only time at the next pull.
+    /// them again, nor read their partial downloads. A failure costs only time at the next pull.
     fn keep(&self, handed_out: &HandedOut, cancel: &Cancel) {
         let cancelled_at = Cell::new(None);
         let gives_up = || match cancel.cause() {
@@ -229,11 +229,16 @@ impl Session<'_> {
                 at.elapsed() > KEEP_MAX
             }
         };
-        for diff_id in &handed_out.complete {
-            if let Some(file) = handed_out.layers.get(diff_id)
-                && let Err(e) = self.layers.insert(diff_id, file, &gives_up)
-            {
-                log::warn!("{e}");
+        for (diff_id, blob) in &handed_out.complete {
+            let Some(file) = handed_out.layers.get(diff_id) else {
+                continue;
+            };
+            match self.layers.insert(diff_id, file, &gives_up) {
+                Ok(true) if handed_out.partials.contains(blob) => {
+                    self.layers.partials.forget(self.uid, blob);
+                }
+                Ok(_) => {}
+                Err(e) => log::warn!("{e}"),
             }
         }
     }

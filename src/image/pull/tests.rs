@@ -45,9 +45,19 @@ impl Daemon {
         self.receive().1.remove(0)
     }
 
+    /// Reports that a layer is complete, which came from the blob of [`Daemon::partial`].
     fn stored(&self, diff_id: &str) {
-        let diff_id = diff_id.to_owned();
-        self.send(&encode(&Request::Stored { diff_id }));
+        let (diff_id, blob) = (diff_id.to_owned(), id(b"blob"));
+        self.send(&encode(&Request::Stored { diff_id, blob }));
+    }
+
+    /// Writes a part of a blob.
+    fn partial(&self) {
+        let digest = id(b"blob");
+        self.send(&encode(&Request::Partial { digest }));
+        let (order, mut files) = self.receive();
+        assert_eq!(order, Order::Partial);
+        files.remove(0).write_all(b"bl").unwrap();
     }
 }
 
@@ -69,7 +79,15 @@ pub(crate) fn run() -> ExitCode {
             daemon.send(&encode(&Request::Done));
         }
         "store a right layer and fail" => {
+            daemon.partial();
             daemon.layer(&id(b"good")).write_all(b"good").unwrap();
+            daemon.stored(&id(b"good"));
+            let failure = Error::new(Kind::RegistryBusy, "too many requests");
+            daemon.send(&encode(&Request::Failed((&failure).into())));
+        }
+        "store a wrong layer and fail" => {
+            daemon.partial();
+            daemon.layer(&id(b"good")).write_all(b"evil").unwrap();
             daemon.stored(&id(b"good"));
             let failure = Error::new(Kind::RegistryBusy, "too many requests");
             daemon.send(&encode(&Request::Failed((&failure).into())));
@@ -87,11 +105,7 @@ pub(crate) fn run() -> ExitCode {
             drop(daemon.receive());
         }
         "leave a partial download" | "leave a wrong partial download" => {
-            let digest = id(b"blob");
-            daemon.send(&encode(&Request::Partial { digest }));
-            let (order, mut files) = daemon.receive();
-            assert_eq!(order, Order::Partial);
-            files.remove(0).write_all(b"bl").unwrap();
+            daemon.partial();
             let kind = match mode.as_str() {
                 "leave a partial download" => Kind::RegistryUnreachable,
                 _ => Kind::InvalidImage,
@@ -168,6 +182,12 @@ impl Stage {
     fn has(&self, content: &[u8]) -> bool {
         self.layers.get(&id(content)).unwrap().is_some()
     }
+
+    /// Returns the number of partial downloads.
+    fn partials(&self) -> usize {
+        let dir = std::fs::read_dir(self.layers.partials.dir());
+        dir.unwrap().count()
+    }
 }
 
 #[test]
@@ -192,6 +212,15 @@ fn complete_layers_of_failed_pull_are_cached() {
     let e = stage.run("store a right layer and fail").unwrap_err();
     assert_eq!(e.kind(), Kind::RegistryBusy);
     assert!(stage.has(b"good"));
+}
+
+#[test]
+fn partial_download_of_cached_layer_is_removed() {
+    let stage = Stage::new();
+    stage.run("store a wrong layer and fail").unwrap_err();
+    assert_eq!((stage.has(b"good"), stage.partials()), (false, 1));
+    stage.run("store a right layer and fail").unwrap_err();
+    assert_eq!((stage.has(b"good"), stage.partials()), (true, 0));
 }
 
 /// Cancels the pull as soon as the image is known.

@@ -9,7 +9,7 @@ use crate::error::{Error, Kind, Result};
 use crate::host::wait::poll_until;
 use crate::image::fetch::{Client, Selector, SystemDialer};
 use crate::image::oci::{
-    self, Archive, Blobs, Descriptor, Digest, Flatten, Image, LayerFiles, Wanted,
+    self, Archive, Blobs, Descriptor, Digest, Flatten, Image, Layer, LayerFiles, Wanted,
 };
 use crate::locks::Cancel;
 use nix::poll::{PollFd, PollFlags};
@@ -237,8 +237,9 @@ impl LayerFiles for DaemonFiles<'_> {
         })
     }
 
-    fn complete(&self, diff_id: Digest) -> Result<()> {
-        self.0.stored(&diff_id.to_string())
+    fn complete(&self, layer: &Layer) -> Result<()> {
+        let (diff_id, blob) = (layer.diff_id.to_string(), layer.blob.digest.to_string());
+        self.0.stored(diff_id, blob)
     }
 }
 

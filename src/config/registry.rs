@@ -31,8 +31,8 @@ section! {
         pulls_per_uid_max: usize = 4,
         /// Size of the cache of unpacked layers in bytes. The least recently used ones are removed.
         cache_bytes_max: u64 = 20 << 30,
-        /// Space in bytes that the images of one user may take on the host. Root and the daemon's
-        /// own user have no limit.
+        /// Space in bytes that the images of one user may take on the host. Files that several
+        /// names of an image share count once. Root and the daemon's own user have no limit.
         image_bytes_per_uid_max: u64 = 64 << 30,
     }
 }

@@ -5,7 +5,7 @@
 
 use super::access::Caller;
 use super::call::{CallOutcome, to_value};
-use super::images::ImageService;
+use super::images::{ImageService, Reserved};
 use crate::api::image::{Image, ImageCommitRequest, ImageReply};
 use crate::api::vm::VmState;
 use crate::disk::duplicate::Source;
@@ -14,6 +14,16 @@ use crate::error::{Error, Kind, Result};
 use crate::image::{CommitSpec, ImageInfo};
 use crate::ops::OpHandle;
 use crate::store::VmRow;
+
+/// A commit in progress.
+struct Commit {
+    caller: Caller,
+    request: ImageCommitRequest,
+    /// The VM, as it was when the commit began.
+    row: VmRow,
+    method: Method,
+    reserved: Reserved,
+}
 
 impl ImageService {
     /// Begins to make an image of a stopped VM.
@@ -36,15 +46,22 @@ impl ImageService {
             op.finish(Err(e.clone()));
             return Err(e);
         }
-        let (id, service, request) = (op.id().clone(), self.clone(), request.clone());
-        let caller = *caller;
+        let (id, service) = (op.id().clone(), self.clone());
+        let commit = Commit {
+            caller: *caller,
+            request: request.clone(),
+            row,
+            method,
+            reserved,
+        };
         core.spawn(&format!("op-{id}"), move || {
+            let row = &commit.row;
             let _label = crate::locks::operation_scope(format!("{METHOD} {}", row.id));
             let result = service
-                .make_of_disk(&op, &row, method, &request, &caller)
+                .make_of_disk(&op, &commit)
                 .map_err(|e| e.context(format!("make an image of VM {}", row.name)))
                 .and_then(|image| to_value(&ImageReply { image }));
-            drop(reserved);
+            drop(commit);
             service.core.end_op(op, result);
         })?;
         Ok(CallOutcome::Op(id))
@@ -69,17 +86,18 @@ impl ImageService {
         }
     }
 
-    fn make_of_disk(
-        &self,
-        op: &OpHandle,
-        row: &VmRow,
-        method: Method,
-        request: &ImageCommitRequest,
-        caller: &Caller,
-    ) -> Result<Image> {
+    fn make_of_disk(&self, op: &OpHandle, commit: &Commit) -> Result<Image> {
+        let Commit {
+            caller,
+            request,
+            row,
+            method,
+            reserved,
+        } = commit;
         let _admitted = self
             .build_admission
             .enter(op.cancel(), |_| op.progress("wait for another build"))?;
+        self.bytes_left(caller)?;
         let (base, _in_use) = self.use_image(caller, &row.shape.image)?;
         let spec = CommitSpec {
             name: request.image.clone(),
@@ -92,12 +110,14 @@ impl ImageService {
         op.progress("read the disk");
         self.core.effects.before("read the disk")?;
         let mut fill = |file: &std::fs::File| {
-            self.read_disk(op, row, method, &base, file)?;
+            self.read_disk(op, row, *method, &base, file)?;
             op.progress("publish");
             self.core.effects.before("publish the image")?;
             self.require_untouched(row)
         };
-        let info = crate::image::commit(&self.images, &spec, &mut fill, op.cancel())?;
+        let mut admit = |files| self.admit_files(caller, reserved, files);
+        let (images, cancel) = (&self.images, op.cancel());
+        let info = crate::image::commit(images, &spec, &mut fill, &mut admit, cancel)?;
         if info.temporary {
             self.delete_after_use(info.name.clone());
         }

@@ -3,13 +3,13 @@
 
 use super::access::Caller;
 use super::call::{CallOutcome, to_value};
-use super::images::ImageService;
+use super::images::{ImageService, Reserved};
 use crate::api::image::{Image, ImageReply};
-use crate::error::{Error, Kind, Result};
+use crate::error::Result;
 use crate::ids::ImageRef;
+use crate::image::DiskUse;
 use crate::ops::OpHandle;
 use std::fs::File;
-use std::os::unix::fs::MetadataExt;
 
 impl ImageService {
     /// Begins to copy the file of an image into the store. Nothing else can publish or delete an
@@ -37,7 +37,7 @@ impl ImageService {
         self.core.spawn(&format!("op-{id}"), move || {
             let _label = crate::locks::operation_scope(format!("{METHOD} {name}"));
             let result = service
-                .promote(&op, &caller, &name)
+                .promote(&op, &caller, &name, &reserved)
                 .map_err(|e| e.context(doing))
                 .and_then(|image| to_value(&ImageReply { image }));
             drop((in_use, reserved));
@@ -46,23 +46,21 @@ impl ImageService {
         Ok(CallOutcome::Op(id))
     }
 
-    fn promote(&self, op: &OpHandle, caller: &Caller, name: &ImageRef) -> Result<Image> {
+    fn promote(
+        &self,
+        op: &OpHandle,
+        caller: &Caller,
+        name: &ImageRef,
+        reserved: &Reserved,
+    ) -> Result<Image> {
         let _admitted = self
             .pulls
             .admission
             .enter_as(caller.uid, op.cancel(), |_| op.progress("wait for a pull"))?;
         op.progress("copy the file");
-        let left = self.bytes_left(caller)?;
         let mut copy = |from: &File, to: &File| {
-            let io = |e| Error::io("read the size of the file", e);
-            let needed = from.metadata().map_err(io)?.blocks() * 512;
-            if needed > left {
-                let text = format!("the file takes {needed} bytes, but you have {left} left");
-                return Err(
-                    Error::new(Kind::Exhausted, text).hint("delete an image: fcctl image rm NAME")
-                );
-            }
-            self.copy_file(op, from, to)
+            self.copy_file(op, caller, from, to)?;
+            self.admit_files(caller, reserved, DiskUse::of_file(to)?)
         };
         let info = crate::image::promote(&self.images, name, &mut copy, op.cancel())?;
         Ok(info.to_api(self.vms_of_image(name)))

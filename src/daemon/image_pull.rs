@@ -20,8 +20,8 @@ use crate::guest::io::fifo::{self, Direction};
 use crate::host::text::quoted;
 use crate::host::wait::{WaitResult, cancelled_by, wait_any};
 use crate::ids::ImageRef;
-use crate::image::ImageInfo;
 use crate::image::pull::{self, Decision, Found, Observer, Progress, PullSpec, Source};
+use crate::image::{DiskUse, ImageInfo};
 use crate::ops::OpHandle;
 use nix::poll::PollFlags;
 use std::any::Any;
@@ -117,7 +117,7 @@ impl ImageService {
                 pull,
             },
         )?;
-        pull.reserved.in_use = None;
+        pull.reserved.end_publication();
         self.core.effects.before("provide the guest runtime")?;
         self.ensure_runtime(op)?;
         Ok(info)
@@ -188,25 +188,6 @@ impl ImageService {
 }
 
 impl ImageService {
-    /// Returns the space that the caller's images may still take.
-    pub(super) fn bytes_left(&self, caller: &Caller) -> Result<u64> {
-        let max = self.core.limits.disk_bytes_max;
-        if caller.is_privileged() {
-            return Ok(max);
-        }
-        let images = self.images.list()?.into_iter();
-        let owned = images.filter(|info| info.owner_uid == Some(caller.uid));
-        let used: u64 = owned.map(|info| info.allocated_bytes).sum();
-        let limit = self.pulls.config.image_bytes_per_uid_max;
-        match limit.saturating_sub(used) {
-            0 => {
-                let text = format!("your images take {used} bytes, the limit is {limit}");
-                Err(Error::new(Kind::Exhausted, text).hint("delete one: fcctl image rm NAME"))
-            }
-            left => Ok(left.min(max)),
-        }
-    }
-
     /// Makes sure that there is a guest runtime, without which a pulled image cannot boot.
     pub(super) fn ensure_runtime(&self, op: &OpHandle) -> Result<()> {
         let reporter = op.reporter();
@@ -249,6 +230,8 @@ impl ImageService {
         let _kernel = kernel
             .map(|name| self.kernel_service.use_kernel(name))
             .transpose()?;
+        let files = DiskUse::of_directory(&info.dir)?;
+        self.admit_files(caller, &reserved, files)?;
         self.core.effects.before("tag the image")?;
         let tagged = self.images.tag(&info.name, &request.name, caller.uid)?;
         Ok(ImageReply {
@@ -376,7 +359,9 @@ impl Observer for Follower<'_> {
         Ok(Box::new(guard))
     }
 
-    fn begin_publish(&mut self) -> Result<()> {
+    fn begin_publish(&mut self, files: DiskUse) -> Result<()> {
+        let (caller, reserved) = (&self.pull.caller, &self.pull.reserved);
+        self.service.admit_files(caller, reserved, files)?;
         self.service.core.effects.before("publish the image")
     }
 

@@ -6,17 +6,17 @@
 
 use super::access::Caller;
 use super::call::{CallOutcome, to_value};
+use super::image_reserve::DELETE_HINT;
 use super::images::{ImageService, Reserved};
 use super::uses::UseGuard;
 use crate::api::image::{Image, ImageRegisterRequest, ImageReply};
 use crate::error::{Error, Kind, Result};
 use crate::host::fs::space;
 use crate::ids::KernelName;
-use crate::image::{InPlace, RegisterSpec};
+use crate::image::{DiskUse, InPlace, RegisterSpec};
 use crate::ops::OpHandle;
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt;
 
 /// The space that a copy leaves free on the host's disk.
 const SPARE_BYTES: u64 = 256 << 20;
@@ -98,7 +98,7 @@ impl ImageService {
             owner_uid: caller.uid,
             helper: self.pulls.helper,
         };
-        let mut copy = |from: &File, to: &File| self.copy_file(op, from, to);
+        let mut copy = |from: &File, to: &File| self.copy_file(op, caller, from, to);
         let commands = self.commands.as_ref();
         let info = crate::image::register(&self.images, commands, &spec, &mut copy, op.cancel())?;
         if self.guest_runtimes.newest().is_err() {
@@ -107,10 +107,21 @@ impl ImageService {
         Ok(info.to_api(0))
     }
 
-    /// Copies a file into the state directory if there is room.
-    pub(super) fn copy_file(&self, op: &OpHandle, from: &File, to: &File) -> Result<()> {
-        let io = |e| Error::io("read the size of the file", e);
-        let needed = from.metadata().map_err(io)?.blocks() * 512 + SPARE_BYTES;
+    /// Copies a file into the state directory if there is room, and if the caller may use it.
+    pub(super) fn copy_file(
+        &self,
+        op: &OpHandle,
+        caller: &Caller,
+        from: &File,
+        to: &File,
+    ) -> Result<()> {
+        let bytes = DiskUse::of_file(from)?.bytes();
+        let left = self.bytes_left(caller)?;
+        if bytes > left {
+            let text = format!("the file takes {bytes} bytes, but you have {left} left");
+            return Err(Error::new(Kind::Exhausted, text).hint(DELETE_HINT));
+        }
+        let needed = bytes + SPARE_BYTES;
         let free = space(&self.core.state_dir)?.free_bytes;
         if free < needed {
             let text = format!("a copy needs {needed} free bytes, but the host has {free}");

@@ -1,12 +1,21 @@
-//! Reserves places and names for images that are being made. The name is reserved in memory, under
-//! `image_ops`; files are touched without a lock.
+//! Reserves places, names and space for images that are being made. The name is reserved in memory,
+//! under `image_ops`; files are touched without a lock.
+//!
+//! How much space an image takes is known only once it is complete. So the limit of its user is
+//! checked right before it is published. From this check on, until the operation ends, the files of
+//! the image count in every other check. Two images that are published at the same time can
+//! therefore not exceed the limit together.
 
 use super::access::Caller;
-use super::images::{ImageService, NameHolder, Reserved};
+use super::images::{AdmittedFiles, ImageService, NameHolder, Reserved};
 use crate::error::{Error, Kind, Result};
 use crate::host::plural::count;
 use crate::ids::ImageRef;
+use crate::image::DiskUse;
 use crate::locks::Cancel;
+use std::collections::HashMap;
+
+pub(super) const DELETE_HINT: &str = "delete an image: fcctl image rm NAME";
 
 impl Reserved {
     /// Reserves a name, unless another operation holds it. Returns that one.
@@ -18,6 +27,14 @@ impl Reserved {
         builds.names.insert(name.clone(), self.holder.clone());
         self.name = Some(name.clone());
         None
+    }
+
+    /// Allows the deletion of the image that was published. Its files count like those of others.
+    pub(super) fn end_publication(&mut self) {
+        if let Some(name) = &self.name {
+            self.builds.lock().admitted.remove(name);
+        }
+        self.in_use = None;
     }
 }
 
@@ -122,6 +139,80 @@ impl ImageService {
             None => Ok(()),
             Some(_) => Err(name_is_busy(&name)),
         }
+    }
+
+    /// Returns the space that the caller's images may still take.
+    ///
+    /// # Errors
+    /// `exhausted` if there is none left.
+    pub(super) fn bytes_left(&self, caller: &Caller) -> Result<u64> {
+        let max = self.core.limits.disk_bytes_max;
+        if caller.is_privileged() {
+            return Ok(max);
+        }
+        let used = self.bytes_used(caller.uid)?;
+        let limit = self.pulls.config.image_bytes_per_uid_max;
+        match limit.saturating_sub(used) {
+            0 => {
+                let text = format!("your images take {used} bytes, the limit is {limit}");
+                Err(Error::new(Kind::Exhausted, text).hint(DELETE_HINT))
+            }
+            left => Ok(left.min(max)),
+        }
+    }
+
+    /// Decides whether an image with these files may be published under the reserved name. If so,
+    /// the files count until the reservation ends.
+    ///
+    /// # Errors
+    /// `exhausted` if the caller's images would take more than they may.
+    pub(super) fn admit_files(
+        &self,
+        caller: &Caller,
+        reserved: &Reserved,
+        files: DiskUse,
+    ) -> Result<()> {
+        if caller.is_privileged() {
+            return Ok(());
+        }
+        let name = reserved.name.as_ref();
+        let name = name.ok_or_else(|| Error::internal("no name is reserved"))?;
+        let uid = caller.uid;
+        let admitted = AdmittedFiles { uid, files };
+        self.builds.lock().admitted.insert(name.clone(), admitted);
+        // If two operations get here at the same time, at least the later one counts both.
+        let used = self.bytes_used(uid);
+        let limit = self.pulls.config.image_bytes_per_uid_max;
+        if used.as_ref().is_ok_and(|used| *used <= limit) {
+            return Ok(());
+        }
+        self.builds.lock().admitted.remove(name);
+        let text = format!(
+            "your images would take {} bytes, the limit is {limit}",
+            used?
+        );
+        Err(Error::new(Kind::Exhausted, text).hint(DELETE_HINT))
+    }
+
+    /// Returns the space that a user's images take, with those that are about to be published. An
+    /// image that will be replaced does not count.
+    fn bytes_used(&self, uid: u32) -> Result<u64> {
+        // An image that is published after this counts as admitted, or it will be in the list.
+        let admitted: HashMap<ImageRef, DiskUse> = {
+            let builds = self.builds.lock();
+            let all = builds.admitted.iter();
+            let own = all.filter(|(_, admitted)| admitted.uid == uid);
+            own.map(|(name, admitted)| (name.clone(), admitted.files.clone()))
+                .collect()
+        };
+        let mut used = DiskUse::default();
+        for info in self.images.list()? {
+            if info.owner_uid == Some(uid) && !admitted.contains_key(&info.name) {
+                used.add(&DiskUse::of_directory(&info.dir)?);
+            }
+        }
+        admitted.values().for_each(|files| used.add(files));
+        Ok(used.bytes())
     }
 
     fn stored_images(&self, uid: u32) -> Result<usize> {

@@ -23,7 +23,7 @@ use crate::host::{Commands, Credentials};
 use crate::ids::ImageRef;
 use crate::image::pull::Layers;
 use crate::image::{BuildSpec, DISK_BYTES_DEFAULT, ImageInfo, Profile};
-use crate::image::{GuestRuntimes, Images};
+use crate::image::{DiskUse, GuestRuntimes, Images};
 use crate::locks::{Cancel, CancelCause, Mutex};
 use crate::ops::OpHandle;
 use crate::pool::Admission;
@@ -37,6 +37,8 @@ use std::sync::Arc;
 pub(super) struct Builds {
     /// The names of the images that will be published.
     pub(super) names: HashMap<ImageRef, NameHolder>,
+    /// The files of images that are about to be published, by name.
+    pub(super) admitted: HashMap<ImageRef, AdmittedFiles>,
     pub(super) by_uid: UidCounts,
 }
 
@@ -55,6 +57,13 @@ pub(super) struct NameHolder {
     pub ended: Cancel,
 }
 
+/// The files of an image that is about to be published. They count against its user's limit.
+#[derive(Clone)]
+pub(super) struct AdmittedFiles {
+    pub uid: u32,
+    pub files: DiskUse,
+}
+
 /// A build or pull in progress. It ends when this is dropped.
 pub(super) struct Reserved {
     pub(super) builds: Arc<Mutex<Builds>>,
@@ -69,6 +78,7 @@ impl Drop for Reserved {
     fn drop(&mut self) {
         let mut builds = self.builds.lock();
         if let Some(name) = &self.name {
+            builds.admitted.remove(name);
             builds.names.remove(name);
         }
         builds.by_uid.remove(self.holder.uid);
@@ -131,11 +141,11 @@ impl ImageService {
             op.finish(Err(e.clone()));
             return Err(e);
         }
-        let (id, service) = (op.id().clone(), self.clone());
+        let (id, service, caller) = (op.id().clone(), self.clone(), *caller);
         self.core.spawn(&format!("op-{id}"), move || {
             let _label = crate::locks::operation_scope(format!("image.build {name}"));
             let result = service
-                .build_image(&op, &spec)
+                .build_image(&op, &caller, &spec, &reserved)
                 .and_then(|image| to_value(&ImageReply { image }));
             drop(reserved);
             service.core.end_op(op, result);
@@ -151,18 +161,26 @@ impl ImageService {
             .is_err_and(|e| e.kind() == Kind::ImageNotFound)
     }
 
-    fn build_image(&self, op: &OpHandle, spec: &BuildSpec) -> Result<Image> {
+    fn build_image(
+        &self,
+        op: &OpHandle,
+        caller: &Caller,
+        spec: &BuildSpec,
+        reserved: &Reserved,
+    ) -> Result<Image> {
         let _admitted = self
             .build_admission
             .enter(op.cancel(), |ahead| match ahead {
                 0 => op.progress("wait for another build"),
                 ahead => op.progress(&format!("wait for {} other builds", ahead + 1)),
             })?;
+        self.bytes_left(caller)?;
         let reporter = op.reporter();
         let info = crate::image::build(
             &self.images,
             self.commands.as_ref(),
             spec,
+            &mut |files| self.admit_files(caller, reserved, files),
             op.cancel(),
             &mut |stage, done, total| {
                 reporter.progress(stage);

@@ -3,14 +3,15 @@
 //! package. `build.sh` does everything that needs root, in a user namespace if the daemon is not
 //! root.
 
-use super::ImageInfo;
 use super::checks::Host;
 use super::digest::record;
+use super::disk_use::DiskUse;
 use super::initrd::write_initrd;
 use super::registry::{INITRD, Images, KERNEL, Metadata, ROOTFS};
 use super::script::{
     Input, Stage, read_line, run_script, script_command, unpack_kernel, write_inputs,
 };
+use super::{Admit, ImageInfo};
 use crate::error::{Error, Result};
 use crate::host::Commands;
 use crate::host::text::quoted;
@@ -123,16 +124,17 @@ pub struct BuildSpec {
 }
 
 /// Builds an image and publishes it. `progress` receives the stage, the number of stages done, and
-/// their total. A build that fails leaves nothing behind.
+/// their total. A build that fails or is not admitted leaves nothing behind.
 ///
 /// # Errors
-/// `name_taken`, `invalid_argument` (package names), `command_missing`, `unsupported` (no
-/// subordinate ids or no sources for this distribution), `denied` (no namespaces), `command_failed`
-/// with mmdebstrap's own error lines, `disk_full`, `cancelled`.
+/// Those of `admit`, `name_taken`, `invalid_argument` (package names), `command_missing`,
+/// `unsupported` (no subordinate ids or no sources for this distribution), `denied` (no
+/// namespaces), `command_failed` with mmdebstrap's own error lines, `disk_full`, `cancelled`.
 pub fn build(
     images: &Images,
     commands: &dyn Commands,
     spec: &BuildSpec,
+    admit: &mut Admit<'_>,
     cancel: &Cancel,
     progress: &mut dyn FnMut(&str, u64, u64),
 ) -> Result<ImageInfo> {
@@ -184,6 +186,7 @@ pub fn build(
             .files
             .push(record(&out, name, cancel).map_err(doing)?);
     }
+    admit(DiskUse::of_directory(&out)?).map_err(doing)?;
     let info = images.publish(&out, &metadata)?;
     progress(
         STAGES[STAGE_PUBLISH].0,

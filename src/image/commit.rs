@@ -1,9 +1,10 @@
 //! Publishes an image whose root file system comes from a VM's disk. Everything else is that of the
 //! image from which the VM was created.
 
-use super::ImageInfo;
 use super::digest::record;
+use super::disk_use::DiskUse;
 use super::registry::{Images, ROOTFS};
+use super::{Admit, ImageInfo};
 use crate::error::{Error, Result};
 use crate::host::time::now_s;
 use crate::ids::ImageRef;
@@ -24,15 +25,16 @@ pub struct CommitSpec<'a> {
     pub temporary: bool,
 }
 
-/// Publishes an image. `fill` writes the root file system to the file that it gets. If it fails,
-/// nothing is published.
+/// Publishes an image. `fill` writes the root file system to the file that it gets. If it or
+/// `admit` fails, nothing is published.
 ///
 /// # Errors
-/// `name_taken`, `cancelled`, and those of `fill`.
+/// `name_taken`, `cancelled`, and those of `fill` and `admit`.
 pub fn commit(
     images: &Images,
     spec: &CommitSpec<'_>,
     fill: &mut dyn FnMut(&File) -> Result<()>,
+    admit: &mut Admit<'_>,
     cancel: &Cancel,
 ) -> Result<ImageInfo> {
     let io = |e: std::io::Error| Error::io(format!("make image {}", spec.name), e);
@@ -56,5 +58,6 @@ pub fn commit(
     (metadata.digest, metadata.source, metadata.private) = (None, None, true);
     metadata.in_place = None;
     metadata.temporary = spec.temporary;
+    admit(DiskUse::of_directory(&out)?)?;
     images.publish(&out, &metadata)
 }

@@ -25,6 +25,7 @@ mod commit;
 mod cpio;
 mod digest;
 mod directory;
+mod disk_use;
 #[cfg(test)]
 #[path = "guest/enter/accounts.rs"]
 mod enter_accounts;
@@ -60,6 +61,7 @@ mod unpack;
 pub use build::{BuildSpec, Profile, build};
 pub use checks::checks;
 pub use commit::{CommitSpec, commit};
+pub use disk_use::DiskUse;
 pub(crate) use export::{DiskSpec, OciArchive};
 pub use history::shorten as shorten_history;
 pub use in_place::InPlace;
@@ -70,6 +72,8 @@ pub use registry::{
     BALLOON_SINCE, Boots, CTRL_ALT_DEL_SINCE, ImageInfo, Images, USER_LOGIN_SINCE, kernel_path,
 };
 pub use runtime::GuestRuntimes;
+
+use crate::error::Result;
 
 /// The kernel arguments for every VMM, in addition to those for the console and the clock. They
 /// skip the self-tests of the crypto modules (0.2 s under emulation), take entropy from the
@@ -83,6 +87,9 @@ pub const BOOT_ARGS: &[&str] = &[
     "random.trust_cpu=on",
     "audit=0",
 ];
+
+/// Decides whether an image with these files may be published. It is called right before that.
+pub type Admit<'a> = dyn FnMut(DiskUse) -> Result<()> + 'a;
 
 /// The default virtual size of an image's root disk. The file is sparse.
 pub const DISK_BYTES_DEFAULT: u64 = 8 << 30;

@@ -21,6 +21,7 @@ mod footprint;
 mod guest_runtime;
 mod helper_cost;
 mod hostile_guest;
+mod image_bytes;
 mod image_commit;
 mod image_export;
 mod image_register;

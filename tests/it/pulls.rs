@@ -2,6 +2,7 @@
 
 use crate::world::{SOON, World, pipe};
 use fcd::testing::api::image::*;
+use fcd::testing::config::Config;
 use fcd::testing::host::confine;
 use fcd::testing::ids::ImageRef;
 use fcd::testing::image::runtime::own_digest;
@@ -62,9 +63,16 @@ fn archive(content: &str) -> Vec<u8> {
 
 /// A world whose newest guest runtime is that of this build, so that no pull builds one.
 fn world() -> World {
+    world_with(|_| {})
+}
+
+pub fn world_with(change: impl FnOnce(&mut Config)) -> World {
     confine::set_program(env!("CARGO_BIN_EXE_fcd"));
-    // One place is kept for other users, and a test begins three pulls.
-    let world = World::with(|config| config.registry.pulls_max = 4);
+    let world = World::with(|config| {
+        // One place is kept for other users, and a test begins three pulls.
+        config.registry.pulls_max = 4;
+        change(config);
+    });
     let id = "00000000000a";
     let dir = world.config.state_dir.join("runtimes").join(id);
     std::fs::create_dir_all(&dir).unwrap();
@@ -80,7 +88,7 @@ fn world() -> World {
     world
 }
 
-fn request(shared: bool) -> ImagePullRequest {
+pub fn request(shared: bool) -> ImagePullRequest {
     ImagePullRequest {
         source: PullSource::Archive {
             format: None,
@@ -93,13 +101,13 @@ fn request(shared: bool) -> ImagePullRequest {
 }
 
 /// Returns a pipe with an archive, which is small enough for it.
-fn stream(content: &str) -> OwnedFd {
+pub fn stream(content: &str) -> OwnedFd {
     let (theirs, ours) = pipe();
     File::from(ours).write_all(&archive(content)).unwrap();
     theirs
 }
 
-fn pull(world: &World, content: &str, shared: bool) -> Image {
+pub fn pull(world: &World, content: &str, shared: bool) -> Image {
     let fds = vec![stream(content)];
     let mut call = world.begin::<ImagePull>(request(shared), fds);
     call.finish(SOON).unwrap().image

@@ -34,12 +34,12 @@ pub(in crate::image) use cache::digest as digest_of;
 pub(in crate::image) use protocol::{Failure, decode, encode};
 pub(crate) use protocol::{Found, Progress};
 
-use super::ImageInfo;
 use super::fetch::{Proxies, Repository, Selector, Settings, TokenServer};
 use super::fsck;
 use super::oci::limits::UNPACKED_BYTES_MAX;
 use super::oci::{Digest, Platform, Reference};
 use super::registry::{ImageDetails, Images, Pulled, ROOTFS};
+use super::{DiskUse, ImageInfo};
 use crate::api::image::ArchiveFormat;
 use crate::api::registry::{Credential, Secret};
 use crate::config::Registry;
@@ -116,8 +116,8 @@ pub(crate) trait Observer {
     /// Called right before an image is replaced. Checks again that nothing uses it. While the
     /// result lives, nothing can begin to use it.
     fn begin_replace(&mut self, name: &ImageRef) -> Result<Box<dyn std::any::Any>>;
-    /// Called right before the image is published.
-    fn begin_publish(&mut self) -> Result<()>;
+    /// Called right before an image with these files is published. An error ends the pull.
+    fn begin_publish(&mut self, files: DiskUse) -> Result<()>;
     fn progress(&mut self, progress: Progress);
 }
 
@@ -182,7 +182,8 @@ pub(crate) fn pull(
     } else {
         None
     };
-    deciding.observer.begin_publish()?;
+    let files = DiskUse::of_directory(&out)?;
+    deciding.observer.begin_publish(files)?;
     images.publish_pulled(
         &out,
         Pulled {

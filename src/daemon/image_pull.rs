@@ -90,7 +90,7 @@ impl ImageService {
     fn pull(&self, op: &OpHandle, pull: &mut Pull) -> Result<ImageInfo> {
         let source = pull.source(op)?;
         self.core.effects.before("pull the image")?;
-        let _admitted = self
+        let admitted = self
             .pulls
             .admission
             .enter_as(pull.caller.uid, op.cancel(), |_| {
@@ -118,6 +118,7 @@ impl ImageService {
             },
         )?;
         pull.reserved.end_publication();
+        drop(admitted);
         self.core.effects.before("provide the guest runtime")?;
         self.ensure_runtime(op)?;
         Ok(info)
@@ -188,8 +189,21 @@ impl ImageService {
 }
 
 impl ImageService {
-    /// Makes sure that there is a guest runtime, without which a pulled image cannot boot.
+    /// Makes sure that there is a guest runtime, without which a pulled image cannot boot. A build
+    /// of one waits for other builds. If it waited for that of a runtime, it has nothing to do.
     pub(super) fn ensure_runtime(&self, op: &OpHandle) -> Result<()> {
+        if crate::image::runtime::fresh(&self.guest_runtimes)?.is_some() {
+            return Ok(());
+        }
+        let _admitted = self
+            .build_admission
+            .enter(op.cancel(), |_| op.progress("wait for another build"))?;
+        self.build_runtime(op)
+            .map_err(|e| e.context("build the guest runtime"))
+    }
+
+    /// Builds a guest runtime unless there is a fresh one. The caller has been admitted to build.
+    pub(super) fn build_runtime(&self, op: &OpHandle) -> Result<()> {
         let reporter = op.reporter();
         crate::image::runtime::ensure(
             &self.guest_runtimes,
@@ -201,7 +215,6 @@ impl ImageService {
             },
         )
         .map(drop)
-        .map_err(|e| e.context("build the guest runtime"))
     }
 
     pub fn image_show(&self, caller: &Caller, name: &ImageRef) -> Result<ImageShowReply> {

@@ -86,7 +86,7 @@ impl ImageService {
     }
 
     fn register(&self, op: &OpHandle, caller: &Caller, asked: &Registration) -> Result<Image> {
-        let _admitted = self
+        let admitted = self
             .pulls
             .admission
             .enter_as(caller.uid, op.cancel(), |_| op.progress("wait for a pull"))?;
@@ -101,6 +101,7 @@ impl ImageService {
         let mut copy = |from: &File, to: &File| self.copy_file(op, caller, from, to);
         let commands = self.commands.as_ref();
         let info = crate::image::register(&self.images, commands, &spec, &mut copy, op.cancel())?;
+        drop(admitted);
         if self.guest_runtimes.newest().is_err() {
             self.ensure_runtime(op)?;
         }

@@ -187,15 +187,7 @@ impl ImageService {
                 reporter.progress_units(done, Some(total), "steps");
             },
         )?;
-        crate::image::runtime::ensure(
-            &self.guest_runtimes,
-            self.commands.as_ref(),
-            op.cancel(),
-            &mut |stage, done, total| {
-                reporter.progress(&format!("guest runtime: {stage}"));
-                reporter.progress_units(done, Some(total), "steps");
-            },
-        )?;
+        self.build_runtime(op)?;
         Ok(info.to_api(0))
     }
 

@@ -1,6 +1,6 @@
 //! Tests of pulls: a daemon with fakes, but with the real helper process.
 
-use crate::world::{SOON, World, pipe};
+use crate::world::{SOON, World, await_that, pipe};
 use fcd::testing::api::image::*;
 use fcd::testing::config::Config;
 use fcd::testing::host::confine;
@@ -66,13 +66,17 @@ fn world() -> World {
     world_with(|_| {})
 }
 
-pub fn world_with(change: impl FnOnce(&mut Config)) -> World {
+fn world_without_runtime(change: impl FnOnce(&mut Config)) -> World {
     confine::set_program(env!("CARGO_BIN_EXE_fcd"));
-    let world = World::with(|config| {
+    World::with(|config| {
         // One place is kept for other users, and a test begins three pulls.
         config.registry.pulls_max = 4;
         change(config);
-    });
+    })
+}
+
+pub fn world_with(change: impl FnOnce(&mut Config)) -> World {
+    let world = world_without_runtime(change);
     let id = "00000000000a";
     let dir = world.config.state_dir.join("runtimes").join(id);
     std::fs::create_dir_all(&dir).unwrap();
@@ -153,6 +157,39 @@ fn pull_waits_for_another_pull_of_the_same_name() {
     let first = first.finish(SOON).unwrap().image;
     let second = second.finish(SOON).unwrap().image;
     assert_eq!(first, second);
+}
+
+/// A build of a guest runtime needs as much memory as one of an image.
+#[test]
+fn runtime_is_built_after_other_builds() {
+    let world = world_without_runtime(|config| config.registry.pulls_max = 1);
+    world.builds.are_held.store(true, Ordering::SeqCst);
+    let request_build = ImageBuildRequest {
+        name: Some("built".parse().unwrap()),
+        ..ImageBuildRequest::default()
+    };
+    let mut build = world.begin::<ImageBuild>(request_build, vec![]);
+    await_that("the build runs", || {
+        world.builds.running.load(Ordering::SeqCst) == 1
+    });
+    let pulls = ["one", "two"].map(|content| {
+        let request = ImagePullRequest {
+            name: Some(content.parse().unwrap()),
+            ..request(false)
+        };
+        let pull = world.begin::<ImagePull>(request, vec![stream(content)]);
+        // While it waits, it keeps no other pull from running.
+        pull.stage("wait for another build");
+        pull
+    });
+    world.builds.are_held.store(false, Ordering::SeqCst);
+    build.finish(SOON).unwrap_err();
+    for mut pull in pulls {
+        // No build of a test succeeds.
+        let e = pull.finish(SOON).unwrap_err();
+        assert!(e.to_string().contains("build the guest runtime"), "{e}");
+    }
+    assert_eq!(world.builds.peak.load(Ordering::SeqCst), 1);
 }
 
 #[test]

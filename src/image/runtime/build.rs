@@ -128,9 +128,16 @@ fn build(
     runtimes.publish(&publish, &info)
 }
 
+/// Returns the newest runtime that this version of fcd has built, or None if [`ensure`] would build
+/// one.
+pub fn fresh(runtimes: &GuestRuntimes) -> Result<Option<RuntimeInfo>> {
+    Ok(newest_own(runtimes)?.filter(is_fresh))
+}
+
 /// Returns the newest runtime that this version of fcd has built. Builds one if there is none, or
 /// if it is so old that its packages may have had security updates. Keeps an old one if that fails,
-/// for example because the host has no network.
+/// for example because the host has no network. A build is heavy, so the caller limits how many run
+/// at once.
 ///
 /// # Errors
 /// Those of [`build`], if there is no runtime.
@@ -140,9 +147,8 @@ pub fn ensure(
     cancel: &Cancel,
     progress: &mut dyn FnMut(&str, u64, u64),
 ) -> Result<RuntimeInfo> {
-    let own = own_digest();
-    let found = runtimes.list()?.into_iter().find(|r| r.own_digest == own);
-    if let Some(info) = found.as_ref().filter(|r| r.age_days(now_s()) < FRESH_DAYS) {
+    let found = newest_own(runtimes)?;
+    if let Some(info) = found.as_ref().filter(|info| is_fresh(info)) {
         return Ok(info.clone());
     }
     match (build(runtimes, commands, cancel, progress), found) {
@@ -155,6 +161,15 @@ pub fn ensure(
         }
         (built, _) => built,
     }
+}
+
+fn newest_own(runtimes: &GuestRuntimes) -> Result<Option<RuntimeInfo>> {
+    let own = own_digest();
+    Ok(runtimes.list()?.into_iter().find(|r| r.own_digest == own))
+}
+
+fn is_fresh(info: &RuntimeInfo) -> bool {
+    info.age_days(now_s()) < FRESH_DAYS
 }
 
 fn init() -> String {

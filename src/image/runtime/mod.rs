@@ -14,9 +14,9 @@
 
 mod build;
 
-pub use build::ensure;
 #[cfg(feature = "fakes")]
 pub use build::own_digest;
+pub use build::{ensure, fresh};
 
 use super::directory::{self, Readers, Staging, open_registry};
 use super::registry::{FileRecord, INITRD, KERNEL};

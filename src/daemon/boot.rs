@@ -78,9 +78,12 @@ impl Lifecycle {
 
     /// Records the newest guest runtime in the VM's row if the image needs one.
     fn choose_runtime(&self, row: VmRow, image: &ImageInfo) -> Result<VmRow> {
-        let wanted = match image.boots {
-            Boots::Own { .. } => None,
-            Boots::Runtime => Some(self.specs.guest_runtimes.newest()?.id),
+        let (wanted, _in_use) = match image.boots {
+            Boots::Own { .. } => (None, None),
+            Boots::Runtime => {
+                let (id, in_use) = self.specs.use_newest_runtime()?;
+                (Some(id), Some(in_use))
+            }
         };
         if row.shape.runtime == wanted {
             return Ok(row);

@@ -279,13 +279,17 @@ impl ImageService {
         Ok(reply)
     }
 
-    /// Removes the runtimes that no VM uses, except the newest, which the next boot uses.
+    /// Removes the runtimes that no VM uses, except the newest, which the next boot uses. A boot
+    /// that has just chosen an older one has a guard until the VM's row names it.
     fn prune_runtimes(&self, reply: &mut ImagePruneReply) -> Result<()> {
         let runtimes = self.guest_runtimes.list()?;
         let Ok(newest) = self.guest_runtimes.newest() else {
             return Ok(());
         };
         for runtime in runtimes {
+            let Some(_deleting) = self.specs.runtime_uses.begin_delete(&runtime.id) else {
+                continue;
+            };
             let is_used = self.core.store.read(|s| {
                 let of_vms = s.vms().map(|row| &row.shape);
                 let of_snapshots = s.snapshots().map(|row| &row.shape);

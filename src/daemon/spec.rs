@@ -3,19 +3,24 @@
 use super::core::Core;
 use super::network::Networks;
 use super::snapshot_registry::Restore;
+use super::uses::{UseGuard, Uses};
 use super::vm_dir::{CHANGES_FILE, DISK_FILE, INITRD_FILE, KERNEL_FILE};
 use super::vm_dir::{SEED_FILE, WORK_DISK_FILE};
 use crate::api::vm::Init;
 use crate::disk::{Method, Probe};
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::host::Credentials;
-use crate::ids::VmId;
+use crate::ids::{RuntimeId, VmId};
 use crate::image::kernels::Kernels;
 use crate::image::{Boots, GuestRuntimes, ImageInfo};
 use crate::store::VmRow;
 use crate::vmm::{DiskFormat, VmmSpec};
 use std::path::PathBuf;
 use std::sync::Arc;
+
+/// How often to look for the newest guest runtime. Each try fails only if a newer one has been
+/// published.
+const RUNTIME_TRIES_MAX: usize = 10;
 
 /// Makes the specifications of VMs for the driver.
 #[derive(Clone)]
@@ -24,6 +29,7 @@ pub(super) struct Specs {
     pub(super) networks: Networks,
     pub(super) kernels: Kernels,
     pub(super) guest_runtimes: GuestRuntimes,
+    pub(super) runtime_uses: Uses<RuntimeId>,
     /// How root disks are made on this host, or why none can be made.
     pub(super) disk_probe: Arc<Result<Probe>>,
     /// The uid of the VM in slot 0.
@@ -31,6 +37,25 @@ pub(super) struct Specs {
 }
 
 impl Specs {
+    /// Returns the newest guest runtime. The guard prevents its deletion. A row must name the
+    /// runtime before the guard is dropped.
+    ///
+    /// # Errors
+    /// `image_not_found` if there is none, `busy` if each one found is deleted at once.
+    pub(super) fn use_newest_runtime(&self) -> Result<(RuntimeId, UseGuard<RuntimeId>)> {
+        for _ in 0..RUNTIME_TRIES_MAX {
+            let id = self.guest_runtimes.newest()?.id;
+            // A newer one may have been published since, and this one deleted.
+            if let Some(in_use) = self.runtime_uses.begin_use(&id)
+                && self.guest_runtimes.get(&id).is_ok()
+            {
+                return Ok((id, in_use));
+            }
+        }
+        let text = "the guest runtimes are being deleted";
+        Err(Error::new(Kind::Busy, text).hint("try again in a moment"))
+    }
+
     /// Returns the specification for the driver. The disk's format comes from the row, because it
     /// was chosen when the disk was created.
     pub(super) fn spec(&self, row: &VmRow, image: &ImageInfo) -> VmmSpec {

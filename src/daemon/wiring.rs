@@ -286,6 +286,7 @@ impl Base {
             networks: networks.clone(),
             kernels: kernels.clone(),
             guest_runtimes: guest_runtimes.clone(),
+            runtime_uses: Uses::new(),
             disk_probe,
             uid_base,
         };

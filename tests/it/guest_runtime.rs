@@ -1,12 +1,14 @@
 //! Tests of VMs whose image has no kernel and no init, and that boot with a guest runtime.
 
-use crate::world::World;
-use fcd::testing::api::image::ImageConfig;
+use crate::image_register::create;
+use crate::world::*;
+use fcd::testing::api::image::{ImageConfig, ImagePrune, ImagePruneRequest};
 use fcd::testing::api::vm::{
-    Init, Synced, VmCreate, VmCreateRequest, VmShow, VmStop, VmStopRequest,
+    Init, Synced, VmCreate, VmCreateRequest, VmShow, VmStart, VmStop, VmStopRequest,
 };
 use fcd::testing::error::Kind;
 use fcd::testing::guest::fake::Answer;
+use fcd::testing::vmm::fake::Stage;
 use std::path::{Path, PathBuf};
 
 /// Registers an image that has only a root file system.
@@ -97,6 +99,49 @@ fn image_without_init_boots_newest_runtime() {
     let spec = world.vmm.last_spec(&own.id).unwrap();
     assert_eq!(spec.runtime_disk, None);
     assert!(!spec.boot_args.contains("fcd.runtime"));
+}
+
+/// Another runtime may be published after a boot has chosen the newest one, and before the VM's row
+/// names it.
+#[test]
+fn prune_keeps_runtime_that_boot_has_chosen() {
+    let world = World::with(|config| config.limits.boots_max = 1);
+    let state = world.config.state_dir.clone();
+    make_image(&state, "small");
+    let chosen = make_runtime(&state, "00000000000a", 7);
+    let vm = create(&world, "a", "small").unwrap();
+    world.place(&world.create("other").id);
+    world.vmm.hold_starts(Stage::AfterSpawn);
+    let mut other = world.begin::<VmStart>(request("other"), vec![]);
+    assert!(world.vmm.await_held(1, soon()));
+    let mut start = world.begin::<VmStart>(request("a"), vec![]);
+    start.stage("wait for other boots");
+    let core = &world.daemon().core;
+    std::thread::scope(|scope| {
+        let (held, is_held) = std::sync::mpsc::channel();
+        let (release, released) = std::sync::mpsc::channel::<()>();
+        scope.spawn(move || {
+            let _guard = core.locks.vm.lock(&vm.id);
+            held.send(()).unwrap();
+            let _ = released.recv();
+        });
+        is_held.recv().unwrap();
+        world.vmm.release_starts();
+        await_that("the boot is about to change the VM's row", || {
+            let mut locks = core.debug_locks().locks.into_iter();
+            locks.any(|lock| lock.holder.is_some() && !lock.waiters.is_empty())
+        });
+        make_runtime(&state, "00000000000b", 8);
+        let request = ImagePruneRequest { all: false };
+        let pruned = world.call::<ImagePrune>(&request).unwrap();
+        assert_eq!(pruned.runtimes, Vec::<String>::new());
+        drop(release);
+    });
+    other.finish(SOON).unwrap();
+    let vm = start.finish(SOON).unwrap().vm;
+    let spec = world.vmm.last_spec(&vm.id).unwrap();
+    assert_eq!(spec.runtime_disk, Some(chosen.join("runtime.ext4")));
+    assert!(chosen.exists());
 }
 
 #[test]

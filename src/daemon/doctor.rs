@@ -18,10 +18,12 @@ use crate::api::daemon::{Check, DoctorReply, LeaksReply};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::host::Commands;
+use crate::host::confine;
 use crate::host::time::now_s;
 use crate::image::Images;
 use crate::locks::Cancel;
 use crate::vmm::Driver;
+use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -147,5 +149,59 @@ fn checks(
         cancel,
     });
     all.extend(crate::image::checks(commands, cancel));
+    all.push(helper_check(confine::landlock_version()));
     all
+}
+
+/// Reports whether Landlock confines the helper processes. Without it, they start nevertheless.
+fn helper_check(landlock: io::Result<i64>) -> Check {
+    const ID: &str = "helper-processes";
+    let (why, fix) = match landlock {
+        Ok(version) => {
+            let found = format!("helper processes are confined with Landlock, version {version}");
+            return Check::ok(ID, found);
+        }
+        Err(e) => match e.raw_os_error() {
+            Some(libc::EOPNOTSUPP) => (
+                "Landlock is disabled".to_owned(),
+                "boot with the kernel argument lsm=landlock,... that adds it to the modules in \
+                 /sys/kernel/security/lsm",
+            ),
+            Some(libc::ENOSYS) => (
+                "the kernel has no Landlock".to_owned(),
+                "use a kernel of Linux 5.13 or later with CONFIG_SECURITY_LANDLOCK",
+            ),
+            _ => (
+                format!("Landlock cannot be used: {e}"),
+                "allow the system calls landlock_* in the container or the unit that runs fcd",
+            ),
+        },
+    };
+    let found = format!(
+        "{why}, so only the system call filter, their uid and the modes of files keep helper \
+         processes from the host's files"
+    );
+    Check::warn(ID, found, fix)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::daemon::Severity;
+
+    #[test]
+    fn missing_landlock_is_a_warning() {
+        let check = |errno| helper_check(Err(io::Error::from_raw_os_error(errno)));
+        for (errno, why) in [
+            (libc::EOPNOTSUPP, "disabled"),
+            (libc::ENOSYS, "no Landlock"),
+            (libc::EPERM, "not permitted"),
+        ] {
+            let check = check(errno);
+            assert_eq!(check.severity, Severity::Warn, "{why}");
+            assert!(check.found.contains(why), "{}", check.found);
+            assert!(check.fix.is_some(), "{why}");
+        }
+        assert_eq!(helper_check(Ok(4)).severity, Severity::Ok);
+    }
 }

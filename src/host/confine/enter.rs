@@ -261,10 +261,12 @@ const LANDLOCK_RULE_PATH_BENEATH: libc::c_int = 1;
 const ACCESS_READ_FILE: u64 = 1 << 2;
 const ACCESS_READ_DIR: u64 = 1 << 3;
 
-/// Denies every access that Landlock handles, except reading [`Profile::readable`]. Does nothing if
-/// the kernel has no Landlock, because the system call filter and the modes of files still apply.
+/// Returns the version of the kernel's Landlock interface.
+///
+/// # Errors
+/// `Unsupported` (`EOPNOTSUPP` or `ENOSYS`) if Landlock is disabled or not in the kernel.
 #[allow(unsafe_code)]
-fn landlock(profile: &Profile) -> io::Result<()> {
+pub fn landlock_version() -> io::Result<libc::c_long> {
     // SAFETY: without attributes, the call only returns the version of the interface.
     let version = unsafe {
         libc::syscall(
@@ -275,8 +277,19 @@ fn landlock(profile: &Profile) -> io::Result<()> {
         )
     };
     if version < 1 {
-        return Ok(());
+        return Err(io::Error::last_os_error());
     }
+    Ok(version)
+}
+
+/// Denies every access that Landlock handles, except reading [`Profile::readable`]. Does nothing if
+/// the kernel has no Landlock, because the system call filter and the modes of files still apply.
+/// `doctor` reports that.
+#[allow(unsafe_code)]
+fn landlock(profile: &Profile) -> io::Result<()> {
+    let Ok(version) = landlock_version() else {
+        return Ok(());
+    };
     let ruleset = deniable(version, profile.has_network);
     // Earlier versions know only the first members, and accept a larger structure if the other
     // members are 0.

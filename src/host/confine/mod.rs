@@ -10,9 +10,9 @@
 //! `/dev/null`. It runs with the given uid and gid, without supplementary groups, in a new session.
 //! It dumps no core, and its address space, open files and processes are limited. It cannot gain
 //! rights (no_new_privs), and processes of its own uid cannot inspect it (not dumpable). It cannot
-//! reach the file system or signal other processes (Landlock, if the kernel has it), and it can
-//! make only the system calls of its [`Profile`] (seccomp). It dies with the thread that spawned
-//! it, so that thread must live as long as the helper is needed.
+//! reach the file system or signal other processes (Landlock; `doctor` warns if the kernel has
+//! none), and it can make only the system calls of its [`Profile`] (seccomp). It dies with the
+//! thread that spawned it, so that thread must live as long as the helper is needed.
 //!
 //! The parent must treat every byte from the channel as hostile: a guest may control the helper.
 
@@ -24,7 +24,7 @@ mod filter;
 mod tests;
 
 pub use channel::Channel;
-pub use enter::{Asked, Profile};
+pub use enter::{Asked, Profile, landlock_version};
 pub use fields::{Reader, Writer};
 pub use filter::{Allowed, Call};
 #[cfg(test)]

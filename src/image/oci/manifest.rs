@@ -335,16 +335,21 @@ pub(super) fn resolve_with(
     )))
 }
 
-/// Returns the first entry that fits the platform. An entry without a platform fits if it is the
-/// only one, because archives of one image say nothing about it.
+/// Returns the entry that suits the platform best, the first of several equal ones. An entry
+/// without a platform fits if it is the only one, because archives of one image say nothing about
+/// it.
 fn choose(mut entries: Vec<IndexEntry>, platform: &Platform) -> Result<IndexEntry> {
-    let fits = |entry: &IndexEntry| {
-        let claimed = entry.platform.as_ref();
-        claimed.is_some_and(|claimed| claimed.fits(platform))
-    };
+    let rank = |entry: &IndexEntry| entry.platform.as_ref()?.rank(platform);
     let only = entries.len() == 1 && entries[0].platform.is_none();
-    let at = entries.iter().position(|entry| only || fits(entry));
-    match at {
+    let ranked = entries.iter().enumerate();
+    let best = ranked
+        .filter_map(|(at, entry)| Some((rank(entry)?, at)))
+        .min();
+    match if only {
+        Some(0)
+    } else {
+        best.map(|(_, at)| at)
+    } {
         Some(at) => Ok(entries.swap_remove(at)),
         None => {
             let mut offered: Vec<String> = entries
@@ -459,7 +464,11 @@ pub(super) fn image_of(
     platform: &Platform,
 ) -> Result<Image> {
     let configuration: Configuration = parse_json("configuration", config)?;
-    let claimed = &configuration.platform;
+    let mut claimed = configuration.platform;
+    // Most tools do not write the variant.
+    if claimed.variant.as_deref().is_none_or(str::is_empty) {
+        claimed.variant.clone_from(&platform.variant);
+    }
     // Old tools left the fields empty; then the choice from the index must do.
     let is_silent = claimed.os.is_empty() && claimed.architecture.is_empty();
     if !is_silent && !claimed.fits(platform) {

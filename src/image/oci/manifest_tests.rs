@@ -156,6 +156,48 @@ fn index_is_followed_to_the_platform() {
 }
 
 #[test]
+fn variant_of_platform_is_chosen() {
+    // The entry at this position is chosen.
+    let check = |offered: &[&str], wanted: &str, expected: Option<usize>| {
+        let mut blobs = Memory::default();
+        // Images differ in their number of layers. Most configurations do not name a variant.
+        let entries: Vec<(&str, Value)> = offered
+            .iter()
+            .enumerate()
+            .map(|(at, platform)| {
+                let plain: Vec<&str> = platform.split('/').take(2).collect();
+                (*platform, manifest(&mut blobs, &plain.join("/"), at))
+            })
+            .collect();
+        let root = index(&mut blobs, &entries);
+        let chosen = resolved(&blobs, &root, wanted).ok();
+        let chosen = chosen.map(|image| image.layers.len());
+        assert_eq!(chosen, expected, "{wanted} of {offered:?}");
+    };
+    let [v1, v2, v3, plain] = [
+        "linux/amd64/v1",
+        "linux/amd64/v2",
+        "linux/amd64/v3",
+        "linux/amd64",
+    ];
+    check(&[v3, plain, v2], plain, Some(1));
+    check(&[v3, v1, plain], plain, Some(1));
+    check(&[v3, v2], plain, Some(1));
+    check(&[v3, v2, plain], v2, Some(1));
+    check(&[plain, v3], v2, Some(0));
+    check(&[v3], v2, None);
+    check(&["linux/amd64/odd", v3], plain, Some(1));
+    check(&["linux/amd64/odd"], plain, Some(0));
+    check(&["linux/arm64/v9", "linux/arm64"], "linux/arm64", Some(1));
+    check(
+        &["linux/arm64/v9", "linux/arm64"],
+        "linux/arm64/v8",
+        Some(1),
+    );
+    check(&["linux/arm/v7", "linux/arm/v6"], "linux/arm/v6", Some(1));
+}
+
+#[test]
 fn chain_of_indexes_is_limited() {
     let mut blobs = Memory::default();
     let mut root = manifest(&mut blobs, "linux/amd64", 1);

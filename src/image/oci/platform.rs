@@ -11,7 +11,7 @@ use std::str::FromStr;
 pub struct Platform {
     pub os: String,
     pub architecture: String,
-    /// Any variant is accepted if this is `None`.
+    /// The variant of the CPU. If this is `None`, any variant is accepted, the lowest first.
     pub variant: Option<String>,
 }
 
@@ -80,23 +80,43 @@ pub(super) struct Claimed {
 }
 
 impl Claimed {
-    pub(super) fn fits(&self, wanted: &Platform) -> bool {
+    /// Returns how well this platform suits the wanted one, or `None` if it does not fit. A lower
+    /// number is better.
+    ///
+    /// A CPU of a variant runs the code for lower variants, so `linux/amd64/v3` prefers v3, and
+    /// then v2 and v1. This is what containerd does. If no variant is wanted, nobody knows which
+    /// one the CPU has, so the lowest is best. Variants that are not numbers come last then.
+    pub(super) fn rank(&self, wanted: &Platform) -> Option<u32> {
+        let architecture = normal_architecture(&self.architecture);
+        if self.os != wanted.os || architecture != wanted.architecture {
+            return None;
+        }
+        let level = |variant: &str| level_of(architecture, variant);
         let variant = self.variant.as_deref().unwrap_or_default();
-        self.os == wanted.os
-            && normal_architecture(&self.architecture) == wanted.architecture
-            && wanted.variant.as_deref().is_none_or(|wanted| {
-                variant == wanted || is_default(&self.architecture, wanted, variant)
-            })
+        let Some(wanted) = wanted.variant.as_deref() else {
+            return Some(level(variant).unwrap_or(u32::MAX));
+        };
+        if variant.eq_ignore_ascii_case(wanted) {
+            return Some(0);
+        }
+        level(wanted)?.checked_sub(level(variant)?)
+    }
+
+    pub(super) fn fits(&self, wanted: &Platform) -> bool {
+        self.rank(wanted).is_some()
     }
 }
 
-/// True if an image without a variant has the variant `wanted`: arm64 means v8, and amd64 means v1.
-fn is_default(architecture: &str, wanted: &str, variant: &str) -> bool {
-    variant.is_empty()
-        && matches!(
-            (normal_architecture(architecture), wanted),
-            ("arm64", "v8") | ("amd64", "v1")
-        )
+/// Returns the number of a variant, such as 3 of `v3`. An image without a variant has the one that
+/// the OCI specification calls the default: amd64 means v1, arm64 means v8, and arm means v7.
+fn level_of(architecture: &str, variant: &str) -> Option<u32> {
+    match (architecture, variant) {
+        ("amd64", "") => Some(1),
+        ("arm64", "") => Some(8),
+        ("arm", "") => Some(7),
+        // Docker also accepts a number alone.
+        (_, variant) => variant.trim_start_matches(['v', 'V']).parse().ok(),
+    }
 }
 
 impl fmt::Display for Claimed {
@@ -152,7 +172,11 @@ mod tests {
         assert!(!claim("arm64", None).fits(&Platform::default()));
         assert!(claim("arm64", None).fits(&wanted("linux/arm64/v8")));
         assert!(claim("arm", Some("v7")).fits(&wanted("linux/arm/v7")));
-        assert!(!claim("arm", Some("v6")).fits(&wanted("linux/arm/v7")));
+        assert!(claim("arm", Some("v6")).fits(&wanted("linux/arm/v7")));
+        assert!(!claim("arm", Some("v7")).fits(&wanted("linux/arm/v6")));
+        assert!(!claim("amd64", Some("v3")).fits(&wanted("linux/amd64/v2")));
+        assert!(!claim("amd64", Some("odd")).fits(&wanted("linux/amd64/v2")));
+        assert!(claim("amd64", Some("odd")).fits(&wanted("linux/amd64/odd")));
         assert!(!claim("amd64", None).fits(&wanted("windows/amd64")));
     }
 }

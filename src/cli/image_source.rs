@@ -4,6 +4,7 @@
 use super::pipes;
 use crate::api::image::{ArchiveFormat, PullSource};
 use crate::error::{Error, Result};
+use crate::host::shell::quote;
 use crate::host::text::quoted;
 use crate::locks::Cancel;
 use serde_json::Value;
@@ -55,17 +56,25 @@ impl std::str::FromStr for Source {
                 return Ok(Self::Archive(format, file, reference));
             }
         }
-        if ["containers-storage:", "docker-daemon:", "dir:", "tarball:"]
-            .iter()
-            .any(|other| text.starts_with(other))
-        {
-            let text = format!("fcctl cannot read {}", quoted(text));
-            return Err(Error::invalid(text).hint(
-                "pipe the image: docker save NAME | fcctl image pull -, or use oci-archive:FILE",
-            ));
+        if let Some((transport, name)) = text.split_once(':') {
+            refuse_transport(transport, name)?;
         }
         Ok(Self::Registry(text.to_owned()))
     }
+}
+
+/// Refuses what skopeo reads but fcctl does not, and says how to convert it.
+fn refuse_transport(transport: &str, name: &str) -> Result<()> {
+    let name = quote(name);
+    let hint = match transport {
+        "docker-daemon" => format!("docker save {name} | fcctl image pull -"),
+        "containers-storage" => format!("podman save {name} | fcctl image pull -"),
+        "dir" | "tarball" => {
+            format!("skopeo copy {transport}:{name} oci:DIR && fcctl image pull oci:DIR")
+        }
+        _ => return Ok(()),
+    };
+    Err(Error::invalid(format!("fcctl cannot read from {transport}")).hint(hint))
 }
 
 /// Splits `PATH[:REFERENCE]` at the first colon, as skopeo does.
@@ -311,8 +320,33 @@ mod tests {
         ] {
             assert_eq!(text.parse::<Source>().unwrap(), expected, "{text}");
         }
-        for bad in ["oci:", "oci-archive::x", "docker-daemon:app", "dir:x"] {
+        for bad in ["oci:", "oci-archive::x"] {
             assert!(bad.parse::<Source>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn other_transports_of_skopeo_are_refused_with_a_conversion() {
+        for (text, hint) in [
+            (
+                "docker-daemon:app:1",
+                "docker save app:1 | fcctl image pull -",
+            ),
+            (
+                "containers-storage:my app",
+                "podman save 'my app' | fcctl image pull -",
+            ),
+            (
+                "dir:x",
+                "skopeo copy dir:x oci:DIR && fcctl image pull oci:DIR",
+            ),
+            (
+                "tarball:x.tar",
+                "skopeo copy tarball:x.tar oci:DIR && fcctl image pull oci:DIR",
+            ),
+        ] {
+            let e = text.parse::<Source>().unwrap_err();
+            assert_eq!(e.hint_text(), Some(hint), "{text}");
         }
     }
 

@@ -41,6 +41,7 @@ mod terminal;
 #[cfg(test)]
 mod tests;
 mod transfer;
+mod usage;
 mod values;
 mod version;
 mod vm;
@@ -49,7 +50,6 @@ mod words;
 mod workspace;
 
 use crate::client::Result;
-use crate::error::Error;
 use clap::{CommandFactory, Parser};
 use connector::Connector;
 use context::{Context, Env, Stdio, may_colour};
@@ -58,9 +58,6 @@ use printer::Printer;
 use signals::SignalSource;
 use std::ffi::OsString;
 use std::path::PathBuf;
-
-/// The exit status for usage errors, outside `exec` and `run`.
-const USAGE: u8 = 2;
 
 /// Development sandboxes in microVMs: run commands in a fresh VM with a copy of your files
 #[derive(Parser, Debug)]
@@ -162,7 +159,7 @@ fn command(ctx: &mut Context, args: &[OsString]) -> u8 {
         Ok(cli) => cli,
         Err(e) => {
             let colour = may_colour(&ctx.stdio, &*ctx.env);
-            return usage(&mut ctx.printer, args, &e, colour);
+            return usage::report(&mut ctx.printer, args, &e, colour);
         }
     };
     ctx.printer.json = cli.json;
@@ -230,41 +227,4 @@ fn runs_in_guest(args: &[OsString]) -> bool {
         }
     }
     false
-}
-
-/// Prints help and version to stdout, and reports parse errors the way all failures are reported.
-fn usage(printer: &mut Printer, args: &[OsString], e: &clap::Error, colour: bool) -> u8 {
-    if !e.use_stderr() {
-        let text = if colour {
-            e.render().ansi().to_string()
-        } else {
-            e.render().to_string()
-        };
-        return match printer.text(&text) {
-            Ok(()) => 0,
-            Err(_) => 1,
-        };
-    }
-    let status = if runs_in_guest(args) {
-        OUR_FAILURE
-    } else {
-        USAGE
-    };
-    printer.json = args
-        .iter()
-        .take_while(|a| *a != "--")
-        .any(|a| a == "--json");
-    let text = e.render().to_string();
-    if printer.json {
-        let first = text.lines().next().unwrap_or_default();
-        printer.fail(
-            &Error::invalid(first.trim_start_matches("error: "))
-                .hint("fcctl --help")
-                .into(),
-            status,
-        );
-    } else {
-        printer.usage(&text);
-    }
-    status
 }

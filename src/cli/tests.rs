@@ -250,6 +250,46 @@ fn usage_error_in_exec_and_run_exits_125() {
     }
 }
 
+/// clap shows the message of a value parser's error, but not its hint.
+#[test]
+fn hint_of_value_parser_is_shown() {
+    let fake = two_vms();
+    check(
+        &fake,
+        &["image", "pull", "docker-daemon:app"],
+        expect![[r#"
+            ! fcctl: invalid value 'docker-daemon:app' for '<REF>': fcctl cannot read from docker-daemon
+            ! hint: docker save app | fcctl image pull -
+            status 2
+        "#]],
+    );
+    check(
+        &fake,
+        &["--json", "image", "pull", "docker-daemon:app"],
+        expect![[r#"
+            ! {"error":{"code":"invalid_argument","exit_status":2,"hint":"docker save app | fcctl image pull -","kind":"invalid_argument","message":"invalid value 'docker-daemon:app' for '<REF>': fcctl cannot read from docker-daemon","retryable":false}}
+            status 2
+        "#]],
+    );
+    check(
+        &fake,
+        &["run", "--name", "Web", ".", "--", "make"],
+        expect![[r#"
+            ! fcctl: invalid value 'Web' for '--name <NAME>': VM name "Web" is not valid
+            ! hint: use 1 to 32 characters from a-z, 0-9 and -; begin with a letter and do not end with -
+            status 125
+        "#]],
+    );
+    check(
+        &fake,
+        &["--json", "vm", "show"],
+        expect![[r#"
+        ! {"error":{"code":"invalid_argument","exit_status":2,"hint":"fcctl --help","kind":"invalid_argument","message":"the following required arguments were not provided: <VM>...","retryable":false}}
+        status 2
+    "#]],
+    );
+}
+
 #[test]
 fn absent_daemon_suggests_starting_it() {
     let fake = two_vms();

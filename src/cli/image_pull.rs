@@ -23,7 +23,8 @@ use std::os::fd::{AsFd, OwnedFd};
 #[derive(clap::Args, Debug)]
 pub(super) struct Args {
     /// A reference such as gcc:13 or ghcr.io/owner/app, or oci:DIR[:TAG], oci-archive:FILE,
-    /// docker-archive:FILE, or - for an archive on stdin
+    /// docker-archive:FILE, the path of an archive or a layout such as ./app.tar, or - for an
+    /// archive on stdin
     #[arg(value_name = "REF")]
     source: Source,
     /// Name of the image on this host [default: REF, or the name in the archive]
@@ -41,7 +42,7 @@ impl Args {
     /// The arguments of a pull of `reference` without options.
     pub(super) fn of(reference: &ImageRef) -> Self {
         Self {
-            source: Source::Registry(reference.to_string()),
+            source: Source::Reference(reference.to_string()),
             name: None,
             platform: None,
             shared: false,
@@ -128,7 +129,10 @@ fn send(payload: Payload, to: &mut End, stop: &Cancel) -> crate::error::Result<(
     match sent {
         // The daemon stops reading once it has what it needs.
         Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        sent => sent.map_err(|e| Error::io("send the image", e)),
+        sent => sent.map_err(|e| match e.downcast::<Error>() {
+            Ok(ours) => ours,
+            Err(e) => Error::io("send the image", e),
+        }),
     }
 }
 

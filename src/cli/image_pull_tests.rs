@@ -1,4 +1,4 @@
-use super::super::tests::{Ran, Start, fcctl_from};
+use super::super::tests::{Ran, Start, fcctl, fcctl_from, file_with};
 use crate::client::fake::{Fake, Request};
 use crate::error::{Error, Kind};
 use crate::host::thread;
@@ -106,4 +106,72 @@ fn archive_cannot_come_from_terminal() {
         "{}",
         ran.err
     );
+}
+
+/// Records the request of a pull and reads what is sent with it.
+fn accepting() -> Fake {
+    Fake::start(|mut r: Request| {
+        if let Some(fd) = r.fds.pop() {
+            std::io::copy(&mut File::from(fd), &mut std::io::sink()).unwrap();
+        }
+        r.fault(Error::new(Kind::InvalidArgument, "that is all"));
+    })
+}
+
+#[test]
+fn path_is_pulled_as_archive_of_either_kind() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("app.tar");
+    std::fs::write(&file, "no tar").unwrap();
+    let fake = accepting();
+    let ran = fcctl(&fake, &["image", "pull", file.to_str().unwrap()]);
+    assert!(ran.err.contains("that is all"), "{}", ran.err);
+    assert_eq!(fake.calls(), [r#"image.pull {"source":{"archive":{}}}"#]);
+}
+
+#[test]
+fn path_that_cannot_be_pulled_is_explained() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    for (path, why) in [
+        (path(""), "hint: a directory must be an OCI layout"),
+        (path("absent.tar"), "absent.tar: No such file"),
+    ] {
+        let fake = accepting();
+        let ran = fcctl(&fake, &["image", "pull", &path]);
+        assert!(ran.err.contains(why), "{}", ran.err);
+        assert_eq!(fake.methods(), "");
+    }
+}
+
+#[test]
+fn archive_with_other_compression_is_refused_before_it_is_sent() {
+    const XZ: &[u8] = b"\xfd7zXZ\0\0 and so on";
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("app.tar.xz");
+    std::fs::write(&file, XZ).unwrap();
+    let path = file.to_str().unwrap();
+    let archive = format!("docker-archive:{path}");
+    for (arg, hint) in [
+        (
+            "-",
+            "hint: decompress it: ... | xz -dc | fcctl image pull -",
+        ),
+        (path, &format!("hint: xz -dc {path} | fcctl image pull -")),
+        (
+            &archive,
+            &format!("hint: xz -dc {path} | fcctl image pull -"),
+        ),
+    ] {
+        let start = Start {
+            stdin: file_with(XZ),
+            ..Start::default()
+        };
+        let ran = fcctl_from(&accepting(), start, &["image", "pull", arg]);
+        assert!(
+            ran.err.contains("is compressed with xz") && ran.err.contains(hint),
+            "{}",
+            ran.err
+        );
+    }
 }

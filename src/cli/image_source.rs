@@ -1,7 +1,9 @@
 //! Where `image pull` gets an image from, in the notation of skopeo (containers-transports(5)).
 //! Files are opened here, with the caller's rights; the daemon gets only their bytes.
 
+use super::image_file;
 use super::pipes;
+use super::values::path_error;
 use crate::api::image::{ArchiveFormat, PullSource};
 use crate::error::{Error, Result};
 use crate::host::shell::quote;
@@ -17,6 +19,7 @@ use std::path::{Path, PathBuf};
 const JSON_BYTES_MAX: u64 = 4 << 20;
 /// The number of blobs that are sent at most.
 const BLOBS_MAX: usize = 4096;
+const LAYOUT_HINT: &str = "a directory must be an OCI layout, such as skopeo copy writes";
 const LAYOUT_FILE: &str = "oci-layout";
 const INDEX_FILE: &str = "index.json";
 const REF_NAME: &str = "org.opencontainers.image.ref.name";
@@ -24,7 +27,12 @@ const REF_NAME: &str = "org.opencontainers.image.ref.name";
 /// An image on the command line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Source {
+    /// A reference without `docker://`. It may also be the name of a file.
+    Reference(String),
+    /// What follows `docker://`.
     Registry(String),
+    /// A path that cannot be a reference: an archive of either kind, or an OCI layout.
+    Path(PathBuf),
     /// A file with an archive, and the image in it.
     Archive(ArchiveFormat, PathBuf, Option<String>),
     /// An archive on stdin.
@@ -59,7 +67,12 @@ impl std::str::FromStr for Source {
         if let Some((transport, name)) = text.split_once(':') {
             refuse_transport(transport, name)?;
         }
-        Ok(Self::Registry(text.to_owned()))
+        let is_path = text.starts_with('/') || matches!(text.split('/').next(), Some("." | ".."));
+        Ok(if is_path {
+            Self::Path(text.into())
+        } else {
+            Self::Reference(text.to_owned())
+        })
     }
 }
 
@@ -92,7 +105,8 @@ fn path_and_reference(text: &str) -> Result<(PathBuf, Option<String>)> {
 /// What is sent to the daemon through a pipe.
 #[derive(Debug)]
 pub(super) enum Content {
-    File(File),
+    /// An archive and its path, which stdin does not have.
+    File(File, Option<PathBuf>),
     Layout(Layout),
 }
 
@@ -103,19 +117,25 @@ impl Source {
             Ok((PullSource::Archive { format, reference }, Some(content)))
         };
         match self {
+            Self::Reference(reference) => {
+                image_file::refuse_name_of_file(&reference)?;
+                Ok((PullSource::Registry { reference }, None))
+            }
             Self::Registry(reference) => Ok((PullSource::Registry { reference }, None)),
+            Self::Path(path) if path.is_dir() => {
+                let layout = Layout::open(&path, None).map_err(|e| e.hint(LAYOUT_HINT))?;
+                archive(Some(ArchiveFormat::Oci), None, Content::Layout(layout))
+            }
+            Self::Path(path) => archive(None, None, open_archive(&path)?),
             Self::Stdin => {
                 refuse_terminal(stdin, "stdin")?;
                 let file = stdin
                     .try_clone()
                     .map_err(|e| Error::io("duplicate stdin", e))?;
-                archive(None, None, Content::File(file))
+                archive(None, None, Content::File(file, None))
             }
             Self::Archive(format, path, reference) => {
-                let file = pipes::open(&path)
-                    .map_err(|e| Error::io(format!("open {}", path.display()), e))?;
-                refuse_terminal(&file, &path.display().to_string())?;
-                archive(Some(format), reference, Content::File(file))
+                archive(Some(format), reference, open_archive(&path)?)
             }
             // The index is reduced to the image that the tag names.
             Self::Layout(dir, tag) => archive(
@@ -125,6 +145,12 @@ impl Source {
             ),
         }
     }
+}
+
+fn open_archive(path: &Path) -> Result<Content> {
+    let file = pipes::open(path).map_err(|e| path_error(format!("open {}", path.display()), e))?;
+    refuse_terminal(&file, &path.display().to_string())?;
+    Ok(Content::File(file, Some(path.to_owned())))
 }
 
 /// Nobody types an archive, so a terminal means that the pipe was forgotten.
@@ -142,7 +168,17 @@ impl Content {
     /// Writes the archive. Ends when `stop` fires, even if the input has not ended.
     pub(super) fn send(self, to: &mut dyn Write, stop: &Cancel) -> io::Result<()> {
         match self {
-            Self::File(file) => io::copy(&mut pipes::Stoppable::new(file, stop), to).map(drop),
+            Self::File(file, path) => {
+                let mut input = pipes::Stoppable::new(file, stop);
+                let mut first = Vec::with_capacity(image_file::FIRST_BYTES);
+                (&mut input)
+                    .take(image_file::FIRST_BYTES as u64)
+                    .read_to_end(&mut first)?;
+                image_file::refuse_compression(&first, path.as_deref())
+                    .map_err(io::Error::other)?;
+                to.write_all(&first)?;
+                io::copy(&mut input, to).map(drop)
+            }
             Self::Layout(layout) => layout.send(to),
         }
     }
@@ -295,11 +331,20 @@ mod tests {
 
     #[test]
     fn source_is_parsed_like_skopeo() {
-        let registry = |text: &str| Source::Registry(text.to_owned());
+        let reference = |text: &str| Source::Reference(text.to_owned());
         for (text, expected) in [
             ("-", Source::Stdin),
-            ("gcc:13", registry("gcc:13")),
-            ("docker://ghcr.io/a/b:1", registry("ghcr.io/a/b:1")),
+            ("gcc:13", reference("gcc:13")),
+            ("a.tar", reference("a.tar")),
+            ("dir/a.tar", reference("dir/a.tar")),
+            (
+                "docker://ghcr.io/a/b:1",
+                Source::Registry("ghcr.io/a/b:1".to_owned()),
+            ),
+            ("./a.tar:1", Source::Path("./a.tar:1".into())),
+            ("../a.tar", Source::Path("../a.tar".into())),
+            ("/a.tar", Source::Path("/a.tar".into())),
+            (".", Source::Path(".".into())),
             ("oci:dir", Source::Layout("dir".into(), None)),
             (
                 "oci:/a/b:v1",

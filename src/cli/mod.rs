@@ -16,6 +16,7 @@ mod exec;
 mod help;
 mod image;
 mod image_export;
+mod image_file;
 mod image_pull;
 mod image_register;
 mod image_source;

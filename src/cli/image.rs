@@ -120,13 +120,7 @@ fn build(ctx: &mut Context, args: BuildArgs) -> Result<u8> {
             "fcctl does not read Dockerfiles, such as {}",
             file.display()
         );
-        return Err(Error::invalid(text)
-            .hint(
-                "build with docker or buildah, then: docker save app | fcctl image pull -\n\
-                 or: buildah push app oci-archive:app.tar && fcctl image pull oci-archive:app.tar\n\
-                 or write a script: fcctl image build --script FILE NAME",
-            )
-            .into());
+        return Err(no_dockerfile(text).into());
     }
     let interrupts = Interrupts::start(&ctx.signals, &ctx.stdio.stderr)?;
     let made = match args.name {
@@ -152,6 +146,15 @@ fn build(ctx: &mut Context, args: BuildArgs) -> Result<u8> {
         }
     };
     report_made(&mut ctx.printer, &interrupts, made)
+}
+
+/// The error for somebody who wants to build from a Dockerfile.
+pub(super) fn no_dockerfile(text: impl Into<String>) -> Error {
+    Error::invalid(text).hint(
+        "build with docker or buildah, then: docker save app | fcctl image pull -\n\
+         or: buildah push app oci-archive:app.tar && fcctl image pull oci-archive:app.tar\n\
+         or write a script: fcctl image build --script FILE NAME",
+    )
 }
 
 fn report_made(printer: &mut Printer, interrupts: &Interrupts, made: Result<Image>) -> Result<u8> {

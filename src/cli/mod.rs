@@ -13,6 +13,7 @@ mod debug;
 mod doctor;
 mod events;
 mod exec;
+mod habits;
 mod help;
 mod image;
 mod image_export;
@@ -154,14 +155,12 @@ fn command(ctx: &mut Context, args: &[OsString]) -> u8 {
     if let Some(page) = help::page(args) {
         return u8::from(ctx.printer.text(&page).is_err());
     }
+    let colour = may_colour(&ctx.stdio, &*ctx.env);
     let args = &words::with_separator(Cli::command(), args);
-    let is_guests = runs_in_guest(args);
+    let is_guests = words::runs_in_guest(args);
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
-        Err(e) => {
-            let colour = may_colour(&ctx.stdio, &*ctx.env);
-            return usage::report(&mut ctx.printer, args, &e, colour);
-        }
+        Err(e) => return usage::report(&mut ctx.printer, Cli::command(), args, &e, colour),
     };
     ctx.printer.json = cli.json;
     let uid = nix::unistd::getuid().as_raw();
@@ -213,19 +212,4 @@ fn completions(printer: &mut Printer, shell: clap_complete::Shell) -> Result<u8>
     clap_complete::generate(shell, &mut Cli::command(), "fcctl", &mut script);
     printer.bytes(&script)?;
     Ok(0)
-}
-
-/// True for `exec` and `run`, which report their own failures as 125, even if the rest of the
-/// command line cannot be parsed.
-fn runs_in_guest(args: &[OsString]) -> bool {
-    let mut words = args.iter().skip(1);
-    while let Some(word) = words.next() {
-        match word.to_str() {
-            Some("--socket") => drop(words.next()),
-            Some(word) if word.starts_with('-') => {}
-            Some(word) => return word == "exec" || word == "run",
-            None => return false,
-        }
-    }
-    false
 }

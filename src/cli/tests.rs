@@ -291,6 +291,80 @@ fn hint_of_value_parser_is_shown() {
 }
 
 #[test]
+fn words_of_docker_have_hints() {
+    let fake = two_vms();
+    // clap would suggest `stop`.
+    check(
+        &fake,
+        &["top", "web"],
+        expect![[r#"
+        ! fcctl: unrecognized subcommand 'top'
+        ! hint: fcctl vm stats VM
+        status 2
+    "#]],
+    );
+    check(
+        &fake,
+        &["cp", "a", "web:/b"],
+        expect![[r#"
+        ! fcctl: unrecognized subcommand 'cp'
+        ! hint: a directory: fcctl workspace prepare VM PATH, and back: fcctl workspace export VM
+        ! hint: into a VM: tar c FILE | fcctl exec -i VM -- tar x -C DIR
+        ! hint: out of a VM: fcctl exec VM -- tar c -C DIR FILE | tar x
+        status 2
+    "#]],
+    );
+    check(
+        &fake,
+        &["image", "save", "app"],
+        expect![[r#"
+        ! fcctl: unrecognized subcommand 'save'
+        ! hint: fcctl image export IMAGE -o FILE
+        status 2
+    "#]],
+    );
+    check(
+        &fake,
+        &["--json", "pull", "alpine"],
+        expect![[r#"
+        ! {"error":{"code":"invalid_argument","exit_status":2,"hint":"fcctl image pull REF","kind":"invalid_argument","message":"unrecognized subcommand 'pull'","retryable":false}}
+        status 2
+    "#]],
+    );
+    // clap's own suggestion remains for other words.
+    let ran = fcctl(&fake, &["statr", "web"]);
+    assert!(
+        ran.err.contains("tip: ") && ran.err.contains("'start'"),
+        "{}",
+        ran.err
+    );
+}
+
+#[test]
+fn image_build_explains_dockerfiles() {
+    let fake = two_vms();
+    for args in [
+        &["."][..],
+        &["-t", "app", "."],
+        &["--tag=app", "."],
+        &["app", "./dir"],
+        &["--build-arg", "A=b", "/dir"],
+    ] {
+        let args = [&["image", "build"], args].concat();
+        let ran = fcctl(&fake, &args);
+        assert_eq!(ran.status, 2);
+        assert!(
+            ran.err.contains("reads no Dockerfile") && ran.err.contains("docker save app"),
+            "{args:?} {}",
+            ran.err
+        );
+    }
+    let ran = fcctl(&fake, &["image", "build", "app", "--from", "./x"]);
+    assert!(!ran.err.contains("Dockerfile"), "{}", ran.err);
+    assert_eq!(fake.methods(), "");
+}
+
+#[test]
 fn absent_daemon_suggests_starting_it() {
     let fake = two_vms();
     for (args, status) in [

@@ -2,31 +2,47 @@
 
 use super::exec::OUR_FAILURE;
 use super::printer::Printer;
-use super::runs_in_guest;
+use super::words::{self, runs_in_guest};
+use super::{habits, image};
 use crate::error::Error;
+use clap::error::{ContextKind, ContextValue};
 use std::error::Error as _;
 use std::ffi::OsString;
 
 /// The exit status for usage errors, outside `exec` and `run`.
 const STATUS: u8 = 2;
+/// Options of `docker build` that `fcctl image build` does not have.
+const DOCKER_BUILD: &[&str] = &[
+    "-t",
+    "--tag",
+    "--build-arg",
+    "--no-cache",
+    "--platform",
+    "--target",
+];
+
+fn print(printer: &mut Printer, text: &clap::builder::StyledStr, colour: bool) -> u8 {
+    let text = if colour {
+        text.ansi().to_string()
+    } else {
+        text.to_string()
+    };
+    match printer.text(&text) {
+        Ok(()) => 0,
+        Err(_) => 1,
+    }
+}
 
 /// Prints help and version to stdout, and reports parse errors the way all failures are reported.
 pub(super) fn report(
     printer: &mut Printer,
+    mut cli: clap::Command,
     args: &[OsString],
     e: &clap::Error,
     colour: bool,
 ) -> u8 {
     if !e.use_stderr() {
-        let text = if colour {
-            e.render().ansi().to_string()
-        } else {
-            e.render().to_string()
-        };
-        return match printer.text(&text) {
-            Ok(()) => 0,
-            Err(_) => 1,
-        };
+        return print(printer, &e.render(), colour);
     }
     let status = if runs_in_guest(args) {
         OUR_FAILURE
@@ -37,7 +53,8 @@ pub(super) fn report(
         .iter()
         .take_while(|a| *a != "--")
         .any(|a| a == "--json");
-    match hinted(e) {
+    cli.build();
+    match hinted(&cli, args, e) {
         Some(error) => printer.fail(&error.into(), status),
         None if printer.json => {
             let error = Error::invalid(message(e)).hint("fcctl --help");
@@ -57,8 +74,46 @@ fn message(e: &clap::Error) -> String {
 }
 
 /// Returns an error with a better hint than clap's, if there is one.
-fn hinted(e: &clap::Error) -> Option<Error> {
-    of_value_parser(e)
+fn hinted(cli: &clap::Command, args: &[OsString], e: &clap::Error) -> Option<Error> {
+    let (noun, verb) = words::noun_and_verb(cli, args).unwrap_or_default();
+    if noun == "image" && verb.as_deref() == Some("build") && is_for_dockerfile(e) {
+        return Some(image::no_dockerfile(
+            "fcctl image build reads no Dockerfile",
+        ));
+    }
+    of_value_parser(e).or_else(|| of_habit(&noun, e))
+}
+
+/// Returns a text that clap attached to the error.
+fn context(e: &clap::Error, kind: ContextKind) -> Option<&str> {
+    match e.get(kind)? {
+        ContextValue::String(text) => Some(text),
+        _ => None,
+    }
+}
+
+/// True if the rejected word is a directory or an option of `docker build`.
+fn is_for_dockerfile(e: &clap::Error) -> bool {
+    let arg = context(e, ContextKind::InvalidArg).unwrap_or_default();
+    match context(e, ContextKind::InvalidValue) {
+        // The value of an option is not the directory to build.
+        Some(_) if arg.starts_with('-') => false,
+        Some(value) => is_directory(value),
+        None => is_directory(arg) || DOCKER_BUILD.contains(&arg),
+    }
+}
+
+fn is_directory(word: &str) -> bool {
+    word.starts_with('/') || matches!(word.split('/').next(), Some("." | ".."))
+}
+
+/// Suggests a command for a word that users of docker type by habit. clap suggests commands with a
+/// similar spelling instead, such as `stop` for `top`.
+fn of_habit(noun: &str, e: &clap::Error) -> Option<Error> {
+    let word = context(e, ContextKind::InvalidSubcommand)?;
+    let noun = if word == noun { "" } else { noun };
+    let hint = habits::hint(noun, word)?;
+    Some(Error::invalid(message(e)).hint(hint))
 }
 
 /// clap prints the message of a value parser's error, but not its hint.

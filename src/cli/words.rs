@@ -22,32 +22,71 @@ pub(super) fn with_separator(mut cli: clap::Command, args: &[OsString]) -> Vec<O
 
 /// Returns the place behind the word `run`, if it is the noun of this command line.
 fn run_at(cli: &clap::Command, args: &[OsString]) -> Option<usize> {
-    let mut at = 1;
-    loop {
-        match Word::of(cli, args.get(at)?) {
-            Word::Option { words, .. } => at += words,
-            Word::Plain(word) => return (word == "run").then_some(at + 1),
-            Word::Separator => return None,
-        }
-    }
+    let first = first_plain(cli, args.get(1..)?)?;
+    (first.word == "run").then_some(first.at + 2)
 }
 
 /// Returns the place of the command in the words behind `run`, if no `--` precedes it.
 fn command_at(run: &clap::Command, args: &[OsString]) -> Option<usize> {
+    let first = first_plain(run, args)?;
+    let is_directory = first.word == "." || first.word.contains('/');
+    (first.has_image && !is_directory).then_some(first.at)
+}
+
+/// The first word that is neither an option nor the value of one.
+struct First {
+    at: usize,
+    word: String,
+    /// True if `--image` precedes it.
+    has_image: bool,
+}
+
+fn first_plain(command: &clap::Command, args: &[OsString]) -> Option<First> {
     let (mut at, mut has_image) = (0, false);
     loop {
-        match Word::of(run, args.get(at)?) {
+        match Word::of(command, args.get(at)?) {
             Word::Option { words, is_image } => {
                 at += words;
                 has_image |= is_image;
             }
             Word::Plain(word) => {
-                let is_directory = word == "." || word.contains('/');
-                return (has_image && !is_directory).then_some(at);
+                return Some(First {
+                    at,
+                    word,
+                    has_image,
+                });
             }
             Word::Separator => return None,
         }
     }
+}
+
+/// True for `exec` and `run`, which report their own failures as 125, even if the rest of the
+/// command line cannot be parsed.
+pub(super) fn runs_in_guest(args: &[OsString]) -> bool {
+    let mut words = args.iter().skip(1);
+    while let Some(word) = words.next() {
+        match word.to_str() {
+            Some("--socket") => drop(words.next()),
+            Some(word) if word.starts_with('-') => {}
+            Some(word) => return word == "exec" || word == "run",
+            None => return false,
+        }
+    }
+    false
+}
+
+/// Returns the noun of a command line and, if the noun has verbs, the word in the verb's place.
+pub(super) fn noun_and_verb(
+    cli: &clap::Command,
+    args: &[OsString],
+) -> Option<(String, Option<String>)> {
+    let noun = first_plain(cli, args.get(1..)?)?;
+    let verb = cli
+        .find_subcommand(&noun.word)
+        .filter(|command| command.has_subcommands())
+        .and_then(|command| first_plain(command, args.get(noun.at + 2..)?));
+    Some((noun.word, verb.map(|first| first.word)))
 }
 
 /// A word at a place where an option can be.

@@ -19,6 +19,7 @@ use crate::api::vm::{
 };
 use crate::client::{Client, Event, Failure, Result};
 use crate::error::{Error, Kind};
+use crate::host::shell::quote;
 use crate::ids::{ImageRef, VmName};
 use std::ffi::OsString;
 use std::io::{Seek, Write};
@@ -102,7 +103,10 @@ fn run_in_new_vm(
     let to = args.export_patch.map(ExportTo::patch);
     to.iter().try_for_each(ExportTo::check)?;
     let source = match &args.path {
-        Some(path) => Some(Source::tree(path, &args.workspace, interrupts.cancel())?),
+        Some(path) => Some(
+            Source::tree(path, &args.workspace, interrupts.cancel())
+                .map_err(|e| suggest_image(e, path, args.shape.image.is_some(), &spec.argv))?,
+        ),
         None if args.workspace.is_given() => {
             return Err(Error::invalid("workspace options need a PATH")
                 .hint("for example: fcctl run . -- CMD")
@@ -257,6 +261,24 @@ fn refuse_directory_as_command(args: &Args) -> Result<()> {
     ))
     .hint(format!("to copy the directory, write ./{name}"))
     .into())
+}
+
+/// Says how to name an image, if what should be a directory may be one.
+fn suggest_image(e: Failure, path: &Path, has_image: bool, argv: &[OsString]) -> Failure {
+    let word = path.to_string_lossy();
+    if !e.is(Kind::PathNotFound) || has_image || path.exists() || word.parse::<ImageRef>().is_err()
+    {
+        return e;
+    }
+    let command: String = argv
+        .iter()
+        .map(|arg| format!(" {}", quote(&arg.to_string_lossy())))
+        .collect();
+    e.hint(format!(
+        "if it is an image: fcctl run --image {word}{command}\n\
+         to copy a directory, name it: fcctl run . --{}",
+        if command.is_empty() { " CMD" } else { &command }
+    ))
 }
 
 /// The target and limit of `--export-patch`.

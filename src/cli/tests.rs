@@ -365,6 +365,77 @@ fn image_build_explains_dockerfiles() {
 }
 
 #[test]
+fn run_without_separator_says_what_to_write() {
+    let fake = two_vms();
+    check(
+        &fake,
+        &["run", "alpine", "ls", "a b"],
+        expect![[r#"
+        ! fcctl: "alpine" is not a directory
+        ! hint: if it is an image: fcctl --socket DIR/fcd.sock run --image alpine ls 'a b'
+        ! hint: to copy a directory, name it: fcctl --socket DIR/fcd.sock run . -- ls 'a b'
+        status 125
+    "#]],
+    );
+    check(
+        &fake,
+        &["run", "-it", "ghcr.io/a/b:1", "--rm", "sh"],
+        expect![[r#"
+            ! fcctl: "ghcr.io/a/b:1" is not a directory
+            ! hint: if it is an image: fcctl --socket DIR/fcd.sock run -it --rm --image ghcr.io/a/b:1 sh
+            ! hint: to copy a directory, name it: fcctl --socket DIR/fcd.sock run -it . --rm -- sh
+            status 125
+        "#]],
+    );
+    check(
+        &fake,
+        &["run", "--rm", "src", "ls", "-l"],
+        expect![[r#"
+        ! fcctl: the command "ls" needs -- before it
+        ! hint: fcctl --socket DIR/fcd.sock run --rm src -- ls -l
+        status 125
+    "#]],
+    );
+    check(
+        &fake,
+        &["run", "--image", "alpine", ".", "ls"],
+        expect![[r#"
+            ! fcctl: the command "ls" needs -- before it
+            ! hint: fcctl --socket DIR/fcd.sock run --image alpine . -- ls
+            status 125
+        "#]],
+    );
+    check(
+        &fake,
+        &["run", "./absent", "ls"],
+        expect![[r#"
+        ! fcctl: "./absent" is not a directory
+        ! hint: to copy a directory, name it: fcctl --socket DIR/fcd.sock run . -- ls
+        status 125
+    "#]],
+    );
+    check(
+        &fake,
+        &["run", "alpine", "--", "ls", "a b"],
+        expect![[r#"
+            ! fcctl: alpine does not exist
+            ! hint: if it is an image: fcctl run --image alpine ls 'a b'
+            ! hint: to copy a directory, name it: fcctl run . -- ls 'a b'
+            status 125
+        "#]],
+    );
+    check(
+        &fake,
+        &["run", "./absent", "--", "ls"],
+        expect![[r#"
+        ! fcctl: ./absent does not exist
+        ! hint: pass an existing directory, as in fcctl run . -- CMD
+        status 125
+    "#]],
+    );
+}
+
+#[test]
 fn absent_daemon_suggests_starting_it() {
     let fake = two_vms();
     for (args, status) in [

@@ -5,7 +5,7 @@ use super::printer::Printer;
 use super::words::{self, runs_in_guest};
 use super::{habits, image};
 use crate::error::Error;
-use clap::error::{ContextKind, ContextValue};
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use std::error::Error as _;
 use std::ffi::OsString;
 
@@ -81,7 +81,9 @@ fn hinted(cli: &clap::Command, args: &[OsString], e: &clap::Error) -> Option<Err
             "fcctl image build reads no Dockerfile",
         ));
     }
-    of_value_parser(e).or_else(|| of_habit(&noun, e))
+    of_value_parser(e)
+        .or_else(|| of_habit(&noun, e))
+        .or_else(|| of_run(cli, args, e))
 }
 
 /// Returns a text that clap attached to the error.
@@ -114,6 +116,15 @@ fn of_habit(noun: &str, e: &clap::Error) -> Option<Error> {
     let noun = if word == noun { "" } else { noun };
     let hint = habits::hint(noun, word)?;
     Some(Error::invalid(message(e)).hint(hint))
+}
+
+/// Explains `fcctl run WORD CMD`.
+fn of_run(cli: &clap::Command, args: &[OsString], e: &clap::Error) -> Option<Error> {
+    let word = context(e, ContextKind::InvalidArg)?;
+    if e.kind() != ErrorKind::UnknownArgument || word.starts_with('-') {
+        return None;
+    }
+    words::without_separator(cli, args, word)
 }
 
 /// clap prints the message of a value parser's error, but not its hint.

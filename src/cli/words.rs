@@ -3,8 +3,14 @@
 //! After `--image`, a first word without `/` that is not `.` is the command, as with docker, and
 //! everything behind it belongs to the command. Any other first word is the directory to copy. clap
 //! cannot make this distinction, so the missing `--` is inserted before clap sees the words.
+//! Without `--image`, the words are left as they are, and [`without_separator`] says what is wrong.
 
+use crate::error::Error;
+use crate::host::shell::quote;
+use crate::host::text::quoted;
+use crate::ids::ImageRef;
 use std::ffi::OsString;
+use std::path::Path;
 
 /// Returns the words of a command line with `--` before the command, if it is missing.
 pub(super) fn with_separator(mut cli: clap::Command, args: &[OsString]) -> Vec<OsString> {
@@ -87,6 +93,40 @@ pub(super) fn noun_and_verb(
         .filter(|command| command.has_subcommands())
         .and_then(|command| first_plain(command, args.get(noun.at + 2..)?));
     Some((noun.word, verb.map(|first| first.word)))
+}
+
+/// Explains `fcctl run FIRST CMD`, which lacks `--` or, if FIRST is an image, `--image`. `command`
+/// is the first word of the command.
+pub(super) fn without_separator(
+    cli: &clap::Command,
+    args: &[OsString],
+    command: &str,
+) -> Option<Error> {
+    let run = run_at(cli, args)?;
+    let first = first_plain(cli.find_subcommand("run")?, &args[run..])?;
+    let first_at = run + first.at;
+    let rest = &args[first_at + 1..];
+    let command_at = first_at + 1 + rest.iter().position(|word| word == command)?;
+    let (options, cmd) = (line(&args[1..first_at]), line(&args[command_at..]));
+    let between = line(&args[first_at + 1..command_at]);
+    let word = quote(&first.word);
+    let as_directory = |dir: &str| format!("fcctl{options} {dir}{between} --{cmd}");
+    if first.has_image || Path::new(&first.word).is_dir() {
+        let text = format!("the command {} needs -- before it", quoted(command));
+        return Some(Error::invalid(text).hint(as_directory(&word)));
+    }
+    let text = format!("{} is not a directory", quoted(&first.word));
+    let mut hint = format!("to copy a directory, name it: {}", as_directory("."));
+    if first.word.parse::<ImageRef>().is_ok() {
+        hint = format!("if it is an image: fcctl{options}{between} --image {word}{cmd}\n{hint}");
+    }
+    Some(Error::invalid(text).hint(hint))
+}
+
+/// Joins words for a shell, each with a space before it.
+fn line(words: &[OsString]) -> String {
+    let words = words.iter().map(|word| quote(&word.to_string_lossy()));
+    words.map(|word| format!(" {word}")).collect()
 }
 
 /// A word at a place where an option can be.

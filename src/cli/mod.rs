@@ -156,6 +156,9 @@ fn command(ctx: &mut Context, args: &[OsString]) -> u8 {
         return u8::from(ctx.printer.text(&page).is_err());
     }
     let colour = may_colour(&ctx.stdio, &*ctx.env);
+    if args.len() < 2 {
+        return usage::help(&mut ctx.printer, Cli::command(), colour);
+    }
     let args = &words::with_separator(Cli::command(), args);
     let is_guests = words::runs_in_guest(args);
     let cli = match Cli::try_parse_from(args) {

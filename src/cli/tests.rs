@@ -436,6 +436,28 @@ fn run_without_separator_says_what_to_write() {
 }
 
 #[test]
+fn no_words_print_help() {
+    let mut err = tempfile::tempfile().unwrap();
+    let mut out = tempfile::tempfile().unwrap();
+    let stdio = Stdio {
+        stdin: file_with(b""),
+        stdout: out.try_clone().unwrap(),
+        stderr: err.try_clone().unwrap(),
+    };
+    let signals = SignalSource::Channel(crossbeam_channel::never());
+    let mut ctx = Context::new(stdio, signals, Box::new(|_| None), NOW_S).unwrap();
+    assert_eq!(super::command(&mut ctx, &["fcctl".into()]), 0);
+    out.rewind().unwrap();
+    err.rewind().unwrap();
+    let help = std::io::read_to_string(out).unwrap();
+    assert!(
+        help.contains("Usage: fcctl") && help.contains("Topics"),
+        "{help}"
+    );
+    assert_eq!(std::io::read_to_string(err).unwrap(), "");
+}
+
+#[test]
 fn absent_daemon_suggests_starting_it() {
     let fake = two_vms();
     for (args, status) in [

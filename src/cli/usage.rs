@@ -21,6 +21,12 @@ const DOCKER_BUILD: &[&str] = &[
     "--target",
 ];
 
+/// Prints the help for a command line without any words, as docker does. clap prints it, too, but
+/// as an error.
+pub(super) fn help(printer: &mut Printer, mut cli: clap::Command, colour: bool) -> u8 {
+    print(printer, &cli.render_help(), colour)
+}
+
 fn print(printer: &mut Printer, text: &clap::builder::StyledStr, colour: bool) -> u8 {
     let text = if colour {
         text.ansi().to_string()

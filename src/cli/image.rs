@@ -9,12 +9,15 @@ use super::output::{self, age, short_digest, size};
 use super::printer::Printer;
 use super::provision::{self, Recipe};
 use super::signals::Interrupts;
+use crate::api::Empty;
+use crate::api::daemon::Info;
 use crate::api::image::{
     Image, ImageBuild, ImageBuildRequest, ImageDelete, ImageList, ImagePromote, ImagePrune,
-    ImagePruneRequest, ImageRequest, ImageShow, ImageShowReply, ImageTag, ImageTagRequest,
+    ImagePruneReply, ImagePruneRequest, ImageRequest, ImageShow, ImageShowReply, ImageTag,
+    ImageTagRequest,
 };
 use crate::api::page::ListRequest;
-use crate::client::Result;
+use crate::client::{Client, Result};
 use crate::error::Error;
 use crate::host::plural::count;
 use crate::host::shell::quote;
@@ -402,9 +405,8 @@ fn tag(
 }
 
 fn prune(connector: &mut Connector, printer: &mut Printer, all: bool) -> Result<u8> {
-    let reply = connector
-        .connect(printer)?
-        .call::<ImagePrune>(&ImagePruneRequest { all })?;
+    let mut client = connector.connect(printer)?;
+    let reply = client.call::<ImagePrune>(&ImagePruneRequest { all })?;
     if printer.json {
         printer.document(&reply)?;
         return Ok(0);
@@ -412,13 +414,36 @@ fn prune(connector: &mut Connector, printer: &mut Printer, all: bool) -> Result<
     for image in &reply.images {
         printer.line(&format!("{image}: deleted"))?;
     }
-    printer.line(&format!(
-        "removed {} and {}, {} in all",
-        count(reply.layers, "cached layer"),
-        count(reply.runtimes.len() as u64, "guest runtime"),
-        size(reply.bytes)
-    ))?;
+    let has_removed_layers = reply.layers > 0 || !reply.runtimes.is_empty();
+    if has_removed_layers || may_remove_layers(&mut client)? {
+        printer.line(&format!(
+            "removed {} and {}, {} in all",
+            count(reply.layers, "cached layer"),
+            count(reply.runtimes.len() as u64, "guest runtime"),
+            size(reply.bytes)
+        ))?;
+    } else {
+        printer.line(&pruned_by_user(&reply, all))?;
+    }
     Ok(0)
+}
+
+/// True if this user may remove what serves all users.
+fn may_remove_layers(client: &mut Client) -> Result<bool> {
+    let uid = nix::unistd::geteuid().as_raw();
+    Ok(uid == 0 || uid == client.call::<Info>(&Empty {})?.uid)
+}
+
+/// Describes the result of a prune that could remove only the caller's images.
+fn pruned_by_user(reply: &ImagePruneReply, all: bool) -> String {
+    const WHY: &str = "cached layers and guest runtimes serve all users, so only root removes them";
+    match (all, reply.images.is_empty()) {
+        (false, _) => format!(
+            "nothing was removed: {WHY}. To delete your unused images: fcctl image prune --all"
+        ),
+        (true, true) => format!("nothing was removed: you have no unused image, and {WHY}"),
+        (true, false) => format!("freed {}; {WHY}", size(reply.bytes)),
+    }
 }
 
 fn delete(connector: &mut Connector, printer: &mut Printer, images: Vec<ImageRef>) -> Result<u8> {
@@ -475,10 +500,48 @@ fn on_host(image: &Image) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::check;
+    use super::super::tests::{check, fcctl};
+    use super::*;
     use crate::client::fake::Fake;
     use expect_test::expect;
     use serde_json::json;
+
+    #[test]
+    fn prune_by_ordinary_user_says_what_it_cannot_remove() {
+        let mut reply = ImagePruneReply::default();
+        let why = "cached layers and guest runtimes serve all users, so only root removes them";
+        assert_eq!(
+            pruned_by_user(&reply, false),
+            format!(
+                "nothing was removed: {why}. To delete your unused images: fcctl image prune --all"
+            )
+        );
+        assert_eq!(
+            pruned_by_user(&reply, true),
+            format!("nothing was removed: you have no unused image, and {why}")
+        );
+        reply.images.push("app".parse().unwrap());
+        reply.bytes = 5 << 20;
+        assert_eq!(pruned_by_user(&reply, true), format!("freed 5 MiB; {why}"));
+    }
+
+    /// The daemon of the test runs as its user, who may remove everything.
+    #[test]
+    fn prune_by_owner_of_daemon_counts_layers() {
+        let fake = Fake::start(|r| match r.method.as_str() {
+            "fcd.info" => r.result(json!({
+                "api": { "major": 1, "minor": 0 }, "version": "1", "features": [], "pid": 1,
+                "uid": nix::unistd::geteuid().as_raw(), "state_dir": "/", "uptime_s": 1,
+                "guest_roots": []
+            })),
+            _ => r.result(json!({ "images": [], "layers": 0, "runtimes": [], "bytes": 0 })),
+        });
+        let ran = fcctl(&fake, &["image", "prune"]);
+        assert_eq!(
+            String::from_utf8(ran.out).unwrap(),
+            "removed 0 cached layers and 0 guest runtimes, 0 B in all\n"
+        );
+    }
 
     #[test]
     fn image_rm_deletes_each() {

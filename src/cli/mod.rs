@@ -13,6 +13,7 @@ mod debug;
 mod doctor;
 mod events;
 mod exec;
+mod guest;
 mod habits;
 mod help;
 mod image;

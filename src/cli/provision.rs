@@ -283,18 +283,15 @@ fn in_new_vm(
             let check = interpreter(script).map_or_else(String::new, |p| require_interpreter(&p));
             let run_it = format!("{check}{RUN_SCRIPT}");
             let argv = ["sh", "-c", &run_it];
-            run::as_root(printer, stdio, interrupts, &mut new_vm, &argv, script)
+            new_vm
+                .guest(printer, stdio, interrupts)
+                .as_root(&argv, script)
                 .map_err(|e| e.context("the script").hint("no image was made"))?;
         }
-        run::as_root(
-            printer,
-            stdio,
-            interrupts,
-            &mut new_vm,
-            &["sh", "-c", CLEAN],
-            b"",
-        )
-        .map_err(|e| e.context("remove keys and logs in the guest"))?;
+        new_vm
+            .guest(printer, stdio, interrupts)
+            .as_root(&["sh", "-c", CLEAN], b"")
+            .map_err(|e| e.context("remove keys and logs in the guest"))?;
         stop(printer, interrupts, &mut new_vm)?;
         let request = ImageCommitRequest {
             vm: new_vm.vm.id.to_string(),

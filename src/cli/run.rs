@@ -4,13 +4,13 @@
 use super::connector::{Connector, operate};
 use super::context::{Context, Env, Stdio};
 use super::exec::{self, How, OUR_FAILURE, Outcome, Spec};
+use super::guest::{self, Gift, Guest};
 use super::image_pull;
 use super::printer::Printer;
 use super::signals::{Interrupts, Phase, interrupted};
 use super::transfer::{Bound, ExportTo, PrepareHow, Source, Transfer, report_left_behind};
 use super::vm::Shape;
 use super::workspace::report_exported;
-use crate::api::exec::Exit;
 use crate::api::frame::Note;
 use crate::api::image::{ImageConfig, ImageRequest, ImageShow, ImageShowReply};
 use crate::api::vm::{
@@ -22,12 +22,7 @@ use crate::error::{Error, Kind};
 use crate::host::shell::quote;
 use crate::ids::{ImageRef, VmName};
 use std::ffi::OsString;
-use std::io::{Seek, Write};
 use std::path::{Path, PathBuf};
-
-/// Changes the owner of a tree. The runtime's program does this if the guest has it, because the
-/// image may have none, or another of the same name.
-const CHOWN: &str = r#"PATH=/.fcd/bin:$PATH; exec chown -hR -- "$@""#;
 
 #[derive(clap::Args, Debug)]
 pub(super) struct Args {
@@ -163,17 +158,17 @@ fn perform(
         spec,
         image_user,
     } = work;
-    let user = match (&source, &spec.user) {
-        (None, _) => None,
-        (Some(_), Some(user)) => Some(user.clone()),
-        (Some(_), None) => user_of_image(new_vm, image_user)?,
+    let user = match (&source, &spec.user, image_user) {
+        (None, _, _) => None,
+        (Some(_), Some(user), _) => Some(user.clone()),
+        (Some(_), None, Some(user)) => guest::unless_root(user),
+        // The daemon has chosen the image.
+        (Some(_), None, None) => guest::user_of_image(&mut new_vm.client, new_vm.vm.image.clone())?,
     };
-    // Root's home is closed to other users.
-    let given = source.as_ref().zip(user).map(|(source, user)| {
-        let path = how.guest_path.get_or_insert_with(|| source.path_for_user());
-        (path.clone(), user)
-    });
-    let given = given.filter(|_| !how.readonly);
+    let gift = source
+        .as_ref()
+        .zip(user)
+        .and_then(|(source, user)| Gift::plan(source, &mut how, user));
     let vm = new_vm.vm.name.to_string();
     boot(
         printer,
@@ -181,26 +176,10 @@ fn perform(
         new_vm,
         source.map(|source| (source, how)),
     )?;
-    if let Some((path, user)) = &given {
-        give(printer, stdio, interrupts, new_vm, path, user)?;
+    if let Some(gift) = &gift {
+        new_vm.guest(printer, stdio, interrupts).give(gift)?;
     }
     exec::execute(printer, stdio, interrupts, &mut new_vm.client, &vm, spec)
-}
-
-/// Returns the user who runs commands in the VM's image, unless that is root.
-fn user_of_image(new_vm: &mut NewVm, known: Option<String>) -> Result<Option<String>> {
-    let user = match known {
-        Some(user) => user,
-        // The daemon has chosen the image.
-        None => {
-            let image = new_vm.vm.image.clone();
-            let shown = new_vm.client.call::<ImageShow>(&ImageRequest { image })?;
-            shown.config.user
-        }
-    };
-    let name = user.split(':').next().unwrap_or_default();
-    let is_root = name == "root" || name.bytes().all(|digit| digit == b'0');
-    Ok(Some(user).filter(|_| !is_root))
 }
 
 /// Returns an image. Pulls the image if this host does not have it.
@@ -315,6 +294,22 @@ impl NewVm {
             rm: true,
         })
     }
+
+    /// Returns the guest for fcctl's own commands.
+    pub(super) fn guest<'a>(
+        &'a mut self,
+        printer: &'a mut Printer,
+        stdio: &'a Stdio,
+        interrupts: &'a Interrupts,
+    ) -> Guest<'a> {
+        Guest {
+            printer,
+            stdio,
+            interrupts,
+            client: &mut self.client,
+            vm: self.vm.id.as_str(),
+        }
+    }
 }
 
 fn create(
@@ -417,68 +412,6 @@ pub(super) fn boot(
         Err(interrupted())
     } else {
         Ok(())
-    }
-}
-
-/// Makes the user who runs the command the owner of the copy.
-fn give(
-    printer: &mut Printer,
-    stdio: &Stdio,
-    interrupts: &Interrupts,
-    new_vm: &mut NewVm,
-    path: &str,
-    user: &str,
-) -> Result<()> {
-    let is_number = user.bytes().all(|b| b.is_ascii_digit());
-    // `NAME:` includes the user's own group. A number need not have one.
-    let owner = if is_number || user.contains(':') {
-        user.to_owned()
-    } else {
-        format!("{user}:")
-    };
-    let argv = ["sh", "-c", CHOWN, "sh", &owner, path];
-    as_root(printer, stdio, interrupts, new_vm, &argv, b"")
-        .map_err(|e| e.context(format!("give {path} to {user}: chown")))
-}
-
-/// Runs a command of fcctl's own in the guest, with its output on stderr.
-pub(super) fn as_root(
-    printer: &mut Printer,
-    stdio: &Stdio,
-    interrupts: &Interrupts,
-    new_vm: &mut NewVm,
-    argv: &[&str],
-    input: &[u8],
-) -> Result<()> {
-    let io = |e| Error::io("pass a script to the guest", e);
-    let mut stdin = tempfile::tempfile().map_err(io)?;
-    stdin
-        .write_all(input)
-        .and_then(|()| stdin.rewind())
-        .map_err(io)?;
-    let stdio = Stdio {
-        stdin,
-        stdout: stdio.stderr.try_clone().map_err(io)?,
-        stderr: stdio.stderr.try_clone().map_err(io)?,
-    };
-    let spec = Spec {
-        argv: argv.iter().map(Into::into).collect(),
-        env: Vec::new(),
-        workdir: Some("/".into()),
-        user: Some("0".to_owned()),
-        stdin: true,
-        term: None,
-        no_wait_children: false,
-    };
-    let vm = new_vm.vm.id.to_string();
-    match exec::execute(printer, &stdio, interrupts, &mut new_vm.client, &vm, spec)? {
-        Outcome::Exit(Exit::Status(0)) => Ok(()),
-        Outcome::Exit(exit) => Err(Error::new(
-            Kind::GuestCommandFailed,
-            format!("ended with status {}", exit.shell_status()),
-        )
-        .into()),
-        Outcome::Interrupted | Outcome::ReaderGone => Err(interrupted()),
     }
 }
 

@@ -1,7 +1,7 @@
 use super::super::exec::tests::{begin, status};
 use super::super::tests::{Ran, Start, fcctl, fcctl_from, vm};
 use super::super::workspace::tests::{
-    give_stream, give_stream_without, take_stream, with_workspace,
+    give_stream, give_stream_without, shown, take_stream, with_workspace,
 };
 use crate::api::frame::Note;
 use crate::api::vm::VmState;
@@ -15,16 +15,6 @@ use std::io::Write;
 
 const LAST_LINE: &str =
     "VM web keeps running. Enter: fcctl ssh web, stop: fcctl stop web, delete: fcctl rm -f web\n";
-
-fn shown() -> serde_json::Value {
-    json!({
-        "image": {
-            "name": "big", "disk_bytes": 1, "allocated_bytes": 1, "kernel": "", "os": "",
-            "built_at": 1, "vms": 0, "owner_uid": null, "digest": null, "source": null,
-        },
-        "config": {}, "layers": [], "history": [],
-    })
-}
 
 /// Starts a daemon on which every call succeeds. `special` may handle a request itself and then
 /// returns `None`.

@@ -36,7 +36,8 @@ const PIECE_BYTES: usize = 256 * 1024;
 /// How to create a workspace.
 #[derive(clap::Args, Debug, Default)]
 pub(super) struct PrepareHow {
-    /// Directory in the guest [default: /root/NAME]
+    /// Directory in the guest [default: /root/NAME, or /workspace/NAME if another user than root
+    /// runs the commands]
     #[arg(long, value_name = "DIR")]
     pub guest_path: Option<String>,
     /// Make the copy read-only in the guest
@@ -107,27 +108,28 @@ impl Source {
         }
     }
 
-    /// Returns the default directory for a user who cannot enter root's home.
-    pub(super) fn path_for_user(&self) -> String {
-        let default = match self {
+    /// Returns the default directory.
+    pub(super) fn path_for_root(&self) -> String {
+        match self {
             Source::Tree(plan) => plan.guest_path(),
             Source::Tar(_) => guest_path::default_for("workspace"),
-        };
-        default.replacen("/root", "/workspace", 1)
+        }
+    }
+
+    /// Returns the default directory for a user who cannot enter root's home.
+    pub(super) fn path_for_user(&self) -> String {
+        self.path_for_root().replacen("/root", "/workspace", 1)
     }
 
     fn request(&self, vm: &str, how: PrepareHow) -> Result<PrepareRequest> {
-        let (default, subdir, bytes_expected) = match self {
-            Source::Tree(plan) => (
-                plan.guest_path(),
-                plan.subdir().to_owned(),
-                Some(plan.bytes_expected()),
-            ),
-            Source::Tar(_) => (guest_path::default_for("workspace"), String::new(), None),
+        let (subdir, bytes_expected) = match self {
+            Source::Tree(plan) => (plan.subdir().to_owned(), Some(plan.bytes_expected())),
+            Source::Tar(_) => (String::new(), None),
         };
+        let guest_path = how.guest_path.unwrap_or_else(|| self.path_for_root());
         Ok(PrepareRequest {
             vm: vm.to_owned(),
-            guest_path: guest_path::validate(&how.guest_path.unwrap_or(default))?,
+            guest_path: guest_path::validate(&guest_path)?,
             subdir,
             readonly: how.readonly,
             overwrite: how.overwrite,

@@ -2,7 +2,8 @@
 
 use super::apply;
 use super::connector::Connector;
-use super::context::Context;
+use super::context::{Context, Stdio};
+use super::guest::{self, Gift, Guest};
 use super::output::size;
 use super::pipes;
 use super::printer::Printer;
@@ -11,9 +12,11 @@ use super::transfer::{
     Bound, ExportTo, Exported, PrepareHow, Source, Transfer, report_left_behind,
 };
 use super::values::path_error;
-use crate::client::Result;
-use crate::error::Error;
+use crate::api::vm::{VmRequest, VmShow};
+use crate::client::{Client, Result};
+use crate::error::{Error, Kind};
 use crate::host::plural::count;
+use crate::workspace::guest_path;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
@@ -69,7 +72,7 @@ pub(super) fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
     } = ctx;
     let interrupts = Interrupts::start(signals, &stdio.stderr)?;
     let result = match verb {
-        Verb::Prepare(args) => prepare(connector, printer, &stdio.stdin, &interrupts, args),
+        Verb::Prepare(args) => prepare(connector, printer, stdio, &interrupts, args),
         Verb::Export(args) => export(connector, printer, &interrupts, args),
         Verb::Apply(args) => apply::run(connector, printer, &interrupts, args),
     };
@@ -85,12 +88,12 @@ pub(super) fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
 fn prepare(
     connector: &mut Connector,
     printer: &mut Printer,
-    stdin: &File,
+    stdio: &Stdio,
     interrupts: &Interrupts,
-    args: PrepareArgs,
+    mut args: PrepareArgs,
 ) -> Result<u8> {
     let source = match (&args.tar, &args.path) {
-        (Some(tar), _) => Source::Tar(open_tar(stdin, tar)?),
+        (Some(tar), _) => Source::Tar(open_tar(&stdio.stdin, tar)?),
         (None, path) => Source::tree(
             path.as_deref().unwrap_or(Path::new(".")),
             &args.how,
@@ -98,6 +101,7 @@ fn prepare(
         )?,
     };
     let mut client = connector.connect(printer)?;
+    let gift = plan_gift(&mut client, &source, &args.vm, &mut args.how)?;
     let reply = Transfer {
         printer,
         interrupts,
@@ -105,6 +109,16 @@ fn prepare(
         vm: &args.vm,
     }
     .prepare(source, args.how)?;
+    if let Some(gift) = &gift {
+        Guest {
+            printer,
+            stdio,
+            interrupts,
+            client: &mut client,
+            vm: reply.vm.id.as_str(),
+        }
+        .give(gift)?;
+    }
     if printer.json {
         printer.document(&reply)?;
     } else if let Some(workspace) = &reply.vm.workspace {
@@ -122,6 +136,32 @@ fn prepare(
         ))?;
     }
     Ok(0)
+}
+
+/// Chooses the place and the owner of a copy as `fcctl run` does. A copy that is already in one of
+/// the usual places is updated there.
+fn plan_gift(
+    client: &mut Client,
+    source: &Source,
+    vm: &str,
+    how: &mut PrepareHow,
+) -> Result<Option<Gift>> {
+    // A bad path is refused before the daemon is called.
+    how.guest_path
+        .iter()
+        .try_for_each(|path| guest_path::validate(path).map(drop))?;
+    let request = VmRequest { vm: vm.to_owned() };
+    let vm = client.call::<VmShow>(&request)?.vm;
+    let usual = [source.path_for_root(), source.path_for_user()];
+    let present = vm.workspace.map(|workspace| workspace.guest_path);
+    let present = present.filter(|path| usual.contains(path));
+    how.guest_path = how.guest_path.take().or(present);
+    let user = match guest::user_of_image(client, vm.image) {
+        // An earlier version could delete the image of a VM.
+        Err(e) if e.is(Kind::ImageNotFound) => None,
+        user => user?,
+    };
+    Ok(user.and_then(|user| Gift::plan(source, how, user)))
 }
 
 fn open_tar(stdin: &File, tar: &Path) -> Result<File> {

@@ -67,6 +67,35 @@ fn prepare_reply(entries: u64, kept: &[&str]) -> Value {
     json!({"vm": with_workspace("web"), "kept": kept, "entries": entries, "bytes": 2048})
 }
 
+/// What the daemon says about an image whose commands run as root.
+pub(crate) fn shown() -> Value {
+    json!({
+        "image": {
+            "name": "big", "disk_bytes": 1, "allocated_bytes": 1, "kernel": "", "os": "",
+            "built_at": 1, "vms": 0, "owner_uid": null, "digest": null, "source": null,
+        },
+        "config": {}, "layers": [], "history": [],
+    })
+}
+
+/// Starts a daemon that describes VM web, whose image has this user, and leaves other calls to
+/// `serve`.
+fn daemon_with_user(user: &'static str, serve: impl Fn(Request) + Send + Sync + 'static) -> Fake {
+    Fake::start(move |r| match r.method.as_str() {
+        "vm.show" => r.result(json!({"vm": vm("web", VmState::Running)})),
+        "image.show" => {
+            let mut shown = shown();
+            shown["config"]["user"] = json!(user);
+            r.result(shown);
+        }
+        _ => serve(r),
+    })
+}
+
+fn daemon(serve: impl Fn(Request) + Send + Sync + 'static) -> Fake {
+    daemon_with_user("", serve)
+}
+
 fn contains(haystack: &[u8], needle: &[u8]) -> bool {
     haystack.windows(needle.len()).any(|w| w == needle)
 }
@@ -81,7 +110,7 @@ fn tree() -> tempfile::TempDir {
 
 #[test]
 fn prepare_skips_files_kept_by_guest() {
-    let fake = Fake::start(|mut r| {
+    let fake = daemon(|mut r| {
         assert_eq!(
             (
                 r.params["guest_path"].as_str(),
@@ -161,7 +190,7 @@ fn workspace_invalid_arguments_make_no_call() {
 
 #[test]
 fn prepare_reports_daemons_error_not_broken_pipe() {
-    let fake = Fake::start(|mut r| {
+    let fake = daemon(|mut r| {
         r.note(Note::Ready(Ready::default()));
         r.fds.clear();
         r.fault(Error::new(
@@ -183,7 +212,7 @@ fn prepare_reports_daemons_error_not_broken_pipe() {
 
 #[test]
 fn prepare_reports_own_error_not_broken_stream() {
-    let fake = Fake::start(|mut r| {
+    let fake = daemon(|mut r| {
         assert!(take_stream(&mut r, &[]).is_none());
         r.fault(Error::new(Kind::StreamIncomplete, "the stream broke off"));
     });
@@ -205,7 +234,7 @@ fn prepare_reports_own_error_not_broken_stream() {
 
 #[test]
 fn prepare_tar_from_stdin_is_sent_unchanged() {
-    let fake = Fake::start(|mut r| {
+    let fake = daemon(|mut r| {
         assert_eq!(
             (
                 r.params["raw_tar"].as_bool(),
@@ -241,7 +270,7 @@ fn prepare_tar_from_stdin_is_sent_unchanged() {
 #[test]
 fn prepare_stalled_ends_at_signal() {
     let (signal, signals) = crossbeam_channel::unbounded();
-    let fake = Fake::start(move |mut r| {
+    let fake = daemon(move |mut r| {
         // Keeps the descriptor but does not read from it.
         r.note(Note::Ready(Ready::default()));
         signal.send(signal_hook::consts::SIGINT).unwrap();
@@ -262,6 +291,41 @@ fn prepare_stalled_ends_at_signal() {
         (ran.status, ran.err.as_str()),
         (130, "fcctl: interrupted\n")
     );
+}
+
+/// `fcctl run` chooses the same place and the same owner.
+#[test]
+fn prepare_gives_copy_to_user_of_image() {
+    for (user, path, owner) in [
+        ("app", "/workspace/app", Some("app:")),
+        ("1000:1000", "/workspace/app", Some("1000:1000")),
+        ("root", "/root/app", None),
+    ] {
+        let fake = daemon_with_user(user, move |mut r| match r.method.as_str() {
+            "workspace.prepare" => {
+                assert_eq!(r.params["guest_path"], path);
+                let (_, entries) = take_stream(&mut r, &[]).unwrap();
+                r.result(prepare_reply(entries, &[]));
+            }
+            _ => {
+                assert_eq!(r.params["user"], "0");
+                drop(super::super::exec::tests::begin(&mut r));
+                r.result(super::super::exec::tests::status(0));
+            }
+        });
+        let dir = tree();
+        let tree = dir.path().join("app");
+        std::fs::create_dir(&tree).unwrap();
+        let ran = fcctl(
+            &fake,
+            &["workspace", "prepare", "web", tree.to_str().unwrap()],
+        );
+        assert_eq!(ran.status, 0, "{}", ran.err);
+        let calls = fake.calls().join("\n");
+        let chown = owner.map(|owner| format!(r#""argv":["chown","-hR","--","{owner}","{path}"]"#));
+        assert_eq!(calls.contains("chown"), owner.is_some(), "{calls}");
+        assert!(chown.is_none_or(|chown| calls.contains(&chown)), "{calls}");
+    }
 }
 
 #[test]
@@ -484,7 +548,7 @@ fn allow_alternate_reaches_the_plan() {
         );
         assert!(ran.err.contains("main/.git/objects"), "{}", ran.err);
     }
-    let fake = Fake::start(|mut r| {
+    let fake = daemon(|mut r| {
         let (_, entries) = take_stream(&mut r, &[]).unwrap();
         r.result(prepare_reply(entries, &[]));
     });

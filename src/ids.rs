@@ -88,7 +88,8 @@ text_newtype!(
     "use 1 to 32 characters from a-z, 0-9 and -; begin with a letter and do not end with -"
 );
 text_newtype!(
-    /// The name of an image of this host. It has the form of a reference to a registry.
+    /// The name of an image of this host. It has the form of a reference to a registry, with the
+    /// uid of a user before it if it is one of that user's names: `@1000/tools`.
     ImageRef, image_name::is_valid, "image name",
     "use a name such as tools, gcc:13 or ghcr.io/owner/app:tag, of at most 200 characters"
 );
@@ -96,6 +97,29 @@ text_newtype!(
 impl ImageRef {
     pub fn parts(&self) -> ImageNameParts<'_> {
         image_name::parts(&self.0).expect("validated when it was parsed")
+    }
+
+    /// Returns the user whose name this is, or None if it is one of the host's names.
+    pub fn owner(&self) -> Option<u32> {
+        image_name::split_owner(&self.0).0
+    }
+
+    /// Returns the name as its owner says it.
+    pub fn without_owner(&self) -> Self {
+        Self(image_name::split_owner(&self.0).1.to_owned())
+    }
+
+    /// Returns the same name as one of a user's names.
+    pub fn owned_by(&self, uid: u32) -> Self {
+        Self(format!("@{uid}/{}", self.without_owner()))
+    }
+
+    /// Returns the name as a user says it: without the owner if that is the user.
+    pub fn said_by(&self, uid: u32) -> Self {
+        if self.owner() == Some(uid) {
+            return self.without_owner();
+        }
+        self.clone()
     }
 
     /// Returns the name of the image's directory.

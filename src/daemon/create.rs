@@ -12,13 +12,14 @@ use super::names;
 use super::network::Networks;
 use super::operations::ended_row;
 use super::ports::require_free;
+use super::uses::UseGuard;
 use crate::api::op::Op;
 use crate::api::vm::{Init, RateLimits, Vm, VmCreateRequest, VmReply, VmState};
 use crate::config;
 use crate::error::{Error, Kind, Result};
 use crate::host::plural::count;
 use crate::host::time::now_s;
-use crate::ids::{VmId, VmName};
+use crate::ids::{ImageRef, VmId, VmName};
 use crate::image::{Boots, ImageInfo};
 use crate::ops::OpHandle;
 use crate::store::{State, Ticket, Tx, VmRow, VmShape};
@@ -56,12 +57,20 @@ impl Creator {
         request: &VmCreateRequest,
         key: Option<&HeldKey>,
     ) -> Result<Vm> {
-        let image_name = request
-            .image
-            .clone()
-            .unwrap_or_else(|| self.defaults.image.clone());
-        // This prevents the image's deletion until the row names it.
-        let (image, _image) = self.image_service.use_image_for_vm(caller, &image_name)?;
+        let name = request.image.as_ref().unwrap_or(&self.defaults.image);
+        let image = self.image_service.use_image_for_vm(caller, name)?;
+        self.create_from(caller, request, image, key)
+    }
+
+    /// Creates a VM from exactly this image. The guard prevents the image's deletion until the row
+    /// names it.
+    pub(super) fn create_from(
+        &self,
+        caller: &Caller,
+        request: &VmCreateRequest,
+        (image, _image): (ImageInfo, UseGuard<ImageRef>),
+        key: Option<&HeldKey>,
+    ) -> Result<Vm> {
         let row = VmRow {
             id: VmId::random(),
             // If the request has no name, `insert` replaces this one with a free name.

@@ -40,7 +40,8 @@ impl ImageService {
         let core = &self.core;
         let row = core.resolve(caller, &request.vm)?;
         let method = self.disk_at_rest(&row)?;
-        let reserved = self.reserve_build(caller, request.image.clone())?;
+        let name = self.new_name(caller, &request.image)?;
+        let reserved = self.reserve_build(caller, name.clone())?;
         let op = core.begin_op(METHOD, None, caller.uid, true)?;
         if let Err(e) = core.persist_op(&op) {
             op.finish(Err(e.clone()));
@@ -49,7 +50,10 @@ impl ImageService {
         let (id, service) = (op.id().clone(), self.clone());
         let commit = Commit {
             caller: *caller,
-            request: request.clone(),
+            request: ImageCommitRequest {
+                image: name,
+                ..request.clone()
+            },
             row,
             method,
             reserved,
@@ -121,7 +125,7 @@ impl ImageService {
         if info.temporary {
             self.delete_after_use(info.name.clone());
         }
-        Ok(info.to_api(0))
+        Ok(info.to_api(caller.uid, 0))
     }
 
     fn read_disk(

@@ -20,7 +20,7 @@ impl ImageService {
     pub fn image_promote(&self, caller: &Caller, name: &ImageRef) -> Result<CallOutcome> {
         const METHOD: &str = "image.promote";
         let name = self.resolve(caller, name);
-        let doing = format!("promote image {name}");
+        let doing = format!("promote image {}", name.said_by(caller.uid));
         self.check_owner(caller, &name, &doing)?;
         let (_, in_use) = self.use_image(caller, &name)?;
         let max = self.pulls.config.pulls_per_uid_max;
@@ -63,6 +63,6 @@ impl ImageService {
             self.admit_files(caller, reserved, DiskUse::of_file(to)?)
         };
         let info = crate::image::promote(&self.images, name, &mut copy, op.cancel())?;
-        Ok(info.to_api(self.vms_of_image(name)))
+        Ok(info.to_api(caller.uid, self.vms_of_image(name)))
     }
 }

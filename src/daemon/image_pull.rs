@@ -72,13 +72,13 @@ impl ImageService {
         let (id, service) = (op.id().clone(), self.clone());
         self.core.spawn(&format!("op-{id}"), move || {
             let _label = crate::locks::operation_scope("image.pull".to_owned());
-            let what = pull.describe();
+            let (what, pull_uid) = (pull.describe(), pull.caller.uid);
             let result = service
                 .pull(&op, &mut pull)
                 .map_err(|e| e.context(format!("pull {what}")))
                 .and_then(|info| {
                     to_value(&ImageReply {
-                        image: info.to_api(0),
+                        image: info.to_api(pull_uid, 0),
                     })
                 });
             drop(pull);
@@ -223,7 +223,7 @@ impl ImageService {
         // An answer is one line. The rest of it takes less than the other half.
         let history = crate::image::shorten_history(details.history, page::PAGE_BYTES_MAX);
         Ok(ImageShowReply {
-            image: info.to_api(self.vms_of_image(&info.name)),
+            image: info.to_api(caller.uid, self.vms_of_image(&info.name)),
             config: info.config,
             layers: details.layers,
             history: history.steps,
@@ -237,7 +237,8 @@ impl ImageService {
         let name = self.resolve(caller, &request.image);
         let (info, _in_use) = self.use_image(caller, &name)?;
         let mut reserved = self.reserve(caller, self.pulls.config.pulls_per_uid_max)?;
-        self.reserve_new_name(&mut reserved, request.name.clone())?;
+        let name = self.new_name(caller, &request.name)?;
+        self.reserve_new_name(&mut reserved, name.clone())?;
         // The additional name needs the kernel, too.
         let kernel = info.kernel.as_ref();
         let _kernel = kernel
@@ -246,9 +247,9 @@ impl ImageService {
         let files = DiskUse::of_directory(&info.dir)?;
         self.admit_files(caller, &reserved, files)?;
         self.core.effects.before("tag the image")?;
-        let tagged = self.images.tag(&info.name, &request.name, caller.uid)?;
+        let tagged = self.images.tag(&info.name, &name, caller.uid)?;
         Ok(ImageReply {
-            image: tagged.to_api(0),
+            image: tagged.to_api(caller.uid, 0),
         })
     }
 
@@ -262,9 +263,9 @@ impl ImageService {
         if request.all {
             for info in self.images.list()? {
                 let is_owned = info.owner_uid == Some(caller.uid);
-                if is_owned && self.image_delete(caller, &info.name).is_ok() {
+                if is_owned && self.delete_exactly(caller, &info.name).is_ok() {
                     reply.bytes += info.allocated_bytes;
-                    reply.images.push(info.name);
+                    reply.images.push(info.name.said_by(caller.uid));
                 }
             }
         }
@@ -361,6 +362,7 @@ struct Follower<'a> {
 impl Observer for Follower<'_> {
     fn found(&mut self, found: &Found) -> Result<Decision> {
         let name = self.pull.name(found)?;
+        let name = self.service.new_name(&self.pull.caller, &name)?;
         self.service.core.effects.before("reserve the name")?;
         self.service
             .admit_name(self.op, self.pull, name, &found.digest)

@@ -39,11 +39,13 @@ impl ImageService {
     pub fn image_register(
         &self,
         caller: &Caller,
-        request: ImageRegisterRequest,
+        mut request: ImageRegisterRequest,
         fds: Vec<OwnedFd>,
     ) -> Result<CallOutcome> {
         const METHOD: &str = "image.register";
-        let doing = |e: Error| e.context(format!("register image {}", request.image));
+        let said = request.image.without_owner();
+        let doing = |e: Error| e.context(format!("register image {said}"));
+        request.image = self.new_name(caller, &request.image)?;
         let [fd] = <[OwnedFd; 1]>::try_from(fds).map_err(|fds| {
             let text = format!("image.register takes one descriptor, but got {}", fds.len());
             Error::new(Kind::InvalidRequest, text).hint("pass an open file; fcctl does")
@@ -77,7 +79,7 @@ impl ImageService {
             let _label = crate::locks::operation_scope(format!("{METHOD} {name}"));
             let result = service
                 .register(&op, &caller, &registration)
-                .map_err(|e| e.context(format!("register image {name}")))
+                .map_err(|e| e.context(format!("register image {said}")))
                 .and_then(|image| to_value(&ImageReply { image }));
             drop(registration);
             service.core.end_op(op, result);
@@ -105,7 +107,7 @@ impl ImageService {
         if self.guest_runtimes.newest().is_err() {
             self.ensure_runtime(op)?;
         }
-        Ok(info.to_api(0))
+        Ok(info.to_api(caller.uid, 0))
     }
 
     /// Copies a file into the state directory if there is room, and if the caller may use it.

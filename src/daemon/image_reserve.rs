@@ -39,11 +39,28 @@ impl Reserved {
 }
 
 pub(super) fn name_is_busy(name: &ImageRef) -> Error {
-    let text = format!("image {name} is being made or copied");
+    let text = format!("image {} is being made or copied", name.without_owner());
     Error::new(Kind::Busy, text).hint("fcctl op list")
 }
 
 impl ImageService {
+    /// Returns the name of a new image that a caller calls `name`. The host's names are those that
+    /// root and the daemon's own user give. All other users have names of their own, so nobody can
+    /// take a name before somebody else.
+    pub(super) fn new_name(&self, caller: &Caller, name: &ImageRef) -> Result<ImageRef> {
+        if let Some(uid) = name.owner()
+            && (uid != caller.uid || caller.is_privileged())
+        {
+            let text = format!("image name {name}: a new image cannot have an owner in its name");
+            let hint = format!("use the name {}", name.without_owner());
+            return Err(Error::invalid(text).hint(hint));
+        }
+        Ok(match caller.is_privileged() {
+            true => name.clone(),
+            false => name.owned_by(caller.uid),
+        })
+    }
+
     pub(super) fn reserve_build(&self, caller: &Caller, name: ImageRef) -> Result<Reserved> {
         self.require_free(&name)?;
         let doing = format!("build image {name}");
@@ -59,7 +76,7 @@ impl ImageService {
         if !self.exists(name) {
             return Ok(());
         }
-        let text = format!("the image {name} exists already");
+        let text = format!("the image {} exists already", name.without_owner());
         Err(Error::new(Kind::NameTaken, text)
             .hint("images never change, so choose another name, or see fcctl image list"))
     }

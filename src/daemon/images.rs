@@ -5,9 +5,10 @@
 //! once. Further builds wait. A build reserves its name under `image_ops`, works without a lock,
 //! and publishes the image by a rename that never replaces anything.
 //!
-//! An image belongs to the user who built or pulled it. Everybody can create VMs from an image that
-//! was built from packages. A pulled image is private unless root shares it. Only its owner, root
-//! and the daemon's own user can delete an image.
+//! An image belongs to the user who made it, and is private unless root or the daemon's own user
+//! shares it. An image that they build from packages is shared from the start. Every other user has
+//! names of their own ([`ImageRef::owner`]). Only its owner, root and the daemon's own user can
+//! delete an image.
 
 use super::access::Caller;
 use super::call::{CallOutcome, to_value};
@@ -29,7 +30,7 @@ use crate::ops::OpHandle;
 use crate::pool::Admission;
 use crate::uids::UidCounts;
 use serde_json::value::RawValue;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 /// The builds and pulls in progress, including those that wait.
@@ -123,6 +124,7 @@ impl ImageService {
             .name
             .clone()
             .unwrap_or_else(|| self.default_image.clone());
+        let name = self.new_name(caller, &name)?;
         let include = request.include.clone();
         let spec = BuildSpec {
             name: name.clone(),
@@ -134,6 +136,7 @@ impl ImageService {
             },
             disk_bytes: DISK_BYTES_DEFAULT,
             owner_uid: caller.uid,
+            private: !caller.is_privileged(),
         };
         let reserved = self.reserve_build(caller, name.clone())?;
         let op = self.core.begin_op("image.build", None, caller.uid, true)?;
@@ -188,7 +191,7 @@ impl ImageService {
             },
         )?;
         self.build_runtime(op)?;
-        Ok(info.to_api(0))
+        Ok(info.to_api(spec.owner_uid, 0))
     }
 
     pub fn image_list(
@@ -203,19 +206,25 @@ impl ImageService {
         });
         let mut infos = self.images.list()?;
         infos.retain(|info| is_usable(caller, info));
-        infos.sort_by(|a, b| a.name.cmp(&b.name));
-        let rest = infos.into_iter().filter(|info| {
-            request
-                .after
-                .as_deref()
-                .is_none_or(|after| info.name.as_str() > after)
+        // An image of the host that one of the caller's own names hides is left out, so each name
+        // means the image beside it.
+        let own: HashSet<ImageRef> = infos
+            .iter()
+            .filter(|info| info.name.owner() == Some(caller.uid))
+            .map(|info| info.name.without_owner())
+            .collect();
+        infos.retain(|info| !own.contains(&info.name));
+        let images = infos.iter().map(|info| {
+            let vms = vms.get(&info.name).copied().unwrap_or(0);
+            info.to_api(caller.uid, vms)
         });
-        let views = rest.map(|info| {
-            (
-                info.name.to_string(),
-                info.to_api(vms.get(&info.name).copied().unwrap_or(0)),
-            )
-        });
+        let mut images: Vec<Image> = images.collect();
+        images.sort_by(|a, b| a.name.cmp(&b.name));
+        let after = request.after.as_deref().unwrap_or_default();
+        let rest = images
+            .into_iter()
+            .filter(|image| image.name.as_str() > after);
+        let views = rest.map(|image| (image.name.to_string(), image));
         let (images, next) = page::fill(request.limit, views)?;
         Ok(ImageListReply { images, next })
     }
@@ -226,8 +235,16 @@ impl ImageService {
     /// # Errors
     /// `denied`, `image_not_found`, `conflict`, `busy`.
     pub fn image_delete(&self, caller: &Caller, name: &ImageRef) -> Result<ImageDeleteReply> {
-        let name = &self.resolve(caller, name);
-        let doing = format!("delete image {name}");
+        self.delete_exactly(caller, &self.resolve(caller, name))
+    }
+
+    /// Deletes the image of exactly this name.
+    pub(super) fn delete_exactly(
+        &self,
+        caller: &Caller,
+        name: &ImageRef,
+    ) -> Result<ImageDeleteReply> {
+        let doing = format!("delete image {}", name.said_by(caller.uid));
         // The deletion of nothing must not be in the way of an image that is about to be published.
         if let Err(e) = self.images.get(name)
             && e.kind() == Kind::ImageNotFound
@@ -247,7 +264,7 @@ impl ImageService {
         self.core.effects.before("delete the image")?;
         self.images.delete(name)?;
         Ok(ImageDeleteReply {
-            deleted: name.clone(),
+            deleted: name.said_by(caller.uid),
         })
     }
 
@@ -294,11 +311,16 @@ impl ImageService {
             .read(|s| s.vms().filter(|row| row.shape.image == *name).count() as u64)
     }
 
-    /// Returns the name of the image that a caller means: the name itself or, if the name has no
-    /// tag, the name with the tag `latest`. Prefers an image that the caller made or that is
-    /// shared, so that nobody can put an image in front of it.
+    /// Returns the name of the image that a caller means: the caller's own image, or else the one
+    /// that the host has under this name. Without a tag, both the name itself and the name with the
+    /// tag `latest` are meant. Prefers an image that the caller made or that is shared, because
+    /// users of earlier versions could take names of the host.
     pub(super) fn resolve(&self, caller: &Caller, name: &ImageRef) -> ImageRef {
-        let names = [name.clone(), name.with_default_tag()];
+        let mut names = vec![name.clone(), name.with_default_tag()];
+        if name.owner().is_none() {
+            let own = name.owned_by(caller.uid);
+            names.splice(..0, [own.clone(), own.with_default_tag()]);
+        }
         let is_trusted = |name: &&ImageRef| {
             let info = self.images.get(name);
             info.is_ok_and(|info| is_trusted(caller, &info))
@@ -348,7 +370,8 @@ impl ImageService {
         name: &ImageRef,
     ) -> Result<(ImageInfo, UseGuard<ImageRef>)> {
         let (info, in_use) = self.use_image(caller, &self.resolve(caller, name))?;
-        if is_trusted(caller, &info) {
+        let is_explicit = name.owner().is_some();
+        if is_explicit || is_trusted(caller, &info) {
             return Ok((info, in_use));
         }
         let whose = info

@@ -135,7 +135,10 @@ impl Snapshots {
     /// Creates a VM of this shape. The VM is marked `rm` until it runs, so it is deleted if its
     /// start fails or the daemon dies.
     fn create_like(&self, caller: &Caller, shape: &VmShape, name: Option<VmName>) -> Result<Vm> {
-        self.creator.create(caller, &request(shape, name))
+        // The same name may mean another image to the caller.
+        let image = self.creator.image_service.use_image(caller, &shape.image)?;
+        let request = request(shape, name);
+        self.creator.create_from(caller, &request, image, None)
     }
 
     fn unmark_rm(&self, vm: &VmId) -> Result<Vm> {
@@ -297,7 +300,7 @@ impl Snapshots {
 fn request(shape: &VmShape, name: Option<VmName>) -> VmCreateRequest {
     VmCreateRequest {
         name,
-        image: Some(shape.image.clone()),
+        image: None,
         kernel: shape.kernel.clone(),
         init: Some(shape.init),
         vcpus: Some(shape.vcpus),

@@ -212,7 +212,7 @@ fn view(row: &SnapshotRow) -> Snapshot {
         vm: row.vm.clone(),
         vm_name: row.vm_name.clone(),
         created_at: row.created_at,
-        image: row.shape.image.clone(),
+        image: row.shape.image.said_by(row.owner_uid),
         vcpus: row.shape.vcpus,
         mem_mib: row.shape.mem_mib,
         disk_bytes: row.shape.disk_bytes,

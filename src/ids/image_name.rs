@@ -1,9 +1,12 @@
 //! The grammar of image names: a name of this host such as `default`, or a reference to a
 //! repository of a registry, such as `gcc:13` or `localhost:5000/team/app@sha256:...` (the file
 //! reference/reference.go of the project distribution/reference).
+//!
+//! Each user has names of their own: `@1000/tools` is the image that uid 1000 calls `tools`. Names
+//! without an owner are those of the host.
 
-/// The length limit of an image's name. A directory has this name with a prefix and a suffix, and
-/// the kernel limits a file's name to 255 bytes.
+/// The length limit of an image's name without its owner. A directory has this name with the owner,
+/// a prefix and a suffix, and the kernel limits a file's name to 255 bytes.
 pub(super) const IMAGE_NAME_LEN_MAX: usize = 200;
 const TAG_LEN_MAX: usize = 128;
 /// The registry of references that name none: Docker Hub.
@@ -12,6 +15,8 @@ pub const DEFAULT_REGISTRY: &str = "docker.io";
 const OLD_DEFAULT_REGISTRY: &str = "index.docker.io";
 const DIGEST_PREFIX: &str = "sha256:";
 const DIGEST_HEX_LEN: usize = 64;
+/// Begins a name that has an owner.
+const OWNER_PREFIX: char = '@';
 /// Replaces `/` in the name of a directory. No image name contains it.
 const SLASH_IN_DIR: &str = "+";
 
@@ -24,8 +29,25 @@ pub struct ImageNameParts<'a> {
     pub digest: Option<&'a str>,
 }
 
+/// Splits the owner's uid from a name.
+pub(super) fn split_owner(name: &str) -> (Option<u32>, &str) {
+    let owned = name.strip_prefix(OWNER_PREFIX);
+    let owned = owned.and_then(|text| text.split_once('/'));
+    match owned.and_then(|(uid, rest)| Some((uid_of(uid)?, rest))) {
+        Some((uid, rest)) => (Some(uid), rest),
+        None => (None, name),
+    }
+}
+
+/// One uid has one spelling, without a sign and without zeros before it.
+fn uid_of(text: &str) -> Option<u32> {
+    let is_plain = text == "0" || !text.starts_with(['0', '+']);
+    text.parse().ok().filter(|_| is_plain)
+}
+
 /// Splits a name into its parts. Returns None if it is not valid.
 pub(super) fn parts(name: &str) -> Option<ImageNameParts<'_>> {
+    let name = split_owner(name).1;
     let (rest, digest) = match name.split_once('@') {
         Some((rest, digest)) => (rest, Some(digest)),
         None => (name, None),
@@ -139,6 +161,37 @@ fn is_digest(text: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn owner_is_split_from_name() {
+        for (name, owner, rest) in [
+            ("tools", None, "tools"),
+            ("@1000/tools", Some(1000), "tools"),
+            ("@0/localhost:5000/a/b:1", Some(0), "localhost:5000/a/b:1"),
+            ("@4294967295/a", Some(u32::MAX), "a"),
+        ] {
+            assert_eq!(split_owner(name), (owner, rest));
+            assert!(is_valid(name), "{name}");
+            assert_eq!(of_dir_name(&dir_name(name)), name);
+        }
+        for bad in [
+            "@/a",
+            "@1000",
+            "@1000/",
+            "@01/a",
+            "@+1/a",
+            "@-1/a",
+            "@4294967296/a",
+            "@me/a",
+            "@1000/@1000/a",
+            "@1000/Big",
+        ] {
+            assert!(!is_valid(bad), "{bad}");
+        }
+        let longest = "a".repeat(IMAGE_NAME_LEN_MAX);
+        assert!(is_valid(&format!("@4294967295/{longest}")));
+        assert!(!is_valid(&format!("@1/{longest}a")));
+    }
 
     #[test]
     fn name_is_split_into_its_parts() {

@@ -121,6 +121,8 @@ pub struct BuildSpec {
     /// The virtual size of the root disk, a multiple of 1 MiB; see [`super::DISK_BYTES_DEFAULT`].
     pub disk_bytes: u64,
     pub owner_uid: u32,
+    /// True if only the owner may use the image.
+    pub private: bool,
 }
 
 /// Builds an image and publishes it. `progress` receives the stage, the number of stages done, and
@@ -169,6 +171,7 @@ pub fn build(
     let out = staging.path().join("out");
     let mut metadata = Metadata::new(&spec.name, &packages, now_s());
     metadata.owner_uid = Some(spec.owner_uid);
+    metadata.private = spec.private;
     metadata.os = read_line(&out, "os")?;
     metadata.kernel_version = read_line(&out, "kernel-version")?;
     unpack_kernel(commands, &out, cancel).map_err(doing)?;

@@ -119,9 +119,10 @@ impl ImageInfo {
         self.digest.as_deref().unwrap_or(&self.content)
     }
 
-    pub fn to_api(&self, vms: u64) -> crate::api::image::Image {
+    /// Returns what the user `uid` sees.
+    pub fn to_api(&self, uid: u32, vms: u64) -> crate::api::image::Image {
         crate::api::image::Image {
-            name: self.name.clone(),
+            name: self.name.said_by(uid),
             disk_bytes: self.disk_bytes,
             allocated_bytes: self.allocated_bytes,
             kernel: match (&self.kernel, &self.boots) {
@@ -552,7 +553,12 @@ impl Images {
         let mut metadata = self.metadata(name)?;
         let io = |e: std::io::Error| Error::io(format!("tag image {name} as {new_name}"), e);
         metadata.name = new_name.clone();
+        if metadata.owner_uid != Some(owner_uid) {
+            // The former owner chose this text, so it proves nothing to the new one.
+            metadata.recipe = None;
+        }
         metadata.owner_uid = Some(owner_uid);
+        metadata.private |= new_name.owner().is_some();
         let staging = self.stage(new_name)?;
         let out = staging.path().join("out");
         std::fs::create_dir(&out).map_err(io)?;

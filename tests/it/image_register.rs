@@ -288,22 +288,16 @@ fn image_in_place_is_private_and_counts_against_the_limit() {
         assert_eq!(listed.len(), 1);
         create(&world, "web", "theirs").unwrap_err()
     });
-    assert!(other.is(Kind::Denied), "{other}");
-    // Root may take it over by name, but does not boot it by mistake.
+    assert!(other.is(Kind::ImageNotFound), "{other}");
+    // Root may use it and take it over, but does not boot it by mistake.
     let e = create(&world, "web", "theirs").unwrap_err();
-    assert!(e.is(Kind::Denied), "{e}");
+    assert!(e.is(Kind::ImageNotFound), "{e}");
+    let theirs = format!("@{STRANGER}/theirs");
+    let vm = create(&world, "explicit", &theirs).unwrap();
+    assert_eq!(vm.image.to_string(), theirs);
     world
         .call::<ImageTag>(&ImageTagRequest {
-            image: "theirs".parse().unwrap(),
-            name: "theirs:latest".parse().unwrap(),
-        })
-        .unwrap();
-    let vm = create(&world, "latest", "theirs").unwrap();
-    assert_eq!(vm.image.to_string(), "theirs:latest");
-    // Root may not register the file as its own.
-    world
-        .call::<ImageTag>(&ImageTagRequest {
-            image: "theirs".parse().unwrap(),
+            image: theirs.parse().unwrap(),
             name: "alias".parse().unwrap(),
         })
         .unwrap();

@@ -24,6 +24,7 @@ mod hostile_guest;
 mod image_bytes;
 mod image_commit;
 mod image_export;
+mod image_names;
 mod image_register;
 mod install_firecracker;
 mod kernels;

@@ -1,0 +1,122 @@
+//! Tests of image names: every user has names of their own.
+
+use crate::guest_runtime::{make_image_of, make_runtime};
+use crate::image_register::{create, image};
+use crate::world::*;
+use fcd::testing::api::image::*;
+use fcd::testing::api::page::ListRequest;
+use fcd::testing::error::Kind;
+
+const ALICE: u32 = 3001;
+const BOB: u32 = 3002;
+
+/// A world in which the host has an image `tool`.
+fn world() -> World {
+    let world = World::new();
+    world.open_to_everybody();
+    let state = &world.config.state_dir;
+    make_runtime(state, "00000000000a", 7);
+    make_image_of(state, "tool", "host", None);
+    world
+}
+
+fn tag(world: &World, from: &str, name: &str) -> Result<Image, fcd::testing::client::Failure> {
+    let request = ImageTagRequest {
+        image: from.parse().unwrap(),
+        name: name.parse().unwrap(),
+    };
+    Ok(world.call::<ImageTag>(&request)?.image)
+}
+
+fn names(world: &World) -> Vec<String> {
+    let list = world.call::<ImageList>(&ListRequest::default()).unwrap();
+    list.images.iter().map(|i| i.name.to_string()).collect()
+}
+
+#[test]
+fn users_give_the_same_name_to_their_images() {
+    let world = world();
+    for uid in [ALICE, BOB] {
+        as_uid(uid, || {
+            let made = tag(&world, "tool", "mine:1").unwrap();
+            assert_eq!(made.name.to_string(), "mine:1");
+            let again = tag(&world, "tool", "mine:1").unwrap_err();
+            assert!(again.is(Kind::NameTaken), "{again}");
+            assert_eq!(names(&world), ["default", "mine:1", "tool"]);
+        });
+    }
+    let all = ["@3001/mine:1", "@3002/mine:1", "default", "tool"];
+    assert_eq!(names(&world), all);
+    let absent = world.call::<ImageShow>(&image("mine:1")).unwrap_err();
+    assert!(absent.is(Kind::ImageNotFound), "{absent}");
+    as_uid(BOB, || {
+        let denied = world.call::<ImageShow>(&image("@3001/mine:1"));
+        assert!(denied.unwrap_err().is(Kind::Denied));
+        let deleted = world.call::<ImageDelete>(&image("mine:1")).unwrap().deleted;
+        assert_eq!(deleted.to_string(), "mine:1");
+    });
+    assert_eq!(names(&world), [all[0], all[2], all[3]]);
+    // Root deletes another user's image only by its full name.
+    world.call::<ImageDelete>(&image(all[0])).unwrap();
+}
+
+#[test]
+fn new_name_cannot_have_another_owner() {
+    let world = world();
+    let refused = |name: &str| {
+        let e = tag(&world, "tool", name).unwrap_err();
+        assert!(e.is(Kind::InvalidArgument), "{e}");
+    };
+    refused("@3001/mine");
+    as_uid(BOB, || refused("@3001/mine"));
+    let own = as_uid(BOB, || tag(&world, "tool", "@3002/mine").unwrap());
+    assert_eq!(own.name.to_string(), "mine");
+}
+
+/// Nobody can take a name of the host, and everybody can have an image of that name.
+#[test]
+fn own_name_comes_before_the_name_of_the_host() {
+    let world = world();
+    as_uid(ALICE, || {
+        let before = create(&world, "before", "tool").unwrap();
+        assert_eq!(before.image.to_string(), "tool");
+        tag(&world, "default", "tool").unwrap();
+        assert_eq!(names(&world), ["default", "tool"]);
+        let shown = world.call::<ImageShow>(&image("tool")).unwrap();
+        assert_eq!(shown.config.user, "");
+        let own = create(&world, "own", "tool").unwrap();
+        assert_eq!(own.image.to_string(), "tool");
+        // The image of the first VM is still the host's.
+        assert_ne!(own.image_digest, before.image_digest);
+        let vms = world.call::<ImageShow>(&image("tool")).unwrap().image.vms;
+        assert_eq!(vms, 1);
+    });
+    let of_host = world.call::<ImageShow>(&image("tool")).unwrap();
+    assert_eq!(
+        (of_host.config.user.as_str(), of_host.image.vms),
+        ("host", 1)
+    );
+    as_uid(BOB, || {
+        let shown = world.call::<ImageShow>(&image("tool")).unwrap();
+        assert_eq!(shown.config.user, "host");
+    });
+}
+
+/// An image says what it was built from, but only its owner may believe that.
+#[test]
+fn recipe_of_another_user_is_not_taken_over() {
+    let world = world();
+    as_uid(ALICE, || {
+        world.running("web");
+        world.stop("web").unwrap();
+        let request = ImageCommitRequest {
+            vm: "web".into(),
+            image: "built".parse().unwrap(),
+            recipe: Some("sha256:of-a-script".into()),
+            temporary: false,
+        };
+        world.run::<ImageCommit>(request).unwrap();
+        assert!(tag(&world, "built", "again").unwrap().recipe.is_some());
+    });
+    assert_eq!(tag(&world, "@3001/built", "taken").unwrap().recipe, None);
+}

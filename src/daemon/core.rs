@@ -10,7 +10,7 @@ use super::effects::Effects;
 use super::history::{Event, History, What};
 use super::locks::OpLocks;
 use crate::config::Limits;
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::ids::{Tag, VmId};
 use crate::locks::Cancel;
 use crate::ops::Ops;
@@ -129,6 +129,20 @@ impl Core {
     /// Returns the VM's own directory.
     pub(super) fn vm_dir(&self, vm: &VmId) -> PathBuf {
         self.state_dir.join(VMS_DIR).join(vm.as_str())
+    }
+
+    /// Says in an error about a full disk how much space there is.
+    pub(super) fn with_free_space(&self, e: Error) -> Error {
+        if e.kind() != Kind::DiskFull {
+            return e;
+        }
+        let Ok(space) = crate::host::fs::space(&self.state_dir) else {
+            return e;
+        };
+        let (dir, free) = (self.state_dir.display(), space.free_bytes >> 20);
+        e.hint(format!(
+            "{dir} has {free} MiB free (df -h); free some space, then try again"
+        ))
     }
 
     /// Returns the tag of the VM's current boot.

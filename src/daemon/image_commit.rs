@@ -63,6 +63,7 @@ impl ImageService {
             let _label = crate::locks::operation_scope(format!("{METHOD} {}", row.id));
             let result = service
                 .make_of_disk(&op, &commit)
+                .map_err(|e| service.core.with_free_space(e))
                 .map_err(|e| e.context(format!("make an image of VM {}", row.name)))
                 .and_then(|image| to_value(&ImageReply { image }));
             drop(commit);

@@ -61,6 +61,7 @@ impl ImageService {
             let _label = crate::locks::operation_scope(format!("{METHOD} {}", info.name));
             let result = service
                 .export(&op, &info, format, pipe)
+                .map_err(|e| service.core.with_free_space(e))
                 .map_err(|e| e.context(format!("export image {}", info.name)))
                 .and_then(|reply| to_value(&reply));
             drop(reserved);

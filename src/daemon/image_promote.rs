@@ -38,7 +38,7 @@ impl ImageService {
             let _label = crate::locks::operation_scope(format!("{METHOD} {name}"));
             let result = service
                 .promote(&op, &caller, &name, &reserved)
-                .map_err(|e| e.context(doing))
+                .map_err(|e| service.core.with_free_space(e).context(doing))
                 .and_then(|image| to_value(&ImageReply { image }));
             drop((in_use, reserved));
             service.core.end_op(op, result);

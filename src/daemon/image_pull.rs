@@ -73,6 +73,7 @@ impl ImageService {
         self.core.spawn(&format!("op-{id}"), move || {
             let _label = crate::locks::operation_scope("image.pull".to_owned());
             let (what, pull_uid) = (pull.describe(), pull.caller.uid);
+                .map_err(|e| service.core.with_free_space(e))
             let result = service
                 .pull(&op, &mut pull)
                 .map_err(|e| e.context(format!("pull {what}")))

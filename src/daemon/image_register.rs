@@ -79,6 +79,7 @@ impl ImageService {
             let _label = crate::locks::operation_scope(format!("{METHOD} {name}"));
             let result = service
                 .register(&op, &caller, &registration)
+                .map_err(|e| service.core.with_free_space(e))
                 .map_err(|e| e.context(format!("register image {said}")))
                 .and_then(|image| to_value(&ImageReply { image }));
             drop(registration);

@@ -149,6 +149,7 @@ impl ImageService {
             let _label = crate::locks::operation_scope(format!("image.build {name}"));
             let result = service
                 .build_image(&op, &caller, &spec, &reserved)
+                .map_err(|e| service.core.with_free_space(e))
                 .and_then(|image| to_value(&ImageReply { image }));
             drop(reserved);
             service.core.end_op(op, result);

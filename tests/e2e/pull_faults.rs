@@ -193,7 +193,7 @@ fn full_disk_during_pull_publishes_nothing_and_retry_works() {
         let (_, stderr) = text(&failed);
         assert_eq!(failed.status.code(), Some(1), "{leave}: {stderr}");
         assert!(
-            stderr.contains(r#""kind":"disk_full""#),
+            stderr.contains(r#""kind":"disk_full""#) && stderr.contains(" MiB free"),
             "{leave}: {stderr}"
         );
         assert_eq!(image_directories(&host), before, "{leave}");

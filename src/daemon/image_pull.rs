@@ -8,6 +8,7 @@ use super::access::Caller;
 use super::call::{CallOutcome, to_value};
 use super::image_reserve::name_is_busy;
 use super::images::{ImageService, Reserved, is_usable};
+use super::rules::is_at_rest;
 use crate::api::image::{
     ImagePruneReply, ImagePruneRequest, ImagePullRequest, ImageReply, ImageShowReply,
     ImageTagRequest, PullSource,
@@ -281,7 +282,7 @@ impl ImageService {
         Ok(reply)
     }
 
-    /// Removes the runtimes that no VM uses, except the newest, which the next boot uses. A boot
+    /// Removes the runtimes that no running VM and no snapshot uses, except the newest, which the next boot uses. A boot
     /// that has just chosen an older one has a guard until the VM's row names it.
     fn prune_runtimes(&self, reply: &mut ImagePruneReply) -> Result<()> {
         let runtimes = self.guest_runtimes.list()?;
@@ -293,7 +294,9 @@ impl ImageService {
                 continue;
             };
             let is_used = self.core.store.read(|s| {
-                let of_vms = s.vms().map(|row| &row.shape);
+                // A VM at rest boots with the newest runtime at its next start.
+                let running = s.vms().filter(|row| !is_at_rest(row.state));
+                let of_vms = running.map(|row| &row.shape);
                 let of_snapshots = s.snapshots().map(|row| &row.shape);
                 of_vms
                     .chain(of_snapshots)

@@ -90,7 +90,13 @@ fn image_without_init_boots_newest_runtime() {
 
     // A running VM keeps its runtime. The next boot takes the newest one.
     let new = make_runtime(&state, "00000000000b", 8);
+    let prune = || {
+        let request = ImagePruneRequest { all: false };
+        world.call::<ImagePrune>(&request).unwrap().runtimes
+    };
+    assert_eq!(prune(), Vec::<String>::new());
     assert_eq!(world.stop("a").unwrap().synced, Some(Synced::Yes));
+    assert_eq!(prune(), ["00000000000a"]);
     world.start("a").unwrap();
     let spec = world.vmm.last_spec(&vm.id).unwrap();
     assert_eq!(spec.runtime_disk, Some(new.join("runtime.ext4")));

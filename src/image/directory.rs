@@ -2,12 +2,15 @@
 //! filled under a temporary name, published by one rename, and never change afterwards.
 
 use crate::error::{Error, Result};
+use crate::host::{hex, random};
 use std::fs::{File, Permissions};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 /// The prefix of a directory that is being deleted. No name begins with a dot.
 pub(super) const DELETING_PREFIX: &str = ".deleting-";
+/// Makes the name of a directory that is being deleted unique.
+const RANDOM_BYTES: usize = 6;
 /// The mode of a registry. VMMs run under their own uids and have to reach the files in it, but no
 /// other user can list it.
 const REGISTRY_MODE: u32 = 0o711;
@@ -109,11 +112,14 @@ fn sync_parent(path: &Path) -> std::io::Result<()> {
 pub(super) fn delete(registry: &Path, name: &str) -> Result<bool> {
     crate::locks::require_memory_only("file access");
     let io = |e: std::io::Error| Error::io(format!("delete {}", registry.join(name).display()), e);
-    let gone = Staging::new(registry, &format!("{DELETING_PREFIX}{name}-"))?;
-    match std::fs::rename(registry.join(name), gone.path().join("gone")) {
+    // A new directory would need space, and a user deletes images when the disk is full.
+    let suffix = hex::encode(&random::bytes::<RANDOM_BYTES>());
+    let dir = registry.join(format!("{DELETING_PREFIX}{name}-{suffix}"));
+    match std::fs::rename(registry.join(name), &dir) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(false),
         renamed => renamed.map_err(io)?,
     }
+    let _gone = Staging { dir };
     File::open(registry)
         .and_then(|d| d.sync_all())
         .map_err(io)?;

@@ -15,7 +15,7 @@ fn partials(host: &Host) -> Vec<PathBuf> {
 }
 
 /// The names in the directory of images, which include unfinished ones.
-fn image_directories(host: &Host) -> Vec<String> {
+pub fn image_directories(host: &Host) -> Vec<String> {
     let mut names: Vec<String> = fs::read_dir(host.state().join("images"))
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
@@ -99,7 +99,7 @@ fn interrupted_pull_continues_in_the_middle_of_a_layer() {
 /// Kills the daemon at each point of an operation. Nothing half-made is visible afterwards, and the
 /// operation works.
 #[track_caller]
-fn die_at_each_point(host: &mut Host, args: &[&str], done: &dyn Fn(&Host) -> bool) -> u64 {
+pub fn die_at_each_point(host: &mut Host, args: &[&str], done: &dyn Fn(&Host) -> bool) -> u64 {
     for n in 1..50 {
         let before = image_directories(host);
         host.arm(n);
@@ -206,4 +206,8 @@ fn full_disk_during_pull_publishes_nothing_and_retry_works() {
         *said = text(&pulled).1;
         pulled.status.success().then_some(())
     });
+    // Deleting an image takes no space.
+    host.disk().fill(0);
+    host.ok(&["image", "rm", &name]);
+    assert_eq!(image_directories(&host), before);
 }

@@ -131,6 +131,10 @@ pub struct ImageTagRequest {
     pub image: ImageRef,
     /// The additional name.
     pub name: ImageRef,
+    /// Share the image with all users under the additional name. Only root and the user who runs
+    /// the daemon may do this.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub shared: bool,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

@@ -59,6 +59,9 @@ pub(super) enum Verb {
         image: ImageRef,
         /// The additional name
         name: ImageRef,
+        /// Let all users use the image under the additional name; only root may do this
+        #[arg(long)]
+        shared: bool,
     },
     /// Delete images that no VM or snapshot needs
     #[command(name = "rm", visible_alias = "delete")]
@@ -110,7 +113,18 @@ pub(super) fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
         Verb::Export(args) => export(ctx, &args),
         Verb::Show { image } => show(&mut ctx.connector, &mut ctx.printer, ctx.now_s, image),
         Verb::History { image } => history(&mut ctx.connector, &mut ctx.printer, image),
-        Verb::Tag { image, name } => tag(&mut ctx.connector, &mut ctx.printer, image, name),
+        Verb::Tag {
+            image,
+            name,
+            shared,
+        } => {
+            let request = ImageTagRequest {
+                image,
+                name,
+                shared,
+            };
+            tag(&mut ctx.connector, &mut ctx.printer, &request)
+        }
         Verb::Prune { all } => prune(&mut ctx.connector, &mut ctx.printer, all),
         Verb::List => list(&mut ctx.connector, &mut ctx.printer, ctx.now_s),
         Verb::Delete { images } => delete(&mut ctx.connector, &mut ctx.printer, images),
@@ -387,15 +401,8 @@ fn history(connector: &mut Connector, printer: &mut Printer, image: ImageRef) ->
     Ok(0)
 }
 
-fn tag(
-    connector: &mut Connector,
-    printer: &mut Printer,
-    image: ImageRef,
-    name: ImageRef,
-) -> Result<u8> {
-    let reply = connector
-        .connect(printer)?
-        .call::<ImageTag>(&ImageTagRequest { image, name })?;
+fn tag(connector: &mut Connector, printer: &mut Printer, request: &ImageTagRequest) -> Result<u8> {
+    let reply = connector.connect(printer)?.call::<ImageTag>(request)?;
     if printer.json {
         printer.document(&reply.image)?;
     } else {

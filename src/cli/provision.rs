@@ -136,6 +136,7 @@ fn tag(ctx: &mut Context, interrupts: &Interrupts, image: &Image, name: ImageRef
     let request = ImageTagRequest {
         image: image.name.clone(),
         name,
+        shared: false,
     };
     Ok(client.call::<ImageTag>(&request)?.image)
 }

@@ -52,10 +52,7 @@ impl ImageService {
         request: ImagePullRequest,
         fds: Vec<OwnedFd>,
     ) -> Result<CallOutcome> {
-        if request.shared && !caller.is_privileged() {
-            let text = "only root and the user who runs fcd may share images";
-            return Err(Error::new(Kind::Denied, text).hint("leave out --shared"));
-        }
+        require_may_share(caller, request.shared)?;
         let fifo = accept(&request.source, fds)?;
         let max = self.pulls.config.pulls_per_uid_max;
         let reserved = self.reserve(caller, max)?;
@@ -74,9 +71,9 @@ impl ImageService {
         self.core.spawn(&format!("op-{id}"), move || {
             let _label = crate::locks::operation_scope("image.pull".to_owned());
             let (what, pull_uid) = (pull.describe(), pull.caller.uid);
-                .map_err(|e| service.core.with_free_space(e))
             let result = service
                 .pull(&op, &mut pull)
+                .map_err(|e| service.core.with_free_space(e))
                 .map_err(|e| e.context(format!("pull {what}")))
                 .and_then(|info| {
                     to_value(&ImageReply {
@@ -238,6 +235,12 @@ impl ImageService {
         // The image is neither deleted nor replaced while its files are linked.
         let name = self.resolve(caller, &request.image);
         let (info, _in_use) = self.use_image(caller, &name)?;
+        require_may_share(caller, request.shared)?;
+        if request.shared && info.in_place.is_some() {
+            let text = format!("share image {name}: its file can change at any time");
+            return Err(Error::new(Kind::Unsupported, text)
+                .hint(format!("copy it first: fcctl image promote {name}")));
+        }
         let mut reserved = self.reserve(caller, self.pulls.config.pulls_per_uid_max)?;
         let name = self.new_name(caller, &request.name)?;
         self.reserve_new_name(&mut reserved, name.clone())?;
@@ -249,7 +252,10 @@ impl ImageService {
         let files = DiskUse::of_directory(&info.dir)?;
         self.admit_files(caller, &reserved, files)?;
         self.core.effects.before("tag the image")?;
-        let tagged = self.images.tag(&info.name, &name, caller.uid)?;
+        let mut tagged = self.images.tag(&info.name, &name, caller.uid)?;
+        if request.shared {
+            tagged = self.images.share(&name)?;
+        }
         Ok(ImageReply {
             image: tagged.to_api(caller.uid, 0),
         })
@@ -282,8 +288,9 @@ impl ImageService {
         Ok(reply)
     }
 
-    /// Removes the runtimes that no running VM and no snapshot uses, except the newest, which the next boot uses. A boot
-    /// that has just chosen an older one has a guard until the VM's row names it.
+    /// Removes the runtimes that no running VM and no snapshot uses, except the newest, which the
+    /// next boot uses. A boot that has just chosen an older one has a guard until the VM's row
+    /// names it.
     fn prune_runtimes(&self, reply: &mut ImagePruneReply) -> Result<()> {
         let runtimes = self.guest_runtimes.list()?;
         let Ok(newest) = self.guest_runtimes.newest() else {
@@ -398,6 +405,14 @@ impl Observer for Follower<'_> {
             parts_total: progress.parts_total,
         });
     }
+}
+
+fn require_may_share(caller: &Caller, is_shared: bool) -> Result<()> {
+    if !is_shared || caller.is_privileged() {
+        return Ok(());
+    }
+    let text = "only root and the user who runs fcd may share images";
+    Err(Error::new(Kind::Denied, text).hint("leave out --shared"))
 }
 
 /// Checks the descriptors of a call and returns the FIFO, if there is one.

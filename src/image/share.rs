@@ -1,5 +1,6 @@
 //! Shares an image that exists.
 
+use super::directory::{Readers, set_readers};
 use super::registry::{ImageInfo, Images, METADATA};
 use crate::error::{Error, Result};
 use crate::ids::ImageRef;
@@ -11,7 +12,11 @@ impl Images {
         metadata.private = false;
         let io = |e: serde_json::Error| Error::io(format!("share image {name}"), e);
         let text = serde_json::to_vec_pretty(&metadata).map_err(io)?;
-        crate::host::fs::write_durable(&self.path(name).join(METADATA), &text, 0o444)?;
+        // VMMs open the kernel of a shared image by its path.
+        let dir = self.path(name);
+        set_readers(&dir, Readers::Everybody)
+            .map_err(|e| Error::io(format!("open {} to all users", dir.display()), e))?;
+        crate::host::fs::write_durable(&dir.join(METADATA), &text, 0o444)?;
         self.get(name)
     }
 }

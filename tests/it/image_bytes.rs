@@ -36,6 +36,7 @@ fn tag(world: &World, image: &str, name: &str) -> Result<Image, Failure> {
     let request = ImageTagRequest {
         image: image.parse().unwrap(),
         name: name.parse().unwrap(),
+        shared: false,
     };
     world.call::<ImageTag>(&request).map(|reply| reply.image)
 }

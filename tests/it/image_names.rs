@@ -24,6 +24,7 @@ fn tag(world: &World, from: &str, name: &str) -> Result<Image, fcd::testing::cli
     let request = ImageTagRequest {
         image: from.parse().unwrap(),
         name: name.parse().unwrap(),
+        shared: false,
     };
     Ok(world.call::<ImageTag>(&request)?.image)
 }
@@ -119,4 +120,24 @@ fn recipe_of_another_user_is_not_taken_over() {
         assert!(tag(&world, "built", "again").unwrap().recipe.is_some());
     });
     assert_eq!(tag(&world, "@3001/built", "taken").unwrap().recipe, None);
+}
+
+#[test]
+fn root_shares_image_of_another_user() {
+    let world = world();
+    let share = |name: &str| {
+        let request = ImageTagRequest {
+            image: format!("@{ALICE}/mine").parse().unwrap(),
+            name: name.parse().unwrap(),
+            shared: true,
+        };
+        world.call::<ImageTag>(&request)
+    };
+    as_uid(ALICE, || {
+        tag(&world, "tool", "mine").unwrap();
+        let denied = share("ours").unwrap_err();
+        assert!(denied.is(Kind::Denied), "{denied}");
+    });
+    share("ours").unwrap();
+    as_uid(BOB, || create(&world, "web", "ours").unwrap());
 }

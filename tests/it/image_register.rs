@@ -299,6 +299,7 @@ fn image_in_place_is_private_and_counts_against_the_limit() {
         .call::<ImageTag>(&ImageTagRequest {
             image: theirs.parse().unwrap(),
             name: "alias".parse().unwrap(),
+            shared: false,
         })
         .unwrap();
     create(&world, "web", "alias").unwrap();

@@ -207,11 +207,12 @@ fn image_goldens() {
         ImageTagRequest {
             image: name("default"),
             name: name("other"),
+            shared: true,
         },
         ImageReply { image: image() },
         expect![[r#"
         image.tag
-        {"image":"default","name":"other"}
+        {"image":"default","name":"other","shared":true}
         {"image":{"name":"default","disk_bytes":1,"allocated_bytes":2,"kernel":"Linux 6.1","os":"Debian","built_at":3,"vms":4,"owner_uid":1000}}
     "#]],
     );

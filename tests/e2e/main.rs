@@ -8,6 +8,7 @@ mod another_init;
 mod big;
 mod bridge;
 mod capabilities;
+mod committed;
 mod copies;
 mod crash_points;
 mod disks;

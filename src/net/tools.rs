@@ -8,7 +8,7 @@ use std::time::Duration;
 
 /// The deadline of a call. A call normally takes milliseconds, but waits while another process
 /// changes the same objects.
-const DEADLINE: Duration = Duration::from_secs(20);
+const DEADLINE: Duration = Duration::from_secs(60);
 
 #[derive(Clone)]
 pub(super) struct Tools {

@@ -145,7 +145,7 @@ impl TestHost {
             "cat > config.toml <<'END'
 {config}END
              FCD_TEST_DIE_AT={PLACE}/die-at setsid fcd --config config.toml --state-dir state >> fcd.log 2>&1 < /dev/null &
-             until fcctl rpc fcd.info > /dev/null 2>&1; do sleep 0.1; done"
+             until fcctl rpc fcd.info > /dev/null 2>&1; do sleep 0.1; kill -0 $!; done"
         ));
     }
 

@@ -167,7 +167,7 @@ impl ImageService {
         if caller.is_privileged() {
             return Ok(max);
         }
-        let used = self.bytes_used(caller.uid)?;
+        let used = self.bytes_used(caller.uid, u64::MAX)?;
         let limit = self.pulls.config.image_bytes_per_uid_max;
         match limit.saturating_sub(used) {
             0 => {
@@ -195,10 +195,16 @@ impl ImageService {
         let name = reserved.name.as_ref();
         let name = name.ok_or_else(|| Error::internal("no name is reserved"))?;
         let uid = caller.uid;
-        let admitted = AdmittedFiles { uid, files };
-        self.builds.lock().admitted.insert(name.clone(), admitted);
-        // If two operations get here at the same time, at least the later one counts both.
-        let used = self.bytes_used(uid);
+        let place = {
+            let mut builds = self.builds.lock();
+            let place = builds.next_admission;
+            builds.next_admission += 1;
+            let admitted = AdmittedFiles { uid, files, place };
+            builds.admitted.insert(name.clone(), admitted);
+            place
+        };
+        // If two operations get here at the same time, only the later one counts both.
+        let used = self.bytes_used(uid, place);
         let limit = self.pulls.config.image_bytes_per_uid_max;
         if used.as_ref().is_ok_and(|used| *used <= limit) {
             return Ok(());
@@ -211,15 +217,15 @@ impl ImageService {
         Err(Error::new(Kind::Exhausted, text).hint(DELETE_HINT))
     }
 
-    /// Returns the space that a user's images take, with those that are about to be published. An
-    /// image that will be replaced does not count.
-    fn bytes_used(&self, uid: u32) -> Result<u64> {
+    /// Returns the space that a user's images take, with those that are about to be published and
+    /// were admitted up to this place. An image that will be replaced does not count.
+    fn bytes_used(&self, uid: u32, last_place: u64) -> Result<u64> {
         // An image that is published after this counts as admitted, or it will be in the list.
-        let admitted: HashMap<ImageRef, DiskUse> = {
+        let admitted: HashMap<ImageRef, AdmittedFiles> = {
             let builds = self.builds.lock();
             let all = builds.admitted.iter();
             let own = all.filter(|(_, admitted)| admitted.uid == uid);
-            own.map(|(name, admitted)| (name.clone(), admitted.files.clone()))
+            own.map(|(name, admitted)| (name.clone(), admitted.clone()))
                 .collect()
         };
         let mut used = DiskUse::default();
@@ -228,7 +234,8 @@ impl ImageService {
                 used.add(&DiskUse::of_directory(&info.dir)?);
             }
         }
-        admitted.values().for_each(|files| used.add(files));
+        let earlier = admitted.values().filter(|own| own.place <= last_place);
+        earlier.for_each(|own| used.add(&own.files));
         Ok(used.bytes())
     }
 

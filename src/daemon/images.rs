@@ -40,6 +40,8 @@ pub(super) struct Builds {
     pub(super) names: HashMap<ImageRef, NameHolder>,
     /// The files of images that are about to be published, by name.
     pub(super) admitted: HashMap<ImageRef, AdmittedFiles>,
+    /// The place of the next admission in the order of admissions.
+    pub(super) next_admission: u64,
     pub(super) by_uid: UidCounts,
 }
 
@@ -63,6 +65,8 @@ pub(super) struct NameHolder {
 pub(super) struct AdmittedFiles {
     pub uid: u32,
     pub files: DiskUse,
+    /// The place in the order of admissions.
+    pub place: u64,
 }
 
 /// A build or pull in progress. It ends when this is dropped.

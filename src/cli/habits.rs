@@ -27,8 +27,6 @@ const fn image(words: &'static [&'static str], hint: &'static str) -> Habit {
     }
 }
 
-const BUILD: &str = "from a script: fcctl image build --script FILE NAME\n\
-    from a Dockerfile: docker build -t app . && docker save app | fcctl image pull -";
 const LOAD: &str = "fcctl image pull - < FILE";
 const PUSH: &str = "fcctl cannot push; write the image to a file for skopeo or docker: \
     fcctl image export IMAGE -o FILE";
@@ -36,9 +34,7 @@ const SAVE: &str = "fcctl image export IMAGE -o FILE";
 
 const HABITS: &[Habit] = &[
     // Images.
-    top(&["pull"], "fcctl image pull REF"),
     top(&["push"], PUSH),
-    top(&["images"], "fcctl image list"),
     top(&["rmi"], "fcctl image rm IMAGE"),
     top(&["load", "import"], LOAD),
     top(
@@ -47,10 +43,7 @@ const HABITS: &[Habit] = &[
          the memory and disks of a running VM: fcctl snapshot create VM\n\
          the changes of a workspace: fcctl workspace export VM",
     ),
-    top(&["build"], BUILD),
     top(&["tag"], "fcctl image tag IMAGE NAME"),
-    top(&["commit"], "fcctl image commit VM NAME"),
-    top(&["history"], "fcctl image history IMAGE"),
     top(
         &["login", "logout"],
         "fcctl reads docker's config.json: docker login REGISTRY",
@@ -66,11 +59,10 @@ const HABITS: &[Habit] = &[
          unused images too: fcctl image prune --all",
     ),
     top(
-        &["inspect", "show"],
+        &["show"],
         "a VM: fcctl vm show VM\nan image: fcctl image show IMAGE",
     ),
     // VMs.
-    top(&["create"], "fcctl vm create --image IMAGE"),
     top(
         &["cp", "copy", "scp"],
         "a directory: fcctl workspace prepare VM PATH, and back: fcctl workspace export VM\n\
@@ -89,18 +81,41 @@ const HABITS: &[Habit] = &[
     top(&["delete", "remove"], "fcctl rm VM"),
     top(&["up"], "a new VM: fcctl run\na stopped VM: fcctl start VM"),
     top(&["down"], "fcctl stop VM"),
-    top(&["top", "stats"], "fcctl vm stats VM"),
-    top(&["kill"], "fcctl vm kill VM"),
-    top(&["restart", "reboot"], "fcctl vm restart VM"),
-    top(&["pause", "suspend"], "fcctl vm pause VM"),
-    top(&["resume", "unpause"], "fcctl vm resume VM"),
-    top(&["port", "ports"], "fcctl vm ports VM"),
-    top(&["wait"], "fcctl vm wait VM"),
+    top(&["top"], "fcctl stats VM"),
+    top(&["reboot"], "fcctl restart VM"),
+    top(&["suspend"], "fcctl pause VM"),
+    top(&["unpause"], "fcctl resume VM"),
+    top(&["ports"], "fcctl port VM"),
     top(
         &["rename"],
         "a VM keeps its name; choose it at the beginning: fcctl run --name NAME",
     ),
 ];
+
+/// Options of `docker run`, `create` and `exec` that fcctl does not have, and what to use instead.
+const OPTIONS: &[(&[&str], &str)] = &[
+    (
+        &["-d", "--detach"],
+        "to start a VM that stays: fcctl create NAME && fcctl start NAME\n\
+         to run a command in it without waiting: fcctl exec NAME -- sh -c 'CMD >/tmp/log 2>&1 &'",
+    ),
+    (
+        &["-v", "--volume", "--mount"],
+        "fcd copies directories and does not mount them: fcctl run DIR -- CMD\n\
+         into a running VM: fcctl workspace prepare VM DIR, and back: fcctl workspace apply VM",
+    ),
+    (&["--network"], "use --net nat or --net none"),
+    (
+        &["--privileged", "--cap-add"],
+        "leave it out: root in a guest may do everything in that guest's kernel",
+    ),
+];
+
+/// Returns the hint for an option of docker that fcctl does not have.
+pub(super) fn option_hint(option: &str) -> Option<&'static str> {
+    let (_, hint) = OPTIONS.iter().find(|(names, _)| names.contains(&option))?;
+    Some(hint)
+}
 
 /// Returns the hint for a word that is not a command, if it is a known habit.
 pub(super) fn hint(noun: &str, word: &str) -> Option<&'static str> {
@@ -113,7 +128,6 @@ pub(super) fn hint(noun: &str, word: &str) -> Option<&'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
     use std::collections::HashSet;
 
     fn find<'a>(command: &'a clap::Command, word: &str) -> Option<&'a clap::Command> {
@@ -124,7 +138,7 @@ mod tests {
 
     #[test]
     fn habits_are_not_commands() {
-        let cli = super::super::Cli::command();
+        let cli = super::super::syntax();
         let mut seen = HashSet::new();
         for habit in HABITS {
             let at = match habit.noun {
@@ -140,10 +154,11 @@ mod tests {
 
     #[test]
     fn hints_name_existing_commands() {
-        let cli = super::super::Cli::command();
-        for habit in HABITS {
+        let cli = super::super::syntax();
+        let options = OPTIONS.iter().map(|(_, hint)| *hint);
+        for hint in HABITS.iter().map(|habit| habit.hint).chain(options) {
             // What follows the name in prose, such as "fcctl cannot push", is in lower case, too.
-            let commands = habit.hint.split("fcctl ").skip(1);
+            let commands = hint.split("fcctl ").skip(1);
             let commands: Vec<_> = commands
                 .filter(|text| {
                     !["cannot", "reads"]

@@ -36,6 +36,7 @@ mod registry_auth;
 mod relay;
 mod rpc;
 mod run;
+mod short_forms;
 mod signals;
 mod snapshot;
 mod ssh;
@@ -53,7 +54,7 @@ mod words;
 mod workspace;
 
 use crate::client::Result;
-use clap::{CommandFactory, Parser};
+use clap::{CommandFactory, FromArgMatches, Parser};
 use connector::Connector;
 use context::{Context, Env, Stdio, may_colour};
 use exec::OUR_FAILURE;
@@ -62,19 +63,17 @@ use signals::SignalSource;
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+/// The environment variable that names the daemon's socket.
+const SOCKET_VARIABLE: &str = "FCD_SOCKET";
+
 /// Development sandboxes in microVMs: run commands in a fresh VM with a copy of your files
 #[derive(Parser, Debug)]
 #[command(name = "fcctl", version, max_term_width = 100, infer_long_args = false)]
 #[command(after_help = help::topics())]
 struct Cli {
-    /// Socket of the daemon
-    #[arg(
-        long,
-        global = true,
-        env = "FCD_SOCKET",
-        value_name = "S",
-        hide_env_values = true
-    )]
+    // clap would show an option that it reads from the environment in every usage line.
+    /// Socket of the daemon [env: FCD_SOCKET]
+    #[arg(long, global = true, value_name = "S")]
     socket: Option<PathBuf>,
     /// Print results as one JSON document, errors as JSON on stderr
     #[arg(long, global = true)]
@@ -157,18 +156,25 @@ fn command(ctx: &mut Context, args: &[OsString]) -> u8 {
         return u8::from(ctx.printer.text(&page).is_err());
     }
     let colour = may_colour(&ctx.stdio, &*ctx.env);
+    let mut syntax = syntax();
     if args.len() < 2 {
-        return usage::help(&mut ctx.printer, Cli::command(), colour);
+        return usage::help(&mut ctx.printer, syntax, colour);
     }
-    let args = &words::with_separator(Cli::command(), args);
+    syntax.build();
+    let args = short_forms::expand(&syntax, args);
+    let args = &words::with_separator(&syntax, &args);
     let is_guests = words::runs_in_guest(args);
-    let cli = match Cli::try_parse_from(args) {
+    let parsed = syntax.clone().try_get_matches_from(args);
+    let cli = match parsed.and_then(|matches| Cli::from_arg_matches(&matches)) {
         Ok(cli) => cli,
-        Err(e) => return usage::report(&mut ctx.printer, Cli::command(), args, &e, colour),
+        Err(e) => return usage::report(&mut ctx.printer, syntax, args, &e, colour),
     };
     ctx.printer.json = cli.json;
     let uid = nix::unistd::getuid().as_raw();
-    let named = cli.socket.filter(|s| !s.as_os_str().is_empty());
+    let named = cli
+        .socket
+        .or_else(|| std::env::var_os(SOCKET_VARIABLE).map(PathBuf::from))
+        .filter(|s| !s.as_os_str().is_empty());
     ctx.connector = Connector::new(
         named.unwrap_or_else(|| context::default_socket(uid, &*ctx.env, &context::is_usable)),
     );
@@ -184,6 +190,11 @@ fn command(ctx: &mut Context, args: &[OsString]) -> u8 {
             status
         }
     }
+}
+
+/// Returns the command line with the short forms.
+fn syntax() -> clap::Command {
+    short_forms::add(Cli::command())
 }
 
 fn dispatch(ctx: &mut Context, noun: Noun) -> Result<u8> {
@@ -213,7 +224,7 @@ fn dispatch(ctx: &mut Context, noun: Noun) -> Result<u8> {
 
 fn completions(printer: &mut Printer, shell: clap_complete::Shell) -> Result<u8> {
     let mut script = Vec::new();
-    clap_complete::generate(shell, &mut Cli::command(), "fcctl", &mut script);
+    clap_complete::generate(shell, &mut syntax(), "fcctl", &mut script);
     printer.bytes(&script)?;
     Ok(0)
 }

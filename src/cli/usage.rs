@@ -89,6 +89,7 @@ fn hinted(cli: &clap::Command, args: &[OsString], e: &clap::Error) -> Option<Err
     }
     of_value_parser(e)
         .or_else(|| of_habit(&noun, e))
+        .or_else(|| of_option(&noun, e))
         .or_else(|| of_run(cli, args, e))
 }
 
@@ -121,6 +122,15 @@ fn of_habit(noun: &str, e: &clap::Error) -> Option<Error> {
     let word = context(e, ContextKind::InvalidSubcommand)?;
     let noun = if word == noun { "" } else { noun };
     let hint = habits::hint(noun, word)?;
+    Some(Error::invalid(message(e)).hint(hint))
+}
+
+/// Explains an option that users of docker type by habit.
+fn of_option(noun: &str, e: &clap::Error) -> Option<Error> {
+    if e.kind() != ErrorKind::UnknownArgument || !["run", "exec", "vm"].contains(&noun) {
+        return None;
+    }
+    let hint = habits::option_hint(context(e, ContextKind::InvalidArg)?)?;
     Some(Error::invalid(message(e)).hint(hint))
 }
 

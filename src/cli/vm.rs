@@ -71,7 +71,10 @@ pub(super) enum Verb {
 #[derive(clap::Args, Debug)]
 pub(super) struct CreateArgs {
     /// Name of the VM [default: a random adjective-noun]
-    #[arg(short, long)]
+    #[arg(value_name = "NAME", conflicts_with = "name")]
+    new: Option<VmName>,
+    /// Name of the VM, as an option
+    #[arg(short, long, value_name = "NAME")]
     name: Option<VmName>,
     #[command(flatten)]
     shape: Shape,
@@ -123,10 +126,10 @@ pub(super) struct Shape {
     #[arg(long, value_name = "fcd|image", value_parser = parse_init)]
     pub init: Option<Init>,
     /// Number of virtual CPUs
-    #[arg(long, value_name = "N", alias = "cpus")]
+    #[arg(long, value_name = "N", visible_alias = "cpus")]
     pub vcpus: Option<u32>,
     /// Memory, such as 512M or 2G
-    #[arg(long, value_name = "SIZE", value_parser = parse_mem_mib)]
+    #[arg(short, long, value_name = "SIZE", value_parser = parse_mem_mib)]
     pub memory: Option<u64>,
     /// Network: `nat` to reach out through this host, or `none`
     #[arg(long, value_name = "nat|none", value_parser = parse_net)]
@@ -195,10 +198,10 @@ pub(super) struct SetArgs {
     /// Name, ID, or ID prefix
     vm: String,
     /// Number of virtual CPUs
-    #[arg(long, value_name = "N", alias = "cpus")]
+    #[arg(long, value_name = "N", visible_alias = "cpus")]
     vcpus: Option<u32>,
     /// Memory, such as 512M or 2G
-    #[arg(long, value_name = "SIZE", value_parser = parse_mem_mib)]
+    #[arg(short, long, value_name = "SIZE", value_parser = parse_mem_mib)]
     memory: Option<u64>,
     /// Size of the root disk, such as 10G. It can only grow
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
@@ -277,7 +280,7 @@ fn create(connector: &mut Connector, printer: &mut Printer, args: CreateArgs) ->
         disk_ops_per_s: rates.disk_iops,
         net_rx_bytes_per_s: rates.net_rx_bps,
         net_tx_bytes_per_s: rates.net_tx_bps,
-        name: args.name,
+        name: args.new.or(args.name),
         image: args.shape.image,
         kernel: args.shape.kernel,
         init: args.shape.init,

@@ -1,9 +1,11 @@
-//! Finds the command in `fcctl run --image IMAGE CMD ARGS`, which needs no `--`.
+//! Finds the command in `fcctl run`, `exec` and `ssh`, which need no `--` before it.
 //!
-//! After `--image`, a first word without `/` that is not `.` is the command, as with docker, and
-//! everything behind it belongs to the command. Any other first word is the directory to copy. clap
-//! cannot make this distinction, so the missing `--` is inserted before clap sees the words.
-//! Without `--image`, the words are left as they are, and [`without_separator`] says what is wrong.
+//! The command of `exec` and `ssh` begins with the first word behind the VM, and that of `run` with
+//! the first word behind a directory. After `--image`, the first word without `/` that is not `.`
+//! is the command, as with docker. Everything behind the command's first word belongs to the
+//! command. clap cannot make these distinctions, so the missing `--` is inserted before clap sees
+//! the words. If the first word of `run` is not a directory, the words are left as they are, and
+//! [`without_separator`] says what is wrong.
 
 use crate::error::Error;
 use crate::host::shell::quote;
@@ -13,17 +15,34 @@ use std::ffi::OsString;
 use std::path::Path;
 
 /// Returns the words of a command line with `--` before the command, if it is missing.
-pub(super) fn with_separator(mut cli: clap::Command, args: &[OsString]) -> Vec<OsString> {
-    cli.build();
-    let command = run_at(&cli, args).and_then(|at| {
-        let run = cli.find_subcommand("run")?;
-        command_at(run, &args[at..]).map(|n| at + n)
-    });
+pub(super) fn with_separator(cli: &clap::Command, args: &[OsString]) -> Vec<OsString> {
     let mut args = args.to_vec();
-    if let Some(at) = command {
+    if let Some(at) = command_at(cli, &args) {
         args.insert(at, "--".into());
     }
     args
+}
+
+/// Returns the place of the command in a command line, if no `--` precedes it.
+fn command_at(cli: &clap::Command, args: &[OsString]) -> Option<usize> {
+    let noun = first_plain(cli, args.get(1..)?)?;
+    let begin = noun.at + 2;
+    let command = cli.find_subcommand(&noun.word)?;
+    let first = first_plain(command, args.get(begin..)?)?;
+    match noun.word.as_str() {
+        "exec" | "ssh" => {}
+        "run" if first.is_command() => return Some(begin + first.at),
+        "run" if first.is_directory() => {}
+        _ => return None,
+    }
+    let behind = begin + first.at + 1;
+    let second = first_plain(command, args.get(behind..)?)?;
+    Some(behind + second.at)
+}
+
+/// Returns the place of the first word that is neither an option nor the value of one.
+pub(super) fn noun_at(cli: &clap::Command, args: &[OsString]) -> Option<usize> {
+    Some(first_plain(cli, args.get(1..)?)?.at + 1)
 }
 
 /// Returns the place behind the word `run`, if it is the noun of this command line.
@@ -32,19 +51,26 @@ fn run_at(cli: &clap::Command, args: &[OsString]) -> Option<usize> {
     (first.word == "run").then_some(first.at + 2)
 }
 
-/// Returns the place of the command in the words behind `run`, if no `--` precedes it.
-fn command_at(run: &clap::Command, args: &[OsString]) -> Option<usize> {
-    let first = first_plain(run, args)?;
-    let is_directory = first.word == "." || first.word.contains('/');
-    (first.has_image && !is_directory).then_some(first.at)
-}
-
 /// The first word that is neither an option nor the value of one.
 struct First {
     at: usize,
     word: String,
     /// True if `--image` precedes it.
     has_image: bool,
+}
+
+impl First {
+    /// True if the word is the command of a `run` with an image.
+    fn is_command(&self) -> bool {
+        self.has_image && self.word != "." && !self.word.contains('/')
+    }
+
+    /// True if the word is the directory of a `run`. A path that does not exist counts, so that the
+    /// error is about the path.
+    fn is_directory(&self) -> bool {
+        let is_path = ["/", "./", "../"].iter().any(|p| self.word.starts_with(p));
+        self.has_image || is_path || Path::new(&self.word).is_dir()
+    }
 }
 
 fn first_plain(command: &clap::Command, args: &[OsString]) -> Option<First> {
@@ -95,8 +121,8 @@ pub(super) fn noun_and_verb(
     Some((noun.word, verb.map(|first| first.word)))
 }
 
-/// Explains `fcctl run FIRST CMD`, which lacks `--` or, if FIRST is an image, `--image`. `command`
-/// is the first word of the command.
+/// Explains `fcctl run FIRST CMD` if FIRST is not a directory. `command` is the first word of the
+/// command.
 pub(super) fn without_separator(
     cli: &clap::Command,
     args: &[OsString],
@@ -111,10 +137,6 @@ pub(super) fn without_separator(
     let between = line(&args[first_at + 1..command_at]);
     let word = quote(&first.word);
     let as_directory = |dir: &str| format!("fcctl{options} {dir}{between} --{cmd}");
-    if first.has_image || Path::new(&first.word).is_dir() {
-        let text = format!("the command {} needs -- before it", quoted(command));
-        return Some(Error::invalid(text).hint(as_directory(&word)));
-    }
     let text = format!("{} is not a directory", quoted(&first.word));
     let mut hint = format!("to copy a directory, name it: {}", as_directory("."));
     if first.word.parse::<ImageRef>().is_ok() {
@@ -184,7 +206,9 @@ mod tests {
     #[track_caller]
     fn check(line: &str, expected: &str) {
         let args: Vec<OsString> = line.split(' ').map(OsString::from).collect();
-        let words = with_separator(Cli::command(), &args);
+        let mut cli = Cli::command();
+        cli.build();
+        let words = with_separator(&cli, &args);
         let words: Vec<_> = words.iter().map(|w| w.to_str().unwrap()).collect();
         assert_eq!(words.join(" "), expected);
     }
@@ -212,6 +236,43 @@ mod tests {
                 "fcctl run --image a ls -- x",
                 "fcctl run --image a -- ls -- x",
             ),
+            ("fcctl run . make test", "fcctl run . -- make test"),
+            (
+                "fcctl run /bin --image a --rm ls -l",
+                "fcctl run /bin --image a --rm -- ls -l",
+            ),
+            (
+                "fcctl run --image a ./repo make -j2",
+                "fcctl run --image a ./repo -- make -j2",
+            ),
+            ("fcctl run ../none make", "fcctl run ../none -- make"),
+        ] {
+            check(line, expected);
+        }
+    }
+
+    #[test]
+    fn command_begins_behind_vm() {
+        for (line, expected) in [
+            ("fcctl exec web ls /", "fcctl exec web -- ls /"),
+            ("fcctl exec -it web bash", "fcctl exec -it web -- bash"),
+            (
+                "fcctl exec web -i -e A=b tar x -- -C /",
+                "fcctl exec web -i -e A=b -- tar x -- -C /",
+            ),
+            (
+                "fcctl exec web git log -- file",
+                "fcctl exec web -- git log -- file",
+            ),
+            (
+                "fcctl --socket exec exec --user dev web id",
+                "fcctl --socket exec exec --user dev web -- id",
+            ),
+            ("fcctl ssh web uptime", "fcctl ssh web -- uptime"),
+            (
+                "fcctl ssh -u dev web ls -l",
+                "fcctl ssh -u dev web -- ls -l",
+            ),
         ] {
             check(line, expected);
         }
@@ -230,7 +291,14 @@ mod tests {
             "fcctl run --image a /bin -- make",
             "fcctl run --image a -- make",
             "fcctl run --rm -- --image a ls",
-            "fcctl exec web --image a ls",
+            "fcctl run alpine ls",
+            "fcctl run -it ghcr.io/a/b:1 sh",
+            "fcctl exec web",
+            "fcctl exec -it web -i",
+            "fcctl exec web -i -- tar x",
+            "fcctl exec web -- git log -- file",
+            "fcctl ssh web -- -L 8080:localhost:80",
+            "fcctl ps exec ls",
             "fcctl image build --image run ls",
         ] {
             check(line, line);

@@ -6,6 +6,7 @@ use crate::api::Call;
 use crate::api::frame::Note;
 use crate::client::{Client, Result};
 use serde::Serialize;
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 pub(super) struct Connector {
@@ -47,7 +48,9 @@ impl Connector {
     ) -> Result<u8> {
         let mut client = self.connect(printer)?;
         let (mut status, mut done) = (0, Vec::new());
-        for target in targets {
+        let mut seen = HashSet::new();
+        // A VM that is named twice is meant once.
+        for target in targets.iter().filter(|target| seen.insert(*target)) {
             match each(printer, &mut client, target) {
                 Ok(value) => done.push(value),
                 Err(failure) => {

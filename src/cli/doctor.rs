@@ -30,6 +30,9 @@ const PASSED: [&str; 8] = [
 
 #[derive(clap::Args, Debug)]
 pub(super) struct Args {
+    /// Exit with 1 if there is a warning, too
+    #[arg(long, conflicts_with = "leaks")]
+    strict: bool,
     /// List what fcd has left on this host that belongs to no VM
     #[arg(long)]
     leaks: bool,
@@ -80,7 +83,7 @@ pub(super) fn run(ctx: &mut Context, args: &Args) -> Result<u8> {
     let mut is_first = true;
     checks.retain(|c| c.id != "daemon" || std::mem::replace(&mut is_first, false));
     checks.extend(own_checks(env));
-    report(printer, stdio, env, checks)
+    report(printer, stdio, env, checks, args.strict)
 }
 
 fn empty() -> Box<serde_json::value::RawValue> {
@@ -191,10 +194,16 @@ fn find_on_path(program: &str, env: &Env) -> Option<PathBuf> {
         .find(executable)
 }
 
-fn report(printer: &mut Printer, stdio: &Stdio, env: &Env, checks: Vec<Check>) -> Result<u8> {
+fn report(
+    printer: &mut Printer,
+    stdio: &Stdio,
+    env: &Env,
+    checks: Vec<Check>,
+    is_strict: bool,
+) -> Result<u8> {
     let number = |severity| checks.iter().filter(|c| c.severity == severity).count() as u64;
     let (failed, warned) = (number(Severity::Fail), number(Severity::Warn));
-    let status = u8::from(failed > 0);
+    let status = u8::from(failed > 0 || is_strict && warned > 0);
     if printer.json {
         printer.document(&DoctorReply { checks })?;
         return Ok(status);

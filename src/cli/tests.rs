@@ -644,6 +644,24 @@ fn doctor_includes_daemons_checks() {
 }
 
 #[test]
+fn doctor_fails_at_warnings_only_if_it_is_strict() {
+    let fake = Fake::start(|r| {
+        r.result(json!({"checks": [{"id": "kvm", "severity": "warn", "found": "none"}]}));
+    });
+    for (args, status) in [(&["doctor"][..], 0), (&["doctor", "--strict"], 1)] {
+        let ran = fcctl(&fake, args);
+        assert_eq!(ran.status, status, "{}", String::from_utf8_lossy(&ran.out));
+    }
+}
+
+#[test]
+fn vm_that_is_named_twice_is_meant_once() {
+    let fake = two_vms();
+    fcctl(&fake, &["start", "web", "web"]);
+    assert_eq!(fake.methods(), "vm.start");
+}
+
+#[test]
 fn debug_locks_lists_holders_and_waiters() {
     let fake = Fake::start(|r| {
         let party = |op: &str, us: u64| json!({"thread": "conn-1", "operation": op, "for_us": us});

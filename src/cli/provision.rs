@@ -75,9 +75,10 @@ pub(super) fn build(ctx: &mut Context, interrupts: &Interrupts, recipe: Recipe) 
         .connector
         .connect(&mut ctx.printer)?
         .list::<ImageList>(ListRequest::default())?;
-    let named = |name: &ImageRef| images.iter().find(|image| image.name == *name);
+    let mut present = images.iter().filter(|image| image.name == recipe.name);
     let key = recipe_key(&base, &script);
-    if let Some(image) = named(&recipe.name) {
+    let own_uid = rustix::process::geteuid().as_raw();
+    if let Some(image) = present.find(|image| has_taken_name(image, own_uid)) {
         if !is_built_from(image, &key) {
             let text = format!("image {} already exists", recipe.name);
             return Err(Error::new(Kind::NameTaken, text)
@@ -121,6 +122,12 @@ fn find_base(ctx: &mut Context, interrupts: &Interrupts, from: Option<ImageRef>)
         }
     };
     Ok(shown.image)
+}
+
+/// True if a new image of this user cannot have the name of this image. The images of an ordinary
+/// user have names of their own beside those of the host.
+fn has_taken_name(image: &Image, uid: u32) -> bool {
+    uid == 0 || image.owner_uid.is_none_or(|owner| owner == uid)
 }
 
 /// True if this user built the image with this recipe. Other users may have given any image that

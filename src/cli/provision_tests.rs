@@ -1,6 +1,6 @@
 use super::super::exec::tests::{begin, status};
 use super::super::tests::{fcctl, vm};
-use super::{interpreter, recipe_key, require_interpreter};
+use super::{has_taken_name, interpreter, recipe_key, require_interpreter};
 use crate::api::frame::Note;
 use crate::api::image::Image;
 use crate::api::vm::{Synced, VmState};
@@ -306,4 +306,19 @@ fn dockerfile_is_refused_with_what_to_do() {
         ran.err
     );
     assert_eq!(daemon.fake.methods(), "");
+}
+
+#[test]
+fn host_image_does_not_take_name_from_ordinary_user() {
+    let mut present: Image = serde_json::from_value(image("tools", None)).unwrap();
+    for (owner, uid, is_taken) in [
+        (Some(0), 0, true),
+        (Some(1000), 0, true),
+        (Some(1000), 1000, true),
+        (None, 1000, true),
+        (Some(0), 1000, false),
+    ] {
+        present.owner_uid = owner;
+        assert_eq!(has_taken_name(&present, uid), is_taken, "{owner:?} {uid}");
+    }
 }

@@ -99,7 +99,7 @@ impl ImageRef {
         image_name::parts(&self.0).expect("validated when it was parsed")
     }
 
-    /// Returns the user whose name this is, or None if it is one of the host's names.
+    /// Returns the uid of the user who gave this name, or None for a name of the host.
     pub fn owner(&self) -> Option<u32> {
         image_name::split_owner(&self.0).0
     }

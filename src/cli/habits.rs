@@ -157,7 +157,7 @@ mod tests {
         let cli = super::super::syntax();
         let options = OPTIONS.iter().map(|(_, hint)| *hint);
         for hint in HABITS.iter().map(|habit| habit.hint).chain(options) {
-            // What follows the name in prose, such as "fcctl cannot push", is in lower case, too.
+            // Prose such as "fcctl cannot push" looks like a command, too.
             let commands = hint.split("fcctl ").skip(1);
             let commands: Vec<_> = commands
                 .filter(|text| {

@@ -16,7 +16,8 @@ const TAR: &[u8] = b"ustar";
 const READABLE: &[&[u8]] = &[b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"];
 /// The formats that it does not read, and the programs that do.
 const OTHERS: &[(&str, &[u8])] = &[("xz", b"\xfd7zXZ\0"), ("bzip2", b"BZh")];
-/// What follows `BZh` and one digit, so that a tar archive cannot be taken for bzip2.
+/// The header of a bzip2 block, which comes after `BZh` and one digit. A tar archive whose first
+/// file is called `BZh9` does not have it there.
 const BZIP2_BLOCK: &[u8] = b"1AY&SY";
 
 /// Returns the program that decompresses these first bytes of an archive, if the daemon cannot.

@@ -3,7 +3,7 @@
 
 use super::image_file;
 use super::pipes;
-use super::values::path_error;
+use super::values::{is_path, path_error};
 use crate::api::image::{ArchiveFormat, PullSource};
 use crate::error::{Error, Result};
 use crate::host::shell::quote;
@@ -29,7 +29,7 @@ const REF_NAME: &str = "org.opencontainers.image.ref.name";
 pub(super) enum Source {
     /// A reference without `docker://`. It may also be the name of a file.
     Reference(String),
-    /// What follows `docker://`.
+    /// A reference that was written behind `docker://`.
     Registry(String),
     /// A path that cannot be a reference: an archive of either kind, or an OCI layout.
     Path(PathBuf),
@@ -67,8 +67,7 @@ impl std::str::FromStr for Source {
         if let Some((transport, name)) = text.split_once(':') {
             refuse_transport(transport, name)?;
         }
-        let is_path = text.starts_with('/') || matches!(text.split('/').next(), Some("." | ".."));
-        Ok(if is_path {
+        Ok(if is_path(text) {
             Self::Path(text.into())
         } else {
             Self::Reference(text.to_owned())

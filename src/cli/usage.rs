@@ -2,6 +2,7 @@
 
 use super::exec::OUR_FAILURE;
 use super::printer::Printer;
+use super::values::is_path;
 use super::words::{self, runs_in_guest};
 use super::{habits, image};
 use crate::error::Error;
@@ -107,13 +108,9 @@ fn is_for_dockerfile(e: &clap::Error) -> bool {
     match context(e, ContextKind::InvalidValue) {
         // The value of an option is not the directory to build.
         Some(_) if arg.starts_with('-') => false,
-        Some(value) => is_directory(value),
-        None => is_directory(arg) || DOCKER_BUILD.contains(&arg),
+        Some(value) => is_path(value),
+        None => is_path(arg) || DOCKER_BUILD.contains(&arg),
     }
-}
-
-fn is_directory(word: &str) -> bool {
-    word.starts_with('/') || matches!(word.split('/').next(), Some("." | ".."))
 }
 
 /// Suggests a command for a word that users of docker type by habit. clap suggests commands with a
@@ -148,3 +145,7 @@ fn of_value_parser(e: &clap::Error) -> Option<Error> {
     let hint = e.source()?.downcast_ref::<Error>()?.hint_text()?;
     Some(Error::invalid(message(e)).hint(hint))
 }
+
+#[cfg(test)]
+#[path = "usage_tests.rs"]
+mod tests;

@@ -11,6 +11,11 @@ use std::time::Duration;
 /// Longest `--env-file` that is read.
 const ENV_FILE_BYTES_MAX: u64 = 1024 * 1024;
 
+/// True if a word is written as a path, which no image and no command of a guest is called.
+pub(super) fn is_path(word: &str) -> bool {
+    word.starts_with('/') || matches!(word.split('/').next(), Some("." | ".."))
+}
+
 /// Parses a size in bytes: `512M`, `2G`, `1T`, `64K`, in powers of 1024, with or without `B` or
 /// `iB`. A bare number is bytes.
 pub(super) fn parse_size(text: &str) -> Result<u64, String> {

@@ -7,6 +7,7 @@
 //! the words. If the first word of `run` is not a directory, the words are left as they are, and
 //! [`without_separator`] says what is wrong.
 
+use super::values::is_path;
 use crate::error::Error;
 use crate::host::shell::quote;
 use crate::host::text::quoted;
@@ -62,14 +63,13 @@ struct First {
 impl First {
     /// True if the word is the command of a `run` with an image.
     fn is_command(&self) -> bool {
-        self.has_image && self.word != "." && !self.word.contains('/')
+        self.has_image && !is_path(&self.word) && !self.word.contains('/')
     }
 
     /// True if the word is the directory of a `run`. A path that does not exist counts, so that the
     /// error is about the path.
     fn is_directory(&self) -> bool {
-        let is_path = ["/", "./", "../"].iter().any(|p| self.word.starts_with(p));
-        self.has_image || is_path || Path::new(&self.word).is_dir()
+        self.has_image || is_path(&self.word) || Path::new(&self.word).is_dir()
     }
 }
 
@@ -246,6 +246,10 @@ mod tests {
                 "fcctl run --image a ./repo -- make -j2",
             ),
             ("fcctl run ../none make", "fcctl run ../none -- make"),
+            (
+                "fcctl run --image a .. make",
+                "fcctl run --image a .. -- make",
+            ),
         ] {
             check(line, expected);
         }

@@ -22,7 +22,7 @@ use crate::host::text::quoted;
 use crate::host::wait::{WaitResult, cancelled_by, wait_any};
 use crate::ids::ImageRef;
 use crate::image::pull::{self, Decision, Found, Observer, Progress, PullSpec, Source};
-use crate::image::{DiskUse, ImageInfo};
+use crate::image::{DiskUse, ImageInfo, Tag};
 use crate::ops::OpHandle;
 use nix::poll::PollFlags;
 use std::any::Any;
@@ -252,10 +252,12 @@ impl ImageService {
         let files = DiskUse::of_directory(&info.dir)?;
         self.admit_files(caller, &reserved, files)?;
         self.core.effects.before("tag the image")?;
-        let mut tagged = self.images.tag(&info.name, &name, caller.uid)?;
-        if request.shared {
-            tagged = self.images.share(&name)?;
-        }
+        let tag = Tag {
+            new_name: &name,
+            owner_uid: caller.uid,
+            is_shared: request.shared,
+        };
+        let tagged = self.images.tag(&info.name, &tag)?;
         Ok(ImageReply {
             image: tagged.to_api(caller.uid, 0),
         })

@@ -69,7 +69,7 @@ pub use owner::owner_of;
 pub use promote::promote;
 pub use register::{RegisterSpec, register};
 pub use registry::{
-    BALLOON_SINCE, Boots, CTRL_ALT_DEL_SINCE, ImageInfo, Images, USER_LOGIN_SINCE, kernel_path,
+    BALLOON_SINCE, Boots, CTRL_ALT_DEL_SINCE, ImageInfo, Images, Tag, USER_LOGIN_SINCE, kernel_path,
 };
 pub use runtime::GuestRuntimes;
 

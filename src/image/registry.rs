@@ -252,6 +252,14 @@ impl Metadata {
     }
 }
 
+/// An additional name of an image.
+pub struct Tag<'a> {
+    pub new_name: &'a ImageRef,
+    pub owner_uid: u32,
+    /// True if all users may use the image under this name.
+    pub is_shared: bool,
+}
+
 /// The registry of images.
 #[derive(Clone, Debug)]
 pub struct Images {
@@ -548,7 +556,12 @@ impl Images {
     ///
     /// # Errors
     /// `image_not_found`, `name_taken`, `host`.
-    pub fn tag(&self, name: &ImageRef, new_name: &ImageRef, owner_uid: u32) -> Result<ImageInfo> {
+    pub fn tag(&self, name: &ImageRef, tag: &Tag<'_>) -> Result<ImageInfo> {
+        let Tag {
+            new_name,
+            owner_uid,
+            is_shared,
+        } = *tag;
         let from = self.get(name)?.dir;
         let mut metadata = self.metadata(name)?;
         let io = |e: std::io::Error| Error::io(format!("tag image {name} as {new_name}"), e);
@@ -558,7 +571,7 @@ impl Images {
             metadata.recipe = None;
         }
         metadata.owner_uid = Some(owner_uid);
-        metadata.private |= new_name.owner().is_some();
+        metadata.private = !is_shared && (metadata.private || new_name.owner().is_some());
         let staging = self.stage(new_name)?;
         let out = staging.path().join("out");
         std::fs::create_dir(&out).map_err(io)?;

@@ -57,7 +57,7 @@ fn image_has_no_files_of_its_guest() {
     host.ok(&["image", "commit", "box", "copy"]);
     assert_eq!(names_in(&host, "copy", "/etc"), ["kept"]);
 
-    // What the script wrote belongs to the image.
+    // The image keeps the changes that the script made to /etc/hosts.
     let script = dir.path().join("setup");
     fs::write(&script, "#!/bin/sh\necho 127.0.0.2 mine >>/etc/hosts\n").unwrap();
     let script = script.to_str().unwrap();

@@ -5,6 +5,8 @@ use crate::image_register::{create, image};
 use crate::world::*;
 use fcd::testing::api::image::*;
 use fcd::testing::api::page::ListRequest;
+use fcd::testing::api::snapshot::*;
+use fcd::testing::api::vm::*;
 use fcd::testing::error::Kind;
 
 const ALICE: u32 = 3001;
@@ -140,4 +142,33 @@ fn root_shares_image_of_another_user() {
     });
     share("ours").unwrap();
     as_uid(BOB, || create(&world, "web", "ours").unwrap());
+}
+
+/// The name of the VM's image can mean another image to its owner by now.
+#[test]
+fn fork_and_restore_keep_the_image_of_their_vm() {
+    let world = world();
+    as_uid(ALICE, || {
+        let digest = world.running("web").0.image_digest;
+        assert!(digest.is_some());
+        let save = SnapshotCreateRequest {
+            vm: "web".into(),
+            name: Some("saved".parse().unwrap()),
+        };
+        world.run::<SnapshotCreate>(save).unwrap();
+        let other = tag(&world, "tool", "default").unwrap();
+        assert_ne!(other.digest, digest);
+        let fork = VmForkRequest {
+            vm: "web".into(),
+            name: Some("twin".parse().unwrap()),
+        };
+        let twin = world.run::<VmFork>(fork).unwrap().vm;
+        assert_eq!(twin.image_digest, digest);
+        let restore = SnapshotRestoreRequest {
+            snapshot: "saved".into(),
+            new_vm: Some("third".parse().unwrap()),
+        };
+        let third = world.run::<SnapshotRestore>(restore).unwrap().vm;
+        assert_eq!(third.image_digest, digest);
+    });
 }

@@ -1,6 +1,7 @@
 //! What the registries of images, kernels and guest runtimes have in common: directories that are
 //! filled under a temporary name, published by one rename, and never change afterwards.
 
+use super::stamps::{self, STAMPS};
 use crate::error::{Error, Result};
 use crate::host::{hex, random};
 use std::fs::{File, Permissions};
@@ -78,11 +79,18 @@ pub(super) fn publish(
     Ok(true)
 }
 
-/// Makes the files of a directory read-only and syncs everything.
+/// Records the files of a directory, makes them read-only and syncs everything.
 pub(super) fn seal(dir: &Path, files: &[&str], readers: Readers) -> std::io::Result<()> {
     // The directory first, so that no other user can open a private file in between.
     set_readers(dir, readers)?;
-    for name in files {
+    // The registries replace their own JSON files.
+    let data: Vec<&str> = files
+        .iter()
+        .filter(|f| !f.ends_with(".json"))
+        .copied()
+        .collect();
+    stamps::write(dir, &data)?;
+    for name in files.iter().chain([&STAMPS]) {
         let file = File::open(dir.join(name))?;
         file.set_permissions(Permissions::from_mode(0o444))?;
         file.sync_all()?;

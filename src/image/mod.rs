@@ -55,6 +55,7 @@ pub mod runtime;
 mod script;
 mod share;
 mod sources;
+mod stamps;
 mod superblock;
 mod unpack;
 

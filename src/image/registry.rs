@@ -2,6 +2,7 @@
 
 use super::directory::{self, Readers, Staging, open_registry};
 use super::in_place::InPlace;
+use super::stamps;
 use crate::api::image::{ImageConfig, ImageFile, ImageHistory};
 use crate::error::{Error, Kind, Result};
 use crate::host::hex;
@@ -311,11 +312,12 @@ impl Images {
     ///
     /// # Errors
     /// `image_not_found`, or `host` if the image is damaged, for example because a file is missing
-    /// or its size has changed since the build.
+    /// or was written to after the image was published.
     pub fn get(&self, name: &ImageRef) -> Result<ImageInfo> {
         let metadata = self.metadata(name)?;
         let dir = self.path(name);
-        let damaged = |what: String| damaged(&dir, name, &what);
+        let damaged = |what: String| damaged(name, &what);
+        stamps::require_unchanged(&dir).map_err(damaged)?;
         let mut allocated_bytes = 0;
         let mut size = |wanted: &str| {
             let record = metadata.files.iter().find(|f| f.name == wanted);
@@ -380,7 +382,7 @@ impl Images {
     pub(super) fn metadata(&self, name: &ImageRef) -> Result<Metadata> {
         crate::locks::require_memory_only("file access");
         let dir = self.path(name);
-        let damaged = |what: String| damaged(&dir, name, &what);
+        let damaged = |what: String| damaged(name, &what);
         let file = match File::open(dir.join(METADATA)) {
             Ok(file) => file,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound && !dir.exists() => {
@@ -585,10 +587,10 @@ impl Images {
     }
 }
 
-fn damaged(dir: &Path, name: &ImageRef, what: &str) -> Error {
-    Error::new(Kind::Host, format!("image {name} is damaged: {what}")).hint(format!(
-        "move {} away, then build it again with fcctl image build",
-        dir.display()
+fn damaged(name: &ImageRef, what: &str) -> Error {
+    let text = format!("image {name} is damaged: {what}");
+    Error::new(Kind::Host, text).hint(format!(
+        "run fcctl image rm {name}, then build or pull it again"
     ))
 }
 

@@ -133,3 +133,31 @@ fn damaged_image_is_distinguished_from_a_missing_one() {
     assert!(e.to_string().contains("vmlinux"), "{e}");
     assert!(images.list().unwrap().is_empty());
 }
+
+#[test]
+fn file_that_was_rewritten_at_the_same_length_is_noticed() {
+    let state = tempfile::tempdir().unwrap();
+    let images = Images::open(state.path()).unwrap();
+    let info = publish(&images).unwrap();
+    let tag = "twin".parse().unwrap();
+    let twin = Tag {
+        new_name: &tag,
+        owner_uid: 0,
+        is_shared: true,
+    };
+    images.tag(&name(), &twin).unwrap();
+    let before = std::fs::metadata(&info.rootfs).unwrap().modified().unwrap();
+    let permissions = std::os::unix::fs::PermissionsExt::from_mode(0o644);
+    std::fs::set_permissions(&info.rootfs, permissions).unwrap();
+    // Within one tick of the file system's clock, a write leaves the time as it is.
+    while std::fs::metadata(&info.rootfs).unwrap().modified().unwrap() == before {
+        std::fs::write(&info.rootfs, vec![2; 8192]).unwrap();
+    }
+    for name in [&name(), &tag] {
+        let e = images.get(name).unwrap_err();
+        let text =
+            format!("image {name} is damaged: rootfs.ext4 was written to after it was published");
+        assert_eq!((e.kind(), e.to_string()), (Kind::Host, text));
+        images.delete(name).unwrap();
+    }
+}

@@ -20,7 +20,7 @@ mod vmlinux;
 use super::directory::{self, Readers, Staging, open_registry};
 use super::initrd::{PART_BYTES_MAX, initrd};
 use super::registry::{INITRD, KERNEL};
-use super::{Boots, GuestRuntimes, Images, cpio};
+use super::{Boots, GuestRuntimes, Images, cpio, stamps};
 use crate::error::{Error, Kind, Result};
 use crate::host::Commands;
 use crate::host::command::read_bounded;
@@ -94,7 +94,7 @@ impl Kernels {
     ///
     /// # Errors
     /// `kernel_not_found`, or `host` if the kernel is damaged, for example because a file is
-    /// missing.
+    /// missing or was written to.
     pub fn get(&self, name: &KernelName) -> Result<KernelInfo> {
         crate::locks::require_memory_only("file access");
         let dir = self.dir.join(name.as_str());
@@ -116,6 +116,7 @@ impl Kernels {
         let bytes = read_bounded(file, METADATA_BYTES_MAX).map_err(|e| damaged(e.to_string()))?;
         let mut info: KernelInfo =
             serde_json::from_slice(&bytes).map_err(|e| damaged(e.to_string()))?;
+        stamps::require_unchanged(&dir).map_err(damaged)?;
         for file in [KERNEL, INITRD] {
             info.bytes += std::fs::metadata(dir.join(file))
                 .map_err(|e| damaged(format!("{file}: {e}")))?

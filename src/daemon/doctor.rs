@@ -65,12 +65,11 @@ impl Doctor {
             Freshness::Recent
         };
         let run = || {
-            checks(
-                &self.config,
-                self.vmm.as_ref(),
-                self.commands.as_ref(),
-                &self.core.closing,
-            )
+            let (commands, cancel) = (self.commands.as_ref(), &self.core.closing);
+            let mut found = checks(&self.config, self.vmm.as_ref(), commands, cancel);
+            let runtimes = &self.resources.specs.guest_runtimes;
+            found.push(runtimes.check(now_s(), commands, cancel));
+            found
         };
         let found = self
             .host_checks
@@ -78,7 +77,6 @@ impl Doctor {
         let mut checks = found.map_err(|e| e.context("check this host"))?;
         // These checks read only files and memory, so there is no need to share them.
         checks.push(self.image_check());
-        checks.push(self.resources.specs.guest_runtimes.check(now_s()));
         checks.push(self.recovery.recovery_check(caller));
         checks.extend(self.networks.name_server_check());
         checks.push(match self.core.store.read_only() {

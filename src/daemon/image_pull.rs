@@ -191,7 +191,8 @@ impl ImageService {
     /// Makes sure that there is a guest runtime, without which a pulled image cannot boot. A build
     /// of one waits for other builds. If it waited for that of a runtime, it has nothing to do.
     pub(super) fn ensure_runtime(&self, op: &OpHandle) -> Result<()> {
-        if crate::image::runtime::fresh(&self.guest_runtimes)?.is_some() {
+        let (runtimes, commands) = (&self.guest_runtimes, self.commands.as_ref());
+        if crate::image::runtime::fresh(runtimes, commands, op.cancel())?.is_some() {
             return Ok(());
         }
         let _admitted = self

@@ -1,6 +1,7 @@
 //! Builds a guest runtime: mmdebstrap unpacks the packages, `bundle.sh` relocates their programs to
 //! `/.fcd`, and mkfs.ext4 makes the disk without mounting it.
 
+use super::updates::updates;
 use super::{FILES, GuestRuntimes, Package, RuntimeInfo, id_of};
 use crate::error::{Error, Kind, Result};
 use crate::host::time::now_s;
@@ -37,6 +38,9 @@ const PACKAGES: [&str; 17] = [
 ];
 /// The age at which a runtime is built again.
 const FRESH_DAYS: u64 = 7;
+/// The age at which a runtime is built again if its packages have updates. If the host's apt knows
+/// versions that a build does not get, this bounds how often it is tried.
+const UPDATE_DAYS: u64 = 1;
 /// The size limit of a build's tree, which is in a tmpfs and therefore uses memory.
 const TREE_BYTES_MAX: u64 = 2 << 30;
 /// The login shell of guests, a static program that `src/image/guest/build.rs` compiles.
@@ -130,14 +134,18 @@ fn build(
 
 /// Returns the newest runtime that this version of fcd has built, or None if [`ensure`] would build
 /// one.
-pub fn fresh(runtimes: &GuestRuntimes) -> Result<Option<RuntimeInfo>> {
-    Ok(newest_own(runtimes)?.filter(is_fresh))
+pub fn fresh(
+    runtimes: &GuestRuntimes,
+    commands: &dyn Commands,
+    cancel: &Cancel,
+) -> Result<Option<RuntimeInfo>> {
+    Ok(newest_own(runtimes)?.filter(|info| is_fresh(info, commands, cancel)))
 }
 
-/// Returns the newest runtime that this version of fcd has built. Builds one if there is none, or
-/// if it is so old that its packages may have had security updates. Keeps an old one if that fails,
-/// for example because the host has no network. A build is heavy, so the caller limits how many run
-/// at once.
+/// Returns the newest runtime that this version of fcd has built. Builds one if there is none, if
+/// its packages have updates, or if it is so old that they may have had some that the host does not
+/// know. Keeps an old one if that fails, for example because the host has no network. A build is
+/// heavy, so the caller limits how many run at once.
 ///
 /// # Errors
 /// Those of [`build`], if there is no runtime.
@@ -148,7 +156,8 @@ pub fn ensure(
     progress: &mut dyn FnMut(&str, u64, u64),
 ) -> Result<RuntimeInfo> {
     let found = newest_own(runtimes)?;
-    if let Some(info) = found.as_ref().filter(|info| is_fresh(info)) {
+    let fresh = found.as_ref();
+    if let Some(info) = fresh.filter(|info| is_fresh(info, commands, cancel)) {
         return Ok(info.clone());
     }
     match (build(runtimes, commands, cancel, progress), found) {
@@ -168,8 +177,12 @@ fn newest_own(runtimes: &GuestRuntimes) -> Result<Option<RuntimeInfo>> {
     Ok(runtimes.list()?.into_iter().find(|r| r.own_digest == own))
 }
 
-fn is_fresh(info: &RuntimeInfo) -> bool {
-    info.age_days(now_s()) < FRESH_DAYS
+fn is_fresh(info: &RuntimeInfo, commands: &dyn Commands, cancel: &Cancel) -> bool {
+    match info.age_days(now_s()) {
+        ..UPDATE_DAYS => true,
+        UPDATE_DAYS..FRESH_DAYS => updates(info, commands, cancel).is_empty(),
+        FRESH_DAYS.. => false,
+    }
 }
 
 fn init() -> String {

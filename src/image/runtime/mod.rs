@@ -13,6 +13,7 @@
 //! [`GuestRuntimes`] is the registry. [`ensure`] builds a runtime from packages like an image.
 
 mod build;
+mod updates;
 
 #[cfg(feature = "fakes")]
 pub use build::own_digest;
@@ -20,11 +21,13 @@ pub use build::{ensure, fresh};
 
 use super::directory::{self, Readers, Staging, open_registry};
 use super::registry::{FileRecord, INITRD, KERNEL};
+use super::stamps;
 use crate::api::daemon::Check;
 use crate::error::{Error, Kind, Result};
-use crate::host::hex;
 use crate::host::plural::count;
+use crate::host::{Commands, hex};
 use crate::ids::{ID_LEN, RuntimeId};
+use crate::locks::Cancel;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::fs::File;
@@ -116,7 +119,7 @@ impl GuestRuntimes {
     ///
     /// # Errors
     /// `image_not_found`, or `host` if the runtime is damaged, for example because a file is
-    /// missing.
+    /// missing or was written to.
     pub fn get(&self, id: &RuntimeId) -> Result<RuntimeInfo> {
         crate::locks::require_memory_only("file access");
         let dir = self.dir.join(id.as_str());
@@ -140,6 +143,7 @@ impl GuestRuntimes {
         if info.id != *id {
             return Err(damaged(format!("{METADATA} belongs to another runtime")));
         }
+        stamps::require_unchanged(&dir).map_err(damaged)?;
         for name in FILES {
             let record = info.files.iter().find(|f| f.name == name);
             let record =
@@ -183,8 +187,8 @@ impl GuestRuntimes {
         })
     }
 
-    /// Reports the newest runtime and its age for `doctor`.
-    pub fn check(&self, now_s: u64) -> Check {
+    /// Reports the newest runtime, its age and its updates for `doctor`. Runs short commands.
+    pub fn check(&self, now_s: u64, commands: &dyn Commands, cancel: &Cancel) -> Check {
         const ID: &str = "guest-runtime";
         let Ok(info) = self.newest() else {
             return Check::ok(ID, "no guest runtime has been built yet");
@@ -195,11 +199,13 @@ impl GuestRuntimes {
             info.kernel_version,
             count(days, "day")
         );
-        if days < OLD_DAYS {
-            return Check::ok(ID, text);
-        }
-        let text = format!("{text}, so its packages may lack security updates");
-        Check::warn(ID, text, BUILD_HINT)
+        let updates = updates::updates(&info, commands, cancel);
+        let missing = match updates.len() as u64 {
+            0 if days < OLD_DAYS => return Check::ok(ID, text),
+            0 => "its packages may lack security updates".to_owned(),
+            n => format!("updates for {}: {}", count(n, "package"), updates.join(" ")),
+        };
+        Check::warn(ID, format!("{text}; {missing}"), BUILD_HINT)
     }
 
     /// Deletes a runtime, even a damaged one. Snapshots have links to its files. The caller checks
@@ -256,6 +262,20 @@ fn id_of(digests: [&str; 3]) -> RuntimeId {
 mod tests {
     use super::*;
 
+    impl RuntimeInfo {
+        pub(super) fn for_test() -> Self {
+            Self {
+                id: id_of(["t", "k", "i"]),
+                kernel_version: "6.1".into(),
+                packages: vec![],
+                built_at: 7,
+                own_digest: String::new(),
+                files: vec![],
+                bytes: 0,
+            }
+        }
+    }
+
     fn publish(runtimes: &GuestRuntimes, text: &str, built_at: u64) -> Result<RuntimeInfo> {
         let staging = runtimes.stage()?;
         let out = staging.path().join("out");
@@ -272,12 +292,9 @@ mod tests {
             .to_vec();
         let info = RuntimeInfo {
             id: id_of([text, "k", "i"]),
-            kernel_version: "6.1".into(),
-            packages: vec![],
             built_at,
-            own_digest: String::new(),
             files,
-            bytes: 0,
+            ..RuntimeInfo::for_test()
         };
         runtimes.publish(&out, &info)
     }
@@ -310,7 +327,8 @@ mod tests {
         let state = tempfile::tempdir().unwrap();
         let runtimes = GuestRuntimes::open(state.path()).unwrap();
         let check = |days: u64| {
-            let check = runtimes.check(7 + days * 24 * 60 * 60);
+            let (host, cancel) = (crate::host::HostCommands, Cancel::try_new().unwrap());
+            let check = runtimes.check(7 + days * 24 * 60 * 60, &host, &cancel);
             (check.severity, check.found)
         };
         assert_eq!(check(0).0, Severity::Ok);

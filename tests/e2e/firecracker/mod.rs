@@ -416,9 +416,9 @@ fn image_of_one_static_program_boots() {
         "kept\nstatus 7\n"
     );
     host.sh("mkdir repo; cd repo; git init -q; echo hello > greeting; git add greeting
-             git -c user.name=a -c user.email=a@b commit -q -m first; fcctl workspace prepare a . --guest-path /repo");
+             git -c user.name=a -c user.email=a@b commit -q -m first; fcctl workspace prepare a . --guest-path /workspace/repo");
     host.sh(
-        "fcctl exec a -- sh -c 'echo changed > /repo/greeting'; cd repo; fcctl workspace apply a",
+        "fcctl exec a -- sh -c 'echo changed > /workspace/repo/greeting'; cd repo; fcctl workspace apply a",
     );
     assert_eq!(host.sh("cat repo/greeting"), "changed\n");
     // The jailed VMM cannot write the runtime, which all VMs share.

@@ -7,17 +7,16 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 /// A script that creates a file on the disk, a file in memory, and a process that counts.
 const SCENE: &str = "echo disk >/root/mark; echo memory >/dev/shm/mark; \
-    (i=0; while :; do i=$((i+1)); echo $i >/dev/shm/count; sleep 0.1; done) >/dev/null 2>&1 </dev/null & \
+    echo 0 >/dev/shm/count; \
+    (i=0; while :; do i=$((i+1)); echo $i >/dev/shm/new; mv /dev/shm/new /dev/shm/count; sleep 0.1; done) >/dev/null 2>&1 </dev/null & \
     echo $! >/dev/shm/counter";
 const STATE: &str = "cat /root/mark /dev/shm/mark; cat /proc/sys/kernel/random/boot_id";
 /// Limit of the error of a restored guest's clock, in seconds.
 const CLOCK_OFF_MAX: u64 = 8;
 
 fn count(host: &Host, vm: &str) -> u64 {
-    host.sh(vm, "cat /dev/shm/count")
-        .trim()
-        .parse()
-        .unwrap_or(0)
+    let text = host.sh(vm, "cat /dev/shm/count");
+    text.trim().parse().unwrap()
 }
 
 /// Checks that the counting process still counts.

@@ -188,7 +188,8 @@ fn real_guests_end() {
 fn restores_snapshots(host: &TestHost) {
     host.sh("fcctl vm create --name s --memory 256M --work-disk 32M && fcctl start s");
     host.sh("fcctl exec s -- sh -c 'echo disk > /root/mark; echo work > /work/mark; echo memory > /dev/shm/mark
-         (i=0; while :; do i=$((i+1)); echo $i > /dev/shm/count; sleep 0.1; done) > /dev/null 2>&1 < /dev/null &'");
+         echo 0 > /dev/shm/count
+         (i=0; while :; do i=$((i+1)); echo $i > /dev/shm/new; mv /dev/shm/new /dev/shm/count; sleep 0.1; done) > /dev/null 2>&1 < /dev/null &'");
     let state = |vm: &str| {
         host.sh(&format!("fcctl exec {vm} -- cat /root/mark /work/mark /dev/shm/mark /proc/sys/kernel/random/boot_id"))
     };

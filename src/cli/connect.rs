@@ -54,7 +54,8 @@ pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     Ok(0)
 }
 
-fn send(mut stdin: File, mut to: &UnixStream) {
+/// Copies stdin until its end, or until the guest hangs up.
+pub(super) fn send(mut stdin: File, mut to: impl Write) {
     let mut piece = vec![0; PIECE_BYTES];
     loop {
         match stdin.read(&mut piece) {
@@ -65,7 +66,8 @@ fn send(mut stdin: File, mut to: &UnixStream) {
     }
 }
 
-fn receive(mut from: UnixStream, mut to: File) -> Result<()> {
+/// Copies what the guest sends until it hangs up.
+pub(super) fn receive(mut from: impl Read, mut to: File) -> Result<()> {
     let mut piece = vec![0; PIECE_BYTES];
     loop {
         match from.read(&mut piece) {

@@ -90,6 +90,11 @@ enum Noun {
     Exec(exec::Args),
     /// Open an SSH session in a VM
     Ssh(ssh::Args),
+    /// Print a configuration for ssh, scp, rsync and editors
+    SshConfig(ssh::config::Args),
+    /// Connect stdin and stdout to a VM's SSH server, for ssh
+    #[command(hide = true)]
+    SshProxy(ssh::proxy::Args),
     /// List VMs
     Ps(ps::Args),
     /// Start VMs
@@ -202,6 +207,8 @@ fn dispatch(ctx: &mut Context, noun: Noun) -> Result<u8> {
         Noun::Run(args) => run::run(ctx, *args),
         Noun::Exec(args) => exec::run(ctx, args),
         Noun::Ssh(args) => ssh::run(ctx, args),
+        Noun::SshConfig(args) => ssh::config::run(ctx, args),
+        Noun::SshProxy(args) => ssh::proxy::run(ctx, args),
         Noun::Ps(args) => ps::run(ctx, args),
         Noun::Start(args) => vm::run(ctx, vm::Verb::Start(args)),
         Noun::Stop(args) => vm::run(ctx, vm::Verb::Stop(args)),

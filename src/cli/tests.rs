@@ -55,8 +55,10 @@ pub(super) fn fcctl_from(fake: &Fake, start: Start, args: &[&str]) -> Ran {
         stdout: start.stdout,
         stderr: read_back[1].try_clone().unwrap(),
     };
-    let env = Box::new(|name: &str| match name {
+    let state = fake.dir().to_str().map(str::to_owned);
+    let env = Box::new(move |name: &str| match name {
         "PATH" => std::env::var("PATH").ok(),
+        "XDG_STATE_HOME" => state.clone(),
         "MINE" => Some("from me".to_owned()),
         "TZ" => Some("UTC".to_owned()),
         _ => None,

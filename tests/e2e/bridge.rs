@@ -2,6 +2,7 @@
 //! children, and the outside is another one. Both disappear with the test.
 
 use crate::host::{self, Host, wait_for};
+use crate::plain_ssh::PlainSsh;
 use crate::tree::Site;
 use nix::sched::{CloneFlags, setns, unshare};
 use std::fs::File;
@@ -182,6 +183,9 @@ fn guest_reaches_only_allowed_networks() {
     assert!(here() && !ssh_of_a(&format!("{HOST}/1022")));
     assert_eq!(published(), 2);
     assert_eq!(ask(&host, "b", GATEWAY, 1023), None, "another guest");
+
+    let plain = PlainSsh::new(&host, &["b"]);
+    assert_eq!(plain.run("ssh", &["b", "hostname"]), "b\n");
 
     // The statistics show how much the guest has sent and received, its CPU use and its memory.
     let stats = |what: &str| host.json(&["vm", "stats", "a"])[0][what].as_u64().unwrap();

@@ -1,6 +1,7 @@
 //! Tests of optional capabilities in user mode: published ports, a work disk and host files.
 
 use crate::host::{Host, text, wait_for};
+use crate::plain_ssh::PlainSsh;
 use std::io::Read;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
@@ -96,6 +97,10 @@ fn guest_has_ports_work_disk_and_host_files() {
     host.ok(&["start", "a"]);
     assert_eq!(banner(&ssh).as_deref(), Some("SSH-2.0"));
 
+    let plain = PlainSsh::new(&host, &["a"]);
+    assert_eq!(plain.run("ssh", &["a", "hostname; pwd"]), "a\n/root\n");
+    plain.check_copies("a");
+
     // The work disk belongs to this guest, has the requested size, and keeps its files when the VM
     // stops.
     let size: u64 = host
@@ -163,6 +168,8 @@ fn guest_has_ports_work_disk_and_host_files() {
     );
     assert!(TcpStream::connect(&ssh).is_err());
     host.ok(&["start", "a"]);
+    // The guest has another port for SSH now.
+    assert_eq!(plain.run("ssh", &["a", "hostname"]), "a\n");
     assert_eq!(
         host.sh("a", "cat /work/file /root/.config/tool/ca.crt"),
         "kept\nanother\n"

@@ -24,6 +24,7 @@ mod host;
 mod hostile;
 mod kernels;
 mod lifecycle;
+mod plain_ssh;
 mod process;
 mod promise;
 mod provisioning;

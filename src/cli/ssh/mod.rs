@@ -1,14 +1,18 @@
-//! `ssh`: the system's ssh with a configuration made for one VM.
+//! `ssh`: the system's ssh with a configuration made for one VM. `ssh-config` prints one that lasts
+//! (`config.rs`), for other programs.
+
+mod block;
+pub(super) mod config;
+mod keys;
+pub(super) mod proxy;
 
 use super::context::Context;
 use super::signals::Interrupts;
 use crate::api::vm::{SshConfigReply, SshConfigRequest, VmSshConfig};
 use crate::client::{Failure, Result};
 use crate::error::{Error, Kind};
+use keys::{KeyFiles, write_private};
 use std::ffi::OsString;
-use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
 
 #[derive(clap::Args, Debug)]
 pub(super) struct Args {
@@ -42,25 +46,11 @@ pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
         .prefix("fcctl-ssh-")
         .tempdir()
         .map_err(|e| Error::io("create a directory for ssh", e))?;
-    let io = |e| {
-        Error::io(
-            format!("write ssh's configuration to {}", dir.path().display()),
-            e,
-        )
-    };
-    write_private(&dir.path().join("key"), &with_newline(&config.private_key)).map_err(io)?;
-    write_private(
-        &dir.path().join("known_hosts"),
-        &format!("{} {}\n", config.name, config.host_key),
-    )
-    .map_err(io)?;
+    let files = KeyFiles::in_dir(dir.path());
+    files.write(&config)?;
     let file = dir.path().join("config");
-    let mut text = render(&config, dir.path(), args.args.is_empty());
-    if let Some(user) = &args.user {
-        // The login shell of a guest runtime takes it. Other guests have logged in as the user.
-        text.push_str(&format!("  SetEnv FCD_USER={user}\n"));
-    }
-    write_private(&file, &text).map_err(io)?;
+    let text = render(&config, &files, args.user.as_deref(), args.args.is_empty())?;
+    write_private(&file, &text)?;
     let mut argv: Vec<OsString> = vec!["-F".into(), file.into(), config.name.as_str().into()];
     argv.extend(args.args);
     // ssh owns the terminal and handles its signals. This process must not exit first and leave the
@@ -77,33 +67,16 @@ pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     })
 }
 
-/// OpenSSH rejects a private key without its last newline.
-fn with_newline(key: &str) -> String {
-    format!("{}\n", key.trim_end())
-}
-
-fn write_private(path: &Path, text: &str) -> std::io::Result<()> {
-    std::fs::OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(path)?
-        .write_all(text.as_bytes())
-}
-
-/// Renders an `ssh_config(5)` in which the VM's key and host key are the only ones.
-fn render(config: &SshConfigReply, dir: &Path, is_shell: bool) -> String {
-    let dir = dir.display();
-    let mut text = format!(
-        "Host {name}\n  HostName {ip}\n  Port {port}\n  User {user}\n  HostKeyAlias {name}\n  \
-         IdentityFile \"{dir}/key\"\n  IdentitiesOnly yes\n  IdentityAgent none\n  ForwardAgent no\n  \
-         UserKnownHostsFile \"{dir}/known_hosts\"\n  GlobalKnownHostsFile /dev/null\n  \
-         StrictHostKeyChecking yes\n  UpdateHostKeys no\n  PasswordAuthentication no\n  KbdInteractiveAuthentication no\n  \
-         ControlMaster no\n  ControlPath none\n  LogLevel ERROR\n",
-        name = config.name,
-        ip = config.addr.ip(),
-        port = config.addr.port(),
-        user = config.user,
+/// Renders the configuration of one session. Nothing of it comes from the user's own configuration.
+fn render(
+    config: &SshConfigReply,
+    files: &KeyFiles,
+    user: Option<&str>,
+    is_shell: bool,
+) -> Result<String> {
+    let mut text = block::render(config, files, user)?;
+    text.push_str(
+        "  IdentityAgent none\n  ControlMaster no\n  ControlPath none\n  LogLevel ERROR\n",
     );
     // A login shell starts in the workspace. For ssh, changing the directory is a command, and a
     // command gets no terminal unless one is requested; `yes` requests one if stdin is a terminal.
@@ -116,7 +89,7 @@ fn render(config: &SshConfigReply, dir: &Path, is_shell: bool) -> String {
         let quoted = format!("'{}'", workdir.replace('\'', r"'\''")).replace('%', "%%");
         text.push_str(&format!("  RequestTTY yes\n  RemoteCommand cd {quoted} 2>/dev/null; exec \"${{SHELL:-/bin/sh}}\" -l\n"));
     }
-    text
+    Ok(text)
 }
 
 #[cfg(test)]
@@ -124,7 +97,7 @@ mod tests {
     use super::*;
     use expect_test::expect;
 
-    fn config(workdir: &str) -> SshConfigReply {
+    pub(super) fn config(workdir: &str) -> SshConfigReply {
         SshConfigReply {
             vm: "0123456789ab".parse().unwrap(),
             name: "web".parse().unwrap(),
@@ -134,6 +107,11 @@ mod tests {
             host_key: "ssh-ed25519 AAAA".to_owned(),
             workdir: Some(workdir.to_owned()),
         }
+    }
+
+    fn rendered(dir: &str, workdir: &str, is_shell: bool) -> String {
+        let files = KeyFiles::in_dir(dir.as_ref());
+        render(&config(workdir), &files, Some("dev"), is_shell).unwrap()
     }
 
     #[test]
@@ -146,7 +124,6 @@ mod tests {
               HostKeyAlias web
               IdentityFile "/tmp/d/key"
               IdentitiesOnly yes
-              IdentityAgent none
               ForwardAgent no
               UserKnownHostsFile "/tmp/d/known_hosts"
               GlobalKnownHostsFile /dev/null
@@ -154,17 +131,17 @@ mod tests {
               UpdateHostKeys no
               PasswordAuthentication no
               KbdInteractiveAuthentication no
+              SetEnv FCD_USER=dev
+              IdentityAgent none
               ControlMaster no
               ControlPath none
               LogLevel ERROR
               RequestTTY yes
               RemoteCommand cd '/root/it'\''s 5%%' 2>/dev/null; exec "${SHELL:-/bin/sh}" -l
         "#]]
-        .assert_eq(&render(&config("/root/it's 5%"), Path::new("/tmp/d"), true));
+        .assert_eq(&rendered("/tmp/d", "/root/it's 5%", true));
         for (workdir, is_shell) in [("/root/x", false), ("/root/x\nProxyCommand evil", true)] {
-            assert!(
-                !render(&config(workdir), Path::new("/tmp/d"), is_shell).contains("RemoteCommand")
-            );
+            assert!(!rendered("/tmp/d", workdir, is_shell).contains("RemoteCommand"));
         }
     }
 
@@ -172,8 +149,9 @@ mod tests {
     #[test]
     fn ssh_config_is_accepted_by_ssh() {
         let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("config");
-        write_private(&file, &render(&config("/root/a b"), dir.path(), true)).unwrap();
+        let (file, odd) = (dir.path().join("config"), dir.path().join("a b 5%"));
+        let text = rendered(odd.to_str().unwrap(), "/root/a b", true);
+        std::fs::write(&file, text).unwrap();
         let command = crate::host::Command::new("ssh")
             .arg("-G")
             .arg("-F")

@@ -113,6 +113,7 @@ mod tests {
     fn features_are_listed_once() {
         let expected = [
             "vsock",
+            "ports",
             "exec",
             "workspace",
             "snapshots",

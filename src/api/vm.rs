@@ -374,6 +374,20 @@ pub struct VmBalloonRequest {
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmPortsRequest {
+    pub vm: String,
+    pub ports: Vec<Port>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VmPortsReply {
+    pub vm: Vm,
+    /// The ports that were added or removed, with the numbers that were picked.
+    pub ports: Vec<Port>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VmBalloonReply {
     pub vm: Vm,
     /// How much memory the guest keeps now. It returns memory gradually and takes back what it
@@ -568,6 +582,10 @@ calls! {
     /// Makes the guest return memory to the host or take it back, and reports how much the guest
     /// keeps.
     VmBalloon = "vm.balloon" (VmBalloonRequest) -> VmBalloonReply [Owner, Keyed, Nothing, NoFds];
+    /// Publishes ports, at once if the VM is running. Adds all of them or none.
+    VmPortAdd = "vm.port_add" (VmPortsRequest) -> VmPortsReply [Owner, Keyed, Nothing, NoFds, feature "ports"];
+    /// Stops publishing these ports, which must be the VM's. Open connections may be cut.
+    VmPortRemove = "vm.port_remove" (VmPortsRequest) -> VmPortsReply [Owner, Keyed, Nothing, NoFds, feature "ports"];
     /// Sends `log` notes (`more`), then the reply.
     VmLogs = "vm.logs" (VmLogsRequest) -> LogsReply [Owner, Unkeyed, EndCall, NoFds];
     VmWait = "vm.wait" (VmWaitRequest) -> VmReply [Owner, Unkeyed, EndCall, NoFds];

@@ -85,7 +85,7 @@ const HABITS: &[Habit] = &[
     top(&["reboot"], "fcctl restart VM"),
     top(&["suspend"], "fcctl pause VM"),
     top(&["unpause"], "fcctl resume VM"),
-    top(&["ports"], "fcctl port VM"),
+    top(&["ports"], "fcctl port list VM"),
     top(
         &["rename"],
         "a VM keeps its name; choose it at the beginning: fcctl run --name NAME",

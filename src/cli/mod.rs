@@ -28,6 +28,7 @@ mod logs;
 mod op;
 mod output;
 mod pipes;
+mod port;
 mod printer;
 mod progress;
 mod provision;

@@ -4,6 +4,8 @@ use crate::api::port::{Port, Protocol, loopback};
 use crate::api::vm::{Init, Net};
 use crate::error::{Error, Result};
 use std::ffi::{OsStr, OsString};
+use std::fmt;
+use std::net::Ipv4Addr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::Duration;
@@ -96,6 +98,49 @@ pub(super) fn parse_port(text: &str) -> Result<Port, String> {
             guest_port,
             protocol,
         })
+    }
+}
+
+/// A published port, or what is known of one.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct PortPattern {
+    host_addr: Option<Ipv4Addr>,
+    host_port: Option<u16>,
+    guest_port: u16,
+    protocol: Protocol,
+}
+
+/// Parses what [`parse_port`] does. What is left out may be anything.
+pub(super) fn parse_port_pattern(text: &str) -> Result<PortPattern, String> {
+    let port = parse_port(text)?;
+    Ok(PortPattern {
+        host_addr: (text.matches(':').count() > 1).then_some(port.host_addr),
+        host_port: Some(port.host_port).filter(|number| *number != 0),
+        guest_port: port.guest_port,
+        protocol: port.protocol,
+    })
+}
+
+impl PortPattern {
+    pub(super) fn matches(&self, port: &Port) -> bool {
+        self.guest_port == port.guest_port
+            && self.protocol == port.protocol
+            && self.host_port.is_none_or(|number| number == port.host_port)
+            && self.host_addr.is_none_or(|addr| addr == port.host_addr)
+    }
+}
+
+impl fmt::Display for PortPattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(addr) = self.host_addr {
+            write!(f, "{addr}:")?;
+        }
+        match (self.host_port, self.host_addr) {
+            (Some(number), _) => write!(f, "{number}:")?,
+            (None, Some(_)) => f.write_str(":")?,
+            (None, None) => {}
+        }
+        write!(f, "{}/{}", self.guest_port, self.protocol.name())
     }
 }
 
@@ -298,6 +343,30 @@ mod tests {
         ] {
             assert!(parse_port(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn port_pattern_matches_what_is_left_out() {
+        let port = parse_port("0.0.0.0:8080:80").unwrap();
+        for (text, is_match) in [
+            ("80", true),
+            ("8080:80", true),
+            ("0.0.0.0:8080:80/tcp", true),
+            ("0.0.0.0::80", true),
+            ("127.0.0.1::80", false),
+            ("8081:80", false),
+            ("80/udp", false),
+            ("8080", false),
+        ] {
+            let pattern = parse_port_pattern(text).unwrap();
+            assert_eq!(pattern.matches(&port), is_match, "{text}");
+            let shown = pattern.to_string();
+            assert_eq!(
+                shown.trim_end_matches("/tcp"),
+                text.trim_end_matches("/tcp")
+            );
+        }
+        assert!(parse_port_pattern("http").is_err());
     }
 
     #[test]

@@ -7,7 +7,7 @@ use super::values::{
     parse_count_rate, parse_duration, parse_init, parse_mem_mib, parse_net, parse_port, parse_rate,
     parse_size, timeout_ms,
 };
-use super::vm_text::{ended, kept, port_line, settings, sheet, state};
+use super::vm_text::{ended, kept, settings, sheet, state};
 use crate::api::port::Port;
 use crate::api::vm::{
     Init, Net, Pending, RateLimits, VmBalloon, VmBalloonRequest, VmCreate, VmCreateRequest,
@@ -48,8 +48,9 @@ pub(super) enum Verb {
     List(super::ps::Args),
     /// Show details of VMs
     Show(Targets),
-    /// List published ports of VMs
-    Ports(Targets),
+    /// List, add and remove published ports of VMs
+    #[command(visible_alias = "port")]
+    Ports(super::port::Args),
     /// Change vCPUs, memory, disk size and rate limits
     Set(SetArgs),
     /// Ask a guest to return memory to the host, or show how much it keeps
@@ -261,7 +262,7 @@ pub(super) fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
         Verb::Delete(args) => delete(connector, printer, args),
         Verb::List(args) => super::ps::run(ctx, args),
         Verb::Show(args) => show(connector, printer, *now_s, args),
-        Verb::Ports(args) => ports(connector, printer, args),
+        Verb::Ports(args) => super::port::run(ctx, args),
         Verb::Set(args) => set(connector, printer, args),
         Verb::Balloon(args) => balloon(connector, printer, args),
         Verb::Logs(args) => super::logs::run(ctx, args),
@@ -439,27 +440,6 @@ fn show(connector: &mut Connector, printer: &mut Printer, now_s: u64, args: Targ
             printer.text(&format!("{gap}{}", sheet(&vm, now_s)))?;
         }
         Ok(vm)
-    })
-}
-
-fn ports(connector: &mut Connector, printer: &mut Printer, args: Targets) -> Result<u8> {
-    let several = args.vms.len() > 1;
-    connector.for_each(printer, &args.vms, |printer, client, vm| {
-        let vm = client.call::<VmShow>(&VmRequest { vm: vm.to_owned() })?.vm;
-        if !printer.json {
-            let name = if several {
-                format!("{}: ", vm.name)
-            } else {
-                String::new()
-            };
-            printer.text(
-                &vm.ports
-                    .iter()
-                    .map(|port| format!("{name}{}\n", port_line(port)))
-                    .collect::<String>(),
-            )?;
-        }
-        Ok(vm.ports)
     })
 }
 

@@ -85,7 +85,11 @@ impl Controls {
         }
     }
 
-    fn require_responsive_locked(&self, vm: &KeyGuard<'_, VmId>, row: &VmRow) -> Result<()> {
+    pub(super) fn require_responsive_locked(
+        &self,
+        vm: &KeyGuard<'_, VmId>,
+        row: &VmRow,
+    ) -> Result<()> {
         self.core.allow_locked(vm, row, Verb::Guest)?;
         if row.unresponsive {
             return Err(Error::new(
@@ -261,7 +265,7 @@ impl Controls {
 }
 
 /// Adds context to an error of the driver, and a hint if the error does not have one.
-fn refused(e: Error, row: &VmRow, doing: String) -> Error {
+pub(super) fn refused(e: Error, row: &VmRow, doing: String) -> Error {
     let e = if e.hint_text().is_some() {
         e
     } else {

@@ -1,9 +1,11 @@
-//! Changes running VMs: pause (`pause.rs`), rates and balloon (`adjust.rs`), and settings
-//! (`settings.rs`). Each change is written to the row first, and then applied by the driver.
+//! Changes running VMs: pause (`pause.rs`), rates and balloon (`adjust.rs`), ports
+//! (`port_changes.rs`), and settings (`settings.rs`). Each change is written to the row first, and
+//! then applied by the driver. Ports are removed in the other order.
 
 use super::capacity::Capacity;
 use super::core::Core;
 use super::network::Networks;
+use super::port_claims::PortClaims;
 use super::runtime::Runtimes;
 use super::spec::Specs;
 use super::unreconciled::Unreconciled;
@@ -24,4 +26,5 @@ pub struct Controls {
     pub(super) runtimes: Runtimes,
     pub(super) images: Images,
     pub(super) vmms: Vmms,
+    pub(super) port_claims: Arc<PortClaims>,
 }

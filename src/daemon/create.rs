@@ -11,7 +11,7 @@ use super::keys::HeldKey;
 use super::names;
 use super::network::Networks;
 use super::operations::ended_row;
-use super::ports::require_free;
+use super::ports::{PORT_TRIES_MAX, require_free};
 use super::uses::UseGuard;
 use crate::api::op::Op;
 use crate::api::vm::{Init, RateLimits, Vm, VmCreateRequest, VmReply, VmState};
@@ -24,9 +24,6 @@ use crate::image::{Boots, ImageInfo};
 use crate::ops::OpHandle;
 use crate::store::{State, Ticket, Tx, VmRow, VmShape};
 
-/// The most attempts to pick ports. Another VM may take a picked port before the new VM has its
-/// row.
-const PORT_TRIES_MAX: u32 = 16;
 /// The most candidates for a generated name. Later candidates contain a number.
 const NAME_TRIES_MAX: u32 = 64;
 

@@ -153,6 +153,8 @@ mod network;
 mod notes;
 mod operations;
 mod pause;
+mod port_changes;
+mod port_claims;
 mod ports;
 mod rate_floor;
 mod reconcile;

@@ -192,9 +192,7 @@ impl Networks {
                 return Err(Error::new(Kind::Conflict, message).hint("network.subnet has changed"));
             }
             net.adopt(std::slice::from_ref(&guest))?;
-            if !row.ports.is_empty() {
-                net.adopt_forwards(&guest, &row.ports);
-            }
+            net.adopt_forwards(&guest, &row.ports);
             Ok(())
         });
         if let Err(e) = adopted {

@@ -1,5 +1,6 @@
-//! Checks and picks the host ports of a new VM. A port belongs to one VM from the VM's creation to
-//! its deletion. Each start checks whether another program on the host uses the port.
+//! Checks and picks host ports for VMs. A port belongs to one VM from the moment it is in the VM's
+//! row until it is removed or the VM is deleted. Each start checks whether another program on the
+//! host uses the port.
 
 use super::access::Caller;
 use super::network::Networks;
@@ -10,7 +11,9 @@ use crate::net;
 use crate::store::State;
 
 /// The maximum number of published ports per VM.
-const PORTS_MAX: usize = 64;
+pub(super) const PORTS_MAX: usize = 64;
+/// The most attempts to pick ports. Another VM may take a picked port before it is in the row.
+pub(super) const PORT_TRIES_MAX: u32 = 16;
 /// How many free ports of the host are tried. A port that is free on the host may belong to a VM
 /// that does not run.
 const PICK_TRIES_MAX: u32 = 64;

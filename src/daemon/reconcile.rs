@@ -270,6 +270,7 @@ impl Reconciler {
                 self.lifecycle.watch(row, &running.identity)?;
                 self.adopter.end(row, true);
                 self.controls.adopt_adjusted(row);
+                self.controls.adopt_ports(row);
                 self.controls.adopt_pause(row);
                 // An earlier daemon that could not adopt the VM may have set a reason.
                 let adopted = (Some(running.identity), Some(running.ssh_addr), None);
@@ -399,6 +400,7 @@ impl VmReconciler for Reconciler {
         adoptions.forget_failure(&row.id);
         self.networks.adopt_guest(row);
         self.controls.adopt_adjusted(row);
+        self.controls.adopt_ports(row);
         self.controls.adopt_pause(row);
         let adopted = (None, Some(running.ssh_addr));
         let ticket = self.change_as_found(row, false, |r| (r.reason, r.ssh_addr) = adopted)?;

@@ -23,6 +23,7 @@ use super::keys::{Beginning, Keys};
 use super::lifecycle::Lifecycle;
 use super::locks::OpLocks;
 use super::network::{self, Networks};
+use super::port_claims::PortClaims;
 use super::reconcile::{self, FirstPass, Reconciler};
 use super::records::Attempts;
 use super::recovery::Recovery;
@@ -371,6 +372,7 @@ impl Base {
             runtimes: self.runtimes.clone(),
             images: self.images.clone(),
             vmms: self.vmms.clone(),
+            port_claims: Arc::new(PortClaims::new()),
         }
     }
 

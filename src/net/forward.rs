@@ -10,24 +10,28 @@ use crate::api::port::{Port, Protocol};
 use crate::error::{Error, Kind, Result};
 use crate::locks::Cancel;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use std::collections::HashMap;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
-/// The published ports of one VM.
+/// The published ports of one VM. A VM without ports has an entry, too, so that `mend` removes
+/// rules that it should not have.
+#[derive(Default)]
 pub(super) struct Forwards {
     published: Vec<Published>,
     /// Sockets that are bound to the ports and do nothing else.
-    _sockets: Vec<OwnedFd>,
+    sockets: HashMap<Port, Arc<OwnedFd>>,
 }
 
 /// Binds these ports without listening on them. They are reserved while the descriptors are open.
 ///
 /// # Errors
 /// `port_taken`, `denied`, or `invalid_argument` if the address does not belong to this host.
-pub(super) fn reserve(ports: &[Port]) -> Result<Vec<OwnedFd>> {
+pub(super) fn reserve(ports: &[Port]) -> Result<HashMap<Port, Arc<OwnedFd>>> {
     ports
         .iter()
-        .map(|port| bind(port, false).map(|(fd, _)| fd))
+        .map(|port| bind(port, false).map(|(fd, _)| (*port, Arc::new(fd))))
         .collect()
 }
 
@@ -110,34 +114,63 @@ fn refused(port: &Port, e: rustix::io::Errno) -> Error {
 }
 
 impl Net {
-    /// Publishes these ports to the guest and replaces those that the VM had before. After an
-    /// error, no port is published, or [`Net::unforward`] can remove those that are.
+    /// Publishes exactly these ports to the guest. Ports that the VM had before and keeps are not
+    /// interrupted. After an error, the VM has the ports that it had before; if the rules could not
+    /// be restored, [`Net::mend`] restores them.
     pub fn forward(&self, guest: &Guest, ports: &[Port], cancel: &Cancel) -> Result<()> {
-        self.unforward(&guest.tag)?;
-        let sockets = reserve(ports)?;
-        self.allow_loopback(ports)?;
-        let published = published(guest, ports);
-        // Remove other elements for the same ports, such as those of an earlier daemon.
-        let stale = self
-            .published()?
-            .into_iter()
-            .filter(|p| published.iter().any(|new| new.port.overlaps(&p.port)));
-        let mut script: String = stale.map(|p| self.sets.unpublish(&p)).collect();
-        script.extend(published.iter().map(|p| self.sets.publish(p)));
-        self.tools
-            .nft(&script, cancel)
-            .map_err(|e| e.context(format!("forward ports to {}", guest.tag)))?;
-        // Packets of existing connections to these ports are not translated until their conntrack
-        // entries are deleted.
-        forget_flows(&|flow| ports.iter().any(|port| goes_to(flow, port)));
-        self.forwards.lock().insert(
-            guest.tag.clone(),
-            Forwards {
-                published,
-                _sockets: sockets,
-            },
+        let (tag, wanted) = (&guest.tag, published(guest, ports));
+        let (mut sockets, had) = self.forwards.lock().get(tag).map_or_else(
+            || (HashMap::new(), Vec::new()),
+            |f| (f.sockets.clone(), f.published.clone()),
         );
+        sockets.retain(|port, _| ports.contains(port));
+        let is_new = |port: &&Port| !had.iter().any(|p| p.port == **port);
+        let new: Vec<Port> = ports.iter().filter(is_new).copied().collect();
+        sockets.extend(reserve(&new)?);
+        self.allow_loopback(ports)?;
+        // The entry comes before the rules, because `mend` removes rules that no entry has.
+        let entry = Forwards {
+            published: wanted.clone(),
+            sockets,
+        };
+        let former = self.forwards.lock().insert(tag.clone(), entry);
+        if let Err(e) = self.publish_exactly(tag, &wanted, cancel) {
+            let had = former.as_ref().map(|f| f.published.clone());
+            let failed = match former {
+                Some(former) => self.forwards.lock().insert(tag.clone(), former),
+                None => self.forwards.lock().remove(tag),
+            };
+            drop(failed);
+            let restored = self.publish_exactly(tag, &had.unwrap_or_default(), self.tools.never());
+            if let Err(again) = restored {
+                log::warn!("network: restore the ports of {tag}: {again}");
+            }
+            return Err(e.context(format!("forward ports to {tag}")));
+        }
+        // Packets of existing connections to these ports are not translated until their conntrack
+        // entries are deleted, and those to a port that is gone would still be translated.
+        let gone = had.iter().map(|p| p.port).filter(|p| !ports.contains(p));
+        let changed: Vec<Port> = new.into_iter().chain(gone).collect();
+        forget_flows(&|flow| changed.iter().any(|port| goes_to(flow, port)));
         Ok(())
+    }
+
+    /// Makes the rules of a VM match. Also removes other elements for the same ports, such as those
+    /// of an earlier daemon.
+    fn publish_exactly(&self, tag: &str, wanted: &[Published], cancel: &Cancel) -> Result<()> {
+        let there = self.published()?;
+        let is_stale = |p: &&Published| {
+            let is_in_the_way = wanted.iter().any(|new| new.port.overlaps(&p.port));
+            (p.tag == tag || is_in_the_way) && !wanted.contains(p)
+        };
+        let stale = there.iter().filter(is_stale);
+        let mut script: String = stale.map(|p| self.sets.unpublish(p)).collect();
+        let missing = wanted.iter().filter(|p| !there.contains(p));
+        script.extend(missing.map(|p| self.sets.publish(p)));
+        if script.is_empty() {
+            return Ok(());
+        }
+        self.tools.nft(&script, cancel)
     }
 
     /// Reserves the ports of a running VM after a restart of the daemon. The rules are still in
@@ -145,21 +178,21 @@ impl Net {
     pub fn adopt_forwards(&self, guest: &Guest, ports: &[Port]) {
         let sockets = reserve(ports).unwrap_or_else(|e| {
             log::warn!("network: {}: {e}", guest.tag);
-            Vec::new()
+            HashMap::new()
         });
-        self.forwards.lock().insert(
-            guest.tag.clone(),
-            Forwards {
-                published: published(guest, ports),
-                _sockets: sockets,
-            },
-        );
+        let entry = Forwards {
+            published: published(guest, ports),
+            sockets,
+        };
+        let former = self.forwards.lock().insert(guest.tag.clone(), entry);
+        drop(former);
     }
 
     /// Removes the published ports of the VM with this tag. Succeeds if there are none. Ignores
     /// cancellation.
     pub fn unforward(&self, tag: &str) -> Result<()> {
-        drop(self.forwards.lock().remove(tag));
+        let former = self.forwards.lock().remove(tag);
+        drop(former);
         if !self.names.is_tag(tag) {
             return Err(Error::internal(format!(
                 "unpublish ports: {tag:?} is not a VM's tag"
@@ -202,32 +235,27 @@ impl Net {
         Ok(all)
     }
 
-    /// Restores missing port rules. Returns what it repaired.
+    /// Restores missing port rules, and removes those that a VM should not have. Returns what it
+    /// repaired.
     pub(super) fn mend_forwards(&self) -> Result<Vec<String>> {
-        let wanted: Vec<Published> = self
-            .forwards
-            .lock()
-            .values()
-            .flat_map(|f| f.published.clone())
-            .collect();
-        if wanted.is_empty() {
+        let wanted = self.wanted();
+        if wanted.is_empty() && self.forwards.lock().is_empty() {
             return Ok(Vec::new());
         }
         self.allow_loopback(&wanted.iter().map(|p| p.port).collect::<Vec<_>>())?;
         let there = self.published()?;
         let missing: Vec<_> = wanted.into_iter().filter(|p| !there.contains(p)).collect();
-        if missing.is_empty() {
+        // An entry comes before its rules. So a rule that was there before the entries are read,
+        // and is not in them, is wrong.
+        let unwanted = self.unwanted(&there);
+        let mut script: String = unwanted.iter().map(|p| self.sets.unpublish(p)).collect();
+        script.extend(missing.iter().map(|p| self.sets.publish(p)));
+        if script.is_empty() {
             return Ok(Vec::new());
         }
-        let script: String = missing.iter().map(|p| self.sets.publish(p)).collect();
         self.tools.nft(&script, self.tools.never())?;
         // `unforward` may have run since the elements were read. If so, remove these rules again.
-        let current: Vec<Published> = self
-            .forwards
-            .lock()
-            .values()
-            .flat_map(|f| f.published.clone())
-            .collect();
+        let current = self.wanted();
         let late: String = missing
             .iter()
             .filter(|p| !current.contains(p))
@@ -236,10 +264,30 @@ impl Net {
         if !late.is_empty() {
             self.tools.nft(&late, self.tools.never())?;
         }
-        Ok(missing
+        let restored = missing
             .iter()
-            .map(|p| format!("restored the forwarding of port {} to {}", p.port, p.tag))
-            .collect())
+            .map(|p| format!("restored the forwarding of port {} to {}", p.port, p.tag));
+        let removed = unwanted
+            .iter()
+            .map(|p| format!("stopped forwarding port {} to {}", p.port, p.tag));
+        Ok(restored.chain(removed).collect())
+    }
+
+    fn wanted(&self) -> Vec<Published> {
+        let forwards = self.forwards.lock();
+        let all = forwards.values().flat_map(|f| f.published.clone());
+        all.collect()
+    }
+
+    /// Returns the rules of VMs with an entry that are not in the entry.
+    fn unwanted(&self, there: &[Published]) -> Vec<Published> {
+        let forwards = self.forwards.lock();
+        let is_unwanted = |p: &&Published| {
+            forwards
+                .get(&p.tag)
+                .is_some_and(|f| !f.published.contains(p))
+        };
+        there.iter().filter(is_unwanted).cloned().collect()
     }
 
     /// Lets packets that the host sends from 127.0.0.1 leave through the bridge, where they are

@@ -247,6 +247,8 @@ impl CallContext<'_> {
             Vm::VmResume(r) => reply(d.controls.resume_vm(c, &r.vm).map(|vm| VmReply { vm })),
             Vm::VmSet(r) => reply(d.controls.set(c, &r).map(|vm| VmReply { vm })),
             Vm::VmBalloon(r) => reply(d.controls.balloon(c, &r)),
+            Vm::VmPortAdd(r) => reply(d.controls.add_ports(c, &r)),
+            Vm::VmPortRemove(r) => reply(d.controls.remove_ports(c, &r)),
             Vm::VmLogs(r) => reply(d.sessions.logs(c, &r, self.wait.hangup(), &mut |chunk| {
                 self.connection.notify(Note::Log(chunk))
             })),

@@ -8,7 +8,7 @@ use super::console::whole_characters;
 use super::firecracker::api::{BalloonStatistics, Instance};
 use super::firecracker::incoming::{self as http, Answer};
 use super::firecracker::{metrics, refusal};
-use super::qemu::argv::forwarded_port;
+use super::qemu::forward;
 use super::qemu::incoming::{self as qmp, Message};
 
 /// The maximum number of bytes that a driver reads at once.
@@ -30,7 +30,7 @@ pub fn qmp(input: &[u8]) {
             check_text(&refusal.text("ask the VMM"));
         }
         if let Some(text) = message.answer.as_ref().and_then(|answer| answer.as_str()) {
-            let _ = forwarded_port(text);
+            let _ = forward::parse(text);
         }
     }
 }

@@ -243,11 +243,27 @@ pub trait Vm {
     /// VMM.
     fn connect(&self, port: u32, cancel: &Cancel) -> Result<UnixStream>;
 
+    /// Forwards `add` to the guest and stops forwarding `remove`, for a guest on the VMM's own
+    /// network. Ports to remove may be missing. After an error, no port of `add` is forwarded.
+    fn forward(&self, _add: &[Port], _remove: &[Port], _cancel: &Cancel) -> Result<()> {
+        Err(no_own_network())
+    }
+
+    /// Returns the ports that the VMM forwards to the guest, including [`Running::ssh_addr`].
+    fn forwarded(&self, _cancel: &Cancel) -> Result<Vec<Port>> {
+        Err(no_own_network())
+    }
+
     /// Presses Ctrl-Alt-Del on the guest's keyboard.
     fn press_ctrl_alt_del(&self, _cancel: &Cancel) -> Result<()> {
         let message = "press Ctrl-Alt-Del: guests of this driver have no keyboard";
         Err(Error::new(Kind::Unsupported, message))
     }
+}
+
+fn no_own_network() -> Error {
+    let message = "forward ports: VMMs of this driver have no network of their own";
+    Error::new(Kind::Unsupported, message).hint("set driver = \"bridge\" under [network]")
 }
 
 /// A kind of VMM, such as QEMU or Firecracker.

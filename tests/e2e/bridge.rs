@@ -184,6 +184,17 @@ fn guest_reaches_only_allowed_networks() {
     assert_eq!(published(), 2);
     assert_eq!(ask(&host, "b", GATEWAY, 1023), None, "another guest");
 
+    // Ports of a running guest change, also if it was started without any.
+    let ssh_of_b = || ssh_of_a("127.0.0.1/1025");
+    assert_eq!(
+        host.ok(&["port", "add", "b", "1024:22", "1025:22"]),
+        "22/tcp -> 127.0.0.1:1024\n22/tcp -> 127.0.0.1:1025\n"
+    );
+    assert!(ssh_of_b() && ssh_of_a("127.0.0.1/1024") && published() == 4);
+    let (status, said) = host.fails(&["port", "add", "b", "1026:22", &format!("{PORT}:22")]);
+    assert!(status == 4 && said.contains("ss -tanp"), "{status}: {said}");
+    host.ok(&["port", "rm", "b", "1024:22"]);
+    assert!(ssh_of_b() && !ssh_of_a("127.0.0.1/1024") && published() == 3);
     let plain = PlainSsh::new(&host, &["b"]);
     assert_eq!(plain.run("ssh", &["b", "hostname"]), "b\n");
 
@@ -280,7 +291,9 @@ fn guest_reaches_only_allowed_networks() {
     });
     assert_eq!(ask(&host, "a", OUTSIDE, PORT), seen_outside());
     assert_eq!(ask(&host, "a", &b, 22), None);
-    wait_for("the ports are back", || here().then_some(()));
+    wait_for("the ports are back", || {
+        (here() && ssh_of_b()).then_some(())
+    });
     assert_eq!(address(&host, "a"), a);
     assert_eq!(
         host.json(&["doctor", "--leaks"]).as_array().map(Vec::len),

@@ -48,6 +48,41 @@ fn is_idle(pid: u64) -> bool {
     false
 }
 
+/// Adds ports to the running VM `a` and removes one. Returns the address of the other.
+fn ports_change_while_running(host: &mut Host) -> String {
+    let before = host.ok(&["port", "a"]);
+    let added = host.ok(&["port", "add", "a", "22", "0.0.0.0::22"]);
+    let at: Vec<String> = added
+        .lines()
+        .map(|line| line.strip_prefix("22/tcp -> ").unwrap().to_owned())
+        .collect();
+    let any = at[1].replace("0.0.0.0", "127.0.0.1");
+    assert_eq!(banner(&at[0]).as_deref(), Some("SSH-2.0"));
+    assert_eq!(banner(&any).as_deref(), Some("SSH-2.0"));
+    // A port that a program on the host uses changes nothing.
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = listener.local_addr().unwrap();
+    let wanted = format!("{}:22", taken.port());
+    let (status, said) = host.fails(&["port", "add", "a", "23", &wanted]);
+    assert!(
+        status == 4 && said.contains(&taken.to_string()) && said.contains("ss -tanp"),
+        "{status}: {said}"
+    );
+    assert_eq!(host.ok(&["port", "a"]), format!("{before}{added}"));
+    // The VMM keeps the ports while the daemon is dead.
+    host.kill_daemon();
+    assert_eq!(banner(&at[0]).as_deref(), Some("SSH-2.0"));
+    host.relaunch();
+    let number = any.split(':').nth(1).unwrap();
+    let removed = host.ok(&["port", "rm", "a", &format!("{number}:22")]);
+    assert_eq!(removed, format!("removed 22/tcp -> {}\n", at[1]));
+    assert!(TcpStream::connect(&any).is_err());
+    assert_eq!(banner(&at[0]).as_deref(), Some("SSH-2.0"));
+    // The port of the guest's SSH server is not one of them.
+    assert_eq!(host.sh("a", "echo reached"), "reached\n");
+    at[0].clone()
+}
+
 #[test]
 fn guest_has_ports_work_disk_and_host_files() {
     let files = tempfile::tempdir().unwrap();
@@ -55,7 +90,7 @@ fn guest_has_ports_work_disk_and_host_files() {
     std::fs::write(&file, "one\n").unwrap();
     let sync =
         format!("[[sync]]\nfrom = {file:?}\nto = \"/root/.config/tool/ca.crt\"\nmode = \"0640\"\n");
-    let host = Host::with_config(&sync);
+    let mut host = Host::with_config(&sync);
     host.ok(&[
         "vm",
         "create",
@@ -100,6 +135,7 @@ fn guest_has_ports_work_disk_and_host_files() {
     let plain = PlainSsh::new(&host, &["a"]);
     assert_eq!(plain.run("ssh", &["a", "hostname; pwd"]), "a\n/root\n");
     plain.check_copies("a");
+    let added = ports_change_while_running(&mut host);
 
     // The work disk belongs to this guest, has the requested size, and keeps its files when the VM
     // stops.
@@ -168,8 +204,9 @@ fn guest_has_ports_work_disk_and_host_files() {
     );
     assert!(TcpStream::connect(&ssh).is_err());
     host.ok(&["start", "a"]);
-    // The guest has another port for SSH now.
+    // The guest has another port for SSH now, and the one that was added.
     assert_eq!(plain.run("ssh", &["a", "hostname"]), "a\n");
+    assert_eq!(banner(&added).as_deref(), Some("SSH-2.0"));
     assert_eq!(
         host.sh("a", "cat /work/file /root/.config/tool/ca.crt"),
         "kept\nanother\n"

@@ -6,6 +6,7 @@
 use crate::points::Mode;
 use crate::world::*;
 use fcd::testing::api::daemon::{Leaks, LeaksRequest};
+use fcd::testing::api::port::{Port, Protocol, loopback};
 use fcd::testing::api::snapshot::*;
 use fcd::testing::api::vm::*;
 use fcd::testing::api::workspace::WorkspacePrepare;
@@ -28,6 +29,10 @@ enum Verb {
     /// A `set` with `now`.
     Adjust,
     Balloon,
+    /// Adds a port.
+    Publish,
+    /// Removes the port.
+    Unpublish,
     Prepare,
     Snapshot,
     /// Restores the same VM.
@@ -38,8 +43,8 @@ enum Verb {
     Forget,
 }
 use Verb::{
-    Adjust, Balloon, Create, Delete, Forget, Fork, Kill, Prepare, Restart, Restore, RestoreAs, Set,
-    Snapshot, Start, Stop,
+    Adjust, Balloon, Create, Delete, Forget, Fork, Kill, Prepare, Publish, Restart, Restore,
+    RestoreAs, Set, Snapshot, Start, Stop, Unpublish,
 };
 const VERBS: [Verb; 9] = [
     Start, Stop, Kill, Restart, Delete, Set, Adjust, Balloon, Prepare,
@@ -59,11 +64,32 @@ const SNAPSHOT_SEQUENCES: [&[Verb]; 9] = [
     &[Start, Snapshot, Forget],
 ];
 
+/// Sequences with a change of ports.
+const PORT_SEQUENCES: [&[Verb]; 6] = [
+    &[Publish],
+    &[Publish, Unpublish],
+    &[Start, Publish],
+    &[Start, Publish, Unpublish],
+    &[Start, Publish, Stop],
+    &[Publish, Start],
+];
+
+/// Returns a port that the kernel gives to nobody who asks for any port.
+fn a_port() -> Port {
+    Port {
+        host_addr: loopback(),
+        host_port: 31_000 + u16::try_from(std::process::id() % 1_000).unwrap(),
+        guest_port: 80,
+        protocol: Protocol::Tcp,
+    }
+}
+
 /// A call in progress, of any kind.
 enum Call {
     Vm(Running<VmReply>),
     Delete(Running<VmDeleteReply>),
     Balloon(Running<VmBalloonReply>),
+    Ports(Running<VmPortsReply>),
     Prepare(Running<fcd::testing::api::workspace::PrepareReply>),
     Snapshot(Running<SnapshotReply>),
     Forget(Running<SnapshotDeleteReply>),
@@ -104,6 +130,17 @@ fn begin(world: &World, verb: Verb) -> Call {
             },
             vec![],
         )),
+        Publish | Unpublish => {
+            let request = VmPortsRequest {
+                vm: "web".into(),
+                ports: vec![a_port()],
+            };
+            Call::Ports(if verb == Publish {
+                world.begin::<VmPortAdd>(request, vec![])
+            } else {
+                world.begin::<VmPortRemove>(request, vec![])
+            })
+        }
         Prepare => {
             let (read, write) = pipe();
             // The payload fits into the pipe.
@@ -149,6 +186,7 @@ fn end(world: &World, call: Call) -> Option<Result<(), Failure>> {
     match call {
         Call::Vm(mut call) => call.finish_unless(is_dead).map(|r| r.map(drop)),
         Call::Balloon(mut call) => call.finish_unless(is_dead).map(|r| r.map(drop)),
+        Call::Ports(mut call) => call.finish_unless(is_dead).map(|r| r.map(drop)),
         Call::Delete(mut call) => call.finish_unless(is_dead).map(|r| r.map(drop)),
         Call::Prepare(mut call) => call.finish_unless(is_dead).map(|r| r.map(drop)),
         Call::Snapshot(mut call) => call.finish_unless(is_dead).map(|r| r.map(drop)),
@@ -234,6 +272,11 @@ fn agrees(world: &World, at: &str) {
             world.vmm.adjusted(&row.id),
             Some(wanted),
             "{at}: what the guest may, what the row says"
+        );
+        assert_eq!(
+            world.vmm.ports(&row.id).as_ref(),
+            Some(&row.ports),
+            "{at}: ports that the VMM forwards, ports of the row"
         );
     }
     assert_eq!(live, running, "{at}: VMMs that live, rows that run");
@@ -414,7 +457,15 @@ fn crash_everywhere(world: &mut World, verbs: &[Verb], figures: &mut Figures) {
         if before == Some(VmState::Running)
             && matches!(
                 last,
-                Set | Adjust | Balloon | Prepare | Start | Snapshot | Fork | RestoreAs
+                Set | Adjust
+                    | Balloon
+                    | Publish
+                    | Unpublish
+                    | Prepare
+                    | Start
+                    | Snapshot
+                    | Fork
+                    | RestoreAs
             )
         {
             let lives = |tag: &String| world.vmm.live().contains(tag);
@@ -509,6 +560,15 @@ fn crash_at_any_point_of_snapshot_recovers() {
 }
 
 #[test]
+fn crash_at_any_point_of_port_change_recovers() {
+    let (mut world, mut figures) = (World::new(), Figures::default());
+    PORT_SEQUENCES
+        .iter()
+        .for_each(|verbs| crash_everywhere(&mut world, verbs, &mut figures));
+    println!("{figures:?}");
+}
+
+#[test]
 #[ignore = "minutes: scripts/test --long"]
 fn crash_at_any_point_of_third_operation_recovers() {
     let (mut world, mut figures) = (World::new(), Figures::default());
@@ -528,7 +588,7 @@ fn failure_of_any_effect_is_undone() {
     for verbs in sequences(2) {
         fail_everywhere(&world, &verbs, Mode::Fail, &mut figures);
     }
-    for verbs in SNAPSHOT_SEQUENCES {
+    for verbs in [&SNAPSHOT_SEQUENCES[..], &PORT_SEQUENCES].concat() {
         fail_everywhere(&world, verbs, Mode::FailCommits, &mut figures);
     }
     println!("{figures:?}");

@@ -39,6 +39,7 @@ mod lost_updates;
 mod panics;
 mod pauses;
 mod points;
+mod ports;
 mod process;
 mod promise;
 mod pulls;

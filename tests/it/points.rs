@@ -4,6 +4,7 @@
 
 use fcd::testing::api::daemon::Check;
 use fcd::testing::api::exec::Exit;
+use fcd::testing::api::port::Port;
 use fcd::testing::daemon::EffectPlan;
 use fcd::testing::error::{Error, Kind, Result};
 use fcd::testing::guest::{ExecSpec, Streams, Target, Transport};
@@ -195,6 +196,7 @@ impl Driver for PointDriver {
             before: Box::new(|method| match method {
                 "set_rates" => self.1.pass("limit the guest's devices"),
                 "set_balloon" => self.1.pass("set the balloon"),
+                "forward" => self.1.pass("change the ports"),
                 "press_ctrl_alt_del" => self.1.pass("press the keys"),
                 _ => Ok(()),
             }),
@@ -279,6 +281,14 @@ impl Vm for HookedVm<'_> {
     fn balloon_mib(&self, cancel: &Cancel) -> Result<u64> {
         (self.before)("balloon_mib")?;
         self.inner.balloon_mib(cancel)
+    }
+    fn forward(&self, add: &[Port], remove: &[Port], cancel: &Cancel) -> Result<()> {
+        (self.before)("forward")?;
+        self.inner.forward(add, remove, cancel)
+    }
+    fn forwarded(&self, cancel: &Cancel) -> Result<Vec<Port>> {
+        (self.before)("forwarded")?;
+        self.inner.forwarded(cancel)
     }
     fn metrics(&self, cancel: &Cancel) -> Result<Vec<serde_json::Value>> {
         (self.before)("metrics")?;

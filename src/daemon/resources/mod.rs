@@ -23,6 +23,7 @@ mod steps;
 mod tap;
 
 pub(super) use boot_step::Boot;
+pub(super) use ports::intend_forwards;
 
 use super::core::Core;
 use super::network::Networks;

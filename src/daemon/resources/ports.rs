@@ -4,10 +4,21 @@
 use super::{Boot, BootStep, HostView, Resource, Resources, Span};
 use crate::api::daemon::Check;
 use crate::error::{Error, Kind, Result};
+use crate::ids::Tag;
 use crate::net;
-use crate::store::VmRow;
+use crate::store::{LedgerRow, Tx, VmRow};
+
+const KIND: &str = "ports";
 
 pub(super) struct Ports;
+
+/// Writes into the ledger that the bridge forwards ports to a running VM, unless it is there.
+pub(in crate::daemon) fn intend_forwards(tx: &mut Tx, row: &VmRow, tag: &Tag) {
+    let is_there = |l: &LedgerRow| l.kind == KIND && l.name == tag.as_str();
+    if !tx.ledger_of(&row.id).any(|l| is_there(l)) {
+        tx.intend(Some(&row.id), row.generation, KIND, tag.as_str());
+    }
+}
 
 impl BootStep for Ports {
     fn stage(&self) -> &'static str {
@@ -32,7 +43,7 @@ impl BootStep for Ports {
 
 impl Resource for Ports {
     fn kind(&self) -> &'static str {
-        "ports"
+        KIND
     }
     fn span(&self) -> Span {
         Span::Boot

@@ -30,7 +30,7 @@ impl Fake {
             .wait_while(&mut self.state.lock(), deadline, |s| s.waiting < starts)
     }
 
-    /// Holds later changes of rates and balloons until [`Fake::release_changes`].
+    /// Holds later changes of rates, balloons and ports until [`Fake::release_changes`].
     pub fn hold_changes(&self) {
         self.state.lock().change_gate = Some(Cancel::try_new().expect("create an eventfd"));
     }
@@ -61,7 +61,7 @@ impl Fake {
         self.state.lock().adopt_failures.push(message.to_owned());
     }
 
-    /// Makes the next change of rates or balloon fail with this message.
+    /// Makes the next change of rates, balloon or ports fail with this message.
     pub fn fail_next_change(&self, message: &str) {
         self.state.lock().change_failures.push(message.to_owned());
     }

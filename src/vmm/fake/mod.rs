@@ -15,6 +15,7 @@ use super::{
     Capabilities, Died, Driver, End, GuestEvent, Identity, Processes, Running, Vm, VmRef, VmmSpec,
 };
 use crate::api::daemon::{Check, Severity};
+use crate::api::port::Port;
 use crate::api::vm::RateLimits;
 use crate::error::{Error, Kind, Result};
 use crate::host::process;
@@ -72,6 +73,8 @@ struct Vmm {
     is_paused: bool,
     rates: RateLimits,
     keep_mib: u64,
+    /// The ports that the VMM forwards.
+    ports: Vec<Port>,
     on_event: Option<OnEvent>,
     /// The guest's end of the console.
     console: Option<UnixStream>,
@@ -270,6 +273,10 @@ impl Fake {
         let spec = spec.clone();
         let (end, watchers, is_paused, on_event, console) = (None, vec![], false, None, None);
         let (identity_of, rates, keep_mib) = (identity.clone(), spec.rates, spec.mem_mib);
+        let ports = match &spec.network {
+            super::GuestNetwork::UserMode { ports, .. } => ports.clone(),
+            super::GuestNetwork::Tap { .. } => Vec::new(),
+        };
         state.vmms.push(Vmm {
             spec,
             identity: identity_of,
@@ -280,6 +287,7 @@ impl Fake {
             is_paused,
             rates,
             keep_mib,
+            ports,
             on_event,
             console,
         });

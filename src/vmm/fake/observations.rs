@@ -1,6 +1,7 @@
 //! Returns to tests what the fake VMMs have done.
 
 use super::Fake;
+use crate::api::port::Port;
 use crate::api::vm::RateLimits;
 use crate::ids::VmId;
 use crate::vmm::VmmSpec;
@@ -24,6 +25,13 @@ impl Fake {
             .iter()
             .find(|v| v.spec.vm == *vm && v.end.is_none())
             .map(|v| (v.rates, v.keep_mib))
+    }
+
+    /// Returns the ports that the VM's VMM forwards, or `None` if no VMM is alive.
+    pub fn ports(&self, vm: &VmId) -> Option<Vec<Port>> {
+        let state = self.state.lock();
+        let mut live = state.vmms.iter().filter(|v| v.end.is_none());
+        live.find(|v| v.spec.vm == *vm).map(|v| v.ports.clone())
     }
 
     /// Returns the tags of the live VMMs.

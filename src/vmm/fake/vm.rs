@@ -1,6 +1,7 @@
 //! Operations on a running guest of the fake.
 
 use super::{End, Fake, GATE_DEADLINE, Keyboard, Stage, Vmm};
+use crate::api::port::Port;
 use crate::error::{Error, Kind, Result};
 use crate::host::wait::{WaitResult, cancelled, wait_any};
 use crate::locks::{Cancel, Rank, region};
@@ -104,6 +105,18 @@ impl Vm for FakeVm<'_> {
     fn balloon_mib(&self, _cancel: &Cancel) -> Result<u64> {
         let _blocking = region(Rank::VmmApi);
         self.with("read the size of the balloon", |vmm| vmm.keep_mib)
+    }
+
+    fn forward(&self, add: &[Port], remove: &[Port], cancel: &Cancel) -> Result<()> {
+        self.change("change the guest's ports", cancel, |vmm| {
+            vmm.ports.retain(|port| !remove.contains(port));
+            vmm.ports.extend(add);
+        })
+    }
+
+    fn forwarded(&self, _cancel: &Cancel) -> Result<Vec<Port>> {
+        let _blocking = region(Rank::VmmApi);
+        self.with("list the guest's ports", |vmm| vmm.ports.clone())
     }
 
     fn metrics(&self, _cancel: &Cancel) -> Result<Vec<serde_json::Value>> {

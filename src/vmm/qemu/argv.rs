@@ -225,15 +225,20 @@ fn network(network: &GuestNetwork, is_isolated: bool) -> Result<(String, String)
             } else {
                 ""
             };
-            let mut forward = format!("hostfwd=tcp:127.0.0.1:0-{GUEST_ADDR}:{GUEST_SSH_PORT}");
+            let mut forward = String::new();
             for p in ports {
                 let (protocol, host, port, guest) =
                     (p.protocol.name(), p.host_addr, p.host_port, p.guest_port);
                 let _ = write!(
                     forward,
-                    ",hostfwd={protocol}:{host}:{port}-{GUEST_ADDR}:{guest}"
+                    "hostfwd={protocol}:{host}:{port}-{GUEST_ADDR}:{guest},"
                 );
             }
+            // QEMU opens the last one first. `forward::ssh_port` finds it by that.
+            let _ = write!(
+                forward,
+                "hostfwd=tcp:127.0.0.1:0-{GUEST_ADDR}:{GUEST_SSH_PORT}"
+            );
             Ok((
                 format!("user,id=net,ipv6=off{restrict},{forward}"),
                 String::new(),
@@ -311,22 +316,6 @@ pub(crate) fn probe_argv(platform: &Platform, kernel: &Path) -> Vec<OsString> {
 const PROBE_KERNEL_ARGS: &str = "console=ttyS0 panic=-1 quiet";
 /// The last message of a kernel that finds no root file system (init/do_mounts.c).
 pub(crate) const PROBE_LAST_WORDS: &str = "VFS: Unable to mount root fs";
-
-/// Finds the host port that is forwarded to the guest's SSH port in the answer to `info usernet`
-/// (slirp's `connection_info`).
-pub(crate) fn forwarded_port(usernet: &str) -> Option<u16> {
-    usernet.lines().find_map(|line| {
-        let fields: Vec<_> = line.split_whitespace().collect();
-        let [protocol, _fd, source, port, dest, dest_port, ..] = fields.as_slice() else {
-            return None;
-        };
-        let is_ours = *protocol == "TCP[HOST_FORWARD]"
-            && *source == "127.0.0.1"
-            && *dest == GUEST_ADDR
-            && dest_port.parse() == Ok(GUEST_SSH_PORT);
-        port.parse().ok().filter(|port| is_ours && *port != 0)
-    })
-}
 
 #[cfg(test)]
 mod tests {
@@ -515,7 +504,7 @@ mod tests {
         .unwrap();
         assert_eq!(
             netdev,
-            "user,id=net,ipv6=off,hostfwd=tcp:127.0.0.1:0-10.0.2.15:22,hostfwd=tcp:127.0.0.1:8080-10.0.2.15:80,hostfwd=udp:0.0.0.0:8080-10.0.2.15:80"
+            "user,id=net,ipv6=off,hostfwd=tcp:127.0.0.1:8080-10.0.2.15:80,hostfwd=udp:0.0.0.0:8080-10.0.2.15:80,hostfwd=tcp:127.0.0.1:0-10.0.2.15:22"
         );
     }
 
@@ -592,23 +581,6 @@ mod tests {
                 .is_err(),
                 "{install}"
             );
-        }
-    }
-
-    #[test]
-    fn forwarded_port_is_parsed_from_usernet_table() {
-        let table = "Hub -1 (net):\r\n  Protocol[State]    FD  Source Address  Port   Dest. Address  Port RecvQ SendQ\r\n  \
-                     TCP[ESTABLISHED]  12       127.0.0.1 40000       10.0.2.15    22     0     0\r\n  \
-                     TCP[HOST_FORWARD]   8       127.0.0.1 39341       10.0.2.15    22     0     0\r\n";
-        assert_eq!(forwarded_port(table), Some(39341));
-        for bad in [
-            "",
-            "TCP[HOST_FORWARD] 8 127.0.0.1 0 10.0.2.15 22 0 0",
-            "TCP[HOST_FORWARD] 8 0.0.0.0 39341 10.0.2.15 22 0 0",
-            "TCP[HOST_FORWARD] 8 127.0.0.1 39341 10.0.2.15 80 0 0",
-            "TCP[HOST_FORWARD] 8 127.0.0.1",
-        ] {
-            assert_eq!(forwarded_port(bad), None, "{bad}");
         }
     }
 }

@@ -9,6 +9,7 @@
 mod accel;
 pub(in crate::vmm) mod argv;
 mod checks;
+pub(in crate::vmm) mod forward;
 pub(in crate::vmm) mod incoming;
 mod monitor;
 mod pause;
@@ -209,11 +210,13 @@ fn start_deadline(spec: &VmmSpec) -> Duration {
 /// Returns the address of the guest's SSH server. On a tap this is the guest's own address. In user
 /// mode it is a port of the host that QEMU picked.
 fn ssh_addr(spec: &VmmSpec, qmp: &mut Qmp<'_>) -> Result<SocketAddr> {
-    if let GuestNetwork::Tap { address, .. } = spec.network {
-        return Ok(SocketAddr::from((address, argv::GUEST_SSH_PORT)));
-    }
-    let table = qmp.human("info usernet")?;
-    match argv::forwarded_port(&table) {
+    let published = match &spec.network {
+        GuestNetwork::Tap { address, .. } => {
+            return Ok(SocketAddr::from((*address, argv::GUEST_SSH_PORT)));
+        }
+        GuestNetwork::UserMode { ports, .. } => ports,
+    };
+    match forward::ssh_port(&forward::list(qmp)?, published) {
         Some(port) => Ok(SocketAddr::from((Ipv4Addr::LOCALHOST, port))),
         None => Err(Error::new(
             Kind::VmmFailed,

@@ -1,7 +1,8 @@
 //! Talks to a running VMM about its guest.
 
 use super::qmp::Qmp;
-use super::{argv, pause, save, throttle};
+use super::{argv, forward, pause, save, throttle};
+use crate::api::port::Port;
 use crate::error::{Error, Kind, Result};
 use crate::host::process::Process;
 use crate::locks::{Cancel, Rank, region};
@@ -105,6 +106,16 @@ impl Vm for QemuVm {
             qmp.execute(COMMAND, &json!({}))
         })?;
         Ok(vec![json!({ COMMAND: stats })])
+    }
+
+    fn forward(&self, add: &[Port], remove: &[Port], cancel: &Cancel) -> Result<()> {
+        self.talk("change the guest's ports", soon(cancel), |qmp| {
+            forward::change(qmp, add, remove)
+        })
+    }
+
+    fn forwarded(&self, cancel: &Cancel) -> Result<Vec<Port>> {
+        self.talk("list the guest's ports", soon(cancel), forward::list)
     }
 
     /// Fails, because QEMU supports vsock only through the host's kernel (vhost-vsock), where CIDs

@@ -1,0 +1,334 @@
+//! `port` and `vm ports`: lists the published ports of VMs, and changes those of one VM.
+
+use super::connector::Connector;
+use super::context::Context;
+use super::printer::Printer;
+use super::values::{PortPattern, parse_port, parse_port_pattern};
+use super::vm_text::port_line;
+use crate::api::Call;
+use crate::api::port::Port;
+use crate::api::vm::{VmPortAdd, VmPortRemove, VmPortsReply, VmPortsRequest, VmRequest, VmShow};
+use crate::client::Result;
+use crate::error::Error;
+use crate::host::plural::count;
+
+// `port VM` lists, as with docker. A VM with the name of a verb needs `port list VM`.
+#[derive(clap::Args, Debug)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub(super) struct Args {
+    #[command(subcommand)]
+    verb: Option<Verb>,
+    /// Names, IDs, or ID prefixes
+    #[arg(required = true, value_name = "VM")]
+    vms: Vec<String>,
+}
+
+#[derive(clap::Subcommand, Debug)]
+enum Verb {
+    /// Publish ports of a VM, at once if it is running
+    Add(AddArgs),
+    /// Stop publishing ports of a VM
+    #[command(alias = "remove")]
+    Rm(RemoveArgs),
+    /// List published ports of VMs
+    #[command(alias = "ls")]
+    List(ListArgs),
+}
+
+#[derive(clap::Args, Debug)]
+struct AddArgs {
+    /// Name, ID, or ID prefix
+    vm: String,
+    /// [[ADDR:]HOST:]GUEST[/udp]. ADDR defaults to 127.0.0.1, HOST to a free port
+    #[arg(required = true, value_name = "PORT", value_parser = parse_port)]
+    ports: Vec<Port>,
+}
+
+#[derive(clap::Args, Debug)]
+struct RemoveArgs {
+    /// Name, ID, or ID prefix
+    vm: String,
+    /// [[ADDR:]HOST:]GUEST[/udp]. What is left out may be anything
+    #[arg(required = true, value_name = "PORT", value_parser = parse_port_pattern)]
+    ports: Vec<PortPattern>,
+}
+
+#[derive(clap::Args, Debug)]
+struct ListArgs {
+    /// Names, IDs, or ID prefixes
+    #[arg(required = true, value_name = "VM")]
+    vms: Vec<String>,
+}
+
+pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
+    let (connector, printer) = (&mut ctx.connector, &mut ctx.printer);
+    match args.verb {
+        None => list(connector, printer, &args.vms),
+        Some(Verb::List(args)) => list(connector, printer, &args.vms),
+        Some(Verb::Add(args)) => {
+            let (vm, ports) = (args.vm, args.ports);
+            change::<VmPortAdd>(connector, printer, VmPortsRequest { vm, ports }, "")
+        }
+        Some(Verb::Rm(args)) => {
+            let vm = connector
+                .connect(printer)?
+                .call::<VmShow>(&VmRequest { vm: args.vm })?
+                .vm;
+            let mut ports = Vec::new();
+            for pattern in &args.ports {
+                let port = the_match(vm.name.as_str(), &vm.ports, pattern)?;
+                if !ports.contains(&port) {
+                    ports.push(port);
+                }
+            }
+            // The ID stays the VM's even if its name is given to another one.
+            let vm = vm.id.to_string();
+            let request = VmPortsRequest { vm, ports };
+            change::<VmPortRemove>(connector, printer, request, "removed ")
+        }
+    }
+}
+
+fn list(connector: &mut Connector, printer: &mut Printer, vms: &[String]) -> Result<u8> {
+    let several = vms.len() > 1;
+    connector.for_each(printer, vms, |printer, client, vm| {
+        let vm = client.call::<VmShow>(&VmRequest { vm: vm.to_owned() })?.vm;
+        if !printer.json {
+            let name = if several {
+                format!("{}: ", vm.name)
+            } else {
+                String::new()
+            };
+            printer.text(&lines(&name, &vm.ports))?;
+        }
+        Ok(vm.ports)
+    })
+}
+
+fn lines(prefix: &str, ports: &[Port]) -> String {
+    let line = |port| format!("{prefix}{}\n", port_line(port));
+    ports.iter().map(line).collect()
+}
+
+/// Changes ports and prints them.
+fn change<C: Call<Request = VmPortsRequest, Reply = VmPortsReply>>(
+    connector: &mut Connector,
+    printer: &mut Printer,
+    request: VmPortsRequest,
+    prefix: &str,
+) -> Result<u8> {
+    let ports = connector.connect(printer)?.call::<C>(&request)?.ports;
+    if printer.json {
+        printer.document(&ports)?;
+    } else {
+        printer.text(&lines(prefix, &ports))?;
+    }
+    Ok(0)
+}
+
+/// Returns the port that a pattern stands for.
+fn the_match(vm: &str, ports: &[Port], pattern: &PortPattern) -> Result<Port> {
+    let found: Vec<&Port> = ports.iter().filter(|port| pattern.matches(port)).collect();
+    match found.as_slice() {
+        [port] => Ok(**port),
+        [] => Err(
+            Error::invalid(format!("VM {vm} does not publish {pattern}"))
+                .hint(format!("list its ports: fcctl port {vm}"))
+                .into(),
+        ),
+        [first, ..] => Err(Error::invalid(format!(
+            "VM {vm} publishes {pattern} {}",
+            count(found.len() as u64, "time")
+        ))
+        .hint(format!(
+            "name one, such as {}:{}:{}",
+            first.host_addr, first.host_port, first.guest_port
+        ))
+        .into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{check, vm};
+    use crate::api::port::{Port, Protocol, loopback};
+    use crate::api::vm::VmState;
+    use crate::client::fake::Fake;
+    use crate::error::{Error, Kind};
+    use expect_test::expect;
+    use serde_json::json;
+
+    fn port(host_port: u16, guest_port: u16) -> Port {
+        Port {
+            host_addr: loopback(),
+            host_port,
+            guest_port,
+            protocol: Protocol::Tcp,
+        }
+    }
+
+    /// A daemon that publishes what it is asked to, and picks port 40001.
+    fn publishing() -> Fake {
+        let mut web = vm("web", VmState::Running);
+        web.ports = vec![port(8080, 80), port(8081, 80), port(5432, 5432)];
+        Fake::start(move |r| {
+            if r.method == "vm.show" {
+                return r.result(json!({ "vm": web }));
+            }
+            let mut ports: Vec<Port> = serde_json::from_value(r.params["ports"].clone()).unwrap();
+            let open = ports.iter_mut().filter(|port| port.host_port == 0);
+            open.for_each(|port| port.host_port = 40001);
+            r.result(json!({"vm": web, "ports": ports}))
+        })
+    }
+
+    #[test]
+    fn ports_are_listed_like_docker() {
+        for args in [
+            &["port", "web"][..],
+            &["port", "list", "web"],
+            &["port", "ls", "web"],
+            &["vm", "ports", "web"],
+            &["vm", "ports", "list", "web"],
+        ] {
+            check(
+                &publishing(),
+                args,
+                expect![[r#"
+                    > vm.show {"vm":"web"}
+                    80/tcp -> 127.0.0.1:8080
+                    80/tcp -> 127.0.0.1:8081
+                    5432/tcp -> 127.0.0.1:5432
+                    status 0
+                "#]],
+            );
+        }
+    }
+
+    #[test]
+    fn added_ports_are_printed_with_picked_numbers() {
+        check(
+            &publishing(),
+            &["port", "add", "web", "3000:3000", "53/udp"],
+            expect![[r#"
+                > vm.port_add {"ports":[{"guest_port":3000,"host_addr":"127.0.0.1","host_port":3000,"protocol":"tcp"},{"guest_port":53,"host_addr":"127.0.0.1","host_port":0,"protocol":"udp"}],"vm":"web"}
+                3000/tcp -> 127.0.0.1:3000
+                53/udp -> 127.0.0.1:40001
+                status 0
+            "#]],
+        );
+        check(
+            &publishing(),
+            &["--json", "vm", "ports", "add", "web", "80"],
+            expect![[r#"
+                > vm.port_add {"ports":[{"guest_port":80,"host_addr":"127.0.0.1","host_port":0,"protocol":"tcp"}],"vm":"web"}
+                [
+                  {
+                    "host_addr": "127.0.0.1",
+                    "host_port": 40001,
+                    "guest_port": 80,
+                    "protocol": "tcp"
+                  }
+                ]
+                status 0
+            "#]],
+        );
+    }
+
+    #[test]
+    fn removed_port_is_found_by_what_is_given_of_it() {
+        check(
+            &publishing(),
+            &["port", "rm", "web", "8081:80", "5432"],
+            expect![[r#"
+                > vm.show {"vm":"web"}
+                > vm.port_remove {"ports":[{"guest_port":80,"host_addr":"127.0.0.1","host_port":8081,"protocol":"tcp"},{"guest_port":5432,"host_addr":"127.0.0.1","host_port":5432,"protocol":"tcp"}],"vm":"000000776562"}
+                removed 80/tcp -> 127.0.0.1:8081
+                removed 5432/tcp -> 127.0.0.1:5432
+                status 0
+            "#]],
+        );
+        check(
+            &publishing(),
+            &["port", "rm", "web", "80"],
+            expect![[r#"
+                > vm.show {"vm":"web"}
+                ! fcctl: VM web publishes 80/tcp 2 times
+                ! hint: name one, such as 127.0.0.1:8080:80
+                status 2
+            "#]],
+        );
+        for (text, shown) in [("81", "81/tcp"), ("0.0.0.0:8080:80", "0.0.0.0:8080:80/tcp")] {
+            let ran = super::super::tests::fcctl(&publishing(), &["port", "rm", "web", text]);
+            assert_eq!(ran.status, 2);
+            let text = format!(
+                "fcctl: VM web does not publish {shown}\nhint: list its ports: fcctl port web\n"
+            );
+            assert_eq!(ran.err, text);
+        }
+    }
+
+    #[test]
+    fn port_without_words_or_with_bad_ones_is_usage_error() {
+        for (args, expected) in [
+            (
+                &["port"][..],
+                expect![[r#"
+                ! fcctl: the following required arguments were not provided:
+                !   <VM>...
+                ! 
+                ! Usage: fcctl vm ports <VM>...
+                ! 
+                ! For more information, try '--help'.
+                status 2
+            "#]],
+            ),
+            (
+                &["port", "add", "web"],
+                expect![[r#"
+                ! fcctl: the following required arguments were not provided:
+                !   <PORT>...
+                ! 
+                ! Usage: fcctl vm ports add <VM> <PORT>...
+                ! 
+                ! For more information, try '--help'.
+                status 2
+            "#]],
+            ),
+            (
+                &["port", "add", "web", "http"],
+                expect![[r#"
+                ! fcctl: invalid value 'http' for '<PORT>...': use [[ADDR:]HOST:]GUEST[/udp], such as 8080:80, 0.0.0.0:8080:80 or 80
+                ! 
+                ! For more information, try '--help'.
+                status 2
+            "#]],
+            ),
+        ] {
+            check(&publishing(), args, expected);
+        }
+    }
+
+    #[test]
+    fn conflict_shows_cause() {
+        let refuses = Fake::start(|r| {
+            r.fault(
+                Error::new(
+                    Kind::PortTaken,
+                    "port 127.0.0.1:80/tcp belongs to another VM",
+                )
+                .hint("use another one"),
+            )
+        });
+        check(
+            &refuses,
+            &["port", "add", "web", "80:80"],
+            expect![[r#"
+                > vm.port_add {"ports":[{"guest_port":80,"host_addr":"127.0.0.1","host_port":80,"protocol":"tcp"}],"vm":"web"}
+                ! fcctl: port 127.0.0.1:80/tcp belongs to another VM
+                ! hint: use another one
+                status 4
+            "#]],
+        );
+    }
+}

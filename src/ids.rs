@@ -1,8 +1,10 @@
 //! Newtypes for names and ids, which are validated when they are parsed.
 
 mod image_name;
+mod labels;
 
 pub use image_name::{DEFAULT_REGISTRY, ImageNameParts, split_registry};
+pub use labels::Labels;
 
 use crate::error::{Error, Kind, Result};
 use crate::host::text::quoted;
@@ -163,6 +165,17 @@ text_newtype!(
     /// A snapshot's name, unique on the host.
     SnapshotName, name_is_valid, "snapshot name",
     "use 1 to 32 characters from a-z, 0-9 and -; begin with a letter and do not end with -"
+);
+
+text_newtype!(
+    /// The key of a label.
+    LabelKey, labels::is_key, "label key",
+    "use at most 128 letters, digits, and . _ - / in between, such as ci or com.example/owner"
+);
+text_newtype!(
+    /// The value of a label. It may be empty.
+    LabelValue, labels::is_value, "label value",
+    "use at most 1024 bytes of text without control characters"
 );
 
 macro_rules! random_ids {

@@ -3,7 +3,7 @@
 use super::call::calls;
 use super::port::Port;
 pub use super::rates::RateLimits;
-use crate::ids::{ImageRef, KernelName, OpId, VmId, VmName};
+use crate::ids::{ImageRef, KernelName, LabelKey, Labels, OpId, VmId, VmName};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 
@@ -163,6 +163,9 @@ pub struct Vm {
     #[serde(default)]
     pub balloon_mib: Option<u64>,
     pub workspace: Option<WorkspaceInfo>,
+    /// The labels that users gave the VM. Left out if there are none.
+    #[serde(default, skip_serializing_if = "Labels::is_empty")]
+    pub labels: Labels,
 }
 
 /// The members of a VM that `fcctl ps` shows. They have the same values as in [`Vm`] but take about
@@ -184,6 +187,8 @@ pub struct VmBrief<'a> {
     pub paused: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub workspace: Option<WorkspaceInfo>,
+    #[serde(default, skip_serializing_if = "Labels::is_empty")]
+    pub labels: Labels,
 }
 
 impl Vm {
@@ -251,6 +256,8 @@ pub struct VmCreateRequest {
     /// deleted.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ports: Vec<Port>,
+    #[serde(default, skip_serializing_if = "Labels::is_empty")]
+    pub labels: Labels,
     /// Delete the VM when it stops, when its holder disconnects, or when the daemon restarts while
     /// nobody holds it.
     #[serde(default)]
@@ -351,6 +358,12 @@ pub struct VmSetRequest {
     /// Whether the VM is deleted when it stops or its holder disconnects. Applies immediately.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rm: Option<bool>,
+    /// The labels to add, or to replace if their keys exist. Applies immediately.
+    #[serde(default, skip_serializing_if = "Labels::is_empty")]
+    pub labels: Labels,
+    /// The labels to remove before any are added. A label that does not exist is not an error.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub remove_labels: Vec<LabelKey>,
 }
 
 impl VmSetRequest {

@@ -7,6 +7,7 @@ use crate::api::frame::Note;
 use crate::client::{Client, Result};
 use serde::Serialize;
 use std::collections::HashSet;
+use std::hash::Hash;
 use std::path::{Path, PathBuf};
 
 pub(super) struct Connector {
@@ -46,6 +47,21 @@ impl Connector {
         targets: &[String],
         mut each: impl FnMut(&mut Printer, &mut Client, &str) -> Result<T>,
     ) -> Result<u8> {
+        let is_one = targets.len() == 1;
+        self.for_all(printer, targets, is_one, |printer, client, target| {
+            each(printer, client, target)
+        })
+    }
+
+    /// Does what [`Connector::for_each`] does for any kind of target. The caller says whether the
+    /// result is a single object.
+    pub(super) fn for_all<W: Eq + Hash, T: Serialize>(
+        &mut self,
+        printer: &mut Printer,
+        targets: &[W],
+        is_one: bool,
+        mut each: impl FnMut(&mut Printer, &mut Client, &W) -> Result<T>,
+    ) -> Result<u8> {
         let mut client = self.connect(printer)?;
         let (mut status, mut done) = (0, Vec::new());
         let mut seen = HashSet::new();
@@ -68,9 +84,9 @@ impl Connector {
             }
         }
         if printer.json {
-            match (targets.len(), done.first()) {
-                (1, Some(one)) => printer.document(one)?,
-                (1, None) => {}
+            match (is_one, done.first()) {
+                (true, Some(one)) => printer.document(one)?,
+                (true, None) => {}
                 _ => printer.document(&done)?,
             }
         }

@@ -33,10 +33,12 @@ mod printer;
 mod progress;
 mod provision;
 mod ps;
+mod rates;
 mod registry_auth;
 mod relay;
 mod rpc;
 mod run;
+mod selection;
 mod short_forms;
 mod signals;
 mod snapshot;
@@ -50,6 +52,7 @@ mod usage;
 mod values;
 mod version;
 mod vm;
+mod vm_set;
 mod vm_text;
 mod words;
 mod workspace;
@@ -99,7 +102,7 @@ enum Noun {
     /// List VMs
     Ps(ps::Args),
     /// Start VMs
-    Start(vm::Targets),
+    Start(selection::Selection),
     /// Stop VMs: shut down each guest, and kill the VM after a timeout
     Stop(vm::StopArgs),
     /// Delete VMs and their disks

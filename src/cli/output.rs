@@ -125,6 +125,34 @@ impl Table {
     }
 }
 
+/// A text to compare with, in which `*` stands for any characters.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct MatchedText(Vec<String>);
+
+impl MatchedText {
+    pub(super) fn new(text: &str) -> Self {
+        Self(text.split('*').map(str::to_owned).collect())
+    }
+
+    pub(super) fn matches(&self, text: &str) -> bool {
+        let [first, middle @ .., last] = &self.0[..] else {
+            return self.0.iter().all(|only| only == text);
+        };
+        let rest = text.strip_prefix(first.as_str());
+        let Some(mut rest) = rest.and_then(|rest| rest.strip_suffix(last.as_str())) else {
+            return false;
+        };
+        // The first place of each part leaves the most for the next ones.
+        middle.iter().all(|part| match rest.find(part.as_str()) {
+            Some(at) => {
+                rest = &rest[at + part.len()..];
+                true
+            }
+            None => false,
+        })
+    }
+}
+
 /// Formats seconds as `5s`, `3m`, `2h` or `4d`.
 pub(super) fn span(seconds: u64) -> String {
     match seconds {
@@ -214,6 +242,30 @@ mod tests {
                 "16777215 TiB"
             ]
         );
+    }
+
+    #[test]
+    fn stars_match_any_characters() {
+        for (pattern, text, expected) in [
+            ("web", "web", true),
+            ("web", "web-2", false),
+            ("web*", "web", true),
+            ("web*", "web-2", true),
+            ("*web", "my-web", true),
+            ("*", "", true),
+            ("a*a", "a", false),
+            ("a*a", "aa", true),
+            ("a*b*c", "a-b-b-c", true),
+            ("a*b*c", "a-c-b", false),
+            ("*b*b*", "abab", true),
+            ("*b*b*", "ab", false),
+        ] {
+            assert_eq!(
+                MatchedText::new(pattern).matches(text),
+                expected,
+                "{pattern} {text}"
+            );
+        }
     }
 
     #[test]

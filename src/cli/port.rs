@@ -3,6 +3,7 @@
 use super::connector::Connector;
 use super::context::Context;
 use super::printer::Printer;
+use super::selection::{Selection, for_each_vm};
 use super::values::{PortPattern, parse_port, parse_port_pattern};
 use super::vm_text::port_line;
 use crate::api::Call;
@@ -18,9 +19,8 @@ use crate::host::plural::count;
 pub(super) struct Args {
     #[command(subcommand)]
     verb: Option<Verb>,
-    /// Names, IDs, or ID prefixes
-    #[arg(required = true, value_name = "VM")]
-    vms: Vec<String>,
+    #[command(flatten)]
+    targets: Selection,
 }
 
 #[derive(clap::Subcommand, Debug)]
@@ -32,7 +32,7 @@ enum Verb {
     Rm(RemoveArgs),
     /// List published ports of VMs
     #[command(alias = "ls")]
-    List(ListArgs),
+    List(Selection),
 }
 
 #[derive(clap::Args, Debug)]
@@ -53,18 +53,11 @@ struct RemoveArgs {
     ports: Vec<PortPattern>,
 }
 
-#[derive(clap::Args, Debug)]
-struct ListArgs {
-    /// Names, IDs, or ID prefixes
-    #[arg(required = true, value_name = "VM")]
-    vms: Vec<String>,
-}
-
 pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     let (connector, printer) = (&mut ctx.connector, &mut ctx.printer);
     match args.verb {
-        None => list(connector, printer, &args.vms),
-        Some(Verb::List(args)) => list(connector, printer, &args.vms),
+        None => list(connector, printer, &args.targets),
+        Some(Verb::List(targets)) => list(connector, printer, &targets),
         Some(Verb::Add(args)) => {
             let (vm, ports) = (args.vm, args.ports);
             change::<VmPortAdd>(connector, printer, VmPortsRequest { vm, ports }, "")
@@ -89,10 +82,10 @@ pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     }
 }
 
-fn list(connector: &mut Connector, printer: &mut Printer, vms: &[String]) -> Result<u8> {
-    let several = vms.len() > 1;
-    connector.for_each(printer, vms, |printer, client, vm| {
-        let vm = client.call::<VmShow>(&VmRequest { vm: vm.to_owned() })?.vm;
+fn list(connector: &mut Connector, printer: &mut Printer, targets: &Selection) -> Result<u8> {
+    let several = targets.vms.len() != 1;
+    for_each_vm(connector, printer, targets, |printer, client, vm| {
+        let vm = client.call::<VmShow>(&VmRequest { vm: vm.vm.clone() })?.vm;
         if !printer.json {
             let name = if several {
                 format!("{}: ", vm.name)

@@ -9,6 +9,7 @@ use super::image_pull;
 use super::printer::Printer;
 use super::signals::{Interrupts, Phase, interrupted};
 use super::transfer::{Bound, ExportTo, PrepareHow, Source, Transfer, report_left_behind};
+use super::values::labels;
 use super::vm::Shape;
 use super::workspace::report_exported;
 use crate::api::frame::Note;
@@ -335,6 +336,7 @@ fn create(
         work_disk_bytes: shape.work_disk,
         net: shape.net,
         ports: shape.ports,
+        labels: labels(shape.labels)?,
         rm,
         hold: rm,
     };

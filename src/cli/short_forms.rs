@@ -26,6 +26,7 @@ const SHORT_FORMS: &[ShortForm] = &[
     short("pause", "vm", "pause"),
     short("resume", "vm", "resume"),
     short("wait", "vm", "wait"),
+    short("set", "vm", "set"),
     short("stats", "vm", "stats"),
     short("port", "vm", "ports"),
     short("fork", "vm", "fork"),

@@ -2,6 +2,7 @@
 
 use super::context::Context;
 use super::output::{size, table};
+use super::selection::{Filter, targets};
 use crate::api::vm::{VmStats, VmStatsCall, VmStatsRequest};
 use crate::client::{Client, Failure, Result};
 use crate::error::Error;
@@ -15,8 +16,10 @@ const CLEAR: &str = "\u{1b}[H\u{1b}[2J";
 #[derive(clap::Args, Debug)]
 pub(super) struct Args {
     /// Names, IDs, or ID prefixes [default: all running VMs]
-    #[arg(value_name = "VM")]
+    #[arg(value_name = "VM", conflicts_with = "filters")]
     vms: Vec<String>,
+    #[command(flatten)]
+    filter: Filter,
     /// Refresh until interrupted
     #[arg(short, long)]
     watch: bool,
@@ -36,6 +39,15 @@ pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
                 .into(),
         );
     }
+    // VMs that match a filter and do not run are left out.
+    let chosen = match args.filter.is_empty() {
+        true => None,
+        false => Some(targets(connector, printer, &[], &args.filter)?),
+    };
+    let is_chosen = |stats: &VmStats| {
+        let mut chosen = chosen.iter().flatten();
+        chosen.any(|target| target.vm == stats.vm.as_str())
+    };
     let mut client = connector.connect(printer)?;
     let request = VmStatsRequest {
         vms: args.vms,
@@ -43,6 +55,9 @@ pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     };
     let look = |client: &mut Client| {
         let mut stats = client.list::<VmStatsCall>(request.clone())?;
+        if chosen.is_some() {
+            stats.retain(is_chosen);
+        }
         if request.vms.is_empty() {
             stats.sort_by(|a, b| a.name.cmp(&b.name));
         }

@@ -148,6 +148,7 @@ pub(super) fn vm(name: &str, state: VmState) -> Vm {
         paused: false,
         balloon_mib: None,
         workspace: None,
+        labels: crate::ids::Labels::default(),
     }
 }
 

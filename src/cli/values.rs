@@ -3,6 +3,7 @@
 use crate::api::port::{Port, Protocol, loopback};
 use crate::api::vm::{Init, Net};
 use crate::error::{Error, Result};
+use crate::ids::{LabelKey, LabelValue, Labels};
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::net::Ipv4Addr;
@@ -157,6 +158,40 @@ pub(super) fn parse_init(text: &str) -> Result<Init, String> {
         "fcd" => Ok(Init::Fcd),
         "image" => Ok(Init::Image),
         _ => Err("use fcd or image".to_owned()),
+    }
+}
+
+/// A label as a user writes it: `KEY=VALUE`, or `KEY` for an empty value.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Label {
+    pub key: LabelKey,
+    pub value: LabelValue,
+}
+
+pub(super) fn parse_label(text: &str) -> Result<Label> {
+    let (key, value) = text.split_once('=').unwrap_or((text, ""));
+    Ok(Label {
+        key: key.parse()?,
+        value: value.parse()?,
+    })
+}
+
+/// Collects labels. A later one replaces an earlier one with the same key.
+pub(super) fn labels(labels: Vec<Label>) -> Result<Labels> {
+    Labels::new(labels.into_iter().map(|label| (label.key, label.value)))
+}
+
+/// A change of a label: `KEY=VALUE` and `KEY` set it, and `KEY-` removes it, as with kubectl.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum LabelChange {
+    Set(Label),
+    Remove(LabelKey),
+}
+
+pub(super) fn parse_label_change(text: &str) -> Result<LabelChange> {
+    match text.strip_suffix('-') {
+        Some(key) if !text.contains('=') => Ok(LabelChange::Remove(key.parse()?)),
+        _ => parse_label(text).map(LabelChange::Set),
     }
 }
 
@@ -367,6 +402,37 @@ mod tests {
             );
         }
         assert!(parse_port_pattern("http").is_err());
+    }
+
+    #[test]
+    fn labels_parse_with_and_without_value() {
+        let of = |text: &str| parse_label(text).map(|l| (l.key.to_string(), l.value.to_string()));
+        for (text, key, value) in [
+            ("ci", "ci", ""),
+            ("ci=", "ci", ""),
+            ("ci=yes", "ci", "yes"),
+            ("a.b/c=d=e, f", "a.b/c", "d=e, f"),
+            ("ci=a-", "ci", "a-"),
+        ] {
+            assert_eq!(
+                of(text).unwrap(),
+                (key.to_owned(), value.to_owned()),
+                "{text}"
+            );
+        }
+        for bad in ["", "=x", "ci-", "a b=c", "a=\n"] {
+            assert!(of(bad).is_err(), "{bad}");
+        }
+        let removed = |text: &str| match parse_label_change(text) {
+            Ok(LabelChange::Remove(key)) => Some(key.to_string()),
+            _ => None,
+        };
+        assert_eq!(removed("ci-"), Some("ci".to_owned()));
+        assert_eq!(
+            (removed("ci=a-"), removed("ci"), removed("-")),
+            (None, None, None)
+        );
+        assert!(parse_label_change("-").is_err() && parse_label_change("ci--").is_err());
     }
 
     #[test]

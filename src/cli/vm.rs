@@ -3,17 +3,19 @@
 use super::connector::{Connector, operate};
 use super::context::Context;
 use super::printer::Printer;
+use super::rates::Rates;
+use super::selection::{Filter, Selection, for_each_vm, parse_state};
 use super::values::{
-    parse_count_rate, parse_duration, parse_init, parse_mem_mib, parse_net, parse_port, parse_rate,
+    Label, labels, parse_duration, parse_init, parse_label, parse_mem_mib, parse_net, parse_port,
     parse_size, timeout_ms,
 };
-use super::vm_text::{ended, kept, settings, sheet, state};
+use super::vm_text::{ended, kept, sheet, state};
 use crate::api::port::Port;
 use crate::api::vm::{
-    Init, Net, Pending, RateLimits, VmBalloon, VmBalloonRequest, VmCreate, VmCreateRequest,
-    VmDelete, VmDeleteReply, VmDeleteRequest, VmFork, VmForkRequest, VmKill, VmMetrics, VmPause,
-    VmPrune, VmReply, VmRequest, VmRestart, VmResume, VmSet, VmSetRequest, VmShow, VmStart,
-    VmState, VmStop, VmStopRequest, VmWait, VmWaitRequest,
+    Init, Net, VmBalloon, VmBalloonRequest, VmCreate, VmCreateRequest, VmDelete, VmDeleteReply,
+    VmDeleteRequest, VmFork, VmForkRequest, VmKill, VmMetrics, VmPause, VmPrune, VmReply,
+    VmRequest, VmRestart, VmResume, VmShow, VmStart, VmState, VmStop, VmStopRequest, VmWait,
+    VmWaitRequest,
 };
 use crate::api::{Call, Empty};
 use crate::client::Result;
@@ -27,17 +29,17 @@ pub(super) enum Verb {
     /// Create a VM without starting it
     Create(CreateArgs),
     /// Start VMs
-    Start(Targets),
+    Start(Selection),
     /// Stop VMs: shut down each guest, and kill the VM after a timeout
     Stop(StopArgs),
     /// Restart VMs
     Restart(StopArgs),
     /// Kill VMs at once; unsynced data is lost
-    Kill(Targets),
+    Kill(Selection),
     /// Pause VMs (memory is kept)
-    Pause(Targets),
+    Pause(Selection),
     /// Resume paused VMs
-    Resume(Targets),
+    Resume(Selection),
     /// Clone a running VM, memory and disks
     Fork(ForkArgs),
     /// Delete VMs and their disks
@@ -47,12 +49,12 @@ pub(super) enum Verb {
     #[command(visible_alias = "ls")]
     List(super::ps::Args),
     /// Show details of VMs
-    Show(Targets),
+    Show(Selection),
     /// List, add and remove published ports of VMs
     #[command(visible_alias = "port")]
     Ports(super::port::Args),
-    /// Change vCPUs, memory, disk size and rate limits
-    Set(SetArgs),
+    /// Change vCPUs, memory, disk size, rate limits and labels
+    Set(super::vm_set::Args),
     /// Ask a guest to return memory to the host, or show how much it keeps
     Balloon(BalloonArgs),
     /// Show a VM's console log
@@ -84,35 +86,6 @@ pub(super) struct CreateArgs {
     disk: Option<u64>,
 }
 
-/// Rate limits of a VM's devices.
-#[derive(clap::Args, Clone, Copy, Debug, Default)]
-pub(super) struct Rates {
-    /// Bytes per second for each disk, reads and writes together, such as 50M. `none` removes the
-    /// limit
-    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
-    pub disk_bps: Option<u64>,
-    /// I/O operations per second for each disk
-    #[arg(long, value_name = "N", value_parser = parse_count_rate)]
-    pub disk_iops: Option<u64>,
-    /// Bytes per second that the guest may receive
-    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
-    pub net_rx_bps: Option<u64>,
-    /// Bytes per second that the guest may send
-    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
-    pub net_tx_bps: Option<u64>,
-}
-
-impl Rates {
-    fn limits(&self) -> RateLimits {
-        RateLimits {
-            disk_bytes_per_s: self.disk_bps,
-            disk_ops_per_s: self.disk_iops,
-            net_rx_bytes_per_s: self.net_rx_bps,
-            net_tx_bytes_per_s: self.net_tx_bps,
-        }
-    }
-}
-
 /// The options of `create` and `run` that describe a VM.
 #[derive(clap::Args, Debug, Default)]
 pub(super) struct Shape {
@@ -139,6 +112,9 @@ pub(super) struct Shape {
     /// port
     #[arg(short = 'p', long = "publish", value_name = "PORT", value_parser = parse_port)]
     pub ports: Vec<Port>,
+    /// Label the VM, to find it with --filter label=KEY[=VALUE]
+    #[arg(short, long = "label", value_name = "KEY[=VALUE]", value_parser = parse_label)]
+    pub labels: Vec<Label>,
     #[command(flatten)]
     pub rates: Rates,
     /// Size of a second, empty disk at /work in the guest, such as 20G
@@ -153,16 +129,9 @@ pub(super) struct Target {
 }
 
 #[derive(clap::Args, Debug)]
-pub(super) struct Targets {
-    /// Names, IDs, or ID prefixes
-    #[arg(required = true, value_name = "VM")]
-    vms: Vec<String>,
-}
-
-#[derive(clap::Args, Debug)]
 pub(super) struct StopArgs {
     #[command(flatten)]
-    targets: Targets,
+    targets: Selection,
     /// Do not give the guest time to shut down
     #[arg(short, long)]
     force: bool,
@@ -183,35 +152,16 @@ pub(super) struct ForkArgs {
 pub(super) struct DeleteArgs {
     // Not required with -f: `rm -f $(fcctl ps -aq)` must succeed if there is nothing to remove.
     /// Names, IDs, or ID prefixes
-    #[arg(required_unless_present = "force", value_name = "VM")]
+    #[arg(required_unless_present_any = ["force", "filters"], value_name = "VM")]
     vms: Vec<String>,
+    #[command(flatten)]
+    filter: Filter,
     /// Also delete running VMs. A VM that does not exist is not an error
     #[arg(short, long)]
     force: bool,
     /// A VM that does not exist is not an error
     #[arg(long)]
     if_exists: bool,
-}
-
-#[derive(clap::Args, Debug)]
-#[command(group = clap::ArgGroup::new("what").required(true).multiple(true).args(["vcpus", "memory", "disk", "disk_bps", "disk_iops", "net_rx_bps", "net_tx_bps"]))]
-pub(super) struct SetArgs {
-    /// Name, ID, or ID prefix
-    vm: String,
-    /// Number of virtual CPUs
-    #[arg(long, value_name = "N", visible_alias = "cpus")]
-    vcpus: Option<u32>,
-    /// Memory, such as 512M or 2G
-    #[arg(short, long, value_name = "SIZE", value_parser = parse_mem_mib)]
-    memory: Option<u64>,
-    /// Size of the root disk, such as 10G. It can only grow
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
-    disk: Option<u64>,
-    #[command(flatten)]
-    rates: Rates,
-    /// Apply new rates to the running VM at once
-    #[arg(long)]
-    now: bool,
 }
 
 #[derive(clap::Args, Debug)]
@@ -226,21 +176,13 @@ pub(super) struct BalloonArgs {
 #[derive(clap::Args, Debug)]
 pub(super) struct WaitArgs {
     #[command(flatten)]
-    targets: Targets,
+    targets: Selection,
     /// State to wait for: running, stopped, ... [default: stopped or failed]
     #[arg(long, value_parser = parse_state)]
     state: Option<VmState>,
     /// Give up after this time, such as 30s
     #[arg(short, long, value_name = "DURATION", value_parser = parse_duration)]
     timeout: Option<Duration>,
-}
-
-fn parse_state(text: &str) -> Result<VmState, String> {
-    let names = VmState::ALL.map(VmState::name);
-    VmState::ALL
-        .into_iter()
-        .find(|s| s.name() == text)
-        .ok_or_else(|| format!("a state is one of {}", names.join(", ")))
 }
 
 pub(super) fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
@@ -263,7 +205,7 @@ pub(super) fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
         Verb::List(args) => super::ps::run(ctx, args),
         Verb::Show(args) => show(connector, printer, *now_s, args),
         Verb::Ports(args) => super::port::run(ctx, args),
-        Verb::Set(args) => set(connector, printer, args),
+        Verb::Set(args) => super::vm_set::run(connector, printer, args),
         Verb::Balloon(args) => balloon(connector, printer, args),
         Verb::Logs(args) => super::logs::run(ctx, args),
         Verb::Stats(args) => super::stats::run(ctx, args),
@@ -289,6 +231,7 @@ fn create(connector: &mut Connector, printer: &mut Printer, args: CreateArgs) ->
         mem_mib: args.shape.memory,
         net: args.shape.net,
         ports: args.shape.ports,
+        labels: labels(args.shape.labels)?,
         disk_bytes: args.disk,
         work_disk_bytes: args.shape.work_disk,
         rm: false,
@@ -303,13 +246,17 @@ fn create(connector: &mut Connector, printer: &mut Printer, args: CreateArgs) ->
     Ok(0)
 }
 
-pub(super) fn start(connector: &mut Connector, printer: &mut Printer, args: Targets) -> Result<u8> {
-    connector.for_each(printer, &args.vms, |printer, client, vm| {
+pub(super) fn start(
+    connector: &mut Connector,
+    printer: &mut Printer,
+    args: Selection,
+) -> Result<u8> {
+    for_each_vm(connector, printer, &args, |printer, client, vm| {
         let vm = operate::<VmStart>(
             printer,
             client,
-            &format!("start {vm}"),
-            &VmRequest { vm: vm.to_owned() },
+            &format!("start {}", vm.shown),
+            &VmRequest { vm: vm.vm.clone() },
         )?
         .vm;
         printer.say(&format!("{}: {}", vm.name, vm.state.name()))?;
@@ -327,12 +274,12 @@ fn stop_request(vm: &str, args: &StopArgs) -> VmStopRequest {
 }
 
 pub(super) fn stop(connector: &mut Connector, printer: &mut Printer, args: StopArgs) -> Result<u8> {
-    connector.for_each(printer, &args.targets.vms, |printer, client, vm| {
+    for_each_vm(connector, printer, &args.targets, |printer, client, vm| {
         let vm = operate::<VmStop>(
             printer,
             client,
-            &format!("stop {vm}"),
-            &stop_request(vm, &args),
+            &format!("stop {}", vm.shown),
+            &stop_request(&vm.vm, &args),
         )?
         .vm;
         printer.say(&ended(&vm))?;
@@ -341,12 +288,12 @@ pub(super) fn stop(connector: &mut Connector, printer: &mut Printer, args: StopA
 }
 
 fn restart(connector: &mut Connector, printer: &mut Printer, args: StopArgs) -> Result<u8> {
-    connector.for_each(printer, &args.targets.vms, |printer, client, vm| {
+    for_each_vm(connector, printer, &args.targets, |printer, client, vm| {
         let vm = operate::<VmRestart>(
             printer,
             client,
-            &format!("restart {vm}"),
-            &stop_request(vm, &args),
+            &format!("restart {}", vm.shown),
+            &stop_request(&vm.vm, &args),
         )?
         .vm;
         printer.say(&ended(&vm))?;
@@ -354,13 +301,13 @@ fn restart(connector: &mut Connector, printer: &mut Printer, args: StopArgs) -> 
     })
 }
 
-fn kill(connector: &mut Connector, printer: &mut Printer, args: Targets) -> Result<u8> {
-    connector.for_each(printer, &args.vms, |printer, client, vm| {
+fn kill(connector: &mut Connector, printer: &mut Printer, args: Selection) -> Result<u8> {
+    for_each_vm(connector, printer, &args, |printer, client, vm| {
         let vm = operate::<VmKill>(
             printer,
             client,
-            &format!("kill {vm}"),
-            &VmRequest { vm: vm.to_owned() },
+            &format!("kill {}", vm.shown),
+            &VmRequest { vm: vm.vm.clone() },
         )?
         .vm;
         printer.say(&ended(&vm))?;
@@ -371,10 +318,10 @@ fn kill(connector: &mut Connector, printer: &mut Printer, args: Targets) -> Resu
 fn pause<C: Call<Request = VmRequest, Reply = VmReply>>(
     connector: &mut Connector,
     printer: &mut Printer,
-    args: Targets,
+    args: Selection,
 ) -> Result<u8> {
-    connector.for_each(printer, &args.vms, |printer, client, vm| {
-        let vm = client.call::<C>(&VmRequest { vm: vm.to_owned() })?.vm;
+    for_each_vm(connector, printer, &args, |printer, client, vm| {
+        let vm = client.call::<C>(&VmRequest { vm: vm.vm.clone() })?.vm;
         printer.say(&format!("{}: {}", vm.name, state(&vm)))?;
         Ok(vm)
     })
@@ -406,14 +353,20 @@ pub(super) fn delete(
     printer: &mut Printer,
     args: DeleteArgs,
 ) -> Result<u8> {
-    connector.for_each(printer, &args.vms, |printer, client, vm| {
+    let selection = Selection {
+        vms: args.vms,
+        filter: args.filter,
+    };
+    for_each_vm(connector, printer, &selection, |printer, client, vm| {
         let request = VmDeleteRequest {
-            vm: vm.to_owned(),
+            vm: vm.vm.clone(),
             force: args.force,
-            if_exists: args.force || args.if_exists,
+            // The VMs of a filter existed when they were listed.
+            if_exists: args.force || args.if_exists || !selection.filter.is_empty(),
         };
-        let reply = operate::<VmDelete>(printer, client, &format!("delete {vm}"), &request)?;
-        printer.say(&deleted(vm, &reply))?;
+        let reply =
+            operate::<VmDelete>(printer, client, &format!("delete {}", vm.shown), &request)?;
+        printer.say(&deleted(&vm.shown, &reply))?;
         Ok(reply)
     })
 }
@@ -427,10 +380,15 @@ fn deleted(vm: &str, reply: &VmDeleteReply) -> String {
     format!("{}: {what}", printable(vm))
 }
 
-fn show(connector: &mut Connector, printer: &mut Printer, now_s: u64, args: Targets) -> Result<u8> {
+fn show(
+    connector: &mut Connector,
+    printer: &mut Printer,
+    now_s: u64,
+    args: Selection,
+) -> Result<u8> {
     let mut is_first = true;
-    connector.for_each(printer, &args.vms, |printer, client, vm| {
-        let vm = client.call::<VmShow>(&VmRequest { vm: vm.to_owned() })?.vm;
+    for_each_vm(connector, printer, &args, |printer, client, vm| {
+        let vm = client.call::<VmShow>(&VmRequest { vm: vm.vm.clone() })?.vm;
         if !printer.json {
             let gap = if std::mem::replace(&mut is_first, false) {
                 ""
@@ -441,45 +399,6 @@ fn show(connector: &mut Connector, printer: &mut Printer, now_s: u64, args: Targ
         }
         Ok(vm)
     })
-}
-
-fn set(connector: &mut Connector, printer: &mut Printer, args: SetArgs) -> Result<u8> {
-    let (rates, wanted) = (args.rates, args.rates.limits());
-    let request = VmSetRequest {
-        vm: args.vm,
-        vcpus: args.vcpus,
-        mem_mib: args.memory,
-        disk_bytes: args.disk,
-        disk_bytes_per_s: rates.disk_bps,
-        disk_ops_per_s: rates.disk_iops,
-        net_rx_bytes_per_s: rates.net_rx_bps,
-        net_tx_bytes_per_s: rates.net_tx_bps,
-        now: args.now,
-        rm: None,
-    };
-    let vm = connector.connect(printer)?.call::<VmSet>(&request)?.vm;
-    if printer.json {
-        printer.document(&vm)?;
-    } else {
-        let what = settings(&Pending {
-            vcpus: args.vcpus,
-            mem_mib: args.memory,
-            disk_bytes: args.disk,
-            rates: wanted,
-        });
-        let hint = if args.vcpus.is_some() || args.memory.is_some() || args.disk.is_some() {
-            format!("; now: fcctl vm restart {}", vm.name)
-        } else {
-            format!("; now: --now, or fcctl vm restart {}", vm.name)
-        };
-        let when = match (args.now, &vm.pending) {
-            (true, _) if vm.state == VmState::Running => "applied now".to_owned(),
-            (_, Some(_)) => format!("applied at next start{hint}"),
-            _ => "applied at next start".to_owned(),
-        };
-        printer.line(&format!("{}: {what}, {when}", vm.name))?;
-    }
-    Ok(0)
 }
 
 fn balloon(connector: &mut Connector, printer: &mut Printer, args: BalloonArgs) -> Result<u8> {
@@ -506,9 +425,9 @@ fn metrics(connector: &mut Connector, printer: &mut Printer, args: Target) -> Re
 }
 
 fn wait(connector: &mut Connector, printer: &mut Printer, args: WaitArgs) -> Result<u8> {
-    connector.for_each(printer, &args.targets.vms, |printer, client, vm| {
+    for_each_vm(connector, printer, &args.targets, |printer, client, vm| {
         let request = VmWaitRequest {
-            vm: vm.to_owned(),
+            vm: vm.vm.clone(),
             state: args.state,
             timeout_ms: timeout_ms(args.timeout),
         };

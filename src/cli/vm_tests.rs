@@ -2,7 +2,7 @@ use super::super::tests::{NOW_S, Start, check, fcctl, fcctl_from, two_vms, vm};
 use super::*;
 use crate::api::frame::Note;
 use crate::api::op::Progress;
-use crate::api::vm::{LogChunk, Synced, Vm, WorkspaceState};
+use crate::api::vm::{LogChunk, Pending, Synced, Vm, WorkspaceState};
 use crate::client::fake::Fake;
 use expect_test::expect;
 use serde_json::json;

@@ -8,6 +8,7 @@ use crate::api::vm::{
 };
 use crate::host::plural::count;
 use crate::host::text::printable;
+use crate::ids::{LabelKey, LabelValue, Labels};
 use std::borrow::Cow;
 
 /// Formats the state of a VM with its most important detail.
@@ -76,6 +77,15 @@ pub(super) fn rates(rates: &RateLimits) -> String {
         of("sends", rates.net_tx_bytes_per_s, &bytes),
     ];
     all.into_iter().flatten().collect::<Vec<_>>().join(", ")
+}
+
+/// Lists labels as `ci=yes, draft`. A label without a value is only its key.
+pub(super) fn label_list(labels: &Labels) -> String {
+    let text = |(key, value): (&LabelKey, &LabelValue)| match value.as_str() {
+        "" => key.to_string(),
+        value => format!("{key}={value}"),
+    };
+    labels.iter().map(text).collect::<Vec<_>>().join(", ")
 }
 
 /// Says whether the guest's data reached its disk. Says how a VM ended.
@@ -173,6 +183,10 @@ pub(super) fn sheet(vm: &Vm, now_s: u64) -> String {
         }),
     );
     add("ssh", vm.ssh_addr.map(|a| a.to_string()));
+    add(
+        "labels",
+        Some(label_list(&vm.labels)).filter(|text| !text.is_empty()),
+    );
     add("created", Some(age(now_s, vm.created_at)));
     add("started", vm.started_at.map(|at| age(now_s, at)));
     add(

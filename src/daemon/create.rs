@@ -89,6 +89,7 @@ impl Creator {
                 work_disk_bytes: request.work_disk_bytes,
                 rates: RateLimits::default().with(&request.rates()),
                 net: request.net.unwrap_or_default(),
+                labels: request.labels.clone(),
             },
             // `insert_with_ports` sets the ports.
             ports: Vec::new(),

@@ -308,6 +308,7 @@ fn request(shape: &VmShape, name: Option<VmName>) -> VmCreateRequest {
         disk_bytes: Some(shape.disk_bytes),
         work_disk_bytes: shape.work_disk_bytes,
         net: Some(shape.net),
+        labels: shape.labels.clone(),
         disk_bytes_per_s: shape.rates.disk_bytes_per_s,
         disk_ops_per_s: shape.rates.disk_ops_per_s,
         net_rx_bytes_per_s: shape.rates.net_rx_bytes_per_s,

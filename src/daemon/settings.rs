@@ -1,4 +1,5 @@
-//! `vm.set`: changes settings for the next start, and the rates of a running VM at once.
+//! `vm.set`: changes settings for the next start, and labels and the rates of a running VM at
+//! once.
 
 use super::access::Caller;
 use super::controls::Controls;
@@ -19,10 +20,10 @@ impl Controls {
             &self.core.closing,
         )?;
         let rates = request.rates();
-        if !changes_size(request) && request.rm.is_none() && rates.is_empty() {
+        if !changes_size(request) && !changes_at_once(request) && rates.is_empty() {
             return Err(
                 Error::invalid(format!("set VM {}: nothing to set", row.name))
-                    .hint("use --vcpus, --memory, --disk, or a rate such as --disk-bps"),
+                    .hint("use --vcpus, --memory, --disk, --label, or a rate such as --disk-bps"),
             );
         }
         request
@@ -49,10 +50,17 @@ impl Controls {
             if is_live {
                 self.may_adjust_locked(&guard, &row, request)?;
             }
-            let ((), ticket) = self
-                .core
-                .store
-                .change(|tx| tx.update_vm(&guard, |row| apply(row, request, is_live)))?;
+            let labels = row
+                .shape
+                .labels
+                .changed(&request.labels, &request.remove_labels)
+                .map_err(|e| e.context(format!("set VM {}", row.name)))?;
+            let ((), ticket) = self.core.store.change(|tx| {
+                tx.update_vm(&guard, |row| {
+                    apply(row, request, is_live);
+                    row.shape.labels = labels;
+                })
+            })?;
             (row, is_live, ticket)
         };
         self.core.wait_durable(ticket)?;
@@ -67,6 +75,10 @@ impl Controls {
 /// memory or disk size.
 pub(super) fn changes_size(request: &VmSetRequest) -> bool {
     request.vcpus.is_some() || request.mem_mib.is_some() || request.disk_bytes.is_some()
+}
+
+fn changes_at_once(request: &VmSetRequest) -> bool {
+    request.rm.is_some() || !request.labels.is_empty() || !request.remove_labels.is_empty()
 }
 
 /// Writes the settings into the row. For a VM at rest, vCPUs, memory and rates change at once; its

@@ -45,6 +45,7 @@ pub(super) fn view(row: &VmRow, workspace: Option<&WorkspaceRow>) -> Vm {
         paused: is_paused(row),
         balloon_mib: row.balloon_mib.filter(|_| row.state == VmState::Running),
         workspace: workspace.map(|w| w.info.clone()),
+        labels: row.shape.labels.clone(),
     }
 }
 
@@ -63,6 +64,7 @@ pub(super) fn brief(seen: &Seen) -> VmBrief<'_> {
         unresponsive: is_unresponsive(row),
         paused: is_paused(row),
         workspace: seen.workspace.as_ref().map(|w| w.info.clone()),
+        labels: row.shape.labels.clone(),
     }
 }
 

@@ -52,6 +52,7 @@ pub(super) fn migrations() -> Vec<String> {
         vm::ADD_RUNTIME,
         vm::ADD_IMAGE_DIGEST,
         vm::ADD_INIT,
+        vm::ADD_LABELS,
     ];
     std::iter::once(first)
         .chain(later.map(str::to_owned))

@@ -4,7 +4,7 @@ use super::sql::{self, json};
 use crate::api::port::Port;
 use crate::api::vm::{Init, Net, Pending, RateLimits, Synced, VmState};
 use crate::host::process::Identity;
-use crate::ids::{ImageRef, KernelName, OpId, RuntimeId, VmId, VmName};
+use crate::ids::{ImageRef, KernelName, Labels, OpId, RuntimeId, VmId, VmName};
 use rusqlite::{Connection, params};
 use serde::{Deserialize, Serialize};
 use std::net::{Ipv4Addr, SocketAddr};
@@ -26,7 +26,8 @@ pub struct TapFact {
     pub address: Ipv4Addr,
 }
 
-/// The image, sizes and settings of a VM. A fork and a restore of its snapshot have the same shape.
+/// The image, sizes, settings and labels of a VM. A fork and a restore of its snapshot have the
+/// same shape.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VmShape {
     pub image: ImageRef,
@@ -43,6 +44,7 @@ pub struct VmShape {
     pub work_disk_bytes: Option<u64>,
     pub rates: RateLimits,
     pub net: Net,
+    pub labels: Labels,
 }
 
 /// A VM. Any change of its members needs a new schema version: see `schema.rs`.
@@ -128,6 +130,10 @@ pub(super) const ADD_IMAGE_DIGEST: &str =
 /// The migration to schema version 11, which adds `init` to VMs and snapshots.
 pub(super) const ADD_INIT: &str = "UPDATE vms SET body = json_set(body, '$.init', 'fcd');
      UPDATE snapshots SET body = json_set(body, '$.init', 'fcd');";
+
+/// The migration to schema version 12, which adds `labels` to VMs and snapshots.
+pub(super) const ADD_LABELS: &str = "UPDATE vms SET body = json_set(body, '$.labels', json('{}'));
+     UPDATE snapshots SET body = json_set(body, '$.labels', json('{}'));";
 
 pub(super) fn save(c: &Connection, id: &VmId, row: Option<&VmRow>) -> rusqlite::Result<()> {
     let Some(row) = row else {

@@ -347,7 +347,15 @@ fn fork_is_complete_or_absent() {
         assert!(!world.vmm.is_paused(&vm.id));
     }
 
+    let labels: fcd::testing::ids::Labels = serde_json::from_str(r#"{"ci":"yes"}"#).unwrap();
+    let set = VmSetRequest {
+        vm: "web".into(),
+        labels: labels.clone(),
+        ..Default::default()
+    };
+    world.call::<VmSet>(&set).unwrap();
     let twin = fork(&world, "web", "twin").unwrap();
+    assert_eq!(twin.labels, labels);
     assert!(
         twin.state == VmState::Running && !twin.rm && twin.ports.is_empty(),
         "{twin:?}"

@@ -12,6 +12,7 @@ use fcd::testing::client::Failure;
 use fcd::testing::daemon::Caller;
 use fcd::testing::error::Kind;
 use fcd::testing::guest::fake::{Answer, Gate};
+use fcd::testing::ids::Labels;
 use fcd::testing::vmm::fake::Keyboard;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
@@ -69,6 +70,49 @@ fn set_applies_at_next_start() {
     let disk =
         fcd::testing::disk::root::disk_size(&spec.disk, fcd::testing::disk::Method::Qcow2).unwrap();
     assert_eq!(disk, 2 * ROOTFS_BYTES);
+}
+
+#[test]
+fn labels_are_kept_changed_and_bounded() {
+    let mut world = World::new();
+    let labels = |text: &str| -> Labels { serde_json::from_str(text).unwrap() };
+    let create = VmCreateRequest {
+        name: Some("web".parse().unwrap()),
+        labels: labels(r#"{"ci":"yes","owner":"ann"}"#),
+        ..Default::default()
+    };
+    world.call::<VmCreate>(&create).unwrap();
+    let set = |added: &str, removed: &[&str]| VmSetRequest {
+        vm: "web".into(),
+        labels: labels(added),
+        remove_labels: removed.iter().map(|key| key.parse().unwrap()).collect(),
+        ..Default::default()
+    };
+    let changed = world
+        .call::<VmSet>(&set(r#"{"stage":"2","owner":"bob"}"#, &["ci", "none"]))
+        .unwrap();
+    let expected = labels(r#"{"owner":"bob","stage":"2"}"#);
+    assert_eq!(
+        (changed.vm.labels, changed.vm.pending),
+        (expected.clone(), None)
+    );
+    // What would be too much changes nothing.
+    let many: Vec<String> = (0..31).map(|n| format!(r#""k{n}":"""#)).collect();
+    let e = world
+        .call::<VmSet>(&set(&format!("{{{}}}", many.join(",")), &[]))
+        .unwrap_err();
+    assert_eq!(
+        e.fault.message,
+        "set VM web: a VM has at most 32 labels, and these are 33"
+    );
+    world.restart_daemon();
+    assert_eq!(world.show("web").unwrap().labels, expected);
+    let brief = world.call::<VmListBrief>(&VmListRequest {
+        all: true,
+        brief: true,
+        ..Default::default()
+    });
+    assert_eq!(brief.unwrap().vms[0].labels, expected);
 }
 
 /// The boot and the set write to the same row.

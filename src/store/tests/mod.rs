@@ -54,6 +54,7 @@ fn row(n: u32) -> VmRow {
             work_disk_bytes: None,
             net: crate::api::vm::Net::Nat,
             rates: RateLimits::default(),
+            labels: crate::ids::Labels::default(),
         },
         ports: Vec::new(),
         pending: None,

@@ -94,6 +94,7 @@ pub fn vm() -> Vm {
             bytes: 5,
             prepared_at: 6,
         }),
+        labels: serde_json::from_str(r#"{"ci":"yes"}"#).unwrap(),
     }
 }
 

@@ -6,6 +6,7 @@ pub use super::rates::RateLimits;
 use crate::ids::{ImageRef, KernelName, LabelKey, Labels, OpId, VmId, VmName};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
+use std::net::Ipv4Addr;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -145,6 +146,9 @@ pub struct Vm {
     pub op: Option<OpId>,
     /// The pid of the VMM while it runs.
     pub pid: Option<u32>,
+    /// The address of the running guest on the bridge. Left out in user mode.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ip: Option<Ipv4Addr>,
     /// The address at which the host reaches the guest's SSH server.
     pub ssh_addr: Option<std::net::SocketAddr>,
     /// The driver that runs the VM, with its mode, such as `qemu (tcg, microvm)`.
@@ -185,6 +189,10 @@ pub struct VmBrief<'a> {
     pub unresponsive: bool,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub paused: bool,
+    #[serde(default, skip_serializing_if = "<[Port]>::is_empty")]
+    pub ports: Cow<'a, [Port]>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ip: Option<Ipv4Addr>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub workspace: Option<WorkspaceInfo>,
     #[serde(default, skip_serializing_if = "Labels::is_empty")]
@@ -192,6 +200,26 @@ pub struct VmBrief<'a> {
 }
 
 impl Vm {
+    /// Returns the members that a list in brief has.
+    pub fn brief(&self) -> VmBrief<'_> {
+        VmBrief {
+            id: Cow::Borrowed(&self.id),
+            name: Cow::Borrowed(&self.name),
+            state: self.state,
+            reason: self.reason.as_deref().map(Cow::Borrowed),
+            image: Cow::Borrowed(&self.image),
+            vcpus: self.vcpus,
+            mem_mib: self.mem_mib,
+            created_at: self.created_at,
+            unresponsive: self.unresponsive,
+            paused: self.paused,
+            ports: Cow::Borrowed(&self.ports),
+            ip: self.ip,
+            workspace: self.workspace.clone(),
+            labels: self.labels.clone(),
+        }
+    }
+
     pub fn rates(&self) -> RateLimits {
         RateLimits {
             disk_bytes_per_s: self.disk_bytes_per_s,

@@ -19,7 +19,11 @@ pub(super) const TOPICS: &[(&str, &str, &str)] = &[
         "user mode, the bridge, ports, names, vsock",
         include_str!("../docs/networking.md"),
     ),
-    ("lists", "labels, filters", include_str!("../docs/lists.md")),
+    (
+        "lists",
+        "labels, filters, templates, JSON",
+        include_str!("../docs/lists.md"),
+    ),
     (
         "limits",
         "disk and network rates, memory, quotas",

@@ -3,20 +3,19 @@
 use super::connector::{Connector, operate};
 use super::context::Context;
 use super::image_export;
+use super::image_list::on_host;
 use super::image_pull;
 use super::image_register;
-use super::output::{self, age, short_digest, size};
+use super::output::{self, age, size};
 use super::printer::Printer;
 use super::provision::{self, Recipe};
 use super::signals::Interrupts;
 use crate::api::Empty;
 use crate::api::daemon::Info;
 use crate::api::image::{
-    Image, ImageBuild, ImageBuildRequest, ImageDelete, ImageList, ImagePromote, ImagePrune,
-    ImagePruneReply, ImagePruneRequest, ImageRequest, ImageShow, ImageShowReply, ImageTag,
-    ImageTagRequest,
+    Image, ImageBuild, ImageBuildRequest, ImageDelete, ImagePromote, ImagePrune, ImagePruneReply,
+    ImagePruneRequest, ImageRequest, ImageShow, ImageShowReply, ImageTag, ImageTagRequest,
 };
-use crate::api::page::ListRequest;
 use crate::client::{Client, Result};
 use crate::error::Error;
 use crate::host::plural::count;
@@ -48,7 +47,7 @@ pub(super) enum Verb {
     Promote { image: ImageRef },
     /// List images
     #[command(visible_alias = "ls")]
-    List,
+    List(super::image_list::Args),
     /// Show an image: its digest, configuration and layers
     #[command(visible_alias = "inspect")]
     Show { image: ImageRef },
@@ -126,8 +125,8 @@ pub(super) fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
             tag(&mut ctx.connector, &mut ctx.printer, &request)
         }
         Verb::Prune { all } => prune(&mut ctx.connector, &mut ctx.printer, all),
-        Verb::List => list(&mut ctx.connector, &mut ctx.printer, ctx.now_s),
-        Verb::Delete { images } => delete(&mut ctx.connector, &mut ctx.printer, images),
+        Verb::List(args) => super::image_list::run(ctx, args),
+        Verb::Delete { images } => delete(&mut ctx.connector, &mut ctx.printer, &images),
     }
 }
 
@@ -453,56 +452,16 @@ fn pruned_by_user(reply: &ImagePruneReply, all: bool) -> String {
     }
 }
 
-fn delete(connector: &mut Connector, printer: &mut Printer, images: Vec<ImageRef>) -> Result<u8> {
-    let mut client = connector.connect(printer)?;
-    for image in images {
-        let reply = client.call::<ImageDelete>(&ImageRequest { image })?;
-        if printer.json {
-            printer.document(&reply)?;
-        } else {
-            printer.line(&format!("{}: deleted", reply.deleted))?;
-        }
-    }
-    Ok(0)
-}
-
-fn list(connector: &mut Connector, printer: &mut Printer, now_s: u64) -> Result<u8> {
-    let images = connector
-        .connect(printer)?
-        .list::<ImageList>(ListRequest::default())?;
-    if printer.json {
-        printer.document(&images)?;
-        return Ok(0);
-    }
-    let row = |image: &Image| {
-        vec![
-            image.name.to_string(),
-            image.digest.as_deref().map_or("-", short_digest).to_owned(),
-            image.os.clone(),
-            image.kernel.clone(),
-            size(image.disk_bytes),
-            on_host(image),
-            age(now_s, image.built_at),
-            image.vms.to_string(),
-        ]
-    };
-    let rows: Vec<_> = images.iter().map(row).collect();
-    printer.text(&output::table(
-        &[
-            "NAME", "DIGEST", "OS", "KERNEL", "DISK", "ON HOST", "BUILT", "VMS",
-        ],
-        &rows,
-    ))?;
-    Ok(0)
-}
-
-/// Returns the space that an image uses on this host, or the state of a file that is in place.
-fn on_host(image: &Image) -> String {
-    match &image.file {
-        None => size(image.allocated_bytes),
-        Some(file) if file.changed.is_some() => "changed".to_owned(),
-        Some(_) => "in place".to_owned(),
-    }
+fn delete(connector: &mut Connector, printer: &mut Printer, images: &[ImageRef]) -> Result<u8> {
+    let is_one = images.len() == 1;
+    connector.for_all(printer, images, is_one, |printer, client, image| {
+        let request = ImageRequest {
+            image: image.clone(),
+        };
+        let reply = client.call::<ImageDelete>(&request)?;
+        printer.say(&format!("{}: deleted", reply.deleted))?;
+        Ok(reply)
+    })
 }
 
 #[cfg(test)]

@@ -13,12 +13,14 @@ mod debug;
 mod doctor;
 mod events;
 mod exec;
+mod format;
 mod guest;
 mod habits;
 mod help;
 mod image;
 mod image_export;
 mod image_file;
+mod image_list;
 mod image_pull;
 mod image_register;
 mod image_source;
@@ -79,7 +81,7 @@ struct Cli {
     /// Socket of the daemon [env: FCD_SOCKET]
     #[arg(long, global = true, value_name = "S")]
     socket: Option<PathBuf>,
-    /// Print results as one JSON document, errors as JSON on stderr
+    /// Print results as one JSON document, errors as JSON on stderr; also --format json
     #[arg(long, global = true)]
     json: bool,
     #[command(subcommand)]
@@ -172,6 +174,7 @@ fn command(ctx: &mut Context, args: &[OsString]) -> u8 {
     syntax.build();
     let args = short_forms::expand(&syntax, args);
     let args = &words::with_separator(&syntax, &args);
+    let args = &words::with_json(args);
     let is_guests = words::runs_in_guest(args);
     let parsed = syntax.clone().try_get_matches_from(args);
     let cli = match parsed.and_then(|matches| Cli::from_arg_matches(&matches)) {

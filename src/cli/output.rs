@@ -65,6 +65,8 @@ pub(super) struct Table {
     cells: Vec<Cell>,
     /// The width of each column.
     widths: Vec<usize>,
+    /// The columns that are left out, because no row has text in them.
+    empty: Vec<usize>,
 }
 
 struct Cell {
@@ -80,9 +82,17 @@ impl Table {
             text: String::new(),
             cells: Vec::new(),
             widths: vec![0; headers.len()],
+            empty: Vec::new(),
         };
         headers.iter().for_each(|header| table.cell(header));
         table
+    }
+
+    /// Makes columns optional: they are left out unless a row has text in them. Call this before
+    /// adding rows.
+    pub(super) fn optional(mut self, columns: &[usize]) -> Self {
+        self.empty = columns.to_vec();
+        self
     }
 
     /// Adds the next cell, row by row, without its harmful characters.
@@ -97,6 +107,9 @@ impl Table {
         };
         let column = self.cells.len() % self.widths.len();
         self.widths[column] = self.widths[column].max(width);
+        if width > 0 && !self.empty.is_empty() {
+            self.empty.retain(|empty| *empty != column);
+        }
         self.cells.push(Cell {
             end: self.text.len(),
             width,
@@ -112,8 +125,12 @@ impl Table {
         for row in self.cells.chunks(columns) {
             let line = out.len();
             for (i, (cell, width)) in row.iter().zip(&self.widths).enumerate() {
-                out.push_str(&self.text[begin..cell.end]);
+                let text = &self.text[begin..cell.end];
                 begin = cell.end;
+                if self.empty.contains(&i) {
+                    continue;
+                }
+                out.push_str(text);
                 if i + 1 < columns {
                     out.extend(std::iter::repeat_n(' ', width + GAP - cell.width));
                 }
@@ -242,6 +259,19 @@ mod tests {
                 "16777215 TiB"
             ]
         );
+    }
+
+    #[test]
+    fn optional_columns_are_left_out_if_empty() {
+        let text = |ports: &str| {
+            let mut table = Table::new(&["NAME", "IP", "PORTS", "WHY"]).optional(&[1, 2]);
+            for row in [["a", "", "", "x"], ["bb", "", ports, ""]] {
+                row.iter().for_each(|cell| table.cell(cell));
+            }
+            table.render()
+        };
+        assert_eq!(text(""), "NAME  WHY\na     x\nbb\n");
+        assert_eq!(text("80"), "NAME  PORTS  WHY\na            x\nbb    80\n");
     }
 
     #[test]

@@ -1,14 +1,20 @@
 //! `ps` and `vm list`.
 
 use super::context::Context;
+use super::format::{Field, ListArgs, Value, field};
 use super::output::{Table, age, short_digest, size};
-use super::vm_text::{state, state_text, workspace_line};
+use super::selection::Filter;
+use super::vm_text::{label_list, state, state_text, workspace_line};
+use crate::api::port::Port;
 use crate::api::vm::{Vm, VmBrief, VmList, VmListBrief, VmListRequest};
-use crate::client::Result;
+use crate::client::{Client, Result};
+use crate::ids::VmId;
 
 /// Maximum number of VMs in a page. A long list has several pages, so that the daemon builds a page
 /// while fcctl formats the previous one.
 const PAGE_ITEMS: u32 = 500;
+/// How many characters of a VM's labels a table shows without --no-trunc.
+const LABELS_WIDTH_MAX: usize = 40;
 
 #[derive(clap::Args, Debug)]
 pub(super) struct Args {
@@ -19,12 +25,48 @@ pub(super) struct Args {
     #[arg(short, long)]
     quiet: bool,
     /// Also show the digests of the images and the sizes of the disks
-    #[arg(short, long, conflicts_with = "quiet")]
+    #[arg(short, long, conflicts_with_all = ["quiet", "format"])]
     size: bool,
-    /// Like --size, with whole digests
-    #[arg(long, conflicts_with = "quiet")]
+    /// Like --size, with whole digests and labels
+    #[arg(long, conflicts_with_all = ["quiet", "format"])]
     no_trunc: bool,
+    #[command(flatten)]
+    filter: Filter,
+    #[command(flatten)]
+    list: ListArgs,
 }
+
+/// The fields of a VM, for templates and sorting.
+pub(super) const FIELDS: &[Field<Vm>] = &[
+    field("ID", "ID", |vm| Value::text(&vm.id)),
+    field("Name", "NAME", |vm| Value::text(&vm.name)),
+    field("State", "STATE", |vm| Value::text(vm.state.name())),
+    field("Status", "STATUS", |vm| Value::text(state(vm))),
+    field("Image", "IMAGE", |vm| Value::text(&vm.image)),
+    field("Digest", "DIGEST", |vm| {
+        Value::optional(vm.image_digest.as_ref())
+    }),
+    field("VCPUs", "VCPUS", |vm| Value::Number(vm.vcpus.into())),
+    field("Memory", "MEMORY", |vm| Value::Bytes(vm.mem_mib << 20)),
+    field("Size", "SIZE", |vm| Value::Bytes(vm.disk_bytes)),
+    field("Created", "CREATED", |vm| Value::Time(vm.created_at)),
+    field("Started", "STARTED", |vm| {
+        vm.started_at.map_or(Value::Missing, Value::Time)
+    }),
+    field("IP", "IP", |vm| Value::optional(vm.ip)),
+    field("Ports", "PORTS", |vm| Value::text(ports(&vm.ports))),
+    field("SSH", "SSH", |vm| Value::optional(vm.ssh_addr)),
+    field("Workspace", "WORKSPACE", |vm| {
+        Value::optional(vm.workspace.as_ref().map(workspace_line))
+    }),
+    field("Labels", "LABELS", |vm| Value::text(label_list(&vm.labels))),
+    field("Driver", "DRIVER", |vm| Value::optional(vm.driver.as_ref())),
+    field("PID", "PID", |vm| {
+        vm.pid
+            .map_or(Value::Missing, |pid| Value::Number(pid.into()))
+    }),
+    field("Owner", "OWNER", |vm| Value::Number(vm.owner_uid.into())),
+];
 
 pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     let Context {
@@ -33,46 +75,87 @@ pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
         now_s,
         ..
     } = ctx;
+    let template = args.list.parse(FIELDS)?;
     let mut client = connector.connect(printer)?;
     let request = VmListRequest {
-        all: args.all,
+        // A state names VMs that are not running, too.
+        all: args.all || args.filter.has_state(),
+        limit: (!printer.json || args.quiet).then_some(PAGE_ITEMS),
         ..Default::default()
     };
-    if printer.json && !args.quiet {
-        printer.document(&client.list::<VmList>(request)?)?;
-        return Ok(0);
-    }
-    let request = VmListRequest {
-        brief: true,
-        limit: Some(PAGE_ITEMS),
-        ..request
-    };
+    let needs_all_members = args.size || args.no_trunc || !args.list.is_empty();
     if args.quiet {
-        let vms = client.list::<VmListBrief>(request)?;
-        let ids: Vec<&str> = vms.iter().map(|vm| vm.id.as_str()).collect();
+        let ids = ids(&mut client, request, &args)?;
         if printer.json {
             printer.document(&ids)?;
         } else {
             printer.text(&ids.iter().map(|id| format!("{id}\n")).collect::<String>())?;
         }
-        return Ok(0);
-    }
-    if args.size || args.no_trunc {
+    } else if printer.json || needs_all_members {
+        let vms = whole(&mut client, request, &args)?;
+        match template {
+            _ if printer.json => printer.document(&vms)?,
+            Some(template) => printer.text(&template.render(FIELDS, &vms, *now_s))?,
+            None => printer.text(&table(&vms, &args, *now_s))?,
+        }
+    } else {
+        let mut table = usual_table();
         let request = VmListRequest {
-            brief: false,
+            brief: true,
             ..request
         };
-        let mut table = Table::new(&[
-            "NAME", "ID", "STATE", "IMAGE", "DIGEST", "SIZE", "VCPUS", "MEMORY", "CREATED",
-        ]);
-        client.list_pages::<VmList>(request, &mut |vms| {
-            vms.iter()
-                .for_each(|vm| row_with_size(&mut table, vm, *now_s, args.no_trunc))
+        client.list_pages::<VmListBrief>(request, &mut |vms| {
+            let vms = vms.iter().filter(|vm| args.filter.matches(vm));
+            vms.for_each(|vm| row(&mut table, vm, *now_s));
         })?;
         printer.text(&table.render())?;
-        return Ok(0);
     }
-    let mut table = Table::new(&[
+    Ok(0)
+}
+
+fn ids(client: &mut Client, request: VmListRequest, args: &Args) -> Result<Vec<VmId>> {
+    if !args.list.is_empty() {
+        let vms = whole(client, request, args)?;
+        return Ok(vms.into_iter().map(|vm| vm.id).collect());
+    }
+    let request = VmListRequest {
+        brief: true,
+        ..request
+    };
+    let vms = client.list::<VmListBrief>(request)?;
+    let chosen = vms.into_iter().filter(|vm| args.filter.matches(vm));
+    Ok(chosen.map(|vm| vm.id.into_owned()).collect())
+}
+
+/// Returns the chosen VMs with all members, in the requested order.
+fn whole(client: &mut Client, request: VmListRequest, args: &Args) -> Result<Vec<Vm>> {
+    let mut vms = client.list::<VmList>(request)?;
+    if !args.filter.is_empty() {
+        vms.retain(|vm| args.filter.matches(&vm.brief()));
+    }
+    args.list.sort(&mut vms, FIELDS)?;
+    Ok(vms)
+}
+
+fn table(vms: &[Vm], args: &Args, now_s: u64) -> String {
+    if !args.size && !args.no_trunc {
+        let mut table = usual_table();
+        vms.iter()
+            .for_each(|vm| row(&mut table, &vm.brief(), now_s));
+        return table.render();
+    }
+    let headers = [
+        "NAME", "ID", "STATE", "IMAGE", "DIGEST", "SIZE", "VCPUS", "MEMORY", "CREATED", "IP",
+        "PORTS", "LABELS",
+    ];
+    let mut table = Table::new(&headers).optional(&[9, 10, 11]);
+    vms.iter()
+        .for_each(|vm| row_with_size(&mut table, vm, now_s, args.no_trunc));
+    table.render()
+}
+
+fn usual_table() -> Table {
+    let headers = [
         "NAME",
         "ID",
         "STATE",
@@ -80,13 +163,12 @@ pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
         "VCPUS",
         "MEMORY",
         "CREATED",
+        "IP",
+        "PORTS",
         "WORKSPACE",
-    ]);
-    client.list_pages::<VmListBrief>(request, &mut |vms| {
-        vms.iter().for_each(|vm| row(&mut table, vm, *now_s))
-    })?;
-    printer.text(&table.render())?;
-    Ok(0)
+        "LABELS",
+    ];
+    Table::new(&headers).optional(&[7, 8, 10])
 }
 
 fn row(table: &mut Table, vm: &VmBrief<'_>, now_s: u64) {
@@ -102,12 +184,14 @@ fn row(table: &mut Table, vm: &VmBrief<'_>, now_s: u64) {
     table.cell(&vm.vcpus.to_string());
     table.cell(&size(vm.mem_mib << 20));
     table.cell(&age(now_s, vm.created_at));
+    addresses(table, vm);
     table.cell(
         &vm.workspace
             .as_ref()
             .map(workspace_line)
             .unwrap_or_default(),
     );
+    table.cell(&shortened(&label_list(&vm.labels)));
 }
 
 /// Leaves out the workspace, because the digest takes its place.
@@ -126,6 +210,33 @@ fn row_with_size(table: &mut Table, vm: &Vm, now_s: u64, is_whole: bool) {
     table.cell(&vm.vcpus.to_string());
     table.cell(&size(vm.mem_mib << 20));
     table.cell(&age(now_s, vm.created_at));
+    addresses(table, &vm.brief());
+    let labels = label_list(&vm.labels);
+    table.cell(&if is_whole { labels } else { shortened(&labels) });
+}
+
+/// Adds the cells of the columns IP and PORTS.
+fn addresses(table: &mut Table, vm: &VmBrief<'_>) {
+    table.cell(&vm.ip.map(|ip| ip.to_string()).unwrap_or_default());
+    table.cell(&ports(&vm.ports));
+}
+
+/// Lists ports as docker ps does: `127.0.0.1:8080->80/tcp`.
+fn ports(ports: &[Port]) -> String {
+    let text = |port: &Port| {
+        let (address, protocol) = (port.host_addr, port.protocol.name());
+        let (host, guest) = (port.host_port, port.guest_port);
+        format!("{address}:{host}->{guest}/{protocol}")
+    };
+    ports.iter().map(text).collect::<Vec<_>>().join(", ")
+}
+
+/// Shortens a text that would make the table too wide.
+fn shortened(text: &str) -> String {
+    match text.char_indices().nth(LABELS_WIDTH_MAX) {
+        None => text.to_owned(),
+        Some((end, _)) => format!("{}...", &text[..end]),
+    }
 }
 
 #[cfg(test)]
@@ -233,6 +344,141 @@ mod tests {
             vms,
             [vm("web", VmState::Running), vm("db", VmState::Stopped)]
         );
+    }
+
+    /// Starts a daemon with VMs that have ports, an address and labels.
+    fn with_addresses() -> Fake {
+        Fake::start(|r| {
+            let port = |host_port, guest_port| crate::api::port::Port {
+                host_addr: [127, 0, 0, 1].into(),
+                host_port,
+                guest_port,
+                protocol: crate::api::port::Protocol::Tcp,
+            };
+            let web = Vm {
+                ports: vec![port(8080, 80), port(8443, 443)],
+                ip: Some([10, 89, 0, 2].into()),
+                labels: serde_json::from_str(
+                    r#"{"ci":"yes","note":"a long text that makes the line too wide"}"#,
+                )
+                .unwrap(),
+                mem_mib: 512,
+                ..vm("web", VmState::Running)
+            };
+            r.result(json!({"vms": [web, vm("db", VmState::Stopped)]}));
+        })
+    }
+
+    #[test]
+    fn list_shows_columns_that_have_text() {
+        let fake = with_addresses();
+        check(
+            &fake,
+            &["ps", "-a"],
+            expect![[r#"
+            > vm.list {"all":true,"brief":true,"limit":500}
+            NAME  ID            STATE    IMAGE    VCPUS  MEMORY   CREATED  IP         PORTS                                            WORKSPACE  LABELS
+            web   000000776562  running  default  1      512 MiB  1h ago   10.89.0.2  127.0.0.1:8080->80/tcp, 127.0.0.1:8443->443/tcp             ci=yes, note=a long text that makes the ...
+            db    000000006462  stopped  default  1      1 GiB    1h ago
+            status 0
+        "#]],
+        );
+        check(
+            &fake,
+            &["ps", "-a", "--no-trunc", "--filter", "label=ci"],
+            expect![[r#"
+                > vm.list {"all":true,"limit":500}
+                NAME  ID            STATE    IMAGE    DIGEST  SIZE   VCPUS  MEMORY   CREATED  IP         PORTS                                            LABELS
+                web   000000776562  running  default  -       4 GiB  1      512 MiB  1h ago   10.89.0.2  127.0.0.1:8080->80/tcp, 127.0.0.1:8443->443/tcp  ci=yes, note=a long text that makes the line too wide
+                status 0
+            "#]],
+        );
+        check(
+            &fake,
+            &["ps", "-q", "--filter", "state=stopped"],
+            expect![[r#"
+                > vm.list {"all":true,"brief":true,"limit":500}
+                000000006462
+                status 0
+            "#]],
+        );
+    }
+
+    #[test]
+    fn list_with_template_and_order() {
+        let fake = with_addresses();
+        check(
+            &fake,
+            &[
+                "ps",
+                "--format",
+                r"{{.Name}}\t{{.State}}\t{{.Ports}}",
+                "--sort",
+                "name",
+            ],
+            expect![[r#"
+                > vm.list {"all":false,"limit":500}
+                db	stopped	
+                web	running	127.0.0.1:8080->80/tcp, 127.0.0.1:8443->443/tcp
+                status 0
+            "#]],
+        );
+        check(
+            &fake,
+            &[
+                "ps",
+                "-a",
+                "--format",
+                r"table {{.Name}}\t{{.Memory}}\t{{.IP}}",
+                "--sort",
+                "-memory",
+            ],
+            expect![[r#"
+                > vm.list {"all":true,"limit":500}
+                NAME  MEMORY   IP
+                db    1 GiB
+                web   512 MiB  10.89.0.2
+                status 0
+            "#]],
+        );
+        check(
+            &fake,
+            &["ps", "--sort", "memory", "--format", "table"],
+            expect![[r#"
+                > vm.list {"all":false,"limit":500}
+                NAME  ID            STATE    IMAGE    VCPUS  MEMORY   CREATED  IP         PORTS                                            WORKSPACE  LABELS
+                web   000000776562  running  default  1      512 MiB  1h ago   10.89.0.2  127.0.0.1:8080->80/tcp, 127.0.0.1:8443->443/tcp             ci=yes, note=a long text that makes the ...
+                db    000000006462  stopped  default  1      1 GiB    1h ago
+                status 0
+            "#]],
+        );
+        check(
+            &fake,
+            &["ps", "--format", "{{.Names}}"],
+            expect![[r#"
+            ! fcctl: --format has an unknown field: ".Names"
+            ! hint: fields: .ID .Name .State .Status .Image .Digest .VCPUs .Memory .Size .Created .Started .IP .Ports .SSH .Workspace .Labels .Driver .PID .Owner
+            status 2
+        "#]],
+        );
+        check(
+            &fake,
+            &["ps", "--sort", "size,name"],
+            expect![[r#"
+            ! fcctl: --sort "size,name": unknown field
+            ! hint: fields: .ID .Name .State .Status .Image .Digest .VCPUs .Memory .Size .Created .Started .IP .Ports .SSH .Workspace .Labels .Driver .PID .Owner
+            status 2
+        "#]],
+        );
+        for json in [
+            &["ps", "--format", "json", "--filter", "name=db"][..],
+            &["ps", "--format=json", "--filter", "name=db"],
+            &["--format", "json", "vm", "list", "--filter", "name=db"],
+            &["ps", "--json", "--filter", "name=db"],
+        ] {
+            let vms: Vec<Vm> = serde_json::from_slice(&fcctl(&fake, json).out).unwrap();
+            assert_eq!(vms, [vm("db", VmState::Stopped)], "{json:?}");
+        }
     }
 
     #[test]

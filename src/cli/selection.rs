@@ -185,6 +185,11 @@ impl Filter {
         self.terms.iter().flat_map(|terms| &terms.terms)
     }
 
+    /// True if the filter names a state, so that VMs in every state count.
+    pub(super) fn has_state(&self) -> bool {
+        self.terms().any(|term| term.kind() == 0)
+    }
+
     pub(super) fn matches(&self, vm: &VmBrief<'_>) -> bool {
         self.terms().all(|term| match term {
             Term::Label(..) => term.matches(vm),

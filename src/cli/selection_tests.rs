@@ -167,6 +167,8 @@ fn matches(filters: &[&str], expected: bool) {
         created_at: 1,
         unresponsive: false,
         paused: true,
+        ports: Cow::Borrowed(&[]),
+        ip: None,
         workspace: None,
         labels: labels(r#"{"ci":"yes","owner":"ann, name=bob","draft":""}"#),
     };

@@ -140,6 +140,7 @@ pub(super) fn vm(name: &str, state: VmState) -> Vm {
         started_at: None,
         op: None,
         pid: None,
+        ip: None,
         ssh_addr: None,
         driver: None,
         disk_driver: None,

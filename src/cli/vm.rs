@@ -2,7 +2,9 @@
 
 use super::connector::{Connector, operate};
 use super::context::Context;
+use super::format::Template;
 use super::printer::Printer;
+use super::ps::FIELDS;
 use super::rates::Rates;
 use super::selection::{Filter, Selection, for_each_vm, parse_state};
 use super::values::{
@@ -49,7 +51,7 @@ pub(super) enum Verb {
     #[command(visible_alias = "ls")]
     List(super::ps::Args),
     /// Show details of VMs
-    Show(Selection),
+    Show(ShowArgs),
     /// List, add and remove published ports of VMs
     #[command(visible_alias = "port")]
     Ports(super::port::Args),
@@ -126,6 +128,15 @@ pub(super) struct Shape {
 pub(super) struct Target {
     /// Name, ID, or ID prefix
     vm: String,
+}
+
+#[derive(clap::Args, Debug)]
+pub(super) struct ShowArgs {
+    #[command(flatten)]
+    targets: Selection,
+    /// Print with a template such as '{{.State}}', or `json` (fcctl help lists)
+    #[arg(short, long, value_name = "TEMPLATE")]
+    format: Option<String>,
 }
 
 #[derive(clap::Args, Debug)]
@@ -384,18 +395,27 @@ fn show(
     connector: &mut Connector,
     printer: &mut Printer,
     now_s: u64,
-    args: Selection,
+    args: ShowArgs,
 ) -> Result<u8> {
+    // --format json is --json already, but -f json is not.
+    printer.json |= args.format.as_deref() == Some("json");
+    let template = args.format.filter(|_| !printer.json);
+    let template = template.map(|text| Template::parse(&text, FIELDS));
+    let template = template.transpose()?;
     let mut is_first = true;
-    for_each_vm(connector, printer, &args, |printer, client, vm| {
+    for_each_vm(connector, printer, &args.targets, |printer, client, vm| {
         let vm = client.call::<VmShow>(&VmRequest { vm: vm.vm.clone() })?.vm;
-        if !printer.json {
-            let gap = if std::mem::replace(&mut is_first, false) {
-                ""
-            } else {
-                "\n"
-            };
-            printer.text(&format!("{gap}{}", sheet(&vm, now_s)))?;
+        let gap = if std::mem::replace(&mut is_first, false) {
+            ""
+        } else {
+            "\n"
+        };
+        match &template {
+            _ if printer.json => {}
+            Some(template) => {
+                printer.text(&template.render(FIELDS, std::slice::from_ref(&vm), now_s))?;
+            }
+            None => printer.text(&format!("{gap}{}", sheet(&vm, now_s)))?,
         }
         Ok(vm)
     })

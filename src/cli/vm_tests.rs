@@ -73,6 +73,36 @@ fn show_prints_all_details() {
 }
 
 #[test]
+fn show_with_template_prints_its_fields() {
+    let fake = two_vms();
+    check(
+        &fake,
+        &["inspect", "-f", "{{.Name}}: {{.State}}", "web", "db"],
+        expect![[r#"
+            > vm.show {"vm":"web"}
+            > vm.show {"vm":"db"}
+            web: stopped
+            db: stopped
+            status 0
+        "#]],
+    );
+    check(
+        &fake,
+        &["inspect", "--format", "{{.IPAddress}}", "web"],
+        expect![[r#"
+            ! fcctl: --format has an unknown field: ".IPAddress"
+            ! hint: fields: .ID .Name .State .Status .Image .Digest .VCPUs .Memory .Size .Created .Started .IP .Ports .SSH .Workspace .Labels .Driver .PID .Owner
+            status 2
+        "#]],
+    );
+    for json in [&["-f", "json"][..], &["--format", "json"], &["--json"]] {
+        let ran = fcctl(&fake, &[&["inspect", "web"], json].concat());
+        let shown: Vm = serde_json::from_slice(&ran.out).unwrap();
+        assert_eq!(shown.name.as_str(), "web");
+    }
+}
+
+#[test]
 fn create_prints_the_name() {
     let fake = Fake::start(|r| r.result(json!({"vm": vm("brave-otter", VmState::Created)})));
     check(

@@ -24,6 +24,27 @@ pub(super) fn with_separator(cli: &clap::Command, args: &[OsString]) -> Vec<OsSt
     args
 }
 
+/// Replaces `--format json` before the command of a guest with `--json`, which every command has.
+pub(super) fn with_json(args: &[OsString]) -> Vec<OsString> {
+    let mut words = args.iter().peekable();
+    let mut replaced = Vec::new();
+    while let Some(word) = words.next() {
+        let is_pair = word == "--format" && words.peek().is_some_and(|next| *next == "json");
+        if is_pair {
+            words.next();
+        }
+        if is_pair || word == "--format=json" {
+            replaced.push("--json".into());
+            continue;
+        }
+        replaced.push(word.clone());
+        if word == "--" {
+            replaced.extend(words.by_ref().cloned());
+        }
+    }
+    replaced
+}
+
 /// Returns the place of the command in a command line, if no `--` precedes it.
 fn command_at(cli: &clap::Command, args: &[OsString]) -> Option<usize> {
     let noun = first_plain(cli, args.get(1..)?)?;
@@ -99,7 +120,7 @@ pub(super) fn runs_in_guest(args: &[OsString]) -> bool {
     let mut words = args.iter().skip(1);
     while let Some(word) = words.next() {
         match word.to_str() {
-            Some("--socket") => drop(words.next()),
+            Some("--socket" | "--format") => drop(words.next()),
             Some(word) if word.starts_with('-') => {}
             Some(word) => return word == "exec" || word == "run",
             None => return false,
@@ -171,10 +192,12 @@ impl Word {
         }
         if let Some(long) = word.strip_prefix("--") {
             let name = long.split('=').next().unwrap_or_default();
+            // Every command takes `--format json`.
             let takes_next = !long.contains('=')
-                && command
-                    .get_arguments()
-                    .any(|arg| arg.get_long() == Some(name) && takes_value(arg));
+                && (name == "format"
+                    || command
+                        .get_arguments()
+                        .any(|arg| arg.get_long() == Some(name) && takes_value(arg)));
             return Self::Option {
                 words: 1 + usize::from(takes_next),
                 is_image: name == "image",
@@ -272,6 +295,10 @@ mod tests {
                 "fcctl --socket exec exec --user dev web id",
                 "fcctl --socket exec exec --user dev web -- id",
             ),
+            (
+                "fcctl exec --format json web prog --format json",
+                "fcctl exec --format json web -- prog --format json",
+            ),
             ("fcctl ssh web uptime", "fcctl ssh web -- uptime"),
             (
                 "fcctl ssh -u dev web ls -l",
@@ -279,6 +306,25 @@ mod tests {
             ),
         ] {
             check(line, expected);
+        }
+    }
+
+    #[test]
+    fn format_json_is_json() {
+        for (line, expected) in [
+            ("fcctl --format json ps -a", "fcctl --json ps -a"),
+            ("fcctl op list --format=json", "fcctl op list --json"),
+            (
+                "fcctl exec --format json web -- p --format json",
+                "fcctl exec --json web -- p --format json",
+            ),
+            ("fcctl ps --format {{.Name}}", "fcctl ps --format {{.Name}}"),
+            ("fcctl ps --format", "fcctl ps --format"),
+        ] {
+            let args: Vec<OsString> = line.split(' ').map(OsString::from).collect();
+            let words = with_json(&args);
+            let words: Vec<_> = words.iter().map(|w| w.to_str().unwrap()).collect();
+            assert_eq!(words.join(" "), expected);
         }
     }
 

@@ -3,6 +3,7 @@
 use crate::api::vm::{Vm, VmBrief, VmState};
 use crate::store::{Seen, State, VmRow, WorkspaceRow};
 use std::borrow::Cow;
+use std::net::Ipv4Addr;
 
 /// Returns the full view of a row, with the VM's workspace from the store.
 pub(super) fn view_of(state: &State, row: &VmRow) -> Vm {
@@ -37,6 +38,7 @@ pub(super) fn view(row: &VmRow, workspace: Option<&WorkspaceRow>) -> Vm {
         started_at: row.started_at,
         op: row.op.clone(),
         pid: row.identity.as_ref().map(|i| i.pid),
+        ip: address(row),
         ssh_addr: row.ssh_addr,
         driver: row.driver.clone(),
         disk_driver: row.disk_driver.clone(),
@@ -63,9 +65,20 @@ pub(super) fn brief(seen: &Seen) -> VmBrief<'_> {
         created_at: row.created_at,
         unresponsive: is_unresponsive(row),
         paused: is_paused(row),
+        ports: Cow::Borrowed(&row.ports),
+        ip: address(row),
         workspace: seen.workspace.as_ref().map(|w| w.info.clone()),
         labels: row.shape.labels.clone(),
     }
+}
+
+/// Returns the address of the guest on the bridge while it may be up.
+fn address(row: &VmRow) -> Option<Ipv4Addr> {
+    let may_be_up = matches!(row.state, VmState::Running | VmState::Stopping);
+    row.tap
+        .as_ref()
+        .filter(|_| may_be_up)
+        .map(|tap| tap.address)
 }
 
 fn is_unresponsive(row: &VmRow) -> bool {

@@ -261,10 +261,10 @@ fn daemon_goldens() {
         Empty {},
         info,
         expect![[r#"
-        fcd.info
-        {}
-        {"api":{"major":1,"minor":0},"version":"0.1.0","features":["exec"],"pid":1,"uid":2,"state_dir":"/var/lib/fcd","uptime_s":3,"guest_roots":["/root"]}
-    "#]],
+            fcd.info
+            {}
+            {"api":{"major":1,"minor":0},"version":"0.1.0","features":["exec"],"pid":1,"uid":2,"state_dir":"/var/lib/fcd","uptime_s":3,"guest_roots":["/root"]}
+        "#]],
     );
     let check = Check {
         id: "kvm".into(),

@@ -78,6 +78,7 @@ pub fn vm() -> Vm {
         started_at: Some(2),
         op: Some(id()),
         pid: Some(3),
+        ip: Some("10.89.0.2".parse().unwrap()),
         ssh_addr: Some("127.0.0.1:22".parse().unwrap()),
         driver: Some("qemu (tcg, microvm)".into()),
         disk_driver: Some("qcow2".into()),

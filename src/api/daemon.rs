@@ -21,6 +21,74 @@ pub struct InfoReply {
     pub uptime_s: u64,
     /// The guest directories below which a workspace may be.
     pub guest_roots: Vec<String>,
+    /// The driver that starts VMs, with its mode, such as `qemu (tcg, microvm)`. A daemon that has
+    /// not started a VM yet may know only its name.
+    #[serde(default)]
+    pub driver: String,
+    /// `user`, or `bridge`.
+    #[serde(default)]
+    pub network: String,
+    /// How root disks are made on this host, as in [`super::vm::Vm::disk_driver`]. Null if they
+    /// cannot be made.
+    #[serde(default)]
+    pub disk_driver: Option<String>,
+}
+
+/// What takes space on the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SpaceKind {
+    /// The disks and logs of VMs.
+    Vms,
+    Images,
+    /// The cached layers of pulled images.
+    Layers,
+    /// The guest runtimes, with which images boot that have no kernel.
+    Runtimes,
+    Kernels,
+    Snapshots,
+}
+
+/// The space that things of one kind use.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SpaceUse {
+    pub kind: SpaceKind,
+    pub count: u64,
+    /// How many of them are in use: VMs that run, images with VMs or snapshots, snapshots whose VM
+    /// exists.
+    pub active: u64,
+    pub bytes: u64,
+    /// What the caller would get back by removing what is not in use and belongs to the caller.
+    pub reclaimable_bytes: u64,
+    /// The names of images and guest runtimes that the caller may remove and nothing uses. At most
+    /// 1,000.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub reclaimable: Vec<String>,
+}
+
+impl SpaceUse {
+    pub fn new(kind: SpaceKind) -> Self {
+        Self {
+            kind,
+            count: 0,
+            active: 0,
+            bytes: 0,
+            reclaimable_bytes: 0,
+            reclaimable: Vec::new(),
+        }
+    }
+
+    /// Counts one more.
+    pub fn add(&mut self, bytes: u64, is_active: bool) {
+        self.count += 1;
+        self.active += u64::from(is_active);
+        self.bytes += bytes;
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SpaceReply {
+    pub kinds: Vec<SpaceUse>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -130,6 +198,9 @@ pub struct DebugLocksReply {
 
 calls! {
     Info = "fcd.info" (super::Empty) -> InfoReply [Anybody, Unkeyed, Nothing, NoFds];
+    /// Reports the space that VMs, images and what serves them use, and how much of it nothing
+    /// needs.
+    Space = "fcd.space" (super::Empty) -> SpaceReply [Anybody, Unkeyed, Nothing, NoFds];
     Doctor = "fcd.doctor" (super::Empty) -> DoctorReply [Anybody, Unkeyed, Nothing, NoFds];
     Leaks = "fcd.leaks" (LeaksRequest) -> LeaksReply [Privileged, Unkeyed, Nothing, NoFds];
     DebugLocks = "debug.locks" (super::Empty) -> DebugLocksReply [Anybody, Unkeyed, Nothing, NoFds];

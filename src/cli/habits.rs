@@ -54,9 +54,9 @@ const HABITS: &[Habit] = &[
     // VMs and images.
     top(
         &["prune"],
-        "stopped VMs: fcctl vm prune\n\
-         cached layers: fcctl image prune\n\
-         unused images too: fcctl image prune --all",
+        "what nothing uses: fcctl system prune --dry-run\n\
+         stopped VMs: fcctl vm prune\n\
+         unused images: fcctl image prune --all",
     ),
     top(
         &["show"],

@@ -1,16 +1,15 @@
 //! `doctor --leaks`: lists what belongs to fcd on this host but to no VM, and removes it only when
 //! asked.
 
+use super::confirm::Question;
 use super::connector::Connector;
 use super::context::Stdio;
 use super::output;
 use super::printer::Printer;
 use crate::api::daemon::{Leak, Leaks, LeaksRequest};
 use crate::client::Result;
-use crate::error::Error;
 use crate::host::plural::count;
 use crate::host::text::printable;
-use std::io::{BufRead, BufReader};
 
 /// The exit status is 0 if no leak is left.
 pub(super) fn run(
@@ -28,7 +27,12 @@ pub(super) fn run(
     if !printer.json {
         tell(printer, &found)?;
     }
-    if !yes && !confirmed(printer, stdio, found.len())? {
+    let question = Question {
+        doing: "remove leftovers",
+        text: format!("remove {}?", count(found.len() as u64, "leftover")),
+        hint: "review the list (fcctl doctor --leaks), then add --yes",
+    };
+    if !yes && !question.is_confirmed(printer, stdio)? {
         printer.note("nothing was removed");
         return Ok(1);
     }
@@ -73,23 +77,4 @@ fn tell(printer: &mut Printer, leaks: &[Leak]) -> Result<()> {
         .map(|l| vec![l.kind.clone(), l.name.clone(), l.why.clone()])
         .collect();
     printer.text(&output::table(&["KIND", "NAME", "WHY"], &rows))
-}
-
-/// Asks on the terminal. Without a terminal only `--yes` confirms.
-fn confirmed(printer: &mut Printer, stdio: &Stdio, number: usize) -> Result<bool> {
-    if !stdio.stdin_is_terminal() {
-        let e = Error::invalid("remove leftovers: there is no terminal to ask for confirmation");
-        return Err(e
-            .hint("review the list (fcctl doctor --leaks), then add --yes")
-            .into());
-    }
-    printer.note(&format!(
-        "remove {}? [y/N]",
-        count(number as u64, "leftover")
-    ));
-    let mut answer = String::new();
-    BufReader::new(&stdio.stdin)
-        .read_line(&mut answer)
-        .map_err(|e| Error::io("read the answer", e))?;
-    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
 }

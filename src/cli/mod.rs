@@ -6,6 +6,7 @@
 //! failure of fcctl or fcd.
 
 mod apply;
+mod confirm;
 mod connect;
 mod connector;
 mod context;
@@ -46,6 +47,7 @@ mod signals;
 mod snapshot;
 mod ssh;
 mod stats;
+mod system;
 mod terminal;
 #[cfg(test)]
 mod tests;
@@ -131,6 +133,11 @@ enum Noun {
     /// List, await and cancel operations
     #[command(subcommand)]
     Op(op::Verb),
+    /// Show versions, drivers, VMs by state and the space in use
+    Info,
+    /// Show and free the space that fcd uses
+    #[command(subcommand)]
+    System(system::Verb),
     /// Check this host: what fcd uses, what is missing, how to fix it
     Doctor(doctor::Args),
     /// Call a method of the daemon's API
@@ -228,6 +235,8 @@ fn dispatch(ctx: &mut Context, noun: Noun) -> Result<u8> {
         Noun::Image(verb) => image::run(ctx, verb),
         Noun::Kernel(verb) => kernel::run(ctx, verb),
         Noun::Op(verb) => op::run(ctx, verb),
+        Noun::Info => system::run(ctx, system::Verb::Info),
+        Noun::System(verb) => system::run(ctx, verb),
         Noun::Doctor(args) => doctor::run(ctx, &args),
         Noun::Rpc(args) => rpc::run(ctx, args),
         Noun::Debug(verb) => debug::run(ctx, verb),

@@ -54,6 +54,19 @@ pub struct Doctor {
 }
 
 impl Doctor {
+    /// Describes the driver that starts VMs.
+    pub fn driver(&self) -> String {
+        self.vmm.describe()
+    }
+
+    /// Returns the driver of the VMs' network.
+    pub fn network(&self) -> &'static str {
+        match self.networks.net {
+            Some(_) => "bridge",
+            None => "user",
+        }
+    }
+
     /// Runs the checks, or returns the recent result of another caller's run.
     ///
     /// # Errors

@@ -172,6 +172,7 @@ mod single_flight;
 mod snapshot_registry;
 mod snapshot_writer;
 mod snapshots;
+mod space;
 mod spec;
 mod stats;
 mod temporary;

@@ -222,6 +222,7 @@ impl CallContext<'_> {
             AnyCall::Op(Op::OpCancel(r)) => reply(d.core.op_cancel(c, &r.op)),
             AnyCall::Event(Event::EventsWatch(r)) => self.events(&r),
             AnyCall::Daemon(Fcd::Info(Empty {})) => reply(Ok(self.info())),
+            AnyCall::Daemon(Fcd::Space(Empty {})) => reply(d.images.space(c)),
             AnyCall::Daemon(Fcd::Doctor(Empty {})) => reply(d.doctor.doctor(c)),
             AnyCall::Daemon(Fcd::Leaks(r)) => reply(d.doctor.leaks(r.fix)),
             AnyCall::Daemon(Fcd::DebugLocks(Empty {})) => reply(Ok(d.core.debug_locks())),
@@ -345,6 +346,9 @@ impl CallContext<'_> {
             state_dir: self.daemon.config.state_dir.display().to_string(),
             uptime_s: self.daemon.uptime().as_secs(),
             guest_roots: self.daemon.transfers.guest_roots(),
+            driver: self.daemon.doctor.driver(),
+            network: self.daemon.doctor.network().to_owned(),
+            disk_driver: self.daemon.images.disk_driver().map(str::to_owned),
         }
     }
 }

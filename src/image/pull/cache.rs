@@ -26,7 +26,7 @@ pub(crate) struct Layers {
     bytes_max: u64,
 }
 
-/// What [`Layers::prune`] removed.
+/// How much [`Layers::prune`] removed, or would remove.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Pruned {
     pub layers: u64,
@@ -128,6 +128,16 @@ impl Layers {
     /// downloads until the cache fits its limit.
     pub(crate) fn trim(&self) -> Result<Pruned> {
         self.remove_beyond(self.bytes_max)
+    }
+
+    /// Returns how many layers are cached, and how much space they and the partial downloads use.
+    pub(crate) fn used(&self) -> Result<Pruned> {
+        let mut used = Pruned::default();
+        for layer in self.list()? {
+            used.layers += u64::from(!layer.is_partial);
+            used.bytes += layer.bytes;
+        }
+        Ok(used)
     }
 
     /// Removes all layers and partial downloads. Pulls in progress keep the files that they have
@@ -273,6 +283,8 @@ mod tests {
             let at = SystemTime::now() - Duration::from_secs(age);
             file.set_times(FileTimes::new().set_modified(at)).unwrap();
         }
+        let used = layers.used().unwrap();
+        assert_eq!((used.layers, used.bytes), (3, 3 * 4096));
         // This makes the oldest layer the newest.
         drop(layers.get(&id(&contents[0])).unwrap());
         assert_eq!(

@@ -256,6 +256,9 @@ fn daemon_goldens() {
         state_dir: "/var/lib/fcd".into(),
         uptime_s: 3,
         guest_roots: vec!["/root".into()],
+        driver: "qemu (tcg, microvm)".into(),
+        network: "user".into(),
+        disk_driver: Some("qcow2".into()),
     };
     call::<Info>(
         Empty {},
@@ -263,7 +266,24 @@ fn daemon_goldens() {
         expect![[r#"
             fcd.info
             {}
-            {"api":{"major":1,"minor":0},"version":"0.1.0","features":["exec"],"pid":1,"uid":2,"state_dir":"/var/lib/fcd","uptime_s":3,"guest_roots":["/root"]}
+            {"api":{"major":1,"minor":0},"version":"0.1.0","features":["exec"],"pid":1,"uid":2,"state_dir":"/var/lib/fcd","uptime_s":3,"guest_roots":["/root"],"driver":"qemu (tcg, microvm)","network":"user","disk_driver":"qcow2"}
+        "#]],
+    );
+    let space = SpaceUse {
+        kind: SpaceKind::Images,
+        count: 3,
+        active: 2,
+        bytes: 7,
+        reclaimable_bytes: 5,
+        reclaimable: vec!["app".into()],
+    };
+    call::<Space>(
+        Empty {},
+        SpaceReply { kinds: vec![space] },
+        expect![[r#"
+            fcd.space
+            {}
+            {"kinds":[{"kind":"images","count":3,"active":2,"bytes":7,"reclaimable_bytes":5,"reclaimable":["app"]}]}
         "#]],
     );
     let check = Check {

@@ -1,0 +1,35 @@
+//! Asks the user before something is removed.
+
+use super::context::Stdio;
+use super::printer::Printer;
+use crate::client::Result;
+use crate::error::Error;
+use std::io::{BufRead, BufReader};
+
+pub(super) struct Question<'a> {
+    /// What is about to be done, for the error if nobody can be asked.
+    pub doing: &'a str,
+    pub text: String,
+    /// What to do without a terminal.
+    pub hint: &'a str,
+}
+
+impl Question<'_> {
+    /// Asks on the terminal. Everything but a yes means no.
+    ///
+    /// # Errors
+    /// `invalid_argument` if there is no terminal, or if `--json` keeps the question away.
+    pub(super) fn is_confirmed(&self, printer: &mut Printer, stdio: &Stdio) -> Result<bool> {
+        if !stdio.stdin_is_terminal() || printer.json {
+            let doing = self.doing;
+            let text = format!("{doing}: there is no terminal to ask for confirmation");
+            return Err(Error::invalid(text).hint(self.hint).into());
+        }
+        printer.note(&format!("{} [y/N]", self.text));
+        let mut answer = String::new();
+        BufReader::new(&stdio.stdin)
+            .read_line(&mut answer)
+            .map_err(|e| Error::io("read the answer", e))?;
+        Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
+    }
+}

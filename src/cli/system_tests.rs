@@ -121,7 +121,22 @@ fn info_fits_one_screen() {
         vms: vec![of(VmState::Running, 1), of(VmState::Stopped, 2)],
         space: space(),
     };
-    expect![[r#""#]].assert_eq(&sheet(&overview, "/run/fcd/fcd.sock"));
+    expect![[r#"
+        fcctl           1.2.3
+        fcd             1.2.3, pid 7, uid 0, up 2h
+        socket          /run/fcd/fcd.sock
+        state           /var/lib/fcd
+        driver          qemu (tcg, microvm)
+        network         user
+        root disks      qcow2
+        VMs             3 (1 running, 2 stopped), 3 GiB
+        images          3, 1 in use, 5 GiB
+        cached layers   4, 512 MiB
+        guest runtimes  2, 1 in use, 256 MiB
+        kernels         0, 0 in use, 0 B
+        snapshots       1, 1 in use, 1 GiB
+    "#]]
+    .assert_eq(&sheet(&overview, "/run/fcd/fcd.sock"));
 }
 
 #[test]

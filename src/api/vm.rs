@@ -405,6 +405,13 @@ impl VmSetRequest {
     }
 }
 
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmRenameRequest {
+    pub vm: String,
+    pub name: VmName,
+}
+
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VmBalloonRequest {
@@ -620,6 +627,9 @@ calls! {
     VmPause = "vm.pause" (VmRequest) -> VmReply [Owner, Keyed, Nothing, NoFds];
     VmResume = "vm.resume" (VmRequest) -> VmReply [Owner, Keyed, Nothing, NoFds];
     VmSet = "vm.set" (VmSetRequest) -> VmReply [Owner, Keyed, Nothing, NoFds];
+    /// Gives a VM another name, in any state. The ID stays, and so does the host name of a running
+    /// guest until its next start.
+    VmRename = "vm.rename" (VmRenameRequest) -> VmReply [Owner, Keyed, Nothing, NoFds];
     /// Makes the guest return memory to the host or take it back, and reports how much the guest
     /// keeps.
     VmBalloon = "vm.balloon" (VmBalloonRequest) -> VmBalloonReply [Owner, Keyed, Nothing, NoFds];

@@ -81,15 +81,10 @@ const HABITS: &[Habit] = &[
     top(&["delete", "remove"], "fcctl rm VM"),
     top(&["up"], "a new VM: fcctl run\na stopped VM: fcctl start VM"),
     top(&["down"], "fcctl stop VM"),
-    top(&["top"], "fcctl stats VM"),
     top(&["reboot"], "fcctl restart VM"),
     top(&["suspend"], "fcctl pause VM"),
     top(&["unpause"], "fcctl resume VM"),
     top(&["ports"], "fcctl port list VM"),
-    top(
-        &["rename"],
-        "a VM keeps its name; choose it at the beginning: fcctl run --name NAME",
-    ),
 ];
 
 /// Options of `docker run`, `create` and `exec` that fcctl does not have, and what to use instead.

@@ -51,6 +51,7 @@ mod system;
 mod terminal;
 #[cfg(test)]
 mod tests;
+mod top;
 mod transfer;
 mod usage;
 mod values;

@@ -27,6 +27,8 @@ const SHORT_FORMS: &[ShortForm] = &[
     short("resume", "vm", "resume"),
     short("wait", "vm", "wait"),
     short("set", "vm", "set"),
+    short("rename", "vm", "rename"),
+    short("top", "vm", "top"),
     short("stats", "vm", "stats"),
     short("port", "vm", "ports"),
     short("fork", "vm", "fork"),

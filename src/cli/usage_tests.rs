@@ -49,13 +49,12 @@ fn hint_of_value_parser_is_shown() {
 #[test]
 fn words_of_docker_have_hints() {
     let fake = two_vms();
-    // clap would suggest `stop`.
     check(
         &fake,
-        &["top", "web"],
+        &["reboot", "web"],
         expect![[r#"
-        ! fcctl: unrecognized subcommand 'top'
-        ! hint: fcctl stats VM
+        ! fcctl: unrecognized subcommand 'reboot'
+        ! hint: fcctl restart VM
         status 2
     "#]],
     );

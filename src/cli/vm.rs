@@ -15,9 +15,9 @@ use super::vm_text::{ended, kept, sheet, state};
 use crate::api::port::Port;
 use crate::api::vm::{
     Init, Net, VmBalloon, VmBalloonRequest, VmCreate, VmCreateRequest, VmDelete, VmDeleteReply,
-    VmDeleteRequest, VmFork, VmForkRequest, VmKill, VmMetrics, VmPause, VmPrune, VmReply,
-    VmRequest, VmRestart, VmResume, VmShow, VmStart, VmState, VmStop, VmStopRequest, VmWait,
-    VmWaitRequest,
+    VmDeleteRequest, VmFork, VmForkRequest, VmKill, VmMetrics, VmPause, VmPrune, VmRename,
+    VmRenameRequest, VmReply, VmRequest, VmRestart, VmResume, VmShow, VmStart, VmState, VmStop,
+    VmStopRequest, VmWait, VmWaitRequest,
 };
 use crate::api::{Call, Empty};
 use crate::client::Result;
@@ -57,6 +57,10 @@ pub(super) enum Verb {
     Ports(super::port::Args),
     /// Change vCPUs, memory, disk size, rate limits and labels
     Set(super::vm_set::Args),
+    /// Give a VM another name
+    Rename(RenameArgs),
+    /// Show the processes in a guest
+    Top(super::top::Args),
     /// Ask a guest to return memory to the host, or show how much it keeps
     Balloon(BalloonArgs),
     /// Show a VM's console log
@@ -176,6 +180,14 @@ pub(super) struct DeleteArgs {
 }
 
 #[derive(clap::Args, Debug)]
+pub(super) struct RenameArgs {
+    /// Name, ID, or ID prefix
+    vm: String,
+    /// The new name
+    name: VmName,
+}
+
+#[derive(clap::Args, Debug)]
 pub(super) struct BalloonArgs {
     /// Name, ID, or ID prefix
     vm: String,
@@ -217,6 +229,8 @@ pub(super) fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
         Verb::Show(args) => show(connector, printer, *now_s, args),
         Verb::Ports(args) => super::port::run(ctx, args),
         Verb::Set(args) => super::vm_set::run(connector, printer, args),
+        Verb::Rename(args) => rename(connector, printer, args),
+        Verb::Top(args) => super::top::run(ctx, args),
         Verb::Balloon(args) => balloon(connector, printer, args),
         Verb::Logs(args) => super::logs::run(ctx, args),
         Verb::Stats(args) => super::stats::run(ctx, args),
@@ -419,6 +433,25 @@ fn show(
         }
         Ok(vm)
     })
+}
+
+fn rename(connector: &mut Connector, printer: &mut Printer, args: RenameArgs) -> Result<u8> {
+    let before = printable(&args.vm);
+    let request = VmRenameRequest {
+        vm: args.vm,
+        name: args.name,
+    };
+    let vm = connector.connect(printer)?.call::<VmRename>(&request)?.vm;
+    if printer.json {
+        printer.document(&vm)?;
+        return Ok(0);
+    }
+    let guest = match vm.state {
+        VmState::Running => "; the guest's host name changes at its next start",
+        _ => "",
+    };
+    printer.line(&format!("{before}: renamed to {}{guest}", vm.name))?;
+    Ok(0)
 }
 
 fn balloon(connector: &mut Connector, printer: &mut Printer, args: BalloonArgs) -> Result<u8> {

@@ -1,12 +1,12 @@
-//! `vm.set`: changes settings for the next start, and labels and the rates of a running VM at
-//! once.
+//! `vm.rename`, and `vm.set`, which changes settings for the next start, and labels and the rates
+//! of a running VM at once.
 
 use super::access::Caller;
 use super::controls::Controls;
 use super::rules::is_at_rest;
 use super::rules::take_pending;
-use crate::api::vm::{Pending, Vm, VmSetRequest};
-use crate::error::{Error, Result};
+use crate::api::vm::{Pending, Vm, VmRenameRequest, VmSetRequest};
+use crate::error::{Error, Kind, Result};
 use crate::store::VmRow;
 
 impl Controls {
@@ -67,6 +67,33 @@ impl Controls {
         if is_live {
             self.adjust_rates(&row, &rates)?;
         }
+        self.views.view(&row.id)
+    }
+}
+
+impl Controls {
+    /// Gives the VM another name. Nothing on the host is named after the name, so this only changes
+    /// the row.
+    pub fn rename(&self, caller: &Caller, request: &VmRenameRequest) -> Result<Vm> {
+        let row = self.core.resolve(caller, &request.vm)?;
+        let ticket = {
+            let guard = self.core.locks.vm.lock(&row.id);
+            let row = self.core.row(guard.key())?;
+            self.core
+                .allow_locked(&guard, &row, super::transitions::Verb::Set)?;
+            let name = request.name.clone();
+            let changed = self
+                .core
+                .store
+                .change(|tx| tx.update_vm(&guard, |row| row.name = name));
+            changed.map_err(|e| match e.kind() {
+                Kind::NameTaken => e
+                    .context(format!("rename VM {}", row.name))
+                    .hint("choose another name: fcctl ps -a lists yours"),
+                _ => e,
+            })?
+        };
+        self.core.wait_durable(ticket.1)?;
         self.views.view(&row.id)
     }
 }

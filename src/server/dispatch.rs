@@ -247,6 +247,7 @@ impl CallContext<'_> {
             Vm::VmPause(r) => reply(d.controls.pause_vm(c, &r.vm).map(|vm| VmReply { vm })),
             Vm::VmResume(r) => reply(d.controls.resume_vm(c, &r.vm).map(|vm| VmReply { vm })),
             Vm::VmSet(r) => reply(d.controls.set(c, &r).map(|vm| VmReply { vm })),
+            Vm::VmRename(r) => reply(d.controls.rename(c, &r).map(|vm| VmReply { vm })),
             Vm::VmBalloon(r) => reply(d.controls.balloon(c, &r)),
             Vm::VmPortAdd(r) => reply(d.controls.add_ports(c, &r)),
             Vm::VmPortRemove(r) => reply(d.controls.remove_ports(c, &r)),

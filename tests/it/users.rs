@@ -503,6 +503,7 @@ fn uid_range_without_existing_vm_is_refused() {
 fn of_root(method: &str, op: &str) -> String {
     match method {
         "vm.balloon" => r#"{"vm":"web","keep_mib":512}"#.into(),
+        "vm.rename" => r#"{"vm":"web","name":"other"}"#.into(),
         "vm.connect" => r#"{"vm":"web","port":1}"#.into(),
         "vm.port_add" | "vm.port_remove" => r#"{"vm":"web","ports":[{"guest_port":80}]}"#.into(),
         "exec.resize" => r#"{"session":"0123456789ab","size":{"rows":1,"cols":1}}"#.into(),

@@ -115,6 +115,33 @@ fn labels_are_kept_changed_and_bounded() {
     assert_eq!(brief.unwrap().vms[0].labels, expected);
 }
 
+#[test]
+fn rename_frees_old_name_and_needs_free_one() {
+    let mut world = World::new();
+    let (vm, _) = world.running("web");
+    world.create("db");
+    let rename = |vm: &str, name: &str| VmRenameRequest {
+        vm: vm.into(),
+        name: name.parse().unwrap(),
+    };
+    let e = world.call::<VmRename>(&rename("web", "db")).unwrap_err();
+    assert!(e.is(Kind::NameTaken), "{e}");
+    assert_eq!(e.fault.message, "rename VM web: the name db is taken");
+    let renamed = world.call::<VmRename>(&rename("web", "shop")).unwrap().vm;
+    assert_eq!(
+        (renamed.id.clone(), renamed.state),
+        (vm.id.clone(), VmState::Running)
+    );
+    // The same name again changes nothing.
+    world.call::<VmRename>(&rename("shop", "shop")).unwrap();
+    assert!(world.show("web").unwrap_err().is(Kind::VmNotFound));
+    world.create("web");
+    world.restart_daemon();
+    assert_eq!(world.show("shop").unwrap().id, vm.id);
+    world.stop("shop").unwrap();
+    world.start("shop").unwrap();
+}
+
 /// The boot and the set write to the same row.
 #[test]
 fn set_during_boot_loses_nothing() {

@@ -1,4 +1,5 @@
-//! Writes a GNU tar. Names may hold any byte, holes are preserved, and owners are left out.
+//! Writes a GNU tar. Names may hold any byte and holes are preserved. Owners and attributes are
+//! left out unless the caller sets [`TarWriter::extra`].
 //!
 //! Headers and lists of holes are the tar crate's types, but its `Builder` is used only for
 //! extended headers. `Builder` copies a file up to its end instead of up to the size in the header,
@@ -6,6 +7,7 @@
 //! writes a sparse entry, also records the owner and drops nanoseconds. Long names must begin with
 //! UTF-8, and link targets are normalised. The tests show these faults.
 
+use super::attributes::Extra;
 use super::mtime::Mtime;
 use crate::error::{Error, Kind, Result};
 use crate::locks::Cancel;
@@ -27,6 +29,9 @@ pub(super) struct Meta {
     pub mtime: Mtime,
 }
 
+/// The beginning of the key of an attribute's record in an extended header.
+pub(super) const XATTR_KEY: &str = "SCHILY.xattr.";
+
 /// The outcome of reading a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ReadOutcome {
@@ -40,6 +45,8 @@ pub(super) struct TarWriter<'a, W: Write> {
     out: W,
     pub bytes: u64,
     pub entries: u64,
+    /// What the next entries also record.
+    pub extra: Extra,
     cancel: &'a Cancel,
     buffer: Vec<u8>,
 }
@@ -50,6 +57,7 @@ impl<'a, W: Write> TarWriter<'a, W> {
             out,
             bytes: 0,
             entries: 0,
+            extra: Extra::default(),
             cancel,
             buffer: vec![0; PIECE_BYTES],
         }
@@ -68,7 +76,7 @@ impl<'a, W: Write> TarWriter<'a, W> {
 
     /// Writes a header. Long names and link targets precede it in entries of their own (GNU `L` and
     /// `K`).
-    fn header(
+    pub(super) fn header(
         &mut self,
         kind: tar::EntryType,
         path: &[u8],
@@ -78,8 +86,9 @@ impl<'a, W: Write> TarWriter<'a, W> {
     ) -> Result<()> {
         self.long(b'K', link)?;
         self.long(b'L', path)?;
-        self.exact_time(meta.mtime)?;
+        self.extended(meta.mtime)?;
         let mut header = new_header(kind, meta, size);
+        set_owner(&mut header, &self.extra);
         set_bytes(&mut gnu(&mut header).name, path);
         set_bytes(&mut gnu(&mut header).linkname, link);
         header.set_cksum();
@@ -106,15 +115,24 @@ impl<'a, W: Write> TarWriter<'a, W> {
         self.pad(value.len() as u64 + 1)
     }
 
-    /// Writes a POSIX extended header for a time that does not fit into the entry's own header.
-    fn exact_time(&mut self, mtime: Mtime) -> Result<()> {
-        if mtime.is_octal() {
+    /// Writes a POSIX extended header for attributes, and for a time that does not fit into the
+    /// entry's own header.
+    fn extended(&mut self, mtime: Mtime) -> Result<()> {
+        let mut records = Vec::new();
+        if !mtime.is_octal() {
+            records.push(("mtime".to_owned(), mtime.decimal().into_bytes()));
+        }
+        for attribute in &self.extra.xattrs {
+            let key = format!("{XATTR_KEY}{}", attribute.name);
+            records.push((key, attribute.value.clone()));
+        }
+        if records.is_empty() {
             return Ok(());
         }
         let mut extended = tar::Builder::new(Vec::new());
         extended
-            .append_pax_extensions([("mtime", mtime.decimal().as_bytes())])
-            .map_err(|e| Error::io("write a time", e))?;
+            .append_pax_extensions(records.iter().map(|(k, v)| (k.as_str(), v.as_slice())))
+            .map_err(|e| Error::io("write an extended header", e))?;
         self.put(extended.get_ref())
     }
 
@@ -220,11 +238,12 @@ impl<'a, W: Write> TarWriter<'a, W> {
     ) -> Result<()> {
         self.entries += 1;
         self.long(b'L', path)?;
-        self.exact_time(meta.mtime)?;
+        self.extended(meta.mtime)?;
         let data: u64 = segments.iter().map(|(_, len)| len).sum();
         let mut listed = segments.to_vec();
         listed.push((size, 0)); // Marks the end of a file that ends in a hole.
         let mut header = new_header(tar::EntryType::GNUSparse, meta, data);
+        set_owner(&mut header, &self.extra);
         set_bytes(&mut gnu(&mut header).name, path);
         let (first, rest) = listed.split_at(listed.len().min(4));
         let g = gnu(&mut header);
@@ -326,6 +345,11 @@ fn new_header(kind: tar::EntryType, meta: Meta, size: u64) -> tar::Header {
     header.set_mtime(meta.mtime.octal());
     header.set_size(size);
     header
+}
+
+fn set_owner(header: &mut tar::Header, extra: &Extra) {
+    header.set_uid(extra.owner.uid.into());
+    header.set_gid(extra.owner.gid.into());
 }
 
 /// Copies as much of `value` into the field as fits. If a part does not fit, an earlier entry

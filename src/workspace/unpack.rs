@@ -5,7 +5,7 @@
 //! whatever its name. One bad entry rejects the whole archive. The tree is moved to its target only
 //! after all of it has arrived.
 
-mod reader;
+pub(super) mod reader;
 
 use super::beneath::Beneath;
 use super::encode::encode;
@@ -24,9 +24,9 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 /// Maximum length of a path component, in bytes.
-const NAME_BYTES_MAX: usize = 255;
+pub(super) const NAME_BYTES_MAX: usize = 255;
 /// Maximum size that a file with holes may claim.
-const SPARSE_BYTES_MAX: u64 = 1 << 44;
+pub(super) const SPARSE_BYTES_MAX: u64 = 1 << 44;
 const TREE: &str = "tree";
 
 /// Limits on what a guest may send.
@@ -189,6 +189,16 @@ fn refuse(path: &[u8], why: &str) -> Error {
         .hint("nothing was written; inspect the path in the guest, or get a patch with fcctl workspace export --patch FILE")
 }
 
+fn refuse_kind(path: &[u8], kind: u8) -> Error {
+    let kind = if kind.is_ascii_graphic() {
+        (kind as char).to_string()
+    } else {
+        format!("{kind:#04x}")
+    };
+    let why = format!("it is of type {kind}, not a file, a link or a directory");
+    refuse(path, &why)
+}
+
 struct Writer {
     beneath: Beneath,
     entries_max: u64,
@@ -226,6 +236,8 @@ impl Writer {
         match &item.data {
             EntryData::Dir => self.dir(item),
             EntryData::Symlink(target) => self.symlink(item, target),
+            EntryData::HardLink(_) => Err(refuse_kind(&item.path, b'1')),
+            EntryData::Special(kind) => Err(refuse_kind(&item.path, *kind)),
             EntryData::File { size, segments } => {
                 self.file(item, *size, segments.as_deref(), reader)
             }

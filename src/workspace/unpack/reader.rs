@@ -1,13 +1,15 @@
 //! Reads tars that GNU tar writes, in GNU and POSIX format. Nothing in them is trusted.
 //!
-//! The reader accepts regular files, sparse files, symbolic links and directories, and ignores
-//! owners. The only extensions that it accepts are long names, large sizes, exact times and holes.
-//! The sizes of these extensions are bounded.
+//! The reader accepts files, sparse files, links, directories, devices and FIFOs; its callers
+//! decide which of them they accept. The only extensions that it accepts are long names, large
+//! sizes, exact times, owners, attributes and holes. The sizes of these extensions are bounded.
 
-use super::{refuse, stream_error};
+use super::{refuse, refuse_kind, stream_error};
 use crate::error::{Error, Kind, Result};
 use crate::workspace::PATH_BYTES_MAX;
+use crate::workspace::attributes::{Extra, Owner, Xattr};
 use crate::workspace::mtime::Mtime;
+use crate::workspace::tar_writer::XATTR_KEY;
 use std::io::Read;
 
 const BLOCK: usize = 512;
@@ -15,16 +17,21 @@ const BLOCK: usize = 512;
 const SEGMENTS_MAX: usize = 1_000_000;
 /// Maximum number of zeros after the end of the archive. tar pads its last record with zeros.
 const PADDING_BYTES_MAX: u64 = 1024 * 1024;
-/// Maximum size of the extended header records of one entry: a path, a link target, a time.
-const RECORDS_BYTES_MAX: u64 = 4 * PATH_BYTES_MAX as u64;
+/// Maximum size of the extended header records of one entry: a path, a link target, a time, and
+/// attributes, of which ext4 stores at most 64 KiB for most files.
+const RECORDS_BYTES_MAX: u64 = 128 * 1024;
 /// Maximum number of digits of a number in the list of holes.
 const DIGITS_MAX: usize = 20;
 const DOING: &str = "read the tree from the guest";
 
 #[derive(Debug)]
-pub(super) enum EntryData {
+pub(in crate::workspace) enum EntryData {
     Dir,
     Symlink(Vec<u8>),
+    /// Another name for the file of an earlier entry.
+    HardLink(Vec<u8>),
+    /// A device or a FIFO, with the type in the header.
+    Special(u8),
     File {
         size: u64,
         /// Offset and length of each data segment of a sparse file, in ascending order.
@@ -33,16 +40,17 @@ pub(super) enum EntryData {
 }
 
 #[derive(Debug)]
-pub(super) struct Item {
+pub(in crate::workspace) struct Item {
     /// The path without a directory's trailing slash.
     pub path: Vec<u8>,
     /// The permission bits, without set-id and sticky bits.
     pub mode: u32,
     pub mtime: Mtime,
+    pub extra: Extra,
     pub data: EntryData,
 }
 
-pub(super) struct TarReader<'a> {
+pub(in crate::workspace) struct TarReader<'a> {
     from: &'a mut dyn Read,
     /// The number of unread bytes of the current entry's data. `padding` counts the bytes after the
     /// data.
@@ -55,7 +63,7 @@ fn damaged(why: &str) -> Error {
 }
 
 impl<'a> TarReader<'a> {
-    pub(super) fn new(from: &'a mut dyn Read) -> Self {
+    pub(in crate::workspace) fn new(from: &'a mut dyn Read) -> Self {
         Self {
             from,
             left: 0,
@@ -77,7 +85,7 @@ impl<'a> TarReader<'a> {
 
     /// Returns the next entry, whose data must be read before the next call. Returns `None` once it
     /// has read the end mark and the end of the stream.
-    pub(super) fn next(&mut self) -> Result<Option<Item>> {
+    pub(in crate::workspace) fn next(&mut self) -> Result<Option<Item>> {
         let (mut path, mut link, mut records) = (None, None, None);
         loop {
             let block = self.block()?;
@@ -161,6 +169,9 @@ impl<'a> TarReader<'a> {
             mtime,
             size,
             real_size: real,
+            uid,
+            gid,
+            xattrs,
         } = records;
         let of_header = name_in(header).ok_or_else(|| damaged("a header is of an unknown form"))?;
         let mut path = path.unwrap_or(of_header);
@@ -172,14 +183,20 @@ impl<'a> TarReader<'a> {
         };
         let mode = header.mode().map_err(|_| refuse(&path, "it has no mode"))? & 0o777;
         let mtime = mtime.unwrap_or_else(|| time_in(header));
+        // An owner that is missing or too large is root, whose files nobody else may change.
+        let id = |record: Option<u32>, field: std::io::Result<u64>| {
+            let number = record.or_else(|| u32::try_from(field.ok()?).ok());
+            number.unwrap_or_default()
+        };
+        let (uid, gid) = (id(uid, header.uid()), id(gid, header.gid()));
         let data = match header.entry_type().as_byte() {
             b'5' => {
                 path.pop_if(|b| *b == b'/');
                 EntryData::Dir
             }
-            b'2' => {
-                EntryData::Symlink(link.unwrap_or_else(|| until_nul(&header.as_old().linkname)))
-            }
+            b'2' => EntryData::Symlink(target(link, header)),
+            b'1' => EntryData::HardLink(target(link, header)),
+            kind @ (b'3' | b'4' | b'6') => EntryData::Special(kind),
             b'0' | 0 => EntryData::File {
                 size,
                 segments: None,
@@ -196,17 +213,7 @@ impl<'a> TarReader<'a> {
                     segments: Some(self.segments(gnu, size, real, &path)?),
                 }
             }
-            other => {
-                let kind = if other.is_ascii_graphic() {
-                    (other as char).to_string()
-                } else {
-                    format!("{other:#04x}")
-                };
-                return Err(refuse(
-                    &path,
-                    &format!("it is of type {kind}, not a file, a link or a directory"),
-                ));
-            }
+            other => return Err(refuse_kind(&path, other)),
         };
         if matches!(data, EntryData::File { .. }) {
             self.left = size;
@@ -223,6 +230,10 @@ impl<'a> TarReader<'a> {
             path,
             mode,
             mtime,
+            extra: Extra {
+                owner: Owner { uid, gid },
+                xattrs,
+            },
             data,
         })
     }
@@ -316,7 +327,7 @@ impl<'a> TarReader<'a> {
 
     /// Reads some of the current entry's data, which must not have ended. Returns
     /// `stream_incomplete` if the stream ends first.
-    pub(super) fn data(&mut self, buffer: &mut [u8]) -> Result<usize> {
+    pub(in crate::workspace) fn data(&mut self, buffer: &mut [u8]) -> Result<usize> {
         let want = (buffer.len() as u64).min(self.left) as usize;
         loop {
             match self.from.read(&mut buffer[..want]) {
@@ -337,7 +348,7 @@ impl<'a> TarReader<'a> {
     }
 
     /// Skips the padding after the last byte of data.
-    pub(super) fn end_of_data(&mut self) -> Result<()> {
+    pub(in crate::workspace) fn end_of_data(&mut self) -> Result<()> {
         debug_assert_eq!(self.left, 0);
         let mut rest = [0; BLOCK];
         let padding = std::mem::take(&mut self.padding) as usize;
@@ -375,6 +386,9 @@ struct Records {
     size: Option<u64>,
     /// The size of a sparse file with its holes.
     real_size: Option<u64>,
+    uid: Option<u32>,
+    gid: Option<u32>,
+    xattrs: Vec<Xattr>,
 }
 
 impl Records {
@@ -396,8 +410,14 @@ impl Records {
             b"GNU.sparse.major" if value == b"1" => {}
             b"GNU.sparse.minor" if value == b"0" => {}
             b"size" => self.size = Some(number()?),
-            b"uid" | b"gid" | b"uname" | b"gname" | b"atime" | b"ctime" => {}
+            b"uid" => self.uid = Some(id(value)?),
+            b"gid" => self.gid = Some(id(value)?),
+            b"uname" | b"gname" | b"atime" | b"ctime" => {}
             other => {
+                if let Some(name) = other.strip_prefix(XATTR_KEY.as_bytes()) {
+                    self.xattrs.push(attribute(name, value)?);
+                    return Ok(());
+                }
                 let shown = crate::workspace::encode::encode(&other[..other.len().min(80)]);
                 return Err(damaged(&format!(
                     "an extended header has the unknown key \"{shown}\""
@@ -406,6 +426,27 @@ impl Records {
         }
         Ok(())
     }
+}
+
+fn id(value: &[u8]) -> Result<u32> {
+    std::str::from_utf8(value)
+        .ok()
+        .and_then(|v| v.parse().ok())
+        .ok_or_else(|| damaged("an owner is invalid"))
+}
+
+/// Returns an attribute. GNU tar writes `%` and `=` in its name as `%25` and `%3D`.
+fn attribute(name: &[u8], value: &[u8]) -> Result<Xattr> {
+    let name = std::str::from_utf8(name).map_err(|_| damaged("an attribute's name is invalid"))?;
+    Ok(Xattr {
+        name: name.replace("%3D", "=").replace("%25", "%"),
+        value: value.to_vec(),
+    })
+}
+
+/// Returns the target of a link.
+fn target(record: Option<Vec<u8>>, header: &tar::Header) -> Vec<u8> {
+    record.unwrap_or_else(|| until_nul(&header.as_old().linkname))
 }
 
 fn name(value: &[u8]) -> Result<Vec<u8>> {

@@ -85,7 +85,7 @@ kinds! {
     WorkspaceNotFound => NotFound, Useless, "workspace_not_found";
     /// The registry has no such repository, tag or digest.
     ReferenceNotFound => NotFound, Useless, "reference_not_found";
-    /// A path on the caller's side does not exist.
+    /// A path on the caller's side does not exist, or a path in a guest that `fcctl cp` names.
     PathNotFound => NotFound, Useless, "path_not_found";
     NameTaken => AlreadyExists, Useless, "name_taken";
     /// The target of an export already exists.

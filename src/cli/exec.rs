@@ -220,15 +220,16 @@ fn request(stdio: &Stdio, vm: &str, mut spec: Spec, relay: &mut Relay) -> Result
     })
 }
 
+/// A command as the request carries it.
 #[derive(Default)]
-struct Text {
-    argv: Vec<String>,
+pub(super) struct Text {
+    pub argv: Vec<String>,
     env: Vec<(String, String)>,
-    workdir: Option<String>,
+    pub workdir: Option<String>,
 }
 
 /// Returns the command as the request carries it, or None if it is not UTF-8 or is too long.
-fn as_text(spec: &Spec) -> Option<Text> {
+pub(super) fn as_text(spec: &Spec) -> Option<Text> {
     let mut bytes = 0;
     let mut text = |word: &OsString| {
         bytes += word.len();
@@ -247,7 +248,8 @@ fn as_text(spec: &Spec) -> Option<Text> {
     (bytes <= REQUEST_COMMAND_BYTES_MAX).then_some(Text { argv, env, workdir })
 }
 
-fn words(spec: Spec) -> CommandWords {
+/// Returns the command as it goes through its own pipe.
+pub(super) fn words(spec: Spec) -> CommandWords {
     CommandWords {
         argv: spec.argv.into_iter().map(OsString::into_vec).collect(),
         env: spec

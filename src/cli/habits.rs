@@ -27,6 +27,17 @@ const fn image(words: &'static [&'static str], hint: &'static str) -> Habit {
     }
 }
 
+const fn vm(words: &'static [&'static str], hint: &'static str) -> Habit {
+    Habit {
+        noun: "vm",
+        words,
+        hint,
+    }
+}
+
+const COPY: &str = "into a VM: fcctl cp FILE VM:DIR\n\
+    out of a VM: fcctl cp VM:FILE DIR\n\
+    a tree, and its changes back: fcctl workspace prepare VM PATH";
 const LOAD: &str = "fcctl image pull - < FILE";
 const PUSH: &str = "fcctl cannot push; write the image to a file for skopeo or docker: \
     fcctl image export IMAGE -o FILE";
@@ -63,12 +74,8 @@ const HABITS: &[Habit] = &[
         "a VM: fcctl vm show VM\nan image: fcctl image show IMAGE",
     ),
     // VMs.
-    top(
-        &["cp", "copy", "scp"],
-        "a directory: fcctl workspace prepare VM PATH, and back: fcctl workspace export VM\n\
-         into a VM: tar c FILE | fcctl exec -i VM -- tar x -C DIR\n\
-         out of a VM: fcctl exec VM -- tar c -C DIR FILE | tar x",
-    ),
+    top(&["copy", "scp"], COPY),
+    vm(&["copy", "scp"], COPY),
     top(
         &["shell", "sh", "enter"],
         "in a running VM: fcctl ssh VM\nin a new VM: fcctl run",

@@ -10,6 +10,11 @@ pub(super) const TOPICS: &[(&str, &str, &str)] = &[
         include_str!("../docs/workspaces.md"),
     ),
     (
+        "copying",
+        "fcctl cp: where a copy goes, what it keeps, what it refuses",
+        include_str!("../docs/copying.md"),
+    ),
+    (
         "images",
         "what is in an image, how to build one, users of the guest",
         include_str!("../docs/images.md"),

@@ -10,6 +10,7 @@ mod confirm;
 mod connect;
 mod connector;
 mod context;
+mod cp;
 mod debug;
 mod doctor;
 mod events;

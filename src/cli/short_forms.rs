@@ -20,6 +20,7 @@ const DISPLAY_ORDER: usize = 100;
 
 const SHORT_FORMS: &[ShortForm] = &[
     short("create", "vm", "create"),
+    short("cp", "vm", "cp"),
     short("inspect", "vm", "show"),
     short("restart", "vm", "restart"),
     short("kill", "vm", "kill"),

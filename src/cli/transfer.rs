@@ -9,7 +9,7 @@ use crate::api::stream::{self, ChunkReader, ChunkWriter};
 use crate::api::workspace::{
     ExportKind, ExportRequest, PrepareReply, PrepareRequest, WorkspaceExport, WorkspacePrepare,
 };
-use crate::client::{Client, Result};
+use crate::client::{Client, Failure, Result};
 use crate::error::{Error, Kind};
 use crate::host::plural::count;
 use crate::host::shell::quote;
@@ -313,9 +313,9 @@ impl Transfer<'_> {
 
 /// Combines the results of both sides. The error is that of the side that failed first: the other
 /// side saw only a broken pipe.
-pub(super) fn conclude<R, T>(
+pub(super) fn conclude<R, T, E: Into<Failure>>(
     reply: Result<R>,
-    thread: Option<TransferThread<T>>,
+    thread: Option<JoinHandle<(std::result::Result<T, E>, bool)>>,
     stop: &Cancel,
 ) -> Result<(R, Option<T>)> {
     if reply.is_err() {

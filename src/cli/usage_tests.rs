@@ -60,12 +60,12 @@ fn words_of_docker_have_hints() {
     );
     check(
         &fake,
-        &["cp", "a", "web:/b"],
+        &["scp", "a", "web:/b"],
         expect![[r#"
-        ! fcctl: unrecognized subcommand 'cp'
-        ! hint: a directory: fcctl workspace prepare VM PATH, and back: fcctl workspace export VM
-        ! hint: into a VM: tar c FILE | fcctl exec -i VM -- tar x -C DIR
-        ! hint: out of a VM: fcctl exec VM -- tar c -C DIR FILE | tar x
+        ! fcctl: unrecognized subcommand 'scp'
+        ! hint: into a VM: fcctl cp FILE VM:DIR
+        ! hint: out of a VM: fcctl cp VM:FILE DIR
+        ! hint: a tree, and its changes back: fcctl workspace prepare VM PATH
         status 2
     "#]],
     );

@@ -30,6 +30,8 @@ use std::time::Duration;
 pub(super) enum Verb {
     /// Create a VM without starting it
     Create(CreateArgs),
+    /// Copy files and directories into a VM, out of one, or between two
+    Cp(super::cp::Args),
     /// Start VMs
     Start(Selection),
     /// Stop VMs: shut down each guest, and kill the VM after a timeout
@@ -232,6 +234,7 @@ pub(super) fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
         Verb::Rename(args) => rename(connector, printer, args),
         Verb::Top(args) => super::top::run(ctx, args),
         Verb::Balloon(args) => balloon(connector, printer, args),
+        Verb::Cp(args) => super::cp::run(ctx, args),
         Verb::Logs(args) => super::logs::run(ctx, args),
         Verb::Stats(args) => super::stats::run(ctx, args),
         Verb::Connect(args) => super::connect::run(ctx, args),

@@ -1,11 +1,12 @@
 //! Sends a tree into a guest's workspace and brings a patch or a tree back.
 //!
-//! The module has three parts, which share only data formats:
+//! The module has four parts, which share only data formats:
 //! - The host side runs with the caller's rights, in `fcctl`. [`plan`] decides what a tree consists
 //!   of and streams it, [`raw_tar`] forwards a tar that the caller made, [`unpack`] and [`patch`]
 //!   write what comes back, and [`apply`] applies a patch to the caller's tree.
 //! - [`remote`] builds the command lines that the daemon runs in the guest and parses what they
 //!   print.
+//! - [`copy`] is for `fcctl cp`, which needs no workspace.
 //! - [`encode`] and [`guest_path`] encode paths for JSON and check where a workspace may be in a
 //!   guest.
 //!
@@ -22,8 +23,10 @@
 //! If an import is interrupted at any point, the workspace stays marked dirty.
 
 pub mod apply;
+mod attributes;
 mod beneath;
 pub mod caller_env;
+pub mod copy;
 pub mod encode;
 mod git;
 mod git_texts;

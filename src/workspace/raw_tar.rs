@@ -109,6 +109,11 @@ impl Watch {
         Ok(())
     }
 
+    /// True once the first end-of-archive block has been seen.
+    pub(super) fn is_at_end(&self) -> bool {
+        self.zeros > 0
+    }
+
     /// True once both end-of-archive blocks have been seen.
     pub fn has_ended(&self) -> bool {
         self.zeros >= 2

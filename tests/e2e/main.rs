@@ -10,6 +10,7 @@ mod bridge;
 mod capabilities;
 mod committed;
 mod copies;
+mod copying;
 mod crash_points;
 mod disks;
 mod ends;

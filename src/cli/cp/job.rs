@@ -1,0 +1,97 @@
+//! What every direction of a copy needs.
+
+use super::super::connector::Connector;
+use super::super::context::Stdio;
+use super::super::printer::Printer;
+use super::super::progress::Progress;
+use super::super::signals::Interrupts;
+use super::super::transfer::Bound;
+use super::meter::Meter;
+use crate::client::{Failure, Result};
+use crate::error::{Error, Kind};
+use crate::locks::{Cancel, CancelCause};
+use crate::workspace::copy::Copied;
+use std::io::IsTerminal;
+
+/// How many lines of a guest's stderr are shown.
+const LINES_MAX: usize = 20;
+
+/// What a thread that moves the tar returns: how much, and warnings.
+pub(super) type Outcome = crate::error::Result<(Copied, Vec<String>)>;
+
+/// The options of `cp`.
+#[derive(clap::Args, Debug)]
+pub(super) struct Options {
+    /// Keep owners, hard links, extended attributes and all permission bits
+    #[arg(short, long)]
+    pub archive: bool,
+    /// Copy what SRC leads to if it is a symbolic link
+    #[arg(short = 'L', long)]
+    pub follow_link: bool,
+    /// User of the guest who reads or owns the files, by name or number [default: root]
+    #[arg(short, long, value_name = "USER[:GROUP]")]
+    pub user: Option<String>,
+    /// Show no progress
+    #[arg(short, long)]
+    pub quiet: bool,
+    #[command(flatten)]
+    pub bound: Bound,
+    /// Accepted for habit: directories are always copied with their content
+    #[arg(short, long, visible_short_alias = 'R', hide = true)]
+    recursive: bool,
+}
+
+/// One command line of `cp`.
+pub(super) struct Job<'a> {
+    pub connector: &'a mut Connector,
+    pub printer: &'a mut Printer,
+    pub stdio: &'a Stdio,
+    pub interrupts: &'a Interrupts,
+    pub options: &'a Options,
+}
+
+impl Job<'_> {
+    /// Returns a token that also fires at a signal.
+    pub(super) fn stop(&self) -> Result<Cancel> {
+        let stop = Cancel::try_new().map_err(|e| Error::io("make a cancel token", e))?;
+        let fired = stop.clone();
+        self.interrupts
+            .on_end(move || fired.cancel(CancelCause::Interrupted));
+        Ok(stop)
+    }
+
+    /// True if a person sees the progress.
+    pub(super) fn has_bar(&self) -> bool {
+        !self.options.quiet && !self.printer.json && self.stdio.stderr.is_terminal()
+    }
+
+    pub(super) fn meter(&self, doing: &str, total: Option<u64>) -> Meter {
+        let progress = if self.has_bar() {
+            self.printer.progress(doing)
+        } else {
+            Progress::silent()
+        };
+        Meter::new(progress, total)
+    }
+
+    /// Prints warnings, and what a command in the guest wrote to stderr although it succeeded.
+    pub(super) fn warn(&mut self, vm: &str, said: &[u8], warnings: &[String]) {
+        for warning in warnings {
+            self.printer.note(&format!("warning: {warning}"));
+        }
+        let said = String::from_utf8_lossy(said);
+        for line in said.lines().take(LINES_MAX) {
+            self.printer.note(&format!("warning: {vm}: {line}"));
+        }
+        let more = said.lines().count().saturating_sub(LINES_MAX);
+        if more > 0 {
+            let text = format!("warning: {vm}: and {more} more warnings");
+            self.printer.note(&text);
+        }
+    }
+}
+
+/// True if the stream ended early, for which the command's status has the reason.
+pub(super) fn is_cut_off<T>(result: &Result<T, Failure>) -> bool {
+    matches!(result, Err(e) if e.fault.kind == Kind::StreamIncomplete.name())
+}

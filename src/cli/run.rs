@@ -9,9 +9,10 @@ use super::image_pull;
 use super::printer::Printer;
 use super::signals::{Interrupts, Phase, interrupted};
 use super::transfer::{Bound, ExportTo, PrepareHow, Source, Transfer, report_left_behind};
-use super::values::labels;
+use super::values::{labels, parse_duration};
 use super::vm::Shape;
 use super::workspace::report_exported;
+use crate::api::exec::Exit;
 use crate::api::frame::Note;
 use crate::api::image::{ImageConfig, ImageRequest, ImageShow, ImageShowReply};
 use crate::api::vm::{
@@ -24,6 +25,10 @@ use crate::host::shell::quote;
 use crate::ids::{ImageRef, VmName};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// The exit status if the command ran for longer than `--timeout`, as with timeout(1).
+const TIMED_OUT: u8 = 124;
 
 #[derive(clap::Args, Debug)]
 pub(super) struct Args {
@@ -39,6 +44,9 @@ pub(super) struct Args {
     name: Option<VmName>,
     #[command(flatten)]
     shape: Shape,
+    /// Stop the command after this time, such as 10m, and exit with 124
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    timeout: Option<Duration>,
     /// Write the guest's changes as a git patch to a new file afterwards, or to stdout with -
     #[arg(long, value_name = "FILE", requires = "path")]
     export_patch: Option<PathBuf>,
@@ -130,6 +138,7 @@ fn run_in_new_vm(
         source,
         how: args.workspace,
         spec,
+        timeout: args.timeout,
         image_user,
     };
     let outcome = perform(printer, stdio, interrupts, &mut new_vm, work);
@@ -141,6 +150,8 @@ struct Work {
     source: Option<Source>,
     how: PrepareHow,
     spec: Spec,
+    /// How long the command may run.
+    timeout: Option<Duration>,
     /// The user of the image's commands, if the image is known.
     image_user: Option<String>,
 }
@@ -157,6 +168,7 @@ fn perform(
         source,
         mut how,
         spec,
+        timeout,
         image_user,
     } = work;
     let user = match (&source, &spec.user, image_user) {
@@ -180,7 +192,15 @@ fn perform(
     if let Some(gift) = &gift {
         new_vm.guest(printer, stdio, interrupts).give(gift)?;
     }
-    exec::execute(printer, stdio, interrupts, &mut new_vm.client, &vm, spec)
+    let timer = timeout.map(|limit| interrupts.end_after(limit));
+    let timer = timer.transpose()?;
+    let outcome = exec::execute(printer, stdio, interrupts, &mut new_vm.client, &vm, spec);
+    drop(timer);
+    if interrupts.timed_out() && interrupts.cause().is_none() {
+        printer.note("the command ran for too long, so it was stopped (--timeout)");
+        return Ok(Outcome::Exit(Exit::Status(TIMED_OUT)));
+    }
+    outcome
 }
 
 /// Returns an image. Pulls the image if this host does not have it.

@@ -515,3 +515,54 @@ fn run_gives_copy_to_user_of_image() {
         }
     }
 }
+
+/// A daemon whose guest runs a command until it gets a signal.
+fn with_endless_command() -> Fake {
+    let (signalled, signals) = unbounded();
+    daemon(move |mut r| match r.method.as_str() {
+        "exec.start" => {
+            let guest = begin(&mut r);
+            let signal: String = signals.recv().unwrap();
+            assert_eq!(signal, "TERM");
+            drop(guest);
+            r.result(status(143));
+            None
+        }
+        "exec.signal" => {
+            let signal = r.params["signal"].as_str().unwrap().to_owned();
+            signalled.send(signal).unwrap();
+            r.result(json!({}));
+            None
+        }
+        _ => Some(r),
+    })
+}
+
+#[test]
+fn run_with_timeout_stops_command_and_exits_with_124() {
+    let fake = with_endless_command();
+    let ran = fcctl(
+        &fake,
+        &["run", "--rm", "--timeout", "50ms", "--", "sleep", "60"],
+    );
+    assert_eq!(ran.status, 124, "{}", ran.err);
+    let text = "fcctl: the command ran for too long, so it was stopped (--timeout)\n";
+    assert!(ran.err.contains(text), "{}", ran.err);
+    assert!(
+        fake.calls().iter().any(|c| c.starts_with("vm.delete ")),
+        "--rm deletes the VM"
+    );
+    let fake = with_endless_command();
+    let ran = fcctl(&fake, &["run", "--timeout", "50ms", "--", "sleep", "60"]);
+    assert_eq!(ran.status, 124, "{}", ran.err);
+    assert!(ran.err.ends_with(LAST_LINE), "{}", ran.err);
+}
+
+#[test]
+fn run_that_ends_within_timeout_has_its_own_status() {
+    let ran = fcctl(
+        &daemon(Some),
+        &["run", "--rm", "--timeout", "1h", "--", "true"],
+    );
+    assert_eq!(ran.status, 7, "{}", ran.err);
+}

@@ -4,17 +4,22 @@ use super::terminal;
 use crate::client::{Client, Failure, Hangup, Result};
 use crate::error::{Error, Kind};
 use crate::host::thread;
+use crate::host::wait::{WaitResult, wait_any};
 use crate::locks::{Cancel, CancelCause, Mutex, Rank};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use signal_hook::consts::signal::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGWINCH};
 use std::fs::File;
 use std::io::Write;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// How many signals are forwarded to the guest's command before the next one detaches.
 pub(super) const FORWARDED_MAX: u8 = 2;
 /// How many signals and resizes may wait for the daemon. Further ones are dropped.
 const CONTROLS_MAX: usize = 16;
+/// How long a command that has run for too long may take to end, before it is killed, and again
+/// before fcctl stops waiting for it.
+const TIMEOUT_GRACE: Duration = Duration::from_secs(10);
 const CAUGHT: [i32; 5] = [SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGWINCH];
 
 /// The phase of a command, as far as signals are concerned.
@@ -162,6 +167,7 @@ struct State {
     /// The signal that ended the command.
     cause: Option<i32>,
     detached: bool,
+    timed_out: bool,
 }
 
 /// Handles signals for one command, from its creation until it is dropped. Without it, signals have
@@ -181,6 +187,7 @@ impl Interrupts {
             controls: None,
             cause: None,
             detached: false,
+            timed_out: false,
         };
         let state = Arc::new(Mutex::new(Rank::Connections, state));
         let stderr = stderr
@@ -270,6 +277,20 @@ impl Interrupts {
         std::mem::forget(subscription);
     }
 
+    /// Ends the guest's command when it has run for `limit`: asks it to end, kills it, and at last
+    /// hangs up. Nothing happens after the returned timer was dropped.
+    pub(super) fn end_after(&self, limit: Duration) -> Result<Timer> {
+        let dropped = Cancel::try_new().map_err(|e| Error::io("make a cancel token", e))?;
+        let (state, done) = (self.state.clone(), dropped.clone());
+        thread::spawn("timeout", move || end_in_steps(&state, limit, &done))?;
+        Ok(Timer(dropped))
+    }
+
+    /// True if the guest's command ran for too long.
+    pub(super) fn timed_out(&self) -> bool {
+        self.state.lock().timed_out
+    }
+
     /// Returns a function that hangs up the current call for a reason other than a signal.
     pub(super) fn hang_up(&self) -> impl Fn() + Send + Sync + 'static {
         let state = self.state.clone();
@@ -289,6 +310,39 @@ impl Drop for Guard<'_> {
         let mut state = self.0.state.lock();
         state.hangup = None;
         state.controls = None;
+    }
+}
+
+/// See [`Interrupts::end_after`].
+pub(super) struct Timer(Cancel);
+
+impl Drop for Timer {
+    fn drop(&mut self) {
+        self.0.cancel(CancelCause::Finished);
+    }
+}
+
+fn end_in_steps(state: &Mutex<State>, limit: Duration, done: &Cancel) {
+    let has_passed = |time: Duration| {
+        let waited = wait_any(&[], Instant::now() + time, done);
+        waited.is_ok_and(|waited| waited == WaitResult::Deadline)
+    };
+    if !has_passed(limit) {
+        return;
+    }
+    {
+        let mut state = state.lock();
+        state.timed_out = true;
+        send(&state, Control::Signal("TERM"));
+    }
+    if !has_passed(TIMEOUT_GRACE) {
+        return;
+    }
+    send(&state.lock(), Control::Signal("KILL"));
+    if has_passed(TIMEOUT_GRACE)
+        && let Some(hangup) = &state.lock().hangup
+    {
+        hangup.hang_up();
     }
 }
 

@@ -14,6 +14,7 @@ use crate::host::command::read_bounded;
 use crate::host::text::{printable, printable_lines};
 use crate::host::thread;
 use serde::Serialize;
+use std::collections::HashSet;
 use std::ffi::OsString;
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -43,6 +44,9 @@ const TICKS_PER_S: u64 = 100;
 const PAGE_BYTES: u64 = 4096;
 /// The parent of the kernel's threads.
 const KTHREADD: u64 = 2;
+const INIT: u64 = 1;
+/// How many characters of a command line the table shows.
+const COMMAND_CHARS_MAX: usize = 100;
 
 #[derive(clap::Args, Debug)]
 pub(super) struct Args {
@@ -99,7 +103,7 @@ pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
             size(process.memory_bytes),
             span(process.cpu_s),
             format!("{} ago", span(process.age_s)),
-            process.command.clone(),
+            shortened(&process.command),
         ]
     };
     let rows: Vec<_> = processes.iter().map(row).collect();
@@ -108,6 +112,13 @@ pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     ];
     printer.text(&table(&headers, &rows))?;
     Ok(0)
+}
+
+fn shortened(command: &str) -> String {
+    match command.char_indices().nth(COMMAND_CHARS_MAX) {
+        None => command.to_owned(),
+        Some((end, _)) => format!("{}...", &command[..end]),
+    }
 }
 
 /// Runs a command as root, and returns what it prints.
@@ -180,12 +191,26 @@ fn parse(text: &str) -> Vec<Process> {
             _ => {}
         }
     }
+    let session = own.map_or_else(HashSet::new, |own| session_of(own, &processes));
     processes.retain(|process| {
-        let is_own = own.is_some_and(|own| process.pid == own || process.ppid == own);
+        let is_own = session.contains(&process.pid) || own == Some(process.ppid);
         !is_own && process.pid != KTHREADD && process.ppid != KTHREADD
     });
     processes.sort_by_key(|process| process.pid);
     processes
+}
+
+/// Returns the script and the processes that fcd started to run it: its ancestors up to the SSH
+/// server, which is a child of the init.
+fn session_of(script: u64, processes: &[Process]) -> HashSet<u64> {
+    let (mut session, mut next) = (HashSet::new(), script);
+    while let Some(process) = processes.iter().find(|process| process.pid == next)
+        && process.ppid > INIT
+        && session.insert(next)
+    {
+        next = process.ppid;
+    }
+    session
 }
 
 /// Parses a line of /proc/PID/stat (proc(5)). The name in parentheses may contain parentheses.
@@ -225,7 +250,10 @@ mod tests {
         S 1 (fcd-init) S 0 1 1 0 -1 4194560 9 9 9 9 120 80 0 0 20 0 1 0 10 999 256 1 1\nU 0\nC /sbin/init \n\
         S 2 (kthreadd) S 0 0 0 0 -1 1 0 0 0 0 0 0 0 0 20 0 1 0 10 0 0 1 1\nU 0\nC \n\
         S 9 (kworker/0:1) I 2 0 0 0 -1 1 0 0 0 0 0 0 0 0 20 0 1 0 10 0 0 1 1\nU 0\nC \n\
-        S 900 (sh) S 1 0 0 0 -1 1 0 0 0 0 0 0 0 0 20 0 1 0 370000 0 9 1 1\nU 0\nC sh -c x\n\
+        S 100 (sshd) S 1 0 0 0 -1 1 0 0 0 0 0 0 0 0 20 0 1 0 10 0 9 1 1\nU 0\nC sshd: listener\n\
+        S 800 (sshd) S 100 0 0 0 -1 1 0 0 0 0 0 0 0 0 20 0 1 0 370000 0 9 1 1\nU 0\nC sshd: root\n\
+        S 900 (sh) S 800 0 0 0 -1 1 0 0 0 0 0 0 0 0 20 0 1 0 370000 0 9 1 1\nU 0\nC sh -c x\n\
+        S 901 (tr) S 900 0 0 0 -1 1 0 0 0 0 0 0 0 0 20 0 1 0 370000 0 9 1 1\nU 0\nC tr\n\
         S 77 (a) b (c) Z 1 0 0 0 -1 1 0 0 0 0 0 0 0 0 20 0 1 0 368000 0 0 1 1\nU 1000\nC \n\
         S 50 (make) R 1 0 0 0 -1 1 0 0 0 0 6000 0 0 0 20 0 1 0 360000 0 2560 1 1\nU 1000\nC make \u{1b}[2J -j2 \n\
         nonsense\nS x (y) z\nC\n";
@@ -252,13 +280,14 @@ mod tests {
             1    0     0     S      1 MiB   2s   1h ago   /sbin/init
             50   1     1000  R      10 MiB  1m   1m ago   make \u{1b}[2J -j2
             77   1     1000  Z      0 B     0s   20s ago  [a) b (c]
+            100  1     0     S      36 KiB  0s   1h ago   sshd: listener
         "#]]
         .assert_eq(&String::from_utf8(ran.out).unwrap());
         let ran = fcctl(&guest(GUEST, 0), &["vm", "top", "web", "--json"]);
         let list: serde_json::Value = serde_json::from_slice(&ran.out).unwrap();
         assert_eq!(
             (list.as_array().unwrap().len(), list[1]["uid"].as_u64()),
-            (3, Some(1000))
+            (4, Some(1000))
         );
     }
 

@@ -221,6 +221,120 @@ fn set_reports_when_change_applies() {
 }
 
 #[test]
+fn set_changes_labels() {
+    let fake = Fake::start(|r| {
+        let labels = serde_json::from_str(r#"{"ci":"yes","draft":""}"#).unwrap();
+        let vm = vm("web", VmState::Running);
+        r.result(json!({"vm": Vm { labels, ..vm }}));
+    });
+    check(
+        &fake,
+        &[
+            "set", "web", "--label", "ci=yes", "-l", "draft", "-l", "old-",
+        ],
+        expect![[r#"
+            > vm.set {"labels":{"ci":"yes","draft":""},"remove_labels":["old"],"vm":"web"}
+            web: labels ci=yes, draft
+            status 0
+        "#]],
+    );
+    check(
+        &fake,
+        &["vm", "set", "web", "--remove-label", "old", "--vcpus", "2"],
+        expect![[r#"
+            > vm.set {"remove_labels":["old"],"vcpus":2,"vm":"web"}
+            web: 2 vCPUs, applied at next start
+            web: labels ci=yes, draft
+            status 0
+        "#]],
+    );
+    check(
+        &fake,
+        &["create", "web", "--label", "ci=yes", "--label", "draft"],
+        expect![[r#"
+            > vm.create {"hold":false,"labels":{"ci":"yes","draft":""},"name":"web","rm":false}
+            web
+            status 0
+        "#]],
+    );
+    check(
+        &fake,
+        &["create", "web", "--label", "c i=yes"],
+        expect![[r#"
+            ! fcctl: invalid value 'c i=yes' for '--label <KEY[=VALUE]>': label key "c i" is not valid
+            ! hint: use at most 128 letters, digits, and . _ - / in between, such as ci or com.example/owner
+            status 2
+        "#]],
+    );
+    let many: Vec<String> = (0..33).map(|n| format!("--label=k{n}")).collect();
+    let many: Vec<&str> = many.iter().map(String::as_str).collect();
+    check(
+        &fake,
+        &[&["create", "web"], &many[..]].concat(),
+        expect![[r#"
+            ! fcctl: a VM has at most 32 labels, and these are 33
+            ! hint: leave some out
+            status 2
+        "#]],
+    );
+}
+
+#[test]
+fn rename_reports_the_new_name() {
+    let fake = Fake::start(|r| {
+        if r.params["name"] == "db" {
+            let e = crate::error::Error::new(
+                crate::error::Kind::NameTaken,
+                "rename VM web: the name db is taken",
+            );
+            return r.fault(e.hint("choose another name: fcctl ps -a lists yours"));
+        }
+        let state = match r.params["vm"] == "web" {
+            true => VmState::Running,
+            false => VmState::Stopped,
+        };
+        r.result(json!({"vm": vm("shop", state)}));
+    });
+    check(
+        &fake,
+        &["rename", "web", "shop"],
+        expect![[r#"
+            > vm.rename {"name":"shop","vm":"web"}
+            web: renamed to shop; the guest's host name changes at its next start
+            status 0
+        "#]],
+    );
+    check(
+        &fake,
+        &["vm", "rename", "old", "shop"],
+        expect![[r#"
+            > vm.rename {"name":"shop","vm":"old"}
+            old: renamed to shop
+            status 0
+        "#]],
+    );
+    check(
+        &fake,
+        &["rename", "web", "db"],
+        expect![[r#"
+            > vm.rename {"name":"db","vm":"web"}
+            ! fcctl: rename VM web: the name db is taken
+            ! hint: choose another name: fcctl ps -a lists yours
+            status 4
+        "#]],
+    );
+    check(
+        &fake,
+        &["rename", "web", "Shop"],
+        expect![[r#"
+            ! fcctl: invalid value 'Shop' for '<NAME>': VM name "Shop" is not valid
+            ! hint: use 1 to 32 characters from a-z, 0-9 and -; begin with a letter and do not end with -
+            status 2
+        "#]],
+    );
+}
+
+#[test]
 fn balloon_requests_memory_to_keep() {
     let fake = Fake::start(|r| {
         let balloon_mib = r.params["keep_mib"].as_u64();

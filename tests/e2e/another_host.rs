@@ -109,7 +109,7 @@ impl TestHost {
         // as a change.
         let dir = tempfile::tempdir().unwrap();
         let status = Command::new("cp")
-            .args(["-r", "--sparse=always"])
+            .args(["-r", "-p", "--sparse=always"])
             .arg(image())
             .arg(dir.path())
             .status();

@@ -178,7 +178,7 @@ impl Host {
                 let (from, to) = (file.path(), own.join(file.file_name()));
                 fs::hard_link(&from, &to).unwrap_or_else(|_| {
                     run(Command::new("cp")
-                        .args(["--sparse=always"])
+                        .args(["-p", "--sparse=always"])
                         .args([from, to]));
                 });
             }

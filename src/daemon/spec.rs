@@ -81,6 +81,9 @@ impl Specs {
         };
         let mut boot_args = crate::image::BOOT_ARGS.to_vec();
         boot_args.extend(runtime.as_ref().map(|_| crate::image::runtime::BOOT_ARG));
+        if chosen.is_none() && image.guest_version >= crate::image::CONSOLE_LEVEL_SINCE {
+            boot_args.push(crate::image::QUIET_BOOT_ARG);
+        }
         if row.shape.init == Init::Image {
             boot_args.extend(crate::image::runtime::SYSTEMD_ARGS);
         }

@@ -70,13 +70,14 @@ pub use owner::owner_of;
 pub use promote::promote;
 pub use register::{RegisterSpec, register};
 pub use registry::{
-    BALLOON_SINCE, Boots, CTRL_ALT_DEL_SINCE, ImageInfo, Images, Tag, USER_LOGIN_SINCE, kernel_path,
+    BALLOON_SINCE, Boots, CONSOLE_LEVEL_SINCE, CTRL_ALT_DEL_SINCE, ImageInfo, Images, Tag,
+    USER_LOGIN_SINCE, kernel_path,
 };
 pub use runtime::GuestRuntimes;
 
 use crate::error::Result;
 
-/// The kernel arguments for every VMM, in addition to those for the console and the clock. They
+/// The kernel arguments for every VMM, to which the drivers add those of their machine. They
 /// skip the self-tests of the crypto modules (0.2 s under emulation), take entropy from the
 /// processor, and end the VM immediately after a panic.
 pub const BOOT_ARGS: &[&str] = &[
@@ -88,6 +89,11 @@ pub const BOOT_ARGS: &[&str] = &[
     "random.trust_cpu=on",
     "audit=0",
 ];
+
+/// The kernel argument for guests whose initramfs sets the level of the console. Until then, the
+/// console shows only what ends the boot. Without PCI, every boot would show the error "PCI: Fatal:
+/// No config space access function found", although nothing is wrong.
+pub const QUIET_BOOT_ARG: &str = "loglevel=3";
 
 /// Decides whether an image with these files may be published. It is called right before that.
 pub type Admit<'a> = dyn FnMut(DiskUse) -> Result<()> + 'a;

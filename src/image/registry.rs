@@ -32,8 +32,9 @@ const FORMAT_OWN: u32 = 1;
 pub(super) const FORMAT_RUNTIME: u32 = 2;
 /// The version of the init in new images. Version 1 supports `work_disk` and `files.tar` in the
 /// seed. In version 2 the initramfs loads the balloon driver. Version 3 shuts down on Ctrl-Alt-Del
-/// and loads the vsock driver on demand. In version 4, users other than root can log in.
-const GUEST_VERSION: u32 = USER_LOGIN_SINCE;
+/// and loads the vsock driver on demand. In version 4, users other than root can log in. In version
+/// 5 the initramfs sets the level of the console.
+const GUEST_VERSION: u32 = CONSOLE_LEVEL_SINCE;
 /// The first version of the init whose guests can return memory to the host.
 pub const BALLOON_SINCE: u32 = 2;
 /// The first version of the init whose guests shut down on Ctrl-Alt-Del. Earlier guests would be
@@ -41,6 +42,9 @@ pub const BALLOON_SINCE: u32 = 2;
 pub const CTRL_ALT_DEL_SINCE: u32 = 3;
 /// The first version of the init whose guests let fcd's key log in as any user of the guest.
 pub const USER_LOGIN_SINCE: u32 = 4;
+/// The first version of the init that lets the kernel write its errors to the console. Earlier ones
+/// leave the level as it is at boot.
+pub const CONSOLE_LEVEL_SINCE: u32 = 5;
 /// The prefix of a build's directory. No image name begins with a dot.
 const STAGING_PREFIX: &str = ".building-";
 

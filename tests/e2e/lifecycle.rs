@@ -80,6 +80,9 @@ fn stop_keeps_data_and_next_start_applies_settings() {
         boot_id
     );
     assert_eq!(host.sh("keeper", "cat /root/kept"), "again\n");
+    // After the boot, the console shows the kernel's errors.
+    let level = "cut -f1 /proc/sys/kernel/printk";
+    assert_eq!(host.sh("keeper", level), "4\n");
 
     assert_eq!(
         host.ok(&["vm", "kill", "keeper"]),
@@ -90,6 +93,7 @@ fn stop_keeps_data_and_next_start_applies_settings() {
     // The console log of a stopped VM contains all of its boots.
     let log = host.ok(&["logs", "keeper"]);
     assert!(log.matches("fcd-init: ssh is up").count() >= 3, "{log}");
+    assert!(!log.contains("Fatal"), "{log}");
     assert_eq!(
         host.ok(&["logs", "--tail", "1", "keeper"])
             .trim_end()

@@ -116,6 +116,7 @@ pub fn check_stop(host: &Host, vm: &str) {
     let console = host.state().join("vms").join(id.as_str().unwrap());
     let console = fs::read_to_string(console.join("console.log")).unwrap();
     assert!(console.contains("disk is clean"), "{console}");
+    assert!(!console.contains("Fatal"), "{console}");
 }
 
 #[test]

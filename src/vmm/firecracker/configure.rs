@@ -16,8 +16,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 const INTERFACE: &str = "eth0";
 /// The kernel arguments that follow the spec's `boot_args`. `reboot=k` makes the guest reset when
 /// it powers off, because only a reset ends the VMM (docs/getting-started.md).
-const KERNEL_ARGS: &str = "console=ttyS0 reboot=k panic=-1 net.ifnames=0 quiet cryptomgr.notests random.trust_cpu=on audit=0 \
-                           i8042.noaux i8042.nomux fcd.off=reset";
+const KERNEL_ARGS: &str = "console=ttyS0 reboot=k i8042.noaux i8042.nomux fcd.off=reset";
 
 /// Configures a guest that boots, and returns the address of its SSH server. The guest numbers its
 /// disks in the order in which they are added.

@@ -108,8 +108,7 @@ impl Platform {
     }
 
     fn kernel_args(&self, image: &str) -> String {
-        let mut args = vec![image.trim(), "console=ttyS0 panic=-1 net.ifnames=0 quiet"];
-        args.push("cryptomgr.notests random.trust_cpu=on audit=0");
+        let mut args = vec![image.trim(), "console=ttyS0"];
         if self.accelerator == Accelerator::Tcg {
             // Translated code does not speculate, so mitigations are unnecessary.
             args.push("mitigations=off");
@@ -405,7 +404,7 @@ mod tests {
                 -serial chardev:console
                 -qmp unix:qmp.sock,server=on,wait=off
                 -qmp unix:control.sock,server=on,wait=off
-                -append root=/dev/vda console=ttyS0 panic=-1 net.ifnames=0 quiet cryptomgr.notests random.trust_cpu=on audit=0 mitigations=off tsc_early_khz=2596111 tsc=reliable
+                -append root=/dev/vda console=ttyS0 mitigations=off tsc_early_khz=2596111 tsc=reliable
                 -kernel /s/images/x/vmlinux
                 -initrd /s/images/x/initrd
                 -S"#]],
@@ -454,7 +453,7 @@ mod tests {
                 -serial chardev:console
                 -qmp unix:qmp.sock,server=on,wait=off
                 -qmp unix:control.sock,server=on,wait=off
-                -append root=/dev/vda console=ttyS0 panic=-1 net.ifnames=0 quiet cryptomgr.notests random.trust_cpu=on audit=0
+                -append root=/dev/vda console=ttyS0
                 -kernel /s/images/x/vmlinux
                 -initrd /s/images/x/initrd
                 -S"#]],

@@ -33,7 +33,7 @@ fn start_configures_vm_and_runs_guest() {
     expect![[r#"
         GET / 
         PUT /machine-config {"vcpu_count":1,"mem_size_mib":128}
-        PUT /boot-source {"kernel_image_path":"DIR/vmlinux","initrd_path":"DIR/initrd","boot_args":"root=/dev/vda init=/sbin/fcd-init console=ttyS0 reboot=k panic=-1 net.ifnames=0 quiet cryptomgr.notests random.trust_cpu=on audit=0 i8042.noaux i8042.nomux fcd.off=reset"}
+        PUT /boot-source {"kernel_image_path":"DIR/vmlinux","initrd_path":"DIR/initrd","boot_args":"root=/dev/vda init=/sbin/fcd-init console=ttyS0 reboot=k i8042.noaux i8042.nomux fcd.off=reset"}
         PUT /drives/root {"drive_id":"root","path_on_host":"DIR/vm/disk","is_root_device":true,"is_read_only":false,"cache_type":"Writeback"}
         PUT /drives/seed {"drive_id":"seed","path_on_host":"DIR/vm/seed","is_root_device":false,"is_read_only":true,"cache_type":"Writeback"}
         PUT /drives/runtime {"drive_id":"runtime","path_on_host":"DIR/runtime.ext4","is_root_device":false,"is_read_only":true,"cache_type":"Writeback"}

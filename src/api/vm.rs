@@ -67,6 +67,31 @@ pub enum Init {
     Image,
 }
 
+/// When the daemon starts a VM by itself (`--restart`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Restart {
+    /// Never.
+    #[default]
+    No,
+    /// When the daemon starts after a reboot of the host that has ended the VM. A VM that was not
+    /// running then is not started.
+    Always,
+}
+
+impl Restart {
+    pub fn is_no(&self) -> bool {
+        *self == Self::No
+    }
+
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::No => "no",
+            Self::Always => "always",
+        }
+    }
+}
+
 /// Whether the guest's file systems were synced before its VMM ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -139,6 +164,8 @@ pub struct Vm {
     pub pending: Option<Pending>,
     /// True if the VM is deleted when it stops or its holder disconnects.
     pub rm: bool,
+    #[serde(default)]
+    pub restart: Restart,
     /// When the VM was created, in seconds since the epoch.
     pub created_at: u64,
     pub started_at: Option<u64>,
@@ -290,6 +317,9 @@ pub struct VmCreateRequest {
     /// nobody holds it.
     #[serde(default)]
     pub rm: bool,
+    /// When the daemon starts the VM by itself. `always` excludes `rm`.
+    #[serde(default, skip_serializing_if = "Restart::is_no")]
+    pub restart: Restart,
     /// Requires `more`. A `created` note comes immediately, and the reply when the VM has been
     /// deleted. If the caller disconnects, an `rm` VM is deleted.
     #[serde(default)]
@@ -386,6 +416,9 @@ pub struct VmSetRequest {
     /// Whether the VM is deleted when it stops or its holder disconnects. Applies immediately.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rm: Option<bool>,
+    /// When the daemon starts the VM by itself. Applies immediately.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restart: Option<Restart>,
     /// The labels to add, or to replace if their keys exist. Applies immediately.
     #[serde(default, skip_serializing_if = "Labels::is_empty")]
     pub labels: Labels,

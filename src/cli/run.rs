@@ -357,6 +357,7 @@ fn create(
         net: shape.net,
         ports: shape.ports,
         labels: labels(shape.labels)?,
+        restart: shape.restart.unwrap_or_default(),
         rm,
         hold: rm,
     };

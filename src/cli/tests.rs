@@ -136,6 +136,7 @@ pub(super) fn vm(name: &str, state: VmState) -> Vm {
         ports: Vec::new(),
         pending: None,
         rm: false,
+        restart: crate::api::vm::Restart::No,
         created_at: NOW_S - 3700,
         started_at: None,
         op: None,

@@ -1,7 +1,7 @@
 //! Parsers for command-line values: sizes, durations, ports, environment variables.
 
 use crate::api::port::{Port, Protocol, loopback};
-use crate::api::vm::{Init, Net};
+use crate::api::vm::{Init, Net, Restart};
 use crate::error::{Error, Result};
 use crate::ids::{LabelKey, LabelValue, Labels};
 use std::ffi::{OsStr, OsString};
@@ -158,6 +158,15 @@ pub(super) fn parse_init(text: &str) -> Result<Init, String> {
         "fcd" => Ok(Init::Fcd),
         "image" => Ok(Init::Image),
         _ => Err("use fcd or image".to_owned()),
+    }
+}
+
+pub(super) fn parse_restart(text: &str) -> Result<Restart, String> {
+    match text {
+        "no" => Ok(Restart::No),
+        // A VM that its owner stopped stays stopped, which is what docker means by this word.
+        "always" | "unless-stopped" => Ok(Restart::Always),
+        _ => Err("use no, or always for a start after each reboot of the host".to_owned()),
     }
 }
 

@@ -9,15 +9,15 @@ use super::rates::Rates;
 use super::selection::{Filter, Selection, for_each_vm, parse_state};
 use super::values::{
     Label, labels, parse_duration, parse_init, parse_label, parse_mem_mib, parse_net, parse_port,
-    parse_size, timeout_ms,
+    parse_restart, parse_size, timeout_ms,
 };
 use super::vm_text::{ended, kept, sheet, state};
 use crate::api::port::Port;
 use crate::api::vm::{
-    Init, Net, VmBalloon, VmBalloonRequest, VmCreate, VmCreateRequest, VmDelete, VmDeleteReply,
-    VmDeleteRequest, VmFork, VmForkRequest, VmKill, VmMetrics, VmPause, VmPrune, VmRename,
-    VmRenameRequest, VmReply, VmRequest, VmRestart, VmResume, VmShow, VmStart, VmState, VmStop,
-    VmStopRequest, VmWait, VmWaitRequest,
+    Init, Net, Restart, VmBalloon, VmBalloonRequest, VmCreate, VmCreateRequest, VmDelete,
+    VmDeleteReply, VmDeleteRequest, VmFork, VmForkRequest, VmKill, VmMetrics, VmPause, VmPrune,
+    VmRename, VmRenameRequest, VmReply, VmRequest, VmRestart, VmResume, VmShow, VmStart, VmState,
+    VmStop, VmStopRequest, VmWait, VmWaitRequest,
 };
 use crate::api::{Call, Empty};
 use crate::client::Result;
@@ -123,6 +123,9 @@ pub(super) struct Shape {
     /// Label the VM, to find it with --filter label=KEY[=VALUE]
     #[arg(short, long = "label", value_name = "KEY[=VALUE]", value_parser = parse_label)]
     pub labels: Vec<Label>,
+    /// Start the VM again after a reboot of the host, if it was running
+    #[arg(long, value_name = "no|always", value_parser = parse_restart)]
+    pub restart: Option<Restart>,
     #[command(flatten)]
     pub rates: Rates,
     /// Size of a second, empty disk at /work in the guest, such as 20G
@@ -260,6 +263,7 @@ fn create(connector: &mut Connector, printer: &mut Printer, args: CreateArgs) ->
         net: args.shape.net,
         ports: args.shape.ports,
         labels: labels(args.shape.labels)?,
+        restart: args.shape.restart.unwrap_or_default(),
         disk_bytes: args.disk,
         work_disk_bytes: args.shape.work_disk,
         rm: false,

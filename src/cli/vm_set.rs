@@ -3,14 +3,16 @@
 use super::connector::Connector;
 use super::printer::Printer;
 use super::rates::Rates;
-use super::values::{LabelChange, labels, parse_label_change, parse_mem_mib, parse_size};
+use super::values::{
+    LabelChange, labels, parse_label_change, parse_mem_mib, parse_restart, parse_size,
+};
 use super::vm_text::{label_list, settings};
-use crate::api::vm::{Pending, Vm, VmSet, VmSetRequest, VmState};
+use crate::api::vm::{Pending, Restart, Vm, VmSet, VmSetRequest, VmState};
 use crate::client::Result;
 use crate::ids::LabelKey;
 
 #[derive(clap::Args, Debug)]
-#[command(group = clap::ArgGroup::new("what").required(true).multiple(true).args(["vcpus", "memory", "disk", "disk_bps", "disk_iops", "net_rx_bps", "net_tx_bps", "labels", "remove_labels"]))]
+#[command(group = clap::ArgGroup::new("what").required(true).multiple(true).args(["vcpus", "memory", "disk", "disk_bps", "disk_iops", "net_rx_bps", "net_tx_bps", "restart", "labels", "remove_labels"]))]
 pub(super) struct Args {
     /// Name, ID, or ID prefix
     vm: String,
@@ -25,6 +27,9 @@ pub(super) struct Args {
     disk: Option<u64>,
     #[command(flatten)]
     rates: Rates,
+    /// Start the VM again after each reboot of the host, or no longer
+    #[arg(long, value_name = "no|always", value_parser = parse_restart)]
+    restart: Option<Restart>,
     /// Set a label, or remove it with KEY-
     #[arg(short, long = "label", value_name = "KEY[=VALUE]", value_parser = parse_label_change)]
     labels: Vec<LabelChange>,
@@ -63,6 +68,7 @@ pub(super) fn run(connector: &mut Connector, printer: &mut Printer, args: Args) 
         net_tx_bytes_per_s: rates.net_tx_bps,
         now: args.now,
         rm: None,
+        restart: args.restart,
         labels: labels(set)?,
         remove_labels,
     };
@@ -73,6 +79,9 @@ pub(super) fn run(connector: &mut Connector, printer: &mut Printer, args: Args) 
     }
     if settings != Pending::default() {
         printer.line(&applied(&vm, &settings, args.now))?;
+    }
+    if let Some(restart) = args.restart {
+        printer.line(&format!("{}: restart {}", vm.name, restart.name()))?;
     }
     if changes_labels {
         let labels = match label_list(&vm.labels) {

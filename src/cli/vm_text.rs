@@ -3,7 +3,7 @@
 use super::output::{age, size};
 use crate::api::port::Port;
 use crate::api::vm::{
-    Init, Net, Pending, RateLimits, Synced, Vm, VmBalloonReply, VmState, WorkspaceInfo,
+    Init, Net, Pending, RateLimits, Restart, Synced, Vm, VmBalloonReply, VmState, WorkspaceInfo,
     WorkspaceState,
 };
 use crate::host::plural::count;
@@ -193,6 +193,10 @@ pub(super) fn sheet(vm: &Vm, now_s: u64) -> String {
         "removed",
         vm.rm
             .then(|| "when it stops or its creator disconnects".to_owned()),
+    );
+    add(
+        "restarts",
+        (vm.restart == Restart::Always).then(|| "after a reboot of the host".to_owned()),
     );
     add(
         "synced",

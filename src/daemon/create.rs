@@ -12,6 +12,7 @@ use super::names;
 use super::network::Networks;
 use super::operations::ended_row;
 use super::ports::{PORT_TRIES_MAX, require_free};
+use super::settings::check_restart;
 use super::uses::UseGuard;
 use crate::api::op::Op;
 use crate::api::vm::{Init, RateLimits, Vm, VmCreateRequest, VmReply, VmState};
@@ -94,6 +95,7 @@ impl Creator {
             // `insert_with_ports` sets the ports.
             ports: Vec::new(),
             rm: request.rm,
+            restart: request.restart,
             created_at: now_s(),
             // `insert` sets the slot.
             slot: 0,
@@ -117,6 +119,7 @@ impl Creator {
             balloon_mib: None,
         };
         check_init(row.shape.init, &image)?;
+        check_restart(row.restart, row.rm)?;
         self.capacity.check_vcpus(row.shape.vcpus)?;
         self.capacity.check_memory(row.shape.mem_mib)?;
         self.capacity

@@ -21,7 +21,7 @@ use super::transitions::Verb;
 use super::unreconciled::VmReconciler;
 use super::unreconciled::{ReconcileGuard, Unreconciled};
 use super::vmms::Vmms;
-use crate::api::vm::VmState;
+use crate::api::vm::{Restart, VmState};
 use crate::error::{Error, Kind, Result};
 use crate::ids::VmId;
 use crate::image::Images;
@@ -52,6 +52,8 @@ enum Next {
     Nothing,
     /// Delete the VM, because it is an `rm` VM without a holder.
     Delete,
+    /// Start the VM, because its owner wants that after a reboot of the host.
+    Start,
 }
 
 /// Returns the VMs that this daemon must reconcile, because an earlier daemon left a VMM, an
@@ -73,6 +75,13 @@ pub(super) fn unreconciled_vms(state: &State) -> HashMap<VmId, u64> {
         .filter(|row| is_unreconciled(row))
         .map(|row| (row.id.clone(), row.generation))
         .collect()
+}
+
+/// True if the VMM was started before the host's last reboot.
+fn has_rebooted(row: &VmRow) -> Result<bool> {
+    let now = crate::host::process::boot_id()?;
+    let before = row.identity.as_ref().map(|identity| &identity.boot_id);
+    Ok(before.is_some_and(|before| before != now))
 }
 
 /// The work that a VM needs, from the most to the least urgent.
@@ -220,6 +229,13 @@ impl Reconciler {
             return Ok(Next::Nothing);
         }
         match row.state {
+            VmState::Running if has_rebooted(&row)? => {
+                self.put_at_rest(&row, VmState::Stopped, "the host was rebooted")?;
+                self.resources.release_boot(&row.id, row.generation)?;
+                if row.restart == Restart::Always && !row.rm {
+                    return Ok(Next::Start);
+                }
+            }
             VmState::Running => self.adopt_or_fail(&row)?,
             VmState::Starting => {
                 self.end_leftover(&row)?;
@@ -241,13 +257,6 @@ impl Reconciler {
     }
 
     fn adopt_or_fail(&self, row: &VmRow) -> Result<()> {
-        let known = row.identity.clone();
-        if let Some(identity) = &known
-            && identity.boot_id != crate::host::process::boot_id()?
-        {
-            self.put_at_rest(row, VmState::Stopped, "the host was rebooted")?;
-            return self.resources.release_boot(&row.id, row.generation);
-        }
         let Some(identity) = self.vmms.identity(row) else {
             let (state, reason) = match self.vmms.unseen_end(row) {
                 Some(end) if end.is_orderly() => (VmState::Stopped, end.to_string()),
@@ -378,6 +387,7 @@ impl VmReconciler for Reconciler {
         drop(guard);
         match result {
             Ok(Next::Delete) => self.lifecycle.delete_unasked(id),
+            Ok(Next::Start) => self.lifecycle.start_unasked(id),
             Ok(Next::Nothing) => {}
             Err(e) => log::error!("reconcile VM {id}: {e}"),
         }

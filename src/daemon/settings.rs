@@ -5,7 +5,7 @@ use super::access::Caller;
 use super::controls::Controls;
 use super::rules::is_at_rest;
 use super::rules::take_pending;
-use crate::api::vm::{Pending, Vm, VmRenameRequest, VmSetRequest};
+use crate::api::vm::{Pending, Restart, Vm, VmRenameRequest, VmSetRequest};
 use crate::error::{Error, Kind, Result};
 use crate::store::VmRow;
 
@@ -23,7 +23,7 @@ impl Controls {
         if !changes_size(request) && !changes_at_once(request) && rates.is_empty() {
             return Err(
                 Error::invalid(format!("set VM {}: nothing to set", row.name))
-                    .hint("use --vcpus, --memory, --disk, --label, or a rate such as --disk-bps"),
+                    .hint("use --vcpus, --memory, --disk, --restart, --label, or a rate such as --disk-bps"),
             );
         }
         request
@@ -50,6 +50,9 @@ impl Controls {
             if is_live {
                 self.may_adjust_locked(&guard, &row, request)?;
             }
+            request.restart.map_or(Ok(()), |restart| {
+                check_restart(restart, request.rm.unwrap_or(row.rm))
+            })?;
             let labels = row
                 .shape
                 .labels
@@ -98,6 +101,15 @@ impl Controls {
     }
 }
 
+/// Refuses to start a VM again that is deleted when it ends.
+pub(super) fn check_restart(restart: Restart, rm: bool) -> Result<()> {
+    if rm && restart == Restart::Always {
+        let text = "a VM that is deleted when it ends cannot restart";
+        return Err(Error::invalid(text).hint("leave out --rm or --restart"));
+    }
+    Ok(())
+}
+
 /// True if the request changes something that takes effect only when the guest starts: vCPUs,
 /// memory or disk size.
 pub(super) fn changes_size(request: &VmSetRequest) -> bool {
@@ -105,13 +117,17 @@ pub(super) fn changes_size(request: &VmSetRequest) -> bool {
 }
 
 fn changes_at_once(request: &VmSetRequest) -> bool {
-    request.rm.is_some() || !request.labels.is_empty() || !request.remove_labels.is_empty()
+    request.rm.is_some()
+        || request.restart.is_some()
+        || !request.labels.is_empty()
+        || !request.remove_labels.is_empty()
 }
 
 /// Writes the settings into the row. For a VM at rest, vCPUs, memory and rates change at once; its
 /// next start grows the disk.
 fn apply(row: &mut VmRow, request: &VmSetRequest, is_live: bool) {
     row.rm = request.rm.unwrap_or(row.rm);
+    row.restart = request.restart.unwrap_or(row.restart);
     let (rates, mut pending) = (request.rates(), row.pending.take().unwrap_or_default());
     pending.vcpus = request.vcpus.or(pending.vcpus);
     pending.mem_mib = request.mem_mib.or(pending.mem_mib);

@@ -34,6 +34,7 @@ pub(super) fn view(row: &VmRow, workspace: Option<&WorkspaceRow>) -> Vm {
         ports: row.ports.clone(),
         pending: row.pending.clone(),
         rm: row.rm,
+        restart: row.restart,
         created_at: row.created_at,
         started_at: row.started_at,
         op: row.op.clone(),

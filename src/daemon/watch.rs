@@ -177,19 +177,32 @@ impl Lifecycle {
     /// Begins to delete an `rm` VM without a request of a user. An error is only logged, because
     /// another operation may already be deleting the VM.
     pub(super) fn delete_unasked(&self, vm: &VmId) {
+        if let Err(e) = self.request_unasked(vm, Verb::DeleteForce, "vm.delete") {
+            log::info!("delete VM {vm}, which is marked for deletion: {e}");
+        }
+    }
+
+    /// Begins to start a VM that a reboot of the host has ended, as its owner wanted. An error is
+    /// only logged, because a user may have claimed the VM in the meantime.
+    pub(super) fn start_unasked(&self, vm: &VmId) {
+        match self.request_unasked(vm, Verb::Start, "vm.start") {
+            Ok(()) => log::info!("VM {vm} starts again, because the host was rebooted"),
+            Err(e) => log::warn!("start VM {vm} again after the host's reboot: {e}"),
+        }
+    }
+
+    fn request_unasked(&self, vm: &VmId, verb: Verb, method: &'static str) -> Result<()> {
         let root = Caller {
             uid: 0,
             gid: 0,
             pid: 0,
         };
         let request = LifecycleRequest {
-            verb: Verb::DeleteForce,
-            method: "vm.delete",
+            verb,
+            method,
             timeout: None,
             restore: None,
         };
-        if let Err(e) = self.request(&root, vm.as_str(), &request) {
-            log::info!("delete VM {vm}, which is marked for deletion: {e}");
-        }
+        self.request(&root, vm.as_str(), &request).map(drop)
     }
 }

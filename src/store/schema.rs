@@ -53,6 +53,7 @@ pub(super) fn migrations() -> Vec<String> {
         vm::ADD_IMAGE_DIGEST,
         vm::ADD_INIT,
         vm::ADD_LABELS,
+        vm::ADD_RESTART,
     ];
     std::iter::once(first)
         .chain(later.map(str::to_owned))

@@ -2,7 +2,7 @@
 
 use super::sql::{self, json};
 use crate::api::port::Port;
-use crate::api::vm::{Init, Net, Pending, RateLimits, Synced, VmState};
+use crate::api::vm::{Init, Net, Pending, RateLimits, Restart, Synced, VmState};
 use crate::host::process::Identity;
 use crate::ids::{ImageRef, KernelName, Labels, OpId, RuntimeId, VmId, VmName};
 use rusqlite::{Connection, params};
@@ -63,6 +63,7 @@ pub struct VmRow {
     pub ports: Vec<Port>,
     pub pending: Option<Pending>,
     pub rm: bool,
+    pub restart: Restart,
     /// The time when the VM was created, in seconds since the epoch.
     pub created_at: u64,
     pub started_at: Option<u64>,
@@ -134,6 +135,9 @@ pub(super) const ADD_INIT: &str = "UPDATE vms SET body = json_set(body, '$.init'
 /// The migration to schema version 12, which adds `labels` to VMs and snapshots.
 pub(super) const ADD_LABELS: &str = "UPDATE vms SET body = json_set(body, '$.labels', json('{}'));
      UPDATE snapshots SET body = json_set(body, '$.labels', json('{}'));";
+
+/// The migration to schema version 13, which adds `restart`.
+pub(super) const ADD_RESTART: &str = "UPDATE vms SET body = json_set(body, '$.restart', 'no');";
 
 pub(super) fn save(c: &Connection, id: &VmId, row: Option<&VmRow>) -> rusqlite::Result<()> {
     let Some(row) = row else {

@@ -59,6 +59,7 @@ fn row(n: u32) -> VmRow {
         ports: Vec::new(),
         pending: None,
         rm: false,
+        restart: crate::api::vm::Restart::No,
         created_at: 1,
         started_at: None,
         op: None,

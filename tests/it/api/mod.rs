@@ -74,6 +74,7 @@ pub fn vm() -> Vm {
             ..Pending::default()
         }),
         rm: false,
+        restart: Restart::Always,
         created_at: 1,
         started_at: Some(2),
         op: Some(id()),

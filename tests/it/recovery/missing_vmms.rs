@@ -2,6 +2,7 @@
 
 use crate::world::*;
 use fcd::testing::api::vm::*;
+use fcd::testing::error::Kind;
 use fcd::testing::vmm::Exit;
 use std::path::Path;
 
@@ -47,9 +48,8 @@ fn vmm_that_died_between_daemons_is_failed() {
     assert_eq!(world.start("web").unwrap().state, VmState::Running);
 }
 
-#[test]
-fn vm_after_host_reboot_is_stopped() {
-    let (mut world, vm) = world_without_vmm(Exit::Signal(7));
+/// Makes the store look as if the host had been rebooted since the VM was started.
+fn reboot_host(world: &mut World, vm: &Vm) {
     world.edit_rows(|tx| {
         tx.update_vm_unlocked(&vm.id, |r| {
             r.identity.as_mut().unwrap().boot_id = "another".into()
@@ -57,7 +57,81 @@ fn vm_after_host_reboot_is_stopped() {
         .unwrap()
     });
     world.restart_daemon();
+}
+
+#[test]
+fn vm_after_host_reboot_is_stopped() {
+    let (mut world, vm) = world_without_vmm(Exit::Signal(7));
+    reboot_host(&mut world, &vm);
+    let vm = world.show("web").unwrap();
+    assert_eq!(vm.state, VmState::Stopped);
+    assert_eq!(vm.reason.as_deref(), Some("the host was rebooted"));
+}
+
+fn set_restart(world: &World, vm: &str, restart: Restart) -> Vm {
+    let request = VmSetRequest {
+        vm: vm.to_owned(),
+        restart: Some(restart),
+        ..VmSetRequest::default()
+    };
+    world.call::<VmSet>(&request).unwrap().vm
+}
+
+#[test]
+fn vm_with_restart_starts_again_after_host_reboot() {
+    let mut world = World::new();
+    let (vm, _) = world.running("web");
+    let set = set_restart(&world, "web", Restart::Always);
+    assert_eq!(set.restart, Restart::Always);
+    world.shut();
+    world.kill_vmm(&vm.id, Exit::Signal(7));
+    reboot_host(&mut world, &vm);
+    await_that("the VM runs again", || {
+        world.state("web") == VmState::Running
+    });
+    assert_eq!(world.show("web").unwrap().reason, None);
+
+    // A VM that its owner has stopped stays stopped.
+    world.stop("web").unwrap();
+    world.restart_daemon();
     assert_eq!(world.state("web"), VmState::Stopped);
+}
+
+#[test]
+fn vm_without_restart_stays_stopped_after_host_reboot() {
+    let mut world = World::new();
+    let (vm, _) = world.running("web");
+    set_restart(&world, "web", Restart::Always);
+    set_restart(&world, "web", Restart::No);
+    world.shut();
+    world.kill_vmm(&vm.id, Exit::Signal(7));
+    reboot_host(&mut world, &vm);
+    assert_eq!(world.state("web"), VmState::Stopped);
+}
+
+#[test]
+fn vm_that_is_deleted_at_its_end_cannot_restart() {
+    let world = World::new();
+    let request = VmCreateRequest {
+        rm: true,
+        restart: Restart::Always,
+        ..VmCreateRequest::default()
+    };
+    let e = world.call::<VmCreate>(&request).unwrap_err();
+    assert!(e.is(Kind::InvalidArgument), "{e:?}");
+    let (vm, _) = world.running("web");
+    let request = VmSetRequest {
+        vm: vm.name.to_string(),
+        rm: Some(true),
+        restart: Some(Restart::Always),
+        ..VmSetRequest::default()
+    };
+    let e = world.call::<VmSet>(&request).unwrap_err();
+    assert_eq!(
+        e.fault.message,
+        "a VM that is deleted when it ends cannot restart"
+    );
+    assert!(!world.show("web").unwrap().rm);
 }
 
 /// Replaces the console log of a VM that has started.

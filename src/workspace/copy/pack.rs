@@ -9,8 +9,11 @@ use crate::workspace::beneath::{Beneath, is_absent};
 use crate::workspace::tar_writer::{Meta, ReadOutcome, TarWriter};
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, BufWriter, Write};
 
+/// How much is written at once. A guest decrypts every packet by itself, which is slow for small
+/// ones.
+const BUFFER_BYTES: usize = 64 * 1024;
 /// The permission bits without the set-id and sticky bits.
 const PLAIN_MODE: u32 = 0o777;
 
@@ -40,7 +43,7 @@ pub fn pack(
     cancel: &Cancel,
 ) -> Result<Packed> {
     let mut packer = Packer {
-        writer: TarWriter::new(out, cancel),
+        writer: TarWriter::new(BufWriter::with_capacity(BUFFER_BYTES, out), cancel),
         packing,
         links: HashMap::new(),
         packed: Packed::default(),
@@ -52,12 +55,20 @@ pub fn pack(
     packer.packed.copied.entries = packer.writer.entries;
     packer.writer.extra = Extra::default();
     packer.writer.data(packing.last.as_bytes(), b"")?;
-    packer.writer.finish()?;
-    Ok(packer.packed)
+    let Packer { writer, packed, .. } = packer;
+    let (mut out, _) = writer.finish()?;
+    out.flush().map_err(|e| match e.kind() {
+        io::ErrorKind::BrokenPipe => Error::new(
+            Kind::StreamIncomplete,
+            "send the tree: the daemon stopped reading",
+        ),
+        _ => Error::io("send the tree", e),
+    })?;
+    Ok(packed)
 }
 
 struct Packer<'a> {
-    writer: TarWriter<'a, &'a mut dyn Write>,
+    writer: TarWriter<'a, BufWriter<&'a mut dyn Write>>,
     packing: &'a Packing,
     /// The path in the tar of each file that has several names.
     links: HashMap<Inode, Vec<u8>>,

@@ -27,6 +27,8 @@ if [ -n "$final" ] && exists "$final"; then
   if [ "$what" = file ]; then
     if is_real_dir "$final"; then fail 75 "$final"; fi
     if [ -e "$final" ] && [ ! -f "$final" ] && [ ! -d "$final" ]; then fail 74 "$final"; fi
+    # Links such as /dev/stdout may lead to a file.
+    if [ "$(cd "$where" && pwd -P)" = /dev ]; then fail 74 "$final"; fi
   elif ! is_real_dir "$final"; then
     fail 72 "$final"
   fi

@@ -89,7 +89,7 @@ pub fn resolve(to: &Path, name: Option<&[u8]>, kind: FileKind) -> Result<Destina
             });
         }
         Ok(_) if kind == FileKind::Dir => return Err(taken(&to.display().to_string())),
-        Ok(found) if !(found.is_file() || found.is_symlink()) => {
+        Ok(found) if !(found.is_file() || found.is_symlink()) || is_of_system(to) => {
             let text = format!("{}: it is neither a file nor a directory", to.display());
             return Err(Error::invalid(text).hint(
                 "to print a file, use fcctl exec VM -- cat PATH; to write a tar to stdout, use -",
@@ -115,6 +115,12 @@ pub fn resolve(to: &Path, name: Option<&[u8]>, kind: FileKind) -> Result<Destina
     let below = name_of(bytes).ok_or_else(|| no_directory(to))?.to_vec();
     let base = base.to_owned();
     Ok(Destination { base, below, kind })
+}
+
+/// True for links such as /dev/stdout, which may lead to a file. A copy would replace the link.
+fn is_of_system(path: &Path) -> bool {
+    let dir = path.parent().and_then(|dir| dir.canonicalize().ok());
+    dir.is_some_and(|dir| dir == Path::new("/dev") || dir.starts_with("/proc"))
 }
 
 fn no_directory(path: &Path) -> Error {
@@ -161,18 +167,23 @@ pub fn land(
         progress,
     };
     let mut reader = TarReader::new(from);
+    let explained = |e| explained(e, to);
     while let Some(item) = reader.next().map_err(explained)? {
         check_cancel(cancel)?;
         lander.item(&item, &mut reader).map_err(explained)?;
     }
-    lander.finish()
+    lander.finish().map_err(explained)
 }
 
-/// Replaces the hints of an archive's errors, which are about workspaces.
-fn explained(e: Error) -> Error {
+/// Adds the destination to errors about paths below it, and replaces the hints of an archive's
+/// errors, which are about workspaces.
+fn explained(e: Error, to: &Destination) -> Error {
     match e.kind() {
         Kind::InvalidTree => {
             e.hint("what was copied before is complete; inspect the path in the guest")
+        }
+        Kind::Host | Kind::DiskFull | Kind::TargetExists => {
+            e.context(format!("copy to {}", to.base.display()))
         }
         _ => e,
     }
@@ -335,7 +346,7 @@ impl Lander<'_> {
             Err(Errno::EXIST) => {
                 self.beneath
                     .open_dir(path)
-                    .map_err(|_| taken(&self.shown(path)))?;
+                    .map_err(|_| taken(&shown(path)))?;
                 if self.archive {
                     self.at_end(path.to_vec(), item, Some(item.mode));
                 }

@@ -269,7 +269,12 @@ fn kinds_that_differ_are_named() {
         Kind::TargetExists,
         "d: it is a directory",
     );
-    site.check_refused(false, &[dir(b"./mine")], Kind::TargetExists, "to/mine");
+    site.check_refused(
+        false,
+        &[dir(b"./mine")],
+        Kind::TargetExists,
+        "/to: mine: it exists",
+    );
     assert_eq!(fs::read(site.path("to/mine")).unwrap(), b"mine");
 }
 
@@ -338,9 +343,17 @@ fn directory_without_rights_gets_its_mode_at_the_end() {
 
 #[test]
 fn device_as_destination_is_not_replaced() {
-    let e = resolve(Path::new("/dev/null"), Some(b"x"), FileKind::File).unwrap_err();
-    assert_eq!(e.kind(), Kind::InvalidArgument);
-    assert!(e.hint_text().unwrap().contains("fcctl exec"));
+    // A link of the system is not replaced, either, even if it leads to a file.
+    for path in [
+        "/dev/null",
+        "/dev/stdout",
+        "/dev/../dev/stdout",
+        "/proc/self/exe",
+    ] {
+        let e = resolve(Path::new(path), Some(b"x"), FileKind::File).unwrap_err();
+        assert_eq!(e.kind(), Kind::InvalidArgument, "{path}");
+        assert!(e.hint_text().unwrap().contains("fcctl exec"));
+    }
 }
 
 #[test]

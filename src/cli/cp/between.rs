@@ -44,7 +44,7 @@ pub(super) fn copy(
         several,
         archive: job.options.archive,
         user: job.options.user.clone(),
-        meter: job.meter(&format!("copy from {} to {}", from.vm, to.vm), None),
+        meter: job.meter(&format!("from {} to {}", from.vm, to.vm), None),
     };
     let (token, hang_up) = (stop.clone(), job.interrupts.hang_up());
     let hangup = other.hangup()?;

@@ -123,10 +123,7 @@ fn copy(
     };
     let stop = job.stop()?;
     let (mut ours, theirs) = pipes::to_daemon(&stop)?;
-    let (token, mut meter) = (
-        stop.clone(),
-        job.meter(&format!("copy to {}", to.vm), total),
-    );
+    let (token, mut meter) = (stop.clone(), job.meter(&format!("to {}", to.vm), total));
     let mut client = job.connector.connect(job.printer)?;
     let _guard = job.interrupts.guard(&client)?;
     let sender = thread::spawn("pack", move || {

@@ -65,13 +65,13 @@ impl Job<'_> {
         !self.options.quiet && !self.printer.json && self.stdio.stderr.is_terminal()
     }
 
-    pub(super) fn meter(&self, doing: &str, total: Option<u64>) -> Meter {
+    pub(super) fn meter(&self, stage: &str, total: Option<u64>) -> Meter {
         let progress = if self.has_bar() {
-            self.printer.progress(doing)
+            self.printer.progress("copy")
         } else {
             Progress::silent()
         };
-        Meter::new(progress, total)
+        Meter::new(progress, stage, total)
     }
 
     /// Prints warnings, and what a command in the guest wrote to stderr although it succeeded.

@@ -10,15 +10,18 @@ const REDRAW: Duration = Duration::from_millis(100);
 /// Counts bytes. It belongs to the thread that moves them.
 pub(super) struct Meter {
     progress: Progress,
+    stage: String,
     done: u64,
     total: Option<u64>,
     shown_at: Option<Instant>,
 }
 
 impl Meter {
-    pub(super) fn new(progress: Progress, total: Option<u64>) -> Self {
+    /// `stage` says between which places, such as `to web`.
+    pub(super) fn new(progress: Progress, stage: &str, total: Option<u64>) -> Self {
         Self {
             progress,
+            stage: stage.to_owned(),
             done: 0,
             total,
             shown_at: None,
@@ -36,7 +39,7 @@ impl Meter {
         }
         self.shown_at = Some(Instant::now());
         self.progress.update(&op::Progress {
-            stage: "copied".to_owned(),
+            stage: self.stage.clone(),
             done: Some(self.done),
             // A guest only estimates it.
             total: self.total.filter(|total| *total >= self.done),

@@ -102,7 +102,7 @@ fn copy(
     };
     let stop = job.stop()?;
     let (ours, theirs) = pipes::from_daemon(&stop)?;
-    let mut meter = job.meter(&format!("copy from {}", from.vm), None);
+    let mut meter = job.meter(&format!("from {}", from.vm), None);
     let (token, hang_up) = (stop.clone(), job.interrupts.hang_up());
     let mut client = job.connector.connect(job.printer)?;
     let _guard = job.interrupts.guard(&client)?;

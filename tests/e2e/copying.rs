@@ -1,6 +1,7 @@
 //! Tests of `fcctl cp` with real guests: one of the default image, and one whose image has no
 //! program at all.
 
+use crate::exec::Person;
 use crate::host::{Host, Spawned, text, wait_for};
 use crate::runtime::register;
 use serde_json::json;
@@ -39,6 +40,7 @@ fn copies_to_and_from_guests() {
     destinations_follow_rules(&host, dir.path());
     links_and_fifos_of_guest_are_not_followed(&host, dir.path());
     interrupt_leaves_nothing(&host);
+    person_sees_progress(&host, dir.path());
     stop_ends_copy(&host);
 }
 
@@ -264,6 +266,31 @@ fn interrupt_leaves_nothing(host: &Host) {
     wait_for("the end of the command in the guest", || {
         (host.sh("box", "ls -A /root/new") == before).then_some(())
     });
+}
+
+/// A person at a terminal sees a bar, and ends the copy with Ctrl-C.
+fn person_sees_progress(host: &Host, dir: &Path) {
+    let big = dir.join("big");
+    fs::write(&big, vec![7; 256 << 20]).unwrap();
+    let mut person = Person::sit_down(24, 100);
+    let mut child = person.fcctl(host, &["cp", path(&big), "box:/root/big"]);
+    person.sees("copy to box");
+    person.sees("/256.00 MiB");
+    person.type_in("\x03");
+    person.sees("fcctl: interrupted\r\n");
+    let status = wait_for("the end of the copy", || child.try_wait().unwrap());
+    assert_eq!(status.code(), Some(130));
+    assert_eq!(
+        host.sh(
+            "box",
+            "ls /root/big 2>&1 | wc -l; ls /root | grep -c big || true"
+        ),
+        "1\n0\n"
+    );
+    let mut child = person.fcctl(host, &["cp", "-q", "box:/root/d/one", path(dir)]);
+    let status = wait_for("the end of the copy", || child.try_wait().unwrap());
+    assert_eq!(status.code(), Some(0));
+    assert_eq!(person.shown(), "", "a quiet copy prints nothing");
 }
 
 fn stop_ends_copy(host: &Host) {

@@ -467,14 +467,14 @@ fn a_tree_through_pipes(host: &Host) {
 }
 
 /// A person at a terminal: the keyboard, the terminal device, and the text seen so far.
-struct Person {
+pub struct Person {
     keyboard: File,
     terminal: File,
     seen: String,
 }
 
 impl Person {
-    fn sit_down(rows: u16, cols: u16) -> Self {
+    pub fn sit_down(rows: u16, cols: u16) -> Self {
         let pty = nix::pty::openpty(None, None).unwrap();
         let keyboard = File::from(pty.master);
         let flags = rustix::fs::fcntl_getfl(&keyboard).unwrap();
@@ -509,7 +509,7 @@ impl Person {
     }
 
     /// Starts `fcctl` in a new session with this terminal.
-    fn fcctl(&self, host: &Host, args: &[&str]) -> std::process::Child {
+    pub fn fcctl(&self, host: &Host, args: &[&str]) -> std::process::Child {
         let end = || Stdio::from(self.terminal.try_clone().unwrap());
         let mut command = Command::new("setsid");
         command
@@ -525,7 +525,7 @@ impl Person {
             .unwrap()
     }
 
-    fn type_in(&mut self, keys: &str) {
+    pub fn type_in(&mut self, keys: &str) {
         self.keyboard.write_all(keys.as_bytes()).unwrap();
     }
 
@@ -536,8 +536,14 @@ impl Person {
         }
     }
 
+    /// Returns what has appeared since the last look.
+    pub fn shown(&mut self) -> String {
+        self.look();
+        std::mem::take(&mut self.seen)
+    }
+
     #[track_caller]
-    fn sees(&mut self, wanted: &str) {
+    pub fn sees(&mut self, wanted: &str) {
         wait_for(&format!("{wanted:?} on the screen"), || {
             self.look();
             self.seen.contains(wanted).then_some(())

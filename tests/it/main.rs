@@ -10,6 +10,7 @@ mod bad_input;
 mod booting;
 mod capabilities;
 mod commits;
+mod copying;
 mod crash;
 mod crowd;
 mod docs;

@@ -613,6 +613,10 @@ fn the_systems_ssh(host: &Host) {
         (Some(5), ("out\n".to_owned(), "err\n".to_owned()))
     );
     assert_eq!(host.fails(&["ssh", "nope", "--", "true"]).0, 3);
+    let mut person = Person::sit_down(24, 80);
+    let mut child = person.fcctl(host, &["ssh", "-t", "box", "tty"]);
+    person.sees("/dev/pts/");
+    assert!(wait_for("its end", || child.try_wait().unwrap()).success());
     a_shell_in_the_workspace(host);
 }
 

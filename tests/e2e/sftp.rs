@@ -1,7 +1,8 @@
 //! Tests of file transfers with the VM's key, and of the files of the network, in images that hold
 //! only their own files.
 
-use crate::host::{Host, text};
+use crate::exec::Person;
+use crate::host::{Host, text, wait_for};
 use crate::runtime::{busybox, register};
 use serde_json::json;
 use std::fs;
@@ -79,6 +80,23 @@ fn check_transfers(host: &Host, vm: &str, options: &[String], user: &str) {
     }
 }
 
+/// A shell has a terminal in a guest with a runtime, too, with and without a workspace.
+fn a_shell_has_a_terminal(host: &Host, vm: &str) {
+    let repo = tempfile::tempdir().unwrap();
+    crate::first_light::repository(repo.path());
+    for has_workspace in [false, true] {
+        if has_workspace {
+            host.ok(&["workspace", "prepare", vm, repo.path().to_str().unwrap()]);
+        }
+        let mut person = Person::sit_down(33, 99);
+        let mut child = person.fcctl(host, &["ssh", vm]);
+        person.type_in("test -t 0 && echo on a term\"\"inal; exit 6\n");
+        person.sees("on a terminal");
+        let status = wait_for("the shell's end", || child.try_wait().unwrap());
+        assert_eq!(status.code(), Some(6));
+    }
+}
+
 #[test]
 fn files_are_copied_by_scp_and_sftp_as_root_and_as_the_images_user() {
     let host = Host::start();
@@ -118,6 +136,7 @@ fn files_are_copied_by_scp_and_sftp_as_root_and_as_the_images_user() {
         let dir = tempfile::tempdir().unwrap();
         let mut options = login(&host, vm, dir.path());
         check_transfers(&host, vm, &options, uid);
+        a_shell_has_a_terminal(&host, vm);
         // `fcctl ssh --user 0` chooses root like this. The image need not name it.
         options.extend(["-o".to_owned(), "SetEnv=FCD_USER=0".to_owned()]);
         check_transfers(&host, vm, &options, "0");

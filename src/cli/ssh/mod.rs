@@ -21,6 +21,9 @@ pub(super) struct Args {
     /// Log in as this user of the guest [default: root]
     #[arg(short, long, value_name = "USER")]
     user: Option<String>,
+    /// Allocate a terminal for a command; a shell has one anyway
+    #[arg(short, long)]
+    tty: bool,
     /// A command, or options for ssh such as -L 8080:localhost:80
     #[arg(last = true, value_name = "ARGS")]
     args: Vec<OsString>,
@@ -51,7 +54,9 @@ pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     let file = dir.path().join("config");
     let text = render(&config, &files, args.user.as_deref(), args.args.is_empty())?;
     write_private(&file, &text)?;
-    let mut argv: Vec<OsString> = vec!["-F".into(), file.into(), config.name.as_str().into()];
+    let mut argv: Vec<OsString> = vec!["-F".into(), file.into()];
+    argv.extend(args.tty.then(|| "-t".into()));
+    argv.push(config.name.as_str().into());
     argv.extend(args.args);
     // ssh owns the terminal and handles its signals. This process must not exit first and leave the
     // key behind.

@@ -8,6 +8,7 @@ use super::terminal::{self, RawMode};
 use super::values;
 use crate::api::exec::{CommandWords, ExecStart, ExecStartRequest, Exit, Pty};
 use crate::api::frame::Note;
+use crate::cli::ssh::agent::{self, Agent};
 use crate::client::{Client, Failure, Result};
 use crate::error::{Error, Kind};
 use crate::host::thread;
@@ -59,6 +60,9 @@ pub(super) struct How {
     /// Exit when the command exits, even if its background processes still hold the output open
     #[arg(long)]
     pub no_wait_children: bool,
+    /// Let the command use your ssh-agent. Root in the guest can use its keys meanwhile
+    #[arg(long)]
+    pub ssh_agent: bool,
 }
 
 /// The command to run and how.
@@ -72,6 +76,8 @@ pub(super) struct Spec {
     /// The type of the terminal to allocate, such as `xterm`. `None` means no terminal.
     pub term: Option<String>,
     pub no_wait_children: bool,
+    /// The socket of the ssh-agent to forward.
+    pub ssh_agent: Option<PathBuf>,
 }
 
 impl How {
@@ -106,6 +112,7 @@ impl How {
             stdin: self.interactive || auto,
             term: (self.tty || auto).then(term),
             no_wait_children: self.no_wait_children,
+            ssh_agent: self.ssh_agent.then(|| agent::socket(env)).transpose()?,
         })
     }
 }
@@ -167,6 +174,13 @@ pub(super) fn execute(
         Ok(guard) => guard,
         Err(_) => return Ok(Outcome::Interrupted),
     };
+    let mut spec = spec;
+    let agent = spec
+        .ssh_agent
+        .take()
+        .map(|local| Agent::forward(client, vm, &local, interrupts.cancel()))
+        .transpose()?;
+    spec.env.extend(agent.as_ref().map(Agent::variable));
     // If nobody types into the pty, the caller's terminal stays in cooked mode, so that Ctrl-C
     // arrives here as a signal and is forwarded.
     let raw = if spec.term.is_some() && spec.stdin && stdio.stdin_is_terminal() {

@@ -49,6 +49,7 @@ impl Guest<'_> {
             stdin: true,
             term: None,
             no_wait_children: false,
+            ssh_agent: None,
         };
         let outcome = exec::execute(
             self.printer,

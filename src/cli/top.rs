@@ -142,6 +142,7 @@ fn capture(ctx: &mut Context, vm: &str, argv: Vec<OsString>) -> Result<String> {
         stdin: false,
         term: None,
         no_wait_children: false,
+        ssh_agent: None,
     };
     let outcome = exec::execute(&mut ctx.printer, &stdio, &interrupts, &mut client, vm, spec);
     drop(stdio);

@@ -617,7 +617,89 @@ fn the_systems_ssh(host: &Host) {
     let mut child = person.fcctl(host, &["ssh", "-t", "box", "tty"]);
     person.sees("/dev/pts/");
     assert!(wait_for("its end", || child.try_wait().unwrap()).success());
+    the_agent_of_the_caller(host);
     a_shell_in_the_workspace(host);
+}
+
+/// Programs in the guest use the caller's keys only if asked to, and no longer than the command.
+fn the_agent_of_the_caller(host: &Host) {
+    let agent = SshAgent::start();
+    let list = |args: &[&str]| {
+        let mut command = host.command(args);
+        text(
+            &command
+                .env("SSH_AUTH_SOCK", agent.socket())
+                .output()
+                .unwrap(),
+        )
+    };
+    let (out, err) = list(&["exec", "--ssh-agent", "box", "--", "ssh-add", "-L"]);
+    assert_eq!((out.trim(), err.as_str()), (agent.key.as_str(), ""));
+    let (out, err) = list(&["ssh", "--ssh-agent", "box", "--", "ssh-add -L"]);
+    assert_eq!((out.trim(), err.as_str()), (agent.key.as_str(), ""));
+    let (out, _) = list(&["exec", "box", "--", "sh", "-c", "echo \"<$SSH_AUTH_SOCK>\""]);
+    assert_eq!(out, "<>\n");
+    wait_for("the sockets are gone", || {
+        host.sh("box", "ls -A /dev/.fcd-agents")
+            .is_empty()
+            .then_some(())
+    });
+    let out = host
+        .command(&["exec", "--ssh-agent", "box", "--", "true"])
+        .env_remove("SSH_AUTH_SOCK")
+        .output()
+        .unwrap();
+    assert!(
+        out.status.code() == Some(125) && text(&out).1.contains("SSH_AUTH_SOCK is not set"),
+        "{out:?}"
+    );
+}
+
+/// An ssh-agent of this host with one key.
+pub struct SshAgent {
+    dir: tempfile::TempDir,
+    agent: std::process::Child,
+    /// The public key.
+    pub key: String,
+}
+
+impl SshAgent {
+    pub fn start() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        let agent = Command::new("ssh-agent")
+            .arg("-D")
+            .arg("-a")
+            .arg(path("agent"))
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        wait_for("the agent's socket", || {
+            path("agent").exists().then_some(())
+        });
+        let make = "ssh-keygen -q -t ed25519 -N '' -C mine -f key && ssh-add -q key";
+        let status = Command::new("sh")
+            .args(["-c", make])
+            .current_dir(dir.path())
+            .env("SSH_AUTH_SOCK", path("agent"))
+            .status()
+            .unwrap();
+        assert!(status.success());
+        let key = std::fs::read_to_string(path("key.pub")).unwrap();
+        let key = key.trim().to_owned();
+        Self { dir, agent, key }
+    }
+
+    pub fn socket(&self) -> std::path::PathBuf {
+        self.dir.path().join("agent")
+    }
+}
+
+impl Drop for SshAgent {
+    fn drop(&mut self) {
+        let _ = self.agent.kill();
+        let _ = self.agent.wait();
+    }
 }
 
 /// A shell has a terminal, also when it starts in a workspace, but not if stdin is not a terminal.

@@ -1,7 +1,7 @@
 //! Tests of file transfers with the VM's key, and of the files of the network, in images that hold
 //! only their own files.
 
-use crate::exec::Person;
+use crate::exec::{Person, SshAgent};
 use crate::host::{Host, text, wait_for};
 use crate::runtime::{busybox, register};
 use serde_json::json;
@@ -137,6 +137,15 @@ fn files_are_copied_by_scp_and_sftp_as_root_and_as_the_images_user() {
         let mut options = login(&host, vm, dir.path());
         check_transfers(&host, vm, &options, uid);
         a_shell_has_a_terminal(&host, vm);
+        // The image's user can connect to the agent's socket.
+        let agent = SshAgent::start();
+        let look = "[ -S \"$SSH_AUTH_SOCK\" ] && [ -w \"$SSH_AUTH_SOCK\" ] && echo there";
+        let out = host
+            .command(&["exec", "--ssh-agent", vm, "--", "sh", "-c", look])
+            .env("SSH_AUTH_SOCK", agent.socket())
+            .output()
+            .unwrap();
+        assert_eq!(text(&out), ("there\n".to_owned(), String::new()));
         // `fcctl ssh --user 0` chooses root like this. The image need not name it.
         options.extend(["-o".to_owned(), "SetEnv=FCD_USER=0".to_owned()]);
         check_transfers(&host, vm, &options, "0");

@@ -47,6 +47,7 @@ pub(super) fn run(client: &mut Client, command: Command<'_>, stop: &Cancel) -> R
         stdin: false,
         term: None,
         no_wait_children: false,
+        ssh_agent: None,
     };
     let text = match as_text(&spec) {
         Some(text) => text,

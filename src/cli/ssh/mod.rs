@@ -1,6 +1,7 @@
 //! `ssh`: the system's ssh with a configuration made for one VM. `ssh-config` prints one that lasts
 //! (`config.rs`), for other programs.
 
+pub(super) mod agent;
 mod block;
 pub(super) mod config;
 mod keys;
@@ -11,6 +12,7 @@ use super::signals::Interrupts;
 use crate::api::vm::{SshConfigReply, SshConfigRequest, VmSshConfig};
 use crate::client::{Failure, Result};
 use crate::error::{Error, Kind};
+use agent::Agent;
 use keys::{KeyFiles, write_private};
 use std::ffi::OsString;
 
@@ -24,6 +26,9 @@ pub(super) struct Args {
     /// Allocate a terminal for a command; a shell has one anyway
     #[arg(short, long)]
     tty: bool,
+    /// Let programs in the guest use your ssh-agent. Root in the guest can use its keys meanwhile
+    #[arg(long)]
+    ssh_agent: bool,
     /// A command, or options for ssh such as -L 8080:localhost:80
     #[arg(last = true, value_name = "ARGS")]
     args: Vec<OsString>,
@@ -35,14 +40,22 @@ pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
         printer,
         stdio,
         signals,
+        env,
         ..
     } = ctx;
-    let config = connector
-        .connect(printer)?
-        .call::<VmSshConfig>(&SshConfigRequest {
-            vm: args.vm,
-            user: args.user.clone(),
-        })?;
+    let local_agent = args.ssh_agent.then(|| agent::socket(env)).transpose()?;
+    if local_agent.is_some() && has_options(&args.args) {
+        return Err(
+            Error::invalid("--ssh-agent needs a command, not options for ssh")
+                .hint("use ssh itself: fcctl ssh-config >> ~/.ssh/config, then ssh -A")
+                .into(),
+        );
+    }
+    let mut client = connector.connect(printer)?;
+    let config = client.call::<VmSshConfig>(&SshConfigRequest {
+        vm: args.vm.clone(),
+        user: args.user.clone(),
+    })?;
     // The directory has mode 0700, so only this user can read the key in it. It is removed when
     // dropped.
     let dir = tempfile::Builder::new()
@@ -52,15 +65,23 @@ pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     let files = KeyFiles::in_dir(dir.path());
     files.write(&config)?;
     let file = dir.path().join("config");
-    let text = render(&config, &files, args.user.as_deref(), args.args.is_empty())?;
+    // ssh owns the terminal and handles its signals. This process must not exit first and leave the
+    // key behind.
+    let interrupts = Interrupts::start(signals, &stdio.stderr)?;
+    let agent = local_agent
+        .map(|local| Agent::forward(&mut client, &args.vm, &local, interrupts.cancel()))
+        .transpose()?;
+    let setting = agent.as_ref().map(Agent::setting).unwrap_or_default();
+    let shell = args.args.is_empty().then_some(setting.as_str());
+    let text = render(&config, &files, args.user.as_deref(), shell)?;
     write_private(&file, &text)?;
     let mut argv: Vec<OsString> = vec!["-F".into(), file.into()];
     argv.extend(args.tty.then(|| "-t".into()));
     argv.push(config.name.as_str().into());
+    if shell.is_none() && !setting.is_empty() {
+        argv.push(setting.into());
+    }
     argv.extend(args.args);
-    // ssh owns the terminal and handles its signals. This process must not exit first and leave the
-    // key behind.
-    let interrupts = Interrupts::start(signals, &stdio.stderr)?;
     crate::host::interactive::run("ssh", &argv, interrupts.cancel()).map_err(|e| {
         let is_missing = e.kind() == Kind::CommandMissing;
         let failure = Failure::from(e);
@@ -72,12 +93,19 @@ pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     })
 }
 
+/// True if the words behind the VM begin with an option of ssh.
+fn has_options(args: &[OsString]) -> bool {
+    let first = args.first();
+    first.is_some_and(|word| word.as_encoded_bytes().starts_with(b"-"))
+}
+
 /// Renders the configuration of one session. Nothing of it comes from the user's own configuration.
+/// `shell` is `None` for a command, and what a shell does first otherwise.
 fn render(
     config: &SshConfigReply,
     files: &KeyFiles,
     user: Option<&str>,
-    is_shell: bool,
+    shell: Option<&str>,
 ) -> Result<String> {
     let mut text = block::render(config, files, user)?;
     text.push_str(
@@ -86,13 +114,19 @@ fn render(
     // A login shell starts in the workspace. For ssh, changing the directory is a command, and a
     // command gets no terminal unless one is requested; `yes` requests one if stdin is a terminal.
     // ssh expands `%`. A name with control characters cannot be written on one line.
-    if let Some(workdir) = config
+    let workdir = config
         .workdir
         .as_ref()
-        .filter(|w| is_shell && !w.contains(char::is_control))
-    {
-        let quoted = format!("'{}'", workdir.replace('\'', r"'\''")).replace('%', "%%");
-        text.push_str(&format!("  RequestTTY yes\n  RemoteCommand cd {quoted} 2>/dev/null; exec \"${{SHELL:-/bin/sh}}\" -l\n"));
+        .filter(|w| !w.contains(char::is_control));
+    let begin = shell.map(|setting| match workdir {
+        Some(dir) => format!("{setting} cd '{}' 2>/dev/null;", dir.replace('\'', r"'\''")),
+        None => setting.to_owned(),
+    });
+    if let Some(begin) = begin.filter(|begin| !begin.is_empty()) {
+        let begin = begin.trim_start().replace('%', "%%");
+        text.push_str(&format!(
+            "  RequestTTY yes\n  RemoteCommand {begin} exec \"${{SHELL:-/bin/sh}}\" -l\n"
+        ));
     }
     Ok(text)
 }
@@ -114,9 +148,9 @@ mod tests {
         }
     }
 
-    fn rendered(dir: &str, workdir: &str, is_shell: bool) -> String {
+    fn rendered(dir: &str, workdir: &str, shell: Option<&str>) -> String {
         let files = KeyFiles::in_dir(dir.as_ref());
-        render(&config(workdir), &files, Some("dev"), is_shell).unwrap()
+        render(&config(workdir), &files, Some("dev"), shell).unwrap()
     }
 
     #[test]
@@ -144,9 +178,17 @@ mod tests {
               RequestTTY yes
               RemoteCommand cd '/root/it'\''s 5%%' 2>/dev/null; exec "${SHELL:-/bin/sh}" -l
         "#]]
-        .assert_eq(&rendered("/tmp/d", "/root/it's 5%", true));
-        for (workdir, is_shell) in [("/root/x", false), ("/root/x\nProxyCommand evil", true)] {
-            assert!(!rendered("/tmp/d", workdir, is_shell).contains("RemoteCommand"));
+        .assert_eq(&rendered("/tmp/d", "/root/it's 5%", Some("")));
+        for (workdir, shell) in [("/root/x", None), ("/root/x\nProxyCommand evil", Some(""))] {
+            assert!(!rendered("/tmp/d", workdir, shell).contains("RemoteCommand"));
+        }
+        for (workdir, commands) in [
+            ("/root/x", "A=b; cd '/root/x' 2>/dev/null;"),
+            ("\n", "A=b;"),
+        ] {
+            let line = format!("  RequestTTY yes\n  RemoteCommand {commands} exec ");
+            let text = rendered("/tmp/d", workdir, Some("A=b;"));
+            assert!(text.contains(&line), "{text}");
         }
     }
 
@@ -155,7 +197,7 @@ mod tests {
     fn ssh_config_is_accepted_by_ssh() {
         let dir = tempfile::tempdir().unwrap();
         let (file, odd) = (dir.path().join("config"), dir.path().join("a b 5%"));
-        let text = rendered(odd.to_str().unwrap(), "/root/a b", true);
+        let text = rendered(odd.to_str().unwrap(), "/root/a b", Some(""));
         std::fs::write(&file, text).unwrap();
         let command = crate::host::Command::new("ssh")
             .arg("-G")

@@ -15,6 +15,8 @@ use std::str::FromStr;
 
 /// Maximum length of the name of a VM, a kernel or a snapshot.
 pub const NAME_LEN_MAX: usize = 32;
+/// Maximum length of the host name of a guest. The kernel's limit is one more (uname(2)).
+const HOST_NAME_LEN_MAX: usize = 63;
 /// The tag of an image whose name does not give one, as in docker.
 pub const DEFAULT_TAG: &str = "latest";
 /// The number of hexadecimal digits in an id.
@@ -29,6 +31,20 @@ fn name_is_valid(s: &str) -> bool {
         && bytes
             .iter()
             .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || *b == b'-')
+}
+
+/// Allows what Linux and DNS allow: names of letters, digits and `-`, with dots in between.
+fn host_name_is_valid(s: &str) -> bool {
+    let is_end = |b: Option<&u8>| b.is_some_and(u8::is_ascii_alphanumeric);
+    s.len() <= HOST_NAME_LEN_MAX
+        && s.split('.').all(|part| {
+            let bytes = part.as_bytes();
+            is_end(bytes.first())
+                && is_end(bytes.last())
+                && bytes
+                    .iter()
+                    .all(|b| b.is_ascii_alphanumeric() || *b == b'-')
+        })
 }
 
 fn id_is_valid(s: &str) -> bool {
@@ -168,6 +184,11 @@ text_newtype!(
 );
 
 text_newtype!(
+    /// The host name of a guest.
+    HostName, host_name_is_valid, "host name",
+    "use at most 63 letters, digits and -, with dots in between, such as build-1 or ci.example.com"
+);
+text_newtype!(
     /// The key of a label.
     LabelKey, labels::is_key, "label key",
     "use at most 128 letters, digits, and . _ - / in between, such as ci or com.example/owner"
@@ -303,6 +324,29 @@ mod tests {
             &"a".repeat(33),
         ] {
             assert!(bad.parse::<VmName>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn host_names_are_validated() {
+        for good in ["a", "Build-1", "ci.example.com", "1", &"a".repeat(63)] {
+            assert!(good.parse::<HostName>().is_ok(), "{good}");
+        }
+        for bad in [
+            "",
+            ".",
+            "a.",
+            ".a",
+            "a..b",
+            "-a",
+            "a-",
+            "a_b",
+            "a b",
+            "a\n",
+            "ä",
+            &"a".repeat(64),
+        ] {
+            assert!(bad.parse::<HostName>().is_err(), "{bad}");
         }
     }
 

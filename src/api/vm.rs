@@ -3,10 +3,10 @@
 use super::call::calls;
 use super::port::Port;
 pub use super::rates::RateLimits;
-use crate::ids::{ImageRef, KernelName, LabelKey, Labels, OpId, VmId, VmName};
+use crate::ids::{HostName, ImageRef, KernelName, LabelKey, Labels, OpId, VmId, VmName};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -194,6 +194,12 @@ pub struct Vm {
     #[serde(default)]
     pub balloon_mib: Option<u64>,
     pub workspace: Option<WorkspaceInfo>,
+    /// The host name of the guest, if it is not the VM's name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_name: Option<HostName>,
+    /// The name servers that the guest asks instead of fcd's. Left out if there are none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub dns: Vec<IpAddr>,
     /// The labels that users gave the VM. Left out if there are none.
     #[serde(default, skip_serializing_if = "Labels::is_empty")]
     pub labels: Labels,
@@ -313,6 +319,12 @@ pub struct VmCreateRequest {
     pub ports: Vec<Port>,
     #[serde(default, skip_serializing_if = "Labels::is_empty")]
     pub labels: Labels,
+    /// The host name of the guest. Defaults to the VM's name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_name: Option<HostName>,
+    /// The name servers that the guest asks, at most three. Defaults to fcd's.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub dns: Vec<IpAddr>,
     /// Delete the VM when it stops, when its holder disconnects, or when the daemon restarts while
     /// nobody holds it.
     #[serde(default)]

@@ -358,6 +358,8 @@ fn create(
         ports: shape.ports,
         labels: labels(shape.labels)?,
         restart: shape.restart.unwrap_or_default(),
+        host_name: shape.host_name,
+        dns: shape.dns,
         rm,
         hold: rm,
     };

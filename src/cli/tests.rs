@@ -150,6 +150,8 @@ pub(super) fn vm(name: &str, state: VmState) -> Vm {
         paused: false,
         balloon_mib: None,
         workspace: None,
+        host_name: None,
+        dns: Vec::new(),
         labels: crate::ids::Labels::default(),
     }
 }

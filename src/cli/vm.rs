@@ -23,7 +23,8 @@ use crate::api::{Call, Empty};
 use crate::client::Result;
 use crate::host::plural::count;
 use crate::host::text::printable;
-use crate::ids::{ImageRef, KernelName, VmName};
+use crate::ids::{HostName, ImageRef, KernelName, VmName};
+use std::net::IpAddr;
 use std::time::Duration;
 
 #[derive(clap::Subcommand, Debug)]
@@ -126,6 +127,12 @@ pub(super) struct Shape {
     /// Start the VM again after a reboot of the host, if it was running
     #[arg(long, value_name = "no|always", value_parser = parse_restart)]
     pub restart: Option<Restart>,
+    /// Host name of the guest [default: the VM's name]
+    #[arg(long = "hostname", value_name = "NAME")]
+    pub host_name: Option<HostName>,
+    /// Name server that the guest asks instead of fcd's. Can be repeated
+    #[arg(long, value_name = "ADDR")]
+    pub dns: Vec<IpAddr>,
     #[command(flatten)]
     pub rates: Rates,
     /// Size of a second, empty disk at /work in the guest, such as 20G
@@ -264,6 +271,8 @@ fn create(connector: &mut Connector, printer: &mut Printer, args: CreateArgs) ->
         ports: args.shape.ports,
         labels: labels(args.shape.labels)?,
         restart: args.shape.restart.unwrap_or_default(),
+        host_name: args.shape.host_name,
+        dns: args.shape.dns,
         disk_bytes: args.disk,
         work_disk_bytes: args.shape.work_disk,
         rm: false,

@@ -119,6 +119,38 @@ fn create_prints_the_name() {
 }
 
 #[test]
+fn create_passes_host_name_and_name_servers() {
+    let fake = Fake::start(|r| r.result(json!({"vm": vm("web", VmState::Created)})));
+    check(
+        &fake,
+        &[
+            "create",
+            "web",
+            "--hostname",
+            "ci.example.com",
+            "--dns",
+            "1.1.1.1",
+            "--dns",
+            "::1",
+        ],
+        expect![[r#"
+            > vm.create {"dns":["1.1.1.1","::1"],"hold":false,"host_name":"ci.example.com","name":"web","rm":false}
+            web
+            status 0
+        "#]],
+    );
+    check(
+        &fake,
+        &["create", "web", "--hostname", "a_b"],
+        expect![[r#"
+            ! fcctl: invalid value 'a_b' for '--hostname <NAME>': host name "a_b" is not valid
+            ! hint: use at most 63 letters, digits and -, with dots in between, such as build-1 or ci.example.com
+            status 2
+        "#]],
+    );
+}
+
+#[test]
 fn stop_reports_whether_data_was_synced() {
     for (synced, words) in [
         (Synced::Yes, "was synced"),

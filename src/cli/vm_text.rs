@@ -171,6 +171,9 @@ pub(super) fn sheet(vm: &Vm, now_s: u64) -> String {
     add("next start", vm.pending.as_ref().map(settings));
     add("driver", vm.driver.clone());
     add("process", vm.pid.map(|pid| pid.to_string()));
+    add("host name", vm.host_name.as_ref().map(ToString::to_string));
+    let servers: Vec<_> = vm.dns.iter().map(ToString::to_string).collect();
+    add("dns", (!servers.is_empty()).then(|| servers.join(", ")));
     add("network", (vm.net == Net::None).then(|| "none".to_owned()));
     add(
         "ports",

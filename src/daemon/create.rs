@@ -15,7 +15,7 @@ use super::ports::{PORT_TRIES_MAX, require_free};
 use super::settings::check_restart;
 use super::uses::UseGuard;
 use crate::api::op::Op;
-use crate::api::vm::{Init, RateLimits, Vm, VmCreateRequest, VmReply, VmState};
+use crate::api::vm::{Init, Net, RateLimits, Vm, VmCreateRequest, VmReply, VmState};
 use crate::config;
 use crate::error::{Error, Kind, Result};
 use crate::host::plural::count;
@@ -25,6 +25,8 @@ use crate::image::{Boots, ImageInfo};
 use crate::ops::OpHandle;
 use crate::store::{State, Ticket, Tx, VmRow, VmShape};
 
+/// The most name servers that a resolver asks (resolv.conf(5)).
+const NAME_SERVERS_MAX: usize = 3;
 /// The most candidates for a generated name. Later candidates contain a number.
 const NAME_TRIES_MAX: u32 = 64;
 
@@ -94,6 +96,8 @@ impl Creator {
             },
             // `insert_with_ports` sets the ports.
             ports: Vec::new(),
+            host_name: request.host_name.clone(),
+            dns: request.dns.clone(),
             rm: request.rm,
             restart: request.restart,
             created_at: now_s(),
@@ -120,6 +124,7 @@ impl Creator {
         };
         check_init(row.shape.init, &image)?;
         check_restart(row.restart, row.rm)?;
+        check_dns(&row)?;
         self.capacity.check_vcpus(row.shape.vcpus)?;
         self.capacity.check_memory(row.shape.mem_mib)?;
         self.capacity
@@ -247,6 +252,21 @@ fn check_init(init: Init, image: &ImageInfo) -> Result<()> {
     );
     Err(Error::new(Kind::Unsupported, text)
         .hint("omit --init, or use an image from a registry: fcctl help images"))
+}
+
+fn check_dns(row: &VmRow) -> Result<()> {
+    if row.dns.len() > NAME_SERVERS_MAX {
+        let text = format!(
+            "a guest asks at most {NAME_SERVERS_MAX} name servers, and these are {}",
+            row.dns.len()
+        );
+        return Err(Error::invalid(text).hint("leave some out"));
+    }
+    if row.shape.net == Net::None && !row.dns.is_empty() {
+        let text = "a guest without a network cannot ask name servers";
+        return Err(Error::invalid(text).hint("use --net nat, or leave out --dns"));
+    }
+    Ok(())
 }
 
 fn free_name(state: &State, name: VmName) -> Result<VmName> {

@@ -158,8 +158,15 @@ impl Networks {
 
     /// Returns the network configuration for the seed drive of the next start.
     pub(super) fn seed_network(&self, row: &VmRow) -> Result<SeedNetwork> {
+        let with_own_dns = |network: SeedNetwork| match row.dns.is_empty() {
+            true => network,
+            false => SeedNetwork {
+                dns: row.dns.clone(),
+                ..network
+            },
+        };
         let Some(net) = &self.net else {
-            return Ok(SeedNetwork::user_mode());
+            return Ok(with_own_dns(SeedNetwork::user_mode()));
         };
         let Lease {
             address,
@@ -173,12 +180,12 @@ impl Networks {
         } else {
             Vec::new()
         };
-        Ok(SeedNetwork {
+        Ok(with_own_dns(SeedNetwork {
             address: address.into(),
             prefix,
             gateway: out.then_some(gateway.into()),
             dns,
-        })
+        }))
     }
 
     /// Takes over the tap, rules and forwards of a running VM after a restart of the daemon.

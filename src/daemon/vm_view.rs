@@ -48,6 +48,8 @@ pub(super) fn view(row: &VmRow, workspace: Option<&WorkspaceRow>) -> Vm {
         paused: is_paused(row),
         balloon_mib: row.balloon_mib.filter(|_| row.state == VmState::Running),
         workspace: workspace.map(|w| w.info.clone()),
+        host_name: row.host_name.clone(),
+        dns: row.dns.clone(),
         labels: row.shape.labels.clone(),
     }
 }

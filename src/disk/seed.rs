@@ -12,7 +12,6 @@ use crate::api::image::ImageConfig;
 use crate::api::vm::Init;
 use crate::error::{Error, Kind, Result};
 use crate::host::Credentials;
-use crate::ids::VmName;
 use ssh_key::{Algorithm, LineEnding, PrivateKey};
 use std::fmt::Write as _;
 use std::fs::OpenOptions;
@@ -51,7 +50,7 @@ impl Network {
 /// The content of a seed drive.
 #[derive(Clone, Debug)]
 pub struct Seed<'a> {
-    pub host_name: &'a VmName,
+    pub host_name: &'a str,
     pub network: &'a Network,
     /// The public keys that can log in as root, in the format of `authorized_keys`.
     pub authorized_keys: &'a [String],
@@ -310,6 +309,7 @@ pub fn public_line(blob: &[u8]) -> Result<String> {
 mod tests {
     use super::*;
     use crate::host::{Command, Commands, HostCommands};
+    use crate::ids::VmName;
     use crate::locks::Cancel;
     use expect_test::expect;
     use std::os::unix::fs::PermissionsExt;
@@ -317,7 +317,7 @@ mod tests {
     fn seed_bytes(key: &KeyPair, keys: &[String]) -> Result<Vec<u8>> {
         let name: VmName = "brave-otter".parse().unwrap();
         Seed {
-            host_name: &name,
+            host_name: name.as_str(),
             network: &Network::user_mode(),
             authorized_keys: keys,
             host_key: key,
@@ -388,7 +388,7 @@ mod tests {
 
     #[test]
     fn seed_contains_files_and_work_disk() {
-        let (name, key) = ("web".parse().unwrap(), KeyPair::generate("").unwrap());
+        let (name, key) = ("web", KeyPair::generate("").unwrap());
         let long = format!(
             "/{}/x",
             ["a".repeat(90), "b".repeat(90), "c".repeat(90)].join("/")
@@ -402,7 +402,7 @@ mod tests {
         let files = [file("/etc/a", b"one"), file(&long, b"two")];
         let network = Network::user_mode();
         let seed = Seed {
-            host_name: &name,
+            host_name: name,
             network: &network,
             authorized_keys: &[],
             host_key: &key,
@@ -440,10 +440,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("seed");
         std::fs::write(&path, "old").unwrap();
-        let (name, key) = ("web".parse().unwrap(), KeyPair::generate("").unwrap());
+        let (name, key) = ("web", KeyPair::generate("").unwrap());
         let network = Network::user_mode();
         let seed = Seed {
-            host_name: &name,
+            host_name: name,
             network: &network,
             authorized_keys: &[],
             host_key: &key,

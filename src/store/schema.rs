@@ -54,6 +54,7 @@ pub(super) fn migrations() -> Vec<String> {
         vm::ADD_INIT,
         vm::ADD_LABELS,
         vm::ADD_RESTART,
+        vm::ADD_HOST_NAME,
     ];
     std::iter::once(first)
         .chain(later.map(str::to_owned))

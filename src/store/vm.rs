@@ -4,10 +4,10 @@ use super::sql::{self, json};
 use crate::api::port::Port;
 use crate::api::vm::{Init, Net, Pending, RateLimits, Restart, Synced, VmState};
 use crate::host::process::Identity;
-use crate::ids::{ImageRef, KernelName, Labels, OpId, RuntimeId, VmId, VmName};
+use crate::ids::{HostName, ImageRef, KernelName, Labels, OpId, RuntimeId, VmId, VmName};
 use rusqlite::{Connection, params};
 use serde::{Deserialize, Serialize};
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 /// What follows the transition in progress, so that no other request gets in between.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -61,6 +61,10 @@ pub struct VmRow {
     pub shape: VmShape,
     /// The VM's published ports. No two ports of any VMs overlap, and none is 0.
     pub ports: Vec<Port>,
+    /// The host name of the guest, if it is not the VM's name.
+    pub host_name: Option<HostName>,
+    /// The name servers that the guest asks. If empty, it asks fcd's.
+    pub dns: Vec<IpAddr>,
     pub pending: Option<Pending>,
     pub rm: bool,
     pub restart: Restart,
@@ -138,6 +142,10 @@ pub(super) const ADD_LABELS: &str = "UPDATE vms SET body = json_set(body, '$.lab
 
 /// The migration to schema version 13, which adds `restart`.
 pub(super) const ADD_RESTART: &str = "UPDATE vms SET body = json_set(body, '$.restart', 'no');";
+
+/// The migration to schema version 14, which adds `host_name` and `dns`.
+pub(super) const ADD_HOST_NAME: &str =
+    "UPDATE vms SET body = json_set(body, '$.host_name', json('null'), '$.dns', json('[]'));";
 
 pub(super) fn save(c: &Connection, id: &VmId, row: Option<&VmRow>) -> rusqlite::Result<()> {
     let Some(row) = row else {

@@ -44,6 +44,39 @@ fn listening() -> (TcpListener, u16) {
 }
 
 #[test]
+fn guest_gets_its_host_name_and_name_servers() {
+    let world = World::new();
+    let create = |name: &str, dns: &[&str], net| {
+        world.call::<VmCreate>(&VmCreateRequest {
+            name: Some(name.parse().unwrap()),
+            host_name: Some("Build-1.example.com".parse().unwrap()),
+            dns: dns.iter().map(|server| server.parse().unwrap()).collect(),
+            net,
+            ..Default::default()
+        })
+    };
+    let vm = create("web", &["1.1.1.1", "2001:db8::1"], None).unwrap().vm;
+    world.place(&vm.id);
+    world.start("web").unwrap();
+    let seed = std::fs::read(world.vmm.last_spec(&vm.id).unwrap().seed).unwrap();
+    let seed = String::from_utf8_lossy(&seed);
+    for line in [
+        "host_name=Build-1.example.com\n",
+        "\ndns=1.1.1.1\ndns=2001:db8::1\n",
+    ] {
+        assert!(seed.contains(line), "{line}");
+    }
+    assert!(!seed.contains("dns=10."), "fcd's name server is replaced");
+    let many = create("many", &["1.1.1.1"; 4], None).unwrap_err();
+    assert_eq!(
+        many.fault.message,
+        "a guest asks at most 3 name servers, and these are 4"
+    );
+    let apart = create("apart", &["1.1.1.1"], Some(Net::None)).unwrap_err();
+    assert!(apart.is(Kind::InvalidArgument), "{apart}");
+}
+
+#[test]
 fn host_port_belongs_to_vm_until_deleted() {
     let world = World::new();
     let ports = [

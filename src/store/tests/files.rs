@@ -368,6 +368,22 @@ fn version_12_is_migrated() {
     );
 }
 
+#[test]
+fn version_13_is_migrated() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    put(&store, 1).unwrap().detach();
+    store.close();
+    let back =
+        "UPDATE vms SET body = json_remove(body, '$.host_name', '$.dns'); PRAGMA user_version = 13";
+    sql(&dir.path().join(schema::FILE_NAME), back);
+    let store = Store::open(dir.path()).unwrap();
+    assert_eq!(
+        store.read(|s| s.vms().map(|r| (**r).clone()).collect::<Vec<_>>()),
+        [row(1)]
+    );
+}
+
 /// Checks that `body`, which an earlier build wrote, keeps its members when read and written again,
 /// and that a row with an unknown member is refused.
 #[track_caller]
@@ -383,7 +399,7 @@ fn check_body<T: Serialize + DeserializeOwned>(body: &str) {
 #[test]
 fn rows_have_the_members_of_earlier_builds() {
     check_body::<VmRow>(
-        r#"{"id":"000000000001","name":"vm-1","owner_uid":1000,"state":"created","reason":null,"image":"default","image_digest":"sha256:1","kernel":"linux","runtime":null,"init":"image","vcpus":1,"mem_mib":512,"disk_bytes":1073741824,"work_disk_bytes":4096,"rates":{"disk_bytes_per_s":5,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null},"net":"nat","labels":{"ci":"yes"},"ports":[],"pending":null,"rm":false,"restart":"always","created_at":1,"started_at":null,"op":null,"intent":null,"generation":0,"slot":1,"identity":null,"ssh_addr":null,"tap":null,"disk_driver":null,"guest_version":0,"driver":null,"host_key":null,"synced":null,"unresponsive":false,"paused":false,"has_balloon":false,"balloon_mib":null}"#,
+        r#"{"id":"000000000001","name":"vm-1","owner_uid":1000,"state":"created","reason":null,"image":"default","image_digest":"sha256:1","kernel":"linux","runtime":null,"init":"image","vcpus":1,"mem_mib":512,"disk_bytes":1073741824,"work_disk_bytes":4096,"rates":{"disk_bytes_per_s":5,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null},"net":"nat","labels":{"ci":"yes"},"ports":[],"host_name":"build","dns":["1.1.1.1"],"pending":null,"rm":false,"restart":"always","created_at":1,"started_at":null,"op":null,"intent":null,"generation":0,"slot":1,"identity":null,"ssh_addr":null,"tap":null,"disk_driver":null,"guest_version":0,"driver":null,"host_key":null,"synced":null,"unresponsive":false,"paused":false,"has_balloon":false,"balloon_mib":null}"#,
     );
     check_body::<WorkspaceRow>(
         r#"{"vm":"000000000001","guest_path":"/root/x","workdir":"/root/x","state":"incomplete","readonly":false,"entries":0,"bytes":18446744073709551615,"prepared_at":2,"generation":1}"#,

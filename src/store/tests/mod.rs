@@ -57,6 +57,8 @@ fn row(n: u32) -> VmRow {
             labels: crate::ids::Labels::default(),
         },
         ports: Vec::new(),
+        host_name: None,
+        dns: Vec::new(),
         pending: None,
         rm: false,
         restart: crate::api::vm::Restart::No,

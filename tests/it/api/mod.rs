@@ -96,6 +96,8 @@ pub fn vm() -> Vm {
             bytes: 5,
             prepared_at: 6,
         }),
+        host_name: Some("build".parse().unwrap()),
+        dns: vec!["1.1.1.1".parse().unwrap()],
         labels: serde_json::from_str(r#"{"ci":"yes"}"#).unwrap(),
     }
 }

@@ -28,7 +28,10 @@ impl BootStep for Seed {
             .map(|restore| resources.restore_seed(row, restore))
             .transpose()?;
         let seed = Drive {
-            host_name: &row.name,
+            host_name: row
+                .host_name
+                .as_ref()
+                .map_or(row.name.as_str(), |name| name.as_str()),
             network: &resources.networks.seed_network(row)?,
             authorized_keys: &[user.public_line().to_owned()],
             host_key: &host,

@@ -86,8 +86,6 @@ const HABITS: &[Habit] = &[
     ),
     top(&["ls", "list"], "fcctl ps -a"),
     top(&["delete", "remove"], "fcctl rm VM"),
-    top(&["up"], "a new VM: fcctl run\na stopped VM: fcctl start VM"),
-    top(&["down"], "fcctl stop VM"),
     top(&["reboot"], "fcctl restart VM"),
     top(&["suspend"], "fcctl pause VM"),
     top(&["unpause"], "fcctl resume VM"),

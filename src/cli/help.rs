@@ -15,6 +15,11 @@ pub(super) const TOPICS: &[(&str, &str, &str)] = &[
         include_str!("../docs/copying.md"),
     ),
     (
+        "devcontainer",
+        "a VM for a directory: fcctl up and devcontainer.json",
+        include_str!("../docs/devcontainer.md"),
+    ),
+    (
         "images",
         "what is in an image, how to build one, users of the guest",
         include_str!("../docs/images.md"),

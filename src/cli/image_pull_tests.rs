@@ -1,7 +1,6 @@
 use super::super::tests::{Ran, Start, fcctl, fcctl_from, file_with};
 use crate::client::fake::{Fake, Request};
 use crate::error::{Error, Kind};
-use crate::host::thread;
 use crossbeam_channel::{Sender, bounded};
 use signal_hook::consts::signal::SIGINT;
 use std::fs::File;
@@ -10,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 const PATIENCE: Duration = Duration::from_secs(20);
+const STACK_BYTES: usize = 8 << 20;
 
 /// A pull whose input never ends while `_writer` lives.
 struct Endless {
@@ -32,11 +32,15 @@ fn ran(fake: &Arc<Fake>, start: Start, args: &[&str]) -> Option<Ran> {
     let (to, from) = bounded(1);
     let fake = fake.clone();
     let args: Vec<String> = args.iter().map(|&arg| arg.to_owned()).collect();
-    thread::spawn("fcctl", move || {
-        let args: Vec<&str> = args.iter().map(String::as_str).collect();
-        let _ = to.send(fcctl_from(&fake, start, &args));
-    })
-    .unwrap();
+    // The stack of the main thread, on which fcctl runs.
+    #[allow(clippy::disallowed_methods)]
+    std::thread::Builder::new()
+        .stack_size(STACK_BYTES)
+        .spawn(move || {
+            let args: Vec<&str> = args.iter().map(String::as_str).collect();
+            let _ = to.send(fcctl_from(&fake, start, &args));
+        })
+        .unwrap();
     from.recv_timeout(PATIENCE).ok()
 }
 

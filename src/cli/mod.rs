@@ -12,6 +12,7 @@ mod connector;
 mod context;
 mod cp;
 mod debug;
+mod devcontainer;
 mod doctor;
 mod events;
 mod exec;
@@ -98,6 +99,10 @@ enum Noun {
     Run(Box<run::Args>),
     /// Run a command or a shell in a running VM
     Exec(exec::Args),
+    /// Bring up the VM of a directory, as its devcontainer.json says
+    Up(devcontainer::UpArgs),
+    /// Stop the VM of a directory
+    Down(devcontainer::DownArgs),
     /// Open an SSH session in a VM
     Ssh(ssh::Args),
     /// Print a configuration for ssh, scp, rsync and editors
@@ -222,6 +227,8 @@ fn dispatch(ctx: &mut Context, noun: Noun) -> Result<u8> {
     match noun {
         Noun::Run(args) => run::run(ctx, *args),
         Noun::Exec(args) => exec::run(ctx, args),
+        Noun::Up(args) => devcontainer::up(ctx, args),
+        Noun::Down(args) => devcontainer::down(ctx, args),
         Noun::Ssh(args) => ssh::run(ctx, args),
         Noun::SshConfig(args) => ssh::config::run(ctx, args),
         Noun::SshProxy(args) => ssh::proxy::run(ctx, args),

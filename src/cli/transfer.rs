@@ -108,6 +108,14 @@ impl Source {
         }
     }
 
+    /// Returns the directory in which commands start, relative to the copy.
+    pub(super) fn subdir(&self) -> &str {
+        match self {
+            Source::Tree(plan) => plan.subdir(),
+            Source::Tar(_) => "",
+        }
+    }
+
     /// Returns the default directory.
     pub(super) fn path_for_root(&self) -> String {
         match self {

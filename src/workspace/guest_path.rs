@@ -3,7 +3,7 @@
 use crate::error::{Error, Kind, Result};
 
 /// The directories that a workspace must be below. `/workspace` itself is also allowed.
-pub const ROOTS: &[&str] = &["/home", "/root", "/srv", "/workspace"];
+pub const ROOTS: &[&str] = &["/home", "/root", "/srv", "/workspace", "/workspaces"];
 /// Maximum length of a guest path, in bytes.
 pub const GUEST_PATH_BYTES_MAX: usize = 200;
 /// Names that no component may have. `.ssh` decides who can log in, and `.git` holds a repository's

@@ -60,30 +60,42 @@ struct Repo {
     partial: bool,
 }
 
+/// Resolves the path of a directory.
+fn real_dir(path: &Path) -> Result<PathBuf> {
+    let real = std::fs::canonicalize(path).map_err(|e| match e.kind() {
+        std::io::ErrorKind::NotFound => Error::new(
+            Kind::PathNotFound,
+            format!("{} does not exist", path.display()),
+        )
+        .hint("pass an existing directory, as in fcctl run . -- CMD"),
+        _ => Error::io(format!("inspect {}", path.display()), e),
+    })?;
+    if real.is_dir() {
+        return Ok(real);
+    }
+    let e = Error::new(
+        Kind::InvalidTree,
+        format!("{} is not a directory", path.display()),
+    );
+    Err(e.hint("pass the project's directory, or use --tar - for a tar archive"))
+}
+
 impl Plan {
     /// Examines the tree that `path` belongs to. Errors: `path_not_found`, `invalid_tree` (git
     /// refuses the repository, a file cannot be read, a path is too long), `command_missing` (git),
     /// `cancelled`, `host`.
     pub fn inspect(path: &Path, options: &Options, cancel: &Cancel) -> Result<Self> {
-        let real = std::fs::canonicalize(path).map_err(|e| match e.kind() {
-            std::io::ErrorKind::NotFound => Error::new(
-                Kind::PathNotFound,
-                format!("{} does not exist", path.display()),
-            )
-            .hint("pass an existing directory, as in fcctl run . -- CMD"),
-            _ => Error::io(format!("inspect {}", path.display()), e),
-        })?;
-        if !real.is_dir() {
-            let e = Error::new(
-                Kind::InvalidTree,
-                format!("{} is not a directory", path.display()),
-            );
-            return Err(e.hint("pass the project's directory, or use --tar - for a tar archive"));
-        }
+        let real = real_dir(path)?;
         match git::find_top(&real)? {
             Some(top) => Self::of_repository(&top, &real, options, cancel),
             None => Self::of_plain(&real, cancel),
         }
+    }
+
+    /// Returns the top of the tree that `path` belongs to, without looking into the tree.
+    pub fn top_of(path: &Path) -> Result<PathBuf> {
+        let real = real_dir(path)?;
+        Ok(git::find_top(&real)?.unwrap_or(real))
     }
 
     fn of_plain(root: &Path, cancel: &Cancel) -> Result<Self> {

@@ -1,0 +1,104 @@
+//! `up` and `down`: a VM for a directory, as its `devcontainer.json` says.
+//!
+//! The repository is hostile. Nothing that it asks for runs on this host, no file outside of the
+//! project is read for it, and the guest gets none of the caller's variables unless `--allow-env`
+//! names them. `up` shows what the file asks for, and asks the user once for each content.
+//!
+//! The VM is found again by its name, which has a hash of the user and the directory. A VM of that
+//! name that belongs to another user is never used, because the copy would become theirs.
+
+mod consent;
+mod file;
+mod parse;
+mod scripts;
+mod steps;
+#[cfg(test)]
+mod tests;
+mod up;
+mod variables;
+
+use super::connector::operate;
+use super::context::Context;
+use super::transfer::PrepareHow;
+use super::vm_text::ended;
+use crate::api::vm::{Vm, VmRequest, VmShow, VmStop, VmStopRequest};
+use crate::client::{Client, Result};
+use crate::error::{Error, Kind};
+use crate::workspace::plan::Plan;
+use file::Project;
+use std::path::PathBuf;
+pub(super) use up::run as up;
+
+#[derive(clap::Args, Debug)]
+pub(super) struct UpArgs {
+    /// Directory of the project
+    #[arg(default_value = ".")]
+    path: PathBuf,
+    /// Do what devcontainer.json asks for without asking first
+    #[arg(short, long)]
+    yes: bool,
+    /// Replace ${localEnv:NAME} by your own variable NAME, so that the guest gets its value
+    #[arg(long, value_name = "NAME")]
+    allow_env: Vec<String>,
+    #[command(flatten)]
+    workspace: PrepareHow,
+}
+
+#[derive(clap::Args, Debug)]
+pub(super) struct DownArgs {
+    /// Directory of the project
+    #[arg(default_value = ".")]
+    path: PathBuf,
+}
+
+/// Stops the VM of a directory.
+pub(super) fn down(ctx: &mut Context, args: DownArgs) -> Result<u8> {
+    let Context {
+        connector, printer, ..
+    } = ctx;
+    let top = Plan::top_of(&args.path)?;
+    let project = Project::find(&args.path, &top)?;
+    let name = project.vm_name(own_uid());
+    let mut client = connector.connect(printer)?;
+    let Some(vm) = find(&mut client, &name)? else {
+        let text = format!("{} has no VM", project.dir.display());
+        return Err(Error::new(Kind::VmNotFound, text)
+            .hint("make one: fcctl up; list all VMs: fcctl ps -a")
+            .into());
+    };
+    let request = VmStopRequest {
+        vm: vm.id.to_string(),
+        force: false,
+        timeout_ms: None,
+        keep: false,
+    };
+    let stopped = operate::<VmStop>(printer, &mut client, &format!("stop {name}"), &request)?.vm;
+    if printer.json {
+        printer.document(&stopped)?;
+    } else {
+        printer.line(&ended(&stopped))?;
+    }
+    Ok(0)
+}
+
+fn own_uid() -> u32 {
+    rustix::process::geteuid().as_raw()
+}
+
+/// Returns the VM of this name. Another user may have made one, which root can see.
+fn find(client: &mut Client, name: &str) -> Result<Option<Vm>> {
+    let request = VmRequest {
+        vm: name.to_owned(),
+    };
+    match client.call::<VmShow>(&request) {
+        Ok(reply) if reply.vm.owner_uid == own_uid() => Ok(Some(reply.vm)),
+        Ok(reply) => {
+            let text = format!("VM {name} belongs to uid {}", reply.vm.owner_uid);
+            Err(Error::new(Kind::NameTaken, text)
+                .hint(format!("if it may go: fcctl rm -f {name}"))
+                .into())
+        }
+        Err(e) if e.is(Kind::VmNotFound) => Ok(None),
+        Err(e) => Err(e),
+    }
+}

@@ -1,0 +1,379 @@
+//! Whole command lines of `up` and `down` against a fake daemon.
+
+use super::super::exec::tests::{begin, status};
+use super::super::tests::{Ran, fcctl, vm};
+use super::super::workspace::tests::{shown, take_stream, with_workspace};
+use crate::api::vm::{Vm, VmState};
+use crate::client::fake::{Fake, Request};
+use crate::error::{Error, Kind};
+use serde_json::json;
+use std::path::PathBuf;
+
+/// A project with this file.
+struct Project {
+    _dir: tempfile::TempDir,
+    path: PathBuf,
+}
+
+impl Project {
+    fn new(text: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("app");
+        std::fs::create_dir_all(path.join(".devcontainer")).unwrap();
+        std::fs::write(path.join(".devcontainer/devcontainer.json"), text).unwrap();
+        Self { _dir: dir, path }
+    }
+
+    /// Runs `fcctl VERB PATH ARGS...`.
+    fn run(&self, fake: &Fake, verb: &str, args: &[&str]) -> Ran {
+        let words = [&[verb, self.path.to_str().unwrap()], args].concat();
+        let mut ran = fcctl(fake, &words);
+        ran.err = ran.err.replace(self.path.to_str().unwrap(), "APP");
+        ran
+    }
+}
+
+/// Returns a VM of this user.
+fn own(state: VmState) -> Vm {
+    Vm {
+        owner_uid: super::own_uid(),
+        ..vm("web", state)
+    }
+}
+
+/// What the daemon has when a test begins.
+#[derive(Clone, Copy)]
+struct World {
+    /// The state of the VM, if it exists.
+    vm: Option<VmState>,
+    owner_uid: Option<u32>,
+    /// The status of the command that asks whether the VM is new.
+    prepared: u8,
+    /// The status of the other commands.
+    command: u8,
+}
+
+impl Default for World {
+    fn default() -> Self {
+        Self {
+            vm: None,
+            owner_uid: None,
+            prepared: 3,
+            command: 0,
+        }
+    }
+}
+
+fn daemon(world: World) -> Fake {
+    Fake::start(move |mut r: Request| match r.method.as_str() {
+        "vm.show" => match world.vm {
+            Some(state) => {
+                let mut vm = own(state);
+                vm.owner_uid = world.owner_uid.unwrap_or(vm.owner_uid);
+                r.result(json!({ "vm": vm }));
+            }
+            None => r.fault(Error::new(Kind::VmNotFound, "no such VM")),
+        },
+        "vm.create" => {
+            let ports = &r.params["ports"];
+            if ports[0]["host_port"] == 22 {
+                return r.fault(Error::new(Kind::PortTaken, "port 22 is in use"));
+            }
+            r.result(json!({"vm": own(VmState::Created)}));
+        }
+        "vm.start" | "vm.stop" => r.result(json!({"vm": own(VmState::Running)})),
+        "image.show" => r.result(shown()),
+        "workspace.prepare" => {
+            let (_, entries) = take_stream(&mut r, &[]).unwrap();
+            r.result(
+                json!({"vm": with_workspace("web"), "kept": [], "entries": entries, "bytes": 1}),
+            );
+        }
+        "exec.start" => {
+            let is_question = r.params["argv"][2]
+                .as_str()
+                .is_some_and(|script| script.starts_with("umask"));
+            let guest = begin(&mut r);
+            drop(guest);
+            let code = if is_question {
+                world.prepared
+            } else {
+                world.command
+            };
+            r.result(status(code));
+        }
+        _ => r.result(json!({})),
+    })
+}
+
+/// Returns the last word of each command that ran in the guest.
+fn commands(calls: &[String]) -> Vec<String> {
+    let starts = calls.iter().filter_map(|c| c.strip_prefix("exec.start "));
+    starts
+        .map(|params| {
+            let params: serde_json::Value = serde_json::from_str(params).unwrap();
+            let words = params["argv"].as_array().unwrap();
+            let user = params["user"].as_str().unwrap_or("-");
+            let last = words.last().unwrap().as_str().unwrap();
+            let last = last.rsplit('\n').next().unwrap();
+            format!("{user}: {last}")
+        })
+        .collect()
+}
+
+const FILE: &str = r#"{
+    "image": "gcc:13", // A comment.
+    "hostRequirements": {"cpus": 2, "memory": "1gb"},
+    "forwardPorts": [3000],
+    "containerEnv": {"A": "b"},
+    "remoteUser": "dev",
+    "initializeCommand": "touch /tmp/pwned",
+    "postCreateCommand": "make deps",
+    "postStartCommand": ["serve", "--all"],
+}"#;
+
+#[test]
+fn up_makes_vm_as_file_says() {
+    let (fake, project) = (daemon(World::default()), Project::new(FILE));
+    let ran = project.run(&fake, "up", &["--yes"]);
+    assert_eq!(
+        (ran.status, ran.out.as_slice()),
+        (0, &b"web\n"[..]),
+        "{}",
+        ran.err
+    );
+    let calls = fake.calls();
+    let find = |method: &str| calls.iter().find(|c| c.starts_with(method)).unwrap();
+    let create = find("vm.create");
+    for part in [
+        r#""image":"gcc:13""#,
+        r#""vcpus":2"#,
+        r#""mem_mib":1024"#,
+        r#""guest_port":3000,"host_addr":"127.0.0.1","host_port":3000"#,
+        r#""name":"app-"#,
+        r#""rm":false"#,
+    ] {
+        assert!(create.contains(part), "{part}: {create}");
+    }
+    assert!(find("workspace.prepare").contains(r#""guest_path":"/workspaces/app""#));
+    assert_eq!(
+        commands(&calls),
+        [
+            "0: /workspaces/app",
+            "0: umask 022; mkdir -p /etc/profile.d && cat >/etc/profile.d/fcd-devcontainer.sh || exit 1; [ -e /var/lib/fcd-devcontainer ] || exit 3",
+            "dev: make deps",
+            "0: mkdir -p /var/lib && : >/var/lib/fcd-devcontainer",
+            "dev: --all",
+        ]
+    );
+    let shown: Vec<&str> = ran.err.lines().take(10).collect();
+    assert_eq!(
+        shown,
+        [
+            "fcctl: APP/.devcontainer/devcontainer.json asks for:",
+            "fcctl:   image gcc:13",
+            "fcctl:   2 vCPUs, 1 GiB of memory",
+            "fcctl:   ports of the VM on 127.0.0.1: 3000",
+            "fcctl:   variables A",
+            "fcctl:   user dev",
+            "fcctl:   a copy of this directory at /workspaces/app",
+            "fcctl:   postCreateCommand: make deps",
+            "fcctl:   postStartCommand: serve --all",
+            "fcctl: initializeCommand is not run: nothing that a repository asks for runs on this host",
+        ]
+    );
+    assert!(
+        ran.err
+            .ends_with("enter: fcctl ssh web, stop: fcctl down, delete: fcctl rm -f web\n"),
+        "{}",
+        ran.err
+    );
+}
+
+#[test]
+fn up_again_uses_the_same_vm() {
+    for (state, prepared, expected) in [
+        (VmState::Running, 0, 2),
+        (VmState::Stopped, 0, 3),
+        (VmState::Running, 3, 5),
+    ] {
+        let world = World {
+            vm: Some(state),
+            prepared,
+            ..World::default()
+        };
+        let (fake, project) = (daemon(world), Project::new(FILE));
+        let ran = project.run(&fake, "up", &["--yes"]);
+        assert_eq!(ran.status, 0, "{}", ran.err);
+        let calls = fake.calls();
+        assert!(!calls.iter().any(|c| c.starts_with("vm.create")));
+        assert_eq!(commands(&calls).len(), expected, "{calls:?}");
+        assert!(
+            ran.err
+                .contains("warning: VM web was made before and keeps its image, vCPUs, ports"),
+            "{}",
+            ran.err
+        );
+    }
+}
+
+#[test]
+fn up_never_uses_vm_of_another_user() {
+    let world = World {
+        vm: Some(VmState::Running),
+        owner_uid: Some(4242),
+        ..World::default()
+    };
+    let project = Project::new("{}");
+    for verb in [&["up", "--yes"][..], &["down"]] {
+        let fake = daemon(world);
+        let ran = project.run(&fake, verb[0], &verb[1..]);
+        assert_eq!(
+            (ran.status, fake.methods().as_str()),
+            (4, "vm.show"),
+            "{}",
+            ran.err
+        );
+        assert!(ran.err.contains("belongs to uid 4242"), "{}", ran.err);
+    }
+}
+
+#[test]
+fn up_without_permission_does_nothing() {
+    for (text, expected) in [
+        (FILE, "there is no terminal to ask"),
+        (
+            r#"{"build": {"dockerfile": "x"}}"#,
+            "build is not supported",
+        ),
+        (
+            r#"{"containerEnv": {"A": "${localEnv:MINE}"}}"#,
+            "which may be secrets: MINE",
+        ),
+        (
+            r#"{"workspaceFolder": "/etc"}"#,
+            "workspaceFolder: guest path",
+        ),
+        ("{", "not JSON"),
+    ] {
+        let (fake, project) = (daemon(World::default()), Project::new(text));
+        let args: &[&str] = if text == FILE { &[] } else { &["--yes"] };
+        let ran = project.run(&fake, "up", args);
+        assert_eq!(
+            (ran.status, fake.methods().as_str()),
+            (2, ""),
+            "{}",
+            ran.err
+        );
+        assert!(
+            ran.err.contains(expected) && ran.err.contains("hint: "),
+            "{}",
+            ran.err
+        );
+    }
+}
+
+#[test]
+fn allowed_variable_goes_to_the_guest() {
+    let text = r#"{"postCreateCommand": "login ${localEnv:MINE}"}"#;
+    let (fake, project) = (daemon(World::default()), Project::new(text));
+    let ran = project.run(&fake, "up", &["--yes", "--allow-env", "MINE"]);
+    assert_eq!(ran.status, 0, "{}", ran.err);
+    assert!(commands(&fake.calls()).contains(&"-: login from me".to_owned()));
+}
+
+#[test]
+fn up_without_file_makes_vm_of_default_image() {
+    let (fake, project) = (daemon(World::default()), Project::new("{}"));
+    std::fs::remove_dir_all(project.path.join(".devcontainer")).unwrap();
+    let ran = project.run(&fake, "up", &[]);
+    assert_eq!(ran.status, 0, "{}", ran.err);
+    let calls = fake.calls();
+    assert!(
+        calls[1].starts_with(r#"vm.create {"hold":false,"name":"app-"#),
+        "{calls:?}"
+    );
+    let methods: Vec<&str> = calls.iter().map(|c| c.split(' ').next().unwrap()).collect();
+    assert_eq!(
+        methods.join(" "),
+        "vm.show vm.create vm.start image.show workspace.prepare"
+    );
+}
+
+#[test]
+fn up_uses_free_ports_if_others_are_in_use() {
+    let (fake, project) = (
+        daemon(World::default()),
+        Project::new(r#"{"forwardPorts": [22]}"#),
+    );
+    let ran = project.run(&fake, "up", &["--yes"]);
+    assert_eq!(ran.status, 0, "{}", ran.err);
+    assert!(
+        ran.err
+            .contains("port 22 is in use; free ports are used instead"),
+        "{}",
+        ran.err
+    );
+}
+
+#[test]
+fn failed_command_keeps_vm_and_is_run_again() {
+    let world = World {
+        command: 7,
+        ..World::default()
+    };
+    let text = r#"{"postCreateCommand": "false"}"#;
+    let (fake, project) = (daemon(world), Project::new(text));
+    let ran = project.run(&fake, "up", &["--yes"]);
+    assert_eq!(ran.status, 1, "{}", ran.err);
+    assert!(
+        ran.err.contains(
+            "fcctl: postCreateCommand ended with status 7\nhint: look around: fcctl ssh app-"
+        ),
+        "{}",
+        ran.err
+    );
+    // Nothing says that the commands have succeeded.
+    assert_eq!(commands(&fake.calls()).len(), 2);
+}
+
+#[test]
+fn later_commands_run_in_the_background() {
+    let text = r#"{"waitFor": "updateContentCommand", "updateContentCommand": "a", "postCreateCommand": "b"}"#;
+    let (fake, project) = (daemon(World::default()), Project::new(text));
+    let ran = project.run(&fake, "up", &["--yes"]);
+    assert_eq!(ran.status, 0, "{}", ran.err);
+    assert!(
+        ran.err
+            .contains("postCreateCommand in the background; output: /tmp/fcd-devcontainer.log"),
+        "{}",
+        ran.err
+    );
+    let calls = fake.calls();
+    assert!(
+        calls
+            .iter()
+            .any(|c| c.contains("setsid") && c.contains(r#""no_wait_children":true"#))
+    );
+}
+
+#[test]
+fn down_stops_the_vm_of_the_directory() {
+    let world = World {
+        vm: Some(VmState::Running),
+        ..World::default()
+    };
+    let (fake, project) = (daemon(world), Project::new("{}"));
+    std::fs::create_dir(project.path.join("src")).unwrap();
+    let ran = project.run(&fake, "down", &[]);
+    assert_eq!(
+        (ran.status, fake.methods().as_str()),
+        (0, "vm.show vm.stop"),
+        "{}",
+        ran.err
+    );
+    let fake = daemon(World::default());
+    let ran = project.run(&fake, "down", &[]);
+    assert_eq!(ran.status, 3);
+    assert!(ran.err.starts_with("fcctl: APP has no VM\n"), "{}", ran.err);
+}

@@ -1,0 +1,299 @@
+//! `up`: reads the file, makes or starts the VM, copies the directory, and runs the commands.
+
+use super::super::connector::operate;
+use super::super::context::Context;
+use super::super::guest::{self, Gift, Guest};
+use super::super::printer::Printer;
+use super::super::run::find_or_pull;
+use super::super::signals::{Interrupts, interrupted};
+use super::super::transfer::{PrepareHow, Source, Transfer};
+use super::super::vm_text::port_line;
+use super::consent::{self, Confirmed};
+use super::file::Project;
+use super::parse::{self, Config};
+use super::steps::Steps;
+use super::variables::Variables;
+use super::{UpArgs, find, own_uid};
+use crate::api::port::{Port, Protocol, loopback};
+use crate::api::vm::{Vm, VmCreate, VmCreateRequest, VmRequest, VmResume, VmStart, VmState};
+use crate::client::{Client, Result};
+use crate::error::{Error, Kind};
+use crate::workspace::guest_path;
+use crate::workspace::plan::Plan;
+
+/// The directory below which a project with a file is copied, as other tools do.
+const GUEST_ROOT: &str = "/workspaces";
+/// The exit status if the user says no.
+const DECLINED: u8 = 1;
+
+/// Makes sure that the VM of a directory runs, with a copy of the directory as it is now.
+pub(in super::super) fn run(ctx: &mut Context, args: UpArgs) -> Result<u8> {
+    let interrupts = Interrupts::start(&ctx.signals, &ctx.stdio.stderr)?;
+    let project = Project::find(&args.path, &Plan::top_of(&args.path)?)?;
+    match bring_up(ctx, &interrupts, args, &project) {
+        Err(_) if interrupts.cause().is_some() => {
+            ctx.printer.note("interrupted; fcctl up continues");
+            Ok(interrupts.status().unwrap_or(DECLINED))
+        }
+        result => result,
+    }
+}
+
+fn bring_up(
+    ctx: &mut Context,
+    interrupts: &Interrupts,
+    args: UpArgs,
+    project: &Project,
+) -> Result<u8> {
+    let name = project.vm_name(own_uid());
+    let mut how = args.workspace;
+    let source = Source::tree(&project.dir, &how, interrupts.cancel())?;
+    let config = match &project.file {
+        Some(file) => {
+            let of_file = |e: Error| e.context(file.path.display().to_string());
+            let members = parse::json(&file.text).map_err(of_file)?;
+            parse::check_keys(&members).map_err(of_file)?;
+            let dir_name = project.dir.file_name().unwrap_or_default();
+            let dir_name = guest_path::sanitise(dir_name.as_encoded_bytes());
+            let folder = parse::folder(&members, &dir_name).map_err(of_file)?;
+            let guest_dir = place(&source, &mut how, folder).map_err(of_file)?;
+            let variables = Variables {
+                guest_dir: &guest_dir,
+                name: &dir_name,
+                id: &name,
+                allowed: &args.allow_env,
+                env: &*ctx.env,
+            };
+            let config = parse::config(members, &variables).map_err(of_file)?;
+            for line in consent::summary(file, &config, &guest_dir) {
+                ctx.printer.note(&line);
+            }
+            let confirmed = Confirmed::of_user(&*ctx.env);
+            if !args.yes
+                && !consent::given(&mut ctx.printer, &ctx.stdio, interrupts, &confirmed, file)?
+            {
+                ctx.printer.note("nothing was done");
+                return Ok(DECLINED);
+            }
+            config
+        }
+        None => Config::default(),
+    };
+    let vm = Machine {
+        interrupts,
+        config,
+        name,
+    }
+    .bring_up(ctx, source, how)?;
+    report(&mut ctx.printer, &vm)
+}
+
+/// Chooses the place of the copy in the guest, and returns that of the project. A project may be a
+/// directory of the repository that is copied.
+fn place(
+    source: &Source,
+    how: &mut PrepareHow,
+    folder: Option<String>,
+) -> crate::error::Result<String> {
+    let below = match source.subdir() {
+        "" => String::new(),
+        subdir => format!("/{subdir}"),
+    };
+    let is_from_file = how.guest_path.is_none() && folder.is_some();
+    let top = how.guest_path.take().unwrap_or_else(|| match folder {
+        Some(folder) => {
+            let folder = folder.trim_end_matches('/');
+            folder.strip_suffix(&below).unwrap_or(folder).to_owned()
+        }
+        None => source.path_for_root().replacen("/root", GUEST_ROOT, 1),
+    });
+    let top = guest_path::validate(&top).map_err(|e| {
+        if is_from_file {
+            e.context("workspaceFolder")
+                .hint("choose another place: fcctl up --guest-path /workspaces/NAME")
+        } else {
+            e
+        }
+    })?;
+    let guest_dir = format!("{top}{below}");
+    how.guest_path = Some(top);
+    Ok(guest_dir)
+}
+
+fn report(printer: &mut Printer, vm: &Vm) -> Result<u8> {
+    let name = &vm.name;
+    printer.note(&format!(
+        "enter: fcctl ssh {name}, stop: fcctl down, delete: fcctl rm -f {name}"
+    ));
+    if printer.json {
+        printer.document(vm)?;
+    } else {
+        printer.line(name.as_str())?;
+    }
+    Ok(0)
+}
+
+/// The VM that a file describes.
+struct Machine<'a> {
+    interrupts: &'a Interrupts,
+    config: Config,
+    name: String,
+}
+
+impl Machine<'_> {
+    fn bring_up(&self, ctx: &mut Context, source: Source, mut how: PrepareHow) -> Result<Vm> {
+        let mut client = ctx.connector.connect(&mut ctx.printer)?;
+        let found = find(&mut client, &self.name)?;
+        let Context {
+            connector,
+            printer,
+            stdio,
+            env,
+            ..
+        } = ctx;
+        if let (None, Some(image)) = (&found, &self.config.image) {
+            find_or_pull(connector, printer, stdio, &**env, self.interrupts, image)?;
+        }
+        let (vm, was_running) = match found {
+            Some(vm) => {
+                self.report_differences(printer, &vm);
+                let is_running = vm.state == VmState::Running;
+                (vm, is_running)
+            }
+            None => (self.create(printer, &mut client)?, false),
+        };
+        let vm = self.start(printer, &mut client, vm)?;
+        let user = match &self.config.user {
+            Some(user) => guest::unless_root(user.clone()),
+            None => guest::user_of_image(&mut client, vm.image.clone())?,
+        };
+        let gift = user.and_then(|user| Gift::plan(&source, &mut how, user));
+        self.copy(printer, &mut client, &vm, (source, how))?;
+        let mut guest = Guest {
+            printer,
+            stdio,
+            interrupts: self.interrupts,
+            client: &mut client,
+            vm: vm.id.as_str(),
+        };
+        if let Some(gift) = &gift {
+            guest.give(gift)?;
+        }
+        let steps = Steps {
+            config: &self.config,
+            user: self.config.user.as_deref(),
+        };
+        steps.run(&mut guest, was_running).map_err(|e| {
+            e.hint(format!(
+                "look around: fcctl ssh {0}, then run fcctl up again; or delete the VM: fcctl rm -f {0}",
+                self.name
+            ))
+        })?;
+        Ok(vm)
+    }
+
+    /// Says that a VM keeps the settings with which it was made.
+    fn report_differences(&self, printer: &mut Printer, vm: &Vm) {
+        let config = &self.config;
+        let differs = [
+            (
+                "image",
+                config
+                    .image
+                    .as_ref()
+                    .is_some_and(|image| image.with_default_tag() != vm.image.with_default_tag()),
+            ),
+            ("vCPUs", config.cpus.is_some_and(|cpus| cpus != vm.vcpus)),
+            (
+                "memory",
+                config.memory_mib.is_some_and(|mib| mib != vm.mem_mib),
+            ),
+            (
+                "ports",
+                !config
+                    .ports
+                    .iter()
+                    .all(|port| vm.ports.iter().any(|p| p.guest_port == *port)),
+            ),
+        ];
+        let names: Vec<&str> = differs
+            .into_iter()
+            .filter_map(|(name, differs)| differs.then_some(name))
+            .collect();
+        if !names.is_empty() {
+            printer.note(&format!(
+                "warning: VM {0} was made before and keeps its {1}; to make it again: fcctl rm -f {0} && fcctl up",
+                vm.name,
+                names.join(", ")
+            ));
+        }
+    }
+
+    fn create(&self, printer: &mut Printer, client: &mut Client) -> Result<Vm> {
+        let port = |host_port: u16, guest_port: u16| Port {
+            host_addr: loopback(),
+            host_port,
+            guest_port,
+            protocol: Protocol::Tcp,
+        };
+        let config = &self.config;
+        let mut request = VmCreateRequest {
+            name: Some(self.name.parse()?),
+            image: config.image.clone(),
+            vcpus: config.cpus,
+            mem_mib: config.memory_mib,
+            disk_bytes: config.disk_bytes,
+            ports: config.ports.iter().map(|p| port(*p, *p)).collect(),
+            ..VmCreateRequest::default()
+        };
+        let _guard = self.interrupts.guard(client)?;
+        let created = match client.call::<VmCreate>(&request) {
+            // A repository names the ports that its programs use, which may be in use here.
+            Err(e) if e.is(Kind::PortTaken) => {
+                printer.note(&format!("{e}; free ports are used instead"));
+                request.ports = config.ports.iter().map(|p| port(0, *p)).collect();
+                client.call::<VmCreate>(&request)
+            }
+            created => created,
+        };
+        let vm = created?.vm;
+        printer.note(&format!("VM {}", vm.name));
+        for port in &vm.ports {
+            printer.note(&format!("port {}", port_line(port)));
+        }
+        Ok(vm)
+    }
+
+    fn start(&self, printer: &mut Printer, client: &mut Client, vm: Vm) -> Result<Vm> {
+        let request = VmRequest {
+            vm: vm.id.to_string(),
+        };
+        let _guard = self.interrupts.guard(client)?;
+        let doing = format!("start {}", vm.name);
+        let mut vm = operate::<VmStart>(printer, client, &doing, &request)?.vm;
+        if vm.paused {
+            vm = client.call::<VmResume>(&request)?.vm;
+        }
+        Ok(vm)
+    }
+
+    fn copy(
+        &self,
+        printer: &mut Printer,
+        client: &mut Client,
+        vm: &Vm,
+        (source, how): (Source, PrepareHow),
+    ) -> Result<()> {
+        Transfer {
+            printer,
+            interrupts: self.interrupts,
+            client,
+            vm: vm.name.as_str(),
+        }
+        .prepare(source, how)?;
+        if self.interrupts.cause().is_some() {
+            return Err(interrupted());
+        }
+        Ok(())
+    }
+}

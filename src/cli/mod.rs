@@ -6,6 +6,7 @@
 //! failure of fcctl or fcd.
 
 mod apply;
+mod completions;
 mod confirm;
 mod connect;
 mod connector;
@@ -69,7 +70,6 @@ use clap::{CommandFactory, FromArgMatches, Parser};
 use connector::Connector;
 use context::{Context, Env, Stdio, may_colour};
 use exec::OUR_FAILURE;
-use printer::Printer;
 use signals::SignalSource;
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -180,6 +180,13 @@ fn command(ctx: &mut Context, args: &[OsString]) -> u8 {
     if let Some(page) = help::page(args) {
         return u8::from(ctx.printer.text(&page).is_err());
     }
+    let uid = nix::unistd::getuid().as_raw();
+    let default_socket = socket_of_environment()
+        .unwrap_or_else(|| context::default_socket(uid, &*ctx.env, &context::is_usable));
+    let dir = std::env::current_dir().ok();
+    if let Some(answer) = completions::answer(args, &default_socket, dir.as_deref()) {
+        return u8::from(ctx.printer.text(&answer).is_err());
+    }
     let colour = may_colour(&ctx.stdio, &*ctx.env);
     let mut syntax = syntax();
     if args.len() < 2 {
@@ -196,14 +203,8 @@ fn command(ctx: &mut Context, args: &[OsString]) -> u8 {
         Err(e) => return usage::report(&mut ctx.printer, syntax, args, &e, colour),
     };
     ctx.printer.json = cli.json;
-    let uid = nix::unistd::getuid().as_raw();
-    let named = cli
-        .socket
-        .or_else(|| std::env::var_os(SOCKET_VARIABLE).map(PathBuf::from))
-        .filter(|s| !s.as_os_str().is_empty());
-    ctx.connector = Connector::new(
-        named.unwrap_or_else(|| context::default_socket(uid, &*ctx.env, &context::is_usable)),
-    );
+    let named = cli.socket.filter(|socket| !socket.as_os_str().is_empty());
+    ctx.connector = Connector::new(named.unwrap_or(default_socket));
     match dispatch(ctx, cli.noun) {
         Ok(status) => status,
         Err(failure) => {
@@ -216,6 +217,12 @@ fn command(ctx: &mut Context, args: &[OsString]) -> u8 {
             status
         }
     }
+}
+
+/// Returns the socket that the environment names.
+fn socket_of_environment() -> Option<PathBuf> {
+    let socket = std::env::var_os(SOCKET_VARIABLE).filter(|socket| !socket.is_empty())?;
+    Some(socket.into())
 }
 
 /// Returns the command line with the short forms.
@@ -249,14 +256,7 @@ fn dispatch(ctx: &mut Context, noun: Noun) -> Result<u8> {
         Noun::Doctor(args) => doctor::run(ctx, &args),
         Noun::Rpc(args) => rpc::run(ctx, args),
         Noun::Debug(verb) => debug::run(ctx, verb),
-        Noun::Completions { shell } => completions(&mut ctx.printer, shell),
+        Noun::Completions { shell } => completions::script(&mut ctx.printer, shell),
         Noun::Version => version::run(ctx),
     }
-}
-
-fn completions(printer: &mut Printer, shell: clap_complete::Shell) -> Result<u8> {
-    let mut script = Vec::new();
-    clap_complete::generate(shell, &mut syntax(), "fcctl", &mut script);
-    printer.bytes(&script)?;
-    Ok(0)
 }

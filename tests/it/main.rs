@@ -11,6 +11,7 @@ mod booting;
 mod capabilities;
 mod commits;
 mod copying;
+mod completions;
 mod crash;
 mod crowd;
 mod docs;

@@ -141,6 +141,34 @@ pub struct DoctorReply {
     pub checks: Vec<Check>,
 }
 
+/// Where the value of a setting is from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ConfigSource {
+    Default,
+    File,
+    Environment,
+    Flag,
+}
+
+/// A setting of the running daemon.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ConfigValue {
+    /// The setting's name, such as `limits.pool_workers`.
+    pub key: String,
+    /// The value as in the configuration file.
+    pub value: String,
+    pub source: ConfigSource,
+    /// The path of the file, the environment variable or the flag.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ConfigReply {
+    pub values: Vec<ConfigValue>,
+}
+
 /// Something on the host that fcd created and no longer needs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Leak {
@@ -202,6 +230,8 @@ calls! {
     /// needs.
     Space = "fcd.space" (super::Empty) -> SpaceReply [Anybody, Unkeyed, Nothing, NoFds];
     Doctor = "fcd.doctor" (super::Empty) -> DoctorReply [Anybody, Unkeyed, Nothing, NoFds];
+    /// The values of some settings may be secrets, such as a proxy with a password.
+    ConfigShow = "fcd.config" (super::Empty) -> ConfigReply [Privileged, Unkeyed, Nothing, NoFds];
     Leaks = "fcd.leaks" (LeaksRequest) -> LeaksReply [Privileged, Unkeyed, Nothing, NoFds];
     DebugLocks = "debug.locks" (super::Empty) -> DebugLocksReply [Anybody, Unkeyed, Nothing, NoFds];
 }

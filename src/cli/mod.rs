@@ -7,6 +7,7 @@
 
 mod apply;
 mod completions;
+mod config;
 mod confirm;
 mod connect;
 mod connector;
@@ -147,6 +148,9 @@ enum Noun {
     System(system::Verb),
     /// Check this host: what fcd uses, what is missing, how to fix it
     Doctor(doctor::Args),
+    /// Show and check the configuration of fcd
+    #[command(subcommand)]
+    Config(config::Verb),
     /// Call a method of the daemon's API
     Rpc(rpc::Args),
     /// Inspect the daemon's internal state
@@ -254,6 +258,7 @@ fn dispatch(ctx: &mut Context, noun: Noun) -> Result<u8> {
         Noun::Info => system::run(ctx, system::Verb::Info),
         Noun::System(verb) => system::run(ctx, verb),
         Noun::Doctor(args) => doctor::run(ctx, &args),
+        Noun::Config(verb) => config::run(ctx, verb),
         Noun::Rpc(args) => rpc::run(ctx, args),
         Noun::Debug(verb) => debug::run(ctx, verb),
         Noun::Completions { shell } => completions::script(&mut ctx.printer, shell),

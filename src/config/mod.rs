@@ -5,6 +5,7 @@
 //! defaults and the section's part of the reference that `fcd --print-config` prints.
 
 mod disk;
+mod effective;
 mod limits;
 mod network;
 mod qemu;
@@ -16,6 +17,7 @@ mod vm;
 mod vmm;
 
 pub use disk::{Disk, DiskDriver};
+pub use effective::{Origin, Origins};
 pub use limits::Limits;
 #[cfg(any(test, feature = "fakes"))]
 pub use network::{INTERFACE_NAME_LEN_MAX, NetworkDriver};
@@ -106,6 +108,7 @@ pub struct Config {
     pub network: Network,
     pub registry: Registry,
     pub sync: Vec<SyncedFile>,
+    pub origins: Origins,
 }
 
 impl Config {
@@ -118,13 +121,16 @@ impl Config {
             .clone()
             .or_else(|| env("FCD_CONFIG").map(PathBuf::from));
         let path = named.clone().unwrap_or(places.config.clone());
-        let file = match std::fs::read_to_string(&path) {
-            Ok(text) => parse(&text).map_err(|e| {
-                e.context(format!("read configuration {}", path.display()))
-                    .hint("correct or remove that line")
-            })?,
+        let (file, origins) = match std::fs::read_to_string(&path) {
+            Ok(text) => {
+                let file = parse(&text).map_err(|e| {
+                    e.context(format!("read configuration {}", path.display()))
+                        .hint("correct or remove that line")
+                })?;
+                (file, Origins::of(flags, env, Some((path.clone(), &text))))
+            }
             Err(e) if e.kind() == std::io::ErrorKind::NotFound && named.is_none() => {
-                File::default()
+                (File::default(), Origins::of(flags, env, None))
             }
             Err(e) => {
                 let e = Error::new(
@@ -176,6 +182,7 @@ impl Config {
             network: file.network,
             registry: file.registry,
             sync: file.sync,
+            origins,
         };
         config
             .validate()
@@ -335,6 +342,7 @@ mod tests {
             network: file.network,
             registry: file.registry,
             sync: file.sync,
+            origins: Origins::default(),
         }
     }
 

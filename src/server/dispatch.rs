@@ -4,7 +4,9 @@
 use super::op_wait::{OpWait, ended, raw};
 use super::{CallError, CallResult, Connection, Handler, IncomingCall};
 use crate::api::call::{Access, CallInfo, FdPassing, Key, OnDisconnect};
-use crate::api::daemon::{ApiVersion, InfoReply, NounCall as Fcd};
+use crate::api::daemon::{
+    ApiVersion, ConfigReply, ConfigSource, ConfigValue, InfoReply, NounCall as Fcd,
+};
 use crate::api::event::{EventsWatchRequest, NounCall as Event};
 use crate::api::exec::{ExecStartRequest, NounCall as Exec};
 use crate::api::frame::Note;
@@ -16,6 +18,7 @@ use crate::api::table::{self, AnyCall};
 use crate::api::vm::{NounCall as Vm, VmConnectRequest, VmCreateRequest, VmPruneReply, VmReply};
 use crate::api::workspace::{NounCall as Workspace, PrepareRequest};
 use crate::api::{Empty, VERSION_MAJOR, VERSION_MINOR};
+use crate::config::Origin;
 use crate::daemon::{CallOutcome, Caller, Daemon, ExecIo, HeldKey, Keyed, Notes};
 use crate::error::{Error, Kind, Result};
 use crate::ids::SessionId;
@@ -224,6 +227,7 @@ impl CallContext<'_> {
             AnyCall::Daemon(Fcd::Info(Empty {})) => reply(Ok(self.info())),
             AnyCall::Daemon(Fcd::Space(Empty {})) => reply(d.images.space(c)),
             AnyCall::Daemon(Fcd::Doctor(Empty {})) => reply(d.doctor.doctor(c)),
+            AnyCall::Daemon(Fcd::ConfigShow(Empty {})) => reply(Ok(self.config())),
             AnyCall::Daemon(Fcd::Leaks(r)) => reply(d.doctor.leaks(r.fix)),
             AnyCall::Daemon(Fcd::DebugLocks(Empty {})) => reply(Ok(d.core.debug_locks())),
         }
@@ -332,6 +336,26 @@ impl CallContext<'_> {
         }
         Err(Error::invalid(format!("{call} must be called with more"))
             .hint("call it with \"more\": true"))
+    }
+
+    fn config(&self) -> ConfigReply {
+        let source = |origin| match origin {
+            Origin::Default => ConfigSource::Default,
+            Origin::File => ConfigSource::File,
+            Origin::Environment => ConfigSource::Environment,
+            Origin::Flag => ConfigSource::Flag,
+        };
+        let values = self.daemon.config.effective().into_iter();
+        ConfigReply {
+            values: values
+                .map(|value| ConfigValue {
+                    key: value.key,
+                    value: value.value,
+                    source: source(value.origin),
+                    from: value.from,
+                })
+                .collect(),
+        }
     }
 
     fn info(&self) -> InfoReply {

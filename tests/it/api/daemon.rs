@@ -303,6 +303,26 @@ fn daemon_goldens() {
         {"checks":[{"id":"kvm","severity":"warn","found":"none","fix":"do"}]}
     "#]],
     );
+    let value = |source, from: Option<&str>| ConfigValue {
+        key: "vm.vcpus".into(),
+        value: "2".into(),
+        source,
+        from: from.map(str::to_owned),
+    };
+    call::<ConfigShow>(
+        Empty {},
+        ConfigReply {
+            values: vec![
+                value(ConfigSource::File, Some("/c.toml")),
+                value(ConfigSource::Default, None),
+            ],
+        },
+        expect![[r#"
+        fcd.config
+        {}
+        {"values":[{"key":"vm.vcpus","value":"2","source":"file","from":"/c.toml"},{"key":"vm.vcpus","value":"2","source":"default"}]}
+    "#]],
+    );
     let leak = Leak {
         kind: "process".into(),
         name: "fc-1-2-3".into(),

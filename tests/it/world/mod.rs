@@ -171,6 +171,7 @@ impl World {
             registry: Default::default(),
             network: fcd::testing::config::Network::default(),
             sync: Vec::new(),
+            origins: Default::default(),
         };
         if std::env::var_os(REAL_DISKS).is_some() {
             config.disk.driver = fcd::testing::config::DiskDriver::DmSnapshot;

@@ -1,7 +1,7 @@
 //! The descriptors and ignored signals that a process inherits from its parent.
 
 use crate::error::{Error, Result};
-use std::os::fd::RawFd;
+use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 
 /// The first descriptor after stdin, stdout and stderr (sd_listen_fds(3), SD_LISTEN_FDS_START).
 const FIRST: RawFd = 3;
@@ -34,6 +34,21 @@ fn listen_fds(env: &dyn Fn(&str) -> Option<String>, pid: u32) -> RawFd {
         .and_then(|n| RawFd::try_from(n).ok())
         .filter(|n| *n <= RawFd::MAX - FIRST)
         .unwrap_or(0)
+}
+
+/// Returns duplicates of the descriptors that systemd passes to this process. They are open for as
+/// long as the process, because [`close_descriptors`] keeps them.
+pub fn passed_descriptors(env: &dyn Fn(&str) -> Option<String>) -> impl Iterator<Item = OwnedFd> {
+    let end = FIRST + listen_fds(env, std::process::id());
+    (FIRST..end).filter_map(duplicate)
+}
+
+#[allow(unsafe_code)]
+fn duplicate(fd: RawFd) -> Option<OwnedFd> {
+    // SAFETY: systemd has opened the descriptor for this process, and nothing closes it. If it is
+    // not open, the call below fails.
+    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+    rustix::io::fcntl_dupfd_cloexec(fd, FIRST).ok()
 }
 
 #[allow(unsafe_code)]

@@ -97,13 +97,17 @@ pub struct Server {
 impl Server {
     /// Creates the socket and begins to accept. The socket has mode 0660, and the group `fcd` if
     /// this process is root and the group exists. The last component of its directory is created if
-    /// it is missing. A socket on which nothing listens is replaced.
+    /// it is missing. A socket on which nothing listens is replaced. If systemd has passed a socket
+    /// for this path, that one is used.
     ///
     /// # Errors
     /// `busy` if something listens on the socket, `target_exists` if the path is not a socket of
     /// this user, or `host`.
     pub fn bind(path: &Path, limits: Limits, handler: Arc<dyn Handler>) -> Result<Server> {
-        let socket = socket::bind(path)?;
+        let socket = match socket::of_systemd(path, &|name| std::env::var(name).ok())? {
+            Some(socket) => socket,
+            None => socket::bind(path)?,
+        };
         let stop =
             Cancel::try_new().map_err(|e| Error::io(format!("listen on {}", path.display()), e))?;
         let registry = Arc::new(Registry::new(limits));

@@ -1,12 +1,16 @@
 //! Creates the socket file. Only root and this process's user may be able to write to its
 //! directory. The socket never replaces a file that is in use or belongs to somebody else.
+//!
+//! If systemd listens on the path and has passed its socket (`fcd.socket`), that one is used, and
+//! the file stays systemd's. Callers who connect while the daemon restarts then wait for the next
+//! one.
 
 use crate::error::{Error, Kind, Result};
 use crate::host::command::{Command, run_any_status};
 use crate::locks::Cancel;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use rustix::fs::{AtFlags, CWD, FileType, Mode};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -22,11 +26,16 @@ const GETENT_NOT_FOUND: i32 = 2;
 /// A listening socket and its file.
 pub(super) struct Socket {
     pub(super) listener: UnixListener,
+    /// The file to remove at the end, unless it is systemd's.
+    _file: Option<SocketFile>,
+}
+
+struct SocketFile {
     path: PathBuf,
     inode: (u64, u64),
 }
 
-impl Drop for Socket {
+impl Drop for SocketFile {
     /// Removes the file unless another daemon has replaced it.
     fn drop(&mut self) {
         if inode(&self.path).is_ok_and(|found| found == self.inode) {
@@ -69,9 +78,56 @@ pub(super) fn bind(path: &Path) -> Result<Socket> {
     let inode = inode(path).map_err(doing)?;
     Ok(Socket {
         listener,
-        path: path.to_owned(),
-        inode,
+        _file: Some(SocketFile {
+            path: path.to_owned(),
+            inode,
+        }),
     })
+}
+
+/// Returns the socket for this path that systemd has passed, if it has.
+pub(super) fn of_systemd(
+    path: &Path,
+    env: &dyn Fn(&str) -> Option<String>,
+) -> Result<Option<Socket>> {
+    let mut others = 0;
+    for fd in crate::host::inherited::passed_descriptors(env) {
+        if !is_listening(&fd) {
+            continue;
+        }
+        let listener = UnixListener::from(fd);
+        if !listener.local_addr().is_ok_and(|at| is_at(&at, path)) {
+            others += 1;
+            continue;
+        }
+        listener
+            .set_nonblocking(true)
+            .map_err(|e| Error::io(format!("use systemd's socket {}", path.display()), e))?;
+        return Ok(Some(Socket {
+            listener,
+            _file: None,
+        }));
+    }
+    if others > 0 {
+        log::warn!(
+            "systemd passes a socket that is not {}: make ListenStream= of fcd.socket and `socket` of the configuration equal",
+            path.display()
+        );
+    }
+    Ok(None)
+}
+
+fn is_listening(fd: &OwnedFd) -> bool {
+    rustix::net::sockopt::socket_acceptconn(fd).unwrap_or(false)
+        && rustix::net::sockopt::socket_domain(fd) == Ok(rustix::net::AddressFamily::UNIX)
+}
+
+/// True if both name the same file. `/run` may also be called `/var/run`.
+fn is_at(address: &std::os::unix::net::SocketAddr, path: &Path) -> bool {
+    let Some(at) = address.as_pathname() else {
+        return false;
+    };
+    at == path || matches!((at.canonicalize(), path.canonicalize()), (Ok(a), Ok(b)) if a == b)
 }
 
 /// Looks up the group whose members may connect. If that fails, only root can connect, and the log

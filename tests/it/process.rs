@@ -2,8 +2,9 @@
 
 use crate::world::{SOON, await_that};
 use std::fs::{self, File};
-use std::os::fd::AsRawFd;
-use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -240,6 +241,37 @@ fn descriptors_of_socket_activation_are_kept() {
         None,
         "they are another process's"
     );
+}
+
+/// systemd keeps its socket, so callers wait for the next daemon instead of failing.
+#[test]
+fn socket_of_systemd_is_used_and_kept() {
+    let mut listener = None;
+    let mut process = Process::start(|command| {
+        let path = PathBuf::from(command.get_args().nth(5).unwrap());
+        let bound = UnixListener::bind(path).unwrap();
+        through_shell(command, "export LISTEN_PID=$$ LISTEN_FDS=1; exec \"$@\"");
+        let file = File::from(bound.as_fd().try_clone_to_owned().unwrap());
+        inherit(command, &file, 3);
+        listener = Some((bound, file));
+    });
+    let socket = process.socket();
+    let ask = || {
+        let mut stream = UnixStream::connect(&socket).unwrap();
+        stream.set_read_timeout(Some(SOON)).unwrap();
+        let line = "{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"fcd.info\",\"params\":{}}\n";
+        stream.write_all(line.as_bytes()).unwrap();
+        stream
+    };
+    let mut answer = String::new();
+    BufReader::new(ask()).read_line(&mut answer).unwrap();
+    assert!(answer.contains("\"version\""), "{answer}");
+    process.signal(nix::sys::signal::SIGTERM);
+    assert_eq!(process.end().code(), Some(0), "{}", process.log());
+    // The connection waits in the socket that systemd still has open.
+    let _waiting = ask();
+    let (listener, _) = listener.unwrap();
+    listener.accept().unwrap();
 }
 
 /// Two daemons running as root with two state directories would give their VMs the same uids.

@@ -55,10 +55,6 @@ const HABITS: &[Habit] = &[
          the changes of a workspace: fcctl workspace export VM",
     ),
     top(&["tag"], "fcctl image tag IMAGE NAME"),
-    top(
-        &["login", "logout"],
-        "fcctl reads docker's config.json: docker login REGISTRY",
-    ),
     image(&["push"], PUSH),
     image(&["load", "import"], LOAD),
     image(&["save"], SAVE),

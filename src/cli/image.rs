@@ -45,6 +45,10 @@ pub(super) enum Verb {
     Export(image_export::Args),
     /// Copy the file of a registered image, which then no longer depends on it
     Promote { image: ImageRef },
+    /// Store your credential for a registry where docker keeps it
+    Login(super::registry_login::LoginArgs),
+    /// Remove your credential for a registry
+    Logout(super::registry_login::LogoutArgs),
     /// List images
     #[command(visible_alias = "ls")]
     List(super::image_list::Args),
@@ -108,6 +112,8 @@ pub(super) fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
         }
         Verb::Pull(args) => pull(ctx, args),
         Verb::Register(args) => register(ctx, args),
+        Verb::Login(args) => super::registry_login::login(ctx, args),
+        Verb::Logout(args) => super::registry_login::logout(ctx, &args),
         Verb::Promote { image } => promote(ctx, image),
         Verb::Export(args) => export(ctx, &args),
         Verb::Show { image } => show(&mut ctx.connector, &mut ctx.printer, ctx.now_s, image),

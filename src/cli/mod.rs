@@ -42,6 +42,7 @@ mod provision;
 mod ps;
 mod rates;
 mod registry_auth;
+mod registry_login;
 mod relay;
 mod rpc;
 mod run;

@@ -38,6 +38,8 @@ const SHORT_FORMS: &[ShortForm] = &[
     short("build", "image", "build"),
     short("commit", "image", "commit"),
     short("history", "image", "history"),
+    short("login", "image", "login"),
+    short("logout", "image", "logout"),
 ];
 
 /// Adds the short forms to the command line, for its help and for completions.

@@ -2,7 +2,7 @@
 
 use crate::api::exec::PtySize;
 use crate::error::{Error, Result};
-use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
+use rustix::termios::{LocalModes, OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 use std::fs::File;
 
 /// The size of a terminal that does not report one.
@@ -46,10 +46,34 @@ impl Drop for RawMode {
     }
 }
 
+/// A terminal that does not show what is typed, until this is dropped.
+pub(super) struct NoEcho {
+    file: File,
+    before: Termios,
+}
+
+impl NoEcho {
+    pub(super) fn enter(file: &File) -> Result<Self> {
+        let doing = "hide what is typed";
+        let file = file.try_clone().map_err(|e| Error::io(doing, e))?;
+        let before = tcgetattr(&file).map_err(|e| Error::io(doing, e))?;
+        let mut hidden = before.clone();
+        hidden.local_modes.remove(LocalModes::ECHO);
+        hidden.local_modes.insert(LocalModes::ECHONL);
+        tcsetattr(&file, OptionalActions::Flush, &hidden).map_err(|e| Error::io(doing, e))?;
+        Ok(Self { file, before })
+    }
+}
+
+impl Drop for NoEcho {
+    fn drop(&mut self) {
+        let _ = tcsetattr(&self.file, OptionalActions::Now, &self.before);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rustix::termios::LocalModes;
 
     #[test]
     fn raw_mode_is_undone_by_panic() {

@@ -7,6 +7,7 @@ use base64::Engine;
 use base64::alphabet::STANDARD;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use serde::Deserialize;
+use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::os::unix::fs::OpenOptionsExt;
@@ -42,29 +43,9 @@ struct Entry {
 impl Config {
     /// Returns None if there is no file.
     pub(super) fn read(path: &Path) -> Result<Option<Self>> {
-        let failed = |e| Error::io(format!("read {}", path.display()), e);
-        // Opening a FIFO must not block.
-        let opened = std::fs::File::options()
-            .read(true)
-            .custom_flags(libc::O_NONBLOCK)
-            .open(path);
-        let file = match opened {
-            Ok(file) => file,
-            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
-                return Ok(None);
-            }
-            Err(e) => return Err(failed(e)),
+        let Some(bytes) = read_bytes(path)? else {
+            return Ok(None);
         };
-        if !file.metadata().map_err(failed)?.is_file() {
-            return Err(invalid(path, "it is not a regular file"));
-        }
-        let bytes = read_bounded(file, FILE_BYTES_MAX + 1).map_err(failed)?;
-        if bytes.len() as u64 > FILE_BYTES_MAX {
-            return Err(invalid(
-                path,
-                &format!("it has more than {FILE_BYTES_MAX} bytes"),
-            ));
-        }
         Self::parse(&bytes)
             .map(Some)
             .map_err(|why| invalid(path, &why))
@@ -98,6 +79,11 @@ impl Config {
             .filter(|name| !name.is_empty())
     }
 
+    /// True if the file itself names the registry.
+    pub(super) fn lists(&self, keys: &[&str]) -> bool {
+        self.auths.keys().any(|name| is_key(keys, name))
+    }
+
     /// Returns the credential that the file itself has.
     pub(super) fn stored(&self, keys: &[&str], path: &Path) -> Result<Credential> {
         let exact = keys.iter().find_map(|key| self.auths.get(*key));
@@ -114,6 +100,53 @@ impl Config {
             None => Ok(Credential::Anonymous),
         }
     }
+}
+
+/// Returns the bytes of the file, or None if there is none.
+fn read_bytes(path: &Path) -> Result<Option<Vec<u8>>> {
+    let failed = |e| Error::io(format!("read {}", path.display()), e);
+    // Opening a FIFO must not block.
+    let opened = std::fs::File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path);
+    let file = match opened {
+        Ok(file) => file,
+        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+            return Ok(None);
+        }
+        Err(e) => return Err(failed(e)),
+    };
+    if !file.metadata().map_err(failed)?.is_file() {
+        return Err(invalid(path, "it is not a regular file"));
+    }
+    let bytes = read_bounded(file, FILE_BYTES_MAX + 1).map_err(failed)?;
+    if bytes.len() as u64 > FILE_BYTES_MAX {
+        return Err(invalid(
+            path,
+            &format!("it has more than {FILE_BYTES_MAX} bytes"),
+        ));
+    }
+    Ok(Some(bytes))
+}
+
+/// Returns all members of the file. It must have been read with [`Config::read`].
+pub(super) fn read_whole(path: &Path) -> Result<Map<String, Value>> {
+    let bytes = read_bytes(path)?.unwrap_or_default();
+    if bytes.trim_ascii().is_empty() {
+        return Ok(Map::new());
+    }
+    serde_json::from_slice(&bytes).map_err(|_| invalid(path, "it is not JSON"))
+}
+
+/// Returns a credential as the member `auth` has it.
+pub(super) fn encode(user: &str, password: &Secret) -> Secret {
+    Secret::new(BASE64.encode(format!("{user}:{}", password.reveal())))
+}
+
+/// True if `name`, a key of `auths`, stands for a registry with these names.
+pub(super) fn is_key(keys: &[&str], name: &str) -> bool {
+    keys.contains(&name) || keys.contains(&host_of(name))
 }
 
 /// Returns the host of a key, which may be a URL.

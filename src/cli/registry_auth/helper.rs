@@ -1,5 +1,5 @@
-//! Docker's credential helpers: the program `docker-credential-NAME` gets the command `get` and a
-//! registry's name on stdin, and prints the credential as JSON.
+//! Docker's credential helpers. The program `docker-credential-NAME` gets a command and, on stdin,
+//! a registry's name or a credential. For `get` it prints the credential as JSON.
 
 use crate::api::registry::{Credential, Secret};
 use crate::error::{Error, Kind, Result};
@@ -29,37 +29,98 @@ struct Found {
     secret: Secret,
 }
 
-/// Asks a helper. `config` is the file that names it.
-pub(super) fn get(
-    name: &str,
-    registry: &str,
-    config: &Path,
-    environment: &[(OsString, OsString)],
-    cancel: &Cancel,
-) -> Result<Credential> {
-    check_name(name, config)?;
-    let program = format!("docker-credential-{name}");
-    let mut command = Command::new(&program)
-        .arg("get")
-        .stdin(registry)
-        .deadline(DEADLINE);
-    command.env = environment.to_vec();
-    let output = run_any_status(&command, cancel, &mut |_| {})
-        .map_err(|e| e.context(format!("ask {program} for the credential of {registry}")))
-        .map_err(|e| match e.kind() {
-            Kind::CommandMissing => e.hint(format!(
-                "install {program}, or remove it from {}",
-                config.display()
-            )),
-            _ => e,
-        })?;
-    parse(&output).map_err(|why| {
-        Error::new(
-            Kind::CommandFailed,
-            format!("{program} did not return the credential of {registry}: {why}"),
-        )
-        .hint(format!("docker login {registry}"))
-    })
+/// A helper that `config.json` names.
+pub(super) struct Helper<'a> {
+    program: String,
+    /// The file that names the helper.
+    config: &'a Path,
+    environment: &'a [(OsString, OsString)],
+}
+
+impl<'a> Helper<'a> {
+    pub(super) fn new(
+        name: &str,
+        config: &'a Path,
+        environment: &'a [(OsString, OsString)],
+    ) -> Result<Self> {
+        check_name(name, config)?;
+        Ok(Self {
+            program: format!("docker-credential-{name}"),
+            config,
+            environment,
+        })
+    }
+
+    pub(super) fn program(&self) -> &str {
+        &self.program
+    }
+
+    /// Asks for the credential of a registry.
+    pub(super) fn get(&self, registry: &str, cancel: &Cancel) -> Result<Credential> {
+        let doing = format!("ask {} for the credential of {registry}", self.program);
+        let output = self.run(("get", registry.to_owned()), &doing, cancel)?;
+        parse(&output).map_err(|why| {
+            let program = &self.program;
+            let text = format!("{program} did not return the credential of {registry}: {why}");
+            Error::new(Kind::CommandFailed, text).hint(format!("fcctl image login {registry}"))
+        })
+    }
+
+    /// True if the helper has a credential for the registry.
+    pub(super) fn has(&self, registry: &str, cancel: &Cancel) -> Result<bool> {
+        Ok(self.get(registry, cancel)? != Credential::Anonymous)
+    }
+
+    pub(super) fn store(
+        &self,
+        registry: &str,
+        user: &str,
+        password: &Secret,
+        cancel: &Cancel,
+    ) -> Result<()> {
+        let entry = serde_json::json!({
+            "ServerURL": registry,
+            "Username": user,
+            "Secret": password.reveal(),
+        });
+        let doing = format!("store the credential of {registry} with {}", self.program);
+        let output = self.run(("store", entry.to_string()), &doing, cancel)?;
+        require_success(&output, &doing)
+    }
+
+    pub(super) fn erase(&self, registry: &str, cancel: &Cancel) -> Result<()> {
+        let doing = format!("remove the credential of {registry} from {}", self.program);
+        let output = self.run(("erase", registry.to_owned()), &doing, cancel)?;
+        require_success(&output, &doing)
+    }
+
+    fn run(&self, (verb, stdin): (&str, String), doing: &str, cancel: &Cancel) -> Result<Output> {
+        let program = &self.program;
+        let mut command = Command::new(program)
+            .arg(verb)
+            .stdin(stdin)
+            .deadline(DEADLINE);
+        command.env = self.environment.to_vec();
+        run_any_status(&command, cancel, &mut |_| {})
+            .map_err(|e| e.context(doing))
+            .map_err(|e| match e.kind() {
+                Kind::CommandMissing => e.hint(format!(
+                    "install {program}, or remove it from {}",
+                    self.config.display()
+                )),
+                _ => e,
+            })
+    }
+}
+
+fn require_success(output: &Output, doing: &str) -> Result<()> {
+    match output.status {
+        0 => Ok(()),
+        _ => {
+            let text = format!("{doing}: {}", complaint(output));
+            Err(Error::new(Kind::CommandFailed, text).hint("unlock it, and try again"))
+        }
+    }
 }
 
 /// The name becomes part of a program's name, which must stay one without a directory.
@@ -83,20 +144,26 @@ fn check_name(name: &str, config: &Path) -> Result<()> {
     }
 }
 
-/// Reads what a helper has printed. A helper that fails explains itself on stdout.
+/// Returns the explanation of a helper that has failed, which is on stdout.
+fn complaint(output: &Output) -> String {
+    let stdout = output.stdout.trim_ascii();
+    let words = match stdout.is_empty() || stdout.starts_with(b"{") {
+        true => output.stderr.trim_ascii(),
+        false => stdout,
+    };
+    let words = String::from_utf8_lossy(words);
+    let short: String = words.chars().take(COMPLAINT_CHARS_MAX).collect();
+    format!("status {}: {}", output.status, printable(&short))
+}
+
+/// Reads what a helper has printed.
 pub(super) fn parse(output: &Output) -> Result<Credential, String> {
     let stdout = output.stdout.trim_ascii();
     if output.status != 0 {
         if stdout == NOT_FOUND.as_bytes() {
             return Ok(Credential::Anonymous);
         }
-        let words = match stdout.is_empty() || stdout.starts_with(b"{") {
-            true => output.stderr.trim_ascii(),
-            false => stdout,
-        };
-        let words = String::from_utf8_lossy(words);
-        let short: String = words.chars().take(COMPLAINT_CHARS_MAX).collect();
-        return Err(format!("status {}: {}", output.status, printable(&short)));
+        return Err(complaint(output));
     }
     // serde's messages may quote the secret.
     let found: Found =

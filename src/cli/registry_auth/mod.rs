@@ -4,6 +4,7 @@
 
 mod config;
 mod helper;
+mod login;
 #[cfg(test)]
 mod tests;
 
@@ -12,6 +13,7 @@ use crate::api::registry::Credential;
 use crate::error::Result;
 use crate::locks::Cancel;
 use config::Config;
+pub(super) use login::{Place, remove, store};
 use std::ffi::OsString;
 use std::path::PathBuf;
 
@@ -53,7 +55,7 @@ pub(super) fn find(registry: &str, caller: &Caller, cancel: &Cancel) -> Result<C
     };
     let keys = keys(registry);
     match config.helper(&keys) {
-        Some(name) => helper::get(name, keys[0], &path, &caller.environment, cancel),
+        Some(name) => helper::Helper::new(name, &path, &caller.environment)?.get(keys[0], cancel),
         None => config.stored(&keys, &path),
     }
 }

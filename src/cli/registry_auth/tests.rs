@@ -237,3 +237,95 @@ fn cancel_ends_a_helper() {
     let e = find("r", &home.caller(), &cancel).unwrap_err();
     assert_eq!(e.kind(), Kind::Cancelled);
 }
+
+fn stop() -> Cancel {
+    Cancel::try_new().unwrap()
+}
+
+impl Home {
+    fn store(&self, registry: &str) -> Result<Place> {
+        let password = Secret::new("canary:1");
+        store(registry, ("ann", &password), &self.caller(), &stop())
+    }
+
+    fn remove(&self, registry: &str) -> Result<bool> {
+        remove(registry, &self.caller(), &stop())
+    }
+
+    fn text(&self) -> String {
+        std::fs::read_to_string(self.0.path().join("config.json")).unwrap()
+    }
+}
+
+#[test]
+fn stored_credential_is_found_and_removed() {
+    let home = Home::new(r#"{"psFormat": "x", "auths": {"other": {"auth": "YW5uOmI="}}}"#);
+    let path = home.0.path().join("config.json");
+    assert_eq!(home.store("r:5000").unwrap(), Place::File(path.clone()));
+    assert_eq!(home.find("r:5000").unwrap(), basic("ann", "canary:1"));
+    assert_eq!(home.find("other").unwrap(), basic("ann", "b"));
+    assert!(home.text().contains("psFormat"), "{}", home.text());
+    let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+
+    assert!(home.remove("r:5000").unwrap());
+    assert!(!home.remove("r:5000").unwrap());
+    assert_eq!(home.find("r:5000").unwrap(), Credential::Anonymous);
+    assert_eq!(home.find("other").unwrap(), basic("ann", "b"));
+    assert!(home.text().contains("psFormat"), "{}", home.text());
+}
+
+#[test]
+fn docker_hub_is_stored_under_the_name_that_docker_uses() {
+    let home = Home::new("");
+    std::fs::remove_file(home.0.path().join("config.json")).unwrap();
+    home.store("docker.io").unwrap();
+    assert!(home.text().contains(DOCKER_HUB_KEY), "{}", home.text());
+    assert_eq!(
+        home.find("index.docker.io").unwrap(),
+        basic("ann", "canary:1")
+    );
+    assert!(home.remove("docker.io").unwrap());
+}
+
+#[test]
+fn helper_stores_and_erases() {
+    let script = "cat >$DOCKER_DIR/$1.in; case $1 in get) cat $DOCKER_DIR/store.in 2>/dev/null || \
+        { echo credentials not found in native keychain; exit 1; };; erase) rm $DOCKER_DIR/store.in;; esac";
+    let home = Home::new(r#"{"credsStore": "safe"}"#);
+    let script = script.replace("$DOCKER_DIR", home.0.path().to_str().unwrap());
+    let home = home.helper("safe", &script);
+    assert!(!home.remove("r").unwrap());
+    let place = home.store("r").unwrap();
+    assert_eq!(place, Place::Helper("docker-credential-safe".to_owned()));
+    assert!(!home.text().contains("canary"), "{}", home.text());
+    assert_eq!(home.find("r").unwrap(), basic("ann", "canary:1"));
+    assert!(home.remove("r").unwrap());
+    assert_eq!(home.find("r").unwrap(), Credential::Anonymous);
+}
+
+#[test]
+fn failing_helper_or_malformed_file_stores_nothing() {
+    let home = Home::new(r#"{"credsStore": "shut"}"#).helper("shut", "echo it is locked; exit 2");
+    let e = home.store("r").unwrap_err();
+    assert_eq!(e.kind(), Kind::CommandFailed);
+    assert!(e.to_string().contains("it is locked"), "{e}");
+    assert_eq!(home.text(), r#"{"credsStore": "shut"}"#);
+    let home = Home::new("[");
+    assert_eq!(home.store("r").unwrap_err().kind(), Kind::InvalidConfig);
+    assert_eq!(home.text(), "[");
+}
+
+#[test]
+fn file_behind_a_link_is_replaced_and_the_link_stays() {
+    let home = Home::new("{}");
+    let (link, target) = (
+        home.0.path().join("config.json"),
+        home.0.path().join("real"),
+    );
+    std::fs::rename(&link, &target).unwrap();
+    std::os::unix::fs::symlink(&target, &link).unwrap();
+    home.store("r").unwrap();
+    assert!(link.symlink_metadata().unwrap().is_symlink());
+    assert!(std::fs::read_to_string(&target).unwrap().contains("auths"));
+}

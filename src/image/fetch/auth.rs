@@ -87,7 +87,7 @@ pub(super) fn denied(settings: &Settings) -> Error {
             repository.registry
         ),
     };
-    Error::new(Kind::RegistryDenied, why).hint(format!("docker login {}", repository.registry))
+    Error::new(Kind::RegistryDenied, why).hint(format!("fcctl login {}", repository.registry))
 }
 
 fn basic(user: &str, password: &Secret) -> Secret {

@@ -115,7 +115,7 @@ fn endless_401_ends() {
     assert_eq!(e.kind(), Kind::RegistryDenied);
     assert_eq!(
         e.hint_text().unwrap(),
-        format!("docker login {}", fake.name())
+        format!("fcctl login {}", fake.name())
     );
     assert!(e.to_string().contains("refuses the credentials"), "{e}");
     assert_eq!(fake.seen().len(), 2);

@@ -1,0 +1,105 @@
+//! Stores and removes credentials the way docker does: with the helper that `config.json` names, or
+//! else in the file itself.
+
+use super::config::{self, Config};
+use super::{Caller, helper, keys};
+use crate::api::registry::Secret;
+use crate::error::{Error, Result};
+use crate::host::fs::{create_private_dir, write_durable};
+use crate::locks::Cancel;
+use serde_json::{Map, Value, json};
+use std::path::{Path, PathBuf};
+
+const AUTHS: &str = "auths";
+/// The file may hold passwords.
+const MODE: u32 = 0o600;
+
+/// Where a credential was stored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::cli) enum Place {
+    /// A helper, by the name of its program.
+    Helper(String),
+    /// The file, unencrypted.
+    File(PathBuf),
+}
+
+/// Stores the password of a user for a registry.
+///
+/// # Errors
+/// Those of [`super::find`], and `invalid_argument` if there is no place for `config.json`.
+pub(in crate::cli) fn store(
+    registry: &str,
+    (user, password): (&str, &Secret),
+    caller: &Caller,
+    cancel: &Cancel,
+) -> Result<Place> {
+    let path = file(caller)?;
+    let config = Config::read(&path)?.unwrap_or_default();
+    let key = keys(registry)[0];
+    let Some(name) = config.helper(&[key]) else {
+        let auth = config::encode(user, password);
+        change(&path, |auths| {
+            auths.insert(key.to_owned(), json!({ "auth": auth.reveal() }));
+        })?;
+        return Ok(Place::File(path));
+    };
+    let helper = helper::Helper::new(name, &path, &caller.environment)?;
+    helper.store(key, user, password, cancel)?;
+    // Docker lists the registries of its helper like this.
+    change(&path, |auths| {
+        auths.insert(key.to_owned(), json!({}));
+    })?;
+    Ok(Place::Helper(helper.program().to_owned()))
+}
+
+/// Removes the credential of a registry. Returns false if there was none.
+pub(in crate::cli) fn remove(registry: &str, caller: &Caller, cancel: &Cancel) -> Result<bool> {
+    let path = file(caller)?;
+    let Some(config) = Config::read(&path)? else {
+        return Ok(false);
+    };
+    let keys = keys(registry);
+    let mut was_there = false;
+    if let Some(name) = config.helper(&keys) {
+        let helper = helper::Helper::new(name, &path, &caller.environment)?;
+        was_there = helper.has(keys[0], cancel)?;
+        if was_there {
+            helper.erase(keys[0], cancel)?;
+        }
+    }
+    if config.lists(&keys) {
+        was_there = true;
+        change(&path, |auths| {
+            auths.retain(|name, _| !config::is_key(&keys, name));
+        })?;
+    }
+    Ok(was_there)
+}
+
+fn file(caller: &Caller) -> Result<PathBuf> {
+    let directory = caller.directory.as_ref().ok_or_else(|| {
+        let text = "neither HOME nor DOCKER_CONFIG says where docker's configuration is";
+        Error::invalid(text).hint("set DOCKER_CONFIG to a directory")
+    })?;
+    Ok(directory.join("config.json"))
+}
+
+/// Changes the member `auths` of the file and leaves everything else in it as it was. The caller
+/// has read the file, so it is usable.
+fn change(path: &Path, change: impl FnOnce(&mut Map<String, Value>)) -> Result<()> {
+    if let Some(directory) = path.parent()
+        && !directory.exists()
+    {
+        create_private_dir(directory)?;
+    }
+    let mut whole = config::read_whole(path)?;
+    let auths = whole.entry(AUTHS).or_insert_with(|| json!({}));
+    if let Some(auths) = auths.as_object_mut() {
+        change(auths);
+    }
+    let text = serde_json::to_string_pretty(&whole)
+        .map_err(|e| Error::internal(format!("write docker's configuration: {e}")))?;
+    // The file may be a link to where the user keeps such files.
+    let target = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    write_durable(&target, (text + "\n").as_bytes(), MODE)
+}

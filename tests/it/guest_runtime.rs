@@ -80,7 +80,7 @@ fn image_without_init_boots_newest_runtime() {
         )
     );
     assert!(
-        spec.boot_args.ends_with(" fcd.runtime"),
+        spec.boot_args.contains(" fcd.runtime "),
         "{}",
         spec.boot_args
     );

@@ -321,7 +321,7 @@ fn every_kind_of_image_boots_from_open_and_private_registries() {
     let docker = dir.path().join("docker");
     let (status, said) = host.fails(&["image", "pull", &in_private("musl")]);
     assert!(
-        status == 1 && said.contains("docker login"),
+        status == 1 && said.contains("fcctl login"),
         "{status} {said}"
     );
     fs::rename(private.log_in(), &docker).unwrap();

@@ -36,6 +36,7 @@ mod server;
 /// The functions that the programs `fcd` and `fcctl` call.
 pub mod program {
     pub use crate::cli::main as fcctl;
+    pub use crate::cli::manual::page as man_page;
     pub use crate::config::{Config, Flags, reference as config_reference};
     pub use crate::daemon::helpers::run_if_asked as run_helper_if_asked;
     pub use crate::host::inherited::close_descriptors;

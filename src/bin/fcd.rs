@@ -1,6 +1,6 @@
 //! The `fcd` program: parses flags, sets up logging, and runs the daemon from the library.
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 use fcd::program::{Config, Flags};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -24,6 +24,9 @@ struct Args {
     /// Print a configuration file with every setting, its default and what it means, and exit
     #[arg(long)]
     print_config: bool,
+    /// Print the man page, for scripts/package
+    #[arg(long, hide = true)]
+    print_man_page: bool,
     #[command(subcommand)]
     command: Option<Command>,
 }
@@ -49,6 +52,10 @@ fn main() -> ExitCode {
     let args = Args::parse();
     if args.print_config {
         return print(&fcd::program::config_reference());
+    }
+    if args.print_man_page {
+        let page = fcd::program::man_page(Args::command(), "fcd", "8");
+        return page.map_or(ExitCode::FAILURE, |page| print(&page));
     }
     if let Err(e) = fcd::program::log::init() {
         eprintln!("fcd: {e}");

@@ -32,6 +32,7 @@ mod image_source;
 mod kernel;
 mod leaks;
 mod logs;
+pub mod manual;
 mod op;
 mod output;
 mod pipes;
@@ -67,7 +68,7 @@ mod vm_text;
 mod words;
 mod workspace;
 
-use crate::client::Result;
+use crate::client::{Failure, Result};
 use clap::{CommandFactory, FromArgMatches, Parser};
 use connector::Connector;
 use context::{Context, Env, Stdio, may_colour};
@@ -185,6 +186,10 @@ fn command(ctx: &mut Context, args: &[OsString]) -> u8 {
     if let Some(page) = help::page(args) {
         return u8::from(ctx.printer.text(&page).is_err());
     }
+    if let Some(dir) = manual::target(args) {
+        let written = manual::write(&dir);
+        return written.map_or_else(|e| fail(ctx, e.into()), |()| 0);
+    }
     let uid = nix::unistd::getuid().as_raw();
     let default_socket = socket_of_environment()
         .unwrap_or_else(|| context::default_socket(uid, &*ctx.env, &context::is_usable));
@@ -222,6 +227,12 @@ fn command(ctx: &mut Context, args: &[OsString]) -> u8 {
             status
         }
     }
+}
+
+fn fail(ctx: &mut Context, failure: Failure) -> u8 {
+    let status = failure.exit_status();
+    ctx.printer.fail(&failure, status);
+    status
 }
 
 /// Returns the socket that the environment names.

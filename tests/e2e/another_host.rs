@@ -35,7 +35,7 @@ impl TestHost {
         Self::boot_from(NAME, &[])
     }
 
-    fn boot_from(image: &str, more: &[&str]) -> Self {
+    pub fn boot_from(image: &str, more: &[&str]) -> Self {
         let outer = Host::with_config("");
         outer.add_image(&cached_image(image, &[&PACKAGES[..], more].concat()));
         outer.ok(&[
@@ -307,7 +307,7 @@ fn removal_waits_for_device_in_use(host: &TestHost) {
 
 /// A script that starts systemd in new process, mount and control group namespaces, and writes the
 /// script `in-systemd`, which runs a command in them.
-const START_SYSTEMD: &str = r#"
+pub const START_SYSTEMD: &str = r#"
     mkdir /sys/fs/cgroup/services
     cat > systemd.sh <<'END'
         echo $$ > /sys/fs/cgroup/services/cgroup.procs

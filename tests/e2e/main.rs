@@ -25,6 +25,7 @@ mod host;
 mod hostile;
 mod kernels;
 mod lifecycle;
+mod package;
 mod plain_ssh;
 mod process;
 mod promise;

@@ -33,6 +33,7 @@ mod kernels;
 mod keys;
 mod layers;
 mod lists;
+mod manual;
 // These modules use the lock checker.
 #[cfg(any(debug_assertions, feature = "lock-check"))]
 mod lock_fuzz;

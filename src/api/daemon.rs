@@ -34,7 +34,7 @@ pub struct InfoReply {
     pub disk_driver: Option<String>,
 }
 
-/// What takes space on the host.
+/// A kind of file that takes space on the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum SpaceKind {
@@ -58,7 +58,7 @@ pub struct SpaceUse {
     /// exists.
     pub active: u64,
     pub bytes: u64,
-    /// What the caller would get back by removing what is not in use and belongs to the caller.
+    /// The space of the caller's own files that are not in use, which a removal would free.
     pub reclaimable_bytes: u64,
     /// The names of images and guest runtimes that the caller may remove and nothing uses. At most
     /// 1,000.

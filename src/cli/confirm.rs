@@ -7,10 +7,10 @@ use crate::error::Error;
 use std::io::{BufRead, BufReader};
 
 pub(super) struct Question<'a> {
-    /// What is about to be done, for the error if nobody can be asked.
+    /// The action to confirm, for the error message if there is no terminal.
     pub doing: &'a str,
     pub text: String,
-    /// What to do without a terminal.
+    /// The hint for callers without a terminal.
     pub hint: &'a str,
 }
 

@@ -62,7 +62,7 @@ enum Term {
 /// One VM of a command.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Target {
-    /// What identifies the VM to the daemon.
+    /// The name or ID that identifies the VM to the daemon.
     pub vm: String,
     /// The VM as messages name it.
     pub shown: String,

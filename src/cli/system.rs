@@ -94,7 +94,7 @@ fn active(of: &SpaceUse) -> Option<u64> {
     (of.kind != SpaceKind::Layers).then_some(of.active)
 }
 
-/// What `info --json` prints.
+/// The output of `info --json`.
 #[derive(Serialize)]
 struct Overview {
     fcctl: &'static str,
@@ -189,7 +189,7 @@ fn by_state(states: &[StateCount]) -> String {
     }
 }
 
-/// What a prune removes, or has removed. Also what `--json` prints.
+/// The objects that a prune removes or has removed. This is also the `--json` output.
 #[derive(Debug, Default, PartialEq, Serialize)]
 struct Plan {
     vms: Vec<String>,
@@ -200,7 +200,7 @@ struct Plan {
     bytes: u64,
     #[serde(skip)]
     vm_ids: Vec<String>,
-    /// What everything takes, with what is not removed.
+    /// The total space, including that of objects that stay.
     #[serde(skip)]
     total_bytes: u64,
 }

@@ -18,7 +18,7 @@ pub(super) struct Xattr {
     pub value: Vec<u8>,
 }
 
-/// What an entry records in addition to its mode and time.
+/// The attributes that an entry records in addition to its mode and time.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Extra {
     pub owner: Owner,

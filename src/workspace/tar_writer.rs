@@ -45,7 +45,7 @@ pub(super) struct TarWriter<'a, W: Write> {
     out: W,
     pub bytes: u64,
     pub entries: u64,
-    /// What the next entries also record.
+    /// The additional attributes of the entries that follow.
     pub extra: Extra,
     cancel: &'a Cancel,
     buffer: Vec<u8>,

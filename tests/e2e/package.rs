@@ -4,7 +4,7 @@
 use crate::another_host::{START_SYSTEMD, TestHost};
 use std::path::{Path, PathBuf};
 
-/// What the packages depend on in addition to the packages of the test host.
+/// Dependencies of the packages that the test host does not have anyway.
 const DEPENDENCIES: [&str; 8] = [
     "systemd",
     "dbus",

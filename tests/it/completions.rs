@@ -121,7 +121,7 @@ impl Drop for Shell {
 /// Prints the words of a line.
 const SHOW: &str = "show() { printf '<%s>' \"$*\"; }";
 
-/// What bash and zsh make of the same keys.
+/// Keys to type, and the command line that bash and zsh make of them.
 const LINES: &[(&str, &str)] = &[
     ("fcctl st", "fcctl st"),
     ("fcctl snaps", "fcctl snapshot"),

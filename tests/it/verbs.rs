@@ -96,7 +96,7 @@ fn labels_are_kept_changed_and_bounded() {
         (changed.vm.labels, changed.vm.pending),
         (expected.clone(), None)
     );
-    // What would be too much changes nothing.
+    // A request above the limit changes nothing.
     let many: Vec<String> = (0..31).map(|n| format!(r#""k{n}":"""#)).collect();
     let e = world
         .call::<VmSet>(&set(&format!("{{{}}}", many.join(",")), &[]))

@@ -17,7 +17,7 @@ use std::time::Duration;
 /// How long a shell waits for names. A daemon answers in some milliseconds.
 const DEADLINE: Duration = Duration::from_millis(500);
 
-/// Which names complete an argument.
+/// The names that complete an argument.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Source {
     Vms(Which),
@@ -28,7 +28,7 @@ pub(super) enum Source {
     Fixed(&'static [&'static str]),
 }
 
-/// Which VMs a verb can use.
+/// The VMs that a verb can use.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Which {
     Any,

@@ -73,11 +73,11 @@ pub(super) fn copy(
     Ok(received.copied)
 }
 
-/// What the VM that gets the copy says.
+/// The reply of the receiving VM.
 #[derive(Default)]
 struct Received {
     copied: Copied,
-    /// What its command wrote to stderr.
+    /// The stderr of its command.
     said: Vec<u8>,
 }
 
@@ -115,7 +115,7 @@ impl Receiver {
         let last = last_entry();
         let mut path = self.to.path;
         if self.several {
-            // What must be a directory may also be reached through a link.
+            // A destination that must be a directory may also be a link to one.
             path.extend_from_slice(b"/.");
         }
         let is_within = self.is_same && first.kind == FileKind::Dir;

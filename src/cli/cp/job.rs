@@ -1,4 +1,4 @@
-//! What every direction of a copy needs.
+//! The parts that copies in all directions share.
 
 use super::super::connector::Connector;
 use super::super::context::Stdio;
@@ -16,7 +16,7 @@ use std::io::IsTerminal;
 /// How many lines of a guest's stderr are shown.
 const LINES_MAX: usize = 20;
 
-/// What a thread that moves the tar returns: how much, and warnings.
+/// The result of the thread that moves the tar: the amount copied, and warnings.
 pub(super) type Outcome = crate::error::Result<(Copied, Vec<String>)>;
 
 /// The options of `cp`.

@@ -1,4 +1,4 @@
-//! What the words of `fcctl cp` name: paths of the host, paths in VMs, and `-`.
+//! Parses the arguments of `fcctl cp`: paths on the host, paths in VMs, and `-`.
 
 use crate::error::{Error, Result};
 use crate::host::text::quoted;
@@ -23,7 +23,7 @@ enum Place {
     Stream,
 }
 
-/// What is copied, and where to.
+/// The sources and the destination of a copy.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Plan {
     Into(Vec<PathBuf>, GuestPath),

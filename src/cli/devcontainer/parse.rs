@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 /// How many ports a file may ask for.
 const PORTS_MAX: usize = 64;
 
-/// What a file asks for.
+/// The settings of a `devcontainer.json`.
 #[derive(Debug, Default, PartialEq)]
 pub(super) struct Config {
     pub image: Option<ImageRef>,
@@ -27,7 +27,7 @@ pub(super) struct Config {
     pub at_start: Option<Step>,
     /// The last command to wait for, if the file names one.
     pub wait_for: Option<&'static str>,
-    /// What is left out, one sentence each.
+    /// One sentence for each setting that is ignored.
     pub notes: Vec<String>,
 }
 
@@ -58,7 +58,7 @@ const AT_START: &str = "postStartCommand";
 /// The key of a command for the host.
 const INITIALIZE: &str = "initializeCommand";
 
-/// What is not supported, and what to do instead.
+/// Unsupported settings, each with an alternative.
 const REFUSED: &[(&[&str], &str)] = &[
     (
         &["build", "dockerFile", "context"],

@@ -41,7 +41,7 @@ fn own(state: VmState) -> Vm {
     }
 }
 
-/// What the daemon has when a test begins.
+/// The state of the daemon when a test begins.
 #[derive(Clone, Copy)]
 struct World {
     /// The state of the VM, if it exists.

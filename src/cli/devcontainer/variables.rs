@@ -3,7 +3,7 @@
 use serde_json::Value;
 use std::collections::BTreeSet;
 
-/// What the variables that do not depend on the guest stand for.
+/// The values of the variables that do not depend on the guest.
 pub(super) struct Variables<'a> {
     /// The directory of the project in the guest.
     pub guest_dir: &'a str,
@@ -16,7 +16,7 @@ pub(super) struct Variables<'a> {
     pub env: &'a dyn Fn(&str) -> Option<String>,
 }
 
-/// What cannot be replaced.
+/// A variable that cannot be replaced.
 #[derive(Debug, Default, PartialEq)]
 pub(super) struct Refused {
     /// The caller's variables that were not allowed.

@@ -29,7 +29,7 @@ pub(in crate::cli) struct Args {
     user: Option<String>,
 }
 
-/// What `--json` prints for a VM.
+/// The `--json` output for a VM.
 #[derive(Serialize)]
 struct Entry {
     host: String,

@@ -19,7 +19,7 @@ pub(super) struct KeyFiles {
     dir: PathBuf,
 }
 
-/// What [`KeyFiles::write`] has done.
+/// The result of [`KeyFiles::write`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Written {
     Unchanged,

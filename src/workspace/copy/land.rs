@@ -39,7 +39,7 @@ pub struct Destination {
     kind: FileKind,
 }
 
-/// What to keep, and how much to accept.
+/// The attributes to keep, and the amount of data to accept.
 #[derive(Clone, Copy, Debug)]
 pub struct Landing {
     /// Keep owners, hard links and attributes.
@@ -209,8 +209,8 @@ struct Inode {
     number: u64,
 }
 
-/// What a directory gets at the end, because creating files in it needs rights and changes its
-/// time.
+/// The mode, time and attributes of a directory. They are set at the end, because creating files in
+/// the directory needs rights and changes its time.
 struct DirEnd {
     path: Vec<u8>,
     mtime: Mtime,

@@ -24,7 +24,7 @@ pub struct Listing {
     /// The name under which it is copied into a directory.
     pub name: Option<Vec<u8>>,
     pub(super) entries: Vec<Entry>,
-    /// What is left out, and why.
+    /// The paths that are left out, with the reasons.
     pub warnings: Vec<String>,
 }
 

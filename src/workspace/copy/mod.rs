@@ -22,7 +22,7 @@ mod tests;
 use crate::error::{Error, Kind};
 use crate::locks::Cancel;
 
-/// What a path that is copied is.
+/// The kind of file at a path to copy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FileKind {
     File,

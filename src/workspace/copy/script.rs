@@ -12,7 +12,7 @@ const FIRST_LINE_BYTES_MAX: usize = 64;
 /// The beginning of that line.
 const FIRST_LINE: &str = "fcd-copy 1 ";
 
-/// What is copied out of a guest.
+/// A copy out of a guest.
 #[derive(Clone, Debug)]
 pub struct Out {
     /// The absolute path.
@@ -43,14 +43,14 @@ impl Out {
     }
 }
 
-/// What the tar for a guest has.
+/// The content of the tar for a guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Content {
     /// A file or a link of this name.
     File(Vec<u8>),
     /// A directory of this name.
     Dir(Vec<u8>),
-    /// What is in a directory.
+    /// The entries of a directory.
     Contents,
     /// Several of these.
     Many,
@@ -58,7 +58,7 @@ pub enum Content {
     Tar,
 }
 
-/// What is copied into a guest.
+/// A copy into a guest.
 #[derive(Clone, Debug)]
 pub struct Into {
     pub content: Content,
@@ -108,7 +108,7 @@ fn command(script: &str) -> Vec<Vec<u8>> {
     vec!["sh".into(), "-c".into(), script.into(), "fcctl-cp".into()]
 }
 
-/// What a guest says before the tar.
+/// The guest's reply, which precedes the tar.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FirstLine {
     pub kind: FileKind,

@@ -28,9 +28,9 @@ pub(super) struct Guest<'a> {
 }
 
 impl Guest<'_> {
-    /// Runs a command with its output on stderr.
-    pub(super) fn as_root(&mut self, argv: &[&str], input: &[u8]) -> Result<()> {
-        let io = |e| Error::io("pass a script to the guest", e);
+    /// Runs a command with this input, and its output on stderr.
+    pub(super) fn execute(&mut self, spec: Spec, input: &[u8]) -> Result<Exit> {
+        let io = |e| Error::io("prepare the streams of a command in the guest", e);
         let mut stdin = tempfile::tempfile().map_err(io)?;
         stdin
             .write_all(input)
@@ -41,6 +41,15 @@ impl Guest<'_> {
             stdout: self.stdio.stderr.try_clone().map_err(io)?,
             stderr: self.stdio.stderr.try_clone().map_err(io)?,
         };
+        let (client, vm) = (&mut *self.client, self.vm);
+        match exec::execute(self.printer, &stdio, self.interrupts, client, vm, spec)? {
+            Outcome::Exit(exit) => Ok(exit),
+            Outcome::Interrupted | Outcome::ReaderGone => Err(interrupted()),
+        }
+    }
+
+    /// Runs a command as root, which must succeed.
+    pub(super) fn as_root(&mut self, argv: &[&str], input: &[u8]) -> Result<()> {
         let spec = Spec {
             argv: argv.iter().map(Into::into).collect(),
             env: Vec::new(),
@@ -51,22 +60,13 @@ impl Guest<'_> {
             no_wait_children: false,
             ssh_agent: None,
         };
-        let outcome = exec::execute(
-            self.printer,
-            &stdio,
-            self.interrupts,
-            self.client,
-            self.vm,
-            spec,
-        )?;
-        match outcome {
-            Outcome::Exit(Exit::Status(0)) => Ok(()),
-            Outcome::Exit(exit) => Err(Error::new(
+        match self.execute(spec, input)? {
+            Exit::Status(0) => Ok(()),
+            exit => Err(Error::new(
                 Kind::GuestCommandFailed,
                 format!("ended with status {}", exit.shell_status()),
             )
             .into()),
-            Outcome::Interrupted | Outcome::ReaderGone => Err(interrupted()),
         }
     }
 

@@ -53,6 +53,22 @@ impl Beneath {
         Err(Errno::AGAIN.into())
     }
 
+    /// Creates the directories above `path` that do not exist.
+    pub(super) fn ensure_parent(&mut self, path: &[u8]) -> io::Result<()> {
+        match self.parent(path) {
+            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => {}
+            found => return found.map(drop),
+        }
+        for at in (0..path.len()).filter(|at| path[*at] == b'/') {
+            let (dir, name) = self.parent(&path[..at])?;
+            match rustix::fs::mkdirat(dir, name, Mode::from_raw_mode(0o777)) {
+                Ok(()) | Err(Errno::EXIST) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        self.parent(path).map(drop)
+    }
+
     /// Returns the open directory that contains `path`, and the last component.
     pub(super) fn parent<'p>(&mut self, path: &'p [u8]) -> io::Result<(BorrowedFd<'_>, &'p [u8])> {
         let Some(slash) = path.iter().rposition(|b| *b == b'/') else {

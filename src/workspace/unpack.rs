@@ -232,7 +232,9 @@ impl Writer {
             ));
         }
         self.room.take_entry()?;
-        self.ensure_parent(&item.path)?;
+        self.beneath
+            .ensure_parent(&item.path)
+            .map_err(|e| wrong(&item.path, e))?;
         match &item.data {
             EntryData::Dir => self.dir(item),
             EntryData::Symlink(target) => self.symlink(item, target),
@@ -242,32 +244,6 @@ impl Writer {
                 self.file(item, *size, segments.as_deref(), reader)
             }
         }
-    }
-
-    fn ensure_parent(&mut self, path: &[u8]) -> Result<()> {
-        match self.beneath.parent(path) {
-            Ok(_) => return Ok(()),
-            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => {}
-            Err(e) => return Err(self.wrong(path, e)),
-        }
-        for at in (0..path.len()).filter(|at| path[*at] == b'/') {
-            let (dir, name) = self
-                .beneath
-                .parent(&path[..at])
-                .map_err(|e| wrong(path, e))?;
-            match rustix::fs::mkdirat(dir, name, Mode::from_raw_mode(0o777)) {
-                Ok(()) | Err(Errno::EXIST) => {}
-                Err(e) => return Err(wrong(path, e.into())),
-            }
-        }
-        self.beneath
-            .parent(path)
-            .map(drop)
-            .map_err(|e| wrong(path, e))
-    }
-
-    fn wrong(&self, path: &[u8], e: std::io::Error) -> Error {
-        wrong(path, e)
     }
 
     fn dir(&mut self, item: &Item) -> Result<()> {

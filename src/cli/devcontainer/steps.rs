@@ -1,15 +1,12 @@
 //! Sets the variables in the guest and runs the commands of the file there.
 
-use super::super::context::Stdio;
-use super::super::exec::{self, Outcome, Spec};
+use super::super::exec::Spec;
 use super::super::guest::Guest;
-use super::super::signals::{Phase, interrupted};
+use super::super::signals::Phase;
 use super::parse::{Config, Step};
 use super::scripts;
-use crate::api::exec::Exit;
 use crate::client::Result;
 use crate::error::{Error, Kind};
-use std::io::{Seek, Write};
 
 pub(super) struct Steps<'a> {
     pub config: &'a Config,
@@ -110,30 +107,7 @@ impl Steps<'_> {
 fn execute(guest: &mut Guest<'_>, spec: Spec, input: &[u8]) -> Result<u8> {
     // The command before may have changed what signals mean.
     guest.interrupts.enter(Phase::Working)?;
-    let io = |e| Error::io("prepare the streams of a command", e);
-    let mut stdin = tempfile::tempfile().map_err(io)?;
-    stdin
-        .write_all(input)
-        .and_then(|()| stdin.rewind())
-        .map_err(io)?;
-    let stdio = Stdio {
-        stdin,
-        stdout: guest.stdio.stderr.try_clone().map_err(io)?,
-        stderr: guest.stdio.stderr.try_clone().map_err(io)?,
-    };
-    let outcome = exec::execute(
-        guest.printer,
-        &stdio,
-        guest.interrupts,
-        guest.client,
-        guest.vm,
-        spec,
-    )?;
-    match outcome {
-        Outcome::Exit(Exit::Status(status)) => Ok(status),
-        Outcome::Exit(exit) => Ok(exit.shell_status()),
-        Outcome::Interrupted | Outcome::ReaderGone => Err(interrupted()),
-    }
+    Ok(guest.execute(spec, input)?.shell_status())
 }
 
 fn failed(what: &str, status: u8) -> crate::client::Failure {

@@ -293,95 +293,40 @@ fn version_4_is_migrated() {
     );
 }
 
-#[test]
-fn version_8_is_migrated() {
-    let dir = dir();
-    let store = Store::open(dir.path()).unwrap();
-    put(&store, 1).unwrap().detach();
-    store.close();
-    let back = "UPDATE vms SET body = json_remove(body, '$.runtime'); PRAGMA user_version = 8";
-    sql(&dir.path().join(schema::FILE_NAME), back);
-    let store = Store::open(dir.path()).unwrap();
-    assert_eq!(
-        store.read(|s| s.vms().map(|r| (**r).clone()).collect::<Vec<_>>()),
-        [row(1)]
-    );
-}
+/// The last schema versions without some members of a VM, and these members.
+const MEMBERS_ADDED: [(u32, &str); 6] = [
+    (8, "'$.runtime'"),
+    (9, "'$.image_digest'"),
+    (10, "'$.init'"),
+    (11, "'$.labels'"),
+    (12, "'$.restart'"),
+    (13, "'$.host_name', '$.dns'"),
+];
 
+/// A row of an earlier version lacks everything that was added since.
 #[test]
-fn version_9_is_migrated() {
-    let dir = dir();
-    let store = Store::open(dir.path()).unwrap();
-    put(&store, 1).unwrap().detach();
-    store.close();
-    let back = "UPDATE vms SET body = json_remove(body, '$.image_digest'); PRAGMA user_version = 9";
-    sql(&dir.path().join(schema::FILE_NAME), back);
-    let store = Store::open(dir.path()).unwrap();
-    assert_eq!(
-        store.read(|s| s.vms().map(|r| (**r).clone()).collect::<Vec<_>>()),
-        [row(1)]
-    );
-}
-
-#[test]
-fn version_10_is_migrated() {
-    let dir = dir();
-    let store = Store::open(dir.path()).unwrap();
-    put(&store, 1).unwrap().detach();
-    store.close();
-    let back = "UPDATE vms SET body = json_remove(body, '$.init'); PRAGMA user_version = 10";
-    sql(&dir.path().join(schema::FILE_NAME), back);
-    let store = Store::open(dir.path()).unwrap();
-    assert_eq!(
-        store.read(|s| s.vms().map(|r| (**r).clone()).collect::<Vec<_>>()),
-        [row(1)]
-    );
-}
-
-#[test]
-fn version_11_is_migrated() {
-    let dir = dir();
-    let store = Store::open(dir.path()).unwrap();
-    put(&store, 1).unwrap().detach();
-    store.close();
-    let back = "UPDATE vms SET body = json_remove(body, '$.labels'); PRAGMA user_version = 11";
-    sql(&dir.path().join(schema::FILE_NAME), back);
-    let store = Store::open(dir.path()).unwrap();
-    assert_eq!(
-        store.read(|s| s.vms().map(|r| (**r).clone()).collect::<Vec<_>>()),
-        [row(1)]
-    );
-}
-
-#[test]
-fn version_12_is_migrated() {
-    let dir = dir();
-    let store = Store::open(dir.path()).unwrap();
-    put(&store, 1).unwrap().detach();
-    store.close();
-    let back = "UPDATE vms SET body = json_remove(body, '$.restart'); PRAGMA user_version = 12";
-    sql(&dir.path().join(schema::FILE_NAME), back);
-    let store = Store::open(dir.path()).unwrap();
-    assert_eq!(
-        store.read(|s| s.vms().map(|r| (**r).clone()).collect::<Vec<_>>()),
-        [row(1)]
-    );
-}
-
-#[test]
-fn version_13_is_migrated() {
-    let dir = dir();
-    let store = Store::open(dir.path()).unwrap();
-    put(&store, 1).unwrap().detach();
-    store.close();
-    let back =
-        "UPDATE vms SET body = json_remove(body, '$.host_name', '$.dns'); PRAGMA user_version = 13";
-    sql(&dir.path().join(schema::FILE_NAME), back);
-    let store = Store::open(dir.path()).unwrap();
-    assert_eq!(
-        store.read(|s| s.vms().map(|r| (**r).clone()).collect::<Vec<_>>()),
-        [row(1)]
-    );
+fn versions_with_fewer_members_are_migrated() {
+    for (at, (version, _)) in MEMBERS_ADDED.iter().enumerate() {
+        let dir = dir();
+        let store = Store::open(dir.path()).unwrap();
+        put(&store, 1).unwrap().detach();
+        store.close();
+        let added: Vec<&str> = MEMBERS_ADDED[at..]
+            .iter()
+            .map(|(_, names)| *names)
+            .collect();
+        let back = format!(
+            "UPDATE vms SET body = json_remove(body, {}); PRAGMA user_version = {version}",
+            added.join(", ")
+        );
+        sql(&dir.path().join(schema::FILE_NAME), &back);
+        let store = Store::open(dir.path()).unwrap();
+        assert_eq!(
+            store.read(|s| s.vms().map(|r| (**r).clone()).collect::<Vec<_>>()),
+            [row(1)],
+            "version {version}"
+        );
+    }
 }
 
 /// Checks that `body`, which an earlier build wrote, keeps its members when read and written again,

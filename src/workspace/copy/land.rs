@@ -252,7 +252,9 @@ impl Lander<'_> {
         if path.is_empty() {
             return self.base(item);
         }
-        self.ensure_parent(&path)?;
+        self.beneath
+            .ensure_parent(&path)
+            .map_err(|e| wrong(&path, e))?;
         match &item.data {
             EntryData::Dir => self.dir(&path, item),
             EntryData::Symlink(target) => self.symlink(&path, item, target),
@@ -315,28 +317,6 @@ impl Lander<'_> {
             self.at_end(Vec::new(), item, Some(item.mode));
         }
         Ok(())
-    }
-
-    fn ensure_parent(&mut self, path: &[u8]) -> Result<()> {
-        match self.beneath.parent(path) {
-            Ok(_) => return Ok(()),
-            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => {}
-            Err(e) => return Err(wrong(path, e)),
-        }
-        for at in (0..path.len()).filter(|at| path[*at] == b'/') {
-            let (dir, name) = self
-                .beneath
-                .parent(&path[..at])
-                .map_err(|e| wrong(path, e))?;
-            match rustix::fs::mkdirat(dir, name, Mode::from_raw_mode(0o777)) {
-                Ok(()) | Err(Errno::EXIST) => {}
-                Err(e) => return Err(wrong(path, e.into())),
-            }
-        }
-        self.beneath
-            .parent(path)
-            .map(drop)
-            .map_err(|e| wrong(path, e))
     }
 
     fn dir(&mut self, path: &[u8], item: &Item) -> Result<()> {

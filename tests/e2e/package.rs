@@ -64,7 +64,8 @@ fn package_is_installed_upgraded_and_purged() {
         "root:fcd:660\nroot:root:711\n"
     );
     assert_eq!(
-        systemd("dpkg -V fcd"),
+        // dpkg leaves out documents and man pages in the test host, as in all our images.
+        systemd("dpkg -V fcd | grep -v \" /usr/share/\\(doc\\|man\\)/\" || true"),
         "",
         "every file is as in the package"
     );
@@ -96,7 +97,7 @@ fn package_is_installed_upgraded_and_purged() {
     );
     systemd("dpkg -r fcd");
     systemd(
-        "! pgrep -f qemu-system-x86 && ! pgrep -x fcd && [ ! -e /run/fcd/fcd.sock ] && [ -d /var/lib/fcd ]",
+        "! pgrep -x qemu-system-x86 && ! pgrep -x fcd && [ ! -e /run/fcd/fcd.sock ] && [ -d /var/lib/fcd ]",
     );
     systemd("dpkg -P fcd");
     systemd(

@@ -423,6 +423,20 @@ fn setup_by_an_ordinary_user_lists_everything_at_once() {
 }
 
 #[test]
+fn setup_by_an_ordinary_user_without_package_lists_asks_for_them() {
+    let lab = Lab::new();
+    lab.script(
+        "id",
+        "case $1 in -u) echo 4000000000;; *) echo nobody-here;; esac",
+    );
+    fs::remove_dir_all(lab.path("state/lists")).unwrap();
+    let (status, said) = lab.setup(&[]);
+    assert_eq!(status, Some(1), "{said}");
+    let hint = "hint: as root: apt-get update; then run scripts/setup again\n";
+    assert!(said.ends_with(hint), "{said}");
+}
+
+#[test]
 fn setup_with_everything_installed_runs_nothing() {
     let lab = Lab::new();
     lab.script("apt-get", "echo apt-get was run; exit 1");

@@ -309,3 +309,9 @@ calls! {
 }
 
 super::page::list_calls! { ImageList: images of Image; }
+
+/// Shortens `sha256:...` to the twelve digits that docker shows.
+pub fn short_digest(digest: &str) -> &str {
+    let hex = digest.split_once(':').map_or(digest, |(_, hex)| hex);
+    hex.get(..12).unwrap_or(hex)
+}

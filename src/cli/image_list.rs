@@ -2,8 +2,8 @@
 
 use super::context::Context;
 use super::format::{Field, ListArgs, Value, field};
-use super::output::{self, MatchedText, age, short_digest, size};
-use crate::api::image::{Image, ImageList};
+use super::output::{self, MatchedText, age, size};
+use crate::api::image::{Image, ImageList, short_digest};
 use crate::api::page::ListRequest;
 use crate::client::Result;
 use crate::error::Error;

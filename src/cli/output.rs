@@ -207,12 +207,6 @@ pub(super) fn size(bytes: u64) -> String {
     }
 }
 
-/// Shortens `sha256:...` to the twelve digits that docker shows.
-pub(super) fn short_digest(digest: &str) -> &str {
-    let hex = digest.split_once(':').map_or(digest, |(_, hex)| hex);
-    hex.get(..12).unwrap_or(hex)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

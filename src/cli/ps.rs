@@ -2,13 +2,14 @@
 
 use super::context::Context;
 use super::format::{Field, ListArgs, Value, field};
-use super::output::{Table, age, short_digest, size};
+use super::output::{Table, age, size};
 use super::selection::Filter;
 use super::vm_text::{label_list, state, state_text, workspace_line};
 use crate::api::port::Port;
 use crate::api::vm::{Vm, VmBrief, VmList, VmListBrief, VmListRequest};
 use crate::client::{Client, Result};
 use crate::ids::VmId;
+use std::borrow::Cow;
 
 /// Maximum number of VMs in a page. A long list has several pages, so that the daemon builds a page
 /// while fcctl formats the previous one.
@@ -24,10 +25,10 @@ pub(super) struct Args {
     /// Print only IDs, one per line
     #[arg(short, long)]
     quiet: bool,
-    /// Also show the digests of the images and the sizes of the disks
-    #[arg(short, long, conflicts_with_all = ["quiet", "format"])]
+    /// Has no effect, because sizes are always shown
+    #[arg(short, long, hide = true, conflicts_with_all = ["quiet", "format"])]
     size: bool,
-    /// Like --size, with whole digests and labels
+    /// Show whole digests and labels
     #[arg(long, conflicts_with_all = ["quiet", "format"])]
     no_trunc: bool,
     #[command(flatten)]
@@ -83,7 +84,7 @@ pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
         limit: (!printer.json || args.quiet).then_some(PAGE_ITEMS),
         ..Default::default()
     };
-    let needs_all_members = args.size || args.no_trunc || !args.list.is_empty();
+    let needs_all_members = args.no_trunc || !args.list.is_empty();
     if args.quiet {
         let ids = ids(&mut client, request, &args)?;
         if printer.json {
@@ -106,7 +107,7 @@ pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
         };
         client.list_pages::<VmListBrief>(request, &mut |vms| {
             let vms = vms.iter().filter(|vm| args.filter.matches(vm));
-            vms.for_each(|vm| row(&mut table, vm, *now_s));
+            vms.for_each(|vm| row(&mut table, vm, *now_s, false));
         })?;
         printer.text(&table.render())?;
     }
@@ -138,19 +139,14 @@ fn whole(client: &mut Client, request: VmListRequest, args: &Args) -> Result<Vec
 }
 
 fn table(vms: &[Vm], args: &Args, now_s: u64) -> String {
-    if !args.size && !args.no_trunc {
-        let mut table = usual_table();
-        vms.iter()
-            .for_each(|vm| row(&mut table, &vm.brief(), now_s));
-        return table.render();
+    let mut table = usual_table();
+    for vm in vms {
+        let mut brief = vm.brief();
+        if args.no_trunc {
+            brief.short_digest = vm.image_digest.as_deref().map(Cow::Borrowed);
+        }
+        row(&mut table, &brief, now_s, args.no_trunc);
     }
-    let headers = [
-        "NAME", "ID", "STATE", "IMAGE", "DIGEST", "SIZE", "VCPUS", "MEMORY", "CREATED", "IP",
-        "PORTS", "LABELS",
-    ];
-    let mut table = Table::new(&headers).optional(&[9, 10, 11]);
-    vms.iter()
-        .for_each(|vm| row_with_size(&mut table, vm, now_s, args.no_trunc));
     table.render()
 }
 
@@ -160,6 +156,8 @@ fn usual_table() -> Table {
         "ID",
         "STATE",
         "IMAGE",
+        "DIGEST",
+        "SIZE",
         "VCPUS",
         "MEMORY",
         "CREATED",
@@ -168,10 +166,10 @@ fn usual_table() -> Table {
         "WORKSPACE",
         "LABELS",
     ];
-    Table::new(&headers).optional(&[7, 8, 10])
+    Table::new(&headers).optional(&[4, 9, 10, 11, 12])
 }
 
-fn row(table: &mut Table, vm: &VmBrief<'_>, now_s: u64) {
+fn row(table: &mut Table, vm: &VmBrief<'_>, now_s: u64, is_whole: bool) {
     table.cell(vm.name.as_str());
     table.cell(vm.id.as_str());
     table.cell(&state_text(
@@ -181,44 +179,17 @@ fn row(table: &mut Table, vm: &VmBrief<'_>, now_s: u64) {
         vm.unresponsive,
     ));
     table.cell(vm.image.as_str());
-    table.cell(&vm.vcpus.to_string());
-    table.cell(&size(vm.mem_mib << 20));
-    table.cell(&age(now_s, vm.created_at));
-    addresses(table, vm);
-    table.cell(
-        &vm.workspace
-            .as_ref()
-            .map(workspace_line)
-            .unwrap_or_default(),
-    );
-    table.cell(&shortened(&label_list(&vm.labels)));
-}
-
-/// Leaves out the workspace, because the digest takes its place.
-fn row_with_size(table: &mut Table, vm: &Vm, now_s: u64, is_whole: bool) {
-    let digest = match vm.image_digest.as_deref() {
-        None => "-",
-        Some(digest) if is_whole => digest,
-        Some(digest) => short_digest(digest),
-    };
-    table.cell(vm.name.as_str());
-    table.cell(vm.id.as_str());
-    table.cell(&state(vm));
-    table.cell(vm.image.as_str());
-    table.cell(digest);
+    table.cell(vm.short_digest.as_deref().unwrap_or_default());
     table.cell(&size(vm.disk_bytes));
     table.cell(&vm.vcpus.to_string());
     table.cell(&size(vm.mem_mib << 20));
     table.cell(&age(now_s, vm.created_at));
-    addresses(table, &vm.brief());
-    let labels = label_list(&vm.labels);
-    table.cell(&if is_whole { labels } else { shortened(&labels) });
-}
-
-/// Adds the cells of the columns IP and PORTS.
-fn addresses(table: &mut Table, vm: &VmBrief<'_>) {
     table.cell(&vm.ip.map(|ip| ip.to_string()).unwrap_or_default());
     table.cell(&ports(&vm.ports));
+    let workspace = vm.workspace.as_ref().map(workspace_line);
+    table.cell(&workspace.unwrap_or_default());
+    let labels = label_list(&vm.labels);
+    table.cell(&if is_whole { labels } else { shortened(&labels) });
 }
 
 /// Lists ports as docker ps does: `127.0.0.1:8080->80/tcp`.
@@ -254,12 +225,12 @@ mod tests {
             &fake,
             &["ps", "-a"],
             expect![[r#"
-            > vm.list {"all":true,"brief":true,"limit":500}
-            NAME  ID            STATE    IMAGE    VCPUS  MEMORY  CREATED  WORKSPACE
-            web   000000776562  running  default  1      1 GiB   1h ago
-            db    000000006462  stopped  default  1      1 GiB   1h ago
-            status 0
-        "#]],
+                > vm.list {"all":true,"brief":true,"limit":500}
+                NAME  ID            STATE    IMAGE    SIZE   VCPUS  MEMORY  CREATED
+                web   000000776562  running  default  4 GiB  1      1 GiB   1h ago
+                db    000000006462  stopped  default  4 GiB  1      1 GiB   1h ago
+                status 0
+            "#]],
         );
         check(
             &fake,
@@ -286,35 +257,40 @@ mod tests {
     }
 
     #[test]
-    fn list_with_size_shows_digests_and_sizes() {
+    fn list_shows_digests_and_sizes() {
         let fake = Fake::start(|r| {
             let web = Vm {
                 image_digest: Some(format!("sha256:{}", "0123456789abcdef".repeat(4))),
                 ..vm("web", VmState::Running)
             };
-            r.result(json!({"vms": [web, vm("db", VmState::Stopped)]}));
+            let db = vm("db", VmState::Stopped);
+            let is_brief = r.params["brief"] == true;
+            r.result(match is_brief {
+                true => json!({"vms": [web.brief(), db.brief()]}),
+                false => json!({"vms": [web, db]}),
+            });
         });
         check(
             &fake,
-            &["ps", "-as"],
+            &["ps", "-a"],
             expect![[r#"
-            > vm.list {"all":true,"limit":500}
-            NAME  ID            STATE    IMAGE    DIGEST        SIZE   VCPUS  MEMORY  CREATED
-            web   000000776562  running  default  0123456789ab  4 GiB  1      1 GiB   1h ago
-            db    000000006462  stopped  default  -             4 GiB  1      1 GiB   1h ago
-            status 0
-        "#]],
+                > vm.list {"all":true,"brief":true,"limit":500}
+                NAME  ID            STATE    IMAGE    DIGEST        SIZE   VCPUS  MEMORY  CREATED
+                web   000000776562  running  default  0123456789ab  4 GiB  1      1 GiB   1h ago
+                db    000000006462  stopped  default                4 GiB  1      1 GiB   1h ago
+                status 0
+            "#]],
         );
         check(
             &fake,
             &["ps", "--no-trunc"],
             expect![[r#"
-            > vm.list {"all":false,"limit":500}
-            NAME  ID            STATE    IMAGE    DIGEST                                                                   SIZE   VCPUS  MEMORY  CREATED
-            web   000000776562  running  default  sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef  4 GiB  1      1 GiB   1h ago
-            db    000000006462  stopped  default  -                                                                        4 GiB  1      1 GiB   1h ago
-            status 0
-        "#]],
+                > vm.list {"all":false,"limit":500}
+                NAME  ID            STATE    IMAGE    DIGEST                                                                   SIZE   VCPUS  MEMORY  CREATED
+                web   000000776562  running  default  sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef  4 GiB  1      1 GiB   1h ago
+                db    000000006462  stopped  default                                                                           4 GiB  1      1 GiB   1h ago
+                status 0
+            "#]],
         );
     }
 
@@ -376,20 +352,20 @@ mod tests {
             &fake,
             &["ps", "-a"],
             expect![[r#"
-            > vm.list {"all":true,"brief":true,"limit":500}
-            NAME  ID            STATE    IMAGE    VCPUS  MEMORY   CREATED  IP         PORTS                                            WORKSPACE  LABELS
-            web   000000776562  running  default  1      512 MiB  1h ago   10.89.0.2  127.0.0.1:8080->80/tcp, 127.0.0.1:8443->443/tcp             ci=yes, note=a long text that makes the ...
-            db    000000006462  stopped  default  1      1 GiB    1h ago
-            status 0
-        "#]],
+                > vm.list {"all":true,"brief":true,"limit":500}
+                NAME  ID            STATE    IMAGE    SIZE   VCPUS  MEMORY   CREATED  IP         PORTS                                            LABELS
+                web   000000776562  running  default  4 GiB  1      512 MiB  1h ago   10.89.0.2  127.0.0.1:8080->80/tcp, 127.0.0.1:8443->443/tcp  ci=yes, note=a long text that makes the ...
+                db    000000006462  stopped  default  4 GiB  1      1 GiB    1h ago
+                status 0
+            "#]],
         );
         check(
             &fake,
             &["ps", "-a", "--no-trunc", "--filter", "label=ci"],
             expect![[r#"
                 > vm.list {"all":true,"limit":500}
-                NAME  ID            STATE    IMAGE    DIGEST  SIZE   VCPUS  MEMORY   CREATED  IP         PORTS                                            LABELS
-                web   000000776562  running  default  -       4 GiB  1      512 MiB  1h ago   10.89.0.2  127.0.0.1:8080->80/tcp, 127.0.0.1:8443->443/tcp  ci=yes, note=a long text that makes the line too wide
+                NAME  ID            STATE    IMAGE    SIZE   VCPUS  MEMORY   CREATED  IP         PORTS                                            LABELS
+                web   000000776562  running  default  4 GiB  1      512 MiB  1h ago   10.89.0.2  127.0.0.1:8080->80/tcp, 127.0.0.1:8443->443/tcp  ci=yes, note=a long text that makes the line too wide
                 status 0
             "#]],
         );
@@ -446,9 +422,9 @@ mod tests {
             &["ps", "--sort", "memory", "--format", "table"],
             expect![[r#"
                 > vm.list {"all":false,"limit":500}
-                NAME  ID            STATE    IMAGE    VCPUS  MEMORY   CREATED  IP         PORTS                                            WORKSPACE  LABELS
-                web   000000776562  running  default  1      512 MiB  1h ago   10.89.0.2  127.0.0.1:8080->80/tcp, 127.0.0.1:8443->443/tcp             ci=yes, note=a long text that makes the ...
-                db    000000006462  stopped  default  1      1 GiB    1h ago
+                NAME  ID            STATE    IMAGE    SIZE   VCPUS  MEMORY   CREATED  IP         PORTS                                            LABELS
+                web   000000776562  running  default  4 GiB  1      512 MiB  1h ago   10.89.0.2  127.0.0.1:8080->80/tcp, 127.0.0.1:8443->443/tcp  ci=yes, note=a long text that makes the ...
+                db    000000006462  stopped  default  4 GiB  1      1 GiB    1h ago
                 status 0
             "#]],
         );
@@ -494,14 +470,14 @@ mod tests {
             &fake,
             &["ps"],
             expect![[r#"
-            > vm.list {"all":false,"brief":true,"limit":500}
-            > vm.list {"after":"1","all":false,"brief":true,"limit":500}
-            > vm.list {"after":"2","all":false,"brief":true,"limit":500}
-            NAME         ID            STATE    IMAGE    VCPUS  MEMORY  CREATED  WORKSPACE
-            web          000000776562  running  default  1      1 GiB   1h ago
-            longer-name  6c6f6e676572  running  default  1      1 GiB   1h ago
-            status 0
-        "#]],
+                > vm.list {"all":false,"brief":true,"limit":500}
+                > vm.list {"after":"1","all":false,"brief":true,"limit":500}
+                > vm.list {"after":"2","all":false,"brief":true,"limit":500}
+                NAME         ID            STATE    IMAGE    SIZE   VCPUS  MEMORY  CREATED
+                web          000000776562  running  default  4 GiB  1      1 GiB   1h ago
+                longer-name  6c6f6e676572  running  default  4 GiB  1      1 GiB   1h ago
+                status 0
+            "#]],
         );
     }
 }

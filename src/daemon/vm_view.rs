@@ -1,5 +1,6 @@
 //! Converts a row of the store to the VM that a caller sees.
 
+use crate::api::image::short_digest;
 use crate::api::vm::{Vm, VmBrief, VmState};
 use crate::store::{Seen, State, VmRow, WorkspaceRow};
 use std::borrow::Cow;
@@ -57,14 +58,17 @@ pub(super) fn view(row: &VmRow, workspace: Option<&WorkspaceRow>) -> Vm {
 /// Returns the members of [`view`] that a long list needs.
 pub(super) fn brief(seen: &Seen) -> VmBrief<'_> {
     let row = &*seen.row;
+    let digest = row.shape.image_digest.as_deref();
     VmBrief {
         id: Cow::Borrowed(&row.id),
         name: Cow::Borrowed(&row.name),
         state: row.state,
         reason: row.reason.as_deref().map(Cow::Borrowed),
         image: Cow::Owned(row.shape.image.said_by(row.owner_uid)),
+        short_digest: digest.map(|digest| Cow::Borrowed(short_digest(digest))),
         vcpus: row.shape.vcpus,
         mem_mib: row.shape.mem_mib,
+        disk_bytes: row.shape.disk_bytes,
         created_at: row.created_at,
         unresponsive: is_unresponsive(row),
         paused: is_paused(row),

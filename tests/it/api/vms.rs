@@ -13,8 +13,10 @@ fn brief() -> VmBrief<'static> {
         state: VmState::Running,
         reason: Some("why".into()),
         image: Cow::Owned(name("default")),
+        short_digest: Some("0123456789ab".into()),
         vcpus: 1,
         mem_mib: 1024,
+        disk_bytes: 4096,
         created_at: 1,
         unresponsive: false,
         paused: true,
@@ -202,6 +204,7 @@ fn vm_goldens() {
                 brief(),
                 VmBrief {
                     reason: None,
+                    short_digest: None,
                     workspace: None,
                     paused: false,
                     labels: Default::default(),
@@ -215,7 +218,7 @@ fn vm_goldens() {
         expect![[r#"
             vm.list
             {"all":true,"brief":true,"limit":500}
-            {"vms":[{"id":"0123456789ab","name":"web","state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"created_at":1,"paused":true,"ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"ip":"10.89.0.2","workspace":{"guest_path":"/root/app","workdir":"/root/app/src","state":"complete","readonly":false,"entries":12,"bytes":4096,"prepared_at":2},"labels":{"ci":"yes"}},{"id":"0123456789ab","name":"web","state":"running","image":"default","vcpus":1,"mem_mib":1024,"created_at":1}]}
+            {"vms":[{"id":"0123456789ab","name":"web","state":"running","reason":"why","image":"default","short_digest":"0123456789ab","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"created_at":1,"paused":true,"ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"ip":"10.89.0.2","workspace":{"guest_path":"/root/app","workdir":"/root/app/src","state":"complete","readonly":false,"entries":12,"bytes":4096,"prepared_at":2},"labels":{"ci":"yes"}},{"id":"0123456789ab","name":"web","state":"running","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"created_at":1}]}
         "#]],
     );
     call::<VmShow>(

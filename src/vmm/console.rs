@@ -3,12 +3,13 @@
 //! time and a file of limited size.
 
 use super::log_file::{LogReader, LogWriter};
+use super::poll_thread::{Inbox, PollThread};
 use crate::error::{Error, Result};
 use crate::host::fs::{open_at, open_dir};
 use crate::host::wait::{WaitResult, cancelled, wait_any};
-use crate::host::wait::{poll_until, set_nonblocking};
+use crate::host::wait::set_nonblocking;
 use crate::locks::{Cancel, Mutex, Rank};
-use nix::poll::{PollFd, PollFlags};
+use nix::poll::PollFlags;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use rustix::fs::OFlags;
 use std::collections::HashMap;
@@ -18,7 +19,6 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// The maximum number of bytes of a log that are returned at once.
@@ -30,8 +30,6 @@ pub const VMM_LOG: &str = "vmm.log";
 pub const VMM_LOG_BYTES_MAX: u64 = 256 * 1024;
 /// How often the sizes of the VMMs' own logs are checked.
 const TICK: Duration = Duration::from_secs(10);
-/// How long to wait after an error such as a lack of memory, instead of spinning.
-const ERROR_PAUSE: Duration = Duration::from_millis(100);
 
 fn event() -> io::Result<EventFd> {
     Ok(EventFd::from_flags(
@@ -56,17 +54,13 @@ struct Event {
 
 #[derive(Default)]
 struct State {
-    incoming: Vec<Attach>,
     followers: HashMap<PathBuf, Vec<Arc<Event>>>,
     /// The number of consoles that are being read into each log.
     attached: HashMap<PathBuf, usize>,
-    thread: Option<JoinHandle<()>>,
-    is_closed: bool,
 }
 
 struct Shared {
     state: Mutex<State>,
-    wake: EventFd,
 }
 
 impl Shared {
@@ -94,18 +88,18 @@ impl Shared {
 /// running, and their output waits for the next daemon.
 pub struct Consoles {
     shared: Arc<Shared>,
+    thread: PollThread<Attach>,
 }
 
 impl Consoles {
     /// Creates the consoles. The thread starts with the first console. Fails if no eventfd can be
     /// created (EMFILE, ENFILE).
     pub fn try_new() -> Result<Self> {
-        let wake = event().map_err(|e| Error::io("create an eventfd for the consoles", e))?;
         Ok(Self {
             shared: Arc::new(Shared {
                 state: Mutex::new(Rank::Consoles, State::default()),
-                wake,
             }),
+            thread: PollThread::try_new("consoles")?,
         })
     }
 
@@ -113,18 +107,15 @@ impl Consoles {
     /// is not running yet. Does not block.
     pub(super) fn attach(&self, console: Attach) -> Result<()> {
         set_nonblocking(&console.from).map_err(|e| Error::io("attach to a console", e))?;
-        let mut state = self.shared.state.lock();
-        if state.thread.is_none() {
-            let shared = self.shared.clone();
-            state.thread = Some(crate::host::thread::spawn("consoles", move || {
-                Reader::new(shared).run()
-            })?);
+        let dir = console.dir.clone();
+        // Count the console first, because the thread may read it to its end at once.
+        *self.shared.state.lock().attached.entry(dir.clone()).or_default() += 1;
+        let shared = self.shared.clone();
+        let added = self.thread.add(console, |inbox| Reader::new(shared).run(inbox));
+        if added.is_err() {
+            self.shared.detach(&dir);
         }
-        *state.attached.entry(console.dir.clone()).or_default() += 1;
-        state.incoming.push(console);
-        drop(state);
-        let _ = self.shared.wake.write(1);
-        Ok(())
+        added
     }
 
     /// Follows the log of the VM in `dir`, starting with its last `tail` lines, or at its beginning
@@ -176,19 +167,6 @@ impl Consoles {
         {
             event.is_ended.store(true, Ordering::SeqCst);
             let _ = event.fd.write(1);
-        }
-    }
-}
-
-impl Drop for Consoles {
-    fn drop(&mut self) {
-        let mut state = self.shared.state.lock();
-        state.is_closed = true;
-        let thread = state.thread.take();
-        drop(state);
-        let _ = self.shared.wake.write(1);
-        if let Some(thread) = thread {
-            let _ = thread.join();
         }
     }
 }
@@ -346,9 +324,9 @@ impl Reader {
         }
     }
 
-    fn run(mut self) {
+    fn run(mut self, inbox: &Inbox<Attach>) {
         loop {
-            let ready = self.poll();
+            let ready = self.poll(inbox);
             // Iterate backwards, so that removing a console does not change the other indexes.
             for i in ready.into_iter().rev() {
                 if !self.read_one(i) {
@@ -359,12 +337,9 @@ impl Reader {
                     }
                 }
             }
-            let mut state = self.shared.state.lock();
-            let (incoming, is_closed) = (std::mem::take(&mut state.incoming), state.is_closed);
-            drop(state);
-            if is_closed {
+            let Some(incoming) = inbox.take() else {
                 return;
-            }
+            };
             for console in incoming {
                 self.begin(console);
             }
@@ -377,29 +352,9 @@ impl Reader {
 
     /// Waits until a console is ready, a console is attached, or the next tick is due. Returns the
     /// indexes of the consoles that are ready, or none after an error.
-    fn poll(&self) -> Vec<usize> {
-        let mut fds = vec![PollFd::new(self.shared.wake.as_fd(), PollFlags::POLLIN)];
-        fds.extend(
-            self.consoles
-                .iter()
-                .map(|c| PollFd::new(c.from.as_fd(), PollFlags::POLLIN)),
-        );
+    fn poll(&self, inbox: &Inbox<Attach>) -> Vec<usize> {
         let deadline = (!self.consoles.is_empty()).then_some(self.next_tick);
-        if let Err(e) = poll_until(&mut fds, deadline) {
-            log::error!("poll the consoles: {e}");
-            let _ = poll_until(&mut [], Some(Instant::now() + ERROR_PAUSE));
-            return Vec::new();
-        }
-        let has = |fd: &PollFd<'_>| fd.revents().is_none_or(|r| !r.is_empty());
-        if has(&fds[0]) {
-            let _ = self.shared.wake.read();
-        }
-        fds[1..]
-            .iter()
-            .enumerate()
-            .filter(|(_, fd)| has(fd))
-            .map(|(i, _)| i)
-            .collect()
+        inbox.poll(self.consoles.iter().map(|c| c.from.as_fd()), deadline)
     }
 
     fn begin(&mut self, attach: Attach) {

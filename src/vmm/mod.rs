@@ -21,6 +21,7 @@ pub mod firecracker;
 #[cfg(any(test, feature = "fuzz"))]
 pub mod fuzz;
 mod log_file;
+mod poll_thread;
 mod processes;
 pub mod qemu;
 mod run_dir;

@@ -6,8 +6,8 @@ use super::log_file::{LogReader, LogWriter};
 use super::poll_thread::{Inbox, PollThread};
 use crate::error::{Error, Result};
 use crate::host::fs::{open_at, open_dir};
-use crate::host::wait::{WaitResult, cancelled, wait_any};
 use crate::host::wait::set_nonblocking;
+use crate::host::wait::{WaitResult, cancelled, wait_any};
 use crate::locks::{Cancel, Mutex, Rank};
 use nix::poll::PollFlags;
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -109,9 +109,17 @@ impl Consoles {
         set_nonblocking(&console.from).map_err(|e| Error::io("attach to a console", e))?;
         let dir = console.dir.clone();
         // Count the console first, because the thread may read it to its end at once.
-        *self.shared.state.lock().attached.entry(dir.clone()).or_default() += 1;
+        *self
+            .shared
+            .state
+            .lock()
+            .attached
+            .entry(dir.clone())
+            .or_default() += 1;
         let shared = self.shared.clone();
-        let added = self.thread.add(console, |inbox| Reader::new(shared).run(inbox));
+        let added = self
+            .thread
+            .add(console, |inbox| Reader::new(shared).run(inbox));
         if added.is_err() {
             self.shared.detach(&dir);
         }

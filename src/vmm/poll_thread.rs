@@ -47,7 +47,10 @@ impl<T> Inbox<T> {
             let _ = self.wake.read();
         }
         let ready = polled[1..].iter().enumerate();
-        ready.filter(|(_, fd)| is_ready(fd)).map(|(i, _)| i).collect()
+        ready
+            .filter(|(_, fd)| is_ready(fd))
+            .map(|(i, _)| i)
+            .collect()
     }
 
     /// Returns the values that were handed over since the last call, or None once the owner has
@@ -86,11 +89,7 @@ impl<T: Send + 'static> PollThread<T> {
 
     /// Hands `value` to the thread. Starts the thread with `run` if it is not running yet. Does not
     /// block.
-    pub(super) fn add(
-        &self,
-        value: T,
-        run: impl FnOnce(&Inbox<T>) + Send + 'static,
-    ) -> Result<()> {
+    pub(super) fn add(&self, value: T, run: impl FnOnce(&Inbox<T>) + Send + 'static) -> Result<()> {
         let mut state = self.inbox.state.lock();
         if state.thread.is_none() {
             let inbox = self.inbox.clone();

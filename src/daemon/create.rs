@@ -8,6 +8,7 @@ use super::core::Core;
 use super::images::ImageService;
 use super::kernels::KernelService;
 use super::keys::HeldKey;
+use super::locks::VmNames;
 use super::names;
 use super::network::Networks;
 use super::operations::ended_row;
@@ -185,7 +186,7 @@ impl Creator {
                 ..row.clone()
             };
             let made = {
-                let _names = self.core.locks.create_vm.lock(&());
+                let _names = self.core.locks.create_vm.lock(&VmNames);
                 self.insert_row(row, request.name.is_some(), key.clone())
             };
             match made {

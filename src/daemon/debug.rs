@@ -16,11 +16,11 @@ impl Core {
         for (name, records) in keyed {
             locks.extend(records.into_iter().map(|held| record(name, held)));
         }
-        for (name, set) in [
-            ("create_vm", &self.locks.create_vm),
-            ("image_ops", &self.locks.image_ops),
+        for (name, records) in [
+            ("create_vm", self.locks.create_vm.records()),
+            ("image_ops", self.locks.image_ops.records()),
         ] {
-            locks.extend(set.records().into_iter().map(|held| LockRecord {
+            locks.extend(records.into_iter().map(|held| LockRecord {
                 key: String::new(),
                 ..record(name, held)
             }));

@@ -8,6 +8,7 @@ use super::access::Caller;
 use super::call::{CallOutcome, to_value};
 use super::image_reserve::name_is_busy;
 use super::images::{ImageService, Reserved, is_usable};
+use super::locks::ImageNames;
 use super::rules::is_at_rest;
 use crate::api::image::{
     ImagePruneReply, ImagePruneRequest, ImagePullRequest, ImageReply, ImageShowReply,
@@ -129,7 +130,7 @@ impl ImageService {
         let deadline = Instant::now() + NAME_DEADLINE;
         loop {
             let held = {
-                let _images = self.core.locks.image_ops.lock(&());
+                let _images = self.core.locks.image_ops.lock(&ImageNames);
                 pull.reserved.hold(name)
             };
             let Some(holder) = held else {

@@ -8,6 +8,7 @@
 
 use super::access::Caller;
 use super::images::{AdmittedFiles, ImageService, NameHolder, Reserved};
+use super::locks::ImageNames;
 use crate::error::{Error, Kind, Result};
 use crate::host::plural::count;
 use crate::ids::ImageRef;
@@ -100,7 +101,7 @@ impl ImageService {
     fn begin_work(&self, caller: &Caller, max: usize, stored: Option<usize>) -> Result<Reserved> {
         let ended = Cancel::try_new().map_err(|e| Error::io("make a cancel token", e))?;
         let limits = &self.core.limits;
-        let _images = self.core.locks.image_ops.lock(&());
+        let _images = self.core.locks.image_ops.lock(&ImageNames);
         let mut builds = self.builds.lock();
         let running = builds.by_uid.of(caller.uid);
         if running >= max {
@@ -151,7 +152,7 @@ impl ImageService {
 
     /// Reserves the name of the image that will be published.
     pub(super) fn reserve_name(&self, reserved: &mut Reserved, name: ImageRef) -> Result<()> {
-        let _images = self.core.locks.image_ops.lock(&());
+        let _images = self.core.locks.image_ops.lock(&ImageNames);
         match reserved.hold(&name) {
             None => Ok(()),
             Some(_) => Err(name_is_busy(&name)),

@@ -1,18 +1,23 @@
 //! The locks of operations. Nothing outside `src/daemon` names them.
 
 use crate::ids::VmId;
-use crate::locks::{LockSet, Rank};
+use crate::locks::{LockKey, LockSet, Rank};
+use crate::store::WorkspaceOf;
 
-/// The key of a VM's workspace lock. It has its own type, so that its guard cannot be confused with
-/// a guard of the VM's lock.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct WorkspaceOf(pub VmId);
+/// The only key of `create_vm`.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct VmNames;
 
-/// Shows the ID alone, as the VM's own lock does in `debug locks`.
-impl std::fmt::Debug for WorkspaceOf {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        self.0.fmt(f)
-    }
+impl LockKey for VmNames {
+    const RANK: Rank = Rank::CreateVm;
+}
+
+/// The only key of `image_ops`.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct ImageNames;
+
+impl LockKey for ImageNames {
+    const RANK: Rank = Rank::ImageOps;
 }
 
 pub struct OpLocks {
@@ -20,19 +25,20 @@ pub struct OpLocks {
     pub vm: LockSet<VmId>,
     /// Allows one import or export at a time per VM. It is held during guest I/O.
     pub workspace: LockSet<WorkspaceOf>,
-    /// Keeps names unique. It is a set with one key, so that its holder is shown in `debug locks`.
-    pub create_vm: LockSet<()>,
-    /// Protects changes of the image registry.
-    pub image_ops: LockSet<()>,
+    /// Protects the reservation of VM names, ports and addresses in memory. It is a set with one
+    /// key, so that its holder is shown in `debug locks`.
+    pub create_vm: LockSet<VmNames>,
+    /// Protects the reservation of image names in memory.
+    pub image_ops: LockSet<ImageNames>,
 }
 
 impl OpLocks {
     pub fn new() -> Self {
         Self {
-            vm: LockSet::new(Rank::Vm),
-            workspace: LockSet::new(Rank::Workspace),
-            create_vm: LockSet::new(Rank::CreateVm),
-            image_ops: LockSet::new(Rank::ImageOps),
+            vm: LockSet::default(),
+            workspace: LockSet::default(),
+            create_vm: LockSet::default(),
+            image_ops: LockSet::default(),
         }
     }
 

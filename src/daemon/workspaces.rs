@@ -6,7 +6,6 @@ use super::access::Caller;
 use super::call::{CallOutcome, to_value};
 use super::core::Core;
 use super::guests::Guests;
-use super::locks::WorkspaceOf;
 use super::notes::Notes;
 use super::rate_floor::Moved;
 use super::rate_floor::RateFloor;
@@ -28,7 +27,7 @@ use crate::locks::{CancelCause, KeyGuard};
 use crate::ops::OpHandle;
 use crate::pool::Pool;
 use crate::pool::QueueSlot;
-use crate::store::{VmRow, WorkspaceRow};
+use crate::store::{VmRow, WorkspaceOf, WorkspaceRow};
 use crate::workspace::{encode, guest_path, remote};
 use serde_json::Value;
 use std::os::fd::OwnedFd;
@@ -231,7 +230,7 @@ impl Transfers {
         let _negative_control = self.core.locks.vm.lock(&row.id);
         let guard = self.lock_workspace(op, row, stream.no_wait)?;
         let transfer = self.transfer(&guard.key().0, op, stream.fifo, &request.guest_path)?;
-        let row_at_start = self.mark_incomplete(&transfer.row, request)?;
+        let row_at_start = self.mark_incomplete(&guard, &transfer.row, request)?;
         let (wanted, moved) = (request.clone(), transfer.moved.clone());
         let job = stream.slot.submit(
             &format!("workspace.prepare {}", row.name),
@@ -244,8 +243,7 @@ impl Transfers {
             op.cancel(),
             Instant::now() + TRANSFER_DEADLINE,
         )?;
-        // The workspace lock is still held, so nothing else has changed the row.
-        self.mark_complete(&row_at_start, &imported)?;
+        self.mark_complete(&guard, &row_at_start, &imported)?;
         drop(guard);
         let kept = encode::encode_some(imported.kept.iter());
         let (entries, bytes) = (imported.trailer.entries, imported.trailer.bytes);
@@ -371,7 +369,12 @@ impl Transfers {
 
     /// Marks the workspace as incomplete, durably, before the first byte arrives, so that an
     /// interrupted import never looks finished. Returns the workspace's row.
-    fn mark_incomplete(&self, row: &VmRow, request: &PrepareRequest) -> Result<WorkspaceRow> {
+    fn mark_incomplete(
+        &self,
+        workspace: &KeyGuard<'_, WorkspaceOf>,
+        row: &VmRow,
+        request: &PrepareRequest,
+    ) -> Result<WorkspaceRow> {
         let workdir = match request.subdir.as_str() {
             "" => request.guest_path.clone(),
             subdir => format!("{}/{subdir}", request.guest_path),
@@ -392,25 +395,27 @@ impl Transfers {
         let ((), ticket) = self
             .core
             .store
-            .change(|tx| tx.put_workspace(row_at_start.clone()))?;
+            .change(|tx| tx.put_workspace(workspace, row_at_start.clone()))?;
         self.core.wait_durable(ticket)?;
         Ok(row_at_start)
     }
 
-    /// Marks the workspace as complete. Fails with `conflict` if the VM was restarted or another
-    /// import has begun since. Compares and writes in one transaction.
-    fn mark_complete(&self, row_at_start: &WorkspaceRow, imported: &Imported) -> Result<()> {
+    /// Marks the workspace as complete. Fails with `conflict` if the VM was restarted since.
+    /// Compares and writes in one transaction.
+    fn mark_complete(
+        &self,
+        workspace: &KeyGuard<'_, WorkspaceOf>,
+        row_at_start: &WorkspaceRow,
+        imported: &Imported,
+    ) -> Result<()> {
         let ((), ticket) = self.core.store.change(|tx| {
-            let same_vm = tx
-                .vm(&row_at_start.vm)
-                .is_some_and(|row| row.generation == row_at_start.generation);
-            if !same_vm || tx.workspace(&row_at_start.vm).map(|w| &**w) != Some(row_at_start) {
+            if tx.workspace(&row_at_start.vm).map(|w| &**w) != Some(row_at_start) {
                 return Err(
                     Error::new(Kind::Conflict, "the VM was restarted during the import")
                         .hint("run the import again"),
                 );
             }
-            tx.put_workspace(WorkspaceRow {
+            let row = WorkspaceRow {
                 info: WorkspaceInfo {
                     state: WorkspaceState::Complete,
                     entries: imported.trailer.entries,
@@ -419,7 +424,8 @@ impl Transfers {
                     ..row_at_start.info.clone()
                 },
                 ..row_at_start.clone()
-            })
+            };
+            tx.put_workspace(workspace, row)
         })?;
         self.core.wait_durable(ticket)
     }

@@ -33,7 +33,7 @@ pub use check::{assert_none_held, require_memory_only};
 pub use mutex::{Condvar, Mutex, Waited, region};
 pub use rank::Rank;
 pub use record::{KeyRecord, Party, operation_scope};
-pub use set::{KeyGuard, LockSet};
+pub use set::{KeyGuard, LockKey, LockSet};
 #[cfg(test)]
 use {
     cancel::Subscription,

@@ -8,6 +8,12 @@ use std::hash::Hash;
 use std::marker::PhantomData;
 use std::sync::atomic::Ordering;
 
+/// A key whose type decides which set its lock belongs to. So the guards of two sets never have one
+/// type, and a guard proves which of the locks is held.
+pub trait LockKey: Clone + Ord + Hash + Debug {
+    const RANK: Rank;
+}
+
 /// One lock per key. An entry exists only while a thread holds or awaits the key's lock.
 pub struct LockSet<K: Eq + Hash> {
     tag: check::Tag,
@@ -27,12 +33,24 @@ pub struct KeyGuard<'a, K: Eq + Hash> {
     _not_send: PhantomData<*const ()>,
 }
 
+impl<K: LockKey> Default for LockSet<K> {
+    fn default() -> Self {
+        Self::with_rank(K::RANK)
+    }
+}
+
 impl<K: Clone + Ord + Hash + Debug> LockSet<K> {
-    pub fn new(rank: Rank) -> Self {
+    fn with_rank(rank: Rank) -> Self {
         Self {
             tag: check::Tag::new(rank),
             slots: Slots::new(),
         }
+    }
+
+    /// Creates a set whose keys do not decide its rank, for unit tests.
+    #[cfg(test)]
+    pub fn of_rank(rank: Rank) -> Self {
+        Self::with_rank(rank)
     }
 
     /// Waits for the lock, without a deadline. Use [`LockSet::lock_cancellable`] for locks that may

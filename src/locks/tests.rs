@@ -168,8 +168,8 @@ proptest! {
 #[test]
 #[cfg(not(feature = "one-lock"))]
 fn order_violation_report_names_both_locks() {
-    let vm = LockSet::new(Rank::Vm);
-    let workspace = LockSet::new(Rank::Workspace);
+    let vm = LockSet::of_rank(Rank::Vm);
+    let workspace = LockSet::of_rank(Rank::Workspace);
     let (store, store2) = (Mutex::new(Rank::Store, ()), Mutex::new(Rank::Store, ()));
     check_report(
         || drop((vm.lock(&"vm-3"), store.lock(), vm.lock(&"vm-4"))),
@@ -226,7 +226,7 @@ fn order_violation_report_names_both_locks() {
 #[test]
 #[cfg(not(feature = "one-lock"))]
 fn wait_with_lock_held_is_reported() {
-    let vm = LockSet::new(Rank::Vm);
+    let vm = LockSet::of_rank(Rank::Vm);
     let (store, condvar) = (Mutex::new(Rank::Store, 0), Condvar::new());
     check_report(
         || drop((vm.lock(&"vm-3"), region(Rank::GuestIo))),
@@ -272,11 +272,11 @@ fn wait_with_lock_held_is_reported() {
 #[cfg(not(feature = "one-lock"))]
 fn allowed_nesting_passes() {
     check::stop_recording();
-    let vm = LockSet::new(Rank::Vm);
-    let workspace = LockSet::new(Rank::Workspace);
+    let vm = LockSet::of_rank(Rank::Vm);
+    let workspace = LockSet::of_rank(Rank::Workspace);
     let (store, condvar) = (Mutex::new(Rank::Store, 0), Condvar::new());
     drop((vm.lock(&1), store.lock()));
-    drop((LockSet::new(Rank::CreateVm).lock(&()), store.lock()));
+    drop((LockSet::of_rank(Rank::CreateVm).lock(&()), store.lock()));
     let held = (workspace.lock(&1), region(Rank::JobWait));
     let queue = Mutex::new(Rank::Pool, 0);
     let mut guard = queue.lock();
@@ -289,7 +289,7 @@ fn allowed_nesting_passes() {
 
 #[test]
 fn violation_is_counted_before_it_blocks() {
-    let set = LockSet::new(Rank::Workspace);
+    let set = LockSet::of_rank(Rank::Workspace);
     let before = check::violations_expected();
     let said = report(|| {
         let _mine = set.lock(&1);
@@ -329,7 +329,7 @@ impl Drop for LocksOnDrop<'_> {
 
 #[test]
 fn violation_while_unwinding_is_only_printed() {
-    let (vm, before) = (LockSet::new(Rank::Vm), check::violations_expected());
+    let (vm, before) = (LockSet::of_rank(Rank::Vm), check::violations_expected());
     let said = report(|| {
         let _held = vm.lock(&1);
         let _locks = LocksOnDrop(&vm, 2);
@@ -347,7 +347,7 @@ fn lock_taken_twice_while_unwinding_aborts() {
         assert!(stderr.contains("lock taken twice"), "{stderr}");
         return;
     }
-    let vm = LockSet::new(Rank::Vm);
+    let vm = LockSet::of_rank(Rank::Vm);
     report(|| {
         let _held = vm.lock(&1);
         let _locks = LocksOnDrop(&vm, 1);
@@ -365,14 +365,14 @@ fn abort_variable_aborts_on_first_violation() {
         assert!(stderr.contains("two locks of one rank"), "{stderr}");
         return;
     }
-    let vm = LockSet::new(Rank::Vm);
+    let vm = LockSet::of_rank(Rank::Vm);
     let _ = catch_unwind(AssertUnwindSafe(|| drop((vm.lock(&1), vm.lock(&2)))));
 }
 
 #[test]
 fn dump_shows_holders_and_waiters() {
     check::stop_recording();
-    let set = LockSet::new(Rank::Workspace);
+    let set = LockSet::of_rank(Rank::Workspace);
     let held = set.lock(&"dumped");
     std::thread::scope(|s| {
         let waiter = std::thread::Builder::new().name("the-waiter".into());
@@ -400,7 +400,7 @@ fn observed_edge_has_its_first_sites_in_the_graph() {
     std::thread::scope(|s| {
         s.spawn(|| {
             drop((
-                LockSet::new(Rank::ImageOps).lock(&1),
+                LockSet::of_rank(Rank::ImageOps).lock(&1),
                 Mutex::new(Rank::Runtimes, ()).lock(),
             ))
         });

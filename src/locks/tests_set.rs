@@ -45,7 +45,7 @@ fn waiters(set: &LockSet<u32>) -> usize {
 fn contended_keys_have_one_owner_at_a_time() {
     const KEYS: u32 = 4;
     const ROUNDS: usize = 4000;
-    let set = LockSet::new(Rank::Vm);
+    let set = LockSet::of_rank(Rank::Vm);
     let owners: Vec<AtomicUsize> = (0..KEYS).map(|_| AtomicUsize::new(0)).collect();
     let (had, cancelled) = (AtomicUsize::new(0), AtomicUsize::new(0));
     // The tokens of the waits in progress. Another thread fires them.
@@ -103,7 +103,7 @@ fn contended_keys_have_one_owner_at_a_time() {
 
 #[test]
 fn waiters_are_served_in_order_after_one_leaves() {
-    let set = LockSet::new(Rank::Vm);
+    let set = LockSet::of_rank(Rank::Vm);
     let (order, seen) = mpsc::channel();
     let cancel = Cancel::try_new().unwrap();
     let held = set.lock(&1);
@@ -135,7 +135,7 @@ fn waiters_are_served_in_order_after_one_leaves() {
 
 #[test]
 fn waiter_is_never_overtaken() {
-    let set = LockSet::new(Rank::Vm);
+    let set = LockSet::of_rank(Rank::Vm);
     for _ in 0..300 {
         let had = AtomicBool::new(false);
         let held = set.lock(&1);
@@ -161,7 +161,7 @@ fn waiter_is_never_overtaken() {
 
 #[test]
 fn cancelled_waiter_leaves_immediately() {
-    let set = LockSet::new(Rank::Workspace);
+    let set = LockSet::of_rank(Rank::Workspace);
     for _ in 0..20 {
         let held = set.lock(&1);
         let cancel = Cancel::try_new().unwrap();
@@ -191,7 +191,7 @@ fn cancelled_waiter_leaves_immediately() {
 
 #[test]
 fn concurrent_grant_and_cancel_lose_no_lock() {
-    let set = LockSet::new(Rank::Workspace);
+    let set = LockSet::of_rank(Rank::Workspace);
     let mut granted = 0;
     for round in 0..1000 {
         let cancel = Cancel::try_new().unwrap();
@@ -214,7 +214,7 @@ fn concurrent_grant_and_cancel_lose_no_lock() {
 
 #[test]
 fn records_hold_operation_thread_and_time() {
-    let set = LockSet::new(Rank::Vm);
+    let set = LockSet::of_rank(Rank::Vm);
     let before = Instant::now();
     assert!(set.records().is_empty());
     let scope = operation_scope("vm.stop 3f2a");
@@ -271,7 +271,7 @@ fn records_hold_operation_thread_and_time() {
 
 #[test]
 fn released_keys_leave_no_entries() {
-    let set = LockSet::new(Rank::Vm);
+    let set = LockSet::of_rank(Rank::Vm);
     for id in 0..100_000u32 {
         drop(set.lock(&id));
         drop(set.try_lock(&id));

@@ -19,7 +19,7 @@ struct World {
 impl World {
     fn new() -> Arc<Self> {
         Arc::new(Self {
-            set: LockSet::new(Rank::Vm),
+            set: LockSet::of_rank(Rank::Vm),
             owners: [AtomicUsize::new(0), AtomicUsize::new(0)],
         })
     }
@@ -113,11 +113,11 @@ fn violation_of_one_task_is_found() {
         || {
             let other = thread::spawn(|| {
                 drop((
-                    LockSet::new(Rank::CreateVm).lock(&()),
-                    LockSet::new(Rank::Vm).lock(&1),
+                    LockSet::of_rank(Rank::CreateVm).lock(&()),
+                    LockSet::of_rank(Rank::Vm).lock(&1),
                 ))
             });
-            drop(LockSet::new(Rank::Vm).lock(&1));
+            drop(LockSet::of_rank(Rank::Vm).lock(&1));
             other.join().unwrap();
         },
         10,

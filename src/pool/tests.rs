@@ -370,7 +370,7 @@ fn concurrent_submits_and_cancels_lose_no_job() {
 #[cfg(debug_assertions)]
 fn job_waiter_may_hold_a_workspace_lock() {
     let pool = pool(1, 4, 4);
-    let workspaces = LockSet::new(Rank::Workspace);
+    let workspaces = LockSet::of_rank(Rank::Workspace);
     let held = workspaces.lock(&1);
     let ranks = pool
         .try_submit(1, "ranks", &token(), |_| Ok(check::dump()))

@@ -29,6 +29,7 @@ mod events;
 #[cfg(any(test, feature = "fakes"))]
 pub mod faults;
 mod feed;
+mod guards;
 mod history;
 mod key;
 mod ledger;
@@ -52,6 +53,7 @@ mod writer;
 pub use batch::Ticket;
 pub use events::{Next, OpEnd, Seen, Start, StoreChange, Subscription, VmChange};
 pub use feed::{Due, Feed};
+pub use guards::WorkspaceOf;
 pub use key::KeyRow;
 pub use ledger::LedgerRow;
 pub use op::OpRow;

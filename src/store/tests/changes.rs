@@ -1,4 +1,5 @@
 use super::*;
+use crate::locks::LockSet;
 use proptest::prelude::*;
 
 #[test]
@@ -8,7 +9,7 @@ fn change_that_fails_or_panics_leaves_nothing() {
     store
         .change_durable(|tx| {
             tx.put_vm(row(1))
-                .and_then(|()| tx.put_workspace(workspace(1)))
+                .and_then(|()| tx.put_workspace_unlocked(workspace(1)))
         })
         .unwrap();
     let before = state(&store);
@@ -147,12 +148,47 @@ fn names_and_slots_are_unique_and_reusable() {
     assert_eq!(missing.kind(), Kind::VmNotFound);
     assert_eq!(
         store
-            .change(|tx| tx.put_workspace(workspace(77)))
+            .change(|tx| tx.put_workspace_unlocked(workspace(77)))
             .map(|_| ())
             .unwrap_err()
             .kind(),
         Kind::VmNotFound
     );
+}
+
+/// An import that has outlived its VM's boot writes last. Its row used to replace the one that a
+/// restore had written.
+#[test]
+fn workspace_of_earlier_generation_is_refused() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    let vms = LockSet::<VmId>::default();
+    let workspaces = LockSet::<WorkspaceOf>::default();
+    store.change_durable(|tx| tx.put_vm(row(1))).unwrap();
+    let restored = WorkspaceRow {
+        generation: 1,
+        ..workspace(1)
+    };
+    {
+        let vm = vms.lock(&vm_id(1));
+        let changed = store.change(|tx| {
+            tx.update_vm_unlocked(vm.key(), |row| row.generation = 1)?;
+            tx.reset_workspace(&vm, Some(restored.clone()))
+        });
+        changed.unwrap().1.detach();
+    }
+    let importing = workspaces.lock(&WorkspaceOf(vm_id(1)));
+    let late = store
+        .change(|tx| tx.put_workspace(&importing, workspace(1)))
+        .map(drop)
+        .unwrap_err();
+    assert_eq!(late.kind(), Kind::Conflict);
+    store.read(|s| assert_eq!(**s.workspace(&vm_id(1)).unwrap(), restored));
+    let other = store
+        .change(|tx| tx.put_workspace(&importing, workspace(2)))
+        .map(drop)
+        .unwrap_err();
+    assert_eq!(other.kind(), Kind::Internal, "the guard is that of VM 1");
 }
 
 #[test]
@@ -230,7 +266,7 @@ fn removed_vm_loses_workspace_and_keeps_ledger() {
     let id = store
         .change_durable(|tx| {
             tx.put_vm(row(1))?;
-            tx.put_workspace(workspace(1))?;
+            tx.put_workspace_unlocked(workspace(1))?;
             Ok(tx.intend(Some(&vm_id(1)), 1, "process", "fc-x"))
         })
         .unwrap();
@@ -512,7 +548,7 @@ fn perform(tx: &mut Tx, act: &Act) -> Result<()> {
             })?;
         }
         Act::Remove(n) => drop(tx.remove_vm_unlocked(&vm_id(n))),
-        Act::Workspace(n) => tx.put_workspace(workspace(n))?,
+        Act::Workspace(n) => tx.put_workspace_unlocked(workspace(n))?,
         Act::Op { n, ended } => tx.put_op(op(
             n,
             if ended {

@@ -85,7 +85,7 @@ fn steps_of_one_change_are_published_together() {
     store
         .change_durable(|tx| {
             tx.put_vm(row(1))
-                .and_then(|()| tx.put_workspace(workspace(1)))
+                .and_then(|()| tx.put_workspace_unlocked(workspace(1)))
         })
         .unwrap();
     let (mut listening, _) = all(&store, None);
@@ -113,7 +113,7 @@ fn steps_of_one_change_are_published_together() {
     // Changes of two rows of one VM are published as one change.
     store
         .change_durable(|tx| {
-            tx.remove_workspace(&vm_id(1));
+            tx.remove_workspace_unlocked(&vm_id(1));
             tx.update_vm_unlocked(&vm_id(1), |r| r.state = VmState::Failed)
         })
         .unwrap();

@@ -26,7 +26,10 @@ fn check_failed_batch(fault: Fault, kind: Kind) {
     assert!(gate.wait_for_writer(soon()));
     let tickets = [
         before,
-        store.change(|tx| tx.put_workspace(workspace(2))).unwrap().1,
+        store
+            .change(|tx| tx.put_workspace_unlocked(workspace(2)))
+            .unwrap()
+            .1,
     ];
     let behind = store
         .change(|tx| Ok(tx.remove_vm_unlocked(&vm_id(1))))

@@ -95,7 +95,7 @@ fn workspace(n: u32) -> WorkspaceRow {
             bytes: u64::MAX,
             prepared_at: 2,
         },
-        generation: 1,
+        generation: 0,
     }
 }
 

@@ -4,7 +4,7 @@ use super::{Image, Tx};
 use crate::error::{Error, Kind, Result};
 use crate::ids::VmId;
 use crate::locks::KeyGuard;
-use crate::store::{VmRow, WorkspaceRow};
+use crate::store::{VmRow, WorkspaceOf, WorkspaceRow};
 use std::sync::Arc;
 
 impl Tx<'_> {
@@ -100,21 +100,77 @@ impl Tx<'_> {
         self.take_vm(id)
     }
 
-    /// Adds or replaces a VM's workspace.
+    /// Adds or replaces a VM's workspace. The row must be of the VM's current generation. An import
+    /// that has outlived its VM's boot must not overwrite what a restore has written.
     ///
     /// # Errors
-    /// `vm_not_found` if there is no such VM.
-    pub fn put_workspace(&mut self, row: WorkspaceRow) -> Result<()> {
-        if self.vm(&row.vm).is_none() {
+    /// `vm_not_found` if there is no such VM, `conflict` if it has been restarted.
+    pub fn put_workspace(
+        &mut self,
+        workspace: &KeyGuard<'_, WorkspaceOf>,
+        row: WorkspaceRow,
+    ) -> Result<()> {
+        if row.vm != workspace.key().0 {
+            return Err(Error::internal(format!(
+                "the workspace of VM {} was written with the lock of VM {}",
+                row.vm,
+                workspace.key().0
+            )));
+        }
+        self.write_workspace(row)
+    }
+
+    fn write_workspace(&mut self, row: WorkspaceRow) -> Result<()> {
+        let Some(vm) = self.vm(&row.vm) else {
             return Err(
                 Error::new(Kind::VmNotFound, format!("no VM {}", row.vm)).hint("fcctl ps -a")
+            );
+        };
+        if vm.generation != row.generation {
+            return Err(
+                Error::new(Kind::Conflict, "the VM was restarted during the import")
+                    .hint("run the import again"),
             );
         }
         self.apply(Image::Workspace(row.vm.clone(), Some(Arc::new(row))));
         Ok(())
     }
 
-    pub fn remove_workspace(&mut self, vm: &VmId) {
+    /// Replaces or removes the workspace of a VM whose disks were replaced. The VM's lock is
+    /// sufficient, because no import of an earlier generation can write the row afterwards.
+    ///
+    /// # Errors
+    /// Those of [`Tx::put_workspace`].
+    pub fn reset_workspace(
+        &mut self,
+        vm: &KeyGuard<'_, VmId>,
+        row: Option<WorkspaceRow>,
+    ) -> Result<()> {
+        match row {
+            Some(row) => self.write_workspace(WorkspaceRow {
+                vm: vm.key().clone(),
+                ..row
+            }),
+            None => {
+                self.remove_workspace(vm.key());
+                Ok(())
+            }
+        }
+    }
+
+    fn remove_workspace(&mut self, vm: &VmId) {
         self.apply(Image::Workspace(vm.clone(), None));
+    }
+
+    /// Does the same as [`Tx::put_workspace`] without the lock, for tests of the store.
+    #[cfg(test)]
+    pub fn put_workspace_unlocked(&mut self, row: WorkspaceRow) -> Result<()> {
+        self.write_workspace(row)
+    }
+
+    /// Removes a workspace without the VM's lock, for tests of the store.
+    #[cfg(test)]
+    pub fn remove_workspace_unlocked(&mut self, vm: &VmId) {
+        self.remove_workspace(vm);
     }
 }

@@ -120,10 +120,7 @@ impl Resources {
         });
         let guard = self.core.locks.vm.lock(&row.id);
         let (replaced, ticket) = self.core.store.change(|tx| {
-            match workspace {
-                Some(workspace) => tx.put_workspace(workspace)?,
-                None => tx.remove_workspace(&row.id),
-            }
+            tx.reset_workspace(&guard, workspace)?;
             tx.update_vm(&guard, |row| {
                 (row.shape.disk_bytes, row.guest_version) =
                     (saved.shape.disk_bytes, saved.guest_version);

@@ -76,10 +76,13 @@ impl Core {
     }
 
     /// Starts a thread for an operation. The thread is counted, so that `close` can wait for it.
+    /// Its name labels the locks that it takes until it sets a better label.
     pub(super) fn spawn(&self, name: &str, body: impl FnOnce() + Send + 'static) -> Result<()> {
         let count = self.threads.enter();
+        let label: Arc<str> = name.into();
         crate::host::thread::spawn(name, move || {
             let _count = count;
+            let _label = crate::locks::operation_scope(label);
             if std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)).is_err() {
                 log::error!("an operation's thread panicked");
             }

@@ -51,7 +51,6 @@ impl ImageService {
             Error::new(Kind::InvalidRequest, text).hint("pass an open file; fcctl does")
         })?;
         let file = InPlace::accept(&fd, caller.uid).map_err(doing)?;
-        self.require_free(&request.image)?;
         let max = self.pulls.config.pulls_per_uid_max;
         let mut reserved = self.reserve(caller, max).map_err(doing)?;
         self.reserve_new_name(&mut reserved, request.image.clone())?;

@@ -39,6 +39,12 @@ impl Reserved {
     }
 }
 
+/// Work that has begun, and how many operations its user had in progress before.
+struct BegunWork {
+    reserved: Reserved,
+    running_before: usize,
+}
+
 pub(super) fn name_is_busy(name: &ImageRef) -> Error {
     let text = format!("image {} is being made or copied", name.without_owner());
     Error::new(Kind::Busy, text).hint("fcctl op list")
@@ -63,7 +69,6 @@ impl ImageService {
     }
 
     pub(super) fn reserve_build(&self, caller: &Caller, name: ImageRef) -> Result<Reserved> {
-        self.require_free(&name)?;
         let doing = format!("build image {name}");
         let max = self.core.limits.builds_per_uid_max;
         let mut reserved = self.reserve(caller, max).map_err(|e| e.context(doing))?;
@@ -71,8 +76,9 @@ impl ImageService {
         Ok(reserved)
     }
 
-    /// Fails if an image has this name.
-    pub(super) fn require_free(&self, name: &ImageRef) -> Result<()> {
+    /// Fails if an image has this name. The caller has reserved the name, so no other operation can
+    /// publish an image of this name after the check.
+    fn require_free(&self, name: &ImageRef) -> Result<()> {
         // A damaged image also occupies its name.
         if !self.exists(name) {
             return Ok(());
@@ -82,25 +88,33 @@ impl ImageService {
             .hint("images never change, so choose another name, or see fcctl image list"))
     }
 
-    /// Begins a build or pull, of which a user may have `max` in progress.
+    /// Begins a build or pull, of which a user may have `max` in progress. The user's images are
+    /// counted after the work has begun, because an image that another operation publishes in the
+    /// meantime must be counted at least once.
     pub(super) fn reserve(&self, caller: &Caller, max: usize) -> Result<Reserved> {
+        let begun = self.begin_work(caller, max)?;
         let stored = if caller.is_privileged() {
             0
         } else {
             self.stored_images(caller.uid)?
         };
-        self.begin_work(caller, max, Some(stored))
+        if stored + begun.running_before < self.core.limits.images_per_uid_max {
+            return Ok(begun.reserved);
+        }
+        let text = format!(
+            "you have {}, which is the limit",
+            count(stored as u64, "image")
+        );
+        Err(Error::new(Kind::Exhausted, text).hint("delete one: fcctl image rm NAME"))
     }
 
     /// Like [`Self::reserve`], but for work that adds no image.
     pub(super) fn reserve_work(&self, caller: &Caller, max: usize) -> Result<Reserved> {
-        self.begin_work(caller, max, None)
+        self.begin_work(caller, max).map(|begun| begun.reserved)
     }
 
-    /// `stored` is the number of the user's images if one will be added.
-    fn begin_work(&self, caller: &Caller, max: usize, stored: Option<usize>) -> Result<Reserved> {
+    fn begin_work(&self, caller: &Caller, max: usize) -> Result<BegunWork> {
         let ended = Cancel::try_new().map_err(|e| Error::io("make a cancel token", e))?;
-        let limits = &self.core.limits;
         let _images = self.core.locks.image_ops.lock(&ImageNames);
         let mut builds = self.builds.lock();
         let running = builds.by_uid.of(caller.uid);
@@ -112,17 +126,8 @@ impl ImageService {
             return Err(Error::new(Kind::Busy, text)
                 .hint("wait for one to end or cancel one (fcctl op list, fcctl op cancel)"));
         }
-        if let Some(stored) = stored
-            && stored + running >= limits.images_per_uid_max
-        {
-            let text = format!(
-                "you have {}, which is the limit",
-                count(stored as u64, "image")
-            );
-            return Err(Error::new(Kind::Exhausted, text).hint("delete one: fcctl image rm NAME"));
-        }
         builds.by_uid.add(caller.uid);
-        Ok(Reserved {
+        let reserved = Reserved {
             builds: self.builds.clone(),
             name: None,
             in_use: None,
@@ -130,13 +135,18 @@ impl ImageService {
                 uid: caller.uid,
                 ended,
             },
+        };
+        Ok(BegunWork {
+            reserved,
+            running_before: running,
         })
     }
 
     /// Reserves the name of an image that does not exist yet, and [keeps](Self::keep) the image.
     pub(super) fn reserve_new_name(&self, reserved: &mut Reserved, name: ImageRef) -> Result<()> {
         self.reserve_name(reserved, name.clone())?;
-        self.keep(reserved, &name)
+        self.keep(reserved, &name)?;
+        self.require_free(&name)
     }
 
     /// Prevents the deletion of an image from its publication until the reservation ends. Otherwise

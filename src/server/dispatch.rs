@@ -75,6 +75,7 @@ impl Handler for Dispatch {
         let method = call.method;
         let unknown = || CallError::unknown_method(method);
         let info = table::find(method).ok_or_else(unknown)?;
+        let _label = crate::locks::operation_scope(info.method);
         let caller = Caller {
             uid: call.peer.uid,
             gid: call.peer.gid,

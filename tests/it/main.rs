@@ -38,6 +38,8 @@ mod manual;
 #[cfg(any(debug_assertions, feature = "lock-check"))]
 mod lock_fuzz;
 #[cfg(any(debug_assertions, feature = "lock-check"))]
+mod lock_reports;
+#[cfg(any(debug_assertions, feature = "lock-check"))]
 mod lost_updates;
 mod panics;
 mod pauses;

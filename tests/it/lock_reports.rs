@@ -1,0 +1,95 @@
+//! Tests of what `debug.locks` reports about the locks of a working daemon.
+
+use crate::apart::run_in_own_process;
+use crate::guest_runtime::make_image_of;
+use crate::world::*;
+use fcd::testing::api::Empty;
+use fcd::testing::api::daemon::{DebugLocks, DebugLocksReply};
+use fcd::testing::api::image::{ImageCommit, ImageCommitRequest};
+use fcd::testing::api::op::{OpList, OpListRequest};
+use fcd::testing::api::vm::*;
+use fcd::testing::error::Kind;
+use fcd::testing::locks::{Rank, check};
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::sync::OnceLock;
+
+/// Runs `body` while another thread holds the lock of `vm`.
+fn while_locked<T>(world: &World, vm: &Vm, body: impl FnOnce() -> T) -> T {
+    let core = &world.daemon().core;
+    std::thread::scope(|scope| {
+        let (held, is_held) = std::sync::mpsc::channel();
+        let (release, released) = std::sync::mpsc::channel::<()>();
+        scope.spawn(move || {
+            let _guard = core.locks.vm.lock(&vm.id);
+            held.send(()).unwrap();
+            let _ = released.recv();
+        });
+        is_held.recv().unwrap();
+        let result = body();
+        drop(release);
+        result
+    })
+}
+
+fn locks(world: &World) -> DebugLocksReply {
+    world.call::<DebugLocks>(&Empty {}).unwrap()
+}
+
+/// A start takes the VM's lock on the connection's thread. The waiter's operation used to be blank.
+#[test]
+fn waiting_call_is_shown_with_its_method() {
+    let world = World::new();
+    let vm = world.create("web");
+    let mut start = while_locked(&world, &vm, || {
+        let start = world.begin::<VmStart>(request("web"), vec![]);
+        await_that("the start waits for the lock", || {
+            let waits = locks(&world).locks.into_iter().flat_map(|l| l.waiters);
+            waits.map(|w| w.operation).eq(["vm.start"])
+        });
+        start
+    });
+    start.finish(SOON).unwrap();
+}
+
+static PUBLISHED_LATE: OnceLock<PathBuf> = OnceLock::new();
+
+/// Another operation publishes an image of the same name after a commit has begun and before the
+/// commit has reserved the name.
+#[test]
+fn image_published_before_reservation_is_seen() {
+    run_in_own_process("lock_reports::late_image_in_own_process", Stdio::piped());
+}
+
+#[test]
+#[ignore = "a part of image_published_before_reservation_is_seen"]
+fn late_image_in_own_process() {
+    let world = World::new();
+    world.running("web");
+    world.stop("web").unwrap();
+    PUBLISHED_LATE.set(world.config.state_dir.clone()).unwrap();
+    check::set_chaos(Some(|rank| {
+        if rank == Rank::ImageOps {
+            make_image_of(PUBLISHED_LATE.get().unwrap(), "late", "host", None);
+        }
+    }));
+    let request = ImageCommitRequest {
+        vm: "web".into(),
+        image: "late".parse().unwrap(),
+        recipe: None,
+        temporary: false,
+    };
+    let refused = world.run::<ImageCommit>(request).unwrap_err();
+    check::set_chaos(None);
+    assert!(refused.is(Kind::NameTaken), "{refused}");
+    let request = OpListRequest {
+        all: true,
+        ..OpListRequest::default()
+    };
+    let ops = world.call::<OpList>(&request).unwrap().ops;
+    assert!(
+        ops.iter().all(|op| op.method != "image.commit"),
+        "the name was refused only after the disk had been read"
+    );
+    world.await_rest();
+}

@@ -18,7 +18,8 @@ use crate::locks::KeyGuard;
 use crate::store::{Ticket, VmRow};
 use crate::vmm::{GuestNetwork, Identity};
 
-/// The lowest rate in bytes. At a lower rate, a guest reads its own programs too slowly to boot.
+/// The lowest rate, in bytes per second. At a lower rate, a guest reads its own programs too slowly
+/// to boot.
 const BYTES_PER_S_MIN: u64 = 64 << 10;
 const BYTES_PER_S_MAX: u64 = 1 << 40;
 /// The highest network rate that the kernel's packet filter accepts (nft(8)).
@@ -208,8 +209,8 @@ impl Controls {
         }
     }
 
-    /// Sets how much memory the guest keeps, if the request says so, and returns how much it keeps
-    /// now.
+    /// If the request sets a size, changes how much memory the guest keeps. Returns how much it
+    /// keeps now.
     pub fn balloon(&self, caller: &Caller, request: &VmBalloonRequest) -> Result<VmBalloonReply> {
         let row = self.core.resolve(caller, &request.vm)?;
         self.unreconciled

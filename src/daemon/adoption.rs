@@ -3,7 +3,7 @@
 //! daemon, later daemons must not crash on it forever. So a VM is no longer adopted once its
 //! adoption has crashed [`DEATHS_MAX`] daemons.
 //!
-//! | what the last daemon did | what this one does |
+//! | what the last daemon did | what this daemon does |
 //! |---|---|
 //! | survived its first minute | adopts all VMs, and writes one mark before the first |
 //! | died in its first minute | records each adoption before it begins |
@@ -106,8 +106,7 @@ pub(super) fn deaths(state: &State, vm: &VmId) -> u32 {
     records::read(state, &name(vm)).deaths
 }
 
-/// Returns the number of daemons that died while adopting the VM, if the VM is no longer adopted,
-/// and otherwise `None`.
+/// Returns how many daemons died while adopting the VM, or `None` if the VM may still be adopted.
 pub(super) fn left_alone(state: &State, vm: &VmId) -> Option<u32> {
     let record = records::read(state, &name(vm));
     record.is_left_alone.then_some(record.deaths)

@@ -64,7 +64,7 @@ pub(super) struct Settings<'a> {
     pub network: &'a Network,
     pub disk: &'a Disk,
     pub qemu: &'a Qemu,
-    /// The image whose kernel tries out KVM.
+    /// The image whose kernel is booted to test KVM.
     pub image: &'a ImageRef,
 }
 

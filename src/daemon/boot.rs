@@ -15,7 +15,7 @@ use crate::workspace::remote;
 use std::time::{Duration, Instant};
 
 const WORKSPACE_DEADLINE: Duration = Duration::from_secs(60);
-/// How long the guest of a snapshot may take to apply its new seed.
+/// How long a guest that was restored from a snapshot may take to apply its new seed.
 const REJOIN_DEADLINE: Duration = Duration::from_secs(60);
 /// How long to wait before another attempt while the guest still has its old keys.
 const REJOIN_PERIOD: Duration = Duration::from_millis(100);
@@ -49,7 +49,8 @@ impl Lifecycle {
         self.resources
             .release_boot(&row.id, row.generation.saturating_sub(1))?;
         let image = self.images.get(&row.shape.image)?;
-        // A VM starts only while its image is what it was, even if the VM's disk is a copy.
+        // Refuse to start the VM if the file of a registered image has changed, even though the
+        // VM's disk is a copy.
         drop(image.open_in_place()?);
         let row = if restore.is_none() {
             self.kernel_service

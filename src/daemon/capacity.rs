@@ -92,7 +92,7 @@ impl Capacity {
         .hint("use for example --work-disk 20G; limits.disk_bytes_max sets the maximum"))
     }
 
-    /// Checks that there is memory for the VM. It must be called in the transaction of a claim, so
+    /// Checks that there is enough memory for the VM. Call this in the transaction of a claim, so
     /// that the sum over all started VMs stays within the limits.
     pub(super) fn reserve_memory(&self, state: &State, row: &VmRow) -> Result<()> {
         let check = |used: u64, max: u64, whose: &str, key: &str| {

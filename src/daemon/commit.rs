@@ -1,6 +1,6 @@
-//! Commit: ends a claim. In one section under the VM's lock, the VM settles, or enters the second
-//! half of a restart, or passes to its successor. If the store refuses the commit, it is retried,
-//! because the work is done and must be recorded.
+//! Commits a claim, which ends it. In one critical section under the VM's lock, the VM comes to
+//! rest, enters the second half of a restart, or passes to its successor. A commit that the store
+//! refuses is retried, because the work is done and must be recorded.
 
 use super::call::to_value;
 use super::history;
@@ -37,13 +37,13 @@ struct Settlement {
     outcome: Outcome,
     died: Option<BootEnd>,
     successor: Option<Successor>,
-    /// True if a VM with `rm` is not deleted now.
+    /// True if the VM must not be deleted now, even if it has `rm`.
     keeps: bool,
     /// Successors that a heavier request replaced. Their operations end after the VM's lock is
     /// released.
     replaced: Vec<Successor>,
-    /// The reason that the guest was not asked to shut down, if daemons died while they recovered
-    /// or adopted the VM (`recovery.rs`).
+    /// Why the guest was not asked to shut down, if daemons died while they recovered or adopted
+    /// the VM (`recovery.rs`).
     note: Option<String>,
     /// A log line to write after the VM's lock is released.
     warning: Option<String>,
@@ -131,7 +131,7 @@ impl Lifecycle {
                 Err(e) => {
                     settlement.op.progress(&format!("wait for the store: {e}"));
                     if self.core.sleep(RETRY_PERIOD) {
-                        // The rows say what is in progress, and the next daemon finishes it.
+                        // The rows record what is in progress, so the next daemon finishes it.
                         settlement.op.finish(Err(e));
                         return None;
                     }
@@ -140,8 +140,8 @@ impl Lifecycle {
         }
     }
 
-    /// Ends a guest whose boot succeeded although it had been cancelled, and returns the outcome of
-    /// that. Returns any other outcome unchanged.
+    /// Ends a guest whose boot succeeded although the boot had been cancelled, and returns the
+    /// resulting outcome. Returns any other outcome unchanged.
     fn end_if_unwanted(&self, claim: &Claim, outcome: Outcome) -> Outcome {
         match outcome {
             Outcome::Booted(running) if claim.cancel.is_cancelled() => {

@@ -1,6 +1,6 @@
 //! Changes running VMs: pause (`pause.rs`), rates and balloon (`adjust.rs`), ports
-//! (`port_changes.rs`), and settings (`settings.rs`). Each change is written to the row first, and
-//! then applied by the driver. Ports are removed in the other order.
+//! (`port_changes.rs`), and settings (`settings.rs`). Each change is written to the row before the
+//! driver applies it. Only a removed port leaves the VMM first, and the row afterwards.
 
 use super::capacity::Capacity;
 use super::core::Core;

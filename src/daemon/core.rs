@@ -39,7 +39,7 @@ pub struct Shared {
     pub(super) threads: Threads,
 }
 
-/// A handle on what all parts of the daemon share.
+/// A handle to what all parts of the daemon share.
 #[derive(Clone)]
 pub struct Core(Arc<Shared>);
 
@@ -134,7 +134,7 @@ impl Core {
         self.state_dir.join(VMS_DIR).join(vm.as_str())
     }
 
-    /// Says in an error about a full disk how much space there is.
+    /// Adds a hint with the free space to an error about a full disk.
     pub(super) fn with_free_space(&self, e: Error) -> Error {
         if e.kind() != Kind::DiskFull {
             return e;

@@ -26,7 +26,7 @@ use crate::image::{Boots, ImageInfo};
 use crate::ops::OpHandle;
 use crate::store::{State, Ticket, Tx, VmRow, VmShape};
 
-/// The most name servers that a resolver asks (resolv.conf(5)).
+/// The most name servers that a resolver queries (resolv.conf(5)).
 const NAME_SERVERS_MAX: usize = 3;
 /// The most candidates for a generated name. Later candidates contain a number.
 const NAME_TRIES_MAX: u32 = 64;

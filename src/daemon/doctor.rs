@@ -109,9 +109,7 @@ impl Doctor {
     /// Lists resources on the host that carry fcd's names but belong to nothing. Removes them if
     /// `fix` is set.
     ///
-    /// # Errors
-    /// `busy` if the daemon has just started and does not finish removing what its predecessor left
-    /// in time.
+    /// `busy` if the daemon has just started and is still removing what its predecessor left.
     pub fn leaks(&self, fix: bool) -> Result<LeaksReply> {
         self.reconciler.wait_first_pass()?;
         Ok(LeaksReply {

@@ -28,8 +28,8 @@ impl Lifecycle {
             Err(e) => return Outcome::StillThere(e),
         };
         let Some(identity) = self.vmms.identity(&row) else {
-            // The VMM has exited. If the first half of a restart ended it, the row says whether the
-            // guest was synced.
+            // The VMM has exited. If the first half of a restart ended it, the row records whether
+            // the guest was synced.
             return match self.resources.release_boot(&row.id, row.generation) {
                 Ok(()) => Outcome::Ended {
                     synced: row.synced.unwrap_or(Synced::No),
@@ -91,8 +91,9 @@ impl Lifecycle {
                 log::warn!("wait for the VMM of {}: {e}", row.name);
                 false
             });
-            // An init of fcd's ends all processes and syncs within seconds. The services of another
-            // init write until they have ended, after the guest has reported that it synced.
+            // fcd's own init ends all processes and syncs within seconds. Under another init,
+            // services keep writing until they have ended, even after the guest has reported that
+            // it synced.
             return match row.shape.init {
                 Init::Image if !has_exited => Synced::Timeout,
                 _ => Synced::Yes,

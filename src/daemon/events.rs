@@ -47,8 +47,8 @@ pub struct Watchers {
 }
 
 impl Watchers {
-    /// Sends events until the caller hangs up or reads too slowly, or the daemon closes. A slow
-    /// caller gets the number at which it can resume.
+    /// Sends events until the caller hangs up or reads too slowly, or the daemon closes. A caller
+    /// that reads too slowly gets the sequence number at which it can resume.
     pub fn watch_events(
         &self,
         caller: &Caller,

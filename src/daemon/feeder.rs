@@ -23,8 +23,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-/// Notifications that become due together are sent as one block, which is full once it has this
-/// size.
+/// The size at which a block of notifications is full. Notifications that are due at the same time
+/// are sent as one block.
 const BLOCK_BYTES_MAX: usize = 64 * 1024;
 /// How often the thread wakes up if nothing happens.
 const IDLE: Duration = Duration::from_secs(600);

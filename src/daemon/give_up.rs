@@ -50,7 +50,8 @@ impl Reconciler {
         let deaths = record.deaths_at_start();
         let gives_up = match row.state {
             VmState::Stopping => deaths > 1,
-            // A delete never asks the guest, so a second attempt would not differ from the first.
+            // A delete does not ask the guest to shut down, so a second attempt would be like the
+            // first.
             VmState::Deleting => deaths > 0,
             VmState::Created | VmState::Stopped | VmState::Failed => {
                 record.is_under_way || record.is_left_alone

@@ -1,19 +1,19 @@
-//! Scripts that the daemon runs in guests, and where a guest has what they need.
+//! Scripts that the daemon runs in guests, and the paths that they use there.
 
 use crate::host::time::now_s;
 use crate::image::SHUTDOWN_COMMAND;
 use crate::store::VmRow;
 use std::time::Duration;
 
-/// How long a guest may take to power off without its init: `src/image/runtime/guest/image-off`.
+/// How long a guest may take to power off without its init (`src/image/runtime/guest/image-off`).
 const FORCED_POWER_OFF: Duration = Duration::from_secs(15);
 
 /// The kinds of guests, by the origin of their init.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Layout {
-    /// The image has our init, and the distribution's programs.
+    /// The image contains fcd's init and the distribution's programs.
     Own,
-    /// The guest runtime has our init and all programs. The image may have none.
+    /// The guest runtime provides fcd's init and all programs. The image need not contain any.
     Runtime,
 }
 
@@ -25,8 +25,8 @@ impl Layout {
         }
     }
 
-    /// Returns the user as whom the daemon's own scripts run. In a guest with a runtime, this
-    /// user's shell finds the runtime's programs only; everybody else's shell is the image's.
+    /// Returns the user that runs the daemon's own scripts. In a guest with a runtime, this user's
+    /// shell finds only the runtime's programs; every other user's shell is the image's.
     pub(super) fn script_user(self) -> &'static str {
         match self {
             Self::Own => "root",

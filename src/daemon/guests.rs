@@ -28,8 +28,8 @@ impl Guests {
         }
     }
 
-    /// Like [`Self::target`], for the daemon's own scripts. They run with programs that fcd has put
-    /// into the guest, never with those of an image that has no init of ours.
+    /// Like [`Self::target`], for the daemon's own scripts. They use programs that fcd has put into
+    /// the guest, never those of an image without fcd's init.
     pub(super) fn script_target(&self, row: &VmRow) -> Result<Target> {
         Ok(for_scripts(self.target(row)?, row))
     }

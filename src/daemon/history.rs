@@ -1,6 +1,6 @@
-//! Records for tests what happened to each VM, in order. Every entry except that of a creation is
-//! made while the VM's lock is held. Every entry carries the number of the store's change, so that
-//! a test can replay the history through the transition table.
+//! Records what happened to each VM, in order, for tests. Every entry except that of a creation is
+//! made while the VM's lock is held. Every entry carries the number of the store's change, so
+//! that a test can replay the history through the transition table.
 
 pub use super::transitions::Verb;
 use crate::api::vm::VmState;
@@ -85,7 +85,7 @@ impl Default for History {
 }
 
 impl History {
-    /// Appends an event, if a test has asked for the history.
+    /// Appends an event, if a test records the history.
     #[inline]
     pub(super) fn note(&self, event: impl FnOnce() -> Event) {
         if !cfg!(any(test, feature = "fakes")) || !self.on.load(Ordering::Relaxed) {

@@ -1,4 +1,4 @@
-//! The view of the checks of `doctor`: the configuration, and the host through the daemon's seams.
+//! The input of the checks of `doctor`: the configuration, and the host through the daemon's seams.
 
 use crate::config::Config;
 use crate::host::Commands;

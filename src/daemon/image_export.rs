@@ -1,8 +1,8 @@
 //! Exports images into a pipe of the caller.
 //!
-//! An export holds no lock, occupies no place of a pull, and does not keep an image from being
-//! deleted: it reads files that it has opened at its start. So a caller that reads slowly, or not
-//! at all, delays nobody. An export whose caller reads nothing for `limits.transfer_idle_s` ends.
+//! An export reads files that it opened at its start. It holds no lock, takes no place of a pull,
+//! and does not prevent the deletion of the image. So a caller that reads slowly, or not at all,
+//! delays nobody. An export ends if its caller reads nothing for `limits.transfer_idle_s`.
 
 use super::access::Caller;
 use super::call::{CallOutcome, to_value};

@@ -1,8 +1,9 @@
 //! Pulls images from registries and archives.
 //!
-//! A pull counts against its user's limit from the start. Its helper process finds out which image
-//! it is; then the image's name is reserved under `image_ops`. The image is published by a rename
-//! without a lock. An image of the same name is replaced only if no VM and no snapshot uses it.
+//! A pull counts against its user's limit from the start. Once its helper process has found out
+//! which image is being pulled, the image's name is reserved under `image_ops`. The image is
+//! published by a rename without a lock. An image of the same name is replaced only if no VM and no
+//! snapshot uses it.
 
 use super::access::Caller;
 use super::call::{CallOutcome, to_value};
@@ -45,8 +46,8 @@ struct Pull {
 }
 
 impl ImageService {
-    /// Begins to pull an image. `fds` has the read end of a FIFO with the archive or, for a
-    /// registry, with the caller's credential if there is one.
+    /// Begins to pull an image. `fds` contains the read end of a FIFO that carries the archive or,
+    /// for a registry, the caller's credential if there is one.
     pub fn image_pull(
         &self,
         caller: &Caller,
@@ -175,7 +176,8 @@ impl ImageService {
                 let doing = format!("replace image {name}");
                 self.check_owner(&pull.caller, &name, &doing)?;
                 self.check_unused(&name, &doing)?;
-                // Only those who may share an image decide what other users run.
+                // Only root and the daemon's own user decide what other users run. If anybody else
+                // replaces a shared image, the new image is private.
                 let is_shared = !present.private && pull.caller.is_privileged();
                 Ok(Decision::Replace { name, is_shared })
             }
@@ -189,8 +191,9 @@ impl ImageService {
 }
 
 impl ImageService {
-    /// Makes sure that there is a guest runtime, without which a pulled image cannot boot. A build
-    /// of one waits for other builds. If it waited for that of a runtime, it has nothing to do.
+    /// Builds a guest runtime unless there is a fresh one, because a pulled image cannot boot
+    /// without it. The build waits for other builds. If one of those has built a runtime, nothing
+    /// is left to do.
     pub(super) fn ensure_runtime(&self, op: &OpHandle) -> Result<()> {
         let (runtimes, commands) = (&self.guest_runtimes, self.commands.as_ref());
         if crate::image::runtime::fresh(runtimes, commands, op.cancel())?.is_some() {
@@ -203,7 +206,8 @@ impl ImageService {
             .map_err(|e| e.context("build the guest runtime"))
     }
 
-    /// Builds a guest runtime unless there is a fresh one. The caller has been admitted to build.
+    /// Builds a guest runtime unless there is a fresh one. The caller must have been admitted to
+    /// build.
     pub(super) fn build_runtime(&self, op: &OpHandle) -> Result<()> {
         let reporter = op.reporter();
         crate::image::runtime::ensure(
@@ -221,7 +225,8 @@ impl ImageService {
     pub fn image_show(&self, caller: &Caller, name: &ImageRef) -> Result<ImageShowReply> {
         let info = self.find(caller, name)?;
         let details = self.images.details(&info.name)?;
-        // An answer is one line. The rest of it takes less than the other half.
+        // The reply must fit into one frame. The history gets at most half of it, and everything
+        // else fits into the other half.
         let history = crate::image::shorten_history(details.history, page::PAGE_BYTES_MAX);
         Ok(ImageShowReply {
             image: info.to_api(caller.uid, self.vms_of_image(&info.name)),
@@ -234,7 +239,7 @@ impl ImageService {
 
     /// Gives an image an additional name, which belongs to the caller.
     pub fn image_tag(&self, caller: &Caller, request: &ImageTagRequest) -> Result<ImageReply> {
-        // The image is neither deleted nor replaced while its files are linked.
+        // The guard prevents the image's deletion and replacement while its files are linked.
         let name = self.resolve(caller, &request.image);
         let (info, _in_use) = self.use_image(caller, &name)?;
         require_may_share(caller, request.shared)?;
@@ -246,7 +251,7 @@ impl ImageService {
         let mut reserved = self.reserve(caller, self.pulls.config.pulls_per_uid_max)?;
         let name = self.new_name(caller, &request.name)?;
         self.reserve_new_name(&mut reserved, name.clone())?;
-        // The additional name needs the kernel, too.
+        // Prevent the kernel's deletion until the additional name refers to it.
         let kernel = info.kernel.as_ref();
         let _kernel = kernel
             .map(|name| self.kernel_service.use_kernel(name))
@@ -265,7 +270,8 @@ impl ImageService {
         })
     }
 
-    /// Removes cached layers and unused guest runtimes and, if asked, the caller's unused images.
+    /// Removes cached layers and unused guest runtimes. With `all`, also removes the caller's
+    /// unused images.
     pub fn image_prune(
         &self,
         caller: &Caller,
@@ -292,9 +298,9 @@ impl ImageService {
         Ok(reply)
     }
 
-    /// Removes the runtimes that no running VM and no snapshot uses, except the newest, which the
-    /// next boot uses. A boot that has just chosen an older one has a guard until the VM's row
-    /// names it.
+    /// Removes the runtimes that no running VM and no snapshot uses. Keeps the newest, which the
+    /// next boot uses. A boot that has just chosen an older runtime holds a guard until the VM's
+    /// row names the runtime.
     fn prune_runtimes(&self, reply: &mut ImagePruneReply) -> Result<()> {
         let runtimes = self.guest_runtimes.list()?;
         let Ok(newest) = self.guest_runtimes.newest() else {
@@ -367,7 +373,7 @@ impl Pull {
     }
 }
 
-/// Follows a pull for its operation.
+/// Decides for a pull under which name its image is published, and reports the pull's progress.
 struct Follower<'a> {
     service: &'a ImageService,
     op: &'a OpHandle,

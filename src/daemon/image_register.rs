@@ -34,8 +34,8 @@ impl ImageService {
     /// Begins to register the file whose descriptor is passed.
     ///
     /// # Errors
-    /// `invalid_argument` or `denied` if the descriptor is not that of a regular file of the
-    /// caller, `name_taken`, `kernel_not_found`, `busy`, `exhausted`.
+    /// `invalid_argument` or `denied` unless the descriptor refers to a regular file of the caller,
+    /// `name_taken`, `kernel_not_found`, `busy`, `exhausted`.
     pub fn image_register(
         &self,
         caller: &Caller,
@@ -110,7 +110,8 @@ impl ImageService {
         Ok(info.to_api(caller.uid, 0))
     }
 
-    /// Copies a file into the state directory if there is room, and if the caller may use it.
+    /// Copies a file into the state directory if there is room for it and the caller's limit allows
+    /// it.
     pub(super) fn copy_file(
         &self,
         op: &OpHandle,

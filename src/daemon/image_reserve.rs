@@ -1,5 +1,5 @@
-//! Reserves places, names and space for images that are being made. The name is reserved in memory,
-//! under `image_ops`; files are touched without a lock.
+//! Reserves a place among the user's operations, a name and space for each image that is being
+//! made. The name is reserved in memory, under `image_ops`; files are touched without a lock.
 //!
 //! How much space an image takes is known only once it is complete. So the limit of its user is
 //! checked right before it is published. From this check on, until the operation ends, the files of
@@ -19,7 +19,7 @@ use std::collections::HashMap;
 pub(super) const DELETE_HINT: &str = "delete an image: fcctl image rm NAME";
 
 impl Reserved {
-    /// Reserves a name, unless another operation holds it. Returns that one.
+    /// Reserves a name. If another operation holds the name, returns that operation instead.
     pub(super) fn hold(&mut self, name: &ImageRef) -> Option<NameHolder> {
         let mut builds = self.builds.lock();
         if let Some(holder) = builds.names.get(name) {
@@ -30,7 +30,8 @@ impl Reserved {
         None
     }
 
-    /// Allows the deletion of the image that was published. Its files count like those of others.
+    /// Allows the deletion of the published image, whose files now count like those of any other
+    /// image.
     pub(super) fn end_publication(&mut self) {
         if let Some(name) = &self.name {
             self.builds.lock().admitted.remove(name);
@@ -51,9 +52,9 @@ pub(super) fn name_is_busy(name: &ImageRef) -> Error {
 }
 
 impl ImageService {
-    /// Returns the name of a new image that a caller calls `name`. The host's names are those that
-    /// root and the daemon's own user give. All other users have names of their own, so nobody can
-    /// take a name before somebody else.
+    /// Returns the full name of a new image that the caller names `name`. Root and the daemon's own
+    /// user give names of the host. Every other user has separate names, so no user can take a name
+    /// away from another.
     pub(super) fn new_name(&self, caller: &Caller, name: &ImageRef) -> Result<ImageRef> {
         if let Some(uid) = name.owner()
             && (uid != caller.uid || caller.is_privileged())
@@ -214,7 +215,8 @@ impl ImageService {
             builds.admitted.insert(name.clone(), admitted);
             place
         };
-        // If two operations get here at the same time, only the later one counts both.
+        // If two operations are admitted at the same time, only the later one counts the files of
+        // both.
         let used = self.bytes_used(uid, place);
         let limit = self.pulls.config.image_bytes_per_uid_max;
         if used.as_ref().is_ok_and(|used| *used <= limit) {
@@ -228,10 +230,12 @@ impl ImageService {
         Err(Error::new(Kind::Exhausted, text).hint(DELETE_HINT))
     }
 
-    /// Returns the space that a user's images take, with those that are about to be published and
-    /// were admitted up to this place. An image that will be replaced does not count.
+    /// Returns the space that a user's images take. This includes images that are about to be
+    /// published if their place in the order of admissions is at most `last_place`. An image that
+    /// will be replaced does not count.
     fn bytes_used(&self, uid: u32, last_place: u64) -> Result<u64> {
-        // An image that is published after this counts as admitted, or it will be in the list.
+        // The admissions are copied before the images are listed. So an image whose publication
+        // ends meanwhile is in the copy or in the list.
         let admitted: HashMap<ImageRef, AdmittedFiles> = {
             let builds = self.builds.lock();
             let all = builds.admitted.iter();

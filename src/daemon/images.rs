@@ -72,7 +72,7 @@ pub(super) struct AdmittedFiles {
 /// A build or pull in progress. It ends when this is dropped.
 pub(super) struct Reserved {
     pub(super) builds: Arc<Mutex<Builds>>,
-    /// The reserved name. A pull may learn it late.
+    /// The reserved name. A pull sets it once it knows the name of its image.
     pub(super) name: Option<ImageRef>,
     /// Prevents the deletion of a new image before its operation has read it back.
     pub(super) in_use: Option<UseGuard<ImageRef>>,
@@ -88,7 +88,8 @@ impl Drop for Reserved {
         }
         builds.by_uid.remove(self.holder.uid);
         drop(builds);
-        // The next holder of the name may have to replace the image.
+        // Release the image before the next holder of the name wakes up, because it may replace the
+        // image.
         self.in_use = None;
         self.holder.ended.cancel(CancelCause::Finished);
     }
@@ -211,8 +212,8 @@ impl ImageService {
         });
         let mut infos = self.images.list()?;
         infos.retain(|info| is_usable(caller, info));
-        // An image of the host that one of the caller's own names hides is left out, so each name
-        // means the image beside it.
+        // Leave out each image of the host that an image of the caller hides, so that every listed
+        // name refers to the image listed with it.
         let own: HashSet<ImageRef> = infos
             .iter()
             .filter(|info| info.name.owner() == Some(caller.uid))
@@ -250,7 +251,8 @@ impl ImageService {
         name: &ImageRef,
     ) -> Result<ImageDeleteReply> {
         let doing = format!("delete image {}", name.said_by(caller.uid));
-        // The deletion of nothing must not be in the way of an image that is about to be published.
+        // If there is no such image, return before the delete guard is taken. The guard would get
+        // in the way of an image that is about to be published under this name.
         if let Err(e) = self.images.get(name)
             && e.kind() == Kind::ImageNotFound
         {
@@ -263,7 +265,7 @@ impl ImageService {
             )
             .hint("try again in a moment: fcctl image list")
         })?;
-        // The guard also prevents that another user's image gets the name after this check.
+        // The guard also prevents another user's image from getting the name after this check.
         self.check_owner(caller, name, &doing)?;
         self.check_unused(name, &doing)?;
         self.core.effects.before("delete the image")?;
@@ -305,7 +307,7 @@ impl ImageService {
             Ok(Some(uid)) => denied(format!("it belongs to uid {uid}")),
             Ok(None) => denied("it belongs to the host".to_owned()),
             Err(e) if e.kind() == Kind::ImageNotFound => Err(e),
-            // Nobody knows who owns an image whose description is damaged.
+            // If the description of an image is damaged, its owner is unknown.
             Err(e) => denied(e.to_string()),
         }
     }
@@ -316,10 +318,10 @@ impl ImageService {
             .read(|s| s.vms().filter(|row| row.shape.image == *name).count() as u64)
     }
 
-    /// Returns the name of the image that a caller means: the caller's own image, or else the one
-    /// that the host has under this name. Without a tag, both the name itself and the name with the
-    /// tag `latest` are meant. Prefers an image that the caller made or that is shared, because
-    /// users of earlier versions could take names of the host.
+    /// Returns the name of the image that the caller means: the caller's own image of this name, or
+    /// else the host's. A name without a tag also matches the name with the tag `latest`. Prefers
+    /// an image that the caller made or that is shared, because users of earlier versions could
+    /// take names of the host.
     pub(super) fn resolve(&self, caller: &Caller, name: &ImageRef) -> ImageRef {
         let mut names = vec![name.clone(), name.with_default_tag()];
         if name.owner().is_none() {
@@ -368,7 +370,7 @@ impl ImageService {
     }
 
     /// Returns the image that the creator of a VM means, with a guard. Root may see every image,
-    /// but must not boot another user's because it has an ordinary name.
+    /// but must not boot another user's image just because it has a name of the host.
     pub(super) fn use_image_for_vm(
         &self,
         caller: &Caller,
@@ -390,12 +392,12 @@ impl ImageService {
     }
 }
 
-/// Tells whether an image was made by the caller or is shared by root.
+/// Returns true if the image was made by the caller or is shared.
 fn is_trusted(caller: &Caller, info: &ImageInfo) -> bool {
     !info.private || info.owner_uid == Some(caller.uid)
 }
 
-/// Tells whether a caller may see an image.
+/// Returns true if the caller may see the image.
 pub(super) fn is_usable(caller: &Caller, info: &ImageInfo) -> bool {
     !info.private || caller.is_privileged() || info.owner_uid == Some(caller.uid)
 }

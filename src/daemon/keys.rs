@@ -41,7 +41,7 @@ impl Beginning {
     }
 }
 
-/// Whether a call's key is new or stands for an earlier call.
+/// A claimed key: either a new key, or the key of an earlier call.
 pub enum Keyed {
     /// The key is new. The call must begin and record its outcome.
     New(HeldKey),

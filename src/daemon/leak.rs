@@ -3,8 +3,8 @@
 use crate::api::daemon::Leak;
 use crate::error::{Error, Result};
 
-/// Returns the report of a resource that was found. If its removal was attempted, the report has
-/// the result, which is also logged.
+/// Describes a leftover resource. If its removal was attempted, the report contains the result,
+/// which is also logged.
 pub(super) fn leak(kind: &str, name: &str, why: &str, removed: Option<&Result<()>>) -> Leak {
     let error = removed.and_then(|r| r.as_ref().err()).map(Error::to_string);
     match (removed, &error) {

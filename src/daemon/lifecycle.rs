@@ -71,7 +71,7 @@ pub(super) struct Claim {
     pub timeout: Option<Duration>,
     /// The snapshot to restore in the boot.
     pub restore: Option<Restore>,
-    /// Ends the work early: aborts a boot, or shortens the grace of a stop.
+    /// Ends the work early: aborts a boot, or shortens the grace period of a stop.
     pub cancel: Cancel,
     pub ticket: Option<Ticket>,
 }
@@ -115,8 +115,8 @@ pub struct Lifecycle {
 }
 
 impl Lifecycle {
-    /// Answers a request as the transition table says. If the request claims the VM, another thread
-    /// does the work.
+    /// Answers a request according to the transition table. If the request claims the VM, another
+    /// thread does the work.
     pub(super) fn request(
         &self,
         caller: &Caller,
@@ -275,7 +275,7 @@ impl Lifecycle {
             self.runtimes.begin_boot(vm.key(), op.cancel().clone());
         } else {
             self.runtimes.cancel_users(vm.key(), &cause_for(verb));
-            // A stop cannot be cancelled, so its token can be used to shorten it.
+            // A stop cannot be cancelled. Cancelling its token only shortens its grace period.
             self.runtimes.begin_stop(vm.key(), op.cancel().clone());
         }
     }
@@ -436,8 +436,8 @@ impl Lifecycle {
         }
         let mut error = error.clone();
         if matches!(claim.verb, Verb::StopForce | Verb::Kill) {
-            // A kill works even if the disk does not. The row follows when the store is writable
-            // again: see `watch.rs`.
+            // A kill works even if the disk does not. The row is updated once the store is writable
+            // again (`watch.rs`).
             error = match self.kill_unrecorded(&claim.vm) {
                 Ok(()) => error.context("its VMM was killed, but that could not be recorded"),
                 Err(e) => e,

@@ -20,9 +20,9 @@
 //! three steps:
 //!
 //! 1. **Claim** (`lifecycle.rs`). Under the VM's lock, for microseconds: look up the table, write
-//!    the new state and the operation in one store transaction, cancel transfers and sessions if
-//!    the guest is about to end. The answer may also be "nothing to do", a refusal with a hint, or
-//!    "wait for the operation in progress".
+//!    the new state and the operation in one store transaction, and cancel transfers and sessions
+//!    if the guest is about to end. The answer may also be "nothing to do", a refusal with a hint,
+//!    or "wait for the operation in progress".
 //! 2. **Work** (`boot.rs`, `down.rs`). In the operation's own thread, without a lock. The thread
 //!    first waits until the claim is durable. A boot runs its steps one by one. Whatever a step
 //!    takes from the host is already in the ledger (`resources/`).
@@ -44,10 +44,10 @@
 //!
 //! ## Everything else that uses a guest
 //!
-//! Exec, copies, snapshots and connections are *uses*. They take no state. They check that the VM
-//! is `running` and join its cancel set in one section (`runtime.rs`), so a stop either finds them
-//! in the set and cancels them, or they are refused. They never hold the VM's lock while they talk
-//! to a guest.
+//! Exec, copies, snapshots and connections are *uses*. They do not change the VM's state. They
+//! check that the VM is `running` and join its cancel set in one section (`runtime.rs`), so a stop
+//! either finds them in the set and cancels them, or they are refused. They never hold the VM's
+//! lock while they talk to a guest.
 //!
 //! Pause, rates and the balloon are members of the row (`pause.rs`, `adjust.rs`). After a change of
 //! the row, the driver is called until the guest matches the row. If two callers change a VM at
@@ -79,8 +79,8 @@
 //! `vm_locks[id]` protects transitions and is held for microseconds. `workspace_locks[id]` is held
 //! by the operation's thread for a whole import or export. A stop never waits for a thread that
 //! holds it. `create_vm` and `image_ops` are single locks for names and images. `src/locks/rank.rs`
-//! has the order. Only the workspace lock may be held during I/O; under all others there is only
-//! memory access.
+//! defines the order. Only the workspace lock may be held during I/O; under all others there is
+//! only memory access.
 //!
 //! # Sharing between users
 //!

@@ -1,13 +1,15 @@
 //! Publishes ports of existing VMs, and stops publishing them, also while the VMs run.
 //!
-//! The row of a VM says which ports belong to it, and no other VM can get them. So a new port is
-//! written to the row before the VMM or the bridge forwards it, and a port is removed from the row
-//! after they have stopped. A crash in between leaves a running VM that differs from its row, and
-//! a call that was never answered. The next daemon makes the VM match the row when it adopts the VM
-//! ([`Controls::adopt_ports`] in user mode, [`crate::net::Net::mend`] on the bridge).
+//! The row of a VM lists the ports that belong to the VM, and no other VM can get them. So a new
+//! port is written to the row before the VMM or the bridge forwards it, and a port is removed from
+//! the row after they have stopped forwarding it. After a crash in between, a running VM differs
+//! from its row, and the caller has not received an answer. The next daemon makes the VM match the
+//! row when it adopts the VM ([`Controls::adopt_ports`] in user mode, [`crate::net::Net::mend`] on
+//! the bridge).
 //!
 //! One call at a time changes a VM's ports ([`super::port_claims`]). A stop, a start or a deletion
-//! does not wait for it. If the VM ends meanwhile, the change takes effect at its next start.
+//! does not wait for such a call. If the VM ends meanwhile, the change takes effect at its next
+//! start.
 
 use super::access::Caller;
 use super::adjust::refused;
@@ -33,7 +35,7 @@ impl Controls {
     ///
     /// # Errors
     /// `port_taken` if a VM or a program on the host has one of them, `wrong_state` while the VM
-    /// starts or stops, and those of `check_ports`.
+    /// starts or stops, and the errors of `check_ports`.
     pub fn add_ports(&self, caller: &Caller, request: &VmPortsRequest) -> Result<VmPortsReply> {
         let found = self.find_for_ports(caller, request)?;
         let _claim = self.port_claims.claim(&found, &self.core.closing)?;
@@ -163,12 +165,12 @@ impl Controls {
         if row.tap.is_some() {
             return self.forward_on_bridge(row, &row.ports);
         }
-        // The VMM's errors are less clear.
+        // Check the ports first, because the VMM's errors are less clear.
         net::require_free_ports(ports)?;
         let vm = self.vmms.vm(row, identity(row)?)?;
         let opened = vm.forward(ports, &[], &self.core.closing);
         if opened.as_ref().is_err_and(|e| e.kind() != Kind::VmmFailed) {
-            // The VMM may have opened them although it did not say so in time.
+            // The VMM may have opened the ports although it did not answer in time.
             let _ = vm.forward(&[], ports, &self.core.closing);
         }
         opened
@@ -190,8 +192,8 @@ impl Controls {
         };
         let guest = self.networks.guest(row, net)?;
         let forwarded = net.forward(&guest, ports, &self.core.closing);
-        // A stop releases the ports once the row says `stopping`. If it has begun, it may have
-        // released them before they were forwarded.
+        // A stop releases the ports after it has set the state to `stopping`. So a stop that has
+        // begun meanwhile may have released them before they were forwarded.
         if !self.still_runs(row)
             && let Err(e) = net.unforward(&guest.tag)
         {
@@ -200,15 +202,15 @@ impl Controls {
         forwarded
     }
 
-    /// True if the boot that `row` is about still runs.
+    /// True if the VM still runs in the boot that `row` describes.
     fn still_runs(&self, row: &VmRow) -> bool {
         self.core
             .row(&row.id)
             .is_ok_and(|now| now.generation == row.generation && now.state == VmState::Running)
     }
 
-    /// Removes ports that could not be opened from the row. Returns false if the boot has ended
-    /// since. Then they stay, and the next start opens them.
+    /// Removes from the row the ports that could not be opened. Returns false if the boot has ended
+    /// since. In that case the ports stay, and the next start opens them.
     fn take_back(&self, before: &VmRow, ports: &[Port]) -> bool {
         let mut is_undone = false;
         let undone = self.core.change_row(&before.id, true, |row| {
@@ -228,7 +230,7 @@ impl Controls {
     }
 
     /// Removes ports from the row, durably. Returns false if the VM was started or stopped since
-    /// `seen` was read. After an error, the ports are still the VM's.
+    /// `seen` was read. After an error, the ports still belong to the VM.
     fn remove_from_row(&self, seen: &VmRow, ports: &[Port]) -> Result<bool> {
         let removed = self.try_remove_from_row(seen, ports);
         if removed.is_err()
@@ -263,7 +265,7 @@ impl Controls {
         if row.tap.is_some() {
             return;
         }
-        // A call that is changing the ports makes them match.
+        // If a call is changing the ports, that call makes the VMM match the row.
         let Some(_claim) = self.port_claims.try_claim(&row.id) else {
             return;
         };
@@ -280,7 +282,7 @@ impl Controls {
         let vm = self.vmms.vm(row, identity(row)?)?;
         let closing = &self.core.closing;
         let mut there = vm.forwarded(closing)?;
-        // The port of the guest's SSH server is not a published one.
+        // The port of the guest's SSH server is not a published port.
         there.retain(|port| {
             port.protocol == Protocol::Udp
                 || row.ssh_addr != Some((port.host_addr, port.host_port).into())

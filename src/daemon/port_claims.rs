@@ -17,7 +17,7 @@ pub(super) struct PortClaims {
     freed: Condvar,
 }
 
-/// Lasts until it is dropped.
+/// The right to change the ports of a VM. It ends when this is dropped.
 pub(super) struct PortClaim<'a> {
     claims: &'a PortClaims,
     vm: VmId,

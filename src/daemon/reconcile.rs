@@ -156,8 +156,8 @@ impl Reconciler {
         due.into_iter().map(|(_, id)| id).collect()
     }
 
-    /// Waits until the first pass has ended. Before the end of the first pass, what an earlier
-    /// daemon left is not a leak.
+    /// Waits until the first pass has ended. Until then, leftovers of an earlier daemon are not
+    /// leaks.
     pub(super) fn wait_first_pass(&self) -> Result<()> {
         let mut is_done = self.first_pass.is_done.lock();
         let deadline = Instant::now() + FIRST_PASS_DEADLINE;
@@ -213,11 +213,12 @@ impl Reconciler {
         }
     }
 
-    /// Reconciles one VM. `generation` is that of the boot that an earlier daemon left.
+    /// Reconciles one VM. `generation` is the generation of the boot that an earlier daemon left.
     fn reconcile_vm(&self, id: &VmId, generation: u64) -> Result<Next> {
         let _label = crate::locks::operation_scope(format!("reconcile {id}"));
         let row = self.core.row(id)?;
-        // All operations of earlier daemons have ended, so one in progress belongs to this daemon.
+        // All operations of earlier daemons have ended, so an operation in progress is this
+        // daemon's.
         let is_owned = row
             .op
             .as_ref()
@@ -293,7 +294,8 @@ impl Reconciler {
                 })?;
                 self.core.wait_durable_in_time(&ticket)
             }
-            // The VMM is alive, so it is not killed. The user sees that it cannot be reached.
+            // The VMM is alive, so it is not killed. The VM's reason shows that the VMM cannot be
+            // reached.
             Err(e) => {
                 log::warn!("adopt the VMM of VM {}: {e}", row.name);
                 self.adopter.adoptions.note_failure(row);

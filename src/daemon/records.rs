@@ -13,7 +13,7 @@ pub(super) struct Record {
     /// The number of daemons that died in an attempt.
     pub deaths: u32,
     pub is_under_way: bool,
-    /// The daemon does nothing with the VM unless a user asks.
+    /// True if the daemon does nothing with the VM without a request of a user.
     pub is_left_alone: bool,
 }
 

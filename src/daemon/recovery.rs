@@ -2,7 +2,7 @@
 //! it dies while doing that, the guest may be the cause and would kill every later daemon too. So
 //! no attempt is repeated in the same way.
 //!
-//! | where the last daemon died | what the next one does |
+//! | where the last daemon died | what the next daemon does |
 //! |---|---|
 //! | not in a resumed operation | resumes what was in progress |
 //! | in a resumed stop | resumes it, but kills the VMM without asking the guest |

@@ -41,8 +41,8 @@ use std::time::{Duration, Instant};
 const RESTORE_DEADLINE: Duration = Duration::from_secs(3600);
 
 impl Snapshots {
-    /// Restores a snapshot, into the VM from which it was taken or into a new one. The former must
-    /// not be running. A new VM is deleted if the restore fails.
+    /// Restores a snapshot, into the VM from which it was taken or into a new VM. The original VM
+    /// must not be running. A new VM is deleted if the restore fails.
     pub fn snapshot_restore(
         &self,
         caller: &Caller,
@@ -135,7 +135,7 @@ impl Snapshots {
     /// Creates a VM of this shape. The VM is marked `rm` until it runs, so it is deleted if its
     /// start fails or the daemon dies.
     fn create_like(&self, caller: &Caller, shape: &VmShape, name: Option<VmName>) -> Result<Vm> {
-        // The same name may mean another image to the caller.
+        // Use exactly this image, because the same name may mean another image to the caller.
         let image = self.creator.image_service.use_image(caller, &shape.image)?;
         let request = request(shape, name);
         self.creator.create_from(caller, &request, image, None)
@@ -216,8 +216,8 @@ impl Snapshots {
         }
     }
 
-    /// Makes the checks that are possible before anything begins, and returns what a boot needs to
-    /// restore the snapshot. The snapshot cannot be deleted until that is dropped.
+    /// Makes the checks that are possible before the boot, and returns what a boot needs to restore
+    /// the snapshot. The snapshot cannot be deleted until the returned value is dropped.
     fn restore_of(&self, row: SnapshotRow, in_other_vm: bool) -> Result<Restore> {
         self.vmm.can_load(&row.driver, in_other_vm)?;
         if row.on_bridge != self.networks.net.is_some() {

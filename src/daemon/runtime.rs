@@ -1,5 +1,5 @@
-//! Keeps in memory what the daemon knows about a VM beyond its row: how to cancel the operation in
-//! progress, which operation follows, and why the guest is paused.
+//! Keeps the state of a VM that is in memory only: how to cancel the operation in progress, which
+//! operation follows, and why the guest is paused.
 
 mod pauses;
 mod users;
@@ -184,7 +184,8 @@ impl Runtimes {
         self.with(vm, |r| r.keeps = keeps);
     }
 
-    /// Returns whether the stop that has ended keeps a VM with `rm`. Later stops do not.
+    /// Returns true if the stop that has ended keeps a VM with `rm`. Resets the flag for later
+    /// stops.
     pub(super) fn take_keep(&self, vm: &VmId) -> bool {
         self.with(vm, |r| std::mem::take(&mut r.keeps))
     }

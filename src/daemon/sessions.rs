@@ -394,7 +394,7 @@ impl Sessions {
         let target = self.guests.target(&row)?;
         let login_user = match Layout::of(&row) {
             Layout::Own => request.user.clone(),
-            // The login shell changes the user: fcctl passes FCD_USER.
+            // The login shell changes to the user that fcctl passes in FCD_USER.
             Layout::Runtime => None,
         };
         let workdir = self

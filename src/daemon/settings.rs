@@ -1,5 +1,5 @@
-//! `vm.rename`, and `vm.set`, which changes settings for the next start, and labels and the rates
-//! of a running VM at once.
+//! Implements `vm.rename` and `vm.set`. `vm.set` changes settings for the next start. It also
+//! changes labels and, on request, the rates of a running VM at once.
 
 use super::access::Caller;
 use super::controls::Controls;
@@ -75,8 +75,8 @@ impl Controls {
 }
 
 impl Controls {
-    /// Gives the VM another name. Nothing on the host is named after the name, so this only changes
-    /// the row.
+    /// Gives the VM another name. Nothing on the host is called by this name, so only the row
+    /// changes.
     pub fn rename(&self, caller: &Caller, request: &VmRenameRequest) -> Result<Vm> {
         let row = self.core.resolve(caller, &request.vm)?;
         let ticket = {
@@ -101,7 +101,7 @@ impl Controls {
     }
 }
 
-/// Refuses to start a VM again that is deleted when it ends.
+/// Refuses an automatic restart for a VM that is deleted when it ends.
 pub(super) fn check_restart(restart: Restart, rm: bool) -> Result<()> {
     if rm && restart == Restart::Always {
         let text = "a VM that is deleted when it ends cannot restart";

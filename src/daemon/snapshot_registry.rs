@@ -1,4 +1,4 @@
-//! Tracks the snapshots that are being made, and knows the files of all snapshots.
+//! Tracks the snapshots that are being made, and provides the paths of the files of all snapshots.
 
 use super::uses::{UseGuard, Uses};
 use super::vm_dir::{DISK_FILE, WORK_DISK_FILE};

@@ -1,9 +1,9 @@
 //! Writes the files of snapshots: a guest's memory and disks at one moment.
 //!
-//! A snapshot is a directory, and a row once it is complete. `private/` holds `memory` and
-//! `devices`, which a VMM gets as a descriptor or a hard link. The files `disk` and `work`, the
-//! kernel and the initrd are next to it. The directory is in the ledger until the row exists, and
-//! again while the snapshot is being deleted. A snapshot outlives its VM.
+//! A snapshot is a directory and, once it is complete, a row. `private/` holds `memory` and
+//! `devices`, which a VMM gets as a descriptor or a hard link. The files of the disks, the kernel,
+//! the initrd and the guest runtime are next to it. The directory is in the ledger until the row
+//! exists, and again while the snapshot is being deleted. A snapshot outlives its VM.
 //!
 //! 1. The guest gets a script (`src/guest/rejoin.sh`) that waits for another seed drive. The script
 //!    is part of the saved memory and continues in the restored guest.
@@ -436,7 +436,7 @@ fn link(from: &Path, to: &Path) -> Result<()> {
         })
 }
 
-/// Makes a name of an ID. The name has a prefix, because an ID may begin with a digit and a name
+/// Makes a name from an ID. The name has a prefix, because an ID may begin with a digit and a name
 /// may not.
 pub(super) fn id_name(id: &SnapshotId) -> SnapshotName {
     format!("s{id}").parse().expect("letters and digits")

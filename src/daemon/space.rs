@@ -1,5 +1,6 @@
-//! `fcd.space`: how much of the host's disk VMs, images and what serves them use, and what nothing
-//! needs. The answer comes from the store and from the sizes of files, without a lock.
+//! Answers `fcd.space`: how much of the host's disk VMs, images, cached layers, guest runtimes,
+//! kernels and snapshots use, and how much of that can be freed. The sizes come from the store and
+//! from the files. No lock is held.
 
 use super::access::Caller;
 use super::images::{ImageService, is_usable};
@@ -23,8 +24,9 @@ struct InUse {
 }
 
 impl ImageService {
-    /// Returns the space that each kind uses. An ordinary user gets what belongs to that user, and
-    /// what serves all users. Reclaimable is what the caller may remove and nothing needs.
+    /// Returns the space that each kind uses. For an ordinary user, counts what belongs to that
+    /// user and what serves all users. Space is reclaimable if nothing needs it and the caller may
+    /// free it.
     pub fn space(&self, caller: &Caller) -> Result<SpaceReply> {
         let in_use = self.in_use();
         Ok(SpaceReply {
@@ -79,7 +81,7 @@ impl ImageService {
         space
     }
 
-    /// Images can share files, which count once.
+    /// Counts a file once, even if several images share it.
     fn image_space(&self, caller: &Caller, in_use: &InUse) -> Result<SpaceUse> {
         let mut space = SpaceUse::new(SpaceKind::Images);
         let (mut all, mut kept) = (DiskUse::default(), DiskUse::default());
@@ -131,7 +133,8 @@ impl ImageService {
         Ok(space)
     }
 
-    /// A kernel is only removed by name, because somebody imported it on purpose.
+    /// Reports no kernel as reclaimable. A kernel is deleted only by name, because somebody
+    /// imported it on purpose.
     fn kernel_space(&self) -> Result<SpaceUse> {
         let mut space = SpaceUse::new(SpaceKind::Kernels);
         for kernel in self.kernel_service.kernels.list()? {
@@ -145,7 +148,7 @@ impl ImageService {
         Ok(space)
     }
 
-    /// A snapshot is only removed by name, like a kernel.
+    /// Reports no snapshot as reclaimable. Like a kernel, a snapshot is deleted only by name.
     fn snapshot_space(&self, caller: &Caller) -> SpaceUse {
         let mut space = SpaceUse::new(SpaceKind::Snapshots);
         self.core.store.read(|s| {

@@ -18,8 +18,8 @@ use crate::vmm::{DiskFormat, VmmSpec};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// How often to look for the newest guest runtime. Each try fails only if a newer one has been
-/// published.
+/// How many times to look for the newest guest runtime. A try fails only if the runtime is deleted
+/// meanwhile, because a newer one has been published.
 const RUNTIME_TRIES_MAX: usize = 10;
 
 /// Makes the specifications of VMs for the driver.
@@ -45,7 +45,7 @@ impl Specs {
     pub(super) fn use_newest_runtime(&self) -> Result<(RuntimeId, UseGuard<RuntimeId>)> {
         for _ in 0..RUNTIME_TRIES_MAX {
             let id = self.guest_runtimes.newest()?.id;
-            // A newer one may have been published since, and this one deleted.
+            // The runtime may have been deleted since, after a newer one was published.
             if let Some(in_use) = self.runtime_uses.begin_use(&id)
                 && self.guest_runtimes.get(&id).is_ok()
             {

@@ -1,20 +1,20 @@
-//! Deletes temporary images. `fcctl image commit` has one made of the caller's disk, to boot it in
-//! a VM that cleans the copy. fcctl deletes the image afterwards. If it was killed, the daemon
-//! does.
+//! Deletes temporary images. `fcctl image commit` makes a temporary image of a VM's disk and boots
+//! it in a VM that cleans the copy. Afterwards, fcctl deletes the image. If fcctl was killed, the
+//! daemon deletes it.
 
 use super::images::ImageService;
 use crate::error::Kind;
 use crate::ids::ImageRef;
 use std::time::Duration;
 
-/// How long a temporary image lives before a VM is created from it.
+/// How long a temporary image is kept for the caller to create a VM from it.
 const GRACE: Duration = Duration::from_secs(30);
 /// How often to look whether a temporary image is still used.
 const PERIOD: Duration = Duration::from_secs(2);
 
 impl ImageService {
-    /// Deletes the temporary images that an earlier daemon has left, in the background. Their
-    /// callers are gone.
+    /// Deletes, in the background, the temporary images that an earlier daemon left. They get no
+    /// grace period, because their callers are gone.
     pub fn delete_temporary_images(&self) {
         let images = self.images.list().unwrap_or_else(|e| {
             log::warn!("look for temporary images: {e}");

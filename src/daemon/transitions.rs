@@ -91,8 +91,8 @@ const WAIT_STOPPED: &str = "wait until it has stopped: fcctl vm wait {vm}, then 
 const WAIT_RUNNING: &str =
     "wait until it is running: fcctl vm wait --state running {vm}, then try again";
 
-/// Decides what `verb` does to a VM in `state`. `restarting` is true for a `stopping` VM whose row
-/// says that a start follows.
+/// Decides what `verb` does to a VM in `state`. `restarting` is true for a `stopping` VM that
+/// starts again once it has stopped.
 pub const fn decide(state: VmState, restarting: bool, verb: Verb) -> Decision {
     use VmState::{Created, Deleting, Failed, Running, Starting, Stopped, Stopping};
     match (state, verb) {

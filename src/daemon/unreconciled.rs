@@ -189,7 +189,7 @@ impl Unreconciled {
 }
 
 /// The VMMs that earlier daemons left, from one scan of the host's processes. No VMM of an earlier
-/// boot can appear after the scan, so one that is not in the scan has exited.
+/// boot can appear after the scan, so a VMM that is not in the scan has exited.
 pub(super) struct EarlierVmms {
     /// The VMs that were not reconciled when this daemon started, each with its generation.
     generations: HashMap<VmId, u64>,

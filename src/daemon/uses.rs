@@ -1,5 +1,5 @@
 //! Prevents things in use from being deleted, and things being deleted from being used. Callers
-//! hold a guard while they use or delete something, and no lock.
+//! hold a guard, not a lock, while they use or delete something.
 
 use crate::locks::{Mutex, Rank};
 use std::collections::{HashMap, HashSet};

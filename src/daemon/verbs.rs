@@ -9,7 +9,7 @@ use crate::error::{Kind, Result};
 use crate::ids::VmId;
 use std::time::Duration;
 
-/// The longest grace period. If a caller asks for a longer one, this one applies.
+/// The longest grace period. A longer period in a request is shortened to this.
 const STOP_TIMEOUT_MAX: Duration = Duration::from_secs(3600);
 
 impl Lifecycle {

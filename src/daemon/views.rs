@@ -35,8 +35,8 @@ impl Views {
             .ok_or_else(|| vm_not_found(id.as_str()))
     }
 
-    /// Adds that a guest is paused because the host's disk is full. The row does not contain this,
-    /// because it could not be written to a full disk.
+    /// Adds that a guest is paused because the host's disk is full. The row does not contain the
+    /// pause, because it could not be written to a full disk.
     pub(super) fn with_pause(&self, mut vm: Vm) -> Vm {
         vm.reason = self.pause_reason(vm.state, &vm.id).or(vm.reason);
         vm
@@ -102,7 +102,7 @@ impl Views {
         })
     }
 
-    /// Returns the reply of a lifecycle operation, made of the row that its commit is about to
+    /// Returns the reply of a lifecycle operation, built from the row that its commit is about to
     /// write.
     pub(super) fn vm_value(&self, row: &VmRow) -> Result<Value> {
         to_value(&VmReply {

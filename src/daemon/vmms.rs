@@ -1,4 +1,5 @@
-//! The VMM processes of VMs: finds them again, tells them from other processes, and kills them.
+//! The VMM processes of VMs: finds them again, distinguishes them from other processes, and kills
+//! them.
 
 use super::core::Core;
 use super::spec::Specs;
@@ -118,7 +119,7 @@ impl Vmms {
         {
             return end;
         }
-        // A guest that reboots cleanly is reset as well. Its disk shows the difference.
+        // A guest that reboots cleanly is reset as well. Its disk shows whether it did so.
         let Some(method) = row.disk_driver.as_deref().and_then(Method::from_name) else {
             return end;
         };

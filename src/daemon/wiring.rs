@@ -89,7 +89,7 @@ pub struct Parts {
     started: Instant,
 }
 
-/// A handle on a daemon. Clones refer to the same daemon.
+/// A handle to a daemon. Clones refer to the same daemon.
 #[derive(Clone)]
 pub struct Daemon(Arc<Parts>);
 
@@ -183,7 +183,7 @@ impl Daemon {
         Ok(daemon)
     }
 
-    /// Probes the host's virtualisation before the first boot, if the default image exists to probe
+    /// Probes the host's virtualisation before the first boot, if there is a default image to probe
     /// it with. May take several seconds.
     pub fn warm_up(&self) {
         let Ok(image) = self.lifecycle.images.get(&self.config.vm.image) else {

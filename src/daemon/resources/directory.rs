@@ -125,7 +125,7 @@ pub(super) fn reach_check(state_dir: &Path, driver: VmmDriver) -> Option<Check> 
     if !nix::unistd::geteuid().is_root() || driver == VmmDriver::Firecracker {
         return None;
     }
-    // The daemon sets the mode of the state directory itself when it starts.
+    // The state directory's own mode is not checked, because the daemon sets it at its start.
     let closed = reach::closed_to_others(state_dir)?;
     let (closed, state_dir) = (closed.display(), state_dir.display());
     let found = format!(

@@ -1,6 +1,5 @@
-//! What a VMM has on the host in addition to its process and files: its root directory and its
-//! control group. The driver makes them when it starts the VMM, so no boot step does. They are
-//! removed when the VMM has exited.
+//! The jail of a VMM: its root directory and its control group. The driver makes them when it
+//! starts the VMM, so no boot step does. They are removed when the VMM has exited.
 
 use super::{HostView, Resource, Resources, Span};
 use crate::api::daemon::Check;

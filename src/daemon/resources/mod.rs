@@ -2,9 +2,9 @@
 //!
 //! A [`BootStep`] is something that a boot does. A boot runs all of [`STEPS`] in order.
 //!
-//! A [`Resource`] is a kind of thing that is in the ledger while it may exist on the host. It knows
-//! which instance a boot needs, how to release it, and how to find it again. A step that acquires a
-//! resource is in the same file. Steps that acquire nothing are in `steps/`.
+//! A [`Resource`] is a kind of thing that is in the ledger while it may exist on the host. The
+//! trait names the resource that a boot needs, releases it, and finds it again. A step that
+//! acquires a resource is in the same file. Steps that acquire nothing are in `steps/`.
 //!
 //! The claim of a start writes everything that the boot is about to acquire into the ledger, in the
 //! claim's own transaction. A boot that fails releases its resources in the reverse order of
@@ -113,7 +113,7 @@ pub(super) trait Resource: Send + Sync {
     /// fcd.
     fn found(&self, resources: &Resources) -> Result<Vec<String>>;
 
-    /// True if the resource must not be removed although it is not in the ledger.
+    /// True if the resource must not be removed even if it is not in the ledger.
     fn is_in_use(&self, _resources: &Resources, _name: &str) -> bool {
         false
     }
@@ -192,7 +192,8 @@ fn is_leftover(state: &State, row: &LedgerRow) -> bool {
     }
 }
 
-/// Removes the directory of a snapshot that has no row and is not being made, and its ledger row.
+/// Removes the directory and the ledger row of a snapshot that is neither in the store nor in
+/// progress.
 pub(super) fn discard_snapshot(resources: &Resources, id: &SnapshotId, ledger: u64) -> Result<()> {
     let (vm, kind, name) = (None, snapshot::KIND.to_owned(), id.to_string());
     resources.release_row(
@@ -313,7 +314,7 @@ impl Resources {
     /// A sweep is idempotent. It skips what is currently being acquired or released.
     pub(super) fn sweep(&self, fix: bool) -> Vec<Leak> {
         let mut leaks = Vec::new();
-        // The VMs whose VMM could not be killed. They keep everything.
+        // The VMs whose VMM could not be killed. Their resources are not released.
         let mut stuck: Vec<Option<VmId>> = Vec::new();
         for resource in ALL.into_iter().rev() {
             // Look at the host before the ledger, because a resource is in the ledger before it

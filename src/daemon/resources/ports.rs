@@ -12,7 +12,7 @@ const KIND: &str = "ports";
 
 pub(super) struct Ports;
 
-/// Writes into the ledger that the bridge forwards ports to a running VM, unless it is there.
+/// Adds a ledger row for the ports that the bridge forwards to a running VM, unless there is one.
 pub(in crate::daemon) fn intend_forwards(tx: &mut Tx, row: &VmRow, tag: &Tag) {
     let is_there = |l: &LedgerRow| l.kind == KIND && l.name == tag.as_str();
     if !tx.ledger_of(&row.id).any(|l| is_there(l)) {

@@ -49,8 +49,8 @@ impl Resource for Snapshot {
             .collect())
     }
 
-    /// Checks the registry first. A snapshot gets its row before it leaves the registry, so it is
-    /// never missed.
+    /// Checks the registry first. A snapshot gets its row before it leaves the registry, so every
+    /// snapshot is found in one of the two.
     fn is_in_use(&self, resources: &Resources, name: &str) -> bool {
         let Ok(id) = name.parse() else { return true };
         resources.snapshot_registry.contains(&id)

@@ -45,8 +45,8 @@ impl Resources {
             }
         }
         for path in [&from.memory, &from.devices] {
-            // Share the files again, because an earlier version gave the saved state to a group of
-            // all VMMs.
+            // Share the files again, because an earlier version gave all VMMs access to the saved
+            // state through a common group.
             share_saved(path, boot.spec.credentials)
                 .map_err(|e| damaged(saved, path, &e.to_string()))?;
         }

@@ -20,7 +20,7 @@ impl BootStep for RootDisk {
             return Ok(());
         }
         resources.prepare_disk(boot)?;
-        // The row now says how the disk was made.
+        // The row now records how the disk was made.
         boot.row = resources.core.row(&boot.row.id)?;
         boot.spec = resources
             .specs
@@ -58,9 +58,9 @@ fn disk_check(host: &HostView<'_>) -> Check {
 }
 
 impl Resources {
-    /// Decides again how root disks are made: the host's disk may have been full when the daemon
-    /// started. A device-mapper snapshot is refused, because the claim did not put its device into
-    /// the ledger.
+    /// Decides again how root disks are made, because the first probe may have failed, for example
+    /// on a full disk. A device-mapper snapshot is refused, because the claim did not put its
+    /// device into the ledger.
     fn probe_again(&self) -> Result<Method> {
         let now = probe(&self.disk, self.vmm.as_ref(), &self.core.state_dir)?.method;
         match self.specs.disk_probe.as_ref() {

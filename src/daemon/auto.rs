@@ -50,7 +50,9 @@ pub(super) fn check(missing: Option<&Missing>) -> Check {
         Some(Missing { what, fix }) => {
             let mut check = Check::ok(
                 ID,
-                format!("auto: VMs are started by QEMU, because for Firecracker {what}"),
+                format!(
+                    "auto: VMs are started by QEMU, because Firecracker cannot be used: {what}"
+                ),
             );
             check.fix = Some(fix.clone());
             check

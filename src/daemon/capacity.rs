@@ -70,7 +70,7 @@ impl Capacity {
         }
         if bytes > max {
             return Err(Error::invalid(format!(
-                "a disk of {}: at most {}",
+                "a disk of {}: use at most {}",
                 size(bytes),
                 size(max)
             ))
@@ -102,7 +102,7 @@ impl Capacity {
             Err(Error::new(
                 Kind::MemoryLimit,
                 format!(
-                    "{} MiB more memory: {used} of {whose} {max} MiB are in use",
+                    "reserve {} MiB of memory: {used} of {whose} {max} MiB are in use",
                     row.shape.mem_mib
                 ),
             )

@@ -187,8 +187,8 @@ fn helper_check(landlock: io::Result<i64>) -> Check {
         },
     };
     let found = format!(
-        "{why}, so only the system call filter, their uid and the modes of files keep helper \
-         processes from the host's files"
+        "{why}, so helper processes are kept from the host's files only by the system call \
+         filter, their uid and the modes of files"
     );
     Check::warn(ID, found, fix)
 }

@@ -172,7 +172,7 @@ impl Reconciler {
                 Kind::Busy,
                 "fcd is still cleaning up after an earlier run",
             )
-            .hint("try again in a moment; the daemon's log says what is taking so long")),
+            .hint("try again in a moment; see the daemon's log for what takes so long")),
             Waited::Cancelled => Err(Error::new(
                 Kind::ShuttingDown,
                 "the daemon is shutting down",

@@ -115,7 +115,7 @@ impl ExecIo {
             return Err(Error::invalid(
                 "a command comes in the request or through a descriptor, not both",
             )
-            .hint("leave argv, env and workdir out where streams has command"));
+            .hint("leave out argv, env and workdir if streams contains command"));
         }
         let deadline = Instant::now() + COMMAND_DEADLINE;
         let bytes = read_to_end(

@@ -74,7 +74,7 @@ impl Claim {
         })
     }
 
-    /// Takes over the installations of an earlier claim of the same state directory, all as former
+    /// Records the installations of an earlier claim of the same state directory as former
     /// installations.
     fn inherit(&mut self, earlier: Claim) {
         self.former = earlier.former;
@@ -175,7 +175,7 @@ pub(super) fn take(state_dir: &Path, qemu: &Qemu, network: &Network, dir: &Path)
     })
 }
 
-/// Fails if a valid claim in another file conflicts with this one.
+/// Fails if a valid claim in the file at `path` conflicts with `claim`.
 fn check_conflict(claim: &Claim, path: &Path) -> Result<()> {
     let file = open(path)?;
     let is_held = is_held(&file);
@@ -250,7 +250,8 @@ impl Registry {
         let Some(mut claim) = read(&file, &path)? else {
             return Ok(());
         };
-        // Until the claim names its installation, that installation may be one of the former ones.
+        // Until the claim names its installation, that installation may be one of the former
+        // installations.
         if claim.install_id.is_none() {
             return Ok(());
         }

@@ -47,8 +47,8 @@ impl Connection<'_> {
         self.passed.set(Some(fd));
     }
 
-    /// Sends a note before the answer. Blocks up to [`super::Limits::write_stall`] while the caller
-    /// does not read.
+    /// Sends a note before the answer. Blocks for up to [`super::Limits::write_stall`] while the
+    /// caller does not read.
     ///
     /// # Errors
     /// `InvalidData` if the note is too long. Every other error means that the caller has

@@ -98,7 +98,7 @@ impl Server {
     /// Creates the socket and begins to accept. The socket has mode 0660, and the group `fcd` if
     /// this process is root and the group exists. The last component of its directory is created if
     /// it is missing. A socket on which nothing listens is replaced. If systemd has passed a socket
-    /// for this path, that one is used.
+    /// for this path, the server uses that socket.
     ///
     /// # Errors
     /// `busy` if something listens on the socket, `target_exists` if the path is not a socket of

@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 const PEAK_MIN: usize = 32;
 /// A peak is over when at most 1/8 of its connections are left.
 const PEAK_PART_LEFT: usize = 8;
-/// Time between the end of a peak and the return of memory. The connections of a crowd end within
-/// milliseconds of each other, and what a thread frees as it ends after the return is kept.
+/// The time from the end of a peak to the return of memory. The connections of a crowd end within
+/// milliseconds of each other, and memory that their threads free after the return is not returned.
 const PEAK_SETTLES: Duration = Duration::from_millis(250);
 
 #[derive(Default)]

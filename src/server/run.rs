@@ -97,7 +97,7 @@ pub fn run(config: Config) -> Result<()> {
     );
     crate::host::thread::spawn("second-signal", move || {
         // A closing terminal sends SIGHUP, and so does its shell. So SIGHUP never cuts the drain
-        // short, and after a SIGHUP only the second other signal does.
+        // short, and after a SIGHUP it takes two other signals to do so.
         let mut left = if first == SIGHUP { 2 } else { 1 };
         for signal in signals.forever() {
             left -= i32::from(signal != SIGHUP);

@@ -1,9 +1,9 @@
 //! Creates the socket file. Only root and this process's user may be able to write to its
 //! directory. The socket never replaces a file that is in use or belongs to somebody else.
 //!
-//! If systemd listens on the path and has passed its socket (`fcd.socket`), that one is used, and
-//! the file stays systemd's. Callers who connect while the daemon restarts then wait for the next
-//! one.
+//! If systemd listens on the path and has passed its socket (`fcd.socket`), the server uses that
+//! socket and never removes its file. Callers who connect while the daemon restarts then wait for
+//! the next daemon.
 
 use crate::error::{Error, Kind, Result};
 use crate::host::command::{Command, run_any_status};
@@ -130,8 +130,8 @@ fn is_at(address: &std::os::unix::net::SocketAddr, path: &Path) -> bool {
     at == path || matches!((at.canonicalize(), path.canonicalize()), (Ok(a), Ok(b)) if a == b)
 }
 
-/// Looks up the group whose members may connect. If that fails, only root can connect, and the log
-/// says why.
+/// Looks up the group whose members may connect. If that fails, logs the reason, and only root can
+/// connect.
 fn socket_gid() -> Option<u32> {
     gid_of(SOCKET_GROUP).unwrap_or_else(|e| {
         log::warn!("look up group {SOCKET_GROUP}, whose members may use the socket: {e}");

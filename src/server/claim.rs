@@ -133,8 +133,7 @@ impl Claim {
             other.pid,
             other.state_dir.display()
         );
-        let text =
-            format!("claim uids and subnet for VMs: {what} are in use by {whose} or its VMs");
+        let text = format!("claim uids and subnet for VMs: {whose} or its VMs use {what}");
         Some(
             Error::new(Kind::Conflict, text)
                 .hint(format!("stop that daemon and its VMs, or set {set}")),

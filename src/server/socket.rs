@@ -110,7 +110,7 @@ pub(super) fn of_systemd(
     }
     if others > 0 {
         log::warn!(
-            "systemd passes a socket that is not {}: make ListenStream= of fcd.socket and `socket` of the configuration equal",
+            "systemd passed a socket, but not one for {}: set ListenStream= of fcd.socket and `socket` of the configuration to the same path",
             path.display()
         );
     }

@@ -108,8 +108,9 @@ impl Entry {
         }
     }
 
-    /// Returns the operation as callers see it. Its state is `cancelling` even if only something
-    /// else, such as a stop of its VM, has fired its token.
+    /// Returns the operation as callers see it. Its state is `cancelling` once its token has fired,
+    /// even if nobody has called [`Ops::cancel`], for example because a stop of its VM fired the
+    /// token.
     fn snapshot(&self) -> Op {
         let mut op = self.op.clone();
         if op.state == OpState::Running && self.cancel.as_ref().is_some_and(Cancel::is_cancelled) {
@@ -205,7 +206,7 @@ impl State {
             }
         }
         op.ended_at = Some(now_s());
-        // They are many, and say nothing about an operation that has ended.
+        // Drop the parts. There may be many, and they are of no use once the operation has ended.
         (op.progress.parts, op.progress.parts_total) = (Vec::new(), None);
         let op = op.clone();
         entry.cancel = None;

@@ -102,7 +102,7 @@ impl Watcher {
 
     /// Returns the newest progress since the last call, or the end of the operation. The end is
     /// returned on every call. `None` means that nothing has changed. Does not block.
-    #[allow(clippy::should_implement_trait)] // Unlike an iterator's, a None may be followed by a Some.
+    #[allow(clippy::should_implement_trait)] // Unlike in an iterator, a Some may follow a None.
     pub fn next(&mut self) -> Option<Change> {
         let shared: &Shared = &self.ops.shared;
         let mut state = shared.state.lock();

@@ -91,8 +91,8 @@ impl State {
 }
 
 impl Admission {
-    /// Creates `max` permits, at least one. `what` names what is limited in messages, such as
-    /// `boots`.
+    /// Creates `max` permits, at least one. `what` is the name of the limited thing in messages,
+    /// such as `boots`.
     pub fn new(what: &'static str, max: usize) -> Self {
         Self::with_state(what, max, usize::MAX)
     }
@@ -119,9 +119,8 @@ impl Admission {
         }
     }
 
-    /// Waits for a permit. `on_wait` is called with the number of waiters ahead, first if the
-    /// caller cannot enter at once, and then whenever the number falls. No lock is held during the
-    /// call.
+    /// Waits for a permit. If the caller cannot enter at once, calls `on_wait` with the number of
+    /// waiters ahead, and again whenever the number falls. No lock is held during the call.
     ///
     /// # Errors
     /// `cancelled` within 100 ms after the token fires, and `timeout` after `WAIT_MAX`.
@@ -129,8 +128,8 @@ impl Admission {
         self.enter_line(None, cancel, on_wait)
     }
 
-    /// Like [`Self::enter`], for a user. Waiters of other users may overtake if this user has as
-    /// many permits as one may have.
+    /// Like [`Self::enter`], for a user. Waiters of other users may overtake while this user has as
+    /// many permits as one user may have.
     ///
     /// # Errors
     /// Those of [`Self::enter`].

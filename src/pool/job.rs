@@ -19,7 +19,7 @@ pub(super) struct QueuedJob {
 
 pub(super) enum Start<'a> {
     Run(&'a Shared),
-    /// The job will never run; the error says why.
+    /// The job will never run, because of this error.
     Refuse(Error),
 }
 
@@ -117,8 +117,8 @@ fn run<T>(label: &Arc<str>, cancel: &Cancel, job: impl FnOnce(&Cancel) -> Result
 
 impl<T> JobHandle<T> {
     /// Waits for the job and returns its result, which can be taken once. If the token fires before
-    /// the job runs, returns `cancelled` immediately. If it fires later, this call still waits for
-    /// the job, which sees the same token, because the caller may hold a lock that must not be
+    /// the job runs, returns `cancelled` immediately. If it fires later, the job sees it too, and
+    /// this call still waits for the job, because the caller may hold a lock that must not be
     /// released before the job has ended.
     ///
     /// # Errors

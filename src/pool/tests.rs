@@ -393,7 +393,7 @@ fn fair_admission_keeps_a_permit_for_other_users() {
     let admission = Admission::fair("pulls", 2);
     let ended = token();
     let alice = admission.enter_as(1, &token(), |_| ()).unwrap();
-    // The second one of the same user waits until its token has fired.
+    // The second call of the same user waits until its token has fired.
     let waited = admission.enter_as(1, &ended, |_| ended.cancel(CancelCause::Requested));
     assert_eq!(waited.map(drop).unwrap_err().kind(), Kind::Cancelled);
     let bob = admission

@@ -108,7 +108,7 @@ impl Database {
         Err(self.failed(error))
     }
 
-    /// Builds the failure for an error of the database. Drops the connection, unless the error says
+    /// Builds the failure for an error of the database. Drops the connection, unless the error is
     /// that the disk is full. If the disk is nearly full, reports any other error as `disk_full`
     /// too.
     fn failed(&mut self, mut error: Error) -> Failure {

@@ -1,4 +1,4 @@
-//! Decides which ended operations are kept: a limited number per uid and in all, and every
+//! Decides which ended operations are kept: a limited number per uid and in total, and every
 //! operation that an idempotency key refers to.
 
 use super::OpRow;

@@ -2,10 +2,11 @@
 //! that it happened.
 //!
 //! Under one leaf lock a change is validated, applied to memory, published to watchers and
-//! enqueued, so the order of rows is the order of effects. One writer commits all queued changes as
-//! one transaction (WAL, `synchronous=FULL`). A caller that waits for its change runs the writer on
-//! its own thread if no other thread does; otherwise a thread of the store runs it (`turn.rs`).
-//! Reads come from memory, may show what is not yet durable, and never wait for the disk.
+//! enqueued, so changes reach the disk in the order in which they took effect. One writer commits
+//! all queued changes as one transaction (WAL, `synchronous=FULL`). A caller that waits for its
+//! change runs the writer on its own thread if no other thread does; otherwise a thread of the
+//! store runs it (`turn.rs`). Reads come from memory, may show what is not yet durable, and never
+//! wait for the disk.
 //!
 //! A commit is one write and one fdatasync(2). SQLite's writes to the write-ahead log are joined
 //! (`vfs.rs`). The log is extended in advance (`schema::extend_log`), so that a commit only
@@ -91,7 +92,7 @@ pub const QUEUE_CHANGES_MAX: usize = 16_384;
 #[cfg(any(test, feature = "fakes"))]
 pub const DURABLE_WAIT: std::time::Duration = std::time::Duration::from_secs(60);
 
-/// Whether the store accepts changes.
+/// The store either accepts changes, or it is read-only because of a failure.
 enum Mode {
     Writable,
     ReadOnly(Failure),
@@ -151,7 +152,7 @@ struct Inner {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg(any(test, feature = "fakes"))]
 pub struct Stats {
-    /// The number of successful commits. The next field counts the changes in them.
+    /// The number of successful commits. `changes` counts the changes in them.
     pub batches: u64,
     pub changes: u64,
     /// The number of changes that are waiting for the disk.
@@ -159,7 +160,7 @@ pub struct Stats {
     pub read_only: bool,
 }
 
-/// A handle on a store. Clones share the store.
+/// A handle to a store. Clones share the store.
 #[derive(Clone)]
 pub struct Store(Arc<Handle>);
 

@@ -64,7 +64,7 @@ pub(super) fn migrations() -> Vec<String> {
 /// Opens `dir/fcd.db`, and creates it if it does not exist.
 ///
 /// # Errors
-/// `store_refused` if the file is not a sound database of fcd, of this version or an older one. A
+/// `store_refused` unless the file is a sound database of fcd, of this version or an older one. A
 /// file that is refused is not changed.
 pub(super) fn open(dir: &Path, migrations: &[String]) -> Result<Connection> {
     check_dir(dir)?;

@@ -90,9 +90,9 @@ pub struct State {
     vms: BTreeMap<VmId, Arc<VmRow>>,
     names: HashMap<VmName, VmId>,
     slots: BTreeSet<u32>,
-    /// All VMs by age, the oldest first. `owners` has the same for each owner. These maps hold the
-    /// rows themselves, because looking up every VM of a long list by its ID would cost more than
-    /// the rest of the list.
+    /// All VMs by age, the oldest first. `owners` contains the same for each owner. These maps hold
+    /// the rows themselves, because looking up every VM of a long list by its ID would cost more
+    /// than everything else that a listing does.
     ages: BTreeMap<Age, Arc<VmRow>>,
     owners: BTreeMap<u32, BTreeMap<Age, Arc<VmRow>>>,
     workspaces: BTreeMap<VmId, Arc<WorkspaceRow>>,

@@ -9,7 +9,8 @@ use rusqlite::{Connection, params};
 use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
-/// What follows the transition in progress, so that no other request gets in between.
+/// The transition that follows the one in progress. It is recorded in advance, so that no other
+/// request gets in between.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Intent {
@@ -31,7 +32,7 @@ pub struct TapFact {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VmShape {
     pub image: ImageRef,
-    /// The digest of the image when the VM was created. Unknown for older VMs.
+    /// The digest of the image when the VM was created. `None` if an earlier fcd created the VM.
     pub image_digest: Option<String>,
     /// The kernel that the VM boots instead of the image's kernel, if one was chosen.
     pub kernel: Option<KernelName>,
@@ -59,11 +60,11 @@ pub struct VmRow {
     pub reason: Option<String>,
     #[serde(flatten)]
     pub shape: VmShape,
-    /// The VM's published ports. No two ports of any VMs overlap, and none is 0.
+    /// The VM's published ports. No two ports overlap, even of different VMs, and no port is 0.
     pub ports: Vec<Port>,
     /// The host name of the guest, if it is not the VM's name.
     pub host_name: Option<HostName>,
-    /// The name servers that the guest asks. If empty, it asks fcd's.
+    /// The name servers that the guest queries. If the list is empty, the guest queries fcd's.
     pub dns: Vec<IpAddr>,
     pub pending: Option<Pending>,
     pub rm: bool,
@@ -83,8 +84,8 @@ pub struct VmRow {
     /// The tap of the last start. `None` with user-mode networking.
     pub tap: Option<TapFact>,
     pub disk_driver: Option<String>,
-    /// The version of the init on the VM's root disk (`image.json`). It is 0 for earlier versions,
-    /// and while there is no disk.
+    /// The version of the init on the VM's root disk (`image.json`). It is 0 if the image has no
+    /// version, and while there is no disk.
     pub guest_version: u32,
     pub driver: Option<String>,
     /// The guest's public host key, raw (RFC 4253, 6.6).
@@ -96,7 +97,7 @@ pub struct VmRow {
     pub paused: bool,
     /// True if, at the last start, the VMM had a balloon and the initramfs had the balloon driver.
     pub has_balloon: bool,
-    /// The memory that the owner lets the running VM keep.
+    /// The memory, in MiB, that the owner lets the running VM keep.
     pub balloon_mib: Option<u64>,
 }
 

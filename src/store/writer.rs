@@ -142,8 +142,8 @@ impl Writer {
         self.probe_pause = (self.probe_pause * 2).min(PROBE_PAUSE_MAX);
     }
 
-    /// Probes the store with a real commit, which requires the reserve and some free space in
-    /// addition. Then extends and folds the log.
+    /// Probes the store with a real commit. The commit requires the reserve and some additional
+    /// free space. Then extends and folds the log.
     fn probe(&mut self, inner: &Inner) -> std::result::Result<(), Failure> {
         self.database
             .reserve

@@ -1,9 +1,9 @@
-//! Why a cancel token fired.
+//! The causes for which a cancel token fires.
 
 use std::fmt;
 
-/// Why a [`Cancel`](super::Cancel) token fired. Code decides by the variant. The text is for
-/// people: messages show it after "cancelled: ".
+/// The cause for which a [`Cancel`](super::Cancel) token fired. Code branches on the variant.
+/// Messages show the text to people, after "cancelled: ".
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum CancelCause {
     /// A user cancelled the operation, for example with `fcctl op cancel`.
@@ -15,7 +15,7 @@ pub enum CancelCause {
     VmKilled,
     VmRestarted,
     VmDeleted,
-    /// The VMM ended unexpectedly. The text says how, and is also the VM's `reason`.
+    /// The VMM ended unexpectedly. The text describes the end, and is also the VM's `reason`.
     VmmEnded(String),
     /// The host has no space left for the disks of guests, so they are paused.
     HostDiskFull,

@@ -4,7 +4,7 @@
 use super::rank::Rank;
 use std::fmt::Debug;
 
-/// Whether this build checks locks.
+/// True if this build checks locks.
 pub const IS_ON: bool = false;
 
 /// Stands for the rank of a lock, which this build does not store.

@@ -1,5 +1,5 @@
-//! The checker. It keeps a list per thread of the locks that the thread holds, and compares it with
-//! the table before each acquisition.
+//! The checker. It keeps a list of the locks that each thread holds, and compares the list with the
+//! table before each acquisition.
 //!
 //! Two environment variables are read once. `FCD_LOCK_ABORT=1` makes the process abort on the first
 //! violation. Tests set it for their daemons, so that no `catch_unwind` hides a violation.
@@ -20,7 +20,7 @@ use std::time::Duration;
 // Shuttle's tasks run on one OS thread, so with std's macro they would share one list.
 use shuttle::thread_local;
 
-/// Whether this build checks locks.
+/// True if this build checks locks.
 pub const IS_ON: bool = true;
 
 /// The rank of a lock.
@@ -121,8 +121,8 @@ impl Local {
     }
 }
 
-/// Checks log calls in tests, at every level, although tests write no log. Does nothing if a logger
-/// is already installed.
+/// Installs a logger that checks every log call, so that tests find log calls under a lock although
+/// they write no log. Does nothing if a logger is already installed.
 #[cfg(any(test, feature = "fakes"))]
 fn check_log_calls() {
     struct Checks;
@@ -161,8 +161,8 @@ thread_local! {
     static LOCAL: Local = Local::register();
 }
 std::thread_local! {
-    /// Whether this thread's edges and violations are recorded. False in the checker's own tests,
-    /// whose edges and violations must not be counted as the daemon's.
+    /// True if this thread's edges and violations are recorded. It is false in the checker's own
+    /// tests, whose edges and violations must not be counted as the daemon's.
     static RECORDING: Cell<bool> = const { Cell::new(true) };
     /// How often this thread had to wait for a mutex.
     static CONTENDED: Cell<u64> = const { Cell::new(0) };

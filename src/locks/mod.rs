@@ -7,8 +7,8 @@
 //!   checked like a lock, so that no thread blocks while it holds a lock that does not allow it.
 //! - [`Cancel`] is the token that ends a wait early.
 //!
-//! Every lock has a [`Rank`]; the table in `rank.rs` says which ranks may be held when another is
-//! taken. In debug builds and with the feature `lock-check`, a violation is counted and panics
+//! Every lock has a [`Rank`]; the table in `rank.rs` lists the ranks that may be held when another
+//! is taken. In debug builds and with the feature `lock-check`, a violation is counted and panics
 //! before the thread blocks. In other builds the checker compiles to nothing.
 
 mod cancel;

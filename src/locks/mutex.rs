@@ -76,7 +76,7 @@ pub enum Waited {
 pub struct Condvar {
     inner: parking_lot::Condvar,
     /// Threads in a cancellable wait. They park instead of waiting on `inner`, because a token's
-    /// waker can unpark a thread without taking its mutex and the wake-up is still not lost.
+    /// waker can then wake a thread without taking its mutex, and no wake-up is lost.
     parked: parking_lot::Mutex<Vec<std::thread::Thread>>,
 }
 
@@ -149,7 +149,7 @@ impl Condvar {
     }
 }
 
-/// Tells the checker that this thread does what a virtual rank names, until the region is dropped.
+/// Marks that this thread does what a virtual rank stands for, until the region is dropped.
 #[must_use = "dropping it ends the region"]
 pub struct Region {
     _token: check::Token,

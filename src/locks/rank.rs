@@ -187,7 +187,7 @@ pub type Site = &'static Location<'static>;
 pub struct Edge {
     pub from: Rank,
     pub to: Rank,
-    /// Where `from` and `to` were taken when the edge was first seen.
+    /// The places where `from` and `to` were taken when the edge was first seen.
     pub first: (Site, Site),
 }
 
@@ -261,7 +261,7 @@ pub fn order() -> Vec<Rule> {
 }
 
 /// Returns the table as a Graphviz graph. If `observed` is given, edges that never occurred are
-/// dotted, and the tooltip of the others says where they were first seen.
+/// dotted, and the tooltip of every other edge shows where the edge was first seen.
 #[cfg_attr(
     not(any(debug_assertions, feature = "lock-check")),
     allow(dead_code, reason = "only the lock checker calls it")

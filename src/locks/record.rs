@@ -17,7 +17,7 @@ pub struct Party {
     pub thread: String,
     /// The label that [`operation_scope`] set.
     pub operation: Option<Arc<str>>,
-    /// When a holder got the lock, or when a waiter joined the queue.
+    /// The time when a holder got the lock, or when a waiter joined the queue.
     pub since: Instant,
 }
 

@@ -526,7 +526,7 @@ mod tests {
             cancel.cancel(crate::locks::CancelCause::Requested)
         })
         .unwrap_err();
-        assert_eq!(e.to_string(), "run sh: cancelled: op cancel was asked for");
+        assert_eq!(e.to_string(), "run sh: cancelled: op cancel was requested");
         assert_eq!(
             std::fs::read_to_string(dir.path().join("done")).unwrap(),
             "cleaned\n"

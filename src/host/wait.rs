@@ -180,7 +180,7 @@ mod tests {
         assert!(!sleep(Duration::from_secs(10), &cancel).unwrap());
         assert_eq!(
             cancelled("wait for x", &cancel).to_string(),
-            "wait for x: cancelled: op cancel was asked for"
+            "wait for x: cancelled: op cancel was requested"
         );
     }
 }

@@ -35,7 +35,7 @@ pub enum CancelCause {
 impl fmt::Display for CancelCause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            CancelCause::Requested => "op cancel was asked for",
+            CancelCause::Requested => "op cancel was requested",
             CancelCause::CallerHungUp => "the caller hung up",
             CancelCause::Interrupted => "interrupted",
             CancelCause::VmStopped => "the VM was stopped",

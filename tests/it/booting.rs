@@ -172,7 +172,7 @@ fn start_cancelled_leaves_vm_unchanged() {
         b.world
             .call::<OpCancel>(&OpRequest { op: op.to_string() })
             .unwrap();
-        cancelled(b.start.finish(PROMPT), "op cancel was asked for");
+        cancelled(b.start.finish(PROMPT), "op cancel was requested");
         assert_eq!(b.world.op(&op).state, OpState::Cancelled);
         assert_eq!(b.world.state("web"), VmState::Created);
         assert!(!b.has_vmm());

@@ -253,7 +253,7 @@ fn imports_and_exports_of_one_vm_run_one_at_a_time() {
         .unwrap();
     let e = second.call.finish(PROMPT).unwrap_err();
     assert!(
-        e.is(Kind::Cancelled) && e.fault.message.contains("op cancel was asked for"),
+        e.is(Kind::Cancelled) && e.fault.message.contains("op cancel was requested"),
         "{e}"
     );
     assert_eq!(world.op(&prepares[1].id).state, OpState::Cancelled);

@@ -258,13 +258,13 @@ fn check_init(init: Init, image: &ImageInfo) -> Result<()> {
 fn check_dns(row: &VmRow) -> Result<()> {
     if row.dns.len() > NAME_SERVERS_MAX {
         let text = format!(
-            "a guest asks at most {NAME_SERVERS_MAX} name servers, and these are {}",
+            "a guest queries at most {NAME_SERVERS_MAX} name servers, and these are {}",
             row.dns.len()
         );
         return Err(Error::invalid(text).hint("leave some out"));
     }
     if row.shape.net == Net::None && !row.dns.is_empty() {
-        let text = "a guest without a network cannot ask name servers";
+        let text = "a guest without a network cannot query name servers";
         return Err(Error::invalid(text).hint("use --net nat, or leave out --dns"));
     }
     Ok(())

@@ -239,7 +239,7 @@ impl Networks {
             Some(trouble) => Check::warn(
                 ID,
                 trouble,
-                "see why in the daemon's log (name server: ...)",
+                "see the daemon's log for the cause (name server: ...)",
             ),
         })
     }

@@ -37,7 +37,7 @@ impl Controls {
                     format!("VM {}: its VMM does not respond", row.name),
                 )
                 .hint(format!(
-                    "wait until it does (fcctl events), or end it with fcctl stop --force {}",
+                    "wait until it responds (fcctl events), or run fcctl stop --force {}",
                     row.name
                 )));
             }

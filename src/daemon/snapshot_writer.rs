@@ -235,7 +235,7 @@ impl SnapshotWriter {
             .and_then(|target| run_script(self.transport.as_ref(), &target, &script, op.cancel()));
         if !set.is_ok_and(|output| output.exit == Exit::Status(0)) {
             log::info!(
-                "the clock of VM {} may be late, because the VM was paused while it was saved",
+                "the clock of VM {} may be behind, because the VM was paused while it was saved",
                 row.name
             );
         }

@@ -43,7 +43,9 @@ impl ImageService {
             }
         };
         if let Err(e) = self.core.spawn("temporary", body) {
-            log::warn!("delete a temporary image later: {e}; fcd will retry at its next start");
+            log::warn!(
+                "start a thread to delete a temporary image: {e}; fcd will retry at its next start"
+            );
         }
     }
 

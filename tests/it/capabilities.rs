@@ -70,7 +70,7 @@ fn guest_gets_its_host_name_and_name_servers() {
     let many = create("many", &["1.1.1.1"; 4], None).unwrap_err();
     assert_eq!(
         many.fault.message,
-        "a guest asks at most 3 name servers, and these are 4"
+        "a guest queries at most 3 name servers, and these are 4"
     );
     let apart = create("apart", &["1.1.1.1"], Some(Net::None)).unwrap_err();
     assert!(apart.is(Kind::InvalidArgument), "{apart}");

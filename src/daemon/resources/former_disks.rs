@@ -117,7 +117,7 @@ pub(in crate::daemon) fn remove(resources: &Resources, row: &VmRow, tag: &str, r
         facts: None,
     };
     if let Err(e) = resources.release_row(&ReplacedDisks, &ledger) {
-        log::warn!("{e}; retried when VM {} has stopped", row.name);
+        log::warn!("{e}; retrying when VM {} has stopped", row.name);
     }
 }
 

@@ -1,4 +1,4 @@
-//! `config`: the daemon's configuration, as it is in effect and as the file has it.
+//! `config`: shows the daemon's effective configuration, and checks a configuration file.
 
 use super::connector::Connector;
 use super::context::{Context, Env};
@@ -71,7 +71,7 @@ fn source(value: &ConfigValue) -> String {
     }
 }
 
-/// Reads a file as fcd would, and compares it with the running daemon if that can be asked.
+/// Reads a file as fcd would, and lists what differs from the running daemon if that is reachable.
 fn check(
     connector: &mut Connector,
     printer: &mut Printer,
@@ -85,7 +85,8 @@ fn check(
     };
     let config = Config::load(&flags, uid, &|name| env(name))?;
     let path = config.origins.file.clone();
-    // The paths may come from the daemon's own flags and environment.
+    // `state_dir` and `socket` may come from flags or variables of the daemon that fcctl cannot
+    // see, so they are not compared.
     let differs: Vec<String> = match running(connector, printer) {
         Ok(values) => config
             .effective()

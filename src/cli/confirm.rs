@@ -15,10 +15,10 @@ pub(super) struct Question<'a> {
 }
 
 impl Question<'_> {
-    /// Asks on the terminal. Everything but a yes means no.
+    /// Asks on the terminal. Every answer but a yes means no.
     ///
     /// # Errors
-    /// `invalid_argument` if there is no terminal, or if `--json` keeps the question away.
+    /// `invalid_argument` if there is no terminal, or with `--json`, because nobody could answer.
     pub(super) fn is_confirmed(&self, printer: &mut Printer, stdio: &Stdio) -> Result<bool> {
         if !stdio.stdin_is_terminal() || printer.json {
             let doing = self.doing;

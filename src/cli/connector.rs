@@ -65,7 +65,7 @@ impl Connector {
         let mut client = self.connect(printer)?;
         let (mut status, mut done) = (0, Vec::new());
         let mut seen = HashSet::new();
-        // A VM that is named twice is meant once.
+        // Act once on a VM that is named twice.
         for target in targets.iter().filter(|target| seen.insert(*target)) {
             match each(printer, &mut client, target) {
                 Ok(value) => done.push(value),

@@ -88,7 +88,7 @@ struct Screen {
     zone: TimeZone,
     /// The sequence number of the last change that was printed.
     last: Option<u64>,
-    /// The next note continues the snapshot.
+    /// True if the next note continues the snapshot.
     in_snapshot: bool,
 }
 

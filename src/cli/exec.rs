@@ -81,8 +81,8 @@ pub(super) struct Spec {
 }
 
 impl How {
-    /// Fills in the defaults. A shell on a terminal gets stdin and a pty without being asked;
-    /// without a terminal it needs `-i`.
+    /// Fills in the defaults. A shell on a terminal gets stdin and a pty even without `-i` and
+    /// `-t`; without a terminal it needs `-i`.
     pub(super) fn spec(self, stdio: &Stdio, env: &Env, argv: Vec<OsString>) -> Result<Spec> {
         let on_terminal = stdio.stdin_is_terminal() && stdio.stdout_is_terminal();
         let is_shell = argv.is_empty();
@@ -151,7 +151,7 @@ pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     Ok(status_of(&outcome, &interrupts))
 }
 
-/// The exit status for `outcome`.
+/// Returns the exit status for `outcome`.
 pub(super) fn status_of(outcome: &Outcome, interrupts: &Interrupts) -> u8 {
     match outcome {
         Outcome::Exit(exit) => exit.shell_status(),
@@ -160,8 +160,8 @@ pub(super) fn status_of(outcome: &Outcome, interrupts: &Interrupts) -> u8 {
     }
 }
 
-/// Runs a command until it has ended and all its output was written. Returns the daemon's errors,
-/// and errors of the caller's own streams.
+/// Runs a command until it has ended and all its output is written. Fails with the daemon's errors
+/// and with errors of the caller's own streams.
 pub(super) fn execute(
     printer: &mut Printer,
     stdio: &Stdio,
@@ -234,7 +234,7 @@ fn request(stdio: &Stdio, vm: &str, mut spec: Spec, relay: &mut Relay) -> Result
     })
 }
 
-/// A command as the request carries it.
+/// A command in the form that a request carries.
 #[derive(Default)]
 pub(super) struct Text {
     pub argv: Vec<String>,
@@ -242,7 +242,8 @@ pub(super) struct Text {
     pub workdir: Option<String>,
 }
 
-/// Returns the command as the request carries it, or None if it is not UTF-8 or is too long.
+/// Returns the command in the form that a request carries, or None if it is not UTF-8 or is too
+/// long.
 pub(super) fn as_text(spec: &Spec) -> Option<Text> {
     let mut bytes = 0;
     let mut text = |word: &OsString| {
@@ -262,7 +263,7 @@ pub(super) fn as_text(spec: &Spec) -> Option<Text> {
     (bytes <= REQUEST_COMMAND_BYTES_MAX).then_some(Text { argv, env, workdir })
 }
 
-/// Returns the command as it goes through its own pipe.
+/// Returns the command in the form that goes through its own pipe.
 pub(super) fn words(spec: Spec) -> CommandWords {
     CommandWords {
         argv: spec.argv.into_iter().map(OsString::into_vec).collect(),

@@ -1,7 +1,7 @@
 //! `--format` and `--sort` of lists: the fields of an item, templates, and the order.
 //!
-//! A template is a text with `{{.Field}}` in it, as with docker. `table` before it adds a header
-//! and aligns what tabs separate. `--format json` is the same as `--json`.
+//! A template is a text with fields such as `{{.Name}}`, as with docker. A leading `table` adds a
+//! header and aligns columns that are separated by tabs. `--format json` is the same as `--json`.
 
 use super::output::{self, age, size};
 use crate::error::Error;
@@ -26,7 +26,7 @@ pub(super) const fn field<T>(
     }
 }
 
-/// The value of a field, which is sorted by what it means and not by its text.
+/// The value of a field. Values are sorted by what they mean and not by their text.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Value {
     Missing,
@@ -74,7 +74,7 @@ pub(super) struct Template {
 #[derive(Debug, PartialEq)]
 enum Part {
     Text(String),
-    /// The place of the field among all fields.
+    /// The index of the field among all fields.
     Field(usize),
 }
 
@@ -82,7 +82,7 @@ impl Template {
     /// Parses a template.
     ///
     /// # Errors
-    /// `invalid_argument` for a field that does not exist, with those that do as the hint.
+    /// `invalid_argument` for an unknown field. The hint lists the known ones.
     pub(super) fn parse<T>(text: &str, fields: &[Field<T>]) -> Result<Self, Error> {
         let (is_table, text) = match text.strip_prefix("table ") {
             Some(rest) => (true, rest),
@@ -124,7 +124,7 @@ impl Template {
     }
 }
 
-/// Splits a text into words of the template and fields.
+/// Splits a template into literal texts and fields.
 fn parts<T>(text: &str, fields: &[Field<T>]) -> Result<Vec<Part>, Error> {
     let (mut parts, mut rest) = (Vec::new(), text);
     while let Some((before, behind)) = rest.split_once("{{") {
@@ -156,7 +156,7 @@ fn parts<T>(text: &str, fields: &[Field<T>]) -> Result<Vec<Part>, Error> {
 /// value keep their order.
 ///
 /// # Errors
-/// `invalid_argument` for a field that does not exist, with those that do as the hint.
+/// `invalid_argument` for an unknown field. The hint lists the known ones.
 pub(super) fn sort<T>(items: &mut [T], by: &str, fields: &[Field<T>]) -> Result<(), Error> {
     let (name, is_descending) = match by.strip_prefix('-') {
         Some(name) => (name, true),
@@ -192,12 +192,12 @@ impl ListArgs {
         self.format.is_none() && self.sort.is_none()
     }
 
-    /// Checks the options before anything is asked of the daemon.
+    /// Checks the options. Call this before the daemon is called, so that a mistake fails at once.
     pub(super) fn parse<T>(&self, fields: &[Field<T>]) -> Result<Option<Template>, Error> {
         if let Some(by) = &self.sort {
             sort(&mut [], by, fields)?;
         }
-        // The usual table.
+        // `--format table` without a template means the usual table.
         let format = self.format.as_deref().filter(|text| *text != "table");
         format.map(|text| Template::parse(text, fields)).transpose()
     }

@@ -1,5 +1,5 @@
-//! What `fcctl` itself does in a guest: runs commands as root, and gives a copy to the user who
-//! runs the commands of the VM's image.
+//! Runs fcctl's own commands in a guest, as root, and gives a copy to the user who runs the
+//! commands of the VM's image.
 
 use super::context::Stdio;
 use super::exec::{self, Outcome, Spec};
@@ -13,8 +13,8 @@ use crate::error::{Error, Kind};
 use crate::ids::ImageRef;
 use std::io::{Seek, Write};
 
-/// Changes the owner of a tree. The runtime's program does this if the guest has it, because the
-/// image may have none, or another of the same name.
+/// Changes the owner of a tree. This prefers the guest runtime's `chown`, because an image may have
+/// none, or a different program of that name.
 const CHOWN: &str = r#"PATH=/.fcd/bin:$PATH; exec chown -hR -- "$@""#;
 
 /// A running guest and the caller's streams.
@@ -28,7 +28,7 @@ pub(super) struct Guest<'a> {
 }
 
 impl Guest<'_> {
-    /// Runs a command with this input, and its output on stderr.
+    /// Runs a command with `input` as its stdin. Its output goes to stderr.
     pub(super) fn execute(&mut self, spec: Spec, input: &[u8]) -> Result<Exit> {
         let io = |e| Error::io("prepare the streams of a command in the guest", e);
         let mut stdin = tempfile::tempfile().map_err(io)?;
@@ -48,7 +48,7 @@ impl Guest<'_> {
         }
     }
 
-    /// Runs a command as root, which must succeed.
+    /// Runs a command as root. Fails if the command does not succeed.
     pub(super) fn as_root(&mut self, argv: &[&str], input: &[u8]) -> Result<()> {
         let spec = Spec {
             argv: argv.iter().map(Into::into).collect(),
@@ -74,7 +74,8 @@ impl Guest<'_> {
     pub(super) fn give(&mut self, gift: &Gift) -> Result<()> {
         let Gift { path, user } = gift;
         let is_number = user.bytes().all(|b| b.is_ascii_digit());
-        // `NAME:` includes the user's own group. A number need not have one.
+        // `NAME:` also sets the user's own group. The guest need not know a user by a number, so a
+        // number stays without a group.
         let owner = if is_number || user.contains(':') {
             user.clone()
         } else {
@@ -92,8 +93,8 @@ pub(super) struct Gift {
 }
 
 impl Gift {
-    /// Chooses the place of a copy for a user other than root, because root's home is closed to
-    /// other users. A copy that is read-only keeps its owner.
+    /// Chooses the path of a copy for a user other than root, because other users cannot enter
+    /// root's home. Returns None for a read-only copy, which keeps its owner.
     pub(super) fn plan(source: &Source, how: &mut PrepareHow, user: String) -> Option<Self> {
         let path = how
             .guest_path

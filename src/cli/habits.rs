@@ -1,6 +1,6 @@
 //! Words that users of docker type by habit, and the commands of `fcctl` that do the same.
 //!
-//! Remove a word here once it is a command; a test demands it.
+//! When a word becomes a command, remove it here. A test checks this.
 
 /// Words that are not commands, and what to use instead.
 struct Habit {

@@ -95,14 +95,14 @@ pub(super) fn topics() -> String {
     format!("Topics (fcctl help TOPIC):\n{}", lines.join("\n"))
 }
 
-/// Returns the page that `fcctl help TOPIC` asks for. clap answers `fcctl help COMMAND` and knows
-/// nothing about topics.
+/// Returns the page for `fcctl help TOPIC`. clap handles `fcctl help COMMAND`, but does not know
+/// the topics.
 pub(super) fn page(args: &[OsString]) -> Option<String> {
     let [_, help, topic] = args else { return None };
     let (_, _, page) = TOPICS
         .iter()
         .find(|(name, _, _)| help == "help" && topic == name)?;
-    // HTML comments only mark generated tables.
+    // Leave out HTML comments, which only mark generated tables.
     let lines = page.lines().filter(|line| !line.starts_with("<!--"));
     Some(lines.map(|line| format!("{line}\n")).collect())
 }

@@ -170,7 +170,7 @@ fn build(ctx: &mut Context, args: BuildArgs) -> Result<u8> {
     report_made(&mut ctx.printer, &interrupts, made)
 }
 
-/// The error for somebody who wants to build from a Dockerfile.
+/// Returns the error for a user who wants to build from a Dockerfile.
 pub(super) fn no_dockerfile(text: impl Into<String>) -> Error {
     Error::invalid(text).hint(
         "build with docker or buildah, then: docker save app | fcctl image pull -\n\
@@ -440,7 +440,7 @@ fn prune(connector: &mut Connector, printer: &mut Printer, all: bool) -> Result<
     Ok(0)
 }
 
-/// True if this user may remove what serves all users.
+/// True if this user may remove cached layers and guest runtimes, which serve all users.
 fn may_remove_layers(client: &mut Client) -> Result<bool> {
     let uid = nix::unistd::geteuid().as_raw();
     Ok(uid == 0 || uid == client.call::<Info>(&Empty {})?.uid)
@@ -497,7 +497,7 @@ mod tests {
         assert_eq!(pruned_by_user(&reply, true), format!("freed 5 MiB; {why}"));
     }
 
-    /// The daemon of the test runs as its user, who may remove everything.
+    /// In this test, the daemon runs as the user of fcctl, who may therefore remove everything.
     #[test]
     fn prune_by_owner_of_daemon_counts_layers() {
         let fake = Fake::start(|r| match r.method.as_str() {

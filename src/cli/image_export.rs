@@ -50,7 +50,7 @@ impl Args {
 
 /// Where the image is written.
 enum Target {
-    /// A file without its name, which it gets when it is complete.
+    /// A temporary file, and the path that it gets when it is complete.
     File(tempfile::NamedTempFile, PathBuf),
     Stdout(File),
 }
@@ -174,7 +174,7 @@ fn receive(
     Ok((target, bytes))
 }
 
-/// Reads until the buffer is full or the stream ends.
+/// Reads until the buffer is full or the stream ends. Returns the number of bytes.
 fn fill(from: &mut End, buffer: &mut [u8]) -> crate::error::Result<usize> {
     let mut filled = 0;
     while filled < buffer.len() {
@@ -187,16 +187,16 @@ fn fill(from: &mut End, buffer: &mut [u8]) -> crate::error::Result<usize> {
     Ok(filled)
 }
 
-/// Writes the bytes, except zeroes, which become a hole.
+/// Writes the bytes. Blocks of zeroes become holes.
 fn write_sparse(file: &File, at: u64, bytes: &[u8]) -> io::Result<()> {
     const BLOCK: usize = 4096;
     const ZEROES: [u8; BLOCK] = [0; BLOCK];
-    // The comparison of slices is fast in a debug build, too.
+    // Comparing slices is fast even in a debug build.
     let is_zero = |block: &[u8]| *block == ZEROES[..block.len()];
     let mut done = 0;
     while done < bytes.len() {
         let rest = &bytes[done..];
-        // The blocks up to the next one that is zero are written at once.
+        // Write all blocks up to the next zero block in one call.
         let blocks = rest.chunks(BLOCK).take_while(|block| !is_zero(block));
         let len = blocks.map(<[u8]>::len).sum::<usize>();
         if len > 0 {
@@ -209,13 +209,14 @@ fn write_sparse(file: &File, at: u64, bytes: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// Writes to stdout, which may be a pipe that nobody reads.
+/// Writes to stdout. `cancel` ends the wait for a pipe that nobody reads.
 fn write_all(stdout: &mut File, mut bytes: &[u8], cancel: &Cancel) -> io::Result<()> {
     while !bytes.is_empty() {
         pipes::wait(stdout.as_fd(), nix::poll::PollFlags::POLLOUT, cancel, None)?;
         match stdout.write(&bytes[..bytes.len().min(PIPE_ROOM_BYTES)]) {
             Ok(written) => bytes = &bytes[written..],
-            // Another process shares the description, made it non-blocking, and wrote first.
+            // Another process that shares the file description made it non-blocking, and wrote
+            // first.
             Err(e)
                 if matches!(
                     e.kind(),

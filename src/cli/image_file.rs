@@ -12,9 +12,9 @@ use std::path::Path;
 pub(super) const FIRST_BYTES: usize = TAR_AT + TAR.len();
 const TAR_AT: usize = 257;
 const TAR: &[u8] = b"ustar";
-/// The formats in which the daemon reads an archive.
+/// The signatures of compressions that the daemon reads: gzip and zstd.
 const READABLE: &[&[u8]] = &[b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"];
-/// The formats that it does not read, and the programs that do.
+/// Compressions that it does not read: the program that decompresses them, and the signature.
 const OTHERS: &[(&str, &[u8])] = &[("xz", b"\xfd7zXZ\0"), ("bzip2", b"BZh")];
 /// The header of a bzip2 block, which comes after `BZh` and one digit. A tar archive whose first
 /// file is called `BZh9` does not have it there.
@@ -37,7 +37,7 @@ fn is_archive(first: &[u8]) -> bool {
     is_tar || is_compressed || decompressor(first).is_some()
 }
 
-/// Refuses an archive whose compression the daemon does not read. `path` is none for stdin.
+/// Refuses an archive whose compression the daemon does not read. `path` is None for stdin.
 pub(super) fn refuse_compression(first: &[u8], path: Option<&Path>) -> Result<()> {
     let Some(program) = decompressor(first) else {
         return Ok(());
@@ -58,7 +58,7 @@ pub(super) fn refuse_compression(first: &[u8], path: Option<&Path>) -> Result<()
 }
 
 /// Refuses a reference that is also the name of an archive or of an OCI layout in the current
-/// directory, because the user most likely means the file. A file that cannot be read is not one.
+/// directory, because the user most likely means the file. Ignores a file that cannot be read.
 pub(super) fn refuse_name_of_file(reference: &str) -> Result<()> {
     let path = Path::new(reference);
     let what = if path.join("oci-layout").is_file() {

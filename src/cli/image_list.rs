@@ -112,7 +112,8 @@ pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     Ok(0)
 }
 
-/// Returns the space that an image uses on this host, or the state of a file that is in place.
+/// Returns the space that an image uses on this host or, for a registered image, the state of its
+/// file.
 pub(super) fn on_host(image: &Image) -> String {
     match &image.file {
         None => size(image.allocated_bytes),

@@ -19,7 +19,7 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 
-/// What to pull, and how it is called on this host.
+/// The image to pull, and its name on this host.
 #[derive(clap::Args, Debug)]
 pub(super) struct Args {
     /// A reference such as gcc:13 or ghcr.io/owner/app, or oci:DIR[:TAG], oci-archive:FILE,
@@ -39,7 +39,7 @@ pub(super) struct Args {
 }
 
 impl Args {
-    /// The arguments of a pull of `reference` without options.
+    /// Returns the arguments for a pull of `reference` without options.
     pub(super) fn of(reference: &ImageRef) -> Self {
         Self {
             source: Source::Reference(reference.to_string()),
@@ -50,7 +50,7 @@ impl Args {
     }
 }
 
-/// What is sent to the daemon through a pipe.
+/// The data that is sent to the daemon through a pipe.
 enum Payload {
     Credential(Credential),
     Archive(Content),

@@ -32,7 +32,7 @@ fn ran(fake: &Arc<Fake>, start: Start, args: &[&str]) -> Option<Ran> {
     let (to, from) = bounded(1);
     let fake = fake.clone();
     let args: Vec<String> = args.iter().map(|&arg| arg.to_owned()).collect();
-    // The stack of the main thread, on which fcctl runs.
+    // Use the stack size of the main thread, on which fcctl normally runs.
     #[allow(clippy::disallowed_methods)]
     std::thread::Builder::new()
         .stack_size(STACK_BYTES)
@@ -50,7 +50,7 @@ fn refusing() -> Arc<Fake> {
     }))
 }
 
-/// A daemon that never answers. Sends the signal once it has the call.
+/// Starts a daemon that never answers. Sends the signal once it has received the call.
 fn silent(signals: Sender<i32>) -> Arc<Fake> {
     Arc::new(Fake::start(move |mut r: Request| {
         let _ = signals.send(SIGINT);
@@ -112,7 +112,7 @@ fn archive_cannot_come_from_terminal() {
     );
 }
 
-/// Records the request of a pull and reads what is sent with it.
+/// Starts a daemon that records the request of a pull and reads what is sent with it.
 fn accepting() -> Fake {
     Fake::start(|mut r: Request| {
         if let Some(fd) = r.fds.pop() {

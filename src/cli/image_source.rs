@@ -1,5 +1,5 @@
-//! Where `image pull` gets an image from, in the notation of skopeo (containers-transports(5)).
-//! Files are opened here, with the caller's rights; the daemon gets only their bytes.
+//! The sources of `image pull`, in the notation of skopeo (containers-transports(5)). Files are
+//! opened here, with the caller's rights; the daemon gets only their bytes.
 
 use super::image_file;
 use super::pipes;
@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 
 /// The size limit of an index or a manifest in a layout directory.
 const JSON_BYTES_MAX: u64 = 4 << 20;
-/// The number of blobs that are sent at most.
+/// The most blobs that are sent.
 const BLOBS_MAX: usize = 4096;
 const LAYOUT_HINT: &str = "a directory must be an OCI layout, such as skopeo copy writes";
 const LAYOUT_FILE: &str = "oci-layout";
@@ -29,7 +29,7 @@ const REF_NAME: &str = "org.opencontainers.image.ref.name";
 pub(super) enum Source {
     /// A reference without `docker://`. It may also be the name of a file.
     Reference(String),
-    /// A reference that was written behind `docker://`.
+    /// A reference that was written after `docker://`.
     Registry(String),
     /// A path that cannot be a reference: an archive of either kind, or an OCI layout.
     Path(PathBuf),
@@ -101,16 +101,17 @@ fn path_and_reference(text: &str) -> Result<(PathBuf, Option<String>)> {
     Ok((path.into(), reference))
 }
 
-/// What is sent to the daemon through a pipe.
+/// The data that is sent to the daemon through a pipe.
 #[derive(Debug)]
 pub(super) enum Content {
-    /// An archive and its path, which stdin does not have.
+    /// An archive and its path. Stdin has no path.
     File(File, Option<PathBuf>),
     Layout(Layout),
 }
 
 impl Source {
-    /// Returns the request's source and what is sent with it. Opens what the caller named.
+    /// Opens what the caller named. Returns the source for the request, and the data to send with
+    /// it.
     pub(super) fn open(self, stdin: &File) -> Result<(PullSource, Option<Content>)> {
         let archive = |format, reference, content| {
             Ok((PullSource::Archive { format, reference }, Some(content)))
@@ -152,7 +153,7 @@ fn open_archive(path: &Path) -> Result<Content> {
     Ok(Content::File(file, Some(path.to_owned())))
 }
 
-/// Nobody types an archive, so a terminal means that the pipe was forgotten.
+/// Refuses a terminal as the input. Nobody types an archive, so the user forgot the pipe.
 fn refuse_terminal(file: &File, name: &str) -> Result<()> {
     if !file.is_terminal() {
         return Ok(());
@@ -229,7 +230,7 @@ impl Layout {
                 }
                 let media_type = descriptor["mediaType"].as_str().unwrap_or_default();
                 if media_type.contains("manifest") || media_type.contains("index") {
-                    // An index may name images that the directory lacks.
+                    // An index may list images that the directory does not contain.
                     if self.dir.join(&path).exists() {
                         documents.push(read_json(&self.dir.join(&path))?);
                         self.blobs.push(path);
@@ -273,7 +274,7 @@ fn append(tar: &mut tar::Builder<&mut dyn Write>, name: &str, bytes: &[u8]) -> i
     tar.append_data(&mut header(bytes.len() as u64), name, bytes)
 }
 
-/// Opens a file of a layout, which must not be a FIFO that never ends.
+/// Opens a regular file of a layout. Refuses other files, such as a FIFO that never ends.
 fn open_regular(path: &Path) -> io::Result<File> {
     let file = pipes::open(path)?;
     if file.metadata()?.is_file() {
@@ -395,7 +396,7 @@ mod tests {
     }
 
     fn put(dir: &Path, content: &str) -> String {
-        // The command line does not verify digests.
+        // fcctl does not verify digests, so any hash will do.
         let sum = |n: u64, b: u8| n * 31 % 1_000_003 + u64::from(b);
         let digest = format!("{:064x}", content.bytes().fold(7, sum));
         let blobs = dir.join("blobs/sha256");

@@ -11,7 +11,7 @@ use crate::client::Result;
 use crate::host::plural::count;
 use crate::host::text::printable;
 
-/// The exit status is 0 if no leak is left.
+/// Lists leaks, and removes them with `--fix`. The exit status is 0 if no leak is left.
 pub(super) fn run(
     connector: &mut Connector,
     printer: &mut Printer,

@@ -72,7 +72,7 @@ pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     }
 }
 
-/// The failure that ends a call once nobody reads its output.
+/// Returns the failure that ends a call once nobody reads its output.
 pub(super) fn unread() -> Failure {
     Error::new(Kind::Cancelled, "nobody reads").into()
 }

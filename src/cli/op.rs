@@ -202,7 +202,7 @@ fn wait(
     Ok(if status == 0 { worst } else { status })
 }
 
-/// Returns the failure of an operation, if it failed.
+/// Returns the failure of an operation, or None if it succeeded.
 fn failure_of(op: &Op) -> Option<Failure> {
     let failure = match (&op.error, op.state) {
         (_, OpState::Ok) => return None,

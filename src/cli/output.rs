@@ -70,7 +70,7 @@ pub(super) struct Table {
 }
 
 struct Cell {
-    /// Where the cell ends in the text. It begins where the previous cell ends.
+    /// The offset in the text at which the cell ends. It begins where the previous cell ends.
     end: usize,
     /// The width of the cell in characters.
     width: usize,
@@ -95,7 +95,7 @@ impl Table {
         self
     }
 
-    /// Adds the next cell, row by row, without its harmful characters.
+    /// Adds the next cell, row by row. Escapes characters that could harm a terminal.
     pub(super) fn cell(&mut self, text: &str) {
         let width = if is_plain(text) {
             self.text.push_str(text);
@@ -142,7 +142,7 @@ impl Table {
     }
 }
 
-/// A text to compare with, in which `*` stands for any characters.
+/// A pattern in which `*` stands for any characters.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct MatchedText(Vec<String>);
 
@@ -159,7 +159,7 @@ impl MatchedText {
         let Some(mut rest) = rest.and_then(|rest| rest.strip_suffix(last.as_str())) else {
             return false;
         };
-        // The first place of each part leaves the most for the next ones.
+        // Matching each part at its first occurrence leaves the most text for the parts after it.
         middle.iter().all(|part| match rest.find(part.as_str()) {
             Some(at) => {
                 rest = &rest[at + part.len()..];

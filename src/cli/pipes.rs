@@ -84,7 +84,7 @@ impl Write for End {
     }
 }
 
-/// Opens a file of the caller without waiting for the writer of a FIFO. [`Stoppable`] waits for it.
+/// Opens a file of the caller. Opening a FIFO does not wait for its writer; [`Stoppable`] does.
 pub(super) fn open(path: &Path) -> io::Result<File> {
     let mut options = File::options();
     options.read(true).custom_flags(libc::O_NONBLOCK).open(path)
@@ -110,7 +110,8 @@ impl Read for Stoppable {
         loop {
             wait(self.file.as_fd(), PollFlags::POLLIN, &self.cancel, None)?;
             match self.file.read(buffer) {
-                // Another process shares the description, made it non-blocking, and read first.
+                // Another process that shares the file description made it non-blocking, and read
+                // first.
                 Err(e)
                     if matches!(
                         e.kind(),

@@ -74,7 +74,7 @@ pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
                     ports.push(port);
                 }
             }
-            // The ID stays the VM's even if its name is given to another one.
+            // Use the ID, because another VM may get the name meanwhile.
             let vm = vm.id.to_string();
             let request = VmPortsRequest { vm, ports };
             change::<VmPortRemove>(connector, printer, request, "removed ")
@@ -119,7 +119,7 @@ fn change<C: Call<Request = VmPortsRequest, Reply = VmPortsReply>>(
     Ok(0)
 }
 
-/// Returns the port that a pattern stands for.
+/// Returns the only port that a pattern matches.
 fn the_match(vm: &str, ports: &[Port], pattern: &PortPattern) -> Result<Port> {
     let found: Vec<&Port> = ports.iter().filter(|port| pattern.matches(port)).collect();
     match found.as_slice() {
@@ -160,7 +160,7 @@ mod tests {
         }
     }
 
-    /// A daemon that publishes what it is asked to, and picks port 40001.
+    /// Starts a daemon that publishes every requested port, and picks 40001 as the free one.
     fn publishing() -> Fake {
         let mut web = vm("web", VmState::Running);
         web.ports = vec![port(8080, 80), port(8081, 80), port(5432, 5432)];

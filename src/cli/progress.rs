@@ -16,7 +16,7 @@ use std::time::Duration;
 const TICK: Duration = Duration::from_millis(120);
 /// A terminal with fewer columns shows figures but no bars.
 const COLUMNS_FOR_BARS: u16 = 76;
-/// About what a bar and its figures take.
+/// The approximate width of a bar and its figures.
 const FIGURES_COLUMNS: usize = 60;
 /// The lines of a terminal that no part uses: the operation's own bar and the line of the cursor.
 const OTHER_ROWS: u16 = 2;
@@ -143,7 +143,7 @@ impl Bars {
                 let fits = all.chars().count() + FIGURES_COLUMNS <= size.cols.into();
                 bar.set_message(if fits { all } else { stage });
             }
-            // There is room for what is done, but not for what it is done to.
+            // A narrow terminal has room for the stage, but not for the name of the operation.
             _ if size.cols < COLUMNS_FOR_BARS && !stage.is_empty() => {
                 bar.set_style(style("{spinner} {wide_msg}"));
                 bar.set_message(printable(&line(progress)));

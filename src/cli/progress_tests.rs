@@ -116,7 +116,7 @@ impl Screen {
         Bars::new(doing, target)
     }
 
-    /// Shows the progress, and draws it although it has just been drawn.
+    /// Shows the progress and draws at once, even if the last draw was only a moment ago.
     fn show(&self, bars: &mut Bars, doing: &str, progress: &op::Progress) {
         bars.show(doing, progress, self.1);
         bars.whole.force_draw();

@@ -1,11 +1,11 @@
 //! `image build --script` and `image commit`: makes an image of the disk of a VM.
 //!
-//! Both work in a VM of their own, which the daemon deletes when the connection that holds it
-//! closes, whatever happens to this process. `image build` runs the script there. `image commit`
-//! must not change the disk of the caller's VM, so it takes an image of the disk as it is, and
-//! creates the VM from that. The daemon deletes this image, too, if fcctl cannot. In both cases the
-//! guest then removes what must differ between VMs, and the disk of the stopped VM becomes the
-//! image.
+//! Both work in a new VM, which the daemon deletes when the connection that holds it closes,
+//! whatever happens to this process. `image build` runs the script there. `image commit` must not
+//! change the disk of the caller's VM. It therefore makes an intermediate image of the unchanged
+//! disk, and creates the new VM from that. If fcctl cannot delete the intermediate image, the
+//! daemon does. In both cases the guest then removes what must differ between VMs, and the disk of
+//! the stopped VM becomes the image.
 
 use super::connector::operate;
 use super::context::Context;
@@ -28,21 +28,22 @@ use sha2::{Digest, Sha256};
 use std::fs::File;
 use std::path::Path;
 
-/// The version of what a build does apart from its script. Images of other versions are built
-/// again.
+/// The version of the steps that a build adds to its script. An image that another version built is
+/// built again.
 const RECIPE_VERSION: &str = "fcd script 2";
-/// The limit of a script, which is read into memory.
+/// Longest script. Scripts are read into memory.
 const SCRIPT_BYTES_MAX: u64 = 16 << 20;
 /// Runs the script that comes on stdin. `/dev/shm` is in memory in every guest, so the script does
-/// not become part of the image. The runtime's programs are used if the guest has them, because the
-/// image may have none. The script itself gets the image's `PATH`.
+/// not become part of the image. The guest runtime's programs come first, because an image may have
+/// none. The script itself gets the image's `PATH`.
 const RUN_SCRIPT: &str = "path=$PATH PATH=/.fcd/bin:$PATH
 cat >/dev/shm/fcd-script && chmod 700 /dev/shm/fcd-script || exit
 PATH=$path
 exec /dev/shm/fcd-script </dev/null";
-/// Removes what must differ between the VMs of an image. Programs of the guest runtime do this if
-/// there is one, because the image may have none, or others of the same names. Its init has kept a
-/// copy of each file that it wrote to `/etc`; these do not belong to the image either.
+/// Removes what must differ between the VMs of an image. The guest runtime's programs are used if
+/// there are any, because an image may have none, or different ones of the same names. The
+/// runtime's init keeps a copy of each file that it writes to `/etc`. Such a file does not belong
+/// to the image either, unless it was changed since.
 const CLEAN: &str = "set -e
 if [ -x /.fcd/bin/busybox ]; then
   PATH=/.fcd/bin
@@ -56,18 +57,19 @@ if [ -e /etc/machine-id ]; then : >/etc/machine-id; fi
 if [ -d /var/log ]; then find /var/log -type f -exec rm -f {} +; fi
 rm -f /root/.bash_history";
 
-/// What to build.
+/// The description of an image to build.
 pub(super) struct Recipe {
     pub name: ImageRef,
-    /// The base, which is pulled if this host does not have it. Defaults to the image `default`,
-    /// which is never pulled.
+    /// The image to start from. It is pulled if this host does not have it. Defaults to the image
+    /// `default`, which is never pulled.
     pub from: Option<ImageRef>,
     /// Packages to install before the script runs.
     pub include: Vec<String>,
     pub script: Option<std::path::PathBuf>,
 }
 
-/// Builds an image with a script, unless the image exists and was built from the same.
+/// Builds an image with a script. Does nothing if the image was already built from the same base
+/// and script.
 pub(super) fn build(ctx: &mut Context, interrupts: &Interrupts, recipe: Recipe) -> Result<Image> {
     let script = whole_script(&recipe)?;
     let base = find_base(ctx, interrupts, recipe.from)?;
@@ -124,14 +126,14 @@ fn find_base(ctx: &mut Context, interrupts: &Interrupts, from: Option<ImageRef>)
     Ok(shown.image)
 }
 
-/// True if a new image of this user cannot have the name of this image. The images of an ordinary
-/// user have names of their own beside those of the host.
+/// True if this user cannot create an image with the name of `image`. Images of an ordinary user
+/// have their own names, which may be the same as those of images that all users share.
 fn has_taken_name(image: &Image, uid: u32) -> bool {
     uid == 0 || image.owner_uid.is_none_or(|owner| owner == uid)
 }
 
-/// True if this user built the image with this recipe. Other users may have given any image that
-/// recipe.
+/// True if this user built the image with this recipe. An image of another user is not trusted,
+/// because its owner chose the recorded recipe.
 fn is_built_from(image: &Image, key: &str) -> bool {
     let own_uid = rustix::process::geteuid().as_raw();
     image.recipe.as_deref() == Some(key) && image.owner_uid == Some(own_uid)
@@ -148,7 +150,7 @@ fn tag(ctx: &mut Context, interrupts: &Interrupts, image: &Image, name: ImageRef
     Ok(client.call::<ImageTag>(&request)?.image)
 }
 
-/// Makes an image of a stopped VM.
+/// Makes an image of a stopped VM's disk.
 pub(super) fn commit(
     ctx: &mut Context,
     interrupts: &Interrupts,
@@ -187,7 +189,7 @@ pub(super) fn commit(
     made
 }
 
-/// Returns the script with the installation of the packages before it. It is empty if there is
+/// Returns the script, preceded by the installation of the packages. It is empty if there is
 /// nothing to run.
 fn whole_script(recipe: &Recipe) -> Result<Vec<u8>> {
     let script = match &recipe.script {
@@ -205,7 +207,7 @@ fn whole_script(recipe: &Recipe) -> Result<Vec<u8>> {
         packages.join(" ")
     )
     .into_bytes();
-    // The script keeps its own interpreter, which may be in the packages.
+    // The script runs with its own interpreter, which may come from one of the packages.
     if let Some(program) = interpreter(&script) {
         let line = require_interpreter(&program);
         whole.extend([line.as_bytes(), b"printf %s ", &quote_bytes(&script)].concat());
@@ -255,7 +257,8 @@ fn require(condition: &str, needs: &str) -> String {
     format!("{condition} || {{ printf '%s\\n' {text} >&2; exit 127; }}\n")
 }
 
-/// Returns the key under which the same build is found again.
+/// Returns a hash of what a build depends on: the base, the script and [`RECIPE_VERSION`]. An image
+/// with the same hash is not built again.
 fn recipe_key(base: &Image, script: &[u8]) -> String {
     let mut hash = Sha256::new();
     for part in [
@@ -311,7 +314,7 @@ fn in_new_vm(
     made
 }
 
-/// Stops the guest and makes sure that it shut down in order.
+/// Stops the guest. Fails if it did not shut down cleanly.
 fn stop(printer: &mut Printer, interrupts: &Interrupts, new_vm: &mut NewVm) -> Result<()> {
     let name = new_vm.vm.name.clone();
     let request = VmStopRequest {

@@ -21,8 +21,8 @@ fn shown(image: Value) -> Value {
     json!({"image": image, "config": {}, "layers": [], "history": []})
 }
 
-/// A daemon with the image `default`, and the image that `image.commit` has made. The guest's
-/// commands end with `ends` and their input is kept.
+/// A daemon with the image `default`, and with the image that `image.commit` makes. Commands in the
+/// guest end with the status `ends`, and their input is recorded.
 struct Daemon {
     fake: Fake,
     inputs: Arc<Mutex<Vec<String>>>,
@@ -117,7 +117,7 @@ fn script_runs_in_vm_and_second_build_is_instant() {
         (ran.status, daemon.fake.methods().as_str()),
         (0, "image.show image.list")
     );
-    // Under another name, it is the same image.
+    // The same script under another name only adds a name to the image.
     let ran = fcctl(&daemon.fake, &["image", "build", "--script", &path, "twin"]);
     let (out, methods) = (String::from_utf8(ran.out).unwrap(), daemon.fake.methods());
     assert_eq!(
@@ -131,7 +131,7 @@ fn script_runs_in_vm_and_second_build_is_instant() {
         "{}",
         ran.err
     );
-    // Another script is another image, whose name is taken.
+    // A changed script needs a new image, but the name is taken.
     script(&dir, "#!/bin/sh\necho other\n");
     let ran = fcctl(&daemon.fake, &args);
     assert_eq!(
@@ -140,7 +140,7 @@ fn script_runs_in_vm_and_second_build_is_instant() {
     );
 }
 
-/// The caller of `image.commit` chooses the recipe, so another user's is not to be trusted.
+/// The caller of `image.commit` chooses the recipe, so that of another user must not be trusted.
 #[test]
 fn image_of_other_user_is_not_taken_for_built() {
     let dir = tempfile::tempdir().unwrap();

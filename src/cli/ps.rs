@@ -79,7 +79,7 @@ pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     let template = args.list.parse(FIELDS)?;
     let mut client = connector.connect(printer)?;
     let request = VmListRequest {
-        // A state names VMs that are not running, too.
+        // A filter by state may choose VMs that are not running.
         all: args.all || args.filter.has_state(),
         limit: (!printer.json || args.quiet).then_some(PAGE_ITEMS),
         ..Default::default()

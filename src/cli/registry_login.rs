@@ -78,7 +78,7 @@ pub(super) fn logout(ctx: &mut Context, args: &LogoutArgs) -> Result<u8> {
     Ok(0)
 }
 
-/// Returns the host of what a user types: docker takes a URL, too.
+/// Returns the host in the user's argument, which may be a URL as with docker.
 fn host(text: &str) -> Result<&str> {
     let host = ["https://", "http://"]
         .iter()
@@ -135,7 +135,7 @@ fn credential(
     Ok((user, Secret::new(password)))
 }
 
-/// Reads one line from the terminal, which has it as a whole.
+/// Reads one line from the terminal, which delivers a line as a whole.
 fn line(stdio: &Stdio, stop: &Cancel) -> Result<String> {
     let answer = (stdio.stdin.as_fd(), PollFlags::POLLIN);
     let waited = wait_any(&[answer], Instant::now() + ANSWER_DEADLINE, stop);

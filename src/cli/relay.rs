@@ -1,4 +1,4 @@
-//! Relays a command's bytes between the caller's streams and the pipes that the daemon was given.
+//! Relays a command's bytes between the caller's streams and the pipes that the daemon received.
 
 use super::pipes::{self, End, Stoppable};
 use crate::api::exec::Stream;
@@ -52,7 +52,7 @@ pub(super) struct Relay {
 }
 
 impl Relay {
-    /// Starts the threads. `lost` is called for stdout if it can no longer be written.
+    /// Starts the threads. `lost` is called when stdout can no longer be written.
     pub(super) fn start(
         stdio: &super::context::Stdio,
         wanted: Wanted,
@@ -119,7 +119,7 @@ impl Relay {
         Ok(())
     }
 
-    /// Names the descriptors of [`Self::fds`], in the same order.
+    /// Returns the names of the descriptors in [`Self::fds`], in the same order.
     pub(super) fn streams(&self) -> &[Stream] {
         &self.streams
     }

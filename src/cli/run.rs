@@ -175,7 +175,7 @@ fn perform(
         (None, _, _) => None,
         (Some(_), Some(user), _) => Some(user.clone()),
         (Some(_), None, Some(user)) => guest::unless_root(user),
-        // The daemon has chosen the image.
+        // The daemon chose the image, so fcctl does not know its user yet.
         (Some(_), None, None) => guest::user_of_image(&mut new_vm.client, new_vm.vm.image.clone())?,
     };
     let gift = source
@@ -263,7 +263,7 @@ fn refuse_directory_as_command(args: &Args) -> Result<()> {
     .into())
 }
 
-/// Says how to name an image, if what should be a directory may be one.
+/// Adds a hint on how to name an image, if the word in the place of a directory may be one.
 fn suggest_image(e: Failure, path: &Path, has_image: bool, argv: &[OsString]) -> Failure {
     let word = path.to_string_lossy();
     if !e.is(Kind::PathNotFound) || has_image || path.exists() || word.parse::<ImageRef>().is_err()
@@ -440,7 +440,7 @@ pub(super) fn boot(
     }
 }
 
-/// Exports the changes, then deletes the VM or says that it keeps running.
+/// Exports the changes. Then deletes the VM, or prints that it keeps running.
 fn finish(
     printer: &mut Printer,
     interrupts: &Interrupts,

@@ -438,7 +438,7 @@ fn run_with_image_and_directory_without_slash_names_the_fix() {
     assert_eq!(fake.methods(), "");
 }
 
-/// Root's home is closed to other users, and a copy that belongs to root could not be changed.
+/// Other users cannot enter root's home, and could not change a copy that belongs to root.
 #[test]
 fn run_as_user_gives_copy_to_user() {
     for (user, owner) in [("dev", "dev:"), ("1000", "1000"), ("dev:adm", "dev:adm")] {
@@ -472,8 +472,8 @@ fn run_as_user_gives_copy_to_user() {
     }
 }
 
-/// A user that the image names gets the copy as one that `--user` names. The image may be the
-/// daemon's default.
+/// The copy belongs to the user that the image names, as it does with `--user`. This also holds for
+/// the daemon's default image.
 #[test]
 fn run_gives_copy_to_user_of_image() {
     for (user, owner) in [
@@ -510,13 +510,13 @@ fn run_gives_copy_to_user_of_image() {
             assert_eq!(is_given, owner.is_some(), "{user}: {calls}");
             let is_in_root = calls.contains(r#""guest_path":"/root/app""#);
             assert_eq!(is_in_root, owner.is_none(), "{user}: {calls}");
-            // The image chooses the user of the command itself.
+            // fcctl does not send the user, because the daemon takes it from the image.
             assert!(!calls.contains(&format!(r#""user":"{user}""#)), "{calls}");
         }
     }
 }
 
-/// A daemon whose guest runs a command until it gets a signal.
+/// Starts a daemon whose guest runs a command until it gets a signal.
 fn with_endless_command() -> Fake {
     let (signalled, signals) = unbounded();
     daemon(move |mut r| match r.method.as_str() {

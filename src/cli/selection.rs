@@ -1,8 +1,9 @@
 //! Chooses VMs: by name, or with `--filter` by their properties.
 //!
 //! Terms of the same kind are alternatives, and terms of different kinds must all match, as with
-//! docker. Labels are the exception: a VM must have all of them. fcctl lists the VMs and compares,
-//! and then names those that match by ID, so a VM that gets one of the names meanwhile is safe.
+//! docker. Labels are the exception: a VM must have all of them. fcctl lists the VMs, compares them
+//! with the filter, and then refers to those that match by ID. A VM that takes over one of their
+//! names in between is therefore not affected.
 
 use super::connector::Connector;
 use super::output::MatchedText;
@@ -15,7 +16,7 @@ use crate::ids::{LabelKey, LabelValue};
 use serde::Serialize;
 use std::str::FromStr;
 
-/// The words before `=` in a filter, and what they compare.
+/// The keys of a filter, for hints.
 const KEYS: &str = "label=KEY, label=KEY=VALUE, state=STATE, name=NAME, image=IMAGE, id=ID";
 
 /// The VMs that a command is for.
@@ -51,7 +52,7 @@ pub(super) struct Terms {
 #[derive(Clone, Debug, PartialEq)]
 enum Term {
     State(VmState),
-    /// The state `paused` is a member of running VMs.
+    /// `state=paused`. The API has no such state, but a flag of running VMs.
     Paused,
     Label(LabelKey, Option<LabelValue>),
     Name(MatchedText),
@@ -59,12 +60,12 @@ enum Term {
     Id(String),
 }
 
-/// One VM of a command.
+/// A VM that a command acts on.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Target {
     /// The name or ID that identifies the VM to the daemon.
     pub vm: String,
-    /// The VM as messages name it.
+    /// The VM's name in messages.
     pub shown: String,
 }
 
@@ -156,7 +157,7 @@ impl Term {
         }
     }
 
-    /// Two terms are alternatives if they are of the same kind.
+    /// Returns a number for the kind of the term. Terms of the same kind are alternatives.
     fn kind(&self) -> u8 {
         match self {
             Self::State(_) | Self::Paused => 0,
@@ -185,7 +186,7 @@ impl Filter {
         self.terms.iter().flat_map(|terms| &terms.terms)
     }
 
-    /// True if the filter names a state, so that VMs in every state count.
+    /// True if the filter names a state. The list must then include VMs that are not running.
     pub(super) fn has_state(&self) -> bool {
         self.terms().any(|term| term.kind() == 0)
     }
@@ -208,7 +209,7 @@ impl Filter {
 }
 
 impl Selection {
-    /// Returns the names to act on, or lists the VMs that match. A remark says if none does.
+    /// Returns the named VMs, or those that the filter chooses. Prints a remark if there are none.
     pub(super) fn targets(
         &self,
         connector: &mut Connector,

@@ -15,7 +15,7 @@ const fn short(word: &'static str, noun: &'static str, verb: &'static str) -> Sh
     ShortForm { word, noun, verb }
 }
 
-/// Places the short forms behind the other commands in the help.
+/// Places the short forms after the other commands in the help.
 const DISPLAY_ORDER: usize = 100;
 
 const SHORT_FORMS: &[ShortForm] = &[
@@ -62,8 +62,7 @@ pub(super) fn add(cli: clap::Command) -> clap::Command {
     cli.subcommands(short)
 }
 
-/// Returns the words of a command line with the long form in the place of a short one, also after
-/// `help`.
+/// Returns the command line with a short form replaced by its long form, also after `help`.
 pub(super) fn expand(cli: &clap::Command, args: &[OsString]) -> Vec<OsString> {
     let mut args = args.to_vec();
     let Some(form) = form_at(cli, &args) else {
@@ -73,7 +72,7 @@ pub(super) fn expand(cli: &clap::Command, args: &[OsString]) -> Vec<OsString> {
     args
 }
 
-/// Returns the place of a short form and the form.
+/// Returns the index of a short form, and the form.
 fn form_at(cli: &clap::Command, args: &[OsString]) -> Option<(usize, &'static ShortForm)> {
     let mut at = words::noun_at(cli, args)?;
     if args[at] == "help" {

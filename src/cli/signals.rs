@@ -1,4 +1,5 @@
-//! What each signal means in each phase of a command, and the thread that acts on signals.
+//! Decides what each signal does in each phase of a command, and runs the thread that acts on
+//! signals.
 
 use super::terminal;
 use crate::client::{Client, Failure, Hangup, Result};
@@ -15,10 +16,10 @@ use std::time::{Duration, Instant};
 
 /// How many signals are forwarded to the guest's command before the next one detaches.
 pub(super) const FORWARDED_MAX: u8 = 2;
-/// How many signals and resizes may wait for the daemon. Further ones are dropped.
+/// The most signals and resizes that may wait for the daemon. Further ones are dropped.
 const CONTROLS_MAX: usize = 16;
-/// How long a command that has run for too long may take to end, before it is killed, and again
-/// before fcctl stops waiting for it.
+/// How long a command may take to end after `--timeout`, before it is killed. After that, fcctl
+/// waits this long again before it hangs up.
 const TIMEOUT_GRACE: Duration = Duration::from_secs(10);
 const CAUGHT: [i32; 5] = [SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGWINCH];
 
@@ -87,7 +88,7 @@ fn name(signal: i32) -> &'static str {
     }
 }
 
-/// Where signals come from.
+/// The source of signals.
 pub(super) enum SignalSource {
     /// The signals of this process.
     Process,
@@ -143,7 +144,7 @@ impl SignalSource {
     }
 }
 
-/// The signals that this process was started with as ignored (proc(5), `SigIgn`).
+/// Returns the signals that were ignored when this process started (proc(5), `SigIgn`).
 fn ignored_mask() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let field = status.lines().find_map(|l| l.strip_prefix("SigIgn:"));
@@ -207,7 +208,8 @@ impl Interrupts {
         &self.cancel
     }
 
-    /// Changes what signals mean from now on. Fails if a signal has already ended the command.
+    /// Enters a phase, which decides what signals do. Fails if a signal has already ended the
+    /// command.
     pub(super) fn enter(&self, phase: Phase) -> Result<()> {
         let mut state = self.state.lock();
         if state.cause.is_some() && !matches!(phase, Phase::CleaningUp { .. }) {
@@ -246,7 +248,7 @@ impl Interrupts {
         !matches!(self.state.lock().phase, Phase::Working)
     }
 
-    /// The signal that ended the command, if one did.
+    /// Returns the signal that ended the command, if one did.
     pub(super) fn cause(&self) -> Option<i32> {
         self.state.lock().cause
     }
@@ -256,7 +258,7 @@ impl Interrupts {
         self.state.lock().detached
     }
 
-    /// The exit status 128+n for the signal that ended the command.
+    /// Returns the exit status 128+n for the signal that ended the command.
     pub(super) fn status(&self) -> Option<u8> {
         self.cause().map(|signal| 128 + signal as u8)
     }
@@ -277,8 +279,8 @@ impl Interrupts {
         std::mem::forget(subscription);
     }
 
-    /// Ends the guest's command when it has run for `limit`: asks it to end, kills it, and at last
-    /// hangs up. Nothing happens after the returned timer was dropped.
+    /// Ends the guest's command when it has run for `limit`: sends SIGTERM, then SIGKILL, and
+    /// finally hangs up. Nothing happens after the returned timer was dropped.
     pub(super) fn end_after(&self, limit: Duration) -> Result<Timer> {
         let dropped = Cancel::try_new().map_err(|e| Error::io("make a cancel token", e))?;
         let (state, done) = (self.state.clone(), dropped.clone());
@@ -346,7 +348,7 @@ fn end_in_steps(state: &Mutex<State>, limit: Duration, done: &Cancel) {
     }
 }
 
-/// The failure of anything that a signal ended.
+/// Returns the failure of anything that a signal ended.
 pub(super) fn interrupted() -> Failure {
     Error::new(Kind::Cancelled, "interrupted").into()
 }

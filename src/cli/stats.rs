@@ -39,7 +39,7 @@ pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
                 .into(),
         );
     }
-    // VMs that match a filter and do not run are left out.
+    // Leave out VMs that match a filter but do not run.
     let chosen = match args.filter.is_empty() {
         true => None,
         false => Some(targets(connector, printer, &[], &args.filter)?),
@@ -121,8 +121,8 @@ fn row(before: Option<&VmStats>, now: &VmStats) -> Vec<String> {
     ]
 }
 
-/// Returns the CPU usage in percent of one CPU, so two busy CPUs are 200. None if the VMM is
-/// another process or no time has passed.
+/// Returns the CPU usage in percent of one CPU, so two busy CPUs are 200. None if another VMM
+/// process runs the VM now, or if no time has passed.
 fn share(before: &VmStats, now: &VmStats) -> Option<u64> {
     let used_us = now.cpu_ns.checked_sub(before.cpu_ns)? / 1000;
     let passed_ms = now.at_ms.checked_sub(before.at_ms).filter(|ms| *ms > 0)?;

@@ -1,4 +1,4 @@
-//! `info` and `system`: fcd as a whole, the space that it uses, and how to free some.
+//! `info` and `system`: show fcd as a whole and the space that it uses, and free space.
 
 use super::confirm::Question;
 use super::connector::{Connector, operate};
@@ -89,12 +89,13 @@ const fn name(kind: SpaceKind) -> &'static str {
     }
 }
 
-/// A cached layer is not in use: images do not need it.
+/// Returns how many objects are in use. Cached layers are never in use, because images do not need
+/// them.
 fn active(of: &SpaceUse) -> Option<u64> {
     (of.kind != SpaceKind::Layers).then_some(of.active)
 }
 
-/// The output of `info --json`.
+/// The `--json` output of `info`.
 #[derive(Serialize)]
 struct Overview {
     fcctl: &'static str,
@@ -206,7 +207,7 @@ struct Plan {
 }
 
 impl Plan {
-    /// Only what the user owns or, for what serves all users, may remove.
+    /// Finds what a prune would remove. The daemon lists only what the caller may remove.
     fn new(client: &mut Client, args: &PruneArgs) -> Result<Self> {
         let mut plan = Self::default();
         let vms = if args.vms {
@@ -332,7 +333,7 @@ fn prune(
     Ok(failed.map_or(0, |failure| failure.exit_status()))
 }
 
-/// Removes what is in the plan, and nothing else: what is in use by now is left, with an error.
+/// Removes exactly what is in the plan. An object that is in use by now stays, and is an error.
 /// Returns what was removed, and the first error.
 fn remove(
     client: &mut Client,

@@ -4,7 +4,7 @@ use crate::client::fake::Fake;
 use expect_test::expect;
 use serde_json::json;
 
-/// Something of each kind.
+/// Returns the space that objects of every kind use.
 fn space() -> Vec<SpaceUse> {
     let of = |kind, count, active, bytes, reclaimable_bytes, names: &[&str]| SpaceUse {
         count,
@@ -38,7 +38,7 @@ fn space() -> Vec<SpaceUse> {
     ]
 }
 
-/// Starts a daemon with two VMs and something of each kind.
+/// Starts a daemon with two VMs and objects of every kind.
 fn daemon() -> Fake {
     Fake::start(|r| match r.method.as_str() {
         "fcd.space" => r.result(json!({ "kinds": space() })),

@@ -1,7 +1,7 @@
 //! `vm top`: the processes in a guest.
 //!
-//! A script reads them from /proc, because an image need not have ps. What it prints is text of the
-//! guest, which may be anything: it is bounded, and made harmless before it is shown.
+//! A script reads them from /proc, because an image need not have ps. The guest may print anything,
+//! so the output is bounded and is made harmless before it is shown.
 
 use super::context::{Context, Stdio};
 use super::exec::{self, Outcome, Spec};
@@ -34,10 +34,10 @@ for p in [0-9]*; do
 	echo
 done 2>/dev/null
 exit 0"#;
-/// The most bytes that are read of the guest's output. This is enough for ten thousand processes
+/// The most bytes of the guest's output that are read. This is enough for ten thousand processes
 /// with usual command lines.
 const OUTPUT_BYTES_MAX: u64 = 8 << 20;
-/// How many characters of an error of the guest are shown.
+/// How many characters of the guest's error message are shown.
 const ERROR_CHARS_MAX: usize = 200;
 /// The kernel counts CPU time for programs in hundredths of a second (USER_HZ).
 const TICKS_PER_S: u64 = 100;
@@ -169,8 +169,8 @@ fn capture(ctx: &mut Context, vm: &str, argv: Vec<OsString>) -> Result<String> {
     }
 }
 
-/// Parses what the script prints, without the kernel's threads and the script itself. Lines that
-/// make no sense are skipped.
+/// Parses the output of the script. Leaves out the kernel's threads and the script's own processes.
+/// Skips malformed lines.
 fn parse(text: &str) -> Vec<Process> {
     let (mut uptime_s, mut own) = (0, None::<u64>);
     let mut processes: Vec<Process> = Vec::new();

@@ -69,7 +69,7 @@ impl PrepareHow {
     }
 }
 
-/// How much a guest may send back.
+/// The limit for data from a guest.
 #[derive(clap::Args, Clone, Copy, Debug)]
 pub(super) struct Bound {
     /// Fail if the guest sends more than this, such as 512M or 16G
@@ -100,7 +100,7 @@ impl Source {
         Ok(Source::Tree(Box::new(plan)))
     }
 
-    /// The tree to which an exported patch will be applied.
+    /// Returns the tree to which an exported patch will be applied.
     pub(super) fn top(&self) -> Option<&Path> {
         match self {
             Source::Tree(plan) => Some(plan.root()),
@@ -116,7 +116,7 @@ impl Source {
         }
     }
 
-    /// Returns the default directory.
+    /// Returns the default directory of the copy in the guest.
     pub(super) fn path_for_root(&self) -> String {
         match self {
             Source::Tree(plan) => plan.guest_path(),
@@ -124,7 +124,7 @@ impl Source {
         }
     }
 
-    /// Returns the default directory for a user who cannot enter root's home.
+    /// Returns the default directory of the copy for a user who cannot enter root's home.
     pub(super) fn path_for_user(&self) -> String {
         self.path_for_root().replacen("/root", "/workspace", 1)
     }
@@ -274,7 +274,8 @@ impl Transfer<'_> {
         })
     }
 
-    /// Called only once the whole patch has arrived, so that a partial one is never printed.
+    /// Prints the patch in `spool`. Call this only once all of it has arrived, so that a partial
+    /// patch is never printed.
     fn print(&mut self, mut spool: File) -> Result<()> {
         let doing = "read the patch back";
         let mut piece = vec![0; PIECE_BYTES];
@@ -296,8 +297,8 @@ impl Transfer<'_> {
         Ok(stop)
     }
 
-    /// Makes the call with one end of a pipe, which is closed here once the daemon has it. Shows
-    /// progress.
+    /// Makes the call with one end of a pipe, and closes that end here once the daemon has it.
+    /// Shows progress.
     fn call<C: Call>(
         &mut self,
         doing: &str,

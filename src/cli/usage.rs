@@ -1,4 +1,4 @@
-//! What `fcctl` prints if clap cannot use a command line: help, version, or an error and a hint.
+//! Prints help, version, or an error with a hint for command lines that clap does not accept.
 
 use super::exec::OUR_FAILURE;
 use super::printer::Printer;
@@ -113,8 +113,8 @@ fn is_for_dockerfile(e: &clap::Error) -> bool {
     }
 }
 
-/// Suggests a command for a word that users of docker type by habit. clap suggests commands with a
-/// similar spelling instead, such as `stop` for `top`.
+/// Suggests a command for a word that users of docker type by habit. clap would suggest a command
+/// with a similar spelling instead, such as `stop` for `top`.
 fn of_habit(noun: &str, e: &clap::Error) -> Option<Error> {
     let word = context(e, ContextKind::InvalidSubcommand)?;
     let noun = if word == noun { "" } else { noun };
@@ -140,7 +140,7 @@ fn of_run(cli: &clap::Command, args: &[OsString], e: &clap::Error) -> Option<Err
     words::without_separator(cli, args, word)
 }
 
-/// clap prints the message of a value parser's error, but not its hint.
+/// Adds the hint of a value parser's error. clap prints only its message.
 fn of_value_parser(e: &clap::Error) -> Option<Error> {
     let hint = e.source()?.downcast_ref::<Error>()?.hint_text()?;
     Some(Error::invalid(message(e)).hint(hint))

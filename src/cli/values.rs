@@ -14,7 +14,7 @@ use std::time::Duration;
 /// Longest `--env-file` that is read.
 const ENV_FILE_BYTES_MAX: u64 = 1024 * 1024;
 
-/// True if a word is written as a path, which no image and no command of a guest is called.
+/// True if a word is written as a path. No image, and no command after `--image`, is written so.
 pub(super) fn is_path(word: &str) -> bool {
     word.starts_with('/') || matches!(word.split('/').next(), Some("." | ".."))
 }
@@ -67,8 +67,8 @@ pub(super) fn parse_mem_mib(text: &str) -> Result<u64, String> {
     Err("memory is a whole number of MiB, such as 512M or 2G".to_owned())
 }
 
-/// Parses `[[ADDR:]HOST:]GUEST[/tcp|udp]`, as docker does, except that ADDR defaults to this host
-/// alone. Without HOST, a free port is picked.
+/// Parses `[[ADDR:]HOST:]GUEST[/tcp|udp]`, as docker does, except that ADDR defaults to 127.0.0.1.
+/// Without HOST, a free port is picked.
 pub(super) fn parse_port(text: &str) -> Result<Port, String> {
     let form =
         || "use [[ADDR:]HOST:]GUEST[/udp], such as 8080:80, 0.0.0.0:8080:80 or 80".to_owned();
@@ -102,7 +102,7 @@ pub(super) fn parse_port(text: &str) -> Result<Port, String> {
     }
 }
 
-/// A published port, or what is known of one.
+/// A pattern for published ports. A part that is None matches anything.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct PortPattern {
     host_addr: Option<Ipv4Addr>,
@@ -111,7 +111,7 @@ pub(super) struct PortPattern {
     protocol: Protocol,
 }
 
-/// Parses what [`parse_port`] does. What is left out may be anything.
+/// Parses the same form as [`parse_port`]. A part that is left out matches anything.
 pub(super) fn parse_port_pattern(text: &str) -> Result<PortPattern, String> {
     let port = parse_port(text)?;
     Ok(PortPattern {
@@ -164,7 +164,7 @@ pub(super) fn parse_init(text: &str) -> Result<Init, String> {
 pub(super) fn parse_restart(text: &str) -> Result<Restart, String> {
     match text {
         "no" => Ok(Restart::No),
-        // A VM that its owner stopped stays stopped, which is what docker means by this word.
+        // A VM that its owner stopped stays stopped. docker calls this `unless-stopped`.
         "always" | "unless-stopped" => Ok(Restart::Always),
         _ => Err("use no, or always for a start after each reboot of the host".to_owned()),
     }
@@ -228,8 +228,8 @@ pub(super) fn timeout_ms(timeout: Option<Duration>) -> Option<u64> {
     timeout.map(|t| u64::try_from(t.as_millis()).unwrap_or(u64::MAX))
 }
 
-/// Parses `K=V`, or `K` for the caller's own value. A variable that the caller does not have is
-/// left out.
+/// Parses `K=V`, or `K` for the caller's own value. Returns None if the caller does not have the
+/// variable.
 fn env_entry(
     entry: &OsStr,
     caller: &dyn Fn(&str) -> Option<OsString>,
@@ -303,7 +303,7 @@ fn read_env_file(path: &Path) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// The error for a file of the caller that cannot be used. A missing file has its own kind.
+/// Returns the error for a file of the caller that cannot be used. A missing file has its own kind.
 pub(super) fn path_error(doing: String, e: std::io::Error) -> Error {
     if e.kind() == std::io::ErrorKind::NotFound {
         return Error::new(crate::error::Kind::PathNotFound, doing)

@@ -402,7 +402,7 @@ pub(super) fn delete(
         let request = VmDeleteRequest {
             vm: vm.vm.clone(),
             force: args.force,
-            // The VMs of a filter existed when they were listed.
+            // A filter chooses VMs that exist. One that is gone by now is not an error.
             if_exists: args.force || args.if_exists || !selection.filter.is_empty(),
         };
         let reply =

@@ -88,7 +88,7 @@ pub(super) fn label_list(labels: &Labels) -> String {
     labels.iter().map(text).collect::<Vec<_>>().join(", ")
 }
 
-/// Says whether the guest's data reached its disk. Says how a VM ended.
+/// Says how a VM ended, and whether the guest's data reached its disk.
 pub(super) fn ended(vm: &Vm) -> String {
     format!("{}: {}{}", vm.name, vm.state.name(), synced(vm.synced))
 }

@@ -1,11 +1,11 @@
 //! Finds the command in `fcctl run`, `exec` and `ssh`, which need no `--` before it.
 //!
-//! The command of `exec` and `ssh` begins with the first word behind the VM, and that of `run` with
-//! the first word behind a directory. After `--image`, the first word without `/` that is not `.`
-//! is the command, as with docker. Everything behind the command's first word belongs to the
-//! command. clap cannot make these distinctions, so the missing `--` is inserted before clap sees
-//! the words. If the first word of `run` is not a directory, the words are left as they are, and
-//! [`without_separator`] says what is wrong.
+//! The command of `exec` and `ssh` begins with the first word after the VM, and that of `run` with
+//! the first word after a directory. After `--image`, the first word without `/` that is not `.` is
+//! the command, as with docker. All words after the command's first word belong to the command.
+//! clap cannot make these distinctions, so the missing `--` is inserted before clap sees the words.
+//! If the first word of `run` is not a directory, the words stay unchanged, and
+//! [`without_separator`] explains the error.
 
 use super::values::is_path;
 use crate::error::Error;
@@ -45,7 +45,7 @@ pub(super) fn with_json(args: &[OsString]) -> Vec<OsString> {
     replaced
 }
 
-/// Returns the place of the command in a command line, if no `--` precedes it.
+/// Returns the index of the command in a command line, if no `--` precedes it.
 fn command_at(cli: &clap::Command, args: &[OsString]) -> Option<usize> {
     let noun = first_plain(cli, args.get(1..)?)?;
     let begin = noun.at + 2;
@@ -62,12 +62,12 @@ fn command_at(cli: &clap::Command, args: &[OsString]) -> Option<usize> {
     Some(behind + second.at)
 }
 
-/// Returns the place of the first word that is neither an option nor the value of one.
+/// Returns the index of the first word that is neither an option nor the value of one.
 pub(super) fn noun_at(cli: &clap::Command, args: &[OsString]) -> Option<usize> {
     Some(first_plain(cli, args.get(1..)?)?.at + 1)
 }
 
-/// Returns the place behind the word `run`, if it is the noun of this command line.
+/// Returns the index after the word `run`, if it is the noun of this command line.
 fn run_at(cli: &clap::Command, args: &[OsString]) -> Option<usize> {
     let first = first_plain(cli, args.get(1..)?)?;
     (first.word == "run").then_some(first.at + 2)

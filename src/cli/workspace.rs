@@ -138,15 +138,15 @@ fn prepare(
     Ok(0)
 }
 
-/// Chooses the place and the owner of a copy as `fcctl run` does. A copy that is already in one of
-/// the usual places is updated there.
+/// Chooses the path and the owner of a copy as `fcctl run` does. A copy that is already at one of
+/// the usual paths is updated there.
 fn plan_gift(
     client: &mut Client,
     source: &Source,
     vm: &str,
     how: &mut PrepareHow,
 ) -> Result<Option<Gift>> {
-    // A bad path is refused before the daemon is called.
+    // Refuse a bad path before the daemon is called.
     how.guest_path
         .iter()
         .try_for_each(|path| guest_path::validate(path).map(drop))?;
@@ -157,7 +157,7 @@ fn plan_gift(
     let present = present.filter(|path| usual.contains(path));
     how.guest_path = how.guest_path.take().or(present);
     let user = match guest::user_of_image(client, vm.image) {
-        // An earlier version could delete the image of a VM.
+        // Earlier versions let users delete the image of a VM.
         Err(e) if e.is(Kind::ImageNotFound) => None,
         user => user?,
     };

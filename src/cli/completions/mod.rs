@@ -1,8 +1,8 @@
-//! Completions for shells. The scripts for bash, zsh and fish ask `fcctl __complete`, which knows
-//! the command line from clap and the names from the daemon.
+//! Completions for shells. The scripts for bash, zsh and fish run `fcctl __complete`, which takes
+//! the syntax of the command line from clap, and names from the daemon.
 //!
-//! An answer never waits long for the daemon: without one, there are only words of the command
-//! line.
+//! `fcctl __complete` never waits long for the daemon. If the daemon does not answer in time, only
+//! words of the command line are completed.
 
 mod names;
 #[cfg(test)]
@@ -25,7 +25,8 @@ const BASH: &str = include_str!("fcctl.bash");
 const ZSH: &str = include_str!("fcctl.zsh");
 const FISH: &str = include_str!("fcctl.fish");
 
-/// Prints the script for a shell. The scripts for other shells know the command line only.
+/// Prints the script for a shell. The scripts for other shells than bash, zsh and fish complete
+/// only words of the command line.
 pub(super) fn script(printer: &mut Printer, shell: Shell) -> Result<u8> {
     if matches!(shell, Shell::Bash | Shell::Zsh | Shell::Fish) {
         printer.text(of(shell))?;
@@ -46,8 +47,8 @@ pub(super) fn of(shell: Shell) -> &'static str {
     }
 }
 
-/// Returns what a script asked for: the candidates for one word of a command line, each with its
-/// description after a tab. `args` are all words of the question.
+/// Returns the candidates for one word of a command line, each with its description after a tab.
+/// `args` are all words of the call of [`COMMAND`]. Returns None if they are malformed.
 pub(super) fn answer(args: &[OsString], socket: &Path, dir: Option<&Path>) -> Option<String> {
     let [_, command, index, separator, words @ ..] = args else {
         return None;
@@ -62,14 +63,15 @@ pub(super) fn answer(args: &[OsString], socket: &Path, dir: Option<&Path>) -> Op
     let mut found = complete(&mut command, words.to_vec(), index, dir).unwrap_or_default();
     let is_option =
         |one: &CompletionCandidate| one.get_value().as_encoded_bytes().starts_with(b"-");
-    // Options come after a dash, or if there is nothing else.
+    // Offer options only after a dash, or if there are no other candidates.
     if words.get(index).is_some_and(|word| word.is_empty()) && !found.iter().all(is_option) {
         found.retain(|one| !is_option(one));
     }
     Some(found.iter().filter_map(line).collect())
 }
 
-/// Returns the candidate as a line. A value with a control character would be read as another.
+/// Returns the candidate as a line. Skips a value with a control character, which the shell would
+/// misread.
 fn line(candidate: &CompletionCandidate) -> Option<String> {
     let value = candidate.get_value().to_str()?;
     if value.is_empty() || value.contains(char::is_control) {

@@ -14,7 +14,7 @@ use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// How long a shell waits for names. A daemon answers in some milliseconds.
+/// How long a shell waits for names. The daemon normally answers within a few milliseconds.
 const DEADLINE: Duration = Duration::from_millis(500);
 
 /// The names that complete an argument.
@@ -34,10 +34,10 @@ pub(super) enum Which {
     Any,
     Running,
     NotRunning,
-    /// Those that run and are not paused.
+    /// Running VMs that are not paused.
     Unpaused,
     Paused,
-    /// Those with a VMM, which can be stopped.
+    /// VMs with a VMM, which can be stopped.
     Alive,
 }
 
@@ -82,7 +82,7 @@ impl Source {
             "created", "starting", "running", "stopping", "stopped", "deleting", "failed",
         ];
         Some(match argument {
-            // A snapshot can only be taken of a running VM; `vm create` has no VM.
+            // `snapshot create` needs a running VM. `vm create` has no argument of this name.
             "vm" if verb == "create" => Source::Vms(Which::Running),
             "vm" | "vms" => Source::Vms(Which::of(verb)),
             // `image commit` and `image pull` make a new image.
@@ -113,7 +113,7 @@ impl Daemon {
         Self { socket }
     }
 
-    /// Returns the names that begin with what was typed, with a description each.
+    /// Returns the names that begin with `typed`, each with a description.
     pub(super) fn candidates(&self, source: Source, typed: &OsStr) -> Vec<CompletionCandidate> {
         let Some(typed) = typed.to_str() else {
             return Vec::new();
@@ -133,7 +133,7 @@ impl Daemon {
         let (sender, receiver) = bounded(1);
         let socket = self.socket.clone();
         let asked = thread::spawn("names", move || {
-            // A daemon that is gone or busy has no names.
+            // If the daemon is gone or busy, there are no candidates.
             let names =
                 Client::connect_again(&socket).and_then(|mut client| ask(&mut client, source));
             let _ = sender.send(names.unwrap_or_default());
@@ -145,7 +145,7 @@ impl Daemon {
     }
 }
 
-/// A name and what a shell says about it.
+/// A name, and the description that a shell shows beside it.
 struct Name {
     name: String,
     about: Option<String>,

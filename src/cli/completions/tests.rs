@@ -1,4 +1,5 @@
-//! Answers of `fcctl __complete` from a fake daemon. `tests/it/completions.rs` drives the shells.
+//! Tests the answers of `fcctl __complete` with a fake daemon. `tests/it/completions.rs` runs the
+//! shells.
 
 use super::super::tests::vm;
 use super::*;

@@ -1,6 +1,6 @@
 //! Copies from one VM to another, or within one VM. The tar passes through this process, which
-//! checks only that it is complete: the guest that gets it unpacks it in a directory of its own,
-//! and moves only what was asked for.
+//! checks only that it is complete. The receiving guest unpacks the tar in a new directory, and
+//! moves only the requested path to its destination.
 
 use super::super::pipes::{self, End};
 use super::super::transfer::conclude;
@@ -81,7 +81,7 @@ struct Received {
     said: Vec<u8>,
 }
 
-/// True if both words name the same VM, of which one may be its id.
+/// True if both paths name the same VM. One of them may use the VM's ID.
 fn is_same_vm(client: &mut Client, from: &GuestPath, to: &GuestPath) -> Result<bool> {
     if from.vm == to.vm {
         return Ok(true);
@@ -105,8 +105,8 @@ struct Receiver {
 }
 
 impl Receiver {
-    /// Passes on what arrives from the other VM. Returns what was copied, and what the command
-    /// wrote to stderr.
+    /// Forwards the tar from the other VM. Returns what was copied, and what the command wrote to
+    /// stderr.
     fn run(self, mut from: End, mut client: Client, stop: &Cancel) -> Result<Received> {
         let first = read_first_line(&mut from)?;
         let mut meter = self.meter;
@@ -115,7 +115,7 @@ impl Receiver {
         let last = last_entry();
         let mut path = self.to.path;
         if self.several {
-            // A destination that must be a directory may also be a link to one.
+            // `/.` requires a directory, and follows a link to one.
             path.extend_from_slice(b"/.");
         }
         let is_within = self.is_same && first.kind == FileKind::Dir;
@@ -126,7 +126,8 @@ impl Receiver {
             archive: self.archive,
             origin: is_within.then_some(origin),
         };
-        // The error of this side must not count as a consequence of the other side's.
+        // Use a separate token. If both sides shared one, an error of this side would look like a
+        // consequence of the other side's.
         let own = Cancel::try_new().map_err(|e| Error::io("make a cancel token", e))?;
         let fired = own.clone();
         let _subscription = stop.on_cancel(move || fired.cancel(CancelCause::CommandEnded));

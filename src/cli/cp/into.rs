@@ -47,7 +47,7 @@ pub(super) fn files(job: &mut Job<'_>, from: &[PathBuf], to: &GuestPath) -> Resu
     )
 }
 
-/// Returns what a tar of one path has.
+/// Returns the content that a guest should expect in the tar of one path.
 pub(super) fn content(kind: FileKind, name: Option<&[u8]>) -> Content {
     match (kind, name) {
         (FileKind::Dir, Some(name)) => Content::Dir(name.to_vec()),

@@ -91,7 +91,7 @@ impl Job<'_> {
     }
 }
 
-/// True if the stream ended early, for which the command's status has the reason.
+/// True if the stream ended early. The reason is then in the command's exit status.
 pub(super) fn is_cut_off<T>(result: &Result<T, Failure>) -> bool {
     matches!(result, Err(e) if e.fault.kind == Kind::StreamIncomplete.name())
 }

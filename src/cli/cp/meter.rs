@@ -17,7 +17,7 @@ pub(super) struct Meter {
 }
 
 impl Meter {
-    /// `stage` says between which places, such as `to web`.
+    /// `stage` names the places of the copy, such as `to web`.
     pub(super) fn new(progress: Progress, stage: &str, total: Option<u64>) -> Self {
         Self {
             progress,
@@ -41,7 +41,7 @@ impl Meter {
         self.progress.update(&op::Progress {
             stage: self.stage.clone(),
             done: Some(self.done),
-            // A guest only estimates it.
+            // The guest only estimates the total. Hide it once it is exceeded.
             total: self.total.filter(|total| *total >= self.done),
             unit: Some("bytes".to_owned()),
             ..op::Progress::default()

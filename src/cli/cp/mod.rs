@@ -1,8 +1,8 @@
 //! `cp`: copies files into VMs, out of them, and between them.
 //!
-//! A copy is an exec session whose input or output is a tar, so the daemon has no call for it, and
-//! a stop of the VM ends it at once. What is of the host is read and written here, with the
-//! caller's rights; [`crate::workspace::copy`] does that.
+//! A copy is an exec session whose input or output is a tar. The daemon therefore needs no call for
+//! copies, and stopping the VM ends a copy at once. Files on the host are read and written in this
+//! process, with the caller's rights; [`crate::workspace::copy`] does that.
 
 mod between;
 mod into;
@@ -37,7 +37,7 @@ SRC/. copies the content of a directory. Links are copied, not followed.
 pub(super) struct Args {
     #[command(flatten)]
     options: Options,
-    // clap's message about two lists would not say what a user lacks.
+    // This is one list, because clap's message about two would not say what is missing.
     /// PATH of this host, VM:PATH, or - for a tar on stdin or stdout
     #[arg(required = true, value_name = "SRC... DST")]
     paths: Vec<OsString>,
@@ -91,7 +91,7 @@ fn copy(job: &mut Job<'_>, plan: &Plan) -> Result<u8> {
     Ok(0)
 }
 
-/// Copies each source, also after failures. Returns the status of the first failure, or 0.
+/// Copies each source, and continues after failures. Returns the status of the first failure, or 0.
 fn each(
     job: &mut Job<'_>,
     from: &[GuestPath],
@@ -122,7 +122,7 @@ fn report(job: &mut Job<'_>, copied: Copied) -> Result<()> {
     Ok(())
 }
 
-/// Explains a VM that does not exist if a file of the host has the same name.
+/// Adds a hint to the error about a missing VM, if a file of the host has the same name.
 fn hinted(failure: Failure, args: &Args) -> Failure {
     let is_file = |word: &&OsString| {
         word.to_string_lossy().contains(':') && Path::new(word).symlink_metadata().is_ok()

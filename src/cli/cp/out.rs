@@ -64,7 +64,7 @@ pub(super) fn tar(job: &mut Job<'_>, from: &GuestPath) -> Result<Copied> {
     })
 }
 
-/// The caller's stdout, which remembers why it cannot be written.
+/// The caller's stdout. It keeps the error that made writing fail.
 struct Stdout {
     file: File,
     failure: Option<io::Error>,
@@ -110,7 +110,7 @@ fn copy(
         let result = receive(&mut { ours }, &mut meter, &token).map_err(Failure::from);
         let is_consequence = token.is_cancelled() || is_cut_off(&result);
         if result.is_err() && !is_consequence {
-            // The guest would only find out once it writes more.
+            // Hang up now. The guest would notice only when it writes more.
             hang_up();
         }
         (result, is_consequence)

@@ -14,7 +14,7 @@ pub(super) struct GuestPath {
     pub path: Vec<u8>,
 }
 
-/// One word.
+/// One argument of `cp`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Place {
     Host(PathBuf),
@@ -34,9 +34,9 @@ pub(super) enum Plan {
 }
 
 impl Place {
-    /// Applies docker's rules: a word that begins with `/` or `.` is a path of the host, and any
-    /// other word with a colon is a path in a VM. A name of a VM has no slash, so a word with a
-    /// slash before the colon is a path of the host, too. Paths in a VM are relative to `/`.
+    /// Applies docker's rules. A word that begins with `/` or `.` is a path on the host, and any
+    /// other word with a colon is a path in a VM. Names of VMs contain no slash, so a word with a
+    /// slash before the colon is a path on the host, too. Paths in a VM are relative to `/`.
     fn parse(word: &OsStr) -> Result<Self> {
         let bytes = word.as_bytes();
         if bytes == b"-" {
@@ -75,7 +75,7 @@ impl Place {
     }
 }
 
-/// Says what a command line of `cp` copies.
+/// Parses the arguments of `cp`.
 pub(super) fn plan(words: &[OsString]) -> Result<Plan> {
     let (to, from) = match words {
         [from @ .., to] if !from.is_empty() => (to, from),
@@ -166,7 +166,7 @@ mod tests {
         let path = b"/\xff\n".to_vec();
         let vm = "web".to_owned();
         assert_eq!(found, Plan::Out(vec![GuestPath { vm, path }], ".".into()));
-        // The name of a VM is text.
+        // Names of VMs are UTF-8, so this word is a path on the host.
         let found = plan(&[raw(b"\xff:a"), "web:/".into()]).unwrap();
         let from = PathBuf::from(raw(b"\xff:a"));
         assert_eq!(found, Plan::Into(vec![from], guest("web", "/")));

@@ -14,7 +14,8 @@ use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 
-/// The user who copies, unless another one is named. An image may name another user for commands.
+/// The user who copies, unless another one is named. This is explicit, because an image may name
+/// another user for its commands.
 const ROOT: &str = "0";
 /// How much of a command's stderr is kept.
 const STDERR_BYTES_MAX: usize = 16 * 1024;
@@ -88,7 +89,7 @@ pub(super) fn run(client: &mut Client, command: Command<'_>, stop: &Cancel) -> R
     }
 }
 
-/// Reads to the end and returns the first part.
+/// Reads to the end, and returns at most the first [`STDERR_BYTES_MAX`] bytes.
 fn collect(mut from: End) -> Vec<u8> {
     let (mut kept, mut piece) = (Vec::new(), [0; 4096]);
     while let Ok(n @ 1..) = from.read(&mut piece) {

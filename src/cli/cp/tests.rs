@@ -1,5 +1,5 @@
-//! Whole command lines. The guest's commands run on this host, so a path in a VM is one of a
-//! temporary directory.
+//! Runs whole command lines. The guest's commands run on this host, so a path in a VM is a path
+//! below a temporary directory.
 
 mod failures;
 
@@ -129,7 +129,7 @@ impl Site {
         expected.assert_eq(&format!("{out}{}status {}\n", ran.err, ran.status));
     }
 
-    /// Makes a tree that has everything that a copy keeps.
+    /// Creates a tree with everything that a copy can keep.
     fn tree(&self, name: &str) {
         let top = self.path(name);
         fs::create_dir_all(top.join("sub/empty")).unwrap();
@@ -355,7 +355,8 @@ fn destination_follows_rules_of_cp() {
             let ran = site.cp(&line);
             assert_eq!(ran.status == 0, is_ok, "cp {line}: {}", ran.err);
             let side = if is_into { "guest" } else { "host" };
-            // One source that does not exist keeps fcctl from copying the others into a VM.
+            // With several sources, fcctl copies nothing into a VM if one of them does not exist,
+            // but cp copies the others. Compare only where both do the same.
             if is_ok || from.len() == 1 {
                 assert_eq!(names(&site.path(side)), names(expected.path()), "cp {line}");
             }

@@ -1,4 +1,5 @@
-//! Shows what a file asks for and asks whether it may have it, once for each content.
+//! Shows what a `devcontainer.json` asks for, and asks the user to allow it. The same content is
+//! asked about only once.
 
 use super::super::context::{Env, Stdio};
 use super::super::printer::Printer;
@@ -18,10 +19,11 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-/// How long a question stays on the terminal.
+/// How long to wait for an answer.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(24 * 3600);
 
-/// The contents that were confirmed before: an empty file for each, named by its hash.
+/// The contents that the user has allowed, each recorded as an empty file that is named by the
+/// content's hash.
 pub(super) struct Confirmed {
     dir: Option<PathBuf>,
 }
@@ -53,7 +55,7 @@ impl Confirmed {
     }
 }
 
-/// Returns what the file asks for, one thing a line.
+/// Returns what the file asks for, one line for each item.
 pub(super) fn summary(file: &ProjectFile, config: &Config, guest_dir: &str) -> Vec<String> {
     let mut lines = vec![format!("{} asks for:", file.path.display())];
     let mut line = |text: String| lines.push(format!("  {text}"));
@@ -92,7 +94,8 @@ pub(super) fn summary(file: &ProjectFile, config: &Config, guest_dir: &str) -> V
     lines
 }
 
-/// True if the VM may be made as the file says. Without a terminal, only `--yes` says so.
+/// True if the user allows creating the VM that the file describes. Without a terminal, only
+/// `--yes` allows it.
 pub(super) fn given(
     printer: &mut Printer,
     stdio: &Stdio,

@@ -1,5 +1,6 @@
-//! Finds and reads the `devcontainer.json` of a project. The repository is hostile: no link leads
-//! out of the project, and nothing but a regular file of a bounded size is read.
+//! Finds and reads the `devcontainer.json` of a project. The repository may be hostile, so links
+//! that lead out of the project are not followed, and only a regular file of a bounded size is
+//! read.
 
 use crate::error::{Error, Kind, Result};
 use crate::host::command::read_bounded;
@@ -11,9 +12,9 @@ use std::fs::File;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-/// Where the file can be in a project. The first one that exists is used.
+/// The possible paths of the file in a project. The first one that exists is used.
 const PLACES: [&str; 2] = [".devcontainer/devcontainer.json", ".devcontainer.json"];
-/// The limit of the file, which is read into memory.
+/// Largest file that is read into memory.
 const BYTES_MAX: u64 = 1 << 20;
 /// How many hexadecimal digits of the hash of a directory are part of a VM's name.
 const NAME_HASH_LEN: usize = 8;
@@ -36,7 +37,7 @@ pub(super) struct ProjectFile {
 }
 
 impl ProjectFile {
-    /// Returns the hash under which a confirmed content is remembered.
+    /// Returns the hash of the content, under which the user's consent is recorded.
     pub(super) fn hash(&self) -> String {
         hex::encode(&Sha256::digest(self.text.as_bytes()))
     }

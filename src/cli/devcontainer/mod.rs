@@ -1,11 +1,13 @@
-//! `up` and `down`: a VM for a directory, as its `devcontainer.json` says.
+//! `up` and `down`: start and stop the VM of a directory, which a `devcontainer.json` describes.
 //!
-//! The repository is hostile. Nothing that it asks for runs on this host, no file outside of the
-//! project is read for it, and the guest gets none of the caller's variables unless `--allow-env`
-//! names them. `up` shows what the file asks for, and asks the user once for each content.
+//! The repository may be hostile. Nothing that it asks for runs on this host, no file outside of
+//! the project is read for it, and the guest gets none of the caller's variables unless
+//! `--allow-env` names them. `up` shows what the file asks for, and asks the user to allow it, once
+//! for each content.
 //!
-//! The VM is found again by its name, which has a hash of the user and the directory. A VM of that
-//! name that belongs to another user is never used, because the copy would become theirs.
+//! The VM is found again by its name, which contains a hash of the user and the directory. A VM of
+//! that name that belongs to another user is never used, because that user could then read the
+//! copy.
 
 mod consent;
 mod file;
@@ -85,7 +87,8 @@ fn own_uid() -> u32 {
     rustix::process::geteuid().as_raw()
 }
 
-/// Returns the VM of this name. Another user may have made one, which root can see.
+/// Returns the VM of this name. Fails if it belongs to another user: root can see the VMs of all
+/// users, and must not use theirs.
 fn find(client: &mut Client, name: &str) -> Result<Option<Vm>> {
     let request = VmRequest {
         vm: name.to_owned(),

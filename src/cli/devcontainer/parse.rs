@@ -1,4 +1,4 @@
-//! Reads what a `devcontainer.json` asks for. Pure functions.
+//! Parses a `devcontainer.json`. All functions are pure.
 
 use super::super::values::parse_size;
 use super::variables::{self, Refused, Variables, is_name};
@@ -18,7 +18,7 @@ pub(super) struct Config {
     pub memory_mib: Option<u64>,
     pub disk_bytes: Option<u64>,
     pub ports: Vec<u16>,
-    /// The variables of `containerEnv` and then those of `remoteEnv`. No value removes a variable.
+    /// The variables of `containerEnv` and then those of `remoteEnv`. None removes a variable.
     pub env: Vec<(String, Option<String>)>,
     pub user: Option<String>,
     /// The commands to run once, in a new VM.
@@ -434,7 +434,8 @@ fn wait_for(members: &Map<String, Value>) -> Result<Option<&'static str>> {
 }
 
 impl Config {
-    /// True if a command after the one to wait for runs in the background.
+    /// True if `up` waits for the command `key`. The commands after that of `waitFor` run in the
+    /// background.
     pub(super) fn is_waited_for(&self, key: &str) -> bool {
         let place = |key: &str| {
             let order = [INITIALIZE].into_iter().chain(ONCE).chain([AT_START]);

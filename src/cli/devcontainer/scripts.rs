@@ -1,26 +1,26 @@
-//! The scripts that run in the guest. Pure functions.
+//! Builds the scripts that run in the guest. All functions are pure.
 
 use super::parse::{Run, Step};
 use super::variables::{shell_line, shell_word};
 use crate::host::shell::quote;
 
-/// Sets the variables of the file. Login shells read it, too.
+/// The file in the guest that sets the variables. Login shells read it, too.
 const ENV_FILE: &str = "/etc/profile.d/fcd-devcontainer.sh";
-/// Exists once the commands for a new VM have succeeded.
+/// This file exists once the commands for a new VM have succeeded.
 const MARKER: &str = "/var/lib/fcd-devcontainer";
-/// The output of commands that nothing waits for.
+/// The log of commands that run in the background.
 pub(super) const LOG: &str = "/tmp/fcd-devcontainer.log";
 /// The status of [`prepare`] if the commands for a new VM have not succeeded yet.
 pub(super) const IS_NEW: u8 = 3;
 
-/// Writes stdin to the file with the variables, and says whether the VM is new.
+/// Returns the script that writes stdin to [`ENV_FILE`], and ends with [`IS_NEW`] if the VM is new.
 pub(super) fn prepare() -> String {
     format!(
         "umask 022; mkdir -p /etc/profile.d && cat >{ENV_FILE} || exit 1; [ -e {MARKER} ] || exit {IS_NEW}"
     )
 }
 
-/// Notes that the commands for a new VM have succeeded.
+/// Returns the script that records that the commands for a new VM have succeeded.
 pub(super) fn mark() -> String {
     format!("mkdir -p /var/lib && : >{MARKER}")
 }
@@ -63,7 +63,7 @@ fn one(run: &Run) -> String {
     match run {
         Run::Line(line) => format!("sh -c {}", quote(&shell_line(line))),
         Run::Words(words) => words_line(words),
-        // The format does not nest them.
+        // The format does not allow parallel commands inside parallel commands.
         Run::Parallel(_) => ":".to_owned(),
     }
 }

@@ -10,7 +10,7 @@ use crate::error::{Error, Kind};
 
 pub(super) struct Steps<'a> {
     pub config: &'a Config,
-    /// The user who runs the commands, unless it is the image's.
+    /// The user who runs the commands, if the file names one. Otherwise, the image's user does.
     pub user: Option<&'a str>,
 }
 
@@ -105,7 +105,7 @@ impl Steps<'_> {
 
 /// Runs a command with its output on stderr, and returns its status.
 fn execute(guest: &mut Guest<'_>, spec: Spec, input: &[u8]) -> Result<u8> {
-    // The command before may have changed what signals mean.
+    // The previous command may have left another phase.
     guest.interrupts.enter(Phase::Working)?;
     Ok(guest.execute(spec, input)?.shell_status())
 }

@@ -1,4 +1,4 @@
-//! Whole command lines of `up` and `down` against a fake daemon.
+//! Tests whole command lines of `up` and `down` with a fake daemon.
 
 use super::super::exec::tests::{begin, status};
 use super::super::tests::{Ran, fcctl, vm};
@@ -47,7 +47,7 @@ struct World {
     /// The state of the VM, if it exists.
     vm: Option<VmState>,
     owner_uid: Option<u32>,
-    /// The status of the command that asks whether the VM is new.
+    /// The status of the script that reports whether the VM is new.
     prepared: u8,
     /// The status of the other commands.
     command: u8,
@@ -333,7 +333,7 @@ fn failed_command_keeps_vm_and_is_run_again() {
         "{}",
         ran.err
     );
-    // Nothing says that the commands have succeeded.
+    // The script that records the success of the commands did not run.
     assert_eq!(commands(&fake.calls()).len(), 2);
 }
 

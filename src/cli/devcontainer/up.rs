@@ -21,7 +21,7 @@ use crate::error::{Error, Kind};
 use crate::workspace::guest_path;
 use crate::workspace::plan::Plan;
 
-/// The directory below which a project with a file is copied, as other tools do.
+/// The directory in the guest for projects with a file. Other tools use the same one.
 const GUEST_ROOT: &str = "/workspaces";
 /// The exit status if the user says no.
 const DECLINED: u8 = 1;
@@ -88,8 +88,8 @@ fn bring_up(
     report(&mut ctx.printer, &vm)
 }
 
-/// Chooses the place of the copy in the guest, and returns that of the project. A project may be a
-/// directory of the repository that is copied.
+/// Chooses where the tree is copied in the guest, and returns the path of the project there. The
+/// project may be a subdirectory of the repository that is copied.
 fn place(
     source: &Source,
     how: &mut PrepareHow,
@@ -192,7 +192,7 @@ impl Machine<'_> {
         Ok(vm)
     }
 
-    /// Says that a VM keeps the settings with which it was made.
+    /// Warns about settings of an existing VM that differ from the file, because the VM keeps them.
     fn report_differences(&self, printer: &mut Printer, vm: &Vm) {
         let config = &self.config;
         let differs = [
@@ -248,7 +248,7 @@ impl Machine<'_> {
         };
         let _guard = self.interrupts.guard(client)?;
         let created = match client.call::<VmCreate>(&request) {
-            // A repository names the ports that its programs use, which may be in use here.
+            // The repository chooses the ports, which may be in use on this host.
             Err(e) if e.is(Kind::PortTaken) => {
                 printer.note(&format!("{e}; free ports are used instead"));
                 request.ports = config.ports.iter().map(|p| port(0, *p)).collect();

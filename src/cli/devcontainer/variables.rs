@@ -21,7 +21,7 @@ pub(super) struct Variables<'a> {
 pub(super) struct Refused {
     /// The caller's variables that were not allowed.
     pub local: BTreeSet<String>,
-    /// True if a path of this host is asked for.
+    /// True if the file uses a path on this host.
     pub host_path: bool,
 }
 
@@ -31,8 +31,8 @@ impl Refused {
     }
 }
 
-/// Replaces the variables in all texts of a value. Those of the guest and those that are not the
-/// format's own, such as `${HOME}` in a command, stay as they are.
+/// Replaces the variables in all texts of a value. Variables of the guest stay, and so does what
+/// only looks like a variable of the format, such as `${HOME}` in a command.
 pub(super) fn replace(value: &mut Value, variables: &Variables<'_>, refused: &mut Refused) {
     match value {
         Value::String(text) => *text = replaced(text, variables, refused),
@@ -141,7 +141,7 @@ impl<'a> Piece<'a> {
     }
 }
 
-/// Splits a text into texts and `${...}`.
+/// Splits a text into plain texts and variables such as `${...}`.
 fn pieces(text: &str) -> impl Iterator<Item = Piece<'_>> {
     let mut rest = text;
     std::iter::from_fn(move || {
@@ -191,7 +191,7 @@ mod tests {
         check("a", &[], "a", &[]);
         check("x${localEnv:MINE}y", &[], "xy", &["MINE"]);
         check("${env:MINE:d} ${localEnv:B}", &["B"], " ", &["MINE"]);
-        // A value is not replaced again.
+        // A replaced value is not expanded again.
         check("${localEnv:MINE}", &["MINE"], "it's ${localEnv:X}", &[]);
         check("${localEnv:NONE:a:b}", &["NONE"], "a:b", &[]);
         check("${localEnv:}${localEnv}", &["MINE"], "", &[""]);

@@ -1,5 +1,5 @@
-//! The files of a package that come from the command line: man pages and completions. Only
-//! `scripts/package` runs `fcctl __package DIR`.
+//! Writes the files of a package that are generated from the command line: man pages and
+//! completions. Only `scripts/package` runs `fcctl __package DIR`.
 
 mod roff;
 
@@ -88,7 +88,7 @@ pub fn page(command: clap::Command, name: &str, section: &str) -> Result<String>
         .map_err(|e| Error::io(format!("render the page {name}"), e))?;
     let text =
         String::from_utf8(text).map_err(|e| Error::internal("render a page").with_source(e))?;
-    // A synopsis has long words, in which lines may only break between alternatives.
+    // A synopsis has long words. Break its lines only between alternatives.
     Ok(text
         .replacen(".SH NAME", ".ad l\n.nh\n.SH NAME", 1)
         .replace(r"|\fB", r"|\:\fB"))

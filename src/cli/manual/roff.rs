@@ -101,7 +101,7 @@ fn text(markdown: &str) -> String {
     format!("{}\n", guard(&inline(markdown)))
 }
 
-/// A line that begins with a dot or an apostrophe would be a request.
+/// Protects a line that begins with a dot or an apostrophe, which roff would read as a request.
 fn guard(line: &str) -> String {
     if line.starts_with(['.', '\'']) {
         format!("\\&{line}")

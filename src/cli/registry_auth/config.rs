@@ -41,7 +41,7 @@ struct Entry {
 }
 
 impl Config {
-    /// Returns None if there is no file.
+    /// Reads the file. Returns None if it does not exist.
     pub(super) fn read(path: &Path) -> Result<Option<Self>> {
         let Some(bytes) = read_bytes(path)? else {
             return Ok(None);
@@ -57,7 +57,7 @@ impl Config {
         if bytes.trim_ascii().is_empty() {
             return Ok(Self::default());
         }
-        // serde would take an array for the members in their order.
+        // serde would also accept an array, with the members in their order.
         if !bytes.trim_ascii_start().starts_with(b"{") {
             return Err("it is not a JSON object".to_owned());
         }
@@ -70,7 +70,7 @@ impl Config {
         })
     }
 
-    /// Returns the name of the helper that has the registry's credential.
+    /// Returns the name of the helper that stores the registry's credential.
     pub(super) fn helper(&self, keys: &[&str]) -> Option<&str> {
         keys.iter()
             .find_map(|key| self.cred_helpers.get(*key))
@@ -79,12 +79,12 @@ impl Config {
             .filter(|name| !name.is_empty())
     }
 
-    /// True if the file itself names the registry.
+    /// True if the file itself lists the registry.
     pub(super) fn lists(&self, keys: &[&str]) -> bool {
         self.auths.keys().any(|name| is_key(keys, name))
     }
 
-    /// Returns the credential that the file itself has.
+    /// Returns the credential that the file itself stores.
     pub(super) fn stored(&self, keys: &[&str], path: &Path) -> Result<Credential> {
         let exact = keys.iter().find_map(|key| self.auths.get(*key));
         let by_host = || {
@@ -102,7 +102,7 @@ impl Config {
     }
 }
 
-/// Returns the bytes of the file, or None if there is none.
+/// Returns the bytes of the file, or None if it does not exist.
 fn read_bytes(path: &Path) -> Result<Option<Vec<u8>>> {
     let failed = |e| Error::io(format!("read {}", path.display()), e);
     // Opening a FIFO must not block.
@@ -130,7 +130,7 @@ fn read_bytes(path: &Path) -> Result<Option<Vec<u8>>> {
     Ok(Some(bytes))
 }
 
-/// Returns all members of the file. It must have been read with [`Config::read`].
+/// Returns all members of the file. Call [`Config::read`] first, which checks the file.
 pub(super) fn read_whole(path: &Path) -> Result<Map<String, Value>> {
     let bytes = read_bytes(path)?.unwrap_or_default();
     if bytes.trim_ascii().is_empty() {
@@ -139,7 +139,7 @@ pub(super) fn read_whole(path: &Path) -> Result<Map<String, Value>> {
     serde_json::from_slice(&bytes).map_err(|_| invalid(path, "it is not JSON"))
 }
 
-/// Returns a credential as the member `auth` has it.
+/// Returns a credential in the form of the member `auth`.
 pub(super) fn encode(user: &str, password: &Secret) -> Secret {
     Secret::new(BASE64.encode(format!("{user}:{}", password.reveal())))
 }
@@ -159,7 +159,7 @@ fn host_of(key: &str) -> &str {
 }
 
 impl Entry {
-    /// Returns None for a malformed entry.
+    /// Returns the credential of the entry, or None if the entry is malformed.
     fn credential(&self) -> Option<Credential> {
         let given = |secret: &Option<Secret>| {
             let secret = secret.clone();

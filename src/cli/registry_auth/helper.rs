@@ -11,12 +11,12 @@ use std::ffi::OsString;
 use std::path::Path;
 use std::time::Duration;
 
-/// A helper may ask the user to unlock a key.
+/// How long a helper may take. It may ask the user to unlock a key.
 const DEADLINE: Duration = Duration::from_secs(120);
 const NAME_BYTES_MAX: usize = 64;
 const COMPLAINT_CHARS_MAX: usize = 300;
-/// What every helper prints if it has nothing for the registry. It is a constant of the protocol,
-/// which has no status for it.
+/// The text that every helper prints if it has nothing for the registry. The protocol has no exit
+/// status for this case, but fixes the text.
 const NOT_FOUND: &str = "credentials not found in native keychain";
 /// The user name of an identity token.
 const TOKEN_USER: &str = "<token>";
@@ -123,7 +123,8 @@ fn require_success(output: &Output, doing: &str) -> Result<()> {
     }
 }
 
-/// The name becomes part of a program's name, which must stay one without a directory.
+/// Checks the name of a helper. It becomes part of a program's name, which must not get a
+/// directory.
 fn check_name(name: &str, config: &Path) -> Result<()> {
     let is_valid = name.len() <= NAME_BYTES_MAX
         && name.starts_with(|c: char| c.is_ascii_alphanumeric())
@@ -144,7 +145,7 @@ fn check_name(name: &str, config: &Path) -> Result<()> {
     }
 }
 
-/// Returns the explanation of a helper that has failed, which is on stdout.
+/// Returns the error message of a helper, which prints it to stdout.
 fn complaint(output: &Output) -> String {
     let stdout = output.stdout.trim_ascii();
     let words = match stdout.is_empty() || stdout.starts_with(b"{") {
@@ -156,7 +157,7 @@ fn complaint(output: &Output) -> String {
     format!("status {}: {}", output.status, printable(&short))
 }
 
-/// Reads what a helper has printed.
+/// Parses the output of a helper.
 pub(super) fn parse(output: &Output) -> Result<Credential, String> {
     let stdout = output.stdout.trim_ascii();
     if output.status != 0 {

@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
 
 const AUTHS: &str = "auths";
-/// The file may hold passwords.
+/// The mode of `config.json`, which may contain passwords.
 const MODE: u32 = 0o600;
 
 /// Where a credential was stored.
@@ -45,7 +45,7 @@ pub(in crate::cli) fn store(
     };
     let helper = helper::Helper::new(name, &path, &caller.environment)?;
     helper.store(key, user, password, cancel)?;
-    // Docker lists the registries of its helper like this.
+    // Docker, too, adds an empty entry for a registry whose credential a helper stores.
     change(&path, |auths| {
         auths.insert(key.to_owned(), json!({}));
     })?;
@@ -84,8 +84,8 @@ fn file(caller: &Caller) -> Result<PathBuf> {
     Ok(directory.join("config.json"))
 }
 
-/// Changes the member `auths` of the file and leaves everything else in it as it was. The caller
-/// has read the file, so it is usable.
+/// Changes the member `auths` of the file, and keeps everything else in it. The caller has already
+/// read the file successfully.
 fn change(path: &Path, change: impl FnOnce(&mut Map<String, Value>)) -> Result<()> {
     if let Some(directory) = path.parent()
         && !directory.exists()
@@ -99,7 +99,7 @@ fn change(path: &Path, change: impl FnOnce(&mut Map<String, Value>)) -> Result<(
     }
     let text = serde_json::to_string_pretty(&whole)
         .map_err(|e| Error::internal(format!("write docker's configuration: {e}")))?;
-    // The file may be a link to where the user keeps such files.
+    // If the file is a symbolic link, replace its target and keep the link.
     let target = path.canonicalize().unwrap_or_else(|_| path.to_owned());
     write_durable(&target, (text + "\n").as_bytes(), MODE)
 }

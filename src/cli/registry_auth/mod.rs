@@ -17,14 +17,14 @@ pub(super) use login::{Place, remove, store};
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-/// How docker names Docker Hub.
+/// The key of Docker Hub in `config.json`.
 const DOCKER_HUB_KEY: &str = "https://index.docker.io/v1/";
 
-/// The part of the caller's environment that docker looks at.
+/// The part of the caller's environment that docker uses.
 pub(super) struct Caller {
-    /// Where `config.json` is, if the environment says it.
+    /// The directory of `config.json`, if the environment determines it.
     directory: Option<PathBuf>,
-    /// Helpers get the whole environment: their keys and buses are found through it.
+    /// The whole environment, which helpers need to find their keys and buses.
     environment: Vec<(OsString, OsString)>,
 }
 

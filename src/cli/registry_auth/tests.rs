@@ -1,4 +1,4 @@
-//! Docker's configuration and helpers that a test makes.
+//! Tests with configurations and helpers of docker that each test creates.
 
 use super::*;
 use crate::api::registry::Secret;

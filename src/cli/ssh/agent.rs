@@ -1,5 +1,5 @@
 //! Forwards the caller's ssh-agent to a guest, on request only: root in the guest can use the
-//! agent's keys while it lasts.
+//! agent's keys as long as it is forwarded.
 //!
 //! libssh2 has no callback for the agent channel, so the system's ssh forwards a socket of the
 //! guest to the agent's (`ssh -R`). The socket is below a directory that only root can write and
@@ -30,7 +30,7 @@ const NAME_BYTES: usize = 16;
 /// How long the guest may take to make the socket.
 const READY_DEADLINE: Duration = Duration::from_secs(60);
 const READY_POLL: Duration = Duration::from_millis(50);
-/// Longer than any command.
+/// The deadline of the session. It is longer than any command.
 const SESSION_DEADLINE: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 const READY: &str = "ready";
 /// The programs of the guest runtime come first, because an image may have none.
@@ -49,7 +49,7 @@ impl Drop for Agent {
     fn drop(&mut self) {
         self.ended.cancel(CancelCause::Finished);
         if let Some(relay) = self.relay.take() {
-            // A panic of the thread has been reported.
+            // A panic of the thread has already been reported.
             let _ = relay.join();
         }
     }
@@ -142,14 +142,16 @@ impl Agent {
 }
 
 /// Returns the script that lets every user connect to the socket, and removes the socket when the
-/// connection is lost. sshd does not end the script then, so it writes now and then.
+/// connection is lost. sshd does not end the script in that case. The script therefore writes
+/// regularly, and ends when a write fails.
 fn session(socket: &str) -> String {
     format!(
         "{PATH}; chmod 666 {socket} && echo {READY} && (while sleep 5 && echo; do :; done); rm -f {socket}"
     )
 }
 
-/// Runs ssh until it ends. Sends what it says first: a line, or why it ended.
+/// Runs ssh until it ends. Sends the first line of its output or, if there is none, the reason why
+/// it ended.
 fn relay(command: &Command, until: &Cancel, first: &Sender<std::result::Result<String, Error>>) {
     let mut on_line = |line: &str| {
         // Only the first line is received.

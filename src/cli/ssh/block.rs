@@ -8,7 +8,7 @@ use crate::host::text::quoted;
 use std::fmt::Write as _;
 use std::path::Path;
 
-/// The options that `fcctl ssh` and `fcctl ssh-config` have in common.
+/// Renders the options that `fcctl ssh` and `fcctl ssh-config` have in common.
 pub(super) fn render(
     config: &SshConfigReply,
     files: &KeyFiles,
@@ -27,7 +27,8 @@ pub(super) fn render(
         login = config.user,
     );
     if let Some(user) = user {
-        // The login shell of a guest runtime takes it. Other guests have logged in as the user.
+        // The login shell of a guest runtime reads this variable. In other guests, `User` is
+        // already this user.
         let _ = writeln!(text, "  SetEnv FCD_USER={user}");
     }
     Ok(text)

@@ -125,7 +125,7 @@ fn proxy_command(
         })
     };
     let (fcctl, socket, keys, vm) = (word(fcctl)?, word(socket)?, word(keys)?, &config.name);
-    // The directory is named, because ssh may run with another environment than this process.
+    // Name the directory of the keys, because ssh may run in another environment than this process.
     let line = format!("{fcctl} --socket {socket} ssh-proxy --keys {keys} {vm}");
     Ok(line.replace('%', "%%"))
 }

@@ -11,7 +11,7 @@ use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-/// How much of the hash of a socket's path is in the name of a directory.
+/// How many bytes of the hash of a socket's path are in the name of a directory.
 const HASH_BYTES: usize = 4;
 
 /// The key with which a client logs in to a VM, and the host key that it expects.
@@ -33,8 +33,8 @@ impl KeyFiles {
         }
     }
 
-    /// Returns the lasting files of a VM. They belong to this user. The VMs of each daemon have a
-    /// directory of their own, because two daemons may have VMs of the same name.
+    /// Returns the key files of a VM that outlive this process. They belong to this user. The VMs
+    /// of each daemon have a separate directory, because two daemons may have VMs of the same name.
     pub(super) fn lasting(env: &Env, socket: &Path, config: &SshConfigReply) -> Result<Self> {
         let dir = |name: &str| env(name).filter(|v| v.starts_with('/')).map(PathBuf::from);
         let state = dir("XDG_STATE_HOME").or_else(|| Some(dir("HOME")?.join(".local/state")));
@@ -66,7 +66,7 @@ impl KeyFiles {
         self.dir.join("known_hosts")
     }
 
-    /// Writes the keys, unless the files have them already. Only this user can read the files.
+    /// Writes the keys, unless the files already contain them. Only this user can read the files.
     pub(super) fn write(&self, config: &SshConfigReply) -> Result<Written> {
         // OpenSSH rejects a private key without its last newline.
         let key = format!("{}\n", config.private_key.trim_end());
@@ -90,7 +90,7 @@ impl KeyFiles {
 pub(super) fn write_private(path: &Path, text: &str) -> Result<()> {
     let io = |e| Error::io(format!("write {}", path.display()), e);
     let dir = path.parent().unwrap_or(Path::new("."));
-    // Its mode is 0600.
+    // tempfile creates the file with mode 0600.
     let mut draft = tempfile::NamedTempFile::new_in(dir).map_err(io)?;
     draft.write_all(text.as_bytes()).map_err(io)?;
     draft.persist(path).map_err(|e| io(e.error))?;

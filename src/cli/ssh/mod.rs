@@ -93,14 +93,14 @@ pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     })
 }
 
-/// True if the words behind the VM begin with an option of ssh.
+/// True if the words after the VM begin with an option of ssh.
 fn has_options(args: &[OsString]) -> bool {
     let first = args.first();
     first.is_some_and(|word| word.as_encoded_bytes().starts_with(b"-"))
 }
 
-/// Renders the configuration of one session. Nothing of it comes from the user's own configuration.
-/// `shell` is `None` for a command, and what a shell does first otherwise.
+/// Renders the configuration of one session, independent of the user's own configuration. `shell`
+/// is the setup before a login shell, or `None` if a command is given.
 fn render(
     config: &SshConfigReply,
     files: &KeyFiles,

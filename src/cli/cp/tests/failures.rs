@@ -1,4 +1,4 @@
-//! Command lines that fail, guests that misbehave, and copies that are cut off.
+//! Tests command lines that fail, guests that misbehave, and copies that are cut off.
 
 use super::*;
 use expect_test::expect;
@@ -179,7 +179,7 @@ fn habits_get_useful_answers() {
         status 2
     "#]],
     );
-    // Habits of cp, scp and docker.
+    // Users of cp, scp and docker type these options.
     for words in [
         "-r h:f web:g",
         "-R h:f web:g",
@@ -388,7 +388,7 @@ fn file_of_host_with_colon_is_explained() {
     let fake = daemon();
     let name = dir.path().join("a:b");
     fs::write(&name, "x").unwrap();
-    // A path with a slash before the colon is of the host.
+    // A word with a slash before the colon is a path on the host.
     site.ok(&format!("{} web:x", name.display()));
     assert_eq!(fs::read(site.path("guest/x")).unwrap(), b"x");
     let ran = fcctl_from(&fake, Start::default(), &["cp", "a:b", "/tmp/none"]);

@@ -39,7 +39,7 @@ pub(super) enum Verb {
     },
     /// Pull an image from a registry or an archive
     Pull(image_pull::Args),
-    /// Make an image of your file with an ext4 file system, which stays where it is
+    /// Register your file with an ext4 file system as an image. The file stays where it is
     Register(image_register::Args),
     /// Write an image to a file that docker load reads, or its file system
     Export(image_export::Args),

@@ -14,7 +14,7 @@ pub(super) struct Args {
     /// List only images with this name; * stands for any characters
     #[arg(value_name = "NAME")]
     name: Option<String>,
-    /// The same as NAME, as docker has it: reference=NAME
+    /// The same as NAME, in docker's form: reference=NAME
     #[arg(short, long, value_name = "reference=NAME", value_parser = parse_reference, conflicts_with = "name")]
     filter: Option<String>,
     /// Print only names, one per line

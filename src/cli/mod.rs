@@ -102,7 +102,7 @@ enum Noun {
     Run(Box<run::Args>),
     /// Run a command or a shell in a running VM
     Exec(exec::Args),
-    /// Bring up the VM of a directory, as its devcontainer.json says
+    /// Bring up the VM of a directory, as described by its devcontainer.json
     Up(devcontainer::UpArgs),
     /// Stop the VM of a directory
     Down(devcontainer::DownArgs),

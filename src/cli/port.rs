@@ -48,7 +48,7 @@ struct AddArgs {
 struct RemoveArgs {
     /// Name, ID, or ID prefix
     vm: String,
-    /// [[ADDR:]HOST:]GUEST[/udp]. What is left out may be anything
+    /// [[ADDR:]HOST:]GUEST[/udp]. A part that is left out matches anything
     #[arg(required = true, value_name = "PORT", value_parser = parse_port_pattern)]
     ports: Vec<PortPattern>,
 }

@@ -90,11 +90,15 @@ pub(super) fn build(ctx: &mut Context, interrupts: &Interrupts, recipe: Recipe) 
                 ))
                 .into());
         }
-        ctx.printer.note("the image was built from the same before");
+        ctx.printer
+            .note("the image was already built from this base and script");
         return Ok(image.clone());
     }
     if let Some(image) = images.iter().find(|image| is_built_from(image, &key)) {
-        let text = format!("image {} was built from the same before", image.name);
+        let text = format!(
+            "image {} was already built from this base and script",
+            image.name
+        );
         ctx.printer.note(&text);
         return tag(ctx, interrupts, image, recipe.name);
     }
@@ -333,7 +337,7 @@ fn stop(printer: &mut Printer, interrupts: &Interrupts, new_vm: &mut NewVm) -> R
     if reply.vm.synced == Some(Synced::Yes) {
         return Ok(());
     }
-    let text = format!("VM {name} did not shut down in order, so its disk may be damaged");
+    let text = format!("VM {name} did not shut down cleanly, so its disk may be damaged");
     Err(Error::new(Kind::GuestUnavailable, text)
         .hint("try again")
         .into())

@@ -127,7 +127,7 @@ fn script_runs_in_vm_and_second_build_is_instant() {
     assert!(out.starts_with("twin: "), "{out}");
     assert!(
         ran.err
-            .contains("image mine was built from the same before"),
+            .contains("image mine was already built from this base and script"),
         "{}",
         ran.err
     );

@@ -61,7 +61,8 @@ pub(super) fn login(ctx: &mut Context, args: LoginArgs) -> Result<u8> {
             printer.note("the password is not encrypted there; a credential helper encrypts it");
         }
     }
-    printer.note("the registry was not asked: the next pull shows whether it takes the password");
+    printer
+        .note("the password was not checked: the next pull shows whether the registry accepts it");
     Ok(0)
 }
 
@@ -109,7 +110,7 @@ fn credential(
             line(stdio, stop)?
         }
         None => {
-            return Err(Error::invalid("no user name is given")
+            return Err(Error::invalid("no user name was given")
                 .hint("use --username")
                 .into());
         }
@@ -121,7 +122,7 @@ fn credential(
             .map_err(|_| Error::invalid("the password on stdin is not UTF-8"))?;
         text.trim_end_matches(['\n', '\r']).to_owned()
     } else if can_ask {
-        printer.note(&format!("password of {user}, which is not shown:"));
+        printer.note(&format!("password of {user} (not shown while you type):"));
         let _hidden = NoEcho::enter(&stdio.stdin)?;
         line(stdio, stop)?
     } else {

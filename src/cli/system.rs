@@ -20,8 +20,8 @@ use serde::Serialize;
 pub(super) enum Verb {
     /// Show the space that VMs, images, caches and snapshots use
     Df,
-    /// Remove what nothing uses: cached layers and guest runtimes, on request images and stopped
-    /// VMs, too. Names everything and asks before
+    /// Remove what nothing uses: cached layers and guest runtimes and, on request, images and
+    /// stopped VMs. Lists everything and asks first
     Prune(PruneArgs),
     /// Show versions, drivers, VMs by state and the space in use
     Info,

@@ -164,7 +164,7 @@ fn capture(ctx: &mut Context, vm: &str, argv: Vec<OsString>) -> Result<String> {
             let why = format!("it ended with status {}", exit.shell_status());
             Err(failed(why).into())
         }
-        Outcome::ReaderGone => Err(failed("the guest sent too much".to_owned()).into()),
+        Outcome::ReaderGone => Err(failed("the output is too long".to_owned()).into()),
         Outcome::Interrupted => Err(interrupted()),
     }
 }

@@ -130,7 +130,7 @@ pub(super) struct Shape {
     /// Host name of the guest [default: the VM's name]
     #[arg(long = "hostname", value_name = "NAME")]
     pub host_name: Option<HostName>,
-    /// Name server that the guest asks instead of fcd's. Can be repeated
+    /// Name server that the guest uses instead of fcd's. Can be repeated
     #[arg(long, value_name = "ADDR")]
     pub dns: Vec<IpAddr>,
     #[command(flatten)]

@@ -89,7 +89,7 @@ fn script_sets_up_image_without_run_directory() {
     let twin = build("twin", "#!/bin/sh\necho \"$GREETING $PATH\" >/srv/made\n");
     let (_, said) = text(&twin);
     assert!(
-        said.contains("image mine was built from the same before"),
+        said.contains("image mine was already built from this base and script"),
         "{said}"
     );
     assert!(host.ok(&["image", "ls"]).contains("twin"));

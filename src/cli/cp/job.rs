@@ -25,7 +25,7 @@ pub(super) struct Options {
     /// Keep owners, hard links, extended attributes and all permission bits
     #[arg(short, long)]
     pub archive: bool,
-    /// Copy what SRC leads to if it is a symbolic link
+    /// Follow SRC if it is a symbolic link
     #[arg(short = 'L', long)]
     pub follow_link: bool,
     /// User of the guest who reads or owns the files, by name or number [default: root]
@@ -36,7 +36,7 @@ pub(super) struct Options {
     pub quiet: bool,
     #[command(flatten)]
     pub bound: Bound,
-    /// Accepted for habit: directories are always copied with their content
+    /// Accepted for users of cp: directories are always copied with their content
     #[arg(short, long, visible_short_alias = 'R', hide = true)]
     recursive: bool,
 }

@@ -39,7 +39,7 @@ pub(super) struct UpArgs {
     /// Do what devcontainer.json asks for without asking first
     #[arg(short, long)]
     yes: bool,
-    /// Replace ${localEnv:NAME} by your own variable NAME, so that the guest gets its value
+    /// Replace ${localEnv:NAME} with the value of your variable NAME, which the guest then gets
     #[arg(long, value_name = "NAME")]
     allow_env: Vec<String>,
     #[command(flatten)]
@@ -65,7 +65,7 @@ pub(super) fn down(ctx: &mut Context, args: DownArgs) -> Result<u8> {
     let Some(vm) = find(&mut client, &name)? else {
         let text = format!("{} has no VM", project.dir.display());
         return Err(Error::new(Kind::VmNotFound, text)
-            .hint("make one: fcctl up; list all VMs: fcctl ps -a")
+            .hint("create one: fcctl up; list all VMs: fcctl ps -a")
             .into());
     };
     let request = VmStopRequest {
@@ -98,7 +98,7 @@ fn find(client: &mut Client, name: &str) -> Result<Option<Vm>> {
         Ok(reply) => {
             let text = format!("VM {name} belongs to uid {}", reply.vm.owner_uid);
             Err(Error::new(Kind::NameTaken, text)
-                .hint(format!("if it may go: fcctl rm -f {name}"))
+                .hint(format!("if nobody needs it: fcctl rm -f {name}"))
                 .into())
         }
         Err(e) if e.is(Kind::VmNotFound) => Ok(None),

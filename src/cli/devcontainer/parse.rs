@@ -184,7 +184,7 @@ pub(super) fn config(mut members: Map<String, Value>, variables: &Variables<'_>)
         } else if SUPPORTED.contains(&key.as_str()) {
             variables::replace(value, variables, &mut refused);
         } else if !IGNORED.contains(&key.as_str()) && !is_empty(value) {
-            notes.push(format!("{} is not known and is ignored", quoted(key)));
+            notes.push(format!("{} is unknown and is ignored", quoted(key)));
         }
     }
     if !refused.is_empty() {
@@ -271,13 +271,13 @@ fn text(members: &Map<String, Value>, key: &str) -> Result<Option<String>> {
     match members.get(key) {
         None | Some(Value::Null) => Ok(None),
         Some(Value::String(text)) => no_nul(key, text).map(Some),
-        Some(_) => Err(Error::invalid(format!("{key} is not a text"))),
+        Some(_) => Err(Error::invalid(format!("{key} is not a string"))),
     }
 }
 
 fn no_nul(key: &str, text: &str) -> Result<String> {
     if text.contains('\0') {
-        return Err(Error::invalid(format!("{key} has a NUL")));
+        return Err(Error::invalid(format!("{key} contains a NUL")));
     }
     Ok(text.to_owned())
 }
@@ -296,7 +296,7 @@ fn environment(members: &Map<String, Value>, key: &str) -> Result<Vec<(String, O
         match value {
             Value::String(text) => Ok((name.clone(), Some(no_nul(key, text)?))),
             Value::Null => Ok((name.clone(), None)),
-            _ => Err(Error::invalid(format!("{key}.{name} is not a text"))),
+            _ => Err(Error::invalid(format!("{key}.{name} is not a string"))),
         }
     };
     members.iter().map(one).collect()
@@ -400,7 +400,7 @@ fn step(members: &Map<String, Value>, key: &'static str) -> Result<Option<Step>>
 fn run(key: &str, value: &Value) -> Result<Run> {
     let bad = || {
         Error::invalid(format!(
-            "{key} is not a text, a list of texts or an object of these"
+            "{key} is not a string, a list of strings or an object of these"
         ))
     };
     match value {

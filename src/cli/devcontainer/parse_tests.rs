@@ -131,7 +131,7 @@ fn supported_keys_are_read() {
                     "postCreateCommand",
                 ),
                 notes: [
-                    "\"colour\" is not known and is ignored",
+                    "\"colour\" is unknown and is ignored",
                     "initializeCommand is not run: nothing that a repository asks for runs on this host",
                 ],
             }
@@ -187,9 +187,9 @@ fn malformed_files_are_refused() {
         ("", "not JSON: EOF while parsing a value"),
         ("[]", "not a JSON object"),
         ("{\n\"a\": 1 2}", "not JSON: expected `,` or `}` at line 2"),
-        (r#"{"image": 1}"#, "image is not a text"),
+        (r#"{"image": 1}"#, "image is not a string"),
         (r#"{"image": "A B"}"#, "image: image name"),
-        (r#"{"image": "a\u0000"}"#, "image has a NUL"),
+        (r#"{"image": "a\u0000"}"#, "image contains a NUL"),
         (r#"{"forwardPorts": 80}"#, "forwardPorts is not a list"),
         (
             r#"{"forwardPorts": [0]}"#,
@@ -206,7 +206,7 @@ fn malformed_files_are_refused() {
         ),
         (
             r#"{"containerEnv": {"A": 1}}"#,
-            "containerEnv.A is not a text",
+            "containerEnv.A is not a string",
         ),
         (r#"{"remoteEnv": []}"#, "remoteEnv is not an object"),
         (
@@ -223,11 +223,11 @@ fn malformed_files_are_refused() {
         ),
         (
             r#"{"postCreateCommand": 1}"#,
-            "postCreateCommand is not a text",
+            "postCreateCommand is not a string",
         ),
         (
             r#"{"postCreateCommand": {"a": {"b": "c"}}}"#,
-            "postCreateCommand is not a text",
+            "postCreateCommand is not a string",
         ),
         (
             r#"{"waitFor": "lunch"}"#,

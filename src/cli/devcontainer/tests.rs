@@ -210,7 +210,7 @@ fn up_again_uses_the_same_vm() {
         assert_eq!(commands(&calls).len(), expected, "{calls:?}");
         assert!(
             ran.err
-                .contains("warning: VM web was made before and keeps its image, vCPUs, ports"),
+                .contains("warning: VM web already exists and keeps its image, vCPUs, ports"),
             "{}",
             ran.err
         );

@@ -222,7 +222,7 @@ impl Machine<'_> {
             .collect();
         if !names.is_empty() {
             printer.note(&format!(
-                "warning: VM {0} was made before and keeps its {1}; to make it again: fcctl rm -f {0} && fcctl up",
+                "warning: VM {0} already exists and keeps its {1}; to create it again: fcctl rm -f {0} && fcctl up",
                 vm.name,
                 names.join(", ")
             ));

@@ -141,7 +141,7 @@ fn check_name(name: &str, config: &Path) -> Result<()> {
                 quoted(name)
             ),
         )
-        .hint("a helper's name has letters, digits, '.', '_' and '-'")),
+        .hint("a helper's name may contain only letters, digits, '.', '_' and '-'")),
     }
 }
 
@@ -167,8 +167,8 @@ pub(super) fn parse(output: &Output) -> Result<Credential, String> {
         return Err(complaint(output));
     }
     // serde's messages may quote the secret.
-    let found: Found =
-        serde_json::from_slice(stdout).map_err(|_| "it printed something else".to_owned())?;
+    let found: Found = serde_json::from_slice(stdout)
+        .map_err(|_| "its output is not a credential in JSON".to_owned())?;
     Ok(match (found.username.as_str(), found.secret) {
         (_, secret) if secret.reveal().is_empty() => Credential::Anonymous,
         (TOKEN_USER, token) => Credential::Identity { token },

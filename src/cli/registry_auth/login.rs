@@ -78,7 +78,7 @@ pub(in crate::cli) fn remove(registry: &str, caller: &Caller, cancel: &Cancel) -
 
 fn file(caller: &Caller) -> Result<PathBuf> {
     let directory = caller.directory.as_ref().ok_or_else(|| {
-        let text = "neither HOME nor DOCKER_CONFIG says where docker's configuration is";
+        let text = "find docker's configuration: neither HOME nor DOCKER_CONFIG is set";
         Error::invalid(text).hint("set DOCKER_CONFIG to a directory")
     })?;
     Ok(directory.join("config.json"))

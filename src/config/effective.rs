@@ -1,4 +1,4 @@
-//! The effective configuration: every setting with its value and where the value is from.
+//! The effective configuration: every setting with its value and the origin of the value.
 
 use super::section::toml_value;
 use super::{Config, Flags};
@@ -6,7 +6,7 @@ use serde::Serialize;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-/// Where a value is from.
+/// The origin of a value.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Origin {
     #[default]
@@ -16,7 +16,7 @@ pub enum Origin {
     Flag,
 }
 
-/// Where the values of a configuration are from.
+/// The origins of the values of a configuration.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Origins {
     /// The file that was read.
@@ -39,7 +39,7 @@ pub struct EffectiveValue {
     pub from: Option<String>,
 }
 
-/// The variable and the flag of a path that both can set.
+/// The names of the variable and the flag that set a path.
 struct Names {
     variable: &'static str,
     flag: &'static str,
@@ -55,7 +55,7 @@ const SOCKET: Names = Names {
 };
 
 impl Origins {
-    /// Looks at all sources. `text` is the file that was read, if there is one.
+    /// Finds the origins in all sources. `text` is the content of the file, if one was read.
     pub(super) fn of(
         flags: &Flags,
         env: &dyn Fn(&str) -> Option<String>,

@@ -62,7 +62,7 @@ section! {
 }
 
 impl Limits {
-    /// How many transfers of one user may run at the same time.
+    /// Returns how many transfers of one user may run at the same time.
     pub fn running_per_uid_max(&self) -> usize {
         match self.pool_workers_per_uid_max {
             0 => (self.pool_workers * 3 / 4).max(1),
@@ -70,7 +70,7 @@ impl Limits {
         }
     }
 
-    /// How many finished operations are kept.
+    /// Returns how many finished operations are kept.
     pub fn retention(&self) -> Retention {
         Retention {
             per_uid_max: self.operations_kept_per_uid,

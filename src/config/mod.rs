@@ -67,8 +67,8 @@ pub struct Places {
 }
 
 impl Places {
-    /// Root gets `/etc/fcd`, `/var/lib/fcd` and `/run/fcd`. Other users get the XDG base
-    /// directories.
+    /// Returns the default paths. Root gets `/etc/fcd`, `/var/lib/fcd` and `/run/fcd`. Other users
+    /// get the XDG base directories.
     pub fn for_user(uid: u32, env: &dyn Fn(&str) -> Option<String>) -> Self {
         let dir = |name: &str| env(name).filter(|v| v.starts_with('/')).map(PathBuf::from);
         if uid == 0 {
@@ -241,7 +241,7 @@ impl Config {
     }
 }
 
-/// A Debian kernel does not boot with less memory.
+/// The least memory of a VM. A Debian kernel does not boot with less.
 pub const MEM_MIB_MIN: u64 = 128;
 
 fn parse(text: &str) -> Result<File> {

@@ -48,7 +48,7 @@ section! {
 }
 
 impl Network {
-    /// True if VMs are to get taps on a bridge.
+    /// True if VMs get taps on a bridge.
     pub fn is_bridge(&self) -> bool {
         self.driver == NetworkDriver::Bridge
     }
@@ -82,17 +82,17 @@ pub struct Subnet {
 }
 
 impl Subnet {
-    /// The network address, which no guest gets.
+    /// Returns the network address, which no guest gets.
     pub fn base(self) -> Ipv4Addr {
         self.base
     }
 
-    /// Length of the prefix in bits.
+    /// Returns the length of the prefix in bits.
     pub fn prefix(self) -> u8 {
         self.prefix
     }
 
-    /// The bridge's own address, which is the first one.
+    /// Returns the bridge's own address, which is the first one.
     pub fn gateway(self) -> Ipv4Addr {
         Ipv4Addr::from(u32::from(self.base) + 1)
     }
@@ -101,13 +101,14 @@ impl Subnet {
         1 << (32 - self.prefix)
     }
 
-    /// How many guests fit: every address except the network's, the gateway's and the broadcast
-    /// address.
+    /// Returns how many guests fit. Every address is for a guest except the network's, the
+    /// gateway's and the broadcast address.
     pub fn guests_max(self) -> u32 {
         self.size() - 3
     }
 
-    /// The address of the guest in slot `slot`, counted from 0. None if the network is too small.
+    /// Returns the address of the guest in slot `slot`, counted from 0, or None if the network is
+    /// too small.
     pub fn guest(self, slot: u32) -> Option<Ipv4Addr> {
         (slot < self.guests_max()).then(|| Ipv4Addr::from(u32::from(self.base) + 2 + slot))
     }

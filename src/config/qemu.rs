@@ -50,13 +50,13 @@ section! {
 }
 
 impl Qemu {
-    /// The UIDs that VMs run under when the daemon is root.
+    /// Returns the uids that VMs run under when the daemon is root.
     pub fn uids(&self) -> std::ops::Range<u32> {
         self.uid_base..self.uid_base.saturating_add(self.uid_count)
     }
 
-    /// The uid of the helper processes that belong to no VM: the last of the range, which no VM
-    /// gets.
+    /// Returns the uid of the helper processes that belong to no VM. It is the last of the range,
+    /// which no VM gets.
     pub fn helper_uid(&self) -> u32 {
         self.uid_base
             .saturating_add(self.uid_count.saturating_sub(1))

@@ -22,10 +22,10 @@ section! {
         /// daemon's variable `NO_PROXY` applies.
         no_proxy: String = String::new(),
         /// Registries whose token server is on another host, as `REGISTRY=HOST`. Credentials for
-        /// the registry are sent to it. Docker Hub's is known.
+        /// the registry are sent to that host. The token server of Docker Hub is built in.
         token_servers: Vec<String> = Vec::new(),
-        /// Pulls that run at the same time. Others wait. If it is more than one, the last place is
-        /// kept for other users than the one who has all the others.
+        /// Pulls that run at the same time. Others wait. If it is more than one, no user can occupy
+        /// all places: the last one is for another user.
         pulls_max: usize = 3,
         /// Pulls, registrations, promotions, exports and builds of one user, running and waiting.
         pulls_per_uid_max: usize = 4,

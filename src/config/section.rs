@@ -67,12 +67,13 @@ macro_rules! section {
             /// The lines of this section's doc comment.
             pub(crate) const DOC: &'static [&'static str] = &[$($section_doc),+];
 
-            /// The names and values of this section's settings, in the order of their declaration.
+            /// Returns the names and values of this section's settings, in the order of their
+            /// declaration.
             pub(crate) fn values(&self) -> Vec<(&'static str, String)> {
                 vec![$((stringify!($name), $crate::config::section::toml_value(&self.$name)),)*]
             }
 
-            /// The settings of this section, in the order of their declaration.
+            /// Returns the settings of this section, in the order of their declaration.
             pub(crate) fn settings() -> Vec<$crate::config::section::Setting> {
                 let defaults = Self::default();
                 vec![$($crate::config::section::Setting {

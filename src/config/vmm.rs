@@ -26,7 +26,7 @@ section! {
 }
 
 choices! {
-    /// Whether a VMM may run without the control groups that limit it.
+    /// The behaviour on a host without the control groups that limit a VMM.
     pub enum VmmLimits {
         /// Starting a VM fails if the host lacks a controller.
         Required = "required",

@@ -26,7 +26,7 @@ pub struct CallInfo {
     pub feature: Option<&'static str>,
 }
 
-/// Who may make a call.
+/// The users who may make a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
     /// Every user. A list contains only what the caller may see, except that all users share images
@@ -38,14 +38,14 @@ pub enum Access {
     Privileged,
 }
 
-/// Whether a call takes an idempotency key.
+/// The use of an idempotency key by a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Key {
     Keyed,
     Unkeyed,
 }
 
-/// What happens if the caller disconnects before the reply. Only operations use the last two
+/// The consequence if the caller disconnects before the reply. Only operations use the last two
 /// variants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnDisconnect {
@@ -57,7 +57,7 @@ pub enum OnDisconnect {
     FinishOperation,
 }
 
-/// Whether file descriptors are passed with a call.
+/// The direction in which file descriptors are passed with a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FdPassing {
     NoFds,

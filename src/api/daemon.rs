@@ -43,25 +43,24 @@ pub enum SpaceKind {
     Images,
     /// The cached layers of pulled images.
     Layers,
-    /// The guest runtimes, with which images boot that have no kernel.
+    /// The guest runtimes, which boot images that have no kernel.
     Runtimes,
     Kernels,
     Snapshots,
 }
 
-/// The space that things of one kind use.
+/// The space that objects of one kind use.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SpaceUse {
     pub kind: SpaceKind,
     pub count: u64,
-    /// How many of them are in use: VMs that run, images with VMs or snapshots, snapshots whose VM
+    /// The number of objects in use: VMs that run, images with VMs or snapshots, snapshots whose VM
     /// exists.
     pub active: u64,
     pub bytes: u64,
     /// The space of the caller's own files that are not in use, which a removal would free.
     pub reclaimable_bytes: u64,
-    /// The names of images and guest runtimes that the caller may remove and nothing uses. At most
-    /// 1,000.
+    /// The names of unused images and guest runtimes that the caller may remove. At most 1,000.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub reclaimable: Vec<String>,
 }
@@ -78,7 +77,7 @@ impl SpaceUse {
         }
     }
 
-    /// Counts one more.
+    /// Adds one object.
     pub fn add(&mut self, bytes: u64, is_active: bool) {
         self.count += 1;
         self.active += u64::from(is_active);
@@ -141,7 +140,7 @@ pub struct DoctorReply {
     pub checks: Vec<Check>,
 }
 
-/// Where the value of a setting is from.
+/// The origin of a setting's value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ConfigSource {
@@ -178,7 +177,7 @@ pub struct Leak {
     pub name: String,
     pub why: String,
     pub removed: bool,
-    /// Why the resource could not be removed.
+    /// The reason why the resource could not be removed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
 }
@@ -226,8 +225,8 @@ pub struct DebugLocksReply {
 
 calls! {
     Info = "fcd.info" (super::Empty) -> InfoReply [Anybody, Unkeyed, Nothing, NoFds];
-    /// Reports the space that VMs, images and what serves them use, and how much of it nothing
-    /// needs.
+    /// Reports the space that VMs, images, caches, kernels and snapshots use, and how much of it
+    /// can be freed.
     Space = "fcd.space" (super::Empty) -> SpaceReply [Anybody, Unkeyed, Nothing, NoFds];
     Doctor = "fcd.doctor" (super::Empty) -> DoctorReply [Anybody, Unkeyed, Nothing, NoFds];
     /// The values of some settings may be secrets, such as a proxy with a password.

@@ -7,8 +7,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-/// The JSON-RPC error codes. All of fcd's own errors use [`rpc_code::DOMAIN`]; [`Fault`] has the
-/// details.
+/// The JSON-RPC error codes. All of fcd's own errors use [`rpc_code::DOMAIN`]; the details are in
+/// the [`Fault`].
 pub mod rpc_code {
     pub const PARSE: i32 = -32700;
     pub const INVALID_REQUEST: i32 = -32600;

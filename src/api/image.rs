@@ -25,11 +25,11 @@ pub struct Image {
     /// `sha256:...`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub digest: Option<String>,
-    /// Where the image was pulled from, such as a reference.
+    /// The source from which the image was pulled, such as a reference.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<String>,
-    /// What the image was made from, as the caller of `image.commit` named it. fcctl recognizes a
-    /// build that it has done before.
+    /// A description of what the image was made from, chosen by the caller of `image.commit`. With
+    /// it, fcctl recognizes a build that it has already done.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub recipe: Option<String>,
     /// The user's file that an image from `image.register` uses in place.
@@ -61,7 +61,7 @@ pub struct ImageBuildRequest {
     pub minimal: bool,
 }
 
-/// The format of an archive. A file that `docker save` wrote may have both.
+/// The format of an archive. A file that `docker save` wrote may have both formats.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ArchiveFormat {
@@ -69,7 +69,7 @@ pub enum ArchiveFormat {
     Docker,
 }
 
-/// Where an image is pulled from.
+/// The source of a pull.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum PullSource {
@@ -81,7 +81,7 @@ pub enum PullSource {
     /// An archive that the daemon reads from the passed descriptor, as `docker save` or `skopeo
     /// copy ... oci-archive:` write it.
     Archive {
-        /// Null if the archive's files decide.
+        /// Null to detect the format from the files in the archive.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         format: Option<ArchiveFormat>,
         /// Chooses one of several images in the archive.
@@ -101,7 +101,7 @@ pub struct ImagePullRequest {
     /// The platform to choose from an index, such as `linux/amd64`. Defaults to that of the host.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub platform: Option<String>,
-    /// Share the image with all users, also if it is present already. Only root and the user who
+    /// Share the image with all users, even if it is already present. Only root and the user who
     /// runs the daemon may do this.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub shared: bool,
@@ -116,7 +116,7 @@ pub struct ImageShowReply {
     pub layers: Vec<String>,
     /// The steps that made the image, oldest first. Long texts of a step are shortened.
     pub history: Vec<ImageHistory>,
-    /// The number of older steps, for which the answer has no room.
+    /// The number of older steps, which do not fit into the reply.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub history_omitted: u64,
 }
@@ -234,8 +234,8 @@ pub struct ImageDeleteReply {
     pub deleted: ImageRef,
 }
 
-/// What an OCI image says about the process to start. All of it is data: nothing here is ever part
-/// of a command line of the host.
+/// The configuration of the process to start, from an OCI image. All of it is untrusted data:
+/// nothing here ever becomes part of a command line on the host.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageConfig {
     /// `USER[:GROUP]`, each a name or a number. Empty for root.
@@ -256,7 +256,7 @@ pub struct ImageConfig {
     pub stop_signal: Option<String>,
 }
 
-/// One step of how an image was built.
+/// One step of an image's build.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct ImageHistory {
     /// When the step ran, in RFC 3339.
@@ -284,18 +284,18 @@ calls! {
     ImageShow = "image.show" (ImageRequest) -> ImageShowReply [Anybody, Unkeyed, Nothing, NoFds];
     /// Gives an image an additional name. Both share their files.
     ImageTag = "image.tag" (ImageTagRequest) -> ImageReply [Anybody, Keyed, Nothing, NoFds];
-    /// Removes what no VM and no image needs: cached layers and guest runtimes.
+    /// Removes cached layers and guest runtimes that no VM and no image needs.
     ImagePrune = "image.prune" (ImagePruneRequest) -> ImagePruneReply [Anybody, Keyed, Nothing, NoFds];
     /// Makes an image of the root disk of a stopped VM, as it is. Keys and logs of the guest are
     /// part of the image unless the guest removed them. Fails if an image of that name exists.
     ImageCommit = "image.commit" (ImageCommitRequest) -> ImageReply
         [Owner, Keyed, CancelOperation, NoFds, feature "image_commit"];
-    /// Makes an image of a file with an ext4 file system, which stays where it is. Fails if an
+    /// Makes an image of a file with an ext4 file system. The file stays where it is. Fails if an
     /// image of that name exists.
     ImageRegister = "image.register" (ImageRegisterRequest) -> ImageReply
         [Anybody, Keyed, CancelOperation, TakesFds, feature "image_register"];
-    /// Copies the file of an image from `image.register` into the store. The image no longer
-    /// depends on the file then. Does nothing if the image is in the store.
+    /// Copies the file of an image from `image.register` into the store. The image then no longer
+    /// depends on the file. Does nothing if the image is already in the store.
     ImagePromote = "image.promote" (ImageRequest) -> ImageReply
         [Owner, Keyed, CancelOperation, NoFds, feature "image_register"];
     /// Writes an image into the passed write end of a pipe. The image is complete only if the call

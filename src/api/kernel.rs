@@ -20,7 +20,7 @@ pub struct Kernel {
     pub vms: u64,
 }
 
-/// The files are read by the daemon, with its own privileges.
+/// The daemon reads the files with its own privileges.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct KernelImportRequest {

@@ -62,7 +62,7 @@ pub struct Part {
 pub enum PartState {
     Waiting,
     Downloading,
-    /// An earlier operation has left it, so there is nothing to do.
+    /// The part is left from an earlier operation, so there is nothing to do.
     Cached,
     Done,
 }

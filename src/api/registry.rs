@@ -47,13 +47,13 @@ pub enum Credential {
 }
 
 impl Credential {
-    /// Returns what is written to the pipe. It must go nowhere else.
+    /// Returns the bytes to write to the pipe. They must go nowhere else.
     pub fn to_bytes(&self) -> Vec<u8> {
         serde_json::to_vec(self).expect("a credential is JSON")
     }
 
-    /// Reads what [`Credential::to_bytes`] has made. serde's message could quote a secret, so the
-    /// error does not have it.
+    /// Parses the output of [`Credential::to_bytes`]. The error leaves out serde's message, which
+    /// could quote a secret.
     ///
     /// # Errors
     /// `invalid_request`.

@@ -11,7 +11,7 @@ macro_rules! nouns {
         }
 
         impl AnyCall {
-            /// Returns None if there is no such method.
+            /// Parses the parameters of a call. Returns None if there is no such method.
             pub fn parse(method: &str, params: &str) -> Option<serde_json::Result<Self>> {
                 $(if let Some(call) = $noun::NounCall::parse(method, params) {
                     return Some(call.map(Self::$Noun));

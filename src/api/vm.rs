@@ -81,7 +81,7 @@ pub struct Vm {
     pub driver: Option<String>,
     /// How the root disk was created from the image: `reflink`, `qcow2`, `dm-snapshot` or `copy`.
     pub disk_driver: Option<String>,
-    /// Whether the guest was synced at its last stop.
+    /// The result of syncing the guest at its last stop.
     pub synced: Option<Synced>,
     /// True if the VMM runs but does not respond.
     #[serde(default)]
@@ -96,7 +96,7 @@ pub struct Vm {
     /// The host name of the guest, if it is not the VM's name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host_name: Option<HostName>,
-    /// The name servers that the guest asks instead of fcd's. Left out if there are none.
+    /// The name servers that the guest uses instead of fcd's. Left out if there are none.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub dns: Vec<IpAddr>,
     /// The labels that users gave the VM. Left out if there are none.
@@ -137,7 +137,7 @@ pub struct VmBrief<'a> {
 }
 
 impl Vm {
-    /// Returns the members that a list in brief has.
+    /// Returns the members that [`VmBrief`] contains.
     pub fn brief(&self) -> VmBrief<'_> {
         VmBrief {
             id: Cow::Borrowed(&self.id),
@@ -231,7 +231,7 @@ pub struct VmCreateRequest {
     /// The host name of the guest. Defaults to the VM's name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host_name: Option<HostName>,
-    /// The name servers that the guest asks, at most three. Defaults to fcd's.
+    /// The name servers of the guest, at most three. Defaults to fcd's.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub dns: Vec<IpAddr>,
     /// Delete the VM when it stops, when its holder disconnects, or when the daemon restarts while
@@ -334,7 +334,8 @@ pub struct VmSetRequest {
     /// Apply the rates to the running guest immediately. No other setting can be applied to it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub now: bool,
-    /// Whether the VM is deleted when it stops or its holder disconnects. Applies immediately.
+    /// True to delete the VM when it stops or its holder disconnects, false to keep it. Applies
+    /// immediately.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rm: Option<bool>,
     /// When the daemon starts the VM by itself. Applies immediately.
@@ -599,7 +600,7 @@ calls! {
     VmSshConfig = "vm.ssh_config" (SshConfigRequest) -> SshConfigReply [Owner, Unkeyed, Nothing, NoFds];
 }
 
-/// `vm.list` with `brief` set in the request.
+/// The call `vm.list` with `brief` set in the request.
 pub struct VmListBrief;
 
 impl super::Call for VmListBrief {

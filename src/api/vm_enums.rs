@@ -86,14 +86,14 @@ impl Restart {
     }
 }
 
-/// Whether the guest's file systems were synced before its VMM ended.
+/// The result of syncing the guest's file systems before its VMM ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Synced {
     Yes,
-    /// The guest was not asked, because it was killed or had not booted.
+    /// The guest was not asked to sync, because it was killed or had not booted.
     No,
-    /// The guest was asked but did not respond in time.
+    /// The guest was asked to sync but did not respond in time.
     Timeout,
 }
 

@@ -33,7 +33,7 @@ fn name_is_valid(s: &str) -> bool {
             .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || *b == b'-')
 }
 
-/// Allows what Linux and DNS allow: names of letters, digits and `-`, with dots in between.
+/// Accepts what Linux and DNS accept: names of letters, digits and `-`, with dots in between.
 fn host_name_is_valid(s: &str) -> bool {
     let is_end = |b: Option<&u8>| b.is_some_and(u8::is_ascii_alphanumeric);
     s.len() <= HOST_NAME_LEN_MAX
@@ -106,8 +106,8 @@ text_newtype!(
     "use 1 to 32 characters from a-z, 0-9 and -; begin with a letter and do not end with -"
 );
 text_newtype!(
-    /// The name of an image of this host. It has the form of a reference to a registry, with the
-    /// uid of a user before it if it is one of that user's names: `@1000/tools`.
+    /// The name of an image of this host. It has the form of a reference to a registry. If the name
+    /// belongs to a user, the user's uid precedes it: `@1000/tools`.
     ImageRef, image_name::is_valid, "image name",
     "use a name such as tools, gcc:13 or ghcr.io/owner/app:tag, of at most 200 characters"
 );
@@ -117,22 +117,22 @@ impl ImageRef {
         image_name::parts(&self.0).expect("validated when it was parsed")
     }
 
-    /// Returns the uid of the user who gave this name, or None for a name of the host.
+    /// Returns the uid of the user to whom this name belongs, or None for a name of the host.
     pub fn owner(&self) -> Option<u32> {
         image_name::split_owner(&self.0).0
     }
 
-    /// Returns the name as its owner says it.
+    /// Returns the name without its owner.
     pub fn without_owner(&self) -> Self {
         Self(image_name::split_owner(&self.0).1.to_owned())
     }
 
-    /// Returns the same name as one of a user's names.
+    /// Returns the same name as a name of this user.
     pub fn owned_by(&self, uid: u32) -> Self {
         Self(format!("@{uid}/{}", self.without_owner()))
     }
 
-    /// Returns the name as a user says it: without the owner if that is the user.
+    /// Returns the name as this user writes it: without the owner if that is the user.
     pub fn said_by(&self, uid: u32) -> Self {
         if self.owner() == Some(uid) {
             return self.without_owner();

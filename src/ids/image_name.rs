@@ -2,7 +2,7 @@
 //! repository of a registry, such as `gcc:13` or `localhost:5000/team/app@sha256:...` (the file
 //! reference/reference.go of the project distribution/reference).
 //!
-//! Each user has names of their own: `@1000/tools` is the image that uid 1000 calls `tools`. Names
+//! Each user has separate names: `@1000/tools` is the image that uid 1000 calls `tools`. Names
 //! without an owner are those of the host.
 
 /// The length limit of an image's name without its owner. A directory has this name with the owner,
@@ -39,7 +39,7 @@ pub(super) fn split_owner(name: &str) -> (Option<u32>, &str) {
     }
 }
 
-/// One uid has one spelling, without a sign and without zeros before it.
+/// Parses a uid. Signs and leading zeros are refused, so that each uid has only one spelling.
 fn uid_of(text: &str) -> Option<u32> {
     let is_plain = text == "0" || !text.starts_with(['0', '+']);
     text.parse().ok().filter(|_| is_plain)
@@ -83,9 +83,9 @@ pub(super) fn of_dir_name(dir: &str) -> String {
     dir.replace(SLASH_IN_DIR, "/")
 }
 
-/// Splits a reference into its registry and the rest, as docker's `splitDockerDomain` does. The
-/// command line chooses the credential by this registry and the daemon asks it for the image, so
-/// both must use this function.
+/// Splits a reference into its registry and the rest, as docker's `splitDockerDomain` does. fcctl
+/// chooses the credential by this registry, and the daemon contacts it for the image, so both must
+/// use this function.
 pub fn split_registry(reference: &str) -> (&str, &str) {
     match reference.split_once('/') {
         Some((DEFAULT_REGISTRY | OLD_DEFAULT_REGISTRY, rest)) => (DEFAULT_REGISTRY, rest),
@@ -94,7 +94,7 @@ pub fn split_registry(reference: &str) -> (&str, &str) {
     }
 }
 
-/// Tells whether the first component of a reference is a registry.
+/// True if the first component of a reference is a registry.
 fn is_registry(first: &str) -> bool {
     first.contains(['.', ':'])
         || first == "localhost"
@@ -109,7 +109,7 @@ fn is_repository(text: &str) -> bool {
     path.split('/').all(is_component)
 }
 
-/// Tells whether the first component is a registry with a valid name.
+/// True if the first component is a registry with a valid name.
 fn is_host(text: &str) -> bool {
     let (name, port) = match text.split_once(':') {
         Some((name, port)) => (name, Some(port)),
@@ -128,7 +128,7 @@ fn is_host(text: &str) -> bool {
         && port.is_none_or(|p| (1..=5).contains(&p.len()) && p.bytes().all(|b| b.is_ascii_digit()))
 }
 
-/// A component is made of runs of a-z and 0-9, separated by `.`, `_`, `__` or any number of `-`.
+/// True for runs of a-z and 0-9, separated by `.`, `_`, `__` or any number of `-`.
 fn is_component(text: &str) -> bool {
     let is_word = |b: &u8| b.is_ascii_lowercase() || b.is_ascii_digit();
     let bytes = text.as_bytes();

@@ -46,7 +46,7 @@ impl Code {
     }
 }
 
-/// Whether repeating the same call can help if nobody fixes anything first.
+/// The chance that the same call succeeds later, if nobody fixes anything first.
 enum Retry {
     /// The call fails again until somebody fixes the cause.
     Useless,
@@ -55,7 +55,8 @@ enum Retry {
     MayHelp,
 }
 
-/// What went wrong, in more detail than [`Code`]. Every kind belongs to exactly one code.
+/// Declares [`Kind`], which says in more detail than [`Code`] what went wrong. Every kind belongs
+/// to exactly one code.
 macro_rules! kinds {
     ($($(#[$doc:meta])* $kind:ident => $code:ident, $retry:ident, $name:literal;)*) => {
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -146,7 +147,8 @@ kinds! {
     VmmFailed => Host, Useless, "vmm_failed";
     /// A registry or a proxy cannot be reached, or the connection to it was lost.
     RegistryUnreachable => Host, MayHelp, "registry_unreachable";
-    /// A registry's answer violates the protocol, a limit or a digest, or would lead fcd astray.
+    /// A registry's answer violates the protocol, a limit or a digest, or refers fcd to an address
+    /// that it must not contact.
     RegistryInvalid => Host, Useless, "registry_invalid";
     Denied => Denied, Useless, "denied";
     /// The registry wants other credentials, or any at all.

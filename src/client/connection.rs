@@ -128,7 +128,7 @@ impl Connection {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => Err(Error::new(
                 Kind::Timeout,
                 format!(
-                    "{method}: the daemon did not take the request in {} s",
+                    "{method}: the daemon did not accept the request in {} s",
                     SEND_DEADLINE.as_secs()
                 ),
             )

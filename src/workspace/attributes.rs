@@ -25,14 +25,15 @@ pub(super) struct Extra {
     pub xattrs: Vec<Xattr>,
 }
 
-/// The attributes that users set.
+/// The prefix of attributes that ordinary users may set.
 const USER: &str = "user.";
-/// The attribute that gives a program rights of root.
+/// The attribute that gives a program some of root's rights.
 const CAPABILITY: &str = "security.capability";
-/// Maximum size of the names or of one value, which is the kernel's (xattr(7)).
+/// Maximum size of the list of names, and of one value. The kernel has the same limits (xattr(7)).
 const BYTES_MAX: usize = 64 * 1024;
 
-/// Reads the attributes that a copy into a guest keeps. A file system without attributes has none.
+/// Reads the attributes that a copy into a guest keeps. Returns none if the file system does not
+/// support attributes.
 pub(super) fn read(fd: impl AsFd) -> io::Result<Vec<Xattr>> {
     let mut names = vec![0; BYTES_MAX];
     let length = match rustix::fs::flistxattr(&fd, &mut names[..]) {
@@ -44,7 +45,7 @@ pub(super) fn read(fd: impl AsFd) -> io::Result<Vec<Xattr>> {
         let Ok(name) = std::str::from_utf8(name) else {
             continue;
         };
-        // GNU tar would read such a name up to the sign.
+        // GNU tar would cut such a name off at the `=`.
         if !(name.starts_with(USER) || name == CAPABILITY) || name.contains('=') {
             continue;
         }

@@ -45,7 +45,7 @@ pub(super) struct Git {
     allowed: Vec<PathBuf>,
 }
 
-/// What HEAD points to.
+/// The target of HEAD.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Head {
     /// A full ref name such as `refs/heads/main`, in any encoding. `None` if HEAD is detached.

@@ -14,7 +14,7 @@ pub const LIST_BYTES_MAX: u64 = 256 * 1024;
 const LINE_BYTES_MAX: usize = 64;
 const DOING: &str = "read the list of files that the guest could not send";
 
-/// Why a path is not part of the patch or tree.
+/// The reason why a path is not part of the patch or tree.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Why {

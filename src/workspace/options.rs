@@ -10,7 +10,7 @@ pub const HISTORY_DEFAULT: u32 = 50;
 /// Maximum depth that a caller may request. `full` sends more.
 pub const HISTORY_MAX: u32 = 1_000_000;
 
-/// How much history is sent.
+/// The amount of history to send.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum History {
     /// The history is cut at this depth, and the guest gets a shallow repository.

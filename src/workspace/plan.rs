@@ -281,7 +281,7 @@ fn open_root(root: &Path) -> Result<Beneath> {
 
 impl Repo {
     /// Collects everything except the history, the pack, the exclude rules and the files with
-    /// filters. Also returns the blobs that only the index has.
+    /// filters. Also returns the blobs that are only in the index.
     fn look(git: &Git, config: &Config) -> Result<(Self, HashSet<String>)> {
         let (head, format, index) = (git.head()?, git.object_format()?, git.index()?);
         let staged = git.staged(&head, &format, false)?;

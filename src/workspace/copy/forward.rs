@@ -1,4 +1,4 @@
-//! Passes on a tar that the caller or a guest made. Only its structure is checked, so that a tar
+//! Forwards a tar that the caller or a guest made. Only its structure is checked, so that a tar
 //! that is cut off is not mistaken for a whole one.
 
 use super::{Copied, check_cancel};

@@ -1,8 +1,8 @@
-//! Writes what a guest sends below a destination on the host, with the caller's rights.
+//! Writes files that a guest sends to a destination on the host, with the caller's rights.
 //!
 //! The guest is hostile. Each path is checked and looked up relative to one directory without
-//! following links. Files and links are made under a temporary name and renamed, so that none is
-//! ever half written under its own name. Devices, FIFOs, set-id bits and attributes that give
+//! following links. Files and links are created under a temporary name and then renamed, so that
+//! none is ever incomplete under its own name. Devices, FIFOs, set-id bits and attributes that give
 //! rights are left out.
 
 mod files;
@@ -25,11 +25,11 @@ use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-/// How many paths that are left out are named.
+/// How many skipped paths are named.
 const SKIPPED_MAX: usize = 20;
 const PIECE_BYTES: usize = 256 * 1024;
 
-/// Where a copy goes.
+/// The destination of a copy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Destination {
     /// An existing directory.
@@ -54,8 +54,9 @@ pub struct Landed {
     pub warnings: Vec<String>,
 }
 
-/// Checks what can be checked about a destination before the guest is asked: it, or the directory
-/// that contains it, must be a directory. With `several`, it must be one itself.
+/// Checks a destination as far as possible before the guest is asked. The destination, or the
+/// directory that contains it, must be a directory. With `several`, the destination itself must be
+/// one.
 pub fn check(to: &Path, several: bool) -> Result<()> {
     let kind = if several || must_be_dir(to.as_os_str().as_bytes()) {
         FileKind::Dir
@@ -70,9 +71,10 @@ pub fn check(to: &Path, several: bool) -> Result<()> {
     }
 }
 
-/// Applies the rules of cp(1): what is copied goes into a directory that exists, and otherwise gets
-/// the name of the destination. `name` is the name of what is copied; without one, its content is
-/// copied. Errors: `path_not_found`, `target_exists`, `invalid_argument`.
+/// Applies the rules of cp(1). If the destination is an existing directory, the source is copied
+/// into it. Otherwise the copy gets the destination's name. `name` is the name of the source; if it
+/// is None, the content of the source directory is copied. Errors: `path_not_found`,
+/// `target_exists`, `invalid_argument`.
 pub fn resolve(to: &Path, name: Option<&[u8]>, kind: FileKind) -> Result<Destination> {
     let bytes = to.as_os_str().as_bytes();
     let found = match std::fs::metadata(to) {
@@ -117,7 +119,8 @@ pub fn resolve(to: &Path, name: Option<&[u8]>, kind: FileKind) -> Result<Destina
     Ok(Destination { base, below, kind })
 }
 
-/// True for links such as /dev/stdout, which may lead to a file. A copy would replace the link.
+/// True for a link of the system such as /dev/stdout, which may lead to a file. A copy would
+/// replace it.
 fn is_of_system(path: &Path) -> bool {
     let dir = path.parent().and_then(|dir| dir.canonicalize().ok());
     dir.is_some_and(|dir| dir == Path::new("/dev") || dir.starts_with("/proc"))
@@ -138,10 +141,10 @@ fn taken(path: &str) -> Error {
     Error::new(Kind::TargetExists, text)
 }
 
-/// Writes a tar of a guest to its destination. `progress` gets the size of each piece. Errors:
+/// Writes a tar from a guest to its destination. `progress` gets the size of each piece. Errors:
 /// `invalid_tree` (names the offending entry), `stream_incomplete`, `target_exists`, `exhausted`
-/// (over the limits), `disk_full`, `cancelled`, `host`. What had arrived completely before an error
-/// stays.
+/// (over the limits), `disk_full`, `cancelled`, `host`. Files that arrived completely before an
+/// error stay.
 pub fn land(
     from: &mut dyn Read,
     to: &Destination,
@@ -197,7 +200,8 @@ fn refuse(path: &[u8], why: &str) -> Error {
     )
 }
 
-/// Only root can give files away. Everybody else owns what they copy, as with cp -a.
+/// True if the owners in the tar are set. Only root can give files away. Other users own what they
+/// copy, as with cp -a.
 fn owner_to_set(archive: bool) -> bool {
     archive && rustix::process::geteuid().is_root()
 }
@@ -225,7 +229,7 @@ struct Lander<'a> {
     beneath: Beneath,
     entries_max: u64,
     room: Room,
-    /// The files that this copy has made, of which hard links may be made.
+    /// The files that this copy has created. Hard links may lead only to these.
     made: HashSet<Inode>,
     dirs: Vec<DirEnd>,
     /// The name of a file until it is complete.
@@ -311,7 +315,7 @@ impl Lander<'_> {
         path.display().to_string()
     }
 
-    /// Handles the entry of the destination, an existing directory that gets the content.
+    /// Handles the entry of the destination itself, which is an existing directory.
     fn base(&mut self, item: &Item) -> Result<()> {
         if self.archive {
             self.at_end(Vec::new(), item, Some(item.mode));
@@ -334,7 +338,8 @@ impl Lander<'_> {
             }
             Err(e) => return Err(wrong(path, e.into())),
         }
-        // The directory cannot be opened if its mode is 0.
+        // The owner needs all rights to open and fill the new directory. Its own mode is set at the
+        // end.
         let found = rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW)
             .map_err(|e| wrong(path, e.into()))?;
         let mode = found.st_mode & 0o777;

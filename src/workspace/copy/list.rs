@@ -1,4 +1,4 @@
-//! Lists what paths of the host consist of.
+//! Lists the entries of paths on the host.
 
 use super::{FileKind, check_cancel, must_be_dir, name_of, shown};
 use crate::error::{Error, Kind, Result};
@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 /// How many unreadable paths are named.
 const NAMED_MAX: usize = 5;
 
-/// A path of the host and everything below it.
+/// A path on the host and everything below it.
 #[derive(Debug)]
 pub struct Listing {
     path: PathBuf,
@@ -37,9 +37,9 @@ pub(super) struct Entry {
     pub mode: u32,
     pub mtime: Mtime,
     pub owner: Owner,
-    /// The file's other names have the same number.
+    /// The identity of a file with several names, which is the same for all of them.
     pub inode: Option<Inode>,
-    /// About how many bytes are sent.
+    /// The approximate number of bytes to send.
     bytes: u64,
 }
 
@@ -50,9 +50,10 @@ pub(super) struct Inode {
     number: u64,
 }
 
-/// Lists `path`. With `follow`, it may be a link, whose target is listed. Nothing else is followed.
-/// Errors: `path_not_found`, `invalid_argument` (it is not a file, a link or a directory),
-/// `invalid_tree` (something cannot be read, or there is too much of it), `cancelled`.
+/// Lists `path`. With `follow`, `path` may be a link, whose target is listed. No other link is
+/// followed. Errors: `path_not_found`, `invalid_argument` (it is not a file, a link or a
+/// directory), `invalid_tree` (a file cannot be read, a path is too long, or there are too many
+/// entries), `cancelled`.
 pub fn list(path: &Path, follow: bool, cancel: &Cancel) -> Result<Listing> {
     let bytes = path.as_os_str().as_bytes();
     let follow = follow || must_be_dir(bytes);
@@ -102,7 +103,7 @@ fn stat(path: &Path, follow: bool) -> Result<Stat> {
     })
 }
 
-/// Returns the kind, or what a path is that cannot be copied.
+/// Returns the kind, or the name of a file type that cannot be copied.
 fn kind_of(stat: &Stat) -> std::result::Result<FileKind, &'static str> {
     match FileType::from_raw_mode(stat.st_mode) {
         FileType::RegularFile => Ok(FileKind::File),
@@ -137,7 +138,7 @@ impl Entry {
 }
 
 impl Listing {
-    /// Returns about how many bytes are sent.
+    /// Returns the approximate number of bytes to send.
     pub fn bytes(&self) -> u64 {
         self.entries.iter().map(|entry| entry.bytes).sum()
     }
@@ -184,7 +185,7 @@ impl Listing {
         while let Some(dir) = pending.pop() {
             let names = match names(&beneath, &dir) {
                 Ok(names) => names,
-                // It has just been removed or replaced.
+                // The directory has just been removed or replaced.
                 Err(e) if !dir.is_empty() && is_absent(&e) => continue,
                 Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => {
                     unreadable.add(self.shown(&dir).as_bytes());

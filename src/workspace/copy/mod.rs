@@ -2,13 +2,14 @@
 //!
 //! A copy is a command in the guest whose standard input or output is a tar:
 //! - [`script`] builds the command from two shell scripts and explains how it ended.
-//! - [`list`] decides what paths of the host consist of, and [`pack`] writes their tar.
-//! - [`forward`] passes on a tar that the caller or another guest made.
-//! - [`land`] writes what comes from a guest below its destination on the host.
+//! - [`list`] lists the entries of paths on the host, and [`pack`] writes their tar.
+//! - [`forward`] forwards a tar that the caller or another guest made.
+//! - [`land`] writes files from a guest to their destination on the host.
 //!
-//! The guest is hostile. What it sends never leaves the destination, and no link in the destination
-//! is followed. In the guest, everything is unpacked beside the destination and moved there once
-//! the tar's last entry has arrived, so a copy that is cut off leaves no half file on either side.
+//! The guest is hostile. Nothing that it sends is written outside of the destination, and no link
+//! in the destination is followed. In the guest, everything is unpacked beside the destination and
+//! moved there once the tar's last entry has arrived. A copy that is cut off therefore leaves no
+//! incomplete file on either side.
 
 pub mod forward;
 pub mod land;
@@ -30,7 +31,7 @@ pub enum FileKind {
     Dir,
 }
 
-/// How much was copied.
+/// The amount that was copied.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Copied {
     /// The number of files, links and directories.

@@ -1,4 +1,4 @@
-//! Writes the tar of what is copied into a guest.
+//! Writes the tar of a copy into a guest.
 
 use super::list::{Entry, Inode, Listing};
 use super::{Copied, FileKind, check_cancel};
@@ -11,13 +11,12 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
 
-/// How much is written at once. A guest decrypts every packet by itself, which is slow for small
-/// ones.
+/// Size of one write. A guest decrypts each packet separately, which is slow for small packets.
 const BUFFER_BYTES: usize = 64 * 1024;
 /// The permission bits without the set-id and sticky bits.
 const PLAIN_MODE: u32 = 0o777;
 
-/// How a tar is written.
+/// The options for a tar.
 #[derive(Clone, Debug)]
 pub struct Packing {
     /// Record owners, hard links and attributes, and all permission bits.
@@ -192,7 +191,7 @@ impl Packer<'_> {
         Ok(())
     }
 
-    /// Leaves out what has been removed since it was listed.
+    /// Skips an entry that was removed since it was listed. Any other error is returned.
     fn gone(&mut self, listing: &Listing, entry: &Entry, e: io::Error) -> Result<()> {
         let shown = listing.shown(&entry.path);
         if entry.path.is_empty() || !is_absent(&e) {

@@ -52,9 +52,9 @@ pub enum Content {
     Dir(Vec<u8>),
     /// The entries of a directory.
     Contents,
-    /// Several of these.
+    /// Several files, links or directories.
     Many,
-    /// A tar of the caller.
+    /// A tar from the caller.
     Tar,
 }
 
@@ -112,7 +112,7 @@ fn command(script: &str) -> Vec<Vec<u8>> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FirstLine {
     pub kind: FileKind,
-    /// About how many bytes follow.
+    /// The approximate number of bytes that follow.
     pub bytes: Option<u64>,
 }
 
@@ -210,12 +210,12 @@ pub fn explain(vm: &str, status: u8, stderr: &[u8]) -> Error {
     }
 }
 
-/// Returns what a program complained about last.
+/// Returns the last message of a program.
 fn last_line(said: &str) -> Option<&str> {
     said.lines().rfind(|line| !line.is_empty())
 }
 
-/// Returns what tar complained about last, before its last line, which only says that it fails.
+/// Returns tar's last message about a cause. The line after it only says that tar failed.
 fn of_tar(said: &str) -> String {
     let lines: Vec<&str> = said.lines().filter(|line| !line.is_empty()).collect();
     match lines.as_slice() {

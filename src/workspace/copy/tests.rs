@@ -343,7 +343,7 @@ fn directory_without_rights_gets_its_mode_at_the_end() {
 
 #[test]
 fn device_as_destination_is_not_replaced() {
-    // A link of the system is not replaced, either, even if it leads to a file.
+    // A link of the system is not replaced even if it leads to a file.
     for path in [
         "/dev/null",
         "/dev/stdout",

@@ -1,4 +1,4 @@
-//! Makes files and links under a temporary name and renames them.
+//! Creates files and links under a temporary name, and then renames them.
 
 use super::{Inode, Lander, refuse, wrong};
 use crate::error::{Error, Kind, Result};
@@ -22,13 +22,14 @@ struct Temporary {
 
 impl Drop for Temporary {
     fn drop(&mut self) {
-        // Most often it has been renamed, so the name is not there any more.
+        // Usually the file was renamed, so this name no longer exists.
         let _ = rustix::fs::unlinkat(&self.dir, &self.name, AtFlags::empty());
     }
 }
 
 impl Temporary {
-    /// Renames it to the last component of `path`. A link is replaced, not followed.
+    /// Renames the file or link to the last component of `path`. A link at `path` is replaced, not
+    /// followed.
     fn rename(&self, path: &[u8]) -> Result<()> {
         match rustix::fs::renameat(&self.dir, &self.name, &self.dir, name_in(path)) {
             Ok(()) => Ok(()),
@@ -75,8 +76,8 @@ impl Lander<'_> {
         temporary.rename(path)
     }
 
-    /// Makes a hard link to a file that this copy has made. A guest must not get links to other
-    /// files of the destination.
+    /// Creates a hard link to a file that this copy has created. A guest must not get links to
+    /// other files of the destination.
     pub(super) fn hard_link(&mut self, path: &[u8], target: &[u8]) -> Result<()> {
         let target = self.below(target)?;
         let (dir, name) = self
@@ -102,7 +103,8 @@ impl Lander<'_> {
             AtFlags::empty(),
         )
         .map_err(|e| wrong(path, e.into()))?;
-        // If both names already belong to the same file, renaming keeps the temporary one.
+        // If `path` already names the same file, rename(2) keeps both names. Dropping `temporary`
+        // then removes the temporary one.
         temporary.rename(path)
     }
 

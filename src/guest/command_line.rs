@@ -17,7 +17,7 @@ const WAIT: &str =
 const WAIT_END: &str = " 2>&3 3>&-); exit $?";
 
 /// Builds a line that changes to `workdir` and runs `argv` as `user` with the environment `env`. An
-/// empty `argv` runs the login shell; without a user, the command runs as the one who logged in.
+/// empty `argv` runs the login shell. Without a user, the command runs as the user who logged in.
 /// The line exits with the command's status, or with 128+n after a signal. The guest's shell
 /// produces 126 and 127; [`CANNOT_BEGIN_STATUS`] means that `workdir` cannot be entered or that
 /// there is no such user. Returns `invalid_argument` for a NUL and for an invalid variable name.

@@ -76,7 +76,7 @@ pub trait Sink: Send {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize>;
 }
 
-/// What a caller may do to a running command.
+/// A request of the caller that changes a running command.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Control {
     Resize(PtySize),

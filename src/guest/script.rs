@@ -17,7 +17,7 @@ pub struct Script<'a> {
     pub output_bytes_max: usize,
 }
 
-/// How a command ended and what it printed.
+/// The exit of a command, and its output.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ScriptOutput {
     pub exit: Exit,

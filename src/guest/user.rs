@@ -1,8 +1,8 @@
 //! Runs a command as a user of the guest other than the one who logs in.
 //!
-//! The guest's shell reads `/etc/passwd` and `/etc/group` by itself, as docker does, and
-//! setpriv(1), which every Debian has, changes the ids. No other program starts, because a program
-//! takes 50 ms under emulation.
+//! The guest's shell itself reads `/etc/passwd` and `/etc/group`, as docker does, and setpriv(1),
+//! which every Debian system has, changes the ids. No other program is started, because that takes
+//! 50 ms under emulation.
 
 use crate::error::{Error, Result};
 use crate::host::shell::quote;
@@ -77,8 +77,8 @@ fn checked(part: &str) -> Option<String> {
 }
 
 /// Finds the user $1 and the group $2, which may be empty. As with docker, the supplementary groups
-/// are those of the user's name, and none if a group is given. A terminal belongs to root, so the
-/// user gets it, as from docker.
+/// are those of the user's name, and there are none if a group is given. A terminal belongs to root
+/// at first, so it is given to the user, as docker does.
 const LOOK_UP: &str = r#"uid= gid= name= home=/ shell= groups=
 while IFS=: read -r n x u g x h s || [ -n "$n" ]; do
 if [ "$n" = "$1" ] || [ "$u" = "$1" ]; then uid=$u gid=$g name=$n home=$h shell=$s; break; fi

@@ -7,8 +7,8 @@ use nix::poll::{PollFd, PollFlags};
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
-/// What can end a wait early. If several apply at once, the first of these is reported: cancel,
-/// hang-up, deadline, idle limit.
+/// The events that can end a wait early. If several apply at once, the first of these is reported:
+/// cancel, hang-up, deadline, idle limit.
 #[derive(Clone)]
 pub(super) struct Wait<'a> {
     cancel: &'a Cancel,

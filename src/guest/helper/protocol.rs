@@ -43,7 +43,7 @@ pub struct Command {
     pub no_wait_children: bool,
 }
 
-/// Where the input of a command comes from.
+/// The source of a command's input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Input {
     Empty,
@@ -93,7 +93,7 @@ pub enum Reply {
     Failed(Failure, String),
 }
 
-/// Why a session failed.
+/// The reason why a session failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Failure {
     /// The helper cannot confine itself.

@@ -26,7 +26,7 @@ pub(crate) struct Identity<'a> {
     pub host_key: &'a [u8],
 }
 
-/// Why a session could not be established.
+/// The reason why a session could not be established.
 #[derive(Debug)]
 pub(crate) enum LogInError {
     HostKeyMismatch,
@@ -37,7 +37,7 @@ pub(crate) enum LogInError {
     Ended,
 }
 
-/// Why a step failed.
+/// The reason why a step failed.
 enum StepError {
     Ssh(ssh2::Error),
     /// The peer closed the connection.

@@ -92,7 +92,7 @@ pub fn create_private_dir(path: &Path) -> Result<OwnedFd> {
 }
 
 /// Replaces a file atomically. Once this returns `Ok`, the content survives a power cut. Readers
-/// see either the old or the new content, also after a crash.
+/// see either the old or the new content, even after a crash.
 pub fn write_durable(path: &Path, bytes: &[u8], mode: RawMode) -> Result<()> {
     crate::locks::require_memory_only("file access");
     let doing = || format!("write {}", path.display());

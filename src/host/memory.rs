@@ -1,8 +1,8 @@
-//! How the C library's allocator keeps memory that the daemon has freed.
+//! Limits how much memory the C library's allocator keeps after the daemon has freed it.
 
 /// The number of arenas that all threads share. By default there are eight for each core, and each
-/// keeps the memory that its threads have freed. Two are enough because threads have a cache of
-/// small blocks of their own.
+/// keeps the memory that its threads have freed. Two are enough because each thread also has its
+/// own cache of small blocks.
 #[cfg(target_env = "gnu")]
 const ARENAS_MAX: libc::c_int = 2;
 /// Blocks of at least this size get their own mappings, which return to the system when the blocks

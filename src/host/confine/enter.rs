@@ -16,9 +16,9 @@ pub struct Profile {
     pub memory_bytes_max: u64,
     /// The limit of open files, including the three standard streams.
     pub open_files_max: u64,
-    /// Whether the helper may start threads.
+    /// True if the helper may start threads.
     pub has_threads: bool,
-    /// Whether the helper may bind and connect TCP sockets. [`Profile::calls`] must then include
+    /// True if the helper may bind and connect TCP sockets. [`Profile::calls`] must then include
     /// the calls for sockets.
     pub has_network: bool,
     /// The files and directories that the helper may read. [`Profile::calls`] must then include the

@@ -168,7 +168,7 @@ impl Process {
     }
 }
 
-/// Notes a new child, so that its exit will be remembered. The child must not have been reaped.
+/// Records a new child, so that its exit will be remembered. The child must not have been reaped.
 pub(super) fn remember_child(identity: &Identity) {
     CHILDREN
         .lock()

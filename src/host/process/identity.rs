@@ -1,4 +1,4 @@
-//! What identifies a process, as the kernel reports it in `/proc`.
+//! The identity of a process, as the kernel reports it in `/proc`.
 
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};

@@ -10,8 +10,8 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
-/// How to start a process that outlives the daemon. It gets its own session, a cleared environment,
-/// no core dumps and none of the daemon's descriptors except `output`.
+/// The parameters of a process that outlives the daemon. The process gets its own session, a
+/// cleared environment, no core dumps and none of the daemon's descriptors except `output`.
 #[derive(Debug)]
 pub struct Spawn {
     pub program: PathBuf,

@@ -60,7 +60,7 @@ pub(super) struct How {
     /// Exit when the command exits, even if its background processes still hold the output open
     #[arg(long)]
     pub no_wait_children: bool,
-    /// Let the command use your ssh-agent. Root in the guest can use its keys meanwhile
+    /// Let the command use your ssh-agent. Root in the guest can then use its keys, too
     #[arg(long)]
     pub ssh_agent: bool,
 }

@@ -41,9 +41,9 @@ pub(super) enum Verb {
     Pull(image_pull::Args),
     /// Register your file with an ext4 file system as an image. The file stays where it is
     Register(image_register::Args),
-    /// Write an image to a file that docker load reads, or its file system
+    /// Write an image to a file for docker load, or only its file system
     Export(image_export::Args),
-    /// Copy the file of a registered image, which then no longer depends on it
+    /// Copy the file of a registered image, so that the image no longer depends on it
     Promote { image: ImageRef },
     /// Store your credential for a registry where docker keeps it
     Login(super::registry_login::LoginArgs),

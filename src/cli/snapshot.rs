@@ -15,7 +15,7 @@ use crate::ids::{SnapshotName, VmName};
 
 #[derive(clap::Subcommand, Debug)]
 pub(super) enum Verb {
-    /// Save a running VM, memory and disks. The guest is paused meanwhile
+    /// Save a running VM, memory and disks. The guest is paused while it is saved
     Create {
         /// Name, ID, or ID prefix
         vm: String,

@@ -27,7 +27,7 @@ pub(super) struct Args {
     disk: Option<u64>,
     #[command(flatten)]
     rates: Rates,
-    /// Start the VM again after each reboot of the host, or no longer
+    /// Start the VM again after each reboot of the host (always), or do not (no)
     #[arg(long, value_name = "no|always", value_parser = parse_restart)]
     restart: Option<Restart>,
     /// Set a label, or remove it with KEY-

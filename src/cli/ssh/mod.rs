@@ -26,7 +26,7 @@ pub(super) struct Args {
     /// Allocate a terminal for a command; a shell has one anyway
     #[arg(short, long)]
     tty: bool,
-    /// Let programs in the guest use your ssh-agent. Root in the guest can use its keys meanwhile
+    /// Let programs in the guest use your ssh-agent. Root in the guest can then use its keys, too
     #[arg(long)]
     ssh_agent: bool,
     /// A command, or options for ssh such as -L 8080:localhost:80

@@ -115,7 +115,7 @@ kinds! {
     PoolFull => Busy, MayHelp, "pool_full";
     ConnectionLimit => Busy, MayHelp, "connection_limit";
     OperationLimit => Busy, MayHelp, "operation_limit";
-    /// The registry answers that it is overloaded or that the caller asks too often.
+    /// The registry reports that it is overloaded or that the caller sends too many requests.
     RegistryBusy => Busy, MayHelp, "registry_busy";
     /// The daemon is shutting down.
     ShuttingDown => Busy, MayHelp, "shutting_down";
@@ -151,7 +151,7 @@ kinds! {
     /// that it must not contact.
     RegistryInvalid => Host, Useless, "registry_invalid";
     Denied => Denied, Useless, "denied";
-    /// The registry wants other credentials, or any at all.
+    /// The registry requires credentials, or refuses those that were sent.
     RegistryDenied => Denied, Useless, "registry_denied";
     /// The registry's certificate is not trusted.
     RegistryUntrusted => Denied, Useless, "registry_untrusted";

@@ -44,7 +44,7 @@ section! {
         jailer: PathBuf = "jailer".into(),
         /// Runs VMMs under the jailer. Without it a VMM has the daemon's view of the host.
         jail: bool = true,
-        /// What happens if the host cannot limit a VMM's CPU, memory, threads and disk rates.
+        /// The behaviour if the host cannot limit a VMM's CPU, memory, threads and disk rates.
         limits: VmmLimits = VmmLimits::Required,
     }
 }

@@ -53,7 +53,7 @@ pub fn run(asked: &Asked) -> ExitCode {
     }
 }
 
-/// The reason why no reply is sent: the daemon no longer wants an answer, or it sent something that
+/// The reason why no reply is sent: the daemon no longer waits for one, or it sent something that
 /// is not a job.
 struct NoReply;
 

@@ -37,7 +37,7 @@ pub(super) struct Args {
     no_wait: bool,
 }
 
-/// What `--json` prints.
+/// The `--json` output.
 #[derive(serde::Serialize)]
 struct Document {
     applied: bool,

@@ -94,7 +94,8 @@ mod tests {
     use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
 
-    /// A daemon whose guest reads `len` bytes, sends them back in reverse order and hangs up.
+    /// Starts a daemon whose guest reads `len` bytes, sends them back in reverse order and hangs
+    /// up.
     fn backwards(len: usize) -> Fake {
         Fake::start(move |r| {
             let (ours, mut guests) = UnixStream::pair().unwrap();

@@ -98,8 +98,8 @@ fn parse(json: &[u8]) -> Result<<Doctor as crate::api::Call>::Reply> {
     })
 }
 
-/// A missing daemon is only a warning, because it can be started. A daemon that refuses the caller
-/// is a failure.
+/// Returns the check for a daemon that does not answer. A missing daemon is only a warning, because
+/// it can be started. A daemon that refuses the caller is a failure.
 fn no_daemon(failure: &Failure) -> Check {
     let is_absent = failure.kind() == crate::client::ABSENT;
     Check {

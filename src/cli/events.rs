@@ -76,7 +76,7 @@ pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     }
 }
 
-/// The time zone of the caller.
+/// Returns the time zone of the caller.
 fn zone(env: &Env) -> TimeZone {
     match env("TZ").as_deref() {
         Some("UTC") => TimeZone::UTC,
@@ -209,7 +209,7 @@ impl Screen {
         format!("{time}  {name}  {}\n", printable(text))
     }
 
-    /// Sequence numbers survive a restart of the daemon, so tell the user how to continue.
+    /// Adds a hint on how to continue, because sequence numbers survive a restart of the daemon.
     fn with_resume_hint(&self, failure: Failure) -> Failure {
         match self.last {
             Some(last) if failure.unreachable || failure.is(Kind::ShuttingDown) => {

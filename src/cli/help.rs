@@ -81,7 +81,7 @@ pub(super) const TOPICS: &[(&str, &str, &str)] = &[
     ),
 ];
 
-/// The list of topics that ends `fcctl --help`.
+/// Returns the list of topics that ends `fcctl --help`.
 pub(super) fn topics() -> String {
     let width = TOPICS
         .iter()

@@ -48,7 +48,7 @@ impl Args {
     }
 }
 
-/// Where the image is written.
+/// The destination of an image.
 enum Target {
     /// A temporary file, and the path that it gets when it is complete.
     File(tempfile::NamedTempFile, PathBuf),

@@ -32,7 +32,7 @@ pub(super) enum Drained {
     Open,
 }
 
-/// Which of the caller's streams are relayed.
+/// The caller's streams that are relayed, in addition to stdout.
 #[derive(Clone, Copy)]
 pub(super) struct Wanted {
     pub stdin: bool,
@@ -133,8 +133,8 @@ impl Relay {
         self.fds.clear();
     }
 
-    /// Call this when the command has ended: writes the remaining output and returns how stdout and
-    /// stderr ended.
+    /// Writes the remaining output, and returns how stdout and stderr ended. Call this when the
+    /// command has ended.
     pub(super) fn finish(mut self) -> Vec<Drained> {
         self.close_lent();
         self.stdin_stop.cancel(CancelCause::CommandEnded);

@@ -72,7 +72,8 @@ pub(super) struct Target {
 impl FromStr for Terms {
     type Err = Error;
 
-    /// A comma begins the next term only if a known key follows, so values may have commas.
+    /// Splits the text at commas. A comma begins a new term only if a known key follows, so values
+    /// may contain commas.
     fn from_str(text: &str) -> Result<Self, Error> {
         let mut parts: Vec<String> = Vec::new();
         for part in text.split(',') {

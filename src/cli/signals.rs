@@ -36,7 +36,7 @@ pub(super) enum Phase {
     CleaningUp { asked: bool },
 }
 
-/// What to do about a signal.
+/// The reaction to a signal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Action {
     Nothing,

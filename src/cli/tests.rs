@@ -279,7 +279,7 @@ fn absent_daemon_suggests_starting_it() {
     drop(fake);
 }
 
-/// Like [`fcctl`], but `words` includes `--socket`.
+/// Runs fcctl like [`fcctl`], but `words` includes `--socket`.
 fn fcctl_other_socket(words: &[&str]) -> Ran {
     let mut err = tempfile::tempfile().unwrap();
     let stdio = Stdio {

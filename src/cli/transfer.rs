@@ -372,7 +372,7 @@ fn pack(
     Ok(sent)
 }
 
-/// Where an export is written.
+/// The destination of an export.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum ExportTo {
     /// A file that does not exist yet.

@@ -67,7 +67,7 @@ fn prepare_reply(entries: u64, kept: &[&str]) -> Value {
     json!({"vm": with_workspace("web"), "kept": kept, "entries": entries, "bytes": 2048})
 }
 
-/// The daemon's description of an image whose commands run as root.
+/// Returns the daemon's description of an image whose commands run as root.
 pub(crate) fn shown() -> Value {
     json!({
         "image": {

@@ -31,8 +31,8 @@ impl Refused {
     }
 }
 
-/// Replaces the variables in all texts of a value. Variables of the guest stay, and so does what
-/// only looks like a variable of the format, such as `${HOME}` in a command.
+/// Replaces the variables in all texts of a value. Variables of the guest stay unchanged, and so do
+/// texts that are not variables of the format, such as `${HOME}` in a command.
 pub(super) fn replace(value: &mut Value, variables: &Variables<'_>, refused: &mut Refused) {
     match value {
         Value::String(text) => *text = replaced(text, variables, refused),

@@ -14,7 +14,7 @@ const AUTHS: &str = "auths";
 /// The mode of `config.json`, which may contain passwords.
 const MODE: u32 = 0o600;
 
-/// Where a credential was stored.
+/// The place in which a credential was stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in crate::cli) enum Place {
     /// A helper, by the name of its program.

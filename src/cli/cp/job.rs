@@ -60,7 +60,7 @@ impl Job<'_> {
         Ok(stop)
     }
 
-    /// True if a person sees the progress.
+    /// True if a progress bar is shown.
     pub(super) fn has_bar(&self) -> bool {
         !self.options.quiet && !self.printer.json && self.stdio.stderr.is_terminal()
     }

@@ -94,8 +94,8 @@ pub(super) fn summary(file: &ProjectFile, config: &Config, guest_dir: &str) -> V
     lines
 }
 
-/// True if the user allows creating the VM that the file describes. Without a terminal, only
-/// `--yes` allows it.
+/// True if the user allows what the file asks for, now or earlier. Fails without a terminal,
+/// because the caller has already handled `--yes`.
 pub(super) fn given(
     printer: &mut Printer,
     stdio: &Stdio,

@@ -1,4 +1,4 @@
-//! `up` and `down`: start and stop the VM of a directory, which a `devcontainer.json` describes.
+//! `up` and `down`: start and stop the VM of a directory. A `devcontainer.json` may describe it.
 //!
 //! The repository may be hostile. Nothing that it asks for runs on this host, no file outside of
 //! the project is read for it, and the guest gets none of the caller's variables unless

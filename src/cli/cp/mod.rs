@@ -22,8 +22,8 @@ use std::ffi::OsString;
 use std::path::Path;
 
 const HELP: &str = "\
-A path in a VM is VM:PATH; a path of this host that has a colon begins with / or ./
-As with cp, what is copied goes into a directory that exists, and otherwise gets the name DST.
+A path in a VM is VM:PATH. Write a path of this host that has a colon with / or ./ before it.
+As with cp, SRC is copied into DST if that is a directory. Otherwise the copy is called DST.
 SRC/. copies the content of a directory. Links are copied, not followed.
 
   fcctl cp notes.txt web:/root/

@@ -37,7 +37,8 @@ const PACKAGES: [&str; 13] = [
     "patch",
     "procps",
 ];
-/// The packages of an image that is not minimal: what builds, tests and agents usually need.
+/// The additional packages of an image that is not minimal, which builds, tests and agents usually
+/// need.
 const TOOL_PACKAGES: [&str; 14] = [
     "curl",
     "file",
@@ -102,7 +103,7 @@ impl Profile {
         PACKAGES.iter().chain(tools).copied()
     }
 
-    /// The word that tells `build.sh` about the profile.
+    /// Returns the name of the profile in the arguments of `build.sh`.
     fn word(self) -> &'static str {
         match self {
             Self::Full => "full",
@@ -126,7 +127,7 @@ pub struct BuildSpec {
 }
 
 /// Builds an image and publishes it. `progress` receives the stage, the number of stages done, and
-/// their total. A build that fails or is not admitted leaves nothing behind.
+/// their total. If the build fails or `admit` refuses the image, nothing is left behind.
 ///
 /// # Errors
 /// Those of `admit`, `name_taken`, `invalid_argument` (package names), `command_missing`,
@@ -211,9 +212,9 @@ fn package_list(profile: Profile, include: &[String]) -> Result<Vec<String>> {
         let good = name.len() >= 2
             && name.as_bytes()[0].is_ascii_alphanumeric()
             && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"+-.".contains(&b))
-            // apt reads a trailing sign as a request to remove or install.
+            // apt reads a trailing `+` or `-` as a request to install or remove the package.
             && !name.ends_with(['+', '-']);
-        // The exception is a package whose real name ends with a sign.
+        // `g++` is a package whose real name ends with a sign.
         if !good && name != "g++" {
             return Err(
                 Error::invalid(format!("package name {} is not valid", quoted(name)))

@@ -92,8 +92,8 @@ impl Host {
         )
     }
 
-    /// Returns the command that allows ordinary users to create user namespaces if the host forbids
-    /// it, or other advice if no setting of the host forbids it.
+    /// Returns the command that lifts the host's ban on user namespaces of ordinary users, or other
+    /// advice if no known setting of the host forbids them.
     fn namespace_fix(&self) -> String {
         let is = |path: &str, value: &str| self.read(path).trim() == value;
         if is("proc/sys/kernel/apparmor_restrict_unprivileged_userns", "1") {

@@ -1,4 +1,4 @@
-//! Publishes an image whose root file system comes from a VM's disk. Everything else is that of the
+//! Publishes an image whose root file system comes from a VM's disk. Everything else comes from the
 //! image from which the VM was created.
 
 use super::digest::record;
@@ -25,8 +25,8 @@ pub struct CommitSpec<'a> {
     pub temporary: bool,
 }
 
-/// Publishes an image. `fill` writes the root file system to the file that it gets. If it or
-/// `admit` fails, nothing is published.
+/// Publishes an image. `fill` writes the root file system to the file that it receives. If `fill`
+/// or `admit` fails, nothing is published.
 ///
 /// # Errors
 /// `name_taken`, `cancelled`, and those of `fill` and `admit`.

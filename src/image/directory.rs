@@ -1,5 +1,5 @@
-//! What the registries of images, kernels and guest runtimes have in common: directories that are
-//! filled under a temporary name, published by one rename, and never change afterwards.
+//! The common part of the registries of images, kernels and guest runtimes: directories that are
+//! filled under a temporary name, published by one rename, and never changed afterwards.
 
 use super::stamps::{self, STAMPS};
 use crate::error::{Error, Result};
@@ -10,14 +10,15 @@ use std::path::{Path, PathBuf};
 
 /// The prefix of a directory that is being deleted. No name begins with a dot.
 pub(super) const DELETING_PREFIX: &str = ".deleting-";
-/// Makes the name of a directory that is being deleted unique.
+/// The length of the random suffix that makes the name of a directory being deleted unique.
 const RANDOM_BYTES: usize = 6;
 /// The mode of a registry. VMMs run under their own uids and have to reach the files in it, but no
 /// other user can list it.
 const REGISTRY_MODE: u32 = 0o711;
 
-/// Who may read the files of a published directory. Their own modes let everybody read them,
-/// because a hard link in a VM's directory has the mode of its file.
+/// Determines who may read the files of a published directory. Only the directory's mode restricts
+/// access. The files are readable by everybody, because a hard link in a VM's directory has the
+/// mode of its file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Readers {
     Everybody,
@@ -81,9 +82,9 @@ pub(super) fn publish(
 
 /// Records the files of a directory, makes them read-only and syncs everything.
 pub(super) fn seal(dir: &Path, files: &[&str], readers: Readers) -> std::io::Result<()> {
-    // The directory first, so that no other user can open a private file in between.
+    // Restrict the directory first, so that no other user can open a private file in between.
     set_readers(dir, readers)?;
-    // The registries replace their own JSON files.
+    // Stamps do not cover the JSON files, because the registries replace those themselves.
     let data: Vec<&str> = files
         .iter()
         .filter(|f| !f.ends_with(".json"))
@@ -115,12 +116,13 @@ fn sync_parent(path: &Path) -> std::io::Result<()> {
     File::open(parent)?.sync_all()
 }
 
-/// Moves the directory `name` of a registry away, so that it disappears at once, and then removes
-/// it. Returns false if there is none.
+/// Deletes the directory `name` of a registry. Renames it first, so that it disappears at once.
+/// Returns false if it does not exist.
 pub(super) fn delete(registry: &Path, name: &str) -> Result<bool> {
     crate::locks::require_memory_only("file access");
     let io = |e: std::io::Error| Error::io(format!("delete {}", registry.join(name).display()), e);
-    // A new directory would need space, and a user deletes images when the disk is full.
+    // Rename it in place instead of moving it into a new directory, which would need space: users
+    // delete images when the disk is full.
     let suffix = hex::encode(&random::bytes::<RANDOM_BYTES>());
     let dir = registry.join(format!("{DELETING_PREFIX}{name}-{suffix}"));
     match std::fs::rename(registry.join(name), &dir) {

@@ -1,6 +1,6 @@
-//! The space that images take on the host's disk. Images share files: a tag has the files of the
-//! image that it names, and a committed image has the kernel of its base. So this module counts
-//! files.
+//! The space that images take on the host's disk. Images share files: a tag shares the files of the
+//! image that it names, and a committed image shares the kernel of its base. This module therefore
+//! counts files, each once, instead of images.
 
 use super::registry::{INITRD, KERNEL, ROOTFS};
 use crate::error::{Error, Result};

@@ -1,5 +1,5 @@
 //! Checks a file system that was not made by fcd. Its bytes are hostile, so the program that parses
-//! them runs without rights.
+//! them runs without privileges.
 
 use crate::error::{Kind, Result};
 use crate::host::{Command, Commands, Credentials};
@@ -9,7 +9,7 @@ use std::time::Duration;
 
 const CHECK_DEADLINE: Duration = Duration::from_secs(600);
 
-/// Checks a file system, with the helper's rights.
+/// Checks a file system with e2fsck, which runs as the helper's user.
 pub(super) fn check(
     commands: &dyn Commands,
     rootfs: &Path,

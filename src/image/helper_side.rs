@@ -1,5 +1,5 @@
-//! The side of a helper process that reads images: what the helpers of pulls and of exports do in
-//! the same way. A helper confines itself, does its work, and reports how the work has ended.
+//! The helper's side of the processes that read images, as far as pulls and exports share it. A
+//! helper confines itself, does its work, and reports how the work has ended.
 
 use crate::error::{Error, Kind, Result};
 use crate::host::confine::{Asked, Channel, Profile};

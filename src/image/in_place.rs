@@ -1,11 +1,11 @@
-//! Files of users that images use where they are.
+//! Users' files that images use in place, without a copy in the store.
 //!
-//! A daemon that runs as root must not open what a user names, because the user could name any file
-//! of the host. So the user passes a descriptor, and [`InPlace::accept`] records which file it is:
-//! its path as the kernel knows it, its device, inode, size, and the times of its last changes.
-//! Later, [`InPlace::open`] opens the path without a side effect (`O_PATH`), and compares the file
-//! with the record before it opens it for reading. A link, a device or another file that has taken
-//! the path is therefore never read.
+//! A daemon that runs as root must not open a path that a user names, because the user could name
+//! any file on the host. So the user passes a descriptor, and [`InPlace::accept`] records which
+//! file it is: its path as the kernel knows it, its device, inode, size, and the times of its last
+//! changes. Later, [`InPlace::open`] opens the path without a side effect (`O_PATH`), and compares
+//! the file with the record before it opens it for reading. A link, a device or another file that
+//! has taken the path is therefore never read.
 //!
 //! The owner of the file may write to it at any time. [`InPlace::require_same`] shows whether that
 //! has happened, so code that reads the file calls it once more at the end.
@@ -21,7 +21,7 @@ use std::time::{Duration, SystemTime};
 /// The age that the last change of a file must have before it is recorded. The clock of file
 /// systems advances every few milliseconds, so two changes within one step have the same time.
 const AGE_MIN: Duration = Duration::from_millis(100);
-/// statfs(2). The process behind such a file system could delay a read forever.
+/// The type of FUSE in statfs(2). The process behind such a file system could delay a read forever.
 const FUSE_MAGIC: i64 = 0x6573_5546;
 
 /// A time of a file.
@@ -126,7 +126,7 @@ impl InPlace {
         Ok(file)
     }
 
-    /// Opens the path without any right to the file, and compares the file with the record.
+    /// Opens the path without access to its content, and compares the file with the record.
     fn find(&self) -> Result<OwnedFd> {
         use rustix::io::Errno;
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -184,7 +184,7 @@ fn own_path(fd: &impl AsRawFd) -> String {
     format!("/proc/self/fd/{}", fd.as_raw_fd())
 }
 
-/// Returns what the file is if it is not a regular file.
+/// Fails with a description of the file if it is not a regular file.
 fn require_regular(stat: &Stat) -> std::result::Result<(), &'static str> {
     Err(match FileType::from_raw_mode(stat.st_mode) {
         FileType::RegularFile => return Ok(()),
@@ -244,7 +244,8 @@ mod tests {
         assert_eq!(e.kind(), Kind::Conflict, "{e}");
         assert!(e.to_string().contains(says), "{e}");
         assert!(record.difference().unwrap().contains(says));
-        // A reader that has the file open notices at its end, unless only the path has changed.
+        // A reader that has the file open notices the change at its end, unless only the path has
+        // changed.
         let is_path_only = says.contains("place") || says.contains("gone") || says.contains(" now");
         assert!(is_path_only || record.require_same(&reader).is_err());
     }

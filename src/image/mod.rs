@@ -6,17 +6,17 @@
 //!
 //! - An image that is built from the distribution's packages has `rootfs.ext4`, `vmlinux`, `initrd`
 //!   and `image.json`. Its init and its SSH server are part of the root file system.
-//! - An OCI image has only `rootfs.ext4`, without a byte of ours, `image.json` and `details.json`.
-//!   It boots with a guest runtime ([`runtime`]). [`pull`] makes it.
+//! - An OCI image has only `rootfs.ext4`, to which fcd adds nothing, `image.json` and
+//!   `details.json`. It boots with a guest runtime ([`runtime`]). [`pull`] makes it.
 //!
 //! The root file system of an image that was registered is a user's file elsewhere ([`in_place`]).
 //! [`register`] records it, and [`promote`] copies it into the store.
 //!
-//! A guest needs these devices from its VMM: a first virtio disk as root disk (`/dev/vda`), a
-//! second one as seed drive (`/dev/vdb`), with a runtime a third one for it (`/dev/vdc`), one
-//! virtio network interface (`eth0`), and a console at `ttyS0`. Virtio may be over PCI or MMIO. No
-//! kernel arguments are required for an image with its own init, but [`BOOT_ARGS`] makes the boot
-//! faster.
+//! A guest needs these devices from its VMM: the root disk as the first virtio disk (`/dev/vda`),
+//! the seed drive as the second one (`/dev/vdb`), the guest runtime, if it has one, as the third
+//! one (`/dev/vdc`), one virtio network interface (`eth0`), and a console at `ttyS0`. Virtio may be
+//! over PCI or MMIO. No kernel arguments are required for an image with its own init, but
+//! [`BOOT_ARGS`] makes the boot faster.
 
 mod apt_texts;
 pub mod build;
@@ -95,7 +95,8 @@ pub const BOOT_ARGS: &[&str] = &[
 /// No config space access function found", although nothing is wrong.
 pub const QUIET_BOOT_ARG: &str = "loglevel=3";
 
-/// Decides whether an image with these files may be published. It is called right before that.
+/// Decides whether an image with these files may be published. It is called right before the
+/// publication.
 pub type Admit<'a> = dyn FnMut(DiskUse) -> Result<()> + 'a;
 
 /// The default virtual size of an image's root disk. The file is sparse.

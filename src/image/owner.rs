@@ -1,4 +1,4 @@
-//! Who owns an image.
+//! Finds the owner of an image.
 
 use super::registry::Images;
 use crate::error::Result;

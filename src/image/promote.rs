@@ -10,7 +10,7 @@ use crate::locks::Cancel;
 use std::fs::File;
 
 /// Copies the file and publishes the image again, under its name. The image then no longer depends
-/// on the user's file. An image that is in the store already stays as it is.
+/// on the user's file. An image that is already in the store is not changed.
 ///
 /// # Errors
 /// `conflict` if the file is not what was registered, before the copy or after it,
@@ -34,7 +34,7 @@ pub fn promote(
     options.read(true).write(true).create_new(true);
     let rootfs = options.open(out.join(ROOTFS)).map_err(io)?;
     copy(&file, &rootfs)?;
-    // Readers of an image's file expect whole blocks. The digest does not cover zeroes.
+    // Readers of an image's file expect whole blocks. The added zeroes do not change the digest.
     rootfs.set_len(info.disk_bytes).map_err(io)?;
     let record = record_file(&rootfs, ROOTFS, cancel)?;
     info.require_same(&file)?;
@@ -119,7 +119,7 @@ mod tests {
             promote(&self.images, &name(), copy, &self.cancel)
         }
 
-        /// The number of entries in the registry, with those of work in progress.
+        /// Returns the number of entries in the registry, including those of work in progress.
         fn entries(&self) -> usize {
             let dir = self.images.get(&name()).unwrap().dir;
             std::fs::read_dir(dir.parent().unwrap()).unwrap().count()

@@ -35,8 +35,8 @@ pub struct RegisterSpec<'a> {
 
 /// Checks the file system and publishes an image that refers to the file.
 ///
-/// If the daemon is root, a copy is checked: an unprivileged uid must be able to open what it
-/// checks, and the file's own modes stay as they are. The copy is then removed.
+/// If the daemon is root, a copy is checked and then removed: an unprivileged uid must be able to
+/// open the file that it checks, but the modes of the user's file must not change.
 ///
 /// # Errors
 /// `invalid_image` and `unsupported` for a file system that cannot be used, `conflict` if the file
@@ -74,7 +74,7 @@ pub fn register(
         os: "unknown".to_owned(),
         owner_uid: Some(spec.owner_uid),
         source: Some(format!("file {}", spec.file.path.display())),
-        // The owner of the file can change it, so nobody else should depend on it.
+        // The owner of the file can change it, so no other user should depend on it.
         private: true,
         in_place: Some(spec.file.clone()),
         kernel: spec.kernel.clone(),

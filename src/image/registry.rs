@@ -20,7 +20,7 @@ pub(super) const INITRD: &str = "initrd";
 pub(super) const ROOTFS: &str = "rootfs.ext4";
 pub(super) const METADATA: &str = "image.json";
 const METADATA_BYTES_MAX: u64 = 4 << 20;
-/// What is only shown on demand.
+/// The file with the details that are only shown on demand.
 const DETAILS: &str = "details.json";
 const DETAILS_BYTES_MAX: u64 = 8 << 20;
 /// The size of a disk is a multiple of this.
@@ -43,7 +43,7 @@ pub const CTRL_ALT_DEL_SINCE: u32 = 3;
 /// The first version of the init whose guests let fcd's key log in as any user of the guest.
 pub const USER_LOGIN_SINCE: u32 = 4;
 /// The first version of the init that lets the kernel write its errors to the console. Earlier ones
-/// leave the level as it is at boot.
+/// keep the level of the boot.
 pub const CONSOLE_LEVEL_SINCE: u32 = 5;
 /// The prefix of a build's directory. No image name begins with a dot.
 const STAGING_PREFIX: &str = ".building-";
@@ -78,7 +78,7 @@ pub struct ImageInfo {
     pub owner_uid: Option<u32>,
     /// The digest of the manifest from which the image was made, such as `sha256:...`.
     pub digest: Option<String>,
-    /// Where the image came from, as it was given to the command that made it.
+    /// The source of the image, as it was given to the command that made it.
     pub source: Option<String>,
     /// True if only the owner may use the image.
     pub private: bool,
@@ -86,14 +86,14 @@ pub struct ImageInfo {
     pub config: ImageConfig,
     /// The digest of the image's own files.
     pub content: String,
-    /// What the image was made from; see [`crate::api::image::Image`].
+    /// The origin of the image's files; see [`crate::api::image::Image`].
     pub recipe: Option<String>,
 }
 
-/// What a VM boots.
+/// The source of the kernel and the init that a VM boots.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Boots {
-    /// The image has a kernel, an ELF file that boots through PVH, and an init of ours.
+    /// The image has a kernel, an ELF file that boots through PVH, and an init of fcd.
     Own { kernel: PathBuf, initrd: PathBuf },
     /// The image holds only its own files, and boots with the newest guest runtime.
     Runtime,
@@ -124,7 +124,7 @@ impl ImageInfo {
         self.digest.as_deref().unwrap_or(&self.content)
     }
 
-    /// Returns what the user `uid` sees.
+    /// Returns the image as the user `uid` sees it.
     pub fn to_api(&self, uid: u32, vms: u64) -> crate::api::image::Image {
         crate::api::image::Image {
             name: self.name.said_by(uid),
@@ -149,7 +149,7 @@ impl ImageInfo {
         }
     }
 
-    /// Opens the file of an image that is in place, or returns None if the image is not.
+    /// Opens the file of an image that is in place. Returns None for other images.
     ///
     /// # Errors
     /// `conflict` if the file is no longer what was registered.
@@ -198,7 +198,7 @@ pub(super) struct Metadata {
     pub config: Option<ImageConfig>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub recipe: Option<String>,
-    /// Where the root file system is, if it is not among the image's own files.
+    /// The location of the root file system, if it is not among the image's own files.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub in_place: Option<InPlace>,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
@@ -247,7 +247,7 @@ impl Metadata {
         }
     }
 
-    /// Returns the digest of the image's content, made from those of its files.
+    /// Returns the digest of the image's content, which is computed from the digests of its files.
     fn content(&self) -> String {
         let mut hash = Sha256::new();
         for file in &self.files {
@@ -365,7 +365,7 @@ impl Images {
             built_at: metadata.built_at,
             guest_version: match boots {
                 Boots::Own { .. } => metadata.guest_version,
-                // The init comes from the runtime.
+                // Such an image uses the init of the runtime.
                 Boots::Runtime => GUEST_VERSION,
             },
             owner_uid: metadata.owner_uid,
@@ -411,7 +411,8 @@ impl Images {
     }
 
     /// Deletes an image, even a damaged one. It is renamed first, so it disappears at once. The
-    /// blocks of the root file system are freed when no VM's disk has a hard link to it any more.
+    /// blocks of the root file system are freed when the last hard link to it, from a VM's disk, is
+    /// removed.
     ///
     /// # Errors
     /// `image_not_found`, `host`.
@@ -447,7 +448,7 @@ impl Images {
     fn write_metadata(&self, files: &Path, metadata: &Metadata) -> Result<()> {
         let io = |e| Error::io(format!("publish image {}", metadata.name), e);
         let text = serde_json::to_vec_pretty(metadata).map_err(|e| io(e.into()))?;
-        // What is longer could not be read back.
+        // A longer text could not be read back.
         if text.len() as u64 > METADATA_BYTES_MAX {
             return Err(too_long());
         }
@@ -476,7 +477,7 @@ pub(super) struct Pulled {
     pub os: String,
 }
 
-/// What is only shown on demand. It is the content of `details.json`.
+/// The details that are only shown on demand, which are the content of `details.json`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct ImageDetails {
     /// The digests of the unpacked layers, lowest first.
@@ -492,7 +493,7 @@ impl Images {
     }
 
     /// Publishes the directory `files`, which holds the root file system of a pulled image. If
-    /// `replaces`, the image of the same name is moved to `files`.
+    /// `replaces` is true, an existing image of the same name is moved to `files`.
     pub(super) fn publish_pulled(
         &self,
         files: &Path,
@@ -517,7 +518,7 @@ impl Images {
             files: vec![FileRecord {
                 name: ROOTFS.to_owned(),
                 bytes,
-                // The layers' digests were verified.
+                // The digests of the layers were verified during the pull.
                 sha256: String::new(),
             }],
             ..Metadata::new(&pulled.name, &[], now_s())
@@ -529,8 +530,8 @@ impl Images {
         self.replace(files, &metadata)
     }
 
-    /// Publishes `files` like [`Self::publish`], in the place of the image of the same name, which
-    /// is moved to `files`.
+    /// Publishes `files` like [`Self::publish`], but replaces the image of the same name, which is
+    /// moved to `files`.
     pub(super) fn replace(&self, files: &Path, metadata: &Metadata) -> Result<ImageInfo> {
         let name = &metadata.name;
         let io = |e: std::io::Error| match e.kind() {
@@ -543,7 +544,8 @@ impl Images {
         self.get(name)
     }
 
-    /// Reads what is only shown on demand. Images that were built here have nothing.
+    /// Reads the details that are only shown on demand. They are empty for images that were built
+    /// here.
     pub fn details(&self, name: &ImageRef) -> Result<ImageDetails> {
         crate::locks::require_memory_only("file access");
         let path = self.path(name).join(DETAILS);

@@ -149,7 +149,7 @@ fn file_that_was_rewritten_at_the_same_length_is_noticed() {
     let before = std::fs::metadata(&info.rootfs).unwrap().modified().unwrap();
     let permissions = std::os::unix::fs::PermissionsExt::from_mode(0o644);
     std::fs::set_permissions(&info.rootfs, permissions).unwrap();
-    // Within one tick of the file system's clock, a write leaves the time as it is.
+    // Writes within one tick of the file system's clock do not change the time.
     while std::fs::metadata(&info.rootfs).unwrap().modified().unwrap() == before {
         std::fs::write(&info.rootfs, vec![2; 8192]).unwrap();
     }

@@ -15,7 +15,7 @@ const BUILD_DEADLINE: Duration = Duration::from_secs(30 * 60);
 /// The number of error lines of a failed build that are shown.
 const ERROR_LINES_MAX: usize = 3;
 
-/// A stage of a build: its name for people, and the line of the script's output with which it
+/// A stage of a build: its name for users, and the line of the script's output with which it
 /// begins, or an empty text if the stage is not part of the script.
 pub(super) type Stage = (&'static str, &'static str);
 

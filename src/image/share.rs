@@ -1,4 +1,4 @@
-//! Shares an image that exists.
+//! Shares an existing image with all users.
 
 use super::directory::{Readers, set_readers};
 use super::registry::{ImageInfo, Images, METADATA};

@@ -52,8 +52,8 @@ pub(super) fn apt_conf(dump: &str) -> String {
 }
 
 /// Returns the host's sources for `codename` and its updates as one-line entries (sources.list(5)).
-/// `files` has names and contents in either format. Third-party archives are omitted: their suites
-/// have other names, or they have no `main`.
+/// `files` contains names and contents in either format. Third-party archives are omitted: their
+/// suites have other names, or they have no `main`.
 pub(super) fn sources_list(files: &[(String, String)], codename: &str) -> String {
     let mut lines = Vec::new();
     for (name, text) in files {

@@ -1,9 +1,10 @@
-//! Shows whether a published file has been written to since.
+//! Detects whether a published file has been written to.
 //!
 //! The disks of VMs are layers over the files of images, so a change of such a file would damage
-//! every one of them. The content of gigabytes cannot be read at each start. Size and time of the
-//! last write are recorded instead, which finds everything but a deliberate forgery. The time of
-//! the last change of attributes is not recorded, because every hard link to the file changes it.
+//! all of them. Reading gigabytes of content at each start would take too long. Therefore the size
+//! and the time of the last write are recorded, which detects everything but a deliberate forgery.
+//! The time of the last change of attributes is not recorded, because every hard link to the file
+//! changes it.
 
 use super::in_place::Stamp;
 use crate::host::command::read_bounded;
@@ -43,7 +44,7 @@ impl FileStamp {
             let (name, bytes) = (&self.name, self.bytes);
             return Err(format!("{name} has {} bytes instead of {bytes}", now.bytes));
         }
-        // A backup may keep only the seconds, as the formats of tar do.
+        // A backup may keep only whole seconds, as some tar formats do.
         let whole = now.mtime.ns == 0 && now.mtime.s == self.mtime.s;
         if now.mtime != self.mtime && !whole {
             return Err(format!(
@@ -61,7 +62,8 @@ pub(super) fn write(dir: &Path, files: &[&str]) -> io::Result<()> {
     std::fs::write(dir.join(STAMPS), serde_json::to_vec(&stamps?)?)
 }
 
-/// Checks that the files of a published directory are as they were. Returns what is wrong if not.
+/// Checks that the files of a published directory have not changed. Fails with a description of the
+/// difference.
 pub(super) fn require_unchanged(dir: &Path) -> Result<(), String> {
     let unreadable = |e: io::Error| format!("{STAMPS}: {e}");
     let file = match File::open(dir.join(STAMPS)) {

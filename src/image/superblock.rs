@@ -1,4 +1,4 @@
-//! Checks the superblock of a file that is said to hold an ext4 file system
+//! Checks the superblock of a file that should contain an ext4 file system
 //! (Documentation/filesystems/ext4/super.rst in Linux). This gives clear errors for the usual
 //! mistakes. `e2fsck` checks the rest.
 
@@ -49,7 +49,7 @@ fn check_bytes(superblock: &[u8; SUPERBLOCK_BYTES], bytes: u64) -> Result<()> {
     if log_block > LOG_BLOCK_MAX {
         return unsupported("has blocks of more than 4096 bytes", make_again);
     }
-    // A file system with a journal says it in the first way, and one without in the second.
+    // The first flag shows this for a file system with a journal, and the second for one without.
     if incompat & INCOMPAT_RECOVER != 0 || u16_at(0x3a) & STATE_VALID == 0 {
         let hint = "unmount it, or replay its journal: e2fsck -p FILE";
         return unsupported("is mounted, or was not unmounted", hint);

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 /// This helper's name for [`crate::host::confine::spawn`].
 pub(crate) const NAME: &str = "layer";
 const MEMORY_BYTES_MAX: u64 = 1 << 30;
-/// The limit of the layer that the helper writes.
+/// The size limit of the layer that the helper writes.
 const FILE_BYTES_MAX: u64 = 1 << 40;
 const OPEN_FILES_MAX: u64 = 16;
 const WRITE_BYTES: usize = 1 << 20;
@@ -59,7 +59,7 @@ fn serve(daemon: &Daemon) -> Result<()> {
         done.set(done.get() + bytes);
         if reported.get().elapsed() >= REPORT_EVERY {
             reported.set(Instant::now());
-            // A daemon that is gone has killed this process.
+            // Sending fails only if the daemon has ended, and then this process is killed.
             let _ = daemon.send(&Message::Progress(done.get()));
         }
     };
@@ -70,7 +70,7 @@ fn serve(daemon: &Daemon) -> Result<()> {
         .map_err(|e| Error::io("write the layer", e))
 }
 
-/// A file in which blocks of zeroes become holes, so that sparse files cost nothing.
+/// A file in which blocks of zeroes become holes, so that sparse files take no space.
 struct Sparse {
     file: File,
     at: u64,

@@ -1,4 +1,4 @@
-//! Makes a layer of an image's file system, in a helper process.
+//! Makes a layer from an image's file system, in a helper process.
 
 use super::helper::NAME;
 use super::messages::{MESSAGE_BYTES_MAX, Message, Order};
@@ -21,7 +21,7 @@ pub(super) struct LayerSpec<'a> {
     pub(super) disk: &'a File,
     /// An empty file.
     pub(super) layer: &'a File,
-    /// The limit of the layer.
+    /// The size limit of the layer.
     pub(super) bytes_max: u64,
     /// The uid and gid of the helper, if the daemon is root.
     pub(super) helper: Option<Credentials>,

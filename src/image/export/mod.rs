@@ -1,10 +1,10 @@
 //! Writes an image as an OCI archive, which `docker load`, skopeo and podman read.
 //!
-//! An image that was pulled has layers. If all of them are still cached, the archive consists of
-//! them, as they are. Otherwise a helper process reads the image's file system ([`layer`]) and
-//! makes one layer of it. In either case, the daemon only copies layers and does not parse them.
-//! The documents around them are made here. The manifest differs from that of the registry, because
-//! the layers are not compressed.
+//! An image that was pulled has layers. If all of them are still cached, the archive contains them
+//! unchanged. Otherwise a helper process reads the image's file system ([`layer`]) and makes one
+//! layer from it. In either case, the daemon only copies layers and does not parse them. The
+//! documents around them are made here. The manifest differs from that of the registry, because the
+//! layers are not compressed.
 
 pub(crate) mod helper;
 mod layer;
@@ -50,17 +50,17 @@ pub(crate) struct DiskSpec<'a> {
     pub info: &'a ImageInfo,
     /// Its file system.
     pub disk: &'a File,
-    /// Makes the file of the layer.
+    /// The cache in which the layer's file is created.
     pub cache: &'a Layers,
     /// The uid and gid of the helper, if the daemon is root.
     pub helper: Option<Credentials>,
-    /// The limit of the layer.
+    /// The size limit of the layer.
     pub bytes_max: u64,
 }
 
 impl OciArchive {
-    /// Makes an archive of an image's own layers. Returns None if it has none, or if one of them is
-    /// no longer cached.
+    /// Makes an archive of an image's own layers. Returns None if the image has no layers, or if
+    /// one of them is no longer cached.
     pub(crate) fn of_layers(
         info: &ImageInfo,
         details: &ImageDetails,
@@ -79,8 +79,8 @@ impl OciArchive {
         Self::of(info, details, files).map(Some)
     }
 
-    /// Makes an archive with one layer, which has all files of the file system. `progress` receives
-    /// the bytes done.
+    /// Makes an archive with one layer, which contains all files of the file system. `progress`
+    /// receives the bytes done.
     ///
     /// # Errors
     /// `invalid_image` if the file system is damaged, `unsupported` if it has features that this
@@ -122,7 +122,7 @@ impl OciArchive {
         Ok(Self { documents, layers })
     }
 
-    /// The size of the archive.
+    /// Returns the size of the archive in bytes.
     pub(crate) fn bytes(&self) -> u64 {
         let documents = self.documents.iter().map(|(_, bytes)| bytes.len() as u64);
         let layers = self.layers.values().map(|layer| layer.bytes);
@@ -131,7 +131,6 @@ impl OciArchive {
         records.sum::<u64>() + 2 * RECORD_BYTES
     }
 
-    /// Writes the archive.
     pub(crate) fn write(&self, to: &mut dyn Write) -> io::Result<()> {
         let mut tar = tar::Builder::new(to);
         for (path, bytes) in &self.documents {
@@ -145,7 +144,8 @@ impl OciArchive {
     }
 }
 
-/// Reads a file from the beginning. Its own position may be shared with others.
+/// Reads a file from its beginning with positioned reads, because others may share the file's own
+/// position.
 struct At<'a>(&'a File, u64);
 
 impl Read for At<'_> {
@@ -172,7 +172,7 @@ fn blob_path(hex: &str) -> String {
     format!("blobs/sha256/{hex}")
 }
 
-/// Makes the documents of the archive, in the order in which readers need them.
+/// Returns the documents of the archive, in the order in which readers need them.
 fn documents(info: &ImageInfo, details: &ImageDetails, layers: &[Value]) -> Vec<(String, Vec<u8>)> {
     let to_bytes = |value: &Value| value.to_string().into_bytes();
     let blob = |bytes: &[u8], media_type: &str| {
@@ -205,7 +205,7 @@ fn documents(info: &ImageInfo, details: &ImageDetails, layers: &[Value]) -> Vec<
         let hex = diff_id.split_once(':').map_or("", |(_, hex)| hex);
         blob_path(hex)
     });
-    // docker load reads this one.
+    // docker load reads this document.
     let docker = json!([{
         "Config": config_path,
         "RepoTags": name.into_iter().collect::<Vec<_>>(),
@@ -221,8 +221,8 @@ fn documents(info: &ImageInfo, details: &ImageDetails, layers: &[Value]) -> Vec<
     ]
 }
 
-/// Makes the image's configuration (config.md of the OCI image specification). Members without a
-/// value are left out.
+/// Returns the image's configuration (config.md of the OCI image specification), without members
+/// that have no value.
 fn configuration(info: &ImageInfo, details: &ImageDetails) -> Value {
     let config = &info.config;
     let members = [

@@ -1,4 +1,4 @@
-//! Where the content of a file is.
+//! Finds the blocks that hold the content of a file, and reads them.
 
 use super::disk::Disk;
 use super::inode::Inode;
@@ -8,19 +8,20 @@ use std::io::{self, Read};
 
 const EXTENT_MAGIC: u16 = 0xf30a;
 const EXTENT_BYTES: usize = 12;
-/// The kernel's limit (EXT4_MAX_EXTENT_DEPTH).
+/// The maximum depth of a tree of extents, which is the kernel's limit (EXT4_MAX_EXTENT_DEPTH).
 const DEPTH_MAX: u16 = 5;
-/// A longer extent has no content yet, and is this much shorter.
+/// The maximum length of an extent that was written. A larger number in the length field marks an
+/// extent without content, whose length is the number minus this constant.
 const WRITTEN_MAX: u64 = 32768;
-/// The blocks whose numbers are in the inode itself, in the old map.
+/// The number of blocks whose numbers the old map keeps in the inode itself.
 const DIRECT: usize = 12;
-/// How many runs the content of one file may have.
+/// The maximum number of runs in the content of one file.
 const RUNS_MAX: usize = 4 << 20;
-/// How many blocks the map of one file may have.
+/// The maximum number of blocks in the map of one file.
 const MAP_BLOCKS_MAX: u64 = 1 << 20;
 const PIECE_BYTES: u64 = 1 << 20;
 
-/// Blocks that follow each other in a file and on the disk. What is between runs is zero.
+/// Blocks that follow each other in a file and on the disk. The gaps between runs are zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Run {
     /// The first block in the file.
@@ -113,7 +114,7 @@ impl Read for Content<'_> {
 struct Map<'a> {
     disk: &'a Disk<'a>,
     runs: Vec<Run>,
-    /// The length of the file in blocks. What is beyond it does not matter.
+    /// The length of the file in blocks, which bounds the size of the map.
     blocks: u64,
     /// The number of blocks of the map that were read.
     read: u64,
@@ -137,7 +138,8 @@ impl Map<'_> {
         Ok(())
     }
 
-    /// Reads one block of the map. Every such block describes others, so their number is bounded.
+    /// Reads one block of the map. Their number is bounded, because a map with a loop would never
+    /// end.
     fn block(&mut self, number: u64) -> Result<Vec<u8>> {
         self.read += 1;
         if self.read > (self.blocks + u64::from(DEPTH_MAX)).min(MAP_BLOCKS_MAX) {
@@ -165,7 +167,7 @@ impl Map<'_> {
                 continue;
             }
             let len = u64::from(u16_at(entry, 4));
-            // An extent that was not written yet is zero.
+            // An extent that was not written yet reads as zero, like a gap.
             if len <= WRITTEN_MAX {
                 self.add(Run {
                     at: u64::from(u32_at(entry, 0)),
@@ -177,7 +179,7 @@ impl Map<'_> {
         Ok(())
     }
 
-    /// Reads the map of ext2 and ext3: blocks, and blocks of blocks.
+    /// Reads the map of ext2 and ext3, which lists blocks, and blocks that list blocks.
     fn old_map(&mut self, map: &[u8]) -> Result<()> {
         let mut at = self.pointers(&map[..DIRECT * 4], 0, 0)?;
         for depth in 1..=3 {
@@ -187,8 +189,8 @@ impl Map<'_> {
         Ok(())
     }
 
-    /// Reads numbers of blocks, which are maps themselves if `depth` is above 0. Returns the
-    /// position in the file behind them.
+    /// Reads numbers of blocks. If `depth` is above 0, these blocks are maps themselves. Returns
+    /// the position in the file after the blocks.
     fn pointers(&mut self, numbers: &[u8], mut at: u64, depth: u32) -> Result<u64> {
         let per_block = self.disk.block_bytes / 4;
         let covered = per_block.pow(depth);

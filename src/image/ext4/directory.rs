@@ -1,5 +1,5 @@
-//! The names in a directory. An index of a large directory looks like unused entries to a reader
-//! that does not know indexes.
+//! Reads the names in a directory. The index of a large directory looks like unused entries to a
+//! reader that does not know indexes.
 
 use super::blocks::Content;
 use super::disk::Disk;

@@ -115,7 +115,8 @@ impl<'a> Disk<'a> {
         self.read(block.saturating_mul(self.block_bytes), buffer)
     }
 
-    /// Fills the buffer with bytes of consecutive blocks, of which `first` is the first.
+    /// Fills the buffer from consecutive blocks, `skip` bytes after the beginning of the block
+    /// `first`.
     pub(super) fn read_in_blocks(&self, first: u64, skip: u64, buffer: &mut [u8]) -> Result<()> {
         let end = (skip + buffer.len() as u64).div_ceil(self.block_bytes);
         if first == 0 || first.saturating_add(end) > self.blocks {

@@ -1,4 +1,4 @@
-//! Inodes.
+//! Parses inodes.
 
 use super::{damaged, u16_at, u32_at, unsupported};
 use crate::error::Result;
@@ -89,17 +89,17 @@ impl Inode {
         self.flags & FLAG_EXTENTS != 0
     }
 
-    /// The block map, the root of the extents, a short link's target, or a device's number.
+    /// Returns the block map, the root of the extents, a short link's target, or a device's number.
     pub(super) fn map(&self) -> &[u8] {
         &self.raw[MAP_AT..MAP_AT + MAP_BYTES]
     }
 
-    /// The block with further extended attributes, or 0.
+    /// Returns the number of the block with further extended attributes, or 0.
     pub(super) fn xattr_block(&self) -> u64 {
         u64::from(u16_at(&self.raw, 0x76)) << 32 | u64::from(u32_at(&self.raw, 0x68))
     }
 
-    /// The part of the inode that may hold extended attributes.
+    /// Returns the part of the inode that may hold extended attributes.
     pub(super) fn xattr_area(&self) -> &[u8] {
         let at = OLD_BYTES + extra_bytes(&self.raw);
         self.raw.get(at..).unwrap_or_default()
@@ -115,7 +115,7 @@ impl Inode {
     }
 }
 
-/// Returns how many bytes the inode has in use beyond the old part.
+/// Returns how many bytes of the inode are used after the old part.
 fn extra_bytes(raw: &[u8]) -> usize {
     if raw.len() <= OLD_BYTES {
         return 0;

@@ -41,7 +41,7 @@ pub(crate) fn small() -> (tempfile::TempDir, File) {
     (dir, disk)
 }
 
-/// One entry of an archive, as text, and its content.
+/// Returns the entries of an archive by their path, each as a text and its content.
 fn entries(tar: &[u8]) -> BTreeMap<String, (String, Vec<u8>)> {
     let mut archive = tar::Archive::new(tar);
     let mut found = BTreeMap::new();

@@ -22,7 +22,8 @@ const LINK_BYTES_MAX: u64 = 4096;
 const WHITEOUT: &[u8] = b".wh.";
 /// mke2fs makes this directory.
 const LOST_AND_FOUND: &[u8] = b"lost+found";
-/// The numbers that fit the fields of a tar header, which has seven octal digits.
+/// The largest user or group id that fits into a field of a tar header, which has seven octal
+/// digits.
 const HEADER_ID_MAX: u32 = 0o7_777_777;
 
 /// Writes all files of the file system in `disk` to `to`. `progress` receives the bytes of each
@@ -58,7 +59,7 @@ struct Open {
 struct Walk<'a> {
     disk: &'a Disk<'a>,
     tar: Builder<&'a mut dyn Write>,
-    /// The directories that were visited.
+    /// The inodes of the directories that were visited.
     visited: HashSet<u32>,
     /// The first path of each file that has several.
     links: HashMap<u32, Vec<u8>>,
@@ -121,7 +122,8 @@ impl Walk<'_> {
         })
     }
 
-    /// Counts against the limits, which also bound the memory of this process.
+    /// Counts entries and bytes of metadata and fails if there are too many. The limits also bound
+    /// the memory of this process.
     fn count(&mut self, entries: u64, bytes: u64) -> Result<()> {
         self.entries += entries;
         self.metadata_bytes += bytes;
@@ -151,7 +153,7 @@ impl Walk<'_> {
             FileKind::Character => EntryType::Char,
             FileKind::Block => EntryType::Block,
             FileKind::Fifo => EntryType::Fifo,
-            // A socket exists only as long as its server.
+            // Sockets are omitted, because a socket is useless without its server.
             FileKind::Socket | FileKind::Directory => return Ok(()),
         };
         self.add(inode, &path, kind, &mut io::empty())
@@ -226,14 +228,14 @@ impl Walk<'_> {
         header.set_mtime(u64::try_from(inode.mtime_s).unwrap_or(0));
         if matches!(kind, EntryType::Char | EntryType::Block) {
             let (major, minor) = inode.device();
-            // Both fields exist in this kind of header.
+            // This cannot fail, because this kind of header has both fields.
             let _ = header.set_device_major(major);
             let _ = header.set_device_minor(minor);
         }
         header
     }
 
-    /// Adds what does not fit a header (pax(5)).
+    /// Adds a pax extension (pax(5)) for each attribute that does not fit into a header.
     fn add_extensions(&mut self, inode: &Inode, path: &[u8]) -> Result<()> {
         let mut extensions = Vec::new();
         if inode.mtime_ns != 0 || inode.mtime_s < 0 {

@@ -1,4 +1,4 @@
-//! Extended attributes, which are in the inode, in a block of their own, or in both.
+//! Reads extended attributes, which are in the inode, in a block of their own, or in both.
 
 use super::disk::Disk;
 use super::inode::Inode;
@@ -11,7 +11,8 @@ const MAGIC: u32 = 0xea02_0000;
 const INODE_HEADER_BYTES: usize = 4;
 const BLOCK_HEADER_BYTES: usize = 32;
 const ENTRY_BYTES: usize = 16;
-/// The prefixes of names, by their number. Those without a text are not used by Linux.
+/// The prefixes of the names, indexed by their number on the disk. Linux does not use the numbers
+/// with an empty prefix.
 const PREFIXES: [&str; 8] = [
     "",
     "user.",
@@ -73,7 +74,7 @@ fn parse(mut entries: &[u8], values: &[u8], found: &mut Vec<Xattr>) -> Result<()
                 value.to_vec()
             };
             let name = format!("{prefix}{name}");
-            // The tar format ends a name at this character.
+            // A pax record cannot represent such a name.
             if !name.contains(['=', '\0']) {
                 found.push(Xattr { name, value });
             }

@@ -1,4 +1,4 @@
-//! Which hosts and addresses a registry may lead to.
+//! Decides which hosts and addresses a registry may direct fcd to.
 //!
 //! A registry chooses where its redirects and its token server are. It must not make fcd talk to
 //! the services that only this host can reach.
@@ -6,8 +6,8 @@
 use crate::error::{Error, Kind, Result};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-/// Returns why no connection may be made to an address, for addresses that no registry has. The
-/// metadata services of clouds are among them.
+/// Returns why no connection may be made to an address, or None if a registry may have the address.
+/// The metadata services of clouds are among the refused addresses.
 fn why_refused(address: IpAddr) -> Option<&'static str> {
     match unwrapped(address) {
         IpAddr::V4(v4) if v4.is_link_local() => Some("link-local"),
@@ -25,7 +25,8 @@ fn why_refused(address: IpAddr) -> Option<&'static str> {
 /// The IPv6 address of Amazon's metadata service. Its IPv4 address is link-local.
 const METADATA_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254);
 
-/// Returns the IPv4 address that an IPv6 address stands for, if it does.
+/// Returns the IPv4 address that an IPv6 address contains, or the address itself if it contains
+/// none.
 fn unwrapped(address: IpAddr) -> IpAddr {
     let IpAddr::V6(v6) = address else {
         return address;
@@ -40,7 +41,8 @@ fn unwrapped(address: IpAddr) -> IpAddr {
     address.to_canonical()
 }
 
-/// Checks an address before it is connected to. Only a registry on loopback may lead to loopback.
+/// Checks an address before a connection to it. Only a registry on loopback may direct fcd to
+/// loopback.
 pub(super) fn check(address: IpAddr, host: &str, loopback_allowed: bool) -> Result<()> {
     let why = match why_refused(address) {
         None if is_loopback_address(address) && !loopback_allowed => Some("loopback"),
@@ -59,7 +61,7 @@ fn is_loopback_address(address: IpAddr) -> bool {
     unwrapped(address).is_loopback()
 }
 
-/// Returns the address if the host is one. The brackets of an IPv6 address are optional.
+/// Parses the host as an address. The brackets of an IPv6 address are optional.
 pub(super) fn literal(host: &str) -> Option<IpAddr> {
     let bare = host
         .strip_prefix('[')
@@ -68,17 +70,17 @@ pub(super) fn literal(host: &str) -> Option<IpAddr> {
     bare.parse().ok()
 }
 
-/// True if the host is this one by its name, without a question to DNS.
+/// True if the name or address alone shows that the host is this one. Makes no DNS lookup.
 pub(super) fn is_loopback(host: &str) -> bool {
     match literal(host) {
         Some(address) => is_loopback_address(address),
-        // A resolver may ask DNS for the names below it.
+        // Names below `localhost` do not count, because a resolver may ask DNS for them.
         None => host == "localhost",
     }
 }
 
-/// True for a lower-case name or a literal address. A name with a number at its end is neither, but
-/// resolvers accept `127.1` and `0x7f000001` as addresses.
+/// True for a lower-case name or a literal address. A name that ends with a number is refused,
+/// because resolvers accept `127.1` and `0x7f000001` as addresses.
 pub(super) fn is_host(host: &str) -> bool {
     if literal(host).is_some() {
         return true;

@@ -1,5 +1,5 @@
-//! Answers a registry's challenge: which token server is asked, with which credential, and what its
-//! reply is.
+//! Answers a registry's challenge: chooses the token server and the credential, and parses the
+//! server's reply.
 
 use super::address;
 use super::challenge::{Bearer, Challenge};
@@ -14,17 +14,17 @@ use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use serde::Deserialize;
 
-/// Token servers that are known to be on another host than their registry: the registry's host and
-/// theirs. Sources: the distribution project's "Token Authentication Specification", whose example
-/// is Docker Hub's challenge, and GitLab's "Container registry administration", where the realm is
-/// GitLab's own host with the path `/jwt/auth`.
+/// Registries that are known to have their token server on another host, with that host. Sources:
+/// the distribution project's "Token Authentication Specification", whose example is Docker Hub's
+/// challenge, and GitLab's "Container registry administration", where the realm is GitLab's own
+/// host with the path `/jwt/auth`.
 const TOKEN_SERVERS: [(&str, &str); 2] = [
     ("registry-1.docker.io", "auth.docker.io"),
     ("registry.gitlab.com", "gitlab.com"),
 ];
-/// Limit of a token server's reply.
+/// The size limit of a token server's reply.
 const TOKEN_BYTES_MAX: u64 = 256 * 1024;
-/// Limit of what a challenge adds to the request for a token.
+/// The size limit of the challenge's part of the request for a token.
 const PARAMETER_BYTES_MAX: usize = 2048;
 
 /// Returns the hosts that a pull may send credentials to.
@@ -72,7 +72,7 @@ pub(super) fn answer(
     }
 }
 
-/// The error of a registry that lets nobody with this credential in.
+/// Returns the error for a registry that refuses access with this credential.
 pub(super) fn denied(settings: &Settings) -> Error {
     let repository = &settings.repository;
     let why = match settings.credential {
@@ -95,8 +95,8 @@ fn basic(user: &str, password: &Secret) -> Secret {
     Secret::new(format!("Basic {}", BASE64_STANDARD.encode(pair)))
 }
 
-/// Checks where a challenge sends us. Only a trusted host may get a credential, and a registry must
-/// not reach this host's own services.
+/// Checks the token server that a challenge names. Only a trusted host may get a credential, and a
+/// registry must not make fcd talk to this host's own services.
 pub(super) fn realm(text: &str, registry: &Origin, settings: &Settings) -> Result<Url> {
     let refused = |why: &str| {
         Error::new(
@@ -112,7 +112,8 @@ pub(super) fn realm(text: &str, registry: &Origin, settings: &Settings) -> Resul
     let is_trusted = trusted_hosts(settings, &registry.host)
         .iter()
         .any(|host| host == url.host());
-    // Without a credential, a token server learns nothing. Many registries have it on another host.
+    // Without a credential, there is nothing that a token server could learn, and many registries
+    // have their token server on another host.
     let is_anonymous = matches!(settings.credential, Credential::Anonymous);
     if !is_trusted && !is_local && !is_anonymous {
         return Err(refused("is on another host").hint(format!(
@@ -132,7 +133,7 @@ pub(super) fn realm(text: &str, registry: &Origin, settings: &Settings) -> Resul
     Ok(url)
 }
 
-/// Asks the token server.
+/// Requests a token from the token server.
 fn fetch(http: &Http, settings: &Settings, bearer: &Bearer, realm: Url) -> Result<Secret> {
     let origin = realm.origin.clone();
     let request = request(settings, bearer, realm)?;
@@ -156,8 +157,8 @@ fn fetch(http: &Http, settings: &Settings, bearer: &Bearer, realm: Url) -> Resul
 /// Returns the request for a token: a GET, with the password if there is one, or a POST that
 /// exchanges an identity token.
 fn request(settings: &Settings, bearer: &Bearer, mut realm: Url) -> Result<Request> {
-    // Docker also sends a scope of its own. One that a registry chooses could be for more rights,
-    // and the registry gets the token.
+    // Request our own scope, as docker does. A scope that the registry chooses could include more
+    // rights, and the registry gets the token.
     let scope = format!("repository:{}:pull", settings.repository.path());
     let service = bearer.service.as_deref().unwrap_or_default();
     if scope.len() + service.len() > PARAMETER_BYTES_MAX {

@@ -1,4 +1,4 @@
-//! A blob as a reader, which resumes after a cut.
+//! Reads a blob, and resumes if the connection is lost.
 
 use super::reply::{Reply, from_io};
 use super::session::{Session, Wanted};
@@ -6,12 +6,12 @@ use super::url::Origin;
 use crate::error::{Error, Kind, Result};
 use std::io::{self, Read};
 
-/// How many bytes a reader must bring before it may resume once more.
+/// How many bytes must arrive before a reader may resume once more.
 const BYTES_PER_RESUME: u64 = 16 << 20;
 const DISCARD_BYTES: usize = 16 * 1024;
 
-/// Reads a blob of a known size. If the connection is lost, it continues where it was, a bounded
-/// number of times. Its errors are ours: see [`error_of`].
+/// Reads a blob of a known size. If the connection is lost, it continues at the same byte, a
+/// bounded number of times. [`error_of`] returns fcd's error from an I/O error of this reader.
 pub struct Blob {
     session: Session,
     digest: String,
@@ -19,7 +19,7 @@ pub struct Blob {
     offset: u64,
     body: Option<Body>,
     resumes_left: u32,
-    /// Bytes since the last one that counted for a further resumption.
+    /// The bytes that were read since `resumes_left` last increased.
     earned: u64,
     is_ended: bool,
 }
@@ -27,7 +27,8 @@ pub struct Blob {
 struct Body {
     origin: Origin,
     reader: Box<dyn Read + Send>,
-    /// What the registry sends again although it was asked for the rest only.
+    /// The bytes still to be discarded, because the registry sends the whole blob instead of the
+    /// rest.
     repeated: u64,
 }
 
@@ -75,7 +76,7 @@ impl Blob {
         })
     }
 
-    /// Checks a reply with the whole blob. Returns how many bytes of it are known.
+    /// Checks a reply with the whole blob. Returns how many of its bytes were read before.
     fn check_whole(&self, reply: &Reply) -> Result<u64> {
         match reply.content_length() {
             Some(length) if length != self.size => Err(invalid(format!(
@@ -90,7 +91,7 @@ impl Blob {
     fn check_rest(&self, reply: &Reply) -> Result<u64> {
         let range = reply.content_range();
         let fits = range.is_some_and(|range| {
-            // Once the last byte is known to be one of the blob, the length cannot overflow.
+            // The check of `last` comes before the addition, which can therefore not overflow.
             range.first == self.offset
                 && range.total.is_none_or(|total| total == self.size)
                 && range.last < self.size
@@ -126,7 +127,8 @@ impl Blob {
         }
     }
 
-    /// Reads from the connection once. Returns None if it was something that is known.
+    /// Reads from the connection once. Returns None if the bytes are discarded because they repeat
+    /// earlier ones.
     fn read_body(&mut self, into: &mut [u8]) -> Result<Option<usize>> {
         let Some(body) = &mut self.body else {
             return Ok(None);
@@ -167,7 +169,7 @@ impl Blob {
         Ok(Some(n))
     }
 
-    /// Prepares to resume, if this is not too often.
+    /// Prepares to resume. Returns the error if the blob was resumed too often.
     fn lost(&mut self, error: Error) -> Result<()> {
         self.body = None;
         if self.resumes_left == 0 {
@@ -177,8 +179,8 @@ impl Blob {
         self.session.pause(0, None)
     }
 
-    /// Checks that nothing follows the last byte. This also makes the connection reusable. A lost
-    /// connection does not matter any more.
+    /// Checks that nothing follows the last byte, which also makes the connection reusable. If the
+    /// connection is lost here, that does not matter.
     fn check_end(&mut self) -> Result<()> {
         if let Some(mut body) = self.body.take()
             && !self.is_ended

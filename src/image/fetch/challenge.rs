@@ -1,8 +1,8 @@
 //! Parses `WWW-Authenticate` (RFC 9110, section 11.6.1).
 
-/// Limit of all values of the header together.
+/// The size limit of all values of the header together.
 const HEADER_BYTES_MAX: usize = 16 * 1024;
-/// Limit of the parameters of one challenge.
+/// The maximum number of parameters of one challenge.
 const PARAMETERS_MAX: usize = 32;
 
 /// How a registry asks for authentication.
@@ -48,7 +48,8 @@ fn parse(value: &str) -> Vec<Challenge> {
     loop {
         rest.skip_separators();
         let Some(token) = rest.token() else {
-            // A malformed rest ends the value, because nobody knows where it would go on.
+            // A malformed rest ends the value, because it is unknown where the next challenge
+            // begins.
             break;
         };
         rest.skip_spaces();
@@ -67,7 +68,7 @@ fn parse(value: &str) -> Vec<Challenge> {
     found
 }
 
-/// A challenge in the making.
+/// A challenge that is being parsed.
 struct Raw<'a> {
     scheme: &'a str,
     bearer: Bearer,
@@ -106,7 +107,7 @@ impl<'a> Raw<'a> {
     }
 }
 
-/// What follows a token.
+/// The part after a token.
 enum Assigned {
     Nothing,
     Value(String),

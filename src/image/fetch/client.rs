@@ -21,17 +21,17 @@ const MANIFEST_TYPES: [&str; 4] = [
     "application/vnd.docker.distribution.manifest.list.v2+json",
     "application/vnd.docker.distribution.manifest.v2+json",
 ];
-/// The same, as the value of `Accept`.
+/// [`MANIFEST_TYPES`] as the value of `Accept`.
 const ACCEPT_MANIFEST: &str = "application/vnd.oci.image.index.v1+json, \
     application/vnd.oci.image.manifest.v1+json, \
     application/vnd.docker.distribution.manifest.list.v2+json, \
     application/vnd.docker.distribution.manifest.v2+json";
-/// Docker's first format, without digests of layers.
+/// The beginning of the media types of Docker's first format, which has no digests of layers.
 const OLD_TYPE_PREFIX: &str = "application/vnd.docker.distribution.manifest.v1+";
 const CONTENT_DIGEST: &str = "docker-content-digest";
 const TAG_BYTES_MAX: usize = 128;
 
-/// Which manifest of a repository.
+/// The manifest of a repository to fetch.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Selector {
@@ -67,7 +67,7 @@ impl fmt::Display for Selector {
     }
 }
 
-/// A manifest or an index. Its bytes have the digest.
+/// A manifest or an index. `digest` is the digest of `bytes`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Manifest {
     pub bytes: Vec<u8>,
@@ -83,7 +83,7 @@ pub struct Client {
 }
 
 impl Client {
-    /// Does not connect yet.
+    /// Creates a client. Does not connect yet.
     ///
     /// # Errors
     /// `invalid_argument` for malformed settings.
@@ -96,8 +96,8 @@ impl Client {
     ///
     /// # Errors
     /// `reference_not_found`, `registry_denied`, `registry_unreachable`, `registry_busy`,
-    /// `registry_untrusted`, `registry_invalid` (a wrong digest, media type or size, a redirect
-    /// astray), `unsupported` (Docker's first format), `timeout`, `cancelled`.
+    /// `registry_untrusted`, `registry_invalid` (a wrong digest, media type or size, a forbidden
+    /// redirect), `unsupported` (Docker's first format), `timeout`, `cancelled`.
     pub fn manifest(&mut self, selector: &Selector) -> Result<Manifest> {
         let repository = self.session.settings().repository.clone();
         self.fetch_manifest(selector)
@@ -138,7 +138,7 @@ impl Client {
     /// digest: the reader of a layer does that while it reads.
     ///
     /// # Errors
-    /// As [`Client::manifest`].
+    /// Those of [`Client::manifest`].
     pub fn blob(&self, digest: &str, size: u64, from: u64) -> Result<Blob> {
         check_digest(digest)?;
         Blob::open(self.session.clone(), digest, size, from)
@@ -147,7 +147,7 @@ impl Client {
     /// Reads a whole blob of at most `max` bytes, such as a configuration, and checks its digest.
     ///
     /// # Errors
-    /// As [`Client::manifest`].
+    /// Those of [`Client::manifest`].
     #[cfg(test)]
     #[cfg(test)]
     pub fn blob_bytes(&self, digest: &str, size: u64, max: u64) -> Result<Vec<u8>> {

@@ -18,16 +18,17 @@ use std::time::Instant;
 /// How many addresses of a name are tried.
 const ADDRESSES_MAX: usize = 8;
 
-/// Which addresses a connection may go to. Link-local addresses are never among them, except for a
-/// proxy, which the administrator names.
+/// The addresses that a connection may go to. Link-local addresses are never among them, except for
+/// a proxy, which the administrator names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Reach {
-    /// A proxy.
+    /// Every address, for a proxy.
     Everything,
-    /// The registry that the user named, and what a registry on loopback leads to.
+    /// Every address of a registry, including loopback: for the registry that the user named, and
+    /// for hosts that a registry on loopback names.
     Loopback,
-    /// Every other host. Loopback is refused.
+    /// Every address of a registry except loopback, for all other hosts.
     Network,
 }
 
@@ -116,7 +117,7 @@ fn resolve(target: &Target, deadline: Instant, cancel: &Cancel) -> Result<Vec<So
 
 type Answer = Receiver<std::io::Result<Vec<SocketAddr>>>;
 
-/// Starts a resolver. The pipe's end says that there is an answer.
+/// Starts a resolver. The pipe reaches its end when the answer is available.
 fn start_resolver(target: &Target) -> Result<(PipeReader, Answer)> {
     let (done, writer) = std::io::pipe().map_err(|e| Error::io("make a pipe", e))?;
     let (sender, answer) = channel();
@@ -125,7 +126,7 @@ fn start_resolver(target: &Target) -> Result<(PipeReader, Answer)> {
         let addresses = at
             .to_socket_addrs()
             .map(|all| all.take(ADDRESSES_MAX).collect());
-        // Nobody waits any more after the deadline.
+        // The caller has stopped waiting if its deadline has passed.
         let _ = sender.send(addresses);
         drop(writer);
     })?;

@@ -1,4 +1,5 @@
-//! The fuzz target for what a registry sends and this module parses itself, for `tests/fuzz`.
+//! The fuzz target for the parts of a registry's replies that this module parses itself, for
+//! `tests/fuzz`.
 
 use super::auth;
 use super::challenge::{self, Challenge};
@@ -10,7 +11,7 @@ use super::url::{Scheme, Url};
 use super::{address, auth::parse_token};
 use crate::api::registry::{Credential, Secret};
 
-/// Reads an input as each part of a reply: its lines as the values of headers, all of it as a body
+/// Parses an input as each part of a reply: its lines as values of headers, and all of it as a body
 /// and as a proxy's reply.
 pub fn replies(input: &[u8]) {
     error_message(input);
@@ -56,7 +57,7 @@ pub fn replies(input: &[u8]) {
     }
 }
 
-/// Whatever a registry sends, it leads to TLS, and not to this host.
+/// Checks that a URL that a registry has sent uses TLS and does not name this host.
 fn check(to: &Url) {
     assert_eq!(to.origin.scheme, Scheme::Https);
     assert!(!address::is_loopback(to.host()));

@@ -13,16 +13,16 @@ use ureq::http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, RANGE};
 use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
 use ureq::unversioned::transport::{Connector, RustlsConnector};
 
-/// Limit of a reply's header.
+/// The size limit of a reply's header.
 const HEADER_BYTES_MAX: usize = 64 * 1024;
 
 pub(super) struct Request {
     pub(super) url: Url,
     pub(super) accept: &'static str,
     pub(super) authorization: Option<Secret>,
-    /// The first byte that is wanted, if it is not the first one of all.
+    /// The offset of the first byte to fetch, or None for the whole body.
     pub(super) from: Option<u64>,
-    /// A form to POST, instead of a GET.
+    /// The form to POST, or None for a GET.
     pub(super) form: Option<Secret>,
 }
 
@@ -38,7 +38,7 @@ impl Request {
     }
 }
 
-/// A clone shares the connections.
+/// Sends requests. A clone shares the connections.
 #[derive(Clone)]
 pub(super) struct Http {
     agent: ureq::Agent,
@@ -79,7 +79,7 @@ impl Http {
         &self.network
     }
 
-    /// Sends one request. Redirects and statuses are the caller's business.
+    /// Sends one request. The caller handles redirects and statuses.
     pub(super) fn send(&self, request: &Request) -> Result<Reply> {
         let origin = &request.url.origin;
         let network = &self.network;
@@ -119,13 +119,14 @@ fn head(request: &Request, method: &str) -> ureq::http::request::Builder {
     head
 }
 
-/// A credential or a token with characters that a header cannot have. The error does not show it.
+/// Returns the error for a credential or token that contains characters that a header cannot have.
+/// The error does not show it.
 fn malformed(_: ureq::http::Error) -> Error {
     Error::invalid("the credential for the registry has characters that HTTP does not allow")
 }
 
-/// Parses PEM. The host's store is taken as it is, because distributions have certificates that
-/// only some libraries accept, but a text without any usable certificate is a mistake.
+/// Parses certificates in PEM. Ignores certificates that cannot be used, because the host's store
+/// has some that only some libraries accept. Fails if there is text but no usable certificate.
 fn parse_authorities(pem: &str) -> Result<Vec<Certificate<'static>>> {
     let invalid = |why: &str| {
         Error::new(
@@ -150,7 +151,7 @@ fn parse_authorities(pem: &str) -> Result<Vec<Certificate<'static>>> {
     }
 }
 
-/// Puts the peer into an error of an exchange.
+/// Adds the peer's name to an error of an exchange.
 trait InExchange {
     fn in_exchange_with(self, origin: &Origin) -> Self;
 }

@@ -2,8 +2,8 @@
 //!
 //! It is blocking and runs in an unprivileged helper process, because a registry's bytes are
 //! hostile. Everything that it needs comes with its [`Settings`]: it opens no file and reads no
-//! variable of the environment. It makes no socket either: it asks a [`Dial`] for connections,
-//! which resolves names and refuses addresses that no registry may lead to.
+//! environment variables. It does not create sockets either: a [`Dial`] resolves names, refuses
+//! addresses that a registry must not direct fcd to, and makes the connections.
 //!
 //! [`Client`] fetches manifests and blobs of one repository. Its methods need `&mut self`, because
 //! it keeps the token that the registry has given it. A clone shares the pool of connections and
@@ -16,8 +16,8 @@
 //! ```
 //!
 //! Every wait has a deadline and ends when the token [`Cancel`](crate::locks::Cancel) fires. Every
-//! body has a limit. No text of a registry decides anything, and no credential is sent to a host
-//! that is neither the registry nor its configured or well-known token server.
+//! body has a limit. No decision depends on a human-readable text of a registry, and no credential
+//! is sent to a host that is neither the registry nor its configured or well-known token server.
 
 mod address;
 mod auth;

@@ -1,6 +1,6 @@
 //! Chooses the proxy for a host, from the values of `HTTPS_PROXY`, `HTTP_PROXY` and `NO_PROXY`.
 //!
-//! ureq takes one proxy for everything, so it gets none: `transport` makes the tunnel.
+//! ureq uses one proxy for every request, so it is given none, and `transport` makes the tunnel.
 
 use super::address;
 use super::url::{Origin, Scheme, split_authority};
@@ -29,7 +29,7 @@ pub(super) struct Proxy {
 }
 
 impl Proxies {
-    /// Reads the variables. The names in lower case are as good, as for curl and Go.
+    /// Reads the variables. Lower-case names work too, as with curl and Go.
     pub fn from_env(env: &dyn Fn(&str) -> Option<String>) -> Self {
         let read = |name: &str| {
             let value = env(name).filter(|value| !value.is_empty());
@@ -42,7 +42,7 @@ impl Proxies {
         }
     }
 
-    /// Returns the proxy for an origin, or None if it is spoken to directly.
+    /// Returns the proxy for an origin, or None if the connection is direct.
     ///
     /// # Errors
     /// `invalid_argument` if the variable has a value that is not the URL of an HTTP proxy.
@@ -55,7 +55,7 @@ impl Proxies {
         let Some(value) = value.filter(|value| !value.is_empty()) else {
             return Ok(None);
         };
-        // A proxy's loopback is not this host's.
+        // Through a proxy, loopback would be the proxy's own, not this host's.
         if address::is_loopback(&origin.host) || is_excepted(&self.no_proxy, origin) {
             return Ok(None);
         }

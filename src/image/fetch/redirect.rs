@@ -5,11 +5,11 @@ use super::url::{Scheme, Url};
 use crate::error::{Error, Kind, Result};
 use crate::host::text::quoted;
 
-/// Returns where a `Location` header leads.
+/// Returns the URL that a `Location` header redirects to.
 ///
 /// # Errors
-/// `registry_invalid` if it leads from TLS to a connection without it, except on loopback, to a
-/// host without TLS that is not configured so, or to an address that no registry may lead to.
+/// `registry_invalid` if the URL has no TLS although `from` has it or although it is not configured
+/// as insecure (both are allowed on loopback), or if no registry may direct fcd to its address.
 pub(super) fn next(from: &Url, location: &str, insecure: impl Fn(&Url) -> bool) -> Result<Url> {
     let refused = |why: String| {
         Error::new(

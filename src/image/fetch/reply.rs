@@ -1,4 +1,4 @@
-//! A reply, its bounded body, and what went wrong in an exchange.
+//! A reply, its bounded body, and the errors of an exchange.
 
 use super::transport::Network;
 use super::url::Origin;
@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 use ureq::Body;
 use ureq::http::{HeaderMap, HeaderName, Response, header};
 
-/// Limit of the part of an error's body that is read.
+/// The size limit of the part of an error's body that is read.
 const ERROR_BYTES_MAX: u64 = 16 * 1024;
-/// Limit of a registry's own words in our errors.
+/// The length limit of a registry's message in fcd's errors.
 const MESSAGE_CHARS_MAX: usize = 300;
 
 pub(super) struct Reply {
@@ -22,7 +22,7 @@ pub(super) struct Reply {
     deadline: Instant,
 }
 
-/// The range that a reply with status 206 has: `bytes FIRST-LAST/TOTAL`.
+/// The range in a reply with status 206: `bytes FIRST-LAST/TOTAL`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct ContentRange {
     pub(super) first: u64,
@@ -98,12 +98,12 @@ impl Reply {
         Some(media_type.trim().to_ascii_lowercase())
     }
 
-    /// Returns how long the registry asks to wait. A date is not understood.
+    /// Returns how long the registry asks fcd to wait. A date instead of seconds is ignored.
     pub(super) fn retry_after(&self) -> Option<Duration> {
         number(self.header(header::RETRY_AFTER)?.trim()).map(Duration::from_secs)
     }
 
-    /// Reads the whole body, which may have `max` bytes.
+    /// Reads the whole body. Fails if it has more than `max` bytes.
     pub(super) fn read_all(self, max: u64) -> Result<Vec<u8>> {
         let too_large = |origin: &Origin| {
             Error::new(
@@ -136,12 +136,12 @@ impl Reply {
         }
     }
 
-    /// Returns the body, whose errors [`from_io`] turns back into ours.
+    /// Returns the body. [`from_io`] converts its errors into fcd's.
     pub(super) fn into_reader(self) -> Box<dyn Read + Send> {
         Box::new(self.body.into_reader())
     }
 
-    /// Returns the registry's own words about an error, made harmless.
+    /// Returns the registry's error message, shortened and with only printable characters.
     pub(super) fn into_message(self) -> Option<String> {
         let bytes = self.read_all(ERROR_BYTES_MAX).ok()?;
         error_message(&bytes)
@@ -152,7 +152,7 @@ impl Reply {
 struct Errors {
     #[serde(default)]
     errors: Vec<OneError>,
-    /// Docker Hub's token server has only this.
+    /// Docker Hub's token server sends only this member.
     #[serde(default)]
     details: Option<String>,
 }
@@ -165,7 +165,7 @@ struct OneError {
     message: String,
 }
 
-/// Reads the first error of a body of the distribution specification.
+/// Returns the first error in a body that follows the distribution specification.
 pub(super) fn error_message(bytes: &[u8]) -> Option<String> {
     let parsed: Errors = serde_json::from_slice(bytes).ok()?;
     let text = match parsed.errors.into_iter().next() {
@@ -190,7 +190,7 @@ impl std::fmt::Display for NotTls {
 
 impl std::error::Error for NotTls {}
 
-/// Turns an error of ureq into ours. What `transport` failed with comes out unchanged.
+/// Converts an error of ureq into fcd's. An error of `transport` comes out unchanged.
 pub(super) fn from_ureq(error: ureq::Error) -> Error {
     let invalid = |why: String| Error::new(Kind::RegistryInvalid, why);
     match error {
@@ -210,7 +210,7 @@ pub(super) fn from_ureq(error: ureq::Error) -> Error {
     }
 }
 
-/// Turns an error of reading a body into ours.
+/// Converts an error of reading a body into fcd's.
 pub(super) fn from_io(error: io::Error, origin: &Origin) -> Error {
     from_ureq(error.into()).context(format!("read from {origin}"))
 }

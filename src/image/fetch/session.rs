@@ -1,4 +1,4 @@
-//! Requests to one registry: with or without TLS, authenticated, through redirects, repeated.
+//! Sends requests to one registry: decides about TLS, authenticates, follows redirects and retries.
 
 use super::address;
 use super::auth;
@@ -73,8 +73,8 @@ impl Session {
         &self.settings.limits
     }
 
-    /// Sends a request and repeats it while the registry is busy or unreachable. The status is the
-    /// caller's business, but it is not a redirect, 401, 429 or 5xx.
+    /// Sends a request and repeats it while the registry is busy or unreachable. The caller handles
+    /// the status, which is never a redirect, 401, 429 or 5xx.
     ///
     /// # Errors
     /// `registry_unreachable`, `registry_busy`, `registry_denied`, `registry_untrusted`,
@@ -106,7 +106,7 @@ impl Session {
         }
     }
 
-    /// Waits before the next repetition, as long as the registry asks for, within limits.
+    /// Waits before the next repetition. Waits as long as the registry asks for, within limits.
     pub(super) fn pause(&self, repetitions: u32, after: Option<Duration>) -> Result<()> {
         let limits = self.limits();
         let own = limits.retry_pause.saturating_mul(1 << repetitions.min(16));
@@ -214,7 +214,8 @@ impl Session {
         .map_err(|why| Error::invalid("the registry's name is malformed").with_source(why))
     }
 
-    /// Returns the registry's origin. A registry that may be without TLS is asked whether it is.
+    /// Returns the registry's origin. If the registry may be without TLS, this first tries whether
+    /// it speaks TLS.
     fn registry(&mut self) -> Result<Origin> {
         if let Some(registry) = &self.registry {
             return Ok(registry.clone());
@@ -240,7 +241,7 @@ impl Session {
     }
 }
 
-/// True if an origin may be spoken to without TLS: one on loopback, or a configured one.
+/// True if fcd may talk to an origin without TLS: one on loopback, or a configured one.
 fn is_insecure(settings: &Settings, origin: &Origin) -> bool {
     let is_configured = |entry: &String| match split_authority(entry) {
         Ok((host, port)) => host == origin.host && port.is_none_or(|port| port == origin.port),
@@ -250,7 +251,7 @@ fn is_insecure(settings: &Settings, origin: &Origin) -> bool {
 }
 
 /// Returns the hosts that may have a loopback address: those that the user or the administrator
-/// named, and everything that a registry on loopback leads to.
+/// named, and loopback itself if the registry is on loopback.
 fn local_hosts(settings: &Settings, registry: &str) -> Vec<String> {
     let mut hosts = auth::trusted_hosts(settings, registry);
     if address::is_loopback(registry) {

@@ -1,4 +1,4 @@
-//! What a pull needs to know, as data: it is sent to the helper process over its control channel.
+//! The settings of a pull, which are sent to the helper process over its control channel.
 
 use super::proxy::Proxies;
 use crate::api::registry::Credential;
@@ -78,8 +78,8 @@ pub struct Settings {
     /// Certificates of the trusted authorities, as PEM: the host's own store and private ones.
     pub authorities: String,
     pub proxies: Proxies,
-    /// Registries, as `HOST` or `HOST:PORT`, that may be spoken to without TLS. Loopback hosts are
-    /// always among them.
+    /// The registries, as `HOST` or `HOST:PORT`, that fcd may talk to without TLS. Loopback hosts
+    /// are always among them.
     pub insecure: Vec<String>,
     pub token_servers: Vec<TokenServer>,
     pub limits: Limits,
@@ -103,24 +103,25 @@ impl Settings {
 /// The bounds of everything that a registry decides.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Limits {
-    /// Resolving, connecting, the proxy's reply and the TLS handshake together.
+    /// The time for resolving, connecting, the proxy's reply and the TLS handshake together.
     pub connect: Duration,
-    /// From the request to the end of the reply's header.
+    /// The time from the request to the end of the reply's header.
     pub reply: Duration,
     /// The longest time without a byte.
     pub idle: Duration,
-    /// A connection must bring `rate_bytes_min` in each `rate_window` that it makes us wait.
+    /// A connection must deliver `rate_bytes_min` bytes in each `rate_window` that fcd waits for
+    /// it.
     pub rate_window: Duration,
     pub rate_bytes_min: u64,
-    /// A manifest, a token or an error: header and body together.
+    /// The time for the header and body of a manifest, a token or an error.
     pub small_body: Duration,
-    /// All of a client's work, including that of its clones.
+    /// The time for all of a client's work, including that of its clones.
     pub total: Duration,
-    /// How often a request is repeated in a row.
+    /// How often in a row a request is repeated.
     pub retries: u32,
     /// The first pause before a repetition. Each further one is twice as long.
     pub retry_pause: Duration,
-    /// The longest pause, also if `Retry-After` asks for more.
+    /// The longest pause, even if `Retry-After` asks for more.
     pub retry_pause_max: Duration,
     pub redirects: u32,
     pub manifest_bytes: u64,

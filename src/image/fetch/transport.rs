@@ -1,5 +1,5 @@
-//! The bottom of ureq: a socket that is polled together with the cancel token, with deadlines and
-//! a minimum rate, through a proxy's tunnel if there is one.
+//! The transport below ureq: a socket that is polled together with the cancel token. It has
+//! deadlines and a minimum rate, and goes through the tunnel of a proxy if there is one.
 
 use super::dial::{Dial, Reach, Target};
 use super::proxy::{Proxies, Proxy};
@@ -23,18 +23,19 @@ use ureq::unversioned::transport::{
 
 const INPUT_BYTES: usize = 128 * 1024;
 const OUTPUT_BYTES: usize = 16 * 1024;
-/// Limit of a proxy's reply to CONNECT.
+/// The size limit of a proxy's reply to CONNECT.
 const TUNNEL_REPLY_BYTES_MAX: usize = 16 * 1024;
-/// How often sending starts a new rate window. A peer can make TLS send, so it is bounded.
+/// How often sending may start a new rate window. This is limited, because a peer can make TLS
+/// send.
 const WINDOWS_MAX: u32 = 1000;
 
-/// What every connection of a client uses.
+/// The settings and the deadline that all connections of a client share.
 pub(super) struct Network {
     pub(super) dial: Arc<dyn Dial>,
     pub(super) proxies: Proxies,
     pub(super) limits: Limits,
     pub(super) cancel: Cancel,
-    /// The end of [`Limits::total`].
+    /// When [`Limits::total`] has passed.
     pub(super) end: Instant,
     /// The hosts that may be on loopback: the registry's, and its token servers'.
     pub(super) local_hosts: Vec<String>,
@@ -70,7 +71,7 @@ impl Network {
         }
     }
 
-    /// Asks a proxy for a tunnel.
+    /// Requests a tunnel from a proxy.
     fn tunnel(
         &self,
         stream: TcpStream,
@@ -87,7 +88,7 @@ impl Network {
         let mut socket = Socket::new(stream, self)?;
         socket.write_all(request.as_bytes(), deadline)?;
         let mut reply = Vec::new();
-        // Byte by byte: what follows the header belongs to the tunnel.
+        // Read byte by byte, because everything after the header belongs to the tunnel.
         while !reply.ends_with(b"\r\n\r\n") {
             let mut byte = [0];
             let n = socket.read(&mut byte, deadline)?;
@@ -124,8 +125,8 @@ fn lost(why: &str) -> Error {
     Error::new(Kind::RegistryUnreachable, why)
 }
 
-/// A connection's share of the time that it makes us wait. A reader that is slow itself does not
-/// count against the peer.
+/// Measures a connection's rate over the time that fcd waits for it. The time that a slow reader
+/// spends between its reads does not count against the peer.
 struct Pace {
     waited: Duration,
     bytes: u64,
@@ -261,7 +262,7 @@ impl Connector<()> for Sockets {
         _chained: Option<()>,
     ) -> Result<Option<Polled>, ureq::Error> {
         let deadline = deadline_of(details.timeout);
-        // The request's URL was made from one of ours.
+        // The URL comes from a [`Url`] of this client.
         let url =
             Url::parse(&details.uri.to_string()).map_err(|e| ureq::Error::BadUri(e.to_string()))?;
         let connected = self.0.connect(&url.origin, deadline);
@@ -283,12 +284,13 @@ fn into_ureq(error: Error) -> ureq::Error {
 fn deadline_of(timeout: NextTimeout) -> Instant {
     match timeout.after {
         UreqDuration::Exact(after) => Instant::now() + after,
-        // Every wait has the deadlines for idleness and for everything.
+        // A distant deadline is enough, because every wait also has the deadlines for idleness and
+        // for the whole pull.
         UreqDuration::NotHappening => Instant::now() + Duration::from_secs(24 * 3600),
     }
 }
 
-/// A connection, as ureq wants it.
+/// A connection that implements ureq's transport.
 pub(super) struct Polled {
     socket: Socket,
     buffers: LazyBuffers,
@@ -323,12 +325,13 @@ impl Transport for Polled {
     }
 
     fn is_open(&mut self) -> bool {
-        // An idle connection has nothing to read, not even its end.
+        // The peer sends nothing on a healthy idle connection. If the socket is readable, the peer
+        // has closed it.
         !crate::host::wait::is_readable(&self.socket.stream)
     }
 }
 
-/// Resolves nothing, because the dialer does.
+/// A resolver for ureq that resolves nothing, because the dialer does.
 #[derive(Debug)]
 pub(super) struct NoResolver;
 

@@ -1,10 +1,10 @@
-//! URLs of registries, token servers and what they redirect to.
+//! The URLs of registries, token servers and redirects.
 
 use super::address;
 use std::fmt;
 use ureq::http::Uri;
 
-/// Limit of a URL. Signed URLs of storage services have about 2 KiB.
+/// The size limit of a URL. Signed URLs of storage services have about 2 KiB.
 const URL_BYTES_MAX: usize = 8 * 1024;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -29,11 +29,11 @@ impl Scheme {
     }
 }
 
-/// The part of a URL that decides who is spoken to.
+/// The part of a URL that determines the server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Origin {
     pub(super) scheme: Scheme,
-    /// In lower case. An IPv6 address has its brackets.
+    /// The host in lower case. An IPv6 address is in brackets.
     pub(super) host: String,
     pub(super) port: u16,
 }
@@ -48,7 +48,7 @@ impl fmt::Display for Origin {
     }
 }
 
-/// `Display` leaves out the query, which may be a signature.
+/// A URL. `Display` leaves out the query, which may be a signature.
 #[derive(Clone, PartialEq, Eq)]
 pub(super) struct Url {
     pub(super) origin: Origin,
@@ -56,7 +56,7 @@ pub(super) struct Url {
     query: Option<String>,
 }
 
-/// Why a text is not a URL that fcd follows.
+/// The reason why a text is not a URL that fcd follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Malformed {
     TooLong,
@@ -136,7 +136,7 @@ impl Url {
         Ok(url)
     }
 
-    /// Parses what a `Location` header has: an absolute URL, or a path on the same host.
+    /// Resolves the value of a `Location` header: an absolute URL, or a path on the same host.
     pub(super) fn join(&self, text: &str) -> Result<Self, Malformed> {
         let origin = &self.origin;
         let is_path = text.starts_with('/') && !text.starts_with("//");
@@ -167,7 +167,7 @@ impl Url {
         &self.origin.host
     }
 
-    /// Returns the whole URL, with its query, to be requested.
+    /// Returns the whole URL, including its query, for a request.
     pub(super) fn to_request(&self) -> String {
         let (origin, path) = (&self.origin, &self.path);
         let query = self.query.iter().flat_map(|query| ["?", query.as_str()]);

@@ -1,4 +1,5 @@
-//! The login shell of guests that boot with the runtime. A static program: build.rs compiles it.
+//! The login shell of guests that boot with the runtime. It is a static program that build.rs
+//! compiles.
 //!
 //! sshd runs in a mount namespace of its own. This program enters the namespace of PID 1, where the
 //! image's files are, sets the image's user, directory and environment, and becomes the image's
@@ -29,13 +30,13 @@ const GIT: &str = "/.fcd/lib/git-core";
 const OWN_SHELL: &str = "/.fcd/bin/sh";
 const IMAGE_SHELL: &str = "/bin/sh";
 const SFTP_SERVER: &str = "/.fcd/lib/openssh/sftp-server";
-/// The descriptor in whose place the libc of sftp-server has /etc/passwd (see bundle.sh).
+/// The descriptor that the libc of sftp-server opens instead of /etc/passwd (see bundle.sh).
 const USERS_FD: i32 = 100;
 /// The variable with which `fcctl ssh` chooses another user than the image's.
 const USER_VARIABLE: &str = "FCD_USER";
-/// The limit of a file of the image, which may be of any size.
+/// The size limit for reading a file of the image, because the image determines its size.
 const FILE_BYTES_MAX: u64 = 4 << 20;
-/// The status if the command cannot be started as the image says.
+/// The exit status if the command cannot be started as the image's settings require.
 const FAILED: i32 = 125;
 const CLONE_NEWNS: i32 = 0x0002_0000;
 const RNDRESEEDCRNG: u64 = 0x5207;
@@ -215,7 +216,7 @@ fn become_user(account: &Account) -> Result<(), String> {
         (2, std::io::stderr().is_terminal()),
     ];
     for (fd, _) in streams.into_iter().filter(|(_, is_terminal)| *is_terminal) {
-        // The terminal belongs to the user who logged in. A group of u32::MAX stays as it is.
+        // The terminal belongs to the user who logged in. A group of u32::MAX means no change.
         // SAFETY: the call takes no pointers.
         unsafe { fchown(fd, account.uid, u32::MAX) };
     }
@@ -228,7 +229,8 @@ fn become_user(account: &Account) -> Result<(), String> {
     check("set the user", unsafe { setuid(account.uid) })
 }
 
-/// Opens [`USERS_FD`], from which sftp-server reads the users. The image may have none.
+/// Opens [`USERS_FD`], from which sftp-server reads the users. The account comes first, because the
+/// image may have no entry for it.
 fn pass_users(account: &Account, passwd: &str) -> Result<(), String> {
     let entry = account.to_passwd();
     // SAFETY: the name is a C string. The call returns a new descriptor or -1.

@@ -1,4 +1,5 @@
-//! POSIX ACLs. A tar has them as getxattr(2) returns them, and ext4 stores them in another form.
+//! POSIX ACLs. A tar contains them as getxattr(2) returns them, and ext4 stores them in another
+//! form.
 
 const XATTR_VERSION: u32 = 2;
 const EXT4_VERSION: u32 = 1;
@@ -7,7 +8,8 @@ const WITH_ID: [u16; 2] = [0x02, 0x08];
 /// The other tags: `ACL_USER_OBJ`, `ACL_GROUP_OBJ`, `ACL_MASK` and `ACL_OTHER`.
 const WITHOUT_ID: [u16; 4] = [0x01, 0x04, 0x10, 0x20];
 
-/// Converts an ACL, or returns `None` if it is malformed.
+/// Converts an ACL from the form of getxattr(2) to that of ext4, or returns `None` if it is
+/// malformed.
 pub(super) fn to_ext4(xattr: &[u8]) -> Option<Vec<u8>> {
     let (version, entries) = xattr.split_first_chunk::<4>()?;
     if u32::from_le_bytes(*version) != XATTR_VERSION || entries.len() % 8 != 0 {

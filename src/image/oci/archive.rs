@@ -3,8 +3,8 @@
 //!
 //! A stream cannot seek and its parts come in any order, so it is spooled to one temporary file,
 //! and the positions of its files are kept in memory. The archive may be compressed as a whole. Its
-//! content is verified when it is used: by the digests of the manifest, and in a docker-archive,
-//! which names no digests of blobs, by those of the configuration.
+//! content is verified when it is used: by the digests in the manifest, or in a docker-archive,
+//! whose manifest has no digests, by those in the configuration.
 
 use super::budget::Budget;
 use super::decompress::decoder;
@@ -32,17 +32,17 @@ use std::io::{BufReader, Read};
 const OCI_LAYOUT: &str = "oci-layout";
 const OCI_INDEX: &str = "index.json";
 const DOCKER_MANIFEST: &str = "manifest.json";
-/// Limit of the links from one file of a docker-archive to another. Old versions of docker store a
-/// layer once and link to it.
+/// The maximum number of links from one file of a docker-archive to another. Old versions of docker
+/// store a layer once and link to it.
 const LINKS_MAX: usize = 8;
 const BUFFER_BYTES: usize = 256 << 10;
 
-/// Which image of an archive is meant.
+/// The image to find in an archive.
 #[derive(Clone, Debug, Default)]
 pub struct Wanted {
-    /// If this is `None`, the archive's files decide.
+    /// The format, or `None` to detect it from the archive's files.
     pub format: Option<ArchiveFormat>,
-    /// A tag of an oci-archive, or a reference of a docker-archive. It may be missing if there is
+    /// A tag of an oci-archive, or a reference of a docker-archive. It may be `None` if there is
     /// only one image.
     pub name: Option<String>,
     pub platform: Platform,
@@ -52,7 +52,7 @@ pub struct Wanted {
 pub struct Archive {
     spool: File,
     files: BTreeMap<Box<str>, Position>,
-    /// Where symbolic and hard links lead, as paths from the root.
+    /// The targets of symbolic and hard links, as paths from the root.
     links: BTreeMap<Box<str>, Box<str>>,
     /// The layers of a docker-archive.
     layers: HashMap<Digest, Position>,
@@ -76,8 +76,7 @@ struct DockerImage {
 
 impl Archive {
     /// Reads an archive of at most `bytes_max` uncompressed bytes to its end, and writes it to the
-    /// empty file `spool`. `progress` is called
-    /// with the bytes that were read since the last call.
+    /// empty file `spool`. `progress` is called with the bytes that were read since the last call.
     pub fn spool(
         stream: impl Read,
         spool: File,
@@ -130,9 +129,9 @@ impl Archive {
         })
     }
 
-    /// Finds an image. [`flatten`](super::flatten()) then gets it with this archive as its blobs.
-    /// `progress` is called with the bytes that were read since the last call: the layers of a
-    /// docker-archive are read to compute their digests.
+    /// Finds an image. The caller passes it to [`flatten`](super::flatten()) with this archive as
+    /// the source of its blobs. `progress` is called with the bytes that were read since the last
+    /// call, because the layers of a docker-archive are read to compute their digests.
     pub fn image(
         &mut self,
         wanted: &Wanted,
@@ -204,7 +203,7 @@ impl Archive {
         Ok(Image { name, ..image })
     }
 
-    /// Finds a file, through links.
+    /// Finds a file and follows links.
     fn find(&self, path: &str) -> Result<Position> {
         let mut at = clean_path(path.as_bytes())?;
         for _ in 0..=LINKS_MAX {
@@ -252,7 +251,7 @@ fn digest_of(reader: impl Read) -> Result<Digest> {
     Ok(hashing.digest())
 }
 
-/// Returns where a relative link leads, or `None` if it leads out of the archive.
+/// Returns the path that a relative link refers to, or `None` if it is outside of the archive.
 fn beside(path: &str, target: &str) -> Option<Box<str>> {
     let mut parts: Vec<&str> = path.split('/').collect();
     parts.pop();
@@ -305,7 +304,7 @@ impl Blobs for Archive {
     }
 }
 
-/// Reports what is read through it, and fails when the pull is cancelled.
+/// A reader that reports its progress, and fails when the pull is cancelled.
 struct Watched<'a, R> {
     inner: R,
     progress: &'a dyn Fn(u64),

@@ -92,7 +92,7 @@ fn archive_with_both_manifests_is_of_the_kind_that_is_wanted() {
     assert_ne!(digest(Some(ArchiveFormat::Docker)), image.resolve().digest);
 }
 
-/// An archive as `docker save` writes it since version 25, with one entry for each tag.
+/// Returns an archive as `docker save` writes it since version 25, with one entry for each tag.
 fn saved(images: &[(&TestImage, &str)]) -> Vec<Item> {
     let mut items = Vec::new();
     let mut entries = Vec::new();
@@ -149,7 +149,7 @@ fn images_to_choose_from_are_named() {
         Kind::InvalidArgument,
         "\"app:latest\", \"other:latest\"",
     );
-    // A tag that both images have chooses neither, but a name without a tag is the tag `latest`.
+    // A tag that both images have is ambiguous, and a name without a tag has the tag `latest`.
     refused(
         &items,
         &wanted(None, Some("latest")),

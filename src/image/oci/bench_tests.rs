@@ -1,4 +1,4 @@
-//! Measures the way from a layout to a bootable ext4 file. `scripts/bench image` runs it.
+//! Measures the conversion of a layout into a bootable ext4 file. `scripts/bench image` runs it.
 
 use super::archive::{Archive, Wanted};
 use super::errors::bad;
@@ -39,7 +39,7 @@ impl Layout<'_> {
     }
 }
 
-/// Returns bytes of which gzip saves about half, as of programs.
+/// Returns bytes that gzip compresses to about half, like programs.
 fn content(seed: u64, len: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut bytes = Vec::with_capacity(len + 16);
@@ -54,7 +54,8 @@ fn content(seed: u64, len: usize) -> Vec<u8> {
     bytes
 }
 
-/// Makes layers with this many files together, of which each layer replaces some of the one below.
+/// Makes layers that have this many files together. Each layer replaces some files of the one
+/// below.
 fn layers(count: usize, files: usize) -> Vec<Vec<Item>> {
     let per_layer = files / count;
     let layer = |number: usize| {
@@ -74,7 +75,7 @@ fn layers(count: usize, files: usize) -> Vec<Vec<Item>> {
     (0..count).map(layer).collect()
 }
 
-/// The memory of this process, in KiB: now (`VmRSS`) or at its peak (`VmHWM`).
+/// Returns the memory of this process, in KiB: now (`VmRSS`) or at its peak (`VmHWM`).
 fn memory_kib(field: &str) -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find(|line| line.starts_with(field)).unwrap();
@@ -125,7 +126,7 @@ impl Place {
         flatten(image, blobs, &request).unwrap();
     }
 
-    /// Pulls from blobs that can be opened one by one, as from a registry.
+    /// Pulls from blobs that can be opened one by one, as with a registry.
     fn pull(&self, layout: &Path, store: &TestFiles) {
         let layout = Layout(layout);
         self.flatten(&layout.image(), &layout, store);
@@ -249,7 +250,7 @@ fn bench() {
             row(count, files, rounds);
         }
     }
-    // The same number of files in layers of other sizes: the peak must not follow the size.
+    // The peak of memory must not depend on the size of a file.
     let place = Place {
         dir: tempfile::tempdir().unwrap(),
         cancel: Cancel::try_new().unwrap(),
@@ -262,7 +263,7 @@ fn bench() {
         let found = measured(|| place.pull(&layout, &store));
         println!("one file of {mib} MiB: peak {} MiB", found.peak_mib);
     }
-    // What one entry costs, for the limit of entries.
+    // The memory that one entry costs determines the limit of entries.
     for count in [20_000, 200_000] {
         let files = (0..count).map(|n| file(&format!("dir-{}/a-file-{n}", n / 100), ""));
         let layout = place.path(&format!("layout-{count}"));

@@ -1,11 +1,12 @@
-//! Counts what the layers of one image use together.
+//! Counts the resources that the layers of one image use together.
 
 use super::errors::bad;
 use super::limits::{ENTRIES_MAX, METADATA_BYTES_MAX};
 use crate::error::Result;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// What the layers of an image have used so far. The threads that read layers share one budget.
+/// The resources that the layers of an image have used so far. The threads that read layers share
+/// one budget.
 #[derive(Debug)]
 pub(super) struct Budget {
     entries: AtomicU64,
@@ -67,8 +68,8 @@ impl Budget {
         Ok(())
     }
 
-    /// Fails if `bytes` more bytes would be too many, without counting them. A header that claims
-    /// an impossible size is refused here, before its content is read.
+    /// Fails if `bytes` more bytes would exceed the limit, without counting them. This refuses a
+    /// header that claims an impossible size before its content is read.
     pub(super) fn check_bytes(&self, bytes: u64) -> Result<()> {
         let used = self.unpacked_bytes.load(Ordering::Relaxed);
         if bytes > self.unpacked_bytes_max.saturating_sub(used) {

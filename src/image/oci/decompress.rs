@@ -13,7 +13,7 @@ use std::io::{BufRead, Chain, Cursor, Read};
 const MAGIC_BYTES: usize = 4;
 const GZIP: [u8; 2] = [0x1f, 0x8b];
 const ZSTD: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
-/// The formats that docker also reads in theory but no tool writes into an image any more.
+/// Formats that docker can read, but that tools no longer use for images.
 const OTHERS: &[(&str, &[u8])] = &[("xz", b"\xfd7zX"), ("bzip2", b"BZh")];
 
 type Whole<R> = Chain<Cursor<Vec<u8>>, R>;
@@ -65,7 +65,7 @@ impl<R: BufRead> Read for Decoder<R> {
     }
 }
 
-/// Tells an error of the decompressor from one of the reader below it, which is passed on.
+/// Converts an error of the decompressor. An error of the reader below it is returned unchanged.
 fn damaged(format: &str, error: std::io::Error) -> std::io::Error {
     let is_ours = error.get_ref().is_some_and(|e| e.is::<Error>());
     if is_ours || error.raw_os_error().is_some() {

@@ -4,7 +4,7 @@ use super::errors::{bad, shown};
 use super::limits::{DEPTH_MAX, NAME_BYTES_MAX, PATH_BYTES_MAX};
 use crate::error::{Kind, Result};
 
-/// What a layer says about one path. The path has no leading slash; the root is the empty path.
+/// A layer's entry for one path. The path has no leading slash; the root is the empty path.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Entry {
     pub path: Box<str>,
@@ -74,8 +74,8 @@ impl Entry {
     }
 }
 
-/// Brings a path from a layer into its normal form: without a leading slash, empty components and
-/// dots. `..` is refused everywhere, because no honest tool writes it.
+/// Normalizes a path from a layer: removes a leading slash, empty components and dots. Refuses `..`
+/// everywhere, because no honest tool writes it.
 pub(super) fn clean_path(path: &[u8]) -> Result<Box<str>> {
     let text = std::str::from_utf8(path).map_err(|_| {
         let message = format!("the name {} is not UTF-8", shown(path));

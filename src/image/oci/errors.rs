@@ -4,13 +4,13 @@ use crate::error::{Error, Kind};
 use crate::host::text;
 use crate::locks::Cancel;
 
-/// The image is malformed, exceeds a limit, or lies.
+/// Returns the error for an image that is malformed, exceeds a limit, or contradicts itself.
 pub(super) fn bad(message: impl Into<String>) -> Error {
     Error::new(Kind::InvalidImage, message)
 }
 
-/// Converts the error of a reader. A reader of ours puts an [`Error`] into the I/O error, and that
-/// one keeps its kind.
+/// Converts the error of a reader. If one of fcd's readers has put an [`Error`] into the I/O error,
+/// its kind is kept.
 pub(super) fn read_error(doing: impl Into<String>, error: std::io::Error) -> Error {
     match error.downcast::<Error>() {
         Ok(error) => error.context(doing.into()),

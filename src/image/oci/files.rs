@@ -46,7 +46,8 @@ impl IndexedLayer {
             file.rewind()?;
             Ok(file)
         });
-        // The index compares each file with what is left, so the layer must not be counted yet.
+        // The index compares each file with the rest of the budget, so the layer's bytes must not
+        // be counted yet.
         let index = index(Seeking::new(from_start.map_err(io)?, bytes), budget)?;
         budget.add_bytes(bytes)?;
         Ok(Self { index, tar })
@@ -98,7 +99,7 @@ impl Input for Seeking {
     }
 }
 
-/// Opens files in a directory. The daemon's cache does this in the program.
+/// Opens files in a directory. In production, the daemon's cache does this.
 #[cfg(test)]
 pub(super) struct TestFiles(pub(super) std::path::PathBuf);
 

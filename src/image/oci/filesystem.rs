@@ -13,13 +13,13 @@ use std::io::Read;
 use std::os::unix::fs::FileExt;
 
 /// The time of everything that has none of its own: directories that no layer names, and the file
-/// system itself. 2023-11-14, so that no program stumbles over a time before 1980.
+/// system itself. It is 2023-11-14, because some programs fail with times before 1980.
 pub(super) const FIXED_TIME_S: i64 = 1_700_000_000;
 /// The times that ext4 can store with inodes of 256 bytes; the kernel also clamps to them.
 const TIME_MIN_S: i64 = -(1 << 31);
 const TIME_MAX_S: i64 = (1 << 34) - (1 << 31) - 1;
 const BLOCK_BYTES: u64 = 4096;
-/// The bytes for which mke2fs makes one inode by default.
+/// mke2fs makes one inode for this number of bytes by default.
 const BYTES_PER_INODE: u64 = 16384;
 const LABEL: &str = "fcd-root";
 /// Writes are collected up to this size.
@@ -36,7 +36,7 @@ pub(super) enum Device {
     Fifo,
 }
 
-/// What is written, and how large.
+/// The size and the identity of a file system.
 pub(super) struct Options {
     pub(super) disk_bytes: u64,
     pub(super) uuid: [u8; 16],
@@ -50,7 +50,7 @@ pub(super) struct Fill<'a> {
     pub(super) content: Box<dyn Read + 'a>,
 }
 
-/// A file system in the making: all names first, then all contents.
+/// A file system that is being made: all names are added first, then all contents.
 pub(super) trait Filesystem: Sized {
     fn new(options: &Options) -> Result<Self>;
     fn root(&self) -> Inode;
@@ -99,7 +99,7 @@ pub(super) struct Ext4 {
     options: mkext4::Options,
 }
 
-/// Converts an error of the crate: an I/O error is one of our readers or of the output.
+/// Converts an error of the crate. An I/O error comes from one of fcd's readers or from the output.
 fn failed(doing: &str, error: mkext4::Error) -> Error {
     match error {
         mkext4::Error::Io(e) => super::errors::read_error(doing, e),
@@ -239,7 +239,7 @@ impl Filesystem for Ext4 {
         let size = self.options.size_bytes;
         let doing = "write the file system";
         let layout = self.builder.seal().map_err(|e| match e {
-            // All names were checked when they were added, so what is left is the space.
+            // All names were checked when they were added, so only the space can be the reason.
             mkext4::Error::Invalid(_) | mkext4::Error::Unsupported(_) => {
                 failed("the image does not fit on its disk", e)
                     .with_kind(Kind::Exhausted)
@@ -273,7 +273,7 @@ impl Filesystem for Ext4 {
     }
 }
 
-/// Keeps the error of a reader, of which the crate passes on only the text.
+/// Keeps the error of a reader, because the crate passes on only its text.
 struct KeepingError<R> {
     inner: R,
     error: Option<std::io::Error>,
@@ -289,7 +289,7 @@ impl<R: Read> Read for KeepingError<R> {
     }
 }
 
-/// Writes to a file, and joins writes that follow each other.
+/// Writes to a file, and joins adjacent writes.
 struct Collecting<'a> {
     file: &'a File,
     /// The position of the collected bytes.
@@ -321,7 +321,8 @@ impl RegionSink for Collecting<'_> {
         Ok(())
     }
 
-    /// Small gaps are the ends of files. They are written, so that the next file can be joined.
+    /// A small gap is the rest of a file's last block. It is written, so that the next file can be
+    /// joined.
     fn zeros(&mut self, offset: u64, len: u64) -> std::io::Result<()> {
         let end = self.at + self.bytes.len() as u64;
         if end == offset && !self.bytes.is_empty() && len < BLOCK_BYTES {

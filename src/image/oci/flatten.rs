@@ -1,5 +1,5 @@
-//! From layers to an ext4 file: read the layers that the cache does not have, merge all of them,
-//! and write every surviving file once.
+//! Turns layers into an ext4 file: reads the layers that the cache does not have, merges all of
+//! them, and writes every surviving file once.
 
 use super::budget::Budget;
 use super::digest::Digest;
@@ -27,12 +27,12 @@ const LOST_FOUND: &str = "lost+found";
 /// The space of an entry in addition to its content: an inode, a directory entry, and on average
 /// half a block.
 const ENTRY_BYTES: u64 = 4096;
-/// The free space on a disk that is larger than wanted.
+/// The free space on a disk that was enlarged to fit the image's files.
 const FREE_BYTES: u64 = 1 << 30;
 /// A disk's size is a multiple of this.
 const DISK_UNIT_BYTES: u64 = 1 << 20;
 
-/// How far a pull is. The callback gets it from several threads.
+/// The progress of a pull. The callback is called from several threads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {
     /// The layer was in the cache, or is the same as a lower one.
@@ -41,20 +41,20 @@ pub enum Progress {
     Read { layer: usize, bytes: u64 },
     /// The layer is complete and verified.
     Complete { layer: usize },
-    /// The layers are merged. The tree has files of this size.
+    /// The layers are merged. `bytes` is the size of all files in the tree.
     Merged { bytes: u64 },
     /// This many more bytes of files were written.
     Written { bytes: u64 },
 }
 
-/// What a flatten needs in addition to the image.
+/// The parameters of [`flatten`] in addition to the image.
 pub struct Flatten<'a> {
     pub files: &'a dyn LayerFiles,
-    /// The file that gets the file system. Its former content is lost.
+    /// The file to which the file system is written. Its former content is lost.
     pub out: &'a File,
     /// The size of the file system. It becomes larger if the image's files need more.
     pub disk_bytes: u64,
-    /// Limit of the uncompressed layers together.
+    /// The size limit of all uncompressed layers together.
     pub unpacked_bytes_max: u64,
     pub progress: &'a (dyn Fn(Progress) + Sync),
     pub cancel: &'a Cancel,
@@ -109,7 +109,7 @@ pub fn flatten(image: &Image, blobs: &dyn Blobs, request: &Flatten<'_>) -> Resul
     })
 }
 
-/// Makes a UUID of version 8 (RFC 9562) from a digest, so that the same image gives the same one.
+/// Makes a UUID of version 8 (RFC 9562) from a digest, so that the same image has the same UUID.
 fn uuid_of(digest: Digest) -> [u8; 16] {
     let mut uuid = [0; 16];
     uuid.copy_from_slice(&digest.as_bytes()[..16]);
@@ -163,7 +163,8 @@ fn read_layers(
     for (at, layer) in layers.iter().enumerate() {
         all.push(match found[at].take() {
             Some(layer) => layer,
-            // The same content as a lower layer. It changes nothing unless a layer in between did.
+            // This layer has the content of a lower one. It makes a difference only if a layer in
+            // between has changed the same files.
             None => again(&all[first_of[&layer.diff_id]], budget)?,
         });
     }
@@ -241,9 +242,9 @@ impl Readers<'_> {
         Ok(read)
     }
 
-    /// Reads a layer from its beginning if an earlier pull may have caused the error. The budget
-    /// counts both times, so a layer that is nearly too large may be refused. The pull after that
-    /// succeeds.
+    /// Reads a layer again from its beginning if bytes from an earlier pull may have caused the
+    /// error. The budget counts both reads, so a layer that is nearly too large may be refused. The
+    /// next pull then succeeds.
     fn read_again(
         &self,
         missing: &Missing,
@@ -290,7 +291,7 @@ impl Readers<'_> {
     }
 }
 
-/// True for an error that other bytes of the blob may not cause.
+/// True for an error that wrong bytes of the blob may have caused.
 fn is_of_blob(error: &Error) -> bool {
     matches!(
         error.kind(),
@@ -306,7 +307,7 @@ fn first_cause(before: Option<Error>, error: Error) -> Error {
     }
 }
 
-/// What a tree holds.
+/// The content of a tree.
 #[derive(Clone, Copy, Debug, Default)]
 struct Size {
     entries: u64,
@@ -314,7 +315,7 @@ struct Size {
 }
 
 impl Size {
-    /// Returns `wanted` if a disk of that size has room for the files, and else a larger size.
+    /// Returns `wanted` if a disk of that size has room for the files, or else a larger size.
     fn disk_bytes(self, wanted: u64) -> u64 {
         let needed = self.bytes / 4 * 5 + self.entries * ENTRY_BYTES;
         if needed <= wanted {
@@ -425,7 +426,7 @@ impl<'a, F: Filesystem> Writing<'a, F> {
         }
     }
 
-    /// ext4 has this directory of its own, so one of the image must be empty.
+    /// Checks that the image's `lost+found` is empty, because ext4 has this directory itself.
     fn check_lost_found(&self, id: u32) -> Result<()> {
         match &self.tree.node(id).content {
             Content::Directory { children, .. } if children.is_empty() => Ok(()),
@@ -478,7 +479,7 @@ impl<'a, F: Filesystem> Writing<'a, F> {
 
     fn declare_files(&mut self) -> Result<()> {
         let mut files = std::mem::take(&mut self.files);
-        // Stable, so that the names of one object keep their order.
+        // The sort is stable, so that the names of one object keep their order.
         files.sort_by_key(|file| file.object);
         for file in files {
             let entry: &Entry = self.tree.entry(file.object);

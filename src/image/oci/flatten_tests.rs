@@ -515,7 +515,7 @@ fn lying_blobs_are_refused_and_leave_nothing() {
     }
 }
 
-/// An image of which an earlier pull has kept wrong bytes.
+/// An image for which an earlier pull has kept wrong bytes.
 struct Kept<'a>(&'a TestImage, Vec<u8>);
 
 impl Blobs for Kept<'_> {
@@ -542,7 +542,7 @@ fn wrong_partial_download_is_fetched_once_more() {
     let bench = Bench::new();
     bench.flatten(&image).unwrap();
     let wanted = std::fs::read(bench.out()).unwrap();
-    // The first has a tar of another layer, the second no tar at all.
+    // The first bytes are the tar of another layer, and the second are not a tar at all.
     let other = TestImage::new(&[vec![dir("other")]], Compression::Gzip);
     let other = other.blobs[&other.layers[0].digest].clone();
     for kept in [other, b"neither gzip nor tar".repeat(99)] {
@@ -640,7 +640,7 @@ fn cancel_stops_at_every_step() {
         };
         match bench.flatten_with(&image, DISK_BYTES, &cancel) {
             Err(error) => assert_eq!(error.kind(), Kind::Cancelled, "step {last}: {error}"),
-            // The last content was read before the cancel.
+            // The pull succeeds if it had read the last content before the cancel.
             Ok(_) => assert!(bench.cancel.is_cancelled()),
         }
         assert!(

@@ -1,4 +1,4 @@
-//! Fuzz targets for what an image's author or its registry writes, for `tests/fuzz`.
+//! Fuzz targets for the input that an image's author or its registry controls, for `tests/fuzz`.
 
 use super::budget::Budget;
 use super::decompress::inflate;
@@ -12,7 +12,7 @@ use super::{Digest, Platform, Reference};
 use crate::locks::Cancel;
 use std::io::{BufReader, Write};
 
-/// Parses a line as a location. What was parsed must mean the same when it is parsed again.
+/// Parses a line as a location, and checks that its text is parsed to the same location again.
 pub fn reference(input: &[u8]) {
     let Ok(text) = std::str::from_utf8(input) else {
         return;
@@ -70,7 +70,7 @@ fn seal_headers(tar: &mut [u8]) {
 /// Limit of the memory for an inflated layer in [`layer`].
 const INFLATED_BYTES_MAX: u64 = 1 << 20;
 
-/// Inflates and indexes a layer. What was indexed must be safe.
+/// Inflates and indexes a layer, and checks that every indexed entry is safe.
 pub fn layer(input: &[u8]) {
     let Ok(mut tar) = inflate(input, INFLATED_BYTES_MAX) else {
         return;
@@ -126,8 +126,8 @@ fn entry_of(line: &str) -> Option<Entry> {
     })
 }
 
-/// Merges layers that are written as lines; a line with a dash begins the next layer. No mutation
-/// of a tar would reach as much.
+/// Merges layers that are written as lines; a line with a dash begins the next layer. Mutations of
+/// a tar would not reach as much code.
 pub fn merge(input: &[u8]) {
     let Ok(text) = std::str::from_utf8(input) else {
         return;

@@ -8,7 +8,7 @@ pub(super) const BLOCK: usize = 512;
 /// A header block whose checksum is right.
 pub(super) struct Header<'a>(&'a [u8; BLOCK]);
 
-/// The field of a header in which a number is.
+/// A numeric field of a header.
 #[derive(Clone, Copy)]
 pub(super) enum Number {
     Mode,
@@ -35,7 +35,7 @@ impl Number {
 }
 
 impl<'a> Header<'a> {
-    /// Checks the checksum, which old tools computed with signed bytes.
+    /// Checks the checksum. Also accepts the sum of signed bytes, which old tools computed.
     pub(super) fn new(block: &'a [u8; BLOCK]) -> Result<Self> {
         let (mut unsigned, mut signed) = (0, 0);
         for (at, byte) in block.iter().enumerate() {

@@ -26,7 +26,7 @@ pub(super) struct LayerIndex {
     pub tar_bytes: u64,
 }
 
-/// What a thread that reads a layer shares with the others.
+/// The state that a thread that reads a layer shares with the others.
 pub(super) struct Reading<'a> {
     pub(super) budget: &'a Budget,
     pub(super) cancel: &'a Cancel,
@@ -106,8 +106,8 @@ pub(super) fn index(tar: impl Input, budget: &Budget) -> Result<LayerIndex> {
     Ok(LayerIndex { entries, tar_bytes })
 }
 
-/// The bytes of a blob as they arrive. Fails when there are more than the descriptor says, and when
-/// the pull is cancelled.
+/// Reads the bytes of a blob as they arrive. Fails if there are more than the descriptor announces,
+/// or if the pull is cancelled.
 struct Compressed<'a, R> {
     inner: R,
     left: u64,

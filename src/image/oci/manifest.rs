@@ -2,8 +2,8 @@
 //!
 //! [`resolve`] follows an index to the manifest of one platform and reads its configuration. All
 //! documents are hostile. They are verified against the digest that refers to them before they are
-//! parsed, their sizes and counts are limited, and what they say is only data. `urls` in a
-//! descriptor are ignored: a layer comes from the registry or not at all.
+//! parsed, their sizes and counts are limited, and their content is only used as data. `urls` in a
+//! descriptor are ignored, because layers come only from the registry.
 
 use super::digest::{Digest, Hashing};
 use super::errors::{bad, read_error};
@@ -29,8 +29,8 @@ const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+
 const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 const OCI_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
-/// What a layer's media type begins with. Its compression is found by its first bytes, as docker
-/// does it, because media types are often wrong.
+/// The prefixes of the media types of layers. The compression is detected from the first bytes, as
+/// docker does it, because media types are often wrong.
 const LAYERS: &[&str] = &[
     "application/vnd.oci.image.layer.v1.tar",
     "application/vnd.oci.image.layer.nondistributable.v1.tar",
@@ -47,11 +47,11 @@ const CONTAINERD_NAME: &str = "io.containerd.image.name";
 /// How many names of images an error shows.
 const NAMES_SHOWN_MAX: usize = 8;
 
-/// Limit of a string of the configuration, and of the number of strings in a list of it.
+/// Limits of the size of a string in the configuration, and of the number of strings in a list.
 const STRING_BYTES_MAX: usize = 128 << 10;
 const STRINGS_MAX: usize = 4096;
-/// Limit of the configuration as JSON. `image.show` answers with it in one line, which has at most
-/// 1 MiB.
+/// Limit of the configuration as JSON. The answer of `image.show` contains it, and has at most 1
+/// MiB.
 const CONFIG_JSON_BYTES_MAX: usize = 256 << 10;
 
 /// Refers to a blob by its digest.
@@ -71,13 +71,13 @@ impl Descriptor {
     }
 }
 
-/// Where blobs come from: a registry, or an archive that was spooled.
+/// The source of blobs: a registry, or an archive that was spooled.
 pub trait Blobs: Sync {
     /// Opens a blob. The reader may return any bytes: the caller verifies size and digest.
     fn open(&self, blob: &Descriptor) -> Result<Box<dyn Read + Send + '_>>;
 
-    /// Opens a blob that was read and turned out to be wrong. Returns None if it would be the same
-    /// again, because no part of it was received by an earlier pull.
+    /// Opens a blob again whose bytes turned out to be wrong. Returns None if no part of them came
+    /// from an earlier pull, because they would then be the same again.
     fn open_again(&self, _blob: &Descriptor) -> Result<Option<Box<dyn Read + Send + '_>>> {
         Ok(None)
     }
@@ -92,7 +92,7 @@ pub struct Layer {
     pub diff_id: Digest,
 }
 
-/// An image that was found: what its manifest and its configuration say.
+/// An image that was found, with the content of its manifest and configuration.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Image {
     /// The digest of the manifest.
@@ -136,7 +136,7 @@ impl IndexEntry {
             .any(|key| self.annotation(key) == Some(name))
     }
 
-    /// Tells whether docker would mean this entry by a reference.
+    /// True if docker would resolve a reference to this entry.
     fn is_meant_by(&self, reference: &Reference) -> bool {
         let name = self.annotation(REF_NAME).filter(|name| !is_tag(name));
         let names = [self.annotation(CONTAINERD_NAME), name];
@@ -148,7 +148,7 @@ impl IndexEntry {
     }
 }
 
-/// Tells whether the name in an archive is only a tag.
+/// True if the name in an archive is only a tag.
 fn is_tag(name: &str) -> bool {
     !name.contains(['/', ':'])
 }
@@ -311,8 +311,8 @@ pub fn resolve(root: &Descriptor, platform: &Platform, blobs: &dyn Blobs) -> Res
     resolve_with(root, platform, |what, blob| fetch(what, blob, blobs))
 }
 
-/// Resolves with documents that `fetch` has already verified. Its first argument says what it is
-/// about to read.
+/// Resolves with documents that `fetch` has already verified. Its first argument describes the
+/// document, for error messages.
 pub(super) fn resolve_with(
     root: &Descriptor,
     platform: &Platform,
@@ -336,8 +336,7 @@ pub(super) fn resolve_with(
 }
 
 /// Returns the entry that suits the platform best, the first of several equal ones. An entry
-/// without a platform fits if it is the only one, because archives of one image say nothing about
-/// it.
+/// without a platform fits if it is the only one, because archives of one image often omit it.
 fn choose(mut entries: Vec<IndexEntry>, platform: &Platform) -> Result<IndexEntry> {
     let rank = |entry: &IndexEntry| entry.platform.as_ref()?.rank(platform);
     let only = entries.len() == 1 && entries[0].platform.is_none();
@@ -415,7 +414,7 @@ pub(super) fn find_in_layout(
     choose(entries, platform).map(Named::of)
 }
 
-/// The error for an archive from which the caller must choose an image.
+/// Returns the error for an archive from which the caller must choose an image.
 pub(super) fn several(count: usize, names: impl Iterator<Item = String>, kind: &str) -> Error {
     let shown = |name: String| text::quoted(&whole_name(&name).unwrap_or(name));
     let names: Vec<String> = names.take(NAMES_SHOWN_MAX).map(shown).collect();
@@ -456,7 +455,7 @@ struct RootFs {
     diff_ids: Option<Vec<Digest>>,
 }
 
-/// Puts an image together from the layers of its manifest and its configuration.
+/// Makes an image from the layers of its manifest and its configuration.
 pub(super) fn image_of(
     digest: Digest,
     layers: Vec<Descriptor>,
@@ -469,7 +468,7 @@ pub(super) fn image_of(
     if claimed.variant.as_deref().is_none_or(str::is_empty) {
         claimed.variant.clone_from(&platform.variant);
     }
-    // Old tools left the fields empty; then the choice from the index must do.
+    // Old tools left the fields empty. Then only the index determines the platform.
     let is_silent = claimed.os.is_empty() && claimed.architecture.is_empty();
     if !is_silent && !claimed.fits(platform) {
         return Err(wrong_platform(platform, &claimed.to_string()));

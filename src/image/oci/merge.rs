@@ -22,9 +22,10 @@ const WHITEOUT: &str = ".wh.";
 /// The prefix of metadata of AUFS, which docker ignores.
 const AUFS: &str = ".wh..wh.";
 const OPAQUE: &str = ".wh..wh..opq";
-/// How many entries are merged between two looks at the cancel token.
+/// How many entries are merged between two checks of the cancel token.
 const CANCEL_PERIOD: usize = 1024;
-/// Limit of the nodes, with directories that no entry names and with nodes that were removed.
+/// The maximum number of nodes, including directories that no entry names and nodes that were
+/// removed.
 const NODES_MAX: u64 = 2 * ENTRIES_MAX;
 
 /// The index of a node in [`Tree::nodes`].
@@ -63,7 +64,7 @@ pub(super) struct Tree<'a> {
     nodes: Vec<Node<'a>>,
 }
 
-/// Where a path leads: existing directories, then names that do not exist yet.
+/// The result of following a path: existing directories, then names that do not exist yet.
 struct Place<'a> {
     directories: Vec<NodeId>,
     missing: Vec<&'a str>,
@@ -146,8 +147,8 @@ impl<'a> Tree<'a> {
         self.children(directory)?.get(name).copied()
     }
 
-    /// Panics if the tree is not one: a node has two parents, a name could not be one of a file, or
-    /// an object is of the wrong kind.
+    /// Panics if the tree is malformed: if a node has two parents, a name cannot be a file's name,
+    /// or an object has the wrong kind.
     #[cfg(any(test, feature = "fuzz"))]
     pub(super) fn check(&self) {
         let mut seen = std::collections::HashSet::from([ROOT]);
@@ -230,7 +231,8 @@ impl<'a> Merger<'a> {
         Ok(())
     }
 
-    /// Counts the work, which links that lead through many directories could multiply.
+    /// Counts one step of work. Without a limit, links through many directories could multiply the
+    /// work.
     fn step(&mut self) -> Result<()> {
         self.spend(1)
     }
@@ -262,7 +264,7 @@ impl<'a> Merger<'a> {
                 }
                 _ => {}
             }
-            // The path itself has no such part, but a link may lead to one.
+            // An entry's path has no such component, but the target of a link may have one.
             if name.starts_with(WHITEOUT) {
                 return Err(bad(format!(
                     "a link leads to {}, which is the name of a whiteout",
@@ -318,7 +320,7 @@ impl<'a> Merger<'a> {
         Ok(at)
     }
 
-    /// Adds a node, in place of the one that has its name.
+    /// Adds a node, and replaces the one that has its name.
     fn put(&mut self, parent: NodeId, name: &'a str, content: Content<'a>) -> Result<NodeId> {
         self.step()?;
         if self.tree.nodes.len() as u64 > NODES_MAX {
@@ -364,7 +366,7 @@ impl<'a> Merger<'a> {
         Ok(())
     }
 
-    /// Returns what a hard link refers to. A link in the last component is not followed.
+    /// Returns the object that a hard link refers to. A link in the last component is not followed.
     fn object(&mut self, target: &'a str) -> Result<EntryRef> {
         let (parent, name) = split(target);
         let place = self.resolve(parent)?;
@@ -383,7 +385,7 @@ impl<'a> Merger<'a> {
         }
     }
 
-    /// Removes what lower layers have at a name. A name that does not exist is not an error.
+    /// Removes the files of lower layers at a name. A name that does not exist is not an error.
     fn remove(&mut self, parent: &'a str, name: &str) -> Result<()> {
         if matches!(name, "" | "." | "..") {
             return Err(bad("the whiteout does not name a file"));
@@ -403,7 +405,7 @@ impl<'a> Merger<'a> {
         Ok(())
     }
 
-    /// Removes what lower layers have in a directory.
+    /// Removes the files of lower layers in a directory.
     fn clear(&mut self, path: &'a str) -> Result<()> {
         match self.lower_directory(path)? {
             Some(directory) => self.remove_lower(directory),
@@ -411,7 +413,7 @@ impl<'a> Merger<'a> {
         }
     }
 
-    /// Returns the directory that a whiteout speaks of, or `None` if there is nothing to remove.
+    /// Returns the directory that a whiteout refers to, or `None` if there is nothing to remove.
     fn lower_directory(&mut self, path: &'a str) -> Result<Option<NodeId>> {
         Ok(self.resolve(path)?.directory())
     }

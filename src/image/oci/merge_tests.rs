@@ -4,7 +4,7 @@ use super::super::test_tar::{Item, device, dir, file, hardlink, item, symlink, t
 use super::*;
 use crate::error::{Error, Kind};
 
-/// Returns one line per path of the merged tree. The mode of an entry says which layer it is from.
+/// Returns one line per path of the merged tree. The mode of an entry shows which layer it is from.
 fn merged(layers: &[Vec<Item>]) -> Result<Vec<String>> {
     merged_within(100_000, layers)
 }
@@ -167,7 +167,7 @@ fn whiteouts_remove_what_lower_layers_have() {
          /d/ 1
          /d/y 1",
     );
-    // Only what has the whiteout's name counts, not its kind.
+    // Only the name of a whiteout matters, not its kind.
     let odd = vec![
         dir(".wh.a"),
         symlink("d/.wh.x", "y"),

@@ -1,7 +1,7 @@
-//! OCI images: from a reference and blobs to a bootable ext4 file.
+//! Converts OCI images, from a reference and blobs to a bootable ext4 file.
 //!
-//! This is a library without network and without knowledge of the daemon. The caller gives blobs
-//! ([`manifest::Blobs`]), which come from a registry or from an archive.
+//! This library has no access to the network and does not depend on the daemon. The caller provides
+//! the blobs ([`manifest::Blobs`]), which come from a registry or from an archive.
 //!
 //! Everything here parses hostile bytes. The readers are functions over `Read` or over slices, with
 //! limits on every size and count ([`limits`]) and with fuzz targets.

@@ -5,7 +5,8 @@ use super::errors::bad;
 use super::limits::XATTR_BYTES_MAX;
 use crate::error::{Kind, Result};
 
-/// What a PAX header says about the next entry. Other records do not matter for an image.
+/// The records of a PAX header about the next entry. Records that an image does not need are
+/// ignored.
 #[derive(Debug, Default, PartialEq)]
 pub(super) struct Pax {
     pub(super) path: Option<Vec<u8>>,
@@ -20,9 +21,9 @@ pub(super) struct Pax {
 const XATTR: &str = "SCHILY.xattr.";
 
 impl Pax {
-    /// Parses the records `LENGTH KEY=VALUE\n`. A record without a value does not count, as in
-    /// Go's archive/tar. A record that comes twice with different values is refused, because
-    /// readers would disagree about it.
+    /// Parses the records `LENGTH KEY=VALUE\n`. A record without a value is ignored, as in Go's
+    /// archive/tar. A key with two different values is refused, because readers would disagree
+    /// about it.
     pub(super) fn parse(mut bytes: &[u8]) -> Result<Self> {
         let damaged = || bad("a PAX header of the tar is damaged");
         let mut pax = Self::default();
@@ -96,8 +97,8 @@ impl Pax {
     }
 }
 
-/// The error for a sparse file. Docker, buildah and umoci expand sparse files before they make a
-/// layer.
+/// Returns the error for a sparse file. Docker, buildah and umoci expand sparse files before they
+/// make a layer.
 pub(super) fn sparse() -> crate::error::Error {
     bad("the tar has a sparse file")
         .with_kind(Kind::Unsupported)

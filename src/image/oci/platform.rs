@@ -6,7 +6,7 @@ use serde::Deserialize;
 use std::fmt;
 use std::str::FromStr;
 
-/// What to choose from an index.
+/// The platform to choose from an index.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Platform {
     pub os: String,
@@ -84,8 +84,8 @@ impl Claimed {
     /// number is better.
     ///
     /// A CPU of a variant runs the code for lower variants, so `linux/amd64/v3` prefers v3, and
-    /// then v2 and v1. This is what containerd does. If no variant is wanted, nobody knows which
-    /// one the CPU has, so the lowest is best. Variants that are not numbers come last then.
+    /// then v2 and v1. This is what containerd does. If no variant is wanted, the variant of the
+    /// CPU is unknown, so the lowest is best, and variants that are not numbers come last.
     pub(super) fn rank(&self, wanted: &Platform) -> Option<u32> {
         let architecture = normal_architecture(&self.architecture);
         if self.os != wanted.os || architecture != wanted.architecture {

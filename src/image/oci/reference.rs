@@ -13,12 +13,12 @@ use std::str::FromStr;
 
 const OFFICIAL: &str = "library/";
 const DEFAULT_TAG: &str = "latest";
-/// Limit of docker for domain and path together.
+/// Docker's size limit of domain and path together.
 const NAME_BYTES_MAX: usize = 255;
 const TAG_BYTES_MAX: usize = 128;
 
-/// An image in a registry: a domain, a path and a tag or a digest or both. A digest says what to
-/// pull; the tag next to it is only a name.
+/// An image in a registry: a domain, a path and a tag or a digest or both. A digest determines what
+/// is pulled, and a tag next to it is only a name.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Reference {
     domain: String,
@@ -54,7 +54,7 @@ impl Reference {
         }
         let short = &full[DEFAULT_REGISTRY.len() + 1..];
         let shortest = short.strip_prefix(OFFICIAL).unwrap_or(short);
-        // A path can itself look like a domain or like an official image.
+        // A shortened path could look like a domain or like another official image.
         let means_this = |name: &&str| parse(name).as_ref() == Ok(self);
         let found = [shortest, short].into_iter().find(means_this);
         found.map_or(full.clone(), str::to_owned)
@@ -180,7 +180,8 @@ fn is_port(port: &str) -> bool {
     !port.is_empty() && port.bytes().all(|b| b.is_ascii_digit()) && port.parse::<u16>().is_ok()
 }
 
-/// Says what is wrong with a path, or returns `None`. A component consists of lower-case letters
+/// Returns what is wrong with a path, or `None`. A component consists of lower-case letters and
+/// digits, joined by one dot, one or two underscores, or any number of dashes.
 /// and digits, joined by one dot, one or two underscores, or any number of dashes.
 fn wrong_path(path: &str) -> Option<&'static str> {
     let is_word = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();

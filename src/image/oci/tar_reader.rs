@@ -19,7 +19,7 @@ const OCTAL_SIZE_MAX: u64 = 0o77_777_777_777;
 const MAJOR_MAX: i64 = 0xfff;
 const MINOR_MAX: i64 = 0xf_ffff;
 
-/// What a tar is read from.
+/// The source from which a tar is read.
 pub(super) trait Input: BufRead {
     /// Skips bytes. Returns how many, which is fewer only at the end.
     fn skip(&mut self, bytes: u64) -> std::io::Result<u64>;
@@ -86,8 +86,8 @@ impl<'a, R: Input> TarReader<'a, R> {
                     let pax = Pax::parse(&self.extension(&header)?)?;
                     once(&mut extensions.pax, pax)?;
                 }
-                // Docker ignores global headers. One that names files would be read differently by
-                // others.
+                // Docker ignores global headers. A global header that names files is refused,
+                // because other readers would apply it.
                 b'g' => {
                     if Pax::parse(&self.extension(&header)?)?.names_an_entry() {
                         return Err(bad("a global PAX header of the tar names files"));
@@ -301,8 +301,8 @@ fn size_of(header: &Header<'_>) -> Result<u64> {
         .ok_or_else(|| bad("a header of the tar has an impossible size"))
 }
 
-/// Returns the size of an entry. A PAX header gives it if the header itself cannot; then the header
-/// has zero, its largest number or the same size.
+/// Returns the size of an entry. If the header cannot store it, a PAX header does. The header then
+/// must contain zero, its largest number or the same size.
 fn entry_size(header: &Header<'_>, pax: Option<u64>) -> Result<u64> {
     let own = size_of(header)?;
     match pax {

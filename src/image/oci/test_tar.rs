@@ -1,4 +1,4 @@
-//! Makes tars for tests, also wrong ones.
+//! Makes tars for tests, including invalid ones.
 
 /// One entry. Fields that a test does not set have plain values.
 #[derive(Clone)]

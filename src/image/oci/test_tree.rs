@@ -9,7 +9,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// What a path is. Paths with one inode have the same `first_name`.
+/// The file at a path. Paths with one inode have the same `first_name`.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Found {
     pub(super) mode: u32,

@@ -1,6 +1,6 @@
 //! The cache of unpacked layers, one tar archive per layer. Its name is the layer's diff id: the
-//! SHA-256 digest of the archive, which the daemon has computed itself. So users can share layers
-//! without trusting each other.
+//! SHA-256 digest of the archive, which the daemon has computed itself. Therefore users can share
+//! layers without trusting each other.
 
 use super::partial::{self, Partials, hex_of};
 use crate::error::{Error, Result};
@@ -66,7 +66,7 @@ impl Layers {
         };
         match File::open(&path) {
             Ok(file) => {
-                // The time only orders layers for pruning.
+                // The time only orders layers for pruning, so a failure does not matter.
                 let _ = file.set_times(FileTimes::new().set_modified(SystemTime::now()));
                 Ok(Some(file))
             }
@@ -81,7 +81,8 @@ impl Layers {
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
         match rustix::fs::open(&self.dir, flags, Mode::RUSR | Mode::WUSR) {
             Ok(fd) => Ok(fd.into()),
-            // Some file systems have no O_TMPFILE. Such a file cannot be added to the cache.
+            // Some file systems have no O_TMPFILE. The file that replaces it cannot be added to the
+            // cache.
             Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::ISDIR) => {
                 tempfile::tempfile_in(&self.dir).map_err(io)
             }
@@ -90,8 +91,8 @@ impl Layers {
     }
 
     /// Adds a file that [`Self::new_file`] created to the cache if its content has the digest
-    /// `diff_id`. Returns whether the layer is cached now. `gives_up` is asked repeatedly while the
-    /// digest is computed.
+    /// `diff_id`. Returns true if the layer is cached now. `gives_up` is called repeatedly while
+    /// the digest is computed, and stops it by returning true.
     pub(crate) fn insert(
         &self,
         diff_id: &str,
@@ -198,7 +199,7 @@ impl Layers {
         Ok(())
     }
 
-    /// Returns None if `diff_id` is not a SHA-256 digest.
+    /// Returns the path of a layer, or None if `diff_id` is not a SHA-256 digest.
     fn path(&self, diff_id: &str) -> Option<PathBuf> {
         hex_of(diff_id).map(|hex| self.dir.join(hex))
     }
@@ -259,7 +260,7 @@ mod tests {
         let mut found = layers.get(&id(b"one")).unwrap().unwrap();
         assert_eq!(std::io::read_to_string(&mut found).unwrap(), "one");
         assert!(layers.get(&id(b"two")).unwrap().is_none());
-        // The layer, and the directory of partial downloads.
+        // The entries are the layer and the directory of partial downloads.
         assert_eq!(std::fs::read_dir(&layers.dir).unwrap().count(), 2);
     }
 

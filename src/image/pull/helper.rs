@@ -19,10 +19,10 @@ use std::process::ExitCode;
 /// This helper's name for [`crate::host::confine::spawn`].
 pub(crate) const NAME: &str = "image";
 
-/// The memory limit of the helper. Its indexes of 10 million entries would not fit, so a layer has
-/// a smaller limit of entries.
+/// The memory limit of the helper. The indexes of 10 million entries would not fit, so the number
+/// of an image's entries has a lower limit.
 const MEMORY_BYTES_MAX: u64 = 2 << 30;
-/// The limit of a file that the helper writes: a layer or a file system.
+/// The size limit of a file that the helper writes: a layer or a file system.
 pub(super) const FILE_BYTES_MAX: u64 = 1 << 40;
 /// The limit of open files: a file per layer, connections, and what name resolution opens.
 const OPEN_FILES_MAX: u64 = 1024;
@@ -41,14 +41,14 @@ const READABLE: &[&str] = &[
     "/sys/devices/system/cpu",
 ];
 
-/// Opening for writing, creating and truncating.
+/// The flags that open a file for writing, create it or truncate it.
 const WRITES: u64 = (libc::O_WRONLY | libc::O_RDWR | libc::O_CREAT | libc::O_TRUNC) as u64;
 const INTERNET: Allowed = Allowed::ArgumentIn(
     0,
     &[
         libc::AF_INET as u64,
         libc::AF_INET6 as u64,
-        // getaddrinfo(3) asks for the host's addresses.
+        // getaddrinfo(3) uses it to get the host's addresses.
         libc::AF_NETLINK as u64,
     ],
 );
@@ -144,7 +144,7 @@ fn serve(daemon: &Daemon) -> Result<()> {
         .unwrap_or_else(|_| Err(Error::internal("the thread of the pull panicked")))
 }
 
-/// Serves the threads until all of them have ended.
+/// Answers the threads' requests until all threads have ended.
 fn answer(daemon: &Daemon, asked: &Receiver<Asking>) {
     for (request, to) in asked {
         // A thread that has ended needs no answer.

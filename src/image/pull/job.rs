@@ -1,4 +1,4 @@
-//! What the daemon asks of the helper, and what the helper returns.
+//! The job that the daemon gives the helper, and its outcome.
 
 use crate::api::image::{ArchiveFormat, ImageConfig, ImageHistory};
 use crate::host::text;

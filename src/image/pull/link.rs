@@ -1,5 +1,5 @@
-//! How the helper's threads reach the daemon: they send their requests to the thread that owns the
-//! channel, and wait for the answer.
+//! Connects the helper's threads with the daemon: they send their requests to the thread that owns
+//! the channel, and wait for the answer.
 
 use super::protocol::{Found, Progress, Request};
 use crate::error::{Error, Result};
@@ -18,10 +18,10 @@ pub(super) enum Answer {
     Partial(File),
 }
 
-/// A request of one thread, and where the answer goes.
+/// A request of one thread, and the sender for its answer.
 pub(super) type Asking = (Request, Sender<Result<Answer>>);
 
-/// How threads reach the daemon.
+/// Sends requests to the thread that owns the channel.
 #[derive(Clone)]
 pub(super) struct Link(Sender<Asking>);
 
@@ -44,7 +44,7 @@ impl Link {
         answer.recv().map_err(|_| ended())?
     }
 
-    /// Reports the image, and waits until the daemon wants it.
+    /// Reports the image, and waits until the daemon has decided to pull it.
     pub(super) fn found(&self, found: Found) -> Result<()> {
         self.ask(Request::Found(found)).map(drop)
     }
@@ -62,7 +62,8 @@ impl Link {
         self.ask(Request::Stored { diff_id, blob }).map(drop)
     }
 
-    /// Returns the file of a blob that is fetched now, if it can be kept for a later pull.
+    /// Returns the file that keeps the received bytes of a blob for a later pull, or None if the
+    /// daemon has no such file.
     pub(super) fn partial(&self, digest: &str) -> Result<Option<File>> {
         let digest = digest.to_owned();
         match self.ask(Request::Partial { digest })? {

@@ -1,8 +1,8 @@
 //! Pulls images from registries and archives.
 //!
-//! Registries and layers are hostile, so a helper process without rights talks to the registry,
-//! unpacks the layers and writes the file system. It cannot open files: it asks the daemon for each
-//! one and receives a descriptor.
+//! Registries and layers are hostile, so a helper process without privileges talks to the registry,
+//! unpacks the layers and writes the file system. It cannot open files, so it requests each one
+//! from the daemon and receives a descriptor.
 //!
 //! ```text
 //! daemon: deadlines, cancel, cache, publish      helper (no privileges, confined)     registry
@@ -13,8 +13,8 @@
 //!   enters the cache only if the daemon itself has computed its digest.
 //! - [`helper`], [`link`], [`report`], [`resume`] and [`work`] are the helper's side.
 //! - [`protocol`] and [`job`] define the messages between the two.
-//! - [`cache`] keeps unpacked layers for later pulls, and [`partial`] what an interrupted pull has
-//!   received of a layer. [`resume`] continues there.
+//! - [`cache`] keeps unpacked layers for later pulls, and [`partial`] keeps the part of a layer
+//!   that an interrupted pull has received. [`resume`] continues from that part.
 
 mod cache;
 pub(crate) mod helper;
@@ -55,8 +55,8 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-/// Where distributions keep the certificates of the authorities that they trust. The first file
-/// that exists is used, as OpenSSL of Debian, Red Hat, SUSE and Alpine does.
+/// The files in which distributions keep the certificates of the authorities that they trust. The
+/// first file that exists is used, as OpenSSL of Debian, Red Hat, SUSE and Alpine does.
 const AUTHORITIES: [&str; 4] = [
     "/etc/ssl/certs/ca-certificates.crt",
     "/etc/pki/tls/certs/ca-bundle.crt",
@@ -66,7 +66,7 @@ const AUTHORITIES: [&str; 4] = [
 /// The size limit of a file with certificates.
 const AUTHORITIES_BYTES_MAX: u64 = 2 << 20;
 
-/// Where an image comes from.
+/// The source of an image.
 pub(crate) enum Source {
     Registry {
         reference: String,
@@ -94,7 +94,7 @@ pub(crate) struct PullSpec<'a> {
     pub bytes_max: u64,
 }
 
-/// What to do with an image that was found.
+/// The observer's decision about an image that was found.
 #[derive(Debug)]
 pub(crate) enum Decision {
     /// Publish it under this name, which is free.
@@ -105,7 +105,7 @@ pub(crate) enum Decision {
         /// True if all users may use the new image because they could use the old one.
         is_shared: bool,
     },
-    /// The same image is already there.
+    /// Publish nothing, because the same image already exists.
     Present(Box<ImageInfo>),
 }
 
@@ -176,7 +176,7 @@ pub(crate) fn pull(
     check_size(&image, spec.bytes_max)?;
     drop(image);
     fsck::check(commands, &rootfs, spec.helper, cancel)?;
-    // No VM may be created from the old image until the new one has its place.
+    // No VM may be created from the old image until the new one has replaced it.
     let _replaced = if replaces {
         Some(deciding.observer.begin_replace(&name)?)
     } else {
@@ -223,7 +223,7 @@ fn create(out: &Path, helper: Option<Credentials>) -> std::io::Result<(PathBuf, 
 
 /// Remembers the observer's decision.
 struct Deciding<'a> {
-    /// The name of an image from a registry. It is not left to the helper, which a registry may
+    /// The name of an image from a registry. It does not come from the helper, which a registry may
     /// have taken over.
     name: Option<String>,
     observer: &'a mut dyn Observer,
@@ -253,7 +253,7 @@ impl session::Observer for Deciding<'_> {
     }
 }
 
-/// Returns the name of an image in a registry, or None for an archive, which has a name itself.
+/// Returns the name of an image in a registry, or None for an archive, which may contain a name.
 fn own_name(source: &Source) -> Result<Option<String>> {
     match source {
         Source::Registry { reference, .. } => {

@@ -1,13 +1,14 @@
-//! Partial downloads: what an interrupted pull has received of a layer that it did not complete.
+//! Partial downloads: the part of a layer that an interrupted pull has received.
 //!
 //! While a helper fetches a large layer, it also writes the compressed bytes to a file that the
 //! daemon has opened. The next pull of the same user reads this file first, and asks the registry
-//! only for the rest. So a pull continues in the middle of a layer even if the daemon was killed.
+//! only for the rest. A pull therefore continues in the middle of a layer even if the daemon was
+//! killed.
 //!
-//! Nobody has verified a partial download, so it is never shared between users. If it is wrong, the
-//! digest of the whole layer differs, and the layer is fetched once more from the beginning. This
-//! is why nothing is synced. Writing the compressed bytes as well costs a third of the layer's
-//! writes, and no time, because they stay in the page cache if the pull ends soon.
+//! A partial download is not verified, so it is never shared between users. If it is wrong, the
+//! digest of the whole layer differs, and the layer is fetched once more from the beginning.
+//! Therefore nothing needs to be synced. The compressed bytes add about a third to a layer's
+//! writes, but they cost no time, because they stay in the page cache if the pull ends soon.
 //!
 //! The files count towards the limit of the layer cache, and are removed after a week.
 
@@ -30,7 +31,7 @@ pub(super) struct Partials {
 }
 
 impl Partials {
-    /// Opens the directory in that of the layers, which is created if it does not exist.
+    /// Opens the directory in that of the layers. Creates it if it does not exist.
     pub(super) fn open(layers: &Path) -> Result<Self> {
         let dir = layers.join(PARTIAL_DIR);
         DirBuilder::new()
@@ -45,9 +46,9 @@ impl Partials {
         &self.dir
     }
 
-    /// Returns what the user has of a blob, which is nothing at first. Returns None if another pull
-    /// of the user fetches the blob now, or if `digest` is not a digest. The lock lives as long as
-    /// the file, also in another process.
+    /// Returns the file with the user's part of a blob, which is empty at first. Returns None if
+    /// another pull of the user is fetching the blob, or if `digest` is not a digest. The file is
+    /// locked until it is closed, even after it was passed to another process.
     pub(super) fn get(&self, uid: u32, digest: &str) -> Result<Option<File>> {
         crate::locks::require_memory_only("file access");
         let Some(path) = self.path(uid, digest) else {
@@ -75,7 +76,7 @@ impl Partials {
         metadata.map_or(0, |metadata| metadata.blocks() * 512)
     }
 
-    /// Removes what the user has of a blob.
+    /// Removes the user's part of a blob.
     pub(super) fn forget(&self, uid: u32, digest: &str) {
         let Some(path) = self.path(uid, digest) else {
             return;
@@ -100,8 +101,8 @@ pub(super) fn hex_of(digest: &str) -> Option<&str> {
     (hex.len() == HEX_LEN && hex.bytes().all(is_digit)).then_some(hex)
 }
 
-/// Tells whether the next pull should continue where one has failed. It should not if the disk is
-/// full, or if what was received may be the reason.
+/// True if the next pull should continue where a pull has failed with this error. False if the disk
+/// is full, or if the received bytes may be the reason.
 pub(super) fn is_worth_keeping(error: &Error) -> bool {
     matches!(
         error.kind(),

@@ -99,7 +99,8 @@ const STAGE_CHARS_MAX: usize = 100;
 const PART_CHARS_MAX: usize = 20;
 
 impl Progress {
-    /// Makes a report harmless that may come from a helper that an image has taken over.
+    /// Shortens the texts and lists of a report, which may come from a helper that an image has
+    /// taken over.
     pub(super) fn bounded(mut self) -> Self {
         let short = |text: &str, max| printable(text).chars().take(max).collect();
         self.stage = short(&self.stage, STAGE_CHARS_MAX);
@@ -152,7 +153,7 @@ pub(in crate::image) fn encode(message: &impl Serialize) -> Vec<u8> {
     serde_json::to_vec(message).expect("only strings and numbers")
 }
 
-/// Returns None if the message is malformed.
+/// Decodes a message. Returns None if it is malformed.
 pub(in crate::image) fn decode<'a, T: Deserialize<'a>>(message: &'a [u8]) -> Option<T> {
     serde_json::from_slice(message).ok()
 }

@@ -87,7 +87,7 @@ impl LayerProgress {
         }
     }
 
-    /// Returns true if the state is another one now.
+    /// Sets the state. Returns true if it has changed.
     fn set_state(&self, state: PartState) -> bool {
         self.state.swap(state as usize, Ordering::Relaxed) != state as usize
     }
@@ -138,11 +138,11 @@ impl<'a> Reporter<'a> {
 
     /// Begins the stage in which the layers are fetched.
     pub(super) fn begin_layers(&self, layers: &[Layer]) {
-        // The sizes are what a hostile manifest says.
+        // The sizes come from the manifest, which may be hostile, so the sum must not overflow.
         let sizes = layers.iter().map(|layer| layer.blob.size);
         let total = sizes.fold(0, u64::saturating_add);
         let layers = layers.iter().map(LayerProgress::new).collect();
-        // A pull has one image, so nobody has set them before.
+        // A pull has one image, so the layers are set only once.
         let _ = self.layers.set(layers);
         self.stage(Stage::Fetch, Some(total));
     }
@@ -162,7 +162,7 @@ impl<'a> Reporter<'a> {
             add_saturating(&layer.done, bytes);
         }
         self.add(bytes);
-        // The next bytes may take long.
+        // Report this now, because the next bytes may take long.
         if begins {
             self.report();
         }

@@ -7,13 +7,13 @@ use std::os::unix::fs::FileExt;
 
 /// The blob as it arrives.
 pub(super) type Body<'a> = Box<dyn Read + Send + 'a>;
-/// Opens the blob from a byte on.
+/// Opens the blob at an offset.
 pub(super) type OpenFrom<'a> = Box<dyn Fn(u64) -> Result<Body<'a>> + Send + 'a>;
 
 /// Reads the file first and the registry afterwards, and adds what the registry sends to the file.
 pub(super) struct Resuming<'a> {
     file: File,
-    /// The number of bytes of the blob that the file has had from the beginning.
+    /// The number of bytes of the blob that the file contained at first.
     known: u64,
     size: u64,
     position: u64,
@@ -24,11 +24,11 @@ pub(super) struct Resuming<'a> {
 }
 
 impl<'a> Resuming<'a> {
-    /// Opens a blob of `size` bytes. If the file has none of them, the registry is asked at once.
+    /// Opens a blob of `size` bytes. Connects to the registry at once if the file is empty.
     pub(super) fn new(file: File, size: u64, open: OpenFrom<'a>) -> Result<Self> {
         let known = match file.metadata().map(|stat| stat.len()) {
             Ok(len) if len <= size => len,
-            // It is not a part of this blob.
+            // The file is not a part of this blob.
             _ => {
                 let _ = file.set_len(0);
                 0
@@ -57,7 +57,7 @@ impl<'a> Resuming<'a> {
     fn read_body(&mut self, into: &mut [u8]) -> io::Result<usize> {
         let body = match &mut self.body {
             Some(body) => body,
-            // The registry need not be asked.
+            // Nothing is left to request from the registry.
             None if self.position == self.size => return Ok(0),
             body => body.insert((self.open)(self.position).map_err(io::Error::other)?),
         };
@@ -83,7 +83,7 @@ impl Read for Resuming<'_> {
         }
         let n = self.read_body(into)?;
         if self.keeps && self.file.write_all_at(&into[..n], self.position).is_err() {
-            // The pull can do without, and may need the space.
+            // The pull does not need this file, and may need its space.
             self.keeps = false;
             let _ = self.file.set_len(0);
         }
@@ -100,10 +100,10 @@ mod tests {
     use std::sync::atomic::{AtomicU64, Ordering};
 
     const BLOB: &[u8] = b"the bytes of a layer";
-    /// What [`read`] returns if the registry was not asked.
+    /// The second value that [`read`] returns if nothing was requested from the registry.
     const NOT_ASKED: u64 = u64::MAX;
 
-    /// A file whose content is `kept`.
+    /// Returns a file with the content `kept`.
     fn file(kept: &[u8]) -> File {
         let file = tempfile::tempfile().unwrap();
         file.write_all_at(kept, 0).unwrap();
@@ -116,8 +116,8 @@ mod tests {
         bytes
     }
 
-    /// Reads the blob, of which the registry sends no more than `sent` bytes. Returns what was
-    /// read, and from which byte on the registry was asked.
+    /// Reads the blob, of which the registry sends at most `sent` bytes. Returns what was read, and
+    /// the offset that was requested from the registry.
     fn read(file: &File, sent: usize) -> (Vec<u8>, u64) {
         let asked = AtomicU64::new(NOT_ASKED);
         let open = |from: u64| {

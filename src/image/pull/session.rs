@@ -20,13 +20,13 @@ use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
 
 /// How long the helper may be silent. It reports progress at least once a second while bytes move,
-/// and gives up by itself if a registry sends nothing for a minute.
+/// and gives up if a registry sends nothing for a minute.
 const SILENCE_MAX: Duration = Duration::from_secs(180);
 /// How long a cancelled pull may take to cache its complete layers.
 const KEEP_MAX: Duration = Duration::from_secs(30);
 /// How long to wait for the helper to end after it was killed. A large write may take seconds.
 const END_MAX: Duration = Duration::from_secs(30);
-/// The maximum number of files that the helper may ask for: the layers of an image and an archive.
+/// The maximum number of files that the helper may request: the layers of an image and an archive.
 const FILES_MAX: usize = LAYERS_MAX + 1;
 /// The maximum space of all files together: the layers, and an archive that holds them or their
 /// partial downloads.
@@ -44,13 +44,13 @@ pub(super) struct Session<'a> {
     pub owner: Option<Credentials>,
     /// The job, which only the helper reads.
     pub job: &'a [u8],
-    /// An archive to read instead of asking a registry.
+    /// An archive to read instead of a registry.
     pub stream: Option<OwnedFd>,
     /// The empty file that becomes the image's root file system.
     pub image: &'a File,
 }
 
-/// What a pull reports while it runs.
+/// Receives the events of a running pull.
 pub(super) trait Observer {
     /// Called once, when the image is known. Returns false if it need not be pulled.
     fn found(&mut self, found: Found) -> Result<bool>;
@@ -107,7 +107,7 @@ impl Session<'_> {
         let mut passed = vec![job.as_fd(), self.image.as_fd(), result.as_fd()];
         passed.extend(self.stream.as_ref().map(AsFd::as_fd));
         send(&helper, &Order::Pull, &passed)?;
-        // The reader of the stream is the helper alone, so its writer learns when the helper ends.
+        // Only the helper reads the stream now, so the writer notices when the helper ends.
         self.stream = None;
         let mut handed_out = HandedOut::default();
         let ended = self.serve(&helper, &mut handed_out, cancel, observer);
@@ -184,14 +184,14 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// Hands out the partial download of a blob. A pull can do without.
+    /// Hands out the partial download of a blob. If there is none, the pull continues without it.
     fn hand_out_partial(
         &self,
         helper: &Helper,
         handed_out: &mut HandedOut,
         digest: String,
     ) -> Result<()> {
-        // An honest helper asks for one per layer.
+        // An honest helper requests one per layer.
         if handed_out.partials.len() >= LAYERS_MAX && !handed_out.partials.contains(&digest) {
             return Err(violation("asked for too many files"));
         }
@@ -216,8 +216,9 @@ impl Session<'_> {
         self.layers.new_file()
     }
 
-    /// Caches the complete layers, also of a pull that was cancelled: the next one need not fetch
-    /// them again, nor read their partial downloads. A failure costs only time at the next pull.
+    /// Caches the complete layers, even if the pull was cancelled, so that the next pull need not
+    /// fetch them again or read their partial downloads. A failure only costs time at the next
+    /// pull.
     fn keep(&self, handed_out: &HandedOut, cancel: &Cancel) {
         let cancelled_at = Cell::new(None);
         let gives_up = || match cancel.cause() {
@@ -282,8 +283,8 @@ fn next(helper: &Helper, cancel: &Cancel) -> Result<Request> {
     }
 }
 
-/// Sends one message. The helper reads each before it sends the next request, so the channel has
-/// room for it.
+/// Sends one message. The helper reads each message before it sends its next request, so the
+/// channel has room for it.
 fn send(helper: &Helper, order: &Order, fds: &[BorrowedFd<'_>]) -> Result<()> {
     helper
         .channel

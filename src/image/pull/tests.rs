@@ -1,4 +1,4 @@
-//! Tests of a pull whose helper process misbehaves, as one that an image has taken over would.
+//! Tests of a pull whose helper process misbehaves as if an image had taken it over.
 
 use super::cache::Layers;
 use super::protocol::{Found, Order, Progress, Request, decode, encode};
@@ -45,7 +45,7 @@ impl Daemon {
         self.receive().1.remove(0)
     }
 
-    /// Reports that a layer is complete, which came from the blob of [`Daemon::partial`].
+    /// Reports that a layer is complete, and that it came from the blob of [`Daemon::partial`].
     fn stored(&self, diff_id: &str) {
         let (diff_id, blob) = (diff_id.to_owned(), id(b"blob"));
         self.send(&encode(&Request::Stored { diff_id, blob }));

@@ -16,7 +16,7 @@ use crate::image::script::{
 use crate::locks::Cancel;
 use sha2::{Digest, Sha256};
 
-/// The packages whose programs the runtime has, and those that its build runs.
+/// The packages whose programs are part of the runtime, and those that the build itself uses.
 const PACKAGES: [&str; 17] = [
     "ca-certificates",
     "coreutils",
@@ -38,8 +38,8 @@ const PACKAGES: [&str; 17] = [
 ];
 /// The age at which a runtime is built again.
 const FRESH_DAYS: u64 = 7;
-/// The age at which a runtime is built again if its packages have updates. If the host's apt knows
-/// versions that a build does not get, this bounds how often it is tried.
+/// The age at which a runtime is built again if its packages have updates. This limits how often
+/// builds are repeated if the host's apt knows versions that a build does not get.
 const UPDATE_DAYS: u64 = 1;
 /// The size limit of a build's tree, which is in a tmpfs and therefore uses memory.
 const TREE_BYTES_MAX: u64 = 2 << 30;
@@ -143,9 +143,9 @@ pub fn fresh(
 }
 
 /// Returns the newest runtime that this version of fcd has built. Builds one if there is none, if
-/// its packages have updates, or if it is so old that they may have had some that the host does not
-/// know. Keeps an old one if that fails, for example because the host has no network. A build is
-/// heavy, so the caller limits how many run at once.
+/// its packages have updates, or if it is so old that there may be updates that the host does not
+/// know. If the build fails, for example because the host has no network, returns the old one. A
+/// build is heavy, so the caller limits how many run at once.
 ///
 /// # Errors
 /// Those of [`build`], if there is no runtime.
@@ -216,7 +216,7 @@ pub fn own_digest() -> String {
     hex::encode(&hash.finalize())
 }
 
-/// Parses lines of a package's name and version.
+/// Parses lines that consist of a package's name and version.
 fn packages(text: &str) -> Vec<Package> {
     let lines = text.lines().filter_map(|line| line.split_once(' '));
     lines

@@ -1,10 +1,10 @@
-//! Guest runtimes: what an image that holds only its own files needs to boot.
+//! Guest runtimes, which contain everything that an image with only its own files needs to boot.
 //!
 //! A runtime is a directory `<state>/runtimes/<id>` with a kernel, an initramfs, and the read-only
-//! disk `runtime.ext4`, which guests mount at `/.fcd`: our init, sshd, git, tar and other programs
-//! of the distribution with their own libraries, and the kernel's modules. The id is a digest of
-//! the content, so the same packages give the same runtime. It is published with one rename and
-//! never changes.
+//! disk `runtime.ext4`, which guests mount at `/.fcd`: fcd's init, sshd, git, tar and other
+//! programs of the distribution with their own libraries, and the kernel's modules. The id is a
+//! digest of the content, so the same packages give the same runtime. It is published with one
+//! rename and never changes.
 //!
 //! A guest's block devices are its root disk (`/dev/vda`), the seed drive (`/dev/vdb`), the runtime
 //! (`/dev/vdc`) and the work disk (`/dev/vdd`). The kernel argument [`BOOT_ARG`] tells the
@@ -37,8 +37,8 @@ use std::path::{Path, PathBuf};
 /// The kernel argument of a guest that boots with a runtime; see `guest/initrd-init`.
 pub const BOOT_ARG: &str = "fcd.runtime";
 /// The kernel arguments of a guest that runs its image's init. systemd must not ask for a password
-/// and a time zone on the console or wait for a login there, because nobody can type. It must not
-/// wait for networkd, which leaves `eth0` alone.
+/// and a time zone on the console or wait for a login there, because the console has no input. It
+/// must not wait for networkd, which does not manage `eth0`.
 pub const SYSTEMD_ARGS: [&str; 3] = [
     "systemd.firstboot=no",
     "systemd.mask=serial-getty@ttyS0.service",
@@ -56,7 +56,7 @@ pub struct RuntimeInfo {
     pub id: RuntimeId,
     /// The kernel's version, for example `6.1.0-56-cloud-amd64`.
     pub kernel_version: String,
-    /// The packages whose files the runtime has, sorted by name.
+    /// The packages whose files are in the runtime, sorted by name.
     pub packages: Vec<Package>,
     /// When the runtime was built, in seconds since the epoch.
     pub built_at: u64,
@@ -208,8 +208,8 @@ impl GuestRuntimes {
         Check::warn(ID, format!("{text}; {missing}"), BUILD_HINT)
     }
 
-    /// Deletes a runtime, even a damaged one. Snapshots have links to its files. The caller checks
-    /// that no VM uses it.
+    /// Deletes a runtime, even a damaged one. Snapshots are not affected, because they have hard
+    /// links to its files. The caller checks that no VM uses it.
     pub fn delete(&self, id: &RuntimeId) -> Result<()> {
         if directory::delete(&self.dir, id.as_str())? {
             return Ok(());
@@ -221,8 +221,8 @@ impl GuestRuntimes {
         Staging::new(&self.dir, STAGING_PREFIX)
     }
 
-    /// Publishes `files`, a directory below the staging directory. If this runtime exists already,
-    /// its time of build is the only thing that changes.
+    /// Publishes `files`, a directory below the staging directory. If the runtime exists already,
+    /// only its time of build is updated.
     fn publish(&self, files: &Path, info: &RuntimeInfo) -> Result<RuntimeInfo> {
         let io = |e: std::io::Error| Error::io(format!("publish guest runtime {}", info.id), e);
         let text = serde_json::to_vec_pretty(info).map_err(|e| io(e.into()))?;
@@ -232,7 +232,7 @@ impl GuestRuntimes {
         names.push(METADATA);
         if !directory::publish(files, &names, Readers::Everybody, &to).map_err(io)? {
             self.get(&info.id)?;
-            // The packages were checked now, so the age of this runtime counts from now.
+            // The packages were current at this build, so the runtime's age counts from now.
             std::fs::rename(files.join(METADATA), to.join(METADATA)).map_err(io)?;
             crate::host::fs::sync_dir(&to)?;
         }

@@ -1,7 +1,7 @@
 //! Finds the packages of a guest runtime that the distribution has newer versions of.
 //!
-//! The package lists of the host's apt say so. The host keeps them up to date itself, so nothing is
-//! downloaded. On a host without apt, only the age of a runtime counts.
+//! The package lists of the host's apt contain the versions. The host keeps them up to date itself,
+//! so nothing is downloaded. On a host without apt, only the age of a runtime counts.
 
 use super::{Package, RuntimeInfo};
 use crate::error::{Kind, Result};
@@ -12,7 +12,7 @@ use std::time::Duration;
 
 const QUERY_DEADLINE: Duration = Duration::from_secs(20);
 
-/// Returns the names of the packages that have newer versions, or none if that cannot be found out.
+/// Returns the names of the packages that have newer versions, or none if the check fails.
 pub(super) fn updates(info: &RuntimeInfo, commands: &dyn Commands, cancel: &Cancel) -> Vec<String> {
     find(info, commands, cancel).unwrap_or_else(|e| {
         log::debug!("look for updates of guest runtime {}: {e}", info.id);
@@ -42,7 +42,7 @@ fn find(info: &RuntimeInfo, commands: &dyn Commands, cancel: &Cancel) -> Result<
     Ok(found)
 }
 
-/// Parses what `apt-cache policy` prints: the version that apt would install of each package.
+/// Parses the output of `apt-cache policy`: the version of each package that apt would install.
 fn candidates(text: &str) -> HashMap<&str, &str> {
     let mut name = "";
     let mut found = HashMap::new();
@@ -76,7 +76,7 @@ mod tests {
     use crate::error::Error;
     use crate::host::{HostCommands, Output};
 
-    /// An apt with these lists, beside the real dpkg.
+    /// A host whose apt has these lists, with the real dpkg.
     struct Apt(&'static str);
 
     impl Commands for Apt {

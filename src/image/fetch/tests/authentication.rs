@@ -230,7 +230,7 @@ fn user_name_with_line_break_adds_no_header() {
         user: "ann\r\nX: y".into(),
         password: Secret::new("canary"),
     };
-    // Base64 makes any text a header.
+    // Base64 turns any text into a valid header.
     fails(client(settings).manifest(&tag()), Kind::RegistryDenied);
     assert!(fake.seen().iter().all(|asked| asked.header("x").is_none()));
 }

@@ -43,7 +43,7 @@ fn text(path: &Path) -> &str {
 }
 
 impl Registry {
-    /// Starts a registry with additions to its configuration, and pushes the image with more
+    /// Starts a registry with additions to its configuration, and pushes the image with additional
     /// options of skopeo.
     fn start(configure: impl Fn(&Path) -> String, push: &[&str]) -> Self {
         // Another process may take the port before the registry does.
@@ -116,7 +116,7 @@ fn make_layout(at: &Path) {
         std::fs::write(blobs.join(&digest[7..]), bytes).unwrap();
         digest
     };
-    // Not a tar, which neither skopeo nor the registry looks at.
+    // This is not a tar, but neither skopeo nor the registry looks into it.
     let mut layer = b"\x1f\x8b\x08".to_vec();
     layer.extend((0..LAYER_BYTES).map(|n| (n * n / 251) as u8));
     let layer_digest = put(&layer);
@@ -198,7 +198,8 @@ fn password_is_needed_and_accepted() {
     pull(settings);
 }
 
-/// Makes an authority and a certificate for `localhost`. Returns the path of the authority's.
+/// Makes an authority and a certificate for `localhost`. Returns the path of the authority's
+/// certificate.
 fn make_certificate(dir: &Path) -> PathBuf {
     let at = |name: &str| text(&dir.join(name)).to_owned();
     let new = [

@@ -1,4 +1,4 @@
-//! A registry that answers as a test says, correctly or not.
+//! A fake registry that sends the answers that a test chooses, valid or not.
 
 use crate::host::thread::spawn;
 use crate::host::wait::wait_uncancelled;
@@ -31,15 +31,15 @@ impl Asked {
     }
 }
 
-/// What follows the header of an answer.
+/// The part of an answer after its header.
 #[derive(Clone, Debug)]
 enum Body {
     /// Bytes, and the `Content-Length` if it is not that of the bytes.
     Bytes(Vec<u8>, Option<u64>),
     Chunked(Vec<u8>),
-    /// Without an end.
+    /// Bytes without an end.
     Endless,
-    /// A byte at a time, a few each second, without an end.
+    /// One byte at a time, a few each second, without an end.
     Drip,
     /// Nothing, while the connection stays open.
     Silence,
@@ -103,7 +103,7 @@ impl Answer {
         self
     }
 
-    /// Writes the answer. Errors mean that the client has had enough.
+    /// Writes the answer. An error means that the client has closed the connection.
     fn send(&self, to: &mut TcpStream) -> std::io::Result<()> {
         to.write_all(self.head.as_bytes())?;
         match &self.body {
@@ -236,7 +236,7 @@ impl Server {
             answer
         };
         let _ = answer.send(&mut stream);
-        // A close with unread bytes would be a reset.
+        // Closing a socket with unread bytes would reset the connection.
         let _ = stream.shutdown(std::net::Shutdown::Write);
         hangs_up(&stream, Duration::from_secs(60));
     }

@@ -1,4 +1,4 @@
-//! A registry that lies, floods, drips, or leads astray.
+//! Tests with a registry that lies, floods, drips, or redirects to forbidden places.
 
 use super::*;
 use crate::host::thread::spawn;
@@ -19,7 +19,7 @@ fn lying_digests_are_refused() {
     });
     let mut client = client(settings(&fake.name()));
     fails(client.manifest(&tag()), Kind::RegistryInvalid);
-    // Here the header is what was asked for, but the bytes are not.
+    // Here the header has the requested digest, but the bytes do not.
     fails(
         client.manifest(&Selector::Digest(other)),
         Kind::RegistryInvalid,
@@ -131,19 +131,19 @@ fn dripping_blob_is_given_up() {
         e.to_string().contains("less than 10000 bytes in 300ms"),
         "{e}"
     );
-    // It has been resumed as often as the limits say.
+    // It was resumed as often as the limits allow.
     assert!(fake.seen().len() >= 3);
 }
 
 #[test]
 fn silence_ends_at_deadline() {
-    // In the header.
+    // The registry is silent in the header.
     let fake = Fake::start(|_| Answer::new(200).silence());
     fails(
         client(impatient(&fake.name())).manifest(&tag()),
         Kind::RegistryUnreachable,
     );
-    // In the body.
+    // The registry is silent in the body.
     let mut settings = settings(&fake.name());
     settings.limits.idle = Duration::from_millis(200);
     let fake =

@@ -72,12 +72,12 @@ impl Dial for To {
     }
 }
 
-/// A client of a registry on loopback, by its address.
+/// Returns a client of a registry on loopback, by its address.
 fn client(settings: Settings) -> Client {
     Client::new(settings, Arc::new(SystemDialer), Cancel::try_new().unwrap()).unwrap()
 }
 
-/// A client that believes that a fake registry is `registry.example`, without TLS.
+/// Returns a client that knows a fake registry as `registry.example`, without TLS.
 fn client_by_name(fake: &Fake, change: impl FnOnce(&mut Settings)) -> Client {
     let mut settings = settings("registry.example");
     settings.insecure = vec!["registry.example".into()];
@@ -161,7 +161,7 @@ fn closed_port_is_unreachable() {
     );
 }
 
-/// Counts the connections that it refuses.
+/// A dialer that refuses every connection and counts them.
 struct Refusing(AtomicUsize);
 
 impl Dial for Refusing {
@@ -194,7 +194,7 @@ fn malformed_registries_are_refused_before_a_connection() {
     }
 }
 
-/// Checks that an answer depends on the request only.
+/// Returns a function that gives the answers in order and repeats the last one.
 fn counted(answers: Vec<Answer>) -> impl Fn(&Asked) -> Answer + Send + Sync {
     move |asked| answers[asked.number.min(answers.len() - 1)].clone()
 }

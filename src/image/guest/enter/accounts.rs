@@ -171,7 +171,7 @@ mod tests {
         check("dev:5", 1000, 5, &[5], "/home/dev");
         check("dev:", 1000, 1000, &[10, 27, 1000], "/home/dev");
         check(":27", 0, 27, &[27], "/root");
-        // A name counts before a number.
+        // A name takes precedence over a number.
         check("7", 70, 71, &[71], "/seven");
         check("bare", 5, 6, &[6], "/");
     }

@@ -1,4 +1,4 @@
-//! The settings of an image, which the seed drive has for the login shell.
+//! The settings of an image, which the seed drive contains for the login shell.
 
 /// The path that a command searches if its image sets none (Docker's default).
 pub(crate) const DEFAULT_PATH: &str =

@@ -63,7 +63,7 @@ fn next(helper: &Helper, cancel: &Cancel) -> Result<Message> {
         match helper.channel.receive(&mut buffer) {
             Ok(0) => return Err(violation("died")),
             Ok(len) => {
-                return decode(&buffer[..len]).ok_or_else(|| violation("sent a strange message"));
+                return decode(&buffer[..len]).ok_or_else(|| violation("sent a malformed message"));
             }
             Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
             Err(e) => return Err(Error::io("read from the image helper", e)),

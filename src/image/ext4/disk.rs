@@ -137,7 +137,7 @@ impl<'a> Disk<'a> {
     /// Reads an inode.
     pub(super) fn inode(&self, number: u32) -> Result<Inode> {
         if number == 0 || number > self.inodes {
-            return Err(damaged("a name has an inode that does not exist"));
+            return Err(damaged("a name refers to an inode that does not exist"));
         }
         let (group, index) = (
             u64::from((number - 1) / self.inodes_per_group),

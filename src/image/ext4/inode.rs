@@ -57,7 +57,7 @@ impl Inode {
             return Err(unsupported("has encrypted files"));
         }
         if flags & FLAG_INLINE_DATA != 0 {
-            return Err(unsupported("has files in their inodes"));
+            return Err(unsupported("stores the content of files in their inodes"));
         }
         let wide = |low: usize, high: usize| {
             u32::from(u16_at(&raw, high)) << 16 | u32::from(u16_at(&raw, low))

@@ -78,7 +78,7 @@ pub(super) fn denied(settings: &Settings) -> Error {
     let why = match settings.credential {
         Credential::Anonymous => {
             format!(
-                "{repository} does not exist, or {} wants a login",
+                "{repository} does not exist, or {} requires a login",
                 repository.registry
             )
         }
@@ -126,10 +126,10 @@ pub(super) fn realm(text: &str, registry: &Origin, settings: &Settings) -> Resul
     // An insecure registry may have its token server on its own host.
     let same_host = registry.scheme == Scheme::Http && registry.host == url.host();
     if url.origin.scheme == Scheme::Http && !is_local && !same_host {
-        return Err(refused("has no TLS"));
+        return Err(refused("does not use TLS"));
     }
     check_host(&url, is_local || is_trusted)
-        .map_err(|_| refused("has no address of a registry"))?;
+        .map_err(|_| refused("has an address that no registry may use"))?;
     Ok(url)
 }
 

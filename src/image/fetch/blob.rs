@@ -100,7 +100,7 @@ impl Blob {
         match fits {
             true => Ok(0),
             false => Err(invalid(format!(
-                "{} answers with another range than the one from byte {}",
+                "{} did not send the requested range from byte {}",
                 reply.origin, self.offset
             ))),
         }

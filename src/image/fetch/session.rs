@@ -168,7 +168,7 @@ impl Session {
     fn authenticate(&mut self, registry: &Origin, reply: &Reply) -> Result<()> {
         if reply.origin != *registry {
             let why = format!(
-                "{registry} redirects to {}, which wants a login",
+                "{registry} redirects to {}, which requires a login",
                 reply.origin
             );
             return Err(Error::new(Kind::RegistryDenied, why));
@@ -193,7 +193,7 @@ impl Session {
                 return Ok(reply);
             }
             let location = reply.header(LOCATION).ok_or_else(|| {
-                let why = format!("{} redirects to nowhere", url.origin);
+                let why = format!("{} redirects without a Location header", url.origin);
                 Error::new(Kind::RegistryInvalid, why)
             })?;
             url = redirect::next(&url, location, |to| is_insecure(&self.settings, &to.origin))?;

@@ -100,7 +100,7 @@ impl Network {
         match tunnel_status(&reply) {
             Some(200..=299) => Ok(socket.stream),
             Some(407) => Err(
-                Error::new(Kind::RegistryDenied, "the proxy wants a password")
+                Error::new(Kind::RegistryDenied, "the proxy requires a password")
                     .hint("set HTTPS_PROXY to http://USER:PASSWORD@HOST:PORT"),
             ),
             Some(status) => Err(lost(&format!(
@@ -222,7 +222,7 @@ impl Socket {
 
     fn too_slow(&self) -> Error {
         lost(&format!(
-            "the connection brought less than {} bytes in {:?}",
+            "the connection delivered less than {} bytes in {:?}",
             self.limits.rate_bytes_min, self.limits.rate_window
         ))
     }

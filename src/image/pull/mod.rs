@@ -172,7 +172,7 @@ pub(crate) fn pull(
         .as_deref()
         .and_then(protocol::decode)
         .and_then(Outcome::checked)
-        .ok_or_else(|| Error::internal("the helper has sent a strange result"))?;
+        .ok_or_else(|| Error::internal("the image helper sent a malformed result"))?;
     check_size(&image, spec.bytes_max)?;
     drop(image);
     fsck::check(commands, &rootfs, spec.helper, cancel)?;

@@ -272,7 +272,7 @@ fn misbehaving_helper_fails_its_own_pull() {
     let stage = Stage::new();
     for (mode, says) in [
         ("ask for many files", "asked for too many files"),
-        ("send a strange message", "sent a strange message"),
+        ("send a strange message", "sent a malformed message"),
         ("die", "died"),
     ] {
         let e = stage.run(mode).unwrap_err();

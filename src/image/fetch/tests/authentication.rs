@@ -128,7 +128,7 @@ fn login_is_asked_for() {
         client(settings(&fake.name())).manifest(&tag()),
         Kind::RegistryDenied,
     );
-    assert!(text.contains("wants a login"), "{text}");
+    assert!(text.contains("requires a login"), "{text}");
     let fake = Fake::start(|_| Answer::new(401).header("WWW-Authenticate", "Negotiate"));
     fails(
         client(settings(&fake.name())).manifest(&tag()),

@@ -13,8 +13,8 @@ const STEP_BYTES: u64 = 16 << 20;
 /// more space than they free.
 const PUNCH_BYTES: usize = 64 << 10;
 
-/// Makes `to`, an empty file, share the blocks of `from`, or copies them if the file system cannot
-/// share them. Returns which of the two it was. `progress` receives the position and the file's
+/// Makes the empty file `to` share the blocks of `from`, or copies them if the file system cannot
+/// share them. Returns the method that was used. `progress` receives the position and the file's
 /// length.
 pub fn share_or_copy(
     from: &File,

@@ -1,8 +1,9 @@
 //! Writes a VM's root disk into a raw file that depends on nothing else. The VMM must not be
 //! running.
 //!
-//! The VMM has written the disk's file, so its tables are not trusted. No program that would follow
-//! the names in a qcow2 file reads it, and every offset leads to bytes of the disk's own file.
+//! The VMM has written the disk's file, so its tables are not trusted. The daemon reads a qcow2
+//! file itself, because a program such as qemu-img would open the files that it names. Every offset
+//! refers to the disk's own file.
 
 use super::copy::{copy_range, punch_range, share_or_copy};
 use super::duplicate::Source;
@@ -215,7 +216,7 @@ mod tests {
             flat(dir.path(), Method::Qcow2).unwrap_err().kind(),
             Kind::Host
         );
-        // A file that keeps its data in another one would have the daemon read that.
+        // A qcow2 file with an external data file would make the daemon read that file.
         std::fs::remove_file(path("disk")).unwrap();
         let option = format!("data_file={}", path("elsewhere"));
         run(
@@ -243,7 +244,7 @@ mod tests {
         let mut wanted = base(dir.path());
         wanted.resize(SIZE_BYTES as usize, 0);
         let store = File::create(dir.path().join("disk")).unwrap();
-        // dm-snap-persistent.c: the header, one area of exceptions, and the chunks.
+        // The format of dm-snap-persistent.c: the header, one area of exceptions, and the chunks.
         for (at, word) in [(0, 0x7041_6e53u32), (4, 1), (8, 1), (12, 8)] {
             store.write_all_at(&word.to_le_bytes(), at).unwrap();
         }

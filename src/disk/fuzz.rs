@@ -17,7 +17,7 @@ impl ReadAt for &[u8] {
     }
 }
 
-/// Looks at a disk whose content a hostile guest has written.
+/// Reads a disk whose content a hostile guest has written.
 pub fn root_disk(input: &[u8]) {
     for method in [Method::Copy, Method::Qcow2] {
         look(&input, method).expect("any content has an answer");

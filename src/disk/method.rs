@@ -5,7 +5,7 @@ use super::{Cloned, ficlone, snapshot};
 use crate::error::{Error, Kind, Result};
 use std::path::Path;
 
-/// How a root disk is created from the image.
+/// A way to create a root disk from the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Method {
     /// A raw file that shares extents with the image (FICLONE). It does not depend on the image's
@@ -42,11 +42,11 @@ impl Method {
     }
 }
 
-/// The method that was chosen for a directory, and why.
+/// The method that was chosen for a directory, and the reason.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Probe {
     pub method: Method,
-    /// A text for people, such as `reflink: the file system cannot share blocks (...)`.
+    /// A text for users, such as `reflink: the file system cannot share blocks (...)`.
     pub reason: String,
 }
 
@@ -84,7 +84,7 @@ pub fn probe(dir: &Path, wanted: Option<Method>, reads_qcow2: bool) -> Result<Pr
     ))
 }
 
-/// Checks one method. Returns why it works, or why it does not.
+/// Checks one method. Returns the reason why it works or why it does not.
 fn can(
     dir: &Path,
     method: Method,

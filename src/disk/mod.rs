@@ -1,7 +1,7 @@
 //! Root disks, work disks and the seed drive that configures a guest.
 //!
-//! A root disk is made once from its image, in one of four ways ([`Method`]) that the VM's row
-//! remembers:
+//! A root disk is made once from its image, in one of four ways ([`Method`]). The VM's row records
+//! which one:
 //!
 //! - `reflink`: a copy that shares blocks with the image. It is independent of the image's file.
 //! - `qcow2`: a file on top of the image. It needs no device and no root.
@@ -13,14 +13,14 @@
 //! support. A disk that depends on its image keeps a hard link to the image's file in the VM's
 //! directory, so removing or rebuilding the image does not affect it.
 //!
-//! An image may be a user's file that can change. Its disks are always independent copies, whatever
-//! the method would be, and share blocks with the file where that is possible ([`copy_root`]).
+//! An image may be a user's file that can change. Whatever the configured method is, its disks are
+//! independent copies, which share blocks with the file if that is possible ([`copy_root`]).
 //!
 //! The devices of a dm-snapshot exist while the VM runs and carry its tag (`snapshot/`). Their loop
-//! devices are set to clear themselves, so nothing is left if a process dies between two steps. The
-//! kernel invalidates a dm-snapshot that has no space for a change, so its file is long enough for
-//! every block of the disk, and the next 256 MiB are always allocated. If the host has no space for
-//! that, `daemon/room.rs` pauses the guest.
+//! devices are set to detach themselves, so nothing is left if a process dies between two steps.
+//! The kernel invalidates a dm-snapshot that has no space for a change, so its file is long enough
+//! for every block of the disk, and the next 256 MiB are always allocated. If the host has no space
+//! for that, `daemon/room.rs` pauses the guest.
 //!
 //! A work disk is a sparse raw file. The host creates an ext4 file system on it while it is empty,
 //! and never reads it again.

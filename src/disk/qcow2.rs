@@ -3,7 +3,7 @@
 use super::read_at::{ReadAt, read};
 use super::root::QCOW2_MAGIC;
 
-/// The length of the part of the header that is read. Only version 3 has all of its fields.
+/// The length of the part of the header that is read. Only version 3 has all of these fields.
 pub(super) const HEADER_BYTES: usize = 80;
 const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 12..=21;
 /// The bits of an entry in the L1 or L2 table that contain the offset.
@@ -20,15 +20,15 @@ pub(super) struct Header {
     l1_at: u64,
 }
 
-/// Where the content of a cluster is.
+/// The location of a cluster's content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Cluster {
-    /// The guest has not written the cluster.
+    /// In the base, because the guest has not written the cluster.
     OfBase,
     Zero,
-    /// At this offset of the file.
+    /// At this offset in the file.
     At(u64),
-    /// QEMU writes such clusters only when it converts a disk.
+    /// In a compressed form, which QEMU writes only when it converts a disk.
     Compressed,
 }
 
@@ -37,8 +37,8 @@ pub(super) enum Cluster {
 pub(super) struct Table(u64);
 
 impl Header {
-    /// Returns None if the file is not a qcow2 file, or has a feature that changes how it must be
-    /// read, such as a separate file for the data.
+    /// Reads the header. Returns None if the file is not a qcow2 file, or has a feature that
+    /// changes how it must be read, such as a separate file for the data.
     pub(super) fn read(file: &impl ReadAt) -> std::io::Result<Option<Self>> {
         let mut header = [0; HEADER_BYTES];
         read(file, &mut header, 0)?;
@@ -62,7 +62,7 @@ impl Header {
         1 << self.cluster_bits
     }
 
-    /// The number of clusters that an L2 table covers.
+    /// Returns the number of clusters that an L2 table covers.
     pub(super) fn clusters_per_table(&self) -> u64 {
         self.cluster_bytes() / ENTRY_BYTES
     }

@@ -103,8 +103,8 @@ pub struct CopySpec<'a> {
 }
 
 /// Creates a root disk that does not depend on its base. The disk is kept only if `is_same`, which
-/// is called after the copy, confirms that the base has not changed. Returns whether the disk
-/// shares blocks with the base or is a copy.
+/// is called after the copy, confirms that the base has not changed. Returns the method: the disk
+/// shares blocks with the base, or is a full copy.
 pub fn copy_root(
     spec: &CopySpec<'_>,
     is_same: &dyn Fn() -> Result<()>,

@@ -56,7 +56,7 @@ pub struct Seed<'a> {
     pub authorized_keys: &'a [String],
     /// The guest's own host key.
     pub host_key: &'a KeyPair,
-    /// Where the guest mounts its work disk, if it has one.
+    /// The mount point of the guest's work disk, if it has one.
     pub work_disk: Option<&'a str>,
     /// Files that the guest copies over its own at boot.
     pub files: &'a [SeedFile],

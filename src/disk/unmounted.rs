@@ -1,11 +1,11 @@
-//! Finds out whether a guest has unmounted its root disk. If no daemon saw how the guest ended,
+//! Determines whether a guest has unmounted its root disk. If no daemon saw how the guest ended,
 //! this is the only evidence.
 //!
 //! ext4 sets a flag in its superblock while it is mounted for writing. It clears the flag when it
 //! is unmounted or mounted read-only, which is the last step of a shutdown. After a panic, a reset
-//! or the death of its VMM, the flag is still set. These are three numbers at fixed offsets
-//! (Documentation/filesystems/ext4/super.rst). Nothing else of the file system is read, because a
-//! guest controls its content. A guest that forges the numbers can only claim that it shut down.
+//! or the death of its VMM, the flag is still set. This module reads only three numbers at fixed
+//! offsets (Documentation/filesystems/ext4/super.rst), because a guest controls the content of the
+//! file system. A guest that forges the numbers can only claim that it shut down.
 
 use super::Method;
 use super::qcow2::{Cluster, Header};
@@ -28,7 +28,7 @@ const STATE_VALID: u16 = 1;
 const INCOMPAT_RECOVER: u32 = 4;
 
 /// True if the guest has unmounted its root disk at `path`, or mounted it read-only, since it last
-/// wrote to it. No VMM may be running. A disk without a valid ext4 counts as mounted.
+/// wrote to it. No VMM may be running. A disk without a valid ext4 file system counts as mounted.
 pub fn is_unmounted(path: &Path, method: Method) -> Result<bool> {
     let file = open_nofollow(path)?;
     look(&file, method).map_err(|e| {

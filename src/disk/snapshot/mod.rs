@@ -59,7 +59,7 @@ pub struct DeviceSpec<'a> {
     pub owner: Option<Credentials>,
 }
 
-/// How full a snapshot is.
+/// The fill level of a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fill {
     /// The used part of the store.
@@ -315,7 +315,7 @@ fn parse_status(line: &str) -> Option<(String, Fill)> {
     Some((name.to_owned(), fill))
 }
 
-/// Checks that this host supports device-mapper snapshots. The error says why it does not.
+/// Checks that this host supports device-mapper snapshots. The error is the reason why it does not.
 pub fn probe(dir: &Path) -> std::result::Result<(), String> {
     if !nix::unistd::geteuid().is_root() {
         return Err("device-mapper needs root".to_owned());

@@ -1,5 +1,5 @@
-//! The network checks of `fcctl doctor`: what bridged networking needs on this host, and what
-//! blocks it. They change nothing.
+//! The network checks of `fcctl doctor`. They find out whether the host has everything that bridged
+//! networking needs, and whether something blocks it. They change nothing.
 
 use super::bridge;
 use super::links::{Link, Route, parse_links, parse_routes};

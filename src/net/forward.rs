@@ -35,8 +35,8 @@ pub(super) fn reserve(ports: &[Port]) -> Result<HashMap<Port, Arc<OwnedFd>>> {
         .collect()
 }
 
-/// Checks that a server could listen on these ports now. Connections that have just ended do not
-/// count.
+/// Checks that a server could listen on these ports now. Ports of connections that have just ended
+/// count as free.
 ///
 /// # Errors
 /// Fails like [`reserve`].
@@ -128,7 +128,7 @@ impl Net {
         let new: Vec<Port> = ports.iter().filter(is_new).copied().collect();
         sockets.extend(reserve(&new)?);
         self.allow_loopback(ports)?;
-        // The entry comes before the rules, because `mend` removes rules that no entry has.
+        // Insert the entry before the rules, because `mend` removes rules that are in no entry.
         let entry = Forwards {
             published: wanted.clone(),
             sockets,
@@ -147,16 +147,16 @@ impl Net {
             }
             return Err(e.context(format!("forward ports to {tag}")));
         }
-        // Packets of existing connections to these ports are not translated until their conntrack
-        // entries are deleted, and those to a port that is gone would still be translated.
+        // Packets of existing connections are not translated for a new port, and are still
+        // translated for a removed one, until the conntrack entries are deleted.
         let gone = had.iter().map(|p| p.port).filter(|p| !ports.contains(p));
         let changed: Vec<Port> = new.into_iter().chain(gone).collect();
         forget_flows(&|flow| changed.iter().any(|port| goes_to(flow, port)));
         Ok(())
     }
 
-    /// Makes the rules of a VM match. Also removes other elements for the same ports, such as those
-    /// of an earlier daemon.
+    /// Changes the rules of a VM to exactly `wanted`. Also removes other elements for the same
+    /// ports, such as those of an earlier daemon.
     fn publish_exactly(&self, tag: &str, wanted: &[Published], cancel: &Cancel) -> Result<()> {
         let there = self.published()?;
         let is_stale = |p: &&Published| {
@@ -245,8 +245,8 @@ impl Net {
         self.allow_loopback(&wanted.iter().map(|p| p.port).collect::<Vec<_>>())?;
         let there = self.published()?;
         let missing: Vec<_> = wanted.into_iter().filter(|p| !there.contains(p)).collect();
-        // An entry comes before its rules. So a rule that was there before the entries are read,
-        // and is not in them, is wrong.
+        // Entries are inserted before their rules, and `there` was read before the entries are. A
+        // rule in `there` that is in no entry is therefore wrong.
         let unwanted = self.unwanted(&there);
         let mut script: String = unwanted.iter().map(|p| self.sets.unpublish(p)).collect();
         script.extend(missing.iter().map(|p| self.sets.publish(p)));
@@ -279,7 +279,7 @@ impl Net {
         all.collect()
     }
 
-    /// Returns the rules of VMs with an entry that are not in the entry.
+    /// Returns the rules of VMs that have an entry without these rules.
     fn unwanted(&self, there: &[Published]) -> Vec<Published> {
         let forwards = self.forwards.lock();
         let is_unwanted = |p: &&Published| {

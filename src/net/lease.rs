@@ -26,7 +26,7 @@ impl fmt::Display for Mac {
     }
 }
 
-/// What a guest's network can reach (`--net`).
+/// The hosts that a guest can reach (`--net`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Access {
     /// The guest reaches the name server, and outside hosts with the host's address.

@@ -18,8 +18,8 @@
 //!
 //! A VM's address follows from its slot, so a lease needs no row, and an address is not reused
 //! before its VM is deleted. A tap gets its alias first, so that a restarted daemon can find it.
-//! Then it gets its owner and its elements in the sets, and it joins the bridge last. So a guest is
-//! never on the bridge without rules, and a tap without elements passes no packets.
+//! Then it gets its owner and its elements in the sets, and it joins the bridge last. Therefore a
+//! guest is never on the bridge without rules, and a tap without elements passes no packets.
 //!
 //! Published ports are two maps in the inet table whose elements carry the VM's tag as a comment.
 //! They work while the daemon is down. While the daemon runs, it also binds the ports, so that no

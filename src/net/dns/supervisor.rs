@@ -58,7 +58,7 @@ pub(super) struct Supervisor {
     cancel: Cancel,
 }
 
-/// Why [`Service::run`] returned.
+/// The reason why [`Service::run`] returned.
 enum End {
     Cancelled,
     Because(String),

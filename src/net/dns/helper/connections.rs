@@ -55,7 +55,7 @@ struct Forwarded {
     until: Instant,
 }
 
-/// What a connection does next after one step.
+/// The next action for a connection after one step.
 enum Step {
     /// The connection has to wait in this state.
     Stay(State),

@@ -60,7 +60,7 @@ pub struct Query<'a> {
     has_edns: bool,
 }
 
-/// What to do with a packet that is not a valid query.
+/// The way to handle a packet that is not a valid query.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Bad {
     /// Ignore the packet, because it is an answer or too short to be answered.
@@ -226,8 +226,8 @@ fn record(out: &mut Vec<u8>, owner: u16, kind: u16, data: &[u8]) {
     out.extend(data);
 }
 
-/// Returns the data of an SOA record, which says how long resolvers may cache a negative answer
-/// (RFC 2308).
+/// Returns the data of an SOA record, which determines how long resolvers may cache a negative
+/// answer (RFC 2308).
 fn soa() -> Vec<u8> {
     let mut data = Vec::new();
     for name in [&[b"ns".as_slice(), b"vm"], &[b"nobody".as_slice(), b"vm"]] {

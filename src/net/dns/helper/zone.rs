@@ -13,7 +13,7 @@ const TYPES_REFUSED: std::ops::RangeInclusive<u16> = 251..=254;
 const FORWARD_ZONE_LABELS: usize = 1;
 const REVERSE_ZONE_LABELS: usize = 5;
 
-/// What to do with a packet.
+/// The decision about a packet.
 #[derive(Debug)]
 pub enum Verdict<'a> {
     Drop,

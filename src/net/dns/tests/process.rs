@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-/// Limit of the time that a new helper may take to start.
+/// The maximum time that a new helper may take to start.
 const SOON: Duration = Duration::from_secs(20);
 
 pub(super) fn helper_pid(server: &Server) -> u32 {

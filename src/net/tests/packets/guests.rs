@@ -1,4 +1,4 @@
-//! Tests of what a guest can do to another guest, and of which packets with false addresses pass.
+//! Tests of the effects of one guest on another, and of packets with false addresses.
 
 use super::super::lab::{GATEWAY, INSTALL, Lab, Machine, OUTSIDE, config, is_root};
 use super::{ANY, assert_dropped, udp_packet};

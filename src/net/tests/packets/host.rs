@@ -1,4 +1,4 @@
-//! Tests of which services of the host, and of the networks behind it, a guest can reach.
+//! Tests of the services on the host, and in the networks behind it, that a guest can reach.
 
 use super::super::lab::{
     GATEWAY, HOST, INSTALL, Lab, METADATA, Machine, OUTSIDE, config, is_root, tag,

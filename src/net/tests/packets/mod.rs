@@ -1,6 +1,7 @@
-//! Tests of which packets pass. A test that expects a dropped packet does not wait until a timeout.
-//! It sends another packet on the same path that must arrive, and checks that this one arrives
-//! first. As a control, some tests then remove the rule and check that the packet passes.
+//! Tests of the packets that the rules let pass. A test that expects a dropped packet does not wait
+//! until a timeout. It sends another packet on the same path that must arrive, and checks that this
+//! one arrives first. As a control, some tests then remove the rule and check that the packet
+//! passes.
 
 mod guests;
 mod host;

@@ -1,4 +1,4 @@
-//! The host's devices that a VMM opens, and which users may open them.
+//! The host's devices that a VMM opens, and the users who may open them.
 //!
 //! The VMMs of a root daemon have their own uids, so the mode of a device decides whether they can
 //! open it. If only a group may open it, the VMM gets that group, which weakens the host less than

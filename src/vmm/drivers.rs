@@ -18,7 +18,7 @@ pub struct Drivers {
     starts: Arc<dyn Driver>,
     /// All drivers, including `starts`.
     all: Vec<Arc<dyn Driver>>,
-    /// Why `starts` was chosen, if the configuration left it open.
+    /// The reason for the choice of `starts`, if the configuration left it open.
     choice: Option<Check>,
 }
 

@@ -39,7 +39,7 @@ const LAST_LINES: u64 = 400;
 /// The maximum number of characters of a panic's message that are kept.
 const PANIC_CHARS_MAX: usize = 160;
 
-/// Why a VMM exited without a request to fcd.
+/// The reason why a VMM exited without a request to fcd.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum End {
     /// The console shows that the guest shut down cleanly.
@@ -53,8 +53,8 @@ pub enum End {
     /// The VMM exited normally, but the console shows no reason. The guest had a triple fault or
     /// was forcibly reset.
     GuestReset,
-    /// The VMM's log says that the guest was reset, but no daemon was running to record the guest's
-    /// console.
+    /// According to the VMM's log, the guest was reset, but no daemon was running to record the
+    /// guest's console.
     GuestResetUnrecorded,
     /// No daemon saw the end, but the guest has unmounted its root disk.
     GuestUnmounted,

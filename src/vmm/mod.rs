@@ -269,7 +269,7 @@ fn no_own_network() -> Error {
 
 /// A kind of VMM, such as QEMU or Firecracker.
 pub trait Driver: Send + Sync {
-    /// Returns a description for people, for example `qemu (tcg, microvm)`.
+    /// Returns a description for users, for example `qemu (tcg, microvm)`.
     fn describe(&self) -> String;
 
     /// Returns the capabilities of VMMs that this driver starts.

@@ -1,5 +1,5 @@
-//! The test's controls of the fake: where operations are held, which operations fail, and how
-//! guests are reached.
+//! The controls of the fake for tests: they hold operations at a stage, make operations fail, and
+//! set the addresses at which guests are reached.
 
 use super::{Fake, Keyboard, Stage};
 use crate::ids::VmId;

@@ -53,7 +53,7 @@ pub enum Stage {
     Adopt,
 }
 
-/// How a guest reacts to Ctrl-Alt-Del.
+/// The reaction of a guest to Ctrl-Alt-Del.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Keyboard {
     /// The guest shuts down.
@@ -65,7 +65,7 @@ struct Vmm {
     spec: VmmSpec,
     identity: Identity,
     ssh_addr: SocketAddr,
-    /// How the VMM ended, or `None` if it is alive.
+    /// The way in which the VMM ended, or `None` if it is alive.
     end: Option<End>,
     /// A token that fires when the VMM ends.
     gone: Cancel,

@@ -51,8 +51,8 @@ impl Incoming {
         self.buffer.is_empty()
     }
 
-    /// Returns the answer, or None if it is not complete yet. The error says why the bytes are not
-    /// HTTP.
+    /// Returns the answer, or None if it is not complete yet. The error is the reason why the bytes
+    /// are not HTTP.
     pub(crate) fn answer(&mut self) -> Result<Option<Answer>, String> {
         let head = match self.head {
             Some(head) => head,

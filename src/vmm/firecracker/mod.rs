@@ -230,7 +230,8 @@ impl Firecracker {
                 ssh_addr,
             })
         };
-        // A VMM that rejects a load also exits, but its rejection says more than its exit.
+        // A VMM that rejects a load also exits, but the error of its rejection is more useful than
+        // its exit status.
         let says_why = |e: &Error| e.kind() == Kind::Cancelled || files.saved.is_some();
         configure().map_err(|e| {
             if !says_why(&e) && run_dir::is_exiting(process) {

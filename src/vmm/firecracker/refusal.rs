@@ -55,7 +55,7 @@ fn errno(said: &str) -> Option<i32> {
         .ok()
 }
 
-/// How a message is recognised.
+/// The part of a message that identifies it.
 enum Sign {
     /// The message contains this part of Firecracker's own text.
     Text(&'static str),

@@ -42,7 +42,7 @@ pub(super) struct SavedFiles {
     pub devices: String,
 }
 
-/// A directory for a VMM, and how to start the VMM in it.
+/// A directory for a VMM, and the process to start in it.
 struct Prepared {
     place: OwnedFd,
     files: Files,

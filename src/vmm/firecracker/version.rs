@@ -1,5 +1,5 @@
-//! The versions of Firecracker and its jailer: the supported range, and how to read a program's
-//! version.
+//! The supported versions of Firecracker and its jailer, and functions that read the version of a
+//! program.
 
 use crate::config::Firecracker as Config;
 use crate::error::{Error, Kind, Result};

@@ -21,7 +21,7 @@ const GUEST_DEADLINE: Duration = Duration::from_secs(20);
 /// A running VM of Firecracker.
 pub(super) struct FirecrackerVm {
     pub at: VmRef,
-    /// Whether the limits of control groups are required.
+    /// The configured `limits`: control groups are required, or best-effort.
     pub limits: VmmLimits,
 }
 

@@ -25,7 +25,7 @@ const PROBE_DEADLINE: Duration = Duration::from_secs(10);
 /// How long picking may take, including the probe.
 const PICK_DEADLINE: Duration = Duration::from_secs(20);
 
-/// The platform that was picked, and why.
+/// The platform that was picked, and the reason.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Picked {
     pub platform: Platform,

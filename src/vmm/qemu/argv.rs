@@ -233,7 +233,8 @@ fn network(network: &GuestNetwork, is_isolated: bool) -> Result<(String, String)
                     "hostfwd={protocol}:{host}:{port}-{GUEST_ADDR}:{guest},"
                 );
             }
-            // QEMU opens the last one first. `forward::ssh_port` finds it by that.
+            // QEMU opens the ports from the last to the first, so this port becomes the oldest.
+            // `forward::ssh_port` finds it by its age.
             let _ = write!(
                 forward,
                 "hostfwd=tcp:127.0.0.1:0-{GUEST_ADDR}:{GUEST_SSH_PORT}"

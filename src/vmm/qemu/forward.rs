@@ -1,8 +1,7 @@
 //! Ports that QEMU's own network stack forwards to the guest.
 //!
 //! Sources: hmp-commands.hx and net/slirp.c of QEMU 7.2, which opens the ports of its command line
-//! from the last to the first; `connection_info` in misc.c of libslirp
-//! 4.7.
+//! from the last to the first; `connection_info` in misc.c of libslirp 4.7.
 
 use super::argv::{GUEST_ADDR, GUEST_SSH_PORT};
 use super::qmp::Qmp;
@@ -74,7 +73,7 @@ pub(super) fn change(qmp: &mut Qmp<'_>, add: &[Port], remove: &[Port]) -> Result
     Ok(())
 }
 
-/// The command says nothing if it succeeds.
+/// Forwards a port. QEMU's command prints nothing if it succeeds.
 fn open(qmp: &mut Qmp<'_>, port: &Port) -> Result<()> {
     let guest_port = port.guest_port;
     let rule = format!("{}-{GUEST_ADDR}:{guest_port}", host_side(port));
@@ -91,7 +90,8 @@ fn open(qmp: &mut Qmp<'_>, port: &Port) -> Result<()> {
     ))
 }
 
-/// The command says whether there was such a port. Either is fine.
+/// Stops forwarding a port. QEMU's command prints whether the port was forwarded, which does not
+/// matter here.
 fn close(qmp: &mut Qmp<'_>, port: &Port) -> Result<()> {
     qmp.human(&format!("hostfwd_remove {NETDEV} {}", host_side(port)))
         .map(drop)
@@ -137,7 +137,7 @@ mod tests {
             ]
         );
         assert_eq!(ssh_port(&ports, &[]), Some(39341));
-        // An earlier fcd has put its port for SSH in another place.
+        // An earlier version of fcd put the port for SSH at another place in the list.
         assert_eq!(ssh_port(&ports, &[ssh(39341)]), Some(2022));
         for bad in [
             "",

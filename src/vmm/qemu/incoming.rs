@@ -34,7 +34,7 @@ pub(crate) struct Message {
 }
 
 impl Message {
-    /// Returns why the VMM is about to end, if this message says so.
+    /// Returns the reason why the VMM is about to end, if this message contains it.
     pub(crate) fn shutdown_cause(&self) -> Option<Cause> {
         let data = self
             .data
@@ -62,7 +62,7 @@ impl Refusal {
     }
 }
 
-/// Why the connection can no longer be used.
+/// The reason why the connection can no longer be used.
 #[derive(Debug)]
 pub(crate) enum Unusable {
     TooLong,

@@ -52,7 +52,8 @@ impl<'a> Qmp<'a> {
         self.conversation.deadline = deadline;
     }
 
-    /// Returns why the VMM ends, if it has said so. Reads all messages that have arrived.
+    /// Returns the reason for the VMM's end, if the VMM has reported it. Reads all messages that
+    /// have arrived.
     pub(super) fn shutdown_cause(&mut self) -> Option<Cause> {
         self.conversation.deadline.at = Instant::now();
         while self.message("read the VMM's last messages").is_ok() {}

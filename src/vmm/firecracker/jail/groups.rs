@@ -37,7 +37,7 @@ const REMOVE_PERIOD: Duration = Duration::from_millis(5);
 ///
 /// # Errors
 /// `unsupported` if a controller is missing or the device of a disk cannot be limited, unless the
-/// configuration says `best-effort`.
+/// configuration sets `limits = "best-effort"`.
 pub(crate) fn limits(config: &Config, spec: &VmmSpec) -> Result<Vec<String>> {
     if config.limits == VmmLimits::Required && has_disk_rate(spec) {
         io_limits(spec, device_of)?;
@@ -112,7 +112,8 @@ fn has_disk_rate(spec: &VmmSpec) -> bool {
 /// control group, or if the VM has never had a rate.
 ///
 /// # Errors
-/// `unsupported` if the host has no such limits, unless the configuration says `best-effort`.
+/// `unsupported` if the host has no such limits, unless the configuration sets
+/// `limits = "best-effort"`.
 pub(crate) fn limit_io(wanted: VmmLimits, spec: &VmmSpec) -> Result<()> {
     let group = group(&spec.tag);
     let file = group.join("io.max");

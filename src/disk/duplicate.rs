@@ -15,7 +15,7 @@ use std::path::Path;
 /// A disk to copy.
 #[derive(Clone, Copy, Debug)]
 pub struct Source<'a> {
-    /// How the disk was created, or None for an independent raw file.
+    /// The method with which the disk was created, or None for an independent raw file.
     pub method: Option<Method>,
     /// The disk's file, or for a device-mapper snapshot the file with its changes.
     pub path: &'a Path,

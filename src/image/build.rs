@@ -84,7 +84,7 @@ const INPUTS: [(&str, &str); 6] = [
     ("modprobe.conf", include_str!("guest/modprobe.conf")),
 ];
 
-/// What an image contains in addition to the packages that its builder names.
+/// The content of an image in addition to the packages that its builder names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Profile {
     /// Compilers, Python and the usual tools, the CA certificates that the host's administrator

@@ -19,7 +19,7 @@ pub struct CommitSpec<'a> {
     /// The version of the init on the disk.
     pub guest_version: u32,
     pub owner_uid: u32,
-    /// What the image was made from; see [`crate::api::image::Image`].
+    /// The caller's name for the origin of the image; see [`crate::api::image::Image`].
     pub recipe: Option<String>,
     /// True if the image is deleted once nothing uses it.
     pub temporary: bool,

@@ -86,7 +86,7 @@ pub struct ImageInfo {
     pub config: ImageConfig,
     /// The digest of the image's own files.
     pub content: String,
-    /// The origin of the image's files; see [`crate::api::image::Image`].
+    /// The caller's name for the origin of the image; see [`crate::api::image::Image`].
     pub recipe: Option<String>,
 }
 

@@ -195,7 +195,7 @@ fn content_beyond_the_limit_is_refused() {
     assert_eq!(e.kind(), Kind::InvalidImage);
 }
 
-/// A file system that is damaged anywhere gives an error or an archive, but no panic and no loop.
+/// A file system that is damaged anywhere causes an error or an archive, but no panic and no loop.
 #[test]
 fn damaged_file_system_ends() {
     struct Bounded(u64);

@@ -5,7 +5,7 @@ const HEADER_BYTES_MAX: usize = 16 * 1024;
 /// The maximum number of parameters of one challenge.
 const PARAMETERS_MAX: usize = 32;
 
-/// How a registry asks for authentication.
+/// A registry's request for authentication.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Challenge {
     Basic,
@@ -90,7 +90,7 @@ impl<'a> Raw<'a> {
             return;
         }
         let is = |other: &str| name.eq_ignore_ascii_case(other);
-        // The first of several values counts.
+        // If a parameter occurs several times, its first value is used.
         if is("realm") && self.bearer.realm.is_empty() {
             self.bearer.realm = value;
         } else if is("service") {

@@ -178,7 +178,7 @@ pub(super) fn error_message(bytes: &[u8]) -> Option<String> {
     (!short.trim().is_empty()).then(|| printable(short.trim()))
 }
 
-/// Set as the source of an error of a peer that does not speak TLS.
+/// The source of the error if a peer does not speak TLS.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct NotTls;
 

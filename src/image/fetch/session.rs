@@ -29,7 +29,7 @@ pub(super) struct Session {
     authorization: Option<Secret>,
 }
 
-/// What is requested from the registry.
+/// A request to the registry.
 #[derive(Clone)]
 pub(super) struct Wanted {
     /// The path below `/v2/`.
@@ -106,7 +106,7 @@ impl Session {
         }
     }
 
-    /// Waits before the next repetition. Waits as long as the registry asks for, within limits.
+    /// Waits before the next repetition, for as long as the registry asks, within limits.
     pub(super) fn pause(&self, repetitions: u32, after: Option<Duration>) -> Result<()> {
         let limits = self.limits();
         let own = limits.retry_pause.saturating_mul(1 << repetitions.min(16));
@@ -123,7 +123,7 @@ impl Session {
         }
     }
 
-    /// Sends a request, and once more if the registry wants authentication.
+    /// Sends a request, and sends it once more if the registry requires authentication.
     fn get_once(&mut self, wanted: &Wanted) -> Result<Reply> {
         let registry = self.registry()?;
         let reply = self.follow(&registry, wanted)?;

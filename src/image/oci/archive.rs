@@ -172,7 +172,7 @@ impl Archive {
             parse_json(DOCKER_MANIFEST, &self.document(DOCKER_MANIFEST)?)?;
         let image = choose(images, wanted.name.as_deref())?;
         let config = self.document(&image.config)?;
-        // An image with several tags gets the one that was asked for.
+        // If an image has several tags, its name is the requested one.
         let tags = wanted.name.iter().chain(image.repo_tags.iter().flatten());
         let name = tags.filter_map(|tag| tag.parse::<Reference>().ok()).next();
         let name = name.map(|name| name.familiar());

@@ -1,6 +1,6 @@
 //! Writes a file system. [`Filesystem`] is the seam at which the crate `mkext4` can be replaced.
 //!
-//! The output depends only on the options and on the sequence of calls, so an image always gives
+//! The output depends only on the options and on the sequence of calls, so an image always produces
 //! the same bytes.
 
 use super::acl;

@@ -76,7 +76,7 @@ pub struct Flattened {
     pub os: Option<String>,
 }
 
-/// Writes the image to `request.out`. The same image gives the same bytes.
+/// Writes the image to `request.out`. The same image always produces the same bytes.
 ///
 /// # Errors
 /// `invalid_image` for hostile or damaged layers; `exhausted` if the image does not fit;

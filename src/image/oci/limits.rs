@@ -1,5 +1,5 @@
-//! Every limit on what an image may contain. An image is hostile, so each of its sizes and counts
-//! has a limit here, and the readers refuse the image as soon as one is exceeded.
+//! All limits on the content of an image. An image is hostile, so each of its sizes and counts has
+//! a limit here, and the readers refuse the image as soon as one is exceeded.
 
 /// Limit of one index, manifest or configuration. Registries accept at most 4 MiB.
 pub const DOCUMENT_BYTES_MAX: u64 = 4 << 20;

@@ -199,8 +199,8 @@ pub(super) fn parse_json<T: DeserializeOwned>(what: &str, bytes: &[u8]) -> Resul
     serde_json::from_slice(bytes).map_err(|e| bad(format!("read the {what}")).with_source(e))
 }
 
-/// Parses an index or a manifest. A document that could be read as both is refused, whatever its
-/// media type says (CVE-2021-41190).
+/// Parses an index or a manifest. A document that could be read as both is refused, regardless of
+/// its media type (CVE-2021-41190).
 fn parse(bytes: &[u8]) -> Result<Parsed> {
     let document: Document = parse_json("manifest", bytes)?;
     if document.schema_version == Some(1) {

@@ -6,7 +6,7 @@ use super::merge::{Content, ROOT, Tree};
 use crate::host::text::printable;
 use std::os::unix::fs::FileExt;
 
-/// Where os-release(5) may be. The first is usually a link to the second.
+/// The paths of os-release(5). The first is usually a link to the second.
 const PATHS: [&str; 2] = ["usr/lib/os-release", "etc/os-release"];
 const BYTES_MAX: u64 = 16 << 10;
 const NAME_CHARS_MAX: usize = 80;

@@ -26,7 +26,8 @@ pub(crate) struct Layers {
     bytes_max: u64,
 }
 
-/// How much [`Layers::prune`] removed, or would remove.
+/// The number of layers and their space, which [`Layers::prune`] has removed or [`Layers::used`]
+/// has found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Pruned {
     pub layers: u64,

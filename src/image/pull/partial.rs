@@ -1,9 +1,9 @@
 //! Partial downloads: the part of a layer that an interrupted pull has received.
 //!
 //! While a helper fetches a large layer, it also writes the compressed bytes to a file that the
-//! daemon has opened. The next pull of the same user reads this file first, and asks the registry
-//! only for the rest. A pull therefore continues in the middle of a layer even if the daemon was
-//! killed.
+//! daemon has opened. The next pull of the same user reads this file first, and requests only the
+//! rest from the registry. A pull therefore continues in the middle of a layer even if the daemon
+//! was killed.
 //!
 //! A partial download is not verified, so it is never shared between users. If it is wrong, the
 //! digest of the whole layer differs, and the layer is fetched once more from the beginning.
@@ -48,7 +48,7 @@ impl Partials {
 
     /// Returns the file with the user's part of a blob, which is empty at first. Returns None if
     /// another pull of the user is fetching the blob, or if `digest` is not a digest. The file is
-    /// locked until it is closed, even after it was passed to another process.
+    /// locked until all its descriptors are closed, also one that was passed to another process.
     pub(super) fn get(&self, uid: u32, digest: &str) -> Result<Option<File>> {
         crate::locks::require_memory_only("file access");
         let Some(path) = self.path(uid, digest) else {

@@ -57,7 +57,7 @@ pub(super) trait Observer {
     fn progress(&mut self, progress: Progress);
 }
 
-/// The files that the helper writes layers to, by diff id.
+/// The files that the helper has received. `layers` contains those of layers, by diff id.
 #[derive(Default)]
 struct HandedOut {
     files: usize,

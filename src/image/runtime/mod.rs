@@ -3,8 +3,8 @@
 //! A runtime is a directory `<state>/runtimes/<id>` with a kernel, an initramfs, and the read-only
 //! disk `runtime.ext4`, which guests mount at `/.fcd`: fcd's init, sshd, git, tar and other
 //! programs of the distribution with their own libraries, and the kernel's modules. The id is a
-//! digest of the content, so the same packages give the same runtime. It is published with one
-//! rename and never changes.
+//! digest of the content, so the same packages produce the same runtime. It is published with one
+//! rename. Afterwards only the time of its build changes, if the same runtime is built again.
 //!
 //! A guest's block devices are its root disk (`/dev/vda`), the seed drive (`/dev/vdb`), the runtime
 //! (`/dev/vdc`) and the work disk (`/dev/vdd`). The kernel argument [`BOOT_ARG`] tells the

@@ -2,7 +2,7 @@
 
 use super::*;
 
-/// A registry with a token server on the same port. It wants `Bearer TOKEN` for manifests.
+/// A registry with a token server on the same port. It requires `Bearer TOKEN` for manifests.
 fn with_tokens(token: &'static str) -> Fake {
     Fake::start(move |asked| {
         let host = asked.header("host").unwrap();

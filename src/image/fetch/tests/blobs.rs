@@ -110,7 +110,7 @@ fn wrong_ranges_are_refused() {
         let fake = Fake::start(counted(vec![first, partial]));
         fails(fetch(&fake), Kind::RegistryInvalid);
     }
-    // Nobody asked for a range.
+    // The client did not request a range.
     let fake = Fake::start(|_| rest(0, BYTES));
     fails(fetch(&fake), Kind::RegistryInvalid);
     let first = Answer::new(200).cut(&BYTES[..4], BYTES.len());
@@ -126,7 +126,7 @@ fn lying_sizes_are_refused() {
         (Answer::new(200).body(&longer), Kind::RegistryInvalid),
         (Answer::new(200).chunked(&longer), Kind::RegistryInvalid),
         (Answer::new(200).endless(), Kind::RegistryInvalid),
-        // Too little could be a cut, so it is resumed for a while.
+        // Too few bytes look like a lost connection, so the client resumes a few times.
         (
             Answer::new(200).chunked(&BYTES[1..]),
             Kind::RegistryUnreachable,

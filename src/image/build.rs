@@ -90,7 +90,7 @@ pub enum Profile {
     /// Compilers, Python and the usual tools, the CA certificates that the host's administrator
     /// added, and an ordinary user `dev`.
     Full,
-    /// Only what fcd itself needs.
+    /// Only the packages of every image.
     Minimal,
 }
 

@@ -27,7 +27,7 @@ const LOST_AND_FOUND: &[u8] = b"lost+found";
 const HEADER_ID_MAX: u32 = 0o7_777_777;
 
 /// Writes all files of the file system in `disk` to `to`. `progress` receives the bytes of each
-/// file. The content of all files together may have `bytes_max` bytes.
+/// file. The content of all files together may have at most `bytes_max` bytes.
 pub(in crate::image) fn write_tar(
     disk: &dyn Source,
     to: &mut dyn Write,

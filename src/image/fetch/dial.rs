@@ -25,8 +25,8 @@ const ADDRESSES_MAX: usize = 8;
 pub enum Reach {
     /// Every address, for a proxy.
     Everything,
-    /// Every address of a registry, including loopback: for the registry that the user named, and
-    /// for hosts that a registry on loopback names.
+    /// Every address of a registry, including loopback: for hosts that the user or the
+    /// administrator named, and for loopback hosts that a registry on loopback names.
     Loopback,
     /// Every address of a registry except loopback, for all other hosts.
     Network,

@@ -46,8 +46,11 @@ pub(super) struct Http {
 }
 
 impl Http {
+    /// Creates a client.
+    ///
     /// # Errors
-    /// `invalid_argument` if a certificate of the authorities cannot be parsed.
+    /// `invalid_argument` if the authorities' certificates are not PEM, or if none of them is
+    /// usable.
     pub(super) fn new(settings: &Settings, network: Arc<Network>) -> Result<Self> {
         let certificates = parse_authorities(&settings.authorities)?;
         let tls = TlsConfig::builder()

@@ -103,7 +103,7 @@ impl Reply {
         number(self.header(header::RETRY_AFTER)?.trim()).map(Duration::from_secs)
     }
 
-    /// Reads the whole body. Fails if it has more than `max` bytes.
+    /// Reads the whole body. Fails if it has more than `max` bytes or takes too long.
     pub(super) fn read_all(self, max: u64) -> Result<Vec<u8>> {
         let too_large = |origin: &Origin| {
             Error::new(

@@ -23,7 +23,8 @@ use ureq::http::header::{LOCATION, WWW_AUTHENTICATE};
 pub(super) struct Session {
     http: Http,
     settings: Arc<Settings>,
-    /// Known after the first request, which may have to find out whether the registry speaks TLS.
+    /// The origin of the registry, which is unknown before the first request: that request may have
+    /// to find out whether the registry speaks TLS.
     registry: Option<Origin>,
     has_answered: bool,
     authorization: Option<Secret>,

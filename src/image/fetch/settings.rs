@@ -86,7 +86,7 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// Settings for an anonymous pull without a proxy.
+    /// Returns settings for an anonymous pull without a proxy.
     pub fn new(repository: Repository) -> Self {
         Self {
             repository,
@@ -105,7 +105,8 @@ impl Settings {
 pub struct Limits {
     /// The time for resolving, connecting, the proxy's reply and the TLS handshake together.
     pub connect: Duration,
-    /// The time from the request to the end of the reply's header.
+    /// The time for each of these steps: sending the request, and receiving the header of the
+    /// reply.
     pub reply: Duration,
     /// The longest time without a byte.
     pub idle: Duration,
@@ -113,7 +114,7 @@ pub struct Limits {
     /// it.
     pub rate_window: Duration,
     pub rate_bytes_min: u64,
-    /// The time for the header and body of a manifest, a token or an error.
+    /// The time for the body of a manifest, a token or an error, after its header.
     pub small_body: Duration,
     /// The time for all of a client's work, including that of its clones.
     pub total: Duration,

@@ -35,9 +35,9 @@ pub(super) struct Network {
     pub(super) proxies: Proxies,
     pub(super) limits: Limits,
     pub(super) cancel: Cancel,
-    /// When [`Limits::total`] has passed.
+    /// The time at which [`Limits::total`] has passed.
     pub(super) end: Instant,
-    /// The hosts that may be on loopback: the registry's, and its token servers'.
+    /// The hosts that may be on loopback: the registry and its token servers.
     pub(super) local_hosts: Vec<String>,
 }
 

@@ -7,8 +7,8 @@
 //! a guest needs to reach its root disk and network, unless they are built in (`modules.builtin`),
 //! and their dependencies (`modules.dep`). These lists and the modules are read only from below the
 //! modules' directory, because every guest can read an initramfs. The initramfs takes its busybox
-//! from an image. The guest loads later modules from its own root file system, which has only the
-//! modules of the image's kernel.
+//! from an image or a guest runtime. The guest loads later modules from its own root file system,
+//! which has only the modules of the image's kernel.
 //!
 //! The daemon reads the files, so only root and the daemon's own user may import.
 
@@ -150,8 +150,8 @@ impl Kernels {
         directory::delete(&self.dir, name.as_str()).map(drop)
     }
 
-    /// Imports a kernel. The busybox of the initramfs comes from an image, so an image must exist.
-    /// An import that fails leaves nothing behind.
+    /// Imports a kernel. The busybox of the initramfs comes from an image or a guest runtime, so
+    /// one of them must exist. An import that fails leaves nothing behind.
     ///
     /// # Errors
     /// `name_taken`, `unsupported` (not a kernel for a guest), `path_not_found`, `image_not_found`,
@@ -235,8 +235,8 @@ fn name_of(version: &str) -> Result<KernelName> {
         .map_err(|e| e.hint("give it a name: --name"))
 }
 
-/// Returns a static busybox from the initramfs of the first image that has one, or of the newest
-/// guest runtime. Fails if there is neither.
+/// Returns the static busybox from the initramfs of the first image that has an initramfs, or else
+/// of the newest guest runtime. Fails if there is neither.
 fn busybox(images: &Images, runtimes: &GuestRuntimes) -> Result<Vec<u8>> {
     let none = || {
         Error::new(

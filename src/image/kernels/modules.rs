@@ -36,7 +36,7 @@ pub(super) const WANTED: [(&str, bool); 7] = [
 pub(super) struct Modules {
     /// The file names and the unpacked contents.
     pub files: Vec<(String, Vec<u8>)>,
-    /// The lines of `modules.dep` about these modules.
+    /// The content of `modules.dep`, with the names of unpacked files.
     pub dependencies: String,
 }
 

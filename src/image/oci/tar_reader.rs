@@ -301,8 +301,8 @@ fn size_of(header: &Header<'_>) -> Result<u64> {
         .ok_or_else(|| bad("a header of the tar has an impossible size"))
 }
 
-/// Returns the size of an entry. If the header cannot store it, a PAX header does. The header then
-/// must contain zero, its largest number or the same size.
+/// Returns the size of an entry. A PAX header may contain the size if the header itself contains
+/// zero or the same size, or if the size does not fit into the header.
 fn entry_size(header: &Header<'_>, pax: Option<u64>) -> Result<u64> {
     let own = size_of(header)?;
     match pax {

@@ -195,7 +195,7 @@ impl<'a> Reporter<'a> {
         }
     }
 
-    /// Reports the progress although nothing has changed, because the daemon ends a silent helper.
+    /// Reports the progress, even if nothing has changed, because the daemon ends a silent helper.
     pub(super) fn report(&self) {
         let total = self.total.load(Ordering::Relaxed);
         let stage = Stage::ALL[self.stage.load(Ordering::Relaxed)];

@@ -26,7 +26,8 @@
 //! and never reads it again.
 //!
 //! The host never mounts a disk. It only enlarges the file, and the guest grows its own file
-//! system. If nobody saw how a guest ended, one flag in the superblock is read (`unmounted.rs`).
+//! system. If no daemon saw how a guest ended, three numbers in the superblock are read
+//! (`unmounted.rs`).
 
 mod copy;
 pub mod duplicate;

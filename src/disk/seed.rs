@@ -4,8 +4,9 @@
 //! Its members are `config`, `host_key` (an OpenSSH private key), `authorized_keys`, `image` if the
 //! guest boots with a guest runtime, and `files.tar` if there are files. `config` has lines
 //! `key=value` with `host_name`, `address`, `gateway`, any number of `dns`, `work_disk`, the mount
-//! point of the last disk, and `init=image` if the image's own init is to run. The guest's init
-//! reads the drive at every boot.
+//! point of the last disk, and `init=image` if the image's own init is to run. For a restored
+//! guest, it also has the values of [`RestoreSeed`]. The guest's init reads the drive at every
+//! boot.
 
 use super::Draft;
 use crate::api::image::ImageConfig;
@@ -112,8 +113,8 @@ impl Seed<'_> {
         draft.publish(owner)
     }
 
-    /// Packs the archive. The same seed produces the same bytes. The length is a multiple of 512,
-    /// as a disk requires.
+    /// Packs the archive. The same seed produces the same bytes. The length is a multiple of
+    /// [`UNIT_BYTES`].
     fn tar(&self) -> Result<Vec<u8>> {
         let mut keys = String::new();
         for key in self.authorized_keys {

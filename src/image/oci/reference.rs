@@ -182,7 +182,6 @@ fn is_port(port: &str) -> bool {
 
 /// Returns what is wrong with a path, or `None`. A component consists of lower-case letters and
 /// digits, joined by one dot, one or two underscores, or any number of dashes.
-/// and digits, joined by one dot, one or two underscores, or any number of dashes.
 fn wrong_path(path: &str) -> Option<&'static str> {
     let is_word = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
     if path.bytes().any(|b| b.is_ascii_uppercase()) {

@@ -130,7 +130,9 @@ impl Walk<'_> {
         if self.entries <= ENTRIES_MAX && self.metadata_bytes <= METADATA_BYTES_MAX {
             return Ok(());
         }
-        let text = format!("the file system has more than {ENTRIES_MAX} files");
+        let text = format!(
+            "the file system has more than {ENTRIES_MAX} files, or names that are too long"
+        );
         Err(Error::new(Kind::InvalidImage, text)
             .hint("export the file system itself: --format raw"))
     }

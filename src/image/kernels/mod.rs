@@ -241,7 +241,7 @@ fn busybox(images: &Images, runtimes: &GuestRuntimes) -> Result<Vec<u8>> {
     let none = || {
         Error::new(
             Kind::ImageNotFound,
-            "no image exists from which to take the initramfs's busybox",
+            "there is neither an image nor a guest runtime with a busybox for the initramfs",
         )
         .hint("run fcctl image build")
     };

@@ -128,7 +128,8 @@ impl Net {
         let new: Vec<Port> = ports.iter().filter(is_new).copied().collect();
         sockets.extend(reserve(&new)?);
         self.allow_loopback(ports)?;
-        // Insert the entry before the rules, because `mend` removes rules that are in no entry.
+        // Insert the entry before the rules, because `mend` removes rules that are missing from
+        // their VM's entry.
         let entry = Forwards {
             published: wanted.clone(),
             sockets,
@@ -246,7 +247,7 @@ impl Net {
         let there = self.published()?;
         let missing: Vec<_> = wanted.into_iter().filter(|p| !there.contains(p)).collect();
         // Entries are inserted before their rules, and `there` was read before the entries are. A
-        // rule in `there` that is in no entry is therefore wrong.
+        // rule that is missing from its VM's entry is therefore wrong.
         let unwanted = self.unwanted(&there);
         let mut script: String = unwanted.iter().map(|p| self.sets.unpublish(p)).collect();
         script.extend(missing.iter().map(|p| self.sets.publish(p)));

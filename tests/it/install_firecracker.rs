@@ -90,7 +90,7 @@ fn install_keeps_versions_side_by_side_owned_by_root() {
     for version in ["1.16.0", "1.16.1"] {
         let (tarball, sum) = made.release(version, &format!("v{version}"));
         // A second run succeeds.
-        for said in ["installed", "is there already"] {
+        for said in ["installed", "already exists"] {
             let out = made.install(version, &tarball, &sum.to_uppercase());
             let (stdout, stderr) = (
                 String::from_utf8_lossy(&out.stdout),

@@ -1,5 +1,5 @@
 //! Tests of guests whose first process is the image's own init. systemd takes a minute or more to
-//! start under emulation, so the module's name sorts near the first.
+//! start under emulation, so the module has a name that makes these tests start early.
 
 use crate::host::{Host, cached_dir, wait_for};
 use crate::pulled::{Layer, write_layout};
@@ -35,7 +35,7 @@ systemctl -q enable --now slow.service
 systemctl -q enable systemd-networkd.service
 "#;
 
-/// Returns a layout directory with an image of Debian with systemd, which is made once.
+/// Returns the layout directory of a Debian image with systemd, which is built once.
 fn debian_layout() -> PathBuf {
     cached_dir("systemd-layout", PACKAGES, |dir| {
         let tar = dir.join("root.tar");
@@ -65,7 +65,7 @@ fn debian_layout() -> PathBuf {
 /// Waits until systemd has started this unit, which takes 12 to 90 seconds under emulation.
 #[track_caller]
 fn wait_unit(host: &Host, unit: &str) {
-    // The guest waits itself, because connections would take most of its time.
+    // The wait runs in the guest, because repeated connections would take most of the guest's time.
     let wait = format!("until systemctl is-active -q {unit} 2>/dev/null; do sleep 1; done");
     host.sh("deb", &format!("timeout 180 sh -c '{wait}'"));
 }
@@ -110,7 +110,7 @@ fn systemd_of_image_runs_as_first_process_and_shuts_down_in_order() {
     assert!(console.contains("reboot: Power down"), "{console}");
     assert!(!console.contains("has not powered off"), "{console}");
 
-    // networkd leaves the interface alone, or this would not return.
+    // If networkd changed the interface, the wait would lose its connection and fail.
     host.ok(&["start", "deb"]);
     wait_unit(&host, "systemd-networkd.service");
     wait_unit(&host, "multi-user.target");
@@ -122,7 +122,7 @@ fn systemd_of_image_runs_as_first_process_and_shuts_down_in_order() {
     assert!(addresses.contains("10.0.2.15/24"), "{addresses}");
     assert!(!addresses.contains("192.0.2.1"), "{addresses}");
 
-    // The server of this connection is a child of the one that ends.
+    // The server of this connection is a child of the process that is killed, so it survives.
     let listener = "/.fcd/bin/busybox ps | sed -n 's/^ *\\([0-9]*\\) .*[[]listener[]].*/\\1/p'";
     host.sh("deb", &format!("kill $({listener})"));
     wait_for("sshd runs again", || {
@@ -138,7 +138,7 @@ fn systemd_of_image_runs_as_first_process_and_shuts_down_in_order() {
     assert_eq!(host.show("deb", "reason"), "the guest shut itself down");
 }
 
-/// Pulls an image with busybox and this init, and creates a VM of the same name.
+/// Pulls an image with busybox and this init, and creates a VM with the same name.
 fn create_with_init(host: &Host, name: &str, add_init: impl FnOnce(Layer) -> Layer) {
     let dir = tempfile::tempdir().unwrap();
     let program = dir.path().join("program");
@@ -162,7 +162,7 @@ fn create_with_init(host: &Host, name: &str, add_init: impl FnOnce(Layer) -> Lay
     host.ok(&[&["vm", "create", "--name", name][..], &shape].concat());
 }
 
-/// Stops the VM, whose data must be synced, and returns what its console said.
+/// Stops the VM, whose data must be synced, and returns its console log.
 fn stop(host: &Host, name: &str) -> String {
     host.ok(&["stop", name]);
     assert_eq!(host.show(name, "synced"), "yes");

@@ -59,7 +59,7 @@ fn ports_change_while_running(host: &mut Host) -> String {
     let any = at[1].replace("0.0.0.0", "127.0.0.1");
     assert_eq!(banner(&at[0]).as_deref(), Some("SSH-2.0"));
     assert_eq!(banner(&any).as_deref(), Some("SSH-2.0"));
-    // A port that a program on the host uses changes nothing.
+    // A port that a program on the host uses cannot be added, and the VM's ports stay as they are.
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let taken = listener.local_addr().unwrap();
     let wanted = format!("{}:22", taken.port());
@@ -78,7 +78,7 @@ fn ports_change_while_running(host: &mut Host) -> String {
     assert_eq!(removed, format!("removed 22/tcp -> {}\n", at[1]));
     assert!(TcpStream::connect(&any).is_err());
     assert_eq!(banner(&at[0]).as_deref(), Some("SSH-2.0"));
-    // The port of the guest's SSH server is not one of them.
+    // The change does not affect the port that fcd itself uses for SSH.
     assert_eq!(host.sh("a", "echo reached"), "reached\n");
     at[0].clone()
 }
@@ -204,7 +204,7 @@ fn guest_has_ports_work_disk_and_host_files() {
     );
     assert!(TcpStream::connect(&ssh).is_err());
     host.ok(&["start", "a"]);
-    // The guest has another port for SSH now, and the one that was added.
+    // After the restart, fcd uses another port for SSH. The added port is still open.
     assert_eq!(plain.run("ssh", &["a", "hostname"]), "a\n");
     assert_eq!(banner(&added).as_deref(), Some("SSH-2.0"));
     assert_eq!(

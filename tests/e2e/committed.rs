@@ -1,4 +1,4 @@
-//! Tests of images that are made of a VM's disk.
+//! Tests of images that are made from a VM's disk.
 
 use crate::host::{Host, text, wait_for};
 use crate::pull_faults::{die_at_each_point, image_directories};
@@ -24,7 +24,7 @@ fn boot(host: &Host, vm: &str, image: &str) {
     host.ok(&["start", vm]);
 }
 
-/// The names of the images, without the version of a name.
+/// Returns the names of all images.
 fn images(host: &Host) -> Vec<String> {
     let list = host.json(&["image", "list"]);
     let names = list.as_array().unwrap().iter();
@@ -81,7 +81,7 @@ fn killed_commit_leaves_nothing_and_can_be_repeated() {
     let points = die_at_each_point(&mut host, &["rpc", "-m", "image.commit", request], &is_made);
     assert!(points >= 2, "{points} points");
 
-    // The VM that cleans the copy is deleted when fcctl or the daemon dies, and so is the copy.
+    // If fcctl or the daemon dies, the VM that cleans the copy is deleted, and so is the copy.
     for who in ["fcctl", "fcd"] {
         let mut commit = host.spawn(&["image", "commit", "box", "made"]);
         wait_for("the copy boots", || {

@@ -1,5 +1,5 @@
-//! Tests of `fcctl cp` with real guests: one of the default image, and one whose image has no
-//! program at all.
+//! Tests of `fcctl cp` with real guests: one of the default image, and one whose image contains no
+//! programs at all.
 
 use crate::exec::Person;
 use crate::host::{Host, Spawned, text, wait_for};
@@ -13,8 +13,8 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-/// Prints kind, mode, owner, time, size, number of names, target and path of everything. The size
-/// and the number of names of a directory depend on the file system.
+/// A command that prints kind, mode, owner, time, size, number of names, target and path of
+/// everything. The size and the number of names of a directory depend on the file system.
 const LIST: &str = r"find . -type d -printf 'd %m %U:%G %T@ %P\0' -o -printf '%y %m %U:%G %T@ %s %n %l %P\0' | sort -z";
 const SPARSE_BYTES: u64 = 100 << 20;
 
@@ -228,7 +228,7 @@ fn links_and_fifos_of_guest_are_not_followed(host: &Host, dir: &Path) {
         Path::new("/etc/passwd")
     );
     assert_eq!(fs::read_dir(out.join("x")).unwrap().count(), 2);
-    // A link that waits in the destination is not followed.
+    // An existing link in the destination is not followed.
     fs::remove_file(out.join("x/k")).unwrap();
     symlink(dir.join("victim"), out.join("x/k")).unwrap();
     host.ok(&["cp", "box:/root/x/k", path(&out.join("x"))]);

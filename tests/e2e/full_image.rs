@@ -36,7 +36,8 @@ fn full_image_builds_c_and_has_tools() {
         "[ \"$(locale charmap)\" = UTF-8 ]",
         "ping -c 1 127.0.0.1",
         "test -s /etc/ssl/certs/ca-certificates.crt",
-        // The bundle has the host's certificates, if there were any at the time of the build.
+        // The bundle contains the host's certificates, if the host had any when the image was
+        // built.
         "cd /usr/local/share/ca-certificates && for f in *.crt; do [ ! -e \"$f\" ] || \
          grep -qxF \"$(sed -n '/BEGIN/{n;n;p;q}' \"$f\")\" /etc/ssl/certs/ca-certificates.crt || exit 1; done",
     ] {
@@ -93,7 +94,7 @@ fn dev_uses_exec_and_ssh(host: &Host) {
         (status, said.as_str()),
         (125, "fcd: the guest has no user nobody-knows\n")
     );
-    // Root's home is closed to dev, who gets the terminal of the session all the same.
+    // dev cannot enter root's home, but a session as dev still has a terminal.
     let out = host.ok(&[
         "exec",
         "-t",
@@ -108,7 +109,8 @@ fn dev_uses_exec_and_ssh(host: &Host) {
     assert_eq!(out, "mine\r\n");
 }
 
-/// A script and a stopped VM each become an image, without what its VMs must not share.
+/// Makes an image with a script, and another from a stopped VM. Neither contains what VMs must not
+/// share, such as SSH host keys and the machine ID.
 #[test]
 fn script_and_stopped_vm_become_images() {
     let host = Host::start();
@@ -157,7 +159,7 @@ fn script_and_stopped_vm_become_images() {
     assert_eq!(host.census(), Vec::<String>::new());
 }
 
-/// Compares the time to the first command of the full image with that of a minimal one.
+/// Compares the times to the first command with the full image and with a minimal one.
 #[test]
 #[ignore = "a measurement: scripts/bench first"]
 fn bench_first_command() {

@@ -161,7 +161,7 @@ fn verbs_take_several_vms_and_continue_after_error() {
     following.says("shutting down");
     events.says("beta  vm.stop ok");
     events.signal("INT");
-    // The signal ended the process, which a shell reports as 130.
+    // A signal ended the process. A shell would report the status 130.
     assert_eq!(events.end().0, None, "{}", events.stderr());
     let line = events
         .stdout()

@@ -1,10 +1,11 @@
-//! The Debian packages, in a test host with systemd: installed, upgraded over a running daemon with
-//! a running VM, removed and purged. `scripts/test-package` builds the packages and runs this.
+//! Tests the Debian packages in a test host with systemd: they are installed, upgraded over a
+//! daemon with a running VM, removed and purged. `scripts/test-package` builds the packages and
+//! runs this test.
 
 use crate::another_host::{START_SYSTEMD, TestHost};
 use std::path::{Path, PathBuf};
 
-/// Dependencies of the packages that the test host does not have anyway.
+/// Packages to add to the test host, because the Debian packages depend on them.
 const DEPENDENCIES: [&str; 8] = [
     "systemd",
     "dbus",
@@ -64,7 +65,7 @@ fn package_is_installed_upgraded_and_purged() {
         "root:fcd:660\nroot:root:711\n"
     );
     assert_eq!(
-        // dpkg leaves out documents and man pages in the test host, as in all our images.
+        // dpkg does not unpack documents and man pages in images that fcd builds.
         systemd("dpkg -V fcd | grep -v \" /usr/share/\\(doc\\|man\\)/\" || true"),
         "",
         "every file is as in the package"
@@ -74,7 +75,7 @@ fn package_is_installed_upgraded_and_purged() {
         "printf \"[qemu]\\naccel = \\\"kvm\\\"\\n\" > /etc/fcd/config.toml
          systemctl stop fcd.socket fcd.service; rm -rf /var/lib/fcd/images; mv state/images /var/lib/fcd/",
     );
-    // The socket alone starts the daemon.
+    // The first connection to the socket starts the daemon.
     systemd(
         "systemctl start fcd.socket; ! systemctl is-active -q fcd.service; fcctl rpc fcd.info > /dev/null",
     );
@@ -105,7 +106,7 @@ fn package_is_installed_upgraded_and_purged() {
     );
 }
 
-/// The static package installs and works without anything else.
+/// The package with the static fcctl works without any other package.
 fn fcctl_alone_works(systemd: &dyn Fn(&str) -> String) {
     systemd("dpkg -i debs/fcctl_*-1_amd64.deb");
     assert!(systemd("fcctl version").contains("fcd   is not running"));

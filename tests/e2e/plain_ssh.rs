@@ -1,10 +1,10 @@
-//! The configuration that `fcctl ssh-config` prints, as ssh, scp and rsync use it.
+//! Tests that ssh, scp and rsync work with the configuration that `fcctl ssh-config` prints.
 
 use crate::host::{Host, text};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
-/// A configuration of ssh for some VMs. The directory of the keys has a name with a space and a
+/// An ssh configuration for some VMs. The directory of the keys has a name with a space and a
 /// percent sign.
 pub struct PlainSsh {
     dir: tempfile::TempDir,
@@ -23,7 +23,7 @@ impl PlainSsh {
             .output()
             .unwrap();
         assert!(out.status.success(), "{:?}", text(&out));
-        // The configuration is appended to a file whose last line has no end.
+        // The configuration is appended to a file whose last line does not end with a newline.
         let config = [b"Host other\n  Port 1".as_slice(), &out.stdout].concat();
         std::fs::write(ssh.config(), config).unwrap();
         ssh
@@ -57,7 +57,7 @@ impl PlainSsh {
 
     #[track_caller]
     fn output(&self, command: &mut Command) -> String {
-        // Nothing but the configuration names the directory of the keys.
+        // Without these variables, only the configuration names the directory of the keys.
         let out = command
             .env_remove("XDG_STATE_HOME")
             .env_remove("HOME")
@@ -89,7 +89,7 @@ impl PlainSsh {
         assert_eq!(std::fs::read(format!("{back}/a b/file")).unwrap(), b"hello");
     }
 
-    /// Copies the host's rsync into the guest, which has none. Its libraries go with it.
+    /// Copies the host's rsync and its libraries to the guest, which does not have rsync.
     fn put_rsync(&self, vm: &str) {
         let out = Command::new("sh")
             .args([
@@ -103,7 +103,7 @@ impl PlainSsh {
         self.run("ssh", &[vm, "mkdir -p /opt/rsync"]);
         let to = format!("{vm}:/opt/rsync/");
         let mut args = vec!["-q"];
-        // The guest's own C library and loader belong together.
+        // libc is left out, because the guest's own C library must match the guest's loader.
         args.extend(files.lines().filter(|file| !file.contains("/libc.so")));
         args.push(&to);
         self.run("scp", &args);

@@ -1,4 +1,4 @@
-//! Tests of images that scripts and commits make of pulled images.
+//! Tests of images that are made from pulled images by scripts and commits.
 
 use crate::host::{Host, text};
 use crate::pulled::{Layer, small_image, write_layout};
@@ -85,7 +85,8 @@ fn script_sets_up_image_without_run_directory() {
     // The script has the environment of the image's commands.
     let built = build("mine", "#!/bin/sh\necho \"$GREETING $PATH\" >/srv/made\n");
     assert!(built.status.success(), "{}", text(&built).1);
-    // The same script and base make no second image, and another script does not replace this one.
+    // A build with the same script and base only adds a name to the image. A build with another
+    // script does not replace the image.
     let twin = build("twin", "#!/bin/sh\necho \"$GREETING $PATH\" >/srv/made\n");
     let (_, said) = text(&twin);
     assert!(
@@ -107,7 +108,7 @@ fn script_sets_up_image_without_run_directory() {
     let (_, said) = text(&build("other", "#!/usr/bin/python3 -u\n"));
     let wanted = "fcd: the script needs /usr/bin/python3, which the image does not have\n";
     assert!(said.contains(wanted), "{said}");
-    // The runtime has a shell for images without one.
+    // An image without a shell can use the shell of the guest runtime.
     let built = build("other", "#!/.fcd/bin/sh\ntrue\n");
     assert!(built.status.success(), "{}", text(&built).1);
 }

@@ -14,7 +14,7 @@ fn partials(host: &Host) -> Vec<PathBuf> {
     dir.map(|entry| entry.unwrap().path()).collect()
 }
 
-/// The names in the directory of images, which include unfinished ones.
+/// Returns the names in the directory of images, including those of unfinished images.
 pub fn image_directories(host: &Host) -> Vec<String> {
     let mut names: Vec<String> = fs::read_dir(host.state().join("images"))
         .unwrap()
@@ -38,7 +38,7 @@ fn received(host: &Host, layer: &str, bytes: u64) {
     assert_eq!(part["state"], "downloading", "{part}");
 }
 
-/// Pulls an image until the middle of its last layer, and then has the pull interrupted.
+/// Pulls an image up to the middle of its last layer, then kills the daemon or interrupts the pull.
 fn pull_half(registry: &Registry, host: &mut Host, name: &str, last: &str, how: &str) {
     registry.stop_at(last, 5 * MIB);
     let mut pull = host.spawn(&["image", "pull", name]);
@@ -96,8 +96,8 @@ fn interrupted_pull_continues_in_the_middle_of_a_layer() {
     }
 }
 
-/// Kills the daemon at each point of an operation. Nothing half-made is visible afterwards, and the
-/// operation works.
+/// Kills the daemon at each point of an operation. After each kill, no incomplete image is visible.
+/// In the end, the operation succeeds. Returns the number of points.
 #[track_caller]
 pub fn die_at_each_point(host: &mut Host, args: &[&str], done: &dyn Fn(&Host) -> bool) -> u64 {
     for n in 1..50 {
@@ -125,7 +125,7 @@ pub fn die_at_each_point(host: &mut Host, args: &[&str], done: &dyn Fn(&Host) ->
             let is_prune = args[1] == "prune";
             assert!(before == after || is_prune, "{at}: {before:?} {after:?}");
         } else if args[1] != "pull" {
-            // It was done, but could not be reported.
+            // The operation was complete, but the daemon died before it could reply.
             return n;
         }
     }
@@ -150,12 +150,12 @@ fn killed_daemon_leaves_no_half_image() {
     let pulled = |host: &Host| has(host, &name);
     let points = die_at_each_point(&mut host, &["image", "pull", &name], &pulled);
     assert!(points >= 4, "{points} points");
-    // Each blob was received once.
+    // Despite the kills, each blob was received only once.
     for layer in &layers {
         assert_eq!(registry.asked(&digest(layer)), [0]);
     }
 
-    // The same name with other content replaces the image, or leaves it.
+    // A pull of other content with the same name either replaces the image or leaves it unchanged.
     let old = host.json(&["image", "show", &name])["image"]["digest"].clone();
     registry.publish("old", &[layer("c", 2 * MIB)]);
     let replaced = |host: &Host| {
@@ -185,8 +185,8 @@ fn full_disk_during_pull_publishes_nothing_and_retry_works() {
     let layers = [layer("a", 2 * MIB), layer("b", LAYER)];
     let name = registry.publish("big", &layers);
     let before = image_directories(&host);
-    // Room for: the small layer only; the layers, but no image; not all of the image, when the
-    // layers are cached.
+    // There is room for the small layer only; then for the layers, but not for an image; then, with
+    // the layers in the cache, for a part of the image.
     for leave in [8 * MIB, LAYER / 2 * 3, LAYER / 2] {
         host.disk().fill(leave as u64);
         let failed = host.fcctl(&["--json", "image", "pull", &name]);
@@ -206,7 +206,7 @@ fn full_disk_during_pull_publishes_nothing_and_retry_works() {
         *said = text(&pulled).1;
         pulled.status.success().then_some(())
     });
-    // Deleting an image takes no space.
+    // Deleting an image does not need space.
     host.disk().fill(0);
     host.ok(&["image", "rm", &name]);
     assert_eq!(image_directories(&host), before);

@@ -9,7 +9,7 @@ use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-/// A tar archive that is made entry by entry.
+/// A tar archive that is built entry by entry.
 pub struct Layer(tar::Builder<Vec<u8>>);
 
 impl Layer {
@@ -65,8 +65,7 @@ pub fn with_type(mut descriptor: Value, media_type: &str) -> Value {
     descriptor
 }
 
-/// Writes a layout directory with one image, whose tag is `1`.
-/// Returns the descriptor of the image.
+/// Writes a layout directory with one image, whose tag is `1`. Returns the image's descriptor.
 pub fn write_layout(layout: &Path, layers: &[Vec<u8>], config: Value) -> Value {
     let described: Vec<Value> = layers
         .iter()
@@ -92,7 +91,7 @@ pub fn write_layout(layout: &Path, layers: &[Vec<u8>], config: Value) -> Value {
     manifest
 }
 
-/// Gives what the descriptor describes the tag `1`.
+/// Writes an index in which the described image has the tag `1`.
 pub fn write_index(layout: &Path, mut described: Value) {
     described["annotations"] = json!({ "org.opencontainers.image.ref.name": "1" });
     let index = json!({ "schemaVersion": 2, "manifests": [described] });
@@ -104,7 +103,7 @@ pub fn write_index(layout: &Path, mut described: Value) {
     .unwrap();
 }
 
-/// An image with busybox, a whiteout, and a hard link across layers.
+/// Writes the layout of an image with busybox, a whiteout, and a hard link across layers.
 pub fn small_image(host: &Host, layout: &Path) {
     let program = layout.join("busybox");
     busybox(host, &program);
@@ -127,7 +126,7 @@ pub fn small_image(host: &Host, layout: &Path) {
     write_layout(layout, &[lower.finish(), upper.finish()], config);
 }
 
-/// Debian's registry on a port of loopback. It ends when this is dropped.
+/// A process of Debian's docker-registry on a loopback port. Dropping it ends the process.
 pub struct Registry {
     process: Child,
     pub address: String,
@@ -274,7 +273,7 @@ fn archives_are_pulled_from_files_directories_and_stdin() {
         "--name",
         "oci:1",
     ]);
-    // A docker-archive says what the image is called.
+    // A docker-archive contains the name of its image.
     host.ok(&[
         "image",
         "pull",

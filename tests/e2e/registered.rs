@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileExt, MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Makes an ext4 file system with busybox. The file is a bit longer than the file system.
+/// Makes an ext4 file system with busybox. The file is slightly longer than the file system.
 fn root_file(host: &Host, dir: &Path) -> PathBuf {
     let (tree, file) = (dir.join("tree"), dir.join("root.ext4"));
     busybox(host, &tree.join("bin/busybox"));
@@ -78,7 +78,7 @@ fn file_of_mke2fs_boots_until_it_changes() {
     assert!(file.exists());
 }
 
-/// Makes a program of the host check an archive, and returns what it prints.
+/// Runs a program of the host, for example one that reads an archive. Returns its output.
 fn run(program: &str, args: &[&str]) -> String {
     let ran = Command::new(program)
         .args(args)
@@ -105,7 +105,7 @@ fn image_is_promoted_and_exported_in_both_formats() {
     let content = fs::read(&file).unwrap();
     fs::remove_file(&file).unwrap();
 
-    // The file system comes back byte for byte and as sparse as it was, and can be registered.
+    // The exported file has the same bytes and holes as the original, and can be registered.
     let raw = path("raw.ext4");
     let export = |format: &str, to: &str| {
         host.ok(&["image", "export", "mine", "--format", format, "-o", to]);
@@ -119,7 +119,7 @@ fn image_is_promoted_and_exported_in_both_formats() {
     assert!(said.contains("already exists"), "{said}");
     register("again", Path::new(&raw));
 
-    // Other programs read the archive, and it can be pulled.
+    // Other programs can read the archive, and fcd can pull it.
     let tar = path("mine.tar");
     export("oci", &tar);
     assert_eq!(

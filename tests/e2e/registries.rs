@@ -1,5 +1,5 @@
-//! Tests of every kind of image, from a registry that is open and from one that needs a password
-//! and has a certificate of a private authority.
+//! Tests of all kinds of images from two registries: an open one, and one that needs a password and
+//! has a certificate of a private authority.
 
 use crate::host::{Host, text};
 use crate::pulled::{Layer, Registry, put, small_image, with_type, write_index, write_layout};
@@ -28,7 +28,7 @@ fn path(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-/// A registry with TLS and a password, and what its users need.
+/// A registry with TLS and a password, and the files that its users need.
 struct Private {
     registry: Registry,
     dir: tempfile::TempDir,
@@ -70,7 +70,8 @@ impl Private {
         Self { registry, dir }
     }
 
-    /// The certificate is for a name, not for the address.
+    /// Returns the registry's address with a host name, because the certificate is not valid for
+    /// the IP address.
     fn name(&self) -> String {
         self.registry.address.replace("127.0.0.1", "localhost")
     }
@@ -92,7 +93,7 @@ impl Private {
     }
 }
 
-/// Copies an image of a layout with skopeo.
+/// Copies an image from a layout to a registry with skopeo.
 fn push(layout: &Path, to: &str, options: &[&str]) {
     let from = format!("oci:{}:1", layout.display());
     let to = format!("docker://{to}");
@@ -100,7 +101,8 @@ fn push(layout: &Path, to: &str, options: &[&str]) {
     tool("skopeo", &[&copy[..], options, &[&from, &to]].concat());
 }
 
-/// One static program and nothing else, in an index whose first image is for another processor.
+/// Writes the layout of an image with one static program and nothing else. The first image of its
+/// index is for another processor.
 fn scratch(host: &Host, layout: &Path) {
     let program = layout.join("program");
     busybox(host, &program);
@@ -129,7 +131,8 @@ fn scratch(host: &Host, layout: &Path) {
     write_index(layout, index);
 }
 
-/// A program that needs musl, below 40 layers that each replace a file of the one before.
+/// Writes the layout of an image with a program that needs musl, below 40 layers that each replace
+/// a file of the previous layer.
 fn musl(layout: &Path) {
     let source = layout.join("program.c");
     fs::write(
@@ -164,7 +167,7 @@ fn musl(layout: &Path) {
     write_layout(layout, &layers, json!({"Cmd": ["/bin/program"]}));
 }
 
-/// The hand-made image with a whiteout and a hard link, changed and given a user by umoci.
+/// Writes the layout of [`small_image`], and changes the image and its user with umoci.
 fn changed_by_umoci(host: &Host, layout: &Path) {
     small_image(host, layout);
     let image = format!("{}:1", layout.display());
@@ -182,7 +185,8 @@ fn changed_by_umoci(host: &Host, layout: &Path) {
     fs::remove_dir_all(bundle).unwrap();
 }
 
-/// A program of this host with its libraries, without a shell, committed by buildah to a registry.
+/// Commits an image to a registry with buildah. The image has a program of this host and its
+/// libraries, but no shell.
 fn distroless_by_buildah(registry: &Private, to: &str) {
     let dir = tempfile::tempdir().unwrap();
     let tree = dir.path().join("tree");
@@ -228,7 +232,7 @@ fn distroless_by_buildah(registry: &Private, to: &str) {
     buildah(&[&["commit", "-q"][..], &policy, &access, &["new", &to]].concat());
 }
 
-/// An image, and what its own files and command show.
+/// An image, and the expected output of its files and its command.
 struct Case {
     name: &'static str,
     reference: String,
@@ -364,7 +368,7 @@ fn every_kind_of_image_boots_from_open_and_private_registries() {
         },
     ];
     cases.iter().for_each(|case| check(&host, &docker, case));
-    // The layers were compressed as wanted.
+    // The layers are compressed as requested.
     let kind = [
         "inspect",
         "--raw",

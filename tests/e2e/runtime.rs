@@ -1,4 +1,4 @@
-//! Tests of images that hold only their own files and boot with a guest runtime.
+//! Tests of images that contain only their own files and boot with a guest runtime.
 
 use crate::host::{Host, text, wait_for};
 use serde_json::{Value, json};
@@ -7,7 +7,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 use std::process::Command;
 
-/// Registers the files below `tree` as an image, as `image pull` does with those of a registry.
+/// Registers the files below `tree` as an image, as `image pull` does with the files of an image.
 pub fn register(host: &Host, name: &str, tree: &Path, config: Value) {
     write_image(&host.state().join("images").join(name), name, tree, config);
 }
@@ -73,7 +73,7 @@ fn boot(host: &Host, name: &str, image: &str) {
     host.ok(&["start", name]);
 }
 
-/// Checks that statuses and signals reach the caller.
+/// Checks that exit statuses and signals reach the caller.
 fn check_ends(host: &Host, vm: &str) {
     for (script, status) in [
         ("exit 7", 7),
@@ -139,7 +139,7 @@ fn image_of_one_static_program_boots() {
         ),
         "/srv/new\na  b / /app:/.fcd/bin\none\n1\n"
     );
-    // The guest has the image's own files, what Docker adds too, and /.fcd.
+    // The guest has the image's own files, the directories that Docker also adds, and /.fcd.
     assert_eq!(
         host.sh("one", "ls -A / | tr '\\n' ' '"),
         ".fcd app dev etc lost+found proc srv sys work "
@@ -198,7 +198,7 @@ fn image_with_a_shell_uses_its_own_programs_and_user() {
         host.ok(&["ssh", "--user", "dev", "box", "--", "id", "-un"]),
         "dev\n"
     );
-    // A program of the image comes before the runtime's.
+    // A program of the image takes precedence over the same program of the runtime.
     assert_eq!(
         host.sh(
             "box",

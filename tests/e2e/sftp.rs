@@ -1,5 +1,5 @@
-//! Tests of file transfers with the VM's key, and of the files of the network, in images that hold
-//! only their own files.
+//! Tests of file transfers with the VM's key, and of network files such as /etc/resolv.conf, in
+//! images that contain only their own files.
 
 use crate::exec::{Person, SshAgent};
 use crate::host::{Host, text, wait_for};
@@ -49,7 +49,7 @@ fn run(program: &str, options: &[String], args: &[&str]) -> String {
     stdout
 }
 
-/// Copies files in both directions with scp and sftp. `user` is as `ls -n` shows it.
+/// Copies files in both directions with scp and sftp. `user` is the uid that must own the copies.
 fn check_transfers(host: &Host, vm: &str, options: &[String], user: &str) {
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
@@ -80,7 +80,7 @@ fn check_transfers(host: &Host, vm: &str, options: &[String], user: &str) {
     }
 }
 
-/// A shell has a terminal in a guest with a runtime, too, with and without a workspace.
+/// A shell also has a terminal in a guest with a runtime, with and without a workspace.
 fn a_shell_has_a_terminal(host: &Host, vm: &str) {
     let repo = tempfile::tempdir().unwrap();
     crate::first_light::repository(repo.path());
@@ -104,7 +104,7 @@ fn files_are_copied_by_scp_and_sftp_as_root_and_as_the_images_user() {
     let tree = tempfile::tempdir().unwrap();
     let root = tree.path();
     busybox(&host, &root.join("app/busybox"));
-    // Any user without an entry in passwd can transfer files, too.
+    // Users without an entry in passwd can transfer files too.
     register(
         &host,
         "bare",
@@ -114,7 +114,7 @@ fn files_are_copied_by_scp_and_sftp_as_root_and_as_the_images_user() {
     fs::create_dir(root.join("etc")).unwrap();
     let users = "root:x:0:0::/:/app/none\ndev:x:1000:1000::/:/app/none\n";
     fs::write(root.join("etc/passwd"), users).unwrap();
-    // A resolver of the image would have a link like this one.
+    // Images with a resolver such as systemd-resolved have a link like this one.
     symlink("../run/stub.conf", root.join("etc/resolv.conf")).unwrap();
     register(
         &host,
@@ -146,7 +146,8 @@ fn files_are_copied_by_scp_and_sftp_as_root_and_as_the_images_user() {
             .output()
             .unwrap();
         assert_eq!(text(&out), ("there\n".to_owned(), String::new()));
-        // `fcctl ssh --user 0` chooses root like this. The image need not name it.
+        // `fcctl ssh --user 0` selects root with this variable, even if the image's passwd has no
+        // root.
         options.extend(["-o".to_owned(), "SetEnv=FCD_USER=0".to_owned()]);
         check_transfers(&host, vm, &options, "0");
     }

@@ -1,14 +1,16 @@
 #!/usr/bin/python3
-"""A guest's SSH server that is out to harm its client.
+"""A guest's SSH server that attacks its client.
 
 usage: hostile_sshd.py HOST_KEY_FILE MODE
-Prints its port on the loopback. Accepts every key, starts every command, then sends what MODE says without end:
-  success   CHANNEL_SUCCESS that nobody asked for     unknown   messages of an unknown type
-  rekey     new keys, over and over                   kexflood  unknown messages inside a key exchange
-  global    global requests that want an answer       open      channels that it opens
-  reqs      channel requests that want an answer      exitsig   exit-signal, over and over
-  drip      one message that means nothing, per second
-Environment: PAD, bytes in a message; REKEY, bytes between two key exchanges of its own accord.
+Prints its port on the loopback. Accepts every key and starts every command. Then it sends messages
+without end. MODE chooses the messages:
+  success   CHANNEL_SUCCESS without a request          unknown   messages of an unknown type
+  rekey     repeated key exchanges                     kexflood  unknown messages inside a key exchange
+  global    global requests that need a reply          open      channels that the server opens
+  reqs      channel requests that need a reply         exitsig   repeated exit-signal requests
+  drip      one meaningless message per second
+Environment: PAD, the number of bytes in a message; REKEY, the number of bytes between two key
+exchanges that the server starts.
 """
 import os
 import socket
@@ -52,7 +54,7 @@ def message(kind, *parts):
 
 
 def flood(channel):
-    # The reply to the request for the command goes first.
+    # Lets the reply to the exec request go first.
     time.sleep(0.2)
     transport, to, sent = channel.transport, channel.remote_chanid, 0
     try:
@@ -85,7 +87,7 @@ def flood(channel):
             transport._send_message(m)
             sent += 1
     except Exception:
-        # The client is gone.
+        # The client has disconnected.
         pass
 
 

@@ -33,9 +33,9 @@ fn create(world: &World, name: &str, ports: &[Port]) -> Result<Vm, Failure> {
         .map(|r| r.vm)
 }
 
-/// Listens on a free port, so that no other test takes the port. Returns the listener and the port.
-/// Listens on a port that the kernel gives to nobody who asks for any port, so that it stays free
-/// when the listener is closed. Tests of other processes may run at the same time.
+/// Listens on a port below the range from which the kernel picks ports for other sockets, so that
+/// the port stays free after the listener is closed. Tests of other processes may run at the same
+/// time. Returns the listener and the port.
 fn listening() -> (TcpListener, u16) {
     let from = 20_100 + u16::try_from(std::process::id() % 10_000).unwrap();
     let mut listeners = (from..from + 100)

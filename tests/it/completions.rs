@@ -1,4 +1,4 @@
-//! Completions in the real bash, zsh and fish, with names from a daemon.
+//! Tests completions in the real bash, zsh and fish, with names from a daemon.
 
 use crate::world::{World, soon};
 use std::fs::File;
@@ -9,9 +9,9 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 const FCCTL: &str = env!("CARGO_BIN_EXE_fcctl");
-/// Ends each prompt of a shell.
+/// The end of each prompt of a shell.
 const PROMPT: &str = "READY> ";
-/// How long a shell may wait for the names of VMs, images and so on.
+/// Limit of the time that a shell waits for candidates such as names of VMs and images.
 const ANSWER_MAX: Duration = Duration::from_millis(50);
 const ANSWERS_MEASURED: usize = 15;
 
@@ -23,10 +23,10 @@ fn world() -> World {
     world
 }
 
-/// Lets a command find fcctl and the daemon.
+/// Makes a command find fcctl and the daemon.
 fn with_fcctl(command: &mut Command, world: &World) {
     let dir = Path::new(FCCTL).parent().unwrap().display();
-    // The shells write to it.
+    // Shells write files to their home directory.
     let home = world.config.state_dir.parent().unwrap();
     command
         .env_clear()
@@ -72,7 +72,7 @@ impl Shell {
         self.terminal.write_all(keys.as_bytes()).unwrap();
     }
 
-    /// Reads until the text appears, and forgets everything up to its end.
+    /// Reads until the text appears. The next wait begins after the text.
     #[track_caller]
     fn wait_for(&mut self, text: &str) {
         let deadline = soon();
@@ -100,8 +100,9 @@ impl Shell {
         self.wait_for(PROMPT);
     }
 
-    /// Types a line and the tab key, and checks what the line is then. The shell itself prints the
-    /// line, because what appears while it completes depends on the shell.
+    /// Types a line and the tab key, and checks what the line has become. The test then runs
+    /// `show`, which prints the line, because shells differ in what they display while they
+    /// complete.
     #[track_caller]
     fn check(&mut self, typed: &str, expected: &str) {
         // Ctrl-A goes to the beginning of the line.
@@ -118,10 +119,10 @@ impl Drop for Shell {
     }
 }
 
-/// Prints the words of a line.
+/// A shell function that prints its arguments.
 const SHOW: &str = "show() { printf '<%s>' \"$*\"; }";
 
-/// Keys to type, and the command line that bash and zsh make of them.
+/// Keys to type, and the command line that they become in bash and zsh.
 const LINES: &[(&str, &str)] = &[
     ("fcctl st", "fcctl st"),
     ("fcctl snaps", "fcctl snapshot"),
@@ -180,9 +181,9 @@ fn fish_completes_names_with_descriptions() {
     assert!(complete("fcctl snaps").starts_with("snapshot\tSave and restore"));
 }
 
-/// The best of several answers, because other tests run at the same time.
+/// Uses the fastest of several answers, because other tests run at the same time.
 #[test]
-#[ignore = "a measurement that wants to run alone: scripts/test"]
+#[ignore = "a measurement that must run alone: scripts/test"]
 fn names_are_answered_while_a_key_is_pressed() {
     let world = world();
     let ask = || {

@@ -1,4 +1,4 @@
-//! Copies with `fcctl cp`, which the daemon sees as exec sessions with a tar.
+//! Tests copies with `fcctl cp`, which the daemon sees as exec sessions that run tar.
 
 use crate::world::*;
 use fcd::testing::api::exec::{ExecStart, ExecStartRequest, Stream};

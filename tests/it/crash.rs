@@ -74,7 +74,7 @@ const PORT_SEQUENCES: [&[Verb]; 6] = [
     &[Publish, Start],
 ];
 
-/// Returns a port that the kernel gives to nobody who asks for any port.
+/// Returns a port below the range from which the kernel picks ports for other sockets.
 fn a_port() -> Port {
     Port {
         host_addr: loopback(),

@@ -177,7 +177,7 @@ fn init_of_image_is_run_and_must_power_off_itself() {
     assert!(String::from_utf8_lossy(&seed).contains("\ninit=image\n"));
     assert_eq!(world.stop("a").unwrap().synced, Some(Synced::Yes));
 
-    // Its services may write after the guest has synced, until the guest has ended.
+    // The image's services may still write between the guest's sync and its end.
     world.start("a").unwrap();
     world.guest.on("/.fcd/lib/shutdown 1", |_| {
         Answer::status(0).stdout("synced\n")

@@ -1,4 +1,4 @@
-//! Tests of the limit of the space that the images of one user take.
+//! Tests of the limit of the disk space that one user's images may take.
 
 use crate::image_register::create;
 use crate::pulls;
@@ -11,14 +11,14 @@ use std::sync::atomic::Ordering;
 
 const ALICE: u32 = 3001;
 
-/// Returns a daemon that everybody may use, with this limit.
+/// Returns a world whose daemon accepts every user and has this limit.
 fn world(limit: u64) -> World {
     let world = pulls::world_with(|config| config.registry.image_bytes_per_uid_max = limit);
     world.open_to_everybody();
     world
 }
 
-/// Returns the space that an image takes which the tests pull.
+/// Returns the disk space that the image of these tests takes once it is pulled.
 fn pulled_bytes() -> u64 {
     let world = world(u64::MAX);
     pulls::pull(&world, "measured", false).allocated_bytes
@@ -91,8 +91,8 @@ fn tag_of_another_users_image_counts() {
 }
 
 #[test]
-fn commit_counts() {
-    // The image has a file system without data, a kernel and an initrd.
+fn commit_counts_against_the_limit() {
+    // Even an empty file system with a kernel and an initrd is larger than this limit.
     let world = world(4096);
     as_uid(ALICE, || {
         create(&world, "web", "default").unwrap();

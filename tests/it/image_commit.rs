@@ -1,4 +1,4 @@
-//! Tests of images that are made of VMs' disks.
+//! Tests of images that are made from disks of VMs.
 
 use crate::guest_runtime::{make_image_of, make_runtime};
 use crate::image_register::{create, image};
@@ -102,7 +102,7 @@ fn start_during_commit_makes_commit_fail() {
     assert_eq!(images.images.len(), 1);
 }
 
-/// fcctl makes images of VMs that are deleted whatever happens to it.
+/// `fcctl` makes images from VMs that are deleted even if `fcctl` is killed.
 #[test]
 fn kept_rm_vm_becomes_image_and_is_deleted_with_its_holder() {
     let world = World::new();
@@ -127,7 +127,7 @@ fn kept_rm_vm_becomes_image_and_is_deleted_with_its_holder() {
     await_that("the VM is deleted", || world.show("web").is_err());
 }
 
-/// A commit never reports that the image it has made does not exist.
+/// A delete may remove the new image before the commit replies. The commit must still succeed.
 #[test]
 fn commit_and_rm_of_one_name_end_in_one_state() {
     const ROUNDS: usize = 15;
@@ -158,7 +158,7 @@ fn commit_and_rm_of_one_name_end_in_one_state() {
     }
 }
 
-/// fcctl may be killed between the commit and the end of the VM that it creates from the image.
+/// The daemon deletes the image, because `fcctl` may be killed before it can do so.
 #[test]
 fn temporary_image_is_deleted_with_its_last_vm() {
     let mut world = World::new();

@@ -1,4 +1,4 @@
-//! Tests of exports of images: what arrives, and that a slow reader delays nobody.
+//! Tests that image exports are complete, and that a slow reader delays nothing else.
 
 use crate::guest_runtime::make_runtime;
 use crate::image_register::{create, image, make_file, register};
@@ -16,7 +16,7 @@ use std::path::PathBuf;
 /// The size of the image, which does not fit in a pipe.
 const BYTES: u64 = 3 << 20;
 
-/// Returns a daemon with the image `mine`, and its file.
+/// Returns a world with the image `mine`, a directory, and the path of the image's file there.
 fn world(idle_s: u64) -> (World, tempfile::TempDir, PathBuf) {
     let world = World::with(|config| config.limits.transfer_idle_s = idle_s);
     make_runtime(&world.config.state_dir, "00000000000a", 7);
@@ -36,7 +36,7 @@ fn raw(name: &str) -> ImageExportRequest {
     }
 }
 
-/// Begins an export, and returns the read end of its pipe when the pipe is full.
+/// Begins an export and waits until its pipe is full. Returns the call and the pipe's read end.
 fn stalled(world: &World) -> (Running<ImageExportReply>, File) {
     let (reader, writer) = pipe();
     let call = world.begin::<ImageExport>(raw("mine"), vec![writer]);
@@ -65,8 +65,8 @@ fn raw_image_arrives_as_it_is() {
     }
 }
 
-/// The reader of an export does nothing. Starts, stops and deletions do not notice, and the image
-/// can be deleted.
+/// Nobody reads the export. Starts, stops and deletes are not delayed, and the image can be
+/// deleted.
 #[test]
 fn stalled_export_delays_nobody() {
     let (world, _dir, path) = world(60);
@@ -133,7 +133,7 @@ fn export_needs_one_pipe_and_the_right_to_the_image() {
     let (reader, writer) = pipe();
     assert!(refused("none", vec![writer]).is(Kind::ImageNotFound));
     assert!(refused("mine", vec![reader]).is(Kind::InvalidArgument));
-    // The daemon does not write to files, which could be slow in ways that nobody can cancel.
+    // A file is refused, because a write to a file may block in a way that cannot be cancelled.
     let file = File::create(dir.path().join("out")).unwrap();
     assert!(refused("mine", vec![file.into()]).is(Kind::InvalidArgument));
     let (_reader, writer) = pipe();

@@ -1,4 +1,4 @@
-//! Tests of image names: every user has names of their own.
+//! Tests of image names. Each user has separate names.
 
 use crate::guest_runtime::{make_image_of, make_runtime};
 use crate::image_register::{create, image};
@@ -12,7 +12,7 @@ use fcd::testing::error::Kind;
 const ALICE: u32 = 3001;
 const BOB: u32 = 3002;
 
-/// A world in which the host has an image `tool`.
+/// Returns a world in which the host has an image `tool`.
 fn world() -> World {
     let world = World::new();
     world.open_to_everybody();
@@ -76,7 +76,7 @@ fn new_name_cannot_have_another_owner() {
     assert_eq!(own.name.to_string(), "mine");
 }
 
-/// Nobody can take a name of the host, and everybody can have an image of that name.
+/// A user can use a name of the host for an own image, which does not affect other users.
 #[test]
 fn own_name_comes_before_the_name_of_the_host() {
     let world = world();
@@ -105,7 +105,7 @@ fn own_name_comes_before_the_name_of_the_host() {
     });
 }
 
-/// An image says what it was built from, but only its owner may believe that.
+/// A user can give an image any recipe, so a tag by another user does not copy the recipe.
 #[test]
 fn recipe_of_another_user_is_not_taken_over() {
     let world = world();
@@ -144,7 +144,7 @@ fn root_shares_image_of_another_user() {
     as_uid(BOB, || create(&world, "web", "ours").unwrap());
 }
 
-/// The name of the VM's image can mean another image to its owner by now.
+/// The owner may have given the name of the VM's image to another image since.
 #[test]
 fn fork_and_restore_keep_the_image_of_their_vm() {
     let world = world();

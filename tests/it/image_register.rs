@@ -21,7 +21,7 @@ const BYTES: u64 = 64 * 1024 + 7;
 const DISK_BYTES: u64 = 4 << 20;
 const STRANGER: u32 = 4_000_000;
 
-/// Returns a daemon with a guest runtime, and a directory for files.
+/// Returns a world with a guest runtime, and a directory for files.
 fn world() -> (World, tempfile::TempDir) {
     let world = World::new();
     make_runtime(&world.config.state_dir, "00000000000a", 7);
@@ -80,7 +80,7 @@ fn images(world: &World) -> Vec<Image> {
     listed.unwrap().images
 }
 
-/// The names in the directory of images, without those that a test made.
+/// Returns the names in the directory of images, except `default`.
 fn stored(world: &World) -> Vec<String> {
     let entries = fs::read_dir(world.config.state_dir.join("images")).unwrap();
     let names = entries.map(|e| e.unwrap().file_name().into_string().unwrap());
@@ -172,7 +172,7 @@ fn path_that_leads_elsewhere_is_never_read() {
     refused("another file");
     fs::remove_file(&path).unwrap();
     fs::rename(&kept, &path).unwrap();
-    // A rename changes the file's ctime, and no one knows what happened meanwhile.
+    // A rename changes the file's ctime, which then no longer proves that the content is unchanged.
     refused("attributes");
 }
 
@@ -196,7 +196,7 @@ fn unusable_descriptors_are_refused_and_leave_nothing() {
     let flags = rustix::fs::OFlags::PATH;
     let by_path = rustix::fs::open(&path, flags, rustix::fs::Mode::empty()).unwrap();
     assert!(refused(vec![by_path]).is(Kind::InvalidArgument));
-    // Another user cannot register what is not theirs, even with a descriptor.
+    // Another user cannot register the file, even with a descriptor of it.
     let fd = open(&path);
     let theirs = as_uid(STRANGER, || {
         let mut call = begin(&world, named("mine"), fd);
@@ -268,7 +268,7 @@ fn image_in_place_is_private_and_counts_against_the_limit() {
     world.open_to_everybody();
     let path = make_file(dir.path());
     std::os::unix::fs::chown(&path, Some(STRANGER), None).unwrap();
-    // Neither another user nor the uid of the check can open the file.
+    // Only the owner can open the file. Even the uid that checks file systems cannot.
     let private = std::os::unix::fs::PermissionsExt::from_mode(0o600);
     fs::set_permissions(&path, private).unwrap();
     let fd = File::open(&path).unwrap().into();
@@ -293,7 +293,8 @@ fn image_in_place_is_private_and_counts_against_the_limit() {
         create(&world, "web", "theirs").unwrap_err()
     });
     assert!(other.is(Kind::ImageNotFound), "{other}");
-    // Root may use it and take it over, but does not boot it by mistake.
+    // Root must use the image's full name, so that root does not boot another user's image by
+    // mistake.
     let e = create(&world, "web", "theirs").unwrap_err();
     assert!(e.is(Kind::ImageNotFound), "{e}");
     let theirs = format!("@{STRANGER}/theirs");
@@ -372,7 +373,7 @@ fn register_create_and_rm_of_one_name_end_in_one_state() {
                 deleted.join().unwrap(),
             )
         });
-        // Nothing else had the name.
+        // No other image had the name, so the registration succeeds.
         made.unwrap();
         let is_there = stored(&world) == ["mine"];
         assert_eq!(is_there, deleted.is_err());
@@ -406,7 +407,7 @@ fn promoted_image_and_its_vms_do_not_need_the_file() {
     let stored = world.config.state_dir.join("images/mine/rootfs.ext4");
     assert!(fs::read(&stored).unwrap().starts_with(&content));
     assert_eq!(vm.disk_bytes, DISK_BYTES);
-    // A second time, there is nothing to do.
+    // A second promotion changes nothing.
     world.run::<ImagePromote>(image("mine")).unwrap();
     world.run::<ImagePromote>(image("default")).unwrap();
     let e = world.run::<ImagePromote>(image("none")).unwrap_err();

@@ -1,9 +1,9 @@
-//! The man pages of `scripts/package`, as man(1) sees them.
+//! Tests that man(1) can render the man pages of `scripts/package`.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Returns all pages, which fcctl and fcd write.
+/// Makes fcctl and fcd write all man pages to `dir`. Returns their paths.
 fn pages(dir: &Path) -> Vec<PathBuf> {
     let status = Command::new(env!("CARGO_BIN_EXE_fcctl"))
         .arg("__package")
@@ -31,7 +31,7 @@ fn every_man_page_is_rendered_without_warnings() {
     let dir = tempfile::tempdir().unwrap();
     let pages = pages(dir.path());
     assert!(pages.len() > 100, "{}", pages.len());
-    // One process for all pages, as lintian looks at one.
+    // Uses lintian's options, but one process for all pages.
     let out = Command::new("man")
         .args(["--warnings", "-E", "UTF-8", "-l", "-Tutf8", "-P", "cat"])
         .args(&pages)

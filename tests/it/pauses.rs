@@ -1,4 +1,4 @@
-//! Guests that do not respond because they were paused after a call began.
+//! Tests of guests that do not respond because they were paused after a call began.
 
 use crate::world::*;
 use fcd::testing::api::exec::{ExecStart, ExecStartRequest};

@@ -1,4 +1,4 @@
-//! Tests of ports that are added to existing VMs and removed from them.
+//! Tests of adding ports to existing VMs and removing them.
 
 use crate::world::*;
 use fcd::testing::api::port::{Port, Protocol, loopback};
@@ -16,8 +16,8 @@ fn port(host_port: u16, guest_port: u16) -> Port {
     }
 }
 
-/// Returns a port that the kernel gives to nobody who asks for any port. `n` tells those of a test
-/// apart.
+/// Returns a free port below the range from which the kernel picks ports for other sockets. `n`
+/// distinguishes the ports of one test.
 fn free(n: u16) -> u16 {
     let from = 10_100 + u16::try_from(std::process::id() % 9_000).unwrap() + n * 100;
     let is_free = |port: &u16| TcpListener::bind(("127.0.0.1", *port)).is_ok();
@@ -146,7 +146,7 @@ fn ports_of_vm_without_network_or_in_transition_are_refused() {
     world.await_state("web", VmState::Running);
 }
 
-/// A VMM that hangs holds up the change, but not the VM's stop. The next start has the port.
+/// A hung VMM delays the change of ports, but not the VM's stop. The next start opens the port.
 #[test]
 fn stop_does_not_wait_for_change_of_ports() {
     let world = World::new();
@@ -204,7 +204,7 @@ fn concurrent_changes_of_ports_all_take_effect() {
     assert_eq!(world.show("web").unwrap().ports, []);
 }
 
-/// An earlier daemon died between the row and the VMM.
+/// An earlier daemon died after it changed the row and before it changed the VMM's ports.
 #[test]
 fn ports_of_adopted_vm_match_row() {
     let mut world = World::new();

@@ -1,4 +1,4 @@
-//! Tests of pulls: a daemon with fakes, but with the real helper process.
+//! Tests of image pulls by a daemon with fakes, except that the helper process is real.
 
 use crate::world::{SOON, World, await_that, pipe};
 use fcd::testing::api::image::*;
@@ -61,7 +61,7 @@ fn archive(content: &str) -> Vec<u8> {
     ])
 }
 
-/// A world whose newest guest runtime is that of this build, so that no pull builds one.
+/// Returns a world that has a guest runtime of this build, so that no pull builds one.
 fn world() -> World {
     world_with(|_| {})
 }
@@ -69,7 +69,7 @@ fn world() -> World {
 fn world_without_runtime(change: impl FnOnce(&mut Config)) -> World {
     confine::set_program(env!("CARGO_BIN_EXE_fcd"));
     World::with(|config| {
-        // One place is kept for other users, and a test begins three pulls.
+        // One pull is reserved for other users, and a test begins three pulls.
         config.registry.pulls_max = 4;
         change(config);
     })
@@ -104,7 +104,7 @@ pub fn request(shared: bool) -> ImagePullRequest {
     }
 }
 
-/// Returns a pipe with an archive, which is small enough for it.
+/// Returns the read end of a pipe that contains an archive. The archive fits into the pipe.
 pub fn stream(content: &str) -> OwnedFd {
     let (theirs, ours) = pipe();
     File::from(ours).write_all(&archive(content)).unwrap();
@@ -159,7 +159,7 @@ fn pull_waits_for_another_pull_of_the_same_name() {
     assert_eq!(first, second);
 }
 
-/// A build of a guest runtime needs as much memory as one of an image.
+/// Building a guest runtime needs as much memory as building an image, so both wait in one queue.
 #[test]
 fn runtime_is_built_after_other_builds() {
     let world = world_without_runtime(|config| config.registry.pulls_max = 1);
@@ -178,14 +178,14 @@ fn runtime_is_built_after_other_builds() {
             ..request(false)
         };
         let pull = world.begin::<ImagePull>(request, vec![stream(content)]);
-        // While it waits, it keeps no other pull from running.
+        // A pull that waits for a build does not block other pulls.
         pull.stage("wait for another build");
         pull
     });
     world.builds.are_held.store(false, Ordering::SeqCst);
     build.finish(SOON).unwrap_err();
     for mut pull in pulls {
-        // No build of a test succeeds.
+        // Builds always fail in these tests.
         let e = pull.finish(SOON).unwrap_err();
         assert!(e.to_string().contains("build the guest runtime"), "{e}");
     }

@@ -15,7 +15,7 @@ const ROUNDS: usize = 5;
 /// The number of VMs that are changed after the restart, evenly spread.
 const CHANGED: usize = 10;
 
-/// Processes that do not belong to the daemon, which only has to skip them.
+/// Processes that do not belong to the daemon. The daemon only has to skip them.
 struct Others(Vec<Child>);
 
 impl Others {

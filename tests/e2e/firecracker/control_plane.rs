@@ -13,10 +13,10 @@ use std::time::{Duration, Instant};
 /// Runs the driver's state machine against the real program on this host's `/dev/kvm`. The guest
 /// does not have to boot.
 #[test]
-#[ignore = "needs a binary of Firecracker's: scripts/test"]
-fn the_control_plane_on_this_hosts_kvm() {
+#[ignore = "needs a Firecracker binary: scripts/test"]
+fn control_plane_runs_on_kvm_of_this_host() {
     if !Path::new("/dev/kvm").exists() {
-        eprintln!("NOT RUN, for there is no /dev/kvm: the control plane of firecracker");
+        eprintln!("NOT RUN, because /dev/kvm is missing: control_plane_runs_on_kvm_of_this_host");
         return;
     }
     // Building the image downloads packages, which is impossible in the namespace.

@@ -124,7 +124,7 @@ fn goes_without_ssh(host: &TestHost) {
 /// Tests power-off, panic and reset with a running daemon, after its restart, and while no daemon
 /// runs.
 #[test]
-#[ignore = "needs a binary of Firecracker's: scripts/test"]
+#[ignore = "needs a Firecracker binary: scripts/test"]
 fn real_guests_end() {
     let host = boot();
     host.sh("fcctl vm create --name a --memory 256M");
@@ -256,7 +256,7 @@ fn restores_snapshots(host: &TestHost) {
 }
 
 #[test]
-#[ignore = "needs a binary of Firecracker's: scripts/test"]
+#[ignore = "needs a Firecracker binary: scripts/test"]
 fn real_guests() {
     let host = boot();
     host.sh("fcctl vm create --name a -p 1022:22 --work-disk 64M --disk-bps 200M --net-tx-bps 100M && fcctl start a");
@@ -396,7 +396,7 @@ fn real_guests() {
 
 /// An image with its own files only boots with the guest runtime, whose disk is the third drive.
 #[test]
-#[ignore = "needs a binary of Firecracker's: scripts/test"]
+#[ignore = "needs a Firecracker binary: scripts/test"]
 fn image_of_one_static_program_boots() {
     let host = boot();
     let dir = tempfile::tempdir().unwrap();

@@ -1,6 +1,6 @@
-//! A registry on loopback that can stop in the middle of a blob and remembers what it was asked.
+//! A registry on loopback that can stop in the middle of a blob, and that records its requests.
 
-// The tests' own lock, which the daemon's lock order does not know.
+// This lock belongs to the tests, so it is not part of the daemon's lock order.
 #![allow(clippy::disallowed_types)]
 
 use serde_json::{Value, json};
@@ -19,9 +19,9 @@ const PIECE: usize = 64 << 10;
 struct State {
     /// Media type and content, by path.
     files: HashMap<String, (String, Vec<u8>)>,
-    /// Where a blob stops, by digest.
+    /// The byte at which sending a blob stops, by digest.
     stops: HashMap<String, usize>,
-    /// The blobs that were requested, with the first byte.
+    /// The blobs that were requested, each with the first requested byte.
     asked: Vec<(String, usize)>,
 }
 
@@ -130,7 +130,7 @@ impl Registry {
         self.state.1.notify_all();
     }
 
-    /// Returns from which bytes on a blob was requested since the last call.
+    /// Returns the first byte of each request for a blob since the last call.
     pub fn asked(&self, digest: &str) -> Vec<usize> {
         let mut state = self.state.0.lock().unwrap();
         let (of_it, others): (Vec<_>, Vec<_>) = std::mem::take(&mut state.asked)

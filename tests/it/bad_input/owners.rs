@@ -1,4 +1,4 @@
-//! VMs of other users cannot be seen or changed.
+//! Tests that users cannot see or change the VMs of other users.
 
 use super::{create, user};
 use crate::world::*;

@@ -43,7 +43,7 @@ impl Builds {
 }
 
 impl Builds {
-    /// Finds every file system in order, at the end.
+    /// Blocks while checks are held. Then reports the file system as clean.
     fn check(&self, cancel: &Cancel) -> fcd::testing::error::Result<Output> {
         self.checks_running.fetch_add(1, Ordering::SeqCst);
         await_that("the check may end", || {

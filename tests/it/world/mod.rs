@@ -33,8 +33,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-/// Deadline for a reply. A healthy daemon is much faster, and even one on an overloaded host meets
-/// it.
+/// Deadline for a reply. A healthy daemon is much faster, and meets this deadline even on an
+/// overloaded host.
 pub const SOON: Duration = Duration::from_secs(20);
 /// A short deadline for tests that the negative control must see fail.
 pub const PROMPT: Duration = Duration::from_secs(4);

@@ -11,7 +11,7 @@ use std::time::Duration;
 const PATIENCE: Duration = Duration::from_secs(20);
 const STACK_BYTES: usize = 8 << 20;
 
-/// A pull whose input never ends while `_writer` lives.
+/// An input that does not end while `_writer` is open.
 struct Endless {
     stdin: File,
     _writer: std::io::PipeWriter,
@@ -27,7 +27,7 @@ impl Endless {
     }
 }
 
-/// Runs fcctl in a thread, and returns None if it does not end.
+/// Runs fcctl on a thread. Returns `None` if it does not end in time.
 fn ran(fake: &Arc<Fake>, start: Start, args: &[&str]) -> Option<Ran> {
     let (to, from) = bounded(1);
     let fake = fake.clone();

@@ -54,7 +54,7 @@ fn progress_line_is_readable() {
     assert_eq!(shown(Some(9), Some(0), ""), "copy: 9");
 }
 
-/// A terminal that keeps what is on its screen.
+/// A terminal that stores the content of its screen.
 #[derive(Clone)]
 struct Screen(Arc<Mutex<Cells>>, PtySize);
 
@@ -62,9 +62,10 @@ struct Screen(Arc<Mutex<Cells>>, PtySize);
 struct Cells {
     lines: Vec<Vec<char>>,
     row: usize,
-    /// One more than the last column if the next character begins a new line.
+    /// The cursor's column. If it equals the number of columns, the next character begins a new
+    /// line.
     column: usize,
-    /// The most lines that were ever in use.
+    /// The highest number of lines that were in use at any time.
     rows_max: usize,
 }
 
@@ -174,7 +175,7 @@ impl TermLike for Screen {
     }
 }
 
-/// Layers in all states.
+/// Returns layers in all states.
 fn layers(count: u64) -> Vec<Part> {
     let states = [
         PartState::Cached,

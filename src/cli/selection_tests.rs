@@ -109,7 +109,7 @@ fn filter_without_match_does_nothing() {
             status 0
         "#]],
     );
-    // One VM is an array, too.
+    // With `--filter`, even a single VM is printed as an array.
     let ran = fcctl(&fake, &["stop", "--json", "--filter", "label=ci=no"]);
     let document: serde_json::Value = serde_json::from_slice(&ran.out).unwrap();
     assert_eq!(document[0]["name"], "web-2");

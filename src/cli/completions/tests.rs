@@ -67,7 +67,7 @@ fn words_of_the_command_line_are_offered() {
         ("fcctl run --net ", "nat none"),
         ("fcctl vm wait web --state st", "starting stopping stopped"),
         ("fcctl completions zs", "zsh"),
-        // The daemon does not answer.
+        // The call for the candidates fails, so none are offered.
         ("fcctl image show d", ""),
     ] {
         assert_eq!(complete_line(&fake, line), expected, "{line}");

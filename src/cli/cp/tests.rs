@@ -17,7 +17,7 @@ use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// Runs an `exec.start` on this host.
+/// Runs the command of an `exec.start` call on this host.
 #[allow(clippy::disallowed_methods)] // The tests play the guest.
 fn run_here(mut r: Request) {
     let names: Vec<String> = serde_json::from_value(r.params["streams"].clone()).unwrap();
@@ -51,7 +51,7 @@ fn run_here(mut r: Request) {
     r.result(json!({"exit": {"status": status}}));
 }
 
-/// Starts a daemon with the VMs `web` and `db`, whose files are those of this host. VM `off` is not
+/// Starts a daemon with the VMs `web` and `db`, which use this host's files. The VM `off` is not
 /// running.
 fn daemon() -> Fake {
     Fake::start(|r: Request| {
@@ -164,7 +164,7 @@ fn set_mode(path: &Path, mode: u32) {
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
 }
 
-/// Describes everything below `top`: kind, mode, size, target or content, and the names.
+/// Describes everything below `top`: name, kind, mode, and size, target or content.
 fn listing(top: &Path) -> Vec<String> {
     let (mut found, mut pending) = (Vec::new(), vec![top.to_owned()]);
     while let Some(dir) = pending.pop() {
@@ -291,7 +291,7 @@ fn destination_follows_rules_of_cp() {
         fs::write(dir.join("to/blocked/d"), "old").unwrap();
     };
     let names = |dir: &Path| -> Vec<String> {
-        // Without -a, the times of a directory and the mode of one that exists differ.
+        // Without -a, the modes and times of files differ, so only their content is compared.
         let cut = |line: String| match line.find(": file ") {
             Some(at) => format!("{}{}", &line[..at], line.rsplit(' ').next().unwrap()),
             None => line,
@@ -389,7 +389,7 @@ fn tar_goes_both_ways() {
         fs::remove_dir_all(site.path("guest/new")).unwrap();
     }
     let tar = site.cp("web:tree -").out;
-    // The destination of a tar must be a directory, and a tar that is cut off changes nothing.
+    // The destination of a tar must be a directory, and a truncated tar changes nothing.
     fs::create_dir(site.path("guest/here")).unwrap();
     for (input, to, status, text) in [
         (

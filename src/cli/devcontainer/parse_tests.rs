@@ -237,7 +237,7 @@ fn malformed_files_are_refused() {
         let e = parse(text).unwrap_err().to_string();
         assert!(e.contains(expected), "{text}: {e}");
     }
-    // Nesting does not exhaust the stack.
+    // Deep nesting must not exhaust the stack.
     let deep = format!("{{\"a\": {}", "[".repeat(500_000));
     assert!(parse(&deep).is_err());
     assert_eq!(parse("\u{feff}{}").unwrap(), Config::default());

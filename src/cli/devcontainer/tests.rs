@@ -9,7 +9,7 @@ use crate::error::{Error, Kind};
 use serde_json::json;
 use std::path::PathBuf;
 
-/// A project with this file.
+/// A project directory with a devcontainer.json.
 struct Project {
     _dir: tempfile::TempDir,
     path: PathBuf,
@@ -49,7 +49,7 @@ struct World {
     owner_uid: Option<u32>,
     /// The status of the script that reports whether the VM is new.
     prepared: u8,
-    /// The status of the other commands.
+    /// The exit status of the other commands.
     command: u8,
 }
 
@@ -133,7 +133,7 @@ const FILE: &str = r#"{
 }"#;
 
 #[test]
-fn up_makes_vm_as_file_says() {
+fn up_creates_vm_as_described_in_file() {
     let (fake, project) = (daemon(World::default()), Project::new(FILE));
     let ran = project.run(&fake, "up", &["--yes"]);
     assert_eq!(

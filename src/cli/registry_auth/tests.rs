@@ -169,7 +169,7 @@ fn helper_of_registry_takes_precedence() {
     assert_eq!(home.find("r").unwrap(), identity("t"));
     assert_eq!(home.find("docker.io").unwrap(), identity("t"));
     assert_eq!(home.find("other").unwrap(), basic("all", "x"));
-    // An empty name stands for the file, as in docker.
+    // An empty helper name means the configuration file, as in docker.
     assert_eq!(home.find("none").unwrap(), Credential::Anonymous);
 }
 

@@ -158,7 +158,7 @@ fn failures_name_the_path() {
 }
 
 #[test]
-fn habits_get_useful_answers() {
+fn habits_of_cp_scp_and_docker_are_supported_or_explained() {
     let site = Site::new();
     fs::write(site.path("host/f"), "f").unwrap();
     let check = |words: &str, expected: Expect| site.check(words, expected);
@@ -220,7 +220,7 @@ fn habits_get_useful_answers() {
     assert_eq!((short.status, &short.out), (0, &long.out));
 }
 
-/// Answers every command with bytes of the test's choice, and with `status`.
+/// Starts a daemon whose guest answers every command with these bytes and this exit status.
 fn hostile(bytes: Vec<u8>, status: u8) -> Fake {
     Fake::start(move |mut r: Request| {
         use std::io::Write;

@@ -36,7 +36,7 @@ fn info(name: &str) -> ImageInfo {
     }
 }
 
-/// Caches layers and returns their diff ids. The second one is used twice.
+/// Caches two layers. Returns the diff IDs of an image that uses the second layer twice.
 fn cached(cache: &Layers) -> Vec<String> {
     let contents = [vec![1; 3000], vec![2; 512]];
     let ids = contents.map(|content| {

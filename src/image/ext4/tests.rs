@@ -1,4 +1,4 @@
-//! Tests with file systems that mke2fs and debugfs have made.
+//! Tests with file systems that mke2fs and debugfs make.
 
 use super::*;
 use crate::host::Command;
@@ -19,7 +19,7 @@ fn run(program: &str, args: &[&str]) {
     assert_eq!(out.status, 0, "{program} {args:?}: {said}");
 }
 
-/// Makes a file system of a tree.
+/// Makes a file system from a tree.
 fn make(dir: &Path, tree: &Path, options: &[&str]) -> File {
     let path = dir.join("disk");
     let paths = [tree, &path].map(|path| path.to_str().unwrap());
@@ -139,7 +139,7 @@ fn check(options: &[&str]) {
     assert_eq!(about("pipe"), format!("Fifo 700 {me}"));
     assert!(about("null").starts_with("Char") && about("null").ends_with(" 1:3"));
     assert!(about("wide").ends_with(" 259:60000"), "{}", about("wide"));
-    // The name that comes first has the content, and the other is a link to it.
+    // The first name in the archive has the content, and the second is a link to it.
     assert_eq!(
         about("a/same"),
         "Regular 4755 100000:3000000 gid=3000000 \

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 const DISK_BYTES: u64 = 8 << 30;
 
-/// The blobs of a layout on disk, which stand for a registry.
+/// The blobs of a layout on disk, in place of a registry's.
 struct Layout<'a>(&'a Path);
 
 impl Blobs for Layout<'_> {
@@ -132,7 +132,7 @@ impl Place {
         self.flatten(&layout.image(), &layout, store);
     }
 
-    /// Pulls the tar of a layout from a pipe, as `oci:DIR` does it.
+    /// Pulls the tar of a layout from a pipe, as a pull of `oci:DIR` does.
     fn pull_stream(&self, layout: &Path, store: &TestFiles) {
         let (reader, writer) = std::io::pipe().unwrap();
         std::thread::scope(|scope| {

@@ -83,7 +83,7 @@ fn check_file_system(path: &Path) {
     run("e2fsck", &["-fn", path.to_str().unwrap()]);
 }
 
-/// Compares our file system with what umoci unpacks, entry by entry.
+/// Compares fcd's file system with what umoci unpacks, entry by entry.
 #[track_caller]
 fn check(name: &str, layers: &[Vec<Item>]) {
     if !is_root() {
@@ -110,8 +110,9 @@ fn check(name: &str, layers: &[Vec<Item>]) {
     let mut theirs = scan(&bundle.join("rootfs"));
     theirs.remove(Path::new(LOST_FOUND));
     for (path, found) in &ours {
-        // umoci leaves the time of the unpacking, or 1970 on the root, on directories that no layer
-        // names, and on those below which it added or removed something on its own.
+        // umoci does not restore the times of directories that no layer names, and of directories
+        // in which it added or removed something on its own. They keep the time of the unpacking,
+        // and the root keeps 1970.
         if let Some(other) = theirs.get_mut(path)
             && other.mode & libc::S_IFMT == libc::S_IFDIR
             && (other.mtime[0] >= begun || found.mtime[0] == filesystem::FIXED_TIME_S)

@@ -157,7 +157,7 @@ fn index_is_followed_to_the_platform() {
 
 #[test]
 fn variant_of_platform_is_chosen() {
-    // The entry at this position is chosen.
+    // `expected` is the position of the entry that must be chosen.
     let check = |offered: &[&str], wanted: &str, expected: Option<usize>| {
         let mut blobs = Memory::default();
         // Images differ in their number of layers. Most configurations do not name a variant.

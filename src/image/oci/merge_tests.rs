@@ -408,7 +408,7 @@ fn hostile_whiteouts_and_roots_are_refused() {
     refused(&[vec![symlink("./", "/etc")]], "must be a directory");
     refused(&[vec![wh("/")]], "must be a directory");
     refused(&[vec![file("f", ""), file("f/x", "")]], "not a directory");
-    // AUFS kept its own files in images.
+    // AUFS stored its own files in images.
     check(
         &[vec![
             dir(".wh..wh.plnk"),

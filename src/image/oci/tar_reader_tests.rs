@@ -128,7 +128,7 @@ fn old_and_odd_archives_are_read_like_docker() {
     assert_eq!(old[0].kind, EntryKind::Directory);
     assert!(matches!(old[1].kind, EntryKind::File { bytes: 1, .. }));
     assert!(matches!(old[2].kind, EntryKind::File { bytes: 0, .. }));
-    // A directory has no content, whatever its header says.
+    // A directory has no content, even if its header contains a size.
     let sized = entries(&[dir("d").with(|item| item.size = Some(5)), file("f", "x")]);
     assert_eq!(sized.len(), 2);
     let global = item(b'g', "pax").with(|item| item.content = record("comment", b"0123"));
@@ -245,7 +245,7 @@ fn damaged_archives_are_refused() {
     refused(&hole, "one block of zeros");
 }
 
-/// An endless tar of one entry, without content.
+/// An archive that repeats one entry without content forever.
 struct Endless {
     block: Vec<u8>,
     at: usize,

@@ -61,7 +61,7 @@ impl Daemon {
     }
 }
 
-/// Runs the helper. The job names what it does.
+/// Runs the helper. The text of the job chooses what the helper does.
 pub(crate) fn run() -> ExitCode {
     let daemon = Daemon(Channel::inherited());
     let (_, mut files) = daemon.receive();

@@ -1,4 +1,4 @@
-//! Challenges, tokens and credentials.
+//! Tests of challenges, tokens and credentials.
 
 use super::*;
 
@@ -38,7 +38,7 @@ fn anonymous_token_is_fetched_and_kept() {
         "/token?service=reg&scope=repository%3Aapp%3Apull"
     );
     assert_eq!(requests[0].header("authorization"), None);
-    // The clone has the token.
+    // A clone of the client keeps the token.
     client.clone().manifest(&tag()).unwrap();
     assert_eq!(fake.seen().len(), 1);
 }
@@ -142,7 +142,7 @@ fn login_is_asked_for() {
 }
 
 #[test]
-fn realms_astray_get_no_credential() {
+fn token_servers_at_forbidden_addresses_get_no_credential() {
     for realm in [
         "http://169.254.169.254/latest/meta-data",
         "https://169.254.169.254/latest/meta-data",

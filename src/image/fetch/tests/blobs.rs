@@ -1,4 +1,4 @@
-//! Blobs: sizes, cuts and resumption.
+//! Tests of blobs: their sizes, connections that are cut, and resumption.
 
 use super::*;
 use std::io::Read;
@@ -10,7 +10,7 @@ fn fetch(fake: &Fake) -> Result<Vec<u8>> {
     client.blob_bytes(&sha256(BYTES), BYTES.len() as u64, 100)
 }
 
-/// Answers a request for the rest from byte `from` with `bytes`.
+/// Answers a request for the bytes from `from` on with `bytes`.
 fn rest(from: usize, bytes: &[u8]) -> Answer {
     let range = format!("bytes {from}-{}/{}", BYTES.len() - 1, BYTES.len());
     Answer::new(206)

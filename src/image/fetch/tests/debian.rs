@@ -1,5 +1,5 @@
-//! Debian's `docker-registry` on loopback, filled by skopeo: without authentication, with a
-//! password, and with TLS. `scripts/setup --test` installs both.
+//! Tests with Debian's `docker-registry` on loopback, which skopeo fills: without authentication,
+//! with a password, and with TLS. `scripts/setup --test` installs both.
 
 use super::*;
 use std::io::{BufRead, BufReader, Read};
@@ -9,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 
 const LAYER_BYTES: usize = 3 << 20;
 
-/// A registry with the image `app:v1`. Its process ends with this value.
+/// A registry with the image `app:v1`. Dropping it ends the process.
 struct Registry {
     dir: tempfile::TempDir,
     name: String,
@@ -99,7 +99,8 @@ impl Registry {
     }
 }
 
-/// Waits for the registry's line in its log, and reads the rest of the log.
+/// Returns true once the registry logs that it listens. Another thread then reads the rest of the
+/// log, so that the registry never blocks on it.
 fn says_that_it_listens(process: &mut Child) -> bool {
     let mut lines = BufReader::new(process.stderr.take().unwrap()).lines();
     let found = lines.any(|line| line.unwrap().contains("listening on"));

@@ -18,7 +18,7 @@ pub(super) struct Asked {
     pub(super) path: String,
     pub(super) headers: Vec<String>,
     pub(super) body: String,
-    /// How many requests there were before.
+    /// The number of earlier requests.
     pub(super) number: usize,
 }
 
@@ -34,14 +34,14 @@ impl Asked {
 /// The part of an answer after its header.
 #[derive(Clone, Debug)]
 enum Body {
-    /// Bytes, and the `Content-Length` if it is not that of the bytes.
+    /// Bytes, and the `Content-Length` if it differs from their number.
     Bytes(Vec<u8>, Option<u64>),
     Chunked(Vec<u8>),
     /// Bytes without an end.
     Endless,
     /// One byte at a time, a few each second, without an end.
     Drip,
-    /// Nothing, while the connection stays open.
+    /// Nothing, but the connection stays open.
     Silence,
 }
 
@@ -143,15 +143,15 @@ impl Answer {
     }
 }
 
-/// Waits for the client to close the connection.
+/// Waits for the client to close the connection. Returns false if it does not do so in time.
 pub(super) fn hangs_up(stream: &TcpStream, patience: Duration) -> bool {
     let fds = [(stream.as_fd(), PollFlags::POLLIN)];
     let result = wait_uncancelled(&fds, Instant::now() + patience).unwrap();
     result == crate::host::wait::WaitResult::Ready
 }
 
-/// A registry on loopback. It answers `/v2/` without asking the test, and closes a connection
-/// for TLS immediately.
+/// A registry on loopback. It answers `/v2/` without asking the test, and closes TLS connections
+/// immediately.
 pub(super) struct Fake {
     pub(super) address: SocketAddr,
     seen: Receiver<Asked>,
@@ -203,7 +203,7 @@ impl Fake {
 impl Drop for Fake {
     fn drop(&mut self) {
         self.is_over.store(true, Ordering::SeqCst);
-        // Wakes the thread that accepts.
+        // Wakes the thread that accepts connections.
         let _ = TcpStream::connect(self.address);
     }
 }

@@ -3,7 +3,7 @@
 use super::*;
 use crate::host::thread::spawn;
 
-/// Limits for registries that are slow on purpose.
+/// Returns settings whose limits fit registries that are slow on purpose.
 fn impatient(registry: &str) -> Settings {
     let mut settings = settings(registry);
     settings.limits = limits();
@@ -235,7 +235,7 @@ fn endless_redirects_end() {
 }
 
 #[test]
-fn redirects_astray_are_refused() {
+fn redirects_to_forbidden_addresses_are_refused() {
     for location in [
         "http://169.254.169.254/latest/meta-data",
         "https://169.254.169.254/latest/meta-data",
@@ -259,7 +259,7 @@ fn redirects_astray_are_refused() {
 
 #[test]
 fn name_that_resolves_to_loopback_is_refused_after_redirect() {
-    // `SystemDialer` resolves `localhost.` by /etc/hosts or DNS; a literal needs neither.
+    // Unlike an address, this name must be resolved, which /etc/hosts or DNS does.
     let target = Target {
         host: "localhost".into(),
         port: 1,

@@ -1,4 +1,4 @@
-//! Tests with registries on loopback: a hostile one in this process, and Debian's own.
+//! Tests with registries on loopback: a hostile one in this process, and Debian's docker-registry.
 
 mod authentication;
 mod blobs;
@@ -25,7 +25,7 @@ fn sha256(bytes: &[u8]) -> String {
     format!("sha256:{}", hex::encode(&Sha256::digest(bytes)))
 }
 
-/// Limits that make a hostile registry fail soon.
+/// Returns limits that make a hostile registry fail soon.
 fn limits() -> Limits {
     Limits {
         connect: Duration::from_secs(20),

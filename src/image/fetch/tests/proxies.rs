@@ -1,4 +1,4 @@
-//! A pull through a proxy.
+//! Tests of pulls through a proxy.
 
 use super::*;
 
@@ -52,7 +52,7 @@ fn refusing_proxies_are_named() {
         let address = listener.local_addr().unwrap();
         crate::host::thread::spawn("proxy", move || {
             use std::io::Write;
-            // A client that is not answered tries again, with and without TLS.
+            // A client that gets no answer tries again, with and without TLS.
             for stream in listener.incoming().take(8) {
                 let _ = stream.unwrap().write_all(reply.as_bytes());
             }

@@ -298,7 +298,7 @@ fn confined_process_has_only_passed_descriptors() {
     assert_eq!(ask(&helper, "take some memory"), "0");
     let (pid, status) = (pid(&helper), status(&pid(&helper)));
     let open = std::fs::read_dir(format!("/proc/{pid}/fd"));
-    // The process is not dumpable, so only root may look.
+    // The process is not dumpable, so only root can list its descriptors.
     if rustix::process::geteuid().is_root() {
         assert_eq!(open.unwrap().count(), 3);
     } else {

@@ -293,7 +293,7 @@ fn version_4_is_migrated() {
     );
 }
 
-/// The last schema versions without some members of a VM, and these members.
+/// Each entry has members of a VM, and the last schema version without these members.
 const MEMBERS_ADDED: [(u32, &str); 6] = [
     (8, "'$.runtime'"),
     (9, "'$.image_digest'"),
@@ -303,7 +303,7 @@ const MEMBERS_ADDED: [(u32, &str); 6] = [
     (13, "'$.host_name', '$.dns'"),
 ];
 
-/// A row of an earlier version lacks everything that was added since.
+/// A row of an earlier version lacks everything that later versions added.
 #[test]
 fn versions_with_fewer_members_are_migrated() {
     for (at, (version, _)) in MEMBERS_ADDED.iter().enumerate() {

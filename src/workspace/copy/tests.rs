@@ -167,7 +167,7 @@ fn no_link_is_followed() {
     assert!(fs::symlink_metadata(site.path("to/l")).unwrap().is_file());
     let as_dir = [link(b'2', b"./l", b".."), dir(b"./l"), file(b"./l/x")];
     Site::new().check_refused(false, &as_dir, Kind::TargetExists, "not a directory");
-    // Links that were in the destination before are not followed, either.
+    // Links that already exist in the destination are not followed either.
     let site = Site::new();
     fs::create_dir(site.path("elsewhere")).unwrap();
     symlink(site.path("elsewhere"), site.path("to/l")).unwrap();

@@ -4,10 +4,14 @@
 usage: hostile_sshd.py HOST_KEY_FILE MODE
 Prints its port on the loopback. Accepts every key and starts every command. Then it sends messages
 without end. MODE chooses the messages:
-  success   CHANNEL_SUCCESS without a request          unknown   messages of an unknown type
-  rekey     repeated key exchanges                     kexflood  unknown messages inside a key exchange
-  global    global requests that need a reply          open      channels that the server opens
-  reqs      channel requests that need a reply         exitsig   repeated exit-signal requests
+  success   CHANNEL_SUCCESS without a request
+  unknown   messages of an unknown type
+  rekey     repeated key exchanges
+  kexflood  unknown messages inside a key exchange
+  global    global requests that need a reply
+  open      channels that the server opens
+  reqs      channel requests that need a reply
+  exitsig   repeated exit-signal requests
   drip      one meaningless message per second
 Environment: PAD, the number of bytes in a message; REKEY, the number of bytes between two key
 exchanges that the server starts.

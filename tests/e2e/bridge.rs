@@ -244,7 +244,7 @@ fn guest_reaches_only_allowed_networks() {
     wait_for("the rates are set again", || {
         (rates() == "2\n").then_some(())
     });
-    wait_for("b is looked at", || {
+    wait_for("the VM is reconciled", || {
         host.fcctl(&["vm", "set", "b", "--net-rx-bps", "none", "--now"])
             .status
             .success()
@@ -338,7 +338,7 @@ fn interrupted_boot_leaves_no_tap() {
     wait_for("the tap is gone", || {
         (on_the_bridge() == (0, 0)).then_some(())
     });
-    wait_for("it is as before its start", || {
+    wait_for("the start is undone", || {
         (host.show("b", "state") == "created").then_some(())
     });
     host.ok(&["start", "b"]);

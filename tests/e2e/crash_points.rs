@@ -74,7 +74,7 @@ const OPERATIONS: [Operation; 6] = [
 
 impl Trial<'_> {
     fn state(&self) -> String {
-        wait_for("the VM rests", || {
+        wait_for("the VM is in no transition", || {
             let all = self.host.json(&["ps", "-a"]);
             let Some(vm) = all.as_array().unwrap().first() else {
                 return Some("gone".to_owned());

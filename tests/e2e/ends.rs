@@ -57,7 +57,7 @@ impl End {
 
     #[track_caller]
     fn is_reported(&self, host: &Host, reason: &str) {
-        wait_for("the VM comes to rest", || {
+        wait_for("the VM no longer runs", || {
             (host.show(self.name, "state") != "running").then_some(())
         });
         let reported = (
@@ -102,7 +102,7 @@ fn reason_of_guest_ended_after_daemon_restart_is_reported() {
     host.kill_daemon();
     host.relaunch();
     for end in &ENDS {
-        wait_for("it was looked at", || {
+        wait_for("the VM is reconciled", || {
             host.fcctl(&["exec", end.name, "--", "true"])
                 .status
                 .success()
@@ -135,7 +135,7 @@ fn vmm_ended_from_host_is_not_reported_as_guest_reset() {
     let host = Host::start();
     host.boot("box");
     signal(vmm_processes(&host.state())[0], "TERM");
-    wait_for("the VM comes to rest", || {
+    wait_for("the VM no longer runs", || {
         (host.show("box", "state") != "running").then_some(())
     });
     let reported = (host.show("box", "state"), host.show("box", "reason"));

@@ -201,14 +201,14 @@ fn background_children_hold_output(host: &Host) {
     for signal in ["TERM", "INT"] {
         let mut one = host.spawn(&["exec", "box", "--", "sh", "-c", script]);
         one.says("last words");
-        let pid = wait_for("its number", || {
+        let pid = wait_for("the pid of the command", || {
             one.stdout()
                 .trim()
                 .rsplit(' ')
                 .next()
                 .and_then(|pid| pid.parse::<u32>().ok())
         });
-        wait_for("its end", || {
+        wait_for("the command's end", || {
             (host.sh("box", &format!("test -e /proc/{pid} || echo gone")) == "gone\n").then_some(())
         });
         one.signal(signal);
@@ -234,7 +234,7 @@ fn command_ends_with_client_and_vm(host: &Host) {
     let mut killed = sleeping();
     killed.signal("KILL");
     killed.end();
-    wait_for("its end in the guest", || {
+    wait_for("the command's end in the guest", || {
         (host.sh("box", "pidof sleep | wc -w") == "0\n").then_some(())
     });
     let mut stopped = sleeping();
@@ -616,7 +616,7 @@ fn the_systems_ssh(host: &Host) {
     let mut person = Person::sit_down(24, 80);
     let mut child = person.fcctl(host, &["ssh", "-t", "box", "tty"]);
     person.sees("/dev/pts/");
-    assert!(wait_for("its end", || child.try_wait().unwrap()).success());
+    assert!(wait_for("the end of fcctl ssh", || child.try_wait().unwrap()).success());
     the_agent_of_the_caller(host);
     a_shell_in_the_workspace(host);
 }

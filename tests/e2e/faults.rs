@@ -95,12 +95,12 @@ fn read_only_state_directory_loses_nothing() {
     for pid in vmm_processes(&host.state()) {
         crate::host::signal(pid, "KILL");
     }
-    wait_for("the disk is nobody's", || {
+    wait_for("no VMM uses the disk", || {
         vmm_processes(&host.state()).is_empty().then_some(())
     });
     host.disk().mend_ext4();
     host.relaunch();
-    wait_for("it is seen that the guest is gone", || {
+    wait_for("the daemon notices the guest's end", || {
         (host.show("a", "state") == "failed").then_some(())
     });
     assert_eq!(host.show("b", "state"), "created");
@@ -206,7 +206,7 @@ fn daemon_without_descriptors_or_memory_recovers() {
                 &files_max
             },
         );
-        wait_for("what was begun is undone", || {
+        wait_for("the start is undone", || {
             vmm_processes(&host.state()).is_empty().then_some(())
         });
         assert!(["created", "failed"].contains(&host.show("a", "state").as_str().unwrap()));
@@ -286,7 +286,7 @@ fn vmm_with_changed_arguments_is_killed() {
     let pid = hide(&host);
     host.kill_daemon();
     host.relaunch();
-    wait_for("it may be removed", || {
+    wait_for("the VM can be deleted", || {
         host.fcctl(&["rm", "-f", "a"])
             .status
             .success()
@@ -348,7 +348,7 @@ fn stored_pid_of_other_process_is_not_killed() {
         .unwrap();
         drop(c);
         host.relaunch();
-        wait_for("it is seen to be gone", || {
+        wait_for("the daemon notices the VMM's end", || {
             (host.show("a", "state") == "failed").then_some(())
         });
         host.ok(&["stop", "a"]);
@@ -507,7 +507,7 @@ fn idle_callers_above_limit_are_refused() {
     );
     drop(idle.stdin.take());
     idle.wait().unwrap();
-    wait_for("they are gone", || {
+    wait_for("the connections are closed", || {
         (open_files(host.pid()) <= files + 2).then_some(())
     });
 }

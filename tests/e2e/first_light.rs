@@ -52,7 +52,7 @@ fn running_vm_outlives_daemon() {
     host.kill_daemon();
     assert_eq!(vmm_processes(&host.state()), before);
     host.relaunch();
-    crate::host::wait_for("the VM was looked at", || {
+    crate::host::wait_for("the VM is reconciled", || {
         host.fcctl(&["exec", "survivor", "--", "true"])
             .status
             .success()

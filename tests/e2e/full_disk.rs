@@ -64,7 +64,7 @@ fn census(host: &Host) -> (Vec<String>, Vec<String>, Vec<PathBuf>) {
 
 /// Waits until the daemon has noticed the free space.
 fn writable(host: &Host) {
-    wait_for("changes are taken again", || {
+    wait_for("changes are accepted again", || {
         host.fcctl(&["vm", "create", "--name", "probe"])
             .status
             .success()
@@ -124,7 +124,7 @@ fn full_host_disk_pauses_guest_and_allows_delete() {
     }
     host.kill_daemon();
     host.relaunch();
-    wait_for("both VMs were looked at", || {
+    wait_for("both VMs are reconciled", || {
         let looked = |vm| text(&host.fcctl(&["--json", "start", vm])).1;
         (!["box", "other"]
             .into_iter()

@@ -270,7 +270,7 @@ fn a_hung_vmm(host: &Host) {
     let vmm = vmm_processes(&host.state())[0];
     let mut events = host.spawn(&["events"]);
     crate::host::signal(vmm, "STOP");
-    wait_for("it is unresponsive", || {
+    wait_for("the VM is unresponsive", || {
         host.show("box", "unresponsive")
             .as_bool()
             .unwrap()
@@ -292,7 +292,7 @@ fn a_hung_vmm(host: &Host) {
         "does not respond",
     );
     crate::host::signal(vmm, "CONT");
-    wait_for("it answers again", || {
+    wait_for("the VM responds again", || {
         (!host.show("box", "unresponsive").as_bool().unwrap()).then_some(())
     });
     assert_eq!(host.sh("box", "echo well"), "well\n");
@@ -300,7 +300,7 @@ fn a_hung_vmm(host: &Host) {
     events.says("VMM responds again");
 
     crate::host::signal(vmm, "STOP");
-    wait_for("it is unresponsive", || {
+    wait_for("the VM is unresponsive", || {
         host.show("box", "unresponsive")
             .as_bool()
             .unwrap()
@@ -326,7 +326,7 @@ fn another_host_key(host: &Host) {
     let script = "cd /run/fcd/seed && rm -f host_key && ssh-keygen -q -t ed25519 -N '' -f host_key && \
         kill $(pidof sshd | tr ' ' '\\n' | sort -n | head -n 1)";
     host.fcctl(&["exec", "box", "--", "sh", "-c", script]);
-    let said = wait_for("its sshd has the other key", || {
+    let said = wait_for("the guest's sshd has another key", || {
         let out = host.fcctl(&["--json", "exec", "box", "--", "true"]);
         let error: serde_json::Value = serde_json::from_slice(&out.stderr).unwrap_or_default();
         (out.status.code() == Some(125) && error["error"]["kind"] == "host_key_mismatch")
@@ -352,7 +352,7 @@ fn stop_and_delete_work_with_unread_log_and_hung_vmm() {
         host.fcctl(&["vm", "create", "--name", "box"]);
         host.ok(&["start", "box"]);
         crate::host::signal(vmm_processes(&host.state())[0], "STOP");
-        wait_for("it is unresponsive", || {
+        wait_for("the VM is unresponsive", || {
             host.show("box", "unresponsive")
                 .as_bool()
                 .unwrap()

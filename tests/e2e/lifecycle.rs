@@ -266,7 +266,7 @@ fn run_without_rm_keeps_vm_and_forwards_signals() {
     assert_eq!(endless.end().0, Some(125), "{}", endless.stderr());
     assert_eq!(vmm_processes(&host.state()), before);
     host.relaunch();
-    wait_for("the VM was looked at", || {
+    wait_for("the VM is reconciled", || {
         host.fcctl(&["exec", &name, "--", "true"])
             .status
             .success()
@@ -280,17 +280,17 @@ fn killed_daemon_completes_or_undoes_operations() {
     let mut host = Host::start();
     host.ok(&["vm", "create", "--name", "box"]);
     let mut start = host.spawn(&["start", "box"]);
-    wait_for("its VMM runs", || {
+    wait_for("the VMM runs", || {
         (vmm_processes(&host.state()).len() == 1).then_some(())
     });
     host.kill_daemon();
     assert_eq!(start.end().0, Some(5), "{}", start.stderr());
     host.relaunch();
-    wait_for("the boot is taken back", || {
+    wait_for("the boot is undone", || {
         vmm_processes(&host.state()).is_empty().then_some(())
     });
     let looked_at = |host: &Host| {
-        wait_for("a look", || {
+        wait_for("the VM is reconciled", || {
             host.fcctl(&["start", "box"]).status.success().then_some(())
         })
     };
@@ -314,7 +314,7 @@ fn killed_daemon_completes_or_undoes_operations() {
     looked_at(&host);
     host.kill_daemon();
     signal(vmm_processes(&host.state())[0], "KILL");
-    wait_for("it is dead", || {
+    wait_for("the VMM is dead", || {
         vmm_processes(&host.state()).is_empty().then_some(())
     });
     host.relaunch();

@@ -242,7 +242,9 @@ fn wrong_descriptors(host: &Host) {
             "{method} {fds:?}: {answer}"
         );
     }
-    crate::host::wait_for("they are closed", || (open() <= before).then_some(()));
+    crate::host::wait_for("the descriptors are closed", || {
+        (open() <= before).then_some(())
+    });
 }
 
 fn a_daemon_that_is_away(host: &mut Host) {
@@ -414,7 +416,7 @@ fn only_a_vm_with_a_network_reaches_the_host(host: &Host) {
 
 fn operations(host: &Host) {
     let mut restart = host.spawn(&["vm", "restart", "one"]);
-    let op = crate::host::wait_for("its operation", || {
+    let op = crate::host::wait_for("the operation of the restart", || {
         let ops = host.json(&["op", "list"]);
         ops.as_array()
             .unwrap()
@@ -431,7 +433,7 @@ fn operations(host: &Host) {
 
     host.ok(&["stop", "--force", "one"]);
     let mut start = host.spawn(&["start", "one"]);
-    let op = crate::host::wait_for("its operation", || {
+    let op = crate::host::wait_for("the operation of the start", || {
         let ops = host.json(&["op", "list"]);
         ops.as_array()
             .unwrap()

@@ -252,7 +252,7 @@ fn behind_it(host: &Host) -> Spawned {
     let full = loop {
         let waiting = host.ok(&["op", "list", "-q"]).lines().count();
         let mut next = host.spawn(&prepare);
-        let ended = wait_for("it waits or is refused", || {
+        let ended = wait_for("the import waits or is refused", || {
             let ended = next.child.try_wait().unwrap();
             (ended.is_some() || host.ok(&["op", "list", "-q"]).lines().count() > waiting)
                 .then_some(ended)
@@ -288,7 +288,7 @@ fn feed(mut stdin: ChildStdin) -> std::thread::JoinHandle<()> {
 /// Starts a VM. Returns when its VMM runs and its guest does not respond yet.
 fn booting(host: &Host, vm: &str) -> Spawned {
     let start = host.spawn(&["start", vm]);
-    wait_for("its VMM runs", || {
+    wait_for("the VMM runs", || {
         let shown = host.json(&["vm", "show", vm]);
         (shown["state"] == "starting" && shown["pid"].is_u64()).then_some(())
     });

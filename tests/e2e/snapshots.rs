@@ -179,7 +179,7 @@ fn abandoned_save_leaves_guest_running() {
         (memory()?.len() > 8 << 20).then_some(())
     });
     saving.signal("KILL");
-    wait_for("nothing is under way", || {
+    wait_for("no operation is in progress", || {
         host.json(&["op", "list"])
             .as_array()
             .unwrap()

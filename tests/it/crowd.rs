@@ -81,7 +81,7 @@ fn idle_and_bad_clients_do_not_slow_others() {
                 begun.elapsed()
             })
             .collect();
-        await_that("every kind of misdeed was done", || {
+        await_that("every kind of misdeed has happened", || {
             misdeeds.load(Ordering::SeqCst) >= MISDEEDS.len() as u64
         });
         done.store(true, Ordering::SeqCst);

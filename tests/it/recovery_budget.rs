@@ -60,7 +60,9 @@ impl Hostile {
         self.guest_kills_asking_daemon();
         self.world.daemon().reconciler.reconcile();
         let points = self.world.points.clone();
-        await_that("the daemon dies of asking", || points.is_dead());
+        await_that("the daemon dies while it asks the guest", || {
+            points.is_dead()
+        });
     }
 
     /// Reconciles, and waits until the daemon has died while it kills the VMM.
@@ -68,7 +70,9 @@ impl Hostile {
         self.world.points.die_at("kill the VMM");
         self.world.daemon().reconciler.reconcile();
         let points = self.world.points.clone();
-        await_that("the daemon dies of ending the VMM", || points.is_dead());
+        await_that("the daemon dies while it kills the VMM", || {
+            points.is_dead()
+        });
     }
 
     fn shown(&self) -> Vm {

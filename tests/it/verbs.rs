@@ -439,7 +439,9 @@ fn exec_is_signalled_resized_and_ended() {
             size,
         })
         .unwrap();
-    await_that("it is resized", || world.guest.resizes() == [size]);
+    await_that("the terminal is resized", || {
+        world.guest.resizes() == [size]
+    });
     world
         .call::<ExecSignal>(&ExecSignalRequest {
             session: session.clone(),
@@ -447,7 +449,7 @@ fn exec_is_signalled_resized_and_ended() {
         })
         .unwrap();
     assert_eq!(call.finish(SOON).unwrap().exit, Exit::Signal("INT".into()));
-    await_that("its session is gone", || {
+    await_that("the session is gone", || {
         world.daemon().leftovers().sessions == 0
     });
     let e = world
@@ -459,17 +461,17 @@ fn exec_is_signalled_resized_and_ended() {
     assert!(e.is(Kind::SessionNotFound), "{e:?}");
     // The caller is killed.
     let (call, _) = begin();
-    await_that("it runs", || world.guest.live(addr) == 1);
+    await_that("the command runs", || world.guest.live(addr) == 1);
     call.hang_up();
-    await_that("it has ended", || world.guest.live(addr) == 0);
+    await_that("the command has ended", || world.guest.live(addr) == 0);
     // The connection to the guest breaks. The exit status must not be 0.
     let (mut call, _) = begin();
-    await_that("it runs", || world.guest.live(addr) == 1);
+    await_that("the command runs", || world.guest.live(addr) == 1);
     world.guest.lose(addr);
     assert!(call.finish(SOON).unwrap_err().is(Kind::GuestLost));
     // The VM is stopped.
     let (mut call, _) = begin();
-    await_that("it runs", || world.guest.live(addr) == 1);
+    await_that("the command runs", || world.guest.live(addr) == 1);
     world.stop("web").unwrap();
     let e = call.finish(PROMPT).unwrap_err();
     assert!(
@@ -581,7 +583,7 @@ fn stop_of_deaf_guest_kills_at_deadline_or_by_force() {
         ..stop("web")
     };
     let mut down = world.begin::<VmStop>(never, vec![]);
-    await_that("it is asked", || world.vmm.presses() == 2);
+    await_that("the keys are pressed again", || world.vmm.presses() == 2);
     world
         .run::<VmStop>(VmStopRequest {
             force: true,

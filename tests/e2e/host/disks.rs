@@ -96,7 +96,7 @@ impl SmallDisk {
     pub fn mend_ext4(&self) {
         // The processes that had files open on it have just been killed, so the first attempts may
         // fail.
-        wait_for("it is unmounted", || {
+        wait_for("the file system is unmounted", || {
             Command::new("umount")
                 .arg(&self.0)
                 .status()

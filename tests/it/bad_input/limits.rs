@@ -13,7 +13,7 @@ fn full_pool_refuses_transfers() {
     world.running("other");
     let running = world.import("web");
     let queued = world.queue_import("other");
-    await_that("the second waits in the queue", || {
+    await_that("the second import is queued", || {
         world.daemon().transfers.pool.counts().queued == 1
     });
     let before = world.census();

@@ -471,7 +471,7 @@ impl Listener {
         );
         self.peer.shutdown(std::net::Shutdown::Both).unwrap();
         // The daemon must notice the hang-up.
-        await_that("it ends", || self.ended.is_finished());
+        await_that("the call ends", || self.ended.is_finished());
         assert_eq!(
             self.ended.join().unwrap().unwrap_err().kind(),
             Kind::Cancelled

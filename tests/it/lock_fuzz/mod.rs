@@ -256,7 +256,7 @@ fn round(seed: u64, figures: &mut Figures) {
 /// Waits until the store has recorded the death of every VMM that has died. The fake reports deaths
 /// on threads that the daemon does not count.
 fn await_all_ended(world: &World) {
-    await_that("every death is written down", || {
+    await_that("every death is recorded", || {
         let live = world.vmm.live();
         world.daemon().core.store.read(|s| {
             let runs = |r: &&std::sync::Arc<fcd::testing::store::VmRow>| {

@@ -17,7 +17,7 @@ fn unresponsive_vmm_is_not_used_and_stops_at_once() {
             .finish(SOON)
     };
     assert!(world.vmm.report(&vm.id, GuestEvent::Unresponsive(true)));
-    await_that("it is unresponsive", || {
+    await_that("the VM is unresponsive", || {
         world.show("web").unwrap().unresponsive
     });
     let refused = exec().unwrap_err();
@@ -26,11 +26,13 @@ fn unresponsive_vmm_is_not_used_and_stops_at_once() {
         "{refused}"
     );
     assert!(world.vmm.report(&vm.id, GuestEvent::Unresponsive(false)));
-    await_that("it answers", || !world.show("web").unwrap().unresponsive);
+    await_that("the VM responds", || {
+        !world.show("web").unwrap().unresponsive
+    });
     exec().unwrap();
 
     assert!(world.vmm.report(&vm.id, GuestEvent::Unresponsive(true)));
-    await_that("it is unresponsive", || {
+    await_that("the VM is unresponsive", || {
         world.show("web").unwrap().unresponsive
     });
     let stopped = world.stop("web").unwrap();

@@ -58,7 +58,7 @@ impl World {
             let left = deadline.saturating_duration_since(Instant::now());
             assert!(
                 !left.is_zero(),
-                "the state never came: {:#?}",
+                "timed out waiting for the state: {:#?}",
                 self.daemon().core.store.read(State::clone)
             );
             poll(&watch, left);
@@ -68,7 +68,7 @@ impl World {
     /// Waits until no operation is in progress.
     #[track_caller]
     pub fn await_rest(&self) {
-        await_that("nothing is under way", || {
+        await_that("no operation is in progress", || {
             self.daemon().leftovers() == Leftovers::default()
         });
     }
@@ -155,7 +155,7 @@ fn poll(watch: &fcd::testing::store::Watch, left: Duration) {
 pub fn await_that(what: &str, mut is_so: impl FnMut() -> bool) {
     let deadline = soon();
     while !is_so() {
-        assert!(Instant::now() < deadline, "it never came that {what}");
+        assert!(Instant::now() < deadline, "timed out waiting until {what}");
         std::thread::yield_now();
     }
 }

@@ -209,17 +209,17 @@ fn order_violation_report_names_both_locks() {
     let two = report(|| drop((store.lock(), store2.lock())));
     assert!(
         two.starts_with("two locks of one rank"),
-        "other instances do not hang: {two}"
+        "locks of two instances do not hang: {two}"
     );
     let tried = report(|| drop((vm.lock(&"vm-3"), vm.try_lock(&"vm-4"))));
     assert!(
         tried.starts_with("two locks of one rank"),
-        "a try is checked as a lock: {tried}"
+        "try_lock is checked like lock: {tried}"
     );
     let under_a_tried = report(|| drop((vm.try_lock(&"vm-3"), vm.lock(&"vm-4"))));
     assert!(
         under_a_tried.starts_with("two locks of one rank"),
-        "a tried lock is recorded: {under_a_tried}"
+        "a lock taken with try_lock is recorded: {under_a_tried}"
     );
 }
 

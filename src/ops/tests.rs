@@ -121,7 +121,11 @@ fn operation_reports_progress_until_it_ends() {
     );
     assert!(op.ended_at >= Some(op.started_at) && pruned.is_empty());
     reporter.progress("too late");
-    assert_eq!(ops.get(&op.id).unwrap(), op, "an end is the end");
+    assert_eq!(
+        ops.get(&op.id).unwrap(),
+        op,
+        "progress after the end changes nothing"
+    );
     assert_eq!(ops.running(), 0);
 }
 
@@ -180,7 +184,7 @@ fn dropped_handle_ends_as_internal_and_is_reported() {
     let thread = std::thread::scope(|s| {
         s.spawn(|| {
             let _handle = begin(&ops, 1);
-            panic!("in the middle of it");
+            panic!("a panic of the test");
         })
         .join()
     });
@@ -240,7 +244,7 @@ fn cancel_fires_the_token_once_if_allowed() {
     assert_eq!(
         started.finish(Ok(json!(null))).op.state,
         OpState::Ok,
-        "it was faster than the cancel"
+        "the operation succeeded before the cancellation took effect"
     );
 }
 
@@ -278,7 +282,7 @@ fn wait_ends_with_operation_deadline_or_own_token() {
     assert_eq!(
         ops.wait(&id, Instant::now(), &mine).unwrap().state,
         OpState::Ok,
-        "an ended one at once"
+        "a wait for an ended operation returns at once"
     );
     assert_eq!(ops.shared.state.lock().entry(&id).unwrap().waiting, 0);
 }
@@ -337,7 +341,7 @@ fn list_and_find_show_visible_operations() {
     assert_eq!(
         ops.find(ids[0].as_str(), Some(1)).unwrap_err().kind(),
         Kind::OperationNotFound,
-        "another's"
+        "another user's operation is not found"
     );
     assert_eq!(
         ops.find("", None).unwrap_err().kind(),
@@ -362,7 +366,7 @@ fn ambiguous_prefix_is_refused() {
     assert_eq!(
         ops.find("ab", Some(1)).unwrap().id.as_str(),
         "ab0000000001",
-        "another user's operation does not matter"
+        "another user's operation does not make the prefix ambiguous"
     );
     assert_eq!(
         ops.find("ab", None).unwrap_err().kind(),
@@ -384,7 +388,10 @@ fn watcher_reports_progress_and_the_end() {
     let ops = ops();
     let handle = begin(&ops, 1);
     let mut watcher = ops.watch(handle.id()).unwrap();
-    assert!(is_readable(&watcher, LATE), "at first, what there is");
+    assert!(
+        is_readable(&watcher, LATE),
+        "a watcher first reports the current progress"
+    );
     assert_eq!(watcher.next(), Some(Change::Progress(Progress::default())));
     assert!(!is_readable(&watcher, Duration::ZERO) && watcher.next().is_none());
     handle.progress("boot");
@@ -399,7 +406,10 @@ fn watcher_reports_progress_and_the_end() {
         "the end is reported without delay"
     );
     assert_eq!(watcher.next(), Some(Change::Ended(Box::new(ended.clone()))));
-    assert!(is_readable(&watcher, Duration::ZERO), "and stays");
+    assert!(
+        is_readable(&watcher, Duration::ZERO),
+        "the end can be read again"
+    );
     assert_eq!(watcher.next(), Some(Change::Ended(Box::new(ended.clone()))));
     assert_eq!(
         ops.watch(&ended.id).unwrap().next_before(late()),
@@ -456,7 +466,10 @@ fn old_operations_are_pruned_unless_watched() {
     for _ in 0..RETENTION.per_uid_max {
         pruned.extend(begin(&ops, 1).finish(Ok(json!(null))).pruned);
     }
-    assert_eq!(pruned[0], first_id, "the oldest but for the watched one");
+    assert_eq!(
+        pruned[0], first_id,
+        "the oldest operation is pruned first, except for the watched one"
+    );
     assert_eq!(
         (
             pruned.len(),
@@ -513,7 +526,7 @@ fn ended_operations_are_limited_per_uid_and_in_total() {
     assert_eq!(
         (count(1), count(2)),
         (20, 3),
-        "another's are not pushed out"
+        "operations of another user are not evicted"
     );
     (0..20).for_each(|_| drop(end(0)));
     // 43 of 50 are used, so seven more fit. After that the uids with the most operations lose some,
@@ -540,7 +553,7 @@ fn refused_operation_leaves_no_trace_unless_watched() {
     let mut watcher = ops.watch(handle.id()).unwrap();
     handle.refuse(&refusal);
     let Some(Change::Ended(op)) = watcher.next() else {
-        panic!("it has ended")
+        panic!("no end was reported")
     };
     assert_eq!(
         (op.state, op.error.unwrap().kind.as_str()),

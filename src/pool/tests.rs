@@ -71,7 +71,7 @@ fn job_runs_on_worker_and_returns_result_once() {
     assert_eq!(
         handle.wait(late()).unwrap_err().kind(),
         Kind::Internal,
-        "an outcome is had once"
+        "an outcome can be taken only once"
     );
     let failed = pool
         .try_submit(1, "fail", &token(), |_| {
@@ -188,7 +188,7 @@ fn cancel_of_queued_job_wakes_its_waiter_immediately() {
     assert_eq!(
         is_dropped.recv_timeout(LATE),
         Err(mpsc::RecvTimeoutError::Disconnected),
-        "what the job owns is gone"
+        "the job's values are dropped"
     );
     assert_eq!(pool.counts().queued, 0);
     end.send(0).unwrap();
@@ -210,12 +210,12 @@ fn cancelled_running_job_is_still_waited_for() {
     let early = handle
         .wait(Instant::now() + Duration::from_millis(5))
         .unwrap_err();
-    assert_eq!(early.kind(), Kind::Timeout, "it still runs");
+    assert_eq!(early.kind(), Kind::Timeout, "the job still runs");
     end.send(9).unwrap();
     assert_eq!(
         handle.wait(late()).unwrap(),
         9,
-        "what it achieved is not thrown away"
+        "the result of a cancelled job that succeeds is returned"
     );
 }
 
@@ -397,12 +397,12 @@ fn fair_admission_keeps_a_permit_for_other_users() {
     let waited = admission.enter_as(1, &ended, |_| ended.cancel(CancelCause::Requested));
     assert_eq!(waited.map(drop).unwrap_err().kind(), Kind::Cancelled);
     let bob = admission
-        .enter_as(2, &token(), |_| panic!("no wait"))
+        .enter_as(2, &token(), |_| panic!("the user must not wait"))
         .unwrap();
     drop(alice);
     drop(
         admission
-            .enter_as(1, &token(), |_| panic!("no wait"))
+            .enter_as(1, &token(), |_| panic!("the user must not wait"))
             .unwrap(),
     );
     drop(bob);
@@ -413,8 +413,12 @@ fn fair_admission_keeps_a_permit_for_other_users() {
 fn admission_grants_its_permits_in_order() {
     let admission = Admission::new("boots", 2);
     let cancel = token();
-    let first = admission.enter(&cancel, |_| panic!("no wait")).unwrap();
-    let second = admission.enter(&cancel, |_| panic!("no wait")).unwrap();
+    let first = admission
+        .enter(&cancel, |_| panic!("the boot must not wait"))
+        .unwrap();
+    let second = admission
+        .enter(&cancel, |_| panic!("the boot must not wait"))
+        .unwrap();
     let (order, seen) = mpsc::channel();
     std::thread::scope(|s| {
         for i in 0..4usize {
@@ -482,7 +486,7 @@ fn cancelled_boot_leaves_the_queue_immediately() {
         assert_eq!(
             is_waiting.recv_timeout(LATE),
             Ok(()),
-            "the one behind moves up and hears of it"
+            "the next waiter moves up and is notified"
         );
         drop(permit);
         stayer.join().unwrap().unwrap();
@@ -495,7 +499,7 @@ fn cancelled_boot_leaves_the_queue_immediately() {
             .unwrap_err()
             .kind(),
         Kind::Cancelled,
-        "fired before"
+        "a token that has already fired is refused"
     );
     assert_eq!(admission.counts(), (1, 0));
 }
@@ -594,7 +598,7 @@ fn close_runs_queued_jobs_of_uid_at_its_bound() {
         for held in held.drain(..) {
             held.end();
         }
-        assert!(closed.join().unwrap(), "all have ended");
+        assert!(closed.join().unwrap(), "all jobs have ended");
     });
 }
 

@@ -226,7 +226,7 @@ fn fake_vmms(host: &TestHost, test: &str) {
         "FCD_TEST_DM_SNAPSHOT=1 it --include-ignored --nocapture --exact {test}"
     ));
     assert!(ran.contains("1 passed"), "{ran}");
-    let figures = &ran[ran.find("Figures").expect("its figures")..];
+    let figures = &ran[ran.find("Figures").expect("the test prints its figures")..];
     println!(
         "in the test host, {test}: {}",
         figures.lines().next().unwrap()
@@ -256,11 +256,11 @@ fn data_is_kept_and_the_disk_grows(host: &TestHost) {
     assert!(host.sh("dmsetup table").contains(" snapshot "));
     host.sh("fcctl exec a -- sh -c 'echo kept > /root/kept; dd if=/dev/urandom of=/root/big bs=1M count=8; sha256sum /root/big > /root/sum'");
     host.sh("fcctl stop a");
-    assert_eq!(host.devices(), "", "a stopped VM has none");
+    assert_eq!(host.devices(), "", "a stopped VM has no devices");
     host.sh("fcctl vm set a --disk 9G && fcctl start a");
     assert!(
         host.sh("dmsetup table").contains(" zero"),
-        "what the image is too short for"
+        "the disk continues with zeros after the end of the image"
     );
     assert_eq!(
         host.sh("fcctl exec a -- sh -ec 'cat /root/kept; sha256sum --quiet -c /root/sum'"),

@@ -38,7 +38,7 @@ fn own_namespace() -> File {
 pub fn enter_a_host_with_an_outside() {
     assert!(
         nix::unistd::geteuid().is_root(),
-        "makes network namespaces: run the tests as root"
+        "network namespaces need root: run the tests as root"
     );
     // Building the image downloads packages, which is only possible in the original namespace.
     host::image();
@@ -116,7 +116,7 @@ fn address(host: &Host, vm: &str) -> String {
         .as_str()
         .unwrap()
         .strip_suffix(":22")
-        .expect("the guest's own SSH port")
+        .expect("ssh_addr ends with the guest's SSH port")
         .to_owned()
 }
 
@@ -150,16 +150,20 @@ fn guest_reaches_only_allowed_networks() {
     }
     let seen_outside = || Some(format!("the outside sees {HOST}"));
     assert_eq!(ask(&host, "a", OUTSIDE, PORT), seen_outside());
-    assert_eq!(ask(&host, "a", &b, 22), None, "another guest");
+    assert_eq!(
+        ask(&host, "a", &b, 22),
+        None,
+        "the guest reached another guest"
+    );
     assert_eq!(
         ask(&host, "a", GATEWAY, PORT),
         None,
-        "the host by the bridge's address"
+        "the guest reached the host at the bridge's address"
     );
     assert_eq!(
         ask(&host, "a", HOST, PORT),
         None,
-        "the host by its outer address"
+        "the guest reached the host at its outer address"
     );
     assert_eq!(ask(&host, "cut-off", OUTSIDE, PORT), None);
     assert_eq!(host.sh("cut-off", "hostname").trim(), "cut-off");
@@ -182,7 +186,11 @@ fn guest_reaches_only_allowed_networks() {
     };
     assert!(here() && !ssh_of_a(&format!("{HOST}/1022")));
     assert_eq!(published(), 2);
-    assert_eq!(ask(&host, "b", GATEWAY, 1023), None, "another guest");
+    assert_eq!(
+        ask(&host, "b", GATEWAY, 1023),
+        None,
+        "a guest reached a published port of another guest"
+    );
 
     // Ports of a running guest change, also if it was started without any.
     let ssh_of_b = || ssh_of_a("127.0.0.1/1025");
@@ -333,7 +341,11 @@ fn interrupted_boot_leaves_no_tap() {
     });
     host.kill_daemon();
     start.end();
-    assert_eq!(on_the_bridge(), (1, 1), "nobody has cleaned up yet");
+    assert_eq!(
+        on_the_bridge(),
+        (1, 1),
+        "the tap is left until the next daemon starts"
+    );
     host.relaunch();
     wait_for("the tap is gone", || {
         (on_the_bridge() == (0, 0)).then_some(())
@@ -395,21 +407,33 @@ fn leaks_of_gone_installation_are_removed_and_live_one_is_kept() {
     let state = host.path().join("second");
     let both = links();
     assert!(both.contains("fcbr9") && both != ours, "{both}");
-    assert_eq!(leaks(&[]), NONE, "it runs");
+    assert_eq!(
+        leaks(&[]),
+        NONE,
+        "the second daemon runs, so it has no leaks"
+    );
     // The directory of a running daemon is moved away.
     std::fs::rename(&state, host.path().join("aside")).unwrap();
-    assert_eq!(leaks(&[]), NONE, "it still runs");
+    assert_eq!(
+        leaks(&[]),
+        NONE,
+        "the second daemon still runs, so it has no leaks"
+    );
     second.kill().unwrap();
     second.wait().unwrap();
     std::fs::rename(host.path().join("aside"), &state).unwrap();
-    assert_eq!(leaks(&[]), NONE, "it may be started again");
+    assert_eq!(
+        leaks(&[]),
+        NONE,
+        "the second daemon can be started again, so it has no leaks"
+    );
     std::fs::remove_dir_all(&state).unwrap();
     let found = leaks(&[]);
     for part in ["fcbr9", "inet fcd_", "bridge fcd_", state.to_str().unwrap()] {
         assert!(found.contains(part), "{part} is not in {found}");
     }
     assert!(!found.contains("fcbr0"), "{found}");
-    assert_eq!(links(), both, "naming it changes nothing");
+    assert_eq!(links(), both, "listing the leaks changes nothing");
     leaks(&["--fix", "--yes"]);
     assert_eq!((links(), leaks(&[]).as_str()), (ours.clone(), NONE));
     // A starting daemon removes leaks automatically, even if another installation now uses the
@@ -426,7 +450,7 @@ fn leaks_of_gone_installation_are_removed_and_live_one_is_kept() {
     assert_eq!(
         sh("nft list tables | grep -c fcd_").trim(),
         "4",
-        "two of each daemon that runs"
+        "each of the two running daemons has two tables"
     );
     third.kill().unwrap();
     third.wait().unwrap();

@@ -91,7 +91,7 @@ fn every_kind_of_name_and_file(host: &Host) {
     assert!(
         site.said_in_guest("ls -d nothing 2>&1 || true")
             .contains("No such file"),
-        "git sees no empty directories"
+        "git does not copy empty directories"
     );
     // Copies everything back.
     let back = site.beside("back");
@@ -210,7 +210,7 @@ fn a_subdirectory_brings_all(host: &Host) {
     assert_eq!(
         host.ok(&["exec", "box", "--", "pwd"]),
         "/root/sub/dir/in it\n",
-        "commands start there"
+        "commands start in the copied directory"
     );
 }
 
@@ -248,7 +248,7 @@ fn a_second_prepare(host: &Host) {
     site.commit("first");
     assert!(
         !site.prepare().contains("kept"),
-        "the first one finds nothing of the guest"
+        "the first import keeps no files of the guest"
     );
     site.write("host-edits", "edited on the host\n");
     site.write("both-edit", "by the host\n");
@@ -264,7 +264,7 @@ fn a_second_prepare(host: &Host) {
                 .filter(|l| l.trim_start_matches("fcctl: ").trim() == name)
                 .count(),
             1,
-            "{name} in {said}"
+            "{name} is not in {said}"
         );
     }
     assert!(

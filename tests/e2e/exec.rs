@@ -84,7 +84,7 @@ fn long_commands(host: &Host) {
     assert_eq!(
         host.ok(&args),
         wanted.replace('\n', "\r\n"),
-        "with a terminal, which takes no such input"
+        "long arguments also work with a terminal, whose input is limited"
     );
     let small = "x".repeat(100 << 10);
     assert_eq!(

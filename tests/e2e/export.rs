@@ -77,7 +77,7 @@ fn there_and_back(site: &Site, has_git: bool, users: &[&str]) {
     assert_eq!(
         String::from_utf8_lossy(&patch),
         "",
-        "nothing that the user had already"
+        "the export contains no changes that the user made before the copy"
     );
     assert!(said.contains("0 files changed"), "{said}");
     site.in_guest(WORK);
@@ -97,7 +97,7 @@ fn there_and_back(site: &Site, has_git: bool, users: &[&str]) {
     assert_eq!(
         text.matches("GIT binary patch").count(),
         2,
-        "a new binary and a changed one"
+        "the patch has one new and one changed binary file"
     );
     for what in [
         "old mode 100755\nnew mode 100644",
@@ -105,7 +105,7 @@ fn there_and_back(site: &Site, has_git: bool, users: &[&str]) {
         "deleted file mode",
         "new file mode 120000",
     ] {
-        assert!(text.contains(what), "{what:?} in {text}");
+        assert!(text.contains(what), "{what:?} is not in {text}");
     }
     for name in users {
         assert!(
@@ -120,7 +120,7 @@ fn there_and_back(site: &Site, has_git: bool, users: &[&str]) {
     assert_eq!(
         has_git.then(|| site.git(&["ls-files", "-s"])),
         host_index,
-        "apply is for the files only"
+        "apply does not change the index"
     );
 
     refuses_what_is_there(site, file, &patch, tree.to_str().unwrap());
@@ -137,7 +137,7 @@ fn refuses_what_is_there(site: &Site, file: &str, patch: &[u8], tree: &str) {
     assert_eq!(
         fs::read(file).unwrap(),
         patch,
-        "the file that was there is as it was"
+        "a refused export does not change the existing file"
     );
     site.assert_is_guests(tree.as_ref());
 }
@@ -359,5 +359,9 @@ fn run_with_export_patch(host: &Host) {
         fs::read_to_string(site.path("a")).unwrap(),
         "one\ntwo\nfrom the guest\n"
     );
-    assert_eq!(host.ok(&["ps", "-aq"]).lines().count(), 1, "its VM is gone");
+    assert_eq!(
+        host.ok(&["ps", "-aq"]).lines().count(),
+        1,
+        "--rm has deleted the VM"
+    );
 }

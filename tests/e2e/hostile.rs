@@ -21,7 +21,7 @@ fn refused(out: &Output, status: i32, said: &str) {
     assert_eq!(out.status.code(), Some(status), "{stdout}{stderr}");
     assert!(
         stderr.starts_with("fcctl: ") && stderr.contains(said),
-        "{said:?} in: {stderr}"
+        "{said:?} is not in: {stderr}"
     );
     assert!(stderr.contains("hint: ") || status == 2, "{stderr}");
 }
@@ -124,7 +124,7 @@ fn as_stranger(host: &Host, args: &[&str]) -> Output {
 fn caller_sees_only_own_files_and_vms() {
     assert!(
         nix::unistd::geteuid().is_root(),
-        "as root only: run the tests as root"
+        "this test needs root: run the tests as root"
     );
     let host = Host::start();
     host.ok(&["vm", "create", "--name", "roots"]);

@@ -32,7 +32,7 @@ fn fcd(dir: &Path, args: &[&str]) -> Output {
 fn refuses(out: &Output, status: i32, said: &str) {
     let stderr = text(out).1;
     assert_eq!(out.status.code(), Some(status), "{stderr}");
-    assert!(stderr.contains(said), "{said:?} in: {stderr}");
+    assert!(stderr.contains(said), "{said:?} is not in: {stderr}");
 }
 
 #[test]
@@ -58,7 +58,10 @@ fn daemon_refuses_invalid_start() {
         0o660
     );
     host.stop_daemon();
-    assert!(!host.socket().exists(), "the socket goes with its daemon");
+    assert!(
+        !host.socket().exists(),
+        "the daemon removes its socket when it stops"
+    );
 
     let dir = host.path().to_owned();
     let config = dir.join("bad.toml");
@@ -322,7 +325,7 @@ fn is_allowed(target: &str, dir: &str, image: &str) -> bool {
 fn vmm_is_confined() {
     assert!(
         nix::unistd::geteuid().is_root(),
-        "as root only: run the tests as root"
+        "this test needs root: run the tests as root"
     );
     let host = Host::start();
     host.ok(&["vm", "create", "--name", "one"]);
@@ -347,7 +350,11 @@ fn vmm_is_confined() {
                 .all(|u| u.parse::<u32>().unwrap() >= 1_900_000_000),
             "{uid}"
         );
-        assert_eq!(status_line(pid, "Gid:"), uid, "a group of its own, too");
+        assert_eq!(
+            status_line(pid, "Gid:"),
+            uid,
+            "each VMM has a group of its own"
+        );
         assert_eq!(
             (
                 status_line(pid, "Groups:").as_str(),
@@ -457,7 +464,7 @@ fn operations(host: &Host) {
 fn state_directory_below_closed_one_is_reported() {
     assert!(
         nix::unistd::geteuid().is_root(),
-        "as root only: run the tests as root"
+        "this test needs root: run the tests as root"
     );
     let mut host = Host::start();
     let set = |mode| fs::set_permissions(host.path(), fs::Permissions::from_mode(mode)).unwrap();

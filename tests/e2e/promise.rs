@@ -261,7 +261,7 @@ fn behind_it(host: &Host) -> Spawned {
             Some(status) => break (status.code(), next.stderr()),
             None => queued.push(next),
         }
-        assert!(queued.len() <= 4, "the queue takes more than it holds");
+        assert!(queued.len() <= 4, "the queue accepts more than its limit");
     };
     assert!(full.0 == Some(4) && full.1.contains("hint: "), "{full:?}");
     let last = queued.remove(0);

@@ -185,7 +185,7 @@ impl Worker<'_> {
             assert_eq!(
                 &String::from_utf8_lossy(&out.stdout),
                 tag,
-                "what was imported last into {}",
+                "{} lacks the data of its last acknowledged import",
                 self.name
             );
         }
@@ -281,7 +281,7 @@ fn soak_with_repeated_kills_loses_nothing() {
         host.ok(&["rm", "-f", vm]);
     }
     assert_eq!(on_the_bridge(), (0, 0));
-    assert_eq!(published(), 0, "ports that lead nowhere");
+    assert_eq!(published(), 0, "no published port is left");
     assert_eq!(host.census(), Vec::<String>::new(), "left over");
     println!(
         "soak: {} s, {kills:?}, {} acknowledged operations, 0 lost, 0 left over",

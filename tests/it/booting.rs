@@ -284,7 +284,7 @@ fn stop_joins_running_stop() {
     assert_eq!(
         world.stop("web").unwrap().state,
         VmState::Stopped,
-        "stopped already: ok"
+        "a stop of a stopped VM succeeds"
     );
 }
 

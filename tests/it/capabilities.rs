@@ -40,7 +40,7 @@ fn listening() -> (TcpListener, u16) {
     let from = 20_100 + u16::try_from(std::process::id() % 10_000).unwrap();
     let mut listeners = (from..from + 100)
         .filter_map(|port| Some((TcpListener::bind(("127.0.0.1", port)).ok()?, port)));
-    listeners.next().expect("a free port")
+    listeners.next().expect("no free port")
 }
 
 #[test]
@@ -126,7 +126,7 @@ fn picked_port_is_kept() {
     assert_eq!(
         picked.iter().map(|p| p.guest_port).collect::<Vec<_>>(),
         [80, 81, 80],
-        "in the order of the request"
+        "the ports are in the order of the request"
     );
     assert!(
         picked.iter().all(|p| p.host_port != 0) && picked[0].host_port != picked[2].host_port,
@@ -200,7 +200,7 @@ fn invalid_ports_are_refused() {
         assert_eq!(
             kind(&root, &[port(80, 80)], None),
             Kind::Unsupported,
-            "in user mode the VMM, which is not root, takes it"
+            "in user mode the VMM opens the port, and it does not run as root"
         );
     }
     assert_eq!(world.census(), before);

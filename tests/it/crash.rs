@@ -271,18 +271,21 @@ fn agrees(world: &World, at: &str) {
         assert_eq!(
             world.vmm.adjusted(&row.id),
             Some(wanted),
-            "{at}: what the guest may, what the row says"
+            "{at}: the rates and memory of the guest (left) differ from those of the row"
         );
         assert_eq!(
             world.vmm.ports(&row.id).as_ref(),
             Some(&row.ports),
-            "{at}: ports that the VMM forwards, ports of the row"
+            "{at}: the ports that the VMM forwards (left) differ from those of the row"
         );
     }
-    assert_eq!(live, running, "{at}: VMMs that live, rows that run");
+    assert_eq!(
+        live, running,
+        "{at}: the live VMMs (left) differ from the rows of running VMs"
+    );
     assert_eq!(
         processes, running,
-        "{at}: processes in the ledger, rows that run"
+        "{at}: the processes in the ledger (left) differ from the rows of running VMs"
     );
     if std::env::var_os(REAL_DISKS).is_some() {
         let devices: BTreeSet<String> = world
@@ -290,7 +293,10 @@ fn agrees(world: &World, at: &str) {
             .into_iter()
             .filter(|d| d.starts_with("fc-"))
             .collect();
-        assert_eq!(devices, running, "{at}: snapshot devices, rows that run");
+        assert_eq!(
+            devices, running,
+            "{at}: the snapshot devices (left) differ from the rows of running VMs"
+        );
     }
     // A new VM either runs or does not exist. No guest stays paused, and every snapshot is
     // complete.
@@ -314,7 +320,7 @@ fn agrees(world: &World, at: &str) {
         .collect();
     assert_eq!(
         on_host, snapshots,
-        "{at}: snapshots on the host, in the store"
+        "{at}: the snapshots on the host (left) differ from those in the store"
     );
     let vms = world.config.state_dir.join("vms");
     let on_host: BTreeSet<String> = std::fs::read_dir(&vms)
@@ -446,7 +452,7 @@ fn crash_everywhere(world: &mut World, verbs: &[Verb], figures: &mut Figures) {
             let is = std::fs::read(&path).unwrap();
             assert!(
                 is == saved || is == mine && after != Some(VmState::Running),
-                "{at}: whose disk it has"
+                "{at}: the disk is neither the VM's nor the snapshot's"
             );
             assert!(
                 !path.with_file_name("former").exists()
@@ -469,13 +475,20 @@ fn crash_everywhere(world: &mut World, verbs: &[Verb], figures: &mut Figures) {
             )
         {
             let lives = |tag: &String| world.vmm.live().contains(tag);
-            assert!(vmms.iter().all(lives), "{at}: I3");
+            assert!(
+                vmms.iter().all(lives),
+                "{at}: a healthy VMM was killed (I3)"
+            );
         }
         let census = world.census();
         world.reopen();
         world.daemon().reconciler.reconcile();
         world.await_rest();
-        assert_eq!(world.census(), census, "{at}: I7");
+        assert_eq!(
+            world.census(),
+            census,
+            "{at}: a second recovery changed something (I7)"
+        );
         next_operation_works(world, &empty, &at);
     }
     panic!("{verbs:?} has more than {POINTS_MAX} points");
@@ -494,7 +507,7 @@ fn fail_everywhere(world: &World, verbs: &[Verb], mode: Mode, figures: &mut Figu
             run_all_but_last(world, &[&[Set], scene].concat())
         }
         world.points.arm(mode, n);
-        let ended = end(world, begin(world, *last)).expect("nobody dies here");
+        let ended = end(world, begin(world, *last)).expect("the daemon died");
         world.await_rest();
         // This also waits for commits that no call waits for, because the injected failure may hit
         // one of them.

@@ -181,7 +181,7 @@ fn temporary_image_is_deleted_with_its_last_vm() {
         let listed = world.call::<ImageList>(&ListRequest::default()).unwrap();
         listed.images.len()
     };
-    assert_eq!(images(), 2, "it is in use");
+    assert_eq!(images(), 2, "the image is still in use");
     world.delete("twin").unwrap();
     await_that("the image is deleted", || images() == 1);
 }

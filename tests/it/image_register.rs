@@ -447,7 +447,7 @@ fn promote_and_rm_of_one_name_end_in_one_state() {
         match (&promoted, &deleted) {
             (Ok(_), _) => {}
             (Err(e), Ok(_)) => assert!(e.is(Kind::ImageNotFound), "{e}"),
-            (Err(e), Err(_)) => panic!("neither worked: {e}"),
+            (Err(e), Err(_)) => panic!("both calls failed: {e}"),
         }
         assert_eq!(stored(&world).is_empty(), deleted.is_ok());
         if let Err(e) = deleted {

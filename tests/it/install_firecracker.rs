@@ -67,10 +67,10 @@ impl Made {
         let stderr = String::from_utf8_lossy(&out.stderr).into_owned();
         assert!(
             out.status.code() == Some(1) && stderr.contains(said),
-            "{said:?} in {stderr:?}"
+            "{said:?} is not in {stderr:?}"
         );
         let left = std::fs::read_dir(self.place()).map_or(0, |entries| entries.flatten().count());
-        assert_eq!(left, 0, "it leaves nothing");
+        assert_eq!(left, 0, "a refused installation leaves nothing behind");
     }
 }
 

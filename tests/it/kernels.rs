@@ -99,7 +99,7 @@ fn kernel_in_use_by_create_is_not_deleted() {
         match (&created, &deleted) {
             (Ok(_), Err(e)) => assert!(e.is(Kind::Conflict) || e.is(Kind::Busy), "{e}"),
             (Err(e), Ok(_)) => assert!(e.is(Kind::KernelNotFound), "{e}"),
-            other => panic!("both had the kernel, or neither: {other:?}"),
+            other => panic!("the create and the delete both succeeded, or both failed: {other:?}"),
         }
         assert_eq!(dir.exists(), created.is_ok());
         if created.is_ok() {

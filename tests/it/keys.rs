@@ -223,7 +223,7 @@ fn key_of_refused_call_is_free() {
     assert_eq!(
         vm(&call(&world, "vm.set", params, "k", false)).vcpus,
         2,
-        "the answer of then"
+        "the repeated call gets the first reply"
     );
     assert_eq!(world.show("web").unwrap().vcpus, 3);
     // A stop of a stopped VM is answered immediately and does not use the key again.

@@ -146,7 +146,10 @@ fn modules_import_only_what_the_table_allows() {
     }
     let stale: Vec<_> = table.keys().filter(|m| !seen.contains(*m)).collect();
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
-    assert!(stale.is_empty(), "in the table, but not in src: {stale:?}");
+    assert!(
+        stale.is_empty(),
+        "the table names modules that are not in src: {stale:?}"
+    );
 }
 
 #[test]
@@ -208,7 +211,7 @@ fn ssh_is_used_by_helper_process_only() {
             .collect();
         assert!(
             outside.is_empty(),
-            "{library} parses what a guest sends, and is named by {outside:?}"
+            "{library} parses data of guests, but {outside:?} name it"
         );
     }
     // `mod.rs` only declares the module, which these patterns do not match.
@@ -242,7 +245,7 @@ fn dns_is_parsed_by_helper_process_only() {
         let outside: Vec<_> = named_by(parser).into_iter().filter(parses).collect();
         assert!(
             outside.is_empty(),
-            "{parser} parses what a guest sends, and is named by {outside:?}"
+            "{parser} parses data of guests, but {outside:?} name it"
         );
     }
     // Only the list of helpers runs the DNS helper.

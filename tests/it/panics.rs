@@ -32,7 +32,7 @@ impl Panics {
         if *at == Some(method) {
             *at = None;
             drop(at);
-            panic!("a panic of the test's in {method}");
+            panic!("a panic of the test in {method}");
         }
     }
     fn at(&self, method: &'static str) {
@@ -188,7 +188,7 @@ fn panic_in_stop_and_delete_fails_vm() {
     world.running("web");
     driver.at("kill");
     world.guest.on(fcd::testing::image::SHUTDOWN_COMMAND, |_| {
-        panic!("a panic of the test's in the shutdown")
+        panic!("a panic of the test in the shutdown")
     });
     assert!(world.stop("web").unwrap_err().is(Kind::Internal));
     world.await_state("web", VmState::Failed);
@@ -245,7 +245,7 @@ fn panic_in_job_frees_worker() {
     world.running("web");
     world.guest.on(
         &remote::receive_command(&GuestWorkspace::new(GUEST_PATH), false),
-        |_| panic!("a panic of the test's in a job"),
+        |_| panic!("a panic of the test in a job"),
     );
     for _ in 0..4 {
         let Import { mut call, stream } = world.import("web");

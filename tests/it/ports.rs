@@ -21,7 +21,7 @@ fn port(host_port: u16, guest_port: u16) -> Port {
 fn free(n: u16) -> u16 {
     let from = 10_100 + u16::try_from(std::process::id() % 9_000).unwrap() + n * 100;
     let is_free = |port: &u16| TcpListener::bind(("127.0.0.1", *port)).is_ok();
-    (from..from + 100).find(is_free).expect("a free port")
+    (from..from + 100).find(is_free).expect("no free port")
 }
 
 fn of(vm: &str, ports: &[Port]) -> VmPortsRequest {

@@ -235,11 +235,15 @@ fn descriptors_of_socket_activation_are_kept() {
     };
     let process = with("$$");
     assert_eq!(process.descriptor(last), Some(file.path().to_owned()));
-    assert_eq!(process.descriptor(last + 1), None, "it is not among those");
+    assert_eq!(
+        process.descriptor(last + 1),
+        None,
+        "the descriptor after the last one of LISTEN_FDS stays closed"
+    );
     assert_eq!(
         with("1").descriptor(last),
         None,
-        "they are another process's"
+        "descriptors for another process are closed"
     );
 }
 

@@ -218,12 +218,12 @@ fn imports_and_exports_of_one_vm_run_one_at_a_time() {
     assert_eq!(
         world.guest.live_total(),
         1,
-        "only the first is in the guest"
+        "only the first transfer runs a command in the guest"
     );
     assert_eq!(
         world.daemon().transfers.pool.counts().running,
         1,
-        "who waits costs no worker"
+        "a waiting transfer does not occupy a worker"
     );
     assert_eq!(world.daemon().core.locks.workspace.len(), 1);
     // With `no_wait` a transfer fails instead of waiting.

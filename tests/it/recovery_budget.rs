@@ -84,7 +84,7 @@ impl Hostile {
         let check = checks
             .into_iter()
             .find(|c| c.id == "recovery")
-            .expect("doctor looks at recovery");
+            .expect("doctor has no recovery check");
         (check.severity, check.found)
     }
 }
@@ -149,7 +149,7 @@ fn stop_that_killed_three_daemons_is_not_resumed() {
     assert_eq!(
         hostile.world.vmm.live().len(),
         1,
-        "nobody touches it on the daemon's own account"
+        "the daemon does not kill the VMM on its own"
     );
     let (severity, found) = hostile.doctor_says();
     assert!(
@@ -274,7 +274,10 @@ impl HostileVmm {
     fn dies_adopting(&mut self) {
         self.world.points.die_at(self.point);
         self.world.daemon().reconciler.reconcile();
-        assert!(self.world.points.is_dead(), "it has not adopted the VM");
+        assert!(
+            self.world.points.is_dead(),
+            "the daemon did not adopt the VM"
+        );
         self.world.crash();
         self.world.reopen();
     }
@@ -290,7 +293,10 @@ fn adoption_that_killed_three_daemons_is_not_retried() {
     for _ in 0..2 {
         hostile.world.points.die_at(hostile.point);
         hostile.world.daemon().reconciler.reconcile();
-        assert!(!hostile.world.points.is_dead(), "it was adopted once more");
+        assert!(
+            !hostile.world.points.is_dead(),
+            "the daemon adopted the VM again"
+        );
         let evil = hostile.world.show("evil").unwrap();
         let reason = evil.reason.clone().unwrap_or_default();
         assert!(
@@ -366,7 +372,7 @@ fn vmm_that_kills_daemon_on_subscribe_is_left_alone() {
     hostile.world.daemon().reconciler.reconcile();
     assert!(
         !hostile.world.points.is_dead(),
-        "it was listened to once more"
+        "the daemon subscribed to the VMM's events again"
     );
     assert!(hostile.world.show("evil").unwrap().unresponsive);
     let well = hostile.world.show("well").unwrap();

@@ -71,7 +71,9 @@ impl<R> Running<R> {
         {
             Ok(told) => Some(told),
             Err(RecvTimeoutError::Timeout) => None,
-            Err(RecvTimeoutError::Disconnected) => panic!("{}: its reader died", self.method),
+            Err(RecvTimeoutError::Disconnected) => {
+                panic!("{}: the thread that reads its replies died", self.method)
+            }
         }
     }
 
@@ -90,8 +92,8 @@ impl<R> Running<R> {
                 Some(Told::Ended(Err(e), _)) => {
                     panic!("{} ended before the note: {e}", self.method)
                 }
-                Some(Told::Ended(Ok(_), _)) => panic!("{} ended well before the note", self.method),
-                None => panic!("{}: the note did not come", self.method),
+                Some(Told::Ended(Ok(_), _)) => panic!("{} succeeded before the note", self.method),
+                None => panic!("{}: no such note arrived in time", self.method),
             }
         }
     }

@@ -49,7 +49,7 @@ impl Lab {
     fn new() -> Self {
         assert!(
             nix::unistd::geteuid().is_root(),
-            "dpkg installs as root only: run the tests as root"
+            "dpkg installs only as root: run the tests as root"
         );
         let lab = Self(tempfile::tempdir().unwrap());
         for dir in [
@@ -457,5 +457,9 @@ fn setup_leaves_old_rust_to_user() {
         said.contains("this is 1.63.0: rustup update stable"),
         "{said}"
     );
-    assert_eq!(lab.installed().len(), 3, "what could be installed is");
+    assert_eq!(
+        lab.installed().len(),
+        3,
+        "the script installed what it could"
+    );
 }

@@ -105,7 +105,7 @@ fn graph_of(dir: &Path) -> Graph {
 /// Returns a cycle of imports, or `None` if there is none.
 fn circle(graph: &Graph) -> Option<Vec<String>> {
     fn walk(graph: &Graph, path: &mut Vec<String>, done: &mut BTreeSet<String>) -> bool {
-        let at = path.last().expect("a path begins somewhere").clone();
+        let at = path.last().expect("the path is not empty").clone();
         for next in &graph[&at] {
             if let Some(start) = path.iter().position(|name| name == next) {
                 path.drain(..start);

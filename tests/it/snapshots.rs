@@ -360,7 +360,11 @@ fn fork_is_complete_or_absent() {
         twin.state == VmState::Running && !twin.rm && twin.ports.is_empty(),
         "{twin:?}"
     );
-    assert_eq!(list(&world), [""; 0], "what it began with is gone");
+    assert_eq!(
+        list(&world),
+        [""; 0],
+        "the fork's temporary snapshot is gone"
+    );
     // The original and the clone are independent.
     world.delete("web").unwrap();
     assert_eq!(world.state("twin"), VmState::Running);

@@ -81,11 +81,11 @@ fn refused_calls_leave_others_history_and_keys_alone() {
     let before = bobs_ops();
     assert_eq!(before.len(), 1);
     refused_calls(&world, 1300);
-    assert_eq!(bobs_ops(), before, "Bob's history");
+    assert_eq!(bobs_ops(), before, "Bob's history is unchanged");
     assert_eq!(
         crate::keys::vm(&bobs_call()),
         made,
-        "the answer to Bob's key"
+        "Bob's key still has its reply"
     );
 }
 
@@ -98,7 +98,7 @@ fn refused_call_is_not_recorded() {
         all: true,
         ..Default::default()
     });
-    assert_eq!(ops, [], "nothing was done");
+    assert_eq!(ops, [], "refused calls are not recorded");
 }
 
 #[test]
@@ -184,7 +184,7 @@ fn answer_of_key_outlives_retention() {
     let deleted = |world: &World| {
         let request = r#"{"vm":"first","force":true}"#;
         let response = crate::keys::call(world, "vm.delete", request, "gone", true);
-        serde_json::from_str::<VmDeleteReply>(response.result.expect("a result").get()).unwrap()
+        serde_json::from_str::<VmDeleteReply>(response.result.expect("no result").get()).unwrap()
     };
     let first = deleted(&world);
     for n in 0..20 {
@@ -220,7 +220,10 @@ fn user_with_too_many_keys_is_refused_first() {
     world.daemon().reconciler.reconcile();
     let answer = crate::keys::call(&world, "vm.create", r#"{"name":"one"}"#, "new", false);
     assert_eq!(crate::keys::kind(&answer), Kind::OperationLimit.name());
-    assert!(world.show("one").is_err(), "nothing was made");
+    assert!(
+        world.show("one").is_err(),
+        "the refused call created nothing"
+    );
 }
 
 /// Alice's transfers are stalled while Bob's complete.
@@ -356,7 +359,7 @@ fn images_of_one_user_are_limited() {
         let mut call = as_uid(uid, || build(&world, "more"));
         assert!(
             call.finish(SOON).unwrap_err().is(Kind::CommandFailed),
-            "it was begun"
+            "the build was admitted, and then failed"
         );
     }
 }
@@ -456,7 +459,7 @@ fn concurrent_create_and_image_rm_keep_image_of_vm() {
         });
         assert!(
             made.is_err() || deleted.is_err(),
-            "run {n}: the VM has lost its image"
+            "round {n}: the VM has lost its image"
         );
         let Ok(made) = made else { continue };
         assert!(
@@ -488,7 +491,9 @@ fn uid_range_without_existing_vm_is_refused() {
         commands: Arc::new(FakeCommands(world.builds.clone())),
         installations: None,
     };
-    let e = Daemon::open(config, seams).err().expect("it is refused");
+    let e = Daemon::open(config, seams)
+        .err()
+        .expect("the daemon must not open");
     assert!(
         e.kind() == Kind::InvalidConfig
             && e.to_string()

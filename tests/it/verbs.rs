@@ -261,7 +261,11 @@ fn operations_are_listed_shown_awaited_and_kept() {
             .ops
     };
     let before = all(&world);
-    assert_eq!(before.len(), 2, "the start and the import");
+    assert_eq!(
+        before.len(),
+        2,
+        "the operations are the start and the import"
+    );
     world.reopen();
     world.daemon().reconciler.reconcile();
     let sorted = |mut ops: Vec<Op>| {
@@ -361,7 +365,7 @@ fn logs_follow_until_the_vm_is_deleted() {
     assert_eq!(
         world.run::<VmLogs>(logs).unwrap().bytes,
         0,
-        "one that never ran has an empty log"
+        "a VM that never ran has an empty log"
     );
 }
 
@@ -631,7 +635,7 @@ fn info_describes_daemon() {
         .locks
         .iter()
         .find(|l| l.set == "workspace_locks")
-        .expect("the import's");
+        .expect("the import holds a workspace lock");
     assert!(
         held.holder
             .as_ref()

@@ -80,7 +80,7 @@ fn begin(
 ) -> (OwnedFd, std::thread::JoinHandle<Result<Exit>>) {
     let (r, w) = pipe();
     let thread = spawn("exec", move || body(sink(w))).unwrap();
-    assert_eq!(rustix::io::read(&r, &mut [0; 1]), Ok(1), "it runs");
+    assert_eq!(rustix::io::read(&r, &mut [0; 1]), Ok(1), "the command runs");
     (r, thread)
 }
 

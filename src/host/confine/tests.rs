@@ -336,7 +336,7 @@ fn confined_process_has_only_passed_descriptors() {
     assert_eq!(
         rustix::io::read(&r, &mut buffer),
         Ok(0),
-        "its end went with it"
+        "the helper's end of the pipe is closed"
     );
     drop(leak);
 }
@@ -433,7 +433,7 @@ fn messages_are_whole_and_bounded() {
     }
     assert!(
         sent < 10_000,
-        "a reader who does not read is a bounded number of messages"
+        "an unread channel accepts only a bounded number of messages"
     );
     drop(theirs);
 }

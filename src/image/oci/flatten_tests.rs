@@ -470,7 +470,7 @@ fn cached_layers_are_not_read_again() {
     assert_eq!(
         other.opened.load(Ordering::Relaxed),
         2,
-        "the last is the fourth again"
+        "only two blobs are opened, because the last layer equals the fourth"
     );
     assert_eq!(bench.cached_files().len(), 5);
 }

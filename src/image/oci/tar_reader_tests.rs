@@ -113,7 +113,11 @@ fn old_and_odd_archives_are_read_like_docker() {
     assert!(entries(&[]).is_empty());
     assert!(read(b"").unwrap().entries.is_empty());
     let cut = cut_tar(&[file("a", "x")]);
-    assert_eq!(read(&cut).unwrap().entries.len(), 1, "without an end");
+    assert_eq!(
+        read(&cut).unwrap().entries.len(),
+        1,
+        "an archive without an end mark is read"
+    );
     assert_eq!(
         read(&[&cut[..], &[0; 512]].concat()).unwrap().entries.len(),
         1

@@ -59,13 +59,13 @@ fn tap_is_owned_by_its_vm_and_removed_with_it() {
     assert_eq!(
         strip(lab.census()),
         strip(empty),
-        "equal except for the numbers"
+        "the state differs in more than numbers"
     );
     assert!(
         lab.host
             .run(|| lab.net.release("fc-00000000-0123456789ab-1"))
             .is_err(),
-        "a tag of another installation"
+        "a tag of another installation is refused"
     );
 }
 
@@ -93,7 +93,7 @@ fn killed_daemons_network_is_adopted_by_next_one() {
     assert_eq!(
         taps.lines().count(),
         4,
-        "two spare ones, the VM's, and one that is not ours: {taps}"
+        "two spare taps, the VM's, and a foreign one: {taps}"
     );
     assert!(!taps.contains("-77:") && taps.contains("tap0:"), "{taps}");
     lab.host
@@ -299,7 +299,7 @@ fn take_failing_at_any_step_leaves_nothing() {
     }
     assert_eq!(
         failed, 5,
-        "list, tag as spare, tag as the VM's, rules, join"
+        "the commands are: list, tag as spare, tag as the VM's, rules, join"
     );
     // A failed release can be repeated.
     for step in 1..=4 {

@@ -36,7 +36,7 @@ fn check_closed(write_end: &OwnedFd) {
             .revents()
             .unwrap()
             .contains(nix::poll::PollFlags::POLLERR),
-        "a read end is open somewhere"
+        "a read end is still open"
     );
 }
 

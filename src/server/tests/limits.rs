@@ -59,7 +59,7 @@ fn idle_connection_is_closed_but_not_during_call() {
     idle.check_closed();
     assert!(
         begun.elapsed() >= Duration::from_millis(100),
-        "not before the idle limit"
+        "the connection was closed before the idle limit"
     );
     until(|| f.server.connections() == 1);
     assert_eq!(f.probe.hung_up.load(Ordering::SeqCst), 0);

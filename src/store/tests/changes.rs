@@ -332,9 +332,13 @@ fn ended_operations_are_kept_per_uid() {
     assert_eq!(
         kept(&store, 0),
         [0].into_iter().chain(100..300).collect::<Vec<_>>(),
-        "the one that runs, and the last 200"
+        "the running operation and the last 200 are kept"
     );
-    assert_eq!(kept(&store, 7), [1000], "another user's");
+    assert_eq!(
+        kept(&store, 7),
+        [1000],
+        "another user's operations are kept"
+    );
     store.read(|s| assert_eq!(**s.op(&running.id).unwrap(), running));
 }
 
@@ -409,7 +413,10 @@ fn operation_is_kept_until_its_last_key_is_removed() {
     // A failed change does not change the number of keys.
     let failed = store.change(|tx| {
         assert_eq!(tx.expire_keys(u64::MAX), 2);
-        assert!(tx.op(&op_id(1)).is_none(), "the oldest of three");
+        assert!(
+            tx.op(&op_id(1)).is_none(),
+            "the oldest of three operations is removed"
+        );
         Err::<(), _>(Error::invalid("no"))
     });
     assert!(failed.is_err() && kept(&store, 0) == [1, 4, 5]);
@@ -486,7 +493,10 @@ fn watch_sees_only_its_vm() {
     let ticket = put(&store, 1).unwrap();
     assert!(ready(&one));
     let gone = ticket.wait(soon());
-    assert!(gone.is_err() && ready(&all), "undoing is a change too");
+    assert!(
+        gone.is_err() && ready(&all),
+        "undoing a change also wakes the watchers"
+    );
 }
 
 #[derive(Clone, Debug)]

@@ -47,6 +47,10 @@ fn killed_daemon_keeps_acknowledged_changes() {
         let store = Store::open(dir.path()).unwrap();
         let rows: Vec<u32> = store.read(|s| s.vms().map(|r| r.slot).collect());
         assert!(rows.len() as u32 > acknowledged.unwrap());
-        assert_eq!(rows, (0..rows.len() as u32).collect::<Vec<_>>(), "no hole");
+        assert_eq!(
+            rows,
+            (0..rows.len() as u32).collect::<Vec<_>>(),
+            "the rows have no gap"
+        );
     }
 }

@@ -74,7 +74,7 @@ fn change_is_published_once_durable_and_before_its_ticket() {
         (seqs(&published), published[0].vms[0].before.clone()),
         (vec![seq], None)
     );
-    assert!(!is_readable(&listening), "all was taken");
+    assert!(!is_readable(&listening), "all changes were taken");
     assert_eq!(snapshot(all(&store, None).1), (seq, false, vec![1]));
 }
 
@@ -244,7 +244,7 @@ fn events_are_in_order_of_commits() {
     assert_eq!(
         missed(all(&store, Some(begin)).1),
         seqs(&published),
-        "and kept"
+        "the store keeps the changes"
     );
 }
 
@@ -266,7 +266,10 @@ fn full_queue_lags_once_and_changes_are_kept() {
     }
     let mut got = Vec::new();
     let (dropped, resume_seq) = loop {
-        match slow.next().expect("a lag comes first") {
+        match slow
+            .next()
+            .expect("the listener lags before its queue is empty")
+        {
             Next::Change(h) => got.push(h.seq),
             Next::Lagged {
                 dropped,
@@ -276,7 +279,11 @@ fn full_queue_lags_once_and_changes_are_kept() {
     };
     assert_eq!((got.as_slice(), dropped), (&all_seqs[..QUEUE_MAX], 100));
     rename(&store, 1, more).wait(soon()).unwrap();
-    assert_eq!(slow.next(), None, "once, and nothing after it");
+    assert_eq!(
+        slow.next(),
+        None,
+        "the lag is reported once, and no change follows it"
+    );
     got.extend(missed(all(&store, Some(resume_seq)).1));
     assert_eq!(
         (&got[..got.len() - 1], got.len()),
@@ -340,7 +347,7 @@ fn listener_gets_only_visible_changes() {
     assert_eq!(
         seqs(&take(&mut theirs)),
         [seq],
-        "others' noise neither shows nor lags"
+        "changes of other users neither appear nor cause a lag"
     );
     assert_eq!(
         missed(
@@ -383,7 +390,7 @@ fn lent_subscription_is_served_by_feed_until_taken_back() {
     let store = Store::open(dir.path()).unwrap();
     put(&store, 1).unwrap().wait(soon()).unwrap();
     let mut feed = store.feed().unwrap();
-    assert!(store.feed().is_err(), "one at a time");
+    assert!(store.feed().is_err(), "only one feed can exist");
     let ((mut lent, _), (mut own, _)) = (all(&store, None), all(&store, None));
     lent.lend();
     // The feed takes over only after all earlier changes were taken.
@@ -392,7 +399,7 @@ fn lent_subscription_is_served_by_feed_until_taken_back() {
     assert_eq!(seqs(&take(&mut lent)), [first]);
     let second = rename(&store, 1, 2).wait(soon()).unwrap();
     assert!(crate::host::wait::is_readable(feed.fd()) && !is_readable(&lent) && is_readable(&own));
-    assert_eq!(lent.next(), None, "the feed has it");
+    assert_eq!(lent.next(), None, "the feed serves the subscription");
     assert_eq!(pass_on(&mut feed), [(lent.id(), vec![second])]);
     assert!(!crate::host::wait::is_readable(feed.fd()) || feed.take().is_empty());
     // Changes that the feed has not taken return to the subscription.
@@ -519,7 +526,7 @@ fn dropped_feed_returns_everything() {
     assert!(is_readable(&lent));
     assert_eq!(seqs(&take(&mut lent)), [seq]);
     let seq = rename(&store, 1, 1).wait(soon()).unwrap();
-    assert!(is_readable(&lent), "no feed serves it");
+    assert!(is_readable(&lent), "no feed serves the subscription");
     assert_eq!(seqs(&take(&mut lent)), [seq]);
     store.feed().unwrap();
 }

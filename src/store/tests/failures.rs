@@ -207,7 +207,7 @@ fn changes_of_many_threads_survive_failing_commits() {
     acknowledged.sort_unstable();
     assert!(
         (1..480).contains(&acknowledged.len()),
-        "some fail, some do not"
+        "some changes fail, and some do not"
     );
     let store = check_reopened(store, dir.path());
     assert_eq!(

@@ -47,7 +47,7 @@ fn change_whose_ticket_is_dropped_is_written() {
     drop(put(&store, 1).unwrap());
     let deadline = soon();
     while store.stats().changes < 1 {
-        assert!(Instant::now() < deadline, "it was not written");
+        assert!(Instant::now() < deadline, "the change was not written");
         std::thread::yield_now();
     }
 }
@@ -127,7 +127,7 @@ fn panic_of_writing_caller_closes_store() {
     assert_eq!(
         Store::open(dir.path()).unwrap().read(|s| s.vms().count()),
         1,
-        "it was durable"
+        "the first change was durable"
     );
 }
 

@@ -88,7 +88,7 @@ fn check(site: &Site, has_git: bool) -> String {
     assert_eq!(
         site.export_patch().unwrap(),
         (Vec::new(), 0),
-        "nothing that the user had already"
+        "the export contains no changes that the user made before the import"
     );
     work_in_the_guest(site, has_git);
     let before = has_git.then(|| repository_state(site));

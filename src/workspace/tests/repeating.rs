@@ -221,7 +221,7 @@ fn interrupted_import_is_incomplete_and_can_be_repeated() {
         assert_eq!(
             site.begin().unwrap(),
             [b"dir/b".to_vec()],
-            "what an import has put there is not the guest's"
+            "files of an interrupted import are not changes of the guest"
         );
         // tar does not notice an interruption at the end of a block. Only the missing trailer shows
         // it, and then finish is not called.
@@ -342,7 +342,7 @@ fn import_waits_for_an_earlier_connection_to_end() {
         while !waits() {
             assert!(
                 std::time::Instant::now() < deadline && !begun.is_finished(),
-                "it waits"
+                "the import does not wait for the lock"
             );
             std::thread::yield_now();
         }

@@ -24,7 +24,7 @@ const CONFIG: &str = "[vmm]\ndriver = \"firecracker\"\n[firecracker]\nbinary = \
 
 fn binary() -> PathBuf {
     std::env::var_os("FCD_FIRECRACKER")
-        .expect("FCD_FIRECRACKER names the binary: scripts/test says how")
+        .expect("FCD_FIRECRACKER must name a Firecracker binary: see scripts/test")
         .into()
 }
 
@@ -246,7 +246,7 @@ fn restores_snapshots(host: &TestHost) {
     assert_eq!(
         host.sh("fcctl start s > /dev/null; fcctl exec s -- cat /root/mark"),
         "s\n",
-        "it has its own disk again"
+        "after the failed restore, the VM has its own disk again"
     );
     assert_eq!(
         host.sh("fcctl exec twin -- echo on; fcctl snapshot delete one; ls state/snapshots"),
@@ -348,7 +348,11 @@ fn real_guests() {
         host.sh("fcctl vm resume a; fcctl exec a -- echo on"),
         "a: running\non\n"
     );
-    assert_eq!(greeting(&host, "a"), "a got hello\n", "also by vsock");
+    assert_eq!(
+        greeting(&host, "a"),
+        "a got hello\n",
+        "the vsock also works after the resume"
+    );
     // The daemon is killed, and the next daemon adopts the guest.
     let pid = host.sh("pgrep -x firecracker");
     host.sh("pkill -KILL -x fcd; until ! pgrep -x fcd; do sleep 0.1; done");

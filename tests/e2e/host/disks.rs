@@ -124,7 +124,7 @@ impl SmallDisk {
     fn mount(at: PathBuf, args: &[&str]) -> Self {
         assert!(
             nix::unistd::geteuid().is_root(),
-            "mounts a file system: run the tests as root"
+            "mounting needs root: run the tests as root"
         );
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
         run(Command::new("mount").args(["--make-rprivate", "/"]));

@@ -186,7 +186,7 @@ impl Host {
     }
 
     pub fn disk(&self) -> &SmallDisk {
-        self.disk.as_ref().expect("a small disk")
+        self.disk.as_ref().expect("this host has no small disk")
     }
     pub fn state(&self) -> PathBuf {
         self.dir.path().join("state")
@@ -201,7 +201,7 @@ impl Host {
         fs::read_to_string(self.dir.path().join("fcd.log")).unwrap_or_default()
     }
     pub fn pid(&self) -> u32 {
-        self.fcd.as_ref().expect("a daemon runs").id()
+        self.fcd.as_ref().expect("no daemon runs").id()
     }
 
     fn launch(&mut self, state: &Path) {
@@ -263,7 +263,7 @@ impl Host {
     /// dead. Returns true if the daemon has died.
     pub fn disarm(&mut self, has_hung_up: bool) -> bool {
         fs::remove_file(self.die_at()).unwrap();
-        let mut fcd = self.fcd.take().expect("a daemon runs");
+        let mut fcd = self.fcd.take().expect("no daemon runs");
         let end = if has_hung_up {
             Some(fcd.wait().unwrap())
         } else {
@@ -297,7 +297,7 @@ impl Host {
     }
 
     pub fn kill_daemon(&mut self) {
-        let mut fcd = self.fcd.take().expect("a daemon runs");
+        let mut fcd = self.fcd.take().expect("no daemon runs");
         fcd.kill().unwrap();
         fcd.wait().unwrap();
     }

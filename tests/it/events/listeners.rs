@@ -93,7 +93,7 @@ impl Plain {
     }
 
     fn next(&mut self) -> Line {
-        read_line(&mut self.0).expect("the daemon is on the line")
+        read_line(&mut self.0).expect("the daemon has hung up")
     }
 }
 
@@ -104,7 +104,7 @@ fn watch_slow_reader_delays_nobody_and_loses_nothing() {
     world.create("web");
     let mut slow = Plain::watch(&world, "{}");
     let Line::Note(Note::Snapshot(_)) = slow.next() else {
-        panic!("no snapshot")
+        panic!("the first line is not a snapshot")
     };
     let (mut fast, call) = watch_from_snapshot(&world);
     let id = world.show("web").unwrap().id;
@@ -134,7 +134,7 @@ fn watch_slow_reader_delays_nobody_and_loses_nothing() {
                 lags += 1;
                 assert_eq!(lagged.dropped, u64::from(CHANGES) - heard.len() as u64);
                 let Line::Response(response) = slow.next() else {
-                    panic!("a lag ends it")
+                    panic!("a lag does not end the call")
                 };
                 let reply: EventsWatchReply =
                     serde_json::from_str(response.result.unwrap().get()).unwrap();
@@ -147,7 +147,7 @@ fn watch_slow_reader_delays_nobody_and_loses_nothing() {
     assert_eq!(
         heard,
         (1..=u64::from(CHANGES)).collect::<Vec<_>>(),
-        "each once and in order"
+        "each change arrives once and in order"
     );
     assert!(lags == 1 && CHANGES as usize > QUEUE_MAX, "{lags}");
 }

@@ -67,7 +67,7 @@ impl Tail {
             let mut lines = BufReader::new(peer.try_clone().unwrap());
             since = loop {
                 self.permit();
-                match read_line(&mut lines).expect("the daemon is on the line") {
+                match read_line(&mut lines).expect("the daemon has hung up") {
                     Line::Note(Note::Events(told)) => tailed.take(&told),
                     Line::Note(Note::Snapshot(snapshot)) => {
                         assert!(!snapshot.resync);
@@ -214,9 +214,9 @@ fn lagging_watchers_under_load_match_store() {
         assert_eq!(
             tailed.changes,
             theirs.map(|(_, seq, mem)| (*seq, *mem)).collect::<Vec<_>>(),
-            "of uid {uid}"
+            "the changes for uid {uid} differ"
         );
         lags += tailed.lags;
     }
-    assert!(lags > 0, "nobody was slow enough");
+    assert!(lags > 0, "no watcher was slow enough to lag");
 }

@@ -95,14 +95,14 @@ impl Mirror {
             What::Created { set } => {
                 assert!(
                     self.vms.insert(id, set.clone()).is_none(),
-                    "made twice: {event:?}"
+                    "created twice: {event:?}"
                 );
                 "created".to_owned()
             }
             What::Changed { set } => {
                 self.vms
                     .get_mut(&id)
-                    .expect("it is there")
+                    .expect("the VM is known")
                     .extend(set.clone());
                 format!(
                     "changed {}",
@@ -112,7 +112,7 @@ impl Mirror {
             What::State {
                 from, to, set, op, ..
             } => {
-                let vm = self.vms.get_mut(&id).expect("it is there");
+                let vm = self.vms.get_mut(&id).expect("the VM is known");
                 assert_eq!(vm["state"], from.name(), "{event:?}");
                 assert!(op.is_some() || *from == VmState::Running, "{event:?}");
                 vm.extend(set.clone());
@@ -120,7 +120,7 @@ impl Mirror {
                 format!("{} -> {}", from.name(), to.name())
             }
             What::Deleted { .. } => {
-                self.vms.remove(&id).expect("it was there");
+                self.vms.remove(&id).expect("the VM was known");
                 "deleted".to_owned()
             }
             What::OpEnded {
@@ -358,7 +358,7 @@ fn watch_resumes_after_daemon_restart() {
     assert_eq!(
         (mirror.snapshots, mirror.resyncs),
         (1, 0),
-        "it had all and missed nothing"
+        "the listener resumed without a new snapshot"
     );
     // A listener that missed events before the restart gets a new snapshot.
     let late = watch(&world, Some(before - 1));
@@ -424,7 +424,11 @@ fn listen(world: &World, uid: u32) -> Listener {
     };
     fcd::testing::host::thread::spawn("reader", read).unwrap();
     let mut mirror = Mirror::default();
-    mirror.apply(&notes.recv_timeout(SOON).expect("a snapshot"));
+    mirror.apply(
+        &notes
+            .recv_timeout(SOON)
+            .expect("the first note is a snapshot"),
+    );
     Listener {
         mirror,
         notes,
@@ -441,7 +445,7 @@ fn read_line(from: &mut impl BufRead) -> Option<Line> {
     (!line.is_empty()).then(|| {
         parsed()
             .unwrap_or_else(|e| panic!("{line:?}: {e}"))
-            .expect("known")
+            .expect("a known kind of line")
     })
 }
 
@@ -459,7 +463,7 @@ impl Listener {
                 &self
                     .notes
                     .recv_timeout(SOON)
-                    .expect("there is another event"),
+                    .expect("another event arrives"),
             );
         }
         assert!(

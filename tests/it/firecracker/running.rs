@@ -335,7 +335,10 @@ fn watch_reports_death_and_silence() {
     }
     process.signal(rustix::process::Signal::CONT).unwrap();
     let heard = || (next() == GuestEvent::Unresponsive(false)).then_some(());
-    assert!((0..3).any(|_| heard().is_some()), "that it answers again");
+    assert!(
+        (0..3).any(|_| heard().is_some()),
+        "the driver does not report that the VMM answers again"
+    );
     process.signal(rustix::process::Signal::KILL).unwrap();
     assert_eq!(
         deaths.recv_timeout(SOON).unwrap(),

@@ -74,7 +74,7 @@ fn save_and_restore_guest() {
     assert_eq!(
         bench.save(&running, &files).unwrap_err().kind(),
         Kind::Internal,
-        "it runs"
+        "a running guest cannot be saved"
     );
     bench.pause(&running);
     // The VMM has replaced the file with a symbolic link. The driver must not follow it.
@@ -89,7 +89,7 @@ fn save_and_restore_guest() {
     assert_eq!(
         bench.snapshot_types(),
         ["Diff", "Diff"],
-        "refused while it ran, then saved"
+        "the first request was refused because the guest ran, and the second succeeded"
     );
     assert!(
         !bench.dir.path().join("vm/run/memory").exists()

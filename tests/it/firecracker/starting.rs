@@ -157,7 +157,10 @@ fn hanging_start_is_cancelled_at_once() {
                     std::fs::read_to_string(bench.dir.path().join("requests")).unwrap_or_default()
                 };
                 while !asked().contains(&format!("{method} {path} ")) {
-                    assert!(Instant::now() < deadline, "it is not asked for {path}");
+                    assert!(
+                        Instant::now() < deadline,
+                        "the fake received no request for {path}"
+                    );
                     std::thread::yield_now();
                 }
                 cancel.cancel(CancelCause::VmStopped);

@@ -18,7 +18,7 @@ fn running_vm_is_adopted() {
     assert_eq!(
         world.state("web"),
         VmState::Running,
-        "reads are served before it was looked at"
+        "reads are served before the VM is reconciled"
     );
     world.daemon().reconciler.reconcile();
     let again = world.show("web").unwrap();
@@ -88,7 +88,7 @@ fn stop_and_delete_after_restart_do_not_wait_for_reconciler() {
         if verb == "restart" {
             assert!(
                 !world.vmm.adoptions().iter().skip(1).any(|id| *id == vm.id),
-                "adopted what this daemon has started"
+                "the daemon adopted a VMM that it had started itself"
             );
         }
     }

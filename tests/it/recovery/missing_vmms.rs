@@ -32,7 +32,7 @@ fn host_is_scanned_once_for_all_missing_vmms() {
     assert_eq!(
         world.vmm.scans(),
         before + 2,
-        "one for all VMs, and the sweep's"
+        "one scan serves all missing VMs, and the sweep makes another"
     );
     assert_eq!(world.state("vm-0"), VmState::Running);
     assert!((1..VMS).all(|n| world.state(&format!("vm-{n}")) == VmState::Failed));

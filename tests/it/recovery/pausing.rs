@@ -42,7 +42,7 @@ fn unresponsive_vmm_is_not_used_and_stops_at_once() {
     );
     assert!(
         !world.start("web").unwrap().unresponsive,
-        "the next VMM is another"
+        "the new VMM responds"
     );
 }
 

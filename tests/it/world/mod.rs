@@ -78,7 +78,7 @@ pub struct World {
 pub fn as_uid<T: Send>(uid: u32, body: impl FnOnce() -> T + Send) -> T {
     assert!(
         nix::unistd::geteuid().is_root(),
-        "as root only: run the tests as root"
+        "this test needs root: run the tests as root"
     );
     let alone = || {
         // SAFETY: the raw system calls change only this thread. The C library's functions would

@@ -206,7 +206,7 @@ fn packets_that_are_not_queries_are_dropped() {
     answer[2] |= 0x80;
     assert!(
         drops(&answer),
-        "two servers would answer each other for ever"
+        "otherwise two servers could answer each other forever"
     );
 }
 
@@ -257,7 +257,7 @@ fn check_any(packet: &[u8]) {
             let reply = reply_for(verdict, packet, guest());
             assert!(
                 reply.len() >= 12 && reply.len() <= packet.len() + 128,
-                "no amplification"
+                "the reply is too large for its query"
             );
             assert_eq!((&reply[..2], reply[2] & 0x80), (&packet[..2], 0x80));
         }
@@ -355,7 +355,7 @@ impl Lab {
                     .ok()
                     .map(|server| (at, server))
             })
-            .expect("a free port");
+            .expect("no free port");
         Self {
             server: Some(server),
             at,

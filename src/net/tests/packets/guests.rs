@@ -177,6 +177,6 @@ fn ipv6_and_vlans_do_not_pass() {
     frame.drain(12..16);
     assert!(
         passes(&lab, &a, &b, || a.inject(&frame)),
-        "the control: the same without a tag"
+        "as a control, the same frame without a tag passes"
     );
 }

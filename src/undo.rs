@@ -26,7 +26,7 @@ impl<'a> Undo<'a> {
         self.steps.push((name, Box::new(step)));
     }
 
-    /// Keeps the work by discarding all steps.
+    /// Keeps the work: discards all undo steps without running them.
     pub(crate) fn commit(mut self) {
         self.steps.clear();
     }

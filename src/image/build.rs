@@ -214,7 +214,7 @@ fn package_list(profile: Profile, include: &[String]) -> Result<Vec<String>> {
             && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"+-.".contains(&b))
             // apt reads a trailing `+` or `-` as a request to install or remove the package.
             && !name.ends_with(['+', '-']);
-        // `g++` is a package whose real name ends with a sign.
+        // `g++` is the one package whose own name ends so.
         if !good && name != "g++" {
             return Err(
                 Error::invalid(format!("package name {} is not valid", quoted(name)))

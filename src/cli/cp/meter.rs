@@ -4,7 +4,7 @@ use super::super::progress::Progress;
 use crate::api::op;
 use std::time::{Duration, Instant};
 
-/// How often the bar is drawn at most.
+/// The shortest interval between two updates of the bar.
 const REDRAW: Duration = Duration::from_millis(100);
 
 /// Counts bytes. It belongs to the thread that moves them.

@@ -13,7 +13,7 @@ use super::pax::{Pax, sparse};
 use crate::error::{Kind, Result};
 use std::io::BufRead;
 
-/// The largest size that a header can have in octal digits.
+/// The largest size of an entry that a header can state in octal digits.
 const OCTAL_SIZE_MAX: u64 = 0o77_777_777_777;
 /// Limits of Linux for the numbers of a device.
 const MAJOR_MAX: i64 = 0xfff;

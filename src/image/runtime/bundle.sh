@@ -115,10 +115,11 @@ for path in "$tree"/relocate/*; do
 	esac
 done
 cp -L "$tree/$loader" "$tree/relocate/${loader##*/}"
-# An image's preloaded libraries and cache are not for these programs. The names keep their lengths.
+# Keep these programs from loading the image's preloaded libraries and library cache. The replaced names keep their
+# lengths.
 LC_ALL=C sed -i -e 's,/etc/ld\.so\.preload,/.fcd/no-ldpreload,' -e 's,/etc/ld\.so\.cache,/.fcd/no-ldcache,' \
 	"$tree/relocate/${loader##*/}"
-# The programs look up names in the image's files only, and load no module of the image for it.
+# The programs look up users and hosts in the image's files only, and load none of the image's NSS modules.
 LC_ALL=C sed -i 's,/etc/nsswitch\.conf,/.fcd/nsswitch.cnf,' "$tree/relocate/libc.so.6"
 printf 'passwd: files\ngroup: files\nhosts: files dns\n' >"$to/nsswitch.cnf"
 install -m 755 "$tree"/relocate/* "$to/lib/"

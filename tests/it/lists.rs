@@ -144,7 +144,7 @@ fn list_raw(world: &World, params: &str) -> Result<Value, Failure> {
 /// must be null or false in `full`.
 #[track_caller]
 fn assert_is_part(brief: &Value, full: &Value) {
-    const MEMBERS: [&str; 11] = [
+    const MEMBERS: [&str; 12] = [
         "id",
         "name",
         "state",
@@ -152,12 +152,20 @@ fn assert_is_part(brief: &Value, full: &Value) {
         "image",
         "vcpus",
         "mem_mib",
+        "disk_bytes",
         "created_at",
         "unresponsive",
         "paused",
         "workspace",
     ];
-    let (brief, full) = (brief.as_object().unwrap(), full.as_object().unwrap());
+    let (mut brief, full) = (
+        brief.as_object().unwrap().clone(),
+        full.as_object().unwrap(),
+    );
+    if let Some(digest) = brief.remove("short_digest") {
+        let whole = full["image_digest"].as_str().unwrap();
+        assert!(whole.contains(digest.as_str().unwrap()), "{digest} {whole}");
+    }
     assert!(
         brief
             .keys()

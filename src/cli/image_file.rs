@@ -6,7 +6,7 @@ use crate::host::shell::quote;
 use crate::host::text::quoted;
 use std::fs::File;
 use std::io::{self, Read};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Enough bytes for the signature of a tar archive, which is in its first header.
 pub(super) const FIRST_BYTES: usize = TAR_AT + TAR.len();
@@ -19,6 +19,14 @@ const OTHERS: &[(&str, &[u8])] = &[("xz", b"\xfd7zXZ\0"), ("bzip2", b"BZh")];
 /// The header of a bzip2 block, which comes after `BZh` and one digit. A tar archive whose first
 /// file is called `BZh9` does not have it there.
 const BZIP2_BLOCK: &[u8] = b"1AY&SY";
+
+/// A file with an archive.
+#[derive(Debug)]
+pub(super) struct Origin {
+    pub(super) path: PathBuf,
+    /// What names the same image if the archive comes from stdin.
+    pub(super) on_stdin: String,
+}
 
 /// Returns the program that decompresses these first bytes of an archive, if the daemon cannot.
 fn decompressor(first: &[u8]) -> Option<&'static str> {
@@ -37,15 +45,16 @@ fn is_archive(first: &[u8]) -> bool {
     is_tar || is_compressed || decompressor(first).is_some()
 }
 
-/// Refuses an archive whose compression the daemon does not read. `path` is None for stdin.
-pub(super) fn refuse_compression(first: &[u8], path: Option<&Path>) -> Result<()> {
+/// Refuses an archive whose compression the daemon does not read. `origin` is None for stdin.
+pub(super) fn refuse_compression(first: &[u8], origin: Option<&Origin>) -> Result<()> {
     let Some(program) = decompressor(first) else {
         return Ok(());
     };
-    let (place, hint) = match path {
-        Some(path) => {
+    let (place, hint) = match origin {
+        Some(Origin { path, on_stdin }) => {
             let file = path.to_string_lossy();
-            let command = format!("{program} -dc {} | fcctl image pull -", quote(&file));
+            let word = quote(&file);
+            let command = format!("{program} -dc {word} | fcctl image pull {on_stdin}");
             (format!("in {file}"), command)
         }
         None => {
@@ -120,7 +129,11 @@ mod tests {
     #[test]
     fn unreadable_compression_is_refused_with_command() {
         let xz = b"\xfd7zXZ\0\0";
-        let e = refuse_compression(xz, Some(Path::new("my app.tar.xz"))).unwrap_err();
+        let origin = Origin {
+            path: "my app.tar.xz".into(),
+            on_stdin: "-".to_owned(),
+        };
+        let e = refuse_compression(xz, Some(&origin)).unwrap_err();
         assert_eq!(
             e.hint_text(),
             Some("xz -dc 'my app.tar.xz' | fcctl image pull -")

@@ -156,6 +156,7 @@ fn archive_with_other_compression_is_refused_before_it_is_sent() {
     std::fs::write(&file, XZ).unwrap();
     let path = file.to_str().unwrap();
     let archive = format!("docker-archive:{path}");
+    let named = format!("{archive}:team/app:1");
     for (arg, hint) in [
         (
             "-",
@@ -165,6 +166,12 @@ fn archive_with_other_compression_is_refused_before_it_is_sent() {
         (
             &archive,
             &format!("hint: xz -dc {path} | fcctl image pull -"),
+        ),
+        (
+            &named,
+            &format!(
+                "hint: xz -dc {path} | fcctl image pull docker-archive:/dev/stdin:team/app:1\n"
+            ),
         ),
     ] {
         let start = Start {

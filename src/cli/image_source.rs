@@ -1,7 +1,7 @@
 //! The sources of `image pull`, in the notation of skopeo (containers-transports(5)). Files are
 //! opened here, with the caller's rights; the daemon gets only their bytes.
 
-use super::image_file;
+use super::image_file::{self, Origin};
 use super::pipes;
 use super::values::{is_path, path_error};
 use crate::api::image::{ArchiveFormat, PullSource};
@@ -104,8 +104,8 @@ fn path_and_reference(text: &str) -> Result<(PathBuf, Option<String>)> {
 /// The data that is sent to the daemon through a pipe.
 #[derive(Debug)]
 pub(super) enum Content {
-    /// An archive and its path. Stdin has no path.
-    File(File, Option<PathBuf>),
+    /// An archive and where it comes from, unless that is stdin.
+    File(File, Option<Origin>),
     Layout(Layout),
 }
 
@@ -126,7 +126,7 @@ impl Source {
                 let layout = Layout::open(&path, None).map_err(|e| e.hint(LAYOUT_HINT))?;
                 archive(Some(ArchiveFormat::Oci), None, Content::Layout(layout))
             }
-            Self::Path(path) => archive(None, None, open_archive(&path)?),
+            Self::Path(path) => archive(None, None, open_archive(path, "-".to_owned())?),
             Self::Stdin => {
                 refuse_terminal(stdin, "stdin")?;
                 let file = stdin
@@ -135,7 +135,8 @@ impl Source {
                 archive(None, None, Content::File(file, None))
             }
             Self::Archive(format, path, reference) => {
-                archive(Some(format), reference, open_archive(&path)?)
+                let on_stdin = on_stdin(format, reference.as_deref());
+                archive(Some(format), reference, open_archive(path, on_stdin)?)
             }
             // The index is reduced to the image that the tag names.
             Self::Layout(dir, tag) => archive(
@@ -147,10 +148,22 @@ impl Source {
     }
 }
 
-fn open_archive(path: &Path) -> Result<Content> {
-    let file = pipes::open(path).map_err(|e| path_error(format!("open {}", path.display()), e))?;
+/// Names an image in an archive on stdin.
+fn on_stdin(format: ArchiveFormat, reference: Option<&str>) -> String {
+    let transport = match format {
+        ArchiveFormat::Oci => "oci-archive",
+        ArchiveFormat::Docker => "docker-archive",
+    };
+    match reference {
+        Some(reference) => quote(&format!("{transport}:/dev/stdin:{reference}")),
+        None => "-".to_owned(),
+    }
+}
+
+fn open_archive(path: PathBuf, on_stdin: String) -> Result<Content> {
+    let file = pipes::open(&path).map_err(|e| path_error(format!("open {}", path.display()), e))?;
     refuse_terminal(&file, &path.display().to_string())?;
-    Ok(Content::File(file, Some(path.to_owned())))
+    Ok(Content::File(file, Some(Origin { path, on_stdin })))
 }
 
 /// Refuses a terminal as the input. Nobody types an archive, so the user forgot the pipe.
@@ -168,13 +181,13 @@ impl Content {
     /// Writes the archive. Ends when `stop` fires, even if the input has not ended.
     pub(super) fn send(self, to: &mut dyn Write, stop: &Cancel) -> io::Result<()> {
         match self {
-            Self::File(file, path) => {
+            Self::File(file, origin) => {
                 let mut input = pipes::Stoppable::new(file, stop);
                 let mut first = Vec::with_capacity(image_file::FIRST_BYTES);
                 (&mut input)
                     .take(image_file::FIRST_BYTES as u64)
                     .read_to_end(&mut first)?;
-                image_file::refuse_compression(&first, path.as_deref())
+                image_file::refuse_compression(&first, origin.as_ref())
                     .map_err(io::Error::other)?;
                 to.write_all(&first)?;
                 io::copy(&mut input, to).map(drop)

@@ -279,13 +279,7 @@ impl ImageService {
     ) -> Result<ImagePruneReply> {
         let mut reply = ImagePruneReply::default();
         if request.all {
-            for info in self.images.list()? {
-                let is_owned = info.owner_uid == Some(caller.uid);
-                if is_owned && self.delete_exactly(caller, &info.name).is_ok() {
-                    reply.bytes += info.allocated_bytes;
-                    reply.images.push(info.name.said_by(caller.uid));
-                }
-            }
+            self.prune_images(caller, &mut reply)?;
         }
         // Layers and runtimes serve all users, so an ordinary user cannot remove them.
         if caller.is_privileged() {
@@ -296,6 +290,25 @@ impl ImageService {
             self.prune_runtimes(&mut reply)?;
         }
         Ok(reply)
+    }
+
+    /// Removes the caller's images that nothing uses. Files that other images still have are not
+    /// freed.
+    fn prune_images(&self, caller: &Caller, reply: &mut ImagePruneReply) -> Result<()> {
+        let mut freed = DiskUse::default();
+        for info in self.images.list()? {
+            let files = DiskUse::of_directory(&info.dir)?;
+            let is_owned = info.owner_uid == Some(caller.uid);
+            if is_owned && self.delete_exactly(caller, &info.name).is_ok() {
+                freed.add(&files);
+                reply.images.push(info.name.said_by(caller.uid));
+            }
+        }
+        for info in self.images.list()? {
+            freed.remove(&DiskUse::of_directory(&info.dir)?);
+        }
+        reply.bytes += freed.bytes();
+        Ok(())
     }
 
     /// Removes the runtimes that no running VM and no snapshot uses. Keeps the newest, which the

@@ -64,6 +64,11 @@ impl DiskUse {
         self.bytes.extend(&other.bytes);
     }
 
+    /// Leaves out the files of others.
+    pub fn remove(&mut self, other: &Self) {
+        self.bytes.retain(|file, _| !other.bytes.contains_key(file));
+    }
+
     /// Returns the space that all files take together.
     pub fn bytes(&self) -> u64 {
         self.bytes.values().sum()
@@ -92,6 +97,8 @@ mod tests {
         assert_eq!(both.bytes(), 3 << 16);
         both.add(&first);
         assert_eq!(both.bytes(), 3 << 16);
+        both.remove(&second);
+        assert_eq!(both.bytes(), 1 << 16);
         let root = File::open(one.join(ROOTFS)).unwrap();
         assert_eq!(DiskUse::of_file(&root).unwrap().bytes(), 1 << 16);
         assert_eq!(of(dir.path()), DiskUse::default());

@@ -5,6 +5,7 @@ use crate::pulls;
 use crate::world::*;
 use fcd::testing::api::image::*;
 use fcd::testing::api::page::ListRequest;
+use fcd::testing::api::vm::{VmCreate, VmCreateRequest};
 use fcd::testing::client::Failure;
 use fcd::testing::error::Kind;
 use std::sync::atomic::Ordering;
@@ -108,4 +109,30 @@ fn commit_counts_against_the_limit() {
         assert!(e.is(Kind::Exhausted), "{e}");
     });
     assert_eq!(images(&world), 1);
+}
+
+#[test]
+fn prune_counts_a_file_of_several_tags_once() {
+    let bytes = pulled_bytes();
+    let world = world(u64::MAX);
+    let prune = || {
+        let request = ImagePruneRequest { all: true };
+        let pruned = world.call::<ImagePrune>(&request).unwrap();
+        (pruned.images.len(), pruned.bytes)
+    };
+    as_uid(ALICE, || {
+        begin_pull(&world, "one").finish(SOON).unwrap();
+        tag(&world, "one", "one:1").unwrap();
+        tag(&world, "one", "one:2").unwrap();
+        let request = VmCreateRequest {
+            name: Some("web".parse().unwrap()),
+            image: Some("one:2".parse().unwrap()),
+            ..VmCreateRequest::default()
+        };
+        world.call::<VmCreate>(&request).unwrap();
+        // The VM's image has the same file.
+        assert_eq!(prune(), (2, 0));
+        world.delete("web").unwrap();
+        assert_eq!(prune(), (1, bytes));
+    });
 }

@@ -613,6 +613,16 @@ fn the_systems_ssh(host: &Host) {
         (Some(5), ("out\n".to_owned(), "err\n".to_owned()))
     );
     assert_eq!(host.fails(&["ssh", "nope", "--", "true"]).0, 3);
+    for args in [
+        &["ssh", "--user", "ghost", "box", "--", "true"][..],
+        &["ssh-config", "-u", "ghost", "box"],
+    ] {
+        let (status, said) = host.fails(args);
+        assert!(
+            status == 2 && said.contains("VM box: the guest has no user ghost"),
+            "{said}"
+        );
+    }
     let mut person = Person::sit_down(24, 80);
     let mut child = person.fcctl(host, &["ssh", "-t", "box", "tty"]);
     person.sees("/dev/pts/");

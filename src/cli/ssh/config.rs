@@ -7,11 +7,13 @@
 
 use super::block;
 use super::keys::KeyFiles;
+use super::user;
 use crate::api::vm::{
     SshConfigReply, SshConfigRequest, VmListBrief, VmListRequest, VmSshConfig, VmState,
 };
 use crate::cli::context::Context;
 use crate::cli::printer::Printer;
+use crate::cli::signals::Interrupts;
 use crate::client::{Client, Result};
 use crate::error::{Error, Kind};
 use crate::host::shell::quote;
@@ -45,6 +47,8 @@ pub(in crate::cli) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     let Context {
         connector,
         printer,
+        stdio,
+        signals,
         env,
         ..
     } = ctx;
@@ -60,11 +64,18 @@ pub(in crate::cli) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
         printer.note("no VM is running");
     }
     let user = args.user;
+    let interrupts = Interrupts::start(signals, &stdio.stderr)?;
     connector.for_each(printer, &vms, |printer, client, vm| {
         let config = client.call::<VmSshConfig>(&SshConfigRequest {
             vm: vm.to_owned(),
             user: user.clone(),
         })?;
+        // A guest runtime takes any number.
+        if let Some(user) = &user
+            && (config.user == *user || user.parse::<u32>().is_err())
+        {
+            user::require(client, vm, user, interrupts.cancel())?;
+        }
         let files = KeyFiles::lasting(&**env, &socket, &config)?;
         files.write(&config)?;
         let proxy = proxy_command(&fcctl, &socket, files.dir(), &config)?;
@@ -211,14 +222,14 @@ mod tests {
     #[test]
     fn ssh_config_json_names_the_files() {
         let fake = with_ssh();
-        let ran = fcctl(&fake, &["--json", "ssh-config", "web", "-u", "dev"]);
+        let ran = fcctl(&fake, &["--json", "ssh-config", "web", "-u", "7"]);
         assert_eq!((ran.status, ran.err.as_str()), (0, ""));
         let entry: serde_json::Value = serde_json::from_slice(&ran.out).unwrap();
         assert_eq!(
             (&entry["host"], &entry["port"], &entry["user"]),
             (&json!("web"), &json!(2222), &json!("root"))
         );
-        assert_eq!(fake.calls(), [r#"vm.ssh_config {"user":"dev","vm":"web"}"#]);
+        assert_eq!(fake.calls(), [r#"vm.ssh_config {"user":"7","vm":"web"}"#]);
     }
 
     #[test]

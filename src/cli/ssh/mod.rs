@@ -6,6 +6,7 @@ mod block;
 pub(super) mod config;
 mod keys;
 pub(super) mod proxy;
+mod user;
 
 use super::context::Context;
 use super::signals::Interrupts;
@@ -15,6 +16,9 @@ use crate::error::{Error, Kind};
 use agent::Agent;
 use keys::{KeyFiles, write_private};
 use std::ffi::OsString;
+
+/// The exit status of ssh if it fails by itself, for example because a login is refused.
+const SSH_FAILED: u8 = 255;
 
 #[derive(clap::Args, Debug)]
 pub(super) struct Args {
@@ -82,7 +86,7 @@ pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
         argv.push(setting.into());
     }
     argv.extend(args.args);
-    crate::host::interactive::run("ssh", &argv, interrupts.cancel()).map_err(|e| {
+    let ran = crate::host::interactive::run("ssh", &argv, interrupts.cancel()).map_err(|e| {
         let is_missing = e.kind() == Kind::CommandMissing;
         let failure = Failure::from(e);
         if is_missing {
@@ -90,7 +94,11 @@ pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
         } else {
             failure
         }
-    })
+    });
+    if let (Ok(SSH_FAILED), Some(name)) = (&ran, &args.user) {
+        user::require(&mut client, &args.vm, name, interrupts.cancel())?;
+    }
+    ran
 }
 
 /// True if the words after the VM begin with an option of ssh.

@@ -27,6 +27,7 @@ mod image_bytes;
 mod image_commit;
 mod image_export;
 mod image_names;
+mod image_races;
 mod image_register;
 mod install_firecracker;
 mod kernels;

@@ -20,7 +20,7 @@ use fcd::testing::vmm::{
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::Instant;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +42,17 @@ pub struct Points {
     last: Mutex<Option<&'static str>>,
     /// The name of the armed point that was reached, for messages.
     hit: Mutex<Option<String>>,
+    held: Mutex<Held>,
+    released: Condvar,
+}
+
+/// A point that a test has chosen to hold the first thread which reaches it.
+#[derive(Default)]
+enum Held {
+    #[default]
+    Nothing,
+    Awaited(&'static str),
+    Reached,
 }
 
 fn dead() -> Error {
@@ -62,6 +73,27 @@ impl Points {
     /// Makes the daemon die at the next point whose name contains `what`.
     pub fn die_at(&self, what: &'static str) {
         *self.last.lock().unwrap() = Some(what);
+    }
+    /// Makes the first thread that reaches a point of this name wait for [`Points::release`].
+    pub fn hold(&self, what: &'static str) {
+        *self.held.lock().unwrap() = Held::Awaited(what);
+    }
+    /// True if a thread waits.
+    pub fn is_holding(&self) -> bool {
+        matches!(*self.held.lock().unwrap(), Held::Reached)
+    }
+    pub fn release(&self) {
+        *self.held.lock().unwrap() = Held::Nothing;
+        self.released.notify_all();
+    }
+    fn wait_if_held(&self, what: &str) {
+        let mut held = self.held.lock().unwrap();
+        if matches!(*held, Held::Awaited(wanted) if what.contains(wanted)) {
+            *held = Held::Reached;
+            while matches!(*held, Held::Reached) {
+                held = self.released.wait(held).unwrap();
+            }
+        }
     }
     pub fn disarm(&self) {
         *self.armed.lock().unwrap() = None;
@@ -92,6 +124,7 @@ impl Points {
     }
 
     pub fn pass(&self, what: &str) -> Result<()> {
+        self.wait_if_held(what);
         self.reach(what)?;
         match self.is_it(what) {
             None => Ok(()),

@@ -1,6 +1,7 @@
 //! Tests of guests whose first process is the image's own init. systemd takes a minute or more to
 //! start under emulation, so the module has a name that makes these tests start early.
 
+use crate::host::registry::Registry;
 use crate::host::{Host, cached_dir, wait_for};
 use crate::pulled::{Layer, write_layout};
 use crate::runtime::{busybox, check_workspace};
@@ -62,6 +63,14 @@ fn debian_layout() -> PathBuf {
     })
 }
 
+/// Returns the one layer of a layout.
+fn layer_of(layout: &Path) -> Vec<u8> {
+    let blobs = fs::read_dir(layout.join("blobs/sha256")).unwrap();
+    let blobs = blobs.map(|blob| blob.unwrap());
+    let layer = blobs.max_by_key(|blob| blob.metadata().unwrap().len());
+    fs::read(layer.unwrap().path()).unwrap()
+}
+
 /// Waits until systemd has started this unit, which takes 12 to 90 seconds under emulation.
 #[track_caller]
 fn wait_unit(host: &Host, unit: &str) {
@@ -72,19 +81,12 @@ fn wait_unit(host: &Host, unit: &str) {
 
 #[test]
 fn systemd_of_image_runs_as_first_process_and_shuts_down_in_order() {
-    let layout = debian_layout();
+    let layer = layer_of(&debian_layout());
     let host = Host::start();
     host.add_runtime();
-    let source = format!("oci:{}:1", layout.display());
-    host.ok(&["image", "pull", &source, "--name", "debian-systemd:1"]);
-    let shape = [
-        "--image",
-        "debian-systemd:1",
-        "--init",
-        "image",
-        "--net",
-        "none",
-    ];
+    let image = Registry::start().publish("team/debian-systemd", &[layer]);
+    host.ok(&["image", "pull", &image]);
+    let shape = ["--image", &image, "--init", "image", "--net", "none"];
     host.ok(&[&["vm", "create", "--name", "deb"][..], &shape].concat());
     let since = Instant::now();
     host.ok(&["start", "deb"]);

@@ -133,6 +133,10 @@ impl Url {
         }
         let mut url = Self::new(scheme, authority, uri.path().to_owned())?;
         url.query = uri.query().map(str::to_owned);
+        // The path `/` is added if there is none.
+        if url.to_request().len() > URL_BYTES_MAX {
+            return Err(Malformed::TooLong);
+        }
         Ok(url)
     }
 
@@ -238,6 +242,10 @@ mod unit {
             ("https://a/\r\nX: y", Malformed::Syntax),
             (
                 &format!("https://a/{}", "a".repeat(9000)),
+                Malformed::TooLong,
+            ),
+            (
+                &format!("https://a?{}", "a".repeat(URL_BYTES_MAX - 10)),
                 Malformed::TooLong,
             ),
         ] {

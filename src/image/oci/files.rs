@@ -10,7 +10,9 @@ use crate::error::{Error, Result};
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Seek};
 
-const BUFFER_BYTES: usize = 16 << 10;
+/// Headers are read with what follows them. Most files are longer than that, so a larger buffer
+/// would read bytes that are skipped.
+const BUFFER_BYTES: usize = 4 << 10;
 
 /// The file of one layer.
 #[derive(Debug)]

@@ -4,13 +4,12 @@
 //! the same bytes.
 
 use super::acl;
+use super::copying::{Copying, DOING, Placeholder, Sink, Source};
 use super::entry::{Attributes, Time, Xattr};
 use super::errors::{bad, shown};
 use crate::error::{Error, Kind, Result};
 use mkext4::sink::RegionSink;
-use std::fs::File;
-use std::io::Read;
-use std::os::unix::fs::FileExt;
+use std::cell::RefCell;
 
 /// The time of everything that has none of its own: directories that no layer names, and the file
 /// system itself. It is 2023-11-14, because some programs fail with times before 1980.
@@ -22,8 +21,6 @@ const BLOCK_BYTES: u64 = 4096;
 /// mke2fs makes one inode for this number of bytes by default.
 const BYTES_PER_INODE: u64 = 16384;
 const LABEL: &str = "fcd-root";
-/// Writes are collected up to this size.
-const WRITE_BYTES: usize = 1 << 20;
 
 /// A file or directory that was added.
 #[derive(Clone, Copy, Debug)]
@@ -47,7 +44,7 @@ pub(super) struct Options {
 /// The content of a file that was added with a size.
 pub(super) struct Fill<'a> {
     pub(super) inode: Inode,
-    pub(super) content: Box<dyn Read + 'a>,
+    pub(super) source: Source<'a>,
 }
 
 /// A file system that is being made: all names are added first, then all contents.
@@ -79,7 +76,7 @@ pub(super) trait Filesystem: Sized {
     ) -> Result<Inode>;
     fn add_link(&mut self, at: Inode, name: &str, inode: Inode) -> Result<()>;
     /// Writes everything. Every file that has a size above zero must be filled once.
-    fn write<'a>(self, out: &File, fills: impl Iterator<Item = Result<Fill<'a>>>) -> Result<()>;
+    fn write<'a>(self, copying: &Copying<'a>, fills: impl Iterator<Item = Fill<'a>>) -> Result<()>;
 }
 
 /// Returns the attributes of a directory that no layer names.
@@ -235,9 +232,8 @@ impl Filesystem for Ext4 {
         added.map_err(in_name(name))
     }
 
-    fn write<'a>(self, out: &File, fills: impl Iterator<Item = Result<Fill<'a>>>) -> Result<()> {
+    fn write<'a>(self, copying: &Copying<'a>, fills: impl Iterator<Item = Fill<'a>>) -> Result<()> {
         let size = self.options.size_bytes;
-        let doing = "write the file system";
         let layout = self.builder.seal().map_err(|e| match e {
             // All names were checked when they were added, so only the space can be the reason.
             mkext4::Error::Invalid(_) | mkext4::Error::Unsupported(_) => {
@@ -245,89 +241,37 @@ impl Filesystem for Ext4 {
                     .with_kind(Kind::Exhausted)
                     .hint("give the image a larger disk")
             }
-            other => failed(doing, other),
+            other => failed(DOING, other),
         })?;
         // The file may have other content, and everything that is not written must be zero.
-        let sized = out.set_len(0).and_then(|()| out.set_len(size));
-        sized.map_err(|e| Error::io(doing, e))?;
-        let mut sink = Collecting {
-            file: out,
-            at: 0,
-            bytes: Vec::with_capacity(WRITE_BYTES),
-        };
-        let mut writer = layout.writer(&mut sink).map_err(|e| failed(doing, e))?;
-        for fill in fills {
-            let Fill { inode, content } = fill?;
-            let mut content = KeepingError {
-                inner: content,
-                error: None,
-            };
-            let filled = writer.fill(inode.0, &mut content);
-            filled.map_err(|e| match content.error {
-                Some(error) => super::errors::read_error(doing, error),
-                None => failed(doing, e),
-            })?;
-        }
-        writer.finish().map_err(|e| failed(doing, e))?;
-        sink.flush().map_err(|e| Error::io(doing, e))
-    }
-}
-
-/// Keeps the error of a reader, because the crate passes on only its text.
-struct KeepingError<R> {
-    inner: R,
-    error: Option<std::io::Error>,
-}
-
-impl<R: Read> Read for KeepingError<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        self.inner.read(buffer).map_err(|e| {
-            let kind = e.kind();
-            self.error = Some(e);
-            kind.into()
+        let sized = copying.out.set_len(0);
+        let sized = sized.and_then(|()| copying.out.set_len(size));
+        sized.map_err(|e| Error::io(DOING, e))?;
+        copying.run(|sink| {
+            let shared = RefCell::new(sink);
+            let mut writer = layout
+                .writer(Shared(&shared))
+                .map_err(|e| failed(DOING, e))?;
+            for fill in fills {
+                shared.borrow_mut().begin(fill.source);
+                let filled = writer.fill(fill.inode.0, &mut Placeholder);
+                filled.map_err(|e| failed(DOING, e))?;
+            }
+            writer.finish().map_err(|e| failed(DOING, e))?;
+            Ok(())
         })
     }
 }
 
-/// Writes to a file, and joins adjacent writes.
-struct Collecting<'a> {
-    file: &'a File,
-    /// The position of the collected bytes.
-    at: u64,
-    bytes: Vec<u8>,
-}
+/// The sink in the hands of the crate's writer and of the caller, in turns.
+struct Shared<'s, 'a, 'b>(&'s RefCell<&'s mut Sink<'a, 'b>>);
 
-impl Collecting<'_> {
-    fn flush(&mut self) -> std::io::Result<()> {
-        let written = self.file.write_all_at(&self.bytes, self.at);
-        self.bytes.clear();
-        written
-    }
-}
-
-impl RegionSink for Collecting<'_> {
+impl RegionSink for Shared<'_, '_, '_> {
     fn data(&mut self, offset: u64, bytes: &[u8]) -> std::io::Result<()> {
-        if self.at + self.bytes.len() as u64 != offset
-            || self.bytes.len() + bytes.len() > WRITE_BYTES
-        {
-            self.flush()?;
-            self.at = offset;
-        }
-        if bytes.len() >= WRITE_BYTES {
-            self.at = offset + bytes.len() as u64;
-            return self.file.write_all_at(bytes, offset);
-        }
-        self.bytes.extend_from_slice(bytes);
-        Ok(())
+        self.0.borrow_mut().data(offset, bytes)
     }
 
-    /// A small gap is the rest of a file's last block. It is written, so that the next file can be
-    /// joined.
     fn zeros(&mut self, offset: u64, len: u64) -> std::io::Result<()> {
-        let end = self.at + self.bytes.len() as u64;
-        if end == offset && !self.bytes.is_empty() && len < BLOCK_BYTES {
-            self.bytes.resize(self.bytes.len() + len as usize, 0);
-        }
-        Ok(())
+        self.0.borrow_mut().zeros(offset, len)
     }
 }

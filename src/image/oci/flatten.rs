@@ -2,23 +2,23 @@
 //! them, and writes every surviving file once.
 
 use super::budget::Budget;
+use super::copying::{Copying, Source};
 use super::digest::Digest;
 use super::entry::{Entry, EntryKind};
-use super::errors::{Stopped, as_io, bad, check_cancel, shown};
+use super::errors::{Stopped, bad, check_cancel, stopped};
 use super::files::{IndexedLayer, LayerFile, LayerFiles};
 use super::filesystem::{self, Device, Ext4, Filesystem, Fill, Inode, Options};
 use super::layer::{LayerIndex, Reading, read_layer};
 use super::limits::THREADS_MAX;
 use super::manifest::{Blobs, Image, Layer};
 use super::merge::{Content, EntryRef, ROOT, Tree, merge};
-use super::spool::Portion;
 use crate::api::image::{ImageConfig, ImageHistory};
 use crate::error::{Error, Kind, Result};
 use crate::host::thread;
 use crate::locks::Cancel;
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{Read, Seek};
+use std::io::Seek;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 /// A directory that ext4 always has. An image that has it too must not be refused.
@@ -118,8 +118,8 @@ fn uuid_of(digest: Digest) -> [u8; 16] {
     uuid
 }
 
-/// Returns all layers, the lowest first. Those that are not in the cache are read by several
-/// threads. A layer that occurs twice is read once.
+/// Returns all layers, the lowest first. Several threads read those that are not in the cache, and
+/// index those that are. A layer that occurs twice is read once.
 fn read_layers(
     layers: &[Layer],
     blobs: &dyn Blobs,
@@ -131,7 +131,7 @@ fn read_layers(
         first_of.entry(layer.diff_id).or_insert(at);
     }
     let mut found: Vec<Option<IndexedLayer>> = Vec::new();
-    let mut missing = Vec::new();
+    let mut unread = Vec::new();
     for (at, layer) in layers.iter().enumerate() {
         check_cancel(request.cancel)?;
         found.push(None);
@@ -139,20 +139,15 @@ fn read_layers(
             (request.progress)(Progress::Cached { layer: at });
             continue;
         }
-        match request.files.open(layer.diff_id)? {
-            LayerFile::Cached(tar) => {
-                found[at] = Some(IndexedLayer::of_cached(tar, budget)?);
-                (request.progress)(Progress::Cached { layer: at });
-            }
-            LayerFile::Empty(spool) => missing.push(Missing { at, spool }),
-        }
+        let file = request.files.open(layer.diff_id)?;
+        unread.push(Unread { at, file });
     }
     let reader = Readers {
         layers,
         blobs,
         request,
         budget,
-        missing: &missing,
+        unread: &unread,
         next: AtomicUsize::new(0),
         has_failed: AtomicBool::new(false),
     };
@@ -171,12 +166,11 @@ fn read_layers(
     Ok(all)
 }
 
-/// A layer that is not in the cache.
-struct Missing {
+/// A layer whose entries are not known yet.
+struct Unread {
     /// The number of the layer.
     at: usize,
-    /// The empty file for its tar.
-    spool: File,
+    file: LayerFile,
 }
 
 fn charge(index: &LayerIndex, budget: &Budget) -> Result<()> {
@@ -200,16 +194,15 @@ struct Readers<'a> {
     blobs: &'a dyn Blobs,
     request: &'a Flatten<'a>,
     budget: &'a Budget,
-    /// The layers that must be read.
-    missing: &'a [Missing],
+    unread: &'a [Unread],
     next: AtomicUsize,
     has_failed: AtomicBool,
 }
 
 impl Readers<'_> {
-    /// Reads all missing layers. Returns each with its number, in any order.
+    /// Reads all layers. Returns each with its number, in any order.
     fn run(&self) -> Result<Vec<(usize, IndexedLayer)>> {
-        let threads = self.missing.len().min(THREADS_MAX);
+        let threads = self.unread.len().min(THREADS_MAX);
         std::thread::scope(|scope| {
             let started: Vec<_> = (0..threads)
                 .map(|_| thread::spawn_scoped(scope, "layer", || self.read_some()))
@@ -233,13 +226,29 @@ impl Readers<'_> {
     /// Reads layers until none is left or one has failed.
     fn read_some(&self) -> Result<Vec<(usize, IndexedLayer)>> {
         let mut read = Vec::new();
-        while let Some(missing) = self.missing.get(self.next.fetch_add(1, Ordering::Relaxed)) {
-            let layer = self.read(missing).inspect_err(|_| {
+        while let Some(unread) = self.unread.get(self.next.fetch_add(1, Ordering::Relaxed)) {
+            let layer = match &unread.file {
+                LayerFile::Cached(tar) => self.index(unread.at, tar),
+                LayerFile::Empty(spool) => self.read(unread.at, spool),
+            };
+            let layer = layer.inspect_err(|_| {
                 self.has_failed.store(true, Ordering::Relaxed);
             })?;
-            read.push((missing.at, layer));
+            read.push((unread.at, layer));
         }
         Ok(read)
+    }
+
+    fn index(&self, at: usize, tar: &File) -> Result<IndexedLayer> {
+        check_cancel(self.request.cancel)?;
+        if self.has_failed.load(Ordering::Relaxed) {
+            return Err(stopped());
+        }
+        let tar = tar.try_clone();
+        let tar = tar.map_err(|e| Error::io("open a layer of the cache", e))?;
+        let layer = IndexedLayer::of_cached(tar, self.budget)?;
+        (self.request.progress)(Progress::Cached { layer: at });
+        Ok(layer)
     }
 
     /// Reads a layer again from its beginning if bytes from an earlier pull may have caused the
@@ -247,15 +256,14 @@ impl Readers<'_> {
     /// next pull then succeeds.
     fn read_again(
         &self,
-        missing: &Missing,
+        layer: &Layer,
+        mut spool: &File,
         reading: &Reading<'_>,
         error: Error,
     ) -> Result<LayerIndex> {
-        let layer = &self.layers[missing.at];
         let Some(blob) = self.blobs.open_again(&layer.blob)? else {
             return Err(error);
         };
-        let mut spool = &missing.spool;
         spool
             .set_len(0)
             .and_then(|()| spool.rewind())
@@ -263,8 +271,7 @@ impl Readers<'_> {
         read_layer(layer, blob, spool, reading)
     }
 
-    fn read(&self, missing: &Missing) -> Result<IndexedLayer> {
-        let at = missing.at;
+    fn read(&self, at: usize, spool: &File) -> Result<IndexedLayer> {
         let layer = &self.layers[at];
         let in_layer = |e: Error| e.context(format!("layer {} ({})", at + 1, layer.blob.digest));
         let progress = |bytes| (self.request.progress)(Progress::Read { layer: at, bytes });
@@ -276,12 +283,12 @@ impl Readers<'_> {
         };
         let read = || {
             let blob = self.blobs.open(&layer.blob)?;
-            let index = match read_layer(layer, blob, &missing.spool, &reading) {
-                Err(e) if is_of_blob(&e) => self.read_again(missing, &reading, e),
+            let index = match read_layer(layer, blob, spool, &reading) {
+                Err(e) if is_of_blob(&e) => self.read_again(layer, spool, &reading, e),
                 read => read,
             }?;
             self.request.files.complete(layer)?;
-            let tar = missing.spool.try_clone();
+            let tar = spool.try_clone();
             let tar = tar.map_err(|e| Error::io("keep a layer open", e))?;
             Ok(IndexedLayer { index, tar })
         };
@@ -359,8 +366,8 @@ struct PendingFile<'a> {
 struct PendingContent {
     inode: Inode,
     object: EntryRef,
+    /// Where the content begins in the layer's tar.
     offset: u64,
-    bytes: u64,
 }
 
 struct Writing<'a, F> {
@@ -500,7 +507,6 @@ impl<'a, F: Filesystem> Writing<'a, F> {
                     inode: added,
                     object: file.object,
                     offset,
-                    bytes,
                 });
             }
         }
@@ -509,43 +515,20 @@ impl<'a, F: Filesystem> Writing<'a, F> {
 
     fn write(self, layers: &[IndexedLayer], request: &Flatten<'_>) -> Result<()> {
         let (tree, contents) = (self.tree, self.contents);
-        let fills = contents.into_iter().map(|content| {
-            let path = &tree.entry(content.object).path;
-            Ok(Fill {
-                inode: content.inode,
-                content: Box::new(Section {
-                    portion: Portion {
-                        file: &layers[content.object.layer as usize].tar,
-                        at: content.offset,
-                        left: content.bytes,
-                    },
-                    path,
-                    request,
-                }),
-            })
+        let fills = contents.into_iter().map(|content| Fill {
+            inode: content.inode,
+            source: Source {
+                tar: &layers[content.object.layer as usize].tar,
+                at: content.offset,
+                path: &tree.entry(content.object).path,
+            },
         });
-        self.filesystem.write(request.out, fills)
-    }
-}
-
-/// The content of one file in a spooled tar.
-struct Section<'a> {
-    portion: Portion<'a>,
-    path: &'a str,
-    request: &'a Flatten<'a>,
-}
-
-impl Read for Section<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        check_cancel(self.request.cancel).map_err(as_io)?;
-        let n = self.portion.read(buffer)?;
-        if n == 0 && self.portion.left > 0 && !buffer.is_empty() {
-            let path = shown(self.path.as_bytes());
-            let message = format!("the layer in the cache is too short for {path}");
-            return Err(as_io(Error::new(Kind::Host, message)));
-        }
-        (self.request.progress)(Progress::Written { bytes: n as u64 });
-        Ok(n)
+        let copying = Copying {
+            out: request.out,
+            cancel: request.cancel,
+            progress: &|bytes| (request.progress)(Progress::Written { bytes }),
+        };
+        self.filesystem.write(&copying, fills)
     }
 }
 

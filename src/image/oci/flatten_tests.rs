@@ -6,6 +6,7 @@ use super::super::test_tar::{Item, MTIME, device, dir, file, hardlink, item, sym
 use super::super::test_tree::{Mounted, is_root, run, scan};
 use super::*;
 use crate::locks::CancelCause;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU64;
 

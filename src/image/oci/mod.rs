@@ -12,6 +12,7 @@ mod archive;
 #[path = "bench_tests.rs"]
 mod bench;
 mod budget;
+mod copying;
 mod decompress;
 mod digest;
 mod entry;

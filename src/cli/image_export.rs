@@ -2,6 +2,7 @@
 //! pipe.
 
 use super::context::Stdio;
+use super::draft::Draft;
 use super::pipes::{self, End};
 use super::printer::Printer;
 use super::signals::Interrupts;
@@ -50,8 +51,7 @@ impl Args {
 
 /// The destination of an image.
 enum Target {
-    /// A temporary file, and the path that it gets when it is complete.
-    File(tempfile::NamedTempFile, PathBuf),
+    File(Draft),
     Stdout(File),
 }
 
@@ -68,12 +68,15 @@ impl Target {
         }
         let path = &args.output;
         check_target(path)?;
-        let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty());
-        let file = tempfile::Builder::new()
-            .prefix(".fcctl-image-")
-            .tempfile_in(dir.unwrap_or(Path::new(".")))
-            .map_err(|e| Error::io(format!("write {}", path.display()), e))?;
-        Ok(Self::File(file, path.clone()))
+        Draft::new(path).map(Self::File)
+    }
+
+    /// Returns why the image could not be written.
+    fn error(&self, e: io::Error) -> Error {
+        match self {
+            Self::File(draft) => draft.error(e),
+            Self::Stdout(_) => Error::io("write the image to stdout", e),
+        }
     }
 }
 
@@ -124,26 +127,10 @@ pub(super) fn export(
             .hint("try again")
             .into());
     }
-    publish(target)?;
-    Ok(reply)
-}
-
-fn publish(target: Target) -> crate::error::Result<()> {
-    let Target::File(file, path) = target else {
-        return Ok(());
-    };
-    let doing = || format!("write {}", path.display());
-    file.as_file()
-        .sync_all()
-        .map_err(|e| Error::io(doing(), e))?;
-    match file.persist_noclobber(&path) {
-        Ok(_) => Ok(()),
-        Err(e) if e.error.kind() == io::ErrorKind::AlreadyExists => {
-            let text = format!("{} already exists", path.display());
-            Err(Error::new(Kind::TargetExists, text).hint("choose another name"))
-        }
-        Err(e) => Err(Error::io(doing(), e.error)),
+    if let Target::File(draft) = target {
+        draft.publish()?;
     }
+    Ok(reply)
 }
 
 /// Writes everything that arrives. Returns the target and the number of bytes.
@@ -157,19 +144,19 @@ fn receive(
     loop {
         let read = fill(&mut from, &mut piece)?;
         let written = match &mut target {
-            Target::File(file, _) => write_sparse(file.as_file(), bytes, &piece[..read]),
+            Target::File(draft) => write_sparse(draft.file(), bytes, &piece[..read]),
             Target::Stdout(stdout) => write_all(stdout, &piece[..read], cancel),
         };
-        written.map_err(|e| Error::io("write the image", e))?;
+        written.map_err(|e| target.error(e))?;
         bytes += read as u64;
         if read < piece.len() {
             break;
         }
     }
-    if let Target::File(file, _) = &target {
+    if let Target::File(draft) = &target {
         // The file may end with a hole.
-        let sized = file.as_file().set_len(bytes);
-        sized.map_err(|e| Error::io("write the image", e))?;
+        let sized = draft.file().set_len(bytes);
+        sized.map_err(|e| target.error(e))?;
     }
     Ok((target, bytes))
 }

@@ -16,6 +16,7 @@ mod cp;
 mod debug;
 mod devcontainer;
 mod doctor;
+mod draft;
 mod events;
 mod exec;
 mod format;

@@ -38,7 +38,8 @@ impl Effects {
 }
 
 /// Kills the daemon at the n-th effect or commit, for tests with real guests. A file that the test
-/// writes contains n.
+/// writes contains n. If it contains `stop WHAT` instead, the daemon is stopped before that effect,
+/// until the test continues it.
 #[cfg(feature = "fakes")]
 pub struct DieAt {
     file: std::path::PathBuf,
@@ -64,6 +65,12 @@ impl DieAt {
         let Ok(text) = std::fs::read_to_string(&self.file) else {
             return self.left.store(0, SeqCst);
         };
+        if let Some(effect) = text.strip_prefix("stop ") {
+            if what == effect && std::fs::remove_file(&self.file).is_ok() {
+                send_self(rustix::process::Signal::STOP);
+            }
+            return;
+        }
         let left = match self.left.load(SeqCst) {
             0 => text.trim().parse().unwrap_or(0),
             left => left,
@@ -71,15 +78,17 @@ impl DieAt {
         self.left.store(left.saturating_sub(1), SeqCst);
         if left == 1 {
             log::warn!("dies here: {what}");
-            let _ = rustix::process::kill_process(
-                rustix::process::getpid(),
-                rustix::process::Signal::KILL,
-            );
+            send_self(rustix::process::Signal::KILL);
             loop {
                 std::thread::park();
             }
         }
     }
+}
+
+#[cfg(feature = "fakes")]
+fn send_self(signal: rustix::process::Signal) {
+    let _ = rustix::process::kill_process(rustix::process::getpid(), signal);
 }
 
 #[cfg(feature = "fakes")]

@@ -77,6 +77,7 @@ impl ImageService {
         format: ExportFormat,
         pipe: OwnedFd,
     ) -> Result<ImageExportReply> {
+        self.core.effects.before("open the image")?;
         let content = self.open_content(op, info, format)?;
         let mut out = Output {
             pipe,
@@ -87,6 +88,7 @@ impl ImageService {
             failure: None,
         };
         op.progress("write the image");
+        self.core.effects.before("write the image")?;
         let written = match &content {
             Content::Oci(archive) => archive.write(&mut out),
             Content::Raw(file) => copy(file, out.total, &mut out),
@@ -98,6 +100,7 @@ impl ImageService {
         if let Content::Raw(file) = &content {
             info.require_same(file)?;
         }
+        self.core.effects.before("end the export")?;
         Ok(ImageExportReply { bytes: out.done })
     }
 
@@ -123,16 +126,27 @@ impl ImageService {
         }
         op.progress("read the file system");
         let free = space(&self.core.state_dir)?.free_bytes;
+        let room = free.saturating_sub(SPARE_BYTES);
         let spec = DiskSpec {
             info,
             disk: &disk,
             cache,
             helper: self.pulls.helper,
-            bytes_max: UNPACKED_BYTES_MAX.min(free.saturating_sub(SPARE_BYTES)),
+            bytes_max: UNPACKED_BYTES_MAX.min(room),
         };
         let reporter = op.reporter();
         let report = &mut |done| reporter.progress_units(done, None, "bytes");
-        let archive = OciArchive::of_disk(&spec, op.cancel(), report)?;
+        self.core.effects.before("make the layer")?;
+        let made = OciArchive::of_disk(&spec, op.cancel(), report);
+        let archive = made.map_err(|e| match e.kind() {
+            Kind::Exhausted if room < UNPACKED_BYTES_MAX => {
+                let spare = SPARE_BYTES >> 20;
+                let text =
+                    format!("the layer does not fit on the disk, of which {spare} MiB stay free");
+                Error::new(Kind::DiskFull, text)
+            }
+            _ => e,
+        })?;
         info.require_same(&disk)?;
         Ok(Content::Oci(archive))
     }

@@ -60,7 +60,8 @@ impl ImageService {
         op.progress("copy the file");
         let mut copy = |from: &File, to: &File| {
             self.copy_file(op, caller, from, to)?;
-            self.admit_files(caller, reserved, DiskUse::of_file(to)?)
+            self.admit_files(caller, reserved, DiskUse::of_file(to)?)?;
+            self.core.effects.before("publish the image")
         };
         let info = crate::image::promote(&self.images, name, &mut copy, op.cancel())?;
         Ok(info.to_api(caller.uid, self.vms_of_image(name)))

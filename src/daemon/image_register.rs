@@ -13,7 +13,7 @@ use crate::api::image::{Image, ImageRegisterRequest, ImageReply};
 use crate::error::{Error, Kind, Result};
 use crate::host::fs::space;
 use crate::ids::KernelName;
-use crate::image::{DiskUse, InPlace, RegisterSpec};
+use crate::image::{DiskUse, InPlace, RegisterSpec, Steps};
 use crate::ops::OpHandle;
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -93,6 +93,7 @@ impl ImageService {
             .admission
             .enter_as(caller.uid, op.cancel(), |_| op.progress("wait for a pull"))?;
         op.progress("check the file system");
+        self.core.effects.before("check the file system")?;
         let spec = RegisterSpec {
             name: asked.request.image.clone(),
             file: &asked.file,
@@ -100,10 +101,14 @@ impl ImageService {
             owner_uid: caller.uid,
             helper: self.pulls.helper,
         };
-        let mut copy = |from: &File, to: &File| self.copy_file(op, caller, from, to);
+        let mut steps = Steps {
+            copy: &mut |from, to| self.copy_file(op, caller, from, to),
+            publish: &mut || self.core.effects.before("publish the image"),
+        };
         let commands = self.commands.as_ref();
-        let info = crate::image::register(&self.images, commands, &spec, &mut copy, op.cancel())?;
+        let info = crate::image::register(&self.images, commands, &spec, &mut steps, op.cancel())?;
         drop(admitted);
+        self.core.effects.before("provide the guest runtime")?;
         if self.guest_runtimes.newest().is_err() {
             self.ensure_runtime(op)?;
         }
@@ -131,6 +136,7 @@ impl ImageService {
             let text = format!("a copy needs {needed} free bytes, but the host has {free}");
             return Err(Error::new(Kind::DiskFull, text).hint("free some space (df -h)"));
         }
+        self.core.effects.before("copy the file")?;
         let reporter = op.reporter();
         let report = &mut |done, total| reporter.progress_units(done, Some(total), "bytes");
         crate::disk::share_or_copy(from, to, op.cancel(), report).map(drop)

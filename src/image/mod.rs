@@ -68,7 +68,7 @@ pub use history::shorten as shorten_history;
 pub use in_place::InPlace;
 pub use owner::owner_of;
 pub use promote::promote;
-pub use register::{RegisterSpec, register};
+pub use register::{RegisterSpec, Steps, register};
 pub use registry::{
     BALLOON_SINCE, Boots, CONSOLE_LEVEL_SINCE, CTRL_ALT_DEL_SINCE, ImageInfo, Images, Tag,
     USER_LOGIN_SINCE, kernel_path,

@@ -51,7 +51,7 @@ pub fn promote(
 #[cfg(test)]
 mod tests {
     use super::super::in_place::InPlace;
-    use super::super::register::{RegisterSpec, register};
+    use super::super::register::{RegisterSpec, Steps, register};
     use super::*;
     use crate::host::{Command, Commands, Output};
     use std::os::unix::fs::FileExt;
@@ -105,8 +105,11 @@ mod tests {
                 owner_uid: uid,
                 helper: None,
             };
-            let no_copy = &mut |_: &File, _: &File| panic!("the file is checked in its place");
-            register(&images, &CleanCheck, &spec, no_copy, &cancel).unwrap();
+            let mut steps = Steps {
+                copy: &mut |_, _| panic!("the file is checked in its place"),
+                publish: &mut || Ok(()),
+            };
+            register(&images, &CleanCheck, &spec, &mut steps, &cancel).unwrap();
             Self {
                 _dir: dir,
                 images,

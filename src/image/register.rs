@@ -22,6 +22,13 @@ const CHECKED: &str = "checked.ext4";
 /// Copies the content of a file to another, which is empty.
 pub(super) type Copy<'a> = dyn FnMut(&File, &File) -> Result<()> + 'a;
 
+/// The steps of a registration that the caller takes part in.
+pub struct Steps<'a> {
+    pub copy: &'a mut Copy<'a>,
+    /// Called before the image is published.
+    pub publish: &'a mut dyn FnMut() -> Result<()>,
+}
+
 /// The image to register.
 pub struct RegisterSpec<'a> {
     pub name: ImageRef,
@@ -45,7 +52,7 @@ pub fn register(
     images: &Images,
     commands: &dyn Commands,
     spec: &RegisterSpec<'_>,
-    copy: &mut Copy<'_>,
+    steps: &mut Steps<'_>,
     cancel: &Cancel,
 ) -> Result<ImageInfo> {
     let io = |e: std::io::Error| Error::io(format!("register image {}", spec.name), e);
@@ -59,7 +66,7 @@ pub fn register(
     let staging = images.stage(&spec.name)?;
     let record = if let Some(helper) = spec.helper {
         let checked = create_for(helper, &staging.path().join(CHECKED)).map_err(io)?;
-        copy(&file, &checked)?;
+        (steps.copy)(&file, &checked)?;
         fsck::check(commands, &staging.path().join(CHECKED), spec.helper, cancel)?;
         record_file(&checked, ROOTFS, cancel)?
     } else {
@@ -81,6 +88,7 @@ pub fn register(
         files: vec![record],
         ..Metadata::new(&spec.name, &[], now_s())
     };
+    (steps.publish)()?;
     images.publish(&out, &metadata)
 }
 

@@ -32,7 +32,7 @@ fn full(out: &Output, status: i32) {
     println!("{} ({})", error["error"]["message"], error["error"]["hint"]);
 }
 
-fn files_below(dir: &Path, found: &mut Vec<PathBuf>) {
+pub fn files_below(dir: &Path, found: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
         // Skips the files of SQLite and of the store, which may appear and disappear at any time,

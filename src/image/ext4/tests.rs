@@ -192,7 +192,7 @@ fn names_that_delete_and_unknown_features_are_refused() {
 fn content_beyond_the_limit_is_refused() {
     let (_dir, disk) = small();
     let e = write_tar(&disk, &mut Vec::new(), 3, &|_| {}).unwrap_err();
-    assert_eq!(e.kind(), Kind::InvalidImage);
+    assert_eq!(e.kind(), Kind::Exhausted);
 }
 
 /// A file system that is damaged anywhere causes an error or an archive, but no panic and no loop.

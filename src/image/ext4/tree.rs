@@ -27,7 +27,10 @@ const LOST_AND_FOUND: &[u8] = b"lost+found";
 const HEADER_ID_MAX: u32 = 0o7_777_777;
 
 /// Writes all files of the file system in `disk` to `to`. `progress` receives the bytes of each
-/// file. The content of all files together may have at most `bytes_max` bytes.
+/// file.
+///
+/// # Errors
+/// `exhausted` if the content of all files together has more than `bytes_max` bytes.
 pub(in crate::image) fn write_tar(
     disk: &dyn Source,
     to: &mut dyn Write,
@@ -164,7 +167,7 @@ impl Walk<'_> {
     fn add_regular(&mut self, inode: &Inode, path: &[u8]) -> Result<()> {
         if inode.bytes > self.bytes_left {
             let text = "the files have more bytes than a layer may have";
-            return Err(Error::new(Kind::InvalidImage, text)
+            return Err(Error::new(Kind::Exhausted, text)
                 .hint("export the file system itself: --format raw"));
         }
         self.bytes_left -= inode.bytes;

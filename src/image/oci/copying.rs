@@ -308,7 +308,9 @@ mod tests {
     #[test]
     fn pieces_arrive_where_they_belong() {
         let tar = tempfile::tempfile().unwrap();
-        let content: Vec<u8> = (0..5_u32 << 20).map(|n| ((n * 31) >> 7) as u8 | 1).collect();
+        let content: Vec<u8> = (0..5_u32 << 20)
+            .map(|n| ((n * 31) >> 7) as u8 | 1)
+            .collect();
         tar.write_all_at(&content, 0).unwrap();
         // A large file, small ones that follow each other, and one after a gap.
         let mut pieces = vec![(512, 8 * BLOCK_BYTES, (3 << 20) + 7)];

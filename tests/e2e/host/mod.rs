@@ -253,10 +253,36 @@ impl Host {
 
     /// Makes the daemon die at the n-th effect or commit from now on, as if `kill -9` had ended it.
     pub fn arm(&self, n: u64) {
+        self.order(&n.to_string());
+    }
+
+    fn order(&self, text: &str) {
         // The file is renamed into place because the daemon reads it at every point.
         let draft = self.dir.path().join("die-at.new");
-        fs::write(&draft, n.to_string()).unwrap();
+        fs::write(&draft, text).unwrap();
         fs::rename(draft, self.die_at()).unwrap();
+    }
+
+    /// Runs fcctl, stops the daemon before this effect, and continues it after `meanwhile`.
+    pub fn interrupted(
+        &self,
+        args: &[&str],
+        effect: &str,
+        meanwhile: impl FnOnce(&Spawned),
+    ) -> Spawned {
+        self.order(&format!("stop {effect}"));
+        let mut ran = self.spawn(args);
+        let stat = format!("/proc/{}/stat", self.pid());
+        wait_for("the daemon is stopped", || {
+            let stat = fs::read_to_string(&stat).unwrap();
+            let ended = ran.child.try_wait().unwrap();
+            assert!(ended.is_none(), "{args:?} ended early: {}", ran.stderr());
+            stat.contains(") T ").then_some(())
+        });
+        meanwhile(&ran);
+        signal(self.pid(), "CONT");
+        ran.end();
+        ran
     }
 
     /// Removes the order to die. If the daemon has hung up on a caller, waits until the daemon is

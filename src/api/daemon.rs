@@ -221,6 +221,47 @@ pub struct DebugLocksReply {
     /// checker count them.
     pub violations: u64,
     pub checked: bool,
+    /// The threads that wait for the disk.
+    #[serde(default)]
+    pub durable_waits: Vec<LockParty>,
+    #[serde(default)]
+    pub classes: Vec<LockClass>,
+    /// The nestings of locks that have occurred. Only builds with the lock checker record them and
+    /// the places where threads had to wait.
+    #[serde(default)]
+    pub edges: Vec<LockEdge>,
+    #[serde(default)]
+    pub contention: Vec<LockContention>,
+    /// The number of lines of the log that were dropped because nobody read it in time.
+    #[serde(default)]
+    pub log_lines_dropped: u64,
+}
+
+/// How often threads have waited for a class of locks, and held one, since the daemon started.
+/// Element `i` counts what took less than 2^i microseconds and is not counted by an earlier one.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LockClass {
+    pub class: String,
+    pub waits: Vec<u64>,
+    pub holds: Vec<u64>,
+}
+
+/// A lock of class `to` was taken while one of class `from` was held.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LockEdge {
+    pub from: String,
+    pub to: String,
+    /// Where both locks were taken in the source when this first occurred.
+    pub from_site: String,
+    pub to_site: String,
+}
+
+/// A place in the source where threads had to wait for a lock.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LockContention {
+    pub class: String,
+    pub site: String,
+    pub count: u64,
 }
 
 calls! {

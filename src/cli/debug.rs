@@ -5,14 +5,18 @@ use super::context::Context;
 use super::output;
 use super::printer::Printer;
 use crate::api::Empty;
-use crate::api::daemon::{DebugLocks, LockParty, LockRecord};
+use crate::api::daemon::{DebugLocks, DebugLocksReply, LockParty, LockRecord};
 use crate::client::Result;
-use crate::locks::rank;
+use crate::locks::rank::{self, Edge};
 
 #[derive(clap::Subcommand, Debug)]
 pub(super) enum Verb {
     /// Show held locks: since when, for which operation, who waits
-    Locks,
+    Locks {
+        /// Show how long threads have waited for locks and held them
+        #[arg(long)]
+        stats: bool,
+    },
     /// Show the lock order that the checker enforces
     LockOrder {
         /// Print it as a graph for Graphviz
@@ -26,8 +30,14 @@ pub(super) fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
         connector, printer, ..
     } = ctx;
     match verb {
-        Verb::Locks => locks(connector, printer),
-        Verb::LockOrder { dot: true } => printer.text(&rank::dot(None)).map(|()| 0),
+        Verb::Locks { stats } => locks(connector, printer, stats),
+        Verb::LockOrder { dot: true } => {
+            // The graph of the declared order needs no daemon.
+            let connected = connector.connect(printer);
+            let reply = connected.and_then(|mut daemon| daemon.call::<DebugLocks>(&Empty {}));
+            let observed = reply.ok().filter(|r| r.checked).map(|r| edges(&r));
+            printer.text(&rank::dot(observed.as_deref())).map(|()| 0)
+        }
         Verb::LockOrder { dot: false } => lock_order(printer),
     }
 }
@@ -58,13 +68,32 @@ fn lock_order(printer: &mut Printer) -> Result<u8> {
     Ok(0)
 }
 
-fn locks(connector: &mut Connector, printer: &mut Printer) -> Result<u8> {
+/// Returns the nestings that the daemon has seen.
+fn edges(reply: &DebugLocksReply) -> Vec<Edge> {
+    let edges = reply.edges.iter();
+    edges
+        .filter_map(|edge| {
+            Some(Edge {
+                from: rank::named(&edge.from)?,
+                to: rank::named(&edge.to)?,
+                first: (edge.from_site.clone(), edge.to_site.clone()),
+            })
+        })
+        .collect()
+}
+
+fn locks(connector: &mut Connector, printer: &mut Printer, stats: bool) -> Result<u8> {
     let reply = connector.connect(printer)?.call::<DebugLocks>(&Empty {})?;
     if printer.json {
         printer.document(&reply)?;
         return Ok(0);
     }
-    let rows: Vec<_> = reply.locks.iter().flat_map(rows).collect();
+    if stats {
+        return print_stats(&reply, printer);
+    }
+    let waits = reply.durable_waits.iter();
+    let waits = waits.map(|party| row("durable_wait", "", "waits", party));
+    let rows: Vec<_> = reply.locks.iter().flat_map(rows).chain(waits).collect();
     printer.text(&output::table(
         &["LOCK", "KEY", "WHO", "OPERATION", "FOR", "THREAD"],
         &rows,
@@ -78,23 +107,72 @@ fn locks(connector: &mut Connector, printer: &mut Printer) -> Result<u8> {
     Ok(0)
 }
 
+fn row(set: &str, key: &str, who: &str, party: &LockParty) -> Vec<String> {
+    vec![
+        set.to_owned(),
+        key.to_owned(),
+        who.to_owned(),
+        party.operation.clone(),
+        micros(party.for_us),
+        party.thread.clone(),
+    ]
+}
+
 fn rows(lock: &LockRecord) -> Vec<Vec<String>> {
-    let row = |who: &str, party: &LockParty| {
-        let operation = party.operation.clone();
-        vec![
-            lock.set.clone(),
-            lock.key.clone(),
-            who.to_owned(),
-            operation,
-            micros(party.for_us),
-            party.thread.clone(),
-        ]
-    };
+    let row = |who: &str, party: &LockParty| row(&lock.set, &lock.key, who, party);
     lock.holder
         .iter()
         .map(|p| row("holds", p))
         .chain(lock.waiters.iter().map(|p| row("waits", p)))
         .collect()
+}
+
+fn print_stats(reply: &DebugLocksReply, printer: &mut Printer) -> Result<u8> {
+    let classes = reply.classes.iter().flat_map(|class| {
+        [("waits", &class.waits), ("holds", &class.holds)]
+            .into_iter()
+            .filter(|(_, counts)| !counts.is_empty())
+            .map(|(what, counts)| {
+                vec![
+                    class.class.clone(),
+                    what.to_owned(),
+                    counts.iter().sum::<u64>().to_string(),
+                    share_below(counts, 50),
+                    share_below(counts, 99),
+                    share_below(counts, 100),
+                ]
+            })
+    });
+    printer.text(&output::table(
+        &["LOCK", "WHAT", "COUNT", "50%", "99%", "100%"],
+        &classes.collect::<Vec<_>>(),
+    ))?;
+    let mut places: Vec<_> = reply.contention.iter().collect();
+    places.sort_by_key(|place| std::cmp::Reverse(place.count));
+    if !places.is_empty() {
+        let rows = places.into_iter().map(|place| {
+            let count = place.count.to_string();
+            vec![place.class.clone(), count, place.site.clone()]
+        });
+        printer.line("")?;
+        printer.text(&output::table(
+            &["LOCK", "WAITED", "PLACE"],
+            &rows.collect::<Vec<_>>(),
+        ))?;
+    }
+    printer.line(&format!("log lines dropped: {}", reply.log_lines_dropped))?;
+    Ok(0)
+}
+
+/// Returns a bound below which this share of the durations is: a power of two microseconds.
+fn share_below(counts: &[u64], percent: u64) -> String {
+    let all: u64 = counts.iter().sum();
+    let mut below = 0;
+    let reached = counts.iter().position(|count| {
+        below += count;
+        below * 100 >= all * percent
+    });
+    format!("<{}", micros(1 << reached.unwrap_or_default()))
 }
 
 fn micros(us: u64) -> String {

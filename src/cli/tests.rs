@@ -497,6 +497,53 @@ fn debug_locks_lists_holders_and_waiters() {
     );
 }
 
+/// A daemon with the lock checker, and what it reports.
+fn checked_locks(r: Request) {
+    r.result(json!({
+        "violations": 0, "checked": true, "locks": [], "log_lines_dropped": 3,
+        "classes": [{"class": "vm_locks", "waits": [98, 0, 1, 1], "holds": [0, 0, 0, 100]},
+            {"class": "create_vm", "waits": [], "holds": []}],
+        "edges": [{"from": "vm_locks", "to": "store", "from_site": "src/a.rs:1:2", "to_site": "src/b.rs:3:4"}],
+        "contention": [{"class": "store", "site": "src/b.rs:3:4", "count": 2},
+            {"class": "vm_locks", "site": "src/a.rs:1:2", "count": 7}],
+    }));
+}
+
+#[test]
+fn debug_locks_stats_shows_bounds_and_places() {
+    check(
+        &Fake::start(checked_locks),
+        &["debug", "locks", "--stats"],
+        expect![[r#"
+        > debug.locks {}
+        LOCK      WHAT   COUNT  50%   99%   100%
+        vm_locks  waits  100    <1us  <4us  <8us
+        vm_locks  holds  100    <8us  <8us  <8us
+
+        LOCK      WAITED  PLACE
+        vm_locks  7       src/a.rs:1:2
+        store     2       src/b.rs:3:4
+        log lines dropped: 3
+        status 0
+    "#]],
+    );
+}
+
+#[test]
+fn lock_order_graph_marks_what_the_daemon_has_seen() {
+    let graph = fcctl(
+        &Fake::start(checked_locks),
+        &["debug", "lock-order", "--dot"],
+    );
+    let graph = String::from_utf8(graph.out).unwrap();
+    let seen = "Vm -> Store [style=bold, tooltip=\"src/a.rs:1:2 -> src/b.rs:3:4\"];";
+    assert!(graph.contains(seen), "{graph}");
+    assert!(
+        graph.contains("Workspace -> Store [style=dotted];"),
+        "{graph}"
+    );
+}
+
 #[test]
 fn leaks_are_removed_only_when_asked() {
     let fake = Fake::start(|r| {
@@ -552,7 +599,8 @@ fn lock_order_needs_no_daemon() {
         (&json[1]["taken"], &json[1]["under"]),
         (&json!("vm_locks"), &json!([]))
     );
-    assert_eq!(fake.methods(), "");
+    // Only the graph asks, for what was observed, and this daemon gives no answer that it can use.
+    assert_eq!(fake.methods(), "debug.locks");
 }
 
 #[test]

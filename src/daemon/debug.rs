@@ -1,50 +1,89 @@
-//! Lists which threads hold or await each lock, and for how long. Release builds include this
-//! module.
+//! Lists which threads hold or await each lock, and for how long, with statistics. Release builds
+//! include this module.
 
 use super::core::Core;
-use crate::api::daemon::{DebugLocksReply, LockParty, LockRecord};
-use crate::locks::{KeyRecord, Party, check};
+use crate::api::daemon::{
+    DebugLocksReply, LockClass, LockContention, LockEdge, LockParty, LockRecord,
+};
+use crate::host::log;
+use crate::locks::{ClassStats, KeyRecord, Party, check, durable_waits, stats};
 
 impl Core {
     /// Lists the locks with their holders and waiters.
     pub fn debug_locks(&self) -> DebugLocksReply {
-        let mut locks = Vec::new();
-        let keyed = [
-            ("vm_locks", self.locks.vm.records()),
-            ("workspace_locks", self.locks.workspace.records()),
-        ];
-        for (name, records) in keyed {
-            locks.extend(records.into_iter().map(|held| record(name, held)));
-        }
-        for (name, records) in [
-            ("create_vm", self.locks.create_vm.records()),
-            ("image_ops", self.locks.image_ops.records()),
-        ] {
-            locks.extend(records.into_iter().map(|held| LockRecord {
-                key: String::new(),
-                ..record(name, held)
-            }));
-        }
+        let locks = self.locks.records().into_iter();
         DebugLocksReply {
-            locks,
+            locks: locks.map(|(set, held)| record(set, held)).collect(),
             violations: check::violations(),
-            checked: cfg!(any(debug_assertions, feature = "lock-check")),
+            checked: check::IS_ON,
+            durable_waits: durable_waits().into_iter().map(party).collect(),
+            classes: stats().into_iter().map(class).collect(),
+            edges: edges(),
+            contention: contention(),
+            log_lines_dropped: log::lines_dropped(),
         }
     }
 }
 
 fn record(set: &str, held: KeyRecord) -> LockRecord {
-    let party = |p: Party| LockParty {
-        thread: p.thread,
-        operation: p.operation.as_deref().unwrap_or_default().to_owned(),
-        for_us: u64::try_from(p.since.elapsed().as_micros()).unwrap_or(u64::MAX),
-    };
     LockRecord {
         set: set.to_owned(),
         key: held.key,
         holder: held.holder.map(party),
         waiters: held.waiters.into_iter().map(party).collect(),
     }
+}
+
+fn party(p: Party) -> LockParty {
+    LockParty {
+        for_us: u64::try_from(p.since.elapsed().as_micros()).unwrap_or(u64::MAX),
+        thread: p.thread,
+        operation: p.operation.as_deref().unwrap_or_default().to_owned(),
+    }
+}
+
+fn class(counted: ClassStats) -> LockClass {
+    LockClass {
+        class: counted.class.to_owned(),
+        waits: counted.waits,
+        holds: counted.holds,
+    }
+}
+
+#[cfg(any(debug_assertions, feature = "lock-check"))]
+fn edges() -> Vec<LockEdge> {
+    let edges = check::observed().into_iter();
+    edges
+        .map(|edge| LockEdge {
+            from: edge.from.name().to_owned(),
+            to: edge.to.name().to_owned(),
+            from_site: edge.first.0,
+            to_site: edge.first.1,
+        })
+        .collect()
+}
+
+#[cfg(any(debug_assertions, feature = "lock-check"))]
+fn contention() -> Vec<LockContention> {
+    let places = check::contention().into_iter();
+    places
+        .map(|place| LockContention {
+            class: place.rank.name().to_owned(),
+            site: place.at.to_string(),
+            count: place.count,
+        })
+        .collect()
+}
+
+/// A build without the checker records neither, and does not contain the names of ranks.
+#[cfg(not(any(debug_assertions, feature = "lock-check")))]
+fn edges() -> Vec<LockEdge> {
+    Vec::new()
+}
+
+#[cfg(not(any(debug_assertions, feature = "lock-check")))]
+fn contention() -> Vec<LockContention> {
+    Vec::new()
 }
 
 /// Counts of what is in progress. In an idle daemon all are 0.

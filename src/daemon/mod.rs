@@ -188,6 +188,7 @@ mod vm_view;
 mod vmms;
 mod waiting;
 mod watch;
+mod watchdog;
 mod wiring;
 mod workspaces;
 
@@ -211,4 +212,5 @@ pub use sessions::ExecIo;
 #[cfg(any(test, feature = "fakes"))]
 pub use transitions::{Decision, decide, markdown_table as transitions_table};
 pub use waiting::{Gone, Hangup};
+pub use watchdog::Watchdog;
 pub use wiring::Daemon;

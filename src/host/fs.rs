@@ -21,7 +21,7 @@ pub struct Space {
 
 /// Opens a directory. Fails if the last component of `path` is a link.
 pub fn open_dir(path: &Path) -> Result<OwnedFd> {
-    crate::locks::require_memory_only("file access");
+    crate::locks::may_block("file access");
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     rustix::fs::open(path, flags, Mode::empty())
         .map_err(|e| Error::io(format!("open directory {}", path.display()), e))
@@ -34,7 +34,7 @@ pub fn open_at(
     flags: OFlags,
     mode: RawMode,
 ) -> std::io::Result<File> {
-    crate::locks::require_memory_only("file access");
+    crate::locks::may_block("file access");
     let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     Ok(File::from(rustix::fs::openat(
         dir,
@@ -46,7 +46,7 @@ pub fn open_at(
 
 /// Opens a file for reading. Fails if the last component is a link.
 pub fn open_nofollow(path: &Path) -> Result<File> {
-    crate::locks::require_memory_only("file access");
+    crate::locks::may_block("file access");
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let fd = rustix::fs::open(path, flags, Mode::empty())
         .map_err(|e| Error::io(format!("open {}", path.display()), e))?;
@@ -58,7 +58,7 @@ pub fn open_nofollow(path: &Path) -> Result<File> {
 /// # Errors
 /// Fails if the path is a link, is not a directory, or belongs to another user.
 pub fn create_dir(path: &Path, mode: RawMode) -> Result<OwnedFd> {
-    crate::locks::require_memory_only("file access");
+    crate::locks::may_block("file access");
     let doing = || format!("create directory {}", path.display());
     if let Some(parent) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
         std::fs::create_dir_all(parent).map_err(|e| Error::io(doing(), e))?;
@@ -94,7 +94,7 @@ pub fn create_private_dir(path: &Path) -> Result<OwnedFd> {
 /// Replaces a file atomically. Once this returns `Ok`, the content survives a power cut. Readers
 /// see either the old or the new content, even after a crash.
 pub fn write_durable(path: &Path, bytes: &[u8], mode: RawMode) -> Result<()> {
-    crate::locks::require_memory_only("file access");
+    crate::locks::may_block("file access");
     let doing = || format!("write {}", path.display());
     let name = path
         .file_name()
@@ -135,7 +135,7 @@ fn temporary_name(name: &OsStr) -> PathBuf {
 
 /// Makes changes to a directory's entries durable.
 pub fn sync_dir(path: &Path) -> Result<()> {
-    crate::locks::require_memory_only("file access");
+    crate::locks::may_block("file access");
     let synced = File::open(path).and_then(|dir| dir.sync_all());
     synced.map_err(|e| Error::io(format!("sync directory {}", path.display()), e))
 }
@@ -151,7 +151,7 @@ pub fn sync_dir(path: &Path) -> Result<()> {
 /// Errors of the system calls, and `DirectoryNotEmpty` if another process still creates files in
 /// it.
 pub fn remove_tree(path: &Path) -> std::io::Result<()> {
-    crate::locks::require_memory_only("file access");
+    crate::locks::may_block("file access");
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let top = match rustix::fs::open(path, flags, Mode::empty()) {
         Err(Errno::NOENT) => return Ok(()),
@@ -223,7 +223,7 @@ fn lift(top: &OwnedFd, name: &std::ffi::CStr, lifted: &mut u64) -> std::io::Resu
 
 /// Returns the space on the file system of `path`.
 pub fn space(path: &Path) -> Result<Space> {
-    crate::locks::require_memory_only("file access");
+    crate::locks::may_block("file access");
     let stat = rustix::fs::statvfs(path)
         .map_err(|e| Error::io(format!("read the free space at {}", path.display()), e))?;
     Ok(Space {

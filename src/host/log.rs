@@ -31,6 +31,8 @@ const PANIC_FLUSH_MAX: Duration = Duration::from_millis(100);
 const DEFAULT_FILTER: &str = "info";
 
 static LOG: OnceLock<Queue> = OnceLock::new();
+/// The number of lines that were dropped since the process started.
+static DROPPED: AtomicU64 = AtomicU64::new(0);
 
 enum Item {
     Line(Vec<u8>),
@@ -71,6 +73,7 @@ impl Queue {
             self.sender.try_send(Item::Line(line))
         {
             self.dropped.fetch_add(1, Ordering::Relaxed);
+            DROPPED.fetch_add(1, Ordering::Relaxed);
         }
     }
 
@@ -201,6 +204,12 @@ fn say_within(line: &str, most: Duration) {
         }
         None => eprintln!("{line}"),
     }
+}
+
+/// Returns the number of lines that were dropped since the process started, because nobody read the
+/// log in time.
+pub fn lines_dropped() -> u64 {
+    DROPPED.load(Ordering::Relaxed)
 }
 
 /// Waits up to [`FLUSH_MAX`] until all lines so far are written.

@@ -30,7 +30,9 @@ fn timeout_until(deadline: Option<Instant>) -> PollTimeout {
 
 /// Polls until a descriptor is ready, or for ever without a deadline. Returns how many are ready,
 /// which is 0 only after the deadline. A signal does not end the wait.
+#[cfg_attr(any(debug_assertions, feature = "lock-check"), track_caller)]
 pub fn poll_until(fds: &mut [PollFd<'_>], deadline: Option<Instant>) -> io::Result<usize> {
+    crate::locks::may_block("poll");
     loop {
         match poll(fds, timeout_until(deadline)) {
             // One call of poll(2) waits for at most 24 days.

@@ -116,7 +116,7 @@ impl InPlace {
     /// # Errors
     /// `conflict` if it has changed or is gone, and `host` if the daemon may not read it.
     pub fn open(&self) -> Result<File> {
-        crate::locks::require_memory_only("file access");
+        crate::locks::may_block("file access");
         let found = self.find()?;
         let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
         let file = rustix::fs::open(own_path(&found), flags, Mode::empty())

@@ -384,7 +384,7 @@ impl Images {
 
     /// Reads an image's `image.json`.
     pub(super) fn metadata(&self, name: &ImageRef) -> Result<Metadata> {
-        crate::locks::require_memory_only("file access");
+        crate::locks::may_block("file access");
         let dir = self.path(name);
         let damaged = |what: String| damaged(name, &what);
         let file = match File::open(dir.join(METADATA)) {
@@ -547,7 +547,7 @@ impl Images {
     /// Reads the details that are only shown on demand. They are empty for images that were built
     /// here.
     pub fn details(&self, name: &ImageRef) -> Result<ImageDetails> {
-        crate::locks::require_memory_only("file access");
+        crate::locks::may_block("file access");
         let path = self.path(name).join(DETAILS);
         let io = |e| Error::io(format!("read {}", path.display()), e);
         let file = match File::open(&path) {

@@ -28,6 +28,10 @@ pub struct Token;
 impl Token {
     #[inline(always)]
     pub fn taken(&self) {}
+    #[inline(always)]
+    pub fn contended(&self) {}
+    #[inline(always)]
+    pub fn resumed(&self) {}
 }
 
 #[inline(always)]
@@ -37,7 +41,7 @@ pub fn acquire(_tag: &Tag, _want: Request<'_>) -> Token {
 #[inline(always)]
 pub fn check_wait(_region: Rank, _except: &Token) {}
 #[inline(always)]
-pub fn require_memory_only(_what: &str) {}
+pub fn may_block(_what: &str) {}
 #[inline(always)]
 pub fn log_call(_record: &log::Record<'_>) {}
 #[inline(always)]

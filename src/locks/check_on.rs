@@ -6,7 +6,9 @@
 //! `FCD_LOCK_EDGES=FILE` appends a line `From To` for every declared edge when this process first
 //! sees it; the test suite fails if no process saw an edge.
 
-use super::rank::{Rank, Site, rule};
+use super::meter::{self, Usage};
+use super::rank::{Edge, Rank, Site, rule};
+use super::stats;
 use parking_lot::Mutex;
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -14,11 +16,15 @@ use std::fmt::{Debug, Write as _};
 use std::panic::Location;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::Instant;
 
 #[cfg(feature = "shuttle")]
 // Shuttle's tasks run on one OS thread, so with std's macro they would share one list.
 use shuttle::thread_local;
+
+#[cfg(any(test, feature = "fakes"))]
+pub use meter::holds;
+pub use meter::{contention, lock_beneath};
 
 /// True if this build checks locks.
 pub const IS_ON: bool = true;
@@ -41,60 +47,40 @@ pub struct Request<'a> {
     pub blocks: bool,
 }
 
-/// A hold that takes more CPU time than this counts as long. A thread that only touches memory
-/// releases its lock within microseconds.
-pub const HOLD_CPU_LONG: Duration = Duration::from_millis(1);
-
-/// Statistics about the holds of one rank's locks since the process started.
-#[derive(Clone, Debug, Default)]
-pub struct Holds {
-    pub count: u64,
-    /// The longest hold in CPU time of the thread, including the checker's own.
-    pub longest: Duration,
-    pub longest_at: String,
-    /// Holds of more than [`HOLD_CPU_LONG`].
-    pub long: u64,
-    /// Voluntary context switches of threads during a hold.
-    pub switches: u64,
-    /// Switches in holds during which the thread waited for no other lock, so something else
-    /// blocked it.
-    pub unexplained: u64,
-    pub unexplained_at: String,
-}
-
-/// The resources that a thread has used so far.
-#[derive(Clone, Copy)]
-struct Usage {
-    cpu: Duration,
-    switches: u64,
-    contended: u64,
-}
-
-impl Usage {
-    fn now() -> Self {
-        use nix::sys::resource::{UsageWho, getrusage};
-        use nix::time::{ClockId, clock_gettime};
-        let cpu =
-            clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from);
-        let switches =
-            getrusage(UsageWho::RUSAGE_THREAD).map_or(0, |u| u.voluntary_context_switches());
-        Self {
-            cpu,
-            switches: u64::try_from(switches).unwrap_or(0),
-            contended: CONTENDED.with(Cell::get),
-        }
-    }
-}
-
 struct Held {
-    /// The thread's usage when it got the lock, for keyed locks whose holds are measured.
-    since: Option<Usage>,
+    asked: Instant,
+    /// The thread's usage when it asked for the lock.
+    contended_before: u64,
+    /// Set while the thread has a lock under which there is only memory.
+    since: Option<(Usage, Instant)>,
     id: u64,
     rank: Rank,
     key: Option<String>,
     instance: usize,
     at: Site,
     taken: bool,
+}
+
+impl Held {
+    fn new(rank: Rank, want: Request<'_>, at: Site) -> Self {
+        Self {
+            asked: Instant::now(),
+            contended_before: meter::contended(),
+            since: None,
+            id: 0,
+            rank,
+            key: want.key.map(|k| format!("{k:?}")),
+            instance: want.instance as usize,
+            at,
+            taken: want.instance.is_null(),
+        }
+    }
+
+    /// True for the locks of subsystems, which have no keys. A [`LockSet`](super::LockSet) counts
+    /// the waits and holds of its own locks.
+    fn is_leaf(&self) -> bool {
+        self.key.is_none() && self.instance != 0
+    }
 }
 
 struct HeldList {
@@ -152,8 +138,6 @@ static SITES: Mutex<BTreeMap<(Rank, Rank), (Site, Site)>> = Mutex::new(BTreeMap:
 static VIOLATIONS: AtomicU64 = AtomicU64::new(0);
 /// The number of violations that the checker's own tests have provoked.
 static EXPECTED: AtomicU64 = AtomicU64::new(0);
-/// Statistics about the holds of `vm_locks`, which must be short.
-static HOLDS: Mutex<Option<Holds>> = Mutex::new(None);
 static CHAOS_ON: AtomicBool = AtomicBool::new(false);
 static CHAOS: Mutex<Option<fn(Rank)>> = Mutex::new(None);
 
@@ -164,8 +148,6 @@ std::thread_local! {
     /// True if this thread's edges and violations are recorded. It is false in the checker's own
     /// tests, whose edges and violations must not be counted as the daemon's.
     static RECORDING: Cell<bool> = const { Cell::new(true) };
-    /// How often this thread had to wait for a mutex.
-    static CONTENDED: Cell<u64> = const { Cell::new(0) };
 }
 
 pub struct Token {
@@ -175,12 +157,44 @@ pub struct Token {
 impl Token {
     /// Records that the lock was acquired, so that [`dump`] no longer shows the thread as waiting.
     pub fn taken(&self) {
+        let mut contended = None;
         self.edit(|held, i| {
-            held[i].taken = true;
-            if held[i].rank == Rank::Vm && held[i].key.is_some() {
-                held[i].since = Some(Usage::now());
+            let h = &mut held[i];
+            h.taken = true;
+            if h.is_leaf() {
+                stats::waited(h.rank, h.asked.elapsed());
             }
+            if meter::contended() > h.contended_before {
+                contended = Some((h.rank, h.at));
+            }
+            begin_hold(h);
         });
+        if let Some(site) = contended {
+            meter::contended_at(site);
+        }
+    }
+
+    /// Records that the thread has to wait for the lock.
+    pub fn contended(&self) {
+        meter::note_contended();
+    }
+
+    /// Records that a condition wait, which released the lock, has ended.
+    pub fn resumed(&self) {
+        self.edit(|held, i| begin_hold(&mut held[i]));
+    }
+
+    fn end_hold(&self) {
+        let mut ended = None;
+        self.edit(|held, i| {
+            ended = held[i]
+                .since
+                .take()
+                .map(|s| (s, held[i].rank, held[i].is_leaf(), held[i].at))
+        });
+        ended
+            .into_iter()
+            .for_each(|(since, rank, is_leaf, at)| meter::measure(rank, is_leaf, since, at));
     }
 
     fn edit(&self, f: impl FnOnce(&mut Vec<Held>, usize)) {
@@ -197,72 +211,29 @@ impl Drop for Token {
     // This must not panic, because it also runs during unwinding. Guards may be dropped in any
     // order.
     fn drop(&mut self) {
-        let mut ended = None;
-        self.edit(|held, i| {
-            let h = held.remove(i);
-            ended = h.since.map(|since| (since, h.at));
-        });
-        if let Some((since, at)) = ended {
-            measure(since, at);
-        }
+        self.end_hold();
+        self.edit(|held, i| drop(held.remove(i)));
     }
 }
 
-fn measure(since: Usage, at: Site) {
-    let now = Usage::now();
-    let (cpu, switches) = (
-        now.cpu.saturating_sub(since.cpu),
-        now.switches.saturating_sub(since.switches),
-    );
-    let mut holds = HOLDS.lock();
-    let holds = holds.get_or_insert_default();
-    holds.count += 1;
-    holds.switches += switches;
-    if switches > 0 && now.contended == since.contended {
-        holds.unexplained += switches;
-        holds.unexplained_at = at.to_string();
+fn begin_hold(h: &mut Held) {
+    if h.rank.is_memory_only() && h.instance != 0 {
+        h.since = Some((Usage::now(), Instant::now()));
     }
-    holds.long += u64::from(cpu > HOLD_CPU_LONG);
-    if cpu > holds.longest {
-        (holds.longest, holds.longest_at) = (cpu, at.to_string());
-    }
-}
-
-/// Returns statistics about the holds of `vm_locks` so far.
-#[cfg(any(test, feature = "fakes"))]
-pub fn holds() -> Holds {
-    HOLDS.lock().clone().unwrap_or_default()
-}
-
-/// Locks the underlying mutex, and counts the lock as contended if the thread has to wait.
-pub fn lock_beneath<T>(mutex: &Mutex<T>) -> parking_lot::MutexGuard<'_, T> {
-    mutex.try_lock().unwrap_or_else(|| {
-        CONTENDED.with(|c| c.set(c.get() + 1));
-        mutex.lock()
-    })
 }
 
 /// Adds the wanted lock to this thread's list. Panics before the thread blocks if the table does
 /// not allow this lock together with those that the thread holds.
 #[track_caller]
 pub fn acquire(tag: &Tag, want: Request<'_>) -> Token {
-    let (rank, at) = (tag.0, Location::caller());
+    let (rank, at, blocks) = (tag.0, Location::caller(), want.blocks);
     if CHAOS_ON.load(Ordering::Relaxed) {
         let hook = *CHAOS.lock();
         if let Some(hook) = hook {
             hook(rank);
         }
     }
-    let key = want.key.map(|k| format!("{k:?}"));
-    let wanted = Held {
-        since: None,
-        id: 0,
-        rank,
-        key,
-        instance: want.instance as usize,
-        at,
-        taken: want.instance.is_null(),
-    };
+    let wanted = Held::new(rank, want, at);
     // Judge under the list's mutex, but panic and record outside it, because both may call other
     // code.
     let judged = LOCAL.with(|local| {
@@ -274,7 +245,7 @@ pub fn acquire(tag: &Tag, want: Request<'_>) -> Token {
         {
             return Err((
                 report(&list.thread, &list.held, bad, &wanted),
-                hangs(&list.held[bad], &wanted) && want.blocks,
+                hangs(&list.held[bad], &wanted) && blocks,
             ));
         }
         let edges: Vec<_> = list
@@ -301,19 +272,18 @@ pub fn acquire(tag: &Tag, want: Request<'_>) -> Token {
 }
 
 /// Panics if the table does not allow a condition wait under the locks that the thread holds. The
-/// lock of `except` is ignored, because the wait releases it.
+/// lock of `except` is ignored, because the wait releases it until [`Token::resumed`].
 #[track_caller]
 pub fn check_wait(region: Rank, except: &Token) {
     let at = Location::caller();
-    let wanted = Held {
-        since: None,
-        id: 0,
-        rank: region,
+    except.end_hold();
+    except.contended();
+    let want = Request {
         key: None,
-        instance: 0,
-        at,
-        taken: true,
+        instance: std::ptr::null(),
+        blocks: false,
     };
+    let wanted = Held::new(region, want, at);
     let judged = LOCAL.with(|local| {
         let list = local.0.lock();
         let others = || list.held.iter().filter(|h| h.id != except.id);
@@ -336,19 +306,20 @@ pub fn check_wait(region: Rank, except: &Token) {
 }
 
 /// Panics if this thread holds a lock under which only memory may be touched. Call this function
-/// before a system call or a message to another process. Waits for a guest, a host command or the
-/// disk have virtual ranks instead. An unwinding thread is not checked, because the destructors
-/// that it runs may make system calls.
+/// before a system call that touches a file, a socket or a process, or that may sleep. Waits for a
+/// guest, a host command or the disk have virtual ranks of their own. An unwinding thread is not
+/// checked, because the destructors that it runs may make system calls.
 #[track_caller]
-pub fn require_memory_only(what: &str) {
-    require_none(what, &Location::caller());
+pub fn may_block(what: &str) {
+    require_allowed(Rank::Blocking, what, &Location::caller());
 }
 
-/// Panics like [`require_memory_only`] for a log call, because the call may block on the reader of
+/// Panics like [`may_block`] for a log call, because the call may block on the reader of
 /// the log.
 pub fn log_call(record: &log::Record<'_>) {
-    require_none(
-        "log call",
+    require_allowed(
+        Rank::Log,
+        Rank::Log.name(),
         &format_args!(
             "{}:{}",
             record.file().unwrap_or("?"),
@@ -357,14 +328,14 @@ pub fn log_call(record: &log::Record<'_>) {
     );
 }
 
-fn require_none(what: &str, at: &dyn std::fmt::Display) {
+fn require_allowed(rank: Rank, what: &str, at: &dyn std::fmt::Display) {
     if std::thread::panicking() {
         return;
     }
     // A thread whose thread-locals have been destroyed holds nothing.
     let judged = LOCAL.try_with(|local| {
         let list = local.0.lock();
-        let bad = list.held.iter().position(|h| h.rank.is_memory_only())?;
+        let bad = list.held.iter().position(|h| !rank.under().contains(h.rank))?;
         let mut out = format!(
             "{what} with locks held in thread '{}'\n  {what} at {at}\n",
             list.thread
@@ -372,8 +343,10 @@ fn require_none(what: &str, at: &dyn std::fmt::Display) {
         list_held(&mut out, &list.held, bad);
         let _ = write!(
             out,
-            "  rule    under {} there is only memory (src/locks/rank.rs)",
-            list.held[bad].rank.name()
+            "  rule    under {} there is only memory; a {} may happen only under: {} (src/locks/rank.rs)",
+            list.held[bad].rank.name(),
+            rank.name(),
+            rule(rank)
         );
         Some(out)
     });
@@ -416,12 +389,15 @@ pub fn set_chaos(hook: Option<fn(Rank)>) {
 }
 
 /// Returns the declared edges that occurred in this process.
-#[cfg(any(test, feature = "fakes"))]
-pub fn observed() -> Vec<super::rank::Edge> {
-    SITES
-        .lock()
-        .iter()
-        .map(|(&(from, to), &first)| super::rank::Edge { from, to, first })
+pub fn observed() -> Vec<Edge> {
+    let sites = SITES.lock();
+    let edges = sites.iter();
+    edges
+        .map(|(&(from, to), (from_at, to_at))| Edge {
+            from,
+            to,
+            first: (from_at.to_string(), to_at.to_string()),
+        })
         .collect()
 }
 
@@ -458,7 +434,7 @@ pub fn dump() -> String {
 
 /// Stops recording this thread's edges, and counts its later violations as expected.
 #[cfg(all(test, not(feature = "shuttle")))]
-pub(super) fn stop_recording() {
+pub fn stop_recording() {
     RECORDING.with(|r| r.set(false));
 }
 

@@ -13,12 +13,16 @@
 
 mod cancel;
 mod cause;
+mod durable;
+#[cfg(any(debug_assertions, feature = "lock-check"))]
+mod meter;
 mod mutex;
 pub mod rank;
 mod raw;
 mod record;
 mod set;
 mod slots;
+mod stats;
 
 #[cfg(any(debug_assertions, feature = "lock-check"))]
 #[path = "check_on.rs"]
@@ -29,11 +33,13 @@ pub mod check;
 
 pub use cancel::Cancel;
 pub use cause::CancelCause;
-pub use check::{assert_none_held, require_memory_only};
+pub use check::{assert_none_held, may_block};
+pub use durable::{durable_wait, durable_waits};
 pub use mutex::{Condvar, Mutex, Waited, region};
 pub use rank::Rank;
 pub use record::{KeyRecord, Party, operation_scope};
 pub use set::{KeyGuard, LockKey, LockSet};
+pub use stats::{ClassStats, stats};
 #[cfg(test)]
 use {
     cancel::Subscription,

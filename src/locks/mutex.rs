@@ -97,16 +97,17 @@ impl Condvar {
         mut condition: impl FnMut(&mut T) -> bool,
     ) -> bool {
         check::check_wait(Rank::CondWait, &guard.token);
-        while condition(guard) {
-            if self
+        let mut is_done = !condition(guard);
+        let mut timed_out = false;
+        while !is_done && !timed_out {
+            timed_out = self
                 .inner
                 .wait_until(&mut guard.inner, deadline)
-                .timed_out()
-            {
-                return !condition(guard);
-            }
+                .timed_out();
+            is_done = !condition(guard);
         }
-        true
+        guard.token.resumed();
+        is_done
     }
 
     /// Waits like [`Condvar::wait_while`], but also ends when `cancel` fires.
@@ -122,23 +123,25 @@ impl Condvar {
         let me = std::thread::current();
         let waker = me.clone();
         let _subscription = cancel.on_cancel(move || waker.unpark());
-        loop {
+        let waited = loop {
             if !condition(guard) {
-                return Waited::Done;
+                break Waited::Done;
             }
             if cancel.is_cancelled() {
-                return Waited::Cancelled;
+                break Waited::Cancelled;
             }
             let now = Instant::now();
             if now >= deadline {
-                return Waited::TimedOut;
+                break Waited::TimedOut;
             }
             self.parked.lock().push(me.clone());
             parking_lot::MutexGuard::unlocked(&mut guard.inner, || {
                 std::thread::park_timeout(deadline - now)
             });
             self.parked.lock().retain(|t| t.id() != me.id());
-        }
+        };
+        guard.token.resumed();
+        waited
     }
 
     pub fn notify_all(&self) {

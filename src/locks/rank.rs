@@ -2,6 +2,7 @@
 //! table; the one in `ARCHITECTURE.md` is the output of [`markdown_table`].
 
 use std::fmt::Write as _;
+#[cfg(any(debug_assertions, feature = "lock-check"))]
 use std::panic::Location;
 
 /// A class of locks, outermost first.
@@ -24,6 +25,11 @@ pub enum Rank {
     HostCmd,
     /// Virtual: this thread waits for a commit to be durable.
     DurableWait,
+    /// Virtual: this thread touches a file, a socket or a process, or sleeps. See
+    /// [`may_block`](super::may_block).
+    Blocking,
+    /// Virtual: this thread logs.
+    Log,
     Store,
     Ops,
     Pool,
@@ -75,7 +81,7 @@ const ONE_LOCK: RankSet = if cfg!(feature = "one-lock") {
 };
 
 impl Rank {
-    pub const ALL: [Rank; 20] = [
+    pub const ALL: [Rank; 22] = [
         Job,
         Vm,
         Workspace,
@@ -86,6 +92,8 @@ impl Rank {
         VmmApi,
         HostCmd,
         DurableWait,
+        Blocking,
+        Log,
         Store,
         Ops,
         Pool,
@@ -107,6 +115,16 @@ impl Rank {
             CreateVm | ImageOps | VmmApi | HostCmd => RankSet::EMPTY,
             JobWait | DurableWait => RankSet::of(&[Workspace]).and(ONE_LOCK),
             GuestIo => RankSet::of(&[Job]),
+            Blocking | Log => RankSet::of(&[
+                Job,
+                Workspace,
+                JobWait,
+                GuestIo,
+                VmmApi,
+                HostCmd,
+                DurableWait,
+            ])
+            .and(ONE_LOCK),
             Store => RankSet::of(&[Vm, Workspace, CreateVm, DurableWait]),
             Ops => RankSet::of(&[Job, Vm, GuestIo, HostCmd]),
             Pool => RankSet::of(&[Workspace, JobWait]).and(ONE_LOCK),
@@ -122,8 +140,15 @@ impl Rank {
     pub const fn is_virtual(self) -> bool {
         matches!(
             self,
-            Job | JobWait | GuestIo | VmmApi | HostCmd | DurableWait | CondWait
+            Job | JobWait | GuestIo | VmmApi | HostCmd | DurableWait | Blocking | Log | CondWait
         )
+    }
+
+    /// True for what any thread may do that holds no lock but a workspace's. So the test suite need
+    /// not observe each of its edges.
+    #[cfg(any(test, feature = "fakes"))]
+    pub const fn is_always_allowed(self) -> bool {
+        matches!(self, Blocking | Log)
     }
 
     /// True if a thread that holds such a lock may touch memory only: no file, socket, process or
@@ -149,6 +174,8 @@ impl Rank {
             VmmApi => "VMM API",
             HostCmd => "host command",
             DurableWait => "durable wait",
+            Blocking => "blocking call",
+            Log => "log call",
             Store => "store",
             Ops => "operation registry",
             Pool => "pool queue",
@@ -180,15 +207,30 @@ const _: () = {
 };
 
 /// A place in the source.
+#[cfg(any(debug_assertions, feature = "lock-check"))]
 pub type Site = &'static Location<'static>;
 
 /// `to` was taken while `from` was held.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct Edge {
     pub from: Rank,
     pub to: Rank,
     /// The places where `from` and `to` were taken when the edge was first seen.
-    pub first: (Site, Site),
+    pub first: (String, String),
+}
+
+/// A place where threads had to wait for a lock.
+#[cfg(any(debug_assertions, feature = "lock-check"))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Contention {
+    pub rank: Rank,
+    pub at: Site,
+    pub count: u64,
+}
+
+/// Returns the rank with this name.
+pub fn named(name: &str) -> Option<Rank> {
+    Rank::ALL.into_iter().find(|rank| rank.name() == name)
 }
 
 /// Returns every pair (held, taken) that the table allows.
@@ -261,11 +303,7 @@ pub fn order() -> Vec<Rule> {
 }
 
 /// Returns the table as a Graphviz graph. If `observed` is given, edges that never occurred are
-/// dotted, and the tooltip of every other edge shows where the edge was first seen.
-#[cfg_attr(
-    not(any(debug_assertions, feature = "lock-check")),
-    allow(dead_code, reason = "only the lock checker calls it")
-)]
+/// dotted, and the others are bold and say where both locks were taken when they first occurred.
 pub fn dot(observed: Option<&[Edge]>) -> String {
     let mut out = String::from("digraph locks {\n");
     for rank in Rank::ALL {
@@ -281,7 +319,11 @@ pub fn dot(observed: Option<&[Edge]>) -> String {
         let _ = match seen {
             None => writeln!(out, "  {from:?} -> {to:?};"),
             Some(Some(Edge { first: (a, b), .. })) => {
-                writeln!(out, "  {from:?} -> {to:?} [tooltip=\"{a} -> {b}\"];")
+                let sites = format!("{a} -> {b}");
+                writeln!(
+                    out,
+                    "  {from:?} -> {to:?} [style=bold, tooltip=\"{sites}\"];"
+                )
             }
             Some(None) => writeln!(out, "  {from:?} -> {to:?} [style=dotted];"),
         };

@@ -5,16 +5,20 @@ use super::raw;
 use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 thread_local! {
     static OPERATION: RefCell<Option<Arc<str>>> = const { RefCell::new(None) };
+    /// The kernel's number of this thread.
+    static TID: i32 = nix::unistd::gettid().as_raw();
 }
 
 /// A holder or a waiter.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Party {
     pub thread: String,
+    /// The kernel's number of the thread.
+    pub tid: i32,
     /// The label that [`operation_scope`] set.
     pub operation: Option<Arc<str>>,
     /// The time when a holder got the lock, or when a waiter joined the queue.
@@ -34,6 +38,7 @@ pub struct KeyRecord {
 /// The record that a [`LockSet`](super::LockSet) keeps of a holder or waiter.
 pub(super) struct PartyRecord {
     pub(super) thread: raw::Thread,
+    tid: i32,
     operation: Option<Arc<str>>,
     since: Instant,
 }
@@ -45,6 +50,7 @@ impl PartyRecord {
             .unwrap_or_default();
         Self {
             thread: raw::current(),
+            tid: TID.try_with(|tid| *tid).unwrap_or_default(),
             operation,
             since: Instant::now(),
         }
@@ -54,9 +60,15 @@ impl PartyRecord {
     pub(super) fn renewed(&self) -> Self {
         Self {
             thread: self.thread.clone(),
+            tid: self.tid,
             operation: self.operation.clone(),
             since: Instant::now(),
         }
+    }
+
+    /// Returns how long ago the record was made.
+    pub(super) fn age(&self) -> Duration {
+        self.since.elapsed()
     }
 }
 
@@ -65,6 +77,7 @@ impl From<&PartyRecord> for Party {
         let thread = here.thread.name().unwrap_or("?").to_owned();
         Self {
             thread,
+            tid: here.tid,
             operation: here.operation.clone(),
             since: here.since,
         }

@@ -43,7 +43,7 @@ impl<K: Clone + Ord + Hash + Debug> LockSet<K> {
     fn with_rank(rank: Rank) -> Self {
         Self {
             tag: check::Tag::new(rank),
-            slots: Slots::new(),
+            slots: Slots::new(rank),
         }
     }
 
@@ -59,6 +59,7 @@ impl<K: Clone + Ord + Hash + Debug> LockSet<K> {
     pub fn lock(&self, key: &K) -> KeyGuard<'_, K> {
         let token = self.check(key, true);
         if let Some(waiter) = self.slots.enter(key) {
+            token.contended();
             while !waiter.granted.load(Ordering::Acquire) {
                 raw::park();
             }
@@ -78,6 +79,7 @@ impl<K: Clone + Ord + Hash + Debug> LockSet<K> {
             return Err(WaitCancelled);
         }
         if let Some(waiter) = self.slots.enter(key) {
+            token.contended();
             let thread = waiter.here.thread.clone();
             // An unpark before the park makes the park return at once, so a grant or a cancel
             // between the check and the park is not missed.

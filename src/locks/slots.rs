@@ -2,11 +2,13 @@
 
 use super::raw;
 use super::record::{KeyRecord, Party, PartyRecord};
+use super::{rank::Rank, stats};
 use std::collections::{HashMap, VecDeque, hash_map::Entry};
 use std::fmt::Debug;
 use std::hash::Hash;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 /// The largest capacity that an empty set keeps. A larger map is freed when the set becomes empty.
 const IDLE_CAPACITY_MAX: usize = 1024;
@@ -25,11 +27,17 @@ pub(super) struct Waiter {
 }
 
 /// The slots of all keys that are held. The map has a lock of its own, beneath all ranks.
-pub(super) struct Slots<K: Eq + Hash>(raw::Mutex<HashMap<K, Slot>>);
+pub(super) struct Slots<K: Eq + Hash> {
+    rank: Rank,
+    map: raw::Mutex<HashMap<K, Slot>>,
+}
 
 impl<K: Clone + Ord + Hash + Debug> Slots<K> {
-    pub(super) fn new() -> Self {
-        Self(raw::Mutex::new(HashMap::new()))
+    pub(super) fn new(rank: Rank) -> Self {
+        Self {
+            rank,
+            map: raw::Mutex::new(HashMap::new()),
+        }
     }
 
     /// Takes the lock if it is free, and then returns None. Otherwise joins the lock's queue and
@@ -42,6 +50,7 @@ impl<K: Clone + Ord + Hash + Debug> Slots<K> {
                     holder: here,
                     waiters: VecDeque::new(),
                 });
+                stats::waited(self.rank, Duration::ZERO);
                 None
             }
             Entry::Occupied(mut entry) => {
@@ -64,6 +73,7 @@ impl<K: Clone + Ord + Hash + Debug> Slots<K> {
                 waiters: VecDeque::new(),
             }),
         };
+        stats::waited(self.rank, Duration::ZERO);
         true
     }
 
@@ -100,11 +110,11 @@ impl<K: Eq + Hash> Slots<K> {
     #[cfg(not(feature = "shuttle"))]
     #[inline]
     fn lock(&self) -> parking_lot::MutexGuard<'_, HashMap<K, Slot>> {
-        super::check::lock_beneath(&self.0)
+        super::check::lock_beneath(&self.map)
     }
     #[cfg(feature = "shuttle")]
     fn lock(&self) -> raw::MutexGuard<'_, HashMap<K, Slot>> {
-        self.0.lock()
+        self.map.lock()
     }
 
     #[cfg(any(test, feature = "fakes"))]
@@ -123,7 +133,9 @@ impl<K: Eq + Hash> Slots<K> {
         let Some(slot) = slots.get_mut(key) else {
             return;
         };
+        stats::held(self.rank, slot.holder.age());
         if let Some(next) = slot.waiters.pop_front() {
+            stats::waited(self.rank, next.here.age());
             slot.holder = next.here.renewed();
             next.granted.store(true, Ordering::Release);
             drop(slots);

@@ -278,7 +278,7 @@ fn released_keys_leave_no_entries() {
     }
     assert_eq!((set.len(), set.capacity() < 64), (0, true));
     // All these locks are held at the same time, as if by many threads.
-    let slots = Slots::new();
+    let slots = Slots::new(Rank::Vm);
     assert!((0..3000).all(|id| slots.enter_if_free(&id)));
     assert_eq!(slots.len(), 3000);
     (0..3000).for_each(|id| slots.release(&id));

@@ -57,7 +57,7 @@ pub fn free_port(port: &Port) -> Result<Port> {
 }
 
 fn bind(port: &Port, as_server: bool) -> Result<(OwnedFd, u16)> {
-    crate::locks::require_memory_only("socket");
+    crate::locks::may_block("socket");
     let doing = || format!("forward port {port} to the guest");
     let io = |e: rustix::io::Errno| Error::io(doing(), std::io::Error::from(e));
     let kind = match port.protocol {

@@ -4,7 +4,7 @@ use super::claim;
 use super::dispatch::Dispatch;
 use super::{Limits, Server};
 use crate::config::Config;
-use crate::daemon::{Daemon, Seams};
+use crate::daemon::{Daemon, Seams, Watchdog};
 use crate::error::{Error, Kind, Result};
 use rustix::fs::{FlockOperation, OFlags};
 use sd_notify::NotifyState;
@@ -80,6 +80,8 @@ pub fn run(config: Config) -> Result<()> {
         reconciling.reconciler.run_sweeper();
     })?;
     let space_monitor = daemon.space_monitor.clone();
+    let watchdog = Watchdog::new(&daemon.core);
+    let watched = crate::host::thread::spawn("watchdog", move || watchdog.run())?;
     let roomed = crate::host::thread::spawn("room", move || space_monitor.run())?;
     tell_systemd(NotifyState::Ready);
     log::info!(
@@ -115,7 +117,7 @@ pub fn run(config: Config) -> Result<()> {
         begun + TRANSFERS_GRACE,
         begun + EXIT_DEADLINE,
     );
-    drop((reconciled, roomed));
+    drop((reconciled, roomed, watched));
     log::info!("done; VMs keep running");
     Ok(())
 }
@@ -180,6 +182,7 @@ pub fn print_doctor(config: &Config) -> Result<()> {
 /// Locks the state directory, so that only one daemon uses it. The lock is an flock(2) on a file
 /// that is never unlinked. The error names the process that holds the lock.
 fn hold(state_dir: &Path) -> Result<File> {
+    crate::locks::may_block("sleep");
     let path = state_dir.join(LOCK_FILE);
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     let fd = rustix::fs::open(&path, flags, rustix::fs::Mode::from_raw_mode(0o600))

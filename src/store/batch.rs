@@ -5,7 +5,7 @@ use super::Inner;
 use super::reserve::{PROBE_FREE_BYTES, RESERVE_BYTES};
 use super::tx::Step;
 use crate::error::{Error, Kind, Result};
-use crate::locks::{Condvar, Mutex, Rank, region};
+use crate::locks::{Condvar, Mutex, Rank, durable_wait};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -163,7 +163,7 @@ impl Ticket {
     }
 
     fn wait_as(&self, writes: Writes, deadline: Instant) -> Result<u64> {
-        let _waiting = region(Rank::DurableWait);
+        let _waiting = durable_wait();
         let Some(pending) = &self.pending else {
             return Ok(self.seq);
         };

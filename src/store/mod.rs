@@ -75,7 +75,7 @@ pub use {
 use crate::error::{Error, Result};
 use crate::host::thread;
 use crate::ids::VmId;
-use crate::locks::{Condvar, Mutex, Rank, region};
+use crate::locks::{Condvar, Mutex, Rank, durable_wait};
 use crate::uids::Retention;
 use batch::{Batch, Change, Failure, Outcome};
 use std::path::Path;
@@ -290,7 +290,7 @@ impl Store {
     /// Probes a read-only store now, and waits until it is writable. Returns false if it is still
     /// read-only at the deadline or when the store is closed. Opens `Rank::DurableWait`.
     pub fn wait_writable(&self, deadline: Instant) -> bool {
-        let _waiting = region(Rank::DurableWait);
+        let _waiting = durable_wait();
         let inner = &self.0.inner;
         let mut core = inner.core.lock();
         core.probe_now = core.mode.is_read_only();
@@ -321,7 +321,7 @@ impl Store {
     /// Writes the queue and ends the writer. Reads still work; changes get `shutting_down`. Opens
     /// `Rank::DurableWait`.
     pub fn close(&self) {
-        let _waiting = region(Rank::DurableWait);
+        let _waiting = durable_wait();
         self.0.close();
     }
 

@@ -61,7 +61,7 @@ impl Layers {
 
     /// Returns the archive of a layer for reading, or None if it is not cached. Marks it as used.
     pub(crate) fn get(&self, diff_id: &str) -> Result<Option<File>> {
-        crate::locks::require_memory_only("file access");
+        crate::locks::may_block("file access");
         let Some(path) = self.path(diff_id) else {
             return Ok(None);
         };

@@ -50,7 +50,7 @@ impl Partials {
     /// another pull of the user is fetching the blob, or if `digest` is not a digest. The file is
     /// locked until all its descriptors are closed, also one that was passed to another process.
     pub(super) fn get(&self, uid: u32, digest: &str) -> Result<Option<File>> {
-        crate::locks::require_memory_only("file access");
+        crate::locks::may_block("file access");
         let Some(path) = self.path(uid, digest) else {
             return Ok(None);
         };

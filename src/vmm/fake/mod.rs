@@ -246,6 +246,7 @@ impl Fake {
 
     fn spawn(&self, spec: &VmmSpec) -> Result<Identity> {
         let gone = Cancel::try_new().map_err(|e| Error::io("make a fake VMM", e))?;
+        let boot_id = process::boot_id()?.to_owned();
         let mut state = self.state.lock();
         if state
             .vmms
@@ -266,7 +267,7 @@ impl Fake {
         let identity = Identity {
             pid,
             start_time: state.starts,
-            boot_id: process::boot_id()?.to_owned(),
+            boot_id,
         };
         let ssh_addr = state.ssh_addrs.get(&spec.vm).copied().or(state.ssh_addr);
         let ssh_addr = ssh_addr.unwrap_or_else(|| SocketAddr::from((Ipv4Addr::LOCALHOST, 9)));

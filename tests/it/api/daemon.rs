@@ -354,6 +354,24 @@ fn daemon_goldens() {
         locks: vec![record],
         violations: 0,
         checked: true,
+        durable_waits: vec![party("c")],
+        classes: vec![LockClass {
+            class: "vm_locks".into(),
+            waits: vec![7],
+            holds: vec![0, 3, 4],
+        }],
+        edges: vec![LockEdge {
+            from: "vm_locks".into(),
+            to: "store".into(),
+            from_site: "src/a.rs:1:2".into(),
+            to_site: "src/b.rs:3:4".into(),
+        }],
+        contention: vec![LockContention {
+            class: "store".into(),
+            site: "src/b.rs:3:4".into(),
+            count: 5,
+        }],
+        log_lines_dropped: 6,
     };
     call::<DebugLocks>(
         Empty {},
@@ -361,7 +379,7 @@ fn daemon_goldens() {
         expect![[r#"
         debug.locks
         {}
-        {"locks":[{"set":"vm_locks","key":"0123","holder":{"thread":"a","operation":"vm.stop","for_us":5},"waiters":[{"thread":"b","operation":"vm.stop","for_us":5}]}],"violations":0,"checked":true}
+        {"locks":[{"set":"vm_locks","key":"0123","holder":{"thread":"a","operation":"vm.stop","for_us":5},"waiters":[{"thread":"b","operation":"vm.stop","for_us":5}]}],"violations":0,"checked":true,"durable_waits":[{"thread":"c","operation":"vm.stop","for_us":5}],"classes":[{"class":"vm_locks","waits":[7],"holds":[0,3,4]}],"edges":[{"from":"vm_locks","to":"store","from_site":"src/a.rs:1:2","to_site":"src/b.rs:3:4"}],"contention":[{"class":"store","site":"src/b.rs:3:4","count":5}],"log_lines_dropped":6}
     "#]],
     );
 }

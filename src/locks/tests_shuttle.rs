@@ -107,7 +107,7 @@ fn dropped_subscription_never_runs() {
 
 /// The checker has a separate list of held locks for each shuttle task.
 #[test]
-#[should_panic(expected = "lock order violation")]
+#[should_panic(expected = "locks that exclude each other")]
 fn violation_of_one_task_is_found() {
     shuttle::check_random(
         || {

@@ -138,6 +138,7 @@ fn kvm(state_dir: &Path, image: &ImageRef, qemu: &Qemu) -> Option<Missing> {
 
 /// Finds a root disk that is a qcow2 file, which only QEMU can read.
 fn qcow2_disk(state_dir: &Path) -> Option<PathBuf> {
+    crate::locks::may_block("file access");
     let vms = std::fs::read_dir(state_dir.join(VMS_DIR))
         .into_iter()
         .flatten()

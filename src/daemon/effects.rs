@@ -61,6 +61,7 @@ impl DieAt {
     }
 
     fn pass(&self, what: &str) {
+        crate::locks::may_block("file access");
         use std::sync::atomic::Ordering::SeqCst;
         let Ok(text) = std::fs::read_to_string(&self.file) else {
             return self.left.store(0, SeqCst);

@@ -59,6 +59,7 @@ impl Guests {
     }
 
     fn private_key(&self, row: &VmRow) -> Result<String> {
+        crate::locks::may_block("file access");
         let path = self.core.vm_dir(&row.id).join(KEY_FILE);
         std::fs::read_to_string(&path)
             .map_err(|e| Error::io(format!("read the key of VM {}", row.name), e))

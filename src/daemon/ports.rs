@@ -23,6 +23,7 @@ const UNPRIVILEGED_DEFAULT: u16 = 1024;
 
 /// Returns the first port that needs no privilege on this host.
 pub(super) fn unprivileged_from() -> u16 {
+    crate::locks::may_block("file access");
     let text = std::fs::read_to_string(UNPRIVILEGED).unwrap_or_default();
     text.trim().parse().unwrap_or(UNPRIVILEGED_DEFAULT)
 }

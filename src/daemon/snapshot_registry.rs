@@ -157,6 +157,7 @@ impl Restore {
 /// Returns how many bytes the files in a directory occupy, without those that have other hard
 /// links.
 pub(super) fn allocated_bytes(dir: &Path) -> u64 {
+    crate::locks::may_block("file access");
     use std::os::unix::fs::MetadataExt;
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
     // Files with other hard links are shared, for example with an image.
@@ -170,6 +171,7 @@ pub(super) fn allocated_bytes(dir: &Path) -> u64 {
 /// Returns how many bytes the files in a VM's directory occupy, including those with several hard
 /// links.
 pub(super) fn disk_bytes(dir: &Path) -> u64 {
+    crate::locks::may_block("file access");
     use std::os::unix::fs::MetadataExt;
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
     // The origin of device-mapper snapshots is not copied.

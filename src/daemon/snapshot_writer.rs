@@ -370,6 +370,7 @@ fn make_files(files: &Files, spec: &VmmSpec) -> Result<()> {
 
 /// Fails if the new seed of a restore would not fit into the guest's seed drive.
 fn require_long_seed(row: &VmRow, spec: &VmmSpec) -> Result<()> {
+    crate::locks::may_block("file access");
     if std::fs::metadata(&spec.seed).is_ok_and(|seed| seed.len() < UNIT_BYTES as u64) {
         let text = format!(
             "VM {} was started by an earlier fcd, and its seed drive is too short for a restore",
@@ -384,6 +385,7 @@ fn require_long_seed(row: &VmRow, spec: &VmmSpec) -> Result<()> {
 /// Turns the zeroes of the memory file into holes. A VMM may have written memory that the guest
 /// never used. The guest has already resumed, so this does not prolong its pause.
 fn free_zeroes(files: &Files, op: &OpHandle) {
+    crate::locks::may_block("file access");
     let file = OpenOptions::new()
         .read(true)
         .write(true)
@@ -406,6 +408,7 @@ fn free_zeroes(files: &Files, op: &OpHandle) {
 }
 
 fn sync_saved(files: &Files, credentials: Option<Credentials>) -> Result<()> {
+    crate::locks::may_block("file access");
     for path in [&files.memory, &files.devices] {
         let file = share_saved(path, credentials)?;
         file.sync_all()
@@ -416,6 +419,7 @@ fn sync_saved(files: &Files, credentials: Option<Credentials>) -> Result<()> {
 }
 
 fn new_file(path: &Path) -> Result<File> {
+    crate::locks::may_block("file access");
     let options = OpenOptions::new()
         .write(true)
         .create_new(true)
@@ -428,6 +432,7 @@ fn new_file(path: &Path) -> Result<File> {
 
 /// Makes a hard link if the file system supports it, else a copy.
 fn link(from: &Path, to: &Path) -> Result<()> {
+    crate::locks::may_block("file access");
     std::fs::hard_link(from, to)
         .or_else(|_| std::fs::copy(from, to).map(drop))
         .map_err(|e| {

@@ -81,6 +81,7 @@ pub fn copy(
 }
 
 fn is_same_file(a: &Path, b: &Path) -> bool {
+    crate::locks::may_block("file access");
     let known = |path: &Path| {
         std::fs::symlink_metadata(path)
             .ok()

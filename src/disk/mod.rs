@@ -97,6 +97,7 @@ impl Draft {
     /// Picks the path of the draft, and removes the draft of an earlier attempt. Does not create
     /// the file.
     fn new(target: &Path) -> Result<Self> {
+        crate::locks::may_block("file access");
         let draft = Self {
             path: draft(target),
             target: target.to_owned(),
@@ -113,6 +114,7 @@ impl Draft {
     /// Sets the owner, syncs the file and renames it. After a crash the target is either complete
     /// or what it was before.
     fn publish(mut self, owner: Option<Credentials>) -> Result<()> {
+        crate::locks::may_block("file access");
         let doing = || format!("write {}", self.target.display());
         let io = |e: std::io::Error| Error::io(doing(), e);
         let file = File::open(&self.path).map_err(io)?;
@@ -134,6 +136,7 @@ impl Draft {
 
 impl Drop for Draft {
     fn drop(&mut self) {
+        crate::locks::may_block("file access");
         if !self.published {
             let _ = std::fs::remove_file(&self.path);
         }

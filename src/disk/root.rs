@@ -46,6 +46,7 @@ pub fn make_root(
     cancel: &Cancel,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<()> {
+    crate::locks::may_block("file access");
     let doing = |e: Error| e.context(format!("create root disk {}", spec.path.display()));
     let base = File::open(spec.base)
         .map_err(|e| Error::io(format!("open image {}", spec.base.display()), e))
@@ -127,6 +128,7 @@ pub fn copy_root(
 /// the image does not affect the disk. Returns the image's own path if no hard link is possible,
 /// for example because the image is on another file system.
 pub(super) fn link_origin(base: &Path, disk: &Path) -> Result<PathBuf> {
+    crate::locks::may_block("file access");
     use rustix::io::Errno;
     let origin = origin_path(disk);
     let io = |e: std::io::Error| {
@@ -172,6 +174,7 @@ pub fn grow(
     size_bytes: u64,
     cancel: &Cancel,
 ) -> Result<()> {
+    crate::locks::may_block("file access");
     let doing = |e: Error| e.context(format!("grow disk {}", path.display()));
     let open = || {
         OpenOptions::new()
@@ -202,6 +205,7 @@ pub fn grow(
 
 /// Returns the virtual size in bytes of a disk that is a file. Fails for a device-mapper snapshot.
 pub fn disk_size(path: &Path, method: Method) -> Result<u64> {
+    crate::locks::may_block("file access");
     let io = |e| Error::io(format!("read the size of {}", path.display()), e);
     let mut file = File::open(path).map_err(io)?;
     match method {
@@ -237,6 +241,7 @@ fn clone_file(base: &File, path: &Path, size_bytes: u64) -> Result<()> {
 }
 
 pub(super) fn new_file(path: &Path) -> Result<File> {
+    crate::locks::may_block("file access");
     let options = OpenOptions::new()
         .write(true)
         .create_new(true)
@@ -263,6 +268,7 @@ fn check_size(now: u64, wanted: u64) -> Result<()> {
 }
 
 fn set_private(path: &Path) -> Result<()> {
+    crate::locks::may_block("file access");
     use std::os::unix::fs::PermissionsExt;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))
         .map_err(|e| Error::io(format!("set the mode of {}", path.display()), e))

@@ -100,6 +100,7 @@ impl Seed<'_> {
     /// Writes the drive with mode 0600. After a crash it is either complete or absent. `owner` is
     /// the uid and gid of the VMM.
     pub fn write(&self, path: &Path, owner: Option<Credentials>) -> Result<()> {
+        crate::locks::may_block("file access");
         let bytes = self.tar()?;
         let draft = Draft::new(path)?;
         let mut file = OpenOptions::new()

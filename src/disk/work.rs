@@ -30,6 +30,7 @@ pub fn make(
     owner: Option<Credentials>,
     cancel: &Cancel,
 ) -> Result<()> {
+    crate::locks::may_block("file access");
     let doing = || format!("create work disk {}", path.display());
     let draft = Draft::new(path)?;
     let file = OpenOptions::new()

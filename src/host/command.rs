@@ -433,6 +433,7 @@ pub(super) fn feed(
 /// Returns the path of the program that a command of this name would run, or None if there is none.
 /// A name without a slash is looked up in [`Command`]'s search path.
 pub fn find_program(name: &std::path::Path) -> Option<PathBuf> {
+    crate::locks::may_block("file access");
     use std::os::unix::fs::PermissionsExt;
     let runs = |p: &PathBuf| {
         std::fs::metadata(p).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)

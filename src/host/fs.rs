@@ -190,6 +190,7 @@ fn some_names(dir: &OwnedFd) -> std::io::Result<Vec<std::ffi::CString>> {
 
 /// Removes a file or an empty directory. Returns false if it is a directory that is not empty.
 fn remove_one(dir: &OwnedFd, name: &std::ffi::CStr) -> std::io::Result<bool> {
+    crate::locks::may_block("file access");
     match rustix::fs::unlinkat(dir, name, AtFlags::empty()) {
         Ok(()) | Err(Errno::NOENT) => return Ok(true),
         // POSIX specifies EPERM for a directory (unlink(2)).
@@ -205,6 +206,7 @@ fn remove_one(dir: &OwnedFd, name: &std::ffi::CStr) -> std::io::Result<bool> {
 
 /// Empties the directory `name` by moving its subdirectories up into `top`.
 fn lift(top: &OwnedFd, name: &std::ffi::CStr, lifted: &mut u64) -> std::io::Result<()> {
+    crate::locks::may_block("file access");
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let dir = rustix::fs::openat(top, name, flags, Mode::empty())?;
     for inner in some_names(&dir)? {

@@ -65,6 +65,7 @@ fn close_range(first: RawFd, last: RawFd, flags: u32) -> std::io::Result<()> {
 
 /// True if the process ignores `signal`, as `nohup` arranges for SIGHUP.
 pub fn ignores(signal: i32) -> Result<bool> {
+    crate::locks::may_block("file access");
     const PATH: &str = "/proc/self/status";
     let status = std::fs::read_to_string(PATH).map_err(|e| Error::io(format!("read {PATH}"), e))?;
     Ok(ignored(&status).is_some_and(|set| set & (1 << (signal - 1)) != 0))

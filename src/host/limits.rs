@@ -26,6 +26,7 @@ pub fn raise_open_files(needed: u64) -> Result<u64> {
 
 /// Returns the host's memory in MiB (`MemTotal` in `/proc/meminfo`).
 pub fn mem_total_mib() -> Result<u64> {
+    crate::locks::may_block("file access");
     let text =
         std::fs::read_to_string("/proc/meminfo").map_err(|e| Error::io("read /proc/meminfo", e))?;
     parse_mem_total_mib(&text)

@@ -43,6 +43,7 @@ pub fn give_back() {
 /// only at the start or under load, then no longer count as the daemon's memory, and the kernel can
 /// reclaim them without unmapping them first.
 fn unmap_program_pages() {
+    crate::locks::may_block("file access");
     let Ok(maps) = std::fs::read_to_string("/proc/self/smaps") else {
         return;
     };

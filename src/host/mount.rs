@@ -24,6 +24,7 @@ impl Flags {
 }
 
 pub fn flags(path: &Path) -> std::io::Result<Flags> {
+    crate::locks::may_block("file access");
     let set = rustix::fs::statvfs(path)?.f_flag;
     // rustix names only some of the flags of statvfs(3).
     let has = |flag: u64| set.bits() & flag != 0;
@@ -36,6 +37,7 @@ pub fn flags(path: &Path) -> std::io::Result<Flags> {
 /// Returns the highest ancestor of `path` on the same file system. Bind mounts within a file system
 /// are not detected.
 pub fn point(path: &Path) -> PathBuf {
+    crate::locks::may_block("file access");
     let device = |p: &Path| std::fs::metadata(p).map(|m| m.dev()).ok();
     let own = device(path);
     path.ancestors()

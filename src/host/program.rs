@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 /// `command_missing` if it does not exist, and `unsupported`, with the cause and a hint, if it
 /// cannot be executed.
 pub fn locate(name: &Path) -> Result<PathBuf> {
+    crate::locks::may_block("file access");
     let Some(path) = find_program(name) else {
         return Err(why_not(name).unwrap_or_else(|| {
             Error::new(
@@ -32,6 +33,7 @@ pub fn locate(name: &Path) -> Result<PathBuf> {
 
 /// Returns why the program cannot be executed, or None if it does not exist.
 fn why_not(path: &Path) -> Option<Error> {
+    crate::locks::may_block("file access");
     let meta = std::fs::metadata(path).ok()?;
     let shown = path.display();
     let refused = |why: String, hint: String| {

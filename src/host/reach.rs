@@ -14,6 +14,7 @@ const LINKS_MAX: usize = 40;
 ///
 /// Access control lists are ignored: VMMs have thousands of uids, which no one lists in an ACL.
 pub fn closed_to_others(path: &Path) -> Option<PathBuf> {
+    crate::locks::may_block("file access");
     let mut todo: VecDeque<OsString> = components(path);
     let mut at = PathBuf::from("/");
     let mut links = 0;

@@ -21,6 +21,7 @@ pub struct Usage {
 /// # Errors
 /// `vmm_failed` if the process has exited.
 pub fn of(identity: &Identity) -> Result<Usage> {
+    crate::locks::may_block("file access");
     let gone = || {
         Error::new(
             Kind::VmmFailed,

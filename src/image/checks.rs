@@ -61,6 +61,7 @@ impl Host {
     }
 
     fn read(&self, path: &str) -> String {
+        crate::locks::may_block("file access");
         std::fs::read_to_string(self.root.join(path)).unwrap_or_default()
     }
 
@@ -217,6 +218,7 @@ fn checks_of(host: &Host, commands: &dyn Commands, cancel: &Cancel) -> Vec<Check
 /// Returns the names and contents of the host's apt sources, in both formats. Files that cannot be
 /// read are omitted.
 pub(super) fn source_files(root: &Path) -> Vec<(String, String)> {
+    crate::locks::may_block("file access");
     let parts = std::fs::read_dir(root.join("etc/apt/sources.list.d"))
         .into_iter()
         .flatten()

@@ -37,6 +37,7 @@ pub fn commit(
     admit: &mut Admit<'_>,
     cancel: &Cancel,
 ) -> Result<ImageInfo> {
+    crate::locks::may_block("file access");
     let io = |e: std::io::Error| Error::io(format!("make image {}", spec.name), e);
     let mut metadata = images.metadata(&spec.base.name)?;
     let staging = images.stage(&spec.name)?;

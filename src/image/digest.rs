@@ -16,6 +16,7 @@ const BLOCK: usize = 4096;
 /// only its non-zero blocks of 4096 bytes, each preceded by its number (64 bits, little-endian).
 /// The digest therefore does not depend on the positions of the holes.
 pub(super) fn record(dir: &Path, name: &str, cancel: &Cancel) -> Result<FileRecord> {
+    crate::locks::may_block("file access");
     let io = |e: std::io::Error| Error::io(format!("hash {name}"), e);
     let file = File::open(dir.join(name)).map_err(io)?;
     record_file(&file, name, cancel)

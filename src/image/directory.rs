@@ -38,6 +38,7 @@ impl Readers {
 /// Opens `<state_dir>/<name>`, which is created if it does not exist, and removes the directories
 /// that an earlier daemon was filling or deleting. The caller holds the state directory's lock.
 pub(super) fn open_registry(state_dir: &Path, name: &str, staging_prefix: &str) -> Result<PathBuf> {
+    crate::locks::may_block("file access");
     let dir = state_dir.join(name);
     let io = |e| Error::io(format!("open {}", dir.display()), e);
     std::fs::DirBuilder::new()
@@ -69,6 +70,7 @@ pub(super) fn publish(
     readers: Readers,
     to: &Path,
 ) -> std::io::Result<bool> {
+    crate::locks::may_block("file access");
     seal(from, files, readers)?;
     let (cwd, flags) = (rustix::fs::CWD, rustix::fs::RenameFlags::NOREPLACE);
     match rustix::fs::renameat_with(cwd, from, cwd, to, flags) {
@@ -82,6 +84,7 @@ pub(super) fn publish(
 
 /// Records the files of a directory, makes them read-only and syncs everything.
 pub(super) fn seal(dir: &Path, files: &[&str], readers: Readers) -> std::io::Result<()> {
+    crate::locks::may_block("file access");
     // Restrict the directory first, so that no other user can open a private file in between.
     set_readers(dir, readers)?;
     // Stamps do not cover the JSON files, because the registries replace those themselves.
@@ -101,17 +104,20 @@ pub(super) fn seal(dir: &Path, files: &[&str], readers: Readers) -> std::io::Res
 
 /// Decides who may read the files of a directory.
 pub(super) fn set_readers(dir: &Path, readers: Readers) -> std::io::Result<()> {
+    crate::locks::may_block("file access");
     std::fs::set_permissions(dir, Permissions::from_mode(readers.mode()))
 }
 
 /// Exchanges two directories. At any time, both names exist.
 pub(super) fn exchange(one: &Path, other: &Path) -> std::io::Result<()> {
+    crate::locks::may_block("file access");
     let (cwd, flags) = (rustix::fs::CWD, rustix::fs::RenameFlags::EXCHANGE);
     rustix::fs::renameat_with(cwd, one, cwd, other, flags)?;
     sync_parent(other)
 }
 
 fn sync_parent(path: &Path) -> std::io::Result<()> {
+    crate::locks::may_block("file access");
     let parent = path.parent().unwrap_or(Path::new("/"));
     File::open(parent)?.sync_all()
 }
@@ -144,6 +150,7 @@ pub(super) struct Staging {
 impl Staging {
     /// Creates an empty directory whose name begins with `prefix`.
     pub(super) fn new(dir: &Path, prefix: &str) -> Result<Self> {
+        crate::locks::may_block("file access");
         let io = |e| Error::io(format!("create a directory in {}", dir.display()), e);
         let made = tempfile::Builder::new()
             .prefix(prefix)
@@ -164,6 +171,7 @@ impl Drop for Staging {
     /// Retries the removal, because the processes of a cancelled build may write until they are
     /// killed.
     fn drop(&mut self) {
+        crate::locks::may_block("file access");
         const TRIES: u32 = 40;
         const PAUSE: std::time::Duration = std::time::Duration::from_millis(50);
         for last in (0..TRIES).rev() {

@@ -50,6 +50,7 @@ impl InPlace {
     /// `invalid_argument` if it is not a regular file that is open for reading, `denied` if it
     /// belongs to another user, `unsupported` if it is on a file system that may never answer.
     pub fn accept(fd: &OwnedFd, caller_uid: u32) -> Result<Self> {
+        crate::locks::may_block("file access");
         let io = |e: rustix::io::Errno| Error::io("inspect the passed descriptor", e);
         let stat = rustix::fs::fstat(fd).map_err(io)?;
         require_regular(&stat).map_err(|what| {
@@ -128,6 +129,7 @@ impl InPlace {
 
     /// Opens the path without access to its content, and compares the file with the record.
     fn find(&self) -> Result<OwnedFd> {
+        crate::locks::may_block("file access");
         use rustix::io::Errno;
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let found = rustix::fs::open(&self.path, flags, Mode::empty()).map_err(|e| match e {

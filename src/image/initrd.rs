@@ -26,6 +26,7 @@ const INITRD_INIT: &str = include_str!("guest/initrd-init");
 
 /// Writes `initrd`, the initramfs, from the files `busybox` and `modules`.
 pub(super) fn write_initrd(out: &Path, kernel_version: &str) -> Result<()> {
+    crate::locks::may_block("file access");
     let read = |path: &Path| {
         let file =
             File::open(path).and_then(|f| crate::host::command::read_bounded(f, PART_BYTES_MAX));

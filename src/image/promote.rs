@@ -21,6 +21,7 @@ pub fn promote(
     copy: &mut Copy<'_>,
     cancel: &Cancel,
 ) -> Result<ImageInfo> {
+    crate::locks::may_block("file access");
     let io = |e: std::io::Error| Error::io(format!("promote image {name}"), e);
     let info = images.get(name)?;
     let Some(file) = info.open_in_place()? else {

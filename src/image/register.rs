@@ -55,6 +55,7 @@ pub fn register(
     steps: &mut Steps<'_>,
     cancel: &Cancel,
 ) -> Result<ImageInfo> {
+    crate::locks::may_block("file access");
     let io = |e: std::io::Error| Error::io(format!("register image {}", spec.name), e);
     if !wait::sleep(spec.file.settles_in(), cancel).map_err(io)? {
         return Err(wait::cancelled_by(cancel));
@@ -94,6 +95,7 @@ pub fn register(
 
 /// Creates a file that only the helper's uid can read.
 fn create_for(helper: Credentials, path: &Path) -> std::io::Result<File> {
+    crate::locks::may_block("file access");
     let mut options = File::options();
     options.read(true).write(true).create_new(true).mode(0o400);
     let file = options.open(path)?;

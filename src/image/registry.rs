@@ -296,6 +296,7 @@ impl Images {
 
     /// Returns all complete images, sorted by name. Damaged ones are logged and omitted.
     pub fn list(&self) -> Result<Vec<ImageInfo>> {
+        crate::locks::may_block("file access");
         let io = |e| Error::io(format!("read image registry {}", self.dir.display()), e);
         let mut images = Vec::new();
         for entry in std::fs::read_dir(&self.dir).map_err(io)? {
@@ -318,6 +319,7 @@ impl Images {
     /// `image_not_found`, or `host` if the image is damaged, for example because a file is missing
     /// or was written to after the image was published.
     pub fn get(&self, name: &ImageRef) -> Result<ImageInfo> {
+        crate::locks::may_block("file access");
         let metadata = self.metadata(name)?;
         let dir = self.path(name);
         let damaged = |what: String| damaged(name, &what);
@@ -446,6 +448,7 @@ impl Images {
     }
 
     fn write_metadata(&self, files: &Path, metadata: &Metadata) -> Result<()> {
+        crate::locks::may_block("file access");
         let io = |e| Error::io(format!("publish image {}", metadata.name), e);
         let text = serde_json::to_vec_pretty(metadata).map_err(|e| io(e.into()))?;
         // A longer text could not be read back.
@@ -500,6 +503,7 @@ impl Images {
         pulled: Pulled,
         replaces: bool,
     ) -> Result<ImageInfo> {
+        crate::locks::may_block("file access");
         let io = |e: std::io::Error| Error::io(format!("publish image {}", pulled.name), e);
         let details = serde_json::to_vec(&pulled.details).map_err(|e| io(e.into()))?;
         if details.len() as u64 > DETAILS_BYTES_MAX {
@@ -565,6 +569,7 @@ impl Images {
     /// # Errors
     /// `image_not_found`, `name_taken`, `host`.
     pub fn tag(&self, name: &ImageRef, tag: &Tag<'_>) -> Result<ImageInfo> {
+        crate::locks::may_block("file access");
         let Tag {
             new_name,
             owner_uid,

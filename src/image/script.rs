@@ -33,6 +33,7 @@ pub(super) fn write_inputs(
     commands: &dyn Commands,
     cancel: &Cancel,
 ) -> Result<String> {
+    crate::locks::may_block("file access");
     let root = Path::new("/");
     let os = sources::os(&std::fs::read_to_string(root.join("etc/os-release")).unwrap_or_default());
     if os.id != "debian" || os.codename.is_empty() {
@@ -146,6 +147,7 @@ pub(super) fn stage_of(stages: &[Stage], line: &str) -> Option<usize> {
 
 /// Reads a file of one line that the script has written.
 pub(super) fn read_line(dir: &Path, name: &str) -> Result<String> {
+    crate::locks::may_block("file access");
     let text = std::fs::read_to_string(dir.join(name))
         .map_err(|e| Error::io(format!("read {name}"), e))?;
     Ok(text.trim().to_owned())
@@ -153,6 +155,7 @@ pub(super) fn read_line(dir: &Path, name: &str) -> Result<String> {
 
 /// Unpacks `vmlinuz` to `vmlinux`.
 pub(super) fn unpack_kernel(commands: &dyn Commands, out: &Path, cancel: &Cancel) -> Result<()> {
+    crate::locks::may_block("file access");
     let image =
         std::fs::read(out.join("vmlinuz")).map_err(|e| Error::io("read the kernel image", e))?;
     super::unpack::unpack(commands, &kernel::payload(&image)?, out, cancel)

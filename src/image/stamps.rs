@@ -27,6 +27,7 @@ struct FileStamp {
 
 impl FileStamp {
     fn of(dir: &Path, name: &str) -> io::Result<Self> {
+        crate::locks::may_block("file access");
         let stat = std::fs::metadata(dir.join(name))?;
         Ok(Self {
             name: name.to_owned(),
@@ -58,6 +59,7 @@ impl FileStamp {
 
 /// Records the files of a directory that is about to be published.
 pub(super) fn write(dir: &Path, files: &[&str]) -> io::Result<()> {
+    crate::locks::may_block("file access");
     let stamps: io::Result<Vec<_>> = files.iter().map(|name| FileStamp::of(dir, name)).collect();
     std::fs::write(dir.join(STAMPS), serde_json::to_vec(&stamps?)?)
 }
@@ -65,6 +67,7 @@ pub(super) fn write(dir: &Path, files: &[&str]) -> io::Result<()> {
 /// Checks that the files of a published directory have not changed. Fails with a description of the
 /// difference.
 pub(super) fn require_unchanged(dir: &Path) -> Result<(), String> {
+    crate::locks::may_block("file access");
     let unreadable = |e: io::Error| format!("{STAMPS}: {e}");
     let file = match File::open(dir.join(STAMPS)) {
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),

@@ -19,6 +19,7 @@ pub(super) fn unpack(
     out: &Path,
     cancel: &Cancel,
 ) -> Result<()> {
+    crate::locks::may_block("file access");
     let packed = out.join(format!("vmlinux.{}", payload.compression.program().1));
     std::fs::write(&packed, payload.bytes)
         .map_err(|e| Error::io("write the kernel's payload", e))?;
@@ -56,6 +57,7 @@ pub(super) fn unpack_file(
     bytes_max: u64,
     cancel: &Cancel,
 ) -> Result<()> {
+    crate::locks::may_block("file access");
     let command = unpack_command(compression, packed, to).file_bytes_max(bytes_max);
     commands
         .run(&command, cancel, &mut |_| {})

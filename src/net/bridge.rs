@@ -138,6 +138,7 @@ pub(super) fn ensure(
 /// Turns IPv6 off on the bridge, because guests have none. The file does not exist on a host
 /// without IPv6.
 fn no_ipv6(bridge: &str) {
+    crate::locks::may_block("file access");
     let path = format!("/proc/sys/net/ipv6/conf/{bridge}/disable_ipv6");
     match std::fs::write(&path, "1") {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => log::warn!("write {path}: {e}"),
@@ -147,6 +148,7 @@ fn no_ipv6(bridge: &str) {
 
 /// True if this host forwards IPv4 packets.
 pub(super) fn forwards() -> Result<bool> {
+    crate::locks::may_block("file access");
     let text = std::fs::read_to_string(FORWARDING)
         .map_err(|e| Error::io(format!("read {FORWARDING}"), e))?;
     Ok(text.trim() != "0")
@@ -154,6 +156,7 @@ pub(super) fn forwards() -> Result<bool> {
 
 /// Turns IPv4 forwarding on if it is off. Returns true if it was off.
 pub(super) fn ensure_forwarding() -> Result<bool> {
+    crate::locks::may_block("file access");
     if forwards()? {
         return Ok(false);
     }

@@ -131,6 +131,7 @@ impl Host<'_> {
     }
 
     fn legacy(&self) -> Option<Check> {
+        crate::locks::may_block("file access");
         let tables = std::fs::read_to_string(LEGACY_TABLES).ok()?;
         tables.lines().find(|t| *t == "filter")?;
         find_program(Path::new("iptables-legacy"))?;

@@ -295,6 +295,7 @@ impl Net {
     /// masqueraded (kernel, ip-sysctl: `route_localnet`). Guests cannot use this to reach the
     /// host's loopback, because the rules drop what they send to an address of the host.
     fn allow_loopback(&self, ports: &[Port]) -> Result<()> {
+        crate::locks::may_block("file access");
         let needs = |address: Ipv4Addr| address.is_loopback() || address.is_unspecified();
         if !ports.iter().any(|port| needs(port.host_addr)) {
             return Ok(());

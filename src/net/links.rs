@@ -141,6 +141,7 @@ fn parse<T: DeserializeOwned + Default>(what: &str, json: &[u8]) -> Result<T> {
 /// Returns the bytes that an interface has received and sent, or None if they cannot be read. Does
 /// not read sysfs, which shows the network namespace in which it was mounted.
 pub fn received_and_sent(interface: &str) -> Option<(u64, u64)> {
+    crate::locks::may_block("file access");
     parse_counters(
         &std::fs::read_to_string("/proc/thread-self/net/dev").ok()?,
         interface,

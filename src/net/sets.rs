@@ -72,6 +72,7 @@ impl Sets {
 
     /// Returns the script that adds a guest's elements. Adding them twice is not an error.
     pub(super) fn add(&self, tap: &str, guest: &Guest) -> String {
+        crate::locks::may_block("file access");
         let mut script = self.element("add", &Element::of(tap, guest));
         if guest.access == Access::Nat {
             script += &self.open("add", tap);
@@ -103,6 +104,7 @@ impl Sets {
 
     /// Returns the script that removes these elements. Missing elements are not an error.
     pub(super) fn remove(&self, guests: &[Element], nat: &[Ipv4Addr]) -> String {
+        crate::locks::may_block("file access");
         let mut script = String::new();
         for element in guests {
             script += &self.element("add", element);

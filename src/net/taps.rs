@@ -186,6 +186,7 @@ impl Pool {
             )
         };
         self.closing.cancel(CancelCause::Finished);
+        crate::locks::may_block("join");
         for maker in makers {
             if maker.join().is_err() {
                 log::error!("a thread that creates taps panicked");

@@ -36,6 +36,7 @@ pub(super) fn set_owner(name: &str, uid: u32) -> Result<()> {
 /// Attaches to a tap like a VMM.
 #[cfg(test)]
 pub(super) fn connect(name: &str) -> std::io::Result<File> {
+    crate::locks::may_block("file access");
     use std::os::unix::fs::OpenOptionsExt;
     let tun = OpenOptions::new()
         .read(true)
@@ -47,6 +48,7 @@ pub(super) fn connect(name: &str) -> std::io::Result<File> {
 }
 
 fn open() -> std::io::Result<File> {
+    crate::locks::may_block("file access");
     OpenOptions::new().read(true).write(true).open(DEVICE)
 }
 

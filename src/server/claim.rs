@@ -60,6 +60,7 @@ pub(super) struct Held {
 
 impl Claim {
     fn new(state_dir: &Path, qemu: &Qemu, network: &Network) -> Result<Self> {
+        crate::locks::may_block("file access");
         const NETNS: &str = "/proc/self/ns/net";
         let netns = std::fs::read_link(NETNS).map_err(|e| Error::io(format!("read {NETNS}"), e))?;
         Ok(Self {
@@ -147,6 +148,7 @@ impl Claim {
 /// `conflict` if another installation has some of them (the hint names the setting to change),
 /// `busy` if another process holds a lock for too long, or `host`.
 pub(super) fn take(state_dir: &Path, qemu: &Qemu, network: &Network, dir: &Path) -> Result<Held> {
+    crate::locks::may_block("file access");
     drop(crate::host::fs::create_dir(dir, 0o700)?);
     let mut claim = Claim::new(state_dir, qemu, network)?;
     let _lock = lock(dir)?;
@@ -194,6 +196,7 @@ fn check_conflict(claim: &Claim, path: &Path) -> Result<()> {
 /// True if a daemon holds this claim. Otherwise no daemon can take the claim before `file` is
 /// closed.
 fn is_held(file: &File) -> bool {
+    crate::locks::may_block("file access");
     rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive).is_err()
 }
 
@@ -292,6 +295,7 @@ impl Registry {
         path: &Path,
         visit: &mut dyn FnMut(&GoneInstallation) -> bool,
     ) -> Result<()> {
+        crate::locks::may_block("file access");
         let file = open(path)?;
         if is_held(&file) {
             return Ok(());
@@ -316,6 +320,7 @@ impl Registry {
 /// True only if the directory certainly does not exist. A directory that cannot be accessed may
 /// exist.
 fn is_missing(dir: &Path) -> bool {
+    crate::locks::may_block("file access");
     use std::io::ErrorKind::{NotADirectory, NotFound};
     std::fs::symlink_metadata(dir).is_err_and(|e| matches!(e.kind(), NotFound | NotADirectory))
 }
@@ -336,6 +341,7 @@ impl Installations for Registry {
     /// Holds the lock during the visit, so no daemon can start with a claim of one of these
     /// installations.
     fn visit_gone(&self, visit: &mut dyn FnMut(&GoneInstallation) -> bool) -> Result<()> {
+        crate::locks::may_block("file access");
         let _lock = lock(&self.dir)?;
         self.visit_own(visit)?;
         let entries = std::fs::read_dir(&self.dir)
@@ -353,6 +359,7 @@ impl Installations for Registry {
 }
 
 fn open(path: &Path) -> Result<File> {
+    crate::locks::may_block("file access");
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     let fd = rustix::fs::open(path, flags, rustix::fs::Mode::from_raw_mode(0o600));
     fd.map(File::from)
@@ -360,6 +367,7 @@ fn open(path: &Path) -> Result<File> {
 }
 
 fn flock(file: &File, path: &Path) -> Result<()> {
+    crate::locks::may_block("sleep");
     let deadline = Instant::now() + LOCK_DEADLINE;
     while rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive).is_err() {
         if Instant::now() > deadline {

@@ -38,6 +38,7 @@ struct SocketFile {
 impl Drop for SocketFile {
     /// Removes the file unless another daemon has replaced it.
     fn drop(&mut self) {
+        crate::locks::may_block("file access");
         if inode(&self.path).is_ok_and(|found| found == self.inode) {
             let _ = std::fs::remove_file(&self.path);
         }
@@ -45,11 +46,13 @@ impl Drop for SocketFile {
 }
 
 fn inode(path: &Path) -> std::io::Result<(u64, u64)> {
+    crate::locks::may_block("file access");
     let stat = rustix::fs::lstat(path)?;
     Ok((stat.st_dev, stat.st_ino))
 }
 
 pub(super) fn bind(path: &Path) -> Result<Socket> {
+    crate::locks::may_block("file access");
     let shown = path.display();
     let dir = path.parent().filter(|d| !d.as_os_str().is_empty());
     let dir = dir.ok_or_else(|| {
@@ -170,6 +173,7 @@ fn gid_in(line: &[u8]) -> Option<u32> {
 /// Creates the directory. Root's directory is readable by everybody, because the socket's mode
 /// restricts access. A user's directory is private.
 fn make_dir(dir: &Path) -> Result<()> {
+    crate::locks::may_block("file access");
     let mode = if rustix::process::geteuid().is_root() {
         0o755
     } else {
@@ -187,6 +191,7 @@ fn make_dir(dir: &Path) -> Result<()> {
 
 /// Checks that only root and this process's user can replace files in the directory.
 fn check_dir(dir: &Path) -> Result<()> {
+    crate::locks::may_block("file access");
     let shown = dir.display();
     let stat = rustix::fs::stat(dir).map_err(|e| Error::io(format!("stat {shown}"), e))?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
@@ -207,6 +212,7 @@ fn check_dir(dir: &Path) -> Result<()> {
 
 /// Removes a socket of this user if nothing listens on it. Fails for any other file.
 fn remove_stale(path: &Path) -> Result<()> {
+    crate::locks::may_block("file access");
     let shown = path.display();
     let stat = match rustix::fs::statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW) {
         Ok(stat) => stat,

@@ -51,6 +51,7 @@ impl Reserve {
     }
 
     fn fill(&self) -> std::io::Result<()> {
+        crate::locks::may_block("file access");
         let flags = OFlags::CREATE | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = rustix::fs::open(self.dir.join("reserve"), flags, Mode::RUSR | Mode::WUSR)?;
         let mut file = std::fs::File::from(fd);
@@ -71,6 +72,7 @@ impl Reserve {
     /// Releases the blocks to the file system. Returns true if blocks were held and are now
     /// released.
     pub(super) fn release(&mut self) -> bool {
+        crate::locks::may_block("file access");
         let had = std::mem::replace(&mut self.held, false);
         match std::fs::remove_file(self.dir.join("reserve")) {
             Ok(()) => had,
@@ -80,6 +82,7 @@ impl Reserve {
 
     /// Returns the free bytes of the file system, or `None` if the system call fails.
     pub(super) fn free_bytes(&self) -> Option<u64> {
+        crate::locks::may_block("file access");
         let stat = rustix::fs::statvfs(&self.dir).ok()?;
         let blocks = if rustix::process::geteuid().is_root() {
             stat.f_bfree

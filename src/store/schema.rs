@@ -161,6 +161,7 @@ pub(super) fn close(c: Connection) -> rusqlite::Result<()> {
 /// because the first write to each reserved block changes the block map too. SQLite ignores the
 /// zeros after the last frame of a log.
 pub(super) fn extend_log(dir: &Path) -> std::io::Result<()> {
+    crate::locks::may_block("file access");
     let flags = OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let mut file = std::fs::File::from(rustix::fs::open(
         wal_path(&dir.join(FILE_NAME)),
@@ -223,6 +224,7 @@ fn path_exists(path: &Path) -> Result<bool> {
 /// Checks that only the owner can put files into the directory. Otherwise another user could
 /// replace a file after it was checked.
 fn check_dir(dir: &Path) -> Result<()> {
+    crate::locks::may_block("file access");
     let shown = dir.display();
     let stat = rustix::fs::stat(dir)
         .map_err(|e| refused(format!("open state directory {shown}")).with_source(e))?;
@@ -248,6 +250,7 @@ fn check_dir(dir: &Path) -> Result<()> {
 /// Checks that the file is a regular file of this user without other hard links, and corrects its
 /// mode.
 fn check_file(path: &Path) -> Result<()> {
+    crate::locks::may_block("file access");
     let shown = path.display();
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
     let fd = rustix::fs::open(path, flags, Mode::empty()).map_err(|e| {
@@ -346,6 +349,7 @@ fn check_contents(c: &Connection, path: &Path, newest: usize) -> Result<()> {
 /// Creates the database. The file has another name until it is complete, so that `fcd.db` is either
 /// complete or missing.
 fn create(dir: &Path, path: &Path, migrations: &[String]) -> Result<()> {
+    crate::locks::may_block("file access");
     if path_exists(&wal_path(path))? {
         let text = format!(
             "database {} is missing, but its write-ahead log exists",
@@ -387,12 +391,14 @@ fn create(dir: &Path, path: &Path, migrations: &[String]) -> Result<()> {
 
 /// Creates a file with mode 0600. Fails if the name exists.
 fn make_file(path: &Path) -> std::io::Result<()> {
+    crate::locks::may_block("file access");
     let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     rustix::fs::openat(CWD, path, flags, Mode::RUSR | Mode::WUSR)?;
     Ok(())
 }
 
 pub(super) fn sync_dir(dir: &Path) -> std::io::Result<()> {
+    crate::locks::may_block("file access");
     std::fs::File::open(dir)?.sync_all()
 }
 
@@ -437,6 +443,7 @@ fn migrate(c: &mut Connection, path: &Path, migrations: &[String]) -> Result<()>
 
 /// Copies the database before a migration. The copy is either complete or missing.
 fn back_up(c: &Connection, path: &Path, version: usize) -> Result<()> {
+    crate::locks::may_block("file access");
     let copy = PathBuf::from(format!("{}.v{version}.bak", path.display()));
     let fresh = PathBuf::from(format!("{}.new", copy.display()));
     let doing = || format!("copy database {} before its migration", path.display());

@@ -79,6 +79,7 @@ impl Writer {
     }
 
     pub(super) fn commit(&mut self, inner: &Inner, batch: Batch) {
+        crate::locks::may_block("write the database");
         match self.write_with_reserve(inner, &batch) {
             Ok(spent) => {
                 self.is_reserve_spent = spent;

@@ -23,6 +23,7 @@ pub fn access(device: &str) -> Access {
 /// Returns the access of a VMM to a device. `has_other_uid` is true if the VMM's uid differs from
 /// the daemon's.
 pub fn access_as(device: &str, has_other_uid: bool) -> Access {
+    crate::locks::may_block("file access");
     let stat = std::fs::metadata(device).map_err(|_| format!("there is no {device}"))?;
     if has_other_uid {
         return access_by_mode(device, stat.permissions().mode(), stat.gid());
@@ -54,6 +55,7 @@ fn access_by_mode(device: &str, mode: u32, gid: u32) -> Access {
 
 /// Checks that the host has the device, regardless of who may open it.
 pub fn exists(device: &str) -> std::result::Result<(), String> {
+    crate::locks::may_block("file access");
     match std::fs::metadata(Path::new(device)) {
         Ok(stat) if stat.file_type().is_char_device() => Ok(()),
         Ok(_) => Err(format!("{device} is not a device")),

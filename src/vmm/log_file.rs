@@ -76,6 +76,7 @@ impl LogWriter {
     }
 
     fn rotate(&mut self) -> io::Result<()> {
+        crate::locks::may_block("file access");
         rustix::fs::renameat(&self.dir, CURRENT, &self.dir, OLDER)?;
         self.file = open_at(
             &self.dir,
@@ -140,6 +141,7 @@ impl LogReader {
     }
 
     fn ino_of(&self, name: &str) -> Option<u64> {
+        crate::locks::may_block("file access");
         rustix::fs::statat(&self.dir, name, AtFlags::SYMLINK_NOFOLLOW)
             .ok()
             .map(|s| s.st_ino)

@@ -113,6 +113,7 @@ impl<T> Drop for PollThread<T> {
         // What the thread calls may own the last reference to this value, and a thread cannot join
         // itself.
         if let Some(thread) = thread.filter(|t| t.thread().id() != std::thread::current().id()) {
+            crate::locks::may_block("join");
             let _ = thread.join();
         }
     }

@@ -29,6 +29,7 @@ pub(super) fn make(
     files: &[&str],
     credentials: Option<Credentials>,
 ) -> Result<OwnedFd> {
+    crate::locks::may_block("file access");
     let make = || -> rustix::io::Result<OwnedFd> {
         match rustix::fs::mkdirat(dir, RUN_DIR, Mode::RWXU) {
             Ok(()) | Err(rustix::io::Errno::EXIST) => {}

@@ -1,5 +1,6 @@
 //! Checks that code under a lock only accesses memory. The lock checker sees only the code that
-//! runs. This test reads the source, because most log calls are on paths that no test takes.
+//! runs, and only what says that it may block. These tests read the source: most log calls are on
+//! paths that no test takes, and a function that touches a file must say so.
 
 use crate::layers::{is_test, root, rust_files};
 
@@ -154,5 +155,213 @@ fn scan_finds_guards_sections_and_evidence() {
     check(
         "fn f(\nvm: &KeyGuard<'_, VmId>,\n) {\nlog::warn!();\n}\nfn g() {\nlog::warn!();\n}\n",
         &[4],
+    );
+}
+
+/// The modules of the daemon, whose threads hold its locks.
+const MODULES: [&str; 12] = [
+    "daemon", "disk", "guest", "host", "image", "net", "ops", "pool", "server", "session", "store",
+    "vmm",
+];
+/// Calls that touch a file or a socket, sleep, or wait for a thread.
+const BLOCKING: [&str; 17] = [
+    "std::fs::",
+    "File::open(",
+    "File::create(",
+    "File::create_new(",
+    "rustix::fs::open",
+    "rustix::fs::unlink",
+    "rustix::fs::mkdir",
+    "rustix::fs::rename",
+    "rustix::fs::stat",
+    ".sync_all()",
+    ".sync_data()",
+    "thread::sleep(",
+    "park_timeout(",
+    ".join();",
+    "Stream::connect(",
+    "Listener::bind(",
+    "Socket::bind(",
+];
+/// What `std::fs` has that is not a function.
+const NOT_CALLS: [&str; 8] = [
+    "std::fs::File",
+    "std::fs::Metadata",
+    "std::fs::Permissions",
+    "std::fs::OpenOptions",
+    "std::fs::DirBuilder",
+    "std::fs::ReadDir",
+    "std::fs::DirEntry",
+    "std::fs::FileT",
+];
+/// Calls that tell the lock checker about a blocking call.
+const ANNOUNCES: [&str; 3] = ["may_block(", "region(", "durable_wait("];
+/// Programs that run in a guest or build one. They contain no lock of the daemon.
+const OTHER_PROGRAMS: [&str; 1] = ["src/image/guest/"];
+
+/// A function's name, and where its body begins and ends.
+struct Function {
+    name: String,
+    begin: usize,
+    end: usize,
+}
+
+/// Replaces comments and texts with spaces, so that braces and names in them do not count.
+fn blanked(text: &str) -> Vec<u8> {
+    let mut code = text.as_bytes().to_vec();
+    let mut i = 0;
+    while i < code.len() {
+        let rest = &text.as_bytes()[i..];
+        let length = if rest.starts_with(b"//") {
+            rest.iter().position(|c| *c == b'\n').unwrap_or(rest.len())
+        } else if rest.starts_with(b"r#\"") {
+            rest.windows(2)
+                .position(|w| w == b"\"#")
+                .map_or(rest.len(), |end| end + 2)
+        } else if rest[0] == b'"' {
+            let mut end = 1;
+            while end < rest.len() && rest[end] != b'"' {
+                end += if rest[end] == b'\\' { 2 } else { 1 };
+            }
+            end + 1
+        } else if rest.len() > 3 && rest[0] == b'\'' && (rest[1] == b'\\' || rest[2] == b'\'') {
+            let from = if rest[1] == b'\\' { 3 } else { 2 };
+            rest[from..]
+                .iter()
+                .position(|c| *c == b'\'')
+                .map_or(1, |end| from + end + 1)
+        } else {
+            i += 1;
+            continue;
+        };
+        let end = (i + length).min(code.len());
+        code[i..end]
+            .iter_mut()
+            .filter(|c| **c != b'\n')
+            .for_each(|c| *c = b' ');
+        i = end;
+    }
+    code
+}
+
+fn functions(code: &[u8]) -> Vec<Function> {
+    let text = String::from_utf8_lossy(code);
+    let mut found = Vec::new();
+    for (at, _) in text.match_indices("fn ") {
+        if at > 0 && (code[at - 1].is_ascii_alphanumeric() || code[at - 1] == b'_') {
+            continue;
+        }
+        let name = text[at + 3..].split(|c: char| !c.is_alphanumeric() && c != '_');
+        let mut depth = 0;
+        let body = code[at..].iter().position(|c| {
+            depth += match c {
+                b'(' | b'[' => 1,
+                b')' | b']' => -1,
+                _ => 0,
+            };
+            depth <= 0 && matches!(c, b'{' | b';')
+        });
+        let Some(begin) = body.map(|offset| at + offset).filter(|i| code[*i] == b'{') else {
+            continue;
+        };
+        let mut depth = 0;
+        let length = code[begin..].iter().position(|c| {
+            depth += match c {
+                b'{' => 1,
+                b'}' => -1,
+                _ => 0,
+            };
+            depth == 0
+        });
+        found.push(Function {
+            name: name.into_iter().next().unwrap_or_default().to_owned(),
+            begin,
+            end: length.map_or(code.len(), |length| begin + length),
+        });
+    }
+    found
+}
+
+/// Returns the names of the functions that block without telling the lock checker. A function
+/// inside another one may rely on the outer one.
+fn unannounced(text: &str) -> Vec<String> {
+    let text = text.split("#[cfg(test)]\nmod ").next().unwrap();
+    let code = blanked(text);
+    let functions = functions(&code);
+    let code = String::from_utf8_lossy(&code);
+    let mut names = Vec::new();
+    for call in BLOCKING {
+        for (at, _) in code.match_indices(call) {
+            if NOT_CALLS.iter().any(|other| code[at..].starts_with(other)) {
+                continue;
+            }
+            let around = functions.iter().filter(|f| f.begin <= at && at < f.end);
+            let Some(inner) = around.clone().next_back() else {
+                continue;
+            };
+            let is_announced = |f: &Function| {
+                let body = &code[f.begin..f.end];
+                ANNOUNCES.iter().any(|call| body.contains(call))
+            };
+            if !around.clone().any(is_announced) && !names.contains(&inner.name) {
+                names.push(inner.name.clone());
+            }
+        }
+    }
+    names
+}
+
+#[test]
+fn every_blocking_function_says_so() {
+    let mut wrong = Vec::new();
+    for module in MODULES {
+        let mut files = Vec::new();
+        rust_files(&root().join("src").join(module), &mut files);
+        for path in files.iter().filter(|path| !is_test(path)) {
+            let shown = path.strip_prefix(root()).unwrap().display().to_string();
+            let is_fake = ["fake", "test", "bench", "fuzz"]
+                .iter()
+                .any(|word| shown.contains(word));
+            if is_fake || OTHER_PROGRAMS.iter().any(|dir| shown.starts_with(dir)) {
+                continue;
+            }
+            let names = unannounced(&std::fs::read_to_string(path).unwrap());
+            wrong.extend(names.into_iter().map(|name| format!("{shown}: {name}")));
+        }
+    }
+    assert!(
+        wrong.is_empty(),
+        "functions that block without `locks::may_block`:\n{}",
+        wrong.join("\n")
+    );
+}
+
+#[test]
+fn scan_finds_functions_that_block_silently() {
+    #[track_caller]
+    fn check(text: &str, expected: &[&str]) {
+        assert_eq!(unannounced(text), expected, "{text}");
+    }
+    check("fn f() { std::fs::read(p) }", &["f"]);
+    check(
+        "fn f() { may_block(\"file access\"); std::fs::read(p) }",
+        &[],
+    );
+    check(
+        "fn f(file: &std::fs::File) { \"std::fs::read\"; // std::fs::read\n}",
+        &[],
+    );
+    check(
+        "fn f() {}\nfn g(a: [u8; 2]) -> u8 { thread::sleep(d) }",
+        &["g"],
+    );
+    check(
+        "fn f() { region(Rank::HostCmd); g(|| std::fs::read(p)) }",
+        &[],
+    );
+    check("fn f() { '{'; }\nfn g() { worker.join(); }", &["g"]);
+    check(
+        "#[cfg(test)]\nmod tests { fn f() { std::fs::read(p) } }",
+        &[],
     );
 }

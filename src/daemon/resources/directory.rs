@@ -56,6 +56,7 @@ fn make_directory(spec: &VmmSpec) -> Result<()> {
 
 /// Makes `to` a hard link to a file of an image. A link of an earlier boot is replaced.
 fn link(from: &Path, to: &Path) -> Result<()> {
+    crate::locks::may_block("file access");
     let io = |e| Error::io(format!("link {} to {}", to.display(), from.display()), e);
     match std::fs::remove_file(to) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(io(e)),
@@ -96,6 +97,7 @@ impl Resource for Directory {
 
     /// Skips directories whose names are not IDs, because they do not belong to fcd.
     fn found(&self, resources: &Resources) -> Result<Vec<String>> {
+        crate::locks::may_block("file access");
         let vms = resources.core.state_dir.join(VMS_DIR);
         let entries = match std::fs::read_dir(&vms) {
             Ok(entries) => entries,
@@ -177,6 +179,7 @@ impl Resources {
     /// VM has never been started, or was started by an earlier version, which kept the host's key
     /// only in the seed drive.
     fn read_keys(&self, row: &VmRow, spec: &VmmSpec) -> Result<Option<(KeyPair, KeyPair)>> {
+        crate::locks::may_block("file access");
         let read = |name: &str| match std::fs::read_to_string(spec.dir.join(name)) {
             Ok(text) => KeyPair::from_private_openssh(&text).map(Some),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),

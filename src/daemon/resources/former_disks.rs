@@ -32,6 +32,7 @@ impl Resource for FormerDisks {
     }
 
     fn release(&self, resources: &Resources, name: &str) -> Result<()> {
+        crate::locks::may_block("file access");
         let dir = dir_of(resources, name)?;
         let doing = || format!("restore the disks in {}", dir.join(FORMER_DIR).display());
         let restore = || -> std::io::Result<()> {
@@ -81,6 +82,7 @@ pub(in crate::daemon) fn intend(tx: &mut Tx, row: &VmRow, tag: &str) -> u64 {
 
 /// Moves the disks away, so that the snapshot's disks can take their names.
 pub(in crate::daemon) fn set_aside(dir: &Path) -> Result<()> {
+    crate::locks::may_block("file access");
     let former = dir.join(FORMER_DIR);
     let io =
         |e: std::io::Error| Error::io(format!("set aside the disks in {}", former.display()), e);

@@ -35,6 +35,7 @@ impl Resource for Snapshot {
     }
 
     fn found(&self, resources: &Resources) -> Result<Vec<String>> {
+        crate::locks::may_block("file access");
         let dir = resources.snapshot_registry.dir();
         let entries = match std::fs::read_dir(dir) {
             Ok(entries) => entries,

@@ -26,6 +26,7 @@ pub(super) struct LoopDevice {
 
 /// Attaches the file to a free loop device.
 pub(super) fn attach(path: &Path, is_readonly: bool) -> Result<LoopDevice> {
+    crate::locks::may_block("file access");
     let doing = || format!("attach {} to a loop device", path.display());
     let io = |e: std::io::Error| Error::io(doing(), e);
     let file = OpenOptions::new()
@@ -71,6 +72,7 @@ impl LoopDevice {
 
 #[allow(unsafe_code)]
 fn open_free(control: &File, is_readonly: bool) -> std::io::Result<File> {
+    crate::locks::may_block("file access");
     // SAFETY: LOOP_CTL_GET_FREE takes no argument.
     let number = unsafe { libc::ioctl(control.as_raw_fd(), libc::Ioctl::from(LOOP_CTL_GET_FREE)) };
     if number < 0 {

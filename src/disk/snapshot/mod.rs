@@ -80,6 +80,7 @@ pub fn store_bytes(size_bytes: u64) -> u64 {
 
 /// Sets the size of a new store, or grows an existing store with its disk.
 pub fn size_store(file: &File, size_bytes: u64) -> std::io::Result<()> {
+    crate::locks::may_block("file access");
     let wanted = store_bytes(size_bytes);
     if file.metadata()?.len() < wanted {
         file.set_len(wanted)?;
@@ -93,6 +94,7 @@ pub fn size_store(file: &File, size_bytes: u64) -> std::io::Result<()> {
 /// # Errors
 /// `disk_full` if the host has no space left. The guest has not lost anything at that point.
 pub fn reserve(store: &Path, used_bytes: u64) -> Result<()> {
+    crate::locks::may_block("file access");
     let doing = |e: std::io::Error| {
         Error::io(
             format!(
@@ -126,6 +128,7 @@ fn has_room(file: &File) -> std::io::Result<()> {
 
 /// Flushes all data that a guest has written to the device to the store.
 pub fn flush(node: &Path) -> Result<()> {
+    crate::locks::may_block("file access");
     let device = crate::host::fs::open_nofollow(node)?;
     device
         .sync_all()
@@ -194,6 +197,7 @@ fn base_table(size: u64, origin_size: u64, origin: &str) -> String {
 
 /// Creates the device node, which only the VMM's uid can open.
 fn make_node(spec: &DeviceSpec<'_>) -> Result<()> {
+    crate::locks::may_block("file access");
     let io = |e: std::io::Error| Error::io(format!("create node {}", spec.node.display()), e);
     let (major, minor) = numbers(spec.name)?;
     remove_file(spec.node).map_err(io)?;
@@ -230,6 +234,7 @@ pub fn deactivate(
 }
 
 fn is_node_of(node: &Path, rdev: u64) -> bool {
+    crate::locks::may_block("file access");
     std::fs::symlink_metadata(node)
         .is_ok_and(|m| m.file_type().is_block_device() && m.rdev() == rdev)
 }
@@ -317,6 +322,7 @@ fn parse_status(line: &str) -> Option<(String, Fill)> {
 
 /// Checks that this host supports device-mapper snapshots. The error is the reason why it does not.
 pub fn probe(dir: &Path) -> std::result::Result<(), String> {
+    crate::locks::may_block("file access");
     if !nix::unistd::geteuid().is_root() {
         return Err("device-mapper needs root".to_owned());
     }
@@ -368,6 +374,7 @@ fn numbers(name: &str) -> Result<(u32, u32)> {
 
 /// Returns the name and the `major:minor` of every device-mapper device.
 fn devices() -> Result<Vec<(String, String)>> {
+    crate::locks::may_block("file access");
     let io = |e| Error::io(format!("list {SYS_BLOCK}"), e);
     let mut devices = Vec::new();
     for entry in std::fs::read_dir(SYS_BLOCK).map_err(io)? {
@@ -405,6 +412,7 @@ fn dmsetup<'a>(args: impl IntoIterator<Item = &'a str>) -> Command {
 }
 
 fn remove_file(path: &Path) -> std::io::Result<()> {
+    crate::locks::may_block("file access");
     match std::fs::remove_file(path) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
         _ => Ok(()),

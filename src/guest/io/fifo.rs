@@ -37,6 +37,7 @@ impl Direction {
 /// reopen through `/proc/self/fd` against the daemon's rights, so without this check the daemon
 /// could gain access that the caller's descriptor did not give (an `O_PATH` descriptor gives none).
 pub fn accept(fd: OwnedFd, direction: Direction) -> Result<OwnedFd> {
+    crate::locks::may_block("file access");
     let wanted = direction.end();
     let refused = |what: &str| {
         Error::invalid(format!(

@@ -195,6 +195,7 @@ fn set_limits(profile: &Profile) -> io::Result<()> {
 /// Reads the size of the address space, which is the first field of statm, in pages (proc(5)).
 #[allow(unsafe_code)]
 fn address_space_bytes() -> io::Result<u64> {
+    crate::locks::may_block("file access");
     let statm = std::fs::read_to_string("/proc/self/statm")?;
     let pages: Option<u64> = statm.split_whitespace().next().and_then(|n| n.parse().ok());
     let pages = pages.ok_or_else(|| io::Error::other("no size in /proc/self/statm"))?;
@@ -318,6 +319,7 @@ fn landlock(profile: &Profile) -> io::Result<()> {
 
 #[allow(unsafe_code)]
 fn allow_reading(rules: &OwnedFd, path: &str) -> io::Result<()> {
+    crate::locks::may_block("file access");
     use rustix::fs::{FileType, Mode, OFlags};
     let opened = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
     let Ok(file) = opened else {

@@ -23,6 +23,7 @@ pub fn find_by_prefix(prefix: &str) -> Result<Vec<(String, Identity)>> {
 /// Scans `/proc` for processes with an argument that `fits`, and returns each with the first such
 /// argument.
 fn scan(fits: impl Fn(&[u8]) -> bool) -> Result<Vec<(String, Identity)>> {
+    crate::locks::may_block("file access");
     let me = rustix::process::geteuid().as_raw();
     let mut found = Vec::new();
     let entries = std::fs::read_dir("/proc").map_err(|e| Error::io("read /proc", e))?;
@@ -79,6 +80,7 @@ pub fn arguments(pid: u32) -> Vec<Vec<u8>> {
 /// Returns the path of the executable, without the ` (deleted)` that the kernel appends if it was
 /// replaced.
 pub fn executable(pid: u32) -> Option<PathBuf> {
+    crate::locks::may_block("file access");
     let path = std::fs::read_link(format!("/proc/{pid}/exe")).ok()?;
     Some(
         path.to_str()
@@ -89,6 +91,7 @@ pub fn executable(pid: u32) -> Option<PathBuf> {
 
 /// Returns the real uid of a process, or None if the process has exited.
 pub fn uid(pid: u32) -> Option<u32> {
+    crate::locks::may_block("file access");
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     status
         .lines()

@@ -16,6 +16,7 @@ pub struct Identity {
 
 /// Returns the kernel's id of the current boot.
 pub fn boot_id() -> Result<&'static str> {
+    crate::locks::may_block("file access");
     static BOOT_ID: OnceLock<String> = OnceLock::new();
     if let Some(id) = BOOT_ID.get() {
         return Ok(id);
@@ -38,6 +39,7 @@ impl Stat {
 }
 
 pub(super) fn read_stat(pid: u32) -> Option<Stat> {
+    crate::locks::may_block("file access");
     parse_stat(&std::fs::read(format!("/proc/{pid}/stat")).ok()?)
 }
 

@@ -92,6 +92,7 @@ pub fn spawn_in_own_pids(spec: Spawn) -> Result<Process> {
             .map_err(|e| Error::io(doing(), std::io::Error::from(e)))?;
         spawn(spec)
     })?;
+    crate::locks::may_block("join");
     spawned
         .join()
         .unwrap_or_else(|_| Err(Error::internal("start a process: its thread panicked")))

@@ -128,6 +128,7 @@ impl Kernels {
 
     /// Returns all kernels, sorted by name. Damaged ones are logged and omitted.
     pub fn list(&self) -> Result<Vec<KernelInfo>> {
+        crate::locks::may_block("file access");
         let entries =
             std::fs::read_dir(&self.dir).map_err(|e| Error::io("read the kernel registry", e))?;
         let names = entries
@@ -163,6 +164,7 @@ impl Kernels {
         spec: &ImportSpec,
         cancel: &Cancel,
     ) -> Result<KernelInfo> {
+        crate::locks::may_block("file access");
         let doing = |e: Error| e.context(format!("import kernel {}", spec.path.display()));
         let staging = Staging::new(&self.dir, IMPORTING)?;
         let out = staging.path();
@@ -199,6 +201,7 @@ impl Kernels {
     }
 
     fn publish(&self, staging: &Staging, info: &KernelInfo) -> Result<KernelInfo> {
+        crate::locks::may_block("file access");
         let (name, files) = (&info.name, staging.path());
         let io = |e: std::io::Error| Error::io(format!("publish kernel {name}"), e);
         std::fs::write(

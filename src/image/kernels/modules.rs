@@ -47,6 +47,7 @@ pub(super) fn find_modules(
     out: &Path,
     cancel: &Cancel,
 ) -> Result<Modules> {
+    crate::locks::may_block("file access");
     let dir = given.map_or_else(|| Path::new(MODULES_DIR).join(version), Path::to_owned);
     if !dir.is_dir() {
         if let Some(given) = given {
@@ -187,6 +188,7 @@ fn read_module(
     out: &Path,
     cancel: &Cancel,
 ) -> Result<(String, Vec<u8>)> {
+    crate::locks::may_block("file access");
     let bytes = read_below(below, dir, Path::new(path), PART_BYTES_MAX)?;
     let checked = |name: String, bytes: Vec<u8>| {
         if is_elf(&bytes, &[ET_REL]) {

@@ -11,6 +11,7 @@ use std::path::Path;
 
 /// Reads a regular file of at most `bytes_max` bytes.
 pub(super) fn read_file(path: &Path, bytes_max: u64) -> Result<Vec<u8>> {
+    crate::locks::may_block("file access");
     // Use O_NONBLOCK, because opening a FIFO would otherwise wait for a writer.
     let opened = File::options()
         .read(true)
@@ -27,6 +28,7 @@ pub(super) fn read_below(
     path: &Path,
     bytes_max: u64,
 ) -> Result<Vec<u8>> {
+    crate::locks::may_block("file access");
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let within = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
     let shown = shown_dir.join(path);

@@ -21,6 +21,7 @@ pub(super) fn take_kernel(
     out: &Path,
     cancel: &Cancel,
 ) -> Result<String> {
+    crate::locks::may_block("file access");
     let bytes = read_file(path, u64::from(VMLINUX_BYTES_MAX))?;
     if bytes.starts_with(b"\x7fELF") {
         check_elf(&bytes)?;

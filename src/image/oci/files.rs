@@ -115,6 +115,7 @@ impl TestFiles {
 #[cfg(test)]
 impl LayerFiles for TestFiles {
     fn open(&self, diff_id: Digest) -> Result<LayerFile> {
+        crate::locks::may_block("file access");
         match File::open(self.path(diff_id)) {
             Ok(file) => Ok(LayerFile::Cached(file)),
             Err(_) => {
@@ -127,6 +128,7 @@ impl LayerFiles for TestFiles {
     }
 
     fn complete(&self, layer: &Layer) -> Result<()> {
+        crate::locks::may_block("file access");
         let path = self.path(layer.diff_id);
         std::fs::rename(path.with_extension("new"), path).unwrap();
         Ok(())

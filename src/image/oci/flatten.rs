@@ -126,6 +126,7 @@ fn read_layers(
     request: &Flatten<'_>,
     budget: &Budget,
 ) -> Result<Vec<IndexedLayer>> {
+    crate::locks::may_block("file access");
     let mut first_of: HashMap<Digest, usize> = HashMap::new();
     for (at, layer) in layers.iter().enumerate() {
         first_of.entry(layer.diff_id).or_insert(at);
@@ -272,6 +273,7 @@ impl Readers<'_> {
     }
 
     fn read(&self, at: usize, spool: &File) -> Result<IndexedLayer> {
+        crate::locks::may_block("file access");
         let layer = &self.layers[at];
         let in_layer = |e: Error| e.context(format!("layer {} ({})", at + 1, layer.blob.digest));
         let progress = |bytes| (self.request.progress)(Progress::Read { layer: at, bytes });

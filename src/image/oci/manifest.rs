@@ -270,6 +270,7 @@ fn check_parts(config: &Descriptor, layers: &[Descriptor]) -> Result<()> {
 
 /// Reads a whole document, and verifies its size and digest.
 fn fetch(what: &str, blob: &Descriptor, blobs: &dyn Blobs) -> Result<Vec<u8>> {
+    crate::locks::may_block("file access");
     if blob.size > DOCUMENT_BYTES_MAX {
         return Err(bad(format!(
             "the {what} {} has {} bytes, at most {DOCUMENT_BYTES_MAX} are allowed",

@@ -78,6 +78,7 @@ impl Layers {
 
     /// Creates an empty file without a name, which disappears when it is closed.
     pub(crate) fn new_file(&self) -> Result<File> {
+        crate::locks::may_block("file access");
         let io = |e| Error::io(format!("create a file in {}", self.dir.display()), e);
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
         match rustix::fs::open(&self.dir, flags, Mode::RUSR | Mode::WUSR) {
@@ -100,6 +101,7 @@ impl Layers {
         file: &File,
         gives_up: &dyn Fn() -> bool,
     ) -> Result<bool> {
+        crate::locks::may_block("file access");
         let Some(path) = self.path(diff_id) else {
             return Ok(false);
         };
@@ -149,6 +151,7 @@ impl Layers {
     }
 
     fn remove_beyond(&self, bytes_max: u64) -> Result<Pruned> {
+        crate::locks::may_block("file access");
         let mut cached = self.list()?;
         cached.sort_by_key(|layer| layer.used_at);
         let mut total: u64 = cached.iter().map(|layer| layer.bytes).sum();
@@ -181,6 +184,7 @@ impl Layers {
     }
 
     fn list_directory(dir: &Path, is_partial: bool, cached: &mut Vec<Cached>) -> Result<()> {
+        crate::locks::may_block("file access");
         let io = |e| Error::io(format!("read the layer cache {}", dir.display()), e);
         for entry in std::fs::read_dir(dir).map_err(io)? {
             let entry = entry.map_err(io)?;

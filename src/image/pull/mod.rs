@@ -206,6 +206,7 @@ pub(crate) fn pull(
 /// Creates the image's directory and the file of its root file system. The helper's uid must be
 /// able to read both, whatever the umask is, and no other user may.
 fn create(out: &Path, helper: Option<Credentials>) -> std::io::Result<(PathBuf, File)> {
+    crate::locks::may_block("file access");
     std::fs::create_dir(out)?;
     let gid = helper.map(|helper| helper.gid);
     std::os::unix::fs::chown(out, None, gid)?;
@@ -338,6 +339,7 @@ fn settings(reference: &Reference, credential: Credential, config: &Registry) ->
 
 /// Returns the certificates of the host's authorities and of the configured ones.
 fn authorities(config: &Registry) -> Result<String> {
+    crate::locks::may_block("file access");
     let host = AUTHORITIES.iter().map(Path::new).find(|path| path.exists());
     let configured = config.authorities.iter().map(PathBuf::as_path);
     let mut all = String::new();

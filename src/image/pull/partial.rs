@@ -78,6 +78,7 @@ impl Partials {
 
     /// Removes the user's part of a blob.
     pub(super) fn forget(&self, uid: u32, digest: &str) {
+        crate::locks::may_block("file access");
         let Some(path) = self.path(uid, digest) else {
             return;
         };

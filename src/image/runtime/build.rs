@@ -87,6 +87,7 @@ fn build(
     cancel: &Cancel,
     progress: &mut dyn FnMut(&str, u64, u64),
 ) -> Result<RuntimeInfo> {
+    crate::locks::may_block("file access");
     let mut report = |stage: usize| progress(STAGES[stage].0, stage as u64, STAGES.len() as u64);
     let doing = |e: Error| e.context("build the guest runtime");
     report(0);

@@ -164,6 +164,7 @@ impl GuestRuntimes {
 
     /// Returns all runtimes, the newest first. Damaged ones are logged and omitted.
     pub fn list(&self) -> Result<Vec<RuntimeInfo>> {
+        crate::locks::may_block("file access");
         let entries =
             std::fs::read_dir(&self.dir).map_err(|e| Error::io("read the guest runtimes", e))?;
         let ids = entries
@@ -224,6 +225,7 @@ impl GuestRuntimes {
     /// Publishes `files`, a directory below the staging directory. If the runtime exists already,
     /// only its time of build is updated.
     fn publish(&self, files: &Path, info: &RuntimeInfo) -> Result<RuntimeInfo> {
+        crate::locks::may_block("file access");
         let io = |e: std::io::Error| Error::io(format!("publish guest runtime {}", info.id), e);
         let text = serde_json::to_vec_pretty(info).map_err(|e| io(e.into()))?;
         std::fs::write(files.join(METADATA), &text).map_err(io)?;

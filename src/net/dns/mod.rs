@@ -95,6 +95,7 @@ impl Server {
     }
 
     fn start_with(helper: &'static str, setup: Setup) -> Result<Self> {
+        crate::locks::may_block("socket");
         let at = setup.listen;
         let doing = || format!("serve names on {at}");
         let bind = |e: std::io::Error| {

@@ -330,6 +330,7 @@ impl Service<'_> {
     }
 
     fn act(&mut self, action: Action<'_>, now: Instant) -> Result<(), End> {
+        crate::locks::may_block("file access");
         match action {
             Action::FindAddress {
                 ticket,

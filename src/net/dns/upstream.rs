@@ -53,6 +53,7 @@ impl Upstreams {
     }
 
     fn get(&mut self, now: Instant) -> Vec<SocketAddr> {
+        crate::locks::may_block("file access");
         match &self.known {
             Some((servers, read)) if now.saturating_duration_since(*read) < FRESH => {
                 servers.clone()
@@ -74,6 +75,7 @@ impl Upstreams {
 }
 
 fn datagrams(server: SocketAddr) -> Option<OwnedFd> {
+    crate::locks::may_block("socket");
     let any: IpAddr = if server.is_ipv4() {
         Ipv4Addr::UNSPECIFIED.into()
     } else {

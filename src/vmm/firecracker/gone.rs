@@ -11,6 +11,7 @@ pub fn empty_group(install: &str) -> Option<PathBuf> {
 }
 
 fn empty_group_at(groups: &Path, install: &str) -> Option<PathBuf> {
+    crate::locks::may_block("file access");
     if install.is_empty() || !install.bytes().all(|b| b.is_ascii_hexdigit()) {
         return None;
     }
@@ -24,6 +25,7 @@ fn empty_group_at(groups: &Path, install: &str) -> Option<PathBuf> {
 
 /// Removes the installation's control group and the control groups of its VMs.
 pub fn remove_group(group: &Path) -> Result<()> {
+    crate::locks::may_block("file access");
     let io = |path: &Path, e| Error::io(format!("remove control group {}", path.display()), e);
     let entries = std::fs::read_dir(group).map_err(|e| io(group, e))?;
     let of_vms = entries

@@ -12,6 +12,7 @@ pub(super) const CONSOLE_PIPE: &str = "console";
 pub(super) const METRICS_PIPE: &str = "metrics";
 
 pub(super) fn make_pipe(run: &OwnedFd, name: &str, credentials: Option<Credentials>) -> Result<()> {
+    crate::locks::may_block("file access");
     let io = |e: rustix::io::Errno| {
         Error::io(
             format!("create a pipe for the {name}"),

@@ -16,6 +16,7 @@ pub(super) fn gone(doing: &str) -> Error {
 /// Opens the working directory of a running VMM, which contains its socket and its console, with or
 /// without a jail.
 pub(super) fn place(process: &Process, doing: &str) -> Result<OwnedFd> {
+    crate::locks::may_block("file access");
     let path = format!("/proc/{}/cwd", process.identity().pid);
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let place = rustix::fs::open(path, flags, Mode::empty())

@@ -67,6 +67,7 @@ fn save(vmm: &mut Booted<'_>, process: &Process) -> Result<()> {
 
 /// True if part of the process's memory is in swap, or if its status cannot be read.
 fn is_swapped(process: &Process) -> bool {
+    crate::locks::may_block("file access");
     let status = std::fs::read_to_string(format!("/proc/{}/status", process.identity().pid))
         .unwrap_or_default();
     swapped_kib(&status) != Some(0)
@@ -83,6 +84,7 @@ fn swapped_kib(status: &str) -> Option<u64> {
 /// Links the files into `place`. First removes any files with these names, because the VMM may have
 /// created some.
 pub(super) fn link(place: &OwnedFd, to: SaveTo<'_>) -> Result<()> {
+    crate::locks::may_block("file access");
     unlink(place)?;
     for (path, name) in [(to.memory, jail::MEMORY), (to.devices, jail::DEVICES)] {
         let linked = rustix::fs::linkat(CWD, path, place, name, AtFlags::empty());
@@ -97,6 +99,7 @@ pub(super) fn link(place: &OwnedFd, to: SaveTo<'_>) -> Result<()> {
 }
 
 fn unlink(place: &OwnedFd) -> Result<()> {
+    crate::locks::may_block("file access");
     for name in [jail::MEMORY, jail::DEVICES] {
         match rustix::fs::unlinkat(place, name, AtFlags::empty()) {
             Ok(()) | Err(rustix::io::Errno::NOENT) => {}

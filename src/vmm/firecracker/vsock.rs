@@ -18,6 +18,7 @@ const ANSWER_BYTES_MAX: usize = 32;
 
 /// Checks that the VMM has a vsock. A VMM that was started without a vsock has no such socket.
 pub(super) fn require(place: &OwnedFd) -> Result<()> {
+    crate::locks::may_block("file access");
     match rustix::fs::statat(place, SOCKET, rustix::fs::AtFlags::SYMLINK_NOFOLLOW) {
         Ok(_) => Ok(()),
         Err(rustix::io::Errno::NOENT) => Err(Error::new(

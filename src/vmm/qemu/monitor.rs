@@ -56,6 +56,7 @@ impl Monitor {
     }
 
     fn monitor(&self) -> Result<()> {
+        crate::locks::may_block("file access");
         let Some(mut qmp) = self.open()? else {
             return Ok(());
         };
@@ -168,6 +169,7 @@ impl Monitor {
 
     /// True if an unprivileged process such as the VMM has enough free space.
     fn has_room(&self) -> bool {
+        crate::locks::may_block("file access");
         rustix::fs::statvfs(&self.dir)
             .is_ok_and(|s| s.f_bavail.saturating_mul(s.f_frsize) >= FREE_BYTES_MIN)
     }

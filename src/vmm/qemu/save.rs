@@ -22,6 +22,7 @@ const FULL_BYTES: u64 = 1 << 20;
 /// Saves a paused guest. QEMU flushes the disks and releases their locks. QEMU takes the locks
 /// again when the guest is resumed.
 pub(super) fn save(qmp: &mut Qmp<'_>, memory: &Path) -> Result<()> {
+    crate::locks::may_block("file access");
     let file = File::options().write(true).open(memory);
     let file = file.map_err(|e| Error::io(format!("open {}", memory.display()), e))?;
     prepare(qmp)?;

@@ -16,6 +16,7 @@ const LOOKS: usize = 64;
 /// True if the TSC has a constant rate in all power states (the kernel's flags of cpuid
 /// 0x80000007).
 pub(super) fn is_constant() -> bool {
+    crate::locks::may_block("file access");
     std::fs::read_to_string("/proc/cpuinfo").is_ok_and(|text| flags_are_constant(&text))
 }
 

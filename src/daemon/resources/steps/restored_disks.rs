@@ -25,6 +25,7 @@ impl Resources {
     /// Replaces the VM's disks with copies of the snapshot's disks. The VM's own disks are restored
     /// if the start fails: see [`Resources::keep_disks`].
     fn replace_disks(&self, boot: &mut Boot<'_>) -> Result<()> {
+        crate::locks::may_block("file access");
         let Some(restore) = boot.restore else {
             return Ok(());
         };

@@ -61,6 +61,7 @@ fn read_all(all: &[SyncedFile]) -> Result<Vec<SeedFile>> {
 }
 
 fn read(file: &SyncedFile) -> Result<SeedFile> {
+    crate::locks::may_block("file access");
     let from = file.from.display();
     let hint = format!(
         "create the file, or remove it from [[sync]]: from = {from:?}",

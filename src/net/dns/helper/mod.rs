@@ -193,6 +193,7 @@ impl Work<'_> {
         fd: Option<OwnedFd>,
         now: Instant,
     ) -> Result<(), Disconnected> {
+        crate::locks::may_block("file access");
         match order {
             Order::Serve(_) => Err(Disconnected),
             Order::Question {

@@ -39,6 +39,7 @@ const REMOVE_PERIOD: Duration = Duration::from_millis(5);
 /// `unsupported` if a controller is missing or the device of a disk cannot be limited, unless the
 /// configuration sets `limits = "best-effort"`.
 pub(crate) fn limits(config: &Config, spec: &VmmSpec) -> Result<Vec<String>> {
+    crate::locks::may_block("file access");
     if config.limits == VmmLimits::Required && has_disk_rate(spec) {
         io_limits(spec, device_of)?;
     }
@@ -90,6 +91,7 @@ pub(super) fn limits_of(
 /// Returns the missing controllers among those that every VM needs, and whether the host has the
 /// controller for disk rates.
 pub(crate) fn missing_controllers() -> (Vec<&'static str>, bool) {
+    crate::locks::may_block("file access");
     let text =
         std::fs::read_to_string(Path::new(CGROUPS).join("cgroup.controllers")).unwrap_or_default();
     let has = |controller: &str| text.split_whitespace().any(|has| has == controller);
@@ -115,6 +117,7 @@ fn has_disk_rate(spec: &VmmSpec) -> bool {
 /// `unsupported` if the host has no such limits, unless the configuration sets
 /// `limits = "best-effort"`.
 pub(crate) fn limit_io(wanted: VmmLimits, spec: &VmmSpec) -> Result<()> {
+    crate::locks::may_block("file access");
     let group = group(&spec.tag);
     let file = group.join("io.max");
     if !group.exists() || (!has_disk_rate(spec) && !file.exists()) {
@@ -189,6 +192,7 @@ pub(super) fn io_limits(
 /// Returns `MAJOR:MINOR` of the device that holds this file, or of the device itself. For a
 /// partition, it is the number of the whole disk, because the kernel does not limit partitions.
 pub(super) fn device_of(path: &Path) -> Result<String> {
+    crate::locks::may_block("file access");
     use rustix::fs::{major, minor};
     use std::os::unix::fs::{FileTypeExt, MetadataExt};
     let shown = path.display();
@@ -234,6 +238,7 @@ fn group(tag: &Tag) -> PathBuf {
 /// Removes the VMM's control group, if it exists, and kills the processes in it. This also ends a
 /// VMM that a guest controls and that has hidden its arguments.
 pub(super) fn remove_group(tag: &Tag) -> Result<()> {
+    crate::locks::may_block("file access");
     let group = group(tag);
     // cgroup.kill exists since Linux 5.14 (cgroups(7)).
     let _ = std::fs::write(group.join("cgroup.kill"), "1");

@@ -82,6 +82,7 @@ fn require_flags(dir: &Path, flags: mount::Flags) -> Result<()> {
 /// Creates the jail with the files that the VMM opens, and returns its root. An earlier jail with
 /// this tag is removed.
 pub(super) fn make(spec: &VmmSpec, programs: &Programs) -> Result<OwnedFd> {
+    crate::locks::may_block("file access");
     let doing = || format!("create the jail of {}", spec.tag);
     require_mount(&spec.dir)?;
     clear(&spec.dir, &spec.tag)?;
@@ -157,6 +158,7 @@ pub(super) fn args(
 /// Removes the jail and the control group with this tag. Succeeds if there are none. The VMM must
 /// have exited.
 pub(super) fn clear(dir: &Path, tag: &Tag) -> Result<()> {
+    crate::locks::may_block("file access");
     remove_group(tag)?;
     let jail = dir.join(JAIL_DIR);
     for program in names(&jail) {
@@ -171,6 +173,7 @@ pub(super) fn clear(dir: &Path, tag: &Tag) -> Result<()> {
 }
 
 fn names(dir: &Path) -> Vec<String> {
+    crate::locks::may_block("file access");
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
     entries
         .filter_map(|e| e.file_name().into_string().ok())

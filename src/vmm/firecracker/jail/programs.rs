@@ -40,6 +40,7 @@ pub(crate) fn programs(config: &Config) -> Result<Programs> {
 
 /// Checks that only root can write a program that runs as root, or that root runs for others.
 pub(super) fn is_roots(program: &Path) -> Result<()> {
+    crate::locks::may_block("file access");
     // A user who can write a directory can replace the files in it, unless the directory is sticky.
     for path in program.ancestors() {
         let shown = path.display();
@@ -74,6 +75,7 @@ pub(super) fn is_static(program: &Path) -> Result<()> {
 }
 
 pub(super) fn has_interpreter(program: &Path) -> std::io::Result<bool> {
+    crate::locks::may_block("file access");
     let file = ReadCache::new(std::fs::File::open(program)?);
     let invalid = |_| std::io::Error::other("it is not a 64-bit ELF file");
     let header = FileHeader64::<LittleEndian>::parse(&file).map_err(invalid)?;

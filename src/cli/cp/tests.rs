@@ -13,7 +13,7 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::ffi::OsStringExt;
-use std::os::unix::fs::{MetadataExt, symlink};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -39,6 +39,12 @@ fn run_here(mut r: Request) {
                 argv = words.argv.into_iter().map(OsString::from_vec).collect();
             }
         }
+    }
+    // The fake daemon runs as root.
+    if let Some(user) = r.params["user"].as_str().filter(|user| *user != "0") {
+        let ids = [format!("--reuid={user}"), format!("--regid={user}")];
+        let before = ["setpriv", &ids[0], &ids[1], "--clear-groups"];
+        argv.splice(0..0, before.map(OsString::from));
     }
     let child = Command::new(&argv[0])
         .args(&argv[1..])
@@ -269,6 +275,61 @@ fn owners_are_kept_with_archive_only() {
     site.ok("web:a h:f");
     for top in ["guest/e", "host/f"] {
         assert_eq!(owners(top), [(0, 0); 3], "{top}");
+    }
+}
+
+/// Runs `body` in a thread of another user.
+#[allow(unsafe_code)]
+fn as_uid(uid: u32, body: impl FnOnce() + Send) {
+    let alone = || {
+        // SAFETY: the raw system calls change only this thread. The C library's functions would
+        // change all threads.
+        let done = unsafe {
+            libc::syscall(libc::SYS_setgroups, 0, 0)
+                | libc::syscall(libc::SYS_setresgid, uid, uid, uid)
+                | libc::syscall(libc::SYS_setresuid, uid, uid, uid)
+        };
+        assert_eq!(done, 0, "become uid {uid}");
+        body();
+    };
+    std::thread::scope(|scope| scope.spawn(alone).join()).unwrap();
+}
+
+/// Ordinary users, of the host and of the guest, own what they copy, as with `cp -a`.
+#[test]
+fn ordinary_users_own_their_copies_with_archive() {
+    const USER: u32 = 54_321;
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("not run: only root can make files of another owner");
+        return;
+    }
+    let site = Site::new();
+    fs::create_dir_all(site.path("guest/d")).unwrap();
+    fs::write(site.path("guest/d/f"), "f").unwrap();
+    std::os::unix::fs::chown(site.path("guest/d/f"), Some(1234), Some(1234)).unwrap();
+    fs::set_permissions(site.path("guest/d/f"), fs::Permissions::from_mode(0o640)).unwrap();
+    fs::set_permissions(site.path("host"), fs::Permissions::from_mode(0o777)).unwrap();
+    fs::set_permissions(site.path("guest"), fs::Permissions::from_mode(0o777)).unwrap();
+    for open in [
+        site.path(""),
+        site.fake.dir().to_owned(),
+        site.fake.socket(),
+    ] {
+        fs::set_permissions(open, fs::Permissions::from_mode(0o777)).unwrap();
+    }
+    as_uid(USER, || {
+        site.ok("-a web:d h:mine");
+        site.ok("-a --user 54322 h:mine web:theirs");
+    });
+    for (name, uid) in [("host/mine", USER), ("guest/theirs", USER + 1)] {
+        for path in [name.to_owned(), format!("{name}/f")] {
+            let found = fs::metadata(site.path(&path)).unwrap();
+            assert_eq!((found.uid(), found.gid()), (uid, uid), "{path}");
+        }
+        let mode = fs::metadata(site.path(&format!("{name}/f")))
+            .unwrap()
+            .mode();
+        assert_eq!(mode & 0o777, 0o640, "{name}");
     }
 }
 

@@ -46,8 +46,13 @@ tree=$stage/tree
 mkdir -m 755 "$tree" || exit 73
 set -- -x -f - -C "$tree" --delay-directory-restore --warning=no-timestamp
 if [ -n "$archive" ]; then
-  set -- "$@" --same-owner --numeric-owner --same-permissions --xattrs '--xattrs-include=user.*' \
-    --xattrs-include=security.capability
+  set -- "$@" --same-permissions --xattrs '--xattrs-include=user.*'
+  # Only root can give files away. What others copy belongs to them, as with cp -a.
+  if [ "$(id -u)" = 0 ]; then
+    set -- "$@" --same-owner --numeric-owner --xattrs-include=security.capability
+  else
+    set -- "$@" --no-same-owner
+  fi
 else
   set -- "$@" --no-same-owner --no-same-permissions
 fi

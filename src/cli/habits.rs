@@ -38,6 +38,10 @@ const fn vm(words: &'static [&'static str], hint: &'static str) -> Habit {
 const COPY: &str = "into a VM: fcctl cp FILE VM:DIR\n\
     out of a VM: fcctl cp VM:FILE DIR\n\
     a tree, and its changes back: fcctl workspace prepare VM PATH";
+const ATTACH: &str = "a VM has no command of its own to attach to, and its console takes no input\n\
+    a shell: fcctl ssh VM\n\
+    a command with a terminal: fcctl exec -it VM CMD\n\
+    what the console shows: fcctl logs -f VM";
 const LOAD: &str = "fcctl image pull - < FILE";
 const PUSH: &str = "fcctl cannot push; write the image to a file for skopeo or docker: \
     fcctl image export IMAGE -o FILE";
@@ -76,10 +80,8 @@ const HABITS: &[Habit] = &[
         &["shell", "sh", "enter"],
         "in a running VM: fcctl ssh VM\nin a new VM: fcctl run",
     ),
-    top(
-        &["attach"],
-        "a shell: fcctl ssh VM\nthe console: fcctl logs -f VM",
-    ),
+    top(&["attach"], ATTACH),
+    vm(&["attach", "console"], ATTACH),
     top(&["ls", "list"], "fcctl ps -a"),
     top(&["delete", "remove"], "fcctl rm VM"),
     top(&["reboot"], "fcctl restart VM"),

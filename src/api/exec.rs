@@ -101,11 +101,12 @@ pub struct ExecStartRequest {
     pub argv: Vec<String>,
     #[serde(default)]
     pub env: Vec<(String, String)>,
-    /// If absent, the command runs in the workspace, or in the home directory if the VM has none.
+    /// If absent, the command runs in the VM's own directory for commands, else in the workspace,
+    /// else in the home directory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub workdir: Option<String>,
     /// The user of the guest who runs the command, as `USER[:GROUP]` with names or numbers. If
-    /// absent, the command runs as root.
+    /// absent, the command runs as the VM's user, else as the image's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]

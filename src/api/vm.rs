@@ -4,6 +4,7 @@ use super::call::calls;
 use super::image::short_digest;
 use super::port::Port;
 pub use super::rates::RateLimits;
+pub use super::vm_commands::CommandDefaults;
 pub use super::vm_enums::{Init, Net, Restart, Synced, VmState, WorkspaceState};
 use crate::ids::{HostName, ImageRef, KernelName, LabelKey, Labels, OpId, VmId, VmName};
 use serde::{Deserialize, Serialize};
@@ -99,6 +100,9 @@ pub struct Vm {
     /// The name servers that the guest uses instead of fcd's. Left out if there are none.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub dns: Vec<IpAddr>,
+    /// What commands get unless a call says otherwise. Left out if nothing was chosen.
+    #[serde(default, skip_serializing_if = "CommandDefaults::is_empty")]
+    pub commands: CommandDefaults,
     /// The labels that users gave the VM. Left out if there are none.
     #[serde(default, skip_serializing_if = "Labels::is_empty")]
     pub labels: Labels,
@@ -234,6 +238,16 @@ pub struct VmCreateRequest {
     /// The name servers of the guest, at most three. Defaults to fcd's.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub dns: Vec<IpAddr>,
+    /// The user who runs commands, as `USER[:GROUP]` with names or numbers. Defaults to the
+    /// image's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+    /// The absolute path in which commands run. Defaults to the workspace.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub workdir: Option<String>,
+    /// Variables that every command gets. Snapshots and forks keep them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub env: Vec<(String, String)>,
     /// Delete the VM when it stops, when its holder disconnects, or when the daemon restarts while
     /// nobody holds it.
     #[serde(default)]
@@ -457,7 +471,7 @@ pub struct VmPruneReply {
 #[serde(deny_unknown_fields)]
 pub struct SshConfigRequest {
     pub vm: String,
-    /// The user of the guest to log in as. Defaults to root.
+    /// The user of the guest to log in as. Defaults to the user of the VM's commands.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user: Option<String>,
 }
@@ -475,6 +489,10 @@ pub struct SshConfigReply {
     /// The guest's public host key, such as `ssh-ed25519 AAAA...`.
     pub host_key: String,
     pub workdir: Option<String>,
+    /// A file in the guest with the VM's variables, for a shell to read. Left out if login shells
+    /// and commands have them anyway.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub env_file: Option<String>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

@@ -45,10 +45,10 @@ pub(super) struct How {
     /// Allocate a terminal
     #[arg(short, long)]
     pub tty: bool,
-    /// Working directory in the guest [default: the workspace, if there is one]
+    /// Working directory in the guest [default: the VM's, or the workspace, if there is one]
     #[arg(short, long, value_name = "DIR")]
     pub workdir: Option<OsString>,
-    /// User of the guest who runs the command, by name or number [default: root]
+    /// User of the guest who runs the command, by name or number [default: the VM's, or root]
     #[arg(short, long, value_name = "USER[:GROUP]")]
     pub user: Option<String>,
     /// Set a variable: K=V, or K to pass your own value
@@ -94,9 +94,7 @@ impl How {
                 .hint("give a command (-- CMD), or pass a script on stdin with -i")
                 .into());
         }
-        // A variable's value need not be UTF-8.
-        let raw = |name: &str| std::env::var_os(name).filter(|value| value.to_str().is_none());
-        let own = |name: &str| env(name).map(OsString::from).or_else(|| raw(name));
+        let own = |name: &str| values::own_variable(env, name);
         let variables = values::environment(&self.env_file, &self.env, &own)?;
         let auto = is_shell && on_terminal;
         let term = || {

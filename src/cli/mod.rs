@@ -128,7 +128,7 @@ enum Noun {
     Events(events::Args),
     /// Manage VMs
     #[command(subcommand)]
-    Vm(vm::Verb),
+    Vm(Box<vm::Verb>),
     /// Copy directories into VMs and bring changes back
     #[command(subcommand)]
     Workspace(workspace::Verb),
@@ -262,7 +262,7 @@ fn dispatch(ctx: &mut Context, noun: Noun) -> Result<u8> {
         Noun::Rm(args) => vm::run(ctx, vm::Verb::Delete(args)),
         Noun::Logs(args) => logs::run(ctx, args),
         Noun::Events(args) => events::run(ctx, args),
-        Noun::Vm(verb) => vm::run(ctx, verb),
+        Noun::Vm(verb) => vm::run(ctx, *verb),
         Noun::Workspace(verb) => workspace::run(ctx, verb),
         Noun::Snapshot(verb) => snapshot::run(ctx, verb),
         Noun::Image(verb) => image::run(ctx, verb),

@@ -360,6 +360,10 @@ fn create(
         restart: shape.restart.unwrap_or_default(),
         host_name: shape.host_name,
         dns: shape.dns,
+        // The options for the command are not for later ones.
+        user: None,
+        workdir: None,
+        env: Vec::new(),
         rm,
         hold: rm,
     };

@@ -151,6 +151,7 @@ pub(super) fn vm(name: &str, state: VmState) -> Vm {
         balloon_mib: None,
         workspace: None,
         host_name: None,
+        commands: Default::default(),
         dns: Vec::new(),
         labels: crate::ids::Labels::default(),
     }

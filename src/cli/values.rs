@@ -1,5 +1,6 @@
 //! Parsers for command-line values: sizes, durations, ports, environment variables.
 
+use super::context::Env;
 use crate::api::port::{Port, Protocol, loopback};
 use crate::api::vm::{Init, Net, Restart};
 use crate::error::{Error, Result};
@@ -287,6 +288,27 @@ pub(super) fn environment(
         }
     }
     Ok(kept)
+}
+
+/// Returns a variable of the caller. Its value need not be UTF-8.
+pub(super) fn own_variable(env: &Env, name: &str) -> Option<OsString> {
+    let raw = || std::env::var_os(name).filter(|value| value.to_str().is_none());
+    env(name).map(OsString::from).or_else(raw)
+}
+
+/// Like [`environment`], for the variables of a VM, which must be UTF-8.
+pub(super) fn vm_environment(
+    files: &[std::path::PathBuf],
+    entries: &[OsString],
+    env: &Env,
+) -> Result<Vec<(String, String)>> {
+    let all = environment(files, entries, &|name| own_variable(env, name))?;
+    let text = |(name, value): (String, OsString)| match value.into_string() {
+        Ok(value) => Ok((name, value)),
+        Err(_) => Err(Error::invalid(format!("the value of {name} is not UTF-8"))
+            .hint("pass it to each command instead: fcctl exec -e")),
+    };
+    all.into_iter().map(text).collect()
 }
 
 fn read_env_file(path: &Path) -> Result<Vec<u8>> {

@@ -1,15 +1,15 @@
 //! `vm`: the commands for one or several VMs, including those that also exist at top level.
 
 use super::connector::{Connector, operate};
-use super::context::Context;
+use super::context::{Context, Env};
 use super::format::Template;
 use super::printer::Printer;
 use super::ps::FIELDS;
 use super::rates::Rates;
 use super::selection::{Filter, Selection, for_each_vm, parse_state};
 use super::values::{
-    Label, labels, parse_duration, parse_init, parse_label, parse_mem_mib, parse_net, parse_port,
-    parse_restart, parse_size, timeout_ms,
+    self, Label, labels, parse_duration, parse_init, parse_label, parse_mem_mib, parse_net,
+    parse_port, parse_restart, parse_size, timeout_ms,
 };
 use super::vm_text::{ended, kept, sheet, state};
 use crate::api::port::Port;
@@ -24,13 +24,15 @@ use crate::client::Result;
 use crate::host::plural::count;
 use crate::host::text::printable;
 use crate::ids::{HostName, ImageRef, KernelName, VmName};
+use std::ffi::OsString;
 use std::net::IpAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 #[derive(clap::Subcommand, Debug)]
 pub(super) enum Verb {
     /// Create a VM without starting it
-    Create(CreateArgs),
+    Create(Box<CreateArgs>),
     /// Copy files and directories into a VM, out of one, or between two
     Cp(super::cp::Args),
     /// Start VMs
@@ -93,6 +95,25 @@ pub(super) struct CreateArgs {
     /// Size of the root disk, such as 10G
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     disk: Option<u64>,
+    #[command(flatten)]
+    commands: CommandArgs,
+}
+
+/// The options of `create` for the commands that will run in the VM.
+#[derive(clap::Args, Debug)]
+struct CommandArgs {
+    /// Set a variable for every command in the VM: K=V, or K to pass your own value
+    #[arg(short, long, value_name = "K[=V]")]
+    env: Vec<OsString>,
+    /// Read variables from a file, one per line. Quotes are not removed
+    #[arg(long, value_name = "FILE")]
+    env_file: Vec<PathBuf>,
+    /// User of the guest who runs commands, by name or number [default: the image's]
+    #[arg(short, long, value_name = "USER[:GROUP]")]
+    user: Option<String>,
+    /// Working directory of commands in the guest [default: the workspace, if there is one]
+    #[arg(short, long, value_name = "DIR")]
+    workdir: Option<String>,
 }
 
 /// The options of `create` and `run` that describe a VM.
@@ -225,10 +246,11 @@ pub(super) fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
         connector,
         printer,
         now_s,
+        env,
         ..
     } = ctx;
     match verb {
-        Verb::Create(args) => create(connector, printer, args),
+        Verb::Create(args) => create(connector, printer, env, *args),
         Verb::Start(args) => start(connector, printer, args),
         Verb::Stop(args) => stop(connector, printer, args),
         Verb::Restart(args) => restart(connector, printer, args),
@@ -254,7 +276,13 @@ pub(super) fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
     }
 }
 
-fn create(connector: &mut Connector, printer: &mut Printer, args: CreateArgs) -> Result<u8> {
+fn create(
+    connector: &mut Connector,
+    printer: &mut Printer,
+    env: &Env,
+    args: CreateArgs,
+) -> Result<u8> {
+    let commands = args.commands;
     let rates = args.shape.rates;
     let request = VmCreateRequest {
         disk_bytes_per_s: rates.disk_bps,
@@ -275,6 +303,9 @@ fn create(connector: &mut Connector, printer: &mut Printer, args: CreateArgs) ->
         dns: args.shape.dns,
         disk_bytes: args.disk,
         work_disk_bytes: args.shape.work_disk,
+        user: commands.user,
+        workdir: commands.workdir,
+        env: values::vm_environment(&commands.env_file, &commands.env, env)?,
         rm: false,
         hold: false,
     };

@@ -174,6 +174,13 @@ pub(super) fn sheet(vm: &Vm, now_s: u64) -> String {
     add("host name", vm.host_name.as_ref().map(ToString::to_string));
     let servers: Vec<_> = vm.dns.iter().map(ToString::to_string).collect();
     add("dns", (!servers.is_empty()).then(|| servers.join(", ")));
+    let commands = &vm.commands;
+    add("user", commands.user.clone());
+    add("directory", commands.workdir.clone());
+    add(
+        "variables",
+        (!commands.env.is_empty()).then(|| commands.env.join(", ")),
+    );
     add("network", (vm.net == Net::None).then(|| "none".to_owned()));
     add(
         "ports",

@@ -9,6 +9,7 @@ use super::close::Threads;
 use super::effects::Effects;
 use super::history::{Event, History, What};
 use super::locks::OpLocks;
+use super::uses::Uses;
 use crate::config::Limits;
 use crate::error::{Error, Kind, Result};
 use crate::ids::{Tag, VmId};
@@ -36,6 +37,8 @@ pub struct Shared {
     pub closing: Cancel,
     pub effects: Effects,
     pub history: History,
+    /// VMs that get a directory before they have a row.
+    pub(super) beginning: Uses<VmId>,
     pub(super) threads: Threads,
 }
 

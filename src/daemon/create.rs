@@ -3,6 +3,7 @@
 use super::access::Caller;
 use super::call::to_value;
 use super::capacity::Capacity;
+use super::command_defaults;
 use super::controls::Controls;
 use super::core::Core;
 use super::images::ImageService;
@@ -94,6 +95,7 @@ impl Creator {
                 rates: RateLimits::default().with(&request.rates()),
                 net: request.net.unwrap_or_default(),
                 labels: request.labels.clone(),
+                commands: command_defaults::checked(request)?,
             },
             // `insert_with_ports` sets the ports.
             ports: Vec::new(),
@@ -152,7 +154,7 @@ impl Creator {
             .transpose()?;
         let key_op = op.as_ref().map(OpHandle::op);
         let since = std::time::Instant::now();
-        let made = self.insert_with_ports(&row, request, key.zip(key_op));
+        let made = self.insert_with_variables(&row, request, key.zip(key_op));
         if let Ok((_, ticket)) = &made
             && let Ok(row) = self.core.row(&id)
         {
@@ -167,6 +169,26 @@ impl Creator {
             (None, _) => {}
         }
         vm
+    }
+
+    /// Writes the values of the variables, which the row must not have, and inserts the row. If the
+    /// daemon dies in between, the next sweep removes the directory, because no row names it.
+    fn insert_with_variables(
+        &self,
+        row: &VmRow,
+        request: &VmCreateRequest,
+        key: Option<(&HeldKey, Op)>,
+    ) -> Result<(Vm, Ticket)> {
+        let _beginning = self.core.beginning.begin_use(&row.id);
+        let made = command_defaults::write(&self.core, &row.id, &request.env)
+            .and_then(|()| self.insert_with_ports(row, request, key));
+        if made.is_err() && !request.env.is_empty() {
+            let dir = self.core.vm_dir(&row.id);
+            if let Err(e) = crate::host::fs::remove_tree(&dir) {
+                log::warn!("remove {}: {e}; retrying every minute", dir.display());
+            }
+        }
+        made
     }
 
     /// Picks the ports and inserts the row. Only binding a socket shows whether a port is free, and

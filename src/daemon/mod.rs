@@ -107,6 +107,7 @@ mod call;
 mod capacity;
 mod changes;
 mod close;
+mod command_defaults;
 mod commit;
 mod connect;
 mod console;

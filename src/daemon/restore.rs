@@ -20,6 +20,7 @@
 
 use super::access::Caller;
 use super::call::{CallOutcome, to_value};
+use super::command_defaults::{self, Variable};
 use super::lifecycle::LifecycleRequest;
 use super::runtime::Use;
 use super::snapshot_registry::Restore;
@@ -29,7 +30,7 @@ use crate::api::op::OpState;
 use crate::api::snapshot::SnapshotRestoreRequest;
 use crate::api::vm::{Vm, VmCreateRequest, VmForkRequest, VmReply, VmState};
 use crate::error::{Error, Kind, Result};
-use crate::ids::{OpId, VmId, VmName};
+use crate::ids::{ImageRef, OpId, VmId, VmName};
 use crate::locks::CancelCause;
 use crate::ops::OpHandle;
 use crate::store::{SnapshotRow, VmShape};
@@ -58,7 +59,9 @@ impl Snapshots {
                 .request(caller, vm.as_str(), &start_request(METHOD, &restore));
         };
         let restore = self.restore_of(row, true)?;
-        let vm = self.create_like(caller, &restore.row.shape, Some(name))?;
+        let shape = &restore.row.shape;
+        let env = command_defaults::read_saved(shape, &restore.files)?;
+        let vm = self.create_like(caller, like(shape, Some(name), env), &shape.image)?;
         self.run_in_new_vm(caller, METHOD, &vm, move |snapshots, op, vm| {
             snapshots.start_from(op, vm, &restore)
         })
@@ -71,7 +74,9 @@ impl Snapshots {
         self.core.allow(&found, Verb::Guest)?;
         self.vmm
             .can_load(found.driver.as_deref().unwrap_or_default(), true)?;
-        let vm = self.create_like(caller, &found.shape, request.name)?;
+        let env = command_defaults::read(&self.core, &found)?;
+        let new = like(&found.shape, request.name, env);
+        let vm = self.create_like(caller, new, &found.shape.image)?;
         self.run_in_new_vm(caller, METHOD, &vm, move |snapshots, op, vm| {
             let (row, user) = snapshots
                 .sessions
@@ -132,12 +137,16 @@ impl Snapshots {
         Ok(CallOutcome::Op(id))
     }
 
-    /// Creates a VM of this shape. The VM is marked `rm` until it runs, so it is deleted if its
-    /// start fails or the daemon dies.
-    fn create_like(&self, caller: &Caller, shape: &VmShape, name: Option<VmName>) -> Result<Vm> {
+    /// Creates a VM with the image of another VM. The VM is marked `rm` until it runs, so it is
+    /// deleted if its start fails or the daemon dies.
+    fn create_like(
+        &self,
+        caller: &Caller,
+        request: VmCreateRequest,
+        image: &ImageRef,
+    ) -> Result<Vm> {
         // Use exactly this image, because the same name may mean another image to the caller.
-        let image = self.creator.image_service.use_image(caller, &shape.image)?;
-        let request = request(shape, name);
+        let image = self.creator.image_service.use_image(caller, image)?;
         self.creator.create_from(caller, &request, image, None)
     }
 
@@ -297,7 +306,8 @@ impl Snapshots {
     }
 }
 
-fn request(shape: &VmShape, name: Option<VmName>) -> VmCreateRequest {
+/// Returns the request for a VM of this shape.
+fn like(shape: &VmShape, name: Option<VmName>, env: Vec<Variable>) -> VmCreateRequest {
     VmCreateRequest {
         name,
         image: None,
@@ -309,6 +319,9 @@ fn request(shape: &VmShape, name: Option<VmName>) -> VmCreateRequest {
         work_disk_bytes: shape.work_disk_bytes,
         net: Some(shape.net),
         labels: shape.labels.clone(),
+        user: shape.commands.user.clone(),
+        workdir: shape.commands.workdir.clone(),
+        env,
         disk_bytes_per_s: shape.rates.disk_bytes_per_s,
         disk_ops_per_s: shape.rates.disk_ops_per_s,
         net_rx_bytes_per_s: shape.rates.net_rx_bytes_per_s,

@@ -2,6 +2,7 @@
 //! Its input and output go through FIFOs of the caller.
 
 use super::access::Caller;
+use super::command_defaults;
 use super::core::Core;
 use super::guest_scripts::Layout;
 use super::guests::Guests;
@@ -166,8 +167,8 @@ impl Sessions {
     ) -> Result<ExecReply> {
         let cancel = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
         let found = self.core.resolve(caller, &request.vm)?;
-        let user = request.user.as_deref().map(GuestUser::parse).transpose()?;
-        let words = io
+        let asked_user = request.user.as_deref().map(GuestUser::parse).transpose()?;
+        let mut words = io
             .command(request, connection, &cancel)
             .map_err(|e| e.context(format!("exec in VM {}", found.name)))?;
         let _label = crate::locks::operation_scope(format!("exec {}", found.id));
@@ -177,6 +178,13 @@ impl Sessions {
                 .context(format!("exec in VM {}", row.name))
                 .of_vm(&row.name)
         };
+        let user = match (asked_user, &row.shape.commands.user) {
+            (None, Some(user)) => Some(GuestUser::parse(user)?),
+            (asked, _) => asked,
+        };
+        let mut env = command_defaults::passed(&self.core, &row).map_err(doing)?;
+        // The last value of a variable wins.
+        env.append(&mut words.env);
         let workdir = words
             .workdir
             .or_else(|| self.workdir(&row).map(String::into_bytes));
@@ -185,8 +193,8 @@ impl Sessions {
             Layout::Own => (user.as_ref(), String::new()),
             Layout::Runtime => (None, user.as_ref().map(GuestUser::line).unwrap_or_default()),
         };
-        let line =
-            command_bytes(&words.argv, &words.env, workdir.as_deref(), in_line).map_err(doing)?;
+        let mut line = command_defaults::make_directory(&row, workdir.as_deref());
+        line.extend(command_bytes(&words.argv, &env, workdir.as_deref(), in_line).map_err(doing)?);
         let target = self.guests.target(&row).map_err(doing)?;
         let command = match String::from_utf8(line) {
             Ok(line) if line.len() <= COMMAND_BYTES_MAX => user_line + &line,
@@ -350,9 +358,14 @@ impl Sessions {
         )
     }
 
-    /// Returns the working directory of commands if the VM has a complete workspace. Otherwise,
-    /// commands run in the home directory.
+    /// Returns the working directory of commands if the VM has one of its own or a complete
+    /// workspace. Otherwise, commands run in the home directory.
     fn workdir(&self, row: &VmRow) -> Option<String> {
+        let own = row.shape.commands.workdir.clone();
+        own.or_else(|| self.workspace_dir(row))
+    }
+
+    fn workspace_dir(&self, row: &VmRow) -> Option<String> {
         self.core.store.read(|s| {
             s.workspace(&row.id)
                 .filter(|w| w.info.state == WorkspaceState::Complete)
@@ -379,10 +392,14 @@ impl Sessions {
     ) -> Result<SshConfigReply> {
         let row = self.core.resolve(caller, &request.vm)?;
         self.core.allow(&row, Verb::Guest)?;
-        if let Some(user) = &request.user {
-            GuestUser::parse(user)?;
-        }
-        if let Some(user) = &request.user
+        let user = match &request.user {
+            Some(user) => {
+                GuestUser::parse(user)?;
+                Some(user.clone())
+            }
+            None => login_name(&row)?,
+        };
+        if let Some(user) = user.as_ref().filter(|user| *user != "root")
             && row.guest_version < USER_LOGIN_SINCE
         {
             let text = format!("VM {}: its image lets only root log in", row.name);
@@ -393,14 +410,17 @@ impl Sessions {
         }
         let target = self.guests.target(&row)?;
         let login_user = match Layout::of(&row) {
-            Layout::Own => request.user.clone(),
-            // The login shell changes to the user that fcctl passes in FCD_USER.
+            Layout::Own => user,
+            // The login shell changes to the user that fcctl passes in FCD_USER, or else to the one
+            // in the seed.
             Layout::Runtime => None,
         };
         let workdir = self
             .core
             .store
             .read(|s| s.workspace(&row.id).map(|w| w.info.workdir.clone()));
+        let workdir = row.shape.commands.workdir.clone().or(workdir);
+        let env_file = command_defaults::profile_path(&row);
         let host_key = crate::disk::seed::public_line(&target.host_key)?;
         Ok(SshConfigReply {
             vm: row.id,
@@ -410,6 +430,23 @@ impl Sessions {
             private_key: target.private_key,
             host_key,
             workdir,
+            env_file,
         })
     }
+}
+
+/// Returns the user of a VM's commands as a name for ssh, which has no group.
+fn login_name(row: &VmRow) -> Result<Option<String>> {
+    let Some(user) = &row.shape.commands.user else {
+        return Ok(None);
+    };
+    let name = user.split(':').next().unwrap_or_default();
+    if Layout::of(row) == Layout::Own && name.bytes().all(|b| b.is_ascii_digit()) {
+        let text = format!("VM {}: ssh needs the name of a user, not {name}", row.name);
+        return Err(Error::new(Kind::Unsupported, text).hint(format!(
+            "name one: fcctl ssh --user root {0}, or run fcctl exec -it {0}",
+            row.name
+        )));
+    }
+    Ok(Some(name.to_owned()))
 }

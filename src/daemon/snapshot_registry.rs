@@ -1,7 +1,7 @@
 //! Tracks the snapshots that are being made, and provides the paths of the files of all snapshots.
 
 use super::uses::{UseGuard, Uses};
-use super::vm_dir::{DISK_FILE, WORK_DISK_FILE};
+use super::vm_dir::{DISK_FILE, ENV_FILE, WORK_DISK_FILE};
 use crate::error::{Error, Kind, Result};
 use crate::host::Credentials;
 use crate::ids::{SnapshotId, VmId};
@@ -93,10 +93,12 @@ impl SnapshotRegistry {
 #[derive(Clone, Debug)]
 pub(super) struct Files {
     pub dir: PathBuf,
-    /// The directory of `memory` and `devices`, which only the daemon's user can enter.
+    /// The directory of `memory`, `devices` and `env`, which only the daemon's user can enter.
     pub private: PathBuf,
     pub memory: PathBuf,
     pub devices: PathBuf,
+    /// The variables of the VM's commands, if it had any.
+    pub env: PathBuf,
     pub kernel: PathBuf,
     pub initrd: PathBuf,
     /// The disk of the guest runtime, if the VM had one.
@@ -112,6 +114,7 @@ impl Files {
             private: path("private"),
             memory: path("private/memory"),
             devices: path("private/devices"),
+            env: dir.join("private").join(ENV_FILE),
             kernel: path("vmlinux"),
             initrd: path("initrd"),
             runtime: path("runtime.ext4"),

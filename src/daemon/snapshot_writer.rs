@@ -18,6 +18,7 @@
 //!
 //! A guest that is paused or does not respond cannot be saved.
 
+use super::command_defaults;
 use super::core::Core;
 use super::guest_holder::GuestHolder;
 use super::guest_scripts::Layout;
@@ -137,6 +138,7 @@ impl SnapshotWriter {
         let image = self.images.get(&row.shape.image)?;
         let spec = self.specs.spec(row, &image);
         make_files(files, &spec)?;
+        command_defaults::save(&self.core, row, files)?;
         require_long_seed(row, &spec)?;
         let method = self
             .specs

@@ -61,6 +61,10 @@ impl<K: Eq + Hash + Clone> Uses<K> {
         })
     }
 
+    pub(super) fn is_used(&self, key: &K) -> bool {
+        self.known.lock().used.contains_key(key)
+    }
+
     /// Begins to delete the thing. Returns `None` while the thing is in use or being deleted.
     pub(super) fn begin_delete(&self, key: &K) -> Option<DeleteGuard<K>> {
         let mut known = self.known.lock();

@@ -12,6 +12,8 @@ pub(super) const SEED_FILE: &str = "seed";
 pub(super) const KEY_FILE: &str = "key";
 /// The private host key of the guest's SSH server.
 pub(super) const HOST_KEY_FILE: &str = "host_key";
+/// The variables of the VM's commands, with their values.
+pub(super) const ENV_FILE: &str = "environment";
 /// A link to the kernel of an image that only the daemon can read.
 pub(super) const KERNEL_FILE: &str = "kernel";
 /// A link to the initramfs of such an image.

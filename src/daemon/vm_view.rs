@@ -51,6 +51,7 @@ pub(super) fn view(row: &VmRow, workspace: Option<&WorkspaceRow>) -> Vm {
         workspace: workspace.map(|w| w.info.clone()),
         host_name: row.host_name.clone(),
         dns: row.dns.clone(),
+        commands: row.shape.commands.clone(),
         labels: row.shape.labels.clone(),
     }
 }

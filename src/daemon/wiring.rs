@@ -163,6 +163,7 @@ fn open_core(config: &Config) -> Result<Core> {
         closing: Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?,
         effects: Effects::default(),
         history: History::default(),
+        beginning: Uses::new(),
         threads: Threads::new(),
     }))
 }

@@ -62,7 +62,7 @@ pub fn command_bytes(
         line.extend(b" env --");
     }
     for (name, value) in env {
-        check_name(name)?;
+        check_variable(name)?;
         line.extend([b" ".as_slice(), name.as_bytes(), b"=", &quote_bytes(value)].concat());
     }
     line.extend(program(argv, !env.is_empty()));
@@ -92,7 +92,9 @@ fn program(argv: &[Vec<u8>], after_env: bool) -> Vec<u8> {
     words
 }
 
-fn check_name(name: &str) -> Result<()> {
+/// # Errors
+/// `invalid_argument` if this is not the name of an environment variable.
+pub fn check_variable(name: &str) -> Result<()> {
     let mut bytes = name.bytes();
     let first_is_good = bytes
         .next()

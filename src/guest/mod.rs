@@ -18,9 +18,9 @@ pub mod test_sshd;
 mod user;
 mod wait;
 
-pub use command_line::command_bytes;
 #[cfg(test)]
 pub use command_line::command_line;
+pub use command_line::{check_variable, command_bytes};
 pub use controls::{ControlSender, control_queue};
 pub use helper::SshTransport;
 pub use script::{Script, run_script};

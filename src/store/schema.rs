@@ -55,6 +55,7 @@ pub(super) fn migrations() -> Vec<String> {
         vm::ADD_LABELS,
         vm::ADD_RESTART,
         vm::ADD_HOST_NAME,
+        vm::ADD_COMMANDS,
     ];
     std::iter::once(first)
         .chain(later.map(str::to_owned))

@@ -2,7 +2,7 @@
 
 use super::sql::{self, json};
 use crate::api::port::Port;
-use crate::api::vm::{Init, Net, Pending, RateLimits, Restart, Synced, VmState};
+use crate::api::vm::{CommandDefaults, Init, Net, Pending, RateLimits, Restart, Synced, VmState};
 use crate::host::process::Identity;
 use crate::ids::{HostName, ImageRef, KernelName, Labels, OpId, RuntimeId, VmId, VmName};
 use rusqlite::{Connection, params};
@@ -46,6 +46,8 @@ pub struct VmShape {
     pub rates: RateLimits,
     pub net: Net,
     pub labels: Labels,
+    /// The values of the variables are in a file of the VM's directory.
+    pub commands: CommandDefaults,
 }
 
 /// A VM. Any change of its members needs a new schema version: see `schema.rs`.
@@ -147,6 +149,10 @@ pub(super) const ADD_RESTART: &str = "UPDATE vms SET body = json_set(body, '$.re
 /// The migration to schema version 14, which adds `host_name` and `dns`.
 pub(super) const ADD_HOST_NAME: &str =
     "UPDATE vms SET body = json_set(body, '$.host_name', json('null'), '$.dns', json('[]'));";
+
+/// The migration to schema version 15, which adds `commands` to VMs and snapshots.
+pub(super) const ADD_COMMANDS: &str = "UPDATE vms SET body = json_set(body, '$.commands', json('{\"user\":null,\"workdir\":null,\"env\":[]}'));
+     UPDATE snapshots SET body = json_set(body, '$.commands', json('{\"user\":null,\"workdir\":null,\"env\":[]}'));";
 
 pub(super) fn save(c: &Connection, id: &VmId, row: Option<&VmRow>) -> rusqlite::Result<()> {
     let Some(row) = row else {

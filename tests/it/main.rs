@@ -9,6 +9,7 @@ mod api;
 mod bad_input;
 mod booting;
 mod capabilities;
+mod command_defaults;
 mod commits;
 mod completions;
 mod copying;

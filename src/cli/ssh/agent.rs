@@ -77,7 +77,7 @@ impl Agent {
     ) -> Result<Self> {
         let config = client.call::<VmSshConfig>(&SshConfigRequest {
             vm: vm.to_owned(),
-            user: None,
+            user: Some("root".to_owned()),
         })?;
         let io = |e| Error::io("create a directory for ssh", e);
         let dir = tempfile::Builder::new()

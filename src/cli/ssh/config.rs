@@ -26,7 +26,7 @@ pub(in crate::cli) struct Args {
     /// Names, IDs, or ID prefixes [default: all running VMs]
     #[arg(value_name = "VM")]
     vms: Vec<String>,
-    /// Log in as this user of the guest [default: root]
+    /// Log in as this user of the guest [default: the VM's, or root]
     #[arg(short, long, value_name = "USER")]
     user: Option<String>,
 }

@@ -13,6 +13,7 @@ use super::signals::Interrupts;
 use crate::api::vm::{SshConfigReply, SshConfigRequest, VmSshConfig};
 use crate::client::{Failure, Result};
 use crate::error::{Error, Kind};
+use crate::host::shell::quote;
 use agent::Agent;
 use keys::{KeyFiles, write_private};
 use std::ffi::OsString;
@@ -24,7 +25,7 @@ const SSH_FAILED: u8 = 255;
 pub(super) struct Args {
     /// Name, ID, or ID prefix
     vm: String,
-    /// Log in as this user of the guest [default: root]
+    /// Log in as this user of the guest [default: the VM's, or root]
     #[arg(short, long, value_name = "USER")]
     user: Option<String>,
     /// Allocate a terminal for a command; a shell has one anyway
@@ -76,14 +77,16 @@ pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
         .map(|local| Agent::forward(&mut client, &args.vm, &local, interrupts.cancel()))
         .transpose()?;
     let setting = agent.as_ref().map(Agent::setting).unwrap_or_default();
-    let shell = args.args.is_empty().then_some(setting.as_str());
+    let first = [&read_variables(&config), setting.as_str()].concat();
+    let shell = args.args.is_empty().then_some(first.as_str());
     let text = render(&config, &files, args.user.as_deref(), shell)?;
     write_private(&file, &text)?;
     let mut argv: Vec<OsString> = vec!["-F".into(), file.into()];
     argv.extend(args.tty.then(|| "-t".into()));
     argv.push(config.name.as_str().into());
-    if shell.is_none() && !setting.is_empty() {
-        argv.push(setting.into());
+    if shell.is_none() && !has_options(&args.args) {
+        let first = [first, enter(&config)].concat();
+        argv.extend((!first.is_empty()).then(|| first.into()));
     }
     argv.extend(args.args);
     let ran = crate::host::interactive::run("ssh", &argv, interrupts.cancel()).map_err(|e| {
@@ -99,6 +102,20 @@ pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
         user::require(&mut client, &args.vm, name, interrupts.cancel())?;
     }
     ran
+}
+
+/// Returns what makes the guest's shell read the variables of the VM. Their values are in no
+/// command line, because other users of this host see those.
+fn read_variables(config: &SshConfigReply) -> String {
+    let file = config.env_file.as_ref().map(|file| quote(file));
+    file.map_or_else(String::new, |file| format!("[ ! -r {file} ] || . {file}; "))
+}
+
+/// Returns what makes a command start in the VM's directory.
+fn enter(config: &SshConfigReply) -> String {
+    config.workdir.as_ref().map_or_else(String::new, |dir| {
+        format!("cd {} 2>/dev/null; ", quote(dir))
+    })
 }
 
 /// True if the words after the VM begin with an option of ssh.
@@ -153,6 +170,7 @@ mod tests {
             private_key: "KEY".to_owned(),
             host_key: "ssh-ed25519 AAAA".to_owned(),
             workdir: Some(workdir.to_owned()),
+            env_file: None,
         }
     }
 

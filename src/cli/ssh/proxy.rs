@@ -33,7 +33,8 @@ pub(in crate::cli) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
         .connect(printer)?
         .call::<VmSshConfig>(&SshConfigRequest {
             vm: args.vm,
-            user: None,
+            // Only the address and the keys are used.
+            user: Some("root".to_owned()),
         })?;
     if KeyFiles::in_dir(&args.keys).write(&config)? == Written::Changed {
         // ssh may have read the old keys already.
@@ -85,7 +86,7 @@ mod tests {
             &fake,
             &args,
             expect![[r#"
-                > vm.ssh_config {"vm":"web"}
+                > vm.ssh_config {"user":"root","vm":"web"}
                 ! fcctl: VM web has other keys than before, because it was created again
                 ! hint: the new keys are in place: connect again
                 status 1

@@ -112,6 +112,14 @@ impl Resource for Directory {
             .map(|e| e.path().display().to_string())
             .collect())
     }
+
+    /// True for a VM that is being created with variables, which are in the directory before the VM
+    /// has a row.
+    fn is_in_use(&self, resources: &Resources, name: &str) -> bool {
+        let id = Path::new(name).file_name().and_then(|id| id.to_str());
+        id.and_then(|id| id.parse().ok())
+            .is_some_and(|id| resources.core.beginning.is_used(&id))
+    }
 }
 
 pub(super) fn checks(host: &HostView<'_>) -> Vec<Check> {

@@ -337,9 +337,11 @@ impl Resources {
                 .into_iter()
                 .filter(|name| !known.contains(name))
                 .collect();
+            // Look at what is in use first, because it may get its row or ledger row meanwhile.
+            unknown.retain(|name| !resource.is_in_use(self, name));
             if !unknown.is_empty() {
                 let intended = self.intended_by_all(resource);
-                unknown.retain(|name| !intended.contains(name) && !resource.is_in_use(self, name));
+                unknown.retain(|name| !intended.contains(name));
             }
             for name in unknown {
                 let removed = if fix {

@@ -55,6 +55,7 @@ fn row(n: u32) -> VmRow {
             net: crate::api::vm::Net::Nat,
             rates: RateLimits::default(),
             labels: crate::ids::Labels::default(),
+            commands: crate::api::vm::CommandDefaults::default(),
         },
         ports: Vec::new(),
         host_name: None,

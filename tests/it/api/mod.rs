@@ -98,6 +98,11 @@ pub fn vm() -> Vm {
         }),
         host_name: Some("build".parse().unwrap()),
         dns: vec!["1.1.1.1".parse().unwrap()],
+        commands: fcd::testing::api::vm::CommandDefaults {
+            user: Some("dev".into()),
+            workdir: Some("/srv/app".into()),
+            env: vec!["A".into()],
+        },
         labels: serde_json::from_str(r#"{"ci":"yes"}"#).unwrap(),
     }
 }

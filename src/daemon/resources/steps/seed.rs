@@ -2,6 +2,7 @@
 //! current network configuration. It is in the VM's directory and is removed with it.
 
 use super::super::{Boot, BootStep, Resources};
+use crate::daemon::command_defaults;
 use crate::daemon::snapshot_registry::Restore;
 use crate::disk::RestoreSeed;
 use crate::disk::{Seed as Drive, work};
@@ -27,6 +28,12 @@ impl BootStep for Seed {
             .restore
             .map(|restore| resources.restore_seed(row, restore))
             .transpose()?;
+        let image = row
+            .shape
+            .runtime
+            .as_ref()
+            .map(|_| command_defaults::settings(&resources.core, row, &boot.image.config))
+            .transpose()?;
         let seed = Drive {
             host_name: row
                 .host_name
@@ -38,7 +45,7 @@ impl BootStep for Seed {
             work_disk: spec.work_disk.as_ref().map(|_| work::GUEST_PATH),
             files: &boot.files,
             init: row.shape.init,
-            image: row.shape.runtime.as_ref().map(|_| &boot.image.config),
+            image: image.as_ref(),
             restore: boot.restore_seed.as_ref(),
         };
         seed.write(&spec.seed, spec.credentials)

@@ -1,9 +1,11 @@
-//! Files of the host that the configuration gives to every guest. They are read at each start,
-//! except a restore, and put on the guest's seed drive.
+//! Files of the host that the configuration gives to every guest, and the variables of the VM's
+//! commands for shells. They are read at each start, except a restore, and put on the guest's seed
+//! drive.
 
 use super::super::{Boot, BootStep, HostView, Resources};
 use crate::api::daemon::Check;
 use crate::config::SyncedFile;
+use crate::daemon::command_defaults;
 use crate::disk::SeedFile;
 use crate::error::{Error, Kind, Result};
 use std::fs::File;
@@ -23,11 +25,17 @@ impl BootStep for SyncedFiles {
 
     fn run(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
         // A restored guest has the files already.
-        if resources.synced.is_empty() || boot.restore.is_some() {
+        if boot.restore.is_some() {
             return Ok(());
         }
-        boot.needs_guest("the files listed under [[sync]]")?;
-        boot.files = read_all(&resources.synced)?;
+        if !resources.synced.is_empty() {
+            boot.needs_guest("the files listed under [[sync]]")?;
+            boot.files = read_all(&resources.synced)?;
+        }
+        if let Some(profile) = command_defaults::profile(&resources.core, &boot.row)? {
+            boot.needs_guest("variables (--env)")?;
+            boot.files.push(profile);
+        }
         Ok(())
     }
 }

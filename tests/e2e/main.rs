@@ -12,6 +12,7 @@ mod committed;
 mod copies;
 mod copying;
 mod crash_points;
+mod devcontainer;
 mod disks;
 mod ends;
 mod exec;

@@ -5,6 +5,7 @@
 use crate::error::{Error, Kind, Result};
 use crate::host::command::read_bounded;
 use crate::host::hex;
+use crate::ids::{LabelKey, LabelValue};
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use sha2::{Digest, Sha256};
@@ -14,6 +15,8 @@ use std::path::{Path, PathBuf};
 
 /// The possible paths of the file in a project. The first one that exists is used.
 const PLACES: [&str; 2] = [".devcontainer/devcontainer.json", ".devcontainer.json"];
+/// The key of the label with the directory of a VM.
+const LABEL: &str = "fcd.directory";
 /// Largest file that is read into memory.
 const BYTES_MAX: u64 = 1 << 20;
 /// How many hexadecimal digits of the hash of a directory are part of a VM's name.
@@ -66,10 +69,26 @@ impl Project {
         })
     }
 
-    /// Returns the name of the VM, which is the same each time for a user and a directory.
+    /// Returns the label by which the VM is found again: the directory, or its hash if a label
+    /// cannot have it as its value.
+    pub(super) fn label(&self) -> LabelValue {
+        let path = self.dir.to_str().and_then(|path| path.parse().ok());
+        path.unwrap_or_else(|| {
+            let hash = hex::encode(&Sha256::digest(self.dir.as_os_str().as_bytes()));
+            let text = format!("sha256:{hash}");
+            text.parse().expect("a hash is the value of a label")
+        })
+    }
+
+    /// Returns the first name of the VM, which is the same each time for a user and a directory.
     pub(super) fn vm_name(&self, uid: u32) -> String {
         vm_name(&self.dir, uid)
     }
+}
+
+/// Returns the key of the label with the directory.
+pub(super) fn label_key() -> LabelKey {
+    LABEL.parse().expect("the key of a label")
 }
 
 fn vm_name(dir: &Path, uid: u32) -> String {
@@ -200,6 +219,21 @@ mod tests {
         std::os::unix::fs::symlink("config", &place).unwrap();
         let found = Project::find(&project, &project).unwrap();
         assert_eq!(found.file.unwrap().text, "linked");
+    }
+
+    #[test]
+    fn label_has_the_directory_or_its_hash() {
+        let label = |dir: &str| {
+            let project = Project {
+                dir: dir.into(),
+                file: None,
+            };
+            project.label().to_string()
+        };
+        assert_eq!(label("/home/me/My App"), "/home/me/My App");
+        assert!(label("/a\nb").starts_with("sha256:"));
+        assert!(label(&"/a".repeat(600)).starts_with("sha256:"));
+        assert_eq!(label_key().as_str(), LABEL);
     }
 
     #[test]

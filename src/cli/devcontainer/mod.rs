@@ -5,9 +5,8 @@
 //! `--allow-env` names them. `up` shows what the file asks for, and asks the user to allow it, once
 //! for each content.
 //!
-//! The VM is found again by its name, which contains a hash of the user and the directory. A VM of
-//! that name that belongs to another user is never used, because that user could then read the
-//! copy.
+//! The VM is found again by a label with the directory, so that it may get another name. A VM of
+//! another user is never used, because that user could then read the copy.
 
 mod consent;
 mod file;
@@ -23,7 +22,7 @@ use super::connector::operate;
 use super::context::Context;
 use super::transfer::PrepareHow;
 use super::vm_text::ended;
-use crate::api::vm::{Vm, VmRequest, VmShow, VmStop, VmStopRequest};
+use crate::api::vm::{Vm, VmListBrief, VmListRequest, VmRequest, VmShow, VmStop, VmStopRequest};
 use crate::client::{Client, Result};
 use crate::error::{Error, Kind};
 use crate::workspace::plan::Plan;
@@ -60,9 +59,8 @@ pub(super) fn down(ctx: &mut Context, args: DownArgs) -> Result<u8> {
     } = ctx;
     let top = Plan::top_of(&args.path)?;
     let project = Project::find(&args.path, &top)?;
-    let name = project.vm_name(own_uid());
     let mut client = connector.connect(printer)?;
-    let Some(vm) = find(&mut client, &name)? else {
+    let Some(vm) = find(&mut client, &project)? else {
         let text = format!("{} has no VM", project.dir.display());
         return Err(Error::new(Kind::VmNotFound, text)
             .hint("create one: fcctl up; list all VMs: fcctl ps -a")
@@ -74,7 +72,8 @@ pub(super) fn down(ctx: &mut Context, args: DownArgs) -> Result<u8> {
         timeout_ms: None,
         keep: false,
     };
-    let stopped = operate::<VmStop>(printer, &mut client, &format!("stop {name}"), &request)?.vm;
+    let stopped =
+        operate::<VmStop>(printer, &mut client, &format!("stop {}", vm.name), &request)?.vm;
     if printer.json {
         printer.document(&stopped)?;
     } else {
@@ -87,21 +86,27 @@ fn own_uid() -> u32 {
     rustix::process::geteuid().as_raw()
 }
 
-/// Returns the VM of this name. Fails if it belongs to another user: root can see the VMs of all
-/// users, and must not use theirs.
-fn find(client: &mut Client, name: &str) -> Result<Option<Vm>> {
-    let request = VmRequest {
-        vm: name.to_owned(),
+/// Returns the VM of a directory. Skips those of other users: root can see them, and must not use
+/// them. Takes the oldest, because a fork has the labels of its original.
+fn find(client: &mut Client, project: &Project) -> Result<Option<Vm>> {
+    let (key, value) = (file::label_key(), project.label());
+    let request = VmListRequest {
+        all: true,
+        brief: true,
+        ..VmListRequest::default()
     };
-    match client.call::<VmShow>(&request) {
-        Ok(reply) if reply.vm.owner_uid == own_uid() => Ok(Some(reply.vm)),
-        Ok(reply) => {
-            let text = format!("VM {name} belongs to uid {}", reply.vm.owner_uid);
-            Err(Error::new(Kind::NameTaken, text)
-                .hint(format!("if nobody needs it: fcctl rm -f {name}"))
-                .into())
+    let all = client.list::<VmListBrief>(request)?;
+    for vm in all.iter().filter(|vm| vm.labels.get(&key) == Some(&value)) {
+        let request = VmRequest {
+            vm: vm.id.to_string(),
+        };
+        match client.call::<VmShow>(&request) {
+            Ok(reply) if reply.vm.owner_uid == own_uid() => return Ok(Some(reply.vm)),
+            Ok(_) => {}
+            // Another process has deleted it since.
+            Err(e) if e.is(Kind::VmNotFound) => {}
+            Err(e) => return Err(e),
         }
-        Err(e) if e.is(Kind::VmNotFound) => Ok(None),
-        Err(e) => Err(e),
     }
+    Ok(None)
 }

@@ -434,6 +434,12 @@ fn wait_for(members: &Map<String, Value>) -> Result<Option<&'static str>> {
 }
 
 impl Config {
+    /// Returns the variables whose values do not depend on the guest. The others, and those that
+    /// are removed, are for login shells alone.
+    pub(super) fn constants(&self, of_image: &[String]) -> Vec<(String, String)> {
+        variables::constants(&self.env, of_image)
+    }
+
     /// True if `up` waits for the command `key`. The commands after that of `waitFor` run in the
     /// background.
     pub(super) fn is_waited_for(&self, key: &str) -> bool {

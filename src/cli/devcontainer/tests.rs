@@ -6,6 +6,7 @@ use super::super::workspace::tests::{shown, take_stream, with_workspace};
 use crate::api::vm::{Vm, VmState};
 use crate::client::fake::{Fake, Request};
 use crate::error::{Error, Kind};
+use crate::ids::Labels;
 use serde_json::json;
 use std::path::PathBuf;
 
@@ -47,6 +48,8 @@ struct World {
     /// The state of the VM, if it exists.
     vm: Option<VmState>,
     owner_uid: Option<u32>,
+    /// True if the name for the directory belongs to another VM.
+    name_taken: bool,
     /// The status of the script that reports whether the VM is new.
     prepared: u8,
     /// The exit status of the other commands.
@@ -58,14 +61,31 @@ impl Default for World {
         Self {
             vm: None,
             owner_uid: None,
+            name_taken: false,
             prepared: 3,
             command: 0,
         }
     }
 }
 
-fn daemon(world: World) -> Fake {
+fn up_world(world: World, text: &str) -> (Fake, Project) {
+    let project = Project::new(text);
+    (daemon(world, &project), project)
+}
+
+/// A daemon whose VM, if there is one, is that of the project.
+fn daemon(world: World, project: &Project) -> Fake {
+    let path = project.path.to_str().unwrap();
+    let labels: Labels = serde_json::from_value(json!({"fcd.directory": path})).unwrap();
     Fake::start(move |mut r: Request| match r.method.as_str() {
+        "vm.list" => {
+            let vm = world.vm.map(|state| Vm {
+                labels: labels.clone(),
+                ..own(state)
+            });
+            let vms: Vec<_> = vm.iter().map(Vm::brief).collect();
+            r.result(json!({ "vms": vms }));
+        }
         "vm.show" => match world.vm {
             Some(state) => {
                 let mut vm = own(state);
@@ -75,6 +95,9 @@ fn daemon(world: World) -> Fake {
             None => r.fault(Error::new(Kind::VmNotFound, "no such VM")),
         },
         "vm.create" => {
+            if world.name_taken && !r.params["name"].is_null() {
+                return r.fault(Error::new(Kind::NameTaken, "the name is taken"));
+            }
             let ports = &r.params["ports"];
             if ports[0]["host_port"] == 22 {
                 return r.fault(Error::new(Kind::PortTaken, "port 22 is in use"));
@@ -134,7 +157,7 @@ const FILE: &str = r#"{
 
 #[test]
 fn up_creates_vm_as_described_in_file() {
-    let (fake, project) = (daemon(World::default()), Project::new(FILE));
+    let (fake, project) = up_world(World::default(), FILE);
     let ran = project.run(&fake, "up", &["--yes"]);
     assert_eq!(
         (ran.status, ran.out.as_slice()),
@@ -151,6 +174,10 @@ fn up_creates_vm_as_described_in_file() {
         r#""mem_mib":1024"#,
         r#""guest_port":3000,"host_addr":"127.0.0.1","host_port":3000"#,
         r#""name":"app-"#,
+        r#""env":[["A","b"]]"#,
+        r#""labels":{"fcd.directory":"/"#,
+        r#""user":"dev""#,
+        r#""workdir":"/workspaces/app""#,
         r#""rm":false"#,
     ] {
         assert!(create.contains(part), "{part}: {create}");
@@ -202,15 +229,16 @@ fn up_again_uses_the_same_vm() {
             prepared,
             ..World::default()
         };
-        let (fake, project) = (daemon(world), Project::new(FILE));
+        let (fake, project) = up_world(world, FILE);
         let ran = project.run(&fake, "up", &["--yes"]);
         assert_eq!(ran.status, 0, "{}", ran.err);
         let calls = fake.calls();
         assert!(!calls.iter().any(|c| c.starts_with("vm.create")));
         assert_eq!(commands(&calls).len(), expected, "{calls:?}");
         assert!(
-            ran.err
-                .contains("warning: VM web already exists and keeps its image, vCPUs, ports"),
+            ran.err.contains(
+                "warning: VM web already exists and keeps its image, vCPUs, variables, user, ports"
+            ),
             "{}",
             ran.err
         );
@@ -224,18 +252,37 @@ fn up_never_uses_vm_of_another_user() {
         owner_uid: Some(4242),
         ..World::default()
     };
-    let project = Project::new("{}");
-    for verb in [&["up", "--yes"][..], &["down"]] {
-        let fake = daemon(world);
-        let ran = project.run(&fake, verb[0], &verb[1..]);
-        assert_eq!(
-            (ran.status, fake.methods().as_str()),
-            (4, "vm.show"),
-            "{}",
-            ran.err
-        );
-        assert!(ran.err.contains("belongs to uid 4242"), "{}", ran.err);
-    }
+    let (fake, project) = up_world(world, "{}");
+    let ran = project.run(&fake, "down", &[]);
+    assert_eq!(
+        (ran.status, fake.methods().as_str()),
+        (3, "vm.list vm.show")
+    );
+    assert!(ran.err.starts_with("fcctl: APP has no VM\n"), "{}", ran.err);
+    let ran = project.run(&fake, "up", &["--yes"]);
+    assert_eq!(ran.status, 0, "{}", ran.err);
+    assert!(fake.calls().iter().any(|c| c.starts_with("vm.create")));
+}
+
+/// The name belongs to a VM that is not the project's, for example because it was renamed to it.
+#[test]
+fn up_chooses_another_name_if_its_own_is_taken() {
+    let world = World {
+        name_taken: true,
+        ..World::default()
+    };
+    let (fake, project) = up_world(world, "{}");
+    let ran = project.run(&fake, "up", &["--yes"]);
+    assert_eq!(ran.status, 0, "{}", ran.err);
+    let calls = fake.calls();
+    let created: Vec<_> = calls
+        .iter()
+        .filter(|c| c.starts_with("vm.create"))
+        .collect();
+    assert!(
+        created.len() == 2 && !created[1].contains("\"name\""),
+        "{created:?}"
+    );
 }
 
 #[test]
@@ -256,7 +303,7 @@ fn up_without_permission_does_nothing() {
         ),
         ("{", "not JSON"),
     ] {
-        let (fake, project) = (daemon(World::default()), Project::new(text));
+        let (fake, project) = up_world(World::default(), text);
         let args: &[&str] = if text == FILE { &[] } else { &["--yes"] };
         let ran = project.run(&fake, "up", args);
         assert_eq!(
@@ -276,7 +323,7 @@ fn up_without_permission_does_nothing() {
 #[test]
 fn allowed_variable_goes_to_the_guest() {
     let text = r#"{"postCreateCommand": "login ${localEnv:MINE}"}"#;
-    let (fake, project) = (daemon(World::default()), Project::new(text));
+    let (fake, project) = up_world(World::default(), text);
     let ran = project.run(&fake, "up", &["--yes", "--allow-env", "MINE"]);
     assert_eq!(ran.status, 0, "{}", ran.err);
     assert!(commands(&fake.calls()).contains(&"-: login from me".to_owned()));
@@ -284,28 +331,25 @@ fn allowed_variable_goes_to_the_guest() {
 
 #[test]
 fn up_without_file_makes_vm_of_default_image() {
-    let (fake, project) = (daemon(World::default()), Project::new("{}"));
+    let (fake, project) = up_world(World::default(), "{}");
     std::fs::remove_dir_all(project.path.join(".devcontainer")).unwrap();
     let ran = project.run(&fake, "up", &[]);
     assert_eq!(ran.status, 0, "{}", ran.err);
     let calls = fake.calls();
     assert!(
-        calls[1].starts_with(r#"vm.create {"hold":false,"name":"app-"#),
+        calls[1].starts_with(r#"vm.create {"hold":false,"labels":{"fcd.directory":"/"#),
         "{calls:?}"
     );
     let methods: Vec<&str> = calls.iter().map(|c| c.split(' ').next().unwrap()).collect();
     assert_eq!(
         methods.join(" "),
-        "vm.show vm.create vm.start image.show workspace.prepare"
+        "vm.list vm.create vm.start image.show workspace.prepare"
     );
 }
 
 #[test]
 fn up_uses_free_ports_if_others_are_in_use() {
-    let (fake, project) = (
-        daemon(World::default()),
-        Project::new(r#"{"forwardPorts": [22]}"#),
-    );
+    let (fake, project) = up_world(World::default(), r#"{"forwardPorts": [22]}"#);
     let ran = project.run(&fake, "up", &["--yes"]);
     assert_eq!(ran.status, 0, "{}", ran.err);
     assert!(
@@ -323,12 +367,12 @@ fn failed_command_keeps_vm_and_is_run_again() {
         ..World::default()
     };
     let text = r#"{"postCreateCommand": "false"}"#;
-    let (fake, project) = (daemon(world), Project::new(text));
+    let (fake, project) = up_world(world, text);
     let ran = project.run(&fake, "up", &["--yes"]);
     assert_eq!(ran.status, 1, "{}", ran.err);
     assert!(
         ran.err.contains(
-            "fcctl: postCreateCommand ended with status 7\nhint: look around: fcctl ssh app-"
+            "fcctl: postCreateCommand ended with status 7\nhint: look around: fcctl ssh web, then"
         ),
         "{}",
         ran.err
@@ -340,7 +384,7 @@ fn failed_command_keeps_vm_and_is_run_again() {
 #[test]
 fn later_commands_run_in_the_background() {
     let text = r#"{"waitFor": "updateContentCommand", "updateContentCommand": "a", "postCreateCommand": "b"}"#;
-    let (fake, project) = (daemon(World::default()), Project::new(text));
+    let (fake, project) = up_world(World::default(), text);
     let ran = project.run(&fake, "up", &["--yes"]);
     assert_eq!(ran.status, 0, "{}", ran.err);
     assert!(
@@ -363,16 +407,16 @@ fn down_stops_the_vm_of_the_directory() {
         vm: Some(VmState::Running),
         ..World::default()
     };
-    let (fake, project) = (daemon(world), Project::new("{}"));
+    let (fake, project) = up_world(world, "{}");
     std::fs::create_dir(project.path.join("src")).unwrap();
     let ran = project.run(&fake, "down", &[]);
     assert_eq!(
         (ran.status, fake.methods().as_str()),
-        (0, "vm.show vm.stop"),
+        (0, "vm.list vm.show vm.stop"),
         "{}",
         ran.err
     );
-    let fake = daemon(World::default());
+    let fake = daemon(World::default(), &project);
     let ran = project.run(&fake, "down", &[]);
     assert_eq!(ran.status, 3);
     assert!(ran.err.starts_with("fcctl: APP has no VM\n"), "{}", ran.err);

@@ -9,15 +9,17 @@ use super::super::signals::{Interrupts, interrupted};
 use super::super::transfer::{PrepareHow, Source, Transfer};
 use super::super::vm_text::port_line;
 use super::consent::{self, Confirmed};
-use super::file::Project;
+use super::file::{self, Project};
 use super::parse::{self, Config};
 use super::steps::Steps;
 use super::variables::Variables;
 use super::{UpArgs, find, own_uid};
+use crate::api::image::ImageConfig;
 use crate::api::port::{Port, Protocol, loopback};
 use crate::api::vm::{Vm, VmCreate, VmCreateRequest, VmRequest, VmResume, VmStart, VmState};
 use crate::client::{Client, Result};
 use crate::error::{Error, Kind};
+use crate::ids::Labels;
 use crate::workspace::guest_path;
 use crate::workspace::plan::Plan;
 
@@ -45,9 +47,10 @@ fn bring_up(
     args: UpArgs,
     project: &Project,
 ) -> Result<u8> {
-    let name = project.vm_name(own_uid());
+    let id = project.vm_name(own_uid());
     let mut how = args.workspace;
     let source = Source::tree(&project.dir, &how, interrupts.cancel())?;
+    let mut guest_dir = None;
     let config = match &project.file {
         Some(file) => {
             let of_file = |e: Error| e.context(file.path.display().to_string());
@@ -56,16 +59,16 @@ fn bring_up(
             let dir_name = project.dir.file_name().unwrap_or_default();
             let dir_name = guest_path::sanitise(dir_name.as_encoded_bytes());
             let folder = parse::folder(&members, &dir_name).map_err(of_file)?;
-            let guest_dir = place(&source, &mut how, folder).map_err(of_file)?;
+            let dir = place(&source, &mut how, folder).map_err(of_file)?;
             let variables = Variables {
-                guest_dir: &guest_dir,
+                guest_dir: &dir,
                 name: &dir_name,
-                id: &name,
+                id: &id,
                 allowed: &args.allow_env,
                 env: &*ctx.env,
             };
             let config = parse::config(members, &variables).map_err(of_file)?;
-            for line in consent::summary(file, &config, &guest_dir) {
+            for line in consent::summary(file, &config, &dir) {
                 ctx.printer.note(&line);
             }
             let confirmed = Confirmed::of_user(&*ctx.env);
@@ -75,6 +78,7 @@ fn bring_up(
                 ctx.printer.note("nothing was done");
                 return Ok(DECLINED);
             }
+            guest_dir = Some(dir);
             config
         }
         None => Config::default(),
@@ -82,7 +86,8 @@ fn bring_up(
     let vm = Machine {
         interrupts,
         config,
-        name,
+        project,
+        guest_dir,
     }
     .bring_up(ctx, source, how)?;
     report(&mut ctx.printer, &vm)
@@ -137,13 +142,15 @@ fn report(printer: &mut Printer, vm: &Vm) -> Result<u8> {
 struct Machine<'a> {
     interrupts: &'a Interrupts,
     config: Config,
-    name: String,
+    project: &'a Project,
+    /// The directory of the project in the guest, if a file describes the VM.
+    guest_dir: Option<String>,
 }
 
 impl Machine<'_> {
     fn bring_up(&self, ctx: &mut Context, source: Source, mut how: PrepareHow) -> Result<Vm> {
         let mut client = ctx.connector.connect(&mut ctx.printer)?;
-        let found = find(&mut client, &self.name)?;
+        let found = find(&mut client, self.project)?;
         let Context {
             connector,
             printer,
@@ -151,8 +158,10 @@ impl Machine<'_> {
             env,
             ..
         } = ctx;
+        let mut of_image = ImageConfig::default();
         if let (None, Some(image)) = (&found, &self.config.image) {
-            find_or_pull(connector, printer, stdio, &**env, self.interrupts, image)?;
+            of_image =
+                find_or_pull(connector, printer, stdio, &**env, self.interrupts, image)?.config;
         }
         let (vm, was_running) = match found {
             Some(vm) => {
@@ -160,7 +169,7 @@ impl Machine<'_> {
                 let is_running = vm.state == VmState::Running;
                 (vm, is_running)
             }
-            None => (self.create(printer, &mut client)?, false),
+            None => (self.create(printer, &mut client, &of_image)?, false),
         };
         let vm = self.start(printer, &mut client, vm)?;
         let user = match &self.config.user {
@@ -186,7 +195,7 @@ impl Machine<'_> {
         steps.run(&mut guest, was_running).map_err(|e| {
             e.hint(format!(
                 "look around: fcctl ssh {0}, then run fcctl up again; or delete the VM: fcctl rm -f {0}",
-                self.name
+                vm.name
             ))
         })?;
         Ok(vm)
@@ -209,6 +218,17 @@ impl Machine<'_> {
                 config.memory_mib.is_some_and(|mib| mib != vm.mem_mib),
             ),
             (
+                "variables",
+                config
+                    .constants(&[])
+                    .iter()
+                    .any(|(name, _)| !vm.commands.env.contains(name)),
+            ),
+            (
+                "user",
+                config.user.is_some() && config.user != vm.commands.user,
+            ),
+            (
                 "ports",
                 !config
                     .ports
@@ -229,7 +249,12 @@ impl Machine<'_> {
         }
     }
 
-    fn create(&self, printer: &mut Printer, client: &mut Client) -> Result<Vm> {
+    fn create(
+        &self,
+        printer: &mut Printer,
+        client: &mut Client,
+        of_image: &ImageConfig,
+    ) -> Result<Vm> {
         let port = |host_port: u16, guest_port: u16| Port {
             host_addr: loopback(),
             host_port,
@@ -238,7 +263,11 @@ impl Machine<'_> {
         };
         let config = &self.config;
         let mut request = VmCreateRequest {
-            name: Some(self.name.parse()?),
+            name: Some(self.project.vm_name(own_uid()).parse()?),
+            labels: Labels::new([(file::label_key(), self.project.label())])?,
+            user: config.user.clone(),
+            workdir: self.guest_dir.clone(),
+            env: config.constants(&of_image.env),
             image: config.image.clone(),
             vcpus: config.cpus,
             mem_mib: config.memory_mib,
@@ -247,16 +276,25 @@ impl Machine<'_> {
             ..VmCreateRequest::default()
         };
         let _guard = self.interrupts.guard(client)?;
-        let created = match client.call::<VmCreate>(&request) {
-            // The repository chooses the ports, which may be in use on this host.
-            Err(e) if e.is(Kind::PortTaken) => {
-                printer.note(&format!("{e}; free ports are used instead"));
-                request.ports = config.ports.iter().map(|p| port(0, *p)).collect();
-                client.call::<VmCreate>(&request)
+        let vm = loop {
+            match client.call::<VmCreate>(&request) {
+                // The repository chooses the ports, which may be in use on this host.
+                Err(e)
+                    if e.is(Kind::PortTaken) && request.ports.iter().any(|p| p.host_port > 0) =>
+                {
+                    printer.note(&format!("{e}; free ports are used instead"));
+                    request.ports = config.ports.iter().map(|p| port(0, *p)).collect();
+                }
+                // Another `fcctl up` was faster, or the name belongs to another VM.
+                Err(e) if e.is(Kind::NameTaken) && request.name.is_some() => {
+                    if let Some(vm) = find(client, self.project)? {
+                        return Ok(vm);
+                    }
+                    request.name = None;
+                }
+                created => break created?.vm,
             }
-            created => created,
         };
-        let vm = created?.vm;
         printer.note(&format!("VM {}", vm.name));
         for port in &vm.ports {
             printer.note(&format!("port {}", port_line(port)));

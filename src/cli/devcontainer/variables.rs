@@ -1,7 +1,7 @@
 //! The variables of `devcontainer.json`, such as `${localEnv:NAME}`.
 
 use serde_json::Value;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// The values of the variables that do not depend on the guest.
 pub(super) struct Variables<'a> {
@@ -79,6 +79,60 @@ fn replaced(text: &str, variables: &Variables<'_>, refused: &mut Refused) -> Str
         }
     }
     out
+}
+
+/// The variables that a guest sets, whatever the image says.
+const OF_GUEST: [&str; 5] = ["HOME", "USER", "LOGNAME", "SHELL", "HOSTNAME"];
+/// The search path of commands, unless the image says otherwise.
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Returns the variables that are known before the guest runs. `of_image` has those of the image as
+/// `NAME=VALUE`, to which `${containerEnv:NAME}` may refer.
+pub(super) fn constants(
+    env: &[(String, Option<String>)],
+    of_image: &[String],
+) -> Vec<(String, String)> {
+    let of_image = of_image.iter().filter_map(|text| text.split_once('='));
+    let mut known: BTreeMap<&str, String> = [("PATH", PATH)]
+        .into_iter()
+        .chain(of_image)
+        .map(|(name, value)| (name, value.to_owned()))
+        .collect();
+    let mut own = BTreeMap::new();
+    for (name, value) in env {
+        match value.as_ref().and_then(|value| constant(value, &known)) {
+            Some(value) => {
+                known.insert(name, value.clone());
+                own.insert(name.clone(), value);
+            }
+            None => {
+                known.remove(name.as_str());
+                own.remove(name);
+            }
+        }
+    }
+    own.into_iter().collect()
+}
+
+fn constant(text: &str, known: &BTreeMap<&str, String>) -> Option<String> {
+    let mut out = String::new();
+    for piece in pieces(text) {
+        let Piece::Variable { whole, inside } = piece else {
+            out.push_str(piece.whole());
+            continue;
+        };
+        let Some(rest) = inside.strip_prefix("containerEnv:") else {
+            out.push_str(whole);
+            continue;
+        };
+        let (name, default) = rest.split_once(':').unwrap_or((rest, ""));
+        match known.get(name) {
+            Some(value) => out.push_str(value),
+            None if OF_GUEST.contains(&name) => return None,
+            None => out.push_str(default),
+        }
+    }
+    Some(out)
 }
 
 /// Returns a text as a word for a shell in the guest, in which `${containerEnv:NAME}` stands for a
@@ -168,6 +222,33 @@ fn pieces(text: &str) -> impl Iterator<Item = Piece<'_>> {
 mod tests {
     use super::*;
     use serde_json::json;
+
+    #[test]
+    fn constants_are_known_before_the_guest_runs() {
+        let env = |pairs: &[(&str, Option<&str>)]| -> Vec<(String, Option<String>)> {
+            let own = |text: &&str| (*text).to_owned();
+            let pairs = pairs.iter();
+            pairs.map(|(n, v)| (own(n), v.as_ref().map(own))).collect()
+        };
+        let found = constants(
+            &env(&[
+                ("A", Some("1")),
+                ("B", Some("${containerEnv:A}${containerEnv:C:3}")),
+                ("PATH", Some("${containerEnv:PATH}:/x")),
+                ("GO", Some("${containerEnv:HOME}/go")),
+                ("GONE", Some("x")),
+                ("GONE", None),
+                ("V", Some("${containerEnv:OF_IMAGE} $HOME")),
+            ]),
+            &["OF_IMAGE=i".to_owned(), "PATH=/image".to_owned()],
+        );
+        let found: Vec<String> = found.iter().map(|(n, v)| format!("{n}={v}")).collect();
+        assert_eq!(found, ["A=1", "B=13", "PATH=/image:/x", "V=i $HOME"]);
+        assert_eq!(
+            constants(&env(&[("P", Some("${containerEnv:PATH}"))]), &[])[0].1,
+            PATH
+        );
+    }
 
     #[track_caller]
     fn check(text: &str, allowed: &[&str], expected: &str, refused: &[&str]) {

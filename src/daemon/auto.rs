@@ -117,6 +117,7 @@ pub(super) fn missing(
 }
 
 fn kvm(state_dir: &Path, image: &ImageRef, qemu: &Qemu) -> Option<Missing> {
+    crate::locks::may_block("file access");
     let kernel = crate::image::kernel_path(state_dir, image);
     if !kernel.exists() {
         let what = format!(

@@ -17,6 +17,7 @@ impl Sessions {
         reader: Hangup<'_>,
         send: &mut dyn FnMut(LogChunk) -> std::io::Result<()>,
     ) -> Result<LogsReply> {
+        crate::locks::may_block("file access");
         let row = self.core.resolve(caller, &request.vm)?;
         // The first start creates the directory. A VM that was never started has no log.
         let is_there = self.core.vm_dir(&row.id).exists()

@@ -78,6 +78,7 @@ impl Views {
     /// Waits until the VM has its directory, which the first start creates. Returns false if the VM
     /// is deleted before that.
     pub(super) fn wait_directory(&self, id: &VmId, waiter: Hangup<'_>) -> Result<bool> {
+        crate::locks::may_block("file access");
         let dir = self.core.vm_dir(id);
         match self.wait_vm(id, waiter, None, &mut |_| dir.exists()) {
             Ok(is_there) => Ok(is_there),

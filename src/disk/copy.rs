@@ -36,6 +36,7 @@ pub(super) fn copy_sparse(
     cancel: &Cancel,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<()> {
+    crate::locks::may_block("file access");
     let io = |e: std::io::Error| Error::io("copy a disk", e);
     let len = from.metadata().map_err(io)?.len();
     to.set_len(len).map_err(io)?;

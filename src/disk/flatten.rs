@@ -29,6 +29,7 @@ pub fn flatten(
     cancel: &Cancel,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<()> {
+    crate::locks::may_block("file access");
     let doing = |e: Error| e.context(format!("read disk {}", source.path.display()));
     let disk = open_nofollow(source.path).map_err(doing)?;
     let method = source.method.unwrap_or(Method::Copy);

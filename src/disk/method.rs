@@ -106,6 +106,7 @@ fn can(
 
 /// Tries FICLONE with two small files in `dir`.
 fn try_clone(dir: &Path) -> Result<Cloned> {
+    crate::locks::may_block("file access");
     let io = |e: std::io::Error| Error::io(format!("probe {}", dir.display()), e);
     let source = tempfile::NamedTempFile::new_in(dir).map_err(io)?;
     source.as_file().set_len(SIZE_UNIT_BYTES).map_err(io)?;

@@ -112,6 +112,7 @@ pub fn copy_root(
     cancel: &Cancel,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Method> {
+    crate::locks::may_block("file access");
     let doing = |e: Error| e.context(format!("create root disk {}", spec.path.display()));
     check_size(spec.base_bytes, spec.size_bytes).map_err(doing)?;
     let draft = Draft::new(spec.path)?;
@@ -155,6 +156,7 @@ fn origin_path(disk: &Path) -> PathBuf {
 /// Returns the file on which the disk at `path` is based: the hard link that [`make_root`] created,
 /// or else `base`.
 pub fn origin(path: &Path, base: &Path) -> PathBuf {
+    crate::locks::may_block("file access");
     let origin = origin_path(path);
     if origin.exists() {
         origin
@@ -228,6 +230,7 @@ pub fn disk_size(path: &Path, method: Method) -> Result<u64> {
 }
 
 fn clone_file(base: &File, path: &Path, size_bytes: u64) -> Result<()> {
+    crate::locks::may_block("file access");
     let io = |e: std::io::Error| Error::io(format!("clone the image to {}", path.display()), e);
     let file = new_file(path)?;
     match ficlone(&file, base).map_err(io)? {

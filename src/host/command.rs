@@ -231,6 +231,7 @@ fn wait_exited(child: &std::process::Child, patience: Duration) -> std::io::Resu
 
 #[allow(clippy::disallowed_methods)] // One of the few places that may start processes.
 pub(super) fn start(command: &Command) -> Result<std::process::Child> {
+    crate::locks::may_block("file access");
     let mut c = std::process::Command::new(&command.program);
     c.args(&command.args)
         .env_clear()

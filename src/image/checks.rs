@@ -48,6 +48,7 @@ impl Host {
     }
 
     fn has(&self, program: &str) -> bool {
+        crate::locks::may_block("file access");
         const DIRS: [&str; 6] = [
             "usr/local/sbin",
             "usr/local/bin",

@@ -427,6 +427,7 @@ impl Images {
 
     /// Creates an empty directory for a build. The directory is removed when the result is dropped.
     pub(super) fn stage(&self, name: &ImageRef) -> Result<Staging> {
+        crate::locks::may_block("file access");
         if self.path(name).exists() {
             return Err(name_taken(name));
         }
@@ -460,6 +461,7 @@ impl Images {
 
     /// Returns the files of an image that exist in a directory.
     fn files_of(&self, dir: &Path) -> Vec<&'static str> {
+        crate::locks::may_block("file access");
         [KERNEL, INITRD, ROOTFS, DETAILS, METADATA]
             .into_iter()
             .filter(|file| dir.join(file).exists())
@@ -537,6 +539,7 @@ impl Images {
     /// Publishes `files` like [`Self::publish`], but replaces the image of the same name, which is
     /// moved to `files`.
     pub(super) fn replace(&self, files: &Path, metadata: &Metadata) -> Result<ImageInfo> {
+        crate::locks::may_block("file access");
         let name = &metadata.name;
         let io = |e: std::io::Error| match e.kind() {
             std::io::ErrorKind::NotFound if !self.path(name).exists() => not_found(name),

@@ -59,6 +59,7 @@ pub fn checks(config: &Config, commands: &dyn Commands, cancel: &Cancel) -> Vec<
 
 /// True if systemd-resolved runs on this host and can be configured with `resolvectl`.
 pub(super) fn has_resolved() -> bool {
+    crate::locks::may_block("file access");
     Path::new("/run/systemd/resolve/stub-resolv.conf").exists()
         && find_program(Path::new("resolvectl")).is_some()
 }

@@ -210,6 +210,7 @@ fn read(mut file: &File, path: &Path) -> Result<Option<Claim>> {
 }
 
 fn write(mut file: &File, claim: &Claim) -> Result<()> {
+    crate::locks::may_block("file access");
     let text =
         serde_json::to_vec(claim).map_err(|e| Error::internal("write a claim").with_source(e))?;
     let mut write = || {

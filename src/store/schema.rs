@@ -215,6 +215,7 @@ fn wal_path(path: &Path) -> PathBuf {
 }
 
 fn path_exists(path: &Path) -> Result<bool> {
+    crate::locks::may_block("file access");
     match path.symlink_metadata() {
         Ok(_) => Ok(true),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),

@@ -129,6 +129,7 @@ impl Consoles {
     /// Follows the log of the VM in `dir`, starting with its last `tail` lines, or at its beginning
     /// if `tail` is None. The VM need not be running, and may never have run.
     pub fn follow(&self, dir: &Path, tail: Option<u64>) -> Result<Follower> {
+        crate::locks::may_block("file access");
         let doing = || format!("read the console log in {}", dir.display());
         let fd = event().map_err(|e| Error::io(doing(), e))?;
         let event = Arc::new(Event {
@@ -217,6 +218,7 @@ impl Follower {
     /// Returns the next piece of the log, at most [`CHUNK_BYTES_MAX`] bytes of it. Returns None if
     /// there is no complete new character or no log yet. Blocks only for reads from the disk.
     pub fn next_chunk(&mut self) -> Result<Option<String>> {
+        crate::locks::may_block("file access");
         // Reset the event before reading the log, so that later changes set it again. After the end
         // of the log, the event stays set.
         if !self.event.is_ended.load(Ordering::SeqCst) {
@@ -443,6 +445,7 @@ impl Log {
 }
 
 fn bound_vmm_log(console: &Console) {
+    crate::locks::may_block("file access");
     let Some(file) = &console.vmm_log else { return };
     if file.metadata().is_ok_and(|m| m.len() > VMM_LOG_BYTES_MAX)
         && let Err(e) = file.set_len(0)

@@ -52,6 +52,30 @@ fn waiting_call_is_shown_with_its_method() {
     start.finish(SOON).unwrap();
 }
 
+#[test]
+fn work_shows_in_counts_and_observed_edges() {
+    let world = World::new();
+    world.running("web");
+    let reply = locks(&world);
+    for class in ["vm_locks", "create_vm", "store"] {
+        let counted = reply.classes.iter().find(|c| c.class == class).unwrap();
+        let sum = |counts: &[u64]| counts.iter().sum::<u64>();
+        assert!(
+            sum(&counted.waits) > 0 && sum(&counted.holds) > 0,
+            "{counted:?}"
+        );
+    }
+    let disk = reply.classes.iter().find(|c| c.class == "durable_wait");
+    assert!(disk.is_some_and(|c| !c.waits.is_empty()), "{reply:?}");
+    let edge = reply.edges.iter();
+    let edge = edge.filter(|e| (e.from.as_str(), e.to.as_str()) == ("vm_locks", "store"));
+    let sites: Vec<_> = edge.map(|e| (&e.from_site, &e.to_site)).collect();
+    assert!(
+        sites.len() == 1 && sites[0].0.starts_with("src/") && sites[0].1.contains("src/store/"),
+        "{sites:?}"
+    );
+}
+
 static PUBLISHED_LATE: OnceLock<PathBuf> = OnceLock::new();
 
 /// Another operation publishes an image of the same name after a commit has begun and before the

@@ -164,7 +164,11 @@ const MODULES: [&str; 12] = [
     "vmm",
 ];
 /// Calls that touch a file or a socket, sleep, or wait for a thread.
-const BLOCKING: [&str; 17] = [
+const BLOCKING: [&str; 21] = [
+    ".exists()",
+    ".try_exists()",
+    ".symlink_metadata()",
+    ".set_len(",
     "std::fs::",
     "File::open(",
     "File::create(",

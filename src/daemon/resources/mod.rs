@@ -144,6 +144,7 @@ pub(crate) fn state_dir_check(state_dir: &Path, driver: VmmDriver) -> Option<Che
 /// Returns the path or its nearest ancestor that exists, because the state directory may not exist
 /// yet.
 pub(super) fn existing(path: &Path) -> &Path {
+    crate::locks::may_block("file access");
     path.ancestors()
         .find(|p| p.exists())
         .unwrap_or(Path::new("/"))

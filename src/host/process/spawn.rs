@@ -99,6 +99,7 @@ pub fn spawn_in_own_pids(spec: Spawn) -> Result<Process> {
 }
 
 fn spawn_error(shown: &str, cwd: &Path, e: std::io::Error) -> Error {
+    crate::locks::may_block("file access");
     if e.kind() == std::io::ErrorKind::NotFound && cwd.is_dir() {
         return Error::new(Kind::CommandMissing, format!("{shown} is not installed"))
             .hint("run fcctl doctor");

@@ -48,6 +48,7 @@ pub(crate) fn run(asked: &Asked) -> ExitCode {
 }
 
 fn serve(daemon: &Daemon) -> Result<()> {
+    crate::locks::may_block("file access");
     let io = |e| Error::io("receive the file system", e);
     let (order, fds): (Order, _) = daemon.receive(MESSAGE_BYTES_MAX).map_err(io)?;
     let mut fds = fds.into_iter().map(File::from);

@@ -51,6 +51,7 @@ pub(super) fn read_below(
 }
 
 fn read_opened(opened: std::io::Result<File>, path: &Path, bytes_max: u64) -> Result<Vec<u8>> {
+    crate::locks::may_block("file access");
     let shown = path.display();
     let io = |e| Error::io(format!("read {shown}"), e);
     let file = opened.map_err(|e| match e.kind() {

@@ -233,6 +233,7 @@ impl Filesystem for Ext4 {
     }
 
     fn write<'a>(self, copying: &Copying<'a>, fills: impl Iterator<Item = Fill<'a>>) -> Result<()> {
+        crate::locks::may_block("file access");
         let size = self.options.size_bytes;
         let layout = self.builder.seal().map_err(|e| match e {
             // All names were checked when they were added, so only the space can be the reason.

@@ -262,6 +262,7 @@ impl Readers<'_> {
         reading: &Reading<'_>,
         error: Error,
     ) -> Result<LayerIndex> {
+        crate::locks::may_block("file access");
         let Some(blob) = self.blobs.open_again(&layer.blob)? else {
             return Err(error);
         };

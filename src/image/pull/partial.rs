@@ -71,6 +71,7 @@ impl Partials {
 
     /// Returns the space that the user's part of a blob takes.
     pub(super) fn bytes(&self, uid: u32, digest: &str) -> u64 {
+        crate::locks::may_block("file access");
         let path = self.path(uid, digest);
         let metadata = path.and_then(|path| path.symlink_metadata().ok());
         metadata.map_or(0, |metadata| metadata.blocks() * 512)

@@ -26,6 +26,7 @@ pub(super) struct Resuming<'a> {
 impl<'a> Resuming<'a> {
     /// Opens a blob of `size` bytes. Connects to the registry at once if the file is empty.
     pub(super) fn new(file: File, size: u64, open: OpenFrom<'a>) -> Result<Self> {
+        crate::locks::may_block("file access");
         let known = match file.metadata().map(|stat| stat.len()) {
             Ok(len) if len <= size => len,
             // The file is not a part of this blob.
@@ -67,6 +68,7 @@ impl<'a> Resuming<'a> {
 
 impl Read for Resuming<'_> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        crate::locks::may_block("file access");
         if into.is_empty() {
             return Ok(0);
         }

@@ -190,6 +190,7 @@ impl Blobs for Registry<'_> {
     }
 
     fn open_again(&self, blob: &Descriptor) -> Result<Option<Box<dyn Read + Send + '_>>> {
+        crate::locks::may_block("file access");
         if !self.is_resumed.load(Ordering::Relaxed) {
             return Ok(None);
         }

@@ -72,6 +72,7 @@ impl Resources {
     }
 
     fn prepare_disk(&self, boot: &Boot<'_>) -> Result<()> {
+        crate::locks::may_block("file access");
         let (row, image, commands) = (&boot.row, boot.image, self.commands.as_ref());
         let method = self
             .specs

@@ -14,6 +14,7 @@ impl BootStep for WorkDisk {
     }
 
     fn run(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
+        crate::locks::may_block("file access");
         let (Some(path), Some(bytes)) = (&boot.spec.work_disk, boot.row.shape.work_disk_bytes)
         else {
             return Ok(());

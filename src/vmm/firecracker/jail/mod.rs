@@ -114,6 +114,7 @@ pub(super) fn make(spec: &VmmSpec, programs: &Programs) -> Result<OwnedFd> {
 
 /// Opens the root of the jail with this tag. Returns None if there is no such jail.
 pub(super) fn find(dir: &Path, tag: &Tag) -> Result<Option<OwnedFd>> {
+    crate::locks::may_block("file access");
     let jail = dir.join(JAIL_DIR);
     let roots = names(&jail)
         .into_iter()

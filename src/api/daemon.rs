@@ -49,6 +49,20 @@ pub enum SpaceKind {
     Snapshots,
 }
 
+impl SpaceKind {
+    /// Returns the plural for people.
+    pub const fn title(self) -> &'static str {
+        match self {
+            Self::Vms => "VMs",
+            Self::Images => "images",
+            Self::Layers => "cached layers",
+            Self::Runtimes => "guest runtimes",
+            Self::Kernels => "kernels",
+            Self::Snapshots => "snapshots",
+        }
+    }
+}
+
 /// The space that objects of one kind use.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SpaceUse {
@@ -195,6 +209,30 @@ pub struct LeaksReply {
     pub leaks: Vec<Leak>,
 }
 
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct UninstallRequest {
+    /// Only report what would be removed.
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
+/// Something on the host that belongs to the installation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InstalledItem {
+    /// `directory`, `socket`, `tap`, `bridge`, `table` or `control_group`.
+    pub kind: String,
+    /// The item's name or path on the host.
+    pub name: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct UninstallReply {
+    pub items: Vec<InstalledItem>,
+    /// Files in the state directory that fcd did not make. They stay, and so does the directory.
+    pub kept: Vec<String>,
+}
+
 /// A lock that is held or awaited.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LockRecord {
@@ -273,5 +311,9 @@ calls! {
     /// The values of some settings may be secrets, such as a proxy with a password.
     ConfigShow = "fcd.config" (super::Empty) -> ConfigReply [Privileged, Unkeyed, Nothing, NoFds];
     Leaks = "fcd.leaks" (LeaksRequest) -> LeaksReply [Privileged, Unkeyed, Nothing, NoFds];
+    /// Makes the daemon exit and remove what it has on the host: the state directory, the socket,
+    /// the network. Refused while there are VMs.
+    Uninstall = "fcd.uninstall" (UninstallRequest) -> UninstallReply
+        [Privileged, Unkeyed, Nothing, NoFds];
     DebugLocks = "debug.locks" (super::Empty) -> DebugLocksReply [Anybody, Unkeyed, Nothing, NoFds];
 }

@@ -5,6 +5,7 @@ use super::connector::{Connector, operate};
 use super::context::{Context, Stdio};
 use super::output::{self, size, span};
 use super::printer::Printer;
+use super::uninstall;
 use crate::api::Empty;
 use crate::api::daemon::{Info, InfoReply, Space, SpaceKind, SpaceUse};
 use crate::api::image::{
@@ -25,6 +26,9 @@ pub(super) enum Verb {
     Prune(PruneArgs),
     /// Show versions, drivers, VMs by state and the space in use
     Info,
+    /// Remove this installation: all VMs, images and networks, and the daemon's files. Shows a list
+    /// and asks before
+    Uninstall(uninstall::Args),
 }
 
 #[derive(clap::Args, Debug)]
@@ -54,6 +58,7 @@ pub(super) fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
         Verb::Df => df(connector, printer),
         Verb::Prune(args) => prune(connector, printer, stdio, &args),
         Verb::Info => info(connector, printer),
+        Verb::Uninstall(args) => uninstall::run(ctx, &args),
     }
 }
 
@@ -65,7 +70,7 @@ fn df(connector: &mut Connector, printer: &mut Printer) -> Result<u8> {
     }
     let row = |of: &SpaceUse| {
         vec![
-            name(of.kind).to_owned(),
+            of.kind.title().to_owned(),
             of.count.to_string(),
             active(of).map_or_else(|| "-".to_owned(), |n| n.to_string()),
             size(of.bytes),
@@ -76,17 +81,6 @@ fn df(connector: &mut Connector, printer: &mut Printer) -> Result<u8> {
     let headers = ["TYPE", "COUNT", "ACTIVE", "SIZE", "RECLAIMABLE"];
     printer.text(&output::table(&headers, &rows))?;
     Ok(0)
-}
-
-const fn name(kind: SpaceKind) -> &'static str {
-    match kind {
-        SpaceKind::Vms => "VMs",
-        SpaceKind::Images => "images",
-        SpaceKind::Layers => "cached layers",
-        SpaceKind::Runtimes => "guest runtimes",
-        SpaceKind::Kernels => "kernels",
-        SpaceKind::Snapshots => "snapshots",
-    }
 }
 
 /// Returns how many objects are in use. Cached layers are never in use, because images do not need
@@ -170,7 +164,7 @@ fn sheet(of: &Overview, socket: &str) -> String {
                 None => kind.count.to_string(),
             },
         };
-        lines.push((name(kind.kind), format!("{what}, {}", size(kind.bytes))));
+        lines.push((kind.kind.title(), format!("{what}, {}", size(kind.bytes))));
     }
     let line = |(name, value): &(&str, String)| {
         let value = crate::host::text::printable(value);

@@ -35,6 +35,8 @@ pub struct Shared {
     pub state_dir: PathBuf,
     /// Fires when the daemon closes.
     pub closing: Cancel,
+    /// Fires when a caller has asked the daemon to exit and to remove its installation.
+    pub uninstalling: Cancel,
     pub effects: Effects,
     pub history: History,
     /// VMs that get a directory before they have a row.

@@ -180,6 +180,7 @@ mod temporary;
 mod transfer;
 mod transitions;
 mod uids;
+pub mod uninstall;
 mod unreconciled;
 mod uses;
 mod verbs;

@@ -37,6 +37,7 @@ use super::snapshot_writer::SnapshotWriter;
 use super::snapshots::Snapshots;
 use super::spec::Specs;
 use super::uids;
+use super::uninstall::Uninstaller;
 use super::unreconciled::{EarlierVmms, Unreconciled, VmReconciler};
 use super::uses::Uses;
 use super::views::Views;
@@ -82,6 +83,7 @@ pub struct Parts {
     pub reconciler: Arc<Reconciler>,
     pub space_monitor: SpaceMonitor,
     pub doctor: Doctor,
+    pub uninstaller: Uninstaller,
     pub watchers: Watchers,
     pub keys: Keys,
     networks: Networks,
@@ -160,12 +162,17 @@ fn open_core(config: &Config) -> Result<Core> {
         locks: OpLocks::new(),
         limits: config.limits.clone(),
         state_dir: config.state_dir.clone(),
-        closing: Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?,
+        closing: token()?,
+        uninstalling: token()?,
         effects: Effects::default(),
         history: History::default(),
         beginning: Uses::new(),
         threads: Threads::new(),
     }))
+}
+
+fn token() -> Result<Cancel> {
+    Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))
 }
 
 impl Daemon {
@@ -578,6 +585,12 @@ impl Parts {
             transfers: base.transfers(&sessions)?,
             space_monitor: base.space_monitor(&controls),
             doctor: base.doctor(config.clone(), &resources, &reconciler),
+            uninstaller: Uninstaller {
+                core: core.clone(),
+                socket: config.socket.clone(),
+                has_bridge: config.network.is_bridge(),
+                commands: base.commands.clone(),
+            },
             watchers: Watchers {
                 core: core.clone(),
                 feeder: Feeder::new(),

@@ -25,6 +25,13 @@ pub struct Leftovers {
     pub is_in_use: bool,
 }
 
+/// Returns the network of installation `install` in this network namespace, also while VMs use it.
+pub fn all(install: &str, commands: &Arc<dyn Commands>) -> Result<Leftovers> {
+    let (names, tools) = (Names::of(install)?, Tools::new(commands.clone())?);
+    let links = all_links(&tools, tools.never())?;
+    with_tables(&names, &tools, named_links(&names, &links))
+}
+
 /// Searches this network namespace for the network of installation `install`.
 pub fn look(install: &str, commands: &Arc<dyn Commands>) -> Result<Leftovers> {
     let (names, tools) = (Names::of(install)?, Tools::new(commands.clone())?);
@@ -33,6 +40,10 @@ pub fn look(install: &str, commands: &Arc<dyn Commands>) -> Result<Leftovers> {
     if left.is_in_use {
         return Ok(left);
     }
+    with_tables(&names, &tools, left)
+}
+
+fn with_tables(names: &Names, tools: &Tools, left: Leftovers) -> Result<Leftovers> {
     let tables = tools.run(&nft_json(&["list", "tables"]), tools.never())?;
     Ok(Leftovers {
         tables: parse_tables(&tables, &names.table())?,
@@ -65,11 +76,27 @@ pub fn remove(left: &Leftovers, commands: &Arc<dyn Commands>) -> Result<()> {
     }
 }
 
-fn of_links(names: &Names, links: &[Link]) -> Leftovers {
+fn is_tap(names: &Names, l: &Link) -> bool {
     let has_our_alias =
-        |l: &Link| l.alias().is_empty() || l.alias() == names.spare() || names.is_tag(l.alias());
-    let is_tap =
-        |l: &Link| l.is_kind("tun") && names.tap_number(&l.name).is_some() && has_our_alias(l);
+        l.alias().is_empty() || l.alias() == names.spare() || names.is_tag(l.alias());
+    l.is_kind("tun") && names.tap_number(&l.name).is_some() && has_our_alias
+}
+
+/// Returns the installation's links, without its tables.
+fn named_links(names: &Names, links: &[Link]) -> Leftovers {
+    let of = |is_ours: &dyn Fn(&Link) -> bool| {
+        let ours = links.iter().filter(|l| is_ours(l));
+        ours.map(|l| l.name.clone()).collect()
+    };
+    Leftovers {
+        taps: of(&|l| is_tap(names, l)),
+        bridges: of(&|l| bridge::is_ours(names, l)),
+        ..Leftovers::default()
+    }
+}
+
+fn of_links(names: &Names, links: &[Link]) -> Leftovers {
+    let is_tap = |l: &Link| is_tap(names, l);
     let taps: Vec<&Link> = links.iter().filter(|l| is_tap(l)).collect();
     let bridges: Vec<&Link> = links.iter().filter(|l| bridge::is_ours(names, l)).collect();
     let is_port = |l: &Link| {
@@ -87,13 +114,7 @@ fn of_links(names: &Names, links: &[Link]) -> Leftovers {
             ..Leftovers::default()
         };
     }
-    let named = |links: Vec<&Link>| links.into_iter().map(|l| l.name.clone()).collect();
-    Leftovers {
-        taps: named(taps),
-        bridges: named(bridges),
-        tables: Vec::new(),
-        is_in_use,
-    }
+    named_links(names, links)
 }
 
 #[derive(Deserialize)]
@@ -213,15 +234,17 @@ mod tests {
         // use.
         let vmm = lab.host.run(|| tun::connect(&tap.name)).unwrap();
         assert_eq!(look(), in_use);
+        let sorted = |mut left: Leftovers| {
+            left.tables.sort();
+            left
+        };
+        let whole = lab.host.run(|| super::all(OTHER, &commands)).unwrap();
+        assert_eq!(sorted(whole), found);
         drop(vmm);
         lab.host
             .sh("ip link add mine type veth peer name yours; ip link set mine master fcbr1");
         assert_eq!(look(), in_use);
         lab.host.sh("ip link delete mine");
-        let sorted = |mut left: Leftovers| {
-            left.tables.sort();
-            left
-        };
         assert_eq!(sorted(look()), found);
         assert_eq!(all(), everything, "`look` changes nothing");
         lab.host.run(|| remove(&look(), &commands)).unwrap();

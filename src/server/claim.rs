@@ -54,7 +54,7 @@ struct Claim {
 pub(super) struct Held {
     dir: PathBuf,
     /// Holds the lock of the claim.
-    _file: File,
+    file: File,
     claim: Claim,
 }
 
@@ -171,7 +171,7 @@ pub(super) fn take(state_dir: &Path, qemu: &Qemu, network: &Network, dir: &Path)
     write(&file, &claim)?;
     Ok(Held {
         dir: dir.to_owned(),
-        _file: file,
+        file,
         claim,
     })
 }
@@ -391,6 +391,19 @@ impl Held {
             own: self.claim.file_name(),
             netns: self.claim.netns.clone(),
         }
+    }
+
+    /// Removes the claim of an installation that has been removed, unless former installations of
+    /// its state directory may have left something.
+    pub(super) fn forget(self) -> Result<()> {
+        crate::locks::may_block("file access");
+        let _lock = lock(&self.dir)?;
+        let path = self.dir.join(self.claim.file_name());
+        let has_former = read(&self.file, &path)?.is_some_and(|now| !now.former.is_empty());
+        if has_former {
+            return Ok(());
+        }
+        std::fs::remove_file(&path).map_err(|e| Error::io(format!("remove {}", path.display()), e))
     }
 }
 

@@ -46,7 +46,7 @@ impl Dispatch {
         if info.fds != FdPassing::TakesFds {
             call.take_fds::<0>()?;
         }
-        if self.daemon.core.is_closing() {
+        if self.daemon.core.is_closing() || self.daemon.core.uninstalling.is_cancelled() {
             return Err(
                 Error::new(Kind::ShuttingDown, "the daemon is shutting down")
                     .hint("try again when it is back")
@@ -230,6 +230,7 @@ impl CallContext<'_> {
             AnyCall::Daemon(Fcd::Doctor(Empty {})) => reply(d.doctor.doctor(c)),
             AnyCall::Daemon(Fcd::ConfigShow(Empty {})) => reply(Ok(self.config())),
             AnyCall::Daemon(Fcd::Leaks(r)) => reply(d.doctor.leaks(r.fix)),
+            AnyCall::Daemon(Fcd::Uninstall(r)) => reply(d.uninstaller.uninstall(r)),
             AnyCall::Daemon(Fcd::DebugLocks(Empty {})) => reply(Ok(d.core.debug_locks())),
         }
     }

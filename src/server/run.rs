@@ -4,8 +4,11 @@ use super::claim;
 use super::dispatch::Dispatch;
 use super::{Limits, Server};
 use crate::config::Config;
+use crate::daemon::uninstall::LOCK_FILE;
 use crate::daemon::{Daemon, Seams, Watchdog};
 use crate::error::{Error, Kind, Result};
+use crate::locks::Cancel;
+use nix::poll::{PollFd, PollFlags};
 use rustix::fs::{FlockOperation, OFlags};
 use sd_notify::NotifyState;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -27,7 +30,6 @@ const TRANSFERS_GRACE: Duration = Duration::from_secs(10);
 const EXIT_DEADLINE: Duration = Duration::from_secs(15);
 /// How long callers may stay connected after all operations have ended.
 const ANSWERS_GRACE: Duration = Duration::from_secs(1);
-const LOCK_FILE: &str = "lock";
 /// How long to wait for the lock of a daemon that has died.
 const HELD_BY_NOBODY_GRACE: Duration = Duration::from_secs(5);
 const HELD_BY_NOBODY_PERIOD: Duration = Duration::from_millis(20);
@@ -79,6 +81,8 @@ pub fn run(config: Config) -> Result<()> {
         crate::host::memory::give_back();
         reconciling.reconciler.run_sweeper();
     })?;
+    let uninstalling = daemon.core.uninstalling.clone();
+    crate::host::thread::spawn("uninstall", move || exit_when_uninstalled(&uninstalling))?;
     let space_monitor = daemon.space_monitor.clone();
     let watchdog = Watchdog::new(&daemon.core);
     let watched = crate::host::thread::spawn("watchdog", move || watchdog.run())?;
@@ -118,8 +122,28 @@ pub fn run(config: Config) -> Result<()> {
         begun + EXIT_DEADLINE,
     );
     drop((reconciled, roomed, watched));
+    if daemon.uninstaller.is_asked_for() {
+        // Its file is in a directory that is removed.
+        drop(server);
+        daemon.uninstaller.remove()?;
+        claim.map_or(Ok(()), claim::Held::forget)?;
+        log::info!("done; this installation is removed");
+        return Ok(());
+    }
     log::info!("done; VMs keep running");
     Ok(())
+}
+
+/// Ends the daemon as SIGTERM does, once a caller has asked for its removal.
+fn exit_when_uninstalled(uninstalling: &Cancel) {
+    let mut asked = [PollFd::new(uninstalling.fd(), PollFlags::POLLIN)];
+    if let Err(e) = crate::host::wait::poll_until(&mut asked, None) {
+        log::error!("wait for an uninstallation: {e}");
+        return;
+    }
+    if let Err(e) = nix::sys::signal::raise(nix::sys::signal::SIGTERM) {
+        log::error!("exit to uninstall: {e}");
+    }
 }
 
 /// Claims uids and a subnet of the host if this process is root. A user's daemon does not give VMs

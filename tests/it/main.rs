@@ -62,6 +62,7 @@ mod stall;
 mod stalled_log;
 mod tidy;
 mod under_locks;
+mod uninstall;
 mod users;
 mod verbs;
 mod world;

@@ -49,7 +49,11 @@ impl Process {
         self.dir.path().join("fcd.sock")
     }
 
-    fn log(&self) -> String {
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    pub fn log(&self) -> String {
         fs::read_to_string(self.dir.path().join("log")).unwrap()
     }
 
@@ -57,7 +61,7 @@ impl Process {
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.child.id() as i32), signal).unwrap();
     }
 
-    fn end(&mut self) -> ExitStatus {
+    pub fn end(&mut self) -> ExitStatus {
         let deadline = Instant::now() + SOON;
         loop {
             match self.child.try_wait().unwrap() {

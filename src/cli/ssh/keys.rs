@@ -2,17 +2,12 @@
 
 use crate::api::vm::SshConfigReply;
 use crate::cli::context::Env;
+use crate::cli::key_dir;
 use crate::client::Result;
 use crate::error::{Error, Kind};
 use crate::host::fs::create_private_dir;
-use crate::host::hex;
-use sha2::{Digest, Sha256};
 use std::io::Write;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-
-/// How many bytes of the hash of a socket's path are in the name of a directory.
-const HASH_BYTES: usize = 4;
 
 /// The key with which a client logs in to a VM, and the host key that it expects.
 pub(super) struct KeyFiles {
@@ -36,9 +31,7 @@ impl KeyFiles {
     /// Returns the key files of a VM that outlive this process. They belong to this user. The VMs
     /// of each daemon have a separate directory, because two daemons may have VMs of the same name.
     pub(super) fn lasting(env: &Env, socket: &Path, config: &SshConfigReply) -> Result<Self> {
-        let dir = |name: &str| env(name).filter(|v| v.starts_with('/')).map(PathBuf::from);
-        let state = dir("XDG_STATE_HOME").or_else(|| Some(dir("HOME")?.join(".local/state")));
-        let Some(state) = state else {
+        let Some(dir) = key_dir::of_daemon(env, socket) else {
             return Err(Error::new(
                 Kind::InvalidArgument,
                 "find a directory for the keys: HOME is not set",
@@ -46,9 +39,6 @@ impl KeyFiles {
             .hint("set HOME or XDG_STATE_HOME")
             .into());
         };
-        let hash = Sha256::digest(socket.as_os_str().as_bytes());
-        let of_socket = hex::encode(&hash[..HASH_BYTES]);
-        let dir = state.join("fcctl/ssh").join(of_socket);
         Ok(Self {
             dir: dir.join(config.name.as_str()),
         })

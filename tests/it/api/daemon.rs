@@ -339,6 +339,21 @@ fn daemon_goldens() {
         {"leaks":[{"kind":"process","name":"fc-1-2-3","why":"w","removed":false,"error":"e"}]}
     "#]],
     );
+    call::<Uninstall>(
+        UninstallRequest { dry_run: true },
+        UninstallReply {
+            items: vec![InstalledItem {
+                kind: "bridge".into(),
+                name: "fcbr0".into(),
+            }],
+            kept: vec!["/s/notes".into()],
+        },
+        expect![[r#"
+        fcd.uninstall
+        {"dry_run":true}
+        {"items":[{"kind":"bridge","name":"fcbr0"}],"kept":["/s/notes"]}
+    "#]],
+    );
     let party = |thread: &str| LockParty {
         thread: thread.into(),
         operation: "vm.stop".into(),

@@ -185,6 +185,7 @@ impl Database {
             }
             if !self.is_marked_open {
                 schema::set_info(c, "open", "1")?;
+                schema::set_info(c, schema::WRITER, schema::THIS_VERSION)?;
             }
             schema::set_info(c, "seq", &seq.max(inner.seq_at_open).to_string())?;
             #[cfg(any(test, feature = "fakes"))]

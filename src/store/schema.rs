@@ -4,6 +4,7 @@
 use super::sql::refused;
 use super::{key, ledger, meta, op, snapshot, vfs, vm, workspace};
 use crate::error::{Error, Result};
+use crate::host::text::printable;
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, ErrorCode, OpenFlags, TransactionBehavior, params};
 use rustix::fs::{CWD, FileType, Mode, OFlags};
@@ -24,6 +25,10 @@ pub(super) const LOG_FRAMES: u32 = 250;
 pub(super) const LOG_BYTES: u64 = 1 << 20;
 /// How many prepared statements a connection keeps. This is more than the tables need.
 const STATEMENTS_MAX: usize = 32;
+/// The name in `store_info` of the version of fcd that wrote the database last. An older fcd that
+/// refuses the database names it.
+pub(super) const WRITER: &str = "fcd_version";
+pub(super) const THIS_VERSION: &str = env!("CARGO_PKG_VERSION");
 /// Number of hexadecimal digits in an install id.
 pub const INSTALL_ID_LEN: usize = 8;
 
@@ -327,12 +332,13 @@ fn check_contents(c: &Connection, path: &Path, newest: usize) -> Result<()> {
         return Err(refused(format!("database {shown} was not made by fcd")).hint(hint));
     }
     let version = number("user_version")?;
-    if version < 1 || version > newest as i64 {
-        let text = format!(
-            "database {shown} has version {version}, but this fcd only supports versions up to {newest}"
-        );
-        return Err(refused(text)
-            .hint("install the newer fcd again, because a database cannot be downgraded"));
+    if version > newest as i64 {
+        return Err(newer(c, path, version));
+    }
+    if version < 1 {
+        let hint = format!("restore a backup (ls {shown}.v*.bak), or use another --state-dir");
+        let text = format!("database {shown} has the unknown schema {version}");
+        return Err(refused(text).hint(hint));
     }
     let verdict: String = c
         .query_row("PRAGMA quick_check(1)", [], |r| r.get(0))
@@ -346,6 +352,25 @@ fn check_contents(c: &Connection, path: &Path, newest: usize) -> Result<()> {
             .hint(format!("stat {shown}; findmnt -T {shown}")));
     }
     Ok(())
+}
+
+/// Builds the error for a database that a newer fcd wrote.
+fn newer(c: &Connection, path: &Path, schema: i64) -> Error {
+    let writer = info(c, WRITER).ok().flatten();
+    let writer = writer.map(|version| printable(&version));
+    let text = format!(
+        "database {} was written by {} (schema {schema}); this is fcd {THIS_VERSION}",
+        path.display(),
+        match &writer {
+            Some(version) => format!("fcd {version}"),
+            None => "a newer fcd".to_owned(),
+        }
+    );
+    let install = match &writer {
+        Some(version) => format!("install fcd {version} or newer"),
+        None => "install that fcd again".to_owned(),
+    };
+    refused(text).hint(format!("{install}; a database cannot be downgraded"))
 }
 
 /// Creates the database. The file has another name until it is complete, so that `fcd.db` is either
@@ -375,6 +400,7 @@ fn create(dir: &Path, path: &Path, migrations: &[String]) -> Result<()> {
             tx.execute_batch(sql)?;
         }
         set_info(&tx, "install_id", &random_install_id())?;
+        set_info(&tx, WRITER, THIS_VERSION)?;
         tx.pragma_update(None, "application_id", APPLICATION_ID)?;
         tx.pragma_update(None, "user_version", migrations.len() as i64)?;
         tx.commit()?;
@@ -419,6 +445,7 @@ fn migrate(c: &mut Connection, path: &Path, migrations: &[String]) -> Result<()>
             let tx = c.transaction_with_behavior(TransactionBehavior::Immediate)?;
             tx.execute_batch(sql)?;
             tx.pragma_update(None, "user_version", from as i64 + 1)?;
+            set_info(&tx, WRITER, THIS_VERSION)?;
             tx.commit()
         };
         step(c).map_err(|e| {

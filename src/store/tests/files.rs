@@ -67,12 +67,56 @@ fn foreign_database_is_refused() {
 #[test]
 fn newer_version_is_refused() {
     check_refused(
-        |_, path| sql(path, "PRAGMA user_version = 99"),
-        &format!(
-            "has version 99, but this fcd only supports versions up to {}",
-            schema::migrations().len()
-        ),
+        |_, path| {
+            sql(
+                path,
+                "PRAGMA user_version = 99; DELETE FROM store_info WHERE name = 'fcd_version'",
+            )
+        },
+        "was written by a newer fcd (schema 99)",
     );
+    check_refused(
+        |_, path| sql(path, "PRAGMA user_version = 0"),
+        "has the unknown schema 0",
+    );
+}
+
+#[test]
+fn newer_database_is_refused_with_version_to_install() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    put(&store, 1).unwrap().detach();
+    store.close();
+    let path = dir.path().join(schema::FILE_NAME);
+    let writer = || {
+        let c = rusqlite::Connection::open(&path).unwrap();
+        let version = schema::info(&c, schema::WRITER).unwrap();
+        c.close().unwrap();
+        version
+    };
+    assert_eq!(writer().as_deref(), Some(schema::THIS_VERSION));
+    // The next writer records its version.
+    sql(
+        &path,
+        "UPDATE store_info SET value = '0.0.1' WHERE name = 'fcd_version'",
+    );
+    let store = Store::open(dir.path()).unwrap();
+    put(&store, 2).unwrap().detach();
+    store.close();
+    assert_eq!(writer().as_deref(), Some(schema::THIS_VERSION));
+    sql(
+        &path,
+        "PRAGMA user_version = 99; UPDATE store_info SET value = '9.1.0' WHERE name = 'fcd_version'",
+    );
+    let e = Store::open(dir.path()).map(drop).unwrap_err();
+    let this = schema::THIS_VERSION;
+    let shown = path.display();
+    assert_eq!(
+        e.to_string(),
+        format!("database {shown} was written by fcd 9.1.0 (schema 99); this is fcd {this}")
+    );
+    let hint = "install fcd 9.1.0 or newer; a database cannot be downgraded";
+    assert_eq!(e.hint_text(), Some(hint));
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Tests completions in the real bash, zsh and fish, with names from a daemon.
 
 use crate::world::{World, soon};
+use fcd::testing::api::vm::{VmCreate, VmCreateRequest};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
@@ -18,7 +19,13 @@ const ANSWERS_MEASURED: usize = 15;
 fn world() -> World {
     let world = World::new();
     world.running("web");
-    world.create("db");
+    let labels = serde_json::from_str(r#"{"owner":"ann"}"#).unwrap();
+    let db = VmCreateRequest {
+        name: Some("db".parse().unwrap()),
+        labels,
+        ..Default::default()
+    };
+    world.call::<VmCreate>(&db).unwrap();
     crate::world::make_image(&world.config.state_dir, "gcc:13");
     world
 }
@@ -134,6 +141,21 @@ const LINES: &[(&str, &str)] = &[
     ("fcctl run --net no", "fcctl run --net none"),
     ("fcctl create --publ", "fcctl create --publish"),
     ("fcctl rm -f d", "fcctl rm -f db"),
+    // More of these words follows, so there is no space behind them.
+    ("fcctl cp we", "fcctl cp web:"),
+    ("fcctl cp a.txt we", "fcctl cp a.txt web:"),
+    ("fcctl cp /proc/cpui", "fcctl cp /proc/cpuinfo"),
+    ("fcctl ps --filter la", "fcctl ps --filter label="),
+    (
+        "fcctl ps --filter label=own",
+        "fcctl ps --filter label=owner",
+    ),
+    (
+        "fcctl ps --filter label=owner=",
+        "fcctl ps --filter label=owner=ann",
+    ),
+    ("fcctl port d", "fcctl port db"),
+    ("fcctl ssh-config w", "fcctl ssh-config web"),
 ];
 
 #[test]
@@ -178,6 +200,10 @@ fn fish_completes_names_with_descriptions() {
     assert_eq!(complete("fcctl stop "), "web\trunning, default\n");
     assert_eq!(complete("fcctl start d"), "db\tcreated, default\n");
     assert!(complete("fcctl run --image gcc:").starts_with("gcc:13\t"));
+    assert_eq!(complete("fcctl cp we"), "web:\trunning, default\n");
+    assert_eq!(complete("fcctl ps --filter label="), "label=owner\n");
+    assert_eq!(complete("fcctl port d"), "db\tcreated, default\n");
+    assert_eq!(complete("fcctl ssh-config w"), "web\trunning, default\n");
     assert!(complete("fcctl snaps").starts_with("snapshot\tSave and restore"));
 }
 

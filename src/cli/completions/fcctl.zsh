@@ -9,8 +9,9 @@ _fcctl() {
         [[ -n $line ]] || continue
         value=${line%%$'\t'*}
         help=${line#"$value"}
-        value=${value//:/\\:}${help:+:${help#$'\t'}}
-        if [[ $line == *[/=] ]]; then open+=("$value"); else closed+=("$value"); fi
+        help=${value//:/\\:}${help:+:${help#$'\t'}}
+        # More of the word follows.
+        if [[ $value == *[/=:] ]]; then open+=("$help"); else closed+=("$help"); fi
     done
     (( ${#closed} )) && _describe -V fcctl closed
     (( ${#open} )) && _describe -V fcctl open -S ''

@@ -8,8 +8,9 @@ use crate::api::snapshot::{SnapshotList, SnapshotListRequest};
 use crate::api::vm::{VmBrief, VmListBrief, VmListRequest, VmState};
 use crate::client::{Client, Result};
 use crate::host::thread;
-use clap_complete::engine::CompletionCandidate;
+use clap_complete::engine::{CompletionCandidate, PathCompleter, ValueCompleter};
 use crossbeam_channel::bounded;
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -24,7 +25,13 @@ pub(super) enum Source {
     Images,
     Kernels,
     Snapshots,
-    Operations { all: bool },
+    Operations {
+        all: bool,
+    },
+    /// A term of `--filter`.
+    Terms,
+    /// A VM and a colon, or a path of this host.
+    Places,
     Fixed(&'static [&'static str]),
 }
 
@@ -49,7 +56,7 @@ impl Which {
             "pause" => Which::Unpaused,
             "resume" => Which::Paused,
             "exec" | "ssh" | "connect" | "stats" | "top" | "metrics" | "balloon" | "fork"
-            | "prepare" | "export" | "apply" | "status" => Which::Running,
+            | "prepare" | "export" | "apply" | "status" | "ssh-config" | "cp" => Which::Running,
             _ => Which::Any,
         }
     }
@@ -78,9 +85,6 @@ impl Which {
 impl Source {
     /// Returns the source for an argument of a verb.
     pub(super) fn of(verb: &str, argument: &str) -> Option<Self> {
-        const STATES: &[&str] = &[
-            "created", "starting", "running", "stopping", "stopped", "deleting", "failed",
-        ];
         Some(match argument {
             // `snapshot create` needs a running VM. `vm create` has no argument of this name.
             "vm" if verb == "create" => Source::Vms(Which::Running),
@@ -94,6 +98,8 @@ impl Source {
             "op" | "ops" => Source::Operations {
                 all: verb == "show",
             },
+            "filters" => Source::Terms,
+            "paths" if verb == "cp" => Source::Places,
             "net" => Source::Fixed(&["nat", "none"]),
             "init" => Source::Fixed(&["fcd", "image"]),
             "state" => Source::Fixed(STATES),
@@ -102,6 +108,13 @@ impl Source {
         })
     }
 }
+
+/// The states of VMs, as `vm wait --state` takes them.
+const STATES: &[&str] = &[
+    "created", "starting", "running", "stopping", "stopped", "deleting", "failed",
+];
+/// How the terms of `--filter` begin, for VMs.
+const TERMS: &[&str] = &["label=", "state=", "name=", "image=", "id="];
 
 /// A daemon that may not answer.
 pub(super) struct Daemon {
@@ -115,10 +128,21 @@ impl Daemon {
 
     /// Returns the names that begin with `typed`, each with a description.
     pub(super) fn candidates(&self, source: Source, typed: &OsStr) -> Vec<CompletionCandidate> {
-        let Some(typed) = typed.to_str() else {
+        if source == Source::Places && is_path(typed) {
+            return PathCompleter::any().complete(typed);
+        }
+        let Some(text) = typed.to_str() else {
             return Vec::new();
         };
-        let mut names = self.names(source);
+        let mut found = self.candidates_of(source, text);
+        if source == Source::Places && !text.contains(':') {
+            found.extend(PathCompleter::any().stdio().complete(typed));
+        }
+        found
+    }
+
+    fn candidates_of(&self, source: Source, typed: &str) -> Vec<CompletionCandidate> {
+        let mut names = self.names(source, typed);
         names.retain(|name| name.name.starts_with(typed));
         names
             .into_iter()
@@ -126,16 +150,16 @@ impl Daemon {
             .collect()
     }
 
-    fn names(&self, source: Source) -> Vec<Name> {
+    fn names(&self, source: Source, typed: &str) -> Vec<Name> {
         if let Source::Fixed(words) = source {
             return words.iter().map(|word| Name::bare(*word)).collect();
         }
         let (sender, receiver) = bounded(1);
-        let socket = self.socket.clone();
+        let (socket, typed) = (self.socket.clone(), typed.to_owned());
         let asked = thread::spawn("names", move || {
             // If the daemon is gone or busy, there are no candidates.
-            let names =
-                Client::connect_again(&socket).and_then(|mut client| ask(&mut client, source));
+            let names = Client::connect_again(&socket)
+                .and_then(|mut client| ask(&mut client, source, &typed));
             let _ = sender.send(names.unwrap_or_default());
         });
         match asked {
@@ -167,20 +191,72 @@ impl Name {
     }
 }
 
-fn ask(client: &mut Client, source: Source) -> Result<Vec<Name>> {
+/// True if a word of `cp` can only be a path of this host.
+fn is_path(typed: &OsStr) -> bool {
+    let typed = typed.as_encoded_bytes();
+    matches!(typed.first(), Some(b'.' | b'/' | b'~'))
+}
+
+fn vms(client: &mut Client, which: Which) -> Result<Vec<VmBrief<'static>>> {
+    let request = VmListRequest {
+        all: which != Which::Running,
+        brief: true,
+        ..VmListRequest::default()
+    };
+    let mut vms = client.list::<VmListBrief>(request)?;
+    vms.retain(|vm| which.includes(vm));
+    Ok(vms)
+}
+
+/// Returns the terms of `--filter` that VMs match. Only the last of several terms is completed.
+fn terms(vms: &[VmBrief<'_>], typed: &str) -> Vec<Name> {
+    let (before, last) = match typed.rfind(',') {
+        Some(comma) => typed.split_at(comma + 1),
+        None => ("", typed),
+    };
+    let mut terms = BTreeSet::new();
+    let Some((key, value)) = last.split_once('=') else {
+        let begun = TERMS
+            .iter()
+            .map(|term| Name::bare(format!("{before}{term}")));
+        return begun.collect();
+    };
+    match key {
+        "label" => {
+            for (label, its_value) in vms.iter().flat_map(|vm| vm.labels.iter()) {
+                // The values of a key come with its `=`, because they may be many.
+                terms.insert(match value.contains('=') {
+                    true => format!("{label}={its_value}"),
+                    false => label.to_string(),
+                });
+            }
+        }
+        "state" | "status" => terms.extend(STATES.iter().map(ToString::to_string)),
+        "name" => terms.extend(vms.iter().map(|vm| vm.name.to_string())),
+        "image" | "ancestor" => terms.extend(vms.iter().map(|vm| vm.image.to_string())),
+        "id" => terms.extend(vms.iter().map(|vm| vm.id.to_string())),
+        _ => {}
+    }
+    let whole = terms.iter();
+    let whole = whole.map(|term| Name::bare(format!("{before}{key}={term}")));
+    whole.collect()
+}
+
+fn ask(client: &mut Client, source: Source, typed: &str) -> Result<Vec<Name>> {
     let every = ListRequest::default;
+    let about = |vm: &VmBrief<'_>| format!("{}, {}", vm.state.name(), vm.image);
     Ok(match source {
         Source::Vms(which) => {
-            let request = VmListRequest {
-                all: which != Which::Running,
-                brief: true,
-                ..VmListRequest::default()
-            };
-            let vms = client.list::<VmListBrief>(request)?;
-            let wanted = vms.iter().filter(|vm| which.includes(vm));
-            wanted
-                .map(|vm| Name::new(&*vm.name, format!("{}, {}", vm.state.name(), vm.image)))
+            let vms = vms(client, which)?;
+            vms.iter()
+                .map(|vm| Name::new(&*vm.name, about(vm)))
                 .collect()
+        }
+        Source::Terms => terms(&vms(client, Which::Any)?, typed),
+        Source::Places => {
+            let vms = vms(client, Which::Running)?;
+            let place = |vm: &VmBrief<'_>| Name::new(format!("{}:", vm.name), about(vm));
+            vms.iter().map(place).collect()
         }
         Source::Images => {
             let images = client.list::<ImageList>(every())?;

@@ -14,11 +14,11 @@ fn daemon() -> Fake {
                 paused: true,
                 ..vm("web-2", VmState::Running)
             };
-            let all = [
-                vm("web", VmState::Running),
-                paused,
-                vm("db", VmState::Stopped),
-            ];
+            let web = Vm {
+                labels: serde_json::from_str(r#"{"ci":"yes","owner":"ann"}"#).unwrap(),
+                ..vm("web", VmState::Running)
+            };
+            let all = [web, paused, vm("db", VmState::Stopped)];
             r.result(json!({ "vms": all }));
         }
         "op.list" => r.result(json!({"ops": []})),
@@ -53,9 +53,54 @@ fn vms_are_offered_by_their_state() {
         ("fcctl rm -f web ", "web web-2 db"),
         ("fcctl snapshot create ", "web web-2"),
         ("fcctl --json kill web-", "web-2"),
+        ("fcctl ssh-config we", "web web-2"),
+        ("fcctl port d", "db"),
+        ("fcctl port add we", "web web-2"),
+        ("fcctl port list d", "db"),
+        ("fcctl vm ports rm d", "db"),
     ] {
         assert_eq!(complete_line(&fake, line), expected, "{line}");
     }
+}
+
+#[test]
+fn filters_are_offered_term_by_term() {
+    let fake = daemon();
+    for (line, expected) in [
+        ("fcctl ps --filter ", "label= state= name= image= id="),
+        ("fcctl stop --filter la", "label="),
+        ("fcctl rm --filter label=", "label=ci label=owner"),
+        ("fcctl ps --filter label=owner=", "label=owner=ann"),
+        ("fcctl ps --filter state=runn", "state=running"),
+        ("fcctl ps --filter name=d", "name=db"),
+        (
+            "fcctl ps --filter state=running,label=c",
+            "state=running,label=ci",
+        ),
+        ("fcctl ps --filter other=", ""),
+    ] {
+        assert_eq!(complete_line(&fake, line), expected, "{line}");
+    }
+}
+
+#[test]
+fn copies_are_offered_vms_and_files() {
+    let fake = daemon();
+    let dir = fake.dir().display();
+    let (path, found) = (format!("fcctl cp {dir}/fcd"), format!("{dir}/fcd.sock"));
+    for (line, expected) in [
+        ("fcctl cp we", "web: web-2:"),
+        ("fcctl vm cp -a a web-", "web-2:"),
+        ("fcctl cp web:/ro", ""),
+        (path.as_str(), found.as_str()),
+    ] {
+        assert_eq!(complete_line(&fake, line), expected, "{line}");
+    }
+    let both = complete_line(&fake, "fcctl cp ");
+    assert!(
+        both.starts_with("web: web-2: ") && both.contains("Cargo.toml"),
+        "{both}"
+    );
 }
 
 #[test]

@@ -59,7 +59,8 @@ impl Context {
         env: Box<Env>,
         now_s: u64,
     ) -> std::io::Result<Self> {
-        let printer = Printer::new(stdio.stdout.try_clone()?, stdio.stderr.try_clone()?);
+        let mut printer = Printer::new(stdio.stdout.try_clone()?, stdio.stderr.try_clone()?);
+        printer.is_dumb = is_dumb(&*env);
         Ok(Self {
             connector: Connector::new(PathBuf::new()),
             printer,
@@ -71,11 +72,18 @@ impl Context {
     }
 }
 
-/// True if results may be coloured.
+/// True if results may be coloured. `NO_COLOR` and `CLICOLOR_FORCE` have the meaning that
+/// no-color.org and bixense.com/clicolors give them.
 pub(super) fn may_colour(stdio: &Stdio, env: &Env) -> bool {
-    stdio.stdout_is_terminal()
-        && env("NO_COLOR").is_none_or(|v| v.is_empty())
-        && env("TERM").is_none_or(|t| t != "dumb")
+    let is_set = |name: &str| env(name).is_some_and(|value| !value.is_empty());
+    let is_forced = env("CLICOLOR_FORCE").is_some_and(|value| !value.is_empty() && value != "0");
+    let is_off = env("CLICOLOR").is_some_and(|value| value == "0");
+    !is_set("NO_COLOR") && (is_forced || stdio.stdout_is_terminal() && !is_off && !is_dumb(env))
+}
+
+/// True for a terminal that shows text only, without moving its cursor.
+fn is_dumb(env: &Env) -> bool {
+    env("TERM").is_some_and(|term| term == "dumb")
 }
 
 /// Picks the socket if none was named. Root uses the system's socket. Other users use their own
@@ -103,6 +111,37 @@ pub(super) fn is_usable(socket: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn colours_need_a_terminal_unless_they_are_forced() {
+        let pty = nix::pty::openpty(None, None).unwrap();
+        let terminal = File::from(pty.slave);
+        let stdio = |stdout: &File| Stdio {
+            stdin: terminal.try_clone().unwrap(),
+            stdout: stdout.try_clone().unwrap(),
+            stderr: terminal.try_clone().unwrap(),
+        };
+        let file = tempfile::tempfile().unwrap();
+        for (variables, on_terminal, in_file) in [
+            (&[][..], true, false),
+            (&[("NO_COLOR", "1")], false, false),
+            (&[("NO_COLOR", "")], true, false),
+            (&[("TERM", "dumb")], false, false),
+            (&[("TERM", "xterm")], true, false),
+            (&[("CLICOLOR", "0")], false, false),
+            (&[("CLICOLOR_FORCE", "1")], true, true),
+            (&[("CLICOLOR_FORCE", "0")], true, false),
+            (&[("CLICOLOR_FORCE", "1"), ("TERM", "dumb")], true, true),
+            (&[("CLICOLOR_FORCE", "1"), ("NO_COLOR", "1")], false, false),
+        ] {
+            let env = move |name: &str| {
+                let found = variables.iter().find(|(key, _)| *key == name);
+                found.map(|(_, value)| (*value).to_owned())
+            };
+            let colours = [&terminal, &file].map(|stdout| may_colour(&stdio(stdout), &env));
+            assert_eq!(colours, [on_terminal, in_file], "{variables:?}");
+        }
+    }
 
     #[test]
     fn default_socket_without_user_daemon_is_system_socket() {

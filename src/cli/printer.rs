@@ -11,6 +11,8 @@ use std::fs::File;
 pub(super) struct Printer {
     /// Print results as one JSON document on stdout, and failures as JSON on stderr.
     pub json: bool,
+    /// Show progress in lines even on a terminal, because it cannot move its cursor.
+    pub is_dumb: bool,
     out: Out,
     err: Out,
 }
@@ -19,6 +21,7 @@ impl Printer {
     pub(super) fn new(stdout: File, stderr: File) -> Self {
         Self {
             json: false,
+            is_dumb: false,
             out: Out::new(stdout),
             err: Out::new(stderr),
         }
@@ -30,7 +33,7 @@ impl Printer {
         if self.json {
             return Progress::silent();
         }
-        Progress::new(doing, self.err.file())
+        Progress::new(doing, self.err.file(), self.is_dumb)
     }
 
     /// Prints one line to stdout.

@@ -48,10 +48,10 @@ impl Progress {
         }
     }
 
-    pub(super) fn new(doing: &str, stderr: &File) -> Self {
+    pub(super) fn new(doing: &str, stderr: &File, is_dumb: bool) -> Self {
         let doing = printable(doing);
         let shown = match stderr.try_clone() {
-            Ok(to) if to.is_terminal() => {
+            Ok(to) if to.is_terminal() && !is_dumb => {
                 let bars = Bars::new(&doing, ProgressDrawTarget::stderr());
                 bars.whole.enable_steady_tick(TICK);
                 Shown::Bars(bars, to)

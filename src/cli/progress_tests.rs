@@ -8,7 +8,7 @@ use std::sync::Arc;
 #[test]
 fn progress_without_terminal_prints_one_line_per_stage() {
     let mut file = tempfile::tempfile().unwrap();
-    let mut progress = Progress::new("start web", &file);
+    let mut progress = Progress::new("start web", &file, false);
     for (stage, done) in [
         ("boot", 1),
         ("boot", 2),

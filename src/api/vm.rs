@@ -566,13 +566,17 @@ pub struct LogsReply {
     pub bytes: u64,
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VmForkRequest {
     pub vm: String,
     /// The name of the new VM. Defaults to a generated name, adjective-noun.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<VmName>,
+    /// Labels of the new VM, in addition to those of the original. A label with the same key is
+    /// replaced.
+    #[serde(default, skip_serializing_if = "Labels::is_empty")]
+    pub labels: Labels,
 }
 
 calls! {

@@ -194,6 +194,9 @@ pub(super) struct ForkArgs {
     vm: String,
     /// Name of the new VM [default: a random adjective-noun]
     new: Option<VmName>,
+    /// Label the new VM, which also has the labels of the original
+    #[arg(short, long = "label", value_name = "KEY[=VALUE]", value_parser = parse_label)]
+    labels: Vec<Label>,
 }
 
 #[derive(clap::Args, Debug)]
@@ -404,6 +407,7 @@ fn fork(connector: &mut Connector, printer: &mut Printer, args: ForkArgs) -> Res
     let request = VmForkRequest {
         vm: args.vm,
         name: args.new,
+        labels: labels(args.labels)?,
     };
     let vm = operate::<VmFork>(
         printer,

@@ -510,3 +510,17 @@ fn logs_full_disk_fails() {
         ran.err
     );
 }
+
+#[test]
+fn fork_passes_labels() {
+    let fake = Fake::start(|r| r.result(json!({ "vm": vm("twin", VmState::Running) })));
+    check(
+        &fake,
+        &["fork", "web", "twin", "--label", "stage=2", "-l", "ci"],
+        expect![[r#"
+            > vm.fork {"labels":{"ci":"","stage":"2"},"name":"twin","vm":"web"}
+            twin
+            status 0
+        "#]],
+    );
+}

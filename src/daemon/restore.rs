@@ -75,7 +75,9 @@ impl Snapshots {
         self.vmm
             .can_load(found.driver.as_deref().unwrap_or_default(), true)?;
         let env = command_defaults::read(&self.core, &found)?;
-        let new = like(&found.shape, request.name, env);
+        let labels = found.shape.labels.changed(&request.labels, &[])?;
+        let mut new = like(&found.shape, request.name, env);
+        new.labels = labels;
         let vm = self.create_like(caller, new, &found.shape.image)?;
         self.run_in_new_vm(caller, METHOD, &vm, move |snapshots, op, vm| {
             let (row, user) = snapshots

@@ -130,6 +130,7 @@ fn forks_and_snapshots_keep_the_defaults() {
     let fork = VmForkRequest {
         vm: "web".into(),
         name: Some("twin".parse().unwrap()),
+        ..Default::default()
     };
     let save = SnapshotCreateRequest {
         vm: "web".into(),

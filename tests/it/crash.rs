@@ -168,6 +168,7 @@ fn begin(world: &World, verb: Verb) -> Call {
             let request = VmForkRequest {
                 vm: "web".into(),
                 name: Some("twin".parse().unwrap()),
+                ..Default::default()
             };
             Call::Vm(world.begin::<VmFork>(request, vec![]))
         }

@@ -161,6 +161,7 @@ fn fork_and_restore_keep_the_image_of_their_vm() {
         let fork = VmForkRequest {
             vm: "web".into(),
             name: Some("twin".parse().unwrap()),
+            ..Default::default()
         };
         let twin = world.run::<VmFork>(fork).unwrap().vm;
         assert_eq!(twin.image_digest, digest);

@@ -54,6 +54,7 @@ fn kept_fork_survives_concurrent_stop(world: &World, round: u32) {
     let request = VmForkRequest {
         vm: "web".into(),
         name: Some(name.parse().unwrap()),
+        ..Default::default()
     };
     let mut fork = world.begin::<VmFork>(request, vec![]);
     world.await_change(|s| {

@@ -39,6 +39,7 @@ fn fork(world: &World, vm: &str, name: &str) -> Result<Vm, Failure> {
         .run::<VmFork>(VmForkRequest {
             vm: vm.into(),
             name: Some(name.parse().unwrap()),
+            ..Default::default()
         })
         .map(|r| r.vm)
 }
@@ -322,6 +323,7 @@ fn fork_is_complete_or_absent() {
             VmForkRequest {
                 vm: "web".into(),
                 name: Some("twin".parse().unwrap()),
+                ..Default::default()
             },
             vec![],
         );
@@ -354,8 +356,16 @@ fn fork_is_complete_or_absent() {
         ..Default::default()
     };
     world.call::<VmSet>(&set).unwrap();
-    let twin = fork(&world, "web", "twin").unwrap();
-    assert_eq!(twin.labels, labels);
+    let request = VmForkRequest {
+        vm: "web".into(),
+        name: Some("twin".parse().unwrap()),
+        labels: serde_json::from_str(r#"{"stage":"2"}"#).unwrap(),
+    };
+    let twin = world.run::<VmFork>(request).unwrap().vm;
+    assert_eq!(
+        serde_json::to_string(&twin.labels).unwrap(),
+        r#"{"ci":"yes","stage":"2"}"#
+    );
     assert!(
         twin.state == VmState::Running && !twin.rm && twin.ports.is_empty(),
         "{twin:?}"

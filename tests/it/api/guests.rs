@@ -196,11 +196,12 @@ fn snapshot_goldens() {
         VmForkRequest {
             vm: "web".into(),
             name: Some("twin".parse().unwrap()),
+            labels: serde_json::from_str(r#"{"ci":"yes"}"#).unwrap(),
         },
         reply(),
         expect![[r#"
             vm.fork
-            {"vm":"web","name":"twin"}
+            {"vm":"web","name":"twin","labels":{"ci":"yes"}}
             {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","image_digest":"sha256:1","kernel":null,"init":"fcd","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"restart":"always","created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ip":"10.89.0.2","ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null,"host_name":"build","dns":["1.1.1.1"],"commands":{"user":"dev","workdir":"/srv/app","env":["A"]},"labels":{"ci":"yes"}}}
         "#]],
     );

@@ -4,8 +4,10 @@
 //! header and aligns columns that are separated by tabs. `--format json` is the same as `--json`.
 
 use super::output::{self, age, size};
+use super::printer::Printer;
 use crate::error::Error;
 use crate::host::text::{printable, quoted};
+use serde::Serialize;
 
 /// A property of an item, by its name in templates.
 pub(super) struct Field<T: 'static> {
@@ -209,6 +211,56 @@ impl ListArgs {
     }
 }
 
+/// The options of a list whose items have a name or an ID.
+#[derive(clap::Args, Debug, Default)]
+pub(super) struct QuietListArgs {
+    /// Print only names or IDs, one per line
+    #[arg(short, long)]
+    quiet: bool,
+    #[command(flatten)]
+    list: ListArgs,
+}
+
+/// How the items of a list are shown.
+pub(super) struct Shape<T: 'static> {
+    pub fields: &'static [Field<T>],
+    /// What `--quiet` prints.
+    pub id: fn(&T) -> String,
+    /// The usual table, at this time.
+    pub table: fn(&[T], u64) -> String,
+}
+
+impl QuietListArgs {
+    /// Checks the options before anything is asked of the daemon.
+    pub(super) fn check<T>(&self, shape: &Shape<T>) -> Result<(), Error> {
+        self.list.parse(shape.fields).map(drop)
+    }
+
+    /// Prints the items as the options ask.
+    pub(super) fn print<T: Serialize>(
+        &self,
+        printer: &mut Printer,
+        shape: &Shape<T>,
+        mut items: Vec<T>,
+        now_s: u64,
+    ) -> crate::client::Result<()> {
+        self.list.sort(&mut items, shape.fields)?;
+        let template = self.list.parse(shape.fields)?;
+        if self.quiet {
+            let ids: Vec<String> = items.iter().map(shape.id).collect();
+            return match printer.json {
+                true => printer.document(&ids),
+                false => printer.text(&ids.iter().map(|id| format!("{id}\n")).collect::<String>()),
+            };
+        }
+        match template {
+            _ if printer.json => printer.document(&items),
+            Some(template) => printer.text(&template.render(shape.fields, &items, now_s)),
+            None => printer.text(&(shape.table)(&items, now_s)),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -308,5 +360,23 @@ mod tests {
         assert_eq!(sorted("-Size"), ["a\u{1b}[2J", "web", "z"]);
         assert_eq!(sorted(".name"), ["a\u{1b}[2J", "web", "z"]);
         assert_eq!(sorted("-none"), ["web", "a\u{1b}[2J", "z"]);
+    }
+
+    #[test]
+    fn fields_of_each_list_are_documented() {
+        fn row<T>(list: &str, fields: &[Field<T>]) -> String {
+            let names: Vec<_> = fields.iter().map(|f| format!("`{}`", f.name)).collect();
+            format!("| {list} | {} |\n", names.join(" "))
+        }
+        let text = include_str!("../docs/lists.md");
+        for row in [
+            row("`ps`, `vm list`, `inspect`", super::super::ps::FIELDS),
+            row("`images`, `image list`", super::super::image_list::FIELDS),
+            row("`snapshot list`", super::super::snapshot::SHAPE.fields),
+            row("`kernel list`", super::super::kernel::SHAPE.fields),
+            row("`op list`", super::super::op::SHAPE.fields),
+        ] {
+            assert!(text.contains(&row), "{row}");
+        }
     }
 }

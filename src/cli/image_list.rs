@@ -33,7 +33,7 @@ fn parse_reference(text: &str) -> Result<String, Error> {
 }
 
 /// The fields of an image, for templates and sorting.
-const FIELDS: &[Field<Image>] = &[
+pub(super) const FIELDS: &[Field<Image>] = &[
     field("Name", "NAME", |i| Value::text(&i.name)),
     field("Repository", "REPOSITORY", |i| {
         Value::text(i.name.parts().repository)

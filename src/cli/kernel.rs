@@ -2,6 +2,7 @@
 
 use super::connector::{Connector, operate};
 use super::context::Context;
+use super::format::{QuietListArgs, Shape, Value, field};
 use super::output::{self, age, size};
 use super::printer::Printer;
 use crate::api::kernel::{
@@ -29,7 +30,7 @@ pub(super) enum Verb {
     },
     /// List kernels
     #[command(visible_alias = "ls")]
-    List,
+    List(QuietListArgs),
     /// Show details of a kernel
     Show { kernel: KernelName },
     /// Delete a kernel that no VM needs
@@ -50,7 +51,7 @@ pub(super) fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
             name,
             modules,
         } => import(connector, printer, path, name, modules),
-        Verb::List => list(connector, printer, *now_s),
+        Verb::List(args) => list(connector, printer, *now_s, &args),
         Verb::Show { kernel } => show(connector, printer, *now_s, KernelRequest { kernel }),
         Verb::Delete { kernel } => delete(connector, printer, KernelRequest { kernel }),
     }
@@ -82,14 +83,32 @@ fn import(
     Ok(0)
 }
 
-fn list(connector: &mut Connector, printer: &mut Printer, now_s: u64) -> Result<u8> {
-    let kernels = connector
-        .connect(printer)?
-        .list::<KernelList>(ListRequest::default())?;
-    if printer.json {
-        printer.document(&kernels)?;
-        return Ok(0);
-    }
+pub(super) const SHAPE: Shape<Kernel> = Shape {
+    fields: &[
+        field("Name", "NAME", |k| Value::text(&k.name)),
+        field("Version", "VERSION", |k| Value::text(&k.version)),
+        field("Size", "ON HOST", |k| Value::Bytes(k.bytes)),
+        field("Imported", "IMPORTED", |k| Value::Time(k.imported_at)),
+        field("VMs", "VMS", |k| Value::Number(k.vms)),
+    ],
+    id: |kernel| kernel.name.to_string(),
+    table,
+};
+
+fn list(
+    connector: &mut Connector,
+    printer: &mut Printer,
+    now_s: u64,
+    args: &QuietListArgs,
+) -> Result<u8> {
+    args.check(&SHAPE)?;
+    let mut client = connector.connect(printer)?;
+    let kernels = client.list::<KernelList>(ListRequest::default())?;
+    args.print(printer, &SHAPE, kernels, now_s)?;
+    Ok(0)
+}
+
+fn table(kernels: &[Kernel], now_s: u64) -> String {
     let row = |k: &Kernel| {
         vec![
             k.name.to_string(),
@@ -100,11 +119,7 @@ fn list(connector: &mut Connector, printer: &mut Printer, now_s: u64) -> Result<
         ]
     };
     let rows: Vec<_> = kernels.iter().map(row).collect();
-    printer.text(&output::table(
-        &["NAME", "VERSION", "ON HOST", "IMPORTED", "VMS"],
-        &rows,
-    ))?;
-    Ok(0)
+    output::table(&["NAME", "VERSION", "ON HOST", "IMPORTED", "VMS"], &rows)
 }
 
 fn show(
@@ -206,6 +221,31 @@ mod tests {
             > kernel.list {}
             NAME   VERSION       ON HOST  IMPORTED  VMS
             linux  6.1\u{1b}[2J  32 MiB   1m ago    2
+            status 0
+        "#]],
+        );
+        check(
+            &fake,
+            &[
+                "kernel",
+                "ls",
+                "--format",
+                r"{{.Name}}\t{{.VMs}}",
+                "--sort",
+                "-imported",
+            ],
+            expect![[r#"
+                > kernel.list {}
+                linux	2
+                status 0
+            "#]],
+        );
+        check(
+            &fake,
+            &["kernel", "ls", "-q"],
+            expect![[r#"
+            > kernel.list {}
+            linux
             status 0
         "#]],
         );

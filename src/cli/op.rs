@@ -2,6 +2,7 @@
 
 use super::connector::Connector;
 use super::context::Context;
+use super::format::{QuietListArgs, Shape, Value, field};
 use super::output::{self, age};
 use super::printer::Printer;
 use super::progress;
@@ -23,9 +24,8 @@ pub(super) enum Verb {
         /// Also list finished operations
         #[arg(short, long)]
         all: bool,
-        /// Print only IDs, one per line
-        #[arg(short, long)]
-        quiet: bool,
+        #[command(flatten)]
+        list: QuietListArgs,
     },
     /// Show operations
     Show(Targets),
@@ -56,7 +56,16 @@ pub(super) fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
         ..
     } = ctx;
     match verb {
-        Verb::List { all, quiet } => list(connector, printer, *now_s, all, quiet),
+        Verb::List { all, list: args } => {
+            args.check(&SHAPE)?;
+            let request = OpListRequest {
+                all,
+                ..Default::default()
+            };
+            let ops = connector.connect(printer)?.list::<OpList>(request)?;
+            args.print(printer, &SHAPE, ops, *now_s)?;
+            Ok(0)
+        }
         Verb::Show(targets) => show(connector, printer, *now_s, &targets.ops),
         Verb::Wait { targets, timeout } => wait(connector, printer, &targets.ops, timeout),
         Verb::Cancel(targets) => cancel(connector, printer, &targets.ops),
@@ -73,45 +82,44 @@ pub(super) const fn name(state: OpState) -> &'static str {
     }
 }
 
-fn list(
-    connector: &mut Connector,
-    printer: &mut Printer,
-    now_s: u64,
-    all: bool,
-    quiet: bool,
-) -> Result<u8> {
-    let ops = connector.connect(printer)?.list::<OpList>(OpListRequest {
-        all,
-        ..Default::default()
-    })?;
-    let ids: Vec<&str> = ops.iter().map(|op| op.id.as_str()).collect();
-    match (quiet, printer.json) {
-        (true, true) => printer.document(&ids)?,
-        (false, true) => printer.document(&ops)?,
-        (true, false) => {
-            printer.text(&ids.iter().map(|id| format!("{id}\n")).collect::<String>())?
-        }
-        (false, false) => {
-            let row = |op: &Op| {
-                let vm = op.vm.as_ref().map(ToString::to_string).unwrap_or_default();
-                let started = age(now_s, op.started_at);
-                vec![
-                    op.id.to_string(),
-                    op.method.clone(),
-                    vm,
-                    name(op.state).to_owned(),
-                    started,
-                    progress::line(&op.progress),
-                ]
-            };
-            let rows: Vec<_> = ops.iter().map(row).collect();
-            printer.text(&output::table(
-                &["ID", "METHOD", "VM", "STATE", "STARTED", "PROGRESS"],
-                &rows,
-            ))?;
-        }
-    }
-    Ok(0)
+pub(super) const SHAPE: Shape<Op> = Shape {
+    fields: &[
+        field("ID", "ID", |op| Value::text(&op.id)),
+        field("Method", "METHOD", |op| Value::text(&op.method)),
+        field("VM", "VM", |op| Value::optional(op.vm.as_ref())),
+        field("State", "STATE", |op| Value::text(name(op.state))),
+        field("Started", "STARTED", |op| Value::Time(op.started_at)),
+        field("Ended", "ENDED", |op| {
+            op.ended_at.map_or(Value::Missing, Value::Time)
+        }),
+        field("Progress", "PROGRESS", |op| {
+            Value::text(progress::line(&op.progress))
+        }),
+        field("Error", "ERROR", |op| {
+            Value::optional(op.error.as_ref().map(|fault| &fault.message))
+        }),
+        field("Owner", "OWNER", |op| Value::Number(op.owner_uid.into())),
+    ],
+    id: |op| op.id.to_string(),
+    table,
+};
+
+fn table(ops: &[Op], now_s: u64) -> String {
+    let row = |op: &Op| {
+        let vm = op.vm.as_ref().map(ToString::to_string).unwrap_or_default();
+        let started = age(now_s, op.started_at);
+        vec![
+            op.id.to_string(),
+            op.method.clone(),
+            vm,
+            name(op.state).to_owned(),
+            started,
+            progress::line(&op.progress),
+        ]
+    };
+    let rows: Vec<_> = ops.iter().map(row).collect();
+    let headers = ["ID", "METHOD", "VM", "STATE", "STARTED", "PROGRESS"];
+    output::table(&headers, &rows)
 }
 
 fn sheet(op: &Op, now_s: u64) -> String {

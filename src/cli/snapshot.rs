@@ -2,6 +2,7 @@
 
 use super::connector::{Connector, operate};
 use super::context::Context;
+use super::format::{QuietListArgs, Shape, Value, field};
 use super::output::{self, age, size};
 use super::printer::Printer;
 use crate::api::snapshot::{
@@ -29,6 +30,8 @@ pub(super) enum Verb {
         /// List only snapshots of this VM
         #[arg(long)]
         vm: Option<String>,
+        #[command(flatten)]
+        list: QuietListArgs,
     },
     /// Show details of snapshots
     Show(Targets),
@@ -61,15 +64,17 @@ pub(super) fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
     } = ctx;
     match verb {
         Verb::Create { vm, name } => create(connector, printer, SnapshotCreateRequest { vm, name }),
-        Verb::List { vm } => list(
-            connector,
-            printer,
-            *now_s,
-            SnapshotListRequest {
+        Verb::List { vm, list: args } => {
+            args.check(&SHAPE)?;
+            let request = SnapshotListRequest {
                 vm,
                 ..Default::default()
-            },
-        ),
+            };
+            let mut client = connector.connect(printer)?;
+            let snapshots = client.list::<SnapshotList>(request)?;
+            args.print(printer, &SHAPE, snapshots, *now_s)?;
+            Ok(0)
+        }
         Verb::Show(args) => show(connector, printer, *now_s, &args),
         Verb::Delete(args) => delete(connector, printer, &args),
         Verb::Restore { snapshot, new_vm } => restore(
@@ -96,17 +101,24 @@ fn create(
     Ok(0)
 }
 
-fn list(
-    connector: &mut Connector,
-    printer: &mut Printer,
-    now_s: u64,
-    request: SnapshotListRequest,
-) -> Result<u8> {
-    let snapshots = connector.connect(printer)?.list::<SnapshotList>(request)?;
-    if printer.json {
-        printer.document(&snapshots)?;
-        return Ok(0);
-    }
+pub(super) const SHAPE: Shape<Snapshot> = Shape {
+    fields: &[
+        field("Name", "NAME", |s| Value::text(&s.name)),
+        field("ID", "ID", |s| Value::text(&s.id)),
+        field("VM", "VM", |s| Value::text(&s.vm_name)),
+        field("Image", "IMAGE", |s| Value::text(&s.image)),
+        field("VCPUs", "VCPUS", |s| Value::Number(s.vcpus.into())),
+        field("Memory", "MEMORY", |s| Value::Bytes(s.mem_mib << 20)),
+        field("Size", "ON HOST", |s| Value::Bytes(s.bytes)),
+        field("Created", "CREATED", |s| Value::Time(s.created_at)),
+        field("Driver", "DRIVER", |s| Value::text(&s.driver)),
+        field("Owner", "OWNER", |s| Value::Number(s.owner_uid.into())),
+    ],
+    id: |snapshot| snapshot.name.to_string(),
+    table,
+};
+
+fn table(snapshots: &[Snapshot], now_s: u64) -> String {
     let row = |s: &Snapshot| {
         let (memory, taken) = (size(s.mem_mib << 20), size(s.bytes));
         vec![
@@ -119,11 +131,8 @@ fn list(
         ]
     };
     let rows: Vec<_> = snapshots.iter().map(row).collect();
-    printer.text(&output::table(
-        &["NAME", "ID", "VM", "MEMORY", "ON HOST", "CREATED"],
-        &rows,
-    ))?;
-    Ok(0)
+    let headers = ["NAME", "ID", "VM", "MEMORY", "ON HOST", "CREATED"];
+    output::table(&headers, &rows)
 }
 
 fn show(
@@ -274,6 +283,30 @@ mod tests {
             > snapshot.list {"vm":"web"}
             NAME  ID            VM   MEMORY  ON HOST  CREATED
             one   0123456789ab  web  1 GiB   150 MiB  1h ago
+            status 0
+        "#]],
+        );
+        check(
+            &fake,
+            &[
+                "snapshot",
+                "ls",
+                "--format",
+                "table {{.Name}}\\t{{.Size}} of {{.VM}}",
+            ],
+            expect![[r#"
+                > snapshot.list {}
+                NAME  ON HOST of VM
+                one   150 MiB of web
+                status 0
+            "#]],
+        );
+        check(
+            &fake,
+            &["snapshot", "ls", "-q"],
+            expect![[r#"
+            > snapshot.list {}
+            one
             status 0
         "#]],
         );

@@ -68,3 +68,54 @@ fn kinds() -> String {
     }
     out
 }
+
+/// Returns the public members of a struct, from its source.
+fn members(source: &str, name: &str) -> Vec<String> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("src/api")
+        .join(source);
+    let text = std::fs::read_to_string(path).unwrap();
+    let body = text
+        .split_once(&format!("pub struct {name} {{\n"))
+        .unwrap()
+        .1;
+    let lines = body.lines().take_while(|line| *line != "}");
+    let named = lines.filter_map(|line| line.trim().strip_prefix("pub ")?.split_once(':'));
+    let mut names: Vec<_> = named.map(|(name, _)| name.to_owned()).collect();
+    names.sort();
+    names
+}
+
+/// Returns the words in backticks in the first column of the table behind `title`.
+fn documented(text: &str, title: &str) -> Vec<String> {
+    let after = text
+        .split_once(title)
+        .unwrap_or_else(|| panic!("no {title:?}"))
+        .1;
+    let rows = after.lines().skip_while(|line| !line.starts_with("|---"));
+    let rows = rows.skip(1).take_while(|line| line.starts_with('|'));
+    let cells = rows.map(|row| row.split('|').nth(1).unwrap());
+    let mut names: Vec<_> = cells
+        .flat_map(|cell| cell.split('`').skip(1).step_by(2))
+        .map(str::to_owned)
+        .collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn members_of_json_output_are_documented() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/docs/lists.md");
+    let text = std::fs::read_to_string(path).unwrap();
+    for (title, source, name) in [
+        ("the members of a VM:", "vm.rs", "Vm"),
+        ("the members of an image:", "image.rs", "Image"),
+        ("the members of a snapshot:", "snapshot.rs", "Snapshot"),
+        ("the members of a kernel:", "kernel.rs", "Kernel"),
+        ("the members of an operation:", "op.rs", "Op"),
+        ("the members of a kind of space,", "daemon.rs", "SpaceUse"),
+        ("the members of a check of", "daemon.rs", "Check"),
+    ] {
+        assert_eq!(documented(&text, title), members(source, name), "{title}");
+    }
+}

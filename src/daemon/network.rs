@@ -64,7 +64,7 @@ fn tun(
     exists: std::result::Result<(), String>,
     access: devices::Access,
 ) -> Check {
-    const ID: &str = "network_tun";
+    const ID: &str = "network-tun";
     match (exists, access) {
         (Err(why), _) => Check::fail(ID, why, "modprobe tun"),
         (Ok(()), _) if vmms_have_own_nodes => {
@@ -79,7 +79,7 @@ fn tun(
 }
 
 fn user_mode(isolated: bool) -> Check {
-    const ID: &str = "guest_network";
+    const ID: &str = "guest-network";
     if isolated {
         return Check::ok(
             ID,
@@ -232,7 +232,7 @@ impl Networks {
     /// Reports the state of the name server's helper process. Returns `None` if there is no name
     /// server.
     pub(super) fn name_server_check(&self) -> Option<Check> {
-        const ID: &str = "name_server";
+        const ID: &str = "name-server";
         let trouble = self.name_server.lock().as_ref().map(dns::Server::trouble)?;
         Some(match trouble {
             None => Check::ok(ID, "the name server's helper process is running"),

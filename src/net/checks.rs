@@ -28,7 +28,7 @@ pub fn checks(config: &Config, commands: &dyn Commands, cancel: &Cancel) -> Vec<
         .collect();
     if !missing.is_empty() {
         all.push(Check::fail(
-            "network_tools",
+            "network-tools",
             format!("{} is not installed", missing.join(" and ")),
             "apt install iproute2 nftables",
         ));
@@ -40,9 +40,9 @@ pub fn checks(config: &Config, commands: &dyn Commands, cancel: &Cancel) -> Vec<
         cancel,
     };
     let looks = [
-        ("network_bridge", host.bridge()),
-        ("network_subnet", host.subnet()),
-        ("network_forwarding", host.forwarding()),
+        ("network-bridge", host.bridge()),
+        ("network-subnet", host.subnet()),
+        ("network-forwarding", host.forwarding()),
     ];
     for (id, looked) in looks {
         all.extend(looked.unwrap_or_else(|e| {
@@ -105,7 +105,7 @@ impl Host<'_> {
     }
 
     fn forwarding(&self) -> Result<Vec<Check>> {
-        const ID: &str = "network_forwarding";
+        const ID: &str = "network-forwarding";
         let mut all = Vec::new();
         if !bridge::forwards()? {
             all.push(Check::ok(
@@ -155,7 +155,7 @@ impl Host<'_> {
         );
         (drops && !rules.contains(bridge.as_str())).then(|| {
             Check::warn(
-                "network_forwarding",
+                "network-forwarding",
                 "iptables-legacy drops forwarded packets, including those of guests",
                 &fix,
             )
@@ -164,7 +164,7 @@ impl Host<'_> {
 }
 
 fn bridge_check(name: &str, links: &[Link]) -> Check {
-    const ID: &str = "network_bridge";
+    const ID: &str = "network-bridge";
     match links.iter().find(|l| l.name == name) {
         None => Check::ok(ID, format!("fcd will create bridge {name} when it starts")),
         Some(l)
@@ -184,7 +184,7 @@ fn bridge_check(name: &str, links: &[Link]) -> Check {
 }
 
 fn subnet_check(config: &Config, routes: &[Route]) -> Check {
-    const ID: &str = "network_subnet";
+    const ID: &str = "network-subnet";
     let other = routes
         .iter()
         .find(|r| r.dev != config.bridge && config.subnet.overlaps(r.base, r.prefix));
@@ -326,12 +326,12 @@ fn names(config: &Config) -> Option<Check> {
     }
     if has_resolved() {
         return Some(Check::ok(
-            "network_names",
+            "network-names",
             format!("systemd-resolved sends queries for NAME.vm to {gateway}"),
         ));
     }
     let mut check = Check::ok(
-        "network_names",
+        "network-names",
         format!("{gateway} resolves NAME.vm for guests; this host is not configured to use it"),
     );
     check.fix = Some(format!(

@@ -54,6 +54,7 @@ pub fn run(config: Config) -> Result<()> {
         config.limits.connections_max as u64 + OPEN_FILES_RESERVE,
     )?;
     let mut signals = watch_signals()?;
+    require_reachable(&config)?;
     // VMMs have other uids and must reach their files below the state directory.
     drop(crate::host::fs::create_dir(&config.state_dir, 0o711)?);
     let _held = hold(&config.state_dir)?;
@@ -67,9 +68,6 @@ pub fn run(config: Config) -> Result<()> {
     if let Some(plan) = crate::daemon::DieAt::from_env() {
         daemon.core.effects.follow(plan.clone());
         daemon.core.store.faults().ask(plan);
-    }
-    if let Some(check) = crate::daemon::state_dir_check(&config.state_dir, config.vmm.driver) {
-        log::error!("{}; {}", check.found, check.fix.unwrap_or_default());
     }
     let dispatch = Arc::new(Dispatch::new(daemon.clone()));
     let server = Server::bind(&config.socket, Limits::from(&config.limits), dispatch)?;
@@ -144,6 +142,15 @@ fn exit_when_uninstalled(uninstalling: &Cancel) {
     if let Err(e) = nix::sys::signal::raise(nix::sys::signal::SIGTERM) {
         log::error!("exit to uninstall: {e}");
     }
+}
+
+/// Fails if VMMs cannot reach the state directory, before anything is made there. Otherwise only
+/// the first start of a VM would show it.
+fn require_reachable(config: &Config) -> Result<()> {
+    let closed = crate::daemon::state_dir_check(&config.state_dir, config.vmm.driver);
+    closed.map_or(Ok(()), |check| {
+        Err(Error::new(Kind::InvalidConfig, check.found).hint(check.fix.unwrap_or_default()))
+    })
 }
 
 /// Claims uids and a subnet of the host if this process is root. A user's daemon does not give VMs

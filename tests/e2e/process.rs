@@ -474,12 +474,7 @@ fn state_directory_below_closed_one_is_reported() {
         format!("chmod o+x {place}"),
     );
     host.ok(&["vm", "create", "--name", "box"]);
-    assert!(!host.log().contains(&named), "{}", host.log());
     set(0o700);
-    host.stop_daemon();
-    host.relaunch();
-    let log = host.log();
-    assert!(log.contains(&named) && log.contains(&fix), "{log}");
     let doctor = host.fcctl(&["doctor"]);
     let (said, _) = text(&doctor);
     assert!(
@@ -492,7 +487,21 @@ fn state_directory_below_closed_one_is_reported() {
         !start.status.success() && said.contains(&named) && said.contains(&fix),
         "{said}"
     );
+    host.stop_daemon();
+    let refused = Command::new(FCD)
+        .arg("--state-dir")
+        .arg(host.state())
+        .env("FCD_CONFIG", "/dev/null")
+        .env("FCD_SOCKET", host.socket())
+        .output()
+        .unwrap();
+    let (_, said) = text(&refused);
+    assert!(
+        refused.status.code() == Some(78) && said.contains(&named) && said.contains(&fix),
+        "{said}"
+    );
     // The printed command fixes the problem.
     fs::set_permissions(&place, fs::Permissions::from_mode(0o711)).unwrap();
+    host.relaunch();
     host.ok(&["start", "box"]);
 }

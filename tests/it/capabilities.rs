@@ -404,7 +404,7 @@ fn doctor_checks_each_capability() {
         "disk-space",
         "root-disk",
         "work-disk",
-        "guest_network",
+        "guest-network",
         "ports",
         "fake",
     ] {

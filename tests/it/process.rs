@@ -4,6 +4,7 @@ use crate::world::{SOON, await_that};
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
@@ -16,10 +17,17 @@ pub struct Process {
     pub child: Child,
 }
 
+/// Makes a directory that every user may enter, as VMMs must. `TMPDIR` may be closed.
+fn open_dir() -> tempfile::TempDir {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    dir
+}
+
 impl Process {
     /// Starts the daemon. `before` changes the command and what the process inherits.
     pub fn start(before: impl FnOnce(&mut Command)) -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = open_dir();
         let log = File::create(dir.path().join("log")).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_fcd"));
         let config = dir.path().join("config.toml");
@@ -282,11 +290,38 @@ fn socket_of_systemd_is_used_and_kept() {
     listener.accept().unwrap();
 }
 
+/// Otherwise the first start of a VM would fail.
+#[test]
+fn state_directory_that_vmms_cannot_reach_is_refused() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("SKIPPED, because VMMs have their own uids only if root runs this test");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o700)).unwrap();
+    let state = dir.path().join("state");
+    let mut command = Command::new("timeout");
+    command.args(["30", env!("CARGO_BIN_EXE_fcd"), "--state-dir"]);
+    command.arg(&state).env("FCD_CONFIG", "/dev/null");
+    command.env("FCD_SOCKET", dir.path().join("fcd.sock"));
+    let refused = command.output().unwrap();
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(78), "{said}");
+    let closed = dir.path().display();
+    assert!(
+        said.contains(&format!(
+            "may not enter {closed}, where the state directory"
+        )) && said.contains(&format!("chmod o+x {closed}")),
+        "{said}"
+    );
+    assert!(!state.exists(), "nothing was made");
+}
+
 /// Two daemons running as root with two state directories would give their VMs the same uids.
 #[test]
 fn second_root_daemon_is_refused_before_it_makes_anything() {
     let first = Process::start(|_| {});
-    let dir = tempfile::tempdir().unwrap();
+    let dir = open_dir();
     let config = dir.path().join("config.toml");
     let second = |text: &str| {
         fs::write(&config, text).unwrap();

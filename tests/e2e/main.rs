@@ -41,6 +41,7 @@ mod registered;
 mod registries;
 mod repositories;
 mod runtime;
+mod secrets;
 mod sftp;
 mod snapshots;
 mod soak;

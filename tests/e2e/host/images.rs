@@ -51,6 +51,7 @@ fn cached(name: &str, args: &[&str]) -> PathBuf {
             fcd: None,
             config: String::new(),
             unread_log: None,
+            log_filter: "info",
         };
         host.launch(&state);
         let built = host.fcctl(&[&["image", "build", name], args].concat());

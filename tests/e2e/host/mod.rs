@@ -30,6 +30,8 @@ pub struct Host {
     config: String,
     /// The read end of the daemon's stderr if stderr is a full pipe.
     unread_log: Option<std::os::fd::OwnedFd>,
+    /// What the daemon logs.
+    log_filter: &'static str,
 }
 
 /// Returns the directory of the tests' hosts. It is `target/tmp/e2e`, on the file system of the
@@ -101,6 +103,15 @@ impl Host {
         host
     }
 
+    /// Starts a host whose daemon logs as much as it can.
+    pub fn with_full_log() -> Self {
+        let mut host = Self::start();
+        host.stop_daemon();
+        host.log_filter = "trace";
+        host.relaunch();
+        host
+    }
+
     /// Starts a host whose state directory is a file system of this size. Needs root. Only the
     /// calling thread may use the host, because other threads do not see the mount.
     pub fn on_small_disk(size_mib: u64) -> Self {
@@ -132,6 +143,7 @@ impl Host {
             fcd: None,
             config: config.to_owned(),
             unread_log: None,
+            log_filter: "info",
         };
         host.disk = disk.map(|mount| mount(host.state()));
         host.add_image(image);
@@ -228,6 +240,7 @@ impl Host {
             // A lock-order violation must end the daemon even where panics are caught.
             .env("FCD_LOCK_ABORT", "1")
             .env("FCD_TEST_DIE_AT", self.die_at())
+            .env("RUST_LOG", self.log_filter)
             // The tests' daemons must not see each other's claims on the host.
             .env("FCD_TEST_CLAIMS", self.dir.path().join("claims"))
             .stdin(Stdio::null())

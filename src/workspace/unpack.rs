@@ -301,35 +301,19 @@ impl Writer {
             .map_err(|e| wrong(path, e.into()))?;
         let file = File::from(fd);
         let whole = [(0, size)];
-        for (offset, len) in segments.unwrap_or(&whole) {
-            self.copy(&file, *offset, *len, reader, path)?;
+        let doing = || format!("write {}", encode(path));
+        for segment in segments.unwrap_or(&whole) {
+            reader.pieces(*segment, &mut self.buffer, &mut |piece, at| {
+                self.room.take(piece.len() as u64)?;
+                file.write_all_at(piece, at)
+                    .map_err(|e| Error::io(doing(), e))
+            })?;
         }
         reader.end_of_data()?;
-        let doing = || format!("write {}", encode(path));
         if segments.is_some() {
             file.set_len(size).map_err(|e| Error::io(doing(), e))?;
         }
         rustix::fs::futimens(&file, &item.mtime.timestamps()).map_err(|e| Error::io(doing(), e))
-    }
-
-    fn copy(
-        &mut self,
-        file: &File,
-        offset: u64,
-        len: u64,
-        reader: &mut TarReader<'_>,
-        path: &[u8],
-    ) -> Result<()> {
-        let mut at = 0;
-        while at < len {
-            let want = (len - at).min(self.buffer.len() as u64) as usize;
-            let n = reader.data(&mut self.buffer[..want])?;
-            self.room.take(n as u64)?;
-            file.write_all_at(&self.buffer[..n], offset + at)
-                .map_err(|e| Error::io(format!("write {}", encode(path)), e))?;
-            at += n as u64;
-        }
-        Ok(())
     }
 }
 

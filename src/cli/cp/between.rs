@@ -5,7 +5,7 @@
 use super::super::pipes::{self, End};
 use super::super::transfer::conclude;
 use super::into::content;
-use super::job::{Job, is_cut_off};
+use super::job::{Job, receive};
 use super::meter::Meter;
 use super::places::GuestPath;
 use super::session::{self, Command};
@@ -46,17 +46,12 @@ pub(super) fn copy(
         user: job.options.user.clone(),
         meter: job.meter(&format!("from {} to {}", from.vm, to.vm), None),
     };
-    let (token, hang_up) = (stop.clone(), job.interrupts.hang_up());
+    let hang_up = job.interrupts.hang_up();
     let hangup = other.hangup()?;
     job.interrupts.on_end(move || hangup.hang_up());
     let _guard = job.interrupts.guard(&client)?;
-    let receiver = thread::spawn("receive", move || {
-        let result = receiver.run(ours, other, &token);
-        let is_consequence = token.is_cancelled() || is_cut_off(&result);
-        if result.is_err() && !is_consequence {
-            hang_up();
-        }
-        (result, is_consequence)
+    let receiver = receive(&stop, hang_up, move |token| {
+        receiver.run(ours, other, token)
     })?;
     let command = Command {
         vm: &from.vm,

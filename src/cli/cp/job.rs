@@ -9,9 +9,11 @@ use super::super::transfer::Bound;
 use super::meter::Meter;
 use crate::client::{Failure, Result};
 use crate::error::{Error, Kind};
+use crate::host::thread;
 use crate::locks::{Cancel, CancelCause};
 use crate::workspace::copy::Copied;
 use std::io::IsTerminal;
+use std::thread::JoinHandle;
 
 /// How many lines of a guest's stderr are shown.
 const LINES_MAX: usize = 20;
@@ -91,7 +93,30 @@ impl Job<'_> {
     }
 }
 
+/// The thread that reads a tar from a guest. Its result says whether an error only follows from
+/// what happened elsewhere.
+pub(super) type Receiving<T> = JoinHandle<(Result<T>, bool)>;
+
+/// Starts the thread that reads a tar from a guest. If it fails by itself, it ends the command of
+/// the guest with `hang_up`, because the guest would only find out once it writes more.
+pub(super) fn receive<T: Send + 'static>(
+    stop: &Cancel,
+    hang_up: impl Fn() + Send + 'static,
+    work: impl FnOnce(&Cancel) -> Result<T> + Send + 'static,
+) -> Result<Receiving<T>> {
+    let token = stop.clone();
+    let thread = thread::spawn("receive", move || {
+        let result = work(&token);
+        let is_consequence = token.is_cancelled() || is_cut_off(&result);
+        if result.is_err() && !is_consequence {
+            hang_up();
+        }
+        (result, is_consequence)
+    })?;
+    Ok(thread)
+}
+
 /// True if the stream ended early. The reason is then in the command's exit status.
-pub(super) fn is_cut_off<T>(result: &Result<T, Failure>) -> bool {
+fn is_cut_off<T>(result: &Result<T, Failure>) -> bool {
     matches!(result, Err(e) if e.fault.kind == Kind::StreamIncomplete.name())
 }

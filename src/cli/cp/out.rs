@@ -3,14 +3,13 @@
 use super::super::pipes::{self, End};
 use super::super::relay::write_patiently;
 use super::super::transfer::conclude;
-use super::job::{Job, Outcome, is_cut_off};
+use super::job::{Job, Outcome, receive};
 use super::meter::Meter;
 use super::places::GuestPath;
 use super::session::{self, Command};
 use crate::api::exec::Stream;
-use crate::client::{Failure, Result};
+use crate::client::Result;
 use crate::error::Error;
-use crate::host::thread;
 use crate::locks::Cancel;
 use crate::workspace::copy::forward::forward;
 use crate::workspace::copy::land::{self, Landing};
@@ -86,12 +85,12 @@ impl Write for Stdout {
     }
 }
 
-/// Runs the command in the guest while `receive` reads its output.
+/// Runs the command in the guest while `take` reads its output.
 fn copy(
     job: &mut Job<'_>,
     from: &GuestPath,
     named: bool,
-    receive: impl FnOnce(&mut End, &mut Meter, &Cancel) -> Outcome + Send + 'static,
+    take: impl FnOnce(&mut End, &mut Meter, &Cancel) -> Outcome + Send + 'static,
 ) -> Result<Copied> {
     let out = Out {
         path: from.path.clone(),
@@ -101,19 +100,13 @@ fn copy(
         count: job.has_bar(),
     };
     let stop = job.stop()?;
-    let (ours, theirs) = pipes::from_daemon(&stop)?;
+    let (mut ours, theirs) = pipes::from_daemon(&stop)?;
     let mut meter = job.meter(&format!("from {}", from.vm), None);
-    let (token, hang_up) = (stop.clone(), job.interrupts.hang_up());
+    let hang_up = job.interrupts.hang_up();
     let mut client = job.connector.connect(job.printer)?;
     let _guard = job.interrupts.guard(&client)?;
-    let receiver = thread::spawn("unpack", move || {
-        let result = receive(&mut { ours }, &mut meter, &token).map_err(Failure::from);
-        let is_consequence = token.is_cancelled() || is_cut_off(&result);
-        if result.is_err() && !is_consequence {
-            // Hang up now. The guest would notice only when it writes more.
-            hang_up();
-        }
-        (result, is_consequence)
+    let receiver = receive(&stop, hang_up, move |token| {
+        Ok(take(&mut ours, &mut meter, token)?)
     })?;
     let command = Command {
         vm: &from.vm,

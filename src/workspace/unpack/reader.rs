@@ -347,6 +347,24 @@ impl<'a> TarReader<'a> {
         }
     }
 
+    /// Reads `len` bytes of the current entry's data, and passes them on in pieces with their place
+    /// in a file, of which the first is `offset`.
+    pub(in crate::workspace) fn pieces(
+        &mut self,
+        (offset, len): (u64, u64),
+        buffer: &mut [u8],
+        take: &mut dyn FnMut(&[u8], u64) -> Result<()>,
+    ) -> Result<()> {
+        let mut at = 0;
+        while at < len {
+            let want = (len - at).min(buffer.len() as u64) as usize;
+            let n = self.data(&mut buffer[..want])?;
+            take(&buffer[..n], offset + at)?;
+            at += n as u64;
+        }
+        Ok(())
+    }
+
     /// Skips the padding after the last byte of data.
     pub(in crate::workspace) fn end_of_data(&mut self) -> Result<()> {
         debug_assert_eq!(self.left, 0);

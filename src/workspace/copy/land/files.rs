@@ -140,11 +140,18 @@ impl Lander<'_> {
         let opened = rustix::fs::openat(&temporary.dir, &temporary.name, flags, mode);
         let file = File::from(opened.map_err(|e| wrong(path, e.into()))?);
         let whole = [(0, size)];
-        for (offset, len) in segments.unwrap_or(&whole) {
-            self.copy(&file, *offset, *len, reader, path)?;
+        let failed = |e: std::io::Error| Error::io(format!("write {}", shown(path)), e);
+        for segment in segments.unwrap_or(&whole) {
+            reader.pieces(*segment, &mut self.buffer, &mut |piece, at| {
+                let bytes = piece.len() as u64;
+                self.room.take(bytes)?;
+                file.write_all_at(piece, at).map_err(failed)?;
+                self.landed.copied.bytes += bytes;
+                (self.progress)(bytes);
+                Ok(())
+            })?;
         }
         reader.end_of_data()?;
-        let failed = |e: std::io::Error| Error::io(format!("write {}", shown(path)), e);
         if segments.is_some() {
             file.set_len(size).map_err(failed)?;
         }
@@ -160,27 +167,5 @@ impl Lander<'_> {
         }
         rustix::fs::futimens(&file, &item.mtime.timestamps()).map_err(|e| failed(e.into()))?;
         temporary.rename(path)
-    }
-
-    fn copy(
-        &mut self,
-        file: &File,
-        offset: u64,
-        len: u64,
-        reader: &mut TarReader<'_>,
-        path: &[u8],
-    ) -> Result<()> {
-        let mut at = 0;
-        while at < len {
-            let want = (len - at).min(self.buffer.len() as u64) as usize;
-            let n = reader.data(&mut self.buffer[..want])?;
-            self.room.take(n as u64)?;
-            file.write_all_at(&self.buffer[..n], offset + at)
-                .map_err(|e| Error::io(format!("write {}", shown(path)), e))?;
-            at += n as u64;
-            self.landed.copied.bytes += n as u64;
-            (self.progress)(n as u64);
-        }
-        Ok(())
     }
 }

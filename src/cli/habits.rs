@@ -45,6 +45,8 @@ const ATTACH: &str = "a VM has no command of its own to attach to, and its conso
 const LOAD: &str = "fcctl image pull - < FILE";
 const PUSH: &str = "fcctl cannot push; write the image to a file for skopeo or docker: \
     fcctl image export IMAGE -o FILE";
+const VOLUMES: &str = "fcd copies directories and does not mount them: fcctl run DIR -- CMD\n\
+    into a running VM: fcctl workspace prepare VM DIR, and back: fcctl workspace apply VM";
 const SAVE: &str = "fcctl image export IMAGE -o FILE";
 
 const HABITS: &[Habit] = &[
@@ -80,14 +82,52 @@ const HABITS: &[Habit] = &[
         &["shell", "sh", "enter"],
         "in a running VM: fcctl ssh VM\nin a new VM: fcctl run",
     ),
-    top(&["attach"], ATTACH),
+    top(&["attach", "console"], ATTACH),
     vm(&["attach", "console"], ATTACH),
-    top(&["ls", "list"], "fcctl ps -a"),
-    top(&["delete", "remove"], "fcctl rm VM"),
-    top(&["reboot"], "fcctl restart VM"),
+    top(&["ls", "list", "container"], "fcctl ps -a"),
+    top(&["delete", "remove", "destroy"], "fcctl rm VM"),
+    top(&["reboot", "reset"], "fcctl restart VM"),
+    top(&["shutdown", "poweroff", "halt"], "fcctl stop VM"),
     top(&["suspend"], "fcctl pause VM"),
     top(&["unpause"], "fcctl resume VM"),
     top(&["ports"], "fcctl port list VM"),
+    top(
+        &["launch", "new"],
+        "for one command: fcctl run DIR -- CMD\n\
+         to stay: fcctl create NAME && fcctl start NAME",
+    ),
+    top(&["clone"], "fcctl fork VM NAME"),
+    top(
+        &["restore"],
+        "fcctl snapshot restore SNAPSHOT\nthe snapshots: fcctl snapshot list",
+    ),
+    top(&["update", "edit"], "fcctl set VM --memory 2G --vcpus 2"),
+    top(
+        &["ip"],
+        "fcctl inspect -f '{{.IP}}' VM\npublished ports: fcctl port list VM",
+    ),
+    top(&["status"], "fcd: fcctl info\na VM: fcctl inspect VM"),
+    top(
+        &["diff"],
+        "the changes of a workspace: fcctl workspace export VM\n\
+         into your directory: fcctl workspace apply VM",
+    ),
+    // Whole groups of commands of other tools.
+    top(&["volume", "volumes", "mount"], VOLUMES),
+    top(
+        &["network", "networks"],
+        "for a new VM: fcctl create NAME --net nat, or --net none",
+    ),
+    top(
+        &["compose", "devcontainer", "init"],
+        "a VM for a directory, as its devcontainer.json says: fcctl up",
+    ),
+    top(&["context"], "--socket S or FCD_SOCKET chooses the daemon"),
+    top(
+        &["search"],
+        "search on the registry's site, then: fcctl pull IMAGE",
+    ),
+    top(&["monitor"], "fcctl events"),
 ];
 
 /// Options of `docker run`, `create` and `exec` that fcctl does not have, and what to use instead.
@@ -97,11 +137,7 @@ const OPTIONS: &[(&[&str], &str)] = &[
         "to start a VM that stays: fcctl create NAME && fcctl start NAME\n\
          to run a command in it without waiting: fcctl exec NAME -- sh -c 'CMD >/tmp/log 2>&1 &'",
     ),
-    (
-        &["-v", "--volume", "--mount"],
-        "fcd copies directories and does not mount them: fcctl run DIR -- CMD\n\
-         into a running VM: fcctl workspace prepare VM DIR, and back: fcctl workspace apply VM",
-    ),
+    (&["-v", "--volume", "--mount"], VOLUMES),
     (&["--network"], "use --net nat or --net none"),
     (
         &["--privileged", "--cap-add"],

@@ -9,9 +9,10 @@ use super::vm_text::port_line;
 use crate::api::Call;
 use crate::api::port::Port;
 use crate::api::vm::{VmPortAdd, VmPortRemove, VmPortsReply, VmPortsRequest, VmRequest, VmShow};
-use crate::client::Result;
-use crate::error::Error;
+use crate::client::{Failure, Result};
+use crate::error::{Error, Kind};
 use crate::host::plural::count;
+use crate::host::shell::quote;
 
 // `port VM` lists, as with docker. A VM with the name of a verb needs `port list VM`.
 #[derive(clap::Args, Debug)]
@@ -85,7 +86,8 @@ pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
 fn list(connector: &mut Connector, printer: &mut Printer, targets: &Selection) -> Result<u8> {
     let several = targets.vms.len() != 1;
     for_each_vm(connector, printer, targets, |printer, client, vm| {
-        let vm = client.call::<VmShow>(&VmRequest { vm: vm.vm.clone() })?.vm;
+        let shown = client.call::<VmShow>(&VmRequest { vm: vm.vm.clone() });
+        let vm = shown.map_err(|e| explained(e, &vm.vm, targets))?.vm;
         if !printer.json {
             let name = if several {
                 format!("{}: ", vm.name)
@@ -96,6 +98,19 @@ fn list(connector: &mut Connector, printer: &mut Printer, targets: &Selection) -
         }
         Ok(vm.ports)
     })
+}
+
+/// With docker, `port VM 80` shows where one port is published.
+fn explained(e: Failure, word: &str, targets: &Selection) -> Failure {
+    match targets.vms.as_slice() {
+        [vm, port] if port == word && e.is(Kind::VmNotFound) && parse_port(port).is_ok() => {
+            let (vm, port) = (quote(vm), quote(port));
+            let text = format!("{port} is a port, and fcctl port lists the ports of VMs");
+            let hint = format!("to publish it: fcctl port add {vm} {port}");
+            Error::new(Kind::VmNotFound, text).hint(hint).into()
+        }
+        _ => e,
+    }
 }
 
 fn lines(prefix: &str, ports: &[Port]) -> String {

@@ -169,7 +169,7 @@ fn run_without_separator_says_what_to_write() {
         &["run", "./absent", "--", "ls"],
         expect![[r#"
         ! fcctl: ./absent does not exist
-        ! hint: pass an existing directory, as in fcctl run . -- CMD
+        ! hint: pass an existing directory, such as . for this one
         status 125
     "#]],
     );

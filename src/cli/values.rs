@@ -59,6 +59,12 @@ pub(super) fn parse_count_rate(text: &str) -> Result<u64, String> {
     }
 }
 
+/// Parses a number of vCPUs.
+pub(super) fn parse_vcpus(text: &str) -> Result<u32, String> {
+    let form = || "the number of vCPUs is a whole number, such as 2".to_owned();
+    text.parse().map_err(|_| form())
+}
+
 /// Parses memory as a whole number of MiB: `512M`, `2G`.
 pub(super) fn parse_mem_mib(text: &str) -> Result<u64, String> {
     let bytes = parse_size(text)?;

@@ -9,7 +9,7 @@ use super::rates::Rates;
 use super::selection::{Filter, Selection, for_each_vm, parse_state};
 use super::values::{
     self, Label, labels, parse_duration, parse_init, parse_label, parse_mem_mib, parse_net,
-    parse_port, parse_restart, parse_size, timeout_ms,
+    parse_port, parse_restart, parse_size, parse_vcpus, timeout_ms,
 };
 use super::vm_text::{ended, kept, sheet, state};
 use crate::api::port::Port;
@@ -130,7 +130,7 @@ pub(super) struct Shape {
     #[arg(long, value_name = "fcd|image", value_parser = parse_init)]
     pub init: Option<Init>,
     /// Number of virtual CPUs
-    #[arg(long, value_name = "N", visible_alias = "cpus")]
+    #[arg(long, value_name = "N", visible_alias = "cpus", value_parser = parse_vcpus)]
     pub vcpus: Option<u32>,
     /// Memory, such as 512M or 2G
     #[arg(short, long, value_name = "SIZE", value_parser = parse_mem_mib)]

@@ -4,7 +4,7 @@ use super::connector::Connector;
 use super::printer::Printer;
 use super::rates::Rates;
 use super::values::{
-    LabelChange, labels, parse_label_change, parse_mem_mib, parse_restart, parse_size,
+    LabelChange, labels, parse_label_change, parse_mem_mib, parse_restart, parse_size, parse_vcpus,
 };
 use super::vm_text::{label_list, settings};
 use crate::api::vm::{Pending, Restart, Vm, VmSet, VmSetRequest, VmState};
@@ -17,7 +17,7 @@ pub(super) struct Args {
     /// Name, ID, or ID prefix
     vm: String,
     /// Number of virtual CPUs
-    #[arg(long, value_name = "N", visible_alias = "cpus")]
+    #[arg(long, value_name = "N", visible_alias = "cpus", value_parser = parse_vcpus)]
     vcpus: Option<u32>,
     /// Memory, such as 512M or 2G
     #[arg(short, long, value_name = "SIZE", value_parser = parse_mem_mib)]

@@ -67,7 +67,7 @@ fn real_dir(path: &Path) -> Result<PathBuf> {
             Kind::PathNotFound,
             format!("{} does not exist", path.display()),
         )
-        .hint("pass an existing directory, as in fcctl run . -- CMD"),
+        .hint("pass an existing directory, such as . for this one"),
         _ => Error::io(format!("inspect {}", path.display()), e),
     })?;
     if real.is_dir() {

@@ -60,6 +60,7 @@ mod shape;
 mod snapshots;
 mod stall;
 mod stalled_log;
+mod terminal;
 mod tidy;
 mod under_locks;
 mod uninstall;

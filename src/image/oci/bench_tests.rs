@@ -108,13 +108,20 @@ impl Place {
         self.dir.path().join(name)
     }
 
+    /// Measures a pull. The output of the one before is removed outside of the measured time.
+    fn measured(&self, pull: impl FnOnce()) -> Measured {
+        let found = measured(pull);
+        std::fs::remove_file(self.path("ours.ext4")).unwrap();
+        found
+    }
+
     fn store(&self, name: &str) -> TestFiles {
         std::fs::create_dir(self.path(name)).unwrap();
         TestFiles(self.path(name))
     }
 
     fn flatten(&self, image: &Image, blobs: &dyn Blobs, store: &TestFiles) {
-        let out = File::create(self.path("ours.ext4")).unwrap();
+        let out = File::create_new(self.path("ours.ext4")).unwrap();
         let request = Flatten {
             files: store,
             out: &out,
@@ -212,18 +219,23 @@ fn row(count: usize, files: usize, rounds: usize) {
     drop(all);
     let (mut ours, mut streams, mut seconds, mut theirs) = (vec![], vec![], vec![], vec![]);
     let mut peak_mib = 0;
+    let has_tools = std::env::var_os("FCD_BENCH_TOOLS").is_none_or(|tools| tools != "0");
     for round in 0..rounds {
-        let begun = Instant::now();
-        place.tools(&place.path("first"));
-        theirs.push(begun.elapsed().as_secs_f64());
+        theirs.push(if has_tools {
+            let begun = Instant::now();
+            place.tools(&place.path("first"));
+            begun.elapsed().as_secs_f64()
+        } else {
+            f64::NAN
+        });
         let store = place.store(&format!("layers-{round}"));
-        let first = measured(|| place.pull(&place.path("first"), &store));
+        let first = place.measured(|| place.pull(&place.path("first"), &store));
         ours.push(first.time.as_secs_f64());
         peak_mib = peak_mib.max(first.peak_mib);
-        let second = measured(|| place.pull(&place.path("second"), &store));
+        let second = place.measured(|| place.pull(&place.path("second"), &store));
         seconds.push(second.time.as_secs_f64());
         let store = place.store(&format!("stream-{round}"));
-        let stream = measured(|| place.pull_stream(&place.path("first"), &store));
+        let stream = place.measured(|| place.pull_stream(&place.path("first"), &store));
         streams.push(stream.time.as_secs_f64());
         for name in ["layers", "stream"] {
             std::fs::remove_dir_all(place.path(&format!("{name}-{round}"))).unwrap();
@@ -260,7 +272,7 @@ fn bench() {
         let layout = place.path(&format!("layout-{mib}"));
         TestImage::new(&[vec![large]], Compression::Gzip).write_layout(&layout, "test");
         let store = place.store(&format!("layers-{mib}"));
-        let found = measured(|| place.pull(&layout, &store));
+        let found = place.measured(|| place.pull(&layout, &store));
         println!("one file of {mib} MiB: peak {} MiB", found.peak_mib);
     }
     // The memory that one entry costs determines the limit of entries.
@@ -269,7 +281,7 @@ fn bench() {
         let layout = place.path(&format!("layout-{count}"));
         TestImage::new(&[files.collect()], Compression::Gzip).write_layout(&layout, "test");
         let store = place.store(&format!("layers-{count}"));
-        let found = measured(|| place.pull(&layout, &store));
+        let found = place.measured(|| place.pull(&layout, &store));
         let seconds = found.time.as_secs_f64();
         println!(
             "{count} empty files: peak {} MiB, {seconds:.2} s",

@@ -17,10 +17,12 @@ use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 
 const BLOCK_BYTES: u64 = 4096;
-/// How much is written at once. Each thread has a buffer of this size.
-const WRITE_BYTES: usize = 1 << 20;
-/// The number of threads that copy the content of files. The kernel does most of the work.
-const THREADS: usize = 4;
+/// How much is written at once. Each thread has a buffer of this size, which stays in the
+/// processor's cache.
+const WRITE_BYTES: usize = 256 << 10;
+/// The number of threads that copy the content of files. The kernel lets only one write to the file
+/// at a time, and the other one reads meanwhile. More of them would only wait.
+const THREADS: usize = 2;
 /// How many batches wait for a thread.
 const BATCHES_MAX: usize = 2 * THREADS;
 /// The number of pieces in a batch. Files of a few bytes take a block each, so this is rarely

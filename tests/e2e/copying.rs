@@ -1,9 +1,9 @@
 //! Tests of `fcctl cp` with real guests: one of the default image, and one whose image contains no
 //! programs at all.
 
-use crate::exec::Person;
 use crate::host::{Host, Spawned, text, wait_for};
 use crate::runtime::register;
+use crate::terminal::Person;
 use serde_json::json;
 use std::ffi::OsString;
 use std::fs::{self, File};

@@ -45,4 +45,5 @@ mod secrets;
 mod sftp;
 mod snapshots;
 mod soak;
+mod terminal;
 mod tree;

@@ -1,9 +1,9 @@
 //! Tests of file transfers with the VM's key, and of network files such as /etc/resolv.conf, in
 //! images that contain only their own files.
 
-use crate::exec::{Person, SshAgent};
 use crate::host::{Host, text, wait_for};
 use crate::runtime::{busybox, register};
+use crate::terminal::{Person, SshAgent};
 use serde_json::json;
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};

@@ -62,6 +62,7 @@ mod stall;
 mod stalled_log;
 mod terminal;
 mod tidy;
+mod transcripts;
 mod under_locks;
 mod uninstall;
 mod users;

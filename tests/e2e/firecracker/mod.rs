@@ -273,6 +273,18 @@ fn real_guests() {
         host.sh("head -c 7 < /dev/tcp/127.0.0.1/1022")
             .starts_with("SSH-2.0")
     );
+    // Ports of the running guest change.
+    assert_eq!(
+        host.sh("fcctl port add a 1026:22"),
+        "22/tcp -> 127.0.0.1:1026\n"
+    );
+    let added = "head -c 7 < /dev/tcp/127.0.0.1/1026";
+    assert!(host.sh(added).starts_with("SSH-2.0"));
+    host.sh("fcctl port rm a 1026:22");
+    assert_eq!(
+        host.sh(&format!("({added}) 2> /dev/null || echo closed")),
+        "closed\n"
+    );
     assert!(host.sh("fcctl logs a").contains("ssh is up"));
     // A directory is copied to the guest, and the guest's changes are exported.
     host.sh("mkdir repo && cd repo && echo hello > greeting && fcctl workspace prepare a . --guest-path /root/repo");

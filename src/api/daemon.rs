@@ -50,7 +50,7 @@ pub enum SpaceKind {
 }
 
 impl SpaceKind {
-    /// Returns the plural for people.
+    /// Returns the plural to show to users.
     pub const fn title(self) -> &'static str {
         match self {
             Self::Vms => "VMs",
@@ -276,7 +276,7 @@ pub struct DebugLocksReply {
 }
 
 /// How often threads have waited for a class of locks, and held one, since the daemon started.
-/// Element `i` counts what took less than 2^i microseconds and is not counted by an earlier one.
+/// Element `i` counts durations of less than 2^i microseconds that no earlier element counts.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LockClass {
     pub class: String,

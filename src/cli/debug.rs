@@ -164,7 +164,7 @@ fn print_stats(reply: &DebugLocksReply, printer: &mut Printer) -> Result<u8> {
     Ok(0)
 }
 
-/// Returns a bound below which this share of the durations is: a power of two microseconds.
+/// Returns an upper bound for `percent` of the durations. The bound is a power of two microseconds.
 fn share_below(counts: &[u64], percent: u64) -> String {
     let all: u64 = counts.iter().sum();
     let mut below = 0;

@@ -1,5 +1,5 @@
-//! A new file that gets its name when it is complete. If fcctl is killed before that, nothing is
-//! left.
+//! Writes a new file that gets its name only when it is complete, so that nothing is left if fcctl
+//! is killed before that.
 
 use crate::error::{Error, Kind, Result};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags};
@@ -9,7 +9,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
-/// The prefix of a temporary name, for file systems that have no files without a name.
+/// The prefix of a temporary name, for file systems that do not support unnamed files.
 const PREFIX: &str = ".fcctl-";
 
 pub(super) struct Draft {
@@ -52,7 +52,7 @@ impl Draft {
         }
     }
 
-    /// Returns why the file could not be written.
+    /// Returns the error for a failed write to the file.
     pub(super) fn error(&self, e: io::Error) -> Error {
         Error::io(format!("write {}", self.path.display()), e)
     }
@@ -60,7 +60,7 @@ impl Draft {
     /// Syncs the file and gives it its name.
     ///
     /// # Errors
-    /// `target_exists` if a file has the name.
+    /// `target_exists` if another file already has the name.
     pub(super) fn publish(self) -> Result<()> {
         self.file().sync_all().map_err(|e| self.error(e))?;
         let failed = |e| Error::io(format!("write {}", self.path.display()), e);

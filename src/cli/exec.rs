@@ -51,7 +51,7 @@ pub(super) struct How {
     /// User of the guest who runs the command, by name or number [default: the VM's, or root]
     #[arg(short, long, value_name = "USER[:GROUP]")]
     pub user: Option<String>,
-    /// Set a variable: K=V, or K to pass your own value, which ps then does not show
+    /// Set a variable: K=V, or K to pass your own value without showing it in ps
     #[arg(short, long, value_name = "K[=V]")]
     pub env: Vec<OsString>,
     /// Read variables from a file, one per line. Quotes are not removed

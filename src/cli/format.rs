@@ -226,12 +226,12 @@ pub(super) struct Shape<T: 'static> {
     pub fields: &'static [Field<T>],
     /// What `--quiet` prints.
     pub id: fn(&T) -> String,
-    /// The usual table, at this time.
+    /// Renders the usual table. The number is the current time in seconds since the epoch.
     pub table: fn(&[T], u64) -> String,
 }
 
 impl QuietListArgs {
-    /// Checks the options before anything is asked of the daemon.
+    /// Checks the options. Call this before the daemon is called, so that a mistake fails at once.
     pub(super) fn check<T>(&self, shape: &Shape<T>) -> Result<(), Error> {
         self.list.parse(shape.fields).map(drop)
     }

@@ -24,7 +24,7 @@ const BZIP2_BLOCK: &[u8] = b"1AY&SY";
 #[derive(Debug)]
 pub(super) struct Origin {
     pub(super) path: PathBuf,
-    /// What names the same image if the archive comes from stdin.
+    /// The argument of `image pull` for the same image if the archive comes from stdin.
     pub(super) on_stdin: String,
 }
 

@@ -104,7 +104,7 @@ fn path_and_reference(text: &str) -> Result<(PathBuf, Option<String>)> {
 /// The data that is sent to the daemon through a pipe.
 #[derive(Debug)]
 pub(super) enum Content {
-    /// An archive and where it comes from, unless that is stdin.
+    /// An archive, and the file that it comes from. The origin is None for stdin.
     File(File, Option<Origin>),
     Layout(Layout),
 }

@@ -360,7 +360,7 @@ fn create(
         restart: shape.restart.unwrap_or_default(),
         host_name: shape.host_name,
         dns: shape.dns,
-        // The options for the command are not for later ones.
+        // These options of `run` apply to its own command, not to later commands in the VM.
         user: None,
         workdir: None,
         env: Vec::new(),

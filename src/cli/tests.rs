@@ -600,7 +600,7 @@ fn lock_order_needs_no_daemon() {
         (&json[1]["taken"], &json[1]["under"]),
         (&json!("vm_locks"), &json!([]))
     );
-    // Only the graph asks, for what was observed, and this daemon gives no answer that it can use.
+    // Only `--dot` calls the daemon, for the observed edges. It ignores this daemon's empty reply.
     assert_eq!(fake.methods(), "debug.locks");
 }
 

@@ -1,8 +1,8 @@
-//! `system uninstall`: removes everything of an installation, after it has shown what and asked.
+//! `system uninstall`: removes a whole installation, after it has listed everything and asked.
 //!
 //! fcctl deletes the VMs one by one with ordinary operations, and can be interrupted between them.
-//! Then the daemon exits and removes the rest itself: only it knows what it made, and it has the
-//! rights for that.
+//! Then the daemon exits and removes the rest itself, because only the daemon knows what it made
+//! and has the rights to remove it.
 
 use super::confirm::Question;
 use super::connector::operate;
@@ -49,7 +49,7 @@ pub(super) struct Args {
     /// Do not ask for confirmation
     #[arg(short, long)]
     yes: bool,
-    /// Also kill and delete VMs that run
+    /// Also kill and delete running VMs
     #[arg(short, long)]
     force: bool,
 }
@@ -152,7 +152,7 @@ fn entry(vm: &Vm) -> VmEntry {
     }
 }
 
-/// True for the daemon of the system, as opposed to one with directories of its own.
+/// True for the system's daemon: it runs as root, with the default state directory.
 fn is_system(fcd: &InfoReply) -> bool {
     let system = Places::for_user(0, &|_| None).state_dir;
     fcd.uid == 0 && Path::new(&fcd.state_dir) == system
@@ -171,16 +171,17 @@ fn copied_files(fcd: &InfoReply, root: &Path) -> Vec<String> {
     present.map(|path| path.display().to_string()).collect()
 }
 
-/// Fails if the daemon is that of the Debian package, which removes more than fcctl can.
+/// Fails if the Debian package installed the daemon, because purging the package removes more than
+/// fcctl can.
 fn require_no_package(fcd: &InfoReply, program: &Path, root: &Path) -> Result<()> {
     let list = std::fs::read_to_string(root.join(PACKAGE_FILES)).unwrap_or_default();
-    // After an upgrade, the kernel marks the program of the daemon that still runs.
+    // The kernel adds this suffix if an upgrade has replaced the program of the running daemon.
     let program = program.to_string_lossy();
     let program = program.trim_end_matches(" (deleted)");
     if !is_system(fcd) || !list.lines().any(|line| line == program) {
         return Ok(());
     }
-    let text = "fcd was installed as a Debian package, which removes all of it";
+    let text = "fcd was installed as a Debian package, so apt has to remove it";
     Err(Error::new(Kind::Conflict, text)
         .hint("apt purge fcd")
         .into())
@@ -213,7 +214,7 @@ pub(super) fn run(ctx: &mut Context, args: &Args) -> Result<u8> {
     }
     let question = Question {
         doing: "uninstall",
-        text: "remove all of this? Nothing can bring it back".to_owned(),
+        text: "remove all of this? This cannot be undone".to_owned(),
         hint: "review the list (fcctl system uninstall --dry-run), then add --yes",
     };
     if !args.yes && !question.is_confirmed(printer, stdio)? {

@@ -61,7 +61,7 @@ pub(super) fn parse_count_rate(text: &str) -> Result<u64, String> {
 
 /// Parses a number of vCPUs.
 pub(super) fn parse_vcpus(text: &str) -> Result<u32, String> {
-    let form = || "the number of vCPUs is a whole number, such as 2".to_owned();
+    let form = || "the number of vCPUs must be a whole number, such as 2".to_owned();
     text.parse().map_err(|_| form())
 }
 

@@ -221,7 +221,7 @@ fn vms_are_made_and_changed_by_docker_s_words() {
         "fcctl create --cpus many api2",
         expect![[r#"
         $ fcctl create --cpus many api2
-        ! fcctl: invalid value 'many' for '--vcpus <N>': the number of vCPUs is a whole number, such as 2
+        ! fcctl: invalid value 'many' for '--vcpus <N>': the number of vCPUs must be a whole number, such as 2
         !
         ! For more information, try '--help'.
         status 2

@@ -10,7 +10,7 @@ _fcctl() {
         value=${line%%$'\t'*}
         help=${line#"$value"}
         help=${value//:/\\:}${help:+:${help#$'\t'}}
-        # More of the word follows.
+        # The word is not complete yet, so no space is added.
         if [[ $value == *[/=:] ]]; then open+=("$help"); else closed+=("$help"); fi
     done
     (( ${#closed} )) && _describe -V fcctl closed

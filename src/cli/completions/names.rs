@@ -113,7 +113,7 @@ impl Source {
 const STATES: &[&str] = &[
     "created", "starting", "running", "stopping", "stopped", "deleting", "failed",
 ];
-/// How the terms of `--filter` begin, for VMs.
+/// The keys that `--filter` accepts for VMs, each with its `=`.
 const TERMS: &[&str] = &["label=", "state=", "name=", "image=", "id="];
 
 /// A daemon that may not answer.
@@ -224,7 +224,7 @@ fn terms(vms: &[VmBrief<'_>], typed: &str) -> Vec<Name> {
     match key {
         "label" => {
             for (label, its_value) in vms.iter().flat_map(|vm| vm.labels.iter()) {
-                // The values of a key come with its `=`, because they may be many.
+                // Offer the values of a key only after its `=`, because there may be many.
                 terms.insert(match value.contains('=') {
                     true => format!("{label}={its_value}"),
                     false => label.to_string(),

@@ -93,12 +93,12 @@ impl Job<'_> {
     }
 }
 
-/// The thread that reads a tar from a guest. Its result says whether an error only follows from
-/// what happened elsewhere.
+/// The thread that reads a tar from a guest. The `bool` is true if the transfer was cancelled or
+/// cut off, so the reason for an error lies elsewhere.
 pub(super) type Receiving<T> = JoinHandle<(Result<T>, bool)>;
 
-/// Starts the thread that reads a tar from a guest. If it fails by itself, it ends the command of
-/// the guest with `hang_up`, because the guest would only find out once it writes more.
+/// Starts the thread that reads a tar from a guest. If `work` itself fails, the thread ends the
+/// guest's command with `hang_up`. Otherwise the guest would notice only at its next write.
 pub(super) fn receive<T: Send + 'static>(
     stop: &Cancel,
     hang_up: impl Fn() + Send + 'static,

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 
 /// The possible paths of the file in a project. The first one that exists is used.
 const PLACES: [&str; 2] = [".devcontainer/devcontainer.json", ".devcontainer.json"];
-/// The key of the label with the directory of a VM.
+/// The key of the label that holds the directory of a VM.
 const LABEL: &str = "fcd.directory";
 /// Largest file that is read into memory.
 const BYTES_MAX: u64 = 1 << 20;
@@ -69,24 +69,24 @@ impl Project {
         })
     }
 
-    /// Returns the label by which the VM is found again: the directory, or its hash if a label
-    /// cannot have it as its value.
+    /// Returns the value of the label by which later calls find the VM: the directory, or its hash
+    /// if the directory is not a valid value.
     pub(super) fn label(&self) -> LabelValue {
         let path = self.dir.to_str().and_then(|path| path.parse().ok());
         path.unwrap_or_else(|| {
             let hash = hex::encode(&Sha256::digest(self.dir.as_os_str().as_bytes()));
             let text = format!("sha256:{hash}");
-            text.parse().expect("a hash is the value of a label")
+            text.parse().expect("a hash is a valid label value")
         })
     }
 
-    /// Returns the first name of the VM, which is the same each time for a user and a directory.
+    /// Returns the name to try first for a new VM. It depends only on the user and the directory.
     pub(super) fn vm_name(&self, uid: u32) -> String {
         vm_name(&self.dir, uid)
     }
 }
 
-/// Returns the key of the label with the directory.
+/// Returns the key of the label that holds the directory.
 pub(super) fn label_key() -> LabelKey {
     LABEL.parse().expect("the key of a label")
 }

@@ -5,8 +5,8 @@
 //! `--allow-env` names them. `up` shows what the file asks for, and asks the user to allow it, once
 //! for each content.
 //!
-//! The VM is found again by a label with the directory, so that it may get another name. A VM of
-//! another user is never used, because that user could then read the copy.
+//! The VM is found by a label that holds the directory, so users may rename the VM. A VM of another
+//! user is never used, because that user could then read the copy.
 
 mod consent;
 mod file;
@@ -86,8 +86,8 @@ fn own_uid() -> u32 {
     rustix::process::geteuid().as_raw()
 }
 
-/// Returns the VM of a directory. Skips those of other users: root can see them, and must not use
-/// them. Takes the oldest, because a fork has the labels of its original.
+/// Returns the VM of a directory. Skips the VMs of other users, which root can see but must not
+/// use. Returns the oldest VM, because a fork has the labels of its original.
 fn find(client: &mut Client, project: &Project) -> Result<Option<Vm>> {
     let (key, value) = (file::label_key(), project.label());
     let request = VmListRequest {
@@ -103,7 +103,7 @@ fn find(client: &mut Client, project: &Project) -> Result<Option<Vm>> {
         match client.call::<VmShow>(&request) {
             Ok(reply) if reply.vm.owner_uid == own_uid() => return Ok(Some(reply.vm)),
             Ok(_) => {}
-            // Another process has deleted it since.
+            // Another process has deleted the VM since it was listed.
             Err(e) if e.is(Kind::VmNotFound) => {}
             Err(e) => return Err(e),
         }

@@ -434,8 +434,8 @@ fn wait_for(members: &Map<String, Value>) -> Result<Option<&'static str>> {
 }
 
 impl Config {
-    /// Returns the variables whose values do not depend on the guest. The others, and those that
-    /// are removed, are for login shells alone.
+    /// Returns the variables whose values do not depend on the guest. Only login shells set the
+    /// others, and unset the variables that the file removes.
     pub(super) fn constants(&self, of_image: &[String]) -> Vec<(String, String)> {
         variables::constants(&self.env, of_image)
     }

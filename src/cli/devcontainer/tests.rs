@@ -73,7 +73,7 @@ fn up_world(world: World, text: &str) -> (Fake, Project) {
     (daemon(world, &project), project)
 }
 
-/// A daemon whose VM, if there is one, is that of the project.
+/// A daemon that has no VM, or only the VM of the project.
 fn daemon(world: World, project: &Project) -> Fake {
     let path = project.path.to_str().unwrap();
     let labels: Labels = serde_json::from_value(json!({"fcd.directory": path})).unwrap();
@@ -264,7 +264,7 @@ fn up_never_uses_vm_of_another_user() {
     assert!(fake.calls().iter().any(|c| c.starts_with("vm.create")));
 }
 
-/// The name belongs to a VM that is not the project's, for example because it was renamed to it.
+/// A VM that is not the project's has the name, for example because a user renamed it.
 #[test]
 fn up_chooses_another_name_if_its_own_is_taken() {
     let world = World {

@@ -285,7 +285,7 @@ impl Machine<'_> {
                     printer.note(&format!("{e}; free ports are used instead"));
                     request.ports = config.ports.iter().map(|p| port(0, *p)).collect();
                 }
-                // Another `fcctl up` was faster, or the name belongs to another VM.
+                // Another `fcctl up` has just created the VM, or another VM has the name.
                 Err(e) if e.is(Kind::NameTaken) && request.name.is_some() => {
                     if let Some(vm) = find(client, self.project)? {
                         return Ok(vm);

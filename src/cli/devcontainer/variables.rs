@@ -86,8 +86,8 @@ const OF_GUEST: [&str; 5] = ["HOME", "USER", "LOGNAME", "SHELL", "HOSTNAME"];
 /// The search path of commands, unless the image says otherwise.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// Returns the variables that are known before the guest runs. `of_image` has those of the image as
-/// `NAME=VALUE`, to which `${containerEnv:NAME}` may refer.
+/// Returns the variables that are known before the guest runs. `of_image` lists the image's
+/// variables as `NAME=VALUE`. `${containerEnv:NAME}` may refer to them.
 pub(super) fn constants(
     env: &[(String, Option<String>)],
     of_image: &[String],

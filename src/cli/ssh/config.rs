@@ -70,7 +70,7 @@ pub(in crate::cli) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
             vm: vm.to_owned(),
             user: user.clone(),
         })?;
-        // A guest runtime takes any number.
+        // A guest runtime accepts any number as a user.
         if let Some(user) = &user
             && (config.user == *user || user.parse::<u32>().is_err())
         {

@@ -18,7 +18,7 @@ use agent::Agent;
 use keys::{KeyFiles, write_private};
 use std::ffi::OsString;
 
-/// The exit status of ssh if it fails by itself, for example because a login is refused.
+/// The exit status of ssh if ssh itself fails, for example because a login is refused.
 const SSH_FAILED: u8 = 255;
 
 #[derive(clap::Args, Debug)]
@@ -104,14 +104,14 @@ pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     ran
 }
 
-/// Returns what makes the guest's shell read the variables of the VM. Their values are in no
-/// command line, because other users of this host see those.
+/// Returns shell commands that read the VM's variables from a file in the guest. The values must
+/// not be in a command line, because other users of this host can see it.
 fn read_variables(config: &SshConfigReply) -> String {
     let file = config.env_file.as_ref().map(|file| quote(file));
     file.map_or_else(String::new, |file| format!("[ ! -r {file} ] || . {file}; "))
 }
 
-/// Returns what makes a command start in the VM's directory.
+/// Returns a shell command that changes to the VM's working directory.
 fn enter(config: &SshConfigReply) -> String {
     config.workdir.as_ref().map_or_else(String::new, |dir| {
         format!("cd {} 2>/dev/null; ", quote(dir))

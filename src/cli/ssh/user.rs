@@ -14,7 +14,7 @@ use std::time::Duration;
 const NO_USER_STATUS: i32 = 77;
 const DEADLINE: Duration = Duration::from_secs(60);
 
-/// Fails if root finds no user of this name in the guest. Says nothing if root cannot look.
+/// Fails if the guest has no user of this name. Succeeds if root cannot log in to check.
 pub(super) fn require(client: &mut Client, vm: &str, user: &str, cancel: &Cancel) -> Result<()> {
     let config = client.call::<VmSshConfig>(&SshConfigRequest {
         vm: vm.to_owned(),

@@ -58,7 +58,8 @@ pub(super) fn checked(request: &VmCreateRequest) -> Result<CommandDefaults> {
     let bytes = encode(&variables).len();
     if variables.len() > VARIABLES_MAX || bytes > ENV_BYTES_MAX {
         let text = format!(
-            "a VM may have {VARIABLES_MAX} variables of {ENV_BYTES_MAX} bytes together, and these are {} of {bytes}",
+            "a VM may have at most {VARIABLES_MAX} variables with {ENV_BYTES_MAX} bytes in total, \
+             but {} with {bytes} bytes were given",
             variables.len()
         );
         return Err(Error::invalid(text).hint("leave some out, or copy a file: fcctl cp"));
@@ -92,7 +93,7 @@ fn unique(env: &[Variable]) -> Vec<Variable> {
     kept
 }
 
-/// Writes the variables of a new VM into its directory, which is made for that.
+/// Creates the directory of a new VM and writes the VM's variables into it, if there are any.
 pub(super) fn write(core: &Core, vm: &VmId, env: &[Variable]) -> Result<()> {
     if env.is_empty() {
         return Ok(());
@@ -138,7 +139,7 @@ fn read_file(shape: &VmShape, path: &Path) -> Result<Vec<Variable>> {
     })
 }
 
-/// Encodes variables as `NAME=VALUE`, each with a NUL at its end.
+/// Encodes variables as `NAME=VALUE`, each followed by a NUL.
 fn encode(env: &[Variable]) -> Vec<u8> {
     let records = env.iter().map(|(name, value)| format!("{name}={value}\0"));
     records.collect::<String>().into_bytes()
@@ -176,8 +177,8 @@ pub(super) fn make_directory(row: &VmRow, workdir: Option<&[u8]>) -> Vec<u8> {
     })
 }
 
-/// Returns the settings of an image's commands as the login shell of a guest runtime gets them for
-/// this VM.
+/// Returns the command settings for the login shell of a guest runtime: those of the image,
+/// replaced or extended by those of the VM.
 pub(super) fn settings(core: &Core, row: &VmRow, image: &ImageConfig) -> Result<ImageConfig> {
     let mut settings = image.clone();
     let CommandDefaults { user, workdir, .. } = row.shape.commands.clone();
@@ -206,7 +207,7 @@ pub(super) fn profile(core: &Core, row: &VmRow) -> Result<Option<SeedFile>> {
     }))
 }
 
-/// Returns the file that [`profile`] makes, if the VM has it.
+/// Returns the path of the file that [`profile`] makes, or `None` if the VM has no such file.
 pub(super) fn profile_path(row: &VmRow) -> Option<String> {
     let has = Layout::of(row) == Layout::Own && !row.shape.commands.env.is_empty();
     has.then(|| PROFILE_FILE.to_owned())

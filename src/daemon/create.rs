@@ -171,8 +171,9 @@ impl Creator {
         vm
     }
 
-    /// Writes the values of the variables, which the row must not have, and inserts the row. If the
-    /// daemon dies in between, the next sweep removes the directory, because no row names it.
+    /// Writes the values of the variables to a file, because the row must not contain them, and
+    /// then inserts the row. If the daemon dies in between, no row names the directory, so the next
+    /// sweep removes it.
     fn insert_with_variables(
         &self,
         row: &VmRow,

@@ -75,7 +75,8 @@ fn contention() -> Vec<LockContention> {
         .collect()
 }
 
-/// A build without the checker records neither, and does not contain the names of ranks.
+/// Returns nothing: a build without the checker records neither nestings nor contention, and does
+/// not contain the names of ranks.
 #[cfg(not(any(debug_assertions, feature = "lock-check")))]
 fn edges() -> Vec<LockEdge> {
     Vec::new()

@@ -142,7 +142,7 @@ impl ImageService {
             Kind::Exhausted if room < UNPACKED_BYTES_MAX => {
                 let spare = SPARE_BYTES >> 20;
                 let text =
-                    format!("the layer does not fit on the disk, of which {spare} MiB stay free");
+                    format!("the layer does not fit on the disk: fcd keeps {spare} MiB free");
                 Error::new(Kind::DiskFull, text)
             }
             _ => e,

@@ -292,8 +292,8 @@ impl ImageService {
         Ok(reply)
     }
 
-    /// Removes the caller's images that nothing uses. Files that other images still have are not
-    /// freed.
+    /// Removes the caller's images that nothing uses. Counts as freed only files that no remaining
+    /// image shares.
     fn prune_images(&self, caller: &Caller, reply: &mut ImagePruneReply) -> Result<()> {
         let mut freed = DiskUse::default();
         for info in self.images.list()? {

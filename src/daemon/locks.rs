@@ -45,7 +45,7 @@ impl OpLocks {
     /// Returns every key that is held, with the name of its set.
     pub fn records(&self) -> Vec<(&'static str, KeyRecord)> {
         let named = |name, records: Vec<KeyRecord>| records.into_iter().map(move |r| (name, r));
-        // These sets have one key, whose name says nothing.
+        // Each of these sets has a single key, which is not worth showing.
         let unkeyed = |record| KeyRecord {
             key: String::new(),
             ..record

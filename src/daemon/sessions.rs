@@ -435,7 +435,7 @@ impl Sessions {
     }
 }
 
-/// Returns the user of a VM's commands as a name for ssh, which has no group.
+/// Returns the user of a VM's commands as a login name for ssh, without the group.
 fn login_name(row: &VmRow) -> Result<Option<String>> {
     let Some(user) = &row.shape.commands.user else {
         return Ok(None);

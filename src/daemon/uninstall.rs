@@ -2,8 +2,8 @@
 //!
 //! `fcctl system uninstall` deletes the VMs first, each with the ordinary operation, so that an
 //! interrupted uninstallation leaves a smaller but sound installation. Then one call makes the
-//! daemon refuse all others and exit, and the exit removes the rest when nothing uses it any more.
-//! Files in the state directory that fcd did not make are left.
+//! daemon refuse all other calls and exit. As it exits, the daemon removes the rest, once nothing
+//! uses it any more. Files in the state directory that fcd did not make are kept.
 
 use super::core::{Core, VMS_DIR};
 use super::snapshot_registry::SNAPSHOTS_DIR;
@@ -37,7 +37,7 @@ const OWN_NAMES: &[&str] = &[
 const OWN_PREFIX: &str = "fcd.db";
 /// The name of the directory that fcd makes for its socket.
 const SOCKET_DIR: &str = "fcd";
-/// The most files of others that a reply names.
+/// The maximum number of kept files that a reply names.
 const KEPT_SHOWN_MAX: usize = 100;
 
 /// Removes the installation on request.
@@ -110,10 +110,11 @@ impl Uninstaller {
         })
     }
 
-    /// Removes everything. The daemon must be closed, and its socket too.
+    /// Removes everything. The daemon and its socket must be closed.
     ///
     /// # Errors
-    /// `conflict` if a VM was created in the meantime, or the first error. Then something is left.
+    /// `conflict` if a VM was created in the meantime, or the first error. In both cases, a part of
+    /// the installation remains.
     pub fn remove(&self) -> Result<()> {
         self.require_no_vms()?;
         if self.has_bridge {
@@ -155,12 +156,12 @@ fn remove_socket_dir(socket: &Path) {
     crate::locks::may_block("file access");
     let dir = socket.parent().filter(|dir| dir.ends_with(SOCKET_DIR));
     if let Some(dir) = dir {
-        // Somebody else's files stay, and so does the directory then.
+        // This fails if the directory contains other files, and is meant to.
         let _ = std::fs::remove_dir(dir);
     }
 }
 
-/// Removes what fcd has made in the state directory, and the directory if it is empty then.
+/// Removes what fcd has made in the state directory, and then the directory itself if it is empty.
 fn remove_state_dir(dir: &Path, socket: &Path) -> Result<()> {
     crate::locks::may_block("file access");
     let doing = |path: &Path| format!("remove {}", path.display());
@@ -173,7 +174,7 @@ fn remove_state_dir(dir: &Path, socket: &Path) -> Result<()> {
     match std::fs::remove_dir(dir) {
         Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty => {
             let shown = dir.display();
-            log::info!("{shown} stays, because it holds files of others");
+            log::info!("keeping {shown}: it contains files that fcd did not make");
             Ok(())
         }
         removed => removed.map_err(|e| Error::io(doing(dir), e)),

@@ -1,6 +1,7 @@
-//! Reports locks and waits for the disk that last too long, once each. The daemon promises that no
-//! lifecycle operation waits for a slow one, so such a report is a defect of fcd or a disk that
-//! hangs. Only a workspace's lock is often held that long, by an import or an export.
+//! Reports each lock that is held too long, and each wait for the disk that lasts too long, once.
+//! The daemon promises that no lifecycle operation waits for a slow one, so a report means that fcd
+//! has a defect or that the disk hangs. Only a workspace's lock is often held that long, by an
+//! import or an export.
 
 use super::core::Core;
 use crate::host::process::thread_activity;
@@ -59,7 +60,7 @@ impl Watchdog {
         }
     }
 
-    /// Returns what the operations on the VM say that they do.
+    /// Returns the method and the current stage of each operation on the VM.
     fn stages(&self, slow: &Slow) -> Vec<String> {
         let Some(vm) = slow.lock.as_ref().and_then(|(_, key)| key.parse().ok()) else {
             return Vec::new();
@@ -99,7 +100,7 @@ fn everything(locks: Vec<(&'static str, KeyRecord)>, waits: Vec<Party>) -> Vec<S
     held.chain(waiting).collect()
 }
 
-/// Returns what has lasted for `least` and has not been returned before.
+/// Returns the locks and waits that have lasted for `least` and have not been returned before.
 fn unreported(all: Vec<Slow>, least: Duration, reported: &mut Reported) -> Vec<Slow> {
     let id = |slow: &Slow| (slow.thread.tid, slow.thread.since);
     let present: Reported = all.iter().map(id).collect();
@@ -121,7 +122,7 @@ fn describe(slow: &Slow, stages: &[String], activity: Option<String>) -> String 
         Some((set, key)) => format!("held {set} of {key}"),
     };
     let mut text = format!(
-        "thread {} has {what} for {} s, for {}",
+        "thread {} has {what} for {} s ({})",
         thread.thread,
         thread.since.elapsed().as_secs(),
         operation(thread)
@@ -166,7 +167,7 @@ mod tests {
             let text = describe(&slow[0], &["vm.start: boot".into()], Some("sleeps".into()));
             assert!(
                 text.contains(&format!(
-                    "has held vm_locks of {id} for 0 s, for vm.stop; it sleeps"
+                    "has held vm_locks of {id} for 0 s (vm.stop); it sleeps"
                 )),
                 "{text}"
             );
@@ -190,7 +191,7 @@ mod tests {
         assert_eq!(slow.len(), 1);
         let text = describe(&slow[0], &[], None);
         assert!(
-            text.contains("has waited for the disk for 0 s, for vm.create"),
+            text.contains("has waited for the disk for 0 s (vm.create"),
             "{text}"
         );
         drop(waiting);

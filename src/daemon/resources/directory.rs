@@ -113,8 +113,8 @@ impl Resource for Directory {
             .collect())
     }
 
-    /// True for a VM that is being created with variables, which are in the directory before the VM
-    /// has a row.
+    /// True for a VM that is being created with variables. Its directory, which holds the
+    /// variables, exists before its row.
     fn is_in_use(&self, resources: &Resources, name: &str) -> bool {
         let id = Path::new(name).file_name().and_then(|id| id.to_str());
         id.and_then(|id| id.parse().ok())

@@ -338,7 +338,8 @@ impl Resources {
                 .into_iter()
                 .filter(|name| !known.contains(name))
                 .collect();
-            // Look at what is in use first, because it may get its row or ledger row meanwhile.
+            // Check the use before the rows: whatever leaves use in between has its row or ledger
+            // row by then.
             unknown.retain(|name| !resource.is_in_use(self, name));
             if !unknown.is_empty() {
                 let intended = self.intended_by_all(resource);

@@ -1,4 +1,4 @@
-//! Says what a thread of this process does, for reports about threads that hold others up.
+//! Describes what a thread of this process is doing, for reports about threads that delay others.
 
 /// Returns the state of a thread of this process, with the place in the kernel and the system call
 /// in which it sleeps, if the kernel shows them. Returns `None` if the thread has ended.

@@ -64,7 +64,7 @@ impl DiskUse {
         self.bytes.extend(&other.bytes);
     }
 
-    /// Leaves out the files of others.
+    /// Removes the files that `other` also has.
     pub fn remove(&mut self, other: &Self) {
         self.bytes.retain(|file, _| !other.bytes.contains_key(file));
     }

@@ -22,7 +22,7 @@ const CHECKED: &str = "checked.ext4";
 /// Copies the content of a file to another, which is empty.
 pub(super) type Copy<'a> = dyn FnMut(&File, &File) -> Result<()> + 'a;
 
-/// The steps of a registration that the caller takes part in.
+/// The steps of a registration that the caller provides.
 pub struct Steps<'a> {
     pub copy: &'a mut Copy<'a>,
     /// Called before the image is published.

@@ -30,7 +30,7 @@ const HEADER_ID_MAX: u32 = 0o7_777_777;
 /// file.
 ///
 /// # Errors
-/// `exhausted` if the content of all files together has more than `bytes_max` bytes.
+/// `exhausted` if the files contain more than `bytes_max` bytes in total.
 pub(in crate::image) fn write_tar(
     disk: &dyn Source,
     to: &mut dyn Write,

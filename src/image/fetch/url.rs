@@ -133,7 +133,7 @@ impl Url {
         }
         let mut url = Self::new(scheme, authority, uri.path().to_owned())?;
         url.query = uri.query().map(str::to_owned);
-        // The path `/` is added if there is none.
+        // Check the result, because parsing adds the path `/` if there is none.
         if url.to_request().len() > URL_BYTES_MAX {
             return Err(Malformed::TooLong);
         }

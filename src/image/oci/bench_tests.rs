@@ -108,7 +108,7 @@ impl Place {
         self.dir.path().join(name)
     }
 
-    /// Measures a pull. The output of the one before is removed outside of the measured time.
+    /// Measures a pull. Then removes its output, outside of the measured time.
     fn measured(&self, pull: impl FnOnce()) -> Measured {
         let found = measured(pull);
         std::fs::remove_file(self.path("ours.ext4")).unwrap();

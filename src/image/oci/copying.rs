@@ -1,10 +1,10 @@
 //! Writes a file system: its metadata, and the content of its files, which several threads copy
 //! from the tars of the layers.
 //!
-//! The crate `mkext4` decides where everything goes. It passes the bytes of files through a buffer
-//! of its own, so a reader that reads nothing stands for each file, and [`Sink`] only takes down
-//! from where to where the bytes have to be copied. The order of the writes has no effect on what
-//! the file contains in the end.
+//! The crate `mkext4` decides where everything goes. It would pass the content of files through a
+//! buffer of its own. So it reads each file from a [`Placeholder`], which provides no data, and
+//! [`Sink`] only records which bytes have to be copied, and to which position. The order of the
+//! writes does not affect the result.
 
 use super::errors::{Stopped, check_cancel, shown, stopped};
 use crate::error::{Error, Kind, Result};
@@ -20,10 +20,10 @@ const BLOCK_BYTES: u64 = 4096;
 /// How much is written at once. Each thread has a buffer of this size, which stays in the
 /// processor's cache.
 const WRITE_BYTES: usize = 256 << 10;
-/// The number of threads that copy the content of files. The kernel lets only one write to the file
-/// at a time, and the other one reads meanwhile. More of them would only wait.
+/// The number of threads that copy the content of files. The kernel lets only one thread write to
+/// the file at a time, while the other one reads. More threads would only wait.
 const THREADS: usize = 2;
-/// How many batches wait for a thread.
+/// How many batches can wait for a thread.
 const BATCHES_MAX: usize = 2 * THREADS;
 /// The number of pieces in a batch. Files of a few bytes take a block each, so this is rarely
 /// reached.
@@ -70,7 +70,7 @@ pub(super) struct Sink<'a, 'b> {
     metadata: Collecting<'b>,
     batches: Sender<Batch<'a>>,
     batch: Batch<'a>,
-    /// The file whose content the crate passes on now.
+    /// The file whose content the crate is writing. None while it writes metadata.
     source: Option<Source<'a>>,
 }
 
@@ -88,7 +88,7 @@ impl<'a> Copying<'a> {
                     thread::spawn_scoped(scope, "write image", move || self.copy_all(&received))
                 })
                 .collect();
-            // Otherwise nobody notices when all threads have failed.
+            // If this receiver stayed open, `send` would block after all threads have failed.
             drop(received);
             let mut sink = Sink {
                 metadata: Collecting::new(self.out),
@@ -105,7 +105,7 @@ impl<'a> Copying<'a> {
                     Ok(Err(panic)) => std::panic::resume_unwind(panic),
                     Err(e) => Err(e),
                 };
-                // The cause of the failure says more than its consequence.
+                // A thread's own error says more than the `Stopped` that results from it.
                 let is_vague = |e: &Error| e.source_as::<Stopped>().is_some();
                 if result.is_ok() || result.as_ref().is_err_and(is_vague) {
                     result = ended.and(result);
@@ -128,7 +128,7 @@ impl<'a> Copying<'a> {
         let (mut at, mut bytes) = (0, 0);
         for piece in &batch.pieces {
             let begin = (piece.to - batch.to) as usize;
-            // The end of the last block of the file before.
+            // Clear the rest of the previous file's last block.
             buffer[at..begin].fill(0);
             at = begin + piece.bytes;
             let Source {
@@ -155,7 +155,7 @@ impl<'a> Copying<'a> {
 }
 
 impl<'a> Sink<'a, '_> {
-    /// The crate's next bytes are the content of a file. Returns a reader that stands for it.
+    /// Declares that the crate's next bytes are the content of a file, which the threads copy.
     pub(super) fn begin(&mut self, source: Source<'a>) {
         self.source = Some(source);
     }
@@ -175,7 +175,8 @@ impl<'a> Sink<'a, '_> {
         sent.map_err(|_| super::errors::as_io(stopped()))
     }
 
-    /// Takes down a piece of the current file. Splits it if it is larger than a batch.
+    /// Adds a part of a file to the batches, in several pieces if it does not fit into one batch.
+    /// Returns the source of what follows.
     fn add(
         &mut self,
         mut source: Source<'a>,
@@ -217,13 +218,13 @@ impl RegionSink for Sink<'_, '_> {
     fn zeros(&mut self, offset: u64, len: u64) -> io::Result<()> {
         match self.source {
             None => self.metadata.zeros(offset, len),
-            // The end of a file's last block. The file is empty before, so it is zero already.
+            // The rest of a file's last block. The output was empty, so these bytes are zero.
             Some(_) => Ok(()),
         }
     }
 }
 
-/// Stands for the content of a file, which the threads read.
+/// Replaces the content of a file for the crate. The threads read the real content.
 pub(super) struct Placeholder;
 
 impl Read for Placeholder {
@@ -270,7 +271,7 @@ impl<'a> Collecting<'a> {
         Ok(())
     }
 
-    /// Small gaps are written, so that what follows can be joined.
+    /// Writes small gaps, so that the write after a gap can be joined to the one before it.
     fn zeros(&mut self, offset: u64, len: u64) -> io::Result<()> {
         let end = self.at + self.bytes.len() as u64;
         if end == offset && !self.bytes.is_empty() && len < BLOCK_BYTES {

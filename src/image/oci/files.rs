@@ -10,8 +10,8 @@ use crate::error::{Error, Result};
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Seek};
 
-/// Headers are read with what follows them. Most files are longer than that, so a larger buffer
-/// would read bytes that are skipped.
+/// Reading a header also reads the bytes after it into this buffer. Most files are longer than the
+/// buffer, so a larger one would only read more bytes that are then skipped.
 const BUFFER_BYTES: usize = 4 << 10;
 
 /// The file of one layer.

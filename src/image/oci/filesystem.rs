@@ -264,7 +264,7 @@ impl Filesystem for Ext4 {
     }
 }
 
-/// The sink in the hands of the crate's writer and of the caller, in turns.
+/// The sink, which the crate's writer and its caller use in turn.
 struct Shared<'s, 'a, 'b>(&'s RefCell<&'s mut Sink<'a, 'b>>);
 
 impl RegionSink for Shared<'_, '_, '_> {

@@ -144,8 +144,8 @@ impl Rank {
         )
     }
 
-    /// True for what any thread may do that holds no lock but a workspace's. So the test suite need
-    /// not observe each of its edges.
+    /// True for an activity that any thread may perform if it holds no lock except a workspace's.
+    /// The test suite need not observe each edge to such a rank.
     #[cfg(any(test, feature = "fakes"))]
     pub const fn is_always_allowed(self) -> bool {
         matches!(self, Blocking | Log)

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 thread_local! {
     static OPERATION: RefCell<Option<Arc<str>>> = const { RefCell::new(None) };
-    /// The kernel's number of this thread.
+    /// The kernel's ID of this thread.
     static TID: i32 = nix::unistd::gettid().as_raw();
 }
 
@@ -17,7 +17,7 @@ thread_local! {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Party {
     pub thread: String,
-    /// The kernel's number of the thread.
+    /// The kernel's ID of the thread.
     pub tid: i32,
     /// The label that [`operation_scope`] set.
     pub operation: Option<Arc<str>>,

@@ -10,7 +10,7 @@ use std::time::Duration;
 const BUCKETS: usize = 32;
 
 /// Counts durations by their logarithm: bucket `i` counts those of less than 2^i microseconds that
-/// are not in bucket `i - 1`.
+/// no earlier bucket counts.
 struct Histogram([AtomicU64; BUCKETS]);
 
 impl Histogram {
@@ -62,7 +62,7 @@ const ALWAYS: [(Rank, &str); 5] = [
 ];
 
 /// How often threads waited for a class of locks and held one, by duration: element `i` counts
-/// durations of less than 2^i microseconds that are not counted before.
+/// durations of less than 2^i microseconds that no earlier element counts.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ClassStats {
     pub class: &'static str,

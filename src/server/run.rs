@@ -121,11 +121,11 @@ pub fn run(config: Config) -> Result<()> {
     );
     drop((reconciled, roomed, watched));
     if daemon.uninstaller.is_asked_for() {
-        // Its file is in a directory that is removed.
+        // Remove the socket first, because its directory is removed with the rest.
         drop(server);
         daemon.uninstaller.remove()?;
         claim.map_or(Ok(()), claim::Held::forget)?;
-        log::info!("done; this installation is removed");
+        log::info!("done; this installation has been removed");
         return Ok(());
     }
     log::info!("done; VMs keep running");
@@ -144,8 +144,8 @@ fn exit_when_uninstalled(uninstalling: &Cancel) {
     }
 }
 
-/// Fails if VMMs cannot reach the state directory, before anything is made there. Otherwise only
-/// the first start of a VM would show it.
+/// Fails if VMMs cannot reach the state directory. Call this before anything is made there.
+/// Otherwise, the problem would show only when the first VM starts.
 fn require_reachable(config: &Config) -> Result<()> {
     let closed = crate::daemon::state_dir_check(&config.state_dir, config.vmm.driver);
     closed.map_or(Ok(()), |check| {

@@ -25,8 +25,8 @@ pub(super) const LOG_FRAMES: u32 = 250;
 pub(super) const LOG_BYTES: u64 = 1 << 20;
 /// How many prepared statements a connection keeps. This is more than the tables need.
 const STATEMENTS_MAX: usize = 32;
-/// The name in `store_info` of the version of fcd that wrote the database last. An older fcd that
-/// refuses the database names it.
+/// The key in `store_info` for the version of fcd that last wrote the database. An older fcd that
+/// refuses the database reports this version.
 pub(super) const WRITER: &str = "fcd_version";
 pub(super) const THIS_VERSION: &str = env!("CARGO_PKG_VERSION");
 /// Number of hexadecimal digits in an install id.

@@ -347,8 +347,8 @@ impl<'a> TarReader<'a> {
         }
     }
 
-    /// Reads `len` bytes of the current entry's data, and passes them on in pieces with their place
-    /// in a file, of which the first is `offset`.
+    /// Reads `len` bytes of the current entry's data and passes them to `take` in pieces, each with
+    /// its offset in the file. The first piece is at `offset`.
     pub(in crate::workspace) fn pieces(
         &mut self,
         (offset, len): (u64, u64),

@@ -2,6 +2,7 @@
 
 use crate::host::{FCCTL, Host, wait_for};
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::Command;
 
@@ -56,8 +57,21 @@ fn files_with(dir: &Path, value: &str) -> String {
     String::from_utf8(out.stdout).unwrap()
 }
 
+/// Checks that only the files that keep a VM's settings have a value of a devcontainer.json, which
+/// holds for every later command, and that no other user can read them.
+#[track_caller]
+fn assert_only_files_of_settings(files: &str) {
+    assert!(!files.is_empty());
+    for file in files.lines().map(Path::new) {
+        let name = file.file_name().unwrap().to_str().unwrap();
+        assert!(["environment", "seed"].contains(&name), "{files}");
+        let mode = fs::metadata(file).unwrap().mode();
+        assert_eq!(mode & 0o077, 0, "{}: {mode:o}", file.display());
+    }
+}
+
 #[test]
-fn values_of_variables_are_in_no_process_no_log_and_no_file_of_the_host() {
+fn values_of_variables_are_in_no_process_no_log_and_no_readable_file_of_the_host() {
     let host = Host::with_full_log();
     let projects = tempfile::tempdir().unwrap();
     fs::write(projects.path().join("notes"), "hello\n").unwrap();
@@ -115,7 +129,12 @@ fn values_of_variables_are_in_no_process_no_log_and_no_file_of_the_host() {
     for n in 1..=5 {
         let value = secret(n);
         assert!(!host.log().contains(&value), "{n}: {}", host.log());
-        assert_eq!(files_with(&host.state(), &value), "", "{n}");
+        let files = files_with(&host.state(), &value);
+        if n < 4 {
+            assert_eq!(files, "", "{n}");
+        } else {
+            assert_only_files_of_settings(&files);
+        }
         assert_eq!(processes_with(&value, &[]), [""; 0], "{n}");
     }
     assert!(host.log().contains(" DEBUG "), "the log has details");

@@ -43,6 +43,11 @@ fn import_every_kind_of_name_and_file() {
     assert_eq!(site.status(), Status::Complete);
 }
 
+fn is_tmpfs(path: &Path) -> bool {
+    const TMPFS_MAGIC: i64 = 0x0102_1994; // statfs(2)
+    rustix::fs::statfs(path).unwrap().f_type == TMPFS_MAGIC
+}
+
 #[test]
 fn import_keeps_holes() {
     use std::os::unix::fs::FileExt;
@@ -64,7 +69,9 @@ fn import_keeps_holes() {
     for name in ["sparse", "hole"] {
         let got = std::fs::metadata(site.guest().join(name)).unwrap();
         assert_eq!(got.len(), LENGTH);
-        assert!(got.blocks() * 512 < 1 << 22);
+        // git maps files, and tmpfs, where scripts/test --quick runs, allocates a hole that is read
+        // through a mapping.
+        assert!(got.blocks() * 512 < 1 << 22 || is_tmpfs(&site.guest()));
     }
     run(Command::new("cmp")
         .arg(site.path("sparse"))

@@ -16,6 +16,17 @@ struct Inner {
     returned: raw::Condvar,
 }
 
+impl Inner {
+    #[cfg(not(feature = "shuttle"))]
+    fn wakers(&self) -> parking_lot::MutexGuard<'_, Wakers> {
+        super::check::lock_beneath(&self.wakers)
+    }
+    #[cfg(feature = "shuttle")]
+    fn wakers(&self) -> raw::MutexGuard<'_, Wakers> {
+        self.wakers.lock()
+    }
+}
+
 #[derive(Default)]
 struct Wakers {
     last_id: u64,
@@ -55,7 +66,7 @@ impl Cancel {
         // The counter cannot overflow because it is written only once.
         let _ = self.inner.event.write(1);
         loop {
-            let mut wakers = self.inner.wakers.lock();
+            let mut wakers = self.inner.wakers();
             let Some((id, waker)) = wakers.waiting.pop() else {
                 return;
             };
@@ -66,7 +77,7 @@ impl Cancel {
             drop(std::panic::catch_unwind(std::panic::AssertUnwindSafe(
                 waker,
             )));
-            self.inner.wakers.lock().running = None;
+            self.inner.wakers().running = None;
             self.inner.returned.notify_all();
         }
     }
@@ -91,7 +102,7 @@ impl Cancel {
     /// will not run. The waker must not block or take a lock that has a rank, because the firing
     /// thread may hold any lock. The waker may use this token.
     pub fn on_cancel(&self, waker: impl FnOnce() + Send + 'static) -> Subscription {
-        let mut wakers = self.inner.wakers.lock();
+        let mut wakers = self.inner.wakers();
         // Check under the mutex, which `cancel` takes after setting the cause. Either this function
         // or `cancel` then calls the waker, never both.
         if self.is_cancelled() {
@@ -100,6 +111,7 @@ impl Cancel {
             return Subscription {
                 cancel: self.clone(),
                 id: 0,
+                waits: true,
             };
         }
         wakers.last_id += 1;
@@ -109,6 +121,7 @@ impl Cancel {
         Subscription {
             cancel: self.clone(),
             id,
+            waits: true,
         }
     }
 }
@@ -124,6 +137,16 @@ impl std::fmt::Debug for Cancel {
 pub struct Subscription {
     cancel: Cancel,
     id: u64,
+    /// True if the drop waits for a call of the waker that is in progress.
+    waits: bool,
+}
+
+impl Subscription {
+    /// Unsubscribes the waker without waiting for a call that is in progress. For a waker that owns
+    /// all that it uses, where the caller holds a lock and must not sleep.
+    pub(super) fn end_without_waiting(mut self) {
+        self.waits = false;
+    }
 }
 
 impl Drop for Subscription {
@@ -132,7 +155,7 @@ impl Drop for Subscription {
     /// Wakers do not block, so the wait is short.
     fn drop(&mut self) {
         let inner = &self.cancel.inner;
-        let mut wakers = inner.wakers.lock();
+        let mut wakers = inner.wakers();
         if let Some(i) = wakers.waiting.iter().position(|(id, _)| *id == self.id) {
             let waker = wakers.waiting.swap_remove(i);
             drop(wakers); // Values that the closure owns may use the token when they are dropped.
@@ -140,9 +163,10 @@ impl Drop for Subscription {
             return;
         }
         let me = raw::current().id();
-        while wakers
-            .running
-            .is_some_and(|(id, thread)| id == self.id && thread != me)
+        while self.waits
+            && wakers
+                .running
+                .is_some_and(|(id, thread)| id == self.id && thread != me)
         {
             inner.returned.wait(&mut wakers);
         }

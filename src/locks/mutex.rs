@@ -122,7 +122,7 @@ impl Condvar {
         check::check_wait(Rank::CondWait, &guard.token);
         let me = std::thread::current();
         let waker = me.clone();
-        let _subscription = cancel.on_cancel(move || waker.unpark());
+        let subscription = cancel.on_cancel(move || waker.unpark());
         let waited = loop {
             if !condition(guard) {
                 break Waited::Done;
@@ -134,19 +134,21 @@ impl Condvar {
             if now >= deadline {
                 break Waited::TimedOut;
             }
-            self.parked.lock().push(me.clone());
+            check::lock_beneath(&self.parked).push(me.clone());
             parking_lot::MutexGuard::unlocked(&mut guard.inner, || {
                 std::thread::park_timeout(deadline - now)
             });
-            self.parked.lock().retain(|t| t.id() != me.id());
+            check::lock_beneath(&self.parked).retain(|t| t.id() != me.id());
         };
         guard.token.resumed();
+        // A drop would sleep under this lock until a call of the waker that is in progress returns.
+        subscription.end_without_waiting();
         waited
     }
 
     pub fn notify_all(&self) {
         self.inner.notify_all();
-        for thread in self.parked.lock().drain(..) {
+        for thread in check::lock_beneath(&self.parked).drain(..) {
             thread.unpark();
         }
     }

@@ -83,6 +83,25 @@ fn waker_may_use_token_and_panic() {
     drop((first, second));
 }
 
+/// A cancellable wait unsubscribes under its lock, where a thread must not sleep.
+#[test]
+fn subscription_ends_while_its_waker_runs() {
+    let cancel = Cancel::try_new().unwrap();
+    let (enter, entered) = mpsc::channel();
+    let (leave, left) = mpsc::channel::<()>();
+    let subscription = cancel.on_cancel(move || {
+        enter.send(()).unwrap();
+        left.recv().unwrap();
+    });
+    std::thread::scope(|scope| {
+        scope.spawn(|| cancel.cancel(super::CancelCause::Requested));
+        entered.recv().unwrap();
+        // With a drop, this thread would never get to the next line.
+        subscription.end_without_waiting();
+        leave.send(()).unwrap();
+    });
+}
+
 #[test]
 fn dropping_a_subscription_waits_for_its_running_waker() {
     let cancel = Cancel::try_new().unwrap();

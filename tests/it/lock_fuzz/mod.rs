@@ -154,12 +154,8 @@ fn tell(figures: &Figures, took: Duration) {
             holds.long <= ODD_HOLDS_MAX + holds.count * LONG_PER_MILLE_MAX / 1000,
             "{rank:?}: {holds:?}"
         );
-        // A leaf's holder that wakes a waiter can lose its processor to it, within microseconds and
-        // without having slept. Only VM locks wake nobody while they are held.
         assert!(
-            rank != Rank::Vm
-                || holds.unexplained
-                    <= ODD_HOLDS_MAX + holds.count * UNEXPLAINED_PER_MILLE_MAX / 1000,
+            holds.unexplained <= ODD_HOLDS_MAX + holds.count * UNEXPLAINED_PER_MILLE_MAX / 1000,
             "{rank:?}: {holds:?}"
         );
     }

@@ -221,13 +221,11 @@ fn row(count: usize, files: usize, rounds: usize) {
     let mut peak_mib = 0;
     let has_tools = std::env::var_os("FCD_BENCH_TOOLS").is_none_or(|tools| tools != "0");
     for round in 0..rounds {
-        theirs.push(if has_tools {
+        if has_tools {
             let begun = Instant::now();
             place.tools(&place.path("first"));
-            begun.elapsed().as_secs_f64()
-        } else {
-            f64::NAN
-        });
+            theirs.push(begun.elapsed().as_secs_f64());
+        }
         let store = place.store(&format!("layers-{round}"));
         let first = place.measured(|| place.pull(&place.path("first"), &store));
         ours.push(first.time.as_secs_f64());
@@ -241,13 +239,17 @@ fn row(count: usize, files: usize, rounds: usize) {
             std::fs::remove_dir_all(place.path(&format!("{name}-{round}"))).unwrap();
         }
     }
-    let (ours, theirs) = (median(ours), median(theirs));
-    let (stream, second) = (median(streams), median(seconds));
+    let (ours, stream, second) = (median(ours), median(streams), median(seconds));
+    let tools = if has_tools {
+        let theirs = median(theirs);
+        let (of_layout, of_pipe) = (ours / theirs, stream / theirs);
+        format!("tools {theirs:.2} s (fcd {of_layout:.2} of it, from a pipe {of_pipe:.2})")
+    } else {
+        "tools not measured".to_owned()
+    };
     println!(
-        "{count:>3} layers, {files:>6} files: tools {theirs:.2} s, fcd {ours:.2} s ({:.2}), from a pipe \
-         {stream:.2} s ({:.2}), second image {second:.2} s ({:.2} of the first), peak {peak_mib} MiB",
-        ours / theirs,
-        stream / theirs,
+        "{count:>3} layers, {files:>6} files: {tools}, fcd {ours:.2} s, from a pipe {stream:.2} s, \
+         second image {second:.2} s ({:.2} of the first), peak {peak_mib} MiB",
         second / ours,
     );
 }

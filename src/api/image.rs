@@ -310,6 +310,15 @@ calls! {
 
 super::page::list_calls! { ImageList: images of Image; }
 
+/// The media types of manifests and indexes that a pull understands: the OCI image
+/// specification, and the image manifest version 2 of Docker.
+pub const MANIFEST_TYPES: [&str; 4] = [
+    "application/vnd.oci.image.index.v1+json",
+    "application/vnd.oci.image.manifest.v1+json",
+    "application/vnd.docker.distribution.manifest.list.v2+json",
+    "application/vnd.docker.distribution.manifest.v2+json",
+];
+
 /// Shortens `sha256:...` to the twelve digits that docker shows.
 pub fn short_digest(digest: &str) -> &str {
     let hex = digest.split_once(':').map_or(digest, |(_, hex)| hex);

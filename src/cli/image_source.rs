@@ -4,7 +4,7 @@
 use super::image_file::{self, Origin};
 use super::pipes;
 use super::values::{is_path, path_error};
-use crate::api::image::{ArchiveFormat, PullSource};
+use crate::api::image::{ArchiveFormat, MANIFEST_TYPES, PullSource};
 use crate::error::{Error, Result};
 use crate::host::shell::quote;
 use crate::host::text::quoted;
@@ -242,7 +242,7 @@ impl Layout {
                     return Err(Error::invalid(text));
                 }
                 let media_type = descriptor["mediaType"].as_str().unwrap_or_default();
-                if media_type.contains("manifest") || media_type.contains("index") {
+                if MANIFEST_TYPES.contains(&media_type) {
                     // An index may list images that the directory does not contain.
                     if self.dir.join(&path).exists() {
                         documents.push(read_json(&self.dir.join(&path))?);

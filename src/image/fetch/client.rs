@@ -5,6 +5,7 @@ use super::dial::Dial;
 use super::reply::Reply;
 use super::session::{Session, Wanted};
 use super::settings::Settings;
+use crate::api::image::MANIFEST_TYPES;
 use crate::error::{Error, Kind, Result};
 use crate::host::hex;
 use crate::host::text::quoted;
@@ -14,13 +15,6 @@ use sha2::{Digest, Sha256};
 use std::fmt;
 use std::sync::Arc;
 
-/// The media types of manifests and indexes that a pull understands.
-const MANIFEST_TYPES: [&str; 4] = [
-    "application/vnd.oci.image.index.v1+json",
-    "application/vnd.oci.image.manifest.v1+json",
-    "application/vnd.docker.distribution.manifest.list.v2+json",
-    "application/vnd.docker.distribution.manifest.v2+json",
-];
 /// [`MANIFEST_TYPES`] as the value of `Accept`.
 const ACCEPT_MANIFEST: &str = "application/vnd.oci.image.index.v1+json, \
     application/vnd.oci.image.manifest.v1+json, \

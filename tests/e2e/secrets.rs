@@ -1,6 +1,6 @@
 //! Values of variables stay between fcctl and the command in the guest.
 
-use crate::host::{FCCTL, Host, wait_for};
+use crate::host::{FCCTL, Host, processes, wait_for};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -14,19 +14,12 @@ const WAIT: &str = "printf %s \"$TOKEN\" | wc -c >/tmp/length; while ! [ -e /tmp
 /// programs that were given it.
 fn processes_with(value: &str, given: &[u32]) -> Vec<String> {
     let mut found = Vec::new();
-    for entry in fs::read_dir("/proc").unwrap().flatten() {
-        let Some(pid) = entry
-            .file_name()
-            .to_str()
-            .and_then(|n| n.parse::<u32>().ok())
-        else {
-            continue;
-        };
+    for (pid, dir) in processes() {
         for file in ["cmdline", "environ"] {
             // A process may end meanwhile.
-            let text = fs::read(entry.path().join(file)).unwrap_or_default();
+            let text = fs::read(dir.join(file)).unwrap_or_default();
             if contains(&text, value) && !given.contains(&pid) {
-                let name = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
+                let name = fs::read_to_string(dir.join("comm")).unwrap_or_default();
                 found.push(format!("{file} of {pid} ({})", name.trim()));
             }
         }

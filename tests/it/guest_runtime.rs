@@ -122,26 +122,16 @@ fn prune_keeps_runtime_that_boot_has_chosen() {
     assert!(world.vmm.await_held(1, soon()));
     let mut start = world.begin::<VmStart>(request("a"), vec![]);
     start.stage("wait for other boots");
-    let core = &world.daemon().core;
-    std::thread::scope(|scope| {
-        let (held, is_held) = std::sync::mpsc::channel();
-        let (release, released) = std::sync::mpsc::channel::<()>();
-        scope.spawn(move || {
-            let _guard = core.locks.vm.lock(&vm.id);
-            held.send(()).unwrap();
-            let _ = released.recv();
-        });
-        is_held.recv().unwrap();
+    while_locked(&world, &vm, || {
         world.vmm.release_starts();
         await_that("the boot is about to change the VM's row", || {
-            let mut locks = core.debug_locks().locks.into_iter();
+            let mut locks = world.daemon().core.debug_locks().locks.into_iter();
             locks.any(|lock| lock.holder.is_some() && !lock.waiters.is_empty())
         });
         make_runtime(&state, "00000000000b", 8);
         let request = ImagePruneRequest { all: false };
         let pruned = world.call::<ImagePrune>(&request).unwrap();
         assert_eq!(pruned.runtimes, Vec::<String>::new());
-        drop(release);
     });
     other.finish(SOON).unwrap();
     let vm = start.finish(SOON).unwrap().vm;

@@ -14,24 +14,6 @@ use std::path::PathBuf;
 use std::process::Stdio;
 use std::sync::OnceLock;
 
-/// Runs `body` while another thread holds the lock of `vm`.
-fn while_locked<T>(world: &World, vm: &Vm, body: impl FnOnce() -> T) -> T {
-    let core = &world.daemon().core;
-    std::thread::scope(|scope| {
-        let (held, is_held) = std::sync::mpsc::channel();
-        let (release, released) = std::sync::mpsc::channel::<()>();
-        scope.spawn(move || {
-            let _guard = core.locks.vm.lock(&vm.id);
-            held.send(()).unwrap();
-            let _ = released.recv();
-        });
-        is_held.recv().unwrap();
-        let result = body();
-        drop(release);
-        result
-    })
-}
-
 fn locks(world: &World) -> DebugLocksReply {
     world.call::<DebugLocks>(&Empty {}).unwrap()
 }

@@ -501,24 +501,25 @@ fn run(command: &mut Command) {
     assert!(status.success(), "{command:?}: {status}");
 }
 
+/// Returns the directories in /proc of all processes, by pid.
+pub fn processes() -> Vec<(u32, PathBuf)> {
+    let pid = |entry: &fs::DirEntry| entry.file_name().to_str()?.parse().ok();
+    let entries = fs::read_dir("/proc").unwrap().flatten();
+    let all = entries.filter_map(|entry| Some((pid(&entry)?, entry.path())));
+    all.collect()
+}
+
 /// Returns the VMM processes that use this state directory.
 pub fn vmm_processes(state: &Path) -> Vec<u32> {
     let needle = state.join("vms").display().to_string();
     let mut found = Vec::new();
-    for entry in fs::read_dir("/proc").unwrap().flatten() {
-        let Some(pid) = entry
-            .file_name()
-            .to_str()
-            .and_then(|n| n.parse::<u32>().ok())
-        else {
-            continue;
-        };
+    for (pid, dir) in processes() {
         let mut line = String::new();
-        if let Ok(mut file) = fs::File::open(entry.path().join("cmdline")) {
+        if let Ok(mut file) = fs::File::open(dir.join("cmdline")) {
             let _ = file.read_to_string(&mut line);
         }
         if line.starts_with("qemu") || line.contains("/qemu") {
-            let cwd = fs::read_link(entry.path().join("cwd")).unwrap_or_default();
+            let cwd = fs::read_link(dir.join("cwd")).unwrap_or_default();
             if line.contains(&needle) || cwd.starts_with(state) {
                 found.push(pid);
             }

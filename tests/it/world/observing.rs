@@ -159,3 +159,21 @@ pub fn await_that(what: &str, mut is_so: impl FnMut() -> bool) {
         std::thread::yield_now();
     }
 }
+
+/// Runs `body` while another thread holds the lock of `vm`.
+pub fn while_locked<T>(world: &World, vm: &Vm, body: impl FnOnce() -> T) -> T {
+    let core = &world.daemon().core;
+    std::thread::scope(|scope| {
+        let (held, is_held) = std::sync::mpsc::channel();
+        let (release, released) = std::sync::mpsc::channel::<()>();
+        scope.spawn(move || {
+            let _guard = core.locks.vm.lock(&vm.id);
+            held.send(()).unwrap();
+            let _ = released.recv();
+        });
+        is_held.recv().unwrap();
+        let result = body();
+        drop(release);
+        result
+    })
+}

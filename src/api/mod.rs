@@ -23,6 +23,7 @@ pub mod snapshot;
 pub mod stream;
 pub mod table;
 pub mod vm;
+mod vm_brief;
 mod vm_commands;
 mod vm_enums;
 pub mod workspace;

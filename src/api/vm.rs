@@ -4,27 +4,13 @@ use super::call::calls;
 use super::image::short_digest;
 use super::port::Port;
 pub use super::rates::RateLimits;
+pub use super::vm_brief::{VmBrief, WorkspaceInfo};
 pub use super::vm_commands::CommandDefaults;
 pub use super::vm_enums::{Init, Net, Restart, Synced, VmState, WorkspaceState};
 use crate::ids::{HostName, ImageRef, KernelName, LabelKey, Labels, OpId, VmId, VmName};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 use std::net::{IpAddr, Ipv4Addr};
-
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct WorkspaceInfo {
-    pub guest_path: String,
-    /// The working directory of commands: `guest_path` or a directory below it.
-    pub workdir: String,
-    pub state: WorkspaceState,
-    pub readonly: bool,
-    /// The number of entries in the last complete import.
-    pub entries: u64,
-    pub bytes: u64,
-    /// When the last import was completed or, if it is incomplete, when it began. In seconds since
-    /// the epoch.
-    pub prepared_at: u64,
-}
 
 /// A VM as its owner sees it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -100,42 +86,10 @@ pub struct Vm {
     /// The name servers that the guest uses instead of fcd's. Left out if there are none.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub dns: Vec<IpAddr>,
-    /// What commands get unless a call says otherwise. Left out if nothing was chosen.
+    /// The defaults of commands in this VM. Left out if nothing was chosen.
     #[serde(default, skip_serializing_if = "CommandDefaults::is_empty")]
     pub commands: CommandDefaults,
     /// The labels that users gave the VM. Left out if there are none.
-    #[serde(default, skip_serializing_if = "Labels::is_empty")]
-    pub labels: Labels,
-}
-
-/// The members of a VM that `fcctl ps` shows. They take about a fifth of the bytes of [`Vm`] and
-/// have the same values, except for the digest.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct VmBrief<'a> {
-    pub id: Cow<'a, VmId>,
-    pub name: Cow<'a, VmName>,
-    pub state: VmState,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub reason: Option<Cow<'a, str>>,
-    pub image: Cow<'a, ImageRef>,
-    /// The first digits of the image's digest, as [`short_digest`] returns them.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub short_digest: Option<Cow<'a, str>>,
-    pub vcpus: u32,
-    pub mem_mib: u64,
-    #[serde(default)]
-    pub disk_bytes: u64,
-    pub created_at: u64,
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub unresponsive: bool,
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub paused: bool,
-    #[serde(default, skip_serializing_if = "<[Port]>::is_empty")]
-    pub ports: Cow<'a, [Port]>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub ip: Option<Ipv4Addr>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub workspace: Option<WorkspaceInfo>,
     #[serde(default, skip_serializing_if = "Labels::is_empty")]
     pub labels: Labels,
 }

@@ -182,3 +182,7 @@ fn micros(us: u64) -> String {
         _ => output::span(us / 1_000_000),
     }
 }
+
+#[cfg(test)]
+#[path = "debug_tests.rs"]
+mod tests;

@@ -1,4 +1,4 @@
-//! What a VM's commands get unless a call says otherwise.
+//! The defaults of commands in a VM, which the options of a single command override.
 
 use serde::{Deserialize, Serialize};
 

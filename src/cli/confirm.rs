@@ -7,7 +7,7 @@ use crate::error::Error;
 use std::io::{BufRead, BufReader};
 
 pub(super) struct Question<'a> {
-    /// The action to confirm, for the error message if there is no terminal.
+    /// The action to confirm. Begins the error if there is no terminal.
     pub doing: &'a str,
     pub text: String,
     /// The hint for callers without a terminal.
@@ -18,7 +18,7 @@ impl Question<'_> {
     /// Asks on the terminal. Every answer but a yes means no.
     ///
     /// # Errors
-    /// `invalid_argument` if there is no terminal, or with `--json`, because nobody could answer.
+    /// `invalid_argument` if there is no terminal or with `--json`: nobody can answer then.
     pub(super) fn is_confirmed(&self, printer: &mut Printer, stdio: &Stdio) -> Result<bool> {
         if !stdio.stdin_is_terminal() || printer.json {
             let doing = self.doing;

@@ -54,7 +54,7 @@ pub(super) struct Args {
     force: bool,
 }
 
-/// What an uninstallation removes. This is also the `--json` output.
+/// Everything that an uninstallation removes, and its `--json` output.
 #[derive(Debug, Serialize)]
 struct Plan {
     removed: bool,
@@ -62,7 +62,7 @@ struct Plan {
     /// The space that is freed.
     bytes: u64,
     items: Vec<InstalledItem>,
-    /// What stays because fcd did not make it.
+    /// The files that are kept, because fcd did not make them.
     kept: Vec<String>,
     #[serde(skip)]
     space: Vec<(&'static str, u64, u64)>,

@@ -1,4 +1,5 @@
-//! What a VM's commands get unless a call says otherwise: a user, a directory and variables.
+//! The defaults of commands in a VM: a user, a directory and variables. The options of a single
+//! command override them.
 //!
 //! The values of variables may be secrets. They are in a file of the VM's directory that only the
 //! daemon's user can read, in the private directory of each snapshot, and on the seed drives of

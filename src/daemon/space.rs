@@ -1,6 +1,6 @@
-//! Answers `fcd.space`: how much of the host's disk VMs, images, cached layers, guest runtimes,
-//! kernels and snapshots use, and how much of that can be freed. The sizes come from the store and
-//! from the files. No lock is held.
+//! Answers `fcd.space`: the disk space that VMs, images, cached layers, guest runtimes, kernels and
+//! snapshots use, and how much of it can be freed. The sizes come from the store and from the
+//! files. No lock is held.
 
 use super::access::Caller;
 use super::images::{ImageService, is_usable};

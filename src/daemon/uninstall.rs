@@ -20,8 +20,8 @@ use std::sync::Arc;
 
 /// The file whose lock the running daemon holds. It is removed last.
 pub const LOCK_FILE: &str = "lock";
-/// What fcd makes in its state directory. `fcd.log` is the log of a daemon that scripts/quickstart
-/// has started.
+/// The names that fcd uses in its state directory. `fcd.log` is the log of a daemon that
+/// scripts/quickstart has started.
 const OWN_NAMES: &[&str] = &[
     VMS_DIR,
     SNAPSHOTS_DIR,

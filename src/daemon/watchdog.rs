@@ -22,7 +22,7 @@ pub struct Watchdog {
 /// A lock that is held, or a wait for the disk.
 #[derive(Debug)]
 struct Slow {
-    /// What is held, or None for a wait.
+    /// The class and the key of the lock that is held. None if the thread waits for the disk.
     lock: Option<(&'static str, String)>,
     thread: Party,
     waiters: Vec<Party>,

@@ -86,8 +86,8 @@ pub struct VmRow {
     /// The tap of the last start. `None` with user-mode networking.
     pub tap: Option<TapFact>,
     pub disk_driver: Option<String>,
-    /// The version of the init on the VM's root disk (`image.json`). It is 0 if the image has no
-    /// version, and while there is no disk.
+    /// The version of the init on the VM's root disk (`image.json`). 0 if the image has no
+    /// version or the VM has no disk yet.
     pub guest_version: u32,
     pub driver: Option<String>,
     /// The guest's public host key, raw (RFC 4253, 6.6).

@@ -1,7 +1,7 @@
 //! Finds the packages of a guest runtime that the distribution has newer versions of.
 //!
-//! The package lists of the host's apt contain the versions. The host keeps them up to date itself,
-//! so nothing is downloaded. On a host without apt, only the age of a runtime counts.
+//! The versions come from the package lists that apt keeps on this host. Nothing is downloaded. On
+//! a host without apt, only the age of a runtime counts.
 
 use super::{Package, RuntimeInfo};
 use crate::error::{Kind, Result};

@@ -224,7 +224,7 @@ pub(super) struct QuietListArgs {
 /// How the items of a list are shown.
 pub(super) struct Shape<T: 'static> {
     pub fields: &'static [Field<T>],
-    /// What `--quiet` prints.
+    /// Returns the one value of an item that `--quiet` prints.
     pub id: fn(&T) -> String,
     /// Renders the usual table. The number is the current time in seconds since the epoch.
     pub table: fn(&[T], u64) -> String,

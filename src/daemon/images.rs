@@ -95,7 +95,7 @@ impl Drop for Reserved {
     }
 }
 
-/// What pulls need in addition to builds.
+/// The parts that only pulls use.
 #[derive(Clone)]
 pub(super) struct Pulls {
     pub layers: Layers,

@@ -47,7 +47,7 @@ pub(super) struct FirstPass {
     done: Condvar,
 }
 
-/// What to do with a VM after it was reconciled.
+/// The next step for a VM that was reconciled.
 enum Next {
     Nothing,
     /// Delete the VM, because it is an `rm` VM without a holder.

@@ -70,7 +70,7 @@ pub struct Limits {
     pub per_uid_max: usize,
 }
 
-/// Which operations a list contains.
+/// The operations that a list contains.
 #[derive(Clone, Debug, Default)]
 pub struct Filter {
     /// If set, the list contains only operations of this uid.

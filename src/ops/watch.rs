@@ -50,7 +50,7 @@ impl Notifier {
     }
 }
 
-/// What has changed since the watcher last looked.
+/// A change since the watcher last looked.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Change {
     Progress(Progress),

@@ -110,8 +110,8 @@ impl<T> Drop for PollThread<T> {
         let thread = state.thread.take();
         drop(state);
         let _ = self.inbox.wake.write(1);
-        // What the thread calls may own the last reference to this value, and a thread cannot join
-        // itself.
+        // A callback on the thread may own the last reference to this value, and a thread cannot
+        // join itself.
         if let Some(thread) = thread.filter(|t| t.thread().id() != std::thread::current().id()) {
             crate::locks::may_block("join");
             let _ = thread.join();

@@ -27,7 +27,7 @@ fn state_files(host: &Host) -> Vec<PathBuf> {
     files
 }
 
-/// What `image show` says about an image, or null if there is none.
+/// Returns the image as `image list` shows it, or null if there is none.
 fn shown(host: &Host, image: &str) -> serde_json::Value {
     let all = host.json(&["image", "list"]);
     let mut all = all.as_array().unwrap().iter();

@@ -18,7 +18,7 @@ const NAME: &str = "app:1";
 const OTHER: &str = "other";
 const VM: &str = "web";
 
-/// What the name means before the race.
+/// The state of the name before the race.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Before {
     Nothing,

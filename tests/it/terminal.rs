@@ -79,7 +79,7 @@ fn vm() -> Value {
     vm
 }
 
-/// What a terminal shows: text, and the few sequences that programs use to draw over it.
+/// The screen of a terminal. Understands text and the few sequences that programs draw with.
 struct Screen {
     lines: Vec<Vec<char>>,
     row: usize,
@@ -303,7 +303,7 @@ fn bar_in_resized_window_leaves_nothing_behind() {
     fcctl.resize(40);
     daemon.copied(32);
     fcctl.wait_for("32 MiB of 64 MiB (50%)");
-    // What the wide bar had drawn is gone, too.
+    // Nothing is left of the wide bar.
     assert_eq!(fcctl.screen.text().len(), 1, "{:?}", fcctl.screen.text());
     fcctl.resize(100);
     daemon.copied(48);

@@ -48,7 +48,9 @@ const ALLOWED: &[&str] = &[
 ];
 
 /// First words that make a comment a fragment.
-const FRAGMENTS: &[&str] = &["Of ", "That ", "So ", "Whoever ", "As "];
+const FRAGMENTS: &[&str] = &[
+    "Of ", "That ", "So ", "Whoever ", "As ", "What ", "Which ", "Whether ",
+];
 
 /// The number of findings that a module still has. Lower a number when you rewrite a text; never
 /// raise one.
@@ -470,13 +472,14 @@ let quote = '\"'; let text = \"the vm goes on\"; // let go
 fn a_guest_stands_still() {}
 let long = \"one \\
     told\";
+/// What `--quiet` prints.
 ";
     let wrong: Vec<(usize, usize)> = pieces(source)
         .iter()
         .map(|(line, piece)| (*line, findings(piece).len()))
         .filter(|(_, count)| *count > 0)
         .collect();
-    assert_eq!(wrong, [(1, 1), (2, 1), (4, 1), (6, 1), (8, 1)]);
+    assert_eq!(wrong, [(1, 1), (2, 1), (4, 1), (6, 1), (8, 1), (9, 1)]);
 }
 
 /// Files that compare the text of another program because the program has no other output, with the

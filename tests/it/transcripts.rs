@@ -1,5 +1,5 @@
-//! What people type from habit, and what the built fcctl answers: the status, stdout, and stderr
-//! with `!` before each line.
+//! Commands that people type from habit, and the answers of the built fcctl: the status, stdout,
+//! and stderr with `!` before each line.
 //!
 //! `src/cli/usage_tests.rs` and `src/cli/habits.rs` have those that need no daemon and no process.
 

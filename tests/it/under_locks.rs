@@ -187,7 +187,7 @@ const BLOCKING: [&str; 21] = [
     "Listener::bind(",
     "Socket::bind(",
 ];
-/// What `std::fs` has that is not a function.
+/// The names in `std::fs` that are not functions.
 const NOT_CALLS: [&str; 8] = [
     "std::fs::File",
     "std::fs::Metadata",

@@ -30,7 +30,7 @@ pub struct Host {
     config: String,
     /// The read end of the daemon's stderr if stderr is a full pipe.
     unread_log: Option<std::os::fd::OwnedFd>,
-    /// What the daemon logs.
+    /// `RUST_LOG` of the daemon.
     log_filter: &'static str,
 }
 

@@ -21,8 +21,8 @@ struct Tail {
     permits: Receiver<()>,
 }
 
-/// What a watcher received after its first snapshot. Each change is a sequence number and a memory
-/// size.
+/// The changes that a watcher received after its first snapshot, each as a sequence number and a
+/// memory size.
 #[derive(Debug, PartialEq)]
 struct Tailed {
     after: u64,

@@ -22,7 +22,11 @@ impl Question<'_> {
     pub(super) fn is_confirmed(&self, printer: &mut Printer, stdio: &Stdio) -> Result<bool> {
         if !stdio.stdin_is_terminal() || printer.json {
             let doing = self.doing;
-            let text = format!("{doing}: there is no terminal to ask for confirmation");
+            let text = if printer.json {
+                format!("{doing}: --json cannot ask for confirmation")
+            } else {
+                format!("{doing}: there is no terminal to ask for confirmation")
+            };
             return Err(Error::invalid(text).hint(self.hint).into());
         }
         printer.note(&format!("{} [y/N]", self.text));

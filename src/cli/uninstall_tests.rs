@@ -150,7 +150,7 @@ fn uninstall_without_terminal_needs_yes() {
         > fcd.uninstall {"dry_run":true}
         > vm.list {"all":true}
         > fcd.space {}
-        ! {"error":{"code":"invalid_argument","exit_status":2,"hint":"review the list (fcctl system uninstall --dry-run), then add --yes","kind":"invalid_argument","message":"uninstall: there is no terminal to ask for confirmation","retryable":false}}
+        ! {"error":{"code":"invalid_argument","exit_status":2,"hint":"review the list (fcctl system uninstall --dry-run), then add --yes","kind":"invalid_argument","message":"uninstall: --json cannot ask for confirmation","retryable":false}}
         status 2
     "#]],
     );

@@ -21,7 +21,7 @@ pub use effective::{Origin, Origins};
 pub use limits::Limits;
 #[cfg(any(test, feature = "fakes"))]
 pub use network::{INTERFACE_NAME_LEN_MAX, NetworkDriver};
-pub use network::{Network, Subnet};
+pub use network::{Ipv6, Network, Subnet};
 pub use qemu::{Accel, Machine, Qemu};
 pub use reference::reference;
 pub use registry::Registry;

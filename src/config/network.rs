@@ -28,11 +28,24 @@ choices! {
     }
 }
 
+choices! {
+    /// Decides whether guests have IPv6.
+    pub enum Ipv6 {
+        /// Guests with user-mode networking have IPv6 if the host has an address other than
+        /// link-local ones when fcd starts.
+        Auto = "auto",
+        /// Guests have no IPv6.
+        Off = "off",
+    }
+}
+
 section! {
     /// How guests reach the network and how they are reached. See `fcctl help networking`.
     pub struct Network {
         /// The kind of network.
         driver: NetworkDriver = NetworkDriver::Auto,
+        /// IPv6 in guests.
+        ipv6: Ipv6 = Ipv6::Auto,
         /// Name of the bridge. fcd creates it, and never touches one that it did not create.
         bridge: String = "fcbr0".to_owned(),
         /// Addresses of the guests. The first one is the bridge's.

@@ -41,7 +41,10 @@ pub(super) fn open(
 
 pub(super) fn checks(host: &HostView<'_>) -> Vec<Check> {
     if !host.config.network.is_bridge() {
-        return vec![user_mode(host.config.qemu.isolated)];
+        return vec![user_mode(
+            host.config.qemu.isolated,
+            user_mode_ipv6(host.config).is_some(),
+        )];
     }
     let mut all = vec![tun(
         host.vmm.capabilities().makes_device_nodes,
@@ -78,7 +81,24 @@ fn tun(
     }
 }
 
-fn user_mode(isolated: bool) -> Check {
+/// Describes the user-mode network of guests that have IPv6.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct UserModeIpv6 {
+    /// True if the host has a resolver with an IPv6 address.
+    has_resolver: bool,
+}
+
+/// Decides whether guests with user-mode networking have IPv6. Returns None if they do not.
+pub(super) fn user_mode_ipv6(config: &config::Config) -> Option<UserModeIpv6> {
+    let wanted = config.network.ipv6 == config::Ipv6::Auto
+        && !config.network.is_bridge()
+        && !config.qemu.isolated;
+    (wanted && crate::net::host_has_ipv6()).then(|| UserModeIpv6 {
+        has_resolver: crate::net::host_has_ipv6_resolver(),
+    })
+}
+
+fn user_mode(isolated: bool, ipv6: bool) -> Check {
     const ID: &str = "guest-network";
     if isolated {
         return Check::ok(
@@ -88,9 +108,16 @@ fn user_mode(isolated: bool) -> Check {
     }
     let fix = "to cut guests off from every network: isolated = true under [qemu], or --net none for one VM; \
                as root, driver = \"bridge\" under [network] gives each VM an address and blocks its access to services of the host";
+    let gateways = if ipv6 {
+        "10.0.2.2 or fec0::2"
+    } else {
+        "10.0.2.2"
+    };
     Check::warn(
         ID,
-        "user-mode: a guest that connects to 10.0.2.2 reaches services on this host's loopback",
+        format!(
+            "user-mode: a guest that connects to {gateways} reaches services on this host's loopback"
+        ),
         fix,
     )
 }
@@ -104,6 +131,8 @@ pub(super) struct Networks {
     pub(super) net: Option<Arc<Net>>,
     pub(super) name_server: Arc<Mutex<Option<dns::Server>>>,
     pub(super) config: config::Network,
+    /// Set if guests with user-mode networking have IPv6.
+    pub(super) user_mode_ipv6: Option<UserModeIpv6>,
     /// The number of uids reserved for VMs.
     pub(super) vm_uids: u32,
     pub(super) helper_uid: u32,
@@ -151,6 +180,7 @@ impl Networks {
             },
             None => GuestNetwork::UserMode {
                 isolated: row.shape.net == vm::Net::None,
+                ipv6: self.user_mode_ipv6.is_some(),
                 ports: row.ports.clone(),
             },
         }
@@ -166,7 +196,15 @@ impl Networks {
             },
         };
         let Some(net) = &self.net else {
-            return Ok(with_own_dns(SeedNetwork::user_mode()));
+            let ipv6 = self
+                .user_mode_ipv6
+                .filter(|_| row.shape.net != vm::Net::None);
+            return Ok(with_own_dns(match ipv6 {
+                Some(UserModeIpv6 { has_resolver }) => {
+                    SeedNetwork::user_mode_with_ipv6(has_resolver)
+                }
+                None => SeedNetwork::user_mode(),
+            }));
         };
         let Lease {
             address,
@@ -184,6 +222,7 @@ impl Networks {
             address: address.into(),
             prefix,
             gateway: out.then_some(gateway.into()),
+            ipv6: None,
             dns,
         }))
     }
@@ -335,10 +374,13 @@ mod tests {
 
     #[test]
     fn user_mode_check_warns_of_host_loopback() {
+        let check = user_mode(false, false);
         assert_eq!(
-            (user_mode(false).severity, user_mode(true).severity),
+            (check.severity, user_mode(true, false).severity),
             (Severity::Warn, Severity::Ok)
         );
+        assert!(!check.found.contains("fec0::2"));
+        assert!(user_mode(false, true).found.contains("10.0.2.2 or fec0::2"));
     }
 
     #[test]

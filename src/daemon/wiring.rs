@@ -561,6 +561,7 @@ fn open_networks(core: &Core, config: &Config, seams: &Seams) -> Result<Networks
             .map(Arc::new),
         name_server: Arc::new(Mutex::new(Rank::Runtimes, None)),
         config: config.network.clone(),
+        user_mode_ipv6: network::user_mode_ipv6(config),
         vm_uids: uids::for_vms(&config.qemu),
         helper_uid: config.qemu.helper_uid(),
     })

@@ -3,10 +3,10 @@
 //!
 //! Its members are `config`, `host_key` (an OpenSSH private key), `authorized_keys`, `image` if the
 //! guest boots with a guest runtime, and `files.tar` if there are files. `config` has lines
-//! `key=value` with `host_name`, `address`, `gateway`, any number of `dns`, `work_disk`, the mount
-//! point of the last disk, and `init=image` if the image's own init is to run. For a restored
-//! guest, it also has the values of [`RestoreSeed`]. The guest's init reads the drive at every
-//! boot.
+//! `key=value` with `host_name`, `address`, `gateway`, `address6` and `gateway6` if the guest has
+//! IPv6, any number of `dns`, `work_disk`, the mount point of the last disk, and `init=image` if
+//! the image's own init is to run. For a restored guest, it also has the values of [`RestoreSeed`].
+//! The guest's init reads the drive at every boot.
 
 use super::Draft;
 use crate::api::image::ImageConfig;
@@ -17,13 +17,22 @@ use ssh_key::{Algorithm, LineEnding, PrivateKey};
 use std::fmt::Write as _;
 use std::fs::OpenOptions;
 use std::io::Write as _;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 /// A drive's length is a multiple of this number of bytes. A restored guest gets a new drive but
 /// still assumes the length of the old one.
 pub const UNIT_BYTES: usize = 16 << 10;
+
+/// The IPv6 settings of a guest's interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NetworkIpv6 {
+    pub address: Ipv6Addr,
+    /// The length of the network's prefix in bits.
+    pub prefix: u8,
+    pub gateway: Option<Ipv6Addr>,
+}
 
 /// The settings of a guest's only interface, `eth0`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,6 +41,8 @@ pub struct Network {
     /// The length of the network's prefix in bits.
     pub prefix: u8,
     pub gateway: Option<IpAddr>,
+    /// None if the guest has no IPv6. A guest whose init is older than version 6 ignores it.
+    pub ipv6: Option<NetworkIpv6>,
     pub dns: Vec<IpAddr>,
 }
 
@@ -43,7 +54,26 @@ impl Network {
             address: Ipv4Addr::new(10, 0, 2, 15).into(),
             prefix: 24,
             gateway: Some(Ipv4Addr::new(10, 0, 2, 2).into()),
+            ipv6: None,
             dns: vec![Ipv4Addr::new(10, 0, 2, 3).into()],
+        }
+    }
+
+    /// Returns the settings for QEMU's user-mode network with IPv6. `has_resolver` says whether the
+    /// host has a resolver with an IPv6 address, because QEMU's second name server forwards only to
+    /// such a resolver.
+    pub fn user_mode_with_ipv6(has_resolver: bool) -> Self {
+        let of = |host| Ipv6Addr::new(0xfec0, 0, 0, 0, 0, 0, 0, host);
+        let ipv4 = Self::user_mode();
+        let resolver = has_resolver.then(|| of(3).into());
+        Self {
+            ipv6: Some(NetworkIpv6 {
+                address: of(0x15),
+                prefix: 64,
+                gateway: Some(of(2)),
+            }),
+            dns: ipv4.dns.into_iter().chain(resolver).collect(),
+            ..ipv4
         }
     }
 }
@@ -169,6 +199,12 @@ impl Seed<'_> {
         );
         if let Some(gateway) = net.gateway {
             let _ = writeln!(text, "gateway={gateway}");
+        }
+        if let Some(ipv6) = &net.ipv6 {
+            let _ = writeln!(text, "address6={}/{}", ipv6.address, ipv6.prefix);
+            if let Some(gateway) = ipv6.gateway {
+                let _ = writeln!(text, "gateway6={gateway}");
+            }
         }
         for server in &net.dns {
             let _ = writeln!(text, "dns={server}");
@@ -370,6 +406,36 @@ mod tests {
             ssh-ed25519 AAAA fcd
         "#]]
         .assert_eq(&seen);
+    }
+
+    #[test]
+    fn seed_contains_ipv6_settings() {
+        let key = KeyPair::generate("host").unwrap();
+        let config = |network: &Network| {
+            Seed {
+                host_name: "web",
+                network,
+                authorized_keys: &[],
+                host_key: &key,
+                work_disk: None,
+                files: &[],
+                init: Init::Fcd,
+                image: None,
+                restore: None,
+            }
+            .config()
+        };
+        expect![[r#"
+            host_name=web
+            address=10.0.2.15/24
+            gateway=10.0.2.2
+            address6=fec0::15/64
+            gateway6=fec0::2
+            dns=10.0.2.3
+            dns=fec0::3
+        "#]]
+        .assert_eq(&config(&Network::user_mode_with_ipv6(true)));
+        assert!(!config(&Network::user_mode_with_ipv6(false)).contains("fec0::3"));
     }
 
     #[test]

@@ -15,12 +15,14 @@ read_seed() {
 	$bb rm -rf "$seed.new"
 	$bb mkdir -m 700 "$seed.new"
 	$bb tar -C "$seed.new" -xf /dev/vdb || return 1
-	host_name= address= gateway= dns= mac= machine_id= wake= now= random=
+	host_name= address= gateway= address6= gateway6= dns= mac= machine_id= wake= now= random=
 	while IFS='=' read -r key value; do
 		case $key in
 		host_name) host_name=$value ;;
 		address) address=$value ;;
 		gateway) gateway=$value ;;
+		address6) address6=$value ;;
+		gateway6) gateway6=$value ;;
 		dns) dns="$dns $value" ;;
 		mac) mac=$value ;;
 		machine_id) machine_id=$value ;;
@@ -61,6 +63,22 @@ has_address() {
 	$bb ip -4 -o address show dev eth0 | $bb grep -qF " $address "
 }
 
+# Replaces the IPv6 address that the guest got from its earlier seed. Other addresses stay.
+set_ipv6() {
+	[ -e /proc/sys/net/ipv6/conf/eth0 ] || return 0
+	old=$($bb sed -n 's/^address6=//p' "$seed/config")
+	[ "$old$address6" = "" ] && return 0
+	[ "$old" = "$address6" ] && $bb ip -6 -o address show dev eth0 | $bb grep -qF " $address6 " && return 0
+	if [ -n "$old" ]; then
+		$bb ip -6 address delete "$old" dev eth0
+		$bb ip -6 route delete default dev eth0
+	fi 2>/dev/null
+	[ -n "$address6" ] || return 0
+	echo 0 >/proc/sys/net/ipv6/conf/eth0/accept_dad
+	$bb ip -6 address add "$address6" dev eth0 || say "cannot give eth0 the address $address6"
+	[ -z "$gateway6" ] || $bb ip -6 route add default via "$gateway6" dev eth0 || say "cannot set the route by $gateway6"
+}
+
 set_network() {
 	[ -z "$address" ] && return 0
 	has_address && return 0
@@ -96,6 +114,7 @@ rejoin() {
 	[ -z "$machine_id" ] || echo "$machine_id" >/etc/machine-id
 	set_name
 	set_network
+	set_ipv6
 	same_key=
 	$bb cmp -s "$seed/host_key" "$seed.new/host_key" && same_key=yes
 	# Replace the files one by one, because somebody may log in at any time.

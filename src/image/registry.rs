@@ -33,8 +33,9 @@ pub(super) const FORMAT_RUNTIME: u32 = 2;
 /// The version of the init in new images. Version 1 supports `work_disk` and `files.tar` in the
 /// seed. In version 2 the initramfs loads the balloon driver. Version 3 shuts down on Ctrl-Alt-Del
 /// and loads the vsock driver on demand. In version 4, users other than root can log in. In version
-/// 5 the initramfs sets the level of the console.
-const GUEST_VERSION: u32 = CONSOLE_LEVEL_SINCE;
+/// 5 the initramfs sets the level of the console. Version 6 sets up IPv6 if the seed has an IPv6
+/// address.
+const GUEST_VERSION: u32 = 6;
 /// The first version of the init whose guests can return memory to the host.
 pub const BALLOON_SINCE: u32 = 2;
 /// The first version of the init whose guests shut down on Ctrl-Alt-Del. Earlier guests would be

@@ -35,6 +35,7 @@ mod conntrack;
 pub mod dns;
 mod forward;
 pub mod gone;
+mod host_ipv6;
 mod lease;
 mod links;
 mod names;
@@ -48,6 +49,7 @@ mod tun;
 
 pub use checks::checks;
 pub use forward::{free_port, require_free_ports};
+pub use host_ipv6::{host_has_ipv6, host_has_ipv6_resolver};
 pub use lease::{Access, Guest, Lease, Mac};
 pub use links::received_and_sent;
 

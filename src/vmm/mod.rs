@@ -66,8 +66,12 @@ pub enum DiskFormat {
 pub enum GuestNetwork {
     /// The VMM's own network stack, which forwards a loopback port of the host to the guest's SSH
     /// server. If `isolated`, the guest can reach nothing, and only connections through `ports`
-    /// reach it.
-    UserMode { isolated: bool, ports: Vec<Port> },
+    /// reach it. An isolated guest has no IPv6, whatever `ipv6` says.
+    UserMode {
+        isolated: bool,
+        ipv6: bool,
+        ports: Vec<Port>,
+    },
     /// A tap owned by the VMM's uid: its name, the guest's MAC address, and the guest's address.
     Tap {
         name: String,

@@ -419,6 +419,44 @@ fn only_a_vm_with_a_network_reaches_the_host(host: &Host) {
     );
     assert_eq!(host.sh("one", &script), "the host\n");
     assert_eq!(host.sh("two", &script), "nobody\n");
+    only_a_vm_with_a_network_has_ipv6(host);
+}
+
+/// True if guests with user-mode networking have IPv6, because this host has an IPv6 address other
+/// than link-local ones.
+pub fn has_ipv6() -> bool {
+    let addresses = std::fs::read_to_string("/proc/thread-self/net/if_inet6").unwrap_or_default();
+    let is_local = |l: &str| l.starts_with("fe80") || l.ends_with(" lo");
+    !addresses.lines().all(is_local)
+}
+
+/// With IPv6, the host's loopback is at fec0::2.
+fn only_a_vm_with_a_network_has_ipv6(host: &Host) {
+    let addresses = |vm: &str| {
+        host.sh(
+            vm,
+            "grep eth0 /proc/net/if_inet6 | grep -v ^fe80 | cut -c 1-32",
+        )
+    };
+    assert_eq!(addresses("two"), "");
+    if !has_ipv6() {
+        assert_eq!(addresses("one"), "");
+        return;
+    }
+    assert_eq!(addresses("one"), "fec00000000000000000000000000015\n");
+    let listener = TcpListener::bind(("::1", 0)).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        listener
+            .incoming()
+            .flatten()
+            .for_each(|mut stream| drop(stream.write_all(b"the host\n")))
+    });
+    let script = format!(
+        "timeout 5 bash -c 'exec 3<>/dev/tcp/fec0::2/{port} && head -n 1 <&3' || echo nobody"
+    );
+    assert_eq!(host.sh("one", &script), "the host\n");
+    assert_eq!(host.sh("two", &script), "nobody\n");
 }
 
 fn operations(host: &Host) {

@@ -129,7 +129,7 @@ fn files_are_copied_by_scp_and_sftp_as_root_and_as_the_images_user() {
         assert_eq!(
             host.sh(
                 vm,
-                "cd /etc && cat resolv.conf hostname && ls -l resolv.conf | cut -c 1-10"
+                "cd /etc && head -n 1 resolv.conf && cat hostname && ls -l resolv.conf | cut -c 1-10"
             ),
             format!("nameserver 10.0.2.3\n{vm}\n-rw-r--r--\n"),
         );

@@ -18,6 +18,8 @@ read_seed() {
 	host_name=
 	address=
 	gateway=
+	address6=
+	gateway6=
 	dns=
 	work_disk=
 	chosen_init=fcd
@@ -26,6 +28,8 @@ read_seed() {
 		host_name) host_name=$value ;;
 		address) address=$value ;;
 		gateway) gateway=$value ;;
+		address6) address6=$value ;;
+		gateway6) gateway6=$value ;;
 		dns) dns="$dns $value" ;;
 		work_disk) work_disk=$value ;;
 		init) chosen_init=$value ;;
@@ -40,17 +44,28 @@ write_hosts() {
 set_network() {
 	ip link set lo up
 	[ -n "$address" ] || return 0
-	# Ignore router advertisements, because user-mode networking announces IPv6 without a route to the outside.
-	echo 0 >/proc/sys/net/ipv6/conf/eth0/accept_ra
+	# The addresses are static. Router advertisements are ignored, and IPv6 addresses work at once, without a check for
+	# duplicates.
+	for setting in accept_ra accept_dad; do
+		[ ! -e "/proc/sys/net/ipv6/conf/eth0/$setting" ] || echo 0 >"/proc/sys/net/ipv6/conf/eth0/$setting"
+	done
 	ip address add "$address" dev eth0 || say "cannot give eth0 the address $address"
 	ip link set eth0 up || say "cannot bring eth0 up"
 	[ -z "$gateway" ] || ip route add default via "$gateway" dev eth0 || say "cannot set the route by $gateway"
+	set_ipv6
 	[ -n "$dns" ] || return 0
 	mkdir -p /etc
 	rm -f /etc/resolv.conf
 	for server in $dns; do
 		echo "nameserver $server"
 	done >/etc/resolv.conf
+}
+
+# Does nothing if the guest's kernel has no IPv6.
+set_ipv6() {
+	[ -n "$address6" ] && [ -e /proc/sys/net/ipv6/conf/eth0 ] || return 0
+	ip -6 address add "$address6" dev eth0 || say "cannot give eth0 the address $address6"
+	[ -z "$gateway6" ] || ip -6 route add default via "$gateway6" dev eth0 || say "cannot set the route by $gateway6"
 }
 
 # Copies the files that the host adds to every guest. They replace existing files; existing directories keep their mode.

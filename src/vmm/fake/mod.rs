@@ -498,6 +498,7 @@ pub fn spec(tag: Tag, state_dir: &Path) -> VmmSpec {
         credentials: None,
         network: super::GuestNetwork::UserMode {
             isolated: false,
+            ipv6: false,
             ports: Vec::new(),
         },
         rates: crate::api::vm::RateLimits::default(),

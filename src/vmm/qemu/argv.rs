@@ -18,6 +18,9 @@ pub(crate) const CONSOLE_SOCKET: &str = "console.sock";
 /// The guest's address on the user-mode network and its SSH port.
 pub(crate) const GUEST_ADDR: &str = "10.0.2.15";
 pub(crate) const GUEST_SSH_PORT: u16 = 22;
+/// The IPv6 addresses of the user-mode network, which are QEMU's default. The guest gets its own
+/// address in it from the seed.
+const IPV6_NET: &str = "fec0::/64";
 /// The size limit of QEMU's cache of translated code. Without a limit the cache grows to a
 /// gigabyte.
 const TCG_CACHE_MIB: u32 = 256;
@@ -218,11 +221,18 @@ pub(crate) fn argv(
 /// Returns the value of `-netdev`, and the properties to add to the device.
 fn network(network: &GuestNetwork, is_isolated: bool) -> Result<(String, String)> {
     match network {
-        GuestNetwork::UserMode { isolated, ports } => {
-            let restrict = if is_isolated || *isolated {
-                ",restrict=on"
-            } else {
-                ""
+        GuestNetwork::UserMode {
+            isolated,
+            ipv6,
+            ports,
+        } => {
+            // Isolation does not depend on what `restrict` means for IPv6, because an isolated
+            // guest has no IPv6 at all.
+            // `ipv6=on` alone would turn IPv4 off.
+            let (addresses, restrict) = match (is_isolated || *isolated, ipv6) {
+                (true, _) => ("ipv6=off".to_owned(), ",restrict=on"),
+                (false, false) => ("ipv6=off".to_owned(), ""),
+                (false, true) => (format!("ipv4=on,ipv6=on,ipv6-net={IPV6_NET}"), ""),
             };
             let mut forward = String::new();
             for p in ports {
@@ -240,7 +250,7 @@ fn network(network: &GuestNetwork, is_isolated: bool) -> Result<(String, String)
                 "hostfwd=tcp:127.0.0.1:0-{GUEST_ADDR}:{GUEST_SSH_PORT}"
             );
             Ok((
-                format!("user,id=net,ipv6=off{restrict},{forward}"),
+                format!("user,id=net,{addresses}{restrict},{forward}"),
                 String::new(),
             ))
         }
@@ -342,6 +352,7 @@ mod tests {
             credentials: None,
             network: GuestNetwork::UserMode {
                 isolated: false,
+                ipv6: false,
                 ports: Vec::new(),
             },
             rates: crate::api::vm::RateLimits::default(),
@@ -469,15 +480,21 @@ mod tests {
             let (netdev, _) = network(
                 &GuestNetwork::UserMode {
                     isolated: by_vm,
+                    ipv6: true,
                     ports: Vec::new(),
                 },
                 by_configuration,
             )
             .unwrap();
             assert_eq!(
-                netdev.contains(",restrict=on,"),
+                netdev.contains(",ipv6=off,restrict=on,"),
                 by_configuration || by_vm,
                 "{netdev}"
+            );
+            assert_eq!(
+                netdev.contains(",ipv6=on,"),
+                !(by_configuration || by_vm),
+                "an isolated guest has no IPv6: {netdev}"
             );
         }
     }
@@ -497,6 +514,7 @@ mod tests {
         let (netdev, _) = network(
             &GuestNetwork::UserMode {
                 isolated: false,
+                ipv6: true,
                 ports,
             },
             false,
@@ -504,7 +522,7 @@ mod tests {
         .unwrap();
         assert_eq!(
             netdev,
-            "user,id=net,ipv6=off,hostfwd=tcp:127.0.0.1:8080-10.0.2.15:80,hostfwd=udp:0.0.0.0:8080-10.0.2.15:80,hostfwd=tcp:127.0.0.1:0-10.0.2.15:22"
+            "user,id=net,ipv4=on,ipv6=on,ipv6-net=fec0::/64,hostfwd=tcp:127.0.0.1:8080-10.0.2.15:80,hostfwd=udp:0.0.0.0:8080-10.0.2.15:80,hostfwd=tcp:127.0.0.1:0-10.0.2.15:22"
         );
     }
 

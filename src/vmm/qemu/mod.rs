@@ -5,6 +5,9 @@
 //! and the host, and 10.0.2.3 is the name server. Connections from the guest to 10.0.2.2 reach the
 //! host's loopback under the VMM's uid. QEMU cannot turn off only this access, so `isolated` in the
 //! configuration cuts the guest off from everything but its SSH port.
+//!
+//! With IPv6 the guest has the address fec0::15, and connections to fec0::2 reach the host's `::1`.
+//! An isolated guest has no IPv6.
 
 mod accel;
 pub(in crate::vmm) mod argv;
@@ -421,6 +424,7 @@ mod tests {
             credentials: None,
             network: crate::vmm::GuestNetwork::UserMode {
                 isolated: false,
+                ipv6: false,
                 ports: Vec::new(),
             },
             rates: crate::api::vm::RateLimits::default(),

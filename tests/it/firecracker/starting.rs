@@ -220,6 +220,7 @@ fn refusals_have_hints() {
     let user_mode = VmmSpec {
         network: GuestNetwork::UserMode {
             isolated: false,
+            ipv6: false,
             ports: Vec::new(),
         },
         ..bench.spec()

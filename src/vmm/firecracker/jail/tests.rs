@@ -30,6 +30,7 @@ fn spec(dir: &Path) -> VmmSpec {
         }),
         network: crate::vmm::GuestNetwork::UserMode {
             isolated: false,
+            ipv6: false,
             ports: Vec::new(),
         },
         rates: crate::api::vm::RateLimits::default(),

@@ -10,7 +10,7 @@ pub use super::vm_enums::{Init, Net, Restart, Synced, VmState, WorkspaceState};
 use crate::ids::{HostName, ImageRef, KernelName, LabelKey, Labels, OpId, VmId, VmName};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// A VM as its owner sees it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -62,6 +62,9 @@ pub struct Vm {
     /// The address of the running guest on the bridge. Left out in user mode.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ip: Option<Ipv4Addr>,
+    /// The IPv6 address of the running guest on the bridge. Left out if it has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ip6: Option<Ipv6Addr>,
     /// The address at which the host reaches the guest's SSH server.
     pub ssh_addr: Option<std::net::SocketAddr>,
     /// The driver that runs the VM, with its mode, such as `qemu (tcg, microvm)`.
@@ -115,6 +118,7 @@ impl Vm {
             paused: self.paused,
             ports: Cow::Borrowed(&self.ports),
             ip: self.ip,
+            ip6: self.ip6,
             workspace: self.workspace.clone(),
             labels: self.labels.clone(),
         }

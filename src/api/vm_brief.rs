@@ -5,7 +5,7 @@ use super::vm_enums::{VmState, WorkspaceState};
 use crate::ids::{ImageRef, Labels, VmId, VmName};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkspaceInfo {
@@ -49,6 +49,8 @@ pub struct VmBrief<'a> {
     pub ports: Cow<'a, [Port]>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ip: Option<Ipv4Addr>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ip6: Option<Ipv6Addr>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub workspace: Option<WorkspaceInfo>,
     #[serde(default, skip_serializing_if = "Labels::is_empty")]

@@ -26,7 +26,7 @@ pub(super) const TOPICS: &[(&str, &str, &str)] = &[
     ),
     (
         "networking",
-        "user mode, the bridge, ports, names, vsock",
+        "user mode, the bridge, IPv6, ports, names, vsock",
         include_str!("../docs/networking.md"),
     ),
     (

@@ -55,6 +55,7 @@ pub(super) const FIELDS: &[Field<Vm>] = &[
         vm.started_at.map_or(Value::Missing, Value::Time)
     }),
     field("IP", "IP", |vm| Value::optional(vm.ip)),
+    field("IP6", "IP6", |vm| Value::optional(vm.ip6)),
     field("Ports", "PORTS", |vm| Value::text(ports(&vm.ports))),
     field("SSH", "SSH", |vm| Value::optional(vm.ssh_addr)),
     field("Workspace", "WORKSPACE", |vm| {
@@ -162,11 +163,12 @@ fn usual_table() -> Table {
         "MEMORY",
         "CREATED",
         "IP",
+        "IP6",
         "PORTS",
         "WORKSPACE",
         "LABELS",
     ];
-    Table::new(&headers).optional(&[4, 9, 10, 11, 12])
+    Table::new(&headers).optional(&[4, 9, 10, 11, 12, 13])
 }
 
 fn row(table: &mut Table, vm: &VmBrief<'_>, now_s: u64, is_whole: bool) {
@@ -185,6 +187,7 @@ fn row(table: &mut Table, vm: &VmBrief<'_>, now_s: u64, is_whole: bool) {
     table.cell(&size(vm.mem_mib << 20));
     table.cell(&age(now_s, vm.created_at));
     table.cell(&vm.ip.map(|ip| ip.to_string()).unwrap_or_default());
+    table.cell(&vm.ip6.map(|ip| ip.to_string()).unwrap_or_default());
     table.cell(&ports(&vm.ports));
     let workspace = vm.workspace.as_ref().map(workspace_line);
     table.cell(&workspace.unwrap_or_default());
@@ -432,19 +435,19 @@ mod tests {
             &fake,
             &["ps", "--format", "{{.Names}}"],
             expect![[r#"
-            ! fcctl: --format has an unknown field: ".Names"
-            ! hint: fields: .ID .Name .State .Status .Image .Digest .VCPUs .Memory .Size .Created .Started .IP .Ports .SSH .Workspace .Labels .Driver .PID .Owner
-            status 2
-        "#]],
+                ! fcctl: --format has an unknown field: ".Names"
+                ! hint: fields: .ID .Name .State .Status .Image .Digest .VCPUs .Memory .Size .Created .Started .IP .IP6 .Ports .SSH .Workspace .Labels .Driver .PID .Owner
+                status 2
+            "#]],
         );
         check(
             &fake,
             &["ps", "--sort", "size,name"],
             expect![[r#"
-            ! fcctl: --sort "size,name": unknown field
-            ! hint: fields: .ID .Name .State .Status .Image .Digest .VCPUs .Memory .Size .Created .Started .IP .Ports .SSH .Workspace .Labels .Driver .PID .Owner
-            status 2
-        "#]],
+                ! fcctl: --sort "size,name": unknown field
+                ! hint: fields: .ID .Name .State .Status .Image .Digest .VCPUs .Memory .Size .Created .Started .IP .IP6 .Ports .SSH .Workspace .Labels .Driver .PID .Owner
+                status 2
+            "#]],
         );
         for json in [
             &["ps", "--format", "json", "--filter", "name=db"][..],

@@ -171,6 +171,7 @@ fn matches(filters: &[&str], expected: bool) {
         paused: true,
         ports: Cow::Borrowed(&[]),
         ip: None,
+        ip6: None,
         workspace: None,
         labels: labels(r#"{"ci":"yes","owner":"ann, name=bob","draft":""}"#),
     };

@@ -142,6 +142,7 @@ pub(super) fn vm(name: &str, state: VmState) -> Vm {
         op: None,
         pid: None,
         ip: None,
+        ip6: None,
         ssh_addr: None,
         driver: None,
         disk_driver: None,

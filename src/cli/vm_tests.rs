@@ -91,7 +91,7 @@ fn show_with_template_prints_its_fields() {
         &["inspect", "--format", "{{.IPAddress}}", "web"],
         expect![[r#"
             ! fcctl: --format has an unknown field: ".IPAddress"
-            ! hint: fields: .ID .Name .State .Status .Image .Digest .VCPUs .Memory .Size .Created .Started .IP .Ports .SSH .Workspace .Labels .Driver .PID .Owner
+            ! hint: fields: .ID .Name .State .Status .Image .Digest .VCPUs .Memory .Size .Created .Started .IP .IP6 .Ports .SSH .Workspace .Labels .Driver .PID .Owner
             status 2
         "#]],
     );

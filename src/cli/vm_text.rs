@@ -193,6 +193,7 @@ pub(super) fn sheet(vm: &Vm, now_s: u64) -> String {
         }),
     );
     add("ssh", vm.ssh_addr.map(|a| a.to_string()));
+    add("ip6", vm.ip6.map(|a| a.to_string()));
     add(
         "labels",
         Some(label_list(&vm.labels)).filter(|text| !text.is_empty()),

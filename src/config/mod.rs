@@ -6,6 +6,7 @@
 
 mod disk;
 mod effective;
+mod ipv6_subnet;
 mod limits;
 mod network;
 mod qemu;
@@ -18,6 +19,7 @@ mod vmm;
 
 pub use disk::{Disk, DiskDriver};
 pub use effective::{Origin, Origins};
+pub use ipv6_subnet::{Ipv6Network, Ipv6Subnet};
 pub use limits::Limits;
 #[cfg(any(test, feature = "fakes"))]
 pub use network::{INTERFACE_NAME_LEN_MAX, NetworkDriver};

@@ -1,5 +1,6 @@
 //! The section `[network]`: how guests reach the network, and how they are reached.
 
+use super::ipv6_subnet::Ipv6Subnet;
 use super::section::{Value, choices, section};
 use crate::error::{Error, Kind, Result};
 use crate::host::text::quoted;
@@ -31,8 +32,8 @@ choices! {
 choices! {
     /// Decides whether guests have IPv6.
     pub enum Ipv6 {
-        /// Guests with user-mode networking have IPv6 if the host has an address other than
-        /// link-local ones when fcd starts.
+        /// Guests have IPv6 if the host has an IPv6 address other than link-local ones when fcd
+        /// starts.
         Auto = "auto",
         /// Guests have no IPv6.
         Off = "off",
@@ -50,6 +51,9 @@ section! {
         bridge: String = "fcbr0".to_owned(),
         /// Addresses of the guests. The first one is the bridge's.
         subnet: Subnet = Subnet { base: Ipv4Addr::new(10, 89, 0, 0), prefix: 24 },
+        /// IPv6 addresses of the guests on the bridge: `auto` for a network that is derived from
+        /// the installation's id, or a network in fd00::/8 with a prefix of 64 bits.
+        ipv6_subnet: Ipv6Subnet = Ipv6Subnet::Auto,
         /// Lets guests reach each other.
         allow_between_vms: bool = false,
         /// Answers `NAME.vm` on the bridge's address and forwards other questions to the host's

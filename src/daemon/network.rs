@@ -6,14 +6,14 @@ use super::host_view::HostView;
 use crate::api::daemon::Check;
 use crate::api::vm::{self, VmState};
 use crate::config;
-use crate::disk::Network as SeedNetwork;
+use crate::disk::{Network as SeedNetwork, NetworkIpv6};
 use crate::error::{Error, Kind, Result};
 use crate::host::Commands;
 use crate::host::Credentials;
 use crate::locks::Cancel;
 use crate::locks::Mutex;
-use crate::net::{Access, Guest, Lease, Mac, Net, dns};
-use crate::store::{State, Store, VmRow};
+use crate::net::{Access, Guest, Lease, LeaseIpv6, Mac, Net, dns};
+use crate::store::{State, Store, TapFact, VmRow};
 use crate::vmm::Driver;
 use crate::vmm::GuestNetwork;
 use crate::vmm::devices::{self, TUN};
@@ -108,15 +108,15 @@ fn user_mode(isolated: bool, ipv6: bool) -> Check {
     }
     let fix = "to cut guests off from every network: isolated = true under [qemu], or --net none for one VM; \
                as root, driver = \"bridge\" under [network] gives each VM an address and blocks its access to services of the host";
-    let gateways = if ipv6 {
-        "10.0.2.2 or fec0::2"
+    let (kind, gateways) = if ipv6 {
+        ("user-mode with IPv6", "10.0.2.2 or fec0::2")
     } else {
-        "10.0.2.2"
+        ("user-mode", "10.0.2.2")
     };
     Check::warn(
         ID,
         format!(
-            "user-mode: a guest that connects to {gateways} reaches services on this host's loopback"
+            "{kind}: a guest that connects to {gateways} reaches services on this host's loopback"
         ),
         fix,
     )
@@ -163,7 +163,7 @@ impl Networks {
         let limit = |rate: Option<u64>| rate.filter(|_| limited_by_rules);
         Ok(Guest {
             tag: self.core.tag(row).to_string(),
-            lease: net.lease(row.slot)?,
+            lease: lease(row, net)?,
             access: access(row),
             rx_bytes_per_s: limit(row.shape.rates.net_rx_bytes_per_s),
             tx_bytes_per_s: limit(row.shape.rates.net_tx_bytes_per_s),
@@ -210,8 +210,9 @@ impl Networks {
             address,
             prefix,
             gateway,
+            ipv6,
             ..
-        } = net.lease(row.slot)?;
+        } = lease(row, net)?;
         let out = access(row) == Access::Nat;
         let dns = if out && self.config.dns {
             vec![gateway.into()]
@@ -222,7 +223,11 @@ impl Networks {
             address: address.into(),
             prefix,
             gateway: out.then_some(gateway.into()),
-            ipv6: None,
+            ipv6: ipv6.map(|ipv6| NetworkIpv6 {
+                address: ipv6.address,
+                prefix: LeaseIpv6::PREFIX,
+                gateway: Some(ipv6.gateway),
+            }),
             dns,
         }))
     }
@@ -232,11 +237,16 @@ impl Networks {
         let (Some(net), Some(tap)) = (&self.net, &row.tap) else {
             return;
         };
-        let adopted = self.guest(row, net).and_then(|guest| {
+        let adopted = self.guest(row, net).and_then(|mut guest| {
             if guest.lease.address != tap.address {
                 let message = format!("it keeps the address {} until its next start", tap.address);
                 return Err(Error::new(Kind::Conflict, message).hint("network.subnet has changed"));
             }
+            // The guest keeps what it was started with until its next start.
+            guest.lease.ipv6 = guest
+                .lease
+                .ipv6
+                .filter(|ipv6| tap.address6 == Some(ipv6.address));
             net.adopt(std::slice::from_ref(&guest))?;
             net.adopt_forwards(&guest, &row.ports);
             Ok(())
@@ -295,6 +305,13 @@ impl Networks {
     }
 }
 
+/// Returns the addresses for the VM's next start. A VM without a network has no IPv6.
+fn lease(row: &VmRow, net: &Net) -> Result<Lease> {
+    let lease = net.lease(row.slot)?;
+    let ipv6 = lease.ipv6.filter(|_| access(row) == Access::Nat);
+    Ok(Lease { ipv6, ..lease })
+}
+
 fn access(row: &VmRow) -> Access {
     match row.shape.net {
         vm::Net::Nat => Access::Nat,
@@ -313,8 +330,8 @@ impl Book {
     fn find(
         &self,
         asker: IpAddr,
-        is_it: impl Fn(&VmRow, Ipv4Addr) -> bool,
-    ) -> Option<(VmRow, Ipv4Addr)> {
+        is_it: impl Fn(&VmRow, &TapFact) -> bool,
+    ) -> Option<(VmRow, TapFact)> {
         let is_host = asker == IpAddr::from(self.gateway) || asker.is_loopback();
         self.store.read(|s| {
             let owner = if is_host {
@@ -322,19 +339,19 @@ impl Book {
             } else {
                 Some(
                     up(s)
-                        .find(|(_, at)| IpAddr::from(*at) == asker)?
+                        .find(|(_, tap)| IpAddr::from(tap.address) == asker)?
                         .0
                         .owner_uid,
                 )
             };
             let mut seen = up(s).filter(|(row, _)| owner.is_none_or(|uid| uid == row.owner_uid));
-            seen.find(|(row, at)| is_it(row, *at))
-                .map(|(row, at)| (row.clone(), at))
+            seen.find(|(row, tap)| is_it(row, tap))
+                .map(|(row, tap)| (row.clone(), tap.clone()))
         })
     }
 }
 
-fn up(state: &State) -> impl Iterator<Item = (&VmRow, Ipv4Addr)> {
+fn up(state: &State) -> impl Iterator<Item = (&VmRow, &TapFact)> {
     let is_up = |row: &&VmRow| {
         matches!(
             row.state,
@@ -345,17 +362,20 @@ fn up(state: &State) -> impl Iterator<Item = (&VmRow, Ipv4Addr)> {
         .vms()
         .map(|row| &**row)
         .filter(is_up)
-        .filter_map(|row| Some((row, row.tap.as_ref()?.address)))
+        .filter_map(|row| Some((row, row.tap.as_ref()?)))
 }
 
 impl dns::Names for Book {
-    fn address(&self, name: &str, asker: IpAddr) -> Option<Ipv4Addr> {
+    fn addresses(&self, name: &str, asker: IpAddr) -> Option<dns::Addresses> {
         self.find(asker, |row, _| row.name.as_str() == name)
-            .map(|(_, address)| address)
+            .map(|(_, tap)| dns::Addresses {
+                ipv4: tap.address,
+                ipv6: tap.address6,
+            })
     }
 
     fn name(&self, address: Ipv4Addr, asker: IpAddr) -> Option<String> {
-        self.find(asker, |_, at| at == address)
+        self.find(asker, |_, tap| tap.address == address)
             .map(|(row, _)| row.name.to_string())
     }
 }

@@ -2,9 +2,8 @@
 
 use crate::api::image::short_digest;
 use crate::api::vm::{Vm, VmBrief, VmState};
-use crate::store::{Seen, State, VmRow, WorkspaceRow};
+use crate::store::{Seen, State, TapFact, VmRow, WorkspaceRow};
 use std::borrow::Cow;
-use std::net::Ipv4Addr;
 
 /// Returns the full view of a row, with the VM's workspace from the store.
 pub(super) fn view_of(state: &State, row: &VmRow) -> Vm {
@@ -40,7 +39,8 @@ pub(super) fn view(row: &VmRow, workspace: Option<&WorkspaceRow>) -> Vm {
         started_at: row.started_at,
         op: row.op.clone(),
         pid: row.identity.as_ref().map(|i| i.pid),
-        ip: address(row),
+        ip: tap_of_running(row).map(|tap| tap.address),
+        ip6: tap_of_running(row).and_then(|tap| tap.address6),
         ssh_addr: row.ssh_addr,
         driver: row.driver.clone(),
         disk_driver: row.disk_driver.clone(),
@@ -74,19 +74,17 @@ pub(super) fn brief(seen: &Seen) -> VmBrief<'_> {
         unresponsive: is_unresponsive(row),
         paused: is_paused(row),
         ports: Cow::Borrowed(&row.ports),
-        ip: address(row),
+        ip: tap_of_running(row).map(|tap| tap.address),
+        ip6: tap_of_running(row).and_then(|tap| tap.address6),
         workspace: seen.workspace.as_ref().map(|w| w.info.clone()),
         labels: row.shape.labels.clone(),
     }
 }
 
-/// Returns the address of the guest on the bridge while it may be up.
-fn address(row: &VmRow) -> Option<Ipv4Addr> {
+/// Returns the guest's tap, with its addresses on the bridge, while the guest may be up.
+fn tap_of_running(row: &VmRow) -> Option<&TapFact> {
     let may_be_up = matches!(row.state, VmState::Running | VmState::Stopping);
-    row.tap
-        .as_ref()
-        .filter(|_| may_be_up)
-        .map(|tap| tap.address)
+    row.tap.as_ref().filter(|_| may_be_up)
 }
 
 fn is_unresponsive(row: &VmRow) -> bool {

@@ -47,7 +47,7 @@ pub use copy::{punch_zeroes, share_or_copy};
 pub use flatten::flatten;
 pub use method::{Method, Probe, probe};
 pub use root::{CopySpec, RootSpec, copy_root, grow, make_root, origin};
-pub use seed::{KeyPair, Network, RestoreSeed, Seed, SeedFile};
+pub use seed::{KeyPair, Network, NetworkIpv6, RestoreSeed, Seed, SeedFile};
 pub use unmounted::is_unmounted;
 
 use crate::error::{Error, Result};

@@ -76,7 +76,8 @@ set_ipv6() {
 	[ -n "$address6" ] || return 0
 	echo 0 >/proc/sys/net/ipv6/conf/eth0/accept_dad
 	$bb ip -6 address add "$address6" dev eth0 || say "cannot give eth0 the address $address6"
-	[ -z "$gateway6" ] || $bb ip -6 route add default via "$gateway6" dev eth0 || say "cannot set the route by $gateway6"
+	[ -z "$gateway6" ] || { $bb ip -6 route replace "$gateway6" dev eth0 &&
+		$bb ip -6 route replace default via "$gateway6" dev eth0; } || say "cannot set the route by $gateway6"
 }
 
 set_network() {

@@ -1,13 +1,14 @@
 //! The bridge. fcd creates it if it is missing and repairs it, but never changes a bridge that
 //! belongs to something else.
 
+use super::ipv6;
 use super::links::{Link, Route, parse_addresses, parse_neighbours};
 use super::names::Names;
 use super::tools::Tools;
-use crate::config::Network as Config;
+use crate::config::{Ipv6Network, Network as Config};
 use crate::error::{Error, Kind, Result};
 use crate::locks::Cancel;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 const FORWARDING: &str = "/proc/sys/net/ipv4/ip_forward";
 
@@ -73,7 +74,7 @@ pub(super) fn require_free(
 /// `conflict` if an interface of this name is not ours.
 pub(super) fn ensure(
     names: &Names,
-    config: &Config,
+    (config, network): (&Config, Option<Ipv6Network>),
     links: &[Link],
     tools: &Tools,
     cancel: &Cancel,
@@ -102,48 +103,42 @@ pub(super) fn ensure(
             .map_err(|e| e.context(doing()))?;
         done.push(format!("created bridge {name}"));
     }
-    let address = format!("{}/{}", config.subnet.gateway(), config.subnet.prefix());
     let mut lines = Vec::new();
     if found.is_none_or(|l| l.alias() != alias) {
         lines.push(format!(
             "link set dev {name} alias {alias} addrgenmode none"
         ));
     }
-    let json = tools.ip_json(&["-4", "address", "show", "dev", name], cancel)?;
+    if let Err(e) = ipv6::set_on_bridge(name, network.is_some()) {
+        // The rules drop what guests may not send, with any settings.
+        log::warn!("network: {e}");
+    }
+    let json = tools.ip_json(&["address", "show", "dev", name], cancel)?;
     let has = parse_addresses(&json)?;
-    for (other, prefix) in has
-        .iter()
-        .filter(|a| **a != (config.subnet.gateway(), config.subnet.prefix()))
-    {
+    let ipv4 = (
+        IpAddr::from(config.subnet.gateway()),
+        config.subnet.prefix(),
+    );
+    let ipv6 = network.map(|n| (IpAddr::from(n.gateway()), Ipv6Network::PREFIX));
+    let wanted: Vec<_> = std::iter::once(ipv4).chain(ipv6).collect();
+    for (other, prefix) in has.iter().filter(|a| !wanted.contains(a)) {
         lines.push(format!("address delete {other}/{prefix} dev {name}"));
         done.push(format!("removed {other}/{prefix} from bridge {name}"));
     }
-    if !has.contains(&(config.subnet.gateway(), config.subnet.prefix())) {
-        lines.push(format!("address add {address} dev {name}"));
-        done.push(format!("added address {address} to bridge {name}"));
+    for (own, prefix) in wanted.iter().filter(|a| !has.contains(a)) {
+        lines.push(format!("address add {own}/{prefix} dev {name}"));
+        done.push(format!("added address {own}/{prefix} to bridge {name}"));
     }
     if !found.is_some_and(Link::is_up) {
         lines.push(format!("link set dev {name} up"));
         done.push(format!("set bridge {name} up"));
     }
     if !lines.is_empty() {
-        no_ipv6(name);
         tools
             .ip_batch(&lines, cancel)
             .map_err(|e| e.context(doing()))?;
     }
     Ok(done)
-}
-
-/// Turns IPv6 off on the bridge, because guests have none. The file does not exist on a host
-/// without IPv6.
-fn no_ipv6(bridge: &str) {
-    crate::locks::may_block("file access");
-    let path = format!("/proc/sys/net/ipv6/conf/{bridge}/disable_ipv6");
-    match std::fs::write(&path, "1") {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => log::warn!("write {path}: {e}"),
-        _ => {}
-    }
 }
 
 /// True if this host forwards IPv4 packets.
@@ -169,8 +164,8 @@ pub(super) fn ensure_forwarding() -> Result<bool> {
 
 /// Returns the addresses of the permanent neighbour entries on the bridge, which `Net::joining`
 /// sets. Returns none if the bridge does not exist.
-pub(super) fn neighbours(bridge: &str, tools: &Tools) -> Result<Vec<Ipv4Addr>> {
-    let args = ["-4", "neighbour", "show", "nud", "permanent", "dev", bridge];
+pub(super) fn neighbours(bridge: &str, tools: &Tools) -> Result<Vec<IpAddr>> {
+    let args = ["neighbour", "show", "nud", "permanent", "dev", bridge];
     match tools.ip_json(&args, tools.never()) {
         Ok(json) => parse_neighbours(&json),
         // The bridge does not exist.

@@ -2,10 +2,11 @@
 //! networking needs, and whether something blocks it. They change nothing.
 
 use super::bridge;
-use super::links::{Link, Route, parse_links, parse_routes};
+use super::ipv6::{self, Forwarding};
+use super::links::{Link, Route, parse_ipv6_routes, parse_links, parse_routes};
 use super::tools::{ip_json, nft_json, run};
 use crate::api::daemon::Check;
-use crate::config::Network as Config;
+use crate::config::{Ipv6, Network as Config};
 use crate::error::{Error, Kind, Result};
 use crate::host::command::find_program;
 use crate::host::plural::count;
@@ -43,6 +44,7 @@ pub fn checks(config: &Config, commands: &dyn Commands, cancel: &Cancel) -> Vec<
         ("network-bridge", host.bridge()),
         ("network-subnet", host.subnet()),
         ("network-forwarding", host.forwarding()),
+        ("network-ipv6", host.ipv6()),
     ];
     for (id, looked) in looks {
         all.extend(looked.unwrap_or_else(|e| {
@@ -129,6 +131,33 @@ impl Host<'_> {
             ));
         }
         Ok(all)
+    }
+
+    fn ipv6(&self) -> Result<Vec<Check>> {
+        const ID: &str = "network-ipv6";
+        if self.config.ipv6 == Ipv6::Off {
+            return Ok(Vec::new());
+        }
+        let check = if super::host_has_ipv6() {
+            let routes = parse_ipv6_routes(&self.run(&ip_json(&ipv6::ROUTES))?)?;
+            match ipv6::forwarding(&routes)? {
+                Forwarding::On => Check::ok(ID, "guests have IPv6, masqueraded by nftables"),
+                Forwarding::Off => {
+                    Check::ok(ID, "IPv6 forwarding is off; fcd turns it on when it starts")
+                }
+                Forwarding::NoRoute => Check::ok(
+                    ID,
+                    "guests have IPv6, but this host has no IPv6 route to the outside",
+                ),
+                Forwarding::Unsafe(dev) => Check::warn(ID, ipv6::risk(&dev), &ipv6::remedy(&dev)),
+            }
+        } else {
+            Check::ok(
+                ID,
+                "guests have no IPv6, because this host has no IPv6 address",
+            )
+        };
+        Ok(vec![check])
     }
 
     fn legacy(&self) -> Option<Check> {

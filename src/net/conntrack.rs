@@ -12,7 +12,7 @@ use nix::sys::socket::{
     setsockopt, socket,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsRawFd, OwnedFd};
 
 /// How long to wait for the kernel's answer, in seconds.
@@ -32,8 +32,10 @@ const NLM_F_DUMP: u16 = 0x300;
 const CT_NEW: u16 = 0x100;
 const CT_GET: u16 = 0x101;
 const CT_DELETE: u16 = 0x102;
-/// The `struct nfgenmsg` of every message: family, version and resource.
-const GENERIC: [u8; 4] = [libc::AF_INET as u8, 0, 0, 0];
+/// The length of the `struct nfgenmsg` of every message: family, version and resource.
+const GENERIC: usize = 4;
+/// The family of a request for the entries of all families.
+const ALL: i32 = libc::AF_UNSPEC;
 const TYPE_MASK: u16 = 0x3fff;
 const CTA_TUPLE_ORIG: u16 = 1;
 const CTA_TUPLE_REPLY: u16 = 2;
@@ -43,14 +45,16 @@ const CTA_TUPLE_IP: u16 = 1;
 const CTA_TUPLE_PROTO: u16 = 2;
 const CTA_IP_V4_SRC: u16 = 1;
 const CTA_IP_V4_DST: u16 = 2;
+const CTA_IP_V6_SRC: u16 = 3;
+const CTA_IP_V6_DST: u16 = 4;
 const CTA_PROTO_NUM: u16 = 1;
 const CTA_PROTO_DST_PORT: u16 = 3;
 
 /// One direction of a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Tuple {
-    pub source: Ipv4Addr,
-    pub destination: Ipv4Addr,
+    pub source: IpAddr,
+    pub destination: IpAddr,
     /// The number of the protocol (`IPPROTO_*`).
     pub protocol: u8,
     /// The destination port, or 0 if the protocol has no ports.
@@ -64,14 +68,14 @@ pub(super) struct Flow {
 }
 
 impl Flow {
-    pub(super) fn is_of(&self, address: Ipv4Addr) -> bool {
+    pub(super) fn is_of(&self, address: IpAddr) -> bool {
         [self.original, self.reply]
             .iter()
             .any(|t| t.source == address || t.destination == address)
     }
 }
 
-/// Deletes the IPv4 entries of this network namespace for which `is_stale` is true. Returns the
+/// Deletes the entries of this network namespace for which `is_stale` is true. Returns the
 /// number of deleted entries.
 pub(super) fn forget(is_stale: &dyn Fn(&Flow) -> bool) -> Result<usize> {
     let doing = "delete conntrack entries";
@@ -81,20 +85,20 @@ pub(super) fn forget(is_stale: &dyn Fn(&Flow) -> bool) -> Result<usize> {
     let mut stale = Vec::new();
     ask(
         &socket,
-        &message(CT_GET, NLM_F_DUMP, &[]),
+        &message(CT_GET, NLM_F_DUMP, ALL, &[]),
         &mut |attributes| {
-            if read_flow(attributes).is_some_and(|flow| is_stale(&flow)) {
-                stale.push(which(attributes));
+            if let Some(flow) = read_flow(attributes).filter(|flow| is_stale(flow)) {
+                let family = match flow.original.source {
+                    IpAddr::V4(_) => libc::AF_INET,
+                    IpAddr::V6(_) => libc::AF_INET6,
+                };
+                stale.push(message(CT_DELETE, NLM_F_ACK, family, &which(attributes)));
             }
         },
     )
     .map_err(io)?;
-    for attributes in &stale {
-        match ask(
-            &socket,
-            &message(CT_DELETE, NLM_F_ACK, attributes),
-            &mut |_| {},
-        ) {
+    for delete in &stale {
+        match ask(&socket, delete, &mut |_| {}) {
             // The connection has ended since the entries were listed.
             Ok(()) | Err(nix::Error::ENOENT) => {}
             Err(e) => return Err(io(e)),
@@ -135,7 +139,7 @@ fn ask(socket: &OwnedFd, question: &[u8], each: &mut dyn FnMut(&[u8])) -> nix::R
                         Err(nix::Error::from_raw(code))
                     };
                 }
-                CT_NEW => each(answer.body.get(GENERIC.len()..).unwrap_or_default()),
+                CT_NEW => each(answer.body.get(GENERIC..).unwrap_or_default()),
                 _ => {}
             }
             rest = after;
@@ -144,13 +148,14 @@ fn ask(socket: &OwnedFd, question: &[u8], each: &mut dyn FnMut(&[u8])) -> nix::R
     Err(nix::Error::ETIMEDOUT)
 }
 
-fn message(kind: u16, flags: u16, attributes: &[u8]) -> Vec<u8> {
-    let len = (HEADER + GENERIC.len() + attributes.len()) as u32;
+/// `family` is one of `AF_*`.
+fn message(kind: u16, flags: u16, family: i32, attributes: &[u8]) -> Vec<u8> {
+    let len = (HEADER + GENERIC + attributes.len()) as u32;
     let mut bytes = len.to_ne_bytes().to_vec();
     bytes.extend(kind.to_ne_bytes());
     bytes.extend((NLM_F_REQUEST | flags).to_ne_bytes());
     bytes.extend([0; 8]);
-    bytes.extend(GENERIC);
+    bytes.extend([family as u8, 0, 0, 0]);
     bytes.extend(attributes);
     bytes
 }
@@ -216,17 +221,17 @@ fn read_flow(bytes: &[u8]) -> Option<Flow> {
 
 fn read_tuple(bytes: &[u8]) -> Option<Tuple> {
     let (ip, protocol) = (find(bytes, CTA_TUPLE_IP)?, find(bytes, CTA_TUPLE_PROTO)?);
-    let address = |kind| {
-        find(ip, kind)
-            .and_then(|v| <[u8; 4]>::try_from(v).ok())
-            .map(Ipv4Addr::from)
+    let address = |ipv4, ipv6| {
+        let four = || Some(Ipv4Addr::from(<[u8; 4]>::try_from(find(ip, ipv4)?).ok()?).into());
+        let six = || Some(Ipv6Addr::from(<[u8; 16]>::try_from(find(ip, ipv6)?).ok()?).into());
+        four().or_else(six)
     };
     let port = find(protocol, CTA_PROTO_DST_PORT)
         .and_then(|v| <[u8; 2]>::try_from(v).ok())
         .map_or(0, u16::from_be_bytes);
     Some(Tuple {
-        source: address(CTA_IP_V4_SRC)?,
-        destination: address(CTA_IP_V4_DST)?,
+        source: address(CTA_IP_V4_SRC, CTA_IP_V6_SRC)?,
+        destination: address(CTA_IP_V4_DST, CTA_IP_V6_DST)?,
         protocol: *find(protocol, CTA_PROTO_NUM)?.first()?,
         destination_port: port,
     })
@@ -278,9 +283,9 @@ mod tests {
             (8080, 17)
         );
         assert!(
-            flow.is_of([10, 89, 0, 5].into())
-                && flow.is_of([192, 0, 2, 2].into())
-                && !flow.is_of([10, 89, 0, 6].into())
+            flow.is_of(IpAddr::from([10, 89, 0, 5]))
+                && flow.is_of(IpAddr::from([192, 0, 2, 2]))
+                && !flow.is_of(IpAddr::from([10, 89, 0, 6]))
         );
         assert_eq!(which(&bytes), [original, id].concat());
     }
@@ -295,7 +300,7 @@ mod tests {
         for len in 0..whole.len() {
             assert_eq!(read_flow(&whole[..len]), None, "{len}");
         }
-        let sent = message(CT_GET, NLM_F_DUMP, &[]);
+        let sent = message(CT_GET, NLM_F_DUMP, ALL, &[]);
         assert_eq!(
             next_message(&sent).map(|(sent, _)| (sent.kind, sent.body.len())),
             Some((CT_GET, 4))

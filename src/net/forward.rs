@@ -11,7 +11,7 @@ use crate::error::{Error, Kind, Result};
 use crate::locks::Cancel;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use std::collections::HashMap;
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -317,7 +317,8 @@ fn goes_to(flow: &Flow, port: &Port) -> bool {
     let to = flow.original;
     i32::from(to.protocol) == protocol
         && to.destination_port == port.host_port
-        && (port.host_addr.is_unspecified() || port.host_addr == to.destination)
+        && (to.destination == IpAddr::from(port.host_addr)
+            || port.host_addr.is_unspecified() && to.destination.is_ipv4())
 }
 
 fn published(guest: &Guest, ports: &[Port]) -> Vec<Published> {

@@ -1,10 +1,10 @@
 //! Computes the addresses of a guest from the subnet and the VM's slot, without doing any I/O.
 
-use crate::config::Subnet;
+use crate::config::{Ipv6Network, Subnet};
 use crate::error::{Error, Kind, Result};
 use crate::host::plural::count;
 use std::fmt;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// An Ethernet address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -16,6 +16,14 @@ impl Mac {
     pub fn of(address: Ipv4Addr) -> Self {
         let [a, b, c, d] = address.octets();
         Self([0x02, 0xfc, a, b, c, d])
+    }
+
+    /// Returns the link-local address that the kernel of a guest gives an interface with this
+    /// address (RFC 4291, appendix A).
+    pub fn link_local(self) -> Ipv6Addr {
+        let [a, b, c, d, e, f] = self.0;
+        let id = [a ^ 2, b, c, 0xff, 0xfe, d, e, f];
+        Ipv6Addr::from((0xfe80 << 112) | u128::from(u64::from_be_bytes(id)))
     }
 }
 
@@ -45,14 +53,35 @@ pub struct Lease {
     /// The address of the bridge, where the name server listens.
     pub gateway: Ipv4Addr,
     pub mac: Mac,
+    /// None if the guest has no IPv6.
+    pub ipv6: Option<LeaseIpv6>,
+}
+
+/// A guest's IPv6 addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LeaseIpv6 {
+    pub address: Ipv6Addr,
+    /// The address of the bridge.
+    pub gateway: Ipv6Addr,
+}
+
+impl LeaseIpv6 {
+    /// The length of the prefix of a guest's address. No other address is on the guest's link.
+    pub const PREFIX: u8 = 128;
 }
 
 impl Lease {
-    /// Returns the addresses for this slot of the subnet.
+    /// Returns the addresses at which others reach the guest.
+    pub(super) fn addresses(&self) -> impl Iterator<Item = IpAddr> + use<> {
+        let ipv6 = self.ipv6.map(|ipv6| ipv6.address.into());
+        std::iter::once(self.address.into()).chain(ipv6)
+    }
+
+    /// Returns the addresses for this slot of the subnet and of the IPv6 network, if there is one.
     ///
     /// # Errors
     /// `exhausted` when the subnet has no address for this slot.
-    pub fn of(subnet: Subnet, slot: u32) -> Result<Self> {
+    pub fn of(subnet: Subnet, ipv6: Option<Ipv6Network>, slot: u32) -> Result<Self> {
         let address = subnet.guest(slot).ok_or_else(|| {
             let message = format!(
                 "lease an address: network {subnet} has room for only {}",
@@ -66,6 +95,10 @@ impl Lease {
             prefix: subnet.prefix(),
             gateway: subnet.gateway(),
             mac: Mac::of(address),
+            ipv6: ipv6.map(|network| LeaseIpv6 {
+                address: network.guest(slot),
+                gateway: network.gateway(),
+            }),
         })
     }
 }
@@ -90,14 +123,27 @@ mod tests {
     #[test]
     fn lease_of_slot_has_address_and_mac() {
         let subnet: Subnet = "10.89.0.0/24".parse().unwrap();
-        let lease = Lease::of(subnet, 3).unwrap();
+        let lease = Lease::of(subnet, None, 3).unwrap();
         assert_eq!(lease.address, Ipv4Addr::new(10, 89, 0, 5));
         assert_eq!(
             (lease.gateway, lease.prefix),
             (Ipv4Addr::new(10, 89, 0, 1), 24)
         );
         assert_eq!(lease.mac.to_string(), "02:fc:0a:59:00:05");
-        assert_eq!(Lease::of(subnet, 253).unwrap_err().kind(), Kind::Exhausted);
+        assert_eq!(
+            Lease::of(subnet, None, 253).unwrap_err().kind(),
+            Kind::Exhausted
+        );
+    }
+
+    #[test]
+    fn lease_has_ipv6_address_of_slot() {
+        let network = Ipv6Network::of_installation(0x1a2b_3c4d);
+        let lease = Lease::of("10.89.0.0/24".parse().unwrap(), Some(network), 3).unwrap();
+        let ipv6 = lease.ipv6.unwrap();
+        assert_eq!(ipv6.address.to_string(), "fdfc:1a2b:3c4d::5");
+        assert_eq!(ipv6.gateway.to_string(), "fdfc:1a2b:3c4d::1");
+        assert_eq!(lease.mac.link_local().to_string(), "fe80::fc:aff:fe59:5");
     }
 
     #[test]
@@ -105,7 +151,7 @@ mod tests {
         let subnet: Subnet = "10.89.0.0/24".parse().unwrap();
         let mut seen = std::collections::HashSet::new();
         for slot in 0..subnet.guests_max() {
-            let lease = Lease::of(subnet, slot).unwrap();
+            let lease = Lease::of(subnet, None, slot).unwrap();
             assert!(
                 seen.insert(lease.mac)
                     && subnet.contains(lease.address)

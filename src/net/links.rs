@@ -3,7 +3,7 @@
 use crate::error::{Error, Kind, Result};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// A network interface.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -66,25 +66,28 @@ struct Addressed {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct Address {
-    local: Option<Ipv4Addr>,
+    local: Option<IpAddr>,
     prefixlen: u8,
+    scope: String,
 }
 
-/// Parses the output of `ip -json -4 address show dev X` into addresses and prefix lengths.
-pub(super) fn parse_addresses(json: &[u8]) -> Result<Vec<(Ipv4Addr, u8)>> {
+/// Parses the output of `ip -json address show dev X` into addresses and prefix lengths. Link-local
+/// addresses are left out.
+pub(super) fn parse_addresses(json: &[u8]) -> Result<Vec<(IpAddr, u8)>> {
     let links: Vec<Addressed> = parse("the addresses", json)?;
     let all = links.into_iter().flat_map(|l| l.addr_info);
+    let all = all.filter(|a| a.scope != "link" || matches!(a.local, Some(IpAddr::V4(_))));
     Ok(all.filter_map(|a| Some((a.local?, a.prefixlen))).collect())
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct Neighbour {
-    dst: Option<Ipv4Addr>,
+    dst: Option<IpAddr>,
 }
 
-/// Parses the output of `ip -json -4 neighbour show` into addresses.
-pub(super) fn parse_neighbours(json: &[u8]) -> Result<Vec<Ipv4Addr>> {
+/// Parses the output of `ip -json neighbour show` into addresses.
+pub(super) fn parse_neighbours(json: &[u8]) -> Result<Vec<IpAddr>> {
     let all: Vec<Neighbour> = parse("the neighbours", json)?;
     Ok(all.into_iter().filter_map(|n| n.dst).collect())
 }
@@ -103,6 +106,43 @@ struct RouteLine {
     dst: String,
     dev: Option<String>,
     r#type: Option<String>,
+    protocol: Option<String>,
+    /// The seconds until the route is removed.
+    expires: Option<i64>,
+}
+
+/// An IPv6 route. The prefix of a default route is 0.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Ipv6Route {
+    pub base: Ipv6Addr,
+    pub prefix: u8,
+    pub dev: String,
+    /// True if the route comes from router advertisements.
+    pub is_advertised: bool,
+}
+
+/// Parses the output of `ip -json -6 -details route show`. Routes that reject packets are left out.
+pub(super) fn parse_ipv6_routes(json: &[u8]) -> Result<Vec<Ipv6Route>> {
+    let lines: Vec<RouteLine> = parse("the routes", json)?;
+    let route = |line: RouteLine| {
+        let (base, prefix) = match line.dst.split_once('/') {
+            _ if line.dst == "default" => (Ipv6Addr::UNSPECIFIED, 0),
+            Some((base, prefix)) => (base.parse().ok()?, prefix.parse().ok()?),
+            None => (line.dst.parse().ok()?, 128),
+        };
+        let dev = line
+            .dev
+            .filter(|_| line.r#type.is_none_or(|t| t == "unicast"))?;
+        // The route to a prefix that was advertised is one of the kernel's own, but it expires.
+        let is_advertised = line.protocol.as_deref() == Some("ra") || line.expires.is_some();
+        Some(Ipv6Route {
+            base,
+            prefix,
+            dev,
+            is_advertised,
+        })
+    };
+    Ok(lines.into_iter().filter_map(route).collect())
 }
 
 /// Parses the output of `ip -json -4 -details route show table all`. Broadcast and default routes
@@ -191,7 +231,7 @@ mod tests {
             br#"[{"ifname":"fcbr0","addr_info":[{"family":"inet","local":"10.89.0.1","prefixlen":24,"scope":"global"}]},{}]"#;
         assert_eq!(
             parse_addresses(json).unwrap(),
-            [(Ipv4Addr::new(10, 89, 0, 1), 24)]
+            [(Ipv4Addr::new(10, 89, 0, 1).into(), 24)]
         );
     }
 
@@ -213,6 +253,26 @@ mod tests {
                 "172.17.0.0/16 docker0"
             ]
         );
+    }
+
+    #[test]
+    fn ipv6_routes_are_parsed() {
+        let json = br#"[{"type":"unicast","dst":"default","gateway":"fe80::1","dev":"eth0","protocol":"ra"},
+            {"type":"unreachable","dst":"default","dev":"lo"},{"type":"unicast","dst":"fd00:0:0:7::/64","dev":"wg0"},
+            {"dst":"fd00:0:0:8::/64","dev":"eth0","protocol":"kernel","metric":256,"expires":2591989},
+            {"dst":"fd00::9","dev":"wg1"},{"type":"unreachable","dst":"fd00::/8","dev":"lo"}]"#;
+        let found = parse_ipv6_routes(json).unwrap();
+        let text: String = found
+            .iter()
+            .map(|r| format!("{}/{} {} {}\n", r.base, r.prefix, r.dev, r.is_advertised))
+            .collect();
+        expect_test::expect![[r#"
+            ::/0 eth0 true
+            fd00:0:0:7::/64 wg0 false
+            fd00:0:0:8::/64 eth0 true
+            fd00::9/128 wg1 false
+        "#]]
+        .assert_eq(&text);
     }
 
     #[test]

@@ -6,7 +6,8 @@
 //!          isolated port,       has the subnet's first address
 //!          owned by VMM's uid
 //!
-//! table bridge fcd_<install>    on the taps: only the lease's MAC and address, only IPv4 and ARP
+//! table bridge fcd_<install>    on the taps: only the lease's MAC and addresses, only IPv4, ARP
+//!                               and, if it is configured, IPv6 (see `ipv6.rs`)
 //! table inet fcd_<install>      from the bridge: only DNS and echo on the host, nothing
 //!                               link-local, no other guest; with `--net none` no forwarding
 //! ```
@@ -36,9 +37,11 @@ pub mod dns;
 mod forward;
 pub mod gone;
 mod host_ipv6;
+mod ipv6;
 mod lease;
 mod links;
 mod names;
+mod present;
 mod rules;
 mod sets;
 mod taps;
@@ -50,21 +53,22 @@ mod tun;
 pub use checks::checks;
 pub use forward::{free_port, require_free_ports};
 pub use host_ipv6::{host_has_ipv6, host_has_ipv6_resolver};
-pub use lease::{Access, Guest, Lease, Mac};
+pub use lease::{Access, Guest, Lease, LeaseIpv6, Mac};
 pub use links::received_and_sent;
 
-use crate::config::Network as Config;
+use crate::config::{Ipv6Network, Network as Config};
 use crate::error::{Error, Kind, Result};
 use crate::host::Credentials;
 use crate::host::{Command, Commands};
 use crate::locks::{Cancel, Mutex, Rank};
 use crate::undo::Undo;
+use ipv6::Forwarding;
 use links::{Link, parse_links};
 use names::Names;
 use rules::Rules;
 use sets::{Element, Sets};
 use std::collections::HashMap;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use taps::Pool;
@@ -98,6 +102,8 @@ fn forget_flows(is_stale: &dyn Fn(&conntrack::Flow) -> bool) {
 /// The bridge, its taps and its rules.
 pub struct Net {
     config: Config,
+    /// The IPv6 network of the guests, or None if they have no IPv6.
+    ipv6: Option<Ipv6Network>,
     names: Names,
     rules: Rules,
     sets: Sets,
@@ -125,10 +131,16 @@ impl Net {
     ) -> Result<Self> {
         let names = Names::of(install)?;
         let tools = Tools::new(commands)?;
-        let (rules, sets) = (Rules::new(&names, config), Sets::new(&names));
+        let ipv6 = ipv6::network(config, &names);
+        let (rules, sets) = (Rules::new(&names, config, ipv6), Sets::new(&names));
         let links = all_links(&tools, cancel)?;
         let routes = tools.ip_json(&["-4", "-details", "route", "show", "table", "all"], cancel)?;
         bridge::require_free(&names, config, &links, &links::parse_routes(&routes)?)?;
+        if let Some(network) = ipv6 {
+            let routes = tools.ip_json(&ipv6::ROUTES, cancel)?;
+            let routes = links::parse_ipv6_routes(&routes)?;
+            ipv6::require_free(&config.bridge, network, &routes)?;
+        }
         let last = links
             .iter()
             .filter_map(|l| names.tap_number(&l.name))
@@ -139,6 +151,7 @@ impl Net {
         let forwards = Mutex::new(Rank::Taps, HashMap::new());
         let net = Self {
             config: config.clone(),
+            ipv6,
             names,
             rules,
             sets,
@@ -160,15 +173,24 @@ impl Net {
         );
         // Rules come first, so that no guest is ever on the bridge without them.
         net.tools
-            .nft(&net.rules.apply(), cancel)
+            .nft(&net.rules.apply_first(), cancel)
             .map_err(|e| e.context("set the rules of guests"))?;
-        for done in bridge::ensure(&net.names, config, &links, &net.tools, cancel)? {
+        for done in bridge::ensure(&net.names, (config, ipv6), &links, &net.tools, cancel)? {
             log::info!("network: {done}");
         }
         if bridge::ensure_forwarding()? {
             log::info!(
                 "network: turned IPv4 forwarding on because guests need it to reach the outside"
             );
+        }
+        match net.ensure_ipv6_forwarding(cancel) {
+            Some(Forwarding::Off) => log::info!("network: turned IPv6 forwarding on"),
+            Some(Forwarding::Unsafe(dev)) => log::warn!(
+                "network: {}; to allow it: {}",
+                ipv6::risk(&dev),
+                ipv6::remedy(&dev)
+            ),
+            _ => {}
         }
         net.pool.refill();
         Ok(net)
@@ -179,7 +201,7 @@ impl Net {
     /// # Errors
     /// `exhausted` when the subnet has no address for this slot.
     pub fn lease(&self, slot: u32) -> Result<Lease> {
-        Lease::of(self.config.subnet, slot)
+        Lease::of(self.config.subnet, self.ipv6, slot)
     }
 
     /// Gives a VM a tap, from the spare taps if possible. The tap first gets the VM's tag as its
@@ -234,7 +256,7 @@ impl Net {
         tun::set_owner(&name, uid)?;
         self.tools.nft(&self.sets.add(&name, guest), cancel)?;
         // Delete the conntrack entries of the previous guest with this address.
-        forget_flows(&|flow| flow.is_of(guest.lease.address));
+        forget_flows(&|flow| guest.lease.addresses().any(|address| flow.is_of(address)));
         self.tools
             .ip_batch(&self.joining(&name, &guest.lease), cancel)?;
         undo.commit();
@@ -250,15 +272,17 @@ impl Net {
         } else {
             "on"
         };
-        vec![
+        let neighbour = |address| {
+            let mac = lease.mac;
+            format!("neighbour replace {address} lladdr {mac} dev {bridge} nud permanent")
+        };
+        let mut lines = vec![
             format!("link set dev {tap} master {bridge}"),
             format!("link set dev {tap} type bridge_slave isolated {isolated}"),
             format!("link set dev {tap} up"),
-            format!(
-                "neighbour replace {} lladdr {} dev {bridge} nud permanent",
-                lease.address, lease.mac
-            ),
-        ]
+        ];
+        lines.extend(lease.addresses().map(neighbour));
+        lines
     }
 
     /// Removes the tap with this tag and its rules. Succeeds if they do not exist. The VMM must
@@ -280,14 +304,7 @@ impl Net {
         // These reads must happen in this order. A tap exists before its rules, so a rule is stale
         // if its tap is missing from a list of links that was read after the rules. A guest is in
         // `guests` before its rules are set, so read `guests` last.
-        let nat = self
-            .tools
-            .nft_list(&self.sets.list_nat())?
-            .map_or(Ok(vec![]), |json| sets::parse_nat(&json))?;
-        let elements = self
-            .tools
-            .nft_list(&self.sets.list_guests())?
-            .map_or(Ok(vec![]), |json| sets::parse_guests(&json))?;
+        let present::Present { nat, elements, .. } = self.present()?;
         let links = all_links(&self.tools, never)?;
         let (gone, left): (Vec<&Link>, Vec<&Link>) = links.iter().partition(|l| which(l));
         let delete: Vec<_> = gone
@@ -307,13 +324,13 @@ impl Net {
         let (live, stale): (Vec<Element>, Vec<Element>) = elements
             .into_iter()
             .partition(|e| left.iter().any(|l| l.name == e.tap));
-        let known: Vec<Ipv4Addr> = self
+        let known: Vec<IpAddr> = self
             .guests
             .lock()
             .values()
-            .map(|(_, guest)| guest.lease.address)
+            .flat_map(|(_, guest)| guest.lease.addresses())
             .collect();
-        let is_used = |address: &Ipv4Addr| {
+        let is_used = |address: &IpAddr| {
             known.contains(address) || live.iter().any(|e| e.address == *address)
         };
         let nat: Vec<_> = nat.into_iter().filter(|a| !is_used(a)).collect();
@@ -374,18 +391,14 @@ impl Net {
     pub fn mend(&self) -> Result<Vec<String>> {
         let never = self.tools.never();
         let mut done = Vec::new();
-        let elements = self.tools.nft_list(&self.sets.list_guests())?;
-        let nat = self.tools.nft_list(&self.sets.list_nat())?;
-        if elements.is_none() || nat.is_none() {
+        let present = self.present()?;
+        if !present.has_all_sets {
             done.push("restored the rules of guests".to_owned());
         }
-        let elements = elements.map_or(Ok(vec![]), |json| sets::parse_guests(&json))?;
-        let nat = nat.map_or(Ok(vec![]), |json| sets::parse_nat(&json))?;
         let guests: Vec<(String, Guest)> = self.guests.lock().values().cloned().collect();
         let mut script = self.rules.apply();
         for (tap, guest) in &guests {
-            let is_in = elements.contains(&Element::of(tap, guest))
-                && (guest.access == Access::None || nat.contains(&guest.lease.address));
+            let is_in = present.has(tap, guest);
             script += &self.sets.add(tap, guest);
             if !is_in {
                 done.push(format!("restored the rules of {}", guest.tag));
@@ -395,13 +408,16 @@ impl Net {
         let links = all_links(&self.tools, never)?;
         done.extend(bridge::ensure(
             &self.names,
-            &self.config,
+            (&self.config, self.ipv6),
             &links,
             &self.tools,
             never,
         )?);
         if bridge::ensure_forwarding()? {
             done.push("turned IPv4 forwarding on".to_owned());
+        }
+        if self.ensure_ipv6_forwarding(never) == Some(Forwarding::Off) {
+            done.push("turned IPv6 forwarding on".to_owned());
         }
         done.extend(self.mend_forwards()?);
         for (tap, guest) in &guests {

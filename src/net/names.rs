@@ -26,6 +26,11 @@ impl Names {
         })
     }
 
+    /// Returns the installation's id as a number.
+    pub(super) fn number(&self) -> u32 {
+        u32::from_str_radix(&self.install, 16).unwrap_or_default()
+    }
+
     /// Returns the bridge's alias.
     pub(super) fn bridge(&self) -> String {
         format!("fc-{}", self.install)
@@ -34,8 +39,7 @@ impl Names {
     /// Returns the bridge's MAC address. The bridge is created with this address, while its alias
     /// can only be set afterwards.
     pub(super) fn bridge_mac(&self) -> Mac {
-        let number = u32::from_str_radix(&self.install, 16).unwrap_or_default();
-        let [a, b, c, d] = number.to_be_bytes();
+        let [a, b, c, d] = self.number().to_be_bytes();
         Mac([0x06, 0xfc, a, b, c, d])
     }
 

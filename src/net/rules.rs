@@ -10,13 +10,47 @@
 //! guest whose network was taken away could keep using a connection that it opened before.
 
 use super::names::Names;
-use super::sets::{GUESTS, NAT, OPEN, PUBLISHED, PUBLISHED_ANY, RECEIVING, SENDING};
-use crate::config::{Network as Config, Subnet};
+use super::sets::{
+    GUESTS, GUESTS_IPV6, NAT, NAT_IPV6, OPEN, PUBLISHED, PUBLISHED_ANY, RECEIVING, SENDING,
+};
+use crate::config::{Ipv6Network, Network as Config, Subnet};
 use std::fmt::Write as _;
 
 /// The number of queries per second that one guest may send to the name server. The rules drop
 /// further queries, before they fill the server's socket buffer and displace those of other guests.
 const QUESTIONS_PER_S_MAX: u32 = 1000;
+
+/// Matches the only messages of neighbor discovery that guests may send.
+const FIND_BRIDGE: &str = "icmpv6 type nd-neighbor-solicit accept";
+/// The types of ICMPv6 messages that hosts on a link use among themselves: multicast listeners,
+/// neighbor discovery, and their extensions (IANA's ICMPv6 parameters).
+const LINK_TYPES: &str = "{ 130-137, 141-143, 148-149, 151-153 }";
+/// Link-local and multicast addresses, and the networks of the metadata services of clouds: Oracle,
+/// AWS, Google and Scaleway.
+const NEVER_IPV6: &str =
+    "{ fe80::/10, ff00::/8, fd00:c1::/32, fd00:ec2::/32, fd20:ce::/32, fd00:42::42 }";
+
+/// Returns the rules for the frames of guests that are neither IPv4 nor ARP. A guest may look for
+/// the bridge, and send from its own address. It may not answer solicitations, because no one else
+/// is on its link; so it cannot claim the address of another guest or of the bridge. A message that
+/// is hidden behind a fragment header has the guest's own address as its source, but router
+/// advertisements and redirects are only valid from link-local addresses (RFC 4861, 6.1.2 and 8.1).
+fn ipv6_from_tap(network: Ipv6Network) -> [String; 4] {
+    let own = format!("iifname . ether saddr . ip6 saddr @{GUESTS_IPV6}");
+    let bridge = format!(
+        "ip6 daddr {{ {}, {} }}",
+        network.gateway(),
+        network.solicited_gateway()
+    );
+    [
+        // This also drops frames with a VLAN tag of any kind. For some of the matches below, nft
+        // looks behind such a tag, but not for all.
+        "ether type != ip6 drop".to_owned(),
+        format!("{own} {bridge} {FIND_BRIDGE}"),
+        format!("icmpv6 type {LINK_TYPES} drop"),
+        format!("ip6 saddr {network} {own} accept"),
+    ]
+}
 
 /// The settings that the rules depend on.
 #[derive(Clone, Debug)]
@@ -25,16 +59,19 @@ pub(super) struct Rules {
     tap_prefix: String,
     bridge: String,
     subnet: Subnet,
+    /// None if guests have no IPv6.
+    ipv6: Option<Ipv6Network>,
     allow_between_vms: bool,
 }
 
 impl Rules {
-    pub(super) fn new(names: &Names, config: &Config) -> Self {
+    pub(super) fn new(names: &Names, config: &Config, ipv6: Option<Ipv6Network>) -> Self {
         Self {
             table: names.table(),
             tap_prefix: names.tap_prefix(),
             bridge: config.bridge.clone(),
             subnet: config.subnet,
+            ipv6,
             allow_between_vms: config.allow_between_vms,
         }
     }
@@ -85,16 +122,20 @@ impl Rules {
                 "add set bridge {table} {set} {{ type ifname; limit rate over 1 bytes/second; }}"
             );
         }
-        let from_tap = [
+        if self.ipv6.is_some() {
+            let _ = writeln!(script, "{}", self.ipv6_sets()[0]);
+        }
+        let mut from_tap = vec![
             format!("iifname @{SENDING} drop"),
             "ether type 8021q drop".to_owned(),
             format!("ether type ip iifname . ether saddr . ip saddr @{GUESTS} accept"),
             format!(
                 "ether type arp iifname . ether saddr . arp saddr ip @{GUESTS} iifname . arp saddr ether . arp saddr ip @{GUESTS} accept"
             ),
-            // This also drops IPv6, which guests do not have.
-            "drop".to_owned(),
         ];
+        from_tap.extend(self.ipv6.iter().flat_map(|network| ipv6_from_tap(*network)));
+        // This also drops IPv6 if guests have none.
+        from_tap.push("drop".to_owned());
         self.chain(script, "bridge", "from_tap", None, &from_tap);
         // Bridge ports are isolated as well, unless guests may reach each other.
         let between = format!("iifname \"{taps}*\" oifname \"{taps}*\"");
@@ -141,27 +182,43 @@ impl Rules {
             script,
             "add set inet {table} asking {{ type ipv4_addr; flags dynamic,timeout; timeout 60s; size 65536; }}"
         );
-        let text = |rules: &[&str]| rules.iter().map(|r| (*r).to_owned()).collect::<Vec<_>>();
+        if self.ipv6.is_some() {
+            let _ = writeln!(script, "{}", self.ipv6_sets()[1]);
+        }
+        let if_ipv6 = |rule: String| self.ipv6.is_some().then_some(rule);
         let mut of_host = vec![format!(
             "meta l4proto {{ tcp, udp }} th dport 53 ip daddr {gateway} accept"
         )];
-        of_host.extend([
-            format!("icmp type echo-request ip daddr {gateway} accept"),
-            "drop".to_owned(),
-        ]);
+        of_host.push(format!("icmp type echo-request ip daddr {gateway} accept"));
+        let echo = |network: Ipv6Network| {
+            let gateway = network.gateway();
+            format!("icmpv6 type echo-request ip6 daddr {gateway} accept")
+        };
+        of_host.extend(self.ipv6.map(echo));
+        of_host.push("drop".to_owned());
         self.chain(script, "inet", "of_host", None, &of_host);
-        let from_guest = [
-            "meta nfproto ipv6 drop",
-            "ip daddr 169.254.0.0/16 drop",
-            "ct state established,related ct direction reply accept",
-            "ip saddr != @nat drop",
-            &format!(
+        let mut from_guest = match self.ipv6 {
+            None => vec!["meta nfproto ipv6 drop".to_owned()],
+            Some(_) => vec![
+                // The bridge table lets solicitations pass only to the bridge itself.
+                FIND_BRIDGE.to_owned(),
+                format!("ip6 daddr {NEVER_IPV6} drop"),
+            ],
+        };
+        from_guest.extend([
+            "ip daddr 169.254.0.0/16 drop".to_owned(),
+            "ct state established,related ct direction reply accept".to_owned(),
+            format!("ip saddr != @{NAT} drop"),
+        ]);
+        from_guest.extend(if_ipv6(format!("ip6 saddr != @{NAT_IPV6} drop")));
+        from_guest.extend([
+            format!(
                 "udp dport 53 update @asking {{ ip saddr limit rate over {QUESTIONS_PER_S_MAX}/second burst {QUESTIONS_PER_S_MAX} packets }} drop"
             ),
-            "fib daddr type local jump of_host",
-            "fib daddr type { broadcast, multicast } drop",
-        ];
-        self.chain(script, "inet", "from_guest", None, &text(&from_guest));
+            "fib daddr type local jump of_host".to_owned(),
+            "fib daddr type { broadcast, multicast } drop".to_owned(),
+        ]);
+        self.chain(script, "inet", "from_guest", None, &from_guest);
         // This runs after connection tracking but before any address translation, so that the rules
         // see the destination that the guest chose, before another table translates it.
         let hook = "filter hook prerouting priority -150";
@@ -172,15 +229,18 @@ impl Rules {
             Some(hook),
             &[format!("iifname \"{bridge}\" jump from_guest")],
         );
-        let to_host = [
+        let mut to_host = vec![
             // Only guests and this host may use the name server.
             format!(
                 "iifname != {{ \"lo\", \"{bridge}\" }} ip daddr {gateway} meta l4proto {{ tcp, udp }} th dport 53 drop"
             ),
             format!("iifname != \"{bridge}\" accept"),
+        ];
+        to_host.extend(if_ipv6(FIND_BRIDGE.to_owned()));
+        to_host.extend([
             "ct state established,related ct direction reply accept".to_owned(),
             "jump of_host".to_owned(),
-        ];
+        ]);
         self.chain(
             script,
             "inet",
@@ -193,16 +253,29 @@ impl Rules {
         } else {
             "drop"
         };
-        let forward = [
-            format!("iifname \"{bridge}\" oifname \"{bridge}\" {between}"),
+        let mut forward = vec![format!(
+            "iifname \"{bridge}\" oifname \"{bridge}\" {between}"
+        )];
+        forward.extend(if_ipv6(format!("iifname \"{bridge}\" oifname \"{bridge}\" ip6 saddr @{NAT_IPV6} ip6 daddr @{NAT_IPV6} accept")).filter(|_| self.allow_between_vms));
+        forward.extend([
             format!("iifname \"{bridge}\" oifname \"{bridge}\" drop"),
             format!("iifname \"{bridge}\" ip saddr @{NAT} accept"),
+        ]);
+        forward.extend(if_ipv6(format!(
+            "iifname \"{bridge}\" ip6 saddr @{NAT_IPV6} accept"
+        )));
+        forward.extend([
             format!("iifname \"{bridge}\" drop"),
             format!("oifname \"{bridge}\" ip daddr @{NAT} ct state established,related accept"),
+        ]);
+        forward.extend(if_ipv6(format!(
+            "oifname \"{bridge}\" ip6 daddr @{NAT_IPV6} ct state established,related accept"
+        )));
+        forward.extend([
             // This rule accepts packets to a published port of the guest.
             format!("oifname \"{bridge}\" ip daddr @{NAT} ct status dnat accept"),
             format!("oifname \"{bridge}\" drop"),
-        ];
+        ]);
         self.chain(
             script,
             "inet",
@@ -211,12 +284,15 @@ impl Rules {
             &forward,
         );
         self.published(script);
-        let leaving = [
+        let mut leaving = vec![
             format!("oifname != \"{bridge}\" ip saddr @{NAT} masquerade"),
             // This rule masquerades the host's own connections to a published loopback port,
             // because the guest could not answer 127.0.0.1.
             format!("oifname \"{bridge}\" ip saddr 127.0.0.0/8 ct status dnat masquerade"),
         ];
+        leaving.extend(if_ipv6(format!(
+            "oifname != \"{bridge}\" ip6 saddr @{NAT_IPV6} masquerade"
+        )));
         self.chain(
             script,
             "inet",
@@ -264,6 +340,34 @@ impl Rules {
         );
     }
 
+    /// Returns the commands that add the sets of IPv6 to the two tables.
+    fn ipv6_sets(&self) -> [String; 2] {
+        let table = &self.table;
+        [
+            format!(
+                "add set bridge {table} {GUESTS_IPV6} {{ type ifname . ether_addr . ipv6_addr; }}"
+            ),
+            format!("add set inet {table} {NAT_IPV6} {{ type ipv6_addr; }}"),
+        ]
+    }
+
+    /// Returns the script of [`Self::apply`] for the first time in the daemon's life. If guests
+    /// have no IPv6, it also removes the sets of an earlier daemon whose guests had it. Their
+    /// elements would otherwise count again as soon as guests have IPv6 again, perhaps for other
+    /// taps of the same names.
+    pub(super) fn apply_first(&self) -> String {
+        let mut script = self.apply();
+        if self.ipv6.is_none() {
+            let [guests, nat] = self.ipv6_sets();
+            let table = &self.table;
+            let _ = writeln!(
+                script,
+                "{guests}\ndelete set bridge {table} {GUESTS_IPV6}\n{nat}\ndelete set inet {table} {NAT_IPV6}"
+            );
+        }
+        script
+    }
+
     /// Returns the script that removes both tables. Missing tables are not an error.
     #[cfg(test)]
     pub(super) fn remove_all(&self) -> String {
@@ -282,15 +386,19 @@ mod tests {
     use expect_test::expect;
 
     fn rules(allow_between_vms: bool) -> Rules {
+        rules_with(allow_between_vms, None)
+    }
+
+    fn rules_with(allow_between_vms: bool, ipv6: Option<Ipv6Network>) -> Rules {
         let config = Config {
             allow_between_vms,
             ..Config::default()
         };
-        Rules::new(&Names::of("1a2b3c4d").unwrap(), &config)
+        Rules::new(&Names::of("1a2b3c4d").unwrap(), &config, ipv6)
     }
 
     fn guest(access: Access) -> Guest {
-        let lease = Lease::of(Config::default().subnet, 3).unwrap();
+        let lease = Lease::of(Config::default().subnet, None, 3).unwrap();
         Guest {
             tag: "fc-1a2b3c4d-0123456789ab-1".into(),
             lease,
@@ -375,6 +483,51 @@ mod tests {
             add rule inet fcd_1a2b3c4d leaving oifname != "fcbr0" ip saddr @nat masquerade
             add rule inet fcd_1a2b3c4d leaving oifname "fcbr0" ip saddr 127.0.0.0/8 ct status dnat masquerade
         "#]].assert_eq(&rules(false).apply());
+    }
+
+    #[test]
+    fn ipv6_adds_rules_and_keeps_those_of_ipv4() {
+        let network = Ipv6Network::of_installation(0x1a2b_3c4d);
+        for allow_between_vms in [false, true] {
+            let (without, with) = (
+                rules(allow_between_vms).apply(),
+                rules_with(allow_between_vms, Some(network)).apply(),
+            );
+            let is_new = |l: &&str| !without.lines().any(|old| old == *l);
+            let gone: Vec<_> = without
+                .lines()
+                .filter(|old| !with.lines().any(|l| l == *old))
+                .collect();
+            assert_eq!(
+                gone,
+                ["add rule inet fcd_1a2b3c4d from_guest meta nfproto ipv6 drop"]
+            );
+            let added: String = with
+                .lines()
+                .filter(is_new)
+                .map(|l| format!("{l}\n"))
+                .collect();
+            if allow_between_vms {
+                assert!(added.contains("forward iifname \"fcbr0\" oifname \"fcbr0\" ip6 saddr @nat6 ip6 daddr @nat6 accept"));
+                continue;
+            }
+            expect![[r#"
+                add set bridge fcd_1a2b3c4d guests6 { type ifname . ether_addr . ipv6_addr; }
+                add rule bridge fcd_1a2b3c4d from_tap ether type != ip6 drop
+                add rule bridge fcd_1a2b3c4d from_tap iifname . ether saddr . ip6 saddr @guests6 ip6 daddr { fdfc:1a2b:3c4d::1, ff02::1:ff00:1 } icmpv6 type nd-neighbor-solicit accept
+                add rule bridge fcd_1a2b3c4d from_tap icmpv6 type { 130-137, 141-143, 148-149, 151-153 } drop
+                add rule bridge fcd_1a2b3c4d from_tap ip6 saddr fdfc:1a2b:3c4d::/64 iifname . ether saddr . ip6 saddr @guests6 accept
+                add set inet fcd_1a2b3c4d nat6 { type ipv6_addr; }
+                add rule inet fcd_1a2b3c4d of_host icmpv6 type echo-request ip6 daddr fdfc:1a2b:3c4d::1 accept
+                add rule inet fcd_1a2b3c4d from_guest icmpv6 type nd-neighbor-solicit accept
+                add rule inet fcd_1a2b3c4d from_guest ip6 daddr { fe80::/10, ff00::/8, fd00:c1::/32, fd00:ec2::/32, fd20:ce::/32, fd00:42::42 } drop
+                add rule inet fcd_1a2b3c4d from_guest ip6 saddr != @nat6 drop
+                add rule inet fcd_1a2b3c4d to_host icmpv6 type nd-neighbor-solicit accept
+                add rule inet fcd_1a2b3c4d forward iifname "fcbr0" ip6 saddr @nat6 accept
+                add rule inet fcd_1a2b3c4d forward oifname "fcbr0" ip6 daddr @nat6 ct state established,related accept
+                add rule inet fcd_1a2b3c4d leaving oifname != "fcbr0" ip6 saddr @nat6 masquerade
+            "#]].assert_eq(&added);
+        }
     }
 
     #[test]

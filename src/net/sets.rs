@@ -6,10 +6,12 @@ use super::{Access, Guest};
 use crate::api::port::{Port, Protocol};
 use crate::error::{Error, Kind, Result};
 use serde_json::Value;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
 /// The set of (tap, MAC, address) in the `bridge` table.
 pub(super) const GUESTS: &str = "guests";
+/// The same for IPv6. A guest has two elements, for its address and for its link-local address.
+pub(super) const GUESTS_IPV6: &str = "guests6";
 /// The set of taps of guests with a network, in the `bridge` table. Only these guests may reach
 /// each other.
 pub(super) const OPEN: &str = "open";
@@ -24,17 +26,19 @@ pub(super) const SENDING: &str = "sending";
 pub(super) const BURST_BYTES: u64 = 256 << 10;
 /// The set of addresses that may reach the outside, in the `inet` table.
 pub(super) const NAT: &str = "nat";
+pub(super) const NAT_IPV6: &str = "nat6";
 /// The maps of published ports, from (address, protocol, port) on the host to (address, port) of a
 /// guest. The second map is for ports on all addresses of the host. An element's comment is the tag
 /// of its VM.
 pub(super) const PUBLISHED: &str = "published";
 pub(super) const PUBLISHED_ANY: &str = "published_any";
-/// An element of the guests set, as read from the host.
+
+/// An element of the guests sets, as read from the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Element {
     pub tap: String,
     pub mac: String,
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
 }
 
 /// An element of the maps of published ports, as read from the host.
@@ -48,12 +52,19 @@ pub(super) struct Published {
 }
 
 impl Element {
-    pub(super) fn of(tap: &str, guest: &Guest) -> Self {
-        Self {
-            tap: tap.to_owned(),
-            mac: guest.lease.mac.to_string(),
-            address: guest.lease.address,
-        }
+    /// Returns the elements of a guest.
+    pub(super) fn all_of(tap: &str, guest: &Guest) -> Vec<Self> {
+        let mac = guest.lease.mac;
+        let ipv6 = guest.lease.ipv6.iter();
+        let ipv6 = ipv6.flat_map(|ipv6| [ipv6.address.into(), mac.link_local().into()]);
+        std::iter::once(guest.lease.address.into())
+            .chain(ipv6)
+            .map(|address| Self {
+                tap: tap.to_owned(),
+                mac: mac.to_string(),
+                address,
+            })
+            .collect()
     }
 }
 
@@ -73,10 +84,11 @@ impl Sets {
     /// Returns the script that adds a guest's elements. Adding them twice is not an error.
     pub(super) fn add(&self, tap: &str, guest: &Guest) -> String {
         crate::locks::may_block("file access");
-        let mut script = self.element("add", &Element::of(tap, guest));
+        let elements = Element::all_of(tap, guest);
+        let mut script: String = elements.iter().map(|e| self.element("add", e)).collect();
         if guest.access == Access::Nat {
             script += &self.open("add", tap);
-            script += &self.nat("add", guest.lease.address);
+            script.extend(guest.lease.addresses().map(|a| self.nat("add", a)));
         }
         script + &self.rates(tap, guest)
     }
@@ -103,7 +115,7 @@ impl Sets {
     }
 
     /// Returns the script that removes these elements. Missing elements are not an error.
-    pub(super) fn remove(&self, guests: &[Element], nat: &[Ipv4Addr]) -> String {
+    pub(super) fn remove(&self, guests: &[Element], nat: &[IpAddr]) -> String {
         crate::locks::may_block("file access");
         let mut script = String::new();
         for element in guests {
@@ -123,8 +135,13 @@ impl Sets {
     }
 
     fn element(&self, verb: &str, e: &Element) -> String {
+        let set = if e.address.is_ipv4() {
+            GUESTS
+        } else {
+            GUESTS_IPV6
+        };
         format!(
-            "{verb} element bridge {} {GUESTS} {{ \"{}\" . {} . {} }}\n",
+            "{verb} element bridge {} {set} {{ \"{}\" . {} . {} }}\n",
             self.table, e.tap, e.mac, e.address
         )
     }
@@ -136,8 +153,9 @@ impl Sets {
         )
     }
 
-    fn nat(&self, verb: &str, address: Ipv4Addr) -> String {
-        format!("{verb} element inet {} {NAT} {{ {address} }}\n", self.table)
+    fn nat(&self, verb: &str, address: IpAddr) -> String {
+        let set = if address.is_ipv4() { NAT } else { NAT_IPV6 };
+        format!("{verb} element inet {} {set} {{ {address} }}\n", self.table)
     }
 
     /// Returns the script that publishes a port. Publishing the same port again is not an error.
@@ -169,12 +187,14 @@ impl Sets {
         [PUBLISHED, PUBLISHED_ANY].map(|map| ["list", "map", "inet", self.table.as_str(), map])
     }
 
-    pub(super) fn list_guests(&self) -> [&str; 5] {
-        ["list", "set", "bridge", &self.table, GUESTS]
+    /// Lists [`GUESTS`] or [`GUESTS_IPV6`].
+    pub(super) fn list_guests(&self, set: &'static str) -> [&str; 5] {
+        ["list", "set", "bridge", &self.table, set]
     }
 
-    pub(super) fn list_nat(&self) -> [&str; 5] {
-        ["list", "set", "inet", &self.table, NAT]
+    /// Lists [`NAT`] or [`NAT_IPV6`].
+    pub(super) fn list_nat(&self, set: &'static str) -> [&str; 5] {
+        ["list", "set", "inet", &self.table, set]
     }
 }
 
@@ -196,7 +216,7 @@ pub(super) fn parse_guests(json: &[u8]) -> Result<Vec<Element>> {
 }
 
 /// Returns the elements in the answer to [`Sets::list_nat`].
-pub(super) fn parse_nat(json: &[u8]) -> Result<Vec<Ipv4Addr>> {
+pub(super) fn parse_nat(json: &[u8]) -> Result<Vec<IpAddr>> {
     Ok(elements(json)?
         .iter()
         .filter_map(|v| v.as_str()?.parse().ok())
@@ -275,7 +295,7 @@ mod tests {
     }
 
     fn guest(access: Access) -> Guest {
-        let lease = Lease::of(Config::default().subnet, 3).unwrap();
+        let lease = Lease::of(Config::default().subnet, None, 3).unwrap();
         Guest {
             tag: "fc-1a2b3c4d-0123456789ab-1".into(),
             lease,
@@ -298,6 +318,21 @@ mod tests {
             delete element bridge fcd_1a2b3c4d sending { "fc1a2b3c4d-7" }
         "#]]
         .assert_eq(&nat);
+        let mut with_ipv6 = guest(Access::Nat);
+        let network = crate::config::Ipv6Network::of_installation(0x1a2b_3c4d);
+        with_ipv6.lease = Lease::of(Config::default().subnet, Some(network), 3).unwrap();
+        let script = sets().add("fc1a2b3c4d-7", &with_ipv6);
+        let only: String = script
+            .lines()
+            .filter(|l| !nat.contains(l))
+            .map(|l| format!("{l}\n"))
+            .collect();
+        expect![[r#"
+            add element bridge fcd_1a2b3c4d guests6 { "fc1a2b3c4d-7" . 02:fc:0a:59:00:05 . fdfc:1a2b:3c4d::5 }
+            add element bridge fcd_1a2b3c4d guests6 { "fc1a2b3c4d-7" . 02:fc:0a:59:00:05 . fe80::fc:aff:fe59:5 }
+            add element inet fcd_1a2b3c4d nat6 { fdfc:1a2b:3c4d::5 }
+        "#]]
+        .assert_eq(&only);
         let none = sets().add("fc1a2b3c4d-7", &guest(Access::None));
         assert!(
             none.starts_with(nat.lines().next().unwrap())
@@ -361,7 +396,7 @@ mod tests {
         let element = Element {
             tap: "fc1a2b3c4d-1".into(),
             mac: "02:fc:0a:59:00:05".into(),
-            address: Ipv4Addr::new(10, 89, 0, 5),
+            address: Ipv4Addr::new(10, 89, 0, 5).into(),
         };
         assert_eq!(parse_guests(json).unwrap(), [element]);
         assert_eq!(
@@ -370,7 +405,7 @@ mod tests {
         );
         assert_eq!(
             parse_nat(br#"{"nftables": [{"set": {"elem": ["10.89.0.5"]}}]}"#).unwrap(),
-            [Ipv4Addr::new(10, 89, 0, 5)]
+            [IpAddr::from([10, 89, 0, 5])]
         );
         assert!(parse_nat(b"").is_err());
     }

@@ -61,6 +61,7 @@ pub(super) fn migrations() -> Vec<String> {
         vm::ADD_RESTART,
         vm::ADD_HOST_NAME,
         vm::ADD_COMMANDS,
+        vm::ADD_IPV6,
     ];
     std::iter::once(first)
         .chain(later.map(str::to_owned))

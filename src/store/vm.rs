@@ -7,7 +7,7 @@ use crate::host::process::Identity;
 use crate::ids::{HostName, ImageRef, KernelName, Labels, OpId, RuntimeId, VmId, VmName};
 use rusqlite::{Connection, params};
 use serde::{Deserialize, Serialize};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 /// The transition that follows the one in progress. It is recorded in advance, so that no other
 /// request gets in between.
@@ -25,6 +25,8 @@ pub struct TapFact {
     pub name: String,
     /// The guest's address.
     pub address: Ipv4Addr,
+    /// The guest's IPv6 address, if it has one.
+    pub address6: Option<Ipv6Addr>,
 }
 
 /// The image, sizes, settings and labels of a VM. A fork and a restore of its snapshot have the
@@ -153,6 +155,9 @@ pub(super) const ADD_HOST_NAME: &str =
 /// The migration to schema version 15, which adds `commands` to VMs and snapshots.
 pub(super) const ADD_COMMANDS: &str = "UPDATE vms SET body = json_set(body, '$.commands', json('{\"user\":null,\"workdir\":null,\"env\":[]}'));
      UPDATE snapshots SET body = json_set(body, '$.commands', json('{\"user\":null,\"workdir\":null,\"env\":[]}'));";
+
+/// The migration to schema version 16, which adds `address6` to taps.
+pub(super) const ADD_IPV6: &str = "UPDATE vms SET body = json_set(body, '$.tap.address6', json('null')) WHERE json_type(body, '$.tap') = 'object';";
 
 pub(super) fn save(c: &Connection, id: &VmId, row: Option<&VmRow>) -> rusqlite::Result<()> {
     let Some(row) = row else {

@@ -1,7 +1,7 @@
 //! Tests of VMs on the bridge. The host is a network namespace of the test's thread and its
 //! children, and the outside is another one. Both disappear with the test.
 
-use crate::host::{self, Host, wait_for};
+use crate::host::{self, Host, text, wait_for};
 use crate::plain_ssh::PlainSsh;
 use crate::tree::Site;
 use nix::sched::{CloneFlags, setns, unshare};
@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 const OUTSIDE: &str = "192.0.2.1";
 /// The host's address on the outside network.
 const HOST: &str = "192.0.2.2";
+const OUTSIDE_IPV6: &str = "2001:db8::1";
+const HOST_IPV6: &str = "2001:db8::2";
 const GATEWAY: &str = "10.89.0.1";
 const PORT: u16 = 9000;
 
@@ -57,7 +59,8 @@ pub fn enter_a_host_with_an_outside() {
     sh(&format!(
         "ip link set lo up; ip link add up0 type veth peer name down0; ip link set down0 netns {ns}
          ip address add {HOST}/24 dev up0; ip link set up0 up; ip route add default via {OUTSIDE}
-         nsenter --net={ns} sh -ec 'ip link set lo up; ip address add {OUTSIDE}/24 dev down0; ip link set down0 up'"
+         ip address add {HOST_IPV6}/64 dev up0 nodad; ip -6 route add default via {OUTSIDE_IPV6}
+         nsenter --net={ns} sh -ec 'ip link set lo up; ip address add {OUTSIDE}/24 dev down0; ip address add {OUTSIDE_IPV6}/64 dev down0 nodad; ip link set down0 up'"
     ));
     serve(None, "the host");
     serve(Some(outside), "the outside");
@@ -71,10 +74,10 @@ fn serve(there: Option<File>, who: &'static str) {
         if let Some(ns) = there {
             setns(ns, CloneFlags::CLONE_NEWNET).unwrap();
         }
-        let listener = TcpListener::bind(("0.0.0.0", PORT)).unwrap();
+        let listener = TcpListener::bind(("::", PORT)).unwrap();
         ready.send(()).unwrap();
         for mut stream in listener.incoming().flatten() {
-            let peer = stream.peer_addr().unwrap().ip();
+            let peer = stream.peer_addr().unwrap().ip().to_canonical();
             let _ = writeln!(stream, "{who} sees {peer}");
         }
     });
@@ -90,13 +93,23 @@ fn ask(host: &Host, vm: &str, address: &str, port: u16) -> Option<String> {
     Some(host.sh(vm, &script).trim().to_owned()).filter(|said| said != "no")
 }
 
-/// Returns the numbers of VMs' taps and of addresses that may reach the outside.
+/// Asks the outside over IPv6, and returns what the guest receives.
+pub fn ask_outside_over_ipv6(host: &Host, vm: &str) -> Option<String> {
+    ask(host, vm, OUTSIDE_IPV6, PORT)
+}
+
+/// Returns the line that a guest with IPv6 receives from the outside.
+pub fn seen_outside_over_ipv6() -> Option<String> {
+    Some(format!("the outside sees {HOST_IPV6}"))
+}
+
+/// Returns the numbers of VMs' taps and of taps that the rules know, for IPv4 or IPv6.
 pub fn on_the_bridge() -> (usize, usize) {
     let taps = sh("ip -o link show master fcbr0 | wc -l")
         .trim()
         .parse()
         .unwrap();
-    let elements = sh("nft list ruleset | grep -o '\"fc[0-9a-f]*-[0-9]*\" \\. ' | wc -l")
+    let elements = sh("nft list ruleset | grep -o '\"fc[0-9a-f]*-[0-9]*\" \\. ' | sort -u | wc -l")
         .trim()
         .parse()
         .unwrap();
@@ -168,6 +181,8 @@ fn guest_reaches_only_allowed_networks() {
     assert_eq!(ask(&host, "cut-off", OUTSIDE, PORT), None);
     assert_eq!(host.sh("cut-off", "hostname").trim(), "cut-off");
     assert_eq!(host.show("cut-off", "net"), "none");
+
+    ipv6_is_like_ipv4(&host);
 
     // From outside, only published ports are reachable.
     let ssh_of_a = |at: &str| {
@@ -299,6 +314,7 @@ fn guest_reaches_only_allowed_networks() {
     });
     assert_eq!(ask(&host, "a", OUTSIDE, PORT), seen_outside());
     assert_eq!(ask(&host, "a", &b, 22), None);
+    ipv6_is_like_ipv4(&host);
     wait_for("the ports are back", || {
         (here() && ssh_of_b()).then_some(())
     });
@@ -315,10 +331,42 @@ fn guest_reaches_only_allowed_networks() {
     host.ok(&["start", "a"]);
     assert_eq!(address(&host, "a"), a);
     assert_eq!(ask(&host, "a", OUTSIDE, PORT), seen_outside());
+    assert_eq!(ask_outside_over_ipv6(&host, "a"), seen_outside_over_ipv6());
     assert!(here());
     host.ok(&["rm", "-f", "a", "b", "cut-off"]);
     assert_eq!(published(), 0);
     assert_eq!(on_the_bridge(), (0, 0));
+}
+
+/// Checks what the guests of `guest_reaches_only_allowed_networks` reach over IPv6, and how they
+/// are shown.
+fn ipv6_is_like_ipv4(host: &Host) {
+    let address = |vm: &str| host.show(vm, "ip6").as_str().map(str::to_owned);
+    let (a, b) = (address("a").unwrap(), address("b").unwrap());
+    assert_eq!(address("cut-off"), None);
+    let gateway = format!("{}::1", a.rsplit_once("::").unwrap().0);
+    let list = host.ok(&["ps"]);
+    assert!(list.contains("IP6") && list.contains(&a), "{list}");
+    // The host's server answers the host itself, and the host reaches its guests.
+    for at in [&gateway, HOST_IPV6] {
+        assert!(
+            sh(&format!("bash -c 'head -n 1 </dev/tcp/{at}/{PORT}'")).starts_with("the host sees ")
+        );
+    }
+    for at in [&a, &b] {
+        assert!(
+            sh(&format!("timeout 60 bash -c 'head -n 1 </dev/tcp/{at}/22'")).starts_with("SSH-2.0")
+        );
+    }
+    assert_eq!(ask_outside_over_ipv6(host, "a"), seen_outside_over_ipv6());
+    assert_eq!(ask_outside_over_ipv6(host, "cut-off"), None);
+    for (at, port) in [(b.as_str(), 22), (&gateway, PORT), (HOST_IPV6, PORT)] {
+        assert_eq!(ask(host, "a", at, port), None, "{at}");
+    }
+    let resolved = host.sh("a", "getent ahostsv6 b.vm | cut -d' ' -f1 | head -n 1");
+    assert_eq!(resolved.trim(), b);
+    let (doctor, _) = text(&host.fcctl(&["doctor"]));
+    assert!(doctor.contains("guests have IPv6, masqueraded"), "{doctor}");
 }
 
 #[test]

@@ -1,8 +1,11 @@
 //! Tests of saved and restored guests: a restore brings back memory and disks of one moment, in the
 //! same VM or in several VMs at the same time.
 
-use crate::bridge::{enter_a_host_with_an_outside, on_the_bridge};
+use crate::bridge::{
+    ask_outside_over_ipv6, enter_a_host_with_an_outside, on_the_bridge, seen_outside_over_ipv6,
+};
 use crate::host::{Host, text, wait_for};
+use std::net::Ipv6Addr;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// A script that creates a file on the disk, a file in memory, and a process that counts.
@@ -40,6 +43,22 @@ fn clock_is_right(host: &Host, vm: &str) {
         .unwrap()
         .as_secs();
     assert!(guests.abs_diff(ours) < CLOCK_OFF_MAX, "{guests} and {ours}");
+}
+
+/// Checks that the guest has the IPv6 address of its VM, if it has one, and no other.
+#[track_caller]
+fn ipv6_is_right(host: &Host, vm: &str) {
+    let on_bridge = host.show(vm, "ip6").as_str().map(str::to_owned);
+    let address = on_bridge.clone().or_else(|| {
+        let has_it = host.show(vm, "ip").is_null() && crate::process::has_ipv6();
+        has_it.then(|| "fec0::15".to_owned())
+    });
+    let line = address.map(|a| format!("{:032x}\n", u128::from(a.parse::<Ipv6Addr>().unwrap())));
+    let script = "grep eth0 /proc/net/if_inet6 | grep -v ^fe80 | cut -c 1-32";
+    assert_eq!(host.sh(vm, script), line.unwrap_or_default(), "{vm}");
+    if on_bridge.is_some() {
+        assert_eq!(ask_outside_over_ipv6(host, vm), seen_outside_over_ipv6());
+    }
 }
 
 #[track_caller]
@@ -82,6 +101,7 @@ pub fn go_through(host: &Host) {
     assert_eq!(host.sh("box", "cat /work/mark"), "work\n");
     counts_on(host, "box");
     clock_is_right(host, "box");
+    ipv6_is_right(host, "box");
 
     // Two more guests start from the same memory.
     host.ok(&["vm", "fork", "box", "twin"]);
@@ -91,6 +111,7 @@ pub fn go_through(host: &Host) {
         assert_eq!(host.sh(vm, STATE), then, "{vm}");
         counts_on(host, vm);
         clock_is_right(host, vm);
+        ipv6_is_right(host, vm);
         assert_eq!(
             host.sh(vm, "cat /work/mark; hostname; cat /etc/hostname"),
             format!("work\n{vm}\n{vm}\n")

@@ -24,6 +24,7 @@ impl BootStep for Tap {
                 Some(TapFact {
                     name: tap.name,
                     address: guest.lease.address,
+                    address6: guest.lease.ipv6.map(|ipv6| ipv6.address),
                 })
             }
             None if boot.row.shape.rates.limits_network() => {

@@ -65,7 +65,9 @@ set_network() {
 set_ipv6() {
 	[ -n "$address6" ] && [ -e /proc/sys/net/ipv6/conf/eth0 ] || return 0
 	ip -6 address add "$address6" dev eth0 || say "cannot give eth0 the address $address6"
-	[ -z "$gateway6" ] || ip -6 route add default via "$gateway6" dev eth0 || say "cannot set the route by $gateway6"
+	# On the bridge, the prefix of the address does not contain the gateway.
+	[ -z "$gateway6" ] || { ip -6 route replace "$gateway6" dev eth0 &&
+		ip -6 route replace default via "$gateway6" dev eth0; } || say "cannot set the route by $gateway6"
 }
 
 # Copies the files that the host adds to every guest. They replace existing files; existing directories keep their mode.

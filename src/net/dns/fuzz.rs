@@ -1,13 +1,14 @@
 //! Fuzz targets of `scripts/fuzz`: packets, which the helper parses, and the helper's messages,
 //! which the daemon parses.
 
+use super::Addresses;
 use super::gatekeeper::{Action, Gatekeeper, Kind, QUESTIONS_PER_CONNECTION_MAX, TRIES_MAX};
 use super::helper::packet::is_answer;
 use super::helper::zone::{Found, Lookup, Verdict, answer, judge};
 use super::protocol::Request;
 use crate::config::Subnet;
 use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddrV4};
 use std::time::{Duration, Instant};
 
 const HEADER_LEN: usize = 12;
@@ -32,7 +33,11 @@ pub fn packets(packet: &[u8]) {
     };
     let name = "a".repeat(32).parse().expect("a valid name");
     let found = [
-        Found::Address(Some(Ipv4Addr::BROADCAST)),
+        Found::Address(Some(Ipv4Addr::BROADCAST.into())),
+        Found::Address(Some(Addresses {
+            ipv4: Ipv4Addr::BROADCAST,
+            ipv6: Some(Ipv6Addr::LOCALHOST),
+        })),
         Found::Address(None),
         Found::Name(Some(name)),
         Found::Name(None),

@@ -43,7 +43,7 @@ use crate::error::{Error, Kind, Result};
 use crate::host::Credentials;
 use crate::host::thread;
 use crate::locks::{Cancel, CancelCause};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -53,12 +53,26 @@ use supervisor::Supervisor;
 pub use helper::NAME;
 pub use upstream::PORT;
 
+/// The addresses of a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Addresses {
+    pub ipv4: Ipv4Addr,
+    /// None if the VM has no IPv6.
+    pub ipv6: Option<Ipv6Addr>,
+}
+
+impl From<Ipv4Addr> for Addresses {
+    fn from(ipv4: Ipv4Addr) -> Self {
+        Self { ipv4, ipv6: None }
+    }
+}
+
 /// The daemon's names of VMs. The server's thread calls these methods one at a time. They must not
 /// block for long.
 pub trait Names: Send + Sync {
-    /// Returns the address of the VM with this name (valid, lower case, without `.vm`) if `client`
-    /// may know it. `client` is the address of a guest or of the host.
-    fn address(&self, name: &str, client: IpAddr) -> Option<Ipv4Addr>;
+    /// Returns the addresses of the VM with this name (valid, lower case, without `.vm`) if
+    /// `client` may know them. `client` is the address of a guest or of the host.
+    fn addresses(&self, name: &str, client: IpAddr) -> Option<Addresses>;
 
     /// Returns the name, without `.vm`, of the VM with this address, if `client` may know it.
     fn name(&self, address: Ipv4Addr, client: IpAddr) -> Option<String>;

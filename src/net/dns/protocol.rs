@@ -5,11 +5,12 @@
 //! Both sides reject messages with an unknown tag, and messages that are too short or too long.
 //! This matters most in the daemon, because a guest may control the helper.
 
+use super::Addresses;
 use crate::config::Subnet;
 use crate::host::confine::{Reader, Writer};
 use crate::host::text::printable;
 use crate::ids::VmName;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddrV4};
 
 /// The length of the longest query that is accepted, which is far more than a query needs.
 pub(super) const QUESTION_BYTES_MAX: usize = 4096;
@@ -41,7 +42,7 @@ pub(super) enum Order {
     /// The answer to [`Request::Address`].
     Address {
         ticket: Ticket,
-        address: Option<Ipv4Addr>,
+        found: Option<Addresses>,
     },
     /// The answer to [`Request::Name`].
     Name {
@@ -108,14 +109,22 @@ impl Order {
             Order::Connection { ticket } => of(CONNECTION, ticket),
             Order::Address {
                 ticket,
-                address: None,
+                found: None,
             } => of(ADDRESS, ticket).byte(0),
             Order::Address {
                 ticket,
-                address: Some(address),
-            } => of(ADDRESS, ticket)
-                .byte(1)
-                .word(u32::from_le_bytes(address.octets())),
+                found: Some(Addresses { ipv4, ipv6 }),
+            } => {
+                let ipv4 = u32::from_le_bytes(ipv4.octets());
+                let message = of(ADDRESS, ticket).byte(1).word(ipv4);
+                match ipv6 {
+                    None => message.byte(0),
+                    Some(ipv6) => {
+                        let octets = ipv6.octets();
+                        octets.into_iter().fold(message.byte(1), Writer::byte)
+                    }
+                }
+            }
             Order::Name { ticket, name } => {
                 of(NAME, ticket).bytes(name.as_ref().map_or("", VmName::as_str).as_bytes())
             }
@@ -143,13 +152,20 @@ impl Order {
                 }
             }
             CONNECTION => Order::Connection { ticket },
-            ADDRESS if r.flag()? => Order::Address {
-                ticket,
-                address: Some(address(&mut r)?),
-            },
+            ADDRESS if r.flag()? => {
+                let ipv4 = address(&mut r)?;
+                let ipv6 = match r.flag()? {
+                    true => Some(Ipv6Addr::from(<[u8; 16]>::try_from(r.take(16)?).ok()?)),
+                    false => None,
+                };
+                Order::Address {
+                    ticket,
+                    found: Some(Addresses { ipv4, ipv6 }),
+                }
+            }
             ADDRESS => Order::Address {
                 ticket,
-                address: None,
+                found: None,
             },
             NAME => match r.text()? {
                 none if none.is_empty() => Order::Name { ticket, name: None },
@@ -254,11 +270,18 @@ mod tests {
             Order::Connection { ticket },
             Order::Address {
                 ticket,
-                address: Some(web),
+                found: Some(web.into()),
             },
             Order::Address {
                 ticket,
-                address: None,
+                found: Some(Addresses {
+                    ipv4: web,
+                    ipv6: Some("fd00::5".parse().unwrap()),
+                }),
+            },
+            Order::Address {
+                ticket,
+                found: None,
             },
             Order::Name {
                 ticket,

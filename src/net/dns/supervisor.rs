@@ -337,10 +337,10 @@ impl Service<'_> {
                 client,
                 name,
             } => {
-                let address = self
+                let found = self
                     .supervisor
-                    .look_up(|names| names.address(name.as_str(), client.into()));
-                self.send(Order::Address { ticket, address }, None)
+                    .look_up(|names| names.addresses(name.as_str(), client.into()));
+                self.send(Order::Address { ticket, found }, None)
             }
             Action::FindName {
                 ticket,

@@ -4,14 +4,14 @@
 //! guest's tap, as a VMM relays its guest's interface.
 
 use super::super::{Access, Guest, Net, Tap, tun};
-use crate::config::Network as Config;
+use crate::config::{Ipv6, Network as Config};
 use crate::host::{Command, Commands, HostCommands};
 use crate::locks::Cancel;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, setns, unshare};
 use std::fs::File;
 use std::io::{PipeWriter, Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -21,6 +21,8 @@ pub(crate) const INSTALL: &str = "1a2b3c4d";
 pub(crate) const OUTSIDE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
 /// The host's address on the outside network.
 pub(crate) const HOST: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 2);
+pub(crate) const OUTSIDE_IPV6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
+pub(crate) const HOST_IPV6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 2);
 pub(crate) const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 89, 0, 1);
 pub(crate) const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 /// The deadline of each wait. Only a failing test waits this long.
@@ -143,6 +145,7 @@ pub(crate) fn config() -> Config {
     Config {
         driver: crate::config::NetworkDriver::Bridge,
         taps_ahead: 2,
+        ipv6: Ipv6::Off,
         ..Config::default()
     }
 }
@@ -166,6 +169,12 @@ impl Lab {
         outside.sh(&format!(
             "ip address add {OUTSIDE}/24 dev down0; ip link set down0 up"
         ));
+        if config.ipv6 == Ipv6::Auto {
+            host.sh(&format!("ip -6 address add {HOST_IPV6}/64 dev up0 nodad; ip -6 route add default via {OUTSIDE_IPV6}"));
+            outside.sh(&format!(
+                "ip -6 address add {OUTSIDE_IPV6}/64 dev down0 nodad"
+            ));
+        }
         let net = open(&host, config, commands).unwrap();
         Self { net, host, outside }
     }
@@ -294,12 +303,26 @@ impl Machine {
             }
         })
         .unwrap();
-        Self {
+        let machine = Self {
             guest,
             ns,
             tap,
             ends: Some((writer, relay)),
-        }
+        };
+        machine.take_ipv6();
+        machine
+    }
+
+    /// Gives the guest the IPv6 address of its lease, if there is one.
+    pub(crate) fn take_ipv6(&self) {
+        let Some(ipv6) = self.guest.lease.ipv6 else {
+            return;
+        };
+        self.ns.sh(&format!(
+            "ip -6 address replace {}/128 dev eth0 nodad; ip -6 route replace {gateway} dev eth0; ip -6 route replace default via {gateway} dev eth0",
+            ipv6.address,
+            gateway = ipv6.gateway
+        ));
     }
 
     pub(crate) fn address(&self) -> Ipv4Addr {

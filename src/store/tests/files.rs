@@ -338,7 +338,7 @@ fn version_4_is_migrated() {
 }
 
 /// Each entry has members of a VM, and the last schema version without these members.
-const MEMBERS_ADDED: [(u32, &str); 7] = [
+const MEMBERS_ADDED: [(u32, &str); 8] = [
     (8, "'$.runtime'"),
     (9, "'$.image_digest'"),
     (10, "'$.init'"),
@@ -346,7 +346,23 @@ const MEMBERS_ADDED: [(u32, &str); 7] = [
     (12, "'$.restart'"),
     (13, "'$.host_name', '$.dns'"),
     (14, "'$.commands'"),
+    (15, "'$.tap.address6'"),
 ];
+
+#[test]
+fn tap_of_earlier_version_has_no_ipv6_address() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    put(&store, 1).unwrap().detach();
+    store.close();
+    let back = r#"UPDATE vms SET body = json_set(body, '$.tap', json('{"name":"fc1a2b3c4d-1","address":"10.89.0.2"}')); PRAGMA user_version = 15"#;
+    sql(&dir.path().join(schema::FILE_NAME), back);
+    let store = Store::open(dir.path()).unwrap();
+    let tap = store
+        .read(|s| s.vms().find_map(|row| row.tap.clone()))
+        .unwrap();
+    assert_eq!((tap.address, tap.address6), ([10, 89, 0, 2].into(), None));
+}
 
 /// A row of an earlier version lacks everything that later versions added.
 #[test]

@@ -80,6 +80,7 @@ pub fn vm() -> Vm {
         op: Some(id()),
         pid: Some(3),
         ip: Some("10.89.0.2".parse().unwrap()),
+        ip6: Some("fdfc:1a2b:3c4d::2".parse().unwrap()),
         ssh_addr: Some("127.0.0.1:22".parse().unwrap()),
         driver: Some("qemu (tcg, microvm)".into()),
         disk_driver: Some("qcow2".into()),

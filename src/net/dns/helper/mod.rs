@@ -211,7 +211,7 @@ impl Work<'_> {
                 // The descriptor could not be received because this process has too many.
                 None => self.daemon.ask(&Request::Done { ticket }),
             },
-            Order::Address { ticket, address } => self.found(ticket, &Found::Address(address), now),
+            Order::Address { ticket, found } => self.found(ticket, &Found::Address(found), now),
             Order::Name { ticket, name } => self.found(ticket, &Found::Name(name), now),
             Order::Resolver { ticket } => {
                 if self.connections.has(ticket) {

@@ -5,7 +5,7 @@
 //! question are not parsed. An answer repeats the question byte by byte, which keeps its upper and
 //! lower case.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 pub const HEADER_LEN: usize = 12;
 /// The length of the longest name on the wire, including the final zero.
@@ -19,7 +19,6 @@ const UDP_PAYLOAD_MAX: u16 = 1232;
 pub const TYPE_A: u16 = 1;
 const TYPE_SOA: u16 = 6;
 pub const TYPE_PTR: u16 = 12;
-#[cfg(test)]
 pub const TYPE_AAAA: u16 = 28;
 const TYPE_OPT: u16 = 41;
 pub const TYPE_ANY: u16 = 255;
@@ -132,6 +131,9 @@ impl<'a> Query<'a> {
             Outcome::Address(address) => {
                 record(&mut out, POINTER_TO_QUESTION, TYPE_A, &address.octets())
             }
+            Outcome::Ipv6Address(address) => {
+                record(&mut out, POINTER_TO_QUESTION, TYPE_AAAA, &address.octets())
+            }
             Outcome::Name(name) => {
                 let mut data = Vec::new();
                 for label in [name.as_bytes(), b"vm"] {
@@ -207,6 +209,7 @@ impl<'a> Query<'a> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
     Address(Ipv4Addr),
+    Ipv6Address(Ipv6Addr),
     /// A VM's name, without `.vm`.
     Name(String),
     /// The name exists, but not with a record of this type.

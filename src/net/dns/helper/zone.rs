@@ -1,8 +1,11 @@
 //! Decides, without doing any I/O, which queries are answered, looked up or forwarded.
 
-use super::packet::{Bad, CLASS_ANY, CLASS_IN, Outcome, Query, Rcode, TYPE_A, TYPE_ANY, TYPE_PTR};
+use super::packet::{
+    Bad, CLASS_ANY, CLASS_IN, Outcome, Query, Rcode, TYPE_A, TYPE_AAAA, TYPE_ANY, TYPE_PTR,
+};
 use crate::config::Subnet;
 use crate::ids::VmName;
+use crate::net::dns::Addresses;
 use crate::net::dns::protocol::{Request, Ticket};
 use std::net::Ipv4Addr;
 
@@ -33,7 +36,7 @@ pub enum Lookup {
 /// The daemon's answer to a [`Lookup`].
 #[derive(Clone, Debug, PartialEq)]
 pub enum Found {
-    Address(Option<Ipv4Addr>),
+    Address(Option<Addresses>),
     Name(Option<VmName>),
 }
 
@@ -73,10 +76,14 @@ pub fn answer(packet: &[u8], subnet: Subnet, found: &Found) -> Option<Vec<u8>> {
     };
     let asks = |kind: u16| query.qtype == kind || query.qtype == TYPE_ANY;
     let (outcome, zone_labels) = match (lookup, found) {
-        (Lookup::Address(_), Found::Address(Some(address))) if asks(TYPE_A) => {
-            (Outcome::Address(*address), FORWARD_ZONE_LABELS)
+        (Lookup::Address(_), Found::Address(Some(found))) => {
+            let outcome = match found.ipv6 {
+                _ if asks(TYPE_A) => Outcome::Address(found.ipv4),
+                Some(ipv6) if query.qtype == TYPE_AAAA => Outcome::Ipv6Address(ipv6),
+                _ => Outcome::NoData,
+            };
+            (outcome, FORWARD_ZONE_LABELS)
         }
-        (Lookup::Address(_), Found::Address(Some(_))) => (Outcome::NoData, FORWARD_ZONE_LABELS),
         (Lookup::Address(_), Found::Address(None)) => (Outcome::NoName, FORWARD_ZONE_LABELS),
         (Lookup::Name(_), Found::Name(Some(name))) if asks(TYPE_PTR) => {
             (Outcome::Name(name.to_string()), REVERSE_ZONE_LABELS)

@@ -172,7 +172,7 @@ fn helper_can_look_up_names_only_for_its_client() {
     /// An implementation of `Names` that checks and counts the clients that lookups are made for.
     struct Clients(AtomicUsize);
     impl Names for Clients {
-        fn address(&self, _: &str, client: IpAddr) -> Option<Ipv4Addr> {
+        fn addresses(&self, _: &str, client: IpAddr) -> Option<crate::net::dns::Addresses> {
             assert_eq!(client, Ipv4Addr::LOCALHOST);
             self.0.fetch_add(1, Ordering::Relaxed);
             None

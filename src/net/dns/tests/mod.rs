@@ -8,13 +8,13 @@ mod process;
 use super::helper::packet::{Query, TYPE_A, TYPE_AAAA, TYPE_ANY, TYPE_PTR};
 use super::helper::zone::{Found, Lookup, Verdict, answer, judge};
 use super::supervisor::served;
-use super::{Names, Server, Setup};
+use super::{Addresses, Names, Server, Setup};
 use crate::host::Credentials;
 use proptest::prelude::*;
 use simple_dns::rdata::RData;
 use simple_dns::{Packet, RCODE};
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -23,9 +23,11 @@ use std::time::{Duration, Instant};
 struct Web;
 
 impl Names for Web {
-    fn address(&self, name: &str, client: IpAddr) -> Option<Ipv4Addr> {
+    fn addresses(&self, name: &str, client: IpAddr) -> Option<Addresses> {
         assert!(name.parse::<crate::ids::VmName>().is_ok());
-        (name == "web" && client != stranger()).then(web)
+        let ipv6 = (name == "web6").then_some(Ipv6Addr::LOCALHOST);
+        let is_known = matches!(name, "web" | "web6") && client != stranger();
+        is_known.then(|| Addresses { ipv4: web(), ipv6 })
     }
     fn name(&self, address: Ipv4Addr, client: IpAddr) -> Option<String> {
         (address == web() && client != stranger()).then(|| "web".to_owned())
@@ -68,7 +70,7 @@ fn reply_for(verdict: Verdict<'_>, packet: &[u8], client: IpAddr) -> Vec<u8> {
     let found = match verdict {
         Verdict::Reply(reply) => return reply,
         Verdict::LookUp(Lookup::Address(name)) => {
-            Found::Address(Web.address(name.as_str(), client))
+            Found::Address(Web.addresses(name.as_str(), client))
         }
         Verdict::LookUp(Lookup::Name(address)) => {
             Found::Name(Web.name(address, client).map(|name| name.parse().unwrap()))
@@ -76,6 +78,21 @@ fn reply_for(verdict: Verdict<'_>, packet: &[u8], client: IpAddr) -> Vec<u8> {
         other => panic!("{other:?}"),
     };
     answer(packet, subnet(), &found).unwrap()
+}
+
+#[test]
+fn vm_name_resolves_to_ipv6_address_if_there_is_one() {
+    let with = reply(&ask("web6.vm", TYPE_AAAA), guest());
+    let read = Packet::parse(&with).unwrap();
+    let RData::AAAA(a) = &read.answers[0].rdata else {
+        panic!("{read:?}")
+    };
+    assert_eq!(Ipv6Addr::from(a.address), Ipv6Addr::LOCALHOST);
+    for (name, kind) in [("web.vm", TYPE_AAAA), ("web6.vm", TYPE_PTR)] {
+        let without = reply(&ask(name, kind), guest());
+        let read = Packet::parse(&without).unwrap();
+        assert_eq!((read.rcode(), read.answers.len()), (RCODE::NoError, 0));
+    }
 }
 
 #[test]
@@ -534,12 +551,12 @@ fn flood_of_one_client_does_not_block_others() {
 fn panic_in_lookup_costs_one_answer() {
     struct Panics(AtomicUsize);
     impl Names for Panics {
-        fn address(&self, _: &str, _: IpAddr) -> Option<Ipv4Addr> {
+        fn addresses(&self, _: &str, _: IpAddr) -> Option<Addresses> {
             assert!(
                 self.0.fetch_add(1, Ordering::Relaxed) > 0,
                 "panics the first time"
             );
-            Some(web())
+            Some(web().into())
         }
         fn name(&self, _: Ipv4Addr, _: IpAddr) -> Option<String> {
             None

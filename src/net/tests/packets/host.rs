@@ -194,8 +194,8 @@ fn dns_answers_guests_and_host() {
     }
     struct Web(Ipv4Addr);
     impl Names for Web {
-        fn address(&self, name: &str, _: IpAddr) -> Option<Ipv4Addr> {
-            (name == "web").then_some(self.0)
+        fn addresses(&self, name: &str, _: IpAddr) -> Option<crate::net::dns::Addresses> {
+            (name == "web").then_some(self.0.into())
         }
         fn name(&self, _: Ipv4Addr, _: IpAddr) -> Option<String> {
             None

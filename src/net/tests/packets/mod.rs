@@ -5,6 +5,7 @@
 
 mod guests;
 mod host;
+mod ipv6;
 mod ports;
 mod rates;
 

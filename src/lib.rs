@@ -3,7 +3,9 @@
 //! A module may import modules of lower layers only; `tests/it/layers.rs` checks this.
 
 // This lint needs the fakes, because without them the items in `testing` are unreachable too.
-#![cfg_attr(feature = "fakes", warn(unreachable_pub))]
+#![cfg_attr(all(feature = "fakes", not(feature = "sim")), warn(unreachable_pub))]
+// A simulation has no command line, so what only that calls is dead.
+#![cfg_attr(feature = "sim", allow(dead_code, unused_imports))]
 
 // Layer 0: base.
 mod config;
@@ -11,6 +13,7 @@ mod error;
 mod host;
 mod ids;
 mod locks;
+mod sched;
 mod uids;
 mod undo;
 // Layer 1: wire.
@@ -29,14 +32,15 @@ mod workspace;
 // Layer 3: composition.
 mod daemon;
 // Layer 4: edges.
+#[cfg(not(feature = "sim"))]
 mod cli;
 mod client;
 mod server;
 
 /// The functions that the programs `fcd` and `fcctl` call.
 pub mod program {
-    pub use crate::cli::main as fcctl;
-    pub use crate::cli::manual::page as man_page;
+    #[cfg(not(feature = "sim"))]
+    pub use crate::cli::{main as fcctl, manual::page as man_page};
     pub use crate::config::{Config, Flags, reference as config_reference};
     pub use crate::daemon::helpers::run_if_asked as run_helper_if_asked;
     pub use crate::host::inherited::close_descriptors;
@@ -51,6 +55,7 @@ pub mod testing {
     pub mod api {
         pub use crate::api::*;
     }
+    #[cfg(not(feature = "sim"))]
     pub mod cli {
         pub use crate::cli::*;
     }
@@ -92,6 +97,9 @@ pub mod testing {
     }
     pub mod pool {
         pub use crate::pool::*;
+    }
+    pub mod sched {
+        pub use crate::sched::*;
     }
     pub mod server {
         pub use crate::server::*;

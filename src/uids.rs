@@ -1,7 +1,7 @@
 //! Counts objects per uid, so that limits per local user can be enforced.
 
+use crate::sched::HashMap;
 use std::cmp::Reverse;
-use std::collections::HashMap;
 
 /// The number of objects of each uid. A uid without objects uses no memory.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

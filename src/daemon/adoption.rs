@@ -22,12 +22,11 @@ use super::records::{self, Attempts, Record};
 use crate::api::vm::VmState;
 use crate::ids::VmId;
 use crate::locks::{Cancel, Condvar, Mutex, Rank};
+use crate::sched::{HashMap, HashSet, Instant};
 use crate::store::{State, Store, Tx, VmRow};
-use std::collections::HashMap;
-use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const PREFIX: &str = "adoption/";
 /// The meta key that exists while a daemon may be adopting VMs.
@@ -140,8 +139,8 @@ pub(super) fn open(store: &Store) -> Adoptions {
     Adoptions {
         is_careful,
         is_marked: AtomicBool::new(is_careful || has_running),
-        silent: Mutex::new(Rank::Runtimes, HashSet::new()),
-        failed: Mutex::new(Rank::Runtimes, HashMap::new()),
+        silent: Mutex::new(Rank::Runtimes, HashSet::default()),
+        failed: Mutex::new(Rank::Runtimes, HashMap::default()),
         answered: Condvar::new(),
     }
 }

@@ -9,10 +9,11 @@ use crate::disk::RestoreSeed;
 use crate::error::{Error, Kind, Result};
 use crate::guest::{Script, Target, run_script};
 use crate::image::{Boots, ImageInfo};
+use crate::sched::Instant;
 use crate::store::VmRow;
 use crate::vmm::Running;
 use crate::workspace::remote;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const WORKSPACE_DEADLINE: Duration = Duration::from_secs(60);
 /// How long a guest that was restored from a snapshot may take to apply its new seed.

@@ -1,8 +1,8 @@
 //! Counts the threads of operations, so that `Daemon::close` can wait for them.
 
 use crate::locks::{Condvar, Mutex, Rank};
+use crate::sched::Instant;
 use std::sync::Arc;
-use std::time::Instant;
 
 struct Shared {
     running: Mutex<usize>,

@@ -20,10 +20,11 @@ use crate::host::wait::cancelled_by;
 use crate::ids::VmId;
 use crate::locks::KeyGuard;
 use crate::ops::OpHandle;
+use crate::sched::Instant;
 use crate::store::{Intent, Ticket, VmRow};
 use crate::vmm::End;
 use serde_json::Value;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How long to pause between two attempts to commit.
 const RETRY_PERIOD: Duration = Duration::from_millis(250);

@@ -15,11 +15,12 @@ use crate::error::{Error, Kind, Result};
 use crate::ids::{Tag, VmId};
 use crate::locks::Cancel;
 use crate::ops::Ops;
+use crate::sched::Instant;
 use crate::store::{Store, Ticket, Tx, VmRow};
 use std::ops::Deref;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// The directory in the state directory that contains one directory per VM.
 pub(super) const VMS_DIR: &str = "vms";

@@ -153,7 +153,7 @@ impl Creator {
             })
             .transpose()?;
         let key_op = op.as_ref().map(OpHandle::op);
-        let since = std::time::Instant::now();
+        let since = crate::sched::Instant::now();
         let made = self.insert_with_variables(&row, request, key.zip(key_op));
         if let Ok((_, ticket)) = &made
             && let Ok(row) = self.core.row(&id)

@@ -22,10 +22,11 @@ use crate::host::confine;
 use crate::host::time::now_s;
 use crate::image::Images;
 use crate::locks::Cancel;
+use crate::sched::Instant;
 use crate::vmm::Driver;
 use std::io;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How long a result is reused for users other than root and the daemon's own user.
 const KEPT: Duration = Duration::from_secs(3);

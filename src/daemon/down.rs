@@ -9,9 +9,10 @@ use crate::error::Result;
 use crate::guest::io::VecSink;
 use crate::guest::{ExecSpec, Streams};
 use crate::image::CTRL_ALT_DEL_SINCE;
+use crate::sched::Instant;
 use crate::store::VmRow;
 use crate::vmm::Identity;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const SYNCED: &[u8] = b"synced\n";
 /// The shortest default timeout for an image's own init, which ends one service after the other.

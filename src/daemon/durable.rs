@@ -2,8 +2,8 @@
 
 use super::core::{Core, DURABLE_DEADLINE};
 use crate::error::{Kind, Result};
+use crate::sched::Instant;
 use crate::store::Ticket;
-use std::time::Instant;
 
 impl Core {
     /// Waits until the change is on disk, for at most [`DURABLE_DEADLINE`].

@@ -12,7 +12,7 @@ pub trait Plan: Send + Sync {
 #[derive(Default)]
 pub struct Effects {
     #[cfg(any(test, feature = "fakes"))]
-    plan: std::sync::OnceLock<std::sync::Arc<dyn Plan>>,
+    plan: crate::sched::OnceLock<std::sync::Arc<dyn Plan>>,
 }
 
 impl Effects {

@@ -13,15 +13,15 @@ use crate::api::frame::{Note, Notification};
 use crate::api::limits::FRAME_BYTES_MAX;
 use crate::host::wait::{WaitResult, wait_any};
 use crate::locks::{Cancel, Mutex, Rank};
+use crate::sched::{HashMap, Instant, OnceLock};
 use crate::store::{Due, Feed, Store, StoreChange};
 use nix::poll::PollFlags;
 use rustix::io::Errno;
 use rustix::net::SendFlags;
-use std::collections::HashMap;
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
 /// The size at which a block of notifications is full. Notifications that are due at the same time
 /// are sent as one block.
@@ -87,7 +87,7 @@ impl Drop for Registered<'_> {
 impl Feeder {
     pub(super) fn new() -> Self {
         Self {
-            outlets: Arc::new(Mutex::new(Rank::Connections, HashMap::new())),
+            outlets: Arc::new(Mutex::new(Rank::Connections, HashMap::default())),
             started: OnceLock::new(),
         }
     }

@@ -6,8 +6,8 @@ pub use super::transitions::Verb;
 use crate::api::vm::VmState;
 use crate::ids::{OpId, VmId, VmName};
 use crate::locks::{Mutex, Rank};
+use crate::sched::Instant;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
 
 /// How the daemon answered a verb.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,7 +7,8 @@ use super::waiting::{Gone, Hangup};
 use crate::api::vm::{Vm, VmReply, VmState, VmWaitRequest};
 use crate::error::{Error, Kind, Result};
 use crate::ids::VmId;
-use std::time::{Duration, Instant};
+use crate::sched::Instant;
+use std::time::Duration;
 
 impl Lifecycle {
     /// Waits until the VM is deleted. If the holder hangs up first, a VM with `rm` is deleted.

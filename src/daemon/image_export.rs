@@ -15,12 +15,13 @@ use crate::host::wait::{WaitResult, cancelled_by, wait_any};
 use crate::image::oci::limits::UNPACKED_BYTES_MAX;
 use crate::image::{DiskSpec, ImageInfo, OciArchive};
 use crate::ops::OpHandle;
+use crate::sched::Instant;
 use nix::poll::PollFlags;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const PIECE_BYTES: usize = 1 << 20;
 /// The space that a layer leaves free on the host's disk while it is made.

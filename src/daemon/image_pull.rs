@@ -26,10 +26,11 @@ use crate::ids::ImageRef;
 use crate::image::pull::{self, Decision, Found, Observer, Progress, PullSpec, Source};
 use crate::image::{DiskUse, ImageInfo, Tag};
 use crate::ops::OpHandle;
+use crate::sched::Instant;
 use nix::poll::PollFlags;
 use std::any::Any;
 use std::os::fd::{AsFd, OwnedFd};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How long the caller may take to send a credential.
 const CREDENTIAL_DEADLINE: Duration = Duration::from_secs(10);

@@ -14,7 +14,7 @@ use crate::host::plural::count;
 use crate::ids::ImageRef;
 use crate::image::DiskUse;
 use crate::locks::Cancel;
-use std::collections::HashMap;
+use crate::sched::HashMap;
 
 pub(super) const DELETE_HINT: &str = "delete an image: fcctl image rm NAME";
 

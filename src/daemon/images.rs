@@ -28,9 +28,9 @@ use crate::image::{DiskUse, GuestRuntimes, Images};
 use crate::locks::{Cancel, CancelCause, Mutex};
 use crate::ops::OpHandle;
 use crate::pool::Admission;
+use crate::sched::{HashMap, HashSet};
 use crate::uids::UidCounts;
 use serde_json::value::RawValue;
-use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 /// The builds and pulls in progress, including those that wait.
@@ -205,7 +205,7 @@ impl ImageService {
         caller: &Caller,
         request: &ListRequest,
     ) -> Result<ImageListReply<Box<RawValue>>> {
-        let mut vms: HashMap<ImageRef, u64> = HashMap::new();
+        let mut vms: HashMap<ImageRef, u64> = HashMap::default();
         self.core.store.read(|s| {
             s.vms()
                 .for_each(|row| *vms.entry(row.shape.image.clone()).or_default() += 1)

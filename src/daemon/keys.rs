@@ -10,12 +10,12 @@ use crate::host::hex;
 use crate::host::time::now_s;
 use crate::ids::OpId;
 use crate::locks::{Condvar, Mutex, Rank};
+use crate::sched::{HashSet, Instant};
 use crate::store::{KeyRow, Tx};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
-use std::collections::HashSet;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How long a key is kept.
 const KEPT_S: u64 = 24 * 3600;
@@ -31,7 +31,7 @@ pub(super) struct Beginning {
 impl Beginning {
     pub(super) fn new() -> Self {
         Self {
-            keys: Mutex::new(Rank::Runtimes, HashSet::new()),
+            keys: Mutex::new(Rank::Runtimes, HashSet::default()),
             freed: Condvar::new(),
         }
     }

@@ -78,8 +78,8 @@ mod tests {
     use crate::image::Images;
     use crate::image::kernels::Kernels;
     use crate::locks::check;
+    use crate::sched::Instant;
     use std::panic::{AssertUnwindSafe, catch_unwind};
-    use std::time::Instant;
 
     /// Returns the checker's report of what happens under a lock.
     fn report(act: impl FnOnce()) -> String {

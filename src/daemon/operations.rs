@@ -9,8 +9,9 @@ use crate::host::time::now_s;
 use crate::ids::{OpId, VmId};
 use crate::locks::CancelCause;
 use crate::ops::{Filter, Limits, OpHandle};
+use crate::sched::Instant;
 use serde_json::value::RawValue;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How long to wait for a read-only store before giving up recording an operation's result.
 const WRITABLE_DEADLINE: Duration = Duration::from_secs(1);

@@ -4,9 +4,9 @@
 use crate::error::{Error, Kind, Result};
 use crate::ids::VmId;
 use crate::locks::{Cancel, Condvar, Mutex, Rank, Waited};
+use crate::sched::{HashSet, Instant};
 use crate::store::VmRow;
-use std::collections::HashSet;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How long a call waits for another call that changes the ports of the same VM.
 const CLAIM_DEADLINE: Duration = Duration::from_secs(30);
@@ -33,7 +33,7 @@ impl Drop for PortClaim<'_> {
 impl PortClaims {
     pub(super) fn new() -> Self {
         Self {
-            claimed: Mutex::new(Rank::Runtimes, HashSet::new()),
+            claimed: Mutex::new(Rank::Runtimes, HashSet::default()),
             freed: Condvar::new(),
         }
     }

@@ -4,9 +4,10 @@
 use crate::error::{Error, Kind, Result};
 use crate::locks::{Cancel, CancelCause};
 use crate::pool::JobHandle;
+use crate::sched::Instant;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Counts the bytes of a transfer. Its worker updates it.
 #[derive(Clone, Debug, Default)]

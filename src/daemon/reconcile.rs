@@ -26,11 +26,11 @@ use crate::error::{Error, Kind, Result};
 use crate::ids::VmId;
 use crate::image::Images;
 use crate::locks::{Condvar, Mutex, Rank, Waited};
+use crate::sched::{HashMap, HashSet, Instant};
 use crate::store::{State, Ticket, VmRow};
 use crate::vmm::Driver;
-use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How long to pause between two sweeps.
 const SWEEP_PERIOD: Duration = Duration::from_secs(60);

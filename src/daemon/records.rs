@@ -2,9 +2,9 @@
 
 use crate::ids::VmId;
 use crate::locks::{Mutex, Rank};
+use crate::sched::HashSet;
 use crate::store::{State, Tx};
 use serde::{Deserialize, Serialize};
-use std::collections::HashSet;
 use std::sync::Arc;
 
 /// The record of attempts to recover a VM (`recovery.rs`) or to adopt it (`adoption.rs`).
@@ -63,7 +63,7 @@ pub(super) struct Attempts(Arc<Mutex<HashSet<VmId>>>);
 
 impl Attempts {
     pub(super) fn new() -> Self {
-        Self(Arc::new(Mutex::new(Rank::Runtimes, HashSet::new())))
+        Self(Arc::new(Mutex::new(Rank::Runtimes, HashSet::default())))
     }
 
     pub(super) fn note(&self, vm: &VmId) {

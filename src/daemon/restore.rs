@@ -33,9 +33,10 @@ use crate::error::{Error, Kind, Result};
 use crate::ids::{ImageRef, OpId, VmId, VmName};
 use crate::locks::CancelCause;
 use crate::ops::OpHandle;
+use crate::sched::Instant;
 use crate::store::{SnapshotRow, VmShape};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// The time limit for a whole start from a snapshot. The steps of the start have their own
 /// deadlines.

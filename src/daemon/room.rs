@@ -12,8 +12,8 @@ use crate::disk::Method;
 use crate::disk::snapshot::{self, Fill};
 use crate::error::Kind;
 use crate::host::Commands;
+use crate::sched::HashSet;
 use crate::store::{Ticket, VmRow};
-use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 

@@ -10,8 +10,9 @@ use super::transitions::Verb;
 use crate::api::vm::VmState;
 use crate::ids::{OpId, VmId};
 use crate::locks::{Cancel, CancelCause, Mutex, Rank};
+use crate::sched::HashMap;
 use crate::vmm::End;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -111,7 +112,7 @@ pub(super) struct Runtimes {
 impl Runtimes {
     pub(super) fn new() -> Self {
         Self {
-            map: Arc::new(Mutex::new(Rank::Runtimes, HashMap::new())),
+            map: Arc::new(Mutex::new(Rank::Runtimes, HashMap::default())),
         }
     }
 

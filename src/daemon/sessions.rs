@@ -29,11 +29,12 @@ use crate::ids::SessionId;
 use crate::image::USER_LOGIN_SINCE;
 use crate::locks::Cancel;
 use crate::locks::CancelCause;
+use crate::sched::Instant;
 use crate::session::Registry;
 use crate::store::VmRow;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// The caller's descriptors for one exec, checked and reopened.
 #[derive(Default)]

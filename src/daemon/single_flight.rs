@@ -3,7 +3,8 @@
 
 use crate::error::{Error, Kind, Result};
 use crate::locks::{Condvar, Mutex, Rank};
-use std::time::{Duration, Instant};
+use crate::sched::Instant;
+use std::time::Duration;
 
 /// Allows at most one run at a time.
 pub(super) struct SingleFlight<T> {

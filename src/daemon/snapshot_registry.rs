@@ -6,9 +6,9 @@ use crate::error::{Error, Kind, Result};
 use crate::host::Credentials;
 use crate::ids::{SnapshotId, VmId};
 use crate::locks::{Mutex, Rank};
+use crate::sched::HashMap;
 use crate::store::{SnapshotRow, VmRow};
 use crate::vmm::Saved;
-use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -47,7 +47,7 @@ impl SnapshotRegistry {
     pub(super) fn new(state_dir: &Path) -> Self {
         Self {
             dir: state_dir.join(SNAPSHOTS_DIR).into(),
-            in_progress: Arc::new(Mutex::new(Rank::Runtimes, HashMap::new())),
+            in_progress: Arc::new(Mutex::new(Rank::Runtimes, HashMap::default())),
             uses: Uses::new(),
         }
     }

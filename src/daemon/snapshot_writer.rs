@@ -39,6 +39,7 @@ use crate::host::{Commands, Credentials};
 use crate::ids::{SnapshotId, SnapshotName};
 use crate::image::{ImageInfo, Images};
 use crate::ops::OpHandle;
+use crate::sched::Instant;
 use crate::store::{SnapshotRow, VmRow, WorkspaceRow};
 use crate::vmm::{SaveTo, VmmSpec};
 use crate::workspace::remote;
@@ -46,7 +47,7 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How long to wait for the guest to start the script.
 const PREPARE_DEADLINE: Duration = Duration::from_secs(30);

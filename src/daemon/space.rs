@@ -10,8 +10,8 @@ use crate::api::daemon::{SpaceKind, SpaceReply, SpaceUse};
 use crate::error::Result;
 use crate::ids::{ImageRef, RuntimeId};
 use crate::image::DiskUse;
+use crate::sched::HashSet;
 use crate::store::VmRow;
-use std::collections::HashSet;
 use std::sync::Arc;
 
 /// The most names of one kind in the reply, so that it fits a message.

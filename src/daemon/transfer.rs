@@ -11,13 +11,14 @@ use crate::guest::io::{ChunkSink, ChunkSource, FdSink, FdSource, VecSink};
 use crate::guest::{ExecSpec, Script, Sink, Source, Streams, Target, Transport, run_script};
 use crate::locks::Cancel;
 use crate::ops::Reporter;
+use crate::sched::Instant;
 use crate::store::VmRow;
 use crate::workspace::{encode, remote};
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// The time limit for each script before or after the stream of an import, and for a whole export.
 /// The scripts hash whole trees, which is slow in some guests.

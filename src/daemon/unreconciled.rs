@@ -8,10 +8,10 @@ use crate::api::vm::VmState;
 use crate::error::{Error, Kind, Result};
 use crate::ids::{Tag, VmId};
 use crate::locks::{Cancel, Condvar, Mutex, Rank, Waited};
+use crate::sched::{HashMap, Instant, OnceLock};
 use crate::store::VmRow;
-use std::collections::HashMap;
-use std::sync::{Arc, OnceLock, Weak};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 /// How long a call waits while another thread reconciles its VM. This is longer than a VMM may take
 /// to answer.
@@ -266,7 +266,7 @@ mod tests {
     #[test]
     fn only_vmms_of_earlier_boots_are_known_to_be_gone() {
         let (vm, other) = (VmId::random(), VmId::random());
-        let earlier = EarlierVmms::new(HashMap::from([(vm.clone(), 3)]));
+        let earlier = EarlierVmms::new(HashMap::from_iter([(vm.clone(), 3)]));
         let identity = Identity {
             pid: 7,
             start_time: 1,
@@ -286,7 +286,7 @@ mod tests {
             "this daemon may have started it"
         );
         assert!(!is_gone(format!("fc-x-{other}-1")) && !is_gone("fc-x".into()));
-        let blind = EarlierVmms::new(HashMap::from([(vm.clone(), 3)]));
+        let blind = EarlierVmms::new(HashMap::from_iter([(vm.clone(), 3)]));
         assert!(!blind.is_gone(&format!("fc-x-{vm}-3"), || Err(Error::internal("no /proc"))));
     }
 }

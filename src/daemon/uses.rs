@@ -2,7 +2,7 @@
 //! hold a guard, not a lock, while they use or delete something.
 
 use crate::locks::{Mutex, Rank};
-use std::collections::{HashMap, HashSet};
+use crate::sched::{HashMap, HashSet};
 use std::hash::Hash;
 use std::sync::Arc;
 
@@ -40,8 +40,8 @@ impl<K: Eq + Hash + Clone> Clone for Uses<K> {
 impl<K: Eq + Hash + Clone> Uses<K> {
     pub(super) fn new() -> Self {
         let known = Known {
-            used: HashMap::new(),
-            deleting: HashSet::new(),
+            used: HashMap::default(),
+            deleting: HashSet::default(),
         };
         Self {
             known: Arc::new(Mutex::new(Rank::Runtimes, known)),

@@ -9,10 +9,11 @@ use crate::disk::{self, Method};
 use crate::error::Result;
 use crate::ids::Tag;
 use crate::locks::Mutex;
+use crate::sched::Instant;
 use crate::store::VmRow;
 use crate::vmm::{Driver, End, Identity, Vm, VmRef, end_from_files};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How long a killed VMM may take to exit. The kernel frees its memory first.
 const KILL_DEADLINE: Duration = Duration::from_secs(60);

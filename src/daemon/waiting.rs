@@ -3,9 +3,9 @@
 use crate::error::{Error, Kind};
 use crate::host::wait::poll_until;
 use crate::locks::CancelCause;
+use crate::sched::Instant;
 use nix::poll::{PollFd, PollFlags};
 use std::os::fd::BorrowedFd;
-use std::time::Instant;
 
 /// The caller's connection, watched for a hang-up only. A half-close after a complete line is not a
 /// hang-up.

@@ -7,8 +7,8 @@ use super::core::Core;
 use crate::host::process::thread_activity;
 use crate::locks::{KeyRecord, Party, durable_waits};
 use crate::ops::Filter;
-use std::collections::HashSet;
-use std::time::{Duration, Instant};
+use crate::sched::{HashSet, Instant};
+use std::time::Duration;
 
 /// How long a lock may be held, and a wait for the disk may last, before it is reported.
 const SLOW: Duration = Duration::from_secs(5);
@@ -38,7 +38,7 @@ impl Watchdog {
 
     /// Runs until the daemon closes.
     pub fn run(&self) {
-        let mut reported = Reported::new();
+        let mut reported = Reported::default();
         loop {
             let all = everything(self.core.locks.records(), durable_waits());
             for slow in unreported(all, SLOW, &mut reported) {
@@ -157,7 +157,7 @@ mod tests {
     fn lock_is_reported_once_while_it_is_held() {
         let (set, id) = (LockSet::<VmId>::default(), VmId::random());
         let _label = operation_scope("vm.stop");
-        let mut reported = Reported::new();
+        let mut reported = Reported::default();
         for _ in 0..2 {
             let guard = set.lock(&id);
             let mut look = |least| unreported(everything(held(&set), vec![]), least, &mut reported);
@@ -186,7 +186,7 @@ mod tests {
         let slow = unreported(
             everything(vec![], waits),
             Duration::ZERO,
-            &mut Reported::new(),
+            &mut Reported::default(),
         );
         assert_eq!(slow.len(), 1);
         let text = describe(&slow[0], &[], None);

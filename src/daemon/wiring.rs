@@ -55,14 +55,14 @@ use crate::image::{Boots, GuestRuntimes, Images};
 use crate::locks::{Cancel, CancelCause, Mutex, Rank, check};
 use crate::ops::Ops;
 use crate::pool::{self, Admission, Pool};
+use crate::sched::{HashMap, Instant};
 use crate::session::Registry;
 use crate::store::Store;
 use crate::uids::Retention;
 use crate::vmm::Driver;
-use std::collections::HashMap;
 use std::ops::Deref;
 use std::sync::{Arc, Weak};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// The default share of the host's memory for VMs.
 const MEM_SHARE_PERCENT: u64 = 80;

@@ -27,12 +27,13 @@ use crate::locks::{CancelCause, KeyGuard};
 use crate::ops::OpHandle;
 use crate::pool::Pool;
 use crate::pool::QueueSlot;
+use crate::sched::Instant;
 use crate::store::{VmRow, WorkspaceOf, WorkspaceRow};
 use crate::workspace::{encode, guest_path, remote};
 use serde_json::Value;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Time limit for a whole transfer. A transfer that moves nothing ends after `transfer_idle_s`.
 const TRANSFER_DEADLINE: Duration = Duration::from_secs(24 * 3600);

@@ -12,8 +12,8 @@ use super::Draft;
 use crate::api::image::ImageConfig;
 use crate::api::vm::Init;
 use crate::error::{Error, Kind, Result};
-use crate::host::Credentials;
-use ssh_key::{Algorithm, LineEnding, PrivateKey};
+use crate::host::{Credentials, random};
+use ssh_key::{Algorithm, LineEnding, PrivateKey, rand_core};
 use std::fmt::Write as _;
 use std::fs::OpenOptions;
 use std::io::Write as _;
@@ -280,6 +280,29 @@ fn files_tar(files: &[SeedFile]) -> Result<Vec<u8>> {
         .map_err(|e| Error::io("pack the seed drive", e))
 }
 
+/// The kernel's random numbers, for keys.
+struct KernelRandom;
+
+impl rand_core::CryptoRng for KernelRandom {}
+
+impl rand_core::RngCore for KernelRandom {
+    fn next_u32(&mut self) -> u32 {
+        u32::from_ne_bytes(random::bytes())
+    }
+    fn next_u64(&mut self) -> u64 {
+        u64::from_ne_bytes(random::bytes())
+    }
+    fn fill_bytes(&mut self, into: &mut [u8]) {
+        for chunk in into.chunks_mut(32) {
+            chunk.copy_from_slice(&random::bytes::<32>()[..chunk.len()]);
+        }
+    }
+    fn try_fill_bytes(&mut self, into: &mut [u8]) -> std::result::Result<(), rand_core::Error> {
+        self.fill_bytes(into);
+        Ok(())
+    }
+}
+
 /// An Ed25519 key pair. `Debug` does not print the private key.
 #[derive(Clone)]
 pub struct KeyPair {
@@ -290,7 +313,7 @@ pub struct KeyPair {
 
 impl KeyPair {
     pub fn generate(comment: &str) -> Result<Self> {
-        let mut key = PrivateKey::random(&mut ssh_key::rand_core::OsRng, Algorithm::Ed25519)
+        let mut key = PrivateKey::random(&mut KernelRandom, Algorithm::Ed25519)
             .map_err(|e| Error::new(Kind::Host, "generate a key pair").with_source(e))?;
         key.set_comment(comment);
         Self::of(&key)

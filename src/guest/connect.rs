@@ -4,11 +4,12 @@
 use super::Target;
 use super::wait::Wait;
 use crate::error::{Error, Kind, Result};
+use crate::sched::Instant;
 use nix::poll::{PollFd, PollFlags};
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType};
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::AsFd;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Deadline for the connection, the key exchange, the authentication and the start of one command.
 pub(super) const DIAL_TIMEOUT: Duration = Duration::from_secs(20);

@@ -8,13 +8,12 @@ use crate::api::exec::{Exit, PtySize};
 use crate::api::stream;
 use crate::error::{Error, Kind, Result};
 use crate::locks::{Cancel, CancelCause, Mutex, Rank, region};
+use crate::sched::{HashMap, Instant};
 use nix::poll::{PollFd, PollFlags};
-use std::collections::HashMap;
 use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::time::Instant;
 
 /// Limit of the bytes that are kept of a command's input.
 const STDIN_KEPT_MAX: usize = 4 << 20;

@@ -30,9 +30,10 @@ use crate::api::exec::{Exit, Pty, PtySize};
 use crate::error::Result;
 use crate::host::Credentials;
 use crate::locks::Cancel;
+use crate::sched::Instant;
 use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// The script that a guest runs while it is saved in a snapshot.
 pub const REJOIN: &str = include_str!("rejoin.sh");

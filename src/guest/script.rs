@@ -5,7 +5,7 @@ use super::{ExecSpec, Streams, Target, Transport};
 use crate::api::exec::Exit;
 use crate::error::{Error, Kind, Result};
 use crate::locks::Cancel;
-use std::time::Instant;
+use crate::sched::Instant;
 
 /// A small command and its limits.
 pub struct Script<'a> {

@@ -3,9 +3,10 @@
 use crate::error::{Error, Kind, Result};
 use crate::host::wait::{cancelled_by, poll_until};
 use crate::locks::{Cancel, CancelCause};
+use crate::sched::Instant;
 use nix::poll::{PollFd, PollFlags};
 use std::os::fd::BorrowedFd;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// The events that can end a wait early. If several apply at once, the first of these is reported:
 /// cancel, hang-up, deadline, idle limit.

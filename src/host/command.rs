@@ -8,6 +8,7 @@ use super::wait::{
 };
 use crate::error::{Error, Kind, Result};
 use crate::locks::{Cancel, Rank, region};
+use crate::sched::Instant;
 use nix::poll::PollFlags;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
@@ -18,7 +19,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::process::Stdio;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How much of each output stream is kept. The rest is read and dropped.
 pub const OUTPUT_BYTES_MAX: usize = 1024 * 1024;

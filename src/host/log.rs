@@ -228,7 +228,7 @@ mod tests {
     struct Stalled {
         queue: Queue,
         reader: PipeReader,
-        writer: std::thread::JoinHandle<()>,
+        writer: crate::sched::JoinHandle<()>,
     }
 
     const LINES: usize = 4;
@@ -243,7 +243,7 @@ mod tests {
         queue: &Queue,
         receiver: Receiver<Item>,
         writer: PipeWriter,
-    ) -> std::thread::JoinHandle<()> {
+    ) -> crate::sched::JoinHandle<()> {
         let dropped = queue.dropped.clone();
         crate::host::thread::spawn("log", move || write_all_of(&receiver, &dropped, writer))
             .unwrap()

@@ -4,11 +4,12 @@
 
 use super::process::{Exit, Process};
 use super::wait::{WaitResult, wait_uncancelled};
+use crate::sched::Instant;
 use nix::poll::PollFlags;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How long the parent may take to reap the process. The parent is PID 1, which does little else.
 const REAP_DEADLINE: Duration = Duration::from_secs(2);

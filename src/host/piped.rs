@@ -4,6 +4,7 @@ use super::command::{self, Command, Output};
 use super::wait::{is_readable, poll_until, set_nonblocking};
 use crate::error::{Error, Kind, Result};
 use crate::locks::{Cancel, Rank, region};
+use crate::sched::Instant;
 use nix::poll::{PollFd, PollFlags};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
@@ -11,7 +12,7 @@ use std::io::Read;
 use std::os::fd::AsFd;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, ChildStderr, ChildStdout};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const PIECE_BYTES: usize = 256 * 1024;
 /// How much of stderr is kept.

@@ -10,6 +10,9 @@ use rustix::rand::{GetRandomFlags, getrandom};
 /// kernel or a sandbox without that call.
 pub fn bytes<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];
+    if crate::sched::fill_random(&mut bytes) {
+        return bytes;
+    }
     let mut filled = 0;
     while filled < N {
         match getrandom(&mut bytes[filled..], GetRandomFlags::empty()) {

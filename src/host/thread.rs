@@ -1,19 +1,16 @@
 //! The only place that starts threads. Every thread has a name and a small stack.
 
 use crate::error::{Error, Kind, Result};
+pub use crate::sched::JoinHandle;
 
 pub const STACK_BYTES: usize = 512 * 1024;
 
 /// Starts a named thread.
-#[allow(clippy::disallowed_methods)] // The only place that may call it.
 pub fn spawn<T: Send + 'static>(
     name: &str,
     body: impl FnOnce() -> T + Send + 'static,
-) -> Result<std::thread::JoinHandle<T>> {
-    std::thread::Builder::new()
-        .name(name.to_owned())
-        .stack_size(STACK_BYTES)
-        .spawn(body)
+) -> Result<JoinHandle<T>> {
+    crate::sched::spawn(name, STACK_BYTES, body)
         .map_err(|e| Error::new(Kind::Exhausted, format!("start thread {name}")).with_source(e))
 }
 

@@ -1,13 +1,6 @@
 //! The time of day. Waits and deadlines use [`std::time::Instant`] instead.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
-
-/// Returns the time since the epoch, or zero if the clock is set to before the epoch.
-pub fn since_epoch() -> Duration {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default()
-}
+pub use crate::sched::since_epoch;
 
 /// Returns the whole seconds since the epoch.
 pub fn now_s() -> u64 {

@@ -84,7 +84,8 @@ mod tests {
     use super::*;
     use crate::host::process::{Spawn, spawn};
     use crate::locks::Cancel;
-    use std::time::{Duration, Instant};
+    use crate::sched::Instant;
+    use std::time::Duration;
 
     #[test]
     fn usage_fields_are_parsed() {

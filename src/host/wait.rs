@@ -2,11 +2,12 @@
 
 use crate::error::{Error, Kind};
 use crate::locks::Cancel;
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use crate::sched::Instant;
+use crate::sched::is_ready;
+use nix::poll::{PollFd, PollFlags};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// The event that ended a wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,31 +18,12 @@ pub enum WaitResult {
     Cancelled,
 }
 
-/// Returns the time left in `poll`'s milliseconds, rounded up so that the last millisecond is not
-/// spent spinning.
-fn timeout_until(deadline: Option<Instant>) -> PollTimeout {
-    let Some(deadline) = deadline else {
-        return PollTimeout::NONE;
-    };
-    let left = deadline.saturating_duration_since(Instant::now());
-    let ms = left.as_nanos().div_ceil(1_000_000);
-    PollTimeout::try_from(ms).unwrap_or(PollTimeout::MAX)
-}
-
 /// Polls until a descriptor is ready, or for ever without a deadline. Returns how many are ready,
 /// which is 0 only after the deadline. A signal does not end the wait.
 #[cfg_attr(any(debug_assertions, feature = "lock-check"), track_caller)]
 pub fn poll_until(fds: &mut [PollFd<'_>], deadline: Option<Instant>) -> io::Result<usize> {
     crate::locks::may_block("poll");
-    loop {
-        match poll(fds, timeout_until(deadline)) {
-            // One call of poll(2) waits for at most 24 days.
-            Ok(0) if deadline.is_none_or(|d| Instant::now() < d) => {}
-            Ok(ready) => return Ok(usize::try_from(ready).unwrap_or(0)),
-            Err(Errno::EINTR) => {}
-            Err(e) => return Err(e.into()),
-        }
-    }
+    crate::sched::poll_until(fds, deadline)
 }
 
 /// Waits until one of the descriptors is ready, the deadline has passed, or the token fires. A
@@ -82,19 +64,14 @@ fn wait(
 
 /// True if a read would not block because there are bytes, the end of the stream or an error.
 pub fn is_readable(fd: impl AsFd) -> bool {
-    is_ready(fd, PollFlags::POLLIN)
+    is_ready(fd.as_fd(), PollFlags::POLLIN)
 }
 
 /// True if the peer has closed both directions, or the descriptor has an error. A half-close does
 /// not count.
 pub fn is_hung_up(fd: impl AsFd) -> bool {
     // Requesting no events still reports POLLHUP and POLLERR, but not POLLRDHUP.
-    is_ready(fd, PollFlags::empty())
-}
-
-fn is_ready(fd: impl AsFd, events: PollFlags) -> bool {
-    let mut fds = [PollFd::new(fd.as_fd(), events)];
-    matches!(poll(&mut fds, PollTimeout::ZERO), Ok(n) if n > 0)
+    is_ready(fd.as_fd(), PollFlags::empty())
 }
 
 /// Makes reads and writes return `WouldBlock`, for every process that shares the open file
@@ -129,12 +106,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn timeout_is_rounded_up_and_bounded() {
-        let now = Instant::now();
-        assert_eq!(timeout_until(Some(now)), PollTimeout::ZERO);
-        let far = now + Duration::from_secs(1 << 32);
-        assert_eq!(timeout_until(Some(far)), PollTimeout::MAX);
-        assert_eq!(timeout_until(None), PollTimeout::NONE);
+    fn poll_waits_until_its_deadline() {
         let started = Instant::now();
         assert_eq!(
             poll_until(&mut [], Some(started + Duration::from_micros(1500))).unwrap(),

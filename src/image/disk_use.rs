@@ -4,7 +4,7 @@
 
 use super::registry::{INITRD, KERNEL, ROOTFS};
 use crate::error::{Error, Result};
-use std::collections::HashMap;
+use crate::sched::HashMap;
 use std::fs::{File, Metadata};
 use std::io;
 use std::os::unix::fs::MetadataExt;

@@ -2,9 +2,10 @@
 
 use super::cause::CancelCause;
 use super::raw;
+use crate::sched::OnceLock;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 type Waker = Box<dyn FnOnce() + Send>;
 
@@ -18,7 +19,7 @@ struct Inner {
 
 impl Inner {
     #[cfg(not(feature = "shuttle"))]
-    fn wakers(&self) -> parking_lot::MutexGuard<'_, Wakers> {
+    fn wakers(&self) -> crate::sched::MutexGuard<'_, Wakers> {
         super::check::lock_beneath(&self.wakers)
     }
     #[cfg(feature = "shuttle")]

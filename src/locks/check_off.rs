@@ -2,6 +2,7 @@
 //! nothing and do nothing.
 
 use super::rank::Rank;
+use crate::sched;
 use std::fmt::Debug;
 
 /// True if this build checks locks.
@@ -52,7 +53,7 @@ pub fn held() -> usize {
     0
 }
 #[inline(always)]
-pub fn lock_beneath<T>(mutex: &parking_lot::Mutex<T>) -> parking_lot::MutexGuard<'_, T> {
+pub fn lock_beneath<T>(mutex: &sched::Mutex<T>) -> sched::MutexGuard<'_, T> {
     mutex.lock()
 }
 #[inline(always)]

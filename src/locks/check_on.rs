@@ -9,6 +9,7 @@
 use super::meter::{self, Usage};
 use super::rank::{Edge, Rank, Site, rule};
 use super::stats;
+use crate::sched::Instant;
 use parking_lot::Mutex;
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -16,7 +17,6 @@ use std::fmt::{Debug, Write as _};
 use std::panic::Location;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Instant;
 
 #[cfg(feature = "shuttle")]
 // Shuttle's tasks run on one OS thread, so with std's macro they would share one list.

@@ -3,14 +3,17 @@
 
 use super::rank::{Contention, Rank, Site};
 use super::stats;
-use parking_lot::Mutex;
+use crate::sched::{Instant, Mutex, MutexGuard};
 use std::cell::Cell;
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// A hold that takes more CPU time than this counts as long. A thread that only touches memory
 /// releases its lock within microseconds.
 const HOLD_CPU_LONG: Duration = Duration::from_millis(1);
+
+/// A simulation has no real threads at a time, so its holds and waits say nothing.
+const IS_SIMULATED: bool = cfg!(feature = "sim");
 
 /// Statistics about the holds of one rank's locks since the process started.
 #[derive(Clone, Debug, Default)]
@@ -30,7 +33,7 @@ pub struct Holds {
 }
 
 /// The resources that a thread has used so far.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 pub(super) struct Usage {
     cpu: Duration,
     switches: u64,
@@ -39,6 +42,9 @@ pub(super) struct Usage {
 
 impl Usage {
     pub(super) fn now() -> Self {
+        if IS_SIMULATED {
+            return Self::default();
+        }
         use nix::sys::resource::{UsageWho, getrusage};
         use nix::time::{ClockId, clock_gettime};
         let cpu =
@@ -74,10 +80,16 @@ pub(super) fn note_contended() {
 
 /// Records that a thread had to wait for a lock that it took at this place.
 pub(super) fn contended_at(place: (Rank, Site)) {
+    if IS_SIMULATED {
+        return;
+    }
     *lock_beneath(&CONTENTION).entry(place).or_default() += 1;
 }
 
 pub(super) fn measure(rank: Rank, is_leaf: bool, (since, began): (Usage, Instant), at: Site) {
+    if IS_SIMULATED {
+        return;
+    }
     let now = Usage::now();
     if is_leaf {
         stats::held(rank, began.elapsed());
@@ -114,8 +126,15 @@ pub fn contention() -> Vec<Contention> {
     sites.iter().map(of).collect()
 }
 
+/// Locks the underlying mutex.
+#[cfg(feature = "sim")]
+pub fn lock_beneath<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock()
+}
+
 /// Locks the underlying mutex, and counts the lock as contended if the thread has to wait.
-pub fn lock_beneath<T>(mutex: &Mutex<T>) -> parking_lot::MutexGuard<'_, T> {
+#[cfg(not(feature = "sim"))]
+pub fn lock_beneath<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.try_lock().unwrap_or_else(|| {
         note_contended();
         mutex.lock()

@@ -1,21 +1,21 @@
 //! A mutex and a condition variable whose uses are checked, and [`region`] for virtual ranks.
 
 use super::{Cancel, check, rank::Rank};
+use crate::sched::{self, Instant};
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
-use std::time::Instant;
 
 /// A mutex with a rank. It is never poisoned: a panic leaves the data as it was at that moment.
 pub struct Mutex<T> {
     tag: check::Tag,
-    inner: parking_lot::Mutex<T>,
+    inner: sched::Mutex<T>,
 }
 
 /// Gives access to the data of a locked [`Mutex`], and unlocks it on drop. The guard is not `Send`,
 /// even if another crate enables parking_lot's `send_guard`.
 #[must_use = "dropping it unlocks"]
 pub struct MutexGuard<'a, T> {
-    inner: parking_lot::MutexGuard<'a, T>,
+    inner: sched::MutexGuard<'a, T>,
     token: check::Token,
     _not_send: PhantomData<*const ()>,
 }
@@ -24,7 +24,7 @@ impl<T> Mutex<T> {
     pub const fn new(rank: Rank, value: T) -> Self {
         Self {
             tag: check::Tag::new(rank),
-            inner: parking_lot::Mutex::new(value),
+            inner: sched::Mutex::new(value),
         }
     }
     #[cfg_attr(any(debug_assertions, feature = "lock-check"), track_caller)]
@@ -74,17 +74,17 @@ pub enum Waited {
 /// A condition variable. Every wait has a deadline and checks its condition in a loop.
 #[derive(Default)]
 pub struct Condvar {
-    inner: parking_lot::Condvar,
+    inner: sched::Condvar,
     /// Threads in a cancellable wait. They park instead of waiting on `inner`, because a token's
     /// waker can then wake a thread without taking its mutex, and no wake-up is lost.
-    parked: parking_lot::Mutex<Vec<std::thread::Thread>>,
+    parked: sched::Mutex<Vec<sched::Thread>>,
 }
 
 impl Condvar {
     pub const fn new() -> Self {
         Self {
-            inner: parking_lot::Condvar::new(),
-            parked: parking_lot::Mutex::new(Vec::new()),
+            inner: sched::Condvar::new(),
+            parked: sched::Mutex::new(Vec::new()),
         }
     }
 
@@ -120,7 +120,7 @@ impl Condvar {
         mut condition: impl FnMut(&mut T) -> bool,
     ) -> Waited {
         check::check_wait(Rank::CondWait, &guard.token);
-        let me = std::thread::current();
+        let me = sched::current();
         let waker = me.clone();
         let subscription = cancel.on_cancel(move || waker.unpark());
         let waited = loop {
@@ -135,9 +135,7 @@ impl Condvar {
                 break Waited::TimedOut;
             }
             check::lock_beneath(&self.parked).push(me.clone());
-            parking_lot::MutexGuard::unlocked(&mut guard.inner, || {
-                std::thread::park_timeout(deadline - now)
-            });
+            sched::MutexGuard::unlocked(&mut guard.inner, || sched::park_timeout(deadline - now));
             check::lock_beneath(&self.parked).retain(|t| t.id() != me.id());
         };
         guard.token.resumed();
@@ -177,7 +175,7 @@ pub fn region(rank: Rank) -> Region {
 
 // The disabled checker costs nothing: the sizes are those of parking_lot, and `scripts/lock-code`
 // compares the machine code.
-#[cfg(not(any(debug_assertions, feature = "lock-check")))]
+#[cfg(not(any(debug_assertions, feature = "lock-check", feature = "sim")))]
 const _: () = {
     assert!(size_of::<Mutex<u64>>() == size_of::<parking_lot::Mutex<u64>>());
     assert!(size_of::<Mutex<[u8; 3]>>() == size_of::<parking_lot::Mutex<[u8; 3]>>());

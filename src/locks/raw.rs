@@ -1,12 +1,10 @@
 //! The primitives that [`LockSet`](super::LockSet) and [`Cancel`](super::Cancel) are built on. They
-//! come from parking_lot and std. With the feature `shuttle` they are shuttle's models, so that its
+//! come from `sched`. With the feature `shuttle` they are shuttle's models, so that its
 //! scheduler controls every step.
 
 #[cfg(not(feature = "shuttle"))]
 mod imp {
-    pub(crate) use parking_lot::{Condvar, Mutex};
-    pub(crate) use std::sync::atomic::AtomicBool;
-    pub(crate) use std::thread::{Thread, ThreadId, current, park};
+    pub(crate) use crate::sched::{AtomicBool, Condvar, Mutex, Thread, ThreadId, current, park};
 }
 
 #[cfg(feature = "shuttle")]

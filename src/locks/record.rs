@@ -2,10 +2,11 @@
 //! builds keep these records too; a record is two `Arc`s and a time stamp.
 
 use super::raw;
+use crate::sched::Instant;
 use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 thread_local! {
     static OPERATION: RefCell<Option<Arc<str>>> = const { RefCell::new(None) };

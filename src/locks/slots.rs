@@ -3,7 +3,8 @@
 use super::raw;
 use super::record::{KeyRecord, Party, PartyRecord};
 use super::{rank::Rank, stats};
-use std::collections::{HashMap, VecDeque, hash_map::Entry};
+use crate::sched::HashMap;
+use std::collections::{VecDeque, hash_map::Entry};
 use std::fmt::Debug;
 use std::hash::Hash;
 use std::sync::Arc;
@@ -36,7 +37,7 @@ impl<K: Clone + Ord + Hash + Debug> Slots<K> {
     pub(super) fn new(rank: Rank) -> Self {
         Self {
             rank,
-            map: raw::Mutex::new(HashMap::new()),
+            map: raw::Mutex::new(HashMap::default()),
         }
     }
 
@@ -109,7 +110,7 @@ impl<K: Clone + Ord + Hash + Debug> Slots<K> {
 impl<K: Eq + Hash> Slots<K> {
     #[cfg(not(feature = "shuttle"))]
     #[inline]
-    fn lock(&self) -> parking_lot::MutexGuard<'_, HashMap<K, Slot>> {
+    fn lock(&self) -> crate::sched::MutexGuard<'_, HashMap<K, Slot>> {
         super::check::lock_beneath(&self.map)
     }
     #[cfg(feature = "shuttle")]

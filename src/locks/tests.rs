@@ -3,11 +3,11 @@
 
 use super::rank::{self, RankSet};
 use super::{Condvar, LockSet, Mutex, Rank, Region, assert_none_held, check, region};
+use crate::sched::Instant;
 use expect_test::{Expect, expect};
 use proptest::prelude::*;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Once;
-use std::time::Instant;
 
 std::thread_local! {
     static QUIET: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };

@@ -3,10 +3,11 @@
 use super::record::KeyRecord;
 use super::slots::Slots;
 use super::{Cancel, KeyGuard, LockSet, MutexGuard, Rank, Region, WaitCancelled, operation_scope};
+use crate::sched::Instant;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Limit of the time that a cancelled waiter may take to leave.
 const LEAVE_MAX: Duration = Duration::from_millis(100);

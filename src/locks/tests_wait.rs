@@ -2,10 +2,11 @@
 
 use super::tests_set::wait_for;
 use super::{Cancel, Condvar, Mutex, Rank, Waited};
+use crate::sched::Instant;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const SOON: Duration = Duration::from_millis(100);
 const LATE: Duration = Duration::from_secs(20);

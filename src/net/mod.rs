@@ -61,13 +61,13 @@ use crate::error::{Error, Kind, Result};
 use crate::host::Credentials;
 use crate::host::{Command, Commands};
 use crate::locks::{Cancel, Mutex, Rank};
+use crate::sched::HashMap;
 use crate::undo::Undo;
 use ipv6::Forwarding;
 use links::{Link, parse_links};
 use names::Names;
 use rules::Rules;
 use sets::{Element, Sets};
-use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -147,8 +147,8 @@ impl Net {
             .max()
             .unwrap_or(0);
         let pool = Pool::new(names.clone(), tools.clone(), config.taps_ahead, last)?;
-        let guests = Mutex::new(Rank::Taps, HashMap::new());
-        let forwards = Mutex::new(Rank::Taps, HashMap::new());
+        let guests = Mutex::new(Rank::Taps, HashMap::default());
+        let forwards = Mutex::new(Rank::Taps, HashMap::default());
         let net = Self {
             config: config.clone(),
             ipv6,

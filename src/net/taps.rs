@@ -7,9 +7,9 @@ use super::tun;
 use crate::error::{Error, Kind, Result};
 use crate::host::thread;
 use crate::locks::{Cancel, CancelCause, Mutex, Rank};
+use crate::sched::JoinHandle;
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 
 /// The highest tap number. The tap after it gets number 1 again. An interface name has room for
 /// four digits.

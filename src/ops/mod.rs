@@ -22,10 +22,10 @@ use crate::host::time::now_s;
 use crate::host::wait::cancelled;
 use crate::ids::{OpId, VmId};
 use crate::locks::{Cancel, CancelCause, Condvar, Mutex, Rank, Waited};
+use crate::sched::{HashMap, Instant};
 use crate::uids::{Retention, UidCounts};
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::Instant;
 
 /// The registry of operations. All clones share the same state.
 #[derive(Clone)]

@@ -3,11 +3,12 @@ use crate::api::op::{Op, OpState, Progress};
 use crate::error::{Code, Error, Kind};
 use crate::ids::{OpId, VmId};
 use crate::locks::{Cancel, CancelCause};
+use crate::sched::Instant;
 use crate::uids::Retention;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::json;
 use std::sync::mpsc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const LIMITS: Limits = Limits { per_uid_max: 2 };
 const MANY: Limits = Limits {

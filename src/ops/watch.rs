@@ -4,10 +4,10 @@ use super::{Ops, Shared};
 use crate::api::op::{Op, Progress};
 use crate::error::{Error, Result};
 use crate::ids::OpId;
-use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
-use std::os::fd::{AsFd, BorrowedFd};
+use crate::sched::{Instant, Timer};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// The shortest time between two notifications of progress.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
@@ -18,7 +18,7 @@ const IMMEDIATELY: Duration = Duration::from_nanos(1);
 /// Unlike an eventfd, a timer reports the last change of a burst without an extra thread.
 pub(super) struct Notifier {
     id: u64,
-    timer: Arc<TimerFd>,
+    timer: Arc<Timer>,
     is_set: bool,
     /// The earliest time of the next notification of progress.
     due: Instant,
@@ -38,10 +38,7 @@ impl Notifier {
                 .saturating_duration_since(Instant::now())
                 .max(IMMEDIATELY)
         };
-        let set = self.timer.set(
-            Expiration::OneShot(after.into()),
-            TimerSetTimeFlags::empty(),
-        );
+        let set = self.timer.set(after);
         debug_assert!(
             set.is_ok(),
             "a time in range and an open descriptor: {set:?}"
@@ -62,15 +59,14 @@ pub struct Watcher {
     ops: Ops,
     op: OpId,
     id: u64,
-    timer: Arc<TimerFd>,
+    timer: Arc<Timer>,
     /// The number of the last change that was returned.
     seen: Option<u64>,
 }
 
 impl Watcher {
     pub(super) fn new(ops: Ops, op: &OpId) -> Result<Self> {
-        let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
-        let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)
+        let timer = Timer::try_new()
             .map_err(|e| Error::io(format!("watch operation {op}: create a timer"), e))?;
         let timer = Arc::new(timer);
         let mut state = ops.shared.state.lock();
@@ -97,7 +93,7 @@ impl Watcher {
     /// Returns a descriptor that is readable when [`Watcher::next`] should be called. The caller
     /// must never read from the descriptor.
     pub fn fd(&self) -> BorrowedFd<'_> {
-        self.timer.as_fd()
+        self.timer.fd()
     }
 
     /// Returns the newest progress since the last call, or the end of the operation. The end is
@@ -114,7 +110,7 @@ impl Watcher {
         let notifier = entry.watchers.iter_mut().find(|b| b.id == self.id)?;
         // Unset the timer under the lock. The next change then sets it again, so no notification is
         // lost.
-        let _ = self.timer.unset();
+        self.timer.unset();
         notifier.is_set = false;
         if self.seen == Some(changes) {
             return None;

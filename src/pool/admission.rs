@@ -4,10 +4,11 @@
 
 use crate::error::{Error, Kind, Result};
 use crate::locks::{Cancel, Condvar, Mutex, Rank, Waited};
+use crate::sched::Instant;
 use crate::uids::UidCounts;
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// The longest wait for a permit. No real queue takes this long; the bound prevents endless waits.
 const WAIT_MAX: Duration = Duration::from_secs(6 * 3600);

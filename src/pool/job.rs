@@ -5,9 +5,9 @@ use crate::error::{Error, Kind, Result};
 use crate::locks::{
     Cancel, Condvar, Mutex, Rank, Waited, assert_none_held, operation_scope, region,
 };
+use crate::sched::Instant;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::time::Instant;
 
 /// A job in the queue.
 pub(super) struct QueuedJob {

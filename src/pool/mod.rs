@@ -18,11 +18,12 @@ pub use job::JobHandle;
 
 use crate::error::{Error, Kind, Result};
 use crate::locks::{Cancel, Condvar, Mutex, Rank, region};
+use crate::sched::Instant;
 use crate::uids::UidCounts;
 use job::{QueuedJob, Start};
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How long an idle worker waits at a time. New work wakes it at once.
 const IDLE_WAIT: Duration = Duration::from_secs(60);

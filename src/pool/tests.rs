@@ -3,8 +3,9 @@ use crate::error::{Error, Kind, Result};
 use crate::locks::{Cancel, CancelCause, check};
 #[cfg(any(debug_assertions, feature = "lock-check"))]
 use crate::locks::{LockSet, Rank};
+use crate::sched::Instant;
 use std::sync::mpsc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const LATE: Duration = Duration::from_secs(20);
 const SOON: Duration = Duration::from_millis(100);

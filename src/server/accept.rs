@@ -10,13 +10,14 @@ use crate::error::{Error, Kind, Result};
 use crate::host::thread;
 use crate::host::wait::{poll_until, sleep};
 use crate::locks::Cancel;
+use crate::sched::Instant;
 use nix::poll::{PollFd, PollFlags};
 use rustix::net::SendFlags;
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How long to pause after a failed accept.
 const BACK_OFF: Duration = Duration::from_millis(50);
@@ -95,17 +96,8 @@ impl Acceptor {
 
     fn begin(&self, stream: UnixStream) -> std::result::Result<(), (Arc<UnixStream>, Error)> {
         let stream = Arc::new(stream);
-        let started = Peer::of(&stream).and_then(|peer| {
-            let slot = self.registry.enter(&stream, peer.uid)?;
-            let (handler, socket) = (self.handler.clone(), stream.clone());
-            let (registry, stop) = (self.registry.clone(), self.stop.clone());
-            thread::spawn("connection", move || {
-                connection::serve(slot, socket, peer, &*handler);
-                drop(handler);
-                registry.give_back_after_peak(&stop);
-            })
-            .map(drop)
-        });
+        let started = Peer::of(&stream)
+            .and_then(|peer| start(&self.registry, &self.handler, &self.stop, &stream, peer));
         started.map_err(|e| (stream, e))
     }
 
@@ -139,6 +131,25 @@ impl Acceptor {
             self.spare = spare().ok();
         }
     }
+}
+
+/// Starts the thread of a connection.
+pub(super) fn start(
+    registry: &Arc<Registry>,
+    handler: &Arc<dyn Handler>,
+    stop: &Cancel,
+    stream: &Arc<UnixStream>,
+    peer: Peer,
+) -> Result<()> {
+    let slot = registry.enter(stream, peer.uid)?;
+    let (handler, socket) = (handler.clone(), stream.clone());
+    let (registry, stop) = (registry.clone(), stop.clone());
+    thread::spawn("connection", move || {
+        connection::serve(slot, socket, peer, &*handler);
+        drop(handler);
+        registry.give_back_after_peak(&stop);
+    })
+    .map(drop)
 }
 
 fn spare() -> std::io::Result<File> {

@@ -13,13 +13,14 @@ use crate::error::{Error, Kind, Result};
 use crate::host::hex;
 use crate::host::process::find_by_prefix;
 use crate::ids::Tag;
+use crate::sched::Instant;
 use rustix::fs::{FlockOperation, OFlags};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// The directory of the claims.
 pub(super) const DIR: &str = "/run/fcd-claims";

@@ -1,12 +1,13 @@
 //! Reads one line at a time from a socket, with the descriptors that come with its first byte.
 
 use super::{FDS_MAX, FRAME_BYTES_MAX, Limits};
+use crate::sched::Instant;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags};
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const READ_BYTES: usize = 4096;
 /// The capacity to which the buffer is reduced after a longer line.
@@ -132,6 +133,7 @@ impl<'a> LineReader<'a> {
                 self.socket.set_read_timeout(Some(left))?;
                 self.timeout = Some(left);
             }
+            crate::sched::before_read(self.socket.as_fd(), deadline);
             match rustix::net::recv(self.socket, &mut *space, RecvFlags::PEEK) {
                 Ok((_, n)) => break n,
                 Err(rustix::io::Errno::INTR) => {}

@@ -17,6 +17,8 @@
 mod accept;
 mod claim;
 mod connection;
+#[cfg(feature = "sim")]
+mod direct;
 mod dispatch;
 mod line;
 mod op_wait;
@@ -29,6 +31,8 @@ mod socket;
 mod tests;
 
 pub use connection::Connection;
+#[cfg(feature = "sim")]
+pub use direct::DirectServer;
 #[cfg(any(test, feature = "fakes"))]
 pub use peer::Peer;
 pub use request::{CallError, CallResult, IncomingCall};
@@ -40,11 +44,12 @@ pub use crate::api::limits::{FDS_MAX, FRAME_BYTES_MAX};
 use crate::error::{Error, Result};
 use crate::host::thread;
 use crate::locks::{Cancel, CancelCause, Mutex, Rank};
+use crate::sched::Instant;
+use crate::sched::JoinHandle;
 use registry::Registry;
 use std::path::Path;
 use std::sync::Arc;
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Answers calls, each on its connection's thread.
 pub trait Handler: Send + Sync + 'static {

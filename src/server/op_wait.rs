@@ -8,12 +8,13 @@ use crate::daemon::{CallOutcome, Caller, Core, Gone, Hangup, Notes, OpEvent, Wat
 use crate::error::{Error, Kind};
 use crate::ids::OpId;
 use crate::locks::CancelCause;
+use crate::sched::Instant;
 use serde::Serialize;
 use serde_json::value::to_raw_value;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 impl WatchLine for Connection<'_> {
     fn hangup(&self) -> Hangup<'_> {

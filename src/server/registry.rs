@@ -6,12 +6,12 @@ use crate::host::memory;
 use crate::host::plural::count;
 use crate::host::wait::sleep;
 use crate::locks::{Cancel, Condvar, Mutex, Rank};
-use std::collections::HashMap;
+use crate::sched::{HashMap, Instant};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// The smallest number of connections that counts as a peak. After a peak, freed memory is returned
 /// to the system.

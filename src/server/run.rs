@@ -8,6 +8,7 @@ use crate::daemon::uninstall::LOCK_FILE;
 use crate::daemon::{Daemon, Seams, Watchdog};
 use crate::error::{Error, Kind, Result};
 use crate::locks::Cancel;
+use crate::sched::Instant;
 use nix::poll::{PollFd, PollFlags};
 use rustix::fs::{FlockOperation, OFlags};
 use sd_notify::NotifyState;
@@ -17,7 +18,7 @@ use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// `EX_TEMPFAIL` (sysexits.h): another daemon holds the state directory.
 pub(super) const EXIT_HELD: u8 = 75;

@@ -6,7 +6,7 @@
 use crate::error::{Error, Kind, Result};
 use crate::ids::SessionId;
 use crate::locks::{Mutex, Rank};
-use std::collections::HashMap;
+use crate::sched::HashMap;
 use std::sync::Arc;
 
 /// The sessions of one daemon. `H` is the handle that controls a running command.
@@ -34,7 +34,7 @@ impl<H: Clone> Default for Registry<H> {
 impl<H: Clone> Registry<H> {
     pub(crate) fn new() -> Self {
         Self {
-            sessions: Arc::new(Mutex::new(Rank::Sessions, HashMap::new())),
+            sessions: Arc::new(Mutex::new(Rank::Sessions, HashMap::default())),
         }
     }
 

@@ -6,10 +6,10 @@ use super::reserve::{PROBE_FREE_BYTES, RESERVE_BYTES};
 use super::tx::Step;
 use crate::error::{Error, Kind, Result};
 use crate::locks::{Condvar, Mutex, Rank, durable_wait};
+use crate::sched::Instant;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
 
 /// A change that is not yet on disk.
 pub(super) struct Change {

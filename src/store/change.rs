@@ -31,7 +31,7 @@ impl Store {
     #[cfg(any(test, feature = "fakes"))]
     pub fn change_durable<T>(&self, change: impl FnOnce(&mut Tx) -> Result<T>) -> Result<T> {
         let (value, ticket) = self.change(change)?;
-        ticket.wait(std::time::Instant::now() + super::DURABLE_WAIT)?;
+        ticket.wait(crate::sched::Instant::now() + super::DURABLE_WAIT)?;
         Ok(value)
     }
 

@@ -28,20 +28,66 @@ pub(super) struct Database {
     pub reserve: Reserve,
     /// The correct contents of the rows that a failed commit may have changed on disk.
     repair: BTreeMap<(u8, String), Image>,
+    /// Replaces the file in a simulation.
+    #[cfg(feature = "sim")]
+    memory: Option<Arc<super::memory::Memory>>,
 }
 
 impl Database {
     pub(super) fn new(dir: &Path, connection: Connection) -> rusqlite::Result<Self> {
-        let mut database = Self {
+        let mut database = Self::closed(dir);
+        database.use_connection(connection)?;
+        Ok(database)
+    }
+
+    fn closed(dir: &Path) -> Self {
+        Self {
             dir: dir.to_owned(),
             connection: None,
             log_frames: Arc::default(),
             is_marked_open: false,
             reserve: Reserve::new(dir),
             repair: BTreeMap::new(),
-        };
-        database.use_connection(connection)?;
-        Ok(database)
+            #[cfg(feature = "sim")]
+            memory: None,
+        }
+    }
+
+    #[cfg(feature = "sim")]
+    pub(super) fn in_memory(dir: &Path, memory: Arc<super::memory::Memory>) -> Self {
+        let mut database = Self::closed(dir);
+        database.memory = Some(memory);
+        // There is no disk that could become full.
+        database.reserve.held = true;
+        database
+    }
+
+    /// Commits to a database in memory. Returns `None` if there is none.
+    #[cfg(feature = "sim")]
+    fn try_write_memory(
+        &self,
+        inner: &Inner,
+        images: &[Image],
+        seq: u64,
+    ) -> Option<crate::error::Result<()>> {
+        use super::faults::Fault;
+        let memory = self.memory.as_ref()?;
+        inner.faults.pass_gate();
+        let fault = inner.faults.next();
+        let commits = matches!(fault, None | Some(Fault::IoAfterCommit));
+        if commits {
+            let rows = self.repair.values().chain(images);
+            memory.commit(rows, seq.max(inner.seq_at_open));
+            inner.faults.after_commit();
+        }
+        Some(match fault {
+            None => Ok(()),
+            Some(Fault::DiskFull) => Err(Error::new(Kind::DiskFull, "the disk is full")),
+            Some(Fault::Io | Fault::IoAfterCommit) => {
+                Err(Error::new(Kind::StoreReadOnly, "disk I/O error"))
+            }
+            Some(Fault::Panic) => panic!("a fault of the test"),
+        })
     }
 
     pub(super) fn failure(&self, e: &Error) -> Failure {
@@ -152,6 +198,10 @@ impl Database {
     /// Extends the log if the disk has room for the whole log with some space to spare. A failure
     /// is only logged, because commits then merely take longer.
     pub(super) fn extend_log(&self) {
+        #[cfg(feature = "sim")]
+        if self.memory.is_some() {
+            return;
+        }
         if self
             .reserve
             .free_bytes()
@@ -165,6 +215,10 @@ impl Database {
     }
 
     fn try_write(&mut self, inner: &Inner, images: &[Image], seq: u64) -> crate::error::Result<()> {
+        #[cfg(feature = "sim")]
+        if let Some(written) = self.try_write_memory(inner, images, seq) {
+            return written;
+        }
         if self.connection.is_none() {
             let connection = schema::reopen(&self.dir)?;
             self.use_connection(connection)

@@ -23,12 +23,13 @@ use crate::error::{Error, Kind, Result};
 use crate::host::time::now_s;
 use crate::ids::{OpId, VmId};
 use crate::locks::{Mutex, Rank};
+use crate::sched::Instant;
 use nix::poll::PollFlags;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How many changes are kept for listeners that resume.
 pub const KEPT_MAX: usize = 4096;

@@ -2,9 +2,10 @@
 
 use super::schema::Transaction;
 use crate::locks::{Condvar, Mutex, Rank};
+use crate::sched::Instant;
 use rusqlite::ffi;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Maximum time that a gate holds a commit back. It ends a test that never drops its gate.
 const GATE_TIME_MAX: Duration = Duration::from_secs(60);
@@ -22,6 +23,9 @@ pub enum Fault {
 pub trait CommitHook: Send + Sync {
     /// Returns the fault of this commit, or `None` to let the commit proceed.
     fn before_commit(&self) -> Option<Fault>;
+
+    /// The store calls this when a commit has reached the disk.
+    fn after_commit(&self) {}
 }
 
 #[derive(Default)]
@@ -98,7 +102,8 @@ impl Faults {
         ))
     }
 
-    pub(super) fn commit(&self, tx: Transaction<'_>) -> rusqlite::Result<()> {
+    /// Returns the fault of the next commit.
+    pub(super) fn next(&self) -> Option<Fault> {
         let fault = {
             let mut plan = self.plan.lock();
             let fault = plan.fault.map(|(fault, _)| fault);
@@ -108,10 +113,24 @@ impl Faults {
             fault
         };
         let hook = self.plan.lock().hook.clone();
-        let fault = fault.or_else(|| hook.and_then(|hook| hook.before_commit()));
+        fault.or_else(|| hook.and_then(|hook| hook.before_commit()))
+    }
+
+    pub(super) fn after_commit(&self) {
+        let hook = self.plan.lock().hook.clone();
+        if let Some(hook) = hook {
+            hook.after_commit();
+        }
+    }
+
+    pub(super) fn commit(&self, tx: Transaction<'_>) -> rusqlite::Result<()> {
         let error = |code| Err(rusqlite::Error::SqliteFailure(ffi::Error::new(code), None));
-        match fault {
-            None => tx.commit(),
+        match self.next() {
+            None => {
+                tx.commit()?;
+                self.after_commit();
+                Ok(())
+            }
             Some(Fault::DiskFull) => error(ffi::SQLITE_FULL),
             Some(Fault::Io) => error(ffi::SQLITE_IOERR),
             Some(Fault::IoAfterCommit) => tx.commit().and_then(|()| error(ffi::SQLITE_IOERR)),

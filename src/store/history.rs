@@ -3,8 +3,9 @@
 
 use super::OpRow;
 use crate::ids::OpId;
+use crate::sched::HashMap;
 use crate::uids::Retention;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 
 /// An operation's position in the history: the second in which it ended, and its number in the
 /// order of insertion. Many operations end in the same second. The one inserted last must not be

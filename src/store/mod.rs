@@ -34,6 +34,8 @@ mod guards;
 mod history;
 mod key;
 mod ledger;
+#[cfg(feature = "sim")]
+pub mod memory;
 mod meta;
 mod op;
 mod reserve;
@@ -76,13 +78,13 @@ use crate::error::{Error, Result};
 use crate::host::thread;
 use crate::ids::VmId;
 use crate::locks::{Condvar, Mutex, Rank, durable_wait};
+use crate::sched::Instant;
+use crate::sched::JoinHandle;
 use crate::uids::Retention;
 use batch::{Batch, Change, Failure, Outcome};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::thread::JoinHandle;
-use std::time::Instant;
 use writer::Writer;
 
 /// Maximum number of changes that wait for the disk. Once this many wait, changes that are not
@@ -189,13 +191,24 @@ impl Store {
     /// # Errors
     /// Those of [`Store::open`].
     pub fn open_keeping(dir: &Path, retention: Retention) -> Result<Store> {
+        #[cfg(feature = "sim")]
+        if let Some(memory) = memory::of(dir) {
+            return Self::start(memory.load(), retention, Writer::in_memory(dir, memory));
+        }
         let connection = schema::open(dir, &schema::migrations())?;
+        let loaded = load(&connection)
+            .map_err(|e| e.context(format!("open the store in {}", dir.display())))?;
+        let writer = Writer::new(dir, connection)
+            .map_err(|e| schema::refuse(&dir.join(schema::FILE_NAME), e))?;
+        Self::start(loaded, retention, writer)
+    }
+
+    fn start(loaded: Loaded, retention: Retention, mut writer: Writer) -> Result<Store> {
         let Loaded {
             state,
             install_id,
             seq,
-        } = load(&connection)
-            .map_err(|e| e.context(format!("open the store in {}", dir.display())))?;
+        } = loaded;
         let events = events::Bus::new(&state, seq);
         let core = Core {
             ledger_next: state.ledger_last() + 1,
@@ -223,8 +236,6 @@ impl Store {
             #[cfg(any(test, feature = "fakes"))]
             faults: faults::Faults::default(),
         });
-        let mut writer = Writer::new(dir, connection)
-            .map_err(|e| schema::refuse(&dir.join(schema::FILE_NAME), e))?;
         writer.begin(&inner);
         inner.core.lock().writer = Some(Box::new(writer));
         let writing = inner.clone();

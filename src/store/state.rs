@@ -9,9 +9,10 @@ use super::{KeyRow, LedgerRow, OpRow, SnapshotRow, VmRow, WorkspaceRow};
 use super::{key, ledger, meta, op, snapshot, vm, workspace};
 use crate::error::Result;
 use crate::ids::{OpId, SnapshotId, SnapshotName, VmId, VmName};
+use crate::sched::HashMap;
 use rusqlite::Connection;
 use std::collections::btree_map::Entry;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 /// The contents of one row. `None` means that the row does not exist.

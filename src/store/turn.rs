@@ -9,8 +9,9 @@
 use super::batch::{Batch, Failure, Outcome, Writes};
 use super::writer::Writer;
 use super::{Core, Inner};
+use crate::sched::Instant;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How often the store's thread wakes up if nothing else wakes it.
 const IDLE: Duration = Duration::from_secs(600);

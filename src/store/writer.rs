@@ -7,10 +7,11 @@ use super::reserve::PROBE_FREE_BYTES;
 use super::state::Image;
 use super::{Inner, Mode};
 use crate::error::{Error, Kind};
+use crate::sched::Instant;
 use rusqlite::Connection;
 use std::path::Path;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Pause between a failed write and the first probe. It doubles each time, up to `PROBE_PAUSE_MAX`.
 const PROBE_PAUSE_MIN: Duration = Duration::from_millis(100);
@@ -29,12 +30,21 @@ type Written = std::result::Result<bool, Failure>;
 
 impl Writer {
     pub(super) fn new(dir: &Path, connection: Connection) -> rusqlite::Result<Self> {
-        Ok(Self {
-            database: Database::new(dir, connection)?,
+        Database::new(dir, connection).map(Self::of)
+    }
+
+    #[cfg(feature = "sim")]
+    pub(super) fn in_memory(dir: &Path, memory: std::sync::Arc<super::memory::Memory>) -> Self {
+        Self::of(Database::in_memory(dir, memory))
+    }
+
+    fn of(database: Database) -> Self {
+        Self {
+            database,
             is_reserve_spent: false,
             probe_at: Instant::now(),
             probe_pause: PROBE_PAUSE_MIN,
-        })
+        }
     }
 
     /// Returns the time when a read-only store is probed next.

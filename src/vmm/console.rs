@@ -9,17 +9,17 @@ use crate::host::fs::{open_at, open_dir};
 use crate::host::wait::set_nonblocking;
 use crate::host::wait::{WaitResult, cancelled, wait_any};
 use crate::locks::{Cancel, Mutex, Rank};
+use crate::sched::{HashMap, Instant};
 use nix::poll::PollFlags;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use rustix::fs::OFlags;
-use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// The maximum number of bytes of a log that are returned at once.
 pub const CHUNK_BYTES_MAX: usize = 64 * 1024;
@@ -328,7 +328,7 @@ impl Reader {
         Self {
             shared,
             consoles: Vec::new(),
-            logs: HashMap::new(),
+            logs: HashMap::default(),
             buffer: vec![0; CHUNK_BYTES_MAX],
             next_tick,
         }

@@ -4,11 +4,12 @@ use crate::error::{Error, Kind, Result};
 use crate::host::process::Process;
 use crate::host::wait::{WaitResult, cancelled, wait_any};
 use crate::locks::Cancel;
+use crate::sched::Instant;
 use nix::poll::PollFlags;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// The shortest wait before trying again to connect to a socket that the VMM has not created yet.
 /// Most sockets exist after about ten milliseconds.

@@ -10,9 +10,9 @@ use crate::api::daemon::Check;
 use crate::error::{Error, Kind, Result};
 use crate::ids::Tag;
 use crate::locks::Cancel;
+use crate::sched::Instant;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
 
 pub struct Drivers {
     starts: Arc<dyn Driver>,

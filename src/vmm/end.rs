@@ -23,12 +23,12 @@ use crate::host::process::{Exit, Identity};
 use crate::host::text::printable;
 use crate::host::wait::wait_uncancelled;
 use crate::locks::{Cancel, CancelCause, Mutex, Rank};
+use crate::sched::{HashMap, Instant};
 use nix::poll::PollFlags;
-use std::collections::HashMap;
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How long to wait for the rest of a console or a monitor after the VMM has exited. All of it is
 /// already in a socket or pipe, so only a very busy host takes long to read it.
@@ -76,7 +76,7 @@ pub(super) struct Note {
 
 impl Notes {
     pub(super) fn new() -> Self {
-        Self(Mutex::new(Rank::Consoles, HashMap::new()))
+        Self(Mutex::new(Rank::Consoles, HashMap::default()))
     }
 
     /// Adds a note for a VMM. The VMM's monitor calls this when it starts.

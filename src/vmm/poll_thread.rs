@@ -4,12 +4,13 @@
 use crate::error::{Error, Result};
 use crate::host::wait::poll_until;
 use crate::locks::{Mutex, Rank};
+use crate::sched::Instant;
+use crate::sched::JoinHandle;
 use nix::poll::{PollFd, PollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How long to wait after an error such as a lack of memory, instead of spinning.
 const ERROR_PAUSE: Duration = Duration::from_millis(100);
@@ -112,7 +113,7 @@ impl<T> Drop for PollThread<T> {
         let _ = self.inbox.wake.write(1);
         // A callback on the thread may own the last reference to this value, and a thread cannot
         // join itself.
-        if let Some(thread) = thread.filter(|t| t.thread().id() != std::thread::current().id()) {
+        if let Some(thread) = thread.filter(|t| t.thread().id() != crate::sched::current().id()) {
             crate::locks::may_block("join");
             let _ = thread.join();
         }

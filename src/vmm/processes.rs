@@ -7,11 +7,11 @@ use super::{Died, Identity, Tagged, end};
 use crate::error::{Error, Kind, Result};
 use crate::host::process::{self, Process};
 use crate::locks::{Cancel, Rank, region};
+use crate::sched::Instant;
 use rustix::process::Signal;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
 
 /// Finds VMM processes by their tags, watches them and kills them.
 pub trait Processes: Send + Sync {

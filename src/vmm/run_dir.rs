@@ -9,12 +9,13 @@ use crate::host::command::read_bounded;
 use crate::host::fs::{open_at, open_dir};
 use crate::host::process::{Exit, Process};
 use crate::host::text::printable;
+use crate::sched::Instant;
 use rustix::fs::{AtFlags, Gid, Mode, OFlags, Uid};
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 pub(super) const RUN_DIR: &str = "run";
 /// How long a VMM may take to exit after it has hung up.

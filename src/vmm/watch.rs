@@ -155,7 +155,7 @@ mod tests {
         assert!(
             sleeper
                 .wait(
-                    std::time::Instant::now() + Duration::from_secs(10),
+                    crate::sched::Instant::now() + Duration::from_secs(10),
                     &crate::locks::Cancel::try_new().unwrap()
                 )
                 .unwrap()

@@ -64,6 +64,7 @@ mod terminal;
 mod tidy;
 mod transcripts;
 mod under_locks;
+mod under_sched;
 mod uninstall;
 mod users;
 mod verbs;

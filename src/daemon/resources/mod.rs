@@ -40,10 +40,10 @@ use crate::daemon::leak::leak;
 use crate::error::{Error, Result};
 use crate::host::Commands;
 use crate::ids::{SnapshotId, VmId};
+use crate::sched::HashSet;
 use crate::store::{LedgerRow, State, Tx, VmRow};
 use crate::vmm::Driver;
 use boot_step::BootStep;
-use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 

@@ -17,11 +17,12 @@ use crate::error::{Error, Kind, Result};
 use crate::host::Credentials;
 use crate::host::{Command, Commands, Complaint, strerror};
 use crate::locks::Cancel;
+use crate::sched::Instant;
 use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// The size of a chunk, in sectors and in bytes. A chunk has the guest's block size.
 const CHUNK_SECTORS: u64 = 8;

@@ -34,8 +34,8 @@ use super::{ExecSpec, Streams, Target, Transport};
 use crate::api::exec::Exit;
 use crate::error::Result;
 use crate::locks::{Cancel, Rank, region};
+use crate::sched::Instant;
 use session::Session;
-use std::time::Instant;
 
 /// The name under which [`crate::host::confine::spawn`] starts this helper.
 pub const NAME: &str = "guest";

@@ -12,10 +12,11 @@ use crate::guest::connect::{DIAL_TIMEOUT, LogIn, connect, unavailable};
 use crate::guest::wait::{Wait, is_hang_up};
 use crate::guest::{ExecSpec, Streams, Target};
 use crate::host::confine::{self, Helper};
+use crate::sched::Instant;
 use nix::poll::{PollFd, PollFlags};
 use std::net::TcpStream;
 use std::os::fd::AsFd;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How long a helper may take to end an abandoned command. The helper itself gives up after 2 s.
 const HANGUP_TIMEOUT: Duration = Duration::from_millis(2500);

@@ -11,6 +11,7 @@ use crate::guest::{
 };
 use crate::host::thread::spawn;
 use crate::locks::{Cancel, CancelCause};
+use crate::sched::Instant;
 use rustix::pipe::{PipeFlags, pipe_with};
 use sha2::{Digest, Sha256};
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -18,7 +19,7 @@ use std::net::TcpListener;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Limit of the time to notice a ready guest: the designed latency plus some room for a busy
 /// machine.
@@ -77,7 +78,7 @@ fn run(target: &Target, spec: &ExecSpec, stdin: &[u8]) -> Result<(Exit, Vec<u8>,
 /// command runs. Returns the read end of its stdout, and the thread.
 fn begin(
     body: impl FnOnce(FdSink) -> Result<Exit> + Send + 'static,
-) -> (OwnedFd, std::thread::JoinHandle<Result<Exit>>) {
+) -> (OwnedFd, crate::sched::JoinHandle<Result<Exit>>) {
     let (r, w) = pipe();
     let thread = spawn("exec", move || body(sink(w))).unwrap();
     assert_eq!(rustix::io::read(&r, &mut [0; 1]), Ok(1), "the command runs");

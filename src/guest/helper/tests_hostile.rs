@@ -10,12 +10,13 @@ use crate::guest::wait::Wait;
 use crate::guest::{Control, ExecSpec, Streams, Target, control_queue};
 use crate::host::confine::{self, Channel};
 use crate::locks::{Cancel, CancelCause};
+use crate::sched::Instant;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::net::{Ipv4Addr, TcpListener};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 pub const NAME: &str = "hostile";
 

@@ -7,12 +7,12 @@ use crate::error::{Error, Result};
 use crate::guest::wait::Wait;
 use crate::guest::{Sink, Source};
 use crate::locks::Cancel;
+use crate::sched::Instant;
 use nix::poll::{PollFd, PollFlags};
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
 
 /// The payload of a framed stream. A read returns 0 only after a matching trailer. If the stream
 /// ends in any other way, the read fails with an error that [`crate::api::stream::error`] turns

@@ -9,10 +9,10 @@ use super::wait::Wait;
 use super::{Sink, Source};
 use crate::error::{Error, Result};
 use crate::locks::Cancel;
+use crate::sched::Instant;
 use nix::poll::{PollFd, PollFlags};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::Instant;
 
 /// Reads a descriptor that is already non-blocking, such as one from [`fifo::accept`].
 pub struct FdSource(OwnedFd);

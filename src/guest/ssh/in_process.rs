@@ -7,7 +7,7 @@ use crate::error::{Error, Kind, Result};
 use crate::guest::wait::Wait;
 use crate::guest::{ExecSpec, Streams, Target, Transport, connect};
 use crate::locks::{Cancel, Rank, region};
-use std::time::Instant;
+use crate::sched::Instant;
 
 pub struct InProcess;
 

@@ -9,9 +9,10 @@ use crate::api::exec::{Exit, PtySize};
 use crate::error::{Error, Kind, Result};
 use crate::guest::wait::{Wait, hung_up, is_hang_up};
 use crate::guest::{Control, Controls, Streams};
+use crate::sched::Instant;
 use nix::poll::{PollFd, PollFlags};
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How long a connection may be quiet before a keepalive is sent, and the interval between
 /// keepalives after that.

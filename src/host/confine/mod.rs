@@ -34,6 +34,7 @@ use super::Credentials;
 use super::process::Exit;
 use super::wait::{WaitResult, wait_uncancelled};
 use crate::error::{Error, Kind, Result};
+use crate::sched::Instant;
 use nix::poll::PollFlags;
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -41,7 +42,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::OnceLock;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// The first argument of a helper process. The second argument is the helper's name.
 pub const ARGUMENT: &str = "helper";

@@ -5,12 +5,13 @@ use super::{Allowed, Asked, Call, Channel, Helper, Profile, spawn};
 use crate::host::Credentials;
 use crate::host::process::Exit;
 use crate::host::wait::{WaitResult, wait_uncancelled};
+use crate::sched::Instant;
 use nix::poll::PollFlags;
 use rustix::pipe::{PipeFlags, pipe_with};
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd};
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 pub const PROBE: &str = "probe";
 pub const PROBE_WITH_THREADS: &str = "probe-with-threads";

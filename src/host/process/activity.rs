@@ -39,9 +39,9 @@ mod tests {
         })
         .unwrap();
         let tid = receiver.recv().unwrap();
-        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        let deadline = crate::sched::Instant::now() + std::time::Duration::from_secs(20);
         while !thread_activity(tid).unwrap().starts_with("sleeps") {
-            assert!(std::time::Instant::now() < deadline);
+            assert!(crate::sched::Instant::now() < deadline);
             std::thread::yield_now();
         }
         drop(writer);

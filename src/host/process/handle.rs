@@ -4,12 +4,12 @@ use super::identity::{Identity, boot_id, read_stat};
 use crate::error::{Error, Result};
 use crate::host::wait::{WaitResult, cancelled, is_readable, wait_any, wait_uncancelled};
 use crate::locks::{Cancel, Mutex, Rank};
+use crate::sched::Instant;
 use nix::poll::PollFlags;
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::Instant;
 
 /// How a process ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

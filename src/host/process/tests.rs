@@ -4,13 +4,14 @@ use crate::error::Kind;
 use crate::host::Credentials;
 use crate::host::wait::{WaitResult, wait_any};
 use crate::locks::Cancel;
+use crate::sched::Instant;
 use nix::poll::PollFlags;
 use rustix::process::Signal;
 use std::ffi::OsString;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 fn stopped(tag: &str) -> Spawn {
     Spawn {

@@ -6,12 +6,13 @@ use crate::host::confine::{Allowed, Asked, Call, Profile};
 use crate::image::ext4::write_tar;
 use crate::image::helper_side::{self, Daemon};
 use crate::image::pull::Failure;
+use crate::sched::Instant;
 use std::cell::Cell;
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::FileExt;
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// This helper's name for [`crate::host::confine::spawn`].
 pub(crate) const NAME: &str = "layer";

@@ -8,10 +8,11 @@ use crate::host::confine::{self, Helper};
 use crate::host::wait::{WaitResult, cancelled_by, wait_any};
 use crate::image::pull::{decode, encode};
 use crate::locks::Cancel;
+use crate::sched::Instant;
 use nix::poll::PollFlags;
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How long the helper may be silent. It reports after each file, and a file may be large.
 const SILENCE_MAX: Duration = Duration::from_secs(600);

@@ -5,6 +5,7 @@ use crate::error::{Error, Kind, Result};
 use crate::host::thread::spawn;
 use crate::host::wait::{WaitResult, cancelled, wait_any};
 use crate::locks::Cancel;
+use crate::sched::Instant;
 use nix::poll::PollFlags;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, ipproto, socket_with};
@@ -13,7 +14,6 @@ use std::io::PipeReader;
 use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::fd::AsFd;
 use std::sync::mpsc::{Receiver, channel};
-use std::time::Instant;
 
 /// How many addresses of a name are tried.
 const ADDRESSES_MAX: usize = 8;

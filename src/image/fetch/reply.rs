@@ -4,8 +4,9 @@ use super::transport::Network;
 use super::url::Origin;
 use crate::error::{Error, Kind, Result};
 use crate::host::text::printable;
+use crate::sched::Instant;
 use std::io::{self, Read};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use ureq::Body;
 use ureq::http::{HeaderMap, HeaderName, Response, header};
 

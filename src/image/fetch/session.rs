@@ -14,8 +14,9 @@ use crate::api::registry::Secret;
 use crate::error::{Error, Kind, Result};
 use crate::host::wait::{cancelled, sleep};
 use crate::locks::Cancel;
+use crate::sched::Instant;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use ureq::http::header::{LOCATION, WWW_AUTHENTICATE};
 
 /// A clone shares connections and starts with the same token.

@@ -8,13 +8,14 @@ use super::url::{Origin, Url};
 use crate::error::{Error, Kind, Result};
 use crate::host::wait::{WaitResult, cancelled, set_nonblocking, wait_any};
 use crate::locks::Cancel;
+use crate::sched::Instant;
 use nix::poll::PollFlags;
 use std::fmt;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::time::Duration as UreqDuration;
 use ureq::unversioned::transport::{

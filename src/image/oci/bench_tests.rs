@@ -12,10 +12,11 @@ use super::test_tar::{Item, dir, file};
 use super::test_tree::run;
 use crate::error::Result;
 use crate::locks::Cancel;
+use crate::sched::Instant;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const DISK_BYTES: u64 = 8 << 30;
 

@@ -4,9 +4,10 @@ use super::link::Link;
 use super::protocol::Progress;
 use crate::api::op::{PARTS_MAX, Part, PartState, most_relevant};
 use crate::image::oci::{Digest, Layer};
+use crate::sched::Instant;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How often progress is reported at most.
 const REPORT_EVERY: Duration = Duration::from_millis(200);

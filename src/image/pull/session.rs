@@ -10,6 +10,7 @@ use crate::host::confine::{self, Helper};
 use crate::host::wait::{WaitResult, cancelled_by, wait_any};
 use crate::image::oci::limits::{LAYERS_MAX, UNPACKED_BYTES_MAX};
 use crate::locks::{Cancel, CancelCause};
+use crate::sched::Instant;
 use nix::poll::PollFlags;
 use std::cell::Cell;
 use std::collections::{HashMap, HashSet};
@@ -17,7 +18,7 @@ use std::fs::File;
 use std::io::{Seek, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How long the helper may be silent. It reports progress at least once a second while bytes move,
 /// and gives up if a registry sends nothing for a minute.

@@ -12,6 +12,7 @@ use crate::image::oci::{
     self, Archive, Blobs, Descriptor, Digest, Flatten, Image, Layer, LayerFiles, Wanted,
 };
 use crate::locks::Cancel;
+use crate::sched::Instant;
 use nix::poll::{PollFd, PollFlags};
 use std::cell::Cell;
 use std::fs::File;
@@ -19,7 +20,7 @@ use std::io::{self, Cursor, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How long the caller may send nothing of an archive. `docker save` of a large image writes its
 /// first byte after minutes.

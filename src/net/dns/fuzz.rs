@@ -7,9 +7,10 @@ use super::helper::packet::is_answer;
 use super::helper::zone::{Found, Lookup, Verdict, answer, judge};
 use super::protocol::Request;
 use crate::config::Subnet;
+use crate::sched::Instant;
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddrV4};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const HEADER_LEN: usize = 12;
 /// How much longer than its query an answer may be.

@@ -9,10 +9,11 @@
 use super::limit::Bucket;
 use super::protocol::{Request, Ticket};
 use crate::ids::VmName;
+use crate::sched::Instant;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{Ipv4Addr, SocketAddrV4};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// The maximum number of datagrams without an answer.
 pub(super) const DATAGRAMS_MAX: usize = 512;

@@ -1,8 +1,8 @@
 //! Token buckets: a single bucket, and one bucket for each client. This module does no I/O.
 
+use crate::sched::Instant;
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::time::Instant;
 
 /// The maximum number of buckets. Full buckets can be dropped.
 const CLIENTS_MAX: usize = 4096;

@@ -43,11 +43,11 @@ use crate::error::{Error, Kind, Result};
 use crate::host::Credentials;
 use crate::host::thread;
 use crate::locks::{Cancel, CancelCause};
+use crate::sched::JoinHandle;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::thread::JoinHandle;
 use supervisor::Supervisor;
 
 pub use helper::NAME;

@@ -15,13 +15,14 @@ use crate::config::Subnet;
 use crate::host::confine::{self, Helper};
 use crate::host::wait::{poll_until, sleep};
 use crate::locks::Cancel;
+use crate::sched::Instant;
 use nix::poll::{PollFd, PollFlags};
 use std::collections::VecDeque;
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, UdpSocket};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// The rate limit of one client, in queries per second.
 const PER_S: u32 = 500;

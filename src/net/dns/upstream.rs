@@ -2,11 +2,12 @@
 
 use super::gatekeeper::Kind;
 use crate::host::command::read_bounded;
+use crate::sched::Instant;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 pub const PORT: u16 = 53;
 /// The maximum number of resolvers that are used from resolv.conf(5).

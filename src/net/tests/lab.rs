@@ -7,6 +7,8 @@ use super::super::{Access, Guest, Net, Tap, tun};
 use crate::config::{Ipv6, Network as Config};
 use crate::host::{Command, Commands, HostCommands};
 use crate::locks::Cancel;
+use crate::sched::Instant;
+use crate::sched::JoinHandle;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, setns, unshare};
 use std::fs::File;
@@ -14,8 +16,7 @@ use std::io::{PipeWriter, Read, Write};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 pub(crate) const INSTALL: &str = "1a2b3c4d";
 pub(crate) const OUTSIDE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);

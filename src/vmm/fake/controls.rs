@@ -4,11 +4,11 @@
 use super::{Fake, Keyboard, Stage};
 use crate::ids::VmId;
 use crate::locks::{Cancel, CancelCause};
+use crate::sched::Instant;
 use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, channel};
-use std::time::Instant;
 
 impl Fake {
     /// Holds later operations at this stage until [`Fake::release_starts`].

@@ -22,15 +22,15 @@ use crate::host::process;
 use crate::host::wait::{WaitResult, cancelled, wait_any};
 use crate::ids::{Tag, VmId};
 use crate::locks::{Cancel, CancelCause, Condvar, Mutex, Rank, region};
+use crate::sched::{HashMap, Instant};
 use nix::poll::PollFlags;
-use std::collections::HashMap;
 use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use vm::FakeVm;
 
 /// The pids of fake VMMs are larger than any real pid (the kernel's PID_MAX_LIMIT is 4194304).

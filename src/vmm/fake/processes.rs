@@ -5,10 +5,10 @@ use crate::error::{Error, Kind, Result};
 use crate::host::process;
 use crate::host::wait::{WaitResult, wait_any, wait_uncancelled};
 use crate::locks::{Cancel, Rank, region};
+use crate::sched::Instant;
 use crate::vmm::{Died, End, Identity, Processes, Tagged};
 use nix::poll::PollFlags;
 use std::path::Path;
-use std::time::Instant;
 
 impl Processes for Fake {
     fn find(&self, tag: &str) -> Result<Option<Identity>> {

@@ -27,7 +27,7 @@ impl Fixture {
     fn start(&self) -> Result<Running> {
         self.fake.start(&self.spec, &self.cancel, &mut |_| {})
     }
-    fn start_aside(&self) -> std::thread::JoinHandle<Result<Running>> {
+    fn start_aside(&self) -> crate::sched::JoinHandle<Result<Running>> {
         let (fake, spec, cancel) = (self.fake.clone(), self.spec.clone(), self.cancel.clone());
         crate::host::thread::spawn("start", move || fake.start(&spec, &cancel, &mut |_| {}))
             .unwrap()

@@ -5,12 +5,12 @@ use crate::api::port::Port;
 use crate::error::{Error, Kind, Result};
 use crate::host::wait::{WaitResult, cancelled, wait_any};
 use crate::locks::{Cancel, Rank, region};
+use crate::sched::Instant;
 use crate::vmm::{Identity, SaveTo, Vm, VmmSpec};
 use nix::poll::PollFlags;
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Instant;
 
 /// A running VM of the fake.
 pub(super) struct FakeVm<'a> {

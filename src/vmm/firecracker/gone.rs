@@ -44,7 +44,8 @@ pub fn remove_group(group: &Path) -> Result<()> {
 mod tests {
     use super::*;
     use crate::host::process::{Spawn, spawn};
-    use std::time::{Duration, Instant};
+    use crate::sched::Instant;
+    use std::time::Duration;
 
     /// Mounts control groups of version 2, visible only to this thread.
     fn mount(at: &Path) {

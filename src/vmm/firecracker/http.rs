@@ -104,9 +104,10 @@ fn no_http(doing: &str, what: &str) -> Error {
 mod tests {
     use super::*;
     use crate::locks::Cancel;
+    use crate::sched::Instant;
     use crate::vmm::firecracker::incoming::{HEAD_BYTES_MAX, HEADERS_MAX};
     use std::io::{Read, Write};
-    use std::time::{Duration, Instant};
+    use std::time::Duration;
 
     /// Talks to a server that answers each request with one of the pieces and then hangs up.
     fn ask(pieces: &[&[u8]]) -> Result<Vec<Answer>> {

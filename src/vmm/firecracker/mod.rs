@@ -103,6 +103,7 @@ use crate::error::{Error, Kind, Result};
 use crate::host::process::Process;
 use crate::ids::Tag;
 use crate::locks::{Cancel, CancelCause, Rank, region};
+use crate::sched::Instant;
 use api::PreBoot;
 use configure::{configure, load};
 use monitor::Monitor;
@@ -113,7 +114,7 @@ use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use vm::FirecrackerVm;
 
 const API_SOCKET: &str = "api.sock";

@@ -10,12 +10,12 @@ use super::running::place;
 use crate::error::{Kind, Result};
 use crate::host::process::Process;
 use crate::locks::{Cancel, Rank, region};
+use crate::sched::Instant;
 use crate::vmm::dial::{self, Deadline};
 use crate::vmm::silence::{ANSWER_DEADLINE, PING_PERIOD, Silence};
 use crate::vmm::{GuestEvent, run_dir};
 use nix::poll::PollFlags;
 use std::path::PathBuf;
-use std::time::Instant;
 
 /// Monitors one VMM until it exits or the driver is dropped.
 pub(super) struct Monitor {

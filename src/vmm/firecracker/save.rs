@@ -11,11 +11,11 @@ use crate::config::VmmLimits;
 use crate::error::{Error, Result};
 use crate::host::process::Process;
 use crate::locks::Cancel;
+use crate::sched::Instant;
 use crate::vmm::dial::Deadline;
 use crate::vmm::{SaveTo, VmmSpec, run_dir};
 use rustix::fs::{AtFlags, CWD};
 use std::os::fd::OwnedFd;
-use std::time::Instant;
 
 pub(super) const DOING: &str = "save the guest";
 

@@ -9,10 +9,11 @@ use crate::config::VmmLimits;
 use crate::error::{Error, Kind, Result};
 use crate::host::process::Process;
 use crate::locks::{Cancel, Rank, region};
+use crate::sched::Instant;
 use crate::vmm::dial::{self, Deadline};
 use crate::vmm::{SaveTo, Vm, VmRef, VmmSpec};
 use std::os::unix::net::UnixStream;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How long a guest may take to accept a connection to its vsock. The guest may have to start a
 /// program first.

@@ -91,8 +91,9 @@ fn silent(doing: &str) -> Error {
 mod tests {
     use super::*;
     use crate::locks::Cancel;
+    use crate::sched::Instant;
     use std::io::{Read, Write};
-    use std::time::{Duration, Instant};
+    use std::time::Duration;
 
     /// Connects to a VMM that sends `says` and then hangs up.
     fn answered(says: &[u8]) -> Result<UnixStream> {

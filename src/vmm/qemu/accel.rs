@@ -13,11 +13,12 @@ use crate::host::command::{Command, run_any_status};
 use crate::host::text::printable;
 use crate::host::wait::{WaitResult, cancelled, wait_any};
 use crate::locks::{Cancel, CancelCause, Mutex, Rank};
+use crate::sched::Instant;
 use crate::vmm::devices::{self, KVM};
 use nix::poll::PollFlags;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How long the probe may take. With working virtualisation a stock kernel panics after one or two
 /// seconds.

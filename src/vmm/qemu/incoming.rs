@@ -4,10 +4,10 @@
 //! [`LINE_BYTES_MAX`] bytes at once, regardless of the input.
 
 use crate::host::text::printable;
+use crate::sched::Instant;
 use crate::vmm::shutdown_cause::Cause;
 use serde::Deserialize;
 use serde_json::Value;
-use std::time::Instant;
 
 /// The longest line that is accepted. QEMU's longest answer to a driver, `query-blockstats`, has a
 /// few kilobytes. `serde_json` rejects more than 128 levels of nesting.

@@ -42,6 +42,7 @@ use crate::host::process::{self, Process, Spawn};
 use crate::host::program;
 use crate::host::reach;
 use crate::locks::{Cancel, CancelCause, Rank, region};
+use crate::sched::Instant;
 pub use accel::try_kvm;
 use accel::{Picked, Picker};
 use monitor::Monitor;
@@ -51,7 +52,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use vm::QemuVm;
 
 /// How long a VMM may take from its start to the first instruction of its guest. An idle host needs

@@ -10,6 +10,7 @@ use super::qmp::Qmp;
 use crate::error::{Kind, Result};
 use crate::host::process::Process;
 use crate::locks::{Cancel, Rank, region};
+use crate::sched::Instant;
 use crate::vmm::dial::{self, Deadline};
 use crate::vmm::end::Note;
 use crate::vmm::silence::{ANSWER_DEADLINE, PING_PERIOD, Silence};
@@ -17,7 +18,7 @@ use crate::vmm::{GuestEvent, run_dir};
 use serde_json::json;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How often the free space is checked while a guest is paused.
 const LOOK_PERIOD: Duration = Duration::from_millis(500);

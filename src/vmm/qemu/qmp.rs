@@ -6,13 +6,13 @@
 
 use super::incoming::{Budget, Incoming, LINE_BYTES_MAX, LINES_MAX, Message, Unusable};
 use crate::error::{Error, Kind, Result};
+use crate::sched::Instant;
 use crate::vmm::conversation::Conversation;
 use crate::vmm::dial::Deadline;
 use crate::vmm::shutdown_cause::Cause;
 use serde_json::{Value, json};
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
-use std::time::Instant;
 
 /// A conversation with one monitor.
 pub(super) struct Qmp<'a> {

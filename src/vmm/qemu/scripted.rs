@@ -3,10 +3,11 @@
 use super::qmp::Qmp;
 use crate::error::Result;
 use crate::locks::Cancel;
+use crate::sched::Instant;
 use crate::vmm::dial::Deadline;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 pub(super) const GREETING: &str = "{\"QMP\": {\"version\": {}, \"capabilities\": []}}\r\n";
 

@@ -5,7 +5,8 @@
 use crate::error::{Error, Result};
 use crate::host::wait::{cancelled, sleep};
 use crate::locks::Cancel;
-use std::time::{Duration, Instant};
+use crate::sched::Instant;
+use std::time::Duration;
 
 /// How long to wait between two readings of both clocks. A reading is accurate to about 100 ns, so
 /// the error is below 2 ppm.

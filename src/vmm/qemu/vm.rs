@@ -6,11 +6,11 @@ use crate::api::port::Port;
 use crate::error::{Error, Kind, Result};
 use crate::host::process::Process;
 use crate::locks::{Cancel, Rank, region};
+use crate::sched::Instant;
 use crate::vmm::dial::{self, Deadline};
 use crate::vmm::{SaveTo, Vm, VmRef, VmmSpec, run_dir};
 use serde_json::json;
 use std::os::unix::net::UnixStream;
-use std::time::Instant;
 
 /// A running VM of QEMU.
 pub(super) struct QemuVm {

@@ -338,10 +338,10 @@ fn import_waits_for_an_earlier_connection_to_end() {
             list.lines()
                 .any(|l| l.contains("-> FLOCK") && l.contains(&inode))
         };
-        let deadline = std::time::Instant::now() + Duration::from_secs(30);
+        let deadline = crate::sched::Instant::now() + Duration::from_secs(30);
         while !waits() {
             assert!(
-                std::time::Instant::now() < deadline && !begun.is_finished(),
+                crate::sched::Instant::now() < deadline && !begun.is_finished(),
                 "the import does not wait for the lock"
             );
             std::thread::yield_now();

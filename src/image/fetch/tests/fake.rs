@@ -2,6 +2,7 @@
 
 use crate::host::thread::spawn;
 use crate::host::wait::wait_uncancelled;
+use crate::sched::Instant;
 use nix::poll::PollFlags;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -9,7 +10,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// A request that the registry has received.
 #[derive(Clone, Debug)]

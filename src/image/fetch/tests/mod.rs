@@ -12,12 +12,13 @@ use crate::api::registry::{Credential, Secret};
 use crate::error::{Error, Kind, Result};
 use crate::host::hex;
 use crate::locks::Cancel;
+use crate::sched::Instant;
 use fake::{Answer, Asked, Fake};
 use sha2::{Digest, Sha256};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const OCI: &str = "application/vnd.oci.image.manifest.v1+json";
 

@@ -7,11 +7,12 @@ use super::{Daemon, Disconnected};
 use crate::config::Subnet;
 use crate::net::dns::gatekeeper::{QUESTIONS_PER_CONNECTION_MAX, TRIES_MAX};
 use crate::net::dns::protocol::{QUESTION_BYTES_MAX, Request, Ticket};
+use crate::sched::Instant;
 use nix::poll::PollFlags;
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// The time that a client has to send a query, and to read its answer.
 const CLIENT_DEADLINE: Duration = Duration::from_secs(5);

@@ -8,12 +8,13 @@ use crate::config::Subnet;
 use crate::host::random;
 use crate::net::dns::gatekeeper::TRIES_MAX;
 use crate::net::dns::protocol::{ANSWER_BYTES_MAX, Request, Ticket};
+use crate::sched::Instant;
 use nix::poll::PollFlags;
 use std::collections::HashMap;
 use std::io::ErrorKind;
 use std::net::{SocketAddrV4, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// The maximum numbers of queries that wait for resolvers, in total and for one client.
 const PENDING_MAX: usize = 256;

@@ -14,13 +14,14 @@ use super::protocol::{Order, Request, TO_HELPER_BYTES_MAX, Ticket};
 use crate::config::Subnet;
 use crate::host::confine::{Asked, Channel, Profile};
 use crate::host::wait::poll_until;
+use crate::sched::Instant;
 use connections::Connections;
 use datagrams::Datagrams;
 use nix::poll::{PollFd, PollFlags};
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use zone::Found;
 
 /// This helper's name for [`crate::host::confine::spawn`].

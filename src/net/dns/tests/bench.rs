@@ -4,9 +4,10 @@
 use super::{Lab, Web, ask};
 use crate::host::thread;
 use crate::net::dns::helper::packet::TYPE_A;
+use crate::sched::Instant;
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// The number of clients. Each has one open query at a time.
 const WINDOW: usize = 32;

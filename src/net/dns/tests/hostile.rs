@@ -6,13 +6,14 @@ use super::{Lab, Names, Web, ask};
 use crate::host::confine::{Channel, Writer};
 use crate::net::dns::helper::packet::{Query, TYPE_A};
 use crate::net::dns::protocol::{ANSWER_BYTES_MAX, Order, Request, TO_HELPER_BYTES_MAX, Ticket};
+use crate::sched::Instant;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 pub(crate) const NAME: &str = "hostile-dns";
 /// The number of clients whose answers the helper never reads. This is far more than a channel

@@ -10,6 +10,7 @@ use super::helper::zone::{Found, Lookup, Verdict, answer, judge};
 use super::supervisor::served;
 use super::{Addresses, Names, Server, Setup};
 use crate::host::Credentials;
+use crate::sched::Instant;
 use proptest::prelude::*;
 use simple_dns::rdata::RData;
 use simple_dns::{Packet, RCODE};
@@ -17,7 +18,7 @@ use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// A zone in which web is 10.89.0.5. The client 10.89.0.66 must not learn this address.
 struct Web;

@@ -3,13 +3,14 @@
 use super::{Lab, Web, ask, owner, rcode_of};
 use crate::net::dns::Server;
 use crate::net::dns::helper::packet::TYPE_A;
+use crate::sched::Instant;
 use rustix::process::{Pid, Signal, kill_process};
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::{TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// The maximum time that a new helper may take to start.
 const SOON: Duration = Duration::from_secs(20);

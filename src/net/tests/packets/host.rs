@@ -119,7 +119,7 @@ fn answers_echo(guest: &Machine) -> bool {
             &SocketAddr::from((GATEWAY, 0)),
         )
         .unwrap();
-        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        let deadline = crate::sched::Instant::now() + std::time::Duration::from_secs(20);
         let ready = crate::host::wait::wait_uncancelled(
             &[(
                 std::os::fd::AsFd::as_fd(&socket),

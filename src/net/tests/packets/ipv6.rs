@@ -172,7 +172,7 @@ fn answers_echo(guest: &Machine) -> bool {
             rustix::net::socket(AddressFamily::INET6, kind, Some(ipproto::ICMPV6)).unwrap();
         let request = [128, 0, 0, 0, 0, 1, 0, 1];
         sendto(&socket, &request, rustix::net::SendFlags::empty(), &to).unwrap();
-        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        let deadline = crate::sched::Instant::now() + std::time::Duration::from_secs(20);
         let mut buffer = [0; 64];
         loop {
             let fd = std::os::fd::AsFd::as_fd(&socket);

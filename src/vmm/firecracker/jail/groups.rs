@@ -4,10 +4,11 @@ use super::super::rates::BUCKET_BYTES_MIN;
 use crate::config::{Firecracker as Config, VmmLimits};
 use crate::error::{Error, Kind, Result};
 use crate::ids::Tag;
+use crate::sched::Instant;
 use crate::vmm::VmmSpec;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// The directory where control groups of version 2 are mounted (cgroups(7)).
 pub(crate) const CGROUPS: &str = "/sys/fs/cgroup";

@@ -101,14 +101,14 @@ impl FromStr for Ipv6Subnet {
         let bad = |why: &str| {
             let message = format!("network.ipv6_subnet {} is not valid: {why}", quoted(text));
             Error::new(Kind::InvalidConfig, message)
-                .hint("write \"auto\" or a network such as fd12:3456:789a::/64; ipv6 = \"off\" turns IPv6 off in guests")
+                .hint("write \"auto\" or a network such as fd12:3456:789a::/64")
         };
         if text == "auto" {
             return Ok(Self::Auto);
         }
         let (base, prefix) = text
             .split_once('/')
-            .ok_or_else(|| bad("there is no / in it"))?;
+            .ok_or_else(|| bad("it is not \"auto\" or a network; ipv6 = \"off\" turns IPv6 off"))?;
         let base: Ipv6Addr = base.parse().map_err(|_| bad("it has no IPv6 address"))?;
         if prefix.parse() != Ok(Ipv6Network::PREFIX) {
             return Err(bad("the prefix must be 64 bits long"));

@@ -43,8 +43,9 @@ fn boot() -> TestHost {
         );
     }
     host.bring_image();
-    // The jailer creates its own device nodes, so only root needs access to the host's.
-    host.sh("chmod 600 /dev/kvm /dev/net/tun");
+    // The jailer creates its own device nodes, so only root needs access to the host's. The guests
+    // have IPv6, because the host has an IPv6 address.
+    host.sh("chmod 600 /dev/kvm /dev/net/tun; ip -6 address add 2001:db8::2/128 dev lo");
     host.start_daemon_with(CONFIG);
     host
 }
@@ -228,6 +229,16 @@ fn restores_snapshots(host: &TestHost) {
             "echo $(( $(fcctl exec {vm} -- date +%s) - $(date +%s) ))"
         ));
         assert!(off.trim().parse::<i64>().unwrap().abs() < 30, "{vm}: {off}");
+        // The guest has the IPv6 address of its own VM and no other, and the host reaches it there.
+        let ipv6 = host.sh(&format!(
+            "at=$(fcctl inspect --format '{{{{.IP6}}}}' {vm}); head -c 7 < /dev/tcp/$at/22; echo; echo $at/128
+             fcctl exec {vm} -- /usr/lib/fcd/bin/ip -6 -o address show dev eth0 | sed -n '/fe80:/d; s/.* inet6 \\([^ ]*\\) .*/\\1/p'"
+        ));
+        let lines: Vec<&str> = ipv6.lines().collect();
+        assert!(
+            lines.len() == 3 && lines[0] == "SSH-2.0" && lines[1] == lines[2],
+            "{vm}: {ipv6}"
+        );
     }
     for what in [
         "cat /etc/machine-id /run/fcd/seed/host_key",

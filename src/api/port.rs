@@ -53,6 +53,45 @@ impl Port {
     }
 }
 
+/// The ports that fcd forwards automatically because processes in the guest listen on them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AutoPorts {
+    /// The published ports that fcd added automatically. They end with their listeners.
+    pub open: Vec<Port>,
+    /// The ports that fcd does not forward although a process in the guest listens on them.
+    pub refused: Vec<RefusedPort>,
+}
+
+impl AutoPorts {
+    /// Returns the guest ports that are refused.
+    pub fn refused_ports(of: Option<&Self>) -> Vec<u16> {
+        let refused = of.into_iter().flat_map(|auto| &auto.refused);
+        refused.map(|port| port.guest_port).collect()
+    }
+}
+
+/// A guest port that fcd does not forward automatically.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RefusedPort {
+    pub guest_port: u16,
+    pub cause: RefusalCause,
+    /// The cause as a text, such as `port 127.0.0.1:3000/tcp belongs to another VM`.
+    pub reason: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RefusalCause {
+    /// The same port of the host cannot be forwarded, for example because it is in use.
+    Conflict,
+    /// The owner removed the forward.
+    Removed,
+    /// The process listens on the guest's loopback, which forwards do not reach.
+    Loopback,
+    /// The port is below 1024.
+    Privileged,
+}
+
 /// Formats the host's side, such as `127.0.0.1:8080/tcp`.
 impl fmt::Display for Port {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

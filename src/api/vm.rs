@@ -2,7 +2,7 @@
 
 use super::call::calls;
 use super::image::short_digest;
-use super::port::Port;
+use super::port::{AutoPorts, Port};
 pub use super::rates::RateLimits;
 pub use super::vm_brief::{VmBrief, WorkspaceInfo};
 pub use super::vm_commands::CommandDefaults;
@@ -46,6 +46,9 @@ pub struct Vm {
     /// The host ports that are forwarded to the guest.
     #[serde(default)]
     pub ports: Vec<Port>,
+    /// The automatic forwards. Left out unless the VM's owner asked for that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub auto_ports: Option<AutoPorts>,
     /// Settings that `vm.set` has changed and that will apply at the guest's next start.
     pub pending: Option<Pending>,
     /// True if the VM is deleted when it stops or its holder disconnects.
@@ -117,6 +120,7 @@ impl Vm {
             unresponsive: self.unresponsive,
             paused: self.paused,
             ports: Cow::Borrowed(&self.ports),
+            refused_ports: AutoPorts::refused_ports(self.auto_ports.as_ref()),
             ip: self.ip,
             ip6: self.ip6,
             workspace: self.workspace.clone(),
@@ -188,6 +192,9 @@ pub struct VmCreateRequest {
     /// deleted.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ports: Vec<Port>,
+    /// Also forward the ports on which processes in the guest listen, as long as they do.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub auto_ports: bool,
     #[serde(default, skip_serializing_if = "Labels::is_empty")]
     pub labels: Labels,
     /// The host name of the guest. Defaults to the VM's name.
@@ -353,6 +360,9 @@ pub struct VmBalloonRequest {
 pub struct VmPortsRequest {
     pub vm: String,
     pub ports: Vec<Port>,
+    /// Also begin, or stop, to forward the ports on which processes in the guest listen.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub auto: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

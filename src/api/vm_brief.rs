@@ -47,6 +47,9 @@ pub struct VmBrief<'a> {
     pub paused: bool,
     #[serde(default, skip_serializing_if = "<[Port]>::is_empty")]
     pub ports: Cow<'a, [Port]>,
+    /// The guest ports that have listeners and are not forwarded automatically.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub refused_ports: Vec<u16>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ip: Option<Ipv4Addr>,
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -5,9 +5,10 @@ use super::logs::{is_unread, unread};
 use super::op::name as op_state;
 use super::output::size;
 use super::printer::Printer;
-use super::vm_text::{settings, workspace_line};
+use super::vm_text::{auto_ports, settings, workspace_line};
 use crate::api::event::{Event, EventsWatch, EventsWatchRequest, Members, Snapshot, What};
 use crate::api::frame::Note;
+use crate::api::port::AutoPorts;
 use crate::api::vm::{Pending, RateLimits, Vm, WorkspaceInfo};
 use crate::client::{Client, Failure, Hangup, Result};
 use crate::error::{Error, Kind};
@@ -267,10 +268,23 @@ fn changed(set: &Members) -> String {
     let balloon = member::<Option<u64>>(set, "balloon_mib")
         .flatten()
         .map(|mib| format!("asked to keep {} of memory", size(mib << 20)));
-    let words = [Some(now), pending, rm, workspace, answers, paused, balloon]
-        .into_iter()
-        .flatten()
-        .filter(|word| !word.is_empty());
+    let auto = member::<Option<AutoPorts>>(set, "auto_ports").map(|auto| match auto {
+        Some(auto) => format!("automatic ports: {}", auto_ports(&auto)),
+        None => "no automatic ports".to_owned(),
+    });
+    let words = [
+        Some(now),
+        pending,
+        rm,
+        workspace,
+        answers,
+        paused,
+        balloon,
+        auto,
+    ]
+    .into_iter()
+    .flatten()
+    .filter(|word| !word.is_empty());
     words.collect::<Vec<_>>().join(", ")
 }
 

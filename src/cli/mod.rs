@@ -20,6 +20,7 @@ mod draft;
 mod events;
 mod exec;
 mod format;
+mod forwards;
 mod guest;
 mod habits;
 mod help;

@@ -4,8 +4,10 @@ use super::connector::Connector;
 use super::context::Context;
 use super::printer::Printer;
 use super::selection::{Selection, for_each_vm};
-use super::values::{PortPattern, parse_port, parse_port_pattern};
-use super::vm_text::port_line;
+use super::values::{
+    PortPattern, Publish, Removal, parse_port, parse_publish, parse_removal, published,
+};
+use super::vm_text::{port_line, refused_line};
 use crate::api::Call;
 use crate::api::port::Port;
 use crate::api::vm::{VmPortAdd, VmPortRemove, VmPortsReply, VmPortsRequest, VmRequest, VmShow};
@@ -40,18 +42,20 @@ enum Verb {
 struct AddArgs {
     /// Name, ID, or ID prefix
     vm: String,
-    /// [[ADDR:]HOST:]GUEST[/udp]. ADDR defaults to 127.0.0.1, HOST to a free port
-    #[arg(required = true, value_name = "PORT", value_parser = parse_port)]
-    ports: Vec<Port>,
+    /// [[ADDR:]HOST:]GUEST[/udp]. ADDR defaults to 127.0.0.1, HOST to a free port. `auto` publishes
+    /// whatever processes in the guest listen on, as long as they do
+    #[arg(required = true, value_name = "PORT", value_parser = parse_publish)]
+    ports: Vec<Publish>,
 }
 
 #[derive(clap::Args, Debug)]
 struct RemoveArgs {
     /// Name, ID, or ID prefix
     vm: String,
-    /// [[ADDR:]HOST:]GUEST[/udp]. A part that is left out matches anything
-    #[arg(required = true, value_name = "PORT", value_parser = parse_port_pattern)]
-    ports: Vec<PortPattern>,
+    /// [[ADDR:]HOST:]GUEST[/udp]. A part that is left out matches anything. `auto` ends what port
+    /// add VM auto began
+    #[arg(required = true, value_name = "PORT", value_parser = parse_removal)]
+    ports: Vec<Removal>,
 }
 
 pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
@@ -60,16 +64,21 @@ pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
         None => list(connector, printer, &args.targets),
         Some(Verb::List(targets)) => list(connector, printer, &targets),
         Some(Verb::Add(args)) => {
-            let (vm, ports) = (args.vm, args.ports);
-            change::<VmPortAdd>(connector, printer, VmPortsRequest { vm, ports }, "")
+            let ((ports, auto), vm) = (published(&args.ports), args.vm);
+            let request = VmPortsRequest { vm, ports, auto };
+            change::<VmPortAdd>(connector, printer, request, "")
         }
         Some(Verb::Rm(args)) => {
             let vm = connector
                 .connect(printer)?
                 .call::<VmShow>(&VmRequest { vm: args.vm })?
                 .vm;
-            let mut ports = Vec::new();
-            for pattern in &args.ports {
+            let (mut ports, mut auto) = (Vec::new(), false);
+            for removal in &args.ports {
+                let Removal::Pattern(pattern) = removal else {
+                    auto = true;
+                    continue;
+                };
                 let port = the_match(vm.name.as_str(), &vm.ports, pattern)?;
                 if !ports.contains(&port) {
                     ports.push(port);
@@ -77,7 +86,7 @@ pub(super) fn run(ctx: &mut Context, args: Args) -> Result<u8> {
             }
             // Use the ID, because another VM may get the name meanwhile.
             let vm = vm.id.to_string();
-            let request = VmPortsRequest { vm, ports };
+            let request = VmPortsRequest { vm, ports, auto };
             change::<VmPortRemove>(connector, printer, request, "removed ")
         }
     }
@@ -94,7 +103,10 @@ fn list(connector: &mut Connector, printer: &mut Printer, targets: &Selection) -
             } else {
                 String::new()
             };
-            printer.text(&lines(&name, &vm.ports))?;
+            let auto = vm.auto_ports.as_ref().map(|_| format!("{name}auto\n"));
+            printer.text(&(lines(&name, &vm.ports) + &auto.unwrap_or_default()))?;
+            let refused = vm.auto_ports.iter().flat_map(|auto| &auto.refused);
+            refused.for_each(|port| printer.note(&format!("{name}{}", refused_line(port))));
         }
         Ok(vm.ports)
     })
@@ -129,7 +141,12 @@ fn change<C: Call<Request = VmPortsRequest, Reply = VmPortsReply>>(
     if printer.json {
         printer.document(&ports)?;
     } else {
-        printer.text(&lines(prefix, &ports))?;
+        let auto = if request.auto {
+            format!("{prefix}auto\n")
+        } else {
+            String::new()
+        };
+        printer.text(&(lines(prefix, &ports) + &auto))?;
     }
     Ok(0)
 }
@@ -159,7 +176,7 @@ fn the_match(vm: &str, ports: &[Port], pattern: &PortPattern) -> Result<Port> {
 #[cfg(test)]
 mod tests {
     use super::super::tests::{check, vm};
-    use crate::api::port::{Port, Protocol, loopback};
+    use crate::api::port::{AutoPorts, Port, Protocol, RefusalCause, RefusedPort, loopback};
     use crate::api::vm::VmState;
     use crate::client::fake::Fake;
     use crate::error::{Error, Kind};
@@ -244,6 +261,55 @@ mod tests {
     }
 
     #[test]
+    fn auto_goes_with_ports_and_alone() {
+        check(
+            &publishing(),
+            &["port", "add", "web", "3000:3000", "auto"],
+            expect![[r#"
+                > vm.port_add {"auto":true,"ports":[{"guest_port":3000,"host_addr":"127.0.0.1","host_port":3000,"protocol":"tcp"}],"vm":"web"}
+                3000/tcp -> 127.0.0.1:3000
+                auto
+                status 0
+            "#]],
+        );
+        check(
+            &publishing(),
+            &["port", "rm", "web", "auto"],
+            expect![[r#"
+                > vm.show {"vm":"web"}
+                > vm.port_remove {"auto":true,"ports":[],"vm":"000000776562"}
+                removed auto
+                status 0
+            "#]],
+        );
+    }
+
+    #[test]
+    fn list_says_which_ports_are_not_forwarded() {
+        let mut web = vm("web", VmState::Running);
+        web.ports = vec![port(3000, 3000)];
+        web.auto_ports = Some(AutoPorts {
+            open: web.ports.clone(),
+            refused: vec![RefusedPort {
+                guest_port: 8080,
+                cause: RefusalCause::Conflict,
+                reason: "port 127.0.0.1:8080/tcp belongs to another VM".into(),
+            }],
+        });
+        check(
+            &Fake::start(move |r| r.result(json!({ "vm": web }))),
+            &["port", "web"],
+            expect![[r#"
+                > vm.show {"vm":"web"}
+                3000/tcp -> 127.0.0.1:3000
+                auto
+                ! fcctl: port 8080 is not forwarded: port 127.0.0.1:8080/tcp belongs to another VM
+                status 0
+            "#]],
+        );
+    }
+
+    #[test]
     fn removed_port_is_found_by_what_is_given_of_it() {
         check(
             &publishing(),
@@ -306,7 +372,7 @@ mod tests {
             (
                 &["port", "add", "web", "http"],
                 expect![[r#"
-                ! fcctl: invalid value 'http' for '<PORT>...': use [[ADDR:]HOST:]GUEST[/udp], such as 8080:80, 0.0.0.0:8080:80 or 80
+                ! fcctl: invalid value 'http' for '<PORT>...': use [[ADDR:]HOST:]GUEST[/udp], such as 8080:80, 0.0.0.0:8080:80 or 80, or auto
                 ! 
                 ! For more information, try '--help'.
                 status 2

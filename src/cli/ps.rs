@@ -56,7 +56,9 @@ pub(super) const FIELDS: &[Field<Vm>] = &[
     }),
     field("IP", "IP", |vm| Value::optional(vm.ip)),
     field("IP6", "IP6", |vm| Value::optional(vm.ip6)),
-    field("Ports", "PORTS", |vm| Value::text(ports(&vm.ports))),
+    field("Ports", "PORTS", |vm| {
+        Value::text(ports(&vm.ports, &vm.brief().refused_ports))
+    }),
     field("SSH", "SSH", |vm| Value::optional(vm.ssh_addr)),
     field("Workspace", "WORKSPACE", |vm| {
         Value::optional(vm.workspace.as_ref().map(workspace_line))
@@ -188,21 +190,24 @@ fn row(table: &mut Table, vm: &VmBrief<'_>, now_s: u64, is_whole: bool) {
     table.cell(&age(now_s, vm.created_at));
     table.cell(&vm.ip.map(|ip| ip.to_string()).unwrap_or_default());
     table.cell(&vm.ip6.map(|ip| ip.to_string()).unwrap_or_default());
-    table.cell(&ports(&vm.ports));
+    table.cell(&ports(&vm.ports, &vm.refused_ports));
     let workspace = vm.workspace.as_ref().map(workspace_line);
     table.cell(&workspace.unwrap_or_default());
     let labels = label_list(&vm.labels);
     table.cell(&if is_whole { labels } else { shortened(&labels) });
 }
 
-/// Lists ports as docker ps does: `127.0.0.1:8080->80/tcp`.
-fn ports(ports: &[Port]) -> String {
+/// Lists ports as docker ps does: `127.0.0.1:8080->80/tcp`, and `3000/tcp` for a port on which the
+/// guest listens and that is not forwarded.
+fn ports(ports: &[Port], refused: &[u16]) -> String {
     let text = |port: &Port| {
         let (address, protocol) = (port.host_addr, port.protocol.name());
         let (host, guest) = (port.host_port, port.guest_port);
         format!("{address}:{host}->{guest}/{protocol}")
     };
-    ports.iter().map(text).collect::<Vec<_>>().join(", ")
+    let refused = refused.iter().map(|port| format!("{port}/tcp"));
+    let all: Vec<String> = ports.iter().map(text).chain(refused).collect();
+    all.join(", ")
 }
 
 /// Shortens a text that would make the table too wide.

@@ -4,12 +4,13 @@
 use super::connector::{Connector, operate};
 use super::context::{Context, Env, Stdio};
 use super::exec::{self, How, OUR_FAILURE, Outcome, Spec};
+use super::forwards::ForwardReporter;
 use super::guest::{self, Gift, Guest};
 use super::image_pull;
 use super::printer::Printer;
 use super::signals::{Interrupts, Phase, interrupted};
 use super::transfer::{Bound, ExportTo, PrepareHow, Source, Transfer, report_left_behind};
-use super::values::{labels, parse_duration};
+use super::values::{labels, parse_duration, published};
 use super::vm::Shape;
 use super::workspace::report_exported;
 use crate::api::exec::Exit;
@@ -192,10 +193,14 @@ fn perform(
     if let Some(gift) = &gift {
         new_vm.guest(printer, stdio, interrupts).give(gift)?;
     }
+    let has_news = new_vm.vm.auto_ports.is_some() && !printer.json;
+    let socket = new_vm.client.socket();
+    let reporter = has_news.then(|| ForwardReporter::start(socket, &stdio.stderr, &new_vm.vm));
+    let reporter = reporter.transpose()?;
     let timer = timeout.map(|limit| interrupts.end_after(limit));
     let timer = timer.transpose()?;
     let outcome = exec::execute(printer, stdio, interrupts, &mut new_vm.client, &vm, spec);
-    drop(timer);
+    drop((timer, reporter));
     if interrupts.timed_out() && interrupts.cause().is_none() {
         printer.note("the command ran for too long, so it was stopped (--timeout)");
         return Ok(Outcome::Exit(Exit::Status(TIMED_OUT)));
@@ -341,6 +346,7 @@ fn create(
     rm: bool,
 ) -> Result<NewVm> {
     let rates = shape.rates;
+    let (ports, auto_ports) = published(&shape.publish);
     let request = VmCreateRequest {
         disk_bytes_per_s: rates.disk_bps,
         disk_ops_per_s: rates.disk_iops,
@@ -355,7 +361,8 @@ fn create(
         disk_bytes: None,
         work_disk_bytes: shape.work_disk,
         net: shape.net,
-        ports: shape.ports,
+        ports,
+        auto_ports,
         labels: labels(shape.labels)?,
         restart: shape.restart.unwrap_or_default(),
         host_name: shape.host_name,

@@ -3,7 +3,9 @@ use super::super::tests::{Ran, Start, fcctl, fcctl_from, vm};
 use super::super::workspace::tests::{
     give_stream, give_stream_without, shown, take_stream, with_workspace,
 };
+use crate::api::event::Snapshot;
 use crate::api::frame::Note;
+use crate::api::port::{AutoPorts, Port, Protocol, loopback};
 use crate::api::vm::VmState;
 use crate::client::fake::{Fake, Request};
 use crate::error::{Error, Kind};
@@ -122,6 +124,48 @@ fn run_creates_copies_runs_and_keeps() {
         ran.err
     );
     assert_eq!(std::fs::read(patch).unwrap(), b"the patch");
+}
+
+#[test]
+fn new_forwards_are_reported_while_the_command_runs() {
+    let (sent, noted) = unbounded();
+    let fake = daemon(move |mut r| {
+        let mut web = vm("web", VmState::Running);
+        let auto = web.auto_ports.insert(AutoPorts::default());
+        match r.method.as_str() {
+            "vm.create" => r.result(json!({ "vm": web })),
+            "events.watch" => {
+                auto.open.push(Port {
+                    host_addr: loopback(),
+                    host_port: 3000,
+                    guest_port: 3000,
+                    protocol: Protocol::Tcp,
+                });
+                r.note(Note::Snapshot(Snapshot {
+                    seq: 1,
+                    at: 1,
+                    resync: false,
+                    more: false,
+                    vms: vec![web],
+                }));
+                sent.send(()).unwrap();
+                r.wait_for_hangup();
+            }
+            "exec.start" => {
+                noted.recv().unwrap();
+                return Some(r);
+            }
+            _ => return Some(r),
+        }
+        None
+    });
+    let ran = fcctl(&fake, &["run", "-p", "auto", "--", "make"]);
+    let line = "fcctl: forwarding 127.0.0.1:3000 to port 3000 of VM web\n";
+    assert!(ran.status == 7 && ran.err.contains(line), "{}", ran.err);
+    assert_eq!(
+        fake.calls()[0],
+        r#"vm.create {"auto_ports":true,"hold":false,"rm":false}"#
+    );
 }
 
 #[test]

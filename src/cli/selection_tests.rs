@@ -170,6 +170,7 @@ fn matches(filters: &[&str], expected: bool) {
         unresponsive: false,
         paused: true,
         ports: Cow::Borrowed(&[]),
+        refused_ports: Vec::new(),
         ip: None,
         ip6: None,
         workspace: None,

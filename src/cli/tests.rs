@@ -134,6 +134,7 @@ pub(super) fn vm(name: &str, state: VmState) -> Vm {
         net_tx_bytes_per_s: None,
         net: crate::api::vm::Net::Nat,
         ports: Vec::new(),
+        auto_ports: None,
         pending: None,
         rm: false,
         restart: crate::api::vm::Restart::No,

@@ -109,6 +109,34 @@ pub(super) fn parse_port(text: &str) -> Result<Port, String> {
     }
 }
 
+/// A value of `--publish`: a port, or `auto` for those on which processes in the guest listen.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Publish {
+    Port(Port),
+    Auto,
+}
+
+/// Parses the same form as [`parse_port`], and `auto`.
+pub(super) fn parse_publish(text: &str) -> Result<Publish, String> {
+    match text {
+        "auto" => Ok(Publish::Auto),
+        _ => parse_port(text)
+            .map(Publish::Port)
+            .map_err(|e| format!("{e}, or auto")),
+    }
+}
+
+/// Separates the ports from `auto`.
+pub(super) fn published(all: &[Publish]) -> (Vec<Port>, bool) {
+    let port = |one: &Publish| match one {
+        Publish::Port(port) => Some(*port),
+        Publish::Auto => None,
+    };
+    let ports: Vec<Port> = all.iter().filter_map(port).collect();
+    let has_auto = ports.len() < all.len();
+    (ports, has_auto)
+}
+
 /// A pattern for published ports. A part that is None matches anything.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct PortPattern {
@@ -127,6 +155,23 @@ pub(super) fn parse_port_pattern(text: &str) -> Result<PortPattern, String> {
         guest_port: port.guest_port,
         protocol: port.protocol,
     })
+}
+
+/// A value of `port rm`: a port, or `auto`.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Removal {
+    Pattern(PortPattern),
+    Auto,
+}
+
+/// Parses the same form as [`parse_port_pattern`], and `auto`.
+pub(super) fn parse_removal(text: &str) -> Result<Removal, String> {
+    match text {
+        "auto" => Ok(Removal::Auto),
+        _ => parse_port_pattern(text)
+            .map(Removal::Pattern)
+            .map_err(|e| format!("{e}, or auto")),
+    }
 }
 
 impl PortPattern {

@@ -8,11 +8,10 @@ use super::ps::FIELDS;
 use super::rates::Rates;
 use super::selection::{Filter, Selection, for_each_vm, parse_state};
 use super::values::{
-    self, Label, labels, parse_duration, parse_init, parse_label, parse_mem_mib, parse_net,
-    parse_port, parse_restart, parse_size, parse_vcpus, timeout_ms,
+    self, Label, Publish, labels, parse_duration, parse_init, parse_label, parse_mem_mib,
+    parse_net, parse_publish, parse_restart, parse_size, parse_vcpus, published, timeout_ms,
 };
 use super::vm_text::{ended, kept, sheet, state};
-use crate::api::port::Port;
 use crate::api::vm::{
     Init, Net, Restart, VmBalloon, VmBalloonRequest, VmCreate, VmCreateRequest, VmDelete,
     VmDeleteReply, VmDeleteRequest, VmFork, VmForkRequest, VmKill, VmMetrics, VmPause, VmPrune,
@@ -139,9 +138,9 @@ pub(super) struct Shape {
     #[arg(long, value_name = "nat|none", value_parser = parse_net)]
     pub net: Option<Net>,
     /// Publish a guest port: [[ADDR:]HOST:]GUEST[/udp]. ADDR defaults to 127.0.0.1, HOST to a free
-    /// port
-    #[arg(short = 'p', long = "publish", value_name = "PORT", value_parser = parse_port)]
-    pub ports: Vec<Port>,
+    /// port. `auto` publishes whatever processes in the guest listen on, as long as they do
+    #[arg(short = 'p', long = "publish", value_name = "PORT", value_parser = parse_publish)]
+    pub publish: Vec<Publish>,
     /// Label the VM, to find it with --filter label=KEY[=VALUE]
     #[arg(short, long = "label", value_name = "KEY[=VALUE]", value_parser = parse_label)]
     pub labels: Vec<Label>,
@@ -286,6 +285,7 @@ fn create(
     args: CreateArgs,
 ) -> Result<u8> {
     let commands = args.commands;
+    let (ports, auto_ports) = published(&args.shape.publish);
     let rates = args.shape.rates;
     let request = VmCreateRequest {
         disk_bytes_per_s: rates.disk_bps,
@@ -299,7 +299,8 @@ fn create(
         vcpus: args.shape.vcpus,
         mem_mib: args.shape.memory,
         net: args.shape.net,
-        ports: args.shape.ports,
+        ports,
+        auto_ports,
         labels: labels(args.shape.labels)?,
         restart: args.shape.restart.unwrap_or_default(),
         host_name: args.shape.host_name,

@@ -1,14 +1,14 @@
 //! Formats VMs for people.
 
 use super::output::{age, size};
-use crate::api::port::Port;
+use crate::api::port::{AutoPorts, Port, RefusedPort};
 use crate::api::vm::{
     Init, Net, Pending, RateLimits, Restart, Synced, Vm, VmBalloonReply, VmState, WorkspaceInfo,
     WorkspaceState,
 };
 use crate::host::plural::count;
 use crate::host::text::printable;
-use crate::ids::{LabelKey, LabelValue, Labels};
+use crate::ids::{LabelKey, LabelValue, Labels, VmName};
 use std::borrow::Cow;
 
 /// Formats the state of a VM with its most important detail.
@@ -42,6 +42,33 @@ pub(super) fn port_line(port: &Port) -> String {
         port.host_addr,
         port.host_port
     )
+}
+
+/// Says that a port is forwarded automatically.
+pub(super) fn forward_line(vm: &VmName, port: &Port) -> String {
+    format!(
+        "forwarding {}:{} to port {} of VM {vm}",
+        port.host_addr, port.host_port, port.guest_port
+    )
+}
+
+/// Says why a port is not forwarded automatically.
+pub(super) fn refused_line(port: &RefusedPort) -> String {
+    format!("port {} is not forwarded: {}", port.guest_port, port.reason)
+}
+
+/// Lists the ports that are forwarded automatically, and those that are not.
+pub(super) fn auto_ports(auto: &AutoPorts) -> String {
+    let open: Vec<String> = auto.open.iter().map(|p| p.guest_port.to_string()).collect();
+    let open = match open.is_empty() {
+        true => "none now".to_owned(),
+        false => open.join(", "),
+    };
+    let refused = auto.refused.iter().map(refused_line);
+    std::iter::once(open)
+        .chain(refused)
+        .collect::<Vec<_>>()
+        .join("; ")
 }
 
 pub(super) fn settings(of: &Pending) -> String {
@@ -192,6 +219,7 @@ pub(super) fn sheet(vm: &Vm, now_s: u64) -> String {
                 .join(", ")
         }),
     );
+    add("automatic ports", vm.auto_ports.as_ref().map(auto_ports));
     add("ssh", vm.ssh_addr.map(|a| a.to_string()));
     add("ip6", vm.ip6.map(|a| a.to_string()));
     add(

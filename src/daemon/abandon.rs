@@ -62,6 +62,7 @@ impl Lifecycle {
                     "an operation failed because of an error in the daemon: see its log".to_owned(),
                 );
                 (r.op, r.intent, r.identity, r.ssh_addr) = (None, None, None, None);
+                r.forget_listeners();
             })
         });
         drop(guard);

@@ -127,6 +127,7 @@ impl Lifecycle {
                     {
                         log::warn!("clean up after the VMM of VM {}: {e}", settlement.vm);
                     }
+                    self.auto_forwarder.follow(&settlement.vm);
                     return self.finish(settlement, result, &step);
                 }
                 Err(e) => {
@@ -422,6 +423,7 @@ fn settle(row: &mut VmRow, settlement: &Settlement, at: u64) -> Result<()> {
         row.reason = reason;
         row.identity = None;
         row.ssh_addr = None;
+        row.forget_listeners();
     };
     match (&settlement.outcome, &settlement.died) {
         (Outcome::Booted(_), Some(how)) => {

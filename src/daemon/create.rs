@@ -13,10 +13,11 @@ use super::locks::VmNames;
 use super::names;
 use super::network::Networks;
 use super::operations::ended_row;
-use super::ports::{PORT_TRIES_MAX, require_free};
+use super::ports::{PORT_TRIES_MAX, require_free, without_network};
 use super::settings::check_restart;
 use super::uses::UseGuard;
 use crate::api::op::Op;
+use crate::api::port::AutoPorts;
 use crate::api::vm::{Init, Net, RateLimits, Vm, VmCreateRequest, VmReply, VmState};
 use crate::config;
 use crate::error::{Error, Kind, Result};
@@ -99,6 +100,7 @@ impl Creator {
             },
             // `insert_with_ports` sets the ports.
             ports: Vec::new(),
+            auto_ports: auto_ports(request)?,
             host_name: request.host_name.clone(),
             dns: request.dns.clone(),
             rm: request.rm,
@@ -276,6 +278,13 @@ fn check_init(init: Init, image: &ImageInfo) -> Result<()> {
     );
     Err(Error::new(Kind::Unsupported, text)
         .hint("omit --init, or use an image from a registry: fcctl help images"))
+}
+
+fn auto_ports(request: &VmCreateRequest) -> Result<Option<AutoPorts>> {
+    if request.auto_ports && request.net == Some(Net::None) {
+        return Err(without_network());
+    }
+    Ok(request.auto_ports.then(AutoPorts::default))
 }
 
 fn check_dns(row: &VmRow) -> Result<()> {

@@ -8,6 +8,9 @@ use std::time::Duration;
 /// How long a guest may take to power off without its init (`src/image/runtime/guest/image-off`).
 const FORCED_POWER_OFF: Duration = Duration::from_secs(15);
 
+/// Prints the local addresses of listening sockets, whose state is 0A (proc(5)), with sed.
+const LISTENING: &str = r"s/^ *[0-9]*: \([0-9A-F]*:[0-9A-F]*\) [0-9A-F:]* 0A .*/\1/p";
+
 /// The kinds of guests, by the origin of their init.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Layout {
@@ -87,6 +90,19 @@ impl Layout {
         let (busybox, run) = (self.busybox(), self.run_dir());
         format!(
             "until read -r seen <{run}/rejoined && [ \"$seen\" = {token} ]; do {busybox} usleep 50000; done 2>/dev/null"
+        )
+    }
+
+    /// Returns the command that waits until the list of listening TCP sockets differs from standard
+    /// input, at most `limit`, and prints the list. A line is a local address as the kernel writes
+    /// it.
+    pub(super) fn listeners_command(self, limit: Duration) -> String {
+        let (busybox, seconds) = (self.busybox(), limit.as_secs());
+        format!(
+            "seen=$({busybox} cat); n=0; \
+             while now=$({busybox} sed -n '{LISTENING}' /proc/net/tcp /proc/net/tcp6 2>/dev/null); \
+             [ \"$now\" = \"$seen\" ] && [ $n -lt {seconds} ]; \
+             do {busybox} sleep 1; n=$((n+1)); done; printf '%s\\n' \"$now\""
         )
     }
 

@@ -4,6 +4,7 @@
 //! that owns it.
 
 use super::access::{Caller, vm_not_found};
+use super::auto_ports::AutoForwarder;
 use super::call::CallOutcome;
 use super::capacity::Capacity;
 use super::controls::Controls;
@@ -106,6 +107,7 @@ pub struct Lifecycle {
     pub(super) vmms: Vmms,
     pub(super) guests: Guests,
     pub(super) controls: Controls,
+    pub(super) auto_forwarder: AutoForwarder,
     pub(super) resources: Resources,
     pub(super) images: Images,
     /// Limits how many VMs boot at the same time.

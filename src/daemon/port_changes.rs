@@ -18,7 +18,7 @@ use super::ports::{PORT_TRIES_MAX, PORTS_MAX, require_free};
 use super::resources::intend_forwards;
 use super::rules::is_at_rest;
 use super::transitions::Verb;
-use crate::api::port::{Port, Protocol};
+use crate::api::port::{Port, RefusalCause, RefusedPort};
 use crate::api::vm::{VmPortsReply, VmPortsRequest, VmState};
 use crate::error::{Error, Kind, Result};
 use crate::ids::VmId;
@@ -26,6 +26,16 @@ use crate::locks::KeyGuard;
 use crate::net;
 use crate::store::{Ticket, VmRow};
 use crate::vmm::Identity;
+
+/// Who changes the ports of a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum By {
+    Owner,
+    /// The thread that follows the guest's listeners in the boot with this generation.
+    Watch {
+        generation: u64,
+    },
+}
 
 /// How often a removal starts over because the VM was started or stopped meanwhile.
 const ROUNDS_MAX: u32 = 8;
@@ -38,8 +48,18 @@ impl Controls {
     /// starts or stops, and the errors of `check_ports`.
     pub fn add_ports(&self, caller: &Caller, request: &VmPortsRequest) -> Result<VmPortsReply> {
         let found = self.find_for_ports(caller, request)?;
-        let _claim = self.port_claims.claim(&found, &self.core.closing)?;
-        let (row, ports) = self.add_to_row(caller, &found.id, &request.ports)?;
+        self.add_ports_by(By::Owner, caller, &found, &request.ports)
+    }
+
+    pub(super) fn add_ports_by(
+        &self,
+        by: By,
+        caller: &Caller,
+        found: &VmRow,
+        asked: &[Port],
+    ) -> Result<VmPortsReply> {
+        let _claim = self.port_claims.claim(found, &self.core.closing)?;
+        let (row, ports) = self.add_to_row(by, caller, &found.id, asked)?;
         if row.state == VmState::Running
             && let Err(e) = self.open_ports(&row, &ports)
             && self.take_back(&row, &ports)
@@ -61,8 +81,16 @@ impl Controls {
     /// or stops.
     pub fn remove_ports(&self, caller: &Caller, request: &VmPortsRequest) -> Result<VmPortsReply> {
         let found = self.find_for_ports(caller, request)?;
-        let _claim = self.port_claims.claim(&found, &self.core.closing)?;
-        let ports = &request.ports;
+        self.remove_ports_by(By::Owner, &found, &request.ports)
+    }
+
+    pub(super) fn remove_ports_by(
+        &self,
+        by: By,
+        found: &VmRow,
+        ports: &[Port],
+    ) -> Result<VmPortsReply> {
+        let _claim = self.port_claims.claim(found, &self.core.closing)?;
         for _ in 0..ROUNDS_MAX {
             let row = {
                 let guard = self.core.locks.vm.lock(&found.id);
@@ -77,11 +105,11 @@ impl Controls {
             {
                 return Err(refused(e, &row, format!("change ports of VM {}", row.name)));
             }
-            if self.remove_from_row(&row, ports)? {
+            if self.remove_from_row(by, &row, ports)? {
                 let vm = self.views.view(&row.id)?;
                 return Ok(VmPortsReply {
                     vm,
-                    ports: ports.clone(),
+                    ports: ports.to_vec(),
                 });
             }
         }
@@ -103,7 +131,11 @@ impl Controls {
         Ok(found)
     }
 
-    fn may_change_ports_locked(&self, vm: &KeyGuard<'_, VmId>, row: &VmRow) -> Result<()> {
+    pub(super) fn may_change_ports_locked(
+        &self,
+        vm: &KeyGuard<'_, VmId>,
+        row: &VmRow,
+    ) -> Result<()> {
         if is_at_rest(row.state) {
             return self.core.allow_locked(vm, row, Verb::Set);
         }
@@ -121,7 +153,13 @@ impl Controls {
 
     /// Picks the ports that the request leaves open, and adds all ports to the row. Returns the new
     /// row and the ports once they are durable.
-    fn add_to_row(&self, caller: &Caller, vm: &VmId, asked: &[Port]) -> Result<(VmRow, Vec<Port>)> {
+    fn add_to_row(
+        &self,
+        by: By,
+        caller: &Caller,
+        vm: &VmId,
+        asked: &[Port],
+    ) -> Result<(VmRow, Vec<Port>)> {
         let mut tries = 0;
         loop {
             tries += 1;
@@ -129,7 +167,7 @@ impl Controls {
             self.networks.check_ports(caller, row.shape.net, asked)?;
             require_new(&row, asked)?;
             let ports = self.networks.settle_ports(asked)?;
-            match self.try_add_to_row(vm, &ports) {
+            match self.try_add_to_row(by, vm, &ports) {
                 // Another VM may have taken a port that was picked.
                 Err(e) if e.kind() == Kind::PortTaken && tries < PORT_TRIES_MAX => {}
                 Err(e) => return Err(e),
@@ -141,27 +179,30 @@ impl Controls {
         }
     }
 
-    fn try_add_to_row(&self, vm: &VmId, ports: &[Port]) -> Result<(VmRow, Ticket)> {
+    fn try_add_to_row(&self, by: By, vm: &VmId, ports: &[Port]) -> Result<(VmRow, Ticket)> {
         let guard = self.core.locks.vm.lock(vm);
         let row = self.core.row(guard.key())?;
         self.may_change_ports_locked(&guard, &row)?;
+        if let By::Watch { generation } = by {
+            require_followed(&row, generation)?;
+        }
         let on_bridge = row.state == VmState::Running && row.tap.is_some();
         let tag = self.core.tag(&row);
         self.core.change(false, |tx| {
             require_free(tx, ports)?;
-            tx.update_vm(&guard, |row| row.ports.extend(ports))?;
+            tx.update_vm(&guard, |row| add_by(by, row, ports))?;
             if on_bridge {
                 // The VM may have been started without ports.
                 intend_forwards(tx, &row, &tag);
             }
             let mut row = row;
-            row.ports.extend(ports);
+            add_by(by, &mut row, ports);
             Ok(row)
         })
     }
 
     /// Forwards ports that are new in the row to the running guest.
-    fn open_ports(&self, row: &VmRow, ports: &[Port]) -> Result<()> {
+    pub(super) fn open_ports(&self, row: &VmRow, ports: &[Port]) -> Result<()> {
         if row.tap.is_some() {
             return self.forward_on_bridge(row, &row.ports);
         }
@@ -211,11 +252,11 @@ impl Controls {
 
     /// Removes from the row the ports that could not be opened. Returns false if the boot has ended
     /// since. In that case the ports stay, and the next start opens them.
-    fn take_back(&self, before: &VmRow, ports: &[Port]) -> bool {
+    pub(super) fn take_back(&self, before: &VmRow, ports: &[Port]) -> bool {
         let mut is_undone = false;
         let undone = self.core.change_row(&before.id, true, |row| {
             if row.generation == before.generation && row.state == VmState::Running {
-                row.ports.retain(|port| !ports.contains(port));
+                row.remove_ports(ports);
                 is_undone = true;
             }
         });
@@ -231,8 +272,8 @@ impl Controls {
 
     /// Removes ports from the row, durably. Returns false if the VM was started or stopped since
     /// `seen` was read. After an error, the ports still belong to the VM.
-    fn remove_from_row(&self, seen: &VmRow, ports: &[Port]) -> Result<bool> {
-        let removed = self.try_remove_from_row(seen, ports);
+    fn remove_from_row(&self, by: By, seen: &VmRow, ports: &[Port]) -> Result<bool> {
+        let removed = self.try_remove_from_row(by, seen, ports);
         if removed.is_err()
             && self.still_runs(seen)
             && let Err(e) = self.open_ports(seen, ports)
@@ -242,7 +283,7 @@ impl Controls {
         removed
     }
 
-    fn try_remove_from_row(&self, seen: &VmRow, ports: &[Port]) -> Result<bool> {
+    fn try_remove_from_row(&self, by: By, seen: &VmRow, ports: &[Port]) -> Result<bool> {
         let ((), ticket) = {
             let guard = self.core.locks.vm.lock(&seen.id);
             let now = self.core.row(guard.key())?;
@@ -250,70 +291,51 @@ impl Controls {
                 return Ok(false);
             }
             self.core.change(false, |tx| {
-                tx.update_vm(&guard, |row| {
-                    row.ports.retain(|port| !ports.contains(port));
-                })
+                tx.update_vm(&guard, |row| remove_by(by, row, ports))
             })?
         };
         self.core.wait_durable(ticket).map(|()| true)
     }
-
-    /// Makes the VMM of an adopted VM forward the ports of the row, because the earlier daemon may
-    /// have died while it changed them. A missing port that cannot be forwarded is removed from the
-    /// row: the call that added it was never answered.
-    pub(super) fn adopt_ports(&self, row: &VmRow) {
-        if row.tap.is_some() {
-            return;
-        }
-        // If a call is changing the ports, that call makes the VMM match the row.
-        let Some(_claim) = self.port_claims.try_claim(&row.id) else {
-            return;
-        };
-        if let Err(e) = self
-            .core
-            .row(&row.id)
-            .and_then(|row| self.match_ports(&row))
-        {
-            log::warn!("set the ports of VM {} again: {e}", row.name);
-        }
-    }
-
-    fn match_ports(&self, row: &VmRow) -> Result<()> {
-        let vm = self.vmms.vm(row, identity(row)?)?;
-        let closing = &self.core.closing;
-        let mut there = vm.forwarded(closing)?;
-        // The port of the guest's SSH server is not a published port.
-        there.retain(|port| {
-            port.protocol == Protocol::Udp
-                || row.ssh_addr != Some((port.host_addr, port.host_port).into())
-        });
-        let (missing, extra) = (without(&row.ports, &there), without(&there, &row.ports));
-        if !extra.is_empty() {
-            vm.forward(&[], &extra, closing)?;
-        }
-        let mut lost = Vec::new();
-        for port in missing {
-            if let Err(e) = self.open_ports(row, &[port]) {
-                log::warn!("VM {} no longer publishes port {port}: {e}", row.name);
-                lost.push(port);
-            }
-        }
-        if !lost.is_empty() {
-            self.take_back(row, &lost);
-        }
-        Ok(())
-    }
 }
 
-fn identity(row: &VmRow) -> Result<&Identity> {
+pub(super) fn identity(row: &VmRow) -> Result<&Identity> {
     row.identity
         .as_ref()
         .ok_or_else(|| Error::internal(format!("VM {} is running without a VMM", row.name)))
 }
 
-fn without(ports: &[Port], others: &[Port]) -> Vec<Port> {
+pub(super) fn without(ports: &[Port], others: &[Port]) -> Vec<Port> {
     let is_left = |port: &&Port| !others.contains(port);
     ports.iter().filter(is_left).copied().collect()
+}
+
+/// Refuses a forward for a listener of an earlier boot, or after the owner asked for no more.
+fn require_followed(row: &VmRow, generation: u64) -> Result<()> {
+    if row.generation == generation && row.state == VmState::Running && row.auto_ports.is_some() {
+        return Ok(());
+    }
+    let text = format!("forward ports of VM {}: they are not followed", row.name);
+    Err(Error::new(Kind::WrongState, text))
+}
+
+fn add_by(by: By, row: &mut VmRow, ports: &[Port]) {
+    row.ports.extend(ports);
+    if let (By::Watch { .. }, Some(auto)) = (by, &mut row.auto_ports) {
+        auto.open.extend(ports);
+    }
+}
+
+/// Removes ports. Those that the owner removes are not added again while their listeners last.
+fn remove_by(by: By, row: &mut VmRow, ports: &[Port]) {
+    if let (By::Owner, Some(auto)) = (by, &mut row.auto_ports) {
+        let removed = auto.open.iter().filter(|port| ports.contains(port));
+        auto.refused.extend(removed.map(|port| RefusedPort {
+            guest_port: port.guest_port,
+            cause: RefusalCause::Removed,
+            reason: format!("port {port} was removed"),
+        }));
+    }
+    row.remove_ports(ports);
 }
 
 /// Refuses more ports than a VM may have, and ports that the VM has already.

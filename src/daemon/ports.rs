@@ -39,8 +39,7 @@ impl Networks {
             .hint("use -p less often"));
         }
         if !ports.is_empty() && network == Net::None {
-            return Err(Error::invalid("forward ports to a VM without a network")
-                .hint("leave out -p or --net none"));
+            return Err(without_network());
         }
         for (i, port) in ports.iter().enumerate() {
             self.check_port(caller, port)?;
@@ -109,6 +108,10 @@ impl Networks {
         }
         Ok(settled)
     }
+}
+
+pub(super) fn without_network() -> Error {
+    Error::invalid("forward ports to a VM without a network").hint("leave out -p or --net none")
 }
 
 /// Refuses ports that belong to a VM.

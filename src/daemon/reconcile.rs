@@ -282,6 +282,7 @@ impl Reconciler {
                 self.controls.adopt_adjusted(row);
                 self.controls.adopt_ports(row);
                 self.controls.adopt_pause(row);
+                self.lifecycle.auto_forwarder.follow(&row.id);
                 // An earlier daemon that could not adopt the VM may have set a reason.
                 let adopted = (Some(running.identity), Some(running.ssh_addr), None);
                 if adopted == (row.identity.clone(), row.ssh_addr, row.reason.clone()) {
@@ -322,6 +323,7 @@ impl Reconciler {
             r.state = state;
             r.reason = Some(reason.to_owned());
             (r.op, r.intent, r.identity, r.ssh_addr) = (None, None, None, None);
+            r.forget_listeners();
         })?;
         self.core.wait_durable_in_time(&ticket)
     }
@@ -414,6 +416,7 @@ impl VmReconciler for Reconciler {
         self.controls.adopt_adjusted(row);
         self.controls.adopt_ports(row);
         self.controls.adopt_pause(row);
+        self.lifecycle.auto_forwarder.follow(&row.id);
         let adopted = (None, Some(running.ssh_addr));
         let ticket = self.change_as_found(row, false, |r| (r.reason, r.ssh_addr) = adopted)?;
         self.core.wait_durable_in_time(&ticket)

@@ -64,6 +64,7 @@ pub(super) fn enter(row: &mut VmRow, to: VmState, op: &OpHandle, verb: Verb) {
         // `identity` stays, because the boot first has to kill a VMM that an earlier operation
         // could not kill.
         row.ssh_addr = None;
+        row.forget_listeners();
     }
     row.intent = (verb == Verb::Restart && to == VmState::Stopping).then_some(Intent::Restart);
     row.state = to;

@@ -1,6 +1,7 @@
 //! Converts a row of the store to the VM that a caller sees.
 
 use crate::api::image::short_digest;
+use crate::api::port::AutoPorts;
 use crate::api::vm::{Vm, VmBrief, VmState};
 use crate::store::{Seen, State, TapFact, VmRow, WorkspaceRow};
 use std::borrow::Cow;
@@ -32,6 +33,7 @@ pub(super) fn view(row: &VmRow, workspace: Option<&WorkspaceRow>) -> Vm {
         net_tx_bytes_per_s: row.shape.rates.net_tx_bytes_per_s,
         net: row.shape.net,
         ports: row.ports.clone(),
+        auto_ports: row.auto_ports.clone(),
         pending: row.pending.clone(),
         rm: row.rm,
         restart: row.restart,
@@ -76,6 +78,7 @@ pub(super) fn brief(seen: &Seen) -> VmBrief<'_> {
         ports: Cow::Borrowed(&row.ports),
         ip: tap_of_running(row).map(|tap| tap.address),
         ip6: tap_of_running(row).and_then(|tap| tap.address6),
+        refused_ports: AutoPorts::refused_ports(row.auto_ports.as_ref()),
         workspace: seen.workspace.as_ref().map(|w| w.info.clone()),
         labels: row.shape.labels.clone(),
     }

@@ -159,6 +159,7 @@ impl Lifecycle {
             tx.update_vm(&guard, |row| {
                 (row.state, row.reason) = (state, Some(reason));
                 (row.identity, row.ssh_addr) = (None, None);
+                row.forget_listeners();
             })
         })?;
         self.core.note(&row, Some(ticket.seq()), None, || {

@@ -1,6 +1,7 @@
 //! [`Daemon`]: the parts, and how they are connected.
 
 use super::adoption::{self, Adopter};
+use super::auto_ports::AutoForwarder;
 use super::capacity::Capacity;
 use super::close::Threads;
 use super::controls::Controls;
@@ -55,7 +56,7 @@ use crate::image::{Boots, GuestRuntimes, Images};
 use crate::locks::{Cancel, CancelCause, Mutex, Rank, check};
 use crate::ops::Ops;
 use crate::pool::{self, Admission, Pool};
-use crate::sched::{HashMap, Instant};
+use crate::sched::{HashMap, HashSet, Instant};
 use crate::session::Registry;
 use crate::store::Store;
 use crate::uids::Retention;
@@ -75,6 +76,7 @@ pub struct Parts {
     pub images: ImageService,
     pub kernels: KernelService,
     pub controls: Controls,
+    pub auto_forwarder: AutoForwarder,
     pub sessions: Sessions,
     pub creator: Creator,
     pub lifecycle: Lifecycle,
@@ -215,6 +217,9 @@ impl Daemon {
     /// finish until `transfers_until`, everything else until `deadline`. VMs keep running.
     pub fn close(&self, transfers_until: Instant, deadline: Instant) {
         self.core.closing.cancel(CancelCause::DaemonStops);
+        self.lifecycle
+            .runtimes
+            .cancel_watches(&CancelCause::DaemonStops);
         if !self.core.threads.wait_idle(transfers_until) {
             log::info!("cancelling everything in progress");
         }
@@ -384,6 +389,17 @@ impl Base {
         }
     }
 
+    fn auto_forwarder(&self, controls: &Controls) -> AutoForwarder {
+        AutoForwarder {
+            core: self.core.clone(),
+            controls: controls.clone(),
+            guests: self.guests.clone(),
+            runtimes: self.runtimes.clone(),
+            transport: self.transport.clone(),
+            followed: Arc::new(Mutex::new(Rank::Runtimes, HashSet::new())),
+        }
+    }
+
     fn sessions(&self) -> Sessions {
         Sessions {
             core: self.core.clone(),
@@ -433,6 +449,7 @@ impl Base {
             vmms: self.vmms.clone(),
             guests: self.guests.clone(),
             controls: controls.clone(),
+            auto_forwarder: self.auto_forwarder(controls),
             resources: resources.clone(),
             images: self.images.clone(),
             boots: Admission::new("boots", boots_max),
@@ -606,6 +623,7 @@ impl Parts {
             networks: base.networks,
             recovery: base.recovery,
             started: Instant::now(),
+            auto_forwarder: lifecycle.auto_forwarder.clone(),
             controls,
             sessions,
             creator,

@@ -9,8 +9,11 @@ mod connect;
 mod controls;
 #[cfg(feature = "fakes")]
 pub mod fake;
+#[cfg(feature = "fuzz")]
+pub mod fuzz;
 pub mod helper;
 pub mod io;
+pub mod listeners;
 mod script;
 pub mod ssh;
 #[cfg(test)]

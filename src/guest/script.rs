@@ -1,11 +1,13 @@
 //! Runs fcd's own small commands in a guest.
 
 use super::io::{BytesSource, VecSink};
-use super::{ExecSpec, Streams, Target, Transport};
+use super::{ExecSpec, Sink, Streams, Target, Transport};
 use crate::api::exec::Exit;
 use crate::error::{Error, Kind, Result};
 use crate::locks::Cancel;
 use crate::sched::Instant;
+use std::io;
+use std::os::fd::BorrowedFd;
 
 /// A small command and its limits.
 pub struct Script<'a> {
@@ -25,9 +27,26 @@ pub struct ScriptOutput {
     pub stderr: Vec<u8>,
 }
 
-/// Runs the command to its end. Returns `guest_command_failed` if stdout exceeds its limit, because
-/// a truncated answer would mislead. Truncates stderr at its limit. Other errors are those of
-/// [`Transport::exec`].
+/// A sink that fails at the first byte above its limit, so that a guest cannot keep the daemon
+/// reading.
+struct StrictSink(VecSink);
+
+impl Sink for StrictSink {
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.0.write(bytes);
+        if self.0.truncated {
+            return Err(io::Error::other("the output is too long"));
+        }
+        written
+    }
+}
+
+/// Runs the command to its end. Ends it and returns `guest_command_failed` if stdout exceeds its
+/// limit, because a truncated answer would mislead. Truncates stderr at its limit. Other errors are
+/// those of [`Transport::exec`].
 pub fn run_script(
     transport: &dyn Transport,
     target: &Target,
@@ -35,7 +54,7 @@ pub fn run_script(
     cancel: &Cancel,
 ) -> Result<ScriptOutput> {
     let mut stdin = BytesSource::new(script.stdin);
-    let mut stdout = VecSink::new(script.output_bytes_max);
+    let mut stdout = StrictSink(VecSink::new(script.output_bytes_max));
     let mut stderr = VecSink::new(script.output_bytes_max);
     let spec = ExecSpec {
         command: script.command.to_owned(),
@@ -48,7 +67,8 @@ pub fn run_script(
         stderr: Some(&mut stderr),
         ..Streams::default()
     };
-    let exit = transport.exec(target, &spec, streams, cancel)?;
+    let exit = transport.exec(target, &spec, streams, cancel);
+    let StrictSink(stdout) = stdout;
     if stdout.truncated {
         let message = format!(
             "a command in the guest printed more than {} bytes",
@@ -57,7 +77,7 @@ pub fn run_script(
         return Err(Error::new(Kind::GuestCommandFailed, message));
     }
     Ok(ScriptOutput {
-        exit,
+        exit: exit?,
         stdout: stdout.bytes,
         stderr: stderr.bytes,
     })

@@ -255,8 +255,8 @@ impl CallContext<'_> {
             Vm::VmSet(r) => reply(d.controls.set(c, &r).map(|vm| VmReply { vm })),
             Vm::VmRename(r) => reply(d.controls.rename(c, &r).map(|vm| VmReply { vm })),
             Vm::VmBalloon(r) => reply(d.controls.balloon(c, &r)),
-            Vm::VmPortAdd(r) => reply(d.controls.add_ports(c, &r)),
-            Vm::VmPortRemove(r) => reply(d.controls.remove_ports(c, &r)),
+            Vm::VmPortAdd(r) => reply(d.auto_forwarder.add_ports(c, &r)),
+            Vm::VmPortRemove(r) => reply(d.auto_forwarder.remove_ports(c, &r)),
             Vm::VmLogs(r) => reply(d.sessions.logs(c, &r, self.wait.hangup(), &mut |chunk| {
                 self.connection.notify(Note::Log(chunk))
             })),

@@ -62,6 +62,7 @@ pub(super) fn migrations() -> Vec<String> {
         vm::ADD_HOST_NAME,
         vm::ADD_COMMANDS,
         vm::ADD_IPV6,
+        vm::ADD_AUTO_PORTS,
     ];
     std::iter::once(first)
         .chain(later.map(str::to_owned))

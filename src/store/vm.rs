@@ -1,7 +1,7 @@
 //! Table `vms`: one row per VM, which holds the VM's state for as long as the VM exists.
 
 use super::sql::{self, json};
-use crate::api::port::Port;
+use crate::api::port::{AutoPorts, Port};
 use crate::api::vm::{CommandDefaults, Init, Net, Pending, RateLimits, Restart, Synced, VmState};
 use crate::host::process::Identity;
 use crate::ids::{HostName, ImageRef, KernelName, Labels, OpId, RuntimeId, VmId, VmName};
@@ -66,6 +66,9 @@ pub struct VmRow {
     pub shape: VmShape,
     /// The VM's published ports. No two ports overlap, even of different VMs, and no port is 0.
     pub ports: Vec<Port>,
+    /// The automatic forwards, if the owner wants them. The open ports are also in `ports`. They
+    /// are forgotten when the VM ends, at the latest at its next start.
+    pub auto_ports: Option<AutoPorts>,
     /// The host name of the guest, if it is not the VM's name.
     pub host_name: Option<HostName>,
     /// The name servers that the guest queries. If the list is empty, the guest queries fcd's.
@@ -103,6 +106,24 @@ pub struct VmRow {
     pub has_balloon: bool,
     /// The memory, in MiB, that the owner lets the running VM keep.
     pub balloon_mib: Option<u64>,
+}
+
+impl VmRow {
+    /// Removes published ports, also those that fcd added automatically.
+    pub fn remove_ports(&mut self, ports: &[Port]) {
+        self.ports.retain(|port| !ports.contains(port));
+        if let Some(auto) = &mut self.auto_ports {
+            auto.open.retain(|port| !ports.contains(port));
+        }
+    }
+
+    /// Forgets the guest's listeners, because the guest has ended.
+    pub fn forget_listeners(&mut self) {
+        if let Some(auto) = &mut self.auto_ports {
+            let AutoPorts { open, .. } = std::mem::take(auto);
+            self.ports.retain(|port| !open.contains(port));
+        }
+    }
 }
 
 pub(super) const CREATE: &str = "CREATE TABLE vms (
@@ -158,6 +179,9 @@ pub(super) const ADD_COMMANDS: &str = "UPDATE vms SET body = json_set(body, '$.c
 
 /// The migration to schema version 16, which adds `address6` to taps.
 pub(super) const ADD_IPV6: &str = "UPDATE vms SET body = json_set(body, '$.tap.address6', json('null')) WHERE json_type(body, '$.tap') = 'object';";
+/// The migration to schema version 17, which adds `auto_ports`.
+pub(super) const ADD_AUTO_PORTS: &str =
+    "UPDATE vms SET body = json_set(body, '$.auto_ports', json('null'));";
 
 pub(super) fn save(c: &Connection, id: &VmId, row: Option<&VmRow>) -> rusqlite::Result<()> {
     let Some(row) = row else {

@@ -1,6 +1,7 @@
 //! Tests of VMs on the bridge. The host is a network namespace of the test's thread and its
 //! children, and the outside is another one. Both disappear with the test.
 
+use crate::auto_ports;
 use crate::host::{self, Host, text, wait_for};
 use crate::plain_ssh::PlainSsh;
 use crate::tree::Site;
@@ -220,6 +221,8 @@ fn guest_reaches_only_allowed_networks() {
     assert!(ssh_of_b() && !ssh_of_a("127.0.0.1/1024") && published() == 3);
     let plain = PlainSsh::new(&host, &["b"]);
     assert_eq!(plain.run("ssh", &["b", "hostname"]), "b\n");
+    auto_ports::forward_follows_listener(&host, "b");
+    assert_eq!(published(), 3);
 
     // The statistics show how much the guest has sent and received, its CPU use and its memory.
     let stats = |what: &str| host.json(&["vm", "stats", "a"])[0][what].as_u64().unwrap();

@@ -1,5 +1,6 @@
 //! Tests of optional capabilities in user mode: published ports, a work disk and host files.
 
+use crate::auto_ports;
 use crate::host::{Host, text, wait_for};
 use crate::plain_ssh::PlainSsh;
 use std::io::Read;
@@ -136,6 +137,7 @@ fn guest_has_ports_work_disk_and_host_files() {
     assert_eq!(plain.run("ssh", &["a", "hostname; pwd"]), "a\n/root\n");
     plain.check_copies("a");
     let added = ports_change_while_running(&mut host);
+    auto_ports::forward_follows_listener(&host, "a");
 
     // The work disk belongs to this guest, has the requested size, and keeps its files when the VM
     // stops.

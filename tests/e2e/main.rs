@@ -5,6 +5,7 @@
 mod adjusting;
 mod another_host;
 mod another_init;
+mod auto_ports;
 mod big;
 mod bridge;
 mod capabilities;

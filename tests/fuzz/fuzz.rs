@@ -50,7 +50,7 @@ struct Target {
 }
 
 /// All targets. To add a target, add it here and put valid inputs in `seeds/NAME/`.
-const TARGETS: [Target; 15] = [
+const TARGETS: [Target; 16] = [
     Target {
         name: "qmp",
         run: fcd::testing::vmm::fuzz::qmp,
@@ -139,6 +139,20 @@ const TARGETS: [Target; 15] = [
             "root",
             "xterm",
             "USR1",
+        ],
+    },
+    Target {
+        name: "guest-listeners",
+        run: fcd::testing::guest::fuzz::listeners,
+        memory_max: 1 << 20,
+        input_bytes_max: SHORT_INPUT_BYTES_MAX,
+        words: &[
+            "\n",
+            ":",
+            "00000000:0BB8\n",
+            "0F02000A:FFFF\n",
+            "00000000000000000000000000000000:0400\n",
+            "0000000000000000FFFF0000",
         ],
     },
     Target {

@@ -134,6 +134,7 @@ fn begin(world: &World, verb: Verb) -> Call {
             let request = VmPortsRequest {
                 vm: "web".into(),
                 ports: vec![a_port()],
+                auto: false,
             };
             Call::Ports(if verb == Publish {
                 world.begin::<VmPortAdd>(request, vec![])

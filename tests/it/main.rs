@@ -6,6 +6,7 @@
 mod adjusting;
 mod apart;
 mod api;
+mod auto_ports;
 mod bad_input;
 mod booting;
 mod capabilities;

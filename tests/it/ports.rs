@@ -28,6 +28,7 @@ fn of(vm: &str, ports: &[Port]) -> VmPortsRequest {
     VmPortsRequest {
         vm: vm.into(),
         ports: ports.to_vec(),
+        auto: false,
     }
 }
 

@@ -21,6 +21,7 @@ mod variables;
 use super::connector::operate;
 use super::context::Context;
 use super::transfer::PrepareHow;
+use super::values::{Publish, parse_publish};
 use super::vm_text::ended;
 use crate::api::vm::{Vm, VmListBrief, VmListRequest, VmRequest, VmShow, VmStop, VmStopRequest};
 use crate::client::{Client, Result};
@@ -38,6 +39,10 @@ pub(super) struct UpArgs {
     /// Do what devcontainer.json asks for without asking first
     #[arg(short, long)]
     yes: bool,
+    /// Publish a port of the VM, also of one that exists: [[ADDR:]HOST:]GUEST[/udp], or `auto` for
+    /// whatever processes in the guest listen on
+    #[arg(short, long, value_name = "PORT", value_parser = parse_publish)]
+    publish: Vec<Publish>,
     /// Replace ${localEnv:NAME} with the value of your variable NAME, which the guest then gets
     #[arg(long, value_name = "NAME")]
     allow_env: Vec<String>,

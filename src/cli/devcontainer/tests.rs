@@ -7,7 +7,7 @@ use crate::api::vm::{Vm, VmState};
 use crate::client::fake::{Fake, Request};
 use crate::error::{Error, Kind};
 use crate::ids::Labels;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::path::PathBuf;
 
 /// A project directory with a devcontainer.json.
@@ -104,7 +104,9 @@ fn daemon(world: World, project: &Project) -> Fake {
             }
             r.result(json!({"vm": own(VmState::Created)}));
         }
-        "vm.start" | "vm.stop" => r.result(json!({"vm": own(VmState::Running)})),
+        "vm.start" | "vm.stop" | "vm.port_add" => {
+            r.result(json!({"vm": own(VmState::Running), "ports": []}))
+        }
         "image.show" => r.result(shown()),
         "workspace.prepare" => {
             let (_, entries) = take_stream(&mut r, &[]).unwrap();
@@ -358,6 +360,50 @@ fn up_uses_free_ports_if_others_are_in_use() {
         "{}",
         ran.err
     );
+}
+
+#[test]
+fn up_publishes_what_the_command_line_asks_for() {
+    let publish = ["--yes", "-p", "auto", "-p", "9000:3000"];
+    let (fake, project) = up_world(World::default(), r#"{"forwardPorts": [3000, 4000]}"#);
+    let ran = project.run(&fake, "up", &publish);
+    assert_eq!(ran.status, 0, "{}", ran.err);
+    let create: Value = params(&fake, "vm.create");
+    let port = |host: u16, guest: u16| json!({"guest_port": guest, "host_addr": "127.0.0.1", "host_port": host, "protocol": "tcp"});
+    assert_eq!(create["auto_ports"], true);
+    assert_eq!(create["ports"], json!([port(9000, 3000), port(4000, 4000)]));
+
+    let world = World {
+        vm: Some(VmState::Running),
+        ..World::default()
+    };
+    let (fake, project) = up_world(world, "{}");
+    let ran = project.run(&fake, "up", &publish);
+    assert_eq!(ran.status, 0, "{}", ran.err);
+    let add = params(&fake, "vm.port_add");
+    assert_eq!(
+        (&add["auto"], &add["ports"]),
+        (&json!(true), &json!([port(9000, 3000)]))
+    );
+}
+
+#[test]
+fn up_says_where_automatic_ports_are() {
+    let (fake, project) = up_world(World::default(), "{}");
+    let ran = project.run(&fake, "up", &["--yes"]);
+    let line = "fcctl: to forward whatever the VM listens on: fcctl port add web auto\n";
+    assert!(ran.err.contains(line), "{}", ran.err);
+}
+
+/// Returns the parameters of the only call of a method.
+fn params(fake: &Fake, method: &str) -> Value {
+    let calls = fake.calls();
+    let of_method = calls.iter().filter_map(|call| call.split_once(' '));
+    let mut of_method = of_method.filter(|(name, _)| *name == method);
+    let (Some((_, params)), None) = (of_method.next(), of_method.next()) else {
+        panic!("{calls:?}");
+    };
+    serde_json::from_str(params).unwrap()
 }
 
 #[test]

@@ -7,7 +7,8 @@ use super::super::printer::Printer;
 use super::super::run::find_or_pull;
 use super::super::signals::{Interrupts, interrupted};
 use super::super::transfer::{PrepareHow, Source, Transfer};
-use super::super::vm_text::port_line;
+use super::super::values::{Publish, published};
+use super::super::vm_text::{port_line, refused_line};
 use super::consent::{self, Confirmed};
 use super::file::{self, Project};
 use super::parse::{self, Config};
@@ -16,7 +17,9 @@ use super::variables::Variables;
 use super::{UpArgs, find, own_uid};
 use crate::api::image::ImageConfig;
 use crate::api::port::{Port, Protocol, loopback};
-use crate::api::vm::{Vm, VmCreate, VmCreateRequest, VmRequest, VmResume, VmStart, VmState};
+use crate::api::vm::{
+    Vm, VmCreate, VmCreateRequest, VmPortAdd, VmPortsRequest, VmRequest, VmResume, VmStart, VmState,
+};
 use crate::client::{Client, Result};
 use crate::error::{Error, Kind};
 use crate::ids::Labels;
@@ -88,6 +91,7 @@ fn bring_up(
         config,
         project,
         guest_dir,
+        publish: &args.publish,
     }
     .bring_up(ctx, source, how)?;
     report(&mut ctx.printer, &vm)
@@ -127,6 +131,21 @@ fn place(
 
 fn report(printer: &mut Printer, vm: &Vm) -> Result<u8> {
     let name = &vm.name;
+    for port in &vm.ports {
+        printer.note(&format!("port {}", port_line(port)));
+    }
+    match &vm.auto_ports {
+        Some(auto) => {
+            let refused = auto.refused.iter();
+            refused.for_each(|port| printer.note(&refused_line(port)));
+            printer.note(&format!(
+                "whatever the VM listens on is forwarded; to list its ports: fcctl port {name}"
+            ));
+        }
+        None => printer.note(&format!(
+            "to forward whatever the VM listens on: fcctl port add {name} auto"
+        )),
+    }
     printer.note(&format!(
         "enter: fcctl ssh {name}, stop: fcctl down, delete: fcctl rm -f {name}"
     ));
@@ -138,6 +157,14 @@ fn report(printer: &mut Printer, vm: &Vm) -> Result<u8> {
     Ok(0)
 }
 
+/// True if `asked` needs nothing more than `port`.
+fn is_same(asked: &Port, port: &Port) -> bool {
+    asked.guest_port == port.guest_port
+        && asked.protocol == port.protocol
+        && (asked.host_port == 0
+            || (asked.host_addr, asked.host_port) == (port.host_addr, port.host_port))
+}
+
 /// The VM that a file describes.
 struct Machine<'a> {
     interrupts: &'a Interrupts,
@@ -145,6 +172,8 @@ struct Machine<'a> {
     project: &'a Project,
     /// The directory of the project in the guest, if a file describes the VM.
     guest_dir: Option<String>,
+    /// The ports that the user asks for.
+    publish: &'a [Publish],
 }
 
 impl Machine<'_> {
@@ -167,7 +196,7 @@ impl Machine<'_> {
             Some(vm) => {
                 self.report_differences(printer, &vm);
                 let is_running = vm.state == VmState::Running;
-                (vm, is_running)
+                (self.publish(&mut client, vm)?, is_running)
             }
             None => (self.create(printer, &mut client, &of_image)?, false),
         };
@@ -249,18 +278,44 @@ impl Machine<'_> {
         }
     }
 
+    /// Publishes the ports of the command line that an existing VM lacks.
+    fn publish(&self, client: &mut Client, vm: Vm) -> Result<Vm> {
+        let (mut ports, auto) = published(self.publish);
+        ports.retain(|asked| !vm.ports.iter().any(|port| is_same(asked, port)));
+        let auto = auto && vm.auto_ports.is_none();
+        if ports.is_empty() && !auto {
+            return Ok(vm);
+        }
+        let vm = vm.id.to_string();
+        let request = VmPortsRequest { vm, ports, auto };
+        Ok(client.call::<VmPortAdd>(&request)?.vm)
+    }
+
+    /// Returns the ports of the command line, and those of the file that are not among them. The
+    /// host's ports of the latter are free ones if `any_free` is set.
+    fn ports(&self, any_free: bool) -> Vec<Port> {
+        let (mut ports, _) = published(self.publish);
+        let is_new = |port: &Port| {
+            let mut asked = ports.iter().filter(|p| p.protocol == port.protocol);
+            asked.all(|p| p.guest_port != port.guest_port)
+        };
+        let of_file = self.config.ports.iter().map(|port| Port {
+            host_addr: loopback(),
+            host_port: if any_free { 0 } else { *port },
+            guest_port: *port,
+            protocol: Protocol::Tcp,
+        });
+        let of_file: Vec<Port> = of_file.filter(is_new).collect();
+        ports.extend(of_file);
+        ports
+    }
+
     fn create(
         &self,
         printer: &mut Printer,
         client: &mut Client,
         of_image: &ImageConfig,
     ) -> Result<Vm> {
-        let port = |host_port: u16, guest_port: u16| Port {
-            host_addr: loopback(),
-            host_port,
-            guest_port,
-            protocol: Protocol::Tcp,
-        };
         let config = &self.config;
         let mut request = VmCreateRequest {
             name: Some(self.project.vm_name(own_uid()).parse()?),
@@ -272,18 +327,17 @@ impl Machine<'_> {
             vcpus: config.cpus,
             mem_mib: config.memory_mib,
             disk_bytes: config.disk_bytes,
-            ports: config.ports.iter().map(|p| port(*p, *p)).collect(),
+            ports: self.ports(false),
+            auto_ports: published(self.publish).1,
             ..VmCreateRequest::default()
         };
         let _guard = self.interrupts.guard(client)?;
         let vm = loop {
             match client.call::<VmCreate>(&request) {
                 // The repository chooses the ports, which may be in use on this host.
-                Err(e)
-                    if e.is(Kind::PortTaken) && request.ports.iter().any(|p| p.host_port > 0) =>
-                {
+                Err(e) if e.is(Kind::PortTaken) && request.ports != self.ports(true) => {
                     printer.note(&format!("{e}; free ports are used instead"));
-                    request.ports = config.ports.iter().map(|p| port(0, *p)).collect();
+                    request.ports = self.ports(true);
                 }
                 // Another `fcctl up` has just created the VM, or another VM has the name.
                 Err(e) if e.is(Kind::NameTaken) && request.name.is_some() => {
@@ -296,9 +350,6 @@ impl Machine<'_> {
             }
         };
         printer.note(&format!("VM {}", vm.name));
-        for port in &vm.ports {
-            printer.note(&format!("port {}", port_line(port)));
-        }
         Ok(vm)
     }
 

@@ -10,6 +10,8 @@ pub(crate) enum Use {
     /// A command or a connection. It continues when a paused guest is resumed.
     Session,
     Transfer,
+    /// The daemon watches something in the guest.
+    Watch,
 }
 
 /// A transfer or session in a VM's cancel set. It leaves the set when this is dropped.
@@ -54,6 +56,22 @@ impl Runtimes {
                 .map(|(_, token)| token.clone())
                 .collect()
         });
+        for token in tokens {
+            token.cancel(cause.clone());
+        }
+    }
+
+    /// Cancels the daemon's own watches of guests. A closing daemon lets transfers finish, but need
+    /// not wait for that.
+    pub(crate) fn cancel_watches(&self, cause: &CancelCause) {
+        let tokens: Vec<Cancel> = {
+            let map = self.map.lock();
+            map.values()
+                .flat_map(|r| r.users.values())
+                .filter(|(kind, _)| *kind == Use::Watch)
+                .map(|(_, token)| token.clone())
+                .collect()
+        };
         for token in tokens {
             token.cancel(cause.clone());
         }

@@ -338,7 +338,7 @@ fn version_4_is_migrated() {
 }
 
 /// Each entry has members of a VM, and the last schema version without these members.
-const MEMBERS_ADDED: [(u32, &str); 8] = [
+const MEMBERS_ADDED: [(u32, &str); 9] = [
     (8, "'$.runtime'"),
     (9, "'$.image_digest'"),
     (10, "'$.init'"),
@@ -347,6 +347,7 @@ const MEMBERS_ADDED: [(u32, &str); 8] = [
     (13, "'$.host_name', '$.dns'"),
     (14, "'$.commands'"),
     (15, "'$.tap.address6'"),
+    (16, "'$.auto_ports'"),
 ];
 
 #[test]
@@ -405,7 +406,7 @@ fn check_body<T: Serialize + DeserializeOwned>(body: &str) {
 #[test]
 fn rows_have_the_members_of_earlier_builds() {
     check_body::<VmRow>(
-        r#"{"id":"000000000001","name":"vm-1","owner_uid":1000,"state":"created","reason":null,"image":"default","image_digest":"sha256:1","kernel":"linux","runtime":null,"init":"image","vcpus":1,"mem_mib":512,"disk_bytes":1073741824,"work_disk_bytes":4096,"rates":{"disk_bytes_per_s":5,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null},"net":"nat","labels":{"ci":"yes"},"commands":{"user":"dev","workdir":null,"env":["A"]},"ports":[],"host_name":"build","dns":["1.1.1.1"],"pending":null,"rm":false,"restart":"always","created_at":1,"started_at":null,"op":null,"intent":null,"generation":0,"slot":1,"identity":null,"ssh_addr":null,"tap":null,"disk_driver":null,"guest_version":0,"driver":null,"host_key":null,"synced":null,"unresponsive":false,"paused":false,"has_balloon":false,"balloon_mib":null}"#,
+        r#"{"id":"000000000001","name":"vm-1","owner_uid":1000,"state":"created","reason":null,"image":"default","image_digest":"sha256:1","kernel":"linux","runtime":null,"init":"image","vcpus":1,"mem_mib":512,"disk_bytes":1073741824,"work_disk_bytes":4096,"rates":{"disk_bytes_per_s":5,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null},"net":"nat","labels":{"ci":"yes"},"commands":{"user":"dev","workdir":null,"env":["A"]},"ports":[],"auto_ports":{"open":[],"refused":[{"guest_port":3000,"cause":"conflict","reason":"taken"}]},"host_name":"build","dns":["1.1.1.1"],"pending":null,"rm":false,"restart":"always","created_at":1,"started_at":null,"op":null,"intent":null,"generation":0,"slot":1,"identity":null,"ssh_addr":null,"tap":null,"disk_driver":null,"guest_version":0,"driver":null,"host_key":null,"synced":null,"unresponsive":false,"paused":false,"has_balloon":false,"balloon_mib":null}"#,
     );
     check_body::<WorkspaceRow>(
         r#"{"vm":"000000000001","guest_path":"/root/x","workdir":"/root/x","state":"incomplete","readonly":false,"entries":0,"bytes":18446744073709551615,"prepared_at":2,"generation":1}"#,

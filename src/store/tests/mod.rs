@@ -58,6 +58,7 @@ fn row(n: u32) -> VmRow {
             commands: crate::api::vm::CommandDefaults::default(),
         },
         ports: Vec::new(),
+        auto_ports: None,
         host_name: None,
         dns: Vec::new(),
         pending: None,

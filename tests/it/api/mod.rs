@@ -69,6 +69,14 @@ pub fn vm() -> Vm {
             guest_port: 80,
             protocol: fcd::testing::api::port::Protocol::Tcp,
         }],
+        auto_ports: Some(fcd::testing::api::port::AutoPorts {
+            open: vec![],
+            refused: vec![fcd::testing::api::port::RefusedPort {
+                guest_port: 3000,
+                cause: fcd::testing::api::port::RefusalCause::Conflict,
+                reason: "taken".into(),
+            }],
+        }),
         pending: Some(Pending {
             vcpus: Some(2),
             ..Pending::default()

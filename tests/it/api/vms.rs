@@ -21,6 +21,7 @@ fn brief() -> VmBrief<'static> {
         unresponsive: false,
         paused: true,
         ports: Cow::Owned(vm().ports),
+        refused_ports: vec![3000],
         ip: vm().ip,
         ip6: vm().ip6,
         workspace: Some(WorkspaceInfo {
@@ -47,7 +48,7 @@ fn stop() -> VmStopRequest {
 
 #[test]
 fn vm_golden_with_every_member() {
-    expect![[r#"{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","image_digest":"sha256:1","kernel":null,"init":"fcd","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":{"vcpus":2,"mem_mib":null,"disk_bytes":null,"disk_bytes_per_s":null,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null},"rm":false,"restart":"always","created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ip":"10.89.0.2","ip6":"fdfc:1a2b:3c4d::2","ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":{"guest_path":"/root/x","workdir":"/root/x/y","state":"incomplete","readonly":true,"entries":4,"bytes":5,"prepared_at":6},"host_name":"build","dns":["1.1.1.1"],"commands":{"user":"dev","workdir":"/srv/app","env":["A"]},"labels":{"ci":"yes"}}"#]].assert_eq(&line(&vm()));
+    expect![[r#"{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","image_digest":"sha256:1","kernel":null,"init":"fcd","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"auto_ports":{"open":[],"refused":[{"guest_port":3000,"cause":"conflict","reason":"taken"}]},"pending":{"vcpus":2,"mem_mib":null,"disk_bytes":null,"disk_bytes_per_s":null,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null},"rm":false,"restart":"always","created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ip":"10.89.0.2","ip6":"fdfc:1a2b:3c4d::2","ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":{"guest_path":"/root/x","workdir":"/root/x/y","state":"incomplete","readonly":true,"entries":4,"bytes":5,"prepared_at":6},"host_name":"build","dns":["1.1.1.1"],"commands":{"user":"dev","workdir":"/srv/app","env":["A"]},"labels":{"ci":"yes"}}"#]].assert_eq(&line(&vm()));
 }
 
 #[test]
@@ -68,6 +69,7 @@ fn vm_goldens() {
             net_tx_bytes_per_s: None,
             net: Some(fcd::testing::api::vm::Net::None),
             ports: vm().ports,
+            auto_ports: true,
             labels: vm().labels,
             host_name: vm().host_name,
             dns: vm().dns,
@@ -81,8 +83,8 @@ fn vm_goldens() {
         reply(),
         expect![[r#"
             vm.create
-            {"name":"web","image":"default","kernel":"linux","init":"image","vcpus":1,"mem_mib":2,"disk_bytes":3,"work_disk_bytes":4,"disk_bytes_per_s":5,"disk_ops_per_s":0,"net":"none","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"labels":{"ci":"yes"},"host_name":"build","dns":["1.1.1.1"],"user":"dev","workdir":"/srv/app","env":[["A","1"]],"rm":true,"restart":"always","hold":true}
-            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","image_digest":"sha256:1","kernel":null,"init":"fcd","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"restart":"always","created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ip":"10.89.0.2","ip6":"fdfc:1a2b:3c4d::2","ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null,"host_name":"build","dns":["1.1.1.1"],"commands":{"user":"dev","workdir":"/srv/app","env":["A"]},"labels":{"ci":"yes"}}}
+            {"name":"web","image":"default","kernel":"linux","init":"image","vcpus":1,"mem_mib":2,"disk_bytes":3,"work_disk_bytes":4,"disk_bytes_per_s":5,"disk_ops_per_s":0,"net":"none","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"auto_ports":true,"labels":{"ci":"yes"},"host_name":"build","dns":["1.1.1.1"],"user":"dev","workdir":"/srv/app","env":[["A","1"]],"rm":true,"restart":"always","hold":true}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","image_digest":"sha256:1","kernel":null,"init":"fcd","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"auto_ports":{"open":[],"refused":[{"guest_port":3000,"cause":"conflict","reason":"taken"}]},"pending":null,"rm":false,"restart":"always","created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ip":"10.89.0.2","ip6":"fdfc:1a2b:3c4d::2","ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null,"host_name":"build","dns":["1.1.1.1"],"commands":{"user":"dev","workdir":"/srv/app","env":["A"]},"labels":{"ci":"yes"}}}
         "#]],
     );
     call::<VmStart>(
@@ -91,7 +93,7 @@ fn vm_goldens() {
         expect![[r#"
             vm.start
             {"vm":"web"}
-            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","image_digest":"sha256:1","kernel":null,"init":"fcd","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"restart":"always","created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ip":"10.89.0.2","ip6":"fdfc:1a2b:3c4d::2","ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null,"host_name":"build","dns":["1.1.1.1"],"commands":{"user":"dev","workdir":"/srv/app","env":["A"]},"labels":{"ci":"yes"}}}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","image_digest":"sha256:1","kernel":null,"init":"fcd","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"auto_ports":{"open":[],"refused":[{"guest_port":3000,"cause":"conflict","reason":"taken"}]},"pending":null,"rm":false,"restart":"always","created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ip":"10.89.0.2","ip6":"fdfc:1a2b:3c4d::2","ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null,"host_name":"build","dns":["1.1.1.1"],"commands":{"user":"dev","workdir":"/srv/app","env":["A"]},"labels":{"ci":"yes"}}}
         "#]],
     );
     call::<VmStop>(
@@ -100,7 +102,7 @@ fn vm_goldens() {
         expect![[r#"
             vm.stop
             {"vm":"web","force":true,"timeout_ms":7}
-            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","image_digest":"sha256:1","kernel":null,"init":"fcd","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"restart":"always","created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ip":"10.89.0.2","ip6":"fdfc:1a2b:3c4d::2","ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null,"host_name":"build","dns":["1.1.1.1"],"commands":{"user":"dev","workdir":"/srv/app","env":["A"]},"labels":{"ci":"yes"}}}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","image_digest":"sha256:1","kernel":null,"init":"fcd","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"auto_ports":{"open":[],"refused":[{"guest_port":3000,"cause":"conflict","reason":"taken"}]},"pending":null,"rm":false,"restart":"always","created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ip":"10.89.0.2","ip6":"fdfc:1a2b:3c4d::2","ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null,"host_name":"build","dns":["1.1.1.1"],"commands":{"user":"dev","workdir":"/srv/app","env":["A"]},"labels":{"ci":"yes"}}}
         "#]],
     );
     call::<VmRestart>(
@@ -109,7 +111,7 @@ fn vm_goldens() {
         expect![[r#"
             vm.restart
             {"vm":"web","force":true,"timeout_ms":7}
-            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","image_digest":"sha256:1","kernel":null,"init":"fcd","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"restart":"always","created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ip":"10.89.0.2","ip6":"fdfc:1a2b:3c4d::2","ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null,"host_name":"build","dns":["1.1.1.1"],"commands":{"user":"dev","workdir":"/srv/app","env":["A"]},"labels":{"ci":"yes"}}}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","image_digest":"sha256:1","kernel":null,"init":"fcd","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"auto_ports":{"open":[],"refused":[{"guest_port":3000,"cause":"conflict","reason":"taken"}]},"pending":null,"rm":false,"restart":"always","created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ip":"10.89.0.2","ip6":"fdfc:1a2b:3c4d::2","ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null,"host_name":"build","dns":["1.1.1.1"],"commands":{"user":"dev","workdir":"/srv/app","env":["A"]},"labels":{"ci":"yes"}}}
         "#]],
     );
     let stats = VmStats {
@@ -145,7 +147,7 @@ fn vm_goldens() {
         expect![[r#"
             vm.pause
             {"vm":"web"}
-            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","image_digest":"sha256:1","kernel":null,"init":"fcd","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"restart":"always","created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ip":"10.89.0.2","ip6":"fdfc:1a2b:3c4d::2","ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null,"host_name":"build","dns":["1.1.1.1"],"commands":{"user":"dev","workdir":"/srv/app","env":["A"]},"labels":{"ci":"yes"}}}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","image_digest":"sha256:1","kernel":null,"init":"fcd","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"auto_ports":{"open":[],"refused":[{"guest_port":3000,"cause":"conflict","reason":"taken"}]},"pending":null,"rm":false,"restart":"always","created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ip":"10.89.0.2","ip6":"fdfc:1a2b:3c4d::2","ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null,"host_name":"build","dns":["1.1.1.1"],"commands":{"user":"dev","workdir":"/srv/app","env":["A"]},"labels":{"ci":"yes"}}}
         "#]],
     );
     call::<VmResume>(
@@ -154,7 +156,7 @@ fn vm_goldens() {
         expect![[r#"
             vm.resume
             {"vm":"web"}
-            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","image_digest":"sha256:1","kernel":null,"init":"fcd","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"restart":"always","created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ip":"10.89.0.2","ip6":"fdfc:1a2b:3c4d::2","ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null,"host_name":"build","dns":["1.1.1.1"],"commands":{"user":"dev","workdir":"/srv/app","env":["A"]},"labels":{"ci":"yes"}}}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","image_digest":"sha256:1","kernel":null,"init":"fcd","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"auto_ports":{"open":[],"refused":[{"guest_port":3000,"cause":"conflict","reason":"taken"}]},"pending":null,"rm":false,"restart":"always","created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ip":"10.89.0.2","ip6":"fdfc:1a2b:3c4d::2","ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null,"host_name":"build","dns":["1.1.1.1"],"commands":{"user":"dev","workdir":"/srv/app","env":["A"]},"labels":{"ci":"yes"}}}
         "#]],
     );
     call::<VmKill>(
@@ -163,7 +165,7 @@ fn vm_goldens() {
         expect![[r#"
             vm.kill
             {"vm":"web"}
-            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","image_digest":"sha256:1","kernel":null,"init":"fcd","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"restart":"always","created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ip":"10.89.0.2","ip6":"fdfc:1a2b:3c4d::2","ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null,"host_name":"build","dns":["1.1.1.1"],"commands":{"user":"dev","workdir":"/srv/app","env":["A"]},"labels":{"ci":"yes"}}}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","image_digest":"sha256:1","kernel":null,"init":"fcd","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"auto_ports":{"open":[],"refused":[{"guest_port":3000,"cause":"conflict","reason":"taken"}]},"pending":null,"rm":false,"restart":"always","created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ip":"10.89.0.2","ip6":"fdfc:1a2b:3c4d::2","ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null,"host_name":"build","dns":["1.1.1.1"],"commands":{"user":"dev","workdir":"/srv/app","env":["A"]},"labels":{"ci":"yes"}}}
         "#]],
     );
     call::<VmDelete>(
@@ -213,6 +215,7 @@ fn vm_goldens() {
                     paused: false,
                     labels: Default::default(),
                     ports: Cow::Borrowed(&[]),
+                    refused_ports: Vec::new(),
                     ip: None,
                     ip6: None,
                     ..brief()
@@ -223,7 +226,7 @@ fn vm_goldens() {
         expect![[r#"
             vm.list
             {"all":true,"brief":true,"limit":500}
-            {"vms":[{"id":"0123456789ab","name":"web","state":"running","reason":"why","image":"default","short_digest":"0123456789ab","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"created_at":1,"paused":true,"ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"ip":"10.89.0.2","ip6":"fdfc:1a2b:3c4d::2","workspace":{"guest_path":"/root/app","workdir":"/root/app/src","state":"complete","readonly":false,"entries":12,"bytes":4096,"prepared_at":2},"labels":{"ci":"yes"}},{"id":"0123456789ab","name":"web","state":"running","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"created_at":1}]}
+            {"vms":[{"id":"0123456789ab","name":"web","state":"running","reason":"why","image":"default","short_digest":"0123456789ab","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"created_at":1,"paused":true,"ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"refused_ports":[3000],"ip":"10.89.0.2","ip6":"fdfc:1a2b:3c4d::2","workspace":{"guest_path":"/root/app","workdir":"/root/app/src","state":"complete","readonly":false,"entries":12,"bytes":4096,"prepared_at":2},"labels":{"ci":"yes"}},{"id":"0123456789ab","name":"web","state":"running","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"created_at":1}]}
         "#]],
     );
     call::<VmShow>(
@@ -232,7 +235,7 @@ fn vm_goldens() {
         expect![[r#"
             vm.show
             {"vm":"web"}
-            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","image_digest":"sha256:1","kernel":null,"init":"fcd","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"restart":"always","created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ip":"10.89.0.2","ip6":"fdfc:1a2b:3c4d::2","ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null,"host_name":"build","dns":["1.1.1.1"],"commands":{"user":"dev","workdir":"/srv/app","env":["A"]},"labels":{"ci":"yes"}}}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","image_digest":"sha256:1","kernel":null,"init":"fcd","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"auto_ports":{"open":[],"refused":[{"guest_port":3000,"cause":"conflict","reason":"taken"}]},"pending":null,"rm":false,"restart":"always","created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ip":"10.89.0.2","ip6":"fdfc:1a2b:3c4d::2","ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null,"host_name":"build","dns":["1.1.1.1"],"commands":{"user":"dev","workdir":"/srv/app","env":["A"]},"labels":{"ci":"yes"}}}
         "#]],
     );
     call::<VmSet>(
@@ -251,7 +254,7 @@ fn vm_goldens() {
         expect![[r#"
             vm.set
             {"vm":"web","vcpus":1,"mem_mib":2,"disk_bytes":3,"net_tx_bytes_per_s":0,"now":true,"labels":{"ci":"yes"},"remove_labels":["old"]}
-            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","image_digest":"sha256:1","kernel":null,"init":"fcd","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"restart":"always","created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ip":"10.89.0.2","ip6":"fdfc:1a2b:3c4d::2","ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null,"host_name":"build","dns":["1.1.1.1"],"commands":{"user":"dev","workdir":"/srv/app","env":["A"]},"labels":{"ci":"yes"}}}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","image_digest":"sha256:1","kernel":null,"init":"fcd","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"auto_ports":{"open":[],"refused":[{"guest_port":3000,"cause":"conflict","reason":"taken"}]},"pending":null,"rm":false,"restart":"always","created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ip":"10.89.0.2","ip6":"fdfc:1a2b:3c4d::2","ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null,"host_name":"build","dns":["1.1.1.1"],"commands":{"user":"dev","workdir":"/srv/app","env":["A"]},"labels":{"ci":"yes"}}}
         "#]],
     );
     call::<VmRename>(
@@ -263,7 +266,7 @@ fn vm_goldens() {
         expect![[r#"
             vm.rename
             {"vm":"web","name":"shop"}
-            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","image_digest":"sha256:1","kernel":null,"init":"fcd","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"restart":"always","created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ip":"10.89.0.2","ip6":"fdfc:1a2b:3c4d::2","ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null,"host_name":"build","dns":["1.1.1.1"],"commands":{"user":"dev","workdir":"/srv/app","env":["A"]},"labels":{"ci":"yes"}}}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","image_digest":"sha256:1","kernel":null,"init":"fcd","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"auto_ports":{"open":[],"refused":[{"guest_port":3000,"cause":"conflict","reason":"taken"}]},"pending":null,"rm":false,"restart":"always","created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ip":"10.89.0.2","ip6":"fdfc:1a2b:3c4d::2","ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null,"host_name":"build","dns":["1.1.1.1"],"commands":{"user":"dev","workdir":"/srv/app","env":["A"]},"labels":{"ci":"yes"}}}
         "#]],
     );
     call::<VmMetrics>(
@@ -295,7 +298,7 @@ fn vm_goldens() {
         expect![[r#"
             vm.connect
             {"vm":"web","port":5000}
-            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","image_digest":"sha256:1","kernel":null,"init":"fcd","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"restart":"always","created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ip":"10.89.0.2","ip6":"fdfc:1a2b:3c4d::2","ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null,"host_name":"build","dns":["1.1.1.1"],"commands":{"user":"dev","workdir":"/srv/app","env":["A"]},"labels":{"ci":"yes"}}}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","image_digest":"sha256:1","kernel":null,"init":"fcd","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"auto_ports":{"open":[],"refused":[{"guest_port":3000,"cause":"conflict","reason":"taken"}]},"pending":null,"rm":false,"restart":"always","created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ip":"10.89.0.2","ip6":"fdfc:1a2b:3c4d::2","ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null,"host_name":"build","dns":["1.1.1.1"],"commands":{"user":"dev","workdir":"/srv/app","env":["A"]},"labels":{"ci":"yes"}}}
         "#]],
     );
     call::<VmBalloon>(
@@ -310,13 +313,14 @@ fn vm_goldens() {
         expect![[r#"
             vm.balloon
             {"vm":"web","keep_mib":512}
-            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","image_digest":"sha256:1","kernel":null,"init":"fcd","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":{"vcpus":2,"mem_mib":null,"disk_bytes":null,"disk_bytes_per_s":null,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null},"rm":false,"restart":"always","created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ip":"10.89.0.2","ip6":"fdfc:1a2b:3c4d::2","ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":{"guest_path":"/root/x","workdir":"/root/x/y","state":"incomplete","readonly":true,"entries":4,"bytes":5,"prepared_at":6},"host_name":"build","dns":["1.1.1.1"],"commands":{"user":"dev","workdir":"/srv/app","env":["A"]},"labels":{"ci":"yes"}},"kept_mib":1024}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","image_digest":"sha256:1","kernel":null,"init":"fcd","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"auto_ports":{"open":[],"refused":[{"guest_port":3000,"cause":"conflict","reason":"taken"}]},"pending":{"vcpus":2,"mem_mib":null,"disk_bytes":null,"disk_bytes_per_s":null,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null},"rm":false,"restart":"always","created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ip":"10.89.0.2","ip6":"fdfc:1a2b:3c4d::2","ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":{"guest_path":"/root/x","workdir":"/root/x/y","state":"incomplete","readonly":true,"entries":4,"bytes":5,"prepared_at":6},"host_name":"build","dns":["1.1.1.1"],"commands":{"user":"dev","workdir":"/srv/app","env":["A"]},"labels":{"ci":"yes"}},"kept_mib":1024}
         "#]],
     );
     let ports = vm().ports;
     let request = VmPortsRequest {
         vm: "web".into(),
         ports: ports.clone(),
+        auto: true,
     };
     let reply_with = || VmPortsReply {
         vm: Vm {
@@ -331,8 +335,8 @@ fn vm_goldens() {
         reply_with(),
         expect![[r#"
             vm.port_add
-            {"vm":"web","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}]}
-            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","image_digest":"sha256:1","kernel":null,"init":"fcd","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"restart":"always","created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ip":"10.89.0.2","ip6":"fdfc:1a2b:3c4d::2","ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null,"host_name":"build","dns":["1.1.1.1"],"commands":{"user":"dev","workdir":"/srv/app","env":["A"]},"labels":{"ci":"yes"}},"ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}]}
+            {"vm":"web","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"auto":true}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","image_digest":"sha256:1","kernel":null,"init":"fcd","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"auto_ports":{"open":[],"refused":[{"guest_port":3000,"cause":"conflict","reason":"taken"}]},"pending":null,"rm":false,"restart":"always","created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ip":"10.89.0.2","ip6":"fdfc:1a2b:3c4d::2","ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null,"host_name":"build","dns":["1.1.1.1"],"commands":{"user":"dev","workdir":"/srv/app","env":["A"]},"labels":{"ci":"yes"}},"ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}]}
         "#]],
     );
     call::<VmPortRemove>(
@@ -340,8 +344,8 @@ fn vm_goldens() {
         reply_with(),
         expect![[r#"
             vm.port_remove
-            {"vm":"web","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}]}
-            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","image_digest":"sha256:1","kernel":null,"init":"fcd","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"restart":"always","created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ip":"10.89.0.2","ip6":"fdfc:1a2b:3c4d::2","ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null,"host_name":"build","dns":["1.1.1.1"],"commands":{"user":"dev","workdir":"/srv/app","env":["A"]},"labels":{"ci":"yes"}},"ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}]}
+            {"vm":"web","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"auto":true}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","image_digest":"sha256:1","kernel":null,"init":"fcd","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"auto_ports":{"open":[],"refused":[{"guest_port":3000,"cause":"conflict","reason":"taken"}]},"pending":null,"rm":false,"restart":"always","created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ip":"10.89.0.2","ip6":"fdfc:1a2b:3c4d::2","ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null,"host_name":"build","dns":["1.1.1.1"],"commands":{"user":"dev","workdir":"/srv/app","env":["A"]},"labels":{"ci":"yes"}},"ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}]}
         "#]],
     );
     call::<VmLogs>(
@@ -367,7 +371,7 @@ fn vm_goldens() {
         expect![[r#"
             vm.wait
             {"vm":"web","state":"stopped","timeout_ms":5}
-            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","image_digest":"sha256:1","kernel":null,"init":"fcd","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"restart":"always","created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ip":"10.89.0.2","ip6":"fdfc:1a2b:3c4d::2","ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null,"host_name":"build","dns":["1.1.1.1"],"commands":{"user":"dev","workdir":"/srv/app","env":["A"]},"labels":{"ci":"yes"}}}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","image_digest":"sha256:1","kernel":null,"init":"fcd","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"auto_ports":{"open":[],"refused":[{"guest_port":3000,"cause":"conflict","reason":"taken"}]},"pending":null,"rm":false,"restart":"always","created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ip":"10.89.0.2","ip6":"fdfc:1a2b:3c4d::2","ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null,"host_name":"build","dns":["1.1.1.1"],"commands":{"user":"dev","workdir":"/srv/app","env":["A"]},"labels":{"ci":"yes"}}}
         "#]],
     );
     call::<VmPrune>(

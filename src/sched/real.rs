@@ -68,6 +68,12 @@ fn timeout_until(deadline: Option<Instant>) -> PollTimeout {
     PollTimeout::try_from(ms).unwrap_or(PollTimeout::MAX)
 }
 
+/// Makes a callback that outlives its process run as a part of that process.
+#[cfg(any(test, feature = "fakes"))]
+pub fn bound<T>(callback: Box<dyn FnOnce(T) + Send>) -> Box<dyn FnOnce(T) + Send> {
+    callback
+}
+
 /// Polls until a descriptor is ready, or for ever without a deadline. Returns how many are ready,
 /// which is 0 only after the deadline. A signal does not end the wait.
 pub fn poll_until(fds: &mut [PollFd<'_>], deadline: Option<Instant>) -> io::Result<usize> {

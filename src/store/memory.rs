@@ -6,6 +6,7 @@
 use super::Loaded;
 use super::state::{Image, State};
 use crate::error::{Error, Result};
+use crate::ids::OpId;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -44,6 +45,27 @@ pub fn remove(dir: &Path) {
 pub fn read(dir: &Path) -> Result<State> {
     let memory = of(dir).ok_or_else(|| Error::internal("no database in memory"))?;
     Ok(memory.load().state)
+}
+
+/// True if an operation is recorded as ended in the durable rows.
+pub fn has_ended(dir: &Path, op: &OpId) -> Option<bool> {
+    let memory = of(dir)?;
+    let contents = memory
+        .contents
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner);
+    match contents.rows.get(&Image::Op(op.clone(), None).row_key()) {
+        Some(Image::Op(_, Some(row))) => Some(row.state.has_ended()),
+        _ => None,
+    }
+}
+
+/// Returns the number of the last durable change.
+pub fn seq(dir: &Path) -> u64 {
+    of(dir).map_or(0, |memory| {
+        let contents = memory.contents.lock();
+        contents.unwrap_or_else(PoisonError::into_inner).seq
+    })
 }
 
 pub(super) fn of(dir: &Path) -> Option<Arc<Memory>> {

@@ -1,4 +1,3 @@
-#![allow(clippy::disallowed_types)] // These are the models of the raw types.
 //! Mutexes, condition variables and cells that are filled once.
 
 use super::state::{Me, On, with_me};

@@ -1,3 +1,4 @@
+#![allow(clippy::disallowed_types)] // It is beneath the locks that the rest of fcd uses.
 //! A simulation: one thread runs at a time, and a seed decides which.
 //!
 //! [`run`] starts a task, and every thread that a task starts is a task of the same simulation.
@@ -34,5 +35,5 @@ mod worker;
 pub use policy::{Policy, Random};
 pub use state::{Figures, Group, Outcome};
 pub use turn::{
-    die, enter, fail, figures, group, kill, run, since_begin, sleep, spawn_into, wait_dead,
+    die, enter, fail, figures, group, kill, run, since_begin, sleep, spawn_into, tasks, wait_dead,
 };

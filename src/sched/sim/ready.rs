@@ -87,7 +87,7 @@ impl Core {
                     return true;
                 }
                 // A descriptor may be ready too, so look now and then.
-                self.is_changed || self.figures.points % 32 == 0
+                self.is_changed || self.figures.points.is_multiple_of(32)
             }
         }
     }

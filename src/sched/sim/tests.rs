@@ -140,7 +140,7 @@ fn killed_group_finishes_its_section_and_nothing_else() {
                 sleep(Duration::from_millis(1));
             }
             kill(victims);
-            wait_dead(victims);
+            assert!(wait_dead(victims, Duration::from_secs(1)));
             let now = *shared.0.lock();
             assert_eq!(now[0], now[1]);
             sleep(Duration::from_secs(1));

@@ -112,18 +112,16 @@ impl Core {
         self.wake_dead();
     }
 
+    /// True if the group was killed and none of its tasks is in a critical section.
+    fn has_ended(&self, group: Group) -> bool {
+        let in_section = |task: &super::state::Task| task.group == group && task.sections > 0;
+        self.killed[group] && !self.waiting().any(|(_, task)| in_section(task))
+    }
+
     /// Wakes tasks that wait for the end of a group, if it has ended.
     pub(super) fn wake_dead(&mut self) {
-        let killed = &self.killed;
-        let tasks = &self.tasks;
-        let ended: Vec<bool> = (0..killed.len())
-            .map(|group| {
-                killed[group]
-                    && self
-                        .alive
-                        .iter()
-                        .all(|id| tasks[*id].group != group || tasks[*id].sections == 0)
-            })
+        let ended: Vec<bool> = (0..self.killed.len())
+            .map(|group| self.has_ended(group))
             .collect();
         self.wake_all(|on| matches!(on, On::Dead(group) if ended[*group]));
     }
@@ -167,10 +165,17 @@ pub fn run(seed: u64, policy: Policy, body: impl FnOnce() + Send + 'static) -> (
 /// Makes the simulation of this task fail. Returns only on a thread outside of simulations.
 pub fn fail(why: &str) {
     with_me(|me| {
-        me.sim.end(me.sim.core(), Outcome::Failed(why.to_owned()));
+        let core = me.sim.core();
+        let report = format!("{why}\n{}", core.report());
+        me.sim.end(core, Outcome::Failed(report));
         park_for_ever()
     })
     .unwrap_or(())
+}
+
+/// Returns how many tasks have not ended, including those of killed groups.
+pub fn tasks() -> usize {
+    with_me(|me| me.sim.core().waiting().count()).unwrap_or(0)
 }
 
 /// Returns the group of this task.
@@ -198,6 +203,24 @@ pub fn spawn_into<T>(group: Group, body: impl FnOnce() -> T) -> T {
     result
 }
 
+/// Calls `body` as a part of `group`. If that has been killed, this task never continues.
+pub(super) fn join_group(group: Group, body: impl FnOnce()) {
+    let set = |group| {
+        with_me(|me| {
+            let mut core = me.sim.core();
+            let before = std::mem::replace(&mut core.tasks[me.id].group, group);
+            drop(core);
+            me.sim.point(me.id);
+            before
+        })
+    };
+    let before = set(group);
+    body();
+    if let Some(before) = before {
+        set(before);
+    }
+}
+
 /// Kills a group, as `kill -9` kills a process.
 pub fn kill(group: Group) {
     with_me(|me| {
@@ -217,18 +240,18 @@ pub fn die(after_points: u64) {
     });
 }
 
-/// Waits until no task of a killed group can run.
-pub fn wait_dead(group: Group) {
+/// Waits until a group has been killed and none of its tasks can run. Returns false if that has not
+/// happened after `period`.
+pub fn wait_dead(group: Group, period: Duration) -> bool {
     with_me(|me| {
-        let mut core = me.sim.core();
-        core.wake_dead();
-        let is_left = core
-            .waiting()
-            .any(|(_, task)| task.group == group && task.sections > 0);
-        if is_left {
-            me.sim.wait(core, me.id, On::Dead(group), None);
+        let core = me.sim.core();
+        if core.has_ended(group) {
+            return true;
         }
-    });
+        let until = core.now + period;
+        me.sim.wait(core, me.id, On::Dead(group), Some(until))
+    })
+    .unwrap_or(false)
 }
 
 /// Sleeps in virtual time.

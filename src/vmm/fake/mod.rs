@@ -184,7 +184,16 @@ impl Fake {
         }
     }
 
+    /// Like [`Fake::forget_watchers`], but drops nothing: the daemon was killed by a simulation.
+    #[cfg(feature = "sim")]
+    pub fn leak_watchers(&self) {
+        for vmm in &mut self.state.lock().vmms {
+            std::mem::forget((std::mem::take(&mut vmm.watchers), vmm.on_event.take()));
+        }
+    }
+
     fn end(&self, which: impl Fn(&Vmm) -> bool, how: &End) -> bool {
+        let _whole = crate::sched::whole();
         let mut state = self.state.lock();
         let Some(vmm) = state
             .vmms

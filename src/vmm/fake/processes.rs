@@ -92,7 +92,7 @@ impl Processes for Fake {
     }
 
     fn watch(&self, _dir: &Path, identity: &Identity, died: Died) -> Result<()> {
-        let mut died = Some(died);
+        let mut died = Some(crate::sched::bound(died));
         let end = self.with(identity, |vmm| {
             if vmm.end.is_none() {
                 vmm.watchers.extend(died.take());

@@ -10,6 +10,7 @@ use super::errors::{bad, shown};
 use crate::error::{Error, Kind, Result};
 use mkext4::sink::RegionSink;
 use std::cell::RefCell;
+use std::fs::File;
 
 /// The time of everything that has none of its own: directories that no layer names, and the file
 /// system itself. It is 2023-11-14, because some programs fail with times before 1980.
@@ -245,9 +246,7 @@ impl Filesystem for Ext4 {
             other => failed(DOING, other),
         })?;
         // The file may have other content, and everything that is not written must be zero.
-        let sized = copying.out.set_len(0);
-        let sized = sized.and_then(|()| copying.out.set_len(size));
-        sized.map_err(|e| Error::io(DOING, e))?;
+        set_size(copying.out, size).map_err(|e| Error::io(DOING, e))?;
         copying.run(|sink| {
             let shared = RefCell::new(sink);
             let mut writer = layout
@@ -262,6 +261,17 @@ impl Filesystem for Ext4 {
             Ok(())
         })
     }
+}
+
+/// Gives a file this size and makes all of its bytes zero. An empty file is not truncated, because
+/// ext4 would then begin to write the file to the disk when it is closed (see `auto_da_alloc` in
+/// ext4(5)), and closing it would take as long as copying the files.
+fn set_size(file: &File, size: u64) -> std::io::Result<()> {
+    crate::locks::may_block("file access");
+    if file.metadata()?.len() > 0 {
+        file.set_len(0)?;
+    }
+    file.set_len(size)
 }
 
 /// The sink, which the crate's writer and its caller use in turn.

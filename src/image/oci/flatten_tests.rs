@@ -60,9 +60,18 @@ impl Bench {
     /// Flattens an image whose uncompressed layers may have this many bytes.
     fn flatten_within(&self, image: &TestImage, unpacked_bytes_max: u64) -> Result<Flattened> {
         let out = File::create(self.out()).unwrap();
+        self.flatten_into(&out, image, unpacked_bytes_max)
+    }
+
+    fn flatten_into(
+        &self,
+        out: &File,
+        image: &TestImage,
+        unpacked_bytes_max: u64,
+    ) -> Result<Flattened> {
         let request = Flatten {
             files: &self.files,
-            out: &out,
+            out,
             disk_bytes: DISK_BYTES,
             unpacked_bytes_max,
             progress: &|_| {},
@@ -452,6 +461,24 @@ fn same_image_gives_same_bytes_in_any_compression() {
         }
     }
     assert!(all[0] == all[1] && all[2] == all[3] && all[4] == all[5]);
+}
+
+#[test]
+fn former_content_of_the_output_is_lost() {
+    let image = TestImage::new(&some_layers(), Compression::None);
+    let bench = Bench::new();
+    bench.flatten(&image).unwrap();
+    let wanted = std::fs::read(bench.out()).unwrap();
+    std::fs::write(bench.out(), vec![0xaa; 2 * DISK_BYTES as usize]).unwrap();
+    let out = File::options()
+        .read(true)
+        .write(true)
+        .open(bench.out())
+        .unwrap();
+    bench
+        .flatten_into(&out, &image, UNPACKED_BYTES_MAX)
+        .unwrap();
+    assert!(std::fs::read(bench.out()).unwrap() == wanted);
 }
 
 #[test]

@@ -8,7 +8,8 @@ use super::manifest::Layer;
 use super::tar_reader::Input;
 use crate::error::{Error, Result};
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read, Seek};
+use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
+use std::os::unix::fs::FileExt;
 
 /// Reading a header also reads the bytes after it into this buffer. Most files are longer than the
 /// buffer, so a larger one would only read more bytes that are then skipped.
@@ -44,35 +45,57 @@ impl IndexedLayer {
         let io = |e| Error::io("read a cached layer", e);
         let bytes = tar.metadata().map_err(io)?.len();
         budget.check_bytes(bytes)?;
-        let from_start = tar.try_clone().and_then(|mut file| {
-            file.rewind()?;
-            Ok(file)
-        });
         // The index compares each file with the rest of the budget, so the layer's bytes must not
         // be counted yet.
-        let index = index(Seeking::new(from_start.map_err(io)?, bytes), budget)?;
+        let index = index(Seeking::new(&tar, bytes), budget)?;
         budget.add_bytes(bytes)?;
         Ok(Self { index, tar })
     }
 }
 
-/// Reads a file, and seeks instead of reading what is skipped.
-pub(super) struct Seeking {
-    inner: BufReader<File>,
+/// Reads a file from its beginning, and seeks instead of reading what is skipped.
+pub(super) struct Seeking<'a> {
+    inner: BufReader<Positioned<'a>>,
     /// The number of bytes that are not read or skipped yet.
     left: u64,
 }
 
-impl Seeking {
-    fn new(file: File, bytes: u64) -> Self {
+impl<'a> Seeking<'a> {
+    fn new(file: &'a File, bytes: u64) -> Self {
         Self {
-            inner: BufReader::with_capacity(BUFFER_BYTES, file),
+            inner: BufReader::with_capacity(BUFFER_BYTES, Positioned { file, at: 0 }),
             left: bytes,
         }
     }
 }
 
-impl Read for Seeking {
+/// A file with a position of its own, so that a seek needs no system call.
+struct Positioned<'a> {
+    file: &'a File,
+    at: u64,
+}
+
+impl Read for Positioned<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let n = self.file.read_at(buffer, self.at)?;
+        self.at += n as u64;
+        Ok(n)
+    }
+}
+
+impl Seek for Positioned<'_> {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        let at = match to {
+            SeekFrom::Start(at) => Some(at),
+            SeekFrom::Current(bytes) => self.at.checked_add_signed(bytes),
+            SeekFrom::End(_) => None,
+        };
+        self.at = at.ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(self.at)
+    }
+}
+
+impl Read for Seeking<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let n = self.inner.read(buffer)?;
         self.left = self.left.saturating_sub(n as u64);
@@ -80,7 +103,7 @@ impl Read for Seeking {
     }
 }
 
-impl BufRead for Seeking {
+impl BufRead for Seeking<'_> {
     fn fill_buf(&mut self) -> io::Result<&[u8]> {
         self.inner.fill_buf()
     }
@@ -91,7 +114,7 @@ impl BufRead for Seeking {
     }
 }
 
-impl Input for Seeking {
+impl Input for Seeking<'_> {
     fn skip(&mut self, bytes: u64) -> io::Result<u64> {
         let n = bytes.min(self.left);
         self.inner

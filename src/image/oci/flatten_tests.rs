@@ -464,6 +464,32 @@ fn same_image_gives_same_bytes_in_any_compression() {
 }
 
 #[test]
+fn image_with_cached_layers_equals_its_cold_pull() {
+    let odd = |n: usize| file(&format!("d/{n}"), &"odd sizes ".repeat(n * 977 % 40_000));
+    let mut layers = some_layers();
+    layers.push((0..40).map(odd).collect());
+    let first = TestImage::new(&layers, Compression::Gzip);
+    let whiteouts = vec![file("d/3", "new"), wh("d/.wh.4"), wh("d/.wh.a")];
+    layers.push(whiteouts);
+    let more = TestImage::new(&layers, Compression::Gzip);
+    layers.swap(1, 4);
+    layers.remove(0);
+    let other = TestImage::new(&layers, Compression::Gzip);
+    let (warm, cold) = (Bench::new(), [Bench::new(), Bench::new()]);
+    warm.flatten(&first).unwrap();
+    for (image, cold) in [&more, &other].into_iter().zip(&cold) {
+        cold.flatten(image).unwrap();
+        warm.flatten(image).unwrap();
+        assert!(std::fs::read(warm.out()).unwrap() == std::fs::read(cold.out()).unwrap());
+        check_file_system(&warm.out());
+    }
+    let opened = [&more, &other].map(|image| image.opened.load(Ordering::Relaxed));
+    // The cold pull of `more` opens five blobs and its warm pull one. The third image has four
+    // layers, all of them cached in `warm`.
+    assert_eq!(opened, [5 + 1, 4]);
+}
+
+#[test]
 fn former_content_of_the_output_is_lost() {
     let image = TestImage::new(&some_layers(), Compression::None);
     let bench = Bench::new();

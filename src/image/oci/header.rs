@@ -37,17 +37,13 @@ impl Number {
 impl<'a> Header<'a> {
     /// Checks the checksum. Also accepts the sum of signed bytes, which old tools computed.
     pub(super) fn new(block: &'a [u8; BLOCK]) -> Result<Self> {
-        let (mut unsigned, mut signed) = (0, 0);
-        for (at, byte) in block.iter().enumerate() {
-            let byte = if (148..156).contains(&at) {
-                b' '
-            } else {
-                *byte
-            };
-            unsigned += i64::from(byte);
-            signed += i64::from(byte.cast_signed());
-        }
-        match number(&block[148..156]) {
+        let field = &block[148..156];
+        let (all, own) = (Sums::of(block), Sums::of(field));
+        // The checksum is computed as if its own field contained spaces.
+        let spaces = i64::from(b' ') * field.len() as i64;
+        let unsigned = all.unsigned - own.unsigned + spaces;
+        let signed = all.signed - own.signed + spaces;
+        match number(field) {
             Some(sum) if sum == unsigned || sum == signed => Ok(Self(block)),
             _ => Err(bad("a header of the tar is damaged")),
         }
@@ -80,6 +76,26 @@ impl<'a> Header<'a> {
 
     pub(super) fn link_target(&self) -> &[u8] {
         until_null(&self.0[157..257])
+    }
+}
+
+/// The sum of bytes as unsigned and as signed numbers.
+struct Sums {
+    unsigned: i64,
+    signed: i64,
+}
+
+impl Sums {
+    /// Adds in two simple loops, which the compiler vectorizes. One loop that does everything takes
+    /// a quarter of the time of indexing a cached layer.
+    fn of(bytes: &[u8]) -> Self {
+        let sum: u32 = bytes.iter().map(|byte| u32::from(*byte)).sum();
+        let negative: u32 = bytes.iter().map(|byte| u32::from(byte >> 7)).sum();
+        let unsigned = i64::from(sum);
+        Self {
+            unsigned,
+            signed: unsigned - 256 * i64::from(negative),
+        }
     }
 }
 
@@ -120,6 +136,35 @@ fn number(field: &[u8]) -> Option<i64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn with_checksum(mut block: [u8; BLOCK], sum: i64) -> [u8; BLOCK] {
+        block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        block
+    }
+
+    #[test]
+    fn checksum_adds_unsigned_or_signed_bytes() {
+        let mut block = [0; BLOCK];
+        block[..2].copy_from_slice("é".as_bytes());
+        block[100..108].fill(b'~');
+        block[BLOCK - 1] = 0xff;
+        // The field of the checksum counts as eight spaces, whatever it contains.
+        let unsigned = 0xc3 + 0xa9 + 8 * i64::from(b'~') + 0xff + 8 * i64::from(b' ');
+        let negative = 3;
+        for (sum, is_right) in [
+            (unsigned, true),
+            (unsigned - negative * 256, true),
+            (unsigned - 256, false),
+            (unsigned + 1, false),
+            (unsigned - 8 * i64::from(b' '), false),
+        ] {
+            assert_eq!(
+                Header::new(&with_checksum(block, sum)).is_ok(),
+                is_right,
+                "{sum}"
+            );
+        }
+    }
 
     #[test]
     fn numbers_are_octal_or_base_256() {

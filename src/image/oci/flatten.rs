@@ -517,8 +517,8 @@ impl<'a, F: Filesystem> Writing<'a, F> {
     }
 
     fn write(self, layers: &[IndexedLayer], request: &Flatten<'_>) -> Result<()> {
-        let (tree, contents) = (self.tree, self.contents);
-        let fills = contents.into_iter().map(|content| Fill {
+        let tree = self.tree;
+        let fills = self.contents.iter().map(|content| Fill {
             inode: content.inode,
             source: Source {
                 tar: &layers[content.object.layer as usize].tar,

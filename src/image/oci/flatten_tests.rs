@@ -7,6 +7,7 @@ use super::super::test_tree::{Mounted, is_root, run, scan};
 use super::*;
 use crate::locks::CancelCause;
 use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU64;
 
@@ -487,6 +488,21 @@ fn image_with_cached_layers_equals_its_cold_pull() {
     // The cold pull of `more` opens five blobs and its warm pull one. The third image has four
     // layers, all of them cached in `warm`.
     assert_eq!(opened, [5 + 1, 4]);
+}
+
+#[test]
+fn output_takes_only_the_space_of_its_content() {
+    let content = "x".repeat(100_001);
+    let files = (0..20).map(|n| file(&format!("{n}"), &content));
+    let image = TestImage::new(&[files.collect()], Compression::Gzip);
+    let bench = Bench::new();
+    let written = bench.flatten(&image).unwrap();
+    let space = std::fs::metadata(bench.out()).unwrap().blocks() * 512;
+    let metadata_max = 1 << 20;
+    assert!(
+        (written.bytes..written.bytes + metadata_max).contains(&space),
+        "{space} bytes"
+    );
 }
 
 #[test]

@@ -133,12 +133,24 @@ impl Lifecycle {
                 Err(e) => {
                     settlement.op.progress(&format!("wait for the store: {e}"));
                     if self.core.sleep(RETRY_PERIOD) {
-                        // The rows record what is in progress, so the next daemon finishes it.
-                        settlement.op.finish(Err(e));
+                        self.leave_to_next_daemon(settlement, &e);
                         return None;
                     }
                 }
             }
+        }
+    }
+
+    /// Ends the operation and its successor with an error. The rows still record what is in
+    /// progress, so the next daemon finishes it.
+    fn leave_to_next_daemon(&self, settlement: Settlement, e: &Error) {
+        let late = {
+            let guard = self.core.locks.vm.lock(&settlement.vm);
+            self.runtimes.end(guard.key()).1
+        };
+        settlement.op.finish(Err(e.clone()));
+        for successor in settlement.successor.into_iter().chain(late) {
+            successor.op.finish(Err(e.clone()));
         }
     }
 

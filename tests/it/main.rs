@@ -10,6 +10,7 @@ mod auto_ports;
 mod bad_input;
 mod booting;
 mod capabilities;
+mod closing;
 mod command_defaults;
 mod commits;
 mod completions;

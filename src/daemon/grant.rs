@@ -31,6 +31,9 @@ pub(super) struct ClaimedRow {
     pub state: VmState,
     /// The change of the store that wrote the row.
     pub ticket: Ticket,
+    /// The successor of an earlier claim, which the store has undone. Its operation ends after the
+    /// VM's lock is released.
+    pub stale: Option<Successor>,
 }
 
 impl Core {

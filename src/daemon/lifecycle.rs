@@ -135,7 +135,11 @@ impl Lifecycle {
             .note_answer(&guard, &row, request.verb, granted.as_ref());
         drop(guard);
         match granted? {
-            Grant::Claimed(claimed) => {
+            Grant::Claimed(mut claimed) => {
+                if let Some(stale) = claimed.stale.take() {
+                    self.core
+                        .end_op_soon(stale.op, Err(superseded(&row, stale.verb)));
+                }
                 let claim = self.claim(found.id, request, claimed);
                 self.unreconciled.skip(&claim.vm);
                 self.begin(claim)
@@ -215,11 +219,13 @@ impl Lifecycle {
         });
         match changed {
             Ok(((), ticket)) => {
+                let (_, stale) = self.runtimes.end(vm.key());
                 self.arm_locked(vm, &op, to, request.verb);
                 Ok(ClaimedRow {
                     op,
                     state: to,
                     ticket,
+                    stale,
                 })
             }
             Err(e) => {
@@ -231,7 +237,9 @@ impl Lifecycle {
     }
 
     fn claim(&self, vm: VmId, request: &LifecycleRequest, claimed: ClaimedRow) -> Claim {
-        let ClaimedRow { op, state, ticket } = claimed;
+        let ClaimedRow {
+            op, state, ticket, ..
+        } = claimed;
         let (verb, timeout, restore, cancel) = (
             request.verb,
             request.timeout,

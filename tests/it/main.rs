@@ -68,6 +68,7 @@ mod transcripts;
 mod under_locks;
 mod under_sched;
 mod uninstall;
+mod unrecorded;
 mod users;
 mod verbs;
 mod world;

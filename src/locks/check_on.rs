@@ -172,6 +172,11 @@ impl Token {
         if let Some(site) = contended {
             meter::contended_at(site);
         }
+        let mut rank = None;
+        self.edit(|held, i| rank = Some(held[i].rank));
+        if let Some(rank) = rank {
+            perturb(rank);
+        }
     }
 
     /// Records that the thread has to wait for the lock.
@@ -227,12 +232,7 @@ fn begin_hold(h: &mut Held) {
 #[track_caller]
 pub fn acquire(tag: &Tag, want: Request<'_>) -> Token {
     let (rank, at, blocks) = (tag.0, Location::caller(), want.blocks);
-    if CHAOS_ON.load(Ordering::Relaxed) {
-        let hook = *CHAOS.lock();
-        if let Some(hook) = hook {
-            hook(rank);
-        }
-    }
+    perturb(rank);
     let wanted = Held::new(rank, want, at);
     // Judge under the list's mutex, but panic and record outside it, because both may call other
     // code.
@@ -267,6 +267,16 @@ pub fn acquire(tag: &Tag, want: Request<'_>) -> Token {
         Err((report, hangs)) => {
             fail(&report, hangs);
             Token { id: 0 }
+        }
+    }
+}
+
+/// Calls the function that [`set_chaos`] set.
+fn perturb(rank: Rank) {
+    if CHAOS_ON.load(Ordering::Relaxed) {
+        let hook = *CHAOS.lock();
+        if let Some(hook) = hook {
+            hook(rank);
         }
     }
 }
@@ -381,7 +391,8 @@ pub fn violations() -> u64 {
     VIOLATIONS.load(Ordering::SeqCst)
 }
 
-/// Sets a function that is called before each acquisition, outside all of the checker's own locks.
+/// Sets a function that is called before and after each acquisition of a lock, outside all of the
+/// checker's own locks.
 #[cfg(any(test, feature = "fakes"))]
 pub fn set_chaos(hook: Option<fn(Rank)>) {
     *CHAOS.lock() = hook;

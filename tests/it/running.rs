@@ -19,7 +19,7 @@ pub struct Running<R> {
     events: Receiver<Told<R>>,
     hangup: Hangup,
     ended: Option<(Result<R, Failure>, Instant)>,
-    method: &'static str,
+    pub method: &'static str,
 }
 
 impl<R: serde::de::DeserializeOwned + Send + 'static> Running<R> {

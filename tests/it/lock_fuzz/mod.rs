@@ -1,24 +1,33 @@
 //! Runs the whole daemon under random requests from several connections, with fakes at the three
-//! seams and a hook that yields before locks are taken. There must be no violation of the lock
-//! order, no deadlock and nothing left over. Memory and disk must agree, and replaying each VM's
-//! history through the transition table must explain every reply.
+//! seams and a hook that yields before and after locks are taken. There must be no violation of the
+//! lock order, no deadlock and nothing left over. Memory and disk must agree, and replaying each
+//! VM's history through the transition table must explain every reply. In some rounds the store
+//! fails or the daemon closes in the middle; then a new daemon must find everything in order.
 //!
 //! `FCD_FUZZ_SEED=N` draws the same requests again (threads still differ). `FCD_FUZZ_SECONDS=N`
 //! sets how long to run; the current round is then finished. The fuzzer runs in its own process, so
 //! that all its threads can be counted, and a deadlock ends that process instead of the suite.
 
 mod actor;
+mod faults;
+mod others;
 pub mod random;
 mod replay;
 
 use crate::world::*;
-use actor::{Actor, Seen};
+use actor::{Actor, Once, Outcomes, Seen, Stage};
+use faults::Round;
 use fcd::testing::api::daemon::{Leaks, LeaksRequest};
+use fcd::testing::api::image::{ImageDelete, ImageList, ImageRequest};
+use fcd::testing::api::snapshot::{SnapshotDelete, SnapshotList, SnapshotRequest};
+use fcd::testing::api::vm::{VmList, VmListRequest};
+use fcd::testing::config::Config;
+use fcd::testing::daemon::history::Event;
 use fcd::testing::locks::{Rank, check};
 use fcd::testing::ops::Filter;
 pub use random::Random;
-use std::cell::Cell;
 use std::process::Command;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -26,6 +35,8 @@ use std::time::{Duration, Instant};
 /// many possible explanations for a reply.
 const ACTORS: u64 = 8;
 pub const VMS: u64 = 4;
+/// The most VMs that a round can have: those, and the ones that are created with keys.
+pub const MANY_VMS: u64 = VMS + 3 * VMS;
 const REQUESTS: u64 = 60;
 const SECONDS_DEFAULT: u64 = 40;
 /// The time without any reply that counts as a deadlock if calls are in progress.
@@ -55,6 +66,7 @@ struct Figures {
     explained: u64,
     claims: u64,
     commits: u64,
+    outcomes: Mutex<Outcomes>,
 }
 
 fn variable(name: &str) -> Option<u64> {
@@ -96,6 +108,7 @@ fn child() {
     let seed =
         variable("FCD_FUZZ_SEED").unwrap_or_else(|| std::process::id() as u64 ^ unix_nanos());
     let seconds = variable("FCD_FUZZ_SECONDS").unwrap_or(SECONDS_DEFAULT);
+    faults::stall_log_calls();
     let (begun, threads_before) = (Instant::now(), threads());
     let mut figures = Figures::default();
     loop {
@@ -104,8 +117,7 @@ fn child() {
             "round {}: repeat it with FCD_FUZZ_SEED={of_round} FCD_FUZZ_SECONDS=0",
             figures.rounds
         );
-        CHAOS_SEED.store(of_round, Ordering::SeqCst);
-        check::set_chaos(Some(chaos));
+        faults::perturb(of_round);
         round(of_round, &mut figures);
         check::set_chaos(None);
         await_that("the round's threads end", || threads() <= threads_before);
@@ -146,6 +158,10 @@ fn tell(figures: &Figures, took: Duration) {
         holds.unexplained_at,
         check::violations(),
     );
+    for ((method, how), count) in &*figures.outcomes.lock().unwrap() {
+        println!("fuzz: {method}: {how}: {count}");
+    }
+    is_wide(figures);
     assert_eq!(check::violations(), 0);
     assert!(figures.claims > 0 && figures.commits > 0 && holds.count > 0);
     for (rank, holds) in all {
@@ -161,34 +177,24 @@ fn tell(figures: &Figures, took: Duration) {
     }
 }
 
-static CHAOS_SEED: AtomicU64 = AtomicU64::new(0);
-static CHAOS_THREADS: AtomicU64 = AtomicU64::new(0);
-std::thread_local! {
-    static CHAOS: Cell<Option<u64>> = const { Cell::new(None) };
-}
-
-/// Yields or sleeps at random before a lock is taken, so that other threads run.
-fn chaos(_: Rank) {
-    const PAUSE: Duration = Duration::from_micros(50);
-    let drawn = CHAOS.with(|c| {
-        let mut random = Random(c.get().unwrap_or_else(|| {
-            CHAOS_SEED.load(Ordering::SeqCst) ^ (CHAOS_THREADS.fetch_add(1, Ordering::SeqCst) << 32)
-        }));
-        let drawn = random.next();
-        c.set(Some(random.0));
-        drawn
-    });
-    match drawn % 256 {
-        // A thread that holds a lock neither sleeps nor yields here, because that would lengthen
-        // the hold.
-        0 if check::held() == 0 => std::thread::sleep(PAUSE),
-        1..16 if check::held() == 0 => std::thread::yield_now(),
-        _ => {}
+/// Checks that each call that may succeed has succeeded. In a short run, chance may prevent that.
+fn is_wide(figures: &Figures) {
+    const ROUNDS_MIN: u64 = 400;
+    /// These calls end by a hang-up or fail.
+    const NEVER: [&str; 2] = ["events.watch", "kernel.import"];
+    let outcomes = figures.outcomes.lock().unwrap();
+    for (method, _) in outcomes.keys() {
+        assert!(
+            outcomes.contains_key(&(method, "ok".to_owned()))
+                || NEVER.contains(method)
+                || figures.rounds < ROUNDS_MIN,
+            "{method} has never succeeded"
+        );
     }
 }
 
-fn world() -> World {
-    World::with(|c| {
+fn world(round: Round) -> World {
+    let set = |c: &mut Config| {
         c.limits.boots_max = 2;
         c.limits.pool_workers = 2;
         c.limits.pool_queue = 3;
@@ -197,52 +203,41 @@ fn world() -> World {
         c.limits.transfer_idle_s = 1;
         // The memory limit has room for three of the four VMs.
         c.limits.mem_mib_max = 3 * c.vm.mem_mib;
-    })
+    };
+    if round.is_on_disk {
+        World::on_disk(set)
+    } else {
+        World::with(set)
+    }
 }
 
 fn round(seed: u64, figures: &mut Figures) {
-    let world = world();
+    let round = Round::of(seed);
+    let mut world = world(round);
+    world.may_lose_ends = !round.is_plain();
+    crate::kernels::make_kernel(&world, true);
     world.daemon().core.history.record();
     actor::script_guests(&world);
     let replies = AtomicU64::new(0);
-    let seen: Vec<Seen> = watched(&world, &replies, || {
-        std::thread::scope(|scope| {
-            let actors: Vec<_> = (0..ACTORS)
-                .map(|n| {
-                    let (world, replies) = (&world, &replies);
-                    scope.spawn(move || {
-                        Actor::new(world, Random::new(seed, n), replies).play(REQUESTS)
-                    })
-                })
-                .collect();
-            actors
-                .into_iter()
-                .flat_map(|a| a.join().expect("an actor"))
-                .collect()
-        })
-    });
+    let seen = play(&world, round, seed, &replies, &figures.outcomes);
     figures.replies += replies.load(Ordering::SeqCst);
-    await_all_ended(&world);
-    let events = world.daemon().core.history.take();
-    let told = replay::check(&events, &seen).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
-    figures.explained += told.explained;
-    figures.claims += told.claims;
-    figures.commits += told.commits;
-    let leaks = world
-        .call::<Leaks>(&LeaksRequest { fix: false })
-        .unwrap()
-        .leaks;
-    assert!(
-        leaks.is_empty(),
-        "seed {seed}: {leaks:?}\n{:#?}",
-        events
-            .iter()
-            .filter(|e| leaks.iter().any(|l| l.name.contains(e.vm.as_str())))
-            .collect::<Vec<_>>()
-    );
-    for n in 0..VMS {
-        _ = world.delete(&actor::name(n));
+    if !round.closes {
+        await_all_ended(&world);
     }
+    let events = world.daemon().core.history.take();
+    if !round.store_fails {
+        // A failed write undoes changes that the history contains.
+        let told = replay::check(&events, &seen).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+        figures.explained += told.explained;
+        figures.claims += told.claims;
+        figures.commits += told.commits;
+    }
+    if !round.is_plain() {
+        world.restart_daemon();
+        await_all_ended(&world);
+    }
+    is_clean(&world, seed, &events);
+    clear(&world);
     world.await_rest();
     assert!(
         world.vmm.live().is_empty(),
@@ -256,6 +251,78 @@ fn round(seed: u64, figures: &mut Figures) {
         )
     });
     // Dropping the world checks that memory and disk agree.
+}
+
+/// Runs all actors, and whatever disturbs them in this round.
+fn play(
+    world: &World,
+    round: Round,
+    seed: u64,
+    replies: &AtomicU64,
+    outcomes: &Mutex<Outcomes>,
+) -> Vec<Seen> {
+    let stage = Stage {
+        world,
+        round,
+        replies,
+        once: Once::default(),
+        outcomes,
+    };
+    // All are connected before the daemon may close.
+    let actors: Vec<_> = (0..ACTORS)
+        .map(|n| Actor::new(&stage, Random::new(seed, n)))
+        .collect();
+    watched(world, replies, || {
+        std::thread::scope(|scope| {
+            let play = |actor: Actor<'_>| actor.play(REQUESTS);
+            let actors: Vec<_> = (actors.into_iter())
+                .map(|actor| scope.spawn(move || play(actor)))
+                .collect();
+            let is_over = || actors.iter().all(|actor| actor.is_finished());
+            round.disturb(&stage, Random::new(seed, ACTORS), is_over);
+            actors
+                .into_iter()
+                .flat_map(|a| a.join().expect("an actor"))
+                .collect()
+        })
+    })
+}
+
+fn is_clean(world: &World, seed: u64, events: &[Event]) {
+    let leaks = world
+        .call::<Leaks>(&LeaksRequest { fix: false })
+        .unwrap()
+        .leaks;
+    let concerned = |e: &&Event| leaks.iter().any(|l| l.name.contains(e.vm.as_str()));
+    assert!(
+        leaks.is_empty(),
+        "seed {seed}: {leaks:?}\n{:#?}",
+        events.iter().filter(concerned).collect::<Vec<_>>()
+    );
+}
+
+/// Deletes all VMs, snapshots and images of the actors.
+fn clear(world: &World) {
+    let all = VmListRequest {
+        all: true,
+        ..Default::default()
+    };
+    for vm in world.call::<VmList>(&all).unwrap().vms {
+        _ = world.delete(vm.id.as_str());
+    }
+    let saved = world.call::<SnapshotList>(&Default::default()).unwrap();
+    for snapshot in saved.snapshots {
+        let snapshot = snapshot.id.to_string();
+        world
+            .call::<SnapshotDelete>(&SnapshotRequest { snapshot })
+            .unwrap();
+    }
+    for image in world.call::<ImageList>(&Default::default()).unwrap().images {
+        let image = image.name;
+        if image.to_string() != "default" {
+            world.call::<ImageDelete>(&ImageRequest { image }).unwrap();
+        }
+    }
 }
 
 /// Waits until the store has recorded the death of every VMM that has died. The fake reports deaths

@@ -164,6 +164,10 @@ impl Model {
             None if self.restarting && ending == CommitKind::Ended && next.is_some() => {
                 (Some(VmState::Starting), Some(op))
             }
+            // The daemon deletes a settled VM that is marked for deletion.
+            None if rest != Some(VmState::Running) && state == Some(VmState::Deleting) => {
+                (Some(VmState::Deleting), next)
+            }
             None => (rest, None),
         };
         if state != expected || next != by {

@@ -157,11 +157,23 @@ impl World {
         Self::with_driver(|fake| fake, change)
     }
 
+    /// Creates a world with its files on a real file system, whatever the speed of the disk.
+    pub fn on_disk(change: impl FnOnce(&mut Config)) -> Self {
+        Self::with_parts(tempfile::tempdir().unwrap(), |fake| fake, change)
+    }
+
     pub fn with_driver<D: Driver + 'static>(
         around: impl FnOnce(Arc<Fake>) -> Arc<D>,
         change: impl FnOnce(&mut Config),
     ) -> Self {
-        let dir = temp_dir();
+        Self::with_parts(temp_dir(), around, change)
+    }
+
+    fn with_parts<D: Driver + 'static>(
+        dir: tempfile::TempDir,
+        around: impl FnOnce(Arc<Fake>) -> Arc<D>,
+        change: impl FnOnce(&mut Config),
+    ) -> Self {
         let mut config = Config {
             state_dir: dir.path().join("state"),
             socket: dir.path().join("fcd.sock"),

@@ -396,7 +396,7 @@ impl Base {
             guests: self.guests.clone(),
             runtimes: self.runtimes.clone(),
             transport: self.transport.clone(),
-            followed: Arc::new(Mutex::new(Rank::Runtimes, HashSet::new())),
+            followed: Arc::new(Mutex::new(Rank::Runtimes, HashSet::default())),
         }
     }
 

@@ -42,10 +42,12 @@ pub fn fill_random(_bytes: &mut [u8]) -> bool {
     false
 }
 
-/// Waits until a read of this descriptor would not block. Does nothing outside of simulations,
-/// where the read itself waits.
+/// Waits until a read of this descriptor would not block. Returns false at the deadline. Does
+/// nothing outside of simulations, where the read itself waits.
 #[inline(always)]
-pub fn before_read(_fd: BorrowedFd<'_>, _deadline: Instant) {}
+pub fn before_read(_fd: BorrowedFd<'_>, _deadline: Instant) -> bool {
+    true
+}
 
 /// A section of a fake that a simulated kill of the daemon does not cut in two.
 #[cfg(any(test, feature = "fakes"))]

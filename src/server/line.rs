@@ -133,7 +133,9 @@ impl<'a> LineReader<'a> {
                 self.socket.set_read_timeout(Some(left))?;
                 self.timeout = Some(left);
             }
-            crate::sched::before_read(self.socket.as_fd(), deadline);
+            if !crate::sched::before_read(self.socket.as_fd(), deadline) {
+                continue;
+            }
             match rustix::net::recv(self.socket, &mut *space, RecvFlags::PEEK) {
                 Ok((_, n)) => break n,
                 Err(rustix::io::Errno::INTR) => {}

@@ -18,7 +18,7 @@ const FILES: [&str; 6] = [
     "disk/mod.rs",
 ];
 /// Items of std and other crates that `src/sched` replaces.
-const FORBIDDEN: [&str; 24] = [
+const FORBIDDEN: [&str; 26] = [
     "std::thread::Builder",
     "std::thread::JoinHandle",
     "std::thread::Thread",
@@ -37,6 +37,9 @@ const FORBIDDEN: [&str; 24] = [
     "std::collections::HashMap",
     "std::collections::HashSet",
     "collections::{HashMap",
+    // Only maps with the keys of std have it. Write `HashMap::default()`.
+    "HashMap::new()",
+    "HashSet::new()",
     "collections::{HashSet",
     "OsRng",
     "TimerFd",

@@ -43,7 +43,8 @@ pub fn poll_until(fds: &mut [PollFd<'_>], deadline: Option<Instant>) -> io::Resu
 }
 
 /// Waits until a read of this descriptor would not block, because the read itself would block the
-/// whole simulation.
-pub fn before_read(fd: BorrowedFd<'_>, deadline: Instant) {
-    let _ = poll_simulated(&mut [PollFd::new(fd, PollFlags::POLLIN)], Some(deadline));
+/// whole simulation. Returns false at the deadline.
+pub fn before_read(fd: BorrowedFd<'_>, deadline: Instant) -> bool {
+    let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
+    !matches!(poll_simulated(&mut fds, Some(deadline)), Some(Ok(0)))
 }

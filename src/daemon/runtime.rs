@@ -74,6 +74,8 @@ impl Successor {
 struct Runtime {
     /// Cancels the boot in progress.
     boot: Option<Cancel>,
+    /// True if the boot has failed and is about to kill its VMM.
+    gives_up: bool,
     /// Shortens the graceful stop in progress.
     grace: Option<Cancel>,
     successor: Option<Successor>,
@@ -98,6 +100,7 @@ impl Runtime {
             && self.died.is_none()
             && self.users.is_empty()
             && !self.keeps
+            && !self.gives_up
             && !self.is_paused
             && !self.is_held
     }
@@ -129,7 +132,7 @@ impl Runtimes {
     pub(super) fn begin_boot(&self, vm: &VmId, cancel: Cancel) {
         self.with(vm, |r| {
             r.boot = Some(cancel);
-            r.died = None;
+            (r.died, r.gives_up) = (None, false);
         });
     }
 
@@ -141,7 +144,7 @@ impl Runtimes {
     /// and which operation follows.
     pub(super) fn end(&self, vm: &VmId) -> (Option<BootEnd>, Option<Successor>) {
         self.with(vm, |r| {
-            r.boot = None;
+            (r.boot, r.gives_up) = (None, false);
             r.grace = None;
             (r.died.take(), r.successor.take())
         })
@@ -154,24 +157,25 @@ impl Runtimes {
         }
     }
 
-    /// Cancels a boot that has failed and records why. Does nothing if the VM is not booting, or if
-    /// the boot was cancelled earlier, because the earlier cause counts.
-    pub(super) fn boot_died(&self, vm: &VmId, how: BootEnd) {
+    /// Cancels a boot that has failed and records why, unless the boot was cancelled earlier,
+    /// because the earlier cause counts. Does nothing if the boot has given up. Returns false if no
+    /// boot is in progress.
+    pub(super) fn boot_died(&self, vm: &VmId, how: BootEnd) -> bool {
         let cause = how.cause();
-        let token = self.with(vm, |r| {
-            let token = r.boot.clone().filter(|boot| !boot.is_cancelled())?;
-            r.died = Some(how);
-            Some(token)
+        let (token, gives_up) = self.with(vm, |r| {
+            if r.boot.as_ref().is_some_and(|boot| !boot.is_cancelled()) {
+                r.died = Some(how);
+            }
+            (r.boot.clone(), r.gives_up)
         });
-        if let Some(token) = token {
-            token.cancel(cause);
-        }
+        // A token fires only once, so a boot that was cancelled earlier keeps its cause.
+        gives_up || token.map(|token| token.cancel(cause)).is_some()
     }
 
     /// Forgets a boot that has failed and is about to kill its VMM, so that the end of the VMM is
     /// not recorded as the cause.
     pub(super) fn give_up_boot(&self, vm: &VmId) {
-        self.with(vm, |r| r.boot = None);
+        self.with(vm, |r| (r.boot, r.gives_up) = (None, true));
     }
 
     pub(super) fn shorten_stop(&self, vm: &VmId) {

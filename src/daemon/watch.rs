@@ -17,6 +17,15 @@ use std::time::Duration;
 /// How long to pause between two attempts to record a death.
 const RETRY_PERIOD: Duration = Duration::from_millis(250);
 
+/// The result of an attempt to record a death.
+enum Death {
+    /// The death is recorded, or needs no record. `rm` is true if the VM must be deleted now.
+    Recorded { rm: bool },
+    /// The boot has ended, but the row does not say how yet. It has given up, or the store has
+    /// refused its commit, which it makes again.
+    Unsettled,
+}
+
 impl Lifecycle {
     /// Begins to watch a VMM: its exit, whether it answers, and whether it has paused the guest.
     pub(super) fn watch(&self, row: &VmRow, identity: &Identity) -> Result<()> {
@@ -110,12 +119,13 @@ impl Lifecycle {
         let end = by_disk.as_ref().unwrap_or(end);
         loop {
             match self.record_death(vm, generation, end) {
-                Ok(rm) => {
+                Ok(Death::Recorded { rm }) => {
                     if rm {
                         self.delete_unasked(vm);
                     }
                     return;
                 }
+                Ok(Death::Unsettled) => {}
                 Err(e) => log::warn!("record the death of the VMM of VM {vm}: {e}"),
             }
             if self.core.sleep(RETRY_PERIOD) {
@@ -125,25 +135,28 @@ impl Lifecycle {
     }
 
     /// Records the death, unless it belongs to an earlier boot or an operation in progress expects
-    /// it. The death of a booting VMM is recorded for the boot. Returns true if the VM must be
-    /// deleted now.
-    fn record_death(&self, vm: &VmId, generation: u64, end: &End) -> Result<bool> {
+    /// it. The death of a booting VMM is recorded for the boot.
+    fn record_death(&self, vm: &VmId, generation: u64, end: &End) -> Result<Death> {
+        let expected = Ok(Death::Recorded { rm: false });
         let guard = self.core.locks.vm.lock(vm);
         let Some(row) = self.core.store.read(|s| s.vm(vm).map(|r| (**r).clone())) else {
-            return Ok(false);
+            return expected;
         };
         if row.generation != generation {
-            return Ok(false);
+            return expected;
         }
         match row.state {
             VmState::Starting => {
-                self.runtimes
-                    .boot_died(guard.key(), BootEnd::VmmDied(end.clone()));
-                return Ok(false);
+                let died = BootEnd::VmmDied(end.clone());
+                return if self.runtimes.boot_died(guard.key(), died) {
+                    expected
+                } else {
+                    Ok(Death::Unsettled)
+                };
             }
             VmState::Running => {}
             // A stop or delete is in progress and expects the death.
-            _ => return Ok(false),
+            _ => return expected,
         }
         let state = if end.is_orderly() {
             VmState::Stopped
@@ -172,7 +185,7 @@ impl Lifecycle {
         if let Err(e) = self.resources.release_boot(vm, generation) {
             log::warn!("clean up after the VMM of VM {vm}: {e}");
         }
-        Ok(rm)
+        Ok(Death::Recorded { rm })
     }
 
     /// Begins to delete an `rm` VM without a request of a user. An error is only logged, because

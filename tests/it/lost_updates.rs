@@ -4,7 +4,10 @@
 use crate::apart::run_in_own_process;
 use crate::world::*;
 use fcd::testing::api::vm::*;
+use fcd::testing::guest::fake::{Gate, Readiness};
 use fcd::testing::locks::{Rank, check};
+use fcd::testing::store::faults::Fault;
+use fcd::testing::vmm::End;
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -76,5 +79,36 @@ fn kept_fork_survives_concurrent_stop(world: &World, round: u32) {
         );
         world.delete(&name).unwrap();
     }
+    world.await_rest();
+}
+
+/// The store refuses the commit of a boot, and the VMM dies before the boot tries again. This was
+/// seed 2009514 of the simulation: the VM was `running` for ever.
+#[test]
+fn death_during_refused_commit_is_recorded() {
+    let world = World::new();
+    let (vm, gate) = (world.create("web"), Gate::closed());
+    let addr = world.place(&vm.id);
+    let waits = Readiness::Gated(gate.clone());
+    world.guest.set_readiness(addr, waits);
+    let mut call = world.begin::<VmStart>(request("web"), vec![]);
+    await_that("the VMM runs", || !world.vmm.live().is_empty());
+    // The boot records the address of its guest before it waits for the guest.
+    world.await_change(|s| s.vm(&vm.id).is_some_and(|row| row.ssh_addr.is_some()));
+    world
+        .daemon()
+        .core
+        .store
+        .barrier()
+        .unwrap()
+        .wait(soon())
+        .unwrap();
+    let store = &world.daemon().core.store;
+    store.faults().fail(Fault::Io, 4);
+    gate.open();
+    await_that("the commit was refused", || store.read_only().is_some());
+    world.vmm.die(&vm.id, &End::GuestShutDown);
+    world.await_state("web", VmState::Stopped);
+    let _ = call.finish(SOON);
     world.await_rest();
 }

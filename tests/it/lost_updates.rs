@@ -92,9 +92,7 @@ fn death_during_refused_commit_is_recorded() {
     let waits = Readiness::Gated(gate.clone());
     world.guest.set_readiness(addr, waits);
     let mut call = world.begin::<VmStart>(request("web"), vec![]);
-    await_that("the VMM runs", || !world.vmm.live().is_empty());
-    // The boot records the address of its guest before it waits for the guest.
-    world.await_change(|s| s.vm(&vm.id).is_some_and(|row| row.ssh_addr.is_some()));
+    call.stage("wait for the guest");
     world
         .daemon()
         .core

@@ -444,6 +444,7 @@ impl Lifecycle {
         if let Some(s) = successor {
             self.core.end_op_soon(s.op, Err(error.clone()));
         }
+        self.report_missed_death(&claim.vm);
         let mut error = error.clone();
         if matches!(claim.verb, Verb::StopForce | Verb::Kill) {
             // A kill works even if the disk does not. The row is updated once the store is writable

@@ -60,6 +60,24 @@ impl Lifecycle {
         )
     }
 
+    /// Watches a VM's VMM again if the row says `running` and the VMM has exited. While a stop or a
+    /// delete that the store has undone was in progress, its death was not recorded.
+    pub(super) fn report_missed_death(&self, vm: &VmId) {
+        let row = self.core.row(vm).ok();
+        let running = row.filter(|row| row.state == VmState::Running);
+        let Some((row, identity)) = running.and_then(|row| {
+            let identity = row.identity.clone()?;
+            Some((row, identity))
+        }) else {
+            return;
+        };
+        if !self.vmm.processes().is_alive(&identity)
+            && let Err(e) = self.watch_end(&row, &identity)
+        {
+            log::warn!("record the death of the VMM of VM {vm}: {e}");
+        }
+    }
+
     /// Records on another thread whether the VMM responds.
     fn set_responsive(&self, vm: &VmId, generation: u64, responds: bool) {
         let (lifecycle, vm) = (self.clone(), vm.clone());

@@ -7,6 +7,7 @@ use fcd::testing::error::Kind;
 use fcd::testing::locks::{Rank, check};
 use fcd::testing::ops::Filter;
 use fcd::testing::store::faults::Fault;
+use fcd::testing::vmm::End;
 use std::sync::Mutex;
 use std::time::Duration;
 
@@ -66,4 +67,23 @@ fn operation_queued_behind_undone_claim_does_not_pass_to_next_claim() {
     let stop = find_op(&world, "vm.stop").unwrap();
     assert_eq!(stop.state, OpState::Failed);
     assert_eq!(stop.error.unwrap().kind, Kind::Superseded.name());
+}
+
+/// A VMM dies while a delete is in progress, which expects the death, and then the store undoes the
+/// claim of the delete. This was seed 4028002 of the simulation: the VM was `running` for ever.
+#[test]
+fn death_during_undone_claim_is_recorded() {
+    let world = World::new();
+    let (vm, _) = world.running("web");
+    world.await_rest();
+    let store = &world.daemon().core.store;
+    let gate = store.faults().gate();
+    let mut delete = world.begin::<VmDelete>(delete("web"), vec![]);
+    world.await_change(|s| s.vm(&vm.id).unwrap().state == VmState::Deleting);
+    world.vmm.die(&vm.id, &End::GuestShutDown);
+    store.faults().fail(Fault::Io, 1);
+    drop(gate);
+    assert!(delete.finish(SOON).unwrap_err().is(Kind::StoreReadOnly));
+    world.await_state("web", VmState::Stopped);
+    world.await_rest();
 }

@@ -210,6 +210,8 @@ pub use effects::DieAt;
 pub use effects::Plan as EffectPlan;
 pub use events::WatchLine;
 pub use keys::{HeldKey, Keyed};
+#[cfg(any(test, feature = "fakes"))]
+pub use locks::VmNames;
 pub use notes::Notes;
 pub(crate) use resources::state_dir_check;
 pub use seams::Seams;

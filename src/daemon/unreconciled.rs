@@ -255,6 +255,28 @@ mod tests {
         assert!(!unreconciled.is_due(&vm) && unreconciled.begin(&vm).is_none());
     }
 
+    /// The threads wait for as long as they like in some of the rounds only.
+    #[test]
+    fn end_of_reconciliation_wakes_waiting_threads() {
+        const ROUNDS: u32 = 100;
+        let closing = Cancel::try_new().unwrap();
+        let begun = Instant::now();
+        for _ in 0..ROUNDS {
+            let vm = VmId::random();
+            let unreconciled = Unreconciled::new([(vm.clone(), 1)]);
+            let guard = unreconciled.begin(&vm).unwrap();
+            std::thread::scope(|scope| {
+                let (vm, unreconciled, closing) = (&vm, &unreconciled, &closing);
+                let wait = || unreconciled.begin_or_wait(vm, closing).unwrap().is_none();
+                let waits: Vec<_> = (0..4).map(|_| scope.spawn(wait)).collect();
+                std::thread::yield_now();
+                drop(guard);
+                assert!(waits.into_iter().all(|waits| waits.join().unwrap()));
+            });
+            assert!(begun.elapsed() < RECONCILE_DEADLINE);
+        }
+    }
+
     #[test]
     fn skipped_vm_is_never_reconciled() {
         let vm = VmId::random();

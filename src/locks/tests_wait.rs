@@ -183,17 +183,25 @@ fn wait_ends_on_condition_deadline_or_cancel() {
 #[test]
 fn cancellable_wait_loses_no_wake_up() {
     let (mutex, condvar) = (Mutex::new(Rank::Pool, 0u32), Condvar::new());
+    let begun = Instant::now();
     for round in 0..2000 {
         let cancel = Cancel::try_new().unwrap();
+        let looked = AtomicBool::new(false);
         std::thread::scope(|s| {
             let waiter = s.spawn(|| {
                 condvar.wait_while_cancellable(
                     &mut mutex.lock(),
                     Instant::now() + LATE,
                     &cancel,
-                    |v| *v == round,
+                    |v| {
+                        looked.store(true, Ordering::SeqCst);
+                        *v == round
+                    },
                 )
             });
+            if round % 4 < 2 {
+                wait_for(|| looked.load(Ordering::SeqCst));
+            }
             if round % 2 == 0 {
                 cancel.cancel(crate::locks::CancelCause::Requested);
                 assert_eq!(waiter.join().unwrap(), Waited::Cancelled);
@@ -204,5 +212,7 @@ fn cancellable_wait_loses_no_wake_up() {
                 assert_eq!(waiter.join().unwrap(), Waited::Done);
             }
         });
+        // A waiter that misses its wake-up finds at its deadline that the condition has changed.
+        assert!(begun.elapsed() < LATE, "round {round} lost a wake-up");
     }
 }

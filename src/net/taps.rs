@@ -65,6 +65,10 @@ impl Pool {
     pub(super) fn ready(&self) -> usize {
         self.state.lock().ready.len()
     }
+    #[cfg(test)]
+    pub(super) fn making(&self) -> usize {
+        self.state.lock().making
+    }
 
     /// Creates a tap that root owns, that is down and without addresses, and that has the alias of
     /// a spare tap.

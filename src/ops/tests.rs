@@ -254,7 +254,8 @@ fn wait_ends_with_operation_deadline_or_own_token() {
     let ops = ops();
     let handle = begin(&ops, 1);
     let (id, mine) = (handle.id().clone(), Cancel::try_new().unwrap());
-    let soon = Instant::now() + Duration::from_millis(5);
+    let begun = Instant::now();
+    let soon = begun + Duration::from_millis(5);
     assert_eq!(
         ops.wait(&id, soon, &mine).unwrap_err().kind(),
         Kind::Timeout
@@ -275,11 +276,16 @@ fn wait_ends_with_operation_deadline_or_own_token() {
                 })
             })
             .collect();
+        let waiting = || ops.shared.state.lock().entry(&id).unwrap().waiting;
+        while waiting() < waiters.len() {
+            std::thread::yield_now();
+        }
         handle.finish(Ok(json!(1)));
         for waiter in waiters {
             assert_eq!(waiter.join().unwrap().unwrap().state, OpState::Ok);
         }
     });
+    assert!(begun.elapsed() < LATE, "a waiter waited for its deadline");
     assert_eq!(
         ops.wait(&id, Instant::now(), &mine).unwrap().state,
         OpState::Ok,
@@ -561,4 +567,18 @@ fn refused_operation_leaves_no_trace_unless_watched() {
         (OpState::Failed, "wrong_state")
     );
     assert_eq!(ops.running(), 0);
+}
+
+#[cfg(any(debug_assertions, feature = "lock-check"))]
+#[test]
+fn cancel_fires_the_token_without_a_lock() {
+    let ops = ops();
+    let op = begin(&ops, 1);
+    let (send, held) = mpsc::channel();
+    let _waker = op.cancel().on_cancel(move || {
+        send.send(crate::locks::check::held()).unwrap();
+    });
+    ops.cancel(op.id(), CancelCause::Requested).unwrap();
+    assert_eq!(held.recv().unwrap(), 0);
+    op.finish(Err(cancelled("op cancel was requested")));
 }

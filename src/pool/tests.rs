@@ -452,6 +452,15 @@ fn admission_grants_its_permits_in_order() {
 }
 
 #[test]
+fn cancelled_boot_never_takes_a_permit() {
+    let (admission, cancel) = (Admission::new("boots", 1), token());
+    cancel.cancel(CancelCause::VmDeleted);
+    let entered = admission.enter(&cancel, |_| ()).map(drop);
+    assert_eq!(entered.unwrap_err().kind(), Kind::Cancelled);
+    assert_eq!(admission.counts(), (1, 0));
+}
+
+#[test]
 fn cancelled_boot_leaves_the_queue_immediately() {
     let admission = Admission::new("boots", 1);
     let permit = admission.enter(&token(), |_| ()).unwrap();

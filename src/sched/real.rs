@@ -133,5 +133,8 @@ mod tests {
         let far = now + Duration::from_secs(1 << 32);
         assert_eq!(timeout_until(Some(far)), PollTimeout::MAX);
         assert_eq!(timeout_until(None), PollTimeout::NONE);
+        // Less than the second is left when the timeout is computed.
+        let second = || timeout_until(Some(Instant::now() + Duration::from_secs(1)));
+        assert!((0..1000).any(|_| second() == PollTimeout::from(1000u16)));
     }
 }

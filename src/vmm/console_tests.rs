@@ -213,3 +213,13 @@ fn vmm_log_over_its_bound_is_truncated() {
         assert_eq!(size(), expected);
     }
 }
+
+#[test]
+fn followers_leave_nothing() {
+    let f = Fixture::new();
+    let (first, second) = (f.follow(None), f.follow(None));
+    drop(first);
+    assert_eq!(f.consoles.shared.state.lock().followers.len(), 1);
+    drop(second);
+    assert_eq!(f.consoles.shared.state.lock().followers.len(), 0);
+}

@@ -374,6 +374,13 @@ mod tests {
         let note = notes.open(&identity).unwrap();
         let (theirs, whose) = (notes.clone(), identity.clone());
         let taken = crate::host::thread::spawn("takes", move || theirs.take(&whose)).unwrap();
+        while notes.0.lock().contains_key(&identity) {
+            std::thread::yield_now();
+        }
+        for _ in 0..100 {
+            std::thread::yield_now();
+            assert!(!taken.is_finished());
+        }
         note.record(Some(Cause::GuestReset));
         note.close();
         assert_eq!(taken.join().unwrap(), Some(Cause::GuestReset));

@@ -35,3 +35,35 @@ impl Silence {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::RefCell;
+
+    #[test]
+    fn third_miss_is_reported_and_the_next_answer() {
+        let reports = RefCell::new(Vec::new());
+        let mut silence = Silence::default();
+        let mut hear = |answers: &[bool]| {
+            for answered in answers {
+                let report = |event| {
+                    if let GuestEvent::Unresponsive(is_unresponsive) = event {
+                        reports.borrow_mut().push(is_unresponsive);
+                    }
+                };
+                if *answered {
+                    silence.answered(&report);
+                } else {
+                    silence.missed(&report);
+                }
+            }
+            reports.take()
+        };
+        assert_eq!(hear(&[false, false, true, false, false]), [false; 0]);
+        assert_eq!(hear(&[false]), [true]);
+        assert_eq!(hear(&[false, false, false]), [true]);
+        assert_eq!(hear(&[true, true]), [false]);
+        assert_eq!(hear(&[false, false]), [false; 0]);
+    }
+}

@@ -145,6 +145,24 @@ mod tests {
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 
+    /// Another program creates the file while the patch is received.
+    #[test]
+    fn patch_does_not_overwrite_file_that_appears_meanwhile() {
+        struct Meanwhile<'a>(&'a Path);
+        impl Read for Meanwhile<'_> {
+            fn read(&mut self, _: &mut [u8]) -> std::io::Result<usize> {
+                std::fs::write(self.0, "theirs").map(|()| 0)
+            }
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("p");
+        let mut patch = b"ours".chain(Meanwhile(&target));
+        let e = receive(&mut patch, &target, 100, &Cancel::try_new().unwrap()).unwrap_err();
+        assert_eq!(e.kind(), Kind::TargetExists);
+        assert_eq!(std::fs::read(&target).unwrap(), b"theirs");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
     #[test]
     fn patch_without_end_stops_at_the_limit_and_leaves_nothing() {
         let dir = tempfile::tempdir().unwrap();

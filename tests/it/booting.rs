@@ -1,7 +1,9 @@
 //! Tests of calls on a VM that is booting or stopping. The calls are accepted immediately, and the
 //! VM ends in a valid state without leftovers.
 
+use crate::recovery::exec;
 use crate::world::*;
+use fcd::testing::api::exec::ExecStart;
 use fcd::testing::api::op::{OpCancel, OpRequest, OpState};
 use fcd::testing::api::vm::*;
 use fcd::testing::client::Failure;
@@ -491,6 +493,23 @@ fn vmm_death_ends_calls_that_use_guest() {
         assert!(vm.reason.is_some() && vm.pid.is_none());
         assert_eq!(world.start("web").unwrap().state, VmState::Running);
     }
+}
+
+/// A call must not use a guest because of a state that it read before it got the VM's lock.
+#[test]
+fn exec_behind_stop_is_refused() {
+    let (world, vm) = lingering();
+    let (mut stop, mut exec) = while_locked(&world, &vm, || {
+        let stop = world.begin::<VmStop>(stop("web"), vec![]);
+        world.await_waiters(1);
+        let exec = world.begin::<ExecStart>(exec("web", "true"), vec![]);
+        world.await_waiters(2);
+        (stop, exec)
+    });
+    let e = exec.finish(SOON).unwrap_err();
+    assert!(e.is(Kind::WrongState), "{e:?}");
+    world.run::<VmKill>(request("web")).unwrap();
+    stop.finish(SOON).unwrap();
 }
 
 /// Makes calls from many threads at once. Each call is answered, and the VM ends in one valid

@@ -64,6 +64,20 @@ fn parallel_pulls_do_not_exceed_the_limit_together() {
     assert_eq!(images(&world), before + 1);
 }
 
+/// Neither of two images is published when the second one is checked.
+#[test]
+fn image_that_is_being_published_counts() {
+    let world = world(pulled_bytes() / 2 * 3);
+    world.points.hold("publish the image");
+    let mut first = as_uid(ALICE, || begin_pull(&world, "a"));
+    await_that("the first image is admitted", || world.points.is_holding());
+    let mut second = as_uid(ALICE, || begin_pull(&world, "b"));
+    let e = second.finish(SOON).map(drop).unwrap_err();
+    assert!(e.is(Kind::Exhausted), "{e}");
+    world.points.release();
+    first.finish(SOON).unwrap();
+}
+
 #[test]
 fn tags_of_one_image_count_once() {
     let world = world(pulled_bytes() / 2 * 5);

@@ -13,6 +13,7 @@ use fcd::testing::locks::{Rank, check};
 use std::path::PathBuf;
 use std::process::Stdio;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 fn locks(world: &World) -> DebugLocksReply {
     world.call::<DebugLocks>(&Empty {}).unwrap()
@@ -37,7 +38,12 @@ fn waiting_call_is_shown_with_its_method() {
 #[test]
 fn work_shows_in_counts_and_observed_edges() {
     let world = World::new();
-    world.running("web");
+    let (vm, _) = world.running("web");
+    world.await_rest();
+    let waits = fcd::testing::locks::durable_waits().into_iter();
+    let waits = waits.filter_map(|wait| wait.operation);
+    let waits: Vec<_> = waits.filter(|op| op.contains(vm.id.as_str())).collect();
+    assert!(waits.is_empty(), "these waits have ended: {waits:?}");
     let reply = locks(&world);
     for class in ["vm_locks", "create_vm", "store"] {
         let counted = reply.classes.iter().find(|c| c.class == class).unwrap();
@@ -58,6 +64,7 @@ fn work_shows_in_counts_and_observed_edges() {
     );
 }
 
+static SECTIONS: AtomicUsize = AtomicUsize::new(0);
 static PUBLISHED_LATE: OnceLock<PathBuf> = OnceLock::new();
 
 /// Another operation publishes an image of the same name after a commit has begun and before the
@@ -75,7 +82,8 @@ fn late_image_in_own_process() {
     world.stop("web").unwrap();
     PUBLISHED_LATE.set(world.config.state_dir.clone()).unwrap();
     check::set_chaos(Some(|rank| {
-        if rank == Rank::ImageOps {
+        // The first section begins the work, and the second reserves the name.
+        if rank == Rank::ImageOps && SECTIONS.fetch_add(1, Ordering::SeqCst) == 1 {
             make_image_of(PUBLISHED_LATE.get().unwrap(), "late", "host", None);
         }
     }));

@@ -178,6 +178,7 @@ fn panic_in_boot_fails_vm() {
         assert!(vm.reason.is_some() && vm.op.is_none());
         assert!(world.vmm.live().is_empty());
         world.await_rest();
+        assert_eq!(world.vmms_in_ledger(&vm), [0u64; 0]);
         assert_eq!(world.start("web").unwrap().state, VmState::Running);
     }
 }
@@ -205,21 +206,31 @@ fn panic_in_stop_and_delete_fails_vm() {
 
 #[test]
 fn panic_is_reported_to_successor() {
-    let (world, driver) = world();
-    let vm = world.create("web");
+    let (world, _) = world();
+    world.running("web");
+    let (let_panic, may_panic) = std::sync::mpsc::channel::<()>();
+    let may_panic = Mutex::new(may_panic);
     world
-        .vmm
-        .hold_starts(fcd::testing::vmm::fake::Stage::AfterSpawn);
-    let mut start = world.begin::<VmStart>(request("web"), vec![]);
-    assert!(world.vmm.await_held(1, soon()));
-    driver.at("started");
-    world.vmm.release_starts();
-    let _ = start.finish(SOON);
-    let mut gone = world.begin::<VmDelete>(delete("web"), vec![]);
-    match gone.finish(SOON) {
-        Ok(reply) => assert_eq!(reply.deleted, Some(vm.id)),
-        Err(e) => assert!(e.is(Kind::Internal), "{e:?}"),
-    }
+        .guest
+        .on(fcd::testing::image::SHUTDOWN_COMMAND, move |_| {
+            let _ = may_panic.lock().unwrap().recv();
+            panic!("a panic of the test in the shutdown")
+        });
+    let mut stop = world.begin::<VmStop>(stop("web"), vec![]);
+    stop.stage("sync and shut down");
+    let successor = VmDeleteRequest {
+        force: false,
+        ..delete("web")
+    };
+    let mut gone = world.begin::<VmDelete>(successor, vec![]);
+    gone.op();
+    drop(let_panic);
+    assert!(stop.finish(SOON).unwrap_err().is(Kind::Internal));
+    let e = gone.finish(SOON).unwrap_err();
+    assert!(
+        e.is(Kind::Internal) && e.fault.message.contains("an earlier operation"),
+        "{e:?}"
+    );
     world.await_rest();
     assert!(world.vmm.live().is_empty());
 }

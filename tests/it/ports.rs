@@ -174,10 +174,36 @@ fn stop_does_not_wait_for_change_of_ports() {
     assert_eq!(world.vmm.ports(&vm.id), Some(vec![new]));
 }
 
+/// The VM stops and starts while its old VMM closes the port. The new VMM has opened it again.
+#[test]
+fn removal_of_ports_follows_stop_and_start() {
+    let world = World::new();
+    let (vm, _) = world.running("web");
+    let gone = port(free(0), 80);
+    add(&world, "web", &[gone]).unwrap();
+    world.vmm.hold_changes();
+    std::thread::scope(|s| {
+        let removing = s.spawn(|| remove(&world, "web", &[gone]));
+        assert!(world.vmm.await_held_changes(1, soon()));
+        let forced = VmStopRequest {
+            force: true,
+            ..stop("web")
+        };
+        world.run::<VmStop>(forced).unwrap();
+        world.place(&vm.id);
+        world.start("web").unwrap();
+        assert_eq!(world.vmm.ports(&vm.id), Some(vec![gone]));
+        world.vmm.release_changes();
+        assert_eq!(removing.join().unwrap().unwrap(), []);
+    });
+    assert_eq!(world.vmm.ports(&vm.id), Some(vec![]));
+}
+
 #[test]
 fn concurrent_changes_of_ports_all_take_effect() {
     let world = World::new();
     let (vm, _) = world.running("web");
+    let begun = std::time::Instant::now();
     world.vmm.hold_changes();
     std::thread::scope(|s| {
         let adding: Vec<_> = (1..=4)
@@ -203,6 +229,7 @@ fn concurrent_changes_of_ports_all_take_effect() {
     });
     assert_eq!(world.vmm.ports(&vm.id), Some(vec![]));
     assert_eq!(world.show("web").unwrap().ports, []);
+    assert!(begun.elapsed() < SOON, "a change waited for its deadline");
 }
 
 /// An earlier daemon died after it changed the row and before it changed the VMM's ports.

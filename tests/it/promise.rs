@@ -173,6 +173,24 @@ fn delete_while_the_client_does_not_write() {
     in_time(|| deleted(Stall::Client));
 }
 
+#[test]
+fn restart_cancels_import() {
+    for stall in [Stall::Guest, Stall::Client] {
+        let world = World::new();
+        let (vm, addr) = world.running("web");
+        let import = stalled(&world, addr, stall);
+        world.place(&vm.id);
+        let begun = Instant::now();
+        let restarted = world.run::<VmRestart>(stop("web")).unwrap().vm;
+        assert_eq!(restarted.state, VmState::Running);
+        ended(&world, import, "the VM was restarted", begun);
+        assert_eq!(
+            world.workspace_state("web"),
+            Some(WorkspaceState::Incomplete)
+        );
+    }
+}
+
 /// Compares medians: a running import must not slow down calls on the VM measurably.
 #[test]
 fn import_does_not_slow_calls() {

@@ -278,6 +278,8 @@ fn guest_is_resumed_after_save_or_failure() {
 fn snapshot_of_unprepared_guest_does_not_pause_it() {
     let world = World::new();
     let (vm, _) = world.running("web");
+    world.await_rest();
+    let before = world.census();
     world.guest.on("/usr/lib/fcd/busybox sh -c", |_| {
         Answer::status(1).stderr("no such thing")
     });
@@ -293,6 +295,8 @@ fn snapshot_of_unprepared_guest_does_not_pause_it() {
             .is(Kind::GuestCommandFailed)
     );
     world.await_gone("twin");
+    world.await_rest();
+    assert_eq!(world.census(), before);
 }
 
 #[test]

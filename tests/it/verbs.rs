@@ -567,6 +567,48 @@ fn stop_of_unreachable_guest_presses_keys() {
     assert_eq!(world.vmm.kills(), 0);
 }
 
+/// The guest accepts the connection, and its shutdown command never ends.
+#[test]
+fn stop_of_hanging_guest_leaves_time_for_the_keys() {
+    let world = World::new();
+    world.running("web");
+    hang_shutdown(&world);
+    world.vmm.set_keyboard(Keyboard::Heard);
+    // SSH gets half of the time.
+    let timeout = std::time::Duration::from_secs(4);
+    let request = VmStopRequest {
+        timeout_ms: Some(timeout.as_millis() as u64),
+        ..stop("web")
+    };
+    let begun = std::time::Instant::now();
+    let stopped = world.run::<VmStop>(request).unwrap().vm;
+    assert!(begun.elapsed() < timeout, "the keys were pressed too late");
+    assert_eq!(stopped.synced, Some(Synced::Yes));
+    assert_eq!((world.vmm.presses(), world.vmm.kills()), (1, 0));
+}
+
+#[test]
+fn stop_that_is_cut_short_presses_no_keys() {
+    let world = World::new();
+    world.running("web");
+    hang_shutdown(&world);
+    world.vmm.set_keyboard(Keyboard::Heard);
+    let mut down = world.begin::<VmStop>(stop("web"), vec![]);
+    await_that("the guest is asked", || world.guest.live_total() == 1);
+    world.run::<VmKill>(request("web")).unwrap();
+    assert_eq!(down.finish(SOON).unwrap().vm.state, VmState::Stopped);
+    assert_eq!(world.vmm.presses(), 0);
+}
+
+fn hang_shutdown(world: &World) {
+    let gate = fcd::testing::guest::fake::Gate::closed();
+    world
+        .guest
+        .on(fcd::testing::image::SHUTDOWN_COMMAND, move |_| {
+            Answer::default().hold(&gate)
+        });
+}
+
 #[test]
 fn stop_of_deaf_guest_kills_at_deadline_or_by_force() {
     let world = World::new();

@@ -406,5 +406,9 @@ mod tests {
             ),
             Err(Breach::WrongKind)
         );
+        for _ in 0..2 * CONNECTIONS_MAX {
+            let ticket = admit(&mut gatekeeper).unwrap();
+            judge(&mut gatekeeper, &Request::Done { ticket }).unwrap();
+        }
     }
 }

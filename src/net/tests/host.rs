@@ -3,13 +3,15 @@
 
 use super::lab::{INSTALL, Lab, Machine, Ns, OUTSIDE, config, is_root, open, tag};
 use crate::api::daemon::Severity;
+use crate::api::port::{Port, Protocol};
 use crate::error::{Error, Kind, Result};
 use crate::host::{Command, Commands, HostCommands, Output};
 use crate::locks::{Cancel, CancelCause};
 use crate::net::{Access, Net, checks};
 use std::net::Ipv4Addr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 fn cancel() -> Cancel {
     Cancel::try_new().unwrap()
@@ -262,15 +264,129 @@ impl Commands for Failing {
     }
 }
 
+impl Failing {
+    fn new() -> Arc<Self> {
+        Arc::new(Self {
+            count: AtomicUsize::new(0),
+            fail_at: AtomicUsize::new(0),
+        })
+    }
+    /// Makes the n-th command from now on fail, or none if `n` is 0.
+    fn arm(&self, n: usize) {
+        self.count.store(0, Ordering::SeqCst);
+        self.fail_at.store(n, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn failed_spare_tap_is_made_later() {
+    if !is_root() {
+        return;
+    }
+    let commands = Failing::new();
+    let one = crate::config::Network {
+        taps_ahead: 1,
+        ..config()
+    };
+    let lab = Lab::with(&one, commands.clone());
+    lab.await_taps(1);
+    // The take runs four commands, and the fifth tags the next spare tap.
+    commands.arm(5);
+    lab.take(&lab.guest(0, Access::Nat));
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while lab.net.pool.making() > 0 {
+        assert!(Instant::now() < deadline, "the failed tap still counts");
+        std::thread::yield_now();
+    }
+    assert_eq!(lab.net.taps_ready(), 0);
+    commands.arm(0);
+    lab.take(&lab.guest(1, Access::Nat));
+    lab.await_taps(1);
+}
+
+/// Lets no spare tap be finished before the pool closes.
+#[derive(Default)]
+struct FinishedLate {
+    is_waiting: AtomicBool,
+}
+
+impl Commands for FinishedLate {
+    fn run(
+        &self,
+        command: &Command,
+        cancel: &Cancel,
+        on_line: &mut dyn FnMut(&str),
+    ) -> Result<Output> {
+        let output = HostCommands.run(command, cancel, on_line);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let input = String::from_utf8_lossy(&command.stdin);
+        let is_spare = input.starts_with(&format!("link set dev fc{INSTALL}-"))
+            && input.contains("addrgenmode none");
+        self.is_waiting.fetch_or(is_spare, Ordering::SeqCst);
+        while is_spare && !cancel.is_cancelled() {
+            assert!(Instant::now() < deadline, "the pool does not close");
+            std::thread::yield_now();
+        }
+        output
+    }
+}
+
+#[test]
+fn spare_tap_that_is_finished_after_close_is_removed() {
+    if !is_root() {
+        return;
+    }
+    let commands = Arc::new(FinishedLate::default());
+    let lab = Lab::with(&config(), commands.clone());
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !commands.is_waiting.load(Ordering::SeqCst) {
+        assert!(Instant::now() < deadline, "no spare tap is made");
+        std::thread::yield_now();
+    }
+    lab.host.run(|| lab.net.close());
+    assert_eq!(lab.net.taps_ready(), 0);
+    assert_eq!(lab.census(), "fcbr0");
+}
+
+#[test]
+fn ports_that_could_not_be_published_are_free() {
+    if !is_root() {
+        return;
+    }
+    let commands = Failing::new();
+    let lab = Lab::with(&config(), commands.clone());
+    let guest = lab.guest(0, Access::Nat);
+    lab.take(&guest);
+    let port = Port {
+        host_addr: Ipv4Addr::UNSPECIFIED,
+        host_port: 8080,
+        guest_port: 80,
+        protocol: Protocol::Tcp,
+    };
+    lab.await_taps(2);
+    let mut failed = 0;
+    loop {
+        commands.arm(failed + 1);
+        let published = lab
+            .host
+            .run(|| lab.net.forward(&guest, &[port], &cancel()).is_ok());
+        commands.arm(0);
+        if published {
+            break;
+        }
+        let is_free = || crate::net::require_free_ports(&[port]).is_ok();
+        assert!(lab.host.run(is_free), "after command {}", failed + 1);
+        failed += 1;
+    }
+    assert!(failed > 0);
+}
+
 #[test]
 fn take_failing_at_any_step_leaves_nothing() {
     if !is_root() {
         return;
     }
-    let commands = Arc::new(Failing {
-        count: AtomicUsize::new(0),
-        fail_at: AtomicUsize::new(0),
-    });
+    let commands = Failing::new();
     // Without spare taps, the take itself runs every command.
     let lab = Lab::with(
         &crate::config::Network {

@@ -327,6 +327,26 @@ fn stop_ends_idle_connections_and_lets_calls_finish() {
 }
 
 #[test]
+fn drain_ends_with_the_last_connection() {
+    const ROUNDS: u32 = 50;
+    let begun = Instant::now();
+    for _ in 0..ROUNDS {
+        let f = fixture();
+        let mut busy = f.client();
+        busy.send("{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"hold\"}\n");
+        assert_eq!(busy.answer().method.as_deref(), Some("log"));
+        f.server.stop_accepting();
+        std::thread::scope(|scope| {
+            let drained = scope.spawn(|| f.server.drain(begun + DEADLINE));
+            std::thread::yield_now();
+            f.server.hang_up();
+            assert_eq!(drained.join().unwrap(), 0);
+        });
+        assert!(begun.elapsed() < DEADLINE, "the drain missed the end");
+    }
+}
+
+#[test]
 fn pipelined_call_gets_shutting_down() {
     let f = fixture();
     let mut c = f.client();

@@ -97,6 +97,31 @@ fn queued_changes_are_committed_together() {
     check_reopened(store, dir.path());
 }
 
+/// A change that changes nothing may depend on changes that are not durable yet.
+#[test]
+fn empty_change_waits_for_those_before_it() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    let same = || store.change(|tx| tx.put_vm(row(1))).unwrap().1;
+    // The first is behind a change in the queue, and the second behind one that is being written.
+    for is_written in [false, true] {
+        let gate = store.faults().gate();
+        store.faults().fail(faults::Fault::Io, 1);
+        let first = put(&store, 1).unwrap();
+        if is_written {
+            first.write_soon();
+            assert!(gate.wait_for_writer(soon()));
+        }
+        let empty = same();
+        drop(gate);
+        assert!(first.wait(soon()).is_err());
+        assert!(empty.wait(soon()).is_err());
+        assert!(store.wait_writable(soon()));
+    }
+    put(&store, 1).unwrap().wait(soon()).unwrap();
+    same().wait(soon()).unwrap();
+}
+
 #[test]
 fn names_and_slots_are_unique_and_reusable() {
     let dir = dir();
@@ -491,10 +516,12 @@ fn watch_sees_only_its_vm() {
     assert!(!ready(&all));
     store.faults().fail(faults::Fault::Io, 1);
     let ticket = put(&store, 1).unwrap();
-    assert!(ready(&one));
+    assert!(ready(&one) && ready(&all));
+    one.clear();
+    all.clear();
     let gone = ticket.wait(soon());
     assert!(
-        gone.is_err() && ready(&all),
+        gone.is_err() && ready(&one) && ready(&all),
         "undoing a change also wakes the watchers"
     );
 }

@@ -1,3 +1,4 @@
+use super::super::events::Taker;
 use super::faults::Fault;
 use super::*;
 
@@ -452,6 +453,13 @@ fn changes_that_feed_cannot_send_are_returned_in_order() {
 
 #[test]
 fn subscription_is_taken_back_once_feed_is_done() {
+    for is_sent in [false, true] {
+        check_taken_back(is_sent);
+    }
+}
+
+/// `is_sent` is true if the feed sends all changes of the subscription before it returns it.
+fn check_taken_back(is_sent: bool) {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     put(&store, 1).unwrap().wait(soon()).unwrap();
@@ -460,7 +468,7 @@ fn subscription_is_taken_back_once_feed_is_done() {
     lent.lend();
     assert_eq!(take(&mut lent), []);
     rename(&store, 1, 0).wait(soon()).unwrap();
-    let due = feed.take();
+    let mut due = feed.take();
     let is_back = Arc::new(std::sync::atomic::AtomicBool::new(false));
     let (flag, id) = (is_back.clone(), lent.id());
     let taker = thread::spawn("taker", move || {
@@ -469,18 +477,20 @@ fn subscription_is_taken_back_once_feed_is_done() {
         take(&mut lent).len()
     })
     .unwrap();
-    // The feed has claimed the subscription.
-    let claims = || {
+    let is_taken_by = |taker| {
         let published = store.0.inner.events.published.lock();
-        published.listeners[&id].taker
-            == super::super::events::Taker::FeedAtWork { is_claimed: true }
+        published.listeners[&id].taker == taker
     };
-    while !claims() {
+    while !is_taken_by(Taker::FeedAtWork { is_claimed: true }) {
         std::thread::yield_now();
     }
     assert!(!is_back.load(std::sync::atomic::Ordering::SeqCst));
+    if is_sent {
+        due[0].changes.clear();
+    }
     feed.finish(due);
-    assert_eq!(taker.join().unwrap(), 1);
+    assert!(is_taken_by(Taker::Own));
+    assert_eq!(taker.join().unwrap(), usize::from(!is_sent));
 }
 
 #[test]

@@ -51,7 +51,9 @@ fn check_failed_batch(fault: Fault, kind: Kind) {
     assert_eq!(refused.kind(), kind);
     assert_eq!(store.read_only().map(|e| e.kind()), Some(kind));
 
-    assert!(store.wait_writable(soon()));
+    let deadline = soon();
+    assert!(store.wait_writable(deadline));
+    assert!(Instant::now() < deadline, "the wait missed the probe");
     assert!(store.read_only().is_none());
     assert_eq!(state(&store), durable);
     put(&store, 3).unwrap().wait(soon()).unwrap();

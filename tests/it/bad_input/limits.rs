@@ -4,6 +4,7 @@ use super::{create, refused, user};
 use crate::world::*;
 use fcd::testing::api::vm::*;
 use fcd::testing::error::{Code, Kind};
+use fcd::testing::guest::fake::Answer;
 use fcd::testing::vmm::fake::Stage;
 
 #[test]
@@ -16,7 +17,7 @@ fn full_pool_refuses_transfers() {
     await_that("the second import is queued", || {
         world.daemon().transfers.pool.counts().queued == 1
     });
-    let before = world.census();
+    let (before, ops) = (world.census(), world.ops());
     let mut refused = world.queue_import("web");
     let e = refused.call.finish(SOON).unwrap_err();
     assert!(
@@ -26,7 +27,7 @@ fn full_pool_refuses_transfers() {
             && e.fault.hint.is_some(),
         "{e:?}"
     );
-    assert_eq!(world.census(), before);
+    assert_eq!((world.census(), world.ops()), (before, ops));
     // Lifecycle calls still work.
     assert_eq!(world.stop("other").unwrap().state, VmState::Stopped);
     for mut import in [running, queued] {
@@ -106,4 +107,28 @@ fn memory_quota_counts_pending_changes() {
         world.run::<VmRestart>(stop("two")).unwrap().vm.state,
         VmState::Running
     );
+}
+
+/// The VMM of a stopping VM still has its memory.
+#[test]
+fn memory_of_stopping_vm_is_counted() {
+    let world = World::with(|c| c.limits.mem_mib_max = 1536);
+    world.running("one");
+    let two = world.call::<VmCreate>(&create(|r| r.mem_mib = Some(513)));
+    let two = two.unwrap().vm;
+    world.place(&two.id);
+    let start = || world.start(two.name.as_str());
+    let ops = world.ops();
+    refused(&world, Kind::MemoryLimit, start);
+    assert_eq!(world.ops(), ops, "a refused call is not recorded");
+    world.guest.on(fcd::testing::image::SHUTDOWN_COMMAND, |_| {
+        Answer::status(0).stdout("synced\n")
+    });
+    let mut stopping = world.begin::<VmStop>(stop("one"), vec![]);
+    stopping.stage("sync and shut down");
+    let e = start().unwrap_err();
+    assert!(e.is(Kind::MemoryLimit), "{e:?}");
+    world.run::<VmKill>(request("one")).unwrap();
+    stopping.finish(SOON).unwrap();
+    start().unwrap();
 }

@@ -1,6 +1,6 @@
 //! The fakes of a daemon with a point before each of their effects.
 
-use super::{Mode, Points, dead};
+use super::{GuestReport, Mode, Points, dead};
 use fcd::testing::api::daemon::Check;
 use fcd::testing::api::exec::Exit;
 use fcd::testing::api::port::Port;
@@ -17,7 +17,7 @@ use fcd::testing::vmm::{
 };
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 /// A driver with a point before each effect on the host and another after the VMM's process is
 /// spawned.
@@ -70,7 +70,12 @@ impl Driver for PointDriver {
     ) -> Result<()> {
         self.1
             .reach(&format!("listen to the VMM in {}", dir.display()))?;
-        self.0.watch_guest(dir, identity, told)
+        let told: GuestReport = Arc::new(Mutex::new(told));
+        if let Some(late) = &mut *self.1.late.lock().unwrap() {
+            late.guests.push(told.clone());
+        }
+        let report = Box::new(move |event| (told.lock().unwrap())(event));
+        self.0.watch_guest(dir, identity, report)
     }
     fn vm(&self, at: VmRef) -> Result<Box<dyn Vm + '_>> {
         Ok(Box::new(HookedVm {
@@ -80,7 +85,10 @@ impl Driver for PointDriver {
                 "set_balloon" => self.1.pass("set the balloon"),
                 "forward" => self.1.pass("change the ports"),
                 "press_ctrl_alt_del" => self.1.pass("press the keys"),
-                _ => Ok(()),
+                method => {
+                    self.1.wait_if_held(method);
+                    self.1.is_refused(method)
+                }
             }),
         }))
     }
@@ -125,11 +133,20 @@ impl Processes for PointDriver {
 
     fn kill(&self, identity: &Identity, deadline: Instant) -> Result<()> {
         self.1.pass("kill the VMM")?;
+        self.1.is_refused("kill")?;
         self.0.processes().kill(identity, deadline)
     }
 
     fn watch(&self, dir: &Path, identity: &Identity, died: Died) -> Result<()> {
-        self.0.processes().watch(dir, identity, died)
+        let points = self.1.clone();
+        let report = Box::new(move |end| {
+            let report: Box<dyn FnOnce() + Send> = Box::new(move || died(end));
+            if let Some(late) = &mut *points.late.lock().unwrap() {
+                return late.ends.push(report);
+            }
+            report();
+        });
+        self.0.processes().watch(dir, identity, report)
     }
 }
 
@@ -190,7 +207,9 @@ pub struct PointTransport(pub Arc<dyn Transport>, pub Arc<Points>);
 
 impl Transport for PointTransport {
     fn wait_ready(&self, target: &Target, deadline: Instant, cancel: &Cancel) -> Result<()> {
-        self.0.wait_ready(target, deadline, cancel)
+        self.0.wait_ready(target, deadline, cancel)?;
+        self.1.wait_if_held("the guest is ready");
+        Ok(())
     }
     fn exec(
         &self,

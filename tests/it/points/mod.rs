@@ -9,8 +9,9 @@ pub use drivers::{HookedVm, PointCommands, PointDriver, PointTransport};
 use fcd::testing::daemon::EffectPlan;
 use fcd::testing::error::{Error, Kind, Result};
 use fcd::testing::store::faults::{CommitHook, Fault};
+use fcd::testing::vmm::GuestEvent;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
@@ -33,7 +34,22 @@ pub struct Points {
     hit: Mutex<Option<String>>,
     held: Mutex<Held>,
     released: Condvar,
+    /// The method of a VMM that fails the next time that it is called.
+    refused: Mutex<Option<&'static str>>,
+    /// The reports of VMMs, if they are kept instead of delivered.
+    late: Mutex<Option<LateReports>>,
 }
+
+/// Reports of VMMs that a test delivers when it wants to.
+#[derive(Default)]
+pub struct LateReports {
+    /// Each reports the end of one VMM.
+    pub ends: Vec<Box<dyn FnOnce() + Send>>,
+    /// Each reports events of one guest, in the order in which the guests were watched.
+    pub guests: Vec<GuestReport>,
+}
+
+pub type GuestReport = Arc<Mutex<Box<dyn Fn(GuestEvent) + Send>>>;
 
 /// A point that a test has chosen to hold the first thread which reaches it.
 #[derive(Default)]
@@ -86,6 +102,27 @@ impl Points {
     }
     pub fn disarm(&self) {
         *self.armed.lock().unwrap() = None;
+    }
+    /// Makes the next call of this method of a VMM fail.
+    pub fn refuse(&self, method: &'static str) {
+        *self.refused.lock().unwrap() = Some(method);
+    }
+    fn is_refused(&self, method: &str) -> Result<()> {
+        let refused = self.refused.lock().unwrap().take_if(|m| *m == method);
+        refused.map_or(Ok(()), |method| {
+            Err(Error::new(Kind::VmmFailed, format!("{method}: refused")))
+        })
+    }
+    /// Keeps the reports of VMMs from now on, until [`Points::take_late`].
+    pub fn keep_reports(&self) {
+        *self.late.lock().unwrap() = Some(LateReports::default());
+    }
+    pub fn has_late_end(&self) -> bool {
+        let late = self.late.lock().unwrap();
+        late.as_ref().is_some_and(|late| !late.ends.is_empty())
+    }
+    pub fn take_late(&self) -> LateReports {
+        self.late.lock().unwrap().take().unwrap_or_default()
     }
     pub fn is_dead(&self) -> bool {
         self.dead.load(Ordering::SeqCst)

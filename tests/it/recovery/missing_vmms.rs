@@ -66,6 +66,7 @@ fn vm_after_host_reboot_is_stopped() {
     let vm = world.show("web").unwrap();
     assert_eq!(vm.state, VmState::Stopped);
     assert_eq!(vm.reason.as_deref(), Some("the host was rebooted"));
+    assert_eq!(world.vmms_in_ledger(&vm), [0u64; 0]);
 }
 
 fn set_restart(world: &World, vm: &str, restart: Restart) -> Vm {

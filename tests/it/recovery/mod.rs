@@ -18,7 +18,7 @@ use fcd::testing::store::Intent;
 use fcd::testing::vmm::Exit;
 use fcd::testing::vmm::fake::Stage;
 
-fn exec(vm: &str, program: &str) -> ExecStartRequest {
+pub fn exec(vm: &str, program: &str) -> ExecStartRequest {
     ExecStartRequest {
         vm: vm.into(),
         argv: vec![program.into()],
@@ -226,7 +226,13 @@ fn close_during_operations_ends_in_time() {
         },
         vec![],
     );
+    let begun = std::time::Instant::now();
     world.shut();
+    assert!(
+        begun.elapsed() < SOON / 2,
+        "it waited although everything had ended: {:?}",
+        begun.elapsed()
+    );
     let e = import.call.finish(SOON).unwrap_err();
     assert!(e.fault.message.contains("shutting down"), "{e:?}");
     assert!(start.finish(SOON).is_err());

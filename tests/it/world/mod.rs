@@ -8,7 +8,7 @@ mod observing;
 pub use crate::running::Running;
 pub use commands::{Builds, FakeCommands};
 pub use imports::{Import, pipe, prepare, write_payload};
-pub use observing::{await_that, while_locked};
+pub use observing::{await_that, while_held, while_locked};
 
 use crate::points::{PointCommands, PointDriver, PointTransport, Points};
 use fcd::testing::api::Call;

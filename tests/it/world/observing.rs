@@ -6,6 +6,7 @@ use fcd::testing::api::vm::*;
 use fcd::testing::daemon::Leftovers;
 use fcd::testing::error::Kind;
 use fcd::testing::ids::OpId;
+use fcd::testing::ops::Filter;
 use fcd::testing::store::State;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -71,6 +72,33 @@ impl World {
         await_that("no operation is in progress", || {
             self.daemon().leftovers() == Leftovers::default()
         });
+    }
+
+    /// Waits until `n` threads wait for the lock of one VM.
+    #[track_caller]
+    pub fn await_waiters(&self, n: usize) {
+        await_that("threads wait for a VM", || {
+            let records = self.daemon().core.locks.vm.records();
+            records.iter().any(|record| record.waiters.len() == n)
+        });
+    }
+
+    /// Returns the methods of all operations that the daemon keeps, the oldest first.
+    pub fn ops(&self) -> Vec<String> {
+        let all = Filter {
+            all: true,
+            ..Filter::default()
+        };
+        let ops = self.daemon().core.ops.list(&all).into_iter();
+        ops.map(|(_, op)| op.method).collect()
+    }
+
+    /// Returns the generations of a VM's VMMs that the ledger lists.
+    pub fn vmms_in_ledger(&self, vm: &Vm) -> Vec<u64> {
+        self.daemon().core.store.read(|s| {
+            let rows = s.ledger_of(&vm.id).filter(|row| row.kind == "process");
+            rows.map(|row| row.generation).collect()
+        })
     }
 
     pub fn op(&self, id: &OpId) -> fcd::testing::api::op::Op {
@@ -160,14 +188,13 @@ pub fn await_that(what: &str, mut is_so: impl FnMut() -> bool) {
     }
 }
 
-/// Runs `body` while another thread holds the lock of `vm`.
-pub fn while_locked<T>(world: &World, vm: &Vm, body: impl FnOnce() -> T) -> T {
-    let core = &world.daemon().core;
+/// Runs `body` while another thread holds what `take` returns, such as the guard of a lock.
+pub fn while_held<G, T>(take: impl FnOnce() -> G + Send, body: impl FnOnce() -> T) -> T {
     std::thread::scope(|scope| {
         let (held, is_held) = std::sync::mpsc::channel();
         let (release, released) = std::sync::mpsc::channel::<()>();
         scope.spawn(move || {
-            let _guard = core.locks.vm.lock(&vm.id);
+            let _guard = take();
             held.send(()).unwrap();
             let _ = released.recv();
         });
@@ -176,4 +203,10 @@ pub fn while_locked<T>(world: &World, vm: &Vm, body: impl FnOnce() -> T) -> T {
         drop(release);
         result
     })
+}
+
+/// Runs `body` while another thread holds the lock of `vm`.
+pub fn while_locked<T>(world: &World, vm: &Vm, body: impl FnOnce() -> T) -> T {
+    let locks = &world.daemon().core.locks.vm;
+    while_held(|| locks.lock(&vm.id), body)
 }

@@ -452,6 +452,21 @@ fn mutants_of_lower_case_vm_are_found() {
     }
 }
 
+/// The tables of `scripts/mutants` quote the sources. After a change of a quoted line, its mutant
+/// would no longer be tried.
+#[test]
+fn tables_of_mutants_match_the_sources() {
+    let checked = std::process::Command::new(root().join("scripts/mutants"))
+        .arg("--check")
+        .output()
+        .unwrap();
+    assert!(
+        checked.status.success(),
+        "edit tests/mutants/*.txt:\n{}",
+        String::from_utf8_lossy(&checked.stderr)
+    );
+}
+
 #[test]
 fn mutants_of_wide_comments_are_found() {
     let comment = |width: usize| format!("let x = 1;\n    //{}\n", "x".repeat(width - 6));

@@ -11,8 +11,8 @@ use fcd::testing::daemon::EffectPlan;
 use fcd::testing::error::{Error, Kind, Result};
 use fcd::testing::sched::sim;
 use fcd::testing::store::faults::{CommitHook, Fault as CommitFault};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 /// The drivers compare with this. A simulated kill ends the thread, so nothing ever sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,6 +104,28 @@ impl Points {
     #[allow(clippy::unused_self)] // The other points' signature.
     fn is_dead(&self) -> bool {
         false
+    }
+
+    #[allow(clippy::unnecessary_wraps, clippy::unused_self)] // The other points' signature.
+    fn is_refused(&self, _method: &str) -> Result<()> {
+        Ok(())
+    }
+
+    #[allow(clippy::unnecessary_wraps, clippy::unused_self)] // The other points' signature.
+    fn may_call(&self, _method: &str) -> Result<()> {
+        Ok(())
+    }
+
+    #[allow(clippy::unused_self)] // The other points' signature.
+    fn wait_if_held(&self, _what: &str) {}
+
+    #[allow(clippy::unused_self)] // The other points' signature.
+    fn guest_report<T>(&self, told: T) -> T {
+        told
+    }
+
+    fn end_report<T>(_points: &Arc<Self>, died: T) -> T {
+        died
     }
 
     fn is_it(&self, what: &str) -> Option<Mode> {

@@ -1,6 +1,6 @@
 //! The fakes of a daemon with a point before each of their effects.
 
-use super::{GuestReport, Mode, Points, dead};
+use super::{Mode, Points, dead};
 use fcd::testing::api::daemon::Check;
 use fcd::testing::api::exec::Exit;
 use fcd::testing::api::port::Port;
@@ -17,7 +17,7 @@ use fcd::testing::vmm::{
 };
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 /// A driver with a point before each effect on the host and another after the VMM's process is
 /// spawned.
@@ -70,12 +70,7 @@ impl Driver for PointDriver {
     ) -> Result<()> {
         self.1
             .reach(&format!("listen to the VMM in {}", dir.display()))?;
-        let told: GuestReport = Arc::new(Mutex::new(told));
-        if let Some(late) = &mut *self.1.late.lock().unwrap() {
-            late.guests.push(told.clone());
-        }
-        let report = Box::new(move |event| (told.lock().unwrap())(event));
-        self.0.watch_guest(dir, identity, report)
+        self.0.watch_guest(dir, identity, self.1.guest_report(told))
     }
     fn vm(&self, at: VmRef) -> Result<Box<dyn Vm + '_>> {
         Ok(Box::new(HookedVm {
@@ -85,10 +80,7 @@ impl Driver for PointDriver {
                 "set_balloon" => self.1.pass("set the balloon"),
                 "forward" => self.1.pass("change the ports"),
                 "press_ctrl_alt_del" => self.1.pass("press the keys"),
-                method => {
-                    self.1.wait_if_held(method);
-                    self.1.is_refused(method)
-                }
+                method => self.1.may_call(method),
             }),
         }))
     }
@@ -138,15 +130,8 @@ impl Processes for PointDriver {
     }
 
     fn watch(&self, dir: &Path, identity: &Identity, died: Died) -> Result<()> {
-        let points = self.1.clone();
-        let report = Box::new(move |end| {
-            let report: Box<dyn FnOnce() + Send> = Box::new(move || died(end));
-            if let Some(late) = &mut *points.late.lock().unwrap() {
-                return late.ends.push(report);
-            }
-            report();
-        });
-        self.0.processes().watch(dir, identity, report)
+        let died = Points::end_report(&self.1, died);
+        self.0.processes().watch(dir, identity, died)
     }
 }
 

@@ -9,7 +9,7 @@ pub use drivers::{HookedVm, PointCommands, PointDriver, PointTransport};
 use fcd::testing::daemon::EffectPlan;
 use fcd::testing::error::{Error, Kind, Result};
 use fcd::testing::store::faults::{CommitHook, Fault};
-use fcd::testing::vmm::GuestEvent;
+use fcd::testing::vmm::{Died, GuestEvent};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 
@@ -49,7 +49,8 @@ pub struct LateReports {
     pub guests: Vec<GuestReport>,
 }
 
-pub type GuestReport = Arc<Mutex<Box<dyn Fn(GuestEvent) + Send>>>;
+type ReportEvent = Box<dyn Fn(GuestEvent) + Send>;
+pub type GuestReport = Arc<Mutex<ReportEvent>>;
 
 /// A point that a test has chosen to hold the first thread which reaches it.
 #[derive(Default)]
@@ -111,6 +112,30 @@ impl Points {
         let refused = self.refused.lock().unwrap().take_if(|m| *m == method);
         refused.map_or(Ok(()), |method| {
             Err(Error::new(Kind::VmmFailed, format!("{method}: refused")))
+        })
+    }
+    /// Holds or refuses a method of a VMM, if a test has asked for that.
+    fn may_call(&self, method: &str) -> Result<()> {
+        self.wait_if_held(method);
+        self.is_refused(method)
+    }
+    /// Returns what a VMM calls with the events of its guest.
+    fn guest_report(&self, told: ReportEvent) -> ReportEvent {
+        let told: GuestReport = Arc::new(Mutex::new(told));
+        if let Some(late) = &mut *self.late.lock().unwrap() {
+            late.guests.push(told.clone());
+        }
+        Box::new(move |event| (told.lock().unwrap())(event))
+    }
+    /// Returns what a VMM calls when it has ended.
+    fn end_report(points: &Arc<Self>, died: Died) -> Died {
+        let points = points.clone();
+        Box::new(move |end| {
+            let report: Box<dyn FnOnce() + Send> = Box::new(move || died(end));
+            if let Some(late) = &mut *points.late.lock().unwrap() {
+                return late.ends.push(report);
+            }
+            report();
         })
     }
     /// Keeps the reports of VMMs from now on, until [`Points::take_late`].
